@@ -1,0 +1,70 @@
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+# The order of the steps is the order of their prerequisites.
+.NOTPARALLEL:
+
+# The pinned tools come before the system's; the tests find grpcurl so too.
+export PATH := $(CURDIR)/.tools/bin:$(PATH)
+
+# $(call run,command): names a step, then takes it.
+run = @printf '==> %s\n' '$(1)'; $(1)
+
+.PHONY: help
+help: ## Print the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: test
+test: tools fmt-check buf lint doc deny cargo-test ## Check everything: what a change must pass
+	@echo '==> all passed'
+
+# Every step below compiles in the dev profile, so that each dependency is built once.
+
+.PHONY: fmt-check
+fmt-check: ## Check the format of the Rust code
+	$(call run,cargo fmt --check)
+
+.PHONY: buf
+buf: ## Check the protos: lint and format
+	@tools/install buf
+	$(call run,buf lint)
+	$(call run,buf format --diff --exit-code)
+
+.PHONY: lint
+lint: ## Run clippy
+	$(call run,cargo clippy --quiet --locked --all-targets -- -D warnings)
+
+.PHONY: doc
+doc: ## Build the documentation of the code
+	$(call run,RUSTDOCFLAGS="-D warnings" cargo doc --quiet --locked --no-deps --document-private-items)
+
+# Called directly: `cargo deny` would prefer one in cargo's own folder.
+.PHONY: deny
+deny: ## Check the dependencies: bans, licences, sources
+	@tools/install cargo-deny
+	$(call run,cargo-deny --locked check --hide-inclusion-graph bans licenses sources)
+
+.PHONY: deny-advisories
+deny-advisories: ## Check the dependencies for advisories (fetches their database)
+	@tools/install cargo-deny
+	$(call run,cargo-deny --locked check advisories)
+
+.PHONY: cargo-test
+cargo-test: ## Run the tests
+	@tools/install grpcurl
+	$(call run,cargo test --quiet --locked --no-run)
+	$(call run,cargo test --locked)
+
+.PHONY: fmt
+fmt: ## Format the Rust code and the protos
+	@tools/install buf
+	$(call run,cargo fmt)
+	$(call run,buf format --write)
+
+.PHONY: tools
+tools: ## Install the pinned tools into .tools/, where they are missing
+	@tools/install
+
+.PHONY: clean-tools
+clean-tools: ## Remove .tools/
+	$(call run,rm -rf .tools)

@@ -1,0 +1,283 @@
+//! Who calls Keyward, what they may do, and that nobody grants what they do not hold.
+//!
+//! Callers are keys whose scopes lie under `keyward:`. How a caller proves who it is stands in `grpc/gate.rs`;
+//! which RPC needs which permission, in `grpc/rpc.rs`.
+
+use std::{fmt::Display, net::IpAddr, sync::Arc};
+
+use crate::{
+    domain::{
+        key::{Key, Owner, Terms},
+        log::Actor,
+        name::{AccountId, EnvironmentName},
+        scope::Scope,
+        time::Timestamp,
+    },
+    refusal::{Refusal, Thing},
+};
+
+/// A right over Keyward itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Permission {
+    /// Ask Checks.
+    Check,
+    /// Read keys.
+    KeysRead,
+    /// Create and change keys.
+    KeysWrite,
+    /// Read accounts.
+    AccountsRead,
+    /// Create and change accounts.
+    AccountsWrite,
+    /// Read the audit log.
+    AuditRead,
+}
+
+impl Permission {
+    /// The reserved scope that grants it.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Permission::Check => "keyward:check",
+            Permission::KeysRead => "keyward:keys:read",
+            Permission::KeysWrite => "keyward:keys:write",
+            Permission::AccountsRead => "keyward:accounts:read",
+            Permission::AccountsWrite => "keyward:accounts:write",
+            Permission::AuditRead => "keyward:audit:read",
+        }
+    }
+}
+
+/// A caller that has proved who it is.
+#[derive(Clone, Debug)]
+pub struct Caller {
+    /// The management key it called with.
+    pub key: Arc<Key>,
+    /// Which version of the key's secret.
+    pub version: u32,
+    /// The account it acts in.
+    pub account: AccountId,
+    /// The RPC that it called.
+    pub method: &'static str,
+    /// Where it called from.
+    pub peer: Option<IpAddr>,
+}
+
+impl Caller {
+    /// Whether it acts on every account.
+    #[must_use]
+    pub fn is_operator(&self) -> bool {
+        self.account.is_operator()
+    }
+
+    /// Whether its key grants the permission.
+    #[must_use]
+    pub fn may(&self, permission: Permission) -> bool {
+        Scope::parse_required(permission.as_str()).is_ok_and(|scope| self.key.terms.scopes.covers(&scope))
+    }
+
+    /// The caller as the log names it.
+    #[must_use]
+    pub fn actor(&self) -> Actor {
+        Actor {
+            key: Some(self.key.id),
+            account: Some(self.account.clone()),
+        }
+    }
+
+    /// Whether a key of this owner exists for the caller.
+    #[must_use]
+    pub fn sees(&self, owner: &Owner) -> bool {
+        self.is_operator() || owner.account() == Some(&self.account)
+    }
+
+    /// The account that is meant: the one named, or, for an account's caller, its own.
+    ///
+    /// # Errors
+    /// When an operator names none, or an account's caller another: that one does not exist for it.
+    pub fn account_meant(&self, named: Option<AccountId>) -> Result<AccountId, Refusal> {
+        match named {
+            Some(account) if self.is_operator() || account == self.account => Ok(account),
+            Some(_) => Err(Refusal::NotFound(Thing::Account)),
+            None if self.is_operator() => Err(Refusal::field(
+                "account",
+                "is required from the operator account's callers",
+            )),
+            None => Ok(self.account.clone()),
+        }
+    }
+
+    /// Accounts are made and changed by operators.
+    ///
+    /// # Errors
+    /// When the caller is none.
+    pub fn must_be_operator(&self) -> Result<(), Refusal> {
+        if self.is_operator() {
+            Ok(())
+        } else {
+            let message = "only the operator account's callers may do this";
+            Err(Refusal::Forbidden("OPERATOR_ONLY", message.to_owned()))
+        }
+    }
+
+    /// Whether the caller could give a key these terms: nobody grants what they do not hold, in any dimension.
+    /// Operators may grant every scope outside `keyward:`, in every environment.
+    ///
+    /// # Errors
+    /// When the terms go beyond the caller; the message says in what.
+    pub fn may_give(&self, environment: &EnvironmentName, terms: &Terms) -> Result<(), Refusal> {
+        let own = &self.key.terms;
+        let beyond = |what: &str, which: &dyn Display| {
+            let message = format!("{what} goes beyond the caller's own: {which}");
+            Err(Refusal::Forbidden("GRANT_BEYOND_CALLER", message))
+        };
+        let held = |scope: &Scope| (self.is_operator() && !scope.is_reserved()) || own.scopes.covers(scope);
+        if let Some(scope) = terms.scopes.iter().find(|scope| !held(scope)) {
+            return beyond("a scope", scope);
+        }
+        if !self.is_operator() && *environment != self.key.environment {
+            return beyond("the environment", environment);
+        }
+        if later(terms.expires_at, own.expires_at) {
+            return beyond("the expiry", &"it must end no later");
+        }
+        let customers = &terms.customers;
+        if !own.customers.is_empty()
+            && (customers.is_empty() || !customers.iter().all(|customer| own.customers.contains(customer)))
+        {
+            return beyond("the customers", &"they must be among them");
+        }
+        let nets = &terms.allowed_cidrs;
+        let within = |net: &ipnet::IpNet| own.allowed_cidrs.iter().any(|wide| wide.contains(net));
+        if !own.allowed_cidrs.is_empty() && (nets.is_empty() || !nets.iter().all(within)) {
+            return beyond("the allowed networks", &"they must lie within them");
+        }
+        Ok(())
+    }
+}
+
+/// Whether `end` is later than `limit`; none is later than any.
+fn later(end: Option<Timestamp>, limit: Option<Timestamp>) -> bool {
+    match (end, limit) {
+        (_, None) => false,
+        (None, Some(_)) => true,
+        (Some(end), Some(limit)) => end > limit,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::{
+        key::tests::{at, sample},
+        name::CustomerId,
+        scope::ScopeSet,
+    };
+
+    fn scopes(texts: &[&str]) -> ScopeSet {
+        texts
+            .iter()
+            .map(|text| Scope::parse_grant(text).unwrap())
+            .collect()
+    }
+
+    fn caller(account: &str, granted: &[&str], bind: fn(&mut Terms)) -> Caller {
+        let mut key = sample();
+        key.terms.scopes = scopes(granted);
+        bind(&mut key.terms);
+        Caller {
+            key: Arc::new(key),
+            version: 1,
+            account: AccountId::parse(account).unwrap(),
+            method: "test",
+            peer: None,
+        }
+    }
+
+    fn gives(caller: &Caller, environment: &str, shape: fn(&mut Terms)) -> bool {
+        let mut terms = sample().terms;
+        terms.scopes = scopes(&["monitors:read"]);
+        shape(&mut terms);
+        caller
+            .may_give(&EnvironmentName::parse(environment).unwrap(), &terms)
+            .is_ok()
+    }
+
+    #[test]
+    fn an_account_caller_gives_only_scopes_that_it_holds() {
+        let acme = caller("acme", &["keyward:keys:write", "monitors:*"], |_| {});
+        assert!(gives(&acme, "production", |_| {}));
+        assert!(gives(&acme, "production", |t| t.scopes =
+            scopes(&["keyward:keys:write"])));
+        for beyond in ["*", "alerts:read", "keyward:*", "keyward:keys:read"] {
+            let mut terms = sample().terms;
+            terms.scopes = scopes(&[beyond]);
+            assert!(acme.may_give(&sample().environment, &terms).is_err(), "{beyond}");
+        }
+    }
+
+    #[test]
+    fn an_operator_gives_every_scope_but_reserved_ones_it_lacks() {
+        let operator = caller("keyward", &["keyward:keys:write"], |_| {});
+        assert!(gives(&operator, "staging", |t| t.scopes = scopes(&["*"])));
+        assert!(!gives(&operator, "staging", |t| t.scopes = scopes(&["keyward:check"])));
+        assert!(!gives(&operator, "staging", |t| t.scopes = scopes(&["keyward:*"])));
+    }
+
+    #[test]
+    fn an_all_scope_never_includes_the_reserved_ones() {
+        let acme = caller("acme", &["*"], |_| {});
+        assert!(gives(&acme, "production", |t| t.scopes = scopes(&["*"])));
+        assert!(!gives(&acme, "production", |t| t.scopes = scopes(&["keyward:check"])));
+    }
+
+    #[test]
+    fn a_bound_caller_makes_only_keys_bound_at_least_as_tightly() {
+        let bound = caller("acme", &["*"], |t| {
+            t.expires_at = Some(at(100));
+            t.customers = vec![CustomerId::parse("c1").unwrap(), CustomerId::parse("c2").unwrap()];
+            t.allowed_cidrs = vec!["10.0.0.0/8".parse().unwrap()];
+        });
+        let tight: fn(&mut Terms) = |t| {
+            t.expires_at = Some(at(100));
+            t.customers = vec![CustomerId::parse("c2").unwrap()];
+            t.allowed_cidrs = vec!["10.1.0.0/16".parse().unwrap()];
+        };
+        assert!(gives(&bound, "production", tight));
+        let looser: [fn(&mut Terms); 6] = [
+            |t| t.expires_at = None,
+            |t| t.expires_at = Some(at(101)),
+            |t| t.customers.clear(),
+            |t| t.customers.push(CustomerId::parse("c3").unwrap()),
+            |t| t.allowed_cidrs.clear(),
+            |t| t.allowed_cidrs = vec!["0.0.0.0/0".parse().unwrap()],
+        ];
+        for loosen in looser {
+            let mut terms = sample().terms;
+            terms.scopes = scopes(&["monitors:read"]);
+            tight(&mut terms);
+            loosen(&mut terms);
+            assert!(
+                bound.may_give(&sample().environment, &terms).is_err(),
+                "{terms:?}"
+            );
+        }
+        assert!(!gives(&bound, "staging", tight), "another environment");
+    }
+
+    #[test]
+    fn another_account_does_not_exist_for_an_account_caller() {
+        let acme = caller("acme", &["*"], |_| {});
+        let other = AccountId::parse("other").unwrap();
+        assert!(!acme.sees(&Owner::Account(other.clone())));
+        assert!(matches!(
+            acme.account_meant(Some(other)),
+            Err(Refusal::NotFound(Thing::Account))
+        ));
+        assert_eq!(acme.account_meant(None).unwrap().as_str(), "acme");
+        assert!(
+            caller("keyward", &["*"], |_| {}).account_meant(None).is_err(),
+            "an operator must say which"
+        );
+    }
+}

@@ -1,0 +1,251 @@
+//! What can be done with accounts. Only operators make and change them; an account's caller sees its own.
+
+use std::sync::Arc;
+
+use crate::{
+    access::Caller,
+    clock::{Clock, Entropy, random},
+    domain::{
+        account::Account,
+        log::{Action, Actor, Change},
+        name::{AccountId, DisplayName},
+        time::{Revision, Timestamp},
+    },
+    refusal::{Refusal, Thing},
+    store::{
+        Outcome, Rejection, Store, Write,
+        writer::{WriteError, Writer},
+    },
+};
+
+const ATTEMPTS: u32 = 16;
+
+/// The use cases of accounts.
+pub struct Accounts {
+    store: Arc<dyn Store>,
+    writer: Writer,
+    clock: Arc<dyn Clock>,
+    entropy: Arc<dyn Entropy>,
+}
+
+impl std::fmt::Debug for Accounts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Accounts").finish_non_exhaustive()
+    }
+}
+
+fn write(
+    caller: &Caller,
+    account: Account,
+    expect: Option<Revision>,
+    action: Action,
+    at: Timestamp,
+) -> Write {
+    Write {
+        change: Change::Account(Arc::new(account)),
+        expect,
+        action,
+        actor: caller.actor(),
+        method: caller.method,
+        at,
+        idempotency: None,
+    }
+}
+
+fn applied(outcome: Outcome) -> Result<Account, Refusal> {
+    match outcome {
+        Outcome::Applied(Change::Account(account)) => Ok(Arc::unwrap_or_clone(account)),
+        _ => Err(Refusal::Unavailable),
+    }
+}
+
+impl Accounts {
+    /// The use cases over a store and its writer.
+    #[must_use]
+    pub fn new(
+        store: Arc<dyn Store>,
+        writer: Writer,
+        clock: Arc<dyn Clock>,
+        entropy: Arc<dyn Entropy>,
+    ) -> Self {
+        Accounts {
+            store,
+            writer,
+            clock,
+            entropy,
+        }
+    }
+
+    /// Makes an account.
+    ///
+    /// # Errors
+    /// When the caller is no operator, or the id is taken.
+    pub async fn create(
+        &self,
+        caller: &Caller,
+        id: Option<AccountId>,
+        name: Option<DisplayName>,
+    ) -> Result<Account, Refusal> {
+        caller.must_be_operator()?;
+        let now = self.clock.now();
+        let id = match id {
+            Some(id) => id,
+            None => AccountId::generate(now, random(&*self.entropy)?),
+        };
+        let account = new_account(id, name, now)?;
+        match self
+            .writer
+            .write(write(caller, account, None, Action::AccountCreated, now))
+            .await
+        {
+            Ok(outcome) => applied(outcome),
+            Err(WriteError::Rejected(Rejection::Conflict)) => Err(Refusal::AccountExists),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// One account.
+    ///
+    /// # Errors
+    /// When it does not exist for the caller.
+    pub async fn get(&self, caller: &Caller, id: &AccountId) -> Result<Account, Refusal> {
+        let seen = caller.is_operator() || *id == caller.account;
+        let found = if seen { self.store.account(id).await? } else { None };
+        found.ok_or(Refusal::NotFound(Thing::Account))
+    }
+
+    /// A page of accounts, and where the next one begins.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn list(
+        &self,
+        caller: &Caller,
+        after: Option<&AccountId>,
+        size: u32,
+    ) -> Result<(Vec<Account>, Option<AccountId>), Refusal> {
+        if !caller.is_operator() {
+            return Ok((
+                self.store.account(&caller.account).await?.into_iter().collect(),
+                None,
+            ));
+        }
+        let mut accounts = self.store.accounts(after, size + 1).await?;
+        let more = accounts.len() > size as usize;
+        accounts.truncate(size as usize);
+        let next = accounts.last().filter(|_| more).map(|last| last.id.clone());
+        Ok((accounts, next))
+    }
+
+    /// Changes an account from its record as it stands; `edit` says whether anything changed.
+    async fn change(
+        &self,
+        caller: &Caller,
+        id: &AccountId,
+        action: Action,
+        edit: impl Fn(&mut Account, Timestamp) -> bool,
+    ) -> Result<Account, Refusal> {
+        caller.must_be_operator()?;
+        for _ in 0..ATTEMPTS {
+            let before = self.get(caller, id).await?;
+            let now = self.clock.now();
+            let mut after = before.clone();
+            if !edit(&mut after, now) {
+                return Ok(before);
+            }
+            after.updated_at = now;
+            match self
+                .writer
+                .write(write(caller, after, Some(before.revision), action, now))
+                .await
+            {
+                Ok(outcome) => return applied(outcome),
+                Err(WriteError::Rejected(Rejection::Conflict)) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Err(Refusal::Contended)
+    }
+
+    /// Renames an account.
+    ///
+    /// # Errors
+    /// When the caller is no operator, or there is no such account.
+    pub async fn rename(
+        &self,
+        caller: &Caller,
+        id: &AccountId,
+        name: DisplayName,
+    ) -> Result<Account, Refusal> {
+        self.change(caller, id, Action::AccountUpdated, |account, _| {
+            let changed = account.name != name;
+            account.name = name.clone();
+            changed
+        })
+        .await
+    }
+
+    /// Refuses every key of an account.
+    ///
+    /// # Errors
+    /// When the caller is no operator, there is no such account, or it is the operator account.
+    pub async fn suspend(&self, caller: &Caller, id: &AccountId) -> Result<Account, Refusal> {
+        caller.must_be_operator()?;
+        if id.is_operator() {
+            let message = "the operator account cannot be suspended: nobody could resume it";
+            return Err(Refusal::Precondition("OPERATOR_ACCOUNT", message.to_owned()));
+        }
+        self.change(caller, id, Action::AccountSuspended, |account, now| {
+            let changed = account.suspended_at.is_none();
+            account.suspended_at.get_or_insert(now);
+            changed
+        })
+        .await
+    }
+
+    /// Ends what `suspend` began.
+    ///
+    /// # Errors
+    /// When the caller is no operator, or there is no such account.
+    pub async fn resume(&self, caller: &Caller, id: &AccountId) -> Result<Account, Refusal> {
+        self.change(caller, id, Action::AccountResumed, |account, _| {
+            account.suspended_at.take().is_some()
+        })
+        .await
+    }
+}
+
+fn new_account(id: AccountId, name: Option<DisplayName>, now: Timestamp) -> Result<Account, Refusal> {
+    let name = match name {
+        Some(name) => name,
+        None => DisplayName::parse(id.as_str()).map_err(|error| Refusal::field("name", error.to_string()))?,
+    };
+    Ok(Account {
+        id,
+        name,
+        suspended_at: None,
+        created_at: now,
+        updated_at: now,
+        revision: Revision::default(),
+    })
+}
+
+/// What records the operator account, at the first start.
+#[must_use]
+pub fn operator_account(now: Timestamp) -> Option<Write> {
+    let account = new_account(
+        AccountId::operator(),
+        DisplayName::parse("Keyward operators").ok(),
+        now,
+    )
+    .ok()?;
+    Some(Write {
+        change: Change::Account(Arc::new(account)),
+        expect: None,
+        action: Action::AccountCreated,
+        actor: Actor::SYSTEM,
+        method: "keyward serve",
+        at: now,
+        idempotency: None,
+    })
+}

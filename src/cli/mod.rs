@@ -1,0 +1,3 @@
+//! x
+pub mod root_key;
+pub mod serve;

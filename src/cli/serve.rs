@@ -1,0 +1,109 @@
+//! `keyward serve`: runs a server until it is told to stop.
+
+use std::{io::Write as _, process::ExitCode, sync::Arc};
+
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::{
+    clock::{SystemClock, SystemEntropy},
+    config::server::{ServeArgs, Settings},
+    domain::token::Token,
+    server::Server,
+    telemetry,
+};
+
+/// Runs the command.
+pub fn run(args: ServeArgs) -> ExitCode {
+    let result = telemetry::init(&args.log, args.log_format).and_then(|()| {
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+        let result = runtime.block_on(serve(&args));
+        // Whatever still runs has had its time.
+        runtime.shutdown_background();
+        result
+    });
+    exit(result)
+}
+
+/// The exit code of a command that opens the database itself; what went wrong goes to standard error.
+pub(super) fn exit(result: anyhow::Result<()>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Nowhere is left to say that standard error is closed.
+            let _ = writeln!(std::io::stderr(), "keyward: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn serve(args: &ServeArgs) -> anyhow::Result<()> {
+    let settings = Settings::load(args)?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut server = Server::start(settings, Arc::new(SystemClock), Arc::new(SystemEntropy)).await?;
+    announce(&mut server)?;
+    tracing::info!(grpc = %server.address, admin = %server.admin_address, "serving");
+    let failed = tokio::select! {
+        _ = terminate.recv() => false,
+        _ = interrupt.recv() => false,
+        () = server.failed() => true,
+    };
+    tracing::info!("stopping");
+    tokio::select! {
+        () = server.stop() => {}
+        _ = terminate.recv() => tracing::warn!("a second signal: stopping at once"),
+        _ = interrupt.recv() => tracing::warn!("a second signal: stopping at once"),
+    }
+    if failed {
+        Err(anyhow::anyhow!(
+            "the server could not load its keys; its log says why"
+        ))
+    } else {
+        Ok(())
+    }
+}
+
+/// Says where the server is, and shows the root key of a first start: this once.
+fn announce(server: &mut Server) -> std::io::Result<()> {
+    let mut out = std::io::stdout().lock();
+    if let Some(token) = server.root_token.take() {
+        write_root_key(&mut out, &token)?;
+        write_first_steps(&mut out, &server.address.to_string())?;
+    }
+    writeln!(
+        out,
+        "keyward serves gRPC on {}, admin pages on http://{}",
+        server.address, server.admin_address
+    )?;
+    out.flush()
+}
+
+/// Shows a root key, as a line for the shell.
+pub(super) fn write_root_key(out: &mut impl std::io::Write, token: &Token) -> std::io::Result<()> {
+    writeln!(
+        out,
+        "The root key. It is shown this once and kept nowhere: store it safely.\n"
+    )?;
+    writeln!(out, "  ROOT_KEY='{}'\n", token.reveal())
+}
+
+fn write_first_steps(out: &mut impl std::io::Write, address: &str) -> std::io::Result<()> {
+    writeln!(
+        out,
+        r#"With that line pasted into a shell, these make an account and a key, and check it:
+
+  grpcurl -plaintext -H "authorization: Bearer $ROOT_KEY" -d '{{"id": "acme", "name": "Acme Inc"}}' \
+    {address} keyward.v1.AccountService/Create
+
+  TOKEN=$(grpcurl -plaintext -H "authorization: Bearer $ROOT_KEY" \
+    -d '{{"account": "acme", "environment": "production", "name": "first", "scopes": ["monitors:read"]}}' \
+    {address} keyward.v1.KeyService/Create | sed -n 's/.*"token": "\(.*\)".*/\1/p')
+
+  grpcurl -plaintext -H "authorization: Bearer $ROOT_KEY" \
+    -d '{{"token": "'$TOKEN'", "environment": "production", "scopes": ["monitors:read"]}}' \
+    {address} keyward.v1.AuthzService/Check
+
+  grpcurl -plaintext {address} describe keyward.v1.KeyService
+"#
+    )
+}

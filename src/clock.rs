@@ -1,0 +1,92 @@
+//! The one place that reads the clocks and the operating system's randomness. Everything else takes both as
+//! arguments, so that tests can hold time still and repeat chance.
+
+use std::{
+    sync::atomic::{AtomicI64, Ordering},
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use rand::TryRng as _;
+
+use crate::domain::time::Timestamp;
+
+/// Tells the time.
+pub trait Clock: Send + Sync + 'static {
+    /// The present instant of UTC.
+    fn now(&self) -> Timestamp;
+}
+
+/// The machine's wall clock.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SystemClock;
+
+impl Clock for SystemClock {
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "this is the one place that reads the wall clock"
+    )]
+    fn now(&self) -> Timestamp {
+        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Timestamp::from_micros(0).plus(since_1970)
+    }
+}
+
+/// A clock that stands still until it is moved; for tests.
+#[derive(Debug)]
+pub struct ManualClock(AtomicI64);
+
+impl ManualClock {
+    /// A clock that stands at `now`.
+    #[must_use]
+    pub fn at(now: Timestamp) -> Self {
+        ManualClock(AtomicI64::new(now.as_micros()))
+    }
+
+    /// Moves the clock on.
+    pub fn advance(&self, by: std::time::Duration) {
+        let later = self.now().plus(by);
+        self.0.store(later.as_micros(), Ordering::SeqCst);
+    }
+}
+
+impl Clock for ManualClock {
+    fn now(&self) -> Timestamp {
+        Timestamp::from_micros(self.0.load(Ordering::SeqCst))
+    }
+}
+
+/// The source of randomness failed; nothing secret can be made.
+#[derive(Debug, thiserror::Error)]
+#[error("the operating system gave no random bytes")]
+pub struct NoEntropy(#[source] pub Box<dyn std::error::Error + Send + Sync>);
+
+/// Gives random bytes fit for secrets.
+pub trait Entropy: Send + Sync + 'static {
+    /// Fills `bytes`.
+    ///
+    /// # Errors
+    /// When the source fails; `bytes` must not be used then.
+    fn fill(&self, bytes: &mut [u8]) -> Result<(), NoEntropy>;
+}
+
+/// The operating system's generator.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SystemEntropy;
+
+impl Entropy for SystemEntropy {
+    fn fill(&self, bytes: &mut [u8]) -> Result<(), NoEntropy> {
+        rand::rngs::SysRng
+            .try_fill_bytes(bytes)
+            .map_err(|error| NoEntropy(Box::new(error)))
+    }
+}
+
+/// `N` random bytes.
+///
+/// # Errors
+/// When the source fails.
+pub fn random<const N: usize>(entropy: &dyn Entropy) -> Result<[u8; N], NoEntropy> {
+    let mut bytes = [0; N];
+    entropy.fill(&mut bytes)?;
+    Ok(bytes)
+}

@@ -1,0 +1,5 @@
+//! Settings: flags, environment and files become values that are valid already. The only place that reads the
+//! environment, and it holds no logic of the product.
+
+pub mod client;
+pub mod server;

@@ -1,0 +1,295 @@
+//! The server's settings. A flag beats the environment, which beats the file, which beats the default.
+
+use std::{
+    num::NonZeroUsize,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use clap::{Args, ValueEnum};
+use serde::Deserialize;
+
+use crate::{
+    domain::{
+        account::{Environment, Environments},
+        name::TokenPrefix,
+    },
+    keys::TokenSettings,
+};
+
+const LISTEN: &str = "127.0.0.1:50051";
+const ADMIN_LISTEN: &str = "127.0.0.1:9090";
+const DATABASE: &str = "sqlite:keyward.db";
+const PREFIX: &str = "kw";
+const RETENTION_DAYS: u32 = 90;
+
+/// `keyward serve`.
+#[derive(Args, Clone, Debug, Default)]
+pub struct ServeArgs {
+    /// Where to serve gRPC [default: 127.0.0.1:50051]
+    #[arg(long, env = "KEYWARD_LISTEN", value_name = "ADDR")]
+    pub listen: Option<String>,
+    /// Where to serve /healthz, /readyz and /metrics over HTTP [default: 127.0.0.1:9090]
+    #[arg(long, env = "KEYWARD_ADMIN_LISTEN", value_name = "ADDR")]
+    pub admin_listen: Option<String>,
+    /// Write the root key of a first start to this new file (mode 0600) instead of the terminal
+    #[arg(long, env = "KEYWARD_ROOT_KEY_FILE", value_name = "PATH")]
+    pub root_key_file: Option<PathBuf>,
+    /// How many threads serve connections [default: one per core]
+    #[arg(long, env = "KEYWARD_THREADS", value_name = "N")]
+    pub threads: Option<NonZeroUsize>,
+    /// How the log on standard error is written
+    #[arg(long, env = "KEYWARD_LOG_FORMAT", value_enum, default_value = "text")]
+    pub log_format: LogFormat,
+    /// What is logged: error, warn, info, debug, or a filter such as info,keyward=debug
+    #[arg(long, env = "KEYWARD_LOG", default_value = "info", value_name = "FILTER")]
+    pub log: String,
+    /// What every command that opens the database takes.
+    #[command(flatten)]
+    pub database: DatabaseArgs,
+}
+
+/// `keyward root-key reset`.
+#[derive(Args, Clone, Debug, Default)]
+pub struct RootKeyArgs {
+    /// Write the new root key to this new file (mode 0600) instead of the terminal
+    #[arg(long, env = "KEYWARD_ROOT_KEY_FILE", value_name = "PATH")]
+    pub root_key_file: Option<PathBuf>,
+    /// What every command that opens the database takes.
+    #[command(flatten)]
+    pub database: DatabaseArgs,
+}
+
+/// What every command that opens the database takes.
+#[derive(Args, Clone, Debug, Default)]
+pub struct DatabaseArgs {
+    /// Where keys are kept, such as sqlite:keyward.db [default: sqlite:keyward.db]
+    #[arg(long, env = "KEYWARD_DATABASE", value_name = "URL", hide_env_values = true)]
+    pub database: Option<String>,
+    /// A TOML file with settings
+    #[arg(long, env = "KEYWARD_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
+
+/// How the log is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Why the settings cannot be used: which, and what would be right.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("the configuration file {path} cannot be read: {source}")]
+    Unreadable {
+        /// The file.
+        path: String,
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// The file is not what it should be.
+    #[error("the configuration file {path} is wrong: {problem}")]
+    Malformed {
+        /// The file.
+        path: String,
+        /// Where, and what.
+        problem: String,
+    },
+    /// A value is out of its rule.
+    #[error("{setting} = {value:?} {problem}")]
+    Invalid {
+        /// The setting.
+        setting: &'static str,
+        /// Its value.
+        value: String,
+        /// The rule.
+        problem: String,
+    },
+}
+
+/// The file. Unknown keys are refused: a typo must not be a default.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    listen: Option<String>,
+    admin_listen: Option<String>,
+    database: Option<String>,
+    root_key_file: Option<PathBuf>,
+    threads: Option<NonZeroUsize>,
+    token_prefix: Option<String>,
+    environments: Option<Vec<Environment>>,
+    retention_days: Option<u32>,
+}
+
+/// The server's settings, all valid.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Where to serve gRPC: `host:port`.
+    pub listen: String,
+    /// Where to serve the admin pages: `host:port`.
+    pub admin_listen: String,
+    /// Where keys are kept.
+    pub database: String,
+    /// Where the root key of a first start goes, if not to the terminal.
+    pub root_key_file: Option<PathBuf>,
+    /// How many threads serve connections.
+    pub threads: usize,
+    /// What tokens look like.
+    pub tokens: TokenSettings,
+    /// How long revoked keys and superseded tokens are told apart from unknown ones.
+    pub retention: Duration,
+}
+
+impl Settings {
+    /// Reads the settings of a server.
+    ///
+    /// # Errors
+    /// When the file or a value is wrong; the error says which and what would be right.
+    pub fn load(args: &ServeArgs) -> Result<Settings, ConfigError> {
+        let mut settings = Settings::load_database(&args.database)?;
+        let replace = |slot: &mut String, flag: &Option<String>| {
+            if let Some(flag) = flag {
+                slot.clone_from(flag);
+            }
+        };
+        replace(&mut settings.listen, &args.listen);
+        replace(&mut settings.admin_listen, &args.admin_listen);
+        if args.root_key_file.is_some() {
+            settings.root_key_file.clone_from(&args.root_key_file);
+        }
+        if let Some(threads) = args.threads {
+            settings.threads = threads.get();
+        }
+        address("listen", &settings.listen)?;
+        address("admin_listen", &settings.admin_listen)?;
+        Ok(settings)
+    }
+
+    /// Reads what a command needs that only opens the database.
+    ///
+    /// # Errors
+    /// As for [`Settings::load`].
+    pub fn load_database(args: &DatabaseArgs) -> Result<Settings, ConfigError> {
+        let file = args
+            .config
+            .as_deref()
+            .map(read_file)
+            .transpose()?
+            .unwrap_or_default();
+        let prefix = file.token_prefix.as_deref().unwrap_or(PREFIX);
+        let prefix = TokenPrefix::parse(prefix).map_err(|error| invalid("token_prefix", prefix, error))?;
+        let environments = match file.environments {
+            Some(list) => Environments::new(list).map_err(|error| invalid("environments", "", error))?,
+            None => Environments::default(),
+        };
+        let retention = file.retention_days.unwrap_or(RETENTION_DAYS);
+        Ok(Settings {
+            listen: file.listen.unwrap_or_else(|| LISTEN.to_owned()),
+            admin_listen: file.admin_listen.unwrap_or_else(|| ADMIN_LISTEN.to_owned()),
+            database: args
+                .database
+                .clone()
+                .or(file.database)
+                .unwrap_or_else(|| DATABASE.to_owned()),
+            root_key_file: file.root_key_file,
+            threads: file
+                .threads
+                .or_else(|| std::thread::available_parallelism().ok())
+                .map_or(1, NonZeroUsize::get),
+            tokens: TokenSettings { environments, prefix },
+            retention: Duration::from_secs(u64::from(retention) * 24 * 60 * 60),
+        })
+    }
+}
+
+fn invalid(setting: &'static str, value: &str, problem: impl ToString) -> ConfigError {
+    ConfigError::Invalid {
+        setting,
+        value: value.to_owned(),
+        problem: problem.to_string(),
+    }
+}
+
+/// `host:port`; whether the host exists shows when it is bound.
+fn address(setting: &'static str, value: &str) -> Result<(), ConfigError> {
+    let well_formed = value
+        .rsplit_once(':')
+        .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok());
+    if well_formed {
+        Ok(())
+    } else {
+        Err(invalid(
+            setting,
+            value,
+            "must be host:port, such as 127.0.0.1:50051",
+        ))
+    }
+}
+
+fn read_file(path: &Path) -> Result<File, ConfigError> {
+    let shown = || path.display().to_string();
+    let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Unreadable {
+        path: shown(),
+        source,
+    })?;
+    toml::from_str(&text).map_err(|error| ConfigError::Malformed {
+        path: shown(),
+        problem: error.to_string(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn from_file(text: &str) -> Result<Settings, ConfigError> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("keyward.toml");
+        std::fs::write(&path, text).unwrap();
+        let database = DatabaseArgs {
+            database: None,
+            config: Some(path),
+        };
+        Settings::load(&ServeArgs {
+            listen: Some("127.0.0.1:1".into()),
+            database,
+            ..ServeArgs::default()
+        })
+    }
+
+    #[test]
+    fn a_flag_beats_the_file_and_the_file_the_default() {
+        let settings = from_file("listen = '127.0.0.1:2'\nadmin_listen = '127.0.0.1:3'").unwrap();
+        assert_eq!(settings.listen, "127.0.0.1:1");
+        assert_eq!(settings.admin_listen, "127.0.0.1:3");
+        assert_eq!(settings.database, "sqlite:keyward.db");
+    }
+
+    #[test]
+    fn wrong_settings_say_which_and_what_would_be_right() {
+        for (text, said) in [
+            ("lisen = 'x'", "lisen"),
+            ("admin_listen = 'nowhere'", "host:port"),
+            ("token_prefix = 'K'", "token_prefix"),
+            ("environments = []", "at least one"),
+            ("environments = [{ name = 'prod', tag = 'LIVE' }]", "[a-z0-9]"),
+            ("retention_days = -1", "retention_days"),
+        ] {
+            let error = from_file(text).unwrap_err().to_string();
+            assert!(error.contains(said), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn environments_and_their_tags_come_from_the_file() {
+        let settings =
+            from_file("environments = [{ name = 'prod', tag = '' }]\ntoken_prefix = 'izli_agent'").unwrap();
+        assert_eq!(settings.tokens.environments.names(), "prod");
+        assert_eq!(settings.tokens.prefix.as_str(), "izli_agent");
+    }
+}

@@ -1,0 +1,136 @@
+//! Accounts and environments.
+
+use serde::{Deserialize, Serialize};
+
+use super::{
+    name::{AccountId, DisplayName, EnvironmentName, TokenTag},
+    time::{Revision, Timestamp},
+};
+
+/// An organisation that owns keys. Every call is decided inside one account.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Account {
+    /// Its id.
+    pub id: AccountId,
+    /// Its name for people.
+    pub name: DisplayName,
+    /// Since when all its keys are refused.
+    pub suspended_at: Option<Timestamp>,
+    /// When it was created.
+    pub created_at: Timestamp,
+    /// When it last changed.
+    pub updated_at: Timestamp,
+    /// The revision of its last change; the store sets it at commit.
+    pub revision: Revision,
+}
+
+impl Account {
+    /// Whether going from `before` to `self` can refuse a Check that was allowed.
+    #[must_use]
+    pub fn narrows(&self, before: &Account) -> bool {
+        self.suspended_at.is_some() && before.suspended_at.is_none()
+    }
+}
+
+/// An environment and its short name in tokens.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Environment {
+    /// Its name, as requests say it.
+    pub name: EnvironmentName,
+    /// Its short name in tokens; may be empty.
+    pub tag: TokenTag,
+}
+
+/// The environments of a deployment: at least one, with different names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Environments(Vec<Environment>);
+
+impl Environments {
+    /// Takes a list of environments.
+    ///
+    /// # Errors
+    /// When it is empty or names one twice; the error says so.
+    pub fn new(list: Vec<Environment>) -> Result<Self, String> {
+        if list.is_empty() {
+            return Err("at least one environment is needed".to_owned());
+        }
+        for (at, environment) in list.iter().enumerate() {
+            if list[..at].iter().any(|other| other.name == environment.name) {
+                return Err(format!(
+                    "environment {:?} is named twice",
+                    environment.name.as_str()
+                ));
+            }
+        }
+        Ok(Environments(list))
+    }
+
+    /// The environment with this name.
+    #[must_use]
+    pub fn get(&self, name: &str) -> Option<&Environment> {
+        self.0
+            .iter()
+            .find(|environment| environment.name.as_str() == name)
+    }
+
+    /// The first one: the root key's.
+    #[must_use]
+    pub fn first(&self) -> &Environment {
+        &self.0[0]
+    }
+
+    /// All names, for an error message.
+    #[must_use]
+    pub fn names(&self) -> String {
+        self.0
+            .iter()
+            .map(|environment| environment.name.as_str())
+            .collect::<Vec<_>>()
+            .join(", ")
+    }
+}
+
+impl Default for Environments {
+    fn default() -> Self {
+        let list = [
+            ("production", "live"),
+            ("staging", "staging"),
+            ("development", "dev"),
+        ];
+        Environments(
+            list.into_iter()
+                .filter_map(|(name, tag)| {
+                    Some(Environment {
+                        name: EnvironmentName::parse(name).ok()?,
+                        tag: TokenTag::parse(tag).ok()?,
+                    })
+                })
+                .collect(),
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_environments_are_three() {
+        let environments = Environments::default();
+        assert_eq!(environments.names(), "production, staging, development");
+        assert_eq!(environments.get("production").unwrap().tag.as_str(), "live");
+        assert_eq!(environments.get("prod"), None);
+    }
+
+    #[test]
+    fn an_empty_or_repeated_list_is_refused() {
+        let one = Environments::default().first().clone();
+        assert!(Environments::new(vec![]).is_err());
+        assert!(
+            Environments::new(vec![one.clone(), one])
+                .unwrap_err()
+                .contains("twice")
+        );
+    }
+}

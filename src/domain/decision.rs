@@ -1,0 +1,470 @@
+//! The policy: may this token do this, here, now? One pure function, [`decide`].
+//!
+//! It is complete and says everything that fails, in a fixed order; what a caller may hear of that is decided
+//! where the answer is made. What is not known by its digest never gets here: `Malformed` and `Unknown` are
+//! said by the engine.
+
+use std::net::IpAddr;
+
+use super::{
+    account::Account,
+    key::Key,
+    name::{AccountId, CustomerId, EnvironmentName},
+    scope::Scope,
+    time::Timestamp,
+};
+
+/// Why a request was decided as it was. The order is the order of decision; the numbers are the wire's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u8)]
+pub enum Reason {
+    /// Allowed.
+    Ok = 1,
+    /// The string cannot be a token.
+    Malformed = 2,
+    /// No such token, or none that the caller may know of.
+    Unknown = 3,
+    /// The key is revoked.
+    Revoked = 4,
+    /// The key is disabled.
+    Disabled = 5,
+    /// The key is past its expiry.
+    Expired = 6,
+    /// The token was replaced by a rotation.
+    Rotated = 7,
+    /// The key belongs to another environment.
+    WrongEnvironment = 8,
+    /// The key does not work in the account asked for.
+    WrongAccount = 9,
+    /// The account is suspended.
+    AccountSuspended = 10,
+    /// The key is restricted to other customers.
+    WrongCustomer = 11,
+    /// The key is restricted to other client addresses.
+    AddressNotAllowed = 12,
+    /// At least one scope is not granted.
+    MissingScope = 13,
+    /// A rate limit is used up.
+    RateLimited = 14,
+    /// The quota is used up.
+    QuotaExceeded = 15,
+}
+
+impl Reason {
+    /// All reasons in order.
+    pub const ALL: [Reason; 15] = [
+        Reason::Ok,
+        Reason::Malformed,
+        Reason::Unknown,
+        Reason::Revoked,
+        Reason::Disabled,
+        Reason::Expired,
+        Reason::Rotated,
+        Reason::WrongEnvironment,
+        Reason::WrongAccount,
+        Reason::AccountSuspended,
+        Reason::WrongCustomer,
+        Reason::AddressNotAllowed,
+        Reason::MissingScope,
+        Reason::RateLimited,
+        Reason::QuotaExceeded,
+    ];
+
+    /// A stable lower-case name, for metrics and logs.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Reason::Ok => "ok",
+            Reason::Malformed => "malformed",
+            Reason::Unknown => "unknown",
+            Reason::Revoked => "revoked",
+            Reason::Disabled => "disabled",
+            Reason::Expired => "expired",
+            Reason::Rotated => "rotated",
+            Reason::WrongEnvironment => "wrong_environment",
+            Reason::WrongAccount => "wrong_account",
+            Reason::AccountSuspended => "account_suspended",
+            Reason::WrongCustomer => "wrong_customer",
+            Reason::AddressNotAllowed => "address_not_allowed",
+            Reason::MissingScope => "missing_scope",
+            Reason::RateLimited => "rate_limited",
+            Reason::QuotaExceeded => "quota_exceeded",
+        }
+    }
+
+    /// One sentence for people.
+    #[must_use]
+    pub const fn message(self) -> &'static str {
+        match self {
+            Reason::Ok => "allowed",
+            Reason::Malformed => "the string is not a token: check for typos and truncation",
+            Reason::Unknown => "no such token",
+            Reason::Revoked => "the key is revoked",
+            Reason::Disabled => "the key is disabled",
+            Reason::Expired => "the key has expired",
+            Reason::Rotated => "the token was replaced by a newer one of the same key",
+            Reason::WrongEnvironment => "the key belongs to another environment",
+            Reason::WrongAccount => "the key does not work in this account",
+            Reason::AccountSuspended => "the account is suspended",
+            Reason::WrongCustomer => "the key is restricted to other customers",
+            Reason::AddressNotAllowed => "the key is restricted to other client addresses",
+            Reason::MissingScope => "the key is not granted every scope that is needed",
+            Reason::RateLimited => "a rate limit of the key is used up",
+            Reason::QuotaExceeded => "the quota of the key is used up",
+        }
+    }
+}
+
+/// A set of reasons.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Failures(u16);
+
+impl Failures {
+    /// Adds a reason when `failed`.
+    pub fn note(&mut self, reason: Reason, failed: bool) {
+        self.0 |= u16::from(failed) << reason as u8;
+    }
+
+    /// The reasons in order.
+    pub fn iter(self) -> impl Iterator<Item = Reason> {
+        Reason::ALL
+            .into_iter()
+            .filter(move |reason| self.0 & (1 << *reason as u8) != 0)
+    }
+
+    /// The first reason, or `Ok` where nothing failed.
+    #[must_use]
+    pub fn first(self) -> Reason {
+        self.iter().next().unwrap_or(Reason::Ok)
+    }
+}
+
+/// What the presented token is.
+#[derive(Clone, Copy, Debug)]
+pub struct Subject<'a> {
+    /// Its key.
+    pub key: &'a Key,
+    /// Which version of the key's secret it is.
+    pub version: u32,
+    /// The account that is decided in, as far as it exists.
+    pub account: Option<&'a Account>,
+}
+
+/// What the token is presented for.
+#[derive(Clone, Copy, Debug)]
+pub enum Use<'a> {
+    /// A call to a service that asks Keyward.
+    Service {
+        /// Where the call is made.
+        environment: &'a EnvironmentName,
+        /// Whom it is about.
+        customer: Option<&'a CustomerId>,
+    },
+    /// A call to Keyward itself: management is neither of an environment nor about a customer.
+    Management,
+}
+
+/// What is asked.
+#[derive(Clone, Copy, Debug)]
+pub struct Request<'a> {
+    /// What the token is presented for.
+    pub purpose: Use<'a>,
+    /// The account that is acted on. `None` = the key's own.
+    pub account: Option<&'a AccountId>,
+    /// The end client's address.
+    pub client_ip: Option<IpAddr>,
+    /// The scopes that are all needed.
+    pub scopes: &'a [Scope],
+}
+
+/// The answer of [`decide`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Verdict {
+    /// Everything that fails. Empty = allowed.
+    pub failures: Failures,
+    /// The needed scopes that are not granted.
+    pub missing: Vec<Scope>,
+}
+
+/// Decides one request. Every condition is judged, whatever the others say.
+#[must_use]
+pub fn decide(subject: Subject<'_>, request: Request<'_>, now: Timestamp) -> Verdict {
+    let Subject {
+        key,
+        version,
+        account,
+    } = subject;
+    let terms = &key.terms;
+    let mut failures = Failures::default();
+
+    failures.note(Reason::Revoked, key.revocation.is_some());
+    failures.note(Reason::Disabled, key.disabled_at.is_some());
+    failures.note(Reason::Expired, key.expired(now));
+    failures.note(Reason::Rotated, key.superseded(version, now));
+    if let Use::Service {
+        environment,
+        customer,
+    } = request.purpose
+    {
+        failures.note(Reason::WrongEnvironment, key.environment != *environment);
+        let listed = |customer| terms.customers.contains(customer);
+        failures.note(
+            Reason::WrongCustomer,
+            !terms.customers.is_empty() && !customer.is_some_and(listed),
+        );
+    }
+    let own = key.owner.account();
+    failures.note(
+        Reason::WrongAccount,
+        own.is_none() || request.account.is_some_and(|asked| Some(asked) != own),
+    );
+    failures.note(
+        Reason::AccountSuspended,
+        account.is_some_and(|account| account.suspended_at.is_some()),
+    );
+    failures.note(
+        Reason::AddressNotAllowed,
+        !address_allowed(key, request.client_ip),
+    );
+
+    let missing: Vec<Scope> = request
+        .scopes
+        .iter()
+        .filter(|scope| !terms.scopes.covers(scope))
+        .cloned()
+        .collect();
+    failures.note(Reason::MissingScope, !missing.is_empty());
+    Verdict { failures, missing }
+}
+
+/// A restricted key with no known address is refused. An IPv4-mapped IPv6 address counts as IPv4.
+fn address_allowed(key: &Key, client_ip: Option<IpAddr>) -> bool {
+    let nets = &key.terms.allowed_cidrs;
+    nets.is_empty()
+        || client_ip
+            .map(|ip| ip.to_canonical())
+            .is_some_and(|ip| nets.iter().any(|net| net.contains(&ip)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::{
+        key::{
+            Revocation, RevokeReason,
+            tests::{at, sample},
+        },
+        name::DisplayName,
+        time::Revision,
+        token::Digest,
+    };
+    use std::time::Duration;
+
+    fn account(suspended: bool) -> Account {
+        Account {
+            id: AccountId::parse("acme").unwrap(),
+            name: DisplayName::parse("Acme").unwrap(),
+            suspended_at: suspended.then_some(at(1)),
+            created_at: at(0),
+            updated_at: at(0),
+            revision: Revision(1),
+        }
+    }
+
+    /// What a row of the table may turn.
+    struct Case {
+        key: Key,
+        version: u32,
+        suspended: bool,
+        environment: &'static str,
+        account: Option<&'static str>,
+        customer: Option<&'static str>,
+        client_ip: Option<&'static str>,
+        scopes: Vec<&'static str>,
+        now: Timestamp,
+    }
+
+    fn allowed() -> Case {
+        Case {
+            key: sample(),
+            version: 1,
+            suspended: false,
+            environment: "production",
+            account: Some("acme"),
+            customer: None,
+            client_ip: None,
+            scopes: vec!["monitors:read"],
+            now: at(10),
+        }
+    }
+
+    fn run(case: &Case) -> Verdict {
+        let account = account(case.suspended);
+        let environment = EnvironmentName::parse(case.environment).unwrap();
+        let customer = case.customer.map(|c| CustomerId::parse(c).unwrap());
+        let asked = case.account.map(|a| AccountId::parse(a).unwrap());
+        let scopes: Vec<_> = case
+            .scopes
+            .iter()
+            .map(|s| Scope::parse_required(s).unwrap())
+            .collect();
+        decide(
+            Subject {
+                key: &case.key,
+                version: case.version,
+                account: Some(&account),
+            },
+            Request {
+                purpose: Use::Service {
+                    environment: &environment,
+                    customer: customer.as_ref(),
+                },
+                account: asked.as_ref(),
+                client_ip: case.client_ip.map(|ip| ip.parse().unwrap()),
+                scopes: &scopes,
+            },
+            case.now,
+        )
+    }
+
+    fn revoke(key: &mut Key) {
+        key.revocation = Some(Revocation {
+            at: at(1),
+            reason: RevokeReason::Unspecified,
+            comment: String::new(),
+        });
+    }
+
+    /// One row per reason; `Malformed` and `Unknown` are the engine's, the limits are the limiter's.
+    #[test]
+    fn each_reason_has_its_row() {
+        type Turn = fn(&mut Case);
+        let table: [(Reason, Turn); 11] = [
+            (Reason::Ok, |_| {}),
+            (Reason::Revoked, |c| revoke(&mut c.key)),
+            (Reason::Disabled, |c| c.key.disabled_at = Some(at(1))),
+            (Reason::Expired, |c| c.key.terms.expires_at = Some(c.now)),
+            (Reason::Rotated, |c| {
+                c.key
+                    .rotate(Digest::of("two"), String::new(), Duration::ZERO, c.now);
+            }),
+            (Reason::WrongEnvironment, |c| c.environment = "staging"),
+            (Reason::WrongAccount, |c| c.account = Some("other")),
+            (Reason::AccountSuspended, |c| c.suspended = true),
+            (Reason::WrongCustomer, |c| {
+                c.key.terms.customers = vec![CustomerId::parse("c1").unwrap()]
+            }),
+            (Reason::AddressNotAllowed, |c| {
+                c.key.terms.allowed_cidrs = vec!["10.0.0.0/8".parse().unwrap()]
+            }),
+            (Reason::MissingScope, |c| {
+                c.scopes = vec!["monitors:read", "monitors:write"]
+            }),
+        ];
+        for (reason, turn) in table {
+            let mut case = allowed();
+            turn(&mut case);
+            let verdict = run(&case);
+            assert_eq!(verdict.failures.first(), reason);
+            assert_eq!(
+                verdict.failures.iter().count(),
+                usize::from(reason != Reason::Ok),
+                "{reason:?} alone"
+            );
+        }
+    }
+
+    #[test]
+    fn a_key_expires_at_its_very_instant() {
+        let mut case = allowed();
+        case.key.terms.expires_at = Some(at(10));
+        case.now = Timestamp::from_micros(10_000_000 - 1);
+        assert_eq!(run(&case).failures.first(), Reason::Ok);
+        case.now = at(10);
+        assert_eq!(run(&case).failures.first(), Reason::Expired);
+    }
+
+    #[test]
+    fn an_overlap_ends_at_its_very_instant() {
+        let mut case = allowed();
+        case.key
+            .rotate(Digest::of("two"), String::new(), Duration::from_secs(5), at(5));
+        case.now = Timestamp::from_micros(10_000_000 - 1);
+        assert_eq!(run(&case).failures.first(), Reason::Ok);
+        case.now = at(10);
+        assert_eq!(run(&case).failures.first(), Reason::Rotated);
+        case.version = 2;
+        assert_eq!(run(&case).failures.first(), Reason::Ok);
+    }
+
+    #[test]
+    fn every_failure_is_said_in_order() {
+        let mut case = allowed();
+        revoke(&mut case.key);
+        case.suspended = true;
+        case.environment = "staging";
+        case.scopes = vec!["a", "monitors:read", "b"];
+        let verdict = run(&case);
+        assert_eq!(
+            verdict.failures.iter().collect::<Vec<_>>(),
+            [
+                Reason::Revoked,
+                Reason::WrongEnvironment,
+                Reason::AccountSuspended,
+                Reason::MissingScope
+            ]
+        );
+        assert_eq!(
+            verdict.missing.iter().map(Scope::as_str).collect::<Vec<_>>(),
+            ["a", "b"]
+        );
+    }
+
+    #[test]
+    fn a_restricted_key_needs_to_be_told_customer_and_address() {
+        let mut case = allowed();
+        case.key.terms.customers = vec![CustomerId::parse("c1").unwrap()];
+        case.key.terms.allowed_cidrs = vec!["10.0.0.0/8".parse().unwrap(), "2001:db8::/32".parse().unwrap()];
+        (case.customer, case.client_ip) = (Some("c1"), Some("10.1.2.3"));
+        assert_eq!(run(&case).failures.first(), Reason::Ok);
+        for (ip, reason) in [
+            (Some("::ffff:10.1.2.3"), Reason::Ok),
+            (Some("2001:db8::1"), Reason::Ok),
+            (Some("11.0.0.1"), Reason::AddressNotAllowed),
+            (None, Reason::AddressNotAllowed),
+        ] {
+            case.client_ip = ip;
+            assert_eq!(run(&case).failures.first(), reason, "{ip:?}");
+        }
+        (case.customer, case.client_ip) = (Some("c2"), Some("10.1.2.3"));
+        assert_eq!(run(&case).failures.first(), Reason::WrongCustomer);
+    }
+
+    #[test]
+    fn a_service_key_with_no_account_asked_is_decided_in_its_own() {
+        let mut case = allowed();
+        case.account = None;
+        assert_eq!(run(&case).failures.first(), Reason::Ok);
+        case.suspended = true;
+        assert_eq!(run(&case).failures.first(), Reason::AccountSuspended);
+    }
+
+    #[test]
+    fn management_is_asked_for_neither_environment_nor_customer() {
+        let mut key = sample();
+        key.terms.customers = vec![CustomerId::parse("c1").unwrap()];
+        let request = Request {
+            purpose: Use::Management,
+            account: None,
+            client_ip: None,
+            scopes: &[],
+        };
+        let account = account(false);
+        let subject = Subject {
+            key: &key,
+            version: 1,
+            account: Some(&account),
+        };
+        assert_eq!(decide(subject, request, at(1)).failures.first(), Reason::Ok);
+    }
+}

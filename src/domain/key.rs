@@ -1,0 +1,471 @@
+//! The key's record, its states and its transitions.
+//!
+//! Transitions here keep the record whole and know nothing of who asks: `keys.rs` says who may, `decision.rs`
+//! says what a record in some state allows.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    name::{AccountId, CustomerId, EnvironmentName, KeyId, KeyName, RoleName, UserId},
+    scope::ScopeSet,
+    time::{Revision, Timestamp},
+    token::Digest,
+};
+
+/// Who a key belongs to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Owner {
+    /// A service key: it works in this account and outlives whoever made it.
+    Account(AccountId),
+    /// A user key: it works wherever the user is a member, with the member's rights.
+    User(UserId),
+}
+
+impl Owner {
+    /// The account, of a service key.
+    #[must_use]
+    pub fn account(&self) -> Option<&AccountId> {
+        match self {
+            Owner::Account(account) => Some(account),
+            Owner::User(_) => None,
+        }
+    }
+
+    /// The user, of a user key.
+    #[must_use]
+    pub fn user(&self) -> Option<&UserId> {
+        match self {
+            Owner::User(user) => Some(user),
+            Owner::Account(_) => None,
+        }
+    }
+}
+
+/// One rate limit of a key.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RateLimit {
+    /// Its name within the key.
+    pub name: String,
+    /// Units per window.
+    pub limit: u64,
+    /// Length of the window.
+    pub window: Duration,
+}
+
+/// The calendar period of a quota, in UTC.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum QuotaPeriod {
+    /// From the full hour.
+    Hour,
+    /// From midnight.
+    Day,
+    /// From midnight of the first of the month.
+    Month,
+    /// Never refilled.
+    Total,
+}
+
+/// A budget of units.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Quota {
+    /// Units per period.
+    pub limit: u64,
+    /// When the budget is full again.
+    pub period: QuotaPeriod,
+}
+
+/// One version of a key's token.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Secret {
+    /// Counts from 1.
+    pub version: u32,
+    /// Digest of the token.
+    pub digest: Digest,
+    /// What lists may show of the token.
+    pub hint: String,
+    /// When it was made.
+    pub created_at: Timestamp,
+    /// From this instant it is superseded. The newest secret has none.
+    pub expires_at: Option<Timestamp>,
+}
+
+impl Secret {
+    /// Whether a later secret has taken this one's place by `now`.
+    #[must_use]
+    pub fn superseded(&self, now: Timestamp) -> bool {
+        self.expires_at.is_some_and(|end| now >= end)
+    }
+}
+
+/// Why a key was revoked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RevokeReason {
+    /// Not said.
+    Unspecified,
+    /// The token is known to somebody who should not know it.
+    Compromised,
+    /// Another key has taken its place.
+    Superseded,
+    /// Whatever used it is gone.
+    NoLongerNeeded,
+    /// The person or team behind it has left.
+    OwnerLeft,
+}
+
+/// The end of a key.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Revocation {
+    /// When.
+    pub at: Timestamp,
+    /// Why.
+    pub reason: RevokeReason,
+    /// What was said.
+    pub comment: String,
+}
+
+/// The state of a key, the first that holds in the order Revoked, Disabled, Expired, Active.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Usable.
+    Active,
+    /// Refused until enabled.
+    Disabled,
+    /// Past its expiry.
+    Expired,
+    /// Refused for ever.
+    Revoked,
+}
+
+/// What a key may do and where: the part that its maker chooses and Update changes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Terms {
+    /// Name for people, unique within the owner while the key is not revoked.
+    pub name: Option<KeyName>,
+    /// Granted scopes.
+    pub scopes: ScopeSet,
+    /// Granted roles.
+    pub roles: Vec<RoleName>,
+    /// From this instant the key is refused.
+    pub expires_at: Option<Timestamp>,
+    /// The only customers it serves. None = every customer.
+    pub customers: Vec<CustomerId>,
+    /// The only client networks it serves. None = every address.
+    pub allowed_cidrs: Vec<IpNet>,
+    /// Rate limits. None = unlimited.
+    pub rate_limits: Vec<RateLimit>,
+    /// Quota. None = unlimited.
+    pub quota: Option<Quota>,
+    /// The maker's own notes.
+    pub metadata: BTreeMap<String, String>,
+}
+
+/// An API key: the record that survives rotation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Key {
+    /// Its id.
+    pub id: KeyId,
+    /// Who it belongs to.
+    pub owner: Owner,
+    /// The one environment in which it works.
+    pub environment: EnvironmentName,
+    /// What it may do and where.
+    #[serde(flatten)]
+    pub terms: Terms,
+    /// When it was created.
+    pub created_at: Timestamp,
+    /// Id of the key that created it, or `system`.
+    pub created_by: String,
+    /// When it last changed.
+    pub updated_at: Timestamp,
+    /// Since when it is disabled.
+    pub disabled_at: Option<Timestamp>,
+    /// Its end.
+    pub revocation: Option<Revocation>,
+    /// The newest secret and the one before it, newest first. Older ones are superseded, and known to the
+    /// store and the index by digest alone.
+    pub secrets: Vec<Secret>,
+    /// The revision of its last change; the store sets it at commit.
+    pub revision: Revision,
+}
+
+impl Key {
+    /// The state at `now`. A key is expired from its expiry's very instant on.
+    #[must_use]
+    pub fn state(&self, now: Timestamp) -> State {
+        if self.revocation.is_some() {
+            State::Revoked
+        } else if self.disabled_at.is_some() {
+            State::Disabled
+        } else if self.expired(now) {
+            State::Expired
+        } else {
+            State::Active
+        }
+    }
+
+    /// Whether it is past its expiry at `now`.
+    #[must_use]
+    pub fn expired(&self, now: Timestamp) -> bool {
+        self.terms.expires_at.is_some_and(|end| now >= end)
+    }
+
+    /// Its newest secret's hint.
+    #[must_use]
+    pub fn hint(&self) -> &str {
+        self.secrets.first().map_or("", |secret| &secret.hint)
+    }
+
+    /// Whether the secret with this version is superseded at `now`. Versions that left the record are.
+    #[must_use]
+    pub fn superseded(&self, version: u32, now: Timestamp) -> bool {
+        self.secrets
+            .iter()
+            .find(|secret| secret.version == version)
+            .is_none_or(|secret| secret.superseded(now))
+    }
+
+    /// Gives the key a new secret. The newest so far stays for `overlap`, but never beyond the key's own
+    /// expiry; any older one ends now. Returns when the newest so far stops.
+    pub fn rotate(&mut self, digest: Digest, hint: String, overlap: Duration, now: Timestamp) -> Timestamp {
+        let end = now.plus(overlap);
+        let end = self.terms.expires_at.map_or(end, |expiry| end.min(expiry));
+        self.secrets.truncate(1);
+        let mut version = 0;
+        for secret in &mut self.secrets {
+            secret.expires_at = Some(end);
+            version = secret.version;
+        }
+        self.secrets.insert(
+            0,
+            Secret {
+                version: version + 1,
+                digest,
+                hint,
+                created_at: now,
+                expires_at: None,
+            },
+        );
+        self.updated_at = now;
+        end
+    }
+
+    /// Whether a secret before the newest is still alive at `now`.
+    #[must_use]
+    pub fn overlapping(&self, now: Timestamp) -> bool {
+        self.secrets.iter().skip(1).any(|secret| !secret.superseded(now))
+    }
+
+    /// Ends a rotation's overlap at `now`.
+    pub fn finish_rotation(&mut self, now: Timestamp) {
+        for secret in self.secrets.iter_mut().skip(1) {
+            secret.expires_at = Some(secret.expires_at.map_or(now, |end| end.min(now)));
+        }
+        self.updated_at = now;
+    }
+
+    /// Whether going from `before` to `self` can refuse a Check that was allowed. Where it is not sure it
+    /// says yes: a change that waits for nothing is the worse mistake.
+    #[must_use]
+    pub fn narrows(&self, before: &Key) -> bool {
+        let earlier = |new: Option<Timestamp>, old: Option<Timestamp>| match (new, old) {
+            (Some(new), Some(old)) => new < old,
+            (new, old) => new.is_some() && old.is_none(),
+        };
+        let tighter_set = |new: usize, old: usize, kept: bool| new > 0 && (old == 0 || !kept);
+        let (new, old) = (&self.terms, &before.terms);
+        self.revocation.is_some() && before.revocation.is_none()
+            || self.disabled_at.is_some() && before.disabled_at.is_none()
+            || earlier(new.expires_at, old.expires_at)
+            || !new.scopes.covers_all(&old.scopes)
+            || !old.roles.iter().all(|role| new.roles.contains(role))
+            || tighter_set(
+                new.customers.len(),
+                old.customers.len(),
+                old.customers
+                    .iter()
+                    .all(|customer| new.customers.contains(customer)),
+            )
+            || tighter_set(
+                new.allowed_cidrs.len(),
+                old.allowed_cidrs.len(),
+                old.allowed_cidrs
+                    .iter()
+                    .all(|net| new.allowed_cidrs.iter().any(|wide| wide.contains(net))),
+            )
+            || (new.rate_limits != old.rate_limits && !new.rate_limits.is_empty())
+            || (new.quota != old.quota && new.quota.is_some())
+            || before.secrets.iter().any(|secret| {
+                let kept = self.secrets.iter().find(|other| other.version == secret.version);
+                kept.is_none_or(|kept| earlier(kept.expires_at, secret.expires_at))
+            })
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::domain::scope::Scope;
+
+    pub(crate) fn at(seconds: i64) -> Timestamp {
+        Timestamp::from_micros(seconds * 1_000_000)
+    }
+
+    /// A service key of `acme` in production that may `monitors:read`, made at second 0.
+    pub(crate) fn sample() -> Key {
+        Key {
+            id: KeyId::generate(at(0), [0; 10]),
+            owner: Owner::Account(AccountId::parse("acme").unwrap()),
+            environment: EnvironmentName::parse("production").unwrap(),
+            terms: Terms {
+                name: None,
+                scopes: [Scope::parse_grant("monitors:read").unwrap()]
+                    .into_iter()
+                    .collect(),
+                roles: vec![],
+                expires_at: None,
+                customers: vec![],
+                allowed_cidrs: vec![],
+                rate_limits: vec![],
+                quota: None,
+                metadata: BTreeMap::new(),
+            },
+            created_at: at(0),
+            created_by: "system".to_owned(),
+            updated_at: at(0),
+            disabled_at: None,
+            revocation: None,
+            secrets: vec![Secret {
+                version: 1,
+                digest: Digest::of("one"),
+                hint: "kw_live_1111".to_owned(),
+                created_at: at(0),
+                expires_at: None,
+            }],
+            revision: Revision(1),
+        }
+    }
+
+    fn revoked(key: &Key) -> Key {
+        let revocation = Revocation {
+            at: at(1),
+            reason: RevokeReason::Unspecified,
+            comment: String::new(),
+        };
+        Key {
+            revocation: Some(revocation),
+            ..key.clone()
+        }
+    }
+
+    #[test]
+    fn the_state_is_the_first_that_holds() {
+        let mut key = sample();
+        assert_eq!(key.state(at(1)), State::Active);
+        key.terms.expires_at = Some(at(5));
+        assert_eq!(key.state(Timestamp::from_micros(4_999_999)), State::Active);
+        assert_eq!(
+            key.state(at(5)),
+            State::Expired,
+            "expired from the very instant on"
+        );
+        key.disabled_at = Some(at(1));
+        assert_eq!(key.state(at(5)), State::Disabled);
+        assert_eq!(revoked(&key).state(at(5)), State::Revoked);
+    }
+
+    #[test]
+    fn rotating_without_overlap_ends_the_old_secret_at_once() {
+        let mut key = sample();
+        assert_eq!(
+            key.rotate(Digest::of("two"), "h2".into(), Duration::ZERO, at(10)),
+            at(10)
+        );
+        assert!(key.superseded(1, at(10)));
+        assert!(!key.superseded(2, at(10)));
+        assert_eq!(key.hint(), "h2");
+    }
+
+    #[test]
+    fn an_overlap_never_outlives_the_key() {
+        let mut key = sample();
+        key.terms.expires_at = Some(at(15));
+        assert_eq!(
+            key.rotate(Digest::of("two"), "h2".into(), Duration::from_secs(10), at(10)),
+            at(15)
+        );
+    }
+
+    #[test]
+    fn a_second_rotation_ends_the_oldest_secret() {
+        let mut key = sample();
+        key.rotate(Digest::of("two"), "h2".into(), Duration::from_secs(100), at(10));
+        assert!(!key.superseded(1, at(11)));
+        assert!(key.overlapping(at(11)));
+        key.rotate(Digest::of("three"), "h3".into(), Duration::from_secs(100), at(12));
+        assert!(key.superseded(1, at(12)), "at most two are alive");
+        assert!(!key.superseded(2, at(12)));
+        assert_eq!(
+            key.secrets
+                .iter()
+                .map(|secret| secret.version)
+                .collect::<Vec<_>>(),
+            [3, 2]
+        );
+        key.finish_rotation(at(13));
+        assert!(key.superseded(2, at(13)));
+        assert!(!key.overlapping(at(13)));
+    }
+
+    #[test]
+    fn what_takes_something_away_narrows() {
+        let key = sample();
+        let with = |change: &dyn Fn(&mut Key)| {
+            let mut other = key.clone();
+            change(&mut other);
+            other
+        };
+        let narrowing: [&dyn Fn(&mut Key); 7] = [
+            &|k| k.disabled_at = Some(at(1)),
+            &|k| k.terms.expires_at = Some(at(9)),
+            &|k| {
+                k.terms.scopes = [Scope::parse_grant("monitors:write").unwrap()]
+                    .into_iter()
+                    .collect()
+            },
+            &|k| k.terms.customers = vec![CustomerId::parse("c1").unwrap()],
+            &|k| k.terms.allowed_cidrs = vec!["10.0.0.0/8".parse().unwrap()],
+            &|k| {
+                k.rotate(Digest::of("two"), "h2".into(), Duration::ZERO, at(1));
+            },
+            &|k| {
+                k.terms.quota = Some(Quota {
+                    limit: 1,
+                    period: QuotaPeriod::Day,
+                })
+            },
+        ];
+        for change in narrowing {
+            let after = with(change);
+            assert!(after.narrows(&key), "{after:?}");
+        }
+        assert!(revoked(&key).narrows(&key));
+        let widening: [&dyn Fn(&mut Key); 2] = [
+            &|k| k.terms.scopes = [Scope::parse_grant("*").unwrap()].into_iter().collect(),
+            &|k| k.terms.name = Some(KeyName::parse("n").unwrap()),
+        ];
+        for change in widening {
+            let after = with(change);
+            assert!(!after.narrows(&key), "{after:?}");
+        }
+        assert!(
+            !key.narrows(&with(narrowing[3])),
+            "taking a restriction away is widening"
+        );
+    }
+}

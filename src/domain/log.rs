@@ -1,0 +1,296 @@
+//! The log: every change in commit order, hash-chained. It is the audit trail and the change feed in one.
+//!
+//! Here: what a change is, who made it, and the chain's arithmetic. Not here: where it is kept.
+
+use std::{fmt, sync::Arc};
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+
+use super::{
+    account::Account,
+    key::{Key, Owner},
+    name::{AccountId, KeyId, UserId},
+    time::{Revision, Timestamp},
+};
+
+/// A link of the chain: SHA-256.
+pub type Hash = [u8; 32];
+
+/// The link before the first.
+pub const GENESIS: Hash = [0; 32];
+
+/// What changed: the whole record after the change, as a follower needs it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Change {
+    /// A key was created or changed.
+    Key(Arc<Key>),
+    /// An account was created or changed.
+    Account(Arc<Account>),
+}
+
+impl Change {
+    /// The account concerned.
+    #[must_use]
+    pub fn account(&self) -> Option<&AccountId> {
+        match self {
+            Change::Key(key) => key.owner.account(),
+            Change::Account(account) => Some(&account.id),
+        }
+    }
+
+    /// The key concerned.
+    #[must_use]
+    pub fn key_id(&self) -> Option<KeyId> {
+        match self {
+            Change::Key(key) => Some(key.id),
+            Change::Account(_) => None,
+        }
+    }
+
+    /// The user concerned.
+    #[must_use]
+    pub fn user(&self) -> Option<&UserId> {
+        match self {
+            Change::Key(key) => match &key.owner {
+                Owner::User(user) => Some(user),
+                Owner::Account(_) => None,
+            },
+            Change::Account(_) => None,
+        }
+    }
+
+    /// The same change with its record at `revision`.
+    #[must_use]
+    pub fn at_revision(self, revision: Revision) -> Change {
+        match self {
+            Change::Key(mut key) => {
+                Arc::make_mut(&mut key).revision = revision;
+                Change::Key(key)
+            }
+            Change::Account(mut account) => {
+                Arc::make_mut(&mut account).revision = revision;
+                Change::Account(account)
+            }
+        }
+    }
+}
+
+macro_rules! actions {
+    ($($(#[$doc:meta])* $variant:ident = $text:literal,)*) => {
+        /// What happened, in the words of the audit log.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Action { $($(#[$doc])* $variant,)* }
+
+        impl Action {
+            /// The stable name.
+            #[must_use]
+            pub const fn as_str(self) -> &'static str {
+                match self { $(Action::$variant => $text,)* }
+            }
+
+            /// Reads a stable name.
+            #[must_use]
+            pub fn parse(text: &str) -> Option<Action> {
+                match text { $($text => Some(Action::$variant),)* _ => None }
+            }
+        }
+    };
+}
+
+actions! {
+    /// A key was created.
+    KeyCreated = "key.created",
+    /// A key's terms were changed.
+    KeyUpdated = "key.updated",
+    /// A key was disabled.
+    KeyDisabled = "key.disabled",
+    /// A key was enabled.
+    KeyEnabled = "key.enabled",
+    /// A key was revoked.
+    KeyRevoked = "key.revoked",
+    /// A key was given a new secret.
+    KeyRotated = "key.rotated",
+    /// A rotation's overlap was ended.
+    KeyRotationFinished = "key.rotation_finished",
+    /// A root key was made, at the first start or by `root-key reset`.
+    RootKeyCreated = "root_key.created",
+    /// An account was created.
+    AccountCreated = "account.created",
+    /// An account was renamed.
+    AccountUpdated = "account.updated",
+    /// An account was suspended.
+    AccountSuspended = "account.suspended",
+    /// An account was resumed.
+    AccountResumed = "account.resumed",
+}
+
+/// Who made a change.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Actor {
+    /// Id of the key that called; `None` for Keyward itself.
+    pub key: Option<KeyId>,
+    /// The account of that key.
+    pub account: Option<AccountId>,
+}
+
+impl Actor {
+    /// Keyward itself.
+    pub const SYSTEM: Actor = Actor {
+        key: None,
+        account: None,
+    };
+}
+
+/// The key's id, or `system`.
+impl fmt::Display for Actor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.key {
+            Some(key) => key.fmt(f),
+            None => f.write_str("system"),
+        }
+    }
+}
+
+/// One entry as it is stored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LogRow {
+    /// Its place in the order.
+    pub revision: Revision,
+    /// When the change was made.
+    pub at: Timestamp,
+    /// What happened: [`Action::as_str`]; text, since a newer version may know more.
+    pub action: String,
+    /// The account concerned.
+    pub account: Option<AccountId>,
+    /// The key concerned.
+    pub key_id: Option<KeyId>,
+    /// The user concerned.
+    pub user: Option<UserId>,
+    /// Who: a key's id, or `system`.
+    pub actor: String,
+    /// The account of the actor.
+    pub actor_account: Option<AccountId>,
+    /// The RPC or command.
+    pub method: String,
+    /// The [`Change`] as JSON.
+    pub payload: String,
+    /// The hash of the entry before.
+    pub prev_hash: Hash,
+    /// The hash of this entry.
+    pub hash: Hash,
+}
+
+impl LogRow {
+    /// The hash that this entry must have: SHA-256 over a version tag, the hash before, the two numbers as
+    /// 8 bytes big-endian, and every text with its length as 8 bytes big-endian before it. An absent value
+    /// has the length 2^64-1, so that it differs from an empty one.
+    #[must_use]
+    pub fn expected_hash(&self) -> Hash {
+        let mut sha = Sha256::new();
+        sha.update(b"keyward-log-1");
+        sha.update(self.prev_hash);
+        sha.update(self.revision.0.to_be_bytes());
+        sha.update(self.at.as_micros().to_be_bytes());
+        let key_id = self.key_id.map(|id| id.to_string());
+        for text in [
+            Some(self.action.as_str()),
+            self.account.as_ref().map(AccountId::as_str),
+            key_id.as_deref(),
+            self.user.as_ref().map(UserId::as_str),
+            Some(self.actor.as_str()),
+            self.actor_account.as_ref().map(AccountId::as_str),
+            Some(self.method.as_str()),
+            Some(self.payload.as_str()),
+        ] {
+            match text {
+                Some(text) => {
+                    sha.update((text.len() as u64).to_be_bytes());
+                    sha.update(text);
+                }
+                None => sha.update(u64::MAX.to_be_bytes()),
+            }
+        }
+        sha.finalize().into()
+    }
+
+    /// Whether the entry follows one with `revision` and `hash`, and is unchanged.
+    #[must_use]
+    pub fn follows(&self, revision: Revision, hash: &Hash) -> bool {
+        self.revision == revision.next() && self.prev_hash == *hash && self.hash == self.expected_hash()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::key::tests::{at, sample};
+
+    fn row(revision: u64, prev_hash: Hash) -> LogRow {
+        let change = Change::Key(Arc::new(sample()));
+        let mut row = LogRow {
+            revision: Revision(revision),
+            at: at(1),
+            action: Action::KeyCreated.as_str().to_owned(),
+            account: change.account().cloned(),
+            key_id: change.key_id(),
+            user: None,
+            actor: Actor::SYSTEM.to_string(),
+            actor_account: None,
+            method: "test".to_owned(),
+            payload: serde_json::to_string(&change).unwrap(),
+            prev_hash,
+            hash: GENESIS,
+        };
+        row.hash = row.expected_hash();
+        row
+    }
+
+    #[test]
+    fn a_chain_follows_link_by_link() {
+        let first = row(1, GENESIS);
+        let second = row(2, first.hash);
+        assert!(first.follows(Revision(0), &GENESIS));
+        assert!(second.follows(Revision(1), &first.hash));
+        assert!(!second.follows(Revision(0), &first.hash), "a gap");
+        assert!(!second.follows(Revision(1), &GENESIS), "another history");
+    }
+
+    #[test]
+    fn every_field_is_under_the_hash() {
+        let whole = row(1, GENESIS);
+        let turns: [fn(&mut LogRow); 9] = [
+            |r| r.at = at(2),
+            |r| r.action.push('x'),
+            |r| r.account = None,
+            |r| r.key_id = None,
+            |r| r.user = Some(UserId::parse("u").unwrap()),
+            |r| r.actor.push('x'),
+            |r| r.actor_account = Some(AccountId::operator()),
+            |r| r.method.clear(),
+            |r| r.payload.push(' '),
+        ];
+        for turn in turns {
+            let mut changed = whole.clone();
+            turn(&mut changed);
+            assert!(!changed.follows(Revision(0), &GENESIS), "{changed:?}");
+        }
+    }
+
+    #[test]
+    fn a_change_reads_back_from_the_log() {
+        let change = Change::Key(Arc::new(sample())).at_revision(Revision(7));
+        let text = serde_json::to_string(&change).unwrap();
+        assert_eq!(serde_json::from_str::<Change>(&text).unwrap(), change);
+    }
+
+    #[test]
+    fn actions_read_back() {
+        assert_eq!(
+            Action::parse(Action::KeyRotated.as_str()),
+            Some(Action::KeyRotated)
+        );
+        assert_eq!(Action::parse("nope"), None);
+    }
+}

@@ -1,0 +1,14 @@
+//! The words and the policy of Keyward, as plain values and pure functions.
+//!
+//! Here live tokens, scopes, keys, accounts, the decision, and the log that every change is written to.
+//! Not here: I/O, clocks, randomness, async, SQL, protobuf. Time and random bytes come in as arguments, so
+//! that every rule can be tested at its exact instant, and the same rules serve gRPC, Envoy and simulations.
+
+pub mod account;
+pub mod decision;
+pub mod key;
+pub mod log;
+pub mod name;
+pub mod scope;
+pub mod time;
+pub mod token;

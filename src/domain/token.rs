@@ -1,0 +1,324 @@
+//! The token: its format, its checksum, its digest. The only place that knows what a token looks like.
+//!
+//! `{prefix}_{tag}_{43 base62 digits}{6 base62 digits}`, or without the tag where it is empty. The 43 digits are
+//! 32 random bytes as one big-endian number, the 6 are the CRC-32 (IEEE) of everything before them; digits are
+//! `0-9A-Za-z`, most significant first, zero-padded. The checksum rejects typos, truncation and random floods
+//! before any look-up; it proves nothing.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+use sha2::Digest as _;
+use zeroize::Zeroizing;
+
+use super::name::{TokenPrefix, TokenTag};
+
+/// What every token of ours matches; for secret scanners.
+pub const PATTERN: &str = "^[a-z][a-z0-9_]{0,32}_[0-9A-Za-z]{49}$";
+
+/// The longest string that is looked up, in bytes.
+pub const MAX_LEN: usize = 512;
+
+const DIGITS: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
+const BODY: usize = 43;
+const CHECKSUM: usize = 6;
+const HINT: usize = 4;
+
+/// A token in the clear. It cannot be printed; [`Token::reveal`] is the one way out, for the one answer that
+/// shows it. Its memory is wiped when it is dropped (copies inside the HTTP stack are not).
+pub struct Token(Zeroizing<String>);
+
+impl Token {
+    /// Makes a token of 32 random bytes.
+    #[must_use]
+    pub fn generate(prefix: &TokenPrefix, tag: &TokenTag, random: &[u8; 32]) -> Token {
+        let mut text = Zeroizing::new(String::with_capacity(96));
+        text.push_str(prefix.as_str());
+        text.push('_');
+        if !tag.as_str().is_empty() {
+            text.push_str(tag.as_str());
+            text.push('_');
+        }
+        push_base62(&mut text, random, BODY);
+        let sum = crc32fast::hash(text.as_bytes()).to_be_bytes();
+        push_base62(&mut text, &sum, CHECKSUM);
+        Token(text)
+    }
+
+    /// The token's text. Only for showing it to the one who asked for it.
+    #[must_use]
+    pub fn reveal(&self) -> &str {
+        &self.0
+    }
+
+    /// Its digest.
+    #[must_use]
+    pub fn digest(&self) -> Digest {
+        Digest::of(&self.0)
+    }
+
+    /// What lists may show of it: prefix, tag and the first four characters of the random part.
+    #[must_use]
+    pub fn hint(&self) -> String {
+        self.0[..self.0.len() - BODY - CHECKSUM + HINT].to_owned()
+    }
+}
+
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Token(..)")
+    }
+}
+
+/// SHA-256 of a whole token: what is stored, and what keys are found by.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Digest([u8; 32]);
+
+impl Digest {
+    /// The digest of a token's text.
+    #[must_use]
+    pub fn of(token: &str) -> Digest {
+        Digest(sha2::Sha256::digest(token.as_bytes()).into())
+    }
+
+    /// The digest from its 32 bytes.
+    #[must_use]
+    pub const fn from_bytes(bytes: [u8; 32]) -> Digest {
+        Digest(bytes)
+    }
+
+    /// Its 32 bytes.
+    #[must_use]
+    pub const fn as_bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Digest(..)")
+    }
+}
+
+/// In the log a digest is 64 hexadecimal digits.
+impl Serialize for Digest {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&Hex(&self.0))
+    }
+}
+
+impl<'de> Deserialize<'de> for Digest {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = std::borrow::Cow::<str>::deserialize(deserializer)?;
+        from_hex(&text)
+            .map(Digest)
+            .ok_or_else(|| serde::de::Error::custom("a digest is 64 hexadecimal digits"))
+    }
+}
+
+/// Bytes as hexadecimal digits.
+pub(crate) struct Hex<'a>(pub(crate) &'a [u8]);
+
+impl fmt::Display for Hex<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+fn from_hex(text: &str) -> Option<[u8; 32]> {
+    let mut bytes = [0; 32];
+    if text.len() != 64 || !text.is_ascii() {
+        return None;
+    }
+    for (byte, pair) in bytes.iter_mut().zip(text.as_bytes().chunks(2)) {
+        *byte = u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()?;
+    }
+    Some(bytes)
+}
+
+/// What can be said of a presented string before any look-up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shape {
+    /// It may be a token: look it up.
+    Plausible,
+    /// It cannot be one: empty, other than visible ASCII, or of our format with a wrong checksum.
+    Malformed,
+    /// Longer than [`MAX_LEN`].
+    TooLong,
+}
+
+/// Judges a presented string by its looks alone. A string of another shape than ours is plausible: imported
+/// tokens keep the shape of the system that made them.
+#[must_use]
+pub fn shape(presented: &str) -> Shape {
+    let bytes = presented.as_bytes();
+    if bytes.len() > MAX_LEN {
+        return Shape::TooLong;
+    }
+    if bytes.is_empty() || !bytes.iter().all(|b| (0x21..=0x7e).contains(b)) {
+        return Shape::Malformed;
+    }
+    if matches_pattern(bytes) && !checksum_holds(bytes) {
+        Shape::Malformed
+    } else {
+        Shape::Plausible
+    }
+}
+
+/// [`PATTERN`], by hand: this runs in every Check.
+fn matches_pattern(bytes: &[u8]) -> bool {
+    let Some(start) = bytes.len().checked_sub(BODY + CHECKSUM + 1) else {
+        return false;
+    };
+    let (head, rest) = bytes.split_at(start);
+    (1..=33).contains(&head.len())
+        && head[0].is_ascii_lowercase()
+        && head
+            .iter()
+            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || *b == b'_')
+        && rest[0] == b'_'
+        && rest[1..].iter().all(u8::is_ascii_alphanumeric)
+}
+
+fn checksum_holds(bytes: &[u8]) -> bool {
+    let (text, given) = bytes.split_at(bytes.len() - CHECKSUM);
+    let mut sum = u64::from(crc32fast::hash(text));
+    given.iter().rev().all(|digit| {
+        let expected = DIGITS[(sum % 62) as usize];
+        sum /= 62;
+        *digit == expected
+    })
+}
+
+/// Appends `bytes`, read as one big-endian number, as exactly `digits` base62 digits.
+fn push_base62(text: &mut String, bytes: &[u8], digits: usize) {
+    let mut number = Zeroizing::new([0u8; 32]);
+    let number = &mut number[..bytes.len()];
+    number.copy_from_slice(bytes);
+    let mut reversed = Zeroizing::new([0u8; BODY]);
+    for digit in &mut reversed[..digits] {
+        let mut remainder = 0u32;
+        for byte in number.iter_mut() {
+            let value = remainder << 8 | u32::from(*byte);
+            *byte = (value / 62) as u8;
+            remainder = value % 62;
+        }
+        *digit = DIGITS[remainder as usize];
+    }
+    text.extend(reversed[..digits].iter().rev().map(|digit| char::from(*digit)));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn token(prefix: &str, tag: &str, random: [u8; 32]) -> Token {
+        Token::generate(
+            &TokenPrefix::parse(prefix).unwrap(),
+            &TokenTag::parse(tag).unwrap(),
+            &random,
+        )
+    }
+
+    /// Published vectors: docs/token.md shows the same, and they must never change.
+    #[test]
+    fn test_vectors() {
+        let counting: [u8; 32] = std::array::from_fn(|i| i as u8);
+        for (prefix, tag, random, text, digest) in [
+            (
+                "kw",
+                "live",
+                [0; 32],
+                "kw_live_00000000000000000000000000000000000000000000AwA6B",
+                "ac122b588fd89c163a254e9c25d5c233a1761730e0be581bad84f95bdefb0952",
+            ),
+            (
+                "kw",
+                "dev",
+                [255; 32],
+                "kw_dev_yhjskwdA6OZ1AL1YmHWZWm8LLG7HjnuCA2j5rOw8Xp11qWSlv",
+                "43cb9f5b9b6647c4ba596ff833f0b2cd11b12c70bb222531b6c8388e680a0957",
+            ),
+            (
+                "izli_agent",
+                "",
+                counting,
+                "izli_agent_003aUlTJC7tjlCTQj2uNU3MFagCXG9LRKRcwGkBIDlf2QdPbg",
+                "4f5d5e382a16a5525377d01e890bb41ae6b5d0c3938188375fc12c1acdfd9a02",
+            ),
+        ] {
+            let made = token(prefix, tag, random);
+            assert_eq!(made.reveal(), text);
+            assert_eq!(Hex(made.digest().as_bytes()).to_string(), digest);
+        }
+    }
+
+    #[test]
+    fn a_token_cannot_be_printed() {
+        let made = token("kw", "live", [7; 32]);
+        assert_eq!(format!("{made:?} {:?}", made.digest()), "Token(..) Digest(..)");
+    }
+
+    #[test]
+    fn the_hint_shows_four_characters_of_the_random_part() {
+        let made = token("izli_sk", "live", [7; 32]);
+        assert_eq!(made.hint(), made.reveal()[.."izli_sk_live_".len() + 4]);
+    }
+
+    #[test]
+    fn foreign_tokens_are_looked_up_whatever_they_look_like() {
+        for foreign in ["abc", "sk_live_51H", "eyJhbGciOi.J9.x-_", &"x".repeat(512)] {
+            assert_eq!(shape(foreign), Shape::Plausible, "{foreign:?}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_a_token_is_malformed() {
+        for bad in ["", " ", "a b", "tok\u{e9}n", "a\n", "a\0b"] {
+            assert_eq!(shape(bad), Shape::Malformed, "{bad:?}");
+        }
+        assert_eq!(shape(&"x".repeat(513)), Shape::TooLong);
+    }
+
+    proptest! {
+        #[test]
+        fn every_token_is_plausible_and_matches_the_pattern(random: [u8; 32], prefix in "[a-z][a-z0-9_]{0,15}", tag in "[a-z0-9]{0,16}") {
+            let made = token(&prefix, &tag, random);
+            prop_assert!(matches_pattern(made.reveal().as_bytes()));
+            prop_assert_eq!(shape(made.reveal()), Shape::Plausible);
+        }
+
+        #[test]
+        fn one_changed_character_is_always_noticed(random: [u8; 32], at in 8usize..57, to in 0usize..62) {
+            let mut bytes = token("kw", "live", random).reveal().as_bytes().to_vec();
+            prop_assume!(bytes[at] != DIGITS[to]);
+            bytes[at] = DIGITS[to];
+            prop_assert_eq!(shape(std::str::from_utf8(&bytes).unwrap()), Shape::Malformed);
+        }
+
+        #[test]
+        fn a_truncated_token_is_never_taken_for_a_checksummed_one(random: [u8; 32], keep in 1usize..57) {
+            let made = token("kw", "live", random);
+            // Shorter than the pattern demands: it is foreign, and nobody has its digest.
+            prop_assert_eq!(shape(&made.reveal()[..keep]), Shape::Plausible);
+        }
+
+        #[test]
+        fn no_string_makes_the_parser_panic(text in any::<String>()) {
+            let plausible = !text.is_empty() && text.bytes().all(|b| (0x21..=0x7e).contains(&b));
+            if text.len() > MAX_LEN {
+                prop_assert_eq!(shape(&text), Shape::TooLong);
+            } else if !plausible {
+                prop_assert_eq!(shape(&text), Shape::Malformed);
+            }
+        }
+
+        #[test]
+        fn a_digest_survives_the_log(bytes: [u8; 32]) {
+            let digest = Digest::from_bytes(bytes);
+            let text = serde_json::to_string(&digest).unwrap();
+            prop_assert_eq!(serde_json::from_str::<Digest>(&text).unwrap(), digest);
+        }
+    }
+}

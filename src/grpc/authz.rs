@@ -1,0 +1,214 @@
+//! AuthzService: reads a request, asks the engine, writes the answer. It awaits nothing. A denial is an answer;
+//! a status here means that there is none.
+
+use std::sync::Arc;
+
+use tonic::{Request, Response, Status};
+
+use crate::{
+    access::Caller,
+    domain::{
+        account::Environments,
+        decision::Reason,
+        name::{AccountId, CustomerId, EnvironmentName},
+        scope::Scope,
+        token,
+    },
+    engine::{Answer, Engine, Question},
+    pb,
+    refusal::{Refusal, Violations},
+};
+
+use super::{convert, gate::shown, status::unimplemented};
+
+const MAX_SCOPES: usize = 64;
+const MAX_CHECKS: usize = 100;
+const MAX_COST: u64 = 1_000_000;
+
+/// The service over the engine.
+#[derive(Clone, Debug)]
+pub(super) struct AuthzService {
+    /// Answers.
+    pub engine: Arc<Engine>,
+    /// The environments there are.
+    pub environments: Arc<Environments>,
+}
+
+/// A request as the engine wants it; it owns what had to be parsed.
+struct Read<'a> {
+    environment: &'a EnvironmentName,
+    scopes: Vec<Scope>,
+    account: Option<AccountId>,
+    customer: Option<CustomerId>,
+    client_ip: Option<std::net::IpAddr>,
+}
+
+impl AuthzService {
+    /// Reads one request; `at` stands before each field's name in violations.
+    fn read<'a>(
+        &'a self,
+        request: &pb::CheckRequest,
+        at: &str,
+        violations: &mut Violations,
+    ) -> Option<Read<'a>> {
+        let field = |name: &str| format!("{at}{name}");
+        let v = violations;
+        let pb::CheckRequest {
+            token: presented,
+            environment,
+            scopes,
+            authenticate_only,
+            account,
+            customer,
+            client_ip,
+            cost,
+            dry_run: _,
+            min_revision: _,
+        } = request;
+        v.note_if(
+            presented.len() > token::MAX_LEN,
+            &field("token"),
+            format!("must be at most {} bytes", token::MAX_LEN),
+        );
+        let environment =
+            convert::read_environment(&field("environment"), environment, &self.environments, v);
+        let asked = if *authenticate_only {
+            "must be empty with authenticate_only"
+        } else {
+            "at least one is required; or set authenticate_only"
+        };
+        v.note_if(scopes.is_empty() != *authenticate_only, &field("scopes"), asked);
+        let scopes = v.take_each(&field("scopes"), scopes, MAX_SCOPES, Scope::parse_required);
+        let account = account
+            .as_deref()
+            .and_then(|id| v.take(&field("account"), AccountId::parse(id)));
+        let customer = customer
+            .as_deref()
+            .and_then(|id| v.take(&field("customer"), CustomerId::parse(id)));
+        let client_ip = convert::read_ip(&field("client_ip"), client_ip.as_deref(), v);
+        let cost = cost.unwrap_or(1);
+        v.note_if(
+            !(1..=MAX_COST).contains(&cost),
+            &field("cost"),
+            format!("must be 1 to {MAX_COST}; to consume nothing set dry_run"),
+        );
+        Some(Read {
+            environment: &environment?.name,
+            scopes,
+            account,
+            customer,
+            client_ip,
+        })
+    }
+
+    fn decide(
+        &self,
+        caller: &Caller,
+        request: &pb::CheckRequest,
+        read: &Read<'_>,
+    ) -> Result<pb::CheckResponse, Refusal> {
+        let question = Question {
+            token: &request.token,
+            environment: read.environment,
+            scopes: &read.scopes,
+            account: read.account.as_ref(),
+            customer: read.customer.as_ref(),
+            client_ip: read.client_ip,
+            dry_run: request.dry_run,
+            min_revision: convert::read_revision(request.min_revision),
+        };
+        Ok(answer(self.engine.check(&caller.account, &question)?))
+    }
+}
+
+fn message(answer: &Answer) -> String {
+    let reason = answer.reason();
+    match reason {
+        Reason::MissingScope => {
+            let missing = convert::texts(&answer.missing).join(", ");
+            format!("{}: missing {missing}", reason.message())
+        }
+        _ => reason.message().to_owned(),
+    }
+}
+
+fn answer(answer: Answer) -> pb::CheckResponse {
+    let reason = answer.reason();
+    let mut response = pb::CheckResponse {
+        allowed: reason == Reason::Ok,
+        reason: convert::reason(reason),
+        message: message(&answer),
+        failures: answer.failures.iter().map(convert::reason).collect(),
+        missing_scopes: convert::texts(&answer.missing),
+        revision: answer.revision.0,
+        // The index here is the newest state there is, and no answer may be kept.
+        staleness: Some(prost_types::Duration::default()),
+        max_age: Some(prost_types::Duration::default()),
+        ..pb::CheckResponse::default()
+    };
+    if let Some(holder) = answer.holder {
+        let key = &holder.key;
+        let terms = &key.terms;
+        response.key_id = key.id.to_string();
+        response.key_name = terms.name.as_ref().map(ToString::to_string).unwrap_or_default();
+        response.account = key.owner.account().map(ToString::to_string).unwrap_or_default();
+        response.user = key.owner.user().map(ToString::to_string).unwrap_or_default();
+        response.environment = key.environment.to_string();
+        response.scopes = convert::texts(&terms.scopes);
+        response.secret_version = holder.version;
+        response.metadata = terms.metadata.clone();
+        response.expires_at = terms.expires_at.map(convert::timestamp);
+    }
+    response
+}
+
+#[tonic::async_trait]
+impl pb::authz_service_server::AuthzService for AuthzService {
+    async fn check(
+        &self,
+        mut request: Request<pb::CheckRequest>,
+    ) -> Result<Response<pb::CheckResponse>, Status> {
+        let caller = shown::<Caller>(&mut request)?;
+        let request = request.get_ref();
+        let mut violations = Violations::default();
+        let read = self.read(request, "", &mut violations);
+        violations.finish()?;
+        let read = read.ok_or_else(|| Refusal::field("environment", "is required"))?;
+        Ok(Response::new(self.decide(&caller, request, &read)?))
+    }
+
+    async fn batch_check(
+        &self,
+        mut request: Request<pb::BatchCheckRequest>,
+    ) -> Result<Response<pb::BatchCheckResponse>, Status> {
+        let caller = shown::<Caller>(&mut request)?;
+        let checks = &request.get_ref().checks;
+        let mut violations = Violations::default();
+        violations.note_if(
+            !(1..=MAX_CHECKS).contains(&checks.len()),
+            "checks",
+            format!("has {} entries; 1 to {MAX_CHECKS} are allowed", checks.len()),
+        );
+        let each = checks.iter().take(MAX_CHECKS).enumerate();
+        let read: Vec<_> = each
+            .filter_map(|(at, check)| self.read(check, &format!("checks[{at}]."), &mut violations))
+            .collect();
+        violations.finish()?;
+        let results = checks
+            .iter()
+            .zip(&read)
+            .map(|(check, read)| self.decide(&caller, check, read));
+        Ok(Response::new(pb::BatchCheckResponse {
+            results: results.collect::<Result<_, _>>()?,
+        }))
+    }
+
+    type StreamCheckStream = futures_util::stream::Pending<Result<pb::CheckResponse, Status>>;
+
+    async fn stream_check(
+        &self,
+        _: Request<tonic::Streaming<pb::CheckRequest>>,
+    ) -> Result<Response<Self::StreamCheckStream>, Status> {
+        Err(unimplemented())
+    }
+}

@@ -1,0 +1,258 @@
+//! The gate: every call passes here before its body is read. It finds the RPC, proves who calls, holds the call
+//! to its size and time, and hands it to its service on the right thread.
+//!
+//! Callers are decided by the same policy as any key. To strangers the gate says one thing only, whatever is
+//! wrong with what they showed.
+
+use std::{collections::HashMap, convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
+
+use http::{HeaderMap, Request, Response};
+use hyper::body::Incoming;
+use tonic::{Status, body::Body};
+use tower::{Service, ServiceExt as _, util::BoxCloneSyncService};
+
+use crate::{
+    access::Caller,
+    engine::{Engine, Holder},
+    pb::{
+        account_service_server::AccountServiceServer, audit_service_server::AuditServiceServer,
+        authz_service_server::AuthzServiceServer, key_service_server::KeyServiceServer,
+    },
+    refusal::Refusal,
+};
+
+use super::{
+    accounts::AccountService,
+    audit::AuditService,
+    authz::AuthzService,
+    body::Limited,
+    keys::KeyService,
+    rpc::{self, Access, Plane, Rpc},
+    status::{deadline_exceeded, internal, lacks_permission, no_such_rpc},
+};
+
+/// A service that asks for no credential.
+pub(super) type Open = BoxCloneSyncService<Request<Body>, Response<Body>, Infallible>;
+
+/// Every service, and the engine that knows the callers.
+pub struct Services {
+    pub(super) engine: Arc<Engine>,
+    pub(super) authz: AuthzServiceServer<AuthzService>,
+    pub(super) keys: KeyServiceServer<KeyService>,
+    pub(super) accounts: AccountServiceServer<AccountService>,
+    pub(super) audit: AuditServiceServer<AuditService>,
+    /// Health and reflection, by service name.
+    pub(super) open: HashMap<&'static str, Open>,
+    /// Where management runs.
+    pub(super) management: tokio::runtime::Handle,
+}
+
+impl std::fmt::Debug for Services {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Services")
+            .field("open", &self.open.keys())
+            .finish_non_exhaustive()
+    }
+}
+
+/// What the gate has found out about a call, for its handler.
+pub(super) fn shown<T: Clone + Send + Sync + 'static>(
+    request: &mut tonic::Request<impl Sized>,
+) -> Result<T, Status> {
+    // Every row of the table says what its handler takes; a mismatch is a bug.
+    request.extensions_mut().remove::<T>().ok_or_else(internal)
+}
+
+impl Services {
+    /// Answers one call.
+    pub async fn answer(self: Arc<Self>, request: Request<Incoming>, peer: SocketAddr) -> Response<Body> {
+        let Some(rpc) = rpc::find(request.uri().path()) else {
+            return self.answer_open(request).await;
+        };
+        let limit = allowed_time(rpc.timeout, request.headers());
+        let mut request = request.map(|body| Limited::new(body, rpc.max_request));
+        if let Err(status) = self.admit(rpc, &mut request, peer) {
+            return status.into_http();
+        }
+        let call = match rpc.plane {
+            Plane::Checks => futures_util::future::Either::Left(into_service(self.authz.clone(), request)),
+            Plane::Management => futures_util::future::Either::Right(self.manage(rpc, request)),
+        };
+        match limit {
+            Some(limit) => tokio::time::timeout(limit, call)
+                .await
+                .unwrap_or_else(|_| deadline_exceeded().into_http()),
+            None => call.await,
+        }
+    }
+
+    /// Runs a call on the management runtime. A caller that goes away does not stop it: a change is made whole.
+    async fn manage(&self, rpc: &'static Rpc, request: Request<Limited>) -> Response<Body> {
+        let task = match rpc.service() {
+            "keyward.v1.KeyService" => self.management.spawn(into_service(self.keys.clone(), request)),
+            "keyward.v1.AccountService" => self
+                .management
+                .spawn(into_service(self.accounts.clone(), request)),
+            "keyward.v1.AuditService" => self.management.spawn(into_service(self.audit.clone(), request)),
+            _ => return no_such_rpc().into_http(),
+        };
+        task.await.unwrap_or_else(|error| {
+            tracing::error!(
+                method = rpc.method,
+                error = &error as &dyn std::error::Error,
+                "a handler failed"
+            );
+            internal().into_http()
+        })
+    }
+
+    async fn answer_open(&self, request: Request<Incoming>) -> Response<Body> {
+        let service = request.uri().path().split('/').nth(1).unwrap_or_default();
+        match self.open.get(service) {
+            Some(service) => into_service(service.clone(), request.map(Body::new)).await,
+            None => no_such_rpc().into_http(),
+        }
+    }
+
+    /// Finds out who calls, and whether that one may.
+    fn admit(
+        &self,
+        rpc: &'static Rpc,
+        request: &mut Request<Limited>,
+        peer: SocketAddr,
+    ) -> Result<(), Status> {
+        let presented = credential(request.headers())?;
+        if rpc.access == Access::Possession {
+            let holder = self.holder(&presented)?;
+            request.extensions_mut().insert(holder);
+            return Ok(());
+        }
+        if request.headers().contains_key("x-keyward-acting-user") {
+            // It takes rights away: not to know it must not mean to ignore it.
+            let problem = "acting users are not served by this version yet; leave the header out";
+            return Err(Refusal::field("x-keyward-acting-user", problem).into());
+        }
+        let peer = Some(peer.ip().to_canonical());
+        let found = self
+            .engine
+            .authenticate(&presented, peer)
+            .map_err(Refusal::from)?;
+        let Holder { key, version } = found.map_err(|reason| {
+            tracing::debug!(
+                reason = reason.as_str(),
+                method = rpc.method,
+                "a caller was refused"
+            );
+            Refusal::Unauthenticated
+        })?;
+        let account = key.owner.account().cloned().ok_or(Refusal::Unauthenticated)?;
+        let caller = Caller {
+            key,
+            version,
+            account,
+            method: rpc.method,
+            peer,
+        };
+        if let Access::Needs(permission) = rpc.access
+            && !caller.may(permission)
+        {
+            return Err(lacks_permission(permission.as_str()));
+        }
+        request.extensions_mut().insert(caller);
+        Ok(())
+    }
+
+    /// The key of a living token, in whatever state it is. A superseded token proves nothing any more.
+    fn holder(&self, presented: &str) -> Result<Holder, Refusal> {
+        let holder = self.engine.lookup(presented)?.ok_or(Refusal::Unauthenticated)?;
+        if holder.key.superseded(holder.version, self.engine.now()) && holder.key.revocation.is_none() {
+            return Err(Refusal::Unauthenticated);
+        }
+        Ok(holder)
+    }
+}
+
+async fn into_service<B, S>(service: S, request: Request<B>) -> Response<Body>
+where
+    S: Service<Request<B>, Response = Response<Body>, Error = Infallible>,
+{
+    match service.oneshot(request).await {
+        Ok(response) => response,
+        Err(never) => match never {},
+    }
+}
+
+/// The bearer token of a call: exactly one, in one header.
+fn credential(headers: &HeaderMap) -> Result<String, Refusal> {
+    let mut values = headers.get_all(http::header::AUTHORIZATION).iter();
+    let (Some(value), None) = (values.next(), values.next()) else {
+        return Err(Refusal::Unauthenticated);
+    };
+    let text = value.to_str().map_err(|_| Refusal::Unauthenticated)?;
+    match text.split_once(' ') {
+        Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") => Ok(token.trim().to_owned()),
+        _ => Err(Refusal::Unauthenticated),
+    }
+}
+
+/// How long a call may take: the shorter of the method's time and the caller's own deadline.
+fn allowed_time(method: Option<Duration>, headers: &HeaderMap) -> Option<Duration> {
+    let asked = headers
+        .get("grpc-timeout")
+        .and_then(|value| value.to_str().ok())
+        .and_then(read_timeout);
+    match (method, asked) {
+        (Some(method), Some(asked)) => Some(method.min(asked)),
+        (method, asked) => method.or(asked),
+    }
+}
+
+/// gRPC's `grpc-timeout`: up to eight digits and a unit.
+fn read_timeout(text: &str) -> Option<Duration> {
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    if !(1..=8).contains(&digits.len()) || !digits.bytes().all(|digit| digit.is_ascii_digit()) {
+        return None;
+    }
+    let number: u64 = digits.parse().ok()?;
+    Some(match unit {
+        "H" => Duration::from_secs(number * 3600),
+        "M" => Duration::from_secs(number * 60),
+        "S" => Duration::from_secs(number),
+        "m" => Duration::from_millis(number),
+        "u" => Duration::from_micros(number),
+        "n" => Duration::from_nanos(number),
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers(values: &[&str]) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        for value in values {
+            headers.append(http::header::AUTHORIZATION, value.parse().unwrap());
+        }
+        headers
+    }
+
+    #[test]
+    fn a_credential_is_one_bearer_token_in_any_case() {
+        for good in ["Bearer abc", "bearer abc", "BEARER  abc"] {
+            assert_eq!(credential(&headers(&[good])).unwrap(), "abc");
+        }
+        for bad in [&[][..], &["abc"], &["Basic abc"], &["Bearer a", "Bearer b"]] {
+            assert!(credential(&headers(bad)).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_deadline_is_read_as_grpc_writes_it() {
+        assert_eq!(read_timeout("250m"), Some(Duration::from_millis(250)));
+        assert_eq!(read_timeout("5S"), Some(Duration::from_secs(5)));
+        for bad in ["", "S", "5", "5x", "-5S", "123456789S", "é"] {
+            assert_eq!(read_timeout(bad), None, "{bad:?}");
+        }
+    }
+}

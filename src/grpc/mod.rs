@@ -1,0 +1,129 @@
+//! gRPC: the wire's side of everything. Services read messages and write answers; the gate decides who gets in;
+//! `serve` owns the connections. No rule of the product stands here, and only `status` builds a status.
+
+mod accounts;
+mod audit;
+mod authz;
+mod body;
+mod convert;
+pub mod gate;
+mod keys;
+mod page;
+pub mod rpc;
+pub mod serve;
+mod status;
+
+use std::sync::Arc;
+
+use tonic_health::{
+    pb::health_server::HealthServer,
+    server::{HealthReporter, HealthService},
+};
+use tower::util::BoxCloneSyncService;
+
+use crate::{
+    accounts::Accounts,
+    clock::Clock,
+    domain::account::Environments,
+    engine::Engine,
+    keys::Keys,
+    pb::{
+        self, account_service_server::AccountServiceServer, audit_service_server::AuditServiceServer,
+        authz_service_server::AuthzServiceServer, key_service_server::KeyServiceServer,
+    },
+    store::Store,
+};
+
+use gate::{Open, Services};
+
+/// What the services are made of.
+#[derive(Clone)]
+pub struct Parts {
+    /// Answers Checks.
+    pub engine: Arc<Engine>,
+    /// The use cases of keys.
+    pub keys: Arc<Keys>,
+    /// The use cases of accounts.
+    pub accounts: Arc<Accounts>,
+    /// What the audit log is read from.
+    pub store: Arc<dyn Store>,
+    /// Tells the time.
+    pub clock: Arc<dyn Clock>,
+    /// The environments there are.
+    pub environments: Arc<Environments>,
+}
+
+impl std::fmt::Debug for Parts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Parts")
+    }
+}
+
+/// The names under which health is told: the server's own, and one for each service of ours.
+pub const HEALTH_NAMES: [&str; 5] = [
+    "",
+    "keyward.v1.AuthzService",
+    "keyward.v1.KeyService",
+    "keyward.v1.AccountService",
+    "keyward.v1.AuditService",
+];
+
+/// Tells whether the server answers.
+pub async fn report_health(reporter: &HealthReporter, serving: bool) {
+    let status = if serving {
+        tonic_health::ServingStatus::Serving
+    } else {
+        tonic_health::ServingStatus::NotServing
+    };
+    for name in HEALTH_NAMES {
+        reporter.set_service_status(name, status).await;
+    }
+}
+
+/// Builds every service; management runs on the current runtime.
+///
+/// # Errors
+/// When the built-in descriptors cannot be read: a fault of the build.
+pub fn services(parts: Parts, reporter: HealthReporter) -> anyhow::Result<Services> {
+    let Parts {
+        engine,
+        keys,
+        accounts,
+        store,
+        clock,
+        environments,
+    } = parts;
+    let health = HealthServer::new(HealthService::from_health_reporter(reporter));
+    let open: [(&'static str, Open); 3] = [
+        ("grpc.health.v1.Health", BoxCloneSyncService::new(health)),
+        (
+            "grpc.reflection.v1.ServerReflection",
+            BoxCloneSyncService::new(reflection().build_v1()?),
+        ),
+        (
+            "grpc.reflection.v1alpha.ServerReflection",
+            BoxCloneSyncService::new(reflection().build_v1alpha()?),
+        ),
+    ];
+    let authz = AuthzServiceServer::new(authz::AuthzService {
+        engine: engine.clone(),
+        environments,
+    });
+    let accounts = accounts::AccountService { accounts, clock };
+    Ok(Services {
+        engine,
+        // The gate holds each RPC to its own limit; here the largest must pass.
+        authz: authz.max_decoding_message_size(rpc::largest("keyward.v1.AuthzService")),
+        keys: KeyServiceServer::new(keys::KeyService(keys)),
+        accounts: AccountServiceServer::new(accounts),
+        audit: AuditServiceServer::new(audit::AuditService(store)),
+        open: open.into(),
+        management: tokio::runtime::Handle::current(),
+    })
+}
+
+fn reflection() -> tonic_reflection::server::Builder<'static> {
+    tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(pb::DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+}

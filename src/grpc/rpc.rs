@@ -1,0 +1,199 @@
+//! The table of RPCs: what each needs, how large its request may be, and how long it may take. An RPC of ours
+//! that has no row here is not served; a test holds the table against the descriptors.
+
+use std::time::Duration;
+
+use crate::access::Permission;
+
+/// What a caller must show.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// A key with this permission.
+    Needs(Permission),
+    /// Any usable key: it asks about itself.
+    AnyKey,
+    /// A living token, in whatever state its key is.
+    Possession,
+}
+
+/// Where a call is answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Plane {
+    /// From memory, on the thread that serves the connection.
+    Checks,
+    /// On the runtime for management, which may wait for storage.
+    Management,
+}
+
+/// One RPC.
+#[derive(Clone, Copy, Debug)]
+pub struct Rpc {
+    /// Its path without the first slash, as logs name it.
+    pub method: &'static str,
+    /// What a caller must show.
+    pub access: Access,
+    /// The largest request, in bytes.
+    pub max_request: usize,
+    /// The longest that a call may take; `None` for streams.
+    pub timeout: Option<Duration>,
+    /// Where it is answered.
+    pub plane: Plane,
+}
+
+impl Rpc {
+    /// The service's full name.
+    #[must_use]
+    pub fn service(&self) -> &'static str {
+        self.method.split('/').next().unwrap_or_default()
+    }
+}
+
+const CHECK_BYTES: usize = 16 * 1024;
+const BATCH_BYTES: usize = 128 * 1024;
+const MANAGEMENT_BYTES: usize = 4 * 1024 * 1024;
+const CHECK_TIMEOUT: Duration = Duration::from_secs(5);
+const MANAGEMENT_TIMEOUT: Duration = Duration::from_secs(60);
+
+const fn checks(method: &'static str, max_request: usize, timeout: Option<Duration>) -> Rpc {
+    Rpc {
+        method,
+        access: Access::Needs(Permission::Check),
+        max_request,
+        timeout,
+        plane: Plane::Checks,
+    }
+}
+
+const fn managed(method: &'static str, access: Access) -> Rpc {
+    let timeout = Some(MANAGEMENT_TIMEOUT);
+    Rpc {
+        method,
+        access,
+        max_request: MANAGEMENT_BYTES,
+        timeout,
+        plane: Plane::Management,
+    }
+}
+
+use Access::{AnyKey, Needs, Possession};
+use Permission::{AccountsRead, AccountsWrite, AuditRead, KeysRead, KeysWrite};
+
+/// Every RPC of ours, the most frequent first.
+pub const TABLE: [Rpc; 31] = [
+    checks("keyward.v1.AuthzService/Check", CHECK_BYTES, Some(CHECK_TIMEOUT)),
+    checks(
+        "keyward.v1.AuthzService/BatchCheck",
+        BATCH_BYTES,
+        Some(CHECK_TIMEOUT),
+    ),
+    checks("keyward.v1.AuthzService/StreamCheck", CHECK_BYTES, None),
+    managed("keyward.v1.KeyService/Create", Needs(KeysWrite)),
+    managed("keyward.v1.KeyService/Get", Needs(KeysRead)),
+    managed("keyward.v1.KeyService/List", Needs(KeysRead)),
+    managed("keyward.v1.KeyService/Update", Needs(KeysWrite)),
+    managed("keyward.v1.KeyService/Disable", Needs(KeysWrite)),
+    managed("keyward.v1.KeyService/Enable", Needs(KeysWrite)),
+    managed("keyward.v1.KeyService/Revoke", Needs(KeysWrite)),
+    managed("keyward.v1.KeyService/BulkRevoke", Needs(KeysWrite)),
+    managed("keyward.v1.KeyService/Rotate", Needs(KeysWrite)),
+    managed("keyward.v1.KeyService/FinishRotation", Needs(KeysWrite)),
+    managed("keyward.v1.KeyService/Import", Needs(KeysWrite)),
+    managed("keyward.v1.KeyService/Lookup", Needs(KeysRead)),
+    managed("keyward.v1.KeyService/WhoAmI", AnyKey),
+    managed("keyward.v1.KeyService/RevokeSelf", Possession),
+    managed("keyward.v1.AccountService/Create", Needs(AccountsWrite)),
+    managed("keyward.v1.AccountService/Get", Needs(AccountsRead)),
+    managed("keyward.v1.AccountService/List", Needs(AccountsRead)),
+    managed("keyward.v1.AccountService/Update", Needs(AccountsWrite)),
+    managed("keyward.v1.AccountService/Suspend", Needs(AccountsWrite)),
+    managed("keyward.v1.AccountService/Resume", Needs(AccountsWrite)),
+    managed("keyward.v1.AccountService/PutMember", Needs(AccountsWrite)),
+    managed("keyward.v1.AccountService/RemoveMember", Needs(AccountsWrite)),
+    managed("keyward.v1.AccountService/ListMembers", Needs(AccountsRead)),
+    managed("keyward.v1.AccountService/PutRole", Needs(AccountsWrite)),
+    managed("keyward.v1.AccountService/DeleteRole", Needs(AccountsWrite)),
+    managed("keyward.v1.AccountService/ListRoles", Needs(AccountsRead)),
+    managed("keyward.v1.AuditService/List", Needs(AuditRead)),
+    managed("keyward.v1.AuditService/Verify", Needs(AuditRead)),
+];
+
+/// The RPC with this path, `/package.Service/Method`.
+#[must_use]
+pub fn find(path: &str) -> Option<&'static Rpc> {
+    let method = path.strip_prefix('/')?;
+    TABLE.iter().find(|rpc| rpc.method == method)
+}
+
+/// The largest request of a service, in bytes.
+#[must_use]
+pub fn largest(service: &str) -> usize {
+    TABLE
+        .iter()
+        .filter(|rpc| rpc.service() == service)
+        .map(|rpc| rpc.max_request)
+        .max()
+        .unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use prost::Message as _;
+    use std::fmt::Write as _;
+
+    fn described() -> Vec<String> {
+        let set = prost_types::FileDescriptorSet::decode(crate::pb::DESCRIPTORS).unwrap();
+        let ours = set.file.into_iter().filter(|file| file.package() == "keyward.v1");
+        let mut methods: Vec<String> = ours
+            .flat_map(|file| file.service)
+            .flat_map(|service| {
+                let name = service.name().to_owned();
+                service
+                    .method
+                    .into_iter()
+                    .map(move |method| format!("keyward.v1.{name}/{}", method.name()))
+            })
+            .collect();
+        methods.sort();
+        methods
+    }
+
+    #[test]
+    fn every_rpc_has_a_row_and_every_row_an_rpc() {
+        let mut rows: Vec<_> = TABLE.iter().map(|rpc| rpc.method.to_owned()).collect();
+        rows.sort();
+        assert_eq!(rows, described());
+    }
+
+    /// Reviewed: a change here is a change of who may do what.
+    #[test]
+    fn the_permission_table_is_the_reviewed_one() {
+        let mut table = String::new();
+        for rpc in TABLE {
+            let access = match rpc.access {
+                Access::Needs(permission) => permission.as_str(),
+                Access::AnyKey => "any usable key",
+                Access::Possession => "a living token",
+            };
+            writeln!(table, "{:<42} {access}", rpc.method).unwrap();
+        }
+        let reviewed = include_str!("../../tests/snapshots/permissions.txt");
+        assert_eq!(
+            table, reviewed,
+            "review the change, then bring tests/snapshots/permissions.txt up to date"
+        );
+    }
+
+    #[test]
+    fn an_unknown_path_is_no_rpc() {
+        for path in [
+            "",
+            "/",
+            "keyward.v1.AuthzService/Check",
+            "/keyward.v1.AuthzService/Check/",
+        ] {
+            assert!(find(path).is_none(), "{path:?}");
+        }
+        assert!(find("/keyward.v1.AuthzService/Check").is_some());
+    }
+}

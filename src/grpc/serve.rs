@@ -1,0 +1,216 @@
+//! Connections: an accept loop of our own, and one single-threaded runtime per core to serve them.
+//!
+//! The work-stealing scheduler halves a server of small messages, so each connection stays on the thread that
+//! it was given to: the one with the fewest. The limits of HTTP/2 that tonic leaves open are set here.
+
+use std::{
+    convert::Infallible,
+    io,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use http::Request;
+use hyper::{body::Incoming, server::conn::http2, service::service_fn};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{mpsc, watch},
+};
+
+use super::gate::Services;
+
+const MAX_STREAMS: u32 = 256;
+const MAX_HEADERS: u32 = 16 * 1024;
+/// Streams that the server had to reset for the peer's errors, before the connection goes (CVE-2025-8671).
+const MAX_ERROR_RESETS: usize = 1024;
+const KEEPALIVE_EVERY: Duration = Duration::from_secs(10);
+const KEEPALIVE_PATIENCE: Duration = Duration::from_secs(5);
+/// How long to leave the listener alone when the process has no file descriptor left.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+struct Worker {
+    connections: mpsc::UnboundedSender<(std::net::TcpStream, SocketAddr)>,
+    load: Arc<AtomicUsize>,
+    thread: JoinHandle<()>,
+}
+
+/// The threads that serve connections.
+pub struct Workers(Vec<Worker>);
+
+impl std::fmt::Debug for Workers {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Workers").field(&self.0.len()).finish()
+    }
+}
+
+impl Workers {
+    /// Starts `count` threads. When `stopping` turns true they finish the calls in flight, for `drain` at the
+    /// most, and end.
+    ///
+    /// # Errors
+    /// When the operating system gives no thread.
+    pub fn start(
+        count: usize,
+        services: &Arc<Services>,
+        stopping: &watch::Receiver<bool>,
+        drain: Duration,
+    ) -> io::Result<Workers> {
+        (0..count.max(1))
+            .map(|at| start(at, services.clone(), stopping.clone(), drain))
+            .collect::<Result<_, _>>()
+            .map(Workers)
+    }
+
+    /// Gives a connection to the thread with the fewest.
+    fn serve(&self, stream: TcpStream, peer: SocketAddr) {
+        let idlest = self
+            .0
+            .iter()
+            .min_by_key(|worker| worker.load.load(Ordering::Relaxed));
+        let (Some(worker), Ok(stream)) = (idlest, stream.into_std()) else {
+            return;
+        };
+        worker.load.fetch_add(1, Ordering::Relaxed);
+        // A worker that has ended takes no more; the connection closes.
+        let _ = worker.connections.send((stream, peer));
+    }
+
+    /// Waits until every thread has ended.
+    pub fn join(self) {
+        for Worker {
+            connections, thread, ..
+        } in self.0
+        {
+            drop(connections);
+            if thread.join().is_err() {
+                tracing::error!("a serving thread ended in a panic");
+            }
+        }
+    }
+}
+
+fn start(
+    at: usize,
+    services: Arc<Services>,
+    stopping: watch::Receiver<bool>,
+    drain: Duration,
+) -> io::Result<Worker> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let (connections, incoming) = mpsc::unbounded_channel();
+    let load = Arc::new(AtomicUsize::new(0));
+    let counted = load.clone();
+    let thread = std::thread::Builder::new()
+        .name(format!("keyward-serve-{at}"))
+        .spawn(move || runtime.block_on(work(incoming, services, stopping, counted, drain)))?;
+    Ok(Worker {
+        connections,
+        load,
+        thread,
+    })
+}
+
+async fn work(
+    mut incoming: mpsc::UnboundedReceiver<(std::net::TcpStream, SocketAddr)>,
+    services: Arc<Services>,
+    mut stopping: watch::Receiver<bool>,
+    load: Arc<AtomicUsize>,
+    drain: Duration,
+) {
+    let mut connections = tokio::task::JoinSet::new();
+    loop {
+        tokio::select! {
+            next = incoming.recv() => {
+                let Some((stream, peer)) = next else { break };
+                let (services, stopping, load) = (services.clone(), stopping.clone(), load.clone());
+                connections.spawn(async move {
+                    connection(stream, peer, services, stopping).await;
+                    load.fetch_sub(1, Ordering::Relaxed);
+                });
+            }
+            Some(_) = connections.join_next() => {}
+            () = stopped(&mut stopping) => break,
+        }
+    }
+    let rest = async { while connections.join_next().await.is_some() {} };
+    if tokio::time::timeout(drain, rest).await.is_err() {
+        tracing::warn!("calls were still in flight when the time to drain was over");
+    }
+}
+
+async fn connection(
+    stream: std::net::TcpStream,
+    peer: SocketAddr,
+    services: Arc<Services>,
+    mut stopping: watch::Receiver<bool>,
+) {
+    let stream = match TcpStream::from_std(stream) {
+        Ok(stream) => stream,
+        Err(error) => {
+            return tracing::warn!(error = &error as &dyn std::error::Error, "a connection was lost");
+        }
+    };
+    let service = service_fn(move |request: Request<Incoming>| {
+        let services = services.clone();
+        async move { Ok::<_, Infallible>(services.answer(request, peer).await) }
+    });
+    let connection = http2::Builder::new(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(MAX_STREAMS)
+        .max_local_error_reset_streams(MAX_ERROR_RESETS)
+        .max_header_list_size(MAX_HEADERS)
+        .keep_alive_interval(KEEPALIVE_EVERY)
+        .keep_alive_timeout(KEEPALIVE_PATIENCE)
+        .serve_connection(TokioIo::new(stream), service);
+    tokio::pin!(connection);
+    let ended = tokio::select! {
+        ended = &mut connection => ended,
+        () = stopped(&mut stopping) => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        // Peers that vanish or speak another protocol are everyday.
+        tracing::debug!(error = &error as &dyn std::error::Error, %peer, "a connection ended with an error");
+    }
+}
+
+/// Waits until `stopping` turns true.
+async fn stopped(stopping: &mut watch::Receiver<bool>) {
+    // The sender is gone only when the server is.
+    let _ = stopping.wait_for(|stop| *stop).await;
+}
+
+/// Accepts connections until `stopping` turns true.
+pub async fn accept(listener: TcpListener, workers: &Workers, mut stopping: watch::Receiver<bool>) {
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = stopped(&mut stopping) => return,
+        };
+        match accepted {
+            Ok((stream, peer)) => {
+                // Small answers must not wait to be joined by others.
+                if let Err(error) = stream.set_nodelay(true) {
+                    tracing::debug!(
+                        error = &error as &dyn std::error::Error,
+                        "TCP_NODELAY was not set"
+                    );
+                }
+                workers.serve(stream, peer);
+            }
+            Err(error) => {
+                tracing::warn!(error = &error as &dyn std::error::Error, "accepting failed");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}

@@ -1,0 +1,186 @@
+//! Refusals as gRPC statuses: the only place that builds a `tonic::Status`. Every status carries
+//! `google.rpc.ErrorInfo` with a stable reason; a wrong request carries `google.rpc.BadRequest` too.
+
+#![expect(
+    clippy::disallowed_methods,
+    reason = "this is the one place that builds a status"
+)]
+
+use std::collections::HashMap;
+
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt as _};
+
+use crate::{
+    engine::CannotAnswer,
+    refusal::{Refusal, Thing, Violation},
+};
+
+/// The domain of our reasons.
+pub(super) const DOMAIN: &str = "keyward";
+
+fn status(code: Code, reason: &str, message: &str) -> Status {
+    with_metadata(code, reason, message, HashMap::new())
+}
+
+fn with_metadata(code: Code, reason: &str, message: &str, metadata: HashMap<String, String>) -> Status {
+    Status::with_error_details(
+        code,
+        message,
+        ErrorDetails::with_error_info(reason, DOMAIN, metadata),
+    )
+}
+
+fn invalid(violations: &[Violation]) -> Status {
+    let mut details = ErrorDetails::with_error_info("INVALID_REQUEST", DOMAIN, HashMap::new());
+    for violation in violations {
+        details.add_bad_request_violation(&violation.field, &violation.problem);
+    }
+    let list = violations
+        .iter()
+        .map(|violation| format!("{}: {}", violation.field, violation.problem));
+    let message = format!("invalid request: {}", list.collect::<Vec<_>>().join("; "));
+    Status::with_error_details(Code::InvalidArgument, message, details)
+}
+
+impl From<Refusal> for Status {
+    fn from(refusal: Refusal) -> Status {
+        match refusal {
+            Refusal::Invalid(violations) => invalid(&violations),
+            Refusal::NotFound(Thing::Key) => status(Code::NotFound, "KEY_NOT_FOUND", "there is no such key"),
+            Refusal::NotFound(Thing::Account) => {
+                status(Code::NotFound, "ACCOUNT_NOT_FOUND", "there is no such account")
+            }
+            Refusal::KeyNameTaken => status(
+                Code::AlreadyExists,
+                "KEY_NAME_TAKEN",
+                "An API key with this name already exists",
+            ),
+            Refusal::AccountExists => status(
+                Code::AlreadyExists,
+                "ACCOUNT_EXISTS",
+                "an account with this id already exists",
+            ),
+            Refusal::IdempotencyKeyReused => status(
+                Code::FailedPrecondition,
+                "IDEMPOTENCY_KEY_REUSED",
+                "another request was made under this idempotency_key within 24 hours; use a new one",
+            ),
+            Refusal::Forbidden(reason, message) => status(Code::PermissionDenied, reason, &message),
+            Refusal::Precondition(reason, message) => status(Code::FailedPrecondition, reason, &message),
+            Refusal::Unauthenticated => status(
+                Code::Unauthenticated,
+                "UNAUTHENTICATED",
+                "missing or invalid credentials; send 'authorization: Bearer <management key>'",
+            ),
+            Refusal::CannotAnswer(reason) => cannot_answer(reason),
+            Refusal::NotRecorded { full } => not_recorded(full),
+            Refusal::OutcomeUnknown => status(
+                Code::Unavailable,
+                "OUTCOME_UNKNOWN",
+                "whether the change was recorded is unknown; until that is settled this server refuses what the \
+                 change refuses. Send it again: every change can be repeated",
+            ),
+            Refusal::Unavailable => status(
+                Code::Unavailable,
+                "STORE_UNAVAILABLE",
+                "the database did not answer; try again",
+            ),
+            Refusal::Stopping => status(
+                Code::Unavailable,
+                "STOPPING",
+                "this server is stopping; try another one, or again",
+            ),
+            Refusal::Contended => status(
+                Code::Aborted,
+                "CONTENDED",
+                "the record was changed again and again meanwhile, and nothing was done; try again",
+            ),
+        }
+    }
+}
+
+fn cannot_answer(reason: CannotAnswer) -> Status {
+    match reason {
+        CannotAnswer::Starting => status(Code::Unavailable, "STARTING", &reason.to_string()),
+        CannotAnswer::Stale { have, want } => {
+            let numbers = [("revision", have.to_string()), ("min_revision", want.to_string())];
+            let metadata = numbers.map(|(name, number)| (name.to_owned(), number)).into();
+            with_metadata(Code::Unavailable, "STALE", &reason.to_string(), metadata)
+        }
+    }
+}
+
+/// What was to be stopped is refused by this server until it restarts or the change succeeds.
+fn not_recorded(full: bool) -> Status {
+    let metadata = [("durable", "false"), ("denied_here", "true")]
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .into();
+    if full {
+        let message = "the database is full and the change was not recorded. A revocation, a disabling or a \
+                       suspension is in force on this server until it restarts; make room and send it again";
+        with_metadata(Code::ResourceExhausted, "STORE_FULL", message, metadata)
+    } else {
+        let message = "the database failed and the change was not recorded. A revocation, a disabling or a \
+                       suspension is in force on this server until it restarts; send it again";
+        with_metadata(Code::Unavailable, "NOT_RECORDED", message, metadata)
+    }
+}
+
+/// The caller's key lacks the permission that the RPC needs.
+#[must_use]
+pub(super) fn lacks_permission(scope: &str) -> Status {
+    let message = format!("the caller's key is not granted {scope}, which this call needs");
+    let metadata = HashMap::from([("scope".to_owned(), scope.to_owned())]);
+    with_metadata(Code::PermissionDenied, "PERMISSION_MISSING", &message, metadata)
+}
+
+/// An RPC that this version declares and does not serve yet.
+#[must_use]
+pub(super) fn unimplemented() -> Status {
+    status(
+        Code::Unimplemented,
+        "UNIMPLEMENTED",
+        "this version does not serve this call yet",
+    )
+}
+
+/// A path that is no RPC of this server.
+#[must_use]
+pub(super) fn no_such_rpc() -> Status {
+    status(
+        Code::Unimplemented,
+        "NO_SUCH_RPC",
+        "there is no such call here; 'grpcurl … list' shows those that are",
+    )
+}
+
+/// A request larger than its limit.
+#[must_use]
+pub(super) fn too_large(claimed: usize, limit: usize) -> Status {
+    let problem = format!("the message has {claimed} bytes; at most {limit} are allowed for this call");
+    invalid(&[Violation {
+        field: "(message)".to_owned(),
+        problem,
+    }])
+}
+
+/// A call that took too long.
+#[must_use]
+pub(super) fn deadline_exceeded() -> Status {
+    status(
+        Code::DeadlineExceeded,
+        "DEADLINE_EXCEEDED",
+        "the call took too long and was given up; a change may still have been made, and can be sent again",
+    )
+}
+
+/// A handler that ended without an answer: a bug.
+#[must_use]
+pub(super) fn internal() -> Status {
+    status(
+        Code::Internal,
+        "INTERNAL",
+        "the call failed inside the server; its log says more",
+    )
+}

@@ -1,0 +1,43 @@
+//! Keyward: the API-key authority of a backend. It issues API keys, keeps them through their whole life, and
+//! answers whether a token is valid for a scope, an environment and an account.
+//!
+//! # The map
+//! | module | holds |
+//! |---|---|
+//! | [`domain`] | tokens, scopes, keys, the decision, the log: values and pure functions, no I/O, no clock |
+//! | [`store`] | the `Store` contract, the backends, migrations, group commit; SQL stands nowhere else |
+//! | [`engine`] | Checks from memory: the index, usage written behind |
+//! | [`access`], [`refusal`] | who calls and what they may do; why a call is not done |
+//! | [`keys`], [`accounts`] | the use cases: what one transaction writes |
+//! | [`grpc`] | the wire: services, the gate, connections; the only place that builds a status |
+//! | [`admin`] | `/healthz`, `/readyz`, `/metrics` |
+//! | [`server`] | the composition root: ordered start and stop |
+//! | [`cli`] | commands; the client side knows the generated client only |
+//! | [`clock`], [`config`], [`telemetry`] | the only readers of clock and randomness, of the environment; the log |
+//! | [`pb`] | generated from `proto/` |
+//!
+//! # Who may use whom
+//! `cli → server → grpc → {engine, keys, accounts} → store → domain`, never back; `tests/it/tidy.rs` holds it.
+//!
+//! # What always holds
+//! - A token is shown once and stored never; nothing prints one.
+//! - An acknowledged change is on disk, and every Check that starts afterwards sees it.
+//! - A Check waits for nothing: no lock that a writer holds, no database, no other task.
+//! - A fault is never a verdict: what cannot be answered is an error, not a denial.
+//! - Zero, empty or missing never means "all".
+
+pub mod access;
+pub mod accounts;
+pub mod admin;
+pub mod cli;
+pub mod clock;
+pub mod config;
+pub mod domain;
+pub mod engine;
+pub mod grpc;
+pub mod keys;
+pub mod pb;
+pub mod refusal;
+pub mod server;
+pub mod store;
+pub mod telemetry;

@@ -1,0 +1,174 @@
+//! Why a call was not done, in the words of the product. `grpc/status.rs` turns it into a status; nothing here
+//! knows gRPC, and no text here repeats a token or a database's message.
+
+use crate::{
+    clock::NoEntropy,
+    engine::CannotAnswer,
+    store::{Rejection, StoreError, writer::WriteError},
+};
+
+/// One field that is wrong, and what would be right.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Violation {
+    /// The field's path in the request.
+    pub field: String,
+    /// The rule that it breaks.
+    pub problem: String,
+}
+
+/// A thing that is looked for by id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Thing {
+    /// A key.
+    Key,
+    /// An account.
+    Account,
+}
+
+/// Why a call was not done.
+#[derive(Debug)]
+pub enum Refusal {
+    /// The request breaks rules: all of them.
+    Invalid(Vec<Violation>),
+    /// There is no such thing, or none that the caller may know of.
+    NotFound(Thing),
+    /// Another key of the owner has the name.
+    KeyNameTaken,
+    /// The account's id is taken.
+    AccountExists,
+    /// Another request was made under this idempotency key.
+    IdempotencyKeyReused,
+    /// The caller lacks a right: a stable reason, and what to do.
+    Forbidden(&'static str, String),
+    /// The thing is in no state for this: a stable reason, and what to do.
+    Precondition(&'static str, String),
+    /// The caller is not known.
+    Unauthenticated,
+    /// Too old a state, or none yet.
+    CannotAnswer(CannotAnswer),
+    /// A change is certainly not recorded.
+    NotRecorded {
+        /// The database has no room left.
+        full: bool,
+    },
+    /// Whether a change is recorded is unknown.
+    OutcomeUnknown,
+    /// The database or the operating system failed.
+    Unavailable,
+    /// The server is stopping.
+    Stopping,
+    /// The record changed again and again while it was being changed.
+    Contended,
+}
+
+impl Refusal {
+    /// One wrong field.
+    #[must_use]
+    pub fn field(field: impl Into<String>, problem: impl Into<String>) -> Refusal {
+        Refusal::Invalid(vec![Violation {
+            field: field.into(),
+            problem: problem.into(),
+        }])
+    }
+}
+
+impl From<CannotAnswer> for Refusal {
+    fn from(error: CannotAnswer) -> Self {
+        Refusal::CannotAnswer(error)
+    }
+}
+
+/// The cause goes to the log, whole; the caller hears that it can try again.
+impl From<StoreError> for Refusal {
+    fn from(error: StoreError) -> Self {
+        tracing::error!(error = &error as &dyn std::error::Error, "the store failed");
+        Refusal::Unavailable
+    }
+}
+
+impl From<NoEntropy> for Refusal {
+    fn from(error: NoEntropy) -> Self {
+        tracing::error!(error = &error as &dyn std::error::Error, "no secret can be made");
+        Refusal::Unavailable
+    }
+}
+
+/// The writer has logged the cause already. A conflict is the use case's to try again.
+impl From<WriteError> for Refusal {
+    fn from(error: WriteError) -> Self {
+        match error {
+            WriteError::Rejected(Rejection::NameTaken) => Refusal::KeyNameTaken,
+            WriteError::Rejected(Rejection::IdempotencyReused) => Refusal::IdempotencyKeyReused,
+            WriteError::Rejected(Rejection::Conflict | Rejection::DigestTaken) => Refusal::Contended,
+            WriteError::NotRecorded(cause) => Refusal::NotRecorded {
+                full: matches!(*cause, StoreError::Full(_)),
+            },
+            WriteError::Unknown(_) => Refusal::OutcomeUnknown,
+            WriteError::Stopping => Refusal::Stopping,
+        }
+    }
+}
+
+/// Collects every violation of a request, so that they are answered together.
+#[derive(Debug, Default)]
+pub struct Violations(Vec<Violation>);
+
+impl Violations {
+    /// Notes a violation.
+    pub fn note(&mut self, field: impl Into<String>, problem: impl Into<String>) {
+        self.0.push(Violation {
+            field: field.into(),
+            problem: problem.into(),
+        });
+    }
+
+    /// Notes a violation when `wrong`.
+    pub fn note_if(&mut self, wrong: bool, field: &str, problem: impl Into<String>) {
+        if wrong {
+            self.note(field, problem);
+        }
+    }
+
+    /// The value, or a violation noted.
+    pub fn take<T, E: std::fmt::Display>(&mut self, field: &str, result: Result<T, E>) -> Option<T> {
+        result.map_err(|error| self.note(field, error.to_string())).ok()
+    }
+
+    /// Each value of a list; a violation names its place.
+    pub fn take_each<'a, T, E: std::fmt::Display>(
+        &mut self,
+        field: &str,
+        list: &'a [String],
+        most: usize,
+        parse: impl Fn(&'a str) -> Result<T, E>,
+    ) -> Vec<T> {
+        if list.len() > most {
+            self.note(
+                field,
+                format!("has {} entries; at most {most} are allowed", list.len()),
+            );
+            return Vec::new();
+        }
+        let each = list.iter().enumerate();
+        each.filter_map(|(at, text)| self.take(&format!("{field}[{at}]"), parse(text)))
+            .collect()
+    }
+
+    /// Whether nothing is wrong so far.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Ends the collection.
+    ///
+    /// # Errors
+    /// When anything was noted.
+    pub fn finish(self) -> Result<(), Refusal> {
+        if self.0.is_empty() {
+            Ok(())
+        } else {
+            Err(Refusal::Invalid(self.0))
+        }
+    }
+}

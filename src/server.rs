@@ -1,0 +1,437 @@
+//! The composition root: puts a server together, starts it in order, and takes it down in order.
+//!
+//! Start: open and check the store · make the root key of a first start · bind · load the index · serve. A
+//! client that connects while the index loads waits; after a second it is served and hears UNAVAILABLE, and
+//! health says NOT_SERVING. Stop: health says NOT_SERVING · no new connections · calls in flight end · usage is
+//! written · the store is closed.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::Write as _,
+    net::SocketAddr,
+    os::unix::fs::OpenOptionsExt as _,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context as _, bail};
+use tokio::{net::TcpListener, sync::watch, task::JoinHandle};
+use tonic_health::server::HealthReporter;
+
+use crate::{
+    accounts::{self, Accounts},
+    admin,
+    clock::{Clock, Entropy},
+    config::server::Settings,
+    domain::{
+        key::{Revocation, RevokeReason},
+        log::{Action, Actor, Change},
+        name::AccountId,
+        time::Revision,
+        token::Token,
+    },
+    engine::{Engine, index::Index, usage::Usage},
+    grpc::{self, Parts, serve::Workers},
+    keys::{self, Keys},
+    store::{self, KeyFilter, Outcome, OwnerFilter, Store, Write, writer::Writer},
+};
+
+const FLUSH_EVERY: Duration = Duration::from_secs(5);
+const FORGET_EVERY: Duration = Duration::from_secs(60 * 60);
+/// How long clients wait for the index before they hear that it is loading.
+const QUIET_START: Duration = Duration::from_secs(1);
+/// How long calls in flight have to end.
+const DRAIN: Duration = Duration::from_secs(5);
+/// How long the last writes have to end.
+const LAST_WRITES: Duration = Duration::from_secs(2);
+
+/// A running server.
+#[derive(Debug)]
+pub struct Server {
+    /// Where gRPC is served.
+    pub address: SocketAddr,
+    /// Where the admin pages are served.
+    pub admin_address: SocketAddr,
+    /// The root key's token, of a first start without a file for it.
+    pub root_token: Option<Token>,
+    running: Running,
+}
+
+struct Running {
+    store: Arc<dyn Store>,
+    usage: Arc<Usage>,
+    reporter: HealthReporter,
+    ready: watch::Sender<bool>,
+    stopping: watch::Sender<bool>,
+    serving: JoinHandle<()>,
+    background: Vec<JoinHandle<()>>,
+    writer: JoinHandle<()>,
+}
+
+impl std::fmt::Debug for Running {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Running")
+    }
+}
+
+impl Server {
+    /// Starts a server; it serves when this returns. Management runs on the current runtime.
+    ///
+    /// # Errors
+    /// When the store does not open, an address cannot be bound, or the root key cannot be kept.
+    pub async fn start(
+        settings: Settings,
+        clock: Arc<dyn Clock>,
+        entropy: Arc<dyn Entropy>,
+    ) -> anyhow::Result<Server> {
+        let store = store::open(&settings.database).await?;
+        let root_token = first_start(&*store, &settings, &*clock, &*entropy).await?;
+        let listener = bind("listen", &settings.listen).await?;
+        let admin_listener = bind("admin_listen", &settings.admin_listen).await?;
+        let (address, admin_address) = (listener.local_addr()?, admin_listener.local_addr()?);
+
+        let index = Arc::new(Index::default());
+        let usage = Arc::new(Usage::default());
+        let engine = Arc::new(Engine::new(index.clone(), usage.clone(), clock.clone()));
+        let (writer, writer_task) = Writer::spawn(store.clone(), index.clone());
+        let environments = Arc::new(settings.tokens.environments.clone());
+        let keys = Keys::new(
+            store.clone(),
+            writer.clone(),
+            engine.clone(),
+            clock.clone(),
+            entropy.clone(),
+            settings.tokens.clone(),
+        );
+        let accounts = Accounts::new(store.clone(), writer, clock.clone(), entropy);
+        let parts = Parts {
+            engine: engine.clone(),
+            keys: Arc::new(keys),
+            accounts: Arc::new(accounts),
+            store: store.clone(),
+            clock: clock.clone(),
+            environments,
+        };
+        let reporter = HealthReporter::new();
+        grpc::report_health(&reporter, false).await;
+        let services = Arc::new(grpc::services(parts, reporter.clone())?);
+        let (ready, is_ready) = watch::channel(false);
+        let (stopping, is_stopping) = watch::channel(false);
+
+        let loading = load(store.clone(), index.clone(), clock.clone(), settings.retention);
+        let loading = tokio::spawn(finish_start(loading, reporter.clone(), ready.clone()));
+        let mut loading = Some(loading);
+        if let Some(task) = &mut loading
+            && let Ok(loaded) = tokio::time::timeout(QUIET_START, task).await
+        {
+            loaded??;
+            loading = None;
+        }
+        let workers = Workers::start(settings.threads, &services, &is_stopping, DRAIN)?;
+        drop(services);
+        let serving = tokio::spawn(async move {
+            grpc::serve::accept(listener, &workers, is_stopping).await;
+            // Joining blocks; the workers have their own deadline.
+            if let Err(error) = tokio::task::spawn_blocking(move || workers.join()).await {
+                tracing::error!(
+                    error = &error as &dyn std::error::Error,
+                    "the serving threads were not joined"
+                );
+            }
+        });
+        let background = vec![
+            tokio::spawn(admin::serve(admin_listener, engine, is_ready)),
+            tokio::spawn(flush_usage(store.clone(), usage.clone())),
+            tokio::spawn(forget(index, clock, settings.retention)),
+            tokio::spawn(watch_loading(loading, stopping.clone())),
+        ];
+        let running = Running {
+            store,
+            usage,
+            reporter,
+            ready,
+            stopping,
+            serving,
+            background,
+            writer: writer_task,
+        };
+        Ok(Server {
+            address,
+            admin_address,
+            root_token,
+            running,
+        })
+    }
+
+    /// Waits until the server gives up by itself, which it does when its index cannot be loaded.
+    pub async fn failed(&self) {
+        let mut stopping = self.running.stopping.subscribe();
+        // The sender lives as long as `self`.
+        let _ = stopping.wait_for(|stop| *stop).await;
+    }
+
+    /// Stops in order: nothing acknowledged is lost, and calls in flight are answered if they end in time.
+    pub async fn stop(self) {
+        let Running {
+            store,
+            usage,
+            reporter,
+            ready,
+            stopping,
+            serving,
+            background,
+            writer,
+        } = self.running;
+        grpc::report_health(&reporter, false).await;
+        ready.send_replace(false);
+        stopping.send_replace(true);
+        if let Err(error) = serving.await {
+            tracing::error!(error = &error as &dyn std::error::Error, "serving ended badly");
+        }
+        for task in &background {
+            task.abort();
+        }
+        // The services are gone with the workers, and the writer ends when its queue is empty.
+        if tokio::time::timeout(LAST_WRITES, writer).await.is_err() {
+            tracing::warn!("the last writes did not end in time; their callers were not answered");
+        }
+        if let Err(error) = usage.flush(&*store).await {
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "the last uses were not written"
+            );
+        }
+        store.close().await;
+        tracing::info!("stopped");
+    }
+}
+
+async fn bind(setting: &str, address: &str) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address)
+        .await
+        .with_context(|| format!("{setting} = {address:?} cannot be bound; is another server running there?"))
+}
+
+/// Fills the index from the store.
+async fn load(
+    store: Arc<dyn Store>,
+    index: Arc<Index>,
+    clock: Arc<dyn Clock>,
+    retention: Duration,
+) -> anyhow::Result<()> {
+    let forget_before = clock.now().minus(retention);
+    let head = store
+        .snapshot(forget_before, &mut |item| index.load(item))
+        .await
+        .context("the keys could not be loaded")?;
+    index.loaded(head.revision);
+    tracing::info!(
+        keys = index.len(),
+        revision = head.revision.0,
+        "the index is loaded"
+    );
+    Ok(())
+}
+
+async fn finish_start(
+    loading: impl Future<Output = anyhow::Result<()>>,
+    reporter: HealthReporter,
+    ready: watch::Sender<bool>,
+) -> anyhow::Result<()> {
+    loading.await?;
+    grpc::report_health(&reporter, true).await;
+    ready.send_replace(true);
+    Ok(())
+}
+
+/// Takes the server down if its index cannot be loaded after all.
+async fn watch_loading(loading: Option<JoinHandle<anyhow::Result<()>>>, stopping: watch::Sender<bool>) {
+    let Some(loading) = loading else { return };
+    let failure = match loading.await {
+        Ok(Ok(())) => return,
+        Ok(Err(error)) => error,
+        Err(error) => error.into(),
+    };
+    tracing::error!(
+        error = format!("{failure:#}"),
+        "the index was not loaded; the server stops"
+    );
+    stopping.send_replace(true);
+}
+
+async fn flush_usage(store: Arc<dyn Store>, usage: Arc<Usage>) {
+    loop {
+        tokio::time::sleep(FLUSH_EVERY).await;
+        if let Err(error) = usage.flush(&*store).await {
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "uses were not written; they are kept"
+            );
+        }
+    }
+}
+
+async fn forget(index: Arc<Index>, clock: Arc<dyn Clock>, retention: Duration) {
+    loop {
+        tokio::time::sleep(FORGET_EVERY).await;
+        let forgotten = index.forget(clock.now().minus(retention));
+        tracing::debug!(forgotten, "digests past the retention left the index");
+    }
+}
+
+/// On the first start of a database: the operator account and its root key. Gives the token, unless it went to
+/// a file.
+async fn first_start(
+    store: &dyn Store,
+    settings: &Settings,
+    clock: &dyn Clock,
+    entropy: &dyn Entropy,
+) -> anyhow::Result<Option<Token>> {
+    if store.head().await?.revision != Revision::default() {
+        return Ok(None);
+    }
+    let root = keys::root_key(clock, entropy, &settings.tokens, "keyward serve")?;
+    let account = accounts::operator_account(clock.now()).context("the operator account has no name")?;
+    let kept = KeptToken::keep(settings.root_key_file.as_deref(), &root.token)?;
+    let committed = store.commit(&[account, root.write]).await;
+    if committed.is_err() {
+        kept.discard();
+    }
+    let made = committed?.outcomes.iter().all(Result::is_ok);
+    if !made {
+        // Another replica was first, and has shown its key.
+        kept.discard();
+        return Ok(None);
+    }
+    Ok(settings.root_key_file.is_none().then_some(root.token))
+}
+
+/// A token's file: written whole and on disk before the key is recorded, so that no key is lost in between.
+struct KeptToken(Option<PathBuf>);
+
+impl KeptToken {
+    fn keep(path: Option<&Path>, token: &Token) -> anyhow::Result<KeptToken> {
+        let Some(path) = path else {
+            return Ok(KeptToken(None));
+        };
+        let created = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(path);
+        let mut file = match created {
+            Ok(file) => file,
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => bail!(
+                "the root key file {} exists already and is not overwritten; move it away, or name another one",
+                path.display()
+            ),
+            Err(error) => {
+                return Err(error)
+                    .with_context(|| format!("the root key file {} cannot be made", path.display()));
+            }
+        };
+        let kept = KeptToken(Some(path.to_owned()));
+        let folder = path
+            .parent()
+            .filter(|folder| !folder.as_os_str().is_empty())
+            .unwrap_or(Path::new("."));
+        let written = file
+            .write_all(token.reveal().as_bytes())
+            .and_then(|()| file.sync_all())
+            .and_then(|()| File::open(folder)?.sync_all());
+        if let Err(error) = written {
+            kept.discard();
+            return Err(error).context("the root key file cannot be written");
+        }
+        Ok(kept)
+    }
+
+    /// Takes the file away again: its token is no key.
+    fn discard(&self) {
+        if let Some(path) = &self.0
+            && let Err(error) = std::fs::remove_file(path)
+        {
+            tracing::warn!(error = &error as &dyn std::error::Error, path = %path.display(), "a file was left");
+        }
+    }
+}
+
+/// Makes a new root key and revokes the ones before it. The database must belong to no running server.
+///
+/// # Errors
+/// When the store does not open or has never been started, or the key cannot be kept.
+pub async fn reset_root_key(
+    settings: &Settings,
+    clock: &dyn Clock,
+    entropy: &dyn Entropy,
+) -> anyhow::Result<Option<Token>> {
+    const METHOD: &str = "keyward root-key reset";
+    let store = store::open(&settings.database).await?;
+    if store.head().await?.revision == Revision::default() {
+        bail!("this database is new and has no root key yet; 'keyward serve' makes one at its first start");
+    }
+    let root = keys::root_key(clock, entropy, &settings.tokens, METHOD)?;
+    let mut batch = revoke_roots(&*store, clock, METHOD).await?;
+    batch.push(root.write);
+    let kept = KeptToken::keep(settings.root_key_file.as_deref(), &root.token)?;
+    let committed = store.commit(&batch).await.inspect_err(|_| kept.discard())?;
+    store.close().await;
+    if let Some(Err(rejection)) = committed
+        .outcomes
+        .iter()
+        .find(|outcome: &&Result<Outcome, _>| outcome.is_err())
+    {
+        kept.discard();
+        bail!("the root key was not recorded: {rejection:?}; try again");
+    }
+    Ok(settings.root_key_file.is_none().then_some(root.token))
+}
+
+/// Writes that revoke every root key that is not revoked yet.
+async fn revoke_roots(
+    store: &dyn Store,
+    clock: &dyn Clock,
+    method: &'static str,
+) -> anyhow::Result<Vec<Write>> {
+    let now = clock.now();
+    let filter = KeyFilter {
+        owner: OwnerFilter::Account(AccountId::operator()),
+        environment: None,
+        states: Vec::new(),
+        name_prefix: "root".to_owned(),
+        unused_since: None,
+        expires_before: None,
+        now,
+    };
+    let mut writes = Vec::new();
+    for stored in store.keys(&filter, None, 1000).await? {
+        let mut key = stored.key;
+        let named_root = key
+            .terms
+            .name
+            .as_ref()
+            .is_some_and(|name| name.as_str() == "root");
+        if !named_root || key.revocation.is_some() {
+            continue;
+        }
+        let expect = Some(key.revision);
+        let comment = "replaced by root-key reset".to_owned();
+        key.revocation = Some(Revocation {
+            at: now,
+            reason: RevokeReason::Superseded,
+            comment,
+        });
+        key.updated_at = now;
+        writes.push(Write {
+            change: Change::Key(Arc::new(key)),
+            expect,
+            action: Action::KeyRevoked,
+            actor: Actor::SYSTEM,
+            method,
+            at: now,
+            idempotency: None,
+        });
+    }
+    Ok(writes)
+}

@@ -1,0 +1,346 @@
+//! Where keys, accounts and the log are kept. The trait [`Store`] is the contract; nobody outside this folder
+//! names a backend, and SQL stands nowhere else.
+//!
+//! A store takes digests and instants, never tokens or clocks. It knows what may not collide (names, digests,
+//! idempotency keys, revisions), and nothing of who may do what.
+//!
+//! Every change is one [`Write`]: a whole record, the revision that the caller saw, and the log entry. Writes
+//! are committed in batches; inside a batch each stands or falls alone, and revisions count in commit order
+//! without gaps. A follower that has applied revision `n` has seen every change up to `n`.
+
+mod rows;
+pub mod sqlite;
+mod sqlite_read;
+pub mod writer;
+
+use std::{sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+
+use crate::domain::{
+    account::Account,
+    key::{Key, Secret, State},
+    log::{Action, Actor, Change, Hash, LogRow},
+    name::{AccountId, EnvironmentName, IdempotencyKey, KeyId, UserId},
+    time::{Revision, Timestamp},
+};
+
+/// How long an idempotency key counts.
+pub const IDEMPOTENCY_WINDOW: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// Why a store did not open. Each says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The URL names no backend.
+    #[error("the database URL {url:?} is not understood: {problem}")]
+    Url {
+        /// The URL.
+        url: String,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+    /// Another process owns the file.
+    #[error(
+        "{path} is in use by another keyward{owner}: one process owns the file. Stop it first, or give this \
+         one its own --database"
+    )]
+    Locked {
+        /// The database file.
+        path: String,
+        /// ` (process N)`, where known.
+        owner: String,
+    },
+    /// A newer version has migrated the database.
+    #[error(
+        "{path} has schema version {found}, and this keyward knows versions up to {known}: start the newer \
+         keyward that migrated it, or restore a backup from before"
+    )]
+    NewerSchema {
+        /// The database.
+        path: String,
+        /// Its version.
+        found: i64,
+        /// The newest version known here.
+        known: i64,
+    },
+    /// The database library is too old to be trusted.
+    #[error(
+        "SQLite {found} is linked, and 3.51.3 is the first without the WAL-reset corruption: rebuild with it"
+    )]
+    OldSqlite {
+        /// The version linked.
+        found: String,
+    },
+    /// The database is damaged.
+    #[error(
+        "{path} is damaged: {what}. Nothing was changed. Restore the newest backup (with its -wal file, if it \
+         has one); keep the damaged files for a look"
+    )]
+    Damaged {
+        /// The database.
+        path: String,
+        /// What was found.
+        what: String,
+    },
+    /// Anything else.
+    #[error("{path} could not be opened: {source}")]
+    Other {
+        /// The database.
+        path: String,
+        /// The cause.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+/// Why a read or a write did not happen.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The database did not answer, or answered with a fault.
+    #[error("the database failed")]
+    Unavailable(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The database has no room left.
+    #[error("the database is full")]
+    Full(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// A row contradicts itself.
+    #[error("the database is damaged: {0}")]
+    Damaged(String),
+}
+
+/// Why a batch was not committed.
+#[derive(Debug, thiserror::Error)]
+pub enum CommitError {
+    /// Certainly nothing of it is recorded.
+    #[error("the change was not recorded")]
+    NotRecorded(#[source] StoreError),
+    /// It may be recorded.
+    #[error("whether the change was recorded is unknown")]
+    Unknown(#[source] StoreError),
+}
+
+/// Where the log ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Head {
+    /// The newest revision.
+    pub revision: Revision,
+    /// Its hash.
+    pub hash: Hash,
+}
+
+/// A request that may be sent again.
+#[derive(Clone, Debug)]
+pub struct Idempotency {
+    /// Who sends it.
+    pub caller: KeyId,
+    /// The caller's name for it.
+    pub key: IdempotencyKey,
+    /// SHA-256 over everything it asks.
+    pub fingerprint: [u8; 32],
+}
+
+/// One change on its way.
+#[derive(Clone, Debug)]
+pub struct Write {
+    /// The record after the change; its own revision is set at commit.
+    pub change: Change,
+    /// The record's revision that the change is made from; `None` = the record must not exist.
+    pub expect: Option<Revision>,
+    /// What happens.
+    pub action: Action,
+    /// Who does it.
+    pub actor: Actor,
+    /// The RPC or command.
+    pub method: &'static str,
+    /// When.
+    pub at: Timestamp,
+    /// The name under which the same request is done once.
+    pub idempotency: Option<Idempotency>,
+}
+
+/// What became of one write of a committed batch.
+#[derive(Clone, Debug)]
+pub enum Outcome {
+    /// Recorded.
+    Applied(Change),
+    /// Done before, for this key; nothing was recorded now.
+    Replayed(KeyId),
+}
+
+/// Why one write of a batch was left out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rejection {
+    /// The record is not at the revision expected, or exists already.
+    Conflict,
+    /// Another key of the owner that is not revoked has the name.
+    NameTaken,
+    /// The digest is known already.
+    DigestTaken,
+    /// Another request was made under this idempotency key.
+    IdempotencyReused,
+}
+
+/// A committed batch.
+#[derive(Debug, Default)]
+pub struct Committed {
+    /// One for each write, in order.
+    pub outcomes: Vec<Result<Outcome, Rejection>>,
+    /// The new log rows with their changes, in revision order.
+    pub rows: Vec<(LogRow, Change)>,
+}
+
+/// A record of the snapshot.
+#[derive(Debug)]
+pub enum SnapshotItem {
+    /// An account. All accounts come before the first key.
+    Account(Account),
+    /// A key, with the superseded secrets that left its record.
+    Key(Key, Vec<Secret>),
+}
+
+/// A key with what is known of its use.
+#[derive(Clone, Debug)]
+pub struct StoredKey {
+    /// The record.
+    pub key: Key,
+    /// When each secret version of the record was last used.
+    pub last_used: Vec<(u32, Timestamp)>,
+}
+
+/// Whose keys.
+#[derive(Clone, Debug)]
+pub enum OwnerFilter {
+    /// Service keys of this account.
+    Account(AccountId),
+    /// User keys of this user.
+    User(UserId),
+}
+
+/// Which keys of an owner.
+#[derive(Clone, Debug)]
+pub struct KeyFilter {
+    /// Whose.
+    pub owner: OwnerFilter,
+    /// Only of this environment.
+    pub environment: Option<EnvironmentName>,
+    /// Only in one of these states at `now`. Empty = in any.
+    pub states: Vec<State>,
+    /// Only with a name that starts so.
+    pub name_prefix: String,
+    /// Only not used since then.
+    pub unused_since: Option<Timestamp>,
+    /// Only expiring before then.
+    pub expires_before: Option<Timestamp>,
+    /// The instant at which states are told.
+    pub now: Timestamp,
+}
+
+/// Which log entries.
+#[derive(Clone, Debug, Default)]
+pub struct LogFilter {
+    /// Only about this account.
+    pub account: Option<AccountId>,
+    /// Only about this key.
+    pub key_id: Option<KeyId>,
+    /// Only by this actor.
+    pub actor: Option<String>,
+    /// Only from this instant on.
+    pub from: Option<Timestamp>,
+    /// Only before this instant.
+    pub to: Option<Timestamp>,
+}
+
+/// A use of one secret, to be kept as the latest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UsedSecret {
+    /// The key.
+    pub key_id: KeyId,
+    /// The secret's version.
+    pub version: u32,
+    /// When.
+    pub at: Timestamp,
+}
+
+/// The contract of a backend. Reads see everything that was committed before they began.
+#[async_trait]
+pub trait Store: Send + Sync + 'static {
+    /// Where the log ends.
+    async fn head(&self) -> Result<Head, StoreError>;
+
+    /// Commits a batch in one transaction; it is durable when this returns. A write that is rejected leaves
+    /// the others alone.
+    async fn commit(&self, batch: &[Write]) -> Result<Committed, CommitError>;
+
+    /// The log after `revision`, in order, at most `limit` rows.
+    async fn log_after(&self, revision: Revision, limit: u32) -> Result<Vec<LogRow>, StoreError>;
+
+    /// Everything that a Check needs, as of one revision, which is returned. Keys revoked and secrets
+    /// superseded before `forget_before` are left out.
+    async fn snapshot(
+        &self,
+        forget_before: Timestamp,
+        sink: &mut (dyn FnMut(SnapshotItem) + Send),
+    ) -> Result<Head, StoreError>;
+
+    /// One key.
+    async fn key(&self, id: KeyId) -> Result<Option<StoredKey>, StoreError>;
+
+    /// Keys before `before` in the order of falling ids, at most `limit`.
+    async fn keys(
+        &self,
+        filter: &KeyFilter,
+        before: Option<KeyId>,
+        limit: u32,
+    ) -> Result<Vec<StoredKey>, StoreError>;
+
+    /// One account.
+    async fn account(&self, id: &AccountId) -> Result<Option<Account>, StoreError>;
+
+    /// Accounts after `after` in the order of their ids, at most `limit`.
+    async fn accounts(&self, after: Option<&AccountId>, limit: u32) -> Result<Vec<Account>, StoreError>;
+
+    /// Log entries before `before`, newest first, at most `limit`.
+    async fn log(
+        &self,
+        filter: &LogFilter,
+        before: Option<Revision>,
+        limit: u32,
+    ) -> Result<Vec<LogRow>, StoreError>;
+
+    /// The key that was made or rotated under an idempotency key at or after `since`, and the fingerprint.
+    async fn idempotent(
+        &self,
+        caller: KeyId,
+        key: &IdempotencyKey,
+        since: Timestamp,
+    ) -> Result<Option<(KeyId, [u8; 32])>, StoreError>;
+
+    /// Keeps the latest use of each secret. A secret that is gone is skipped.
+    async fn note_used(&self, used: &[UsedSecret]) -> Result<(), StoreError>;
+
+    /// Ends all work and lets go of the database.
+    async fn close(&self);
+}
+
+/// Opens the store that `url` names, migrates it, and checks that it is whole.
+///
+/// # Errors
+/// When it cannot be opened, is damaged, or belongs to another process or a newer version.
+pub async fn open(url: &str) -> Result<Arc<dyn Store>, OpenError> {
+    match url.split_once(':') {
+        Some(("sqlite", path)) if !path.is_empty() => Ok(Arc::new(
+            sqlite::Sqlite::open(path.strip_prefix("//").unwrap_or(path)).await?,
+        )),
+        Some(("sqlite", _)) => Err(OpenError::Url {
+            url: url.to_owned(),
+            problem: "the path is missing; say sqlite:PATH, for example sqlite:keyward.db",
+        }),
+        // The URL may hold a password: it is not repeated.
+        Some(("postgres" | "postgresql", _)) => Err(OpenError::Url {
+            url: "postgres://…".to_owned(),
+            problem: "PostgreSQL is not supported yet; use sqlite:PATH",
+        }),
+        _ => Err(OpenError::Url {
+            url: url.to_owned(),
+            problem: "say sqlite:PATH, for example sqlite:keyward.db",
+        }),
+    }
+}

@@ -1,0 +1,336 @@
+//! Records as rows: the columns that both backends share, how they are written, read and summed.
+
+use std::{collections::BTreeMap, fmt, str::FromStr};
+
+use crate::domain::{
+    account::Account,
+    key::{Key, Owner, Revocation, RevokeReason, Secret, Terms},
+    name::{AccountId, DisplayName, EnvironmentName, KeyId, KeyName, NameError, RoleName, UserId},
+    scope::{Scope, ScopeSet},
+    time::{Revision, Timestamp},
+    token::Digest,
+};
+
+use super::StoreError;
+
+/// A row that contradicts itself: which, and how.
+pub(super) fn damaged(what: impl fmt::Display, problem: impl fmt::Display) -> StoreError {
+    StoreError::Damaged(format!("{what}: {problem}"))
+}
+
+/// A CRC-32 over a row's columns, each with its kind and length, so that no two rows read alike.
+struct Sum(crc32fast::Hasher);
+
+impl Sum {
+    fn new() -> Self {
+        Sum(crc32fast::Hasher::new())
+    }
+
+    fn bytes(mut self, value: Option<&[u8]>) -> Self {
+        match value {
+            Some(bytes) => {
+                self.0.update(&(bytes.len() as u64).to_be_bytes());
+                self.0.update(bytes);
+            }
+            None => self.0.update(&u64::MAX.to_be_bytes()),
+        }
+        self
+    }
+
+    fn text(self, value: Option<&str>) -> Self {
+        self.bytes(value.map(str::as_bytes))
+    }
+
+    fn int(self, value: Option<i64>) -> Self {
+        let bytes = value.map(i64::to_be_bytes);
+        self.bytes(bytes.as_ref().map(<[u8; 8]>::as_slice))
+    }
+
+    fn finish(self) -> i64 {
+        i64::from(self.0.finalize())
+    }
+}
+
+fn words<T: fmt::Display>(list: impl IntoIterator<Item = T>) -> String {
+    list.into_iter()
+        .map(|item| item.to_string())
+        .collect::<Vec<_>>()
+        .join(" ")
+}
+
+fn parse_words<T>(text: &str, parse: impl Fn(&str) -> Result<T, NameError>) -> Result<Vec<T>, NameError> {
+    text.split(' ')
+        .filter(|word| !word.is_empty())
+        .map(parse)
+        .collect()
+}
+
+/// A key's columns in the order of [`KEY_COLUMNS`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct KeyRow {
+    pub(super) id: [u8; 16],
+    pub(super) account: Option<String>,
+    pub(super) user_id: Option<String>,
+    pub(super) environment: String,
+    pub(super) name: Option<String>,
+    pub(super) scopes: String,
+    pub(super) roles: String,
+    pub(super) expires_at: Option<i64>,
+    pub(super) customers: String,
+    pub(super) allowed_cidrs: String,
+    pub(super) rate_limits: Option<String>,
+    pub(super) quota: Option<String>,
+    pub(super) metadata: Option<String>,
+    pub(super) created_at: i64,
+    pub(super) created_by: String,
+    pub(super) updated_at: i64,
+    pub(super) disabled_at: Option<i64>,
+    pub(super) revoked_at: Option<i64>,
+    pub(super) revoke_reason: Option<String>,
+    pub(super) revoke_comment: Option<String>,
+    pub(super) revision: i64,
+}
+
+fn json<T: serde::Serialize>(value: &T) -> String {
+    // Plain maps, numbers and text: there is nothing in them that JSON cannot say.
+    serde_json::to_string(value).unwrap_or_default()
+}
+
+/// The reason's stable name is its JSON, without the quotes.
+fn reason_text(reason: RevokeReason) -> String {
+    json(&reason).trim_matches('"').to_owned()
+}
+
+impl KeyRow {
+    pub(super) fn of(key: &Key) -> Self {
+        let Key {
+            id,
+            owner,
+            environment,
+            terms,
+            created_at,
+            created_by,
+            updated_at,
+            ..
+        } = key;
+        let Terms {
+            name,
+            scopes,
+            roles,
+            expires_at,
+            customers,
+            allowed_cidrs,
+            rate_limits,
+            quota,
+            metadata,
+        } = terms;
+        let revocation = key.revocation.as_ref();
+        KeyRow {
+            id: *id.as_bytes(),
+            account: owner.account().map(ToString::to_string),
+            user_id: owner.user().map(ToString::to_string),
+            environment: environment.to_string(),
+            name: name.as_ref().map(ToString::to_string),
+            scopes: words(scopes),
+            roles: words(roles),
+            expires_at: expires_at.map(Timestamp::as_micros),
+            customers: words(customers),
+            allowed_cidrs: words(allowed_cidrs),
+            rate_limits: (!rate_limits.is_empty()).then(|| json(rate_limits)),
+            quota: quota.as_ref().map(json),
+            metadata: (!metadata.is_empty()).then(|| json(metadata)),
+            created_at: created_at.as_micros(),
+            created_by: created_by.clone(),
+            updated_at: updated_at.as_micros(),
+            disabled_at: key.disabled_at.map(Timestamp::as_micros),
+            revoked_at: revocation.map(|revocation| revocation.at.as_micros()),
+            revoke_reason: revocation.map(|revocation| reason_text(revocation.reason)),
+            revoke_comment: revocation.map(|revocation| revocation.comment.clone()),
+            revision: revision_to_i64(key.revision),
+        }
+    }
+
+    pub(super) fn sum(&self) -> i64 {
+        Sum::new()
+            .bytes(Some(&self.id))
+            .text(self.account.as_deref())
+            .text(self.user_id.as_deref())
+            .text(Some(&self.environment))
+            .text(self.name.as_deref())
+            .text(Some(&self.scopes))
+            .text(Some(&self.roles))
+            .int(self.expires_at)
+            .text(Some(&self.customers))
+            .text(Some(&self.allowed_cidrs))
+            .text(self.rate_limits.as_deref())
+            .text(self.quota.as_deref())
+            .text(self.metadata.as_deref())
+            .int(Some(self.created_at))
+            .text(Some(&self.created_by))
+            .int(Some(self.updated_at))
+            .int(self.disabled_at)
+            .int(self.revoked_at)
+            .text(self.revoke_reason.as_deref())
+            .text(self.revoke_comment.as_deref())
+            .int(Some(self.revision))
+            .finish()
+    }
+
+    /// The record, once `sum` has been found right.
+    pub(super) fn into_key(self, sum: i64, secrets: Vec<Secret>) -> Result<Key, StoreError> {
+        let id = KeyId::from_bytes(self.id);
+        if sum != self.sum() {
+            return Err(damaged(format_args!("key {id}"), "its checksum does not match"));
+        }
+        self.parse(id, secrets)
+            .map_err(|problem| damaged(format_args!("key {id}"), problem))
+    }
+
+    fn parse(self, id: KeyId, secrets: Vec<Secret>) -> Result<Key, String> {
+        let named = |error: NameError| error.to_string();
+        let owner = match (&self.account, &self.user_id) {
+            (Some(account), None) => Owner::Account(AccountId::parse(account).map_err(named)?),
+            (None, Some(user)) => Owner::User(UserId::parse(user).map_err(named)?),
+            _ => return Err("it has not exactly one owner".to_owned()),
+        };
+        let revocation = match (self.revoked_at, self.revoke_reason) {
+            (Some(at), Some(reason)) => Some(Revocation {
+                at: Timestamp::from_micros(at),
+                reason: from_json(&format!("\"{reason}\""))?,
+                comment: self.revoke_comment.unwrap_or_default(),
+            }),
+            (None, None) => None,
+            _ => return Err("its revocation is incomplete".to_owned()),
+        };
+        let nets = self.allowed_cidrs.split(' ').filter(|word| !word.is_empty());
+        Ok(Key {
+            id,
+            owner,
+            environment: EnvironmentName::parse(&self.environment).map_err(named)?,
+            terms: Terms {
+                name: self
+                    .name
+                    .as_deref()
+                    .map(KeyName::parse)
+                    .transpose()
+                    .map_err(named)?,
+                scopes: ScopeSet::from(parse_words(&self.scopes, Scope::parse_grant).map_err(named)?),
+                roles: parse_words(&self.roles, RoleName::parse).map_err(named)?,
+                expires_at: self.expires_at.map(Timestamp::from_micros),
+                customers: parse_words(&self.customers, crate::domain::name::CustomerId::parse)
+                    .map_err(named)?,
+                allowed_cidrs: nets
+                    .map(ipnet::IpNet::from_str)
+                    .collect::<Result<_, _>>()
+                    .map_err(|error| error.to_string())?,
+                rate_limits: self
+                    .rate_limits
+                    .as_deref()
+                    .map(from_json)
+                    .transpose()?
+                    .unwrap_or_default(),
+                quota: self.quota.as_deref().map(from_json).transpose()?,
+                metadata: self
+                    .metadata
+                    .as_deref()
+                    .map(from_json::<BTreeMap<_, _>>)
+                    .transpose()?
+                    .unwrap_or_default(),
+            },
+            created_at: Timestamp::from_micros(self.created_at),
+            created_by: self.created_by,
+            updated_at: Timestamp::from_micros(self.updated_at),
+            disabled_at: self.disabled_at.map(Timestamp::from_micros),
+            revocation,
+            secrets,
+            revision: revision_from_i64(self.revision),
+        })
+    }
+}
+
+fn from_json<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
+    serde_json::from_str(text).map_err(|error| error.to_string())
+}
+
+/// Revisions are counted from 0 and never reach 2^63.
+pub(super) fn revision_to_i64(revision: Revision) -> i64 {
+    i64::try_from(revision.0).unwrap_or(i64::MAX)
+}
+
+pub(super) fn revision_from_i64(revision: i64) -> Revision {
+    Revision(u64::try_from(revision).unwrap_or(0))
+}
+
+/// The checksum of a secret's row.
+pub(super) fn secret_sum(key_id: &[u8], secret: &Secret) -> i64 {
+    Sum::new()
+        .bytes(Some(secret.digest.as_bytes()))
+        .bytes(Some(key_id))
+        .int(Some(i64::from(secret.version)))
+        .text(Some(&secret.hint))
+        .int(Some(secret.created_at.as_micros()))
+        .int(secret.expires_at.map(Timestamp::as_micros))
+        .finish()
+}
+
+/// A secret from its columns, once `sum` has been found right.
+pub(super) fn secret_from(
+    key_id: &[u8],
+    digest: &[u8],
+    version: i64,
+    hint: String,
+    times: (i64, Option<i64>),
+    sum: i64,
+) -> Result<Secret, StoreError> {
+    let what = || format!("a secret of key {}", crate::domain::token::Hex(key_id));
+    let secret = Secret {
+        version: u32::try_from(version).map_err(|_| damaged(what(), "its version is out of range"))?,
+        digest: Digest::from_bytes(
+            digest
+                .try_into()
+                .map_err(|_| damaged(what(), "its digest is not 32 bytes"))?,
+        ),
+        hint,
+        created_at: Timestamp::from_micros(times.0),
+        expires_at: times.1.map(Timestamp::from_micros),
+    };
+    if sum != secret_sum(key_id, &secret) {
+        return Err(damaged(what(), "its checksum does not match"));
+    }
+    Ok(secret)
+}
+
+/// The checksum of an account's row.
+pub(super) fn account_sum(account: &Account) -> i64 {
+    Sum::new()
+        .text(Some(account.id.as_str()))
+        .text(Some(account.name.as_str()))
+        .int(account.suspended_at.map(Timestamp::as_micros))
+        .int(Some(account.created_at.as_micros()))
+        .int(Some(account.updated_at.as_micros()))
+        .int(Some(revision_to_i64(account.revision)))
+        .finish()
+}
+
+/// An account from its columns, once `sum` has been found right.
+pub(super) fn account_from(
+    id: &str,
+    name: &str,
+    times: (Option<i64>, i64, i64),
+    revision: i64,
+    sum: i64,
+) -> Result<Account, StoreError> {
+    let what = || format!("account {id:?}");
+    let account = Account {
+        id: AccountId::parse(id).map_err(|error| damaged(what(), error))?,
+        name: DisplayName::parse(name).map_err(|error| damaged(what(), error))?,
+        suspended_at: times.0.map(Timestamp::from_micros),
+        created_at: Timestamp::from_micros(times.1),
+        updated_at: Timestamp::from_micros(times.2),
+        revision: revision_from_i64(revision),
+    };
+    if sum != account_sum(&account) {
+        return Err(damaged(what(), "its checksum does not match"));
+    }
+    Ok(account)
+}

@@ -1,0 +1,201 @@
+//! Group commit: one task per process takes the writes that wait for it, commits them in one transaction, lets
+//! the index see them, and only then answers. So creates scale past one disk sync each, and an acknowledged
+//! change is in force before its caller hears of it.
+
+use std::{error::Error, sync::Arc};
+
+use tokio::sync::{mpsc, oneshot};
+
+use super::{CommitError, Committed, Outcome, Rejection, Store, StoreError, Write};
+use crate::domain::{
+    log::{Change, LogRow},
+    time::Revision,
+};
+
+/// How many writes go into one transaction at the most.
+const BATCH: usize = 256;
+/// How many writes may wait; past that callers wait for a place.
+const QUEUE: usize = 4096;
+
+/// Why a write did not happen.
+#[derive(Debug, thiserror::Error)]
+pub enum WriteError {
+    /// The store has something against it.
+    #[error("the change was rejected: {0:?}")]
+    Rejected(Rejection),
+    /// Certainly not recorded; shared by the writes of a batch.
+    #[error("the change was not recorded")]
+    NotRecorded(#[source] Arc<StoreError>),
+    /// Perhaps recorded; shared by the writes of a batch.
+    #[error("whether the change was recorded is unknown")]
+    Unknown(#[source] Arc<StoreError>),
+    /// The server is stopping.
+    #[error("the server is stopping")]
+    Stopping,
+}
+
+/// What follows the writes: sees every committed change in revision order, before its caller is answered.
+pub trait Follower: Send + Sync + 'static {
+    /// The newest revision it has seen.
+    fn revision(&self) -> Revision;
+    /// Takes newly committed changes.
+    fn applied(&self, rows: &[(LogRow, Change)]);
+    /// A change was asked for and may or may not be recorded: until the log decides, refuse what it refuses.
+    fn in_doubt(&self, change: &Change);
+    /// The log has decided. What it does not hold was not recorded; a change that stops a key or an account
+    /// stays in force in this process all the same, since somebody wanted it stopped.
+    fn decided(&self);
+}
+
+struct Job {
+    write: Write,
+    answer: Answer,
+}
+
+/// The way to the writer task; clones lead to the same one.
+#[derive(Clone)]
+pub struct Writer(mpsc::Sender<Job>);
+
+impl std::fmt::Debug for Writer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Writer")
+            .field("room", &self.0.capacity())
+            .finish()
+    }
+}
+
+impl Writer {
+    /// Starts the task on the current runtime. It ends when the last `Writer` is gone and its queue is empty.
+    #[must_use]
+    pub fn spawn(
+        store: Arc<dyn Store>,
+        follower: Arc<dyn Follower>,
+    ) -> (Writer, tokio::task::JoinHandle<()>) {
+        let (sender, mut jobs) = mpsc::channel(QUEUE);
+        let task = tokio::spawn(async move {
+            let mut committer = Committer {
+                store,
+                follower,
+                unsure: false,
+            };
+            let mut batch = Vec::with_capacity(BATCH);
+            while jobs.recv_many(&mut batch, BATCH).await > 0 {
+                committer.commit(std::mem::take(&mut batch)).await;
+            }
+        });
+        (Writer(sender), task)
+    }
+
+    /// Makes one change. Returns once it is durable and the follower has applied it.
+    ///
+    /// # Errors
+    /// When the store rejects it, fails, or its answer was lost.
+    pub async fn write(&self, write: Write) -> Result<Outcome, WriteError> {
+        let (answer, outcome) = oneshot::channel();
+        self.0
+            .send(Job { write, answer })
+            .await
+            .map_err(|_| WriteError::Stopping)?;
+        outcome.await.map_err(|_| WriteError::Stopping)?
+    }
+}
+
+type Answer = oneshot::Sender<Result<Outcome, WriteError>>;
+
+struct Committer {
+    store: Arc<dyn Store>,
+    follower: Arc<dyn Follower>,
+    /// An outcome is unknown, and the log has not been read since.
+    unsure: bool,
+}
+
+impl Committer {
+    async fn commit(&mut self, jobs: Vec<Job>) {
+        let (writes, answers): (Vec<_>, Vec<_>) = jobs.into_iter().map(|job| (job.write, job.answer)).unzip();
+        // Nothing is built on a state that is not known.
+        if self.unsure
+            && let Err(error) = self.catch_up().await
+        {
+            return self.fail(&writes, answers, CommitError::NotRecorded(error)).await;
+        }
+        match self.store.commit(&writes).await {
+            Ok(committed) => self.settle(committed, answers),
+            // One bad write must not take the others with it.
+            Err(CommitError::NotRecorded(error @ StoreError::Unavailable(_))) if writes.len() > 1 => {
+                tracing::warn!(
+                    error = &error as &dyn Error,
+                    "a batch failed; its writes go one by one"
+                );
+                for (write, answer) in writes.into_iter().zip(answers) {
+                    let writes = [write];
+                    match self.store.commit(&writes).await {
+                        Ok(committed) => self.settle(committed, vec![answer]),
+                        Err(error) => self.fail(&writes, vec![answer], error).await,
+                    }
+                }
+            }
+            Err(error) => self.fail(&writes, answers, error).await,
+        }
+    }
+
+    fn settle(&self, committed: Committed, answers: Vec<Answer>) {
+        self.follower.applied(&committed.rows);
+        for (answer, outcome) in answers.into_iter().zip(committed.outcomes) {
+            // A caller that went away does not hear of it; the change stands.
+            let _ = answer.send(outcome.map_err(WriteError::Rejected));
+        }
+    }
+
+    /// Tells the callers, after the follower has learnt what is in doubt and, if it can be read, what the log
+    /// says of it.
+    async fn fail(&mut self, writes: &[Write], answers: Vec<Answer>, error: CommitError) {
+        tracing::error!(
+            error = &error as &dyn Error,
+            writes = writes.len(),
+            "a commit failed"
+        );
+        for write in writes {
+            self.follower.in_doubt(&write.change);
+        }
+        let (error, unknown) = match error {
+            CommitError::NotRecorded(error) => (Arc::new(error), false),
+            CommitError::Unknown(error) => (Arc::new(error), true),
+        };
+        self.unsure |= unknown;
+        if let Err(error) = self.catch_up().await {
+            tracing::error!(
+                error = &error as &dyn Error,
+                "the log could not be read after a failed commit"
+            );
+        }
+        for answer in answers {
+            let error = error.clone();
+            let _ = answer.send(Err(if unknown {
+                WriteError::Unknown(error)
+            } else {
+                WriteError::NotRecorded(error)
+            }));
+        }
+    }
+
+    /// Gives the follower whatever of the log it lacks: after an unknown outcome, the log decides.
+    async fn catch_up(&mut self) -> Result<(), StoreError> {
+        loop {
+            let rows = self.store.log_after(self.follower.revision(), 1000).await?;
+            if rows.is_empty() {
+                break;
+            }
+            let rows = rows.into_iter().map(with_change).collect::<Result<Vec<_>, _>>()?;
+            self.follower.applied(&rows);
+        }
+        self.unsure = false;
+        self.follower.decided();
+        Ok(())
+    }
+}
+
+fn with_change(row: LogRow) -> Result<(LogRow, Change), StoreError> {
+    let change = serde_json::from_str(&row.payload)
+        .map_err(|error| StoreError::Damaged(format!("log entry {}: {error}", row.revision)))?;
+    Ok((row, change))
+}

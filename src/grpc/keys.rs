@@ -85,7 +85,11 @@ impl KeyService {
         );
         v.note_if(!user.is_empty(), "user", USER_KEYS);
         let unowned = account.is_empty() && user.is_empty() && caller.is_operator();
-        v.note_if(unowned, "account", "is required from the operator account's callers");
+        v.note_if(
+            unowned,
+            "account",
+            "is required from the operator account's callers",
+        );
         let account = convert::read_account("account", account, v);
         let environment =
             convert::read_environment("environment", environment, self.0.environments(), v).cloned();

@@ -20,6 +20,7 @@ const SECRET: [&str; 5] = [
     "keyward.v1.RotateKeyResponse",
 ];
 
+#[expect(clippy::disallowed_methods, reason = "cargo says where to write in the environment")]
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=proto");
     println!("cargo::rerun-if-changed=src/store/migrations");

@@ -9,8 +9,8 @@ use crate::{
     domain::{
         key::{Key, Owner, Terms},
         log::Actor,
-        name::{AccountId, EnvironmentName},
-        scope::Scope,
+        name::{AccountId, EnvironmentName, UserId},
+        scope::{Scope, ScopeSet},
         time::Timestamp,
     },
     refusal::{Refusal, Thing},
@@ -57,6 +57,10 @@ pub struct Caller {
     pub version: u32,
     /// The account it acts in.
     pub account: AccountId,
+    /// What it is granted there, roles included.
+    pub grants: ScopeSet,
+    /// The person that an operator's caller calls for.
+    pub acting_user: Option<UserId>,
     /// The RPC that it called.
     pub method: &'static str,
     /// Where it called from.
@@ -73,7 +77,7 @@ impl Caller {
     /// Whether its key grants the permission.
     #[must_use]
     pub fn may(&self, permission: Permission) -> bool {
-        Scope::parse_required(permission.as_str()).is_ok_and(|scope| self.key.terms.scopes.covers(&scope))
+        Scope::parse_required(permission.as_str()).is_ok_and(|scope| self.grants.covers(&scope))
     }
 
     /// The caller as the log names it.
@@ -82,13 +86,20 @@ impl Caller {
         Actor {
             key: Some(self.key.id),
             account: Some(self.account.clone()),
+            acting_user: self.acting_user.clone(),
         }
     }
 
-    /// Whether a key of this owner exists for the caller.
+    /// Whether keys of this owner exist for the caller. User keys reach into every account of their user: to
+    /// others than operators and the user's own keys they do not exist, and while an operator's caller acts
+    /// for a person, to others than that person.
     #[must_use]
     pub fn sees(&self, owner: &Owner) -> bool {
-        self.is_operator() || owner.account() == Some(&self.account)
+        match (owner, &self.acting_user) {
+            (Owner::User(user), Some(acting)) => user == acting,
+            (Owner::User(user), None) => self.is_operator() || self.key.owner.user() == Some(user),
+            (Owner::Account(account), _) => self.is_operator() || *account == self.account,
+        }
     }
 
     /// The account that is meant: the one named, or, for an account's caller, its own.
@@ -99,10 +110,9 @@ impl Caller {
         match named {
             Some(account) if self.is_operator() || account == self.account => Ok(account),
             Some(_) => Err(Refusal::NotFound(Thing::Account)),
-            None if self.is_operator() => Err(Refusal::field(
-                "account",
-                "is required from the operator account's callers",
-            )),
+            None if self.is_operator() => {
+                Err(Refusal::field("account", "is required from the operator account's callers"))
+            }
             None => Ok(self.account.clone()),
         }
     }
@@ -120,21 +130,31 @@ impl Caller {
         }
     }
 
-    /// Whether the caller could give a key these terms: nobody grants what they do not hold, in any dimension.
-    /// Operators may grant every scope outside `keyward:`, in every environment.
+    /// Whether the caller could grant these scopes.
+    ///
+    /// # Errors
+    /// When one goes beyond what it holds; the message names it.
+    pub fn may_grant(&self, granted: &ScopeSet) -> Result<(), Refusal> {
+        let held = |scope: &Scope| (self.is_operator() && !scope.is_reserved()) || self.grants.covers(scope);
+        match granted.iter().find(|scope| !held(scope)) {
+            Some(scope) => beyond("a scope", scope),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether the caller could give a key these terms, which with its roles grant `granted`: nobody grants
+    /// what they do not hold, in any dimension. Operators may grant every scope outside `keyward:`, in every environment.
     ///
     /// # Errors
     /// When the terms go beyond the caller; the message says in what.
-    pub fn may_give(&self, environment: &EnvironmentName, terms: &Terms) -> Result<(), Refusal> {
+    pub fn may_give(
+        &self,
+        environment: &EnvironmentName,
+        terms: &Terms,
+        granted: &ScopeSet,
+    ) -> Result<(), Refusal> {
         let own = &self.key.terms;
-        let beyond = |what: &str, which: &dyn Display| {
-            let message = format!("{what} goes beyond the caller's own: {which}");
-            Err(Refusal::Forbidden("GRANT_BEYOND_CALLER", message))
-        };
-        let held = |scope: &Scope| (self.is_operator() && !scope.is_reserved()) || own.scopes.covers(scope);
-        if let Some(scope) = terms.scopes.iter().find(|scope| !held(scope)) {
-            return beyond("a scope", scope);
-        }
+        self.may_grant(granted)?;
         if !self.is_operator() && *environment != self.key.environment {
             return beyond("the environment", environment);
         }
@@ -156,6 +176,11 @@ impl Caller {
     }
 }
 
+fn beyond(what: &str, which: &dyn Display) -> Result<(), Refusal> {
+    let message = format!("{what} goes beyond the caller's own: {which}");
+    Err(Refusal::Forbidden("GRANT_BEYOND_CALLER", message))
+}
+
 /// Whether `end` is later than `limit`; none is later than any.
 fn later(end: Option<Timestamp>, limit: Option<Timestamp>) -> bool {
     match (end, limit) {
@@ -175,10 +200,7 @@ mod tests {
     };
 
     fn scopes(texts: &[&str]) -> ScopeSet {
-        texts
-            .iter()
-            .map(|text| Scope::parse_grant(text).unwrap())
-            .collect()
+        texts.iter().map(|text| Scope::parse_grant(text).unwrap()).collect()
     }
 
     fn caller(account: &str, granted: &[&str], bind: fn(&mut Terms)) -> Caller {
@@ -186,9 +208,11 @@ mod tests {
         key.terms.scopes = scopes(granted);
         bind(&mut key.terms);
         Caller {
+            grants: key.terms.scopes.clone(),
             key: Arc::new(key),
             version: 1,
             account: AccountId::parse(account).unwrap(),
+            acting_user: None,
             method: "test",
             peer: None,
         }
@@ -198,21 +222,18 @@ mod tests {
         let mut terms = sample().terms;
         terms.scopes = scopes(&["monitors:read"]);
         shape(&mut terms);
-        caller
-            .may_give(&EnvironmentName::parse(environment).unwrap(), &terms)
-            .is_ok()
+        caller.may_give(&EnvironmentName::parse(environment).unwrap(), &terms, &terms.scopes).is_ok()
     }
 
     #[test]
     fn an_account_caller_gives_only_scopes_that_it_holds() {
         let acme = caller("acme", &["keyward:keys:write", "monitors:*"], |_| {});
         assert!(gives(&acme, "production", |_| {}));
-        assert!(gives(&acme, "production", |t| t.scopes =
-            scopes(&["keyward:keys:write"])));
+        assert!(gives(&acme, "production", |t| t.scopes = scopes(&["keyward:keys:write"])));
         for beyond in ["*", "alerts:read", "keyward:*", "keyward:keys:read"] {
             let mut terms = sample().terms;
             terms.scopes = scopes(&[beyond]);
-            assert!(acme.may_give(&sample().environment, &terms).is_err(), "{beyond}");
+            assert!(acme.may_give(&sample().environment, &terms, &terms.scopes).is_err(), "{beyond}");
         }
     }
 
@@ -257,10 +278,7 @@ mod tests {
             terms.scopes = scopes(&["monitors:read"]);
             tight(&mut terms);
             loosen(&mut terms);
-            assert!(
-                bound.may_give(&sample().environment, &terms).is_err(),
-                "{terms:?}"
-            );
+            assert!(bound.may_give(&sample().environment, &terms, &terms.scopes).is_err(), "{terms:?}");
         }
         assert!(!gives(&bound, "staging", tight), "another environment");
     }
@@ -270,14 +288,21 @@ mod tests {
         let acme = caller("acme", &["*"], |_| {});
         let other = AccountId::parse("other").unwrap();
         assert!(!acme.sees(&Owner::Account(other.clone())));
-        assert!(matches!(
-            acme.account_meant(Some(other)),
-            Err(Refusal::NotFound(Thing::Account))
-        ));
+        assert!(matches!(acme.account_meant(Some(other)), Err(Refusal::NotFound(Thing::Account))));
         assert_eq!(acme.account_meant(None).unwrap().as_str(), "acme");
-        assert!(
-            caller("keyward", &["*"], |_| {}).account_meant(None).is_err(),
-            "an operator must say which"
-        );
+        assert!(caller("keyward", &["*"], |_| {}).account_meant(None).is_err(), "an operator must say which");
+    }
+
+    #[test]
+    fn a_user_key_exists_for_operators_and_its_own_user_alone() {
+        let ann = Owner::User(UserId::parse("ann").unwrap());
+        let acting = |account, user: &str| Caller {
+            acting_user: Some(UserId::parse(user).unwrap()),
+            ..caller(account, &["*"], |_| {})
+        };
+        assert!(caller("keyward", &["*"], |_| {}).sees(&ann));
+        assert!(!caller("acme", &["*"], |_| {}).sees(&ann));
+        assert!(acting("keyward", "ann").sees(&ann));
+        assert!(!acting("keyward", "bob").sees(&ann));
     }
 }

@@ -1,6 +1,6 @@
 //! What can be done with accounts. Only operators make and change them; an account's caller sees its own.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use crate::{
     access::Caller,
@@ -68,12 +68,7 @@ impl Accounts {
         clock: Arc<dyn Clock>,
         entropy: Arc<dyn Entropy>,
     ) -> Self {
-        Accounts {
-            store,
-            writer,
-            clock,
-            entropy,
-        }
+        Accounts { store, writer, clock, entropy }
     }
 
     /// Makes an account.
@@ -85,6 +80,7 @@ impl Accounts {
         caller: &Caller,
         id: Option<AccountId>,
         name: Option<DisplayName>,
+        longest_life: Option<Duration>,
     ) -> Result<Account, Refusal> {
         caller.must_be_operator()?;
         let now = self.clock.now();
@@ -92,12 +88,8 @@ impl Accounts {
             Some(id) => id,
             None => AccountId::generate(now, random(&*self.entropy)?),
         };
-        let account = new_account(id, name, now)?;
-        match self
-            .writer
-            .write(write(caller, account, None, Action::AccountCreated, now))
-            .await
-        {
+        let account = Account { longest_life, ..new_account(id, name, now)? };
+        match self.writer.write(write(caller, account, None, Action::AccountCreated, now)).await {
             Ok(outcome) => applied(outcome),
             Err(WriteError::Rejected(Rejection::Conflict)) => Err(Refusal::AccountExists),
             Err(error) => Err(error.into()),
@@ -125,10 +117,7 @@ impl Accounts {
         size: u32,
     ) -> Result<(Vec<Account>, Option<AccountId>), Refusal> {
         if !caller.is_operator() {
-            return Ok((
-                self.store.account(&caller.account).await?.into_iter().collect(),
-                None,
-            ));
+            return Ok((self.store.account(&caller.account).await?.into_iter().collect(), None));
         }
         let mut accounts = self.store.accounts(after, size + 1).await?;
         let more = accounts.len() > size as usize;
@@ -154,11 +143,7 @@ impl Accounts {
                 return Ok(before);
             }
             after.updated_at = now;
-            match self
-                .writer
-                .write(write(caller, after, Some(before.revision), action, now))
-                .await
-            {
+            match self.writer.write(write(caller, after, Some(before.revision), action, now)).await {
                 Ok(outcome) => return applied(outcome),
                 Err(WriteError::Rejected(Rejection::Conflict)) => {}
                 Err(error) => return Err(error.into()),
@@ -167,20 +152,26 @@ impl Accounts {
         Err(Refusal::Contended)
     }
 
-    /// Renames an account.
+    /// Changes an account's name, the longest life of its keys, or both.
     ///
     /// # Errors
     /// When the caller is no operator, or there is no such account.
-    pub async fn rename(
+    pub async fn update(
         &self,
         caller: &Caller,
         id: &AccountId,
-        name: DisplayName,
+        name: Option<DisplayName>,
+        longest_life: Option<Option<Duration>>,
     ) -> Result<Account, Refusal> {
         self.change(caller, id, Action::AccountUpdated, |account, _| {
-            let changed = account.name != name;
-            account.name = name.clone();
-            changed
+            let before = account.clone();
+            if let Some(name) = &name {
+                account.name = name.clone();
+            }
+            if let Some(life) = longest_life {
+                account.longest_life = life;
+            }
+            *account != before
         })
         .await
     }
@@ -208,10 +199,8 @@ impl Accounts {
     /// # Errors
     /// When the caller is no operator, or there is no such account.
     pub async fn resume(&self, caller: &Caller, id: &AccountId) -> Result<Account, Refusal> {
-        self.change(caller, id, Action::AccountResumed, |account, _| {
-            account.suspended_at.take().is_some()
-        })
-        .await
+        self.change(caller, id, Action::AccountResumed, |account, _| account.suspended_at.take().is_some())
+            .await
     }
 }
 
@@ -224,6 +213,7 @@ fn new_account(id: AccountId, name: Option<DisplayName>, now: Timestamp) -> Resu
         id,
         name,
         suspended_at: None,
+        longest_life: None,
         created_at: now,
         updated_at: now,
         revision: Revision::default(),
@@ -233,12 +223,8 @@ fn new_account(id: AccountId, name: Option<DisplayName>, now: Timestamp) -> Resu
 /// What records the operator account, at the first start.
 #[must_use]
 pub fn operator_account(now: Timestamp) -> Option<Write> {
-    let account = new_account(
-        AccountId::operator(),
-        DisplayName::parse("Keyward operators").ok(),
-        now,
-    )
-    .ok()?;
+    let account =
+        new_account(AccountId::operator(), DisplayName::parse("Keyward operators").ok(), now).ok()?;
     Some(Write {
         change: Change::Account(Arc::new(account)),
         expect: None,

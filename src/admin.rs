@@ -37,10 +37,7 @@ pub async fn serve(listener: TcpListener, engine: Arc<Engine>, ready: watch::Rec
                 .header_read_timeout(HEADER_PATIENCE)
                 .serve_connection(TokioIo::new(stream), service);
             if let Err(error) = connection.await {
-                tracing::debug!(
-                    error = &error as &dyn std::error::Error,
-                    "an admin connection ended"
-                );
+                tracing::debug!(error = &error as &dyn std::error::Error, "an admin connection ended");
             }
         });
     }
@@ -52,10 +49,7 @@ fn page(path: &str, engine: &Engine, ready: bool) -> Response<Full<Bytes>> {
         "/readyz" if ready => (StatusCode::OK, "ready\n".to_owned()),
         "/readyz" => (StatusCode::SERVICE_UNAVAILABLE, "not ready\n".to_owned()),
         "/metrics" => (StatusCode::OK, metrics(engine, ready)),
-        _ => (
-            StatusCode::NOT_FOUND,
-            "there are /healthz, /readyz and /metrics\n".to_owned(),
-        ),
+        _ => (StatusCode::NOT_FOUND, "there are /healthz, /readyz and /metrics\n".to_owned()),
     };
     let mut response = Response::new(Full::new(Bytes::from(text)));
     *response.status_mut() = status;
@@ -77,16 +71,8 @@ fn metrics(engine: &Engine, ready: bool) -> String {
         );
     }
     for (name, help, value) in [
-        (
-            "keyward_index_keys",
-            "Keys held in memory.",
-            engine.index.len() as u64,
-        ),
-        (
-            "keyward_revision",
-            "Newest change applied.",
-            engine.index.revision().unwrap_or_default().0,
-        ),
+        ("keyward_index_keys", "Keys held in memory.", engine.index.len() as u64),
+        ("keyward_revision", "Newest change applied.", engine.index.revision().unwrap_or_default().0),
         ("keyward_ready", "1 while Checks are answered.", u64::from(ready)),
     ] {
         let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} gauge\n{name} {value}");

@@ -21,10 +21,7 @@ pub trait Clock: Send + Sync + 'static {
 pub struct SystemClock;
 
 impl Clock for SystemClock {
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "this is the one place that reads the wall clock"
-    )]
+    #[expect(clippy::disallowed_methods, reason = "this is the one place that reads the wall clock")]
     fn now(&self) -> Timestamp {
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         Timestamp::from_micros(0).plus(since_1970)
@@ -75,9 +72,7 @@ pub struct SystemEntropy;
 
 impl Entropy for SystemEntropy {
     fn fill(&self, bytes: &mut [u8]) -> Result<(), NoEntropy> {
-        rand::rngs::SysRng
-            .try_fill_bytes(bytes)
-            .map_err(|error| NoEntropy(Box::new(error)))
+        rand::rngs::SysRng.try_fill_bytes(bytes).map_err(|error| NoEntropy(Box::new(error)))
     }
 }
 

@@ -8,7 +8,7 @@
 //! | [`store`] | the `Store` contract, the backends, migrations, group commit; SQL stands nowhere else |
 //! | [`engine`] | Checks from memory: the index, usage written behind |
 //! | [`access`], [`refusal`] | who calls and what they may do; why a call is not done |
-//! | [`keys`], [`accounts`] | the use cases: what one transaction writes |
+//! | [`keys`], [`accounts`], [`people`] | the use cases: what one transaction writes |
 //! | [`grpc`] | the wire: services, the gate, connections; the only place that builds a status |
 //! | [`admin`] | `/healthz`, `/readyz`, `/metrics` |
 //! | [`server`] | the composition root: ordered start and stop |
@@ -17,7 +17,7 @@
 //! | [`pb`] | generated from `proto/` |
 //!
 //! # Who may use whom
-//! `cli → server → grpc → {engine, keys, accounts} → store → domain`, never back; `tests/it/tidy.rs` holds it.
+//! `cli → server → grpc → {engine, keys, accounts, people} → store → domain`, never back; `tests/it/tidy.rs` holds it.
 //!
 //! # What always holds
 //! - A token is shown once and stored never; nothing prints one.
@@ -37,6 +37,7 @@ pub mod engine;
 pub mod grpc;
 pub mod keys;
 pub mod pb;
+pub mod people;
 pub mod refusal;
 pub mod server;
 pub mod store;

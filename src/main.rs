@@ -1,13 +1,7 @@
-//! x
-use clap::Parser;
-#[derive(Parser)]
-enum C {
-    Serve(keyward::config::server::ServeArgs),
-    RootKey(keyward::config::server::RootKeyArgs),
-}
-fn main() -> std::process::ExitCode {
-    match C::parse() {
-        C::Serve(a) => keyward::cli::serve::run(a),
-        C::RootKey(a) => keyward::cli::root_key::run(a),
-    }
+//! The `keyward` program: the server, its tools and its command-line client in one binary.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    keyward::cli::main()
 }

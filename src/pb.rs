@@ -20,10 +20,4 @@ macro_rules! redacted {
     };
 }
 
-redacted!(
-    CheckRequest,
-    BatchCheckRequest,
-    LookupKeyRequest,
-    CreateKeyResponse,
-    RotateKeyResponse
-);
+redacted!(CheckRequest, BatchCheckRequest, LookupKeyRequest, CreateKeyResponse, RotateKeyResponse);

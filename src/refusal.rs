@@ -23,6 +23,10 @@ pub enum Thing {
     Key,
     /// An account.
     Account,
+    /// A role.
+    Role,
+    /// A member.
+    Member,
 }
 
 /// Why a call was not done.
@@ -36,6 +40,8 @@ pub enum Refusal {
     KeyNameTaken,
     /// The account's id is taken.
     AccountExists,
+    /// The digest belongs to another secret, whoever owns it.
+    DigestTaken,
     /// Another request was made under this idempotency key.
     IdempotencyKeyReused,
     /// The caller lacks a right: a stable reason, and what to do.
@@ -44,6 +50,8 @@ pub enum Refusal {
     Precondition(&'static str, String),
     /// The caller is not known.
     Unauthenticated,
+    /// A limit of the caller's own key is used up; when to try again.
+    CallerLimited(Option<std::time::Duration>),
     /// Too old a state, or none yet.
     CannotAnswer(CannotAnswer),
     /// A change is certainly not recorded.
@@ -65,10 +73,7 @@ impl Refusal {
     /// One wrong field.
     #[must_use]
     pub fn field(field: impl Into<String>, problem: impl Into<String>) -> Refusal {
-        Refusal::Invalid(vec![Violation {
-            field: field.into(),
-            problem: problem.into(),
-        }])
+        Refusal::Invalid(vec![Violation { field: field.into(), problem: problem.into() }])
     }
 }
 
@@ -99,10 +104,19 @@ impl From<WriteError> for Refusal {
         match error {
             WriteError::Rejected(Rejection::NameTaken) => Refusal::KeyNameTaken,
             WriteError::Rejected(Rejection::IdempotencyReused) => Refusal::IdempotencyKeyReused,
-            WriteError::Rejected(Rejection::Conflict | Rejection::DigestTaken) => Refusal::Contended,
-            WriteError::NotRecorded(cause) => Refusal::NotRecorded {
-                full: matches!(*cause, StoreError::Full(_)),
-            },
+            WriteError::Rejected(Rejection::Conflict) => Refusal::Contended,
+            WriteError::Rejected(Rejection::DigestTaken) => Refusal::DigestTaken,
+            WriteError::Rejected(Rejection::NoSuchRole) => Refusal::field(
+                "role",
+                "there is no such role in the account; ListRoles shows those there are",
+            ),
+            WriteError::Rejected(Rejection::RoleInUse { keys, members }) => Refusal::Precondition(
+                "ROLE_IN_USE",
+                format!("the role is used by {keys} keys and {members} members; give them another one first"),
+            ),
+            WriteError::NotRecorded(cause) => {
+                Refusal::NotRecorded { full: matches!(*cause, StoreError::Full(_)) }
+            }
             WriteError::Unknown(_) => Refusal::OutcomeUnknown,
             WriteError::Stopping => Refusal::Stopping,
         }
@@ -116,10 +130,7 @@ pub struct Violations(Vec<Violation>);
 impl Violations {
     /// Notes a violation.
     pub fn note(&mut self, field: impl Into<String>, problem: impl Into<String>) {
-        self.0.push(Violation {
-            field: field.into(),
-            problem: problem.into(),
-        });
+        self.0.push(Violation { field: field.into(), problem: problem.into() });
     }
 
     /// Notes a violation when `wrong`.
@@ -143,15 +154,11 @@ impl Violations {
         parse: impl Fn(&'a str) -> Result<T, E>,
     ) -> Vec<T> {
         if list.len() > most {
-            self.note(
-                field,
-                format!("has {} entries; at most {most} are allowed", list.len()),
-            );
+            self.note(field, format!("has {} entries; at most {most} are allowed", list.len()));
             return Vec::new();
         }
         let each = list.iter().enumerate();
-        each.filter_map(|(at, text)| self.take(&format!("{field}[{at}]"), parse(text)))
-            .collect()
+        each.filter_map(|(at, text)| self.take(&format!("{field}[{at}]"), parse(text))).collect()
     }
 
     /// Whether nothing is wrong so far.
@@ -165,10 +172,6 @@ impl Violations {
     /// # Errors
     /// When anything was noted.
     pub fn finish(self) -> Result<(), Refusal> {
-        if self.0.is_empty() {
-            Ok(())
-        } else {
-            Err(Refusal::Invalid(self.0))
-        }
+        if self.0.is_empty() { Ok(()) } else { Err(Refusal::Invalid(self.0)) }
     }
 }

@@ -34,11 +34,14 @@ use crate::{
     engine::{Engine, index::Index, usage::Usage},
     grpc::{self, Parts, serve::Workers},
     keys::{self, Keys},
-    store::{self, KeyFilter, Outcome, OwnerFilter, Store, Write, writer::Writer},
+    people::People,
+    store::{self, Hour, KeyFilter, Outcome, OwnerFilter, Store, Write, writer::Writer},
 };
 
 const FLUSH_EVERY: Duration = Duration::from_secs(5);
 const FORGET_EVERY: Duration = Duration::from_secs(60 * 60);
+/// How long counts of use are kept.
+const USAGE_KEPT: Duration = Duration::from_secs(90 * 24 * 60 * 60);
 /// How long clients wait for the index before they hear that it is loading.
 const QUIET_START: Duration = Duration::from_secs(1);
 /// How long calls in flight have to end.
@@ -95,20 +98,23 @@ impl Server {
         let usage = Arc::new(Usage::default());
         let engine = Arc::new(Engine::new(index.clone(), usage.clone(), clock.clone()));
         let (writer, writer_task) = Writer::spawn(store.clone(), index.clone());
-        let environments = Arc::new(settings.tokens.environments.clone());
+        let environments = Arc::new(settings.keys.environments.clone());
         let keys = Keys::new(
             store.clone(),
             writer.clone(),
             engine.clone(),
             clock.clone(),
             entropy.clone(),
-            settings.tokens.clone(),
+            settings.keys.clone(),
         );
+        let keys = Arc::new(keys);
+        let people = People::new(store.clone(), writer.clone(), engine.clone(), keys.clone(), clock.clone());
         let accounts = Accounts::new(store.clone(), writer, clock.clone(), entropy);
         let parts = Parts {
             engine: engine.clone(),
-            keys: Arc::new(keys),
+            keys,
             accounts: Arc::new(accounts),
+            people: Arc::new(people),
             store: store.clone(),
             clock: clock.clone(),
             environments,
@@ -143,25 +149,12 @@ impl Server {
         let background = vec![
             tokio::spawn(admin::serve(admin_listener, engine, is_ready)),
             tokio::spawn(flush_usage(store.clone(), usage.clone())),
-            tokio::spawn(forget(index, clock, settings.retention)),
+            tokio::spawn(forget(store.clone(), index, clock, settings.retention)),
             tokio::spawn(watch_loading(loading, stopping.clone())),
         ];
-        let running = Running {
-            store,
-            usage,
-            reporter,
-            ready,
-            stopping,
-            serving,
-            background,
-            writer: writer_task,
-        };
-        Ok(Server {
-            address,
-            admin_address,
-            root_token,
-            running,
-        })
+        let running =
+            Running { store, usage, reporter, ready, stopping, serving, background, writer: writer_task };
+        Ok(Server { address, admin_address, root_token, running })
     }
 
     /// Waits until the server gives up by itself, which it does when its index cannot be loaded.
@@ -173,16 +166,7 @@ impl Server {
 
     /// Stops in order: nothing acknowledged is lost, and calls in flight are answered if they end in time.
     pub async fn stop(self) {
-        let Running {
-            store,
-            usage,
-            reporter,
-            ready,
-            stopping,
-            serving,
-            background,
-            writer,
-        } = self.running;
+        let Running { store, usage, reporter, ready, stopping, serving, background, writer } = self.running;
         grpc::report_health(&reporter, false).await;
         ready.send_replace(false);
         stopping.send_replace(true);
@@ -197,10 +181,7 @@ impl Server {
             tracing::warn!("the last writes did not end in time; their callers were not answered");
         }
         if let Err(error) = usage.flush(&*store).await {
-            tracing::warn!(
-                error = &error as &dyn std::error::Error,
-                "the last uses were not written"
-            );
+            tracing::warn!(error = &error as &dyn std::error::Error, "the last uses were not written");
         }
         store.close().await;
         tracing::info!("stopped");
@@ -226,11 +207,7 @@ async fn load(
         .await
         .context("the keys could not be loaded")?;
     index.loaded(head.revision);
-    tracing::info!(
-        keys = index.len(),
-        revision = head.revision.0,
-        "the index is loaded"
-    );
+    tracing::info!(keys = index.len(), revision = head.revision.0, "the index is loaded");
     Ok(())
 }
 
@@ -253,10 +230,7 @@ async fn watch_loading(loading: Option<JoinHandle<anyhow::Result<()>>>, stopping
         Ok(Err(error)) => error,
         Err(error) => error.into(),
     };
-    tracing::error!(
-        error = format!("{failure:#}"),
-        "the index was not loaded; the server stops"
-    );
+    tracing::error!(error = format!("{failure:#}"), "the index was not loaded; the server stops");
     stopping.send_replace(true);
 }
 
@@ -264,19 +238,20 @@ async fn flush_usage(store: Arc<dyn Store>, usage: Arc<Usage>) {
     loop {
         tokio::time::sleep(FLUSH_EVERY).await;
         if let Err(error) = usage.flush(&*store).await {
-            tracing::warn!(
-                error = &error as &dyn std::error::Error,
-                "uses were not written; they are kept"
-            );
+            tracing::warn!(error = &error as &dyn std::error::Error, "uses were not written; they are kept");
         }
     }
 }
 
-async fn forget(index: Arc<Index>, clock: Arc<dyn Clock>, retention: Duration) {
+async fn forget(store: Arc<dyn Store>, index: Arc<Index>, clock: Arc<dyn Clock>, retention: Duration) {
     loop {
         tokio::time::sleep(FORGET_EVERY).await;
-        let forgotten = index.forget(clock.now().minus(retention));
+        let now = clock.now();
+        let forgotten = index.forget(now.minus(retention));
         tracing::debug!(forgotten, "digests past the retention left the index");
+        if let Err(error) = store.forget_usage(Hour::of(now.minus(USAGE_KEPT))).await {
+            tracing::warn!(error = &error as &dyn std::error::Error, "old counts of use were not dropped");
+        }
     }
 }
 
@@ -291,7 +266,7 @@ async fn first_start(
     if store.head().await?.revision != Revision::default() {
         return Ok(None);
     }
-    let root = keys::root_key(clock, entropy, &settings.tokens, "keyward serve")?;
+    let root = keys::root::root_key(clock, entropy, &settings.keys, "keyward serve")?;
     let account = accounts::operator_account(clock.now()).context("the operator account has no name")?;
     let kept = KeptToken::keep(settings.root_key_file.as_deref(), &root.token)?;
     let committed = store.commit(&[account, root.write]).await;
@@ -315,11 +290,7 @@ impl KeptToken {
         let Some(path) = path else {
             return Ok(KeptToken(None));
         };
-        let created = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(path);
+        let created = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
         let mut file = match created {
             Ok(file) => file,
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => bail!(
@@ -332,10 +303,7 @@ impl KeptToken {
             }
         };
         let kept = KeptToken(Some(path.to_owned()));
-        let folder = path
-            .parent()
-            .filter(|folder| !folder.as_os_str().is_empty())
-            .unwrap_or(Path::new("."));
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let written = file
             .write_all(token.reveal().as_bytes())
             .and_then(|()| file.sync_all())
@@ -371,16 +339,14 @@ pub async fn reset_root_key(
     if store.head().await?.revision == Revision::default() {
         bail!("this database is new and has no root key yet; 'keyward serve' makes one at its first start");
     }
-    let root = keys::root_key(clock, entropy, &settings.tokens, METHOD)?;
+    let root = keys::root::root_key(clock, entropy, &settings.keys, METHOD)?;
     let mut batch = revoke_roots(&*store, clock, METHOD).await?;
     batch.push(root.write);
     let kept = KeptToken::keep(settings.root_key_file.as_deref(), &root.token)?;
     let committed = store.commit(&batch).await.inspect_err(|_| kept.discard())?;
     store.close().await;
-    if let Some(Err(rejection)) = committed
-        .outcomes
-        .iter()
-        .find(|outcome: &&Result<Outcome, _>| outcome.is_err())
+    if let Some(Err(rejection)) =
+        committed.outcomes.iter().find(|outcome: &&Result<Outcome, _>| outcome.is_err())
     {
         kept.discard();
         bail!("the root key was not recorded: {rejection:?}; try again");
@@ -402,26 +368,19 @@ async fn revoke_roots(
         name_prefix: "root".to_owned(),
         unused_since: None,
         expires_before: None,
+        created_before: None,
         now,
     };
     let mut writes = Vec::new();
     for stored in store.keys(&filter, None, 1000).await? {
         let mut key = stored.key;
-        let named_root = key
-            .terms
-            .name
-            .as_ref()
-            .is_some_and(|name| name.as_str() == "root");
+        let named_root = key.terms.name.as_ref().is_some_and(|name| name.as_str() == "root");
         if !named_root || key.revocation.is_some() {
             continue;
         }
         let expect = Some(key.revision);
         let comment = "replaced by root-key reset".to_owned();
-        key.revocation = Some(Revocation {
-            at: now,
-            reason: RevokeReason::Superseded,
-            comment,
-        });
+        key.revocation = Some(Revocation { at: now, reason: RevokeReason::Superseded, comment });
         key.updated_at = now;
         writes.push(Write {
             change: Change::Key(Arc::new(key)),

@@ -1,3 +1,311 @@
-//! x
+//! The command line: reads the arguments and runs one command.
+//!
+//! `serve` and `root_key` start what the server's side offers. All others are client commands: they speak to
+//! a server through the generated client (`pb`) and may use `domain` and `config`, never `store`, `engine` or
+//! `grpc`, so that they can do nothing that another client could not. Every command answers with an exit
+//! code; nothing here ends the process, since what is pending at an exit is lost.
+//!
+//! A token is never an argument: arguments are shown to every process of the machine.
+
+mod accounts;
+mod audit;
+mod check;
+mod client;
+mod completions;
+mod console;
+mod context;
+mod failure;
+mod issue;
+mod json;
+mod keys;
+mod output;
+mod paging;
 pub mod root_key;
 pub mod serve;
+mod table;
+mod token;
+mod values;
+mod whoami;
+
+use std::{ffi::OsString, process::ExitCode};
+
+use clap::{
+    ArgMatches, CommandFactory as _, FromArgMatches as _, Parser, Subcommand,
+    error::{ContextKind, ContextValue, ErrorKind},
+    parser::ValueSource,
+};
+
+use self::{console::Console, context::Context, failure::Failure};
+use crate::config::{
+    client::{self as settings, ClientArgs, ClientSettings},
+    server::{RootKeyArgs, ServeArgs},
+};
+
+/// Paragraphs without line ends of their own: clap breaks them at the terminal's width.
+const GENERAL: &str = "\
+Settings: a flag wins over the environment (KEYWARD_SERVER, KEYWARD_TOKEN_FILE), which wins over \
+~/.config/keyward/config.toml (below XDG_CONFIG_HOME where that is set) with the keys server, token_file and \
+output. There is no flag for a token: other processes could read it.
+
+JSON (--output json): the response as one object. Field names as in the protos (snake_case), every field \
+there, null where it is absent; instants RFC 3339 in UTC, durations text such as 1m30s, enums their proto \
+names (KEY_STATE_ACTIVE), 64-bit numbers as numbers, bytes hexadecimal digits. Lists are fetched page by \
+page into one object. Errors are text on stderr.
+
+Exit codes: 0 done; 1 the server refused; 2 no answer (bad usage, no connection, time ran out, a server in \
+trouble). `keyward check`: 0 allowed; 1 denied; 2 could not be answered.";
+
+/// Issues API keys, and answers whether a token is valid for a scope, an environment and an account
+#[derive(Debug, Parser)]
+#[command(name = "keyward", version, after_long_help = GENERAL, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    #[command(flatten)]
+    client: ClientArgs,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the server
+    Serve(ServeArgs),
+    /// Manage the root key, with the database at hand
+    RootKey {
+        #[command(subcommand)]
+        command: RootKeyCommand,
+    },
+    /// Create, find, change and revoke keys
+    #[command(mut_args = settings::below_top)]
+    Keys {
+        #[command(subcommand)]
+        command: keys::KeysCommand,
+        #[command(flatten)]
+        client: ClientArgs,
+    },
+    /// Create, find and suspend accounts
+    #[command(mut_args = settings::below_top)]
+    Accounts {
+        #[command(subcommand)]
+        command: accounts::AccountsCommand,
+        #[command(flatten)]
+        client: ClientArgs,
+    },
+    /// Ask whether a token is valid; exit code 0 allowed, 1 denied, 2 could not be answered
+    #[command(mut_args = settings::below_top)]
+    Check {
+        #[command(flatten)]
+        args: check::CheckArgs,
+        #[command(flatten)]
+        client: ClientArgs,
+    },
+    /// Show what the caller's own token is
+    #[command(mut_args = settings::below_top)]
+    Whoami {
+        #[command(flatten)]
+        client: ClientArgs,
+    },
+    /// Revoke the caller's own key, for ever
+    #[command(mut_args = settings::below_top)]
+    RevokeSelf {
+        #[command(flatten)]
+        args: whoami::RevokeSelfArgs,
+        #[command(flatten)]
+        client: ClientArgs,
+    },
+    /// Read the log of every change
+    #[command(mut_args = settings::below_top)]
+    Audit {
+        #[command(subcommand)]
+        command: audit::AuditCommand,
+        #[command(flatten)]
+        client: ClientArgs,
+    },
+    /// Print a completion script for a shell
+    Completions(completions::CompletionsArgs),
+}
+
+#[derive(Debug, Subcommand)]
+enum RootKeyCommand {
+    /// Make a new root key and revoke the ones before it: the way back when the root key is lost
+    Reset(RootKeyArgs),
+}
+
+/// Runs the command that the program's arguments name.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = match parse(&settings::arguments()) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help is no error: it goes to stdout. Whoever reads neither has seen enough.
+            let _ = error.print();
+            return exit(u8::try_from(error.exit_code()).unwrap_or(failure::UNANSWERED));
+        }
+    };
+    match cli.command {
+        Command::Serve(args) => serve::run(args),
+        Command::RootKey { command: RootKeyCommand::Reset(args) } => root_key::run(args),
+        Command::Completions(args) => {
+            finish(&mut Console::system(), |console| completions::run(args, console))
+        }
+        command => finish(&mut Console::system(), |console| run_client(command, cli.client, console)),
+    }
+}
+
+fn parse(arguments: &[OsString]) -> Result<Cli, clap::Error> {
+    let mut command = Cli::command();
+    if token::among(arguments) {
+        return Err(command.error(ErrorKind::InvalidValue, TOKEN_SHOWN));
+    }
+    let matches =
+        command.try_get_matches_from_mut(arguments).map_err(|error| explain(&mut command, error))?;
+    if let Some(flag) = misplaced(&matches) {
+        let message = format!("--{flag} is for client commands, which speak to a server");
+        return Err(command.error(ErrorKind::ArgumentConflict, message));
+    }
+    Cli::from_arg_matches(&matches)
+}
+
+const TOKEN_SHOWN: &str = "a token stands among the arguments, where other processes can read it. Put it \
+    into a file and name that: --token-file FILE for the caller's own, --subject-token-file FILE for one to \
+    ask about (keyward check, keyward keys lookup). If others use this machine too, rotate the key";
+
+/// Whoever looks for a flag that takes the token is told where it goes instead.
+fn explain(command: &mut clap::Command, error: clap::Error) -> clap::Error {
+    match error.get(ContextKind::InvalidArg) {
+        Some(ContextValue::String(flag))
+            if error.kind() == ErrorKind::UnknownArgument && flag.split('=').next() == Some("--token") =>
+        {
+            let message = "there is no flag for the token itself, since other processes could read it: \
+                           put it into a file and name that with --token-file or KEYWARD_TOKEN_FILE";
+            command.error(ErrorKind::UnknownArgument, message)
+        }
+        _ => error,
+    }
+}
+
+/// A client flag that was given to a command which would ignore it.
+fn misplaced(matches: &ArgMatches) -> Option<String> {
+    if !matches!(matches.subcommand_name(), Some("serve" | "root-key" | "completions")) {
+        return None;
+    }
+    ClientArgs::IDS
+        .into_iter()
+        .find(|id| matches.value_source(id) == Some(ValueSource::CommandLine))
+        .map(|id| id.replace('_', "-"))
+}
+
+fn run_client(command: Command, outer: ClientArgs, console: &mut Console) -> Result<u8, Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let context = |client: ClientArgs| {
+        ClientSettings::load(client.or(outer)).map(|settings| Context::new(settings, console))
+    };
+    match command {
+        Command::Keys { command, client } => runtime.block_on(command.run(&mut context(client)?)),
+        Command::Accounts { command, client } => runtime.block_on(command.run(&mut context(client)?)),
+        Command::Audit { command, client } => runtime.block_on(command.run(&mut context(client)?)),
+        Command::Whoami { client } => runtime.block_on(whoami::whoami(&mut context(client)?)),
+        Command::RevokeSelf { args, client } => runtime.block_on(args.run(&mut context(client)?)),
+        Command::Check { args, client } => {
+            let verdict = context(client).map_err(Failure::from);
+            // 1 means denied here, so no failure may end with it.
+            verdict.and_then(|mut cx| runtime.block_on(args.run(&mut cx))).map_err(Failure::unanswered)
+        }
+        Command::Serve(_) | Command::RootKey { .. } | Command::Completions(_) => Ok(0),
+    }
+}
+
+fn finish(console: &mut Console, work: impl FnOnce(&mut Console) -> Result<u8, Failure>) -> ExitCode {
+    match work(console) {
+        Ok(code) => exit(code),
+        Err(failure) => {
+            console.note(&failure.to_string());
+            exit(failure.exit())
+        }
+    }
+}
+
+fn exit(code: u8) -> ExitCode {
+    ExitCode::from(code)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(line: &str) -> Result<Cli, clap::Error> {
+        parse(&line.split_whitespace().map(OsString::from).collect::<Vec<_>>())
+    }
+
+    fn servers(line: &str) -> Option<String> {
+        let cli = read(line).unwrap();
+        match cli.command {
+            Command::Keys { client, .. } | Command::Whoami { client } => client.or(cli.client).server,
+            _ => None,
+        }
+    }
+
+    #[test]
+    fn the_command_tree_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn connection_flags_stand_before_between_or_after_the_commands() {
+        for line in [
+            "keyward --server a:1 keys get x",
+            "keyward keys --server a:1 get x",
+            "keyward keys get x --server a:1",
+            "keyward --server b:2 keys get x --server a:1",
+            "keyward whoami --server a:1",
+            "keyward --server a:1 whoami",
+        ] {
+            assert_eq!(servers(line).as_deref(), Some("a:1"), "{line}");
+        }
+    }
+
+    #[test]
+    fn connection_flags_are_refused_where_they_would_be_ignored() {
+        for line in ["keyward --server a:1 serve", "keyward --output json completions bash"] {
+            let error = read(line).unwrap_err();
+            assert!(error.to_string().contains("is for client commands"), "{error}");
+            assert_eq!(error.exit_code(), 2);
+        }
+    }
+
+    #[test]
+    fn a_token_as_an_argument_is_refused_without_being_repeated() {
+        let token = format!("kw_live_{}", "a".repeat(49));
+        for line in [
+            format!("keyward keys lookup {token}"),
+            format!("keyward check {token}"),
+            format!("keyward --token {token} whoami"),
+            format!("keyward --token={token} whoami"),
+            format!("keyward keys create --environment production --scope a:b --name {token}"),
+        ] {
+            let error = read(&line).unwrap_err();
+            let text = error.to_string();
+            assert!(text.contains("--token-file FILE") && !text.contains(&token), "{text}");
+            assert_eq!(error.exit_code(), 2);
+        }
+    }
+
+    #[test]
+    fn whoever_looks_for_a_token_flag_is_told_of_the_file() {
+        for line in
+            ["keyward --token abc whoami", "keyward whoami --token=abc", "keyward keys get x --token abc"]
+        {
+            let text = read(line).unwrap_err().to_string();
+            assert!(text.contains("no flag for the token itself") && !text.contains("abc"), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_help_says_what_scripts_rely_on() {
+        let help = Cli::command().render_long_help().to_string();
+        for promise in
+            ["Exit codes: 0 done; 1 the server refused; 2 no answer", "snake_case", "KEYWARD_TOKEN_FILE"]
+        {
+            assert!(help.contains(promise), "{promise}");
+        }
+    }
+}

@@ -18,9 +18,7 @@ pub fn run(args: RootKeyArgs) -> ExitCode {
 fn reset(args: RootKeyArgs) -> anyhow::Result<()> {
     let mut settings = Settings::load_database(&args.database)?;
     settings.root_key_file = args.root_key_file;
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let token = runtime.block_on(reset_root_key(&settings, &SystemClock, &SystemEntropy))?;
     let mut out = std::io::stdout().lock();
     match (token, &settings.root_key_file) {
@@ -32,9 +30,5 @@ fn reset(args: RootKeyArgs) -> anyhow::Result<()> {
 }
 
 fn writeln_path(out: &mut impl std::io::Write, path: &std::path::Path) -> std::io::Result<()> {
-    writeln!(
-        out,
-        "the new root key is in {}; the ones before it are revoked",
-        path.display()
-    )
+    writeln!(out, "the new root key is in {}; the ones before it are revoked", path.display())
 }

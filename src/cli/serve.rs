@@ -54,13 +54,7 @@ async fn serve(args: &ServeArgs) -> anyhow::Result<()> {
         _ = terminate.recv() => tracing::warn!("a second signal: stopping at once"),
         _ = interrupt.recv() => tracing::warn!("a second signal: stopping at once"),
     }
-    if failed {
-        Err(anyhow::anyhow!(
-            "the server could not load its keys; its log says why"
-        ))
-    } else {
-        Ok(())
-    }
+    if failed { Err(anyhow::anyhow!("the server could not load its keys; its log says why")) } else { Ok(()) }
 }
 
 /// Says where the server is, and shows the root key of a first start: this once.
@@ -80,10 +74,7 @@ fn announce(server: &mut Server) -> std::io::Result<()> {
 
 /// Shows a root key, as a line for the shell.
 pub(super) fn write_root_key(out: &mut impl std::io::Write, token: &Token) -> std::io::Result<()> {
-    writeln!(
-        out,
-        "The root key. It is shown this once and kept nowhere: store it safely.\n"
-    )?;
+    writeln!(out, "The root key. It is shown this once and kept nowhere: store it safely.\n")?;
     writeln!(out, "  ROOT_KEY='{}'\n", token.reveal())
 }
 

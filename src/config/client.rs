@@ -1,1 +1,361 @@
-//! x
+//! The settings of the client commands: flags, then the environment, then the configuration file.
+//!
+//! Here, and not in `cli`, because settings come from the process's surroundings, which only `config` reads.
+//! Not here: connecting, and the token itself. There is no setting that holds a token: arguments and
+//! environments are readable by other processes, files are not.
+
+use std::{
+    ffi::{OsStr, OsString},
+    fmt, fs, io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use clap::{Arg, Args, ValueEnum, builder::Resettable};
+use serde::Deserialize;
+
+use super::duration;
+
+/// Where the server listens unless it is told otherwise.
+pub const DEFAULT_SERVER: &str = "http://127.0.0.1:50051";
+
+const DEFAULT_PORT: u16 = 50051;
+
+/// How answers are printed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Output {
+    /// For people: tables, with colours on a terminal
+    #[default]
+    Table,
+    /// For programs: the response as one JSON object
+    Json,
+}
+
+/// The flags that every client command takes.
+#[derive(Clone, Debug, Default, Args)]
+#[command(next_help_heading = "Connection")]
+pub struct ClientArgs {
+    /// Address of the server: http://HOST:PORT or HOST:PORT [or KEYWARD_SERVER; default:
+    /// http://127.0.0.1:50051]
+    #[arg(long, value_name = "URL", env = "KEYWARD_SERVER", hide_env = true)]
+    pub server: Option<String>,
+    /// File that holds the token to call with, `-` for stdin [or KEYWARD_TOKEN_FILE]
+    #[arg(long, value_name = "FILE", env = "KEYWARD_TOKEN_FILE", hide_env = true)]
+    pub token_file: Option<PathBuf>,
+    /// How to print the answer [default: table]
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    pub output: Option<Output>,
+    /// How long to wait for an answer [default: 10s; 90s for changes that wait until every replica knows
+    /// them]
+    #[arg(long, value_name = "DURATION", value_parser = duration::parse_timeout)]
+    pub timeout: Option<Duration>,
+}
+
+impl ClientArgs {
+    /// The ids of these flags.
+    pub const IDS: [&str; 4] = ["server", "token_file", "output", "timeout"];
+
+    /// These flags, and those of `outer` where these are silent.
+    #[must_use]
+    pub fn or(self, outer: ClientArgs) -> ClientArgs {
+        ClientArgs {
+            server: self.server.or(outer.server),
+            token_file: self.token_file.or(outer.token_file),
+            output: self.output.or(outer.output),
+            timeout: self.timeout.or(outer.timeout),
+        }
+    }
+}
+
+/// Fits the flags of [`ClientArgs`] for a command below the top level, which reads the environment already:
+/// were it read here again, it would win over a flag given before the command's name.
+#[must_use]
+pub fn below_top(arg: Arg) -> Arg {
+    match arg.get_id().as_str() {
+        "server" | "token_file" => arg.global(true).env(Resettable::Reset),
+        "output" | "timeout" => arg.global(true),
+        _ => arg,
+    }
+}
+
+/// The arguments that the program was started with.
+#[must_use]
+pub fn arguments() -> Vec<OsString> {
+    std::env::args_os().collect()
+}
+
+/// Whether the surroundings forbid colours (<https://no-color.org>).
+#[must_use]
+pub fn colours_forbidden() -> bool {
+    variable("NO_COLOR").is_some() || variable("TERM").is_some_and(|term| term == "dumb")
+}
+
+/// What a client command needs to know.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClientSettings {
+    /// Where to connect to.
+    pub server: ServerUrl,
+    /// The file of the caller's token; `-` is stdin.
+    pub token_file: Option<PathBuf>,
+    /// How to print.
+    pub output: Output,
+    /// How long to wait, when it was said.
+    pub timeout: Option<Duration>,
+}
+
+impl ClientSettings {
+    /// Completes the flags, which hold the environment's values too, with the configuration file.
+    ///
+    /// # Errors
+    /// When the file cannot be read or understood, or the server's address is not one.
+    pub fn load(args: ClientArgs) -> Result<ClientSettings, SettingsError> {
+        let file = match file_path(variable) {
+            Some(path) => File::read(&path, variable("HOME"))?,
+            None => File::default(),
+        };
+        ClientSettings::combine(args, file)
+    }
+
+    fn combine(args: ClientArgs, file: File) -> Result<ClientSettings, SettingsError> {
+        let server = args.server.or(file.server);
+        Ok(ClientSettings {
+            server: ServerUrl::parse(server.as_deref().unwrap_or(DEFAULT_SERVER))?,
+            token_file: args.token_file.or(file.token_file).filter(|path| !path.as_os_str().is_empty()),
+            output: args.output.or(file.output).unwrap_or_default(),
+            timeout: args.timeout,
+        })
+    }
+}
+
+/// Settings that cannot be used: what is wrong, and what would be right.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct SettingsError(String);
+
+/// The address of a server that is spoken to in plaintext.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServerUrl(String);
+
+impl ServerUrl {
+    /// Reads `http://HOST[:PORT]` or `HOST[:PORT]`.
+    ///
+    /// # Errors
+    /// When it is neither; the error says what would be right.
+    pub fn parse(text: &str) -> Result<ServerUrl, SettingsError> {
+        let (scheme, rest) = text.split_once("://").unwrap_or(("", text));
+        match scheme.to_ascii_lowercase().as_str() {
+            "" | "http" => {}
+            "https" => return Err(SettingsError(NO_TLS.to_owned())),
+            _ => {
+                return Err(SettingsError(format!("the server's address starts with {scheme}://: {WANTED}")));
+            }
+        }
+        let unusable = || SettingsError(format!("{:?} is no server's address: {WANTED}", without_user(text)));
+        let authority: http::uri::Authority =
+            rest.strip_suffix('/').unwrap_or(rest).parse().map_err(|_| unusable())?;
+        // A password in the address would end up in logs and error messages.
+        if authority.as_str().contains('@') || authority.host().is_empty() {
+            return Err(unusable());
+        }
+        let port_given = authority.as_str().len() > authority.host().len();
+        if port_given && authority.port_u16().is_none() {
+            return Err(unusable());
+        }
+        let port = if scheme.is_empty() && !port_given { format!(":{DEFAULT_PORT}") } else { String::new() };
+        Ok(ServerUrl(format!("http://{authority}{port}")))
+    }
+
+    /// The address with its scheme.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for ServerUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+const WANTED: &str = "use http://HOST:PORT or HOST:PORT, such as 127.0.0.1:50051, without a path or user";
+const NO_TLS: &str = "this build of the CLI speaks plaintext only (h2c); use http:// or a local sidecar";
+
+fn without_user(text: &str) -> &str {
+    text.rsplit_once('@').map_or(text, |(_, host)| host)
+}
+
+/// The configuration file.
+#[derive(Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    server: Option<String>,
+    token_file: Option<PathBuf>,
+    output: Option<Output>,
+}
+
+impl File {
+    fn read(path: &Path, home: Option<OsString>) -> Result<File, SettingsError> {
+        let text = match fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+                return Ok(File::default());
+            }
+            Err(error) => return Err(SettingsError(format!("cannot read {}: {error}", path.display()))),
+        };
+        File::parse(&text, path, home.as_deref())
+    }
+
+    fn parse(text: &str, path: &Path, home: Option<&OsStr>) -> Result<File, SettingsError> {
+        let mut file: File = toml::from_str(text).map_err(|error| {
+            // Not the error's own text: it quotes the line, which may hold what belongs in no message.
+            let line = error.span().map_or(1, |span| {
+                1 + text.as_bytes()[..span.start.min(text.len())].iter().filter(|b| **b == b'\n').count()
+            });
+            SettingsError(format!(
+                "{}, line {line}: {} (a token itself never stands here)",
+                path.display(),
+                error.message()
+            ))
+        })?;
+        file.token_file = file.token_file.map(|token| resolve(token, path, home));
+        Ok(file)
+    }
+}
+
+/// A path in the configuration file: `~/` is the home folder, a relative path starts beside the file.
+fn resolve(token: PathBuf, file: &Path, home: Option<&OsStr>) -> PathBuf {
+    if token.as_os_str() == "-" {
+        return token;
+    }
+    if let (Ok(rest), Some(home)) = (token.strip_prefix("~"), home) {
+        return Path::new(home).join(rest);
+    }
+    file.parent().map_or_else(|| token.clone(), |folder| folder.join(&token))
+}
+
+/// `$XDG_CONFIG_HOME/keyward/config.toml`, by default below `~/.config`.
+fn file_path(variable: impl Fn(&'static str) -> Option<OsString>) -> Option<PathBuf> {
+    let base = match variable("XDG_CONFIG_HOME").map(PathBuf::from) {
+        // The specification has relative paths ignored.
+        Some(base) if base.is_absolute() => base,
+        _ => PathBuf::from(variable("HOME")?).join(".config"),
+    };
+    Some(base.join("keyward").join("config.toml"))
+}
+
+/// An environment variable; empty counts as unset.
+#[expect(clippy::disallowed_methods, reason = "config reads the environment, and nothing else does")]
+fn variable(name: &'static str) -> Option<OsString> {
+    std::env::var_os(name).filter(|value| !value.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn url(text: &str) -> Result<String, String> {
+        ServerUrl::parse(text).map(|url| url.to_string()).map_err(|error| error.to_string())
+    }
+
+    fn parse(text: &str) -> Result<File, String> {
+        File::parse(text, Path::new("/etc/kw/config.toml"), Some(OsStr::new("/home/ada")))
+            .map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn an_address_needs_no_scheme() {
+        for (text, expected) in [
+            ("http://127.0.0.1:50051", "http://127.0.0.1:50051"),
+            ("http://keyward.internal/", "http://keyward.internal"),
+            ("keyward:6000", "http://keyward:6000"),
+            ("localhost", "http://localhost:50051"),
+            ("[::1]", "http://[::1]:50051"),
+            ("[::1]:7000", "http://[::1]:7000"),
+        ] {
+            assert_eq!(url(text).as_deref(), Ok(expected), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn https_is_refused_with_the_way_out() {
+        for text in ["https://keyward:443", "HTTPS://keyward"] {
+            assert_eq!(url(text), Err(NO_TLS.to_owned()));
+        }
+    }
+
+    #[test]
+    fn what_is_no_address_is_refused_and_no_password_repeated() {
+        for text in ["", "http://", "grpc://a:1", "a:b", "a:70000", "http://a/b", "a b", "http://ada:pw@a:1"]
+        {
+            let error = url(text).unwrap_err();
+            assert!(error.contains("use http://HOST:PORT"), "{text:?}: {error}");
+            assert!(!error.contains("pw"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_flag_wins_over_the_file_and_the_file_over_the_default() {
+        let file = || parse("server = 'file:1'\noutput = 'json'\ntoken_file = '/t'").unwrap();
+        let silent = ClientSettings::combine(ClientArgs::default(), file()).unwrap();
+        assert_eq!(silent.server.as_str(), "http://file:1");
+        assert_eq!((silent.output, silent.token_file), (Output::Json, Some("/t".into())));
+
+        let flags = ClientArgs {
+            server: Some("flag:2".into()),
+            token_file: Some("-".into()),
+            output: Some(Output::Table),
+            timeout: None,
+        };
+        let said = ClientSettings::combine(flags, file()).unwrap();
+        assert_eq!(said.server.as_str(), "http://flag:2");
+        assert_eq!((said.output, said.token_file), (Output::Table, Some("-".into())));
+
+        let nothing = ClientSettings::combine(ClientArgs::default(), File::default()).unwrap();
+        assert_eq!(nothing.server.as_str(), DEFAULT_SERVER);
+        assert_eq!((nothing.output, nothing.token_file), (Output::Table, None));
+    }
+
+    #[test]
+    fn an_unknown_key_is_refused_by_name_and_line_without_its_value() {
+        let error = parse("server = 'a:1'\ntoken = 'kw_secret'").unwrap_err();
+        assert!(error.contains("/etc/kw/config.toml, line 2"), "{error}");
+        assert!(error.contains("`token`") && error.contains("`server`, `token_file`, `output`"), "{error}");
+        assert!(!error.contains("kw_secret"), "{error}");
+        assert!(parse("output = 'xml'").unwrap_err().contains("line 1"));
+        assert!(parse("server = ").is_err());
+    }
+
+    #[test]
+    fn the_files_paths_start_at_home_or_beside_the_file() {
+        for (text, expected) in [
+            ("~/.keyward/token", "/home/ada/.keyward/token"),
+            ("token", "/etc/kw/token"),
+            ("/run/token", "/run/token"),
+            ("-", "-"),
+        ] {
+            let file = parse(&format!("token_file = '{text}'")).unwrap();
+            assert_eq!(file.token_file, Some(PathBuf::from(expected)), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn a_missing_file_is_an_empty_one() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(File::read(&folder.path().join("config.toml"), None), Ok(File::default()));
+        assert!(File::read(folder.path(), None).is_err(), "a folder is no file");
+    }
+
+    #[test]
+    fn the_file_is_where_xdg_says() {
+        let from = |xdg: Option<&str>, home: Option<&str>| {
+            file_path(|name| if name == "HOME" { home } else { xdg }.map(OsString::from))
+        };
+        let at = |path: &str| Some(PathBuf::from(path));
+        assert_eq!(from(Some("/x"), Some("/h")), at("/x/keyward/config.toml"));
+        assert_eq!(from(Some("relative"), Some("/h")), at("/h/.config/keyward/config.toml"));
+        assert_eq!(from(None, Some("/h")), at("/h/.config/keyward/config.toml"));
+        assert_eq!(from(None, None), None);
+    }
+}

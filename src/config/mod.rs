@@ -2,4 +2,5 @@
 //! environment, and it holds no logic of the product.
 
 pub mod client;
+pub mod duration;
 pub mod server;

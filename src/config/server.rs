@@ -12,9 +12,9 @@ use serde::Deserialize;
 use crate::{
     domain::{
         account::{Environment, Environments},
-        name::TokenPrefix,
+        name::{RoleName, TokenPrefix},
     },
-    keys::TokenSettings,
+    keys::KeySettings,
 };
 
 const LISTEN: &str = "127.0.0.1:50051";
@@ -123,6 +123,7 @@ struct File {
     threads: Option<NonZeroUsize>,
     token_prefix: Option<String>,
     environments: Option<Vec<Environment>>,
+    default_role: Option<String>,
     retention_days: Option<u32>,
 }
 
@@ -139,8 +140,8 @@ pub struct Settings {
     pub root_key_file: Option<PathBuf>,
     /// How many threads serve connections.
     pub threads: usize,
-    /// What tokens look like.
-    pub tokens: TokenSettings,
+    /// What keys look like.
+    pub keys: KeySettings,
     /// How long revoked keys and superseded tokens are told apart from unknown ones.
     pub retention: Duration,
 }
@@ -175,72 +176,55 @@ impl Settings {
     /// # Errors
     /// As for [`Settings::load`].
     pub fn load_database(args: &DatabaseArgs) -> Result<Settings, ConfigError> {
-        let file = args
-            .config
-            .as_deref()
-            .map(read_file)
-            .transpose()?
-            .unwrap_or_default();
+        let file = args.config.as_deref().map(read_file).transpose()?.unwrap_or_default();
         let prefix = file.token_prefix.as_deref().unwrap_or(PREFIX);
         let prefix = TokenPrefix::parse(prefix).map_err(|error| invalid("token_prefix", prefix, error))?;
         let environments = match file.environments {
             Some(list) => Environments::new(list).map_err(|error| invalid("environments", "", error))?,
             None => Environments::default(),
         };
+        let default_role = file
+            .default_role
+            .as_deref()
+            .map(|role| RoleName::parse(role).map_err(|error| invalid("default_role", role, error)));
+        let default_role = default_role.transpose()?;
         let retention = file.retention_days.unwrap_or(RETENTION_DAYS);
         Ok(Settings {
             listen: file.listen.unwrap_or_else(|| LISTEN.to_owned()),
             admin_listen: file.admin_listen.unwrap_or_else(|| ADMIN_LISTEN.to_owned()),
-            database: args
-                .database
-                .clone()
-                .or(file.database)
-                .unwrap_or_else(|| DATABASE.to_owned()),
+            database: args.database.clone().or(file.database).unwrap_or_else(|| DATABASE.to_owned()),
             root_key_file: file.root_key_file,
             threads: file
                 .threads
                 .or_else(|| std::thread::available_parallelism().ok())
                 .map_or(1, NonZeroUsize::get),
-            tokens: TokenSettings { environments, prefix },
+            keys: KeySettings { environments, prefix, default_role },
             retention: Duration::from_secs(u64::from(retention) * 24 * 60 * 60),
         })
     }
 }
 
 fn invalid(setting: &'static str, value: &str, problem: impl ToString) -> ConfigError {
-    ConfigError::Invalid {
-        setting,
-        value: value.to_owned(),
-        problem: problem.to_string(),
-    }
+    ConfigError::Invalid { setting, value: value.to_owned(), problem: problem.to_string() }
 }
 
 /// `host:port`; whether the host exists shows when it is bound.
 fn address(setting: &'static str, value: &str) -> Result<(), ConfigError> {
-    let well_formed = value
-        .rsplit_once(':')
-        .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok());
+    let well_formed =
+        value.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok());
     if well_formed {
         Ok(())
     } else {
-        Err(invalid(
-            setting,
-            value,
-            "must be host:port, such as 127.0.0.1:50051",
-        ))
+        Err(invalid(setting, value, "must be host:port, such as 127.0.0.1:50051"))
     }
 }
 
 fn read_file(path: &Path) -> Result<File, ConfigError> {
     let shown = || path.display().to_string();
-    let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Unreadable {
-        path: shown(),
-        source,
-    })?;
-    toml::from_str(&text).map_err(|error| ConfigError::Malformed {
-        path: shown(),
-        problem: error.to_string(),
-    })
+    let text =
+        std::fs::read_to_string(path).map_err(|source| ConfigError::Unreadable { path: shown(), source })?;
+    toml::from_str(&text)
+        .map_err(|error| ConfigError::Malformed { path: shown(), problem: error.to_string() })
 }
 
 #[cfg(test)]
@@ -251,15 +235,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("keyward.toml");
         std::fs::write(&path, text).unwrap();
-        let database = DatabaseArgs {
-            database: None,
-            config: Some(path),
-        };
-        Settings::load(&ServeArgs {
-            listen: Some("127.0.0.1:1".into()),
-            database,
-            ..ServeArgs::default()
-        })
+        let database = DatabaseArgs { database: None, config: Some(path) };
+        Settings::load(&ServeArgs { listen: Some("127.0.0.1:1".into()), database, ..ServeArgs::default() })
     }
 
     #[test]
@@ -289,7 +266,7 @@ mod tests {
     fn environments_and_their_tags_come_from_the_file() {
         let settings =
             from_file("environments = [{ name = 'prod', tag = '' }]\ntoken_prefix = 'izli_agent'").unwrap();
-        assert_eq!(settings.tokens.environments.names(), "prod");
-        assert_eq!(settings.tokens.prefix.as_str(), "izli_agent");
+        assert_eq!(settings.keys.environments.names(), "prod");
+        assert_eq!(settings.keys.prefix.as_str(), "izli_agent");
     }
 }

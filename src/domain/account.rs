@@ -1,9 +1,12 @@
-//! Accounts and environments.
+//! Accounts, their members and roles, and environments.
+
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use super::{
-    name::{AccountId, DisplayName, EnvironmentName, TokenTag},
+    name::{AccountId, DisplayName, EnvironmentName, RoleName, TokenTag, UserId},
+    scope::ScopeSet,
     time::{Revision, Timestamp},
 };
 
@@ -16,6 +19,8 @@ pub struct Account {
     pub name: DisplayName,
     /// Since when all its keys are refused.
     pub suspended_at: Option<Timestamp>,
+    /// The longest that a key made or changed from now on may live. `None` = for ever.
+    pub longest_life: Option<Duration>,
     /// When it was created.
     pub created_at: Timestamp,
     /// When it last changed.
@@ -30,6 +35,32 @@ impl Account {
     pub fn narrows(&self, before: &Account) -> bool {
         self.suspended_at.is_some() && before.suspended_at.is_none()
     }
+}
+
+/// A named set of scopes, of one account or of all.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Role {
+    /// The account; `None` = a global role.
+    pub account: Option<AccountId>,
+    /// Its name. An account's own role stands before the global one of the same name.
+    pub name: RoleName,
+    /// What it grants.
+    pub scopes: ScopeSet,
+    /// The revision of its last change; the store sets it at commit.
+    pub revision: Revision,
+}
+
+/// A user's place in an account.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Member {
+    /// The account.
+    pub account: AccountId,
+    /// The user.
+    pub user: UserId,
+    /// The role whose scopes the user's keys have here.
+    pub role: RoleName,
+    /// The revision of its last change; the store sets it at commit.
+    pub revision: Revision,
 }
 
 /// An environment and its short name in tokens.
@@ -57,10 +88,7 @@ impl Environments {
         }
         for (at, environment) in list.iter().enumerate() {
             if list[..at].iter().any(|other| other.name == environment.name) {
-                return Err(format!(
-                    "environment {:?} is named twice",
-                    environment.name.as_str()
-                ));
+                return Err(format!("environment {:?} is named twice", environment.name.as_str()));
             }
         }
         Ok(Environments(list))
@@ -69,9 +97,7 @@ impl Environments {
     /// The environment with this name.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<&Environment> {
-        self.0
-            .iter()
-            .find(|environment| environment.name.as_str() == name)
+        self.0.iter().find(|environment| environment.name.as_str() == name)
     }
 
     /// The first one: the root key's.
@@ -83,21 +109,13 @@ impl Environments {
     /// All names, for an error message.
     #[must_use]
     pub fn names(&self) -> String {
-        self.0
-            .iter()
-            .map(|environment| environment.name.as_str())
-            .collect::<Vec<_>>()
-            .join(", ")
+        self.0.iter().map(|environment| environment.name.as_str()).collect::<Vec<_>>().join(", ")
     }
 }
 
 impl Default for Environments {
     fn default() -> Self {
-        let list = [
-            ("production", "live"),
-            ("staging", "staging"),
-            ("development", "dev"),
-        ];
+        let list = [("production", "live"), ("staging", "staging"), ("development", "dev")];
         Environments(
             list.into_iter()
                 .filter_map(|(name, tag)| {
@@ -127,10 +145,6 @@ mod tests {
     fn an_empty_or_repeated_list_is_refused() {
         let one = Environments::default().first().clone();
         assert!(Environments::new(vec![]).is_err());
-        assert!(
-            Environments::new(vec![one.clone(), one])
-                .unwrap_err()
-                .contains("twice")
-        );
+        assert!(Environments::new(vec![one.clone(), one]).unwrap_err().contains("twice"));
     }
 }

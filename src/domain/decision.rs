@@ -4,13 +4,13 @@
 //! where the answer is made. What is not known by its digest never gets here: `Malformed` and `Unknown` are
 //! said by the engine.
 
-use std::net::IpAddr;
+use std::{net::IpAddr, sync::Arc};
 
 use super::{
-    account::Account,
-    key::Key,
+    account::{Account, Role},
+    key::{Key, Owner},
     name::{AccountId, CustomerId, EnvironmentName},
-    scope::Scope,
+    scope::{Scope, ScopeSet},
     time::Timestamp,
 };
 
@@ -127,9 +127,7 @@ impl Failures {
 
     /// The reasons in order.
     pub fn iter(self) -> impl Iterator<Item = Reason> {
-        Reason::ALL
-            .into_iter()
-            .filter(move |reason| self.0 & (1 << *reason as u8) != 0)
+        Reason::ALL.into_iter().filter(move |reason| self.0 & (1 << *reason as u8) != 0)
     }
 
     /// The first reason, or `Ok` where nothing failed.
@@ -148,6 +146,52 @@ pub struct Subject<'a> {
     pub version: u32,
     /// The account that is decided in, as far as it exists.
     pub account: Option<&'a Account>,
+    /// The key's own roles, as they are now. One that no longer exists grants nothing.
+    pub roles: &'a [Arc<Role>],
+    /// Of a user key: the role that the user has in the account that is decided in, as it is now.
+    pub membership: Membership<'a>,
+}
+
+/// What a user is in the account that is decided in.
+#[derive(Clone, Copy, Debug)]
+pub enum Membership<'a> {
+    /// It is not asked: the key belongs to an account.
+    NotAsked,
+    /// No member: the key does not work here.
+    None,
+    /// A member, with what the member's role grants. A role that no longer exists grants nothing.
+    Role(Option<&'a Role>),
+}
+
+impl Subject<'_> {
+    /// Whether the key is granted `scope` where it is decided: by its own grants, and, for a user key, by the
+    /// member's role too.
+    #[must_use]
+    pub fn granted(&self, scope: &Scope) -> bool {
+        let own =
+            self.key.terms.scopes.covers(scope) || self.roles.iter().any(|role| role.scopes.covers(scope));
+        own && match self.membership {
+            Membership::NotAsked => true,
+            Membership::None | Membership::Role(None) => false,
+            Membership::Role(Some(role)) => role.scopes.covers(scope),
+        }
+    }
+
+    /// Everything that the key is granted where it is decided.
+    #[must_use]
+    pub fn grants(&self) -> ScopeSet {
+        let roles = self.roles.iter().flat_map(|role| role.scopes.iter());
+        let own: ScopeSet = self.key.terms.scopes.iter().chain(roles).cloned().collect();
+        match self.membership {
+            Membership::NotAsked => own,
+            Membership::None | Membership::Role(None) => ScopeSet::default(),
+            // Two grants are apart, or one covers the other: what both grant is the narrower of each pair.
+            Membership::Role(Some(role)) => {
+                let narrowed = own.iter().filter(|scope| role.scopes.covers(scope));
+                narrowed.chain(role.scopes.iter().filter(|scope| own.covers(scope))).cloned().collect()
+            }
+        }
+    }
 }
 
 /// What the token is presented for.
@@ -189,11 +233,7 @@ pub struct Verdict {
 /// Decides one request. Every condition is judged, whatever the others say.
 #[must_use]
 pub fn decide(subject: Subject<'_>, request: Request<'_>, now: Timestamp) -> Verdict {
-    let Subject {
-        key,
-        version,
-        account,
-    } = subject;
+    let Subject { key, version, account, .. } = subject;
     let terms = &key.terms;
     let mut failures = Failures::default();
 
@@ -201,38 +241,22 @@ pub fn decide(subject: Subject<'_>, request: Request<'_>, now: Timestamp) -> Ver
     failures.note(Reason::Disabled, key.disabled_at.is_some());
     failures.note(Reason::Expired, key.expired(now));
     failures.note(Reason::Rotated, key.superseded(version, now));
-    if let Use::Service {
-        environment,
-        customer,
-    } = request.purpose
-    {
+    if let Use::Service { environment, customer } = request.purpose {
         failures.note(Reason::WrongEnvironment, key.environment != *environment);
         let listed = |customer| terms.customers.contains(customer);
-        failures.note(
-            Reason::WrongCustomer,
-            !terms.customers.is_empty() && !customer.is_some_and(listed),
-        );
+        failures.note(Reason::WrongCustomer, !terms.customers.is_empty() && !customer.is_some_and(listed));
     }
-    let own = key.owner.account();
-    failures.note(
-        Reason::WrongAccount,
-        own.is_none() || request.account.is_some_and(|asked| Some(asked) != own),
-    );
-    failures.note(
-        Reason::AccountSuspended,
-        account.is_some_and(|account| account.suspended_at.is_some()),
-    );
-    failures.note(
-        Reason::AddressNotAllowed,
-        !address_allowed(key, request.client_ip),
-    );
+    let wrong_account = match (&key.owner, request.account) {
+        (Owner::Account(own), asked) => asked.is_some_and(|asked| asked != own),
+        // Where a user key acts must be said, and the user must be a member there.
+        (Owner::User(_), asked) => asked.is_none() || matches!(subject.membership, Membership::None),
+    };
+    failures.note(Reason::WrongAccount, wrong_account);
+    failures.note(Reason::AccountSuspended, account.is_some_and(|account| account.suspended_at.is_some()));
+    failures.note(Reason::AddressNotAllowed, !address_allowed(key, request.client_ip));
 
-    let missing: Vec<Scope> = request
-        .scopes
-        .iter()
-        .filter(|scope| !terms.scopes.covers(scope))
-        .cloned()
-        .collect();
+    let missing: Vec<Scope> =
+        request.scopes.iter().filter(|scope| !subject.granted(scope)).cloned().collect();
     failures.note(Reason::MissingScope, !missing.is_empty());
     Verdict { failures, missing }
 }
@@ -241,9 +265,7 @@ pub fn decide(subject: Subject<'_>, request: Request<'_>, now: Timestamp) -> Ver
 fn address_allowed(key: &Key, client_ip: Option<IpAddr>) -> bool {
     let nets = &key.terms.allowed_cidrs;
     nets.is_empty()
-        || client_ip
-            .map(|ip| ip.to_canonical())
-            .is_some_and(|ip| nets.iter().any(|net| net.contains(&ip)))
+        || client_ip.map(|ip| ip.to_canonical()).is_some_and(|ip| nets.iter().any(|net| net.contains(&ip)))
 }
 
 #[cfg(test)]
@@ -254,7 +276,7 @@ mod tests {
             Revocation, RevokeReason,
             tests::{at, sample},
         },
-        name::DisplayName,
+        name::{DisplayName, RoleName, UserId},
         time::Revision,
         token::Digest,
     };
@@ -265,6 +287,7 @@ mod tests {
             id: AccountId::parse("acme").unwrap(),
             name: DisplayName::parse("Acme").unwrap(),
             suspended_at: suspended.then_some(at(1)),
+            longest_life: None,
             created_at: at(0),
             updated_at: at(0),
             revision: Revision(1),
@@ -282,6 +305,9 @@ mod tests {
         client_ip: Option<&'static str>,
         scopes: Vec<&'static str>,
         now: Timestamp,
+        roles: Vec<Arc<Role>>,
+        /// Of a user key: none, or a member with a role that exists or not.
+        membership: Option<Option<Option<Role>>>,
     }
 
     fn allowed() -> Case {
@@ -295,6 +321,8 @@ mod tests {
             client_ip: None,
             scopes: vec!["monitors:read"],
             now: at(10),
+            roles: vec![],
+            membership: None,
         }
     }
 
@@ -303,22 +331,20 @@ mod tests {
         let environment = EnvironmentName::parse(case.environment).unwrap();
         let customer = case.customer.map(|c| CustomerId::parse(c).unwrap());
         let asked = case.account.map(|a| AccountId::parse(a).unwrap());
-        let scopes: Vec<_> = case
-            .scopes
-            .iter()
-            .map(|s| Scope::parse_required(s).unwrap())
-            .collect();
+        let scopes: Vec<_> = case.scopes.iter().map(|s| Scope::parse_required(s).unwrap()).collect();
         decide(
             Subject {
                 key: &case.key,
                 version: case.version,
                 account: Some(&account),
+                roles: &case.roles,
+                membership: case.membership.as_ref().map_or(Membership::NotAsked, |role| match role {
+                    None => Membership::None,
+                    Some(role) => Membership::Role(role.as_ref()),
+                }),
             },
             Request {
-                purpose: Use::Service {
-                    environment: &environment,
-                    customer: customer.as_ref(),
-                },
+                purpose: Use::Service { environment: &environment, customer: customer.as_ref() },
                 account: asked.as_ref(),
                 client_ip: case.client_ip.map(|ip| ip.parse().unwrap()),
                 scopes: &scopes,
@@ -328,11 +354,8 @@ mod tests {
     }
 
     fn revoke(key: &mut Key) {
-        key.revocation = Some(Revocation {
-            at: at(1),
-            reason: RevokeReason::Unspecified,
-            comment: String::new(),
-        });
+        key.revocation =
+            Some(Revocation { at: at(1), reason: RevokeReason::Unspecified, comment: String::new() });
     }
 
     /// One row per reason; `Malformed` and `Unknown` are the engine's, the limits are the limiter's.
@@ -345,21 +368,14 @@ mod tests {
             (Reason::Disabled, |c| c.key.disabled_at = Some(at(1))),
             (Reason::Expired, |c| c.key.terms.expires_at = Some(c.now)),
             (Reason::Rotated, |c| {
-                c.key
-                    .rotate(Digest::of("two"), String::new(), Duration::ZERO, c.now);
+                c.key.rotate(Digest::of("two"), String::new(), Duration::ZERO, c.now);
             }),
             (Reason::WrongEnvironment, |c| c.environment = "staging"),
             (Reason::WrongAccount, |c| c.account = Some("other")),
             (Reason::AccountSuspended, |c| c.suspended = true),
-            (Reason::WrongCustomer, |c| {
-                c.key.terms.customers = vec![CustomerId::parse("c1").unwrap()]
-            }),
-            (Reason::AddressNotAllowed, |c| {
-                c.key.terms.allowed_cidrs = vec!["10.0.0.0/8".parse().unwrap()]
-            }),
-            (Reason::MissingScope, |c| {
-                c.scopes = vec!["monitors:read", "monitors:write"]
-            }),
+            (Reason::WrongCustomer, |c| c.key.terms.customers = vec![CustomerId::parse("c1").unwrap()]),
+            (Reason::AddressNotAllowed, |c| c.key.terms.allowed_cidrs = vec!["10.0.0.0/8".parse().unwrap()]),
+            (Reason::MissingScope, |c| c.scopes = vec!["monitors:read", "monitors:write"]),
         ];
         for (reason, turn) in table {
             let mut case = allowed();
@@ -387,8 +403,7 @@ mod tests {
     #[test]
     fn an_overlap_ends_at_its_very_instant() {
         let mut case = allowed();
-        case.key
-            .rotate(Digest::of("two"), String::new(), Duration::from_secs(5), at(5));
+        case.key.rotate(Digest::of("two"), String::new(), Duration::from_secs(5), at(5));
         case.now = Timestamp::from_micros(10_000_000 - 1);
         assert_eq!(run(&case).failures.first(), Reason::Ok);
         case.now = at(10);
@@ -407,17 +422,9 @@ mod tests {
         let verdict = run(&case);
         assert_eq!(
             verdict.failures.iter().collect::<Vec<_>>(),
-            [
-                Reason::Revoked,
-                Reason::WrongEnvironment,
-                Reason::AccountSuspended,
-                Reason::MissingScope
-            ]
+            [Reason::Revoked, Reason::WrongEnvironment, Reason::AccountSuspended, Reason::MissingScope]
         );
-        assert_eq!(
-            verdict.missing.iter().map(Scope::as_str).collect::<Vec<_>>(),
-            ["a", "b"]
-        );
+        assert_eq!(verdict.missing.iter().map(Scope::as_str).collect::<Vec<_>>(), ["a", "b"]);
     }
 
     #[test]
@@ -453,18 +460,65 @@ mod tests {
     fn management_is_asked_for_neither_environment_nor_customer() {
         let mut key = sample();
         key.terms.customers = vec![CustomerId::parse("c1").unwrap()];
-        let request = Request {
-            purpose: Use::Management,
-            account: None,
-            client_ip: None,
-            scopes: &[],
-        };
+        let request = Request { purpose: Use::Management, account: None, client_ip: None, scopes: &[] };
         let account = account(false);
-        let subject = Subject {
-            key: &key,
-            version: 1,
-            account: Some(&account),
-        };
+        let membership = Membership::NotAsked;
+        let subject = Subject { key: &key, version: 1, account: Some(&account), roles: &[], membership };
         assert_eq!(decide(subject, request, at(1)).failures.first(), Reason::Ok);
+    }
+
+    fn role(name: &str, scopes: &[&str]) -> Role {
+        Role {
+            account: None,
+            name: RoleName::parse(name).unwrap(),
+            scopes: scopes.iter().map(|scope| Scope::parse_grant(scope).unwrap()).collect(),
+            revision: Revision(1),
+        }
+    }
+
+    #[test]
+    fn a_role_on_a_service_key_grants_what_it_holds_now() {
+        let mut case = allowed();
+        case.scopes = vec!["alerts:read"];
+        assert_eq!(run(&case).failures.first(), Reason::MissingScope);
+        case.roles = vec![Arc::new(role("read-only", &["alerts:read"]))];
+        assert_eq!(run(&case).failures.first(), Reason::Ok);
+    }
+
+    #[test]
+    fn a_user_key_may_what_both_its_grants_and_the_members_role_allow() {
+        let mut case = allowed();
+        case.key.owner = Owner::User(UserId::parse("ann").unwrap());
+        case.key.terms.scopes = [Scope::parse_grant("monitors:*").unwrap()].into_iter().collect();
+        for (held, needed, reason) in [
+            (&["*"][..], "monitors:read", Reason::Ok),
+            (&["*"], "alerts:read", Reason::MissingScope),
+            (&["monitors:read"], "monitors:read", Reason::Ok),
+            (&["monitors:read"], "monitors:write", Reason::MissingScope),
+            (&[], "monitors:read", Reason::MissingScope),
+        ] {
+            case.membership = Some(Some(Some(role("r", held))));
+            case.scopes = vec![needed];
+            assert_eq!(run(&case).failures.first(), reason, "{held:?} {needed}");
+        }
+        case.membership = Some(Some(None));
+        assert_eq!(run(&case).failures.first(), Reason::MissingScope, "a role that is gone grants nothing");
+        case.membership = Some(None);
+        assert_eq!(run(&case).failures.first(), Reason::WrongAccount, "no member");
+        case.membership = Some(Some(Some(role("r", &["*"]))));
+        case.account = None;
+        assert_eq!(run(&case).failures.first(), Reason::WrongAccount, "the account must be said");
+    }
+
+    #[test]
+    fn the_grants_of_a_user_key_are_the_narrower_of_each_pair() {
+        let mut key = sample();
+        key.terms.scopes =
+            ["monitors:*", "alerts:read"].map(|s| Scope::parse_grant(s).unwrap()).into_iter().collect();
+        let held = role("r", &["monitors:read", "alerts:*", "billing:read"]);
+        let membership = Membership::Role(Some(&held));
+        let subject = Subject { key: &key, version: 1, account: None, roles: &[], membership };
+        let grants = subject.grants();
+        assert_eq!(grants.iter().map(Scope::as_str).collect::<Vec<_>>(), ["alerts:read", "monitors:read"]);
     }
 }

@@ -241,16 +241,8 @@ impl Key {
             secret.expires_at = Some(end);
             version = secret.version;
         }
-        self.secrets.insert(
-            0,
-            Secret {
-                version: version + 1,
-                digest,
-                hint,
-                created_at: now,
-                expires_at: None,
-            },
-        );
+        self.secrets
+            .insert(0, Secret { version: version + 1, digest, hint, created_at: now, expires_at: None });
         self.updated_at = now;
         end
     }
@@ -287,16 +279,12 @@ impl Key {
             || tighter_set(
                 new.customers.len(),
                 old.customers.len(),
-                old.customers
-                    .iter()
-                    .all(|customer| new.customers.contains(customer)),
+                old.customers.iter().all(|customer| new.customers.contains(customer)),
             )
             || tighter_set(
                 new.allowed_cidrs.len(),
                 old.allowed_cidrs.len(),
-                old.allowed_cidrs
-                    .iter()
-                    .all(|net| new.allowed_cidrs.iter().any(|wide| wide.contains(net))),
+                old.allowed_cidrs.iter().all(|net| new.allowed_cidrs.iter().any(|wide| wide.contains(net))),
             )
             || (new.rate_limits != old.rate_limits && !new.rate_limits.is_empty())
             || (new.quota != old.quota && new.quota.is_some())
@@ -324,9 +312,7 @@ pub(crate) mod tests {
             environment: EnvironmentName::parse("production").unwrap(),
             terms: Terms {
                 name: None,
-                scopes: [Scope::parse_grant("monitors:read").unwrap()]
-                    .into_iter()
-                    .collect(),
+                scopes: [Scope::parse_grant("monitors:read").unwrap()].into_iter().collect(),
                 roles: vec![],
                 expires_at: None,
                 customers: vec![],
@@ -352,15 +338,8 @@ pub(crate) mod tests {
     }
 
     fn revoked(key: &Key) -> Key {
-        let revocation = Revocation {
-            at: at(1),
-            reason: RevokeReason::Unspecified,
-            comment: String::new(),
-        };
-        Key {
-            revocation: Some(revocation),
-            ..key.clone()
-        }
+        let revocation = Revocation { at: at(1), reason: RevokeReason::Unspecified, comment: String::new() };
+        Key { revocation: Some(revocation), ..key.clone() }
     }
 
     #[test]
@@ -369,11 +348,7 @@ pub(crate) mod tests {
         assert_eq!(key.state(at(1)), State::Active);
         key.terms.expires_at = Some(at(5));
         assert_eq!(key.state(Timestamp::from_micros(4_999_999)), State::Active);
-        assert_eq!(
-            key.state(at(5)),
-            State::Expired,
-            "expired from the very instant on"
-        );
+        assert_eq!(key.state(at(5)), State::Expired, "expired from the very instant on");
         key.disabled_at = Some(at(1));
         assert_eq!(key.state(at(5)), State::Disabled);
         assert_eq!(revoked(&key).state(at(5)), State::Revoked);
@@ -382,10 +357,7 @@ pub(crate) mod tests {
     #[test]
     fn rotating_without_overlap_ends_the_old_secret_at_once() {
         let mut key = sample();
-        assert_eq!(
-            key.rotate(Digest::of("two"), "h2".into(), Duration::ZERO, at(10)),
-            at(10)
-        );
+        assert_eq!(key.rotate(Digest::of("two"), "h2".into(), Duration::ZERO, at(10)), at(10));
         assert!(key.superseded(1, at(10)));
         assert!(!key.superseded(2, at(10)));
         assert_eq!(key.hint(), "h2");
@@ -395,10 +367,7 @@ pub(crate) mod tests {
     fn an_overlap_never_outlives_the_key() {
         let mut key = sample();
         key.terms.expires_at = Some(at(15));
-        assert_eq!(
-            key.rotate(Digest::of("two"), "h2".into(), Duration::from_secs(10), at(10)),
-            at(15)
-        );
+        assert_eq!(key.rotate(Digest::of("two"), "h2".into(), Duration::from_secs(10), at(10)), at(15));
     }
 
     #[test]
@@ -410,13 +379,7 @@ pub(crate) mod tests {
         key.rotate(Digest::of("three"), "h3".into(), Duration::from_secs(100), at(12));
         assert!(key.superseded(1, at(12)), "at most two are alive");
         assert!(!key.superseded(2, at(12)));
-        assert_eq!(
-            key.secrets
-                .iter()
-                .map(|secret| secret.version)
-                .collect::<Vec<_>>(),
-            [3, 2]
-        );
+        assert_eq!(key.secrets.iter().map(|secret| secret.version).collect::<Vec<_>>(), [3, 2]);
         key.finish_rotation(at(13));
         assert!(key.superseded(2, at(13)));
         assert!(!key.overlapping(at(13)));
@@ -433,39 +396,27 @@ pub(crate) mod tests {
         let narrowing: [&dyn Fn(&mut Key); 7] = [
             &|k| k.disabled_at = Some(at(1)),
             &|k| k.terms.expires_at = Some(at(9)),
-            &|k| {
-                k.terms.scopes = [Scope::parse_grant("monitors:write").unwrap()]
-                    .into_iter()
-                    .collect()
-            },
+            &|k| k.terms.scopes = [Scope::parse_grant("monitors:write").unwrap()].into_iter().collect(),
             &|k| k.terms.customers = vec![CustomerId::parse("c1").unwrap()],
             &|k| k.terms.allowed_cidrs = vec!["10.0.0.0/8".parse().unwrap()],
             &|k| {
                 k.rotate(Digest::of("two"), "h2".into(), Duration::ZERO, at(1));
             },
-            &|k| {
-                k.terms.quota = Some(Quota {
-                    limit: 1,
-                    period: QuotaPeriod::Day,
-                })
-            },
+            &|k| k.terms.quota = Some(Quota { limit: 1, period: QuotaPeriod::Day }),
         ];
         for change in narrowing {
             let after = with(change);
             assert!(after.narrows(&key), "{after:?}");
         }
         assert!(revoked(&key).narrows(&key));
-        let widening: [&dyn Fn(&mut Key); 2] = [
-            &|k| k.terms.scopes = [Scope::parse_grant("*").unwrap()].into_iter().collect(),
-            &|k| k.terms.name = Some(KeyName::parse("n").unwrap()),
-        ];
+        let widening: [&dyn Fn(&mut Key); 2] =
+            [&|k| k.terms.scopes = [Scope::parse_grant("*").unwrap()].into_iter().collect(), &|k| {
+                k.terms.name = Some(KeyName::parse("n").unwrap())
+            }];
         for change in widening {
             let after = with(change);
             assert!(!after.narrows(&key), "{after:?}");
         }
-        assert!(
-            !key.narrows(&with(narrowing[3])),
-            "taking a restriction away is widening"
-        );
+        assert!(!key.narrows(&with(narrowing[3])), "taking a restriction away is widening");
     }
 }

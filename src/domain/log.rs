@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use super::{
-    account::Account,
+    account::{Account, Member, Role},
     key::{Key, Owner},
     name::{AccountId, KeyId, UserId},
     time::{Revision, Timestamp},
@@ -28,6 +28,14 @@ pub enum Change {
     Key(Arc<Key>),
     /// An account was created or changed.
     Account(Arc<Account>),
+    /// A role was made or changed.
+    Role(Arc<Role>),
+    /// A role was deleted; the record is its last.
+    RoleDeleted(Arc<Role>),
+    /// A user became a member, or a member's role changed.
+    Member(Arc<Member>),
+    /// A membership ended; the record is its last.
+    MemberRemoved(Arc<Member>),
 }
 
 impl Change {
@@ -37,6 +45,8 @@ impl Change {
         match self {
             Change::Key(key) => key.owner.account(),
             Change::Account(account) => Some(&account.id),
+            Change::Role(role) | Change::RoleDeleted(role) => role.account.as_ref(),
+            Change::Member(member) | Change::MemberRemoved(member) => Some(&member.account),
         }
     }
 
@@ -45,7 +55,7 @@ impl Change {
     pub fn key_id(&self) -> Option<KeyId> {
         match self {
             Change::Key(key) => Some(key.id),
-            Change::Account(_) => None,
+            _ => None,
         }
     }
 
@@ -57,23 +67,23 @@ impl Change {
                 Owner::User(user) => Some(user),
                 Owner::Account(_) => None,
             },
-            Change::Account(_) => None,
+            Change::Member(member) | Change::MemberRemoved(member) => Some(&member.user),
+            Change::Account(_) | Change::Role(_) | Change::RoleDeleted(_) => None,
         }
     }
 
     /// The same change with its record at `revision`.
     #[must_use]
-    pub fn at_revision(self, revision: Revision) -> Change {
-        match self {
-            Change::Key(mut key) => {
-                Arc::make_mut(&mut key).revision = revision;
-                Change::Key(key)
-            }
-            Change::Account(mut account) => {
-                Arc::make_mut(&mut account).revision = revision;
-                Change::Account(account)
+    pub fn at_revision(mut self, revision: Revision) -> Change {
+        match &mut self {
+            Change::Key(key) => Arc::make_mut(key).revision = revision,
+            Change::Account(account) => Arc::make_mut(account).revision = revision,
+            Change::Role(role) | Change::RoleDeleted(role) => Arc::make_mut(role).revision = revision,
+            Change::Member(member) | Change::MemberRemoved(member) => {
+                Arc::make_mut(member).revision = revision
             }
         }
+        self
     }
 }
 
@@ -124,6 +134,16 @@ actions! {
     AccountSuspended = "account.suspended",
     /// An account was resumed.
     AccountResumed = "account.resumed",
+    /// A key made elsewhere was taken in.
+    KeyImported = "key.imported",
+    /// A role was made or changed.
+    RolePut = "role.put",
+    /// A role was deleted.
+    RoleDeleted = "role.deleted",
+    /// A user became a member, or a member's role changed.
+    MemberPut = "member.put",
+    /// A membership ended.
+    MemberRemoved = "member.removed",
 }
 
 /// Who made a change.
@@ -133,14 +153,13 @@ pub struct Actor {
     pub key: Option<KeyId>,
     /// The account of that key.
     pub account: Option<AccountId>,
+    /// The person it called for.
+    pub acting_user: Option<UserId>,
 }
 
 impl Actor {
     /// Keyward itself.
-    pub const SYSTEM: Actor = Actor {
-        key: None,
-        account: None,
-    };
+    pub const SYSTEM: Actor = Actor { key: None, account: None, acting_user: None };
 }
 
 /// The key's id, or `system`.
@@ -172,6 +191,8 @@ pub struct LogRow {
     pub actor: String,
     /// The account of the actor.
     pub actor_account: Option<AccountId>,
+    /// The person that the actor called for.
+    pub acting_user: Option<UserId>,
     /// The RPC or command.
     pub method: String,
     /// The [`Change`] as JSON.
@@ -201,6 +222,7 @@ impl LogRow {
             self.user.as_ref().map(UserId::as_str),
             Some(self.actor.as_str()),
             self.actor_account.as_ref().map(AccountId::as_str),
+            self.acting_user.as_ref().map(UserId::as_str),
             Some(self.method.as_str()),
             Some(self.payload.as_str()),
         ] {
@@ -238,6 +260,7 @@ mod tests {
             user: None,
             actor: Actor::SYSTEM.to_string(),
             actor_account: None,
+            acting_user: None,
             method: "test".to_owned(),
             payload: serde_json::to_string(&change).unwrap(),
             prev_hash,
@@ -260,7 +283,7 @@ mod tests {
     #[test]
     fn every_field_is_under_the_hash() {
         let whole = row(1, GENESIS);
-        let turns: [fn(&mut LogRow); 9] = [
+        let turns: [fn(&mut LogRow); 10] = [
             |r| r.at = at(2),
             |r| r.action.push('x'),
             |r| r.account = None,
@@ -268,6 +291,7 @@ mod tests {
             |r| r.user = Some(UserId::parse("u").unwrap()),
             |r| r.actor.push('x'),
             |r| r.actor_account = Some(AccountId::operator()),
+            |r| r.acting_user = Some(UserId::parse("u").unwrap()),
             |r| r.method.clear(),
             |r| r.payload.push(' '),
         ];
@@ -287,10 +311,7 @@ mod tests {
 
     #[test]
     fn actions_read_back() {
-        assert_eq!(
-            Action::parse(Action::KeyRotated.as_str()),
-            Some(Action::KeyRotated)
-        );
+        assert_eq!(Action::parse(Action::KeyRotated.as_str()), Some(Action::KeyRotated));
         assert_eq!(Action::parse("nope"), None);
     }
 }

@@ -7,6 +7,7 @@
 pub mod account;
 pub mod decision;
 pub mod key;
+pub mod limit;
 pub mod log;
 pub mod name;
 pub mod scope;

@@ -75,9 +75,7 @@ fn visible(text: &str, most: usize) -> bool {
 
 fn slug(text: &str, most: usize) -> bool {
     (1..=most).contains(&text.len())
-        && text
-            .bytes()
-            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_' || b == b'-')
+        && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_' || b == b'-')
 }
 
 name!(
@@ -134,6 +132,12 @@ impl AccountId {
         AccountId("keyward".into())
     }
 
+    /// No account: what the holder of a user key acts in when it names none. No account can have this id.
+    #[must_use]
+    pub fn nowhere() -> Self {
+        AccountId("".into())
+    }
+
     /// Whether this is the built-in operator account.
     #[must_use]
     pub fn is_operator(&self) -> bool {
@@ -165,9 +169,7 @@ impl KeyId {
     /// # Errors
     /// When the text is no UUID.
     pub fn parse(text: &str) -> Result<Self, NameError> {
-        Uuid::try_parse(text)
-            .map(KeyId)
-            .map_err(|_| NameError("must be a UUID"))
+        Uuid::try_parse(text).map(KeyId).map_err(|_| NameError("must be a UUID"))
     }
 
     /// The id's 16 bytes.
@@ -205,10 +207,7 @@ mod tests {
         for bad in ["", "Acme", "a b", "é", &"a".repeat(65)] {
             assert!(AccountId::parse(bad).is_err(), "{bad:?}");
         }
-        assert!(
-            KeyName::parse(&"é".repeat(255)).is_ok(),
-            "characters count, not bytes"
-        );
+        assert!(KeyName::parse(&"é".repeat(255)).is_ok(), "characters count, not bytes");
         assert!(KeyName::parse(&"é".repeat(256)).is_err());
         assert!(KeyName::parse("a\nb").is_err());
         assert!(TokenPrefix::parse("izli_sk").is_ok());

@@ -38,11 +38,7 @@ impl Scope {
             && text.split(':').count() <= MAX_SEGMENTS
             && (last == "*" || is_segment(last))
             && segments.all(is_segment);
-        if well_formed {
-            Ok(Scope(text.into()))
-        } else {
-            Err(NameError(RULE))
-        }
+        if well_formed { Ok(Scope(text.into())) } else { Err(NameError(RULE)) }
     }
 
     /// Reads a scope that a request needs: always concrete.
@@ -89,10 +85,7 @@ impl Scope {
 }
 
 fn is_segment(text: &str) -> bool {
-    !text.is_empty()
-        && text
-            .bytes()
-            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-'))
+    !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-'))
 }
 
 impl fmt::Display for Scope {
@@ -191,10 +184,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn grants(texts: &[&str]) -> ScopeSet {
-        texts
-            .iter()
-            .map(|text| Scope::parse_grant(text).unwrap())
-            .collect()
+        texts.iter().map(|text| Scope::parse_grant(text).unwrap()).collect()
     }
 
     fn allows(granted: &[&str], needed: &str) -> bool {
@@ -233,20 +223,9 @@ mod tests {
 
     #[test]
     fn malformed_scopes_are_refused() {
-        for bad in [
-            "",
-            ":",
-            "a:",
-            ":a",
-            "a::b",
-            "a b",
-            "a:b:c:d:e",
-            "mon*",
-            "*:a",
-            "a:*:b",
-            "é",
-            &"a".repeat(129),
-        ] {
+        for bad in
+            ["", ":", "a:", ":a", "a::b", "a b", "a:b:c:d:e", "mon*", "*:a", "a:*:b", "é", &"a".repeat(129)]
+        {
             assert!(Scope::parse_grant(bad).is_err(), "{bad:?}");
         }
         for pattern in ["*", "all", "a:*"] {
@@ -255,11 +234,7 @@ mod tests {
     }
 
     fn segment() -> impl Strategy<Value = String> {
-        prop_oneof![
-            Just("a".to_owned()),
-            Just("b".to_owned()),
-            Just("keyward".to_owned())
-        ]
+        prop_oneof![Just("a".to_owned()), Just("b".to_owned()), Just("keyward".to_owned())]
     }
 
     fn concrete() -> impl Strategy<Value = String> {

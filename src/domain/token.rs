@@ -158,11 +158,7 @@ pub fn shape(presented: &str) -> Shape {
     if bytes.is_empty() || !bytes.iter().all(|b| (0x21..=0x7e).contains(b)) {
         return Shape::Malformed;
     }
-    if matches_pattern(bytes) && !checksum_holds(bytes) {
-        Shape::Malformed
-    } else {
-        Shape::Plausible
-    }
+    if matches_pattern(bytes) && !checksum_holds(bytes) { Shape::Malformed } else { Shape::Plausible }
 }
 
 /// [`PATTERN`], by hand: this runs in every Check.
@@ -173,9 +169,7 @@ fn matches_pattern(bytes: &[u8]) -> bool {
     let (head, rest) = bytes.split_at(start);
     (1..=33).contains(&head.len())
         && head[0].is_ascii_lowercase()
-        && head
-            .iter()
-            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || *b == b'_')
+        && head.iter().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || *b == b'_')
         && rest[0] == b'_'
         && rest[1..].iter().all(u8::is_ascii_alphanumeric)
 }
@@ -214,11 +208,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn token(prefix: &str, tag: &str, random: [u8; 32]) -> Token {
-        Token::generate(
-            &TokenPrefix::parse(prefix).unwrap(),
-            &TokenTag::parse(tag).unwrap(),
-            &random,
-        )
+        Token::generate(&TokenPrefix::parse(prefix).unwrap(), &TokenTag::parse(tag).unwrap(), &random)
     }
 
     /// Published vectors: docs/token.md shows the same, and they must never change.

@@ -7,6 +7,7 @@
 //! Keys revoked and secrets superseded longer ago than the retention leave the index and are unknown then.
 
 use std::{
+    collections::{HashMap, HashSet},
     hash::{BuildHasherDefault, Hasher},
     sync::{
         Arc, Mutex,
@@ -16,12 +17,14 @@ use std::{
 
 use arc_swap::ArcSwap;
 
+use super::limiter::Budget;
+
 use crate::{
     domain::{
-        account::Account,
+        account::{Account, Member, Role},
         key::{Key, Secret},
         log::{Change, LogRow},
-        name::{AccountId, KeyId},
+        name::{AccountId, KeyId, RoleName, UserId},
         time::{Revision, Timestamp},
         token::Digest,
     },
@@ -52,6 +55,8 @@ struct Slot {
     key: ArcSwap<Key>,
     /// Secrets that left the record: digest and when it was superseded.
     left: Mutex<Vec<(Digest, Timestamp)>>,
+    /// What is used of the key's limits; its secrets share it.
+    budget: Arc<Budget>,
 }
 
 /// A found key with everything that a decision needs.
@@ -61,8 +66,8 @@ pub struct Found {
     pub key: Arc<Key>,
     /// Which version of its secret was presented.
     pub version: u32,
-    /// The account that owns it.
-    pub account: Option<Arc<Account>>,
+    /// What is used of its limits.
+    pub budget: Arc<Budget>,
     /// A record that may have been committed in place of `key`, and is narrower.
     pub doubt: Option<Arc<Key>>,
 }
@@ -73,6 +78,9 @@ pub struct Index {
     by_digest: papaya::HashMap<Digest, (Arc<Slot>, u32), BuildHasherDefault<DigestHasher>>,
     by_id: papaya::HashMap<KeyId, Arc<Slot>>,
     accounts: papaya::HashMap<AccountId, Arc<Account>>,
+    /// A global role has no account.
+    roles: papaya::HashMap<(Option<AccountId>, RoleName), Arc<Role>>,
+    members: papaya::HashMap<(AccountId, UserId), Arc<Member>>,
     doubts: Mutex<Doubts>,
     /// How many doubts there are; almost always none, and then nobody looks.
     doubtful: AtomicUsize,
@@ -82,15 +90,29 @@ pub struct Index {
 
 #[derive(Default)]
 struct Doubts {
-    keys: std::collections::HashMap<KeyId, Arc<Key>>,
-    accounts: std::collections::HashMap<AccountId, Arc<Account>>,
+    keys: HashMap<KeyId, Arc<Key>>,
+    accounts: HashMap<AccountId, Arc<Account>>,
+    roles: HashSet<(Option<AccountId>, RoleName)>,
+    members: HashSet<(AccountId, UserId)>,
+}
+
+impl Doubts {
+    fn len(&self) -> usize {
+        self.keys.len() + self.accounts.len() + self.roles.len() + self.members.len()
+    }
+}
+
+fn role_id(role: &Role) -> (Option<AccountId>, RoleName) {
+    (role.account.clone(), role.name.clone())
+}
+
+fn member_id(member: &Member) -> (AccountId, UserId) {
+    (member.account.clone(), member.user.clone())
 }
 
 impl std::fmt::Debug for Index {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Index")
-            .field("keys", &self.by_id.len())
-            .finish_non_exhaustive()
+        f.debug_struct("Index").field("keys", &self.by_id.len()).finish_non_exhaustive()
     }
 }
 
@@ -124,37 +146,59 @@ impl Index {
         let keys = self.by_digest.pin();
         let (slot, version) = keys.get(digest)?;
         let key = slot.key.load_full();
-        let mut account = key.owner.account().and_then(|id| self.account(id));
-        let mut doubt = None;
-        if self.doubtful.load(Ordering::Acquire) > 0 {
-            let doubts = lock(&self.doubts);
-            doubt = doubts.keys.get(&key.id).cloned();
-            let narrower = key
-                .owner
-                .account()
-                .and_then(|id| doubts.accounts.get(id))
-                .cloned();
-            account = narrower.or(account);
-        }
-        Some(Found {
-            key,
-            version: *version,
-            account,
-            doubt,
-        })
+        let doubt = self.doubted(|doubts| doubts.keys.get(&key.id).cloned());
+        Some(Found { key, version: *version, budget: slot.budget.clone(), doubt })
     }
 
-    /// The account with this id.
+    fn doubted<T>(&self, find: impl FnOnce(&Doubts) -> Option<T>) -> Option<T> {
+        if self.doubtful.load(Ordering::Acquire) == 0 { None } else { find(&lock(&self.doubts)) }
+    }
+
+    /// The account with this id; in doubt, as narrow as it may be.
     #[must_use]
     pub fn account(&self, id: &AccountId) -> Option<Arc<Account>> {
-        self.accounts.pin().get(id).cloned()
+        self.doubted(|doubts| doubts.accounts.get(id).cloned())
+            .or_else(|| self.accounts.pin().get(id).cloned())
+    }
+
+    /// The role that a name stands for in an account: its own before the global one. None while a change of it
+    /// is in doubt.
+    #[must_use]
+    pub fn role(&self, account: Option<&AccountId>, name: &RoleName) -> Option<Arc<Role>> {
+        let roles = self.roles.pin();
+        // The map's keys own what they hold; a service key with roles pays for the look-up.
+        let own = account.and_then(|account| roles.get(&(Some(account.clone()), name.clone())));
+        let role = own.or_else(|| roles.get(&(None, name.clone())))?;
+        let doubted = self.doubted(|doubts| doubts.roles.get(&role_id(role)).map(drop));
+        if doubted.is_some() { None } else { Some(role.clone()) }
+    }
+
+    /// A user's place in an account. None while its end or change is in doubt.
+    #[must_use]
+    pub fn member(&self, account: &AccountId, user: &UserId) -> Option<Arc<Member>> {
+        let id = (account.clone(), user.clone());
+        let doubted = self.doubted(|doubts| doubts.members.get(&id).map(drop));
+        if doubted.is_some() { None } else { self.members.pin().get(&id).cloned() }
+    }
+
+    /// The record of a role exactly so named, of an account or global.
+    #[must_use]
+    pub fn role_record(&self, account: Option<&AccountId>, name: &RoleName) -> Option<Arc<Role>> {
+        self.roles.pin().get(&(account.cloned(), name.clone())).cloned()
     }
 
     /// Takes a record of the first snapshot.
     pub fn load(&self, item: SnapshotItem) {
         match item {
             SnapshotItem::Account(account) => self.put_account(Arc::new(account)),
-            SnapshotItem::Key(key, left) => self.put_key(Arc::new(key), &left),
+            SnapshotItem::Key(key, left) => self.put_key(key, &left),
+            SnapshotItem::Role(role) => self.put_role(Arc::new(role)),
+            SnapshotItem::Member(member) => self.put_member(Arc::new(member)),
+            SnapshotItem::Spent(key, spent) => {
+                if let Some(slot) = self.by_id.pin().get(&key) {
+                    slot.budget.restore(spent);
+                }
+            }
         }
     }
 
@@ -163,12 +207,53 @@ impl Index {
         self.applied.store(revision.0 + 1, Ordering::Release);
     }
 
+    /// Ends a doubt, after the record that settles it has come.
+    fn settle(&self, end: impl FnOnce(&mut Doubts)) {
+        if self.doubtful.load(Ordering::Acquire) > 0 {
+            let mut doubts = lock(&self.doubts);
+            end(&mut doubts);
+            self.doubtful.store(doubts.len(), Ordering::Release);
+        }
+    }
+
     fn put_account(&self, account: Arc<Account>) {
         let id = account.id.clone();
         self.accounts.pin().insert(id.clone(), account);
-        if lock(&self.doubts).accounts.remove(&id).is_some() {
-            self.doubtful.fetch_sub(1, Ordering::Release);
-        }
+        self.settle(|doubts| {
+            doubts.accounts.remove(&id);
+        });
+    }
+
+    fn put_role(&self, role: Arc<Role>) {
+        let id = role_id(&role);
+        self.roles.pin().insert(id.clone(), role);
+        self.settle(|doubts| {
+            doubts.roles.remove(&id);
+        });
+    }
+
+    fn delete_role(&self, role: &Role) {
+        let id = role_id(role);
+        self.roles.pin().remove(&id);
+        self.settle(|doubts| {
+            doubts.roles.remove(&id);
+        });
+    }
+
+    fn put_member(&self, member: Arc<Member>) {
+        let id = member_id(&member);
+        self.members.pin().insert(id.clone(), member);
+        self.settle(|doubts| {
+            doubts.members.remove(&id);
+        });
+    }
+
+    fn remove_member(&self, member: &Member) {
+        let id = member_id(member);
+        self.members.pin().remove(&id);
+        self.settle(|doubts| {
+            doubts.members.remove(&id);
+        });
     }
 
     fn put_key(&self, key: Arc<Key>, left: &[Secret]) {
@@ -180,31 +265,28 @@ impl Index {
                     .secrets
                     .iter()
                     .filter(|old| key.secrets.iter().all(|kept| kept.version != old.version));
-                lock(&slot.left).extend(gone.map(|old| {
-                    (
-                        old.digest,
-                        old.expires_at.unwrap_or(key.updated_at).min(key.updated_at),
-                    )
-                }));
+                lock(&slot.left).extend(
+                    gone.map(|old| {
+                        (old.digest, old.expires_at.unwrap_or(key.updated_at).min(key.updated_at))
+                    }),
+                );
                 slot.clone()
             }
             None => {
-                let left = left
-                    .iter()
-                    .map(|old| (old.digest, old.expires_at.unwrap_or(key.updated_at)))
-                    .collect();
+                let left =
+                    left.iter().map(|old| (old.digest, old.expires_at.unwrap_or(key.updated_at))).collect();
                 let slot = Arc::new(Slot {
                     key: ArcSwap::new(key.clone()),
                     left: Mutex::new(left),
+                    budget: Arc::default(),
                 });
                 by_id.insert(key.id, slot.clone());
                 slot
             }
         };
-        // The doubt goes after the record that settles it has come.
-        if lock(&self.doubts).keys.remove(&key.id).is_some() {
-            self.doubtful.fetch_sub(1, Ordering::Release);
-        }
+        self.settle(|doubts| {
+            doubts.keys.remove(&key.id);
+        });
         let by_digest = self.by_digest.pin();
         for secret in key.secrets.iter().chain(left) {
             if by_digest.get(&secret.digest).is_none() {
@@ -221,11 +303,7 @@ impl Index {
         for (id, slot) in &by_id {
             let key = slot.key.load();
             let mut left = lock(&slot.left);
-            if key
-                .revocation
-                .as_ref()
-                .is_some_and(|revocation| revocation.at < forget_before)
-            {
+            if key.revocation.as_ref().is_some_and(|revocation| revocation.at < forget_before) {
                 key.secrets.iter().for_each(|secret| forget(&secret.digest));
                 left.iter().for_each(|(digest, _)| forget(digest));
                 by_id.remove(id);
@@ -253,6 +331,10 @@ impl Follower for Index {
             match change {
                 Change::Key(key) => self.put_key(key.clone(), &[]),
                 Change::Account(account) => self.put_account(account.clone()),
+                Change::Role(role) => self.put_role(role.clone()),
+                Change::RoleDeleted(role) => self.delete_role(role),
+                Change::Member(member) => self.put_member(member.clone()),
+                Change::MemberRemoved(member) => self.remove_member(member),
             }
             self.applied.store(row.revision.0 + 1, Ordering::Release);
         }
@@ -262,35 +344,35 @@ impl Follower for Index {
         let mut doubts = lock(&self.doubts);
         match change {
             Change::Key(after) => {
-                let narrower = self
-                    .by_id
-                    .pin()
-                    .get(&after.id)
-                    .is_some_and(|slot| after.narrows(&slot.key.load()));
+                let narrower =
+                    self.by_id.pin().get(&after.id).is_some_and(|slot| after.narrows(&slot.key.load()));
                 if narrower {
                     doubts.keys.insert(after.id, after.clone());
                 }
             }
             Change::Account(after) => {
-                let narrower = self
-                    .account(&after.id)
-                    .is_some_and(|before| after.narrows(&before));
+                let narrower = self.accounts.pin().get(&after.id).is_some_and(|before| after.narrows(before));
                 if narrower {
                     doubts.accounts.insert(after.id.clone(), after.clone());
                 }
             }
+            // Whatever the change is, until it is settled the role grants nothing and the user is no member.
+            Change::Role(role) | Change::RoleDeleted(role) => {
+                doubts.roles.insert(role_id(role));
+            }
+            Change::Member(member) | Change::MemberRemoved(member) => {
+                let _ = doubts.members.insert(member_id(member));
+            }
         }
-        self.doubtful
-            .store(doubts.keys.len() + doubts.accounts.len(), Ordering::Release);
+        self.doubtful.store(doubts.len(), Ordering::Release);
     }
 
     fn decided(&self) {
         let mut doubts = lock(&self.doubts);
-        doubts
-            .keys
-            .retain(|_, key| key.revocation.is_some() || key.disabled_at.is_some());
-        self.doubtful
-            .store(doubts.keys.len() + doubts.accounts.len(), Ordering::Release);
+        doubts.keys.retain(|_, key| key.revocation.is_some() || key.disabled_at.is_some());
+        doubts.roles.clear();
+        doubts.members.clear();
+        self.doubtful.store(doubts.len(), Ordering::Release);
     }
 }
 
@@ -305,32 +387,21 @@ mod tests {
 
     fn loaded(key: &Key) -> Index {
         let index = Index::default();
-        index.load(SnapshotItem::Key(key.clone(), vec![]));
+        index.load(SnapshotItem::Key(Arc::new(key.clone()), vec![]));
         index.loaded(Revision(1));
         index
     }
 
     fn rotated(key: &Key, token: &str, seconds: i64) -> Key {
         let mut key = key.clone();
-        key.rotate(
-            Digest::of(token),
-            String::new(),
-            Duration::from_secs(5),
-            at(seconds),
-        );
+        key.rotate(Digest::of(token), String::new(), Duration::from_secs(5), at(seconds));
         key
     }
 
     fn revoked(key: &Key, seconds: i64) -> Key {
-        let revocation = Revocation {
-            at: at(seconds),
-            reason: RevokeReason::Unspecified,
-            comment: String::new(),
-        };
-        Key {
-            revocation: Some(revocation),
-            ..key.clone()
-        }
+        let revocation =
+            Revocation { at: at(seconds), reason: RevokeReason::Unspecified, comment: String::new() };
+        Key { revocation: Some(revocation), ..key.clone() }
     }
 
     #[test]
@@ -376,15 +447,9 @@ mod tests {
         let index = loaded(&key);
         let dead = revoked(&key, 5);
         index.in_doubt(&Change::Key(Arc::new(dead.clone())));
-        assert_eq!(
-            index.find(&Digest::of("one")).unwrap().doubt.as_deref(),
-            Some(&dead)
-        );
+        assert_eq!(index.find(&Digest::of("one")).unwrap().doubt.as_deref(), Some(&dead));
         index.decided();
-        assert!(
-            index.find(&Digest::of("one")).unwrap().doubt.is_some(),
-            "somebody wanted it stopped"
-        );
+        assert!(index.find(&Digest::of("one")).unwrap().doubt.is_some(), "somebody wanted it stopped");
         index.put_key(Arc::new(key), &[]);
         assert!(index.find(&Digest::of("one")).unwrap().doubt.is_none());
     }

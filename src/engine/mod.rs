@@ -4,6 +4,7 @@
 //! order; uses are written behind. Who may ask, and how answers look on the wire, is `grpc`'s business.
 
 pub mod index;
+pub mod limiter;
 pub mod usage;
 
 use std::{
@@ -17,10 +18,11 @@ use std::{
 use crate::{
     clock::Clock,
     domain::{
-        decision::{Failures, Reason, Request, Subject, Use, Verdict, decide},
-        key::Key,
+        account::Role,
+        decision::{Failures, Membership, Reason, Request, Subject, Use, Verdict, decide},
+        key::{Key, Owner},
         name::{AccountId, CustomerId, EnvironmentName},
-        scope::Scope,
+        scope::{Scope, ScopeSet},
         time::{Revision, Timestamp},
         token::{self, Digest, Shape},
     },
@@ -44,6 +46,8 @@ pub struct Question<'a> {
     pub customer: Option<&'a CustomerId>,
     /// The end client's address.
     pub client_ip: Option<IpAddr>,
+    /// Units to take of limits and quota.
+    pub cost: u64,
     /// Decide, and leave no trace.
     pub dry_run: bool,
     /// Answer only from a state at least as new.
@@ -68,6 +72,12 @@ pub struct Answer {
     pub missing: Vec<Scope>,
     /// The key, where the token is known to the caller's account.
     pub holder: Option<Holder>,
+    /// The account that was decided in.
+    pub account: Option<AccountId>,
+    /// What the key is granted there.
+    pub grants: ScopeSet,
+    /// How its limits stand, where they were asked.
+    pub limits: limiter::Usage,
     /// The answer is from a state at least as new.
     pub revision: Revision,
 }
@@ -86,6 +96,9 @@ impl Answer {
             failures,
             missing: Vec::new(),
             holder: None,
+            account: None,
+            grants: ScopeSet::default(),
+            limits: limiter::Usage::default(),
             revision,
         }
     }
@@ -119,9 +132,7 @@ pub struct Engine {
 
 impl std::fmt::Debug for Engine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Engine")
-            .field("index", &self.index)
-            .finish_non_exhaustive()
+        f.debug_struct("Engine").field("index", &self.index).finish_non_exhaustive()
     }
 }
 
@@ -129,12 +140,7 @@ impl Engine {
     /// An engine over an index that may still be empty.
     #[must_use]
     pub fn new(index: Arc<Index>, usage: Arc<Usage>, clock: Arc<dyn Clock>) -> Self {
-        Engine {
-            index,
-            usage,
-            clock,
-            answered: Default::default(),
-        }
+        Engine { index, usage, clock, answered: Default::default() }
     }
 
     /// The present instant.
@@ -145,9 +151,7 @@ impl Engine {
 
     /// How many Checks were answered with each reason since the start.
     pub fn answered(&self) -> impl Iterator<Item = (Reason, u64)> {
-        Reason::ALL
-            .into_iter()
-            .map(|reason| (reason, self.answered[reason as usize].load(Ordering::Relaxed)))
+        Reason::ALL.into_iter().map(|reason| (reason, self.answered[reason as usize].load(Ordering::Relaxed)))
     }
 
     /// Decides one question for a caller of `asker`, the operator account or another. A token of another
@@ -177,68 +181,111 @@ impl Engine {
         if token::shape(question.token) != Shape::Plausible {
             return Answer::of(Reason::Malformed, revision);
         }
-        let visible = |found: &Found| asker.is_operator() || found.key.owner.account() == Some(asker);
+        let visible = |found: &Found| match &found.key.owner {
+            _ if asker.is_operator() => true,
+            Owner::Account(account) => account == asker,
+            Owner::User(user) => self.index.member(asker, user).is_some(),
+        };
         let Some(found) = self.index.find(&Digest::of(question.token)).filter(visible) else {
             return Answer::of(Reason::Unknown, revision);
         };
         let request = Request {
-            purpose: Use::Service {
-                environment: question.environment,
-                customer: question.customer,
-            },
+            purpose: Use::Service { environment: question.environment, customer: question.customer },
             account: question.account,
             client_ip: question.client_ip,
             scopes: question.scopes,
         };
-        let verdict = judge(&found, request, now);
-        if verdict.failures.first() == Reason::Ok && !question.dry_run {
-            self.usage.note(found.key.id, found.version, now);
+        // An account's caller learns nothing of its users' places in other accounts.
+        let place = question.account.filter(|asked| asker.is_operator() || *asked == asker);
+        let place = self.place(&found.key, place);
+        let Verdict { mut failures, missing } = judge(&found, &place, request, now);
+        let mut limits = limiter::Usage::default();
+        if failures.first() == Reason::Ok && is_limited(&found.key) {
+            limits = found.budget.take(&found.key, question.cost, now, question.dry_run);
+            limits.refused.iter().for_each(|reason| failures.note(*reason, true));
         }
-        let holder = Some(Holder {
-            key: found.key,
-            version: found.version,
-        });
+        if !question.dry_run {
+            self.usage.note(found.key.id, found.version, failures.first(), limits.spent, now);
+        }
         Answer {
-            failures: verdict.failures,
-            missing: verdict.missing,
-            holder,
+            failures,
+            missing,
+            grants: place.subject(&found.key, found.version).grants(),
+            account: place.account.map(|account| account.id.clone()),
+            holder: Some(Holder { key: found.key, version: found.version }),
+            limits,
             revision,
         }
     }
 
-    /// Decides whether a token may be used to call Keyward itself.
+    /// Where a key is decided: a service key in its account, a user key in the account asked for.
+    fn place(&self, key: &Key, asked: Option<&AccountId>) -> Place {
+        let account = match &key.owner {
+            Owner::Account(account) => Some(account),
+            Owner::User(_) => asked,
+        };
+        let role = |name: &_| self.index.role(account, name);
+        let member = match (&key.owner, account) {
+            (Owner::Account(_), _) => Member::NotAsked,
+            (Owner::User(user), Some(account)) => self
+                .index
+                .member(account, user)
+                .map_or(Member::None, |member| Member::Role(role(&member.role))),
+            (Owner::User(_), None) => Member::None,
+        };
+        Place {
+            account: account.and_then(|account| self.index.account(account)),
+            roles: key.terms.roles.iter().filter_map(role).collect(),
+            member,
+        }
+    }
+
+    /// Everything that a key is granted in an account, or, of a service key, in its own.
+    #[must_use]
+    pub fn grants(&self, key: &Key, account: Option<&AccountId>) -> ScopeSet {
+        self.place(key, account).subject(key, 0).grants()
+    }
+
+    /// Decides whether a token may be used to call Keyward itself; of a user key, in `account`.
     ///
     /// # Errors
     /// When the first snapshot is not loaded yet.
     pub fn authenticate(
         &self,
         presented: &str,
+        account: Option<&AccountId>,
         peer: Option<IpAddr>,
-    ) -> Result<Result<Holder, Reason>, CannotAnswer> {
+    ) -> Result<Result<Authenticated, Refused>, CannotAnswer> {
         self.index.revision().ok_or(CannotAnswer::Starting)?;
+        let unknown = |reason| Ok(Err(Refused { reason, retry_after: None }));
         if token::shape(presented) != Shape::Plausible {
-            return Ok(Err(Reason::Malformed));
+            return unknown(Reason::Malformed);
         }
-        let Some(found) = self.index.find(&Digest::of(presented)) else {
-            return Ok(Err(Reason::Unknown));
-        };
+        let Some(found) = self.index.find(&Digest::of(presented)) else { return unknown(Reason::Unknown) };
         let now = self.clock.now();
-        let request = Request {
-            purpose: Use::Management,
-            account: None,
-            client_ip: peer,
-            scopes: &[],
-        };
-        match judge(&found, request, now).failures.first() {
-            Reason::Ok => {
-                self.usage.note(found.key.id, found.version, now);
-                Ok(Ok(Holder {
-                    key: found.key,
-                    version: found.version,
-                }))
-            }
-            reason => Ok(Err(reason)),
+        // A service key acts in its own account, whatever the call names.
+        let account = account.filter(|_| found.key.owner.user().is_some());
+        let request = Request { purpose: Use::Management, account, client_ip: peer, scopes: &[] };
+        let place = self.place(&found.key, account);
+        let mut failures = judge(&found, &place, request, now).failures;
+        let mut limits = limiter::Usage::default();
+        if failures.first() == Reason::Ok && is_limited(&found.key) {
+            limits = found.budget.take(&found.key, 1, now, false);
+            limits.refused.iter().for_each(|reason| failures.note(*reason, true));
         }
+        let reason = failures.first();
+        self.usage.note(found.key.id, found.version, reason, limits.spent, now);
+        if reason != Reason::Ok {
+            let retry_after =
+                limits.standings.iter().filter_map(|(_, _, standing)| standing.retry_after).max();
+            return Ok(Err(Refused { reason, retry_after }));
+        }
+        let grants = place.subject(&found.key, found.version).grants();
+        let Some(account) = place.account.map(|account| account.id.clone()) else {
+            return unknown(Reason::WrongAccount);
+        };
+        let holder = Holder { key: found.key, version: found.version };
+        Ok(Ok(Authenticated { holder, account, grants }))
     }
 
     /// The key that a token belongs to, in whatever state.
@@ -251,26 +298,66 @@ impl Engine {
             return Ok(None);
         }
         let found = self.index.find(&Digest::of(presented));
-        Ok(found.map(|found| Holder {
-            key: found.key,
-            version: found.version,
-        }))
+        Ok(found.map(|found| Holder { key: found.key, version: found.version }))
+    }
+}
+
+/// A key that may call Keyward.
+#[derive(Clone, Debug)]
+pub struct Authenticated {
+    /// The key.
+    pub holder: Holder,
+    /// The account that it acts in.
+    pub account: AccountId,
+    /// What it is granted there.
+    pub grants: ScopeSet,
+}
+
+/// Why a key may not call Keyward.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Refused {
+    /// The first reason.
+    pub reason: Reason,
+    /// When a limit of it has room again.
+    pub retry_after: Option<std::time::Duration>,
+}
+
+fn is_limited(key: &Key) -> bool {
+    !key.terms.rate_limits.is_empty() || key.terms.quota.is_some()
+}
+
+/// What a decision needs besides the key.
+struct Place {
+    account: Option<Arc<crate::domain::account::Account>>,
+    roles: Vec<Arc<Role>>,
+    member: Member,
+}
+
+/// [`Membership`], owned.
+enum Member {
+    NotAsked,
+    None,
+    Role(Option<Arc<Role>>),
+}
+
+impl Place {
+    fn subject<'a>(&'a self, key: &'a Key, version: u32) -> Subject<'a> {
+        let membership = match &self.member {
+            Member::NotAsked => Membership::NotAsked,
+            Member::None => Membership::None,
+            Member::Role(role) => Membership::Role(role.as_deref()),
+        };
+        Subject { key, version, account: self.account.as_deref(), roles: &self.roles, membership }
     }
 }
 
 /// Decides by the record, and by the record that may be in its place: what either refuses is refused.
-fn judge(found: &Found, request: Request<'_>, now: Timestamp) -> Verdict {
-    let decide_by = |key| {
-        let subject = Subject {
-            key,
-            version: found.version,
-            account: found.account.as_deref(),
-        };
-        decide(subject, request, now)
-    };
-    let verdict = decide_by(&found.key);
+fn judge(found: &Found, place: &Place, request: Request<'_>, now: Timestamp) -> Verdict {
+    let verdict = decide(place.subject(&found.key, found.version), request, now);
     match &found.doubt {
-        Some(doubt) if verdict.failures.first() == Reason::Ok => decide_by(doubt),
+        Some(doubt) if verdict.failures.first() == Reason::Ok => {
+            decide(place.subject(doubt, found.version), request, now)
+        }
         _ => verdict,
     }
 }

@@ -9,20 +9,26 @@ use crate::{
     accounts::Accounts,
     clock::Clock,
     domain::{
-        account::Account,
-        name::{AccountId, DisplayName},
+        account::{Account, Member, Role},
+        name::{AccountId, DisplayName, RoleName, UserId},
+        scope::Scope,
     },
     pb,
+    people::People,
     refusal::{Refusal, Violations},
 };
 
-use super::{convert, gate::shown, page, status::unimplemented};
+use super::{convert, gate::shown, keys_read::filled, page};
+
+const MAX_SCOPES: usize = 256;
 
 /// The service over its use cases.
 #[derive(Clone)]
 pub(super) struct AccountService {
     /// The use cases.
     pub accounts: Arc<Accounts>,
+    /// The use cases of roles and members.
+    pub people: Arc<People>,
     /// Tells from when on a change is in force.
     pub clock: Arc<dyn Clock>,
 }
@@ -48,14 +54,13 @@ impl pb::account_service_server::AccountService for AccountService {
         mut request: Request<pb::CreateAccountRequest>,
     ) -> Result<Response<pb::CreateAccountResponse>, Status> {
         let caller = shown::<Caller>(&mut request)?;
-        let pb::CreateAccountRequest { id, name } = request.get_ref();
+        let pb::CreateAccountRequest { id, name, longest_life } = request.get_ref();
         let mut violations = Violations::default();
         let id = convert::read_account("id", id, &mut violations);
-        let name = (!name.is_empty())
-            .then(|| violations.take("name", DisplayName::parse(name)))
-            .flatten();
+        let name = (!name.is_empty()).then(|| violations.take("name", DisplayName::parse(name))).flatten();
+        let life = convert::read_life("longest_life", *longest_life, &mut violations);
         violations.finish()?;
-        let (account, revision) = shape(&self.accounts.create(&caller, id, name).await?);
+        let (account, revision) = shape(&self.accounts.create(&caller, id, name, life).await?);
         Ok(Response::new(pb::CreateAccountResponse { account, revision }))
     }
 
@@ -64,13 +69,8 @@ impl pb::account_service_server::AccountService for AccountService {
         mut request: Request<pb::GetAccountRequest>,
     ) -> Result<Response<pb::GetAccountResponse>, Status> {
         let caller = shown::<Caller>(&mut request)?;
-        let account = self
-            .accounts
-            .get(&caller, &read_id(&request.get_ref().id)?)
-            .await?;
-        Ok(Response::new(pb::GetAccountResponse {
-            account: Some(convert::account(&account)),
-        }))
+        let account = self.accounts.get(&caller, &read_id(&request.get_ref().id)?).await?;
+        Ok(Response::new(pb::GetAccountResponse { account: Some(convert::account(&account)) }))
     }
 
     async fn list(
@@ -78,21 +78,11 @@ impl pb::account_service_server::AccountService for AccountService {
         mut request: Request<pb::ListAccountsRequest>,
     ) -> Result<Response<pb::ListAccountsResponse>, Status> {
         let caller = shown::<Caller>(&mut request)?;
-        let pb::ListAccountsRequest {
-            page_size,
-            page_token,
-        } = request.get_ref();
+        let pb::ListAccountsRequest { page_size, page_token } = request.get_ref();
         let mut violations = Violations::default();
         let size = page::size(*page_size, &mut violations);
-        let after = page::decode(b"accounts", page_token, &mut violations).and_then(|cursor| {
-            let id = std::str::from_utf8(&cursor)
-                .ok()
-                .and_then(|id| AccountId::parse(id).ok());
-            if id.is_none() {
-                page::not_ours(&mut violations);
-            }
-            id
-        });
+        let after = page::decode(b"accounts", page_token, &mut violations)
+            .and_then(|cursor| page::read(&cursor, AccountId::parse, &mut violations));
         violations.finish()?;
         let (accounts, next) = self.accounts.list(&caller, after.as_ref(), size).await?;
         Ok(Response::new(pb::ListAccountsResponse {
@@ -108,22 +98,24 @@ impl pb::account_service_server::AccountService for AccountService {
         mut request: Request<pb::UpdateAccountRequest>,
     ) -> Result<Response<pb::UpdateAccountResponse>, Status> {
         let caller = shown::<Caller>(&mut request)?;
-        let pb::UpdateAccountRequest { id, name } = request.get_ref();
+        let pb::UpdateAccountRequest { id, name, longest_life, no_longest_life } = request.get_ref();
         let mut violations = Violations::default();
-        let id = violations.take("id", AccountId::parse(id));
-        violations.note_if(
-            name.is_none(),
+        let v = &mut violations;
+        let id = v.take("id", AccountId::parse(id));
+        let nothing = name.is_none() && longest_life.is_none() && !no_longest_life;
+        v.note_if(
+            nothing,
             "name",
-            "is required: nothing else of an account can be changed",
+            "or longest_life or no_longest_life is required: nothing is to be changed",
         );
-        let name = name
-            .as_deref()
-            .and_then(|name| violations.take("name", DisplayName::parse(name)));
+        let both = longest_life.is_some() && *no_longest_life;
+        v.note_if(both, "no_longest_life", "must not be given together with longest_life");
+        let name = name.as_deref().and_then(|name| v.take("name", DisplayName::parse(name)));
+        let life = convert::read_life("longest_life", *longest_life, v);
         violations.finish()?;
-        let (Some(id), Some(name)) = (id, name) else {
-            return Err(Refusal::field("name", "is required").into());
-        };
-        let (account, revision) = shape(&self.accounts.rename(&caller, &id, name).await?);
+        let id = filled(id)?;
+        let life = if *no_longest_life { Some(None) } else { life.map(Some) };
+        let (account, revision) = shape(&self.accounts.update(&caller, &id, name, life).await?);
         Ok(Response::new(pb::UpdateAccountResponse { account, revision }))
     }
 
@@ -132,17 +124,10 @@ impl pb::account_service_server::AccountService for AccountService {
         mut request: Request<pb::SuspendAccountRequest>,
     ) -> Result<Response<pb::SuspendAccountResponse>, Status> {
         let caller = shown::<Caller>(&mut request)?;
-        let account = self
-            .accounts
-            .suspend(&caller, &read_id(&request.get_ref().id)?)
-            .await?;
+        let account = self.accounts.suspend(&caller, &read_id(&request.get_ref().id)?).await?;
         let (account, revision) = shape(&account);
         let propagation = Some(convert::in_force(self.clock.now()));
-        Ok(Response::new(pb::SuspendAccountResponse {
-            account,
-            revision,
-            propagation,
-        }))
+        Ok(Response::new(pb::SuspendAccountResponse { account, revision, propagation }))
     }
 
     async fn resume(
@@ -150,53 +135,133 @@ impl pb::account_service_server::AccountService for AccountService {
         mut request: Request<pb::ResumeAccountRequest>,
     ) -> Result<Response<pb::ResumeAccountResponse>, Status> {
         let caller = shown::<Caller>(&mut request)?;
-        let account = self
-            .accounts
-            .resume(&caller, &read_id(&request.get_ref().id)?)
-            .await?;
+        let account = self.accounts.resume(&caller, &read_id(&request.get_ref().id)?).await?;
         let (account, revision) = shape(&account);
         Ok(Response::new(pb::ResumeAccountResponse { account, revision }))
     }
 
     async fn put_member(
         &self,
-        _: Request<pb::PutMemberRequest>,
+        mut request: Request<pb::PutMemberRequest>,
     ) -> Result<Response<pb::PutMemberResponse>, Status> {
-        Err(unimplemented())
+        let caller = shown::<Caller>(&mut request)?;
+        let pb::PutMemberRequest { account, user, role } = request.get_ref();
+        let mut violations = Violations::default();
+        let account = violations.take("account", AccountId::parse(account));
+        let user = violations.take("user", UserId::parse(user));
+        let role = violations.take("role", RoleName::parse(role));
+        violations.finish()?;
+        let (account, user, role) = (filled(account)?, filled(user)?, filled(role)?);
+        let member = self.people.put_member(&caller, account, user, role).await?;
+        let revision = member.revision.0;
+        Ok(Response::new(pb::PutMemberResponse {
+            member: Some(member_message(&member)),
+            revision,
+            propagation: Some(convert::in_force(self.clock.now())),
+        }))
     }
 
     async fn remove_member(
         &self,
-        _: Request<pb::RemoveMemberRequest>,
+        mut request: Request<pb::RemoveMemberRequest>,
     ) -> Result<Response<pb::RemoveMemberResponse>, Status> {
-        Err(unimplemented())
+        let caller = shown::<Caller>(&mut request)?;
+        let pb::RemoveMemberRequest { account, user } = request.get_ref();
+        let mut violations = Violations::default();
+        let account = violations.take("account", AccountId::parse(account));
+        let user = violations.take("user", UserId::parse(user));
+        violations.finish()?;
+        let revision = self.people.remove_member(&caller, filled(account)?, filled(user)?).await?.0;
+        let propagation = Some(convert::in_force(self.clock.now()));
+        Ok(Response::new(pb::RemoveMemberResponse { revision, propagation }))
     }
 
     async fn list_members(
         &self,
-        _: Request<pb::ListMembersRequest>,
+        mut request: Request<pb::ListMembersRequest>,
     ) -> Result<Response<pb::ListMembersResponse>, Status> {
-        Err(unimplemented())
+        let caller = shown::<Caller>(&mut request)?;
+        let pb::ListMembersRequest { account, page_size, page_token } = request.get_ref();
+        let filters = format!("members {account}").into_bytes();
+        let mut violations = Violations::default();
+        let account = violations.take("account", AccountId::parse(account));
+        let size = page::size(*page_size, &mut violations);
+        let after = page::decode(&filters, page_token, &mut violations)
+            .and_then(|cursor| page::read(&cursor, UserId::parse, &mut violations));
+        violations.finish()?;
+        let (members, next) =
+            self.people.list_members(&caller, &filled(account)?, after.as_ref(), size).await?;
+        Ok(Response::new(pb::ListMembersResponse {
+            members: members.iter().map(member_message).collect(),
+            next_page_token: next
+                .map(|user| page::encode(&filters, user.as_str().as_bytes()))
+                .unwrap_or_default(),
+        }))
     }
 
     async fn put_role(
         &self,
-        _: Request<pb::PutRoleRequest>,
+        mut request: Request<pb::PutRoleRequest>,
     ) -> Result<Response<pb::PutRoleResponse>, Status> {
-        Err(unimplemented())
+        let caller = shown::<Caller>(&mut request)?;
+        let pb::PutRoleRequest { account, name, scopes } = request.get_ref();
+        let mut violations = Violations::default();
+        let account = convert::read_account("account", account, &mut violations);
+        let name = violations.take("name", RoleName::parse(name));
+        violations.note_if(scopes.is_empty(), "scopes", "at least one is required");
+        let scopes = violations.take_each("scopes", scopes, MAX_SCOPES, Scope::parse_grant);
+        violations.finish()?;
+        let role = self.people.put_role(&caller, account, filled(name)?, scopes.into()).await?;
+        let revision = role.revision.0;
+        Ok(Response::new(pb::PutRoleResponse {
+            role: Some(role_message(&role)),
+            revision,
+            propagation: Some(convert::in_force(self.clock.now())),
+        }))
     }
 
     async fn delete_role(
         &self,
-        _: Request<pb::DeleteRoleRequest>,
+        mut request: Request<pb::DeleteRoleRequest>,
     ) -> Result<Response<pb::DeleteRoleResponse>, Status> {
-        Err(unimplemented())
+        let caller = shown::<Caller>(&mut request)?;
+        let pb::DeleteRoleRequest { account, name } = request.get_ref();
+        let mut violations = Violations::default();
+        let account = convert::read_account("account", account, &mut violations);
+        let name = violations.take("name", RoleName::parse(name));
+        violations.finish()?;
+        let revision = self.people.delete_role(&caller, account, filled(name)?).await?.0;
+        let propagation = Some(convert::in_force(self.clock.now()));
+        Ok(Response::new(pb::DeleteRoleResponse { revision, propagation }))
     }
 
     async fn list_roles(
         &self,
-        _: Request<pb::ListRolesRequest>,
+        mut request: Request<pb::ListRolesRequest>,
     ) -> Result<Response<pb::ListRolesResponse>, Status> {
-        Err(unimplemented())
+        let caller = shown::<Caller>(&mut request)?;
+        let mut violations = Violations::default();
+        let account = convert::read_account("account", &request.get_ref().account, &mut violations);
+        violations.finish()?;
+        let roles = self.people.list_roles(&caller, account).await?;
+        Ok(Response::new(pb::ListRolesResponse { roles: roles.iter().map(role_message).collect() }))
+    }
+}
+
+fn member_message(Member { account, user, role, revision }: &Member) -> pb::Member {
+    pb::Member {
+        account: account.to_string(),
+        user: user.to_string(),
+        role: role.to_string(),
+        revision: revision.0,
+    }
+}
+
+fn role_message(Role { account, name, scopes, revision }: &Role) -> pb::Role {
+    pb::Role {
+        account: account.as_ref().map(ToString::to_string).unwrap_or_default(),
+        name: name.to_string(),
+        scopes: convert::texts(scopes),
+        revision: revision.0,
     }
 }

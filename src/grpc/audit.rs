@@ -32,36 +32,20 @@ fn read(
 ) -> Result<(LogFilter, Vec<u8>, Option<Revision>, u32), Refusal> {
     let mut violations = Violations::default();
     let v = &mut violations;
-    let unpaged = pb::ListAuditEntriesRequest {
-        page_size: None,
-        page_token: String::new(),
-        ..request.clone()
-    };
-    let pb::ListAuditEntriesRequest {
-        account,
-        key_id,
-        actor,
-        from,
-        to,
-        page_size,
-        page_token,
-    } = request;
+    let unpaged =
+        pb::ListAuditEntriesRequest { page_size: None, page_token: String::new(), ..request.clone() };
+    let pb::ListAuditEntriesRequest { account, key_id, actor, from, to, page_size, page_token } = request;
     let filters = unpaged.encode_to_vec();
     let size = page::size(*page_size, v);
     let before = page::decode(&filters, page_token, v).and_then(|cursor| {
-        let revision = cursor
-            .try_into()
-            .ok()
-            .map(|bytes| Revision(u64::from_be_bytes(bytes)));
+        let revision = cursor.try_into().ok().map(|bytes| Revision(u64::from_be_bytes(bytes)));
         if revision.is_none() {
             page::not_ours(v);
         }
         revision
     });
     let account = convert::read_account("account", account, v);
-    let key_id = (!key_id.is_empty())
-        .then(|| convert::read_key_id("key_id", key_id, v))
-        .flatten();
+    let key_id = (!key_id.is_empty()).then(|| convert::read_key_id("key_id", key_id, v)).flatten();
     let from = convert::read_timestamp("from", *from, v);
     let to = convert::read_timestamp("to", *to, v);
     violations.finish()?;
@@ -71,18 +55,7 @@ fn read(
         named => Some(caller.account_meant(named)?),
     };
     let actor = (!actor.is_empty()).then(|| actor.clone());
-    Ok((
-        LogFilter {
-            account,
-            key_id,
-            actor,
-            from,
-            to,
-        },
-        filters,
-        before,
-        size,
-    ))
+    Ok((LogFilter { account, key_id, actor, from, to }, filters, before, size))
 }
 
 /// The payload without digests.
@@ -144,17 +117,11 @@ impl pb::audit_service_server::AuditService for AuditService {
     ) -> Result<Response<pb::ListAuditEntriesResponse>, Status> {
         let caller = shown::<Caller>(&mut request)?;
         let (filter, filters, before, size) = read(&caller, request.get_ref())?;
-        let mut rows = self
-            .0
-            .log(&filter, before, size + 1)
-            .await
-            .map_err(Refusal::from)?;
+        let mut rows = self.0.log(&filter, before, size + 1).await.map_err(Refusal::from)?;
         let more = rows.len() > size as usize;
         rows.truncate(size as usize);
-        let next = rows
-            .last()
-            .filter(|_| more)
-            .map(|last| page::encode(&filters, &last.revision.0.to_be_bytes()));
+        let next =
+            rows.last().filter(|_| more).map(|last| page::encode(&filters, &last.revision.0.to_be_bytes()));
         Ok(Response::new(pb::ListAuditEntriesResponse {
             entries: rows.into_iter().map(entry).collect(),
             next_page_token: next.unwrap_or_default(),
@@ -176,9 +143,6 @@ mod tests {
     #[test]
     fn no_digest_leaves_with_an_entry() {
         let payload = r#"{"key":{"id":"x","secrets":[{"version":1,"digest":"ab"},{"digest":"cd"}]}}"#;
-        assert_eq!(
-            detail(payload),
-            r#"{"key":{"id":"x","secrets":[{"version":1},{}]}}"#
-        );
+        assert_eq!(detail(payload), r#"{"key":{"id":"x","secrets":[{"version":1},{}]}}"#);
     }
 }

@@ -10,6 +10,7 @@ use crate::{
     domain::{
         account::Environments,
         decision::Reason,
+        limit::Standing,
         name::{AccountId, CustomerId, EnvironmentName},
         scope::Scope,
         token,
@@ -41,6 +42,7 @@ struct Read<'a> {
     account: Option<AccountId>,
     customer: Option<CustomerId>,
     client_ip: Option<std::net::IpAddr>,
+    cost: u64,
 }
 
 impl AuthzService {
@@ -79,12 +81,8 @@ impl AuthzService {
         };
         v.note_if(scopes.is_empty() != *authenticate_only, &field("scopes"), asked);
         let scopes = v.take_each(&field("scopes"), scopes, MAX_SCOPES, Scope::parse_required);
-        let account = account
-            .as_deref()
-            .and_then(|id| v.take(&field("account"), AccountId::parse(id)));
-        let customer = customer
-            .as_deref()
-            .and_then(|id| v.take(&field("customer"), CustomerId::parse(id)));
+        let account = account.as_deref().and_then(|id| v.take(&field("account"), AccountId::parse(id)));
+        let customer = customer.as_deref().and_then(|id| v.take(&field("customer"), CustomerId::parse(id)));
         let client_ip = convert::read_ip(&field("client_ip"), client_ip.as_deref(), v);
         let cost = cost.unwrap_or(1);
         v.note_if(
@@ -92,13 +90,7 @@ impl AuthzService {
             &field("cost"),
             format!("must be 1 to {MAX_COST}; to consume nothing set dry_run"),
         );
-        Some(Read {
-            environment: &environment?.name,
-            scopes,
-            account,
-            customer,
-            client_ip,
-        })
+        Some(Read { environment: &environment?.name, scopes, account, customer, client_ip, cost })
     }
 
     fn decide(
@@ -114,6 +106,7 @@ impl AuthzService {
             account: read.account.as_ref(),
             customer: read.customer.as_ref(),
             client_ip: read.client_ip,
+            cost: read.cost,
             dry_run: request.dry_run,
             min_revision: convert::read_revision(request.min_revision),
         };
@@ -132,6 +125,15 @@ fn message(answer: &Answer) -> String {
     }
 }
 
+fn limit_state((name, limit, standing): &(String, u64, Standing)) -> pb::RateLimitState {
+    pb::RateLimitState {
+        name: name.clone(),
+        limit: *limit,
+        remaining: standing.remaining,
+        reset_after: Some(convert::duration(standing.reset_after)),
+    }
+}
+
 fn answer(answer: Answer) -> pb::CheckResponse {
     let reason = answer.reason();
     let mut response = pb::CheckResponse {
@@ -146,15 +148,19 @@ fn answer(answer: Answer) -> pb::CheckResponse {
         max_age: Some(prost_types::Duration::default()),
         ..pb::CheckResponse::default()
     };
+    let standings = &answer.limits.standings;
+    response.retry_after =
+        standings.iter().filter_map(|(_, _, s)| s.retry_after).max().map(convert::duration);
+    response.rate_limits = standings.iter().map(limit_state).collect();
     if let Some(holder) = answer.holder {
         let key = &holder.key;
         let terms = &key.terms;
         response.key_id = key.id.to_string();
         response.key_name = terms.name.as_ref().map(ToString::to_string).unwrap_or_default();
-        response.account = key.owner.account().map(ToString::to_string).unwrap_or_default();
+        response.account = answer.account.map(String::from).unwrap_or_default();
         response.user = key.owner.user().map(ToString::to_string).unwrap_or_default();
         response.environment = key.environment.to_string();
-        response.scopes = convert::texts(&terms.scopes);
+        response.scopes = convert::texts(&answer.grants);
         response.secret_version = holder.version;
         response.metadata = terms.metadata.clone();
         response.expires_at = terms.expires_at.map(convert::timestamp);
@@ -194,13 +200,8 @@ impl pb::authz_service_server::AuthzService for AuthzService {
             .filter_map(|(at, check)| self.read(check, &format!("checks[{at}]."), &mut violations))
             .collect();
         violations.finish()?;
-        let results = checks
-            .iter()
-            .zip(&read)
-            .map(|(check, read)| self.decide(&caller, check, read));
-        Ok(Response::new(pb::BatchCheckResponse {
-            results: results.collect::<Result<_, _>>()?,
-        }))
+        let results = checks.iter().zip(&read).map(|(check, read)| self.decide(&caller, check, read));
+        Ok(Response::new(pb::BatchCheckResponse { results: results.collect::<Result<_, _>>()? }))
     }
 
     type StreamCheckStream = futures_util::stream::Pending<Result<pb::CheckResponse, Status>>;

@@ -27,12 +27,7 @@ pub(super) struct Limited {
 
 impl Limited {
     pub(super) fn new(inner: Incoming, limit: usize) -> Self {
-        Limited {
-            inner,
-            limit,
-            prefix: [0; PREFIX],
-            have: 0,
-        }
+        Limited { inner, limit, prefix: [0; PREFIX], have: 0 }
     }
 
     /// Looks at the next bytes; the length that the prefix claims, once it is whole and too large.

@@ -25,6 +25,12 @@ const MAX_ROLES: usize = 16;
 const MAX_CUSTOMERS: usize = 64;
 const MAX_CIDRS: usize = 64;
 const MAX_METADATA: usize = 4096;
+const MAX_LIMITS: usize = 8;
+const MAX_LIMIT: u64 = 1_000_000_000;
+const MIN_WINDOW: Duration = Duration::from_secs(1);
+const MAX_WINDOW: Duration = Duration::from_secs(24 * 60 * 60);
+const MAX_QUOTA: u64 = 1_000_000_000_000;
+const MIN_LIFE: Duration = Duration::from_secs(24 * 60 * 60);
 const MIN_TTL: Duration = Duration::from_secs(1);
 const MAX_TTL: Duration = Duration::from_secs(100 * 366 * 24 * 60 * 60);
 
@@ -56,11 +62,7 @@ pub(super) fn read_timestamp(
 ) -> Option<Timestamp> {
     let PbTimestamp { seconds, nanos } = at?;
     let good = (-62_135_596_800..=253_402_300_799).contains(&seconds) && (0..1_000_000_000).contains(&nanos);
-    violations.note_if(
-        !good,
-        field,
-        "must be a valid timestamp between the years 1 and 9999",
-    );
+    violations.note_if(!good, field, "must be a valid timestamp between the years 1 and 9999");
     good.then(|| Timestamp::from_micros(seconds * 1_000_000 + i64::from(nanos / 1000)))
 }
 
@@ -93,21 +95,13 @@ pub(super) fn read_environment<'e>(
     violations: &mut Violations,
 ) -> Option<&'e Environment> {
     let found = environments.get(name);
-    violations.note_if(
-        found.is_none(),
-        field,
-        format!("must be one of: {}", environments.names()),
-    );
+    violations.note_if(found.is_none(), field, format!("must be one of: {}", environments.names()));
     found
 }
 
 /// Reads an account's id, if there is one.
 pub(super) fn read_account(field: &str, id: &str, violations: &mut Violations) -> Option<AccountId> {
-    if id.is_empty() {
-        None
-    } else {
-        violations.take(field, AccountId::parse(id))
-    }
+    if id.is_empty() { None } else { violations.take(field, AccountId::parse(id)) }
 }
 
 /// Reads an expiry: an instant in the future, or a life from now.
@@ -170,67 +164,108 @@ impl RawTerms<'_> {
     pub(super) fn read(&self, violations: &mut Violations) -> Terms {
         let field = |name: &str| format!("{}{name}", self.prefix);
         let scopes = violations.take_each(&field("scopes"), self.scopes, MAX_SCOPES, Scope::parse_grant);
-        let roles: Vec<RoleName> = violations.take_each(&field("roles"), self.roles, MAX_ROLES, |_| {
-            Err(NameError("there is no such role"))
-        });
-        let customers = violations.take_each(
-            &field("customers"),
-            self.customers,
-            MAX_CUSTOMERS,
-            CustomerId::parse,
-        );
+        let roles: Vec<RoleName> = violations
+            .take_each(&field("roles"), self.roles, MAX_ROLES, |_| Err(NameError("there is no such role")));
+        let customers =
+            violations.take_each(&field("customers"), self.customers, MAX_CUSTOMERS, CustomerId::parse);
         let allowed_cidrs =
             violations.take_each(&field("allowed_cidrs"), self.allowed_cidrs, MAX_CIDRS, read_net);
-        // A limit that is not enforced must not look as if it were.
-        let later = "limits are not enforced by this version yet; leave the field out";
-        violations.note_if(!self.rate_limits.is_empty(), &field("rate_limits"), later);
-        violations.note_if(self.quota.is_some(), &field("quota"), later);
-        let size: usize = self
-            .metadata
-            .iter()
-            .map(|(name, value)| name.len() + value.len())
-            .sum();
+        let rate_limits = read_limits(&field("rate_limits"), self.rate_limits, violations);
+        let quota = self.quota.and_then(|quota| read_quota(&field("quota"), quota, violations));
+        let size: usize = self.metadata.iter().map(|(name, value)| name.len() + value.len()).sum();
         violations.note_if(
             size > MAX_METADATA,
             &field("metadata"),
             format!("has {size} bytes of names and values; at most {MAX_METADATA} are allowed"),
         );
         Terms {
-            name: self
-                .name
-                .and_then(|name| violations.take(&field("name"), KeyName::parse(name))),
+            name: self.name.and_then(|name| violations.take(&field("name"), KeyName::parse(name))),
             scopes: ScopeSet::from(scopes),
             roles,
             expires_at: self.expires_at,
             customers,
             allowed_cidrs,
-            rate_limits: Vec::new(),
-            quota: None,
+            rate_limits,
+            quota,
             metadata: self.metadata.clone(),
         }
     }
 }
 
+fn read_limits(field: &str, limits: &[pb::RateLimit], violations: &mut Violations) -> Vec<RateLimit> {
+    let most = limits.len() > MAX_LIMITS;
+    violations.note_if(
+        most,
+        field,
+        format!("has {} entries; at most {MAX_LIMITS} are allowed", limits.len()),
+    );
+    let mut read: Vec<RateLimit> = Vec::new();
+    for (at, pb::RateLimit { name, limit, window }) in limits.iter().take(MAX_LIMITS).enumerate() {
+        let field = |name: &str| format!("{field}[{at}].{name}");
+        // `quota` is how the answer of a Check names the quota.
+        let named = RoleName::parse(name).is_ok() && name != "quota";
+        violations.note_if(
+            !named,
+            &field("name"),
+            "must be 1-64 characters of [a-z0-9_-], and not \"quota\"",
+        );
+        let twice = read.iter().any(|other| other.name == *name);
+        violations.note_if(twice, &field("name"), format!("{name:?} is given twice"));
+        let in_range = (1..=MAX_LIMIT).contains(limit);
+        violations.note_if(!in_range, &field("limit"), format!("must be 1 to {MAX_LIMIT}"));
+        violations.note_if(window.is_none(), &field("window"), "is required: one second to one day");
+        let window = read_duration(&field("window"), *window, violations).unwrap_or(MIN_WINDOW);
+        let good = (MIN_WINDOW..=MAX_WINDOW).contains(&window);
+        violations.note_if(!good, &field("window"), "must be one second to one day");
+        read.push(RateLimit { name: name.clone(), limit: *limit, window });
+    }
+    read
+}
+
+fn read_quota(field: &str, quota: &pb::Quota, violations: &mut Violations) -> Option<Quota> {
+    let in_range = (1..=MAX_QUOTA).contains(&quota.limit);
+    violations.note_if(!in_range, &format!("{field}.limit"), format!("must be 1 to {MAX_QUOTA}"));
+    let period = match pb::QuotaPeriod::try_from(quota.period) {
+        Ok(pb::QuotaPeriod::Hour) => QuotaPeriod::Hour,
+        Ok(pb::QuotaPeriod::Day) => QuotaPeriod::Day,
+        Ok(pb::QuotaPeriod::Month) => QuotaPeriod::Month,
+        Ok(pb::QuotaPeriod::Total) => QuotaPeriod::Total,
+        Ok(pb::QuotaPeriod::Unspecified) | Err(_) => {
+            let periods =
+                "must be QUOTA_PERIOD_HOUR, QUOTA_PERIOD_DAY, QUOTA_PERIOD_MONTH or QUOTA_PERIOD_TOTAL";
+            violations.note(format!("{field}.period"), periods);
+            return None;
+        }
+    };
+    Some(Quota { limit: quota.limit, period })
+}
+
+/// Reads the longest life of an account's keys.
+pub(super) fn read_life(
+    field: &str,
+    life: Option<PbDuration>,
+    violations: &mut Violations,
+) -> Option<Duration> {
+    let life = read_duration(field, life, violations)?;
+    violations.note_if(!(MIN_LIFE..=MAX_TTL).contains(&life), field, "must be one day to 100 years");
+    Some(life)
+}
+
 /// Reads a network, or a single address as the network of it alone.
 fn read_net(text: &str) -> Result<IpNet, NameError> {
     const RULE: NameError = NameError("must be a network such as 10.0.0.0/8 or 2001:db8::/32, or an address");
-    let net = text
-        .parse::<IpNet>()
-        .or_else(|_| text.parse::<IpAddr>().map(IpNet::from))
-        .map_err(|_| RULE)?;
+    let net = text.parse::<IpNet>().or_else(|_| text.parse::<IpAddr>().map(IpNet::from)).map_err(|_| RULE)?;
     match net {
-        IpNet::V6(v6) if v6.network().to_ipv4_mapped().is_some() && v6.prefix_len() >= 96 => Err(NameError(
-            "must be written as IPv4: IPv4-mapped IPv6 addresses count as IPv4",
-        )),
+        IpNet::V6(v6) if v6.network().to_ipv4_mapped().is_some() && v6.prefix_len() >= 96 => {
+            Err(NameError("must be written as IPv4: IPv4-mapped IPv6 addresses count as IPv4"))
+        }
         net => Ok(net.trunc()),
     }
 }
 
 /// Reads a client address.
 pub(super) fn read_ip(field: &str, text: Option<&str>, violations: &mut Violations) -> Option<IpAddr> {
-    let parsed = text?
-        .parse::<IpAddr>()
-        .map_err(|_| "must be an IPv4 or IPv6 address");
+    let parsed = text?.parse::<IpAddr>().map_err(|_| "must be an IPv4 or IPv6 address");
     violations.take(field, parsed)
 }
 
@@ -287,11 +322,7 @@ fn state(state: State) -> pb::KeyState {
 }
 
 fn rate_limit(RateLimit { name, limit, window }: RateLimit) -> pb::RateLimit {
-    pb::RateLimit {
-        name,
-        limit,
-        window: Some(duration(window)),
-    }
+    pb::RateLimit { name, limit, window: Some(duration(window)) }
 }
 
 fn quota(Quota { limit, period }: &Quota) -> pb::Quota {
@@ -301,10 +332,7 @@ fn quota(Quota { limit, period }: &Quota) -> pb::Quota {
         QuotaPeriod::Month => pb::QuotaPeriod::Month,
         QuotaPeriod::Total => pb::QuotaPeriod::Total,
     };
-    pb::Quota {
-        limit: *limit,
-        period: period.into(),
-    }
+    pb::Quota { limit: *limit, period: period.into() }
 }
 
 /// Texts as messages hold them.
@@ -324,12 +352,7 @@ pub(super) fn reason(reason: Reason) -> i32 {
 pub(super) fn key(view: View) -> pb::Key {
     let View { key, last_used, now } = view;
     let key_state = key.state(now);
-    let used = |version| {
-        last_used
-            .iter()
-            .find(|(of, _)| *of == version)
-            .map(|(_, at)| timestamp(*at))
-    };
+    let used = |version| last_used.iter().find(|(of, _)| *of == version).map(|(_, at)| timestamp(*at));
     let living = key.secrets.iter().filter(|secret| !secret.superseded(now));
     let secrets = living.map(|secret| pb::Secret {
         version: secret.version,
@@ -364,29 +387,17 @@ pub(super) fn key(view: View) -> pb::Key {
         revoke_reason: key
             .revocation
             .as_ref()
-            .map_or(pb::RevokeReason::Unspecified, |revocation| {
-                revoke_reason(revocation.reason)
-            })
+            .map_or(pb::RevokeReason::Unspecified, |revocation| revoke_reason(revocation.reason))
             .into(),
         revision: key.revision.0,
-        revoke_comment: key
-            .revocation
-            .map(|revocation| revocation.comment)
-            .unwrap_or_default(),
+        revoke_comment: key.revocation.map(|revocation| revocation.comment).unwrap_or_default(),
     }
 }
 
 /// An account as it is shown.
 #[must_use]
 pub(super) fn account(account: &Account) -> pb::Account {
-    let Account {
-        id,
-        name,
-        suspended_at,
-        created_at,
-        updated_at,
-        revision,
-    } = account;
+    let Account { id, name, suspended_at, longest_life, created_at, updated_at, revision } = account;
     pb::Account {
         id: id.to_string(),
         name: name.to_string(),
@@ -394,6 +405,7 @@ pub(super) fn account(account: &Account) -> pb::Account {
         created_at: Some(timestamp(*created_at)),
         updated_at: Some(timestamp(*updated_at)),
         revision: revision.0,
+        longest_life: longest_life.map(duration),
     }
 }
 
@@ -424,10 +436,7 @@ mod tests {
     fn the_wire_and_the_domain_number_reasons_alike() {
         for domain in Reason::ALL {
             let wire = pb::Reason::try_from(reason(domain)).unwrap();
-            assert_eq!(
-                wire.as_str_name().to_lowercase(),
-                format!("reason_{}", domain.as_str())
-            );
+            assert_eq!(wire.as_str_name().to_lowercase(), format!("reason_{}", domain.as_str()));
         }
     }
 
@@ -437,13 +446,7 @@ mod tests {
         assert_eq!(read("10.1.2.3/8").as_deref(), Ok("10.0.0.0/8"));
         assert_eq!(read("10.1.2.3").as_deref(), Ok("10.1.2.3/32"));
         assert_eq!(read("2001:db8::1/32").as_deref(), Ok("2001:db8::/32"));
-        for bad in [
-            "",
-            "10.0.0.0/33",
-            "10.0.0/8",
-            "::ffff:10.0.0.0/104",
-            "example.org",
-        ] {
+        for bad in ["", "10.0.0.0/33", "10.0.0/8", "::ffff:10.0.0.0/104", "example.org"] {
             assert!(read_net(bad).is_err(), "{bad}");
         }
     }

@@ -13,7 +13,11 @@ use tower::{Service, ServiceExt as _, util::BoxCloneSyncService};
 
 use crate::{
     access::Caller,
-    engine::{Engine, Holder},
+    domain::{
+        decision::Reason,
+        name::{AccountId, NameError, UserId},
+    },
+    engine::{Authenticated, Engine, Holder},
     pb::{
         account_service_server::AccountServiceServer, audit_service_server::AuditServiceServer,
         authz_service_server::AuthzServiceServer, key_service_server::KeyServiceServer,
@@ -49,9 +53,7 @@ pub struct Services {
 
 impl std::fmt::Debug for Services {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Services")
-            .field("open", &self.open.keys())
-            .finish_non_exhaustive()
+        f.debug_struct("Services").field("open", &self.open.keys()).finish_non_exhaustive()
     }
 }
 
@@ -79,9 +81,9 @@ impl Services {
             Plane::Management => futures_util::future::Either::Right(self.manage(rpc, request)),
         };
         match limit {
-            Some(limit) => tokio::time::timeout(limit, call)
-                .await
-                .unwrap_or_else(|_| deadline_exceeded().into_http()),
+            Some(limit) => {
+                tokio::time::timeout(limit, call).await.unwrap_or_else(|_| deadline_exceeded().into_http())
+            }
             None => call.await,
         }
     }
@@ -90,9 +92,9 @@ impl Services {
     async fn manage(&self, rpc: &'static Rpc, request: Request<Limited>) -> Response<Body> {
         let task = match rpc.service() {
             "keyward.v1.KeyService" => self.management.spawn(into_service(self.keys.clone(), request)),
-            "keyward.v1.AccountService" => self
-                .management
-                .spawn(into_service(self.accounts.clone(), request)),
+            "keyward.v1.AccountService" => {
+                self.management.spawn(into_service(self.accounts.clone(), request))
+            }
             "keyward.v1.AuditService" => self.management.spawn(into_service(self.audit.clone(), request)),
             _ => return no_such_rpc().into_http(),
         };
@@ -127,32 +129,23 @@ impl Services {
             request.extensions_mut().insert(holder);
             return Ok(());
         }
-        if request.headers().contains_key("x-keyward-acting-user") {
-            // It takes rights away: not to know it must not mean to ignore it.
-            let problem = "acting users are not served by this version yet; leave the header out";
-            return Err(Refusal::field("x-keyward-acting-user", problem).into());
-        }
+        let account = named(request.headers(), "x-keyward-account", AccountId::parse)?;
+        let acting_user = named(request.headers(), "x-keyward-acting-user", UserId::parse)?;
         let peer = Some(peer.ip().to_canonical());
-        let found = self
-            .engine
-            .authenticate(&presented, peer)
-            .map_err(Refusal::from)?;
-        let Holder { key, version } = found.map_err(|reason| {
-            tracing::debug!(
-                reason = reason.as_str(),
-                method = rpc.method,
-                "a caller was refused"
-            );
-            Refusal::Unauthenticated
+        let found = self.engine.authenticate(&presented, account.as_ref(), peer).map_err(Refusal::from)?;
+        let Authenticated { holder, account, grants } = found.map_err(|refused| {
+            tracing::debug!(reason = refused.reason.as_str(), method = rpc.method, "a caller was refused");
+            match refused.reason {
+                Reason::RateLimited | Reason::QuotaExceeded => Refusal::CallerLimited(refused.retry_after),
+                _ => Refusal::Unauthenticated,
+            }
         })?;
-        let account = key.owner.account().cloned().ok_or(Refusal::Unauthenticated)?;
-        let caller = Caller {
-            key,
-            version,
-            account,
-            method: rpc.method,
-            peer,
-        };
+        if acting_user.is_some() && !account.is_operator() {
+            let message = "only the operator account's callers may act for a person (x-keyward-acting-user)";
+            return Err(Refusal::Forbidden("OPERATOR_ONLY", message.to_owned()).into());
+        }
+        let Holder { key, version } = holder;
+        let caller = Caller { key, version, account, grants, acting_user, method: rpc.method, peer };
         if let Access::Needs(permission) = rpc.access
             && !caller.may(permission)
         {
@@ -195,12 +188,24 @@ fn credential(headers: &HeaderMap) -> Result<String, Refusal> {
     }
 }
 
+/// A name that a header gives; at most once.
+fn named<T>(
+    headers: &HeaderMap,
+    header: &'static str,
+    parse: fn(&str) -> Result<T, NameError>,
+) -> Result<Option<T>, Refusal> {
+    let mut values = headers.get_all(header).iter();
+    let Some(value) = values.next() else { return Ok(None) };
+    if values.next().is_some() {
+        return Err(Refusal::field(header, "must be given once"));
+    }
+    let text = value.to_str().map_err(|_| Refusal::field(header, "must be visible ASCII"))?;
+    parse(text).map(Some).map_err(|error| Refusal::field(header, error.to_string()))
+}
+
 /// How long a call may take: the shorter of the method's time and the caller's own deadline.
 fn allowed_time(method: Option<Duration>, headers: &HeaderMap) -> Option<Duration> {
-    let asked = headers
-        .get("grpc-timeout")
-        .and_then(|value| value.to_str().ok())
-        .and_then(read_timeout);
+    let asked = headers.get("grpc-timeout").and_then(|value| value.to_str().ok()).and_then(read_timeout);
     match (method, asked) {
         (Some(method), Some(asked)) => Some(method.min(asked)),
         (method, asked) => method.or(asked),

@@ -8,6 +8,7 @@ mod body;
 mod convert;
 pub mod gate;
 mod keys;
+mod keys_read;
 mod page;
 pub mod rpc;
 pub mod serve;
@@ -31,6 +32,7 @@ use crate::{
         self, account_service_server::AccountServiceServer, audit_service_server::AuditServiceServer,
         authz_service_server::AuthzServiceServer, key_service_server::KeyServiceServer,
     },
+    people::People,
     store::Store,
 };
 
@@ -45,6 +47,8 @@ pub struct Parts {
     pub keys: Arc<Keys>,
     /// The use cases of accounts.
     pub accounts: Arc<Accounts>,
+    /// The use cases of roles and members.
+    pub people: Arc<People>,
     /// What the audit log is read from.
     pub store: Arc<dyn Store>,
     /// Tells the time.
@@ -70,11 +74,8 @@ pub const HEALTH_NAMES: [&str; 5] = [
 
 /// Tells whether the server answers.
 pub async fn report_health(reporter: &HealthReporter, serving: bool) {
-    let status = if serving {
-        tonic_health::ServingStatus::Serving
-    } else {
-        tonic_health::ServingStatus::NotServing
-    };
+    let status =
+        if serving { tonic_health::ServingStatus::Serving } else { tonic_health::ServingStatus::NotServing };
     for name in HEALTH_NAMES {
         reporter.set_service_status(name, status).await;
     }
@@ -85,31 +86,15 @@ pub async fn report_health(reporter: &HealthReporter, serving: bool) {
 /// # Errors
 /// When the built-in descriptors cannot be read: a fault of the build.
 pub fn services(parts: Parts, reporter: HealthReporter) -> anyhow::Result<Services> {
-    let Parts {
-        engine,
-        keys,
-        accounts,
-        store,
-        clock,
-        environments,
-    } = parts;
+    let Parts { engine, keys, accounts, people, store, clock, environments } = parts;
     let health = HealthServer::new(HealthService::from_health_reporter(reporter));
     let open: [(&'static str, Open); 3] = [
         ("grpc.health.v1.Health", BoxCloneSyncService::new(health)),
-        (
-            "grpc.reflection.v1.ServerReflection",
-            BoxCloneSyncService::new(reflection().build_v1()?),
-        ),
-        (
-            "grpc.reflection.v1alpha.ServerReflection",
-            BoxCloneSyncService::new(reflection().build_v1alpha()?),
-        ),
+        ("grpc.reflection.v1.ServerReflection", BoxCloneSyncService::new(reflection().build_v1()?)),
+        ("grpc.reflection.v1alpha.ServerReflection", BoxCloneSyncService::new(reflection().build_v1alpha()?)),
     ];
-    let authz = AuthzServiceServer::new(authz::AuthzService {
-        engine: engine.clone(),
-        environments,
-    });
-    let accounts = accounts::AccountService { accounts, clock };
+    let authz = AuthzServiceServer::new(authz::AuthzService { engine: engine.clone(), environments });
+    let accounts = accounts::AccountService { accounts, people, clock };
     Ok(Services {
         engine,
         // The gate holds each RPC to its own limit; here the largest must pass.

@@ -39,6 +39,19 @@ pub(super) fn not_ours(violations: &mut Violations) {
     violations.note("page_token", NOT_OURS);
 }
 
+/// The name that a cursor holds.
+pub(super) fn read<T, E>(
+    cursor: &[u8],
+    parse: impl Fn(&str) -> Result<T, E>,
+    violations: &mut Violations,
+) -> Option<T> {
+    let name = std::str::from_utf8(cursor).ok().and_then(|name| parse(name).ok());
+    if name.is_none() {
+        not_ours(violations);
+    }
+    name
+}
+
 /// The size asked for, or the default.
 pub(super) fn size(asked: Option<u32>, violations: &mut Violations) -> u32 {
     let size = asked.unwrap_or(DEFAULT_SIZE);
@@ -66,10 +79,7 @@ mod tests {
     fn a_token_leads_back_to_its_cursor_under_the_same_filters_alone() {
         let token = encode(b"filters", b"cursor");
         let mut violations = Violations::default();
-        assert_eq!(
-            decode(b"filters", &token, &mut violations).as_deref(),
-            Some(b"cursor".as_slice())
-        );
+        assert_eq!(decode(b"filters", &token, &mut violations).as_deref(), Some(b"cursor".as_slice()));
         assert!(violations.is_empty());
         assert_eq!(decode(b"other", &token, &mut violations), None);
         assert!(!violations.is_empty());

@@ -55,37 +55,21 @@ const CHECK_TIMEOUT: Duration = Duration::from_secs(5);
 const MANAGEMENT_TIMEOUT: Duration = Duration::from_secs(60);
 
 const fn checks(method: &'static str, max_request: usize, timeout: Option<Duration>) -> Rpc {
-    Rpc {
-        method,
-        access: Access::Needs(Permission::Check),
-        max_request,
-        timeout,
-        plane: Plane::Checks,
-    }
+    Rpc { method, access: Access::Needs(Permission::Check), max_request, timeout, plane: Plane::Checks }
 }
 
 const fn managed(method: &'static str, access: Access) -> Rpc {
     let timeout = Some(MANAGEMENT_TIMEOUT);
-    Rpc {
-        method,
-        access,
-        max_request: MANAGEMENT_BYTES,
-        timeout,
-        plane: Plane::Management,
-    }
+    Rpc { method, access, max_request: MANAGEMENT_BYTES, timeout, plane: Plane::Management }
 }
 
 use Access::{AnyKey, Needs, Possession};
 use Permission::{AccountsRead, AccountsWrite, AuditRead, KeysRead, KeysWrite};
 
 /// Every RPC of ours, the most frequent first.
-pub const TABLE: [Rpc; 31] = [
+pub const TABLE: [Rpc; 32] = [
     checks("keyward.v1.AuthzService/Check", CHECK_BYTES, Some(CHECK_TIMEOUT)),
-    checks(
-        "keyward.v1.AuthzService/BatchCheck",
-        BATCH_BYTES,
-        Some(CHECK_TIMEOUT),
-    ),
+    checks("keyward.v1.AuthzService/BatchCheck", BATCH_BYTES, Some(CHECK_TIMEOUT)),
     checks("keyward.v1.AuthzService/StreamCheck", CHECK_BYTES, None),
     managed("keyward.v1.KeyService/Create", Needs(KeysWrite)),
     managed("keyward.v1.KeyService/Get", Needs(KeysRead)),
@@ -99,6 +83,7 @@ pub const TABLE: [Rpc; 31] = [
     managed("keyward.v1.KeyService/FinishRotation", Needs(KeysWrite)),
     managed("keyward.v1.KeyService/Import", Needs(KeysWrite)),
     managed("keyward.v1.KeyService/Lookup", Needs(KeysRead)),
+    managed("keyward.v1.KeyService/Usage", Needs(KeysRead)),
     managed("keyward.v1.KeyService/WhoAmI", AnyKey),
     managed("keyward.v1.KeyService/RevokeSelf", Possession),
     managed("keyward.v1.AccountService/Create", Needs(AccountsWrite)),
@@ -127,12 +112,7 @@ pub fn find(path: &str) -> Option<&'static Rpc> {
 /// The largest request of a service, in bytes.
 #[must_use]
 pub fn largest(service: &str) -> usize {
-    TABLE
-        .iter()
-        .filter(|rpc| rpc.service() == service)
-        .map(|rpc| rpc.max_request)
-        .max()
-        .unwrap_or(0)
+    TABLE.iter().filter(|rpc| rpc.service() == service).map(|rpc| rpc.max_request).max().unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -148,10 +128,7 @@ mod tests {
             .flat_map(|file| file.service)
             .flat_map(|service| {
                 let name = service.name().to_owned();
-                service
-                    .method
-                    .into_iter()
-                    .map(move |method| format!("keyward.v1.{name}/{}", method.name()))
+                service.method.into_iter().map(move |method| format!("keyward.v1.{name}/{}", method.name()))
             })
             .collect();
         methods.sort();
@@ -186,12 +163,7 @@ mod tests {
 
     #[test]
     fn an_unknown_path_is_no_rpc() {
-        for path in [
-            "",
-            "/",
-            "keyward.v1.AuthzService/Check",
-            "/keyward.v1.AuthzService/Check/",
-        ] {
+        for path in ["", "/", "keyward.v1.AuthzService/Check", "/keyward.v1.AuthzService/Check/"] {
             assert!(find(path).is_none(), "{path:?}");
         }
         assert!(find("/keyward.v1.AuthzService/Check").is_some());

@@ -69,10 +69,7 @@ impl Workers {
 
     /// Gives a connection to the thread with the fewest.
     fn serve(&self, stream: TcpStream, peer: SocketAddr) {
-        let idlest = self
-            .0
-            .iter()
-            .min_by_key(|worker| worker.load.load(Ordering::Relaxed));
+        let idlest = self.0.iter().min_by_key(|worker| worker.load.load(Ordering::Relaxed));
         let (Some(worker), Ok(stream)) = (idlest, stream.into_std()) else {
             return;
         };
@@ -83,10 +80,7 @@ impl Workers {
 
     /// Waits until every thread has ended.
     pub fn join(self) {
-        for Worker {
-            connections, thread, ..
-        } in self.0
-        {
+        for Worker { connections, thread, .. } in self.0 {
             drop(connections);
             if thread.join().is_err() {
                 tracing::error!("a serving thread ended in a panic");
@@ -101,20 +95,14 @@ fn start(
     stopping: watch::Receiver<bool>,
     drain: Duration,
 ) -> io::Result<Worker> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let (connections, incoming) = mpsc::unbounded_channel();
     let load = Arc::new(AtomicUsize::new(0));
     let counted = load.clone();
     let thread = std::thread::Builder::new()
         .name(format!("keyward-serve-{at}"))
         .spawn(move || runtime.block_on(work(incoming, services, stopping, counted, drain)))?;
-    Ok(Worker {
-        connections,
-        load,
-        thread,
-    })
+    Ok(Worker { connections, load, thread })
 }
 
 async fn work(
@@ -200,10 +188,7 @@ pub async fn accept(listener: TcpListener, workers: &Workers, mut stopping: watc
             Ok((stream, peer)) => {
                 // Small answers must not wait to be joined by others.
                 if let Err(error) = stream.set_nodelay(true) {
-                    tracing::debug!(
-                        error = &error as &dyn std::error::Error,
-                        "TCP_NODELAY was not set"
-                    );
+                    tracing::debug!(error = &error as &dyn std::error::Error, "TCP_NODELAY was not set");
                 }
                 workers.serve(stream, peer);
             }

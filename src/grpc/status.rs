@@ -1,10 +1,7 @@
 //! Refusals as gRPC statuses: the only place that builds a `tonic::Status`. Every status carries
 //! `google.rpc.ErrorInfo` with a stable reason; a wrong request carries `google.rpc.BadRequest` too.
 
-#![expect(
-    clippy::disallowed_methods,
-    reason = "this is the one place that builds a status"
-)]
+#![expect(clippy::disallowed_methods, reason = "this is the one place that builds a status")]
 
 use std::collections::HashMap;
 
@@ -24,11 +21,7 @@ fn status(code: Code, reason: &str, message: &str) -> Status {
 }
 
 fn with_metadata(code: Code, reason: &str, message: &str, metadata: HashMap<String, String>) -> Status {
-    Status::with_error_details(
-        code,
-        message,
-        ErrorDetails::with_error_info(reason, DOMAIN, metadata),
-    )
+    Status::with_error_details(code, message, ErrorDetails::with_error_info(reason, DOMAIN, metadata))
 }
 
 fn invalid(violations: &[Violation]) -> Status {
@@ -36,9 +29,7 @@ fn invalid(violations: &[Violation]) -> Status {
     for violation in violations {
         details.add_bad_request_violation(&violation.field, &violation.problem);
     }
-    let list = violations
-        .iter()
-        .map(|violation| format!("{}: {}", violation.field, violation.problem));
+    let list = violations.iter().map(|violation| format!("{}: {}", violation.field, violation.problem));
     let message = format!("invalid request: {}", list.collect::<Vec<_>>().join("; "));
     Status::with_error_details(Code::InvalidArgument, message, details)
 }
@@ -51,16 +42,22 @@ impl From<Refusal> for Status {
             Refusal::NotFound(Thing::Account) => {
                 status(Code::NotFound, "ACCOUNT_NOT_FOUND", "there is no such account")
             }
-            Refusal::KeyNameTaken => status(
-                Code::AlreadyExists,
-                "KEY_NAME_TAKEN",
-                "An API key with this name already exists",
-            ),
-            Refusal::AccountExists => status(
-                Code::AlreadyExists,
-                "ACCOUNT_EXISTS",
-                "an account with this id already exists",
-            ),
+            Refusal::KeyNameTaken => {
+                status(Code::AlreadyExists, "KEY_NAME_TAKEN", "An API key with this name already exists")
+            }
+            Refusal::AccountExists => {
+                status(Code::AlreadyExists, "ACCOUNT_EXISTS", "an account with this id already exists")
+            }
+            Refusal::NotFound(Thing::Role) => {
+                status(Code::NotFound, "ROLE_NOT_FOUND", "there is no such role")
+            }
+            Refusal::NotFound(Thing::Member) => {
+                status(Code::NotFound, "MEMBER_NOT_FOUND", "the user is no member of the account")
+            }
+            Refusal::DigestTaken => {
+                status(Code::AlreadyExists, "DIGEST_TAKEN", "a key with this digest already exists")
+            }
+            Refusal::CallerLimited(retry_after) => caller_limited(retry_after),
             Refusal::IdempotencyKeyReused => status(
                 Code::FailedPrecondition,
                 "IDEMPOTENCY_KEY_REUSED",
@@ -81,16 +78,12 @@ impl From<Refusal> for Status {
                 "whether the change was recorded is unknown; until that is settled this server refuses what the \
                  change refuses. Send it again: every change can be repeated",
             ),
-            Refusal::Unavailable => status(
-                Code::Unavailable,
-                "STORE_UNAVAILABLE",
-                "the database did not answer; try again",
-            ),
-            Refusal::Stopping => status(
-                Code::Unavailable,
-                "STOPPING",
-                "this server is stopping; try another one, or again",
-            ),
+            Refusal::Unavailable => {
+                status(Code::Unavailable, "STORE_UNAVAILABLE", "the database did not answer; try again")
+            }
+            Refusal::Stopping => {
+                status(Code::Unavailable, "STOPPING", "this server is stopping; try another one, or again")
+            }
             Refusal::Contended => status(
                 Code::Aborted,
                 "CONTENDED",
@@ -98,6 +91,21 @@ impl From<Refusal> for Status {
             ),
         }
     }
+}
+
+/// A refusal's stable reason and its message, for an item of a bulk answer.
+#[must_use]
+pub(super) fn reason(refusal: Refusal) -> (String, String) {
+    let status = Status::from(refusal);
+    let info = status.get_details_error_info();
+    (info.map(|info| info.reason).unwrap_or_default(), status.message().to_owned())
+}
+
+fn caller_limited(retry_after: Option<std::time::Duration>) -> Status {
+    let mut details = ErrorDetails::with_error_info("CALLER_LIMITED", DOMAIN, HashMap::new());
+    details.set_retry_info(retry_after);
+    let message = "a rate limit or the quota of the caller's own key is used up";
+    Status::with_error_details(Code::ResourceExhausted, message, details)
 }
 
 fn cannot_answer(reason: CannotAnswer) -> Status {
@@ -138,11 +146,7 @@ pub(super) fn lacks_permission(scope: &str) -> Status {
 /// An RPC that this version declares and does not serve yet.
 #[must_use]
 pub(super) fn unimplemented() -> Status {
-    status(
-        Code::Unimplemented,
-        "UNIMPLEMENTED",
-        "this version does not serve this call yet",
-    )
+    status(Code::Unimplemented, "UNIMPLEMENTED", "this version does not serve this call yet")
 }
 
 /// A path that is no RPC of this server.
@@ -159,10 +163,7 @@ pub(super) fn no_such_rpc() -> Status {
 #[must_use]
 pub(super) fn too_large(claimed: usize, limit: usize) -> Status {
     let problem = format!("the message has {claimed} bytes; at most {limit} are allowed for this call");
-    invalid(&[Violation {
-        field: "(message)".to_owned(),
-        problem,
-    }])
+    invalid(&[Violation { field: "(message)".to_owned(), problem }])
 }
 
 /// A call that took too long.
@@ -178,9 +179,5 @@ pub(super) fn deadline_exceeded() -> Status {
 /// A handler that ended without an answer: a bug.
 #[must_use]
 pub(super) fn internal() -> Status {
-    status(
-        Code::Internal,
-        "INTERNAL",
-        "the call failed inside the server; its log says more",
-    )
+    status(Code::Internal, "INTERNAL", "the call failed inside the server; its log says more")
 }

@@ -11,6 +11,7 @@
 mod rows;
 pub mod sqlite;
 mod sqlite_read;
+mod sqlite_write;
 pub mod writer;
 
 use std::{sync::Arc, time::Duration};
@@ -18,8 +19,10 @@ use std::{sync::Arc, time::Duration};
 use async_trait::async_trait;
 
 use crate::domain::{
-    account::Account,
+    account::{Account, Member, Role},
+    decision::Reason,
     key::{Key, Secret, State},
+    limit::Spent,
     log::{Action, Actor, Change, Hash, LogRow},
     name::{AccountId, EnvironmentName, IdempotencyKey, KeyId, UserId},
     time::{Revision, Timestamp},
@@ -176,6 +179,15 @@ pub enum Rejection {
     DigestTaken,
     /// Another request was made under this idempotency key.
     IdempotencyReused,
+    /// A role that the record names does not exist in its account, nor globally.
+    NoSuchRole,
+    /// The role to be deleted is in use.
+    RoleInUse {
+        /// By so many keys that are not revoked.
+        keys: u64,
+        /// And so many members.
+        members: u64,
+    },
 }
 
 /// A committed batch.
@@ -190,10 +202,16 @@ pub struct Committed {
 /// A record of the snapshot.
 #[derive(Debug)]
 pub enum SnapshotItem {
-    /// An account. All accounts come before the first key.
+    /// An account.
     Account(Account),
     /// A key, with the superseded secrets that left its record.
-    Key(Key, Vec<Secret>),
+    Key(Arc<Key>, Vec<Secret>),
+    /// A role.
+    Role(Role),
+    /// A member.
+    Member(Member),
+    /// What is spent of a key's quota; after its key.
+    Spent(KeyId, Spent),
 }
 
 /// A key with what is known of its use.
@@ -212,6 +230,8 @@ pub enum OwnerFilter {
     Account(AccountId),
     /// User keys of this user.
     User(UserId),
+    /// Every key but those of the operator account.
+    AllButOperators,
 }
 
 /// Which keys of an owner.
@@ -229,6 +249,8 @@ pub struct KeyFilter {
     pub unused_since: Option<Timestamp>,
     /// Only expiring before then.
     pub expires_before: Option<Timestamp>,
+    /// Only created before then.
+    pub created_before: Option<Timestamp>,
     /// The instant at which states are told.
     pub now: Timestamp,
 }
@@ -257,6 +279,50 @@ pub struct UsedSecret {
     pub version: u32,
     /// When.
     pub at: Timestamp,
+}
+
+/// An hour, counted from 1970 (UTC).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Hour(pub i64);
+
+impl Hour {
+    const MICROS: i64 = 3_600_000_000;
+
+    /// The hour that an instant lies in.
+    #[must_use]
+    pub fn of(at: Timestamp) -> Hour {
+        Hour(at.as_micros().div_euclid(Self::MICROS))
+    }
+
+    /// Its first instant.
+    #[must_use]
+    pub fn start(self) -> Timestamp {
+        Timestamp::from_micros(self.0.saturating_mul(Self::MICROS))
+    }
+}
+
+/// Checks of a key in an hour with one reason.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Count {
+    /// The key.
+    pub key_id: KeyId,
+    /// The hour.
+    pub hour: Hour,
+    /// The reason.
+    pub reason: Reason,
+    /// How many.
+    pub count: u64,
+}
+
+/// What Checks have left to be written behind.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct UsageBatch {
+    /// The latest use of each secret.
+    pub used: Vec<UsedSecret>,
+    /// Counts to be added.
+    pub counts: Vec<Count>,
+    /// What is spent of quotas now.
+    pub spent: Vec<(KeyId, Spent)>,
 }
 
 /// The contract of a backend. Reads see everything that was committed before they began.
@@ -313,8 +379,28 @@ pub trait Store: Send + Sync + 'static {
         since: Timestamp,
     ) -> Result<Option<(KeyId, [u8; 32])>, StoreError>;
 
-    /// Keeps the latest use of each secret. A secret that is gone is skipped.
-    async fn note_used(&self, used: &[UsedSecret]) -> Result<(), StoreError>;
+    /// The roles of an account, global ones included; or the global ones alone. In the order of their names.
+    async fn roles(&self, account: Option<&AccountId>) -> Result<Vec<Role>, StoreError>;
+
+    /// Members of an account after `after` in the order of their users, at most `limit`.
+    async fn members(
+        &self,
+        account: &AccountId,
+        after: Option<&UserId>,
+        limit: u32,
+    ) -> Result<Vec<Member>, StoreError>;
+
+    /// Every membership of a user.
+    async fn memberships(&self, user: &UserId) -> Result<Vec<Member>, StoreError>;
+
+    /// Writes what Checks have left, in one transaction. A key or secret that is gone is skipped.
+    async fn note_usage(&self, batch: &UsageBatch) -> Result<(), StoreError>;
+
+    /// The counts of a key from one hour to before another, in the order of hours.
+    async fn usage(&self, key: KeyId, from: Hour, to: Hour) -> Result<Vec<Count>, StoreError>;
+
+    /// Drops counts of hours before `before`.
+    async fn forget_usage(&self, before: Hour) -> Result<(), StoreError>;
 
     /// Ends all work and lets go of the database.
     async fn close(&self);
@@ -326,9 +412,9 @@ pub trait Store: Send + Sync + 'static {
 /// When it cannot be opened, is damaged, or belongs to another process or a newer version.
 pub async fn open(url: &str) -> Result<Arc<dyn Store>, OpenError> {
     match url.split_once(':') {
-        Some(("sqlite", path)) if !path.is_empty() => Ok(Arc::new(
-            sqlite::Sqlite::open(path.strip_prefix("//").unwrap_or(path)).await?,
-        )),
+        Some(("sqlite", path)) if !path.is_empty() => {
+            Ok(Arc::new(sqlite::Sqlite::open(path.strip_prefix("//").unwrap_or(path)).await?))
+        }
         Some(("sqlite", _)) => Err(OpenError::Url {
             url: url.to_owned(),
             problem: "the path is missing; say sqlite:PATH, for example sqlite:keyward.db",

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, fmt, str::FromStr};
 
 use crate::domain::{
-    account::Account,
+    account::{Account, Member, Role},
     key::{Key, Owner, Revocation, RevokeReason, Secret, Terms},
     name::{AccountId, DisplayName, EnvironmentName, KeyId, KeyName, NameError, RoleName, UserId},
     scope::{Scope, ScopeSet},
@@ -52,17 +52,11 @@ impl Sum {
 }
 
 fn words<T: fmt::Display>(list: impl IntoIterator<Item = T>) -> String {
-    list.into_iter()
-        .map(|item| item.to_string())
-        .collect::<Vec<_>>()
-        .join(" ")
+    list.into_iter().map(|item| item.to_string()).collect::<Vec<_>>().join(" ")
 }
 
 fn parse_words<T>(text: &str, parse: impl Fn(&str) -> Result<T, NameError>) -> Result<Vec<T>, NameError> {
-    text.split(' ')
-        .filter(|word| !word.is_empty())
-        .map(parse)
-        .collect()
+    text.split(' ').filter(|word| !word.is_empty()).map(parse).collect()
 }
 
 /// A key's columns in the order of [`KEY_COLUMNS`].
@@ -103,27 +97,9 @@ fn reason_text(reason: RevokeReason) -> String {
 
 impl KeyRow {
     pub(super) fn of(key: &Key) -> Self {
-        let Key {
-            id,
-            owner,
-            environment,
-            terms,
-            created_at,
-            created_by,
-            updated_at,
-            ..
-        } = key;
-        let Terms {
-            name,
-            scopes,
-            roles,
-            expires_at,
-            customers,
-            allowed_cidrs,
-            rate_limits,
-            quota,
-            metadata,
-        } = terms;
+        let Key { id, owner, environment, terms, created_at, created_by, updated_at, .. } = key;
+        let Terms { name, scopes, roles, expires_at, customers, allowed_cidrs, rate_limits, quota, metadata } =
+            terms;
         let revocation = key.revocation.as_ref();
         KeyRow {
             id: *id.as_bytes(),
@@ -182,8 +158,7 @@ impl KeyRow {
         if sum != self.sum() {
             return Err(damaged(format_args!("key {id}"), "its checksum does not match"));
         }
-        self.parse(id, secrets)
-            .map_err(|problem| damaged(format_args!("key {id}"), problem))
+        self.parse(id, secrets).map_err(|problem| damaged(format_args!("key {id}"), problem))
     }
 
     fn parse(self, id: KeyId, secrets: Vec<Secret>) -> Result<Key, String> {
@@ -208,12 +183,7 @@ impl KeyRow {
             owner,
             environment: EnvironmentName::parse(&self.environment).map_err(named)?,
             terms: Terms {
-                name: self
-                    .name
-                    .as_deref()
-                    .map(KeyName::parse)
-                    .transpose()
-                    .map_err(named)?,
+                name: self.name.as_deref().map(KeyName::parse).transpose().map_err(named)?,
                 scopes: ScopeSet::from(parse_words(&self.scopes, Scope::parse_grant).map_err(named)?),
                 roles: parse_words(&self.roles, RoleName::parse).map_err(named)?,
                 expires_at: self.expires_at.map(Timestamp::from_micros),
@@ -223,12 +193,7 @@ impl KeyRow {
                     .map(ipnet::IpNet::from_str)
                     .collect::<Result<_, _>>()
                     .map_err(|error| error.to_string())?,
-                rate_limits: self
-                    .rate_limits
-                    .as_deref()
-                    .map(from_json)
-                    .transpose()?
-                    .unwrap_or_default(),
+                rate_limits: self.rate_limits.as_deref().map(from_json).transpose()?.unwrap_or_default(),
                 quota: self.quota.as_deref().map(from_json).transpose()?,
                 metadata: self
                     .metadata
@@ -286,51 +251,138 @@ pub(super) fn secret_from(
     let secret = Secret {
         version: u32::try_from(version).map_err(|_| damaged(what(), "its version is out of range"))?,
         digest: Digest::from_bytes(
-            digest
-                .try_into()
-                .map_err(|_| damaged(what(), "its digest is not 32 bytes"))?,
+            digest.try_into().map_err(|_| damaged(what(), "its digest is not 32 bytes"))?,
         ),
         hint,
         created_at: Timestamp::from_micros(times.0),
         expires_at: times.1.map(Timestamp::from_micros),
     };
-    if sum != secret_sum(key_id, &secret) {
-        return Err(damaged(what(), "its checksum does not match"));
-    }
-    Ok(secret)
+    checked(secret, sum, |secret| secret_sum(key_id, secret), what)
 }
 
-/// The checksum of an account's row.
+/// The checksum of an account's row. A column that came later counts only where it is set, so that older rows
+/// keep theirs.
 pub(super) fn account_sum(account: &Account) -> i64 {
-    Sum::new()
+    let sum = Sum::new()
         .text(Some(account.id.as_str()))
         .text(Some(account.name.as_str()))
         .int(account.suspended_at.map(Timestamp::as_micros))
         .int(Some(account.created_at.as_micros()))
         .int(Some(account.updated_at.as_micros()))
-        .int(Some(revision_to_i64(account.revision)))
-        .finish()
+        .int(Some(revision_to_i64(account.revision)));
+    match longest_life(account) {
+        Some(life) => sum.int(Some(life)).finish(),
+        None => sum.finish(),
+    }
+}
+
+/// The longest life in microseconds, as it is stored.
+pub(super) fn longest_life(account: &Account) -> Option<i64> {
+    account.longest_life.map(|life| i64::try_from(life.as_micros()).unwrap_or(i64::MAX))
+}
+
+/// An account's columns after its id and name.
+pub(super) struct AccountTail {
+    pub(super) suspended_at: Option<i64>,
+    pub(super) created_at: i64,
+    pub(super) updated_at: i64,
+    pub(super) revision: i64,
+    pub(super) sum: i64,
+    pub(super) longest_life: Option<i64>,
 }
 
 /// An account from its columns, once `sum` has been found right.
-pub(super) fn account_from(
-    id: &str,
-    name: &str,
-    times: (Option<i64>, i64, i64),
-    revision: i64,
-    sum: i64,
-) -> Result<Account, StoreError> {
+pub(super) fn account_from(id: &str, name: &str, tail: &AccountTail) -> Result<Account, StoreError> {
     let what = || format!("account {id:?}");
     let account = Account {
         id: AccountId::parse(id).map_err(|error| damaged(what(), error))?,
         name: DisplayName::parse(name).map_err(|error| damaged(what(), error))?,
-        suspended_at: times.0.map(Timestamp::from_micros),
-        created_at: Timestamp::from_micros(times.1),
-        updated_at: Timestamp::from_micros(times.2),
+        suspended_at: tail.suspended_at.map(Timestamp::from_micros),
+        longest_life: tail
+            .longest_life
+            .map(|life| std::time::Duration::from_micros(u64::try_from(life).unwrap_or(0))),
+        created_at: Timestamp::from_micros(tail.created_at),
+        updated_at: Timestamp::from_micros(tail.updated_at),
+        revision: revision_from_i64(tail.revision),
+    };
+    checked(account, tail.sum, account_sum, what)
+}
+
+/// The record, once its checksum has been found right.
+fn checked<T>(
+    record: T,
+    sum: i64,
+    sum_of: impl Fn(&T) -> i64,
+    what: impl Fn() -> String,
+) -> Result<T, StoreError> {
+    if sum == sum_of(&record) { Ok(record) } else { Err(damaged(what(), "its checksum does not match")) }
+}
+
+/// A role's account as it is stored.
+pub(super) fn role_account(account: Option<&AccountId>) -> &str {
+    account.map_or("", AccountId::as_str)
+}
+
+/// A role's scopes as they are stored.
+pub(super) fn role_scopes(role: &Role) -> String {
+    words(&role.scopes)
+}
+
+/// The checksum of a role's row.
+pub(super) fn role_sum(role: &Role) -> i64 {
+    Sum::new()
+        .text(Some(role_account(role.account.as_ref())))
+        .text(Some(role.name.as_str()))
+        .text(Some(&role_scopes(role)))
+        .int(Some(revision_to_i64(role.revision)))
+        .finish()
+}
+
+/// A role from its columns, once `sum` has been found right.
+pub(super) fn role_from(
+    account: &str,
+    name: &str,
+    scopes: &str,
+    revision: i64,
+    sum: i64,
+) -> Result<Role, StoreError> {
+    let what = || format!("role {name:?} of account {account:?}");
+    let bad = |error: NameError| damaged(what(), error);
+    let account = if account.is_empty() { None } else { Some(AccountId::parse(account).map_err(bad)?) };
+    let role = Role {
+        account,
+        name: RoleName::parse(name).map_err(bad)?,
+        scopes: ScopeSet::from(parse_words(scopes, Scope::parse_grant).map_err(bad)?),
         revision: revision_from_i64(revision),
     };
-    if sum != account_sum(&account) {
-        return Err(damaged(what(), "its checksum does not match"));
-    }
-    Ok(account)
+    checked(role, sum, role_sum, what)
+}
+
+/// The checksum of a member's row.
+pub(super) fn member_sum(member: &Member) -> i64 {
+    Sum::new()
+        .text(Some(member.account.as_str()))
+        .text(Some(member.user.as_str()))
+        .text(Some(member.role.as_str()))
+        .int(Some(revision_to_i64(member.revision)))
+        .finish()
+}
+
+/// A member from its columns, once `sum` has been found right.
+pub(super) fn member_from(
+    account: &str,
+    user: &str,
+    role: &str,
+    revision: i64,
+    sum: i64,
+) -> Result<Member, StoreError> {
+    let what = || format!("member {user:?} of account {account:?}");
+    let bad = |error: NameError| damaged(what(), error);
+    let member = Member {
+        account: AccountId::parse(account).map_err(bad)?,
+        user: UserId::parse(user).map_err(bad)?,
+        role: RoleName::parse(role).map_err(bad)?,
+        revision: revision_from_i64(revision),
+    };
+    checked(member, sum, member_sum, what)
 }

@@ -1,20 +1,27 @@
 //! The embedded store's reads, and its side of the [`Store`] contract.
 
+use std::sync::Arc;
+
 use async_trait::async_trait;
 use sqlx::{Acquire as _, QueryBuilder, Row as _, Sqlite as Db, SqliteConnection, sqlite::SqliteRow};
 
 use crate::domain::{
-    account::Account,
+    account::{Account, Member, Role},
+    decision::Reason,
     key::{Secret, State},
+    limit::Spent,
     log::LogRow,
     name::{AccountId, IdempotencyKey, KeyId, UserId},
     time::{Revision, Timestamp},
 };
 
 use super::{
-    CommitError, Committed, Head, KeyFilter, LogFilter, OwnerFilter, SnapshotItem, Store, StoreError,
-    StoredKey, UsedSecret, Write,
-    rows::{KeyRow, account_from, damaged, revision_from_i64, revision_to_i64, secret_from},
+    CommitError, Committed, Count, Head, Hour, KeyFilter, LogFilter, OwnerFilter, SnapshotItem, Store,
+    StoreError, StoredKey, UsageBatch, Write,
+    rows::{
+        AccountTail, KeyRow, account_from, damaged, member_from, revision_from_i64, revision_to_i64,
+        role_account, role_from, secret_from,
+    },
     sqlite::{Sqlite, hash_at, read_head, store_error},
 };
 
@@ -23,17 +30,17 @@ const KEY_COLUMNS: &str = "k.id, k.account, k.user_id, k.environment, k.name, k.
     k.disabled_at, k.revoked_at, k.revoke_reason, k.revoke_comment, k.revision, k.sum";
 const KEY_COLUMN_COUNT: usize = 22;
 const SECRET_COLUMNS: &str = "s.digest, s.version, s.hint, s.created_at, s.expires_at, s.sum, s.last_used_at";
-const LOG_COLUMNS: &str = "revision, at, action, account, key_id, user_id, actor, actor_account, method, payload, \
-    prev_hash, hash";
-const ACCOUNT_COLUMNS: &str = "id, name, suspended_at, created_at, updated_at, revision, sum";
+const LOG_COLUMNS: &str = "revision, at, action, account, key_id, user_id, actor, actor_account, acting_user, \
+    method, payload, prev_hash, hash";
+const ACCOUNT_COLUMNS: &str = "id, name, suspended_at, created_at, updated_at, revision, sum, longest_life";
+const ROLE_COLUMNS: &str = "account, name, scopes, revision, sum";
+const MEMBER_COLUMNS: &str = "account, user_id, role, revision, sum";
 /// How many of a key's secrets are in its record.
 const IN_RECORD: usize = 2;
 
 fn bytes_at<const N: usize>(row: &SqliteRow, column: usize) -> Result<[u8; N], sqlx::Error> {
     let bytes: &[u8] = row.try_get(column)?;
-    bytes
-        .try_into()
-        .map_err(|_| sqlx::Error::Decode(format!("column {column} is not {N} bytes").into()))
+    bytes.try_into().map_err(|_| sqlx::Error::Decode(format!("column {column} is not {N} bytes").into()))
 }
 
 fn key_row_at(row: &SqliteRow) -> Result<(KeyRow, i64), sqlx::Error> {
@@ -70,10 +77,7 @@ pub(super) fn secret_at(row: &SqliteRow, key_id: &[u8], from: usize) -> Result<S
         row.try_get(from).map_err(store_error)?,
         row.try_get(from + 1).map_err(store_error)?,
         row.try_get(from + 2).map_err(store_error)?,
-        (
-            row.try_get(from + 3).map_err(store_error)?,
-            row.try_get(from + 4).map_err(store_error)?,
-        ),
+        (row.try_get(from + 3).map_err(store_error)?, row.try_get(from + 4).map_err(store_error)?),
         row.try_get(from + 5).map_err(store_error)?,
     )
 }
@@ -86,10 +90,7 @@ struct Gather {
 
 impl Gather {
     fn new() -> Self {
-        Gather {
-            key: None,
-            secrets: Vec::new(),
-        }
+        Gather { key: None, secrets: Vec::new() }
     }
 
     /// Takes a row; gives the key before it when the row begins another.
@@ -101,8 +102,7 @@ impl Gather {
             self.key = Some(key_row_at(row).map_err(store_error)?);
         }
         let secret = secret_at(row, &id, KEY_COLUMN_COUNT)?;
-        self.secrets
-            .push((secret, row.try_get(KEY_COLUMN_COUNT + 6).map_err(store_error)?));
+        self.secrets.push((secret, row.try_get(KEY_COLUMN_COUNT + 6).map_err(store_error)?));
         Ok(done)
     }
 
@@ -119,10 +119,7 @@ impl Gather {
             .collect();
         let key = row.into_key(sum, secrets.into_iter().map(|(secret, _)| secret).collect())?;
         let left = left.into_iter().map(|(secret, _)| secret).collect();
-        Ok(Some(GatheredKey {
-            stored: StoredKey { key, last_used },
-            left,
-        }))
+        Ok(Some(GatheredKey { stored: StoredKey { key, last_used }, left }))
     }
 }
 
@@ -133,14 +130,62 @@ struct GatheredKey {
 }
 
 fn account_at(row: &SqliteRow) -> Result<Account, StoreError> {
-    let get = |column| row.try_get::<i64, _>(column).map_err(store_error);
-    account_from(
-        row.try_get(0).map_err(store_error)?,
-        row.try_get(1).map_err(store_error)?,
-        (row.try_get(2).map_err(store_error)?, get(3)?, get(4)?),
-        get(5)?,
-        get(6)?,
-    )
+    let read = || -> Result<_, sqlx::Error> {
+        let tail = AccountTail {
+            suspended_at: row.try_get(2)?,
+            created_at: row.try_get(3)?,
+            updated_at: row.try_get(4)?,
+            revision: row.try_get(5)?,
+            sum: row.try_get(6)?,
+            longest_life: row.try_get(7)?,
+        };
+        Ok((row.try_get::<&str, _>(0)?, row.try_get::<&str, _>(1)?, tail))
+    };
+    let (id, name, tail) = read().map_err(store_error)?;
+    account_from(id, name, &tail)
+}
+
+/// Five columns: three texts, a revision, a checksum.
+type Small<'r> = (&'r str, &'r str, &'r str, i64, i64);
+
+fn small_at(row: &SqliteRow) -> Result<Small<'_>, StoreError> {
+    let read = || Ok((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?, row.try_get(3)?, row.try_get(4)?));
+    read().map_err(store_error)
+}
+
+fn role_at(row: &SqliteRow) -> Result<Role, StoreError> {
+    let (account, name, scopes, revision, sum) = small_at(row)?;
+    role_from(account, name, scopes, revision, sum)
+}
+
+fn member_at(row: &SqliteRow) -> Result<Member, StoreError> {
+    let (account, user, role, revision, sum) = small_at(row)?;
+    member_from(account, user, role, revision, sum)
+}
+
+fn spent_at(row: &SqliteRow) -> Result<(KeyId, Spent), StoreError> {
+    let read = || -> Result<_, sqlx::Error> {
+        let used: i64 = row.try_get(2)?;
+        let spent =
+            Spent { period: Timestamp::from_micros(row.try_get(1)?), used: u64::try_from(used).unwrap_or(0) };
+        Ok((KeyId::from_bytes(bytes_at(row, 0)?), spent))
+    };
+    read().map_err(store_error)
+}
+
+fn count_at(key_id: KeyId, row: &SqliteRow) -> Result<Option<Count>, StoreError> {
+    let read = || -> Result<(i64, i64, i64), sqlx::Error> {
+        Ok((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?))
+    };
+    let (hour, reason, count) = read().map_err(store_error)?;
+    // A reason that a newer version wrote is not shown by this one.
+    let reason = Reason::ALL.into_iter().find(|known| i64::from(*known as u8) == reason);
+    Ok(reason.map(|reason| Count {
+        key_id,
+        hour: Hour(hour),
+        reason,
+        count: u64::try_from(count).unwrap_or(0),
+    }))
 }
 
 fn log_at(row: &SqliteRow) -> Result<LogRow, StoreError> {
@@ -148,30 +193,27 @@ fn log_at(row: &SqliteRow) -> Result<LogRow, StoreError> {
     let read = || -> Result<LogRow, sqlx::Error> {
         let account = |column| -> Result<Option<AccountId>, sqlx::Error> {
             let text: Option<&str> = row.try_get(column)?;
-            text.map(AccountId::parse)
-                .transpose()
-                .map_err(|error| sqlx::Error::Decode(Box::new(error)))
+            text.map(AccountId::parse).transpose().map_err(|error| sqlx::Error::Decode(Box::new(error)))
         };
-        let user: Option<&str> = row.try_get(5)?;
+        let user = |column| -> Result<Option<UserId>, sqlx::Error> {
+            let text: Option<&str> = row.try_get(column)?;
+            text.map(UserId::parse).transpose().map_err(|error| sqlx::Error::Decode(Box::new(error)))
+        };
         let key_id: Option<&[u8]> = row.try_get(4)?;
         Ok(LogRow {
             revision,
             at: Timestamp::from_micros(row.try_get(1)?),
             action: row.try_get(2)?,
             account: account(3)?,
-            key_id: key_id
-                .map(|_| bytes_at(row, 4).map(KeyId::from_bytes))
-                .transpose()?,
-            user: user
-                .map(UserId::parse)
-                .transpose()
-                .map_err(|error| sqlx::Error::Decode(Box::new(error)))?,
+            key_id: key_id.map(|_| bytes_at(row, 4).map(KeyId::from_bytes)).transpose()?,
+            user: user(5)?,
             actor: row.try_get(6)?,
             actor_account: account(7)?,
-            method: row.try_get(8)?,
-            payload: row.try_get(9)?,
-            prev_hash: hash_at(row, 10)?,
-            hash: hash_at(row, 11)?,
+            acting_user: user(8)?,
+            method: row.try_get(9)?,
+            payload: row.try_get(10)?,
+            prev_hash: hash_at(row, 11)?,
+            hash: hash_at(row, 12)?,
         })
     };
     read().map_err(|error| damaged(format_args!("log entry {revision}"), error))
@@ -183,13 +225,8 @@ pub(super) async fn log_after(
     limit: u32,
 ) -> Result<Vec<LogRow>, StoreError> {
     let mut query = QueryBuilder::<Db>::new("SELECT ");
-    query
-        .push(LOG_COLUMNS)
-        .push(" FROM log WHERE revision > ")
-        .push_bind(revision_to_i64(revision));
-    query
-        .push(" ORDER BY revision LIMIT ")
-        .push_bind(i64::from(limit));
+    query.push(LOG_COLUMNS).push(" FROM log WHERE revision > ").push_bind(revision_to_i64(revision));
+    query.push(" ORDER BY revision LIMIT ").push_bind(i64::from(limit));
     let rows = query.build().fetch_all(connection).await.map_err(store_error)?;
     rows.iter().map(log_at).collect()
 }
@@ -208,8 +245,13 @@ pub(super) async fn idempotent(
     .bind(since.as_micros())
     .fetch_optional(connection)
     .await?;
-    row.map(|row| Ok((KeyId::from_bytes(bytes_at(&row, 0)?), bytes_at(&row, 1)?)))
-        .transpose()
+    row.map(|row| Ok((KeyId::from_bytes(bytes_at(&row, 0)?), bytes_at(&row, 1)?))).transpose()
+}
+
+fn select(columns: &'static str, from: &'static str) -> QueryBuilder<Db> {
+    let mut query = QueryBuilder::new("SELECT ");
+    query.push(columns).push(from);
+    query
 }
 
 /// The condition of a state at `now`, in the order in which states are told.
@@ -231,30 +273,32 @@ fn push_state(query: &mut QueryBuilder<Db>, state: State, now: i64) {
 /// The ids of a page, as a subquery: the page is cut before secrets multiply its rows.
 fn push_page(query: &mut QueryBuilder<Db>, filter: &KeyFilter, before: Option<KeyId>, limit: u32) {
     match &filter.owner {
-        OwnerFilter::Account(account) => query
-            .push("SELECT id FROM keys WHERE account = ")
-            .push_bind(account.to_string()),
-        OwnerFilter::User(user) => query
-            .push("SELECT id FROM keys WHERE user_id = ")
-            .push_bind(user.to_string()),
+        OwnerFilter::Account(account) => {
+            query.push("SELECT id FROM keys WHERE account = ").push_bind(account.to_string())
+        }
+        OwnerFilter::User(user) => {
+            query.push("SELECT id FROM keys WHERE user_id = ").push_bind(user.to_string())
+        }
+        OwnerFilter::AllButOperators => query
+            .push("SELECT id FROM keys WHERE account IS NOT ")
+            .push_bind(AccountId::operator().to_string()),
     };
     if let Some(before) = before {
         query.push(" AND id < ").push_bind(before.as_bytes().to_vec());
     }
     if let Some(environment) = &filter.environment {
-        query
-            .push(" AND environment = ")
-            .push_bind(environment.to_string());
+        query.push(" AND environment = ").push_bind(environment.to_string());
     }
     if !filter.name_prefix.is_empty() {
         // Not LIKE: it folds case, and its wildcards would have to be escaped.
-        query
-            .push(" AND substr(name, 1, length(")
-            .push_bind(filter.name_prefix.clone());
+        query.push(" AND substr(name, 1, length(").push_bind(filter.name_prefix.clone());
         query.push(")) = ").push_bind(filter.name_prefix.clone());
     }
     if let Some(end) = filter.expires_before {
         query.push(" AND expires_at < ").push_bind(end.as_micros());
+    }
+    if let Some(end) = filter.created_before {
+        query.push(" AND created_at < ").push_bind(end.as_micros());
     }
     if let Some(since) = filter.unused_since {
         query
@@ -298,9 +342,7 @@ impl Store for Sqlite {
         let mut transaction = connection.begin().await.map_err(store_error)?;
         let head = read_head(&mut transaction).await.map_err(store_error)?;
 
-        let mut query = QueryBuilder::<Db>::new("SELECT ");
-        query.push(ACCOUNT_COLUMNS).push(" FROM accounts");
-        for row in query
+        for row in select(ACCOUNT_COLUMNS, " FROM accounts")
             .build()
             .fetch_all(&mut *transaction)
             .await
@@ -308,22 +350,30 @@ impl Store for Sqlite {
         {
             sink(SnapshotItem::Account(account_at(&row)?));
         }
+        for row in select(ROLE_COLUMNS, " FROM roles")
+            .build()
+            .fetch_all(&mut *transaction)
+            .await
+            .map_err(store_error)?
+        {
+            sink(SnapshotItem::Role(role_at(&row)?));
+        }
+        let mut query = select(MEMBER_COLUMNS, " FROM members");
+        let mut rows = query.build().fetch(&mut *transaction);
+        while let Some(row) = rows.try_next().await.map_err(store_error)? {
+            sink(SnapshotItem::Member(member_at(&row)?));
+        }
+        drop(rows);
 
         let mut query = QueryBuilder::<Db>::new("SELECT ");
         query.push(KEY_COLUMNS).push(", ").push(SECRET_COLUMNS);
         query.push(
             " FROM keys k JOIN secrets s ON s.key_id = k.id WHERE k.revoked_at IS NULL OR k.revoked_at >= ",
         );
-        query
-            .push_bind(forget_before.as_micros())
-            .push(" ORDER BY k.id, s.version DESC");
+        query.push_bind(forget_before.as_micros()).push(" ORDER BY k.id, s.version DESC");
         let mut send = |gathered: GatheredKey| {
-            let left = gathered
-                .left
-                .into_iter()
-                .filter(|secret| !secret.superseded(forget_before))
-                .collect();
-            sink(SnapshotItem::Key(gathered.stored.key, left));
+            let left = gathered.left.into_iter().filter(|secret| !secret.superseded(forget_before)).collect();
+            sink(SnapshotItem::Key(Arc::new(gathered.stored.key), left));
         };
         let mut gather = Gather::new();
         let mut rows = query.build().fetch(&mut *transaction);
@@ -335,6 +385,14 @@ impl Store for Sqlite {
         if let Some(done) = gather.finish()? {
             send(done);
         }
+        drop(rows);
+        let mut query = select("key_id, period, used", " FROM quotas");
+        let mut rows = query.build().fetch(&mut *transaction);
+        while let Some(row) = rows.try_next().await.map_err(store_error)? {
+            let (key_id, spent) = spent_at(&row)?;
+            sink(SnapshotItem::Spent(key_id, spent));
+        }
+        drop(rows);
         Ok(head)
     }
 
@@ -342,14 +400,8 @@ impl Store for Sqlite {
         let mut query = QueryBuilder::<Db>::new("SELECT ");
         query.push(KEY_COLUMNS).push(", ").push(SECRET_COLUMNS);
         query.push(" FROM keys k JOIN secrets s ON s.key_id = k.id WHERE k.id = ");
-        query
-            .push_bind(id.as_bytes().to_vec())
-            .push(" ORDER BY s.version DESC");
-        let rows = query
-            .build()
-            .fetch_all(&self.readers)
-            .await
-            .map_err(store_error)?;
+        query.push_bind(id.as_bytes().to_vec()).push(" ORDER BY s.version DESC");
+        let rows = query.build().fetch_all(&self.readers).await.map_err(store_error)?;
         let mut gather = Gather::new();
         for row in &rows {
             gather.row(row)?;
@@ -368,11 +420,7 @@ impl Store for Sqlite {
         query.push(" FROM keys k JOIN secrets s ON s.key_id = k.id WHERE k.id IN (");
         push_page(&mut query, filter, before, limit);
         query.push(") ORDER BY k.id DESC, s.version DESC");
-        let rows = query
-            .build()
-            .fetch_all(&self.readers)
-            .await
-            .map_err(store_error)?;
+        let rows = query.build().fetch_all(&self.readers).await.map_err(store_error)?;
         let mut gather = Gather::new();
         let mut keys = Vec::new();
         for row in &rows {
@@ -384,15 +432,8 @@ impl Store for Sqlite {
 
     async fn account(&self, id: &AccountId) -> Result<Option<Account>, StoreError> {
         let mut query = QueryBuilder::<Db>::new("SELECT ");
-        query
-            .push(ACCOUNT_COLUMNS)
-            .push(" FROM accounts WHERE id = ")
-            .push_bind(id.to_string());
-        let row = query
-            .build()
-            .fetch_optional(&self.readers)
-            .await
-            .map_err(store_error)?;
+        query.push(ACCOUNT_COLUMNS).push(" FROM accounts WHERE id = ").push_bind(id.to_string());
+        let row = query.build().fetch_optional(&self.readers).await.map_err(store_error)?;
         row.as_ref().map(account_at).transpose()
     }
 
@@ -401,11 +442,7 @@ impl Store for Sqlite {
         query.push(ACCOUNT_COLUMNS).push(" FROM accounts WHERE id > ");
         query.push_bind(after.map_or_else(String::new, ToString::to_string));
         query.push(" ORDER BY id LIMIT ").push_bind(i64::from(limit));
-        let rows = query
-            .build()
-            .fetch_all(&self.readers)
-            .await
-            .map_err(store_error)?;
+        let rows = query.build().fetch_all(&self.readers).await.map_err(store_error)?;
         rows.iter().map(account_at).collect()
     }
 
@@ -433,14 +470,8 @@ impl Store for Sqlite {
         if let Some(to) = filter.to {
             query.push(" AND at < ").push_bind(to.as_micros());
         }
-        query
-            .push(" ORDER BY revision DESC LIMIT ")
-            .push_bind(i64::from(limit));
-        let rows = query
-            .build()
-            .fetch_all(&self.readers)
-            .await
-            .map_err(store_error)?;
+        query.push(" ORDER BY revision DESC LIMIT ").push_bind(i64::from(limit));
+        let rows = query.build().fetch_all(&self.readers).await.map_err(store_error)?;
         rows.iter().map(log_at).collect()
     }
 
@@ -451,13 +482,51 @@ impl Store for Sqlite {
         since: Timestamp,
     ) -> Result<Option<(KeyId, [u8; 32])>, StoreError> {
         let mut connection = self.readers.acquire().await.map_err(store_error)?;
-        idempotent(&mut connection, caller, key, since)
-            .await
-            .map_err(store_error)
+        idempotent(&mut connection, caller, key, since).await.map_err(store_error)
     }
 
-    async fn note_used(&self, used: &[UsedSecret]) -> Result<(), StoreError> {
-        self.write_used(used).await
+    async fn roles(&self, account: Option<&AccountId>) -> Result<Vec<Role>, StoreError> {
+        let mut query = select(ROLE_COLUMNS, " FROM roles WHERE account IN ('', ");
+        query.push_bind(role_account(account).to_owned()).push(") ORDER BY name, account");
+        let rows = query.build().fetch_all(&self.readers).await.map_err(store_error)?;
+        rows.iter().map(role_at).collect()
+    }
+
+    async fn members(
+        &self,
+        account: &AccountId,
+        after: Option<&UserId>,
+        limit: u32,
+    ) -> Result<Vec<Member>, StoreError> {
+        let mut query = select(MEMBER_COLUMNS, " FROM members WHERE account = ");
+        query.push_bind(account.to_string());
+        query.push(" AND user_id > ").push_bind(after.map_or_else(String::new, ToString::to_string));
+        query.push(" ORDER BY user_id LIMIT ").push_bind(i64::from(limit));
+        let rows = query.build().fetch_all(&self.readers).await.map_err(store_error)?;
+        rows.iter().map(member_at).collect()
+    }
+
+    async fn memberships(&self, user: &UserId) -> Result<Vec<Member>, StoreError> {
+        let mut query = select(MEMBER_COLUMNS, " FROM members WHERE user_id = ");
+        query.push_bind(user.to_string()).push(" ORDER BY account");
+        let rows = query.build().fetch_all(&self.readers).await.map_err(store_error)?;
+        rows.iter().map(member_at).collect()
+    }
+
+    async fn note_usage(&self, batch: &UsageBatch) -> Result<(), StoreError> {
+        self.write_usage(batch).await
+    }
+
+    async fn usage(&self, key: KeyId, from: Hour, to: Hour) -> Result<Vec<Count>, StoreError> {
+        let mut query = select("hour, reason, count", " FROM usage WHERE key_id = ");
+        query.push_bind(key.as_bytes().to_vec()).push(" AND hour >= ").push_bind(from.0);
+        query.push(" AND hour < ").push_bind(to.0).push(" ORDER BY hour, reason");
+        let rows = query.build().fetch_all(&self.readers).await.map_err(store_error)?;
+        rows.iter().filter_map(|row| count_at(key, row).transpose()).collect()
+    }
+
+    async fn forget_usage(&self, before: Hour) -> Result<(), StoreError> {
+        self.drop_usage(before).await
     }
 
     async fn close(&self) {

@@ -58,9 +58,7 @@ pub struct Writer(mpsc::Sender<Job>);
 
 impl std::fmt::Debug for Writer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Writer")
-            .field("room", &self.0.capacity())
-            .finish()
+        f.debug_struct("Writer").field("room", &self.0.capacity()).finish()
     }
 }
 
@@ -73,11 +71,7 @@ impl Writer {
     ) -> (Writer, tokio::task::JoinHandle<()>) {
         let (sender, mut jobs) = mpsc::channel(QUEUE);
         let task = tokio::spawn(async move {
-            let mut committer = Committer {
-                store,
-                follower,
-                unsure: false,
-            };
+            let mut committer = Committer { store, follower, unsure: false };
             let mut batch = Vec::with_capacity(BATCH);
             while jobs.recv_many(&mut batch, BATCH).await > 0 {
                 committer.commit(std::mem::take(&mut batch)).await;
@@ -92,10 +86,7 @@ impl Writer {
     /// When the store rejects it, fails, or its answer was lost.
     pub async fn write(&self, write: Write) -> Result<Outcome, WriteError> {
         let (answer, outcome) = oneshot::channel();
-        self.0
-            .send(Job { write, answer })
-            .await
-            .map_err(|_| WriteError::Stopping)?;
+        self.0.send(Job { write, answer }).await.map_err(|_| WriteError::Stopping)?;
         outcome.await.map_err(|_| WriteError::Stopping)?
     }
 }
@@ -122,10 +113,7 @@ impl Committer {
             Ok(committed) => self.settle(committed, answers),
             // One bad write must not take the others with it.
             Err(CommitError::NotRecorded(error @ StoreError::Unavailable(_))) if writes.len() > 1 => {
-                tracing::warn!(
-                    error = &error as &dyn Error,
-                    "a batch failed; its writes go one by one"
-                );
+                tracing::warn!(error = &error as &dyn Error, "a batch failed; its writes go one by one");
                 for (write, answer) in writes.into_iter().zip(answers) {
                     let writes = [write];
                     match self.store.commit(&writes).await {
@@ -149,11 +137,7 @@ impl Committer {
     /// Tells the callers, after the follower has learnt what is in doubt and, if it can be read, what the log
     /// says of it.
     async fn fail(&mut self, writes: &[Write], answers: Vec<Answer>, error: CommitError) {
-        tracing::error!(
-            error = &error as &dyn Error,
-            writes = writes.len(),
-            "a commit failed"
-        );
+        tracing::error!(error = &error as &dyn Error, writes = writes.len(), "a commit failed");
         for write in writes {
             self.follower.in_doubt(&write.change);
         }
@@ -163,10 +147,7 @@ impl Committer {
         };
         self.unsure |= unknown;
         if let Err(error) = self.catch_up().await {
-            tracing::error!(
-                error = &error as &dyn Error,
-                "the log could not be read after a failed commit"
-            );
+            tracing::error!(error = &error as &dyn Error, "the log could not be read after a failed commit");
         }
         for answer in answers {
             let error = error.clone();

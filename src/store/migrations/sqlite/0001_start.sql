@@ -75,6 +75,7 @@ CREATE TABLE log (
     user_id       TEXT,
     actor         TEXT    NOT NULL,
     actor_account TEXT,
+    acting_user   TEXT,
     method        TEXT    NOT NULL,
     payload       TEXT    NOT NULL,
     prev_hash     BLOB    NOT NULL,

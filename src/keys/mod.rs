@@ -3,23 +3,27 @@
 //! A change is made from the record as it stands, committed only if the record still stands so, and tried again
 //! if not. Effects on Checks come with the commit (see `store/writer.rs`). Parsing and statuses are `grpc`'s.
 
+pub mod bulk;
+pub mod root;
+
 use std::{sync::Arc, time::Duration};
 
 use crate::{
-    access::Caller,
+    access::{Caller, Permission},
     clock::{Clock, Entropy, random},
     domain::{
         account::{Account, Environment, Environments},
         key::{Key, Owner, Revocation, RevokeReason, Secret, State, Terms},
-        log::{Action, Actor, Change},
-        name::{AccountId, IdempotencyKey, KeyId, TokenPrefix},
+        log::{Action, Change},
+        name::{AccountId, EnvironmentName, IdempotencyKey, KeyId, RoleName, TokenPrefix, UserId},
+        scope::{Scope, ScopeSet},
         time::{Revision, Timestamp},
         token::Token,
     },
     engine::{Engine, Holder},
     refusal::{Refusal, Thing},
     store::{
-        IDEMPOTENCY_WINDOW, Idempotency, KeyFilter, Outcome, Rejection, Store, StoredKey, Write,
+        IDEMPOTENCY_WINDOW, Idempotency, KeyFilter, Outcome, OwnerFilter, Rejection, Store, StoredKey, Write,
         writer::{WriteError, Writer},
     },
 };
@@ -27,13 +31,15 @@ use crate::{
 /// How often a change is tried again when the record moved under it.
 const ATTEMPTS: u32 = 16;
 
-/// What this deployment has decided about tokens.
+/// What this deployment has decided about keys.
 #[derive(Clone, Debug)]
-pub struct TokenSettings {
+pub struct KeySettings {
     /// The environments there are.
     pub environments: Environments,
     /// How tokens start.
     pub prefix: TokenPrefix,
+    /// The role of keys made without scopes and roles. `None` = such a key is refused.
+    pub default_role: Option<RoleName>,
 }
 
 /// A key as it is shown: the record, its uses, and the instant at which its state is told.
@@ -47,11 +53,24 @@ pub struct View {
     pub now: Timestamp,
 }
 
+/// Who a new key is for, as the request names it.
+#[derive(Clone, Debug)]
+pub enum OwnerNamed {
+    /// An account's caller means its own account.
+    Nobody,
+    /// This account.
+    Account(AccountId),
+    /// This user.
+    User(UserId),
+}
+
 /// A key to be made.
 #[derive(Clone, Debug)]
 pub struct NewKey {
-    /// The account named, if any.
-    pub account: Option<AccountId>,
+    /// Who it is for.
+    pub owner: OwnerNamed,
+    /// When it is made; its expiry was counted from here.
+    pub now: Timestamp,
     /// Where it works.
     pub environment: Environment,
     /// What it may do.
@@ -101,6 +120,25 @@ pub enum Field {
     Metadata,
 }
 
+impl Field {
+    /// The field that an update mask's path names.
+    #[must_use]
+    pub fn parse(path: &str) -> Option<Field> {
+        Some(match path {
+            "name" => Field::Name,
+            "scopes" => Field::Scopes,
+            "roles" => Field::Roles,
+            "expires_at" => Field::ExpiresAt,
+            "customers" => Field::Customers,
+            "allowed_cidrs" => Field::AllowedCidrs,
+            "rate_limits" => Field::RateLimits,
+            "quota" => Field::Quota,
+            "metadata" => Field::Metadata,
+            _ => return None,
+        })
+    }
+}
+
 /// New values for some of a key's terms.
 #[derive(Clone, Debug)]
 pub struct Patch {
@@ -142,14 +180,12 @@ pub struct Keys {
     engine: Arc<Engine>,
     clock: Arc<dyn Clock>,
     entropy: Arc<dyn Entropy>,
-    tokens: TokenSettings,
+    settings: KeySettings,
 }
 
 impl std::fmt::Debug for Keys {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Keys")
-            .field("tokens", &self.tokens)
-            .finish_non_exhaustive()
+        f.debug_struct("Keys").field("settings", &self.settings).finish_non_exhaustive()
     }
 }
 
@@ -162,22 +198,21 @@ impl Keys {
         engine: Arc<Engine>,
         clock: Arc<dyn Clock>,
         entropy: Arc<dyn Entropy>,
-        tokens: TokenSettings,
+        settings: KeySettings,
     ) -> Self {
-        Keys {
-            store,
-            writer,
-            engine,
-            clock,
-            entropy,
-            tokens,
-        }
+        Keys { store, writer, engine, clock, entropy, settings }
     }
 
     /// The environments there are.
     #[must_use]
     pub fn environments(&self) -> &Environments {
-        &self.tokens.environments
+        &self.settings.environments
+    }
+
+    /// Whether keys may be made without scopes and roles.
+    #[must_use]
+    pub fn has_default_role(&self) -> bool {
+        self.settings.default_role.is_some()
     }
 
     /// The present instant.
@@ -188,18 +223,11 @@ impl Keys {
 
     fn view(&self, key: Key, stored: &[(u32, Timestamp)]) -> View {
         let last_used = key.secrets.iter().filter_map(|secret| {
-            let stored = stored
-                .iter()
-                .find(|(version, _)| *version == secret.version)
-                .map(|(_, at)| *at);
+            let stored = stored.iter().find(|(version, _)| *version == secret.version).map(|(_, at)| *at);
             let latest = stored.max(self.engine.usage.pending(key.id, secret.version));
             latest.map(|at| (secret.version, at))
         });
-        View {
-            last_used: last_used.collect(),
-            now: self.clock.now(),
-            key,
-        }
+        View { last_used: last_used.collect(), now: self.clock.now(), key }
     }
 
     fn view_stored(&self, stored: StoredKey) -> View {
@@ -209,9 +237,113 @@ impl Keys {
     /// The key with this id, if it exists for the caller.
     async fn visible(&self, caller: &Caller, id: KeyId) -> Result<StoredKey, Refusal> {
         let found = self.store.key(id).await?;
-        found
-            .filter(|stored| caller.sees(&stored.key.owner))
-            .ok_or(Refusal::NotFound(Thing::Key))
+        let stored =
+            found.filter(|stored| caller.sees(&stored.key.owner)).ok_or(Refusal::NotFound(Thing::Key))?;
+        self.member_of_owner(caller, &stored.key.owner).map(|_| stored)
+    }
+
+    /// The role, in the account that owns a key, of the person that the caller acts for. To others than the
+    /// account's members its keys do not exist.
+    fn member_of_owner(&self, caller: &Caller, owner: &Owner) -> Result<Option<ScopeSet>, Refusal> {
+        let (Some(user), Some(account)) = (&caller.acting_user, owner.account()) else { return Ok(None) };
+        let member = self.engine.index.member(account, user).ok_or(Refusal::NotFound(Thing::Key))?;
+        let role = self.engine.index.role(Some(account), &member.role);
+        Ok(Some(role.map(|role| role.scopes.clone()).unwrap_or_default()))
+    }
+
+    /// Whether the caller may change this owner's keys. A person changes service keys only with a role that
+    /// holds `keyward:keys:write` in their account.
+    fn may_write(&self, caller: &Caller, owner: &Owner) -> Result<(), Refusal> {
+        let Some(held) = self.member_of_owner(caller, owner)? else { return Ok(()) };
+        let needed = Permission::KeysWrite.as_str();
+        if Scope::parse_required(needed).is_ok_and(|scope| held.covers(&scope)) {
+            return Ok(());
+        }
+        let message =
+            format!("the acting user's role in the account does not hold {needed}, which this needs");
+        Err(Refusal::Forbidden("ROLE_LACKS_PERMISSION", message))
+    }
+
+    /// Whether the caller could give a key these terms, roles included.
+    fn may_give(
+        &self,
+        caller: &Caller,
+        owner: &Owner,
+        environment: &EnvironmentName,
+        terms: &Terms,
+    ) -> Result<(), Refusal> {
+        let role = |name| self.engine.index.role(owner.account(), name);
+        let roles: Vec<_> = terms.roles.iter().filter_map(role).collect();
+        let granted = terms.scopes.iter().chain(roles.iter().flat_map(|role| role.scopes.iter())).cloned();
+        caller.may_give(environment, terms, &granted.collect())
+    }
+
+    /// Whether an expiry keeps within the longest life that the owning account allows.
+    fn keeps_longest_life(
+        &self,
+        owner: &Owner,
+        end: Option<Timestamp>,
+        now: Timestamp,
+        field: &str,
+    ) -> Result<(), Refusal> {
+        let account = owner.account().and_then(|account| self.engine.index.account(account));
+        let Some(life) = account.and_then(|account| account.longest_life) else { return Ok(()) };
+        if end.is_some_and(|end| end <= now.plus(life)) {
+            return Ok(());
+        }
+        let days = life.as_secs() / 86_400;
+        Err(Refusal::field(
+            field,
+            format!("must be given and at most {days} days from now: the account's longest life"),
+        ))
+    }
+
+    /// Who a new key is for. An account must exist; a user is whoever it is.
+    fn owner_meant(&self, caller: &Caller, named: OwnerNamed) -> Result<Owner, Refusal> {
+        let owner = match named {
+            OwnerNamed::User(user) => Owner::User(user),
+            OwnerNamed::Account(account) => Owner::Account(caller.account_meant(Some(account))?),
+            OwnerNamed::Nobody => match caller.key.owner.user() {
+                Some(user) => Owner::User(user.clone()),
+                None => Owner::Account(caller.account_meant(None)?),
+            },
+        };
+        match &owner {
+            Owner::Account(account) => {
+                self.engine.index.account(account).ok_or(Refusal::NotFound(Thing::Account))?;
+            }
+            Owner::User(_) if caller.sees(&owner) => {}
+            Owner::User(_) => return Err(Refusal::NotFound(Thing::Key)),
+        }
+        self.may_write(caller, &owner)?;
+        Ok(owner)
+    }
+
+    /// A new key's record, once the caller may make it.
+    fn new_key(&self, caller: &Caller, new: &NewKey, secret: Secret) -> Result<Key, Refusal> {
+        let mut terms = new.terms.clone();
+        if terms.scopes.is_empty() && terms.roles.is_empty() {
+            let role = self.settings.default_role.clone();
+            let role =
+                role.ok_or_else(|| Refusal::field("scopes", "at least one scope or role is required"))?;
+            terms.roles.push(role);
+        }
+        let owner = self.owner_meant(caller, new.owner.clone())?;
+        self.may_give(caller, &owner, &new.environment.name, &terms)?;
+        self.keeps_longest_life(&owner, terms.expires_at, new.now, "expires_at")?;
+        Ok(Key {
+            id: KeyId::generate(new.now, random(&*self.entropy)?),
+            owner,
+            environment: new.environment.name.clone(),
+            terms,
+            created_at: new.now,
+            created_by: caller.key.id.to_string(),
+            updated_at: new.now,
+            disabled_at: None,
+            revocation: None,
+            secrets: vec![secret],
+            revision: Revision::default(),
+        })
     }
 
     /// The answer to a request that was done before.
@@ -247,43 +379,19 @@ impl Keys {
         new: NewKey,
         once: Option<Once>,
     ) -> Result<(Issued, Revision), Refusal> {
-        let account = caller.account_meant(new.account)?;
-        self.engine
-            .index
-            .account(&account)
-            .ok_or(Refusal::NotFound(Thing::Account))?;
-        caller.may_give(&new.environment.name, &new.terms)?;
         if let Some(done) = self.done_before(caller, once.as_ref()).await? {
             return Ok(done);
         }
-        let now = self.clock.now();
-        let prefix = new.prefix.as_ref().unwrap_or(&self.tokens.prefix);
+        let now = new.now;
+        let prefix = new.prefix.as_ref().unwrap_or(&self.settings.prefix);
         let token = Token::generate(prefix, &new.environment.tag, &random(&*self.entropy)?);
-        let key = Key {
-            id: KeyId::generate(now, random(&*self.entropy)?),
-            owner: Owner::Account(account),
-            environment: new.environment.name,
-            terms: new.terms,
-            created_at: now,
-            created_by: caller.key.id.to_string(),
-            updated_at: now,
-            disabled_at: None,
-            revocation: None,
-            secrets: vec![first_secret(&token, now)],
-            revision: Revision::default(),
-        };
+        let key = self.new_key(caller, &new, first_secret(&token, now))?;
         let write = write(caller, key, None, Action::KeyCreated, now, once);
         match self.writer.write(write).await? {
             Outcome::Applied(change) => {
                 let view = self.view(into_key(change)?, &[]);
                 let revision = view.key.revision;
-                Ok((
-                    Issued {
-                        view,
-                        token: Some(token),
-                    },
-                    revision,
-                ))
+                Ok((Issued { view, token: Some(token) }, revision))
             }
             Outcome::Replayed(id) => self.replay(caller, id).await,
         }
@@ -303,10 +411,14 @@ impl Keys {
     /// When the store fails.
     pub async fn list(
         &self,
+        caller: &Caller,
         filter: &KeyFilter,
         before: Option<KeyId>,
         size: u32,
     ) -> Result<(Vec<View>, Option<KeyId>), Refusal> {
+        if let OwnerFilter::Account(account) = &filter.owner {
+            self.member_of_owner(caller, &Owner::Account(account.clone()))?;
+        }
         if filter.unused_since.is_some() {
             // The filter runs in the store: it must know the latest uses.
             self.engine.usage.flush(&*self.store).await?;
@@ -315,13 +427,7 @@ impl Keys {
         let more = stored.len() > size as usize;
         stored.truncate(size as usize);
         let next = stored.last().filter(|_| more).map(|last| last.key.id);
-        Ok((
-            stored
-                .into_iter()
-                .map(|stored| self.view_stored(stored))
-                .collect(),
-            next,
-        ))
+        Ok((stored.into_iter().map(|stored| self.view_stored(stored)).collect(), next))
     }
 
     /// Changes a key: `edit` gets a copy of the record, and is called again if the record moved meanwhile.
@@ -335,20 +441,17 @@ impl Keys {
     ) -> Result<Changed, Refusal> {
         for _ in 0..ATTEMPTS {
             let stored = self.visible(caller, id).await?;
+            self.may_write(caller, &stored.key.owner)?;
             let now = self.clock.now();
             let mut key = stored.key.clone();
             if let Edit::AsItWas = edit(&mut key, now)? {
-                return Ok(Changed::Now(self.view_stored(stored)));
+                return Ok(Changed::Now(Box::new(self.view_stored(stored))));
             }
             key.updated_at = now;
             let expect = Some(stored.key.revision);
-            match self
-                .writer
-                .write(write(caller, key, expect, action, now, once.clone()))
-                .await
-            {
+            match self.writer.write(write(caller, key, expect, action, now, once.clone())).await {
                 Ok(Outcome::Applied(change)) => {
-                    return Ok(Changed::Now(self.view(into_key(change)?, &stored.last_used)));
+                    return Ok(Changed::Now(Box::new(self.view(into_key(change)?, &stored.last_used))));
                 }
                 Ok(Outcome::Replayed(id)) => return Ok(Changed::Before(id)),
                 Err(WriteError::Rejected(Rejection::Conflict)) => {}
@@ -363,9 +466,9 @@ impl Keys {
     /// # Errors
     /// When the key is revoked, would be left without a grant, or the caller could not give its grants.
     pub async fn update(&self, caller: &Caller, id: KeyId, patch: &Patch) -> Result<View, Refusal> {
-        self.change(caller, id, Action::KeyUpdated, None, |key, _| {
+        self.change(caller, id, Action::KeyUpdated, None, |key, now| {
             not_revoked(key)?;
-            caller.may_give(&key.environment, &key.terms)?;
+            self.may_give(caller, &key.owner, &key.environment, &key.terms)?;
             patch.apply(&mut key.terms);
             if key.terms.scopes.is_empty() && key.terms.roles.is_empty() {
                 return Err(Refusal::field(
@@ -373,7 +476,10 @@ impl Keys {
                     "a key needs at least one scope or role; revoke or disable it instead",
                 ));
             }
-            caller.may_give(&key.environment, &key.terms)?;
+            self.may_give(caller, &key.owner, &key.environment, &key.terms)?;
+            if patch.fields.contains(&Field::ExpiresAt) {
+                self.keeps_longest_life(&key.owner, key.terms.expires_at, now, "key.expires_at")?;
+            }
             Ok(Edit::Changed)
         })
         .await?
@@ -387,11 +493,7 @@ impl Keys {
     pub async fn disable(&self, caller: &Caller, id: KeyId) -> Result<View, Refusal> {
         self.change(caller, id, Action::KeyDisabled, None, |key, now| {
             not_revoked(key)?;
-            Ok(if key.disabled_at.replace(now).is_none() {
-                Edit::Changed
-            } else {
-                Edit::AsItWas
-            })
+            Ok(if key.disabled_at.replace(now).is_none() { Edit::Changed } else { Edit::AsItWas })
         })
         .await?
         .now()
@@ -404,12 +506,8 @@ impl Keys {
     pub async fn enable(&self, caller: &Caller, id: KeyId) -> Result<View, Refusal> {
         self.change(caller, id, Action::KeyEnabled, None, |key, _| {
             not_revoked(key)?;
-            caller.may_give(&key.environment, &key.terms)?;
-            Ok(if key.disabled_at.take().is_some() {
-                Edit::Changed
-            } else {
-                Edit::AsItWas
-            })
+            self.may_give(caller, &key.owner, &key.environment, &key.terms)?;
+            Ok(if key.disabled_at.take().is_some() { Edit::Changed } else { Edit::AsItWas })
         })
         .await?
         .now()
@@ -430,11 +528,7 @@ impl Keys {
             if key.revocation.is_some() {
                 return Ok(Edit::AsItWas);
             }
-            key.revocation = Some(Revocation {
-                at: now,
-                reason,
-                comment: comment.clone(),
-            });
+            key.revocation = Some(Revocation { at: now, reason, comment: comment.clone() });
             Ok(Edit::Changed)
         })
         .await?
@@ -453,7 +547,8 @@ impl Keys {
         once: Option<Once>,
     ) -> Result<Issued, Refusal> {
         // Whose key it is comes first: a replay must not tell a stranger's id from none.
-        self.visible(caller, id).await?;
+        let stored = self.visible(caller, id).await?;
+        self.may_write(caller, &stored.key.owner)?;
         if let Some((done, _)) = self.done_before(caller, once.as_ref()).await? {
             return Ok(done);
         }
@@ -462,11 +557,11 @@ impl Keys {
         let changed = self
             .change(caller, id, Action::KeyRotated, once, |key, now| {
                 active(key, now)?;
-                caller.may_give(&key.environment, &key.terms)?;
-                let environment = self.tokens.environments.get(key.environment.as_str());
+                self.may_give(caller, &key.owner, &key.environment, &key.terms)?;
+                let environment = self.settings.environments.get(key.environment.as_str());
                 let environment = environment.ok_or_else(|| environment_gone(key))?;
                 let prefix =
-                    prefix_kept(key.hint(), environment).unwrap_or_else(|| self.tokens.prefix.clone());
+                    prefix_kept(key.hint(), environment).unwrap_or_else(|| self.settings.prefix.clone());
                 let new = Token::generate(&prefix, &environment.tag, &random_bytes);
                 key.rotate(new.digest(), new.hint(), overlap, now);
                 token = Some(new);
@@ -474,7 +569,7 @@ impl Keys {
             })
             .await?;
         match changed {
-            Changed::Now(view) => Ok(Issued { view, token }),
+            Changed::Now(view) => Ok(Issued { view: *view, token }),
             Changed::Before(id) => self.replay(caller, id).await.map(|(issued, _)| issued),
         }
     }
@@ -501,10 +596,7 @@ impl Keys {
     /// # Errors
     /// When none exists for the caller.
     pub async fn lookup(&self, caller: &Caller, presented: &str) -> Result<(View, u32), Refusal> {
-        let holder = self
-            .engine
-            .lookup(presented)?
-            .ok_or(Refusal::NotFound(Thing::Key))?;
+        let holder = self.engine.lookup(presented)?.ok_or(Refusal::NotFound(Thing::Key))?;
         let view = self.get(caller, holder.key.id).await?;
         Ok((view, holder.version))
     }
@@ -514,16 +606,8 @@ impl Keys {
     /// # Errors
     /// When the store fails.
     pub async fn who_am_i(&self, caller: &Caller) -> Result<(View, Arc<Account>), Refusal> {
-        let stored = self
-            .store
-            .key(caller.key.id)
-            .await?
-            .ok_or(Refusal::Unauthenticated)?;
-        let account = self
-            .engine
-            .index
-            .account(&caller.account)
-            .ok_or(Refusal::Unauthenticated)?;
+        let stored = self.store.key(caller.key.id).await?.ok_or(Refusal::Unauthenticated)?;
+        let account = self.engine.index.account(&caller.account).ok_or(Refusal::Unauthenticated)?;
         Ok((self.view_stored(stored), account))
     }
 
@@ -536,24 +620,20 @@ impl Keys {
         let caller = Caller {
             key: holder.key.clone(),
             version: holder.version,
-            account: holder
-                .key
-                .owner
-                .account()
-                .cloned()
-                .ok_or(Refusal::Unauthenticated)?,
+            account: holder.key.owner.account().cloned().unwrap_or_else(AccountId::nowhere),
+            grants: ScopeSet::default(),
+            acting_user: None,
             method,
             peer: None,
         };
         let comment = "revoked by its holder".to_owned();
-        self.revoke(&caller, holder.key.id, RevokeReason::Unspecified, comment)
-            .await
+        self.revoke(&caller, holder.key.id, RevokeReason::Unspecified, comment).await
     }
 }
 
 /// A change that was made now, or under the same idempotency key before.
 enum Changed {
-    Now(View),
+    Now(Box<View>),
     Before(KeyId),
 }
 
@@ -561,20 +641,14 @@ impl Changed {
     /// Only a change with an idempotency key can have been made before.
     fn now(self) -> Result<View, Refusal> {
         match self {
-            Changed::Now(view) => Ok(view),
+            Changed::Now(view) => Ok(*view),
             Changed::Before(_) => Err(Refusal::Contended),
         }
     }
 }
 
 fn first_secret(token: &Token, now: Timestamp) -> Secret {
-    Secret {
-        version: 1,
-        digest: token.digest(),
-        hint: token.hint(),
-        created_at: now,
-        expires_at: None,
-    }
+    Secret { version: 1, digest: token.digest(), hint: token.hint(), created_at: now, expires_at: None }
 }
 
 /// The prefix of a key's newest token, read from its hint: `{prefix}_{tag}_{4 characters}`. None where the
@@ -596,11 +670,8 @@ fn write(
     at: Timestamp,
     once: Option<Once>,
 ) -> Write {
-    let idempotency = once.map(|once| Idempotency {
-        caller: caller.key.id,
-        key: once.key,
-        fingerprint: once.fingerprint,
-    });
+    let idempotency =
+        once.map(|once| Idempotency { caller: caller.key.id, key: once.key, fingerprint: once.fingerprint });
     Write {
         change: Change::Key(Arc::new(key)),
         expect,
@@ -615,7 +686,7 @@ fn write(
 fn into_key(change: Change) -> Result<Key, Refusal> {
     match change {
         Change::Key(key) => Ok(Arc::unwrap_or_clone(key)),
-        Change::Account(_) => Err(Refusal::Unavailable),
+        _ => Err(Refusal::Unavailable),
     }
 }
 
@@ -634,10 +705,7 @@ fn active(key: &Key, now: Timestamp) -> Result<(), Refusal> {
         State::Disabled => "disabled; enable it first",
         State::Expired => "expired; give it a later expires_at first",
     };
-    Err(Refusal::Precondition(
-        "KEY_NOT_ACTIVE",
-        format!("the key is {todo}"),
-    ))
+    Err(Refusal::Precondition("KEY_NOT_ACTIVE", format!("the key is {todo}")))
 }
 
 fn environment_gone(key: &Key) -> Refusal {
@@ -646,65 +714,6 @@ fn environment_gone(key: &Key) -> Refusal {
         key.environment.as_str()
     );
     Refusal::Precondition("ENVIRONMENT_NOT_CONFIGURED", message)
-}
-
-/// A root key: every permission over Keyward, for the operator account.
-#[derive(Debug)]
-pub struct RootKey {
-    /// Its token.
-    pub token: Token,
-    /// What records it.
-    pub write: Write,
-}
-
-/// Makes a root key that is not recorded yet.
-///
-/// # Errors
-/// When no random bytes can be had.
-pub fn root_key(
-    clock: &dyn Clock,
-    entropy: &dyn Entropy,
-    tokens: &TokenSettings,
-    method: &'static str,
-) -> Result<RootKey, crate::clock::NoEntropy> {
-    let now = clock.now();
-    let environment = tokens.environments.first();
-    let token = Token::generate(&tokens.prefix, &environment.tag, &random(entropy)?);
-    let named = |text: &str| crate::domain::name::KeyName::parse(text).ok();
-    let all = crate::domain::scope::Scope::parse_grant("keyward:*");
-    let key = Key {
-        id: KeyId::generate(now, random(entropy)?),
-        owner: Owner::Account(AccountId::operator()),
-        environment: environment.name.clone(),
-        terms: Terms {
-            name: named("root"),
-            scopes: all.into_iter().collect(),
-            roles: Vec::new(),
-            expires_at: None,
-            customers: Vec::new(),
-            allowed_cidrs: Vec::new(),
-            rate_limits: Vec::new(),
-            quota: None,
-            metadata: std::collections::BTreeMap::new(),
-        },
-        created_at: now,
-        created_by: Actor::SYSTEM.to_string(),
-        updated_at: now,
-        disabled_at: None,
-        revocation: None,
-        secrets: vec![first_secret(&token, now)],
-        revision: Revision::default(),
-    };
-    let write = Write {
-        change: Change::Key(Arc::new(key)),
-        expect: None,
-        action: Action::RootKeyCreated,
-        actor: Actor::SYSTEM,
-        method,
-        at: now,
-        idempotency: None,
-    };
-    Ok(RootKey { token, write })
 }
 
 #[cfg(test)]

@@ -1,0 +1,117 @@
+//! `keyward audit`: reading the log of every change.
+
+use clap::{Args, Subcommand};
+
+use super::{
+    context::Context,
+    failure::Failure,
+    paging::PageArgs,
+    table::{Rows, text},
+    values::{Past, rfc3339},
+};
+use crate::{clock::SystemClock, pb};
+
+/// `keyward audit ...`.
+#[derive(Debug, Subcommand)]
+pub(super) enum AuditCommand {
+    /// List changes, newest first
+    List(ListArgs),
+}
+
+impl AuditCommand {
+    pub(super) async fn run(self, cx: &mut Context<'_>) -> Result<u8, Failure> {
+        match self {
+            AuditCommand::List(args) => args.run(cx).await,
+        }
+    }
+}
+
+/// Flags of `keyward audit list`.
+#[derive(Debug, Args)]
+pub(super) struct ListArgs {
+    /// Only changes in this account
+    #[arg(long, value_name = "ID")]
+    account: Option<String>,
+    /// Only changes of this key
+    #[arg(long, value_name = "ID")]
+    key: Option<String>,
+    /// Only changes made by the key with this id
+    #[arg(long, value_name = "ID")]
+    actor: Option<String>,
+    /// Only changes from then on: a duration ago (12h) or an instant (RFC 3339)
+    #[arg(long, value_name = "WHEN", value_parser = Past::parse)]
+    from: Option<Past>,
+    /// Only changes before then
+    #[arg(long, value_name = "WHEN", value_parser = Past::parse)]
+    to: Option<Past>,
+    #[command(flatten)]
+    page: PageArgs,
+}
+
+impl ListArgs {
+    async fn run(self, cx: &mut Context<'_>) -> Result<u8, Failure> {
+        let session = cx.session()?;
+        let question = pb::ListAuditEntriesRequest {
+            account: self.account.unwrap_or_default(),
+            key_id: self.key.unwrap_or_default(),
+            actor: self.actor.unwrap_or_default(),
+            from: self.from.map(|past| past.resolve(&SystemClock)),
+            to: self.to.map(|past| past.resolve(&SystemClock)),
+            ..Default::default()
+        };
+        let fetched = self
+            .page
+            .fetch(async |size, page_token| {
+                let question =
+                    pb::ListAuditEntriesRequest { page_size: Some(size), page_token, ..question.clone() };
+                let answer =
+                    session.audit(question, async |mut client, request| client.list(request).await).await?;
+                Ok((answer.entries, answer.next_page_token))
+            })
+            .await?;
+        let note = fetched.note();
+        let answer = pb::ListAuditEntriesResponse { entries: fetched.items, next_page_token: fetched.next };
+        cx.show(&answer, |colours| table(&answer.entries, colours))?;
+        cx.console.note(&note.unwrap_or_default());
+        Ok(0)
+    }
+}
+
+fn table(entries: &[pb::AuditEntry], colours: bool) -> String {
+    let mut rows =
+        Rows::new(&["REVISION", "AT", "ACTION", "ACCOUNT", "USER", "KEY", "ACTOR", "METHOD"], colours);
+    for entry in entries {
+        rows.row([
+            text(entry.revision.to_string()),
+            text(entry.at.as_ref().map(rfc3339).unwrap_or_default()),
+            text(&entry.action),
+            text(&entry.account),
+            text(&entry.user),
+            text(&entry.key_id),
+            text(&entry.actor),
+            text(entry.method.rsplit('.').next().unwrap_or_default()),
+        ]);
+    }
+    rows.show("No changes.")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_entry_says_who_did_what_when() {
+        let entry = pb::AuditEntry {
+            revision: 7,
+            at: Some(prost_types::Timestamp { seconds: 0, nanos: 0 }),
+            action: "key.revoked".into(),
+            actor: "system".into(),
+            method: "keyward.v1.KeyService/Revoke".into(),
+            ..Default::default()
+        };
+        let text = table(&[entry], false);
+        for part in ["7", "1970-01-01T00:00:00Z", "key.revoked", "system", "KeyService/Revoke"] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+    }
+}

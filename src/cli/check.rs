@@ -1,0 +1,163 @@
+//! `keyward check`: asks whether a token is valid. The exit code is the verdict, for scripts.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+
+use super::{
+    context::Context,
+    failure::{Failure, REFUSED},
+    output, token,
+};
+use crate::pb;
+
+const EXAMPLES: &str = "\
+Exit codes: 0 allowed; 1 denied; 2 could not be answered (any error, bad usage included).
+
+The token that is asked about comes from a file or stdin, never from an argument. It is another one than the \
+caller's own (--token-file), which needs keyward:check.
+
+Example: keyward check --environment production --scope monitors:read --subject-token-file ./token";
+
+/// Where a token that is asked about comes from.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub(super) struct SubjectArgs {
+    /// File that holds the token to ask about, `-` for stdin
+    #[arg(long, value_name = "FILE")]
+    subject_token_file: Option<PathBuf>,
+    /// Read the token to ask about from stdin
+    #[arg(long)]
+    subject_stdin: bool,
+}
+
+impl SubjectArgs {
+    /// Reads the token.
+    pub(super) fn read(&self, cx: &Context<'_>) -> Result<token::Secret, Failure> {
+        let path = self.subject_token_file.as_deref().unwrap_or(Path::new("-"));
+        if token::is_stdin(path) && cx.stdin_is_taken() {
+            return Err(Failure::usage("stdin can hold one token, and the caller's own comes from there")
+                .hint("name a file in --token-file or --subject-token-file"));
+        }
+        token::read(path)
+    }
+}
+
+/// Flags of `keyward check`.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub(super) struct CheckArgs {
+    #[command(flatten)]
+    subject: SubjectArgs,
+    /// The environment that is asked about
+    #[arg(long, short, value_name = "NAME")]
+    environment: String,
+    /// Scopes that are all needed, concrete such as monitors:read (repeat, or separate by commas)
+    #[arg(long = "scope", short, value_name = "SCOPE", value_delimiter = ',')]
+    #[arg(required_unless_present = "authenticate_only")]
+    scopes: Vec<String>,
+    /// Ask only whether the token is valid, not what it may do
+    #[arg(long)]
+    authenticate_only: bool,
+    /// The account that is acted on; needed for user keys
+    #[arg(long, value_name = "ID")]
+    account: Option<String>,
+    /// The customer that is acted on
+    #[arg(long, value_name = "ID")]
+    customer: Option<String>,
+    /// The end client's address
+    #[arg(long, value_name = "IP")]
+    client_ip: Option<String>,
+    /// Units to consume of rate limits and quota [default: 1]
+    #[arg(long, value_name = "N")]
+    cost: Option<u64>,
+    /// Decide, and consume nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Answer only from a state at least as new as this revision
+    #[arg(long, value_name = "REVISION")]
+    min_revision: Option<u64>,
+}
+
+impl CheckArgs {
+    /// Asks, and answers with the verdict's exit code.
+    pub(super) async fn run(self, cx: &mut Context<'_>) -> Result<u8, Failure> {
+        let subject = self.subject.read(cx)?;
+        let session = cx.session()?;
+        let question = self.request(&subject);
+        let answer = session.authz(question, async |mut client, request| client.check(request).await).await?;
+        cx.show(&answer, |colours| output::check(&answer).show(colours))?;
+        Ok(if answer.allowed { 0 } else { REFUSED })
+    }
+
+    fn request(self, subject: &token::Secret) -> pb::CheckRequest {
+        pb::CheckRequest {
+            token: subject.reveal().to_owned(),
+            environment: self.environment,
+            scopes: self.scopes,
+            authenticate_only: self.authenticate_only,
+            account: self.account,
+            customer: self.customer,
+            client_ip: self.client_ip,
+            cost: self.cost,
+            dry_run: self.dry_run,
+            min_revision: self.min_revision,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Only {
+        #[command(flatten)]
+        args: CheckArgs,
+    }
+
+    fn read(line: &str) -> Result<CheckArgs, clap::Error> {
+        Only::try_parse_from(format!("check {line}").split_whitespace()).map(|only| only.args)
+    }
+
+    fn request(line: &str) -> pb::CheckRequest {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("token");
+        std::fs::write(&path, "kw_subject\n").unwrap();
+        read(line).unwrap().request(&token::read(&path).unwrap())
+    }
+
+    #[test]
+    fn flags_become_the_request() {
+        let asked = request(
+            "--environment production --scope a:b,c:d --scope e:f --account acme --customer c1 \
+             --client-ip ::1 --cost 3 --dry-run --min-revision 9 --subject-stdin",
+        );
+        assert_eq!(asked.token, "kw_subject");
+        assert_eq!(asked.scopes, ["a:b", "c:d", "e:f"]);
+        assert_eq!((asked.cost, asked.min_revision, asked.dry_run), (Some(3), Some(9), true));
+        assert_eq!((asked.account.as_deref(), asked.client_ip.as_deref()), (Some("acme"), Some("::1")));
+    }
+
+    #[test]
+    fn what_is_not_said_is_not_sent() {
+        let asked = request("--environment production --authenticate-only --subject-stdin");
+        assert!(asked.scopes.is_empty() && asked.authenticate_only);
+        assert_eq!((asked.account, asked.customer, asked.client_ip, asked.cost), (None, None, None, None));
+    }
+
+    #[test]
+    fn bad_usage_exits_with_2() {
+        for line in [
+            "--environment production --scope a:b",
+            "--environment production --subject-stdin",
+            "--scope a:b --subject-stdin",
+            "--environment production --scope a:b --subject-stdin --subject-token-file x",
+            "--environment production --scope a:b --subject-stdin --cost -1",
+        ] {
+            assert_eq!(read(line).unwrap_err().exit_code(), 2, "{line}");
+        }
+    }
+}

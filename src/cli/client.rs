@@ -1,0 +1,208 @@
+//! The connection to the server, and one way to ask over it: with the caller's token, a time limit and
+//! patience.
+
+use std::time::Duration;
+
+use tonic::{
+    Request, Response, Status,
+    metadata::{Ascii, MetadataValue},
+    transport::{Channel, Endpoint},
+};
+use zeroize::Zeroizing;
+
+use super::{console, failure::Failure, token};
+use crate::{
+    config::client::{ClientSettings, ServerUrl},
+    pb::{
+        account_service_client::AccountServiceClient, audit_service_client::AuditServiceClient,
+        authz_service_client::AuthzServiceClient, key_service_client::KeyServiceClient,
+    },
+};
+
+/// A page of keys with all they may hold is larger than the 4 MiB that clients take by default.
+const LARGEST_ANSWER: usize = 64 << 20;
+
+/// How long this side waits on after the server should have answered: its report is worth more than ours.
+const GRACE: Duration = Duration::from_millis(250);
+
+/// How long a call may take when nobody said.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Patience {
+    /// It is answered at once.
+    Short,
+    /// It is answered when every replica knows of the change, or its lease has run out.
+    Propagation,
+}
+
+impl Patience {
+    fn limit(self) -> Duration {
+        Duration::from_secs(match self {
+            Patience::Short => 10,
+            // The default lease is 60 s, and an unreachable replica is waited for 1.25 times as long.
+            Patience::Propagation => 90,
+        })
+    }
+}
+
+/// The caller, connected.
+pub(super) struct Session {
+    channel: Channel,
+    bearer: MetadataValue<Ascii>,
+    server: ServerUrl,
+    timeout: Option<Duration>,
+}
+
+impl Session {
+    /// Reads the caller's token and makes ready to connect, which the first call does.
+    pub(super) fn open(settings: &ClientSettings) -> Result<Session, Failure> {
+        let file = settings.token_file.as_deref().ok_or_else(|| {
+            Failure::usage("no token to call with").hint(
+                "name the file that holds it: --token-file FILE, KEYWARD_TOKEN_FILE, \
+                 or token_file in the configuration file",
+            )
+        })?;
+        let secret = token::read_own(file)?;
+        let text = Zeroizing::new(format!("Bearer {}", secret.reveal()));
+        let mut bearer: MetadataValue<Ascii> =
+            text.parse().map_err(|_| Failure::usage("the token cannot be sent"))?;
+        bearer.set_sensitive(true);
+        let limit = settings.timeout.unwrap_or(Patience::Short.limit());
+        let endpoint = Endpoint::from_shared(settings.server.as_str().to_owned())
+            .map_err(|_| Failure::usage(format!("{} is no server's address", settings.server)))?
+            .connect_timeout(limit);
+        Ok(Session {
+            channel: endpoint.connect_lazy(),
+            bearer,
+            server: settings.server.clone(),
+            timeout: settings.timeout,
+        })
+    }
+
+    /// Asks KeyService.
+    pub(super) async fn keys<Q, A>(
+        &self,
+        patience: Patience,
+        question: Q,
+        call: impl AsyncFnOnce(KeyServiceClient<Channel>, Request<Q>) -> Result<Response<A>, Status>,
+    ) -> Result<A, Failure> {
+        let client = KeyServiceClient::new(self.channel.clone()).max_decoding_message_size(LARGEST_ANSWER);
+        self.ask(patience, question, async |request| call(client, request).await).await
+    }
+
+    /// Asks AccountService.
+    pub(super) async fn accounts<Q, A>(
+        &self,
+        patience: Patience,
+        question: Q,
+        call: impl AsyncFnOnce(AccountServiceClient<Channel>, Request<Q>) -> Result<Response<A>, Status>,
+    ) -> Result<A, Failure> {
+        let client = AccountServiceClient::new(self.channel.clone());
+        self.ask(patience, question, async |request| call(client, request).await).await
+    }
+
+    /// Asks AuthzService.
+    pub(super) async fn authz<Q, A>(
+        &self,
+        question: Q,
+        call: impl AsyncFnOnce(AuthzServiceClient<Channel>, Request<Q>) -> Result<Response<A>, Status>,
+    ) -> Result<A, Failure> {
+        let client = AuthzServiceClient::new(self.channel.clone());
+        self.ask(Patience::Short, question, async |request| call(client, request).await).await
+    }
+
+    /// Asks AuditService.
+    pub(super) async fn audit<Q, A>(
+        &self,
+        question: Q,
+        call: impl AsyncFnOnce(AuditServiceClient<Channel>, Request<Q>) -> Result<Response<A>, Status>,
+    ) -> Result<A, Failure> {
+        let client = AuditServiceClient::new(self.channel.clone()).max_decoding_message_size(LARGEST_ANSWER);
+        self.ask(Patience::Short, question, async |request| call(client, request).await).await
+    }
+
+    async fn ask<Q, A>(
+        &self,
+        patience: Patience,
+        question: Q,
+        call: impl AsyncFnOnce(Request<Q>) -> Result<Response<A>, Status>,
+    ) -> Result<A, Failure> {
+        let limit = self.timeout.unwrap_or(patience.limit());
+        let mut request = Request::new(question);
+        request.metadata_mut().insert("authorization", self.bearer.clone());
+        // Tells the server how long there is; the transport gives up then too.
+        request.set_timeout(limit);
+        match tokio::time::timeout(limit + GRACE, console::watched(call(request))).await {
+            Ok(Ok(answer)) => Ok(answer.into_inner()),
+            // What the transport makes of its own time limit.
+            Ok(Err(status)) if status.code() == tonic::Code::Cancelled => Err(Failure::timeout(limit)),
+            Ok(Err(status)) => Err(Failure::status(&status, &self.server)),
+            Err(_) => Err(Failure::timeout(limit)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        config::client::{DEFAULT_SERVER, Output},
+        pb,
+    };
+
+    fn settings(server: &str, token: Option<&std::path::Path>) -> ClientSettings {
+        ClientSettings {
+            server: ServerUrl::parse(server).unwrap(),
+            token_file: token.map(Into::into),
+            output: Output::Table,
+            timeout: Some(Duration::from_millis(300)),
+        }
+    }
+
+    fn token_file(folder: &tempfile::TempDir) -> std::path::PathBuf {
+        let path = folder.path().join("token");
+        std::fs::write(&path, "kw_live_x").unwrap();
+        path
+    }
+
+    async fn whoami(server: &str) -> Failure {
+        let folder = tempfile::tempdir().unwrap();
+        let session = Session::open(&settings(server, Some(&token_file(&folder)))).unwrap();
+        let answer = session
+            .keys(Patience::Short, pb::WhoAmIRequest {}, async |mut client, request| {
+                client.who_am_i(request).await
+            })
+            .await;
+        answer.unwrap_err()
+    }
+
+    #[tokio::test]
+    async fn without_a_token_the_error_names_every_place_for_one() {
+        let error = Session::open(&settings(DEFAULT_SERVER, None)).err().unwrap().to_string();
+        assert!(error.contains("--token-file FILE, KEYWARD_TOKEN_FILE"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn the_callers_token_is_sent_as_a_sensitive_value() {
+        let folder = tempfile::tempdir().unwrap();
+        let session = Session::open(&settings(DEFAULT_SERVER, Some(&token_file(&folder)))).unwrap();
+        assert!(session.bearer.is_sensitive());
+        assert!(!format!("{:?}", session.bearer).contains("kw_live"));
+    }
+
+    #[tokio::test]
+    async fn a_server_that_is_not_there_is_unanswered() {
+        // A port that was free a moment ago.
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let error = whoami(&format!("127.0.0.1:{port}")).await;
+        assert_eq!(error.exit(), super::super::failure::UNANSWERED);
+        assert!(error.to_string().contains("cannot reach http://127.0.0.1:"), "{error}");
+        assert!(error.to_string().contains("refused"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_server_that_says_nothing_is_waited_for_only_so_long() {
+        let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let error = whoami(&silent.local_addr().unwrap().to_string()).await;
+        assert!(error.to_string().contains("no answer within 300ms"), "{error}");
+    }
+}

@@ -1,0 +1,43 @@
+//! `keyward completions`: what a shell needs to complete the other commands.
+
+use clap::{Args, CommandFactory as _};
+use clap_complete::Shell;
+
+use super::{Cli, console::Console, failure::Failure};
+
+/// Flags of `keyward completions`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Example: keyward completions bash > ~/.local/share/bash-completion/completions/keyward"
+)]
+pub(super) struct CompletionsArgs {
+    /// The shell to complete in
+    shell: Shell,
+}
+
+/// Prints the script.
+pub(super) fn run(args: CompletionsArgs, console: &mut Console) -> Result<u8, Failure> {
+    console.print(&script(args.shell))?;
+    Ok(0)
+}
+
+fn script(shell: Shell) -> String {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "keyward", &mut script);
+    String::from_utf8_lossy(&script).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::ValueEnum as _;
+
+    use super::*;
+
+    #[test]
+    fn every_shell_completes_every_command() {
+        for shell in Shell::value_variants() {
+            let script = script(*shell);
+            assert!(script.contains("finish-rotation") && script.contains("token-file"), "{shell}");
+        }
+    }
+}

@@ -1,0 +1,159 @@
+//! The terminal: writing to stdout and stderr, asking, and showing that something is under way.
+//!
+//! The only place of the client commands that prints. What is printed is made by `output` and `json`.
+
+use std::{
+    io::{self, BufRead as _, IsTerminal as _, Write},
+    time::Duration,
+};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use super::failure::Failure;
+use crate::config::client;
+
+/// A call that takes longer than this shows that it is under way.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Stdout and stderr, and what they can show.
+pub(super) struct Console {
+    out: Box<dyn Write>,
+    err: Box<dyn Write>,
+    /// Whether stdout takes colours.
+    pub(super) out_colours: bool,
+    /// Whether stderr takes colours.
+    pub(super) err_colours: bool,
+}
+
+impl Console {
+    /// The process's own.
+    pub(super) fn system() -> Console {
+        let colours = !client::colours_forbidden();
+        Console {
+            out_colours: colours && io::stdout().is_terminal(),
+            err_colours: colours && io::stderr().is_terminal(),
+            out: Box::new(io::stdout()),
+            err: Box::new(io::stderr()),
+        }
+    }
+
+    /// Prints to stdout. A reader that has gone (`| head`) has seen enough: that is no failure.
+    pub(super) fn print(&mut self, text: &str) -> Result<(), Failure> {
+        match self.out.write_all(text.as_bytes()).and_then(|()| self.out.flush()) {
+            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+                Err(Failure::usage(format!("cannot write to stdout: {error}")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Prints to stderr, as far as that is possible.
+    pub(super) fn note(&mut self, text: &str) {
+        let _ = self.err.write_all(text.as_bytes()).and_then(|()| self.err.flush());
+    }
+
+    /// Asks a person who sits at the terminal; without one, or with `yes`, the answer is known.
+    pub(super) fn confirm(&mut self, question: &str, yes: bool) -> Result<(), Failure> {
+        if yes || !io::stdin().is_terminal() {
+            return Ok(());
+        }
+        self.note(&format!("{question} [y/N] "));
+        let mut answer = String::new();
+        let read = io::stdin().lock().read_line(&mut answer);
+        if read.is_ok() && matches!(answer.trim().to_ascii_lowercase().as_str(), "y" | "yes") {
+            return Ok(());
+        }
+        Err(Failure::declined())
+    }
+}
+
+/// What a test prints to.
+#[cfg(test)]
+#[derive(Clone, Default)]
+pub(super) struct Printed(std::rc::Rc<std::cell::RefCell<Vec<u8>>>);
+
+#[cfg(test)]
+impl Printed {
+    pub(super) fn text(&self) -> String {
+        String::from_utf8(self.0.borrow().clone()).unwrap()
+    }
+
+    /// A console that prints to `out` and `err`.
+    pub(super) fn console(out: &Printed, err: &Printed) -> Console {
+        Console {
+            out: Box::new(out.clone()),
+            err: Box::new(err.clone()),
+            out_colours: false,
+            err_colours: false,
+        }
+    }
+}
+
+#[cfg(test)]
+impl Write for Printed {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.borrow_mut().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Waits for `work`, and shows a spinner on a terminal when it takes long.
+pub(super) async fn watched<T>(work: impl Future<Output = T>) -> T {
+    let mut work = std::pin::pin!(work);
+    tokio::select! {
+        done = &mut work => return done,
+        () = tokio::time::sleep(PATIENCE), if io::stderr().is_terminal() => {}
+    }
+    let spinner = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+    spinner.set_style(ProgressStyle::default_spinner());
+    spinner.set_message("waiting for the server");
+    spinner.enable_steady_tick(Duration::from_millis(120));
+    let done = work.await;
+    spinner.finish_and_clear();
+    done
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Fails(io::ErrorKind);
+
+    impl Write for Fails {
+        fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+            Err(self.0.into())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn console(kind: io::ErrorKind) -> Console {
+        Console {
+            out: Box::new(Fails(kind)),
+            err: Box::new(Fails(kind)),
+            out_colours: false,
+            err_colours: false,
+        }
+    }
+
+    #[test]
+    fn a_reader_that_has_gone_is_no_failure_but_a_full_disk_is() {
+        assert!(console(io::ErrorKind::BrokenPipe).print("x").is_ok());
+        assert!(console(io::ErrorKind::StorageFull).print("x").is_err());
+    }
+
+    #[test]
+    fn a_stderr_that_cannot_be_written_stops_nothing() {
+        console(io::ErrorKind::BrokenPipe).note("x");
+    }
+
+    #[test]
+    fn yes_is_not_asked_for_again() {
+        assert!(console(io::ErrorKind::Other).confirm("Revoke?", true).is_ok());
+    }
+}

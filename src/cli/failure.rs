@@ -1,0 +1,329 @@
+//! What went wrong, told to people: what, in which field, why, and what to do; and the exit code it means.
+//!
+//! A server's answer is shown by its message and its details, never as a debug dump. Tokens are in no
+//! request's error, and nothing here has one at hand.
+
+use std::{error::Error, fmt, io, time::Duration};
+
+use prost::Message as _;
+use tonic::{Code, Status};
+use tonic_types::StatusExt as _;
+
+use super::{table::clean, values::rfc3339};
+use crate::{
+    config::{
+        client::{ServerUrl, SettingsError},
+        duration,
+    },
+    pb,
+};
+
+/// The server refused.
+pub(super) const REFUSED: u8 = 1;
+
+/// No answer could be had, or none was asked for: bad usage, no connection, a server in trouble.
+pub(super) const UNANSWERED: u8 = 2;
+
+/// Why a command did not do what it was asked.
+#[derive(Debug)]
+pub(super) struct Failure {
+    exit: u8,
+    message: String,
+    details: Vec<String>,
+    hint: Option<String>,
+}
+
+impl Failure {
+    /// The command cannot be carried out as it was given.
+    pub(super) fn usage(message: impl Into<String>) -> Failure {
+        Failure { exit: UNANSWERED, message: message.into(), details: Vec::new(), hint: None }
+    }
+
+    /// The server did what it was asked, and the answer is not what was wanted.
+    pub(super) fn refused(message: impl Into<String>) -> Failure {
+        Failure { exit: REFUSED, ..Failure::usage(message) }
+    }
+
+    /// The person at the terminal said no.
+    pub(super) fn declined() -> Failure {
+        Failure::refused("not confirmed: nothing was changed")
+    }
+
+    /// No answer within the time that was given.
+    pub(super) fn timeout(after: Duration) -> Failure {
+        Failure::usage(format!("no answer within {}", duration::format(after)))
+            .hint(hint_for(Code::DeadlineExceeded))
+    }
+
+    /// What the server answered instead of a response.
+    pub(super) fn status(status: &Status, server: &ServerUrl) -> Failure {
+        if let Some(cause) = connection_error(status) {
+            return Failure::usage(format!("cannot reach {server}: {cause}"))
+                .hint("is the server running there? --server or KEYWARD_SERVER names another");
+        }
+        let reason =
+            status.get_details_error_info().map(|info| info.reason).filter(|reason| !reason.is_empty());
+        let fields: Vec<(String, String)> = status
+            .get_details_bad_request()
+            .into_iter()
+            .flat_map(|request| request.field_violations)
+            .map(|violation| (violation.field, violation.description))
+            .collect();
+        let message = headline(status.message(), &fields);
+        let mut details: Vec<String> =
+            fields.iter().map(|(field, problem)| format!("{field}: {problem}")).collect();
+        details.extend(propagation(status).iter().flat_map(unconfirmed));
+        details.push(match &reason {
+            Some(reason) => format!("reason: {reason} ({})", code_name(status.code())),
+            None => format!("code: {}", code_name(status.code())),
+        });
+        let hint = reason.as_deref().and_then(hint_for_reason);
+        Failure {
+            exit: exit_for(status.code(), reason.as_deref()),
+            message,
+            details,
+            hint: Some(hint.unwrap_or_else(|| hint_for(status.code())).to_owned()),
+        }
+    }
+
+    /// Adds what to do about it.
+    pub(super) fn hint(self, hint: impl Into<String>) -> Failure {
+        Failure { hint: Some(hint.into()), ..self }
+    }
+
+    /// The same where the server's refusal is no answer either.
+    pub(super) fn unanswered(self) -> Failure {
+        Failure { exit: UNANSWERED, ..self }
+    }
+
+    /// The exit code that it means.
+    pub(super) fn exit(&self) -> u8 {
+        self.exit
+    }
+}
+
+impl From<SettingsError> for Failure {
+    fn from(error: SettingsError) -> Failure {
+        Failure::usage(error.to_string())
+    }
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Failure {
+        Failure::usage(error.to_string())
+    }
+}
+
+/// The lines that stderr shows.
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "error: {}", clean(&self.message))?;
+        for detail in &self.details {
+            writeln!(f, "  {}", clean(detail))?;
+        }
+        match &self.hint {
+            Some(hint) if !hint.is_empty() => writeln!(f, "hint: {hint}"),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The server's message, without the fields that follow it line by line.
+fn headline(message: &str, fields: &[(String, String)]) -> String {
+    let listed = fields.first().and_then(|(field, problem)| message.find(&format!("{field}: {problem}")));
+    let headline = message[..listed.unwrap_or(message.len())].trim_end_matches([' ', ':']);
+    if headline.is_empty() { "the server gave no reason".to_owned() } else { headline.to_owned() }
+}
+
+/// The innermost cause, of a status that was made on this side because there was no connection.
+fn connection_error(status: &Status) -> Option<String> {
+    let mut error = status.source()?;
+    while let Some(source) = error.source() {
+        error = source;
+    }
+    matches!(status.code(), Code::Unavailable | Code::Unknown).then(|| error.to_string())
+}
+
+/// How far a change has reached, which a DEADLINE_EXCEEDED tells.
+fn propagation(status: &Status) -> Option<pb::Propagation> {
+    let details = tonic_types::Status::decode(status.details()).ok()?.details;
+    let report = details.iter().find(|any| any.type_url.ends_with("/keyward.v1.Propagation"))?;
+    pb::Propagation::decode(report.value.as_slice()).ok()
+}
+
+fn unconfirmed(report: &pb::Propagation) -> Vec<String> {
+    let mut lines: Vec<String> = report
+        .unconfirmed
+        .iter()
+        .map(|replica| format!("not confirmed yet: replica {}", replica.replica))
+        .collect();
+    if let Some(instant) = &report.complete_by {
+        lines.push(format!("the change is made, and in force everywhere by {}", rfc3339(instant)));
+    }
+    lines
+}
+
+/// A refusal stays one however often it is asked for; what may go well another time is no answer.
+fn exit_for(code: Code, reason: Option<&str>) -> u8 {
+    match code {
+        Code::ResourceExhausted if reason == Some("STORE_FULL") => UNANSWERED,
+        Code::InvalidArgument
+        | Code::NotFound
+        | Code::AlreadyExists
+        | Code::PermissionDenied
+        | Code::Unauthenticated
+        | Code::ResourceExhausted
+        | Code::FailedPrecondition
+        | Code::OutOfRange => REFUSED,
+        _ => UNANSWERED,
+    }
+}
+
+fn hint_for_reason(reason: &str) -> Option<&'static str> {
+    Some(match reason {
+        "KEY_NAME_TAKEN" => {
+            "choose another --name, or revoke the key that has it (keyward keys list --name-prefix ...)"
+        }
+        "ACCOUNT_EXISTS" => "choose another --id, or look at the one there is: keyward accounts get ID",
+        "GRANT_BEYOND_CALLER" => {
+            "a key gives out only what it holds itself: ask for less, or use a wider token"
+        }
+        "KEY_NOT_ACTIVE" => "enable the key, or give it a later --expires, first",
+        "IDEMPOTENCY_KEY_REUSED" => "use a new --idempotency-key: this one belongs to another request",
+        "PERMISSION_MISSING" => "grant the scope to the caller's key, or name another with --token-file",
+        "STORE_FULL" => "make room for the database, then send it again",
+        "OUTCOME_UNKNOWN" => "send it again: with the same --idempotency-key nothing is made twice",
+        _ => return None,
+    })
+}
+
+fn hint_for(code: Code) -> &'static str {
+    match code {
+        Code::InvalidArgument => "see --help for what each flag takes",
+        Code::Unauthenticated => "is it the right token? --token-file or KEYWARD_TOKEN_FILE names the file",
+        Code::PermissionDenied => "keyward whoami shows what the token may do",
+        Code::NotFound => {
+            "look for typos; what belongs to another account is answered as if it did not exist"
+        }
+        Code::ResourceExhausted | Code::Unavailable | Code::Aborted => "try again in a moment",
+        Code::DeadlineExceeded | Code::Cancelled => {
+            "a change may have been made all the same: look before repeating it, or give a longer --timeout"
+        }
+        Code::Unimplemented => "the server does not know this call: is it Keyward, and of this version?",
+        Code::Internal | Code::Unknown | Code::DataLoss => "the server's log says more",
+        _ => "",
+    }
+}
+
+fn code_name(code: Code) -> &'static str {
+    match code {
+        Code::Ok => "OK",
+        Code::Cancelled => "CANCELLED",
+        Code::Unknown => "UNKNOWN",
+        Code::InvalidArgument => "INVALID_ARGUMENT",
+        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
+        Code::NotFound => "NOT_FOUND",
+        Code::AlreadyExists => "ALREADY_EXISTS",
+        Code::PermissionDenied => "PERMISSION_DENIED",
+        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
+        Code::FailedPrecondition => "FAILED_PRECONDITION",
+        Code::Aborted => "ABORTED",
+        Code::OutOfRange => "OUT_OF_RANGE",
+        Code::Unimplemented => "UNIMPLEMENTED",
+        Code::Internal => "INTERNAL",
+        Code::Unavailable => "UNAVAILABLE",
+        Code::DataLoss => "DATA_LOSS",
+        Code::Unauthenticated => "UNAUTHENTICATED",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tonic_types::{ErrorDetails, pb::Status as RpcStatus};
+
+    use super::*;
+
+    /// A status as a server sends it.
+    #[expect(clippy::disallowed_methods, reason = "the test plays the server")]
+    fn status(code: Code, message: &str, details: ErrorDetails) -> Status {
+        Status::with_error_details(code, message, details)
+    }
+
+    fn shown(status: &Status) -> (u8, String) {
+        let failure = Failure::status(status, &ServerUrl::parse("http://kw:1").unwrap());
+        (failure.exit(), failure.to_string())
+    }
+
+    #[test]
+    fn a_bad_request_is_told_field_by_field_with_its_reason() {
+        let mut details = ErrorDetails::with_error_info("INVALID_REQUEST", "keyward", []);
+        details.add_bad_request_violation("name", "must be 1-255 characters");
+        details.add_bad_request_violation("scopes[1]", "must be one to four segments");
+        let message =
+            "invalid request: name: must be 1-255 characters; scopes[1]: must be one to four segments";
+        let (exit, text) = shown(&status(Code::InvalidArgument, message, details));
+        assert_eq!(exit, REFUSED);
+        assert_eq!(
+            text,
+            "error: invalid request\n  name: must be 1-255 characters\n  \
+             scopes[1]: must be one to four segments\n  reason: INVALID_REQUEST (INVALID_ARGUMENT)\n\
+             hint: see --help for what each flag takes\n"
+        );
+    }
+
+    #[test]
+    fn a_known_reason_has_its_own_hint() {
+        let details = ErrorDetails::with_error_info("KEY_NAME_TAKEN", "keyward", []);
+        let (exit, text) = shown(&status(Code::AlreadyExists, "the name is taken", details));
+        assert_eq!(exit, REFUSED);
+        assert!(text.contains("reason: KEY_NAME_TAKEN (ALREADY_EXISTS)"), "{text}");
+        assert!(text.contains("hint: choose another --name"), "{text}");
+    }
+
+    #[test]
+    fn a_server_in_trouble_is_no_refusal() {
+        for code in
+            [Code::Unavailable, Code::DeadlineExceeded, Code::Cancelled, Code::Internal, Code::Unimplemented]
+        {
+            let (exit, text) = shown(&status(code, "", ErrorDetails::new()));
+            assert_eq!(exit, UNANSWERED, "{code:?}");
+            assert!(text.contains(code_name(code)) && text.contains("hint: "), "{text}");
+        }
+        assert_eq!(Failure::timeout(Duration::from_secs(10)).exit(), UNANSWERED);
+    }
+
+    #[test]
+    fn a_full_database_is_trouble_and_a_used_up_limit_a_refusal() {
+        let exit = |reason: &str| {
+            let details = ErrorDetails::with_error_info(reason, "keyward", []);
+            shown(&status(Code::ResourceExhausted, "no", details)).0
+        };
+        assert_eq!((exit("STORE_FULL"), exit("RATE_LIMITED")), (UNANSWERED, REFUSED));
+    }
+
+    #[test]
+    #[expect(clippy::disallowed_methods, reason = "the test plays the server")]
+    fn a_change_that_has_not_reached_everyone_says_whom() {
+        let report = pb::Propagation {
+            unconfirmed: vec![pb::UnconfirmedReplica { replica: "eu-2".into(), ..Default::default() }],
+            complete_by: Some(prost_types::Timestamp { seconds: 0, nanos: 0 }),
+            ..Default::default()
+        };
+        let any = prost_types::Any {
+            type_url: "type.googleapis.com/keyward.v1.Propagation".into(),
+            value: report.encode_to_vec(),
+        };
+        let details = RpcStatus { code: 4, message: String::new(), details: vec![any] }.encode_to_vec();
+        let (exit, text) =
+            shown(&Status::with_details(Code::DeadlineExceeded, "still waiting", details.into()));
+        assert_eq!(exit, UNANSWERED);
+        assert!(text.contains("not confirmed yet: replica eu-2"), "{text}");
+        assert!(text.contains("by 1970-01-01T00:00:00Z"), "{text}");
+    }
+
+    #[test]
+    fn a_servers_words_cannot_steer_the_terminal() {
+        let (_, text) = shown(&status(Code::Internal, "a\u{1b}[2Jb\nc", ErrorDetails::new()));
+        assert!(text.starts_with("error: a\u{fffd}[2Jb\u{fffd}c\n"), "{text:?}");
+    }
+}

@@ -1,0 +1,245 @@
+//! Responses as JSON: what `--output json` promises to programs.
+//!
+//! One object. Names as in the protos, every field there in the protos' order, `null` where it is absent;
+//! instants are RFC 3339 in UTC, durations text such as `1m30s`, enums their proto names, all numbers
+//! numbers, bytes hexadecimal digits. A field that the protos gain does not compile until it is listed here.
+
+use std::collections::BTreeMap;
+
+use serde::{Serialize, Serializer, ser::SerializeMap as _};
+
+use super::values::{rfc3339, spoken};
+use crate::{domain::token::Hex, pb};
+
+/// A message as one JSON object, with a line end.
+pub(super) fn object(message: &impl Json) -> String {
+    // Maps of text, numbers and lists: there is nothing that serde_json cannot write.
+    let mut text = serde_json::to_string_pretty(&As(message)).unwrap_or_default();
+    text.push('\n');
+    text
+}
+
+/// What `--output json` can show.
+pub(super) trait Json {
+    /// Writes the value.
+    fn write<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error>;
+}
+
+/// A value of a message, as JSON has it.
+struct As<'a, T>(&'a T);
+
+impl<T: Json> Serialize for As<'_, T> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        self.0.write(serializer)
+    }
+}
+
+macro_rules! plain {
+    ($($type:ty),*) => {
+        $(impl Json for $type {
+            fn write<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                self.serialize(serializer)
+            }
+        })*
+    };
+}
+
+plain!(String, bool, u32, u64, BTreeMap<String, String>);
+
+impl<T: Json> Json for Option<T> {
+    fn write<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        self.as_ref().map(As).serialize(serializer)
+    }
+}
+
+impl<T: Json> Json for Vec<T> {
+    fn write<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(self.iter().map(As))
+    }
+}
+
+impl Json for prost_types::Timestamp {
+    fn write<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&rfc3339(self))
+    }
+}
+
+impl Json for prost_types::Duration {
+    fn write<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&spoken(self))
+    }
+}
+
+/// What enums and bytes are shown as; a value that this build does not know stays a number.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Shown {
+    Name(&'static str),
+    Number(i32),
+    Names(Vec<Shown>),
+    Digits(String),
+}
+
+fn name<E: TryFrom<i32>>(value: i32, name: fn(&E) -> &'static str) -> Shown {
+    E::try_from(value).map_or(Shown::Number(value), |known| Shown::Name(name(&known)))
+}
+
+fn state_name(value: &i32) -> Shown {
+    name(*value, pb::KeyState::as_str_name)
+}
+
+fn revoke_name(value: &i32) -> Shown {
+    name(*value, pb::RevokeReason::as_str_name)
+}
+
+fn period_name(value: &i32) -> Shown {
+    name(*value, pb::QuotaPeriod::as_str_name)
+}
+
+fn reason_name(value: &i32) -> Shown {
+    name(*value, pb::Reason::as_str_name)
+}
+
+fn reason_names(values: &[i32]) -> Shown {
+    Shown::Names(values.iter().map(reason_name).collect())
+}
+
+fn digits(bytes: &[u8]) -> Shown {
+    Shown::Digits(Hex(bytes).to_string())
+}
+
+/// A token is there or not; it is never an empty text.
+fn present(token: &String) -> Option<&String> {
+    Some(token).filter(|token| !token.is_empty())
+}
+
+macro_rules! messages {
+    ($($message:ident { $($field:ident $(as $show:path)?),* $(,)? })*) => {
+        $(impl Json for pb::$message {
+            fn write<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                let pb::$message { $($field),* } = self;
+                let mut map = serializer.serialize_map(None)?;
+                $(map.serialize_entry(stringify!($field), &messages!(@ $field $($show)?))?;)*
+                map.end()
+            }
+        })*
+    };
+    (@ $field:ident) => { As($field) };
+    (@ $field:ident $show:path) => { $show($field) };
+}
+
+messages! {
+    Key {
+        id, account, user, environment, name, hint, scopes, roles, customers, allowed_cidrs, rate_limits,
+        quota, metadata, state as state_name, created_at, created_by, updated_at, expires_at, last_used_at,
+        revoked_at, revoke_reason as revoke_name, secrets, revision, revoke_comment,
+    }
+    Secret { version, hint, created_at, expires_at, last_used_at }
+    RateLimit { name, limit, window }
+    Quota { limit, period as period_name }
+    Propagation { complete, confirmed, unconfirmed, complete_by, sync_replicated }
+    UnconfirmedReplica { replica, last_seen, lease_ends_by }
+    CreateKeyResponse { key, token as present, revision, replayed }
+    GetKeyResponse { key }
+    ListKeysResponse { keys, next_page_token }
+    UpdateKeyResponse { key, revision, propagation }
+    DisableKeyResponse { key, revision, propagation }
+    EnableKeyResponse { key, revision, propagation }
+    RevokeKeyResponse { key, revision, propagation }
+    RotateKeyResponse { key, token as present, replayed, revision, previous_expires_at, propagation }
+    FinishRotationResponse { key, revision, propagation }
+    LookupKeyResponse { key, secret_version }
+    WhoAmIResponse { account, key }
+    AccountName { id, name }
+    RevokeSelfResponse { revision, propagation }
+    Account { id, name, suspended, created_at, updated_at, revision, longest_life }
+    CreateAccountResponse { account, revision }
+    GetAccountResponse { account }
+    ListAccountsResponse { accounts, next_page_token }
+    UpdateAccountResponse { account, revision }
+    SuspendAccountResponse { account, revision, propagation }
+    ResumeAccountResponse { account, revision }
+    CheckResponse {
+        allowed, reason as reason_name, message, failures as reason_names, missing_scopes, key_id, key_name,
+        account, user, environment, scopes, secret_version, metadata, rate_limits, retry_after, expires_at,
+        revision, staleness, max_age,
+    }
+    RateLimitState { name, limit, remaining, reset_after }
+    ListAuditEntriesResponse { entries, next_page_token }
+    AuditEntry {
+        revision, at, action, account, key_id, actor, actor_account, method, detail, hash as digits, user,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn value(message: &impl Json) -> Value {
+        serde_json::from_str(&object(message)).unwrap()
+    }
+
+    #[test]
+    fn a_response_keeps_the_names_and_the_order_of_the_protos() {
+        let answer = pb::RevokeSelfResponse {
+            revision: 1 << 60,
+            propagation: Some(pb::Propagation { complete: true, ..Default::default() }),
+        };
+        assert_eq!(
+            object(&answer),
+            r#"{
+  "revision": 1152921504606846976,
+  "propagation": {
+    "complete": true,
+    "confirmed": [],
+    "unconfirmed": [],
+    "complete_by": null,
+    "sync_replicated": false
+  }
+}
+"#
+        );
+    }
+
+    #[test]
+    fn enums_have_their_proto_names_instants_rfc_3339_and_durations_units() {
+        let mut key = pb::Key {
+            created_at: Some(prost_types::Timestamp { seconds: 0, nanos: 0 }),
+            ..Default::default()
+        };
+        key.set_state(pb::KeyState::Active);
+        key.quota = Some(pb::Quota { limit: 5, period: pb::QuotaPeriod::Month.into() });
+        key.rate_limits = vec![pb::RateLimit {
+            name: "a".into(),
+            limit: 1,
+            window: Some(prost_types::Duration { seconds: 90, nanos: 0 }),
+        }];
+        let key = value(&key);
+        assert_eq!(key["state"], "KEY_STATE_ACTIVE");
+        assert_eq!(key["created_at"], "1970-01-01T00:00:00Z");
+        assert_eq!(key["expires_at"], Value::Null);
+        assert_eq!(key["quota"], json!({ "limit": 5, "period": "QUOTA_PERIOD_MONTH" }));
+        assert_eq!(key["rate_limits"], json!([{ "name": "a", "limit": 1, "window": "1m30s" }]));
+
+        let check = value(&pb::CheckResponse { reason: 4, failures: vec![4, 999], ..Default::default() });
+        assert_eq!(check["reason"], "REASON_REVOKED");
+        assert_eq!(check["failures"], json!(["REASON_REVOKED", 999]));
+    }
+
+    #[test]
+    fn a_token_that_is_not_there_is_null() {
+        let token = |token: &str| {
+            value(&pb::CreateKeyResponse { token: token.into(), ..Default::default() })["token"].take()
+        };
+        assert_eq!(token("kw_x"), "kw_x");
+        assert_eq!(token(""), Value::Null);
+    }
+
+    #[test]
+    fn bytes_are_hexadecimal_digits() {
+        let entry = value(&pb::AuditEntry { hash: vec![0, 255], ..Default::default() });
+        assert_eq!(entry["hash"], "00ff");
+    }
+}

@@ -1,0 +1,154 @@
+//! `keyward keys create`.
+
+use clap::Args;
+
+use super::policy::PolicyArgs;
+use crate::{
+    cli::{
+        client::Patience,
+        context::Context,
+        failure::Failure,
+        issue::{Delivery, IssueArgs},
+        values::{Expiry, proto_duration},
+    },
+    pb,
+};
+
+const EXAMPLES: &str = "\
+Without --expires the key never ends. The token is shown once and stored nowhere: it alone goes to stdout, \
+what else there is to say to stderr; with --output json it is the field `token` (null with --write-token).
+
+Example: keyward keys create --account acme --environment production --scope monitors:read --expires 90d";
+
+/// Flags of `keyward keys create`.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub(in crate::cli) struct CreateArgs {
+    /// The account that owns the key; an account's own callers may leave it out
+    #[arg(long, value_name = "ID", conflicts_with = "user")]
+    account: Option<String>,
+    /// The user who owns the key
+    #[arg(long, value_name = "ID")]
+    user: Option<String>,
+    /// The one environment in which the key works
+    #[arg(long, short, value_name = "NAME")]
+    environment: String,
+    #[command(flatten)]
+    policy: PolicyArgs,
+    /// Start of the token, instead of the configured one
+    #[arg(long)]
+    prefix: Option<String>,
+    /// Makes it safe to send the request again: the same key comes back, and no second one
+    #[arg(long, value_name = "TEXT")]
+    idempotency_key: Option<String>,
+    #[command(flatten)]
+    issue: IssueArgs,
+}
+
+impl CreateArgs {
+    pub(super) async fn run(self, cx: &mut Context<'_>) -> Result<u8, Failure> {
+        let session = cx.session()?;
+        let delivery = Delivery::prepare(&self.issue)?;
+        let question = request(self.account, self.user, self.environment, self.policy);
+        let question =
+            pb::CreateKeyRequest { prefix: self.prefix, idempotency_key: self.idempotency_key, ..question };
+        let answer = session
+            .keys(Patience::Short, question, async |mut client, request| client.create(request).await)
+            .await?;
+        delivery.hand_over(cx, answer)
+    }
+}
+
+fn request(
+    account: Option<String>,
+    user: Option<String>,
+    environment: String,
+    policy: PolicyArgs,
+) -> pb::CreateKeyRequest {
+    // A life is told as its length: the server's clock decides, not this machine's.
+    let (expires_at, ttl) = match policy.expires {
+        None | Some(Expiry::Never) => (None, None),
+        Some(Expiry::In(life)) => (None, Some(proto_duration(life))),
+        Some(Expiry::At(instant)) => (Some(instant), None),
+    };
+    pb::CreateKeyRequest {
+        account: account.unwrap_or_default(),
+        user: user.unwrap_or_default(),
+        environment,
+        name: policy.name,
+        scopes: policy.scopes,
+        roles: policy.roles,
+        expires_at,
+        ttl,
+        customers: policy.customers,
+        allowed_cidrs: policy.allowed_cidrs,
+        rate_limits: policy.rate_limits,
+        quota: policy.quota,
+        metadata: policy.metadata.into_iter().collect(),
+        ..Default::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Only {
+        #[command(flatten)]
+        args: CreateArgs,
+    }
+
+    fn read(line: &str) -> Result<CreateArgs, clap::Error> {
+        Only::try_parse_from(format!("create {line}").split_whitespace()).map(|only| only.args)
+    }
+
+    fn asked(line: &str) -> pb::CreateKeyRequest {
+        let args = read(line).unwrap();
+        request(args.account, args.user, args.environment, args.policy)
+    }
+
+    #[test]
+    fn flags_become_the_request() {
+        let asked = asked(
+            "--account acme --environment production --name ci --scope a:b,c:* --scope d:e --role agent \
+             --customer c1,c2 --allow-cidr 10.0.0.0/8 --rate-limit calls=100/1m --rate-limit slow=5/1h \
+             --quota 1000/month --metadata team=x --metadata url=a=b,c",
+        );
+        assert_eq!((asked.account.as_str(), asked.user.as_str()), ("acme", ""));
+        assert_eq!(asked.scopes, ["a:b", "c:*", "d:e"]);
+        assert_eq!(asked.customers, ["c1", "c2"]);
+        assert_eq!(asked.rate_limits.len(), 2);
+        assert_eq!(
+            asked.quota.map(|quota| (quota.limit, quota.period())),
+            Some((1000, pb::QuotaPeriod::Month))
+        );
+        assert_eq!(asked.metadata["url"], "a=b,c", "a note's value is not a list");
+    }
+
+    #[test]
+    fn a_relative_expiry_is_left_to_the_servers_clock() {
+        let of = |expires: &str| {
+            let asked = asked(&format!("--environment dev --scope a:b {expires}"));
+            (asked.expires_at.map(|at| at.seconds), asked.ttl.map(|ttl| ttl.seconds))
+        };
+        assert_eq!(of("--expires 90d"), (None, Some(90 * 86_400)));
+        assert_eq!(of("--expires 1970-01-01T00:01:00Z"), (Some(60), None));
+        assert_eq!(of("--expires never"), (None, None));
+        assert_eq!(of(""), (None, None));
+    }
+
+    #[test]
+    fn bad_usage_is_told_before_anything_is_sent() {
+        for line in [
+            "--scope a:b",
+            "--environment dev --account a --user u --scope a:b",
+            "--environment dev --scope a:b --expires soon",
+            "--environment dev --scope a:b --token-only --write-token f",
+        ] {
+            assert_eq!(read(line).unwrap_err().exit_code(), 2, "{line}");
+        }
+    }
+}

@@ -1,0 +1,175 @@
+//! `keyward keys list`.
+
+use clap::{Args, ValueEnum};
+
+use crate::{
+    cli::{
+        client::Patience,
+        context::Context,
+        failure::Failure,
+        output,
+        paging::PageArgs,
+        table::{Rows, text},
+        values::{Future, Past, rfc3339},
+    },
+    clock::{Clock, SystemClock},
+    pb,
+};
+
+/// A key's state, as a filter.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum State {
+    Active,
+    Disabled,
+    Expired,
+    Revoked,
+}
+
+impl From<State> for pb::KeyState {
+    fn from(state: State) -> pb::KeyState {
+        match state {
+            State::Active => pb::KeyState::Active,
+            State::Disabled => pb::KeyState::Disabled,
+            State::Expired => pb::KeyState::Expired,
+            State::Revoked => pb::KeyState::Revoked,
+        }
+    }
+}
+
+/// Flags of `keyward keys list`.
+#[derive(Debug, Args)]
+pub(in crate::cli) struct ListArgs {
+    /// Service keys of this account; an account's own callers may leave it out
+    #[arg(long, value_name = "ID", conflicts_with = "user")]
+    account: Option<String>,
+    /// User keys of this user
+    #[arg(long, value_name = "ID")]
+    user: Option<String>,
+    /// Only keys of this environment
+    #[arg(long, short, value_name = "NAME")]
+    environment: Option<String>,
+    /// Only keys in this state (repeat, or separate by commas)
+    #[arg(long = "state", value_enum, value_name = "STATE", value_delimiter = ',')]
+    states: Vec<State>,
+    /// Only keys whose name starts so
+    #[arg(long, value_name = "TEXT")]
+    name_prefix: Option<String>,
+    /// Only keys not seen since then: a duration ago (30d) or an instant (RFC 3339); never seen counts too
+    #[arg(long, value_name = "WHEN", value_parser = Past::parse)]
+    unused_since: Option<Past>,
+    /// Only keys that expire before then: a duration from now (2w) or an instant (RFC 3339)
+    #[arg(long, value_name = "WHEN", value_parser = Future::parse)]
+    expires_before: Option<Future>,
+    #[command(flatten)]
+    page: PageArgs,
+}
+
+impl ListArgs {
+    pub(super) async fn run(self, cx: &mut Context<'_>) -> Result<u8, Failure> {
+        let session = cx.session()?;
+        let question = self.request(&SystemClock);
+        let fetched = self
+            .page
+            .fetch(async |size, page_token| {
+                let question = pb::ListKeysRequest { page_size: Some(size), page_token, ..question.clone() };
+                let answer = session
+                    .keys(Patience::Short, question, async |mut client, request| client.list(request).await)
+                    .await?;
+                Ok((answer.keys, answer.next_page_token))
+            })
+            .await?;
+        let note = fetched.note();
+        let answer = pb::ListKeysResponse { keys: fetched.items, next_page_token: fetched.next };
+        cx.show(&answer, |colours| table(&answer.keys, colours))?;
+        cx.console.note(&note.unwrap_or_default());
+        Ok(0)
+    }
+
+    fn request(&self, clock: &dyn Clock) -> pb::ListKeysRequest {
+        pb::ListKeysRequest {
+            account: self.account.clone().unwrap_or_default(),
+            user: self.user.clone().unwrap_or_default(),
+            environment: self.environment.clone().unwrap_or_default(),
+            states: self.states.iter().map(|state| pb::KeyState::from(*state).into()).collect(),
+            name_prefix: self.name_prefix.clone().unwrap_or_default(),
+            unused_since: self.unused_since.map(|past| past.resolve(clock)),
+            expires_before: self.expires_before.map(|future| future.resolve(clock)),
+            ..Default::default()
+        }
+    }
+}
+
+fn table(keys: &[pb::Key], colours: bool) -> String {
+    let header = ["ID", "NAME", "OWNER", "ENVIRONMENT", "STATE", "HINT", "GRANTS", "EXPIRES", "LAST USED"];
+    let mut rows = Rows::new(&header, colours);
+    for key in keys {
+        rows.row([
+            text(&key.id),
+            text(&key.name),
+            text(output::owner(key)),
+            text(&key.environment),
+            output::state(key),
+            text(&key.hint),
+            text(grants(key)),
+            text(key.expires_at.as_ref().map_or_else(|| "never".to_owned(), rfc3339)),
+            text(key.last_used_at.as_ref().map_or_else(|| "never".to_owned(), rfc3339)),
+        ]);
+    }
+    rows.show("No keys.")
+}
+
+/// The first grants; a list has no room for 256.
+fn grants(key: &pb::Key) -> String {
+    let roles = key.roles.iter().map(|role| format!("role {role}"));
+    let all: Vec<String> = key.scopes.iter().cloned().chain(roles).collect();
+    match all.len() {
+        0..=3 => all.join(", "),
+        more => format!("{}, and {} more", all[..2].join(", "), more - 2),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::{clock::ManualClock, domain::time::Timestamp};
+
+    #[derive(Debug, Parser)]
+    struct Only {
+        #[command(flatten)]
+        args: ListArgs,
+    }
+
+    #[test]
+    fn filters_become_the_request() {
+        let line = "list --account acme --environment dev --state active,revoked --name-prefix ci \
+                    --unused-since 1d --expires-before 1d";
+        let args = Only::try_parse_from(line.split_whitespace()).unwrap().args;
+        let asked = args.request(&ManualClock::at(Timestamp::from_micros(100_000_000_000)));
+        assert_eq!((asked.account.as_str(), asked.environment.as_str()), ("acme", "dev"));
+        assert_eq!(asked.states, [pb::KeyState::Active as i32, pb::KeyState::Revoked as i32]);
+        assert_eq!(asked.unused_since.map(|at| at.seconds), Some(100_000 - 86_400));
+        assert_eq!(asked.expires_before.map(|at| at.seconds), Some(100_000 + 86_400));
+    }
+
+    #[test]
+    fn many_grants_are_counted_not_listed() {
+        let key = |scopes: &[&str]| pb::Key {
+            scopes: scopes.iter().map(|scope| (*scope).to_owned()).collect(),
+            roles: vec!["agent".into()],
+            ..Default::default()
+        };
+        assert_eq!(grants(&key(&["a", "b"])), "a, b, role agent");
+        assert_eq!(grants(&key(&["a", "b", "c"])), "a, b, and 2 more");
+    }
+
+    #[test]
+    fn a_list_shows_a_key_on_one_line_off_the_terminal() {
+        let key =
+            pb::Key { id: "0197".into(), user: "ada".into(), name: "x".repeat(200), ..Default::default() };
+        let text = table(&[key], false);
+        assert_eq!(text.lines().count(), 2, "{text}");
+        assert!(text.contains("user ada"), "{text}");
+    }
+}

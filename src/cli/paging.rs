@@ -1,0 +1,104 @@
+//! Lists longer than a page: fetched page by page, up to a limit.
+
+use clap::Args;
+
+use super::failure::Failure;
+
+/// Small enough for an answer that arrives at once, large enough for few of them.
+const PAGE: usize = 500;
+
+/// How much of a list to fetch.
+#[derive(Debug, Args)]
+pub(super) struct PageArgs {
+    /// Show at most so many
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
+    limit: u32,
+    /// Show all
+    #[arg(long, conflicts_with = "limit")]
+    all: bool,
+}
+
+/// What was fetched.
+#[derive(Debug)]
+pub(super) struct Fetched<T> {
+    pub(super) items: Vec<T>,
+    /// Where the rest begins; empty when there is none.
+    pub(super) next: String,
+}
+
+impl<T> Fetched<T> {
+    /// What to tell people when this is not all.
+    pub(super) fn note(&self) -> Option<String> {
+        (!self.next.is_empty()).then(|| {
+            format!("There are more than these {}: --all shows all, --limit N more.\n", self.items.len())
+        })
+    }
+}
+
+impl PageArgs {
+    /// Fetches pages. `page` is given a page's size and the token it starts from.
+    pub(super) async fn fetch<T>(
+        &self,
+        mut page: impl AsyncFnMut(u32, String) -> Result<(Vec<T>, String), Failure>,
+    ) -> Result<Fetched<T>, Failure> {
+        let most = if self.all { usize::MAX } else { self.limit as usize };
+        let mut fetched = Fetched { items: Vec::new(), next: String::new() };
+        loop {
+            let size = PAGE.min(most - fetched.items.len());
+            let (items, next) = page(size as u32, fetched.next.clone()).await?;
+            fetched.items.extend(items);
+            if next == fetched.next && !next.is_empty() {
+                return Err(Failure::usage("the server repeats the same page for ever"));
+            }
+            fetched.next = next;
+            if fetched.next.is_empty() || fetched.items.len() >= most {
+                return Ok(fetched);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A list of 1,200 numbers whose page tokens are where they start.
+    async fn fetch(limit: u32, all: bool) -> (usize, String, Vec<u32>) {
+        let mut sizes = Vec::new();
+        let fetched = PageArgs { limit, all }
+            .fetch(async |size, token: String| {
+                sizes.push(size);
+                let start: u32 = token.parse().unwrap_or(0);
+                let end = (start + size).min(1_200);
+                Ok(((start..end).collect(), if end < 1_200 { end.to_string() } else { String::new() }))
+            })
+            .await
+            .unwrap();
+        assert!(
+            fetched.items.iter().copied().eq(0..fetched.items.len() as u32),
+            "nothing twice, nothing missed"
+        );
+        (fetched.items.len(), fetched.next, sizes)
+    }
+
+    #[tokio::test]
+    async fn pages_are_fetched_up_to_the_limit_and_no_further() {
+        assert_eq!(fetch(100, false).await, (100, "100".to_owned(), vec![100]));
+        assert_eq!(fetch(700, false).await, (700, "700".to_owned(), vec![500, 200]));
+        assert_eq!(fetch(5_000, false).await, (1_200, String::new(), vec![500, 500, 500]));
+    }
+
+    #[tokio::test]
+    async fn all_is_all() {
+        assert_eq!(fetch(1, true).await, (1_200, String::new(), vec![500, 500, 500]));
+    }
+
+    #[tokio::test]
+    async fn a_server_that_repeats_a_page_is_left() {
+        let error = PageArgs { limit: 1, all: true }
+            .fetch(async |_, _| Ok((vec![0u8], "same".to_owned())))
+            .await
+            .unwrap_err();
+        assert!(error.to_string().contains("repeats"), "{error}");
+    }
+}

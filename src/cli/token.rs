@@ -1,0 +1,217 @@
+//! Tokens on their way in and out: read from a file or stdin, written to a new file, recognised where they
+//! must not stand.
+//!
+//! Never from an argument and never from the environment: both are shown to other processes. What is read is
+//! wiped after use and cannot be printed.
+
+use std::{
+    ffi::OsString,
+    fmt, fs,
+    io::{self, Read, Write as _},
+    os::unix::fs::OpenOptionsExt as _,
+    path::{Path, PathBuf},
+};
+
+use zeroize::Zeroizing;
+
+use super::failure::Failure;
+
+/// Far above the longest token; what is longer was not meant.
+const MOST: usize = 4096;
+
+/// A token in the clear. It cannot be printed.
+pub(super) struct Secret(Zeroizing<String>);
+
+impl Secret {
+    /// The token itself, for the one request it belongs into.
+    pub(super) fn reveal(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secret(..)")
+    }
+}
+
+/// Whether the path stands for stdin.
+pub(super) fn is_stdin(path: &Path) -> bool {
+    path.as_os_str() == "-"
+}
+
+/// Reads the caller's own token.
+pub(super) fn read_own(path: &Path) -> Result<Secret, Failure> {
+    let secret = read(path)?;
+    if secret.0.bytes().all(|byte| byte.is_ascii_graphic()) && !secret.0.is_empty() {
+        return Ok(secret);
+    }
+    Err(Failure::usage(format!("{} holds no token", place(path)))
+        .hint("the file must hold the token alone, as `keyward keys create --write-token FILE` writes it"))
+}
+
+/// Reads a token to ask about, whatever it looks like: that is the question.
+pub(super) fn read(path: &Path) -> Result<Secret, Failure> {
+    let text =
+        if is_stdin(path) { read_all(io::stdin().lock()) } else { fs::File::open(path).and_then(read_all) };
+    text.map(Secret)
+        .map_err(|error| Failure::usage(format!("cannot read a token from {}: {error}", place(path))))
+}
+
+fn read_all(from: impl Read) -> io::Result<Zeroizing<String>> {
+    // As large as it can become: growing would leave copies behind.
+    let mut bytes = Zeroizing::new(Vec::with_capacity(MOST + 1));
+    from.take(MOST as u64 + 1).read_to_end(&mut bytes)?;
+    if bytes.len() > MOST {
+        return Err(io::Error::other("too much for a token"));
+    }
+    let text = std::str::from_utf8(&bytes).map_err(|_| io::Error::other("not text"))?;
+    Ok(Zeroizing::new(text.trim_ascii().to_owned()))
+}
+
+fn place(path: &Path) -> String {
+    if is_stdin(path) { "stdin".to_owned() } else { path.display().to_string() }
+}
+
+/// A new file for a token, readable by its owner alone. It is made before the token is, so that a path that
+/// cannot be written costs no key; without a token it goes again.
+#[derive(Debug)]
+pub(super) struct TokenFile {
+    file: fs::File,
+    path: PathBuf,
+    written: bool,
+}
+
+impl TokenFile {
+    /// Makes the file. One that exists is refused: it may hold a token that is in use.
+    pub(super) fn create(path: &Path) -> Result<TokenFile, Failure> {
+        match fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path) {
+            Ok(file) => Ok(TokenFile { file, path: path.to_owned(), written: false }),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                Err(Failure::usage(format!("{} exists already", path.display()))
+                    .hint("name a new file: nothing is overwritten"))
+            }
+            Err(error) => Err(Failure::usage(format!("cannot make {}: {error}", path.display()))),
+        }
+    }
+
+    /// Writes the token, a line of its own, through to the disk.
+    pub(super) fn write(mut self, token: &str) -> io::Result<()> {
+        self.file.write_all(token.as_bytes())?;
+        self.file.write_all(b"\n")?;
+        self.file.sync_all()?;
+        self.written = true;
+        Ok(())
+    }
+}
+
+impl Drop for TokenFile {
+    fn drop(&mut self) {
+        if !self.written {
+            // Nothing is lost when this fails: the file is empty or incomplete.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Whether an argument is a token, or holds one as `--flag=TOKEN` or in a list. Told by the published
+/// pattern, without its checksum: a mistyped token is a secret too.
+pub(super) fn among(arguments: &[OsString]) -> bool {
+    arguments
+        .iter()
+        .filter_map(|argument| argument.to_str())
+        .any(|argument| argument.split(['=', ',']).any(matches_pattern))
+}
+
+/// `domain::token::PATTERN`; a test holds the two together.
+fn matches_pattern(text: &str) -> bool {
+    let Some((head, body)) = text.rsplit_once('_') else {
+        return false;
+    };
+    body.len() == 49
+        && body.bytes().all(|byte| byte.is_ascii_alphanumeric())
+        && (1..=33).contains(&head.len())
+        && head.starts_with(|first: char| first.is_ascii_lowercase())
+        && head.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_')
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+    use crate::domain::{
+        name::{TokenPrefix, TokenTag},
+        token::{PATTERN, Token},
+    };
+
+    fn token(prefix: &str, tag: &str) -> Token {
+        Token::generate(&TokenPrefix::parse(prefix).unwrap(), &TokenTag::parse(tag).unwrap(), &[7; 32])
+    }
+
+    #[test]
+    fn a_secret_cannot_be_printed() {
+        assert_eq!(format!("{:?}", Secret(Zeroizing::new("kw_x".to_owned()))), "Secret(..)");
+    }
+
+    #[test]
+    fn a_token_among_the_arguments_is_noticed_wherever_it_stands() {
+        assert_eq!(PATTERN, "^[a-z][a-z0-9_]{0,32}_[0-9A-Za-z]{49}$", "the pattern here must follow");
+        for (prefix, tag) in [("kw", "live"), ("izli_agent", ""), ("a", "")] {
+            let token = token(prefix, tag);
+            let token = token.reveal();
+            for argument in [token.to_owned(), format!("--token={token}"), format!("x,{token}")] {
+                assert!(among(&["keys".into(), argument.into()]));
+            }
+            assert!(!among(&[token[1..].to_uppercase().into(), token[..30].into()]));
+        }
+        for harmless in
+            ["--name", "kw_live_0000", "0197c0de-0000-7000-8000-000000000000", "/run/kw_live_token", ""]
+        {
+            assert!(!among(&[harmless.into()]), "{harmless:?}");
+        }
+    }
+
+    #[test]
+    fn the_line_end_is_not_part_of_the_token() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("token");
+        fs::write(&path, "kw_x\r\n").unwrap();
+        assert_eq!(read_own(&path).unwrap().reveal(), "kw_x");
+    }
+
+    #[test]
+    fn a_file_that_holds_no_token_is_refused_without_its_content() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("token");
+        for content in ["", "\n", "kw_one\nkw_two", "Bearer kw_x", "k\u{e9}y"] {
+            fs::write(&path, content).unwrap();
+            let error = read_own(&path).unwrap_err().to_string();
+            assert!(error.contains("holds no token") && !error.contains("kw_"), "{error}");
+        }
+        fs::write(&path, [b'k', 0xff]).unwrap();
+        assert!(read_own(&path).unwrap_err().to_string().contains("not text"));
+        fs::write(&path, vec![b'k'; MOST + 1]).unwrap();
+        assert!(read_own(&path).unwrap_err().to_string().contains("too much"));
+        assert!(read_own(&folder.path().join("none")).unwrap_err().to_string().contains("cannot read"));
+    }
+
+    #[test]
+    fn a_token_file_is_the_owners_alone_and_never_overwritten() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("token");
+        TokenFile::create(&path).unwrap().write("kw_x").unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "kw_x\n");
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        assert!(TokenFile::create(&path).unwrap_err().to_string().contains("exists already"));
+        assert_eq!(fs::read_to_string(&path).unwrap(), "kw_x\n");
+    }
+
+    #[test]
+    fn a_token_file_without_a_token_goes_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("token");
+        drop(TokenFile::create(&path).unwrap());
+        assert!(!path.exists());
+    }
+}

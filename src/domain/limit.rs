@@ -1,0 +1,218 @@
+//! Rate limits and quotas as arithmetic: how many units are left, and when there will be more. Where the state
+//! is kept, and who takes turns on it, is the engine's business.
+
+use std::time::Duration;
+
+use super::{
+    key::{Quota, QuotaPeriod, RateLimit},
+    time::Timestamp,
+};
+
+/// What is known of a rate limit after a request: the GCRA's "theoretical arrival time", the instant at which
+/// every unit is there again, in microseconds since 1970 times the limit (so that nothing is ever rounded).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Level(u128);
+
+/// What a limit says of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Standing {
+    /// Units left, after the request if it was allowed.
+    pub remaining: u64,
+    /// When all units are there again.
+    pub reset_after: Duration,
+    /// How long until the request would be allowed; `None` = it is now, or never will be.
+    pub retry_after: Option<Duration>,
+    /// Whether the request is allowed.
+    pub allowed: bool,
+}
+
+fn micros(at: Timestamp) -> u128 {
+    u128::try_from(at.as_micros()).unwrap_or(0)
+}
+
+/// Time in the unit of a level, as time; rounded up, so that whoever waits so long has waited long enough.
+fn time(scaled: u128, limit: u128) -> Duration {
+    Duration::from_micros(u64::try_from(scaled.div_ceil(limit)).unwrap_or(u64::MAX))
+}
+
+/// Judges a request of `cost` units by the Generic Cell Rate Algorithm (ITU-T I.371): `limit` units in any
+/// `window`, burst equal to `limit`. Gives the level after the request, were it allowed.
+#[must_use]
+pub fn gcra(limit: &RateLimit, level: Level, cost: u64, now: Timestamp) -> (Level, Standing) {
+    let (units, window) = (u128::from(limit.limit.max(1)), limit.window.as_micros().max(1));
+    let now = micros(now) * units;
+    let full = window * units;
+    // A clock that was set back must not lock a key out for longer than a window.
+    let level_now = level.0.clamp(now, now + full);
+    let after = level_now + u128::from(cost) * window;
+    let allowed = after - now <= full;
+    let counted = if allowed { after } else { level_now };
+    let standing = Standing {
+        remaining: u64::try_from((full - (counted - now)) / window).unwrap_or(u64::MAX),
+        reset_after: time(counted - now, units),
+        retry_after: (!allowed && u128::from(cost) <= units).then(|| time(after - now - full, units)),
+        allowed,
+    };
+    (Level(after), standing)
+}
+
+/// What was used of a quota, and in which period.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Spent {
+    /// Start of the period.
+    pub period: Timestamp,
+    /// Units used in it.
+    pub used: u64,
+}
+
+/// The start of the period that `now` lies in, and of the next one. `Total` has one period, from 1970 on.
+#[must_use]
+pub fn period(of: QuotaPeriod, now: Timestamp) -> (Timestamp, Option<Timestamp>) {
+    const HOUR: i64 = 3_600_000_000;
+    let slice = |length: i64| {
+        let start = now.as_micros().div_euclid(length) * length;
+        (Timestamp::from_micros(start), Some(Timestamp::from_micros(start + length)))
+    };
+    match of {
+        QuotaPeriod::Hour => slice(HOUR),
+        QuotaPeriod::Day => slice(24 * HOUR),
+        QuotaPeriod::Month => month(now),
+        QuotaPeriod::Total => (Timestamp::from_micros(0), None),
+    }
+}
+
+/// The calendar month of an instant, by the civil-from-days algorithm of the proleptic Gregorian calendar
+/// (jiff does it; only the instants are ours).
+fn month(now: Timestamp) -> (Timestamp, Option<Timestamp>) {
+    let start_of = |date: jiff::civil::Date| {
+        let zoned = date.to_zoned(jiff::tz::TimeZone::UTC).ok()?;
+        Some(Timestamp::from_micros(zoned.timestamp().as_microsecond()))
+    };
+    let found = || {
+        let at = jiff::Timestamp::from_microsecond(now.as_micros()).ok()?;
+        let first = at.to_zoned(jiff::tz::TimeZone::UTC).date().first_of_month();
+        let next = first.checked_add(jiff::Span::new().months(1)).ok()?;
+        Some((start_of(first)?, start_of(next)))
+    };
+    // Out of the calendar (after the year 9999) the last month does not end.
+    found().unwrap_or((Timestamp::from_micros(0), None))
+}
+
+/// Judges a request of `cost` units by a quota. Gives what is spent after the request, were it allowed.
+#[must_use]
+pub fn spend(quota: &Quota, spent: Option<Spent>, cost: u64, now: Timestamp) -> (Spent, Standing) {
+    let (start, next) = period(quota.period, now);
+    let used = spent.filter(|spent| spent.period == start).map_or(0, |spent| spent.used);
+    let allowed = used.checked_add(cost).is_some_and(|after| after <= quota.limit);
+    let counted = if allowed { used + cost } else { used };
+    let until_next = next.map(|next| next.since(now));
+    let standing = Standing {
+        remaining: quota.limit.saturating_sub(counted),
+        reset_after: until_next.unwrap_or_default(),
+        retry_after: if allowed || cost > quota.limit { None } else { until_next },
+        allowed,
+    };
+    (Spent { period: start, used: used.saturating_add(cost) }, standing)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn at(micros: i64) -> Timestamp {
+        Timestamp::from_micros(1_700_000_000_000_000 + micros)
+    }
+
+    fn limit(units: u64, window_ms: u64) -> RateLimit {
+        RateLimit { name: "l".to_owned(), limit: units, window: Duration::from_millis(window_ms) }
+    }
+
+    #[test]
+    fn a_burst_of_the_whole_limit_is_allowed_and_then_one_by_one() {
+        let limit = limit(3, 3000);
+        let mut level = Level::default();
+        for left in [2, 1, 0] {
+            let (after, standing) = gcra(&limit, level, 1, at(0));
+            assert_eq!((standing.allowed, standing.remaining), (true, left));
+            level = after;
+        }
+        let (_, standing) = gcra(&limit, level, 1, at(0));
+        assert!(!standing.allowed);
+        assert_eq!(standing.retry_after, Some(Duration::from_secs(1)));
+        assert_eq!(standing.reset_after, Duration::from_secs(3));
+        assert!(!gcra(&limit, level, 1, at(999_999)).1.allowed);
+        assert!(gcra(&limit, level, 1, at(1_000_000)).1.allowed);
+    }
+
+    #[test]
+    fn a_cost_above_the_limit_never_fits() {
+        let (_, standing) = gcra(&limit(3, 1000), Level::default(), 4, at(0));
+        assert_eq!((standing.allowed, standing.retry_after), (false, None));
+    }
+
+    #[test]
+    fn a_clock_set_back_locks_nobody_out_for_longer_than_a_window() {
+        let limit = limit(1, 1000);
+        let (level, _) = gcra(&limit, Level::default(), 1, at(3_600_000_000));
+        let (_, standing) = gcra(&limit, level, 1, at(0));
+        assert_eq!(standing.retry_after, Some(Duration::from_secs(1)));
+    }
+
+    #[test]
+    fn periods_begin_on_the_calendar() {
+        let read =
+            |text: &str| Timestamp::from_micros(text.parse::<jiff::Timestamp>().unwrap().as_microsecond());
+        let now = read("2024-02-29T13:45:10Z");
+        for (of, start, next) in [
+            (QuotaPeriod::Hour, "2024-02-29T13:00:00Z", "2024-02-29T14:00:00Z"),
+            (QuotaPeriod::Day, "2024-02-29T00:00:00Z", "2024-03-01T00:00:00Z"),
+            (QuotaPeriod::Month, "2024-02-01T00:00:00Z", "2024-03-01T00:00:00Z"),
+        ] {
+            assert_eq!(period(of, now), (read(start), Some(read(next))), "{of:?}");
+        }
+        assert_eq!(period(QuotaPeriod::Total, now).1, None);
+    }
+
+    #[test]
+    fn a_quota_is_full_again_in_the_next_period_and_credits_never() {
+        let day = Quota { limit: 2, period: QuotaPeriod::Day };
+        let (spent, standing) = spend(&day, None, 2, at(0));
+        assert_eq!((standing.allowed, standing.remaining), (true, 0));
+        let (_, standing) = spend(&day, Some(spent), 1, at(0));
+        assert!(!standing.allowed);
+        let tomorrow = at(0).plus(standing.retry_after.unwrap());
+        assert!(spend(&day, Some(spent), 1, tomorrow).1.allowed);
+        let total = Quota { limit: 2, period: QuotaPeriod::Total };
+        let (spent, _) = spend(&total, None, 2, at(0));
+        let (_, standing) = spend(&total, Some(spent), 1, tomorrow.plus(Duration::from_secs(1 << 30)));
+        assert_eq!((standing.allowed, standing.retry_after), (false, None));
+    }
+
+    proptest! {
+        /// A naive bucket with exact fractions: `limit` units, one more each `window / limit`.
+        #[test]
+        fn the_gcra_agrees_with_a_bucket_counted_in_fractions(
+            units in 1u64..50, window_ms in 1u64..5000,
+            steps in proptest::collection::vec((0i64..2_000_000, 1u64..6), 1..60),
+        ) {
+            let limit = limit(units, window_ms);
+            let window = i128::from(window_ms) * 1000;
+            // The bucket in units times the window, so that one microsecond adds `units`.
+            let full = i128::from(units) * window;
+            let (mut level, mut bucket, mut now) = (Level::default(), full, 0i64);
+            for (wait, cost) in steps {
+                now += wait;
+                bucket = full.min(bucket + i128::from(wait) * i128::from(units));
+                let fits = bucket >= i128::from(cost) * window;
+                let (after, standing) = gcra(&limit, level, cost, at(now));
+                prop_assert_eq!(standing.allowed, fits);
+                if fits {
+                    bucket -= i128::from(cost) * window;
+                    level = after;
+                }
+                prop_assert_eq!(i128::from(standing.remaining), bucket / window);
+            }
+        }
+    }
+}

@@ -1,0 +1,198 @@
+//! Many keys at once: Import and BulkRevoke. Each key is a change of its own, and group commit puts many into
+//! one transaction; one that fails never stops the rest.
+
+use std::collections::HashMap;
+
+use futures_util::{StreamExt as _, stream};
+
+use crate::{
+    access::Caller,
+    domain::{
+        decision::Reason,
+        key::{Key, Owner, RevokeReason, Secret},
+        log::Action,
+        name::{AccountId, KeyId, UserId},
+        time::{Revision, Timestamp},
+        token::Digest,
+    },
+    refusal::{Refusal, Thing},
+    store::{Count, Hour, KeyFilter, Outcome, OwnerFilter},
+};
+
+use super::{Keys, NewKey, View, into_key, write};
+
+/// How many writes of one call wait for the writer at a time: one transaction is filled while another commits.
+const AT_ONCE: usize = 512;
+/// How many keys one BulkRevoke handles; `more` says that there are others.
+pub const MOST_REVOKED: u32 = 5000;
+
+/// A key made elsewhere.
+#[derive(Clone, Debug)]
+pub struct ImportedKey {
+    /// The key.
+    pub key: NewKey,
+    /// The digest of its token.
+    pub digest: Digest,
+    /// What lists show of its token.
+    pub hint: String,
+}
+
+/// Which keys BulkRevoke means.
+#[derive(Clone, Debug)]
+pub struct BulkRevoke {
+    /// Whose, when, where and called what.
+    pub filter: KeyFilter,
+    /// Say what would be revoked, and revoke nothing.
+    pub dry_run: bool,
+    /// Why.
+    pub reason: RevokeReason,
+    /// What is said of it.
+    pub comment: String,
+}
+
+/// What became of one key.
+#[derive(Debug)]
+pub struct BulkRevoked {
+    /// The key, as it is now.
+    pub view: View,
+    /// Why it was not revoked, if it was not.
+    pub failure: Option<Refusal>,
+}
+
+impl Keys {
+    /// Takes in keys made elsewhere. The results are in the order of the keys.
+    pub async fn import(
+        &self,
+        caller: &Caller,
+        keys: Vec<Result<ImportedKey, Refusal>>,
+    ) -> Vec<Result<View, Refusal>> {
+        stream::iter(keys.into_iter().map(|key| async { self.import_one(caller, key?).await }))
+            .buffered(AT_ONCE)
+            .collect()
+            .await
+    }
+
+    async fn import_one(&self, caller: &Caller, imported: ImportedKey) -> Result<View, Refusal> {
+        let ImportedKey { key, digest, hint } = imported;
+        let now = key.now;
+        let secret = Secret { version: 1, digest, hint, created_at: now, expires_at: None };
+        let key = self.new_key(caller, &key, secret)?;
+        match self.writer.write(write(caller, key, None, Action::KeyImported, now, None)).await? {
+            Outcome::Applied(change) => Ok(self.view(into_key(change)?, &[])),
+            Outcome::Replayed(_) => Err(Refusal::Contended),
+        }
+    }
+
+    /// Revokes every key that is meant and not revoked yet, at most [`MOST_REVOKED`]. Gives what became of
+    /// each, and whether there are more.
+    ///
+    /// # Errors
+    /// When the caller may not, or the store fails before anything was done.
+    pub async fn bulk_revoke(
+        &self,
+        caller: &Caller,
+        bulk: BulkRevoke,
+    ) -> Result<(Vec<BulkRevoked>, bool), Refusal> {
+        match &bulk.filter.owner {
+            OwnerFilter::AllButOperators => caller.must_be_operator()?,
+            OwnerFilter::Account(account) => {
+                self.engine.index.account(account).ok_or(Refusal::NotFound(Thing::Account))?;
+                self.may_write(caller, &Owner::Account(account.clone()))?;
+            }
+            OwnerFilter::User(user) => {
+                let owner = Owner::User(user.clone());
+                if !caller.sees(&owner) {
+                    return Err(Refusal::NotFound(Thing::Key));
+                }
+            }
+        }
+        let mut stored = self.store.keys(&bulk.filter, None, MOST_REVOKED + 1).await?;
+        let more = stored.len() > MOST_REVOKED as usize;
+        stored.truncate(MOST_REVOKED as usize);
+        if bulk.dry_run {
+            let views = stored.into_iter().map(|stored| self.view_stored(stored));
+            return Ok((views.map(|view| BulkRevoked { view, failure: None }).collect(), more));
+        }
+        let revoked = stream::iter(stored.into_iter().map(|stored| async {
+            let revoke = self.revoke(caller, stored.key.id, bulk.reason, bulk.comment.clone());
+            match revoke.await {
+                Ok(view) => BulkRevoked { view, failure: None },
+                Err(refusal) => BulkRevoked { view: self.view_stored(stored), failure: Some(refusal) },
+            }
+        }));
+        Ok((revoked.buffered(AT_ONCE).collect().await, more))
+    }
+
+    /// Revokes every key of a user who is no member anywhere any more. Gives how many.
+    ///
+    /// # Errors
+    /// When the store fails; what was revoked stays so.
+    pub async fn revoke_all_of(&self, caller: &Caller, user: &UserId) -> Result<usize, Refusal> {
+        // The membership has ended, so whoever ended it may end what it carried.
+        let caller = Caller { account: AccountId::operator(), acting_user: None, ..caller.clone() };
+        let filter = self.everything_of(OwnerFilter::User(user.clone()));
+        let comment = "the user was removed from the last account".to_owned();
+        let bulk = BulkRevoke { filter, dry_run: false, reason: RevokeReason::OwnerLeft, comment };
+        let mut count = 0;
+        loop {
+            let (revoked, more) = self.bulk_revoke(&caller, bulk.clone()).await?;
+            for key in revoked {
+                key.failure.map_or(Ok(()), Err)?;
+                count += 1;
+            }
+            if !more {
+                return Ok(count);
+            }
+        }
+    }
+
+    /// The keys of an owner that are not revoked.
+    fn everything_of(&self, owner: OwnerFilter) -> KeyFilter {
+        use crate::domain::key::State;
+        KeyFilter {
+            owner,
+            environment: None,
+            states: vec![State::Active, State::Disabled, State::Expired],
+            name_prefix: String::new(),
+            unused_since: None,
+            expires_before: None,
+            created_before: None,
+            now: self.clock.now(),
+        }
+    }
+
+    /// How often a key was allowed and denied, in steps of `hours`.
+    ///
+    /// # Errors
+    /// When the key does not exist for the caller, or the store fails.
+    pub async fn usage(
+        &self,
+        caller: &Caller,
+        id: KeyId,
+        from: Hour,
+        to: Hour,
+        hours: u32,
+    ) -> Result<Vec<(Timestamp, HashMap<Reason, u64>)>, Refusal> {
+        self.visible(caller, id).await?;
+        self.engine.usage.flush(&*self.store).await?;
+        let counts = self.store.usage(id, from, to).await?;
+        let step = i64::from(hours.max(1));
+        let mut buckets: Vec<(Timestamp, HashMap<Reason, u64>)> = Vec::new();
+        for Count { hour, reason, count, .. } in counts {
+            let start = Hour(from.0 + (hour.0 - from.0).div_euclid(step) * step).start();
+            if buckets.last().is_none_or(|(last, _)| *last != start) {
+                buckets.push((start, HashMap::new()));
+            }
+            if let Some((_, bucket)) = buckets.last_mut() {
+                *bucket.entry(reason).or_default() += count;
+            }
+        }
+        Ok(buckets)
+    }
+}
+
+/// The newest revision of a bulk's keys.
+#[must_use]
+pub fn newest<'a>(keys: impl IntoIterator<Item = &'a Key>) -> Revision {
+    keys.into_iter().map(|key| key.revision).max().unwrap_or_default()
+}

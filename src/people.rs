@@ -1,0 +1,249 @@
+//! What can be done with roles and members. Both carry rights, so nobody gives through them what they do not
+//! hold: neither by making a role, nor by giving one to a member.
+
+use std::sync::Arc;
+
+use crate::{
+    access::Caller,
+    clock::Clock,
+    domain::{
+        account::{Member, Role},
+        log::{Action, Change},
+        name::{AccountId, RoleName, UserId},
+        scope::ScopeSet,
+        time::Revision,
+    },
+    engine::Engine,
+    keys::Keys,
+    refusal::{Refusal, Thing},
+    store::{
+        Outcome, Rejection, Store, Write,
+        writer::{WriteError, Writer},
+    },
+};
+
+const ATTEMPTS: u32 = 16;
+
+/// The use cases of roles and members.
+pub struct People {
+    store: Arc<dyn Store>,
+    writer: Writer,
+    engine: Arc<Engine>,
+    keys: Arc<Keys>,
+    clock: Arc<dyn Clock>,
+}
+
+impl std::fmt::Debug for People {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("People").finish_non_exhaustive()
+    }
+}
+
+impl People {
+    /// The use cases over a store, its writer and the engine that follows it.
+    #[must_use]
+    pub fn new(
+        store: Arc<dyn Store>,
+        writer: Writer,
+        engine: Arc<Engine>,
+        keys: Arc<Keys>,
+        clock: Arc<dyn Clock>,
+    ) -> Self {
+        People { store, writer, engine, keys, clock }
+    }
+
+    /// Whether the caller acts on the account, and it exists.
+    fn account(&self, caller: &Caller, account: &AccountId) -> Result<(), Refusal> {
+        caller.account_meant(Some(account.clone()))?;
+        self.engine.index.account(account).map(drop).ok_or(Refusal::NotFound(Thing::Account))
+    }
+
+    /// Global roles are made and changed by operators.
+    fn role_home(&self, caller: &Caller, account: Option<&AccountId>) -> Result<(), Refusal> {
+        match account {
+            Some(account) => self.account(caller, account),
+            None => caller.must_be_operator(),
+        }
+    }
+
+    /// What a role grants as it is; nothing, where there is none.
+    fn held(&self, account: Option<&AccountId>, name: &RoleName) -> ScopeSet {
+        self.engine.index.role(account, name).map(|role| role.scopes.clone()).unwrap_or_default()
+    }
+
+    /// Writes a change from the record as it stands, again if it moved meanwhile.
+    async fn change(
+        &self,
+        caller: &Caller,
+        action: Action,
+        make: impl Fn() -> Result<(Change, Option<Revision>), Refusal>,
+    ) -> Result<Change, Refusal> {
+        for _ in 0..ATTEMPTS {
+            let (change, expect) = make()?;
+            let write = Write {
+                change,
+                expect,
+                action,
+                actor: caller.actor(),
+                method: caller.method,
+                at: self.clock.now(),
+                idempotency: None,
+            };
+            match self.writer.write(write).await {
+                Ok(Outcome::Applied(change)) => return Ok(change),
+                Ok(Outcome::Replayed(_)) | Err(WriteError::Rejected(Rejection::Conflict)) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Err(Refusal::Contended)
+    }
+
+    /// Makes a role, or changes what it grants.
+    ///
+    /// # Errors
+    /// When the caller could not grant its scopes, old or new, or the account does not exist for it.
+    pub async fn put_role(
+        &self,
+        caller: &Caller,
+        account: Option<AccountId>,
+        name: RoleName,
+        scopes: ScopeSet,
+    ) -> Result<Arc<Role>, Refusal> {
+        self.role_home(caller, account.as_ref())?;
+        caller.may_grant(&scopes)?;
+        let change = self
+            .change(caller, Action::RolePut, || {
+                let before = self.engine.index.role_record(account.as_ref(), &name);
+                if let Some(before) = &before {
+                    caller.may_grant(&before.scopes)?;
+                }
+                let (account, name, scopes) = (account.clone(), name.clone(), scopes.clone());
+                let role = Role { account, name, scopes, revision: Revision::default() };
+                Ok((Change::Role(Arc::new(role)), before.map(|before| before.revision)))
+            })
+            .await?;
+        match change {
+            Change::Role(role) => Ok(role),
+            _ => Err(Refusal::Unavailable),
+        }
+    }
+
+    /// Deletes a role that nothing uses.
+    ///
+    /// # Errors
+    /// When there is none, it is in use, or the caller could not grant its scopes.
+    pub async fn delete_role(
+        &self,
+        caller: &Caller,
+        account: Option<AccountId>,
+        name: RoleName,
+    ) -> Result<Revision, Refusal> {
+        self.role_home(caller, account.as_ref())?;
+        let change = self
+            .change(caller, Action::RoleDeleted, || {
+                let before = self.engine.index.role_record(account.as_ref(), &name);
+                let before = before.ok_or(Refusal::NotFound(Thing::Role))?;
+                caller.may_grant(&before.scopes)?;
+                let expect = Some(before.revision);
+                Ok((Change::RoleDeleted(before), expect))
+            })
+            .await?;
+        match change {
+            Change::RoleDeleted(role) => Ok(role.revision),
+            _ => Err(Refusal::Unavailable),
+        }
+    }
+
+    /// The roles of an account, global ones included; or the global ones alone.
+    ///
+    /// # Errors
+    /// When the account does not exist for the caller, or the store fails.
+    pub async fn list_roles(
+        &self,
+        caller: &Caller,
+        account: Option<AccountId>,
+    ) -> Result<Vec<Role>, Refusal> {
+        if let Some(account) = &account {
+            self.account(caller, account)?;
+        }
+        Ok(self.store.roles(account.as_ref()).await?)
+    }
+
+    /// Makes a user a member, or gives the member another role.
+    ///
+    /// # Errors
+    /// When there is no such role, or the caller could not grant what the old or the new one grants.
+    pub async fn put_member(
+        &self,
+        caller: &Caller,
+        account: AccountId,
+        user: UserId,
+        role: RoleName,
+    ) -> Result<Arc<Member>, Refusal> {
+        self.account(caller, &account)?;
+        caller.may_grant(&self.held(Some(&account), &role))?;
+        let change = self
+            .change(caller, Action::MemberPut, || {
+                let before = self.engine.index.member(&account, &user);
+                if let Some(before) = &before {
+                    caller.may_grant(&self.held(Some(&account), &before.role))?;
+                }
+                let (account, user, role) = (account.clone(), user.clone(), role.clone());
+                let member = Member { account, user, role, revision: Revision::default() };
+                Ok((Change::Member(Arc::new(member)), before.map(|before| before.revision)))
+            })
+            .await?;
+        match change {
+            Change::Member(member) => Ok(member),
+            _ => Err(Refusal::Unavailable),
+        }
+    }
+
+    /// Ends a membership: the user's keys stop working in the account. After the last one they are revoked.
+    ///
+    /// # Errors
+    /// When the user is no member, or the change is not recorded.
+    pub async fn remove_member(
+        &self,
+        caller: &Caller,
+        account: AccountId,
+        user: UserId,
+    ) -> Result<Revision, Refusal> {
+        self.account(caller, &account)?;
+        let change = self
+            .change(caller, Action::MemberRemoved, || {
+                let before = self.engine.index.member(&account, &user);
+                let before = before.ok_or(Refusal::NotFound(Thing::Member))?;
+                let expect = Some(before.revision);
+                Ok((Change::MemberRemoved(before), expect))
+            })
+            .await?;
+        if self.store.memberships(&user).await?.is_empty() {
+            let revoked = self.keys.revoke_all_of(caller, &user).await?;
+            tracing::info!(revoked, "a user was removed from the last account");
+        }
+        match change {
+            Change::MemberRemoved(member) => Ok(member.revision),
+            _ => Err(Refusal::Unavailable),
+        }
+    }
+
+    /// A page of members, and where the next one begins.
+    ///
+    /// # Errors
+    /// When the account does not exist for the caller, or the store fails.
+    pub async fn list_members(
+        &self,
+        caller: &Caller,
+        account: &AccountId,
+        after: Option<&UserId>,
+        size: u32,
+    ) -> Result<(Vec<Member>, Option<UserId>), Refusal> {
+        self.account(caller, account)?;
+        let mut members = self.store.members(account, after, size + 1).await?;
+        let more = members.len() > size as usize;
+        members.truncate(size as usize);
+        let next = members.last().filter(|_| more).map(|last| last.user.clone());
+        Ok((members, next))
+    }
+}

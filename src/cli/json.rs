@@ -167,7 +167,7 @@ messages! {
     RateLimitState { name, limit, remaining, reset_after }
     ListAuditEntriesResponse { entries, next_page_token }
     AuditEntry {
-        revision, at, action, account, key_id, actor, actor_account, method, detail, hash as digits, user,
+        revision, at, action, account, key_id, actor, actor_account, method, detail, hash as digits, user, acting_user,
     }
 }
 

@@ -125,6 +125,12 @@ impl Failures {
         self.0 |= u16::from(failed) << reason as u8;
     }
 
+    /// The same without one reason.
+    #[must_use]
+    pub fn without(self, reason: Reason) -> Failures {
+        Failures(self.0 & !(1 << reason as u8))
+    }
+
     /// The reasons in order.
     pub fn iter(self) -> impl Iterator<Item = Reason> {
         Reason::ALL.into_iter().filter(move |reason| self.0 & (1 << *reason as u8) != 0)
@@ -180,6 +186,9 @@ impl Subject<'_> {
     /// Everything that the key is granted where it is decided.
     #[must_use]
     pub fn grants(&self) -> ScopeSet {
+        if self.roles.is_empty() && matches!(self.membership, Membership::NotAsked) {
+            return self.key.terms.scopes.clone();
+        }
         let roles = self.roles.iter().flat_map(|role| role.scopes.iter());
         let own: ScopeSet = self.key.terms.scopes.iter().chain(roles).cloned().collect();
         match self.membership {

@@ -246,7 +246,8 @@ impl Engine {
         self.place(key, account).subject(key, 0).grants()
     }
 
-    /// Decides whether a token may be used to call Keyward itself; of a user key, in `account`.
+    /// Decides whether a token may be used to call Keyward itself; of a user key, in `account`, or, where it
+    /// only asks about itself (`anywhere`), in none.
     ///
     /// # Errors
     /// When the first snapshot is not loaded yet.
@@ -254,6 +255,7 @@ impl Engine {
         &self,
         presented: &str,
         account: Option<&AccountId>,
+        anywhere: bool,
         peer: Option<IpAddr>,
     ) -> Result<Result<Authenticated, Refused>, CannotAnswer> {
         self.index.revision().ok_or(CannotAnswer::Starting)?;
@@ -268,6 +270,10 @@ impl Engine {
         let request = Request { purpose: Use::Management, account, client_ip: peer, scopes: &[] };
         let place = self.place(&found.key, account);
         let mut failures = judge(&found, &place, request, now).failures;
+        let nowhere = anywhere && account.is_none() && found.key.owner.user().is_some();
+        if nowhere {
+            failures = failures.without(Reason::WrongAccount);
+        }
         let mut limits = limiter::Usage::default();
         if failures.first() == Reason::Ok && is_limited(&found.key) {
             limits = found.budget.take(&found.key, 1, now, false);
@@ -281,8 +287,10 @@ impl Engine {
             return Ok(Err(Refused { reason, retry_after }));
         }
         let grants = place.subject(&found.key, found.version).grants();
-        let Some(account) = place.account.map(|account| account.id.clone()) else {
-            return unknown(Reason::WrongAccount);
+        let account = match place.account {
+            Some(account) => account.id.clone(),
+            None if nowhere => AccountId::nowhere(),
+            None => return unknown(Reason::WrongAccount),
         };
         let holder = Holder { key: found.key, version: found.version };
         Ok(Ok(Authenticated { holder, account, grants }))

@@ -78,20 +78,8 @@ fn detail(payload: &str) -> String {
 }
 
 fn entry(row: LogRow) -> pb::AuditEntry {
-    let LogRow {
-        revision,
-        at,
-        action,
-        account,
-        key_id,
-        user,
-        actor,
-        actor_account,
-        method,
-        payload,
-        hash,
-        ..
-    } = row;
+    let LogRow { revision, at, action, account, key_id, user, actor, actor_account, acting_user, .. } = row;
+    let (method, payload, hash) = (row.method, row.payload, row.hash);
     let text =
         |account: Option<crate::domain::name::AccountId>| account.map(String::from).unwrap_or_default();
     pb::AuditEntry {
@@ -106,6 +94,7 @@ fn entry(row: LogRow) -> pb::AuditEntry {
         detail: detail(&payload),
         hash: hash.to_vec(),
         user: user.map(String::from).unwrap_or_default(),
+        acting_user: acting_user.map(String::from).unwrap_or_default(),
     }
 }
 

@@ -132,7 +132,10 @@ impl Services {
         let account = named(request.headers(), "x-keyward-account", AccountId::parse)?;
         let acting_user = named(request.headers(), "x-keyward-acting-user", UserId::parse)?;
         let peer = Some(peer.ip().to_canonical());
-        let found = self.engine.authenticate(&presented, account.as_ref(), peer).map_err(Refusal::from)?;
+        let found = self
+            .engine
+            .authenticate(&presented, account.as_ref(), rpc.access == Access::AnyKey, peer)
+            .map_err(Refusal::from)?;
         let Authenticated { holder, account, grants } = found.map_err(|refused| {
             tracing::debug!(reason = refused.reason.as_str(), method = rpc.method, "a caller was refused");
             match refused.reason {

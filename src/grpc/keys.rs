@@ -234,8 +234,9 @@ impl pb::key_service_server::KeyService for KeyService {
     ) -> Result<Response<pb::WhoAmIResponse>, Status> {
         let caller = shown::<Caller>(&mut request)?;
         let (view, account) = self.0.who_am_i(&caller).await?;
-        let account = pb::AccountName { id: account.id.to_string(), name: account.name.to_string() };
-        Ok(Response::new(pb::WhoAmIResponse { account: Some(account), key: Some(convert::key(view)) }))
+        let account = account
+            .map(|account| pb::AccountName { id: account.id.to_string(), name: account.name.to_string() });
+        Ok(Response::new(pb::WhoAmIResponse { account, key: Some(convert::key(view)) }))
     }
 
     async fn revoke_self(

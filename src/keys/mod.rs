@@ -303,10 +303,7 @@ impl Keys {
         let owner = match named {
             OwnerNamed::User(user) => Owner::User(user),
             OwnerNamed::Account(account) => Owner::Account(caller.account_meant(Some(account))?),
-            OwnerNamed::Nobody => match caller.key.owner.user() {
-                Some(user) => Owner::User(user.clone()),
-                None => Owner::Account(caller.account_meant(None)?),
-            },
+            OwnerNamed::Nobody => Owner::Account(caller.account_meant(None)?),
         };
         match &owner {
             Owner::Account(account) => {
@@ -601,13 +598,13 @@ impl Keys {
         Ok((view, holder.version))
     }
 
-    /// The caller's own key and account.
+    /// The caller's own key, and the account that it acts in; a user key that names none acts in none.
     ///
     /// # Errors
     /// When the store fails.
-    pub async fn who_am_i(&self, caller: &Caller) -> Result<(View, Arc<Account>), Refusal> {
+    pub async fn who_am_i(&self, caller: &Caller) -> Result<(View, Option<Arc<Account>>), Refusal> {
         let stored = self.store.key(caller.key.id).await?.ok_or(Refusal::Unauthenticated)?;
-        let account = self.engine.index.account(&caller.account).ok_or(Refusal::Unauthenticated)?;
+        let account = self.engine.index.account(&caller.account);
         Ok((self.view_stored(stored), account))
     }
 

@@ -4,19 +4,20 @@
 //! if not. Effects on Checks come with the commit (see `store/writer.rs`). Parsing and statuses are `grpc`'s.
 
 pub mod bulk;
+mod rights;
 pub mod root;
 
 use std::{sync::Arc, time::Duration};
 
 use crate::{
-    access::{Caller, Permission},
+    access::Caller,
     clock::{Clock, Entropy, random},
     domain::{
         account::{Account, Environment, Environments},
         key::{Key, Owner, Revocation, RevokeReason, Secret, State, Terms},
         log::{Action, Change},
-        name::{AccountId, EnvironmentName, IdempotencyKey, KeyId, RoleName, TokenPrefix, UserId},
-        scope::{Scope, ScopeSet},
+        name::{AccountId, IdempotencyKey, KeyId, RoleName, TokenPrefix, UserId},
+        scope::ScopeSet,
         time::{Revision, Timestamp},
         token::Token,
     },
@@ -234,115 +235,6 @@ impl Keys {
         self.view(stored.key, &stored.last_used)
     }
 
-    /// The key with this id, if it exists for the caller.
-    async fn visible(&self, caller: &Caller, id: KeyId) -> Result<StoredKey, Refusal> {
-        let found = self.store.key(id).await?;
-        let stored =
-            found.filter(|stored| caller.sees(&stored.key.owner)).ok_or(Refusal::NotFound(Thing::Key))?;
-        self.member_of_owner(caller, &stored.key.owner).map(|_| stored)
-    }
-
-    /// The role, in the account that owns a key, of the person that the caller acts for. To others than the
-    /// account's members its keys do not exist.
-    fn member_of_owner(&self, caller: &Caller, owner: &Owner) -> Result<Option<ScopeSet>, Refusal> {
-        let (Some(user), Some(account)) = (&caller.acting_user, owner.account()) else { return Ok(None) };
-        let member = self.engine.index.member(account, user).ok_or(Refusal::NotFound(Thing::Key))?;
-        let role = self.engine.index.role(Some(account), &member.role);
-        Ok(Some(role.map(|role| role.scopes.clone()).unwrap_or_default()))
-    }
-
-    /// Whether the caller may change this owner's keys. A person changes service keys only with a role that
-    /// holds `keyward:keys:write` in their account.
-    fn may_write(&self, caller: &Caller, owner: &Owner) -> Result<(), Refusal> {
-        let Some(held) = self.member_of_owner(caller, owner)? else { return Ok(()) };
-        let needed = Permission::KeysWrite.as_str();
-        if Scope::parse_required(needed).is_ok_and(|scope| held.covers(&scope)) {
-            return Ok(());
-        }
-        let message =
-            format!("the acting user's role in the account does not hold {needed}, which this needs");
-        Err(Refusal::Forbidden("ROLE_LACKS_PERMISSION", message))
-    }
-
-    /// Whether the caller could give a key these terms, roles included.
-    fn may_give(
-        &self,
-        caller: &Caller,
-        owner: &Owner,
-        environment: &EnvironmentName,
-        terms: &Terms,
-    ) -> Result<(), Refusal> {
-        let role = |name| self.engine.index.role(owner.account(), name);
-        let roles: Vec<_> = terms.roles.iter().filter_map(role).collect();
-        let granted = terms.scopes.iter().chain(roles.iter().flat_map(|role| role.scopes.iter())).cloned();
-        caller.may_give(environment, terms, &granted.collect())
-    }
-
-    /// Whether an expiry keeps within the longest life that the owning account allows.
-    fn keeps_longest_life(
-        &self,
-        owner: &Owner,
-        end: Option<Timestamp>,
-        now: Timestamp,
-        field: &str,
-    ) -> Result<(), Refusal> {
-        let account = owner.account().and_then(|account| self.engine.index.account(account));
-        let Some(life) = account.and_then(|account| account.longest_life) else { return Ok(()) };
-        if end.is_some_and(|end| end <= now.plus(life)) {
-            return Ok(());
-        }
-        let days = life.as_secs() / 86_400;
-        Err(Refusal::field(
-            field,
-            format!("must be given and at most {days} days from now: the account's longest life"),
-        ))
-    }
-
-    /// Who a new key is for. An account must exist; a user is whoever it is.
-    fn owner_meant(&self, caller: &Caller, named: OwnerNamed) -> Result<Owner, Refusal> {
-        let owner = match named {
-            OwnerNamed::User(user) => Owner::User(user),
-            OwnerNamed::Account(account) => Owner::Account(caller.account_meant(Some(account))?),
-            OwnerNamed::Nobody => Owner::Account(caller.account_meant(None)?),
-        };
-        match &owner {
-            Owner::Account(account) => {
-                self.engine.index.account(account).ok_or(Refusal::NotFound(Thing::Account))?;
-            }
-            Owner::User(_) if caller.sees(&owner) => {}
-            Owner::User(_) => return Err(Refusal::NotFound(Thing::Key)),
-        }
-        self.may_write(caller, &owner)?;
-        Ok(owner)
-    }
-
-    /// A new key's record, once the caller may make it.
-    fn new_key(&self, caller: &Caller, new: &NewKey, secret: Secret) -> Result<Key, Refusal> {
-        let mut terms = new.terms.clone();
-        if terms.scopes.is_empty() && terms.roles.is_empty() {
-            let role = self.settings.default_role.clone();
-            let role =
-                role.ok_or_else(|| Refusal::field("scopes", "at least one scope or role is required"))?;
-            terms.roles.push(role);
-        }
-        let owner = self.owner_meant(caller, new.owner.clone())?;
-        self.may_give(caller, &owner, &new.environment.name, &terms)?;
-        self.keeps_longest_life(&owner, terms.expires_at, new.now, "expires_at")?;
-        Ok(Key {
-            id: KeyId::generate(new.now, random(&*self.entropy)?),
-            owner,
-            environment: new.environment.name.clone(),
-            terms,
-            created_at: new.now,
-            created_by: caller.key.id.to_string(),
-            updated_at: new.now,
-            disabled_at: None,
-            revocation: None,
-            secrets: vec![secret],
-            revision: Revision::default(),
-        })
-    }
-
     /// The answer to a request that was done before.
     async fn done_before(
         &self,
@@ -467,6 +359,9 @@ impl Keys {
             not_revoked(key)?;
             self.may_give(caller, &key.owner, &key.environment, &key.terms)?;
             patch.apply(&mut key.terms);
+            if patch.fields.contains(&Field::Roles) {
+                self.roles_exist(&key.owner, &key.terms.roles, "key.roles")?;
+            }
             if key.terms.scopes.is_empty() && key.terms.roles.is_empty() {
                 return Err(Refusal::field(
                     "key.scopes",

@@ -59,7 +59,7 @@ fn parse_words<T>(text: &str, parse: impl Fn(&str) -> Result<T, NameError>) -> R
     text.split(' ').filter(|word| !word.is_empty()).map(parse).collect()
 }
 
-/// A key's columns in the order of [`KEY_COLUMNS`].
+/// A key's columns, as both backends have them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct KeyRow {
     pub(super) id: [u8; 16],

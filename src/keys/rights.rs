@@ -1,0 +1,144 @@
+//! Which keys exist for a caller, and what it may do with them: what every use case of keys asks first.
+
+use crate::{
+    access::{Caller, Permission},
+    clock::random,
+    domain::{
+        key::{Key, Owner, Secret, Terms},
+        name::{EnvironmentName, KeyId, RoleName},
+        scope::{Scope, ScopeSet},
+        time::{Revision, Timestamp},
+    },
+    refusal::{Refusal, Thing, Violations},
+    store::StoredKey,
+};
+
+use super::{Keys, NewKey, OwnerNamed};
+
+impl Keys {
+    /// The key with this id, if it exists for the caller.
+    pub(super) async fn visible(&self, caller: &Caller, id: KeyId) -> Result<StoredKey, Refusal> {
+        let found = self.store.key(id).await?;
+        let stored =
+            found.filter(|stored| caller.sees(&stored.key.owner)).ok_or(Refusal::NotFound(Thing::Key))?;
+        self.member_of_owner(caller, &stored.key.owner).map(|_| stored)
+    }
+
+    /// The role, in the account that owns a key, of the person that the caller acts for. To others than the
+    /// account's members its keys do not exist.
+    pub(super) fn member_of_owner(
+        &self,
+        caller: &Caller,
+        owner: &Owner,
+    ) -> Result<Option<ScopeSet>, Refusal> {
+        let (Some(user), Some(account)) = (&caller.acting_user, owner.account()) else { return Ok(None) };
+        let member = self.engine.index.member(account, user).ok_or(Refusal::NotFound(Thing::Key))?;
+        let role = self.engine.index.role(Some(account), &member.role);
+        Ok(Some(role.map(|role| role.scopes.clone()).unwrap_or_default()))
+    }
+
+    /// Whether the caller may change this owner's keys. A person changes service keys only with a role that
+    /// holds `keyward:keys:write` in their account.
+    pub(super) fn may_write(&self, caller: &Caller, owner: &Owner) -> Result<(), Refusal> {
+        let Some(held) = self.member_of_owner(caller, owner)? else { return Ok(()) };
+        let needed = Permission::KeysWrite.as_str();
+        if Scope::parse_required(needed).is_ok_and(|scope| held.covers(&scope)) {
+            return Ok(());
+        }
+        let message =
+            format!("the acting user's role in the account does not hold {needed}, which this needs");
+        Err(Refusal::Forbidden("ROLE_LACKS_PERMISSION", message))
+    }
+
+    /// Whether the caller could give a key these terms, roles included.
+    pub(super) fn may_give(
+        &self,
+        caller: &Caller,
+        owner: &Owner,
+        environment: &EnvironmentName,
+        terms: &Terms,
+    ) -> Result<(), Refusal> {
+        let role = |name| self.engine.index.role(owner.account(), name);
+        let roles: Vec<_> = terms.roles.iter().filter_map(role).collect();
+        let granted = terms.scopes.iter().chain(roles.iter().flat_map(|role| role.scopes.iter())).cloned();
+        caller.may_give(environment, terms, &granted.collect())
+    }
+
+    /// Whether every role that a key is to have stands for its owner.
+    pub(super) fn roles_exist(&self, owner: &Owner, roles: &[RoleName], field: &str) -> Result<(), Refusal> {
+        let mut violations = Violations::default();
+        for (at, role) in roles.iter().enumerate() {
+            let known = self.engine.index.role(owner.account(), role).is_some();
+            let problem =
+                format!("there is no role {:?} here; ListRoles shows those there are", role.as_str());
+            violations.note_if(!known, &format!("{field}[{at}]"), problem);
+        }
+        violations.finish()
+    }
+
+    /// Whether an expiry keeps within the longest life that the owning account allows.
+    pub(super) fn keeps_longest_life(
+        &self,
+        owner: &Owner,
+        end: Option<Timestamp>,
+        now: Timestamp,
+        field: &str,
+    ) -> Result<(), Refusal> {
+        let account = owner.account().and_then(|account| self.engine.index.account(account));
+        let Some(life) = account.and_then(|account| account.longest_life) else { return Ok(()) };
+        if end.is_some_and(|end| end <= now.plus(life)) {
+            return Ok(());
+        }
+        let days = life.as_secs() / 86_400;
+        Err(Refusal::field(
+            field,
+            format!("must be given and at most {days} days from now: the account's longest life"),
+        ))
+    }
+
+    /// Who a new key is for. An account must exist; a user is whoever it is.
+    pub(super) fn owner_meant(&self, caller: &Caller, named: OwnerNamed) -> Result<Owner, Refusal> {
+        let owner = match named {
+            OwnerNamed::User(user) => Owner::User(user),
+            OwnerNamed::Account(account) => Owner::Account(caller.account_meant(Some(account))?),
+            OwnerNamed::Nobody => Owner::Account(caller.account_meant(None)?),
+        };
+        match &owner {
+            Owner::Account(account) => {
+                self.engine.index.account(account).ok_or(Refusal::NotFound(Thing::Account))?;
+            }
+            Owner::User(_) if caller.sees(&owner) => {}
+            Owner::User(_) => return Err(Refusal::NotFound(Thing::Key)),
+        }
+        self.may_write(caller, &owner)?;
+        Ok(owner)
+    }
+
+    /// A new key's record, once the caller may make it.
+    pub(super) fn new_key(&self, caller: &Caller, new: &NewKey, secret: Secret) -> Result<Key, Refusal> {
+        let mut terms = new.terms.clone();
+        if terms.scopes.is_empty() && terms.roles.is_empty() {
+            let role = self.settings.default_role.clone();
+            let role =
+                role.ok_or_else(|| Refusal::field("scopes", "at least one scope or role is required"))?;
+            terms.roles.push(role);
+        }
+        let owner = self.owner_meant(caller, new.owner.clone())?;
+        self.roles_exist(&owner, &terms.roles, "roles")?;
+        self.may_give(caller, &owner, &new.environment.name, &terms)?;
+        self.keeps_longest_life(&owner, terms.expires_at, new.now, "expires_at")?;
+        Ok(Key {
+            id: KeyId::generate(new.now, random(&*self.entropy)?),
+            owner,
+            environment: new.environment.name.clone(),
+            terms,
+            created_at: new.now,
+            created_by: caller.key.id.to_string(),
+            updated_at: new.now,
+            disabled_at: None,
+            revocation: None,
+            secrets: vec![secret],
+            revision: Revision::default(),
+        })
+    }
+}

@@ -1,6 +1,6 @@
 //! The composition root: puts a server together, starts it in order, and takes it down in order.
 //!
-//! Start: open and check the store · make the root key of a first start · bind · load the index · serve. A
+//! Start: open and check the store · take the addresses · make the root key of a first start · listen · load the index · serve. A
 //! client that connects while the index loads waits; after a second it is served and hears UNAVAILABLE, and
 //! health says NOT_SERVING. Stop: health says NOT_SERVING · no new connections · calls in flight end · usage is
 //! written · the store is closed.
@@ -16,7 +16,7 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
-use tokio::{net::TcpListener, sync::watch, task::JoinHandle};
+use tokio::{net::TcpSocket, sync::watch, task::JoinHandle};
 use tonic_health::server::HealthReporter;
 
 use crate::{
@@ -38,6 +38,8 @@ use crate::{
     store::{self, Hour, KeyFilter, Outcome, OwnerFilter, Store, Write, writer::Writer},
 };
 
+/// How many connections may wait to be accepted.
+const BACKLOG: u32 = 1024;
 const FLUSH_EVERY: Duration = Duration::from_secs(5);
 const FORGET_EVERY: Duration = Duration::from_secs(60 * 60);
 /// How long counts of use are kept.
@@ -89,9 +91,12 @@ impl Server {
         entropy: Arc<dyn Entropy>,
     ) -> anyhow::Result<Server> {
         let store = store::open(&settings.database).await?;
+        // The addresses are ours before a root key is made: one that no start shows would be lost. Nobody can
+        // connect before it is kept.
+        let socket = bind("listen", &settings.listen).await?;
+        let admin_socket = bind("admin_listen", &settings.admin_listen).await?;
         let root_token = first_start(&*store, &settings, &*clock, &*entropy).await?;
-        let listener = bind("listen", &settings.listen).await?;
-        let admin_listener = bind("admin_listen", &settings.admin_listen).await?;
+        let (listener, admin_listener) = (socket.listen(BACKLOG)?, admin_socket.listen(BACKLOG)?);
         let (address, admin_address) = (listener.local_addr()?, admin_listener.local_addr()?);
 
         let index = Arc::new(Index::default());
@@ -188,10 +193,19 @@ impl Server {
     }
 }
 
-async fn bind(setting: &str, address: &str) -> anyhow::Result<TcpListener> {
-    TcpListener::bind(address)
-        .await
-        .with_context(|| format!("{setting} = {address:?} cannot be bound; is another server running there?"))
+/// Takes an address, and lets nobody connect yet.
+async fn bind(setting: &str, address: &str) -> anyhow::Result<TcpSocket> {
+    let failed = || format!("{setting} = {address:?} cannot be bound; is another server running there?");
+    let mut last = None;
+    for address in tokio::net::lookup_host(address).await.with_context(failed)? {
+        let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+        socket.set_reuseaddr(true)?;
+        match socket.bind(address) {
+            Ok(()) => return Ok(socket),
+            Err(error) => last = Some(error),
+        }
+    }
+    Err(last.map_or_else(|| anyhow::anyhow!("it has no address"), Into::into)).with_context(failed)
 }
 
 /// Fills the index from the store.

@@ -389,12 +389,11 @@ fn read_fields(paths: &[String], violations: &mut Violations) -> Vec<Field> {
     for (at, path) in paths.iter().enumerate() {
         match Field::parse(path) {
             Some(field) => fields.push(field),
+            // What stands there is not repeated: it could be a token, put in the wrong place.
             None => violations.note(
                 format!("update_mask.paths[{at}]"),
-                format!(
-                    "{path:?} cannot be changed; name, scopes, roles, expires_at, customers, allowed_cidrs, \
-                     rate_limits, quota and metadata can"
-                ),
+                "cannot be changed; name, scopes, roles, expires_at, customers, allowed_cidrs, rate_limits, quota \
+                 and metadata can",
             ),
         }
     }

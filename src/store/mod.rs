@@ -105,7 +105,10 @@ pub enum StoreError {
     #[error("the database is full")]
     Full(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// A row contradicts itself.
-    #[error("the database is damaged: {0}")]
+    #[error(
+        "the database is damaged: {0}. Restore the newest backup (with its -wal file, if it has one); keep the \
+         damaged files for a look"
+    )]
     Damaged(String),
 }
 

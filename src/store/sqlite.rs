@@ -9,6 +9,7 @@
 use std::{
     fs::{File, OpenOptions},
     io::{Read as _, Seek as _, Write as _},
+    os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -100,6 +101,9 @@ impl Sqlite {
         work: impl AsyncFnOnce(&mut SqliteConnection) -> Result<T, sqlx::Error>,
     ) -> Result<T, sqlx::Error> {
         let mut slot = self.writer.lock().await;
+        if self.readers.is_closed() {
+            return Err(sqlx::Error::PoolClosed);
+        }
         let mut connection = match slot.take() {
             Some(connection) => connection,
             None => SqliteConnection::connect_with(&self.options).await?,
@@ -131,7 +135,10 @@ impl Sqlite {
             .await;
         match result {
             Ok(committed) => Ok(committed),
-            Err(error) if committing => Err(CommitError::Unknown(store_error(error))),
+            // Without room the commit's last frame is not in the WAL, and without that nothing of it counts.
+            Err(error) if committing && primary_code(&error) != Some(SQLITE_FULL) => {
+                Err(CommitError::Unknown(store_error(error)))
+            }
             Err(error) => Err(CommitError::NotRecorded(store_error(error))),
         }
     }
@@ -173,15 +180,10 @@ impl Sqlite {
 fn own(path: &Path) -> Result<File, OpenError> {
     let shown = path.display().to_string();
     let other = |error: std::io::Error| OpenError::Other { path: shown.clone(), source: error.into() };
-    // The same file under another name is the same file.
-    let real = match path.canonicalize() {
-        Ok(real) => real,
-        Err(_) => {
-            let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-            let folder = folder.unwrap_or(Path::new(".")).canonicalize().map_err(other)?;
-            folder.join(path.file_name().unwrap_or_default())
-        }
-    };
+    // The same file under another name is the same file. It is made first, where it is missing: a link to
+    // nothing yet leads nowhere. It holds digests and names: it is for its owner alone.
+    OpenOptions::new().append(true).create(true).mode(0o600).open(path).map_err(other)?;
+    let real = path.canonicalize().map_err(other)?;
     let mut name = real.into_os_string();
     name.push("-lock");
     let mut file = OpenOptions::new()
@@ -221,9 +223,10 @@ fn version_at_least(found: &str, least: (u32, u32, u32)) -> bool {
     (next(), next(), next()) >= least
 }
 
-/// The file's structure: SQLite's own quick check.
+/// The file's structure: SQLite's own check, with every index held against its table. The quick one leaves the
+/// indices out, and a List or a name would be looked up in one that has lost entries.
 async fn check_whole(path: &str, connection: &mut SqliteConnection) -> Result<(), OpenError> {
-    let found: String = sqlx::query_scalar("PRAGMA quick_check(1)")
+    let found: String = sqlx::query_scalar("PRAGMA integrity_check(1)")
         .fetch_one(connection)
         .await
         .map_err(|error| open_error(path, error))?;

@@ -101,6 +101,10 @@ impl Gather {
             done = self.finish()?;
             self.key = Some(key_row_at(row).map_err(store_error)?);
         }
+        let digest: Option<&[u8]> = row.try_get(KEY_COLUMN_COUNT).map_err(store_error)?;
+        if digest.is_none() {
+            return Err(incomplete(&id));
+        }
         let secret = secret_at(row, &id, KEY_COLUMN_COUNT)?;
         self.secrets.push((secret, row.try_get(KEY_COLUMN_COUNT + 6).map_err(store_error)?));
         Ok(done)
@@ -112,6 +116,12 @@ impl Gather {
             return Ok(None);
         };
         let mut secrets = std::mem::take(&mut self.secrets);
+        // None is ever removed: they count down to 1, and the newest has no end.
+        let counted = secrets.iter().rev().map(|(secret, _)| secret.version).eq(1..=secrets.len() as u32);
+        let open_ended = secrets.first().is_some_and(|(newest, _)| newest.expires_at.is_none());
+        if !counted || !open_ended {
+            return Err(incomplete(&row.id));
+        }
         let left = secrets.split_off(secrets.len().min(IN_RECORD));
         let last_used = secrets
             .iter()
@@ -121,6 +131,10 @@ impl Gather {
         let left = left.into_iter().map(|(secret, _)| secret).collect();
         Ok(Some(GatheredKey { stored: StoredKey { key, last_used }, left }))
     }
+}
+
+fn incomplete(key_id: &[u8; 16]) -> StoreError {
+    damaged(format_args!("key {}", KeyId::from_bytes(*key_id)), "its secrets are incomplete")
 }
 
 struct GatheredKey {
@@ -368,7 +382,7 @@ impl Store for Sqlite {
         let mut query = QueryBuilder::<Db>::new("SELECT ");
         query.push(KEY_COLUMNS).push(", ").push(SECRET_COLUMNS);
         query.push(
-            " FROM keys k JOIN secrets s ON s.key_id = k.id WHERE k.revoked_at IS NULL OR k.revoked_at >= ",
+            " FROM keys k LEFT JOIN secrets s ON s.key_id = k.id WHERE k.revoked_at IS NULL OR k.revoked_at >= ",
         );
         query.push_bind(forget_before.as_micros()).push(" ORDER BY k.id, s.version DESC");
         let mut send = |gathered: GatheredKey| {
@@ -399,7 +413,7 @@ impl Store for Sqlite {
     async fn key(&self, id: KeyId) -> Result<Option<StoredKey>, StoreError> {
         let mut query = QueryBuilder::<Db>::new("SELECT ");
         query.push(KEY_COLUMNS).push(", ").push(SECRET_COLUMNS);
-        query.push(" FROM keys k JOIN secrets s ON s.key_id = k.id WHERE k.id = ");
+        query.push(" FROM keys k LEFT JOIN secrets s ON s.key_id = k.id WHERE k.id = ");
         query.push_bind(id.as_bytes().to_vec()).push(" ORDER BY s.version DESC");
         let rows = query.build().fetch_all(&self.readers).await.map_err(store_error)?;
         let mut gather = Gather::new();
@@ -417,7 +431,7 @@ impl Store for Sqlite {
     ) -> Result<Vec<StoredKey>, StoreError> {
         let mut query = QueryBuilder::<Db>::new("SELECT ");
         query.push(KEY_COLUMNS).push(", ").push(SECRET_COLUMNS);
-        query.push(" FROM keys k JOIN secrets s ON s.key_id = k.id WHERE k.id IN (");
+        query.push(" FROM keys k LEFT JOIN secrets s ON s.key_id = k.id WHERE k.id IN (");
         push_page(&mut query, filter, before, limit);
         query.push(") ORDER BY k.id DESC, s.version DESC");
         let rows = query.build().fetch_all(&self.readers).await.map_err(store_error)?;

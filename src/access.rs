@@ -142,6 +142,24 @@ impl Caller {
         }
     }
 
+    /// Whether the caller may give rights that are bound to nothing, as roles and memberships are: not while its
+    /// own are bound to customers or networks, nor, of an account's caller, to a time.
+    ///
+    /// # Errors
+    /// When its rights are bound; the message says by what.
+    pub fn is_unbound(&self) -> Result<(), Refusal> {
+        let own = &self.key.terms;
+        if !own.customers.is_empty() {
+            beyond("a role or membership", &"it is bound to no customers")
+        } else if !own.allowed_cidrs.is_empty() {
+            beyond("a role or membership", &"it is bound to no networks")
+        } else if own.expires_at.is_some() && !self.is_operator() {
+            beyond("a role or membership", &"it never expires")
+        } else {
+            Ok(())
+        }
+    }
+
     /// Whether the caller could give a key these terms, which with its roles grant `granted`: nobody grants
     /// what they do not hold, in any dimension. Operators may grant every scope outside `keyward:`, in every environment.
     ///

@@ -11,6 +11,7 @@ use crate::{
         name::{AccountId, DisplayName},
         time::{Revision, Timestamp},
     },
+    engine::Engine,
     refusal::{Refusal, Thing},
     store::{
         Outcome, Rejection, Store, Write,
@@ -24,6 +25,7 @@ const ATTEMPTS: u32 = 16;
 pub struct Accounts {
     store: Arc<dyn Store>,
     writer: Writer,
+    engine: Arc<Engine>,
     clock: Arc<dyn Clock>,
     entropy: Arc<dyn Entropy>,
 }
@@ -65,10 +67,11 @@ impl Accounts {
     pub fn new(
         store: Arc<dyn Store>,
         writer: Writer,
+        engine: Arc<Engine>,
         clock: Arc<dyn Clock>,
         entropy: Arc<dyn Entropy>,
     ) -> Self {
-        Accounts { store, writer, clock, entropy }
+        Accounts { store, writer, engine, clock, entropy }
     }
 
     /// Makes an account.
@@ -199,8 +202,12 @@ impl Accounts {
     /// # Errors
     /// When the caller is no operator, or there is no such account.
     pub async fn resume(&self, caller: &Caller, id: &AccountId) -> Result<Account, Refusal> {
-        self.change(caller, id, Action::AccountResumed, |account, _| account.suspended_at.take().is_some())
-            .await
+        let resumed = self
+            .change(caller, id, Action::AccountResumed, |account, _| account.suspended_at.take().is_some())
+            .await?;
+        // A suspension that was not recorded ends with this too.
+        self.engine.index.resume(id);
+        Ok(resumed)
     }
 }
 

@@ -110,6 +110,7 @@ impl People {
         scopes: ScopeSet,
     ) -> Result<Arc<Role>, Refusal> {
         self.role_home(caller, account.as_ref())?;
+        caller.is_unbound()?;
         caller.may_grant(&scopes)?;
         let change = self
             .change(caller, Action::RolePut, || {
@@ -139,6 +140,7 @@ impl People {
         name: RoleName,
     ) -> Result<Revision, Refusal> {
         self.role_home(caller, account.as_ref())?;
+        caller.is_unbound()?;
         let change = self
             .change(caller, Action::RoleDeleted, || {
                 let before = self.engine.index.role_record(account.as_ref(), &name);
@@ -181,10 +183,11 @@ impl People {
         role: RoleName,
     ) -> Result<Arc<Member>, Refusal> {
         self.account(caller, &account)?;
+        caller.is_unbound()?;
         caller.may_grant(&self.held(Some(&account), &role))?;
         let change = self
             .change(caller, Action::MemberPut, || {
-                let before = self.engine.index.member(&account, &user);
+                let before = self.engine.index.member_record(&account, &user);
                 if let Some(before) = &before {
                     caller.may_grant(&self.held(Some(&account), &before.role))?;
                 }
@@ -199,10 +202,12 @@ impl People {
         }
     }
 
-    /// Ends a membership: the user's keys stop working in the account. After the last one they are revoked.
+    /// Ends a membership: the user's keys stop working in the account. When an operator's caller ends the last
+    /// one they are revoked too; an account's caller has no say over keys that reach beyond its account.
     ///
     /// # Errors
-    /// When the user is no member, or the change is not recorded.
+    /// When the user is no member, or the change is not recorded. A call that was cut short between ending the
+    /// last membership and revoking the keys is finished by the same call again.
     pub async fn remove_member(
         &self,
         caller: &Caller,
@@ -210,21 +215,24 @@ impl People {
         user: UserId,
     ) -> Result<Revision, Refusal> {
         self.account(caller, &account)?;
-        let change = self
+        let removed = self
             .change(caller, Action::MemberRemoved, || {
-                let before = self.engine.index.member(&account, &user);
+                let before = self.engine.index.member_record(&account, &user);
                 let before = before.ok_or(Refusal::NotFound(Thing::Member))?;
                 let expect = Some(before.revision);
                 Ok((Change::MemberRemoved(before), expect))
             })
-            .await?;
-        if self.store.memberships(&user).await?.is_empty() {
-            let revoked = self.keys.revoke_all_of(caller, &user).await?;
-            tracing::info!(revoked, "a user was removed from the last account");
+            .await;
+        let mut revoked = Revision::default();
+        let ended = removed.is_ok() || matches!(removed, Err(Refusal::NotFound(Thing::Member)));
+        if ended && caller.is_operator() && self.store.memberships(&user).await?.is_empty() {
+            revoked = self.keys.revoke_all_of(caller, &user).await?;
         }
-        match change {
-            Change::MemberRemoved(member) => Ok(member.revision),
-            _ => Err(Refusal::Unavailable),
+        match removed {
+            Ok(Change::MemberRemoved(member)) => Ok(member.revision.max(revoked)),
+            Ok(_) => Err(Refusal::Unavailable),
+            Err(_) if revoked > Revision::default() => Ok(revoked),
+            Err(refusal) => Err(refusal),
         }
     }
 

@@ -35,7 +35,7 @@ use crate::{
     grpc::{self, Parts, serve::Workers},
     keys::{self, Keys},
     people::People,
-    store::{self, Hour, KeyFilter, Outcome, OwnerFilter, Store, Write, writer::Writer},
+    store::{self, CommitError, Hour, KeyFilter, Outcome, OwnerFilter, Store, Write, writer::Writer},
 };
 
 /// How many connections may wait to be accepted.
@@ -96,7 +96,10 @@ impl Server {
         let socket = bind("listen", &settings.listen).await?;
         let admin_socket = bind("admin_listen", &settings.admin_listen).await?;
         let root_token = first_start(&*store, &settings, &*clock, &*entropy).await?;
-        let (listener, admin_listener) = (socket.listen(BACKLOG)?, admin_socket.listen(BACKLOG)?);
+        let listener = socket.listen(BACKLOG).with_context(|| cannot_bind("listen", &settings.listen))?;
+        let admin_listener = admin_socket
+            .listen(BACKLOG)
+            .with_context(|| cannot_bind("admin_listen", &settings.admin_listen))?;
         let (address, admin_address) = (listener.local_addr()?, admin_listener.local_addr()?);
 
         let index = Arc::new(Index::default());
@@ -114,7 +117,7 @@ impl Server {
         );
         let keys = Arc::new(keys);
         let people = People::new(store.clone(), writer.clone(), engine.clone(), keys.clone(), clock.clone());
-        let accounts = Accounts::new(store.clone(), writer, clock.clone(), entropy);
+        let accounts = Accounts::new(store.clone(), writer, engine.clone(), clock.clone(), entropy);
         let parts = Parts {
             engine: engine.clone(),
             keys,
@@ -193,9 +196,13 @@ impl Server {
     }
 }
 
+fn cannot_bind(setting: &str, address: &str) -> String {
+    format!("{setting} = {address:?} cannot be bound; is another server running there?")
+}
+
 /// Takes an address, and lets nobody connect yet.
 async fn bind(setting: &str, address: &str) -> anyhow::Result<TcpSocket> {
-    let failed = || format!("{setting} = {address:?} cannot be bound; is another server running there?");
+    let failed = || cannot_bind(setting, address);
     let mut last = None;
     for address in tokio::net::lookup_host(address).await.with_context(failed)? {
         let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
@@ -220,6 +227,7 @@ async fn load(
         .snapshot(forget_before, &mut |item| index.load(item))
         .await
         .context("the keys could not be loaded")?;
+    index.forget(forget_before);
     index.loaded(head.revision);
     tracing::info!(keys = index.len(), revision = head.revision.0, "the index is loaded");
     Ok(())
@@ -283,11 +291,9 @@ async fn first_start(
     let root = keys::root::root_key(clock, entropy, &settings.keys, "keyward serve")?;
     let account = accounts::operator_account(clock.now()).context("the operator account has no name")?;
     let kept = KeptToken::keep(settings.root_key_file.as_deref(), &root.token)?;
-    let committed = store.commit(&[account, root.write]).await;
-    if committed.is_err() {
-        kept.discard();
-    }
-    let made = committed?.outcomes.iter().all(Result::is_ok);
+    let committed =
+        store.commit(&[account, root.write]).await.inspect_err(|error| kept.discard_after(error))?;
+    let made = committed.outcomes.iter().all(Result::is_ok);
     if !made {
         // Another replica was first, and has shown its key.
         kept.discard();
@@ -329,6 +335,18 @@ impl KeptToken {
         Ok(kept)
     }
 
+    /// Takes the file away after a commit that certainly failed. While it may have been recorded it stays.
+    fn discard_after(&self, error: &CommitError) {
+        match error {
+            CommitError::NotRecorded(_) => self.discard(),
+            CommitError::Unknown(_) => {
+                tracing::warn!(
+                    "whether the root key was recorded is unknown; its file, if one was named, stays"
+                );
+            }
+        }
+    }
+
     /// Takes the file away again: its token is no key.
     fn discard(&self) {
         if let Some(path) = &self.0
@@ -357,7 +375,7 @@ pub async fn reset_root_key(
     let mut batch = revoke_roots(&*store, clock, METHOD).await?;
     batch.push(root.write);
     let kept = KeptToken::keep(settings.root_key_file.as_deref(), &root.token)?;
-    let committed = store.commit(&batch).await.inspect_err(|_| kept.discard())?;
+    let committed = store.commit(&batch).await.inspect_err(|error| kept.discard_after(error))?;
     store.close().await;
     if let Some(Err(rejection)) =
         committed.outcomes.iter().find(|outcome: &&Result<Outcome, _>| outcome.is_err())
@@ -379,7 +397,7 @@ async fn revoke_roots(
         owner: OwnerFilter::Account(AccountId::operator()),
         environment: None,
         states: Vec::new(),
-        name_prefix: "root".to_owned(),
+        name_prefix: String::new(),
         unused_since: None,
         expires_before: None,
         created_before: None,
@@ -388,8 +406,9 @@ async fn revoke_roots(
     let mut writes = Vec::new();
     for stored in store.keys(&filter, None, 1000).await? {
         let mut key = stored.key;
-        let named_root = key.terms.name.as_ref().is_some_and(|name| name.as_str() == "root");
-        if !named_root || key.revocation.is_some() {
+        // Whatever it is called by now: nothing else is made by the system.
+        let root = key.created_by == Actor::SYSTEM.to_string();
+        if !root || key.revocation.is_some() {
             continue;
         }
         let expect = Some(key.revision);

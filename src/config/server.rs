@@ -168,6 +168,10 @@ impl Settings {
         }
         address("listen", &settings.listen)?;
         address("admin_listen", &settings.admin_listen)?;
+        let any_port = settings.listen.ends_with(":0");
+        if settings.listen == settings.admin_listen && !any_port {
+            return Err(invalid("admin_listen", &settings.admin_listen, "must differ from listen"));
+        }
         Ok(settings)
     }
 

@@ -181,6 +181,12 @@ impl Index {
         if doubted.is_some() { None } else { self.members.pin().get(&id).cloned() }
     }
 
+    /// The record of a member, whatever is in doubt.
+    #[must_use]
+    pub fn member_record(&self, account: &AccountId, user: &UserId) -> Option<Arc<Member>> {
+        self.members.pin().get(&(account.clone(), user.clone())).cloned()
+    }
+
     /// The record of a role exactly so named, of an account or global.
     #[must_use]
     pub fn role_record(&self, account: Option<&AccountId>, name: &RoleName) -> Option<Arc<Role>> {
@@ -207,6 +213,22 @@ impl Index {
         self.applied.store(revision.0 + 1, Ordering::Release);
     }
 
+    /// Ends a disabling that was not recorded: somebody wants the key enabled.
+    pub fn enable(&self, id: KeyId) {
+        self.settle(|doubts| {
+            if doubts.keys.get(&id).is_some_and(|doubt| doubt.revocation.is_none()) {
+                doubts.keys.remove(&id);
+            }
+        });
+    }
+
+    /// Ends a suspension that was not recorded: somebody wants the account resumed.
+    pub fn resume(&self, id: &AccountId) {
+        self.settle(|doubts| {
+            doubts.accounts.remove(id);
+        });
+    }
+
     /// Ends a doubt, after the record that settles it has come.
     fn settle(&self, end: impl FnOnce(&mut Doubts)) {
         if self.doubtful.load(Ordering::Acquire) > 0 {
@@ -219,8 +241,12 @@ impl Index {
     fn put_account(&self, account: Arc<Account>) {
         let id = account.id.clone();
         self.accounts.pin().insert(id.clone(), account);
+        let suspended = self.accounts.pin().get(&id).is_some_and(|account| account.suspended_at.is_some());
         self.settle(|doubts| {
-            doubts.accounts.remove(&id);
+            // A suspension that was not recorded stays until one is, or until Resume.
+            if suspended {
+                doubts.accounts.remove(&id);
+            }
         });
     }
 
@@ -285,7 +311,14 @@ impl Index {
             }
         };
         self.settle(|doubts| {
-            doubts.keys.remove(&key.id);
+            // A stop that was not recorded stays until one is, or until Enable.
+            let settled = |doubt: &Arc<Key>| {
+                (doubt.revocation.is_none() || key.revocation.is_some())
+                    && (doubt.disabled_at.is_none() || key.disabled_at.is_some() || key.revocation.is_some())
+            };
+            if doubts.keys.get(&key.id).is_some_and(settled) {
+                doubts.keys.remove(&key.id);
+            }
         });
         let by_digest = self.by_digest.pin();
         for secret in key.secrets.iter().chain(left) {
@@ -308,6 +341,11 @@ impl Index {
                 left.iter().for_each(|(digest, _)| forget(digest));
                 by_id.remove(id);
             } else {
+                let ended = key
+                    .secrets
+                    .iter()
+                    .filter(|secret| secret.expires_at.is_some_and(|end| end < forget_before));
+                ended.for_each(|secret| forget(&secret.digest));
                 left.retain(|(digest, at)| {
                     let keep = *at >= forget_before;
                     if !keep {
@@ -328,6 +366,9 @@ impl Follower for Index {
 
     fn applied(&self, rows: &[(LogRow, Change)]) {
         for (row, change) in rows {
+            if self.revision().is_some_and(|seen| row.revision <= seen) {
+                continue;
+            }
             match change {
                 Change::Key(key) => self.put_key(key.clone(), &[]),
                 Change::Account(account) => self.put_account(account.clone()),
@@ -426,6 +467,16 @@ mod tests {
     }
 
     #[test]
+    fn a_token_rotated_longer_ago_than_the_retention_is_forgotten() {
+        let index = loaded(&sample());
+        index.put_key(Arc::new(rotated(&sample(), "two", 10)), &[]);
+        assert_eq!(index.forget(at(15)), 0, "superseded at 15: not longer ago");
+        assert_eq!(index.forget(at(16)), 1);
+        assert!(index.find(&Digest::of("one")).is_none());
+        assert!(index.find(&Digest::of("two")).is_some());
+    }
+
+    #[test]
     fn what_is_dead_for_longer_than_the_retention_is_forgotten() {
         let first = sample();
         let index = loaded(&first);
@@ -436,8 +487,8 @@ mod tests {
         assert_eq!(index.forget(at(16)), 1);
         assert!(index.find(&Digest::of("one")).is_none());
         index.put_key(Arc::new(revoked(&third, 30)), &[]);
-        assert_eq!(index.forget(at(30)), 0);
-        assert_eq!(index.forget(at(31)), 2);
+        assert_eq!(index.forget(at(30)), 1, "the one superseded at 25; the key was revoked at 30");
+        assert_eq!(index.forget(at(31)), 1);
         assert!(index.is_empty());
     }
 
@@ -451,6 +502,8 @@ mod tests {
         index.decided();
         assert!(index.find(&Digest::of("one")).unwrap().doubt.is_some(), "somebody wanted it stopped");
         index.put_key(Arc::new(key), &[]);
+        assert!(index.find(&Digest::of("one")).unwrap().doubt.is_some(), "another change does not settle it");
+        index.put_key(Arc::new(dead), &[]);
         assert!(index.find(&Digest::of("one")).unwrap().doubt.is_none());
     }
 

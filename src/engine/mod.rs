@@ -154,6 +154,18 @@ impl Engine {
         Reason::ALL.into_iter().map(|reason| (reason, self.answered[reason as usize].load(Ordering::Relaxed)))
     }
 
+    /// The revision here, if it is as new as asked.
+    ///
+    /// # Errors
+    /// When it is not.
+    pub fn fresh(&self, want: Option<Revision>) -> Result<Revision, CannotAnswer> {
+        let have = self.index.revision().ok_or(CannotAnswer::Starting)?;
+        match want {
+            Some(want) if want > have => Err(CannotAnswer::Stale { have, want }),
+            _ => Ok(have),
+        }
+    }
+
     /// Decides one question for a caller of `asker`, the operator account or another. A token of another
     /// account is unknown to all but operators.
     ///
@@ -161,10 +173,7 @@ impl Engine {
     /// When the state here is not good enough to answer; that is no verdict.
     pub fn check(&self, asker: &AccountId, question: &Question<'_>) -> Result<Answer, CannotAnswer> {
         // Before the look-up: what is found is at least as new.
-        let revision = self.index.revision().ok_or(CannotAnswer::Starting)?;
-        if let Some(want) = question.min_revision.filter(|want| *want > revision) {
-            return Err(CannotAnswer::Stale { have: revision, want });
-        }
+        let revision = self.fresh(question.min_revision)?;
         let now = self.clock.now();
         let answer = self.answer(asker, question, revision, now);
         self.answered[answer.reason() as usize].fetch_add(1, Ordering::Relaxed);
@@ -235,7 +244,13 @@ impl Engine {
         };
         Place {
             account: account.and_then(|account| self.index.account(account)),
-            roles: key.terms.roles.iter().filter_map(role).collect(),
+            // A key's own roles are its owner's: of a user key, global ones, wherever it works.
+            roles: key
+                .terms
+                .roles
+                .iter()
+                .filter_map(|name| self.index.role(key.owner.account(), name))
+                .collect(),
             member,
         }
     }

@@ -48,11 +48,17 @@ impl Trace {
         }
     }
 
+    /// Checks of one key may be noted in another order than they spent: within a period the most counts.
+    fn spend(&mut self, spent: Option<Spent>) {
+        let key = |spent: &Spent| (spent.period, spent.used);
+        self.spent = self.spent.into_iter().chain(spent).max_by_key(key);
+    }
+
     /// Adds what came later.
     fn add(&mut self, later: Trace) {
         later.used.into_iter().for_each(|(version, at)| self.use_of(version, at));
         later.counts.into_iter().for_each(|(hour, reason, more)| self.count(hour, reason, more));
-        self.spent = later.spent.or(self.spent);
+        self.spend(later.spent);
     }
 }
 
@@ -101,7 +107,7 @@ impl Usage {
         if reason == Reason::Ok {
             trace.use_of(version, at);
         }
-        trace.spent = spent.or(trace.spent);
+        trace.spend(spent);
     }
 
     /// How many Checks were not noted, since too many keys waited to be written.

@@ -74,12 +74,11 @@ impl AuthzService {
         );
         let environment =
             convert::read_environment(&field("environment"), environment, &self.environments, v);
-        let asked = if *authenticate_only {
-            "must be empty with authenticate_only"
-        } else {
-            "at least one is required; or set authenticate_only"
-        };
-        v.note_if(scopes.is_empty() != *authenticate_only, &field("scopes"), asked);
+        v.note_if(
+            scopes.is_empty() && !authenticate_only,
+            &field("scopes"),
+            "at least one is required; or set authenticate_only",
+        );
         let scopes = v.take_each(&field("scopes"), scopes, MAX_SCOPES, Scope::parse_required);
         let account = account.as_deref().and_then(|id| v.take(&field("account"), AccountId::parse(id)));
         let customer = customer.as_deref().and_then(|id| v.take(&field("customer"), CustomerId::parse(id)));
@@ -200,6 +199,9 @@ impl pb::authz_service_server::AuthzService for AuthzService {
             .filter_map(|(at, check)| self.read(check, &format!("checks[{at}]."), &mut violations))
             .collect();
         violations.finish()?;
+        // None is answered, and nothing consumed, unless all can be.
+        let newest = checks.iter().filter_map(|check| check.min_revision).max();
+        self.engine.fresh(convert::read_revision(newest)).map_err(Refusal::from)?;
         let results = checks.iter().zip(&read).map(|(check, read)| self.decide(&caller, check, read));
         Ok(Response::new(pb::BatchCheckResponse { results: results.collect::<Result<_, _>>()? }))
     }

@@ -164,8 +164,7 @@ impl RawTerms<'_> {
     pub(super) fn read(&self, violations: &mut Violations) -> Terms {
         let field = |name: &str| format!("{}{name}", self.prefix);
         let scopes = violations.take_each(&field("scopes"), self.scopes, MAX_SCOPES, Scope::parse_grant);
-        let roles: Vec<RoleName> = violations
-            .take_each(&field("roles"), self.roles, MAX_ROLES, |_| Err(NameError("there is no such role")));
+        let roles = violations.take_each(&field("roles"), self.roles, MAX_ROLES, RoleName::parse);
         let customers =
             violations.take_each(&field("customers"), self.customers, MAX_CUSTOMERS, CustomerId::parse);
         let allowed_cidrs =

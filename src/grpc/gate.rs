@@ -32,8 +32,11 @@ use super::{
     body::Limited,
     keys::KeyService,
     rpc::{self, Access, Plane, Rpc},
-    status::{deadline_exceeded, internal, lacks_permission, no_such_rpc},
+    status::{deadline_exceeded, internal, lacks_permission, no_such_rpc, with_reason},
 };
+
+/// The largest request to health and reflection, in bytes.
+const OPEN_BYTES: usize = 16 * 1024;
 
 /// A service that asks for no credential.
 pub(super) type Open = BoxCloneSyncService<Request<Body>, Response<Body>, Infallible>;
@@ -80,12 +83,12 @@ impl Services {
             Plane::Checks => futures_util::future::Either::Left(into_service(self.authz.clone(), request)),
             Plane::Management => futures_util::future::Either::Right(self.manage(rpc, request)),
         };
-        match limit {
+        explained(match limit {
             Some(limit) => {
                 tokio::time::timeout(limit, call).await.unwrap_or_else(|_| deadline_exceeded().into_http())
             }
             None => call.await,
-        }
+        })
     }
 
     /// Runs a call on the management runtime. A caller that goes away does not stop it: a change is made whole.
@@ -111,7 +114,10 @@ impl Services {
     async fn answer_open(&self, request: Request<Incoming>) -> Response<Body> {
         let service = request.uri().path().split('/').nth(1).unwrap_or_default();
         match self.open.get(service) {
-            Some(service) => into_service(service.clone(), request.map(Body::new)).await,
+            Some(service) => explained(
+                into_service(service.clone(), request.map(|body| Body::new(Limited::new(body, OPEN_BYTES))))
+                    .await,
+            ),
             None => no_such_rpc().into_http(),
         }
     }
@@ -129,20 +135,35 @@ impl Services {
             request.extensions_mut().insert(holder);
             return Ok(());
         }
-        let account = named(request.headers(), "x-keyward-account", AccountId::parse)?;
-        let acting_user = named(request.headers(), "x-keyward-acting-user", UserId::parse)?;
+        let named_account = named(request.headers(), "x-keyward-account", AccountId::parse);
+        let named_user = named(request.headers(), "x-keyward-acting-user", UserId::parse);
         let peer = Some(peer.ip().to_canonical());
-        let found = self
-            .engine
-            .authenticate(&presented, account.as_ref(), rpc.access == Access::AnyKey, peer)
-            .map_err(Refusal::from)?;
-        let Authenticated { holder, account, grants } = found.map_err(|refused| {
-            tracing::debug!(reason = refused.reason.as_str(), method = rpc.method, "a caller was refused");
-            match refused.reason {
-                Reason::RateLimited | Reason::QuotaExceeded => Refusal::CallerLimited(refused.retry_after),
-                _ => Refusal::Unauthenticated,
+        let asked = named_account.as_ref().ok().and_then(Option::as_ref);
+        let anywhere = rpc.access == Access::AnyKey;
+        let found = self.engine.authenticate(&presented, asked, anywhere, peer).map_err(Refusal::from)?;
+        let Authenticated { holder, account, grants } = match found {
+            Ok(authenticated) => authenticated,
+            Err(refused) => {
+                tracing::debug!(
+                    reason = refused.reason.as_str(),
+                    method = rpc.method,
+                    "a caller was refused"
+                );
+                // Only who holds a good key hears what else is wrong.
+                if refused.reason == Reason::WrongAccount {
+                    named_account?;
+                }
+                return Err(match refused.reason {
+                    Reason::RateLimited | Reason::QuotaExceeded => {
+                        Refusal::CallerLimited(refused.retry_after)
+                    }
+                    _ => Refusal::Unauthenticated,
+                }
+                .into());
             }
-        })?;
+        };
+        named_account?;
+        let acting_user = named_user?;
         if acting_user.is_some() && !account.is_operator() {
             let message = "only the operator account's callers may act for a person (x-keyward-acting-user)";
             return Err(Refusal::Forbidden("OPERATOR_ONLY", message.to_owned()).into());
@@ -165,6 +186,16 @@ impl Services {
             return Err(Refusal::Unauthenticated);
         }
         Ok(holder)
+    }
+}
+
+/// The answer, with its reason: what tonic refuses by itself, such as a body that is no message, has none.
+fn explained(response: Response<Body>) -> Response<Body> {
+    match Status::from_header_map(response.headers()) {
+        Some(status) if status.code() != tonic::Code::Ok && status.details().is_empty() => {
+            with_reason(&status).into_http()
+        }
+        _ => response,
     }
 }
 

@@ -1,7 +1,11 @@
 //! KeyService: calls the use cases and writes answers; requests are read in `keys_read.rs`. No rule of the
 //! product stands here.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+    time::Duration,
+};
 
 use tonic::{Request, Response, Status};
 
@@ -23,7 +27,8 @@ use super::{
     convert,
     gate::shown,
     keys_read::{
-        Page, filled, read_bulk, read_create, read_filter, read_import, read_once, read_update, read_usage,
+        Page, filled, read_bulk, read_create, read_filter, read_import, read_once, read_once_alone,
+        read_update, read_usage,
     },
     page, status,
 };
@@ -52,8 +57,16 @@ impl pb::key_service_server::KeyService for KeyService {
         mut request: Request<pb::CreateKeyRequest>,
     ) -> Result<Response<pb::CreateKeyResponse>, Status> {
         let caller = shown::<Caller>(&mut request)?;
-        let (new, once) = read_create(&self.0, &caller, request.get_ref())?;
-        let (issued, Revision(revision)) = self.0.create(&caller, new, once).await?;
+        // What was done before is answered before it is judged again: its expiry may lie in the past by now.
+        let once = read_once_alone(&caller, request.get_ref());
+        let done = self.0.done_before(&caller, once.as_ref()).await?;
+        let (issued, Revision(revision)) = match done {
+            Some(done) => done,
+            None => {
+                let (new, once) = read_create(&self.0, &caller, request.get_ref())?;
+                self.0.create(&caller, new, once).await?
+            }
+        };
         let replayed = issued.token.is_none();
         Ok(Response::new(pb::CreateKeyResponse {
             key: Some(convert::key(issued.view)),
@@ -195,7 +208,11 @@ impl pb::key_service_server::KeyService for KeyService {
         let keys = read_import(&self.0, &caller, request.into_inner())?;
         let results = self.0.import(&caller, keys).await;
         let results = results.into_iter().map(|result| match result {
-            Ok(view) => pb::ImportResult { key: Some(convert::key(view)), ..pb::ImportResult::default() },
+            Ok(view) => {
+                // The caller has it, and a thousand of them would make the answer too large.
+                let key = pb::Key { metadata: BTreeMap::new(), ..convert::key(view) };
+                pb::ImportResult { key: Some(key), ..pb::ImportResult::default() }
+            }
             Err(refusal) => {
                 let (error, message) = status::reason(refusal);
                 pb::ImportResult { key: None, error, message }

@@ -44,6 +44,11 @@ pub(super) fn read_once(
     Some(Once { key, fingerprint: sha.finalize().into() })
 }
 
+/// The name that a Create has for itself, if it is well-formed.
+pub(super) fn read_once_alone(caller: &Caller, request: &pb::CreateKeyRequest) -> Option<Once> {
+    read_once(caller.method, request.idempotency_key.as_deref(), request, &mut Violations::default())
+}
+
 /// A field that every finished reading has filled; what is missing was noted as a violation.
 pub(super) fn filled<T>(value: Option<T>) -> Result<T, Refusal> {
     value.ok_or_else(|| Refusal::field("(message)", "could not be read"))

@@ -31,6 +31,11 @@ const MAX_HEADERS: u32 = 16 * 1024;
 const MAX_ERROR_RESETS: usize = 1024;
 const KEEPALIVE_EVERY: Duration = Duration::from_secs(10);
 const KEEPALIVE_PATIENCE: Duration = Duration::from_secs(5);
+/// How long a peer may take to say that it speaks HTTP/2.
+const PREFACE_PATIENCE: Duration = Duration::from_secs(10);
+const PREFACE_PAUSE: Duration = Duration::from_millis(10);
+/// How many connections there may be, over all threads.
+const MAX_CONNECTIONS: usize = 10_000;
 /// How long to leave the listener alone when the process has no file descriptor left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -69,6 +74,10 @@ impl Workers {
 
     /// Gives a connection to the thread with the fewest.
     fn serve(&self, stream: TcpStream, peer: SocketAddr) {
+        let all: usize = self.0.iter().map(|worker| worker.load.load(Ordering::Relaxed)).sum();
+        if all >= MAX_CONNECTIONS {
+            return tracing::warn!(%peer, "refused: there are {MAX_CONNECTIONS} connections already");
+        }
         let idlest = self.0.iter().min_by_key(|worker| worker.load.load(Ordering::Relaxed));
         let (Some(worker), Ok(stream)) = (idlest, stream.into_std()) else {
             return;
@@ -145,6 +154,9 @@ async fn connection(
             return tracing::warn!(error = &error as &dyn std::error::Error, "a connection was lost");
         }
     };
+    if !matches!(tokio::time::timeout(PREFACE_PATIENCE, preface(&stream)).await, Ok(Ok(true))) {
+        return tracing::debug!(%peer, "a connection sent no HTTP/2 preface");
+    }
     let service = service_fn(move |request: Request<Incoming>| {
         let services = services.clone();
         async move { Ok::<_, Infallible>(services.answer(request, peer).await) }
@@ -175,6 +187,21 @@ async fn connection(
 async fn stopped(stopping: &mut watch::Receiver<bool>) {
     // The sender is gone only when the server is.
     let _ = stopping.wait_for(|stop| *stop).await;
+}
+
+/// Waits for the 24 bytes with which HTTP/2 begins (RFC 9113, section 3.4), without taking them; false when the
+/// peer ends before.
+async fn preface(stream: &TcpStream) -> io::Result<bool> {
+    const LENGTH: usize = 24;
+    let mut bytes = [0; LENGTH];
+    loop {
+        match stream.peek(&mut bytes).await? {
+            0 => return Ok(false),
+            LENGTH => return Ok(true),
+            // What is there already would be told again at once.
+            _ => tokio::time::sleep(PREFACE_PAUSE).await,
+        }
+    }
 }
 
 /// Accepts connections until `stopping` turns true.

@@ -176,6 +176,20 @@ pub(super) fn deadline_exceeded() -> Status {
     )
 }
 
+/// A refusal of tonic's own, with a reason. A message that cannot be read is the caller's fault.
+#[must_use]
+pub(super) fn with_reason(plain: &Status) -> Status {
+    match plain.code() {
+        Code::Internal => status(
+            Code::InvalidArgument,
+            "UNREADABLE_REQUEST",
+            "the request could not be read: is it a protobuf message of this call's type?",
+        ),
+        Code::Unimplemented => status(Code::Unimplemented, "UNSUPPORTED", plain.message()),
+        code => status(code, "REFUSED", plain.message()),
+    }
+}
+
 /// A handler that ended without an answer: a bug.
 #[must_use]
 pub(super) fn internal() -> Status {

@@ -11,19 +11,19 @@ use crate::{
         decision::Reason,
         key::{Key, Owner, RevokeReason, Secret},
         log::Action,
-        name::{AccountId, KeyId, UserId},
+        name::{KeyId, UserId},
         time::{Revision, Timestamp},
         token::Digest,
     },
     refusal::{Refusal, Thing},
-    store::{Count, Hour, KeyFilter, Outcome, OwnerFilter},
+    store::{Count, Hour, KeyFilter, Outcome, OwnerFilter, StoredKey},
 };
 
 use super::{Keys, NewKey, View, into_key, write};
 
 /// How many writes of one call wait for the writer at a time: one transaction is filled while another commits.
 const AT_ONCE: usize = 512;
-/// How many keys one BulkRevoke handles; `more` says that there are others.
+/// How many keys one BulkRevoke handles at the most; `more` says that there are others.
 pub const MOST_REVOKED: u32 = 5000;
 
 /// A key made elsewhere.
@@ -94,7 +94,14 @@ impl Keys {
         bulk: BulkRevoke,
     ) -> Result<(Vec<BulkRevoked>, bool), Refusal> {
         match &bulk.filter.owner {
-            OwnerFilter::AllButOperators => caller.must_be_operator()?,
+            OwnerFilter::AllButOperators => {
+                caller.must_be_operator()?;
+                if caller.acting_user.is_some() {
+                    let message =
+                        "nobody acts for a person over every account; leave x-keyward-acting-user out";
+                    return Err(Refusal::Forbidden("ROLE_LACKS_PERMISSION", message.to_owned()));
+                }
+            }
             OwnerFilter::Account(account) => {
                 self.engine.index.account(account).ok_or(Refusal::NotFound(Thing::Account))?;
                 self.may_write(caller, &Owner::Account(account.clone()))?;
@@ -107,8 +114,9 @@ impl Keys {
             }
         }
         let mut stored = self.store.keys(&bulk.filter, None, MOST_REVOKED + 1).await?;
-        let more = stored.len() > MOST_REVOKED as usize;
-        stored.truncate(MOST_REVOKED as usize);
+        let fitting = fitting(&stored);
+        let more = stored.len() > fitting;
+        stored.truncate(fitting);
         if bulk.dry_run {
             let views = stored.into_iter().map(|stored| self.view_stored(stored));
             return Ok((views.map(|view| BulkRevoked { view, failure: None }).collect(), more));
@@ -123,25 +131,26 @@ impl Keys {
         Ok((revoked.buffered(AT_ONCE).collect().await, more))
     }
 
-    /// Revokes every key of a user who is no member anywhere any more. Gives how many.
+    /// Revokes every key of a user who is no member anywhere any more. Gives the newest revision; zero, if there
+    /// was none to revoke.
     ///
     /// # Errors
     /// When the store fails; what was revoked stays so.
-    pub async fn revoke_all_of(&self, caller: &Caller, user: &UserId) -> Result<usize, Refusal> {
-        // The membership has ended, so whoever ended it may end what it carried.
-        let caller = Caller { account: AccountId::operator(), acting_user: None, ..caller.clone() };
+    pub async fn revoke_all_of(&self, caller: &Caller, user: &UserId) -> Result<Revision, Refusal> {
+        // The person acted for ended the membership; the keys end with it, whoever's they are.
+        let caller = Caller { acting_user: None, ..caller.clone() };
         let filter = self.everything_of(OwnerFilter::User(user.clone()));
         let comment = "the user was removed from the last account".to_owned();
         let bulk = BulkRevoke { filter, dry_run: false, reason: RevokeReason::OwnerLeft, comment };
-        let mut count = 0;
+        let mut newest = Revision::default();
         loop {
             let (revoked, more) = self.bulk_revoke(&caller, bulk.clone()).await?;
             for key in revoked {
                 key.failure.map_or(Ok(()), Err)?;
-                count += 1;
+                newest = newest.max(key.view.key.revision);
             }
             if !more {
-                return Ok(count);
+                return Ok(newest);
             }
         }
     }
@@ -173,7 +182,8 @@ impl Keys {
         to: Hour,
         hours: u32,
     ) -> Result<Vec<(Timestamp, HashMap<Reason, u64>)>, Refusal> {
-        self.visible(caller, id).await?;
+        let stored = self.visible(caller, id).await?;
+        self.may_read(caller, &stored.key.owner)?;
         self.engine.usage.flush(&*self.store).await?;
         let counts = self.store.usage(id, from, to).await?;
         let step = i64::from(hours.max(1));
@@ -189,6 +199,30 @@ impl Keys {
         }
         Ok(buckets)
     }
+}
+
+/// How many of the keys one answer can hold: a client takes 4 MiB.
+pub(super) fn fitting(stored: &[StoredKey]) -> usize {
+    const ROOM: usize = 3 * 1024 * 1024;
+    let mut size = 0;
+    let fits = stored.iter().take(MOST_REVOKED as usize).take_while(|stored| {
+        size += about(&stored.key);
+        size <= ROOM
+    });
+    fits.count().max(1)
+}
+
+/// About how many bytes a key takes in an answer.
+fn about(key: &Key) -> usize {
+    const REST: usize = 512;
+    let terms = &key.terms;
+    let scopes: usize = terms.scopes.iter().map(|scope| scope.as_str().len() + 2).sum();
+    let customers: usize = terms.customers.iter().map(|customer| customer.as_str().len() + 2).sum();
+    let metadata: usize = terms.metadata.iter().map(|(name, value)| name.len() + value.len() + 6).sum();
+    let name = terms.name.as_ref().map_or(0, |name| name.as_str().len());
+    let lists = terms.roles.len() * 66 + terms.allowed_cidrs.len() * 45 + terms.rate_limits.len() * 90;
+    let comment = key.revocation.as_ref().map_or(0, |revocation| revocation.comment.len());
+    REST + scopes + customers + metadata + name + lists + comment
 }
 
 /// The newest revision of a bulk's keys.

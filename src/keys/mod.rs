@@ -223,20 +223,23 @@ impl Keys {
     }
 
     fn view(&self, key: Key, stored: &[(u32, Timestamp)]) -> View {
-        let last_used = key.secrets.iter().filter_map(|secret| {
-            let stored = stored.iter().find(|(version, _)| *version == secret.version).map(|(_, at)| *at);
-            let latest = stored.max(self.engine.usage.pending(key.id, secret.version));
-            latest.map(|at| (secret.version, at))
-        });
-        View { last_used: last_used.collect(), now: self.clock.now(), key }
+        let mut last_used = stored.to_vec();
+        for secret in &key.secrets {
+            last_used
+                .extend(self.engine.usage.pending(key.id, secret.version).map(|at| (secret.version, at)));
+        }
+        View { last_used, now: self.clock.now(), key }
     }
 
     fn view_stored(&self, stored: StoredKey) -> View {
         self.view(stored.key, &stored.last_used)
     }
 
-    /// The answer to a request that was done before.
-    async fn done_before(
+    /// The answer to a request that was done before, if it was.
+    ///
+    /// # Errors
+    /// When another request was made under the same idempotency key, or the store fails.
+    pub async fn done_before(
         &self,
         caller: &Caller,
         once: Option<&Once>,
@@ -268,9 +271,6 @@ impl Keys {
         new: NewKey,
         once: Option<Once>,
     ) -> Result<(Issued, Revision), Refusal> {
-        if let Some(done) = self.done_before(caller, once.as_ref()).await? {
-            return Ok(done);
-        }
         let now = new.now;
         let prefix = new.prefix.as_ref().unwrap_or(&self.settings.prefix);
         let token = Token::generate(prefix, &new.environment.tag, &random(&*self.entropy)?);
@@ -291,7 +291,9 @@ impl Keys {
     /// # Errors
     /// When it does not exist for the caller.
     pub async fn get(&self, caller: &Caller, id: KeyId) -> Result<View, Refusal> {
-        Ok(self.view_stored(self.visible(caller, id).await?))
+        let stored = self.visible(caller, id).await?;
+        self.may_read(caller, &stored.key.owner)?;
+        Ok(self.view_stored(stored))
     }
 
     /// A page of keys, and where the next one begins.
@@ -306,15 +308,16 @@ impl Keys {
         size: u32,
     ) -> Result<(Vec<View>, Option<KeyId>), Refusal> {
         if let OwnerFilter::Account(account) = &filter.owner {
-            self.member_of_owner(caller, &Owner::Account(account.clone()))?;
+            self.may_read(caller, &Owner::Account(account.clone()))?;
         }
         if filter.unused_since.is_some() {
             // The filter runs in the store: it must know the latest uses.
             self.engine.usage.flush(&*self.store).await?;
         }
         let mut stored = self.store.keys(filter, before, size + 1).await?;
-        let more = stored.len() > size as usize;
-        stored.truncate(size as usize);
+        let fitting = bulk::fitting(&stored).min(size as usize);
+        let more = stored.len() > fitting;
+        stored.truncate(fitting);
         let next = stored.last().filter(|_| more).map(|last| last.key.id);
         Ok((stored.into_iter().map(|stored| self.view_stored(stored)).collect(), next))
     }
@@ -358,6 +361,7 @@ impl Keys {
         self.change(caller, id, Action::KeyUpdated, None, |key, now| {
             not_revoked(key)?;
             self.may_give(caller, &key.owner, &key.environment, &key.terms)?;
+            caller.may_change_limits_of(key, patch)?;
             patch.apply(&mut key.terms);
             if patch.fields.contains(&Field::Roles) {
                 self.roles_exist(&key.owner, &key.terms.roles, "key.roles")?;
@@ -399,6 +403,8 @@ impl Keys {
         self.change(caller, id, Action::KeyEnabled, None, |key, _| {
             not_revoked(key)?;
             self.may_give(caller, &key.owner, &key.environment, &key.terms)?;
+            // A disabling that was not recorded ends with this too.
+            self.engine.index.enable(key.id);
             Ok(if key.disabled_at.take().is_some() { Edit::Changed } else { Edit::AsItWas })
         })
         .await?

@@ -5,7 +5,7 @@ use crate::{
     clock::random,
     domain::{
         key::{Key, Owner, Secret, Terms},
-        name::{EnvironmentName, KeyId, RoleName},
+        name::{AccountId, EnvironmentName, KeyId, RoleName, UserId},
         scope::{Scope, ScopeSet},
         time::{Revision, Timestamp},
     },
@@ -13,40 +13,53 @@ use crate::{
     store::StoredKey,
 };
 
-use super::{Keys, NewKey, OwnerNamed};
+use super::{Field, Keys, NewKey, OwnerNamed, Patch};
+
+impl Caller {
+    /// A limited caller does not lift its own limits.
+    pub(super) fn may_change_limits_of(&self, key: &Key, patch: &Patch) -> Result<(), Refusal> {
+        let limits = [Field::RateLimits, Field::Quota];
+        let limited = !key.terms.rate_limits.is_empty() || key.terms.quota.is_some();
+        if key.id == self.key.id && limited && patch.fields.iter().any(|field| limits.contains(field)) {
+            let message = "a key does not change its own limits; another one must";
+            return Err(Refusal::Forbidden("GRANT_BEYOND_CALLER", message.to_owned()));
+        }
+        Ok(())
+    }
+}
 
 impl Keys {
     /// The key with this id, if it exists for the caller.
     pub(super) async fn visible(&self, caller: &Caller, id: KeyId) -> Result<StoredKey, Refusal> {
         let found = self.store.key(id).await?;
-        let stored =
-            found.filter(|stored| caller.sees(&stored.key.owner)).ok_or(Refusal::NotFound(Thing::Key))?;
-        self.member_of_owner(caller, &stored.key.owner).map(|_| stored)
+        found.filter(|stored| caller.sees(&stored.key.owner)).ok_or(Refusal::NotFound(Thing::Key))
     }
 
-    /// The role, in the account that owns a key, of the person that the caller acts for. To others than the
-    /// account's members its keys do not exist.
-    pub(super) fn member_of_owner(
-        &self,
-        caller: &Caller,
-        owner: &Owner,
-    ) -> Result<Option<ScopeSet>, Refusal> {
-        let (Some(user), Some(account)) = (&caller.acting_user, owner.account()) else { return Ok(None) };
-        let member = self.engine.index.member(account, user).ok_or(Refusal::NotFound(Thing::Key))?;
+    /// What the person that the caller acts for holds in the account that owns a key; `None` = no member.
+    fn held(&self, account: &AccountId, user: &UserId) -> Option<ScopeSet> {
+        let member = self.engine.index.member(account, user)?;
         let role = self.engine.index.role(Some(account), &member.role);
-        Ok(Some(role.map(|role| role.scopes.clone()).unwrap_or_default()))
+        Some(role.map(|role| role.scopes.clone()).unwrap_or_default())
+    }
+
+    /// Whether the caller may read this owner's keys. For a person who is no member of the account they do not
+    /// exist.
+    pub(super) fn may_read(&self, caller: &Caller, owner: &Owner) -> Result<(), Refusal> {
+        let (Some(user), Some(account)) = (&caller.acting_user, owner.account()) else { return Ok(()) };
+        self.held(account, user).map(drop).ok_or(Refusal::NotFound(Thing::Key))
     }
 
     /// Whether the caller may change this owner's keys. A person changes service keys only with a role that
     /// holds `keyward:keys:write` in their account.
     pub(super) fn may_write(&self, caller: &Caller, owner: &Owner) -> Result<(), Refusal> {
-        let Some(held) = self.member_of_owner(caller, owner)? else { return Ok(()) };
+        let (Some(user), Some(account)) = (&caller.acting_user, owner.account()) else { return Ok(()) };
+        let held = self.held(account, user).unwrap_or_default();
         let needed = Permission::KeysWrite.as_str();
         if Scope::parse_required(needed).is_ok_and(|scope| held.covers(&scope)) {
             return Ok(());
         }
         let message =
-            format!("the acting user's role in the account does not hold {needed}, which this needs");
+            format!("the acting user has no role in the account that holds {needed}, which this needs");
         Err(Refusal::Forbidden("ROLE_LACKS_PERMISSION", message))
     }
 

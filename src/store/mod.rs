@@ -222,7 +222,7 @@ pub enum SnapshotItem {
 pub struct StoredKey {
     /// The record.
     pub key: Key,
-    /// When each secret version of the record was last used.
+    /// When each secret version was last used, those that left the record included.
     pub last_used: Vec<(u32, Timestamp)>,
 }
 

@@ -122,11 +122,10 @@ impl Gather {
         if !counted || !open_ended {
             return Err(incomplete(&row.id));
         }
+        let used = secrets.iter();
+        let used = used.filter_map(|(secret, used)| Some((secret.version, Timestamp::from_micros((*used)?))));
+        let last_used = used.collect();
         let left = secrets.split_off(secrets.len().min(IN_RECORD));
-        let last_used = secrets
-            .iter()
-            .filter_map(|(secret, used)| Some((secret.version, Timestamp::from_micros((*used)?))))
-            .collect();
         let key = row.into_key(sum, secrets.into_iter().map(|(secret, _)| secret).collect())?;
         let left = left.into_iter().map(|(secret, _)| secret).collect();
         Ok(Some(GatheredKey { stored: StoredKey { key, last_used }, left }))

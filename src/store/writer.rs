@@ -115,14 +115,23 @@ impl Committer {
             Err(CommitError::NotRecorded(error @ StoreError::Unavailable(_))) if writes.len() > 1 => {
                 tracing::warn!(error = &error as &dyn Error, "a batch failed; its writes go one by one");
                 for (write, answer) in writes.into_iter().zip(answers) {
-                    let writes = [write];
-                    match self.store.commit(&writes).await {
-                        Ok(committed) => self.settle(committed, vec![answer]),
-                        Err(error) => self.fail(&writes, vec![answer], error).await,
-                    }
+                    self.commit_one(write, answer).await;
                 }
             }
             Err(error) => self.fail(&writes, answers, error).await,
+        }
+    }
+
+    async fn commit_one(&mut self, write: Write, answer: Answer) {
+        let writes = [write];
+        if self.unsure
+            && let Err(error) = self.catch_up().await
+        {
+            return self.fail(&writes, vec![answer], CommitError::NotRecorded(error)).await;
+        }
+        match self.store.commit(&writes).await {
+            Ok(committed) => self.settle(committed, vec![answer]),
+            Err(error) => self.fail(&writes, vec![answer], error).await,
         }
     }
 
@@ -147,6 +156,8 @@ impl Committer {
         };
         self.unsure |= unknown;
         if let Err(error) = self.catch_up().await {
+            // The doubts stay until it can be read.
+            self.unsure = true;
             tracing::error!(error = &error as &dyn Error, "the log could not be read after a failed commit");
         }
         for answer in answers {

@@ -9,7 +9,7 @@ use super::{
     output,
     paging::PageArgs,
     table::{self, Rows, text},
-    values::rfc3339,
+    values::{Life, rfc3339},
 };
 use crate::pb;
 
@@ -24,6 +24,9 @@ pub(super) enum AccountsCommand {
         /// Name for people [default: the id]
         #[arg(long)]
         name: Option<String>,
+        /// The longest that its keys may live: a duration (90d, 1y), or never for no limit [default: never]
+        #[arg(long, value_name = "DURATION", value_parser = Life::parse)]
+        longest_life: Option<Life>,
     },
     /// Show one account
     Get(OneArgs),
@@ -32,13 +35,12 @@ pub(super) enum AccountsCommand {
         #[command(flatten)]
         page: PageArgs,
     },
-    /// Change an account's name
+    /// Change an account's name, or how long its keys may live
     Update {
         #[command(flatten)]
         one: OneArgs,
-        /// The new name
-        #[arg(long)]
-        name: String,
+        #[command(flatten)]
+        change: ChangeArgs,
     },
     /// Refuse every key of an account, until it is resumed
     Suspend {
@@ -60,6 +62,19 @@ pub(super) struct OneArgs {
     id: String,
 }
 
+/// What of an account to change.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = true)]
+pub(super) struct ChangeArgs {
+    /// The new name
+    #[arg(long)]
+    name: Option<String>,
+    /// The longest that keys may live which are made, or given another expiry, from now on: a duration (90d,
+    /// 1y), or never for no limit
+    #[arg(long, value_name = "DURATION", value_parser = Life::parse)]
+    longest_life: Option<Life>,
+}
+
 impl AccountsCommand {
     pub(super) async fn run(self, cx: &mut Context<'_>) -> Result<u8, Failure> {
         if let AccountsCommand::Suspend { one, yes } = &self {
@@ -67,10 +82,17 @@ impl AccountsCommand {
         }
         let session = cx.session()?;
         match self {
-            AccountsCommand::Create { id, name } => create(cx, &session, id, name).await,
+            AccountsCommand::Create { id, name, longest_life } => {
+                let question = pb::CreateAccountRequest {
+                    id: id.unwrap_or_default(),
+                    name: name.unwrap_or_default(),
+                    longest_life: longest_life.and_then(Life::at_most),
+                };
+                create(cx, &session, question).await
+            }
             AccountsCommand::Get(one) => get(cx, &session, one.id).await,
             AccountsCommand::List { page } => list(cx, &session, &page).await,
-            AccountsCommand::Update { one, name } => update(cx, &session, one.id, name).await,
+            AccountsCommand::Update { one, change } => update(cx, &session, change.request(one.id)).await,
             AccountsCommand::Suspend { one, .. } => suspend(cx, &session, one.id).await,
             AccountsCommand::Resume(one) => resume(cx, &session, one.id).await,
         }
@@ -78,17 +100,22 @@ impl AccountsCommand {
     }
 }
 
+impl ChangeArgs {
+    fn request(self, id: String) -> pb::UpdateAccountRequest {
+        pb::UpdateAccountRequest {
+            id,
+            name: self.name,
+            longest_life: self.longest_life.and_then(Life::at_most),
+            no_longest_life: self.longest_life == Some(Life::ForEver),
+        }
+    }
+}
+
 async fn create(
     cx: &mut Context<'_>,
     session: &Session,
-    id: Option<String>,
-    name: Option<String>,
+    question: pb::CreateAccountRequest,
 ) -> Result<(), Failure> {
-    let question = pb::CreateAccountRequest {
-        id: id.unwrap_or_default(),
-        name: name.unwrap_or_default(),
-        longest_life: None,
-    };
     let answer = session
         .accounts(Patience::Short, question, async |mut client, request| client.create(request).await)
         .await?;
@@ -120,9 +147,11 @@ async fn list(cx: &mut Context<'_>, session: &Session, page: &PageArgs) -> Resul
     Ok(())
 }
 
-async fn update(cx: &mut Context<'_>, session: &Session, id: String, name: String) -> Result<(), Failure> {
-    let question =
-        pb::UpdateAccountRequest { id, name: Some(name), longest_life: None, no_longest_life: false };
+async fn update(
+    cx: &mut Context<'_>,
+    session: &Session,
+    question: pb::UpdateAccountRequest,
+) -> Result<(), Failure> {
     let answer = session
         .accounts(Patience::Short, question, async |mut client, request| client.update(request).await)
         .await?;
@@ -154,12 +183,13 @@ fn details(account: Option<&pb::Account>, colours: bool) -> String {
 }
 
 fn listing(accounts: &[pb::Account], colours: bool) -> String {
-    let mut rows = Rows::new(&["ID", "NAME", "STATE", "CREATED"], colours);
+    let mut rows = Rows::new(&["ID", "NAME", "STATE", "LONGEST LIFE", "CREATED"], colours);
     for account in accounts {
         rows.row([
             text(&account.id),
             text(&account.name),
             output::account_state(account),
+            text(output::longest_life(account)),
             text(account.created_at.as_ref().map(rfc3339).unwrap_or_default()),
         ]);
     }
@@ -168,7 +198,28 @@ fn listing(accounts: &[pb::Account], colours: bool) -> String {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+
     use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Only {
+        #[command(flatten)]
+        change: ChangeArgs,
+    }
+
+    #[test]
+    fn a_longest_life_is_set_taken_away_or_left_as_it_is() {
+        let asked = |line: &str| {
+            let only = Only::try_parse_from(format!("update {line}").split_whitespace()).unwrap();
+            let request = only.change.request("acme".into());
+            (request.longest_life.map(|life| life.seconds), request.no_longest_life, request.name)
+        };
+        assert_eq!(asked("--longest-life 90d"), (Some(90 * 86_400), false, None));
+        assert_eq!(asked("--longest-life never"), (None, true, None));
+        assert_eq!(asked("--name Acme"), (None, false, Some("Acme".to_owned())));
+        assert!(Only::try_parse_from(["update"]).is_err(), "an update changes something");
+    }
 
     #[test]
     fn a_suspended_account_is_seen_in_the_list() {

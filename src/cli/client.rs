@@ -19,8 +19,9 @@ use crate::{
     },
 };
 
-/// A page of keys with all they may hold is larger than the 4 MiB that clients take by default.
-const LARGEST_ANSWER: usize = 64 << 20;
+/// A page of keys with all they may hold is larger than the 4 MiB that clients take by default, and BulkRevoke
+/// answers with up to 5,000 keys.
+const LARGEST_ANSWER: usize = 256 << 20;
 
 /// How long this side waits on after the server should have answered: its report is worth more than ours.
 const GRACE: Duration = Duration::from_millis(250);
@@ -50,6 +51,7 @@ pub(super) struct Session {
     bearer: MetadataValue<Ascii>,
     server: ServerUrl,
     timeout: Option<Duration>,
+    quiet: bool,
 }
 
 impl Session {
@@ -75,7 +77,13 @@ impl Session {
             bearer,
             server: settings.server.clone(),
             timeout: settings.timeout,
+            quiet: false,
         })
+    }
+
+    /// The same without a spinner, for a command that shows by itself how far it is.
+    pub(super) fn quiet(self) -> Session {
+        Session { quiet: true, ..self }
     }
 
     /// Asks KeyService.
@@ -96,7 +104,8 @@ impl Session {
         question: Q,
         call: impl AsyncFnOnce(AccountServiceClient<Channel>, Request<Q>) -> Result<Response<A>, Status>,
     ) -> Result<A, Failure> {
-        let client = AccountServiceClient::new(self.channel.clone());
+        let client =
+            AccountServiceClient::new(self.channel.clone()).max_decoding_message_size(LARGEST_ANSWER);
         self.ask(patience, question, async |request| call(client, request).await).await
     }
 
@@ -131,7 +140,8 @@ impl Session {
         request.metadata_mut().insert("authorization", self.bearer.clone());
         // Tells the server how long there is; the transport gives up then too.
         request.set_timeout(limit);
-        match tokio::time::timeout(limit + GRACE, console::watched(call(request))).await {
+        let answer = tokio::time::timeout(limit + GRACE, call(request));
+        match if self.quiet { answer.await } else { console::watched(answer).await } {
             Ok(Ok(answer)) => Ok(answer.into_inner()),
             // What the transport makes of its own time limit.
             Ok(Err(status)) if status.code() == tonic::Code::Cancelled => Err(Failure::timeout(limit)),

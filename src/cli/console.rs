@@ -52,9 +52,14 @@ impl Console {
         let _ = self.err.write_all(text.as_bytes()).and_then(|()| self.err.flush());
     }
 
+    /// Whether [`Console::confirm`] would ask.
+    pub(super) fn asks(&self, yes: bool) -> bool {
+        !yes && io::stdin().is_terminal()
+    }
+
     /// Asks a person who sits at the terminal; without one, or with `yes`, the answer is known.
     pub(super) fn confirm(&mut self, question: &str, yes: bool) -> Result<(), Failure> {
-        if yes || !io::stdin().is_terminal() {
+        if !self.asks(yes) {
             return Ok(());
         }
         self.note(&format!("{question} [y/N] "));
@@ -115,6 +120,17 @@ pub(super) async fn watched<T>(work: impl Future<Output = T>) -> T {
     let done = work.await;
     spinner.finish_and_clear();
     done
+}
+
+/// A bar for work of `total` bytes, on a terminal; what it stands at is shown beside it as its message.
+pub(super) fn progress(total: u64) -> ProgressBar {
+    if !io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr());
+    let style = ProgressStyle::with_template("{percent:>3}% {wide_bar} {msg}, {eta} left");
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    bar
 }
 
 #[cfg(test)]

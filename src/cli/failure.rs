@@ -91,6 +91,11 @@ impl Failure {
         Failure { hint: Some(hint.into()), ..self }
     }
 
+    /// The same with what it is about, where a command does many things.
+    pub(super) fn of(self, what: &str) -> Failure {
+        Failure { message: format!("{what}: {}", self.message), ..self }
+    }
+
     /// The same where the server's refusal is no answer either.
     pub(super) fn unanswered(self) -> Failure {
         Failure { exit: UNANSWERED, ..self }
@@ -190,6 +195,9 @@ fn hint_for_reason(reason: &str) -> Option<&'static str> {
         }
         "KEY_NOT_ACTIVE" => "enable the key, or give it a later --expires, first",
         "IDEMPOTENCY_KEY_REUSED" => "use a new --idempotency-key: this one belongs to another request",
+        "ROLE_IN_USE" => {
+            "keyward members list ACCOUNT shows who has it; keyward roles put changes what it grants"
+        }
         "PERMISSION_MISSING" => "grant the scope to the caller's key, or name another with --token-file",
         "STORE_FULL" => "make room for the database, then send it again",
         "OUTCOME_UNKNOWN" => "send it again: with the same --idempotency-key nothing is made twice",

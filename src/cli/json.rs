@@ -152,6 +152,11 @@ messages! {
     WhoAmIResponse { account, key }
     AccountName { id, name }
     RevokeSelfResponse { revision, propagation }
+    BulkRevokeKeysResponse { keys, revision, propagation, more }
+    BulkRevokeResult { key, revoked, error }
+    KeyUsageResponse { buckets, allowed, denied }
+    UsageBucket { start, allowed, denied, denied_by_reason }
+    ReasonCount { reason as reason_name, count }
     Account { id, name, suspended, created_at, updated_at, revision, longest_life }
     CreateAccountResponse { account, revision }
     GetAccountResponse { account }
@@ -159,6 +164,14 @@ messages! {
     UpdateAccountResponse { account, revision }
     SuspendAccountResponse { account, revision, propagation }
     ResumeAccountResponse { account, revision }
+    Member { account, user, role, revision }
+    PutMemberResponse { member, revision, propagation }
+    RemoveMemberResponse { revision, propagation }
+    ListMembersResponse { members, next_page_token }
+    Role { account, name, scopes, revision }
+    PutRoleResponse { role, revision, propagation }
+    DeleteRoleResponse { revision, propagation }
+    ListRolesResponse { roles }
     CheckResponse {
         allowed, reason as reason_name, message, failures as reason_names, missing_scopes, key_id, key_name,
         account, user, environment, scopes, secret_version, metadata, rate_limits, retry_after, expires_at,

@@ -1,15 +1,17 @@
 //! `keyward keys`: the life of a key, from create to revoke.
 
+mod bulk;
 mod change;
 mod create;
 mod list;
 mod policy;
 mod update;
+mod usage;
 
 use clap::{Args, Subcommand};
 
 use super::{
-    check::SubjectArgs, client::Patience, context::Context, failure::Failure, output, table::Record,
+    check::SubjectArgs, client::Patience, context::Context, failure::Failure, import, output, table::Record,
 };
 use crate::pb;
 
@@ -34,6 +36,12 @@ pub(super) enum KeysCommand {
     FinishRotation(OneArgs),
     /// Refuse a key for ever
     Revoke(change::RevokeArgs),
+    /// Refuse many keys for ever: those of an account, a user, or everyone
+    BulkRevoke(bulk::BulkRevokeArgs),
+    /// Take in keys made elsewhere, by the SHA-256 of their tokens, from a file of any size
+    Import(import::ImportArgs),
+    /// Draw how often a key was allowed and denied, step by step
+    Usage(usage::UsageArgs),
     /// Show the key that a token belongs to
     Lookup(LookupArgs),
 }
@@ -65,6 +73,9 @@ impl KeysCommand {
             KeysCommand::Rotate(args) => args.run(cx).await,
             KeysCommand::FinishRotation(one) => change::finish_rotation(cx, one.id).await,
             KeysCommand::Revoke(args) => args.run(cx).await,
+            KeysCommand::BulkRevoke(args) => args.run(cx).await,
+            KeysCommand::Import(args) => args.run(cx).await,
+            KeysCommand::Usage(args) => args.run(cx).await,
             KeysCommand::Lookup(args) => lookup(cx, &args.subject).await,
         }
     }

@@ -15,11 +15,14 @@ mod completions;
 mod console;
 mod context;
 mod failure;
+mod import;
 mod issue;
 mod json;
 mod keys;
+mod members;
 mod output;
 mod paging;
+mod roles;
 pub mod root_key;
 pub mod serve;
 mod table;
@@ -87,6 +90,22 @@ enum Command {
     Accounts {
         #[command(subcommand)]
         command: accounts::AccountsCommand,
+        #[command(flatten)]
+        client: ClientArgs,
+    },
+    /// Make, change and delete roles: named sets of scopes
+    #[command(mut_args = settings::below_top)]
+    Roles {
+        #[command(subcommand)]
+        command: roles::RolesCommand,
+        #[command(flatten)]
+        client: ClientArgs,
+    },
+    /// Say which users belong to an account, and with what role
+    #[command(mut_args = settings::below_top)]
+    Members {
+        #[command(subcommand)]
+        command: members::MembersCommand,
         #[command(flatten)]
         client: ClientArgs,
     },
@@ -202,6 +221,8 @@ fn run_client(command: Command, outer: ClientArgs, console: &mut Console) -> Res
     match command {
         Command::Keys { command, client } => runtime.block_on(command.run(&mut context(client)?)),
         Command::Accounts { command, client } => runtime.block_on(command.run(&mut context(client)?)),
+        Command::Roles { command, client } => runtime.block_on(command.run(&mut context(client)?)),
+        Command::Members { command, client } => runtime.block_on(command.run(&mut context(client)?)),
         Command::Audit { command, client } => runtime.block_on(command.run(&mut context(client)?)),
         Command::Whoami { client } => runtime.block_on(whoami::whoami(&mut context(client)?)),
         Command::RevokeSelf { args, client } => runtime.block_on(args.run(&mut context(client)?)),

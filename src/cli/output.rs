@@ -116,7 +116,7 @@ pub(super) fn check(answer: &pb::CheckResponse) -> Record {
         .field("max age", duration(&answer.max_age))
 }
 
-fn reason_word(reason: pb::Reason) -> String {
+pub(super) fn reason_word(reason: pb::Reason) -> String {
     word(reason.as_str_name(), "REASON_")
 }
 
@@ -132,9 +132,15 @@ pub(super) fn account(account: &pb::Account) -> Record {
         .field("id", &account.id)
         .field("name", &account.name)
         .coloured("state", state, colour)
+        .field("longest life", longest_life(account))
         .instant("created", account.created_at.as_ref(), "")
         .instant("updated", account.updated_at.as_ref(), "")
         .field("revision", account.revision.to_string())
+}
+
+/// How long an account's keys may live.
+pub(super) fn longest_life(account: &pb::Account) -> String {
+    account.longest_life.as_ref().map_or_else(|| "never ends".to_owned(), spoken)
 }
 
 /// An account's state and its colour.
@@ -204,6 +210,14 @@ mod tests {
             "{text}"
         );
         assert!(!text.contains("never"), "an unknown key does not expire never: {text}");
+    }
+
+    #[test]
+    fn an_account_says_how_long_its_keys_may_live() {
+        let text = |life| account(&pb::Account { longest_life: life, ..Default::default() }).show(false);
+        let days = prost_types::Duration { seconds: 90 * 86_400, nanos: 0 };
+        assert!(text(Some(days)).lines().any(|l| l.starts_with("longest life") && l.ends_with("90d")));
+        assert!(text(None).lines().any(|l| l.starts_with("longest life") && l.ends_with("never ends")));
     }
 
     #[test]

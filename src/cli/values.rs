@@ -36,6 +36,33 @@ impl Expiry {
     }
 }
 
+/// How long keys may live.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Life {
+    ForEver,
+    AtMost(Duration),
+}
+
+impl Life {
+    /// Reads `never` (they never have to end) or a duration.
+    pub(super) fn parse(text: &str) -> Result<Life, String> {
+        match text {
+            "never" => Ok(Life::ForEver),
+            _ => duration::parse(text)
+                .map(Life::AtMost)
+                .map_err(|_| "write never, or a duration such as 90d, 2w or 1y (365 days)".to_owned()),
+        }
+    }
+
+    /// The duration, where there is one.
+    pub(super) fn at_most(self) -> Option<prost_types::Duration> {
+        match self {
+            Life::ForEver => None,
+            Life::AtMost(duration) => Some(proto_duration(duration)),
+        }
+    }
+}
+
 /// An instant, told as itself or by how long ago it is.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Past {
@@ -98,7 +125,7 @@ fn to_proto(instant: crate::domain::time::Timestamp) -> Timestamp {
     from_micros(instant.as_micros())
 }
 
-fn from_micros(micros: i64) -> Timestamp {
+pub(super) fn from_micros(micros: i64) -> Timestamp {
     Timestamp {
         seconds: micros.div_euclid(1_000_000),
         // Below a thousand million: the remainder is less than a million.
@@ -197,6 +224,15 @@ mod tests {
                 error.contains("never, a duration such as 90d") && error.contains("2027-01-31T"),
                 "{error}"
             );
+        }
+    }
+
+    #[test]
+    fn a_longest_life_is_never_or_a_duration() {
+        assert_eq!(Life::parse("never").unwrap().at_most(), None);
+        assert_eq!(Life::parse("90d").unwrap().at_most().map(|life| life.seconds), Some(90 * 86_400));
+        for bad in ["", "Never", "90", "2027-01-31T00:00:00Z"] {
+            assert!(Life::parse(bad).unwrap_err().contains("never, or a duration such as 90d"), "{bad:?}");
         }
     }
 

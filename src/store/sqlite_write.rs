@@ -145,7 +145,10 @@ async fn insert_key(connection: &mut Connection, key: &Key) -> Result<Verdict> {
          ?18, ?19, ?20, ?21, ?22) ON CONFLICT DO NOTHING",
     );
     if bind_key(insert, &KeyRow::of(key)).execute(&mut *connection).await?.rows_affected() == 0 {
-        return Ok(Err(if name_taken(connection, key).await? {
+        // A key that is there already, name and all, is told by its digest.
+        return Ok(Err(if digest_known(connection, key).await? {
+            Rejection::DigestTaken
+        } else if name_taken(connection, key).await? {
             Rejection::NameTaken
         } else {
             Rejection::Conflict
@@ -227,6 +230,15 @@ async fn name_taken(connection: &mut Connection, key: &Key) -> Result<bool> {
     };
     let found: Option<i64> =
         query.bind(name.as_str()).bind(key.id.as_bytes().as_slice()).fetch_optional(connection).await?;
+    Ok(found.is_some())
+}
+
+async fn digest_known(connection: &mut Connection, key: &Key) -> Result<bool> {
+    let Some(newest) = key.secrets.first() else { return Ok(false) };
+    let found: Option<i64> = sqlx::query_scalar("SELECT 1 FROM secrets WHERE digest = ?1")
+        .bind(newest.digest.as_bytes().as_slice())
+        .fetch_optional(connection)
+        .await?;
     Ok(found.is_some())
 }
 

@@ -94,7 +94,7 @@ impl RotateArgs {
 
 /// Why a key is revoked.
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum Why {
+pub(super) enum Why {
     /// The token is known to somebody who should not know it
     Compromised,
     /// Another key has taken its place

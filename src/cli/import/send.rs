@@ -1,0 +1,236 @@
+//! Sends one batch of an import, again where the server was in trouble, and tells what became of each row.
+
+use std::{cell::Cell, time::Duration};
+
+use super::{
+    lines::Position,
+    source::{Batch, Row},
+};
+use crate::{
+    cli::failure::{Failure, UNANSWERED},
+    pb,
+};
+
+/// How long to wait before each new attempt. A server that restarts is back within them.
+const PAUSES: [Duration; 5] = [
+    Duration::from_millis(250),
+    Duration::from_secs(1),
+    Duration::from_secs(2),
+    Duration::from_secs(4),
+    Duration::from_secs(8),
+];
+
+/// Results that say nothing about the row: it may go well another time.
+const TROUBLE: [&str; 8] = [
+    "CONTENDED",
+    "DEADLINE_EXCEEDED",
+    "NOT_RECORDED",
+    "OUTCOME_UNKNOWN",
+    "STARTING",
+    "STOPPING",
+    "STORE_FULL",
+    "STORE_UNAVAILABLE",
+];
+
+/// A row that is not imported.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Rejected {
+    pub(super) line: u64,
+    pub(super) error: String,
+    pub(super) message: String,
+    pub(super) raw: Vec<u8>,
+}
+
+/// What became of a batch.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Done {
+    pub(super) end: Position,
+    pub(super) imported: u64,
+    /// Rows that an earlier attempt had imported.
+    pub(super) there_already: u64,
+    pub(super) rejected: Vec<Rejected>,
+}
+
+/// What the batches of an import share.
+#[derive(Debug)]
+pub(super) struct Attempts {
+    /// The waits before new ones.
+    pauses: &'static [Duration],
+    /// The server has answered: if it is gone now, it may come back.
+    answered: Cell<bool>,
+}
+
+impl Default for Attempts {
+    fn default() -> Attempts {
+        Attempts { pauses: &PAUSES, answered: Cell::new(false) }
+    }
+}
+
+/// Sends a batch. `repeated` says that an earlier run may have sent it.
+pub(super) async fn send(
+    batch: Batch,
+    repeated: bool,
+    attempts: &Attempts,
+    call: impl AsyncFn(pb::ImportKeysRequest) -> Result<pb::ImportKeysResponse, Failure>,
+) -> Result<Done, Failure> {
+    let mut done = Done { end: batch.end, imported: 0, there_already: 0, rejected: Vec::new() };
+    let mut pending = Vec::new();
+    for Row { line, raw, key } in batch.rows {
+        match key {
+            Ok(key) => pending.push((line, raw, key)),
+            Err(message) => {
+                done.rejected.push(Rejected { line, error: "UNREADABLE".to_owned(), message, raw });
+            }
+        }
+    }
+    let (mut pauses, mut repeated) = (attempts.pauses.iter(), repeated);
+    while !pending.is_empty() {
+        let keys = pending.iter().map(|(_, _, key)| key.clone()).collect();
+        let trouble = match call(pb::ImportKeysRequest { keys }).await {
+            Ok(answer) => {
+                attempts.answered.set(true);
+                sort(&mut pending, answer, repeated, &mut done)?
+            }
+            Err(failure) if failure.exit() == UNANSWERED && attempts.answered.get() => Some(failure),
+            Err(failure) => return Err(failure),
+        };
+        if let Some(failure) = trouble {
+            let Some(pause) = pauses.next() else { return Err(failure) };
+            tokio::time::sleep(*pause).await;
+        }
+        repeated = true;
+    }
+    done.rejected.sort_by_key(|row| row.line);
+    Ok(done)
+}
+
+type Pending = Vec<(u64, Vec<u8>, pb::ImportKey)>;
+
+/// Sorts the results; what the server could not do stays pending, with why.
+fn sort(
+    pending: &mut Pending,
+    answer: pb::ImportKeysResponse,
+    repeated: bool,
+    done: &mut Done,
+) -> Result<Option<Failure>, Failure> {
+    if answer.results.len() != pending.len() {
+        return Err(Failure::usage(
+            "the server answered with another number of results than there were rows",
+        ));
+    }
+    let mut trouble = None;
+    for ((line, raw, key), result) in std::mem::take(pending).into_iter().zip(answer.results) {
+        let pb::ImportResult { error, mut message, .. } = result;
+        match error.as_str() {
+            "" => done.imported += 1,
+            "DIGEST_TAKEN" if repeated => done.there_already += 1,
+            known if TROUBLE.contains(&known) => {
+                trouble.get_or_insert_with(|| Failure::usage(format!("line {line}: {message} ({known})")));
+                pending.push((line, raw, key));
+            }
+            known => {
+                if known == "KEY_NAME_TAKEN" && repeated {
+                    message.push_str("; perhaps it is this row, imported before the interruption");
+                }
+                done.rejected.push(Rejected { line, error, message, raw });
+            }
+        }
+    }
+    Ok(trouble)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use super::*;
+
+    fn batch(names: &[&str]) -> Batch {
+        let row = |(at, name): (usize, &&str)| Row {
+            line: at as u64 + 2,
+            raw: name.as_bytes().to_vec(),
+            key: match *name {
+                "" => Err("has 1 fields".to_owned()),
+                name => Ok(pb::ImportKey { name: Some(name.to_owned()), ..Default::default() }),
+            },
+        };
+        Batch { rows: names.iter().enumerate().map(row).collect(), end: Position { bytes: 9, lines: 9 } }
+    }
+
+    /// Plays a server that gives each call's keys these errors; what it was asked, and what came of it.
+    async fn played(
+        names: &[&str],
+        repeated: bool,
+        answers: Vec<Result<Vec<&str>, Failure>>,
+    ) -> (Vec<Vec<String>>, Result<Done, String>) {
+        let (asked, answers) = (RefCell::new(Vec::new()), RefCell::new(answers.into_iter()));
+        let attempts = Attempts { pauses: &[Duration::ZERO; 3], ..Attempts::default() };
+        let done = send(batch(names), repeated, &attempts, async |request| {
+            asked.borrow_mut().push(request.keys.into_iter().filter_map(|key| key.name).collect());
+            let errors = answers.borrow_mut().next().unwrap_or_else(|| Err(Failure::refused("no more")))?;
+            let results = errors.iter().map(|error| pb::ImportResult {
+                error: (*error).to_owned(),
+                message: format!("about {error}"),
+                ..Default::default()
+            });
+            Ok(pb::ImportKeysResponse { results: results.collect() })
+        })
+        .await;
+        (asked.into_inner(), done.map_err(|failure| failure.to_string()))
+    }
+
+    fn told(done: &Done) -> (u64, u64, Vec<(u64, &str)>) {
+        let rejected = done.rejected.iter().map(|row| (row.line, row.error.as_str())).collect();
+        (done.imported, done.there_already, rejected)
+    }
+
+    #[tokio::test]
+    async fn rows_that_fail_stop_no_other() {
+        let (asked, done) =
+            played(&["a", "", "b", "c"], false, vec![Ok(vec!["", "KEY_NAME_TAKEN", ""])]).await;
+        assert_eq!(asked, [["a", "b", "c"]]);
+        assert_eq!(told(&done.unwrap()), (2, 0, vec![(3, "UNREADABLE"), (4, "KEY_NAME_TAKEN")]));
+    }
+
+    #[tokio::test]
+    async fn a_digest_that_is_taken_is_a_row_done_before_only_where_it_may_have_been_sent_before() {
+        let answers = || vec![Ok(vec!["DIGEST_TAKEN", ""])];
+        let (_, first) = played(&["a", "b"], false, answers()).await;
+        assert_eq!(told(&first.unwrap()), (1, 0, vec![(2, "DIGEST_TAKEN")]));
+        let (_, again) = played(&["a", "b"], true, answers()).await;
+        assert_eq!(told(&again.unwrap()), (1, 1, vec![]));
+    }
+
+    #[tokio::test]
+    async fn what_the_server_could_not_do_is_sent_again_alone() {
+        let answers = vec![
+            Ok(vec!["", "OUTCOME_UNKNOWN", "NOT_RECORDED"]),
+            Err(Failure::usage("cannot reach the server")),
+            Ok(vec!["DIGEST_TAKEN", ""]),
+        ];
+        let (asked, done) = played(&["a", "b", "c"], false, answers).await;
+        assert_eq!(asked, [vec!["a", "b", "c"], vec!["b", "c"], vec!["b", "c"]]);
+        assert_eq!(told(&done.unwrap()), (2, 1, vec![]));
+    }
+
+    #[tokio::test]
+    async fn trouble_that_does_not_end_stops_the_import_and_says_where() {
+        let (asked, done) = played(&["a"], false, (0..9).map(|_| Ok(vec!["STORE_FULL"])).collect()).await;
+        assert_eq!(asked.len(), 4, "once, and after each pause");
+        assert!(done.unwrap_err().contains("line 2: about STORE_FULL (STORE_FULL)"));
+    }
+
+    #[tokio::test]
+    async fn a_server_that_never_answered_is_not_waited_for() {
+        let (asked, done) = played(&["a"], false, vec![Err(Failure::usage("cannot reach it"))]).await;
+        assert_eq!(asked.len(), 1);
+        assert!(done.unwrap_err().contains("cannot reach it"));
+    }
+
+    #[tokio::test]
+    async fn a_batch_of_unreadable_rows_asks_nothing() {
+        let (asked, done) = played(&["", ""], false, vec![]).await;
+        assert!(asked.is_empty());
+        assert_eq!(done.unwrap().rejected.len(), 2);
+    }
+}

@@ -1,0 +1,253 @@
+//! `keyward roles apply`: brings the roles of the server to what a file says, and tells what that changed.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::{Path, PathBuf},
+};
+
+use clap::Args;
+use comfy_table::Color;
+use serde::{Deserialize, Serialize, Serializer};
+
+use super::{home, list_roles, put_role};
+use crate::{
+    cli::{
+        client::Session,
+        context::Context,
+        failure::Failure,
+        json::Json,
+        table::{Rows, clean, text},
+    },
+    pb,
+};
+
+const FORMAT: &str = "\
+The file holds a table for each role:
+
+  [[role]]
+  name = \"agent\"
+  scopes = [\"journeys:run\", \"results:read\"]
+  account = \"acme\"        # left out: a global role
+
+Roles of the server that the file does not name stay as they are.";
+
+/// Flags of `keyward roles apply`.
+#[derive(Debug, Args)]
+#[command(after_help = FORMAT)]
+pub(in crate::cli) struct ApplyArgs {
+    /// The TOML file
+    #[arg(value_name = "FILE")]
+    file: PathBuf,
+    /// Say what would change, and change nothing
+    #[arg(long)]
+    dry_run: bool,
+}
+
+/// A file of roles.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Roles {
+    #[serde(default)]
+    role: Vec<Wanted>,
+}
+
+/// A role as the file wants it.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Wanted {
+    name: String,
+    #[serde(default)]
+    account: String,
+    scopes: Vec<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum What {
+    Created,
+    Changed,
+    Unchanged,
+}
+
+/// What applying does to one role.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+struct Change {
+    account: Option<String>,
+    name: String,
+    change: What,
+    added: Vec<String>,
+    removed: Vec<String>,
+}
+
+/// What applying did.
+#[derive(Debug, Serialize)]
+struct Report {
+    dry_run: bool,
+    roles: Vec<Change>,
+}
+
+impl Json for Report {
+    fn write<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        self.serialize(serializer)
+    }
+}
+
+impl ApplyArgs {
+    pub(super) async fn run(self, cx: &mut Context<'_>, session: &Session) -> Result<(), Failure> {
+        let wanted = read(&self.file)?;
+        let accounts: BTreeSet<&String> = wanted.iter().map(|role| &role.account).collect();
+        let mut there = BTreeMap::new();
+        for account in accounts {
+            for role in list_roles(session, account.clone()).await?.roles {
+                there.insert((role.account.clone(), role.name.clone()), role.scopes);
+            }
+        }
+        let mut report = Report { dry_run: self.dry_run, roles: Vec::new() };
+        let mut failed = None;
+        for role in wanted {
+            let change = compare(&role, there.get(&(role.account.clone(), role.name.clone())));
+            let Wanted { name, account, scopes } = role;
+            if change.change != What::Unchanged && !self.dry_run {
+                let question = pb::PutRoleRequest { account, name, scopes };
+                if let Err(failure) = put_role(session, question).await {
+                    failed = Some(failure.of(&format!("role {}", change.name)));
+                    break;
+                }
+            }
+            report.roles.push(change);
+        }
+        // What was done is told even when the rest was not.
+        cx.show(&report, |colours| table(&report, colours))?;
+        failed.map_or(Ok(()), Err)
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<Wanted>, Failure> {
+    let text = fs::read_to_string(path)
+        .map_err(|error| Failure::usage(format!("cannot read {}: {error}", path.display())))?;
+    parse(&text).map_err(|problem| {
+        Failure::usage(format!("{}: {problem}", path.display())).hint("--help shows what such a file holds")
+    })
+}
+
+fn parse(text: &str) -> Result<Vec<Wanted>, String> {
+    let roles: Roles = toml::from_str(text).map_err(|error| {
+        let line =
+            error.span().map_or(1, |span| 1 + text[..span.start.min(text.len())].matches('\n').count());
+        format!("line {line}: {}", error.message())
+    })?;
+    if roles.role.is_empty() {
+        return Err("there is no [[role]] in it".to_owned());
+    }
+    let mut seen = BTreeSet::new();
+    for role in &roles.role {
+        if !seen.insert((&role.account, &role.name)) {
+            return Err(format!("role {} ({}) stands there twice", role.name, home(&role.account)));
+        }
+    }
+    Ok(roles.role)
+}
+
+/// What a role has to become, given what it grants now. `all` is how people write `*`.
+fn compare(wanted: &Wanted, there: Option<&Vec<String>>) -> Change {
+    let set = |scopes: &[String]| -> BTreeSet<String> {
+        scopes.iter().map(|scope| if scope == "all" { "*".to_owned() } else { scope.clone() }).collect()
+    };
+    let new = set(&wanted.scopes);
+    let old = there.map(|scopes| set(scopes)).unwrap_or_default();
+    let added: Vec<String> = new.difference(&old).cloned().collect();
+    let removed: Vec<String> = old.difference(&new).cloned().collect();
+    let change = match there {
+        None => What::Created,
+        Some(_) if added.is_empty() && removed.is_empty() => What::Unchanged,
+        Some(_) => What::Changed,
+    };
+    let account = Some(wanted.account.clone()).filter(|account| !account.is_empty());
+    Change { account, name: wanted.name.clone(), change, added, removed }
+}
+
+fn table(report: &Report, colours: bool) -> String {
+    let mut rows = Rows::new(&["NAME", "ACCOUNT", "CHANGE", "SCOPES"], colours);
+    for change in &report.roles {
+        let (word, colour) = match (change.change, report.dry_run) {
+            (What::Created, false) => ("created", Some(Color::Green)),
+            (What::Created, true) => ("would be created", Some(Color::Green)),
+            (What::Changed, false) => ("changed", Some(Color::Yellow)),
+            (What::Changed, true) => ("would be changed", Some(Color::Yellow)),
+            (What::Unchanged, _) => ("unchanged", None),
+        };
+        let added = change.added.iter().map(|scope| format!("+{scope}"));
+        let scopes: Vec<String> =
+            added.chain(change.removed.iter().map(|scope| format!("-{scope}"))).collect();
+        rows.row([
+            text(&change.name),
+            text(home(change.account.as_deref().unwrap_or_default())),
+            (word.to_owned(), colour),
+            text(clean(&scopes.join(" "))),
+        ]);
+    }
+    rows.show("Nothing was changed.")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::scope::Scope;
+
+    fn wanted(scopes: &[&str]) -> Wanted {
+        let scopes = scopes.iter().map(|scope| (*scope).to_owned()).collect();
+        Wanted { name: "agent".into(), account: String::new(), scopes }
+    }
+
+    fn scopes(scopes: &[&str]) -> Vec<String> {
+        scopes.iter().map(|scope| (*scope).to_owned()).collect()
+    }
+
+    #[test]
+    fn the_shipped_example_holds_roles_that_the_server_takes() {
+        let roles = parse(include_str!("../../../deploy/examples/roles.toml")).unwrap();
+        let names: Vec<&str> = roles.iter().map(|role| role.name.as_str()).collect();
+        assert_eq!(names, ["agent", "read-only", "admin", "owner"]);
+        for scope in roles.iter().flat_map(|role| &role.scopes) {
+            assert!(Scope::parse_grant(scope).is_ok(), "{scope}");
+        }
+    }
+
+    #[test]
+    fn a_role_that_is_as_the_file_says_is_left_alone_in_whatever_order_it_stands() {
+        let there = scopes(&["*", "a:b"]);
+        assert_eq!(compare(&wanted(&["a:b", "all", "a:b"]), Some(&there)).change, What::Unchanged);
+    }
+
+    #[test]
+    fn a_change_says_what_is_gained_and_what_is_lost() {
+        let change = compare(&wanted(&["a:b", "c:d"]), Some(&scopes(&["a:b", "x:y"])));
+        assert_eq!((change.added, change.removed), (scopes(&["c:d"]), scopes(&["x:y"])));
+        assert_eq!(change.change, What::Changed);
+        assert_eq!(compare(&wanted(&["a:b"]), None).change, What::Created);
+    }
+
+    #[test]
+    fn a_mistake_in_the_file_is_told_with_its_line_before_anything_is_sent() {
+        for (text, problem) in [
+            ("[[role]]\nname = 'a'\nscope = ['a:b']", "line 3: unknown field `scope`"),
+            ("[[role]]\nname = 'a'", "missing field `scopes`"),
+            ("", "no [[role]]"),
+            (
+                "[[role]]\nname='a'\nscopes=['x:y']\n[[role]]\nname='a'\nscopes=[]",
+                "role a (global) stands there twice",
+            ),
+        ] {
+            let error = parse(text).unwrap_err();
+            assert!(error.contains(problem), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_report_tells_what_would_be_from_what_was_done() {
+        let report = |dry_run| Report { dry_run, roles: vec![compare(&wanted(&["a:b"]), None)] };
+        assert!(table(&report(false), false).contains("agent  global   created  +a:b"));
+        assert!(table(&report(true), false).contains("would be created"));
+    }
+}

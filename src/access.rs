@@ -61,6 +61,8 @@ pub struct Caller {
     pub grants: ScopeSet,
     /// The person that an operator's caller calls for.
     pub acting_user: Option<UserId>,
+    /// The person whom the log names, where the change is made for another reason than acting for one.
+    pub named_user: Option<UserId>,
     /// The RPC that it called.
     pub method: &'static str,
     /// Where it called from.
@@ -86,7 +88,7 @@ impl Caller {
         Actor {
             key: Some(self.key.id),
             account: Some(self.account.clone()),
-            acting_user: self.acting_user.clone(),
+            acting_user: self.acting_user.clone().or_else(|| self.named_user.clone()),
         }
     }
 
@@ -231,6 +233,7 @@ mod tests {
             version: 1,
             account: AccountId::parse(account).unwrap(),
             acting_user: None,
+            named_user: None,
             method: "test",
             peer: None,
         }

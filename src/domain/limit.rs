@@ -18,8 +18,8 @@ pub struct Level(u128);
 pub struct Standing {
     /// Units left, after the request if it was allowed.
     pub remaining: u64,
-    /// When all units are there again.
-    pub reset_after: Duration,
+    /// When all units are there again; `None` = never.
+    pub reset_after: Option<Duration>,
     /// How long until the request would be allowed; `None` = it is now, or never will be.
     pub retry_after: Option<Duration>,
     /// Whether the request is allowed.
@@ -49,7 +49,7 @@ pub fn gcra(limit: &RateLimit, level: Level, cost: u64, now: Timestamp) -> (Leve
     let counted = if allowed { after } else { level_now };
     let standing = Standing {
         remaining: u64::try_from((full - (counted - now)) / window).unwrap_or(u64::MAX),
-        reset_after: time(counted - now, units),
+        reset_after: Some(time(counted - now, units)),
         retry_after: (!allowed && u128::from(cost) <= units).then(|| time(after - now - full, units)),
         allowed,
     };
@@ -108,7 +108,7 @@ pub fn spend(quota: &Quota, spent: Option<Spent>, cost: u64, now: Timestamp) -> 
     let until_next = next.map(|next| next.since(now));
     let standing = Standing {
         remaining: quota.limit.saturating_sub(counted),
-        reset_after: until_next.unwrap_or_default(),
+        reset_after: until_next,
         retry_after: if allowed || cost > quota.limit { None } else { until_next },
         allowed,
     };
@@ -140,7 +140,7 @@ mod tests {
         let (_, standing) = gcra(&limit, level, 1, at(0));
         assert!(!standing.allowed);
         assert_eq!(standing.retry_after, Some(Duration::from_secs(1)));
-        assert_eq!(standing.reset_after, Duration::from_secs(3));
+        assert_eq!(standing.reset_after, Some(Duration::from_secs(3)));
         assert!(!gcra(&limit, level, 1, at(999_999)).1.allowed);
         assert!(gcra(&limit, level, 1, at(1_000_000)).1.allowed);
     }

@@ -4,7 +4,10 @@
 //! never come here. Rate limits start full after a restart; what is spent of a quota is written behind, so a
 //! kill forgets at most what was spent since the last flush.
 
-use std::sync::{Mutex, PoisonError};
+use std::{
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
 
 use crate::domain::{
     decision::Reason,
@@ -35,6 +38,17 @@ pub struct Usage {
     pub refused: Vec<Reason>,
     /// What is spent of the quota now, when this request spent some of it.
     pub spent: Option<Spent>,
+}
+
+impl Usage {
+    /// How long until everything that refuses the request would let it through; `None` where nothing refuses
+    /// it, or something always will.
+    #[must_use]
+    pub fn retry_after(&self) -> Option<Duration> {
+        let refusing = self.standings.iter().filter(|(_, _, standing)| !standing.allowed);
+        let waits: Option<Vec<Duration>> = refusing.map(|(_, _, standing)| standing.retry_after).collect();
+        waits?.into_iter().max()
+    }
 }
 
 impl Budget {
@@ -112,7 +126,7 @@ mod tests {
         QuotaPeriod,
         tests::{at, sample},
     };
-    use std::{sync::Arc, time::Duration};
+    use std::sync::Arc;
 
     fn limited(limits: &[(&str, u64)], quota: Option<u64>) -> Key {
         let mut key = sample();

@@ -297,9 +297,7 @@ impl Engine {
         let reason = failures.first();
         self.usage.note(found.key.id, found.version, reason, limits.spent, now);
         if reason != Reason::Ok {
-            let retry_after =
-                limits.standings.iter().filter_map(|(_, _, standing)| standing.retry_after).max();
-            return Ok(Err(Refused { reason, retry_after }));
+            return Ok(Err(Refused { reason, retry_after: limits.retry_after() }));
         }
         let grants = place.subject(&found.key, found.version).grants();
         let account = match place.account {

@@ -129,7 +129,7 @@ fn limit_state((name, limit, standing): &(String, u64, Standing)) -> pb::RateLim
         name: name.clone(),
         limit: *limit,
         remaining: standing.remaining,
-        reset_after: Some(convert::duration(standing.reset_after)),
+        reset_after: standing.reset_after.map(convert::duration),
     }
 }
 
@@ -147,10 +147,8 @@ fn answer(answer: Answer) -> pb::CheckResponse {
         max_age: Some(prost_types::Duration::default()),
         ..pb::CheckResponse::default()
     };
-    let standings = &answer.limits.standings;
-    response.retry_after =
-        standings.iter().filter_map(|(_, _, s)| s.retry_after).max().map(convert::duration);
-    response.rate_limits = standings.iter().map(limit_state).collect();
+    response.retry_after = answer.limits.retry_after().map(convert::duration);
+    response.rate_limits = answer.limits.standings.iter().map(limit_state).collect();
     if let Some(holder) = answer.holder {
         let key = &holder.key;
         let terms = &key.terms;

@@ -169,7 +169,8 @@ impl Services {
             return Err(Refusal::Forbidden("OPERATOR_ONLY", message.to_owned()).into());
         }
         let Holder { key, version } = holder;
-        let caller = Caller { key, version, account, grants, acting_user, method: rpc.method, peer };
+        let caller =
+            Caller { key, version, account, grants, acting_user, named_user: None, method: rpc.method, peer };
         if let Access::Needs(permission) = rpc.access
             && !caller.may(permission)
         {

@@ -138,7 +138,8 @@ impl Keys {
     /// When the store fails; what was revoked stays so.
     pub async fn revoke_all_of(&self, caller: &Caller, user: &UserId) -> Result<Revision, Refusal> {
         // The person acted for ended the membership; the keys end with it, whoever's they are.
-        let caller = Caller { acting_user: None, ..caller.clone() };
+        let named_user = caller.acting_user.clone();
+        let caller = Caller { acting_user: None, named_user, ..caller.clone() };
         let filter = self.everything_of(OwnerFilter::User(user.clone()));
         let comment = "the user was removed from the last account".to_owned();
         let bulk = BulkRevoke { filter, dry_run: false, reason: RevokeReason::OwnerLeft, comment };

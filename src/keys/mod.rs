@@ -521,6 +521,7 @@ impl Keys {
             account: holder.key.owner.account().cloned().unwrap_or_else(AccountId::nowhere),
             grants: ScopeSet::default(),
             acting_user: None,
+            named_user: None,
             method,
             peer: None,
         };

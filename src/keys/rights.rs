@@ -74,7 +74,16 @@ impl Keys {
         let role = |name| self.engine.index.role(owner.account(), name);
         let roles: Vec<_> = terms.roles.iter().filter_map(role).collect();
         let granted = terms.scopes.iter().chain(roles.iter().flat_map(|role| role.scopes.iter())).cloned();
-        caller.may_give(environment, terms, &granted.collect())
+        let granted: ScopeSet = granted.collect();
+        // A person gives no right over Keyward that the own role does not hold.
+        if let (Some(user), Some(account)) = (&caller.acting_user, owner.account()) {
+            let held = self.held(account, user).unwrap_or_default();
+            if let Some(scope) = granted.iter().find(|scope| scope.is_reserved() && !held.covers(scope)) {
+                let message = format!("a scope goes beyond the acting user's role: {scope}");
+                return Err(Refusal::Forbidden("GRANT_BEYOND_CALLER", message));
+            }
+        }
+        caller.may_give(environment, terms, &granted)
     }
 
     /// Whether every role that a key is to have stands for its owner.

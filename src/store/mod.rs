@@ -415,6 +415,10 @@ pub trait Store: Send + Sync + 'static {
 /// When it cannot be opened, is damaged, or belongs to another process or a newer version.
 pub async fn open(url: &str) -> Result<Arc<dyn Store>, OpenError> {
     match url.split_once(':') {
+        Some(("sqlite", path)) if path.contains(":memory:") || path.contains('?') => Err(OpenError::Url {
+            url: url.to_owned(),
+            problem: "keys are kept in a file; say sqlite:PATH, without options",
+        }),
         Some(("sqlite", path)) if !path.is_empty() => {
             Ok(Arc::new(sqlite::Sqlite::open(path.strip_prefix("//").unwrap_or(path)).await?))
         }

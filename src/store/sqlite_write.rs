@@ -146,7 +146,13 @@ async fn insert_key(connection: &mut Connection, key: &Key) -> Result<Verdict> {
     );
     if bind_key(insert, &KeyRow::of(key)).execute(&mut *connection).await?.rows_affected() == 0 {
         // A key that is there already, name and all, is told by its digest.
-        return Ok(Err(if digest_known(connection, key).await? {
+        let same: Option<i64> = sqlx::query_scalar("SELECT 1 FROM keys WHERE id = ?1")
+            .bind(key.id.as_bytes().as_slice())
+            .fetch_optional(&mut *connection)
+            .await?;
+        return Ok(Err(if same.is_some() {
+            Rejection::Conflict
+        } else if digest_known(connection, key).await? {
             Rejection::DigestTaken
         } else if name_taken(connection, key).await? {
             Rejection::NameTaken

@@ -1,0 +1,431 @@
+//! Many keys at once: Import takes in what was made elsewhere, BulkRevoke ends what must end together.
+
+use sha2::{Digest as _, Sha256};
+use tonic::{Code, Status};
+
+use keyward::pb::{self, KeyState, Reason};
+
+use crate::support::{
+    Client, HOUR, Server, authenticate, check, invalid, named_key, refused, seconds, service_key, texts,
+    user_key,
+};
+
+// ---- Import ----
+
+/// A token as other systems make them.
+fn foreign(number: usize) -> String {
+    format!("sk-Legacy.{number:05}+dGhpcyBpcyBhIGxvbmcgc2VjcmV0/~==")
+}
+
+fn row(account: &str, token: &str) -> pb::ImportKey {
+    pb::ImportKey {
+        account: account.to_owned(),
+        environment: "production".to_owned(),
+        scopes: texts(&["monitors:read"]),
+        sha256: Sha256::digest(token).to_vec(),
+        hint: "sk-Legacy".to_owned(),
+        ..Default::default()
+    }
+}
+
+fn errors(results: &[pb::ImportResult]) -> Vec<&str> {
+    results.iter().map(|result| result.error.as_str()).collect()
+}
+
+#[tokio::test]
+async fn an_imported_foreign_token_checks_as_allowed() {
+    let server = Server::with_accounts().await;
+    let token = foreign(1);
+    let results = server.root().import(vec![row("acme", &token)]).await.unwrap();
+    let key = results[0].key.as_ref().unwrap();
+    assert_eq!((key.hint.as_str(), key.account.as_str()), ("sk-Legacy", "acme"));
+    let answer = server.root().check(check(&token, "monitors:read")).await.unwrap();
+    assert_eq!((answer.reason(), &answer.key_id), (Reason::Ok, &key.id));
+    assert_eq!(server.root().reason(&foreign(2)).await, Reason::Unknown);
+    assert_eq!(server.holder(&token).who_am_i().await.unwrap().key.unwrap().id, key.id);
+}
+
+#[tokio::test]
+async fn the_results_are_in_order_and_a_bad_row_stops_no_other() {
+    let server = Server::with_accounts().await;
+    server.make(named_key("acme", "taken")).await;
+    let good = |number| row("acme", &foreign(number));
+    let rows = vec![
+        pb::ImportKey { name: Some("first".to_owned()), ..good(0) },
+        pb::ImportKey { sha256: vec![0; 31], ..good(1) },
+        pb::ImportKey { environment: "nowhere".to_owned(), scopes: texts(&["a b"]), ..good(2) },
+        row("no-such-account", &foreign(3)),
+        pb::ImportKey { name: Some("taken".to_owned()), ..good(4) },
+        pb::ImportKey { roles: texts(&["boss"]), ..good(5) },
+        pb::ImportKey { expires_at: Some(server.at(0)), ..good(6) },
+        pb::ImportKey { hint: "x".repeat(33), ..good(7) },
+        pb::ImportKey { name: Some("last".to_owned()), ..good(8) },
+    ];
+    let results = server.root().import(rows).await.unwrap();
+    let invalid = "INVALID_REQUEST";
+    let expected =
+        ["", invalid, invalid, "ACCOUNT_NOT_FOUND", "KEY_NAME_TAKEN", invalid, invalid, invalid, ""];
+    assert_eq!(errors(&results), expected);
+    for (at, field) in
+        [(1, "sha256"), (2, "environment"), (2, "scopes[0]"), (5, "roles[0]"), (6, "expires_at")]
+    {
+        assert!(results[at].message.contains(&format!("{field}: ")), "{:?}", results[at]);
+        assert_eq!(results[at].key, None);
+    }
+    let names = [0, 8].map(|at| results[at].key.as_ref().unwrap().name.clone());
+    assert_eq!(names, ["first", "last"]);
+    for (number, reason) in [(0, Reason::Ok), (4, Reason::Unknown), (8, Reason::Ok)] {
+        assert_eq!(server.root().reason(&foreign(number)).await, reason);
+    }
+}
+
+#[tokio::test]
+async fn a_digest_is_unique_for_ever_whoever_owns_it() {
+    let server = Server::with_accounts().await;
+    let made = server.make(service_key("acme", &["monitors:read"])).await;
+    let results =
+        server.root().import(vec![row("acme", &foreign(1)), row("acme", &foreign(1))]).await.unwrap();
+    assert_eq!(errors(&results), ["", "DIGEST_TAKEN"], "within one call too");
+    let imported = results[0].key.as_ref().unwrap();
+    for token in [&foreign(1), &made.token] {
+        let again = server.root().import(vec![row("acme", token), row("other", token)]).await.unwrap();
+        assert_eq!(errors(&again), ["DIGEST_TAKEN", "DIGEST_TAKEN"]);
+    }
+    server.root().revoke(&imported.id).await.unwrap();
+    server.root().rotate(&made.id, 0).await.unwrap();
+    for token in [&foreign(1), &made.token] {
+        let again = server.root().import(vec![row("other", token)]).await.unwrap();
+        assert_eq!(errors(&again), ["DIGEST_TAKEN"], "dead tokens do not come back to life");
+    }
+    assert_eq!(server.root().reason(&foreign(1)).await, Reason::Revoked);
+    assert_eq!(server.root().reason(&made.token).await, Reason::Rotated);
+}
+
+#[tokio::test]
+async fn an_import_that_is_sent_again_changes_nothing() {
+    let server = Server::with_accounts().await;
+    let rows = || (0..3).map(|number| row("acme", &foreign(number))).collect::<Vec<_>>();
+    let first = server.root().import(rows()).await.unwrap();
+    assert_eq!(errors(&server.root().import(rows()).await.unwrap()), ["DIGEST_TAKEN"; 3]);
+    let request = pb::ListKeysRequest { account: "acme".to_owned(), ..Default::default() };
+    assert_eq!(server.root().list(request).await.unwrap().keys.len(), first.len());
+}
+
+#[tokio::test]
+async fn a_thousand_rows_are_one_call_and_more_or_none_are_refused() {
+    let server = Server::with_accounts().await;
+    let rows = |count| (0..count).map(|number| row("acme", &foreign(number))).collect::<Vec<_>>();
+    let results = server.root().import(rows(1000)).await.unwrap();
+    assert_eq!(results.len(), 1000);
+    assert!(results.iter().all(|result| result.error.is_empty()));
+    for number in [0, 499, 999] {
+        let answer = server.root().check(authenticate(&foreign(number))).await.unwrap();
+        assert_eq!(answer.key_id, results[number].key.as_ref().unwrap().id, "row {number}");
+    }
+    for count in [0, 1001] {
+        invalid(server.root().import(rows(count)).await, &["keys"]);
+    }
+}
+
+#[tokio::test]
+async fn rows_beyond_what_the_caller_holds_are_refused_one_by_one() {
+    let server = Server::with_accounts().await;
+    let caller = server.caller("acme", &["monitors:read", "keyward:keys:write"]).await;
+    let good = |number| row("acme", &foreign(number));
+    let rows = vec![
+        pb::ImportKey { account: String::new(), ..good(0) },
+        pb::ImportKey { scopes: texts(&["monitors:write"]), ..good(1) },
+        pb::ImportKey { scopes: texts(&["all"]), ..good(2) },
+        pb::ImportKey { scopes: texts(&["keyward:accounts:write"]), ..good(3) },
+        pb::ImportKey { environment: "staging".to_owned(), ..good(4) },
+        row("other", &foreign(5)),
+        pb::ImportKey { account: String::new(), user: "ann".to_owned(), ..good(6) },
+        good(7),
+    ];
+    let results = caller.import(rows).await.unwrap();
+    let beyond = "GRANT_BEYOND_CALLER";
+    let expected = ["", beyond, beyond, beyond, beyond, "ACCOUNT_NOT_FOUND", "KEY_NOT_FOUND", ""];
+    assert_eq!(errors(&results), expected);
+    for number in 1..7 {
+        assert_eq!(server.root().reason(&foreign(number)).await, Reason::Unknown);
+    }
+}
+
+#[tokio::test]
+async fn a_user_key_is_imported_by_an_operator() {
+    let server = Server::with_accounts().await;
+    server.root().put_role("", "reader", &["monitors:read"]).await.unwrap();
+    server.root().put_member("acme", "ann", "reader").await.unwrap();
+    let imported = pb::ImportKey { account: String::new(), user: "ann".to_owned(), ..row("", &foreign(1)) };
+    server.root().import(vec![imported]).await.unwrap();
+    let account = Some("acme".to_owned());
+    let asked = pb::CheckRequest { account, ..check(&foreign(1), "monitors:read") };
+    assert!(server.root().check(asked).await.unwrap().allowed);
+}
+
+#[tokio::test]
+async fn an_imported_key_has_every_term_of_a_created_one() {
+    let server = Server::with_accounts().await;
+    let limits = vec![pb::RateLimit { name: "r".to_owned(), limit: 5, window: Some(seconds(60)) }];
+    let quota = Some(pb::Quota { limit: 9, period: pb::QuotaPeriod::Day.into() });
+    let full = pb::ImportKey {
+        name: Some("full".to_owned()),
+        ttl: Some(seconds(HOUR)),
+        customers: texts(&["c1"]),
+        allowed_cidrs: texts(&["10.0.0.0/8"]),
+        rate_limits: limits.clone(),
+        quota,
+        metadata: [("team".to_owned(), "web".to_owned())].into(),
+        ..row("acme", &foreign(1))
+    };
+    let id = server.root().import(vec![full]).await.unwrap().remove(0).key.unwrap().id;
+    let key = server.root().get(&id).await.unwrap();
+    assert_eq!((key.name.as_str(), key.expires_at), ("full", Some(server.at(3600))));
+    assert_eq!((&key.customers, &key.allowed_cidrs), (&texts(&["c1"]), &texts(&["10.0.0.0/8"])));
+    assert_eq!((&key.rate_limits, key.quota, key.metadata["team"].as_str()), (&limits, quota, "web"));
+}
+
+#[tokio::test]
+async fn an_imported_key_rotates_to_a_token_of_our_own() {
+    let server = Server::with_accounts().await;
+    let key = server.root().import(vec![row("acme", &foreign(1))]).await.unwrap().remove(0).key.unwrap();
+    let rotated = server.root().rotate(&key.id, HOUR).await.unwrap();
+    assert!(rotated.token.starts_with("kw_live_"));
+    for token in [&foreign(1), &rotated.token] {
+        assert_eq!(server.root().reason(token).await, Reason::Ok);
+    }
+    server.advance(HOUR);
+    assert_eq!(server.root().reason(&foreign(1)).await, Reason::Rotated);
+}
+
+// ---- BulkRevoke ----
+
+async fn bulk(
+    client: &Client,
+    request: pb::BulkRevokeKeysRequest,
+) -> Result<pb::BulkRevokeKeysResponse, Status> {
+    Ok(client.keys().bulk_revoke(request).await?.into_inner())
+}
+
+fn of(account: &str) -> pb::BulkRevokeKeysRequest {
+    pb::BulkRevokeKeysRequest { account: account.to_owned(), ..Default::default() }
+}
+
+fn everywhere() -> pb::BulkRevokeKeysRequest {
+    pb::BulkRevokeKeysRequest { all_accounts: true, ..Default::default() }
+}
+
+/// The names of the keys that were meant, sorted; every one of them was revoked, or would have been.
+fn names(answer: &pb::BulkRevokeKeysResponse) -> Vec<&str> {
+    assert!(answer.keys.iter().all(|result| result.revoked && result.error.is_empty()), "{answer:?}");
+    let mut names: Vec<_> =
+        answer.keys.iter().map(|result| result.key.as_ref().unwrap().name.as_str()).collect();
+    names.sort_unstable();
+    names
+}
+
+#[tokio::test]
+async fn a_dry_run_says_what_would_be_revoked_and_revokes_nothing() {
+    let server = Server::with_accounts().await;
+    let [a, b] = [server.make(named_key("acme", "a")).await, server.make(named_key("acme", "b")).await];
+    let dry = bulk(&server.root(), pb::BulkRevokeKeysRequest { dry_run: true, ..of("acme") }).await.unwrap();
+    assert_eq!(names(&dry), ["a", "b"]);
+    for made in [&a, &b] {
+        assert_eq!(server.root().reason(&made.token).await, Reason::Ok);
+    }
+    let real = bulk(&server.root(), of("acme")).await.unwrap();
+    assert_eq!(names(&real), ["a", "b"]);
+    for made in [&a, &b] {
+        assert_eq!(server.root().reason(&made.token).await, Reason::Revoked);
+    }
+}
+
+#[tokio::test]
+async fn once_it_returns_every_key_is_refused_and_says_why() {
+    let server = Server::with_accounts().await;
+    let mut tokens = Vec::new();
+    for _ in 0..30 {
+        tokens.push(server.make(service_key("acme", &["monitors:read"])).await.token);
+    }
+    let request = pb::BulkRevokeKeysRequest {
+        reason: pb::RevokeReason::Compromised.into(),
+        comment: "leaked backup".to_owned(),
+        ..of("acme")
+    };
+    let answer = bulk(&server.root(), request).await.unwrap();
+    assert!(answer.propagation.unwrap().complete && !answer.more);
+    let mut newest = 0;
+    for result in &answer.keys {
+        let key = result.key.as_ref().unwrap();
+        let told = (key.state(), key.revoke_reason(), key.revoke_comment.as_str());
+        assert_eq!(told, (KeyState::Revoked, pb::RevokeReason::Compromised, "leaked backup"));
+        newest = newest.max(key.revision);
+    }
+    assert_eq!((answer.keys.len(), answer.revision), (30, newest));
+    for token in tokens {
+        assert_eq!(server.root().reason(&token).await, Reason::Revoked);
+    }
+}
+
+#[tokio::test]
+async fn it_is_narrowed_by_environment_age_and_name_together() {
+    let server = Server::with_accounts().await;
+    let staging =
+        |name| pb::CreateKeyRequest { environment: "staging".to_owned(), ..named_key("acme", name) };
+    server.make(named_key("acme", "ci-old")).await;
+    server.make(staging("ci-old-staging")).await;
+    server.advance(60);
+    let middle = server.at(0);
+    server.make(named_key("acme", "ci-new")).await;
+    server.make(named_key("acme", "web")).await;
+    server.make(named_key("acme", "CI-upper")).await;
+    let root = &server.root();
+    let dry = |request: pb::BulkRevokeKeysRequest| async move {
+        bulk(root, pb::BulkRevokeKeysRequest { dry_run: true, ..request }).await.unwrap()
+    };
+    let environment = "staging".to_owned();
+    let by_environment = dry(pb::BulkRevokeKeysRequest { environment, ..of("acme") }).await;
+    assert_eq!(names(&by_environment), ["ci-old-staging"]);
+    let created_before = Some(middle);
+    let by_age = dry(pb::BulkRevokeKeysRequest { created_before, ..of("acme") }).await;
+    assert_eq!(names(&by_age), ["ci-old", "ci-old-staging"], "before, not at");
+    let name_prefix = "ci-".to_owned();
+    let by_name = dry(pb::BulkRevokeKeysRequest { name_prefix: name_prefix.clone(), ..of("acme") }).await;
+    assert_eq!(names(&by_name), ["ci-new", "ci-old", "ci-old-staging"]);
+    let environment = "production".to_owned();
+    let all = pb::BulkRevokeKeysRequest { environment, created_before, name_prefix, ..of("acme") };
+    assert_eq!(names(&bulk(root, all).await.unwrap()), ["ci-old"]);
+}
+
+#[tokio::test]
+async fn disabled_and_expired_keys_are_meant_too_and_revoked_ones_are_not() {
+    let server = Server::with_accounts().await;
+    let root = server.root();
+    let disabled = server.make(named_key("acme", "disabled")).await;
+    root.disable(&disabled.id).await.unwrap();
+    let ttl = Some(seconds(HOUR));
+    server.make(pb::CreateKeyRequest { ttl, ..named_key("acme", "expired") }).await;
+    let revoked = server.make(named_key("acme", "revoked")).await;
+    root.revoke(&revoked.id).await.unwrap();
+    server.advance(HOUR);
+    assert_eq!(names(&bulk(&root, of("acme")).await.unwrap()), ["disabled", "expired"]);
+    let again = bulk(&root, of("acme")).await.unwrap();
+    assert_eq!((again.keys.len(), again.more), (0, false));
+}
+
+#[tokio::test]
+async fn an_account_is_revoked_without_touching_others_or_its_members_keys() {
+    let server = Server::with_accounts().await;
+    server.root().put_role("", "reader", &["monitors:read"]).await.unwrap();
+    server.root().put_member("acme", "ann", "reader").await.unwrap();
+    server.make(named_key("acme", "one")).await;
+    let others = server.make(named_key("other", "two")).await;
+    let anns = server.make(user_key("ann", &["all"])).await;
+    assert_eq!(names(&bulk(&server.root(), of("acme")).await.unwrap()), ["one"]);
+    assert_eq!(server.root().reason(&others.token).await, Reason::Ok);
+    assert_eq!(server.root().get(&anns.id).await.unwrap().state(), KeyState::Active);
+}
+
+#[tokio::test]
+async fn a_users_keys_are_revoked_everywhere() {
+    let server = Server::with_accounts().await;
+    let named =
+        |user, name: &str| pb::CreateKeyRequest { name: Some(name.to_owned()), ..user_key(user, &["all"]) };
+    server.make(named("ann", "laptop")).await;
+    server.make(named("ann", "phone")).await;
+    let bobs = server.make(named("bob", "laptop")).await;
+    let of_ann = pb::BulkRevokeKeysRequest { user: "ann".to_owned(), ..Default::default() };
+    assert_eq!(names(&bulk(&server.root(), of_ann).await.unwrap()), ["laptop", "phone"]);
+    assert_eq!(server.root().get(&bobs.id).await.unwrap().state(), KeyState::Active);
+}
+
+#[tokio::test]
+async fn all_accounts_leaves_the_operators_own_keys_alone() {
+    let server = Server::with_accounts().await;
+    let operators = server.make(named_key("keyward", "dashboard")).await;
+    server.make(named_key("acme", "one")).await;
+    server.make(named_key("other", "two")).await;
+    let name = Some("three".to_owned());
+    server.make(pb::CreateKeyRequest { name, ..user_key("ann", &["all"]) }).await;
+    let answer = bulk(&server.root(), everywhere()).await.unwrap();
+    assert_eq!(names(&answer), ["one", "three", "two"], "user keys are keys of accounts too");
+    assert_eq!(server.root().reason(&operators.token).await, Reason::Ok);
+    assert_eq!(bulk(&server.root(), everywhere()).await.unwrap().keys, []);
+}
+
+#[tokio::test]
+async fn exactly_one_of_account_user_and_all_accounts_is_needed() {
+    let server = Server::with_accounts().await;
+    let root = server.root();
+    let (account, user) = ("acme".to_owned(), "ann".to_owned());
+    let wrong = [
+        pb::BulkRevokeKeysRequest::default(),
+        pb::BulkRevokeKeysRequest { user: user.clone(), ..of("acme") },
+        pb::BulkRevokeKeysRequest { all_accounts: true, ..of("acme") },
+        pb::BulkRevokeKeysRequest { user: user.clone(), ..everywhere() },
+        pb::BulkRevokeKeysRequest { account, user, ..everywhere() },
+    ];
+    for request in wrong {
+        invalid(bulk(&root, request).await, &["account"]);
+    }
+}
+
+#[tokio::test]
+async fn a_wrong_filter_revokes_nothing_and_names_its_fields() {
+    let server = Server::with_accounts().await;
+    let made = server.make(named_key("acme", "one")).await;
+    let root = server.root();
+    let wrong = pb::BulkRevokeKeysRequest {
+        environment: "nowhere".to_owned(),
+        created_before: Some(prost_types::Timestamp { seconds: i64::MAX, nanos: 0 }),
+        reason: 99,
+        comment: "x".repeat(1025),
+        ..of("acme")
+    };
+    invalid(bulk(&root, wrong).await, &["environment", "created_before", "reason", "comment"]);
+    refused(bulk(&root, of("nowhere")).await, Code::NotFound, "ACCOUNT_NOT_FOUND");
+    assert_eq!(root.reason(&made.token).await, Reason::Ok);
+}
+
+#[tokio::test]
+async fn an_accounts_caller_revokes_in_bulk_in_its_own_account_alone() {
+    let server = Server::with_accounts().await;
+    let others = server.make(named_key("other", "two")).await;
+    let caller = server.caller("acme", &["keyward:keys:write"]).await;
+    server.make(named_key("acme", "one")).await;
+    refused(bulk(&caller, of("other")).await, Code::NotFound, "ACCOUNT_NOT_FOUND");
+    refused(bulk(&caller, everywhere()).await, Code::PermissionDenied, "OPERATOR_ONLY");
+    let of_ann = pb::BulkRevokeKeysRequest { user: "ann".to_owned(), ..Default::default() };
+    refused(bulk(&caller, of_ann).await, Code::NotFound, "KEY_NOT_FOUND");
+    assert_eq!(server.root().reason(&others.token).await, Reason::Ok);
+    let answer = bulk(&caller, of("acme")).await.unwrap();
+    assert_eq!(names(&answer), ["", "one"], "its own key among them");
+    refused(bulk(&caller, of("acme")).await, Code::Unauthenticated, "UNAUTHENTICATED");
+}
+
+#[tokio::test]
+async fn a_person_revokes_in_bulk_only_with_a_role_that_may() {
+    let server = Server::with_accounts().await;
+    server.root().put_role("", "reader", &["monitors:read"]).await.unwrap();
+    server.root().put_role("", "admin", &["keyward:keys:write"]).await.unwrap();
+    server.root().put_member("acme", "rob", "reader").await.unwrap();
+    server.root().put_member("acme", "ann", "admin").await.unwrap();
+    server.make(named_key("acme", "one")).await;
+    let acting = |user| server.root().with_header("x-keyward-acting-user", user);
+    refused(bulk(&acting("rob"), of("acme")).await, Code::PermissionDenied, "ROLE_LACKS_PERMISSION");
+    assert_eq!(names(&bulk(&acting("ann"), of("acme")).await.unwrap()), ["one"]);
+}
+
+#[tokio::test]
+async fn a_person_does_not_revoke_in_accounts_that_are_not_theirs() {
+    let server = Server::with_accounts().await;
+    server.root().put_role("", "admin", &["keyward:keys:write"]).await.unwrap();
+    server.root().put_member("acme", "ann", "admin").await.unwrap();
+    let [mine, others] =
+        [server.make(named_key("acme", "one")).await, server.make(named_key("other", "two")).await];
+    let ann = server.root().with_header("x-keyward-acting-user", "ann");
+    bulk(&ann, everywhere()).await.expect_err("a person is no operator");
+    for made in [mine, others] {
+        assert_eq!(server.root().reason(&made.token).await, Reason::Ok);
+    }
+}

@@ -1,0 +1,265 @@
+//! KeyService.List: its order, its pages and its filters.
+
+use std::collections::BTreeSet;
+
+use keyward::pb::{self, KeyState};
+
+use crate::support::{Client, HOUR, Server, authenticate, invalid, named_key, seconds, user_key};
+
+fn of_acme() -> pb::ListKeysRequest {
+    pb::ListKeysRequest { account: "acme".into(), ..Default::default() }
+}
+
+async fn names(root: &Client, request: pb::ListKeysRequest) -> Vec<String> {
+    root.list(request).await.unwrap().keys.into_iter().map(|key| key.name).collect()
+}
+
+/// Keys of `acme` called `n0`, `n1` … , a second apart.
+async fn numbered(server: &Server, count: usize) {
+    for at in 0..count {
+        server.make(named_key("acme", &format!("n{at}"))).await;
+        server.advance(1);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_newest_comes_first() {
+    let server = Server::with_accounts().await;
+    numbered(&server, 4).await;
+    assert_eq!(names(&server.root(), of_acme()).await, ["n3", "n2", "n1", "n0"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pages_give_every_key_once_and_end() {
+    let server = Server::with_accounts().await;
+    numbered(&server, 7).await;
+    for size in [1, 2, 3, 7, 8] {
+        let (mut seen, mut token, mut pages) = (Vec::new(), String::new(), 0);
+        loop {
+            let request = pb::ListKeysRequest { page_size: Some(size), page_token: token, ..of_acme() };
+            let page = server.root().list(request).await.unwrap();
+            assert!(page.keys.len() <= size as usize);
+            seen.extend(page.keys.into_iter().map(|key| key.name));
+            (token, pages) = (page.next_page_token, pages + 1);
+            if token.is_empty() {
+                break;
+            }
+        }
+        assert_eq!(seen, ["n6", "n5", "n4", "n3", "n2", "n1", "n0"]);
+        assert_eq!(pages, 7u32.div_ceil(size), "no empty page at the end");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_of_the_same_instant_are_paged_without_loss() {
+    let server = Server::with_accounts().await;
+    for at in 0..9 {
+        server.make(named_key("acme", &format!("n{at}"))).await;
+    }
+    let (mut seen, mut token) = (BTreeSet::new(), String::new());
+    for _ in 0..3 {
+        let request = pb::ListKeysRequest { page_size: Some(3), page_token: token, ..of_acme() };
+        let page = server.root().list(request).await.unwrap();
+        seen.extend(page.keys.into_iter().map(|key| key.name));
+        token = page.next_page_token;
+    }
+    assert_eq!((seen.len(), token.as_str()), (9, ""));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_made_and_revoked_between_two_pages_move_no_other() {
+    let server = Server::with_accounts().await;
+    let root = server.root();
+    numbered(&server, 6).await;
+    let page_of_3 = pb::ListKeysRequest { page_size: Some(3), ..of_acme() };
+    let first = root.list(page_of_3.clone()).await.unwrap();
+    server.make(named_key("acme", "later")).await;
+    root.revoke(&first.keys[0].id).await.unwrap();
+    root.rotate(&first.keys[1].id, 0).await.unwrap();
+    let second = pb::ListKeysRequest { page_token: first.next_page_token, ..page_of_3 };
+    assert_eq!(names(&root, second).await, ["n2", "n1", "n0"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_token_belongs_to_its_filters() {
+    let server = Server::with_accounts().await;
+    let root = server.root();
+    numbered(&server, 3).await;
+    let first = root.list(pb::ListKeysRequest { page_size: Some(1), ..of_acme() }).await.unwrap();
+    let token = || first.next_page_token.clone();
+    for other in [
+        pb::ListKeysRequest { account: "other".into(), ..Default::default() },
+        pb::ListKeysRequest { user: "ann".into(), ..Default::default() },
+        pb::ListKeysRequest { environment: "production".into(), ..of_acme() },
+        pb::ListKeysRequest { states: vec![KeyState::Active.into()], ..of_acme() },
+        pb::ListKeysRequest { name_prefix: "n".into(), ..of_acme() },
+        pb::ListKeysRequest { unused_since: Some(server.at(0)), ..of_acme() },
+        pb::ListKeysRequest { expires_before: Some(server.at(0)), ..of_acme() },
+    ] {
+        invalid(root.list(pb::ListKeysRequest { page_token: token(), ..other }).await, &["page_token"]);
+    }
+    let larger = pb::ListKeysRequest { page_size: Some(2), page_token: token(), ..of_acme() };
+    assert_eq!(names(&root, larger).await, ["n1", "n0"], "the size of a page may change");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_token_of_nobodys_making_is_refused() {
+    let server = Server::with_accounts().await;
+    let root = server.root();
+    numbered(&server, 2).await;
+    let first = root.list(pb::ListKeysRequest { page_size: Some(1), ..of_acme() }).await.unwrap();
+    let mut changed = first.next_page_token.clone().into_bytes();
+    changed[8] = if changed[8] == b'A' { b'B' } else { b'A' };
+    let changed = String::from_utf8(changed).unwrap();
+    let cut = first.next_page_token[..first.next_page_token.len() - 4].to_owned();
+    for token in ["x".to_owned(), "AAAA".into(), "!".into(), "é".into(), "A".repeat(10_000), changed, cut] {
+        invalid(root.list(pb::ListKeysRequest { page_token: token, ..of_acme() }).await, &["page_token"]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_has_50_keys_unless_it_is_asked_for_1_to_1000() {
+    let server = Server::with_accounts().await;
+    let root = server.root();
+    let calls: Vec<_> = (0..53)
+        .map(|at| {
+            let root = root.clone();
+            tokio::spawn(async move { root.make(named_key("acme", &format!("n{at}"))).await })
+        })
+        .collect();
+    for call in calls {
+        call.await.unwrap();
+    }
+    let page = root.list(of_acme()).await.unwrap();
+    assert_eq!((page.keys.len(), page.next_page_token.is_empty()), (50, false));
+    let all = pb::ListKeysRequest { page_size: Some(1000), ..of_acme() };
+    assert_eq!(root.list(all).await.unwrap().keys.len(), 53);
+    for size in [0, 1001, u32::MAX] {
+        let request = pb::ListKeysRequest { page_size: Some(size), ..of_acme() };
+        invalid(root.list(request).await, &["page_size"]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_the_keys_of_the_owner_are_listed() {
+    let server = Server::with_accounts().await;
+    let root = server.root();
+    root.put_role("acme", "agent", &["monitors:read"]).await.unwrap();
+    root.put_member("acme", "ann", "agent").await.unwrap();
+    server.make(named_key("acme", "acme's")).await;
+    server.make(named_key("other", "other's")).await;
+    server.make(pb::CreateKeyRequest { name: Some("ann's".into()), ..user_key("ann", &["all"]) }).await;
+    assert_eq!(names(&root, of_acme()).await, ["acme's"]);
+    let anns = pb::ListKeysRequest { user: "ann".into(), ..Default::default() };
+    assert_eq!(names(&root, anns).await, ["ann's"]);
+    let bobs = pb::ListKeysRequest { user: "bob".into(), ..Default::default() };
+    assert!(names(&root, bobs).await.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_are_filtered_by_environment() {
+    let server = Server::with_accounts().await;
+    server.make(named_key("acme", "live")).await;
+    server.make(pb::CreateKeyRequest { environment: "staging".into(), ..named_key("acme", "stage") }).await;
+    for (environment, name) in [("production", "live"), ("staging", "stage")] {
+        let request = pb::ListKeysRequest { environment: environment.into(), ..of_acme() };
+        assert_eq!(names(&server.root(), request).await, [name]);
+    }
+    let none = pb::ListKeysRequest { environment: "development".into(), ..of_acme() };
+    assert!(names(&server.root(), none).await.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_are_filtered_by_the_state_that_they_show() {
+    let server = Server::with_accounts().await;
+    let root = server.root();
+    numbered(&server, 1).await;
+    let short = |name| pb::CreateKeyRequest { ttl: Some(seconds(1)), ..named_key("acme", name) };
+    server.make(short("expired")).await;
+    let both = server.make(short("expired and disabled")).await;
+    let disabled = server.make(named_key("acme", "disabled")).await;
+    let revoked = server.make(short("revoked")).await;
+    server.advance(1);
+    root.disable(&both.id).await.unwrap();
+    root.disable(&disabled.id).await.unwrap();
+    root.revoke(&revoked.id).await.unwrap();
+    let of_states = |states: &[KeyState]| {
+        let states = states.iter().map(|state| i32::from(*state)).collect();
+        let root = root.clone();
+        async move {
+            let mut names = names(&root, pb::ListKeysRequest { states, ..of_acme() }).await;
+            names.sort();
+            names
+        }
+    };
+    assert_eq!(of_states(&[KeyState::Active]).await, ["n0"]);
+    assert_eq!(of_states(&[KeyState::Expired]).await, ["expired"]);
+    assert_eq!(of_states(&[KeyState::Disabled]).await, ["disabled", "expired and disabled"]);
+    assert_eq!(of_states(&[KeyState::Revoked]).await, ["revoked"]);
+    assert_eq!(of_states(&[KeyState::Active, KeyState::Revoked]).await, ["n0", "revoked"]);
+    assert_eq!(of_states(&[]).await.len(), 5, "none = in any");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_name_prefix_is_taken_letter_by_letter() {
+    let server = Server::with_accounts().await;
+    for name in ["ci-1", "ci-2", "CI-3", "c%i", "c_i", "é1", "ci"] {
+        server.make(named_key("acme", name)).await;
+    }
+    for (prefix, count) in
+        [("ci", 3), ("ci-", 2), ("CI", 1), ("c%", 1), ("c_", 1), ("é", 1), ("ci-1x", 0), ("", 7), ("*", 0)]
+    {
+        let request = pb::ListKeysRequest { name_prefix: prefix.into(), ..of_acme() };
+        assert_eq!(names(&server.root(), request).await.len(), count, "{prefix:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn unused_keys_are_found_with_the_latest_uses_counted() {
+    let server = Server::with_accounts().await;
+    let root = server.root();
+    server.make(named_key("acme", "never")).await;
+    let early = server.make(named_key("acme", "early")).await;
+    let late = server.make(named_key("acme", "late")).await;
+    root.check(authenticate(&early.token)).await.unwrap();
+    server.advance(2 * HOUR);
+    root.check(authenticate(&late.token)).await.unwrap();
+    let since = |seconds| pb::ListKeysRequest { unused_since: Some(server.at(seconds)), ..of_acme() };
+    let mut found = names(&root, since(-3600)).await;
+    found.sort();
+    assert_eq!(found, ["early", "never"]);
+    assert_eq!(names(&root, since(-3 * 3600)).await, ["never"]);
+    assert_eq!(names(&root, since(1)).await.len(), 3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_that_expire_before_an_instant_are_found() {
+    let server = Server::with_accounts().await;
+    server.make(named_key("acme", "never")).await;
+    for ttl in [10, 20] {
+        let name = format!("in {ttl}");
+        server.make(pb::CreateKeyRequest { ttl: Some(seconds(ttl)), ..named_key("acme", &name) }).await;
+    }
+    let before = |seconds| pb::ListKeysRequest { expires_before: Some(server.at(seconds)), ..of_acme() };
+    assert!(names(&server.root(), before(10)).await.is_empty(), "before, not at");
+    assert_eq!(names(&server.root(), before(11)).await, ["in 10"]);
+    assert_eq!(names(&server.root(), before(1000)).await, ["in 20", "in 10"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn filters_narrow_together() {
+    let server = Server::with_accounts().await;
+    numbered(&server, 3).await;
+    server.make(pb::CreateKeyRequest { environment: "staging".into(), ..named_key("acme", "n9") }).await;
+    let request = pb::ListKeysRequest {
+        environment: "production".into(),
+        name_prefix: "n".into(),
+        states: vec![KeyState::Active.into()],
+        page_size: Some(2),
+        ..of_acme()
+    };
+    let first = server.root().list(request.clone()).await.unwrap();
+    assert_eq!(first.keys.len(), 2);
+    let second = pb::ListKeysRequest { page_token: first.next_page_token, ..request };
+    assert_eq!(names(&server.root(), second).await, ["n0"]);
+}

@@ -1,0 +1,431 @@
+//! The real binary as a child process: what signals, files, exit codes and other programs see of Keyward.
+//!
+//! A [`Home`] is a folder with a database and everything that servers on it have printed; a [`Keyward`] is one
+//! running server. Both are gone when they are dropped, whatever becomes of the test.
+
+use std::{
+    fs::File,
+    io::{Read as _, Write as _},
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus},
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use bytes::{Buf as _, BufMut as _, Bytes};
+use keyward::pb::{
+    self, account_service_client::AccountServiceClient, audit_service_client::AuditServiceClient,
+    authz_service_client::AuthzServiceClient, key_service_client::KeyServiceClient,
+};
+use tempfile::TempDir;
+use tonic::{
+    Request, Status,
+    codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
+    service::{Interceptor, interceptor::InterceptedService},
+    transport::{Channel, Endpoint},
+};
+
+/// How long a test waits for what should take milliseconds, on a machine that has much else to do.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Asks again and again until there is an answer.
+pub(crate) fn wait_for<T>(what: &str, mut answer: impl FnMut() -> Option<T>) -> T {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        if let Some(answer) = answer() {
+            return answer;
+        }
+        assert!(Instant::now() < end, "waited in vain for {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// A folder with a database, and all that was printed by the processes that ran on it.
+#[derive(Clone)]
+pub(crate) struct Home {
+    folder: Arc<TempDir>,
+    runs: Arc<AtomicU32>,
+}
+
+impl Home {
+    pub(crate) fn new() -> Home {
+        Home { folder: Arc::new(tempfile::tempdir().unwrap()), runs: Arc::default() }
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    pub(crate) fn database(&self) -> PathBuf {
+        self.path("keyward.db")
+    }
+
+    pub(crate) fn url(&self) -> String {
+        format!("sqlite:{}", self.database().display())
+    }
+
+    pub(crate) fn root_key_file(&self) -> PathBuf {
+        self.path("root.key")
+    }
+
+    pub(crate) fn root_key(&self) -> String {
+        std::fs::read_to_string(self.root_key_file()).unwrap()
+    }
+
+    /// Every file in the folder, with its content.
+    pub(crate) fn files(&self) -> Vec<(PathBuf, Vec<u8>)> {
+        let entries = std::fs::read_dir(self.folder.path()).unwrap();
+        let paths = entries.map(|entry| entry.unwrap().path());
+        paths
+            .filter(|path| path.is_file())
+            .map(|path| (path.clone(), std::fs::read(&path).unwrap()))
+            .collect()
+    }
+
+    /// `keyward` with these arguments and nothing of the test's own environment that would steer it.
+    pub(crate) fn command<S: AsRef<std::ffi::OsStr>>(
+        &self,
+        arguments: impl IntoIterator<Item = S>,
+    ) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_keyward"));
+        command.args(arguments).current_dir(self.folder.path());
+        for (name, _) in
+            std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("KEYWARD_"))
+        {
+            command.env_remove(name);
+        }
+        command
+    }
+
+    /// `keyward serve` on ports of the system's choice, on this database, the root key going to its file.
+    pub(crate) fn serve(&self) -> Command {
+        let mut command = self.serve_showing_root_key();
+        command.arg("--root-key-file").arg(self.root_key_file());
+        command
+    }
+
+    /// The same, the root key going to standard output.
+    pub(crate) fn serve_showing_root_key(&self) -> Command {
+        let url = self.url();
+        let ports = ["--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"];
+        let mut command = self.command(["serve", "--database", &url]);
+        command.args(ports);
+        command
+    }
+
+    pub(crate) fn spawn(&self, mut command: Command) -> Process {
+        let run = self.runs.fetch_add(1, Ordering::Relaxed);
+        let (out, err) = (self.path(&format!("stdout.{run}")), self.path(&format!("stderr.{run}")));
+        let child = command
+            .stdin(std::process::Stdio::null())
+            .stdout(File::create(&out).unwrap())
+            .stderr(File::create(&err).unwrap())
+            .spawn()
+            .unwrap();
+        Process { child, out, err }
+    }
+
+    /// Runs a command that ends by itself.
+    pub(crate) fn run(&self, command: Command) -> Ended {
+        self.spawn(command).ended()
+    }
+
+    /// Runs a command that must not succeed, and gives what it says of that.
+    #[track_caller]
+    pub(crate) fn refusal(&self, command: Command) -> String {
+        let Err(ended) = self.start_as(command) else { panic!("it serves") };
+        assert_eq!(ended.code, Some(1), "{ended:?}");
+        assert!(!ended.err.contains("panicked"), "{ended:?}");
+        ended.err
+    }
+
+    pub(crate) fn start(&self) -> Keyward {
+        self.start_as(self.serve()).unwrap()
+    }
+
+    /// Starts a server, unless it ends by itself.
+    pub(crate) fn start_as(&self, command: Command) -> Result<Keyward, Ended> {
+        let mut process = self.spawn(command);
+        let ended = wait_for("a server's addresses", || match process.addresses() {
+            Some(addresses) => Some(Ok(addresses)),
+            None => process.child.try_wait().unwrap().map(Err),
+        });
+        match ended {
+            Ok((address, admin)) => Ok(Keyward { home: self.clone(), process, address, admin }),
+            Err(status) => Err(process.end(status)),
+        }
+    }
+}
+
+/// How a process ended.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    pub(crate) code: Option<i32>,
+    pub(crate) out: String,
+    pub(crate) err: String,
+}
+
+/// A child process; it does not outlive this value.
+pub(crate) struct Process {
+    child: Child,
+    out: PathBuf,
+    err: PathBuf,
+}
+
+impl Process {
+    pub(crate) fn stdout(&self) -> String {
+        std::fs::read_to_string(&self.out).unwrap()
+    }
+
+    pub(crate) fn stderr(&self) -> String {
+        String::from_utf8_lossy(&std::fs::read(&self.err).unwrap()).into_owned()
+    }
+
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Where it serves gRPC and the admin pages, once it says so.
+    fn addresses(&self) -> Option<(SocketAddr, SocketAddr)> {
+        let out = self.stdout();
+        let (_, line) = out.split_once("keyward serves gRPC on ")?;
+        let (line, _) = line.split_once('\n')?;
+        let (address, admin) = line.split_once(", admin pages on http://")?;
+        Some((address.parse().unwrap(), admin.parse().unwrap()))
+    }
+
+    /// Asks it to end, as an operator does.
+    pub(crate) fn terminate(&self) {
+        let kill = Command::new("sh").args(["-c", "kill -TERM \"$0\"", &self.id().to_string()]).status();
+        assert!(kill.unwrap().success());
+    }
+
+    /// Ends it as a power cut does: it learns nothing of it.
+    pub(crate) fn kill(mut self) -> Ended {
+        self.child.kill().unwrap();
+        self.ended()
+    }
+
+    /// Waits until it has ended.
+    pub(crate) fn ended(mut self) -> Ended {
+        let status = wait_for("a process to end", || self.child.try_wait().unwrap());
+        self.end(status)
+    }
+
+    fn end(&self, status: ExitStatus) -> Ended {
+        Ended { code: status.code(), out: self.stdout(), err: self.stderr() }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may have ended long ago.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A running server.
+pub(crate) struct Keyward {
+    pub(crate) home: Home,
+    pub(crate) process: Process,
+    pub(crate) address: SocketAddr,
+    pub(crate) admin: SocketAddr,
+}
+
+impl Keyward {
+    /// A server on a new database.
+    pub(crate) fn start() -> Keyward {
+        Home::new().start()
+    }
+
+    /// Stops it as an operator does, and sees that it ended well.
+    #[track_caller]
+    pub(crate) fn stop(self) -> Home {
+        self.process.terminate();
+        let ended = self.process.ended();
+        assert_eq!(ended.code, Some(0), "{ended:?}");
+        assert!(!ended.err.contains("panicked"), "{ended:?}");
+        self.home
+    }
+
+    /// A connection of its own.
+    pub(crate) fn channel(&self) -> Channel {
+        Endpoint::from_shared(format!("http://{}", self.address))
+            .unwrap()
+            .connect_timeout(PATIENCE)
+            .connect_lazy()
+    }
+
+    /// Calls with this token.
+    pub(crate) fn caller(&self, token: &str) -> Caller {
+        Caller::on(self.channel(), token)
+    }
+
+    pub(crate) fn root(&self) -> Caller {
+        self.caller(&self.home.root_key())
+    }
+
+    /// An admin page: the status line's code, and the text.
+    pub(crate) fn page(&self, path: &str) -> (u16, String) {
+        let mut stream = std::net::TcpStream::connect(self.admin).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        write!(stream, "GET {path} HTTP/1.1\r\nhost: keyward\r\nconnection: close\r\n\r\n").unwrap();
+        let mut response = String::new();
+        stream.read_to_string(&mut response).unwrap();
+        let (head, text) = response.split_once("\r\n\r\n").unwrap();
+        let code = head.split(' ').nth(1).unwrap().parse().unwrap();
+        (code, text.to_owned())
+    }
+}
+
+/// Puts the token into each call.
+#[derive(Clone)]
+pub(crate) struct Bearer(String);
+
+impl Interceptor for Bearer {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        request.metadata_mut().insert("authorization", self.0.parse().unwrap());
+        Ok(request)
+    }
+}
+
+pub(crate) type Authorized = InterceptedService<Channel, Bearer>;
+
+/// Clients of every service, with one token, over one connection.
+#[derive(Clone)]
+pub(crate) struct Caller {
+    pub(crate) keys: KeyServiceClient<Authorized>,
+    pub(crate) authz: AuthzServiceClient<Authorized>,
+    pub(crate) accounts: AccountServiceClient<Authorized>,
+    pub(crate) audit: AuditServiceClient<Authorized>,
+}
+
+impl Caller {
+    pub(crate) fn on(channel: Channel, token: &str) -> Caller {
+        let bearer = InterceptedService::new(channel, Bearer(format!("Bearer {token}")));
+        Caller {
+            keys: KeyServiceClient::new(bearer.clone()),
+            authz: AuthzServiceClient::new(bearer.clone()),
+            accounts: AccountServiceClient::new(bearer.clone()),
+            audit: AuditServiceClient::new(bearer),
+        }
+    }
+
+    pub(crate) async fn make_account(&mut self, id: &str) {
+        let request = pb::CreateAccountRequest { id: id.to_owned(), ..Default::default() };
+        self.accounts.create(request).await.unwrap();
+    }
+
+    /// Makes a key: its id and its token.
+    pub(crate) async fn create(&mut self, request: pb::CreateKeyRequest) -> Result<(String, String), Status> {
+        let response = self.keys.create(request).await?.into_inner();
+        Ok((response.key.unwrap().id, response.token))
+    }
+
+    /// Checks a token for `monitors:read` in production.
+    pub(crate) async fn check(&mut self, token: &str) -> Result<pb::Reason, Status> {
+        self.authz.check(question(token)).await.map(|response| response.into_inner().reason())
+    }
+
+    pub(crate) async fn revoke(&mut self, id: &str) -> Result<pb::Key, Status> {
+        let request = pb::RevokeKeyRequest {
+            id: id.to_owned(),
+            reason: pb::RevokeReason::Compromised.into(),
+            comment: String::new(),
+        };
+        self.keys.revoke(request).await.map(|response| response.into_inner().key.unwrap())
+    }
+
+    /// Rotates a key without overlap: the new token.
+    pub(crate) async fn rotate(&mut self, id: &str) -> Result<String, Status> {
+        let request = pb::RotateKeyRequest { id: id.to_owned(), ..Default::default() };
+        self.keys.rotate(request).await.map(|response| response.into_inner().token)
+    }
+
+    pub(crate) async fn get(&mut self, id: &str) -> Result<pb::Key, Status> {
+        let request = pb::GetKeyRequest { id: id.to_owned() };
+        self.keys.get(request).await.map(|response| response.into_inner().key.unwrap())
+    }
+}
+
+/// A key of `acme` that may `monitors:read` in production.
+pub(crate) fn plain_key() -> pb::CreateKeyRequest {
+    pb::CreateKeyRequest {
+        account: "acme".to_owned(),
+        environment: "production".to_owned(),
+        scopes: vec!["monitors:read".to_owned()],
+        ..Default::default()
+    }
+}
+
+/// Whether a token may `monitors:read` in production.
+pub(crate) fn question(token: &str) -> pb::CheckRequest {
+    pb::CheckRequest {
+        token: token.to_owned(),
+        environment: "production".to_owned(),
+        scopes: vec!["monitors:read".to_owned()],
+        ..Default::default()
+    }
+}
+
+/// Messages as bytes: for what no generated client would send.
+#[derive(Default)]
+pub(crate) struct Raw;
+
+impl Codec for Raw {
+    type Encode = Bytes;
+    type Decode = Bytes;
+    type Encoder = Raw;
+    type Decoder = Raw;
+
+    fn encoder(&mut self) -> Raw {
+        Raw
+    }
+
+    fn decoder(&mut self) -> Raw {
+        Raw
+    }
+}
+
+impl Encoder for Raw {
+    type Item = Bytes;
+    type Error = Status;
+
+    fn encode(&mut self, item: Bytes, to: &mut EncodeBuf<'_>) -> Result<(), Status> {
+        to.put(item);
+        Ok(())
+    }
+}
+
+impl Decoder for Raw {
+    type Item = Bytes;
+    type Error = Status;
+
+    fn decode(&mut self, from: &mut DecodeBuf<'_>) -> Result<Option<Bytes>, Status> {
+        Ok(Some(from.copy_to_bytes(from.remaining())))
+    }
+}
+
+/// Sends messages as bytes to an RPC, as they come out of `messages`.
+pub(crate) async fn call_raw(
+    channel: Channel,
+    token: &str,
+    method: &str,
+    messages: impl futures_util::Stream<Item = Bytes> + Send + 'static,
+) -> Result<Bytes, Status> {
+    let bearer = InterceptedService::new(channel, Bearer(format!("Bearer {token}")));
+    let mut client = tonic::client::Grpc::new(bearer);
+    client.ready().await.map_err(|error| Status::unavailable(error.to_string()))?;
+    let path = format!("/{method}").parse().unwrap();
+    client.client_streaming(Request::new(messages), path, Raw).await.map(|response| response.into_inner())
+}
+
+/// What stands in a file, for tests that look for text in it.
+pub(crate) fn text(path: &Path) -> String {
+    std::fs::read_to_string(path).unwrap()
+}

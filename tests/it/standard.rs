@@ -1,0 +1,165 @@
+//! What every gRPC server is expected to have: health, reflection, and errors that say what they are.
+
+use keyward::pb;
+use tonic::Code;
+use tonic_health::pb::{
+    HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
+};
+use tonic_reflection::pb::{v1, v1alpha};
+
+use crate::support::{Server, check, named_key, reason, refused, service_key};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn health_is_told_of_the_server_and_each_of_its_services_without_a_credential() {
+    let server = Server::start().await;
+    let mut health = HealthClient::new(server.channel());
+    for service in [
+        "",
+        "keyward.v1.AuthzService",
+        "keyward.v1.KeyService",
+        "keyward.v1.AccountService",
+        "keyward.v1.AuditService",
+    ] {
+        let answer = health.check(HealthCheckRequest { service: service.into() }).await.unwrap();
+        assert_eq!(answer.into_inner().status(), ServingStatus::Serving, "{service:?}");
+    }
+    let unknown = health.check(HealthCheckRequest { service: "keyward.v1.Nothing".into() }).await;
+    assert_eq!(unknown.unwrap_err().code(), Code::NotFound);
+}
+
+const SERVICES: [&str; 7] = [
+    "grpc.health.v1.Health",
+    "grpc.reflection.v1.ServerReflection",
+    "grpc.reflection.v1alpha.ServerReflection",
+    "keyward.v1.AccountService",
+    "keyward.v1.AuditService",
+    "keyward.v1.AuthzService",
+    "keyward.v1.KeyService",
+];
+
+/// Holds that a version of reflection lists the services and gives files for symbols.
+macro_rules! reflects {
+    ($version:ident, $own:literal) => {{
+        use $version::{
+            ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
+            server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
+        };
+        let server = Server::start().await;
+        let mut client = ServerReflectionClient::new(server.channel());
+        let symbols = [
+            "keyward.v1.KeyService",
+            "keyward.v1.CheckResponse",
+            "keyward.v1.Reason",
+            "google.rpc.ErrorInfo",
+            "google.rpc.BadRequest",
+            "grpc.health.v1.Health",
+        ];
+        let mut asked = vec![MessageRequest::ListServices(String::new())];
+        asked.extend(symbols.map(|symbol| MessageRequest::FileContainingSymbol(symbol.to_owned())));
+        let requests = asked.into_iter().map(|message_request| ServerReflectionRequest {
+            host: String::new(),
+            message_request: Some(message_request),
+        });
+        let requests = futures_util::stream::iter(requests.collect::<Vec<_>>());
+        let mut answers = client.server_reflection_info(requests).await.unwrap().into_inner();
+        let first = answers.message().await.unwrap().unwrap().message_response.unwrap();
+        let MessageResponse::ListServicesResponse(list) = first else { panic!("{first:?}") };
+        let mut names: Vec<_> = list.service.into_iter().map(|service| service.name).collect();
+        names.sort();
+        // Each version lists itself.
+        let expected: Vec<_> =
+            SERVICES.into_iter().filter(|name| !name.contains("reflection") || name.contains($own)).collect();
+        names.retain(|name| !name.contains("reflection") || name.contains($own));
+        assert_eq!(names, expected);
+        for symbol in symbols {
+            let answer = answers.message().await.unwrap().unwrap().message_response.unwrap();
+            let MessageResponse::FileDescriptorResponse(files) = answer else {
+                panic!("{symbol}: {answer:?}")
+            };
+            assert!(!files.file_descriptor_proto.is_empty(), "{symbol}");
+        }
+    }};
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn reflection_v1_lists_the_services_and_knows_their_messages() {
+    reflects!(v1, ".v1.");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn reflection_v1alpha_does_too_for_older_clients() {
+    reflects!(v1alpha, ".v1alpha.");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_refusal_carries_a_stable_reason_of_the_domain_keyward() {
+    let server = Server::with_accounts().await;
+    let root = server.root();
+    let made = server.make(named_key("acme", "CI")).await;
+    let manager = server.caller("acme", &["keyward:*"]).await;
+    root.revoke(&made.id).await.unwrap();
+    server.make(named_key("acme", "taken")).await;
+    let fresh = pb::CheckRequest { min_revision: Some(u64::MAX), ..check("x", "a") };
+    refused(root.get("x").await, Code::InvalidArgument, "INVALID_REQUEST");
+    refused(root.get(&made.id.replace('0', "1")).await, Code::NotFound, "KEY_NOT_FOUND");
+    refused(root.suspend("nowhere").await, Code::NotFound, "ACCOUNT_NOT_FOUND");
+    refused(root.create(named_key("acme", "taken")).await, Code::AlreadyExists, "KEY_NAME_TAKEN");
+    refused(root.enable(&made.id).await, Code::FailedPrecondition, "KEY_REVOKED");
+    refused(root.suspend("keyward").await, Code::FailedPrecondition, "OPERATOR_ACCOUNT");
+    refused(manager.suspend("acme").await, Code::PermissionDenied, "OPERATOR_ONLY");
+    refused(manager.create(service_key("acme", &["*"])).await, Code::PermissionDenied, "GRANT_BEYOND_CALLER");
+    refused(server.anonymous().get("x").await, Code::Unauthenticated, "UNAUTHENTICATED");
+    refused(root.check(fresh).await, Code::Unavailable, "STALE");
+    refused(root.call("keyward.v1.AuditService/Verify", ()).await, Code::Unimplemented, "UNIMPLEMENTED");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_path_that_is_no_rpc_says_so() {
+    let server = Server::start().await;
+    let root = server.root();
+    for path in ["keyward.v1.KeyService/Nothing", "keyward.v1.Nothing/Get", "keyward.v2.KeyService/Get"] {
+        refused(root.call(path, ()).await, Code::Unimplemented, "NO_SUCH_RPC");
+        refused(server.anonymous().call(path, ()).await, Code::Unimplemented, "NO_SUCH_RPC");
+    }
+}
+
+/// A message whose first field is a number, where every one of ours has a text or a message.
+#[derive(Clone, PartialEq, prost::Message)]
+struct Nonsense {
+    #[prost(uint64, tag = "1")]
+    number: u64,
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bytes_that_are_no_message_are_the_callers_fault_and_told_so() {
+    let server = Server::start().await;
+    let root = server.root();
+    for method in
+        ["keyward.v1.KeyService/Get", "keyward.v1.AuthzService/Check", "keyward.v1.AuditService/List"]
+    {
+        let status = root.call(method, Nonsense { number: 1 }).await.unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument, "{method}: {status:?}");
+        assert_eq!(reason(&status), "UNREADABLE_REQUEST", "{method}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_compression_that_is_not_spoken_is_told_with_a_reason() {
+    let server = Server::start().await;
+    let gzip = server.root().with_header("grpc-encoding", "gzip");
+    let status = gzip.who_am_i().await.unwrap_err();
+    assert_eq!(status.code(), Code::Unimplemented, "{status:?}");
+    reason(&status);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fields_of_newer_clients_are_passed_over() {
+    #[derive(Clone, PartialEq, prost::Message)]
+    struct Newer {
+        #[prost(string, tag = "1000")]
+        text: String,
+    }
+    let server = Server::start().await;
+    let newer = Newer { text: "x".into() };
+    server.root().call("keyward.v1.KeyService/WhoAmI", newer).await.unwrap();
+}

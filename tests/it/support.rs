@@ -1,0 +1,410 @@
+//! What the tests over the wire are made with: a whole server in this process on a port of its own, with a clock
+//! that stands until it is moved and randomness from a seed; clients for any caller; and words to make accounts
+//! and keys, to ask, and to read refusals, in a line.
+
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use keyward::{
+    clock::{Clock as _, Entropy, ManualClock, NoEntropy},
+    config::server::{DatabaseArgs, Settings},
+    domain::time::Timestamp,
+    pb::{
+        self, account_service_client::AccountServiceClient, audit_service_client::AuditServiceClient,
+        authz_service_client::AuthzServiceClient, key_service_client::KeyServiceClient,
+    },
+};
+use rand::{Rng as _, SeedableRng as _, rngs::ChaCha8Rng};
+use tonic::{
+    Code, Status,
+    metadata::{AsciiMetadataKey, AsciiMetadataValue},
+    service::{Interceptor, interceptor::InterceptedService},
+    transport::Channel,
+};
+use tonic_types::StatusExt as _;
+
+/// 2026-01-01T00:00:00Z: when every server of the tests starts.
+pub(crate) const START: i64 = 1_767_225_600;
+pub(crate) const HOUR: u64 = 60 * 60;
+pub(crate) const DAY: u64 = 24 * HOUR;
+
+/// Randomness that is the same in every run.
+struct Seeded(Mutex<ChaCha8Rng>);
+
+impl Entropy for Seeded {
+    fn fill(&self, bytes: &mut [u8]) -> Result<(), NoEntropy> {
+        self.0.lock().unwrap().fill_bytes(bytes);
+        Ok(())
+    }
+}
+
+/// A server with an empty database. It ends with the test's runtime.
+pub(crate) struct Server {
+    pub(crate) root_token: String,
+    clock: Arc<ManualClock>,
+    channel: Channel,
+    _server: keyward::server::Server,
+    _folder: tempfile::TempDir,
+}
+
+impl Server {
+    pub(crate) async fn start() -> Server {
+        Server::start_with(|_| {}).await
+    }
+
+    /// A server with other settings than usual.
+    pub(crate) async fn start_with(configure: impl FnOnce(&mut Settings)) -> Server {
+        let folder = tempfile::tempdir().unwrap();
+        let mut settings = Settings::load_database(&DatabaseArgs::default()).unwrap();
+        settings.listen = "127.0.0.1:0".to_owned();
+        settings.admin_listen = "127.0.0.1:0".to_owned();
+        settings.database = format!("sqlite:{}", folder.path().join("keyward.db").display());
+        settings.threads = 2;
+        configure(&mut settings);
+        let clock = Arc::new(ManualClock::at(Timestamp::from_micros(START * 1_000_000)));
+        let entropy = Arc::new(Seeded(Mutex::new(ChaCha8Rng::seed_from_u64(7))));
+        let server = keyward::server::Server::start(settings, clock.clone(), entropy).await.unwrap();
+        let channel = Channel::from_shared(format!("http://{}", server.address)).unwrap().connect_lazy();
+        let root_token = server.root_token.as_ref().unwrap().reveal().to_owned();
+        Server { root_token, clock, channel, _server: server, _folder: folder }
+    }
+
+    /// A server with an account `acme`, and one `other`.
+    pub(crate) async fn with_accounts() -> Server {
+        let server = Server::start().await;
+        server.account("acme").await;
+        server.account("other").await;
+        server
+    }
+
+    /// The way to the server, without any header.
+    pub(crate) fn channel(&self) -> Channel {
+        self.channel.clone()
+    }
+
+    /// Whoever sends no credential.
+    pub(crate) fn anonymous(&self) -> Client {
+        Client { channel: self.channel(), headers: Headers::default() }
+    }
+
+    /// Whoever holds this token.
+    pub(crate) fn holder(&self, token: &str) -> Client {
+        self.anonymous().with_header("authorization", &format!("Bearer {token}"))
+    }
+
+    /// The holder of the root key.
+    pub(crate) fn root(&self) -> Client {
+        self.holder(&self.root_token)
+    }
+
+    /// Makes an account.
+    pub(crate) async fn account(&self, id: &str) {
+        let request = pb::CreateAccountRequest { id: id.to_owned(), ..Default::default() };
+        self.root().accounts().create(request).await.unwrap();
+    }
+
+    /// Makes a key as root.
+    pub(crate) async fn make(&self, request: pb::CreateKeyRequest) -> Made {
+        self.root().make(request).await
+    }
+
+    /// The holder of a new key of this account with these scopes.
+    pub(crate) async fn caller(&self, account: &str, scopes: &[&str]) -> Client {
+        let made = self.make(service_key(account, scopes)).await;
+        self.holder(&made.token)
+    }
+
+    /// Moves the clock on.
+    pub(crate) fn advance(&self, seconds: u64) {
+        self.advance_by(Duration::from_secs(seconds));
+    }
+
+    /// Moves the clock on.
+    pub(crate) fn advance_by(&self, by: Duration) {
+        self.clock.advance(by);
+    }
+
+    /// The instant so many seconds from now.
+    pub(crate) fn at(&self, seconds: i64) -> prost_types::Timestamp {
+        let micros = self.clock.now().as_micros();
+        prost_types::Timestamp {
+            seconds: micros.div_euclid(1_000_000) + seconds,
+            nanos: i32::try_from(micros.rem_euclid(1_000_000) * 1000).unwrap(),
+        }
+    }
+}
+
+/// Headers that go with every call.
+#[derive(Clone, Default)]
+pub(crate) struct Headers(Vec<(AsciiMetadataKey, AsciiMetadataValue)>);
+
+impl Interceptor for Headers {
+    fn call(&mut self, mut request: tonic::Request<()>) -> Result<tonic::Request<()>, Status> {
+        for (name, value) in &self.0 {
+            request.metadata_mut().append(name.clone(), value.clone());
+        }
+        Ok(request)
+    }
+}
+
+type Wire = InterceptedService<Channel, Headers>;
+
+/// A key and its token.
+#[derive(Clone)]
+pub(crate) struct Made {
+    pub(crate) id: String,
+    pub(crate) token: String,
+    pub(crate) key: pb::Key,
+    pub(crate) revision: u64,
+}
+
+/// One caller's way to the server.
+#[derive(Clone)]
+pub(crate) struct Client {
+    channel: Channel,
+    headers: Headers,
+}
+
+impl Client {
+    /// The same caller with one more header.
+    pub(crate) fn with_header(&self, name: &str, value: &str) -> Client {
+        let mut client = self.clone();
+        client.headers.0.push((name.parse().unwrap(), value.parse().unwrap()));
+        client
+    }
+
+    fn wire(&self) -> Wire {
+        InterceptedService::new(self.channel.clone(), self.headers.clone())
+    }
+
+    pub(crate) fn keys(&self) -> KeyServiceClient<Wire> {
+        KeyServiceClient::new(self.wire())
+    }
+
+    pub(crate) fn authz(&self) -> AuthzServiceClient<Wire> {
+        AuthzServiceClient::new(self.wire())
+    }
+
+    pub(crate) fn accounts(&self) -> AccountServiceClient<Wire> {
+        AccountServiceClient::new(self.wire())
+    }
+
+    pub(crate) fn audit(&self) -> AuditServiceClient<Wire> {
+        AuditServiceClient::new(self.wire())
+    }
+
+    /// Calls any unary RPC by its path, `package.Service/Method`; what it answers is not read.
+    pub(crate) async fn call(
+        &self,
+        method: &str,
+        message: impl prost::Message + 'static,
+    ) -> Result<(), Status> {
+        self.ask(method, message).await
+    }
+
+    /// Calls any unary RPC by its path, `package.Service/Method`.
+    pub(crate) async fn ask<A>(
+        &self,
+        method: &str,
+        message: impl prost::Message + 'static,
+    ) -> Result<A, Status>
+    where
+        A: prost::Message + Default + 'static,
+    {
+        let mut grpc = tonic::client::Grpc::new(self.wire());
+        grpc.ready().await.unwrap();
+        let path = format!("/{method}").parse().unwrap();
+        let codec = tonic_prost::ProstCodec::default();
+        grpc.unary(tonic::Request::new(message), path, codec).await.map(tonic::Response::into_inner)
+    }
+
+    /// Makes a key that may be made.
+    pub(crate) async fn make(&self, request: pb::CreateKeyRequest) -> Made {
+        let pb::CreateKeyResponse { key, token, revision, replayed: _ } = self.create(request).await.unwrap();
+        let key = key.unwrap();
+        Made { id: key.id.clone(), token, key, revision }
+    }
+
+    pub(crate) async fn create(
+        &self,
+        request: pb::CreateKeyRequest,
+    ) -> Result<pb::CreateKeyResponse, Status> {
+        Ok(self.keys().create(request).await?.into_inner())
+    }
+
+    pub(crate) async fn get(&self, id: &str) -> Result<pb::Key, Status> {
+        let request = pb::GetKeyRequest { id: id.to_owned() };
+        Ok(self.keys().get(request).await?.into_inner().key.unwrap())
+    }
+
+    pub(crate) async fn list(&self, request: pb::ListKeysRequest) -> Result<pb::ListKeysResponse, Status> {
+        Ok(self.keys().list(request).await?.into_inner())
+    }
+
+    /// Changes the fields that `paths` name to what they are in `key`.
+    pub(crate) async fn update(&self, key: &pb::Key, paths: &[&str]) -> Result<pb::Key, Status> {
+        let update_mask = Some(prost_types::FieldMask { paths: texts(paths) });
+        let request = pb::UpdateKeyRequest { key: Some(key.clone()), update_mask };
+        Ok(self.keys().update(request).await?.into_inner().key.unwrap())
+    }
+
+    pub(crate) async fn disable(&self, id: &str) -> Result<pb::Key, Status> {
+        let request = pb::DisableKeyRequest { id: id.to_owned() };
+        Ok(self.keys().disable(request).await?.into_inner().key.unwrap())
+    }
+
+    pub(crate) async fn enable(&self, id: &str) -> Result<pb::Key, Status> {
+        let request = pb::EnableKeyRequest { id: id.to_owned() };
+        Ok(self.keys().enable(request).await?.into_inner().key.unwrap())
+    }
+
+    pub(crate) async fn revoke(&self, id: &str) -> Result<pb::RevokeKeyResponse, Status> {
+        let request = pb::RevokeKeyRequest { id: id.to_owned(), ..Default::default() };
+        Ok(self.keys().revoke(request).await?.into_inner())
+    }
+
+    pub(crate) async fn rotate(
+        &self,
+        id: &str,
+        overlap_seconds: u64,
+    ) -> Result<pb::RotateKeyResponse, Status> {
+        let overlap = Some(seconds(overlap_seconds));
+        let request = pb::RotateKeyRequest { id: id.to_owned(), overlap, idempotency_key: None };
+        Ok(self.keys().rotate(request).await?.into_inner())
+    }
+
+    pub(crate) async fn finish_rotation(&self, id: &str) -> Result<pb::FinishRotationResponse, Status> {
+        let request = pb::FinishRotationRequest { id: id.to_owned() };
+        Ok(self.keys().finish_rotation(request).await?.into_inner())
+    }
+
+    pub(crate) async fn import(&self, keys: Vec<pb::ImportKey>) -> Result<Vec<pb::ImportResult>, Status> {
+        Ok(self.keys().import(pb::ImportKeysRequest { keys }).await?.into_inner().results)
+    }
+
+    pub(crate) async fn lookup(&self, token: &str) -> Result<pb::LookupKeyResponse, Status> {
+        let request = pb::LookupKeyRequest { token: token.to_owned() };
+        Ok(self.keys().lookup(request).await?.into_inner())
+    }
+
+    pub(crate) async fn who_am_i(&self) -> Result<pb::WhoAmIResponse, Status> {
+        Ok(self.keys().who_am_i(pb::WhoAmIRequest {}).await?.into_inner())
+    }
+
+    pub(crate) async fn revoke_self(&self) -> Result<pb::RevokeSelfResponse, Status> {
+        Ok(self.keys().revoke_self(pb::RevokeSelfRequest {}).await?.into_inner())
+    }
+
+    pub(crate) async fn check(&self, request: pb::CheckRequest) -> Result<pb::CheckResponse, Status> {
+        Ok(self.authz().check(request).await?.into_inner())
+    }
+
+    /// What a Check of this token says that asks nothing else.
+    pub(crate) async fn reason(&self, token: &str) -> pb::Reason {
+        self.check(authenticate(token)).await.unwrap().reason()
+    }
+
+    pub(crate) async fn suspend(&self, account: &str) -> Result<pb::SuspendAccountResponse, Status> {
+        let request = pb::SuspendAccountRequest { id: account.to_owned() };
+        Ok(self.accounts().suspend(request).await?.into_inner())
+    }
+
+    pub(crate) async fn resume(&self, account: &str) -> Result<pb::ResumeAccountResponse, Status> {
+        let request = pb::ResumeAccountRequest { id: account.to_owned() };
+        Ok(self.accounts().resume(request).await?.into_inner())
+    }
+
+    pub(crate) async fn put_role(&self, account: &str, name: &str, scopes: &[&str]) -> Result<u64, Status> {
+        let (account, name) = (account.to_owned(), name.to_owned());
+        let request = pb::PutRoleRequest { account, name, scopes: texts(scopes) };
+        Ok(self.accounts().put_role(request).await?.into_inner().revision)
+    }
+
+    pub(crate) async fn put_member(&self, account: &str, user: &str, role: &str) -> Result<u64, Status> {
+        let (account, user, role) = (account.to_owned(), user.to_owned(), role.to_owned());
+        let request = pb::PutMemberRequest { account, user, role };
+        Ok(self.accounts().put_member(request).await?.into_inner().revision)
+    }
+
+    pub(crate) async fn entries(
+        &self,
+        request: pb::ListAuditEntriesRequest,
+    ) -> Result<pb::ListAuditEntriesResponse, Status> {
+        Ok(self.audit().list(request).await?.into_inner())
+    }
+}
+
+/// A key of an account in production.
+pub(crate) fn service_key(account: &str, scopes: &[&str]) -> pb::CreateKeyRequest {
+    pb::CreateKeyRequest {
+        account: account.to_owned(),
+        environment: "production".to_owned(),
+        scopes: texts(scopes),
+        ..Default::default()
+    }
+}
+
+/// A key of a user in production.
+pub(crate) fn user_key(user: &str, scopes: &[&str]) -> pb::CreateKeyRequest {
+    pb::CreateKeyRequest { user: user.to_owned(), ..service_key("", scopes) }
+}
+
+/// A key of an account in production with a name.
+pub(crate) fn named_key(account: &str, name: &str) -> pb::CreateKeyRequest {
+    pb::CreateKeyRequest { name: Some(name.to_owned()), ..service_key(account, &["monitors:read"]) }
+}
+
+/// Whether a token has a scope in production.
+pub(crate) fn check(token: &str, scope: &str) -> pb::CheckRequest {
+    pb::CheckRequest { authenticate_only: false, scopes: texts(&[scope]), ..authenticate(token) }
+}
+
+/// Whether a token is valid in production.
+pub(crate) fn authenticate(token: &str) -> pb::CheckRequest {
+    pb::CheckRequest {
+        token: token.to_owned(),
+        environment: "production".to_owned(),
+        authenticate_only: true,
+        ..Default::default()
+    }
+}
+
+pub(crate) fn texts(list: &[&str]) -> Vec<String> {
+    list.iter().map(|&text| text.to_owned()).collect()
+}
+
+pub(crate) fn seconds(seconds: u64) -> prost_types::Duration {
+    prost_types::Duration { seconds: i64::try_from(seconds).unwrap(), nanos: 0 }
+}
+
+/// The reason in a refusal's ErrorInfo, which is always ours.
+#[track_caller]
+pub(crate) fn reason(status: &Status) -> String {
+    let info = status.get_details_error_info().unwrap_or_else(|| panic!("no ErrorInfo: {status:?}"));
+    assert_eq!(info.domain, "keyward", "{status:?}");
+    info.reason
+}
+
+/// The fields that a refusal calls wrong, in its order.
+pub(crate) fn fields(status: &Status) -> Vec<String> {
+    let violations = status.get_details_bad_request().map(|wrong| wrong.field_violations).unwrap_or_default();
+    violations.into_iter().map(|violation| violation.field).collect()
+}
+
+/// Holds that a call was refused so, and gives the status.
+#[track_caller]
+pub(crate) fn refused<T>(result: Result<T, Status>, code: Code, with_reason: &str) -> Status {
+    let Err(status) = result else { panic!("was not refused; {code:?} {with_reason} was expected") };
+    assert_eq!((status.code(), reason(&status).as_str()), (code, with_reason), "{status:?}");
+    status
+}
+
+/// Holds that a call was refused for these fields, and for no others.
+#[track_caller]
+pub(crate) fn invalid<T>(result: Result<T, Status>, wrong: &[&str]) -> Status {
+    let status = refused(result, Code::InvalidArgument, "INVALID_REQUEST");
+    assert_eq!(fields(&status), wrong, "{status:?}");
+    status
+}

@@ -115,9 +115,8 @@ impl People {
         let change = self
             .change(caller, Action::RolePut, || {
                 let before = self.engine.index.role_record(account.as_ref(), &name);
-                if let Some(before) = &before {
-                    caller.may_grant(&before.scopes)?;
-                }
+                // What the name stands for so far, be it a global role that this one would stand before.
+                caller.may_grant(&self.held(account.as_ref(), &name))?;
                 let (account, name, scopes) = (account.clone(), name.clone(), scopes.clone());
                 let role = Role { account, name, scopes, revision: Revision::default() };
                 Ok((Change::Role(Arc::new(role)), before.map(|before| before.revision)))

@@ -28,7 +28,7 @@ fmt-check: ## Check the format of the Rust code
 buf: ## Check the protos: lint and format
 	@tools/install buf
 	$(call run,buf lint)
-	$(call run,buf format --diff --exit-code)
+	$(call run,buf format proto --diff --exit-code)
 
 .PHONY: lint
 lint: ## Run clippy
@@ -59,7 +59,7 @@ cargo-test: ## Run the tests
 fmt: ## Format the Rust code and the protos
 	@tools/install buf
 	$(call run,cargo fmt)
-	$(call run,buf format --write)
+	$(call run,buf format proto --write)
 
 .PHONY: tools
 tools: ## Install the pinned tools into .tools/, where they are missing

@@ -1,14 +1,16 @@
-//! Compiles `proto/` into `OUT_DIR` without protoc, and keeps the descriptor set for reflection and tests.
+//! Compiles `proto/` and the protocols of others in `third_party/` into `OUT_DIR` without protoc, and keeps the
+//! descriptor set for reflection, tests and gateways.
 
 use std::{env, error::Error, fs, path::PathBuf};
 
 use prost::Message as _;
 
-const PROTOS: [&str; 4] = [
+const PROTOS: [&str; 5] = [
     "keyward/v1/keys.proto",
     "keyward/v1/authz.proto",
     "keyward/v1/accounts.proto",
     "keyward/v1/audit.proto",
+    "envoy/service/auth/v3/external_auth.proto",
 ];
 
 /// Messages that a token travels in: nothing that is generated may print them. `src/pb.rs` says how they print.
@@ -20,20 +22,38 @@ const SECRET: [&str; 5] = [
     "keyward.v1.RotateKeyResponse",
 ];
 
+/// What Envoy asks is read by messages of our own, which leave most of it where it lies.
+const READ_BY_HAND: (&str, &str) =
+    (".envoy.service.auth.v3.CheckRequest", "crate::pb::envoy_request::CheckRequest");
+
+/// Packages that hold options alone: notes on other protos, which no code reads.
+const NOTES: [&str; 5] =
+    ["udpa.annotations", "xds.annotations.v3", "envoy.annotations", "validate", "google.api"];
+
 #[expect(clippy::disallowed_methods, reason = "cargo says where to write in the environment")]
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=proto");
+    println!("cargo::rerun-if-changed=third_party");
     println!("cargo::rerun-if-changed=src/store/migrations");
 
-    let descriptors = protox::compile(PROTOS, ["proto"])?;
+    let mut descriptors = protox::compile(PROTOS, ["proto", "third_party"])?;
+    for file in &mut descriptors.file {
+        // Comments are for `grpcurl describe`, of what is ours.
+        if !file.package().starts_with("keyward.") {
+            file.source_code_info = None;
+        }
+    }
     let out = PathBuf::from(env::var("OUT_DIR")?);
     fs::write(out.join("descriptors.bin"), descriptors.encode_to_vec())?;
+    descriptors.file.retain(|file| !NOTES.contains(&file.package()));
 
     tonic_prost_build::configure()
         // Ordered maps make a message's encoding a function of its content,
         // which the fingerprint of an idempotent request relies on.
         .btree_map(".")
         .skip_debug(SECRET)
+        .extern_path(READ_BY_HAND.0, READ_BY_HAND.1)
+        .include_file("protos.rs")
         .compile_fds(descriptors)?;
     Ok(())
 }

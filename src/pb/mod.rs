@@ -1,10 +1,21 @@
-//! The generated messages and services of `proto/keyward/v1`, and the descriptor set for reflection and tests.
+//! The generated messages and services of `proto/keyward/v1` and of the protocols of others that we speak, and
+//! the descriptor set for reflection, tests and gateways. No logic stands here.
 
 #![allow(missing_docs, unreachable_pub, clippy::all)]
 
+pub mod envoy_request;
+
 use std::fmt;
 
-tonic::include_proto!("keyward.v1");
+/// Everything that was generated, a module for each package.
+#[allow(rustdoc::all)]
+mod generated {
+    include!(concat!(env!("OUT_DIR"), "/protos.rs"));
+}
+
+pub use generated::keyward::v1::*;
+/// `envoy.*`: what Envoy asks and hears.
+pub use generated::envoy;
 
 /// The encoded `google.protobuf.FileDescriptorSet` of everything in `proto/`.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));

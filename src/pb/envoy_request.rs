@@ -1,0 +1,150 @@
+//! `envoy.service.auth.v3.CheckRequest` as we read it: the same wire format, only the fields that a decision needs,
+//! and text left where it arrived. Headers are attacker-chosen: they are not hashed into a map, and may be other
+//! than UTF-8. Nothing here prints, since headers carry credentials. A test holds the numbers against the proto.
+
+use std::fmt;
+
+use bytes::Bytes;
+
+/// What Envoy asks about one request.
+#[derive(Clone, PartialEq, prost::Message)]
+#[prost(skip_debug)]
+pub struct CheckRequest {
+    /// What is asked about.
+    #[prost(message, optional, tag = "1")]
+    pub attributes: Option<AttributeContext>,
+}
+
+/// The request and its surroundings.
+#[derive(Clone, PartialEq, prost::Message)]
+#[prost(skip_debug)]
+pub struct AttributeContext {
+    /// Who sent it.
+    #[prost(message, optional, tag = "1")]
+    pub source: Option<Peer>,
+    /// The request.
+    #[prost(message, optional, tag = "4")]
+    pub request: Option<Request>,
+    /// What the route's configuration says: virtual host and route merged.
+    #[prost(message, repeated, tag = "10")]
+    pub context_extensions: Vec<Pair>,
+}
+
+/// One end of the connection.
+#[derive(Clone, PartialEq, prost::Message)]
+#[prost(skip_debug)]
+pub struct Peer {
+    /// Its address.
+    #[prost(message, optional, tag = "1")]
+    pub address: Option<Address>,
+}
+
+/// An address; a pipe has none that is of use here.
+#[derive(Clone, PartialEq, prost::Message)]
+#[prost(skip_debug)]
+pub struct Address {
+    /// An IP address and port.
+    #[prost(message, optional, tag = "1")]
+    pub socket_address: Option<SocketAddress>,
+}
+
+/// An IP address; the port does not matter.
+#[derive(Clone, PartialEq, prost::Message)]
+#[prost(skip_debug)]
+pub struct SocketAddress {
+    /// The IP address.
+    #[prost(bytes = "bytes", tag = "2")]
+    pub address: Bytes,
+}
+
+/// The request.
+#[derive(Clone, PartialEq, prost::Message)]
+#[prost(skip_debug)]
+pub struct Request {
+    /// The HTTP request.
+    #[prost(message, optional, tag = "2")]
+    pub http: Option<HttpRequest>,
+}
+
+/// An HTTP request.
+#[derive(Clone, PartialEq, prost::Message)]
+#[prost(skip_debug)]
+pub struct HttpRequest {
+    /// Envoy's number of the stream, the same when Envoy asks again.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub id: Bytes,
+    /// `GET` and so on.
+    #[prost(bytes = "bytes", tag = "2")]
+    pub method: Bytes,
+    /// Headers with lower-case names, repeated ones joined by commas. Empty with `encode_raw_headers`.
+    #[prost(message, repeated, tag = "3")]
+    pub headers: Vec<Pair>,
+    /// Path and query as they came.
+    #[prost(bytes = "bytes", tag = "4")]
+    pub path: Bytes,
+    /// `:authority`.
+    #[prost(bytes = "bytes", tag = "5")]
+    pub host: Bytes,
+    /// Headers as they came, with `encode_raw_headers`.
+    #[prost(message, optional, tag = "13")]
+    pub header_map: Option<HeaderMap>,
+}
+
+/// Headers as they came.
+#[derive(Clone, PartialEq, prost::Message)]
+#[prost(skip_debug)]
+pub struct HeaderMap {
+    /// In order.
+    #[prost(message, repeated, tag = "1")]
+    pub headers: Vec<HeaderValue>,
+}
+
+/// One header.
+#[derive(Clone, PartialEq, prost::Message)]
+#[prost(skip_debug)]
+pub struct HeaderValue {
+    /// Its name.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub key: Bytes,
+    /// Its value, where it is UTF-8.
+    #[prost(bytes = "bytes", tag = "2")]
+    pub value: Bytes,
+    /// Its value as it came.
+    #[prost(bytes = "bytes", tag = "3")]
+    pub raw_value: Bytes,
+}
+
+/// An entry of a map: on the wire a map of strings is a repeated message of two.
+#[derive(Clone, PartialEq, prost::Message)]
+#[prost(skip_debug)]
+pub struct Pair {
+    /// The key.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub key: Bytes,
+    /// The value.
+    #[prost(bytes = "bytes", tag = "2")]
+    pub value: Bytes,
+}
+
+macro_rules! redacted {
+    ($($message:ident),*) => {
+        $(impl fmt::Debug for $message {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.debug_struct(stringify!($message)).finish_non_exhaustive()
+            }
+        })*
+    };
+}
+
+redacted!(
+    CheckRequest,
+    AttributeContext,
+    Peer,
+    Address,
+    SocketAddress,
+    Request,
+    HttpRequest,
+    HeaderMap,
+    HeaderValue,
+    Pair
+);

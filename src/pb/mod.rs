@@ -13,9 +13,9 @@ mod generated {
     include!(concat!(env!("OUT_DIR"), "/protos.rs"));
 }
 
-pub use generated::keyward::v1::*;
 /// `envoy.*`: what Envoy asks and hears.
 pub use generated::envoy;
+pub use generated::keyward::v1::*;
 
 /// The encoded `google.protobuf.FileDescriptorSet` of everything in `proto/`.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));

@@ -10,6 +10,7 @@ pub mod key;
 pub mod limit;
 pub mod log;
 pub mod name;
+pub mod route;
 pub mod scope;
 pub mod time;
 pub mod token;

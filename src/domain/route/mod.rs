@@ -1,0 +1,261 @@
+//! What an HTTP request must show to reach a service: routes, and the rules that find a request's route. Pure:
+//! how rules are written in a file is `config::rules`' business, what becomes of a request is `gateway`'s.
+//!
+//! **Precedence.** Rules are tried in their order, and the first whose host, method and path match decides; no
+//! other is asked. A rule that can never match, since an earlier one takes everything that it would, is refused
+//! when the rules are made. A request that no rule matches is denied.
+
+pub mod path;
+pub mod pattern;
+
+use std::fmt;
+
+use super::{
+    name::{AccountId, CustomerId, EnvironmentName},
+    scope::Scope,
+};
+use path::Path;
+use pattern::{HostPattern, Methods, PathPattern};
+
+/// The most rules that there may be: each request may try all of them.
+pub const MAX_RULES: usize = 1000;
+/// The most units that one request may cost.
+pub const MAX_COST: u64 = 1_000_000;
+
+/// What must be shown.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Demand {
+    /// Nothing: the route is open to everybody.
+    Public,
+    /// A valid token, whatever it is granted.
+    Authenticated,
+    /// A valid token that is granted all of these.
+    Scopes(Vec<Scope>),
+}
+
+/// Where a name comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Named<T> {
+    /// It stands in the configuration.
+    Is(T),
+    /// The request says it in this header (lower-case).
+    Header(Box<str>),
+    /// The path says it in the part that the pattern calls so.
+    Capture(Box<str>),
+}
+
+/// Whether a denial stops the request.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// It does.
+    #[default]
+    Enforce,
+    /// It is noted, and the request passes.
+    Shadow,
+}
+
+/// What a route says. `None` = nothing: a default says it, or nobody.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Route {
+    /// What must be shown. Where nobody says it, everything is denied.
+    pub demand: Option<Demand>,
+    /// Where the call is made.
+    pub environment: Option<EnvironmentName>,
+    /// The account that is acted on. Unsaid = a service key's own.
+    pub account: Option<Named<AccountId>>,
+    /// Whom the call is about.
+    pub customer: Option<Named<CustomerId>>,
+    /// Units to take of limits and quota. Unsaid = 1.
+    pub cost: Option<u64>,
+    /// Unsaid = [`Mode::Enforce`].
+    pub mode: Option<Mode>,
+}
+
+impl Route {
+    /// The same, with `other` for what it leaves unsaid.
+    #[must_use]
+    pub fn or(self, other: &Route) -> Route {
+        Route {
+            demand: self.demand.or_else(|| other.demand.clone()),
+            environment: self.environment.or_else(|| other.environment.clone()),
+            account: self.account.or_else(|| other.account.clone()),
+            customer: self.customer.or_else(|| other.customer.clone()),
+            cost: self.cost.or(other.cost),
+            mode: self.mode.or(other.mode),
+        }
+    }
+}
+
+/// Which requests, and what they must show.
+#[derive(Clone, Debug)]
+pub struct Rule {
+    /// Where it stands in its file, from 1.
+    pub line: usize,
+    /// Any of these hosts.
+    pub hosts: Vec<HostPattern>,
+    /// Any of these methods.
+    pub methods: Methods,
+    /// This path.
+    pub path: PathPattern,
+    /// What they must show.
+    pub route: Route,
+}
+
+/// Why a rule does not match.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mismatch {
+    /// It is for other hosts.
+    Host,
+    /// It is for other methods.
+    Method,
+    /// It is for other paths.
+    Path,
+}
+
+impl fmt::Display for Mismatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Mismatch::Host => "another host",
+            Mismatch::Method => "another method",
+            Mismatch::Path => "another path",
+        })
+    }
+}
+
+/// What the parts of a path are that a pattern has names for.
+pub type Captures<'a> = Vec<(&'a str, &'a str)>;
+
+impl Rule {
+    /// Whether the rule is for such a request: what the path says by name, or what does not fit.
+    ///
+    /// # Errors
+    /// When it is not; the first thing that does not fit.
+    pub fn judge<'a>(
+        &'a self,
+        host: &str,
+        method: &str,
+        path: &'a Path<'_>,
+    ) -> Result<Captures<'a>, Mismatch> {
+        if !self.hosts.iter().any(|pattern| pattern.matches(host)) {
+            return Err(Mismatch::Host);
+        }
+        if !self.methods.has(method) {
+            return Err(Mismatch::Method);
+        }
+        self.path.captures(path).ok_or(Mismatch::Path)
+    }
+
+    /// Whether every request that `other` matches is one that this matches.
+    fn covers(&self, other: &Rule) -> bool {
+        let host = |theirs: &HostPattern| self.hosts.iter().any(|ours| ours.covers(theirs));
+        other.hosts.iter().all(host) && self.methods.covers(&other.methods) && self.path.covers(&other.path)
+    }
+}
+
+/// A rule that can never match.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hidden {
+    /// The line of the rule.
+    pub line: usize,
+    /// The line of the earlier rule that takes all its requests.
+    pub by: usize,
+}
+
+/// Rules in their order.
+#[derive(Clone, Debug, Default)]
+pub struct Rules(Vec<Rule>);
+
+impl Rules {
+    /// Rules to be tried in this order.
+    ///
+    /// # Errors
+    /// Every rule that could never match.
+    pub fn new(rules: Vec<Rule>) -> Result<Rules, Vec<Hidden>> {
+        let mut hidden = Vec::new();
+        for (at, rule) in rules.iter().enumerate() {
+            if let Some(earlier) = rules[..at].iter().find(|earlier| earlier.covers(rule)) {
+                hidden.push(Hidden { line: rule.line, by: earlier.line });
+            }
+        }
+        if hidden.is_empty() { Ok(Rules(rules)) } else { Err(hidden) }
+    }
+
+    /// The rules in their order.
+    pub fn iter(&self) -> std::slice::Iter<'_, Rule> {
+        self.0.iter()
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The rule that decides such a request, and what the path says by name.
+    #[must_use]
+    pub fn find<'a>(
+        &'a self,
+        host: &str,
+        method: &str,
+        path: &'a Path<'_>,
+    ) -> Option<(&'a Rule, Captures<'a>)> {
+        self.0.iter().find_map(|rule| rule.judge(host, method, path).ok().map(|captures| (rule, captures)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rule(line: usize, hosts: &[&str], methods: &[&str], path: &str) -> Rule {
+        Rule {
+            line,
+            hosts: hosts.iter().map(|host| HostPattern::parse(host).unwrap()).collect(),
+            methods: Methods::parse(methods.iter().copied()).unwrap(),
+            path: PathPattern::parse(path).unwrap(),
+            route: Route::default(),
+        }
+    }
+
+    fn line(rules: &Rules, host: &str, method: &str, path: &str) -> Option<usize> {
+        rules.find(host, method, &Path::parse(path).unwrap()).map(|(rule, _)| rule.line)
+    }
+
+    #[test]
+    fn the_first_rule_that_matches_decides() {
+        let rules = Rules::new(vec![
+            rule(1, &["*"], &["GET"], "/v1/monitors/{id}"),
+            rule(2, &["api.test"], &["*"], "/v1/**"),
+            rule(3, &["*"], &["*"], "/v1/monitors"),
+        ])
+        .unwrap();
+        assert_eq!(line(&rules, "api.test", "GET", "/v1/monitors/7"), Some(1));
+        assert_eq!(line(&rules, "api.test", "POST", "/v1/monitors/7"), Some(2));
+        assert_eq!(line(&rules, "api.test", "GET", "/v1/monitors"), Some(2));
+        assert_eq!(line(&rules, "other.test", "GET", "/v1/monitors"), Some(3));
+        assert_eq!(line(&rules, "other.test", "GET", "/v2"), None);
+    }
+
+    #[test]
+    fn a_rule_that_can_never_match_is_refused() {
+        let hidden = Rules::new(vec![
+            rule(3, &["*"], &["*"], "/public/**"),
+            rule(9, &["api.test"], &["GET"], "/public/{name}"),
+            rule(12, &["*"], &["*"], "/publications/{id}"),
+        ]);
+        assert_eq!(hidden.unwrap_err(), [Hidden { line: 9, by: 3 }]);
+    }
+
+    #[test]
+    fn what_a_route_leaves_unsaid_a_default_says() {
+        let route = Route { cost: Some(2), ..Route::default() };
+        let default = Route { cost: Some(3), mode: Some(Mode::Shadow), ..Route::default() };
+        assert_eq!(route.or(&default), Route { cost: Some(2), mode: Some(Mode::Shadow), ..Route::default() });
+    }
+}

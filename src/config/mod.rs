@@ -3,4 +3,5 @@
 
 pub mod client;
 pub mod duration;
+pub mod rules;
 pub mod server;

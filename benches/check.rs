@@ -83,6 +83,8 @@ fn checks(criterion: &mut Criterion) {
         cost: 1,
         dry_run: false,
         min_revision: None,
+        charge: None,
+        bar_management: false,
     };
     criterion
         .bench_function("a Check that is allowed", |b| b.iter(|| engine.check(&asker, black_box(&question))));

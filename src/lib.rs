@@ -34,6 +34,7 @@ pub mod clock;
 pub mod config;
 pub mod domain;
 pub mod engine;
+pub mod gateway;
 pub mod grpc;
 pub mod keys;
 pub mod pb;

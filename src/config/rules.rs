@@ -10,7 +10,7 @@ use crate::domain::{
     account::Environments,
     name::{AccountId, CustomerId, EnvironmentName, NameError},
     route::{
-        Demand, MAX_COST, MAX_RULES, Mode, Named, Route, Rule, Rules,
+        Demand, MAX_COST, MAX_RULES, Mode, Named, Route, Rule, RuleBook, Rules, header_name,
         pattern::{HostPattern, Methods, PathPattern},
     },
     scope::Scope,
@@ -19,15 +19,6 @@ use crate::domain::{
 /// The largest file, in bytes.
 pub const MAX_BYTES: u64 = 1024 * 1024;
 const MAX_SCOPES: usize = 64;
-
-/// What a rules file says.
-#[derive(Clone, Debug, Default)]
-pub struct RulesFile {
-    /// The rules.
-    pub rules: Rules,
-    /// What holds where neither a rule nor the proxy's route says otherwise, requests that no rule covers included.
-    pub defaults: Route,
-}
 
 /// Something that is wrong with a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -98,7 +89,7 @@ struct FileRoute {
 ///
 /// # Errors
 /// When it cannot be read or is wrong; every problem has its line.
-pub fn read(path: &Path, environments: &Environments) -> Result<RulesFile, RulesError> {
+pub fn read(path: &Path, environments: &Environments) -> Result<RuleBook, RulesError> {
     let shown = || path.display().to_string();
     let text = text(path).map_err(|source| RulesError::Unreadable { path: shown(), source })?;
     parse(&text, environments).map_err(|problems| RulesError::Wrong { path: shown(), problems })
@@ -121,7 +112,7 @@ pub fn text(path: &Path) -> std::io::Result<String> {
 ///
 /// # Errors
 /// Everything that is wrong with it.
-pub fn parse(text: &str, environments: &Environments) -> Result<RulesFile, Vec<Problem>> {
+pub fn parse(text: &str, environments: &Environments) -> Result<RuleBook, Vec<Problem>> {
     let file: File = toml::from_str(text).map_err(|error| vec![unreadable(text, &error)])?;
     let mut reader = Reader { text, environments, problems: Vec::new() };
     let File { defaults, rule } = file;
@@ -129,7 +120,7 @@ pub fn parse(text: &str, environments: &Environments) -> Result<RulesFile, Vec<P
     let defaults = reader.defaults(&defaults);
     let Reader { mut problems, .. } = reader;
     match Rules::new(rules) {
-        Ok(rules) if problems.is_empty() => Ok(RulesFile { rules, defaults }),
+        Ok(rules) if problems.is_empty() => Ok(RuleBook { rules, defaults }),
         Ok(_) => Err(sorted(problems)),
         Err(hidden) => {
             problems.extend(hidden.into_iter().map(|hidden| Problem {
@@ -293,7 +284,7 @@ impl Reader<'_> {
             }
             good.then_some(*cost.get_ref())
         });
-        let mode = route.mode.as_ref().and_then(|mode| self.take("mode", mode, |mode| read_mode(mode)));
+        let mode = route.mode.as_ref().and_then(|mode| self.take("mode", mode, |mode| Mode::parse(mode)));
         let account = self.named("account", &route.account, &route.account_header, path, AccountId::parse);
         let customer =
             self.named("customer", &route.customer, &route.customer_header, path, CustomerId::parse);
@@ -324,7 +315,7 @@ impl Reader<'_> {
                 None
             }
             (None, Some(header)) => {
-                self.take(&format!("{field}_header"), header, |name| read_header(name)).map(Named::Header)
+                self.take(&format!("{field}_header"), header, |name| header_name(name)).map(Named::Header)
             }
             (Some(text), None) => {
                 match text.get_ref().strip_prefix('{').and_then(|name| name.strip_suffix('}')) {
@@ -361,37 +352,12 @@ impl Reader<'_> {
     }
 }
 
-/// `enforce` or `shadow`.
-///
-/// # Errors
-/// When it is neither.
-pub fn read_mode(text: &str) -> Result<Mode, NameError> {
-    match text {
-        "enforce" => Ok(Mode::Enforce),
-        "shadow" => Ok(Mode::Shadow),
-        _ => Err(NameError("must be enforce or shadow")),
-    }
-}
-
-/// The name of a header, in lower case.
-///
-/// # Errors
-/// When it is none.
-pub fn read_header(text: &str) -> Result<Box<str>, NameError> {
-    let good = |byte: u8| byte.is_ascii_alphanumeric() || b"-_".contains(&byte);
-    if (1..=64).contains(&text.len()) && text.bytes().all(good) {
-        Ok(text.to_ascii_lowercase().into())
-    } else {
-        Err(NameError("must be the name of a header: 1-64 characters of [A-Za-z0-9_-]"))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::domain::route::path;
 
-    fn read(text: &str) -> Result<RulesFile, Vec<Problem>> {
+    fn read(text: &str) -> Result<RuleBook, Vec<Problem>> {
         parse(text, &Environments::default())
     }
 

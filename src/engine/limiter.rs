@@ -5,6 +5,8 @@
 //! kill forgets at most what was spent since the last flush.
 
 use std::{
+    collections::VecDeque,
+    hash::{DefaultHasher, Hasher as _},
     sync::{Mutex, PoisonError},
     time::Duration,
 };
@@ -27,7 +29,39 @@ struct State {
     quota: Option<(Quota, Spent)>,
     /// Read from the store, until the quota that it is of is known.
     restored: Option<Spent>,
+    /// What was taken lately under a number, oldest first.
+    charged: VecDeque<(Charge, Timestamp)>,
 }
+
+/// An asker's number for a request. Envoy asks again under the same one when an answer does not come in time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Charge(u64);
+
+impl Charge {
+    /// The number of a request with this id; ids are the asker's, not a client's.
+    #[must_use]
+    pub fn of(id: &[u8]) -> Charge {
+        let mut hasher = DefaultHasher::new();
+        hasher.write(id);
+        Charge(hasher.finish())
+    }
+}
+
+/// What a request takes.
+#[derive(Clone, Copy, Debug)]
+pub struct Take {
+    /// Units of every limit.
+    pub cost: u64,
+    /// Under which number.
+    pub charge: Option<Charge>,
+    /// Judge, and take nothing.
+    pub dry_run: bool,
+}
+
+/// How long an asker may take to ask again.
+const ASKED_AGAIN: Duration = Duration::from_secs(2);
+/// The most numbers to remember of one key.
+const MAX_CHARGES: usize = 1024;
 
 /// How a limited request stands.
 #[derive(Clone, Debug, Default)]
@@ -57,10 +91,13 @@ impl Budget {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).restored = Some(spent);
     }
 
-    /// Takes `cost` units from every limit of the key, or, if any refuses, from none. With `dry_run` it takes
-    /// none either way.
-    pub fn take(&self, key: &Key, cost: u64, now: Timestamp, dry_run: bool) -> Usage {
+    /// Takes the units from every limit of the key, or, if any refuses, from none. What was taken already under
+    /// the same number is not taken again.
+    pub fn take(&self, key: &Key, take: Take, now: Timestamp) -> Usage {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let again = take.charge.is_some_and(|charge| state.charged(charge, now));
+        // Judged again at no cost, it is let through as it was.
+        let Take { cost, dry_run, .. } = if again { Take { cost: 0, ..take } } else { take };
         let mut usage = Usage::default();
         let levels: Vec<_> = key
             .terms
@@ -108,9 +145,27 @@ impl Budget {
             }
         }
         if taken {
+            if let Some(charge) = take.charge.filter(|_| !again) {
+                state.charge(charge, now);
+            }
             state.levels = levels.into_iter().map(|(limit, _, (after, _))| (limit, after)).collect();
         }
         usage
+    }
+}
+
+impl State {
+    fn charged(&self, charge: Charge, now: Timestamp) -> bool {
+        let fresh = now.minus(ASKED_AGAIN);
+        self.charged.iter().rev().take_while(|(_, at)| *at >= fresh).any(|(known, _)| *known == charge)
+    }
+
+    fn charge(&mut self, charge: Charge, now: Timestamp) {
+        let fresh = now.minus(ASKED_AGAIN);
+        while self.charged.len() >= MAX_CHARGES || self.charged.front().is_some_and(|(_, at)| *at < fresh) {
+            self.charged.pop_front();
+        }
+        self.charged.push_back((charge, now));
     }
 }
 
@@ -142,11 +197,30 @@ mod tests {
         key
     }
 
+    fn units(cost: u64) -> Take {
+        Take { cost, charge: None, dry_run: false }
+    }
+
+    #[test]
+    fn what_is_asked_again_under_the_same_number_is_taken_once() {
+        let (key, budget) = (limited(&[("l", 2)], Some(2)), Budget::default());
+        let numbered = |id: &str| Take { charge: Some(Charge::of(id.as_bytes())), ..units(2) };
+        for _ in 0..3 {
+            let usage = budget.take(&key, numbered("7"), at(0));
+            assert!(usage.refused.is_empty());
+            assert_eq!(usage.standings[0].2.remaining, 0);
+        }
+        assert_eq!(budget.take(&key, numbered("8"), at(0)).refused.len(), 2);
+        assert_eq!(budget.take(&key, numbered("8"), at(0)).refused.len(), 2, "what was refused took nothing");
+        let later = at(i64::try_from(ASKED_AGAIN.as_micros()).unwrap() + 1);
+        assert!(!budget.take(&key, numbered("7"), later).refused.is_empty(), "a number is not for ever");
+    }
+
     #[test]
     fn all_limits_are_taken_from_or_none() {
         let (key, budget) = (limited(&[("wide", 10), ("tight", 2)], Some(5)), Budget::default());
-        assert!(budget.take(&key, 2, at(0), false).refused.is_empty());
-        let refused = budget.take(&key, 1, at(0), false);
+        assert!(budget.take(&key, units(2), at(0)).refused.is_empty());
+        let refused = budget.take(&key, units(1), at(0));
         assert_eq!(refused.refused, [Reason::RateLimited]);
         let left: Vec<_> =
             refused.standings.iter().map(|(name, _, s)| (name.as_str(), s.remaining)).collect();
@@ -157,7 +231,7 @@ mod tests {
     fn a_dry_run_takes_nothing() {
         let (key, budget) = (limited(&[("l", 1)], Some(1)), Budget::default());
         for _ in 0..3 {
-            let usage = budget.take(&key, 1, at(0), true);
+            let usage = budget.take(&key, Take { dry_run: true, ..units(1) }, at(0));
             assert!(usage.refused.is_empty());
             assert_eq!(usage.standings[0].2.remaining, 1);
         }
@@ -166,11 +240,11 @@ mod tests {
     #[test]
     fn a_quota_goes_on_where_it_was_before_a_restart() {
         let (key, budget) = (limited(&[], Some(3)), Budget::default());
-        let spent = budget.take(&key, 2, at(0), false).spent.unwrap();
+        let spent = budget.take(&key, units(2), at(0)).spent.unwrap();
         let restarted = Budget::default();
         restarted.restore(spent);
-        assert_eq!(restarted.take(&key, 2, at(1), false).refused, [Reason::QuotaExceeded]);
-        assert!(restarted.take(&key, 1, at(1), false).refused.is_empty());
+        assert_eq!(restarted.take(&key, units(2), at(1)).refused, [Reason::QuotaExceeded]);
+        assert!(restarted.take(&key, units(1), at(1)).refused.is_empty());
     }
 
     #[test]
@@ -180,7 +254,7 @@ mod tests {
             .map(|_| {
                 let (key, budget) = (key.clone(), budget.clone());
                 std::thread::spawn(move || {
-                    (0..5).filter(|_| budget.take(&key, 1, at(0), false).refused.is_empty()).count()
+                    (0..5).filter(|_| budget.take(&key, units(1), at(0)).refused.is_empty()).count()
                 })
             })
             .collect();

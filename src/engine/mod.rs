@@ -29,6 +29,7 @@ use crate::{
 };
 
 use index::{Found, Index};
+use limiter::{Charge, Take};
 use usage::Usage;
 
 /// What a Check asks, once it has been read from the wire.
@@ -52,6 +53,10 @@ pub struct Question<'a> {
     pub dry_run: bool,
     /// Answer only from a state at least as new.
     pub min_revision: Option<Revision>,
+    /// What the asker calls this request: asked again under the same number, it takes of the limits once.
+    pub charge: Option<Charge>,
+    /// Whether a key that may call Keyward itself is refused here. Such keys are for managing.
+    pub bar_management: bool,
 }
 
 /// The key that a presented token belongs to.
@@ -76,6 +81,8 @@ pub struct Answer {
     pub account: Option<AccountId>,
     /// What the key is granted there.
     pub grants: ScopeSet,
+    /// Refused, whatever else it is, since the key may call Keyward itself.
+    pub barred: bool,
     /// How its limits stand, where they were asked.
     pub limits: limiter::Usage,
     /// The answer is from a state at least as new.
@@ -98,6 +105,7 @@ impl Answer {
             holder: None,
             account: None,
             grants: ScopeSet::default(),
+            barred: false,
             limits: limiter::Usage::default(),
             revision,
         }
@@ -208,9 +216,13 @@ impl Engine {
         let place = question.account.filter(|asked| asker.is_operator() || *asked == asker);
         let place = self.place(&found.key, place);
         let Verdict { mut failures, missing } = judge(&found, &place, request, now);
+        let grants = place.subject(&found.key, found.version).grants();
+        let barred = question.bar_management && grants.iter().any(Scope::is_reserved);
+        failures.note(Reason::MissingScope, barred);
         let mut limits = limiter::Usage::default();
         if failures.first() == Reason::Ok && is_limited(&found.key) {
-            limits = found.budget.take(&found.key, question.cost, now, question.dry_run);
+            let take = Take { cost: question.cost, charge: question.charge, dry_run: question.dry_run };
+            limits = found.budget.take(&found.key, take, now);
             limits.refused.iter().for_each(|reason| failures.note(*reason, true));
         }
         if !question.dry_run {
@@ -219,7 +231,8 @@ impl Engine {
         Answer {
             failures,
             missing,
-            grants: place.subject(&found.key, found.version).grants(),
+            grants,
+            barred,
             account: place.account.map(|account| account.id.clone()),
             holder: Some(Holder { key: found.key, version: found.version }),
             limits,
@@ -291,7 +304,7 @@ impl Engine {
         }
         let mut limits = limiter::Usage::default();
         if failures.first() == Reason::Ok && is_limited(&found.key) {
-            limits = found.budget.take(&found.key, 1, now, false);
+            limits = found.budget.take(&found.key, Take { cost: 1, charge: None, dry_run: false }, now);
             limits.refused.iter().for_each(|reason| failures.note(*reason, true));
         }
         let reason = failures.first();

@@ -108,6 +108,8 @@ impl AuthzService {
             cost: read.cost,
             dry_run: request.dry_run,
             min_revision: convert::read_revision(request.min_revision),
+            charge: None,
+            bar_management: false,
         };
         Ok(answer(self.engine.check(&caller.account, &question)?))
     }

@@ -97,6 +97,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("clock", &["domain"]),
     ("store", &["domain"]),
     ("engine", &["clock", "domain", "store"]),
+    ("gateway", &["domain", "engine"]),
     ("access", &["domain", "refusal"]),
     ("refusal", &["clock", "domain", "engine", "store"]),
     ("keys", &["access", "clock", "domain", "engine", "refusal", "store"]),

@@ -11,7 +11,7 @@ pub mod pattern;
 use std::fmt;
 
 use super::{
-    name::{AccountId, CustomerId, EnvironmentName},
+    name::{AccountId, CustomerId, EnvironmentName, NameError},
     scope::Scope,
 };
 use path::Path;
@@ -52,6 +52,33 @@ pub enum Mode {
     Enforce,
     /// It is noted, and the request passes.
     Shadow,
+}
+
+impl Mode {
+    /// Reads `enforce` or `shadow`.
+    ///
+    /// # Errors
+    /// When it is neither.
+    pub fn parse(text: &str) -> Result<Mode, NameError> {
+        match text {
+            "enforce" => Ok(Mode::Enforce),
+            "shadow" => Ok(Mode::Shadow),
+            _ => Err(NameError("must be enforce or shadow")),
+        }
+    }
+}
+
+/// Reads the name of a header; gives it in lower case.
+///
+/// # Errors
+/// When it is none.
+pub fn header_name(text: &str) -> Result<Box<str>, NameError> {
+    let good = |byte: u8| byte.is_ascii_alphanumeric() || b"-_".contains(&byte);
+    if (1..=64).contains(&text.len()) && text.bytes().all(good) {
+        Ok(text.to_ascii_lowercase().into())
+    } else {
+        Err(NameError("must be the name of a header: 1-64 characters of [A-Za-z0-9_-]"))
+    }
 }
 
 /// What a route says. `None` = nothing: a default says it, or nobody.
@@ -207,6 +234,15 @@ impl Rules {
     ) -> Option<(&'a Rule, Captures<'a>)> {
         self.0.iter().find_map(|rule| rule.judge(host, method, path).ok().map(|captures| (rule, captures)))
     }
+}
+
+/// Rules, and what holds around them.
+#[derive(Clone, Debug, Default)]
+pub struct RuleBook {
+    /// The rules.
+    pub rules: Rules,
+    /// What holds where neither a rule nor the proxy's route says otherwise, requests that no rule covers included.
+    pub defaults: Route,
 }
 
 #[cfg(test)]

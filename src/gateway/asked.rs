@@ -1,0 +1,393 @@
+//! A request as a proxy tells of it: its target, its credential, its client. Headers are attacker-chosen bytes in
+//! any number; nothing here prints them.
+
+use std::{
+    borrow::Cow,
+    fmt,
+    net::{IpAddr, SocketAddr},
+    str,
+};
+
+use super::GatewaySettings;
+
+/// Who asks how.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Via {
+    /// Envoy, over gRPC.
+    ExtAuthz,
+    /// A proxy, over HTTP.
+    Forward,
+}
+
+/// What is known of where the request came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Client {
+    /// The address that connected to the proxy which asks, as far as it is one; `x-forwarded-for` may end in it.
+    Peer(Option<IpAddr>),
+    /// `x-forwarded-for` ends in that address.
+    LastForwarded,
+}
+
+/// A request.
+#[derive(Clone)]
+pub struct Asked<'a> {
+    /// Who asks how.
+    pub via: Via,
+    /// The method.
+    pub method: &'a [u8],
+    /// The authority.
+    pub host: &'a [u8],
+    /// Path and query.
+    pub target: &'a [u8],
+    /// Names in lower case, and values; repeated ones apart, or joined by commas.
+    pub headers: Vec<(&'a [u8], &'a [u8])>,
+    /// Where it came from.
+    pub client: Client,
+    /// The proxy's number for it, the same when it asks again; empty = none.
+    pub id: &'a [u8],
+}
+
+impl fmt::Debug for Asked<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Asked").field("via", &self.via).field("path", &self.path()).finish_non_exhaustive()
+    }
+}
+
+/// What a request shows to prove who sends it.
+#[derive(Clone, PartialEq, Eq)]
+pub(super) enum Credential<'a> {
+    /// Nothing.
+    None,
+    /// Several that differ, or one header several times.
+    Many,
+    /// One token.
+    One {
+        /// It.
+        token: Cow<'a, str>,
+        /// The headers that it stood in.
+        headers: Vec<Box<str>>,
+        /// Whether it stood in the query.
+        query: bool,
+    },
+}
+
+impl<'a> Asked<'a> {
+    pub(super) fn method(&self) -> Option<&'a str> {
+        str::from_utf8(self.method).ok().filter(|method| !method.is_empty())
+    }
+
+    pub(super) fn host(&self) -> Option<&'a str> {
+        str::from_utf8(self.host).ok()
+    }
+
+    pub(super) fn target(&self) -> Option<&'a str> {
+        str::from_utf8(self.target).ok()
+    }
+
+    /// The path without the query, for logs: a query may hold anything.
+    pub(super) fn path(&self) -> &'a str {
+        let path = self.target.split(|byte| *byte == b'?').next().unwrap_or_default();
+        str::from_utf8(path).unwrap_or("(not UTF-8)")
+    }
+
+    /// What to call the request in logs.
+    pub(super) fn request_id(&self) -> &str {
+        let named = self.values("x-request-id").next().unwrap_or(self.id);
+        str::from_utf8(named)
+            .ok()
+            .filter(|id| id.len() <= 128 && id.bytes().all(|b| b.is_ascii_graphic()))
+            .unwrap_or("")
+    }
+
+    /// Whether it is a gRPC call.
+    pub(super) fn is_grpc(&self) -> bool {
+        self.values("content-type").next().is_some_and(|value| value.starts_with(b"application/grpc"))
+    }
+
+    fn values(&self, name: &str) -> impl Iterator<Item = &'a [u8]> {
+        self.headers
+            .iter()
+            .filter(move |(known, _)| known.eq_ignore_ascii_case(name.as_bytes()))
+            .map(|(_, value)| *value)
+    }
+
+    /// A header that may be given once; empty is as none.
+    ///
+    /// # Errors
+    /// When it is given several times, or is other than visible ASCII.
+    pub(super) fn header(&self, name: &str) -> Result<Option<&'a str>, ()> {
+        let mut values = self.values(name);
+        let Some(value) = values.next() else { return Ok(None) };
+        let text = str::from_utf8(value).map_err(|_| ())?.trim_matches([' ', '\t']);
+        let once = values.next().is_none() && !text.contains(',');
+        let visible = text.bytes().all(|byte| (0x20..=0x7e).contains(&byte));
+        if once && visible { Ok(Some(text).filter(|text| !text.is_empty())) } else { Err(()) }
+    }
+
+    /// What the request shows, in the places where it may.
+    pub(super) fn credential(&self, settings: &GatewaySettings) -> Credential<'a> {
+        let mut found = Credential::None;
+        for name in &settings.credential_headers {
+            let shown = match &**name {
+                "authorization" => bearer(self.values(name)),
+                _ => plain(self.values(name)),
+            };
+            found = found.and(shown.map(|token| (token, Some(name))));
+        }
+        if let Some(name) = &settings.credential_query {
+            let mut values = self.parameters(name);
+            let shown = match (values.next(), values.next()) {
+                (None, _) => Shown::Nothing,
+                (Some(token), None) => Shown::One(token),
+                _ => Shown::Many,
+            };
+            found = found.and(shown.map(|token| (token, None)));
+        }
+        found
+    }
+
+    /// The values of a query parameter.
+    fn parameters(&self, name: &str) -> impl Iterator<Item = Cow<'a, str>> {
+        let query = self.target.splitn(2, |byte| *byte == b'?').nth(1).unwrap_or_default();
+        form(query).filter(move |(known, _)| known == name).map(|(_, value)| value)
+    }
+
+    /// The end client's address. `hops` = how many proxies stand in front of the one that asks. `None` where the
+    /// request does not say: whoever is bound to addresses is then refused.
+    pub(super) fn client_ip(&self, hops: usize) -> Option<IpAddr> {
+        let mut forwarded: Vec<&[u8]> =
+            self.values("x-forwarded-for").flat_map(|value| value.split(|byte| *byte == b',')).collect();
+        let peer = match self.client {
+            Client::Peer(peer) => {
+                // Envoy appends the address that connected to it, if it is told to.
+                if peer.is_some() && forwarded.last().is_some_and(|last| address(last) == peer) {
+                    forwarded.pop();
+                }
+                peer
+            }
+            Client::LastForwarded => forwarded.pop().and_then(address),
+        };
+        match hops {
+            0 => peer,
+            hops => forwarded.len().checked_sub(hops).and_then(|at| address(forwarded[at])),
+        }
+    }
+}
+
+/// `name=value&…` as forms and queries write it (`application/x-www-form-urlencoded`).
+pub(super) fn form(text: &[u8]) -> impl Iterator<Item = (Cow<'_, str>, Cow<'_, str>)> {
+    let decode = |part: &[u8]| -> String {
+        let spaced: Vec<u8> = part.iter().map(|byte| if *byte == b'+' { b' ' } else { *byte }).collect();
+        percent_encoding::percent_decode(&spaced).decode_utf8_lossy().into_owned()
+    };
+    text.split(|byte| *byte == b'&').filter(|pair| !pair.is_empty()).map(move |pair| {
+        let (name, value) = match pair.iter().position(|byte| *byte == b'=') {
+            Some(at) => (&pair[..at], &pair[at + 1..]),
+            None => (pair, &b""[..]),
+        };
+        (Cow::Owned(decode(name)), Cow::Owned(decode(value)))
+    })
+}
+
+/// What one place shows.
+enum Shown<T> {
+    Nothing,
+    Many,
+    One(T),
+}
+
+impl<T> Shown<T> {
+    fn map<U>(self, with: impl FnOnce(T) -> U) -> Shown<U> {
+        match self {
+            Shown::Nothing => Shown::Nothing,
+            Shown::Many => Shown::Many,
+            Shown::One(value) => Shown::One(with(value)),
+        }
+    }
+}
+
+impl<'a> Credential<'a> {
+    /// What two places show together: the same token twice is one.
+    fn and(self, shown: Shown<(Cow<'a, str>, Option<&Box<str>>)>) -> Credential<'a> {
+        let (shown, header) = match shown {
+            Shown::Nothing => return self,
+            Shown::Many => return Credential::Many,
+            Shown::One(one) => one,
+        };
+        match self {
+            Credential::None => Credential::One {
+                token: shown,
+                headers: header.into_iter().cloned().collect(),
+                query: header.is_none(),
+            },
+            Credential::One { token, mut headers, query } if token == shown => {
+                headers.extend(header.cloned());
+                Credential::One { token, headers, query: query || header.is_none() }
+            }
+            Credential::One { .. } | Credential::Many => Credential::Many,
+        }
+    }
+}
+
+/// `Bearer <token>` with the scheme in any case (RFC 6750, section 2.1). Another scheme is no credential of ours. A
+/// comma may have joined two headers, and no token has one.
+fn bearer<'a>(values: impl Iterator<Item = &'a [u8]>) -> Shown<Cow<'a, str>> {
+    let mut found = Shown::Nothing;
+    for value in values {
+        let text = String::from_utf8_lossy(value);
+        let parts: Vec<_> = text.split(',').map(|part| part.trim_matches([' ', '\t'])).collect();
+        if !parts.iter().any(|part| scheme(part).is_some()) {
+            continue;
+        }
+        if parts.len() > 1 || !matches!(found, Shown::Nothing) {
+            return Shown::Many;
+        }
+        found = Shown::One(Cow::Owned(scheme(parts[0]).unwrap_or_default().to_owned()));
+    }
+    found
+}
+
+fn scheme(text: &str) -> Option<&str> {
+    if text.eq_ignore_ascii_case("bearer") {
+        return Some("");
+    }
+    let (scheme, token) = text.split_once([' ', '\t'])?;
+    scheme.eq_ignore_ascii_case("bearer").then(|| token.trim_matches([' ', '\t']))
+}
+
+/// The token alone.
+fn plain<'a>(mut values: impl Iterator<Item = &'a [u8]>) -> Shown<Cow<'a, str>> {
+    let Some(value) = values.next() else { return Shown::Nothing };
+    let text = String::from_utf8_lossy(value);
+    let text = text.trim_matches([' ', '\t']);
+    if values.next().is_some() || text.contains(',') {
+        return Shown::Many;
+    }
+    if text.is_empty() { Shown::Nothing } else { Shown::One(Cow::Owned(text.to_owned())) }
+}
+
+/// An address as proxies write it, with or without a port.
+fn address(text: &[u8]) -> Option<IpAddr> {
+    let text = str::from_utf8(text).ok()?.trim();
+    let bare = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
+    let ip = bare.parse().or_else(|_| text.parse::<SocketAddr>().map(|address| address.ip()));
+    ip.ok().map(|ip: IpAddr| ip.to_canonical())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn asked<'a>(headers: &[(&'a str, &'a str)], target: &'a str) -> Asked<'a> {
+        Asked {
+            via: Via::ExtAuthz,
+            method: b"GET",
+            host: b"api.test",
+            target: target.as_bytes(),
+            headers: headers.iter().map(|(name, value)| (name.as_bytes(), value.as_bytes())).collect(),
+            client: Client::Peer(Some("10.0.0.1".parse().unwrap())),
+            id: b"",
+        }
+    }
+
+    fn token(headers: &[(&str, &str)]) -> Result<Option<String>, ()> {
+        match asked(headers, "/").credential(&GatewaySettings::default()) {
+            Credential::None => Ok(None),
+            Credential::Many => Err(()),
+            Credential::One { token, .. } => Ok(Some(token.into_owned())),
+        }
+    }
+
+    #[test]
+    fn one_credential_is_found_wherever_it_may_stand() {
+        for good in [
+            &[("authorization", "Bearer abc")][..],
+            &[("authorization", "bEARER  abc ")],
+            &[("x-api-key", " abc")],
+            &[("authorization", "Bearer abc"), ("x-api-key", "abc")],
+            &[("authorization", "Basic eDp5"), ("x-api-key", "abc")],
+            &[("authorization", "Digest a=\"b\", c=d"), ("authorization", "Bearer abc")],
+        ] {
+            assert_eq!(token(good), Ok(Some("abc".to_owned())), "{good:?}");
+        }
+        for none in
+            [&[][..], &[("authorization", "Basic eDp5")], &[("authorization", "abc")], &[("x-api-key", "")]]
+        {
+            assert_eq!(token(none), Ok(None), "{none:?}");
+        }
+    }
+
+    #[test]
+    fn several_credentials_are_refused_joined_or_apart() {
+        for many in [
+            &[("authorization", "Bearer a"), ("x-api-key", "b")][..],
+            &[("authorization", "Bearer a"), ("authorization", "Bearer b")],
+            &[("authorization", "Bearer a"), ("authorization", "Bearer a")],
+            &[("authorization", "Bearer a,Bearer b")],
+            &[("authorization", "Basic x,Bearer b")],
+            &[("x-api-key", "a,b")],
+            &[("x-api-key", "a"), ("x-api-key", "a")],
+        ] {
+            assert_eq!(token(many), Err(()), "{many:?}");
+        }
+    }
+
+    #[test]
+    fn the_query_is_looked_at_only_when_told_to() {
+        let request = asked(&[], "/a?x=1&api_key=a%2Bb&y");
+        assert!(request.credential(&GatewaySettings::default()) == Credential::None);
+        let settings = GatewaySettings { credential_query: Some("api_key".into()), ..Default::default() };
+        let Credential::One { token, headers, query } = request.credential(&settings) else { panic!() };
+        assert_eq!((&*token, headers.len(), query), ("a+b", 0, true));
+        assert!(asked(&[], "/a?api_key=a&api_key=b").credential(&settings) == Credential::Many);
+        assert!(asked(&[("x-api-key", "b")], "/a?api_key=a").credential(&settings) == Credential::Many);
+    }
+
+    #[test]
+    fn the_client_is_so_many_hops_away() {
+        let ip = |forwarded: &[&str], hops| {
+            let headers: Vec<_> = forwarded.iter().map(|value| ("x-forwarded-for", *value)).collect();
+            asked(&headers, "/").client_ip(hops).map(|ip| ip.to_string())
+        };
+        let some = |text: &str| Some(text.to_owned());
+        assert_eq!(ip(&["6.6.6.6"], 0), some("10.0.0.1"), "nobody in front is believed");
+        assert_eq!(ip(&["6.6.6.6, 1.1.1.1"], 1), some("1.1.1.1"));
+        assert_eq!(ip(&["6.6.6.6, 1.1.1.1,10.0.0.1"], 1), some("1.1.1.1"), "Envoy appended its own peer");
+        assert_eq!(ip(&["6.6.6.6", "1.1.1.1:80, 2.2.2.2"], 2), some("1.1.1.1"));
+        assert_eq!(ip(&["[2001:db8::1]:443"], 1), some("2001:db8::1"));
+        assert_eq!(ip(&["::ffff:1.2.3.4"], 1), some("1.2.3.4"));
+        assert_eq!(ip(&["1.1.1.1"], 2), None);
+        assert_eq!(ip(&["nonsense"], 1), None);
+        assert_eq!(ip(&[], 1), None);
+    }
+
+    #[test]
+    fn behind_a_proxy_that_forwards_the_last_address_is_its_peer() {
+        let headers = [("x-forwarded-for", "6.6.6.6, 1.1.1.1, 2.2.2.2")];
+        let request = Asked { client: Client::LastForwarded, ..asked(&headers, "/") };
+        assert_eq!(request.client_ip(0), Some("2.2.2.2".parse().unwrap()));
+        assert_eq!(request.client_ip(1), Some("1.1.1.1".parse().unwrap()));
+    }
+
+    #[test]
+    fn a_named_header_is_given_once() {
+        assert_eq!(asked(&[("x-a", " acme ")], "/").header("x-a"), Ok(Some("acme")));
+        assert_eq!(asked(&[("x-a", "")], "/").header("x-a"), Ok(None));
+        for bad in [&[("x-a", "a,b")][..], &[("x-a", "a"), ("x-a", "a")], &[("x-a", "é")], &[("x-a", "a\tb")]]
+        {
+            assert_eq!(asked(bad, "/").header("x-a"), Err(()), "{bad:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_headers_make_it_panic(values in proptest::collection::vec(any::<Vec<u8>>(), 0..4), target: Vec<u8>) {
+            let names = ["authorization", "x-api-key", "x-forwarded-for", "authorization"];
+            let headers = names.iter().zip(&values).map(|(name, value)| (name.as_bytes(), &value[..])).collect();
+            let request = Asked { headers, target: &target, ..asked(&[], "/") };
+            let settings = GatewaySettings { credential_query: Some("k".into()), ..Default::default() };
+            let _ = (request.credential(&settings), request.client_ip(0), request.client_ip(2), request.request_id());
+        }
+    }
+}

@@ -1,0 +1,334 @@
+//! HTTP requests that a proxy asks about: what a route needs, what the request shows, what becomes of it. One flow
+//! for Envoy's gRPC and for the HTTP endpoint of other proxies; the decision itself is the engine's, and no second
+//! policy stands here.
+//!
+//! `target and host in one spelling → route → credential → the engine → reply`. How a reply looks in a protocol
+//! is `grpc::ext_authz`' and `forward`'s business. Nothing here awaits.
+
+mod asked;
+mod counts;
+mod extensions;
+mod ratelimit;
+mod reply;
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use arc_swap::ArcSwap;
+
+use crate::{
+    domain::{
+        account::Environments,
+        name::{AccountId, CustomerId, EnvironmentName, NameError},
+        route::{
+            Demand, Mode, Named, Route, RuleBook,
+            path::{self, Path},
+            pattern::Methods,
+        },
+        time::Timestamp,
+    },
+    engine::{Engine, Question, limiter::Charge},
+};
+
+pub use asked::{Asked, Client, Via};
+pub use counts::Counts;
+pub use extensions::{Said, read as read_extensions};
+pub use reply::{Finding, Reply};
+
+use asked::Credential;
+use reply::Judged;
+
+/// How requests that a proxy asks about are judged.
+#[derive(Clone, Debug)]
+pub struct GatewaySettings {
+    /// Where calls are made whose route does not say.
+    pub environment: Option<EnvironmentName>,
+    /// The headers that a credential may stand in, in lower case. `authorization` takes `Bearer <token>`, any other
+    /// the token alone.
+    pub credential_headers: Vec<Box<str>>,
+    /// The query parameter that a credential may stand in. `None` = the query is not looked at.
+    pub credential_query: Option<Box<str>>,
+    /// Whether the service behind the proxy sees the credential.
+    pub forward_credential: bool,
+    /// Whether keys that may call Keyward itself pass.
+    pub management_keys: bool,
+    /// How many proxies stand in front of the one that asks.
+    pub trusted_hops: usize,
+    /// Whether a denied client is told the reason in `x-keyward-reason`.
+    pub reason_header: bool,
+    /// Whether a proxy must show a key with `keyward:check`, and hears of that key's accounts alone.
+    pub require_caller: bool,
+    /// What holds where neither a route nor a rule says it.
+    pub mode: Mode,
+    /// The entries of a key's metadata that go into the proxy's dynamic metadata.
+    pub publish_metadata: Vec<String>,
+}
+
+impl Default for GatewaySettings {
+    fn default() -> Self {
+        GatewaySettings {
+            environment: None,
+            credential_headers: vec!["authorization".into(), "x-api-key".into()],
+            credential_query: None,
+            forward_credential: false,
+            management_keys: false,
+            trusted_hops: 0,
+            reason_header: false,
+            require_caller: false,
+            mode: Mode::Enforce,
+            publish_metadata: Vec::new(),
+        }
+    }
+}
+
+/// Headers with which a client asks a service to take its request for one of another method. Rules are by method.
+const METHOD_OVERRIDES: [&str; 3] = ["x-http-method-override", "x-http-method", "x-method-override"];
+/// How often a misconfigured route is logged, in microseconds.
+const COMPLAIN_EVERY: i64 = 1_000_000;
+
+/// Judges requests.
+pub struct Gateway {
+    engine: Arc<Engine>,
+    environments: Arc<Environments>,
+    settings: GatewaySettings,
+    book: ArcSwap<RuleBook>,
+    /// How many requests were judged how.
+    pub counts: Counts,
+    complained: Mutex<Option<Timestamp>>,
+}
+
+impl std::fmt::Debug for Gateway {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Gateway").field("settings", &self.settings).finish_non_exhaustive()
+    }
+}
+
+/// A route that can be asked about, with all that the request says for it.
+struct Ready {
+    demand: Demand,
+    environment: Option<EnvironmentName>,
+    account: Option<AccountId>,
+    customer: Option<CustomerId>,
+    cost: u64,
+}
+
+impl Gateway {
+    /// A gateway without rules.
+    #[must_use]
+    pub fn new(engine: Arc<Engine>, environments: Arc<Environments>, settings: GatewaySettings) -> Gateway {
+        let book = ArcSwap::from_pointee(RuleBook::default());
+        Gateway {
+            engine,
+            environments,
+            settings,
+            book,
+            counts: Counts::default(),
+            complained: Mutex::default(),
+        }
+    }
+
+    /// How it judges.
+    #[must_use]
+    pub fn settings(&self) -> &GatewaySettings {
+        &self.settings
+    }
+
+    /// The environments there are.
+    #[must_use]
+    pub fn environments(&self) -> &Environments {
+        &self.environments
+    }
+
+    /// Takes other rules. Requests that are being judged end under the old ones.
+    pub fn set_rules(&self, book: RuleBook) {
+        self.book.store(Arc::new(book));
+    }
+
+    /// How many rules there are.
+    #[must_use]
+    pub fn rules(&self) -> usize {
+        self.book.load().rules.len()
+    }
+
+    /// Judges a request for a proxy of `asker`'s account; `said` is what the proxy's own configuration says of
+    /// the route.
+    #[must_use]
+    pub fn judge(&self, asker: &AccountId, asked: &Asked<'_>, said: Said) -> Reply {
+        let book = self.book.load();
+        let mut judged =
+            Judged { mode: Mode::Enforce, needed: Vec::new(), cost: 1, credential: Credential::None };
+        let finding = self.find(asker, asked, said, &book, &mut judged);
+        self.note(asked, &judged, &finding);
+        reply::make(&self.settings, asked, &judged, finding)
+    }
+
+    fn find<'a>(
+        &self,
+        asker: &AccountId,
+        asked: &Asked<'a>,
+        said: Said,
+        book: &RuleBook,
+        judged: &mut Judged<'a>,
+    ) -> Finding {
+        let Said { route: said, problem } = said;
+        judged.mode = said.mode.or(book.defaults.mode).unwrap_or(self.settings.mode);
+        if let Some(problem) = problem {
+            return Finding::Misconfigured(problem);
+        }
+        let (target, host, method) = match spelled(asked) {
+            Ok(spelled) => spelled,
+            Err(problem) => return Finding::BadRequest(problem),
+        };
+        let rule = match said.demand {
+            Some(_) => None,
+            None => book.rules.find(&host, method, &target),
+        };
+        let (route, captures) = match &rule {
+            Some((rule, captures)) => (rule.route.clone().or(&said), captures.as_slice()),
+            None => (said, &[][..]),
+        };
+        let route = route.or(&book.defaults);
+        judged.mode = route.mode.unwrap_or(self.settings.mode);
+        judged.cost = route.cost.unwrap_or(1);
+        if rule.as_ref().is_some_and(|(rule, _)| rule.methods != Methods::Any) && overrides_method(asked) {
+            return Finding::BadRequest("overriding the method by a header is not allowed".to_owned());
+        }
+        match self.ready(asked, route, captures) {
+            Ok(ready) => self.ask(asker, asked, &ready, judged),
+            Err(finding) => finding,
+        }
+    }
+
+    /// What a route needs, with the names that the request gives.
+    fn ready(&self, asked: &Asked<'_>, route: Route, captures: &[(&str, &str)]) -> Result<Ready, Finding> {
+        let demand = route.demand.ok_or(Finding::NoRule)?;
+        Ok(Ready {
+            demand,
+            environment: route.environment.or_else(|| self.settings.environment.clone()),
+            account: named("account", route.account, asked, captures, AccountId::parse)?,
+            customer: named("customer", route.customer, asked, captures, CustomerId::parse)?,
+            cost: route.cost.unwrap_or(1),
+        })
+    }
+
+    /// Puts the question that the route asks.
+    fn ask<'a>(
+        &self,
+        asker: &AccountId,
+        asked: &Asked<'a>,
+        ready: &Ready,
+        judged: &mut Judged<'a>,
+    ) -> Finding {
+        let scopes = match &ready.demand {
+            Demand::Public => return Finding::Public,
+            Demand::Authenticated => &[][..],
+            Demand::Scopes(scopes) => scopes,
+        };
+        judged.needed = scopes.to_vec();
+        let Some(environment) = &ready.environment else {
+            let problem = "the route names no environment, and [gateway] has none for such routes";
+            return Finding::Misconfigured(problem.to_owned());
+        };
+        judged.credential = asked.credential(&self.settings);
+        let token = match &judged.credential {
+            Credential::None => return Finding::NoCredential,
+            Credential::Many => return Finding::ManyCredentials,
+            Credential::One { token, .. } => token,
+        };
+        let question = Question {
+            token,
+            environment,
+            scopes,
+            account: ready.account.as_ref(),
+            customer: ready.customer.as_ref(),
+            client_ip: asked.client_ip(self.settings.trusted_hops),
+            cost: ready.cost,
+            dry_run: false,
+            min_revision: None,
+            charge: (!asked.id.is_empty()).then(|| Charge::of(asked.id)),
+            bar_management: !self.settings.management_keys,
+        };
+        match self.engine.check(asker, &question) {
+            Ok(answer) => Finding::Answered(answer),
+            Err(error) => Finding::CannotAnswer(error),
+        }
+    }
+
+    fn note(&self, asked: &Asked<'_>, judged: &Judged<'_>, finding: &Finding) {
+        let reason = finding.label();
+        self.counts.note(asked.via, judged.mode, finding);
+        if let Finding::Misconfigured(problem) = finding
+            && self.may_complain()
+        {
+            tracing::error!(problem, path = asked.path(), "a route is misconfigured: its requests hear 503");
+        }
+        let (request, key, path) = (asked.request_id(), finding.key_id(), asked.path());
+        if judged.mode == Mode::Shadow && !finding.passes() {
+            tracing::info!(
+                request,
+                key,
+                reason,
+                path,
+                "shadow: the request passes and would have been denied"
+            );
+        } else {
+            tracing::debug!(request, key, reason, path, passes = finding.passes(), "a request was judged");
+        }
+    }
+
+    /// Whether it is time again for a complaint that every request of a route could cause.
+    fn may_complain(&self) -> bool {
+        let now = self.engine.now();
+        let mut last = self.complained.lock().unwrap_or_else(PoisonError::into_inner);
+        let may = last.is_none_or(|last| now.as_micros() - last.as_micros() >= COMPLAIN_EVERY);
+        if may {
+            *last = Some(now);
+        }
+        may
+    }
+}
+
+/// Target, host and method in the one spelling that rules see; or what is wrong with them, for the client.
+fn spelled<'a>(asked: &Asked<'a>) -> Result<(Path<'a>, String, &'a str), String> {
+    let target = asked.target().ok_or(path::Misspelt::Character).and_then(Path::parse);
+    let target = target.map_err(|misspelt| misspelt.to_string())?;
+    let host = asked.host().and_then(path::host).ok_or("the host is none")?;
+    let method = asked.method().ok_or("the method is none")?;
+    Ok((target, host, method))
+}
+
+fn overrides_method(asked: &Asked<'_>) -> bool {
+    METHOD_OVERRIDES.iter().any(|name| asked.header(name) != Ok(None))
+}
+
+/// A name from where the route says that it stands. One that a header or path leaves out is unsaid.
+fn named<T>(
+    what: &str,
+    from: Option<Named<T>>,
+    asked: &Asked<'_>,
+    captures: &[(&str, &str)],
+    parse: fn(&str) -> Result<T, NameError>,
+) -> Result<Option<T>, Finding> {
+    let text = match &from {
+        None => return Ok(None),
+        Some(Named::Is(_)) => return Ok(from.and_then(fixed)),
+        Some(Named::Header(name)) => match asked.header(name) {
+            Ok(None) => return Ok(None),
+            Ok(Some(text)) => text,
+            Err(()) => {
+                return Err(Finding::BadRequest(format!("{name} must be given once, in visible ASCII")));
+            }
+        },
+        Some(Named::Capture(name)) => {
+            let found = captures.iter().find(|(known, _)| *known == &**name).map(|(_, text)| *text);
+            found.ok_or_else(|| Finding::Misconfigured(format!("the path has no segment {{{name}}}")))?
+        }
+    };
+    parse(text).map(Some).map_err(|error| Finding::BadRequest(format!("the {what} named {error}")))
+}
+
+fn fixed<T>(named: Named<T>) -> Option<T> {
+    match named {
+        Named::Is(value) => Some(value),
+        Named::Header(_) | Named::Capture(_) => None,
+    }
+}

@@ -1,0 +1,305 @@
+//! What becomes of a request: whether it passes, what the client hears, what the service behind the proxy learns,
+//! what the proxy logs. The bodies and codes are those that our users' clients know.
+
+use crate::{
+    domain::{decision::Reason, key::Key, route::Mode, scope::Scope},
+    engine::{Answer, CannotAnswer},
+};
+
+use super::{
+    Asked, GatewaySettings,
+    asked::Credential,
+    ratelimit::{fields, seconds},
+};
+
+/// What was found out about a request.
+#[derive(Clone, Debug)]
+pub enum Finding {
+    /// The route is open to everybody.
+    Public,
+    /// What the engine says of the credential.
+    Answered(Answer),
+    /// The request shows no credential.
+    NoCredential,
+    /// The request shows several credentials.
+    ManyCredentials,
+    /// Nothing says what the route needs.
+    NoRule,
+    /// The request can be read in two ways; the text says why, for the client.
+    BadRequest(String),
+    /// What the route needs cannot be known; the text says why, for the log.
+    Misconfigured(String),
+    /// The engine cannot answer.
+    CannotAnswer(CannotAnswer),
+}
+
+impl Finding {
+    /// Whether the request may pass.
+    #[must_use]
+    pub fn passes(&self) -> bool {
+        match self {
+            Finding::Public => true,
+            Finding::Answered(answer) => answer.reason() == Reason::Ok,
+            _ => false,
+        }
+    }
+
+    /// One word for it, from a closed set.
+    #[must_use]
+    pub fn label(&self) -> &'static str {
+        match self {
+            Finding::Public => "public",
+            Finding::Answered(answer) if answer.barred && answer.reason() == Reason::MissingScope => {
+                "management_key"
+            }
+            Finding::Answered(answer) => answer.reason().as_str(),
+            Finding::NoCredential => "no_credential",
+            Finding::ManyCredentials => "many_credentials",
+            Finding::NoRule => "no_rule",
+            Finding::BadRequest(_) => "bad_request",
+            Finding::Misconfigured(_) => "misconfigured",
+            Finding::CannotAnswer(_) => "not_ready",
+        }
+    }
+
+    pub(super) fn key_id(&self) -> String {
+        self.key().map(|key| key.id.to_string()).unwrap_or_default()
+    }
+
+    fn key(&self) -> Option<&Key> {
+        match self {
+            Finding::Answered(answer) => answer.holder.as_ref().map(|holder| &*holder.key),
+            _ => None,
+        }
+    }
+}
+
+/// What is known besides the finding.
+pub(super) struct Judged<'a> {
+    /// Whether a denial stops the request.
+    pub mode: Mode,
+    /// The scopes that the route needs.
+    pub needed: Vec<Scope>,
+    /// What the route costs.
+    pub cost: u64,
+    /// What the request showed.
+    pub credential: Credential<'a>,
+}
+
+/// A value of the proxy's metadata.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Value {
+    /// Text.
+    Text(String),
+    /// A number.
+    Number(u64),
+    /// Yes or no.
+    Flag(bool),
+}
+
+/// What a proxy does with a request.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Reply {
+    /// Whether the request goes on to the service.
+    pub passes: bool,
+    /// Whether this is no verdict: nobody knows whether it may pass.
+    pub fault: bool,
+    /// The status that the client hears, of a request that does not pass: 4xx, or 503 for a fault.
+    pub status: u16,
+    /// What the client reads then.
+    pub body: String,
+    /// Headers to the client: of the refusal, or to be added to the service's answer.
+    pub headers: Vec<(&'static str, String)>,
+    /// Headers to the service, in place of any that the client sent.
+    pub upstream: Vec<(&'static str, String)>,
+    /// Headers that the service must not see.
+    pub remove: Vec<String>,
+    /// The query parameter that the service must not see.
+    pub remove_query: Option<String>,
+    /// What the proxy may log and limit by.
+    pub metadata: Vec<(String, Value)>,
+}
+
+/// The names under which services learn who calls. From outside they are not believed.
+const IDENTITY: [&str; 6] = [
+    "x-keyward-key-id",
+    "x-keyward-account",
+    "x-keyward-user",
+    "x-keyward-environment",
+    "x-keyward-scopes",
+    "x-keyward-shadow",
+];
+/// The longest list of scopes that is sent on: proxies and services bound their headers.
+const MAX_SCOPES_LEN: usize = 4096;
+
+/// Makes the reply.
+pub(super) fn make(
+    settings: &GatewaySettings,
+    asked: &Asked<'_>,
+    judged: &Judged<'_>,
+    finding: Finding,
+) -> Reply {
+    let mut reply = Reply { metadata: metadata(settings, judged, &finding), ..Reply::default() };
+    let shadowed = judged.mode == Mode::Shadow && !finding.passes();
+    if finding.passes() || shadowed {
+        reply.passes = true;
+        if let Finding::Answered(answer) = &finding
+            && finding.passes()
+        {
+            reply.upstream = identity(answer);
+            reply.headers = limits(answer);
+        }
+        if shadowed {
+            reply.upstream.push(("x-keyward-shadow", finding.label().to_owned()));
+        }
+        hide(settings, asked, judged, &mut reply);
+    } else {
+        refuse(settings, asked, judged, &finding, &mut reply);
+    }
+    reply
+}
+
+/// Who calls, for the service.
+fn identity(answer: &Answer) -> Vec<(&'static str, String)> {
+    let Some(holder) = &answer.holder else { return Vec::new() };
+    let key = &holder.key;
+    let mut identity = vec![
+        ("x-keyward-key-id", key.id.to_string()),
+        ("x-keyward-environment", key.environment.to_string()),
+    ];
+    identity.extend(answer.account.iter().map(|account| ("x-keyward-account", account.to_string())));
+    identity.extend(key.owner.user().map(|user| ("x-keyward-user", user.to_string())));
+    let scopes = answer.grants.iter().map(Scope::as_str).collect::<Vec<_>>().join(" ");
+    if scopes.len() <= MAX_SCOPES_LEN {
+        identity.push(("x-keyward-scopes", scopes));
+    }
+    identity
+}
+
+/// Takes away what the service must not see: the credential, and what passes itself off as ours.
+fn hide(settings: &GatewaySettings, asked: &Asked<'_>, judged: &Judged<'_>, reply: &mut Reply) {
+    let set = |name: &str| reply.upstream.iter().any(|(known, _)| *known == name);
+    let mut remove: Vec<String> =
+        IDENTITY.iter().filter(|name| !set(name)).map(|name| (*name).to_owned()).collect();
+    for (name, _) in &asked.headers {
+        let name = String::from_utf8_lossy(name).to_ascii_lowercase();
+        // To many services `_` in a header's name is the same as `-`.
+        if name.replace('_', "-").starts_with("x-keyward-") && !set(&name) && !remove.contains(&name) {
+            remove.push(name);
+        }
+    }
+    // In shadow mode the service may still judge the credential itself.
+    if let Credential::One { headers, query, .. } = &judged.credential
+        && !settings.forward_credential
+        && judged.mode == Mode::Enforce
+    {
+        remove.extend(headers.iter().map(ToString::to_string));
+        reply.remove_query = settings.credential_query.as_ref().filter(|_| *query).map(ToString::to_string);
+    }
+    reply.remove = remove;
+}
+
+/// What the client hears of a request that does not pass.
+fn refuse(
+    settings: &GatewaySettings,
+    asked: &Asked<'_>,
+    judged: &Judged<'_>,
+    finding: &Finding,
+    reply: &mut Reply,
+) {
+    const UNAUTHORIZED: (u16, &str, &str) = (401, "UNAUTHORIZED", "Invalid or missing API key");
+    const FORBIDDEN: (u16, &str, &str) = (403, "FORBIDDEN", "Insufficient permissions for this action");
+    const LIMITED: (u16, &str, &str) = (429, "RATE_LIMITED", "Too many requests");
+    const UNAVAILABLE: (u16, &str, &str) = (503, "UNAVAILABLE", "API keys cannot be checked at the moment");
+    let (status, code, message) = match finding {
+        Finding::Answered(answer) => match answer.reason() {
+            Reason::AccountSuspended
+            | Reason::WrongCustomer
+            | Reason::AddressNotAllowed
+            | Reason::MissingScope => FORBIDDEN,
+            Reason::RateLimited | Reason::QuotaExceeded => LIMITED,
+            _ => UNAUTHORIZED,
+        },
+        Finding::NoCredential | Finding::ManyCredentials => UNAUTHORIZED,
+        Finding::BadRequest(problem) => (400, "BAD_REQUEST", problem.as_str()),
+        Finding::Misconfigured(_) | Finding::CannotAnswer(_) => UNAVAILABLE,
+        // What passes is not refused.
+        Finding::NoRule | Finding::Public => FORBIDDEN,
+    };
+    reply.status = status;
+    reply.fault = status == 503;
+    reply.headers = vec![("content-type", "application/json".to_owned())];
+    if status == 401 || finding.label() == Reason::MissingScope.as_str() {
+        reply.headers.push(("www-authenticate", challenge(judged, finding, status)));
+    }
+    if let Finding::Answered(answer) = finding {
+        reply.headers.extend(limits(answer));
+        let wait = answer.limits.retry_after().filter(|_| status == 429);
+        reply.headers.extend(wait.map(|wait| ("retry-after", seconds(wait).max(1).to_string())));
+    }
+    if reply.fault {
+        reply.headers.push(("retry-after", "1".to_owned()));
+    }
+    if settings.reason_header {
+        reply.headers.push(("x-keyward-reason", finding.label().to_owned()));
+    }
+    let grpc = asked.is_grpc();
+    // Envoy has no gRPC code for these, or one that clients would send again at once.
+    let grpc_status = match status {
+        400 => Some("3"),
+        429 => Some("8"),
+        _ => None,
+    };
+    reply.headers.extend(grpc_status.filter(|_| grpc).map(|code| ("grpc-status", code.to_owned())));
+    // Of a gRPC call the body becomes the message.
+    reply.body = if grpc {
+        message.to_owned()
+    } else {
+        format!(r#"{{"success":false,"error":{{"code":"{code}","message":"{message}"}}}}"#)
+    };
+}
+
+/// `WWW-Authenticate` of RFC 6750, section 3: no error where no credential was shown.
+fn challenge(judged: &Judged<'_>, finding: &Finding, status: u16) -> String {
+    let realm = r#"Bearer realm="keyward""#;
+    match finding {
+        Finding::NoCredential => realm.to_owned(),
+        Finding::ManyCredentials => format!(r#"{realm}, error="invalid_request""#),
+        _ if status == 401 => format!(r#"{realm}, error="invalid_token""#),
+        _ => {
+            let needed = judged.needed.iter().map(Scope::as_str).collect::<Vec<_>>().join(" ");
+            format!(r#"{realm}, error="insufficient_scope", scope="{needed}""#)
+        }
+    }
+}
+
+/// How the key's limits stand, for the client.
+fn limits(answer: &Answer) -> Vec<(&'static str, String)> {
+    let Some(holder) = &answer.holder else { return Vec::new() };
+    let Some((policy, state)) = fields(&holder.key, &answer.limits) else { return Vec::new() };
+    vec![("ratelimit-policy", policy), ("ratelimit", state)]
+}
+
+/// What the proxy may log and limit by: scalars, under names of our own.
+fn metadata(settings: &GatewaySettings, judged: &Judged<'_>, finding: &Finding) -> Vec<(String, Value)> {
+    let text = |name: &str, value: &str| (name.to_owned(), Value::Text(value.to_owned()));
+    let shadow = judged.mode == Mode::Shadow;
+    let mut metadata = vec![
+        ("allowed".to_owned(), Value::Flag(finding.passes())),
+        text("reason", finding.label()),
+        text("mode", if shadow { "shadow" } else { "enforce" }),
+        ("cost".to_owned(), Value::Number(judged.cost)),
+    ];
+    let Finding::Answered(Answer { holder: Some(holder), account, .. }) = finding else { return metadata };
+    let key = &holder.key;
+    metadata.push(text("key_id", &key.id.to_string()));
+    metadata.push(text("environment", key.environment.as_str()));
+    metadata.push(("secret_version".to_owned(), Value::Number(holder.version.into())));
+    metadata.extend(account.iter().map(|account| text("account", account.as_str())));
+    metadata.extend(key.owner.user().map(|user| text("user", user.as_str())));
+    for name in &settings.publish_metadata {
+        let value = key.terms.metadata.get(name);
+        metadata.extend(value.map(|value| text(&format!("metadata_{name}"), value)));
+    }
+    metadata
+}

@@ -9,15 +9,17 @@
 //! | [`engine`] | Checks from memory: the index, usage written behind |
 //! | [`access`], [`refusal`] | who calls and what they may do; why a call is not done |
 //! | [`keys`], [`accounts`], [`people`] | the use cases: what one transaction writes |
+//! | [`gateway`] | HTTP requests that proxies ask about: routes, credentials, replies |
 //! | [`grpc`] | the wire: services, the gate, connections; the only place that builds a status |
-//! | [`admin`] | `/healthz`, `/readyz`, `/metrics` |
-//! | [`server`] | the composition root: ordered start and stop |
+//! | [`forward`] | the gateway for proxies that ask over HTTP |
+//! | [`admin`], [`http1`] | `/healthz`, `/readyz`, `/metrics`; pages made from memory |
+//! | [`server`], [`reload`] | the composition root: ordered start and stop; files that are read again |
 //! | [`cli`] | commands; the client side knows the generated client only |
 //! | [`clock`], [`config`], [`telemetry`] | the only readers of clock and randomness, of the environment; the log |
 //! | [`pb`] | generated from `proto/` |
 //!
 //! # Who may use whom
-//! `cli → server → grpc → {engine, keys, accounts, people} → store → domain`, never back; `tests/it/tidy.rs` holds it.
+//! `cli → server → {grpc, forward} → {gateway, keys, accounts, people} → engine → store → domain`, never back; `tests/it/tidy.rs` holds it.
 //!
 //! # What always holds
 //! - A token is shown once and stored never; nothing prints one.
@@ -34,12 +36,15 @@ pub mod clock;
 pub mod config;
 pub mod domain;
 pub mod engine;
+pub mod forward;
 pub mod gateway;
 pub mod grpc;
+pub mod http1;
 pub mod keys;
 pub mod pb;
 pub mod people;
 pub mod refusal;
+pub mod reload;
 pub mod server;
 pub mod store;
 pub mod telemetry;

@@ -5,6 +5,9 @@
 //! health says NOT_SERVING. Stop: health says NOT_SERVING · no new connections · calls in flight end · usage is
 //! written · the store is closed.
 
+mod rules;
+mod sockets;
+
 use std::{
     fs::{File, OpenOptions},
     io::Write as _,
@@ -16,8 +19,15 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
-use tokio::{net::TcpSocket, sync::watch, task::JoinHandle};
+use tokio::{
+    net::TcpListener,
+    sync::watch,
+    task::{JoinError, JoinHandle},
+};
 use tonic_health::server::HealthReporter;
+
+use rules::Rules;
+use sockets::{Listeners, Sockets};
 
 use crate::{
     accounts::{self, Accounts},
@@ -32,14 +42,14 @@ use crate::{
         token::Token,
     },
     engine::{Engine, index::Index, usage::Usage},
-    grpc::{self, Parts, serve::Workers},
+    forward,
+    gateway::Gateway,
+    grpc::{self, Parts, gate::Door, serve::Workers},
     keys::{self, Keys},
     people::People,
     store::{self, CommitError, Hour, KeyFilter, Outcome, OwnerFilter, Store, Write, writer::Writer},
 };
 
-/// How many connections may wait to be accepted.
-const BACKLOG: u32 = 1024;
 const FLUSH_EVERY: Duration = Duration::from_secs(5);
 const FORGET_EVERY: Duration = Duration::from_secs(60 * 60);
 /// How long counts of use are kept.
@@ -58,6 +68,10 @@ pub struct Server {
     pub address: SocketAddr,
     /// Where the admin pages are served.
     pub admin_address: SocketAddr,
+    /// Where Envoy alone is served.
+    pub envoy_address: Option<SocketAddr>,
+    /// Where proxies are served that ask over HTTP.
+    pub forward_auth_address: Option<SocketAddr>,
     /// The root key's token, of a first start without a file for it.
     pub root_token: Option<Token>,
     running: Running,
@@ -69,6 +83,8 @@ struct Running {
     reporter: HealthReporter,
     ready: watch::Sender<bool>,
     stopping: watch::Sender<bool>,
+    /// Turns true when nothing is left to tell of.
+    closing: watch::Sender<bool>,
     serving: JoinHandle<()>,
     background: Vec<JoinHandle<()>>,
     writer: JoinHandle<()>,
@@ -90,17 +106,18 @@ impl Server {
         clock: Arc<dyn Clock>,
         entropy: Arc<dyn Entropy>,
     ) -> anyhow::Result<Server> {
+        let rules = settings.rules.as_deref().map(|path| Rules::read(path, &settings)).transpose()?;
         let store = store::open(&settings.database).await?;
         // The addresses are ours before a root key is made: one that no start shows would be lost. Nobody can
         // connect before it is kept.
-        let socket = bind("listen", &settings.listen).await?;
-        let admin_socket = bind("admin_listen", &settings.admin_listen).await?;
+        let sockets = Sockets::bind(&settings).await?;
         let root_token = first_start(&*store, &settings, &*clock, &*entropy).await?;
-        let listener = socket.listen(BACKLOG).with_context(|| cannot_bind("listen", &settings.listen))?;
-        let admin_listener = admin_socket
-            .listen(BACKLOG)
-            .with_context(|| cannot_bind("admin_listen", &settings.admin_listen))?;
+        let Listeners { main: listener, admin: admin_listener, envoy, forward } =
+            sockets.listen(&settings)?;
         let (address, admin_address) = (listener.local_addr()?, admin_listener.local_addr()?);
+        let local = |listener: &TcpListener| listener.local_addr();
+        let envoy_address = envoy.as_ref().map(local).transpose()?;
+        let forward_auth_address = forward.as_ref().map(local).transpose()?;
 
         let index = Arc::new(Index::default());
         let usage = Arc::new(Usage::default());
@@ -118,11 +135,13 @@ impl Server {
         let keys = Arc::new(keys);
         let people = People::new(store.clone(), writer.clone(), engine.clone(), keys.clone(), clock.clone());
         let accounts = Accounts::new(store.clone(), writer, engine.clone(), clock.clone(), entropy);
+        let gateway = Arc::new(Gateway::new(engine.clone(), environments.clone(), settings.gateway.clone()));
         let parts = Parts {
             engine: engine.clone(),
             keys,
             accounts: Arc::new(accounts),
             people: Arc::new(people),
+            gateway: gateway.clone(),
             store: store.clone(),
             clock: clock.clone(),
             environments,
@@ -132,6 +151,7 @@ impl Server {
         let services = Arc::new(grpc::services(parts, reporter.clone())?);
         let (ready, is_ready) = watch::channel(false);
         let (stopping, is_stopping) = watch::channel(false);
+        let (closing, is_closing) = watch::channel(false);
 
         let loading = load(store.clone(), index.clone(), clock.clone(), settings.retention);
         let loading = tokio::spawn(finish_start(loading, reporter.clone(), ready.clone()));
@@ -144,8 +164,16 @@ impl Server {
         }
         let workers = Workers::start(settings.threads, &services, &is_stopping, DRAIN)?;
         drop(services);
+        let forwarding = forward
+            .map(|listener| tokio::spawn(forward::serve(listener, gateway.clone(), is_stopping.clone())));
         let serving = tokio::spawn(async move {
-            grpc::serve::accept(listener, &workers, is_stopping).await;
+            let main = grpc::serve::accept(listener, Door::All, &workers, is_stopping.clone());
+            let envoy = async {
+                if let Some(listener) = envoy {
+                    grpc::serve::accept(listener, Door::Envoy, &workers, is_stopping).await;
+                }
+            };
+            tokio::join!(main, envoy);
             // Joining blocks; the workers have their own deadline.
             if let Err(error) = tokio::task::spawn_blocking(move || workers.join()).await {
                 tracing::error!(
@@ -153,16 +181,30 @@ impl Server {
                     "the serving threads were not joined"
                 );
             }
+            if let Some(Err(error)) = within(DRAIN, forwarding).await {
+                tracing::error!(error = &error as &dyn std::error::Error, "forwarding ended badly");
+            }
         });
-        let background = vec![
-            tokio::spawn(admin::serve(admin_listener, engine, is_ready)),
+        let told = admin::Told { engine, gateway: gateway.clone(), ready: is_ready };
+        let mut background = vec![
+            tokio::spawn(admin::serve(admin_listener, told, is_closing)),
             tokio::spawn(flush_usage(store.clone(), usage.clone())),
             tokio::spawn(forget(store.clone(), index, clock, settings.retention)),
             tokio::spawn(watch_loading(loading, stopping.clone())),
         ];
-        let running =
-            Running { store, usage, reporter, ready, stopping, serving, background, writer: writer_task };
-        Ok(Server { address, admin_address, root_token, running })
+        background.extend(rules.map(|rules| tokio::spawn(rules.apply(gateway))));
+        let running = Running {
+            store,
+            usage,
+            reporter,
+            ready,
+            stopping,
+            closing,
+            serving,
+            background,
+            writer: writer_task,
+        };
+        Ok(Server { address, admin_address, envoy_address, forward_auth_address, root_token, running })
     }
 
     /// Waits until the server gives up by itself, which it does when its index cannot be loaded.
@@ -174,13 +216,15 @@ impl Server {
 
     /// Stops in order: nothing acknowledged is lost, and calls in flight are answered if they end in time.
     pub async fn stop(self) {
-        let Running { store, usage, reporter, ready, stopping, serving, background, writer } = self.running;
+        let Running { store, usage, reporter, ready, stopping, closing, serving, background, writer } =
+            self.running;
         grpc::report_health(&reporter, false).await;
         ready.send_replace(false);
         stopping.send_replace(true);
         if let Err(error) = serving.await {
             tracing::error!(error = &error as &dyn std::error::Error, "serving ended badly");
         }
+        closing.send_replace(true);
         for task in &background {
             task.abort();
         }
@@ -196,23 +240,9 @@ impl Server {
     }
 }
 
-fn cannot_bind(setting: &str, address: &str) -> String {
-    format!("{setting} = {address:?} cannot be bound; is another server running there?")
-}
-
-/// Takes an address, and lets nobody connect yet.
-async fn bind(setting: &str, address: &str) -> anyhow::Result<TcpSocket> {
-    let failed = || cannot_bind(setting, address);
-    let mut last = None;
-    for address in tokio::net::lookup_host(address).await.with_context(failed)? {
-        let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
-        socket.set_reuseaddr(true)?;
-        match socket.bind(address) {
-            Ok(()) => return Ok(socket),
-            Err(error) => last = Some(error),
-        }
-    }
-    Err(last.map_or_else(|| anyhow::anyhow!("it has no address"), Into::into)).with_context(failed)
+/// Waits for a task, so long and no longer.
+async fn within(patience: Duration, task: Option<JoinHandle<()>>) -> Option<Result<(), JoinError>> {
+    tokio::time::timeout(patience, task?).await.ok()
 }
 
 /// Fills the index from the store.

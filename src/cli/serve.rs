@@ -64,6 +64,12 @@ fn announce(server: &mut Server) -> std::io::Result<()> {
         write_root_key(&mut out, &token)?;
         write_first_steps(&mut out, &server.address.to_string())?;
     }
+    if let Some(address) = server.envoy_address {
+        writeln!(out, "keyward serves Envoy on {address}")?;
+    }
+    if let Some(address) = server.forward_auth_address {
+        writeln!(out, "keyward serves nginx, Traefik and Envoy on http://{address}/auth/…")?;
+    }
     writeln!(
         out,
         "keyward serves gRPC on {}, admin pages on http://{}",

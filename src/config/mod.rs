@@ -3,5 +3,6 @@
 
 pub mod client;
 pub mod duration;
+mod gateway;
 pub mod rules;
 pub mod server;

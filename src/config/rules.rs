@@ -85,14 +85,24 @@ struct FileRoute {
     mode: Option<Spanned<String>>,
 }
 
-/// Reads a file.
+/// Reads a file: its text, and the rules.
 ///
 /// # Errors
 /// When it cannot be read or is wrong; every problem has its line.
-pub fn read(path: &Path, environments: &Environments) -> Result<RuleBook, RulesError> {
-    let shown = || path.display().to_string();
-    let text = text(path).map_err(|source| RulesError::Unreadable { path: shown(), source })?;
-    parse(&text, environments).map_err(|problems| RulesError::Wrong { path: shown(), problems })
+pub fn read(path: &Path, environments: &Environments) -> Result<(String, RuleBook), RulesError> {
+    let unreadable = |source| RulesError::Unreadable { path: path.display().to_string(), source };
+    let text = text(path).map_err(unreadable)?;
+    let book = parse_named(path, &text, environments)?;
+    Ok((text, book))
+}
+
+/// Reads the text of a file that is named when it is wrong.
+///
+/// # Errors
+/// When it is wrong; every problem has its line.
+pub fn parse_named(path: &Path, text: &str, environments: &Environments) -> Result<RuleBook, RulesError> {
+    let wrong = |problems| RulesError::Wrong { path: path.display().to_string(), problems };
+    parse(text, environments).map_err(wrong)
 }
 
 /// The text of a file that is not too large.

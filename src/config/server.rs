@@ -14,6 +14,7 @@ use crate::{
         account::{Environment, Environments},
         name::{RoleName, TokenPrefix},
     },
+    gateway::GatewaySettings,
     keys::KeySettings,
 };
 
@@ -32,6 +33,15 @@ pub struct ServeArgs {
     /// Where to serve /healthz, /readyz and /metrics over HTTP [default: 127.0.0.1:9090]
     #[arg(long, env = "KEYWARD_ADMIN_LISTEN", value_name = "ADDR")]
     pub admin_listen: Option<String>,
+    /// Where to serve Envoy's ext_authz and health alone, with limits made for Envoy [default: nowhere]
+    #[arg(long, env = "KEYWARD_ENVOY_LISTEN", value_name = "ADDR")]
+    pub envoy_listen: Option<String>,
+    /// Where to serve nginx, Traefik and others that ask over HTTP [default: nowhere]
+    #[arg(long, env = "KEYWARD_FORWARD_AUTH_LISTEN", value_name = "ADDR")]
+    pub forward_auth_listen: Option<String>,
+    /// A TOML file that says what HTTP requests need; read again when it changes
+    #[arg(long, env = "KEYWARD_RULES", value_name = "FILE")]
+    pub rules: Option<PathBuf>,
     /// Write the root key of a first start to this new file (mode 0600) instead of the terminal
     #[arg(long, env = "KEYWARD_ROOT_KEY_FILE", value_name = "PATH")]
     pub root_key_file: Option<PathBuf>,
@@ -125,6 +135,11 @@ struct File {
     environments: Option<Vec<Environment>>,
     default_role: Option<String>,
     retention_days: Option<u32>,
+    envoy_listen: Option<String>,
+    forward_auth_listen: Option<String>,
+    rules: Option<PathBuf>,
+    #[serde(default)]
+    gateway: super::gateway::File,
 }
 
 /// The server's settings, all valid.
@@ -140,6 +155,14 @@ pub struct Settings {
     pub root_key_file: Option<PathBuf>,
     /// How many threads serve connections.
     pub threads: usize,
+    /// Where to serve Envoy alone: `host:port`.
+    pub envoy_listen: Option<String>,
+    /// Where to serve proxies that ask over HTTP: `host:port`.
+    pub forward_auth_listen: Option<String>,
+    /// The file with rules for HTTP requests.
+    pub rules: Option<PathBuf>,
+    /// How HTTP requests that proxies ask about are judged.
+    pub gateway: GatewaySettings,
     /// What keys look like.
     pub keys: KeySettings,
     /// How long revoked keys and superseded tokens are told apart from unknown ones.
@@ -160,19 +183,51 @@ impl Settings {
         };
         replace(&mut settings.listen, &args.listen);
         replace(&mut settings.admin_listen, &args.admin_listen);
+        let replace_some = |slot: &mut Option<String>, flag: &Option<String>| {
+            if flag.is_some() {
+                slot.clone_from(flag);
+            }
+        };
+        replace_some(&mut settings.envoy_listen, &args.envoy_listen);
+        replace_some(&mut settings.forward_auth_listen, &args.forward_auth_listen);
         if args.root_key_file.is_some() {
             settings.root_key_file.clone_from(&args.root_key_file);
+        }
+        if args.rules.is_some() {
+            settings.rules.clone_from(&args.rules);
         }
         if let Some(threads) = args.threads {
             settings.threads = threads.get();
         }
-        address("listen", &settings.listen)?;
-        address("admin_listen", &settings.admin_listen)?;
-        let any_port = settings.listen.ends_with(":0");
-        if settings.listen == settings.admin_listen && !any_port {
-            return Err(invalid("admin_listen", &settings.admin_listen, "must differ from listen"));
+        settings.addresses()?;
+        if settings.gateway.require_caller
+            && let Some(address) = &settings.forward_auth_listen
+        {
+            let problem =
+                "cannot be served with gateway.require_caller: over HTTP a proxy shows no key of its own";
+            return Err(invalid("forward_auth_listen", address, problem));
         }
         Ok(settings)
+    }
+
+    /// Each address is one, and none is given twice.
+    fn addresses(&self) -> Result<(), ConfigError> {
+        let all = [
+            ("listen", Some(&self.listen)),
+            ("admin_listen", Some(&self.admin_listen)),
+            ("envoy_listen", self.envoy_listen.as_ref()),
+            ("forward_auth_listen", self.forward_auth_listen.as_ref()),
+        ];
+        let mut taken: Vec<(&str, &str)> = Vec::new();
+        for (setting, value) in all.into_iter().filter_map(|(setting, value)| Some((setting, value?))) {
+            address(setting, value)?;
+            let twice = taken.iter().find(|(_, known)| known == value && !value.ends_with(":0"));
+            if let Some((other, _)) = twice {
+                return Err(invalid(setting, value, format!("must differ from {other}")));
+            }
+            taken.push((setting, value));
+        }
+        Ok(())
     }
 
     /// Reads what a command needs that only opens the database.
@@ -193,6 +248,7 @@ impl Settings {
             .map(|role| RoleName::parse(role).map_err(|error| invalid("default_role", role, error)));
         let default_role = default_role.transpose()?;
         let retention = file.retention_days.unwrap_or(RETENTION_DAYS);
+        let gateway = file.gateway.read(&environments)?;
         Ok(Settings {
             listen: file.listen.unwrap_or_else(|| LISTEN.to_owned()),
             admin_listen: file.admin_listen.unwrap_or_else(|| ADMIN_LISTEN.to_owned()),
@@ -202,13 +258,17 @@ impl Settings {
                 .threads
                 .or_else(|| std::thread::available_parallelism().ok())
                 .map_or(1, NonZeroUsize::get),
+            envoy_listen: file.envoy_listen,
+            forward_auth_listen: file.forward_auth_listen,
+            rules: file.rules,
+            gateway,
             keys: KeySettings { environments, prefix, default_role },
             retention: Duration::from_secs(u64::from(retention) * 24 * 60 * 60),
         })
     }
 }
 
-fn invalid(setting: &'static str, value: &str, problem: impl ToString) -> ConfigError {
+pub(super) fn invalid(setting: &'static str, value: &str, problem: impl ToString) -> ConfigError {
     ConfigError::Invalid { setting, value: value.to_owned(), problem: problem.to_string() }
 }
 

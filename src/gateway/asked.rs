@@ -175,7 +175,7 @@ impl<'a> Asked<'a> {
 }
 
 /// `name=value&…` as forms and queries write it (`application/x-www-form-urlencoded`).
-pub(super) fn form(text: &[u8]) -> impl Iterator<Item = (Cow<'_, str>, Cow<'_, str>)> {
+pub fn form(text: &[u8]) -> impl Iterator<Item = (Cow<'_, str>, Cow<'_, str>)> {
     let decode = |part: &[u8]| -> String {
         let spaced: Vec<u8> = part.iter().map(|byte| if *byte == b'+' { b' ' } else { *byte }).collect();
         percent_encoding::percent_decode(&spaced).decode_utf8_lossy().into_owned()

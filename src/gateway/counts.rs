@@ -22,11 +22,17 @@ const LABELS: usize = Reason::ALL.len() + OTHERS.len();
 
 /// Counters since the start.
 #[derive(Debug)]
-pub struct Counts([[[AtomicU64; LABELS]; 2]; 2]);
+pub struct Counts {
+    judged: [[[AtomicU64; LABELS]; 2]; 2],
+    /// Changed rules that were wrong, and that were right.
+    reloads: [AtomicU64; 2],
+}
 
 impl Default for Counts {
     fn default() -> Self {
-        Counts(std::array::from_fn(|_| std::array::from_fn(|_| std::array::from_fn(|_| AtomicU64::new(0)))))
+        let counter = |_| AtomicU64::new(0);
+        let judged = std::array::from_fn(|_| std::array::from_fn(|_| std::array::from_fn(counter)));
+        Counts { judged, reloads: Default::default() }
     }
 }
 
@@ -53,13 +59,23 @@ impl Counts {
     pub(super) fn note(&self, via: Via, mode: Mode, finding: &Finding) {
         let label = finding.label();
         if let Some(at) = labels().position(|known| known == label) {
-            self.0[via as usize][mode as usize][at].fetch_add(1, Ordering::Relaxed);
+            self.judged[via as usize][mode as usize][at].fetch_add(1, Ordering::Relaxed);
         }
+    }
+
+    pub(super) fn note_reload(&self, good: bool) {
+        self.reloads[usize::from(good)].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How often changed rules were wrong, and how often right.
+    #[must_use]
+    pub fn reloads(&self) -> [u64; 2] {
+        self.reloads.each_ref().map(|counter| counter.load(Ordering::Relaxed))
     }
 
     /// Every counter that counted something.
     pub fn iter(&self) -> impl Iterator<Item = Count> {
-        let vias = ["ext_authz", "forward"].into_iter().zip(&self.0);
+        let vias = ["ext_authz", "forward"].into_iter().zip(&self.judged);
         vias.flat_map(|(via, modes)| {
             ["enforce", "shadow"].into_iter().zip(modes).flat_map(move |(mode, counters)| {
                 labels().zip(counters).filter_map(move |(reason, counter)| {

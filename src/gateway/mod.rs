@@ -29,10 +29,10 @@ use crate::{
     engine::{Engine, Question, limiter::Charge},
 };
 
-pub use asked::{Asked, Client, Via};
+pub use asked::{Asked, Client, Via, form as read_form};
 pub use counts::Counts;
 pub use extensions::{Said, read as read_extensions};
-pub use reply::{Finding, Reply};
+pub use reply::{Finding, Reply, Value};
 
 use asked::Credential;
 use reply::Judged;
@@ -141,6 +141,18 @@ impl Gateway {
     /// Takes other rules. Requests that are being judged end under the old ones.
     pub fn set_rules(&self, book: RuleBook) {
         self.book.store(Arc::new(book));
+    }
+
+    /// Reads rules that have changed; wrong ones leave the old in force.
+    pub fn reload<E: std::fmt::Display>(&self, rules: Result<RuleBook, E>) {
+        self.counts.note_reload(rules.is_ok());
+        match rules {
+            Ok(book) => {
+                tracing::info!(rules = book.rules.len(), "the rules have changed");
+                self.set_rules(book);
+            }
+            Err(error) => tracing::error!(%error, "the changed rules are wrong; the old ones stay in force"),
+        }
     }
 
     /// How many rules there are.

@@ -6,21 +6,25 @@
 
 use std::{collections::HashMap, convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
 
+use futures_util::future::Either;
 use http::{HeaderMap, Request, Response};
 use hyper::body::Incoming;
 use tonic::{Status, body::Body};
 use tower::{Service, ServiceExt as _, util::BoxCloneSyncService};
 
 use crate::{
-    access::Caller,
+    access::{Caller, Permission},
     domain::{
         decision::Reason,
         name::{AccountId, NameError, UserId},
     },
     engine::{Authenticated, Engine, Holder},
+    gateway::Gateway,
     pb::{
         account_service_server::AccountServiceServer, audit_service_server::AuditServiceServer,
-        authz_service_server::AuthzServiceServer, key_service_server::KeyServiceServer,
+        authz_service_server::AuthzServiceServer,
+        envoy::service::auth::v3::authorization_server::AuthorizationServer,
+        key_service_server::KeyServiceServer,
     },
     refusal::Refusal,
 };
@@ -30,10 +34,26 @@ use super::{
     audit::AuditService,
     authz::AuthzService,
     body::Limited,
+    ext_authz::{Asker, ExtAuthz},
     keys::KeyService,
     rpc::{self, Access, Plane, Rpc},
     status::{deadline_exceeded, internal, lacks_permission, no_such_rpc, with_reason},
 };
+
+/// Where a connection came in: what is served there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Door {
+    /// Everything.
+    All,
+    /// What Envoy asks, and health.
+    Envoy,
+}
+
+impl Door {
+    fn serves(self, service: &str) -> bool {
+        self == Door::All || [rpc::service(rpc::EXT_AUTHZ), "grpc.health.v1.Health"].contains(&service)
+    }
+}
 
 /// The largest request to health and reflection, in bytes.
 const OPEN_BYTES: usize = 16 * 1024;
@@ -44,7 +64,9 @@ pub(super) type Open = BoxCloneSyncService<Request<Body>, Response<Body>, Infall
 /// Every service, and the engine that knows the callers.
 pub struct Services {
     pub(super) engine: Arc<Engine>,
+    pub(super) gateway: Arc<Gateway>,
     pub(super) authz: AuthzServiceServer<AuthzService>,
+    pub(super) ext_authz: AuthorizationServer<ExtAuthz>,
     pub(super) keys: KeyServiceServer<KeyService>,
     pub(super) accounts: AccountServiceServer<AccountService>,
     pub(super) audit: AuditServiceServer<AuditService>,
@@ -69,19 +91,30 @@ pub(super) fn shown<T: Clone + Send + Sync + 'static>(
 }
 
 impl Services {
-    /// Answers one call.
-    pub async fn answer(self: Arc<Self>, request: Request<Incoming>, peer: SocketAddr) -> Response<Body> {
+    /// Answers one call that came in by this door.
+    pub async fn answer(
+        self: Arc<Self>,
+        request: Request<Incoming>,
+        peer: SocketAddr,
+        door: Door,
+    ) -> Response<Body> {
         let Some(rpc) = rpc::find(request.uri().path()) else {
-            return self.answer_open(request).await;
+            return self.answer_open(request, door).await;
         };
+        if !door.serves(rpc.service()) {
+            return no_such_rpc().into_http();
+        }
         let limit = allowed_time(rpc.timeout, request.headers());
         let mut request = request.map(|body| Limited::new(body, rpc.max_request));
         if let Err(status) = self.admit(rpc, &mut request, peer) {
             return status.into_http();
         }
         let call = match rpc.plane {
-            Plane::Checks => futures_util::future::Either::Left(into_service(self.authz.clone(), request)),
-            Plane::Management => futures_util::future::Either::Right(self.manage(rpc, request)),
+            Plane::Checks if rpc.access == Access::Proxy => {
+                Either::Left(Either::Left(into_service(self.ext_authz.clone(), request)))
+            }
+            Plane::Checks => Either::Left(Either::Right(into_service(self.authz.clone(), request))),
+            Plane::Management => Either::Right(self.manage(rpc, request)),
         };
         explained(match limit {
             Some(limit) => {
@@ -111,9 +144,9 @@ impl Services {
         })
     }
 
-    async fn answer_open(&self, request: Request<Incoming>) -> Response<Body> {
+    async fn answer_open(&self, request: Request<Incoming>, door: Door) -> Response<Body> {
         let service = request.uri().path().split('/').nth(1).unwrap_or_default();
-        match self.open.get(service) {
+        match self.open.get(service).filter(|_| door.serves(service)) {
             Some(service) => explained(
                 into_service(service.clone(), request.map(|body| Body::new(Limited::new(body, OPEN_BYTES))))
                     .await,
@@ -129,6 +162,10 @@ impl Services {
         request: &mut Request<Limited>,
         peer: SocketAddr,
     ) -> Result<(), Status> {
+        if rpc.access == Access::Proxy && !self.gateway.settings().require_caller {
+            request.extensions_mut().insert(Asker(AccountId::operator()));
+            return Ok(());
+        }
         let presented = credential(request.headers())?;
         if rpc.access == Access::Possession {
             let holder = self.holder(&presented)?;
@@ -171,10 +208,16 @@ impl Services {
         let Holder { key, version } = holder;
         let caller =
             Caller { key, version, account, grants, acting_user, named_user: None, method: rpc.method, peer };
-        if let Access::Needs(permission) = rpc.access
-            && !caller.may(permission)
-        {
+        let needed = match rpc.access {
+            Access::Needs(permission) => Some(permission),
+            Access::Proxy => Some(Permission::Check),
+            Access::AnyKey | Access::Possession => None,
+        };
+        if let Some(permission) = needed.filter(|permission| !caller.may(*permission)) {
             return Err(lacks_permission(permission.as_str()));
+        }
+        if rpc.access == Access::Proxy {
+            request.extensions_mut().insert(Asker(caller.account.clone()));
         }
         request.extensions_mut().insert(caller);
         Ok(())

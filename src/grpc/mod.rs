@@ -6,6 +6,7 @@ mod audit;
 mod authz;
 mod body;
 mod convert;
+mod ext_authz;
 pub mod gate;
 mod keys;
 mod keys_read;
@@ -27,10 +28,13 @@ use crate::{
     clock::Clock,
     domain::account::Environments,
     engine::Engine,
+    gateway::Gateway,
     keys::Keys,
     pb::{
         self, account_service_server::AccountServiceServer, audit_service_server::AuditServiceServer,
-        authz_service_server::AuthzServiceServer, key_service_server::KeyServiceServer,
+        authz_service_server::AuthzServiceServer,
+        envoy::service::auth::v3::authorization_server::AuthorizationServer,
+        key_service_server::KeyServiceServer,
     },
     people::People,
     store::Store,
@@ -49,6 +53,8 @@ pub struct Parts {
     pub accounts: Arc<Accounts>,
     /// The use cases of roles and members.
     pub people: Arc<People>,
+    /// Judges the requests that proxies ask about.
+    pub gateway: Arc<Gateway>,
     /// What the audit log is read from.
     pub store: Arc<dyn Store>,
     /// Tells the time.
@@ -63,13 +69,14 @@ impl std::fmt::Debug for Parts {
     }
 }
 
-/// The names under which health is told: the server's own, and one for each service of ours.
-pub const HEALTH_NAMES: [&str; 5] = [
+/// The names under which health is told: the server's own, and one for each service.
+pub const HEALTH_NAMES: [&str; 6] = [
     "",
     "keyward.v1.AuthzService",
     "keyward.v1.KeyService",
     "keyward.v1.AccountService",
     "keyward.v1.AuditService",
+    "envoy.service.auth.v3.Authorization",
 ];
 
 /// Tells whether the server answers.
@@ -86,7 +93,7 @@ pub async fn report_health(reporter: &HealthReporter, serving: bool) {
 /// # Errors
 /// When the built-in descriptors cannot be read: a fault of the build.
 pub fn services(parts: Parts, reporter: HealthReporter) -> anyhow::Result<Services> {
-    let Parts { engine, keys, accounts, people, store, clock, environments } = parts;
+    let Parts { engine, keys, accounts, people, gateway, store, clock, environments } = parts;
     let health = HealthServer::new(HealthService::from_health_reporter(reporter));
     let open: [(&'static str, Open); 3] = [
         ("grpc.health.v1.Health", BoxCloneSyncService::new(health)),
@@ -97,6 +104,9 @@ pub fn services(parts: Parts, reporter: HealthReporter) -> anyhow::Result<Servic
     let accounts = accounts::AccountService { accounts, people, clock };
     Ok(Services {
         engine,
+        ext_authz: AuthorizationServer::new(ext_authz::ExtAuthz(gateway.clone()))
+            .max_decoding_message_size(rpc::largest(rpc::service(rpc::EXT_AUTHZ))),
+        gateway,
         // The gate holds each RPC to its own limit; here the largest must pass.
         authz: authz.max_decoding_message_size(rpc::largest("keyward.v1.AuthzService")),
         keys: KeyServiceServer::new(keys::KeyService(keys)),

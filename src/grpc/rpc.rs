@@ -14,6 +14,9 @@ pub enum Access {
     AnyKey,
     /// A living token, in whatever state its key is.
     Possession,
+    /// Nothing, since a proxy asks for the client whose request it holds; or, where the configuration says so, a
+    /// key with [`Permission::Check`].
+    Proxy,
 }
 
 /// Where a call is answered.
@@ -44,8 +47,14 @@ impl Rpc {
     /// The service's full name.
     #[must_use]
     pub fn service(&self) -> &'static str {
-        self.method.split('/').next().unwrap_or_default()
+        service(self.method)
     }
+}
+
+/// The service's full name in a method's.
+#[must_use]
+pub fn service(method: &'static str) -> &'static str {
+    method.split('/').next().unwrap_or_default()
 }
 
 const CHECK_BYTES: usize = 16 * 1024;
@@ -63,12 +72,16 @@ const fn managed(method: &'static str, access: Access) -> Rpc {
     Rpc { method, access, max_request: MANAGEMENT_BYTES, timeout, plane: Plane::Management }
 }
 
+/// What Envoy asks.
+pub const EXT_AUTHZ: &str = "envoy.service.auth.v3.Authorization/Check";
+
 use Access::{AnyKey, Needs, Possession};
 use Permission::{AccountsRead, AccountsWrite, AuditRead, KeysRead, KeysWrite};
 
-/// Every RPC of ours, the most frequent first.
-pub const TABLE: [Rpc; 32] = [
+/// Every RPC but those of health and reflection, the most frequent first.
+pub const TABLE: [Rpc; 33] = [
     checks("keyward.v1.AuthzService/Check", CHECK_BYTES, Some(CHECK_TIMEOUT)),
+    Rpc { access: Access::Proxy, ..checks(EXT_AUTHZ, BATCH_BYTES, Some(CHECK_TIMEOUT)) },
     checks("keyward.v1.AuthzService/BatchCheck", BATCH_BYTES, Some(CHECK_TIMEOUT)),
     checks("keyward.v1.AuthzService/StreamCheck", CHECK_BYTES, None),
     managed("keyward.v1.KeyService/Create", Needs(KeysWrite)),
@@ -123,12 +136,14 @@ mod tests {
 
     fn described() -> Vec<String> {
         let set = prost_types::FileDescriptorSet::decode(crate::pb::DESCRIPTORS).unwrap();
-        let ours = set.file.into_iter().filter(|file| file.package() == "keyward.v1");
-        let mut methods: Vec<String> = ours
-            .flat_map(|file| file.service)
-            .flat_map(|service| {
-                let name = service.name().to_owned();
-                service.method.into_iter().map(move |method| format!("keyward.v1.{name}/{}", method.name()))
+        let services = set.file.into_iter().flat_map(|file| {
+            let package = file.package().to_owned();
+            file.service.into_iter().map(move |service| (package.clone(), service))
+        });
+        let mut methods: Vec<String> = services
+            .flat_map(|(package, service)| {
+                let name = format!("{package}.{}", service.name());
+                service.method.into_iter().map(move |method| format!("{name}/{}", method.name()))
             })
             .collect();
         methods.sort();
@@ -151,6 +166,7 @@ mod tests {
                 Access::Needs(permission) => permission.as_str(),
                 Access::AnyKey => "any usable key",
                 Access::Possession => "a living token",
+                Access::Proxy => "nothing, or keyward:check",
             };
             writeln!(table, "{:<42} {access}", rpc.method).unwrap();
         }

@@ -23,9 +23,8 @@ use tokio::{
     sync::{mpsc, watch},
 };
 
-use super::gate::Services;
+use super::gate::{Door, Services};
 
-const MAX_STREAMS: u32 = 256;
 const MAX_HEADERS: u32 = 16 * 1024;
 /// Streams that the server had to reset for the peer's errors, before the connection goes (CVE-2025-8671).
 const MAX_ERROR_RESETS: usize = 1024;
@@ -39,8 +38,29 @@ const MAX_CONNECTIONS: usize = 10_000;
 /// How long to leave the listener alone when the process has no file descriptor left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
+/// What a peer may do on one connection.
+struct Limits {
+    /// Calls at once.
+    streams: u32,
+    /// Calls that it took back before we looked at them (CVE-2023-44487).
+    pending_resets: usize,
+}
+
+impl Limits {
+    const fn of(door: Door) -> Limits {
+        match door {
+            Door::All => Limits { streams: 256, pending_resets: 20 },
+            // All clients of an Envoy share a few connections, and Envoy takes a call back whenever a client goes
+            // away or its patience of 200 ms ends: a short stall must not cost the connection.
+            Door::Envoy => Limits { streams: 1024, pending_resets: 1024 },
+        }
+    }
+}
+
+type Arrived = (std::net::TcpStream, SocketAddr, Door);
+
 struct Worker {
-    connections: mpsc::UnboundedSender<(std::net::TcpStream, SocketAddr)>,
+    connections: mpsc::UnboundedSender<Arrived>,
     load: Arc<AtomicUsize>,
     thread: JoinHandle<()>,
 }
@@ -73,7 +93,7 @@ impl Workers {
     }
 
     /// Gives a connection to the thread with the fewest.
-    fn serve(&self, stream: TcpStream, peer: SocketAddr) {
+    fn serve(&self, stream: TcpStream, peer: SocketAddr, door: Door) {
         let all: usize = self.0.iter().map(|worker| worker.load.load(Ordering::Relaxed)).sum();
         if all >= MAX_CONNECTIONS {
             return tracing::warn!(%peer, "refused: there are {MAX_CONNECTIONS} connections already");
@@ -84,7 +104,7 @@ impl Workers {
         };
         worker.load.fetch_add(1, Ordering::Relaxed);
         // A worker that has ended takes no more; the connection closes.
-        let _ = worker.connections.send((stream, peer));
+        let _ = worker.connections.send((stream, peer, door));
     }
 
     /// Waits until every thread has ended.
@@ -115,7 +135,7 @@ fn start(
 }
 
 async fn work(
-    mut incoming: mpsc::UnboundedReceiver<(std::net::TcpStream, SocketAddr)>,
+    mut incoming: mpsc::UnboundedReceiver<Arrived>,
     services: Arc<Services>,
     mut stopping: watch::Receiver<bool>,
     load: Arc<AtomicUsize>,
@@ -125,10 +145,10 @@ async fn work(
     loop {
         tokio::select! {
             next = incoming.recv() => {
-                let Some((stream, peer)) = next else { break };
+                let Some((stream, peer, door)) = next else { break };
                 let (services, stopping, load) = (services.clone(), stopping.clone(), load.clone());
                 connections.spawn(async move {
-                    connection(stream, peer, services, stopping).await;
+                    connection(stream, peer, door, services, stopping).await;
                     load.fetch_sub(1, Ordering::Relaxed);
                 });
             }
@@ -145,6 +165,7 @@ async fn work(
 async fn connection(
     stream: std::net::TcpStream,
     peer: SocketAddr,
+    door: Door,
     services: Arc<Services>,
     mut stopping: watch::Receiver<bool>,
 ) {
@@ -159,11 +180,13 @@ async fn connection(
     }
     let service = service_fn(move |request: Request<Incoming>| {
         let services = services.clone();
-        async move { Ok::<_, Infallible>(services.answer(request, peer).await) }
+        async move { Ok::<_, Infallible>(services.answer(request, peer, door).await) }
     });
+    let limits = Limits::of(door);
     let connection = http2::Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())
-        .max_concurrent_streams(MAX_STREAMS)
+        .max_concurrent_streams(limits.streams)
+        .max_pending_accept_reset_streams(limits.pending_resets)
         .max_local_error_reset_streams(MAX_ERROR_RESETS)
         .max_header_list_size(MAX_HEADERS)
         .keep_alive_interval(KEEPALIVE_EVERY)
@@ -204,8 +227,13 @@ async fn preface(stream: &TcpStream) -> io::Result<bool> {
     }
 }
 
-/// Accepts connections until `stopping` turns true.
-pub async fn accept(listener: TcpListener, workers: &Workers, mut stopping: watch::Receiver<bool>) {
+/// Accepts the connections of one door until `stopping` turns true.
+pub async fn accept(
+    listener: TcpListener,
+    door: Door,
+    workers: &Workers,
+    mut stopping: watch::Receiver<bool>,
+) {
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
@@ -217,7 +245,7 @@ pub async fn accept(listener: TcpListener, workers: &Workers, mut stopping: watc
                 if let Err(error) = stream.set_nodelay(true) {
                     tracing::debug!(error = &error as &dyn std::error::Error, "TCP_NODELAY was not set");
                 }
-                workers.serve(stream, peer);
+                workers.serve(stream, peer, door);
             }
             Err(error) => {
                 tracing::warn!(error = &error as &dyn std::error::Error, "accepting failed");

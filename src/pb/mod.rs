@@ -17,6 +17,12 @@ mod generated {
 pub use generated::envoy;
 pub use generated::keyward::v1::*;
 
+/// A bare `google.rpc.Status`: the code alone.
+#[must_use]
+pub fn google_status(code: i32) -> generated::google::rpc::Status {
+    generated::google::rpc::Status { code, ..Default::default() }
+}
+
 /// The encoded `google.protobuf.FileDescriptorSet` of everything in `proto/`.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 

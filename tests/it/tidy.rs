@@ -106,16 +106,22 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("people", &["access", "clock", "domain", "engine", "keys", "refusal", "store"]),
     (
         "grpc",
-        &["access", "accounts", "clock", "domain", "engine", "keys", "pb", "people", "refusal", "store"],
+        &[
+            "access", "accounts", "clock", "domain", "engine", "gateway", "keys", "pb", "people", "refusal",
+            "store",
+        ],
     ),
-    ("admin", &["domain", "engine"]),
-    ("config", &["domain", "keys"]),
+    ("forward", &["domain", "gateway", "http1"]),
+    ("admin", &["domain", "engine", "gateway", "http1"]),
+    ("http1", &[]),
+    ("reload", &[]),
+    ("config", &["domain", "gateway", "keys"]),
     ("telemetry", &["config"]),
     (
         "server",
         &[
-            "access", "accounts", "admin", "clock", "config", "domain", "engine", "grpc", "keys", "people",
-            "refusal", "store",
+            "access", "accounts", "admin", "clock", "config", "domain", "engine", "forward", "gateway",
+            "grpc", "keys", "people", "refusal", "reload", "store",
         ],
     ),
     ("cli", &["clock", "config", "domain", "pb", "server", "telemetry"]),
@@ -163,7 +169,7 @@ const ONLY_IN: &[(&str, &[&str])] = &[
     ("std::env", &["src/config/"]),
     ("env::var", &["src/config/"]),
     ("env = \"", &["src/config/"]),
-    ("Response<Full", &["src/admin.rs"]),
+    ("Response<Full", &["src/http1.rs"]),
     ("process::exit", &[]),
 ];
 

@@ -1,0 +1,121 @@
+//! The table `[gateway]` of the settings file: how HTTP requests that proxies ask about are judged.
+
+use serde::Deserialize;
+
+use crate::{
+    domain::{
+        account::Environments,
+        route::{Mode, header_name},
+    },
+    gateway::GatewaySettings,
+};
+
+use super::server::{ConfigError, invalid};
+
+/// The most proxies that may stand in front of the one that asks.
+const MAX_HOPS: usize = 16;
+
+/// The table. Unknown keys are refused: a typo must not be a default.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct File {
+    environment: Option<String>,
+    credential_headers: Option<Vec<String>>,
+    credential_query: Option<String>,
+    forward_credential: Option<bool>,
+    management_keys: Option<bool>,
+    trusted_hops: Option<usize>,
+    reason_header: Option<bool>,
+    require_caller: Option<bool>,
+    mode: Option<String>,
+    publish_metadata: Option<Vec<String>>,
+}
+
+impl File {
+    /// The settings, all valid.
+    pub(super) fn read(self, environments: &Environments) -> Result<GatewaySettings, ConfigError> {
+        let default = GatewaySettings::default();
+        let environment = self.environment.map(|name| {
+            let found = environments.get(&name).map(|environment| environment.name.clone());
+            found.ok_or_else(|| {
+                invalid("gateway.environment", &name, format!("is none of {}", environments.names()))
+            })
+        });
+        let credential_headers = self.credential_headers.map(|list| {
+            if list.is_empty() {
+                return Err(invalid("gateway.credential_headers", "[]", "must name at least one header"));
+            }
+            let read = |name: String| {
+                header_name(&name).map_err(|error| invalid("gateway.credential_headers", &name, error))
+            };
+            list.into_iter().map(read).collect()
+        });
+        let credential_query = self.credential_query.map(|name| {
+            let good = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+            if (1..=64).contains(&name.len()) && name.bytes().all(good) {
+                Ok(name.into_boxed_str())
+            } else {
+                Err(invalid("gateway.credential_query", &name, "must be 1-64 characters of [A-Za-z0-9_.-]"))
+            }
+        });
+        let trusted_hops = self.trusted_hops.unwrap_or(default.trusted_hops);
+        if trusted_hops > MAX_HOPS {
+            let problem = format!("must be 0 to {MAX_HOPS}");
+            return Err(invalid("gateway.trusted_hops", &trusted_hops.to_string(), problem));
+        }
+        let mode =
+            self.mode.map(|mode| Mode::parse(&mode).map_err(|error| invalid("gateway.mode", &mode, error)));
+        Ok(GatewaySettings {
+            environment: environment.transpose()?,
+            credential_headers: credential_headers.transpose()?.unwrap_or(default.credential_headers),
+            credential_query: credential_query.transpose()?,
+            forward_credential: self.forward_credential.unwrap_or(default.forward_credential),
+            management_keys: self.management_keys.unwrap_or(default.management_keys),
+            trusted_hops,
+            reason_header: self.reason_header.unwrap_or(default.reason_header),
+            require_caller: self.require_caller.unwrap_or(default.require_caller),
+            mode: mode.transpose()?.unwrap_or(default.mode),
+            publish_metadata: self.publish_metadata.unwrap_or(default.publish_metadata),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> Result<GatewaySettings, String> {
+        let file: File = toml::from_str(text).map_err(|error| error.to_string())?;
+        file.read(&Environments::default()).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn the_table_is_read() {
+        let settings = read(
+            "environment = 'staging'\ncredential_headers = ['X-Key']\ncredential_query = 'key'\n\
+             trusted_hops = 2\nmode = 'shadow'\nrequire_caller = true",
+        )
+        .unwrap();
+        assert_eq!(settings.environment.unwrap().as_str(), "staging");
+        assert_eq!(settings.credential_headers, ["x-key".into()]);
+        assert_eq!((settings.trusted_hops, settings.mode), (2, Mode::Shadow));
+        assert!(settings.require_caller && !settings.management_keys);
+    }
+
+    #[test]
+    fn wrong_values_say_which_and_what_would_be_right() {
+        for (text, said) in [
+            ("environment = 'moon'", "production, staging, development"),
+            ("credential_headers = []", "at least one"),
+            ("credential_headers = ['x key']", "credential_headers"),
+            ("credential_query = ''", "credential_query"),
+            ("trusted_hops = 17", "0 to 16"),
+            ("trusted_hops = -1", "trusted_hops"),
+            ("mode = 'off'", "enforce or shadow"),
+            ("mod = 'off'", "mod"),
+        ] {
+            let error = read(text).unwrap_err();
+            assert!(error.contains(said), "{text}: {error}");
+        }
+    }
+}

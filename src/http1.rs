@@ -1,0 +1,124 @@
+//! Small pages over HTTP/1.1, made from memory: the admin pages, and what proxies ask over HTTP. No body is read,
+//! nothing awaits between a request and its page. What the pages say is their module's business.
+
+use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use http::{HeaderName, HeaderValue, Request, Response, StatusCode, request::Parts};
+use http_body_util::Full;
+use hyper::{body::Incoming, server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{Semaphore, watch},
+    task::JoinSet,
+};
+
+const HEADER_PATIENCE: Duration = Duration::from_secs(5);
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// How many connections there may be.
+const MAX_CONNECTIONS: usize = 1024;
+/// The largest head of a request: proxies admit 60 KiB of headers.
+const MAX_HEAD: usize = 128 * 1024;
+const MAX_HEADERS: usize = 256;
+
+/// What is answered.
+#[derive(Clone, Debug)]
+pub struct Page {
+    /// The status.
+    pub status: StatusCode,
+    /// Headers by lower-case names. A value that no header can have is left out.
+    pub headers: Vec<(&'static str, String)>,
+    /// The body.
+    pub body: String,
+}
+
+impl Page {
+    /// Plain text.
+    #[must_use]
+    pub fn text(status: StatusCode, body: impl Into<String>) -> Page {
+        let kind = "text/plain; version=0.0.4; charset=utf-8".to_owned();
+        Page { status, headers: vec![("content-type", kind)], body: body.into() }
+    }
+
+    fn response(self) -> Response<Full<Bytes>> {
+        let mut response = Response::new(Full::new(Bytes::from(self.body)));
+        *response.status_mut() = self.status;
+        for (name, value) in self.headers {
+            if let Ok(value) = HeaderValue::try_from(value) {
+                response.headers_mut().append(HeaderName::from_static(name), value);
+            }
+        }
+        response
+    }
+}
+
+/// Serves pages until `stopping` turns true; calls in flight end then.
+pub async fn serve<P>(listener: TcpListener, page: P, mut stopping: watch::Receiver<bool>)
+where
+    P: Fn(&Parts) -> Page + Send + Sync + 'static,
+{
+    let (page, room) = (Arc::new(page), Arc::new(Semaphore::new(MAX_CONNECTIONS)));
+    let mut connections = JoinSet::new();
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            Some(_) = connections.join_next() => continue,
+            () = stopped(&mut stopping) => break,
+        };
+        match accepted {
+            Ok((stream, peer)) => {
+                let Ok(permit) = room.clone().try_acquire_owned() else {
+                    tracing::warn!(%peer, "refused: there are {MAX_CONNECTIONS} connections already");
+                    continue;
+                };
+                let (page, stopping) = (page.clone(), stopping.clone());
+                connections.spawn(async move {
+                    connection(stream, peer, page, stopping).await;
+                    drop(permit);
+                });
+            }
+            Err(error) => {
+                tracing::warn!(error = &error as &dyn std::error::Error, "accepting failed");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+    while connections.join_next().await.is_some() {}
+}
+
+async fn connection<P>(stream: TcpStream, peer: SocketAddr, page: Arc<P>, mut stopping: watch::Receiver<bool>)
+where
+    P: Fn(&Parts) -> Page + Send + Sync + 'static,
+{
+    // A page is written at once; nothing may wait for more.
+    if let Err(error) = stream.set_nodelay(true) {
+        tracing::debug!(error = &error as &dyn std::error::Error, "TCP_NODELAY was not set");
+    }
+    let service = service_fn(move |request: Request<Incoming>| {
+        let response = page(&request.into_parts().0).response();
+        async move { Ok::<_, Infallible>(response) }
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADER_PATIENCE)
+        .max_buf_size(MAX_HEAD)
+        .max_headers(MAX_HEADERS)
+        .serve_connection(TokioIo::new(stream), service);
+    tokio::pin!(connection);
+    let ended = tokio::select! {
+        ended = &mut connection => ended,
+        () = stopped(&mut stopping) => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(error = &error as &dyn std::error::Error, %peer, "a connection ended with an error");
+    }
+}
+
+async fn stopped(stopping: &mut watch::Receiver<bool>) {
+    // The sender is gone only when the server is.
+    let _ = stopping.wait_for(|stop| *stop).await;
+}

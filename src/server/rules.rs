@@ -1,0 +1,41 @@
+//! The rules file of a server: read at the start, and again whenever it changes.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use crate::{
+    config::{
+        rules::{self, RulesError},
+        server::Settings,
+    },
+    domain::{account::Environments, route::RuleBook},
+    gateway::Gateway,
+    reload,
+};
+
+/// The rules file, read for the first time.
+pub(super) struct Rules {
+    path: PathBuf,
+    text: String,
+    book: RuleBook,
+    environments: Environments,
+}
+
+impl Rules {
+    pub(super) fn read(path: &Path, settings: &Settings) -> Result<Rules, RulesError> {
+        let environments = settings.keys.environments.clone();
+        let (text, book) = rules::read(path, &environments)?;
+        Ok(Rules { path: path.to_owned(), text, book, environments })
+    }
+
+    /// Puts the rules in force, and every later version that is right.
+    pub(super) async fn apply(self, gateway: Arc<Gateway>) {
+        let Rules { path, text, book, environments } = self;
+        gateway.set_rules(book);
+        let named = path.clone();
+        let take = move |text: &str| gateway.reload(rules::parse_named(&named, text, &environments));
+        reload::watch(path, text, rules::text, take).await;
+    }
+}

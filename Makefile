@@ -4,7 +4,7 @@ SHELL := bash
 # The order of the steps is the order of their prerequisites.
 .NOTPARALLEL:
 
-# The pinned tools come before the system's; the tests find grpcurl so too.
+# The pinned tools come before the system's; the tests find grpcurl, envoy and nginx so too.
 export PATH := $(CURDIR)/.tools/bin:$(PATH)
 
 # $(call run,command): names a step, then takes it.
@@ -50,8 +50,8 @@ deny-advisories: ## Check the dependencies for advisories (fetches their databas
 	$(call run,cargo-deny --locked check advisories)
 
 .PHONY: cargo-test
-cargo-test: ## Run the tests
-	@tools/install grpcurl
+cargo-test: ## Run the tests; they start grpcurl, Envoy and nginx
+	@tools/install grpcurl envoy nginx
 	$(call run,cargo test --quiet --locked --no-run)
 	$(call run,cargo test --locked)
 

@@ -189,6 +189,10 @@ impl Process {
         self.child.id()
     }
 
+    pub(crate) fn has_ended(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_some()
+    }
+
     /// Where it serves gRPC and the admin pages, once it says so.
     fn addresses(&self) -> Option<(SocketAddr, SocketAddr)> {
         let out = self.stdout();

@@ -20,6 +20,7 @@ mod canary;
 mod check;
 mod crash;
 mod escalation;
+mod ext_authz;
 mod grpcurl;
 mod http;
 mod idempotency;

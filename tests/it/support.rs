@@ -45,7 +45,7 @@ pub(crate) struct Server {
     pub(crate) root_token: String,
     clock: Arc<ManualClock>,
     channel: Channel,
-    _server: keyward::server::Server,
+    server: keyward::server::Server,
     _folder: tempfile::TempDir,
 }
 
@@ -68,7 +68,7 @@ impl Server {
         let server = keyward::server::Server::start(settings, clock.clone(), entropy).await.unwrap();
         let channel = Channel::from_shared(format!("http://{}", server.address)).unwrap().connect_lazy();
         let root_token = server.root_token.as_ref().unwrap().reveal().to_owned();
-        Server { root_token, clock, channel, _server: server, _folder: folder }
+        Server { root_token, clock, channel, server, _folder: folder }
     }
 
     /// A server with an account `acme`, and one `other`.
@@ -77,6 +77,11 @@ impl Server {
         server.account("acme").await;
         server.account("other").await;
         server
+    }
+
+    /// The server itself.
+    pub(crate) fn running(&self) -> &keyward::server::Server {
+        &self.server
     }
 
     /// The way to the server, without any header.

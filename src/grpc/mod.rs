@@ -8,6 +8,7 @@ mod body;
 mod convert;
 mod ext_authz;
 pub mod gate;
+mod io;
 mod keys;
 mod keys_read;
 mod page;

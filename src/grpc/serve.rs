@@ -17,13 +17,16 @@ use std::{
 
 use http::Request;
 use hyper::{body::Incoming, server::conn::http2, service::service_fn};
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioExecutor, TokioTimer};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{mpsc, watch},
 };
 
-use super::gate::{Door, Services};
+use super::{
+    gate::{Door, Services},
+    io::OneBuffer,
+};
 
 const MAX_HEADERS: u32 = 16 * 1024;
 /// Streams that the server had to reset for the peer's errors, before the connection goes (CVE-2025-8671).
@@ -191,7 +194,7 @@ async fn connection(
         .max_header_list_size(MAX_HEADERS)
         .keep_alive_interval(KEEPALIVE_EVERY)
         .keep_alive_timeout(KEEPALIVE_PATIENCE)
-        .serve_connection(TokioIo::new(stream), service);
+        .serve_connection(OneBuffer::new(stream), service);
     tokio::pin!(connection);
     let ended = tokio::select! {
         ended = &mut connection => ended,

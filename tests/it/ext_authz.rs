@@ -105,10 +105,6 @@ impl Ask {
         ask(server.channel(), self.message()).await
     }
 
-    async fn of(self, server: &Server) -> CheckResponse {
-        self.try_of(server).await.unwrap()
-    }
-
     /// What passes, as it passes.
     #[track_caller]
     fn passes(self, server: &Server) -> impl Future<Output = Passed> {

@@ -202,6 +202,13 @@ impl Process {
         Some((address.parse().unwrap(), admin.parse().unwrap()))
     }
 
+    /// Where it serves Envoy, if it was told to.
+    pub(crate) fn envoy(&self) -> Option<SocketAddr> {
+        let out = self.stdout();
+        let (_, rest) = out.split_once("keyward serves Envoy on ")?;
+        Some(rest.lines().next()?.parse().unwrap())
+    }
+
     /// Asks it to end, as an operator does.
     pub(crate) fn terminate(&self) {
         let kill = Command::new("sh").args(["-c", "kill -TERM \"$0\"", &self.id().to_string()]).status();

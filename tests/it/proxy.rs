@@ -122,6 +122,14 @@ impl Envoy {
         line.map_or(0, |value| value.parse().unwrap())
     }
 
+    /// Every counter and gauge above 0 whose name starts so, line by line.
+    #[track_caller]
+    pub(crate) fn stats(&self, start: &str) -> String {
+        let (_, text) = page(self.admin, "/stats").unwrap();
+        let lines = text.lines().filter(|line| line.starts_with(start) && !line.ends_with(": 0"));
+        lines.collect::<Vec<_>>().join("\n")
+    }
+
     /// What was written to `/dev/stdout`: the access log, where the configuration says so.
     pub(crate) fn stdout(&self) -> String {
         self.process.stdout()

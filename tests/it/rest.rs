@@ -385,7 +385,7 @@ fn what_envoy_refuses_itself_has_the_same_form() {
     refused_by_envoy(&post("[]"), 400, 3, "must be a message");
     refused_by_envoy(&post("{\"ttl\": \"1 year\"}"), 400, 3, "duration");
     let long = json!({"name": "x".repeat(9 << 20)}).to_string();
-    assert_eq!(post(&long).status, 413);
+    refused_by_envoy(&post(&long), 413, 3, "Too Large");
 }
 
 #[test]

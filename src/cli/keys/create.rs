@@ -141,6 +141,12 @@ mod tests {
     }
 
     #[test]
+    fn account_and_environment_may_be_left_to_the_server() {
+        let asked = asked("--scope a:b");
+        assert_eq!((asked.account.as_str(), asked.environment.as_str()), ("", ""));
+    }
+
+    #[test]
     fn bad_usage_is_told_before_anything_is_sent() {
         for line in [
             "--environment dev --account a --user u --scope a:b",

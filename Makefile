@@ -55,6 +55,11 @@ cargo-test: ## Run the tests; they start grpcurl, Envoy and nginx
 	$(call run,cargo test --quiet --locked --no-run)
 	$(call run,cargo test --locked)
 
+.PHONY: descriptors
+descriptors: ## Write the descriptor set for Envoy's JSON transcoder: deploy/envoy/keyward.pb
+	$(call run,cargo run --quiet --locked -- descriptors >deploy/envoy/keyward.pb.new)
+	@mv deploy/envoy/keyward.pb.new deploy/envoy/keyward.pb
+
 .PHONY: fmt
 fmt: ## Format the Rust code and the protos
 	@tools/install buf

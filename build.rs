@@ -3,15 +3,20 @@
 
 use std::{env, error::Error, fs, path::PathBuf};
 
-use prost::Message as _;
+use prost::Message;
+use prost_types::FileDescriptorProto;
 
-const PROTOS: [&str; 5] = [
+const PROTOS: [&str; 6] = [
     "keyward/v1/keys.proto",
     "keyward/v1/authz.proto",
     "keyward/v1/accounts.proto",
     "keyward/v1/audit.proto",
     "envoy/service/auth/v3/external_auth.proto",
+    ERROR_DETAILS,
 ];
+
+/// What our errors carry. Gateways that show them as JSON read it in the descriptor set; we have tonic's own.
+const ERROR_DETAILS: &str = "google/rpc/error_details.proto";
 
 /// Messages that a token travels in: nothing that is generated may print them. `src/pb.rs` says how they print.
 const SECRET: [&str; 5] = [
@@ -36,17 +41,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=third_party");
     println!("cargo::rerun-if-changed=src/store/migrations");
 
-    let mut descriptors = protox::compile(PROTOS, ["proto", "third_party"])?;
-    for file in &mut descriptors.file {
-        // Comments are for `grpcurl describe`, of what is ours.
-        if !file.package().starts_with("keyward.") {
-            file.source_code_info = None;
-        }
-    }
+    let mut compiler = protox::Compiler::new(["proto", "third_party"])?;
+    compiler.include_imports(true).include_source_info(true).open_files(PROTOS)?;
     let out = PathBuf::from(env::var("OUT_DIR")?);
-    fs::write(out.join("descriptors.bin"), descriptors.encode_to_vec())?;
-    descriptors.file.retain(|file| !NOTES.contains(&file.package()));
+    fs::write(out.join("descriptors.bin"), published(&compiler.encode_file_descriptor_set())?)?;
 
+    let mut descriptors = compiler.file_descriptor_set();
+    descriptors.file.retain(|file| !NOTES.contains(&file.package()) && file.name() != ERROR_DETAILS);
     tonic_prost_build::configure()
         // Ordered maps make a message's encoding a function of its content,
         // which the fingerprint of an idempotent request relies on.
@@ -56,4 +57,25 @@ fn main() -> Result<(), Box<dyn Error>> {
         .include_file("protos.rs")
         .compile_fds(descriptors)?;
     Ok(())
+}
+
+/// A descriptor set whose files are left as bytes: a file that is read loses the options that extensions add, as
+/// `google.api.http` is one.
+#[derive(Message)]
+struct Files {
+    #[prost(bytes = "vec", repeated, tag = "1")]
+    file: Vec<Vec<u8>>,
+}
+
+/// The descriptor set as others see it. Comments are for `grpcurl describe`, of what is ours.
+fn published(set: &[u8]) -> Result<Vec<u8>, Box<dyn Error>> {
+    let mut files = Files::decode(set)?;
+    for bytes in &mut files.file {
+        let mut file = FileDescriptorProto::decode(bytes.as_slice())?;
+        if !file.package().starts_with("keyward.") {
+            file.source_code_info = None;
+            *bytes = file.encode_to_vec();
+        }
+    }
+    Ok(files.encode_to_vec())
 }

@@ -19,6 +19,8 @@ const PATIENCE: Duration = Duration::from_secs(1);
 pub(super) struct Console {
     out: Box<dyn Write>,
     err: Box<dyn Write>,
+    /// Whether a person would see what goes to stdout.
+    pub(super) out_is_terminal: bool,
     /// Whether stdout takes colours.
     pub(super) out_colours: bool,
     /// Whether stderr takes colours.
@@ -30,6 +32,7 @@ impl Console {
     pub(super) fn system() -> Console {
         let colours = !client::colours_forbidden();
         Console {
+            out_is_terminal: io::stdout().is_terminal(),
             out_colours: colours && io::stdout().is_terminal(),
             err_colours: colours && io::stderr().is_terminal(),
             out: Box::new(io::stdout()),
@@ -39,7 +42,12 @@ impl Console {
 
     /// Prints to stdout. A reader that has gone (`| head`) has seen enough: that is no failure.
     pub(super) fn print(&mut self, text: &str) -> Result<(), Failure> {
-        match self.out.write_all(text.as_bytes()).and_then(|()| self.out.flush()) {
+        self.print_bytes(text.as_bytes())
+    }
+
+    /// The same, of what is not text.
+    pub(super) fn print_bytes(&mut self, bytes: &[u8]) -> Result<(), Failure> {
+        match self.out.write_all(bytes).and_then(|()| self.out.flush()) {
             Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
                 Err(Failure::usage(format!("cannot write to stdout: {error}")))
             }
@@ -88,6 +96,7 @@ impl Printed {
         Console {
             out: Box::new(out.clone()),
             err: Box::new(err.clone()),
+            out_is_terminal: false,
             out_colours: false,
             err_colours: false,
         }
@@ -152,6 +161,7 @@ mod tests {
         Console {
             out: Box::new(Fails(kind)),
             err: Box::new(Fails(kind)),
+            out_is_terminal: false,
             out_colours: false,
             err_colours: false,
         }

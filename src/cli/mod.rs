@@ -14,6 +14,7 @@ mod client;
 mod completions;
 mod console;
 mod context;
+mod descriptors;
 mod failure;
 mod import;
 mod issue;
@@ -141,6 +142,8 @@ enum Command {
     },
     /// Print a completion script for a shell
     Completions(completions::CompletionsArgs),
+    /// Print the descriptor set (binary) with which a gateway such as Envoy turns JSON into calls
+    Descriptors,
 }
 
 #[derive(Debug, Subcommand)]
@@ -166,6 +169,7 @@ pub fn main() -> ExitCode {
         Command::Completions(args) => {
             finish(&mut Console::system(), |console| completions::run(args, console))
         }
+        Command::Descriptors => finish(&mut Console::system(), descriptors::run),
         command => finish(&mut Console::system(), |console| run_client(command, cli.client, console)),
     }
 }
@@ -204,7 +208,7 @@ fn explain(command: &mut clap::Command, error: clap::Error) -> clap::Error {
 
 /// A client flag that was given to a command which would ignore it.
 fn misplaced(matches: &ArgMatches) -> Option<String> {
-    if !matches!(matches.subcommand_name(), Some("serve" | "root-key" | "completions")) {
+    if !matches!(matches.subcommand_name(), Some("serve" | "root-key" | "completions" | "descriptors")) {
         return None;
     }
     ClientArgs::IDS
@@ -231,7 +235,7 @@ fn run_client(command: Command, outer: ClientArgs, console: &mut Console) -> Res
             // 1 means denied here, so no failure may end with it.
             verdict.and_then(|mut cx| runtime.block_on(args.run(&mut cx))).map_err(Failure::unanswered)
         }
-        Command::Serve(_) | Command::RootKey { .. } | Command::Completions(_) => Ok(0),
+        Command::Serve(_) | Command::RootKey { .. } | Command::Completions(_) | Command::Descriptors => Ok(0),
     }
 }
 

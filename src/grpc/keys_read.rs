@@ -67,6 +67,11 @@ fn read_owner(caller: &Caller, account: &str, user: &str, violations: &mut Viola
     convert::read_account("account", account, violations).map_or(OwnerNamed::Nobody, OwnerNamed::Account)
 }
 
+/// Where a new key is to work: an account's caller makes keys of its own environment alone, and need not say so.
+fn environment_meant<'a>(caller: &'a Caller, named: &'a str) -> &'a str {
+    if named.is_empty() && !caller.is_operator() { caller.key.environment.as_str() } else { named }
+}
+
 /// The fields that Create and Import have in common.
 struct Common<'a> {
     account: &'a str,
@@ -116,7 +121,7 @@ pub(super) fn read_create(
     let common = Common {
         account,
         user,
-        environment,
+        environment: environment_meant(caller, environment),
         expires_at: *expires_at,
         ttl: *ttl,
         terms: convert::RawTerms {

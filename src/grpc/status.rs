@@ -5,7 +5,8 @@
 
 use std::collections::HashMap;
 
-use tonic::{Code, Status};
+use http::{HeaderMap, header::RETRY_AFTER};
+use tonic::{Code, Status, metadata::MetadataMap};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
 use crate::{
@@ -104,8 +105,12 @@ pub(super) fn reason(refusal: Refusal) -> (String, String) {
 fn caller_limited(retry_after: Option<std::time::Duration>) -> Status {
     let mut details = ErrorDetails::with_error_info("CALLER_LIMITED", DOMAIN, HashMap::new());
     details.set_retry_info(retry_after);
+    // For gateways that speak HTTP: whole seconds, never too few.
+    let seconds = retry_after.map(|after| after.as_secs() + u64::from(after.subsec_nanos() > 0));
+    let headers = seconds.map(|seconds| (RETRY_AFTER, seconds.into()));
+    let metadata = MetadataMap::from_headers(HeaderMap::from_iter(headers));
     let message = "a rate limit or the quota of the caller's own key is used up";
-    Status::with_error_details(Code::ResourceExhausted, message, details)
+    Status::with_error_details_and_metadata(Code::ResourceExhausted, message, details, metadata)
 }
 
 fn cannot_answer(reason: CannotAnswer) -> Status {

@@ -597,6 +597,28 @@ async fn an_account_caller_may_leave_its_account_out_and_names_no_other() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_account_caller_may_leave_the_environment_out_and_means_its_own_keys() {
+    let server = Server::with_accounts().await;
+    let staging = pb::CreateKeyRequest {
+        environment: "staging".into(),
+        ..service_key("acme", &["keyward:keys:*", "monitors:*"])
+    };
+    let staging = server.make(staging).await;
+    let made = server.holder(&staging.token).make(nowhere()).await;
+    assert_eq!(made.key.environment, "staging");
+    assert!(made.token.starts_with("kw_staging_"), "and its tag");
+    invalid(
+        server.root().create(pb::CreateKeyRequest { account: "acme".into(), ..nowhere() }).await,
+        &["environment"],
+    );
+}
+
+/// A key without an account and an environment.
+fn nowhere() -> pb::CreateKeyRequest {
+    pb::CreateKeyRequest { environment: String::new(), ..service_key("", &["monitors:read"]) }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_operator_must_say_whose_key_it_means() {
     let server = Server::with_accounts().await;
     let root = server.root();

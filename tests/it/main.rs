@@ -33,6 +33,7 @@ mod paging;
 mod people;
 mod process;
 mod proxy;
+mod rest;
 mod rotation;
 mod seed_checkly;
 mod seed_eazip;

@@ -30,9 +30,9 @@ pub(in crate::cli) struct CreateArgs {
     /// The user who owns the key
     #[arg(long, value_name = "ID")]
     user: Option<String>,
-    /// The one environment in which the key works
+    /// The one environment in which the key works; an account's own callers may leave it out
     #[arg(long, short, value_name = "NAME")]
-    environment: String,
+    environment: Option<String>,
     #[command(flatten)]
     policy: PolicyArgs,
     /// Start of the token, instead of the configured one
@@ -62,7 +62,7 @@ impl CreateArgs {
 fn request(
     account: Option<String>,
     user: Option<String>,
-    environment: String,
+    environment: Option<String>,
     policy: PolicyArgs,
 ) -> pb::CreateKeyRequest {
     // A life is told as its length: the server's clock decides, not this machine's.
@@ -74,7 +74,7 @@ fn request(
     pb::CreateKeyRequest {
         account: account.unwrap_or_default(),
         user: user.unwrap_or_default(),
-        environment,
+        environment: environment.unwrap_or_default(),
         name: policy.name,
         scopes: policy.scopes,
         roles: policy.roles,
@@ -141,9 +141,14 @@ mod tests {
     }
 
     #[test]
+    fn account_and_environment_may_be_left_to_the_server() {
+        let asked = asked("--scope a:b");
+        assert_eq!((asked.account.as_str(), asked.environment.as_str()), ("", ""));
+    }
+
+    #[test]
     fn bad_usage_is_told_before_anything_is_sent() {
         for line in [
-            "--scope a:b",
             "--environment dev --account a --user u --scope a:b",
             "--environment dev --scope a:b --expires soon",
             "--environment dev --scope a:b --token-only --write-token f",

@@ -539,7 +539,12 @@ fn envoy_takes_every_file_that_we_deploy() {
         .collect();
     files.sort();
     assert!(files.contains(&"minimal.yaml".to_owned()) && files.contains(&"production.yaml".to_owned()));
+    let home = Home::new();
+    let descriptors = home.path("keyward.pb");
+    std::fs::write(&descriptors, pb::DESCRIPTORS).unwrap();
+    let place = format!("proto_descriptor: {}", descriptors.display());
     for file in files {
-        assert_eq!(Envoy::validate(&deployed(&file)), Ok(()), "{file}");
+        let yaml = deployed(&file).replace("proto_descriptor: keyward.pb", &place);
+        assert_eq!(Envoy::validate(&yaml), Ok(()), "{file}");
     }
 }

@@ -27,7 +27,8 @@ async fn health_is_told_of_the_server_and_each_of_its_services_without_a_credent
     assert_eq!(unknown.unwrap_err().code(), Code::NotFound);
 }
 
-const SERVICES: [&str; 7] = [
+const SERVICES: [&str; 8] = [
+    "envoy.service.auth.v3.Authorization",
     "grpc.health.v1.Health",
     "grpc.reflection.v1.ServerReflection",
     "grpc.reflection.v1alpha.ServerReflection",

@@ -18,7 +18,7 @@ const PROTOS: [&str; 6] = [
 /// What our errors carry. Gateways that show them as JSON read it in the descriptor set; we have tonic's own.
 const ERROR_DETAILS: &str = "google/rpc/error_details.proto";
 
-/// Messages that a token travels in: nothing that is generated may print them. `src/pb.rs` says how they print.
+/// Messages that a token travels in: nothing that is generated may print them. `src/pb/mod.rs` says how they print.
 const SECRET: [&str; 5] = [
     "keyward.v1.CheckRequest",
     "keyward.v1.BatchCheckRequest",

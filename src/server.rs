@@ -135,7 +135,11 @@ impl Server {
         let keys = Arc::new(keys);
         let people = People::new(store.clone(), writer.clone(), engine.clone(), keys.clone(), clock.clone());
         let accounts = Accounts::new(store.clone(), writer, engine.clone(), clock.clone(), entropy);
+        // The rules are in force before anybody is served.
         let gateway = Arc::new(Gateway::new(engine.clone(), environments.clone(), settings.gateway.clone()));
+        if let Some(rules) = &rules {
+            rules.apply(&gateway);
+        }
         let parts = Parts {
             engine: engine.clone(),
             keys,
@@ -192,7 +196,7 @@ impl Server {
             tokio::spawn(forget(store.clone(), index, clock, settings.retention)),
             tokio::spawn(watch_loading(loading, stopping.clone())),
         ];
-        background.extend(rules.map(|rules| tokio::spawn(rules.apply(gateway))));
+        background.extend(rules.map(|rules| tokio::spawn(rules.watch(gateway))));
         let running = Running {
             store,
             usage,

@@ -65,6 +65,17 @@ impl File {
         }
         let mode =
             self.mode.map(|mode| Mode::parse(&mode).map_err(|error| invalid("gateway.mode", &mode, error)));
+        let publish_metadata = self.publish_metadata.unwrap_or(default.publish_metadata);
+        let good = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+        let bad =
+            publish_metadata.iter().find(|name| !(1..=64).contains(&name.len()) || !name.bytes().all(good));
+        if let Some(name) = bad {
+            return Err(invalid(
+                "gateway.publish_metadata",
+                name,
+                "must be 1-64 characters of [A-Za-z0-9_.-]",
+            ));
+        }
         Ok(GatewaySettings {
             environment: environment.transpose()?,
             credential_headers: credential_headers.transpose()?.unwrap_or(default.credential_headers),
@@ -75,7 +86,7 @@ impl File {
             reason_header: self.reason_header.unwrap_or(default.reason_header),
             require_caller: self.require_caller.unwrap_or(default.require_caller),
             mode: mode.transpose()?.unwrap_or(default.mode),
-            publish_metadata: self.publish_metadata.unwrap_or(default.publish_metadata),
+            publish_metadata,
         })
     }
 }
@@ -111,6 +122,7 @@ mod tests {
             ("credential_query = ''", "credential_query"),
             ("trusted_hops = 17", "0 to 16"),
             ("trusted_hops = -1", "trusted_hops"),
+            ("publish_metadata = ['a b']", "publish_metadata"),
             ("mode = 'off'", "enforce or shadow"),
             ("mod = 'off'", "mod"),
         ] {

@@ -200,6 +200,12 @@ impl Settings {
             settings.threads = threads.get();
         }
         settings.addresses()?;
+        if settings.gateway.credential_query.is_some()
+            && let Some(address) = &settings.forward_auth_listen
+        {
+            let problem = "cannot be served with gateway.credential_query: over HTTP a proxy is not told to take it away";
+            return Err(invalid("forward_auth_listen", address, problem));
+        }
         if settings.gateway.require_caller
             && let Some(address) = &settings.forward_auth_listen
         {

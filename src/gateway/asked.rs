@@ -101,7 +101,11 @@ impl<'a> Asked<'a> {
 
     /// Whether it is a gRPC call.
     pub(super) fn is_grpc(&self) -> bool {
-        self.values("content-type").next().is_some_and(|value| value.starts_with(b"application/grpc"))
+        self.values("content-type").next().is_some_and(|value| {
+            // Not grpc-web, which reads HTTP's answers.
+            let rest = value.strip_prefix(b"application/grpc");
+            rest.is_some_and(|rest| matches!(rest.first(), None | Some(b'+' | b';')))
+        })
     }
 
     fn values(&self, name: &str) -> impl Iterator<Item = &'a [u8]> {
@@ -135,21 +139,23 @@ impl<'a> Asked<'a> {
             found = found.and(shown.map(|token| (token, Some(name))));
         }
         if let Some(name) = &settings.credential_query {
-            let mut values = self.parameters(name);
-            let shown = match (values.next(), values.next()) {
-                (None, _) => Shown::Nothing,
-                (Some(token), None) => Shown::One(token),
-                _ => Shown::Many,
-            };
-            found = found.and(shown.map(|token| (token, None)));
+            found = found.and(self.parameter(name).map(|token| (token, None)));
         }
         found
     }
 
-    /// The values of a query parameter.
-    fn parameters(&self, name: &str) -> impl Iterator<Item = Cow<'a, str>> {
+    /// A query parameter. Its name as it stands, since proxies take it away by that; so one that is encoded is as
+    /// bad as two.
+    fn parameter(&self, name: &str) -> Shown<Cow<'a, str>> {
         let query = self.target.splitn(2, |byte| *byte == b'?').nth(1).unwrap_or_default();
-        form(query).filter(move |(known, _)| known == name).map(|(_, value)| value)
+        let plain = |pair: &&[u8]| pair.split(|byte| *byte == b'=').next() == Some(name.as_bytes());
+        let plain = query.split(|byte| *byte == b'&').filter(plain).count();
+        let mut values = form(query).filter(|(known, _)| known == name).map(|(_, value)| value);
+        match (values.next(), values.next(), plain) {
+            (None, _, _) => Shown::Nothing,
+            (Some(token), None, 1) => Shown::One(token),
+            _ => Shown::Many,
+        }
     }
 
     /// The end client's address. `hops` = how many proxies stand in front of the one that asks. `None` where the
@@ -341,6 +347,10 @@ mod tests {
         let Credential::One { token, headers, query } = request.credential(&settings) else { panic!() };
         assert_eq!((&*token, headers.len(), query), ("a+b", 0, true));
         assert!(asked(&[], "/a?api_key=a&api_key=b").credential(&settings) == Credential::Many);
+        for encoded in ["/a?api%5Fkey=a", "/a?%61pi_key=a", "/a?api_key=a&api%5Fkey=a"] {
+            let shown = asked(&[], encoded).credential(&settings);
+            assert!(shown == Credential::Many, "{encoded}: a proxy would not take it away");
+        }
         assert!(asked(&[("x-api-key", "b")], "/a?api_key=a").credential(&settings) == Credential::Many);
     }
 

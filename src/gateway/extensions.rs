@@ -104,7 +104,11 @@ impl Reader<'_> {
             },
             _ => match Mode::parse(value) {
                 Ok(mode) => self.said.route.mode = Some(mode),
-                Err(error) => self.problem(field, error),
+                Err(error) => {
+                    self.problem(field, error);
+                    // Who misspells it does not mean to open the route.
+                    self.said.route.mode = Some(Mode::Enforce);
+                }
             },
         }
         true

@@ -82,8 +82,8 @@ impl Default for GatewaySettings {
 
 /// Headers with which a client asks a service to take its request for one of another method. Rules are by method.
 const METHOD_OVERRIDES: [&str; 3] = ["x-http-method-override", "x-http-method", "x-method-override"];
-/// How often a misconfigured route is logged, in microseconds.
-const COMPLAIN_EVERY: i64 = 1_000_000;
+/// How much of a path is logged, in bytes.
+const LOGGED_PATH: usize = 256;
 
 /// Judges requests.
 pub struct Gateway {
@@ -93,7 +93,10 @@ pub struct Gateway {
     book: ArcSwap<RuleBook>,
     /// How many requests were judged how.
     pub counts: Counts,
-    complained: Mutex<Option<Timestamp>>,
+    /// Misconfigured routes, for the log.
+    complaints: Quiet,
+    /// Denials in shadow mode, for the log.
+    shadows: Quiet,
 }
 
 impl std::fmt::Debug for Gateway {
@@ -122,7 +125,8 @@ impl Gateway {
             settings,
             book,
             counts: Counts::default(),
-            complained: Mutex::default(),
+            complaints: Quiet::new(5),
+            shadows: Quiet::new(20),
         }
     }
 
@@ -166,8 +170,13 @@ impl Gateway {
     #[must_use]
     pub fn judge(&self, asker: &AccountId, asked: &Asked<'_>, said: Said) -> Reply {
         let book = self.book.load();
-        let mut judged =
-            Judged { mode: Mode::Enforce, needed: Vec::new(), cost: 1, credential: Credential::None };
+        let mut judged = Judged {
+            mode: Mode::Enforce,
+            needed: Vec::new(),
+            cost: 1,
+            named_by: Vec::new(),
+            credential: Credential::None,
+        };
         let finding = self.find(asker, asked, said, &book, &mut judged);
         self.note(asked, &judged, &finding);
         reply::make(&self.settings, asked, &judged, finding)
@@ -188,7 +197,11 @@ impl Gateway {
         }
         let (target, host, method) = match spelled(asked) {
             Ok(spelled) => spelled,
-            Err(problem) => return Finding::BadRequest(problem),
+            Err(problem) => {
+                // Whose request it is cannot be known: let through, it might reach a route that is enforced.
+                judged.mode = Mode::Enforce;
+                return Finding::BadRequest(problem);
+            }
         };
         let rule = match said.demand {
             Some(_) => None,
@@ -201,6 +214,7 @@ impl Gateway {
         let route = route.or(&book.defaults);
         judged.mode = route.mode.unwrap_or(self.settings.mode);
         judged.cost = route.cost.unwrap_or(1);
+        judged.named_by = named_by(&route);
         if rule.as_ref().is_some_and(|(rule, _)| rule.methods != Methods::Any) && overrides_method(asked) {
             return Finding::BadRequest("overriding the method by a header is not allowed".to_owned());
         }
@@ -268,13 +282,18 @@ impl Gateway {
     fn note(&self, asked: &Asked<'_>, judged: &Judged<'_>, finding: &Finding) {
         let reason = finding.label();
         self.counts.note(asked.via, judged.mode, finding);
-        if let Finding::Misconfigured(problem) = finding
-            && self.may_complain()
-        {
-            tracing::error!(problem, path = asked.path(), "a route is misconfigured: its requests hear 503");
-        }
-        let (request, key, path) = (asked.request_id(), finding.key_id(), asked.path());
-        if judged.mode == Mode::Shadow && !finding.passes() {
+        let (request, key, path) = (asked.request_id(), finding.key_id(), shortened(asked.path()));
+        let shadow = judged.mode == Mode::Shadow;
+        if let Finding::Misconfigured(problem) = finding {
+            if self.complaints.may(self.engine.now()) {
+                tracing::error!(
+                    problem,
+                    path,
+                    shadow,
+                    "a route is misconfigured, and is answered with 503 unless it is in shadow mode"
+                );
+            }
+        } else if shadow && !finding.passes() && self.shadows.may(self.engine.now()) {
             tracing::info!(
                 request,
                 key,
@@ -282,20 +301,44 @@ impl Gateway {
                 path,
                 "shadow: the request passes and would have been denied"
             );
-        } else {
-            tracing::debug!(request, key, reason, path, passes = finding.passes(), "a request was judged");
         }
+        tracing::debug!(
+            request,
+            key,
+            reason,
+            path,
+            passes = finding.passes(),
+            shadow,
+            "a request was judged"
+        );
+    }
+}
+
+/// The start of a path: clients choose its length.
+fn shortened(path: &str) -> &str {
+    &path[..path.floor_char_boundary(LOGGED_PATH)]
+}
+
+/// Lets so many lines into the log each second, and no more: clients choose how often there is something to say.
+#[derive(Debug)]
+struct Quiet {
+    most: u32,
+    second: Mutex<(i64, u32)>,
+}
+
+impl Quiet {
+    fn new(most: u32) -> Quiet {
+        Quiet { most, second: Mutex::default() }
     }
 
-    /// Whether it is time again for a complaint that every request of a route could cause.
-    fn may_complain(&self) -> bool {
-        let now = self.engine.now();
-        let mut last = self.complained.lock().unwrap_or_else(PoisonError::into_inner);
-        let may = last.is_none_or(|last| now.as_micros() - last.as_micros() >= COMPLAIN_EVERY);
-        if may {
-            *last = Some(now);
+    fn may(&self, now: Timestamp) -> bool {
+        let this = now.as_micros().div_euclid(1_000_000);
+        let mut second = self.second.lock().unwrap_or_else(PoisonError::into_inner);
+        if second.0 != this {
+            *second = (this, 0);
         }
-        may
+        second.1 = second.1.saturating_add(1);
+        second.1 <= self.most
     }
 }
 
@@ -306,6 +349,19 @@ fn spelled<'a>(asked: &Asked<'a>) -> Result<(Path<'a>, String, &'a str), String>
     let host = asked.host().and_then(path::host).ok_or("the host is none")?;
     let method = asked.method().ok_or("the method is none")?;
     Ok((target, host, method))
+}
+
+/// The headers that a route takes names from.
+fn named_by(route: &Route) -> Vec<Box<str>> {
+    let account = route.account.as_ref().and_then(header_of);
+    account.into_iter().chain(route.customer.as_ref().and_then(header_of)).collect()
+}
+
+fn header_of<T>(named: &Named<T>) -> Option<Box<str>> {
+    match named {
+        Named::Header(name) => Some(name.clone()),
+        Named::Is(_) | Named::Capture(_) => None,
+    }
 }
 
 fn overrides_method(asked: &Asked<'_>) -> bool {

@@ -82,6 +82,8 @@ pub(super) struct Judged<'a> {
     pub needed: Vec<Scope>,
     /// What the route costs.
     pub cost: u64,
+    /// The headers that the route takes names from.
+    pub named_by: Vec<Box<str>>,
     /// What the request showed.
     pub credential: Credential<'a>,
 }
@@ -129,6 +131,8 @@ const IDENTITY: [&str; 6] = [
     "x-keyward-scopes",
     "x-keyward-shadow",
 ];
+/// Headers with which a client asks a service to take its request for one of another path.
+const PATH_OVERRIDES: [&str; 2] = ["x-original-url", "x-rewrite-url"];
 /// The longest list of scopes that is sent on: proxies and services bound their headers.
 const MAX_SCOPES_LEN: usize = 4096;
 
@@ -188,6 +192,10 @@ fn hide(settings: &GatewaySettings, asked: &Asked<'_>, judged: &Judged<'_>, repl
             remove.push(name);
         }
     }
+    // A proxy may keep headers from us: a name that we did not see must not reach the service either.
+    let unseen = judged.named_by.iter().filter(|name| asked.header(name) == Ok(None));
+    remove.extend(unseen.map(ToString::to_string));
+    remove.extend(PATH_OVERRIDES.map(str::to_owned));
     // In shadow mode the service may still judge the credential itself.
     if let Credential::One { headers, query, .. } = &judged.credential
         && !settings.forward_credential
@@ -263,8 +271,7 @@ fn refuse(
 fn challenge(judged: &Judged<'_>, finding: &Finding, status: u16) -> String {
     let realm = r#"Bearer realm="keyward""#;
     match finding {
-        Finding::NoCredential => realm.to_owned(),
-        Finding::ManyCredentials => format!(r#"{realm}, error="invalid_request""#),
+        Finding::NoCredential | Finding::ManyCredentials => realm.to_owned(),
         _ if status == 401 => format!(r#"{realm}, error="invalid_token""#),
         _ => {
             let needed = judged.needed.iter().map(Scope::as_str).collect::<Vec<_>>().join(" ");

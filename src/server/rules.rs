@@ -30,10 +30,14 @@ impl Rules {
         Ok(Rules { path: path.to_owned(), text, book, environments })
     }
 
-    /// Puts the rules in force, and every later version that is right.
-    pub(super) async fn apply(self, gateway: Arc<Gateway>) {
-        let Rules { path, text, book, environments } = self;
-        gateway.set_rules(book);
+    /// Puts the rules in force.
+    pub(super) fn apply(&self, gateway: &Gateway) {
+        gateway.set_rules(self.book.clone());
+    }
+
+    /// Puts every later version in force that is right.
+    pub(super) async fn watch(self, gateway: Arc<Gateway>) {
+        let Rules { path, text, book: _, environments } = self;
         let named = path.clone();
         let take = move |text: &str| gateway.reload(rules::parse_named(&named, text, &environments));
         reload::watch(path, text, rules::text, take).await;

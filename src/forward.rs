@@ -108,14 +108,21 @@ fn direct(request: &Parts) -> Result<Original<'_>, String> {
 }
 
 fn page(proxy: Proxy, reply: Reply) -> Page {
-    let Reply { passes, status, body, mut headers, upstream, remove, .. } = reply;
+    let Reply { passes, status, mut body, mut headers, upstream, remove, .. } = reply;
     if passes {
         headers.extend(upstream);
-        if proxy == Proxy::Envoy {
+        let name = match proxy {
             // Envoy takes these from the request, and this header from the answer.
-            headers.push(("x-envoy-auth-headers-to-remove", remove.join(",")));
-        }
+            Proxy::Envoy => "x-envoy-auth-headers-to-remove",
+            // Others may look whether the credential is among them.
+            Proxy::Nginx | Proxy::Traefik => "x-keyward-remove",
+        };
+        headers.push((name, remove.join(",")));
         return Page { status: StatusCode::OK, headers, body: String::new() };
+    }
+    if proxy == Proxy::Nginx {
+        // It reads no body of such an answer, and keeps the connection only where there is none.
+        body.clear();
     }
     let status = match (proxy, status) {
         // nginx passes on 401 and 403 alone, and makes a 500 of anything else.

@@ -13,8 +13,11 @@ use tokio::{
     sync::{Semaphore, watch},
     task::JoinSet,
 };
+use tokio_io_timeout::TimeoutWriter;
 
 const HEADER_PATIENCE: Duration = Duration::from_secs(5);
+/// How long a peer may leave an answer unread when its buffers are full.
+const WRITE_PATIENCE: Duration = Duration::from_secs(10);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// How many connections there may be.
 const MAX_CONNECTIONS: usize = 1024;
@@ -95,6 +98,8 @@ where
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(error = &error as &dyn std::error::Error, "TCP_NODELAY was not set");
     }
+    let mut stream = TimeoutWriter::new(stream);
+    stream.set_timeout(Some(WRITE_PATIENCE));
     let service = service_fn(move |request: Request<Incoming>| {
         let response = page(&request.into_parts().0).response();
         async move { Ok::<_, Infallible>(response) }
@@ -104,7 +109,7 @@ where
         .header_read_timeout(HEADER_PATIENCE)
         .max_buf_size(MAX_HEAD)
         .max_headers(MAX_HEADERS)
-        .serve_connection(TokioIo::new(stream), service);
+        .serve_connection(TokioIo::new(Box::pin(stream)), service);
     tokio::pin!(connection);
     let ended = tokio::select! {
         ended = &mut connection => ended,

@@ -1,22 +1,31 @@
 //! Files that are read again when they change. The content is compared, not the time of change: links that are
 //! swapped, and clocks, say nothing wrong. A file that is being written is left alone until it stands still.
 
-use std::{io, path::PathBuf, time::Duration};
+use std::{
+    io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 /// How often a file is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// Gives the text of a file to `take` whenever it differs from what was last known, and was the same at two looks.
 /// `read` may block.
-pub async fn watch(
+pub async fn watch(path: PathBuf, known: String, read: fn(&Path) -> io::Result<String>, take: impl Fn(&str)) {
+    watch_every(LOOK_EVERY, path, known, read, take).await;
+}
+
+async fn watch_every(
+    every: Duration,
     path: PathBuf,
     mut known: String,
-    read: fn(&std::path::Path) -> io::Result<String>,
+    read: fn(&Path) -> io::Result<String>,
     take: impl Fn(&str),
 ) {
     let (mut before, mut readable) = (known.clone(), true);
     loop {
-        tokio::time::sleep(LOOK_EVERY).await;
+        tokio::time::sleep(every).await;
         let file = path.clone();
         let text = match tokio::task::spawn_blocking(move || read(&file)).await {
             Ok(Ok(text)) => text,
@@ -42,33 +51,34 @@ pub async fn watch(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::mpsc;
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn a_file_is_taken_when_it_has_changed_and_stands_still() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("rules.toml");
         std::fs::write(&path, "1").unwrap();
-        let (taken, takes) = mpsc::channel();
+        let (taken, mut takes) = tokio::sync::mpsc::unbounded_channel();
         let watched = path.clone();
-        let watching = tokio::spawn(watch(
+        let watching = tokio::spawn(watch_every(
+            Duration::from_millis(1),
             watched,
             "1".to_owned(),
             |path| std::fs::read_to_string(path),
-            move |text| {
-                taken.send(text.to_owned()).unwrap();
-            },
+            move |text| taken.send(text.to_owned()).unwrap(),
         ));
-        let mut seen = Vec::new();
-        for text in ["2", "2", "2", "1", "1", "1"] {
-            std::fs::write(&path, text).unwrap();
-            tokio::time::sleep(LOOK_EVERY * 2).await;
-            seen.extend(takes.try_iter());
+        // The same text once more is no change: it would be taken before the next.
+        for (texts, seen) in [(&["1", "2"][..], "2"), (&["2", "1"], "1")] {
+            for text in texts {
+                // Readers see one text or the other, and never half of it.
+                let new = folder.path().join("new");
+                std::fs::write(&new, text).unwrap();
+                std::fs::rename(new, &path).unwrap();
+            }
+            assert_eq!(takes.recv().await.unwrap(), seen);
         }
         std::fs::remove_file(&path).unwrap();
-        tokio::time::sleep(LOOK_EVERY * 4).await;
-        assert!(!watching.is_finished());
-        seen.extend(takes.try_iter());
-        assert_eq!(seen, ["2", "1"]);
+        std::fs::write(&path, "3").unwrap();
+        assert_eq!(takes.recv().await.unwrap(), "3", "a file that is gone for a while ends nothing");
+        watching.abort();
     }
 }

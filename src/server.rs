@@ -179,14 +179,12 @@ impl Server {
             };
             tokio::join!(main, envoy);
             // Joining blocks; the workers have their own deadline.
-            if let Err(error) = tokio::task::spawn_blocking(move || workers.join()).await {
-                tracing::error!(
-                    error = &error as &dyn std::error::Error,
-                    "the serving threads were not joined"
-                );
-            }
-            if let Some(Err(error)) = within(DRAIN, forwarding).await {
-                tracing::error!(error = &error as &dyn std::error::Error, "forwarding ended badly");
+            let joined = tokio::task::spawn_blocking(move || workers.join());
+            let (joined, forwarded) = tokio::join!(joined, within(DRAIN, forwarding));
+            for ended in [joined, forwarded.unwrap_or(Ok(()))] {
+                if let Err(error) = ended {
+                    tracing::error!(error = &error as &dyn std::error::Error, "serving ended badly");
+                }
             }
         });
         let told = admin::Told { engine, gateway: gateway.clone(), ready: is_ready };
@@ -244,9 +242,12 @@ impl Server {
     }
 }
 
-/// Waits for a task, so long and no longer.
+/// Waits for a task so long, and ends it then.
 async fn within(patience: Duration, task: Option<JoinHandle<()>>) -> Option<Result<(), JoinError>> {
-    tokio::time::timeout(patience, task?).await.ok()
+    let mut task = task?;
+    let ended = tokio::time::timeout(patience, &mut task).await.ok();
+    task.abort();
+    ended
 }
 
 /// Fills the index from the store.

@@ -91,6 +91,11 @@ impl Failure {
         Failure { hint: Some(hint.into()), ..self }
     }
 
+    /// Says more, a line for each.
+    pub(super) fn details(self, details: Vec<String>) -> Failure {
+        Failure { details, ..self }
+    }
+
     /// The same with what it is about, where a command does many things.
     pub(super) fn of(self, what: &str) -> Failure {
         Failure { message: format!("{what}: {}", self.message), ..self }

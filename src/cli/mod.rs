@@ -1,9 +1,9 @@
 //! The command line: reads the arguments and runs one command.
 //!
-//! `serve` and `root_key` start what the server's side offers. All others are client commands: they speak to
-//! a server through the generated client (`pb`) and may use `domain` and `config`, never `store`, `engine` or
-//! `grpc`, so that they can do nothing that another client could not. Every command answers with an exit
-//! code; nothing here ends the process, since what is pending at an exit is lost.
+//! `serve` and `root_key` start what the server's side offers; `rules` reads a file as a server would. All others
+//! are client commands: they speak to a server through the generated client (`pb`) and may use `domain` and
+//! `config`, never `store`, `engine` or `grpc`, so that they can do nothing that another client could not. Every
+//! command answers with an exit code; nothing here ends the process, since what is pending at an exit is lost.
 //!
 //! A token is never an argument: arguments are shown to every process of the machine.
 
@@ -25,10 +25,12 @@ mod output;
 mod paging;
 mod roles;
 pub mod root_key;
+mod rules;
 pub mod serve;
 mod table;
 mod token;
 mod values;
+mod verdict;
 mod whoami;
 
 use std::{ffi::OsString, process::ExitCode};
@@ -57,7 +59,8 @@ names (KEY_STATE_ACTIVE), 64-bit numbers as numbers, bytes hexadecimal digits. L
 page into one object. Errors are text on stderr.
 
 Exit codes: 0 done; 1 the server refused; 2 no answer (bad usage, no connection, time ran out, a server in \
-trouble). `keyward check`: 0 allowed; 1 denied; 2 could not be answered.";
+trouble). `keyward check`: 0 allowed; 1 denied; 2 could not be answered. `keyward rules`: 0 a rule decides, or \
+the file is good; 1 no rule decides; 2 the file cannot be used.";
 
 /// Issues API keys, and answers whether a token is valid for a scope, an environment and an account
 #[derive(Debug, Parser)]
@@ -140,6 +143,8 @@ enum Command {
         #[command(flatten)]
         client: ClientArgs,
     },
+    /// Check a rules file for HTTP requests, and ask which of its rules decides one
+    Rules(rules::RulesArgs),
     /// Print a completion script for a shell
     Completions(completions::CompletionsArgs),
     /// Print the descriptor set (binary) with which a gateway such as Envoy turns JSON into calls
@@ -170,6 +175,9 @@ pub fn main() -> ExitCode {
             finish(&mut Console::system(), |console| completions::run(args, console))
         }
         Command::Descriptors => finish(&mut Console::system(), descriptors::run),
+        Command::Rules(args) => {
+            finish(&mut Console::system(), |console| rules::run(args, cli.client, console))
+        }
         command => finish(&mut Console::system(), |console| run_client(command, cli.client, console)),
     }
 }
@@ -208,11 +216,15 @@ fn explain(command: &mut clap::Command, error: clap::Error) -> clap::Error {
 
 /// A client flag that was given to a command which would ignore it.
 fn misplaced(matches: &ArgMatches) -> Option<String> {
-    if !matches!(matches.subcommand_name(), Some("serve" | "root-key" | "completions" | "descriptors")) {
-        return None;
-    }
+    let taken: &[&str] = match matches.subcommand_name() {
+        Some("serve" | "root-key" | "completions" | "descriptors") => &[],
+        // It speaks to no server, and prints as client commands do.
+        Some("rules") => &["output"],
+        _ => return None,
+    };
     ClientArgs::IDS
         .into_iter()
+        .filter(|id| !taken.contains(id))
         .find(|id| matches.value_source(id) == Some(ValueSource::CommandLine))
         .map(|id| id.replace('_', "-"))
 }
@@ -235,7 +247,11 @@ fn run_client(command: Command, outer: ClientArgs, console: &mut Console) -> Res
             // 1 means denied here, so no failure may end with it.
             verdict.and_then(|mut cx| runtime.block_on(args.run(&mut cx))).map_err(Failure::unanswered)
         }
-        Command::Serve(_) | Command::RootKey { .. } | Command::Completions(_) | Command::Descriptors => Ok(0),
+        Command::Serve(_)
+        | Command::RootKey { .. }
+        | Command::Rules(_)
+        | Command::Completions(_)
+        | Command::Descriptors => Ok(0),
     }
 }
 
@@ -290,7 +306,11 @@ mod tests {
 
     #[test]
     fn connection_flags_are_refused_where_they_would_be_ignored() {
-        for line in ["keyward --server a:1 serve", "keyward --output json completions bash"] {
+        for line in [
+            "keyward --server a:1 serve",
+            "keyward --output json completions bash",
+            "keyward --server a:1 rules check x",
+        ] {
             let error = read(line).unwrap_err();
             assert!(error.to_string().contains("is for client commands"), "{error}");
             assert_eq!(error.exit_code(), 2);

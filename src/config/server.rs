@@ -81,6 +81,24 @@ pub struct DatabaseArgs {
     pub config: Option<PathBuf>,
 }
 
+/// What a command takes that reads the server's settings and no more.
+#[derive(Args, Clone, Debug, Default)]
+pub struct ConfigArgs {
+    /// The TOML file with settings that the server is started with
+    #[arg(long, env = "KEYWARD_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
+
+impl ConfigArgs {
+    /// Reads the settings.
+    ///
+    /// # Errors
+    /// As for [`Settings::load`].
+    pub fn load(&self) -> Result<Settings, ConfigError> {
+        Settings::load_database(&DatabaseArgs { database: None, config: self.config.clone() })
+    }
+}
+
 /// How the log is written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {

@@ -136,7 +136,7 @@ impl<'a> Asked<'a> {
                 "authorization" => bearer(self.values(name)),
                 _ => plain(self.values(name)),
             };
-            found = found.and(shown.map(|token| (token, Some(name))));
+            found = found.and(shown.map(|token| (token, Some(&**name))));
         }
         if let Some(name) = &settings.credential_query {
             found = found.and(self.parameter(name).map(|token| (token, None)));
@@ -214,7 +214,7 @@ impl<T> Shown<T> {
 
 impl<'a> Credential<'a> {
     /// What two places show together: the same token twice is one.
-    fn and(self, shown: Shown<(Cow<'a, str>, Option<&Box<str>>)>) -> Credential<'a> {
+    fn and(self, shown: Shown<(Cow<'a, str>, Option<&str>)>) -> Credential<'a> {
         let (shown, header) = match shown {
             Shown::Nothing => return self,
             Shown::Many => return Credential::Many,
@@ -223,11 +223,11 @@ impl<'a> Credential<'a> {
         match self {
             Credential::None => Credential::One {
                 token: shown,
-                headers: header.into_iter().cloned().collect(),
+                headers: header.into_iter().map(Box::from).collect(),
                 query: header.is_none(),
             },
             Credential::One { token, mut headers, query } if token == shown => {
-                headers.extend(header.cloned());
+                headers.extend(header.map(Box::from));
                 Credential::One { token, headers, query: query || header.is_none() }
             }
             Credential::One { .. } | Credential::Many => Credential::Many,

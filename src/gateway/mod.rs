@@ -105,6 +105,23 @@ impl std::fmt::Debug for Gateway {
     }
 }
 
+/// Why a route cannot be asked about.
+enum Unready {
+    NoRule,
+    BadRequest(String),
+    Misconfigured(String),
+}
+
+impl From<Unready> for Finding {
+    fn from(unready: Unready) -> Finding {
+        match unready {
+            Unready::NoRule => Finding::NoRule,
+            Unready::BadRequest(problem) => Finding::BadRequest(problem),
+            Unready::Misconfigured(problem) => Finding::Misconfigured(problem),
+        }
+    }
+}
+
 /// A route that can be asked about, with all that the request says for it.
 struct Ready {
     demand: Demand,
@@ -220,13 +237,13 @@ impl Gateway {
         }
         match self.ready(asked, route, captures) {
             Ok(ready) => self.ask(asker, asked, &ready, judged),
-            Err(finding) => finding,
+            Err(unready) => unready.into(),
         }
     }
 
     /// What a route needs, with the names that the request gives.
-    fn ready(&self, asked: &Asked<'_>, route: Route, captures: &[(&str, &str)]) -> Result<Ready, Finding> {
-        let demand = route.demand.ok_or(Finding::NoRule)?;
+    fn ready(&self, asked: &Asked<'_>, route: Route, captures: &[(&str, &str)]) -> Result<Ready, Unready> {
+        let demand = route.demand.ok_or(Unready::NoRule)?;
         Ok(Ready {
             demand,
             environment: route.environment.or_else(|| self.settings.environment.clone()),
@@ -375,7 +392,7 @@ fn named<T>(
     asked: &Asked<'_>,
     captures: &[(&str, &str)],
     parse: fn(&str) -> Result<T, NameError>,
-) -> Result<Option<T>, Finding> {
+) -> Result<Option<T>, Unready> {
     let text = match &from {
         None => return Ok(None),
         Some(Named::Is(_)) => return Ok(from.and_then(fixed)),
@@ -383,15 +400,15 @@ fn named<T>(
             Ok(None) => return Ok(None),
             Ok(Some(text)) => text,
             Err(()) => {
-                return Err(Finding::BadRequest(format!("{name} must be given once, in visible ASCII")));
+                return Err(Unready::BadRequest(format!("{name} must be given once, in visible ASCII")));
             }
         },
         Some(Named::Capture(name)) => {
             let found = captures.iter().find(|(known, _)| *known == &**name).map(|(_, text)| *text);
-            found.ok_or_else(|| Finding::Misconfigured(format!("the path has no segment {{{name}}}")))?
+            found.ok_or_else(|| Unready::Misconfigured(format!("the path has no segment {{{name}}}")))?
         }
     };
-    parse(text).map(Some).map_err(|error| Finding::BadRequest(format!("the {what} named {error}")))
+    parse(text).map(Some).map_err(|error| Unready::BadRequest(format!("the {what} named {error}")))
 }
 
 fn fixed<T>(named: Named<T>) -> Option<T> {

@@ -27,9 +27,15 @@ use crate::{
 
 use super::gate::shown;
 
-/// For whom a proxy asks: the operator account, or, where proxies must show a key, that key's account.
+/// Who asks.
 #[derive(Clone, Debug)]
-pub(super) struct Asker(pub AccountId);
+pub(super) struct Asker {
+    /// Whose tokens it may ask about; the operator account's caller, about all.
+    pub account: AccountId,
+    /// Whether it hears why: who came by Envoy's own listener, or showed a key with `keyward:check`. A stranger
+    /// hears what a client would.
+    pub trusted: bool,
+}
 
 /// The service over the gateway.
 #[derive(Clone, Debug)]
@@ -38,14 +44,17 @@ pub(super) struct ExtAuthz(pub Arc<Gateway>);
 #[tonic::async_trait]
 impl Authorization for ExtAuthz {
     async fn check(&self, mut request: Request<CheckRequest>) -> Result<Response<CheckResponse>, Status> {
-        let Asker(asker) = shown(&mut request)?;
+        let Asker { account: asker, trusted } = shown(&mut request)?;
         let attributes = request.into_inner().attributes.unwrap_or_default();
         let Some(http) = attributes.request.as_ref().and_then(|request| request.http.as_ref()) else {
             return Err(Refusal::field("attributes.request.http", "is required").into());
         };
         let extensions = attributes.context_extensions.iter().filter_map(text_pair);
         let said = read_extensions(extensions, self.0.environments(), false);
-        let reply = self.0.judge(&asker, &asked(&attributes, http), said);
+        let mut reply = self.0.judge(&asker, &asked(&attributes, http), said);
+        if !trusted && !reply.passes {
+            reply.metadata = vec![("allowed".to_owned(), Value::Flag(false))];
+        }
         Ok(Response::new(answer(reply)))
     }
 }

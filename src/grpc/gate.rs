@@ -106,7 +106,7 @@ impl Services {
         }
         let limit = allowed_time(rpc.timeout, request.headers());
         let mut request = request.map(|body| Limited::new(body, rpc.max_request));
-        if let Err(status) = self.admit(rpc, &mut request, peer) {
+        if let Err(status) = self.admit(rpc, &mut request, peer, door) {
             return status.into_http();
         }
         let call = match rpc.plane {
@@ -161,9 +161,12 @@ impl Services {
         rpc: &'static Rpc,
         request: &mut Request<Limited>,
         peer: SocketAddr,
+        door: Door,
     ) -> Result<(), Status> {
-        if rpc.access == Access::Proxy && !self.gateway.settings().require_caller {
-            request.extensions_mut().insert(Asker(AccountId::operator()));
+        let free = rpc.access == Access::Proxy && !self.gateway.settings().require_caller;
+        if free && (door == Door::Envoy || !request.headers().contains_key(http::header::AUTHORIZATION)) {
+            let asker = Asker { account: AccountId::operator(), trusted: door == Door::Envoy };
+            request.extensions_mut().insert(asker);
             return Ok(());
         }
         let presented = credential(request.headers())?;
@@ -217,7 +220,7 @@ impl Services {
             return Err(lacks_permission(permission.as_str()));
         }
         if rpc.access == Access::Proxy {
-            request.extensions_mut().insert(Asker(caller.account.clone()));
+            request.extensions_mut().insert(Asker { account: caller.account.clone(), trusted: true });
         }
         request.extensions_mut().insert(caller);
         Ok(())

@@ -20,7 +20,7 @@ use hyper::{body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::{mpsc, watch},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch},
 };
 
 use super::{
@@ -36,7 +36,7 @@ const KEEPALIVE_PATIENCE: Duration = Duration::from_secs(5);
 /// How long a peer may take to say that it speaks HTTP/2.
 const PREFACE_PATIENCE: Duration = Duration::from_secs(10);
 const PREFACE_PAUSE: Duration = Duration::from_millis(10);
-/// How many connections there may be, over all threads.
+/// How many connections there may be by each door, over all threads.
 const MAX_CONNECTIONS: usize = 10_000;
 /// How long to leave the listener alone when the process has no file descriptor left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -60,7 +60,13 @@ impl Limits {
     }
 }
 
-type Arrived = (std::net::TcpStream, SocketAddr, Door);
+/// A connection, and its place among those of its door.
+struct Arrived {
+    stream: std::net::TcpStream,
+    peer: SocketAddr,
+    door: Door,
+    _place: OwnedSemaphorePermit,
+}
 
 struct Worker {
     connections: mpsc::UnboundedSender<Arrived>,
@@ -69,11 +75,15 @@ struct Worker {
 }
 
 /// The threads that serve connections.
-pub struct Workers(Vec<Worker>);
+pub struct Workers {
+    workers: Vec<Worker>,
+    /// Places for the connections of each door: a full one must not close another.
+    places: [Arc<Semaphore>; 2],
+}
 
 impl std::fmt::Debug for Workers {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("Workers").field(&self.0.len()).finish()
+        f.debug_struct("Workers").field("threads", &self.workers.len()).finish_non_exhaustive()
     }
 }
 
@@ -89,30 +99,28 @@ impl Workers {
         stopping: &watch::Receiver<bool>,
         drain: Duration,
     ) -> io::Result<Workers> {
-        (0..count.max(1))
-            .map(|at| start(at, services.clone(), stopping.clone(), drain))
-            .collect::<Result<_, _>>()
-            .map(Workers)
+        let workers = (0..count.max(1)).map(|at| start(at, services.clone(), stopping.clone(), drain));
+        let places = [(); 2].map(|()| Arc::new(Semaphore::new(MAX_CONNECTIONS)));
+        Ok(Workers { workers: workers.collect::<Result<_, _>>()?, places })
     }
 
     /// Gives a connection to the thread with the fewest.
     fn serve(&self, stream: TcpStream, peer: SocketAddr, door: Door) {
-        let all: usize = self.0.iter().map(|worker| worker.load.load(Ordering::Relaxed)).sum();
-        if all >= MAX_CONNECTIONS {
-            return tracing::warn!(%peer, "refused: there are {MAX_CONNECTIONS} connections already");
-        }
-        let idlest = self.0.iter().min_by_key(|worker| worker.load.load(Ordering::Relaxed));
+        let Ok(place) = self.places[door as usize].clone().try_acquire_owned() else {
+            return tracing::warn!(%peer, ?door, "refused: there are {MAX_CONNECTIONS} connections already");
+        };
+        let idlest = self.workers.iter().min_by_key(|worker| worker.load.load(Ordering::Relaxed));
         let (Some(worker), Ok(stream)) = (idlest, stream.into_std()) else {
             return;
         };
         worker.load.fetch_add(1, Ordering::Relaxed);
         // A worker that has ended takes no more; the connection closes.
-        let _ = worker.connections.send((stream, peer, door));
+        let _ = worker.connections.send(Arrived { stream, peer, door, _place: place });
     }
 
     /// Waits until every thread has ended.
     pub fn join(self) {
-        for Worker { connections, thread, .. } in self.0 {
+        for Worker { connections, thread, .. } in self.workers {
             drop(connections);
             if thread.join().is_err() {
                 tracing::error!("a serving thread ended in a panic");
@@ -148,10 +156,10 @@ async fn work(
     loop {
         tokio::select! {
             next = incoming.recv() => {
-                let Some((stream, peer, door)) = next else { break };
+                let Some(arrived) = next else { break };
                 let (services, stopping, load) = (services.clone(), stopping.clone(), load.clone());
                 connections.spawn(async move {
-                    connection(stream, peer, door, services, stopping).await;
+                    connection(arrived, services, stopping).await;
                     load.fetch_sub(1, Ordering::Relaxed);
                 });
             }
@@ -165,13 +173,8 @@ async fn work(
     }
 }
 
-async fn connection(
-    stream: std::net::TcpStream,
-    peer: SocketAddr,
-    door: Door,
-    services: Arc<Services>,
-    mut stopping: watch::Receiver<bool>,
-) {
+async fn connection(arrived: Arrived, services: Arc<Services>, mut stopping: watch::Receiver<bool>) {
+    let Arrived { stream, peer, door, _place } = arrived;
     let stream = match TcpStream::from_std(stream) {
         Ok(stream) => stream,
         Err(error) => {

@@ -21,7 +21,7 @@ use keyward::{
 use prost::Message as _;
 use tonic::{Code, Status, transport::Channel};
 
-use crate::support::{Made, Server, fields, reason, refused, seconds, service_key, texts, user_key};
+use crate::support::{Client, Made, Server, fields, reason, refused, seconds, service_key, texts, user_key};
 
 /// A request that Envoy asks about.
 #[derive(Clone)]
@@ -102,25 +102,25 @@ impl Ask {
     }
 
     async fn try_of(self, server: &Server) -> Result<CheckResponse, Status> {
-        ask(server.channel(), self.message()).await
+        ask(&server.root(), self.message()).await
     }
 
     /// What passes, as it passes.
     #[track_caller]
     fn passes(self, server: &Server) -> impl Future<Output = Passed> {
-        let server = server.channel();
-        async move { Passed::from(ask(server, self.message()).await.unwrap()) }
+        let root = server.root();
+        async move { Passed::from(ask(&root, self.message()).await.unwrap()) }
     }
 
     /// What is refused, as it is refused.
     fn refused(self, server: &Server) -> impl Future<Output = Refused> {
-        let server = server.channel();
-        async move { Refused::from(ask(server, self.message()).await.unwrap()) }
+        let root = server.root();
+        async move { Refused::from(ask(&root, self.message()).await.unwrap()) }
     }
 }
 
-async fn ask(channel: Channel, message: CheckRequest) -> Result<CheckResponse, Status> {
-    AuthorizationClient::new(channel).check(message).await.map(tonic::Response::into_inner)
+async fn ask(caller: &Client, message: CheckRequest) -> Result<CheckResponse, Status> {
+    caller.ask("envoy.service.auth.v3.Authorization/Check", message).await
 }
 
 fn metadata(answer: &CheckResponse) -> BTreeMap<String, String> {
@@ -549,7 +549,6 @@ async fn in_shadow_mode_all_pass_and_denials_are_marked() {
     for (ask, reason) in [
         (shadow(), "no_credential"),
         (shadow().bearer("nonsense"), "unknown"),
-        (shadow().path("/a//b"), "bad_request"),
         (shadow().saying("cost", "none"), "misconfigured"),
         (Ask::route(&[("mode", "shadow")]), "no_rule"),
     ] {
@@ -564,7 +563,49 @@ async fn in_shadow_mode_all_pass_and_denials_are_marked() {
     }
     let (server, _) = configured(|settings| settings.gateway.mode = Mode::Shadow).await;
     Ask::monitors().passes(&server).await;
-    Ask::monitors().saying("mode", "enforce").refused(&server).await;
+    for mode in ["enforce", "enforec"] {
+        Ask::monitors().saying("mode", mode).refused(&server).await;
+    }
+}
+
+#[tokio::test]
+async fn no_shadow_falls_on_a_request_whose_route_cannot_be_known() {
+    let rules = r#"
+        [defaults]
+        hosts = ["*"]
+        methods = ["*"]
+        environment = "production"
+        mode = "shadow"
+        [[rule]]
+        path = "/admin/**"
+        scope = "admin:all"
+        mode = "enforce"
+        [[rule]]
+        path = "/**"
+        authenticate_only = true
+    "#;
+    let (server, _folder) = with_rules(rules).await;
+    Ask::get("/x").passes(&server).await;
+    assert_eq!(Ask::get("/admin/users").refused(&server).await.status, 401);
+    for odd in [
+        Ask::get("/admin/users").host("user@x"),
+        Ask::get("/admin/%2575sers"),
+        Ask::get("//admin/users"),
+        Ask::get("/x/../admin/users").saying("mode", "shadow"),
+    ] {
+        assert_eq!(odd.refused(&server).await.status, 400);
+    }
+}
+
+#[tokio::test]
+async fn a_name_that_was_not_seen_does_not_reach_the_service() {
+    let (server, made) = with_key().await;
+    let ask = || Ask::monitors().saying("account_header", "X-Acct").bearer(&made.token);
+    let passed = ask().passes(&server).await;
+    assert!(passed.removed.contains(&"x-acct".to_owned()), "a proxy may have kept it from us");
+    let passed = ask().header("x-acct", "acme").passes(&server).await;
+    assert!(!passed.removed.contains(&"x-acct".to_owned()));
+    assert!(passed.removed.contains(&"x-original-url".to_owned()), "nor does another path");
 }
 
 #[tokio::test]
@@ -606,9 +647,18 @@ async fn a_route_that_cannot_be_understood_answers_503_not_a_verdict() {
 #[tokio::test]
 async fn a_path_that_can_be_read_in_two_ways_is_refused_whatever_the_route() {
     let (server, made) = with_key().await;
-    for path in
-        ["/a//b", "/public/../admin", "/a/%2e%2E/b", "/a%2Fb", "/a\\b", "/a/..;/b", "/%252e/", "a", "/a%00"]
-    {
+    for path in [
+        "/a//b",
+        "/public/../admin",
+        "/a/%2e%2E/b",
+        "/a%2Fb",
+        "/a\\b",
+        "/a/..;/b",
+        "/a;b",
+        "/%252e/",
+        "a",
+        "/a%00",
+    ] {
         for ask in [Ask::monitors(), Ask::route(&[("public", "true")])] {
             let refused = ask.path(path).bearer(&made.token).refused(&server).await;
             assert_eq!((refused.status, refused.code, refused.reason()), (400, 3, "bad_request"), "{path}");
@@ -693,7 +743,7 @@ async fn a_question_about_nothing_is_no_denial() {
         AttributeContext { request: Some(Request { http: None }), ..AttributeContext::default() };
     for attributes in [None, Some(AttributeContext::default()), Some(without_http)] {
         let status = refused(
-            ask(server.channel(), CheckRequest { attributes }).await,
+            ask(&server.root(), CheckRequest { attributes }).await,
             Code::InvalidArgument,
             "INVALID_REQUEST",
         );
@@ -703,7 +753,7 @@ async fn a_question_about_nothing_is_no_denial() {
         request: Some(Request { http: Some(HttpRequest::default()) }),
         ..AttributeContext::default()
     };
-    let answer = ask(server.channel(), CheckRequest { attributes: Some(empty) }).await.unwrap();
+    let answer = ask(&server.root(), CheckRequest { attributes: Some(empty) }).await.unwrap();
     assert_eq!(Refused::from(answer).status, 400);
 }
 
@@ -712,20 +762,30 @@ async fn proxies_show_a_key_where_the_settings_ask_for_one() {
     let (server, made) = configured(|settings| settings.gateway.require_caller = true).await;
     server.account("other").await;
     let foreign = server.make(service_key("other", &["monitors:read"])).await;
-    refused(
-        Ask::monitors().bearer(&made.token).try_of(&server).await,
-        Code::Unauthenticated,
-        "UNAUTHENTICATED",
-    );
+    let stranger = ask(&server.anonymous(), Ask::monitors().bearer(&made.token).message()).await;
+    refused(stranger, Code::Unauthenticated, "UNAUTHENTICATED");
     let proxy = server.caller("acme", &["keyward:check"]).await;
     let reader = server.caller("acme", &["keyward:keys:read"]).await;
-    let method = "envoy.service.auth.v3.Authorization/Check";
     let asked = |token: &str| Ask::monitors().bearer(token).message();
-    let answer: CheckResponse = proxy.ask(method, asked(&made.token)).await.unwrap();
+    let answer = ask(&proxy, asked(&made.token)).await.unwrap();
     assert_eq!(Passed::from(answer).upstream["x-keyward-account"], "acme");
-    let answer: CheckResponse = proxy.ask(method, asked(&foreign.token)).await.unwrap();
+    let answer = ask(&proxy, asked(&foreign.token)).await.unwrap();
     assert_eq!(Refused::from(answer).reason(), "unknown", "another account's token");
-    refused(reader.call(method, asked(&made.token)).await, Code::PermissionDenied, "PERMISSION_MISSING");
+    refused(ask(&reader, asked(&made.token)).await, Code::PermissionDenied, "PERMISSION_MISSING");
+}
+
+#[tokio::test]
+async fn a_stranger_at_the_main_listener_hears_no_more_than_a_client() {
+    let (server, made) = with_key().await;
+    server.root().revoke(&made.id).await.unwrap();
+    let asked = || Ask::monitors().bearer(&made.token).message();
+    let stranger = Refused::from(ask(&server.anonymous(), asked()).await.unwrap());
+    assert_eq!((stranger.status, stranger.body.as_str()), (401, UNAUTHORIZED));
+    assert_eq!(stranger.metadata.into_iter().collect::<Vec<_>>(), [("allowed".into(), "false".into())]);
+    let proxy = server.caller("acme", &["keyward:check"]).await;
+    assert_eq!(Refused::from(ask(&proxy, asked()).await.unwrap()).reason(), "revoked");
+    let liar = server.holder("nonsense");
+    refused(ask(&liar, asked()).await, Code::Unauthenticated, "UNAUTHENTICATED");
 }
 
 #[tokio::test]
@@ -733,7 +793,10 @@ async fn the_listener_for_envoy_serves_nothing_else() {
     let (server, made) = configured(|settings| settings.envoy_listen = Some("127.0.0.1:0".into())).await;
     let address = server.running().envoy_address.unwrap();
     let channel = Channel::from_shared(format!("http://{address}")).unwrap().connect_lazy();
-    let answer = ask(channel.clone(), Ask::monitors().bearer(&made.token).message()).await.unwrap();
+    let mut client = AuthorizationClient::new(channel.clone());
+    let refused = client.check(Ask::monitors().bearer("nonsense").message()).await.unwrap().into_inner();
+    assert_eq!(Refused::from(refused).reason(), "unknown");
+    let answer = client.check(Ask::monitors().bearer(&made.token).message()).await.unwrap().into_inner();
     assert_eq!(Passed::from(answer).upstream["x-keyward-key-id"], made.id);
 
     let mut health = tonic_health::pb::health_client::HealthClient::new(channel.clone());

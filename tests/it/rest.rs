@@ -473,3 +473,21 @@ fn accounts_and_their_log_are_there_too() {
     assert_eq!(newest["entries"][0]["action"], "account.suspended");
     assert_eq!(newest["entries"][0]["method"], "keyward.v1.AccountService/Suspend");
 }
+
+#[tokio::test]
+async fn grpc_from_outside_reaches_nothing_through_the_rest_listener() {
+    let rest = Rest::start();
+    for method in [
+        "envoy.service.auth.v3.Authorization/Check",
+        "keyward.v1.AuthzService/Check",
+        "keyward.v1.KeyService/List",
+    ] {
+        let channel =
+            tonic::transport::Endpoint::from_shared(format!("http://{}", rest.envoy.listener("rest")))
+                .unwrap();
+        let message = futures_util::stream::iter([bytes::Bytes::new()]);
+        let refused =
+            crate::process::call_raw(channel.connect_lazy(), "x", method, message).await.unwrap_err();
+        assert_eq!(refused.code(), tonic::Code::Unimplemented, "{method}: {refused:?}");
+    }
+}

@@ -1,0 +1,198 @@
+//! `keyward rules`: whether a rules file is good, and what it says of a request. It speaks to no server: it reads
+//! the files that a server would read, with the server's own code.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+
+use super::{
+    console::Console,
+    failure::{Failure, REFUSED},
+    json,
+    verdict::{self, Around, Asked, Checked},
+};
+use crate::{
+    config::{
+        client::{ClientArgs, ClientSettings, Output},
+        rules::{self, RulesError},
+        server::{ConfigArgs, Settings},
+    },
+    domain::route::RuleBook,
+};
+
+const CODES: &str = "\
+Exit codes: 0 a rule decides; 1 the request is denied, since no rule is for it, or refused for its spelling; \
+2 the file cannot be used.
+
+What a proxy's own configuration says of a route (Envoy's context_extensions, the query of nginx and Traefik) is not \
+known here. Where it says what a request needs, rules are not asked; docs/gateway.md has the precedence.";
+
+/// `keyward rules ...`.
+#[derive(Debug, Args)]
+pub(super) struct RulesArgs {
+    #[command(subcommand)]
+    command: RulesCommand,
+    /// How to print the answer [default: table]
+    #[arg(long, global = true, value_enum, value_name = "FORMAT")]
+    output: Option<Output>,
+}
+
+#[derive(Debug, Subcommand)]
+enum RulesCommand {
+    /// Say whether a rules file is good, and everything that is wrong with it
+    #[command(after_help = "Exit codes: 0 the file is good; 2 it cannot be used.")]
+    Check(FileArgs),
+    /// Say which rule decides a request, and why the rules before it do not
+    #[command(after_help = CODES)]
+    Test {
+        #[command(flatten)]
+        file: FileArgs,
+        /// The request's method, such as GET
+        method: String,
+        /// The request's path, as the proxy sends it on; a query is left out of account
+        path: String,
+        /// The host that the request names; without it, only rules for every host (*) match
+        #[arg(long)]
+        host: Option<String>,
+    },
+}
+
+/// Which file.
+#[derive(Debug, Args)]
+struct FileArgs {
+    /// The rules file
+    file: PathBuf,
+    /// What the server is started with: its settings say which environments there are.
+    #[command(flatten)]
+    config: ConfigArgs,
+}
+
+impl FileArgs {
+    fn read(&self) -> Result<(RuleBook, Around), Failure> {
+        let settings = self.config.load().map_err(|error| Failure::usage(error.to_string()))?;
+        let Settings { keys, gateway, .. } = settings;
+        let (_, book) = rules::read(&self.file, &keys.environments).map_err(unusable)?;
+        Ok((book, Around { environment: gateway.environment, mode: gateway.mode }))
+    }
+}
+
+fn unusable(error: RulesError) -> Failure {
+    match error {
+        RulesError::Unreadable { .. } => Failure::usage(error.to_string()),
+        RulesError::Wrong { path, problems } => {
+            let problems = problems.iter().map(ToString::to_string).collect();
+            Failure::usage(format!("the rules file {path} is wrong")).details(problems)
+        }
+    }
+}
+
+/// Runs the command; `outer` are flags before its name.
+pub(super) fn run(args: RulesArgs, outer: ClientArgs, console: &mut Console) -> Result<u8, Failure> {
+    let RulesArgs { command, output } = args;
+    let args = ClientArgs { output: output.or(outer.output), ..ClientArgs::default() };
+    let json = ClientSettings::load(args)?.output == Output::Json;
+    let colours = console.out_colours;
+    match command {
+        RulesCommand::Check(file) => {
+            let (book, around) = file.read()?;
+            let checked = Checked::of(&file.file.display().to_string(), &book, &around);
+            console.print(&if json { json::object(&checked) } else { checked.words() })?;
+            Ok(0)
+        }
+        RulesCommand::Test { file, method, path, host } => {
+            let (book, around) = file.read()?;
+            let asked = Asked { method: &method, path: &path, host: host.as_deref() };
+            let verdict = verdict::of(&book, &around, &asked);
+            console.print(&if json { json::object(&verdict) } else { verdict.words(colours) })?;
+            Ok(if verdict.decided() { 0 } else { REFUSED })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::*;
+    use crate::cli::{Cli, Command, console::Printed};
+
+    const RULES: &str = r#"
+[defaults]
+hosts = ["*"]
+environment = "production"
+
+[[rule]]
+methods = ["GET"]
+path = "/monitors/{id}"
+scope = "monitors:read"
+"#;
+
+    /// What `keyward rules` with these arguments answers, on stdout, and its exit code; `FILE` is the rules.
+    fn rules(rules: &str, line: &str) -> (Result<u8, Failure>, String) {
+        let folder = tempfile::tempdir().unwrap();
+        let (file, config) = (folder.path().join("rules.toml"), folder.path().join("keyward.toml"));
+        std::fs::write(&file, rules).unwrap();
+        std::fs::write(&config, "environments = [{ name = 'moon', tag = 'm' }]").unwrap();
+        let words = line.split_whitespace().map(|word| match word {
+            "FILE" => file.to_str().unwrap().to_owned(),
+            "CONFIG" => config.to_str().unwrap().to_owned(),
+            word => word.to_owned(),
+        });
+        let cli = Cli::try_parse_from(["keyward".to_owned()].into_iter().chain(words)).unwrap();
+        let Command::Rules(args) = cli.command else { panic!("{line}") };
+        let (out, err) = (Printed::default(), Printed::default());
+        let ended = run(args, cli.client, &mut Printed::console(&out, &err));
+        (ended, out.text())
+    }
+
+    #[test]
+    fn a_rule_that_decides_is_told_and_the_exit_code_is_0() {
+        let (ended, out) = rules(RULES, "rules test FILE GET /monitors/7?x=1");
+        assert_eq!(ended.unwrap(), 0);
+        assert!(out.starts_with("verdict      the rule in line 6 decides\n"), "{out}");
+    }
+
+    #[test]
+    fn what_no_rule_is_for_is_denied_and_the_exit_code_is_1() {
+        let (ended, out) = rules(RULES, "rules test FILE POST /monitors/7");
+        assert_eq!(ended.unwrap(), 1);
+        assert!(out.contains("denied with 403") && out.contains("another method"), "{out}");
+        let (ended, out) = rules(RULES, "rules test FILE GET /monitors//7");
+        assert_eq!(ended.unwrap(), 1);
+        assert!(out.contains("refused with 400") && out.contains("'//'"), "{out}");
+    }
+
+    #[test]
+    fn json_is_one_object_wherever_the_flag_stands() {
+        for line in ["--output json rules test FILE GET /", "rules --output json test FILE GET /"] {
+            let (ended, out) = rules(RULES, line);
+            let value: serde_json::Value = serde_json::from_str(&out).unwrap();
+            assert_eq!((value["outcome"].as_str(), ended.unwrap()), (Some("denied"), 1), "{line}");
+        }
+        let (_, out) = rules(RULES, "rules check FILE --output json");
+        assert_eq!(serde_json::from_str::<serde_json::Value>(&out).unwrap()["rules"], 1);
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_used_says_every_problem_and_the_exit_code_is_2() {
+        let wrong = "[[rule]]\npath = 'a'\nhosts = ['*']\nmethods = ['get']\npublic = true\n";
+        for line in ["rules check FILE", "rules test FILE GET /"] {
+            let failure = rules(wrong, line).0.unwrap_err();
+            let text = failure.to_string();
+            assert!(text.contains("\n  line 2: path ") && text.contains("\n  line 4: methods "), "{text}");
+            assert_eq!(failure.exit(), 2);
+        }
+        let failure = rules("", "rules check FILE.not").0.unwrap_err();
+        assert!(failure.to_string().contains("cannot be read"), "{failure}");
+        assert_eq!(failure.exit(), 2);
+    }
+
+    #[test]
+    fn environments_are_those_of_the_servers_settings() {
+        let moon = RULES.replace("production", "moon");
+        assert!(rules(&moon, "rules check FILE").0.unwrap_err().to_string().contains("line 4"));
+        let (ended, out) = rules(&moon, "rules check FILE --config CONFIG");
+        assert_eq!(ended.unwrap(), 0);
+        assert!(out.ends_with("rules.toml: 1 rule, nothing wrong.\n"), "{out}");
+    }
+}

@@ -1,0 +1,274 @@
+//! The real nginx with `deploy/nginx/keyward.conf`, between a client and a service: what reaches either.
+
+use std::net::SocketAddr;
+
+use crate::{
+    forward_auth::{Front, assert_denied, key_with_a_limit},
+    http::{Connection, Request, Response},
+    process::plain_key,
+    proxy::{Nginx, filled},
+    upstream::{Arrived, Upstream},
+};
+
+const CONF: &str = include_str!("../../deploy/nginx/keyward.conf");
+
+/// nginx, with Keyward and a service behind it.
+struct Edge {
+    front: Front,
+    upstream: Upstream,
+    nginx: Nginx,
+}
+
+impl Edge {
+    async fn start() -> Edge {
+        let (front, upstream) = (Front::start().await, Upstream::start());
+        let nginx = Nginx::start(&conf(front.address, upstream.address));
+        Edge { front, upstream, nginx }
+    }
+
+    #[track_caller]
+    fn send(&self, request: &Request) -> Response {
+        request.send(self.nginx.address)
+    }
+
+    /// What reached the service of a request that passes.
+    #[track_caller]
+    fn passed(&self, request: &Request) -> (Response, Arrived) {
+        let response = self.send(request);
+        assert_eq!(response.status, 200, "{response:?}");
+        let arrived = Arrived::from_answer(&response.body);
+        (response, arrived)
+    }
+
+    #[track_caller]
+    fn nothing_arrived(&self) {
+        let arrived = self.upstream.take_arrived();
+        assert!(arrived.is_empty(), "{arrived:?}");
+    }
+}
+
+fn conf(keyward: SocketAddr, upstream: SocketAddr) -> String {
+    filled(
+        CONF,
+        &[
+            ("127.0.0.1:8000", "127.0.0.1:{port}"),
+            ("127.0.0.1:50053", &keyward.to_string()),
+            ("127.0.0.1:8080", &upstream.to_string()),
+        ],
+    )
+}
+
+/// A client that makes up who it is.
+fn spoofed(request: Request) -> Request {
+    request
+        .header("X-Keyward-Account", "evil")
+        .header("x-keyward-user", "evil")
+        .header("X-KEYWARD-SHADOW", "evil")
+        .header("X_Keyward_User", "evil")
+        .header("X-Original-URI", "/health")
+        .header("X-Original-Method", "OPTIONS")
+        .header("X-Original-Host", "evil")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_service_learns_who_calls_and_never_sees_the_credential() {
+    let edge = Edge::start().await;
+    let (id, token) = edge.front.key(plain_key()).await;
+    for request in [
+        Request::get("/monitors/7?x=1").bearer(&token),
+        Request::get("/monitors/7?x=1").header("x-api-key", &token),
+    ] {
+        let (_, arrived) = edge.passed(&spoofed(request));
+        assert_eq!(arrived.target, "/monitors/7?x=1");
+        assert_eq!(arrived.all("x-keyward-key-id"), [&*id]);
+        assert_eq!(arrived.all("x-keyward-account"), ["acme"]);
+        assert_eq!(arrived.all("x-keyward-environment"), ["production"]);
+        assert_eq!(arrived.all("x-keyward-scopes"), ["monitors:read"]);
+        for gone in ["x-keyward-user", "x-keyward-shadow", "x_keyward_user", "authorization", "x-api-key"] {
+            assert_eq!(arrived.all(gone), [""; 0], "{gone}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_reaches_the_service_alone() {
+    let edge = Edge::start().await;
+    let token = edge.front.token().await;
+    let body = "b".repeat(200_000);
+    let request = Request::new("POST", "/monitors").bearer(&token).body("text/plain", body.clone());
+    assert_eq!(edge.passed(&request).1.body, body);
+    let mut connection = Connection::open(edge.nginx.address).unwrap();
+    let denied = Request::new("POST", "/monitors").body("text/plain", "small");
+    assert_eq!(connection.send(&denied).unwrap().status, 401);
+    assert_eq!(connection.send(&request).unwrap().status, 200, "and the connection is kept");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_denied_client_hears_why_in_the_words_it_knows() {
+    let edge = Edge::start().await;
+    let token = edge.front.token().await;
+    let nobody = edge.send(&Request::get("/monitors"));
+    assert_denied(&nobody, 401, "UNAUTHORIZED");
+    assert_eq!(nobody.header("www-authenticate"), Some(r#"Bearer realm="keyward""#));
+    let wrong = edge.send(&Request::get("/monitors").bearer("wrong"));
+    assert_denied(&wrong, 401, "UNAUTHORIZED");
+    assert_eq!(wrong.header("www-authenticate"), Some(r#"Bearer realm="keyward", error="invalid_token""#));
+    let missing = edge.send(&Request::get("/secrets").bearer(&token));
+    assert_denied(&missing, 403, "FORBIDDEN");
+    let challenge = r#"Bearer realm="keyward", error="insufficient_scope", scope="secrets:read""#;
+    assert_eq!(missing.header("www-authenticate"), Some(challenge));
+    let nowhere = edge.send(&Request::get("/nowhere").bearer(&token));
+    assert_denied(&nowhere, 403, "FORBIDDEN");
+    assert_eq!(nowhere.header("www-authenticate"), None);
+    edge.nothing_arrived();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_limited_client_hears_how_its_limits_stand() {
+    let edge = Edge::start().await;
+    let (_, token) = edge.front.key(key_with_a_limit()).await;
+    let request = Request::get("/monitors").bearer(&token);
+    let (first, _) = edge.passed(&request);
+    assert_eq!(first.header("ratelimit-policy"), Some(r#""minute";q=1;w=60"#));
+    assert_eq!(first.header("ratelimit"), Some(r#""minute";r=0;t=60"#));
+    let second = edge.send(&request);
+    assert_denied(&second, 429, "RATE_LIMITED");
+    assert_eq!(second.header("retry-after"), Some("60"));
+    assert_eq!(second.header("ratelimit"), Some(r#""minute";r=0;t=60"#));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stopped_keyward_is_503_and_nothing_passes() {
+    let edge = Edge::start().await;
+    let token = edge.front.token().await;
+    let Edge { front, upstream, nginx } = edge;
+    front.keyward.stop();
+    for request in
+        [Request::get("/monitors").bearer(&token), Request::get("/health"), Request::get("/beta/x")]
+    {
+        let response = request.send(nginx.address);
+        assert_denied(&response, 503, "UNAVAILABLE");
+        assert_eq!(response.header("retry-after"), Some("1"));
+    }
+    assert_eq!(upstream.take_arrived().len(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn shadow_mode_lets_pass_marks_and_leaves_the_credential() {
+    let edge = Edge::start().await;
+    let token = edge.front.token().await;
+    let scopes = vec!["beta:use".to_owned()];
+    let (_, good) = edge.front.key(keyward::pb::CreateKeyRequest { scopes, ..plain_key() }).await;
+    // What nginx says of the route, and what a rule says of it.
+    for path in ["/beta/x", "/trial"] {
+        let (_, denied) = edge.passed(&spoofed(Request::get(path)).bearer(&token));
+        assert_eq!(denied.all("x-keyward-shadow"), ["missing_scope"], "{path}");
+        assert_eq!(denied.all("x-keyward-account"), [""; 0], "nobody is vouched for");
+        assert_eq!(denied.all("authorization"), [format!("Bearer {token}")]);
+        let (_, allowed) = edge.passed(&spoofed(Request::get(path)).bearer(&good));
+        assert_eq!(allowed.all("x-keyward-shadow"), [""; 0]);
+        assert_eq!(allowed.all("x-keyward-account"), ["acme"]);
+        assert_eq!(allowed.all("authorization"), [format!("Bearer {good}")]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_public_route_leaves_the_credential_and_takes_what_is_made_up() {
+    let edge = Edge::start().await;
+    let (_, arrived) = edge.passed(&spoofed(Request::get("/health")).header("authorization", "Basic eDp5"));
+    assert_eq!(arrived.all("authorization"), ["Basic eDp5"]);
+    assert!(arrived.headers.iter().all(|(name, _)| !name.starts_with("x-keyward-")), "{arrived:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_spelling_gets_around_a_location_or_a_rule() {
+    let edge = Edge::start().await;
+    let token = edge.front.token().await;
+    for path in [
+        "/monitors//7",
+        "//monitors",
+        "/health/../secrets",
+        "/health/..;/secrets",
+        "/secrets/../health",
+        "/secrets//../health",
+        "/monitors/%2e%2e/secrets",
+        "/monitors%2f7",
+        "/monitors/%5c7",
+        "/monitors/%252e",
+        "/monitors/%C3%28",
+        "/monitors/.",
+        "/monitors/a#b",
+    ] {
+        let response = edge.send(&Request::get(path).bearer(&token));
+        assert_eq!(response.status, 400, "{path}: {response:?}");
+    }
+    edge.nothing_arrived();
+    assert_eq!(
+        edge.passed(&Request::get("/%6donitors/a%20b;v=1").bearer(&token)).1.target,
+        "/%6donitors/a%20b;v=1"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_host_is_the_one_that_the_service_hears() {
+    let edge = Edge::start().await;
+    let token = edge.front.token().await;
+    let request = Request::get("http://API.test:80/monitors/7").host("other.test").bearer(&token);
+    let (_, arrived) = edge.passed(&request);
+    assert_eq!((arrived.target.as_str(), arrived.all("host")), ("/monitors/7", vec!["api.test"]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_cannot_make_up_its_address() {
+    let edge = Edge::start().await;
+    for (cidr, status) in [("127.0.0.1/32", 200), ("203.0.113.7/32", 403)] {
+        let allowed_cidrs = vec![cidr.to_owned()];
+        let (_, token) = edge.front.key(keyward::pb::CreateKeyRequest { allowed_cidrs, ..plain_key() }).await;
+        let request = Request::get("/monitors").bearer(&token).header("x-forwarded-for", "203.0.113.7");
+        assert_eq!(edge.send(&request).status, status, "{cidr}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_revoked_key_is_refused_through_nginx_at_once() {
+    let edge = Edge::start().await;
+    let mut connection = Connection::open(edge.nginx.address).unwrap();
+    for _ in 0..20 {
+        let (id, token) = edge.front.key(plain_key()).await;
+        let request = Request::get("/monitors").bearer(&token);
+        assert_eq!(connection.send(&request).unwrap().status, 200);
+        edge.front.keyward.root().revoke(&id).await.unwrap();
+        assert_eq!(connection.send(&request).unwrap().status, 401);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn several_credentials_and_many_headers_break_nothing() {
+    let edge = Edge::start().await;
+    let token = edge.front.token().await;
+    let request = Request::get("/monitors").bearer(&token);
+    assert_eq!(edge.send(&request.clone().header("x-api-key", "another")).status, 401);
+    // From 1.23 on nginx refuses two of them itself.
+    assert!(matches!(edge.send(&request.clone().bearer(&token)).status, 400 | 401));
+    let many = (0..200).fold(request.clone(), |request, at| request.header(format!("x-{at}"), "v"));
+    assert_eq!(edge.send(&many).status, 431, "the service itself; Keyward's own would be 503");
+    assert_eq!(
+        edge.send(&request.clone().header("x-large", "v".repeat(60 * 1024))).status,
+        400,
+        "nginx itself"
+    );
+    assert_eq!(edge.send(&request).status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_nginx_that_does_not_tell_of_the_request_opens_no_door() {
+    let (front, upstream) = (Front::start().await, Upstream::start());
+    let conf = filled(
+        &conf(front.address, upstream.address),
+        &[("proxy_set_header X-Original-URI $request_uri;", "")],
+    );
+    let nginx = Nginx::start(&conf);
+    let response = Request::get("/monitors").bearer(&front.token().await).send(nginx.address);
+    assert_denied(&response, 503, "UNAVAILABLE");
+    assert_eq!(upstream.take_arrived().len(), 0);
+}

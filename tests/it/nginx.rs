@@ -198,15 +198,13 @@ async fn no_spelling_gets_around_a_location_or_a_rule() {
         "/monitors/%C3%28",
         "/monitors/.",
         "/monitors/a#b",
+        "/monitors/a;v=1",
     ] {
         let response = edge.send(&Request::get(path).bearer(&token));
         assert_eq!(response.status, 400, "{path}: {response:?}");
     }
     edge.nothing_arrived();
-    assert_eq!(
-        edge.passed(&Request::get("/%6donitors/a%20b;v=1").bearer(&token)).1.target,
-        "/%6donitors/a%20b;v=1"
-    );
+    assert_eq!(edge.passed(&Request::get("/%6donitors/a%20b").bearer(&token)).1.target, "/%6donitors/a%20b");
 }
 
 #[tokio::test(flavor = "multi_thread")]

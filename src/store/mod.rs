@@ -8,9 +8,11 @@
 //! are committed in batches; inside a batch each stands or falls alone, and revisions count in commit order
 //! without gaps. A follower that has applied revision `n` has seen every change up to `n`.
 
+mod backend;
+mod queries;
+mod records;
 mod rows;
 pub mod sqlite;
-mod sqlite_read;
 mod sqlite_write;
 pub mod writer;
 
@@ -404,6 +406,10 @@ pub trait Store: Send + Sync + 'static {
 
     /// Drops counts of hours before `before`.
     async fn forget_usage(&self, before: Hour) -> Result<(), StoreError>;
+
+    /// Waits until another process has taken the database over: what this one knows of it is no longer to be
+    /// trusted. Never, where that cannot happen.
+    async fn lost(&self);
 
     /// Ends all work and lets go of the database.
     async fn close(&self);

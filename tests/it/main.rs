@@ -27,6 +27,7 @@ mod lifecycle;
 mod limits;
 mod paging;
 mod people;
+mod postgres;
 mod process;
 mod rotation;
 mod seed_checkly;

@@ -51,7 +51,7 @@ deny-advisories: ## Check the dependencies for advisories (fetches their databas
 
 .PHONY: cargo-test
 cargo-test: ## Run the tests
-	@tools/install grpcurl
+	@tools/install grpcurl postgres pgbouncer
 	$(call run,cargo test --quiet --locked --no-run)
 	$(call run,cargo test --locked)
 

@@ -171,8 +171,8 @@ impl Postgres {
         let mut committed = Committed::default();
         for run in plan::runs(batch) {
             let facts = facts::gather(connection, &Questions::of(run)).await?;
-            let plan = plan::decide(run, facts, head)
-                .map_err(|error| sqlx::Error::Encode(Box::new(error)))?;
+            let plan =
+                plan::decide(run, facts, head).map_err(|error| sqlx::Error::Encode(Box::new(error)))?;
             write::run(connection, &plan).await?;
             head = plan.head;
             committed.outcomes.extend(plan.committed.outcomes);
@@ -294,7 +294,7 @@ impl View for PgView<'_> {
     type Db = Db;
 
     /// A query for all keys would sort them first, and a statement that runs for minutes has no time limit.
-    const PAGE: Option<u32> = Some(10_000);
+    const PAGE: Option<u32> = Some(5_000);
 
     async fn each(&mut self, query: Sql<Db>, take: TakeRow<'_, Db>) -> std::result::Result<(), StoreError> {
         let mut query = query.into_builder();

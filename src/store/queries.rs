@@ -101,8 +101,8 @@ pub(super) fn log_after<D: Dialect>(revision: Revision, limit: u32) -> Sql<D> {
 }
 
 pub(super) fn log<D: Dialect>(filter: &LogFilter, before: Option<Revision>, limit: u32) -> Sql<D> {
-    let mut query = Sql::select(LOG_COLUMNS, " FROM log WHERE revision < ")
-        .int(before.map_or(i64::MAX, revision_to_i64));
+    let mut query =
+        Sql::select(LOG_COLUMNS, " FROM log WHERE revision < ").int(before.map_or(i64::MAX, revision_to_i64));
     if let Some(account) = &filter.account {
         query = query.push(" AND account = ").text(account);
     }
@@ -266,10 +266,9 @@ fn in_state<D: Dialect>(query: Sql<D>, state: State, now: i64) -> Sql<D> {
     match state {
         State::Revoked => query.push("(revoked_at IS NOT NULL)"),
         State::Disabled => query.push("(revoked_at IS NULL AND disabled_at IS NOT NULL)"),
-        State::Expired => query
-            .push("(revoked_at IS NULL AND disabled_at IS NULL AND expires_at <= ")
-            .int(now)
-            .push(")"),
+        State::Expired => {
+            query.push("(revoked_at IS NULL AND disabled_at IS NULL AND expires_at <= ").int(now).push(")")
+        }
         State::Active => query
             .push("(revoked_at IS NULL AND disabled_at IS NULL AND (expires_at IS NULL OR expires_at > ")
             .int(now)

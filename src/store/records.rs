@@ -80,10 +80,12 @@ pub(super) const KEY_COLUMNS: &str = "k.id, k.account, k.user_id, k.environment,
     k.customers, k.allowed_cidrs, k.rate_limits, k.quota, k.metadata, k.created_at, k.created_by, k.updated_at, \
     k.disabled_at, k.revoked_at, k.revoke_reason, k.revoke_comment, k.revision, k.sum";
 const KEY_COLUMN_COUNT: usize = 22;
-pub(super) const SECRET_COLUMNS: &str = "s.digest, s.version, s.hint, s.created_at, s.expires_at, s.sum, s.last_used_at";
+pub(super) const SECRET_COLUMNS: &str =
+    "s.digest, s.version, s.hint, s.created_at, s.expires_at, s.sum, s.last_used_at";
 pub(super) const LOG_COLUMNS: &str = "revision, at, action, account, key_id, user_id, actor, actor_account, acting_user, \
     method, payload, prev_hash, hash";
-pub(super) const ACCOUNT_COLUMNS: &str = "id, name, suspended_at, created_at, updated_at, revision, sum, longest_life";
+pub(super) const ACCOUNT_COLUMNS: &str =
+    "id, name, suspended_at, created_at, updated_at, revision, sum, longest_life";
 pub(super) const ROLE_COLUMNS: &str = "account, name, scopes, revision, sum";
 pub(super) const MEMBER_COLUMNS: &str = "account, user_id, role, revision, sum";
 /// How many of a key's secrets are in its record.
@@ -266,10 +268,16 @@ pub(super) fn log_at(row: &impl Columns) -> Result<LogRow, StoreError> {
     let revision = revision_from_i64(row.int(0).map_err(unreadable)?);
     let read = || -> Read<LogRow> {
         let account = |column| -> Read<Option<AccountId>> {
-            row.text_opt(column)?.map(AccountId::parse).transpose().map_err(|error| sqlx::Error::Decode(Box::new(error)))
+            row.text_opt(column)?
+                .map(AccountId::parse)
+                .transpose()
+                .map_err(|error| sqlx::Error::Decode(Box::new(error)))
         };
         let user = |column| -> Read<Option<UserId>> {
-            row.text_opt(column)?.map(UserId::parse).transpose().map_err(|error| sqlx::Error::Decode(Box::new(error)))
+            row.text_opt(column)?
+                .map(UserId::parse)
+                .transpose()
+                .map_err(|error| sqlx::Error::Decode(Box::new(error)))
         };
         let key_id = row.bytes_opt(4)?;
         Ok(LogRow {
@@ -290,4 +298,3 @@ pub(super) fn log_at(row: &impl Columns) -> Result<LogRow, StoreError> {
     };
     read().map_err(|error| damaged(format_args!("log entry {revision}"), error))
 }
-

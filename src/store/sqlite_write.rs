@@ -13,13 +13,12 @@ use crate::domain::{
 };
 
 use super::{
-    Committed, Head, IDEMPOTENCY_WINDOW, Outcome, Rejection, UsageBatch, UsedSecret, Write,
+    Committed, Head, IDEMPOTENCY_WINDOW, Outcome, Rejection, UsageBatch, UsedSecret, Write, queries,
+    records::{bytes_at, head_at, secret_at},
     rows::{
         KeyRow, account_sum, longest_life, member_sum, revision_from_i64, revision_to_i64, role_account,
         role_scopes, role_sum, secret_sum,
     },
-    queries,
-    records::{bytes_at, head_at, secret_at},
 };
 
 type Connection = SqliteConnection;

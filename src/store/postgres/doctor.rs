@@ -21,10 +21,7 @@ struct Said {
 }
 
 /// Checks the server. Gives the `synchronous_commit` that transactions are to have.
-pub(super) async fn check(
-    place: &Place,
-    connection: &mut PgConnection,
-) -> Result<&'static str, OpenError> {
+pub(super) async fn check(place: &Place, connection: &mut PgConnection) -> Result<&'static str, OpenError> {
     let said = within(CALL, ask(connection)).await.map_err(|error| open_error(place, error))?;
     if let Some((what, fix)) = objection(&said) {
         return Err(OpenError::Unsuitable { database: place.shown.clone(), what, fix });
@@ -71,7 +68,8 @@ fn objection(said: &Said) -> Option<(String, &'static str)> {
         return Some((what, "Name the primary in --database"));
     }
     if said.fsync != "on" {
-        let what = format!("its fsync is {}: a power cut would take acknowledged changes with it", said.fsync);
+        let what =
+            format!("its fsync is {}: a power cut would take acknowledged changes with it", said.fsync);
         return Some((what, "Set fsync = on in postgresql.conf and restart the server"));
     }
     if said.encoding != "UTF8" {

@@ -191,8 +191,7 @@ async fn roles(connection: &mut PgConnection, asked: &Questions, facts: &mut Fac
     .bind(column(&asked.roles, |(account, _)| role_account(account.as_ref()).to_owned()))
     .bind(column(&asked.roles, |(_, name)| name.to_string()));
     each(connection, query, |row| {
-        let account =
-            if row.text(0)?.is_empty() { None } else { Some(name_at(row, 0, AccountId::parse)?) };
+        let account = if row.text(0)?.is_empty() { None } else { Some(name_at(row, 0, AccountId::parse)?) };
         let place: RolePlace = (account, name_at(row, 1, RoleName::parse)?);
         facts.roles.insert(place, revision_from_i64(row.int(2)?));
         Ok(())

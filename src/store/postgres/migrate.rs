@@ -58,10 +58,7 @@ pub(super) async fn run(place: &Place, pool: &PgPool) -> std::result::Result<(),
     result
 }
 
-async fn migrate(
-    place: &Place,
-    connection: &mut PgConnection,
-) -> Result<std::result::Result<(), OpenError>> {
+async fn migrate(place: &Place, connection: &mut PgConnection) -> Result<std::result::Result<(), OpenError>> {
     query("SELECT pg_advisory_xact_lock($1)").bind(place.lock("migrate")).execute(&mut *connection).await?;
     make_schema(place, connection).await?;
     let applied = applied(connection).await?;

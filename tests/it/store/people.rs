@@ -87,7 +87,8 @@ pub(super) async fn a_role_or_member_changed_from_another_revision_is_a_conflict
 
 pub(super) async fn the_roles_of_an_account_come_with_the_global_ones_by_name(store: Shared) {
     with_accounts(&store).await;
-    let places = [(None, "b"), (None, "a_"), (Some("acme"), "b"), (Some("acme"), "a-"), (Some("globex"), "c")];
+    let places =
+        [(None, "b"), (None, "a_"), (Some("acme"), "b"), (Some("acme"), "a-"), (Some("globex"), "c")];
     for (account, name) in places {
         made_role(&store, put_role(&role(account, name))).await;
     }

@@ -22,7 +22,7 @@ use std::{sync::Arc, time::Duration};
 use async_trait::async_trait;
 use futures_util::TryStreamExt as _;
 use sqlx::{
-    AssertSqlSafe, PgConnection, PgPool, Postgres as Db,
+    AssertSqlSafe, Connection as _, PgConnection, PgPool, Postgres as Db,
     pool::PoolConnection,
     postgres::{PgArguments, PgDatabaseError, PgPoolOptions, PgRow, PgSeverity},
 };
@@ -115,17 +115,19 @@ impl Postgres {
             // `begin` finds out for less.
             .test_before_acquire(false)
             .connect_lazy_with(place.options.clone());
-        let mut connection = pool.acquire().await.map_err(failed)?;
+        // Not from the pool, which would try again until its time is over and forget why it failed.
+        let connecting = PgConnection::connect_with(&place.options);
+        let mut connection = within(ACQUIRE, connecting).await.map_err(failed)?;
         let durable = doctor::check(&place, &mut connection).await?;
-        drop(connection);
+        let _ = within(CALL, connection.close()).await;
         let claim = owner::Claim::take(&place).await?;
         let begins = Begins::new(&place.schema, durable);
         migrate::run(&place, &pool).await?;
         let term = {
-            let mut connection = begin(&pool, &begins.one).await.map_err(failed)?;
-            let raised = query("UPDATE meta SET term = term + 1 RETURNING term").fetch_one(&mut *connection);
+            let mut session = begin(&pool, &begins.one).await.map_err(failed)?;
+            let raised = query("UPDATE meta SET term = term + 1 RETURNING term").fetch_one(session.get());
             let term = within(CALL, raised).await.and_then(|row| row.int(0)).map_err(failed)?;
-            within(CALL, end(&mut connection, "COMMIT")).await.map_err(failed)?;
+            within(CALL, session.end("COMMIT")).await.map_err(failed)?;
             term
         };
         let owner = claim.keep(place.clone(), term);
@@ -142,17 +144,13 @@ impl Postgres {
         &self,
         work: impl AsyncFnOnce(&mut PgConnection) -> Result<(T, &'static str)>,
     ) -> Result<T> {
-        let mut connection = begin(&self.pool, &self.begins.one).await?;
-        let result = within(CALL, async {
-            let (value, ending) = work(&mut connection).await?;
-            end(&mut connection, ending).await?;
+        let mut session = begin(&self.pool, &self.begins.one).await?;
+        within(CALL, async {
+            let (value, ending) = work(session.get()).await?;
+            session.end(ending).await?;
             Ok(value)
         })
-        .await;
-        if result.is_err() {
-            discard(connection);
-        }
-        result
+        .await
     }
 
     /// Locks the head, so that batches come one after the other, and sees that this process owns it still.
@@ -185,35 +183,47 @@ impl Postgres {
     }
 }
 
-/// A connection on which a transaction has begun. One that died while it was idle shows here, before anything was
-/// asked of it, and another takes its place.
-async fn begin(pool: &PgPool, sql: &Arc<str>) -> Result<PoolConnection<Db>> {
-    let mut tries = CONNECTIONS + 1;
-    loop {
-        let mut connection = pool.acquire().await?;
-        let begun = within(CALL, async {
-            sqlx::raw_sql(AssertSqlSafe(sql.clone())).execute(&mut *connection).await.map(drop)
-        });
-        match begun.await {
-            Ok(()) => return Ok(connection),
-            Err(error) => {
-                discard(connection);
-                tries -= 1;
-                if tries == 0 || !is_gone(&error) {
-                    return Err(error);
-                }
-            }
+/// A connection with a transaction. Whoever fails or is given up in the middle leaves it in an unknown state: then it
+/// is closed, and the server ends the transaction.
+struct Session {
+    connection: PoolConnection<Db>,
+    ended: bool,
+}
+
+impl Session {
+    fn get(&mut self) -> &mut PgConnection {
+        &mut self.connection
+    }
+
+    /// Ends the transaction with `COMMIT` or `ROLLBACK`; others may have the connection then.
+    async fn end(mut self, ending: &'static str) -> Result<()> {
+        sqlx::raw_sql(ending).execute(self.get()).await?;
+        self.ended = true;
+        Ok(())
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.connection.close_on_drop();
         }
     }
 }
 
-async fn end(connection: &mut PgConnection, ending: &'static str) -> Result<()> {
-    sqlx::raw_sql(ending).execute(connection).await.map(drop)
-}
-
-/// Lets go of a connection in an unknown state: the server ends its transaction when it is closed.
-fn discard(connection: PoolConnection<Db>) {
-    drop(connection.detach());
+/// Begins a transaction. A connection that died while it was idle shows here, before anything was asked of it, and
+/// another takes its place.
+async fn begin(pool: &PgPool, sql: &Arc<str>) -> Result<Session> {
+    let mut tries = CONNECTIONS + 1;
+    loop {
+        let mut session = Session { connection: pool.acquire().await?, ended: false };
+        let begun = sqlx::raw_sql(AssertSqlSafe(sql.clone())).execute(session.get());
+        let Err(error) = within(CALL, begun).await else { return Ok(session) };
+        tries -= 1;
+        if tries == 0 || !is_gone(&error) {
+            return Err(error);
+        }
+    }
 }
 
 #[async_trait]
@@ -253,12 +263,10 @@ impl Backend for Postgres {
         forget_before: Timestamp,
         sink: &mut (dyn FnMut(SnapshotItem) + Send),
     ) -> std::result::Result<Head, StoreError> {
-        let mut connection = begin(&self.pool, &self.begins.view).await.map_err(store_error)?;
-        let result = backend::snapshot(&mut PgView(&mut connection), forget_before, sink).await;
-        if result.is_err() || within(CALL, end(&mut connection, "COMMIT")).await.is_err() {
-            discard(connection);
-        }
-        result
+        let mut session = begin(&self.pool, &self.begins.view).await.map_err(store_error)?;
+        let head = backend::snapshot(&mut PgView(session.get()), forget_before, sink).await?;
+        within(CALL, session.end("COMMIT")).await.map_err(store_error)?;
+        Ok(head)
     }
 
     async fn write_usage(&self, batch: &UsageBatch) -> std::result::Result<(), StoreError> {

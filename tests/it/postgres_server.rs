@@ -1,7 +1,10 @@
 //! What only a PostgreSQL server can do to the store: sessions that end at any point, a second process, a server
 //! that cannot be trusted, tables that somebody touched.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use keyward::{
     domain::{
@@ -13,6 +16,8 @@ use keyward::{
     pb,
     store::{self, CommitError, OpenError, Store, StoreError, Write},
 };
+
+use sqlx::Connection as _;
 
 use crate::{
     postgres::{Cluster, Database, url},
@@ -184,6 +189,14 @@ fn trigger(database: &Database, when: &str, action: &str) {
     ));
 }
 
+/// A transaction that stays open until it is dropped.
+async fn holding(database: &Database, sql: &'static str) -> sqlx::PgConnection {
+    let mut connection = sqlx::PgConnection::connect(&database.url()).await.unwrap();
+    sqlx::raw_sql("BEGIN").execute(&mut connection).await.unwrap();
+    sqlx::raw_sql(sql).execute(&mut connection).await.unwrap();
+    connection
+}
+
 /// Ends the session that waits in the trigger.
 fn end_waiting(database: &Database) {
     wait_for("a commit to wait", || {
@@ -241,18 +254,9 @@ async fn a_session_that_ends_before_the_commit_has_recorded_nothing() {
 async fn a_commit_that_waits_too_long_for_its_turn_is_not_recorded() {
     let database = Database::new();
     let store = open(&database).await;
-    let hold = "BEGIN; SELECT * FROM keyward.meta FOR UPDATE; SELECT pg_sleep(15)";
-    let error = std::thread::scope(|scope| {
-        scope.spawn(|| database.sql(hold));
-        wait_for("the lock to be held", || {
-            let waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep' \
-                         AND datname = current_database()";
-            (database.sql(waits) == "1").then_some(())
-        });
-        tokio::task::block_in_place(|| {
-            tokio::runtime::Handle::current().block_on(commit(&store, "acme")).unwrap_err()
-        })
-    });
+    let held = holding(&database, "SELECT * FROM keyward.meta FOR UPDATE").await;
+    let error = commit(&store, "acme").await.unwrap_err();
+    drop(held);
     assert!(matches!(error, CommitError::NotRecorded(StoreError::Unavailable(_))), "{error:?}");
     commit(&store, "acme").await.unwrap();
 }
@@ -279,6 +283,41 @@ async fn sessions_that_ended_while_idle_are_not_noticed() {
         database.sql(end);
         assert!(store.account(&AccountId::parse(id).unwrap()).await.unwrap().is_some());
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_read_that_is_given_up_leaves_no_transaction_behind() {
+    let database = Database::new();
+    let store = open(&database).await;
+    let sessions = |state: &str| {
+        database.sql(&format!(
+            "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'keyward' AND {state} \
+             AND datname = current_database()"
+        ))
+    };
+    let locked = holding(&database, "LOCK TABLE keyward.accounts").await;
+    let reading = tokio::spawn({
+        let store = store.clone();
+        async move { store.accounts(None, 1).await }
+    });
+    wait_for("a read to wait", || (sessions("wait_event_type = 'Lock'") == "1").then_some(()));
+    reading.abort();
+    drop(locked);
+    let given_up = Instant::now();
+    wait_for("only the owner's transaction to be open", || {
+        (sessions("state <> 'idle'") == "1").then_some(())
+    });
+    assert!(given_up.elapsed() < Duration::from_secs(8), "by then the server ends what we forgot");
+    commit(&store, "acme").await.unwrap();
+    assert_eq!(store.accounts(None, 10).await.unwrap().len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_is_not_there_is_named_with_the_cause() {
+    let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let said = refusal(&format!("postgres://u:secret@{nobody}/keys")).await.to_string();
+    assert!(said.contains(&format!("postgres://127.0.0.1:{}/keys", nobody.port())), "{said}");
+    assert!(said.contains("Connection refused") && !said.contains("secret"), "{said}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -10,7 +10,7 @@ use crate::{
     store::{OpenError, records::Columns as _},
 };
 
-use super::{Place, Result, begin, discard, end, open_error, query, server_error, within};
+use super::{Place, Result, begin, open_error, query, server_error, within};
 
 /// How long a migration may take.
 const LIMIT: Duration = Duration::from_secs(600);
@@ -44,18 +44,14 @@ pub(super) async fn run(place: &Place, pool: &PgPool) -> std::result::Result<(),
         place.schema,
         LIMIT.as_millis()
     ));
-    let mut connection = begin(pool, &begun).await.map_err(failed)?;
+    let mut session = begin(pool, &begun).await.map_err(failed)?;
     let migrated = async {
-        match migrate(place, &mut connection).await? {
-            Ok(()) => Ok(Ok(end(&mut connection, "COMMIT").await?)),
+        match migrate(place, session.get()).await? {
+            Ok(()) => Ok(Ok(session.end("COMMIT").await?)),
             Err(refused) => Ok(Err(refused)),
         }
     };
-    let result = within(LIMIT, migrated).await.map_err(failed).and_then(|outcome| outcome);
-    if result.is_err() {
-        discard(connection);
-    }
-    result
+    within(LIMIT, migrated).await.map_err(failed)?
 }
 
 async fn migrate(place: &Place, connection: &mut PgConnection) -> Result<std::result::Result<(), OpenError>> {

@@ -193,6 +193,7 @@ impl Server {
             tokio::spawn(flush_usage(store.clone(), usage.clone())),
             tokio::spawn(forget(store.clone(), index, clock, settings.retention)),
             tokio::spawn(watch_loading(loading, stopping.clone())),
+            tokio::spawn(watch_ownership(store.clone(), stopping.clone())),
         ];
         background.extend(rules.map(|rules| tokio::spawn(rules.watch(gateway))));
         let running = Running {
@@ -209,7 +210,7 @@ impl Server {
         Ok(Server { address, admin_address, envoy_address, forward_auth_address, root_token, running })
     }
 
-    /// Waits until the server gives up by itself, which it does when its index cannot be loaded.
+    /// Waits until the server gives up by itself: its index cannot be loaded, or its database is another's now.
     pub async fn failed(&self) {
         let mut stopping = self.running.stopping.subscribe();
         // The sender lives as long as `self`.
@@ -288,6 +289,13 @@ async fn watch_loading(loading: Option<JoinHandle<anyhow::Result<()>>>, stopping
         Err(error) => error.into(),
     };
     tracing::error!(error = format!("{failure:#}"), "the index was not loaded; the server stops");
+    stopping.send_replace(true);
+}
+
+/// Takes the server down when another process has taken its database over: what it knows grows old from then on.
+async fn watch_ownership(store: Arc<dyn Store>, stopping: watch::Sender<bool>) {
+    store.lost().await;
+    tracing::error!("another keyward has taken the database over; the server stops");
     stopping.send_replace(true);
 }
 

@@ -54,7 +54,7 @@ async fn serve(args: &ServeArgs) -> anyhow::Result<()> {
         _ = terminate.recv() => tracing::warn!("a second signal: stopping at once"),
         _ = interrupt.recv() => tracing::warn!("a second signal: stopping at once"),
     }
-    if failed { Err(anyhow::anyhow!("the server could not load its keys; its log says why")) } else { Ok(()) }
+    if failed { Err(anyhow::anyhow!("the server stopped by itself; its log says why")) } else { Ok(()) }
 }
 
 /// Says where the server is, and shows the root key of a first start: this once.

@@ -8,9 +8,13 @@
 //! are committed in batches; inside a batch each stands or falls alone, and revisions count in commit order
 //! without gaps. A follower that has applied revision `n` has seen every change up to `n`.
 
+mod backend;
+mod plan;
+mod postgres;
+mod queries;
+mod records;
 mod rows;
 pub mod sqlite;
-mod sqlite_read;
 mod sqlite_write;
 pub mod writer;
 
@@ -52,6 +56,27 @@ pub enum OpenError {
         path: String,
         /// ` (process N)`, where known.
         owner: String,
+    },
+    /// Another process owns the database.
+    #[error(
+        "{database} is in use by another keyward{owner}: one process owns a database. Stop it first, or give this \
+         one its own --database"
+    )]
+    Owned {
+        /// The database.
+        database: String,
+        /// Who holds its lock, where known.
+        owner: String,
+    },
+    /// The database server cannot be trusted with keys.
+    #[error("{database} cannot be used: {what}. {fix}")]
+    Unsuitable {
+        /// The database.
+        database: String,
+        /// What is wrong with it.
+        what: String,
+        /// What to do.
+        fix: &'static str,
     },
     /// A newer version has migrated the database.
     #[error(
@@ -405,6 +430,10 @@ pub trait Store: Send + Sync + 'static {
     /// Drops counts of hours before `before`.
     async fn forget_usage(&self, before: Hour) -> Result<(), StoreError>;
 
+    /// Waits until another process has taken the database over: what this one knows of it is no longer to be
+    /// trusted. Never, where that cannot happen.
+    async fn lost(&self);
+
     /// Ends all work and lets go of the database.
     async fn close(&self);
 }
@@ -426,14 +455,10 @@ pub async fn open(url: &str) -> Result<Arc<dyn Store>, OpenError> {
             url: url.to_owned(),
             problem: "the path is missing; say sqlite:PATH, for example sqlite:keyward.db",
         }),
-        // The URL may hold a password: it is not repeated.
-        Some(("postgres" | "postgresql", _)) => Err(OpenError::Url {
-            url: "postgres://…".to_owned(),
-            problem: "PostgreSQL is not supported yet; use sqlite:PATH",
-        }),
+        Some(("postgres" | "postgresql", _)) => Ok(Arc::new(postgres::Postgres::open(url).await?)),
         _ => Err(OpenError::Url {
-            url: url.to_owned(),
-            problem: "say sqlite:PATH, for example sqlite:keyward.db",
+            url: url.split_once("://").map_or(url, |(scheme, _)| scheme).to_owned(),
+            problem: "say sqlite:PATH, for example sqlite:keyward.db, or postgres://user:password@host/database",
         }),
     }
 }

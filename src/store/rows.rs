@@ -5,13 +5,14 @@ use std::{collections::BTreeMap, fmt, str::FromStr};
 use crate::domain::{
     account::{Account, Member, Role},
     key::{Key, Owner, Revocation, RevokeReason, Secret, Terms},
+    log::{Change, GENESIS, LogRow},
     name::{AccountId, DisplayName, EnvironmentName, KeyId, KeyName, NameError, RoleName, UserId},
     scope::{Scope, ScopeSet},
     time::{Revision, Timestamp},
     token::Digest,
 };
 
-use super::StoreError;
+use super::{Head, StoreError, Write};
 
 /// A row that contradicts itself: which, and how.
 pub(super) fn damaged(what: impl fmt::Display, problem: impl fmt::Display) -> StoreError {
@@ -215,6 +216,29 @@ impl KeyRow {
 
 fn from_json<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
     serde_json::from_str(text).map_err(|error| error.to_string())
+}
+
+impl Write {
+    /// The log row of this write after `head`, for the record as it is recorded.
+    pub(super) fn log_row(&self, change: &Change, head: Head) -> Result<LogRow, serde_json::Error> {
+        let mut row = LogRow {
+            revision: head.revision.next(),
+            at: self.at,
+            action: self.action.as_str().to_owned(),
+            account: change.account().cloned(),
+            key_id: change.key_id(),
+            user: change.user().cloned(),
+            actor: self.actor.to_string(),
+            actor_account: self.actor.account.clone(),
+            acting_user: self.actor.acting_user.clone(),
+            method: self.method.to_owned(),
+            payload: serde_json::to_string(change)?,
+            prev_hash: head.hash,
+            hash: GENESIS,
+        };
+        row.hash = row.expected_hash();
+        Ok(row)
+    }
 }
 
 /// Revisions are counted from 0 and never reach 2^63.

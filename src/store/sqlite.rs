@@ -3,8 +3,7 @@
 //! WAL with `synchronous=FULL`: what was committed survives a power cut. Ownership is a `flock` on a file next
 //! to the database, so that a second server refuses to start while backup tools may still read. One connection
 //! writes; a few others read, each seeing whole transactions only. Here: opening, checking and connections; the
-//! transactions are in `sqlite_write.rs`, the
-//! reads in `sqlite_read.rs`.
+//! transactions are in `sqlite_write.rs`, the reads in `backend.rs`.
 
 use std::{
     fs::{File, OpenOptions},
@@ -14,25 +13,27 @@ use std::{
     time::Duration,
 };
 
+use async_trait::async_trait;
+use futures_util::TryStreamExt as _;
 use sqlx::{
-    Connection as _, Row as _, SqlStr, SqliteConnection, SqlitePool,
+    Connection as _, SqlStr, SqliteConnection, SqlitePool,
     migrate::{MigrateError, Migration, MigrationType, Migrator},
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteRow, SqliteSynchronous},
 };
 use tokio::sync::Mutex;
 
-use crate::domain::{log::GENESIS, time::Revision};
+use crate::domain::{log::GENESIS, time::Timestamp};
 
 use super::{
-    CommitError, Committed, Head, Hour, OpenError, StoreError, UsageBatch, Write,
-    rows::{damaged, revision_from_i64, revision_to_i64},
+    CommitError, Committed, Head, Hour, OpenError, SnapshotItem, StoreError, UsageBatch, Write,
+    backend::{self, Backend, TakeRow, View},
+    queries::Sql,
+    rows::damaged,
     sqlite_write,
 };
 
 /// The first SQLite without the WAL-reset corruption.
 const OLDEST_SQLITE: (u32, u32, u32) = (3, 51, 3);
-/// How many of the newest log rows a start verifies; all of them is AuditService.Verify's work.
-const VERIFY_AT_START: u64 = 100_000;
 const READERS: u32 = 4;
 
 /// The migrations, oldest first. Never edited once released.
@@ -50,7 +51,7 @@ fn migrations() -> Vec<Migration> {
 pub struct Sqlite {
     writer: Mutex<Option<SqliteConnection>>,
     options: SqliteConnectOptions,
-    pub(super) readers: SqlitePool,
+    readers: SqlitePool,
     /// Held until the process ends; the lock goes with it.
     _lock: File,
 }
@@ -85,14 +86,18 @@ impl Sqlite {
         check_version(&mut writer).await?;
         check_whole(path, &mut writer).await?;
         migrate(path, &mut writer).await?;
-        check_log(path, &mut writer).await?;
         let readers = SqlitePoolOptions::new()
             .max_connections(READERS)
             .acquire_timeout(Duration::from_secs(5))
             .connect_with(options.clone().create_if_missing(false).pragma("query_only", "on"))
             .await
             .map_err(|error| other(error.into()))?;
-        Ok(Sqlite { writer: Mutex::new(Some(writer)), options, readers, _lock: lock })
+        let store = Sqlite { writer: Mutex::new(Some(writer)), options, readers, _lock: lock };
+        match backend::check_log(&store).await {
+            Ok(()) => Ok(store),
+            Err(StoreError::Damaged(what)) => Err(OpenError::Damaged { path: path.to_owned(), what }),
+            Err(error) => Err(other(error.into())),
+        }
     }
 
     /// Runs `work` on the writing connection, opening it again after a fault.
@@ -117,8 +122,17 @@ impl Sqlite {
         }
         result
     }
+}
 
-    pub(super) async fn commit_batch(&self, batch: &[Write]) -> Result<Committed, CommitError> {
+#[async_trait]
+impl Backend for Sqlite {
+    type Db = sqlx::Sqlite;
+
+    async fn rows(&self, query: Sql<sqlx::Sqlite>) -> Result<Vec<SqliteRow>, StoreError> {
+        query.into_builder().build().fetch_all(&self.readers).await.map_err(store_error)
+    }
+
+    async fn commit_batch(&self, batch: &[Write]) -> Result<Committed, CommitError> {
         let mut committing = false;
         let result = self
             .writing(async |connection| {
@@ -143,7 +157,17 @@ impl Sqlite {
         }
     }
 
-    pub(super) async fn write_usage(&self, batch: &UsageBatch) -> Result<(), StoreError> {
+    async fn view(
+        &self,
+        forget_before: Timestamp,
+        sink: &mut (dyn FnMut(SnapshotItem) + Send),
+    ) -> Result<Head, StoreError> {
+        let mut connection = self.readers.acquire().await.map_err(store_error)?;
+        let mut transaction = connection.begin().await.map_err(store_error)?;
+        backend::snapshot(&mut SqliteView(&mut transaction), forget_before, sink).await
+    }
+
+    async fn write_usage(&self, batch: &UsageBatch) -> Result<(), StoreError> {
         self.writing(async |connection| {
             sqlx::query("BEGIN IMMEDIATE").execute(&mut *connection).await?;
             sqlite_write::usage(connection, batch).await?;
@@ -153,7 +177,7 @@ impl Sqlite {
         .map_err(store_error)
     }
 
-    pub(super) async fn drop_usage(&self, before: Hour) -> Result<(), StoreError> {
+    async fn drop_usage(&self, before: Hour) -> Result<(), StoreError> {
         self.writing(async |connection| {
             sqlx::query("DELETE FROM usage WHERE hour < ?1")
                 .bind(before.0)
@@ -165,7 +189,12 @@ impl Sqlite {
         .map_err(store_error)
     }
 
-    pub(super) async fn shut(&self) {
+    async fn wait_until_lost(&self) {
+        // The lock on the file is ours until the process ends.
+        std::future::pending().await
+    }
+
+    async fn shut(&self) {
         self.readers.close().await;
         if let Some(connection) = self.writer.lock().await.take() {
             // Folds the WAL into the file; if that fails the next start does it.
@@ -173,6 +202,29 @@ impl Sqlite {
                 tracing::warn!(error = &error as &dyn std::error::Error, "closing the database failed");
             }
         }
+    }
+}
+
+/// One transaction's view.
+struct SqliteView<'c>(&'c mut SqliteConnection);
+
+#[async_trait]
+impl View for SqliteView<'_> {
+    type Db = sqlx::Sqlite;
+
+    const PAGE: Option<u32> = None;
+
+    async fn each(
+        &mut self,
+        query: Sql<sqlx::Sqlite>,
+        take: TakeRow<'_, sqlx::Sqlite>,
+    ) -> Result<(), StoreError> {
+        let mut query = query.into_builder();
+        let mut rows = query.build().fetch(&mut *self.0);
+        while let Some(row) = rows.try_next().await.map_err(store_error)? {
+            take(&row)?;
+        }
+        Ok(())
     }
 }
 
@@ -259,54 +311,6 @@ async fn migrate(path: &str, connection: &mut SqliteConnection) -> Result<(), Op
         .map_err(|error| open_error(path, error))
 }
 
-/// The end of the log: the newest rows form a chain that ends where `meta` says.
-async fn check_log(path: &str, connection: &mut SqliteConnection) -> Result<(), OpenError> {
-    let broken = |what: String| OpenError::Damaged { path: path.to_owned(), what };
-    let failed = |error: sqlx::Error| open_error(path, error);
-    let head = read_head(connection).await.map_err(failed)?;
-    let start = Revision(head.revision.0.saturating_sub(VERIFY_AT_START));
-    let mut last = if start == Revision(0) {
-        Head { revision: start, hash: GENESIS }
-    } else {
-        let found = sqlx::query("SELECT hash FROM log WHERE revision = ?1")
-            .bind(revision_to_i64(start))
-            .fetch_optional(&mut *connection)
-            .await
-            .map_err(failed)?;
-        let row = found.ok_or_else(|| broken(format!("the log has no entry {start}")))?;
-        Head { revision: start, hash: hash_at(&row, 0).map_err(failed)? }
-    };
-    loop {
-        let rows = super::sqlite_read::log_after(&mut *connection, last.revision, 1000)
-            .await
-            .map_err(|error| broken(error.to_string()))?;
-        for row in &rows {
-            if !row.follows(last.revision, &last.hash) {
-                return Err(broken(format!("the log's hash chain breaks at entry {}", last.revision.next())));
-            }
-            last = Head { revision: row.revision, hash: row.hash };
-        }
-        if rows.is_empty() {
-            break;
-        }
-    }
-    if last == head {
-        Ok(())
-    } else {
-        Err(broken(format!("the log ends at {}, and should end at {}", last.revision, head.revision)))
-    }
-}
-
-pub(super) async fn read_head(connection: &mut SqliteConnection) -> Result<Head, sqlx::Error> {
-    let row = sqlx::query("SELECT head, head_hash FROM meta").fetch_one(connection).await?;
-    Ok(Head { revision: revision_from_i64(row.try_get(0)?), hash: hash_at(&row, 1)? })
-}
-
-pub(super) fn hash_at(row: &SqliteRow, column: usize) -> Result<[u8; 32], sqlx::Error> {
-    let bytes: &[u8] = row.try_get(column)?;
-    bytes.try_into().map_err(|_| sqlx::Error::Decode("a hash is not 32 bytes".into()))
-}
-
 /// SQLite's primary result code.
 fn primary_code(error: &sqlx::Error) -> Option<u32> {
     let code = error.as_database_error()?.code()?.parse::<u32>().ok()?;
@@ -317,7 +321,7 @@ const SQLITE_CORRUPT: u32 = 11;
 const SQLITE_FULL: u32 = 13;
 const SQLITE_NOTADB: u32 = 26;
 
-pub(super) fn store_error(error: sqlx::Error) -> StoreError {
+fn store_error(error: sqlx::Error) -> StoreError {
     match primary_code(&error) {
         Some(SQLITE_FULL) => StoreError::Full(error.into()),
         Some(SQLITE_CORRUPT | SQLITE_NOTADB) => damaged("the database file", error),

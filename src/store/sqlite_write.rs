@@ -7,19 +7,18 @@ use sqlx::SqliteConnection;
 use crate::domain::{
     account::{Account, Member, Role},
     key::Key,
-    log::{Change, GENESIS, LogRow},
-    name::{AccountId, RoleName},
-    time::Revision,
+    log::{Change, LogRow},
+    name::{AccountId, IdempotencyKey, KeyId, RoleName},
+    time::{Revision, Timestamp},
 };
 
 use super::{
-    Committed, Head, IDEMPOTENCY_WINDOW, Outcome, Rejection, UsageBatch, UsedSecret, Write,
+    Committed, Head, IDEMPOTENCY_WINDOW, Outcome, Rejection, UsageBatch, UsedSecret, Write, queries,
+    records::{bytes_at, head_at, secret_at},
     rows::{
         KeyRow, account_sum, longest_life, member_sum, revision_from_i64, revision_to_i64, role_account,
         role_scopes, role_sum, secret_sum,
     },
-    sqlite::read_head,
-    sqlite_read::{idempotent, secret_at},
 };
 
 type Connection = SqliteConnection;
@@ -54,6 +53,22 @@ pub(super) async fn batch(connection: &mut Connection, batch: &[Write]) -> Resul
     Ok(committed)
 }
 
+async fn read_head(connection: &mut Connection) -> Result<Head> {
+    let row = queries::head::<sqlx::Sqlite>().into_builder().build().fetch_one(connection).await?;
+    head_at(&row).map_err(|error| sqlx::Error::Decode(Box::new(error)))
+}
+
+async fn idempotent(
+    connection: &mut Connection,
+    caller: KeyId,
+    key: &IdempotencyKey,
+    since: Timestamp,
+) -> Result<Option<(KeyId, [u8; 32])>> {
+    let mut query = queries::idempotent::<sqlx::Sqlite>(caller, key, since).into_builder();
+    let row = query.build().fetch_optional(connection).await?;
+    row.map(|row| Ok((KeyId::from_bytes(bytes_at(&row, 0)?), bytes_at(&row, 1)?))).transpose()
+}
+
 /// What is known of a write's idempotency key.
 async fn done_before(
     connection: &mut Connection,
@@ -82,23 +97,7 @@ async fn one(
     if let Err(rejection) = put(connection, &change, write.expect).await? {
         return Ok(Err(rejection));
     }
-    let payload = serde_json::to_string(&change).map_err(|error| sqlx::Error::Encode(Box::new(error)))?;
-    let mut row = LogRow {
-        revision,
-        at: write.at,
-        action: write.action.as_str().to_owned(),
-        account: change.account().cloned(),
-        key_id: change.key_id(),
-        user: change.user().cloned(),
-        actor: write.actor.to_string(),
-        actor_account: write.actor.account.clone(),
-        acting_user: write.actor.acting_user.clone(),
-        method: write.method.to_owned(),
-        payload,
-        prev_hash: head.hash,
-        hash: GENESIS,
-    };
-    row.hash = row.expected_hash();
+    let row = write.log_row(&change, head).map_err(|error| sqlx::Error::Encode(Box::new(error)))?;
     append(connection, &row).await?;
     remember(connection, write, &change).await?;
     Ok(Ok((row, change)))

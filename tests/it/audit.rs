@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use keyward::{domain::token::Digest, pb};
 use tonic::Code;
 
-use crate::support::{Client, Server, invalid, named_key, refused, service_key, texts, user_key};
+use crate::support::{Client, invalid, named_key, refused, service_key, texts, user_key};
+
+use super::Server;
 
 async fn entries(caller: &Client, request: pb::ListAuditEntriesRequest) -> Vec<pb::AuditEntry> {
     caller.entries(request).await.unwrap().entries

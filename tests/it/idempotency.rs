@@ -3,7 +3,9 @@
 use keyward::pb::{self, Reason};
 use tonic::Code;
 
-use crate::support::{Client, DAY, HOUR, Server, named_key, refused, seconds, service_key};
+use crate::support::{Client, DAY, HOUR, named_key, refused, seconds, service_key};
+
+use super::Server;
 
 fn once(key: &str) -> pb::CreateKeyRequest {
     pb::CreateKeyRequest {

@@ -210,12 +210,14 @@ fn an_address_in_use_is_named() {
 fn wrong_settings_stop_the_start_and_say_what_would_be_right() {
     let home = Home::new();
     let config = home.path("keyward.toml");
-    let flags: [(&[&str], &[&str]); 7] = [
+    let flags: [(&[&str], &[&str]); 9] = [
         (&["--listen", "nowhere"], &["listen", "nowhere", "must be host:port"]),
         (&["--admin-listen", "127.0.0.1:99999"], &["admin_listen", "must be host:port"]),
         (&["--database", "keyward.db"], &["database URL", "keyward.db", "sqlite:PATH"]),
         (&["--database", "sqlite:"], &["the path is missing", "sqlite:keyward.db"]),
-        (&["--database", "postgres://me:hunter2@db/keyward"], &["PostgreSQL", "sqlite:PATH"]),
+        (&["--database", "postgres://me:hunter2@db:port/keyward"], &["postgres://user:password@host:5432"]),
+        (&["--database", "postgres://me:hunter2@db/keyward?schema=a-b"], &["schema", "a-z, 0-9 and _"]),
+        (&["--database", "mysql://me:hunter2@db/keyward"], &["mysql", "sqlite:PATH", "postgres://"]),
         (&["--config", "nowhere.toml"], &["nowhere.toml", "cannot be read"]),
         (&["--log", "keyward=loud"], &["log filter", "keyward=loud"]),
     ];

@@ -2,6 +2,7 @@
 //! the rules that the source keeps. One binary, one file per subject, each name a promise.
 
 #![allow(
+    clippy::duplicate_mod,
     clippy::unwrap_used,
     clippy::disallowed_methods,
     clippy::print_stderr,
@@ -11,7 +12,6 @@
 )]
 
 mod accounts;
-mod audit;
 mod bad_input;
 mod batch;
 mod bulk;
@@ -26,27 +26,55 @@ mod ext_authz;
 mod forward_auth;
 mod grpcurl;
 mod http;
-mod idempotency;
 mod keys;
 mod lifecycle;
 mod limits;
 mod load;
 mod nginx;
-mod paging;
-mod people;
+mod postgres;
+mod postgres_server;
 mod process;
 mod proxy;
 mod rest;
 mod rotation;
-mod seed_checkly;
-mod seed_eazip;
-mod seed_environments;
-mod seed_izli;
-mod seed_tracer;
 mod sqlite_file;
 mod standard;
 mod store;
 mod support;
 mod tidy;
 mod upstream;
-mod usage;
+
+// The suites that every store is held to over the wire: the seeds, and what leans most on the store. Each says
+// `super::Server`, which is a server on the store of the module that it stands in.
+
+#[path = "."]
+mod on_sqlite {
+    pub(crate) use crate::support::Server;
+
+    mod audit;
+    mod idempotency;
+    mod paging;
+    mod people;
+    mod seed_checkly;
+    mod seed_eazip;
+    mod seed_environments;
+    mod seed_izli;
+    mod seed_tracer;
+    mod usage;
+}
+
+#[path = "."]
+mod on_postgres {
+    pub(crate) type Server = crate::support::ServerOn<crate::postgres::Database>;
+
+    mod audit;
+    mod idempotency;
+    mod paging;
+    mod people;
+    mod seed_checkly;
+    mod seed_eazip;
+    mod seed_environments;
+    mod seed_izli;
+    mod seed_tracer;
+    mod usage;
+}

@@ -4,7 +4,9 @@ use std::collections::BTreeSet;
 
 use keyward::pb::{self, KeyState};
 
-use crate::support::{Client, HOUR, Server, authenticate, invalid, named_key, seconds, user_key};
+use crate::support::{Client, HOUR, authenticate, invalid, named_key, seconds, user_key};
+
+use super::Server;
 
 fn of_acme() -> pb::ListKeysRequest {
     pb::ListKeysRequest { account: "acme".into(), ..Default::default() }

@@ -5,8 +5,10 @@ use tonic::{Code, Status};
 use keyward::pb::{self, KeyState, Reason};
 
 use crate::support::{
-    Client, Made, Server, authenticate, check, invalid, reason, refused, service_key, texts, user_key,
+    Client, Made, authenticate, check, invalid, reason, refused, service_key, texts, user_key,
 };
+
+use super::Server;
 
 const READ: &str = "monitors:read";
 const WRITE: &str = "monitors:write";

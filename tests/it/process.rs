@@ -48,12 +48,19 @@ pub(crate) fn wait_for<T>(what: &str, mut answer: impl FnMut() -> Option<T>) -> 
 #[derive(Clone)]
 pub(crate) struct Home {
     folder: Arc<TempDir>,
+    /// Where the database is, if not in the folder.
+    elsewhere: Option<String>,
     runs: Arc<AtomicU32>,
 }
 
 impl Home {
     pub(crate) fn new() -> Home {
-        Home { folder: Arc::new(tempfile::tempdir().unwrap()), runs: Arc::default() }
+        Home { folder: Arc::new(tempfile::tempdir().unwrap()), elsewhere: None, runs: Arc::default() }
+    }
+
+    /// A folder for servers whose database is somewhere else.
+    pub(crate) fn on(url: String) -> Home {
+        Home { elsewhere: Some(url), ..Home::new() }
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -65,7 +72,7 @@ impl Home {
     }
 
     pub(crate) fn url(&self) -> String {
-        format!("sqlite:{}", self.database().display())
+        self.elsewhere.clone().unwrap_or_else(|| format!("sqlite:{}", self.database().display()))
     }
 
     pub(crate) fn root_key_file(&self) -> PathBuf {

@@ -6,7 +6,9 @@ use tonic::Code;
 
 use keyward::pb::{self, KeyState, Reason};
 
-use crate::support::{Client, Made, Server, check, invalid, refused, service_key, texts, user_key};
+use crate::support::{Client, Made, check, invalid, refused, service_key, texts, user_key};
+
+use super::Server;
 
 const READ: &str = "checks:read";
 const WRITE: &str = "checks:write";

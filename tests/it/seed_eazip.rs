@@ -8,7 +8,9 @@ use keyward::{
     pb::{self, KeyState, Reason},
 };
 
-use crate::support::{Client, DAY, Made, Server, invalid, refused, seconds, service_key, user_key};
+use crate::support::{Client, DAY, Made, invalid, refused, seconds, service_key, user_key};
+
+use super::Server;
 
 /// Eazip with its users `ann` and `bob`; a key that is made with a name alone may do what its user may do.
 async fn eazip() -> Server {

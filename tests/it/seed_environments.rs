@@ -3,7 +3,9 @@
 
 use keyward::pb::{self, KeyState, Reason};
 
-use crate::support::{DAY, HOUR, Made, Server, authenticate, check, invalid, seconds, service_key, texts};
+use crate::support::{DAY, HOUR, Made, authenticate, check, invalid, seconds, service_key, texts};
+
+use super::Server;
 
 const ENVIRONMENTS: [&str; 3] = ["production", "staging", "development"];
 /// "License Management, Customer Read, Telemetry Write".

@@ -11,7 +11,9 @@ use keyward::{
     pb::{self, Reason},
 };
 
-use crate::support::{Client, DAY, Made, Server, check, refused, service_key, texts};
+use crate::support::{Client, DAY, Made, check, refused, service_key, texts};
+
+use super::Server;
 
 /// What the scope `agent` stands for: run journeys, run monitors, view results, upload artifacts.
 const AGENT: [&str; 4] = ["journeys:run", "monitors:run", "results:read", "artifacts:write"];

@@ -5,7 +5,9 @@ use tonic::Code;
 
 use keyward::pb::{self, KeyState, Reason};
 
-use crate::support::{DAY, Server, authenticate, check, refused, seconds, service_key, texts};
+use crate::support::{DAY, authenticate, check, refused, seconds, service_key, texts};
+
+use super::Server;
 
 /// The page's permission scopes, in its order.
 const SCOPES: [&str; 11] = [

@@ -40,27 +40,59 @@ impl Entropy for Seeded {
     }
 }
 
+/// Where a server of the tests keeps its keys; gone when it is dropped.
+pub(crate) trait Place {
+    fn make() -> Self;
+    fn url(&self) -> String;
+}
+
+/// A file in a folder of its own.
+pub(crate) struct SqliteFile(tempfile::TempDir);
+
+impl Place for SqliteFile {
+    fn make() -> Self {
+        SqliteFile(tempfile::tempdir().unwrap())
+    }
+
+    fn url(&self) -> String {
+        format!("sqlite:{}", self.0.path().join("keyward.db").display())
+    }
+}
+
+impl Place for crate::postgres::Database {
+    fn make() -> Self {
+        crate::postgres::Database::new()
+    }
+
+    fn url(&self) -> String {
+        crate::postgres::Database::url(self)
+    }
+}
+
+/// The servers of the tests that any store would do for.
+pub(crate) type Server = ServerOn<SqliteFile>;
+
 /// A server with an empty database. It ends with the test's runtime.
-pub(crate) struct Server {
+pub(crate) struct ServerOn<P> {
     pub(crate) root_token: String,
     clock: Arc<ManualClock>,
     channel: Channel,
     server: keyward::server::Server,
-    _folder: tempfile::TempDir,
+    _place: P,
 }
 
-impl Server {
-    pub(crate) async fn start() -> Server {
-        Server::start_with(|_| {}).await
+impl<P: Place> ServerOn<P> {
+    pub(crate) async fn start() -> Self {
+        Self::start_with(|_| {}).await
     }
 
     /// A server with other settings than usual.
-    pub(crate) async fn start_with(configure: impl FnOnce(&mut Settings)) -> Server {
-        let folder = tempfile::tempdir().unwrap();
+    pub(crate) async fn start_with(configure: impl FnOnce(&mut Settings)) -> Self {
+        let place = P::make();
         let mut settings = Settings::load_database(&DatabaseArgs::default()).unwrap();
         settings.listen = "127.0.0.1:0".to_owned();
         settings.admin_listen = "127.0.0.1:0".to_owned();
-        settings.database = format!("sqlite:{}", folder.path().join("keyward.db").display());
+        settings.database = place.url();
         settings.threads = 2;
         configure(&mut settings);
         let clock = Arc::new(ManualClock::at(Timestamp::from_micros(START * 1_000_000)));
@@ -68,12 +100,12 @@ impl Server {
         let server = keyward::server::Server::start(settings, clock.clone(), entropy).await.unwrap();
         let channel = Channel::from_shared(format!("http://{}", server.address)).unwrap().connect_lazy();
         let root_token = server.root_token.as_ref().unwrap().reveal().to_owned();
-        Server { root_token, clock, channel, server, _folder: folder }
+        ServerOn { root_token, clock, channel, server, _place: place }
     }
 
     /// A server with an account `acme`, and one `other`.
-    pub(crate) async fn with_accounts() -> Server {
-        let server = Server::start().await;
+    pub(crate) async fn with_accounts() -> Self {
+        let server = Self::start().await;
         server.account("acme").await;
         server.account("other").await;
         server

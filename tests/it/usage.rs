@@ -4,9 +4,9 @@ use tonic::{Code, Status};
 
 use keyward::pb::{self, Reason};
 
-use crate::support::{
-    Client, DAY, HOUR, Server, authenticate, check, invalid, refused, seconds, service_key,
-};
+use crate::support::{Client, DAY, HOUR, authenticate, check, invalid, refused, seconds, service_key};
+
+use super::Server;
 
 async fn usage(client: &Client, request: pb::KeyUsageRequest) -> Result<pb::KeyUsageResponse, Status> {
     Ok(client.keys().usage(request).await?.into_inner())

@@ -1,0 +1,302 @@
+//! The contract [`Store`], kept once for both databases: a [`Backend`] runs queries and transactions, and what is
+//! asked and how it is read stands here, in `queries.rs` and in `records.rs`.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use sqlx::Database;
+
+use crate::domain::{
+    account::{Account, Member, Role},
+    log::{GENESIS, LogRow},
+    name::{AccountId, IdempotencyKey, KeyId, UserId},
+    time::{Revision, Timestamp},
+};
+
+use super::{
+    CommitError, Committed, Count, Head, Hour, KeyFilter, LogFilter, SnapshotItem, Store, StoreError,
+    StoredKey, UsageBatch, Write,
+    queries::{self, Dialect, Sql},
+    records::{
+        Columns, Gather, GatheredKey, account_at, bytes_at, count_at, head_at, log_at, member_at, role_at,
+        spent_at,
+    },
+    rows::damaged,
+};
+
+/// How many of the newest log rows a start verifies; all of them is AuditService.Verify's work.
+const VERIFY_AT_START: u64 = 100_000;
+
+/// A row of a database.
+pub(super) type RowOf<D> = <D as Database>::Row;
+
+/// What takes a row.
+pub(super) type TakeRow<'t, D> = &'t mut (dyn FnMut(&RowOf<D>) -> Result<(), StoreError> + Send);
+
+/// What a database does for the store.
+#[async_trait]
+pub(super) trait Backend: Send + Sync + Sized + 'static {
+    /// The database.
+    type Db: Dialect<Row: Columns>;
+
+    /// The rows of one query, which are few.
+    async fn rows(&self, query: Sql<Self::Db>) -> Result<Vec<RowOf<Self::Db>>, StoreError>;
+
+    /// [`Store::commit`].
+    async fn commit_batch(&self, batch: &[Write]) -> Result<Committed, CommitError>;
+
+    /// [`Store::snapshot`]: opens a view of one revision and gives it to [`snapshot`].
+    async fn view(
+        &self,
+        forget_before: Timestamp,
+        sink: &mut (dyn FnMut(SnapshotItem) + Send),
+    ) -> Result<Head, StoreError>;
+
+    /// [`Store::note_usage`].
+    async fn write_usage(&self, batch: &UsageBatch) -> Result<(), StoreError>;
+
+    /// [`Store::forget_usage`].
+    async fn drop_usage(&self, before: Hour) -> Result<(), StoreError>;
+
+    /// [`Store::lost`].
+    async fn wait_until_lost(&self);
+
+    /// [`Store::close`].
+    async fn shut(&self);
+}
+
+/// Reads that all see the same revision.
+#[async_trait]
+pub(super) trait View: Send {
+    /// The database.
+    type Db: Dialect<Row: Columns>;
+
+    /// How many keys one query may ask for.
+    const PAGE: Option<u32>;
+
+    /// Gives each row of a query to `take`, while it comes in.
+    async fn each(&mut self, query: Sql<Self::Db>, take: TakeRow<'_, Self::Db>) -> Result<(), StoreError>;
+}
+
+async fn all<B: Backend, T>(
+    backend: &B,
+    query: Sql<B::Db>,
+    record_at: impl Fn(&RowOf<B::Db>) -> Result<T, StoreError> + Send,
+) -> Result<Vec<T>, StoreError> {
+    backend.rows(query).await?.iter().map(record_at).collect()
+}
+
+/// Keys with their secrets, in the order in which they come.
+async fn gathered<B: Backend>(backend: &B, query: Sql<B::Db>) -> Result<Vec<StoredKey>, StoreError> {
+    let mut gather = Gather::new();
+    let mut keys = Vec::new();
+    for row in &backend.rows(query).await? {
+        keys.extend(gather.row(row)?.map(|gathered| gathered.stored));
+    }
+    keys.extend(gather.finish()?.map(|gathered| gathered.stored));
+    Ok(keys)
+}
+
+#[async_trait]
+impl<B: Backend> Store for B {
+    async fn head(&self) -> Result<Head, StoreError> {
+        let found = all(self, queries::head(), head_at).await?;
+        found.into_iter().next().ok_or_else(|| damaged("meta", "it has no row"))
+    }
+
+    async fn commit(&self, batch: &[Write]) -> Result<Committed, CommitError> {
+        self.commit_batch(batch).await
+    }
+
+    async fn log_after(&self, revision: Revision, limit: u32) -> Result<Vec<LogRow>, StoreError> {
+        all(self, queries::log_after(revision, limit), log_at).await
+    }
+
+    async fn snapshot(
+        &self,
+        forget_before: Timestamp,
+        sink: &mut (dyn FnMut(SnapshotItem) + Send),
+    ) -> Result<Head, StoreError> {
+        self.view(forget_before, sink).await
+    }
+
+    async fn key(&self, id: KeyId) -> Result<Option<StoredKey>, StoreError> {
+        Ok(gathered(self, queries::key(id)).await?.pop())
+    }
+
+    async fn keys(
+        &self,
+        filter: &KeyFilter,
+        before: Option<KeyId>,
+        limit: u32,
+    ) -> Result<Vec<StoredKey>, StoreError> {
+        gathered(self, queries::keys(filter, before, limit)).await
+    }
+
+    async fn account(&self, id: &AccountId) -> Result<Option<Account>, StoreError> {
+        Ok(all(self, queries::account(id), account_at).await?.pop())
+    }
+
+    async fn accounts(&self, after: Option<&AccountId>, limit: u32) -> Result<Vec<Account>, StoreError> {
+        all(self, queries::accounts(after, limit), account_at).await
+    }
+
+    async fn log(
+        &self,
+        filter: &LogFilter,
+        before: Option<Revision>,
+        limit: u32,
+    ) -> Result<Vec<LogRow>, StoreError> {
+        all(self, queries::log(filter, before, limit), log_at).await
+    }
+
+    async fn idempotent(
+        &self,
+        caller: KeyId,
+        key: &IdempotencyKey,
+        since: Timestamp,
+    ) -> Result<Option<(KeyId, [u8; 32])>, StoreError> {
+        let request_at = |row: &RowOf<B::Db>| {
+            let read = || Ok((KeyId::from_bytes(bytes_at(row, 0)?), bytes_at(row, 1)?));
+            read().map_err(|error: sqlx::Error| damaged("an idempotency key", error))
+        };
+        Ok(all(self, queries::idempotent(caller, key, since), request_at).await?.pop())
+    }
+
+    async fn roles(&self, account: Option<&AccountId>) -> Result<Vec<Role>, StoreError> {
+        all(self, queries::roles(account), role_at).await
+    }
+
+    async fn members(
+        &self,
+        account: &AccountId,
+        after: Option<&UserId>,
+        limit: u32,
+    ) -> Result<Vec<Member>, StoreError> {
+        all(self, queries::members(account, after, limit), member_at).await
+    }
+
+    async fn memberships(&self, user: &UserId) -> Result<Vec<Member>, StoreError> {
+        all(self, queries::memberships(user), member_at).await
+    }
+
+    async fn note_usage(&self, batch: &UsageBatch) -> Result<(), StoreError> {
+        self.write_usage(batch).await
+    }
+
+    async fn usage(&self, key: KeyId, from: Hour, to: Hour) -> Result<Vec<Count>, StoreError> {
+        let known = all(self, queries::usage(key, from, to), |row| count_at(key, row)).await?;
+        Ok(known.into_iter().flatten().collect())
+    }
+
+    async fn forget_usage(&self, before: Hour) -> Result<(), StoreError> {
+        self.drop_usage(before).await
+    }
+
+    async fn lost(&self) {
+        self.wait_until_lost().await;
+    }
+
+    async fn close(&self) {
+        self.shut().await;
+    }
+}
+
+/// Everything that a Check needs, from one view.
+pub(super) async fn snapshot<V: View>(
+    view: &mut V,
+    forget_before: Timestamp,
+    sink: &mut (dyn FnMut(SnapshotItem) + Send),
+) -> Result<Head, StoreError> {
+    let mut head = None;
+    view.each(queries::head(), &mut |row| {
+        head = Some(head_at(row)?);
+        Ok(())
+    })
+    .await?;
+    let head = head.ok_or_else(|| damaged("meta", "it has no row"))?;
+    let sink_ref = &mut *sink;
+    view.each(queries::all_accounts(), &mut |row| {
+        sink_ref(SnapshotItem::Account(account_at(row)?));
+        Ok(())
+    })
+    .await?;
+    view.each(queries::all_roles(), &mut |row| {
+        sink_ref(SnapshotItem::Role(role_at(row)?));
+        Ok(())
+    })
+    .await?;
+    view.each(queries::all_members(), &mut |row| {
+        sink_ref(SnapshotItem::Member(member_at(row)?));
+        Ok(())
+    })
+    .await?;
+    snapshot_keys(view, forget_before, sink).await?;
+    view.each(queries::all_spent(), &mut |row| {
+        let (key_id, spent) = spent_at(row)?;
+        sink(SnapshotItem::Spent(key_id, spent));
+        Ok(())
+    })
+    .await?;
+    Ok(head)
+}
+
+async fn snapshot_keys<V: View>(
+    view: &mut V,
+    forget_before: Timestamp,
+    sink: &mut (dyn FnMut(SnapshotItem) + Send),
+) -> Result<(), StoreError> {
+    let mut after = None;
+    loop {
+        let mut gather = Gather::new();
+        let (mut count, mut last) = (0, after);
+        let mut send = |gathered: GatheredKey| {
+            let left = gathered.left.into_iter().filter(|secret| !secret.superseded(forget_before)).collect();
+            count += 1;
+            last = Some(gathered.stored.key.id);
+            sink(SnapshotItem::Key(Arc::new(gathered.stored.key), left));
+        };
+        view.each(queries::snapshot_keys(forget_before, after, V::PAGE), &mut |row| {
+            gather.row(row)?.into_iter().for_each(&mut send);
+            Ok(())
+        })
+        .await?;
+        gather.finish()?.into_iter().for_each(&mut send);
+        if V::PAGE.is_none_or(|page| count < page) {
+            return Ok(());
+        }
+        after = last;
+    }
+}
+
+/// The end of the log: the newest rows form a chain that ends where `meta` says. What is wrong, if anything is.
+pub(super) async fn check_log<B: Backend>(backend: &B) -> Result<(), StoreError> {
+    let broken = |problem: String| Err(damaged("the log", problem));
+    let head = backend.head().await?;
+    let start = Revision(head.revision.0.saturating_sub(VERIFY_AT_START));
+    let mut last = Head { revision: start, hash: GENESIS };
+    if start != Revision(0) {
+        let found = all(backend, queries::hash_of(start), head_at).await?;
+        let Some(found) = found.into_iter().next() else {
+            return broken(format!("it has no entry {start}"));
+        };
+        last = found;
+    }
+    loop {
+        let rows = backend.log_after(last.revision, 1000).await?;
+        for row in &rows {
+            if !row.follows(last.revision, &last.hash) {
+                return broken(format!("its hash chain breaks at entry {}", last.revision.next()));
+            }
+            last = Head { revision: row.revision, hash: row.hash };
+        }
+        if rows.is_empty() {
+            break;
+        }
+    }
+    if last == head {
+        Ok(())
+    } else {
+        broken(format!("it ends at {}, and should end at {}", last.revision, head.revision))
+    }
+}

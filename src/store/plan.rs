@@ -1,0 +1,329 @@
+//! What becomes of a batch, decided from facts: what the tables say of everything that its writes touch. No SQL and
+//! no waiting here, so that a database across a network is asked a few times for a batch, and not a few times for
+//! each write of it. `sqlite_write.rs` has the same rules in the form that suits a database in this process; the
+//! conformance suite holds both to them.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+
+use crate::domain::{
+    key::{Key, Owner, Secret},
+    log::Change,
+    name::{AccountId, IdempotencyKey, KeyId, KeyName, RoleName, UserId},
+    time::{Revision, Timestamp},
+    token::Digest,
+};
+
+use super::{Committed, Head, IDEMPOTENCY_WINDOW, Idempotency, Outcome, Rejection, Write};
+
+type Verdict = Result<(), Rejection>;
+
+/// A role's place: its account, or none for a global one.
+pub(super) type RolePlace = (Option<AccountId>, RoleName);
+
+/// The record that a write is about.
+#[derive(PartialEq, Eq, Hash)]
+enum Record<'w> {
+    Key(KeyId),
+    Account(&'w AccountId),
+    Role(Option<&'w AccountId>, &'w RoleName),
+    Member(&'w AccountId, &'w UserId),
+}
+
+impl<'w> Record<'w> {
+    fn of(change: &'w Change) -> Self {
+        match change {
+            Change::Key(key) => Record::Key(key.id),
+            Change::Account(account) => Record::Account(&account.id),
+            Change::Role(role) | Change::RoleDeleted(role) => Record::Role(role.account.as_ref(), &role.name),
+            Change::Member(member) | Change::MemberRemoved(member) => {
+                Record::Member(&member.account, &member.user)
+            }
+        }
+    }
+}
+
+/// Cuts a batch into runs that can be decided and written in one go each: no record comes twice in a run, so its
+/// rows can be written in any one statement; and a role is deleted alone, since who uses it is counted in the
+/// tables.
+pub(super) fn runs(batch: &[Write]) -> Vec<&[Write]> {
+    let mut runs = Vec::new();
+    let (mut start, mut seen) = (0, HashSet::new());
+    for (at, write) in batch.iter().enumerate() {
+        let alone = |write: &Write| matches!(write.change, Change::RoleDeleted(_));
+        let record = Record::of(&write.change);
+        let cut = at > start && (alone(write) || alone(&batch[at - 1]) || seen.contains(&record));
+        if cut {
+            runs.push(&batch[start..at]);
+            start = at;
+            seen.clear();
+        }
+        seen.insert(record);
+    }
+    if start < batch.len() {
+        runs.push(&batch[start..]);
+    }
+    runs
+}
+
+/// What must be known to decide a run.
+#[derive(Debug, Default)]
+pub(super) struct Questions {
+    pub(super) requests: BTreeSet<(KeyId, IdempotencyKey)>,
+    pub(super) keys: BTreeSet<KeyId>,
+    pub(super) names: BTreeSet<(Owner, KeyName)>,
+    pub(super) digests: BTreeSet<Digest>,
+    /// Secrets that left their key's record.
+    pub(super) left: BTreeSet<(KeyId, u32)>,
+    pub(super) accounts: BTreeSet<AccountId>,
+    pub(super) roles: BTreeSet<RolePlace>,
+    pub(super) members: BTreeSet<(AccountId, UserId)>,
+    /// The role to be deleted, whose uses are to be counted.
+    pub(super) uses_of: Option<RolePlace>,
+}
+
+impl Questions {
+    pub(super) fn of(run: &[Write]) -> Questions {
+        let mut asked = Questions::default();
+        for write in run {
+            if let Some(request) = &write.idempotency {
+                asked.requests.insert((request.caller, request.key.clone()));
+            }
+            asked.about(&write.change);
+        }
+        asked
+    }
+
+    fn about(&mut self, change: &Change) {
+        match change {
+            Change::Key(key) => self.about_key(key),
+            Change::Account(account) => {
+                self.accounts.insert(account.id.clone());
+            }
+            Change::Role(role) => {
+                self.roles.insert((role.account.clone(), role.name.clone()));
+            }
+            Change::RoleDeleted(role) => {
+                self.roles.insert((role.account.clone(), role.name.clone()));
+                self.uses_of = Some((role.account.clone(), role.name.clone()));
+            }
+            Change::Member(member) | Change::MemberRemoved(member) => {
+                self.members.insert((member.account.clone(), member.user.clone()));
+                self.role_of(Some(&member.account), &member.role);
+            }
+        }
+    }
+
+    fn about_key(&mut self, key: &Key) {
+        self.keys.insert(key.id);
+        self.digests.extend(key.secrets.iter().map(|secret| secret.digest));
+        self.left.extend(left_version(key).map(|version| (key.id, version)));
+        if key.revocation.is_none() {
+            self.names.extend(key.terms.name.clone().map(|name| (key.owner.clone(), name)));
+            for role in &key.terms.roles {
+                self.role_of(key.owner.account(), role);
+            }
+        }
+    }
+
+    fn role_of(&mut self, account: Option<&AccountId>, role: &RoleName) {
+        self.roles.insert((account.cloned(), role.clone()));
+        self.roles.insert((None, role.clone()));
+    }
+}
+
+/// The version that left the record when its newest secret was made.
+fn left_version(key: &Key) -> Option<u32> {
+    match key.secrets.as_slice() {
+        [_, .., oldest] if oldest.version > 1 => Some(oldest.version - 1),
+        _ => None,
+    }
+}
+
+/// What is known of an idempotency key.
+#[derive(Debug)]
+pub(super) struct Request {
+    pub(super) key_id: KeyId,
+    pub(super) fingerprint: [u8; 32],
+    pub(super) created_at: Timestamp,
+}
+
+/// The answers to [`Questions`]. What is not in a map is not in the tables.
+#[derive(Debug, Default)]
+pub(super) struct Facts {
+    pub(super) requests: HashMap<(KeyId, IdempotencyKey), Request>,
+    pub(super) keys: HashMap<KeyId, Revision>,
+    /// Which unrevoked key has a name.
+    pub(super) names: HashMap<(Owner, KeyName), KeyId>,
+    pub(super) digests: HashMap<Digest, (KeyId, u32)>,
+    pub(super) left: HashMap<KeyId, Secret>,
+    pub(super) accounts: HashMap<AccountId, Revision>,
+    pub(super) roles: HashMap<RolePlace, Revision>,
+    pub(super) members: HashMap<(AccountId, UserId), Revision>,
+    /// How many unrevoked keys and members use the role to be deleted.
+    pub(super) uses: (u64, u64),
+}
+
+/// What a run comes to: its outcomes and log rows, and what goes with them.
+#[derive(Debug)]
+pub(super) struct Plan<'w> {
+    pub(super) committed: Committed,
+    /// Where the log ends after it.
+    pub(super) head: Head,
+    /// Secrets that left their key's record alive, and end now.
+    pub(super) ended: Vec<(KeyId, Secret)>,
+    /// Idempotency keys to be kept, with what was made under them.
+    pub(super) requests: Vec<(&'w Idempotency, KeyId, Timestamp)>,
+}
+
+/// Decides a run after `head`, each write in the light of those before it.
+pub(super) fn decide<'w>(
+    run: &'w [Write],
+    mut facts: Facts,
+    head: Head,
+) -> Result<Plan<'w>, serde_json::Error> {
+    let mut plan = Plan { committed: Committed::default(), head, ended: Vec::new(), requests: Vec::new() };
+    for write in run {
+        let outcome = match facts.done_before(write) {
+            Some(outcome) => outcome,
+            None => match facts.verdict(&write.change, write.expect) {
+                Ok(()) => Ok(Outcome::Applied(plan.record(write, &mut facts)?)),
+                Err(rejection) => Err(rejection),
+            },
+        };
+        plan.committed.outcomes.push(outcome);
+    }
+    Ok(plan)
+}
+
+impl<'w> Plan<'w> {
+    /// Takes in a write against which nothing stands.
+    fn record(&mut self, write: &'w Write, facts: &mut Facts) -> Result<Change, serde_json::Error> {
+        let change = write.change.clone().at_revision(self.head.revision.next());
+        let row = write.log_row(&change, self.head)?;
+        self.head = Head { revision: row.revision, hash: row.hash };
+        if let (Change::Key(key), Some(_)) = (&change, write.expect) {
+            self.ended.extend(facts.ended(key));
+        }
+        if let (Some(request), Some(key_id)) = (&write.idempotency, change.key_id()) {
+            let known = Request { key_id, fingerprint: request.fingerprint, created_at: write.at };
+            facts.requests.insert((request.caller, request.key.clone()), known);
+            self.requests.push((request, key_id, write.at));
+        }
+        facts.learn(&change);
+        self.committed.rows.push((row, change.clone()));
+        Ok(change)
+    }
+}
+
+fn as_expected(found: Option<&Revision>, expect: Option<Revision>) -> Verdict {
+    if found.copied() == expect { Ok(()) } else { Err(Rejection::Conflict) }
+}
+
+impl Facts {
+    /// What is known of a write's idempotency key.
+    fn done_before(&self, write: &Write) -> Option<Result<Outcome, Rejection>> {
+        let asked = write.idempotency.as_ref()?;
+        let known = self.requests.get(&(asked.caller, asked.key.clone()))?;
+        if known.created_at < write.at.minus(IDEMPOTENCY_WINDOW) {
+            return None;
+        }
+        Some(if known.fingerprint == asked.fingerprint {
+            Ok(Outcome::Replayed(known.key_id))
+        } else {
+            Err(Rejection::IdempotencyReused)
+        })
+    }
+
+    fn verdict(&self, change: &Change, expect: Option<Revision>) -> Verdict {
+        match change {
+            Change::Key(key) => self.key_verdict(key, expect),
+            Change::Account(account) => as_expected(self.accounts.get(&account.id), expect),
+            Change::Role(role) => {
+                as_expected(self.roles.get(&(role.account.clone(), role.name.clone())), expect)
+            }
+            Change::RoleDeleted(role) => {
+                as_expected(self.roles.get(&(role.account.clone(), role.name.clone())), expect)?;
+                match self.uses {
+                    (0, 0) => Ok(()),
+                    (keys, members) => Err(Rejection::RoleInUse { keys, members }),
+                }
+            }
+            Change::Member(member) => {
+                let place = (member.account.clone(), member.user.clone());
+                as_expected(self.members.get(&place), expect)?;
+                self.role_stands(Some(&member.account), &member.role)
+            }
+            Change::MemberRemoved(member) => {
+                as_expected(self.members.get(&(member.account.clone(), member.user.clone())), expect)
+            }
+        }
+    }
+
+    fn key_verdict(&self, key: &Key, expect: Option<Revision>) -> Verdict {
+        if key.revocation.is_none() {
+            for role in &key.terms.roles {
+                self.role_stands(key.owner.account(), role)?;
+            }
+        }
+        as_expected(self.keys.get(&key.id), expect)?;
+        let taken = |secret: &Secret| {
+            self.digests.get(&secret.digest).is_some_and(|known| *known != (key.id, secret.version))
+        };
+        let newest_taken = key.secrets.first().is_some_and(taken);
+        // A new key that is there already under another id, name and all, is told by its digest.
+        if self.name_taken(key) && !(expect.is_none() && newest_taken) {
+            return Err(Rejection::NameTaken);
+        }
+        if key.secrets.iter().any(taken) { Err(Rejection::DigestTaken) } else { Ok(()) }
+    }
+
+    /// Whether a role stands for an account: its own, or a global one.
+    fn role_stands(&self, account: Option<&AccountId>, role: &RoleName) -> Verdict {
+        let stands = |account: Option<&AccountId>| self.roles.contains_key(&(account.cloned(), role.clone()));
+        if stands(account) || stands(None) { Ok(()) } else { Err(Rejection::NoSuchRole) }
+    }
+
+    fn name_taken(&self, key: &Key) -> bool {
+        let Some(name) = key.terms.name.as_ref().filter(|_| key.revocation.is_none()) else { return false };
+        self.names.get(&(key.owner.clone(), name.clone())).is_some_and(|holder| *holder != key.id)
+    }
+
+    /// The secret that left the record when the newest was made, ended then if it was alive still.
+    fn ended(&self, key: &Key) -> Option<(KeyId, Secret)> {
+        let left = self.left.get(&key.id)?;
+        let end = key.secrets.first()?.created_at;
+        let alive = left_version(key) == Some(left.version) && left.expires_at.is_none_or(|last| last > end);
+        alive.then(|| (key.id, Secret { expires_at: Some(end), ..left.clone() }))
+    }
+
+    /// What a recorded change makes of the facts.
+    fn learn(&mut self, change: &Change) {
+        match change {
+            Change::Key(key) => self.learn_key(key),
+            Change::Account(account) => {
+                self.accounts.insert(account.id.clone(), account.revision);
+            }
+            Change::Role(role) => {
+                self.roles.insert((role.account.clone(), role.name.clone()), role.revision);
+            }
+            Change::RoleDeleted(role) => {
+                self.roles.remove(&(role.account.clone(), role.name.clone()));
+            }
+            Change::Member(member) => {
+                self.members.insert((member.account.clone(), member.user.clone()), member.revision);
+            }
+            Change::MemberRemoved(member) => {
+                self.members.remove(&(member.account.clone(), member.user.clone()));
+            }
+        }
+    }
+
+    fn learn_key(&mut self, key: &Key) {
+        self.keys.insert(key.id, key.revision);
+        self.digests.extend(key.secrets.iter().map(|secret| (secret.digest, (key.id, secret.version))));
+        self.names.retain(|_, holder| *holder != key.id);
+        if key.revocation.is_none() {
+            self.names.extend(key.terms.name.clone().map(|name| ((key.owner.clone(), name), key.id)));
+        }
+    }
+}

@@ -1,0 +1,350 @@
+//! The store on a PostgreSQL server: tables in a schema of their own, written by one process for now.
+//!
+//! Everything is a transaction, a single read too, and no transaction leaves anything behind in its session: so it
+//! works through pgbouncer in transaction mode, where the next transaction may meet another session. sqlx sends a
+//! statement in two steps (parse, then execute), which only a transaction keeps in one session; a statement with a
+//! name would stay in a session after it, so statements have none; and what a session would be told once (the
+//! schema, time limits, durability) is told with `BEGIN`, in the same round trip.
+//!
+//! A batch locks the row of `meta`, so that batches commit in the order of their revisions whoever sends them. It
+//! is decided in `plan.rs` from what `facts.rs` asks, and written by `write.rs`. The one owner is `owner.rs`, what
+//! the server must be is `doctor.rs`, the tables come from `migrate.rs`; the reads are in `backend.rs`.
+
+mod doctor;
+mod facts;
+mod migrate;
+mod owner;
+mod place;
+mod write;
+
+use std::{sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use futures_util::TryStreamExt as _;
+use sqlx::{
+    AssertSqlSafe, Connection as _, PgConnection, PgPool, Postgres as Db,
+    pool::PoolConnection,
+    postgres::{PgArguments, PgDatabaseError, PgPoolOptions, PgRow, PgSeverity},
+};
+
+use crate::domain::time::Timestamp;
+
+use super::{
+    CommitError, Committed, Head, Hour, OpenError, SnapshotItem, StoreError, UsageBatch, Write,
+    backend::{self, Backend, TakeRow, View},
+    plan::{self, Questions},
+    queries::Sql,
+    records::{Columns as _, head_at},
+    rows::damaged,
+};
+
+use owner::Owner;
+use place::Place;
+
+type Result<T> = std::result::Result<T, sqlx::Error>;
+type Query<'q> = sqlx::query::Query<'q, Db, PgArguments>;
+
+/// How long one transaction may take, waiting for the lock included. The server is told the same, so that it does
+/// not go on without us.
+const CALL: Duration = Duration::from_secs(10);
+/// How long a free connection may take to be had.
+const ACQUIRE: Duration = Duration::from_secs(5);
+/// How long a snapshot may wait for its next row.
+const NEXT_ROW: Duration = Duration::from_secs(30);
+const CONNECTIONS: u32 = 6;
+
+/// A statement without a name: one with a name would stay in the session.
+fn query(sql: &'static str) -> Query<'static> {
+    sqlx::query(sql).persistent(false)
+}
+
+/// Runs `work` for so long at the most: a server that has vanished says nothing.
+async fn within<T>(limit: Duration, work: impl Future<Output = Result<T>>) -> Result<T> {
+    tokio::time::timeout(limit, work).await.unwrap_or_else(|_| {
+        let said = format!("the database did not answer within {} s", limit.as_secs());
+        Err(sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, said)))
+    })
+}
+
+/// How transactions begin. All of them may write: a standby refuses those, and what it says may be old.
+struct Begins {
+    one: Arc<str>,
+    view: Arc<str>,
+}
+
+impl Begins {
+    fn new(schema: &str, durable: &str) -> Self {
+        let begin = |isolation: &str, limit: Duration| {
+            let limit = limit.as_millis();
+            let sql = format!(
+                "BEGIN ISOLATION LEVEL {isolation} READ WRITE; SET LOCAL search_path TO \"{schema}\"; \
+                 SET LOCAL synchronous_commit TO {durable}; SET LOCAL statement_timeout TO {limit}; \
+                 SET LOCAL idle_in_transaction_session_timeout TO {limit}"
+            );
+            Arc::from(sql)
+        };
+        Begins { one: begin("READ COMMITTED", CALL), view: begin("REPEATABLE READ", 4 * NEXT_ROW) }
+    }
+}
+
+/// The store in a schema of a PostgreSQL database.
+pub(super) struct Postgres {
+    place: Place,
+    pool: PgPool,
+    begins: Begins,
+    owner: Owner,
+}
+
+impl std::fmt::Debug for Postgres {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Postgres").field("database", &self.place.shown).finish_non_exhaustive()
+    }
+}
+
+impl Postgres {
+    /// Connects to the server that `url` names, checks it, takes ownership of the schema, migrates and checks it.
+    ///
+    /// # Errors
+    /// When it cannot be reached or trusted, is damaged or newer than this program, or another process owns it.
+    pub(super) async fn open(url: &str) -> std::result::Result<Postgres, OpenError> {
+        let place = Place::parse(url)?;
+        let failed = |error: sqlx::Error| open_error(&place, error);
+        let pool = PgPoolOptions::new()
+            .max_connections(CONNECTIONS)
+            .acquire_timeout(ACQUIRE)
+            // `begin` finds out for less.
+            .test_before_acquire(false)
+            .connect_lazy_with(place.options.clone());
+        // Not from the pool, which would try again until its time is over and forget why it failed.
+        let connecting = PgConnection::connect_with(&place.options);
+        let mut connection = within(ACQUIRE, connecting).await.map_err(failed)?;
+        let durable = doctor::check(&place, &mut connection).await?;
+        let _ = within(CALL, connection.close()).await;
+        let claim = owner::Claim::take(&place).await?;
+        let begins = Begins::new(&place.schema, durable);
+        migrate::run(&place, &pool).await?;
+        let term = {
+            let mut session = begin(&pool, &begins.one).await.map_err(failed)?;
+            let raised = query("UPDATE meta SET term = term + 1 RETURNING term").fetch_one(session.get());
+            let term = within(CALL, raised).await.and_then(|row| row.int(0)).map_err(failed)?;
+            within(CALL, session.end("COMMIT")).await.map_err(failed)?;
+            term
+        };
+        let owner = claim.keep(place.clone(), term);
+        let store = Postgres { place, pool, begins, owner };
+        match backend::check_log(&store).await {
+            Ok(()) => Ok(store),
+            Err(StoreError::Damaged(what)) => Err(OpenError::Damaged { path: store.place.shown, what }),
+            Err(error) => Err(OpenError::Other { path: store.place.shown, source: error.into() }),
+        }
+    }
+
+    /// Runs `work` in a transaction. It is ended by what `work` says, `COMMIT` or `ROLLBACK`.
+    async fn transaction<T>(
+        &self,
+        work: impl AsyncFnOnce(&mut PgConnection) -> Result<(T, &'static str)>,
+    ) -> Result<T> {
+        let mut session = begin(&self.pool, &self.begins.one).await?;
+        within(CALL, async {
+            let (value, ending) = work(session.get()).await?;
+            session.end(ending).await?;
+            Ok(value)
+        })
+        .await
+    }
+
+    /// Locks the head, so that batches come one after the other, and sees that this process owns it still.
+    async fn lock_head(&self, connection: &mut PgConnection) -> Result<Head> {
+        let row = query("SELECT head, head_hash, term FROM meta FOR UPDATE").fetch_one(connection).await?;
+        if row.int(2)? != self.owner.term() {
+            self.owner.has_lost();
+            return Err(sqlx::Error::Protocol("another keyward has taken the database over".to_owned()));
+        }
+        head_at(&row).map_err(|error| sqlx::Error::Decode(Box::new(error)))
+    }
+
+    /// Writes what of the batch can be written.
+    async fn write_batch(&self, connection: &mut PgConnection, batch: &[Write]) -> Result<Committed> {
+        let mut head = self.lock_head(connection).await?;
+        let mut committed = Committed::default();
+        for run in plan::runs(batch) {
+            let facts = facts::gather(connection, &Questions::of(run)).await?;
+            let plan =
+                plan::decide(run, facts, head).map_err(|error| sqlx::Error::Encode(Box::new(error)))?;
+            write::run(connection, &plan).await?;
+            head = plan.head;
+            committed.outcomes.extend(plan.committed.outcomes);
+            committed.rows.extend(plan.committed.rows);
+        }
+        if !committed.rows.is_empty() {
+            write::head(connection, head, &self.place.schema).await?;
+        }
+        Ok(committed)
+    }
+}
+
+/// A connection with a transaction. Whoever fails or is given up in the middle leaves it in an unknown state: then it
+/// is closed, and the server ends the transaction.
+struct Session {
+    connection: PoolConnection<Db>,
+    ended: bool,
+}
+
+impl Session {
+    fn get(&mut self) -> &mut PgConnection {
+        &mut self.connection
+    }
+
+    /// Ends the transaction with `COMMIT` or `ROLLBACK`; others may have the connection then.
+    async fn end(mut self, ending: &'static str) -> Result<()> {
+        sqlx::raw_sql(ending).execute(self.get()).await?;
+        self.ended = true;
+        Ok(())
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.connection.close_on_drop();
+        }
+    }
+}
+
+/// Begins a transaction. A connection that died while it was idle shows here, before anything was asked of it, and
+/// another takes its place.
+async fn begin(pool: &PgPool, sql: &Arc<str>) -> Result<Session> {
+    let mut tries = CONNECTIONS + 1;
+    loop {
+        let mut session = Session { connection: pool.acquire().await?, ended: false };
+        let begun = sqlx::raw_sql(AssertSqlSafe(sql.clone())).execute(session.get());
+        let Err(error) = within(CALL, begun).await else { return Ok(session) };
+        tries -= 1;
+        if tries == 0 || !is_gone(&error) {
+            return Err(error);
+        }
+    }
+}
+
+#[async_trait]
+impl Backend for Postgres {
+    type Db = Db;
+
+    async fn rows(&self, query: Sql<Db>) -> std::result::Result<Vec<PgRow>, StoreError> {
+        let mut query = query.into_builder();
+        self.transaction(async |connection| {
+            Ok((query.build().persistent(false).fetch_all(connection).await?, "COMMIT"))
+        })
+        .await
+        .map_err(store_error)
+    }
+
+    async fn commit_batch(&self, batch: &[Write]) -> std::result::Result<Committed, CommitError> {
+        let mut committing = false;
+        let result = self
+            .transaction(async |connection| {
+                let committed = self.write_batch(connection, batch).await?;
+                committing = !committed.rows.is_empty();
+                let ending = if committing { "COMMIT" } else { "ROLLBACK" };
+                Ok((committed, ending))
+            })
+            .await;
+        result.map_err(|error| {
+            if committing && !was_refused(&error) {
+                CommitError::Unknown(store_error(error))
+            } else {
+                CommitError::NotRecorded(store_error(error))
+            }
+        })
+    }
+
+    async fn view(
+        &self,
+        forget_before: Timestamp,
+        sink: &mut (dyn FnMut(SnapshotItem) + Send),
+    ) -> std::result::Result<Head, StoreError> {
+        let mut session = begin(&self.pool, &self.begins.view).await.map_err(store_error)?;
+        let head = backend::snapshot(&mut PgView(session.get()), forget_before, sink).await?;
+        within(CALL, session.end("COMMIT")).await.map_err(store_error)?;
+        Ok(head)
+    }
+
+    async fn write_usage(&self, batch: &UsageBatch) -> std::result::Result<(), StoreError> {
+        self.transaction(async |connection| Ok((write::usage(connection, batch).await?, "COMMIT")))
+            .await
+            .map_err(store_error)
+    }
+
+    async fn drop_usage(&self, before: Hour) -> std::result::Result<(), StoreError> {
+        self.transaction(async |connection| {
+            let dropped = query("DELETE FROM usage WHERE hour < $1").bind(before.0).execute(connection);
+            Ok((dropped.await.map(drop)?, "COMMIT"))
+        })
+        .await
+        .map_err(store_error)
+    }
+
+    async fn wait_until_lost(&self) {
+        self.owner.lost().await;
+    }
+
+    async fn shut(&self) {
+        self.pool.close().await;
+        self.owner.release().await;
+    }
+}
+
+/// One transaction's view.
+struct PgView<'c>(&'c mut PgConnection);
+
+#[async_trait]
+impl View for PgView<'_> {
+    type Db = Db;
+
+    /// A query for all keys would sort them first, and a statement that runs for minutes has no time limit.
+    const PAGE: Option<u32> = Some(5_000);
+
+    async fn each(&mut self, query: Sql<Db>, take: TakeRow<'_, Db>) -> std::result::Result<(), StoreError> {
+        let mut query = query.into_builder();
+        let mut rows = query.build().persistent(false).fetch(&mut *self.0);
+        while let Some(row) = within(NEXT_ROW, rows.try_next()).await.map_err(store_error)? {
+            take(&row)?;
+        }
+        Ok(())
+    }
+}
+
+fn server_error(error: &sqlx::Error) -> Option<&PgDatabaseError> {
+    error.as_database_error()?.try_downcast_ref::<PgDatabaseError>()
+}
+
+/// Whether the connection is of no more use: a fault on the way, or a server that ends its sessions.
+fn is_gone(error: &sqlx::Error) -> bool {
+    match error {
+        sqlx::Error::Io(error) => error.kind() != std::io::ErrorKind::TimedOut,
+        error => server_error(error)
+            .is_some_and(|error| matches!(error.severity(), PgSeverity::Fatal | PgSeverity::Panic)),
+    }
+}
+
+/// Whether the server refused to commit, so that certainly nothing was. Whatever ends the session leaves it open:
+/// the commit may be on disk already. CockroachDB says 40003 where it does not know.
+fn was_refused(error: &sqlx::Error) -> bool {
+    server_error(error).is_some_and(|error| error.severity() == PgSeverity::Error && error.code() != "40003")
+}
+
+const DISK_FULL: &str = "53100";
+const DATA_CORRUPTED: &str = "XX001";
+const INDEX_CORRUPTED: &str = "XX002";
+
+fn store_error(error: sqlx::Error) -> StoreError {
+    match server_error(&error).map(PgDatabaseError::code) {
+        Some(DISK_FULL) => StoreError::Full(error.into()),
+        Some(DATA_CORRUPTED | INDEX_CORRUPTED) => damaged("the PostgreSQL server's data", error),
+        _ => StoreError::Unavailable(error.into()),
+    }
+}
+
+fn open_error(place: &Place, error: sqlx::Error) -> OpenError {
+    OpenError::Other { path: place.shown.clone(), source: error.into() }
+}

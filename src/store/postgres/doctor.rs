@@ -1,0 +1,127 @@
+//! Whether a server can be trusted with keys: an acknowledged change must be on its disk, and what it says must be
+//! the newest.
+
+use sqlx::PgConnection;
+
+use crate::store::{OpenError, records::Columns as _};
+
+use super::{CALL, Place, open_error, query, within};
+
+/// The oldest server that Keyward is for: PostgreSQL 13.
+const OLDEST: i64 = 130_000;
+
+/// What a server says of itself.
+struct Said {
+    version: i64,
+    in_recovery: bool,
+    fsync: String,
+    synchronous_commit: String,
+    standbys: String,
+    encoding: String,
+}
+
+/// Checks the server. Gives the `synchronous_commit` that transactions are to have.
+pub(super) async fn check(place: &Place, connection: &mut PgConnection) -> Result<&'static str, OpenError> {
+    let said = within(CALL, ask(connection)).await.map_err(|error| open_error(place, error))?;
+    if let Some((what, fix)) = objection(&said) {
+        return Err(OpenError::Unsuitable { database: place.shown.clone(), what, fix });
+    }
+    if said.standbys.is_empty() {
+        tracing::warn!(
+            database = place.shown,
+            "the server has no synchronous standbys (synchronous_standby_names is empty): should its disk be \
+             lost, so are the newest changes, revocations included"
+        );
+    }
+    Ok(durable(&said.synchronous_commit))
+}
+
+async fn ask(connection: &mut PgConnection) -> Result<Said, sqlx::Error> {
+    // In a transaction, so that both steps of the statement meet the same session.
+    sqlx::raw_sql("BEGIN").execute(&mut *connection).await?;
+    let row = query(
+        "SELECT current_setting('server_version_num')::bigint, pg_is_in_recovery()::int::bigint, \
+         current_setting('fsync'), current_setting('synchronous_commit'), \
+         current_setting('synchronous_standby_names'), current_setting('server_encoding')",
+    )
+    .fetch_one(&mut *connection)
+    .await?;
+    sqlx::raw_sql("COMMIT").execute(connection).await?;
+    Ok(Said {
+        version: row.int(0)?,
+        in_recovery: row.int(1)? != 0,
+        fsync: row.text(2)?.to_owned(),
+        synchronous_commit: row.text(3)?.to_owned(),
+        standbys: row.text(4)?.to_owned(),
+        encoding: row.text(5)?.to_owned(),
+    })
+}
+
+/// What is wrong with the server, and what to do.
+fn objection(said: &Said) -> Option<(String, &'static str)> {
+    if said.version < OLDEST {
+        let major = said.version / 10_000;
+        return Some((format!("it is PostgreSQL {major}"), "Use PostgreSQL 13 or newer"));
+    }
+    if said.in_recovery {
+        let what = "it is in recovery: a standby, which may lag behind its primary".to_owned();
+        return Some((what, "Name the primary in --database"));
+    }
+    if said.fsync != "on" {
+        let what =
+            format!("its fsync is {}: a power cut would take acknowledged changes with it", said.fsync);
+        return Some((what, "Set fsync = on in postgresql.conf and restart the server"));
+    }
+    if said.encoding != "UTF8" {
+        let what = format!("its encoding is {}", said.encoding);
+        return Some((what, "Make one with CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0"));
+    }
+    None
+}
+
+/// At least `on`: whatever is less acknowledges what is not on disk everywhere that it should be.
+fn durable(default: &str) -> &'static str {
+    if default == "remote_apply" { "remote_apply" } else { "on" }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn good() -> Said {
+        Said {
+            version: 150_018,
+            in_recovery: false,
+            fsync: "on".to_owned(),
+            synchronous_commit: "on".to_owned(),
+            standbys: String::new(),
+            encoding: "UTF8".to_owned(),
+        }
+    }
+
+    #[test]
+    fn a_server_that_can_lose_or_lag_is_refused() {
+        assert!(objection(&good()).is_none());
+        for bad in [
+            Said { version: 120_009, ..good() },
+            Said { in_recovery: true, ..good() },
+            Said { fsync: "off".to_owned(), ..good() },
+            Said { encoding: "SQL_ASCII".to_owned(), ..good() },
+        ] {
+            assert!(objection(&bad).is_some());
+        }
+    }
+
+    #[test]
+    fn commits_wait_for_the_disk_whatever_the_default() {
+        for (default, used) in [
+            ("off", "on"),
+            ("local", "on"),
+            ("remote_write", "on"),
+            ("on", "on"),
+            ("remote_apply", "remote_apply"),
+        ] {
+            assert_eq!(durable(default), used, "{default}");
+        }
+    }
+}

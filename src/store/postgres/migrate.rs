@@ -1,0 +1,129 @@
+//! The schema and its tables. sqlx's own migrator keeps a lock in its session and leaves statements there, which
+//! pgbouncer does not bear; so this is one transaction: the lock, the checks, what is missing, the note of it.
+
+use sha2::{Digest as _, Sha256};
+use sqlx::{AssertSqlSafe, PgConnection, PgPool};
+use std::{sync::Arc, time::Duration};
+
+use crate::{
+    domain::log::GENESIS,
+    store::{OpenError, records::Columns as _},
+};
+
+use super::{Place, Result, begin, open_error, query, server_error, within};
+
+/// How long a migration may take.
+const LIMIT: Duration = Duration::from_secs(600);
+const NOT_ALLOWED: &str = "42501";
+
+struct Migration {
+    version: i64,
+    name: &'static str,
+    sql: &'static str,
+}
+
+/// The migrations, oldest first, with the numbers and names that SQLite's have. Never edited once released.
+const MIGRATIONS: [Migration; 2] = [
+    Migration { version: 1, name: "start", sql: include_str!("../migrations/postgres/0001_start.sql") },
+    Migration { version: 2, name: "people", sql: include_str!("../migrations/postgres/0002_people.sql") },
+];
+
+/// Brings the schema to what this program knows, or says why it cannot.
+pub(super) async fn run(place: &Place, pool: &PgPool) -> std::result::Result<(), OpenError> {
+    let failed = |error: sqlx::Error| match server_error(&error) {
+        Some(said) if said.code() == NOT_ALLOWED => OpenError::Unsuitable {
+            database: place.shown.clone(),
+            what: format!("its role may not do what a start needs ({})", said.message()),
+            fix: "Let a superuser make the schema for it: CREATE SCHEMA … AUTHORIZATION … (see README)",
+        },
+        _ => open_error(place, error),
+    };
+    let begun: Arc<str> = Arc::from(format!(
+        "BEGIN READ WRITE; SET LOCAL search_path TO \"{}\"; SET LOCAL statement_timeout TO {}; \
+         SET LOCAL synchronous_commit TO on",
+        place.schema,
+        LIMIT.as_millis()
+    ));
+    let mut session = begin(pool, &begun).await.map_err(failed)?;
+    let migrated = async {
+        match migrate(place, session.get()).await? {
+            Ok(()) => Ok(Ok(session.end("COMMIT").await?)),
+            Err(refused) => Ok(Err(refused)),
+        }
+    };
+    within(LIMIT, migrated).await.map_err(failed)?
+}
+
+async fn migrate(place: &Place, connection: &mut PgConnection) -> Result<std::result::Result<(), OpenError>> {
+    query("SELECT pg_advisory_xact_lock($1)").bind(place.lock("migrate")).execute(&mut *connection).await?;
+    make_schema(place, connection).await?;
+    let applied = applied(connection).await?;
+    if let Err(refused) = known(place, &applied) {
+        return Ok(Err(refused));
+    }
+    for Migration { version, name, sql } in &MIGRATIONS {
+        if applied.iter().any(|(done, _)| done == version) {
+            continue;
+        }
+        sqlx::raw_sql(*sql).execute(&mut *connection).await?;
+        query("INSERT INTO migrations (version, name, checksum) VALUES ($1, $2, $3)")
+            .bind(*version)
+            .bind(*name)
+            .bind(Sha256::digest(sql).to_vec())
+            .execute(&mut *connection)
+            .await?;
+        tracing::info!(version, name, database = place.shown, "migrated");
+    }
+    query("INSERT INTO meta VALUES (1, uuid_send(gen_random_uuid()), 1, 0, $1, 0) ON CONFLICT DO NOTHING")
+        .bind(GENESIS.to_vec())
+        .execute(connection)
+        .await?;
+    Ok(Ok(()))
+}
+
+/// The schema, unless somebody made it for us: a role may well own one and not be allowed to make one.
+async fn make_schema(place: &Place, connection: &mut PgConnection) -> Result<()> {
+    let found = query("SELECT 1 FROM pg_namespace WHERE nspname = $1")
+        .bind(place.schema.clone())
+        .fetch_optional(&mut *connection)
+        .await?;
+    if found.is_none() {
+        let sql = format!("CREATE SCHEMA \"{}\"", place.schema);
+        sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut *connection).await?;
+    }
+    Ok(())
+}
+
+/// Which migrations the schema has had, and the checksum of each.
+async fn applied(connection: &mut PgConnection) -> Result<Vec<(i64, Vec<u8>)>> {
+    let found = query("SELECT to_regclass('migrations')::text").fetch_one(&mut *connection).await?;
+    if found.text_opt(0)?.is_none() {
+        let sql = "CREATE TABLE migrations (version BIGINT PRIMARY KEY, name TEXT NOT NULL, \
+                   checksum BYTEA NOT NULL)";
+        sqlx::raw_sql(sql).execute(connection).await?;
+        return Ok(Vec::new());
+    }
+    let rows = query("SELECT version, checksum FROM migrations").fetch_all(connection).await?;
+    rows.iter().map(|row| Ok((row.int(0)?, row.bytes(1)?.to_vec()))).collect()
+}
+
+/// Whether this program knows all that the schema has had.
+fn known(place: &Place, applied: &[(i64, Vec<u8>)]) -> std::result::Result<(), OpenError> {
+    let newest = MIGRATIONS.iter().map(|migration| migration.version).max().unwrap_or(0);
+    for (version, checksum) in applied {
+        match MIGRATIONS.iter().find(|migration| migration.version == *version) {
+            None => {
+                let (path, found) = (place.shown.clone(), *version);
+                return Err(OpenError::NewerSchema { path, found, known: newest });
+            }
+            Some(known) if Sha256::digest(known.sql).as_slice() != checksum.as_slice() => {
+                return Err(OpenError::Damaged {
+                    path: place.shown.clone(),
+                    what: format!("migration {version} is not the one that this keyward knows"),
+                });
+            }
+            Some(_) => {}
+        }
+    }
+    Ok(())
+}

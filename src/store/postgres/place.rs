@@ -1,0 +1,102 @@
+//! Where the store is: what a `postgres://` URL says, and the schema, which Keyward reads from it itself.
+
+use std::str::FromStr as _;
+
+use sha2::{Digest as _, Sha256};
+use sqlx::postgres::PgConnectOptions;
+
+use crate::store::OpenError;
+
+/// A server, a database, a schema.
+#[derive(Clone)]
+pub(super) struct Place {
+    pub(super) options: PgConnectOptions,
+    pub(super) schema: String,
+    /// For people; without user and password.
+    pub(super) shown: String,
+}
+
+impl Place {
+    /// Reads `postgres://user:password@host:port/database?schema=keyward`, and whatever else libpq knows.
+    pub(super) fn parse(url: &str) -> Result<Place, OpenError> {
+        // It may hold a password: it is not repeated.
+        let wrong = |problem| OpenError::Url { url: "postgres://…".to_owned(), problem };
+        let (url, schema) = without_schema(url);
+        let schema = schema.unwrap_or_else(|| "keyward".to_owned());
+        if !is_plain(&schema) {
+            return Err(wrong("schema must be 1-63 of a-z, 0-9 and _, and must not start with a digit"));
+        }
+        let options = PgConnectOptions::from_str(&url)
+            .map_err(|_| wrong("say postgres://user:password@host:5432/database"))?
+            .application_name("keyward")
+            // pgbouncer refuses what it does not know, and we have no use for it.
+            .extra_float_digits(None)
+            .statement_cache_capacity(0);
+        let server = match options.get_socket() {
+            Some(folder) => folder.display().to_string(),
+            None => options.get_host().to_owned(),
+        };
+        let database = options.get_database().unwrap_or(options.get_username());
+        let shown = format!("postgres://{server}:{}/{database} (schema {schema})", options.get_port());
+        Ok(Place { options, schema, shown })
+    }
+
+    /// The advisory lock of this schema for `purpose`.
+    pub(super) fn lock(&self, purpose: &str) -> i64 {
+        let digest = Sha256::digest(format!("keyward {purpose} {}", self.schema));
+        let mut key = [0; 8];
+        key.copy_from_slice(&digest[..8]);
+        i64::from_be_bytes(key)
+    }
+}
+
+fn without_schema(url: &str) -> (String, Option<String>) {
+    let Some((base, options)) = url.split_once('?') else { return (url.to_owned(), None) };
+    let (ours, theirs): (Vec<_>, Vec<_>) =
+        options.split('&').partition(|option| option.starts_with("schema="));
+    let schema = ours.last().and_then(|option| option.strip_prefix("schema=")).map(str::to_owned);
+    let url = if theirs.is_empty() { base.to_owned() } else { format!("{base}?{}", theirs.join("&")) };
+    (url, schema)
+}
+
+/// A name that needs no quotes, so that no statement can be made from it.
+fn is_plain(name: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_';
+    (1..=63).contains(&name.len()) && name.bytes().all(plain) && !name.as_bytes()[0].is_ascii_digit()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_schema_is_ours_and_the_rest_is_the_drivers() {
+        let place = Place::parse("postgres://u:secret@db:6432/keys?schema=kw_2&sslmode=require").unwrap();
+        assert_eq!(place.schema, "kw_2");
+        assert_eq!(place.shown, "postgres://db:6432/keys (schema kw_2)");
+        assert_eq!(Place::parse("postgresql://u@db/keys").unwrap().schema, "keyward");
+    }
+
+    #[test]
+    fn a_schema_that_could_be_a_statement_is_refused() {
+        for schema in ["", "a b", "a;b", "a\"b", "Keys", "1a", "é", &"a".repeat(64)] {
+            let error = Place::parse(&format!("postgres://u@db/keys?schema={schema}"));
+            assert!(matches!(error, Err(OpenError::Url { .. })), "{schema}");
+        }
+    }
+
+    #[test]
+    fn a_password_is_not_repeated() {
+        for url in ["postgres://u:secret@db:port/keys", "postgres://u:secret@db/keys?schema=-"] {
+            let Err(error) = Place::parse(url) else { panic!("{url} was understood") };
+            assert!(!format!("{error:?} {error}").contains("secret"));
+        }
+    }
+
+    #[test]
+    fn locks_differ_by_schema_and_purpose() {
+        let place = |schema: &str| Place::parse(&format!("postgres://u@db/keys?schema={schema}")).unwrap();
+        assert_ne!(place("a").lock("x"), place("b").lock("x"));
+        assert_ne!(place("a").lock("x"), place("a").lock("y"));
+    }
+}

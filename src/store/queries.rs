@@ -1,0 +1,277 @@
+//! The reading queries, written once for both databases. They differ in nothing but how a value's place is
+//! written (`?` or `$1`), and that the query builder knows.
+
+use sqlx::{Database, QueryBuilder};
+
+use crate::domain::{
+    key::State,
+    name::{AccountId, IdempotencyKey, KeyId, UserId},
+    time::{Revision, Timestamp},
+};
+
+use super::{
+    Hour, KeyFilter, LogFilter, OwnerFilter,
+    records::{
+        ACCOUNT_COLUMNS, HEAD_COLUMNS, KEY_COLUMNS, LOG_COLUMNS, MEMBER_COLUMNS, ROLE_COLUMNS, SECRET_COLUMNS,
+    },
+    rows::{revision_to_i64, role_account},
+};
+
+/// How a database takes the three types of value that both keep.
+pub(super) trait Dialect: Database + Sized {
+    fn int(query: &mut QueryBuilder<Self>, value: i64);
+    fn text(query: &mut QueryBuilder<Self>, value: String);
+    fn bytes(query: &mut QueryBuilder<Self>, value: Vec<u8>);
+}
+
+macro_rules! dialect {
+    ($database:ty) => {
+        impl Dialect for $database {
+            fn int(query: &mut QueryBuilder<Self>, value: i64) {
+                query.push_bind(value);
+            }
+
+            fn text(query: &mut QueryBuilder<Self>, value: String) {
+                query.push_bind(value);
+            }
+
+            fn bytes(query: &mut QueryBuilder<Self>, value: Vec<u8>) {
+                query.push_bind(value);
+            }
+        }
+    };
+}
+
+dialect!(sqlx::Sqlite);
+dialect!(sqlx::Postgres);
+
+/// A query in the making.
+pub(super) struct Sql<D: Dialect>(QueryBuilder<D>);
+
+impl<D: Dialect> Sql<D> {
+    fn select(columns: &'static str, from: &'static str) -> Self {
+        let mut query = QueryBuilder::new("SELECT ");
+        query.push(columns).push(from);
+        Sql(query)
+    }
+
+    /// Keys joined with their secrets.
+    fn keys(condition: &'static str) -> Self {
+        let mut query = QueryBuilder::new("SELECT ");
+        query.push(KEY_COLUMNS).push(", ").push(SECRET_COLUMNS);
+        query.push(" FROM keys k LEFT JOIN secrets s ON s.key_id = k.id WHERE ").push(condition);
+        Sql(query)
+    }
+
+    fn push(mut self, sql: &'static str) -> Self {
+        self.0.push(sql);
+        self
+    }
+
+    fn int(mut self, value: impl Into<i64>) -> Self {
+        D::int(&mut self.0, value.into());
+        self
+    }
+
+    fn text(mut self, value: impl ToString) -> Self {
+        D::text(&mut self.0, value.to_string());
+        self
+    }
+
+    fn id(mut self, value: KeyId) -> Self {
+        D::bytes(&mut self.0, value.as_bytes().to_vec());
+        self
+    }
+
+    /// The query, to be built and run.
+    pub(super) fn into_builder(self) -> QueryBuilder<D> {
+        self.0
+    }
+}
+
+pub(super) fn head<D: Dialect>() -> Sql<D> {
+    Sql::select(HEAD_COLUMNS, " FROM meta")
+}
+
+pub(super) fn log_after<D: Dialect>(revision: Revision, limit: u32) -> Sql<D> {
+    Sql::select(LOG_COLUMNS, " FROM log WHERE revision > ")
+        .int(revision_to_i64(revision))
+        .push(" ORDER BY revision LIMIT ")
+        .int(limit)
+}
+
+pub(super) fn log<D: Dialect>(filter: &LogFilter, before: Option<Revision>, limit: u32) -> Sql<D> {
+    let mut query =
+        Sql::select(LOG_COLUMNS, " FROM log WHERE revision < ").int(before.map_or(i64::MAX, revision_to_i64));
+    if let Some(account) = &filter.account {
+        query = query.push(" AND account = ").text(account);
+    }
+    if let Some(key_id) = filter.key_id {
+        query = query.push(" AND key_id = ").id(key_id);
+    }
+    if let Some(actor) = &filter.actor {
+        query = query.push(" AND actor = ").text(actor);
+    }
+    if let Some(from) = filter.from {
+        query = query.push(" AND at >= ").int(from.as_micros());
+    }
+    if let Some(to) = filter.to {
+        query = query.push(" AND at < ").int(to.as_micros());
+    }
+    query.push(" ORDER BY revision DESC LIMIT ").int(limit)
+}
+
+pub(super) fn hash_of<D: Dialect>(revision: Revision) -> Sql<D> {
+    Sql::select("revision, hash", " FROM log WHERE revision = ").int(revision_to_i64(revision))
+}
+
+pub(super) fn account<D: Dialect>(id: &AccountId) -> Sql<D> {
+    Sql::select(ACCOUNT_COLUMNS, " FROM accounts WHERE id = ").text(id)
+}
+
+pub(super) fn accounts<D: Dialect>(after: Option<&AccountId>, limit: u32) -> Sql<D> {
+    Sql::select(ACCOUNT_COLUMNS, " FROM accounts WHERE id > ")
+        .text(after.map_or("", AccountId::as_str))
+        .push(" ORDER BY id LIMIT ")
+        .int(limit)
+}
+
+pub(super) fn all_accounts<D: Dialect>() -> Sql<D> {
+    Sql::select(ACCOUNT_COLUMNS, " FROM accounts")
+}
+
+pub(super) fn roles<D: Dialect>(account: Option<&AccountId>) -> Sql<D> {
+    Sql::select(ROLE_COLUMNS, " FROM roles WHERE account IN ('', ")
+        .text(role_account(account))
+        .push(") ORDER BY name, account")
+}
+
+pub(super) fn all_roles<D: Dialect>() -> Sql<D> {
+    Sql::select(ROLE_COLUMNS, " FROM roles")
+}
+
+pub(super) fn members<D: Dialect>(account: &AccountId, after: Option<&UserId>, limit: u32) -> Sql<D> {
+    Sql::select(MEMBER_COLUMNS, " FROM members WHERE account = ")
+        .text(account)
+        .push(" AND user_id > ")
+        .text(after.map_or("", UserId::as_str))
+        .push(" ORDER BY user_id LIMIT ")
+        .int(limit)
+}
+
+pub(super) fn memberships<D: Dialect>(user: &UserId) -> Sql<D> {
+    Sql::select(MEMBER_COLUMNS, " FROM members WHERE user_id = ").text(user).push(" ORDER BY account")
+}
+
+pub(super) fn all_members<D: Dialect>() -> Sql<D> {
+    Sql::select(MEMBER_COLUMNS, " FROM members")
+}
+
+pub(super) fn all_spent<D: Dialect>() -> Sql<D> {
+    Sql::select("key_id, period, used", " FROM quotas")
+}
+
+pub(super) fn usage<D: Dialect>(key: KeyId, from: Hour, to: Hour) -> Sql<D> {
+    Sql::select("hour, reason, count", " FROM usage WHERE key_id = ")
+        .id(key)
+        .push(" AND hour >= ")
+        .int(from.0)
+        .push(" AND hour < ")
+        .int(to.0)
+        .push(" ORDER BY hour, reason")
+}
+
+pub(super) fn idempotent<D: Dialect>(caller: KeyId, key: &IdempotencyKey, since: Timestamp) -> Sql<D> {
+    Sql::select("key_id, fingerprint", " FROM idempotency WHERE caller = ")
+        .id(caller)
+        .push(" AND key = ")
+        .text(key)
+        .push(" AND created_at >= ")
+        .int(since.as_micros())
+}
+
+pub(super) fn key<D: Dialect>(id: KeyId) -> Sql<D> {
+    Sql::keys("k.id = ").id(id).push(" ORDER BY s.version DESC")
+}
+
+/// Keys that a snapshot holds, all of them or `page` after `after`, in the order of their ids.
+pub(super) fn snapshot_keys<D: Dialect>(
+    forget_before: Timestamp,
+    after: Option<KeyId>,
+    page: Option<u32>,
+) -> Sql<D> {
+    let Some(page) = page else {
+        return Sql::keys("k.revoked_at IS NULL OR k.revoked_at >= ")
+            .int(forget_before.as_micros())
+            .push(" ORDER BY k.id, s.version DESC");
+    };
+    let mut query = Sql::keys("k.id IN (SELECT id FROM keys WHERE (revoked_at IS NULL OR revoked_at >= ")
+        .int(forget_before.as_micros())
+        .push(")");
+    if let Some(after) = after {
+        query = query.push(" AND id > ").id(after);
+    }
+    query.push(" ORDER BY id LIMIT ").int(page).push(") ORDER BY k.id, s.version DESC")
+}
+
+pub(super) fn keys<D: Dialect>(filter: &KeyFilter, before: Option<KeyId>, limit: u32) -> Sql<D> {
+    let query = page(Sql::keys("k.id IN ("), filter, before, limit);
+    query.push(") ORDER BY k.id DESC, s.version DESC")
+}
+
+/// The ids of a page, as a subquery: the page is cut before secrets multiply its rows.
+fn page<D: Dialect>(query: Sql<D>, filter: &KeyFilter, before: Option<KeyId>, limit: u32) -> Sql<D> {
+    let mut query = match &filter.owner {
+        OwnerFilter::Account(account) => query.push("SELECT id FROM keys WHERE account = ").text(account),
+        OwnerFilter::User(user) => query.push("SELECT id FROM keys WHERE user_id = ").text(user),
+        OwnerFilter::AllButOperators => {
+            query.push("SELECT id FROM keys WHERE account IS DISTINCT FROM ").text(AccountId::operator())
+        }
+    };
+    if let Some(before) = before {
+        query = query.push(" AND id < ").id(before);
+    }
+    if let Some(environment) = &filter.environment {
+        query = query.push(" AND environment = ").text(environment);
+    }
+    if !filter.name_prefix.is_empty() {
+        // Not LIKE: it folds case, and its wildcards would have to be escaped.
+        query = query.push(" AND substr(name, 1, length(").text(&filter.name_prefix);
+        query = query.push(")) = ").text(&filter.name_prefix);
+    }
+    if let Some(end) = filter.expires_before {
+        query = query.push(" AND expires_at < ").int(end.as_micros());
+    }
+    if let Some(end) = filter.created_before {
+        query = query.push(" AND created_at < ").int(end.as_micros());
+    }
+    if let Some(since) = filter.unused_since {
+        query = query
+            .push(" AND NOT EXISTS (SELECT 1 FROM secrets WHERE key_id = keys.id AND last_used_at >= ")
+            .int(since.as_micros())
+            .push(")");
+    }
+    for (at, state) in filter.states.iter().enumerate() {
+        query = query.push(if at == 0 { " AND (" } else { " OR " });
+        query = in_state(query, *state, filter.now.as_micros());
+    }
+    if !filter.states.is_empty() {
+        query = query.push(")");
+    }
+    query.push(" ORDER BY id DESC LIMIT ").int(limit)
+}
+
+/// The condition of a state at `now`, in the order in which states are told.
+fn in_state<D: Dialect>(query: Sql<D>, state: State, now: i64) -> Sql<D> {
+    match state {
+        State::Revoked => query.push("(revoked_at IS NOT NULL)"),
+        State::Disabled => query.push("(revoked_at IS NULL AND disabled_at IS NOT NULL)"),
+        State::Expired => {
+            query.push("(revoked_at IS NULL AND disabled_at IS NULL AND expires_at <= ").int(now).push(")")
+        }
+        State::Active => query
+            .push("(revoked_at IS NULL AND disabled_at IS NULL AND (expires_at IS NULL OR expires_at > ")
+            .int(now)
+            .push("))"),
+    }
+}

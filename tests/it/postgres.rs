@@ -1,0 +1,269 @@
+//! PostgreSQL for the tests: one server for all of them, in a folder of its own below the system's temporary one,
+//! reached through a socket in it; a pgbouncer in front of it for those who ask; a database for each test. They end
+//! when this process does, however it ends: each runs under a shell that waits for its input to close.
+
+use std::{
+    ffi::OsStr,
+    os::unix::fs::{PermissionsExt as _, chown},
+    path::{Path, PathBuf},
+    process::{Child, Command, Output, Stdio},
+    sync::{
+        OnceLock,
+        atomic::{AtomicU32, Ordering},
+    },
+};
+
+use crate::process::wait_for;
+
+/// The role that Keyward has in every database of the tests; it owns that and nothing else.
+const ROLE: &str = "keyward";
+
+/// Where the server's programs are: those on PATH, or the newest that Debian has installed.
+fn programs() -> &'static Path {
+    static FOUND: OnceLock<PathBuf> = OnceLock::new();
+    FOUND.get_or_init(|| {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let on_path = std::env::split_paths(&path)
+            .filter_map(|folder| folder.join("postgres").canonicalize().ok())
+            .filter_map(|program| program.parent().map(Path::to_owned));
+        let mut installed: Vec<_> = std::fs::read_dir("/usr/lib/postgresql")
+            .into_iter()
+            .flatten()
+            .map(|entry| entry.unwrap().path().join("bin"))
+            .collect();
+        installed.sort_by_key(|folder| {
+            folder.parent().and_then(|parent| parent.file_name()?.to_str()?.parse::<u32>().ok())
+        });
+        on_path
+            .chain(installed.into_iter().rev())
+            .find(|folder| ["postgres", "initdb", "psql"].iter().all(|name| folder.join(name).exists()))
+            .expect("no PostgreSQL server here (postgres, initdb, psql): run tools/install postgres")
+    })
+}
+
+fn pgbouncer() -> PathBuf {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain([PathBuf::from("/usr/sbin")])
+        .map(|folder| folder.join("pgbouncer"))
+        .find(|program| program.exists())
+        .expect("no pgbouncer here: run tools/install pgbouncer")
+}
+
+/// PostgreSQL does not run as root: then its programs run as another user.
+fn stand_in() -> Option<&'static str> {
+    static USER: OnceLock<Option<&'static str>> = OnceLock::new();
+    *USER.get_or_init(|| {
+        if id("-u", None) != Some(0) {
+            return None;
+        }
+        let user = ["postgres", "nobody"].into_iter().find(|user| id("-u", Some(user)).is_some());
+        Some(user.expect("neither a user postgres nor nobody, and PostgreSQL does not run as root"))
+    })
+}
+
+fn id(kind: &str, user: Option<&str>) -> Option<u32> {
+    let output = Command::new("id").arg(kind).args(user).output().ok()?;
+    String::from_utf8(output.stdout).ok()?.trim().parse().ok()
+}
+
+/// A program as the user who may run it.
+fn command(program: impl AsRef<OsStr>) -> Command {
+    match stand_in() {
+        None => Command::new(program),
+        Some(user) => {
+            let mut command = Command::new("setpriv");
+            command.args(["--reuid", user, "--regid", &id("-g", Some(user)).unwrap().to_string()]);
+            command.arg("--clear-groups").arg(program.as_ref());
+            command
+        }
+    }
+}
+
+#[track_caller]
+fn done(command: &mut Command) -> Output {
+    let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+    output
+}
+
+/// A folder for the user who runs the servers. Its name is short: a socket's path is at most 107 bytes.
+fn folder() -> tempfile::TempDir {
+    let folder = tempfile::Builder::new().prefix("kw").tempdir().unwrap();
+    if let Some(user) = stand_in() {
+        chown(folder.path(), id("-u", Some(user)), id("-g", Some(user))).unwrap();
+    }
+    std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    folder
+}
+
+/// Runs a server until this value is dropped or this process ends.
+struct Guarded(Child);
+
+impl Guarded {
+    /// `program` runs in the background of a shell that reads until its input ends, and takes it down then. What is
+    /// shared by the tests is never dropped: the shell removes its folder.
+    fn start(program: &Path, arguments: &[&str], folder: &Path, shared: bool) -> Guarded {
+        const SCRIPT: &str = "folder=$1; shift; \"$@\" & server=$!; cat >/dev/null; kill -INT $server; \
+             wait $server; test -z \"$folder\" || rm -rf \"$folder\"";
+        let log = std::fs::File::create(folder.join("log")).unwrap();
+        let remove = if shared { folder } else { Path::new("") };
+        let child = command("/bin/sh")
+            .args(["-c", SCRIPT, "sh"])
+            .arg(remove)
+            .arg(program)
+            .args(arguments)
+            .stdin(Stdio::piped())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        Guarded(child)
+    }
+}
+
+impl Drop for Guarded {
+    fn drop(&mut self) {
+        drop(self.0.stdin.take());
+        let _ = self.0.wait();
+    }
+}
+
+/// A running PostgreSQL server.
+pub(crate) struct Cluster {
+    server: Option<Guarded>,
+    settings: Vec<String>,
+    shared: bool,
+    folder: tempfile::TempDir,
+}
+
+impl Cluster {
+    /// The server that the tests share. It stays until the process ends; nobody would drop it earlier.
+    pub(crate) fn shared() -> &'static Cluster {
+        static SHARED: OnceLock<Cluster> = OnceLock::new();
+        SHARED.get_or_init(|| Cluster::make(&[], true))
+    }
+
+    /// A new server with these settings besides the usual.
+    pub(crate) fn start(settings: &[&str]) -> Cluster {
+        Cluster::make(settings, false)
+    }
+
+    fn make(settings: &[&str], shared: bool) -> Cluster {
+        let folder = folder();
+        let data = folder.path().join("data");
+        let mut initdb = command(programs().join("initdb"));
+        initdb.args(["--username=postgres", "--auth=trust", "--encoding=UTF8", "--locale=C.UTF-8"]);
+        done(initdb.arg("--no-sync").arg("--pgdata").arg(&data));
+        let settings = settings.iter().map(|&setting| setting.to_owned()).collect();
+        let mut cluster = Cluster { server: None, settings, shared, folder };
+        cluster.run();
+        cluster.sql("postgres", &format!("CREATE ROLE {ROLE} LOGIN"));
+        cluster
+    }
+
+    fn run(&mut self) {
+        let socket = self.socket().display().to_string();
+        let data = self.folder.path().join("data").display().to_string();
+        let sockets = format!("unix_socket_directories={socket}");
+        let usual = [&*sockets, "listen_addresses=", "max_connections=300", "shared_buffers=64MB"];
+        let mut arguments = vec!["-D", &data];
+        for setting in usual.into_iter().chain(self.settings.iter().map(String::as_str)) {
+            arguments.extend(["-c", setting]);
+        }
+        let program = programs().join("postgres");
+        self.server = Some(Guarded::start(&program, &arguments, self.folder.path(), self.shared));
+        wait_for("PostgreSQL to start", || {
+            let mut ready = command(programs().join("pg_isready"));
+            ready.arg("-h").arg(self.socket()).output().unwrap().status.success().then_some(())
+        });
+    }
+
+    /// Stops the server, lets `change` do something to its folder of data, and starts it again.
+    pub(crate) fn restart(&mut self, change: impl FnOnce(&Path)) {
+        drop(self.server.take());
+        change(&self.folder.path().join("data"));
+        self.run();
+    }
+
+    /// The folder of the server's socket.
+    pub(crate) fn socket(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Runs statements as the superuser: what they print, a line for each row.
+    #[track_caller]
+    pub(crate) fn sql(&self, database: &str, sql: &str) -> String {
+        let mut psql = command(programs().join("psql"));
+        psql.args(["-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-U", "postgres", "-d", database]);
+        let output = done(psql.arg("-h").arg(self.socket()).args(["-c", sql]));
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    }
+
+    /// A new database that belongs to Keyward's role, with an order of text that is not that of its bytes.
+    pub(crate) fn database(&'static self) -> Database {
+        static NEXT: AtomicU32 = AtomicU32::new(1);
+        let name = format!("t{}", NEXT.fetch_add(1, Ordering::Relaxed));
+        let version: u32 = self.sql("postgres", "SHOW server_version_num").parse().unwrap();
+        let order = if version < 150_000 { "" } else { "LOCALE_PROVIDER icu ICU_LOCALE 'en'" };
+        self.sql("postgres", &format!("CREATE DATABASE {name} OWNER {ROLE} TEMPLATE template0 {order}"));
+        Database { name, cluster: self }
+    }
+}
+
+/// A database of the shared server. It is gone when this value is dropped.
+pub(crate) struct Database {
+    pub(crate) name: String,
+    cluster: &'static Cluster,
+}
+
+impl Database {
+    pub(crate) fn new() -> Database {
+        Cluster::shared().database()
+    }
+
+    pub(crate) fn url(&self) -> String {
+        url(self.cluster.socket(), 5432, &self.name)
+    }
+
+    /// The same database through pgbouncer.
+    pub(crate) fn bounced_url(&self) -> String {
+        url(bouncer(), 6432, &self.name)
+    }
+
+    /// Runs statements in this database as the superuser.
+    #[track_caller]
+    pub(crate) fn sql(&self, sql: &str) -> String {
+        self.cluster.sql(&self.name, sql)
+    }
+}
+
+impl Drop for Database {
+    fn drop(&mut self) {
+        self.cluster.sql("postgres", &format!("DROP DATABASE {} WITH (FORCE)", self.name));
+    }
+}
+
+pub(crate) fn url(socket: &Path, port: u16, database: &str) -> String {
+    format!("postgres:///{database}?host={}&port={port}&user={ROLE}", socket.display())
+}
+
+/// The folder of the socket of a pgbouncer in transaction mode before the shared server. So few sessions that each
+/// is used by many: Keyward's own lock keeps one of them.
+fn bouncer() -> &'static Path {
+    static BOUNCER: OnceLock<(Guarded, tempfile::TempDir)> = OnceLock::new();
+    let (_, folder) = BOUNCER.get_or_init(|| {
+        let (folder, cluster) = (folder(), Cluster::shared().socket().display());
+        let (config, socket) = (folder.path().join("pgbouncer.ini"), folder.path().display());
+        let text = format!(
+            "[databases]\n* = host={cluster} port=5432 user={ROLE}\n[pgbouncer]\npool_mode = transaction\n\
+             default_pool_size = 3\nmax_client_conn = 1000\nauth_type = any\nlisten_addr =\nlisten_port = 6432\n\
+             unix_socket_dir = {socket}\n"
+        );
+        std::fs::write(&config, text).unwrap();
+        let server = Guarded::start(&pgbouncer(), &[config.to_str().unwrap()], folder.path(), true);
+        wait_for("pgbouncer to start", || folder.path().join(".s.PGSQL.6432").exists().then_some(()));
+        (server, folder)
+    });
+    folder.path()
+}

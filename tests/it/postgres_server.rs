@@ -1,0 +1,447 @@
+//! What only a PostgreSQL server can do to the store: sessions that end at any point, a second process, a server
+//! that cannot be trusted, tables that somebody touched.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use keyward::{
+    domain::{
+        account::Account,
+        log::{Action, Actor, Change},
+        name::{AccountId, DisplayName},
+        time::{Revision, Timestamp},
+    },
+    pb,
+    store::{self, CommitError, OpenError, Store, StoreError, Write},
+};
+
+use sqlx::Connection as _;
+
+use crate::{
+    postgres::{Cluster, Database, url},
+    process::{Home, PATIENCE, plain_key, wait_for},
+};
+
+async fn open(database: &Database) -> Arc<dyn Store> {
+    store::open(&database.url()).await.unwrap()
+}
+
+async fn refusal(url: &str) -> OpenError {
+    match store::open(url).await {
+        Ok(_) => panic!("it opened"),
+        Err(error) => error,
+    }
+}
+
+fn account(id: &str) -> Write {
+    let account = Account {
+        id: AccountId::parse(id).unwrap(),
+        name: DisplayName::parse(id).unwrap(),
+        suspended_at: None,
+        longest_life: None,
+        created_at: Timestamp::from_micros(0),
+        updated_at: Timestamp::from_micros(0),
+        revision: Revision::default(),
+    };
+    Write {
+        change: Change::Account(Arc::new(account)),
+        expect: None,
+        action: Action::AccountCreated,
+        actor: Actor::SYSTEM,
+        method: "test",
+        at: Timestamp::from_micros(0),
+        idempotency: None,
+    }
+}
+
+async fn commit(store: &Arc<dyn Store>, id: &str) -> Result<(), CommitError> {
+    let committed = store.commit(&[account(id)]).await?;
+    assert!(committed.outcomes[0].is_ok());
+    Ok(())
+}
+
+async fn head(store: &Arc<dyn Store>) -> Revision {
+    store.head().await.unwrap().revision
+}
+
+/// Ends the session that holds the owner's lock.
+fn end_owner(database: &Database) {
+    database.sql(
+        "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND granted \
+         AND database = (SELECT oid FROM pg_database WHERE datname = current_database())",
+    );
+}
+
+// One owner. --------------------------------------------------------------------------------------------------------
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_process_is_refused_and_told_who_is_there() {
+    let database = Database::new();
+    let first = open(&database).await;
+    let said = refusal(&database.url()).await.to_string();
+    assert!(said.contains("in use by another keyward (the server's process "), "{said}");
+    assert!(said.contains("Stop it first") && !said.contains("user="), "{said}");
+    commit(&first, "acme").await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_was_closed_or_dropped_opens_again() {
+    let database = Database::new();
+    let first = open(&database).await;
+    commit(&first, "acme").await.unwrap();
+    first.close().await;
+    let second = open(&database).await;
+    commit(&second, "globex").await.unwrap();
+    drop(second);
+    assert_eq!(head(&open(&database).await).await, Revision(2));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_owner_takes_a_lost_lock_again() {
+    let database = Database::new();
+    let store = open(&database).await;
+    end_owner(&database);
+    commit(&store, "acme").await.unwrap();
+    wait_for("the lock to be held again", || {
+        let held = database.sql(
+            "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND granted \
+             AND database = (SELECT oid FROM pg_database WHERE datname = current_database())",
+        );
+        (held == "1").then_some(())
+    });
+    assert!(matches!(refusal(&database.url()).await, OpenError::Owned { .. }));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_owner_that_was_replaced_records_nothing_and_says_that_it_lost() {
+    let database = Database::new();
+    let told = open(&database).await;
+    // The old owner may be quicker to take its lock again.
+    let successor = loop {
+        end_owner(&database);
+        if let Ok(store) = store::open(&database.url()).await {
+            break store;
+        }
+    };
+    let error = commit(&told, "acme").await.unwrap_err();
+    assert!(matches!(error, CommitError::NotRecorded(_)), "{error:?}");
+    tokio::time::timeout(PATIENCE, told.lost()).await.unwrap();
+    commit(&successor, "acme").await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_owner_that_was_replaced_learns_it_without_a_commit() {
+    let database = Database::new();
+    let first = open(&database).await;
+    let _successor = loop {
+        end_owner(&database);
+        if let Ok(store) = store::open(&database.url()).await {
+            break store;
+        }
+    };
+    tokio::time::timeout(PATIENCE, first.lost()).await.unwrap();
+}
+
+#[test]
+fn two_servers_that_start_at_once_make_one_root_key() {
+    let database = Database::new();
+    let homes = [Home::on(database.url()), Home::on(database.url())];
+    let started: Vec<_> = std::thread::scope(|scope| {
+        let starts: Vec<_> = homes.iter().map(|home| scope.spawn(|| home.start_as(home.serve()))).collect();
+        starts.into_iter().map(|start| start.join().unwrap()).collect()
+    });
+    let keys = homes.iter().filter(|home| home.root_key_file().exists()).count();
+    assert_eq!((started.iter().filter(|start| start.is_ok()).count(), keys), (1, 1));
+    for refused in started.iter().filter_map(|start| start.as_ref().err()) {
+        assert!(refused.code == Some(1) && refused.err.contains("in use by another keyward"), "{refused:?}");
+    }
+    assert_eq!(database.sql("SELECT count(*) FROM keyward.keys"), "1");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_server_is_there_again_with_all_that_it_acknowledged() {
+    let database = Database::new();
+    let home = Home::on(database.url());
+    let server = home.start();
+    server.root().make_account("acme").await;
+    let (id, token) = server.root().create(plain_key()).await.unwrap();
+    let (revoked, old) = server.root().create(plain_key()).await.unwrap();
+    server.root().revoke(&revoked).await.unwrap();
+    server.process.kill();
+    let server = home.start();
+    assert_eq!(server.root().check(&token).await.unwrap(), pb::Reason::Ok);
+    assert_eq!(server.root().check(&old).await.unwrap(), pb::Reason::Revoked);
+    assert_eq!(server.root().get(&id).await.unwrap().id, id);
+    server.stop();
+}
+
+// Sessions that end. -------------------------------------------------------------------------------------------------
+
+/// Makes each commit wait or fail at the place where `when` has the trigger fire.
+fn trigger(database: &Database, when: &str, action: &str) {
+    database.sql(&format!(
+        "CREATE FUNCTION public.get_in_the_way() RETURNS trigger LANGUAGE plpgsql AS \
+         $$ BEGIN {action}; RETURN NULL; END $$; \
+         CREATE CONSTRAINT TRIGGER in_the_way AFTER INSERT ON keyward.log {when} \
+         FOR EACH ROW EXECUTE FUNCTION public.get_in_the_way()"
+    ));
+}
+
+/// A transaction that stays open until it is dropped.
+async fn holding(database: &Database, sql: &'static str) -> sqlx::PgConnection {
+    let mut connection = sqlx::PgConnection::connect(&database.url()).await.unwrap();
+    sqlx::raw_sql("BEGIN").execute(&mut connection).await.unwrap();
+    sqlx::raw_sql(sql).execute(&mut connection).await.unwrap();
+    connection
+}
+
+/// Ends the session that waits in the trigger.
+fn end_waiting(database: &Database) {
+    wait_for("a commit to wait", || {
+        let ended = database.sql(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
+             WHERE wait_event = 'PgSleep' AND datname = current_database()",
+        );
+        (ended == "t").then_some(())
+    });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_that_the_server_refuses_is_not_recorded() {
+    let database = Database::new();
+    let store = open(&database).await;
+    trigger(&database, "DEFERRABLE INITIALLY DEFERRED", "RAISE EXCEPTION 'no'");
+    let error = commit(&store, "acme").await.unwrap_err();
+    assert!(matches!(error, CommitError::NotRecorded(_)), "{error:?}");
+    assert_eq!(head(&store).await, Revision(0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_whose_session_ends_is_unknown_and_the_next_one_works() {
+    let database = Database::new();
+    let store = open(&database).await;
+    trigger(&database, "DEFERRABLE INITIALLY DEFERRED", "PERFORM pg_sleep(60)");
+    let committing = tokio::spawn({
+        let store = store.clone();
+        async move { commit(&store, "acme").await }
+    });
+    end_waiting(&database);
+    let error = committing.await.unwrap().unwrap_err();
+    assert!(matches!(error, CommitError::Unknown(StoreError::Unavailable(_))), "{error:?}");
+    database.sql("DROP TRIGGER in_the_way ON keyward.log");
+    commit(&store, "acme").await.unwrap();
+    assert_eq!(head(&store).await, Revision(1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_that_ends_before_the_commit_has_recorded_nothing() {
+    let database = Database::new();
+    let store = open(&database).await;
+    trigger(&database, "", "PERFORM pg_sleep(60)");
+    let committing = tokio::spawn({
+        let store = store.clone();
+        async move { commit(&store, "acme").await }
+    });
+    end_waiting(&database);
+    let error = committing.await.unwrap().unwrap_err();
+    assert!(matches!(error, CommitError::NotRecorded(StoreError::Unavailable(_))), "{error:?}");
+    assert_eq!(head(&store).await, Revision(0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_that_waits_too_long_for_its_turn_is_not_recorded() {
+    let database = Database::new();
+    let store = open(&database).await;
+    let held = holding(&database, "SELECT * FROM keyward.meta FOR UPDATE").await;
+    let error = commit(&store, "acme").await.unwrap_err();
+    drop(held);
+    assert!(matches!(error, CommitError::NotRecorded(StoreError::Unavailable(_))), "{error:?}");
+    commit(&store, "acme").await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sessions_that_ended_while_idle_are_not_noticed() {
+    let database = Database::new();
+    let store = open(&database).await;
+    // Several, so that the pool has several idle.
+    let reads = (0..6).map(|_| {
+        tokio::spawn({
+            let store = store.clone();
+            async move { store.head().await.unwrap() }
+        })
+    });
+    for read in reads.collect::<Vec<_>>() {
+        read.await.unwrap();
+    }
+    let end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
+               WHERE application_name = 'keyward' AND datname = current_database()";
+    for id in ["acme", "globex"] {
+        database.sql(end);
+        commit(&store, id).await.unwrap();
+        database.sql(end);
+        assert!(store.account(&AccountId::parse(id).unwrap()).await.unwrap().is_some());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_read_that_is_given_up_leaves_no_transaction_behind() {
+    let database = Database::new();
+    let store = open(&database).await;
+    let sessions = |state: &str| {
+        database.sql(&format!(
+            "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'keyward' AND {state} \
+             AND datname = current_database()"
+        ))
+    };
+    let locked = holding(&database, "LOCK TABLE keyward.accounts").await;
+    let reading = tokio::spawn({
+        let store = store.clone();
+        async move { store.accounts(None, 1).await }
+    });
+    wait_for("a read to wait", || (sessions("wait_event_type = 'Lock'") == "1").then_some(()));
+    reading.abort();
+    drop(locked);
+    let given_up = Instant::now();
+    wait_for("only the owner's transaction to be open", || {
+        (sessions("state <> 'idle'") == "1").then_some(())
+    });
+    assert!(given_up.elapsed() < Duration::from_secs(8), "by then the server ends what we forgot");
+    commit(&store, "acme").await.unwrap();
+    assert_eq!(store.accounts(None, 10).await.unwrap().len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_is_not_there_is_named_with_the_cause() {
+    let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let said = refusal(&format!("postgres://u:secret@{nobody}/keys")).await.to_string();
+    assert!(said.contains(&format!("postgres://127.0.0.1:{}/keys", nobody.port())), "{said}");
+    assert!(said.contains("Connection refused") && !said.contains("secret"), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_says_nothing_is_given_up() {
+    let deaf = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("postgres://u:secret@{}/keys?sslmode=disable", deaf.local_addr().unwrap());
+    let error = tokio::time::timeout(Duration::from_secs(30), refusal(&url)).await.unwrap();
+    assert!(matches!(error, OpenError::Other { .. }) && !error.to_string().contains("secret"), "{error}");
+}
+
+// What the server must be. -------------------------------------------------------------------------------------------
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_may_lose_changes_or_lag_is_refused() {
+    let mut cluster = Cluster::start(&["fsync=off"]);
+    let said = refusal(&url(cluster.socket(), 5432, "postgres")).await.to_string();
+    assert!(said.contains("its fsync is off") && said.contains("Set fsync = on"), "{said}");
+    cluster.restart(|data| std::fs::write(data.join("standby.signal"), "").unwrap());
+    let said = refusal(&url(cluster.socket(), 5432, "postgres")).await.to_string();
+    assert!(said.contains("a standby") && said.contains("Name the primary"), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn commits_wait_for_the_disk_whatever_the_databases_default_is() {
+    let database = Database::new();
+    database.sql(&format!("ALTER DATABASE {} SET synchronous_commit = off", database.name));
+    let store = open(&database).await;
+    database.sql("CREATE TABLE public.seen (setting TEXT); GRANT INSERT ON public.seen TO keyward");
+    trigger(&database, "", "INSERT INTO public.seen VALUES (current_setting('synchronous_commit'))");
+    commit(&store, "acme").await.unwrap();
+    assert_eq!(database.sql("SELECT setting FROM public.seen"), "on");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_listens_hears_where_the_head_is() {
+    let database = Database::new();
+    let store = open(&database).await;
+    let mut listener = sqlx::postgres::PgListener::connect(&database.url()).await.unwrap();
+    listener.listen("keyward").await.unwrap();
+    commit(&store, "acme").await.unwrap();
+    store.commit(&[account("globex"), account("initech")]).await.unwrap();
+    assert_eq!(listener.recv().await.unwrap().payload(), "1");
+    assert_eq!(listener.recv().await.unwrap().payload(), "3", "one for a batch");
+}
+
+// The role, the schema, the tables. ----------------------------------------------------------------------------------
+
+#[tokio::test(flavor = "multi_thread")]
+async fn schemas_of_one_database_are_stores_of_their_own() {
+    let database = Database::new();
+    let first = open(&database).await;
+    let second = store::open(&format!("{}&schema=second", database.url())).await.unwrap();
+    commit(&first, "acme").await.unwrap();
+    commit(&second, "acme").await.unwrap();
+    assert_eq!((head(&first).await, head(&second).await), (Revision(1), Revision(1)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_role_that_may_make_no_schema_uses_one_that_was_made_for_it() {
+    let database = Database::new();
+    database.sql(&format!("ALTER DATABASE {} OWNER TO postgres", database.name));
+    let said = refusal(&database.url()).await.to_string();
+    assert!(said.contains("permission denied") && said.contains("CREATE SCHEMA"), "{said}");
+    database.sql("CREATE SCHEMA keyward AUTHORIZATION keyward");
+    commit(&open(&database).await, "acme").await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_log_is_not_changed_by_keywards_own_role() {
+    let database = Database::new();
+    let _store = open(&database).await;
+    for (right, has) in
+        [("SELECT", "t"), ("INSERT", "t"), ("UPDATE", "f"), ("DELETE", "f"), ("TRUNCATE", "f")]
+    {
+        let asked = format!("SELECT has_table_privilege('keyward', 'keyward.log', '{right}')");
+        assert_eq!(database.sql(&asked), has, "{right}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_schema_that_is_newer_or_other_is_refused() {
+    let database = Database::new();
+    open(&database).await.close().await;
+    database.sql("INSERT INTO keyward.migrations VALUES (9999, 'later', '')");
+    let error = refusal(&database.url()).await;
+    assert!(matches!(error, OpenError::NewerSchema { found: 9999, .. }), "{error}");
+    database.sql("DELETE FROM keyward.migrations WHERE version = 9999");
+    database.sql("UPDATE keyward.migrations SET checksum = 'x' WHERE version = 1");
+    let error = refusal(&database.url()).await;
+    assert!(
+        matches!(error, OpenError::Damaged { .. }) && error.to_string().contains("migration 1"),
+        "{error}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_that_was_touched_is_refused_at_the_start() {
+    for (touch, said) in [
+        (
+            "UPDATE keyward.log SET payload = payload || ' ' WHERE revision = 2",
+            "hash chain breaks at entry 2",
+        ),
+        ("DELETE FROM keyward.log WHERE revision = 3", "ends at 2, and should end at 3"),
+        ("DELETE FROM keyward.log WHERE revision = 1", "hash chain breaks at entry 1"),
+    ] {
+        let database = Database::new();
+        let store = open(&database).await;
+        for id in ["acme", "globex", "initech"] {
+            commit(&store, id).await.unwrap();
+        }
+        store.close().await;
+        database.sql(touch);
+        let error = refusal(&database.url()).await;
+        assert!(matches!(error, OpenError::Damaged { .. }) && error.to_string().contains(said), "{error}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_was_touched_is_refused_instead_of_believed() {
+    let database = Database::new();
+    let store = open(&database).await;
+    commit(&store, "acme").await.unwrap();
+    database.sql("UPDATE keyward.accounts SET suspended_at = 1");
+    let read = store.account(&AccountId::parse("acme").unwrap()).await.unwrap_err();
+    let load = store.snapshot(Timestamp::from_micros(0), &mut |_| {}).await.unwrap_err();
+    assert!(matches!((&read, &load), (StoreError::Damaged(_), StoreError::Damaged(_))), "{read} {load}");
+}

@@ -1,0 +1,144 @@
+//! What may not collide: revisions, names, digests.
+
+use std::time::Duration;
+
+use keyward::{
+    domain::{
+        key::{Key, Owner},
+        log::{Action, Change},
+        name::{AccountId, KeyName, UserId},
+        time::Revision,
+    },
+    store::Rejection,
+};
+
+use super::*;
+
+pub(super) async fn a_change_from_another_revision_than_the_records_is_a_conflict(store: Shared) {
+    with_accounts(&store).await;
+    let made = put(&store, create(&key())).await;
+    let newer = put(&store, update(&made)).await;
+    for stale in [
+        update(&made),
+        create(&newer),
+        update(&Key { revision: Revision(99), ..newer.clone() }),
+        update(&Key { revision: Revision(1), ..key() }),
+        create_account(&account("acme")),
+        write(Change::Account(Arc::new(account("initech"))), Some(Revision(1)), Action::AccountUpdated),
+    ] {
+        let said = format!("{stale:?}");
+        assert_eq!(try_one(&store, stale).await.unwrap_err(), Rejection::Conflict, "{said}");
+    }
+    assert_eq!(read(&store, newer.id).await, Some(newer));
+    assert_eq!(store.head().await.unwrap().revision, Revision(4), "nothing was recorded");
+}
+
+pub(super) async fn a_name_is_its_keys_until_that_is_revoked(store: Shared) {
+    with_accounts(&store).await;
+    let first = put(&store, create(&named("deploy"))).await;
+    assert_eq!(try_one(&store, create(&named("deploy"))).await.unwrap_err(), Rejection::NameTaken);
+    put(&store, create(&named("Deploy"))).await;
+
+    let second = put(&store, create(&named("other"))).await;
+    let mut renamed = second.clone();
+    renamed.terms.name.clone_from(&first.terms.name);
+    assert_eq!(try_one(&store, update(&renamed)).await.unwrap_err(), Rejection::NameTaken);
+
+    put(&store, update(&revoked(first, at(1)))).await;
+    let renamed = put(&store, update(&renamed)).await;
+    assert_eq!(read(&store, second.id).await, Some(renamed));
+    // Several revoked ones may have had the name.
+    let third = put(&store, create(&named("third"))).await;
+    let mut third = revoked(third, at(2));
+    third.terms.name = Some(KeyName::parse("deploy").unwrap());
+    put(&store, update(&third)).await;
+}
+
+pub(super) async fn a_name_is_free_in_another_account_and_for_a_user(store: Shared) {
+    with_accounts(&store).await;
+    let owners = [
+        Owner::Account(account_id("acme")),
+        Owner::Account(account_id("globex")),
+        Owner::User(UserId::parse("acme").unwrap()),
+        Owner::User(UserId::parse("u2").unwrap()),
+    ];
+    for owner in &owners {
+        put(&store, create(&Key { owner: owner.clone(), ..named("deploy") })).await;
+    }
+    for owner in owners {
+        let again = create(&Key { owner, ..named("deploy") });
+        assert_eq!(try_one(&store, again).await.unwrap_err(), Rejection::NameTaken);
+    }
+}
+
+pub(super) async fn keys_without_a_name_do_not_collide(store: Shared) {
+    with_accounts(&store).await;
+    put(&store, create(&key())).await;
+    put(&store, create(&key())).await;
+}
+
+pub(super) async fn a_digest_is_unique_for_ever(store: Shared) {
+    with_accounts(&store).await;
+    let first = put(&store, create(&key())).await;
+    let digest = first.secrets[0].digest;
+    let with_digest = |owner: &Owner| {
+        let mut other = Key { owner: owner.clone(), ..key() };
+        other.secrets[0].digest = digest;
+        create(&other)
+    };
+    let globex = Owner::Account(account_id("globex"));
+    let user = Owner::User(UserId::parse("u1").unwrap());
+    let refused = async |when: &str| {
+        for owner in [&first.owner, &globex, &user] {
+            assert_eq!(
+                try_one(&store, with_digest(owner)).await.unwrap_err(),
+                Rejection::DigestTaken,
+                "{when}"
+            );
+        }
+    };
+    refused("alive").await;
+    let mut rotated = first.clone();
+    for _ in 0..2 {
+        rotated.rotate(fresh_digest(), String::new(), Duration::ZERO, at(1));
+        rotated = put(&store, update(&rotated)).await;
+    }
+    refused("superseded and out of the record").await;
+    put(&store, update(&revoked(rotated.clone(), at(2)))).await;
+    refused("revoked").await;
+
+    let mut other = put(&store, create(&key())).await;
+    other.rotate(digest, String::new(), Duration::ZERO, at(3));
+    assert_eq!(try_one(&store, update(&other)).await.unwrap_err(), Rejection::DigestTaken, "by rotation");
+}
+
+pub(super) async fn a_secret_of_the_keys_own_past_is_taken_too(store: Shared) {
+    with_accounts(&store).await;
+    let mut rotated = put(&store, create(&key())).await;
+    let first = rotated.secrets[0].digest;
+    rotated.rotate(fresh_digest(), String::new(), Duration::ZERO, at(1));
+    let mut rotated = put(&store, update(&rotated)).await;
+    rotated.rotate(first, String::new(), Duration::ZERO, at(2));
+    assert_eq!(try_one(&store, update(&rotated)).await.unwrap_err(), Rejection::DigestTaken);
+}
+
+/// What `keyward serve` writes when the database is new, by two that found it so.
+pub(super) async fn of_two_first_starts_one_is_made(store: Shared) {
+    let start = || {
+        let root = Key { owner: Owner::Account(AccountId::operator()), ..named("root") };
+        let batch = [create_account(&account("keyward")), create(&root)];
+        let store = store.clone();
+        tokio::spawn(async move { store.commit(&batch).await.unwrap().outcomes })
+    };
+    let (first, second) = (start(), start());
+    let mut made = 0;
+    for outcomes in [first.await.unwrap(), second.await.unwrap()] {
+        if outcomes.iter().all(Result::is_ok) {
+            made += 1;
+        } else {
+            let rejections: Vec<_> = outcomes.into_iter().map(|outcome| outcome.unwrap_err()).collect();
+            assert_eq!(rejections, [Rejection::Conflict, Rejection::NameTaken]);
+        }
+    }
+    assert_eq!((made, whole_chain(&store).await.len()), (1, 2));
+}

@@ -1,0 +1,113 @@
+//! The log: what it says, and how it is read.
+
+use keyward::{
+    domain::{
+        key::{Key, Owner},
+        log::{Actor, Change, LogRow},
+        name::UserId,
+        time::Revision,
+    },
+    store::{LogFilter, Write},
+};
+use proptest::prelude::*;
+
+use super::{records::for_all, *};
+
+pub(super) async fn the_log_says_who_did_what_and_holds_the_record(store: Shared) {
+    with_accounts(&store).await;
+    let actor = fresh_id(at(0));
+    let record = named("first");
+    let made = put(
+        &store,
+        Write {
+            actor: Actor { key: Some(actor), account: Some(account_id("globex")), acting_user: None },
+            method: "keyward.v1.KeyService/Create",
+            at: at(7),
+            ..create(&record)
+        },
+    )
+    .await;
+    let row = whole_chain(&store).await.pop().unwrap();
+    assert_eq!((row.revision, row.at, &*row.action), (made.revision, at(7), "key.created"));
+    assert_eq!((row.account, row.key_id, row.user), (Some(account_id("acme")), Some(made.id), None));
+    assert_eq!((row.actor, row.actor_account), (actor.to_string(), Some(account_id("globex"))));
+    assert_eq!(row.method, "keyward.v1.KeyService/Create");
+    assert_eq!(serde_json::from_str::<Change>(&row.payload).unwrap(), Change::Key(Arc::new(made)));
+}
+
+pub(super) async fn the_log_is_read_in_pages(store: Shared) {
+    with_accounts(&store).await;
+    for _ in 0..8 {
+        put(&store, create(&key())).await;
+    }
+    let whole = whole_log(&store).await;
+    assert_eq!(whole.len(), 10);
+    let mut paged = Vec::new();
+    while let Some(page) = Some(store.log_after(Revision(paged.len() as u64), 3).await.unwrap()) {
+        assert!(page.len() <= 3);
+        if page.is_empty() {
+            break;
+        }
+        paged.extend(page);
+    }
+    assert_eq!(paged, whole);
+    assert_eq!(store.log_after(Revision(10), 3).await.unwrap(), []);
+    assert_eq!(store.log_after(Revision(99), 3).await.unwrap(), []);
+}
+
+pub(super) async fn every_filter_of_the_log_finds_what_a_look_at_each_row_finds(store: Shared) {
+    let actors: Vec<_> = (0..2).map(|_| fresh_id(at(0))).collect();
+    for id in ["acme", "globex"] {
+        put_account(&store, &account(id), None).await;
+    }
+    let mut keys = Vec::new();
+    for count in 0..30usize {
+        let owner = match count % 3 {
+            0 => Owner::Account(account_id("acme")),
+            1 => Owner::Account(account_id("globex")),
+            _ => Owner::User(UserId::parse("u1").unwrap()),
+        };
+        let actor = Actor { key: actors.get(count % 4).copied(), account: None, acting_user: None };
+        let seconds = at(i64::try_from(count % 7).unwrap());
+        let made = put(&store, Write { actor, at: seconds, ..create(&Key { owner, ..key() }) }).await;
+        keys.push(put(&store, Write { at: seconds, ..update(&made) }).await.id);
+    }
+    let rows = whole_log(&store).await;
+    let filters = (
+        prop::option::of(prop::sample::select(vec!["acme", "globex", "nobody"])),
+        prop::option::of(prop::sample::select(keys)),
+        prop::option::of(prop::sample::select(vec![
+            "system".to_owned(),
+            actors[0].to_string(),
+            actors[1].to_string(),
+            "nobody".to_owned(),
+        ])),
+        prop::option::of(0i64..8),
+        prop::option::of(0i64..8),
+        prop::option::of(0u64..70),
+    );
+    for_all(400, filters, |(account, key_id, actor, from, to, before)| {
+        let (store, rows) = (store.clone(), &rows);
+        async move {
+            let filter = LogFilter {
+                account: account.map(account_id),
+                key_id,
+                actor,
+                from: from.map(at),
+                to: to.map(at),
+            };
+            let before = before.map(Revision);
+            let hit = |row: &&LogRow| {
+                filter.account.as_ref().is_none_or(|account| row.account.as_ref() == Some(account))
+                    && filter.key_id.is_none_or(|key| row.key_id == Some(key))
+                    && filter.actor.as_ref().is_none_or(|actor| row.actor == *actor)
+                    && filter.from.is_none_or(|from| row.at >= from)
+                    && filter.to.is_none_or(|to| row.at < to)
+                    && before.is_none_or(|before| row.revision < before)
+            };
+            let expected: Vec<_> = rows.iter().rev().filter(hit).take(5).cloned().collect();
+            assert_eq!(store.log(&filter, before, 5).await.unwrap(), expected, "{filter:?} {before:?}");
+        }
+    })
+    .await;
+}

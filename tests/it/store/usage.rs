@@ -1,0 +1,132 @@
+//! What Checks leave behind: last uses, counts, what is spent.
+
+use std::time::Duration;
+
+use keyward::{
+    domain::{decision::Reason, limit::Spent, name::KeyId},
+    store::{Count, Hour, Outcome, SnapshotItem, UsageBatch, UsedSecret},
+};
+
+use super::*;
+
+pub(super) async fn the_latest_use_of_a_secret_is_kept_and_unknown_ones_are_skipped(store: Shared) {
+    with_accounts(&store).await;
+    let mut made = put(&store, create(&key())).await;
+    made.rotate(fresh_digest(), String::new(), Duration::from_secs(60), at(0));
+    let made = put(&store, update(&made)).await;
+    let used = |version, seconds| UsedSecret { key_id: made.id, version, at: at(seconds) };
+    let stranger = UsedSecret { key_id: fresh_id(at(0)), version: 1, at: at(1) };
+    note_used(&store, &[used(1, 5), stranger, used(3, 9), used(2, 7)]).await.unwrap();
+    note_used(&store, &[used(1, 4), used(2, 8)]).await.unwrap();
+    note_used(&store, &[]).await.unwrap();
+    let stored = store.key(made.id).await.unwrap().unwrap();
+    let mut last_used = stored.last_used;
+    last_used.sort();
+    assert_eq!(last_used, [(1, at(5)), (2, at(8))]);
+    assert_eq!(stored.key, made, "a use is no change");
+    assert_eq!(store.head().await.unwrap().revision, made.revision);
+}
+
+pub(super) async fn a_use_outlives_a_change_of_its_key(store: Shared) {
+    with_accounts(&store).await;
+    let made = put(&store, create(&key())).await;
+    note_used(&store, &[UsedSecret { key_id: made.id, version: 1, at: at(3) }]).await.unwrap();
+    let made = put(&store, update(&made)).await;
+    assert_eq!(store.key(made.id).await.unwrap().unwrap().last_used, [(1, at(3))]);
+}
+
+fn count(key_id: KeyId, hour: i64, reason: Reason, count: u64) -> Count {
+    Count { key_id, hour: Hour(hour), reason, count }
+}
+
+async fn note_counts(store: &Shared, counts: &[Count]) {
+    store.note_usage(&UsageBatch { counts: counts.to_vec(), ..UsageBatch::default() }).await.unwrap();
+}
+
+pub(super) async fn counts_of_an_hour_add_up(store: Shared) {
+    let (one, other) = (fresh_id(at(0)), fresh_id(at(0)));
+    note_counts(
+        &store,
+        &[
+            count(one, 5, Reason::Ok, 3),
+            count(other, 5, Reason::Ok, 100),
+            count(one, 5, Reason::MissingScope, 1),
+            count(one, 5, Reason::Ok, 4),
+        ],
+    )
+    .await;
+    note_counts(&store, &[count(one, 5, Reason::Ok, 10), count(one, 6, Reason::Ok, 1)]).await;
+    let mut found = store.usage(one, Hour(5), Hour(6)).await.unwrap();
+    found.sort_by_key(|count| count.count);
+    assert_eq!(found, [count(one, 5, Reason::MissingScope, 1), count(one, 5, Reason::Ok, 17)]);
+}
+
+pub(super) async fn counts_come_in_the_order_of_hours_within_their_range(store: Shared) {
+    let id = fresh_id(at(0));
+    let hours = [7, -3, 9, 8, 12];
+    let counts: Vec<_> = hours.iter().map(|hour| count(id, *hour, Reason::Ok, 1)).collect();
+    note_counts(&store, &counts).await;
+    let found = store.usage(id, Hour(-3), Hour(9)).await.unwrap();
+    let found: Vec<_> = found.into_iter().map(|count| count.hour.0).collect();
+    assert_eq!(found, [-3, 7, 8], "from the first hour on, and before the last");
+}
+
+pub(super) async fn old_counts_are_dropped_and_newer_ones_stay(store: Shared) {
+    let id = fresh_id(at(0));
+    note_counts(&store, &[count(id, 4, Reason::Ok, 1), count(id, 5, Reason::Ok, 1)]).await;
+    store.forget_usage(Hour(5)).await.unwrap();
+    let found = store.usage(id, Hour(0), Hour(100)).await.unwrap();
+    assert_eq!(found, [count(id, 5, Reason::Ok, 1)]);
+}
+
+pub(super) async fn what_is_spent_is_what_was_noted_last(store: Shared) {
+    with_accounts(&store).await;
+    let made = put(&store, create(&key())).await;
+    let spent = |seconds, used| Spent { period: at(seconds), used };
+    for notes in [vec![spent(0, 5)], vec![spent(0, 6), spent(0, 7)], vec![spent(60, 1)]] {
+        let spent = notes.iter().map(|note| (made.id, *note)).collect();
+        store.note_usage(&UsageBatch { spent, ..UsageBatch::default() }).await.unwrap();
+        let mut found = Vec::new();
+        let sink = &mut |item| {
+            if let SnapshotItem::Spent(key, spent) = item {
+                found.push((key, spent));
+            }
+        };
+        store.snapshot(at(0), sink).await.unwrap();
+        assert_eq!(found, [(made.id, *notes.last().unwrap())]);
+    }
+}
+
+/// Both change rows of the same secrets, in orders that could wait for each other for ever.
+pub(super) async fn uses_are_noted_while_keys_change(store: Shared) {
+    with_accounts(&store).await;
+    let mut keys = Vec::new();
+    for _ in 0..20 {
+        keys.push(put(&store, create(&key())).await);
+    }
+    let used: Vec<_> = keys.iter().map(|key| UsedSecret { key_id: key.id, version: 1, at: at(9) }).collect();
+    let noting = store.clone();
+    let notes = tokio::spawn(async move {
+        for turn in 0..20 {
+            let mut used = used.clone();
+            used.rotate_left(turn);
+            note_used(&noting, &used).await.unwrap();
+        }
+    });
+    for turn in 1..=20usize {
+        keys.rotate_right(turn);
+        for key in &mut keys {
+            key.rotate(fresh_digest(), String::new(), Duration::from_secs(50), at(1));
+        }
+        let batch: Vec<_> = keys.iter().map(update).collect();
+        let outcomes = store.commit(&batch).await.unwrap().outcomes;
+        for (key, outcome) in keys.iter_mut().zip(outcomes) {
+            let Ok(Outcome::Applied(Change::Key(made))) = outcome else { panic!("{outcome:?}") };
+            *key = Arc::unwrap_or_clone(made);
+        }
+    }
+    notes.await.unwrap();
+    for key in keys {
+        assert!(store.key(key.id).await.unwrap().unwrap().last_used.contains(&(1, at(9))));
+    }
+}

@@ -19,6 +19,7 @@ mod callers;
 mod canary;
 mod check;
 mod crash;
+mod deadline;
 mod escalation;
 mod grpcurl;
 mod idempotency;

@@ -55,6 +55,11 @@ cargo-test: ## Run the tests
 	$(call run,cargo test --quiet --locked --no-run)
 	$(call run,cargo test --locked)
 
+# Optimised, since a million schedules are many. `make simulate SEED=n` tells what happens in one.
+.PHONY: simulate
+simulate: ## Run a million schedules of the lease protocol (SCHEDULES=n, or SEED=n for one)
+	$(call run,cargo test --quiet --locked --release --test simulate -- --ignored --exact --nocapture lease::very_many_schedules)
+
 .PHONY: fmt
 fmt: ## Format the Rust code and the protos
 	@tools/install buf

@@ -24,6 +24,7 @@ mod escalation;
 mod grpcurl;
 mod idempotency;
 mod keys;
+mod lease;
 mod lifecycle;
 mod limits;
 mod paging;

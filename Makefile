@@ -60,6 +60,11 @@ descriptors: ## Write the descriptor set for Envoy's JSON transcoder: deploy/env
 	$(call run,cargo run --quiet --locked -- descriptors >deploy/envoy/keyward.pb.new)
 	@mv deploy/envoy/keyward.pb.new deploy/envoy/keyward.pb
 
+# Optimised, since a million schedules are many. `make simulate SEED=n` tells what happens in one.
+.PHONY: simulate
+simulate: ## Run a million schedules of the lease protocol (SCHEDULES=n, or SEED=n for one)
+	$(call run,cargo test --quiet --locked --release --test simulate -- --ignored --exact --nocapture lease::very_many_schedules)
+
 .PHONY: fmt
 fmt: ## Format the Rust code and the protos
 	@tools/install buf

@@ -4,7 +4,7 @@
 //! # The map
 //! | module | holds |
 //! |---|---|
-//! | [`domain`] | tokens, scopes, keys, the decision, the log: values and pure functions, no I/O, no clock |
+//! | [`domain`] | tokens, scopes, keys, the decision, the log, leases: values and pure functions, no I/O, no clock |
 //! | [`store`] | the `Store` contract, the backends, migrations, group commit; SQL stands nowhere else |
 //! | [`engine`] | Checks from memory: the index, usage written behind |
 //! | [`access`], [`refusal`] | who calls and what they may do; why a call is not done |

@@ -1,12 +1,14 @@
 //! The words and the policy of Keyward, as plain values and pure functions.
 //!
-//! Here live tokens, scopes, keys, accounts, the decision, and the log that every change is written to.
+//! Here live tokens, scopes, keys, accounts, the decision, the log that every change is written to, and the
+//! protocol by which replicas follow it.
 //! Not here: I/O, clocks, randomness, async, SQL, protobuf. Time and random bytes come in as arguments, so
 //! that every rule can be tested at its exact instant, and the same rules serve gRPC, Envoy and simulations.
 
 pub mod account;
 pub mod decision;
 pub mod key;
+pub mod lease;
 pub mod limit;
 pub mod log;
 pub mod name;

@@ -3,6 +3,7 @@
 //! `parse → digest → look up → decide → note the use → answer`. The index is fed with log rows in revision
 //! order; uses are written behind. Who may ask, and how answers look on the wire, is `grpc`'s business.
 
+pub mod deadline;
 pub mod index;
 pub mod limiter;
 pub mod usage;

@@ -1,0 +1,85 @@
+//! The rules that the guarantee rests on. Each looks as if it could be left out.
+//!
+//! Leaving one out is how the simulator proves that it would notice: it runs the same state machines with one
+//! rule less. The server runs them with [`Kept`], which has no way to break a rule: there the question is
+//! answered when the code is compiled.
+
+/// A rule. What follows its name is what goes wrong without it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rule {
+    /// A revoker waits for the replicas. Without: they go on allowing until they happen to renew.
+    RevokeWaits,
+    /// A retried Revoke waits for the revision again. Without: it overtakes the first.
+    RetryWaits,
+    /// A revoker waits longer than a lease, by as much as clocks may differ. Without: a slow clock holds its
+    /// lease longer than a fast one waits.
+    DriftIsCovered,
+    /// While rows may have been lost, their absence proves nothing. Without: a replica whose row is gone is not
+    /// waited for.
+    LostRowsAreWaitedOut,
+    /// A lease ends. Without: a replica that is cut off allows for ever.
+    LeaseEnds,
+    /// A lease counts from before its renewal was sent. Without: it ends later by what the answer took.
+    LeaseCountsFromSending,
+    /// A renewal's changes are in the map before its lease is. Without: the new lease covers the old map.
+    MapBeforeDeadline,
+    /// A Check reads the deadline before it looks the key up. Without: it holds an old record against a new
+    /// lease.
+    DeadlineBeforeLookUp,
+    /// A replica registers before it takes its snapshot, and allows after it has renewed. Without: a revoker
+    /// that lists the replicas between the two does not see it.
+    RegisterBeforeSnapshot,
+    /// A change is in the map before it is acknowledged. Without: a revoker is told too early.
+    ApplyBeforeAck,
+    /// A row is removed after having been watched by one clock. Without: a step of a wall clock removes the
+    /// living.
+    DeadAreWatched,
+    /// A replica's row says what is applied, committed, before a renewal may grant a lease. Without: a revoker that
+    /// lists the replicas while the first renewal is being committed does not wait for it.
+    ListedBeforeLease,
+    /// Histories are compared by hash. Without: after a restore, other changes pass for known ones.
+    HistoryIsCompared,
+    /// A lease is granted only with every change there is. Without: it covers a map that lacks some.
+    LeaseNeedsHead,
+    /// A new incarnation of the database counts as settled only after a wait. Without: lost rows are not waited
+    /// out either.
+    SettlingTakesTime,
+}
+
+impl Rule {
+    /// All of them: the eleven of the protocol's design, and four that building it has added.
+    pub const ALL: [Rule; 15] = [
+        Rule::RevokeWaits,
+        Rule::RetryWaits,
+        Rule::DriftIsCovered,
+        Rule::LostRowsAreWaitedOut,
+        Rule::LeaseEnds,
+        Rule::LeaseCountsFromSending,
+        Rule::MapBeforeDeadline,
+        Rule::DeadlineBeforeLookUp,
+        Rule::RegisterBeforeSnapshot,
+        Rule::ApplyBeforeAck,
+        Rule::DeadAreWatched,
+        Rule::ListedBeforeLease,
+        Rule::HistoryIsCompared,
+        Rule::LeaseNeedsHead,
+        Rule::SettlingTakesTime,
+    ];
+}
+
+/// Says which rules are kept.
+pub trait Rules {
+    /// Whether this one is.
+    fn keep(&self, rule: Rule) -> bool;
+}
+
+/// Keeps them all. The only one outside the tests.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Kept;
+
+impl Rules for Kept {
+    #[inline]
+    fn keep(&self, _: Rule) -> bool {
+        true
+    }
+}

@@ -212,7 +212,7 @@ mod tests {
         }
         assert_eq!(budget.take(&key, numbered("8"), at(0)).refused.len(), 2);
         assert_eq!(budget.take(&key, numbered("8"), at(0)).refused.len(), 2, "what was refused took nothing");
-        let later = at(i64::try_from(ASKED_AGAIN.as_micros()).unwrap() + 1);
+        let later = at(0).plus(ASKED_AGAIN).plus(Duration::from_micros(1));
         assert!(!budget.take(&key, numbered("7"), later).refused.is_empty(), "a number is not for ever");
     }
 

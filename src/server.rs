@@ -1,6 +1,7 @@
 //! The composition root: puts a server together, starts it in order, and takes it down in order.
 //!
-//! Start: open and check the store · take the addresses · make the root key of a first start · listen · load the index · serve. A
+//! Start: read the rules · open and check the store · take the addresses · make the root key of a first start ·
+//! listen · put the rules in force · load the index · serve. A
 //! client that connects while the index loads waits; after a second it is served and hears UNAVAILABLE, and
 //! health says NOT_SERVING. Stop: health says NOT_SERVING · no new connections · calls in flight end · usage is
 //! written · the store is closed.
@@ -27,7 +28,7 @@ use tokio::{
 use tonic_health::server::HealthReporter;
 
 use rules::Rules;
-use sockets::{Listeners, Sockets};
+use sockets::{Addresses, Listeners, Sockets};
 
 use crate::{
     accounts::{self, Accounts},
@@ -112,44 +113,16 @@ impl Server {
         // connect before it is kept.
         let sockets = Sockets::bind(&settings).await?;
         let root_token = first_start(&*store, &settings, &*clock, &*entropy).await?;
-        let Listeners { main: listener, admin: admin_listener, envoy, forward } =
-            sockets.listen(&settings)?;
-        let (address, admin_address) = (listener.local_addr()?, admin_listener.local_addr()?);
-        let local = |listener: &TcpListener| listener.local_addr();
-        let envoy_address = envoy.as_ref().map(local).transpose()?;
-        let forward_auth_address = forward.as_ref().map(local).transpose()?;
+        let listeners = sockets.listen(&settings)?;
+        let addresses = listeners.addresses()?;
 
         let index = Arc::new(Index::default());
-        let usage = Arc::new(Usage::default());
-        let engine = Arc::new(Engine::new(index.clone(), usage.clone(), clock.clone()));
-        let (writer, writer_task) = Writer::spawn(store.clone(), index.clone());
-        let environments = Arc::new(settings.keys.environments.clone());
-        let keys = Keys::new(
-            store.clone(),
-            writer.clone(),
-            engine.clone(),
-            clock.clone(),
-            entropy.clone(),
-            settings.keys.clone(),
-        );
-        let keys = Arc::new(keys);
-        let people = People::new(store.clone(), writer.clone(), engine.clone(), keys.clone(), clock.clone());
-        let accounts = Accounts::new(store.clone(), writer, engine.clone(), clock.clone(), entropy);
-        // The rules are in force before anybody is served.
-        let gateway = Arc::new(Gateway::new(engine.clone(), environments.clone(), settings.gateway.clone()));
+        let (parts, writer) = parts(&settings, store.clone(), index.clone(), clock.clone(), entropy);
+        let (engine, gateway) = (parts.engine.clone(), parts.gateway.clone());
+        // In force before anybody is served.
         if let Some(rules) = &rules {
             rules.apply(&gateway);
         }
-        let parts = Parts {
-            engine: engine.clone(),
-            keys,
-            accounts: Arc::new(accounts),
-            people: Arc::new(people),
-            gateway: gateway.clone(),
-            store: store.clone(),
-            clock: clock.clone(),
-            environments,
-        };
         let reporter = HealthReporter::new();
         grpc::report_health(&reporter, false).await;
         let services = Arc::new(grpc::services(parts, reporter.clone())?);
@@ -168,25 +141,11 @@ impl Server {
         }
         let workers = Workers::start(settings.threads, &services, &is_stopping, DRAIN)?;
         drop(services);
+        let Listeners { main, admin: admin_listener, envoy, forward } = listeners;
         let forwarding = forward
             .map(|listener| tokio::spawn(forward::serve(listener, gateway.clone(), is_stopping.clone())));
-        let serving = tokio::spawn(async move {
-            let main = grpc::serve::accept(listener, Door::All, &workers, is_stopping.clone());
-            let envoy = async {
-                if let Some(listener) = envoy {
-                    grpc::serve::accept(listener, Door::Envoy, &workers, is_stopping).await;
-                }
-            };
-            tokio::join!(main, envoy);
-            // Joining blocks; the workers have their own deadline.
-            let joined = tokio::task::spawn_blocking(move || workers.join());
-            let (joined, forwarded) = tokio::join!(joined, within(DRAIN, forwarding));
-            for ended in [joined, forwarded.unwrap_or(Ok(()))] {
-                if let Err(error) = ended {
-                    tracing::error!(error = &error as &dyn std::error::Error, "serving ended badly");
-                }
-            }
-        });
+        let serving = tokio::spawn(serve(main, envoy, workers, forwarding, is_stopping));
+        let usage = engine.usage.clone();
         let told = admin::Told { engine, gateway: gateway.clone(), ready: is_ready };
         let mut background = vec![
             tokio::spawn(admin::serve(admin_listener, told, is_closing)),
@@ -196,17 +155,10 @@ impl Server {
             tokio::spawn(watch_ownership(store.clone(), stopping.clone())),
         ];
         background.extend(rules.map(|rules| tokio::spawn(rules.watch(gateway))));
-        let running = Running {
-            store,
-            usage,
-            reporter,
-            ready,
-            stopping,
-            closing,
-            serving,
-            background,
-            writer: writer_task,
-        };
+        let running =
+            Running { store, usage, reporter, ready, stopping, closing, serving, background, writer };
+        let Addresses { main: address, admin: admin_address, envoy, forward } = addresses;
+        let (envoy_address, forward_auth_address) = (envoy, forward);
         Ok(Server { address, admin_address, envoy_address, forward_auth_address, root_token, running })
     }
 
@@ -240,6 +192,66 @@ impl Server {
         }
         store.close().await;
         tracing::info!("stopped");
+    }
+}
+
+/// The use cases over one store and one index, and the task that writes for them. Nothing is loaded yet.
+pub fn parts(
+    settings: &Settings,
+    store: Arc<dyn Store>,
+    index: Arc<Index>,
+    clock: Arc<dyn Clock>,
+    entropy: Arc<dyn Entropy>,
+) -> (Parts, JoinHandle<()>) {
+    let engine = Arc::new(Engine::new(index.clone(), Arc::new(Usage::default()), clock.clone()));
+    let (writer, task) = Writer::spawn(store.clone(), index);
+    let environments = Arc::new(settings.keys.environments.clone());
+    let keys = Arc::new(Keys::new(
+        store.clone(),
+        writer.clone(),
+        engine.clone(),
+        clock.clone(),
+        entropy.clone(),
+        settings.keys.clone(),
+    ));
+    let people = People::new(store.clone(), writer.clone(), engine.clone(), keys.clone(), clock.clone());
+    let accounts = Accounts::new(store.clone(), writer, engine.clone(), clock.clone(), entropy);
+    let gateway = Gateway::new(engine.clone(), environments.clone(), settings.gateway.clone());
+    let parts = Parts {
+        engine,
+        keys,
+        accounts: Arc::new(accounts),
+        people: Arc::new(people),
+        gateway: Arc::new(gateway),
+        store,
+        clock,
+        environments,
+    };
+    (parts, task)
+}
+
+/// Serves until it is told to stop, and calls in flight have ended or had their time.
+async fn serve(
+    main: TcpListener,
+    envoy: Option<TcpListener>,
+    workers: Workers,
+    forwarding: Option<JoinHandle<()>>,
+    is_stopping: watch::Receiver<bool>,
+) {
+    let main = grpc::serve::accept(main, Door::All, &workers, is_stopping.clone());
+    let envoy = async {
+        if let Some(listener) = envoy {
+            grpc::serve::accept(listener, Door::Envoy, &workers, is_stopping).await;
+        }
+    };
+    tokio::join!(main, envoy);
+    // Joining blocks; the workers have their own deadline.
+    let joined = tokio::task::spawn_blocking(move || workers.join());
+    let (joined, forwarded) = tokio::join!(joined, within(DRAIN, forwarding));
+    for ended in [joined, forwarded.unwrap_or(Ok(()))] {
+        if let Err(error) = ended {
+            tracing::error!(error = &error as &dyn std::error::Error, "serving ended badly");
+        }
     }
 }
 

@@ -8,9 +8,10 @@ use toml::Spanned;
 
 use crate::domain::{
     account::Environments,
+    decision::{MAX_COST, MAX_SCOPES},
     name::{AccountId, CustomerId, EnvironmentName, NameError},
     route::{
-        Demand, MAX_COST, MAX_RULES, Mode, Named, Route, Rule, RuleBook, Rules, header_name,
+        Demand, MAX_RULES, Mode, Named, Route, Rule, RuleBook, Rules, header_name,
         pattern::{HostPattern, Methods, PathPattern},
     },
     scope::Scope,
@@ -18,7 +19,6 @@ use crate::domain::{
 
 /// The largest file, in bytes.
 pub const MAX_BYTES: u64 = 1024 * 1024;
-const MAX_SCOPES: usize = 64;
 
 /// Something that is wrong with a file.
 #[derive(Clone, Debug, PartialEq, Eq)]

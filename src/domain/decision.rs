@@ -14,6 +14,11 @@ use super::{
     time::Timestamp,
 };
 
+/// The most scopes that one question may need.
+pub const MAX_SCOPES: usize = 64;
+/// The most units that one request may cost.
+pub const MAX_COST: u64 = 1_000_000;
+
 /// Why a request was decided as it was. The order is the order of decision; the numbers are the wire's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u8)]

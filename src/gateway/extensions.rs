@@ -6,12 +6,11 @@
 
 use crate::domain::{
     account::Environments,
+    decision::{MAX_COST, MAX_SCOPES},
     name::{AccountId, CustomerId, NameError},
-    route::{Demand, MAX_COST, Mode, Named, Route, header_name},
+    route::{Demand, Mode, Named, Route, header_name},
     scope::Scope,
 };
-
-const MAX_SCOPES: usize = 64;
 
 /// What a proxy says of a route.
 #[derive(Clone, Debug, Default)]

@@ -9,7 +9,7 @@ use crate::{
     access::Caller,
     domain::{
         account::Environments,
-        decision::Reason,
+        decision::{MAX_COST, MAX_SCOPES, Reason},
         limit::Standing,
         name::{AccountId, CustomerId, EnvironmentName},
         scope::Scope,
@@ -22,9 +22,7 @@ use crate::{
 
 use super::{convert, gate::shown, status::unimplemented};
 
-const MAX_SCOPES: usize = 64;
 const MAX_CHECKS: usize = 100;
-const MAX_COST: u64 = 1_000_000;
 
 /// The service over the engine.
 #[derive(Clone, Debug)]

@@ -1,5 +1,7 @@
 //! The addresses of a server: taken first, and opened to everybody when the rest is ready.
 
+use std::net::SocketAddr;
+
 use anyhow::Context as _;
 use tokio::net::{TcpListener, TcpSocket};
 
@@ -22,6 +24,27 @@ pub(super) struct Listeners {
     pub(super) admin: TcpListener,
     pub(super) envoy: Option<TcpListener>,
     pub(super) forward: Option<TcpListener>,
+}
+
+/// Where each listens.
+pub(super) struct Addresses {
+    pub(super) main: SocketAddr,
+    pub(super) admin: SocketAddr,
+    pub(super) envoy: Option<SocketAddr>,
+    pub(super) forward: Option<SocketAddr>,
+}
+
+impl Listeners {
+    pub(super) fn addresses(&self) -> std::io::Result<Addresses> {
+        let some =
+            |listener: &Option<TcpListener>| listener.as_ref().map(TcpListener::local_addr).transpose();
+        Ok(Addresses {
+            main: self.main.local_addr()?,
+            admin: self.admin.local_addr()?,
+            envoy: some(&self.envoy)?,
+            forward: some(&self.forward)?,
+        })
+    }
 }
 
 impl Sockets {

@@ -4,20 +4,15 @@
 use std::{collections::BTreeMap, net::SocketAddr, path::Path, sync::Arc};
 
 use keyward::{
-    accounts::Accounts,
-    clock::{Clock, SystemClock, SystemEntropy},
+    clock::{SystemClock, SystemEntropy},
     config::server::{DatabaseArgs, Settings},
-    engine::{Engine, index::Index, usage::Usage},
-    gateway::Gateway,
+    engine::index::Index,
     grpc::{
-        self, Parts,
+        self,
         gate::Door,
         serve::{Workers, accept},
     },
-    keys::Keys,
-    pb,
-    people::People,
-    store::{self, writer::Writer},
+    pb, store,
 };
 use sha2::{Digest as _, Sha256};
 use tonic::{
@@ -251,33 +246,8 @@ async fn a_keyward_that_is_gone_is_503_and_back_again_is_back() {
 async fn still_loading(home: &Home) -> SocketAddr {
     let settings = Settings::load_database(&DatabaseArgs::default()).unwrap();
     let store = store::open(&home.url()).await.unwrap();
-    let index = Arc::new(Index::default());
-    let clock: Arc<dyn Clock> = Arc::new(SystemClock);
-    let engine = Arc::new(Engine::new(index.clone(), Arc::new(Usage::default()), clock.clone()));
-    let (writer, _) = Writer::spawn(store.clone(), index);
-    let (entropy, environments) = (Arc::new(SystemEntropy), Arc::new(settings.keys.environments.clone()));
-    let keys = Keys::new(
-        store.clone(),
-        writer.clone(),
-        engine.clone(),
-        clock.clone(),
-        entropy.clone(),
-        settings.keys,
-    );
-    let keys = Arc::new(keys);
-    let people = People::new(store.clone(), writer.clone(), engine.clone(), keys.clone(), clock.clone());
-    let accounts = Accounts::new(store.clone(), writer, engine.clone(), clock.clone(), entropy);
-    let gateway = Gateway::new(engine.clone(), environments.clone(), settings.gateway);
-    let parts = Parts {
-        engine,
-        keys,
-        accounts: Arc::new(accounts),
-        people: Arc::new(people),
-        gateway: Arc::new(gateway),
-        store,
-        clock,
-        environments,
-    };
+    let (clock, entropy) = (Arc::new(SystemClock), Arc::new(SystemEntropy));
+    let (parts, _) = keyward::server::parts(&settings, store, Arc::new(Index::default()), clock, entropy);
     let services = Arc::new(grpc::services(parts, tonic_health::server::HealthReporter::new()).unwrap());
     let (stopping, is_stopping) = tokio::sync::watch::channel(false);
     let workers = Workers::start(1, &services, &is_stopping, PATIENCE).unwrap();

@@ -19,8 +19,6 @@ use pattern::{HostPattern, Methods, PathPattern};
 
 /// The most rules that there may be: each request may try all of them.
 pub const MAX_RULES: usize = 1000;
-/// The most units that one request may cost.
-pub const MAX_COST: u64 = 1_000_000;
 
 /// What must be shown.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -143,6 +143,8 @@ impl Accounts {
             let now = self.clock.now();
             let mut after = before.clone();
             if !edit(&mut after, now) {
+                // Recorded is not yet in force, while the answer to its commit is awaited.
+                self.writer.applied(before.revision).await?;
                 return Ok(before);
             }
             after.updated_at = now;

@@ -114,6 +114,8 @@ impl Keys {
             }
         }
         let mut stored = self.store.keys(&bulk.filter, None, MOST_REVOKED + 1).await?;
+        // What is recorded as revoked is not listed, and may not be in force yet.
+        self.writer.settled().await?;
         let fitting = fitting(&stored);
         let more = stored.len() > fitting;
         stored.truncate(fitting);

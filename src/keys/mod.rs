@@ -258,6 +258,7 @@ impl Keys {
     async fn replay(&self, caller: &Caller, id: KeyId) -> Result<(Issued, Revision), Refusal> {
         let view = self.view_stored(self.visible(caller, id).await?);
         let revision = view.key.revision;
+        self.writer.applied(revision).await?;
         Ok((Issued { view, token: None }, revision))
     }
 
@@ -337,6 +338,8 @@ impl Keys {
             let now = self.clock.now();
             let mut key = stored.key.clone();
             if let Edit::AsItWas = edit(&mut key, now)? {
+                // Recorded is not yet in force, while the answer to its commit is awaited.
+                self.writer.applied(stored.key.revision).await?;
                 return Ok(Changed::Now(Box::new(self.view_stored(stored))));
             }
             key.updated_at = now;

@@ -61,6 +61,9 @@ pub(super) trait Backend: Send + Sync + Sized + 'static {
     /// [`Store::lost`].
     async fn wait_until_lost(&self);
 
+    /// [`Store::settle`].
+    async fn settled(&self) -> Result<(), StoreError>;
+
     /// [`Store::close`].
     async fn shut(&self);
 }
@@ -191,6 +194,10 @@ impl<B: Backend> Store for B {
 
     async fn forget_usage(&self, before: Hour) -> Result<(), StoreError> {
         self.drop_usage(before).await
+    }
+
+    async fn settle(&self) -> Result<(), StoreError> {
+        self.settled().await
     }
 
     async fn lost(&self) {

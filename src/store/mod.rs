@@ -430,6 +430,10 @@ pub trait Store: Send + Sync + 'static {
     /// Drops counts of hours before `before`.
     async fn forget_usage(&self, before: Hour) -> Result<(), StoreError>;
 
+    /// Waits until no commit of this process is under way any more, one whose answer was lost included, and sees that
+    /// the database goes on from what this process knows of it. What the log does not hold then was not recorded.
+    async fn settle(&self) -> Result<(), StoreError>;
+
     /// Waits until another process has taken the database over: what this one knows of it is no longer to be
     /// trusted. Never, where that cannot happen.
     async fn lost(&self);

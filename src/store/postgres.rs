@@ -17,7 +17,11 @@ mod owner;
 mod place;
 mod write;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    cmp::Ordering,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use futures_util::TryStreamExt as _;
@@ -27,7 +31,7 @@ use sqlx::{
     postgres::{PgArguments, PgDatabaseError, PgPoolOptions, PgRow, PgSeverity},
 };
 
-use crate::domain::time::Timestamp;
+use crate::domain::time::{Revision, Timestamp};
 
 use super::{
     CommitError, Committed, Head, Hour, OpenError, SnapshotItem, StoreError, UsageBatch, Write,
@@ -35,7 +39,7 @@ use super::{
     plan::{self, Questions},
     queries::Sql,
     records::{Columns as _, head_at},
-    rows::damaged,
+    rows::{damaged, revision_to_i64},
 };
 
 use owner::Owner;
@@ -93,6 +97,9 @@ pub(super) struct Postgres {
     pool: PgPool,
     begins: Begins,
     owner: Owner,
+    /// Where the log ended when this process last saw it. Whoever finds another end without having moved it has
+    /// another history before it: a standby that lacked commits, or a backup.
+    known: Mutex<Option<Head>>,
 }
 
 impl std::fmt::Debug for Postgres {
@@ -131,7 +138,7 @@ impl Postgres {
             term
         };
         let owner = claim.keep(place.clone(), term);
-        let store = Postgres { place, pool, begins, owner };
+        let store = Postgres { place, pool, begins, owner, known: Mutex::default() };
         match backend::check_log(&store).await {
             Ok(()) => Ok(store),
             Err(StoreError::Damaged(what)) => Err(OpenError::Damaged { path: store.place.shown, what }),
@@ -156,16 +163,66 @@ impl Postgres {
     /// Locks the head, so that batches come one after the other, and sees that this process owns it still.
     async fn lock_head(&self, connection: &mut PgConnection) -> Result<Head> {
         let row = query("SELECT head, head_hash, term FROM meta FOR UPDATE").fetch_one(connection).await?;
-        if row.int(2)? != self.owner.term() {
-            self.owner.has_lost();
-            return Err(sqlx::Error::Protocol("another keyward has taken the database over".to_owned()));
-        }
+        self.is_owner(row.int(2)?)?;
         head_at(&row).map_err(|error| sqlx::Error::Decode(Box::new(error)))
+    }
+
+    fn is_owner(&self, term: i64) -> Result<()> {
+        if term == self.owner.term() {
+            return Ok(());
+        }
+        self.owner.has_lost();
+        Err(sqlx::Error::Protocol("another keyward has taken the database over".to_owned()))
+    }
+
+    /// Sees that this process owns the database, for what does not move the head.
+    async fn owned(&self, connection: &mut PgConnection) -> Result<()> {
+        let row = query("SELECT term FROM meta").fetch_one(connection).await?;
+        self.is_owner(row.int(0)?)
+    }
+
+    /// Where the log ended when this process last saw it.
+    fn known(&self) -> MutexGuard<'_, Option<Head>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Holds that the database's log is what this process has seen of it, or goes on from there.
+    async fn goes_on(&self, connection: &mut PgConnection, head: Head) -> Result<()> {
+        let Some(known) = *self.known() else { return Ok(()) };
+        let goes_on = match head.revision.cmp(&known.revision) {
+            Ordering::Equal => head.hash == known.hash,
+            Ordering::Less => false,
+            Ordering::Greater if known.revision == Revision::default() => true,
+            Ordering::Greater => {
+                let row =
+                    query("SELECT hash FROM log WHERE revision = $1").bind(revision_to_i64(known.revision));
+                let row = row.fetch_optional(connection).await?;
+                row.map(|row| Ok::<_, sqlx::Error>(row.bytes(0)? == known.hash.as_slice()))
+                    .transpose()?
+                    .unwrap_or(false)
+            }
+        };
+        if goes_on {
+            return Ok(());
+        }
+        tracing::error!(
+            known = known.revision.0,
+            found = head.revision.0,
+            "the database has another history than this process has seen: was a backup restored, or did a standby \
+             take over that lacked commits? This process stops; what it acknowledged last may be lost"
+        );
+        self.owner.has_lost();
+        Err(sqlx::Error::Protocol("the database has another history than this process has seen".to_owned()))
     }
 
     /// Writes what of the batch can be written.
     async fn write_batch(&self, connection: &mut PgConnection, batch: &[Write]) -> Result<Committed> {
         let mut head = self.lock_head(connection).await?;
+        // What this process has not applied may not be built upon: `settle` comes first.
+        if self.known().is_some_and(|known| known != head) {
+            self.goes_on(connection, head).await?;
+            return Err(sqlx::Error::Protocol("the log holds what this process has not applied".to_owned()));
+        }
         let mut committed = Committed::default();
         for run in plan::runs(batch) {
             let facts = facts::gather(connection, &Questions::of(run)).await?;
@@ -249,6 +306,11 @@ impl Backend for Postgres {
                 Ok((committed, ending))
             })
             .await;
+        if let Ok(committed) = &result
+            && let Some((row, _)) = committed.rows.last()
+        {
+            *self.known() = Some(Head { revision: row.revision, hash: row.hash });
+        }
         result.map_err(|error| {
             if committing && !was_refused(&error) {
                 CommitError::Unknown(store_error(error))
@@ -266,17 +328,22 @@ impl Backend for Postgres {
         let mut session = begin(&self.pool, &self.begins.view).await.map_err(store_error)?;
         let head = backend::snapshot(&mut PgView(session.get()), forget_before, sink).await?;
         within(CALL, session.end("COMMIT")).await.map_err(store_error)?;
+        self.known().get_or_insert(head);
         Ok(head)
     }
 
     async fn write_usage(&self, batch: &UsageBatch) -> std::result::Result<(), StoreError> {
-        self.transaction(async |connection| Ok((write::usage(connection, batch).await?, "COMMIT")))
-            .await
-            .map_err(store_error)
+        self.transaction(async |connection| {
+            self.owned(connection).await?;
+            Ok((write::usage(connection, batch).await?, "COMMIT"))
+        })
+        .await
+        .map_err(store_error)
     }
 
     async fn drop_usage(&self, before: Hour) -> std::result::Result<(), StoreError> {
         self.transaction(async |connection| {
+            self.owned(connection).await?;
             let dropped = query("DELETE FROM usage WHERE hour < $1").bind(before.0).execute(connection);
             Ok((dropped.await.map(drop)?, "COMMIT"))
         })
@@ -286,6 +353,20 @@ impl Backend for Postgres {
 
     async fn wait_until_lost(&self) {
         self.owner.lost().await;
+    }
+
+    /// A commit whose answer was lost holds the lock on the head until it is decided.
+    async fn settled(&self) -> std::result::Result<(), StoreError> {
+        let head = self
+            .transaction(async |connection| {
+                let head = self.lock_head(connection).await?;
+                self.goes_on(connection, head).await?;
+                Ok((head, "ROLLBACK"))
+            })
+            .await
+            .map_err(store_error)?;
+        *self.known() = Some(head);
+        Ok(())
     }
 
     async fn shut(&self) {
@@ -328,9 +409,14 @@ fn is_gone(error: &sqlx::Error) -> bool {
 }
 
 /// Whether the server refused to commit, so that certainly nothing was. Whatever ends the session leaves it open:
-/// the commit may be on disk already. CockroachDB says 40003 where it does not know.
+/// the commit may be on disk already. Poolers report a lost server as an error of a connection (08), and servers
+/// that stop or break as such (57P, 58, XX); CockroachDB says 40003 where it does not know.
 fn was_refused(error: &sqlx::Error) -> bool {
-    server_error(error).is_some_and(|error| error.severity() == PgSeverity::Error && error.code() != "40003")
+    const UNDECIDED: [&str; 5] = ["08", "57P", "58", "XX", "40003"];
+    server_error(error).is_some_and(|error| {
+        let undecided = UNDECIDED.iter().any(|class| error.code().starts_with(class));
+        error.severity() == PgSeverity::Error && !undecided
+    })
 }
 
 const DISK_FULL: &str = "53100";

@@ -189,6 +189,11 @@ impl Backend for Sqlite {
         .map_err(store_error)
     }
 
+    /// SQLite has decided a commit when it answers, or when its file is opened again.
+    async fn settled(&self) -> Result<(), StoreError> {
+        Ok(())
+    }
+
     async fn wait_until_lost(&self) {
         // The lock on the file is ours until the process ends.
         std::future::pending().await

@@ -47,18 +47,22 @@ pub trait Follower: Send + Sync + 'static {
     fn decided(&self);
 }
 
-struct Job {
-    write: Write,
-    answer: Answer,
+enum Job {
+    Write(Box<Write>, Answer),
+    /// Nothing to write: says when what came before is in force, up to this revision at least.
+    Barrier(Revision, oneshot::Sender<Result<(), WriteError>>),
 }
 
 /// The way to the writer task; clones lead to the same one.
 #[derive(Clone)]
-pub struct Writer(mpsc::Sender<Job>);
+pub struct Writer {
+    jobs: mpsc::Sender<Job>,
+    follower: Arc<dyn Follower>,
+}
 
 impl std::fmt::Debug for Writer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Writer").field("room", &self.0.capacity()).finish()
+        f.debug_struct("Writer").field("room", &self.jobs.capacity()).finish_non_exhaustive()
     }
 }
 
@@ -70,14 +74,14 @@ impl Writer {
         follower: Arc<dyn Follower>,
     ) -> (Writer, tokio::task::JoinHandle<()>) {
         let (sender, mut jobs) = mpsc::channel(QUEUE);
+        let mut committer = Committer { store, follower: follower.clone(), unsure: false };
         let task = tokio::spawn(async move {
-            let mut committer = Committer { store, follower, unsure: false };
             let mut batch = Vec::with_capacity(BATCH);
             while jobs.recv_many(&mut batch, BATCH).await > 0 {
-                committer.commit(std::mem::take(&mut batch)).await;
+                committer.take(std::mem::take(&mut batch)).await;
             }
         });
-        (Writer(sender), task)
+        (Writer { jobs: sender, follower }, task)
     }
 
     /// Makes one change. Returns once it is durable and the follower has applied it.
@@ -86,8 +90,31 @@ impl Writer {
     /// When the store rejects it, fails, or its answer was lost.
     pub async fn write(&self, write: Write) -> Result<Outcome, WriteError> {
         let (answer, outcome) = oneshot::channel();
-        self.0.send(Job { write, answer }).await.map_err(|_| WriteError::Stopping)?;
+        self.jobs.send(Job::Write(Box::new(write), answer)).await.map_err(|_| WriteError::Stopping)?;
         outcome.await.map_err(|_| WriteError::Stopping)?
+    }
+
+    /// Returns once everything is in force that is recorded up to `revision`: a record that was read from the store
+    /// may be newer than what the follower has seen.
+    ///
+    /// # Errors
+    /// When what is recorded cannot be found out.
+    pub async fn applied(&self, revision: Revision) -> Result<(), WriteError> {
+        if self.follower.revision() >= revision { Ok(()) } else { self.barrier(revision).await }
+    }
+
+    /// Returns once everything is in force that was recorded before.
+    ///
+    /// # Errors
+    /// When what is recorded cannot be found out.
+    pub async fn settled(&self) -> Result<(), WriteError> {
+        self.barrier(Revision::default()).await
+    }
+
+    async fn barrier(&self, revision: Revision) -> Result<(), WriteError> {
+        let (answer, done) = oneshot::channel();
+        self.jobs.send(Job::Barrier(revision, answer)).await.map_err(|_| WriteError::Stopping)?;
+        done.await.map_err(|_| WriteError::Stopping)?
     }
 }
 
@@ -101,8 +128,36 @@ struct Committer {
 }
 
 impl Committer {
-    async fn commit(&mut self, jobs: Vec<Job>) {
-        let (writes, answers): (Vec<_>, Vec<_>) = jobs.into_iter().map(|job| (job.write, job.answer)).unzip();
+    async fn take(&mut self, jobs: Vec<Job>) {
+        let (mut writes, mut answers, mut barriers) = (Vec::new(), Vec::new(), Vec::new());
+        let mut wanted = Revision::default();
+        for job in jobs {
+            match job {
+                Job::Write(write, answer) => {
+                    writes.push(*write);
+                    answers.push(answer);
+                }
+                Job::Barrier(revision, answer) => {
+                    wanted = wanted.max(revision);
+                    barriers.push(answer);
+                }
+            }
+        }
+        if !writes.is_empty() {
+            self.commit(writes, answers).await;
+        }
+        if barriers.is_empty() {
+            return;
+        }
+        let behind = self.unsure || self.follower.revision() < wanted;
+        let known = if behind { self.catch_up().await } else { Ok(()) };
+        let failed = known.map_err(Arc::new).err();
+        for answer in barriers {
+            let _ = answer.send(failed.clone().map_or(Ok(()), |error| Err(WriteError::Unknown(error))));
+        }
+    }
+
+    async fn commit(&mut self, writes: Vec<Write>, answers: Vec<Answer>) {
         // Nothing is built on a state that is not known.
         if self.unsure
             && let Err(error) = self.catch_up().await
@@ -172,6 +227,7 @@ impl Committer {
 
     /// Gives the follower whatever of the log it lacks: after an unknown outcome, the log decides.
     async fn catch_up(&mut self) -> Result<(), StoreError> {
+        self.store.settle().await?;
         loop {
             let rows = self.store.log_after(self.follower.revision(), 1000).await?;
             if rows.is_empty() {

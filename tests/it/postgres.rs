@@ -262,7 +262,9 @@ fn bouncer() -> &'static Path {
         );
         std::fs::write(&config, text).unwrap();
         let server = Guarded::start(&pgbouncer(), &[config.to_str().unwrap()], folder.path(), true);
-        wait_for("pgbouncer to start", || folder.path().join(".s.PGSQL.6432").exists().then_some(()));
+        // The file is there before anybody listens.
+        let path = folder.path().join(".s.PGSQL.6432");
+        wait_for("pgbouncer to start", || std::os::unix::net::UnixStream::connect(&path).ok());
         (server, folder)
     });
     folder.path()

@@ -13,8 +13,12 @@ use keyward::{
         name::{AccountId, DisplayName},
         time::{Revision, Timestamp},
     },
+    engine::index::Index,
     pb,
-    store::{self, CommitError, OpenError, Store, StoreError, Write},
+    store::{
+        self, CommitError, OpenError, Store, StoreError, Write,
+        writer::{WriteError, Writer},
+    },
 };
 
 use sqlx::Connection as _;
@@ -233,6 +237,72 @@ async fn a_commit_whose_session_ends_is_unknown_and_the_next_one_works() {
     database.sql("DROP TRIGGER in_the_way ON keyward.log");
     commit(&store, "acme").await.unwrap();
     assert_eq!(head(&store).await, Revision(1));
+}
+
+/// An index that follows a writer on this store.
+async fn followed(store: &Arc<dyn Store>) -> (Writer, Arc<Index>) {
+    let index = Arc::new(Index::default());
+    let head = store.snapshot(Timestamp::from_micros(0), &mut |item| index.load(item)).await.unwrap();
+    index.loaded(head.revision);
+    (Writer::spawn(store.clone(), index.clone()).0, index)
+}
+
+fn known(index: &Index, id: &str) -> bool {
+    index.account(&AccountId::parse(id).unwrap()).is_some()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_that_waits_for_a_frozen_standby_is_in_force_when_it_has_ended_after_all() {
+    let cluster = Cluster::start(&[]);
+    cluster.sql("postgres", "CREATE DATABASE keys OWNER keyward TEMPLATE template0");
+    let store = store::open(&url(cluster.socket(), 5432, "keys")).await.unwrap();
+    let (writer, index) = followed(&store).await;
+    writer.write(account("acme")).await.unwrap();
+    let standby = |names: &str| {
+        cluster.sql("postgres", &format!("ALTER SYSTEM SET synchronous_standby_names = '{names}'"));
+        cluster.sql("postgres", "SELECT pg_reload_conf()");
+        wait_for("the server to know", || {
+            (cluster.sql("postgres", "SHOW synchronous_standby_names") == names).then_some(())
+        });
+    };
+    standby("nobody");
+    let lost = writer.write(account("other")).await;
+    assert!(matches!(lost, Err(WriteError::Unknown(_))), "{lost:?}");
+    standby("");
+    writer.settled().await.unwrap();
+    assert!(known(&index, "other"), "the log has decided, and it holds the change");
+    writer.write(account("third")).await.unwrap();
+    assert_eq!(index.revision(), Some(Revision(3)));
+    store.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_recorded_is_in_force_before_it_is_told_of() {
+    let database = Database::new();
+    let store = open(&database).await;
+    let (writer, index) = followed(&store).await;
+    // As a commit whose answer is on its way.
+    commit(&store, "acme").await.unwrap();
+    assert!(!known(&index, "acme"));
+    writer.applied(Revision(1)).await.unwrap();
+    assert!(known(&index, "acme"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_recorded_in_a_database_that_has_lost_what_was_acknowledged() {
+    let database = Database::new();
+    let store = open(&database).await;
+    for id in ["one", "two", "three"] {
+        commit(&store, id).await.unwrap();
+    }
+    // As after a standby took over that lacked the newest, or a backup was restored.
+    database.sql(
+        "BEGIN; DELETE FROM keyward.log WHERE revision = 3; DELETE FROM keyward.accounts WHERE id = 'three'; \
+         UPDATE keyward.meta SET head = 2, head_hash = (SELECT hash FROM keyward.log WHERE revision = 2); COMMIT",
+    );
+    let error = commit(&store, "four").await.unwrap_err();
+    assert!(matches!(error, CommitError::NotRecorded(_)), "{error:?}");
+    tokio::time::timeout(PATIENCE, store.lost()).await.expect("this process stops");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -48,6 +48,8 @@ impl Claim {
             let mut connection = PgConnection::connect_with(&place.options).await?;
             let begin = format!(
                 "BEGIN READ WRITE; SET LOCAL idle_in_transaction_session_timeout TO 0; \
+                 SET LOCAL tcp_keepalives_idle TO 5; SET LOCAL tcp_keepalives_interval TO 2; \
+                 SET LOCAL tcp_keepalives_count TO 3; \
                  SET LOCAL lock_timeout TO {}",
                 PATIENCE.as_millis()
             );

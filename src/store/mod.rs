@@ -461,7 +461,8 @@ pub async fn open(url: &str) -> Result<Arc<dyn Store>, OpenError> {
         }),
         Some(("postgres" | "postgresql", _)) => Ok(Arc::new(postgres::Postgres::open(url).await?)),
         _ => Err(OpenError::Url {
-            url: url.split_once("://").map_or(url, |(scheme, _)| scheme).to_owned(),
+            // What follows the first colon may be a password.
+            url: url.split(':').next().unwrap_or_default().to_owned(),
             problem: "say sqlite:PATH, for example sqlite:keyward.db, or postgres://user:password@host/database",
         }),
     }

@@ -7,6 +7,10 @@ use sqlx::postgres::PgConnectOptions;
 
 use crate::store::OpenError;
 
+/// What may stand behind the `?`. The driver would ignore others, and repeat them in the log.
+const OPTIONS: [&str; 10] =
+    ["schema", "host", "port", "user", "password", "dbname", "sslmode", "sslrootcert", "sslcert", "sslkey"];
+
 /// A server, a database, a schema.
 #[derive(Clone)]
 pub(super) struct Place {
@@ -21,6 +25,23 @@ impl Place {
     pub(super) fn parse(url: &str) -> Result<Place, OpenError> {
         // It may hold a password: it is not repeated.
         let wrong = |problem| OpenError::Url { url: "postgres://…".to_owned(), problem };
+        if !url.starts_with("postgres://") && !url.starts_with("postgresql://") {
+            return Err(wrong("say postgres://user:password@host:5432/database"));
+        }
+        let options = url.split_once('?').map_or("", |(_, options)| options);
+        for option in options.split('&').filter(|option| !option.is_empty()) {
+            if !OPTIONS.contains(&option.split('=').next().unwrap_or_default()) {
+                return Err(wrong(
+                    "an option behind the ? is not supported; schema, host, port, user, password, dbname, sslmode, \
+                     sslrootcert, sslcert and sslkey are",
+                ));
+            }
+            if option == "sslmode=allow" {
+                return Err(wrong(
+                    "sslmode=allow means plaintext here: say disable, or prefer, require, verify-full",
+                ));
+            }
+        }
         let (url, schema) = without_schema(url);
         let schema = schema.unwrap_or_else(|| "keyward".to_owned());
         if !is_plain(&schema) {
@@ -87,7 +108,14 @@ mod tests {
 
     #[test]
     fn a_password_is_not_repeated() {
-        for url in ["postgres://u:secret@db:port/keys", "postgres://u:secret@db/keys?schema=-"] {
+        for url in [
+            "postgres://u:secret@db:port/keys",
+            "postgres://u:secret@db/keys?schema=-",
+            "postgres://u@db/keys?sslpassword=secret",
+            "postgres://u@db/keys?%73chema=secret",
+            "postgres://u@db/keys?sslmode=allow",
+            "postgres:u:secret@db/keys",
+        ] {
             let Err(error) = Place::parse(url) else { panic!("{url} was understood") };
             assert!(!format!("{error:?} {error}").contains("secret"));
         }

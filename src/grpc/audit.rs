@@ -48,6 +48,7 @@ fn read(
     let key_id = (!key_id.is_empty()).then(|| convert::read_key_id("key_id", key_id, v)).flatten();
     let from = convert::read_timestamp("from", *from, v);
     let to = convert::read_timestamp("to", *to, v);
+    convert::note_controls("actor", actor, v);
     violations.finish()?;
     // An operator reads all accounts unless it names one; an account's caller reads its own.
     let account = match account {

@@ -54,6 +54,11 @@ pub(super) fn duration(length: Duration) -> PbDuration {
     }
 }
 
+/// Text to look for in names and methods, none of which has control characters.
+pub(super) fn note_controls(field: &str, text: &str, v: &mut Violations) {
+    v.note_if(text.chars().any(char::is_control), field, "must not contain control characters");
+}
+
 /// Reads an instant between the years 1 and 9999.
 pub(super) fn read_timestamp(
     field: &str,

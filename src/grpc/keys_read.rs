@@ -265,6 +265,7 @@ pub(super) fn read_filter(
         .then(|| convert::read_environment("environment", environment, keys.environments(), v))
         .flatten();
     let states = convert::read_states(states, v);
+    convert::note_controls("name_prefix", name_prefix, v);
     let unused_since = convert::read_timestamp("unused_since", *unused_since, v);
     let expires_before = convert::read_timestamp("expires_before", *expires_before, v);
     violations.finish()?;
@@ -308,6 +309,7 @@ pub(super) fn read_bulk(
         .then(|| convert::read_environment("environment", environment, keys.environments(), v))
         .flatten();
     let created_before = convert::read_timestamp("created_before", *created_before, v);
+    convert::note_controls("name_prefix", name_prefix, v);
     let reason = convert::read_revoke_reason(*reason, v);
     let long = comment.chars().count() > MAX_COMMENT;
     v.note_if(long, "comment", format!("must be at most {MAX_COMMENT} characters"));

@@ -214,6 +214,10 @@ async fn a_name_prefix_is_taken_letter_by_letter() {
         let request = pb::ListKeysRequest { name_prefix: prefix.into(), ..of_acme() };
         assert_eq!(names(&server.root(), request).await.len(), count, "{prefix:?}");
     }
+    let request = pb::ListKeysRequest { name_prefix: "ci\0".into(), ..of_acme() };
+    invalid(server.root().list(request).await, &["name_prefix"]);
+    let request = pb::ListAuditEntriesRequest { actor: "ci\n".into(), ..Default::default() };
+    invalid(server.root().entries(request).await, &["actor"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

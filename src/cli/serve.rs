@@ -30,10 +30,18 @@ pub(super) fn exit(result: anyhow::Result<()>) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // Nowhere is left to say that standard error is closed.
-            let _ = writeln!(std::io::stderr(), "keyward: {error:#}");
+            let _ = writeln!(std::io::stderr(), "keyward: {}", told(&error));
             ExitCode::FAILURE
         }
     }
+}
+
+/// An error with its causes, each said once: some errors name their cause themselves.
+fn told(error: &anyhow::Error) -> String {
+    error.chain().skip(1).fold(error.to_string(), |said, cause| {
+        let cause = cause.to_string();
+        if said.contains(&cause) { said } else { format!("{said}: {cause}") }
+    })
 }
 
 async fn serve(args: &ServeArgs) -> anyhow::Result<()> {
@@ -103,4 +111,18 @@ fn write_first_steps(out: &mut impl std::io::Write, address: &str) -> std::io::R
   grpcurl -plaintext {address} describe keyward.v1.KeyService
 "#
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::rules::RulesError;
+
+    #[test]
+    fn each_cause_of_an_error_is_told_once() {
+        let source = std::io::Error::other("gone");
+        let error = anyhow::Error::from(RulesError::Unreadable { path: "r.toml".to_owned(), source });
+        assert_eq!(told(&error), "the rules file r.toml cannot be read: gone");
+        assert_eq!(told(&anyhow::anyhow!("inner").context("outer")), "outer: inner");
+    }
 }

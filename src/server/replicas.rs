@@ -71,7 +71,8 @@ impl Place {
         entropy: Arc<dyn Entropy>,
     ) -> Result<Option<Running>, StoreError> {
         let Some(fleet) = store.clone().fleet() else { return Ok(None) };
-        let lease = fleet.terms().await?.lease;
+        let terms = fleet.terms().await?;
+        let lease = terms.lease;
         if let Some(asked) = settings.lease.filter(|asked| *asked != lease) {
             tracing::warn!(
                 asked = lease_text(asked),
@@ -92,7 +93,7 @@ impl Place {
             name,
             retention: settings.retention,
         };
-        Ok(Some(feed::start(parts, lease)))
+        Ok(Some(feed::start(parts, terms)))
     }
 }
 
@@ -213,7 +214,9 @@ impl Operators {
             bail!("there is no replica {named:?}; 'keyward replicas list' shows those there are");
         };
         if found.next().is_some() {
-            bail!("several replicas are called {named:?}; name the one by its id, as 'keyward replicas list' shows it");
+            bail!(
+                "several replicas are called {named:?}; name the one by its id, as 'keyward replicas list' shows it"
+            );
         }
         if !self.fleet.remove(ReplicaId(replica.id), None).await? {
             bail!("the replica has left by itself meanwhile");
@@ -255,7 +258,8 @@ impl Operators {
         const LOOK_EVERY: Duration = Duration::from_millis(500);
         loop {
             let now = self.fleet.roster(&[]).await?.listing.rows;
-            let same = |row: &&Row| now.iter().any(|new| new.id == row.id && new.renew_seq <= row.renew_seq + 1);
+            let same =
+                |row: &&Row| now.iter().any(|new| new.id == row.id && new.renew_seq <= row.renew_seq + 1);
             if !rows.iter().any(|row| same(&row)) {
                 return Ok(());
             }

@@ -19,6 +19,8 @@ pub struct Renewed {
     pub reply: Reply,
     /// The changes that came along, up to `reply.upto`.
     pub rows: Vec<LogRow>,
+    /// See [`Terms::epoch`].
+    pub epoch: u64,
 }
 
 /// One reading of the replicas' rows, with what is asked of it.
@@ -43,7 +45,8 @@ pub struct Terms {
     pub lease: Lease,
     /// The longest that anybody may hold.
     pub longest: Lease,
-    /// Counts how often people have accepted that the database lost changes.
+    /// Grows each time that people accept that the database has lost changes, and beyond what it was in any history
+    /// before.
     pub epoch: u64,
 }
 

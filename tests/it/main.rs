@@ -37,6 +37,7 @@ mod postgres;
 mod postgres_server;
 mod process;
 mod proxy;
+mod replicas;
 mod rest;
 mod rotation;
 mod sqlite_file;

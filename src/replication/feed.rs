@@ -145,7 +145,7 @@ pub fn start(parts: Parts, Terms { lease, epoch, .. }: Terms) -> Running {
     let (failed, has_failed) = watch::channel(false);
     let (answers, inputs) = mpsc::channel(ANSWERS);
     let beside = vec![
-        tokio::spawn(collect::run(parts.fleet.clone(), parts.clock.clone(), lease)),
+        tokio::spawn(collect::run(parts.fleet.clone(), parts.lease.clone(), parts.clock.clone(), lease)),
         tokio::spawn(changes::listen(parts.fleet.clone(), parts.follow.clone(), answers.clone())),
         tokio::spawn(changes::own(parts.follow.clone(), answers.clone())),
         tokio::spawn(changes::divergences(parts.follow.clone(), answers.clone())),
@@ -226,7 +226,6 @@ impl Feed {
                 self.sight.renewals.fetch_add(1, Ordering::Relaxed);
                 let Renewed { reply, rows, epoch } = *renewed;
                 self.heard_epoch = epoch;
-                self.parts.lease.set_shared(true);
                 self.rows = Some((attempt, rows));
                 Event::Renewed { attempt, reply }
             }

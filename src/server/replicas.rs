@@ -70,7 +70,12 @@ impl Place {
         clock: Arc<dyn Clock>,
         entropy: Arc<dyn Entropy>,
     ) -> Result<Option<Running>, StoreError> {
-        let Some(fleet) = store.clone().fleet() else { return Ok(None) };
+        let Some(fleet) = store.clone().fleet() else {
+            if settings.lease.is_some() {
+                tracing::warn!("an SQLite file has one owner and needs no lease: the setting is not used");
+            }
+            return Ok(None);
+        };
         let terms = fleet.terms().await?;
         let lease = terms.lease;
         if let Some(asked) = settings.lease.filter(|asked| *asked != lease) {

@@ -193,6 +193,16 @@ impl Cluster {
         self.run();
     }
 
+    /// Kills the server as a power cut does, does something meanwhile, and starts it again.
+    pub(crate) fn crash(&mut self, meanwhile: impl FnOnce()) {
+        if let Some(server) = &self.server {
+            server.signal("-KILL");
+        }
+        drop(self.server.take());
+        meanwhile();
+        self.run();
+    }
+
     /// The folder of the server's socket.
     pub(crate) fn socket(&self) -> &Path {
         self.folder.path()

@@ -319,16 +319,15 @@ impl Fleet for Postgres {
         Ok(!rows.is_empty())
     }
 
-    async fn hint(&self) -> std::result::Result<(), StoreError> {
+    async fn hint(&self) -> std::result::Result<Option<Revision>, StoreError> {
         let mut slot = self.fleet.listener.lock().await;
         let mut listener = match slot.take() {
             Some(listener) => listener,
             None => listen(&self.place).await.map_err(store_error)?,
         };
         let heard = within(SILENCE, listener.recv()).await.map_err(store_error)?;
-        drop(heard);
         *slot = Some(listener);
-        Ok(())
+        Ok(heard.payload().parse().ok().map(revision_from_i64))
     }
 
     fn start_over(&self) {

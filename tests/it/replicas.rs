@@ -380,7 +380,7 @@ async fn database_down_for_less_than_a_lease_is_not_noticed_by_checks() {
     let (cluster, replicas) = (&mut fleet.cluster, &fleet.replicas);
     let handle = tokio::runtime::Handle::current();
     tokio::task::block_in_place(|| {
-        cluster.restart(|_| {
+        cluster.crash(|| {
             handle.block_on(async {
                 for replica in replicas {
                     assert_eq!(check(replica, &other).await.unwrap(), pb::Reason::Ok);

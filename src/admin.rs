@@ -1,9 +1,9 @@
 //! The admin pages, over HTTP/1.1: `/healthz` (the process lives), `/readyz` (it answers Checks) and `/metrics`
 //! (Prometheus text). No secret is served here, and nothing can be changed.
 
-use std::{fmt::Write as _, sync::Arc};
+use std::{fmt::Write as _, future::ready, sync::Arc};
 
-use http::StatusCode;
+use http::{StatusCode, request::Parts};
 use tokio::{net::TcpListener, sync::watch};
 
 use crate::{
@@ -26,7 +26,7 @@ pub struct Told {
 
 /// Serves the pages until `stopping` turns true.
 pub async fn serve(listener: TcpListener, told: Told, stopping: watch::Receiver<bool>) {
-    http1::serve(listener, move |request| page(request.uri.path(), &told), stopping).await;
+    http1::serve(listener, move |request: Parts| ready(page(request.uri.path(), &told)), stopping).await;
 }
 
 fn page(path: &str, told: &Told) -> Page {

@@ -180,7 +180,7 @@ impl Engine {
     ///
     /// # Errors
     /// When the state here is not good enough to answer; that is no verdict.
-    pub fn check(&self, asker: &AccountId, question: &Question<'_>) -> Result<Answer, CannotAnswer> {
+    pub async fn check(&self, asker: &AccountId, question: &Question<'_>) -> Result<Answer, CannotAnswer> {
         // Before the look-up: what is found is at least as new.
         let revision = self.fresh(question.min_revision)?;
         let now = self.clock.now();
@@ -280,7 +280,7 @@ impl Engine {
     ///
     /// # Errors
     /// When the first snapshot is not loaded yet.
-    pub fn authenticate(
+    pub async fn authenticate(
         &self,
         presented: &str,
         account: Option<&AccountId>,

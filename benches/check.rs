@@ -16,7 +16,7 @@ use keyward::{
         time::Revision,
         token::{Digest, Token, shape},
     },
-    engine::{Engine, Question, index::Index, usage::Usage},
+    engine::{Engine, Question, index::Index, limiter::LimitSettings, usage::Usage},
     store::SnapshotItem,
 };
 
@@ -71,7 +71,8 @@ fn checks(criterion: &mut Criterion) {
     let index = Arc::new(Index::default());
     (0..KEYS).for_each(|number| index.load(SnapshotItem::Key(Arc::new(key(number)), Vec::new())));
     index.loaded(Revision(1));
-    let engine = Engine::new(index, Arc::new(Usage::default()), Arc::new(SystemClock));
+    let limits = LimitSettings::default();
+    let engine = Engine::new(index, Arc::new(Usage::default()), &limits, Arc::new(SystemClock));
     let (asker, environment) = (AccountId::operator(), EnvironmentName::parse("production").unwrap());
     let scopes = [Scope::parse_required("monitors:read").unwrap()];
     let question = Question {

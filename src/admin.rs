@@ -8,7 +8,7 @@ use tokio::{net::TcpListener, sync::watch};
 
 use crate::{
     domain::decision::Reason,
-    engine::Engine,
+    engine::{Engine, limiter::Limiter},
     gateway::Gateway,
     http1::{self, Page},
 };
@@ -54,6 +54,7 @@ fn metrics(told: &Told, ready: bool) -> String {
         );
     }
     gateway_metrics(&mut text, &told.gateway);
+    limit_metrics(&mut text, &engine.limiter);
     for (name, help, value) in [
         ("keyward_index_keys", "Keys held in memory.", engine.index.len() as u64),
         ("keyward_revision", "Newest change applied.", engine.index.revision().unwrap_or_default().0),
@@ -62,6 +63,17 @@ fn metrics(told: &Told, ready: bool) -> String {
         let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} gauge\n{name} {value}");
     }
     text
+}
+
+fn limit_metrics(text: &mut String, limiter: &Limiter) {
+    const CALLS: &str = "keyward_limits_redis_calls_total";
+    let _ = writeln!(text, "# HELP {CALLS} Checks that Redis was to count.\n# TYPE {CALLS} counter");
+    for (call, count) in limiter.calls() {
+        let _ = writeln!(text, "{CALLS}{{result=\"{}\"}} {count}", call.as_str());
+    }
+    const ALONE: &str = "keyward_limits_fallbacks_total";
+    let help = "Checks counted by this process alone, since Redis did not answer.";
+    let _ = writeln!(text, "# HELP {ALONE} {help}\n# TYPE {ALONE} counter\n{ALONE} {}", limiter.fallbacks());
 }
 
 fn gateway_metrics(text: &mut String, gateway: &Gateway) {

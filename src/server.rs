@@ -22,7 +22,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use tokio::{
     net::TcpListener,
-    sync::watch,
+    sync::{oneshot, watch},
     task::{JoinError, JoinHandle},
 };
 use tonic_health::server::HealthReporter;
@@ -139,6 +139,9 @@ impl Server {
             loaded??;
             loading = None;
         }
+        let (counting, tried) = count_limits(engine.clone());
+        // A Redis that is there counts from the first Check on; one that is not holds nobody up.
+        let _ = tokio::time::timeout(QUIET_START, tried).await;
         let workers = Workers::start(settings.threads, &services, &is_stopping, DRAIN)?;
         drop(services);
         let Listeners { main, admin: admin_listener, envoy, forward } = listeners;
@@ -149,7 +152,9 @@ impl Server {
         let told = admin::Told { engine, gateway: gateway.clone(), ready: is_ready };
         let mut background = vec![
             tokio::spawn(admin::serve(admin_listener, told, is_closing)),
+            counting,
             tokio::spawn(flush_usage(store.clone(), usage.clone())),
+            tokio::spawn(draw_quotas(store.clone(), usage.clone())),
             tokio::spawn(forget(store.clone(), index, clock, settings.retention)),
             tokio::spawn(watch_loading(loading, stopping.clone())),
             tokio::spawn(watch_ownership(store.clone(), stopping.clone())),
@@ -203,7 +208,8 @@ pub fn parts(
     clock: Arc<dyn Clock>,
     entropy: Arc<dyn Entropy>,
 ) -> (Parts, JoinHandle<()>) {
-    let engine = Arc::new(Engine::new(index.clone(), Arc::new(Usage::default()), clock.clone()));
+    let usage = Arc::new(Usage::default());
+    let engine = Arc::new(Engine::new(index.clone(), usage, &settings.limits, clock.clone()));
     let (writer, task) = Writer::spawn(store.clone(), index);
     let environments = Arc::new(settings.keys.environments.clone());
     let keys = Arc::new(Keys::new(
@@ -318,6 +324,17 @@ async fn flush_usage(store: Arc<dyn Store>, usage: Arc<Usage>) {
             tracing::warn!(error = &error as &dyn std::error::Error, "uses were not written; they are kept");
         }
     }
+}
+
+/// Has quotas counted that others draw from too, when they cannot wait.
+async fn draw_quotas(store: Arc<dyn Store>, usage: Arc<Usage>) {
+    usage.keep_drawing(&*store).await;
+}
+
+/// Connects to where rate limits are counted. The second tells when that was tried once.
+fn count_limits(engine: Arc<Engine>) -> (JoinHandle<()>, oneshot::Receiver<()>) {
+    let (told, tried) = oneshot::channel();
+    (tokio::spawn(async move { engine.limiter.keep_connected(told).await }), tried)
 }
 
 async fn forget(store: Arc<dyn Store>, index: Arc<Index>, clock: Arc<dyn Clock>, retention: Duration) {

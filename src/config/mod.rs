@@ -4,5 +4,6 @@
 pub mod client;
 pub mod duration;
 mod gateway;
+pub mod limits;
 pub mod rules;
 pub mod server;

@@ -1,7 +1,8 @@
-//! The engine: answers Checks from memory. Nothing here awaits, and nothing here asks a database.
+//! The engine: answers Checks from memory. Nothing here asks a database, and nothing awaits but `limiter`: a Check of
+//! a key without limits is answered the first time that it is polled.
 //!
-//! `parse → digest → look up → decide → note the use → answer`. The index is fed with log rows in revision
-//! order; uses are written behind. Who may ask, and how answers look on the wire, is `grpc`'s business.
+//! `parse → digest → look up → decide → take from the limits → note the use → answer`. The index is fed with log rows
+//! in revision order; uses are written behind. Who may ask, and how answers look on the wire, is `grpc`'s business.
 
 pub mod deadline;
 pub mod index;
@@ -30,7 +31,7 @@ use crate::{
 };
 
 use index::{Found, Index};
-use limiter::{Charge, Take};
+use limiter::{Budget, Charge, LimitSettings, Limiter, Take};
 use usage::Usage;
 
 /// What a Check asks, once it has been read from the wire.
@@ -127,6 +128,12 @@ pub enum CannotAnswer {
         /// The revision asked for.
         want: Revision,
     },
+    /// The key's rate limits are counted in Redis, which did not answer.
+    #[error("the key's rate limits cannot be counted: Redis did not answer; try again")]
+    LimitsUnavailable,
+    /// More was used of the key's quota here than the database has counted yet.
+    #[error("the key's quota cannot be counted: the database did not answer; try again")]
+    QuotaUnavailable,
 }
 
 /// Answers Checks.
@@ -135,6 +142,8 @@ pub struct Engine {
     pub index: Arc<Index>,
     /// The uses that are not written yet.
     pub usage: Arc<Usage>,
+    /// Counts the limits.
+    pub limiter: Limiter,
     clock: Arc<dyn Clock>,
     answered: [AtomicU64; 16],
 }
@@ -148,8 +157,9 @@ impl std::fmt::Debug for Engine {
 impl Engine {
     /// An engine over an index that may still be empty.
     #[must_use]
-    pub fn new(index: Arc<Index>, usage: Arc<Usage>, clock: Arc<dyn Clock>) -> Self {
-        Engine { index, usage, clock, answered: Default::default() }
+    pub fn new(index: Arc<Index>, usage: Arc<Usage>, limits: &LimitSettings, clock: Arc<dyn Clock>) -> Self {
+        let limiter = Limiter::new(limits, usage.clone());
+        Engine { index, usage, limiter, clock, answered: Default::default() }
     }
 
     /// The present instant.
@@ -179,25 +189,25 @@ impl Engine {
     /// account is unknown to all but operators.
     ///
     /// # Errors
-    /// When the state here is not good enough to answer; that is no verdict.
+    /// When the state here is not good enough to answer, or the limits cannot be counted; that is no verdict.
     pub async fn check(&self, asker: &AccountId, question: &Question<'_>) -> Result<Answer, CannotAnswer> {
         // Before the look-up: what is found is at least as new.
         let revision = self.fresh(question.min_revision)?;
         let now = self.clock.now();
-        let answer = self.answer(asker, question, revision, now);
+        let answer = self.answer(asker, question, revision, now).await?;
         self.answered[answer.reason() as usize].fetch_add(1, Ordering::Relaxed);
         Ok(answer)
     }
 
-    fn answer(
+    async fn answer(
         &self,
         asker: &AccountId,
         question: &Question<'_>,
         revision: Revision,
         now: Timestamp,
-    ) -> Answer {
+    ) -> Result<Answer, CannotAnswer> {
         if token::shape(question.token) != Shape::Plausible {
-            return Answer::of(Reason::Malformed, revision);
+            return Ok(Answer::of(Reason::Malformed, revision));
         }
         let visible = |found: &Found| match &found.key.owner {
             _ if asker.is_operator() => true,
@@ -205,7 +215,7 @@ impl Engine {
             Owner::User(user) => self.index.member(asker, user).is_some(),
         };
         let Some(found) = self.index.find(&Digest::of(question.token)).filter(visible) else {
-            return Answer::of(Reason::Unknown, revision);
+            return Ok(Answer::of(Reason::Unknown, revision));
         };
         let request = Request {
             purpose: Use::Service { environment: question.environment, customer: question.customer },
@@ -223,13 +233,13 @@ impl Engine {
         let mut limits = limiter::Usage::default();
         if failures.first() == Reason::Ok && is_limited(&found.key) {
             let take = Take { cost: question.cost, charge: question.charge, dry_run: question.dry_run };
-            limits = found.budget.take(&found.key, take, now);
+            limits = self.limiter.take(&found.key, &found.budget, take, now).await?;
             limits.refused.iter().for_each(|reason| failures.note(*reason, true));
         }
         if !question.dry_run {
-            self.usage.note(found.key.id, found.version, failures.first(), limits.spent, now);
+            self.note(&found, failures.first(), &limits, now);
         }
-        Answer {
+        Ok(Answer {
             failures,
             missing,
             grants,
@@ -238,7 +248,12 @@ impl Engine {
             holder: Some(Holder { key: found.key, version: found.version }),
             limits,
             revision,
-        }
+        })
+    }
+
+    fn note(&self, found: &Found, reason: Reason, limits: &limiter::Usage, now: Timestamp) {
+        let drew: Option<&Arc<Budget>> = limits.drew.then_some(&found.budget);
+        self.usage.note(found.key.id, found.version, reason, drew, now);
     }
 
     /// Where a key is decided: a service key in its account, a user key in the account asked for.
@@ -279,7 +294,7 @@ impl Engine {
     /// only asks about itself (`anywhere`), in none.
     ///
     /// # Errors
-    /// When the first snapshot is not loaded yet.
+    /// When the first snapshot is not loaded yet, or the key's limits cannot be counted.
     pub async fn authenticate(
         &self,
         presented: &str,
@@ -305,11 +320,12 @@ impl Engine {
         }
         let mut limits = limiter::Usage::default();
         if failures.first() == Reason::Ok && is_limited(&found.key) {
-            limits = found.budget.take(&found.key, Take { cost: 1, charge: None, dry_run: false }, now);
+            let take = Take { cost: 1, charge: None, dry_run: false };
+            limits = self.limiter.take(&found.key, &found.budget, take, now).await?;
             limits.refused.iter().for_each(|reason| failures.note(*reason, true));
         }
         let reason = failures.first();
-        self.usage.note(found.key.id, found.version, reason, limits.spent, now);
+        self.note(&found, reason, &limits, now);
         if reason != Reason::Ok {
             return Ok(Err(Refused { reason, retry_after: limits.retry_after() }));
         }

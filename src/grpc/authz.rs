@@ -147,6 +147,7 @@ fn answer(answer: Answer) -> pb::CheckResponse {
         max_age: Some(prost_types::Duration::default()),
         ..pb::CheckResponse::default()
     };
+    response.limits_inexact = answer.limits.inexact;
     response.retry_after = answer.limits.retry_after().map(convert::duration);
     response.rate_limits = answer.limits.standings.iter().map(limit_state).collect();
     if let Some(holder) = answer.holder {
@@ -197,7 +198,7 @@ impl pb::authz_service_server::AuthzService for AuthzService {
             .filter_map(|(at, check)| self.read(check, &format!("checks[{at}]."), &mut violations))
             .collect();
         violations.finish()?;
-        // None is answered, and nothing consumed, unless all can be.
+        // None is answered, and nothing consumed, unless all can be; limits that cannot be counted show too late.
         let newest = checks.iter().filter_map(|check| check.min_revision).max();
         self.engine.fresh(convert::read_revision(newest)).map_err(Refusal::from)?;
         let mut results = Vec::with_capacity(checks.len());

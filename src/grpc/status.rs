@@ -116,6 +116,10 @@ fn caller_limited(retry_after: Option<std::time::Duration>) -> Status {
 fn cannot_answer(reason: CannotAnswer) -> Status {
     match reason {
         CannotAnswer::Starting => status(Code::Unavailable, "STARTING", &reason.to_string()),
+        CannotAnswer::LimitsUnavailable => {
+            status(Code::Unavailable, "LIMITS_UNAVAILABLE", &reason.to_string())
+        }
+        CannotAnswer::QuotaUnavailable => status(Code::Unavailable, "QUOTA_UNAVAILABLE", &reason.to_string()),
         CannotAnswer::Stale { have, want } => {
             let numbers = [("revision", have.to_string()), ("min_revision", want.to_string())];
             let metadata = numbers.map(|(name, number)| (name.to_owned(), number)).into();

@@ -31,14 +31,18 @@ use sqlx::{
     postgres::{PgArguments, PgDatabaseError, PgPoolOptions, PgRow, PgSeverity},
 };
 
-use crate::domain::time::{Revision, Timestamp};
+use crate::domain::{
+    limit::Spent,
+    name::KeyId,
+    time::{Revision, Timestamp},
+};
 
 use super::{
     CommitError, Committed, Head, Hour, OpenError, SnapshotItem, StoreError, UsageBatch, Write,
     backend::{self, Backend, TakeRow, View},
     plan::{self, Questions},
     queries::Sql,
-    records::{Columns as _, head_at},
+    records::{Columns as _, head_at, spent_at},
     rows::{damaged, revision_to_i64},
 };
 
@@ -332,13 +336,12 @@ impl Backend for Postgres {
         Ok(head)
     }
 
-    async fn write_usage(&self, batch: &UsageBatch) -> std::result::Result<(), StoreError> {
-        self.transaction(async |connection| {
+    async fn write_usage(&self, batch: &UsageBatch) -> std::result::Result<Vec<(KeyId, Spent)>, StoreError> {
+        let rows = self.transaction(async |connection| {
             self.owned(connection).await?;
             Ok((write::usage(connection, batch).await?, "COMMIT"))
-        })
-        .await
-        .map_err(store_error)
+        });
+        rows.await.map_err(store_error)?.iter().map(spent_at).collect()
     }
 
     async fn drop_usage(&self, before: Hour) -> std::result::Result<(), StoreError> {

@@ -4,6 +4,7 @@
 pub mod client;
 pub mod duration;
 mod gateway;
+pub mod limits;
 pub mod replicas;
 pub mod rules;
 pub mod server;

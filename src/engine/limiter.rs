@@ -5,9 +5,9 @@
 //! counts by itself and says so, or does not answer, as it is set. A quota is always counted in the store, in blocks
 //! where several processes use it (`budget.rs`).
 //!
-//! Keys without limits never come here. [`Limiter::take`] waits in two cases only, for a bounded time each: for
-//! Redis, if a key has rate limits and they are counted there; and for the store, if a block is used up in less time
-//! than the store takes to count it.
+//! Keys without limits never come here. Others wait in two cases only, for a bounded time each: for Redis, if they
+//! have rate limits that are counted there; and for the store, if a block is used up in less time than the store takes
+//! to count it.
 
 mod budget;
 mod remote;
@@ -31,6 +31,8 @@ use remote::Redis;
 
 /// How long a Check waits at the most for the store to count a block.
 const BLOCK_PATIENCE: Duration = Duration::from_millis(100);
+/// How often it tries again meanwhile: what others only kept may have come back.
+const BLOCK_PAUSE: Duration = Duration::from_millis(5);
 
 /// How limits are counted.
 #[derive(Clone, Debug, Default)]
@@ -180,7 +182,7 @@ impl Limiter {
                 if self.usage.failing() {
                     return Err(CannotAnswer::QuotaUnavailable);
                 }
-                drawn.await;
+                let _ = tokio::time::timeout(BLOCK_PAUSE, drawn).await;
             }
         };
         tokio::time::timeout(BLOCK_PATIENCE, waiting).await.unwrap_or(Err(CannotAnswer::QuotaUnavailable))

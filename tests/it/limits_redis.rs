@@ -355,6 +355,18 @@ async fn a_check_takes_from_redis_and_the_quota_or_from_neither() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn more_checks_at_once_than_a_block_has_units_are_refused_by_their_rate_limit_and_no_fault() {
+    let redis = RedisServer::start();
+    let limited = Limited::new(1, vec![rate("requests", 1, A_DAY)], Some(100));
+    let replica = Replica::start(&limited, &counted_by(redis.settings()), clock()).await;
+    assert_eq!(replica.ask(1).await.unwrap().reason(), Reason::Ok);
+    let flood = (0..100).map(|_| replica.ask(1));
+    for answer in futures_util::future::join_all(flood).await {
+        assert_eq!(answer.unwrap().reason(), Reason::RateLimited);
+    }
+}
+
 /// Checks at odd times and costs, by the clock of the process: Redis and the process say the same of each, to the
 /// microsecond.
 #[tokio::test(flavor = "multi_thread")]

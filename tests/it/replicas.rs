@@ -3,6 +3,7 @@
 //! processes, and so are the database and the pooler that stands for the network between them.
 
 use std::{
+    path::PathBuf,
     process::Command,
     time::{Duration, Instant},
 };
@@ -17,6 +18,7 @@ use crate::{
     postgres::{Bouncer, Cluster, url},
     process::{Home, Keyward, PATIENCE, Process, plain_key, question, wait_for},
     proxy::Envoy,
+    redis_server::RedisServer,
     upstream::Upstream,
 };
 
@@ -24,20 +26,31 @@ use crate::{
 struct Fleet {
     home: Home,
     replicas: Vec<Keyward>,
+    /// The settings file that each is started with.
+    config: Option<PathBuf>,
     cluster: Cluster,
 }
 
 impl Fleet {
     /// `count` replicas called r0, r1 ..., and the account `acme`.
     async fn start(count: usize, lease: &str) -> Fleet {
-        Fleet::with(count, lease, &[]).await
+        Fleet::with(count, lease, None).await
     }
 
-    async fn with(count: usize, lease: &str, settings: &[&str]) -> Fleet {
-        let cluster = Cluster::start(settings);
+    /// Replicas with the usual lease and this settings file.
+    async fn configured(count: usize, file: &str) -> Fleet {
+        Fleet::with(count, "default", Some(file)).await
+    }
+
+    async fn with(count: usize, lease: &str, file: Option<&str>) -> Fleet {
+        let cluster = Cluster::start(&[]);
         cluster.sql("postgres", "CREATE DATABASE keys OWNER keyward TEMPLATE template0");
         let home = Home::on(url(cluster.socket(), 5432, "keys"));
-        let mut fleet = Fleet { home, replicas: Vec::new(), cluster };
+        let config = file.map(|text| {
+            std::fs::write(home.path("keyward.toml"), text).unwrap();
+            home.path("keyward.toml")
+        });
+        let mut fleet = Fleet { home, replicas: Vec::new(), config, cluster };
         for _ in 0..count {
             fleet.join(lease);
         }
@@ -55,6 +68,9 @@ impl Fleet {
         let home = self.home.over(url);
         let mut serve = home.serve();
         serve.args(["--replica-name", &name, "--lease", lease, "--threads", "1"]);
+        if let Some(config) = &self.config {
+            serve.arg("--config").arg(config);
+        }
         let replica = home.start_as(serve).unwrap();
         until_ready(&replica, 200);
         self.replicas.push(replica);
@@ -555,6 +571,80 @@ async fn lease_gone_is_503_through_envoy() {
         fleet.cluster.restart(|_| wait_for("the lease to run out", || (send() == 503).then_some(())));
     });
     wait_for("the lease to be there again", || (send() == 200).then_some(()));
+}
+
+// Limits and quotas. -------------------------------------------------------------------------------------------------
+
+/// Asks with 64 callers, spread over the replicas, `each` times: how many Checks were allowed, and how many said that a
+/// limit was not exact. A Check that could not be answered is asked again.
+async fn ask_with_64(fleet: &Fleet, token: &str, each: u64) -> (u64, u64) {
+    let callers = (0..64).map(|at| {
+        let (mut caller, token) = (fleet.replicas[at % fleet.replicas.len()].root(), token.to_owned());
+        tokio::spawn(async move {
+            let (mut allowed, mut inexact) = (0, 0);
+            for _ in 0..each {
+                let answer = loop {
+                    match caller.authz.check(question(&token)).await {
+                        Ok(answer) => break answer.into_inner(),
+                        Err(status) => assert_eq!(status.code(), Code::Unavailable, "{status:?}"),
+                    }
+                };
+                allowed += u64::from(answer.allowed);
+                inexact += u64::from(answer.limits_inexact);
+            }
+            (allowed, inexact)
+        })
+    });
+    let mut sum = (0, 0);
+    for caller in callers.collect::<Vec<_>>() {
+        let (allowed, inexact) = caller.await.unwrap();
+        sum = (sum.0 + allowed, sum.1 + inexact);
+    }
+    sum
+}
+
+async fn known_everywhere(fleet: &Fleet, made: pb::CreateKeyRequest) -> String {
+    let made = fleet.replicas[0].root().keys.create(made).await.unwrap().into_inner();
+    for replica in &fleet.replicas {
+        let dry =
+            pb::CheckRequest { min_revision: Some(made.revision), dry_run: true, ..question(&made.token) };
+        let end = Instant::now() + PATIENCE;
+        while replica.root().authz.check(dry.clone()).await.is_err() {
+            assert!(Instant::now() < end, "a replica does not learn of a key");
+        }
+    }
+    made.token
+}
+
+fn a_hundred_a_day() -> pb::CreateKeyRequest {
+    let window = Some(prost_types::Duration { seconds: 24 * 60 * 60, nanos: 0 });
+    let limit = pb::RateLimit { name: "daily".to_owned(), limit: 100, window };
+    pb::CreateKeyRequest { rate_limits: vec![limit], ..plain_key() }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_limit_in_redis_allows_exactly_its_units_to_64_callers_of_two_servers() {
+    let redis = RedisServer::start();
+    let fleet =
+        Fleet::configured(2, &format!("[limits]\nbackend = 'redis'\nurl = '{}'\n", redis.url())).await;
+    let token = known_everywhere(&fleet, a_hundred_a_day()).await;
+    assert_eq!(ask_with_64(&fleet, &token, 4).await, (100, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_limit_without_redis_is_each_servers_own_and_says_so() {
+    let fleet = Fleet::start(2, "default").await;
+    let token = known_everywhere(&fleet, a_hundred_a_day()).await;
+    assert_eq!(ask_with_64(&fleet, &token, 4).await, (200, 256));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_quota_over_two_servers_is_overspent_by_a_block_each_at_the_most() {
+    let fleet = Fleet::start(2, "default").await;
+    let quota = Some(pb::Quota { limit: 1000, period: pb::QuotaPeriod::Total.into() });
+    let token = known_everywhere(&fleet, pb::CreateKeyRequest { quota, ..plain_key() }).await;
+    let (allowed, _) = ask_with_64(&fleet, &token, 20).await;
+    assert!((1000..=1100).contains(&allowed), "{allowed}");
 }
 
 // Operators. ---------------------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ use std::{
 
 use crate::domain::{
     decision::Reason,
-    key::{Key, Quota, RateLimit},
+    facts::KeyFacts,
+    key::{Quota, RateLimit},
     limit::{Level, Spent, Standing, gcra, spend},
     time::Timestamp,
 };
@@ -93,15 +94,14 @@ impl Budget {
 
     /// Takes the units from every limit of the key, or, if any refuses, from none. What was taken already under
     /// the same number is not taken again.
-    pub fn take(&self, key: &Key, take: Take, now: Timestamp) -> Usage {
+    pub fn take(&self, key: &impl KeyFacts, take: Take, now: Timestamp) -> Usage {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let again = take.charge.is_some_and(|charge| state.charged(charge, now));
         // Judged again at no cost, it is let through as it was.
         let Take { cost, dry_run, .. } = if again { Take { cost: 0, ..take } } else { take };
         let mut usage = Usage::default();
         let levels: Vec<_> = key
-            .terms
-            .rate_limits
+            .rate_limits()
             .iter()
             .map(|limit| {
                 let level = state
@@ -112,7 +112,7 @@ impl Budget {
                 (limit.clone(), level, gcra(limit, level, cost, now))
             })
             .collect();
-        let quota = key.terms.quota.as_ref().map(|quota| {
+        let quota = key.quota().map(|quota| {
             // A changed limit of the same period keeps what is spent of it.
             let known =
                 state.quota.as_ref().filter(|(of, _)| of.period == quota.period).map(|(_, spent)| *spent);
@@ -178,7 +178,7 @@ fn untaken(asked: Standing, now: Standing) -> Standing {
 mod tests {
     use super::*;
     use crate::domain::key::{
-        QuotaPeriod,
+        Key, QuotaPeriod,
         tests::{at, sample},
     };
     use std::sync::Arc;
@@ -254,7 +254,7 @@ mod tests {
             .map(|_| {
                 let (key, budget) = (key.clone(), budget.clone());
                 std::thread::spawn(move || {
-                    (0..5).filter(|_| budget.take(&key, units(1), at(0)).refused.is_empty()).count()
+                    (0..5).filter(|_| budget.take(&*key, units(1), at(0)).refused.is_empty()).count()
                 })
             })
             .collect();

@@ -21,13 +21,16 @@ use crate::{
     domain::{
         account::Role,
         decision::{Failures, Membership, Reason, Request, Subject, Use, Verdict, decide},
-        key::{Key, Owner},
+        facts::KeyFacts,
+        key::Owner,
         name::{AccountId, CustomerId, EnvironmentName},
         scope::{Scope, ScopeSet},
         time::{Revision, Timestamp},
         token::{self, Digest, Shape},
     },
 };
+
+pub use index::HeldKey;
 
 use index::{Found, Index};
 use limiter::{Charge, Take};
@@ -64,7 +67,7 @@ pub struct Question<'a> {
 #[derive(Clone, Debug)]
 pub struct Holder {
     /// The key.
-    pub key: Arc<Key>,
+    pub key: HeldKey,
     /// Which version of its secret was presented.
     pub version: u32,
 }
@@ -199,7 +202,7 @@ impl Engine {
         if token::shape(question.token) != Shape::Plausible {
             return Answer::of(Reason::Malformed, revision);
         }
-        let visible = |found: &Found| match &found.key.owner {
+        let visible = |found: &Found| match found.key.owner() {
             _ if asker.is_operator() => true,
             Owner::Account(account) => account == asker,
             Owner::User(user) => self.index.member(asker, user).is_some(),
@@ -221,13 +224,15 @@ impl Engine {
         let barred = question.bar_management && grants.iter().any(Scope::is_reserved);
         failures.note(Reason::MissingScope, barred);
         let mut limits = limiter::Usage::default();
-        if failures.first() == Reason::Ok && is_limited(&found.key) {
+        if failures.first() == Reason::Ok
+            && let Some(budget) = &found.budget
+        {
             let take = Take { cost: question.cost, charge: question.charge, dry_run: question.dry_run };
-            limits = found.budget.take(&found.key, take, now);
+            limits = budget.take(&found.key, take, now);
             limits.refused.iter().for_each(|reason| failures.note(*reason, true));
         }
         if !question.dry_run {
-            self.usage.note(found.key.id, found.version, failures.first(), limits.spent, now);
+            self.usage.note(found.key.id(), found.version, failures.first(), limits.spent, now);
         }
         Answer {
             failures,
@@ -242,13 +247,13 @@ impl Engine {
     }
 
     /// Where a key is decided: a service key in its account, a user key in the account asked for.
-    fn place(&self, key: &Key, asked: Option<&AccountId>) -> Place {
-        let account = match &key.owner {
+    fn place(&self, key: &impl KeyFacts, asked: Option<&AccountId>) -> Place {
+        let account = match key.owner() {
             Owner::Account(account) => Some(account),
             Owner::User(_) => asked,
         };
         let role = |name: &_| self.index.role(account, name);
-        let member = match (&key.owner, account) {
+        let member = match (key.owner(), account) {
             (Owner::Account(_), _) => Member::NotAsked,
             (Owner::User(user), Some(account)) => self
                 .index
@@ -260,10 +265,9 @@ impl Engine {
             account: account.and_then(|account| self.index.account(account)),
             // A key's own roles are its owner's: of a user key, global ones, wherever it works.
             roles: key
-                .terms
-                .roles
+                .roles()
                 .iter()
-                .filter_map(|name| self.index.role(key.owner.account(), name))
+                .filter_map(|name| self.index.role(key.owner().account(), name))
                 .collect(),
             member,
         }
@@ -271,7 +275,7 @@ impl Engine {
 
     /// Everything that a key is granted in an account, or, of a service key, in its own.
     #[must_use]
-    pub fn grants(&self, key: &Key, account: Option<&AccountId>) -> ScopeSet {
+    pub fn grants(&self, key: &impl KeyFacts, account: Option<&AccountId>) -> ScopeSet {
         self.place(key, account).subject(key, 0).grants()
     }
 
@@ -295,21 +299,23 @@ impl Engine {
         let Some(found) = self.index.find(&Digest::of(presented)) else { return unknown(Reason::Unknown) };
         let now = self.clock.now();
         // A service key acts in its own account, whatever the call names.
-        let account = account.filter(|_| found.key.owner.user().is_some());
+        let account = account.filter(|_| found.key.owner().user().is_some());
         let request = Request { purpose: Use::Management, account, client_ip: peer, scopes: &[] };
         let place = self.place(&found.key, account);
         let mut failures = judge(&found, &place, request, now).failures;
-        let nowhere = anywhere && account.is_none() && found.key.owner.user().is_some();
+        let nowhere = anywhere && account.is_none() && found.key.owner().user().is_some();
         if nowhere {
             failures = failures.without(Reason::WrongAccount);
         }
         let mut limits = limiter::Usage::default();
-        if failures.first() == Reason::Ok && is_limited(&found.key) {
-            limits = found.budget.take(&found.key, Take { cost: 1, charge: None, dry_run: false }, now);
+        if failures.first() == Reason::Ok
+            && let Some(budget) = &found.budget
+        {
+            limits = budget.take(&found.key, Take { cost: 1, charge: None, dry_run: false }, now);
             limits.refused.iter().for_each(|reason| failures.note(*reason, true));
         }
         let reason = failures.first();
-        self.usage.note(found.key.id, found.version, reason, limits.spent, now);
+        self.usage.note(found.key.id(), found.version, reason, limits.spent, now);
         if reason != Reason::Ok {
             return Ok(Err(Refused { reason, retry_after: limits.retry_after() }));
         }
@@ -357,10 +363,6 @@ pub struct Refused {
     pub retry_after: Option<std::time::Duration>,
 }
 
-fn is_limited(key: &Key) -> bool {
-    !key.terms.rate_limits.is_empty() || key.terms.quota.is_some()
-}
-
 /// What a decision needs besides the key.
 struct Place {
     account: Option<Arc<crate::domain::account::Account>>,
@@ -376,7 +378,7 @@ enum Member {
 }
 
 impl Place {
-    fn subject<'a>(&'a self, key: &'a Key, version: u32) -> Subject<'a> {
+    fn subject<'a, K>(&'a self, key: &'a K, version: u32) -> Subject<'a, K> {
         let membership = match &self.member {
             Member::NotAsked => Membership::NotAsked,
             Member::None => Membership::None,
@@ -391,7 +393,7 @@ fn judge(found: &Found, place: &Place, request: Request<'_>, now: Timestamp) -> 
     let verdict = decide(place.subject(&found.key, found.version), request, now);
     match &found.doubt {
         Some(doubt) if verdict.failures.first() == Reason::Ok => {
-            decide(place.subject(doubt, found.version), request, now)
+            decide(place.subject(&**doubt, found.version), request, now)
         }
         _ => verdict,
     }

@@ -14,6 +14,7 @@ use crate::{
     clock::{Clock, Entropy, random},
     domain::{
         account::{Account, Environment, Environments},
+        facts::KeyFacts as _,
         key::{Key, Owner, Revocation, RevokeReason, Secret, State, Terms},
         log::{Action, Change},
         name::{AccountId, IdempotencyKey, KeyId, RoleName, TokenPrefix, UserId},
@@ -246,7 +247,7 @@ impl Keys {
     ) -> Result<Option<(Issued, Revision)>, Refusal> {
         let Some(once) = once else { return Ok(None) };
         let since = self.clock.now().minus(IDEMPOTENCY_WINDOW);
-        match self.store.idempotent(caller.key.id, &once.key, since).await? {
+        match self.store.idempotent(caller.key.id(), &once.key, since).await? {
             Some((id, fingerprint)) if fingerprint == once.fingerprint => {
                 self.replay(caller, id).await.map(Some)
             }
@@ -498,7 +499,7 @@ impl Keys {
     /// When none exists for the caller.
     pub async fn lookup(&self, caller: &Caller, presented: &str) -> Result<(View, u32), Refusal> {
         let holder = self.engine.lookup(presented)?.ok_or(Refusal::NotFound(Thing::Key))?;
-        let view = self.get(caller, holder.key.id).await?;
+        let view = self.get(caller, holder.key.id()).await?;
         Ok((view, holder.version))
     }
 
@@ -507,7 +508,7 @@ impl Keys {
     /// # Errors
     /// When the store fails.
     pub async fn who_am_i(&self, caller: &Caller) -> Result<(View, Option<Arc<Account>>), Refusal> {
-        let stored = self.store.key(caller.key.id).await?.ok_or(Refusal::Unauthenticated)?;
+        let stored = self.store.key(caller.key.id()).await?.ok_or(Refusal::Unauthenticated)?;
         let account = self.engine.index.account(&caller.account);
         Ok((self.view_stored(stored), account))
     }
@@ -521,7 +522,7 @@ impl Keys {
         let caller = Caller {
             key: holder.key.clone(),
             version: holder.version,
-            account: holder.key.owner.account().cloned().unwrap_or_else(AccountId::nowhere),
+            account: holder.key.owner().account().cloned().unwrap_or_else(AccountId::nowhere),
             grants: ScopeSet::default(),
             acting_user: None,
             named_user: None,
@@ -529,7 +530,7 @@ impl Keys {
             peer: None,
         };
         let comment = "revoked by its holder".to_owned();
-        self.revoke(&caller, holder.key.id, RevokeReason::Unspecified, comment).await
+        self.revoke(&caller, holder.key.id(), RevokeReason::Unspecified, comment).await
     }
 }
 
@@ -572,8 +573,11 @@ fn write(
     at: Timestamp,
     once: Option<Once>,
 ) -> Write {
-    let idempotency =
-        once.map(|once| Idempotency { caller: caller.key.id, key: once.key, fingerprint: once.fingerprint });
+    let idempotency = once.map(|once| Idempotency {
+        caller: caller.key.id(),
+        key: once.key,
+        fingerprint: once.fingerprint,
+    });
     Write {
         change: Change::Key(Arc::new(key)),
         expect,

@@ -98,7 +98,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("store", &["domain"]),
     ("engine", &["clock", "domain", "store"]),
     ("gateway", &["domain", "engine"]),
-    ("access", &["domain", "refusal"]),
+    ("access", &["domain", "engine", "refusal"]),
     ("refusal", &["clock", "domain", "engine", "store"]),
     ("keys", &["access", "clock", "domain", "engine", "refusal", "store"]),
     ("accounts", &["access", "clock", "domain", "engine", "refusal", "store"]),

@@ -15,6 +15,7 @@ mod queries;
 mod records;
 mod rows;
 pub mod sqlite;
+mod sqlite_snapshot;
 mod sqlite_write;
 pub mod writer;
 

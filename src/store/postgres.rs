@@ -8,13 +8,16 @@
 //!
 //! A batch locks the row of `meta`, so that batches commit in the order of their revisions whoever sends them. It
 //! is decided in `plan.rs` from what `facts.rs` asks, and written by `write.rs`. The one owner is `owner.rs`, what
-//! the server must be is `doctor.rs`, the tables come from `migrate.rs`; the reads are in `backend.rs`.
+//! the server must be is `doctor.rs`, the tables come from `migrate.rs`; the reads are in `backend.rs`, those of
+//! all keys in `snapshot.rs`.
 
+mod copy;
 mod doctor;
 mod facts;
 mod migrate;
 mod owner;
 mod place;
+mod snapshot;
 mod write;
 
 use std::{
@@ -35,7 +38,7 @@ use crate::domain::time::{Revision, Timestamp};
 
 use super::{
     CommitError, Committed, Head, Hour, OpenError, SnapshotItem, StoreError, UsageBatch, Write,
-    backend::{self, Backend, TakeRow, View},
+    backend::{self, Backend, TakeKey, TakeRow, View},
     plan::{self, Questions},
     queries::Sql,
     records::{Columns as _, head_at},
@@ -382,9 +385,6 @@ struct PgView<'c>(&'c mut PgConnection);
 impl View for PgView<'_> {
     type Db = Db;
 
-    /// A query for all keys would sort them first, and a statement that runs for minutes has no time limit.
-    const PAGE: Option<u32> = Some(5_000);
-
     async fn each(&mut self, query: Sql<Db>, take: TakeRow<'_, Db>) -> std::result::Result<(), StoreError> {
         let mut query = query.into_builder();
         let mut rows = query.build().persistent(false).fetch(&mut *self.0);
@@ -392,6 +392,14 @@ impl View for PgView<'_> {
             take(&row)?;
         }
         Ok(())
+    }
+
+    async fn keys(
+        &mut self,
+        forget_before: Timestamp,
+        take: TakeKey<'_>,
+    ) -> std::result::Result<(), StoreError> {
+        snapshot::keys(self.0, forget_before, take).await
     }
 }
 

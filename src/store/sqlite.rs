@@ -26,9 +26,10 @@ use crate::domain::{log::GENESIS, time::Timestamp};
 
 use super::{
     CommitError, Committed, Head, Hour, OpenError, SnapshotItem, StoreError, UsageBatch, Write,
-    backend::{self, Backend, TakeRow, View},
+    backend::{self, Backend, TakeKey, TakeRow, View},
     queries::Sql,
     rows::damaged,
+    sqlite_snapshot::Reader,
     sqlite_write,
 };
 
@@ -163,8 +164,14 @@ impl Backend for Sqlite {
         sink: &mut (dyn FnMut(SnapshotItem) + Send),
     ) -> Result<Head, StoreError> {
         let mut connection = self.readers.acquire().await.map_err(store_error)?;
+        // While nobody writes, two transactions that begin see the same.
+        let writer = self.writer.lock().await;
         let mut transaction = connection.begin().await.map_err(store_error)?;
-        backend::snapshot(&mut SqliteView(&mut transaction), forget_before, sink).await
+        sqlx::query("SELECT head FROM meta").execute(&mut *transaction).await.map_err(store_error)?;
+        let reader = Reader::begin(self.options.get_filename().to_owned()).await?;
+        drop(writer);
+        let mut view = SqliteView { connection: &mut transaction, reader: Some(reader) };
+        backend::snapshot(&mut view, forget_before, sink).await
     }
 
     async fn write_usage(&self, batch: &UsageBatch) -> Result<(), StoreError> {
@@ -210,14 +217,16 @@ impl Backend for Sqlite {
     }
 }
 
-/// One transaction's view.
-struct SqliteView<'c>(&'c mut SqliteConnection);
+/// The view of two transactions that see the same revision.
+struct SqliteView<'c> {
+    connection: &'c mut SqliteConnection,
+    /// What reads the keys.
+    reader: Option<Reader>,
+}
 
 #[async_trait]
 impl View for SqliteView<'_> {
     type Db = sqlx::Sqlite;
-
-    const PAGE: Option<u32> = None;
 
     async fn each(
         &mut self,
@@ -225,11 +234,18 @@ impl View for SqliteView<'_> {
         take: TakeRow<'_, sqlx::Sqlite>,
     ) -> Result<(), StoreError> {
         let mut query = query.into_builder();
-        let mut rows = query.build().fetch(&mut *self.0);
+        let mut rows = query.build().fetch(&mut *self.connection);
         while let Some(row) = rows.try_next().await.map_err(store_error)? {
             take(&row)?;
         }
         Ok(())
+    }
+
+    async fn keys(&mut self, forget_before: Timestamp, take: TakeKey<'_>) -> Result<(), StoreError> {
+        match self.reader.take() {
+            Some(reader) => reader.keys(forget_before, take).await,
+            None => Ok(()),
+        }
     }
 }
 

@@ -304,10 +304,11 @@ async fn watch_loading(loading: Option<JoinHandle<anyhow::Result<()>>>, stopping
     stopping.send_replace(true);
 }
 
-/// Takes the server down when another process has taken its database over: what it knows grows old from then on.
+/// Takes the server down when another process has taken its database over: what it knows grows old from then on. Or
+/// when the database was found damaged.
 async fn watch_ownership(store: Arc<dyn Store>, stopping: watch::Sender<bool>) {
     store.lost().await;
-    tracing::error!("another keyward has taken the database over; the server stops");
+    tracing::error!("another keyward has taken the database over, or it is damaged; the server stops");
     stopping.send_replace(true);
 }
 

@@ -435,8 +435,8 @@ pub trait Store: Send + Sync + 'static {
     /// the database goes on from what this process knows of it. What the log does not hold then was not recorded.
     async fn settle(&self) -> Result<(), StoreError>;
 
-    /// Waits until another process has taken the database over: what this one knows of it is no longer to be
-    /// trusted. Never, where that cannot happen.
+    /// Waits until the database is no longer to be trusted: another process has taken it over, or it was found
+    /// damaged while it was in use.
     async fn lost(&self);
 
     /// Ends all work and lets go of the database.

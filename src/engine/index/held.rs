@@ -274,9 +274,9 @@ impl From<&Key> for HeldKey {
 
 impl HeldKey {
     /// The key at a place of a block; None where the place is free.
-    pub(super) fn at(block: &Arc<Block>, at: usize) -> Option<HeldKey> {
-        let record = block.records.get(at)?;
-        (record.version > 0).then(|| HeldKey { block: block.clone(), at })
+    pub(super) fn at(block: Arc<Block>, at: usize) -> Option<HeldKey> {
+        let taken = block.records.get(at)?.version > 0;
+        taken.then_some(HeldKey { block, at })
     }
 
     fn record(&self) -> &Record {

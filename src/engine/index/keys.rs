@@ -66,7 +66,7 @@ impl Keys {
     fn locate(&self, digest: &Digest) -> Option<(Slot, HeldKey, u32)> {
         self.table.find(digest, |slot| {
             let block = self.shelf.get(slot / PER_BLOCK)?;
-            let key = HeldKey::at(&block, within(slot))?;
+            let key = HeldKey::at(block, within(slot))?;
             // Another key's digest may have the same hash, and another key may have come to this place.
             let version = key.version_of(digest)?;
             Some((slot, key, version))
@@ -150,7 +150,7 @@ impl Keys {
     /// Sees that the table leads to a place by digests of the key there.
     fn note(&self, tally: &mut Tally, slot: Slot, digests: fn(&HeldKey) -> Vec<Digest>) {
         let block = self.shelf.get(slot / PER_BLOCK);
-        let Some(key) = block.and_then(|block| HeldKey::at(&block, within(slot))) else { return };
+        let Some(key) = block.and_then(|block| HeldKey::at(block, within(slot))) else { return };
         for digest in digests(&key) {
             if self.locate(&digest).is_none() {
                 self.table.insert(tally, &digest, slot);
@@ -170,7 +170,7 @@ impl Keys {
             let Some(block) = self.shelf.get(number) else { continue };
             let mut changed = None;
             for at in 0..block.len() {
-                let Some(key) = HeldKey::at(&block, at) else { continue };
+                let Some(key) = HeldKey::at(block.clone(), at) else { continue };
                 let slot = number * PER_BLOCK + at as Slot;
                 let before = changed.as_ref().unwrap_or(&*block);
                 let (digests, after) = if key.revoked_before(then) {

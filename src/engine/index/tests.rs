@@ -1,15 +1,18 @@
 //! What the index promises, and that it answers as a plain map of whole records would.
 
 use super::*;
-use crate::domain::{
-    key::{
-        Owner, Quota, QuotaPeriod, RateLimit, Revocation, RevokeReason, Secret,
-        tests::{at, sample},
+use crate::{
+    domain::{
+        key::{
+            Owner, Quota, QuotaPeriod, RateLimit, Revocation, RevokeReason, Secret,
+            tests::{at, sample},
+        },
+        limit::Spent,
+        log::{Action, Actor, GENESIS},
+        name::{CustomerId, EnvironmentName, KeyName},
+        scope::{Scope, ScopeSet},
     },
-    limit::Spent,
-    log::{Action, Actor, GENESIS},
-    name::{CustomerId, EnvironmentName, KeyName},
-    scope::{Scope, ScopeSet},
+    engine::limiter::Take,
 };
 use proptest::prelude::*;
 use std::{sync::atomic::AtomicBool, time::Duration};
@@ -114,7 +117,7 @@ fn what_is_spent_of_a_quota_outlives_every_change_but_the_end() {
     index.load(SnapshotItem::Spent(key.id, Spent { period: at(0), used: 4 }));
     let take = |cost| {
         let found = index.find(&Digest::of("one")).unwrap();
-        let take = super::super::limiter::Take { cost, charge: None, dry_run: false };
+        let take = Take { cost, charge: None, dry_run: false };
         found.budget.unwrap().take(&found.key, take, at(1)).refused.is_empty()
     };
     assert!(!take(2));
@@ -256,9 +259,11 @@ fn updated(mut key: Key, choice: u8) -> Key {
     terms.rate_limits = if bit(5) { vec![limit()] } else { vec![] };
     terms.quota = bit(6).then_some(Quota { limit: choice.into(), period: QuotaPeriod::Day });
     terms.expires_at = bit(7).then(|| at(choice.into()));
-    terms.metadata = (choice % 7 == 0).then(|| ("team".to_owned(), choice.to_string())).into_iter().collect();
-    key.environment = EnvironmentName::parse(if choice % 5 == 0 { "staging" } else { "production" }).unwrap();
-    if choice % 3 == 0 {
+    terms.metadata =
+        choice.is_multiple_of(7).then(|| ("team".to_owned(), choice.to_string())).into_iter().collect();
+    key.environment =
+        EnvironmentName::parse(if choice.is_multiple_of(5) { "staging" } else { "production" }).unwrap();
+    if choice.is_multiple_of(3) {
         key.owner = Owner::User(UserId::parse("ann").unwrap());
     }
     key

@@ -3,16 +3,18 @@
 //! Callers are keys whose scopes lie under `keyward:`. How a caller proves who it is stands in `grpc/gate.rs`;
 //! which RPC needs which permission, in `grpc/rpc.rs`.
 
-use std::{fmt::Display, net::IpAddr, sync::Arc};
+use std::{fmt::Display, net::IpAddr};
 
 use crate::{
     domain::{
-        key::{Key, Owner, Terms},
+        facts::KeyFacts as _,
+        key::{Owner, Terms},
         log::Actor,
         name::{AccountId, EnvironmentName, UserId},
         scope::{Scope, ScopeSet},
         time::Timestamp,
     },
+    engine::HeldKey,
     refusal::{Refusal, Thing},
 };
 
@@ -52,7 +54,7 @@ impl Permission {
 #[derive(Clone, Debug)]
 pub struct Caller {
     /// The management key it called with.
-    pub key: Arc<Key>,
+    pub key: HeldKey,
     /// Which version of the key's secret.
     pub version: u32,
     /// The account it acts in.
@@ -86,7 +88,7 @@ impl Caller {
     #[must_use]
     pub fn actor(&self) -> Actor {
         Actor {
-            key: Some(self.key.id),
+            key: Some(self.key.id()),
             account: Some(self.account.clone()),
             acting_user: self.acting_user.clone().or_else(|| self.named_user.clone()),
         }
@@ -99,7 +101,7 @@ impl Caller {
     pub fn sees(&self, owner: &Owner) -> bool {
         match (owner, &self.acting_user) {
             (Owner::User(user), Some(acting)) => user == acting,
-            (Owner::User(user), None) => self.is_operator() || self.key.owner.user() == Some(user),
+            (Owner::User(user), None) => self.is_operator() || self.key.owner().user() == Some(user),
             (Owner::Account(account), _) => self.is_operator() || *account == self.account,
         }
     }
@@ -150,12 +152,12 @@ impl Caller {
     /// # Errors
     /// When its rights are bound; the message says by what.
     pub fn is_unbound(&self) -> Result<(), Refusal> {
-        let own = &self.key.terms;
-        if !own.customers.is_empty() {
+        let own = &self.key;
+        if !own.customers().is_empty() {
             beyond("a role or membership", &"it is bound to no customers")
-        } else if !own.allowed_cidrs.is_empty() {
+        } else if !own.allowed_cidrs().is_empty() {
             beyond("a role or membership", &"it is bound to no networks")
-        } else if own.expires_at.is_some() && !self.is_operator() {
+        } else if own.expires_at().is_some() && !self.is_operator() {
             beyond("a role or membership", &"it never expires")
         } else {
             Ok(())
@@ -173,23 +175,23 @@ impl Caller {
         terms: &Terms,
         granted: &ScopeSet,
     ) -> Result<(), Refusal> {
-        let own = &self.key.terms;
+        let own = &self.key;
         self.may_grant(granted)?;
-        if !self.is_operator() && *environment != self.key.environment {
+        if !self.is_operator() && environment != self.key.environment() {
             return beyond("the environment", environment);
         }
-        if later(terms.expires_at, own.expires_at) {
+        if later(terms.expires_at, own.expires_at()) {
             return beyond("the expiry", &"it must end no later");
         }
         let customers = &terms.customers;
-        if !own.customers.is_empty()
-            && (customers.is_empty() || !customers.iter().all(|customer| own.customers.contains(customer)))
+        if !own.customers().is_empty()
+            && (customers.is_empty() || !customers.iter().all(|customer| own.customers().contains(customer)))
         {
             return beyond("the customers", &"they must be among them");
         }
         let nets = &terms.allowed_cidrs;
-        let within = |net: &ipnet::IpNet| own.allowed_cidrs.iter().any(|wide| wide.contains(net));
-        if !own.allowed_cidrs.is_empty() && (nets.is_empty() || !nets.iter().all(within)) {
+        let within = |net: &ipnet::IpNet| own.allowed_cidrs().iter().any(|wide| wide.contains(net));
+        if !own.allowed_cidrs().is_empty() && (nets.is_empty() || !nets.iter().all(within)) {
             return beyond("the allowed networks", &"they must lie within them");
         }
         Ok(())
@@ -229,7 +231,7 @@ mod tests {
         bind(&mut key.terms);
         Caller {
             grants: key.terms.scopes.clone(),
-            key: Arc::new(key),
+            key: HeldKey::from(&key),
             version: 1,
             account: AccountId::parse(account).unwrap(),
             acting_user: None,

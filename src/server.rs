@@ -189,7 +189,7 @@ impl Server {
             tokio::spawn(draw_quotas(store.clone(), usage.clone())),
             tokio::spawn(forget(store.clone(), index, clock, settings.retention)),
             tokio::spawn(watch_loading(loading, stopping.clone())),
-            tokio::spawn(watch_replica(gave_up, stopping.clone())),
+            tokio::spawn(watch_database(gave_up, store.clone(), stopping.clone())),
             telling,
         ];
         background.extend(rules.map(|rules| tokio::spawn(rules.watch(gateway))));
@@ -385,10 +385,17 @@ async fn watch_loading(loading: Option<JoinHandle<anyhow::Result<()>>>, stopping
     stopping.send_replace(true);
 }
 
-/// Takes the server down when its replica cannot go on.
-async fn watch_replica(failed: Option<watch::Receiver<bool>>, stopping: watch::Sender<bool>) {
-    replicas::gave_up(failed).await;
-    tracing::error!("the replica cannot go on; the server stops");
+/// Takes the server down when its replica cannot go on, or the database was found damaged.
+async fn watch_database(
+    failed: Option<watch::Receiver<bool>>,
+    store: Arc<dyn Store>,
+    stopping: watch::Sender<bool>,
+) {
+    tokio::select! {
+        () = replicas::gave_up(failed) => {}
+        () = store.lost() => {}
+    }
+    tracing::error!("the database is no longer to be trusted; the server stops");
     stopping.send_replace(true);
 }
 

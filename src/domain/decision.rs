@@ -8,7 +8,8 @@ use std::{net::IpAddr, sync::Arc};
 
 use super::{
     account::{Account, Role},
-    key::{Key, Owner},
+    facts::KeyFacts,
+    key::Owner,
     name::{AccountId, CustomerId, EnvironmentName},
     scope::{Scope, ScopeSet},
     time::Timestamp,
@@ -149,10 +150,10 @@ impl Failures {
 }
 
 /// What the presented token is.
-#[derive(Clone, Copy, Debug)]
-pub struct Subject<'a> {
+#[derive(Debug)]
+pub struct Subject<'a, K> {
     /// Its key.
-    pub key: &'a Key,
+    pub key: &'a K,
     /// Which version of the key's secret it is.
     pub version: u32,
     /// The account that is decided in, as far as it exists.
@@ -174,13 +175,12 @@ pub enum Membership<'a> {
     Role(Option<&'a Role>),
 }
 
-impl Subject<'_> {
+impl<K: KeyFacts> Subject<'_, K> {
     /// Whether the key is granted `scope` where it is decided: by its own grants, and, for a user key, by the
     /// member's role too.
     #[must_use]
     pub fn granted(&self, scope: &Scope) -> bool {
-        let own =
-            self.key.terms.scopes.covers(scope) || self.roles.iter().any(|role| role.scopes.covers(scope));
+        let own = self.key.scopes().covers(scope) || self.roles.iter().any(|role| role.scopes.covers(scope));
         own && match self.membership {
             Membership::NotAsked => true,
             Membership::None | Membership::Role(None) => false,
@@ -192,10 +192,10 @@ impl Subject<'_> {
     #[must_use]
     pub fn grants(&self) -> ScopeSet {
         if self.roles.is_empty() && matches!(self.membership, Membership::NotAsked) {
-            return self.key.terms.scopes.clone();
+            return self.key.scopes().clone();
         }
         let roles = self.roles.iter().flat_map(|role| role.scopes.iter());
-        let own: ScopeSet = self.key.terms.scopes.iter().chain(roles).cloned().collect();
+        let own: ScopeSet = self.key.scopes().iter().chain(roles).cloned().collect();
         match self.membership {
             Membership::NotAsked => own,
             Membership::None | Membership::Role(None) => ScopeSet::default(),
@@ -246,21 +246,20 @@ pub struct Verdict {
 
 /// Decides one request. Every condition is judged, whatever the others say.
 #[must_use]
-pub fn decide(subject: Subject<'_>, request: Request<'_>, now: Timestamp) -> Verdict {
+pub fn decide<K: KeyFacts>(subject: Subject<'_, K>, request: Request<'_>, now: Timestamp) -> Verdict {
     let Subject { key, version, account, .. } = subject;
-    let terms = &key.terms;
     let mut failures = Failures::default();
 
-    failures.note(Reason::Revoked, key.revocation.is_some());
-    failures.note(Reason::Disabled, key.disabled_at.is_some());
+    failures.note(Reason::Revoked, key.is_revoked());
+    failures.note(Reason::Disabled, key.is_disabled());
     failures.note(Reason::Expired, key.expired(now));
     failures.note(Reason::Rotated, key.superseded(version, now));
     if let Use::Service { environment, customer } = request.purpose {
-        failures.note(Reason::WrongEnvironment, key.environment != *environment);
-        let listed = |customer| terms.customers.contains(customer);
-        failures.note(Reason::WrongCustomer, !terms.customers.is_empty() && !customer.is_some_and(listed));
+        failures.note(Reason::WrongEnvironment, *key.environment() != *environment);
+        let listed = |customer| key.customers().contains(customer);
+        failures.note(Reason::WrongCustomer, !key.customers().is_empty() && !customer.is_some_and(listed));
     }
-    let wrong_account = match (&key.owner, request.account) {
+    let wrong_account = match (key.owner(), request.account) {
         (Owner::Account(own), asked) => asked.is_some_and(|asked| asked != own),
         // Where a user key acts must be said, and the user must be a member there.
         (Owner::User(_), asked) => asked.is_none() || matches!(subject.membership, Membership::None),
@@ -276,8 +275,8 @@ pub fn decide(subject: Subject<'_>, request: Request<'_>, now: Timestamp) -> Ver
 }
 
 /// A restricted key with no known address is refused. An IPv4-mapped IPv6 address counts as IPv4.
-fn address_allowed(key: &Key, client_ip: Option<IpAddr>) -> bool {
-    let nets = &key.terms.allowed_cidrs;
+fn address_allowed(key: &impl KeyFacts, client_ip: Option<IpAddr>) -> bool {
+    let nets = key.allowed_cidrs();
     nets.is_empty()
         || client_ip.map(|ip| ip.to_canonical()).is_some_and(|ip| nets.iter().any(|net| net.contains(&ip)))
 }
@@ -287,7 +286,7 @@ mod tests {
     use super::*;
     use crate::domain::{
         key::{
-            Revocation, RevokeReason,
+            Key, Revocation, RevokeReason,
             tests::{at, sample},
         },
         name::{DisplayName, RoleName, UserId},

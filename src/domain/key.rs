@@ -9,6 +9,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use super::{
+    facts::KeyFacts,
     name::{AccountId, CustomerId, EnvironmentName, KeyId, KeyName, RoleName, UserId},
     scope::ScopeSet,
     time::{Revision, Timestamp},
@@ -46,7 +47,7 @@ impl Owner {
 }
 
 /// One rate limit of a key.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct RateLimit {
     /// Its name within the key.
     pub name: String,
@@ -57,7 +58,7 @@ pub struct RateLimit {
 }
 
 /// The calendar period of a quota, in UTC.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum QuotaPeriod {
     /// From the full hour.
@@ -71,7 +72,7 @@ pub enum QuotaPeriod {
 }
 
 /// A budget of units.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Quota {
     /// Units per period.
     pub limit: u64,
@@ -195,7 +196,7 @@ pub struct Key {
 }
 
 impl Key {
-    /// The state at `now`. A key is expired from its expiry's very instant on.
+    /// The state at `now`.
     #[must_use]
     pub fn state(&self, now: Timestamp) -> State {
         if self.revocation.is_some() {
@@ -209,25 +210,10 @@ impl Key {
         }
     }
 
-    /// Whether it is past its expiry at `now`.
-    #[must_use]
-    pub fn expired(&self, now: Timestamp) -> bool {
-        self.terms.expires_at.is_some_and(|end| now >= end)
-    }
-
     /// Its newest secret's hint.
     #[must_use]
     pub fn hint(&self) -> &str {
         self.secrets.first().map_or("", |secret| &secret.hint)
-    }
-
-    /// Whether the secret with this version is superseded at `now`. Versions that left the record are.
-    #[must_use]
-    pub fn superseded(&self, version: u32, now: Timestamp) -> bool {
-        self.secrets
-            .iter()
-            .find(|secret| secret.version == version)
-            .is_none_or(|secret| secret.superseded(now))
     }
 
     /// Gives the key a new secret. The newest so far stays for `overlap`, but never beyond the key's own
@@ -264,33 +250,33 @@ impl Key {
     /// Whether going from `before` to `self` can refuse a Check that was allowed. Where it is not sure it
     /// says yes: a change that waits for nothing is the worse mistake.
     #[must_use]
-    pub fn narrows(&self, before: &Key) -> bool {
+    pub fn narrows(&self, before: &impl KeyFacts) -> bool {
         let earlier = |new: Option<Timestamp>, old: Option<Timestamp>| match (new, old) {
             (Some(new), Some(old)) => new < old,
             (new, old) => new.is_some() && old.is_none(),
         };
         let tighter_set = |new: usize, old: usize, kept: bool| new > 0 && (old == 0 || !kept);
-        let (new, old) = (&self.terms, &before.terms);
-        self.revocation.is_some() && before.revocation.is_none()
-            || self.disabled_at.is_some() && before.disabled_at.is_none()
-            || earlier(new.expires_at, old.expires_at)
-            || !new.scopes.covers_all(&old.scopes)
-            || !old.roles.iter().all(|role| new.roles.contains(role))
+        let (new, old) = (&self.terms, before);
+        self.revocation.is_some() && !old.is_revoked()
+            || self.disabled_at.is_some() && !old.is_disabled()
+            || earlier(new.expires_at, old.expires_at())
+            || !new.scopes.covers_all(old.scopes())
+            || !old.roles().iter().all(|role| new.roles.contains(role))
             || tighter_set(
                 new.customers.len(),
-                old.customers.len(),
-                old.customers.iter().all(|customer| new.customers.contains(customer)),
+                old.customers().len(),
+                old.customers().iter().all(|customer| new.customers.contains(customer)),
             )
             || tighter_set(
                 new.allowed_cidrs.len(),
-                old.allowed_cidrs.len(),
-                old.allowed_cidrs.iter().all(|net| new.allowed_cidrs.iter().any(|wide| wide.contains(net))),
+                old.allowed_cidrs().len(),
+                old.allowed_cidrs().iter().all(|net| new.allowed_cidrs.iter().any(|wide| wide.contains(net))),
             )
-            || (new.rate_limits != old.rate_limits && !new.rate_limits.is_empty())
-            || (new.quota != old.quota && new.quota.is_some())
-            || before.secrets.iter().any(|secret| {
-                let kept = self.secrets.iter().find(|other| other.version == secret.version);
-                kept.is_none_or(|kept| earlier(kept.expires_at, secret.expires_at))
+            || (new.rate_limits != old.rate_limits() && !new.rate_limits.is_empty())
+            || (new.quota.as_ref() != old.quota() && new.quota.is_some())
+            || old.secret_ends().any(|(version, end)| {
+                let kept = self.secrets.iter().find(|other| other.version == version);
+                kept.is_none_or(|kept| earlier(kept.expires_at, end))
             })
     }
 }

@@ -7,6 +7,7 @@
 
 pub mod account;
 pub mod decision;
+pub mod facts;
 pub mod key;
 pub mod lease;
 pub mod limit;

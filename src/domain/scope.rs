@@ -114,7 +114,7 @@ impl From<Scope> for String {
 }
 
 /// A set of grants, sorted and without repetition.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(from = "Vec<Scope>", into = "Vec<Scope>")]
 pub struct ScopeSet(Arc<[Scope]>);
 

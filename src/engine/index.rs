@@ -1,14 +1,21 @@
 //! The index: every key and account in memory, found by digest.
 //!
+//! Keys are `index/keys.rs`: packed small (`held.rs`), in blocks on a shelf (`shelf.rs`), behind a table of digests
+//! (`table.rs`). Accounts, roles and members, of which there are fewer, are in maps.
+//!
 //! It is changed by two things only: the first snapshot, and log rows in revision order. Readers take no lock
 //! and never wait for a writer. What is published first is found first: a changed record is visible to every
 //! reader before the revision that says so.
 //!
 //! Keys revoked and secrets superseded longer ago than the retention leave the index and are unknown then.
 
+mod held;
+mod keys;
+mod shelf;
+mod table;
+
 use std::{
     collections::{HashMap, HashSet},
-    hash::{BuildHasherDefault, Hasher},
     sync::{
         Arc, Mutex,
         atomic::{AtomicU64, AtomicUsize, Ordering},
@@ -17,12 +24,17 @@ use std::{
 
 use arc_swap::ArcSwap;
 
+pub use held::HeldKey;
+
+use self::keys::Keys;
 use super::limiter::Budget;
 
 use crate::{
     domain::{
         account::{Account, Member, Role},
-        key::{Key, RevokeReason, Secret},
+        decision::Reason,
+        facts::KeyFacts as _,
+        key::Key,
         log::{Change, LogRow},
         name::{AccountId, KeyId, RoleName, UserId},
         time::{Revision, Timestamp},
@@ -31,52 +43,27 @@ use crate::{
     store::{SnapshotItem, writer::Follower},
 };
 
-/// A digest is uniformly distributed already: its first bytes are the hash.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct DigestHasher(u64);
-
-impl Hasher for DigestHasher {
-    fn write(&mut self, bytes: &[u8]) {
-        if let Some(first) = bytes.first_chunk() {
-            self.0 = u64::from_ne_bytes(*first);
-        }
-    }
-
-    // The length prefix of a slice carries nothing.
-    fn write_usize(&mut self, _: usize) {}
-
-    fn finish(&self) -> u64 {
-        self.0
-    }
-}
-
-/// A key's place: it stays while the record in it is replaced, so that both secrets change at one instant.
-struct Slot {
-    key: ArcSwap<Key>,
-    /// Secrets that left the record: digest and when it was superseded.
-    left: Mutex<Vec<(Digest, Timestamp)>>,
-    /// What is used of the key's limits; its secrets share it.
-    budget: Arc<Budget>,
-}
-
 /// A found key with everything that a decision needs.
 #[derive(Clone, Debug)]
 pub struct Found {
     /// The key.
-    pub key: Arc<Key>,
+    pub key: HeldKey,
     /// Which version of its secret was presented.
     pub version: u32,
-    /// What is used of its limits.
-    pub budget: Arc<Budget>,
+    /// What is used of its limits, where it has any.
+    pub budget: Option<Arc<Budget>>,
     /// A record that may have been committed in place of `key`, and is narrower.
     pub doubt: Option<Arc<Key>>,
+    /// Somebody wanted it stopped when the store could not be asked: `Revoked` or `Disabled`.
+    pub stopped: Option<Reason>,
 }
 
 /// Every key and account.
 #[derive(Default)]
 pub struct Index {
-    by_digest: papaya::HashMap<Digest, (Arc<Slot>, u32), BuildHasherDefault<DigestHasher>>,
-    by_id: papaya::HashMap<KeyId, Arc<Slot>>,
+    keys: ArcSwap<Keys>,
+    /// What is used of the limits of keys that have any, and were used or had used some of a quota before.
+    budgets: papaya::HashMap<KeyId, Arc<Budget>>,
     accounts: papaya::HashMap<AccountId, Arc<Account>>,
     /// A global role has no account.
     roles: papaya::HashMap<(Option<AccountId>, RoleName), Arc<Role>>,
@@ -91,6 +78,7 @@ pub struct Index {
 #[derive(Default)]
 struct Doubts {
     keys: HashMap<KeyId, Arc<Key>>,
+    stopped: HashMap<KeyId, Reason>,
     accounts: HashMap<AccountId, Arc<Account>>,
     roles: HashSet<(Option<AccountId>, RoleName)>,
     members: HashSet<(AccountId, UserId)>,
@@ -98,7 +86,8 @@ struct Doubts {
 
 impl Doubts {
     fn len(&self) -> usize {
-        self.keys.len() + self.accounts.len() + self.roles.len() + self.members.len()
+        let records = self.keys.len() + self.accounts.len() + self.roles.len() + self.members.len();
+        records + self.stopped.len()
     }
 }
 
@@ -112,7 +101,7 @@ fn member_id(member: &Member) -> (AccountId, UserId) {
 
 impl std::fmt::Debug for Index {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Index").field("keys", &self.by_id.len()).finish_non_exhaustive()
+        f.debug_struct("Index").field("keys", &self.len()).finish_non_exhaustive()
     }
 }
 
@@ -131,29 +120,44 @@ impl Index {
     /// How many keys it holds.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.by_id.len()
+        self.keys.load().len()
     }
 
     /// Whether it holds no key.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.by_id.is_empty()
+        self.len() == 0
     }
 
     /// The key with this digest.
     #[must_use]
     pub fn find(&self, digest: &Digest) -> Option<Found> {
-        let keys = self.by_digest.pin();
-        let (slot, version) = keys.get(digest)?;
-        let key = slot.key.load_full();
-        let doubt = self.doubted(|doubts| doubts.keys.get(&key.id).cloned());
-        Some(Found { key, version: *version, budget: slot.budget.clone(), doubt })
+        let (key, version) = self.keys.load().find(digest)?;
+        let doubt = self.doubted(|doubts| doubts.keys.get(&key.id()).cloned());
+        let stopped = self.doubted(|doubts| doubts.stopped.get(&key.id()).copied());
+        let budget = key.is_limited().then(|| self.budget(key.id()));
+        Some(Found { key, version, budget, doubt, stopped })
     }
 
-    /// The record of a key.
+    /// What is used of a key's limits; its secrets share it, and it stays while the key's record changes.
+    fn budget(&self, id: KeyId) -> Arc<Budget> {
+        self.budgets.pin().get_or_insert_with(id, Arc::default).clone()
+    }
+
+    /// The key with this id. It is looked for among all of them: for what is rare.
     #[must_use]
-    pub fn record(&self, id: KeyId) -> Option<Arc<Key>> {
-        self.by_id.pin().get(&id).map(|slot| slot.key.load_full())
+    pub fn with_id(&self, id: KeyId) -> Option<HeldKey> {
+        self.keys.load().each().find(|key| key.id() == id)
+    }
+
+    /// Refuses a key that the store could not be asked about, as `Revoked` or as `Disabled`, until a record says so or
+    /// it is enabled.
+    pub fn stop(&self, id: KeyId, reason: Reason) {
+        let mut doubts = lock(&self.doubts);
+        let stopped = doubts.stopped.entry(id).or_insert(reason);
+        // Nothing lifts a revocation.
+        *stopped = (*stopped).min(reason);
+        self.doubtful.store(doubts.len(), Ordering::Release);
     }
 
     fn doubted<T>(&self, find: impl FnOnce(&Doubts) -> Option<T>) -> Option<T> {
@@ -199,14 +203,11 @@ impl Index {
         self.roles.pin().get(&(account.cloned(), name.clone())).cloned()
     }
 
-    /// Every key that is known to be revoked: since when, and why.
+    /// Every key that is known to be revoked, and since when.
     #[must_use]
-    pub fn revoked(&self) -> Vec<(KeyId, Timestamp, RevokeReason)> {
-        let by_id = self.by_id.pin();
-        let revoked = by_id.iter().filter_map(|(id, slot)| {
-            let key = slot.key.load();
-            key.revocation.as_ref().map(|revocation| (*id, revocation.at, revocation.reason))
-        });
+    pub fn revoked(&self) -> Vec<(KeyId, Timestamp)> {
+        let keys = self.keys.load();
+        let revoked = keys.each().filter_map(|key| Some((key.id(), key.revoked_at()?)));
         revoked.collect()
     }
 
@@ -214,22 +215,18 @@ impl Index {
     pub fn load(&self, item: SnapshotItem) {
         match item {
             SnapshotItem::Account(account) => self.put_account(Arc::new(account)),
-            SnapshotItem::Key(key, left) => self.put_key(key, &left),
+            SnapshotItem::Key(key, left) => self.keys.load().load(&key, &left),
             SnapshotItem::Role(role) => self.put_role(Arc::new(role)),
             SnapshotItem::Member(member) => self.put_member(Arc::new(member)),
-            SnapshotItem::Spent(key, spent) => {
-                if let Some(slot) = self.by_id.pin().get(&key) {
-                    slot.budget.restore(spent);
-                }
-            }
+            SnapshotItem::Spent(key, spent) => self.budget(key).restore(spent),
         }
     }
 
     /// Forgets everything: another snapshot is to be loaded. What is in doubt stays so.
     pub fn clear(&self) {
         self.applied.store(0, Ordering::Release);
-        self.by_digest.pin().clear();
-        self.by_id.pin().clear();
+        self.keys.store(Arc::default());
+        self.budgets.pin().clear();
         self.accounts.pin().clear();
         self.roles.pin().clear();
         self.members.pin().clear();
@@ -237,6 +234,7 @@ impl Index {
 
     /// Says that the snapshot is complete, as of `revision`.
     pub fn loaded(&self, revision: Revision) {
+        self.keys.load().show();
         self.applied.store(revision.0 + 1, Ordering::Release);
     }
 
@@ -246,6 +244,7 @@ impl Index {
             if doubts.keys.get(&id).is_some_and(|doubt| doubt.revocation.is_none()) {
                 doubts.keys.remove(&id);
             }
+            doubts.stopped.retain(|of, reason| *of != id || *reason == Reason::Revoked);
         });
     }
 
@@ -309,34 +308,8 @@ impl Index {
         });
     }
 
-    fn put_key(&self, key: Arc<Key>, left: &[Secret]) {
-        let by_id = self.by_id.pin();
-        let slot = match by_id.get(&key.id) {
-            Some(slot) => {
-                let before = slot.key.swap(key.clone());
-                let gone = before
-                    .secrets
-                    .iter()
-                    .filter(|old| key.secrets.iter().all(|kept| kept.version != old.version));
-                lock(&slot.left).extend(
-                    gone.map(|old| {
-                        (old.digest, old.expires_at.unwrap_or(key.updated_at).min(key.updated_at))
-                    }),
-                );
-                slot.clone()
-            }
-            None => {
-                let left =
-                    left.iter().map(|old| (old.digest, old.expires_at.unwrap_or(key.updated_at))).collect();
-                let slot = Arc::new(Slot {
-                    key: ArcSwap::new(key.clone()),
-                    left: Mutex::new(left),
-                    budget: Arc::default(),
-                });
-                by_id.insert(key.id, slot.clone());
-                slot
-            }
-        };
+    fn put_key(&self, key: &Key) {
+        self.keys.load().put(key);
         self.settle(|doubts| {
             // A stop that was not recorded stays until one is, or until Enable.
             let settled = |doubt: &Arc<Key>| {
@@ -346,43 +319,23 @@ impl Index {
             if doubts.keys.get(&key.id).is_some_and(settled) {
                 doubts.keys.remove(&key.id);
             }
-        });
-        let by_digest = self.by_digest.pin();
-        for secret in key.secrets.iter().chain(left) {
-            if by_digest.get(&secret.digest).is_none() {
-                by_digest.insert(secret.digest, (slot.clone(), secret.version));
+            let said = match doubts.stopped.get(&key.id) {
+                Some(Reason::Revoked) => key.revocation.is_some(),
+                Some(_) => key.disabled_at.is_some() || key.revocation.is_some(),
+                None => false,
+            };
+            if said {
+                doubts.stopped.remove(&key.id);
             }
-        }
+        });
     }
 
     /// Forgets keys revoked and secrets superseded before `forget_before`. Returns how many digests left.
     pub fn forget(&self, forget_before: Timestamp) -> usize {
-        let (by_id, by_digest) = (self.by_id.pin(), self.by_digest.pin());
-        let mut forgotten = 0;
-        let mut forget = |digest: &Digest| forgotten += usize::from(by_digest.remove(digest).is_some());
-        for (id, slot) in &by_id {
-            let key = slot.key.load();
-            let mut left = lock(&slot.left);
-            if key.revocation.as_ref().is_some_and(|revocation| revocation.at < forget_before) {
-                key.secrets.iter().for_each(|secret| forget(&secret.digest));
-                left.iter().for_each(|(digest, _)| forget(digest));
-                by_id.remove(id);
-            } else {
-                let ended = key
-                    .secrets
-                    .iter()
-                    .filter(|secret| secret.expires_at.is_some_and(|end| end < forget_before));
-                ended.for_each(|secret| forget(&secret.digest));
-                left.retain(|(digest, at)| {
-                    let keep = *at >= forget_before;
-                    if !keep {
-                        forget(digest);
-                    }
-                    keep
-                });
-            }
-        }
-        forgotten
+        let budgets = self.budgets.pin();
+        self.keys.load().forget(forget_before, |id| {
+            budgets.remove(&id);
+        })
     }
 }
 
@@ -397,7 +350,7 @@ impl Follower for Index {
                 continue;
             }
             match change {
-                Change::Key(key) => self.put_key(key.clone(), &[]),
+                Change::Key(key) => self.put_key(key),
                 Change::Account(account) => self.put_account(account.clone()),
                 Change::Role(role) => self.put_role(role.clone()),
                 Change::RoleDeleted(role) => self.delete_role(role),
@@ -412,9 +365,7 @@ impl Follower for Index {
         let mut doubts = lock(&self.doubts);
         match change {
             Change::Key(after) => {
-                let narrower =
-                    self.by_id.pin().get(&after.id).is_some_and(|slot| after.narrows(&slot.key.load()));
-                if narrower {
+                if self.keys.load().before(after).is_some_and(|before| after.narrows(&before)) {
                     doubts.keys.insert(after.id, after.clone());
                 }
             }
@@ -445,102 +396,4 @@ impl Follower for Index {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::domain::key::{
-        Revocation, RevokeReason,
-        tests::{at, sample},
-    };
-    use std::time::Duration;
-
-    fn loaded(key: &Key) -> Index {
-        let index = Index::default();
-        index.load(SnapshotItem::Key(Arc::new(key.clone()), vec![]));
-        index.loaded(Revision(1));
-        index
-    }
-
-    fn rotated(key: &Key, token: &str, seconds: i64) -> Key {
-        let mut key = key.clone();
-        key.rotate(Digest::of(token), String::new(), Duration::from_secs(5), at(seconds));
-        key
-    }
-
-    fn revoked(key: &Key, seconds: i64) -> Key {
-        let revocation =
-            Revocation { at: at(seconds), reason: RevokeReason::Unspecified, comment: String::new() };
-        Key { revocation: Some(revocation), ..key.clone() }
-    }
-
-    #[test]
-    fn nothing_is_known_before_the_snapshot() {
-        assert_eq!(Index::default().revision(), None);
-        assert_eq!(loaded(&sample()).revision(), Some(Revision(1)));
-    }
-
-    #[test]
-    fn every_secret_of_a_key_finds_its_newest_record() {
-        let first = sample();
-        let index = loaded(&first);
-        let second = rotated(&first, "two", 10);
-        let third = rotated(&second, "three", 20);
-        index.put_key(Arc::new(second), &[]);
-        index.put_key(Arc::new(third.clone()), &[]);
-        for (token, version) in [("one", 1), ("two", 2), ("three", 3)] {
-            let found = index.find(&Digest::of(token)).unwrap();
-            assert_eq!((found.version, &*found.key), (version, &third), "{token}");
-        }
-        assert!(index.find(&Digest::of("four")).is_none());
-    }
-
-    #[test]
-    fn a_token_rotated_longer_ago_than_the_retention_is_forgotten() {
-        let index = loaded(&sample());
-        index.put_key(Arc::new(rotated(&sample(), "two", 10)), &[]);
-        assert_eq!(index.forget(at(15)), 0, "superseded at 15: not longer ago");
-        assert_eq!(index.forget(at(16)), 1);
-        assert!(index.find(&Digest::of("one")).is_none());
-        assert!(index.find(&Digest::of("two")).is_some());
-    }
-
-    #[test]
-    fn what_is_dead_for_longer_than_the_retention_is_forgotten() {
-        let first = sample();
-        let index = loaded(&first);
-        let third = rotated(&rotated(&first, "two", 10), "three", 20);
-        index.put_key(Arc::new(rotated(&first, "two", 10)), &[]);
-        index.put_key(Arc::new(third.clone()), &[]);
-        assert_eq!(index.forget(at(15)), 0, "superseded at 15: not longer ago");
-        assert_eq!(index.forget(at(16)), 1);
-        assert!(index.find(&Digest::of("one")).is_none());
-        index.put_key(Arc::new(revoked(&third, 30)), &[]);
-        assert_eq!(index.forget(at(30)), 1, "the one superseded at 25; the key was revoked at 30");
-        assert_eq!(index.forget(at(31)), 1);
-        assert!(index.is_empty());
-    }
-
-    #[test]
-    fn a_revocation_in_doubt_is_in_force_until_a_record_settles_it() {
-        let key = sample();
-        let index = loaded(&key);
-        let dead = revoked(&key, 5);
-        index.in_doubt(&Change::Key(Arc::new(dead.clone())));
-        assert_eq!(index.find(&Digest::of("one")).unwrap().doubt.as_deref(), Some(&dead));
-        index.decided();
-        assert!(index.find(&Digest::of("one")).unwrap().doubt.is_some(), "somebody wanted it stopped");
-        index.put_key(Arc::new(key), &[]);
-        assert!(index.find(&Digest::of("one")).unwrap().doubt.is_some(), "another change does not settle it");
-        index.put_key(Arc::new(dead), &[]);
-        assert!(index.find(&Digest::of("one")).unwrap().doubt.is_none());
-    }
-
-    #[test]
-    fn other_doubts_end_when_the_log_has_decided() {
-        let key = sample();
-        let index = loaded(&key);
-        index.in_doubt(&Change::Key(Arc::new(rotated(&key, "two", 5))));
-        assert!(index.find(&Digest::of("one")).unwrap().doubt.is_some());
-        index.decided();
-        assert!(index.find(&Digest::of("one")).unwrap().doubt.is_none());
-    }
-}
+mod tests;

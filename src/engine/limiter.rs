@@ -24,9 +24,9 @@ use std::{
 pub use budget::{BlockUsed, Budget, Charge, Held, Take, Usage};
 pub use remote::{Call, Prefix, RedisUrl, Time};
 
-use crate::domain::{key::Key, time::Timestamp};
+use crate::domain::{facts::KeyFacts as _, time::Timestamp};
 
-use super::{CannotAnswer, lease::Lease, usage};
+use super::{CannotAnswer, HeldKey, lease::Lease, usage};
 use remote::Redis;
 
 /// How long a Check waits at the most for the store to count a block.
@@ -107,24 +107,24 @@ impl Limiter {
     /// When whether there is room cannot be known.
     pub(super) async fn take(
         &self,
-        key: &Key,
+        key: &HeldKey,
         budget: &Arc<Budget>,
         take: Take,
         now: Timestamp,
     ) -> Result<Usage, CannotAnswer> {
         let usage = match &self.redis {
-            Some((redis, on_failure)) if !key.terms.rate_limits.is_empty() => {
+            Some((redis, on_failure)) if !key.rate_limits().is_empty() => {
                 self.take_by(redis, *on_failure, key, budget, take, now).await?
             }
             _ => {
                 let mut usage =
                     self.in_block(key, budget, || budget.take(key, take, self.shared(), now)).await?;
-                usage.inexact = self.shared() && !key.terms.rate_limits.is_empty();
+                usage.inexact = self.shared() && !key.rate_limits().is_empty();
                 usage
             }
         };
         if usage.hurry {
-            self.usage.hurry(key.id, budget);
+            self.usage.hurry(key.id(), budget);
         }
         Ok(usage)
     }
@@ -134,7 +134,7 @@ impl Limiter {
         &self,
         redis: &Redis,
         on_failure: OnFailure,
-        key: &Key,
+        key: &HeldKey,
         budget: &Arc<Budget>,
         take: Take,
         now: Timestamp,
@@ -161,7 +161,7 @@ impl Limiter {
     /// Tries what may find its block used up; then it waits until the store has counted it.
     async fn in_block<T>(
         &self,
-        key: &Key,
+        key: &HeldKey,
         budget: &Arc<Budget>,
         attempt: impl Fn() -> Result<T, BlockUsed>,
     ) -> Result<T, CannotAnswer> {
@@ -177,7 +177,7 @@ impl Limiter {
                     return Ok(done);
                 }
                 if budget.hurry() {
-                    self.usage.hurry(key.id, budget);
+                    self.usage.hurry(key.id(), budget);
                 }
                 if self.usage.failing() {
                     return Err(CannotAnswer::QuotaUnavailable);

@@ -24,13 +24,16 @@ use crate::{
     domain::{
         account::Role,
         decision::{Failures, Membership, Reason, Request, Subject, Use, Verdict, decide},
-        key::{Key, Owner},
+        facts::KeyFacts,
+        key::Owner,
         name::{AccountId, CustomerId, EnvironmentName},
         scope::{Scope, ScopeSet},
         time::{Revision, Timestamp},
         token::{self, Digest, Shape},
     },
 };
+
+pub use index::HeldKey;
 
 use index::{Found, Index};
 use lease::Lease;
@@ -68,7 +71,7 @@ pub struct Question<'a> {
 #[derive(Clone, Debug)]
 pub struct Holder {
     /// The key.
-    pub key: Arc<Key>,
+    pub key: HeldKey,
     /// Which version of its secret was presented.
     pub version: u32,
 }
@@ -244,7 +247,7 @@ impl Engine {
         if token::shape(question.token) != Shape::Plausible {
             return without_key(Reason::Malformed);
         }
-        let visible = |found: &Found| match &found.key.owner {
+        let visible = |found: &Found| match found.key.owner() {
             _ if asker.is_operator() => true,
             Owner::Account(account) => account == asker,
             Owner::User(user) => self.index.member(asker, user).is_some(),
@@ -285,9 +288,11 @@ impl Engine {
     async fn charge(&self, question: &Question<'_>, judged: Judged) -> Result<Answer, CannotAnswer> {
         let Judged { mut answer, found, now } = judged;
         let Some(found) = found else { return Ok(answer) };
-        if answer.reason() == Reason::Ok && is_limited(&found.key) {
+        if answer.reason() == Reason::Ok
+            && let Some(budget) = &found.budget
+        {
             let take = Take { cost: question.cost, charge: question.charge, dry_run: question.dry_run };
-            answer.limits = self.limiter.take(&found.key, &found.budget, take, now).await?;
+            answer.limits = self.limiter.take(&found.key, budget, take, now).await?;
             answer.limits.refused.iter().for_each(|reason| answer.failures.note(*reason, true));
         }
         if !question.dry_run {
@@ -297,18 +302,18 @@ impl Engine {
     }
 
     fn note(&self, found: &Found, reason: Reason, limits: &limiter::Usage, now: Timestamp) {
-        let drew: Option<&Arc<Budget>> = limits.drew.then_some(&found.budget);
-        self.usage.note(found.key.id, found.version, reason, drew, now);
+        let drew: Option<&Arc<Budget>> = found.budget.as_ref().filter(|_| limits.drew);
+        self.usage.note(found.key.id(), found.version, reason, drew, now);
     }
 
     /// Where a key is decided: a service key in its account, a user key in the account asked for.
-    fn place(&self, key: &Key, asked: Option<&AccountId>) -> Place {
-        let account = match &key.owner {
+    fn place(&self, key: &impl KeyFacts, asked: Option<&AccountId>) -> Place {
+        let account = match key.owner() {
             Owner::Account(account) => Some(account),
             Owner::User(_) => asked,
         };
         let role = |name: &_| self.index.role(account, name);
-        let member = match (&key.owner, account) {
+        let member = match (key.owner(), account) {
             (Owner::Account(_), _) => Member::NotAsked,
             (Owner::User(user), Some(account)) => self
                 .index
@@ -320,10 +325,9 @@ impl Engine {
             account: account.and_then(|account| self.index.account(account)),
             // A key's own roles are its owner's: of a user key, global ones, wherever it works.
             roles: key
-                .terms
-                .roles
+                .roles()
                 .iter()
-                .filter_map(|name| self.index.role(key.owner.account(), name))
+                .filter_map(|name| self.index.role(key.owner().account(), name))
                 .collect(),
             member,
         }
@@ -331,7 +335,7 @@ impl Engine {
 
     /// Everything that a key is granted in an account, or, of a service key, in its own.
     #[must_use]
-    pub fn grants(&self, key: &Key, account: Option<&AccountId>) -> ScopeSet {
+    pub fn grants(&self, key: &impl KeyFacts, account: Option<&AccountId>) -> ScopeSet {
         self.place(key, account).subject(key, 0).grants()
     }
 
@@ -357,9 +361,12 @@ impl Engine {
             Err(reason) => return Ok(Err(Refused { reason, retry_after: None })),
         };
         let mut limits = limiter::Usage::default();
-        if fresh && failures.first() == Reason::Ok && is_limited(&found.key) {
+        if fresh
+            && failures.first() == Reason::Ok
+            && let Some(budget) = &found.budget
+        {
             let take = Take { cost: 1, charge: None, dry_run: false };
-            limits = self.limiter.take(&found.key, &found.budget, take, now).await?;
+            limits = self.limiter.take(&found.key, budget, take, now).await?;
             limits.refused.iter().for_each(|reason| failures.note(*reason, true));
         }
         let reason = failures.first();
@@ -392,11 +399,11 @@ impl Engine {
         };
         let now = self.clock.now();
         // A service key acts in its own account, whatever the call names.
-        let account = account.filter(|_| found.key.owner.user().is_some());
+        let account = account.filter(|_| found.key.owner().user().is_some());
         let request = Request { purpose: Use::Management, account, client_ip: peer, scopes: &[] };
         let place = self.place(&found.key, account);
         let mut failures = judge(&found, &place, request, now).failures;
-        let nowhere = anywhere && account.is_none() && found.key.owner.user().is_some();
+        let nowhere = anywhere && account.is_none() && found.key.owner().user().is_some();
         if nowhere {
             failures = failures.without(Reason::WrongAccount);
         }
@@ -449,10 +456,6 @@ pub struct Refused {
     pub retry_after: Option<std::time::Duration>,
 }
 
-fn is_limited(key: &Key) -> bool {
-    !key.terms.rate_limits.is_empty() || key.terms.quota.is_some()
-}
-
 /// A question that is decided but for the limits.
 struct Judged {
     answer: Answer,
@@ -486,7 +489,7 @@ enum Member {
 }
 
 impl Place {
-    fn subject<'a>(&'a self, key: &'a Key, version: u32) -> Subject<'a> {
+    fn subject<'a, K>(&'a self, key: &'a K, version: u32) -> Subject<'a, K> {
         let membership = match &self.member {
             Member::NotAsked => Membership::NotAsked,
             Member::None => Membership::None,
@@ -498,11 +501,14 @@ impl Place {
 
 /// Decides by the record, and by the record that may be in its place: what either refuses is refused.
 fn judge(found: &Found, place: &Place, request: Request<'_>, now: Timestamp) -> Verdict {
-    let verdict = decide(place.subject(&found.key, found.version), request, now);
-    match &found.doubt {
-        Some(doubt) if verdict.failures.first() == Reason::Ok => {
-            decide(place.subject(doubt, found.version), request, now)
-        }
-        _ => verdict,
+    let mut verdict = decide(place.subject(&found.key, found.version), request, now);
+    if let Some(doubt) = &found.doubt
+        && verdict.failures.first() == Reason::Ok
+    {
+        verdict = decide(place.subject(&**doubt, found.version), request, now);
     }
+    if let Some(stop) = found.stopped {
+        verdict.failures.note(stop, true);
+    }
+    verdict
 }

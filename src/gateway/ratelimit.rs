@@ -4,22 +4,22 @@
 use std::time::Duration;
 
 use crate::{
-    domain::key::{Key, QuotaPeriod},
+    domain::{facts::KeyFacts, key::QuotaPeriod},
     engine::limiter::Usage,
 };
 
 /// The values of `RateLimit-Policy` and `RateLimit`; `None` for a key without limits.
-pub(super) fn fields(key: &Key, usage: &Usage) -> Option<(String, String)> {
+pub(super) fn fields(key: &impl KeyFacts, usage: &Usage) -> Option<(String, String)> {
     if usage.standings.is_empty() {
         return None;
     }
     let (mut policies, mut states) = (Vec::new(), Vec::new());
     for (at, (name, limit, standing)) in usage.standings.iter().enumerate() {
         let name = quoted(name);
-        let window = match key.terms.rate_limits.get(at) {
+        let window = match key.rate_limits().get(at) {
             Some(limit) => Some(seconds(limit.window)),
             // The quota comes last; a month has no one length.
-            None => key.terms.quota.as_ref().and_then(|quota| match quota.period {
+            None => key.quota().and_then(|quota| match quota.period {
                 QuotaPeriod::Hour => Some(3600),
                 QuotaPeriod::Day => Some(24 * 3600),
                 QuotaPeriod::Month | QuotaPeriod::Total => None,

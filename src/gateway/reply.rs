@@ -2,8 +2,8 @@
 //! what the proxy logs. The bodies and codes are those that our users' clients know.
 
 use crate::{
-    domain::{decision::Reason, key::Key, route::Mode, scope::Scope},
-    engine::{Answer, CannotAnswer},
+    domain::{decision::Reason, facts::KeyFacts as _, route::Mode, scope::Scope},
+    engine::{Answer, CannotAnswer, HeldKey},
 };
 
 use super::{
@@ -67,12 +67,12 @@ impl Finding {
     }
 
     pub(super) fn key_id(&self) -> String {
-        self.key().map(|key| key.id.to_string()).unwrap_or_default()
+        self.key().map(|key| key.id().to_string()).unwrap_or_default()
     }
 
-    fn key(&self) -> Option<&Key> {
+    fn key(&self) -> Option<&HeldKey> {
         match self {
-            Finding::Answered(answer) => answer.holder.as_ref().map(|holder| &*holder.key),
+            Finding::Answered(answer) => answer.holder.as_ref().map(|holder| &holder.key),
             _ => None,
         }
     }
@@ -172,11 +172,11 @@ fn identity(answer: &Answer) -> Vec<(&'static str, String)> {
     let Some(holder) = &answer.holder else { return Vec::new() };
     let key = &holder.key;
     let mut identity = vec![
-        ("x-keyward-key-id", key.id.to_string()),
-        ("x-keyward-environment", key.environment.to_string()),
+        ("x-keyward-key-id", key.id().to_string()),
+        ("x-keyward-environment", key.environment().to_string()),
     ];
     identity.extend(answer.account.iter().map(|account| ("x-keyward-account", account.to_string())));
-    identity.extend(key.owner.user().map(|user| ("x-keyward-user", user.to_string())));
+    identity.extend(key.owner().user().map(|user| ("x-keyward-user", user.to_string())));
     let scopes = answer.grants.iter().map(Scope::as_str).collect::<Vec<_>>().join(" ");
     if scopes.len() <= MAX_SCOPES_LEN {
         identity.push(("x-keyward-scopes", scopes));
@@ -308,13 +308,13 @@ fn metadata(settings: &GatewaySettings, judged: &Judged<'_>, finding: &Finding) 
         metadata.push(("limits_inexact".to_owned(), Value::Flag(true)));
     }
     let key = &holder.key;
-    metadata.push(text("key_id", &key.id.to_string()));
-    metadata.push(text("environment", key.environment.as_str()));
+    metadata.push(text("key_id", &key.id().to_string()));
+    metadata.push(text("environment", key.environment().as_str()));
     metadata.push(("secret_version".to_owned(), Value::Number(holder.version.into())));
     metadata.extend(account.iter().map(|account| text("account", account.as_str())));
-    metadata.extend(key.owner.user().map(|user| text("user", user.as_str())));
+    metadata.extend(key.owner().user().map(|user| text("user", user.as_str())));
     for name in &settings.publish_metadata {
-        let value = key.terms.metadata.get(name);
+        let value = key.metadata().get(name);
         metadata.extend(value.map(|value| text(&format!("metadata_{name}"), value)));
     }
     metadata

@@ -10,6 +10,7 @@ use crate::{
     domain::{
         account::Environments,
         decision::{MAX_COST, MAX_SCOPES, Reason},
+        facts::KeyFacts as _,
         limit::Standing,
         name::{AccountId, CustomerId, EnvironmentName},
         scope::Scope,
@@ -152,16 +153,15 @@ fn answer(answer: Answer) -> pb::CheckResponse {
     response.rate_limits = answer.limits.standings.iter().map(limit_state).collect();
     if let Some(holder) = answer.holder {
         let key = &holder.key;
-        let terms = &key.terms;
-        response.key_id = key.id.to_string();
-        response.key_name = terms.name.as_ref().map(ToString::to_string).unwrap_or_default();
+        response.key_id = key.id().to_string();
+        response.key_name = key.name().unwrap_or_default().to_owned();
         response.account = answer.account.map(String::from).unwrap_or_default();
-        response.user = key.owner.user().map(ToString::to_string).unwrap_or_default();
-        response.environment = key.environment.to_string();
+        response.user = key.owner().user().map(ToString::to_string).unwrap_or_default();
+        response.environment = key.environment().to_string();
         response.scopes = convert::texts(&answer.grants);
         response.secret_version = holder.version;
-        response.metadata = terms.metadata.clone();
-        response.expires_at = terms.expires_at.map(convert::timestamp);
+        response.metadata = key.metadata().clone();
+        response.expires_at = key.expires_at().map(convert::timestamp);
     }
     response
 }

@@ -17,6 +17,7 @@ use crate::{
     access::{Caller, Permission},
     domain::{
         decision::Reason,
+        facts::KeyFacts as _,
         name::{AccountId, NameError, UserId},
     },
     engine::{Authenticated, CannotAnswer, Engine, Holder},
@@ -265,7 +266,7 @@ impl Services {
     /// The key of a living token, in whatever state it is. A superseded token proves nothing any more.
     fn holder(&self, presented: &str) -> Result<Holder, Refusal> {
         let holder = self.engine.lookup(presented)?.ok_or(Refusal::Unauthenticated)?;
-        if holder.key.superseded(holder.version, self.engine.now()) && holder.key.revocation.is_none() {
+        if holder.key.superseded(holder.version, self.engine.now()) && !holder.key.is_revoked() {
             return Err(Refusal::Unauthenticated);
         }
         Ok(holder)

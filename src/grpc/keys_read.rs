@@ -8,6 +8,7 @@ use sha2::{Digest as _, Sha256};
 use crate::{
     access::Caller,
     domain::{
+        facts::KeyFacts as _,
         name::{AccountId, IdempotencyKey, KeyId, TokenPrefix, UserId},
         time::Timestamp,
         token::Digest,
@@ -69,7 +70,7 @@ fn read_owner(caller: &Caller, account: &str, user: &str, violations: &mut Viola
 
 /// Where a new key is to work: an account's caller makes keys of its own environment alone, and need not say so.
 fn environment_meant<'a>(caller: &'a Caller, named: &'a str) -> &'a str {
-    if named.is_empty() && !caller.is_operator() { caller.key.environment.as_str() } else { named }
+    if named.is_empty() && !caller.is_operator() { caller.key.environment().as_str() } else { named }
 }
 
 /// The fields that Create and Import have in common.

@@ -14,6 +14,8 @@ use crate::{
     clock::{Clock, Entropy, random},
     domain::{
         account::{Account, Environment, Environments},
+        decision::Reason,
+        facts::KeyFacts as _,
         key::{Key, Owner, Revocation, RevokeReason, Secret, State, Terms},
         log::{Action, Change},
         name::{AccountId, IdempotencyKey, KeyId, RoleName, TokenPrefix, UserId},
@@ -26,7 +28,7 @@ use crate::{
     replication::propagation::Reach,
     store::{
         IDEMPOTENCY_WINDOW, Idempotency, KeyFilter, Outcome, OwnerFilter, Rejection, Store, StoredKey, Write,
-        writer::{Follower as _, WriteError, Writer},
+        writer::{WriteError, Writer},
     },
 };
 
@@ -249,7 +251,7 @@ impl Keys {
     ) -> Result<Option<(Issued, Revision)>, Refusal> {
         let Some(once) = once else { return Ok(None) };
         let since = self.clock.now().minus(IDEMPOTENCY_WINDOW);
-        match self.store.idempotent(caller.key.id, &once.key, since).await? {
+        match self.store.idempotent(caller.key.id(), &once.key, since).await? {
             Some((id, fingerprint)) if fingerprint == once.fingerprint => {
                 self.replay(caller, id).await.map(Some)
             }
@@ -405,32 +407,22 @@ impl Keys {
         });
         match disabled.await {
             Ok(changed) => changed.now(),
-            Err(refusal) => {
-                Err(self.refused_here(caller, id, refusal, |key, now| key.disabled_at = Some(now)))
-            }
+            Err(refusal) => Err(self.refused_here(caller, id, refusal, Reason::Disabled)),
         }
     }
 
     /// Where the store could not be asked, the key is refused by this process all the same: somebody wants it
     /// stopped, and the record in memory says whose it is.
-    fn refused_here(
-        &self,
-        caller: &Caller,
-        id: KeyId,
-        refusal: Refusal,
-        stop: impl FnOnce(&mut Key, Timestamp),
-    ) -> Refusal {
+    fn refused_here(&self, caller: &Caller, id: KeyId, refusal: Refusal, stop: Reason) -> Refusal {
         let known = match refusal {
-            Refusal::Unavailable => self.engine.index.record(id),
+            Refusal::Unavailable => self.engine.index.with_id(id),
             _ => None,
         };
-        let Some(known) = known.filter(|key| caller.sees(&key.owner)) else { return refusal };
-        if let Err(refusal) = self.may_write(caller, &known.owner) {
+        let Some(known) = known.filter(|key| caller.sees(key.owner())) else { return refusal };
+        if let Err(refusal) = self.may_write(caller, known.owner()) {
             return refusal;
         }
-        let mut stopped = Key::clone(&known);
-        stop(&mut stopped, self.clock.now());
-        self.engine.index.in_doubt(&Change::Key(Arc::new(stopped)));
+        self.engine.index.stop(id, stop);
         Refusal::NotRecorded { full: false }
     }
 
@@ -470,9 +462,7 @@ impl Keys {
         });
         match revoked.await {
             Ok(changed) => changed.now(),
-            Err(refusal) => Err(self.refused_here(caller, id, refusal, |key, now| {
-                key.revocation = Some(Revocation { at: now, reason, comment });
-            })),
+            Err(refusal) => Err(self.refused_here(caller, id, refusal, Reason::Revoked)),
         }
     }
 
@@ -538,7 +528,7 @@ impl Keys {
     /// When none exists for the caller.
     pub async fn lookup(&self, caller: &Caller, presented: &str) -> Result<(View, u32), Refusal> {
         let holder = self.engine.lookup(presented)?.ok_or(Refusal::NotFound(Thing::Key))?;
-        let view = self.get(caller, holder.key.id).await?;
+        let view = self.get(caller, holder.key.id()).await?;
         Ok((view, holder.version))
     }
 
@@ -547,7 +537,7 @@ impl Keys {
     /// # Errors
     /// When the store fails.
     pub async fn who_am_i(&self, caller: &Caller) -> Result<(View, Option<Arc<Account>>), Refusal> {
-        let stored = self.store.key(caller.key.id).await?.ok_or(Refusal::Unauthenticated)?;
+        let stored = self.store.key(caller.key.id()).await?.ok_or(Refusal::Unauthenticated)?;
         let account = self.engine.index.account(&caller.account);
         Ok((self.view_stored(stored), account))
     }
@@ -561,7 +551,7 @@ impl Keys {
         let caller = Caller {
             key: holder.key.clone(),
             version: holder.version,
-            account: holder.key.owner.account().cloned().unwrap_or_else(AccountId::nowhere),
+            account: holder.key.owner().account().cloned().unwrap_or_else(AccountId::nowhere),
             grants: ScopeSet::default(),
             acting_user: None,
             named_user: None,
@@ -569,7 +559,7 @@ impl Keys {
             peer: None,
         };
         let comment = "revoked by its holder".to_owned();
-        self.revoke(&caller, holder.key.id, RevokeReason::Unspecified, comment).await
+        self.revoke(&caller, holder.key.id(), RevokeReason::Unspecified, comment).await
     }
 }
 
@@ -623,8 +613,11 @@ fn write(
     at: Timestamp,
     once: Option<Once>,
 ) -> Write {
-    let idempotency =
-        once.map(|once| Idempotency { caller: caller.key.id, key: once.key, fingerprint: once.fingerprint });
+    let idempotency = once.map(|once| Idempotency {
+        caller: caller.key.id(),
+        key: once.key,
+        fingerprint: once.fingerprint,
+    });
     Write {
         change: Change::Key(Arc::new(key)),
         expect,

@@ -8,7 +8,7 @@ use tokio::time::sleep;
 
 use crate::{
     domain::{
-        key::{Key, Revocation},
+        key::{Key, Revocation, RevokeReason},
         log::{Action, Actor, Change},
         name::KeyId,
     },
@@ -49,9 +49,10 @@ pub(super) async fn wait(parts: Parts, known: u64) {
 /// How many keys were revoked that the database held for alive.
 async fn revoke_again(parts: &Parts) -> Result<u64, StoreError> {
     let mut count = 0;
-    for (id, at, reason) in parts.follow.index().revoked() {
+    for (id, at) in parts.follow.index().revoked() {
         let comment = "revoked again: the database had lost it".to_owned();
-        count += u64::from(revoke(parts, id, Revocation { at, reason, comment }).await?);
+        let revocation = Revocation { at, reason: RevokeReason::Unspecified, comment };
+        count += u64::from(revoke(parts, id, revocation).await?);
     }
     Ok(count)
 }

@@ -35,6 +35,9 @@ pub(super) type RowOf<D> = <D as Database>::Row;
 /// What takes a row.
 pub(super) type TakeRow<'t, D> = &'t mut (dyn FnMut(&RowOf<D>) -> Result<(), StoreError> + Send);
 
+/// What takes a key.
+pub(super) type TakeKey<'t> = &'t mut (dyn FnMut(GatheredKey) + Send);
+
 /// What a database does for the store.
 #[async_trait]
 pub(super) trait Backend: Send + Sync + Sized + 'static {
@@ -63,6 +66,9 @@ pub(super) trait Backend: Send + Sync + Sized + 'static {
     /// [`Store::fleet`].
     fn as_fleet(self: Arc<Self>) -> Option<Arc<dyn Fleet>>;
 
+    /// [`Store::lost`].
+    async fn wait_until_lost(&self);
+
     /// [`Store::settle`].
     async fn settled(&self) -> Result<(), StoreError>;
 
@@ -76,11 +82,11 @@ pub(super) trait View: Send {
     /// The database.
     type Db: Dialect<Row: Columns>;
 
-    /// How many keys one query may ask for.
-    const PAGE: Option<u32>;
-
     /// Gives each row of a query to `take`, while it comes in.
     async fn each(&mut self, query: Sql<Self::Db>, take: TakeRow<'_, Self::Db>) -> Result<(), StoreError>;
+
+    /// Gives every key that was not revoked before `forget_before` to `take`, while they come in.
+    async fn keys(&mut self, forget_before: Timestamp, take: TakeKey<'_>) -> Result<(), StoreError>;
 }
 
 async fn all<B: Backend, T>(
@@ -206,6 +212,10 @@ impl<B: Backend> Store for B {
         self.as_fleet()
     }
 
+    async fn lost(&self) {
+        self.wait_until_lost().await;
+    }
+
     async fn close(&self) {
         self.shut().await;
     }
@@ -240,42 +250,18 @@ pub(super) async fn snapshot<V: View>(
         Ok(())
     })
     .await?;
-    snapshot_keys(view, forget_before, sink).await?;
-    view.each(queries::all_spent(), &mut |row| {
+    view.keys(forget_before, &mut |gathered| {
+        let left = gathered.left.into_iter().filter(|secret| !secret.superseded(forget_before)).collect();
+        sink_ref(SnapshotItem::Key(Arc::new(gathered.stored.key), left));
+    })
+    .await?;
+    view.each(queries::all_spent(forget_before), &mut |row| {
         let (key_id, spent) = spent_at(row)?;
         sink(SnapshotItem::Spent(key_id, spent));
         Ok(())
     })
     .await?;
     Ok(head)
-}
-
-async fn snapshot_keys<V: View>(
-    view: &mut V,
-    forget_before: Timestamp,
-    sink: &mut (dyn FnMut(SnapshotItem) + Send),
-) -> Result<(), StoreError> {
-    let mut after = None;
-    loop {
-        let mut gather = Gather::new();
-        let (mut count, mut last) = (0, after);
-        let mut send = |gathered: GatheredKey| {
-            let left = gathered.left.into_iter().filter(|secret| !secret.superseded(forget_before)).collect();
-            count += 1;
-            last = Some(gathered.stored.key.id);
-            sink(SnapshotItem::Key(Arc::new(gathered.stored.key), left));
-        };
-        view.each(queries::snapshot_keys(forget_before, after, V::PAGE), &mut |row| {
-            gather.row(row)?.into_iter().for_each(&mut send);
-            Ok(())
-        })
-        .await?;
-        gather.finish()?.into_iter().for_each(&mut send);
-        if V::PAGE.is_none_or(|page| count < page) {
-            return Ok(());
-        }
-        after = last;
-    }
 }
 
 /// The end of the log: the newest rows form a chain that ends where `meta` says. What is wrong, if anything is.

@@ -16,6 +16,7 @@ mod queries;
 mod records;
 mod rows;
 pub mod sqlite;
+mod sqlite_snapshot;
 mod sqlite_write;
 pub mod writer;
 
@@ -434,6 +435,9 @@ pub trait Store: Send + Sync + 'static {
 
     /// What replicas need of the database; `None` where one process owns it.
     fn fleet(self: Arc<Self>) -> Option<Arc<dyn Fleet>>;
+
+    /// Waits until the database was found damaged while it was in use. Never, where that is not looked for.
+    async fn lost(&self);
 
     /// Ends all work and lets go of the database.
     async fn close(&self);

@@ -9,14 +9,16 @@
 //! A batch locks the row of `meta`, so that batches commit in the order of their revisions whoever sends them. It
 //! is decided in `plan.rs` from what `facts.rs` asks, and written by `write.rs`. What makes many processes one service
 //! is `fleet.rs`, over connections of its own (`line.rs`); what the server must be is `doctor.rs`, the tables come from
-//! `migrate.rs`; the reads are in `backend.rs`.
+//! `migrate.rs`; the reads are in `backend.rs`, those of all keys in `snapshot.rs`.
 
+mod copy;
 mod doctor;
 mod facts;
 mod fleet;
 mod line;
 mod migrate;
 mod place;
+mod snapshot;
 mod write;
 
 use std::{
@@ -41,7 +43,7 @@ use crate::domain::{
 
 use super::{
     CommitError, Committed, Head, Hour, OpenError, SnapshotItem, StoreError, UsageBatch, Write,
-    backend::{self, Backend, TakeRow, View},
+    backend::{self, Backend, TakeKey, TakeRow, View},
     fleet::Fleet,
     plan::{self, Questions},
     queries::Sql,
@@ -333,6 +335,11 @@ impl Backend for Postgres {
         Some(self)
     }
 
+    async fn wait_until_lost(&self) {
+        // What is read is checked when it is read.
+        std::future::pending().await
+    }
+
     /// A commit whose answer was lost holds the lock on the head until it is decided.
     async fn settled(&self) -> std::result::Result<(), StoreError> {
         let head = self
@@ -360,9 +367,6 @@ struct PgView<'c>(&'c mut PgConnection);
 impl View for PgView<'_> {
     type Db = Db;
 
-    /// A query for all keys would sort them first, and a statement that runs for minutes has no time limit.
-    const PAGE: Option<u32> = Some(5_000);
-
     async fn each(&mut self, query: Sql<Db>, take: TakeRow<'_, Db>) -> std::result::Result<(), StoreError> {
         let mut query = query.into_builder();
         let mut rows = query.build().persistent(false).fetch(&mut *self.0);
@@ -370,6 +374,14 @@ impl View for PgView<'_> {
             take(&row)?;
         }
         Ok(())
+    }
+
+    async fn keys(
+        &mut self,
+        forget_before: Timestamp,
+        take: TakeKey<'_>,
+    ) -> std::result::Result<(), StoreError> {
+        snapshot::keys(self.0, forget_before, take).await
     }
 }
 

@@ -167,8 +167,13 @@ pub(super) fn all_members<D: Dialect>() -> Sql<D> {
     Sql::select(MEMBER_COLUMNS, " FROM members")
 }
 
-pub(super) fn all_spent<D: Dialect>() -> Sql<D> {
-    Sql::select("key_id, period, used", " FROM quotas")
+/// What is spent of the quotas of keys that a snapshot holds.
+pub(super) fn all_spent<D: Dialect>(forget_before: Timestamp) -> Sql<D> {
+    Sql::select(
+        "q.key_id, q.period, q.used",
+        " FROM quotas q JOIN keys k ON k.id = q.key_id WHERE k.revoked_at IS NULL OR k.revoked_at >= ",
+    )
+    .int(forget_before.as_micros())
 }
 
 pub(super) fn usage<D: Dialect>(key: KeyId, from: Hour, to: Hour) -> Sql<D> {
@@ -192,26 +197,6 @@ pub(super) fn idempotent<D: Dialect>(caller: KeyId, key: &IdempotencyKey, since:
 
 pub(super) fn key<D: Dialect>(id: KeyId) -> Sql<D> {
     Sql::keys("k.id = ").id(id).push(" ORDER BY s.version DESC")
-}
-
-/// Keys that a snapshot holds, all of them or `page` after `after`, in the order of their ids.
-pub(super) fn snapshot_keys<D: Dialect>(
-    forget_before: Timestamp,
-    after: Option<KeyId>,
-    page: Option<u32>,
-) -> Sql<D> {
-    let Some(page) = page else {
-        return Sql::keys("k.revoked_at IS NULL OR k.revoked_at >= ")
-            .int(forget_before.as_micros())
-            .push(" ORDER BY k.id, s.version DESC");
-    };
-    let mut query = Sql::keys("k.id IN (SELECT id FROM keys WHERE (revoked_at IS NULL OR revoked_at >= ")
-        .int(forget_before.as_micros())
-        .push(")");
-    if let Some(after) = after {
-        query = query.push(" AND id > ").id(after);
-    }
-    query.push(" ORDER BY id LIMIT ").int(page).push(") ORDER BY k.id, s.version DESC")
 }
 
 pub(super) fn keys<D: Dialect>(filter: &KeyFilter, before: Option<KeyId>, limit: u32) -> Sql<D> {

@@ -15,6 +15,7 @@ use crate::domain::{
 
 use super::{
     Count, Head, Hour, StoreError, StoredKey,
+    backend::TakeKey,
     rows::{
         AccountTail, KeyRow, account_from, damaged, member_from, revision_from_i64, role_from, secret_from,
     },
@@ -109,7 +110,12 @@ pub(super) fn head_at(row: &impl Columns) -> Result<Head, StoreError> {
     Ok(Head { revision: revision_from_i64(revision), hash })
 }
 
-fn key_row_at(row: &impl Columns) -> Read<(KeyRow, i64)> {
+/// A key's row, in [`KEY_COLUMNS`], and its checksum.
+pub(super) fn key_row_at(row: &impl Columns) -> Result<(KeyRow, i64), StoreError> {
+    read_key_row(row).map_err(unreadable)
+}
+
+fn read_key_row(row: &impl Columns) -> Read<(KeyRow, i64)> {
     let key = KeyRow {
         id: bytes_at(row, 0)?,
         account: row.text_opt(1)?.map(str::to_owned),
@@ -165,7 +171,7 @@ impl Gather {
         let mut done = None;
         if self.key.as_ref().is_none_or(|(key, _)| key.id != id) {
             done = self.finish()?;
-            self.key = Some(key_row_at(row).map_err(unreadable)?);
+            self.key = Some(key_row_at(row)?);
         }
         if row.bytes_opt(KEY_COLUMN_COUNT).map_err(unreadable)?.is_none() {
             return Err(incomplete(&id));
@@ -180,21 +186,66 @@ impl Gather {
         let Some((row, sum)) = self.key.take() else {
             return Ok(None);
         };
-        let mut secrets = std::mem::take(&mut self.secrets);
-        // None is ever removed: they count down to 1, and the newest has no end.
-        let counted = secrets.iter().rev().map(|(secret, _)| secret.version).eq(1..=secrets.len() as u32);
-        let open_ended = secrets.first().is_some_and(|(newest, _)| newest.expires_at.is_none());
-        if !counted || !open_ended {
-            return Err(incomplete(&row.id));
-        }
-        let used = secrets.iter();
-        let used = used.filter_map(|(secret, used)| Some((secret.version, Timestamp::from_micros((*used)?))));
-        let last_used = used.collect();
-        let left = secrets.split_off(secrets.len().min(IN_RECORD));
-        let key = row.into_key(sum, secrets.into_iter().map(|(secret, _)| secret).collect())?;
-        let left = left.into_iter().map(|(secret, _)| secret).collect();
-        Ok(Some(GatheredKey { stored: StoredKey { key, last_used }, left }))
+        whole(row, sum, std::mem::take(&mut self.secrets)).map(Some)
     }
+}
+
+/// Keys in the order of their ids, and then their secrets in the order of keys and versions, as keys.
+pub(super) struct Merge {
+    keys: std::iter::Peekable<std::vec::IntoIter<(KeyRow, i64)>>,
+    /// Of the key that comes next.
+    secrets: Vec<(Secret, Option<i64>)>,
+}
+
+impl Merge {
+    pub(super) fn new(keys: Vec<(KeyRow, i64)>) -> Self {
+        Merge { keys: keys.into_iter().peekable(), secrets: Vec::new() }
+    }
+
+    /// Takes a secret's row, the key's id before its columns; gives the keys that are whole before it.
+    pub(super) fn secret(&mut self, row: &impl Columns, take: TakeKey<'_>) -> Result<(), StoreError> {
+        let id: [u8; 16] = bytes_at(row, 0).map_err(unreadable)?;
+        while let Some(key) = self.keys.next_if(|(key, _)| key.id < id) {
+            self.give(key, take)?;
+        }
+        // Another key's secret is of a key that is left out.
+        if self.keys.peek().is_some_and(|(key, _)| key.id == id) {
+            self.secrets.push((secret_at(row, &id, 1)?, row.int_opt(7).map_err(unreadable)?));
+        }
+        Ok(())
+    }
+
+    /// Gives the last keys.
+    pub(super) fn finish(mut self, take: TakeKey<'_>) -> Result<(), StoreError> {
+        while let Some(key) = self.keys.next() {
+            self.give(key, take)?;
+        }
+        Ok(())
+    }
+
+    fn give(&mut self, (row, sum): (KeyRow, i64), take: TakeKey<'_>) -> Result<(), StoreError> {
+        let mut secrets = std::mem::take(&mut self.secrets);
+        secrets.reverse();
+        take(whole(row, sum, secrets)?);
+        Ok(())
+    }
+}
+
+/// A key from its row and all its secrets, the newest first, each with its last use.
+fn whole(row: KeyRow, sum: i64, mut secrets: Vec<(Secret, Option<i64>)>) -> Result<GatheredKey, StoreError> {
+    // None is ever removed: they count down to 1, and the newest has no end.
+    let counted = secrets.iter().rev().map(|(secret, _)| secret.version).eq(1..=secrets.len() as u32);
+    let open_ended = secrets.first().is_some_and(|(newest, _)| newest.expires_at.is_none());
+    if !counted || !open_ended {
+        return Err(incomplete(&row.id));
+    }
+    let used = secrets.iter();
+    let used = used.filter_map(|(secret, used)| Some((secret.version, Timestamp::from_micros((*used)?))));
+    let last_used = used.collect();
+    let left = secrets.split_off(secrets.len().min(IN_RECORD));
+    let key = row.into_key(sum, secrets.into_iter().map(|(secret, _)| secret).collect())?;
+    let left = left.into_iter().map(|(secret, _)| secret).collect();
+    Ok(GatheredKey { stored: StoredKey { key, last_used }, left })
 }
 
 fn incomplete(key_id: &[u8; 16]) -> StoreError {

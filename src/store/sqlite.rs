@@ -10,7 +10,10 @@ use std::{
     io::{Read as _, Seek as _, Write as _},
     os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -21,23 +24,27 @@ use sqlx::{
     migrate::{MigrateError, Migration, MigrationType, Migrator},
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteRow, SqliteSynchronous},
 };
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, watch};
 
 use crate::domain::{limit::Spent, log::GENESIS, name::KeyId, time::Timestamp};
 
 use super::{
     CommitError, Committed, Head, Hour, OpenError, SnapshotItem, StoreError, UsageBatch, Write,
-    backend::{self, Backend, TakeRow, View},
+    backend::{self, Backend, TakeKey, TakeRow, View},
     fleet::Fleet,
     queries::Sql,
     records::spent_at,
     rows::damaged,
+    sqlite_snapshot::Reader,
     sqlite_write,
 };
 
 /// The first SQLite without the WAL-reset corruption.
 const OLDEST_SQLITE: (u32, u32, u32) = (3, 51, 3);
 const READERS: u32 = 4;
+/// A file of up to so many bytes is checked before it is used. Of a larger one that would hold up the start for
+/// seconds by the gigabyte: its check begins when the keys are loaded, each of which has a checksum of its own.
+const CHECKED_FIRST: u64 = 64 << 20;
 
 /// The migrations, oldest first. Never edited once released.
 fn migrations() -> Vec<Migration> {
@@ -56,6 +63,10 @@ pub struct Sqlite {
     writer: Mutex<Option<SqliteConnection>>,
     options: SqliteConnectOptions,
     readers: SqlitePool,
+    /// Whether the file is to be checked when the keys are loaded.
+    unchecked: AtomicBool,
+    /// Whether that check found damage.
+    damaged: watch::Sender<bool>,
     /// Held until the process ends; the lock goes with it.
     _lock: File,
 }
@@ -72,6 +83,11 @@ impl Sqlite {
     /// # Errors
     /// When it is in use, damaged, newer than this program, or cannot be opened.
     pub async fn open(path: &str) -> Result<Sqlite, OpenError> {
+        Sqlite::open_checked(path, CHECKED_FIRST).await
+    }
+
+    /// Opens a file, and checks it first if it has up to so many bytes.
+    async fn open_checked(path: &str, first: u64) -> Result<Sqlite, OpenError> {
         let other = |source: Box<dyn std::error::Error + Send + Sync>| OpenError::Other {
             path: path.to_owned(),
             source,
@@ -88,7 +104,10 @@ impl Sqlite {
         let mut writer =
             SqliteConnection::connect_with(&options).await.map_err(|error| open_error(path, error))?;
         check_version(&mut writer).await?;
-        check_whole(path, &mut writer).await?;
+        let unchecked = std::fs::metadata(path).map_err(|error| other(error.into()))?.len() > first;
+        if !unchecked {
+            check_whole(path, &mut writer).await?;
+        }
         migrate(path, &mut writer).await?;
         let readers = SqlitePoolOptions::new()
             .max_connections(READERS)
@@ -96,7 +115,10 @@ impl Sqlite {
             .connect_with(options.clone().create_if_missing(false).pragma("query_only", "on"))
             .await
             .map_err(|error| other(error.into()))?;
-        let store = Sqlite { writer: Mutex::new(Some(writer)), options, readers, _lock: lock };
+        let writer = Mutex::new(Some(writer));
+        let unchecked = AtomicBool::new(unchecked);
+        let damaged = watch::Sender::new(false);
+        let store = Sqlite { writer, options, readers, unchecked, damaged, _lock: lock };
         match backend::check_log(&store).await {
             Ok(()) => Ok(store),
             Err(StoreError::Damaged(what)) => Err(OpenError::Damaged { path: path.to_owned(), what }),
@@ -167,8 +189,18 @@ impl Backend for Sqlite {
         sink: &mut (dyn FnMut(SnapshotItem) + Send),
     ) -> Result<Head, StoreError> {
         let mut connection = self.readers.acquire().await.map_err(store_error)?;
+        // While nobody writes, two transactions that begin see the same.
+        let writer = self.writer.lock().await;
         let mut transaction = connection.begin().await.map_err(store_error)?;
-        backend::snapshot(&mut SqliteView(&mut transaction), forget_before, sink).await
+        sqlx::query("SELECT head FROM meta").execute(&mut *transaction).await.map_err(store_error)?;
+        let reader = Reader::begin(self.options.get_filename().to_owned()).await?;
+        drop(writer);
+        let mut view = SqliteView { connection: &mut transaction, reader: Some(reader) };
+        let head = backend::snapshot(&mut view, forget_before, sink).await?;
+        if self.unchecked.swap(false, Ordering::Relaxed) {
+            tokio::spawn(check_behind(self.options.clone(), self.damaged.clone()));
+        }
+        Ok(head)
     }
 
     async fn write_usage(&self, batch: &UsageBatch) -> Result<Vec<(KeyId, Spent)>, StoreError> {
@@ -202,6 +234,11 @@ impl Backend for Sqlite {
         None
     }
 
+    async fn wait_until_lost(&self) {
+        // The lock on the file is ours until the process ends. The sender lives as long as `self`.
+        let _ = self.damaged.subscribe().wait_for(|damaged| *damaged).await;
+    }
+
     async fn shut(&self) {
         self.readers.close().await;
         if let Some(connection) = self.writer.lock().await.take() {
@@ -213,14 +250,16 @@ impl Backend for Sqlite {
     }
 }
 
-/// One transaction's view.
-struct SqliteView<'c>(&'c mut SqliteConnection);
+/// The view of two transactions that see the same revision.
+struct SqliteView<'c> {
+    connection: &'c mut SqliteConnection,
+    /// What reads the keys.
+    reader: Option<Reader>,
+}
 
 #[async_trait]
 impl View for SqliteView<'_> {
     type Db = sqlx::Sqlite;
-
-    const PAGE: Option<u32> = None;
 
     async fn each(
         &mut self,
@@ -228,11 +267,18 @@ impl View for SqliteView<'_> {
         take: TakeRow<'_, sqlx::Sqlite>,
     ) -> Result<(), StoreError> {
         let mut query = query.into_builder();
-        let mut rows = query.build().fetch(&mut *self.0);
+        let mut rows = query.build().fetch(&mut *self.connection);
         while let Some(row) = rows.try_next().await.map_err(store_error)? {
             take(&row)?;
         }
         Ok(())
+    }
+
+    async fn keys(&mut self, forget_before: Timestamp, take: TakeKey<'_>) -> Result<(), StoreError> {
+        match self.reader.take() {
+            Some(reader) => reader.keys(forget_before, take).await,
+            None => Ok(()),
+        }
     }
 }
 
@@ -293,6 +339,33 @@ async fn check_whole(path: &str, connection: &mut SqliteConnection) -> Result<()
     if found == "ok" { Ok(()) } else { Err(OpenError::Damaged { path: path.to_owned(), what: found }) }
 }
 
+/// Checks a file that is in use, on a connection of its own.
+async fn check_behind(options: SqliteConnectOptions, damaged: watch::Sender<bool>) {
+    let path = options.get_filename().display().to_string();
+    let check = async {
+        let options = options.create_if_missing(false).pragma("query_only", "on");
+        let connection = SqliteConnection::connect_with(&options).await;
+        let mut connection = connection.map_err(|error| open_error(&path, error))?;
+        let checked = check_whole(&path, &mut connection).await;
+        let _ = connection.close().await;
+        checked
+    };
+    match check.await {
+        Ok(()) => tracing::info!(path, "the whole database file was checked"),
+        Err(OpenError::Damaged { path, what }) => {
+            let said = OpenError::Damaged { path, what };
+            tracing::error!(error = &said as &dyn std::error::Error, "the database file is damaged");
+            damaged.send_replace(true);
+        }
+        Err(error) => {
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "the database file could not be checked"
+            );
+        }
+    }
+}
+
 async fn migrate(path: &str, connection: &mut SqliteConnection) -> Result<(), OpenError> {
     let migrations = migrations();
     let known = migrations.iter().map(|migration| migration.version).max().unwrap_or(0);
@@ -349,6 +422,46 @@ fn open_error(path: &str, error: sqlx::Error) -> OpenError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::{
+        account::Member,
+        name::{AccountId, RoleName, UserId},
+        time::Revision,
+    };
+    use crate::store::rows::member_sum;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_damaged_index_is_found_at_the_start_or_in_a_large_file_behind_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("keyward.db").display().to_string();
+        let store = Sqlite::open(&path).await.unwrap();
+        store
+            .writing(async |connection| {
+                let member = Member {
+                    account: AccountId::parse("acme").unwrap(),
+                    user: UserId::parse("ann").unwrap(),
+                    role: RoleName::parse("agent").unwrap(),
+                    revision: Revision(1),
+                };
+                let sql = "INSERT INTO members VALUES ('acme', 'ann', 'agent', 1, ?1)";
+                let row = sqlx::query(sql).bind(member_sum(&member));
+                sqlx::raw_sql("PRAGMA foreign_keys = off; PRAGMA writable_schema = on")
+                    .execute(&mut *connection)
+                    .await?;
+                row.execute(&mut *connection).await?;
+                let other = "UPDATE sqlite_schema SET sql = 'CREATE INDEX members_with_role ON members (user_id, account)' \
+                             WHERE name = 'members_with_role'";
+                sqlx::query(other).execute(connection).await.map(drop)
+            })
+            .await
+            .unwrap();
+        store.shut().await;
+        drop(store);
+        let at_start = Sqlite::open(&path).await.unwrap_err();
+        assert!(matches!(at_start, OpenError::Damaged { .. }), "{at_start}");
+        let store = Sqlite::open_checked(&path, 0).await.unwrap();
+        store.view(Timestamp::from_micros(0), &mut |_| {}).await.unwrap();
+        store.wait_until_lost().await;
+    }
 
     #[test]
     fn only_a_sqlite_without_the_wal_reset_corruption_is_accepted() {

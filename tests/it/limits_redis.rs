@@ -419,7 +419,7 @@ async fn a_clock_that_was_set_back_counts_in_redis_as_in_one_process() {
         let mut told = Vec::new();
         for (now, cost) in [(later, 3), (earlier, 2)] {
             let take = Take { cost, charge: None, dry_run: false };
-            expected.push(budget.take(&limited.key, take, false, now.now()).unwrap().standings);
+            expected.push(budget.take(&*limited.key, take, false, now.now()).unwrap().standings);
             let replica = Replica::start(&limited, &settings, now).await;
             told.push(replica.ask(cost).await.unwrap().limits.standings);
         }

@@ -203,7 +203,7 @@ async fn a_quota_starts_afresh_with_its_period_in_the_database_too() {
     assert_eq!(replica.ask(1).await.unwrap().reason(), Reason::QuotaExceeded);
     flush(&replica, &store).await;
     assert_eq!(spent(&store).await, 10);
-    let budget = replica.engine.index.find(&limited.token.digest()).unwrap().budget;
+    let budget = replica.engine.index.find(&limited.token.digest()).unwrap().budget.unwrap();
     let total = Spent { period: Timestamp::from_micros((START + DAY as i64) * 1_000_000), used: 3 };
     budget.restore(total);
     assert_eq!(replica.ask(7).await.unwrap().reason(), Reason::Ok, "as after a start");

@@ -99,7 +99,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("engine", &["clock", "domain", "store"]),
     ("replication", &["clock", "domain", "engine", "store"]),
     ("gateway", &["domain", "engine"]),
-    ("access", &["domain", "refusal"]),
+    ("access", &["domain", "engine", "refusal"]),
     ("refusal", &["clock", "domain", "engine", "replication", "store"]),
     ("keys", &["access", "clock", "domain", "engine", "refusal", "replication", "store"]),
     ("accounts", &["access", "clock", "domain", "engine", "refusal", "store"]),

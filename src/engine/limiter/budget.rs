@@ -14,7 +14,8 @@ use std::{
 
 use crate::domain::{
     decision::Reason,
-    key::{Key, Quota, RateLimit},
+    facts::KeyFacts,
+    key::{Quota, RateLimit},
     limit::{Drawn, Level, Spent, Standing, block, gcra, period, spend},
     time::Timestamp,
 };
@@ -173,15 +174,21 @@ impl Budget {
     ///
     /// # Errors
     /// When nothing refuses, and a block is used up.
-    pub fn take(&self, key: &Key, take: Take, shared: bool, now: Timestamp) -> Result<Usage, BlockUsed> {
+    pub fn take(
+        &self,
+        key: &impl KeyFacts,
+        take: Take,
+        shared: bool,
+        now: Timestamp,
+    ) -> Result<Usage, BlockUsed> {
         let mut state = self.lock();
         let again = take.charge.is_some_and(|charge| state.charged(charge, now));
         // Judged again at no cost, it is let through as it was.
         let cost = if again { 0 } else { take.cost };
-        let limits = &key.terms.rate_limits;
+        let limits = key.rate_limits();
         let rates: Vec<_> =
             limits.iter().map(|limit| Rate::judge(limit, state.level(limit), cost, now)).collect();
-        let share = key.terms.quota.as_ref().map(|quota| state.share(quota, cost, now));
+        let share = key.quota().map(|quota| state.share(quota, cost, now));
         let mut usage = Usage::of(&rates, share.as_ref(), take.dry_run);
         if take.dry_run || !usage.refused.is_empty() {
             return Ok(usage);
@@ -205,13 +212,13 @@ impl Budget {
     /// When the quota does not refuse, and a block is used up.
     pub fn hold(
         self: &Arc<Self>,
-        key: &Key,
+        key: &impl KeyFacts,
         take: Take,
         shared: bool,
         now: Timestamp,
     ) -> Result<Held, BlockUsed> {
         let mut state = self.lock();
-        let share = key.terms.quota.as_ref().map(|quota| state.share(quota, take.cost, now));
+        let share = key.quota().map(|quota| state.share(quota, take.cost, now));
         let keeps = share.as_ref().filter(|share| share.asked.allowed && !take.dry_run);
         let mut units = 0;
         if let Some(share) = keeps {
@@ -272,9 +279,16 @@ impl Held {
     /// Uses the units if the rate limits at these levels let the request through, and gives them back otherwise, or
     /// if it was let through before (`again`).
     #[must_use]
-    pub fn settle(mut self, key: &Key, take: Take, levels: &[Level], again: bool, now: Timestamp) -> Usage {
+    pub fn settle(
+        mut self,
+        key: &impl KeyFacts,
+        take: Take,
+        levels: &[Level],
+        again: bool,
+        now: Timestamp,
+    ) -> Usage {
         let cost = if again { 0 } else { take.cost };
-        let limits = key.terms.rate_limits.iter().zip(levels);
+        let limits = key.rate_limits().iter().zip(levels);
         let rates: Vec<_> = limits.map(|(limit, level)| Rate::judge(limit, *level, cost, now)).collect();
         if again && let Some(share) = &mut self.share {
             share.asked = Standing { allowed: true, retry_after: None, ..share.idle };
@@ -361,7 +375,7 @@ impl State {
 mod tests {
     use super::*;
     use crate::domain::key::{
-        QuotaPeriod,
+        Key, QuotaPeriod,
         tests::{at, sample},
     };
 

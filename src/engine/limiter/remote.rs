@@ -23,9 +23,9 @@ use tokio::{
     time::timeout,
 };
 
-use crate::domain::{key::Key, limit::Level, time::Timestamp};
+use crate::domain::{facts::KeyFacts, limit::Level, time::Timestamp};
 
-use super::{RedisSettings, Take};
+use super::{HeldKey, RedisSettings, Take};
 
 /// How long connecting may take, name resolution and TLS included.
 const CONNECT: Duration = Duration::from_secs(2);
@@ -177,37 +177,37 @@ impl Redis {
     ///
     /// # Errors
     /// When Redis did not answer. It may have taken the units all the same.
-    pub(super) async fn take(&self, key: &Key, take: Take, now: Timestamp) -> Result<Levels, Call> {
+    pub(super) async fn take(&self, key: &HeldKey, take: Take, now: Timestamp) -> Result<Levels, Call> {
         let result = self.ask(key, take, now).await;
         let ended = result.as_ref().err().copied().unwrap_or(Call::Answered);
         self.calls[ended as usize].fetch_add(1, Ordering::Relaxed);
         result
     }
 
-    async fn ask(&self, key: &Key, take: Take, now: Timestamp) -> Result<Levels, Call> {
+    async fn ask(&self, key: &HeldKey, take: Take, now: Timestamp) -> Result<Levels, Call> {
         let link = self.link.load_full().ok_or(Call::Unconnected)?;
         let mut connection = link.connection.clone();
         let mut call = self.script.prepare_invoke();
-        for limit in &key.terms.rate_limits {
+        for limit in key.rate_limits() {
             // A changed limit is another one, and starts full.
             call.key(format!(
                 "{}{{{}}}/{}/{}/{}",
                 self.settings.prefix.0,
-                key.id,
+                key.id(),
                 limit.name,
                 limit.limit,
                 limit.window.as_micros()
             ));
         }
         if let Some(charge) = take.charge {
-            call.key(format!("{}{{{}}}#{:016x}", self.settings.prefix.0, key.id, charge.number()));
+            call.key(format!("{}{{{}}}#{:016x}", self.settings.prefix.0, key.id(), charge.number()));
         }
         match self.settings.time {
             Time::OfRedis => call.arg(""),
             Time::OfProcess => call.arg(now.as_micros()),
         };
         call.arg(take.cost).arg(u8::from(take.dry_run));
-        for limit in &key.terms.rate_limits {
+        for limit in key.rate_limits() {
             let window = u64::try_from(limit.window.as_micros()).unwrap_or(u64::MAX);
             call.arg(limit.limit.max(1)).arg(window.max(1));
         }
@@ -319,9 +319,9 @@ fn said(error: &RedisError) -> String {
 }
 
 /// The script's answer; `None` if it is none.
-fn levels(key: &Key, numbers: &[u64], now: Timestamp) -> Option<Levels> {
+fn levels(key: &impl KeyFacts, numbers: &[u64], now: Timestamp) -> Option<Levels> {
     let (again, taken) = numbers.split_first()?;
-    let limits = &key.terms.rate_limits;
+    let limits = key.rate_limits();
     if taken.len() != 2 * limits.len() {
         return None;
     }

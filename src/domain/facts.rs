@@ -1,0 +1,105 @@
+//! What is asked of a key in force, in whatever form its record is kept: the store's records are whole, the engine's
+//! hold only this, and the policy is the same function of both. What only management shows is not here.
+
+use ipnet::IpNet;
+
+use super::{
+    key::{Key, Owner, Quota, RateLimit},
+    name::{CustomerId, EnvironmentName, RoleName},
+    scope::ScopeSet,
+    time::Timestamp,
+};
+
+/// Everything of a key that can let a Check through or refuse it.
+pub trait KeyFacts {
+    /// Who it belongs to.
+    fn owner(&self) -> &Owner;
+    /// The one environment in which it works.
+    fn environment(&self) -> &EnvironmentName;
+    /// Granted scopes.
+    fn scopes(&self) -> &ScopeSet;
+    /// Granted roles.
+    fn roles(&self) -> &[RoleName];
+    /// The only customers it serves. None = every customer.
+    fn customers(&self) -> &[CustomerId];
+    /// The only client networks it serves. None = every address.
+    fn allowed_cidrs(&self) -> &[IpNet];
+    /// Rate limits. None = unlimited.
+    fn rate_limits(&self) -> &[RateLimit];
+    /// Quota. None = unlimited.
+    fn quota(&self) -> Option<&Quota>;
+    /// From this instant it is refused.
+    fn expires_at(&self) -> Option<Timestamp>;
+    /// Whether it is refused until enabled.
+    fn is_disabled(&self) -> bool;
+    /// Whether it is refused for ever.
+    fn is_revoked(&self) -> bool;
+    /// The versions of the secrets in the record, each with the instant from which it is superseded.
+    fn secret_ends(&self) -> impl Iterator<Item = (u32, Option<Timestamp>)>;
+
+    /// Whether it is past its expiry at `now`. A key is expired from its expiry's very instant on.
+    fn expired(&self, now: Timestamp) -> bool {
+        self.expires_at().is_some_and(|end| now >= end)
+    }
+
+    /// Whether the secret with this version is superseded at `now`. Versions that left the record are.
+    fn superseded(&self, version: u32, now: Timestamp) -> bool {
+        let kept = self.secret_ends().find(|(of, _)| *of == version);
+        kept.is_none_or(|(_, end)| end.is_some_and(|end| now >= end))
+    }
+
+    /// Whether it has rate limits or a quota.
+    fn is_limited(&self) -> bool {
+        !self.rate_limits().is_empty() || self.quota().is_some()
+    }
+}
+
+impl KeyFacts for Key {
+    fn owner(&self) -> &Owner {
+        &self.owner
+    }
+
+    fn environment(&self) -> &EnvironmentName {
+        &self.environment
+    }
+
+    fn scopes(&self) -> &ScopeSet {
+        &self.terms.scopes
+    }
+
+    fn roles(&self) -> &[RoleName] {
+        &self.terms.roles
+    }
+
+    fn customers(&self) -> &[CustomerId] {
+        &self.terms.customers
+    }
+
+    fn allowed_cidrs(&self) -> &[IpNet] {
+        &self.terms.allowed_cidrs
+    }
+
+    fn rate_limits(&self) -> &[RateLimit] {
+        &self.terms.rate_limits
+    }
+
+    fn quota(&self) -> Option<&Quota> {
+        self.terms.quota.as_ref()
+    }
+
+    fn expires_at(&self) -> Option<Timestamp> {
+        self.terms.expires_at
+    }
+
+    fn is_disabled(&self) -> bool {
+        self.disabled_at.is_some()
+    }
+
+    fn is_revoked(&self) -> bool {
+        self.revocation.is_some()
+    }
+
+    fn secret_ends(&self) -> impl Iterator<Item = (u32, Option<Timestamp>)> {
+        self.secrets.iter().map(|secret| (secret.version, secret.expires_at))
+    }
+}

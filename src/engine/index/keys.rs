@@ -1,0 +1,208 @@
+//! Every key in memory, found by the digest of any of its secrets.
+//!
+//! A key has a place (a slot) for as long as it is known, and its record stands there, in a block; the table says
+//! at which places a digest may be. Readers take no lock. Writers take turns on one, which no reader takes. A new
+//! digest is in its record before it is in the table, and a record is replaced as a whole.
+
+use std::sync::{
+    Mutex, MutexGuard, PoisonError,
+    atomic::{AtomicUsize, Ordering},
+};
+
+use crate::domain::{
+    key::{Key, Secret},
+    name::KeyId,
+    time::Timestamp,
+    token::Digest,
+};
+
+use super::{
+    held::{BLOCK, HeldKey, Packed, Shared},
+    shelf::Shelf,
+    table::{Slot, Table, Tally},
+};
+
+const PER_BLOCK: u32 = BLOCK as u32;
+
+/// The keys.
+#[derive(Default)]
+pub(super) struct Keys {
+    table: Table,
+    shelf: Shelf,
+    count: AtomicUsize,
+    writer: Mutex<Writer>,
+}
+
+/// What only the one who writes needs.
+#[derive(Default)]
+struct Writer {
+    tally: Tally,
+    shared: Shared,
+    /// Places that keys have left.
+    free: Vec<Slot>,
+    /// The first place that no key ever had.
+    next: Slot,
+    /// Keys that will have the places from `next` on: all of one block. To load keys one by one would make that
+    /// block 64 times.
+    coming: Vec<Packed>,
+}
+
+impl Keys {
+    /// How many there are.
+    pub(super) fn len(&self) -> usize {
+        self.count.load(Ordering::Relaxed)
+    }
+
+    /// The key with this digest, and which version of its secret that is.
+    pub(super) fn find(&self, digest: &Digest) -> Option<(HeldKey, u32)> {
+        self.locate(digest).map(|(_, key, version)| (key, version))
+    }
+
+    /// Every key, in no order that means anything.
+    pub(super) fn each(&self) -> impl Iterator<Item = HeldKey> {
+        let blocks = self.writer().next.div_ceil(PER_BLOCK);
+        let blocks = (0..blocks).filter_map(|number| self.shelf.get(number));
+        blocks.flat_map(|block| (0..block.len()).filter_map(move |at| HeldKey::at(block.clone(), at)))
+    }
+
+    /// The record of a key before a change; its newest secret is in the record after it too.
+    pub(super) fn before(&self, after: &Key) -> Option<HeldKey> {
+        self.place_of(after).map(|(_, key)| key)
+    }
+
+    fn locate(&self, digest: &Digest) -> Option<(Slot, HeldKey, u32)> {
+        self.table.find(digest, |slot| {
+            let block = self.shelf.get(slot / PER_BLOCK)?;
+            let key = HeldKey::at(block, within(slot))?;
+            // Another key's digest may have the same hash, and another key may have come to this place.
+            let version = key.version_of(digest)?;
+            Some((slot, key, version))
+        })
+    }
+
+    fn place_of(&self, key: &Key) -> Option<(Slot, HeldKey)> {
+        let mut found = key.secrets.iter().filter_map(|secret| self.locate(&secret.digest));
+        found.find(|(_, known, _)| known.id() == key.id).map(|(slot, known, _)| (slot, known))
+    }
+
+    fn writer(&self) -> MutexGuard<'_, Writer> {
+        // The data is whole between any two statements that could panic.
+        self.writer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a key of a snapshot, with the superseded secrets that left its record. It can be found after
+    /// [`Keys::show`], if not before.
+    pub(super) fn load(&self, key: &Key, left: &[Secret]) {
+        let mut writer = self.writer();
+        if let Some((slot, before)) = self.place_of(key) {
+            return self.change(&mut writer, slot, &before, key);
+        }
+        let Writer { coming, shared, next, .. } = &mut *writer;
+        coming.extend(Packed::new(key, left, shared));
+        if within(*next) + coming.len() == BLOCK {
+            self.place_coming(&mut writer);
+        }
+    }
+
+    /// Makes everything that was loaded to be found.
+    pub(super) fn show(&self) {
+        self.place_coming(&mut self.writer());
+    }
+
+    /// Takes a key that was created or changed.
+    pub(super) fn put(&self, key: &Key) {
+        let mut writer = self.writer();
+        if let Some((slot, before)) = self.place_of(key) {
+            return self.change(&mut writer, slot, &before, key);
+        }
+        let Some(packed) = Packed::new(key, &[], &mut writer.shared) else { return };
+        if let Some(slot) = writer.free.pop() {
+            self.replace(&mut writer, slot, packed);
+            self.count.fetch_add(1, Ordering::Relaxed);
+        } else {
+            self.place_coming(&mut writer);
+            writer.coming.push(packed);
+            self.place_coming(&mut writer);
+        }
+    }
+
+    fn change(&self, writer: &mut Writer, slot: Slot, before: &HeldKey, key: &Key) {
+        if let Some(packed) = Packed::after(before, key, &mut writer.shared) {
+            self.replace(writer, slot, packed);
+        }
+    }
+
+    /// Puts a record where another one is, or was.
+    fn replace(&self, writer: &mut Writer, slot: Slot, packed: Packed) {
+        if let Some(block) = self.shelf.get(slot / PER_BLOCK) {
+            self.shelf.put(slot / PER_BLOCK, block.with(within(slot), packed));
+        }
+        // Those that left the record are in the table, or were forgotten.
+        self.note(&mut writer.tally, slot, HeldKey::digests_in_record);
+    }
+
+    fn place_coming(&self, writer: &mut Writer) {
+        let Writer { tally, next, coming, .. } = writer;
+        let (first, count) = (*next, coming.len());
+        if count == 0 {
+            return;
+        }
+        let block = self.shelf.get(first / PER_BLOCK).unwrap_or_default();
+        self.shelf.put(first / PER_BLOCK, block.and(coming.drain(..)));
+        *next += count as Slot;
+        (first..*next).for_each(|slot| self.note(tally, slot, HeldKey::digests));
+        self.count.fetch_add(count, Ordering::Relaxed);
+    }
+
+    /// Sees that the table leads to a place by digests of the key there.
+    fn note(&self, tally: &mut Tally, slot: Slot, digests: fn(&HeldKey) -> Vec<Digest>) {
+        let block = self.shelf.get(slot / PER_BLOCK);
+        let Some(key) = block.and_then(|block| HeldKey::at(block, within(slot))) else { return };
+        for digest in digests(&key) {
+            if self.locate(&digest).is_none() {
+                self.table.insert(tally, &digest, slot);
+            }
+        }
+    }
+
+    /// Forgets keys revoked and secrets superseded before `then`, and gives each key that is gone to `gone`. Returns
+    /// how many digests are unknown now.
+    pub(super) fn forget(&self, then: Timestamp, mut gone: impl FnMut(KeyId)) -> usize {
+        self.show();
+        let mut forgotten = 0;
+        let blocks = self.writer().next.div_ceil(PER_BLOCK);
+        for number in 0..blocks {
+            // Other writers come between two blocks.
+            let writer = &mut *self.writer();
+            let Some(block) = self.shelf.get(number) else { continue };
+            let mut changed = None;
+            for at in 0..block.len() {
+                let Some(key) = HeldKey::at(block.clone(), at) else { continue };
+                let slot = number * PER_BLOCK + at as Slot;
+                let before = changed.as_ref().unwrap_or(&*block);
+                let (digests, after) = if key.revoked_before(then) {
+                    writer.free.push(slot);
+                    self.count.fetch_sub(1, Ordering::Relaxed);
+                    gone(key.id());
+                    (key.digests(), Some(before.without(at)))
+                } else {
+                    let (digests, less) = key.superseded_before(then);
+                    (digests, less.map(|packed| before.with(at, packed)))
+                };
+                let removed = |digest: &&Digest| self.table.remove(&mut writer.tally, digest, slot);
+                forgotten += digests.iter().filter(removed).count();
+                changed = after.or(changed);
+            }
+            if let Some(block) = changed {
+                self.shelf.put(number, block);
+            }
+        }
+        self.writer().shared.sweep();
+        forgotten
+    }
+}
+
+/// Where in its block a place is.
+fn within(slot: Slot) -> usize {
+    (slot % PER_BLOCK) as usize
+}

@@ -1,0 +1,52 @@
+//! Blocks by their numbers. It grows and never moves what it has: each row is twice as long as the one before, and
+//! made when it is first needed.
+
+use std::sync::{Arc, OnceLock};
+
+use arc_swap::ArcSwapOption;
+
+use super::held::Block;
+
+/// Enough for as many blocks as 32 bits can number.
+const ROWS: usize = 32;
+
+/// The blocks.
+#[derive(Default)]
+pub(super) struct Shelf {
+    rows: [OnceLock<Box<[ArcSwapOption<Block>]>>; ROWS],
+}
+
+/// The row of a block, and its place in it.
+fn place(number: u32) -> (usize, usize) {
+    // Row `r` has the numbers from 2^r - 1 on.
+    let counted = u64::from(number) + 1;
+    let row = counted.ilog2();
+    (row as usize, usize::try_from(counted - (1 << row)).unwrap_or_default())
+}
+
+impl Shelf {
+    /// The block with this number, as it is now.
+    pub(super) fn get(&self, number: u32) -> Option<Arc<Block>> {
+        let (row, at) = place(number);
+        self.rows[row].get()?[at].load_full()
+    }
+
+    /// Puts a block in the place of the one before.
+    pub(super) fn put(&self, number: u32, block: Block) {
+        let (row, at) = place(number);
+        let row = self.rows[row].get_or_init(|| (0..1_u64 << row).map(|_| ArcSwapOption::empty()).collect());
+        row[at].store(Some(Arc::new(block)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_number_has_a_place_of_its_own() {
+        let expected = [(0, 0), (1, 0), (1, 1), (2, 0), (2, 1), (2, 2), (2, 3), (3, 0)];
+        assert_eq!((0..8).map(place).collect::<Vec<_>>(), expected);
+        assert!(place(u32::MAX - 1).0 < ROWS);
+    }
+}

@@ -1,0 +1,148 @@
+//! From digests to places: an open-addressing table of atomic words, with linear probing.
+//!
+//! Readers look at words and wait for nobody. One writer at a time changes them, which its [`Tally`] stands for.
+//! When it is four fifths full the writer makes a wider one and puts it in the old one's place; who still reads the
+//! old one finds everything there that was in it.
+//!
+//! A cell has 32 bits of a digest's hash and the place of its key; the digest itself stands with the key, and is
+//! compared there. Imported digests are chosen by whoever imports them, so the hash is keyed: nobody can make keys
+//! that crowd together.
+
+use std::{
+    hash::{BuildHasher as _, RandomState},
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+use arc_swap::ArcSwap;
+
+use crate::domain::token::Digest;
+
+/// The place of a key.
+pub(super) type Slot = u32;
+
+/// Nothing was ever here: who probes may stop.
+const EMPTY: u64 = 0;
+/// What was here is gone.
+const GONE: u64 = 1;
+/// The low half of a cell that is taken is its slot and this.
+const FIRST: u64 = 2;
+const LEAST: usize = 1024;
+
+/// Multilinear hashing (Lemire and Kaser 2014): whatever digests somebody chooses, two of them have the same hash
+/// with a chance of 2^-32.
+struct Hash([u64; 9]);
+
+impl Hash {
+    fn random() -> Self {
+        let random = RandomState::new();
+        Hash(std::array::from_fn(|at| random.hash_one(at)))
+    }
+
+    fn of(&self, digest: &Digest) -> u64 {
+        let (words, _) = digest.as_bytes().as_chunks::<4>();
+        let terms = words
+            .iter()
+            .zip(&self.0)
+            .map(|(word, factor)| factor.wrapping_mul(u32::from_ne_bytes(*word).into()));
+        terms.fold(self.0[8], u64::wrapping_add) >> 32
+    }
+}
+
+/// How full the table is. Whoever has it is the one writer.
+#[derive(Debug, Default)]
+pub(super) struct Tally {
+    /// Cells that are taken.
+    taken: usize,
+    /// Cells that are taken or were.
+    used: usize,
+}
+
+struct Cells(Box<[AtomicU64]>);
+
+impl Cells {
+    fn new(count: usize) -> Self {
+        Cells((0..count).map(|_| AtomicU64::new(EMPTY)).collect())
+    }
+
+    /// The cells in which a digest with this hash may be, up to where it cannot be.
+    fn probe(&self, hash: u64) -> impl Iterator<Item = (&AtomicU64, u64)> {
+        let count = self.0.len();
+        // The hash as a fraction of the table: it may have any length.
+        let start = usize::try_from((hash * count as u64) >> 32).unwrap_or_default();
+        let (wrapped, first) = self.0.split_at(start);
+        let cells = first.iter().chain(wrapped).map(|cell| (cell, cell.load(Ordering::Acquire)));
+        cells.take_while(|(_, value)| *value != EMPTY)
+    }
+}
+
+/// The table.
+pub(super) struct Table {
+    hash: Hash,
+    cells: ArcSwap<Cells>,
+}
+
+impl Default for Table {
+    fn default() -> Self {
+        Table { hash: Hash::random(), cells: ArcSwap::from_pointee(Cells::new(LEAST)) }
+    }
+}
+
+impl Table {
+    /// What `look` says first of the places where this digest may be.
+    pub(super) fn find<T>(&self, digest: &Digest, look: impl FnMut(Slot) -> Option<T>) -> Option<T> {
+        let hash = self.hash.of(digest);
+        let cells = self.cells.load();
+        let alike = cells.probe(hash).filter(|(_, value)| value >> 32 == hash);
+        alike.filter_map(|(_, value)| slot(value)).find_map(look)
+    }
+
+    /// Says that a digest is at a place.
+    pub(super) fn insert(&self, tally: &mut Tally, digest: &Digest, slot: Slot) {
+        if (tally.used + 1) * 5 > self.cells.load().0.len() * 4 {
+            self.widen(tally);
+        }
+        put(&self.cells.load(), cell(self.hash.of(digest), slot));
+        tally.taken += 1;
+        tally.used += 1;
+    }
+
+    /// Says that a digest is not at a place any more. Whether it was.
+    pub(super) fn remove(&self, tally: &mut Tally, digest: &Digest, slot: Slot) -> bool {
+        let wanted = cell(self.hash.of(digest), slot);
+        let cells = self.cells.load();
+        let found = cells.probe(wanted >> 32).find(|(_, value)| *value == wanted);
+        if let Some((cell, _)) = found {
+            cell.store(GONE, Ordering::Release);
+            tally.taken -= 1;
+        }
+        found.is_some()
+    }
+
+    /// A table with room for half as many again, and without what is gone.
+    fn widen(&self, tally: &mut Tally) {
+        let wider = Cells::new((tally.taken * 15 / 8).max(LEAST));
+        let old = self.cells.load();
+        let values = old.0.iter().map(|cell| cell.load(Ordering::Relaxed));
+        values.filter(|value| slot(*value).is_some()).for_each(|value| put(&wider, value));
+        self.cells.store(wider.into());
+        tally.used = tally.taken;
+    }
+}
+
+fn cell(hash: u64, slot: Slot) -> u64 {
+    hash << 32 | (FIRST + u64::from(slot))
+}
+
+/// The place in a cell that is taken.
+fn slot(value: u64) -> Option<Slot> {
+    let low = value & u64::from(u32::MAX);
+    low.checked_sub(FIRST).and_then(|slot| Slot::try_from(slot).ok())
+}
+
+/// Takes the first cell that is empty. There is one: a table is never full.
+fn put(cells: &Cells, value: u64) {
+    let taken = cells.probe(value >> 32).count();
+    let count = cells.0.len();
+    let start = usize::try_from(((value >> 32) * count as u64) >> 32).unwrap_or_default();
+    cells.0[(start + taken) % count].store(value, Ordering::Release);
+}

@@ -1,0 +1,394 @@
+//! What the index promises, and that it answers as a plain map of whole records would.
+
+use super::*;
+use crate::{
+    domain::{
+        key::{
+            Owner, Quota, QuotaPeriod, RateLimit, Revocation, RevokeReason, Secret,
+            tests::{at, sample},
+        },
+        limit::Spent,
+        log::{Action, Actor, GENESIS},
+        name::{CustomerId, EnvironmentName, KeyName},
+        scope::{Scope, ScopeSet},
+    },
+    engine::limiter::Take,
+};
+use proptest::prelude::*;
+use std::{sync::atomic::AtomicBool, time::Duration};
+
+fn loaded(key: &Key) -> Index {
+    let index = Index::default();
+    index.load(SnapshotItem::Key(Arc::new(key.clone()), vec![]));
+    index.loaded(Revision(1));
+    index
+}
+
+fn rotated(key: &Key, token: &str, seconds: i64) -> Key {
+    let mut key = key.clone();
+    key.rotate(Digest::of(token), String::new(), Duration::from_secs(5), at(seconds));
+    key
+}
+
+fn revoked(key: &Key, seconds: i64) -> Key {
+    let revocation =
+        Revocation { at: at(seconds), reason: RevokeReason::Unspecified, comment: String::new() };
+    Key { revocation: Some(revocation), ..key.clone() }
+}
+
+#[test]
+fn nothing_is_known_before_the_snapshot() {
+    assert_eq!(Index::default().revision(), None);
+    assert_eq!(loaded(&sample()).revision(), Some(Revision(1)));
+}
+
+#[test]
+fn every_secret_of_a_key_finds_its_newest_record() {
+    let first = sample();
+    let index = loaded(&first);
+    let second = rotated(&first, "two", 10);
+    let third = rotated(&second, "three", 20);
+    index.put_key(&second);
+    index.put_key(&third);
+    for (token, version) in [("one", 1), ("two", 2), ("three", 3)] {
+        let found = index.find(&Digest::of(token)).unwrap();
+        assert_eq!(found.version, version, "{token}");
+        same(&found.key, &third);
+    }
+    assert!(index.find(&Digest::of("four")).is_none());
+}
+
+#[test]
+fn a_token_rotated_longer_ago_than_the_retention_is_forgotten() {
+    let index = loaded(&sample());
+    index.put_key(&rotated(&sample(), "two", 10));
+    assert_eq!(index.forget(at(15)), 0, "superseded at 15: not longer ago");
+    assert_eq!(index.forget(at(16)), 1);
+    assert!(index.find(&Digest::of("one")).is_none());
+    assert!(index.find(&Digest::of("two")).is_some());
+}
+
+#[test]
+fn what_is_dead_for_longer_than_the_retention_is_forgotten() {
+    let first = sample();
+    let index = loaded(&first);
+    let third = rotated(&rotated(&first, "two", 10), "three", 20);
+    index.put_key(&rotated(&first, "two", 10));
+    index.put_key(&third);
+    assert_eq!(index.forget(at(15)), 0, "superseded at 15: not longer ago");
+    assert_eq!(index.forget(at(16)), 1);
+    assert!(index.find(&Digest::of("one")).is_none());
+    index.put_key(&revoked(&third, 30));
+    assert_eq!(index.forget(at(30)), 1, "the one superseded at 25; the key was revoked at 30");
+    assert_eq!(index.forget(at(31)), 1);
+    assert!(index.is_empty());
+}
+
+#[test]
+fn a_revocation_in_doubt_is_in_force_until_a_record_settles_it() {
+    let key = sample();
+    let index = loaded(&key);
+    let dead = revoked(&key, 5);
+    index.in_doubt(&Change::Key(Arc::new(dead.clone())));
+    assert_eq!(index.find(&Digest::of("one")).unwrap().doubt.as_deref(), Some(&dead));
+    index.decided();
+    assert!(index.find(&Digest::of("one")).unwrap().doubt.is_some(), "somebody wanted it stopped");
+    index.put_key(&key);
+    assert!(index.find(&Digest::of("one")).unwrap().doubt.is_some(), "another change does not settle it");
+    index.put_key(&dead);
+    assert!(index.find(&Digest::of("one")).unwrap().doubt.is_none());
+}
+
+#[test]
+fn other_doubts_end_when_the_log_has_decided() {
+    let key = sample();
+    let index = loaded(&key);
+    index.in_doubt(&Change::Key(Arc::new(rotated(&key, "two", 5))));
+    assert!(index.find(&Digest::of("one")).unwrap().doubt.is_some());
+    index.decided();
+    assert!(index.find(&Digest::of("one")).unwrap().doubt.is_none());
+}
+
+#[test]
+fn what_is_spent_of_a_quota_outlives_every_change_but_the_end() {
+    let mut key = sample();
+    key.terms.quota = Some(Quota { limit: 5, period: QuotaPeriod::Total });
+    let index = loaded(&key);
+    index.load(SnapshotItem::Spent(key.id, Spent { period: at(0), used: 4 }));
+    let take = |cost| {
+        let found = index.find(&Digest::of("one")).unwrap();
+        let take = Take { cost, charge: None, dry_run: false };
+        found.budget.unwrap().take(&found.key, take, false, at(1)).unwrap().refused.is_empty()
+    };
+    assert!(!take(2));
+    index.put_key(&rotated(&key, "two", 2));
+    assert!(take(1));
+    assert!(!take(1));
+    key.terms.quota = None;
+    index.put_key(&key);
+    assert!(index.find(&Digest::of("one")).unwrap().budget.is_none());
+}
+
+/// Key number `number`, with the token `number.1`.
+fn numbered(number: u16) -> Key {
+    let mut random = [0; 10];
+    random[..2].copy_from_slice(&number.to_be_bytes());
+    let mut key = sample();
+    key.id = KeyId::generate(at(0), random);
+    key.secrets[0].digest = digest(number, 1);
+    key
+}
+
+fn digest(number: u16, version: u32) -> Digest {
+    Digest::of(&format!("{number}.{version}"))
+}
+
+/// That a key is held as its record is.
+#[track_caller]
+fn same(held: &HeldKey, key: &Key) {
+    assert_eq!(held.id(), key.id);
+    assert_eq!(held.name(), key.terms.name.as_ref().map(KeyName::as_str));
+    assert_eq!(held.metadata(), &key.terms.metadata);
+    assert_eq!((held.owner(), held.environment()), (&key.owner, &key.environment));
+    assert_eq!((held.scopes(), held.roles()), (key.scopes(), key.roles()));
+    assert_eq!((held.customers(), held.allowed_cidrs()), (key.customers(), key.allowed_cidrs()));
+    assert_eq!((held.rate_limits(), held.quota()), (key.rate_limits(), key.quota()));
+    assert_eq!(held.expires_at(), key.expires_at());
+    assert_eq!((held.is_disabled(), held.is_revoked()), (key.is_disabled(), key.is_revoked()));
+    assert!(held.secret_ends().eq(key.secret_ends()));
+}
+
+/// Whole records in plain maps: what the index answers, said as simply as can be.
+#[derive(Default)]
+struct Model {
+    keys: HashMap<KeyId, Key>,
+    /// Secrets that left the record: digest and when it was superseded.
+    left: HashMap<KeyId, Vec<(Digest, Timestamp)>>,
+    digests: HashMap<Digest, (KeyId, u32)>,
+}
+
+impl Model {
+    fn put(&mut self, key: &Key, left: &[Secret]) {
+        let gone = self.left.entry(key.id).or_default();
+        gone.extend(left.iter().map(|old| (old.digest, old.expires_at.unwrap_or(key.updated_at))));
+        for old in self.keys.get(&key.id).map_or(&[][..], |before| &before.secrets) {
+            if key.secrets.iter().all(|kept| kept.version != old.version) {
+                gone.push((old.digest, old.expires_at.unwrap_or(key.updated_at).min(key.updated_at)));
+            }
+        }
+        for secret in key.secrets.iter().chain(left) {
+            self.digests.entry(secret.digest).or_insert((key.id, secret.version));
+        }
+        self.keys.insert(key.id, key.clone());
+    }
+
+    fn forget(&mut self, then: Timestamp) {
+        let Model { keys, left, digests } = self;
+        keys.retain(|id, key| {
+            let gone = left.entry(*id).or_default();
+            let revoked = key.revocation.as_ref().is_some_and(|revocation| revocation.at < then);
+            let over = |end: Option<Timestamp>| revoked || end.is_some_and(|end| end < then);
+            let ended = key.secrets.iter().filter(|secret| over(secret.expires_at));
+            ended.for_each(|secret| digests.retain(|digest, _| *digest != secret.digest));
+            gone.retain(|(digest, end)| {
+                let over = over(Some(*end));
+                if over {
+                    digests.remove(digest);
+                }
+                !over
+            });
+            !revoked
+        });
+    }
+
+    #[track_caller]
+    fn agrees(&self, index: &Index, digest: &Digest, now: Timestamp) {
+        match (index.find(digest), self.digests.get(digest)) {
+            (None, None) => {}
+            (Some(found), Some((id, version))) => {
+                let key = &self.keys[id];
+                same(&found.key, key);
+                assert_eq!(found.version, *version);
+                assert_eq!(found.key.superseded(*version, now), key.superseded(*version, now));
+                assert_eq!(found.budget.is_some(), key.is_limited());
+            }
+            (found, known) => panic!("{found:?}, and should be {known:?}"),
+        }
+    }
+}
+
+/// What happens to a key.
+#[derive(Clone, Copy, Debug)]
+enum Event {
+    /// It is made, or loaded with a secret that left it long ago.
+    Made {
+        loaded: bool,
+    },
+    /// It is given other terms.
+    Updated(u8),
+    Disabled(bool),
+    Rotated(u8),
+    Revoked,
+    /// Time goes on, and what is dead for so many seconds is forgotten.
+    Forgotten(u8),
+}
+
+fn event() -> impl Strategy<Value = (u16, Event)> {
+    let kind = prop_oneof![
+        4 => any::<bool>().prop_map(|loaded| Event::Made { loaded }),
+        4 => any::<u8>().prop_map(Event::Updated),
+        1 => any::<bool>().prop_map(Event::Disabled),
+        4 => (0..20_u8).prop_map(Event::Rotated),
+        2 => Just(Event::Revoked),
+        1 => (0..30_u8).prop_map(Event::Forgotten),
+    ];
+    (0..150_u16, kind)
+}
+
+/// The same key with other terms, more or less of them.
+fn updated(mut key: Key, choice: u8) -> Key {
+    let bit = |at: u8| choice & (1 << at) != 0;
+    let terms = &mut key.terms;
+    terms.name = bit(0).then(|| KeyName::parse(&"n\u{e9}".repeat(usize::from(choice % 9) + 1)).unwrap());
+    let scope = if bit(1) { "alerts:*" } else { "monitors:read" };
+    terms.scopes = [Scope::parse_grant(scope).unwrap()].into_iter().collect::<ScopeSet>();
+    terms.roles = if bit(2) { vec![RoleName::parse("agent").unwrap()] } else { vec![] };
+    terms.customers = if bit(3) { vec![CustomerId::parse("c1").unwrap()] } else { vec![] };
+    terms.allowed_cidrs = if bit(4) { vec!["10.0.0.0/8".parse().unwrap()] } else { vec![] };
+    let limit = || RateLimit { name: "l".to_owned(), limit: choice.into(), window: Duration::from_secs(1) };
+    terms.rate_limits = if bit(5) { vec![limit()] } else { vec![] };
+    terms.quota = bit(6).then_some(Quota { limit: choice.into(), period: QuotaPeriod::Day });
+    terms.expires_at = bit(7).then(|| at(choice.into()));
+    terms.metadata =
+        choice.is_multiple_of(7).then(|| ("team".to_owned(), choice.to_string())).into_iter().collect();
+    key.environment =
+        EnvironmentName::parse(if choice.is_multiple_of(5) { "staging" } else { "production" }).unwrap();
+    if choice.is_multiple_of(3) {
+        key.owner = Owner::User(UserId::parse("ann").unwrap());
+    }
+    key
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn it_answers_like_a_map_of_whole_records(events in proptest::collection::vec(event(), 1..400)) {
+        let (index, mut model) = (Index::default(), Model::default());
+        let mut made = HashMap::new();
+        let mut all = Vec::new();
+        for (seconds, (number, event)) in (1_i64..).zip(events) {
+            let now = at(seconds);
+            let known: Option<Key> = made.get(&number).cloned();
+            let (key, left) = match (known, event) {
+                (_, Event::Forgotten(age)) => {
+                    let then = now.minus(Duration::from_secs(age.into()));
+                    let before = model.digests.len();
+                    model.forget(then);
+                    prop_assert_eq!(index.forget(then), before - model.digests.len());
+                    prop_assert_eq!(index.len(), model.keys.len());
+                    continue;
+                }
+                (None, Event::Made { loaded: false }) => (numbered(number), vec![]),
+                (None, Event::Made { loaded: true }) => {
+                    let mut key = rotated(&numbered(number), &format!("{number}.2"), seconds);
+                    key.rotate(digest(number, 3), String::new(), Duration::ZERO, now);
+                    let first = Secret { expires_at: Some(now), ..numbered(number).secrets.remove(0) };
+                    (key, vec![first])
+                }
+                (Some(key), _) if key.is_revoked() => continue,
+                (Some(key), Event::Updated(choice)) => (updated(key, choice), vec![]),
+                (Some(key), Event::Disabled(on)) => (Key { disabled_at: on.then_some(now), ..key }, vec![]),
+                (Some(mut key), Event::Rotated(overlap)) => {
+                    let next = digest(number, key.secrets[0].version + 1);
+                    key.rotate(next, String::new(), Duration::from_secs(overlap.into()), now);
+                    (key, vec![])
+                }
+                (Some(key), Event::Revoked) => (revoked(&key, seconds), vec![]),
+                _ => continue,
+            };
+            let key = Key { updated_at: now, ..key };
+            model.put(&key, &left);
+            if matches!(event, Event::Made { loaded: true }) {
+                index.load(SnapshotItem::Key(Arc::new(key.clone()), left.clone()));
+                index.keys.load().show();
+            } else {
+                index.put_key(&key);
+            }
+            all.extend(key.secrets.iter().chain(&left).map(|secret| secret.digest));
+            key.secrets.iter().for_each(|secret| model.agrees(&index, &secret.digest, now));
+            made.insert(number, key);
+        }
+        prop_assert_eq!(index.len(), model.keys.len());
+        all.iter().for_each(|digest| model.agrees(&index, digest, at(1000)));
+    }
+}
+
+#[test]
+fn while_it_grows_no_reader_misses_a_key_that_was_there() {
+    const OLD: u16 = 700;
+    let index = Index::default();
+    (0..OLD).for_each(|number| index.load(SnapshotItem::Key(Arc::new(numbered(number)), vec![])));
+    index.loaded(Revision(1));
+    let grown = AtomicBool::new(false);
+    let read = || {
+        let mut rounds = 0;
+        while !grown.load(Ordering::Acquire) || rounds == 0 {
+            (0..OLD).for_each(|number| {
+                let found = index.find(&digest(number, 1)).unwrap();
+                assert_eq!(found.key.id(), numbered(number).id);
+            });
+            rounds += 1;
+        }
+    };
+    std::thread::scope(|scope| {
+        (0..3).for_each(|_| drop(scope.spawn(read)));
+        (OLD..20_000).for_each(|number| index.put_key(&numbered(number)));
+        grown.store(true, Ordering::Release);
+    });
+    assert_eq!(index.len(), 20_000);
+}
+
+#[test]
+fn a_record_is_seen_before_the_revision_that_says_so_and_by_all_digests_at_once() {
+    let before = rotated(&numbered(0), "0.2", 1);
+    let index = loaded(&before);
+    const LAST: u64 = 5000;
+    let row = |revision| LogRow {
+        revision: Revision(revision),
+        at: at(0),
+        action: Action::KeyUpdated.as_str().to_owned(),
+        account: None,
+        key_id: Some(before.id),
+        user: None,
+        actor: Actor::SYSTEM.to_string(),
+        actor_account: None,
+        acting_user: None,
+        method: "test".to_owned(),
+        payload: String::new(),
+        prev_hash: GENESIS,
+        hash: GENESIS,
+    };
+    let written = |version| {
+        let found = index.find(&digest(0, version)).unwrap();
+        found.key.expires_at().map_or(0, |at| at.as_micros() as u64 / 1_000_000)
+    };
+    let read = || {
+        loop {
+            let revision = Index::revision(&index).unwrap().0;
+            let (first, second) = (written(1), written(2));
+            assert!(revision == 1 || (first >= revision && second >= first), "{revision}: {first}, {second}");
+            if revision == LAST {
+                return assert_eq!(second, LAST);
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        (0..3).for_each(|_| drop(scope.spawn(read)));
+        for revision in 2..=LAST {
+            let mut key = before.clone();
+            key.terms.expires_at = Some(at(revision as i64));
+            index.applied(&[(row(revision), Change::Key(Arc::new(key)))]);
+        }
+    });
+}

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot};
 
-use crate::store::fleet::Fleet;
+use crate::store::{StoreError, fleet::Fleet};
 
 use super::follow::Follow;
 
@@ -46,18 +46,23 @@ impl News {
 async fn read(fleet: Arc<dyn Fleet>, follow: Arc<Follow>, mut asked: mpsc::Receiver<oneshot::Sender<()>>) {
     let mut waiting = Vec::new();
     while asked.recv_many(&mut waiting, QUEUE).await > 0 {
-        if let Some(at) = follow.at() {
-            let taken = match fleet.follow(at.revision).await {
-                Ok(rows) => follow.take_rows(rows).map(drop),
-                Err(error) => Err(error),
-            };
-            if let Err(error) = taken {
-                tracing::debug!(error = &error as &dyn std::error::Error, "the newest changes were not read");
-            }
+        if let Err(error) = catch_up(&*fleet, &follow).await {
+            tracing::debug!(error = &error as &dyn std::error::Error, "the newest changes were not read");
         }
         for answer in waiting.drain(..) {
             // Whoever has gone away does not hear of it.
             let _ = answer.send(());
         }
     }
+}
+
+/// Reads until there is nothing new. What does not fit is the feed's to deal with.
+async fn catch_up(fleet: &dyn Fleet, follow: &Follow) -> Result<(), StoreError> {
+    while let Some(at) = follow.at() {
+        let rows = fleet.follow(at.revision).await?;
+        if rows.is_empty() || follow.take_rows(rows)?.is_err() {
+            break;
+        }
+    }
+    Ok(())
 }

@@ -14,6 +14,11 @@ impl Dice {
         Dice(ChaCha8Rng::seed_from_u64(seed))
     }
 
+    /// Chance of its own for somebody else.
+    pub(super) fn fork(&mut self) -> Dice {
+        Dice::new(self.0.next_u64())
+    }
+
     /// A number less than `end`.
     pub(super) fn below(&mut self, end: u64) -> u64 {
         let wide = u128::from(self.0.next_u64()) * u128::from(end);

@@ -15,7 +15,7 @@ use keyward::{
         time::Revision,
         token::{Digest, Token, shape},
     },
-    engine::{Engine, Question, index::Index, usage::Usage},
+    engine::{Engine, Question, index::Index, lease::Lease, usage::Usage},
     store::SnapshotItem,
 };
 
@@ -70,7 +70,8 @@ fn checks(criterion: &mut Criterion) {
     let index = Arc::new(Index::default());
     (0..KEYS).for_each(|number| index.load(SnapshotItem::Key(Arc::new(key(number)), Vec::new())));
     index.loaded(Revision(1));
-    let engine = Engine::new(index, Arc::new(Usage::default()), Arc::new(SystemClock));
+    let engine =
+        Engine::new(index, Arc::new(Usage::default()), Arc::new(Lease::sole()), Arc::new(SystemClock));
     let (asker, environment) = (AccountId::operator(), EnvironmentName::parse("production").unwrap());
     let scopes = [Scope::parse_required("monitors:read").unwrap()];
     let question = Question {

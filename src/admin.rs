@@ -7,14 +7,18 @@ use http::StatusCode;
 use tokio::{net::TcpListener, sync::watch};
 
 use crate::{
-    domain::decision::Reason,
+    clock::Clock,
+    domain::{
+        decision::Reason,
+        lease::{Boottime, replica::Standing},
+    },
     engine::Engine,
     gateway::Gateway,
     http1::{self, Page},
+    replication::feed::Sight,
 };
 
 /// What the pages tell of.
-#[derive(Debug)]
 pub struct Told {
     /// Answers Checks.
     pub engine: Arc<Engine>,
@@ -22,6 +26,16 @@ pub struct Told {
     pub gateway: Arc<Gateway>,
     /// Whether Checks are answered.
     pub ready: watch::Receiver<bool>,
+    /// The replica that this is, where there are others.
+    pub replica: Option<Arc<Sight>>,
+    /// Tells the time.
+    pub clock: Arc<dyn Clock>,
+}
+
+impl std::fmt::Debug for Told {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Told").field("engine", &self.engine).finish_non_exhaustive()
+    }
 }
 
 /// Serves the pages until `stopping` turns true.
@@ -61,7 +75,44 @@ fn metrics(told: &Told, ready: bool) -> String {
     ] {
         let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} gauge\n{name} {value}");
     }
+    if let Some(replica) = &told.replica {
+        replica_metrics(&mut text, told, replica);
+    }
     text
+}
+
+/// How a replica stands with the database.
+fn replica_metrics(text: &mut String, told: &Told, replica: &Sight) {
+    let clock = || told.clock.boottime();
+    let left = match told.engine.lease.deadline() {
+        Boottime::FOREVER => "+Inf".to_owned(),
+        deadline => deadline.since(clock()).as_secs_f64().to_string(),
+    };
+    let staleness = told.engine.lease.staleness(clock).as_secs_f64();
+    let regressed = u8::from(replica.standing() == Some(Standing::Regressed));
+    for (name, help, value) in [
+        ("keyward_lease_seconds", "How long Checks may still allow without news from the database.", left),
+        ("keyward_staleness_seconds", "How old the state in memory can be.", staleness.to_string()),
+        (
+            "keyward_regressed",
+            "1 while the database has another history than this replica.",
+            regressed.to_string(),
+        ),
+    ] {
+        let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} gauge\n{name} {value}");
+    }
+    let [renewals, failures, frozen] = replica.counts();
+    for (name, help, value) in [
+        ("keyward_renewals_total", "Renewals of the lease that the database answered.", renewals),
+        ("keyward_feed_failures_total", "Requests of the replica that failed.", failures),
+        (
+            "keyward_clock_frozen_total",
+            "How often this machine's clock was found to have stood still.",
+            frozen,
+        ),
+    ] {
+        let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} counter\n{name} {value}");
+    }
 }
 
 fn gateway_metrics(text: &mut String, gateway: &Gateway) {

@@ -8,12 +8,29 @@ use std::{
 
 use rand::TryRng as _;
 
-use crate::domain::time::Timestamp;
+use crate::domain::{lease::Boottime, time::Timestamp};
 
 /// Tells the time.
 pub trait Clock: Send + Sync + 'static {
     /// The present instant of UTC.
     fn now(&self) -> Timestamp;
+
+    /// The present instant of the boot clock. Leases are measured by it, and requests to a database take the time that
+    /// they take: so it runs, also where the wall clock stands for a test.
+    fn boottime(&self) -> Boottime {
+        boottime()
+    }
+}
+
+/// `CLOCK_BOOTTIME` counts the time asleep too; other systems than Linux have the like as their monotonic clock.
+fn boottime() -> Boottime {
+    #[cfg(target_os = "linux")]
+    let clock = rustix::time::ClockId::Boottime;
+    #[cfg(not(target_os = "linux"))]
+    let clock = rustix::time::ClockId::Monotonic;
+    let now = rustix::time::clock_gettime(clock);
+    let (seconds, nanos) = (u64::try_from(now.tv_sec), u64::try_from(now.tv_nsec));
+    Boottime::from_nanos(seconds.unwrap_or(0) * 1_000_000_000 + nanos.unwrap_or(0))
 }
 
 /// The machine's wall clock.

@@ -7,6 +7,7 @@
 //! | [`domain`] | tokens, scopes, keys, the decision, the log, leases: values and pure functions, no I/O, no clock |
 //! | [`store`] | the `Store` contract, the backends, migrations, group commit; SQL stands nowhere else |
 //! | [`engine`] | Checks from memory: the index, usage written behind |
+//! | [`replication`] | many replicas on one database: who follows, holds a lease, waits for whom |
 //! | [`access`], [`refusal`] | who calls and what they may do; why a call is not done |
 //! | [`keys`], [`accounts`], [`people`] | the use cases: what one transaction writes |
 //! | [`gateway`] | HTTP requests that proxies ask about: routes, credentials, replies |
@@ -19,7 +20,7 @@
 //! | [`pb`] | generated from `proto/` |
 //!
 //! # Who may use whom
-//! `cli → server → {grpc, forward} → {gateway, keys, accounts, people} → engine → store → domain`, never back; `tests/it/tidy.rs` holds it.
+//! `cli → server → {grpc, forward} → {gateway, keys, accounts, people} → replication → engine → store → domain`, never back; `tests/it/tidy.rs` holds it.
 //!
 //! # What always holds
 //! - A token is shown once and stored never; nothing prints one.
@@ -45,6 +46,7 @@ pub mod pb;
 pub mod people;
 pub mod refusal;
 pub mod reload;
+pub mod replication;
 pub mod server;
 pub mod store;
 pub mod telemetry;

@@ -16,6 +16,7 @@ use crate::{
     engine::Engine,
     keys::Keys,
     refusal::{Refusal, Thing},
+    replication::propagation::Reach,
     store::{
         Outcome, Rejection, Store, Write,
         writer::{WriteError, Writer},
@@ -23,6 +24,17 @@ use crate::{
 };
 
 const ATTEMPTS: u32 = 16;
+
+/// What other scopes take away. The same once more may be a call that is made again.
+fn reach(after: &ScopeSet, before: &ScopeSet) -> Reach {
+    if after == before {
+        Reach::Narrows { again: true }
+    } else if after.covers_all(before) {
+        Reach::Widens
+    } else {
+        Reach::Narrows { again: false }
+    }
+}
 
 /// The use cases of roles and members.
 pub struct People {
@@ -76,10 +88,10 @@ impl People {
         &self,
         caller: &Caller,
         action: Action,
-        make: impl Fn() -> Result<(Change, Option<Revision>), Refusal>,
-    ) -> Result<Change, Refusal> {
+        make: impl Fn() -> Result<(Change, Option<Revision>, Reach), Refusal>,
+    ) -> Result<(Change, Reach), Refusal> {
         for _ in 0..ATTEMPTS {
-            let (change, expect) = make()?;
+            let (change, expect, reach) = make()?;
             let write = Write {
                 change,
                 expect,
@@ -90,7 +102,7 @@ impl People {
                 idempotency: None,
             };
             match self.writer.write(write).await {
-                Ok(Outcome::Applied(change)) => return Ok(change),
+                Ok(Outcome::Applied(change)) => return Ok((change, reach)),
                 Ok(Outcome::Replayed(_)) | Err(WriteError::Rejected(Rejection::Conflict)) => {}
                 Err(error) => return Err(error.into()),
             }
@@ -108,7 +120,7 @@ impl People {
         account: Option<AccountId>,
         name: RoleName,
         scopes: ScopeSet,
-    ) -> Result<Arc<Role>, Refusal> {
+    ) -> Result<(Arc<Role>, Reach), Refusal> {
         self.role_home(caller, account.as_ref())?;
         caller.is_unbound()?;
         caller.may_grant(&scopes)?;
@@ -116,14 +128,16 @@ impl People {
             .change(caller, Action::RolePut, || {
                 let before = self.engine.index.role_record(account.as_ref(), &name);
                 // What the name stands for so far, be it a global role that this one would stand before.
-                caller.may_grant(&self.held(account.as_ref(), &name))?;
+                let held = self.held(account.as_ref(), &name);
+                caller.may_grant(&held)?;
+                let reach = reach(&scopes, &held);
                 let (account, name, scopes) = (account.clone(), name.clone(), scopes.clone());
                 let role = Role { account, name, scopes, revision: Revision::default() };
-                Ok((Change::Role(Arc::new(role)), before.map(|before| before.revision)))
+                Ok((Change::Role(Arc::new(role)), before.map(|before| before.revision), reach))
             })
             .await?;
         match change {
-            Change::Role(role) => Ok(role),
+            (Change::Role(role), reach) => Ok((role, reach)),
             _ => Err(Refusal::Unavailable),
         }
     }
@@ -146,11 +160,11 @@ impl People {
                 let before = before.ok_or(Refusal::NotFound(Thing::Role))?;
                 caller.may_grant(&before.scopes)?;
                 let expect = Some(before.revision);
-                Ok((Change::RoleDeleted(before), expect))
+                Ok((Change::RoleDeleted(before), expect, Reach::Narrows { again: false }))
             })
             .await?;
         match change {
-            Change::RoleDeleted(role) => Ok(role.revision),
+            (Change::RoleDeleted(role), _) => Ok(role.revision),
             _ => Err(Refusal::Unavailable),
         }
     }
@@ -180,23 +194,26 @@ impl People {
         account: AccountId,
         user: UserId,
         role: RoleName,
-    ) -> Result<Arc<Member>, Refusal> {
+    ) -> Result<(Arc<Member>, Reach), Refusal> {
         self.account(caller, &account)?;
         caller.is_unbound()?;
         caller.may_grant(&self.held(Some(&account), &role))?;
         let change = self
             .change(caller, Action::MemberPut, || {
                 let before = self.engine.index.member_record(&account, &user);
+                let mut reach = Reach::Widens;
                 if let Some(before) = &before {
-                    caller.may_grant(&self.held(Some(&account), &before.role))?;
+                    let held = self.held(Some(&account), &before.role);
+                    caller.may_grant(&held)?;
+                    reach = self::reach(&self.held(Some(&account), &role), &held);
                 }
                 let (account, user, role) = (account.clone(), user.clone(), role.clone());
                 let member = Member { account, user, role, revision: Revision::default() };
-                Ok((Change::Member(Arc::new(member)), before.map(|before| before.revision)))
+                Ok((Change::Member(Arc::new(member)), before.map(|before| before.revision), reach))
             })
             .await?;
         match change {
-            Change::Member(member) => Ok(member),
+            (Change::Member(member), reach) => Ok((member, reach)),
             _ => Err(Refusal::Unavailable),
         }
     }
@@ -219,7 +236,7 @@ impl People {
                 let before = self.engine.index.member_record(&account, &user);
                 let before = before.ok_or(Refusal::NotFound(Thing::Member))?;
                 let expect = Some(before.revision);
-                Ok((Change::MemberRemoved(before), expect))
+                Ok((Change::MemberRemoved(before), expect, Reach::Narrows { again: false }))
             })
             .await;
         let mut revoked = Revision::default();
@@ -228,7 +245,7 @@ impl People {
             revoked = self.keys.revoke_all_of(caller, &user).await?;
         }
         match removed {
-            Ok(Change::MemberRemoved(member)) => Ok(member.revision.max(revoked)),
+            Ok((Change::MemberRemoved(member), _)) => Ok(member.revision.max(revoked)),
             Ok(_) => Err(Refusal::Unavailable),
             Err(_) if revoked > Revision::default() => Ok(revoked),
             Err(refusal) => Err(refusal),

@@ -4,6 +4,7 @@
 use crate::{
     clock::NoEntropy,
     engine::CannotAnswer,
+    replication::propagation::Incomplete,
     store::{Rejection, StoreError, writer::WriteError},
 };
 
@@ -67,6 +68,8 @@ pub enum Refusal {
     Stopping,
     /// The record changed again and again while it was being changed.
     Contended,
+    /// A change is recorded, and not known to be in force everywhere.
+    Incomplete(Incomplete),
 }
 
 impl Refusal {
@@ -88,6 +91,12 @@ impl From<StoreError> for Refusal {
     fn from(error: StoreError) -> Self {
         tracing::error!(error = &error as &dyn std::error::Error, "the store failed");
         Refusal::Unavailable
+    }
+}
+
+impl From<Incomplete> for Refusal {
+    fn from(incomplete: Incomplete) -> Self {
+        Refusal::Incomplete(incomplete)
     }
 }
 

@@ -1,11 +1,12 @@
 //! The composition root: puts a server together, starts it in order, and takes it down in order.
 //!
 //! Start: read the rules · open and check the store · take the addresses · make the root key of a first start ·
-//! listen · put the rules in force · load the index · serve. A
-//! client that connects while the index loads waits; after a second it is served and hears UNAVAILABLE, and
-//! health says NOT_SERVING. Stop: health says NOT_SERVING · no new connections · calls in flight end · usage is
-//! written · the store is closed.
+//! listen · put the rules in force · load the index, and as a replica take a lease · serve. A client that connects
+//! while the index loads waits; after a second it is served and hears UNAVAILABLE, and health says NOT_SERVING. Stop:
+//! health says NOT_SERVING · no new connections · calls in flight end · usage is written · the lease and the replica's
+//! row are given up · the store is closed.
 
+pub mod replicas;
 mod rules;
 mod sockets;
 
@@ -27,6 +28,7 @@ use tokio::{
 };
 use tonic_health::server::HealthReporter;
 
+use replicas::Place;
 use rules::Rules;
 use sockets::{Addresses, Listeners, Sockets};
 
@@ -48,6 +50,7 @@ use crate::{
     grpc::{self, Parts, gate::Door, serve::Workers},
     keys::{self, Keys},
     people::People,
+    replication::{feed, follow::Follow},
     store::{self, CommitError, Hour, KeyFilter, Outcome, OwnerFilter, Store, Write, writer::Writer},
 };
 
@@ -89,6 +92,7 @@ struct Running {
     serving: JoinHandle<()>,
     background: Vec<JoinHandle<()>>,
     writer: JoinHandle<()>,
+    replica: Option<feed::Running>,
 }
 
 impl std::fmt::Debug for Running {
@@ -112,12 +116,14 @@ impl Server {
         // The addresses are ours before a root key is made: one that no start shows would be lost. Nobody can
         // connect before it is kept.
         let sockets = Sockets::bind(&settings).await?;
+        replicas::first_lease(&store, &settings).await?;
         let root_token = first_start(&*store, &settings, &*clock, &*entropy).await?;
         let listeners = sockets.listen(&settings)?;
         let addresses = listeners.addresses()?;
 
         let index = Arc::new(Index::default());
-        let (parts, writer) = parts(&settings, store.clone(), index.clone(), clock.clone(), entropy);
+        let place = Place::on(&store, index.clone(), clock.clone());
+        let (parts, writer) = parts(&settings, store.clone(), &place, clock.clone(), entropy.clone());
         let (engine, gateway) = (parts.engine.clone(), parts.gateway.clone());
         // In force before anybody is served.
         if let Some(rules) = &rules {
@@ -130,14 +136,34 @@ impl Server {
         let (stopping, is_stopping) = watch::channel(false);
         let (closing, is_closing) = watch::channel(false);
 
-        let loading = load(store.clone(), index.clone(), clock.clone(), settings.retention);
-        let loading = tokio::spawn(finish_start(loading, reporter.clone(), ready.clone()));
-        let mut loading = Some(loading);
-        if let Some(task) = &mut loading
-            && let Ok(loaded) = tokio::time::timeout(QUIET_START, task).await
-        {
-            loaded??;
-            loading = None;
+        let port = addresses.main.port();
+        let replica = place.start(&store, &settings, port, clock.clone(), entropy).await?;
+        let mut loading = match &replica {
+            Some(replica) => tokio::spawn(until_serving(replica.serving.clone())),
+            None => tokio::spawn(load(
+                store.clone(),
+                place.follow.clone(),
+                clock.clone(),
+                settings.retention,
+                ready.clone(),
+            )),
+        };
+        let loaded = tokio::time::timeout(QUIET_START, &mut loading).await;
+        let loading = match loaded {
+            Ok(loaded) => {
+                loaded??;
+                None
+            }
+            Err(_) => Some(loading),
+        };
+        let told =
+            tell(reporter.clone(), ready.clone(), replica.as_ref().map(|replica| replica.serving.clone()));
+        let gave_up = replica.as_ref().map(|replica| replica.failed.clone());
+        let telling = tokio::spawn(told);
+        // Whoever has waited for the start finds it said.
+        if loading.is_none() {
+            ready.send_replace(true);
+            grpc::report_health(&reporter, true).await;
         }
         let workers = Workers::start(settings.threads, &services, &is_stopping, DRAIN)?;
         drop(services);
@@ -146,23 +172,40 @@ impl Server {
             .map(|listener| tokio::spawn(forward::serve(listener, gateway.clone(), is_stopping.clone())));
         let serving = tokio::spawn(serve(main, envoy, workers, forwarding, is_stopping));
         let usage = engine.usage.clone();
-        let told = admin::Told { engine, gateway: gateway.clone(), ready: is_ready };
+        let told = admin::Told {
+            engine,
+            gateway: gateway.clone(),
+            ready: is_ready,
+            replica: replica.as_ref().map(|_| place.sight.clone()),
+            clock: clock.clone(),
+        };
         let mut background = vec![
             tokio::spawn(admin::serve(admin_listener, told, is_closing)),
             tokio::spawn(flush_usage(store.clone(), usage.clone())),
             tokio::spawn(forget(store.clone(), index, clock, settings.retention)),
             tokio::spawn(watch_loading(loading, stopping.clone())),
-            tokio::spawn(watch_ownership(store.clone(), stopping.clone())),
+            tokio::spawn(watch_replica(gave_up, stopping.clone())),
+            telling,
         ];
         background.extend(rules.map(|rules| tokio::spawn(rules.watch(gateway))));
-        let running =
-            Running { store, usage, reporter, ready, stopping, closing, serving, background, writer };
+        let running = Running {
+            store,
+            usage,
+            reporter,
+            ready,
+            stopping,
+            closing,
+            serving,
+            background,
+            writer,
+            replica,
+        };
         let Addresses { main: address, admin: admin_address, envoy, forward } = addresses;
         let (envoy_address, forward_auth_address) = (envoy, forward);
         Ok(Server { address, admin_address, envoy_address, forward_auth_address, root_token, running })
     }
 
-    /// Waits until the server gives up by itself: its index cannot be loaded, or its database is another's now.
+    /// Waits until the server gives up by itself: its index cannot be loaded.
     pub async fn failed(&self) {
         let mut stopping = self.running.stopping.subscribe();
         // The sender lives as long as `self`.
@@ -171,8 +214,22 @@ impl Server {
 
     /// Stops in order: nothing acknowledged is lost, and calls in flight are answered if they end in time.
     pub async fn stop(self) {
-        let Running { store, usage, reporter, ready, stopping, closing, serving, background, writer } =
-            self.running;
+        let Running {
+            store,
+            usage,
+            reporter,
+            ready,
+            stopping,
+            closing,
+            serving,
+            background,
+            writer,
+            replica,
+        } = self.running;
+        // Before health is told for the last time.
+        if let Some(telling) = background.last() {
+            telling.abort();
+        }
         grpc::report_health(&reporter, false).await;
         ready.send_replace(false);
         stopping.send_replace(true);
@@ -190,6 +247,9 @@ impl Server {
         if let Err(error) = usage.flush(&*store).await {
             tracing::warn!(error = &error as &dyn std::error::Error, "the last uses were not written");
         }
+        if let Some(replica) = replica {
+            replica.stop().await;
+        }
         store.close().await;
         tracing::info!("stopped");
     }
@@ -199,12 +259,14 @@ impl Server {
 pub fn parts(
     settings: &Settings,
     store: Arc<dyn Store>,
-    index: Arc<Index>,
+    place: &Place,
     clock: Arc<dyn Clock>,
     entropy: Arc<dyn Entropy>,
 ) -> (Parts, JoinHandle<()>) {
-    let engine = Arc::new(Engine::new(index.clone(), Arc::new(Usage::default()), clock.clone()));
-    let (writer, task) = Writer::spawn(store.clone(), index);
+    let index = place.follow.index().clone();
+    let engine = Engine::new(index, Arc::new(Usage::default()), place.lease.clone(), clock.clone());
+    let engine = Arc::new(engine);
+    let (writer, task) = Writer::spawn(store.clone(), place.follow.clone());
     let environments = Arc::new(settings.keys.environments.clone());
     let keys = Arc::new(Keys::new(
         store.clone(),
@@ -224,7 +286,8 @@ pub fn parts(
         people: Arc::new(people),
         gateway: Arc::new(gateway),
         store,
-        clock,
+        propagation: place.propagation.clone(),
+        news: place.news.clone(),
         environments,
     };
     (parts, task)
@@ -263,33 +326,45 @@ async fn within(patience: Duration, task: Option<JoinHandle<()>>) -> Option<Resu
     ended
 }
 
-/// Fills the index from the store.
+/// Fills the index from a store that this process owns.
 async fn load(
     store: Arc<dyn Store>,
-    index: Arc<Index>,
+    follow: Arc<Follow>,
     clock: Arc<dyn Clock>,
     retention: Duration,
+    ready: watch::Sender<bool>,
 ) -> anyhow::Result<()> {
     let forget_before = clock.now().minus(retention);
+    let index = follow.index();
     let head = store
         .snapshot(forget_before, &mut |item| index.load(item))
         .await
         .context("the keys could not be loaded")?;
     index.forget(forget_before);
-    index.loaded(head.revision);
+    follow.loaded(head);
     tracing::info!(keys = index.len(), revision = head.revision.0, "the index is loaded");
+    ready.send_replace(true);
     Ok(())
 }
 
-async fn finish_start(
-    loading: impl Future<Output = anyhow::Result<()>>,
-    reporter: HealthReporter,
-    ready: watch::Sender<bool>,
-) -> anyhow::Result<()> {
-    loading.await?;
-    grpc::report_health(&reporter, true).await;
-    ready.send_replace(true);
+/// Waits for a replica's first lease.
+async fn until_serving(mut serving: watch::Receiver<bool>) -> anyhow::Result<()> {
+    // The sender goes with the replica, at the stop.
+    let _ = serving.wait_for(|serving| *serving).await;
     Ok(())
+}
+
+/// Tells health whether Checks are answered, each time that it changes: as a replica's lease comes and goes, or once.
+async fn tell(reporter: HealthReporter, ready: watch::Sender<bool>, serving: Option<watch::Receiver<bool>>) {
+    let mut source = serving.unwrap_or_else(|| ready.subscribe());
+    loop {
+        let answers = *source.borrow_and_update();
+        grpc::report_health(&reporter, answers).await;
+        ready.send_if_modified(|ready| std::mem::replace(ready, answers) != answers);
+        if source.changed().await.is_err() {
+            return;
+        }
+    }
 }
 
 /// Takes the server down if its index cannot be loaded after all.
@@ -304,10 +379,10 @@ async fn watch_loading(loading: Option<JoinHandle<anyhow::Result<()>>>, stopping
     stopping.send_replace(true);
 }
 
-/// Takes the server down when another process has taken its database over: what it knows grows old from then on.
-async fn watch_ownership(store: Arc<dyn Store>, stopping: watch::Sender<bool>) {
-    store.lost().await;
-    tracing::error!("another keyward has taken the database over; the server stops");
+/// Takes the server down when its replica cannot go on.
+async fn watch_replica(failed: Option<watch::Receiver<bool>>, stopping: watch::Sender<bool>) {
+    replicas::gave_up(failed).await;
+    tracing::error!("the replica cannot go on; the server stops");
     stopping.send_replace(true);
 }
 
@@ -412,13 +487,14 @@ impl KeptToken {
     }
 }
 
-/// Makes a new root key and revokes the ones before it. The database must belong to no running server.
+/// Makes a new root key and revokes the ones before it, also where servers run on the database. A file must belong to
+/// no running server.
 ///
 /// # Errors
 /// When the store does not open or has never been started, or the key cannot be kept.
 pub async fn reset_root_key(
     settings: &Settings,
-    clock: &dyn Clock,
+    clock: Arc<dyn Clock>,
     entropy: &dyn Entropy,
 ) -> anyhow::Result<Option<Token>> {
     const METHOD: &str = "keyward root-key reset";
@@ -426,18 +502,24 @@ pub async fn reset_root_key(
     if store.head().await?.revision == Revision::default() {
         bail!("this database is new and has no root key yet; 'keyward serve' makes one at its first start");
     }
-    let root = keys::root::root_key(clock, entropy, &settings.keys, METHOD)?;
-    let mut batch = revoke_roots(&*store, clock, METHOD).await?;
+    let root = keys::root::root_key(&*clock, entropy, &settings.keys, METHOD)?;
+    let mut batch = revoke_roots(&*store, &*clock, METHOD).await?;
     batch.push(root.write);
     let kept = KeptToken::keep(settings.root_key_file.as_deref(), &root.token)?;
     let committed = store.commit(&batch).await.inspect_err(|error| kept.discard_after(error))?;
-    store.close().await;
     if let Some(Err(rejection)) =
         committed.outcomes.iter().find(|outcome: &&Result<Outcome, _>| outcome.is_err())
     {
         kept.discard();
         bail!("the root key was not recorded: {rejection:?}; try again");
     }
+    // Running replicas may still hold the old ones for good.
+    let place = Place::on(&store, Arc::default(), clock.clone());
+    let revision = committed.rows.last().map(|(row, _)| row.revision).unwrap_or_default();
+    if let Err(incomplete) = place.propagation.wait(revision, false, None).await {
+        tracing::error!(?incomplete, "the old root keys are revoked, and may not be refused everywhere yet");
+    }
+    store.close().await;
     Ok(settings.root_key_file.is_none().then_some(root.token))
 }
 

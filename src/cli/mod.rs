@@ -1,6 +1,6 @@
 //! The command line: reads the arguments and runs one command.
 //!
-//! `serve` and `root_key` start what the server's side offers; `rules` reads a file as a server would. All others
+//! `serve`, `root_key` and `replicas` start what the server's side offers; `rules` reads a file as a server would. All others
 //! are client commands: they speak to a server through the generated client (`pb`) and may use `domain` and
 //! `config`, never `store`, `engine` or `grpc`, so that they can do nothing that another client could not. Every
 //! command answers with an exit code; nothing here ends the process, since what is pending at an exit is lost.
@@ -23,6 +23,7 @@ mod keys;
 mod members;
 mod output;
 mod paging;
+mod replicas;
 mod roles;
 pub mod root_key;
 mod rules;
@@ -80,6 +81,11 @@ enum Command {
     RootKey {
         #[command(subcommand)]
         command: RootKeyCommand,
+    },
+    /// Look after the processes that serve one PostgreSQL database, with the database at hand
+    Replicas {
+        #[command(subcommand)]
+        command: replicas::ReplicasCommand,
     },
     /// Create, find, change and revoke keys
     #[command(mut_args = settings::below_top)]
@@ -171,6 +177,7 @@ pub fn main() -> ExitCode {
     match cli.command {
         Command::Serve(args) => serve::run(args),
         Command::RootKey { command: RootKeyCommand::Reset(args) } => root_key::run(args),
+        Command::Replicas { command } => replicas::run(&command),
         Command::Completions(args) => {
             finish(&mut Console::system(), |console| completions::run(args, console))
         }
@@ -249,6 +256,7 @@ fn run_client(command: Command, outer: ClientArgs, console: &mut Console) -> Res
         }
         Command::Serve(_)
         | Command::RootKey { .. }
+        | Command::Replicas { .. }
         | Command::Rules(_)
         | Command::Completions(_)
         | Command::Descriptors => Ok(0),

@@ -19,7 +19,8 @@ fn reset(args: RootKeyArgs) -> anyhow::Result<()> {
     let mut settings = Settings::load_database(&args.database)?;
     settings.root_key_file = args.root_key_file;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let token = runtime.block_on(reset_root_key(&settings, &SystemClock, &SystemEntropy))?;
+    let token =
+        runtime.block_on(reset_root_key(&settings, std::sync::Arc::new(SystemClock), &SystemEntropy))?;
     let mut out = std::io::stdout().lock();
     match (token, &settings.root_key_file) {
         (Some(token), _) => write_root_key(&mut out, &token)?,

@@ -4,5 +4,6 @@
 pub mod client;
 pub mod duration;
 mod gateway;
+pub mod replicas;
 pub mod rules;
 pub mod server;

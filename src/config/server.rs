@@ -12,11 +12,14 @@ use serde::Deserialize;
 use crate::{
     domain::{
         account::{Environment, Environments},
+        lease::Lease,
         name::{RoleName, TokenPrefix},
     },
     gateway::GatewaySettings,
     keys::KeySettings,
 };
+
+use super::replicas;
 
 const LISTEN: &str = "127.0.0.1:50051";
 const ADMIN_LISTEN: &str = "127.0.0.1:9090";
@@ -45,6 +48,13 @@ pub struct ServeArgs {
     /// Write the root key of a first start to this new file (mode 0600) instead of the terminal
     #[arg(long, env = "KEYWARD_ROOT_KEY_FILE", value_name = "PATH")]
     pub root_key_file: Option<PathBuf>,
+    /// What this replica is called in reports [default: the machine's name and the port]
+    #[arg(long, env = "KEYWARD_REPLICA_NAME", value_name = "NAME")]
+    pub replica_name: Option<String>,
+    /// How long replicas answer without news from a new PostgreSQL database: strict (5s), default (60s), static, or
+    /// a duration [default: default]
+    #[arg(long, env = "KEYWARD_LEASE", value_name = "LEASE")]
+    pub lease: Option<String>,
     /// How many threads serve connections [default: one per core]
     #[arg(long, env = "KEYWARD_THREADS", value_name = "N")]
     pub threads: Option<NonZeroUsize>,
@@ -156,6 +166,8 @@ struct File {
     envoy_listen: Option<String>,
     forward_auth_listen: Option<String>,
     rules: Option<PathBuf>,
+    replica_name: Option<String>,
+    lease: Option<String>,
     #[serde(default)]
     gateway: super::gateway::File,
 }
@@ -179,6 +191,10 @@ pub struct Settings {
     pub forward_auth_listen: Option<String>,
     /// The file with rules for HTTP requests.
     pub rules: Option<PathBuf>,
+    /// What this replica is called; None = by its machine and port.
+    pub replica_name: Option<String>,
+    /// The lease of a new database; None = the usual one.
+    pub lease: Option<Lease>,
     /// How HTTP requests that proxies ask about are judged.
     pub gateway: GatewaySettings,
     /// What keys look like.
@@ -213,6 +229,12 @@ impl Settings {
         }
         if args.rules.is_some() {
             settings.rules.clone_from(&args.rules);
+        }
+        if let Some(name) = &args.replica_name {
+            settings.replica_name = Some(replicas::read_name(name)?);
+        }
+        if let Some(lease) = &args.lease {
+            settings.lease = Some(replicas::read_lease(lease)?);
         }
         if let Some(threads) = args.threads {
             settings.threads = threads.get();
@@ -285,6 +307,8 @@ impl Settings {
             envoy_listen: file.envoy_listen,
             forward_auth_listen: file.forward_auth_listen,
             rules: file.rules,
+            replica_name: file.replica_name.as_deref().map(replicas::read_name).transpose()?,
+            lease: file.lease.as_deref().map(replicas::read_lease).transpose()?,
             gateway,
             keys: KeySettings { environments, prefix, default_role },
             retention: Duration::from_secs(u64::from(retention) * 24 * 60 * 60),
@@ -344,6 +368,8 @@ mod tests {
             ("environments = []", "at least one"),
             ("environments = [{ name = 'prod', tag = 'LIVE' }]", "[a-z0-9]"),
             ("retention_days = -1", "retention_days"),
+            ("lease = '0s'", "strict (5s)"),
+            ("replica_name = ''", "replica_name"),
         ] {
             let error = from_file(text).unwrap_err().to_string();
             assert!(error.contains(said), "{text}: {error}");

@@ -203,7 +203,28 @@ pub struct LogRow {
     pub hash: Hash,
 }
 
+/// An entry whose payload cannot be read.
+#[derive(Debug, thiserror::Error)]
+#[error("log entry {revision}: {source}")]
+pub struct Unreadable {
+    /// Its place.
+    pub revision: Revision,
+    /// What is wrong.
+    pub source: serde_json::Error,
+}
+
 impl LogRow {
+    /// The entry with its change, read from the payload.
+    ///
+    /// # Errors
+    /// When that is no change that this version knows.
+    pub fn with_change(self) -> Result<(LogRow, Change), Unreadable> {
+        match serde_json::from_str(&self.payload) {
+            Ok(change) => Ok((self, change)),
+            Err(source) => Err(Unreadable { revision: self.revision, source }),
+        }
+    }
+
     /// The hash that this entry must have: SHA-256 over a version tag, the hash before, the two numbers as
     /// 8 bytes big-endian, and every text with its length as 8 bytes big-endian before it. An absent value
     /// has the length 2^64-1, so that it differs from an empty one.

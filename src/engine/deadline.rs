@@ -49,10 +49,15 @@ impl<W: Word> Deadline<W> {
         self.0.store(deadline.as_nanos(), Ordering::Release);
     }
 
-    /// Reads it, then the clock, and looks up after. Gives what was found, and whether it may be allowed.
-    pub fn check<T>(&self, clock: impl FnOnce() -> Boottime, look_up: impl FnOnce() -> T) -> (T, bool) {
-        let deadline = Boottime::from_nanos(self.0.load(Ordering::Acquire));
+    /// What it is.
+    pub fn get(&self) -> Boottime {
+        Boottime::from_nanos(self.0.load(Ordering::Acquire))
+    }
+
+    /// Reads it, then the clock, and looks up after. `look_up` hears whether what it finds may be allowed.
+    pub fn check<T>(&self, clock: impl FnOnce() -> Boottime, look_up: impl FnOnce(bool) -> T) -> T {
+        let deadline = self.get();
         let fresh = clock() < deadline;
-        (look_up(), fresh)
+        look_up(fresh)
     }
 }

@@ -22,7 +22,7 @@ use super::limiter::Budget;
 use crate::{
     domain::{
         account::{Account, Member, Role},
-        key::{Key, Secret},
+        key::{Key, RevokeReason, Secret},
         log::{Change, LogRow},
         name::{AccountId, KeyId, RoleName, UserId},
         time::{Revision, Timestamp},
@@ -150,6 +150,12 @@ impl Index {
         Some(Found { key, version: *version, budget: slot.budget.clone(), doubt })
     }
 
+    /// The record of a key.
+    #[must_use]
+    pub fn record(&self, id: KeyId) -> Option<Arc<Key>> {
+        self.by_id.pin().get(&id).map(|slot| slot.key.load_full())
+    }
+
     fn doubted<T>(&self, find: impl FnOnce(&Doubts) -> Option<T>) -> Option<T> {
         if self.doubtful.load(Ordering::Acquire) == 0 { None } else { find(&lock(&self.doubts)) }
     }
@@ -193,6 +199,17 @@ impl Index {
         self.roles.pin().get(&(account.cloned(), name.clone())).cloned()
     }
 
+    /// Every key that is known to be revoked: since when, and why.
+    #[must_use]
+    pub fn revoked(&self) -> Vec<(KeyId, Timestamp, RevokeReason)> {
+        let by_id = self.by_id.pin();
+        let revoked = by_id.iter().filter_map(|(id, slot)| {
+            let key = slot.key.load();
+            key.revocation.as_ref().map(|revocation| (*id, revocation.at, revocation.reason))
+        });
+        revoked.collect()
+    }
+
     /// Takes a record of the first snapshot.
     pub fn load(&self, item: SnapshotItem) {
         match item {
@@ -206,6 +223,16 @@ impl Index {
                 }
             }
         }
+    }
+
+    /// Forgets everything: another snapshot is to be loaded. What is in doubt stays so.
+    pub fn clear(&self) {
+        self.applied.store(0, Ordering::Release);
+        self.by_digest.pin().clear();
+        self.by_id.pin().clear();
+        self.accounts.pin().clear();
+        self.roles.pin().clear();
+        self.members.pin().clear();
     }
 
     /// Says that the snapshot is complete, as of `revision`.

@@ -5,6 +5,7 @@
 
 pub mod deadline;
 pub mod index;
+pub mod lease;
 pub mod limiter;
 pub mod usage;
 
@@ -14,6 +15,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use crate::{
@@ -30,6 +32,7 @@ use crate::{
 };
 
 use index::{Found, Index};
+use lease::Lease;
 use limiter::{Charge, Take};
 use usage::Usage;
 
@@ -88,6 +91,8 @@ pub struct Answer {
     pub limits: limiter::Usage,
     /// The answer is from a state at least as new.
     pub revision: Revision,
+    /// How old that state can be.
+    pub staleness: Duration,
 }
 
 impl Answer {
@@ -109,6 +114,7 @@ impl Answer {
             barred: false,
             limits: limiter::Usage::default(),
             revision,
+            staleness: Duration::ZERO,
         }
     }
 }
@@ -119,6 +125,12 @@ pub enum CannotAnswer {
     /// The first snapshot is not loaded yet.
     #[error("the server is starting and has not loaded its keys yet")]
     Starting,
+    /// The lease has run out: it would be allowed by what is known here, which others may have changed.
+    #[error(
+        "this server has had no news from its database for longer than its lease, so what it would allow may have \
+         been revoked; what it knows to be dead it still denies"
+    )]
+    LeaseLost,
     /// The state is older than asked for.
     #[error("the state here is revision {have}, older than the {want} asked for")]
     Stale {
@@ -135,6 +147,8 @@ pub struct Engine {
     pub index: Arc<Index>,
     /// The uses that are not written yet.
     pub usage: Arc<Usage>,
+    /// Until when anything may be allowed.
+    pub lease: Arc<Lease>,
     clock: Arc<dyn Clock>,
     answered: [AtomicU64; 16],
 }
@@ -148,8 +162,14 @@ impl std::fmt::Debug for Engine {
 impl Engine {
     /// An engine over an index that may still be empty.
     #[must_use]
-    pub fn new(index: Arc<Index>, usage: Arc<Usage>, clock: Arc<dyn Clock>) -> Self {
-        Engine { index, usage, clock, answered: Default::default() }
+    pub fn new(index: Arc<Index>, usage: Arc<Usage>, lease: Arc<Lease>, clock: Arc<dyn Clock>) -> Self {
+        Engine { index, usage, lease, clock, answered: Default::default() }
+    }
+
+    /// Whether anything may be allowed now.
+    #[must_use]
+    pub fn may_allow(&self) -> bool {
+        self.lease.holds(|| self.clock.boottime())
     }
 
     /// The present instant.
@@ -181,10 +201,15 @@ impl Engine {
     /// # Errors
     /// When the state here is not good enough to answer; that is no verdict.
     pub fn check(&self, asker: &AccountId, question: &Question<'_>) -> Result<Answer, CannotAnswer> {
-        // Before the look-up: what is found is at least as new.
-        let revision = self.fresh(question.min_revision)?;
-        let now = self.clock.now();
-        let answer = self.answer(asker, question, revision, now);
+        let mut answer = self.lease.check(
+            || self.clock.boottime(),
+            |fresh| {
+                // Before the look-up: what is found is at least as new.
+                let revision = self.fresh(question.min_revision)?;
+                self.answer(asker, question, revision, fresh)
+            },
+        )?;
+        answer.staleness = self.lease.staleness(|| self.clock.boottime());
         self.answered[answer.reason() as usize].fetch_add(1, Ordering::Relaxed);
         Ok(answer)
     }
@@ -194,10 +219,11 @@ impl Engine {
         asker: &AccountId,
         question: &Question<'_>,
         revision: Revision,
-        now: Timestamp,
-    ) -> Answer {
+        fresh: bool,
+    ) -> Result<Answer, CannotAnswer> {
+        let now = self.clock.now();
         if token::shape(question.token) != Shape::Plausible {
-            return Answer::of(Reason::Malformed, revision);
+            return Ok(Answer::of(Reason::Malformed, revision));
         }
         let visible = |found: &Found| match &found.key.owner {
             _ if asker.is_operator() => true,
@@ -205,7 +231,12 @@ impl Engine {
             Owner::User(user) => self.index.member(asker, user).is_some(),
         };
         let Some(found) = self.index.find(&Digest::of(question.token)).filter(visible) else {
-            return Answer::of(Reason::Unknown, revision);
+            // It may have been made since.
+            return if fresh {
+                Ok(Answer::of(Reason::Unknown, revision))
+            } else {
+                Err(CannotAnswer::LeaseLost)
+            };
         };
         let request = Request {
             purpose: Use::Service { environment: question.environment, customer: question.customer },
@@ -220,6 +251,9 @@ impl Engine {
         let grants = place.subject(&found.key, found.version).grants();
         let barred = question.bar_management && grants.iter().any(Scope::is_reserved);
         failures.note(Reason::MissingScope, barred);
+        if !fresh && failures.first() == Reason::Ok {
+            return Err(CannotAnswer::LeaseLost);
+        }
         let mut limits = limiter::Usage::default();
         if failures.first() == Reason::Ok && is_limited(&found.key) {
             let take = Take { cost: question.cost, charge: question.charge, dry_run: question.dry_run };
@@ -229,7 +263,7 @@ impl Engine {
         if !question.dry_run {
             self.usage.note(found.key.id, found.version, failures.first(), limits.spent, now);
         }
-        Answer {
+        Ok(Answer {
             failures,
             missing,
             grants,
@@ -238,7 +272,8 @@ impl Engine {
             holder: Some(Holder { key: found.key, version: found.version }),
             limits,
             revision,
-        }
+            staleness: Duration::ZERO,
+        })
     }
 
     /// Where a key is decided: a service key in its account, a user key in the account asked for.
@@ -279,7 +314,7 @@ impl Engine {
     /// only asks about itself (`anywhere`), in none.
     ///
     /// # Errors
-    /// When the first snapshot is not loaded yet.
+    /// When the first snapshot is not loaded yet, or the token is not known to a replica without a lease.
     pub fn authenticate(
         &self,
         presented: &str,
@@ -287,12 +322,26 @@ impl Engine {
         anywhere: bool,
         peer: Option<IpAddr>,
     ) -> Result<Result<Authenticated, Refused>, CannotAnswer> {
+        let decide = |fresh| self.authenticate_by(presented, account, anywhere, peer, fresh);
+        self.lease.check(|| self.clock.boottime(), decide)
+    }
+
+    fn authenticate_by(
+        &self,
+        presented: &str,
+        account: Option<&AccountId>,
+        anywhere: bool,
+        peer: Option<IpAddr>,
+        fresh: bool,
+    ) -> Result<Result<Authenticated, Refused>, CannotAnswer> {
         self.index.revision().ok_or(CannotAnswer::Starting)?;
         let unknown = |reason| Ok(Err(Refused { reason, retry_after: None }));
         if token::shape(presented) != Shape::Plausible {
             return unknown(Reason::Malformed);
         }
-        let Some(found) = self.index.find(&Digest::of(presented)) else { return unknown(Reason::Unknown) };
+        let Some(found) = self.index.find(&Digest::of(presented)) else {
+            return if fresh { unknown(Reason::Unknown) } else { Err(CannotAnswer::LeaseLost) };
+        };
         let now = self.clock.now();
         // A service key acts in its own account, whatever the call names.
         let account = account.filter(|_| found.key.owner.user().is_some());
@@ -304,7 +353,7 @@ impl Engine {
             failures = failures.without(Reason::WrongAccount);
         }
         let mut limits = limiter::Usage::default();
-        if failures.first() == Reason::Ok && is_limited(&found.key) {
+        if fresh && failures.first() == Reason::Ok && is_limited(&found.key) {
             limits = found.budget.take(&found.key, Take { cost: 1, charge: None, dry_run: false }, now);
             limits.refused.iter().for_each(|reason| failures.note(*reason, true));
         }
@@ -320,20 +369,25 @@ impl Engine {
             None => return unknown(Reason::WrongAccount),
         };
         let holder = Holder { key: found.key, version: found.version };
-        Ok(Ok(Authenticated { holder, account, grants }))
+        Ok(Ok(Authenticated { holder, account, grants, fresh }))
     }
 
     /// The key that a token belongs to, in whatever state.
     ///
     /// # Errors
-    /// When the first snapshot is not loaded yet.
+    /// When the first snapshot is not loaded yet, or the lease has run out: the token may have been replaced since.
     pub fn lookup(&self, presented: &str) -> Result<Option<Holder>, CannotAnswer> {
         self.index.revision().ok_or(CannotAnswer::Starting)?;
+        let find = |fresh| if fresh { Ok(self.find(presented)) } else { Err(CannotAnswer::LeaseLost) };
+        self.lease.check(|| self.clock.boottime(), find)
+    }
+
+    fn find(&self, presented: &str) -> Option<Holder> {
         if token::shape(presented) != Shape::Plausible {
-            return Ok(None);
+            return None;
         }
-        let found = self.index.find(&Digest::of(presented));
-        Ok(found.map(|found| Holder { key: found.key, version: found.version }))
+        let found = self.index.find(&Digest::of(presented))?;
+        Some(Holder { key: found.key, version: found.version })
     }
 }
 
@@ -346,6 +400,8 @@ pub struct Authenticated {
     pub account: AccountId,
     /// What it is granted there.
     pub grants: ScopeSet,
+    /// The lease holds. Without one it may ask what is dead, and nothing else: it may be revoked by now.
+    pub fresh: bool,
 }
 
 /// Why a key may not call Keyward.

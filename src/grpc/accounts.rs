@@ -7,18 +7,24 @@ use tonic::{Request, Response, Status};
 use crate::{
     access::Caller,
     accounts::Accounts,
-    clock::Clock,
     domain::{
         account::{Account, Member, Role},
         name::{AccountId, DisplayName, RoleName, UserId},
         scope::Scope,
+        time::Revision,
     },
     pb,
     people::People,
     refusal::{Refusal, Violations},
+    replication::propagation::{Propagation, Reach},
 };
 
-use super::{convert, gate::shown, keys_read::filled, page};
+use super::{
+    convert,
+    gate::{Patience, shown},
+    keys_read::filled,
+    page,
+};
 
 const MAX_SCOPES: usize = 256;
 
@@ -29,8 +35,8 @@ pub(super) struct AccountService {
     pub accounts: Arc<Accounts>,
     /// The use cases of roles and members.
     pub people: Arc<People>,
-    /// Tells from when on a change is in force.
-    pub clock: Arc<dyn Clock>,
+    /// Waits until a change is in force everywhere.
+    pub propagation: Propagation,
 }
 
 impl std::fmt::Debug for AccountService {
@@ -45,6 +51,27 @@ fn read_id(id: &str) -> Result<AccountId, Refusal> {
 
 fn shape(account: &Account) -> (Option<pb::Account>, u64) {
     (Some(convert::account(account)), account.revision.0)
+}
+
+impl AccountService {
+    /// How far a change has reached, which is everywhere where it takes anything away.
+    async fn reached(
+        &self,
+        revision: Revision,
+        reach: Reach,
+        patience: Patience,
+    ) -> Result<Option<pb::Propagation>, Refusal> {
+        let report = self.propagation.reached(revision, reach, patience.until).await?;
+        Ok(Some(convert::propagation(report)))
+    }
+
+    async fn narrowed(
+        &self,
+        revision: Revision,
+        patience: Patience,
+    ) -> Result<Option<pb::Propagation>, Refusal> {
+        self.reached(revision, Reach::Narrows { again: false }, patience).await
+    }
 }
 
 #[tonic::async_trait]
@@ -124,9 +151,10 @@ impl pb::account_service_server::AccountService for AccountService {
         mut request: Request<pb::SuspendAccountRequest>,
     ) -> Result<Response<pb::SuspendAccountResponse>, Status> {
         let caller = shown::<Caller>(&mut request)?;
+        let patience = shown::<Patience>(&mut request)?;
         let account = self.accounts.suspend(&caller, &read_id(&request.get_ref().id)?).await?;
         let (account, revision) = shape(&account);
-        let propagation = Some(convert::in_force(self.clock.now()));
+        let propagation = self.narrowed(Revision(revision), patience).await?;
         Ok(Response::new(pb::SuspendAccountResponse { account, revision, propagation }))
     }
 
@@ -145,6 +173,7 @@ impl pb::account_service_server::AccountService for AccountService {
         mut request: Request<pb::PutMemberRequest>,
     ) -> Result<Response<pb::PutMemberResponse>, Status> {
         let caller = shown::<Caller>(&mut request)?;
+        let patience = shown::<Patience>(&mut request)?;
         let pb::PutMemberRequest { account, user, role } = request.get_ref();
         let mut violations = Violations::default();
         let account = violations.take("account", AccountId::parse(account));
@@ -152,12 +181,13 @@ impl pb::account_service_server::AccountService for AccountService {
         let role = violations.take("role", RoleName::parse(role));
         violations.finish()?;
         let (account, user, role) = (filled(account)?, filled(user)?, filled(role)?);
-        let member = self.people.put_member(&caller, account, user, role).await?;
+        let (member, reach) = self.people.put_member(&caller, account, user, role).await?;
         let revision = member.revision.0;
+        let propagation = self.reached(member.revision, reach, patience).await?;
         Ok(Response::new(pb::PutMemberResponse {
             member: Some(member_message(&member)),
             revision,
-            propagation: Some(convert::in_force(self.clock.now())),
+            propagation,
         }))
     }
 
@@ -166,13 +196,14 @@ impl pb::account_service_server::AccountService for AccountService {
         mut request: Request<pb::RemoveMemberRequest>,
     ) -> Result<Response<pb::RemoveMemberResponse>, Status> {
         let caller = shown::<Caller>(&mut request)?;
+        let patience = shown::<Patience>(&mut request)?;
         let pb::RemoveMemberRequest { account, user } = request.get_ref();
         let mut violations = Violations::default();
         let account = violations.take("account", AccountId::parse(account));
         let user = violations.take("user", UserId::parse(user));
         violations.finish()?;
         let revision = self.people.remove_member(&caller, filled(account)?, filled(user)?).await?.0;
-        let propagation = Some(convert::in_force(self.clock.now()));
+        let propagation = self.narrowed(Revision(revision), patience).await?;
         Ok(Response::new(pb::RemoveMemberResponse { revision, propagation }))
     }
 
@@ -204,6 +235,7 @@ impl pb::account_service_server::AccountService for AccountService {
         mut request: Request<pb::PutRoleRequest>,
     ) -> Result<Response<pb::PutRoleResponse>, Status> {
         let caller = shown::<Caller>(&mut request)?;
+        let patience = shown::<Patience>(&mut request)?;
         let pb::PutRoleRequest { account, name, scopes } = request.get_ref();
         let mut violations = Violations::default();
         let account = convert::read_account("account", account, &mut violations);
@@ -211,13 +243,10 @@ impl pb::account_service_server::AccountService for AccountService {
         violations.note_if(scopes.is_empty(), "scopes", "at least one is required");
         let scopes = violations.take_each("scopes", scopes, MAX_SCOPES, Scope::parse_grant);
         violations.finish()?;
-        let role = self.people.put_role(&caller, account, filled(name)?, scopes.into()).await?;
+        let (role, reach) = self.people.put_role(&caller, account, filled(name)?, scopes.into()).await?;
         let revision = role.revision.0;
-        Ok(Response::new(pb::PutRoleResponse {
-            role: Some(role_message(&role)),
-            revision,
-            propagation: Some(convert::in_force(self.clock.now())),
-        }))
+        let propagation = self.reached(role.revision, reach, patience).await?;
+        Ok(Response::new(pb::PutRoleResponse { role: Some(role_message(&role)), revision, propagation }))
     }
 
     async fn delete_role(
@@ -225,13 +254,14 @@ impl pb::account_service_server::AccountService for AccountService {
         mut request: Request<pb::DeleteRoleRequest>,
     ) -> Result<Response<pb::DeleteRoleResponse>, Status> {
         let caller = shown::<Caller>(&mut request)?;
+        let patience = shown::<Patience>(&mut request)?;
         let pb::DeleteRoleRequest { account, name } = request.get_ref();
         let mut violations = Violations::default();
         let account = convert::read_account("account", account, &mut violations);
         let name = violations.take("name", RoleName::parse(name));
         violations.finish()?;
         let revision = self.people.delete_role(&caller, account, filled(name)?).await?.0;
-        let propagation = Some(convert::in_force(self.clock.now()));
+        let propagation = self.narrowed(Revision(revision), patience).await?;
         Ok(Response::new(pb::DeleteRoleResponse { revision, propagation }))
     }
 

@@ -142,8 +142,8 @@ fn answer(answer: Answer) -> pb::CheckResponse {
         failures: answer.failures.iter().map(convert::reason).collect(),
         missing_scopes: convert::texts(&answer.missing),
         revision: answer.revision.0,
-        // The index here is the newest state there is, and no answer may be kept.
-        staleness: Some(prost_types::Duration::default()),
+        staleness: Some(convert::duration(answer.staleness)),
+        // No answer may be kept.
         max_age: Some(prost_types::Duration::default()),
         ..pb::CheckResponse::default()
     };

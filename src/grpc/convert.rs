@@ -18,6 +18,7 @@ use crate::{
     keys::View,
     pb,
     refusal::Violations,
+    replication::propagation::{Report, Unconfirmed},
 };
 
 const MAX_SCOPES: usize = 256;
@@ -354,7 +355,7 @@ pub(super) fn reason(reason: Reason) -> i32 {
 /// A key as it is shown.
 #[must_use]
 pub(super) fn key(view: View) -> pb::Key {
-    let View { key, last_used, now } = view;
+    let View { key, last_used, now, reach: _ } = view;
     let key_state = key.state(now);
     let used = |version| last_used.iter().find(|(of, _)| *of == version).map(|(_, at)| timestamp(*at));
     let living = key.secrets.iter().filter(|secret| !secret.superseded(now));
@@ -413,15 +414,23 @@ pub(super) fn account(account: &Account) -> pb::Account {
     }
 }
 
-/// The report of a change that is in force: the one process that answers has applied it.
+/// How far a change has come.
 #[must_use]
-pub(super) fn in_force(now: Timestamp) -> pb::Propagation {
+pub(super) fn propagation(report: Report) -> pb::Propagation {
+    let Report { revision: _, complete, confirmed, unconfirmed, complete_by, sync_replicated } = report;
+    let unconfirmed = unconfirmed.into_iter().map(|Unconfirmed { replica, last_seen, lease_ends_by }| {
+        pb::UnconfirmedReplica {
+            replica,
+            last_seen: Some(timestamp(last_seen)),
+            lease_ends_by: lease_ends_by.map(timestamp),
+        }
+    });
     pb::Propagation {
-        complete: true,
-        confirmed: Vec::new(),
-        unconfirmed: Vec::new(),
-        complete_by: Some(timestamp(now)),
-        sync_replicated: false,
+        complete,
+        confirmed,
+        unconfirmed: unconfirmed.collect(),
+        complete_by: complete_by.map(timestamp),
+        sync_replicated,
     }
 }
 

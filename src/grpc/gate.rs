@@ -6,9 +6,10 @@
 
 use std::{collections::HashMap, convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
 
-use futures_util::future::Either;
+use futures_util::future::{Either, FutureExt as _};
 use http::{HeaderMap, Request, Response};
 use hyper::body::Incoming;
+use tokio::time::Instant;
 use tonic::{Status, body::Body};
 use tower::{Service, ServiceExt as _, util::BoxCloneSyncService};
 
@@ -18,7 +19,7 @@ use crate::{
         decision::Reason,
         name::{AccountId, NameError, UserId},
     },
-    engine::{Authenticated, Engine, Holder},
+    engine::{Authenticated, CannotAnswer, Engine, Holder},
     gateway::Gateway,
     pb::{
         account_service_server::AccountServiceServer, audit_service_server::AuditServiceServer,
@@ -27,6 +28,7 @@ use crate::{
         key_service_server::KeyServiceServer,
     },
     refusal::Refusal,
+    replication::news::News,
 };
 
 use super::{
@@ -70,6 +72,8 @@ pub struct Services {
     pub(super) keys: KeyServiceServer<KeyService>,
     pub(super) accounts: AccountServiceServer<AccountService>,
     pub(super) audit: AuditServiceServer<AuditService>,
+    /// Hears what other replicas have committed.
+    pub(super) news: News,
     /// Health and reflection, by service name.
     pub(super) open: HashMap<&'static str, Open>,
     /// Where management runs.
@@ -79,6 +83,27 @@ pub struct Services {
 impl std::fmt::Debug for Services {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Services").field("open", &self.open.keys()).finish_non_exhaustive()
+    }
+}
+
+/// Until when a call may wait for a change to be in force everywhere: shortly before its caller's deadline, so that
+/// the caller hears how far it has come. None = the caller has set none.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Patience {
+    pub(super) until: Option<Instant>,
+}
+
+impl Patience {
+    const LEAST: Duration = Duration::from_millis(20);
+    const MOST: Duration = Duration::from_millis(100);
+
+    /// Of a call with this deadline: a twentieth of it is left for the answer, 20 to 100 ms.
+    fn of(asked: Option<Duration>) -> Patience {
+        let until = asked.and_then(|asked| {
+            let spared = (asked / 20).clamp(Patience::LEAST, Patience::MOST);
+            Instant::now().checked_add(asked.saturating_sub(spared))
+        });
+        Patience { until }
     }
 }
 
@@ -105,7 +130,9 @@ impl Services {
             return no_such_rpc().into_http();
         }
         let limit = allowed_time(rpc.timeout, request.headers());
+        let patience = Patience::of(asked_time(request.headers()));
         let mut request = request.map(|body| Limited::new(body, rpc.max_request));
+        request.extensions_mut().insert(patience);
         if let Err(status) = self.admit(rpc, &mut request, peer, door) {
             return status.into_http();
         }
@@ -126,14 +153,19 @@ impl Services {
 
     /// Runs a call on the management runtime. A caller that goes away does not stop it: a change is made whole.
     async fn manage(&self, rpc: &'static Rpc, request: Request<Limited>) -> Response<Body> {
-        let task = match rpc.service() {
-            "keyward.v1.KeyService" => self.management.spawn(into_service(self.keys.clone(), request)),
-            "keyward.v1.AccountService" => {
-                self.management.spawn(into_service(self.accounts.clone(), request))
-            }
-            "keyward.v1.AuditService" => self.management.spawn(into_service(self.audit.clone(), request)),
+        let call = match rpc.service() {
+            "keyward.v1.KeyService" => into_service(self.keys.clone(), request).boxed(),
+            "keyward.v1.AccountService" => into_service(self.accounts.clone(), request).boxed(),
+            "keyward.v1.AuditService" => into_service(self.audit.clone(), request).boxed(),
             _ => return no_such_rpc().into_http(),
         };
+        let news = rpc.changes().then(|| self.news.clone());
+        let task = self.management.spawn(async move {
+            if let Some(news) = news {
+                news.heard().await;
+            }
+            call.await
+        });
         task.await.unwrap_or_else(|error| {
             tracing::error!(
                 method = rpc.method,
@@ -181,7 +213,7 @@ impl Services {
         let asked = named_account.as_ref().ok().and_then(Option::as_ref);
         let anywhere = rpc.access == Access::AnyKey;
         let found = self.engine.authenticate(&presented, asked, anywhere, peer).map_err(Refusal::from)?;
-        let Authenticated { holder, account, grants } = match found {
+        let Authenticated { holder, account, grants, fresh } = match found {
             Ok(authenticated) => authenticated,
             Err(refused) => {
                 tracing::debug!(
@@ -202,6 +234,9 @@ impl Services {
                 .into());
             }
         };
+        if !fresh && rpc.plane == Plane::Management {
+            return Err(Refusal::CannotAnswer(CannotAnswer::LeaseLost).into());
+        }
         named_account?;
         let acting_user = named_user?;
         if acting_user.is_some() && !account.is_operator() {
@@ -286,11 +321,15 @@ fn named<T>(
 
 /// How long a call may take: the shorter of the method's time and the caller's own deadline.
 fn allowed_time(method: Option<Duration>, headers: &HeaderMap) -> Option<Duration> {
-    let asked = headers.get("grpc-timeout").and_then(|value| value.to_str().ok()).and_then(read_timeout);
-    match (method, asked) {
+    match (method, asked_time(headers)) {
         (Some(method), Some(asked)) => Some(method.min(asked)),
         (method, asked) => method.or(asked),
     }
+}
+
+/// The caller's own deadline.
+fn asked_time(headers: &HeaderMap) -> Option<Duration> {
+    headers.get("grpc-timeout").and_then(|value| value.to_str().ok()).and_then(read_timeout)
 }
 
 /// gRPC's `grpc-timeout`: up to eight digits and a unit.

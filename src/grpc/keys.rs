@@ -7,6 +7,11 @@ use std::{
     time::Duration,
 };
 
+use futures_util::{
+    StreamExt as _,
+    stream::{self, BoxStream},
+};
+use tokio::sync::mpsc;
 use tonic::{Request, Response, Status};
 
 use crate::{
@@ -21,11 +26,12 @@ use crate::{
     keys::{Issued, Keys, View, bulk::BulkRevoked},
     pb,
     refusal::{Refusal, Violations},
+    replication::propagation::{Incomplete, Propagation, Report},
 };
 
 use super::{
     convert,
-    gate::shown,
+    gate::{Patience, shown},
     keys_read::{
         Page, filled, read_bulk, read_create, read_filter, read_import, read_once, read_once_alone,
         read_update, read_usage,
@@ -38,16 +44,28 @@ const MAX_COMMENT: usize = 1024;
 
 /// The service over its use cases.
 #[derive(Clone, Debug)]
-pub(super) struct KeyService(pub(super) Arc<Keys>);
+pub(super) struct KeyService {
+    /// The use cases.
+    pub(super) keys: Arc<Keys>,
+    /// Waits until a change is in force everywhere.
+    pub(super) propagation: Propagation,
+}
 
 fn read_id(id: &str) -> Result<KeyId, Refusal> {
     KeyId::parse(id).map_err(|error| Refusal::field("id", error.to_string()))
 }
 
-/// A changed key's answer: the key, its revision, and how far the change has reached.
-fn changed(view: View) -> (Option<pb::Key>, u64, Option<pb::Propagation>) {
-    let (revision, now) = (view.key.revision, view.now);
-    (Some(convert::key(view)), revision.0, Some(convert::in_force(now)))
+impl KeyService {
+    /// A changed key's answer: the key, its revision, and how far the change has reached, which is everywhere.
+    async fn changed(
+        &self,
+        view: View,
+        patience: Patience,
+    ) -> Result<(Option<pb::Key>, u64, Option<pb::Propagation>), Refusal> {
+        let revision = view.key.revision;
+        let report = self.propagation.reached(revision, view.reach, patience.until).await?;
+        Ok((Some(convert::key(view)), revision.0, Some(convert::propagation(report))))
+    }
 }
 
 #[tonic::async_trait]
@@ -59,12 +77,12 @@ impl pb::key_service_server::KeyService for KeyService {
         let caller = shown::<Caller>(&mut request)?;
         // What was done before is answered before it is judged again: its expiry may lie in the past by now.
         let once = read_once_alone(&caller, request.get_ref());
-        let done = self.0.done_before(&caller, once.as_ref()).await?;
+        let done = self.keys.done_before(&caller, once.as_ref()).await?;
         let (issued, Revision(revision)) = match done {
             Some(done) => done,
             None => {
-                let (new, once) = read_create(&self.0, &caller, request.get_ref())?;
-                self.0.create(&caller, new, once).await?
+                let (new, once) = read_create(&self.keys, &caller, request.get_ref())?;
+                self.keys.create(&caller, new, once).await?
             }
         };
         let replayed = issued.token.is_none();
@@ -81,7 +99,7 @@ impl pb::key_service_server::KeyService for KeyService {
         mut request: Request<pb::GetKeyRequest>,
     ) -> Result<Response<pb::GetKeyResponse>, Status> {
         let caller = shown::<Caller>(&mut request)?;
-        let view = self.0.get(&caller, read_id(&request.get_ref().id)?).await?;
+        let view = self.keys.get(&caller, read_id(&request.get_ref().id)?).await?;
         Ok(Response::new(pb::GetKeyResponse { key: Some(convert::key(view)) }))
     }
 
@@ -90,8 +108,8 @@ impl pb::key_service_server::KeyService for KeyService {
         mut request: Request<pb::ListKeysRequest>,
     ) -> Result<Response<pb::ListKeysResponse>, Status> {
         let caller = shown::<Caller>(&mut request)?;
-        let (filter, Page { filters, before, size }) = read_filter(&self.0, &caller, request.get_ref())?;
-        let (views, next) = self.0.list(&caller, &filter, before, size).await?;
+        let (filter, Page { filters, before, size }) = read_filter(&self.keys, &caller, request.get_ref())?;
+        let (views, next) = self.keys.list(&caller, &filter, before, size).await?;
         Ok(Response::new(pb::ListKeysResponse {
             keys: views.into_iter().map(convert::key).collect(),
             next_page_token: next.map(|id| page::encode(&filters, id.as_bytes())).unwrap_or_default(),
@@ -103,8 +121,10 @@ impl pb::key_service_server::KeyService for KeyService {
         mut request: Request<pb::UpdateKeyRequest>,
     ) -> Result<Response<pb::UpdateKeyResponse>, Status> {
         let caller = shown::<Caller>(&mut request)?;
-        let (id, patch) = read_update(&self.0, request.get_ref())?;
-        let (key, revision, propagation) = changed(self.0.update(&caller, id, &patch).await?);
+        let patience = shown::<Patience>(&mut request)?;
+        let (id, patch) = read_update(&self.keys, request.get_ref())?;
+        let (key, revision, propagation) =
+            self.changed(self.keys.update(&caller, id, &patch).await?, patience).await?;
         Ok(Response::new(pb::UpdateKeyResponse { key, revision, propagation }))
     }
 
@@ -113,8 +133,9 @@ impl pb::key_service_server::KeyService for KeyService {
         mut request: Request<pb::DisableKeyRequest>,
     ) -> Result<Response<pb::DisableKeyResponse>, Status> {
         let caller = shown::<Caller>(&mut request)?;
-        let view = self.0.disable(&caller, read_id(&request.get_ref().id)?).await?;
-        let (key, revision, propagation) = changed(view);
+        let patience = shown::<Patience>(&mut request)?;
+        let view = self.keys.disable(&caller, read_id(&request.get_ref().id)?).await?;
+        let (key, revision, propagation) = self.changed(view, patience).await?;
         Ok(Response::new(pb::DisableKeyResponse { key, revision, propagation }))
     }
 
@@ -123,8 +144,9 @@ impl pb::key_service_server::KeyService for KeyService {
         mut request: Request<pb::EnableKeyRequest>,
     ) -> Result<Response<pb::EnableKeyResponse>, Status> {
         let caller = shown::<Caller>(&mut request)?;
-        let view = self.0.enable(&caller, read_id(&request.get_ref().id)?).await?;
-        let (key, revision, propagation) = changed(view);
+        let patience = shown::<Patience>(&mut request)?;
+        let view = self.keys.enable(&caller, read_id(&request.get_ref().id)?).await?;
+        let (key, revision, propagation) = self.changed(view, patience).await?;
         Ok(Response::new(pb::EnableKeyResponse { key, revision, propagation }))
     }
 
@@ -133,6 +155,7 @@ impl pb::key_service_server::KeyService for KeyService {
         mut request: Request<pb::RevokeKeyRequest>,
     ) -> Result<Response<pb::RevokeKeyResponse>, Status> {
         let caller = shown::<Caller>(&mut request)?;
+        let patience = shown::<Patience>(&mut request)?;
         let pb::RevokeKeyRequest { id, reason, comment } = request.into_inner();
         let mut violations = Violations::default();
         let id = convert::read_key_id("id", &id, &mut violations);
@@ -140,8 +163,8 @@ impl pb::key_service_server::KeyService for KeyService {
         let long = comment.chars().count() > MAX_COMMENT;
         violations.note_if(long, "comment", format!("must be at most {MAX_COMMENT} characters"));
         violations.finish()?;
-        let view = self.0.revoke(&caller, filled(id)?, reason, comment).await?;
-        let (key, revision, propagation) = changed(view);
+        let view = self.keys.revoke(&caller, filled(id)?, reason, comment).await?;
+        let (key, revision, propagation) = self.changed(view, patience).await?;
         Ok(Response::new(pb::RevokeKeyResponse { key, revision, propagation }))
     }
 
@@ -150,16 +173,27 @@ impl pb::key_service_server::KeyService for KeyService {
         mut request: Request<pb::BulkRevokeKeysRequest>,
     ) -> Result<Response<pb::BulkRevokeKeysResponse>, Status> {
         let caller = shown::<Caller>(&mut request)?;
-        let bulk = read_bulk(&self.0, &caller, request.get_ref())?;
-        let (revoked, more) = self.0.bulk_revoke(&caller, bulk).await?;
+        let patience = shown::<Patience>(&mut request)?;
+        let bulk = read_bulk(&self.keys, &caller, request.get_ref())?;
+        let dry_run = bulk.dry_run;
+        let (revoked, more) = self.keys.bulk_revoke(&caller, bulk).await?;
         let revision = crate::keys::bulk::newest(revoked.iter().map(|key| &key.view.key));
         let keys = revoked.into_iter().map(|BulkRevoked { view, failure }| pb::BulkRevokeResult {
             key: Some(convert::key(view)),
             revoked: failure.is_none(),
             error: failure.map(|failure| status::reason(failure).0).unwrap_or_default(),
         });
-        let propagation = Some(convert::in_force(self.0.now()));
-        let (keys, revision) = (keys.collect(), revision.0);
+        let keys = keys.collect();
+        // Those that an earlier call has revoked are waited for too, though they are not listed again.
+        let report = match dry_run {
+            true => self.propagation.in_force(revision),
+            false => self
+                .propagation
+                .wait(self.keys.recorded().max(revision), true, patience.until)
+                .await
+                .map_err(Refusal::from)?,
+        };
+        let (revision, propagation) = (revision.0, Some(convert::propagation(report)));
         Ok(Response::new(pb::BulkRevokeKeysResponse { keys, revision, propagation, more }))
     }
 
@@ -168,6 +202,7 @@ impl pb::key_service_server::KeyService for KeyService {
         mut request: Request<pb::RotateKeyRequest>,
     ) -> Result<Response<pb::RotateKeyResponse>, Status> {
         let caller = shown::<Caller>(&mut request)?;
+        let patience = shown::<Patience>(&mut request)?;
         let request = request.get_ref();
         let mut violations = Violations::default();
         let id = convert::read_key_id("id", &request.id, &mut violations);
@@ -175,11 +210,11 @@ impl pb::key_service_server::KeyService for KeyService {
         violations.note_if(overlap > MAX_OVERLAP, "overlap", "must be 0 to 7 days");
         let once = read_once(caller.method, request.idempotency_key.as_deref(), request, &mut violations);
         violations.finish()?;
-        let Issued { view, token } = self.0.rotate(&caller, filled(id)?, overlap, once).await?;
+        let Issued { view, token } = self.keys.rotate(&caller, filled(id)?, overlap, once).await?;
         let previous_expires_at =
             view.key.secrets.get(1).and_then(|secret| secret.expires_at).map(convert::timestamp);
         let replayed = token.is_none();
-        let (key, revision, propagation) = changed(view);
+        let (key, revision, propagation) = self.changed(view, patience).await?;
         Ok(Response::new(pb::RotateKeyResponse {
             key,
             token: token.map(|token| token.reveal().to_owned()).unwrap_or_default(),
@@ -195,8 +230,9 @@ impl pb::key_service_server::KeyService for KeyService {
         mut request: Request<pb::FinishRotationRequest>,
     ) -> Result<Response<pb::FinishRotationResponse>, Status> {
         let caller = shown::<Caller>(&mut request)?;
-        let view = self.0.finish_rotation(&caller, read_id(&request.get_ref().id)?).await?;
-        let (key, revision, propagation) = changed(view);
+        let patience = shown::<Patience>(&mut request)?;
+        let view = self.keys.finish_rotation(&caller, read_id(&request.get_ref().id)?).await?;
+        let (key, revision, propagation) = self.changed(view, patience).await?;
         Ok(Response::new(pb::FinishRotationResponse { key, revision, propagation }))
     }
 
@@ -205,8 +241,8 @@ impl pb::key_service_server::KeyService for KeyService {
         mut request: Request<pb::ImportKeysRequest>,
     ) -> Result<Response<pb::ImportKeysResponse>, Status> {
         let caller = shown::<Caller>(&mut request)?;
-        let keys = read_import(&self.0, &caller, request.into_inner())?;
-        let results = self.0.import(&caller, keys).await;
+        let keys = read_import(&self.keys, &caller, request.into_inner())?;
+        let results = self.keys.import(&caller, keys).await;
         let results = results.into_iter().map(|result| match result {
             Ok(view) => {
                 // The caller has it, and a thousand of them would make the answer too large.
@@ -226,8 +262,8 @@ impl pb::key_service_server::KeyService for KeyService {
         mut request: Request<pb::KeyUsageRequest>,
     ) -> Result<Response<pb::KeyUsageResponse>, Status> {
         let caller = shown::<Caller>(&mut request)?;
-        let (id, from, to, hours) = read_usage(&self.0, request.get_ref())?;
-        let buckets = self.0.usage(&caller, id, from, to, hours).await?;
+        let (id, from, to, hours) = read_usage(&self.keys, request.get_ref())?;
+        let buckets = self.keys.usage(&caller, id, from, to, hours).await?;
         let buckets: Vec<_> = buckets.into_iter().map(|(start, counts)| bucket(start, &counts)).collect();
         let allowed = buckets.iter().map(|bucket| bucket.allowed).sum();
         let denied = buckets.iter().map(|bucket| bucket.denied).sum();
@@ -241,7 +277,7 @@ impl pb::key_service_server::KeyService for KeyService {
         let caller = shown::<Caller>(&mut request)?;
         let presented = &request.get_ref().token;
         read_token("token", presented)?;
-        let (view, secret_version) = self.0.lookup(&caller, presented).await?;
+        let (view, secret_version) = self.keys.lookup(&caller, presented).await?;
         Ok(Response::new(pb::LookupKeyResponse { key: Some(convert::key(view)), secret_version }))
     }
 
@@ -250,10 +286,28 @@ impl pb::key_service_server::KeyService for KeyService {
         mut request: Request<pb::WhoAmIRequest>,
     ) -> Result<Response<pb::WhoAmIResponse>, Status> {
         let caller = shown::<Caller>(&mut request)?;
-        let (view, account) = self.0.who_am_i(&caller).await?;
+        let (view, account) = self.keys.who_am_i(&caller).await?;
         let account = account
             .map(|account| pb::AccountName { id: account.id.to_string(), name: account.name.to_string() });
         Ok(Response::new(pb::WhoAmIResponse { account, key: Some(convert::key(view)) }))
+    }
+
+    type WatchPropagationStream = BoxStream<'static, Result<pb::WatchPropagationResponse, Status>>;
+
+    async fn watch_propagation(
+        &self,
+        request: Request<pb::WatchPropagationRequest>,
+    ) -> Result<Response<Self::WatchPropagationStream>, Status> {
+        let revision = Revision(request.get_ref().revision);
+        if revision == Revision::default() {
+            return Err(Refusal::field("revision", "must be that of a change, as its answer said").into());
+        }
+        let (reports, received) = mpsc::channel(1);
+        let propagation = self.propagation.clone();
+        tokio::spawn(watch(propagation, revision, reports));
+        let next =
+            |mut received: mpsc::Receiver<_>| async { received.recv().await.map(|item| (item, received)) };
+        Ok(Response::new(stream::unfold(received, next).boxed()))
     }
 
     async fn revoke_self(
@@ -261,10 +315,44 @@ impl pb::key_service_server::KeyService for KeyService {
         mut request: Request<pb::RevokeSelfRequest>,
     ) -> Result<Response<pb::RevokeSelfResponse>, Status> {
         let holder = shown::<Holder>(&mut request)?;
-        let view = self.0.revoke_self(&holder, "keyward.v1.KeyService/RevokeSelf").await?;
-        let (_, revision, propagation) = changed(view);
+        let patience = shown::<Patience>(&mut request)?;
+        let view = self.keys.revoke_self(&holder, "keyward.v1.KeyService/RevokeSelf").await?;
+        let (_, revision, propagation) = self.changed(view, patience).await?;
         Ok(Response::new(pb::RevokeSelfResponse { revision, propagation }))
     }
+}
+
+type Followed = Result<pb::WatchPropagationResponse, Status>;
+
+/// Follows a change until it is in force everywhere, or nobody listens any more. What a slow listener misses is
+/// repeated by what comes after.
+async fn watch(propagation: Propagation, revision: Revision, reports: mpsc::Sender<Followed>) {
+    let message = |report: Report| pb::WatchPropagationResponse {
+        revision: report.revision.0,
+        propagation: Some(convert::propagation(report)),
+    };
+    let mut last = None;
+    let ended = {
+        let mut each = |report: Report| {
+            let seen = (report.confirmed.clone(), report.unconfirmed.clone());
+            if !report.complete && last.as_ref() != Some(&seen) {
+                last = Some(seen);
+                let _ = reports.try_send(Ok(message(report)));
+            }
+        };
+        tokio::select! {
+            ended = propagation.watch(revision, &mut each) => ended,
+            () = reports.closed() => return,
+        }
+    };
+    let item = match ended {
+        Ok(report) => Ok(message(report)),
+        Err(Incomplete::Lost(_)) => {
+            Err(Refusal::field("revision", "there is no such change in the log").into())
+        }
+        Err(incomplete) => Err(Refusal::from(incomplete).into()),
+    };
+    let _ = reports.send(item).await;
 }
 
 fn bucket(start: Timestamp, counts: &HashMap<Reason, u64>) -> pb::UsageBucket {

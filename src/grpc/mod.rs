@@ -26,7 +26,6 @@ use tower::util::BoxCloneSyncService;
 
 use crate::{
     accounts::Accounts,
-    clock::Clock,
     domain::account::Environments,
     engine::Engine,
     gateway::Gateway,
@@ -38,6 +37,7 @@ use crate::{
         key_service_server::KeyServiceServer,
     },
     people::People,
+    replication::{news::News, propagation::Propagation},
     store::Store,
 };
 
@@ -58,8 +58,10 @@ pub struct Parts {
     pub gateway: Arc<Gateway>,
     /// What the audit log is read from.
     pub store: Arc<dyn Store>,
-    /// Tells the time.
-    pub clock: Arc<dyn Clock>,
+    /// Waits until a change is in force everywhere.
+    pub propagation: Propagation,
+    /// Hears what other replicas have committed.
+    pub news: News,
     /// The environments there are.
     pub environments: Arc<Environments>,
 }
@@ -94,7 +96,7 @@ pub async fn report_health(reporter: &HealthReporter, serving: bool) {
 /// # Errors
 /// When the built-in descriptors cannot be read: a fault of the build.
 pub fn services(parts: Parts, reporter: HealthReporter) -> anyhow::Result<Services> {
-    let Parts { engine, keys, accounts, people, gateway, store, clock, environments } = parts;
+    let Parts { engine, keys, accounts, people, gateway, store, propagation, news, environments } = parts;
     let health = HealthServer::new(HealthService::from_health_reporter(reporter));
     let open: [(&'static str, Open); 3] = [
         ("grpc.health.v1.Health", BoxCloneSyncService::new(health)),
@@ -102,7 +104,7 @@ pub fn services(parts: Parts, reporter: HealthReporter) -> anyhow::Result<Servic
         ("grpc.reflection.v1alpha.ServerReflection", BoxCloneSyncService::new(reflection().build_v1alpha()?)),
     ];
     let authz = AuthzServiceServer::new(authz::AuthzService { engine: engine.clone(), environments });
-    let accounts = accounts::AccountService { accounts, people, clock };
+    let accounts = accounts::AccountService { accounts, people, propagation: propagation.clone() };
     Ok(Services {
         engine,
         ext_authz: AuthorizationServer::new(ext_authz::ExtAuthz(gateway.clone()))
@@ -110,9 +112,10 @@ pub fn services(parts: Parts, reporter: HealthReporter) -> anyhow::Result<Servic
         gateway,
         // The gate holds each RPC to its own limit; here the largest must pass.
         authz: authz.max_decoding_message_size(rpc::largest("keyward.v1.AuthzService")),
-        keys: KeyServiceServer::new(keys::KeyService(keys)),
+        keys: KeyServiceServer::new(keys::KeyService { keys, propagation }),
         accounts: AccountServiceServer::new(accounts),
         audit: AuditServiceServer::new(audit::AuditService(store)),
+        news,
         open: open.into(),
         management: tokio::runtime::Handle::current(),
     })

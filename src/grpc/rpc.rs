@@ -44,6 +44,12 @@ pub struct Rpc {
 }
 
 impl Rpc {
+    /// Whether it may change anything.
+    #[must_use]
+    pub fn changes(&self) -> bool {
+        matches!(self.access, Access::Needs(KeysWrite | AccountsWrite) | Access::Possession)
+    }
+
     /// The service's full name.
     #[must_use]
     pub fn service(&self) -> &'static str {
@@ -62,6 +68,8 @@ const BATCH_BYTES: usize = 128 * 1024;
 const MANAGEMENT_BYTES: usize = 4 * 1024 * 1024;
 const CHECK_TIMEOUT: Duration = Duration::from_secs(5);
 const MANAGEMENT_TIMEOUT: Duration = Duration::from_secs(60);
+/// What waits for a change to be in force everywhere ends by itself, with a report.
+const PROPAGATION_TIMEOUT: Duration = Duration::from_secs(600);
 
 const fn checks(method: &'static str, max_request: usize, timeout: Option<Duration>) -> Rpc {
     Rpc { method, access: Access::Needs(Permission::Check), max_request, timeout, plane: Plane::Checks }
@@ -72,6 +80,12 @@ const fn managed(method: &'static str, access: Access) -> Rpc {
     Rpc { method, access, max_request: MANAGEMENT_BYTES, timeout, plane: Plane::Management }
 }
 
+/// What may take something away, and then waits until that is in force everywhere.
+const fn narrowing(method: &'static str, access: Access) -> Rpc {
+    let timeout = Some(PROPAGATION_TIMEOUT);
+    Rpc { timeout, ..managed(method, access) }
+}
+
 /// What Envoy asks.
 pub const EXT_AUTHZ: &str = "envoy.service.auth.v3.Authorization/Check";
 
@@ -79,7 +93,7 @@ use Access::{AnyKey, Needs, Possession};
 use Permission::{AccountsRead, AccountsWrite, AuditRead, KeysRead, KeysWrite};
 
 /// Every RPC but those of health and reflection, the most frequent first.
-pub const TABLE: [Rpc; 33] = [
+pub const TABLE: [Rpc; 34] = [
     checks("keyward.v1.AuthzService/Check", CHECK_BYTES, Some(CHECK_TIMEOUT)),
     Rpc { access: Access::Proxy, ..checks(EXT_AUTHZ, BATCH_BYTES, Some(CHECK_TIMEOUT)) },
     checks("keyward.v1.AuthzService/BatchCheck", BATCH_BYTES, Some(CHECK_TIMEOUT)),
@@ -87,29 +101,30 @@ pub const TABLE: [Rpc; 33] = [
     managed("keyward.v1.KeyService/Create", Needs(KeysWrite)),
     managed("keyward.v1.KeyService/Get", Needs(KeysRead)),
     managed("keyward.v1.KeyService/List", Needs(KeysRead)),
-    managed("keyward.v1.KeyService/Update", Needs(KeysWrite)),
-    managed("keyward.v1.KeyService/Disable", Needs(KeysWrite)),
-    managed("keyward.v1.KeyService/Enable", Needs(KeysWrite)),
-    managed("keyward.v1.KeyService/Revoke", Needs(KeysWrite)),
-    managed("keyward.v1.KeyService/BulkRevoke", Needs(KeysWrite)),
-    managed("keyward.v1.KeyService/Rotate", Needs(KeysWrite)),
-    managed("keyward.v1.KeyService/FinishRotation", Needs(KeysWrite)),
+    narrowing("keyward.v1.KeyService/Update", Needs(KeysWrite)),
+    narrowing("keyward.v1.KeyService/Disable", Needs(KeysWrite)),
+    narrowing("keyward.v1.KeyService/Enable", Needs(KeysWrite)),
+    narrowing("keyward.v1.KeyService/Revoke", Needs(KeysWrite)),
+    narrowing("keyward.v1.KeyService/BulkRevoke", Needs(KeysWrite)),
+    narrowing("keyward.v1.KeyService/Rotate", Needs(KeysWrite)),
+    narrowing("keyward.v1.KeyService/FinishRotation", Needs(KeysWrite)),
     managed("keyward.v1.KeyService/Import", Needs(KeysWrite)),
     managed("keyward.v1.KeyService/Lookup", Needs(KeysRead)),
     managed("keyward.v1.KeyService/Usage", Needs(KeysRead)),
+    Rpc { timeout: None, ..managed("keyward.v1.KeyService/WatchPropagation", Needs(KeysRead)) },
     managed("keyward.v1.KeyService/WhoAmI", AnyKey),
-    managed("keyward.v1.KeyService/RevokeSelf", Possession),
+    narrowing("keyward.v1.KeyService/RevokeSelf", Possession),
     managed("keyward.v1.AccountService/Create", Needs(AccountsWrite)),
     managed("keyward.v1.AccountService/Get", Needs(AccountsRead)),
     managed("keyward.v1.AccountService/List", Needs(AccountsRead)),
     managed("keyward.v1.AccountService/Update", Needs(AccountsWrite)),
-    managed("keyward.v1.AccountService/Suspend", Needs(AccountsWrite)),
+    narrowing("keyward.v1.AccountService/Suspend", Needs(AccountsWrite)),
     managed("keyward.v1.AccountService/Resume", Needs(AccountsWrite)),
-    managed("keyward.v1.AccountService/PutMember", Needs(AccountsWrite)),
-    managed("keyward.v1.AccountService/RemoveMember", Needs(AccountsWrite)),
+    narrowing("keyward.v1.AccountService/PutMember", Needs(AccountsWrite)),
+    narrowing("keyward.v1.AccountService/RemoveMember", Needs(AccountsWrite)),
     managed("keyward.v1.AccountService/ListMembers", Needs(AccountsRead)),
-    managed("keyward.v1.AccountService/PutRole", Needs(AccountsWrite)),
-    managed("keyward.v1.AccountService/DeleteRole", Needs(AccountsWrite)),
+    narrowing("keyward.v1.AccountService/PutRole", Needs(AccountsWrite)),
+    narrowing("keyward.v1.AccountService/DeleteRole", Needs(AccountsWrite)),
     managed("keyward.v1.AccountService/ListRoles", Needs(AccountsRead)),
     managed("keyward.v1.AuditService/List", Needs(AuditRead)),
     managed("keyward.v1.AuditService/Verify", Needs(AuditRead)),

@@ -6,12 +6,15 @@
 use std::collections::HashMap;
 
 use http::{HeaderMap, header::RETRY_AFTER};
+use prost::Message as _;
 use tonic::{Code, Status, metadata::MetadataMap};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
+use super::convert;
 use crate::{
     engine::CannotAnswer,
     refusal::{Refusal, Thing, Violation},
+    replication::propagation::{Incomplete, Report},
 };
 
 /// The domain of our reasons.
@@ -85,6 +88,7 @@ impl From<Refusal> for Status {
             Refusal::Stopping => {
                 status(Code::Unavailable, "STOPPING", "this server is stopping; try another one, or again")
             }
+            Refusal::Incomplete(incomplete) => not_complete(incomplete),
             Refusal::Contended => status(
                 Code::Aborted,
                 "CONTENDED",
@@ -116,6 +120,7 @@ fn caller_limited(retry_after: Option<std::time::Duration>) -> Status {
 fn cannot_answer(reason: CannotAnswer) -> Status {
     match reason {
         CannotAnswer::Starting => status(Code::Unavailable, "STARTING", &reason.to_string()),
+        CannotAnswer::LeaseLost => status(Code::Unavailable, "LEASE_LOST", &reason.to_string()),
         CannotAnswer::Stale { have, want } => {
             let numbers = [("revision", have.to_string()), ("min_revision", want.to_string())];
             let metadata = numbers.map(|(name, number)| (name.to_owned(), number)).into();
@@ -138,6 +143,53 @@ fn not_recorded(full: bool) -> Status {
                        suspension is in force on this server until it restarts; send it again";
         with_metadata(Code::Unavailable, "NOT_RECORDED", message, metadata)
     }
+}
+
+/// A change that is recorded, and may not be in force everywhere yet.
+fn not_complete(incomplete: Incomplete) -> Status {
+    match incomplete {
+        Incomplete::InTime(report) => not_in_time(*report),
+        Incomplete::Lost(revision) => {
+            let metadata = HashMap::from([("revision".to_owned(), revision.to_string())]);
+            let message = "the database has lost the change: a backup was restored, or a standby took over that \
+                           lacked it. Send it again";
+            with_metadata(Code::Unavailable, "CHANGE_LOST", message, metadata)
+        }
+        Incomplete::Unanswered => status(
+            Code::Unavailable,
+            "PROPAGATION_UNKNOWN",
+            "the change is recorded; whether every replica knows of it could not be found out, since the database \
+             did not answer. Send it again: it waits again",
+        ),
+    }
+}
+
+/// The report goes with the status, as `keyward.v1.Propagation`.
+fn not_in_time(report: Report) -> Status {
+    let silent: Vec<_> = report.unconfirmed.iter().map(|silent| silent.replica.as_str()).collect();
+    let silent = if silent.is_empty() { "the database".to_owned() } else { silent.join(", ") };
+    let revision = report.revision;
+    let message = format!(
+        "the change is recorded as revision {revision}, and not known to be in force everywhere yet: no word from \
+         {silent}. Send it again, or follow it with WatchPropagation"
+    );
+    let metadata = HashMap::from([("revision".to_owned(), revision.to_string())]);
+    let info = tonic_types::pb::ErrorInfo {
+        reason: "NOT_PROPAGATED".to_owned(),
+        domain: DOMAIN.to_owned(),
+        metadata,
+    };
+    let detail = |name: &str, value: Vec<u8>| prost_types::Any {
+        type_url: format!("type.googleapis.com/{name}"),
+        value,
+    };
+    let details = vec![
+        detail("google.rpc.ErrorInfo", info.encode_to_vec()),
+        detail("keyward.v1.Propagation", convert::propagation(report).encode_to_vec()),
+    ];
+    let code = Code::DeadlineExceeded;
+    let whole = tonic_types::pb::Status { code: code.into(), message: message.clone(), details };
+    Status::with_details(code, message, whole.encode_to_vec().into())
 }
 
 /// The caller's key lacks the permission that the RPC needs.

@@ -93,6 +93,7 @@ impl Keys {
         caller: &Caller,
         bulk: BulkRevoke,
     ) -> Result<(Vec<BulkRevoked>, bool), Refusal> {
+        // What an earlier call has revoked is not listed again, and is waited for all the same: see `recorded`.
         match &bulk.filter.owner {
             OwnerFilter::AllButOperators => {
                 caller.must_be_operator()?;
@@ -131,6 +132,12 @@ impl Keys {
             }
         }));
         Ok((revoked.buffered(AT_ONCE).collect().await, more))
+    }
+
+    /// The newest change that is in force here: everything that was revoked before has come by then.
+    #[must_use]
+    pub fn recorded(&self) -> Revision {
+        self.engine.index.revision().unwrap_or_default()
     }
 
     /// Revokes every key of a user who is no member anywhere any more. Gives the newest revision; zero, if there

@@ -23,9 +23,10 @@ use crate::{
     },
     engine::{Engine, Holder},
     refusal::{Refusal, Thing},
+    replication::propagation::Reach,
     store::{
         IDEMPOTENCY_WINDOW, Idempotency, KeyFilter, Outcome, OwnerFilter, Rejection, Store, StoredKey, Write,
-        writer::{WriteError, Writer},
+        writer::{Follower as _, WriteError, Writer},
     },
 };
 
@@ -52,6 +53,8 @@ pub struct View {
     pub last_used: Vec<(u32, Timestamp)>,
     /// The instant of the answer.
     pub now: Timestamp,
+    /// What the change that was asked for takes away.
+    pub reach: Reach,
 }
 
 /// Who a new key is for, as the request names it.
@@ -228,7 +231,7 @@ impl Keys {
             last_used
                 .extend(self.engine.usage.pending(key.id, secret.version).map(|at| (secret.version, at)));
         }
-        View { last_used, now: self.clock.now(), key }
+        View { last_used, now: self.clock.now(), key, reach: Reach::Widens }
     }
 
     fn view_stored(&self, stored: StoredKey) -> View {
@@ -257,6 +260,8 @@ impl Keys {
 
     async fn replay(&self, caller: &Caller, id: KeyId) -> Result<(Issued, Revision), Refusal> {
         let view = self.view_stored(self.visible(caller, id).await?);
+        // What is done again is waited for again: the first may not have ended.
+        let view = View { reach: Reach::Narrows { again: true }, ..view };
         let revision = view.key.revision;
         self.writer.applied(revision).await?;
         Ok((Issued { view, token: None }, revision))
@@ -340,13 +345,17 @@ impl Keys {
             if let Edit::AsItWas = edit(&mut key, now)? {
                 // Recorded is not yet in force, while the answer to its commit is awaited.
                 self.writer.applied(stored.key.revision).await?;
-                return Ok(Changed::Now(Box::new(self.view_stored(stored))));
+                let reach =
+                    if action == Action::KeyEnabled { Reach::Widens } else { Reach::Narrows { again: true } };
+                return Ok(Changed::Now(Box::new(View { reach, ..self.view_stored(stored) })));
             }
             key.updated_at = now;
             let expect = Some(stored.key.revision);
+            let reach = reach(&key, &stored.key);
             match self.writer.write(write(caller, key, expect, action, now, once.clone())).await {
                 Ok(Outcome::Applied(change)) => {
-                    return Ok(Changed::Now(Box::new(self.view(into_key(change)?, &stored.last_used))));
+                    let view = self.view(into_key(change)?, &stored.last_used);
+                    return Ok(Changed::Now(Box::new(View { reach, ..view })));
                 }
                 Ok(Outcome::Replayed(id)) => return Ok(Changed::Before(id)),
                 Err(WriteError::Rejected(Rejection::Conflict)) => {}
@@ -390,12 +399,39 @@ impl Keys {
     /// # Errors
     /// When the key is revoked.
     pub async fn disable(&self, caller: &Caller, id: KeyId) -> Result<View, Refusal> {
-        self.change(caller, id, Action::KeyDisabled, None, |key, now| {
+        let disabled = self.change(caller, id, Action::KeyDisabled, None, |key, now| {
             not_revoked(key)?;
             Ok(if key.disabled_at.replace(now).is_none() { Edit::Changed } else { Edit::AsItWas })
-        })
-        .await?
-        .now()
+        });
+        match disabled.await {
+            Ok(changed) => changed.now(),
+            Err(refusal) => {
+                Err(self.refused_here(caller, id, refusal, |key, now| key.disabled_at = Some(now)))
+            }
+        }
+    }
+
+    /// Where the store could not be asked, the key is refused by this process all the same: somebody wants it
+    /// stopped, and the record in memory says whose it is.
+    fn refused_here(
+        &self,
+        caller: &Caller,
+        id: KeyId,
+        refusal: Refusal,
+        stop: impl FnOnce(&mut Key, Timestamp),
+    ) -> Refusal {
+        let known = match refusal {
+            Refusal::Unavailable => self.engine.index.record(id),
+            _ => None,
+        };
+        let Some(known) = known.filter(|key| caller.sees(&key.owner)) else { return refusal };
+        if let Err(refusal) = self.may_write(caller, &known.owner) {
+            return refusal;
+        }
+        let mut stopped = Key::clone(&known);
+        stop(&mut stopped, self.clock.now());
+        self.engine.index.in_doubt(&Change::Key(Arc::new(stopped)));
+        Refusal::NotRecorded { full: false }
     }
 
     /// Ends what `disable` began.
@@ -425,15 +461,19 @@ impl Keys {
         reason: RevokeReason,
         comment: String,
     ) -> Result<View, Refusal> {
-        self.change(caller, id, Action::KeyRevoked, None, |key, now| {
+        let revoked = self.change(caller, id, Action::KeyRevoked, None, |key, now| {
             if key.revocation.is_some() {
                 return Ok(Edit::AsItWas);
             }
             key.revocation = Some(Revocation { at: now, reason, comment: comment.clone() });
             Ok(Edit::Changed)
-        })
-        .await?
-        .now()
+        });
+        match revoked.await {
+            Ok(changed) => changed.now(),
+            Err(refusal) => Err(self.refused_here(caller, id, refusal, |key, now| {
+                key.revocation = Some(Revocation { at: now, reason, comment });
+            })),
+        }
     }
 
     /// Gives a key a new token.
@@ -530,6 +570,17 @@ impl Keys {
         };
         let comment = "revoked by its holder".to_owned();
         self.revoke(&caller, holder.key.id, RevokeReason::Unspecified, comment).await
+    }
+}
+
+/// What a change of a key takes away. The same terms once more may be a call that is made again.
+fn reach(after: &Key, before: &Key) -> Reach {
+    if after.narrows(before) {
+        Reach::Narrows { again: false }
+    } else if after.terms == before.terms && after.disabled_at == before.disabled_at {
+        Reach::Narrows { again: true }
+    } else {
+        Reach::Widens
     }
 }
 

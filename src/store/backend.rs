@@ -16,6 +16,7 @@ use crate::domain::{
 use super::{
     CommitError, Committed, Count, Head, Hour, KeyFilter, LogFilter, SnapshotItem, Store, StoreError,
     StoredKey, UsageBatch, Write,
+    fleet::Fleet,
     queries::{self, Dialect, Sql},
     records::{
         Columns, Gather, GatheredKey, account_at, bytes_at, count_at, head_at, log_at, member_at, role_at,
@@ -58,8 +59,8 @@ pub(super) trait Backend: Send + Sync + Sized + 'static {
     /// [`Store::forget_usage`].
     async fn drop_usage(&self, before: Hour) -> Result<(), StoreError>;
 
-    /// [`Store::lost`].
-    async fn wait_until_lost(&self);
+    /// [`Store::fleet`].
+    fn as_fleet(self: Arc<Self>) -> Option<Arc<dyn Fleet>>;
 
     /// [`Store::settle`].
     async fn settled(&self) -> Result<(), StoreError>;
@@ -200,8 +201,8 @@ impl<B: Backend> Store for B {
         self.settled().await
     }
 
-    async fn lost(&self) {
-        self.wait_until_lost().await;
+    fn fleet(self: Arc<Self>) -> Option<Arc<dyn Fleet>> {
+        self.as_fleet()
     }
 
     async fn close(&self) {

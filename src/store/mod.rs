@@ -9,6 +9,7 @@
 //! without gaps. A follower that has applied revision `n` has seen every change up to `n`.
 
 mod backend;
+pub mod fleet;
 mod plan;
 mod postgres;
 mod queries;
@@ -21,6 +22,8 @@ pub mod writer;
 use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
+
+use fleet::Fleet;
 
 use crate::domain::{
     account::{Account, Member, Role},
@@ -55,17 +58,6 @@ pub enum OpenError {
         /// The database file.
         path: String,
         /// ` (process N)`, where known.
-        owner: String,
-    },
-    /// Another process owns the database.
-    #[error(
-        "{database} is in use by another keyward{owner}: one process owns a database. Stop it first, or give this \
-         one its own --database"
-    )]
-    Owned {
-        /// The database.
-        database: String,
-        /// Who holds its lock, where known.
         owner: String,
     },
     /// The database server cannot be trusted with keys.
@@ -434,9 +426,8 @@ pub trait Store: Send + Sync + 'static {
     /// the database goes on from what this process knows of it. What the log does not hold then was not recorded.
     async fn settle(&self) -> Result<(), StoreError>;
 
-    /// Waits until another process has taken the database over: what this one knows of it is no longer to be
-    /// trusted. Never, where that cannot happen.
-    async fn lost(&self);
+    /// What replicas need of the database; `None` where one process owns it.
+    fn fleet(self: Arc<Self>) -> Option<Arc<dyn Fleet>>;
 
     /// Ends all work and lets go of the database.
     async fn close(&self);

@@ -1,4 +1,4 @@
-//! The store on a PostgreSQL server: tables in a schema of their own, written by one process for now.
+//! The store on a PostgreSQL server: tables in a schema of their own, which any number of processes write.
 //!
 //! Everything is a transaction, a single read too, and no transaction leaves anything behind in its session: so it
 //! works through pgbouncer in transaction mode, where the next transaction may meet another session. sqlx sends a
@@ -7,13 +7,15 @@
 //! schema, time limits, durability) is told with `BEGIN`, in the same round trip.
 //!
 //! A batch locks the row of `meta`, so that batches commit in the order of their revisions whoever sends them. It
-//! is decided in `plan.rs` from what `facts.rs` asks, and written by `write.rs`. The one owner is `owner.rs`, what
-//! the server must be is `doctor.rs`, the tables come from `migrate.rs`; the reads are in `backend.rs`.
+//! is decided in `plan.rs` from what `facts.rs` asks, and written by `write.rs`. What makes many processes one service
+//! is `fleet.rs`, over connections of its own (`line.rs`); what the server must be is `doctor.rs`, the tables come from
+//! `migrate.rs`; the reads are in `backend.rs`.
 
 mod doctor;
 mod facts;
+mod fleet;
+mod line;
 mod migrate;
-mod owner;
 mod place;
 mod write;
 
@@ -36,13 +38,14 @@ use crate::domain::time::{Revision, Timestamp};
 use super::{
     CommitError, Committed, Head, Hour, OpenError, SnapshotItem, StoreError, UsageBatch, Write,
     backend::{self, Backend, TakeRow, View},
+    fleet::Fleet,
     plan::{self, Questions},
     queries::Sql,
     records::{Columns as _, head_at},
     rows::{damaged, revision_to_i64},
 };
 
-use owner::Owner;
+use fleet::Lines;
 use place::Place;
 
 type Result<T> = std::result::Result<T, sqlx::Error>;
@@ -96,7 +99,7 @@ pub(super) struct Postgres {
     place: Place,
     pool: PgPool,
     begins: Begins,
-    owner: Owner,
+    fleet: Lines,
     /// Where the log ended when this process last saw it. Whoever finds another end without having moved it has
     /// another history before it: a standby that lacked commits, or a backup.
     known: Mutex<Option<Head>>,
@@ -109,10 +112,10 @@ impl std::fmt::Debug for Postgres {
 }
 
 impl Postgres {
-    /// Connects to the server that `url` names, checks it, takes ownership of the schema, migrates and checks it.
+    /// Connects to the server that `url` names, checks it, migrates the schema and checks it.
     ///
     /// # Errors
-    /// When it cannot be reached or trusted, is damaged or newer than this program, or another process owns it.
+    /// When it cannot be reached or trusted, is damaged or newer than this program.
     pub(super) async fn open(url: &str) -> std::result::Result<Postgres, OpenError> {
         let place = Place::parse(url)?;
         let failed = |error: sqlx::Error| open_error(&place, error);
@@ -127,18 +130,10 @@ impl Postgres {
         let mut connection = within(ACQUIRE, connecting).await.map_err(failed)?;
         let durable = doctor::check(&place, &mut connection).await?;
         let _ = within(CALL, connection.close()).await;
-        let claim = owner::Claim::take(&place).await?;
         let begins = Begins::new(&place.schema, durable);
         migrate::run(&place, &pool).await?;
-        let term = {
-            let mut session = begin(&pool, &begins.one).await.map_err(failed)?;
-            let raised = query("UPDATE meta SET term = term + 1 RETURNING term").fetch_one(session.get());
-            let term = within(CALL, raised).await.and_then(|row| row.int(0)).map_err(failed)?;
-            within(CALL, session.end("COMMIT")).await.map_err(failed)?;
-            term
-        };
-        let owner = claim.keep(place.clone(), term);
-        let store = Postgres { place, pool, begins, owner, known: Mutex::default() };
+        let fleet = Lines::to(&place);
+        let store = Postgres { place, pool, begins, fleet, known: Mutex::default() };
         match backend::check_log(&store).await {
             Ok(()) => Ok(store),
             Err(StoreError::Damaged(what)) => Err(OpenError::Damaged { path: store.place.shown, what }),
@@ -160,25 +155,10 @@ impl Postgres {
         .await
     }
 
-    /// Locks the head, so that batches come one after the other, and sees that this process owns it still.
+    /// Locks the head, so that batches come one after the other.
     async fn lock_head(&self, connection: &mut PgConnection) -> Result<Head> {
-        let row = query("SELECT head, head_hash, term FROM meta FOR UPDATE").fetch_one(connection).await?;
-        self.is_owner(row.int(2)?)?;
+        let row = query("SELECT head, head_hash FROM meta FOR UPDATE").fetch_one(connection).await?;
         head_at(&row).map_err(|error| sqlx::Error::Decode(Box::new(error)))
-    }
-
-    fn is_owner(&self, term: i64) -> Result<()> {
-        if term == self.owner.term() {
-            return Ok(());
-        }
-        self.owner.has_lost();
-        Err(sqlx::Error::Protocol("another keyward has taken the database over".to_owned()))
-    }
-
-    /// Sees that this process owns the database, for what does not move the head.
-    async fn owned(&self, connection: &mut PgConnection) -> Result<()> {
-        let row = query("SELECT term FROM meta").fetch_one(connection).await?;
-        self.is_owner(row.int(0)?)
     }
 
     /// Where the log ended when this process last saw it.
@@ -209,19 +189,17 @@ impl Postgres {
             known = known.revision.0,
             found = head.revision.0,
             "the database has another history than this process has seen: was a backup restored, or did a standby \
-             take over that lacked commits? This process stops; what it acknowledged last may be lost"
+             take over that lacked commits? Nothing is built on it; what was acknowledged last may be lost"
         );
-        self.owner.has_lost();
         Err(sqlx::Error::Protocol("the database has another history than this process has seen".to_owned()))
     }
 
     /// Writes what of the batch can be written.
     async fn write_batch(&self, connection: &mut PgConnection, batch: &[Write]) -> Result<Committed> {
         let mut head = self.lock_head(connection).await?;
-        // What this process has not applied may not be built upon: `settle` comes first.
+        // Others write too; but nothing is built on another history.
         if self.known().is_some_and(|known| known != head) {
             self.goes_on(connection, head).await?;
-            return Err(sqlx::Error::Protocol("the log holds what this process has not applied".to_owned()));
         }
         let mut committed = Committed::default();
         for run in plan::runs(batch) {
@@ -333,17 +311,13 @@ impl Backend for Postgres {
     }
 
     async fn write_usage(&self, batch: &UsageBatch) -> std::result::Result<(), StoreError> {
-        self.transaction(async |connection| {
-            self.owned(connection).await?;
-            Ok((write::usage(connection, batch).await?, "COMMIT"))
-        })
-        .await
-        .map_err(store_error)
+        self.transaction(async |connection| Ok((write::usage(connection, batch).await?, "COMMIT")))
+            .await
+            .map_err(store_error)
     }
 
     async fn drop_usage(&self, before: Hour) -> std::result::Result<(), StoreError> {
         self.transaction(async |connection| {
-            self.owned(connection).await?;
             let dropped = query("DELETE FROM usage WHERE hour < $1").bind(before.0).execute(connection);
             Ok((dropped.await.map(drop)?, "COMMIT"))
         })
@@ -351,8 +325,8 @@ impl Backend for Postgres {
         .map_err(store_error)
     }
 
-    async fn wait_until_lost(&self) {
-        self.owner.lost().await;
+    fn as_fleet(self: Arc<Self>) -> Option<Arc<dyn Fleet>> {
+        Some(self)
     }
 
     /// A commit whose answer was lost holds the lock on the head until it is decided.
@@ -370,8 +344,8 @@ impl Backend for Postgres {
     }
 
     async fn shut(&self) {
+        self.fleet.close().await;
         self.pool.close().await;
-        self.owner.release().await;
     }
 }
 

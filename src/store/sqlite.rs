@@ -10,6 +10,7 @@ use std::{
     io::{Read as _, Seek as _, Write as _},
     os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
@@ -27,6 +28,7 @@ use crate::domain::{log::GENESIS, time::Timestamp};
 use super::{
     CommitError, Committed, Head, Hour, OpenError, SnapshotItem, StoreError, UsageBatch, Write,
     backend::{self, Backend, TakeRow, View},
+    fleet::Fleet,
     queries::Sql,
     rows::damaged,
     sqlite_write,
@@ -41,6 +43,7 @@ fn migrations() -> Vec<Migration> {
     [
         (1, "start", SqlStr::from_static(include_str!("migrations/sqlite/0001_start.sql"))),
         (2, "people", SqlStr::from_static(include_str!("migrations/sqlite/0002_people.sql"))),
+        (3, "replicas", SqlStr::from_static(include_str!("migrations/sqlite/0003_replicas.sql"))),
     ]
     .into_iter()
     .map(|(version, name, sql)| Migration::new(version, name.into(), MigrationType::Simple, sql, false))
@@ -194,9 +197,8 @@ impl Backend for Sqlite {
         Ok(())
     }
 
-    async fn wait_until_lost(&self) {
-        // The lock on the file is ours until the process ends.
-        std::future::pending().await
+    fn as_fleet(self: Arc<Self>) -> Option<Arc<dyn Fleet>> {
+        None
     }
 
     async fn shut(&self) {

@@ -165,7 +165,7 @@ impl Committer {
             return self.fail(&writes, answers, CommitError::NotRecorded(error)).await;
         }
         match self.store.commit(&writes).await {
-            Ok(committed) => self.settle(committed, answers),
+            Ok(committed) => self.settle(&writes, committed, answers).await,
             // One bad write must not take the others with it.
             Err(CommitError::NotRecorded(error @ StoreError::Unavailable(_))) if writes.len() > 1 => {
                 tracing::warn!(error = &error as &dyn Error, "a batch failed; its writes go one by one");
@@ -185,17 +185,38 @@ impl Committer {
             return self.fail(&writes, vec![answer], CommitError::NotRecorded(error)).await;
         }
         match self.store.commit(&writes).await {
-            Ok(committed) => self.settle(committed, vec![answer]),
+            Ok(committed) => self.settle(&writes, committed, vec![answer]).await,
             Err(error) => self.fail(&writes, vec![answer], error).await,
         }
     }
 
-    fn settle(&self, committed: Committed, answers: Vec<Answer>) {
+    async fn settle(&mut self, writes: &[Write], committed: Committed, answers: Vec<Answer>) {
+        if let Some((first, _)) = committed.rows.first()
+            && let Err(error) = self.fill(first.revision).await
+        {
+            // Recorded, and not in force here before others' changes are.
+            return self.fail(writes, answers, CommitError::Unknown(error)).await;
+        }
         self.follower.applied(&committed.rows);
         for (answer, outcome) in answers.into_iter().zip(committed.outcomes) {
             // A caller that went away does not hear of it; the change stands.
             let _ = answer.send(outcome.map_err(WriteError::Rejected));
         }
+    }
+
+    /// Gives the follower what others have committed before this revision.
+    async fn fill(&mut self, before: Revision) -> Result<(), StoreError> {
+        while self.follower.revision().next() < before {
+            let seen = self.follower.revision();
+            let mut rows = self.store.log_after(seen, 1000).await?;
+            rows.retain(|row| row.revision < before);
+            self.follower.applied(&with_changes(rows)?);
+            if self.follower.revision() == seen {
+                let what = format!("the log does not go on from entry {seen} as this process knows it");
+                return Err(StoreError::Damaged(what));
+            }
+        }
+        Ok(())
     }
 
     /// Tells the callers, after the follower has learnt what is in doubt and, if it can be read, what the log
@@ -229,12 +250,17 @@ impl Committer {
     async fn catch_up(&mut self) -> Result<(), StoreError> {
         self.store.settle().await?;
         loop {
-            let rows = self.store.log_after(self.follower.revision(), 1000).await?;
+            let seen = self.follower.revision();
+            let rows = self.store.log_after(seen, 1000).await?;
             if rows.is_empty() {
                 break;
             }
-            let rows = rows.into_iter().map(with_change).collect::<Result<Vec<_>, _>>()?;
-            self.follower.applied(&rows);
+            let newest = rows.last().map_or(seen, |row| row.revision);
+            self.follower.applied(&with_changes(rows)?);
+            if self.follower.revision() < newest {
+                let what = format!("the log does not go on from entry {seen} as this process knows it");
+                return Err(StoreError::Damaged(what));
+            }
         }
         self.unsure = false;
         self.follower.decided();
@@ -242,8 +268,7 @@ impl Committer {
     }
 }
 
-fn with_change(row: LogRow) -> Result<(LogRow, Change), StoreError> {
-    let change = serde_json::from_str(&row.payload)
-        .map_err(|error| StoreError::Damaged(format!("log entry {}: {error}", row.revision)))?;
-    Ok((row, change))
+fn with_changes(rows: Vec<LogRow>) -> Result<Vec<(LogRow, Change)>, StoreError> {
+    let rows = rows.into_iter().map(LogRow::with_change).collect::<Result<_, _>>();
+    rows.map_err(|error| StoreError::Damaged(error.to_string()))
 }

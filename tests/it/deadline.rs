@@ -123,12 +123,12 @@ fn model<W: Word + Send + Sync + 'static>(
 }
 
 fn as_the_engine_does<W: Word>(deadline: &Deadline<W>, map: &AtomicU64) -> (u64, bool) {
-    deadline.check(|| NOW, || map.load(Ordering::Relaxed))
+    deadline.check(|| NOW, |fresh| (map.load(Ordering::Relaxed), fresh))
 }
 
 fn look_up_first<W: Word>(deadline: &Deadline<W>, map: &AtomicU64) -> (u64, bool) {
     let found = map.load(Ordering::Relaxed);
-    deadline.check(|| NOW, || found)
+    deadline.check(|| NOW, |fresh| (found, fresh))
 }
 
 #[test]

@@ -12,7 +12,9 @@ use keyward::{
         gate::Door,
         serve::{Workers, accept},
     },
-    pb, store,
+    pb,
+    server::replicas::Place,
+    store,
 };
 use sha2::{Digest as _, Sha256};
 use tonic::{
@@ -247,7 +249,8 @@ async fn still_loading(home: &Home) -> SocketAddr {
     let settings = Settings::load_database(&DatabaseArgs::default()).unwrap();
     let store = store::open(&home.url()).await.unwrap();
     let (clock, entropy) = (Arc::new(SystemClock), Arc::new(SystemEntropy));
-    let (parts, _) = keyward::server::parts(&settings, store, Arc::new(Index::default()), clock, entropy);
+    let place = Place::on(&store, Arc::new(Index::default()), clock.clone());
+    let (parts, _) = keyward::server::parts(&settings, store, &place, clock, entropy);
     let services = Arc::new(grpc::services(parts, tonic_health::server::HealthReporter::new()).unwrap());
     let (stopping, is_stopping) = tokio::sync::watch::channel(false);
     let workers = Workers::start(1, &services, &is_stopping, PATIENCE).unwrap();

@@ -53,7 +53,7 @@ mod terms;
 
 pub use boottime::Boottime;
 pub use collector::Collector;
-pub use replica::Replica;
+pub use replica::{Renewal, Replica, Reply};
 pub use revoker::Revoker;
 pub use rules::{Kept, Rule, Rules};
 pub use terms::Lease;

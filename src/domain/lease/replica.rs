@@ -12,6 +12,7 @@ use super::{
     Attempt, Boottime, Counts, Incarnation, Kept, Lease, Position, ReplicaId, Rule, Rules,
     freeze::FreezeWatch,
 };
+use crate::domain::{log::Hash, time::Revision};
 
 mod message;
 #[cfg(test)]
@@ -184,6 +185,8 @@ impl<R: Rules> Replica<R> {
             }
             Event::Failed { attempt } => self.failed(attempt, now),
             Event::Hint => self.again |= self.holds(),
+            Event::Advanced { to } => self.advance(to),
+            Event::Diverged { ours, head } => self.regress(ours, None, head, out),
             Event::RegressionAccepted | Event::Stop => {}
         }
     }
@@ -270,7 +273,7 @@ impl<R: Rules> Replica<R> {
         if let Some(position) = renewal.applied
             && self.is_elsewhere(position, reply)
         {
-            self.regress(position, reply, out);
+            self.regress(position, reply.link, reply.head, out);
             return;
         }
         if !reply.renewed {
@@ -306,7 +309,7 @@ impl<R: Rules> Replica<R> {
         // To renew again is to acknowledge.
         self.again |= changed || lease.is_none();
         if changed {
-            self.map = Map::Holds(reply.upto);
+            self.advance(reply.upto);
             if !self.rules.keep(Rule::ApplyBeforeAck) {
                 self.send(now, out);
             }
@@ -333,9 +336,18 @@ impl<R: Rules> Replica<R> {
         }
     }
 
-    fn regress(&mut self, ours: Position, reply: &Reply, out: &mut Vec<Action>) {
+    fn regress(&mut self, ours: Position, link: Option<Hash>, head: Revision, out: &mut Vec<Action>) {
         self.mode = Mode::Regressed;
-        out.push(Action::EnterRegressed { ours, link: reply.link, head: reply.head });
+        out.push(Action::EnterRegressed { ours, link, head });
+    }
+
+    /// The map holds this, if not more already.
+    fn advance(&mut self, to: Position) {
+        if let Map::Holds(at) = &mut self.map
+            && to.revision > at.revision
+        {
+            *at = to;
+        }
     }
 
     /// The row is gone, or is another process's: nobody waits for this one any more. The map is still good: the

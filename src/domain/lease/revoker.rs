@@ -97,6 +97,10 @@ pub struct Revoker<R = Kept> {
     change: Position,
     /// The change was there already.
     again: bool,
+    /// When it was committed by.
+    since: Boottime,
+    /// The longest lease that was granted before. None = no reading has told yet.
+    longest: Option<Lease>,
     complete_by: Option<Boottime>,
     request: Option<(Attempt, Boottime)>,
     attempts: u64,
@@ -113,21 +117,27 @@ impl Revoker {
     pub fn new(change: Position, again: bool, longest: Lease, now: Boottime) -> Self {
         Revoker::with_rules(Kept, change, again, longest, now)
     }
+
+    /// One that learns the longest lease from its first reading.
+    #[must_use]
+    pub fn after(change: Position, again: bool, now: Boottime) -> Self {
+        let revoker = Revoker::with_rules(Kept, change, again, Lease::STATIC, now);
+        Revoker { longest: None, ..revoker }
+    }
 }
 
 impl<R: Rules> Revoker<R> {
     /// One that keeps these rules only.
     #[must_use]
     pub fn with_rules(rules: R, change: Position, again: bool, longest: Lease, now: Boottime) -> Self {
-        let wait = match rules.keep(Rule::DriftIsCovered) {
-            true => longest.outlived_after(),
-            false => longest.length(),
-        };
+        let complete_by = complete_by(&rules, longest, now);
         Revoker {
             rules,
             change,
             again,
-            complete_by: wait.map(|wait| now.plus(wait)),
+            since: now,
+            longest: Some(longest),
+            complete_by,
             request: None,
             attempts: 0,
             list_at: now,
@@ -204,6 +214,10 @@ impl<R: Rules> Revoker<R> {
             out.push(Action::Return(Outcome::Lost));
             return true;
         }
+        if self.longest.is_none() {
+            self.longest = Some(listing.longest);
+            self.complete_by = complete_by(&self.rules, listing.longest, self.since);
+        }
         let whole = listing.is_whole() || !self.rules.keep(Rule::LostRowsAreWaitedOut);
         self.rows = listing.rows;
         let done = whole && !self.rows.iter().any(|row| self.blocks(row));
@@ -243,6 +257,15 @@ impl<R: Rules> Revoker<R> {
         }
         is_it
     }
+}
+
+/// When every lease of at most this length has run out that was granted before `since`.
+fn complete_by(rules: &impl Rules, longest: Lease, since: Boottime) -> Option<Boottime> {
+    let wait = match rules.keep(Rule::DriftIsCovered) {
+        true => longest.outlived_after(),
+        false => longest.length(),
+    };
+    wait.map(|wait| since.plus(wait))
 }
 
 #[cfg(test)]
@@ -334,6 +357,15 @@ mod tests {
                 [Unconfirmed { replica: row(2, None).id, last_seen, lease_ends_by }]
             );
         }
+    }
+
+    #[test]
+    fn the_longest_lease_may_be_learnt_from_the_first_reading() {
+        let mut revoker = Revoker::after(change(), false, at(1000));
+        assert_eq!(revoker.on(Event::Tick, at(1000)), [Action::List { attempt: Attempt(1) }]);
+        assert_eq!(revoker.propagation().complete_by, None);
+        hear(&mut revoker, 1, listing(&[row(1, Some(7))]), at(3000));
+        assert_eq!(revoker.propagation().complete_by, Some(at(1000 + 6250 + 50)), "counted from the commit");
     }
 
     #[test]

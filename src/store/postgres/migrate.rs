@@ -10,7 +10,7 @@ use crate::{
     store::{OpenError, records::Columns as _},
 };
 
-use super::{Place, Result, begin, open_error, query, server_error, within};
+use super::{Place, Result, begin, fleet, open_error, query, server_error, within};
 
 /// How long a migration may take.
 const LIMIT: Duration = Duration::from_secs(600);
@@ -23,9 +23,10 @@ struct Migration {
 }
 
 /// The migrations, oldest first, with the numbers and names that SQLite's have. Never edited once released.
-const MIGRATIONS: [Migration; 2] = [
+const MIGRATIONS: [Migration; 3] = [
     Migration { version: 1, name: "start", sql: include_str!("../migrations/postgres/0001_start.sql") },
     Migration { version: 2, name: "people", sql: include_str!("../migrations/postgres/0002_people.sql") },
+    Migration { version: 3, name: "replicas", sql: include_str!("../migrations/postgres/0003_replicas.sql") },
 ];
 
 /// Brings the schema to what this program knows, or says why it cannot.
@@ -76,8 +77,9 @@ async fn migrate(place: &Place, connection: &mut PgConnection) -> Result<std::re
     }
     query("INSERT INTO meta VALUES (1, uuid_send(gen_random_uuid()), 1, 0, $1, 0) ON CONFLICT DO NOTHING")
         .bind(GENESIS.to_vec())
-        .execute(connection)
+        .execute(&mut *connection)
         .await?;
+    fleet::settle_first(connection).await?;
     Ok(Ok(()))
 }
 

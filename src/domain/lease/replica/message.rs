@@ -41,6 +41,19 @@ pub enum Event {
     },
     /// Something was committed (NOTIFY), or seems to have been. Only saves time.
     Hint,
+    /// The map holds changes up to here that came by another way than a renewal: this process's own, or such as were
+    /// read at a hint. They follow what it held without a gap.
+    Advanced {
+        /// What it holds now.
+        to: Position,
+    },
+    /// Changes came that do not follow what the map holds: another history.
+    Diverged {
+        /// What the map holds.
+        ours: Position,
+        /// The newest revision that came.
+        head: Revision,
+    },
     /// The operator has accepted that the database goes on from an older state.
     RegressionAccepted,
     /// The process is about to end.

@@ -1,0 +1,126 @@
+//! What is quicker than renewals: this process's own commits, and reading the log when somebody seems to have
+//! committed. A hint may never come, where a pooler drops notifications; so until one has been heard, the log is read
+//! four times a second. The truth never depends on either: each renewal brings what is lacking.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::{
+    sync::{Notify, mpsc},
+    time::{sleep, timeout},
+};
+
+use crate::{
+    domain::lease::replica::Event,
+    store::{StoreError, fleet::Fleet},
+};
+
+use super::{
+    feed::{Input, diverged},
+    follow::Follow,
+};
+
+/// How often the log is read where hints do not come.
+const POLL: Duration = Duration::from_millis(250);
+/// The pause after a failure; it doubles with each that follows.
+const FIRST_BACKOFF: Duration = Duration::from_millis(100);
+const LONGEST_BACKOFF: Duration = Duration::from_secs(5);
+
+/// Tells the machine of this process's own commits.
+pub(super) async fn own(follow: Arc<Follow>, answers: mpsc::Sender<Input>) {
+    let mut moves = follow.moves();
+    while moves.changed().await.is_ok() {
+        let at = *moves.borrow_and_update();
+        let event = at.map(|to| Input::Event(Event::Advanced { to }));
+        if let Some(event) = event
+            && answers.send(event).await.is_err()
+        {
+            return;
+        }
+    }
+}
+
+/// Tells the machine when one of this process's own commits has met another history.
+pub(super) async fn divergences(follow: Arc<Follow>, answers: mpsc::Sender<Input>) {
+    let mut broken = follow.divergences();
+    while broken.changed().await.is_ok() {
+        let met = *broken.borrow_and_update();
+        if let Some(event) = met.and_then(|broken| diverged(broken, &follow))
+            && answers.send(Input::Event(event)).await.is_err()
+        {
+            return;
+        }
+    }
+}
+
+/// Reads the log when others commit, or seem to.
+pub(super) async fn listen(fleet: Arc<dyn Fleet>, follow: Arc<Follow>, answers: mpsc::Sender<Input>) {
+    let (hinted, hears) = (Notify::new(), AtomicBool::new(false));
+    tokio::join!(hear(&*fleet, &hinted, &hears), read(&*fleet, &follow, &answers, &hinted, &hears));
+}
+
+async fn hear(fleet: &dyn Fleet, hinted: &Notify, hears: &AtomicBool) {
+    let mut backoff = FIRST_BACKOFF;
+    loop {
+        match fleet.hint().await {
+            Ok(()) => {
+                hears.store(true, Ordering::Relaxed);
+                backoff = FIRST_BACKOFF;
+            }
+            Err(error) => {
+                hears.store(false, Ordering::Relaxed);
+                tracing::debug!(
+                    error = &error as &dyn std::error::Error,
+                    "no notifications; the log is polled"
+                );
+                sleep(backoff).await;
+                backoff = (backoff * 2).min(LONGEST_BACKOFF);
+            }
+        }
+        hinted.notify_one();
+    }
+}
+
+async fn read(
+    fleet: &dyn Fleet,
+    follow: &Follow,
+    answers: &mpsc::Sender<Input>,
+    hinted: &Notify,
+    hears: &AtomicBool,
+) {
+    loop {
+        if hears.load(Ordering::Relaxed) {
+            hinted.notified().await;
+        } else {
+            // A hint or the time: both are reasons to look.
+            let _ = timeout(POLL, hinted.notified()).await;
+        }
+        match read_once(fleet, follow).await {
+            Ok(events) => {
+                for event in events {
+                    if answers.send(Input::Event(event)).await.is_err() {
+                        return;
+                    }
+                }
+            }
+            // The next renewal finds out too, and says so.
+            Err(error) => tracing::debug!(error = &error as &dyn std::error::Error, "the log was not read"),
+        }
+    }
+}
+
+/// Takes what the log has more. A renewal is to acknowledge it at once.
+async fn read_once(fleet: &dyn Fleet, follow: &Follow) -> Result<Vec<Event>, StoreError> {
+    let Some(at) = follow.at() else { return Ok(Vec::new()) };
+    let rows = fleet.follow(at.revision).await?;
+    Ok(match follow.take_rows(rows)? {
+        Ok((to, true)) => vec![Event::Advanced { to }, Event::Hint],
+        Ok((_, false)) => Vec::new(),
+        Err(broken) => diverged(broken, follow).into_iter().collect(),
+    })
+}

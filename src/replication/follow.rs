@@ -1,0 +1,198 @@
+//! The one way into the index. Changes come from this process's own commits, from renewals and from reading the log
+//! at a hint, and may come twice; they go in once, in revision order, each linked by its hash to the one before.
+
+use std::{
+    collections::VecDeque,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use tokio::sync::watch;
+
+use crate::{
+    domain::{
+        lease::Position,
+        log::{Change, Hash, LogRow},
+        time::Revision,
+    },
+    engine::index::Index,
+    store::{Head, StoreError, writer::Follower},
+};
+
+/// How many of the newest links are remembered.
+const RECENT: usize = 4096;
+
+/// Why changes did not go in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Broken {
+    /// Nothing is loaded yet.
+    NotLoaded,
+    /// The changes between are missing.
+    Gap,
+    /// They are of another history than what the index holds.
+    OtherHistory {
+        /// What it holds.
+        ours: Position,
+        /// The newest that came.
+        head: Revision,
+    },
+}
+
+#[derive(Default)]
+struct State {
+    at: Option<Position>,
+    recent: VecDeque<(Revision, Hash)>,
+}
+
+/// The index with its place in the history.
+pub struct Follow {
+    index: Arc<Index>,
+    state: Mutex<State>,
+    /// Where it is; nothing before the first snapshot.
+    moved: watch::Sender<Option<Position>>,
+    /// Another history was met where none was looked for.
+    diverged: watch::Sender<Option<Broken>>,
+}
+
+impl std::fmt::Debug for Follow {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Follow").field("at", &*self.moved.borrow()).finish_non_exhaustive()
+    }
+}
+
+impl Follow {
+    /// Over an index that nothing is loaded into.
+    #[must_use]
+    pub fn new(index: Arc<Index>) -> Follow {
+        let (moved, diverged) = (watch::Sender::new(None), watch::Sender::new(None));
+        Follow { index, state: Mutex::default(), moved, diverged }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // The data is whole between any two statements that could panic.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The index.
+    #[must_use]
+    pub fn index(&self) -> &Arc<Index> {
+        &self.index
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn at(&self) -> Option<Position> {
+        self.state().at
+    }
+
+    /// Tells where it is, each time that it moves.
+    #[must_use]
+    pub fn moves(&self) -> watch::Receiver<Option<Position>> {
+        self.moved.subscribe()
+    }
+
+    /// Tells when this process's own commit has met another history.
+    #[must_use]
+    pub fn divergences(&self) -> watch::Receiver<Option<Broken>> {
+        self.diverged.subscribe()
+    }
+
+    /// Forgets everything: another snapshot is loaded. Nobody finds anything until then.
+    pub fn reset(&self) {
+        let mut state = self.state();
+        *state = State::default();
+        self.index.clear();
+        self.moved.send_replace(None);
+        self.diverged.send_replace(None);
+    }
+
+    /// The snapshot is loaded, as of here.
+    pub fn loaded(&self, Head { revision, hash }: Head) {
+        let mut state = self.state();
+        let at = Position { revision, hash };
+        state.note(at);
+        self.index.loaded(revision);
+        self.moved.send_replace(Some(at));
+    }
+
+    /// The log's link at a revision, if that is one of the newest.
+    #[must_use]
+    pub fn link(&self, revision: Revision) -> Option<Hash> {
+        let state = self.state();
+        state.recent.iter().rev().find(|(at, _)| *at == revision).map(|(_, hash)| *hash)
+    }
+
+    /// Takes changes that are in order; those that it has already do not count. Gives where it is then, and whether
+    /// any was new.
+    ///
+    /// # Errors
+    /// When they do not follow what it has. What followed up to there is in force.
+    pub fn take(&self, rows: &[(LogRow, Change)]) -> Result<(Position, bool), Broken> {
+        let mut state = self.state();
+        let mut moved = false;
+        for change in rows {
+            let (row, _) = change;
+            let at = state.at.ok_or(Broken::NotLoaded)?;
+            let other = Broken::OtherHistory { ours: at, head: row.revision };
+            if row.revision < at.revision || row.revision == at.revision && row.hash == at.hash {
+                continue;
+            }
+            if row.revision == at.revision {
+                return Err(other);
+            }
+            if row.revision > at.revision.next() {
+                return Err(Broken::Gap);
+            }
+            if !row.follows(at.revision, &at.hash) {
+                return Err(other);
+            }
+            self.index.applied(std::slice::from_ref(change));
+            state.note(Position { revision: row.revision, hash: row.hash });
+            moved = true;
+        }
+        let at = state.at.ok_or(Broken::NotLoaded)?;
+        if moved {
+            self.moved.send_replace(Some(at));
+        }
+        Ok((at, moved))
+    }
+
+    /// The same, from rows as they were read.
+    ///
+    /// # Errors
+    /// When a row cannot be read; inside, as [`Follow::take`].
+    pub fn take_rows(&self, rows: Vec<LogRow>) -> Result<Result<(Position, bool), Broken>, StoreError> {
+        let rows = rows.into_iter().map(LogRow::with_change).collect::<Result<Vec<_>, _>>();
+        rows.map(|rows| self.take(&rows)).map_err(|error| StoreError::Damaged(error.to_string()))
+    }
+}
+
+impl State {
+    fn note(&mut self, at: Position) {
+        self.at = Some(at);
+        if self.recent.len() == RECENT {
+            self.recent.pop_front();
+        }
+        self.recent.push_back((at.revision, at.hash));
+    }
+}
+
+impl Follower for Follow {
+    fn revision(&self) -> Revision {
+        self.at().unwrap_or(Position::START).revision
+    }
+
+    fn applied(&self, rows: &[(LogRow, Change)]) {
+        if let Err(broken) = self.take(rows) {
+            tracing::error!(?broken, "changes that were committed do not follow what this process holds");
+            self.diverged.send_replace(Some(broken));
+        }
+    }
+
+    fn in_doubt(&self, change: &Change) {
+        self.index.in_doubt(change);
+    }
+
+    fn decided(&self) {
+        self.index.decided();
+    }
+}

@@ -1,0 +1,339 @@
+//! Waits, for each narrowing change, until no replica can allow any more what it narrowed: drives a revoker, and tells
+//! how far the change has come.
+//!
+//! One reading of the replicas' rows serves every change that waited before it was begun. What this process itself has
+//! applied needs no reading.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::{Instant, sleep, sleep_until},
+};
+
+use crate::{
+    clock::Clock,
+    domain::{
+        lease::{
+            Boottime, Position, ReplicaId, Revoker,
+            revoker::{Action, Event, Outcome, Propagation as Progress},
+        },
+        time::{Revision, Timestamp},
+    },
+    store::{
+        StoreError,
+        fleet::{Fleet, Roster},
+    },
+};
+
+use super::{feed::Sight, follow::Follow};
+
+/// The longest that anybody waits where no lease ever runs out.
+const LONGEST: Duration = Duration::from_secs(300);
+/// How many changes may wait for a reading; those beyond wait for a place.
+const QUEUE: usize = 1024;
+
+/// How far a change has come, in words for people.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Report {
+    /// The change.
+    pub revision: Revision,
+    /// Whether no replica can allow any more what it narrowed.
+    pub complete: bool,
+    /// The names of the replicas that have acknowledged it.
+    pub confirmed: Vec<String>,
+    /// Those that have not.
+    pub unconfirmed: Vec<Unconfirmed>,
+    /// When it will be complete at the latest. None = not before all of them have spoken, or it is not known yet.
+    pub complete_by: Option<Timestamp>,
+    /// Whether the change is on a synchronous standby of the database too.
+    pub sync_replicated: bool,
+}
+
+/// What a change means to Checks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Reach {
+    /// It takes nothing away: there is nothing to wait for.
+    #[default]
+    Widens,
+    /// Some Check that was allowed before it could be refused after it.
+    Narrows {
+        /// It had been made before: a call that makes it again waits as the first did.
+        again: bool,
+    },
+}
+
+/// A replica that has not acknowledged a change.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unconfirmed {
+    /// Its name.
+    pub replica: String,
+    /// When it renewed last, by the database's clock.
+    pub last_seen: Timestamp,
+    /// When its lease has run out at the latest; None = never.
+    pub lease_ends_by: Option<Timestamp>,
+}
+
+/// Why a change is not known to be in force everywhere.
+#[derive(Clone, Debug)]
+pub enum Incomplete {
+    /// Not in the time that there was.
+    InTime(Box<Report>),
+    /// The database has lost the change.
+    Lost(Revision),
+    /// The database did not answer.
+    Unanswered,
+}
+
+/// Waits for changes to be in force on every replica.
+#[derive(Clone)]
+pub struct Propagation {
+    clock: Arc<dyn Clock>,
+    replicas: Option<Replicas>,
+}
+
+#[derive(Clone)]
+struct Replicas {
+    fleet: Arc<dyn Fleet>,
+    follow: Arc<Follow>,
+    sight: Arc<Sight>,
+    readings: mpsc::Sender<Wanted>,
+}
+
+type Wanted = (Revision, oneshot::Sender<Result<Arc<Roster>, Arc<StoreError>>>);
+
+impl std::fmt::Debug for Propagation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Propagation").field("alone", &self.replicas.is_none()).finish_non_exhaustive()
+    }
+}
+
+impl Propagation {
+    /// Where one process owns the database: a change that is in force here is in force everywhere.
+    #[must_use]
+    pub fn alone(clock: Arc<dyn Clock>) -> Propagation {
+        Propagation { clock, replicas: None }
+    }
+
+    /// Where there are replicas. Readings run on the current runtime for as long as anybody may wait.
+    #[must_use]
+    pub fn over(
+        fleet: Arc<dyn Fleet>,
+        follow: Arc<Follow>,
+        sight: Arc<Sight>,
+        clock: Arc<dyn Clock>,
+    ) -> Propagation {
+        let (readings, wanted) = mpsc::channel(QUEUE);
+        tokio::spawn(read(fleet.clone(), wanted));
+        Propagation { clock, replicas: Some(Replicas { fleet, follow, sight, readings }) }
+    }
+
+    /// What is said of a change that takes nothing away: there is nothing to wait for.
+    #[must_use]
+    pub fn in_force(&self, revision: Revision) -> Report {
+        Report {
+            revision,
+            complete: true,
+            confirmed: Vec::new(),
+            unconfirmed: Vec::new(),
+            complete_by: Some(self.clock.now()),
+            sync_replicated: false,
+        }
+    }
+
+    /// Waits until the change is in force everywhere, at most until `until`. It is committed and applied here.
+    /// `again`: it was so before this call, which waits all the same, for the first may not have ended.
+    ///
+    /// # Errors
+    /// When it is not in force everywhere by then, or is not in the database any more.
+    pub async fn wait(
+        &self,
+        revision: Revision,
+        again: bool,
+        until: Option<Instant>,
+    ) -> Result<Report, Incomplete> {
+        let committed = self.clock.boottime();
+        self.follow_up(revision, again, committed, until, &mut |_| ()).await
+    }
+
+    /// Waits, if the change takes anything away.
+    ///
+    /// # Errors
+    /// As [`Propagation::wait`].
+    pub async fn reached(
+        &self,
+        revision: Revision,
+        reach: Reach,
+        until: Option<Instant>,
+    ) -> Result<Report, Incomplete> {
+        match reach {
+            Reach::Widens => Ok(self.in_force(revision)),
+            Reach::Narrows { again } => self.wait(revision, again, until).await,
+        }
+    }
+
+    /// The same, telling `each` how far it has come after each reading.
+    ///
+    /// # Errors
+    /// As [`Propagation::wait`].
+    pub async fn watch(
+        &self,
+        revision: Revision,
+        each: &mut (dyn FnMut(Report) + Send),
+    ) -> Result<Report, Incomplete> {
+        self.follow_up(revision, true, self.clock.boottime(), None, each).await
+    }
+
+    async fn follow_up(
+        &self,
+        revision: Revision,
+        again: bool,
+        committed: Boottime,
+        until: Option<Instant>,
+        each: &mut (dyn FnMut(Report) + Send),
+    ) -> Result<Report, Incomplete> {
+        let Some(replicas) = &self.replicas else { return Ok(self.in_force(revision)) };
+        let hash = match replicas.follow.link(revision) {
+            Some(hash) => hash,
+            None => replicas.link(revision).await?,
+        };
+        let change = Position { revision, hash };
+        let mut wait = Wait {
+            clock: &*self.clock,
+            replicas,
+            revoker: Revoker::after(change, again, committed),
+            names: HashMap::new(),
+            sync_replicated: false,
+            until,
+            give_up: committed.plus(LONGEST),
+        };
+        wait.run(each).await
+    }
+}
+
+impl Replicas {
+    async fn roster(&self, revision: Revision) -> Result<Arc<Roster>, ()> {
+        let (answer, read) = oneshot::channel();
+        self.readings.send((revision, answer)).await.map_err(drop)?;
+        read.await.map_err(drop)?.map_err(|error| {
+            tracing::debug!(error = &*error as &dyn std::error::Error, "the replicas' rows were not read");
+        })
+    }
+
+    async fn link(&self, revision: Revision) -> Result<crate::domain::log::Hash, Incomplete> {
+        let roster = self.fleet.roster(&[revision]).await.map_err(|error| {
+            tracing::error!(error = &error as &dyn std::error::Error, "the log was not read");
+            Incomplete::Unanswered
+        })?;
+        roster.links.get(&revision).copied().ok_or(Incomplete::Lost(revision))
+    }
+}
+
+/// One change's wait.
+struct Wait<'a> {
+    clock: &'a dyn Clock,
+    replicas: &'a Replicas,
+    revoker: Revoker,
+    names: HashMap<ReplicaId, String>,
+    sync_replicated: bool,
+    until: Option<Instant>,
+    give_up: Boottime,
+}
+
+impl Wait<'_> {
+    async fn run(&mut self, each: &mut (dyn FnMut(Report) + Send)) -> Result<Report, Incomplete> {
+        let mut event = Event::Tick;
+        loop {
+            let now = self.clock.boottime();
+            let actions = self.revoker.on(event, now);
+            let wake = match actions.into_iter().next() {
+                Some(Action::Return(Outcome::Complete(progress))) => return Ok(self.report(progress)),
+                Some(Action::Return(Outcome::Lost)) => {
+                    return Err(Incomplete::Lost(self.revoker.propagation().revision));
+                }
+                Some(Action::List { attempt }) => {
+                    event = self.list(attempt).await?;
+                    each(self.report(self.revoker.propagation()));
+                    continue;
+                }
+                None => self.revoker.wake_at().unwrap_or(self.give_up),
+            };
+            if now >= self.give_up && self.revoker.propagation().complete_by.is_none() {
+                return Err(self.in_time());
+            }
+            tokio::select! {
+                () = sleep(wake.since(now)) => {}
+                () = patience(self.until) => return Err(self.in_time()),
+            }
+            event = Event::Tick;
+        }
+    }
+
+    /// Reads the rows, unless time is up before.
+    async fn list(&mut self, attempt: crate::domain::lease::Attempt) -> Result<Event, Incomplete> {
+        let progress = self.revoker.propagation();
+        // Whatever the list says, by then it is complete; and a database that is away need not be waited for.
+        let by = progress.complete_by.unwrap_or(self.give_up);
+        let left = by.since(self.clock.boottime());
+        let roster = tokio::select! {
+            roster = self.replicas.roster(progress.revision) => roster,
+            () = sleep(left) => return Ok(Event::Failed { attempt }),
+            () = patience(self.until) => return Err(self.in_time()),
+        };
+        let Ok(roster) = roster else { return Ok(Event::Failed { attempt }) };
+        self.names.clone_from(&roster.names);
+        self.sync_replicated = roster.sync_replicated;
+        let mut listing = roster.listing.clone();
+        // What is in force here needs no acknowledgment.
+        let (own, applied) = (self.replicas.sight.id(), self.replicas.follow.at());
+        for row in listing.rows.iter_mut().filter(|row| Some(row.id) == own) {
+            row.applied = row.applied.max(applied.map(|at| at.revision));
+        }
+        let link = roster.links.get(&progress.revision).copied();
+        Ok(Event::Listed { attempt, listing, link })
+    }
+
+    fn in_time(&self) -> Incomplete {
+        Incomplete::InTime(Box::new(self.report(self.revoker.propagation())))
+    }
+
+    fn report(&self, progress: Progress) -> Report {
+        let now = (self.clock.boottime(), self.clock.now());
+        let wall = |at: Boottime| now.1.plus(at.since(now.0)).minus(now.0.since(at));
+        let name = |id: &ReplicaId| self.names.get(id).cloned().unwrap_or_else(|| id.0.to_string());
+        let unconfirmed = progress.unconfirmed.iter().map(|silent| Unconfirmed {
+            replica: name(&silent.replica),
+            last_seen: silent.last_seen,
+            lease_ends_by: silent.lease_ends_by.map(wall),
+        });
+        let complete_by = if progress.complete { Some(now.1) } else { progress.complete_by.map(wall) };
+        Report {
+            revision: progress.revision,
+            complete: progress.complete,
+            confirmed: progress.confirmed.iter().map(name).collect(),
+            unconfirmed: unconfirmed.collect(),
+            complete_by,
+            sync_replicated: self.sync_replicated,
+        }
+    }
+}
+
+async fn patience(until: Option<Instant>) {
+    match until {
+        Some(until) => sleep_until(until).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Reads the rows for whoever waits: one reading for all who asked before it.
+async fn read(fleet: Arc<dyn Fleet>, mut wanted: mpsc::Receiver<Wanted>) {
+    let mut waiting = Vec::new();
+    while wanted.recv_many(&mut waiting, QUEUE).await > 0 {
+        let revisions: Vec<_> = waiting.iter().map(|(revision, _)| *revision).collect();
+        let read = fleet.roster(&revisions).await.map(Arc::new).map_err(Arc::new);
+        for (_, answer) in waiting.drain(..) {
+            // Whoever has given up does not hear of it.
+            let _ = answer.send(read.clone());
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! What the lease protocol asks of a database that several replicas share: the trait [`Fleet`]. The rules are
+//! `domain::lease`'s, who drives them is `replication`; here is what one transaction does, and no waiting.
+
+use std::collections::HashMap;
+
+use async_trait::async_trait;
+
+use super::StoreError;
+use crate::domain::{
+    lease::{Lease, Listing, Renewal, ReplicaId, Reply},
+    log::{Hash, LogRow},
+    time::Revision,
+};
+
+/// A renewal's answer.
+#[derive(Clone, Debug)]
+pub struct Renewed {
+    /// What its transaction saw.
+    pub reply: Reply,
+    /// The changes that came along, up to `reply.upto`.
+    pub rows: Vec<LogRow>,
+}
+
+/// One reading of the replicas' rows, with what is asked of it.
+#[derive(Clone, Debug)]
+pub struct Roster {
+    /// The rows.
+    pub listing: Listing,
+    /// What people call the replicas.
+    pub names: HashMap<ReplicaId, String>,
+    /// The log's links at the revisions that were asked for; those that it does not have are left out.
+    pub links: HashMap<Revision, Hash>,
+    /// The newest revision.
+    pub head: Revision,
+    /// Whether a commit waits for a synchronous standby.
+    pub sync_replicated: bool,
+}
+
+/// What the database says to all replicas.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Terms {
+    /// The lease that a renewal grants.
+    pub lease: Lease,
+    /// The longest that anybody may hold.
+    pub longest: Lease,
+    /// Counts how often people have accepted that the database lost changes.
+    pub epoch: u64,
+}
+
+/// A database that several replicas share.
+#[async_trait]
+pub trait Fleet: Send + Sync + 'static {
+    /// What holds for all.
+    async fn terms(&self) -> Result<Terms, StoreError>;
+
+    /// Sets the lease of a database that holds nothing yet. Whether it did.
+    async fn set_first_lease(&self, lease: Lease) -> Result<bool, StoreError>;
+
+    /// Grants this lease from now on. A longer one is at once what anybody may hold; a shorter one becomes that by
+    /// [`Fleet::settle_lease`], when all that were granted before have run out.
+    async fn set_lease(&self, lease: Lease) -> Result<(), StoreError>;
+
+    /// Nobody holds a longer lease than `lease` any more, which is what renewals grant. Whether they still do.
+    async fn settle_lease(&self, lease: Lease) -> Result<bool, StoreError>;
+
+    /// Inserts a row, without `applied`, with a `renew_seq` of 0.
+    async fn register(&self, id: ReplicaId, name: &str) -> Result<(), StoreError>;
+
+    /// Renews: one durable transaction.
+    async fn renew(&self, renewal: &Renewal) -> Result<Renewed, StoreError>;
+
+    /// The changes after a revision, in order, as many as one answer holds.
+    async fn follow(&self, after: Revision) -> Result<Vec<LogRow>, StoreError>;
+
+    /// Reads the rows, and the links at these revisions, in one snapshot.
+    async fn roster(&self, revisions: &[Revision]) -> Result<Roster, StoreError>;
+
+    /// Deletes a row; with `renew_seq`, only if its count still is that. Whether there was one.
+    async fn remove(&self, id: ReplicaId, renew_seq: Option<u64>) -> Result<bool, StoreError>;
+
+    /// Waits until something seems to have been committed. It may say so too often, and never where the way to the
+    /// database passes no notifications.
+    ///
+    /// # Errors
+    /// When the connection for it ends, or has been silent for long; the next call makes another.
+    async fn hint(&self) -> Result<(), StoreError>;
+
+    /// Lets this process build on whatever history the database has: people have accepted that it is another one.
+    fn start_over(&self);
+
+    /// Says in the database that the loss of changes is accepted: another epoch. Gives it.
+    async fn accept_regression(&self) -> Result<u64, StoreError>;
+}

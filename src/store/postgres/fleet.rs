@@ -1,0 +1,401 @@
+//! [`Fleet`] on PostgreSQL: the replicas' rows, renewals, and the life of the database.
+//!
+//! Each statement goes over a line of its purpose, so that no slow list of keys holds up a renewal. NOTIFY is a hint:
+//! whoever commits sends one, and a listener that hears none for long is replaced.
+
+use std::{collections::HashMap, fmt::Write as _, time::Duration};
+
+use async_trait::async_trait;
+use sqlx::postgres::{PgListener, PgPoolOptions, PgRow};
+use uuid::Uuid;
+
+use crate::{
+    domain::{
+        lease::{Incarnation, Lease, Listing, Position, Renewal, ReplicaId, Reply, Row},
+        log::{Hash, LogRow},
+        time::{Revision, Timestamp},
+    },
+    store::{
+        StoreError,
+        fleet::{Fleet, Renewed, Roster, Terms},
+        records::{Columns as _, LOG_COLUMNS, bytes_at, log_at},
+        rows::{revision_from_i64, revision_to_i64},
+    },
+};
+
+use super::{ACQUIRE, CALL, Place, Postgres, Result, line::Line, line::TextRow, store_error, within};
+
+/// How many changes one answer holds.
+const MOST_ROWS: u32 = 1000;
+/// How long a listener may hear nothing before another takes its place: its connection may be dead.
+const SILENCE: Duration = Duration::from_secs(30);
+/// An infinite lease, in `lease_ms` and `longest_ms`.
+const INFINITE: i64 = i64::MAX;
+
+/// One unbroken life of the database, in hex: the server's own identity, its timeline (another one after each
+/// failover), the database and the table (others after a restored dump), and how often people accepted a loss.
+const LIFE: &str = "substr(encode(sha256(convert_to(concat_ws(':', (SELECT system_identifier FROM pg_control_system()), \
+    substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8), \
+    (SELECT oid FROM pg_database WHERE datname = current_database()), 'replicas'::regclass::oid, m.epoch), \
+    'UTF8')), 'hex'), 1, 32)";
+const DB_NOW: &str = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint";
+
+/// The lines of a replica.
+pub(super) struct Lines {
+    renewals: Line,
+    changes: Line,
+    rosters: Line,
+    listener: tokio::sync::Mutex<Option<PgListener>>,
+}
+
+impl Lines {
+    pub(super) fn to(place: &Place) -> Lines {
+        let line = || Line::to(place.options.clone());
+        Lines { renewals: line(), changes: line(), rosters: line(), listener: tokio::sync::Mutex::default() }
+    }
+
+    pub(super) async fn close(&self) {
+        self.listener.lock().await.take();
+        tokio::join!(self.renewals.close(), self.changes.close(), self.rosters.close());
+    }
+}
+
+fn to_millis(lease: Lease) -> i64 {
+    lease.length().map_or(INFINITE, |length| i64::try_from(length.as_millis()).unwrap_or(INFINITE))
+}
+
+fn from_millis(millis: i64) -> Result<Lease> {
+    if millis == INFINITE {
+        return Ok(Lease::STATIC);
+    }
+    let length = Duration::from_millis(u64::try_from(millis).unwrap_or(0));
+    Lease::of(length).ok_or_else(|| sqlx::Error::Decode("meta holds a lease that is none".into()))
+}
+
+fn count(value: i64) -> Result<u64> {
+    u64::try_from(value).map_err(|error| sqlx::Error::Decode(error.into()))
+}
+
+fn life(hex: &str) -> Result<Incarnation> {
+    u128::from_str_radix(hex, 16).map(Incarnation).map_err(|error| sqlx::Error::Decode(error.into()))
+}
+
+fn life_opt(hex: &str) -> Result<Option<Incarnation>> {
+    if hex.is_empty() { Ok(None) } else { life(hex).map(Some) }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::from("'\\x"), |mut hex, byte| {
+        // Writing to a String does not fail.
+        let _ = write!(hex, "{byte:02x}");
+        hex
+    }) + "'::bytea"
+}
+
+fn hash_opt(row: &TextRow, column: usize) -> Result<Option<Hash>> {
+    row.bytes_opt(column)?.map(|_| bytes_at(row, column)).transpose()
+}
+
+fn rows_at(rows: &[PgRow], columns: std::ops::Range<usize>) -> std::result::Result<Vec<LogRow>, StoreError> {
+    let text = rows.iter().map(|row| TextRow::of(row, columns.clone()));
+    text.map(|row| log_at(&row.map_err(store_error)?)).collect()
+}
+
+impl Postgres {
+    /// One message: a transaction around `statements`.
+    async fn message(&self, line: &Line, statements: &str, limit: Duration) -> Result<Vec<PgRow>> {
+        line.ask(format!("{}; {statements}; COMMIT", self.begins.one), limit).await
+    }
+
+    /// What the log ends with, if anything: where an answer's changes lead.
+    fn upto(from: Position, rows: &[LogRow]) -> Position {
+        rows.last().map_or(from, |row| Position { revision: row.revision, hash: row.hash })
+    }
+
+    async fn renew_once(&self, renewal: &Renewal) -> std::result::Result<Renewed, StoreError> {
+        const META: usize = 8;
+        let sql = renewal_sql(renewal);
+        let rows = self.message(&self.fleet.renewals, &sql, CALL).await.map_err(store_error)?;
+        // First the row of the UPDATE, if it changed one; then those of the question.
+        let (updated, said): (Vec<_>, Vec<_>) = rows.into_iter().partition(|row| sqlx::Row::len(row) == 1);
+        let first = said.first().ok_or_else(|| super::damaged("meta", "it has no row"))?;
+        let meta = TextRow::of(first, 0..META + 1).map_err(store_error)?;
+        let has_changes = meta.int_opt(META).map_err(store_error)?.is_some();
+        let columns = META..META + LOG_COLUMNS.split(',').count();
+        let changes = if has_changes { rows_at(&said, columns)? } else { Vec::new() };
+        let from = renewal.applied.unwrap_or(Position::START);
+        let reply = reply_at(&meta, !updated.is_empty(), renewal, Self::upto(from, &changes));
+        let reply = reply.map_err(store_error)?;
+        if reply.link.is_none_or(|link| link != from.hash) && renewal.applied.is_some() {
+            return Ok(Renewed { reply: Reply { upto: from, ..reply }, rows: Vec::new() });
+        }
+        Ok(Renewed { reply, rows: changes })
+    }
+}
+
+/// The statements of a renewal. The question is one statement, so that all it tells is of one snapshot.
+fn renewal_sql(renewal: &Renewal) -> String {
+    let Renewal { id, counts, applied, settle, attempt: _ } = renewal;
+    let position = applied.unwrap_or(Position::START);
+    let revision = revision_to_i64(position.revision);
+    // What is acknowledged must be in the log: a number alone acknowledges nothing.
+    let held = match applied {
+        Some(at) if at.revision > Revision(0) => {
+            format!(" AND EXISTS (SELECT FROM log WHERE revision = {revision} AND hash = {})", hex(&at.hash))
+        }
+        _ => String::new(),
+    };
+    let set = applied.map_or_else(|| "NULL".to_owned(), |_| revision.to_string());
+    let mut sql = format!(
+        "UPDATE replicas SET applied = {set}, renew_seq = {next}, last_seen = {DB_NOW} WHERE id = {id} \
+         AND renew_seq >= {seen} AND renew_seq < {next}{held} RETURNING 1; ",
+        next = counts.next,
+        seen = counts.seen,
+        id = hex(id.0.as_bytes()),
+    );
+    if let Some(Incarnation(settled)) = settle {
+        let settled = format!("{settled:032x}");
+        let _ = write!(
+            sql,
+            "UPDATE meta m SET settled = '{settled}' WHERE m.settled <> '{settled}' AND {LIFE} = '{settled}'; "
+        );
+    }
+    let changes = match applied {
+        Some(_) => format!("revision > {revision}"),
+        None => "false".to_owned(),
+    };
+    let _ = write!(
+        sql,
+        "SELECT m.head, m.lease_ms, m.longest_ms, {LIFE}, m.settled, {DB_NOW}, \
+         (SELECT hash FROM log WHERE revision = {revision}), m.epoch, l.* FROM meta m LEFT JOIN LATERAL \
+         (SELECT {LOG_COLUMNS} FROM log WHERE {changes} ORDER BY revision LIMIT {MOST_ROWS}) l ON true \
+         ORDER BY l.revision"
+    );
+    sql
+}
+
+fn reply_at(meta: &TextRow, renewed: bool, renewal: &Renewal, upto: Position) -> Result<Reply> {
+    let link = match renewal.applied {
+        Some(at) if at.revision == Revision(0) => Some(Position::START.hash),
+        Some(_) => hash_opt(meta, 6)?,
+        None => None,
+    };
+    Ok(Reply {
+        renewed,
+        link,
+        upto,
+        head: revision_from_i64(meta.int(0)?),
+        lease: from_millis(meta.int(1)?)?,
+        longest: from_millis(meta.int(2)?)?,
+        incarnation: life(meta.text(3)?)?,
+        settled: life_opt(meta.text(4)?)?,
+        db_now: Timestamp::from_micros(meta.int(5)?),
+    })
+}
+
+fn terms_at(row: &PgRow) -> Result<Terms> {
+    let row = TextRow::of(row, 0..3)?;
+    let (lease, longest) = (from_millis(row.int(0)?)?, from_millis(row.int(1)?)?);
+    Ok(Terms { lease, longest, epoch: count(row.int(2)?)? })
+}
+
+/// A roster's rows: what `meta` says in each, and a replica, unless there is none.
+fn roster_at(rows: &[PgRow]) -> Result<Roster> {
+    const META: usize = 7;
+    let first = rows.first().ok_or(sqlx::Error::RowNotFound)?;
+    let meta = TextRow::of(first, 0..META)?;
+    let (mut listed, mut names) = (Vec::new(), HashMap::new());
+    for row in rows {
+        let row = TextRow::of(row, META..META + 5)?;
+        if row.bytes_opt(0)?.is_none() {
+            continue;
+        }
+        let id = ReplicaId(Uuid::from_bytes(bytes_at(&row, 0)?));
+        names.insert(id, row.text(1)?.to_owned());
+        listed.push(Row {
+            id,
+            applied: row.int_opt(2)?.map(revision_from_i64),
+            renew_seq: count(row.int(3)?)?,
+            last_seen: Timestamp::from_micros(row.int(4)?),
+        });
+    }
+    let listing = Listing {
+        rows: listed,
+        longest: from_millis(meta.int(1)?)?,
+        incarnation: life(meta.text(2)?)?,
+        settled: life_opt(meta.text(3)?)?,
+        db_now: Timestamp::from_micros(meta.int(4)?),
+    };
+    let links =
+        meta.text_opt(5)?.unwrap_or_default().split_terminator(',').map(link).collect::<Result<_>>()?;
+    let sync_replicated = meta.text(6)? == "true";
+    Ok(Roster { listing, names, links, head: revision_from_i64(meta.int(0)?), sync_replicated })
+}
+
+/// A link of a roster: a revision, a colon, its hash in hex.
+fn link(text: &str) -> Result<(Revision, Hash)> {
+    let wrong = || sqlx::Error::Decode("no link where one should be".into());
+    let (revision, hash) = text.split_once(':').ok_or_else(wrong)?;
+    let byte = |at: usize| u8::from_str_radix(hash.get(2 * at..2 * at + 2)?, 16).ok();
+    let bytes: Option<Vec<u8>> = (0..32).map(byte).collect();
+    let hash = bytes.and_then(|bytes| bytes.try_into().ok()).ok_or_else(wrong)?;
+    Ok((revision_from_i64(revision.parse().map_err(|_| wrong())?), hash))
+}
+
+#[async_trait]
+impl Fleet for Postgres {
+    async fn terms(&self) -> std::result::Result<Terms, StoreError> {
+        let asked = "SELECT lease_ms, longest_ms, epoch FROM meta";
+        let rows = self.message(&self.fleet.rosters, asked, CALL).await.map_err(store_error)?;
+        let row = rows.first().ok_or_else(|| super::damaged("meta", "it has no row"))?;
+        terms_at(row).map_err(store_error)
+    }
+
+    async fn set_first_lease(&self, lease: Lease) -> std::result::Result<bool, StoreError> {
+        let millis = to_millis(lease);
+        let set =
+            format!("UPDATE meta SET lease_ms = {millis}, longest_ms = {millis} WHERE head = 0 RETURNING 1");
+        let rows = self.message(&self.fleet.rosters, &set, CALL).await.map_err(store_error)?;
+        Ok(!rows.is_empty())
+    }
+
+    async fn set_lease(&self, lease: Lease) -> std::result::Result<(), StoreError> {
+        let millis = to_millis(lease);
+        let set = format!(
+            "UPDATE meta SET lease_ms = {millis}, longest_ms = greatest(longest_ms, lease_ms, {millis})"
+        );
+        self.message(&self.fleet.rosters, &set, CALL).await.map(drop).map_err(store_error)
+    }
+
+    async fn settle_lease(&self, lease: Lease) -> std::result::Result<bool, StoreError> {
+        let millis = to_millis(lease);
+        let set = format!("UPDATE meta SET longest_ms = {millis} WHERE lease_ms = {millis} RETURNING 1");
+        let rows = self.message(&self.fleet.rosters, &set, CALL).await.map_err(store_error)?;
+        Ok(!rows.is_empty())
+    }
+
+    async fn register(&self, id: ReplicaId, name: &str) -> std::result::Result<(), StoreError> {
+        // The only text here that people choose: it goes as hex.
+        let (id, name) = (hex(id.0.as_bytes()), hex(name.as_bytes()));
+        let insert = format!(
+            "INSERT INTO replicas (id, name, applied, renew_seq, last_seen) \
+             VALUES ({id}, convert_from({name}, 'UTF8'), NULL, 0, {DB_NOW})"
+        );
+        self.message(&self.fleet.renewals, &insert, CALL).await.map(drop).map_err(store_error)
+    }
+
+    async fn renew(&self, renewal: &Renewal) -> std::result::Result<Renewed, StoreError> {
+        self.renew_once(renewal).await
+    }
+
+    async fn follow(&self, after: Revision) -> std::result::Result<Vec<LogRow>, StoreError> {
+        let after = revision_to_i64(after);
+        let asked = format!(
+            "SELECT {LOG_COLUMNS} FROM log WHERE revision > {after} ORDER BY revision LIMIT {MOST_ROWS}"
+        );
+        let rows = self.message(&self.fleet.changes, &asked, CALL).await.map_err(store_error)?;
+        rows_at(&rows, 0..LOG_COLUMNS.split(',').count())
+    }
+
+    async fn roster(&self, revisions: &[Revision]) -> std::result::Result<Roster, StoreError> {
+        let revisions: Vec<_> =
+            revisions.iter().map(|revision| revision_to_i64(*revision).to_string()).collect();
+        let revisions = if revisions.is_empty() { "-1".to_owned() } else { revisions.join(", ") };
+        let asked = format!(
+            "SELECT m.head, m.longest_ms, {LIFE}, m.settled, {DB_NOW}, \
+             (SELECT string_agg(revision || ':' || encode(hash, 'hex'), ',') FROM log WHERE revision IN ({revisions})), \
+             (current_setting('synchronous_standby_names') <> '')::text, \
+             r.id, r.name, r.applied, r.renew_seq, r.last_seen FROM meta m LEFT JOIN replicas r ON true"
+        );
+        let rows = self.message(&self.fleet.rosters, &asked, CALL).await.map_err(store_error)?;
+        roster_at(&rows).map_err(store_error)
+    }
+
+    async fn remove(&self, id: ReplicaId, renew_seq: Option<u64>) -> std::result::Result<bool, StoreError> {
+        let still = renew_seq.map(|count| format!(" AND renew_seq = {count}")).unwrap_or_default();
+        let delete = format!("DELETE FROM replicas WHERE id = {}{still} RETURNING 1", hex(id.0.as_bytes()));
+        let rows = self.message(&self.fleet.rosters, &delete, CALL).await.map_err(store_error)?;
+        Ok(!rows.is_empty())
+    }
+
+    async fn hint(&self) -> std::result::Result<(), StoreError> {
+        let mut slot = self.fleet.listener.lock().await;
+        let mut listener = match slot.take() {
+            Some(listener) => listener,
+            None => listen(&self.place).await.map_err(store_error)?,
+        };
+        let heard = within(SILENCE, listener.recv()).await.map_err(store_error)?;
+        drop(heard);
+        *slot = Some(listener);
+        Ok(())
+    }
+
+    fn start_over(&self) {
+        *self.known() = None;
+    }
+
+    async fn accept_regression(&self) -> std::result::Result<u64, StoreError> {
+        let set = "UPDATE meta SET epoch = epoch + 1 RETURNING epoch";
+        let rows = self.message(&self.fleet.rosters, set, CALL).await.map_err(store_error)?;
+        let row = rows.first().ok_or_else(|| super::damaged("meta", "it has no row"))?;
+        let epoch = TextRow::of(row, 0..1).and_then(|row| count(row.int(0)?));
+        epoch.map_err(store_error)
+    }
+}
+
+/// A connection that hears notifications.
+async fn listen(place: &Place) -> Result<PgListener> {
+    let pool = PgPoolOptions::new().max_connections(1).acquire_timeout(ACQUIRE);
+    let pool = pool.connect_lazy_with(place.options.clone());
+    let mut listener = within(ACQUIRE, PgListener::connect_with(&pool)).await?;
+    // Another connection in its place would have missed something: then this one has ended.
+    listener.eager_reconnect(false);
+    within(ACQUIRE, listener.listen(&place.schema)).await?;
+    Ok(listener)
+}
+
+/// The first life that the tables have: nobody has held a lease in an earlier one.
+pub(super) async fn settle_first(connection: &mut sqlx::PgConnection) -> Result<()> {
+    let sql = format!("UPDATE meta m SET settled = {LIFE} WHERE m.settled = ''");
+    sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(connection).await.map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::lease::{Attempt, Counts};
+
+    #[test]
+    fn leases_read_back_and_none_is_zero() {
+        for lease in [Lease::STRICT, Lease::DEFAULT, Lease::STATIC] {
+            assert_eq!(from_millis(to_millis(lease)).unwrap(), lease);
+        }
+        assert!(from_millis(0).is_err() && from_millis(-1).is_err());
+    }
+
+    #[test]
+    fn a_renewal_acknowledges_only_what_the_log_holds() {
+        let at = Position { revision: Revision(7), hash: [0xab; 32] };
+        let renewal = Renewal {
+            attempt: Attempt(1),
+            id: ReplicaId(Uuid::nil()),
+            counts: Counts { seen: 3, next: 5 },
+            applied: Some(at),
+            settle: None,
+        };
+        let sql = renewal_sql(&renewal);
+        assert!(sql.contains("renew_seq >= 3 AND renew_seq < 5"), "{sql}");
+        assert!(sql.contains(&format!("revision = 7 AND hash = '\\x{}'", "ab".repeat(32))), "{sql}");
+        let loading = renewal_sql(&Renewal { applied: None, ..renewal });
+        assert!(loading.contains("applied = NULL") && loading.contains("WHERE false"), "{loading}");
+    }
+
+    #[test]
+    fn a_link_is_a_revision_and_32_bytes() {
+        let text = format!("12:{}", "0f".repeat(32));
+        assert_eq!(link(&text).unwrap(), (Revision(12), [15; 32]));
+        for bad in ["", "12", "12:", "x:00", "12:zz"] {
+            assert!(link(bad).is_err(), "{bad:?}");
+        }
+    }
+}

@@ -201,6 +201,10 @@ impl Engine {
     /// # Errors
     /// When the state here is not good enough to answer; that is no verdict.
     pub fn check(&self, asker: &AccountId, question: &Question<'_>) -> Result<Answer, CannotAnswer> {
+        #[cfg(keyward_breakable)]
+        if let Some(answer) = self.check_backwards(asker, question) {
+            return answer;
+        }
         let mut answer = self.lease.check(
             || self.clock.boottime(),
             |fresh| {
@@ -212,6 +216,28 @@ impl Engine {
         answer.staleness = self.lease.staleness(|| self.clock.boottime());
         self.answered[answer.reason() as usize].fetch_add(1, Ordering::Relaxed);
         Ok(answer)
+    }
+
+    /// A Check as it must not be, where it is told to be: it looks the key up, and then reads the deadline. The stall
+    /// between makes a window of nanoseconds wide enough to be hit.
+    #[cfg(keyward_breakable)]
+    #[expect(clippy::disallowed_methods, reason = "whatever else this thread serves is to wait")]
+    fn check_backwards(
+        &self,
+        asker: &AccountId,
+        question: &Question<'_>,
+    ) -> Option<Result<Answer, CannotAnswer>> {
+        use crate::domain::lease::{Kept, Rule, Rules as _};
+        if Kept.keep(Rule::DeadlineBeforeLookUp) {
+            return None;
+        }
+        let answer = self.fresh(question.min_revision);
+        let answer = answer.and_then(|revision| self.answer(asker, question, revision, true));
+        if !self.may_allow() {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let allowed = answer.as_ref().is_ok_and(|answer| answer.reason() == Reason::Ok);
+        Some(if allowed && !self.may_allow() { Err(CannotAnswer::LeaseLost) } else { answer })
     }
 
     fn answer(

@@ -58,8 +58,28 @@ pub(super) async fn divergences(follow: Arc<Follow>, answers: mpsc::Sender<Input
     }
 }
 
+/// Whether a rule is left out that says when a renewal's changes are applied. Then nothing but renewals brings any, as
+/// where every hint is lost, and they are applied late: a window of microseconds becomes wide enough to be hit.
+#[cfg(keyward_breakable)]
+fn applies_late() -> bool {
+    use crate::domain::lease::{Kept, Rule, Rules as _};
+    !Kept.keep(Rule::ApplyBeforeAck) || !Kept.keep(Rule::MapBeforeDeadline)
+}
+
+/// Waits before a renewal's changes are applied, where that is to be late.
+#[cfg(keyward_breakable)]
+pub(super) async fn stall() {
+    if applies_late() {
+        sleep(Duration::from_millis(60)).await;
+    }
+}
+
 /// Reads the log when others commit, or seem to.
 pub(super) async fn listen(fleet: Arc<dyn Fleet>, follow: Arc<Follow>, answers: mpsc::Sender<Input>) {
+    #[cfg(keyward_breakable)]
+    if applies_late() {
+        return std::future::pending().await;
+    }
     let (hinted, hears) = (Notify::new(), AtomicBool::new(false));
     tokio::join!(hear(&*fleet, &hinted, &hears), read(&*fleet, &follow, &answers, &hinted, &hears));
 }

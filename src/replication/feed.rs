@@ -267,7 +267,11 @@ impl Feed {
                 index.forget(forget_before);
                 tracing::info!(keys = index.len(), replica = self.parts.name, "the index is loaded");
             }
-            Action::Apply { attempt } => self.apply(attempt)?,
+            Action::Apply { attempt } => {
+                #[cfg(keyward_breakable)]
+                changes::stall().await;
+                self.apply(attempt)?;
+            }
             Action::Publish { deadline, as_of } => self.parts.lease.publish(deadline, as_of),
             Action::StopAllowing => {
                 self.parts.lease.stop_allowing();

@@ -213,7 +213,9 @@ impl Operators {
             bail!("there is no replica {named:?}; 'keyward replicas list' shows those there are");
         };
         if found.next().is_some() {
-            bail!("several replicas are called {named:?}; name the one by its id, as 'keyward replicas list' shows it");
+            bail!(
+                "several replicas are called {named:?}; name the one by its id, as 'keyward replicas list' shows it"
+            );
         }
         if !self.fleet.remove(ReplicaId(replica.id), None).await? {
             bail!("the replica has left by itself meanwhile");
@@ -255,7 +257,8 @@ impl Operators {
         const LOOK_EVERY: Duration = Duration::from_millis(500);
         loop {
             let now = self.fleet.roster(&[]).await?.listing.rows;
-            let same = |row: &&Row| now.iter().any(|new| new.id == row.id && new.renew_seq <= row.renew_seq + 1);
+            let same =
+                |row: &&Row| now.iter().any(|new| new.id == row.id && new.renew_seq <= row.renew_seq + 1);
             if !rows.iter().any(|row| same(&row)) {
                 return Ok(());
             }

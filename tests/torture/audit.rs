@@ -43,7 +43,9 @@ impl Audit {
         self.log.append(&mut entries);
         let lost = lost(&acknowledged, &self.log);
         self.found += acknowledged.len();
-        stories.extend(lost.iter().map(|change| format!("{change:?} is not in the log")));
+        stories.extend(lost.iter().map(|change| {
+            format!("{change:?} is not in the log, which has {:?} there", self.log.get(&change.revision))
+        }));
         stories
     }
 
@@ -83,8 +85,8 @@ impl Audit {
                 .ask(field, async |mut caller: Caller| caller.audit.list(timed(request.clone())).await)
                 .await?;
             for entry in page.entries {
-                let pb::AuditEntry { revision, action, key_id: key, account, .. } = entry;
-                entries.insert(revision, Entry { action, key, account });
+                let pb::AuditEntry { revision, action, key_id: key, account, user, .. } = entry;
+                entries.insert(revision, Entry { action, key, account, user });
             }
             let reached = entries.first_key_value().is_none_or(|(revision, _)| *revision <= after);
             if reached || page.next_page_token.is_empty() {

@@ -5,7 +5,6 @@ use std::{net::SocketAddr, os::unix::net::UnixStream, path::PathBuf};
 
 use crate::{
     guard::Guarded,
-    link::Target,
     postgres::{command, folder, pgbouncer},
     process::wait_for,
 };
@@ -34,13 +33,9 @@ impl Bouncer {
         bouncer
     }
 
-    fn socket(&self) -> PathBuf {
-        self.folder.path().join(".s.PGSQL.6432")
-    }
-
     /// Where it listens.
-    pub(crate) fn target(&self) -> Target {
-        Target::Unix(self.socket())
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.folder.path().join(".s.PGSQL.6432")
     }
 
     fn run(&mut self) {

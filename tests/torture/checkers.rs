@@ -62,7 +62,8 @@ impl Board {
     }
 
     fn pick(&self, squad: usize, dice: &mut Dice) -> Arc<Asked> {
-        let pick = |from: &[Arc<Asked>], dice: &mut Dice| from[dice.below(from.len() as u64) as usize].clone();
+        let pick =
+            |from: &[Arc<Asked>], dice: &mut Dice| from[dice.below(from.len() as u64) as usize].clone();
         let asked = match dice.below(100) {
             0..80 => self.hot[squad].load_full(),
             80..88 => self.grave(dice),

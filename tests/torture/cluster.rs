@@ -10,7 +10,6 @@ use rustix::process::Signal;
 
 use crate::{
     guard::Guarded,
-    link::Target,
     postgres::{command, done, folder, printed, programs, psql},
     process::wait_for,
 };
@@ -19,6 +18,14 @@ const DATABASE: &str = "keyward";
 const ROLE: &str = "keyward";
 /// What the standby calls itself, whichever node it is.
 const STANDBY: &str = "standby";
+
+/// A wall clock that can be set without setting the machine's: the one that SQL asks is another function.
+const WALL: &str = "\
+    CREATE TABLE public.wall (ahead interval NOT NULL); INSERT INTO public.wall VALUES ('0'); \
+    GRANT SELECT ON public.wall TO PUBLIC; \
+    ALTER FUNCTION pg_catalog.clock_timestamp() RENAME TO true_clock_timestamp; \
+    CREATE FUNCTION pg_catalog.clock_timestamp() RETURNS timestamptz LANGUAGE sql VOLATILE AS \
+    'SELECT pg_catalog.true_clock_timestamp() + (SELECT ahead FROM public.wall)'";
 
 struct Node {
     folder: tempfile::TempDir,
@@ -80,7 +87,7 @@ impl Node {
     }
 
     fn sql(&self, sql: &str) -> Option<String> {
-        asked(self.folder.path(), "postgres", sql)
+        asked(self.folder.path(), DATABASE, sql)
     }
 }
 
@@ -98,15 +105,18 @@ impl Cluster {
         initdb.args(["--username=postgres", "--auth=trust", "--encoding=UTF8", "--locale=C.UTF-8"]);
         done(initdb.arg("--no-sync").arg("--pgdata").arg(cluster.nodes[0].data()));
         cluster.nodes[0].start();
-        cluster.must(&format!("CREATE ROLE {ROLE} LOGIN"));
-        cluster.must(&format!("CREATE DATABASE {DATABASE} OWNER {ROLE}"));
+        let folder = cluster.primary().folder.path();
+        for sql in [format!("CREATE ROLE {ROLE} LOGIN"), format!("CREATE DATABASE {DATABASE} OWNER {ROLE}")] {
+            asked(folder, "postgres", &sql).expect("a new server takes it");
+        }
+        cluster.must(WALL);
         cluster.make_standby();
         cluster
     }
 
     /// Where the primary is.
-    pub(crate) fn target(&self) -> Target {
-        Target::Unix(self.nodes[self.primary].folder.path().join(".s.PGSQL.5432"))
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.nodes[self.primary].folder.path().join(".s.PGSQL.5432")
     }
 
     /// Keyward's URL for its database at this address.
@@ -120,12 +130,13 @@ impl Cluster {
     }
 
     /// Runs statements on the primary as the superuser, in Keyward's database.
-    pub(crate) fn sql(&self, sql: &str) -> Option<String> {
-        asked(self.primary().folder.path(), DATABASE, sql)
+    pub(crate) fn must(&self, sql: &str) -> String {
+        self.primary().sql(sql).unwrap_or_else(|| panic!("PostgreSQL refuses {sql}"))
     }
 
-    fn must(&self, sql: &str) -> String {
-        self.primary().sql(sql).unwrap_or_else(|| panic!("PostgreSQL refuses {sql}"))
+    /// Sets the wall clock that Keyward's database shows, so many seconds on or back.
+    pub(crate) fn step_wall(&self, seconds: i64) {
+        self.must(&format!("UPDATE public.wall SET ahead = ahead + interval '{seconds} s'"));
     }
 
     fn primary(&self) -> &Node {
@@ -195,6 +206,11 @@ impl Cluster {
         self.primary = 1 - self.primary;
         self.must("SELECT pg_promote(true, 60)");
         self.commits_wait_for("");
+    }
+
+    /// The old primary, which went on, is killed.
+    pub(crate) fn kill_old(&mut self) {
+        self.nodes[1 - self.primary].server = None;
     }
 
     /// Makes a standby of whatever is left of the old primary.

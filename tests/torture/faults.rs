@@ -31,6 +31,10 @@ pub(crate) enum Fault {
     Refuse,
     /// Everything between a replica and the database takes longer.
     Slow,
+    /// The same, and meanwhile the replica stands still for longer than a lease: answers to its renewals wait for it.
+    SlowPause,
+    /// No client reaches a replica (with namespaces only).
+    CutClients,
     /// Every process of the primary is killed, and it is started again.
     KillPrimary,
     /// The primary ends without a checkpoint, and is started again.
@@ -39,6 +43,10 @@ pub(crate) enum Fault {
     FailOver,
     /// The standby takes over while the old primary goes on, and one replica still reaches that one.
     Isolate,
+    /// The same, and the new primary has lost the rows of the replicas.
+    LoseRows,
+    /// The database's wall clock is set.
+    StepWall,
     /// Every process of the primary stands still.
     PausePrimary,
     /// Every process of the standby stands still: commits hang.
@@ -48,7 +56,7 @@ pub(crate) enum Fault {
 }
 
 impl Fault {
-    pub(crate) const AT_REPLICAS: [Fault; 8] = [
+    pub(crate) const AT_REPLICAS: [Fault; 10] = [
         Fault::Kill,
         Fault::Restart,
         Fault::Pause,
@@ -57,13 +65,17 @@ impl Fault {
         Fault::CutBack,
         Fault::Refuse,
         Fault::Slow,
+        Fault::SlowPause,
+        Fault::CutClients,
     ];
 
-    pub(crate) const AT_DATABASE: [Fault; 7] = [
+    pub(crate) const AT_DATABASE: [Fault; 9] = [
         Fault::KillPrimary,
         Fault::StopPrimary,
         Fault::FailOver,
         Fault::Isolate,
+        Fault::LoseRows,
+        Fault::StepWall,
         Fault::PausePrimary,
         Fault::PauseStandby,
         Fault::RestartBouncer,
@@ -80,10 +92,14 @@ impl Fault {
             Fault::CutBack => "replica cut off, from the database",
             Fault::Refuse => "replica's connections refused",
             Fault::Slow => "replica's link slow",
+            Fault::SlowPause => "replica stood still, its link slow",
+            Fault::CutClients => "replica cut off from clients",
             Fault::KillPrimary => "primary killed",
             Fault::StopPrimary => "primary stopped at once",
             Fault::FailOver => "failover",
             Fault::Isolate => "failover, old primary goes on",
+            Fault::LoseRows => "the same, replicas' rows lost",
+            Fault::StepWall => "database's wall clock set",
             Fault::PausePrimary => "primary stood still",
             Fault::PauseStandby => "standby stood still",
             Fault::RestartBouncer => "pgbouncer restarted",
@@ -156,6 +172,23 @@ impl Lane {
             Fault::CutThere => self.weather(at, Weather { cut_there: true, ..calm }),
             Fault::CutBack => self.weather(at, Weather { cut_back: true, ..calm }),
             Fault::Refuse => self.weather(at, Weather { refuse: true, ..calm }),
+            Fault::SlowPause => {
+                // Slow, and not too slow for a renewal to be answered in time.
+                let third = u64::try_from(self.world.lease.as_millis()).unwrap() / 20;
+                let delay = Duration::from_millis(self.dice.between(third / 2, third * 4 / 3));
+                world.cut(at, Weather { delay, ..calm });
+                self.wait(1, 6);
+                replica.pause(self.tenths(10, 20));
+                self.wait(1, 4);
+                world.cut(at, calm);
+            }
+            Fault::CutClients => {
+                if let Some(cables) = &world.cables {
+                    cables[at].unplug_clients(true);
+                    self.wait(1, 20);
+                    cables[at].unplug_clients(false);
+                }
+            }
             _ => {
                 let delay = Duration::from_millis(self.dice.between(2, 300));
                 self.weather(at, Weather { delay, ..calm });
@@ -177,16 +210,21 @@ impl Lane {
             Fault::StopPrimary => cluster.stop_primary_at_once(),
             Fault::FailOver => {
                 cluster.promote(false);
-                world.lead_all_to(&cluster.target(), None);
+                world.lead_all_to(&cluster.socket(), None);
                 cluster.rebuild();
             }
-            Fault::Isolate => {
+            Fault::Isolate | Fault::LoseRows => {
                 cluster.promote(true);
-                world.lead_all_to(&cluster.target(), Some(at));
+                if fault == Fault::LoseRows {
+                    cluster.must("DELETE FROM keyward.replicas");
+                }
+                world.lead_all_to(&cluster.socket(), Some(at));
                 self.wait(1, 20);
+                cluster.kill_old();
+                world.lead_all_to(&cluster.socket(), None);
                 cluster.rebuild();
-                world.lead_all_to(&cluster.target(), None);
             }
+            Fault::StepWall => cluster.step_wall(self.dice.between(0, 40) as i64 - 15),
             Fault::PausePrimary => {
                 cluster.signal_primary(Signal::STOP);
                 self.wait(1, 30);

@@ -69,6 +69,8 @@ pub(crate) struct Books {
     pub(crate) failures: BTreeMap<(&'static str, String), u64>,
     /// Reports that cannot come with OK.
     pub(crate) false_reports: Vec<(Nanos, String)>,
+    /// Changes that were refused for good, and should not have been.
+    pub(crate) refusals: Vec<(Nanos, String)>,
 }
 
 impl Books {
@@ -175,7 +177,9 @@ impl Recorder {
 /// What a Check's answer says.
 pub(crate) fn answer(asked: &Asked, result: &Result<pb::CheckResponse, Status>) -> (Answer, u64) {
     match result {
-        Ok(response) if response.allowed && response.key_id == asked.key => (Answer::Allowed, response.revision),
+        Ok(response) if response.allowed && response.key_id == asked.key => {
+            (Answer::Allowed, response.revision)
+        }
         Ok(response) if response.allowed => (Answer::AllowedAnother, response.revision),
         Ok(response) => (Answer::Denied(response.reason()), response.revision),
         Err(status) => match status.code() {

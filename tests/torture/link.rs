@@ -1,10 +1,10 @@
-//! A stretch of network that can be broken: a TCP proxy with one stable address before a target that can be
-//! changed. What is cut is silent: nothing is refused, nothing is closed, and what was on its way arrives late.
+//! A stretch of network that can be broken: a TCP proxy with one stable address before a Unix socket, which
+//! can be another one from one moment to the next. What is cut is silent: nothing is refused, nothing is closed, and what was on its way arrives late.
 
 use std::{
     io,
     net::SocketAddr,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -18,13 +18,6 @@ use tokio::{
     runtime::Handle,
     sync::watch,
 };
-
-/// Where a link leads.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Target {
-    Tcp(SocketAddr),
-    Unix(PathBuf),
-}
 
 /// What the network does.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -42,14 +35,14 @@ pub(crate) struct Weather {
 /// A proxy. It ends with its runtime.
 pub(crate) struct Link {
     pub(crate) address: SocketAddr,
-    state: watch::Sender<(Target, Weather)>,
+    state: watch::Sender<(PathBuf, Weather)>,
     /// Grows when every connection is to end.
     life: Arc<AtomicU64>,
 }
 
 impl Link {
     /// Listens on this address, and leads to `target`.
-    pub(crate) fn open(runtime: &Handle, address: SocketAddr, target: Target) -> Link {
+    pub(crate) fn open(runtime: &Handle, address: SocketAddr, target: PathBuf) -> Link {
         let listener = std::net::TcpListener::bind(address).unwrap();
         listener.set_nonblocking(true).unwrap();
         let address = listener.local_addr().unwrap();
@@ -62,8 +55,8 @@ impl Link {
     }
 
     /// Leads somewhere else; what is connected is cut off.
-    pub(crate) fn lead_to(&self, target: &Target) {
-        self.state.send_modify(|(now, _)| now.clone_from(target));
+    pub(crate) fn lead_to(&self, target: &Path) {
+        self.state.send_modify(|(now, _)| target.clone_into(now));
         self.reset();
     }
 
@@ -81,7 +74,7 @@ impl Link {
     }
 }
 
-type Watched = watch::Receiver<(Target, Weather)>;
+type Watched = watch::Receiver<(PathBuf, Weather)>;
 
 async fn accept(listener: TcpListener, watched: Watched, life: Arc<AtomicU64>) {
     loop {
@@ -100,26 +93,14 @@ async fn accept(listener: TcpListener, watched: Watched, life: Arc<AtomicU64>) {
 /// Serves a connection until it ends, or everything of its life does.
 async fn connect(stream: TcpStream, mut watched: Watched, life: Arc<AtomicU64>, born: u64) {
     let mut own = watched.clone();
-    let ended = async {
-        while life.load(Ordering::Relaxed) == born && own.changed().await.is_ok() {}
-    };
+    let ended = async { while life.load(Ordering::Relaxed) == born && own.changed().await.is_ok() {} };
     let serve = async {
         through(&mut watched, |weather| !weather.cut_there && !weather.cut_back).await;
         let target = watched.borrow().0.clone();
         let _ = stream.set_nodelay(true);
         let (from, to) = stream.into_split();
-        match target {
-            Target::Tcp(address) => {
-                let target = TcpStream::connect(address).await?;
-                target.set_nodelay(true)?;
-                let (back, there) = target.into_split();
-                pump_both(from, there, back, to, &watched).await
-            }
-            Target::Unix(path) => {
-                let (back, there) = UnixStream::connect(path).await?.into_split();
-                pump_both(from, there, back, to, &watched).await
-            }
-        }
+        let (back, there) = UnixStream::connect(target).await?.into_split();
+        pump_both(from, there, back, to, &watched).await
     };
     tokio::select! {
         () = ended => {}

@@ -82,10 +82,10 @@ impl Squad {
         note(&mut self.owner.field.books());
     }
 
-    /// How this key must be found at the end.
-    fn expect(&self, key: &str, state: Option<pb::KeyState>) {
+    /// How this key must be found at the end, if it is one of those that are looked for.
+    pub(crate) fn expect(&self, key: &str, state: Option<pb::KeyState>) {
         self.books(|books| {
-            books.keys.insert(key.to_owned(), state);
+            books.keys.entry(key.to_owned()).and_modify(|expected| *expected = state);
         });
     }
 
@@ -101,7 +101,9 @@ impl Squad {
             books.acknowledged.push(acknowledged);
         });
         if request.user.is_empty() && request.account == ACCOUNT {
-            self.expect(&id, Some(pb::KeyState::Active));
+            self.books(|books| {
+                books.keys.insert(id.clone(), Some(pb::KeyState::Active));
+            });
         }
         Ok(Made { id, token, revision })
     }
@@ -172,16 +174,21 @@ impl Squad {
         let step = Step { call: "PutMember", action: "member.put", subject: ACCOUNT, gate: None };
         let send = sending!(accounts.put_member(put));
         self.owner.until_ok::<pb::PutMemberResponse, _>(step, send).await?;
-        let request = pb::CreateKeyRequest { account: String::new(), user: user.clone(), ..key("", &["all"], &[]) };
+        let request =
+            pb::CreateKeyRequest { account: String::new(), user: user.clone(), ..key("", &["all"], &[]) };
         let made = self.create(request).await?;
         let membership = self.gate("the membership");
         let id = self.owner.field.history().token(&made.id, made.revision, &[membership]);
         let asked = self.show(id, &made, Some(ACCOUNT));
         self.owner.linger(0, 200).await;
-        let remove = pb::RemoveMemberRequest { account: ACCOUNT.to_owned(), user };
-        // The revision in the answer is that of the key's revocation, which follows from the removal.
-        let step =
-            Step { call: "RemoveMember", action: "key.revoked", subject: &made.id, gate: Some((membership, true)) };
+        let remove = pb::RemoveMemberRequest { account: ACCOUNT.to_owned(), user: user.clone() };
+        // The revision in the answer is that of the user's last key's revocation, which follows from the removal.
+        let step = Step {
+            call: "RemoveMember",
+            action: "key.revoked",
+            subject: &user,
+            gate: Some((membership, true)),
+        };
         let send = sending!(accounts.remove_member(remove));
         self.owner.until_ok::<pb::RemoveMemberResponse, _>(step, send).await?;
         self.bury(asked).await;

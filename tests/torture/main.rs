@@ -15,6 +15,7 @@
 
 mod audit;
 mod bouncer;
+mod cables;
 mod checkers;
 mod cluster;
 #[allow(dead_code, reason = "the simulator's, which has clocks too")]
@@ -26,6 +27,7 @@ mod guard;
 mod judge;
 mod link;
 mod lives;
+mod mutants;
 mod owner;
 #[allow(dead_code, reason = "the tests', which have one server and many databases")]
 #[path = "../it/postgres.rs"]
@@ -68,25 +70,36 @@ struct Arguments {
     /// The lease, in milliseconds
     #[arg(long, default_value_t = 2000)]
     lease: u64,
+    /// Cut links by proxies alone, as where there are no network namespaces
+    #[arg(long)]
+    no_namespaces: bool,
+    /// Torture builds that leave out one rule each, until that is noticed; KEYWARD_BIN is a breakable build
+    #[arg(long)]
+    mutants: bool,
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    if !arguments.no_namespaces {
+        cables::enter();
+    }
     let seed = arguments.seed.unwrap_or_else(|| {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
         now.as_micros() as u64
     });
     println!("seed {seed}; --seed {seed} repeats the choices of this run");
-    let program = std::env::var_os("KEYWARD_BIN").map_or_else(|| env!("CARGO_BIN_EXE_keyward").into(), PathBuf::from);
+    let program =
+        std::env::var_os("KEYWARD_BIN").map_or_else(|| env!("CARGO_BIN_EXE_keyward").into(), PathBuf::from);
     let lease = Duration::from_millis(arguments.lease);
     let setup = Setup { program, lease, environment: Vec::new(), wrapper: Vec::new() };
     let run = Run {
         seed,
         length: Duration::from_secs_f64(arguments.minutes * 60.0),
         squads: arguments.squads,
-        plan: Plan { replicas: arguments.replicas, setup },
+        plan: Plan { replicas: arguments.replicas, setup, clocks: Vec::new() },
         faults: Fault::AT_REPLICAS.into_iter().chain(Fault::AT_DATABASE).collect(),
         stop_at_violation: false,
     };
-    if run.run().held { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    let held = if arguments.mutants { mutants::run(&run) } else { run.run().held };
+    if held { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

@@ -11,7 +11,7 @@ use tonic::{Code, Request, Response, Status};
 
 use crate::{
     dice::Dice,
-    field::{Books, Field},
+    field::{Books, Field, words},
     judge::{Acknowledged, GateId, Outcome, Report, ms},
     process::Caller,
 };
@@ -108,7 +108,14 @@ impl Owner {
             }
             match self.attempt(step, replica, &send).await {
                 Ok(reply) => return Ok(Done { reply, doubtful }),
-                Err(status) if is_final(status.code()) => return Err(GaveUp),
+                Err(status) if is_final(status.code()) => {
+                    // An attempt that got lost may have made the member or the account, or removed it.
+                    let explained = doubtful && ["RemoveMember", "Create account"].contains(&step.call);
+                    if !explained {
+                        self.refused(step, replica, &status);
+                    }
+                    return Err(GaveUp);
+                }
                 Err(_) => doubtful = true,
             }
             self.linger(2, 60).await;
@@ -145,7 +152,8 @@ impl Owner {
                 if let Some(report) = reply.report()
                     && !report.is_some_and(|report| read(report).is_sound(wall))
                 {
-                    let story = format!("{} on replica {replica} at {}: OK, {report:?}", step.call, ms(ended));
+                    let story =
+                        format!("{} on replica {replica} at {}: OK, {report:?}", step.call, ms(ended));
                     books.false_reports.push((ended, story));
                 }
             }
@@ -156,6 +164,20 @@ impl Owner {
         }
         drop(books);
         result
+    }
+
+    /// A change that may be made was refused for good: a state was taken for the newest that is not.
+    fn refused(&self, step: Step<'_>, replica: usize, status: &Status) {
+        let now = self.field.now();
+        let story = format!(
+            "{} of {:?} on replica {replica}, until {}: {}, {}",
+            step.call,
+            step.subject,
+            ms(now),
+            words(status),
+            status.message()
+        );
+        self.field.books().refusals.push((now, story));
     }
 
     /// Waits for a time between these milliseconds.

@@ -44,7 +44,13 @@ pub(crate) struct Replica {
 
 impl Replica {
     /// One that does not run yet.
-    pub(crate) fn new(name: &str, address: SocketAddr, admin: SocketAddr, database: String, setup: Setup) -> Self {
+    pub(crate) fn new(
+        name: &str,
+        address: SocketAddr,
+        admin: SocketAddr,
+        database: String,
+        setup: Setup,
+    ) -> Self {
         Replica {
             name: name.to_owned(),
             address,

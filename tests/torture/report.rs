@@ -106,7 +106,9 @@ impl Outcome<'_> {
             let of_kind: Vec<_> = strikes.iter().filter(|strike| strike.fault == kind).collect();
             let during = |found: &Gap| {
                 of_kind.iter().any(|strike| {
-                    let same = strike.replica.is_none() || found.replica.is_none() || strike.replica == found.replica;
+                    let same = strike.replica.is_none()
+                        || found.replica.is_none()
+                        || strike.replica == found.replica;
                     same && found.from <= strike.to + AFTERMATH && found.to >= strike.from
                 })
             };
@@ -127,7 +129,8 @@ impl Outcome<'_> {
     }
 
     fn ended_by_themselves(&self) -> u32 {
-        let ended = |replica: &crate::replicas::Replica| replica.ended.load(std::sync::atomic::Ordering::Relaxed);
+        let ended =
+            |replica: &crate::replicas::Replica| replica.ended.load(std::sync::atomic::Ordering::Relaxed);
         self.world.field.replicas.iter().map(ended).sum()
     }
 

@@ -42,9 +42,8 @@ pub(crate) struct Run {
 /// What came of it.
 pub(crate) struct Ran {
     pub(crate) held: bool,
-    /// When the first violation was found.
-    pub(crate) violated_after: Option<Duration>,
-    pub(crate) first: Option<String>,
+    /// When the first violation was found, and of what.
+    pub(crate) violated: Option<(Duration, String)>,
 }
 
 impl Run {
@@ -57,12 +56,12 @@ impl Run {
         let tender = tend(world.clone());
         let mut judge = Judge::default();
         let began = Instant::now();
-        let mut violated_after = None;
+        let mut violated = None;
         while began.elapsed() < self.length && !(self.stop_at_violation && judge.broken() > 0) {
             std::thread::sleep(JUDGE_EVERY);
             self.judge(&world, &mut judge, false);
-            if judge.broken() > 0 {
-                violated_after.get_or_insert_with(|| began.elapsed());
+            if let Some(first) = judge.violations.first() {
+                violated.get_or_insert_with(|| (began.elapsed(), first.rule.words().to_owned()));
             }
             assert!(!lanes.iter().any(JoinHandle::is_finished) || world.is_calm(), "the faults have ended");
         }
@@ -83,11 +82,10 @@ impl Run {
         tender.stop();
         self.end(&world, &mut judge);
         let held = Outcome { seed: self.seed, judge: &judge, world: &world, length }.print();
-        if !held {
+        if !held && !self.stop_at_violation {
             self.keep_logs(&world);
         }
-        let first = judge.violations.first().map(|violation| violation.rule.words().to_owned());
-        Ran { held, violated_after, first }
+        Ran { held, violated }
     }
 
     fn clients(&self, world: &World, dice: &mut Dice) -> Vec<tokio::task::JoinHandle<()>> {
@@ -109,7 +107,8 @@ impl Run {
     }
 
     fn lanes(&self, world: &Arc<World>, dice: &mut Dice) -> Vec<JoinHandle<()>> {
-        let of = |kinds: &[Fault]| self.faults.iter().copied().filter(|fault| kinds.contains(fault)).collect();
+        let of =
+            |kinds: &[Fault]| self.faults.iter().copied().filter(|fault| kinds.contains(fault)).collect();
         [of(&Fault::AT_REPLICAS), of(&Fault::AT_DATABASE)]
             .into_iter()
             .filter(|faults: &Vec<_>| !faults.is_empty())
@@ -128,6 +127,9 @@ impl Run {
         judge.checks(&world.field.history(), &mut checks);
         for violation in world.take_found() {
             judge.violation(violation.rule, violation.at, || violation.story);
+        }
+        for (at, story) in std::mem::take(&mut world.field.books().refusals) {
+            judge.violation(Rule::WrongDenial, at, || story);
         }
         for (at, story) in std::mem::take(&mut world.field.books().false_reports) {
             judge.violation(Rule::FalseReport, at, || story);

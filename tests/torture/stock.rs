@@ -42,7 +42,8 @@ pub(crate) async fn prepare(field: &Field, squads: usize, dice: &mut Dice) -> Bo
 
 async fn live(field: &Field, operator: &mut Caller) -> Asked {
     let request = key(ACCOUNT, &[WRITE], &[]);
-    let made: pb::CreateKeyResponse = insist(async || operator.clone().keys.create(request.clone()).await).await;
+    let made: pb::CreateKeyResponse =
+        insist(async || operator.clone().keys.create(request.clone()).await).await;
     let id = made.key.expect("a key").id;
     field.books().keys.insert(id.clone(), Some(pb::KeyState::Active));
     Asked {

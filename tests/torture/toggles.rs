@@ -73,6 +73,7 @@ impl Squad {
             Toggle::Disable | Toggle::Scopes => key(&subject.account, &[READ, WRITE], &[]),
         };
         let made = self.create(request).await?;
+        self.expect(&made.id, None);
         subject.key.clone_from(&made.id);
         Ok((subject, made))
     }
@@ -105,7 +106,8 @@ impl Squad {
                 self.put_role(subject, scopes, change).await
             }
             (Toggle::Suspend, true) => {
-                let step = Step { call: "Suspend", action: "account.suspended", subject: account, gate: change };
+                let step =
+                    Step { call: "Suspend", action: "account.suspended", subject: account, gate: change };
                 let request = pb::SuspendAccountRequest { id: account.clone() };
                 told(self.owner.until_ok(step, sending!(accounts.suspend(request))).await)
             }

@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     net::{Ipv4Addr, SocketAddr, TcpListener},
+    path::Path,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -15,11 +16,12 @@ use tokio::runtime::{Builder, Runtime};
 use crate::{
     audit::Audit,
     bouncer::Bouncer,
+    cables::Cables,
     cluster::Cluster,
     faults::Strike,
     field::Field,
     judge::{Nanos, Rule, Violation},
-    link::{Link, Target, Weather},
+    link::{Link, Weather},
     replicas::{Replica, Setup},
 };
 
@@ -28,6 +30,18 @@ use crate::{
 pub(crate) struct Plan {
     pub(crate) replicas: usize,
     pub(crate) setup: Setup,
+    /// How fast each replica's clock runs, in thousandths; only a breakable build can be told. Empty = all alike.
+    pub(crate) clocks: Vec<u32>,
+}
+
+impl Plan {
+    fn setup(&self, replica: usize) -> Setup {
+        let mut setup = self.setup.clone();
+        if let Some(rate) = self.clocks.get(replica) {
+            setup.environment.push(("KEYWARD_CLOCK_RATE".to_owned(), rate.to_string()));
+        }
+        setup
+    }
 }
 
 /// It.
@@ -36,6 +50,8 @@ pub(crate) struct World {
     pub(crate) lease: Duration,
     /// From each replica to the database, or to pgbouncer.
     pub(crate) links: Vec<Link>,
+    /// Where there are namespaces.
+    pub(crate) cables: Option<Vec<Cables>>,
     /// From pgbouncer to the database.
     bouncer_link: Link,
     bouncer: Mutex<Bouncer>,
@@ -74,17 +90,26 @@ impl World {
     /// Starts a database and replicas, all of them at once.
     pub(crate) fn start(plan: &Plan) -> World {
         let began = Instant::now();
+        let cables = Cables::lay(plan.replicas);
         let (network, runtime) = (runtime("links", 1), runtime("clients", 2));
         let cluster = Cluster::start();
-        let bouncer_link = Link::open(network.handle(), ANY, cluster.target());
+        let bouncer_link = Link::open(network.handle(), ANY, cluster.socket());
         let bouncer = Bouncer::start(bouncer_link.address);
         let mut links = Vec::new();
         let mut replicas = Vec::new();
         for at in 0..plan.replicas {
-            let target = if is_bounced(at) { bouncer.target() } else { cluster.target() };
-            let link = Link::open(network.handle(), ANY, target);
+            let target = if is_bounced(at) { bouncer.socket() } else { cluster.socket() };
+            let mut setup = plan.setup(at);
+            let (database, (address, admin)) = match cables.as_ref().map(|cables| cables[at]) {
+                None => (ANY, (free(), free())),
+                Some(cables) => {
+                    setup.wrapper = cables.wrapper();
+                    (cables.database(), cables.replica())
+                }
+            };
+            let link = Link::open(network.handle(), database, target);
             let url = Cluster::url(link.address);
-            replicas.push(Replica::new(&format!("replica-{at}"), free(), free(), url, plan.setup.clone()));
+            replicas.push(Replica::new(&format!("replica-{at}"), address, admin, url, setup));
             links.push(link);
         }
         std::thread::scope(|scope| {
@@ -99,6 +124,7 @@ impl World {
             field,
             lease: plan.setup.lease,
             links,
+            cables,
             bouncer_link,
             bouncer: Mutex::new(bouncer),
             cluster: Mutex::new(cluster),
@@ -120,7 +146,7 @@ impl World {
     }
 
     /// Every way to the database leads there from now on, but that of one replica.
-    pub(crate) fn lead_all_to(&self, primary: &Target, but: Option<usize>) {
+    pub(crate) fn lead_all_to(&self, primary: &Path, but: Option<usize>) {
         if !but.is_some_and(is_bounced) {
             self.bouncer_link.lead_to(primary);
         }
@@ -133,7 +159,9 @@ impl World {
 
     /// Breaks or mends the way from a replica to the database.
     pub(crate) fn cut(&self, replica: usize, weather: Weather) {
-        self.links[replica].set(weather);
+        let Some(cables) = &self.cables else { return self.links[replica].set(weather) };
+        cables[replica].cut(weather.cut_there, weather.cut_back);
+        self.links[replica].set(Weather { cut_there: false, cut_back: false, ..weather });
     }
 
     /// No more faults from now on.

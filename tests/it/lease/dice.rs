@@ -15,6 +15,7 @@ impl Dice {
     }
 
     /// Chance of its own for somebody else.
+    #[allow(dead_code, reason = "the torture forks it")]
     pub(super) fn fork(&mut self) -> Dice {
         Dice::new(self.0.next_u64())
     }

@@ -8,7 +8,7 @@ pub(crate) struct Acknowledged {
     pub(crate) revision: u64,
     /// As the log calls it, such as `key.revoked`.
     pub(crate) action: &'static str,
-    /// The key's id, or else the account's.
+    /// The key's id, or else the user's, or the account's.
     pub(crate) subject: String,
 }
 
@@ -18,13 +18,15 @@ pub(crate) struct Entry {
     pub(crate) action: String,
     pub(crate) key: String,
     pub(crate) account: String,
+    pub(crate) user: String,
 }
 
 /// The acknowledged changes that the log does not hold, or holds as something else.
 pub(crate) fn lost(acknowledged: &[Acknowledged], log: &BTreeMap<u64, Entry>) -> Vec<Acknowledged> {
     let holds = |change: &&Acknowledged| {
         log.get(&change.revision).is_some_and(|entry| {
-            entry.action == change.action && [&entry.key, &entry.account].contains(&&change.subject)
+            entry.action == change.action
+                && [&entry.key, &entry.account, &entry.user].contains(&&change.subject)
         })
     };
     acknowledged.iter().filter(|change| !holds(change)).cloned().collect()

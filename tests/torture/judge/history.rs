@@ -224,7 +224,8 @@ impl Gate {
     /// not opened again in this state.
     fn is_certainly_open(&self, to: Nanos, state: u64) -> bool {
         let begun = || self.changes.iter().filter(|change| change.invoked < to);
-        let in_doubt = self.doubtful || begun().any(|change| change.closes && change.outcome == Outcome::Unknown);
+        let in_doubt =
+            self.doubtful || begun().any(|change| change.closes && change.outcome == Outcome::Unknown);
         let open = match begun().next_back() {
             None => true,
             Some(Change { closes: false, outcome: Outcome::Done(revision), .. }) => *revision <= state,

@@ -10,8 +10,9 @@ mod gaps;
 mod history;
 
 pub(crate) use books::{Acknowledged, Entry, Report, lost};
+#[allow(unused_imports, reason = "the harness names them")]
 pub(crate) use gaps::{Gap, Gaps};
-pub(crate) use history::{Answer, ChangeId, Check, GateId, History, Nanos, Outcome, TokenId};
+pub(crate) use history::{Answer, Check, GateId, History, Nanos, Outcome, TokenId};
 
 use std::collections::BTreeMap;
 
@@ -28,7 +29,7 @@ pub(crate) enum Rule {
     AllowedAfterNarrowing,
     /// 2: allowed what was never granted, or in the name of another key.
     NeverGranted,
-    /// 3: denied by a state that must know that the key is live.
+    /// 3: denied by a state that must know that the key is live; or a change of what is there was refused.
     WrongDenial,
     /// 4: answered from an older state than before, by the same process.
     WentBack,
@@ -56,7 +57,7 @@ impl Rule {
         match self {
             Rule::AllowedAfterNarrowing => "1 allowed after a narrowing change was OK",
             Rule::NeverGranted => "2 allowed what was never granted",
-            Rule::WrongDenial => "3 denied a live key",
+            Rule::WrongDenial => "3 denied a live key, or did not know it",
             Rule::WentBack => "4 a replica's state went back",
             Rule::Lost => "5 an acknowledged change is lost",
             Rule::FalseReport => "6 OK with a report that is not complete",

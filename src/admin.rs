@@ -1,9 +1,9 @@
 //! The admin pages, over HTTP/1.1: `/healthz` (the process lives), `/readyz` (it answers Checks) and `/metrics`
 //! (Prometheus text). No secret is served here, and nothing can be changed.
 
-use std::{fmt::Write as _, sync::Arc};
+use std::{fmt::Write as _, future::ready, sync::Arc};
 
-use http::StatusCode;
+use http::{StatusCode, request::Parts};
 use tokio::{net::TcpListener, sync::watch};
 
 use crate::{
@@ -12,7 +12,7 @@ use crate::{
         decision::Reason,
         lease::{Boottime, replica::Standing},
     },
-    engine::Engine,
+    engine::{Engine, limiter::Limiter},
     gateway::Gateway,
     http1::{self, Page},
     replication::feed::Sight,
@@ -40,7 +40,7 @@ impl std::fmt::Debug for Told {
 
 /// Serves the pages until `stopping` turns true.
 pub async fn serve(listener: TcpListener, told: Told, stopping: watch::Receiver<bool>) {
-    http1::serve(listener, move |request| page(request.uri.path(), &told), stopping).await;
+    http1::serve(listener, move |request: Parts| ready(page(request.uri.path(), &told)), stopping).await;
 }
 
 fn page(path: &str, told: &Told) -> Page {
@@ -68,6 +68,7 @@ fn metrics(told: &Told, ready: bool) -> String {
         );
     }
     gateway_metrics(&mut text, &told.gateway);
+    limit_metrics(&mut text, &engine.limiter);
     for (name, help, value) in [
         ("keyward_index_keys", "Keys held in memory.", engine.index.len() as u64),
         ("keyward_revision", "Newest change applied.", engine.index.revision().unwrap_or_default().0),
@@ -113,6 +114,17 @@ fn replica_metrics(text: &mut String, told: &Told, replica: &Sight) {
     ] {
         let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} counter\n{name} {value}");
     }
+}
+
+fn limit_metrics(text: &mut String, limiter: &Limiter) {
+    const CALLS: &str = "keyward_limits_redis_calls_total";
+    let _ = writeln!(text, "# HELP {CALLS} Checks that Redis was to count.\n# TYPE {CALLS} counter");
+    for (call, count) in limiter.calls() {
+        let _ = writeln!(text, "{CALLS}{{result=\"{}\"}} {count}", call.as_str());
+    }
+    const ALONE: &str = "keyward_limits_fallbacks_total";
+    let help = "Checks counted by this process alone, since Redis did not answer.";
+    let _ = writeln!(text, "# HELP {ALONE} {help}\n# TYPE {ALONE} counter\n{ALONE} {}", limiter.fallbacks());
 }
 
 fn gateway_metrics(text: &mut String, gateway: &Gateway) {

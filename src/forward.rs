@@ -24,7 +24,11 @@ use crate::{
 /// Serves proxies until `stopping` turns true.
 pub async fn serve(listener: TcpListener, gateway: Arc<Gateway>, stopping: watch::Receiver<bool>) {
     let asker = AccountId::operator();
-    http1::serve(listener, move |request| answer(&gateway, &asker, request), stopping).await;
+    let page = move |request: Parts| {
+        let (gateway, asker) = (gateway.clone(), asker.clone());
+        async move { answer(&gateway, &asker, &request).await }
+    };
+    http1::serve(listener, page, stopping).await;
 }
 
 /// Which proxy asks.
@@ -38,7 +42,7 @@ enum Proxy {
 /// The request that a proxy asks about: method, host, target.
 struct Original<'a>(&'a [u8], &'a [u8], &'a [u8]);
 
-fn answer(gateway: &Gateway, asker: &AccountId, request: &Parts) -> Page {
+async fn answer(gateway: &Gateway, asker: &AccountId, request: &Parts) -> Page {
     let path = request.uri.path();
     let (proxy, original) = match path {
         "/auth/nginx" => (Proxy::Nginx, told(&request.headers, "x-original", "uri")),
@@ -71,7 +75,7 @@ fn answer(gateway: &Gateway, asker: &AccountId, request: &Parts) -> Page {
         client: Client::LastForwarded,
         id: b"",
     };
-    page(proxy, gateway.judge(asker, &asked, said))
+    page(proxy, gateway.judge(asker, &asked, said).await)
 }
 
 fn said(gateway: &Gateway, request: &Parts) -> Said {

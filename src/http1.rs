@@ -1,5 +1,5 @@
-//! Small pages over HTTP/1.1, made from memory: the admin pages, and what proxies ask over HTTP. No body is read,
-//! nothing awaits between a request and its page. What the pages say is their module's business.
+//! Small pages over HTTP/1.1, made from memory: the admin pages, and what proxies ask over HTTP. No body is read.
+//! What the pages say, and whether they wait for it, is their module's business.
 
 use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -57,9 +57,10 @@ impl Page {
 }
 
 /// Serves pages until `stopping` turns true; calls in flight end then.
-pub async fn serve<P>(listener: TcpListener, page: P, mut stopping: watch::Receiver<bool>)
+pub async fn serve<P, F>(listener: TcpListener, page: P, mut stopping: watch::Receiver<bool>)
 where
-    P: Fn(&Parts) -> Page + Send + Sync + 'static,
+    P: Fn(Parts) -> F + Send + Sync + 'static,
+    F: Future<Output = Page> + Send + 'static,
 {
     let (page, room) = (Arc::new(page), Arc::new(Semaphore::new(MAX_CONNECTIONS)));
     let mut connections = JoinSet::new();
@@ -90,9 +91,14 @@ where
     while connections.join_next().await.is_some() {}
 }
 
-async fn connection<P>(stream: TcpStream, peer: SocketAddr, page: Arc<P>, mut stopping: watch::Receiver<bool>)
-where
-    P: Fn(&Parts) -> Page + Send + Sync + 'static,
+async fn connection<P, F>(
+    stream: TcpStream,
+    peer: SocketAddr,
+    page: Arc<P>,
+    mut stopping: watch::Receiver<bool>,
+) where
+    P: Fn(Parts) -> F + Send + Sync + 'static,
+    F: Future<Output = Page> + Send + 'static,
 {
     // A page is written at once; nothing may wait for more.
     if let Err(error) = stream.set_nodelay(true) {
@@ -101,8 +107,8 @@ where
     let mut stream = TimeoutWriter::new(stream);
     stream.set_timeout(Some(WRITE_PATIENCE));
     let service = service_fn(move |request: Request<Incoming>| {
-        let response = page(&request.into_parts().0).response();
-        async move { Ok::<_, Infallible>(response) }
+        let page = page(request.into_parts().0);
+        async move { Ok::<_, Infallible>(page.await.response()) }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())

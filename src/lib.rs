@@ -25,7 +25,8 @@
 //! # What always holds
 //! - A token is shown once and stored never; nothing prints one.
 //! - An acknowledged change is on disk, and every Check that starts afterwards sees it.
-//! - A Check waits for nothing: no lock that a writer holds, no database, no other task.
+//! - A Check waits for nothing: no lock that a writer holds, no database, no other task. Of a key with limits that
+//!   several processes share it may wait, for a bounded time, for what counts them.
 //! - A fault is never a verdict: what cannot be answered is an error, not a denial.
 //! - Zero, empty or missing never means "all".
 

@@ -23,7 +23,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use tokio::{
     net::TcpListener,
-    sync::watch,
+    sync::{oneshot, watch},
     task::{JoinError, JoinHandle},
 };
 use tonic_health::server::HealthReporter;
@@ -165,6 +165,9 @@ impl Server {
             ready.send_replace(true);
             grpc::report_health(&reporter, true).await;
         }
+        let (counting, tried) = count_limits(engine.clone());
+        // A Redis that is there counts from the first Check on; one that is not holds nobody up.
+        let _ = tokio::time::timeout(QUIET_START, tried).await;
         let workers = Workers::start(settings.threads, &services, &is_stopping, DRAIN)?;
         drop(services);
         let Listeners { main, admin: admin_listener, envoy, forward } = listeners;
@@ -181,7 +184,9 @@ impl Server {
         };
         let mut background = vec![
             tokio::spawn(admin::serve(admin_listener, told, is_closing)),
+            counting,
             tokio::spawn(flush_usage(store.clone(), usage.clone())),
+            tokio::spawn(draw_quotas(store.clone(), usage.clone())),
             tokio::spawn(forget(store.clone(), index, clock, settings.retention)),
             tokio::spawn(watch_loading(loading, stopping.clone())),
             tokio::spawn(watch_replica(gave_up, stopping.clone())),
@@ -264,7 +269,8 @@ pub fn parts(
     entropy: Arc<dyn Entropy>,
 ) -> (Parts, JoinHandle<()>) {
     let index = place.follow.index().clone();
-    let engine = Engine::new(index, Arc::new(Usage::default()), place.lease.clone(), clock.clone());
+    let usage = Arc::new(Usage::default());
+    let engine = Engine::new(index, usage, place.lease.clone(), &settings.limits, clock.clone());
     let engine = Arc::new(engine);
     let (writer, task) = Writer::spawn(store.clone(), place.follow.clone());
     let environments = Arc::new(settings.keys.environments.clone());
@@ -393,6 +399,17 @@ async fn flush_usage(store: Arc<dyn Store>, usage: Arc<Usage>) {
             tracing::warn!(error = &error as &dyn std::error::Error, "uses were not written; they are kept");
         }
     }
+}
+
+/// Has quotas counted that others draw from too, when they cannot wait.
+async fn draw_quotas(store: Arc<dyn Store>, usage: Arc<Usage>) {
+    usage.keep_drawing(&*store).await;
+}
+
+/// Connects to where rate limits are counted. The second tells when that was tried once.
+fn count_limits(engine: Arc<Engine>) -> (JoinHandle<()>, oneshot::Receiver<()>) {
+    let (told, tried) = oneshot::channel();
+    (tokio::spawn(async move { engine.limiter.keep_connected(told).await }), tried)
 }
 
 async fn forget(store: Arc<dyn Store>, index: Arc<Index>, clock: Arc<dyn Clock>, retention: Duration) {

@@ -175,7 +175,7 @@ messages! {
     CheckResponse {
         allowed, reason as reason_name, message, failures as reason_names, missing_scopes, key_id, key_name,
         account, user, environment, scopes, secret_version, metadata, rate_limits, retry_after, expires_at,
-        revision, staleness, max_age,
+        revision, staleness, max_age, limits_inexact,
     }
     RateLimitState { name, limit, remaining, reset_after }
     ListAuditEntriesResponse { entries, next_page_token }

@@ -110,6 +110,10 @@ pub(super) fn check(answer: &pb::CheckResponse) -> Record {
         .field("secret version", if known { answer.secret_version.to_string() } else { String::new() })
         .list("metadata", &pairs)
         .list("rate limits", &limits)
+        .field(
+            "inexact",
+            if answer.limits_inexact { "the rate limits: counted by one replica alone" } else { "" },
+        )
         .instant("expires", answer.expires_at.as_ref(), if known { "never" } else { "" })
         .field("revision", answer.revision.to_string())
         .field("staleness", duration(&answer.staleness))

@@ -108,7 +108,7 @@ mod tests {
         )
         .unwrap();
         assert_eq!(settings.environment.unwrap().as_str(), "staging");
-        assert_eq!(settings.credential_headers, ["x-key".into()]);
+        assert_eq!(settings.credential_headers, [Box::<str>::from("x-key")]);
         assert_eq!((settings.trusted_hops, settings.mode), (2, Mode::Shadow));
         assert!(settings.require_caller && !settings.management_keys);
     }

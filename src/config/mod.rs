@@ -6,6 +6,7 @@ pub mod breakage;
 pub mod client;
 pub mod duration;
 mod gateway;
+pub mod limits;
 pub mod replicas;
 pub mod rules;
 pub mod server;

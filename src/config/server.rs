@@ -15,11 +15,15 @@ use crate::{
         lease::Lease,
         name::{RoleName, TokenPrefix},
     },
+    engine::limiter::LimitSettings,
     gateway::GatewaySettings,
     keys::KeySettings,
 };
 
-use super::replicas;
+use super::{
+    limits::{self, SecretUrl},
+    replicas,
+};
 
 const LISTEN: &str = "127.0.0.1:50051";
 const ADMIN_LISTEN: &str = "127.0.0.1:9090";
@@ -55,6 +59,9 @@ pub struct ServeArgs {
     /// a duration [default: default]
     #[arg(long, env = "KEYWARD_LEASE", value_name = "LEASE")]
     pub lease: Option<String>,
+    /// The Redis that counts rate limits, with [limits] backend = "redis", such as redis://127.0.0.1:6379
+    #[arg(long, env = "KEYWARD_LIMITS_URL", value_name = "URL", hide_env_values = true)]
+    pub limits_url: Option<SecretUrl>,
     /// How many threads serve connections [default: one per core]
     #[arg(long, env = "KEYWARD_THREADS", value_name = "N")]
     pub threads: Option<NonZeroUsize>,
@@ -170,6 +177,8 @@ struct File {
     lease: Option<String>,
     #[serde(default)]
     gateway: super::gateway::File,
+    #[serde(default)]
+    limits: limits::File,
 }
 
 /// The server's settings, all valid.
@@ -197,6 +206,8 @@ pub struct Settings {
     pub lease: Option<Lease>,
     /// How HTTP requests that proxies ask about are judged.
     pub gateway: GatewaySettings,
+    /// How rate limits and quotas are counted.
+    pub limits: LimitSettings,
     /// What keys look like.
     pub keys: KeySettings,
     /// How long revoked keys and superseded tokens are told apart from unknown ones.
@@ -209,7 +220,8 @@ impl Settings {
     /// # Errors
     /// When the file or a value is wrong; the error says which and what would be right.
     pub fn load(args: &ServeArgs) -> Result<Settings, ConfigError> {
-        let mut settings = Settings::load_database(&args.database)?;
+        let (mut settings, limits) = Settings::read(&args.database)?;
+        settings.limits = limits.read(args.limits_url.as_ref())?;
         let replace = |slot: &mut String, flag: &Option<String>| {
             if let Some(flag) = flag {
                 slot.clone_from(flag);
@@ -281,6 +293,11 @@ impl Settings {
     /// # Errors
     /// As for [`Settings::load`].
     pub fn load_database(args: &DatabaseArgs) -> Result<Settings, ConfigError> {
+        Settings::read(args).map(|(settings, _)| settings)
+    }
+
+    /// The settings without how limits are counted, which takes a flag too.
+    fn read(args: &DatabaseArgs) -> Result<(Settings, limits::File), ConfigError> {
         let file = args.config.as_deref().map(read_file).transpose()?.unwrap_or_default();
         let prefix = file.token_prefix.as_deref().unwrap_or(PREFIX);
         let prefix = TokenPrefix::parse(prefix).map_err(|error| invalid("token_prefix", prefix, error))?;
@@ -295,7 +312,7 @@ impl Settings {
         let default_role = default_role.transpose()?;
         let retention = file.retention_days.unwrap_or(RETENTION_DAYS);
         let gateway = file.gateway.read(&environments)?;
-        Ok(Settings {
+        let settings = Settings {
             listen: file.listen.unwrap_or_else(|| LISTEN.to_owned()),
             admin_listen: file.admin_listen.unwrap_or_else(|| ADMIN_LISTEN.to_owned()),
             database: args.database.clone().or(file.database).unwrap_or_else(|| DATABASE.to_owned()),
@@ -310,9 +327,11 @@ impl Settings {
             replica_name: file.replica_name.as_deref().map(replicas::read_name).transpose()?,
             lease: file.lease.as_deref().map(replicas::read_lease).transpose()?,
             gateway,
+            limits: LimitSettings::default(),
             keys: KeySettings { environments, prefix, default_role },
             retention: Duration::from_secs(u64::from(retention) * 24 * 60 * 60),
-        })
+        };
+        Ok((settings, file.limits))
     }
 }
 
@@ -331,12 +350,20 @@ fn address(setting: &'static str, value: &str) -> Result<(), ConfigError> {
     }
 }
 
+/// Where and what. The line itself is shown, unless there may be a password in it.
+fn said(error: &toml::de::Error) -> String {
+    let shown = error.to_string();
+    match shown.split_once('\n') {
+        Some((place, rest)) if rest.contains("://") => format!("{place}: {}", error.message()),
+        _ => shown,
+    }
+}
+
 fn read_file(path: &Path) -> Result<File, ConfigError> {
     let shown = || path.display().to_string();
     let text =
         std::fs::read_to_string(path).map_err(|source| ConfigError::Unreadable { path: shown(), source })?;
-    toml::from_str(&text)
-        .map_err(|error| ConfigError::Malformed { path: shown(), problem: error.to_string() })
+    toml::from_str(&text).map_err(|error| ConfigError::Malformed { path: shown(), problem: said(&error) })
 }
 
 #[cfg(test)]
@@ -373,6 +400,14 @@ mod tests {
         ] {
             let error = from_file(text).unwrap_err().to_string();
             assert!(error.contains(said), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_line_that_may_hold_a_password_is_not_shown() {
+        for text in ["[limits]\nulr = 'redis://:sesame@h'", "[limits]\nurl = 'redis://:sesame@h"] {
+            let error = from_file(text).unwrap_err().to_string();
+            assert!(error.contains("line 2") && !error.contains("sesame"), "{error}");
         }
     }
 

@@ -26,6 +26,16 @@ pub struct Standing {
     pub allowed: bool,
 }
 
+impl Level {
+    /// The level of a limit of which at `now` so many units are taken, and in addition `part` of the window's
+    /// microseconds of one more.
+    #[must_use]
+    pub fn owing(limit: &RateLimit, now: Timestamp, units: u64, part: u64) -> Level {
+        let (all, window) = (u128::from(limit.limit.max(1)), limit.window.as_micros().max(1));
+        Level(micros(now) * all + u128::from(units) * window + u128::from(part))
+    }
+}
+
 fn micros(at: Timestamp) -> u128 {
     u128::try_from(at.as_micros()).unwrap_or(0)
 }
@@ -63,6 +73,36 @@ pub struct Spent {
     pub period: Timestamp,
     /// Units used in it.
     pub used: u64,
+}
+
+/// Units of a quota that were used in one process and that the store does not count yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Drawn {
+    /// Start of the period.
+    pub period: Timestamp,
+    /// Its end; `None` = it has none.
+    pub until: Option<Timestamp>,
+    /// Units used in it.
+    pub units: u64,
+}
+
+impl Drawn {
+    /// These units and those. Of different periods the later one counts: nothing asks about a period that is over.
+    #[must_use]
+    pub fn and(self, other: Drawn) -> Drawn {
+        match self.period.cmp(&other.period) {
+            std::cmp::Ordering::Equal => Drawn { units: self.units.saturating_add(other.units), ..self },
+            std::cmp::Ordering::Less => other,
+            std::cmp::Ordering::Greater => self,
+        }
+    }
+}
+
+/// How many units of a quota a process may use before the store counts them, where several share the store: a
+/// hundredth of it, at least 50 and at most 10,000.
+#[must_use]
+pub fn block(quota: &Quota) -> u64 {
+    (quota.limit / 100).clamp(50, 10_000)
 }
 
 /// The start of the period that `now` lies in, and of the next one. `Total` has one period, from 1970 on.
@@ -187,6 +227,30 @@ mod tests {
         let (spent, _) = spend(&total, None, 2, at(0));
         let (_, standing) = spend(&total, Some(spent), 1, tomorrow.plus(Duration::from_secs(1 << 30)));
         assert_eq!((standing.allowed, standing.retry_after), (false, None));
+    }
+
+    #[test]
+    fn a_level_is_told_by_the_units_that_are_taken() {
+        let limit = limit(3, 3000);
+        let (level, _) = gcra(&limit, Level::default(), 2, at(0));
+        assert_eq!(level, Level::owing(&limit, at(0), 2, 0));
+        // A microsecond gives three microseconds of a unit back.
+        let later = Level::owing(&limit, at(1), 1, 3_000_000 - 3);
+        assert_eq!(gcra(&limit, level, 0, at(1)).1, gcra(&limit, later, 0, at(1)).1);
+    }
+
+    #[test]
+    fn units_add_up_within_a_period_and_a_later_one_starts_afresh() {
+        let drawn = |period, units| Drawn { period: at(period), until: None, units };
+        assert_eq!(drawn(0, 2).and(drawn(0, 3)), drawn(0, 5));
+        assert_eq!(drawn(0, 2).and(drawn(9, 3)), drawn(9, 3));
+        assert_eq!(drawn(9, 2).and(drawn(0, 3)), drawn(9, 2));
+    }
+
+    #[test]
+    fn a_block_is_a_hundredth_within_bounds() {
+        let block = |limit| block(&Quota { limit, period: QuotaPeriod::Day });
+        assert_eq!([1, 10_000, 100_000, 1_000_000_000].map(block), [50, 100, 1000, 10_000]);
     }
 
     proptest! {

@@ -27,13 +27,14 @@ impl Lease {
     /// Of the one process that owns the database.
     #[must_use]
     pub fn sole() -> Lease {
-        Lease { sole: true, ..Lease::none() }
+        Lease { sole: true, shared: AtomicBool::new(false), ..Lease::none() }
     }
 
     /// Of a replica, which has none yet.
     #[must_use]
     pub fn none() -> Lease {
-        let (as_of, shared) = (AtomicU64::new(0), AtomicBool::new(false));
+        // There are others, until a reading tells that there are none.
+        let (as_of, shared) = (AtomicU64::new(0), AtomicBool::new(true));
         Lease { sole: false, deadline: Deadline::passed(), as_of, shared }
     }
 

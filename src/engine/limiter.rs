@@ -1,264 +1,201 @@
-//! Rate limits and quotas of keys: where the arithmetic of `domain::limit` is kept between Checks.
+//! Rate limits and quotas of keys, over one process or several.
 //!
-//! Exact within this process: each limited key has one lock, held for the arithmetic alone. Keys without limits
-//! never come here. Rate limits start full after a restart; what is spent of a quota is written behind, so a
-//! kill forgets at most what was spent since the last flush.
+//! A rate limit is counted in this process, exactly if it is the only one, or in Redis for all of them: one script
+//! and one round trip a Check, for everything that the key is limited by. While Redis does not answer, this process
+//! counts by itself and says so, or does not answer, as it is set. A quota is always counted in the store, in blocks
+//! where several processes use it (`budget.rs`).
+//!
+//! Keys without limits never come here. Others wait in two cases only, for a bounded time each: for Redis, if they
+//! have rate limits that are counted there; and for the store, if a block is used up in less time than the store takes
+//! to count it.
+
+mod budget;
+mod remote;
 
 use std::{
-    collections::VecDeque,
-    hash::{DefaultHasher, Hasher as _},
-    sync::{Mutex, PoisonError},
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
-use crate::domain::{
-    decision::Reason,
-    key::{Key, Quota, RateLimit},
-    limit::{Level, Spent, Standing, gcra, spend},
-    time::Timestamp,
-};
+pub use budget::{BlockUsed, Budget, Charge, Held, Take, Usage};
+pub use remote::{Call, Prefix, RedisUrl, Time};
 
-/// What is used of one key's limits.
-#[derive(Debug, Default)]
-pub struct Budget(Mutex<State>);
+use crate::domain::{key::Key, time::Timestamp};
 
-#[derive(Debug, Default)]
-struct State {
-    /// The limits that the levels are of; a limit that changed starts full.
-    levels: Vec<(RateLimit, Level)>,
-    quota: Option<(Quota, Spent)>,
-    /// Read from the store, until the quota that it is of is known.
-    restored: Option<Spent>,
-    /// What was taken lately under a number, oldest first.
-    charged: VecDeque<(Charge, Timestamp)>,
-}
+use super::{CannotAnswer, lease::Lease, usage};
+use remote::Redis;
 
-/// An asker's number for a request. Envoy asks again under the same one when an answer does not come in time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Charge(u64);
+/// How long a Check waits at the most for the store to count a block.
+const BLOCK_PATIENCE: Duration = Duration::from_millis(100);
+/// How often it tries again meanwhile: what others only kept may have come back.
+const BLOCK_PAUSE: Duration = Duration::from_millis(5);
 
-impl Charge {
-    /// The number of a request with this id; ids are the asker's, not a client's.
-    #[must_use]
-    pub fn of(id: &[u8]) -> Charge {
-        let mut hasher = DefaultHasher::new();
-        hasher.write(id);
-        Charge(hasher.finish())
-    }
-}
-
-/// What a request takes.
-#[derive(Clone, Copy, Debug)]
-pub struct Take {
-    /// Units of every limit.
-    pub cost: u64,
-    /// Under which number.
-    pub charge: Option<Charge>,
-    /// Judge, and take nothing.
-    pub dry_run: bool,
-}
-
-/// How long an asker may take to ask again.
-const ASKED_AGAIN: Duration = Duration::from_secs(2);
-/// The most numbers to remember of one key.
-const MAX_CHARGES: usize = 1024;
-
-/// How a limited request stands.
+/// How limits are counted.
 #[derive(Clone, Debug, Default)]
-pub struct Usage {
-    /// Each limit by name, the quota last under the name `quota`; with its units per window or period.
-    pub standings: Vec<(String, u64, Standing)>,
-    /// What refuses it.
-    pub refused: Vec<Reason>,
-    /// What is spent of the quota now, when this request spent some of it.
-    pub spent: Option<Spent>,
+pub struct LimitSettings {
+    /// Other processes serve the same keys, even where the lease does not say so.
+    pub shared: bool,
+    /// Where rate limits are counted for all of them; `None` = each process counts by itself.
+    pub redis: Option<RedisSettings>,
 }
 
-impl Usage {
-    /// How long until everything that refuses the request would let it through; `None` where nothing refuses
-    /// it, or something always will.
+/// How Redis is used.
+#[derive(Clone, Debug)]
+pub struct RedisSettings {
+    /// Where it is.
+    pub url: RedisUrl,
+    /// What the names of all keys in it start with.
+    pub prefix: Prefix,
+    /// How long a Check waits for it.
+    pub timeout: Duration,
+    /// What becomes of a Check that it does not answer.
+    pub on_failure: OnFailure,
+    /// By whose clock units come back.
+    pub time: Time,
+}
+
+/// What becomes of a limited Check when Redis does not answer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnFailure {
+    /// This process counts by itself; the answer says so.
+    #[default]
+    Allow,
+    /// It is not answered.
+    Deny,
+}
+
+/// Counts limits.
+#[derive(Debug)]
+pub struct Limiter {
+    shared: bool,
+    lease: Arc<Lease>,
+    redis: Option<(Redis, OnFailure)>,
+    usage: Arc<usage::Usage>,
+    fallbacks: AtomicU64,
+}
+
+impl Limiter {
+    /// A limiter whose quotas are written by `usage`.
     #[must_use]
-    pub fn retry_after(&self) -> Option<Duration> {
-        let refusing = self.standings.iter().filter(|(_, _, standing)| !standing.allowed);
-        let waits: Option<Vec<Duration>> = refusing.map(|(_, _, standing)| standing.retry_after).collect();
-        waits?.into_iter().max()
-    }
-}
-
-impl Budget {
-    /// Takes up what was spent before this process started.
-    pub fn restore(&self, spent: Spent) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).restored = Some(spent);
+    pub fn new(settings: &LimitSettings, lease: Arc<Lease>, usage: Arc<usage::Usage>) -> Limiter {
+        let redis = settings.redis.as_ref().map(|redis| (Redis::new(redis), redis.on_failure));
+        Limiter { shared: settings.shared, lease, redis, usage, fallbacks: AtomicU64::new(0) }
     }
 
-    /// Takes the units from every limit of the key, or, if any refuses, from none. What was taken already under
-    /// the same number is not taken again.
-    pub fn take(&self, key: &Key, take: Take, now: Timestamp) -> Usage {
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let again = take.charge.is_some_and(|charge| state.charged(charge, now));
-        // Judged again at no cost, it is let through as it was.
-        let Take { cost, dry_run, .. } = if again { Take { cost: 0, ..take } } else { take };
-        let mut usage = Usage::default();
-        let levels: Vec<_> = key
-            .terms
-            .rate_limits
-            .iter()
-            .map(|limit| {
-                let level = state
-                    .levels
-                    .iter()
-                    .find(|(of, _)| of == limit)
-                    .map_or_else(Level::default, |(_, level)| *level);
-                (limit.clone(), level, gcra(limit, level, cost, now))
-            })
-            .collect();
-        let quota = key.terms.quota.as_ref().map(|quota| {
-            // A changed limit of the same period keeps what is spent of it.
-            let known =
-                state.quota.as_ref().filter(|(of, _)| of.period == quota.period).map(|(_, spent)| *spent);
-            let spent = known.or(state.restored);
-            (quota.clone(), spent, spend(quota, spent, cost, now))
-        });
-        if levels.iter().any(|(_, _, (_, standing))| !standing.allowed) {
-            usage.refused.push(Reason::RateLimited);
+    /// Whether other processes serve the same keys.
+    fn shared(&self) -> bool {
+        self.shared || self.lease.shared()
+    }
+
+    /// Connects to Redis, if limits are counted there, and connects again whenever the connection is lost. Tells
+    /// `tried` when it has tried for the first time.
+    pub async fn keep_connected(&self, tried: tokio::sync::oneshot::Sender<()>) {
+        match &self.redis {
+            Some((redis, _)) => redis.keep_connected(tried).await,
+            // The receiver may be gone.
+            None => drop(tried.send(())),
         }
-        if quota.as_ref().is_some_and(|(_, _, (_, standing))| !standing.allowed) {
-            usage.refused.push(Reason::QuotaExceeded);
+    }
+
+    /// Takes what a request takes of the key's limits.
+    ///
+    /// # Errors
+    /// When whether there is room cannot be known.
+    pub(super) async fn take(
+        &self,
+        key: &Key,
+        budget: &Arc<Budget>,
+        take: Take,
+        now: Timestamp,
+    ) -> Result<Usage, CannotAnswer> {
+        let usage = match &self.redis {
+            Some((redis, on_failure)) if !key.terms.rate_limits.is_empty() => {
+                self.take_by(redis, *on_failure, key, budget, take, now).await?
+            }
+            _ => {
+                let mut usage =
+                    self.in_block(key, budget, || budget.take(key, take, self.shared(), now)).await?;
+                usage.inexact = self.shared() && !key.terms.rate_limits.is_empty();
+                usage
+            }
+        };
+        if usage.hurry {
+            self.usage.hurry(key.id, budget);
         }
-        let taken = usage.refused.is_empty() && !dry_run;
-        // Where nothing is taken, what is left is told as it is.
-        usage.standings = levels
-            .iter()
-            .map(|(limit, level, (_, standing))| {
-                let standing =
-                    if taken { *standing } else { untaken(*standing, gcra(limit, *level, 0, now).1) };
-                (limit.name.clone(), limit.limit, standing)
-            })
-            .collect();
-        if let Some((quota, spent, (after, standing))) = &quota {
-            let standing = if taken { *standing } else { untaken(*standing, spend(quota, *spent, 0, now).1) };
-            usage.standings.push(("quota".to_owned(), quota.limit, standing));
-            if taken {
-                state.quota = Some((quota.clone(), *after));
-                state.restored = None;
-                usage.spent = Some(*after);
+        Ok(usage)
+    }
+
+    /// Keeps what the request takes of the quota, asks Redis, and uses it or gives it back.
+    async fn take_by(
+        &self,
+        redis: &Redis,
+        on_failure: OnFailure,
+        key: &Key,
+        budget: &Arc<Budget>,
+        take: Take,
+        now: Timestamp,
+    ) -> Result<Usage, CannotAnswer> {
+        let held = self.in_block(key, budget, || budget.hold(key, take, self.shared(), now)).await?;
+        let asked = Take { dry_run: take.dry_run || held.refuses(), ..take };
+        match redis.take(key, asked, now).await {
+            Ok(levels) => Ok(held.settle(key, take, &levels.before, levels.again, now)),
+            // What the quota refuses is refused, whatever Redis would say.
+            Err(_) if on_failure == OnFailure::Deny && !held.refuses() => {
+                Err(CannotAnswer::LimitsUnavailable)
+            }
+            Err(_) => {
+                drop(held);
+                self.fallbacks.fetch_add(1, Ordering::Relaxed);
+                let mut usage =
+                    self.in_block(key, budget, || budget.take(key, take, self.shared(), now)).await?;
+                usage.inexact = true;
+                Ok(usage)
             }
         }
-        if taken {
-            if let Some(charge) = take.charge.filter(|_| !again) {
-                state.charge(charge, now);
+    }
+
+    /// Tries what may find its block used up; then it waits until the store has counted it.
+    async fn in_block<T>(
+        &self,
+        key: &Key,
+        budget: &Arc<Budget>,
+        attempt: impl Fn() -> Result<T, BlockUsed>,
+    ) -> Result<T, CannotAnswer> {
+        if let Ok(done) = attempt() {
+            return Ok(done);
+        }
+        let waiting = async {
+            loop {
+                // Whatever is counted from here on is heard of.
+                let mut drawn = pin!(self.usage.drawn());
+                drawn.as_mut().enable();
+                if let Ok(done) = attempt() {
+                    return Ok(done);
+                }
+                if budget.hurry() {
+                    self.usage.hurry(key.id, budget);
+                }
+                if self.usage.failing() {
+                    return Err(CannotAnswer::QuotaUnavailable);
+                }
+                let _ = tokio::time::timeout(BLOCK_PAUSE, drawn).await;
             }
-            state.levels = levels.into_iter().map(|(limit, _, (after, _))| (limit, after)).collect();
-        }
-        usage
-    }
-}
-
-impl State {
-    fn charged(&self, charge: Charge, now: Timestamp) -> bool {
-        let fresh = now.minus(ASKED_AGAIN);
-        self.charged.iter().rev().take_while(|(_, at)| *at >= fresh).any(|(known, _)| *known == charge)
+        };
+        tokio::time::timeout(BLOCK_PATIENCE, waiting).await.unwrap_or(Err(CannotAnswer::QuotaUnavailable))
     }
 
-    fn charge(&mut self, charge: Charge, now: Timestamp) {
-        let fresh = now.minus(ASKED_AGAIN);
-        while self.charged.len() >= MAX_CHARGES || self.charged.front().is_some_and(|(_, at)| *at < fresh) {
-            self.charged.pop_front();
-        }
-        self.charged.push_back((charge, now));
-    }
-}
-
-/// The verdict on the request, with what is left without it.
-fn untaken(asked: Standing, now: Standing) -> Standing {
-    Standing { remaining: now.remaining, reset_after: now.reset_after, ..asked }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::domain::key::{
-        QuotaPeriod,
-        tests::{at, sample},
-    };
-    use std::sync::Arc;
-
-    fn limited(limits: &[(&str, u64)], quota: Option<u64>) -> Key {
-        let mut key = sample();
-        key.terms.rate_limits = limits
-            .iter()
-            .map(|(name, limit)| RateLimit {
-                name: (*name).to_owned(),
-                limit: *limit,
-                window: Duration::from_secs(60),
-            })
-            .collect();
-        key.terms.quota = quota.map(|limit| Quota { limit, period: QuotaPeriod::Day });
-        key
+    /// How often Redis was asked and how that ended, since the start. Nothing, where it is not used.
+    pub fn calls(&self) -> impl Iterator<Item = (Call, u64)> {
+        self.redis.iter().flat_map(|(redis, _)| redis.calls())
     }
 
-    fn units(cost: u64) -> Take {
-        Take { cost, charge: None, dry_run: false }
-    }
-
-    #[test]
-    fn what_is_asked_again_under_the_same_number_is_taken_once() {
-        let (key, budget) = (limited(&[("l", 2)], Some(2)), Budget::default());
-        let numbered = |id: &str| Take { charge: Some(Charge::of(id.as_bytes())), ..units(2) };
-        for _ in 0..3 {
-            let usage = budget.take(&key, numbered("7"), at(0));
-            assert!(usage.refused.is_empty());
-            assert_eq!(usage.standings[0].2.remaining, 0);
-        }
-        assert_eq!(budget.take(&key, numbered("8"), at(0)).refused.len(), 2);
-        assert_eq!(budget.take(&key, numbered("8"), at(0)).refused.len(), 2, "what was refused took nothing");
-        let later = at(0).plus(ASKED_AGAIN).plus(Duration::from_micros(1));
-        assert!(!budget.take(&key, numbered("7"), later).refused.is_empty(), "a number is not for ever");
-    }
-
-    #[test]
-    fn all_limits_are_taken_from_or_none() {
-        let (key, budget) = (limited(&[("wide", 10), ("tight", 2)], Some(5)), Budget::default());
-        assert!(budget.take(&key, units(2), at(0)).refused.is_empty());
-        let refused = budget.take(&key, units(1), at(0));
-        assert_eq!(refused.refused, [Reason::RateLimited]);
-        let left: Vec<_> =
-            refused.standings.iter().map(|(name, _, s)| (name.as_str(), s.remaining)).collect();
-        assert_eq!(left, [("wide", 8), ("tight", 0), ("quota", 3)], "the refused request took nothing");
-    }
-
-    #[test]
-    fn a_dry_run_takes_nothing() {
-        let (key, budget) = (limited(&[("l", 1)], Some(1)), Budget::default());
-        for _ in 0..3 {
-            let usage = budget.take(&key, Take { dry_run: true, ..units(1) }, at(0));
-            assert!(usage.refused.is_empty());
-            assert_eq!(usage.standings[0].2.remaining, 1);
-        }
-    }
-
-    #[test]
-    fn a_quota_goes_on_where_it_was_before_a_restart() {
-        let (key, budget) = (limited(&[], Some(3)), Budget::default());
-        let spent = budget.take(&key, units(2), at(0)).spent.unwrap();
-        let restarted = Budget::default();
-        restarted.restore(spent);
-        assert_eq!(restarted.take(&key, units(2), at(1)).refused, [Reason::QuotaExceeded]);
-        assert!(restarted.take(&key, units(1), at(1)).refused.is_empty());
-    }
-
-    #[test]
-    fn exactly_the_limit_is_allowed_to_many_at_once() {
-        let (key, budget) = (Arc::new(limited(&[("l", 100)], Some(70))), Arc::new(Budget::default()));
-        let callers: Vec<_> = (0..64)
-            .map(|_| {
-                let (key, budget) = (key.clone(), budget.clone());
-                std::thread::spawn(move || {
-                    (0..5).filter(|_| budget.take(&key, units(1), at(0)).refused.is_empty()).count()
-                })
-            })
-            .collect();
-        let allowed: usize = callers.into_iter().map(|caller| caller.join().unwrap()).sum();
-        assert_eq!(allowed, 70);
+    /// How many Checks were counted by this process alone, since Redis did not answer.
+    #[must_use]
+    pub fn fallbacks(&self) -> u64 {
+        self.fallbacks.load(Ordering::Relaxed)
     }
 }

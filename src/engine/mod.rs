@@ -1,7 +1,8 @@
-//! The engine: answers Checks from memory. Nothing here awaits, and nothing here asks a database.
+//! The engine: answers Checks from memory. Nothing here asks a database, and nothing awaits but `limiter`: a Check of
+//! a key without limits is answered the first time that it is polled.
 //!
-//! `parse → digest → look up → decide → note the use → answer`. The index is fed with log rows in revision
-//! order; uses are written behind. Who may ask, and how answers look on the wire, is `grpc`'s business.
+//! `parse → digest → look up → decide → take from the limits → note the use → answer`. The index is fed with log rows
+//! in revision order; uses are written behind. Who may ask, and how answers look on the wire, is `grpc`'s business.
 
 pub mod deadline;
 pub mod index;
@@ -33,7 +34,7 @@ use crate::{
 
 use index::{Found, Index};
 use lease::Lease;
-use limiter::{Charge, Take};
+use limiter::{Budget, Charge, LimitSettings, Limiter, Take};
 use usage::Usage;
 
 /// What a Check asks, once it has been read from the wire.
@@ -139,6 +140,12 @@ pub enum CannotAnswer {
         /// The revision asked for.
         want: Revision,
     },
+    /// The key's rate limits are counted in Redis, which did not answer.
+    #[error("the key's rate limits cannot be counted: Redis did not answer; try again")]
+    LimitsUnavailable,
+    /// More was used of the key's quota here than the database has counted yet.
+    #[error("the key's quota cannot be counted: the database did not answer; try again")]
+    QuotaUnavailable,
 }
 
 /// Answers Checks.
@@ -149,6 +156,8 @@ pub struct Engine {
     pub usage: Arc<Usage>,
     /// Until when anything may be allowed.
     pub lease: Arc<Lease>,
+    /// Counts the limits.
+    pub limiter: Limiter,
     clock: Arc<dyn Clock>,
     answered: [AtomicU64; 16],
 }
@@ -162,8 +171,15 @@ impl std::fmt::Debug for Engine {
 impl Engine {
     /// An engine over an index that may still be empty.
     #[must_use]
-    pub fn new(index: Arc<Index>, usage: Arc<Usage>, lease: Arc<Lease>, clock: Arc<dyn Clock>) -> Self {
-        Engine { index, usage, lease, clock, answered: Default::default() }
+    pub fn new(
+        index: Arc<Index>,
+        usage: Arc<Usage>,
+        lease: Arc<Lease>,
+        limits: &LimitSettings,
+        clock: Arc<dyn Clock>,
+    ) -> Self {
+        let limiter = Limiter::new(limits, lease.clone(), usage.clone());
+        Engine { index, usage, lease, limiter, clock, answered: Default::default() }
     }
 
     /// Whether anything may be allowed now.
@@ -199,57 +215,62 @@ impl Engine {
     /// account is unknown to all but operators.
     ///
     /// # Errors
-    /// When the state here is not good enough to answer; that is no verdict.
-    pub fn check(&self, asker: &AccountId, question: &Question<'_>) -> Result<Answer, CannotAnswer> {
-        #[cfg(keyward_breakable)]
-        if let Some(answer) = self.check_backwards(asker, question) {
-            return answer;
-        }
-        let mut answer = self.lease.check(
-            || self.clock.boottime(),
-            |fresh| {
-                // Before the look-up: what is found is at least as new.
-                let revision = self.fresh(question.min_revision)?;
-                self.answer(asker, question, revision, fresh)
-            },
-        )?;
+    /// When the state here is not good enough to answer, or the limits cannot be counted; that is no verdict.
+    pub async fn check(&self, asker: &AccountId, question: &Question<'_>) -> Result<Answer, CannotAnswer> {
+        let judged = self.judge_under_lease(asker, question)?;
+        let mut answer = self.charge(question, judged).await?;
         answer.staleness = self.lease.staleness(|| self.clock.boottime());
         self.answered[answer.reason() as usize].fetch_add(1, Ordering::Relaxed);
         Ok(answer)
     }
 
-    /// A Check as it must not be, where it is told to be: it looks the key up, and then reads the deadline. The stall
-    /// between makes a window of nanoseconds wide enough to be hit.
+    /// Reads the deadline, then the clock, and judges after.
+    fn judge_under_lease(&self, asker: &AccountId, question: &Question<'_>) -> Result<Judged, CannotAnswer> {
+        let judge = |fresh| {
+            // Before the look-up: what is found is at least as new.
+            let revision = self.fresh(question.min_revision)?;
+            self.judge(asker, question, revision, fresh)
+        };
+        #[cfg(keyward_breakable)]
+        if let Some(judged) = self.judge_before_lease(judge) {
+            return judged;
+        }
+        self.lease.check(|| self.clock.boottime(), judge)
+    }
+
+    /// As it must not be, where a process is told to do so: judges, and reads the deadline after. A stall between, now
+    /// and then while there is no lease, makes a window of nanoseconds wide enough to be hit.
     #[cfg(keyward_breakable)]
     #[expect(clippy::disallowed_methods, reason = "whatever else this thread serves is to wait")]
-    fn check_backwards(
+    fn judge_before_lease(
         &self,
-        asker: &AccountId,
-        question: &Question<'_>,
-    ) -> Option<Result<Answer, CannotAnswer>> {
+        judge: impl FnOnce(bool) -> Result<Judged, CannotAnswer>,
+    ) -> Option<Result<Judged, CannotAnswer>> {
         use crate::domain::lease::{Kept, Rule, Rules as _};
         if Kept.keep(Rule::DeadlineBeforeLookUp) {
             return None;
         }
-        let answer = self.fresh(question.min_revision);
-        let answer = answer.and_then(|revision| self.answer(asker, question, revision, true));
-        if !self.may_allow() {
-            std::thread::sleep(Duration::from_millis(20));
+        static STALE: AtomicU64 = AtomicU64::new(0);
+        let judged = judge(true);
+        if !self.may_allow() && STALE.fetch_add(1, Ordering::Relaxed).is_multiple_of(32) {
+            std::thread::sleep(Duration::from_millis(100));
         }
-        let allowed = answer.as_ref().is_ok_and(|answer| answer.reason() == Reason::Ok);
-        Some(if allowed && !self.may_allow() { Err(CannotAnswer::LeaseLost) } else { answer })
+        let allowed = judged.as_ref().is_ok_and(|judged| judged.answer.reason() == Reason::Ok);
+        Some(if allowed && !self.may_allow() { Err(CannotAnswer::LeaseLost) } else { judged })
     }
 
-    fn answer(
+    /// Finds the key and decides by what is known of it; awaits nothing. The limits are not asked yet.
+    fn judge(
         &self,
         asker: &AccountId,
         question: &Question<'_>,
         revision: Revision,
         fresh: bool,
-    ) -> Result<Answer, CannotAnswer> {
+    ) -> Result<Judged, CannotAnswer> {
         let now = self.clock.now();
+        let without_key = |reason| Ok(Judged { answer: Answer::of(reason, revision), found: None, now });
         if token::shape(question.token) != Shape::Plausible {
-            return Ok(Answer::of(Reason::Malformed, revision));
+            return without_key(Reason::Malformed);
         }
         let visible = |found: &Found| match &found.key.owner {
             _ if asker.is_operator() => true,
@@ -258,11 +279,7 @@ impl Engine {
         };
         let Some(found) = self.index.find(&Digest::of(question.token)).filter(visible) else {
             // It may have been made since.
-            return if fresh {
-                Ok(Answer::of(Reason::Unknown, revision))
-            } else {
-                Err(CannotAnswer::LeaseLost)
-            };
+            return if fresh { without_key(Reason::Unknown) } else { Err(CannotAnswer::LeaseLost) };
         };
         let request = Request {
             purpose: Use::Service { environment: question.environment, customer: question.customer },
@@ -280,26 +297,36 @@ impl Engine {
         if !fresh && failures.first() == Reason::Ok {
             return Err(CannotAnswer::LeaseLost);
         }
-        let mut limits = limiter::Usage::default();
-        if failures.first() == Reason::Ok && is_limited(&found.key) {
-            let take = Take { cost: question.cost, charge: question.charge, dry_run: question.dry_run };
-            limits = found.budget.take(&found.key, take, now);
-            limits.refused.iter().for_each(|reason| failures.note(*reason, true));
-        }
-        if !question.dry_run {
-            self.usage.note(found.key.id, found.version, failures.first(), limits.spent, now);
-        }
-        Ok(Answer {
+        let answer = Answer {
             failures,
             missing,
             grants,
             barred,
             account: place.account.map(|account| account.id.clone()),
-            holder: Some(Holder { key: found.key, version: found.version }),
-            limits,
-            revision,
-            staleness: Duration::ZERO,
-        })
+            holder: Some(Holder { key: found.key.clone(), version: found.version }),
+            ..Answer::of(Reason::Ok, revision)
+        };
+        Ok(Judged { answer, found: Some(found), now })
+    }
+
+    /// Takes from the limits of a key that was allowed, and notes the use.
+    async fn charge(&self, question: &Question<'_>, judged: Judged) -> Result<Answer, CannotAnswer> {
+        let Judged { mut answer, found, now } = judged;
+        let Some(found) = found else { return Ok(answer) };
+        if answer.reason() == Reason::Ok && is_limited(&found.key) {
+            let take = Take { cost: question.cost, charge: question.charge, dry_run: question.dry_run };
+            answer.limits = self.limiter.take(&found.key, &found.budget, take, now).await?;
+            answer.limits.refused.iter().for_each(|reason| answer.failures.note(*reason, true));
+        }
+        if !question.dry_run {
+            self.note(&found, answer.reason(), &answer.limits, now);
+        }
+        Ok(answer)
+    }
+
+    fn note(&self, found: &Found, reason: Reason, limits: &limiter::Usage, now: Timestamp) {
+        let drew: Option<&Arc<Budget>> = limits.drew.then_some(&found.budget);
+        self.usage.note(found.key.id, found.version, reason, drew, now);
     }
 
     /// Where a key is decided: a service key in its account, a user key in the account asked for.
@@ -340,33 +367,56 @@ impl Engine {
     /// only asks about itself (`anywhere`), in none.
     ///
     /// # Errors
-    /// When the first snapshot is not loaded yet, or the token is not known to a replica without a lease.
-    pub fn authenticate(
+    /// When the first snapshot is not loaded yet, the token is not known to a replica without a lease, or the key's
+    /// limits cannot be counted.
+    pub async fn authenticate(
         &self,
         presented: &str,
         account: Option<&AccountId>,
         anywhere: bool,
         peer: Option<IpAddr>,
     ) -> Result<Result<Authenticated, Refused>, CannotAnswer> {
-        let decide = |fresh| self.authenticate_by(presented, account, anywhere, peer, fresh);
-        self.lease.check(|| self.clock.boottime(), decide)
+        let judged = self.lease.check(
+            || self.clock.boottime(),
+            |fresh| self.judge_caller(presented, account, anywhere, peer, fresh),
+        )?;
+        let CallerJudged { found, mut failures, account, grants, fresh, now } = match judged {
+            Ok(judged) => judged,
+            Err(reason) => return Ok(Err(Refused { reason, retry_after: None })),
+        };
+        let mut limits = limiter::Usage::default();
+        if fresh && failures.first() == Reason::Ok && is_limited(&found.key) {
+            let take = Take { cost: 1, charge: None, dry_run: false };
+            limits = self.limiter.take(&found.key, &found.budget, take, now).await?;
+            limits.refused.iter().for_each(|reason| failures.note(*reason, true));
+        }
+        let reason = failures.first();
+        self.note(&found, reason, &limits, now);
+        if reason != Reason::Ok {
+            return Ok(Err(Refused { reason, retry_after: limits.retry_after() }));
+        }
+        let Some(account) = account else {
+            return Ok(Err(Refused { reason: Reason::WrongAccount, retry_after: None }));
+        };
+        let holder = Holder { key: found.key, version: found.version };
+        Ok(Ok(Authenticated { holder, account, grants, fresh }))
     }
 
-    fn authenticate_by(
+    /// Finds a caller's key and decides by what is known of it; awaits nothing.
+    fn judge_caller(
         &self,
         presented: &str,
         account: Option<&AccountId>,
         anywhere: bool,
         peer: Option<IpAddr>,
         fresh: bool,
-    ) -> Result<Result<Authenticated, Refused>, CannotAnswer> {
+    ) -> Result<Result<CallerJudged, Reason>, CannotAnswer> {
         self.index.revision().ok_or(CannotAnswer::Starting)?;
-        let unknown = |reason| Ok(Err(Refused { reason, retry_after: None }));
         if token::shape(presented) != Shape::Plausible {
-            return unknown(Reason::Malformed);
+            return Ok(Err(Reason::Malformed));
         }
         let Some(found) = self.index.find(&Digest::of(presented)) else {
-            return if fresh { unknown(Reason::Unknown) } else { Err(CannotAnswer::LeaseLost) };
+            return if fresh { Ok(Err(Reason::Unknown)) } else { Err(CannotAnswer::LeaseLost) };
         };
         let now = self.clock.now();
         // A service key acts in its own account, whatever the call names.
@@ -378,24 +428,12 @@ impl Engine {
         if nowhere {
             failures = failures.without(Reason::WrongAccount);
         }
-        let mut limits = limiter::Usage::default();
-        if fresh && failures.first() == Reason::Ok && is_limited(&found.key) {
-            limits = found.budget.take(&found.key, Take { cost: 1, charge: None, dry_run: false }, now);
-            limits.refused.iter().for_each(|reason| failures.note(*reason, true));
-        }
-        let reason = failures.first();
-        self.usage.note(found.key.id, found.version, reason, limits.spent, now);
-        if reason != Reason::Ok {
-            return Ok(Err(Refused { reason, retry_after: limits.retry_after() }));
-        }
         let grants = place.subject(&found.key, found.version).grants();
         let account = match place.account {
-            Some(account) => account.id.clone(),
-            None if nowhere => AccountId::nowhere(),
-            None => return unknown(Reason::WrongAccount),
+            Some(account) => Some(account.id.clone()),
+            None => nowhere.then(AccountId::nowhere),
         };
-        let holder = Holder { key: found.key, version: found.version };
-        Ok(Ok(Authenticated { holder, account, grants, fresh }))
+        Ok(Ok(CallerJudged { found, failures, account, grants, fresh, now }))
     }
 
     /// The key that a token belongs to, in whatever state.
@@ -441,6 +479,24 @@ pub struct Refused {
 
 fn is_limited(key: &Key) -> bool {
     !key.terms.rate_limits.is_empty() || key.terms.quota.is_some()
+}
+
+/// A question that is decided but for the limits.
+struct Judged {
+    answer: Answer,
+    /// The key, where the asker may know of it.
+    found: Option<Found>,
+    now: Timestamp,
+}
+
+/// A caller that is decided but for its limits.
+struct CallerJudged {
+    found: Found,
+    failures: Failures,
+    account: Option<AccountId>,
+    grants: ScopeSet,
+    fresh: bool,
+    now: Timestamp,
 }
 
 /// What a decision needs besides the key.

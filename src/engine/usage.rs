@@ -1,28 +1,35 @@
-//! What Checks leave behind: when each secret was last used, how often each key was allowed and denied, what is
-//! spent of quotas. Noted in memory, written behind.
+//! What Checks leave behind: when each secret was last used, how often each key was allowed and denied, which quotas
+//! were drawn from. Noted in memory, written behind; what the store then says of quotas goes back to their budgets.
 //!
 //! Bounded: there is one entry for each key that was used since the last flush, and no more than
 //! [`MOST_KEYS`]; what comes beyond that is counted as dropped. A kill loses what was noted since the last
-//! flush, five seconds at the most.
+//! flush, five seconds at the most. Quotas that others draw from too cannot always wait so long: [`Usage::hurry`].
 
 use std::{
     collections::HashMap,
     sync::{
-        Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
+use tokio::sync::{Notify, futures::Notified};
+
 use crate::{
-    domain::{decision::Reason, limit::Spent, name::KeyId, time::Timestamp},
+    domain::{decision::Reason, limit::Drawn, name::KeyId, time::Timestamp},
     store::{Count, Hour, Store, StoreError, UsageBatch, UsedSecret},
 };
+
+use super::limiter::Budget;
 
 const SHARDS: usize = 16;
 /// How many keys may wait to be written: about 150 MB of them.
 pub const MOST_KEYS: usize = 1 << 20;
 /// Keys in one transaction: a flush must not hold up the writes between for long.
 const CHUNK: usize = 500;
+/// How long after a failure quotas are written again.
+const DRAW_AGAIN: Duration = Duration::from_secs(1);
 
 /// What one key's Checks have left.
 #[derive(Clone, Debug, Default)]
@@ -30,7 +37,8 @@ struct Trace {
     /// The latest use of each secret version.
     used: Vec<(u32, Timestamp)>,
     counts: Vec<(Hour, Reason, u64)>,
-    spent: Option<Spent>,
+    /// The budget, where the quota was drawn from: it knows how much.
+    budget: Option<Arc<Budget>>,
 }
 
 impl Trace {
@@ -48,17 +56,11 @@ impl Trace {
         }
     }
 
-    /// Checks of one key may be noted in another order than they spent: within a period the most counts.
-    fn spend(&mut self, spent: Option<Spent>) {
-        let key = |spent: &Spent| (spent.period, spent.used);
-        self.spent = self.spent.into_iter().chain(spent).max_by_key(key);
-    }
-
     /// Adds what came later.
     fn add(&mut self, later: Trace) {
         later.used.into_iter().for_each(|(version, at)| self.use_of(version, at));
         later.counts.into_iter().for_each(|(hour, reason, more)| self.count(hour, reason, more));
-        self.spend(later.spent);
+        self.budget = self.budget.take().or(later.budget);
     }
 }
 
@@ -77,6 +79,14 @@ pub struct Usage {
     dropped: AtomicU64,
     /// One flush at a time: what is being written must not be written twice.
     flush: tokio::sync::Mutex<()>,
+    /// One write at a time: a budget's units must not be counted twice.
+    writing: tokio::sync::Mutex<()>,
+    hurried: Mutex<HashMap<KeyId, Arc<Budget>>>,
+    /// Somebody has to hurry.
+    wanted: Notify,
+    /// Quotas were counted, or could not be.
+    drawn: Notify,
+    failing: AtomicBool,
 }
 
 impl std::fmt::Debug for Usage {
@@ -85,8 +95,8 @@ impl std::fmt::Debug for Usage {
     }
 }
 
-fn lock(shard: &Mutex<Shard>) -> MutexGuard<'_, Shard> {
-    shard.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Usage {
@@ -95,8 +105,8 @@ impl Usage {
         lock(&self.shards[usize::from(key.as_bytes()[15]) % SHARDS])
     }
 
-    /// Notes a Check of a key: allowed ones are uses of the secret.
-    pub fn note(&self, key: KeyId, version: u32, reason: Reason, spent: Option<Spent>, at: Timestamp) {
+    /// Notes a Check of a key: allowed ones are uses of the secret. `drew`: the budget, if the quota was drawn from.
+    pub fn note(&self, key: KeyId, version: u32, reason: Reason, drew: Option<&Arc<Budget>>, at: Timestamp) {
         let mut shard = self.shard(key);
         if shard.fresh.len() >= MOST_KEYS / SHARDS && !shard.fresh.contains_key(&key) {
             self.dropped.fetch_add(1, Ordering::Relaxed);
@@ -107,7 +117,9 @@ impl Usage {
         if reason == Reason::Ok {
             trace.use_of(version, at);
         }
-        trace.spend(spent);
+        if trace.budget.is_none() {
+            trace.budget = drew.cloned();
+        }
     }
 
     /// How many Checks were not noted, since too many keys waited to be written.
@@ -140,25 +152,108 @@ impl Usage {
                 shard.flushing.keys().copied().collect()
             };
             for keys in keys.chunks(CHUNK) {
-                let batch = batch(&lock(shard).flushing, keys);
-                store.note_usage(&batch).await?;
+                let _one = self.writing.lock().await;
+                let (batch, drawn) = batch(&lock(shard).flushing, keys);
+                self.write(store, &batch, &drawn).await?;
                 let mut shard = lock(shard);
                 keys.iter().for_each(|key| drop(shard.flushing.remove(key)));
             }
         }
         Ok(())
     }
+
+    /// Writes a batch, and tells the budgets what the store says of their quotas.
+    async fn write(
+        &self,
+        store: &dyn Store,
+        batch: &UsageBatch,
+        drawn: &HashMap<KeyId, (Arc<Budget>, Drawn)>,
+    ) -> Result<(), StoreError> {
+        let written = store.note_usage(batch).await;
+        for (key, total) in written.as_deref().unwrap_or_default() {
+            if let Some((budget, drawn)) = drawn.get(key) {
+                budget.counted(*drawn, *total);
+            }
+        }
+        self.failing.store(written.is_err(), Ordering::Relaxed);
+        self.drawn.notify_waiters();
+        written.map(drop)
+    }
+
+    /// Has the store count at once what was used of a key's quota.
+    pub fn hurry(&self, key: KeyId, budget: &Arc<Budget>) {
+        lock(&self.hurried).insert(key, budget.clone());
+        self.wanted.notify_one();
+    }
+
+    /// Resolves when quotas were counted next, or could not be.
+    pub fn drawn(&self) -> Notified<'_> {
+        self.drawn.notified()
+    }
+
+    /// Whether the store failed to count, when it was last asked to.
+    #[must_use]
+    pub fn failing(&self) -> bool {
+        self.failing.load(Ordering::Relaxed)
+    }
+
+    /// Has the store count the quotas that cannot wait, as often as there are some.
+    pub async fn keep_drawing(&self, store: &dyn Store) {
+        loop {
+            self.wanted.notified().await;
+            while let Err(error) = self.draw(store).await {
+                tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "quotas were not counted; they wait"
+                );
+                tokio::time::sleep(DRAW_AGAIN).await;
+            }
+        }
+    }
+
+    async fn draw(&self, store: &dyn Store) -> Result<(), StoreError> {
+        loop {
+            let _one = self.writing.lock().await;
+            let budgets: Vec<_> = {
+                let mut hurried = lock(&self.hurried);
+                let some: Vec<KeyId> = hurried.keys().take(CHUNK).copied().collect();
+                some.into_iter().filter_map(|key| hurried.remove_entry(&key)).collect()
+            };
+            if budgets.is_empty() {
+                return Ok(());
+            }
+            let drawn: HashMap<_, _> = budgets
+                .into_iter()
+                .filter_map(|(key, budget)| Some((key, (budget.clone(), budget.pending()?))))
+                .collect();
+            let spent = drawn.iter().map(|(key, (_, drawn))| (*key, *drawn)).collect();
+            let batch = UsageBatch { spent, ..UsageBatch::default() };
+            if let Err(error) = self.write(store, &batch, &drawn).await {
+                lock(&self.hurried).extend(drawn.into_iter().map(|(key, (budget, _))| (key, budget)));
+                return Err(error);
+            }
+        }
+    }
 }
 
-fn batch(traces: &HashMap<KeyId, Trace>, keys: &[KeyId]) -> UsageBatch {
-    let mut batch = UsageBatch::default();
+/// What is to be written of some keys, and the budgets that it is drawn from.
+fn batch(
+    traces: &HashMap<KeyId, Trace>,
+    keys: &[KeyId],
+) -> (UsageBatch, HashMap<KeyId, (Arc<Budget>, Drawn)>) {
+    let (mut batch, mut all) = (UsageBatch::default(), HashMap::new());
     for (key_id, trace) in keys.iter().filter_map(|key| Some((*key, traces.get(key)?))) {
         batch.used.extend(trace.used.iter().map(|&(version, at)| UsedSecret { key_id, version, at }));
         let counts = trace.counts.iter();
         batch.counts.extend(counts.map(|&(hour, reason, count)| Count { key_id, hour, reason, count }));
-        batch.spent.extend(trace.spent.map(|spent| (key_id, spent)));
+        if let Some(budget) = &trace.budget
+            && let Some(drawn) = budget.pending()
+        {
+            batch.spent.push((key_id, drawn));
+            all.insert(key_id, (budget.clone(), drawn));
+        }
     }
-    batch
+    (batch, all)
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use crate::domain::{decision::Reason, route::Mode};
 use super::{Finding, Via};
 
 /// What is found besides the engine's reasons.
-const OTHERS: [&str; 8] = [
+const OTHERS: [&str; 10] = [
     "public",
     "no_credential",
     "many_credentials",
@@ -17,6 +17,8 @@ const OTHERS: [&str; 8] = [
     "bad_request",
     "misconfigured",
     "not_ready",
+    "limits_unavailable",
+    "lease_lost",
 ];
 const LABELS: usize = Reason::ALL.len() + OTHERS.len();
 
@@ -81,7 +83,7 @@ impl Counts {
                 labels().zip(counters).filter_map(move |(reason, counter)| {
                     let result = match reason {
                         "ok" | "public" => "allowed",
-                        "misconfigured" | "not_ready" => "error",
+                        "misconfigured" | "not_ready" | "limits_unavailable" | "lease_lost" => "error",
                         _ => "denied",
                     };
                     let count = counter.load(Ordering::Relaxed);

@@ -3,7 +3,7 @@
 //! policy stands here.
 //!
 //! `target and host in one spelling → route → credential → the engine → reply`. How a reply looks in a protocol
-//! is `grpc::ext_authz`' and `forward`'s business. Nothing here awaits.
+//! is `grpc::ext_authz`' and `forward`'s business. Nothing here awaits but the engine.
 
 mod asked;
 mod counts;
@@ -184,9 +184,8 @@ impl Gateway {
 
     /// Judges a request for a proxy of `asker`'s account; `said` is what the proxy's own configuration says of
     /// the route.
-    #[must_use]
-    pub fn judge(&self, asker: &AccountId, asked: &Asked<'_>, said: Said) -> Reply {
-        let book = self.book.load();
+    pub async fn judge(&self, asker: &AccountId, asked: &Asked<'_>, said: Said) -> Reply {
+        let book = self.book.load_full();
         let mut judged = Judged {
             mode: Mode::Enforce,
             needed: Vec::new(),
@@ -194,12 +193,12 @@ impl Gateway {
             named_by: Vec::new(),
             credential: Credential::None,
         };
-        let finding = self.find(asker, asked, said, &book, &mut judged);
+        let finding = self.find(asker, asked, said, &book, &mut judged).await;
         self.note(asked, &judged, &finding);
         reply::make(&self.settings, asked, &judged, finding)
     }
 
-    fn find<'a>(
+    async fn find<'a>(
         &self,
         asker: &AccountId,
         asked: &Asked<'a>,
@@ -236,7 +235,7 @@ impl Gateway {
             return Finding::BadRequest("overriding the method by a header is not allowed".to_owned());
         }
         match self.ready(asked, route, captures) {
-            Ok(ready) => self.ask(asker, asked, &ready, judged),
+            Ok(ready) => self.ask(asker, asked, &ready, judged).await,
             Err(unready) => unready.into(),
         }
     }
@@ -254,7 +253,7 @@ impl Gateway {
     }
 
     /// Puts the question that the route asks.
-    fn ask<'a>(
+    async fn ask<'a>(
         &self,
         asker: &AccountId,
         asked: &Asked<'a>,
@@ -290,7 +289,7 @@ impl Gateway {
             charge: (!asked.id.is_empty()).then(|| Charge::of(asked.id)),
             bar_management: !self.settings.management_keys,
         };
-        match self.engine.check(asker, &question) {
+        match self.engine.check(asker, &question).await {
             Ok(answer) => Finding::Answered(answer),
             Err(error) => Finding::CannotAnswer(error),
         }

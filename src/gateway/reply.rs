@@ -58,7 +58,11 @@ impl Finding {
             Finding::NoRule => "no_rule",
             Finding::BadRequest(_) => "bad_request",
             Finding::Misconfigured(_) => "misconfigured",
-            Finding::CannotAnswer(_) => "not_ready",
+            Finding::CannotAnswer(CannotAnswer::LimitsUnavailable | CannotAnswer::QuotaUnavailable) => {
+                "limits_unavailable"
+            }
+            Finding::CannotAnswer(CannotAnswer::LeaseLost) => "lease_lost",
+            Finding::CannotAnswer(CannotAnswer::Starting | CannotAnswer::Stale { .. }) => "not_ready",
         }
     }
 
@@ -297,7 +301,12 @@ fn metadata(settings: &GatewaySettings, judged: &Judged<'_>, finding: &Finding) 
         text("mode", if shadow { "shadow" } else { "enforce" }),
         ("cost".to_owned(), Value::Number(judged.cost)),
     ];
-    let Finding::Answered(Answer { holder: Some(holder), account, .. }) = finding else { return metadata };
+    let Finding::Answered(Answer { holder: Some(holder), account, limits, .. }) = finding else {
+        return metadata;
+    };
+    if limits.inexact {
+        metadata.push(("limits_inexact".to_owned(), Value::Flag(true)));
+    }
     let key = &holder.key;
     metadata.push(text("key_id", &key.id.to_string()));
     metadata.push(text("environment", key.environment.as_str()));

@@ -1,4 +1,4 @@
-//! AuthzService: reads a request, asks the engine, writes the answer. It awaits nothing. A denial is an answer;
+//! AuthzService: reads a request, asks the engine, writes the answer. It awaits the engine alone. A denial is an answer;
 //! a status here means that there is none.
 
 use std::sync::Arc;
@@ -90,7 +90,7 @@ impl AuthzService {
         Some(Read { environment: &environment?.name, scopes, account, customer, client_ip, cost })
     }
 
-    fn decide(
+    async fn decide(
         &self,
         caller: &Caller,
         request: &pb::CheckRequest,
@@ -109,7 +109,7 @@ impl AuthzService {
             charge: None,
             bar_management: false,
         };
-        Ok(answer(self.engine.check(&caller.account, &question)?))
+        Ok(answer(self.engine.check(&caller.account, &question).await?))
     }
 }
 
@@ -147,6 +147,7 @@ fn answer(answer: Answer) -> pb::CheckResponse {
         max_age: Some(prost_types::Duration::default()),
         ..pb::CheckResponse::default()
     };
+    response.limits_inexact = answer.limits.inexact;
     response.retry_after = answer.limits.retry_after().map(convert::duration);
     response.rate_limits = answer.limits.standings.iter().map(limit_state).collect();
     if let Some(holder) = answer.holder {
@@ -177,7 +178,7 @@ impl pb::authz_service_server::AuthzService for AuthzService {
         let read = self.read(request, "", &mut violations);
         violations.finish()?;
         let read = read.ok_or_else(|| Refusal::field("environment", "is required"))?;
-        Ok(Response::new(self.decide(&caller, request, &read)?))
+        Ok(Response::new(self.decide(&caller, request, &read).await?))
     }
 
     async fn batch_check(
@@ -197,11 +198,14 @@ impl pb::authz_service_server::AuthzService for AuthzService {
             .filter_map(|(at, check)| self.read(check, &format!("checks[{at}]."), &mut violations))
             .collect();
         violations.finish()?;
-        // None is answered, and nothing consumed, unless all can be.
+        // None is answered, and nothing consumed, unless all can be; limits that cannot be counted show too late.
         let newest = checks.iter().filter_map(|check| check.min_revision).max();
         self.engine.fresh(convert::read_revision(newest)).map_err(Refusal::from)?;
-        let results = checks.iter().zip(&read).map(|(check, read)| self.decide(&caller, check, read));
-        Ok(Response::new(pb::BatchCheckResponse { results: results.collect::<Result<_, _>>()? }))
+        let mut results = Vec::with_capacity(checks.len());
+        for (check, read) in checks.iter().zip(&read) {
+            results.push(self.decide(&caller, check, read).await?);
+        }
+        Ok(Response::new(pb::BatchCheckResponse { results }))
     }
 
     type StreamCheckStream = futures_util::stream::Pending<Result<pb::CheckResponse, Status>>;

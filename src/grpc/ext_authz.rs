@@ -51,7 +51,7 @@ impl Authorization for ExtAuthz {
         };
         let extensions = attributes.context_extensions.iter().filter_map(text_pair);
         let said = read_extensions(extensions, self.0.environments(), false);
-        let mut reply = self.0.judge(&asker, &asked(&attributes, http), said);
+        let mut reply = self.0.judge(&asker, &asked(&attributes, http), said).await;
         if !trusted && !reply.passes {
             reply.metadata = vec![("allowed".to_owned(), Value::Flag(false))];
         }

@@ -133,7 +133,7 @@ impl Services {
         let patience = Patience::of(asked_time(request.headers()));
         let mut request = request.map(|body| Limited::new(body, rpc.max_request));
         request.extensions_mut().insert(patience);
-        if let Err(status) = self.admit(rpc, &mut request, peer, door) {
+        if let Err(status) = self.admit(rpc, &mut request, peer, door).await {
             return status.into_http();
         }
         let call = match rpc.plane {
@@ -188,7 +188,7 @@ impl Services {
     }
 
     /// Finds out who calls, and whether that one may.
-    fn admit(
+    async fn admit(
         &self,
         rpc: &'static Rpc,
         request: &mut Request<Limited>,
@@ -212,7 +212,8 @@ impl Services {
         let peer = Some(peer.ip().to_canonical());
         let asked = named_account.as_ref().ok().and_then(Option::as_ref);
         let anywhere = rpc.access == Access::AnyKey;
-        let found = self.engine.authenticate(&presented, asked, anywhere, peer).map_err(Refusal::from)?;
+        let found = self.engine.authenticate(&presented, asked, anywhere, peer).await;
+        let found = found.map_err(Refusal::from)?;
         let Authenticated { holder, account, grants, fresh } = match found {
             Ok(authenticated) => authenticated,
             Err(refused) => {

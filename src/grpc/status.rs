@@ -121,6 +121,10 @@ fn cannot_answer(reason: CannotAnswer) -> Status {
     match reason {
         CannotAnswer::Starting => status(Code::Unavailable, "STARTING", &reason.to_string()),
         CannotAnswer::LeaseLost => status(Code::Unavailable, "LEASE_LOST", &reason.to_string()),
+        CannotAnswer::LimitsUnavailable => {
+            status(Code::Unavailable, "LIMITS_UNAVAILABLE", &reason.to_string())
+        }
+        CannotAnswer::QuotaUnavailable => status(Code::Unavailable, "QUOTA_UNAVAILABLE", &reason.to_string()),
         CannotAnswer::Stale { have, want } => {
             let numbers = [("revision", have.to_string()), ("min_revision", want.to_string())];
             let metadata = numbers.map(|(name, number)| (name.to_owned(), number)).into();

@@ -17,7 +17,7 @@ use tokio::{
 
 use crate::{
     domain::lease::replica::Event,
-    store::{StoreError, fleet::Fleet},
+    store::{StoreError, fleet::Fleet, writer::Follower},
 };
 
 use super::{
@@ -81,16 +81,20 @@ pub(super) async fn listen(fleet: Arc<dyn Fleet>, follow: Arc<Follow>, answers: 
         return std::future::pending().await;
     }
     let (hinted, hears) = (Notify::new(), AtomicBool::new(false));
-    tokio::join!(hear(&*fleet, &hinted, &hears), read(&*fleet, &follow, &answers, &hinted, &hears));
+    tokio::join!(hear(&*fleet, &follow, &hinted, &hears), read(&*fleet, &follow, &answers, &hinted, &hears));
 }
 
-async fn hear(fleet: &dyn Fleet, hinted: &Notify, hears: &AtomicBool) {
+async fn hear(fleet: &dyn Fleet, follow: &Follow, hinted: &Notify, hears: &AtomicBool) {
     let mut backoff = FIRST_BACKOFF;
     loop {
         match fleet.hint().await {
-            Ok(()) => {
+            Ok(revision) => {
                 hears.store(true, Ordering::Relaxed);
                 backoff = FIRST_BACKOFF;
+                // Mostly this process's own.
+                if revision.is_some_and(|revision| revision <= Follower::revision(follow)) {
+                    continue;
+                }
             }
             Err(error) => {
                 hears.store(false, Ordering::Relaxed);

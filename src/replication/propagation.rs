@@ -245,7 +245,11 @@ impl Wait<'_> {
         let mut event = Event::Tick;
         loop {
             let now = self.clock.boottime();
+            let read = matches!(event, Event::Listed { .. });
             let actions = self.revoker.on(event, now);
+            if read {
+                each(self.report(self.revoker.propagation()));
+            }
             let wake = match actions.into_iter().next() {
                 Some(Action::Return(Outcome::Complete(progress))) => return Ok(self.report(progress)),
                 Some(Action::Return(Outcome::Lost)) => {
@@ -253,7 +257,6 @@ impl Wait<'_> {
                 }
                 Some(Action::List { attempt }) => {
                     event = self.list(attempt).await?;
-                    each(self.report(self.revoker.propagation()));
                     continue;
                 }
                 None => self.revoker.wake_at().unwrap_or(self.give_up),

@@ -21,14 +21,9 @@ use super::feed::Parts;
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 const METHOD: &str = "keyward replicas accept-regression";
 
-/// Returns when people have accepted the loss and everything known to be revoked is revoked again.
-pub(super) async fn wait(parts: Parts) {
-    let known = loop {
-        match parts.fleet.terms().await {
-            Ok(terms) => break terms.epoch,
-            Err(_) => sleep(LOOK_EVERY).await,
-        }
-    };
+/// Returns when people have accepted the loss and everything known to be revoked is revoked again. `known` is the
+/// epoch of the history that this replica holds.
+pub(super) async fn wait(parts: Parts, known: u64) {
     let accepted = async || matches!(parts.fleet.terms().await, Ok(terms) if terms.epoch > known);
     while !accepted().await {
         sleep(LOOK_EVERY).await;

@@ -70,8 +70,14 @@ impl Place {
         clock: Arc<dyn Clock>,
         entropy: Arc<dyn Entropy>,
     ) -> Result<Option<Running>, StoreError> {
-        let Some(fleet) = store.clone().fleet() else { return Ok(None) };
-        let lease = fleet.terms().await?.lease;
+        let Some(fleet) = store.clone().fleet() else {
+            if settings.lease.is_some() {
+                tracing::warn!("an SQLite file has one owner and needs no lease: the setting is not used");
+            }
+            return Ok(None);
+        };
+        let terms = fleet.terms().await?;
+        let lease = terms.lease;
         if let Some(asked) = settings.lease.filter(|asked| *asked != lease) {
             tracing::warn!(
                 asked = lease_text(asked),
@@ -92,7 +98,7 @@ impl Place {
             name,
             retention: settings.retention,
         };
-        Ok(Some(feed::start(parts, lease)))
+        Ok(Some(feed::start(parts, terms)))
     }
 }
 

@@ -8,6 +8,7 @@ use sqlx::Database;
 
 use crate::domain::{
     account::{Account, Member, Role},
+    limit::Spent,
     log::{GENESIS, LogRow},
     name::{AccountId, IdempotencyKey, KeyId, UserId},
     time::{Revision, Timestamp},
@@ -54,7 +55,7 @@ pub(super) trait Backend: Send + Sync + Sized + 'static {
     ) -> Result<Head, StoreError>;
 
     /// [`Store::note_usage`].
-    async fn write_usage(&self, batch: &UsageBatch) -> Result<(), StoreError>;
+    async fn write_usage(&self, batch: &UsageBatch) -> Result<Vec<(KeyId, Spent)>, StoreError>;
 
     /// [`Store::forget_usage`].
     async fn drop_usage(&self, before: Hour) -> Result<(), StoreError>;
@@ -184,7 +185,7 @@ impl<B: Backend> Store for B {
         all(self, queries::memberships(user), member_at).await
     }
 
-    async fn note_usage(&self, batch: &UsageBatch) -> Result<(), StoreError> {
+    async fn note_usage(&self, batch: &UsageBatch) -> Result<Vec<(KeyId, Spent)>, StoreError> {
         self.write_usage(batch).await
     }
 

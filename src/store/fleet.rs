@@ -19,6 +19,8 @@ pub struct Renewed {
     pub reply: Reply,
     /// The changes that came along, up to `reply.upto`.
     pub rows: Vec<LogRow>,
+    /// See [`Terms::epoch`].
+    pub epoch: u64,
 }
 
 /// One reading of the replicas' rows, with what is asked of it.
@@ -43,7 +45,8 @@ pub struct Terms {
     pub lease: Lease,
     /// The longest that anybody may hold.
     pub longest: Lease,
-    /// Counts how often people have accepted that the database lost changes.
+    /// Grows each time that people accept that the database has lost changes, and beyond what it was in any history
+    /// before.
     pub epoch: u64,
 }
 
@@ -78,12 +81,12 @@ pub trait Fleet: Send + Sync + 'static {
     /// Deletes a row; with `renew_seq`, only if its count still is that. Whether there was one.
     async fn remove(&self, id: ReplicaId, renew_seq: Option<u64>) -> Result<bool, StoreError>;
 
-    /// Waits until something seems to have been committed. It may say so too often, and never where the way to the
-    /// database passes no notifications.
+    /// Waits until something seems to have been committed, and says up to which revision, as far as it knows. It may
+    /// say so too often, and never where the way to the database passes no notifications.
     ///
     /// # Errors
     /// When the connection for it ends, or has been silent for long; the next call makes another.
-    async fn hint(&self) -> Result<(), StoreError>;
+    async fn hint(&self) -> Result<Option<Revision>, StoreError>;
 
     /// Lets this process build on whatever history the database has: people have accepted that it is another one.
     fn start_over(&self);

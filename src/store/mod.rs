@@ -29,7 +29,7 @@ use crate::domain::{
     account::{Account, Member, Role},
     decision::Reason,
     key::{Key, Secret, State},
-    limit::Spent,
+    limit::{Drawn, Spent},
     log::{Action, Actor, Change, Hash, LogRow},
     name::{AccountId, EnvironmentName, IdempotencyKey, KeyId, UserId},
     time::{Revision, Timestamp},
@@ -341,8 +341,8 @@ pub struct UsageBatch {
     pub used: Vec<UsedSecret>,
     /// Counts to be added.
     pub counts: Vec<Count>,
-    /// What is spent of quotas now.
-    pub spent: Vec<(KeyId, Spent)>,
+    /// Units of quotas to be added to what is spent of them.
+    pub spent: Vec<(KeyId, Drawn)>,
 }
 
 /// The contract of a backend. Reads see everything that was committed before they began.
@@ -414,7 +414,13 @@ pub trait Store: Send + Sync + 'static {
     async fn memberships(&self, user: &UserId) -> Result<Vec<Member>, StoreError>;
 
     /// Writes what Checks have left, in one transaction. A key or secret that is gone is skipped.
-    async fn note_usage(&self, batch: &UsageBatch) -> Result<(), StoreError>;
+    ///
+    /// Units of a quota are added to those of the same period. A later period starts afresh, and so does a longer
+    /// one that the known one began in: the quota has another kind of period then. Units of a period that is over
+    /// are dropped. Gives what is spent now of each quota that the batch has units of, by all who write.
+    ///
+    /// An answer that is lost leaves open whether the units were added: sent again, they may count twice.
+    async fn note_usage(&self, batch: &UsageBatch) -> Result<Vec<(KeyId, Spent)>, StoreError>;
 
     /// The counts of a key from one hour to before another, in the order of hours.
     async fn usage(&self, key: KeyId, from: Hour, to: Hour) -> Result<Vec<Count>, StoreError>;

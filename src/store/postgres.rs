@@ -33,7 +33,11 @@ use sqlx::{
     postgres::{PgArguments, PgDatabaseError, PgPoolOptions, PgRow, PgSeverity},
 };
 
-use crate::domain::time::{Revision, Timestamp};
+use crate::domain::{
+    limit::Spent,
+    name::KeyId,
+    time::{Revision, Timestamp},
+};
 
 use super::{
     CommitError, Committed, Head, Hour, OpenError, SnapshotItem, StoreError, UsageBatch, Write,
@@ -41,7 +45,7 @@ use super::{
     fleet::Fleet,
     plan::{self, Questions},
     queries::Sql,
-    records::{Columns as _, head_at},
+    records::{Columns as _, head_at, spent_at},
     rows::{damaged, revision_to_i64},
 };
 
@@ -310,10 +314,10 @@ impl Backend for Postgres {
         Ok(head)
     }
 
-    async fn write_usage(&self, batch: &UsageBatch) -> std::result::Result<(), StoreError> {
-        self.transaction(async |connection| Ok((write::usage(connection, batch).await?, "COMMIT")))
-            .await
-            .map_err(store_error)
+    async fn write_usage(&self, batch: &UsageBatch) -> std::result::Result<Vec<(KeyId, Spent)>, StoreError> {
+        let rows =
+            self.transaction(async |connection| Ok((write::usage(connection, batch).await?, "COMMIT")));
+        rows.await.map_err(store_error)?.iter().map(spent_at).collect()
     }
 
     async fn drop_usage(&self, before: Hour) -> std::result::Result<(), StoreError> {

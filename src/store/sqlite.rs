@@ -23,13 +23,14 @@ use sqlx::{
 };
 use tokio::sync::Mutex;
 
-use crate::domain::{log::GENESIS, time::Timestamp};
+use crate::domain::{limit::Spent, log::GENESIS, name::KeyId, time::Timestamp};
 
 use super::{
     CommitError, Committed, Head, Hour, OpenError, SnapshotItem, StoreError, UsageBatch, Write,
     backend::{self, Backend, TakeRow, View},
     fleet::Fleet,
     queries::Sql,
+    records::spent_at,
     rows::damaged,
     sqlite_write,
 };
@@ -170,14 +171,14 @@ impl Backend for Sqlite {
         backend::snapshot(&mut SqliteView(&mut transaction), forget_before, sink).await
     }
 
-    async fn write_usage(&self, batch: &UsageBatch) -> Result<(), StoreError> {
-        self.writing(async |connection| {
+    async fn write_usage(&self, batch: &UsageBatch) -> Result<Vec<(KeyId, Spent)>, StoreError> {
+        let rows = self.writing(async |connection| {
             sqlx::query("BEGIN IMMEDIATE").execute(&mut *connection).await?;
-            sqlite_write::usage(connection, batch).await?;
-            sqlx::query("COMMIT").execute(&mut *connection).await.map(drop)
-        })
-        .await
-        .map_err(store_error)
+            let rows = sqlite_write::usage(connection, batch).await?;
+            sqlx::query("COMMIT").execute(&mut *connection).await?;
+            Ok(rows)
+        });
+        rows.await.map_err(store_error)?.iter().map(spent_at).collect()
     }
 
     async fn drop_usage(&self, before: Hour) -> Result<(), StoreError> {

@@ -2,7 +2,9 @@
 //! caller's. What stands against a write is found before anything of it is written, so that the others of its
 //! batch are left alone.
 
-use sqlx::SqliteConnection;
+use std::collections::BTreeMap;
+
+use sqlx::{SqliteConnection, sqlite::SqliteRow};
 
 use crate::domain::{
     account::{Account, Member, Role},
@@ -495,8 +497,8 @@ async fn remember(connection: &mut Connection, write: &Write, change: &Change) -
     .map(drop)
 }
 
-/// Writes what Checks have left.
-pub(super) async fn usage(connection: &mut Connection, batch: &UsageBatch) -> Result<()> {
+/// Writes what Checks have left. Gives the rows of the quotas that were drawn from.
+pub(super) async fn usage(connection: &mut Connection, batch: &UsageBatch) -> Result<Vec<SqliteRow>> {
     for UsedSecret { key_id, version, at } in &batch.used {
         sqlx::query(
             "UPDATE secrets SET last_used_at = max(coalesce(last_used_at, 0), ?3) \
@@ -520,13 +522,24 @@ pub(super) async fn usage(connection: &mut Connection, batch: &UsageBatch) -> Re
         .execute(&mut *connection)
         .await?;
     }
-    for (key_id, spent) in &batch.spent {
-        sqlx::query("INSERT OR REPLACE INTO quotas VALUES (?1, ?2, ?3)")
+    let mut rows = BTreeMap::new();
+    for (key_id, drawn) in &batch.spent {
+        sqlx::query(
+            "INSERT INTO quotas VALUES (?1, ?2, ?3) ON CONFLICT (key_id) DO UPDATE SET \
+             period = excluded.period, used = excluded.used + iif(quotas.period = excluded.period, quotas.used, 0) \
+             WHERE quotas.period < ?4",
+        )
+        .bind(key_id.as_bytes().as_slice())
+        .bind(drawn.period.as_micros())
+        .bind(i64::try_from(drawn.units).unwrap_or(i64::MAX))
+        .bind(drawn.until.map_or(i64::MAX, Timestamp::as_micros))
+        .execute(&mut *connection)
+        .await?;
+        let row = sqlx::query("SELECT key_id, period, used FROM quotas WHERE key_id = ?1")
             .bind(key_id.as_bytes().as_slice())
-            .bind(spent.period.as_micros())
-            .bind(i64::try_from(spent.used).unwrap_or(i64::MAX))
-            .execute(&mut *connection)
+            .fetch_one(&mut *connection)
             .await?;
+        rows.insert(*key_id, row);
     }
-    Ok(())
+    Ok(rows.into_values().collect())
 }

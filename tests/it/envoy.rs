@@ -40,7 +40,7 @@ fn port(number: u16) -> String {
 }
 
 /// `deploy/envoy/minimal.yaml` with the ports of a test.
-fn minimal(keyward: SocketAddr, upstream: &Upstream) -> String {
+pub(crate) fn minimal(keyward: SocketAddr, upstream: &Upstream) -> String {
     filled(
         &deployed("minimal.yaml"),
         &[

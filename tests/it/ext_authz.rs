@@ -1,11 +1,12 @@
 //! `envoy.service.auth.v3.Authorization` over the wire, asked as Envoy asks: where a route's needs come from, what
 //! each finding becomes, what the service behind sees, what odd requests hear.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use keyward::{
     config::server::Settings,
     domain::route::Mode,
+    engine::limiter::{OnFailure, Prefix, RedisSettings, RedisUrl, Time},
     pb::{
         self,
         envoy::service::auth::v3::{
@@ -897,4 +898,40 @@ fn what_is_read_by_hand_has_the_numbers_and_types_of_the_proto() {
     ] {
         assert_eq!(numbers[&field], (number, kind.to_owned()), "{field}");
     }
+}
+
+// ---- limits that several replicas share ----
+
+async fn limited_key(configure: impl FnOnce(&mut Settings)) -> (Server, Made) {
+    let (server, _) = configured(configure).await;
+    let rate_limits = vec![pb::RateLimit { name: "requests".into(), limit: 5, window: Some(seconds(60)) }];
+    let request = pb::CreateKeyRequest { rate_limits, ..service_key("acme", &["monitors:read"]) };
+    let made = server.make(request).await;
+    (server, made)
+}
+
+#[tokio::test]
+async fn limits_that_one_replica_counted_alone_are_told_apart_in_the_metadata() {
+    let (server, limited) = limited_key(|settings| settings.limits.shared = true).await;
+    let passed = Ask::monitors().bearer(&limited.token).passes(&server).await;
+    assert_eq!(passed.metadata["limits_inexact"], "true");
+    let free = server.make(service_key("acme", &["monitors:read"])).await;
+    let passed = Ask::monitors().bearer(&free.token).passes(&server).await;
+    assert_eq!(passed.metadata.get("limits_inexact"), None);
+}
+
+#[tokio::test]
+async fn limits_that_cannot_be_counted_are_a_fault_and_no_denial() {
+    let nowhere = RedisSettings {
+        url: RedisUrl::parse("unix:///nowhere/redis").unwrap(),
+        prefix: Prefix::parse("test:").unwrap(),
+        timeout: Duration::from_secs(1),
+        on_failure: OnFailure::Deny,
+        time: Time::OfRedis,
+    };
+    let (server, limited) = limited_key(|settings| settings.limits.redis = Some(nowhere)).await;
+    let refused = Ask::monitors().bearer(&limited.token).refused(&server).await;
+    assert_eq!((refused.status, refused.fault, refused.reason()), (503, true, "limits_unavailable"));
+    let free = server.make(service_key("acme", &["monitors:read"])).await;
+    Ask::monitors().bearer(&free.token).passes(&server).await;
 }

@@ -6,7 +6,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use keyward::{
     clock::{Clock as _, ManualClock, SystemEntropy},
     config::server::{DatabaseArgs, Settings},
-    domain::{limit::Spent, name::KeyId, time::Timestamp},
+    domain::time::Timestamp,
     pb::{self, Reason, authz_service_client::AuthzServiceClient, key_service_client::KeyServiceClient},
 };
 use tonic::{
@@ -367,6 +367,30 @@ async fn a_batch_takes_check_by_check() {
     assert_eq!(verdicts, [true, true, true, false, false]);
 }
 
+// ---- a server that shares its keys with others ----
+
+#[tokio::test]
+async fn limits_that_each_replica_counts_by_itself_are_said_to_be_inexact() {
+    let server = Server::start_with(|settings| settings.limits.shared = true).await;
+    server.account("acme").await;
+    let made = server.make(limited(&[limit("requests", 1, 60)])).await;
+    for expected in [true, false] {
+        let answer = ask(&server, authenticate(&made.token)).await;
+        assert_eq!((answer.allowed, answer.limits_inexact), (expected, true));
+    }
+    for terms in [limited(&[]), with_quota(5, pb::QuotaPeriod::Day)] {
+        let made = server.make(terms).await;
+        assert!(!ask(&server, authenticate(&made.token)).await.limits_inexact);
+    }
+}
+
+#[tokio::test]
+async fn limits_of_one_process_are_exact() {
+    let server = Server::with_accounts().await;
+    let made = server.make(limited(&[limit("requests", 1, 60)])).await;
+    assert!(!ask(&server, authenticate(&made.token)).await.limits_inexact);
+}
+
 // ---- a server that is stopped and started again, and many callers at once ----
 
 /// A database, and a clock that goes on while no server runs.
@@ -502,27 +526,6 @@ async fn what_many_callers_spent_at_once_is_remembered_to_the_unit() {
         let answer = up.ask(dry(&made.token)).await;
         assert_eq!(answer.rate_limits[0].remaining, 100_000 - round * 64 * 20);
     }
-    up.server.stop().await;
-}
-
-#[tokio::test]
-async fn what_is_spent_is_written_right_when_checks_at_once_tell_it_out_of_order() {
-    let (rig, up) = Rig::new().await;
-    let made = up.make(with_quota(10, pb::QuotaPeriod::Total)).await;
-    up.server.stop().await;
-    let url = format!("sqlite:{}", rig.folder.path().join("keyward.db").display());
-    let store = keyward::store::open(&url).await.unwrap();
-    let usage = keyward::engine::usage::Usage::default();
-    let id = KeyId::parse(&made.key.unwrap().id).unwrap();
-    for used in [1, 3, 2] {
-        let spent = Some(Spent { period: Timestamp::from_micros(0), used });
-        usage.note(id, 1, keyward::domain::decision::Reason::Ok, spent, rig.clock.now());
-    }
-    usage.flush(&*store).await.unwrap();
-    store.close().await;
-    drop(store);
-    let up = rig.start().await;
-    assert_eq!(up.ask(dry(&made.token)).await.rate_limits[0].remaining, 7);
     up.server.stop().await;
 }
 

@@ -136,6 +136,13 @@ impl Guarded {
     }
 }
 
+impl Guarded {
+    /// Sends a signal to the server itself, not to the shell that guards it.
+    fn signal(&self, name: &str) {
+        done(Command::new("pkill").args([name, "-P", &self.0.id().to_string(), "-f", "."]));
+    }
+}
+
 impl Drop for Guarded {
     fn drop(&mut self) {
         drop(self.0.stdin.take());
@@ -200,6 +207,16 @@ impl Cluster {
         self.run();
     }
 
+    /// Kills the server as a power cut does, does something meanwhile, and starts it again.
+    pub(crate) fn crash(&mut self, meanwhile: impl FnOnce()) {
+        if let Some(server) = &self.server {
+            server.signal("-KILL");
+        }
+        drop(self.server.take());
+        meanwhile();
+        self.run();
+    }
+
     /// The folder of the server's socket.
     pub(crate) fn socket(&self) -> &Path {
         self.folder.path()
@@ -239,7 +256,7 @@ impl Database {
 
     /// The same database through pgbouncer.
     pub(crate) fn bounced_url(&self) -> String {
-        url(bouncer(), 6432, &self.name)
+        bouncer().url(&self.name)
     }
 
     /// Runs statements in this database as the superuser.
@@ -259,24 +276,58 @@ pub(crate) fn url(socket: &Path, port: u16, database: &str) -> String {
     format!("postgres:///{database}?host={}&port={port}&user={ROLE}", socket.display())
 }
 
-/// The folder of the socket of a pgbouncer in transaction mode before the shared server. So few sessions that each
-/// is used by many: Keyward's own lock keeps one of them.
-fn bouncer() -> &'static Path {
-    static BOUNCER: OnceLock<(Guarded, tempfile::TempDir)> = OnceLock::new();
-    let (_, folder) = BOUNCER.get_or_init(|| {
-        let (folder, cluster) = (folder(), Cluster::shared().socket().display());
+/// A pgbouncer in transaction mode before a server. So few sessions that each is used by many.
+pub(crate) struct Bouncer {
+    server: Guarded,
+    folder: tempfile::TempDir,
+}
+
+impl Bouncer {
+    /// One that ends with this value; a replica needs several sessions at once.
+    pub(crate) fn start(cluster: &Cluster) -> Bouncer {
+        Bouncer::make(cluster, 10, false)
+    }
+
+    fn make(cluster: &Cluster, sessions: u32, shared: bool) -> Bouncer {
+        let (folder, cluster) = (folder(), cluster.socket().display());
         let (config, socket) = (folder.path().join("pgbouncer.ini"), folder.path().display());
         let text = format!(
             "[databases]\n* = host={cluster} port=5432 user={ROLE}\n[pgbouncer]\npool_mode = transaction\n\
-             default_pool_size = 3\nmax_client_conn = 1000\nauth_type = any\nlisten_addr =\nlisten_port = 6432\n\
-             unix_socket_dir = {socket}\n"
+             default_pool_size = {sessions}\nmax_client_conn = 1000\nauth_type = any\nlisten_addr =\n\
+             listen_port = 6432\nunix_socket_dir = {socket}\n"
         );
         std::fs::write(&config, text).unwrap();
-        let server = Guarded::start(&pgbouncer(), &[config.to_str().unwrap()], folder.path(), true);
+        let server = Guarded::start(&pgbouncer(), &[config.to_str().unwrap()], folder.path(), shared);
         // The file is there before anybody listens.
         let path = folder.path().join(".s.PGSQL.6432");
         wait_for("pgbouncer to start", || std::os::unix::net::UnixStream::connect(&path).ok());
-        (server, folder)
-    });
-    folder.path()
+        Bouncer { server, folder }
+    }
+
+    /// A database of the server, through it.
+    pub(crate) fn url(&self, database: &str) -> String {
+        url(self.folder.path(), 6432, database)
+    }
+
+    /// Says nothing more, as a network does that is cut.
+    pub(crate) fn pause(&self) {
+        self.server.signal("-STOP");
+    }
+
+    /// Goes on.
+    pub(crate) fn resume(&self) {
+        self.server.signal("-CONT");
+    }
+}
+
+impl Drop for Bouncer {
+    fn drop(&mut self) {
+        self.resume();
+    }
+}
+
+/// The one before the shared server. A replica's purposes take turns on so few sessions.
+fn bouncer() -> &'static Bouncer {
+    static BOUNCER: OnceLock<Bouncer> = OnceLock::new();
+    BOUNCER.get_or_init(|| Bouncer::make(Cluster::shared(), 3, true))
 }

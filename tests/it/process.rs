@@ -63,6 +63,11 @@ impl Home {
         Home { elsewhere: Some(url), ..Home::new() }
     }
 
+    /// The same folder, for a server that reaches the database by another way.
+    pub(crate) fn over(&self, url: &str) -> Home {
+        Home { elsewhere: Some(url.to_owned()), ..self.clone() }
+    }
+
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }

@@ -126,7 +126,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("admin", &["clock", "domain", "engine", "gateway", "http1", "replication"]),
     ("http1", &[]),
     ("reload", &[]),
-    ("config", &["domain", "gateway", "keys"]),
+    ("config", &["domain", "engine", "gateway", "keys"]),
     ("telemetry", &["config"]),
     (
         "server",
@@ -188,6 +188,7 @@ const ONLY_IN: &[(&str, &[&str])] = &[
     ("\"INSERT ", &["src/store/"]),
     ("\"UPDATE ", &["src/store/"]),
     ("\"DELETE ", &["src/store/"]),
+    ("redis::", &["src/engine/limiter/remote.rs"]),
     ("SystemTime", &["src/clock.rs"]),
     ("UNIX_EPOCH", &["src/clock.rs"]),
     ("SysRng", &["src/clock.rs"]),

@@ -122,6 +122,8 @@ pub(crate) struct Lane {
     pub(crate) world: Arc<World>,
     pub(crate) dice: Dice,
     pub(crate) faults: Vec<Fault>,
+    /// The one replica that is struck; None = any.
+    pub(crate) victim: Option<usize>,
 }
 
 impl Lane {
@@ -133,8 +135,8 @@ impl Lane {
                 break;
             }
             let fault = self.dice.pick(&self.faults);
-            let replica = self.dice.below(self.world.field.replicas.len() as u64) as usize;
-            self.strike(fault, replica);
+            let any = self.dice.below(self.world.field.replicas.len() as u64) as usize;
+            self.strike(fault, self.victim.unwrap_or(any));
         }
     }
 

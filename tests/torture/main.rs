@@ -73,9 +73,9 @@ struct Arguments {
     /// Cut links by proxies alone, as where there are no network namespaces
     #[arg(long)]
     no_namespaces: bool,
-    /// Torture builds that leave out one rule each, until that is noticed; KEYWARD_BIN is a breakable build
-    #[arg(long)]
-    mutants: bool,
+    /// Torture builds that leave out one rule each, all or these, until that is noticed; KEYWARD_BIN is a breakable build
+    #[arg(long, value_name = "RULE", num_args = 0..)]
+    mutants: Option<Vec<String>>,
 }
 
 fn main() -> ExitCode {
@@ -98,8 +98,12 @@ fn main() -> ExitCode {
         squads: arguments.squads,
         plan: Plan { replicas: arguments.replicas, setup, clocks: Vec::new() },
         faults: Fault::AT_REPLICAS.into_iter().chain(Fault::AT_DATABASE).collect(),
-        stop_at_violation: false,
+        victim: None,
+        until_allowed: false,
     };
-    let held = if arguments.mutants { mutants::run(&run) } else { run.run().held };
+    let held = match arguments.mutants {
+        Some(rules) => mutants::run(&run, &rules),
+        None => run.run().held,
+    };
     if held { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

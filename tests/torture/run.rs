@@ -35,15 +35,17 @@ pub(crate) struct Run {
     pub(crate) plan: Plan,
     /// What may go wrong.
     pub(crate) faults: Vec<Fault>,
-    /// Whether it ends with the first violation.
-    pub(crate) stop_at_violation: bool,
+    /// The one replica that is struck; None = any.
+    pub(crate) victim: Option<usize>,
+    /// Whether it ends when the first rule is broken: the one that all others are for.
+    pub(crate) until_allowed: bool,
 }
 
 /// What came of it.
 pub(crate) struct Ran {
     pub(crate) held: bool,
-    /// When the first violation was found, and of what.
-    pub(crate) violated: Option<(Duration, String)>,
+    /// When it was noticed that the first rule was broken.
+    pub(crate) noticed: Option<Duration>,
 }
 
 impl Run {
@@ -56,12 +58,12 @@ impl Run {
         let tender = tend(world.clone());
         let mut judge = Judge::default();
         let began = Instant::now();
-        let mut violated = None;
-        while began.elapsed() < self.length && !(self.stop_at_violation && judge.broken() > 0) {
+        let mut noticed = None;
+        while began.elapsed() < self.length && !(self.until_allowed && noticed.is_some()) {
             std::thread::sleep(JUDGE_EVERY);
             self.judge(&world, &mut judge, false);
-            if let Some(first) = judge.violations.first() {
-                violated.get_or_insert_with(|| (began.elapsed(), first.rule.words().to_owned()));
+            if judge.count(Rule::AllowedAfterNarrowing) > 0 {
+                noticed.get_or_insert_with(|| began.elapsed());
             }
             assert!(!lanes.iter().any(JoinHandle::is_finished) || world.is_calm(), "the faults have ended");
         }
@@ -79,13 +81,16 @@ impl Run {
         });
         world.audit_all();
         self.judge(&world, &mut judge, true);
+        if judge.count(Rule::AllowedAfterNarrowing) > 0 {
+            noticed.get_or_insert(length);
+        }
         tender.stop();
         self.end(&world, &mut judge);
         let held = Outcome { seed: self.seed, judge: &judge, world: &world, length }.print();
-        if !held && !self.stop_at_violation {
+        if !held && !self.until_allowed {
             self.keep_logs(&world);
         }
-        Ran { held, violated }
+        Ran { held, noticed }
     }
 
     fn clients(&self, world: &World, dice: &mut Dice) -> Vec<tokio::task::JoinHandle<()>> {
@@ -113,7 +118,7 @@ impl Run {
             .into_iter()
             .filter(|faults: &Vec<_>| !faults.is_empty())
             .map(|faults| {
-                let lane = Lane { world: world.clone(), dice: dice.fork(), faults };
+                let lane = Lane { world: world.clone(), dice: dice.fork(), faults, victim: self.victim };
                 std::thread::spawn(move || lane.work())
             })
             .collect()

@@ -126,10 +126,11 @@ impl Postgres {
         let from = renewal.applied.unwrap_or(Position::START);
         let reply = reply_at(&meta, !updated.is_empty(), renewal, Self::upto(from, &changes));
         let reply = reply.map_err(store_error)?;
+        let epoch = meta.int(7).and_then(count).map_err(store_error)?;
         if reply.link.is_none_or(|link| link != from.hash) && renewal.applied.is_some() {
-            return Ok(Renewed { reply: Reply { upto: from, ..reply }, rows: Vec::new() });
+            return Ok(Renewed { reply: Reply { upto: from, ..reply }, rows: Vec::new(), epoch });
         }
-        Ok(Renewed { reply, rows: changes })
+        Ok(Renewed { reply, rows: changes, epoch })
     }
 }
 
@@ -318,16 +319,15 @@ impl Fleet for Postgres {
         Ok(!rows.is_empty())
     }
 
-    async fn hint(&self) -> std::result::Result<(), StoreError> {
+    async fn hint(&self) -> std::result::Result<Option<Revision>, StoreError> {
         let mut slot = self.fleet.listener.lock().await;
         let mut listener = match slot.take() {
             Some(listener) => listener,
             None => listen(&self.place).await.map_err(store_error)?,
         };
         let heard = within(SILENCE, listener.recv()).await.map_err(store_error)?;
-        drop(heard);
         *slot = Some(listener);
-        Ok(())
+        Ok(heard.payload().parse().ok().map(revision_from_i64))
     }
 
     fn start_over(&self) {
@@ -335,7 +335,9 @@ impl Fleet for Postgres {
     }
 
     async fn accept_regression(&self) -> std::result::Result<u64, StoreError> {
-        let set = "UPDATE meta SET epoch = epoch + 1 RETURNING epoch";
+        // A restored database may count from less than what its replicas have seen: the time is beyond all that.
+        let set = "UPDATE meta SET epoch = greatest(epoch + 1, extract(epoch FROM clock_timestamp())::bigint) \
+                   RETURNING epoch";
         let rows = self.message(&self.fleet.rosters, set, CALL).await.map_err(store_error)?;
         let row = rows.first().ok_or_else(|| super::damaged("meta", "it has no row"))?;
         let epoch = TextRow::of(row, 0..1).and_then(|row| count(row.int(0)?));

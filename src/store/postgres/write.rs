@@ -4,14 +4,16 @@
 
 use std::collections::BTreeMap;
 
-use sqlx::PgConnection;
+use sqlx::{PgConnection, postgres::PgRow};
 
 use crate::{
     domain::{
         account::{Account, Member, Role},
         key::{Key, Secret},
+        limit::Drawn,
         log::{Change, LogRow},
         name::KeyId,
+        time::Timestamp,
     },
     store::{
         Head, IDEMPOTENCY_WINDOW, UsageBatch,
@@ -296,8 +298,8 @@ pub(super) async fn head(connection: &mut PgConnection, head: Head, channel: &st
     .map(drop)
 }
 
-/// Writes what Checks have left.
-pub(super) async fn usage(connection: &mut PgConnection, batch: &UsageBatch) -> Result<()> {
+/// Writes what Checks have left. Gives the rows of the quotas that were drawn from.
+pub(super) async fn usage(connection: &mut PgConnection, batch: &UsageBatch) -> Result<Vec<PgRow>> {
     let UsageBatch { used, counts, spent } = batch;
     if !used.is_empty() {
         query(
@@ -329,19 +331,36 @@ pub(super) async fn usage(connection: &mut PgConnection, batch: &UsageBatch) -> 
         .execute(&mut *connection)
         .await?;
     }
-    if !spent.is_empty() {
-        let newest: BTreeMap<_, _> = spent.iter().copied().collect();
-        let rows: Vec<_> = newest.into_iter().collect();
-        query(
-            "INSERT INTO quotas (key_id, period, used) \
-             SELECT * FROM unnest($1::bytea[], $2::bigint[], $3::bigint[]) \
-             ON CONFLICT (key_id) DO UPDATE SET period = excluded.period, used = excluded.used",
-        )
-        .bind(column(&rows, |(id, _)| id.as_bytes().to_vec()))
-        .bind(column(&rows, |(_, spent)| spent.period.as_micros()))
-        .bind(column(&rows, |(_, spent)| i64::try_from(spent.used).unwrap_or(i64::MAX)))
-        .execute(connection)
-        .await?;
+    if spent.is_empty() { Ok(Vec::new()) } else { draw(connection, spent).await }
+}
+
+/// Adds units to quotas. The rows there are are locked in the order of their keys, and seen as they are then.
+async fn draw(connection: &mut PgConnection, spent: &[(KeyId, Drawn)]) -> Result<Vec<PgRow>> {
+    let mut by_key = BTreeMap::<KeyId, Drawn>::new();
+    for (id, drawn) in spent {
+        by_key.entry(*id).and_modify(|known| *known = known.and(*drawn)).or_insert(*drawn);
     }
-    Ok(())
+    let rows: Vec<_> = by_key.into_iter().collect();
+    let ids = || column(&rows, |(id, _)| id.as_bytes().to_vec());
+    query(
+        "WITH more AS (SELECT * FROM unnest($1::bytea[], $2::bigint[], $3::bigint[], $4::bigint[]) \
+         AS more (key_id, period, until, units)), \
+         known AS (SELECT q.key_id, q.period FROM quotas q JOIN more USING (key_id) \
+         ORDER BY q.key_id FOR NO KEY UPDATE OF q) \
+         INSERT INTO quotas (key_id, period, used) \
+         SELECT more.key_id, more.period, more.units FROM more LEFT JOIN known USING (key_id) \
+         WHERE known.period IS NULL OR known.period < more.until ORDER BY more.key_id \
+         ON CONFLICT (key_id) DO UPDATE SET period = excluded.period, used = excluded.used + \
+         CASE WHEN quotas.period = excluded.period THEN quotas.used ELSE 0 END",
+    )
+    .bind(ids())
+    .bind(column(&rows, |(_, drawn)| drawn.period.as_micros()))
+    .bind(column(&rows, |(_, drawn)| drawn.until.map_or(i64::MAX, Timestamp::as_micros)))
+    .bind(column(&rows, |(_, drawn)| i64::try_from(drawn.units).unwrap_or(i64::MAX)))
+    .execute(&mut *connection)
+    .await?;
+    query("SELECT key_id, period, used FROM quotas WHERE key_id = ANY($1)")
+        .bind(ids())
+        .fetch_all(connection)
+        .await
 }

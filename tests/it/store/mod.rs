@@ -187,7 +187,7 @@ async fn read(store: &Shared, id: KeyId) -> Option<Key> {
 }
 
 async fn note_used(store: &Shared, used: &[UsedSecret]) -> Result<(), StoreError> {
-    store.note_usage(&UsageBatch { used: used.to_vec(), ..UsageBatch::default() }).await
+    store.note_usage(&UsageBatch { used: used.to_vec(), ..UsageBatch::default() }).await.map(drop)
 }
 
 fn everything(owner: OwnerFilter) -> KeyFilter {
@@ -365,7 +365,10 @@ macro_rules! every_promise {
                 counts_of_an_hour_add_up,
                 counts_come_in_the_order_of_hours_within_their_range,
                 old_counts_are_dropped_and_newer_ones_stay,
-                what_is_spent_is_what_was_noted_last,
+                units_of_a_period_add_up_whoever_writes_them,
+                what_all_have_spent_is_told_to_who_writes,
+                a_later_period_starts_afresh_and_one_that_is_over_changes_nothing,
+                a_quota_of_another_kind_of_period_starts_afresh,
                 uses_are_noted_while_keys_change,
             }
         }

@@ -6,7 +6,7 @@ use keyward::{
     domain::{
         account::Account,
         key::{Key, Secret},
-        limit::Spent,
+        limit::{Drawn, Spent},
         time::Timestamp,
     },
     store::{Head, SnapshotItem},
@@ -126,7 +126,8 @@ pub(super) async fn a_snapshot_holds_roles_members_and_what_is_spent(store: Shar
     made_member(&store, remove_member(&left)).await;
     let made = put(&store, create(&key())).await;
     let spent = Spent { period: at(0), used: u64::from(u32::MAX) };
-    let batch = UsageBatch { spent: vec![(made.id, spent)], ..UsageBatch::default() };
+    let drawn = Drawn { period: spent.period, until: None, units: spent.used };
+    let batch = UsageBatch { spent: vec![(made.id, drawn)], ..UsageBatch::default() };
     store.note_usage(&batch).await.unwrap();
 
     let (mut found_roles, mut found_members, mut found_spent) = (vec![], vec![], vec![]);

@@ -3,7 +3,11 @@
 use std::time::Duration;
 
 use keyward::{
-    domain::{decision::Reason, limit::Spent, name::KeyId},
+    domain::{
+        decision::Reason,
+        limit::{Drawn, Spent},
+        name::KeyId,
+    },
     store::{Count, Hour, Outcome, SnapshotItem, UsageBatch, UsedSecret},
 };
 
@@ -79,22 +83,82 @@ pub(super) async fn old_counts_are_dropped_and_newer_ones_stay(store: Shared) {
     assert_eq!(found, [count(id, 5, Reason::Ok, 1)]);
 }
 
-pub(super) async fn what_is_spent_is_what_was_noted_last(store: Shared) {
-    with_accounts(&store).await;
-    let made = put(&store, create(&key())).await;
-    let spent = |seconds, used| Spent { period: at(seconds), used };
-    for notes in [vec![spent(0, 5)], vec![spent(0, 6), spent(0, 7)], vec![spent(60, 1)]] {
-        let spent = notes.iter().map(|note| (made.id, *note)).collect();
-        store.note_usage(&UsageBatch { spent, ..UsageBatch::default() }).await.unwrap();
-        let mut found = Vec::new();
-        let sink = &mut |item| {
-            if let SnapshotItem::Spent(key, spent) = item {
-                found.push((key, spent));
+/// Units of a period of so many seconds.
+fn drawn(start: i64, length: i64, units: u64) -> Drawn {
+    Drawn { period: at(start), until: Some(at(start + length)), units }
+}
+
+async fn draw(store: &Shared, spent: &[(KeyId, Drawn)]) -> Vec<(KeyId, Spent)> {
+    let batch = UsageBatch { spent: spent.to_vec(), ..UsageBatch::default() };
+    let mut told = store.note_usage(&batch).await.unwrap();
+    told.sort_by_key(|(key, _)| *key);
+    told
+}
+
+/// What is spent of each quota, as a start reads it.
+async fn spent(store: &Shared) -> Vec<(KeyId, Spent)> {
+    let mut found = Vec::new();
+    let sink = &mut |item| {
+        if let SnapshotItem::Spent(key, spent) = item {
+            found.push((key, spent));
+        }
+    };
+    store.snapshot(at(0), sink).await.unwrap();
+    found.sort_by_key(|(key, _)| *key);
+    found
+}
+
+pub(super) async fn units_of_a_period_add_up_whoever_writes_them(store: Shared) {
+    let ids = [fresh_id(at(0)), fresh_id(at(0)), fresh_id(at(0))];
+    let writers = (0..4).map(|writer| {
+        let store = store.clone();
+        tokio::spawn(async move {
+            for turn in 0..10 {
+                let mut units = ids.map(|id| (id, drawn(0, 60, 1 + turn)));
+                units.rotate_left(writer % 3);
+                draw(&store, &units).await;
             }
-        };
-        store.snapshot(at(0), sink).await.unwrap();
-        assert_eq!(found, [(made.id, *notes.last().unwrap())]);
+        })
+    });
+    for writer in writers.collect::<Vec<_>>() {
+        writer.await.unwrap();
     }
+    let mut expected = ids.map(|id| (id, Spent { period: at(0), used: 4 * 55 }));
+    expected.sort_by_key(|(key, _)| *key);
+    assert_eq!(spent(&store).await, expected);
+}
+
+pub(super) async fn what_all_have_spent_is_told_to_who_writes(store: Shared) {
+    let (one, other) = (fresh_id(at(0)), fresh_id(at(0)));
+    let total = |used| Spent { period: at(0), used };
+    assert_eq!(draw(&store, &[(one, drawn(0, 60, 3))]).await, [(one, total(3))]);
+    assert_eq!(draw(&store, &[(other, drawn(0, 60, 1))]).await, [(other, total(1))]);
+    let twice = [(one, drawn(0, 60, 4)), (one, drawn(0, 60, 5))];
+    assert_eq!(draw(&store, &twice).await, [(one, total(12))]);
+    assert_eq!(draw(&store, &[]).await, []);
+    let credits = Drawn { period: at(0), until: None, units: 1_000_000_000_000 };
+    assert_eq!(draw(&store, &[(other, credits)]).await, [(other, total(1_000_000_000_001))]);
+}
+
+pub(super) async fn a_later_period_starts_afresh_and_one_that_is_over_changes_nothing(store: Shared) {
+    let id = fresh_id(at(0));
+    let told = async |start, units| draw(&store, &[(id, drawn(start, 60, units))]).await[0].1;
+    told(0, 5).await;
+    assert_eq!(told(60, 2).await, Spent { period: at(60), used: 2 });
+    assert_eq!(told(0, 7).await, Spent { period: at(60), used: 2 }, "what counts now is told");
+    assert_eq!(told(60, 1).await, Spent { period: at(60), used: 3 });
+    assert_eq!(told(180, 4).await, Spent { period: at(180), used: 4 });
+}
+
+pub(super) async fn a_quota_of_another_kind_of_period_starts_afresh(store: Shared) {
+    let id = fresh_id(at(0));
+    draw(&store, &[(id, drawn(120, 60, 5))]).await;
+    let hour = draw(&store, &[(id, drawn(0, 3600, 2))]).await;
+    assert_eq!(hour, [(id, Spent { period: at(0), used: 2 })], "the minute lies in the hour");
+    let minute = draw(&store, &[(id, drawn(180, 60, 1))]).await;
+    assert_eq!(minute, [(id, Spent { period: at(180), used: 1 })]);
+    let credits = draw(&store, &[(id, Drawn { period: at(0), until: None, units: 9 })]).await;
+    assert_eq!(credits, [(id, Spent { period: at(0), used: 9 })]);
 }
 
 /// Both change rows of the same secrets, in orders that could wait for each other for ever.

@@ -1,0 +1,148 @@
+//! The table `[limits]` of the settings file: where rate limits are counted when several processes serve one database.
+
+use std::{convert::Infallible, str::FromStr};
+
+use serde::Deserialize;
+
+use crate::engine::limiter::{LimitSettings, OnFailure, Prefix, RedisSettings, RedisUrl, Time};
+
+use super::{
+    duration,
+    server::{ConfigError, invalid},
+};
+
+const TIMEOUT: &str = "20ms";
+/// The longest that a Check may be made to wait, in milliseconds.
+const LONGEST_MS: u128 = 1000;
+
+/// A URL that may hold a password: it is never shown, not even in an error.
+#[derive(Clone, Deserialize)]
+#[serde(transparent)]
+pub struct SecretUrl(String);
+
+impl std::fmt::Debug for SecretUrl {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("SecretUrl")
+    }
+}
+
+impl FromStr for SecretUrl {
+    type Err = Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Infallible> {
+        Ok(SecretUrl(text.to_owned()))
+    }
+}
+
+/// The table. Unknown keys are refused: a typo must not be a default.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct File {
+    backend: Option<String>,
+    url: Option<SecretUrl>,
+    on_backend_failure: Option<String>,
+    timeout: Option<String>,
+    prefix: Option<String>,
+}
+
+impl File {
+    /// The settings, all valid. `url` stands in place of the file's.
+    pub(super) fn read(self, url: Option<&SecretUrl>) -> Result<LimitSettings, ConfigError> {
+        let redis = match self.backend.as_deref() {
+            None | Some("local") => false,
+            Some("redis") => true,
+            Some(other) => return Err(invalid("limits.backend", other, "must be local or redis")),
+        };
+        let on_failure = match self.on_backend_failure.as_deref() {
+            None => OnFailure::default(),
+            Some("allow") => OnFailure::Allow,
+            Some("deny") => OnFailure::Deny,
+            Some(other) => {
+                return Err(invalid("limits.on_backend_failure", other, "must be allow or deny"));
+            }
+        };
+        let timeout = self.timeout.as_deref().unwrap_or(TIMEOUT);
+        let waited =
+            duration::parse(timeout).ok().filter(|time| (1..=LONGEST_MS).contains(&time.as_millis()));
+        let problem = "must be 1ms to 1s, such as 20ms: a Check waits so long for Redis";
+        let waited = waited.ok_or_else(|| invalid("limits.timeout", timeout, problem))?;
+        let prefix = self.prefix.as_deref().unwrap_or(Prefix::DEFAULT);
+        let prefix = Prefix::parse(prefix).map_err(|error| invalid("limits.prefix", prefix, error))?;
+        let hidden = |problem| invalid("limits.url", "(not shown)", problem);
+        let redis = match (redis, url.or(self.url.as_ref())) {
+            (false, None) => None,
+            (false, Some(_)) => return Err(hidden("has no effect: limits.backend is not redis")),
+            (true, None) => {
+                let problem = "needs limits.url, such as redis://127.0.0.1:6379; or KEYWARD_LIMITS_URL, \
+                               where a password is better kept";
+                return Err(invalid("limits.backend", "redis", problem));
+            }
+            (true, Some(SecretUrl(url))) => {
+                let url = RedisUrl::parse(url).map_err(hidden)?;
+                Some(RedisSettings { url, prefix, timeout: waited, on_failure, time: Time::OfRedis })
+            }
+        };
+        Ok(LimitSettings { shared: false, redis })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    fn read_with(text: &str, url: Option<&str>) -> Result<LimitSettings, String> {
+        let file: File = toml::from_str(text).map_err(|error| error.to_string())?;
+        let url = url.map(|url| SecretUrl(url.to_owned()));
+        file.read(url.as_ref()).map_err(|error| error.to_string())
+    }
+
+    fn read(text: &str) -> Result<LimitSettings, String> {
+        read_with(text, None)
+    }
+
+    #[test]
+    fn the_table_is_read() {
+        assert!(read("").unwrap().redis.is_none());
+        let redis = read("backend = 'redis'\nurl = 'redis://localhost'").unwrap().redis.unwrap();
+        assert_eq!((redis.timeout, redis.on_failure), (Duration::from_millis(20), OnFailure::Allow));
+        assert_eq!((redis.prefix, redis.time), (Prefix::parse("keyward:").unwrap(), Time::OfRedis));
+        let redis = read(
+            "backend = 'redis'\nurl = 'unix:///run/redis.sock'\ntimeout = '5ms'\nprefix = 'kw2:'\n\
+             on_backend_failure = 'deny'",
+        );
+        let redis = redis.unwrap().redis.unwrap();
+        assert_eq!((redis.timeout, redis.on_failure), (Duration::from_millis(5), OnFailure::Deny));
+        assert!(read_with("backend = 'redis'", Some("rediss://u:p@h:1/2")).unwrap().redis.is_some());
+    }
+
+    #[test]
+    fn wrong_values_say_which_and_what_would_be_right() {
+        let redis = |more: &str| format!("backend = 'redis'\nurl = 'redis://h'\n{more}");
+        for (text, said) in [
+            ("backend = 'valkey'".to_owned(), "local or redis"),
+            ("backend = 'redis'".to_owned(), "KEYWARD_LIMITS_URL"),
+            ("url = 'redis://h'".to_owned(), "has no effect"),
+            (redis("timeout = '0ms'"), "1ms to 1s"),
+            (redis("timeout = '1001ms'"), "1ms to 1s"),
+            (redis("timeout = '20'"), "1ms to 1s"),
+            (redis("on_backend_failure = 'open'"), "allow or deny"),
+            (redis("prefix = 'a b'"), "limits.prefix"),
+            (redis("time_out = '1ms'"), "time_out"),
+        ] {
+            let error = read(&text).unwrap_err();
+            assert!(error.contains(said), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_password_is_never_shown() {
+        for url in ["redis://:sesame@", "sesame", "redis://:sesame@h:port/x", "https://u:sesame@h"] {
+            let error = read_with("backend = 'redis'", Some(url)).unwrap_err();
+            assert!(error.contains("limits.url") && !error.contains("sesame"), "{url}: {error}");
+        }
+        let settings = read_with("backend = 'redis'", Some("redis://u:sesame@h")).unwrap();
+        let file: File = toml::from_str("url = 'redis://u:sesame@h'").unwrap();
+        assert!(!format!("{settings:?} {file:?}").contains("sesame"));
+    }
+}

@@ -1,0 +1,331 @@
+//! Rate limits in Redis, or in what speaks its protocol: the connection, and the script `take.lua`.
+//!
+//! One connection for all threads: its task lives on the runtime that [`Redis::keep_connected`] runs on, and calls
+//! from all over the process go through it in one pipeline. A call waits as long as its timeout and no longer. The
+//! connection is taken away from the callers when it fails, or when it does not answer several calls in a row; they
+//! fail at once then, until another one has answered. So a dead Redis costs a Check nothing.
+//!
+//! Keys in Redis are named after the key's id and the limit, never after a token, and expire when the limit is full
+//! again. Their names share a hash tag, so that a cluster keeps them in one place.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU32, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use arc_swap::ArcSwapOption;
+use redis::{AsyncConnectionConfig, Client, IntoConnectionInfo as _, RedisError, Script, aio};
+use tokio::{
+    sync::{Notify, oneshot},
+    time::timeout,
+};
+
+use crate::domain::{key::Key, limit::Level, time::Timestamp};
+
+use super::{RedisSettings, Take};
+
+/// How long connecting may take, name resolution and TLS included.
+const CONNECT: Duration = Duration::from_secs(2);
+/// How long it is waited before connecting again: at first, and at the most.
+const PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// How often a connection is tried that nobody may be using, and how long that may take.
+const HEARTBEAT: Duration = Duration::from_secs(1);
+/// So many calls in a row that fail take the connection away.
+const FAILURES: u32 = 3;
+
+/// Where Redis is. It may hold a password, and is never shown.
+#[derive(Clone)]
+pub struct RedisUrl(Client);
+
+impl std::fmt::Debug for RedisUrl {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("RedisUrl")
+    }
+}
+
+impl RedisUrl {
+    /// Reads a URL.
+    ///
+    /// # Errors
+    /// When it is none; the error says what would be right, and nothing of what was given.
+    pub fn parse(url: &str) -> Result<RedisUrl, &'static str> {
+        const WANTED: &str = "must be redis://[USER[:PASSWORD]@]HOST[:PORT][/DATABASE], rediss:// for TLS, or \
+                              unix:///PATH; other letters than those of a URL are written as %XX";
+        let known = ["redis", "rediss", "valkey", "valkeys", "redis+unix", "valkey+unix", "unix"];
+        if !url.split_once("://").is_some_and(|(scheme, _)| known.contains(&scheme)) {
+            return Err(WANTED);
+        }
+        let info = url.into_connection_info().map_err(|_| WANTED)?;
+        Client::open(info).map(RedisUrl).map_err(|_| WANTED)
+    }
+}
+
+/// What the names of all keys in Redis start with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Prefix(String);
+
+impl Prefix {
+    /// The usual one.
+    pub const DEFAULT: &str = "keyward:";
+
+    /// Reads a prefix: 1-64 of `[A-Za-z0-9_.:-]`.
+    ///
+    /// # Errors
+    /// When it is none.
+    pub fn parse(text: &str) -> Result<Prefix, &'static str> {
+        let good = |byte: u8| byte.is_ascii_alphanumeric() || b"_.:-".contains(&byte);
+        if (1..=64).contains(&text.len()) && text.bytes().all(good) {
+            Ok(Prefix(text.to_owned()))
+        } else {
+            Err("must be 1-64 characters of [A-Za-z0-9_.:-]")
+        }
+    }
+}
+
+/// By whose clock units come back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Time {
+    /// The Redis server's: one clock for all processes, whose own may differ.
+    #[default]
+    OfRedis,
+    /// The process' own; for tests that stop time.
+    OfProcess,
+}
+
+/// How a call ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Call {
+    /// With an answer.
+    Answered,
+    /// Not in time.
+    TimedOut,
+    /// With an error.
+    Failed,
+    /// It was not made: there is no connection.
+    Unconnected,
+}
+
+impl Call {
+    /// Every way.
+    pub const ALL: [Call; 4] = [Call::Answered, Call::TimedOut, Call::Failed, Call::Unconnected];
+
+    /// One word for it.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Call::Answered => "answered",
+            Call::TimedOut => "timed_out",
+            Call::Failed => "failed",
+            Call::Unconnected => "unconnected",
+        }
+    }
+}
+
+/// How a key's rate limits stood before a request.
+#[derive(Debug)]
+pub(super) struct Levels {
+    /// Each, in the key's order.
+    pub before: Vec<Level>,
+    /// Whether the request took its units before, under the same number.
+    pub again: bool,
+}
+
+/// A connection, and how many calls on it have failed in a row.
+#[derive(Debug)]
+struct Link {
+    connection: aio::MultiplexedConnection,
+    failures: AtomicU32,
+    answered: AtomicU64,
+}
+
+/// Counts rate limits in Redis.
+pub(super) struct Redis {
+    settings: RedisSettings,
+    script: Script,
+    link: ArcSwapOption<Link>,
+    lost: Notify,
+    calls: [AtomicU64; Call::ALL.len()],
+}
+
+impl std::fmt::Debug for Redis {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Redis").field("settings", &self.settings).finish_non_exhaustive()
+    }
+}
+
+impl Redis {
+    pub(super) fn new(settings: &RedisSettings) -> Redis {
+        Redis {
+            settings: settings.clone(),
+            script: Script::new(include_str!("take.lua")),
+            link: ArcSwapOption::empty(),
+            lost: Notify::new(),
+            calls: Default::default(),
+        }
+    }
+
+    /// How often each way of ending came.
+    pub(super) fn calls(&self) -> impl Iterator<Item = (Call, u64)> {
+        Call::ALL.into_iter().map(|call| (call, self.calls[call as usize].load(Ordering::Relaxed)))
+    }
+
+    /// Takes from every rate limit of the key, or, if one refuses, from none.
+    ///
+    /// # Errors
+    /// When Redis did not answer. It may have taken the units all the same.
+    pub(super) async fn take(&self, key: &Key, take: Take, now: Timestamp) -> Result<Levels, Call> {
+        let result = self.ask(key, take, now).await;
+        let ended = result.as_ref().err().copied().unwrap_or(Call::Answered);
+        self.calls[ended as usize].fetch_add(1, Ordering::Relaxed);
+        result
+    }
+
+    async fn ask(&self, key: &Key, take: Take, now: Timestamp) -> Result<Levels, Call> {
+        let link = self.link.load_full().ok_or(Call::Unconnected)?;
+        let mut connection = link.connection.clone();
+        let mut call = self.script.prepare_invoke();
+        for limit in &key.terms.rate_limits {
+            // A changed limit is another one, and starts full.
+            call.key(format!(
+                "{}{{{}}}/{}/{}/{}",
+                self.settings.prefix.0,
+                key.id,
+                limit.name,
+                limit.limit,
+                limit.window.as_micros()
+            ));
+        }
+        if let Some(charge) = take.charge {
+            call.key(format!("{}{{{}}}#{:016x}", self.settings.prefix.0, key.id, charge.number()));
+        }
+        match self.settings.time {
+            Time::OfRedis => call.arg(""),
+            Time::OfProcess => call.arg(now.as_micros()),
+        };
+        call.arg(take.cost).arg(u8::from(take.dry_run));
+        for limit in &key.terms.rate_limits {
+            let window = u64::try_from(limit.window.as_micros()).unwrap_or(u64::MAX);
+            call.arg(limit.limit.max(1)).arg(window.max(1));
+        }
+        let answer = timeout(self.settings.timeout, call.invoke_async::<Vec<u64>>(&mut connection)).await;
+        let failure = match answer {
+            Ok(Ok(numbers)) => match levels(key, &numbers, now) {
+                Some(levels) => {
+                    link.failures.store(0, Ordering::Relaxed);
+                    link.answered.fetch_add(1, Ordering::Relaxed);
+                    return Ok(levels);
+                }
+                None => Call::Failed,
+            },
+            Ok(Err(error)) => {
+                tracing::debug!(error = said(&error), "Redis did not count");
+                if error.is_unrecoverable_error() || error.is_io_error() {
+                    self.lose(&link);
+                }
+                Call::Failed
+            }
+            Err(_) => Call::TimedOut,
+        };
+        if link.failures.fetch_add(1, Ordering::Relaxed) + 1 >= FAILURES {
+            self.lose(&link);
+        }
+        Err(failure)
+    }
+
+    /// Takes a connection away from the callers.
+    fn lose(&self, link: &Arc<Link>) {
+        let before = self.link.compare_and_swap(link, None);
+        if before.as_ref().is_some_and(|known| Arc::ptr_eq(known, link)) {
+            self.lost.notify_one();
+        }
+    }
+
+    /// Connects, and again whenever the connection is lost. Tells `tried` after the first attempt.
+    pub(super) async fn keep_connected(&self, tried: oneshot::Sender<()>) {
+        let (mut tried, mut pause, mut complained) = (Some(tried), PAUSE, false);
+        loop {
+            let connected = timeout(CONNECT, self.connect()).await;
+            let link = match connected {
+                Ok(Ok(link)) => Some(Arc::new(link)),
+                Ok(Err(error)) => {
+                    complain(&mut complained, &said(&error));
+                    None
+                }
+                Err(_) => {
+                    complain(&mut complained, "it does not answer");
+                    None
+                }
+            };
+            self.link.store(link.clone());
+            // Nobody may wait any more.
+            if let Some(tried) = tried.take() {
+                let _ = tried.send(());
+            }
+            if let Some(link) = link {
+                if std::mem::take(&mut complained) {
+                    tracing::info!("Redis counts rate limits again");
+                }
+                self.until_lost(&link).await;
+                complain(&mut complained, "calls failed or were not answered in time");
+                // One that worked is no sign that the next one fails.
+                if link.answered.load(Ordering::Relaxed) > 0 {
+                    pause = PAUSE;
+                }
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    /// Waits until the connection is taken away from the callers; it is, too, when it dies while nobody calls.
+    async fn until_lost(&self, link: &Arc<Link>) {
+        let mut connection = link.connection.clone();
+        while timeout(HEARTBEAT, self.lost.notified()).await.is_err() {
+            let ping = redis::cmd("PING");
+            if !matches!(timeout(HEARTBEAT, ping.query_async::<()>(&mut connection)).await, Ok(Ok(()))) {
+                self.lose(link);
+            }
+        }
+    }
+
+    /// A connection that has answered, and knows the script.
+    async fn connect(&self) -> Result<Link, RedisError> {
+        let config = AsyncConnectionConfig::new().set_connection_timeout(None).set_response_timeout(None);
+        let mut connection =
+            self.settings.url.0.get_multiplexed_async_connection_with_config(&config).await?;
+        self.script.prepare_invoke().load_async(&mut connection).await?;
+        Ok(Link { connection, failures: AtomicU32::new(0), answered: AtomicU64::new(0) })
+    }
+}
+
+/// Says in the log what is wrong, once until it is well again.
+fn complain(complained: &mut bool, problem: &str) {
+    if !std::mem::replace(complained, true) {
+        tracing::warn!(problem, "Redis cannot be asked about rate limits");
+    }
+}
+
+/// What is wrong, without the server's own words: to a command that it does not know it repeats the password.
+fn said(error: &RedisError) -> String {
+    match error.code() {
+        Some(code) => code.to_owned(),
+        None if error.is_io_error() => error.to_string(),
+        None => format!("{:?}", error.kind()),
+    }
+}
+
+/// The script's answer; `None` if it is none.
+fn levels(key: &Key, numbers: &[u64], now: Timestamp) -> Option<Levels> {
+    let (again, taken) = numbers.split_first()?;
+    let limits = &key.terms.rate_limits;
+    if taken.len() != 2 * limits.len() {
+        return None;
+    }
+    let pairs = limits.iter().zip(taken.chunks_exact(2));
+    let before = pairs.map(|(limit, pair)| Level::owing(limit, now, pair[0], pair[1])).collect();
+    Some(Levels { before, again: *again == 1 })
+}

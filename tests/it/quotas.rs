@@ -1,0 +1,227 @@
+//! Quotas that several replicas draw from one database: by how much they may be overspent, and what becomes of a Check
+//! when the database does not count.
+
+use std::{
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use keyward::{
+    domain::{decision::Reason, limit::Spent, time::Timestamp},
+    engine::{Answer, CannotAnswer, limiter::LimitSettings},
+    store::{self, SnapshotItem, Store},
+};
+
+use crate::{
+    engines::{Limited, Replica, clock, rate},
+    redis_server::RedisServer,
+    support::{DAY, START},
+};
+
+fn shared() -> LimitSettings {
+    LimitSettings { shared: true, redis: None }
+}
+
+async fn open(folder: &Path) -> Arc<dyn Store> {
+    store::open(&format!("sqlite:{}", folder.join("keyward.db").display())).await.unwrap()
+}
+
+/// The database of a store that was closed, there again. It is a copy: another test may be starting a process, which
+/// holds the lock on the file for an instant.
+async fn open_again(folder: &Path) -> Arc<dyn Store> {
+    std::fs::copy(folder.join("keyward.db"), folder.join("again.db")).unwrap();
+    store::open(&format!("sqlite:{}", folder.join("again.db").display())).await.unwrap()
+}
+
+/// Has a replica's quotas counted in this store when they cannot wait.
+fn draw(replica: &Replica, store: &Arc<dyn Store>) -> tokio::task::JoinHandle<()> {
+    let (usage, store) = (replica.engine.usage.clone(), store.clone());
+    tokio::spawn(async move { usage.keep_drawing(&*store).await })
+}
+
+/// What the store says that was spent.
+async fn spent(store: &Arc<dyn Store>) -> u64 {
+    let mut found = 0;
+    let sink = &mut |item| {
+        if let SnapshotItem::Spent(_, spent) = item {
+            found = spent.used;
+        }
+    };
+    store.snapshot(Timestamp::from_micros(0), sink).await.unwrap();
+    found
+}
+
+async fn flush(replica: &Replica, store: &Arc<dyn Store>) {
+    replica.engine.usage.flush(&**store).await.unwrap();
+}
+
+/// Asks until there is an answer: a database that is slow is no verdict.
+async fn answered(replica: &Replica) -> Answer {
+    loop {
+        match replica.ask(1).await {
+            Ok(answer) => return answer,
+            Err(error) => assert_eq!(error, CannotAnswer::QuotaUnavailable),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_replicas_overspend_a_quota_by_a_block_each_at_the_most() {
+    const QUOTA: u64 = 1_000;
+    const BLOCK: u64 = 50;
+    let folder = tempfile::tempdir().unwrap();
+    let (store, limited) = (open(folder.path()).await, Limited::new(1, vec![], Some(QUOTA)));
+    let mut both = Vec::new();
+    for _ in 0..2 {
+        let replica = Replica::start(&limited, &shared(), clock()).await;
+        draw(&replica, &store);
+        both.push(replica);
+    }
+    let allowed = Arc::new(AtomicU64::new(0));
+    let callers = (0..64).map(|at| {
+        let (replica, allowed) = (both[at % 2].clone(), allowed.clone());
+        tokio::spawn(async move {
+            for _ in 0..25 {
+                let answer = answered(&replica).await;
+                allowed.fetch_add(u64::from(answer.reason() == Reason::Ok), Ordering::Relaxed);
+            }
+        })
+    });
+    for caller in callers.collect::<Vec<_>>() {
+        caller.await.unwrap();
+    }
+    let allowed = allowed.load(Ordering::Relaxed);
+    assert!((QUOTA..=QUOTA + 2 * BLOCK).contains(&allowed), "{allowed}");
+    for replica in &both {
+        flush(replica, &store).await;
+    }
+    assert_eq!(spent(&store).await, allowed, "every unit was counted once");
+    for replica in &both {
+        assert_eq!(answered(replica).await.reason(), Reason::QuotaExceeded);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_after_the_other_two_replicas_hardly_overspend_a_small_quota() {
+    let folder = tempfile::tempdir().unwrap();
+    let (store, limited) = (open(folder.path()).await, Limited::new(1, vec![], Some(10)));
+    let one = Replica::start(&limited, &shared(), clock()).await;
+    let other = Replica::start(&limited, &shared(), clock()).await;
+    let mut allowed = 0;
+    for _ in 0..20 {
+        for replica in [&one, &other] {
+            allowed += usize::from(answered(replica).await.reason() == Reason::Ok);
+            flush(replica, &store).await;
+        }
+    }
+    // Of the last unit the other one hears with its own next one.
+    assert!((10..=11).contains(&allowed), "{allowed}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_is_away_is_no_verdict_on_a_shared_quota() {
+    let folder = tempfile::tempdir().unwrap();
+    let (away, limited) = (open(folder.path()).await, Limited::new(1, vec![], Some(60)));
+    let replica = Replica::start(&limited, &shared(), clock()).await;
+    let drawing = draw(&replica, &away);
+    away.close().await;
+    for _ in 0..50 {
+        assert_eq!(replica.ask(1).await.unwrap().reason(), Reason::Ok, "a block may wait");
+    }
+    for _ in 0..3 {
+        assert_eq!(replica.ask(1).await.unwrap_err(), CannotAnswer::QuotaUnavailable);
+    }
+    assert_eq!(replica.ask_as(1, None, true).await.unwrap().reason(), Reason::Ok, "nothing is taken");
+    let certain = replica.ask(11).await.unwrap();
+    assert_eq!(certain.reason(), Reason::QuotaExceeded, "whatever others have used");
+    drawing.abort();
+    let store = open_again(folder.path()).await;
+    draw(&replica, &store);
+    flush(&replica, &store).await;
+    for _ in 0..10 {
+        assert_eq!(answered(&replica).await.reason(), Reason::Ok);
+    }
+    assert_eq!(answered(&replica).await.reason(), Reason::QuotaExceeded);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_that_is_alone_waits_for_no_database() {
+    let limited = Limited::new(1, vec![], Some(100));
+    let replica = Replica::start(&limited, &LimitSettings::default(), clock()).await;
+    for _ in 0..100 {
+        assert_eq!(replica.ask(1).await.unwrap().reason(), Reason::Ok);
+    }
+    assert_eq!(replica.ask(1).await.unwrap().reason(), Reason::QuotaExceeded);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_used_while_a_write_failed_is_counted_once_when_it_succeeds() {
+    let folder = tempfile::tempdir().unwrap();
+    let (away, limited) = (open(folder.path()).await, Limited::new(1, vec![], Some(1_000)));
+    let replica = Replica::start(&limited, &LimitSettings::default(), clock()).await;
+    away.close().await;
+    replica.ask(5).await.unwrap();
+    assert!(replica.engine.usage.flush(&*away).await.is_err());
+    replica.ask(6).await.unwrap();
+    let store = open_again(folder.path()).await;
+    flush(&replica, &store).await;
+    assert_eq!(spent(&store).await, 11);
+    replica.ask(7).await.unwrap();
+    flush(&replica, &store).await;
+    assert_eq!(spent(&store).await, 18);
+    flush(&replica, &store).await;
+    assert_eq!(spent(&store).await, 18, "nothing is written twice");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_hears_what_others_used_when_it_writes() {
+    let folder = tempfile::tempdir().unwrap();
+    let (store, limited) = (open(folder.path()).await, Limited::new(1, vec![], Some(10_000)));
+    let one = Replica::start(&limited, &shared(), clock()).await;
+    let other = Replica::start(&limited, &shared(), clock()).await;
+    one.ask(40).await.unwrap();
+    flush(&one, &store).await;
+    assert_eq!(other.ask(1).await.unwrap().limits.standings[0].2.remaining, 9_999);
+    flush(&other, &store).await;
+    assert_eq!(other.ask(1).await.unwrap().limits.standings[0].2.remaining, 9_958);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_quota_starts_afresh_with_its_period_in_the_database_too() {
+    let folder = tempfile::tempdir().unwrap();
+    let (store, limited, now) = (open(folder.path()).await, Limited::new(1, vec![], Some(10)), clock());
+    let replica = Replica::start(&limited, &shared(), now.clone()).await;
+    replica.ask(7).await.unwrap();
+    flush(&replica, &store).await;
+    replica.ask(1).await.unwrap();
+    now.advance(Duration::from_secs(DAY));
+    assert_eq!(replica.ask(10).await.unwrap().reason(), Reason::Ok);
+    assert_eq!(replica.ask(1).await.unwrap().reason(), Reason::QuotaExceeded);
+    flush(&replica, &store).await;
+    assert_eq!(spent(&store).await, 10);
+    let budget = replica.engine.index.find(&limited.token.digest()).unwrap().budget;
+    let total = Spent { period: Timestamp::from_micros((START + DAY as i64) * 1_000_000), used: 3 };
+    budget.restore(total);
+    assert_eq!(replica.ask(7).await.unwrap().reason(), Reason::Ok, "as after a start");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn with_rate_limits_in_redis_a_quota_stays_in_the_database() {
+    let (redis, folder) = (RedisServer::start(), tempfile::tempdir().unwrap());
+    let limits = vec![rate("requests", 1_000, Duration::from_secs(DAY))];
+    let (store, limited) = (open(folder.path()).await, Limited::new(1, limits, Some(100)));
+    let settings = LimitSettings { redis: Some(redis.settings()), ..shared() };
+    let one = Replica::start(&limited, &settings, clock()).await;
+    let other = Replica::start(&limited, &settings, clock()).await;
+    for replica in [&one, &other] {
+        assert_eq!(replica.ask(30).await.unwrap().reason(), Reason::Ok);
+        flush(replica, &store).await;
+    }
+    assert_eq!(spent(&store).await, 60);
+    let told = other.ask(1).await.unwrap().limits.standings;
+    assert_eq!((told[0].2.remaining, told[1].2.remaining), (939, 39));
+}

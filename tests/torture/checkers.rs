@@ -3,6 +3,7 @@
 //! wakes up to questions of every age.
 
 use std::{
+    collections::VecDeque,
     sync::{Arc, Mutex, PoisonError, atomic::Ordering},
     time::Duration,
 };
@@ -27,6 +28,8 @@ const IMPATIENT: Duration = Duration::from_millis(25);
 const AT_ONCE: usize = 48;
 /// So many dead keys are remembered.
 const GRAVES: usize = 4_000;
+/// So many of them are fresh.
+const FRESH: usize = 16;
 
 /// What there is to ask.
 pub(crate) struct Board {
@@ -36,7 +39,7 @@ pub(crate) struct Board {
     pub(crate) stock: Vec<Arc<Asked>>,
     /// What must never be allowed.
     pub(crate) never: Vec<Arc<Asked>>,
-    graves: Mutex<Vec<Arc<Asked>>>,
+    graves: Mutex<VecDeque<Arc<Asked>>>,
 }
 
 impl Board {
@@ -45,28 +48,29 @@ impl Board {
         Board { hot, stock, never, graves: Mutex::default() }
     }
 
-    /// A key that is dead, to be asked about for ever.
-    pub(crate) fn bury(&self, asked: Arc<Asked>, dice: &mut Dice) {
+    /// A key that is dead, to be asked about for long.
+    pub(crate) fn bury(&self, asked: Arc<Asked>) {
         let mut graves = self.graves.lock().unwrap_or_else(PoisonError::into_inner);
-        if graves.len() < GRAVES {
-            graves.push(asked);
-        } else {
-            let at = dice.below(GRAVES as u64) as usize;
-            graves[at] = asked;
+        if graves.len() == GRAVES {
+            graves.pop_front();
         }
+        graves.push_back(asked);
     }
 
+    /// One of the dead; every other time a fresh one, which a replica that was silent may not know to be dead.
     fn grave(&self, dice: &mut Dice) -> Option<Arc<Asked>> {
         let graves = self.graves.lock().unwrap_or_else(PoisonError::into_inner);
-        (!graves.is_empty()).then(|| graves[dice.below(graves.len() as u64) as usize].clone())
+        let among = if dice.one_in(2) { graves.len().min(FRESH) } else { graves.len() };
+        let at = graves.len().checked_sub(1 + dice.below(among as u64) as usize)?;
+        graves.get(at).cloned()
     }
 
     fn pick(&self, squad: usize, dice: &mut Dice) -> Arc<Asked> {
         let pick =
             |from: &[Arc<Asked>], dice: &mut Dice| from[dice.below(from.len() as u64) as usize].clone();
         let asked = match dice.below(100) {
-            0..80 => self.hot[squad].load_full(),
-            80..88 => self.grave(dice),
+            0..70 => self.hot[squad].load_full(),
+            70..88 => self.grave(dice),
             88..90 => Some(pick(&self.never, dice)),
             _ => None,
         };

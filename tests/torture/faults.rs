@@ -175,12 +175,13 @@ impl Lane {
             Fault::CutBack => self.weather(at, Weather { cut_back: true, ..calm }),
             Fault::Refuse => self.weather(at, Weather { refuse: true, ..calm }),
             Fault::SlowPause => {
-                // Slow, and not too slow for a renewal to be answered in time.
-                let third = u64::try_from(self.world.lease.as_millis()).unwrap() / 20;
-                let delay = Duration::from_millis(self.dice.between(third / 2, third * 4 / 3));
+                // Slow, and not too slow for a renewal to be answered in time: so one is under way most of the time. What
+                // was begun when it stood still is OK before it goes on.
+                let twentieth = u64::try_from(self.world.lease.as_millis()).unwrap() / 20;
+                let delay = Duration::from_millis(self.dice.between(twentieth, twentieth * 7 / 5));
                 world.cut(at, Weather { delay, ..calm });
-                self.wait(1, 6);
-                replica.pause(self.tenths(10, 20));
+                self.wait(2, 8);
+                replica.pause(self.tenths(13, 22));
                 self.wait(1, 4);
                 world.cut(at, calm);
             }

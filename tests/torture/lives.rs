@@ -122,7 +122,7 @@ impl Squad {
     /// Asked about for a while, it is buried.
     pub(crate) async fn bury(&mut self, asked: Arc<Asked>) {
         self.owner.linger(20, 500).await;
-        self.board.bury(asked, &mut self.owner.dice);
+        self.board.bury(asked);
     }
 
     async fn revoked(&mut self) -> Result<(), GaveUp> {

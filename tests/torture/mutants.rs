@@ -107,7 +107,6 @@ pub(crate) fn run(usual: &Run, named: &[String]) -> bool {
     table.load_style(presets::UTF8_BORDERS_ONLY).set_header([
         "left out",
         "noticed",
-        "as",
         "what brings it to light",
     ]);
     let mut all = true;

@@ -15,7 +15,7 @@ help: ## Print the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: test
-test: tools fmt-check buf lint doc deny cargo-test ## Check everything: what a change must pass
+test: tools fmt-check buf lint doc deny cargo-test torture-briefly ## Check everything: what a change must pass
 	@echo '==> all passed'
 
 # Every step below compiles in the dev profile, so that each dependency is built once.
@@ -54,6 +54,27 @@ cargo-test: ## Run the tests; they start grpcurl, Envoy, nginx, PostgreSQL, pgbo
 	@tools/install grpcurl envoy nginx postgres pgbouncer redis
 	$(call run,cargo test --quiet --locked --no-run)
 	$(call run,cargo test --locked)
+
+# For as long as a person waits; `make torture` is for longer.
+.PHONY: torture-briefly
+torture-briefly: ## Torture three replicas on PostgreSQL for two minutes
+	@tools/install postgres pgbouncer
+	$(call run,cargo test --quiet --locked --test torture -- --minutes 2)
+
+# Optimised, so that more happens in a minute. `make torture SEED=n` repeats the choices of a run.
+MINUTES ?= 10
+.PHONY: torture
+torture: ## Torture three replicas on PostgreSQL (MINUTES=10)
+	@tools/install postgres pgbouncer
+	$(call run,cargo test --quiet --locked --release --test torture -- --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)))
+
+# One crate is compiled again, with a switch that no other build has; it stands apart from the usual binary.
+.PHONY: torture-mutants
+torture-mutants: ## Torture builds that leave out a rule each, until that is noticed (MINUTES=3 each)
+	@tools/install postgres pgbouncer
+	$(call run,RUSTC_WORKSPACE_WRAPPER=$(CURDIR)/tools/breakable cargo build --quiet --locked --bin keyward)
+	@mkdir -p target/breakable && cp target/debug/keyward target/breakable/keyward
+	$(call run,KEYWARD_BIN=$(CURDIR)/target/breakable/keyward cargo test --quiet --locked --test torture -- --mutants --minutes $(if $(filter command%,$(origin MINUTES)),$(MINUTES),3))
 
 .PHONY: descriptors
 descriptors: ## Write the descriptor set for Envoy's JSON transcoder: deploy/envoy/keyward.pb

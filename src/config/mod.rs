@@ -1,6 +1,8 @@
 //! Settings: flags, environment and files become values that are valid already. The only place that reads the
 //! environment, and it holds no logic of the product.
 
+#[cfg(keyward_breakable)]
+pub mod breakage;
 pub mod client;
 pub mod duration;
 mod gateway;

@@ -220,18 +220,46 @@ impl Engine {
     /// # Errors
     /// When the state here is not good enough to answer, or the limits cannot be counted; that is no verdict.
     pub async fn check(&self, asker: &AccountId, question: &Question<'_>) -> Result<Answer, CannotAnswer> {
-        let judged = self.lease.check(
-            || self.clock.boottime(),
-            |fresh| {
-                // Before the look-up: what is found is at least as new.
-                let revision = self.fresh(question.min_revision)?;
-                self.judge(asker, question, revision, fresh)
-            },
-        )?;
+        let judged = self.judge_under_lease(asker, question)?;
         let mut answer = self.charge(question, judged).await?;
         answer.staleness = self.lease.staleness(|| self.clock.boottime());
         self.answered[answer.reason() as usize].fetch_add(1, Ordering::Relaxed);
         Ok(answer)
+    }
+
+    /// Reads the deadline, then the clock, and judges after.
+    fn judge_under_lease(&self, asker: &AccountId, question: &Question<'_>) -> Result<Judged, CannotAnswer> {
+        let judge = |fresh| {
+            // Before the look-up: what is found is at least as new.
+            let revision = self.fresh(question.min_revision)?;
+            self.judge(asker, question, revision, fresh)
+        };
+        #[cfg(keyward_breakable)]
+        if let Some(judged) = self.judge_before_lease(judge) {
+            return judged;
+        }
+        self.lease.check(|| self.clock.boottime(), judge)
+    }
+
+    /// As it must not be, where a process is told to do so: judges, and reads the deadline after. A stall between, now
+    /// and then while there is no lease, makes a window of nanoseconds wide enough to be hit.
+    #[cfg(keyward_breakable)]
+    #[expect(clippy::disallowed_methods, reason = "whatever else this thread serves is to wait")]
+    fn judge_before_lease(
+        &self,
+        judge: impl FnOnce(bool) -> Result<Judged, CannotAnswer>,
+    ) -> Option<Result<Judged, CannotAnswer>> {
+        use crate::domain::lease::{Kept, Rule, Rules as _};
+        if Kept.keep(Rule::DeadlineBeforeLookUp) {
+            return None;
+        }
+        static STALE: AtomicU64 = AtomicU64::new(0);
+        let judged = judge(true);
+        if !self.may_allow() && STALE.fetch_add(1, Ordering::Relaxed).is_multiple_of(32) {
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        let allowed = judged.as_ref().is_ok_and(|judged| judged.answer.reason() == Reason::Ok);
+        Some(if allowed && !self.may_allow() { Err(CannotAnswer::LeaseLost) } else { judged })
     }
 
     /// Finds the key and decides by what is known of it; awaits nothing. The limits are not asked yet.

@@ -28,6 +28,7 @@ mod ext_authz;
 mod forward_auth;
 mod grpcurl;
 mod http;
+mod judge;
 mod keys;
 mod lease;
 mod lifecycle;

@@ -19,7 +19,7 @@ use crate::process::wait_for;
 const ROLE: &str = "keyward";
 
 /// Where the server's programs are: those on PATH, or the newest that Debian has installed.
-fn programs() -> &'static Path {
+pub(crate) fn programs() -> &'static Path {
     static FOUND: OnceLock<PathBuf> = OnceLock::new();
     FOUND.get_or_init(|| {
         let path = std::env::var_os("PATH").unwrap_or_default();
@@ -41,7 +41,7 @@ fn programs() -> &'static Path {
     })
 }
 
-fn pgbouncer() -> PathBuf {
+pub(crate) fn pgbouncer() -> PathBuf {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path)
         .chain([PathBuf::from("/usr/sbin")])
@@ -68,7 +68,7 @@ fn id(kind: &str, user: Option<&str>) -> Option<u32> {
 }
 
 /// A program as the user who may run it.
-fn command(program: impl AsRef<OsStr>) -> Command {
+pub(crate) fn command(program: impl AsRef<OsStr>) -> Command {
     match stand_in() {
         None => Command::new(program),
         Some(user) => {
@@ -80,15 +80,29 @@ fn command(program: impl AsRef<OsStr>) -> Command {
     }
 }
 
+/// Runs a program that must succeed.
 #[track_caller]
-fn done(command: &mut Command) -> Output {
+pub(crate) fn done(command: &mut Command) -> Output {
     let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
     assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
     output
 }
 
+/// `psql` with these statements, as the superuser.
+pub(crate) fn psql(socket: &Path, database: &str, sql: &str) -> Command {
+    let mut psql = command(programs().join("psql"));
+    psql.args(["-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-U", "postgres", "-d", database]);
+    psql.arg("-h").arg(socket).args(["-c", sql]);
+    psql
+}
+
+/// What a program printed.
+pub(crate) fn printed(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).trim().to_owned()
+}
+
 /// A folder for the user who runs the servers. Its name is short: a socket's path is at most 107 bytes.
-fn folder() -> tempfile::TempDir {
+pub(crate) fn folder() -> tempfile::TempDir {
     let folder = tempfile::Builder::new().prefix("kw").tempdir().unwrap();
     if let Some(user) = stand_in() {
         chown(folder.path(), id("-u", Some(user)), id("-g", Some(user))).unwrap();
@@ -211,10 +225,7 @@ impl Cluster {
     /// Runs statements as the superuser: what they print, a line for each row.
     #[track_caller]
     pub(crate) fn sql(&self, database: &str, sql: &str) -> String {
-        let mut psql = command(programs().join("psql"));
-        psql.args(["-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-U", "postgres", "-d", database]);
-        let output = done(psql.arg("-h").arg(self.socket()).args(["-c", sql]));
-        String::from_utf8(output.stdout).unwrap().trim().to_owned()
+        printed(&done(&mut psql(self.socket(), database, sql)))
     }
 
     /// A new database that belongs to Keyward's role, with an order of text that is not that of its bytes.

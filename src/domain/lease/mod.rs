@@ -55,6 +55,8 @@ pub use boottime::Boottime;
 pub use collector::Collector;
 pub use replica::{Renewal, Replica, Reply};
 pub use revoker::Revoker;
+#[cfg(keyward_breakable)]
+pub use rules::leave_out;
 pub use rules::{Kept, Rule, Rules};
 pub use terms::Lease;
 

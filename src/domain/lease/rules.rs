@@ -2,7 +2,9 @@
 //!
 //! Leaving one out is how the simulator proves that it would notice: it runs the same state machines with one
 //! rule less. The server runs them with [`Kept`], which has no way to break a rule: there the question is
-//! answered when the code is compiled.
+//! answered when the code is compiled. But for one build, which nobody serves from: with `--cfg keyward_breakable`
+//! (`make torture-mutants`) a process may be told at its start to leave out one rule, so that the torture of real
+//! processes proves too that it would notice.
 
 /// A rule. What follows its name is what goes wrong without it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,8 +80,24 @@ pub trait Rules {
 pub struct Kept;
 
 impl Rules for Kept {
+    #[cfg(not(keyward_breakable))]
     #[inline]
     fn keep(&self, _: Rule) -> bool {
         true
     }
+
+    #[cfg(keyward_breakable)]
+    fn keep(&self, rule: Rule) -> bool {
+        LEFT_OUT.get() != Some(&rule)
+    }
+}
+
+#[cfg(keyward_breakable)]
+static LEFT_OUT: std::sync::OnceLock<Rule> = std::sync::OnceLock::new();
+
+/// Leaves a rule out from now on, for as long as the process runs. The first one told counts.
+#[cfg(keyward_breakable)]
+pub fn leave_out(rule: Rule) {
+    // Nobody tells it twice.
+    let _ = LEFT_OUT.set(rule);
 }

@@ -14,6 +14,12 @@ impl Dice {
         Dice(ChaCha8Rng::seed_from_u64(seed))
     }
 
+    /// Chance of its own for somebody else.
+    #[allow(dead_code, reason = "the torture forks it")]
+    pub(super) fn fork(&mut self) -> Dice {
+        Dice::new(self.0.next_u64())
+    }
+
     /// A number less than `end`.
     pub(super) fn below(&mut self, end: u64) -> u64 {
         let wide = u128::from(self.0.next_u64()) * u128::from(end);

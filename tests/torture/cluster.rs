@@ -1,0 +1,243 @@
+//! PostgreSQL as it is run where nothing may be lost: a primary and a synchronous standby, which take over from each
+//! other. Where the primary is, the links are told.
+//!
+//! What the promise assumes of a database is kept here, or a run would show nothing: a standby takes over only while
+//! commits wait for it, and after it has once caught up with everything that a restarted primary came back with.
+
+use std::path::{Path, PathBuf};
+
+use rustix::process::Signal;
+
+use crate::{
+    guard::Guarded,
+    postgres::{command, done, folder, printed, programs, psql},
+    process::wait_for,
+};
+
+const DATABASE: &str = "keyward";
+const ROLE: &str = "keyward";
+/// What the standby calls itself, whichever node it is.
+const STANDBY: &str = "standby";
+
+/// A wall clock that can be set without setting the machine's: the one that SQL asks is another function.
+const WALL: &str = "\
+    CREATE TABLE public.wall (ahead interval NOT NULL); INSERT INTO public.wall VALUES ('0'); \
+    GRANT SELECT ON public.wall TO PUBLIC; \
+    ALTER FUNCTION pg_catalog.clock_timestamp() RENAME TO true_clock_timestamp; \
+    CREATE FUNCTION pg_catalog.clock_timestamp() RETURNS timestamptz LANGUAGE sql VOLATILE AS \
+    'SELECT pg_catalog.true_clock_timestamp() + (SELECT ahead FROM public.wall)'";
+
+struct Node {
+    folder: tempfile::TempDir,
+    server: Option<Guarded>,
+}
+
+impl Node {
+    fn new() -> Node {
+        Node { folder: folder(), server: None }
+    }
+
+    fn data(&self) -> PathBuf {
+        self.folder.path().join("data")
+    }
+
+    fn log(&self) -> PathBuf {
+        self.folder.path().join("log")
+    }
+
+    fn run(&mut self) {
+        let sockets = format!("unix_socket_directories={}", self.folder.path().display());
+        let mut postgres = std::process::Command::new(programs().join("postgres"));
+        postgres.arg("-D").arg(self.data());
+        for setting in [
+            &*sockets,
+            "listen_addresses=",
+            "max_connections=200",
+            "shared_buffers=64MB",
+            "hot_standby=on",
+            "wal_retrieve_retry_interval=200ms",
+            "wal_receiver_status_interval=1s",
+            "log_min_messages=warning",
+        ] {
+            postgres.args(["-c", setting]);
+        }
+        self.server = Some(Guarded::start(command("/bin/sh"), &self.log(), &self.log(), &postgres));
+    }
+
+    fn server(&self) -> &Guarded {
+        self.server.as_ref().expect("this node runs")
+    }
+
+    fn is_ready(&self) -> bool {
+        let mut ready = command(programs().join("pg_isready"));
+        ready.arg("-q").arg("-h").arg(self.folder.path()).output().unwrap().status.success()
+    }
+
+    /// Runs the server until it answers. One that was killed may leave shared memory that its last process holds on
+    /// to for a moment, so it is tried again.
+    fn start(&mut self) {
+        self.run();
+        wait_for("PostgreSQL to start", || {
+            if self.server().has_ended() {
+                self.server = None;
+                self.run();
+            }
+            self.is_ready().then_some(())
+        });
+    }
+
+    fn sql(&self, sql: &str) -> Option<String> {
+        asked(self.folder.path(), DATABASE, sql)
+    }
+}
+
+/// The two servers.
+pub(crate) struct Cluster {
+    nodes: [Node; 2],
+    primary: usize,
+}
+
+impl Cluster {
+    /// Makes both, with an empty database for Keyward.
+    pub(crate) fn start() -> Cluster {
+        let mut cluster = Cluster { nodes: [Node::new(), Node::new()], primary: 0 };
+        let mut initdb = command(programs().join("initdb"));
+        initdb.args(["--username=postgres", "--auth=trust", "--encoding=UTF8", "--locale=C.UTF-8"]);
+        done(initdb.arg("--no-sync").arg("--pgdata").arg(cluster.nodes[0].data()));
+        cluster.nodes[0].start();
+        let folder = cluster.primary().folder.path();
+        for sql in [format!("CREATE ROLE {ROLE} LOGIN"), format!("CREATE DATABASE {DATABASE} OWNER {ROLE}")] {
+            asked(folder, "postgres", &sql).expect("a new server takes it");
+        }
+        cluster.must(WALL);
+        cluster.make_standby();
+        cluster
+    }
+
+    /// Where the primary is.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.nodes[self.primary].folder.path().join(".s.PGSQL.5432")
+    }
+
+    /// Keyward's URL for its database at this address.
+    pub(crate) fn url(address: std::net::SocketAddr) -> String {
+        format!("postgres://{ROLE}@{address}/{DATABASE}?sslmode=disable")
+    }
+
+    /// The logs of both servers.
+    pub(crate) fn logs(&self) -> Vec<PathBuf> {
+        self.nodes.iter().map(Node::log).collect()
+    }
+
+    /// Runs statements on the primary as the superuser, in Keyward's database.
+    pub(crate) fn must(&self, sql: &str) -> String {
+        self.primary().sql(sql).unwrap_or_else(|| panic!("PostgreSQL refuses {sql}"))
+    }
+
+    /// Sets the wall clock that Keyward's database shows, so many seconds on or back.
+    pub(crate) fn step_wall(&self, seconds: i64) {
+        self.must(&format!("UPDATE public.wall SET ahead = ahead + interval '{seconds} s'"));
+    }
+
+    fn primary(&self) -> &Node {
+        &self.nodes[self.primary]
+    }
+
+    fn standby(&self) -> &Node {
+        &self.nodes[1 - self.primary]
+    }
+
+    /// Copies the primary to the other node, starts that as its standby, and has commits wait for it.
+    fn make_standby(&mut self) {
+        let from = self.primary().folder.path().to_owned();
+        let node = &mut self.nodes[1 - self.primary];
+        node.server = None;
+        remove(&node.data());
+        let mut copy = command(programs().join("pg_basebackup"));
+        copy.args(["-U", "postgres", "-c", "fast", "--no-sync", "-D"]).arg(node.data());
+        copy.arg("-d").arg(format!("host={} application_name={STANDBY}", from.display()));
+        done(copy.arg("-R"));
+        node.start();
+        wait_for("the standby to follow", || {
+            let state = self.primary().sql("SELECT state FROM pg_stat_replication")?;
+            (state == "streaming").then_some(())
+        });
+        self.commits_wait_for(STANDBY);
+        self.wait_for_standby();
+    }
+
+    fn commits_wait_for(&self, standbys: &str) {
+        self.must(&format!("ALTER SYSTEM SET synchronous_standby_names = '{standbys}'"));
+        self.must("SELECT pg_reload_conf()");
+    }
+
+    /// Waits until the standby has everything that can be seen on the primary now; later commits wait for it.
+    fn wait_for_standby(&self) {
+        wait_for("the standby to have everything", || {
+            let caught_up = "SELECT sync_state = 'sync' AND flush_lsn >= pg_current_wal_flush_lsn() \
+                             FROM pg_stat_replication";
+            (self.primary().sql(caught_up)? == "t").then_some(())
+        });
+    }
+
+    /// Kills every process of the primary, and starts it again.
+    pub(crate) fn kill_primary(&mut self) {
+        let node = &mut self.nodes[self.primary];
+        node.server = None;
+        node.start();
+        self.wait_for_standby();
+    }
+
+    /// Ends the primary without a checkpoint (`pg_ctl stop -m immediate`), and starts it again.
+    pub(crate) fn stop_primary_at_once(&mut self) {
+        let node = &mut self.nodes[self.primary];
+        node.server().signal(Signal::QUIT);
+        node.server.take().expect("it ran").ended();
+        node.start();
+        self.wait_for_standby();
+    }
+
+    /// The standby becomes the primary. The old one is killed before, or goes on, cut off from everything new.
+    pub(crate) fn promote(&mut self, old_goes_on: bool) {
+        self.wait_for_standby();
+        if !old_goes_on {
+            self.nodes[self.primary].server = None;
+        }
+        self.primary = 1 - self.primary;
+        self.must("SELECT pg_promote(true, 60)");
+        self.commits_wait_for("");
+    }
+
+    /// The old primary, which went on, is killed.
+    pub(crate) fn kill_old(&mut self) {
+        self.nodes[1 - self.primary].server = None;
+    }
+
+    /// Makes a standby of whatever is left of the old primary.
+    pub(crate) fn rebuild(&mut self) {
+        self.make_standby();
+    }
+
+    /// Stops or continues every process of the primary.
+    pub(crate) fn signal_primary(&self, signal: Signal) {
+        self.primary().server().signal_all(signal);
+    }
+
+    /// Stops or continues every process of the standby.
+    pub(crate) fn signal_standby(&self, signal: Signal) {
+        self.standby().server().signal_all(signal);
+    }
+}
+
+/// What the statements print; None = the server does not take them now.
+fn asked(socket: &Path, database: &str, sql: &str) -> Option<String> {
+    let output = psql(socket, database, sql).output().unwrap();
+    output.status.success().then(|| printed(&output))
+}
+
+fn remove(folder: &Path) {
+    match std::fs::remove_dir_all(folder) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => panic!("{}: {error}", folder.display()),
+        _ => {}
+    }
+}

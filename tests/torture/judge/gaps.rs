@@ -1,0 +1,54 @@
+//! How long there was no answer. A replica gives a definite answer when it allows: a denial needs no lease, so it
+//! shows little; and live keys are asked about all the time.
+
+use std::collections::BTreeMap;
+
+use super::{Answer, Check, Nanos};
+
+/// Shorter ones are the machine's.
+const SHORTEST: Nanos = 20_000_000;
+
+/// A time without a definite answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Gap {
+    /// Of this replica; None = of all of them.
+    pub(crate) replica: Option<u8>,
+    pub(crate) from: Nanos,
+    pub(crate) to: Nanos,
+}
+
+impl Gap {
+    pub(crate) fn length(self) -> Nanos {
+        self.to - self.from
+    }
+}
+
+/// All that were longer than the shortest.
+#[derive(Debug, Default)]
+pub(crate) struct Gaps {
+    last: BTreeMap<Option<u8>, Nanos>,
+    pub(crate) seen: Vec<Gap>,
+}
+
+impl Gaps {
+    /// Takes the next Check, in the order of their returns.
+    pub(super) fn hear(&mut self, check: &Check) {
+        if check.answer == Answer::Allowed {
+            for replica in [None, Some(check.replica)] {
+                let from = self.last.insert(replica, check.returned).unwrap_or(check.returned);
+                let gap = Gap { replica, from, to: check.returned };
+                self.seen.extend((gap.length() >= SHORTEST).then_some(gap));
+            }
+        }
+    }
+
+    /// When the replica allowed last.
+    pub(crate) fn last(&self, replica: u8) -> Option<Nanos> {
+        self.last.get(&Some(replica)).copied()
+    }
+
+    /// The longest of those that match.
+    pub(crate) fn longest(&self, matches: impl Fn(&Gap) -> bool) -> Option<Gap> {
+        self.seen.iter().filter(|gap| matches(gap)).max_by_key(|gap| gap.length()).copied()
+    }
+}

@@ -1,0 +1,155 @@
+//! Builds with a planted breakage: the same torture of real processes must notice each. A harness that has never failed
+//! shows nothing.
+//!
+//! They need a build with `--cfg keyward_breakable` (`make torture-mutants` makes one): there a process leaves out the
+//! rule that `KEYWARD_BREAK` names, and its clock runs as `KEYWARD_CLOCK_RATE` says.
+
+use std::{path::Path, process::Command, time::Duration};
+
+use comfy_table::{Table, presets};
+use keyward::domain::lease::Rule;
+
+use crate::{faults::Fault, run::Run};
+
+/// One breakage, and what brings it to light.
+struct Mutant {
+    rule: Rule,
+    /// The faults that are needed; others would only be in the way.
+    faults: &'static [Fault],
+    /// How fast each replica's clock runs, in thousandths, where that matters.
+    clocks: &'static [u32],
+    /// Why these.
+    why: &'static str,
+}
+
+/// Clocks at the ends of what the promise allows.
+const APART: &[u32] = &[900, 1100, 1100];
+const SILENT: &[Fault] = &[Fault::Cut, Fault::CutThere, Fault::CutBack];
+
+/// The eleven of the protocol's design.
+const MUTANTS: [Mutant; 11] = [
+    Mutant {
+        rule: Rule::RevokeWaits,
+        faults: &[Fault::Slow, Fault::Cut],
+        clocks: &[],
+        why: "a replica that hears late still allows",
+    },
+    Mutant {
+        rule: Rule::RetryWaits,
+        faults: SILENT,
+        clocks: &[],
+        why: "a Revoke that timed out on a silent replica is sent again",
+    },
+    Mutant {
+        rule: Rule::DriftIsCovered,
+        faults: SILENT,
+        clocks: APART,
+        why: "a slow clock holds a lease for longer than a fast one waits",
+    },
+    Mutant {
+        rule: Rule::LostRowsAreWaitedOut,
+        faults: &[Fault::LoseRows],
+        clocks: &[],
+        why: "a replica that is left with the old primary is on no list",
+    },
+    Mutant {
+        rule: Rule::LeaseEnds,
+        faults: &[Fault::Cut, Fault::CutThere, Fault::CutBack, Fault::Pause],
+        clocks: &[],
+        why: "a replica that is cut off for longer than its lease",
+    },
+    Mutant {
+        rule: Rule::LeaseCountsFromSending,
+        faults: &[Fault::SlowPause],
+        clocks: &[],
+        why: "an answer that waits while the process stands still",
+    },
+    Mutant {
+        rule: Rule::MapBeforeDeadline,
+        faults: SILENT,
+        clocks: &[],
+        why: "the renewal after a long silence brings changes and a lease at once",
+    },
+    Mutant {
+        rule: Rule::DeadlineBeforeLookUp,
+        faults: SILENT,
+        clocks: &[],
+        why: "the lease comes back while a Check is between its two steps",
+    },
+    Mutant {
+        rule: Rule::RegisterBeforeSnapshot,
+        faults: &[Fault::Restart],
+        clocks: &[],
+        why: "a Revoke between a new process's snapshot and its row",
+    },
+    Mutant {
+        rule: Rule::ApplyBeforeAck,
+        faults: &[Fault::Refuse],
+        clocks: &[],
+        why: "a renewal that brings changes acknowledges them before they are applied",
+    },
+    Mutant {
+        rule: Rule::DeadAreWatched,
+        faults: &[Fault::Cut, Fault::CutThere, Fault::CutBack, Fault::StepWall],
+        clocks: &[],
+        why: "the database's wall clock is set on while a replica is silent",
+    },
+];
+
+/// Runs each until it is noticed, at most for as long as `usual` lasts, and before them the same build with nothing
+/// left out, which must hold; or only those named. Whether all were noticed.
+pub(crate) fn run(usual: &Run, named: &[String]) -> bool {
+    assert!(
+        is_breakable(&usual.plan.setup.program),
+        "KEYWARD_BIN is no breakable build: run 'make torture-mutants'"
+    );
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_BORDERS_ONLY).set_header([
+        "left out",
+        "noticed",
+        "what brings it to light",
+    ]);
+    let mut all = true;
+    if named.is_empty() {
+        all = control(usual).run().held;
+        let said = if all { "nothing to notice" } else { "NOT HELD" };
+        table.add_row(["nothing", said, "clocks at the ends of what is allowed"]);
+    }
+    let wanted = |mutant: &&Mutant| named.is_empty() || named.contains(&format!("{:?}", mutant.rule));
+    for mutant in MUTANTS.iter().filter(wanted) {
+        println!("\n==== left out: {:?}", mutant.rule);
+        let ran = broken(usual, mutant).run();
+        all &= ran.noticed.is_some();
+        let noticed = ran.noticed.map(|after| format!("after {:.0} s", after.as_secs_f64()));
+        let noticed = noticed.unwrap_or_else(|| "NOT NOTICED".to_owned());
+        table.add_row([format!("{:?}", mutant.rule), noticed, mutant.why.to_owned()]);
+    }
+    println!("\n{table}");
+    all
+}
+
+/// Nothing left out: what the others are held against.
+fn control(usual: &Run) -> Run {
+    println!("\n==== nothing left out, clocks 10 % apart");
+    let mut run = usual.clone();
+    run.plan.clocks = APART.to_vec();
+    run.length = usual.length.min(Duration::from_secs(60));
+    run
+}
+
+fn broken(usual: &Run, mutant: &Mutant) -> Run {
+    let mut run = usual.clone();
+    run.plan.setup.environment.push(("KEYWARD_BREAK".to_owned(), format!("{:?}", mutant.rule)));
+    run.plan.clocks = mutant.clocks.to_vec();
+    run.faults = mutant.faults.to_vec();
+    // A slow clock is only the first one's.
+    run.victim = (!mutant.clocks.is_empty()).then_some(0);
+    run.until_allowed = true;
+    run
+}
+
+/// A build that can be broken refuses to break a rule that there is not; others do not look.
+fn is_breakable(program: &Path) -> bool {
+    let said = Command::new(program).arg("--version").env("KEYWARD_BREAK", "Nothing").output();
+    !said.unwrap().status.success()
+}

@@ -1,0 +1,219 @@
+//! A run from beginning to end: start everything, let everybody work, judge all along, heal, look once more, report.
+
+use std::{
+    sync::Arc,
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use crate::{
+    checkers::Checker,
+    dice::Dice,
+    faults::{Fault, Lane},
+    field::Field,
+    judge::{Judge, Nanos, Rule},
+    lives::Squad,
+    owner::Owner,
+    report::Outcome,
+    stock,
+    world::{Plan, World},
+};
+
+/// How often what was recorded is judged.
+const JUDGE_EVERY: Duration = Duration::from_millis(500);
+/// Judged when so old: by then what came soon after it is known as well.
+const SETTLED: Nanos = 1_200_000_000;
+/// How soon each replica must answer again when nothing is wrong any more.
+const RECOVERY: Duration = Duration::from_secs(30);
+
+/// What a run is to be.
+#[derive(Clone, Debug)]
+pub(crate) struct Run {
+    pub(crate) seed: u64,
+    pub(crate) length: Duration,
+    pub(crate) squads: usize,
+    pub(crate) plan: Plan,
+    /// What may go wrong.
+    pub(crate) faults: Vec<Fault>,
+    /// The one replica that is struck; None = any.
+    pub(crate) victim: Option<usize>,
+    /// Whether it ends when the first rule is broken: the one that all others are for.
+    pub(crate) until_allowed: bool,
+}
+
+/// What came of it.
+pub(crate) struct Ran {
+    pub(crate) held: bool,
+    /// When it was noticed that the first rule was broken.
+    pub(crate) noticed: Option<Duration>,
+}
+
+impl Run {
+    /// Does it all.
+    pub(crate) fn run(&self) -> Ran {
+        let mut dice = Dice::new(self.seed);
+        let world = Arc::new(World::start(&self.plan));
+        let clients = self.clients(&world, &mut dice);
+        let lanes = self.lanes(&world, &mut dice);
+        let tender = tend(world.clone());
+        let mut judge = Judge::default();
+        let began = Instant::now();
+        let mut noticed = None;
+        while began.elapsed() < self.length && !(self.until_allowed && noticed.is_some()) {
+            std::thread::sleep(JUDGE_EVERY);
+            self.judge(&world, &mut judge, false);
+            if judge.count(Rule::AllowedAfterNarrowing) > 0 {
+                noticed.get_or_insert_with(|| began.elapsed());
+            }
+            assert!(!lanes.iter().any(JoinHandle::is_finished) || world.is_calm(), "the faults have ended");
+        }
+        let length = began.elapsed();
+        world.calm_down();
+        for lane in lanes {
+            lane.join().unwrap();
+        }
+        self.recover(&world, &mut judge);
+        world.field.stop();
+        world.runtime.block_on(async {
+            for client in clients {
+                client.await.unwrap();
+            }
+        });
+        world.audit_all();
+        self.judge(&world, &mut judge, true);
+        if judge.count(Rule::AllowedAfterNarrowing) > 0 {
+            noticed.get_or_insert(length);
+        }
+        tender.stop();
+        self.end(&world, &mut judge);
+        let held = Outcome { seed: self.seed, judge: &judge, world: &world, length }.print();
+        if !held && !self.until_allowed {
+            self.keep_logs(&world);
+        }
+        Ran { held, noticed }
+    }
+
+    fn clients(&self, world: &World, dice: &mut Dice) -> Vec<tokio::task::JoinHandle<()>> {
+        let field = &world.field;
+        let board = Arc::new(world.runtime.block_on(stock::prepare(field, self.squads, dice)));
+        let mut clients = Vec::new();
+        let _context = world.runtime.enter();
+        let callers = field.operator();
+        for number in 0..self.squads {
+            for replica in 0..field.replicas.len() {
+                let (field, board, dice) = (field.clone(), board.clone(), dice.fork());
+                let checker = Checker { field, board, squad: number, replica, dice };
+                clients.push(tokio::spawn(checker.work()));
+            }
+            let owner = Owner { field: field.clone(), callers: callers.clone(), dice: dice.fork() };
+            clients.push(tokio::spawn(Squad { owner, board: board.clone(), number, lives: 0 }.work()));
+        }
+        clients
+    }
+
+    fn lanes(&self, world: &Arc<World>, dice: &mut Dice) -> Vec<JoinHandle<()>> {
+        let of =
+            |kinds: &[Fault]| self.faults.iter().copied().filter(|fault| kinds.contains(fault)).collect();
+        [of(&Fault::AT_REPLICAS), of(&Fault::AT_DATABASE)]
+            .into_iter()
+            .filter(|faults: &Vec<_>| !faults.is_empty())
+            .map(|faults| {
+                let lane = Lane { world: world.clone(), dice: dice.fork(), faults, victim: self.victim };
+                std::thread::spawn(move || lane.work())
+            })
+            .collect()
+    }
+
+    /// Judges what has settled by now, or all there is.
+    fn judge(&self, world: &World, judge: &mut Judge, all: bool) {
+        let now = world.field.now();
+        let until = if all { Nanos::MAX } else { now.saturating_sub(SETTLED) };
+        let mut checks = world.field.take_checks(until);
+        judge.checks(&world.field.history(), &mut checks);
+        for violation in world.take_found() {
+            judge.violation(violation.rule, violation.at, || violation.story);
+        }
+        for (at, story) in std::mem::take(&mut world.field.books().refusals) {
+            judge.violation(Rule::WrongDenial, at, || story);
+        }
+        for (at, story) in std::mem::take(&mut world.field.books().false_reports) {
+            judge.violation(Rule::FalseReport, at, || story);
+        }
+    }
+
+    /// Waits until each replica allows again.
+    fn recover(&self, world: &World, judge: &mut Judge) {
+        let healed = world.field.now();
+        let end = Instant::now() + RECOVERY;
+        for at in 0..world.field.replicas.len() {
+            let replica = u8::try_from(at).unwrap();
+            while judge.gaps.last(replica).is_none_or(|last| last < healed) && Instant::now() < end {
+                std::thread::sleep(JUDGE_EVERY);
+                self.judge(world, judge, false);
+            }
+            if judge.gaps.last(replica).is_none_or(|last| last < healed) {
+                judge.violation(Rule::NoAnswer, world.field.now(), || {
+                    format!("replica {at} has allowed nothing for {RECOVERY:?}")
+                });
+            }
+        }
+    }
+
+    /// Ends the replicas in order, and reads what they have to say.
+    fn end(&self, world: &World, judge: &mut Judge) {
+        for replica in &world.field.replicas {
+            let code = replica.stop();
+            if code != 0 {
+                judge.violation(Rule::NoAnswer, world.field.now(), || {
+                    format!("{} was told to end, and ended with {code}", replica.name)
+                });
+            }
+            for panic in replica.panics() {
+                judge.violation(Rule::NoAnswer, world.field.now(), || format!("{}: {panic}", replica.name));
+            }
+        }
+    }
+
+    /// The logs of a run that did not hold stay, for whoever wants to know why.
+    fn keep_logs(&self, world: &World) {
+        let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("torture-{}", self.seed));
+        std::fs::create_dir_all(&folder).unwrap();
+        for replica in &world.field.replicas {
+            let _ = std::fs::copy(replica.log(), folder.join(&replica.name));
+        }
+        for (at, log) in world.cluster().logs().into_iter().enumerate() {
+            let _ = std::fs::copy(log, folder.join(format!("postgres-{at}")));
+        }
+        println!("the logs are in {}", folder.display());
+    }
+}
+
+/// A thread that starts replicas again that have ended.
+struct Tender {
+    thread: JoinHandle<()>,
+    world: Arc<World>,
+    stop: Arc<std::sync::atomic::AtomicBool>,
+}
+
+fn tend(world: Arc<World>) -> Tender {
+    let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let thread = std::thread::spawn({
+        let (world, stop) = (world.clone(), stop.clone());
+        move || {
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                let field: &Field = &world.field;
+                field.replicas.iter().for_each(crate::replicas::Replica::tend);
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        }
+    });
+    Tender { thread, world, stop }
+}
+
+impl Tender {
+    fn stop(self) {
+        self.stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        self.thread.join().unwrap();
+        drop(self.world);
+    }
+}

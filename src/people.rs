@@ -78,9 +78,11 @@ impl People {
         }
     }
 
-    /// What a role grants as it is; nothing, where there is none.
+    /// What a role grants as it is recorded, whatever is in doubt; nothing, where there is none.
     fn held(&self, account: Option<&AccountId>, name: &RoleName) -> ScopeSet {
-        self.engine.index.role(account, name).map(|role| role.scopes.clone()).unwrap_or_default()
+        let index = &self.engine.index;
+        let role = index.role_record(account, name).or_else(|| index.role_record(None, name));
+        role.map(|role| role.scopes.clone()).unwrap_or_default()
     }
 
     /// Writes a change from the record as it stands, again if it moved meanwhile.
@@ -103,7 +105,10 @@ impl People {
             };
             match self.writer.write(write).await {
                 Ok(Outcome::Applied(change)) => return Ok((change, reach)),
-                Ok(Outcome::Replayed(_)) | Err(WriteError::Rejected(Rejection::Conflict)) => {}
+                // Another replica has changed it: the index does not know of that yet.
+                Ok(Outcome::Replayed(_)) | Err(WriteError::Rejected(Rejection::Conflict)) => {
+                    self.writer.caught_up().await?;
+                }
                 Err(error) => return Err(error.into()),
             }
         }
@@ -130,7 +135,9 @@ impl People {
                 // What the name stands for so far, be it a global role that this one would stand before.
                 let held = self.held(account.as_ref(), &name);
                 caller.may_grant(&held)?;
-                let reach = reach(&scopes, &held);
+                // A new one may stand before a global one that this process knows an older state of.
+                let new = account.is_some() && before.is_none();
+                let reach = if new { Reach::Narrows { again: false } } else { reach(&scopes, &held) };
                 let (account, name, scopes) = (account.clone(), name.clone(), scopes.clone());
                 let role = Role { account, name, scopes, revision: Revision::default() };
                 Ok((Change::Role(Arc::new(role)), before.map(|before| before.revision), reach))
@@ -239,15 +246,15 @@ impl People {
                 Ok((Change::MemberRemoved(before), expect, Reach::Narrows { again: false }))
             })
             .await;
-        let mut revoked = Revision::default();
+        let (mut revoked, mut recorded) = (Revision::default(), Revision::default());
         let ended = removed.is_ok() || matches!(removed, Err(Refusal::NotFound(Thing::Member)));
         if ended && caller.is_operator() && self.store.memberships(&user).await?.is_empty() {
-            revoked = self.keys.revoke_all_of(caller, &user).await?;
+            (revoked, recorded) = self.keys.revoke_all_of(caller, &user).await?;
         }
         match removed {
-            Ok((Change::MemberRemoved(member), _)) => Ok(member.revision.max(revoked)),
+            Ok((Change::MemberRemoved(member), _)) => Ok(member.revision.max(recorded)),
             Ok(_) => Err(Refusal::Unavailable),
-            Err(_) if revoked > Revision::default() => Ok(revoked),
+            Err(_) if revoked > Revision::default() => Ok(recorded),
             Err(refusal) => Err(refusal),
         }
     }

@@ -38,9 +38,9 @@ use crate::{
     clock::{Clock, Entropy},
     config::server::Settings,
     domain::{
-        key::{Revocation, RevokeReason},
+        key::{Revocation, RevokeReason, State},
         log::{Action, Actor, Change},
-        name::AccountId,
+        name::{AccountId, KeyId},
         time::Revision,
         token::Token,
     },
@@ -50,8 +50,8 @@ use crate::{
     grpc::{self, Parts, gate::Door, serve::Workers},
     keys::{self, Keys},
     people::People,
-    replication::{feed, follow::Follow},
-    store::{self, CommitError, Hour, KeyFilter, Outcome, OwnerFilter, Store, Write, writer::Writer},
+    replication::{feed, follow::Follow, propagation::Propagation},
+    store::{self, CommitError, Hour, KeyFilter, OwnerFilter, Store, Write, writer::Writer},
 };
 
 const FLUSH_EVERY: Duration = Duration::from_secs(5);
@@ -93,6 +93,9 @@ struct Running {
     background: Vec<JoinHandle<()>>,
     writer: JoinHandle<()>,
     replica: Option<feed::Running>,
+    /// Tells health what the replica says.
+    telling: JoinHandle<()>,
+    propagation: Propagation,
 }
 
 impl std::fmt::Debug for Running {
@@ -190,7 +193,6 @@ impl Server {
             tokio::spawn(forget(store.clone(), index, clock, settings.retention)),
             tokio::spawn(watch_loading(loading, stopping.clone())),
             tokio::spawn(watch_database(gave_up, store.clone(), stopping.clone())),
-            telling,
         ];
         background.extend(rules.map(|rules| tokio::spawn(rules.watch(gateway))));
         let running = Running {
@@ -204,6 +206,8 @@ impl Server {
             background,
             writer,
             replica,
+            telling,
+            propagation: place.propagation,
         };
         let Addresses { main: address, admin: admin_address, envoy, forward } = addresses;
         let (envoy_address, forward_auth_address) = (envoy, forward);
@@ -230,11 +234,12 @@ impl Server {
             background,
             writer,
             replica,
+            telling,
+            propagation,
         } = self.running;
         // Before health is told for the last time.
-        if let Some(telling) = background.last() {
-            telling.abort();
-        }
+        telling.abort();
+        propagation.stop();
         grpc::report_health(&reporter, false).await;
         ready.send_replace(false);
         stopping.send_replace(true);
@@ -527,19 +532,24 @@ pub async fn reset_root_key(
         bail!("this database is new and has no root key yet; 'keyward serve' makes one at its first start");
     }
     let root = keys::root::root_key(&*clock, entropy, &settings.keys, METHOD)?;
-    let mut batch = revoke_roots(&*store, &*clock, METHOD).await?;
+    let new = root.write.change.key_id();
+    let mut batch = revoke_roots(&*store, &*clock, METHOD, new).await?;
     batch.push(root.write);
     let kept = KeptToken::keep(settings.root_key_file.as_deref(), &root.token)?;
     let committed = store.commit(&batch).await.inspect_err(|error| kept.discard_after(error))?;
-    if let Some(Err(rejection)) =
-        committed.outcomes.iter().find(|outcome: &&Result<Outcome, _>| outcome.is_err())
-    {
+    if let Some(Err(rejection)) = committed.outcomes.last() {
         kept.discard();
         bail!("the root key was not recorded: {rejection:?}; try again");
     }
+    // A running server may have changed one of them meanwhile.
+    let mut left = committed.outcomes.iter().any(Result::is_err);
+    while left {
+        let batch = revoke_roots(&*store, &*clock, METHOD, new).await?;
+        left = store.commit(&batch).await?.outcomes.iter().any(Result::is_err);
+    }
     // Running replicas may still hold the old ones for good.
     let place = Place::on(&store, Arc::default(), clock.clone());
-    let revision = committed.rows.last().map(|(row, _)| row.revision).unwrap_or_default();
+    let revision = store.head().await?.revision;
     if let Err(incomplete) = place.propagation.wait(revision, false, None).await {
         tracing::error!(?incomplete, "the old root keys are revoked, and may not be refused everywhere yet");
     }
@@ -547,17 +557,18 @@ pub async fn reset_root_key(
     Ok(settings.root_key_file.is_none().then_some(root.token))
 }
 
-/// Writes that revoke every root key that is not revoked yet.
+/// Writes that revoke every root key but one that is not revoked yet.
 async fn revoke_roots(
     store: &dyn Store,
     clock: &dyn Clock,
     method: &'static str,
+    but: Option<KeyId>,
 ) -> anyhow::Result<Vec<Write>> {
     let now = clock.now();
     let filter = KeyFilter {
         owner: OwnerFilter::Account(AccountId::operator()),
         environment: None,
-        states: Vec::new(),
+        states: vec![State::Active, State::Disabled, State::Expired],
         name_prefix: String::new(),
         unused_since: None,
         expires_before: None,
@@ -565,11 +576,18 @@ async fn revoke_roots(
         now,
     };
     let mut writes = Vec::new();
-    for stored in store.keys(&filter, None, 1000).await? {
+    let (mut found, mut before) = (Vec::new(), None);
+    loop {
+        let page = store.keys(&filter, before, 1000).await?;
+        let Some(last) = page.last() else { break };
+        before = Some(last.key.id);
+        found.extend(page);
+    }
+    for stored in found {
         let mut key = stored.key;
         // Whatever it is called by now: nothing else is made by the system.
         let root = key.created_by == Actor::SYSTEM.to_string();
-        if !root || key.revocation.is_some() {
+        if !root || Some(key.id) == but {
             continue;
         }
         let expect = Some(key.revision);

@@ -34,7 +34,7 @@ pub trait KeyFacts {
     fn is_disabled(&self) -> bool;
     /// Whether it is refused for ever.
     fn is_revoked(&self) -> bool;
-    /// The versions of the secrets in the record, each with the instant from which it is superseded.
+    /// The versions of the secrets in the record, each with the instant from which it is superseded; see [`ended`].
     fn secret_ends(&self) -> impl Iterator<Item = (u32, Option<Timestamp>)>;
 
     /// Whether it is past its expiry at `now`. A key is expired from its expiry's very instant on.
@@ -52,6 +52,13 @@ pub trait KeyFacts {
     fn is_limited(&self) -> bool {
         !self.rate_limits().is_empty() || self.quota().is_some()
     }
+}
+
+/// From when a secret is superseded. What ended with the change that made the record, or before, has ended on every
+/// replica, whatever its clock says: a rotation without overlap is waited for, and no clock.
+#[must_use]
+pub fn ended(ends: Option<Timestamp>, updated_at: Timestamp) -> Option<Timestamp> {
+    ends.map(|end| if end <= updated_at { Timestamp::PASSED } else { end })
 }
 
 impl KeyFacts for Key {
@@ -100,6 +107,6 @@ impl KeyFacts for Key {
     }
 
     fn secret_ends(&self) -> impl Iterator<Item = (u32, Option<Timestamp>)> {
-        self.secrets.iter().map(|secret| (secret.version, secret.expires_at))
+        self.secrets.iter().map(|secret| (secret.version, ended(secret.expires_at, self.updated_at)))
     }
 }

@@ -31,6 +31,9 @@ impl Timestamp {
         u64::try_from(self.0 / 1000).unwrap_or(0)
     }
 
+    /// Before every instant that there is: what ended then has ended, whatever a clock says.
+    pub const PASSED: Timestamp = Timestamp(i64::MIN);
+
     /// The instant `by` later, at most [`Timestamp::MAX`].
     #[must_use]
     pub fn plus(self, by: Duration) -> Self {

@@ -300,6 +300,8 @@ impl Engine {
         if !fresh && failures.first() == Reason::Ok {
             return Err(CannotAnswer::LeaseLost);
         }
+        // What was found together was there together, unless everything was being replaced.
+        self.index.revision().ok_or(CannotAnswer::Starting)?;
         let answer = Answer {
             failures,
             missing,

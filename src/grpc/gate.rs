@@ -154,18 +154,21 @@ impl Services {
 
     /// Runs a call on the management runtime. A caller that goes away does not stop it: a change is made whole.
     async fn manage(&self, rpc: &'static Rpc, request: Request<Limited>) -> Response<Body> {
+        let names_person = request.headers().contains_key("x-keyward-acting-user");
         let call = match rpc.service() {
             "keyward.v1.KeyService" => into_service(self.keys.clone(), request).boxed(),
             "keyward.v1.AccountService" => into_service(self.accounts.clone(), request).boxed(),
             "keyward.v1.AuditService" => into_service(self.audit.clone(), request).boxed(),
             _ => return no_such_rpc().into_http(),
         };
-        let news = rpc.changes().then(|| self.news.clone());
+        let news = rpc.hears_first(names_person).then(|| self.news.clone());
         let task = self.management.spawn(async move {
-            if let Some(news) = news {
-                news.heard().await;
-            }
-            call.await
+            let heard = match news {
+                Some(news) => news.heard().await,
+                None => true,
+            };
+            let answer = call.await;
+            if heard { answer } else { not_by_old_knowledge(answer) }
         });
         task.await.unwrap_or_else(|error| {
             tracing::error!(
@@ -270,6 +273,22 @@ impl Services {
             return Err(Refusal::Unauthenticated);
         }
         Ok(holder)
+    }
+}
+
+/// What is refused by what this process knew, when it could not hear what is new, is no verdict.
+fn not_by_old_knowledge(response: Response<Body>) -> Response<Body> {
+    use tonic::Code::{AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied};
+    match Status::from_header_map(response.headers()) {
+        Some(status)
+            if matches!(
+                status.code(),
+                NotFound | InvalidArgument | PermissionDenied | FailedPrecondition | AlreadyExists
+            ) =>
+        {
+            Status::from(Refusal::Unavailable).into_http()
+        }
+        _ => response,
     }
 }
 

@@ -23,7 +23,10 @@ use crate::{
         token,
     },
     engine::Holder,
-    keys::{Issued, Keys, View, bulk::BulkRevoked},
+    keys::{
+        Issued, Keys, View,
+        bulk::{BulkOutcome, BulkRevoked},
+    },
     pb,
     refusal::{Refusal, Violations},
     replication::propagation::{Incomplete, Propagation, Report},
@@ -176,7 +179,7 @@ impl pb::key_service_server::KeyService for KeyService {
         let patience = shown::<Patience>(&mut request)?;
         let bulk = read_bulk(&self.keys, &caller, request.get_ref())?;
         let dry_run = bulk.dry_run;
-        let (revoked, more) = self.keys.bulk_revoke(&caller, bulk).await?;
+        let BulkOutcome { keys: revoked, more, recorded } = self.keys.bulk_revoke(&caller, bulk).await?;
         let revision = crate::keys::bulk::newest(revoked.iter().map(|key| &key.view.key));
         let keys = revoked.into_iter().map(|BulkRevoked { view, failure }| pb::BulkRevokeResult {
             key: Some(convert::key(view)),
@@ -187,11 +190,7 @@ impl pb::key_service_server::KeyService for KeyService {
         // Those that an earlier call has revoked are waited for too, though they are not listed again.
         let report = match dry_run {
             true => self.propagation.in_force(revision),
-            false => self
-                .propagation
-                .wait(self.keys.recorded().max(revision), true, patience.until)
-                .await
-                .map_err(Refusal::from)?,
+            false => self.propagation.wait(recorded, true, patience.until).await.map_err(Refusal::from)?,
         };
         let (revision, propagation) = (revision.0, Some(convert::propagation(report)));
         Ok(Response::new(pb::BulkRevokeKeysResponse { keys, revision, propagation, more }))

@@ -44,10 +44,15 @@ pub struct Rpc {
 }
 
 impl Rpc {
-    /// Whether it may change anything.
+    /// Whether what others have just committed is to be heard before it is judged: where it may change something, and
+    /// is judged by what is in memory. Who stops a key for nobody else is judged by the record alone, and waits for
+    /// nothing that it can do without.
     #[must_use]
-    pub fn changes(&self) -> bool {
-        matches!(self.access, Access::Needs(KeysWrite | AccountsWrite) | Access::Possession)
+    pub fn hears_first(&self, for_person: bool) -> bool {
+        const BY_RECORD: [&str; 5] = ["Revoke", "Disable", "FinishRotation", "BulkRevoke", "RevokeSelf"];
+        let changes = matches!(self.access, Access::Needs(KeysWrite | AccountsWrite) | Access::Possession);
+        let stops = BY_RECORD.iter().any(|name| self.method.ends_with(&format!("KeyService/{name}")));
+        changes && (for_person || !stops)
     }
 
     /// The service's full name.

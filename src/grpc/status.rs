@@ -159,6 +159,12 @@ fn not_complete(incomplete: Incomplete) -> Status {
                            lacked it. Send it again";
             with_metadata(Code::Unavailable, "CHANGE_LOST", message, metadata)
         }
+        Incomplete::Stopping(revision) => {
+            let metadata = HashMap::from([("revision".to_owned(), revision.to_string())]);
+            let message = "the change is recorded, and this server stops before it is known to be in force \
+                           everywhere. Send it to another one, or follow it there with WatchPropagation";
+            with_metadata(Code::Unavailable, "STOPPING", message, metadata)
+        }
         Incomplete::Unanswered => status(
             Code::Unavailable,
             "PROPAGATION_UNKNOWN",
@@ -175,7 +181,7 @@ fn not_in_time(report: Report) -> Status {
     let revision = report.revision;
     let message = format!(
         "the change is recorded as revision {revision}, and not known to be in force everywhere yet: no word from \
-         {silent}. Send it again, or follow it with WatchPropagation"
+         {silent}. Follow it with WatchPropagation; most calls can be sent again too, and wait again"
     );
     let metadata = HashMap::from([("revision".to_owned(), revision.to_string())]);
     let info = tonic_types::pb::ErrorInfo {

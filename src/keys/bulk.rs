@@ -59,6 +59,17 @@ pub struct BulkRevoked {
     pub failure: Option<Refusal>,
 }
 
+/// What became of all of them.
+#[derive(Debug)]
+pub struct BulkOutcome {
+    /// Each that was not revoked yet.
+    pub keys: Vec<BulkRevoked>,
+    /// There are more.
+    pub more: bool,
+    /// The revision by which all that were meant are revoked, those included that were so before: what to wait for.
+    pub recorded: Revision,
+}
+
 impl Keys {
     /// Takes in keys made elsewhere. The results are in the order of the keys.
     pub async fn import(
@@ -84,16 +95,11 @@ impl Keys {
     }
 
     /// Revokes every key that is meant and not revoked yet, at most [`MOST_REVOKED`]. Gives what became of
-    /// each, and whether there are more.
+    /// each.
     ///
     /// # Errors
     /// When the caller may not, or the store fails before anything was done.
-    pub async fn bulk_revoke(
-        &self,
-        caller: &Caller,
-        bulk: BulkRevoke,
-    ) -> Result<(Vec<BulkRevoked>, bool), Refusal> {
-        // What an earlier call has revoked is not listed again, and is waited for all the same: see `recorded`.
+    pub async fn bulk_revoke(&self, caller: &Caller, bulk: BulkRevoke) -> Result<BulkOutcome, Refusal> {
         match &bulk.filter.owner {
             OwnerFilter::AllButOperators => {
                 caller.must_be_operator()?;
@@ -115,14 +121,16 @@ impl Keys {
             }
         }
         let mut stored = self.store.keys(&bulk.filter, None, MOST_REVOKED + 1).await?;
-        // What is recorded as revoked is not listed, and may not be in force yet.
-        self.writer.settled().await?;
+        // What is recorded as revoked is not listed, and may not be in force yet, here or elsewhere.
+        let mut recorded = self.store.head().await?.revision;
+        self.writer.applied(recorded).await?;
         let fitting = fitting(&stored);
         let more = stored.len() > fitting;
         stored.truncate(fitting);
         if bulk.dry_run {
             let views = stored.into_iter().map(|stored| self.view_stored(stored));
-            return Ok((views.map(|view| BulkRevoked { view, failure: None }).collect(), more));
+            let keys = views.map(|view| BulkRevoked { view, failure: None }).collect();
+            return Ok(BulkOutcome { keys, more, recorded });
         }
         let revoked = stream::iter(stored.into_iter().map(|stored| async {
             let revoke = self.revoke(caller, stored.key.id, bulk.reason, bulk.comment.clone());
@@ -131,21 +139,21 @@ impl Keys {
                 Err(refusal) => BulkRevoked { view: self.view_stored(stored), failure: Some(refusal) },
             }
         }));
-        Ok((revoked.buffered(AT_ONCE).collect().await, more))
+        let keys: Vec<BulkRevoked> = revoked.buffered(AT_ONCE).collect().await;
+        recorded = recorded.max(newest(keys.iter().map(|key| &key.view.key)));
+        Ok(BulkOutcome { keys, more, recorded })
     }
 
-    /// The newest change that is in force here: everything that was revoked before has come by then.
-    #[must_use]
-    pub fn recorded(&self) -> Revision {
-        self.engine.index.revision().unwrap_or_default()
-    }
-
-    /// Revokes every key of a user who is no member anywhere any more. Gives the newest revision; zero, if there
-    /// was none to revoke.
+    /// Revokes every key of a user who is no member anywhere any more. Gives the newest revision, zero if there
+    /// was none to revoke; and the one by which all of them are revoked, whoever did it.
     ///
     /// # Errors
     /// When the store fails; what was revoked stays so.
-    pub async fn revoke_all_of(&self, caller: &Caller, user: &UserId) -> Result<Revision, Refusal> {
+    pub async fn revoke_all_of(
+        &self,
+        caller: &Caller,
+        user: &UserId,
+    ) -> Result<(Revision, Revision), Refusal> {
         // The person acted for ended the membership; the keys end with it, whoever's they are.
         let named_user = caller.acting_user.clone();
         let caller = Caller { acting_user: None, named_user, ..caller.clone() };
@@ -154,13 +162,13 @@ impl Keys {
         let bulk = BulkRevoke { filter, dry_run: false, reason: RevokeReason::OwnerLeft, comment };
         let mut newest = Revision::default();
         loop {
-            let (revoked, more) = self.bulk_revoke(&caller, bulk.clone()).await?;
-            for key in revoked {
+            let BulkOutcome { keys, more, recorded } = self.bulk_revoke(&caller, bulk.clone()).await?;
+            for key in keys {
                 key.failure.map_or(Ok(()), Err)?;
                 newest = newest.max(key.view.key.revision);
             }
             if !more {
-                return Ok(newest);
+                return Ok((newest, recorded));
             }
         }
     }

@@ -155,6 +155,15 @@ pub struct Patch {
 }
 
 impl Patch {
+    /// Whether any of the new values is the old one.
+    fn repeats(&self, terms: &Terms) -> bool {
+        self.fields.iter().any(|field| {
+            let mut after = terms.clone();
+            Patch { fields: vec![*field], terms: self.terms.clone() }.apply(&mut after);
+            after == *terms
+        })
+    }
+
     fn apply(&self, terms: &mut Terms) {
         let new = self.terms.clone();
         for field in &self.fields {
@@ -176,6 +185,8 @@ impl Patch {
 /// Whether an edit changed anything.
 enum Edit {
     Changed,
+    /// Some of what it asks for was so before: it may be a call that is made again, or narrow what another narrowed.
+    Repeats,
     AsItWas,
 }
 
@@ -344,7 +355,8 @@ impl Keys {
             self.may_write(caller, &stored.key.owner)?;
             let now = self.clock.now();
             let mut key = stored.key.clone();
-            if let Edit::AsItWas = edit(&mut key, now)? {
+            let edit = edit(&mut key, now)?;
+            if let Edit::AsItWas = edit {
                 // Recorded is not yet in force, while the answer to its commit is awaited.
                 self.writer.applied(stored.key.revision).await?;
                 let reach =
@@ -353,7 +365,7 @@ impl Keys {
             }
             key.updated_at = now;
             let expect = Some(stored.key.revision);
-            let reach = reach(&key, &stored.key);
+            let reach = reach(&key, &stored.key, &edit);
             match self.writer.write(write(caller, key, expect, action, now, once.clone())).await {
                 Ok(Outcome::Applied(change)) => {
                     let view = self.view(into_key(change)?, &stored.last_used);
@@ -376,6 +388,7 @@ impl Keys {
             not_revoked(key)?;
             self.may_give(caller, &key.owner, &key.environment, &key.terms)?;
             caller.may_change_limits_of(key, patch)?;
+            let repeats = patch.repeats(&key.terms);
             patch.apply(&mut key.terms);
             if patch.fields.contains(&Field::Roles) {
                 self.roles_exist(&key.owner, &key.terms.roles, "key.roles")?;
@@ -390,7 +403,7 @@ impl Keys {
             if patch.fields.contains(&Field::ExpiresAt) {
                 self.keeps_longest_life(&key.owner, key.terms.expires_at, now, "key.expires_at")?;
             }
-            Ok(Edit::Changed)
+            Ok(if repeats { Edit::Repeats } else { Edit::Changed })
         })
         .await?
         .now()
@@ -563,14 +576,12 @@ impl Keys {
     }
 }
 
-/// What a change of a key takes away. The same terms once more may be a call that is made again.
-fn reach(after: &Key, before: &Key) -> Reach {
-    if after.narrows(before) {
-        Reach::Narrows { again: false }
-    } else if after.terms == before.terms && after.disabled_at == before.disabled_at {
-        Reach::Narrows { again: true }
-    } else {
-        Reach::Widens
+/// What a change of a key takes away.
+fn reach(after: &Key, before: &Key, edit: &Edit) -> Reach {
+    match edit {
+        _ if after.narrows(before) => Reach::Narrows { again: false },
+        Edit::Repeats => Reach::Narrows { again: true },
+        Edit::Changed | Edit::AsItWas => Reach::Widens,
     }
 }
 

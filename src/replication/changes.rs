@@ -31,16 +31,26 @@ const POLL: Duration = Duration::from_millis(250);
 const FIRST_BACKOFF: Duration = Duration::from_millis(100);
 const LONGEST_BACKOFF: Duration = Duration::from_secs(5);
 
-/// Tells the machine of this process's own commits.
-pub(super) async fn own(follow: Arc<Follow>, answers: mpsc::Sender<Input>) {
-    let mut moves = follow.moves();
-    while moves.changed().await.is_ok() {
-        let at = *moves.borrow_and_update();
-        let event = at.map(|to| Input::Event(Event::Advanced { to }));
-        if let Some(event) = event
-            && answers.send(event).await.is_err()
-        {
-            return;
+/// Tells the machine how far the map has come by other ways than its renewals, and what of it others wait to hear.
+pub(super) async fn moves(follow: Arc<Follow>, answers: mpsc::Sender<Input>) {
+    let (mut moves, mut hearings) = (follow.moves(), follow.hearings());
+    loop {
+        let (at, heard) = tokio::select! {
+            moved = moves.changed() => match moved {
+                Ok(()) => (*moves.borrow_and_update(), false),
+                Err(_) => return,
+            },
+            heard = hearings.changed() => match heard {
+                Ok(()) => (*hearings.borrow_and_update(), true),
+                Err(_) => return,
+            },
+        };
+        let Some(to) = at else { continue };
+        let hint = heard.then_some(Event::Hint);
+        for event in [Event::Advanced { to }].into_iter().chain(hint) {
+            if answers.send(Input::Event(event)).await.is_err() {
+                return;
+            }
         }
     }
 }
@@ -99,7 +109,7 @@ async fn hear(fleet: &dyn Fleet, follow: &Follow, hinted: &Notify, hears: &Atomi
             Ok(revision) => {
                 hears.store(true, Ordering::Relaxed);
                 backoff = FIRST_BACKOFF;
-                // Mostly this process's own.
+                // Mostly this process's own; whoever else brought it has said so.
                 if revision.is_some_and(|revision| revision <= Follower::revision(follow)) {
                     continue;
                 }
@@ -133,11 +143,11 @@ async fn read(
             let _ = timeout(POLL, hinted.notified()).await;
         }
         match read_once(fleet, follow).await {
-            Ok(events) => {
-                for event in events {
-                    if answers.send(Input::Event(event)).await.is_err() {
-                        return;
-                    }
+            Ok(event) => {
+                if let Some(event) = event
+                    && answers.send(Input::Event(event)).await.is_err()
+                {
+                    return;
                 }
             }
             // The next renewal finds out too, and says so.
@@ -146,13 +156,9 @@ async fn read(
     }
 }
 
-/// Takes what the log has more. A renewal is to acknowledge it at once.
-async fn read_once(fleet: &dyn Fleet, follow: &Follow) -> Result<Vec<Event>, StoreError> {
-    let Some(at) = follow.at() else { return Ok(Vec::new()) };
+/// Takes what the log has more. What does not fit is an event.
+async fn read_once(fleet: &dyn Fleet, follow: &Follow) -> Result<Option<Event>, StoreError> {
+    let Some(at) = follow.at() else { return Ok(None) };
     let rows = fleet.follow(at.revision).await?;
-    Ok(match follow.take_rows(rows)? {
-        Ok((to, true)) => vec![Event::Advanced { to }, Event::Hint],
-        Ok((_, false)) => Vec::new(),
-        Err(broken) => diverged(broken, follow).into_iter().collect(),
-    })
+    Ok(follow.hear(rows)?.err().and_then(|broken| diverged(broken, follow)))
 }

@@ -11,7 +11,7 @@ use std::{
 
 use tokio::{
     sync::{mpsc, watch},
-    task::JoinHandle,
+    task::{AbortHandle, JoinHandle},
     time::sleep,
 };
 use uuid::Uuid;
@@ -147,7 +147,7 @@ pub fn start(parts: Parts, Terms { lease, epoch, .. }: Terms) -> Running {
     let beside = vec![
         tokio::spawn(collect::run(parts.fleet.clone(), parts.lease.clone(), parts.clock.clone(), lease)),
         tokio::spawn(changes::listen(parts.fleet.clone(), parts.follow.clone(), answers.clone())),
-        tokio::spawn(changes::own(parts.follow.clone(), answers.clone())),
+        tokio::spawn(changes::moves(parts.follow.clone(), answers.clone())),
         tokio::spawn(changes::divergences(parts.follow.clone(), answers.clone())),
     ];
     let feed = Feed {
@@ -156,6 +156,8 @@ pub fn start(parts: Parts, Terms { lease, epoch, .. }: Terms) -> Running {
         parts,
         answers,
         requests: Vec::new(),
+        loads: Arc::default(),
+        loading: None,
         epoch,
         heard_epoch: epoch,
         rows: None,
@@ -172,6 +174,9 @@ struct Feed {
     sight: Arc<Sight>,
     answers: mpsc::Sender<Input>,
     requests: Vec<(Attempt, JoinHandle<()>)>,
+    /// One load at a time: the one before has ended when the next begins.
+    loads: Arc<tokio::sync::Mutex<()>>,
+    loading: Option<AbortHandle>,
     /// Of the history that the map is of; and what the newest renewal said.
     epoch: u64,
     heard_epoch: u64,
@@ -191,6 +196,7 @@ impl Feed {
             }
             self.tell();
             if self.machine.standing() == Standing::Stopped {
+                self.requests.iter().for_each(|(_, request)| request.abort());
                 return;
             }
             event = tokio::select! {
@@ -238,7 +244,11 @@ impl Feed {
                 if let Event::Failed { .. } = event {
                     self.sight.failures.fetch_add(1, Ordering::Relaxed);
                 }
-                event
+                // What did not fit a map that was replaced meanwhile says nothing of the new one.
+                match event {
+                    Event::Diverged { ours, .. } if self.parts.follow.at() != Some(ours) => Event::Tick,
+                    event => event,
+                }
             }
             Input::Renewed(attempt, renewed) => {
                 self.sight.renewals.fetch_add(1, Ordering::Relaxed);
@@ -262,14 +272,8 @@ impl Feed {
         let mut events = vec![event];
         while let Some(event) = events.pop() {
             let now = self.parts.clock.boottime();
-            let registered = match &event {
-                Event::Registered { id, .. } => Some(*id),
-                _ => None,
-            };
             let actions = self.machine.on(event, now);
-            if registered.is_some() {
-                self.sight.set_id(registered);
-            }
+            self.sight.set_id(self.machine.row());
             for action in actions {
                 if let Err(broken) = self.act(action).await {
                     // What was to follow rested on these changes.
@@ -299,10 +303,7 @@ impl Feed {
                 self.apply(attempt)?;
             }
             Action::Publish { deadline, as_of } => self.parts.lease.publish(deadline, as_of),
-            Action::StopAllowing => {
-                self.parts.lease.stop_allowing();
-                self.sight.set_id(None);
-            }
+            Action::StopAllowing => self.parts.lease.stop_allowing(),
             Action::EnterRegressed { ours, link, head } => self.regressed(ours, link.is_some(), head.0),
             Action::ReportFrozenClock { missing } => {
                 self.sight.frozen.fetch_add(1, Ordering::Relaxed);
@@ -353,7 +354,12 @@ impl Feed {
     /// Loads straight into the index: before it is loaded, and after a regression, nobody finds anything there.
     fn load(&mut self, attempt: Attempt) {
         let Parts { store, follow, clock, retention, .. } = self.parts.clone();
+        if let Some(before) = self.loading.take() {
+            before.abort();
+        }
+        let loads = self.loads.clone();
         self.request(attempt, async move {
+            let _one = loads.lock_owned().await;
             follow.reset();
             let forget_before = clock.now().minus(retention);
             let loading = store.snapshot(forget_before, &mut |item| follow.index().load(item)).await;
@@ -366,6 +372,7 @@ impl Feed {
                 Err(error) => said_failed(attempt, "loading", &error),
             }
         });
+        self.loading = self.requests.last().map(|(_, request)| request.abort_handle());
     }
 
     fn abandon(&mut self, attempt: Attempt) {
@@ -409,7 +416,6 @@ impl Feed {
     }
 
     async fn leave(&mut self, id: ReplicaId) {
-        self.sight.set_id(None);
         if let Err(error) = self.parts.fleet.remove(id, None).await {
             tracing::warn!(error = &error as &dyn std::error::Error, "the replica's row was not deleted");
         }

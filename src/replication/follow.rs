@@ -49,6 +49,8 @@ pub struct Follow {
     state: Mutex<State>,
     /// Where it is; nothing before the first snapshot.
     moved: watch::Sender<Option<Position>>,
+    /// Where it was after the newest changes of others that did not come with a renewal: they are to be acknowledged.
+    heard: watch::Sender<Option<Position>>,
     /// Another history was met where none was looked for.
     diverged: watch::Sender<Option<Broken>>,
 }
@@ -63,8 +65,8 @@ impl Follow {
     /// Over an index that nothing is loaded into.
     #[must_use]
     pub fn new(index: Arc<Index>) -> Follow {
-        let (moved, diverged) = (watch::Sender::new(None), watch::Sender::new(None));
-        Follow { index, state: Mutex::default(), moved, diverged }
+        let (moved, heard, diverged) = Default::default();
+        Follow { index, state: Mutex::default(), moved, heard, diverged }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -90,6 +92,12 @@ impl Follow {
         self.moved.subscribe()
     }
 
+    /// Tells where it is, each time that it holds something new of others that is to be acknowledged.
+    #[must_use]
+    pub fn hearings(&self) -> watch::Receiver<Option<Position>> {
+        self.heard.subscribe()
+    }
+
     /// Tells when this process's own commit has met another history.
     #[must_use]
     pub fn divergences(&self) -> watch::Receiver<Option<Broken>> {
@@ -102,6 +110,7 @@ impl Follow {
         *state = State::default();
         self.index.clear();
         self.moved.send_replace(None);
+        self.heard.send_replace(None);
         self.diverged.send_replace(None);
     }
 
@@ -117,8 +126,7 @@ impl Follow {
     /// The log's link at a revision, if that is one of the newest.
     #[must_use]
     pub fn link(&self, revision: Revision) -> Option<Hash> {
-        let state = self.state();
-        state.recent.iter().rev().find(|(at, _)| *at == revision).map(|(_, hash)| *hash)
+        self.state().link(revision)
     }
 
     /// Takes changes that are in order; those that it has already do not count. Gives where it is then, and whether
@@ -133,11 +141,12 @@ impl Follow {
             let (row, _) = change;
             let at = state.at.ok_or(Broken::NotLoaded)?;
             let other = Broken::OtherHistory { ours: at, head: row.revision };
-            if row.revision < at.revision || row.revision == at.revision && row.hash == at.hash {
-                continue;
-            }
-            if row.revision == at.revision {
-                return Err(other);
+            if row.revision <= at.revision {
+                // Links that are long past are not remembered.
+                match state.link(row.revision) {
+                    Some(hash) if hash != row.hash => return Err(other),
+                    _ => continue,
+                }
             }
             if row.revision > at.revision.next() {
                 return Err(Broken::Gap);
@@ -164,9 +173,31 @@ impl Follow {
         let rows = rows.into_iter().map(LogRow::with_change).collect::<Result<Vec<_>, _>>();
         rows.map(|rows| self.take(&rows)).map_err(|error| StoreError::Damaged(error.to_string()))
     }
+
+    /// The same of rows that no renewal brought: what is new in them is to be acknowledged at once.
+    ///
+    /// # Errors
+    /// As [`Follow::take_rows`].
+    pub fn hear(&self, rows: Vec<LogRow>) -> Result<Result<Position, Broken>, StoreError> {
+        Ok(self.take_rows(rows)?.map(|(at, moved)| self.heard(at, moved)))
+    }
+
+    fn heard(&self, at: Position, moved: bool) -> Position {
+        if moved {
+            self.heard.send_replace(Some(at));
+        }
+        at
+    }
 }
 
 impl State {
+    /// They follow each other without a gap.
+    fn link(&self, revision: Revision) -> Option<Hash> {
+        let back = usize::try_from(self.at?.revision.0.checked_sub(revision.0)?).ok()?;
+        let at = self.recent.len().checked_sub(back + 1)?;
+        self.recent.get(at).map(|(_, hash)| *hash)
+    }
+
     fn note(&mut self, at: Position) {
         self.at = Some(at);
         if self.recent.len() == RECENT {
@@ -185,6 +216,13 @@ impl Follower for Follow {
         if let Err(broken) = self.take(rows) {
             tracing::error!(?broken, "changes that were committed do not follow what this process holds");
             self.diverged.send_replace(Some(broken));
+        }
+    }
+
+    fn followed(&self, rows: &[(LogRow, Change)]) {
+        match self.take(rows) {
+            Ok((at, moved)) => drop(self.heard(at, moved)),
+            Err(_) => self.applied(rows),
         }
     }
 

@@ -1,20 +1,26 @@
 //! Hearing what other replicas have committed, before a change is judged here: who makes an account on one replica
 //! finds it on another. Nothing rests on it but convenience: what takes rights away has been waited for.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use tokio::sync::{mpsc, oneshot};
 
-use crate::store::{StoreError, fleet::Fleet};
+use crate::store::{
+    StoreError,
+    fleet::{Fleet, MOST_ROWS},
+};
 
 use super::follow::Follow;
 
 /// How many may wait for one reading; those beyond wait for a place.
 const QUEUE: usize = 1024;
 
+/// How long a reading is waited for. A database that says nothing is not asked the whole time that a call has.
+const PATIENCE: Duration = Duration::from_secs(2);
+
 /// The way to the newest changes.
 #[derive(Clone, Debug)]
-pub struct News(Option<mpsc::Sender<oneshot::Sender<()>>>);
+pub struct News(Option<mpsc::Sender<oneshot::Sender<bool>>>);
 
 impl News {
     /// Where nobody else commits.
@@ -31,38 +37,47 @@ impl News {
         News(Some(asks))
     }
 
-    /// Returns when everything is in the index that was committed before, or the database has failed to tell.
-    pub async fn heard(&self) {
-        let Some(asks) = &self.0 else { return };
+    /// Whether everything is in the index that was committed before: else the database has failed to tell, and what
+    /// is not there may be there all the same.
+    pub async fn heard(&self) -> bool {
+        let Some(asks) = &self.0 else { return true };
         let (answer, heard) = oneshot::channel();
-        if asks.send(answer).await.is_ok() {
-            // No answer: the server is stopping.
-            let _ = heard.await;
-        }
+        let asked = async {
+            match asks.send(answer).await {
+                Ok(()) => heard.await.unwrap_or(false),
+                Err(_) => false,
+            }
+        };
+        tokio::time::timeout(PATIENCE, asked).await.unwrap_or(false)
     }
 }
 
 /// One reading for all who asked before it was begun.
-async fn read(fleet: Arc<dyn Fleet>, follow: Arc<Follow>, mut asked: mpsc::Receiver<oneshot::Sender<()>>) {
+async fn read(fleet: Arc<dyn Fleet>, follow: Arc<Follow>, mut asked: mpsc::Receiver<oneshot::Sender<bool>>) {
     let mut waiting = Vec::new();
     while asked.recv_many(&mut waiting, QUEUE).await > 0 {
-        if let Err(error) = catch_up(&*fleet, &follow).await {
-            tracing::debug!(error = &error as &dyn std::error::Error, "the newest changes were not read");
-        }
+        let heard = catch_up(&*fleet, &follow).await.unwrap_or_else(|error| {
+            tracing::warn!(error = &error as &dyn std::error::Error, "the newest changes were not read");
+            false
+        });
         for answer in waiting.drain(..) {
             // Whoever has gone away does not hear of it.
-            let _ = answer.send(());
+            let _ = answer.send(heard);
         }
     }
 }
 
-/// Reads until there is nothing new. What does not fit is the feed's to deal with.
-async fn catch_up(fleet: &dyn Fleet, follow: &Follow) -> Result<(), StoreError> {
+/// Reads what was there when it began. What does not fit is the feed's to deal with.
+async fn catch_up(fleet: &dyn Fleet, follow: &Follow) -> Result<bool, StoreError> {
     while let Some(at) = follow.at() {
         let rows = fleet.follow(at.revision).await?;
-        if rows.is_empty() || follow.take_rows(rows)?.is_err() {
-            break;
+        let last = rows.len() < MOST_ROWS as usize;
+        if follow.hear(rows)?.is_err() {
+            return Ok(false);
+        }
+        if last {
+            return Ok(true);
         }
     }
-    Ok(())
+    Ok(false)
 }

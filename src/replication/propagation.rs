@@ -7,7 +7,7 @@
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use tokio::{
-    sync::{mpsc, oneshot},
+    sync::{mpsc, oneshot, watch},
     time::{Instant, sleep, sleep_until},
 };
 
@@ -15,9 +15,10 @@ use crate::{
     clock::Clock,
     domain::{
         lease::{
-            Boottime, Position, ReplicaId, Revoker,
+            Attempt, Boottime, Position, ReplicaId, Revoker,
             revoker::{Action, Event, Outcome, Propagation as Progress},
         },
+        log::Hash,
         time::{Revision, Timestamp},
     },
     store::{
@@ -83,6 +84,8 @@ pub enum Incomplete {
     Lost(Revision),
     /// The database did not answer.
     Unanswered,
+    /// The server stops, and waits for nothing any more.
+    Stopping(Revision),
 }
 
 /// Waits for changes to be in force on every replica.
@@ -90,6 +93,7 @@ pub enum Incomplete {
 pub struct Propagation {
     clock: Arc<dyn Clock>,
     replicas: Option<Replicas>,
+    stopping: watch::Sender<bool>,
 }
 
 #[derive(Clone)]
@@ -112,7 +116,7 @@ impl Propagation {
     /// Where one process owns the database: a change that is in force here is in force everywhere.
     #[must_use]
     pub fn alone(clock: Arc<dyn Clock>) -> Propagation {
-        Propagation { clock, replicas: None }
+        Propagation { clock, replicas: None, stopping: watch::Sender::new(false) }
     }
 
     /// Where there are replicas. Readings run on the current runtime for as long as anybody may wait.
@@ -125,7 +129,8 @@ impl Propagation {
     ) -> Propagation {
         let (readings, wanted) = mpsc::channel(QUEUE);
         tokio::spawn(read(fleet.clone(), wanted));
-        Propagation { clock, replicas: Some(Replicas { fleet, follow, sight, readings }) }
+        let replicas = Some(Replicas { fleet, follow, sight, readings });
+        Propagation { clock, replicas, stopping: watch::Sender::new(false) }
     }
 
     /// What is said of a change that takes nothing away: there is nothing to wait for.
@@ -202,12 +207,22 @@ impl Propagation {
             clock: &*self.clock,
             replicas,
             revoker: Revoker::after(change, again, committed),
+            hash,
             names: HashMap::new(),
             sync_replicated: false,
             until,
             give_up: committed.plus(LONGEST),
         };
-        wait.run(each).await
+        let mut stopping = self.stopping.subscribe();
+        tokio::select! {
+            ended = wait.run(each) => ended,
+            _ = stopping.wait_for(|stop| *stop) => Err(Incomplete::Stopping(revision)),
+        }
+    }
+
+    /// Ends all waiting.
+    pub fn stop(&self) {
+        self.stopping.send_replace(true);
     }
 }
 
@@ -220,7 +235,7 @@ impl Replicas {
         })
     }
 
-    async fn link(&self, revision: Revision) -> Result<crate::domain::log::Hash, Incomplete> {
+    async fn link(&self, revision: Revision) -> Result<Hash, Incomplete> {
         let roster = self.fleet.roster(&[revision]).await.map_err(|error| {
             tracing::error!(error = &error as &dyn std::error::Error, "the log was not read");
             Incomplete::Unanswered
@@ -234,6 +249,7 @@ struct Wait<'a> {
     clock: &'a dyn Clock,
     replicas: &'a Replicas,
     revoker: Revoker,
+    hash: Hash,
     names: HashMap<ReplicaId, String>,
     sync_replicated: bool,
     until: Option<Instant>,
@@ -273,7 +289,7 @@ impl Wait<'_> {
     }
 
     /// Reads the rows, unless time is up before.
-    async fn list(&mut self, attempt: crate::domain::lease::Attempt) -> Result<Event, Incomplete> {
+    async fn list(&mut self, attempt: Attempt) -> Result<Event, Incomplete> {
         let progress = self.revoker.propagation();
         // Whatever the list says, by then it is complete; and a database that is away need not be waited for.
         let by = progress.complete_by.unwrap_or(self.give_up);
@@ -287,10 +303,12 @@ impl Wait<'_> {
         self.names.clone_from(&roster.names);
         self.sync_replicated = roster.sync_replicated;
         let mut listing = roster.listing.clone();
-        // What is in force here needs no acknowledgment.
-        let (own, applied) = (self.replicas.sight.id(), self.replicas.follow.at());
-        for row in listing.rows.iter_mut().filter(|row| Some(row.id) == own) {
-            row.applied = row.applied.max(applied.map(|at| at.revision));
+        // What is in force here needs no acknowledgment: the change itself, not another of the same number.
+        if self.replicas.follow.link(progress.revision) == Some(self.hash) {
+            let own = self.replicas.sight.id();
+            for row in listing.rows.iter_mut().filter(|row| Some(row.id) == own && row.applied.is_some()) {
+                row.applied = row.applied.max(Some(progress.revision));
+            }
         }
         let link = roster.links.get(&progress.revision).copied();
         Ok(Event::Listed { attempt, listing, link })

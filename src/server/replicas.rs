@@ -243,8 +243,9 @@ impl Operators {
     /// When the database fails, or another lease was set meanwhile.
     pub async fn set_lease(&self, lease: Term) -> anyhow::Result<()> {
         let before = self.fleet.terms().await?.longest;
-        let rows = self.fleet.roster(&[]).await?.listing.rows;
         self.fleet.set_lease(lease).await?;
+        // Read after: whoever comes later is granted the new one.
+        let rows = self.fleet.roster(&[]).await?.listing.rows;
         let shorter = before.length().is_none_or(|before| lease.length().is_some_and(|new| new < before));
         if shorter && before != lease {
             match before.outlived_after() {

@@ -12,6 +12,9 @@ use crate::domain::{
     time::Revision,
 };
 
+/// How many changes one answer holds at the most.
+pub const MOST_ROWS: u32 = 1000;
+
 /// A renewal's answer.
 #[derive(Clone, Debug)]
 pub struct Renewed {
@@ -72,7 +75,7 @@ pub trait Fleet: Send + Sync + 'static {
     /// Renews: one durable transaction.
     async fn renew(&self, renewal: &Renewal) -> Result<Renewed, StoreError>;
 
-    /// The changes after a revision, in order, as many as one answer holds.
+    /// The changes after a revision, in order, at most [`MOST_ROWS`].
     async fn follow(&self, after: Revision) -> Result<Vec<LogRow>, StoreError>;
 
     /// Reads the rows, and the links at these revisions, in one snapshot.

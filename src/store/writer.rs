@@ -40,6 +40,10 @@ pub trait Follower: Send + Sync + 'static {
     fn revision(&self) -> Revision;
     /// Takes newly committed changes.
     fn applied(&self, rows: &[(LogRow, Change)]);
+    /// The same of changes that others have committed, or may have.
+    fn followed(&self, rows: &[(LogRow, Change)]) {
+        self.applied(rows);
+    }
     /// A change was asked for and may or may not be recorded: until the log decides, refuse what it refuses.
     fn in_doubt(&self, change: &Change);
     /// The log has decided. What it does not hold was not recorded; a change that stops a key or an account
@@ -103,12 +107,12 @@ impl Writer {
         if self.follower.revision() >= revision { Ok(()) } else { self.barrier(revision).await }
     }
 
-    /// Returns once everything is in force that was recorded before.
+    /// Returns once everything is in force that was recorded before, by whomever.
     ///
     /// # Errors
     /// When what is recorded cannot be found out.
-    pub async fn settled(&self) -> Result<(), WriteError> {
-        self.barrier(Revision::default()).await
+    pub async fn caught_up(&self) -> Result<(), WriteError> {
+        self.barrier(Revision(u64::MAX)).await
     }
 
     async fn barrier(&self, revision: Revision) -> Result<(), WriteError> {
@@ -210,7 +214,7 @@ impl Committer {
             let seen = self.follower.revision();
             let mut rows = self.store.log_after(seen, 1000).await?;
             rows.retain(|row| row.revision < before);
-            self.follower.applied(&with_changes(rows)?);
+            self.follower.followed(&with_changes(rows)?);
             if self.follower.revision() == seen {
                 let what = format!("the log does not go on from entry {seen} as this process knows it");
                 return Err(StoreError::Damaged(what));
@@ -256,7 +260,7 @@ impl Committer {
                 break;
             }
             let newest = rows.last().map_or(seen, |row| row.revision);
-            self.follower.applied(&with_changes(rows)?);
+            self.follower.followed(&with_changes(rows)?);
             if self.follower.revision() < newest {
                 let what = format!("the log does not go on from entry {seen} as this process knows it");
                 return Err(StoreError::Damaged(what));

@@ -202,7 +202,7 @@ async fn a_commit_that_waits_for_a_frozen_standby_is_in_force_when_it_has_ended_
     let lost = writer.write(account("other")).await;
     assert!(matches!(lost, Err(WriteError::Unknown(_))), "{lost:?}");
     standby("");
-    writer.settled().await.unwrap();
+    writer.caught_up().await.unwrap();
     assert!(known(&index, "other"), "the log has decided, and it holds the change");
     writer.write(account("third")).await.unwrap();
     assert_eq!(index.revision(), Some(Revision(3)));

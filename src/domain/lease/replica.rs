@@ -137,6 +137,12 @@ impl<R: Rules> Replica<R> {
         }
     }
 
+    /// The row that it holds.
+    #[must_use]
+    pub fn row(&self) -> Option<ReplicaId> {
+        self.row.map(|row| row.id)
+    }
+
     /// How it stands.
     #[must_use]
     pub fn standing(&self) -> Standing {
@@ -186,7 +192,9 @@ impl<R: Rules> Replica<R> {
             Event::Failed { attempt } => self.failed(attempt, now),
             Event::Hint => self.again |= self.holds(),
             Event::Advanced { to } => self.advance(to),
-            Event::Diverged { ours, head } => self.regress(ours, None, head, out),
+            // Of a map that is given up already, it says nothing new.
+            Event::Diverged { ours, head } if self.holds() => self.regress(ours, None, head, out),
+            Event::Diverged { .. } => {}
             Event::RegressionAccepted | Event::Stop => {}
         }
     }
@@ -363,6 +371,7 @@ impl<R: Rules> Replica<R> {
         self.mode = Mode::Running;
         self.map = Map::Empty { load_at: now };
         self.send_at = now;
+        out.extend(self.request.take().map(|sent| Action::Abandon { attempt: sent.attempt }));
         self.leave(out);
         self.proceed(now, out);
     }

@@ -15,7 +15,7 @@ use std::{
 use ipnet::IpNet;
 
 use crate::domain::{
-    facts::KeyFacts,
+    facts::{KeyFacts, ended},
     key::{Key, Owner, Quota, RateLimit, Secret},
     name::{CustomerId, EnvironmentName, KeyId, KeyName, RoleName},
     scope::ScopeSet,
@@ -63,6 +63,8 @@ struct Older {
     ends: Option<Timestamp>,
     /// Whether it has left the key's record, and is superseded whatever the clock says.
     left: bool,
+    /// Whether it had ended when the record was made, and is superseded whatever the clock says.
+    over: bool,
 }
 
 /// What many keys have alike, each thing once.
@@ -124,6 +126,7 @@ impl Packed {
             digest: secret.digest,
             ends: Some(secret.expires_at.unwrap_or(key.updated_at)),
             left: true,
+            over: true,
         });
         Packed::with_left(key, left.collect(), shared)
     }
@@ -133,7 +136,11 @@ impl Packed {
         let left = before.secrets().filter_map(|old| {
             let kept = key.secrets.iter().any(|kept| kept.version == old.version);
             let ends = Some(old.ends.unwrap_or(key.updated_at).min(key.updated_at));
-            if old.left { Some(old) } else { (!kept).then_some(Older { ends, left: true, ..old }) }
+            if old.left {
+                Some(old)
+            } else {
+                (!kept).then_some(Older { ends, left: true, over: true, ..old })
+            }
         });
         Packed::with_left(key, left.collect(), shared)
     }
@@ -145,6 +152,7 @@ impl Packed {
             digest: secret.digest,
             ends: secret.expires_at,
             left: false,
+            over: ended(secret.expires_at, key.updated_at) == Some(Timestamp::PASSED),
         });
         older.splice(0..0, others);
         let rare = Rare {
@@ -292,7 +300,7 @@ impl HeldKey {
         let Record { version, digest, .. } = *self.record();
         let ends = self.rare().and_then(|rare| rare.newest_ends);
         let older = self.rare().map_or(&[][..], |rare| &rare.older);
-        [Older { version, digest, ends, left: false }].into_iter().chain(older.iter().cloned())
+        [Older { version, digest, ends, left: false, over: false }].into_iter().chain(older.iter().cloned())
     }
 
     /// The digests of every secret that is known of it.
@@ -408,6 +416,7 @@ impl KeyFacts for HeldKey {
     }
 
     fn secret_ends(&self) -> impl Iterator<Item = (u32, Option<Timestamp>)> {
-        self.secrets().filter(|secret| !secret.left).map(|secret| (secret.version, secret.ends))
+        let ends = |secret: &Older| if secret.over { Some(Timestamp::PASSED) } else { secret.ends };
+        self.secrets().filter(|secret| !secret.left).map(move |secret| (secret.version, ends(&secret)))
     }
 }

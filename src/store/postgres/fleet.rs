@@ -6,7 +6,10 @@
 use std::{collections::HashMap, fmt::Write as _, time::Duration};
 
 use async_trait::async_trait;
-use sqlx::postgres::{PgListener, PgPoolOptions, PgRow};
+use sqlx::{
+    Connection as _,
+    postgres::{PgListener, PgPoolOptions, PgRow},
+};
 use uuid::Uuid;
 
 use crate::{
@@ -17,7 +20,7 @@ use crate::{
     },
     store::{
         StoreError,
-        fleet::{Fleet, Renewed, Roster, Terms},
+        fleet::{Fleet, MOST_ROWS, Renewed, Roster, Terms},
         records::{Columns as _, LOG_COLUMNS, bytes_at, log_at},
         rows::{revision_from_i64, revision_to_i64},
     },
@@ -25,10 +28,10 @@ use crate::{
 
 use super::{ACQUIRE, CALL, Place, Postgres, Result, line::Line, line::TextRow, store_error, within};
 
-/// How many changes one answer holds.
-const MOST_ROWS: u32 = 1000;
 /// How long a listener may hear nothing before another takes its place: its connection may be dead.
 const SILENCE: Duration = Duration::from_secs(30);
+/// How long nobody tries again to listen where a pooler stood in between.
+const POOLED: Duration = Duration::from_secs(60);
 /// An infinite lease, in `lease_ms` and `longest_ms`.
 const INFINITE: i64 = i64::MAX;
 
@@ -323,9 +326,20 @@ impl Fleet for Postgres {
         let mut slot = self.fleet.listener.lock().await;
         let mut listener = match slot.take() {
             Some(listener) => listener,
-            None => listen(&self.place).await.map_err(store_error)?,
+            None => match self.listen().await.map_err(store_error)? {
+                Some(listener) => listener,
+                None => {
+                    // Another time there may be none in between.
+                    tokio::time::sleep(POOLED).await;
+                    return Err(gone(
+                        "a pooler stands before the database, and notifications do not pass it",
+                    ));
+                }
+            },
         };
-        let heard = within(SILENCE, listener.recv()).await.map_err(store_error)?;
+        // None: the connection has ended, and what came meanwhile is lost.
+        let heard = within(SILENCE, listener.try_recv()).await.map_err(store_error)?;
+        let heard = heard.ok_or_else(|| gone("the connection that listens has ended"))?;
         *slot = Some(listener);
         Ok(heard.payload().parse().ok().map(revision_from_i64))
     }
@@ -345,15 +359,46 @@ impl Fleet for Postgres {
     }
 }
 
-/// A connection that hears notifications.
-async fn listen(place: &Place) -> Result<PgListener> {
-    let pool = PgPoolOptions::new().max_connections(1).acquire_timeout(ACQUIRE);
-    let pool = pool.connect_lazy_with(place.options.clone());
-    let mut listener = within(ACQUIRE, PgListener::connect_with(&pool)).await?;
-    // Another connection in its place would have missed something: then this one has ended.
-    listener.eager_reconnect(false);
-    within(ACQUIRE, listener.listen(&place.schema)).await?;
-    Ok(listener)
+fn gone(why: &'static str) -> StoreError {
+    StoreError::Unavailable(why.into())
+}
+
+/// The server's process for this session, of one that was begun for it or of one that a pooler lent.
+async fn process(connection: &mut sqlx::PgConnection) -> Result<i64> {
+    let row = sqlx::raw_sql("SELECT pg_backend_pid()").fetch_one(connection).await?;
+    TextRow::of(&row, 0..1)?.int(0)
+}
+
+impl Postgres {
+    /// A connection that hears notifications; None where a pooler stands in between. There a session that listens would be
+    /// lent to others, who cannot bear what they are told then. It shows in that a new connection gets a session that was
+    /// there before: asked of two, since the first may have been all that the pooler had free.
+    async fn listen(&self) -> Result<Option<PgListener>> {
+        const KNOWN: &str = "SELECT pid FROM pg_stat_activity WHERE usename = current_user";
+        let known = self.message(&self.fleet.rosters, KNOWN, CALL).await?;
+        let known = known.iter().map(|row| TextRow::of(row, 0..1)?.int(0));
+        let mut known = known.collect::<Result<Vec<_>>>()?;
+        let probe = sqlx::PgConnection::connect_with(&self.place.options);
+        let mut probe = within(ACQUIRE, probe).await?;
+        let first = within(ACQUIRE, process(&mut probe)).await?;
+        let _ = within(ACQUIRE, probe.close()).await;
+        if known.contains(&first) {
+            return Ok(None);
+        }
+        known.push(first);
+        let pool = PgPoolOptions::new().max_connections(1).acquire_timeout(ACQUIRE);
+        let pool = pool.connect_lazy_with(self.place.options.clone());
+        let mut listener = within(ACQUIRE, PgListener::connect_with(&pool)).await?;
+        let asked = sqlx::raw_sql("SELECT pg_backend_pid()").fetch_one(&mut listener);
+        let second = TextRow::of(&within(ACQUIRE, asked).await?, 0..1)?.int(0)?;
+        if known.contains(&second) {
+            return Ok(None);
+        }
+        // Another connection in its place would have missed something: then this one has ended.
+        listener.eager_reconnect(false);
+        within(ACQUIRE, listener.listen(&self.place.schema)).await?;
+        Ok(Some(listener))
+    }
 }
 
 /// The first life that the tables have: nobody has held a lease in an earlier one.

@@ -161,14 +161,14 @@ impl Services {
             "keyward.v1.AuditService" => into_service(self.audit.clone(), request).boxed(),
             _ => return no_such_rpc().into_http(),
         };
-        let news = rpc.hears_first(names_person).then(|| self.news.clone());
+        let (news, hears_first) = (self.news.clone(), rpc.hears_first(names_person));
         let task = self.management.spawn(async move {
-            let heard = match news {
-                Some(news) => news.heard().await,
-                None => true,
-            };
+            let heard = !hears_first || news.heard().await;
             let answer = call.await;
-            if heard { answer } else { not_by_old_knowledge(answer) }
+            if rests_on_knowledge(&answer, hears_first) && !(heard && news.was_newest().await) {
+                return Status::from(Refusal::Unavailable).into_http();
+            }
+            answer
         });
         task.await.unwrap_or_else(|error| {
             tracing::error!(
@@ -276,19 +276,15 @@ impl Services {
     }
 }
 
-/// What is refused by what this process knew, when it could not hear what is new, is no verdict.
-fn not_by_old_knowledge(response: Response<Body>) -> Response<Body> {
+/// Whether a refusal rests on what this process, or the database that it reached, knew. Then it is no verdict unless that
+/// was the newest state. `changes`: what is wrong with the request of a change may be so only by old knowledge.
+fn rests_on_knowledge(response: &Response<Body>, changes: bool) -> bool {
     use tonic::Code::{AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied};
-    match Status::from_header_map(response.headers()) {
-        Some(status)
-            if matches!(
-                status.code(),
-                NotFound | InvalidArgument | PermissionDenied | FailedPrecondition | AlreadyExists
-            ) =>
-        {
-            Status::from(Refusal::Unavailable).into_http()
-        }
-        _ => response,
+    let code = Status::from_header_map(response.headers()).map(|status| status.code());
+    match code {
+        Some(NotFound | AlreadyExists | FailedPrecondition) => true,
+        Some(InvalidArgument | PermissionDenied) => changes,
+        _ => false,
     }
 }
 

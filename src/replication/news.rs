@@ -1,5 +1,6 @@
 //! Hearing what other replicas have committed, before a change is judged here: who makes an account on one replica
-//! finds it on another. Nothing rests on it but convenience: what takes rights away has been waited for.
+//! finds it on another. And seeing, before something is said not to be there, that it was looked for in the newest
+//! state. The guarantee does not rest on it: what takes rights away has been waited for. That a fault is no verdict does.
 
 use std::{sync::Arc, time::Duration};
 
@@ -10,7 +11,7 @@ use crate::store::{
     fleet::{Fleet, MOST_ROWS},
 };
 
-use super::follow::Follow;
+use super::{feed::Sight, follow::Follow};
 
 /// How many may wait for one reading; those beyond wait for a place.
 const QUEUE: usize = 1024;
@@ -19,8 +20,21 @@ const QUEUE: usize = 1024;
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// The way to the newest changes.
-#[derive(Clone, Debug)]
-pub struct News(Option<mpsc::Sender<oneshot::Sender<bool>>>);
+#[derive(Clone)]
+pub struct News(Option<Source>);
+
+#[derive(Clone)]
+struct Source {
+    asks: mpsc::Sender<oneshot::Sender<bool>>,
+    fleet: Arc<dyn Fleet>,
+    sight: Arc<Sight>,
+}
+
+impl std::fmt::Debug for News {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("News").field("from_others", &self.0.is_some()).finish_non_exhaustive()
+    }
+}
 
 impl News {
     /// Where nobody else commits.
@@ -31,16 +45,16 @@ impl News {
 
     /// Where others do. Readings run on the current runtime for as long as anybody may ask.
     #[must_use]
-    pub fn over(fleet: Arc<dyn Fleet>, follow: Arc<Follow>) -> News {
+    pub fn over(fleet: Arc<dyn Fleet>, follow: Arc<Follow>, sight: Arc<Sight>) -> News {
         let (asks, asked) = mpsc::channel(QUEUE);
-        tokio::spawn(read(fleet, follow, asked));
-        News(Some(asks))
+        tokio::spawn(read(fleet.clone(), follow, asked));
+        News(Some(Source { asks, fleet, sight }))
     }
 
     /// Whether everything is in the index that was committed before: else the database has failed to tell, and what
     /// is not there may be there all the same.
     pub async fn heard(&self) -> bool {
-        let Some(asks) = &self.0 else { return true };
+        let Some(Source { asks, .. }) = &self.0 else { return true };
         let (answer, heard) = oneshot::channel();
         let asked = async {
             match asks.send(answer).await {
@@ -49,6 +63,15 @@ impl News {
             }
         };
         tokio::time::timeout(PATIENCE, asked).await.unwrap_or(false)
+    }
+
+    /// Whether what was read from the database before was the newest there was: else it may be one that another has
+    /// replaced, and what is not there may be in the other.
+    pub async fn was_newest(&self) -> bool {
+        let Some(Source { fleet, sight, .. }) = &self.0 else { return true };
+        let Some(id) = sight.id() else { return false };
+        let proven = tokio::time::timeout(PATIENCE, fleet.prove(id)).await;
+        matches!(proven, Ok(Ok(true)))
     }
 }
 

@@ -53,7 +53,7 @@ impl Place {
             let lease = Arc::new(Lease::sole());
             return Place { follow, lease, propagation, news: News::none(), sight };
         };
-        let news = News::over(fleet.clone(), follow.clone());
+        let news = News::over(fleet.clone(), follow.clone(), sight.clone());
         let propagation = Propagation::over(fleet, follow.clone(), sight.clone(), clock);
         Place { follow, lease: Arc::new(Lease::none()), propagation, news, sight }
     }

@@ -75,6 +75,10 @@ pub trait Fleet: Send + Sync + 'static {
     /// Renews: one durable transaction.
     async fn renew(&self, renewal: &Renewal) -> Result<Renewed, StoreError>;
 
+    /// Writes to a row, durably: so what was read from the same database before was the newest there was. A primary that
+    /// was replaced answers reads and commits nothing. False = the row is gone.
+    async fn prove(&self, id: ReplicaId) -> Result<bool, StoreError>;
+
     /// The changes after a revision, in order, at most [`MOST_ROWS`].
     async fn follow(&self, after: Revision) -> Result<Vec<LogRow>, StoreError>;
 

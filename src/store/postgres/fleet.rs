@@ -292,6 +292,15 @@ impl Fleet for Postgres {
         self.renew_once(renewal).await
     }
 
+    async fn prove(&self, id: ReplicaId) -> std::result::Result<bool, StoreError> {
+        let write = format!(
+            "UPDATE replicas SET last_seen = {DB_NOW} WHERE id = {} RETURNING 1",
+            hex(id.0.as_bytes())
+        );
+        let rows = self.message(&self.fleet.changes, &write, CALL).await.map_err(store_error)?;
+        Ok(!rows.is_empty())
+    }
+
     async fn follow(&self, after: Revision) -> std::result::Result<Vec<LogRow>, StoreError> {
         let after = revision_to_i64(after);
         let asked = format!(

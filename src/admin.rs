@@ -99,6 +99,7 @@ fn replica_metrics(text: &mut String, told: &Told, replica: &Sight) {
             "1 while the database has another history than this replica.",
             regressed.to_string(),
         ),
+        ("keyward_replicas", "Replicas of the database, this one included.", replica.replicas().to_string()),
     ] {
         let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} gauge\n{name} {value}");
     }

@@ -110,3 +110,33 @@ impl KeyFacts for Key {
         self.secrets.iter().map(|secret| (secret.version, ended(secret.expires_at, self.updated_at)))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::domain::{
+        key::tests::{at, sample},
+        token::Digest,
+    };
+
+    fn rotated(overlap: Duration) -> Key {
+        let mut key = sample();
+        key.rotate(Digest::of("two"), String::new(), overlap, at(100));
+        key.updated_at = at(100);
+        key
+    }
+
+    #[test]
+    fn what_ended_with_the_change_has_ended_on_clocks_that_are_behind_too() {
+        let behind = at(50);
+        let key = rotated(Duration::ZERO);
+        assert!(key.superseded(1, behind) && !key.superseded(2, behind));
+        let mut finished = rotated(Duration::from_secs(600));
+        assert!(!finished.superseded(1, at(200)), "an overlap goes by the clock");
+        finished.finish_rotation(at(300));
+        finished.updated_at = at(300);
+        assert!(finished.superseded(1, behind));
+    }
+}

@@ -678,6 +678,18 @@ mod tests {
     use super::*;
 
     #[test]
+    fn an_update_that_repeats_a_value_waits_as_the_one_before() {
+        let before = crate::domain::key::tests::sample();
+        let mut terms = before.terms.clone();
+        terms.metadata.insert("team".to_owned(), "core".to_owned());
+        let patch = |fields: &[Field]| Patch { fields: fields.to_vec(), terms: terms.clone() };
+        assert!(!patch(&[Field::Metadata]).repeats(&before.terms));
+        assert!(patch(&[Field::Metadata, Field::Scopes]).repeats(&before.terms));
+        assert_eq!(reach(&before, &before, &Edit::Repeats), Reach::Narrows { again: true });
+        assert_eq!(reach(&before, &before, &Edit::Changed), Reach::Widens);
+    }
+
+    #[test]
     fn a_rotation_keeps_the_prefix_of_the_token() {
         let environments = Environments::default();
         let production = environments.get("production").unwrap();

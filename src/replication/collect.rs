@@ -1,4 +1,4 @@
-//! Drives the collector: removes the rows of replicas that are dead, and tells Checks whether there are others.
+//! Drives the collector: removes the rows of replicas that are dead.
 
 use std::{sync::Arc, time::Duration};
 
@@ -10,12 +10,11 @@ use crate::{
         Boottime, Collector, Lease, ReplicaId,
         collector::{Action, Event},
     },
-    engine::lease::Lease as Checks,
     store::fleet::Fleet,
 };
 
 /// Watches over the rows for as long as it runs.
-pub(super) async fn run(fleet: Arc<dyn Fleet>, checks: Arc<Checks>, clock: Arc<dyn Clock>, lease: Lease) {
+pub(super) async fn run(fleet: Arc<dyn Fleet>, clock: Arc<dyn Clock>, lease: Lease) {
     let mut machine = Collector::new(lease);
     loop {
         let mut actions = machine.on(Event::Tick, clock.boottime());
@@ -23,10 +22,7 @@ pub(super) async fn run(fleet: Arc<dyn Fleet>, checks: Arc<Checks>, clock: Arc<d
             match action {
                 Action::List { attempt } => {
                     let event = match fleet.roster(&[]).await {
-                        Ok(roster) => {
-                            checks.set_shared(roster.listing.rows.len() > 1);
-                            Event::Listed { attempt, listing: roster.listing }
-                        }
+                        Ok(roster) => Event::Listed { attempt, listing: roster.listing },
                         Err(_) => Event::Failed { attempt },
                     };
                     actions.extend(machine.on(event, clock.boottime()));

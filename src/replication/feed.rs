@@ -74,6 +74,7 @@ pub struct Sight {
     renewals: AtomicU64,
     failures: AtomicU64,
     frozen: AtomicU64,
+    replicas: AtomicU64,
 }
 
 impl Sight {
@@ -93,6 +94,12 @@ impl Sight {
     #[must_use]
     pub fn counts(&self) -> [u64; 3] {
         [&self.renewals, &self.failures, &self.frozen].map(|count| count.load(Ordering::Relaxed))
+    }
+
+    /// How many replicas there are, as the newest renewal said.
+    #[must_use]
+    pub fn replicas(&self) -> u64 {
+        self.replicas.load(Ordering::Relaxed)
     }
 
     fn set_id(&self, id: Option<ReplicaId>) {
@@ -145,7 +152,7 @@ pub fn start(parts: Parts, Terms { lease, epoch, .. }: Terms) -> Running {
     let (failed, has_failed) = watch::channel(false);
     let (answers, inputs) = mpsc::channel(ANSWERS);
     let beside = vec![
-        tokio::spawn(collect::run(parts.fleet.clone(), parts.lease.clone(), parts.clock.clone(), lease)),
+        tokio::spawn(collect::run(parts.fleet.clone(), parts.clock.clone(), lease)),
         tokio::spawn(changes::listen(parts.fleet.clone(), parts.follow.clone(), answers.clone())),
         tokio::spawn(changes::moves(parts.follow.clone(), answers.clone())),
         tokio::spawn(changes::divergences(parts.follow.clone(), answers.clone())),
@@ -252,7 +259,9 @@ impl Feed {
             }
             Input::Renewed(attempt, renewed) => {
                 self.sight.renewals.fetch_add(1, Ordering::Relaxed);
-                let Renewed { reply, rows, epoch } = *renewed;
+                let Renewed { reply, rows, epoch, replicas } = *renewed;
+                self.parts.lease.set_shared(replicas > 1);
+                self.sight.replicas.store(replicas, Ordering::Relaxed);
                 self.heard_epoch = epoch;
                 self.rows = Some((attempt, rows));
                 Event::Renewed { attempt, reply }

@@ -24,6 +24,8 @@ pub struct Renewed {
     pub rows: Vec<LogRow>,
     /// See [`Terms::epoch`].
     pub epoch: u64,
+    /// How many replicas there are.
+    pub replicas: u64,
 }
 
 /// One reading of the replicas' rows, with what is asked of it.

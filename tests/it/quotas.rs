@@ -11,9 +11,16 @@ use std::{
 };
 
 use keyward::{
-    domain::{decision::Reason, limit::Spent, time::Timestamp},
+    domain::{
+        account::Account,
+        decision::Reason,
+        limit::Spent,
+        log::{Action, Actor, Change},
+        name::DisplayName,
+        time::{Revision, Timestamp},
+    },
     engine::{Answer, CannotAnswer, limiter::LimitSettings},
-    store::{self, SnapshotItem, Store},
+    store::{self, SnapshotItem, Store, Write},
 };
 
 use crate::{
@@ -26,8 +33,33 @@ fn shared() -> LimitSettings {
     LimitSettings { shared: true, redis: None }
 }
 
-async fn open(folder: &Path) -> Arc<dyn Store> {
-    store::open(&format!("sqlite:{}", folder.join("keyward.db").display())).await.unwrap()
+/// A store that has the key.
+async fn open(folder: &Path, limited: &Limited) -> Arc<dyn Store> {
+    let store = store::open(&format!("sqlite:{}", folder.join("keyward.db").display())).await.unwrap();
+    let at = Timestamp::from_micros(0);
+    let account = Account {
+        id: limited.key.owner.account().unwrap().clone(),
+        name: DisplayName::parse("Acme").unwrap(),
+        suspended_at: None,
+        longest_life: None,
+        created_at: at,
+        updated_at: at,
+        revision: Revision::default(),
+    };
+    let write = |change, action| Write {
+        change,
+        expect: None,
+        action,
+        actor: Actor::SYSTEM,
+        method: "test",
+        at,
+        idempotency: None,
+    };
+    let account = write(Change::Account(Arc::new(account)), Action::AccountCreated);
+    let key = write(Change::Key(limited.key.clone()), Action::KeyCreated);
+    let committed = store.commit(&[account, key]).await.unwrap();
+    assert!(committed.outcomes.iter().all(Result::is_ok), "{:?}", committed.outcomes);
+    store
 }
 
 /// The database of a store that was closed, there again. It is a copy: another test may be starting a process, which
@@ -74,7 +106,8 @@ async fn two_replicas_overspend_a_quota_by_a_block_each_at_the_most() {
     const QUOTA: u64 = 1_000;
     const BLOCK: u64 = 50;
     let folder = tempfile::tempdir().unwrap();
-    let (store, limited) = (open(folder.path()).await, Limited::new(1, vec![], Some(QUOTA)));
+    let limited = Limited::new(1, vec![], Some(QUOTA));
+    let store = open(folder.path(), &limited).await;
     let mut both = Vec::new();
     for _ in 0..2 {
         let replica = Replica::start(&limited, &shared(), clock()).await;
@@ -108,7 +141,8 @@ async fn two_replicas_overspend_a_quota_by_a_block_each_at_the_most() {
 #[tokio::test(flavor = "multi_thread")]
 async fn one_after_the_other_two_replicas_hardly_overspend_a_small_quota() {
     let folder = tempfile::tempdir().unwrap();
-    let (store, limited) = (open(folder.path()).await, Limited::new(1, vec![], Some(10)));
+    let limited = Limited::new(1, vec![], Some(10));
+    let store = open(folder.path(), &limited).await;
     let one = Replica::start(&limited, &shared(), clock()).await;
     let other = Replica::start(&limited, &shared(), clock()).await;
     let mut allowed = 0;
@@ -125,7 +159,8 @@ async fn one_after_the_other_two_replicas_hardly_overspend_a_small_quota() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_database_that_is_away_is_no_verdict_on_a_shared_quota() {
     let folder = tempfile::tempdir().unwrap();
-    let (away, limited) = (open(folder.path()).await, Limited::new(1, vec![], Some(60)));
+    let limited = Limited::new(1, vec![], Some(60));
+    let away = open(folder.path(), &limited).await;
     let replica = Replica::start(&limited, &shared(), clock()).await;
     let drawing = draw(&replica, &away);
     away.close().await;
@@ -161,7 +196,8 @@ async fn a_process_that_is_alone_waits_for_no_database() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_used_while_a_write_failed_is_counted_once_when_it_succeeds() {
     let folder = tempfile::tempdir().unwrap();
-    let (away, limited) = (open(folder.path()).await, Limited::new(1, vec![], Some(1_000)));
+    let limited = Limited::new(1, vec![], Some(1_000));
+    let away = open(folder.path(), &limited).await;
     let replica = Replica::start(&limited, &LimitSettings::default(), clock()).await;
     away.close().await;
     replica.ask(5).await.unwrap();
@@ -180,7 +216,8 @@ async fn what_was_used_while_a_write_failed_is_counted_once_when_it_succeeds() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_replica_hears_what_others_used_when_it_writes() {
     let folder = tempfile::tempdir().unwrap();
-    let (store, limited) = (open(folder.path()).await, Limited::new(1, vec![], Some(10_000)));
+    let limited = Limited::new(1, vec![], Some(10_000));
+    let store = open(folder.path(), &limited).await;
     let one = Replica::start(&limited, &shared(), clock()).await;
     let other = Replica::start(&limited, &shared(), clock()).await;
     one.ask(40).await.unwrap();
@@ -193,7 +230,8 @@ async fn a_replica_hears_what_others_used_when_it_writes() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_quota_starts_afresh_with_its_period_in_the_database_too() {
     let folder = tempfile::tempdir().unwrap();
-    let (store, limited, now) = (open(folder.path()).await, Limited::new(1, vec![], Some(10)), clock());
+    let (limited, now) = (Limited::new(1, vec![], Some(10)), clock());
+    let store = open(folder.path(), &limited).await;
     let replica = Replica::start(&limited, &shared(), now.clone()).await;
     replica.ask(7).await.unwrap();
     flush(&replica, &store).await;
@@ -213,7 +251,8 @@ async fn a_quota_starts_afresh_with_its_period_in_the_database_too() {
 async fn with_rate_limits_in_redis_a_quota_stays_in_the_database() {
     let (redis, folder) = (RedisServer::start(), tempfile::tempdir().unwrap());
     let limits = vec![rate("requests", 1_000, Duration::from_secs(DAY))];
-    let (store, limited) = (open(folder.path()).await, Limited::new(1, limits, Some(100)));
+    let limited = Limited::new(1, limits, Some(100));
+    let store = open(folder.path(), &limited).await;
     let settings = LimitSettings { redis: Some(redis.settings()), ..shared() };
     let one = Replica::start(&limited, &settings, clock()).await;
     let other = Replica::start(&limited, &settings, clock()).await;

@@ -604,6 +604,13 @@ async fn ask_with_64(fleet: &Fleet, token: &str, each: u64) -> (u64, u64) {
 }
 
 async fn known_everywhere(fleet: &Fleet, made: pb::CreateKeyRequest) -> String {
+    for replica in &fleet.replicas {
+        // Each hears of the others with its next renewal.
+        let all = format!("keyward_replicas {}\n", fleet.replicas.len());
+        wait_for("a replica to know of the others", || {
+            replica.page("/metrics").1.contains(&all).then_some(())
+        });
+    }
     let made = fleet.replicas[0].root().keys.create(made).await.unwrap().into_inner();
     for replica in &fleet.replicas {
         let dry =

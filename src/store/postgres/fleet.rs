@@ -116,7 +116,7 @@ impl Postgres {
     }
 
     async fn renew_once(&self, renewal: &Renewal) -> std::result::Result<Renewed, StoreError> {
-        const META: usize = 8;
+        const META: usize = 9;
         let sql = renewal_sql(renewal);
         let rows = self.message(&self.fleet.renewals, &sql, CALL).await.map_err(store_error)?;
         // First the row of the UPDATE, if it changed one; then those of the question.
@@ -130,10 +130,11 @@ impl Postgres {
         let reply = reply_at(&meta, !updated.is_empty(), renewal, Self::upto(from, &changes));
         let reply = reply.map_err(store_error)?;
         let epoch = meta.int(7).and_then(count).map_err(store_error)?;
+        let replicas = meta.int(8).and_then(count).map_err(store_error)?;
         if reply.link.is_none_or(|link| link != from.hash) && renewal.applied.is_some() {
-            return Ok(Renewed { reply: Reply { upto: from, ..reply }, rows: Vec::new(), epoch });
+            return Ok(Renewed { reply: Reply { upto: from, ..reply }, rows: Vec::new(), epoch, replicas });
         }
-        Ok(Renewed { reply, rows: changes, epoch })
+        Ok(Renewed { reply, rows: changes, epoch, replicas })
     }
 }
 
@@ -171,7 +172,7 @@ fn renewal_sql(renewal: &Renewal) -> String {
     let _ = write!(
         sql,
         "SELECT m.head, m.lease_ms, m.longest_ms, {LIFE}, m.settled, {DB_NOW}, \
-         (SELECT hash FROM log WHERE revision = {revision}), m.epoch, l.* FROM meta m LEFT JOIN LATERAL \
+         (SELECT hash FROM log WHERE revision = {revision}), m.epoch, (SELECT count(*) FROM replicas), l.* FROM meta m LEFT JOIN LATERAL \
          (SELECT {LOG_COLUMNS} FROM log WHERE {changes} ORDER BY revision LIMIT {MOST_ROWS}) l ON true \
          ORDER BY l.revision"
     );

@@ -8,7 +8,7 @@ use keyward::{
         limit::{Drawn, Spent},
         name::KeyId,
     },
-    store::{Count, Hour, Outcome, SnapshotItem, UsageBatch, UsedSecret},
+    store::{Count, Hour, Outcome, UsageBatch, UsedSecret},
 };
 
 use super::*;

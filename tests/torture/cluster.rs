@@ -129,9 +129,9 @@ impl Cluster {
         self.nodes.iter().map(Node::log).collect()
     }
 
-    /// Runs statements on the primary as the superuser, in Keyward's database.
+    /// Runs statements on the primary as the superuser, in Keyward's database; again, where it does not take them yet.
     pub(crate) fn must(&self, sql: &str) -> String {
-        self.primary().sql(sql).unwrap_or_else(|| panic!("PostgreSQL refuses {sql}"))
+        wait_for(sql, || self.primary().sql(sql))
     }
 
     /// Sets the wall clock that Keyward's database shows, so many seconds on or back.
@@ -204,7 +204,11 @@ impl Cluster {
             self.nodes[self.primary].server = None;
         }
         self.primary = 1 - self.primary;
-        self.must("SELECT pg_promote(true, 60)");
+        wait_for("the standby to be promoted", || {
+            // On a busy machine it may take longer than one call waits.
+            self.primary().sql("SELECT pg_promote(true, 10)");
+            (self.primary().sql("SELECT pg_is_in_recovery()")? == "f").then_some(())
+        });
         self.commits_wait_for("");
     }
 

@@ -115,6 +115,10 @@ async fn revoke(count: u64) {
 async fn outage(length: Duration) {
     let mut fleet = Fleet::start(2, "default").await;
     let (_, token) = fleet.callers()[0].create(plain_key()).await.unwrap();
+    // A new key is known everywhere within milliseconds, and not before.
+    for mut caller in fleet.callers() {
+        while !matches!(caller.check(&token).await, Ok(pb::Reason::Ok)) {}
+    }
     let (stop, allowed, other) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
     let shared = Arc::new((stop, allowed, other));
     let clients: Vec<_> = fleet

@@ -30,6 +30,7 @@ use crate::{
     },
     refusal::Refusal,
     replication::news::News,
+    store::writer::in_call,
 };
 
 use super::{
@@ -163,9 +164,15 @@ impl Services {
         };
         let (news, hears_first) = (self.news.clone(), rpc.hears_first(names_person));
         let task = self.management.spawn(async move {
+            let began = std::time::Instant::now();
             let heard = !hears_first || news.heard().await;
-            let answer = call.await;
-            if rests_on_knowledge(&answer, hears_first) && !(heard && news.was_newest().await) {
+            let (answer, proven) = in_call(began, call).await;
+            let rests = match code(&answer) {
+                // It was so before, says what was read.
+                None | Some(tonic::Code::Ok) => rpc.changes() && !proven,
+                Some(code) => rests_on_knowledge(code, hears_first),
+            };
+            if rests && !(heard && news.was_newest(began).await) {
                 return Status::from(Refusal::Unavailable).into_http();
             }
             answer
@@ -278,14 +285,18 @@ impl Services {
 
 /// Whether a refusal rests on what this process, or the database that it reached, knew. Then it is no verdict unless that
 /// was the newest state. `changes`: what is wrong with the request of a change may be so only by old knowledge.
-fn rests_on_knowledge(response: &Response<Body>, changes: bool) -> bool {
+fn rests_on_knowledge(code: tonic::Code, changes: bool) -> bool {
     use tonic::Code::{AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied};
-    let code = Status::from_header_map(response.headers()).map(|status| status.code());
     match code {
-        Some(NotFound | AlreadyExists | FailedPrecondition) => true,
-        Some(InvalidArgument | PermissionDenied) => changes,
+        NotFound | AlreadyExists | FailedPrecondition => true,
+        InvalidArgument | PermissionDenied => changes,
         _ => false,
     }
+}
+
+/// What an answer says before it has a body. None = it has one.
+fn code(response: &Response<Body>) -> Option<tonic::Code> {
+    Status::from_header_map(response.headers()).map(|status| status.code())
 }
 
 /// The answer, with its reason: what tonic refuses by itself, such as a body that is no message, has none.

@@ -50,9 +50,14 @@ impl Rpc {
     #[must_use]
     pub fn hears_first(&self, for_person: bool) -> bool {
         const BY_RECORD: [&str; 5] = ["Revoke", "Disable", "FinishRotation", "BulkRevoke", "RevokeSelf"];
-        let changes = matches!(self.access, Access::Needs(KeysWrite | AccountsWrite) | Access::Possession);
         let stops = BY_RECORD.iter().any(|name| self.method.ends_with(&format!("KeyService/{name}")));
-        changes && (for_person || !stops)
+        self.changes() && (for_person || !stops)
+    }
+
+    /// Whether it may change something.
+    #[must_use]
+    pub fn changes(&self) -> bool {
+        matches!(self.access, Access::Needs(KeysWrite | AccountsWrite) | Access::Possession)
     }
 
     /// The service's full name.

@@ -2,7 +2,10 @@
 //! finds it on another. And seeing, before something is said not to be there, that it was looked for in the newest
 //! state. The guarantee does not rest on it: what takes rights away has been waited for. That a fault is no verdict does.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use tokio::sync::{mpsc, oneshot};
 
@@ -65,12 +68,12 @@ impl News {
         tokio::time::timeout(PATIENCE, asked).await.unwrap_or(false)
     }
 
-    /// Whether what was read from the database before was the newest there was: else it may be one that another has
+    /// Whether what was read from the database since then was the newest there was: else it may be one that another has
     /// replaced, and what is not there may be in the other.
-    pub async fn was_newest(&self) -> bool {
+    pub async fn was_newest(&self, since: Instant) -> bool {
         let Some(Source { fleet, sight, .. }) = &self.0 else { return true };
         let Some(id) = sight.id() else { return false };
-        let proven = tokio::time::timeout(PATIENCE, fleet.prove(id)).await;
+        let proven = tokio::time::timeout(PATIENCE, fleet.prove(id, since)).await;
         matches!(proven, Ok(Ok(true)))
     }
 }

@@ -1,7 +1,7 @@
 //! The contract [`Store`], kept once for both databases: a [`Backend`] runs queries and transactions, and what is
 //! asked and how it is read stands here, in `queries.rs` and in `records.rs`.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
 use async_trait::async_trait;
 use sqlx::Database;
@@ -43,9 +43,11 @@ pub(super) type TakeKey<'t> = &'t mut (dyn FnMut(GatheredKey) + Send);
 pub(super) trait Backend: Send + Sync + Sized + 'static {
     /// The database.
     type Db: Dialect<Row: Columns>;
+    /// A row of a query.
+    type Row: Columns + Send + Sync;
 
     /// The rows of one query, which are few.
-    async fn rows(&self, query: Sql<Self::Db>) -> Result<Vec<RowOf<Self::Db>>, StoreError>;
+    async fn rows(&self, query: Sql<Self::Db>) -> Result<Vec<Self::Row>, StoreError>;
 
     /// [`Store::commit`].
     async fn commit_batch(&self, batch: &[Write]) -> Result<Committed, CommitError>;
@@ -72,6 +74,9 @@ pub(super) trait Backend: Send + Sync + Sized + 'static {
     /// [`Store::settle`].
     async fn settled(&self) -> Result<(), StoreError>;
 
+    /// [`Store::read_from_one`].
+    fn one_source(&self, since: Instant) -> bool;
+
     /// [`Store::close`].
     async fn shut(&self);
 }
@@ -92,7 +97,7 @@ pub(super) trait View: Send {
 async fn all<B: Backend, T>(
     backend: &B,
     query: Sql<B::Db>,
-    record_at: impl Fn(&RowOf<B::Db>) -> Result<T, StoreError> + Send,
+    record_at: impl Fn(&B::Row) -> Result<T, StoreError> + Send,
 ) -> Result<Vec<T>, StoreError> {
     backend.rows(query).await?.iter().map(record_at).collect()
 }
@@ -167,7 +172,7 @@ impl<B: Backend> Store for B {
         key: &IdempotencyKey,
         since: Timestamp,
     ) -> Result<Option<(KeyId, [u8; 32])>, StoreError> {
-        let request_at = |row: &RowOf<B::Db>| {
+        let request_at = |row: &B::Row| {
             let read = || Ok((KeyId::from_bytes(bytes_at(row, 0)?), bytes_at(row, 1)?));
             read().map_err(|error: sqlx::Error| damaged("an idempotency key", error))
         };
@@ -214,6 +219,10 @@ impl<B: Backend> Store for B {
 
     async fn lost(&self) {
         self.wait_until_lost().await;
+    }
+
+    fn read_from_one(&self, since: Instant) -> bool {
+        self.one_source(since)
     }
 
     async fn close(&self) {

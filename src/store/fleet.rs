@@ -1,7 +1,7 @@
 //! What the lease protocol asks of a database that several replicas share: the trait [`Fleet`]. The rules are
 //! `domain::lease`'s, who drives them is `replication`; here is what one transaction does, and no waiting.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, time::Instant};
 
 use async_trait::async_trait;
 
@@ -77,9 +77,10 @@ pub trait Fleet: Send + Sync + 'static {
     /// Renews: one durable transaction.
     async fn renew(&self, renewal: &Renewal) -> Result<Renewed, StoreError>;
 
-    /// Writes to a row, durably: so what was read from the same database before was the newest there was. A primary that
-    /// was replaced answers reads and commits nothing. False = the row is gone.
-    async fn prove(&self, id: ReplicaId) -> Result<bool, StoreError>;
+    /// Writes to a row, durably: so what was read since `since`, and before this, was the newest there was. A primary that
+    /// was replaced answers reads and commits nothing. False = it may not have been, for another server has answered
+    /// meanwhile; or the row is gone.
+    async fn prove(&self, id: ReplicaId, since: Instant) -> Result<bool, StoreError>;
 
     /// The changes after a revision, in order, at most [`MOST_ROWS`].
     async fn follow(&self, after: Revision) -> Result<Vec<LogRow>, StoreError>;

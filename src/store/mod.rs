@@ -20,7 +20,10 @@ mod sqlite_snapshot;
 mod sqlite_write;
 pub mod writer;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use async_trait::async_trait;
 
@@ -435,6 +438,10 @@ pub trait Store: Send + Sync + 'static {
 
     /// What replicas need of the database; `None` where one process owns it.
     fn fleet(self: Arc<Self>) -> Option<Arc<dyn Fleet>>;
+
+    /// Whether all that was read and committed since then came from one server. A primary that was replaced answers reads,
+    /// and commits nothing: what a commit follows was the newest there was, if both were on the same server.
+    fn read_from_one(&self, since: Instant) -> bool;
 
     /// Waits until the database was found damaged while it was in use. Never, where that is not looked for.
     async fn lost(&self);

@@ -1,13 +1,15 @@
 //! The store on a PostgreSQL server: tables in a schema of their own, which any number of processes write.
 //!
 //! Everything is a transaction, a single read too, and no transaction leaves anything behind in its session: so it
-//! works through pgbouncer in transaction mode, where the next transaction may meet another session. sqlx sends a
-//! statement in two steps (parse, then execute), which only a transaction keeps in one session; a statement with a
-//! name would stay in a session after it, so statements have none; and what a session would be told once (the
-//! schema, time limits, durability) is told with `BEGIN`, in the same round trip.
+//! works through pgbouncer in transaction mode, where the next transaction may meet another session. A read is one
+//! message, its transaction around it, with its values written out (`literal.rs`). Where sqlx binds values it sends a
+//! statement in two steps (parse, then execute), which only a transaction keeps in one session; a statement with a name
+//! would stay in a session after it, so statements have none. What a session would be told once (the schema, time
+//! limits, durability) is told with `BEGIN`, in the same round trip, which also says what server it is (`sources.rs`).
 //!
 //! A batch locks the row of `meta`, so that batches commit in the order of their revisions whoever sends them. It
-//! is decided in `plan.rs` from what `facts.rs` asks, and written by `write.rs`. What makes many processes one service
+//! is decided in `plan.rs` from what `facts.rs` asks in the message that locks, and written by `write.rs` in the message
+//! that commits. What makes many processes one service
 //! is `fleet.rs`, over connections of its own (`line.rs`); what the server must be is `doctor.rs`, the tables come from
 //! `migrate.rs`; the reads are in `backend.rs`, those of all keys in `snapshot.rs`.
 
@@ -16,15 +18,17 @@ mod doctor;
 mod facts;
 mod fleet;
 mod line;
+mod literal;
 mod migrate;
 mod place;
 mod snapshot;
+mod sources;
 mod write;
 
 use std::{
     cmp::Ordering,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
@@ -32,7 +36,7 @@ use futures_util::TryStreamExt as _;
 use sqlx::{
     AssertSqlSafe, Connection as _, PgConnection, PgPool, Postgres as Db,
     pool::PoolConnection,
-    postgres::{PgArguments, PgDatabaseError, PgPoolOptions, PgRow, PgSeverity},
+    postgres::{PgArguments, PgDatabaseError, PgPoolOptions, PgSeverity},
 };
 
 use crate::domain::{
@@ -52,10 +56,12 @@ use super::{
 };
 
 use fleet::Lines;
+use line::TextRow;
+use literal::Literal as _;
 use place::Place;
+use sources::{Sources, WHICH};
 
 type Result<T> = std::result::Result<T, sqlx::Error>;
-type Query<'q> = sqlx::query::Query<'q, Db, PgArguments>;
 
 /// How long one transaction may take, waiting for the lock included. The server is told the same, so that it does
 /// not go on without us.
@@ -67,7 +73,7 @@ const NEXT_ROW: Duration = Duration::from_secs(30);
 const CONNECTIONS: u32 = 6;
 
 /// A statement without a name: one with a name would stay in the session.
-fn query(sql: &'static str) -> Query<'static> {
+fn query(sql: &'static str) -> sqlx::query::Query<'static, Db, PgArguments> {
     sqlx::query(sql).persistent(false)
 }
 
@@ -82,20 +88,20 @@ async fn within<T>(limit: Duration, work: impl Future<Output = Result<T>>) -> Re
 /// How transactions begin. All of them may write: a standby refuses those, and what it says may be old. Nothing here is
 /// worth compiling: where the server guesses a table's size wrong, that takes longer than all of it.
 struct Begins {
-    one: Arc<str>,
-    view: Arc<str>,
+    one: String,
+    view: String,
 }
 
 impl Begins {
     fn new(schema: &str, durable: &str) -> Self {
         let begin = |isolation: &str, limit: Duration| {
             let limit = limit.as_millis();
-            let sql = format!(
-                "BEGIN ISOLATION LEVEL {isolation} READ WRITE; SET LOCAL search_path TO \"{schema}\"; \
-                 SET LOCAL synchronous_commit TO {durable}; SET LOCAL statement_timeout TO {limit}; \
-                 SET LOCAL idle_in_transaction_session_timeout TO {limit}; SET LOCAL jit TO off"
-            );
-            Arc::from(sql)
+            let path = format!("\"{schema}\"").literal();
+            format!(
+                "BEGIN ISOLATION LEVEL {isolation} READ WRITE; SELECT {WHICH}, set_config('search_path', {path}, true), \
+                 set_config('synchronous_commit', '{durable}', true), set_config('statement_timeout', '{limit}', true), \
+                 set_config('idle_in_transaction_session_timeout', '{limit}', true), set_config('jit', 'off', true)"
+            )
         };
         Begins { one: begin("READ COMMITTED", CALL), view: begin("REPEATABLE READ", 4 * NEXT_ROW) }
     }
@@ -110,6 +116,7 @@ pub(super) struct Postgres {
     /// Where the log ended when this process last saw it. Whoever finds another end without having moved it has
     /// another history before it: a standby that lacked commits, or a backup.
     known: Mutex<Option<Head>>,
+    sources: Sources,
 }
 
 impl std::fmt::Debug for Postgres {
@@ -140,7 +147,8 @@ impl Postgres {
         let begins = Begins::new(&place.schema, durable);
         migrate::run(&place, &pool).await?;
         let fleet = Lines::to(&place);
-        let store = Postgres { place, pool, begins, fleet, known: Mutex::default() };
+        let store =
+            Postgres { place, pool, begins, fleet, known: Mutex::default(), sources: Sources::default() };
         match backend::check_log(&store).await {
             Ok(()) => Ok(store),
             Err(StoreError::Damaged(what)) => Err(OpenError::Damaged { path: store.place.shown, what }),
@@ -153,7 +161,7 @@ impl Postgres {
         &self,
         work: impl AsyncFnOnce(&mut PgConnection) -> Result<(T, &'static str)>,
     ) -> Result<T> {
-        let mut session = begin(&self.pool, &self.begins.one).await?;
+        let (mut session, _) = self.begin(&self.begins.one, &[]).await?;
         within(CALL, async {
             let (value, ending) = work(session.get()).await?;
             session.end(ending).await?;
@@ -162,10 +170,17 @@ impl Postgres {
         .await
     }
 
-    /// Locks the head, so that batches come one after the other.
-    async fn lock_head(&self, connection: &mut PgConnection) -> Result<Head> {
-        let row = query("SELECT head, head_hash FROM meta FOR UPDATE").fetch_one(connection).await?;
-        head_at(&row).map_err(|error| sqlx::Error::Decode(Box::new(error)))
+    /// Begins a transaction, with `statements` in the same message; gives their rows.
+    async fn begin(&self, begins: &str, statements: &[String]) -> Result<(Session, Vec<Vec<TextRow>>)> {
+        // What begins is two statements, of which the second says which server it is.
+        const OWN: usize = 2;
+        let message =
+            statements.iter().fold(begins.to_owned(), |message, statement| message + "; " + statement);
+        let (session, mut answers) = begin(&self.pool, &message).await?;
+        let rest = answers.split_off(OWN.min(answers.len()));
+        let row = answers.get(1).and_then(|rows| rows.first()).ok_or(sqlx::Error::RowNotFound)?;
+        self.sources.saw(row.int(0)?, Instant::now());
+        Ok((session, rest))
     }
 
     /// Where the log ended when this process last saw it.
@@ -201,28 +216,58 @@ impl Postgres {
         Err(sqlx::Error::Protocol("the database has another history than this process has seen".to_owned()))
     }
 
-    /// Writes what of the batch can be written.
-    async fn write_batch(&self, connection: &mut PgConnection, batch: &[Write]) -> Result<Committed> {
-        let mut head = self.lock_head(connection).await?;
+    /// Writes what of the batch can be written. `committing` turns true before the message with the COMMIT.
+    async fn write_batch(&self, batch: &[Write], committing: &mut bool) -> Result<Committed> {
+        let mut committed = Committed::default();
+        let mut runs = plan::runs(batch).into_iter();
+        let Some(mut run) = runs.next() else { return Ok(committed) };
+        let mut questions = facts::questions(&Questions::of(run));
+        let asked: Vec<_> = std::iter::once(LOCK_HEAD.to_owned()).chain(texts(&questions)).collect();
+        let (mut session, mut answers) = self.begin(&self.begins.one, &asked).await?;
+        let mut head = head_among(&answers.remove(0))?;
         // Others write too; but nothing is built on another history.
         if self.known().is_some_and(|known| known != head) {
-            self.goes_on(connection, head).await?;
+            self.goes_on(session.get(), head).await?;
         }
-        let mut committed = Committed::default();
-        for run in plan::runs(batch) {
-            let facts = facts::gather(connection, &Questions::of(run)).await?;
+        let mut script = Vec::new();
+        loop {
+            let facts = facts::read(&questions, &answers)?;
             let plan =
                 plan::decide(run, facts, head).map_err(|error| sqlx::Error::Encode(Box::new(error)))?;
-            write::run(connection, &plan).await?;
+            write::run(&mut script, &plan);
             head = plan.head;
             committed.outcomes.extend(plan.committed.outcomes);
             committed.rows.extend(plan.committed.rows);
+            let Some(next) = runs.next() else { break };
+            run = next;
+            questions = facts::questions(&Questions::of(run));
+            let written = script.len();
+            script.extend(texts(&questions));
+            answers = line::ask(session.get(), std::mem::take(&mut script).join("; ")).await?;
+            answers.drain(..written.min(answers.len()));
         }
-        if !committed.rows.is_empty() {
-            write::head(connection, head, &self.place.schema).await?;
+        if committed.rows.is_empty() {
+            session.end("ROLLBACK").await?;
+            return Ok(committed);
         }
+        write::head(&mut script, head, &self.place.schema);
+        script.push("COMMIT".to_owned());
+        *committing = true;
+        session.end(script.join("; ")).await?;
         Ok(committed)
     }
+}
+
+/// Locks the head, so that batches come one after the other.
+const LOCK_HEAD: &str = "SELECT head, head_hash FROM meta FOR UPDATE";
+
+fn head_among(rows: &[TextRow]) -> Result<Head> {
+    let row = rows.first().ok_or(sqlx::Error::RowNotFound)?;
+    head_at(row).map_err(|error| sqlx::Error::Decode(Box::new(error)))
+}
+
+fn texts(questions: &[facts::Question]) -> impl Iterator<Item = String> {
+    questions.iter().map(|(text, _)| text.clone())
 }
 
 /// A connection with a transaction. Whoever fails or is given up in the middle leaves it in an unknown state: then it
@@ -237,9 +282,9 @@ impl Session {
         &mut self.connection
     }
 
-    /// Ends the transaction with `COMMIT` or `ROLLBACK`; others may have the connection then.
-    async fn end(mut self, ending: &'static str) -> Result<()> {
-        sqlx::raw_sql(ending).execute(self.get()).await?;
+    /// Ends the transaction with a message that ends with `COMMIT` or `ROLLBACK`; others may have the connection then.
+    async fn end(mut self, ending: impl Into<String>) -> Result<()> {
+        sqlx::raw_sql(AssertSqlSafe(ending.into())).execute(self.get()).await?;
         self.ended = true;
         Ok(())
     }
@@ -253,14 +298,16 @@ impl Drop for Session {
     }
 }
 
-/// Begins a transaction. A connection that died while it was idle shows here, before anything was asked of it, and
-/// another takes its place.
-async fn begin(pool: &PgPool, sql: &Arc<str>) -> Result<Session> {
+/// Begins a transaction with this message; gives the rows of its statements, which change nothing. A connection that died
+/// while it was idle shows here, before anything was changed, and another takes its place.
+async fn begin(pool: &PgPool, message: &str) -> Result<(Session, Vec<Vec<TextRow>>)> {
     let mut tries = CONNECTIONS + 1;
     loop {
         let mut session = Session { connection: pool.acquire().await?, ended: false };
-        let begun = sqlx::raw_sql(AssertSqlSafe(sql.clone())).execute(session.get());
-        let Err(error) = within(CALL, begun).await else { return Ok(session) };
+        let error = match within(CALL, line::ask(session.get(), message.to_owned())).await {
+            Ok(answers) => return Ok((session, answers)),
+            Err(error) => error,
+        };
         tries -= 1;
         if tries == 0 || !is_gone(&error) {
             return Err(error);
@@ -271,26 +318,19 @@ async fn begin(pool: &PgPool, sql: &Arc<str>) -> Result<Session> {
 #[async_trait]
 impl Backend for Postgres {
     type Db = Db;
+    type Row = TextRow;
 
-    async fn rows(&self, query: Sql<Db>) -> std::result::Result<Vec<PgRow>, StoreError> {
-        let mut query = query.into_builder();
-        self.transaction(async |connection| {
-            Ok((query.build().persistent(false).fetch_all(connection).await?, "COMMIT"))
-        })
-        .await
-        .map_err(store_error)
+    async fn rows(&self, query: Sql<Db>) -> std::result::Result<Vec<TextRow>, StoreError> {
+        let sql = query.into_builder().into_string();
+        let message = [sql, "COMMIT".to_owned()];
+        let (mut session, answers) = self.begin(&self.begins.one, &message).await.map_err(store_error)?;
+        session.ended = true;
+        Ok(answers.into_iter().next().unwrap_or_default())
     }
 
     async fn commit_batch(&self, batch: &[Write]) -> std::result::Result<Committed, CommitError> {
         let mut committing = false;
-        let result = self
-            .transaction(async |connection| {
-                let committed = self.write_batch(connection, batch).await?;
-                committing = !committed.rows.is_empty();
-                let ending = if committing { "COMMIT" } else { "ROLLBACK" };
-                Ok((committed, ending))
-            })
-            .await;
+        let result = within(CALL, self.write_batch(batch, &mut committing)).await;
         if let Ok(committed) = &result
             && let Some((row, _)) = committed.rows.last()
         {
@@ -310,7 +350,7 @@ impl Backend for Postgres {
         forget_before: Timestamp,
         sink: &mut (dyn FnMut(SnapshotItem) + Send),
     ) -> std::result::Result<Head, StoreError> {
-        let mut session = begin(&self.pool, &self.begins.view).await.map_err(store_error)?;
+        let (mut session, _) = self.begin(&self.begins.view, &[]).await.map_err(store_error)?;
         let head = backend::snapshot(&mut PgView(session.get()), forget_before, sink).await?;
         within(CALL, session.end("COMMIT")).await.map_err(store_error)?;
         self.known().get_or_insert(head);
@@ -345,7 +385,8 @@ impl Backend for Postgres {
     async fn settled(&self) -> std::result::Result<(), StoreError> {
         let head = self
             .transaction(async |connection| {
-                let head = self.lock_head(connection).await?;
+                let locked = line::ask(connection, LOCK_HEAD.to_owned()).await?;
+                let head = head_among(locked.first().map_or(&[], Vec::as_slice))?;
                 self.goes_on(connection, head).await?;
                 Ok((head, "ROLLBACK"))
             })
@@ -353,6 +394,10 @@ impl Backend for Postgres {
             .map_err(store_error)?;
         *self.known() = Some(head);
         Ok(())
+    }
+
+    fn one_source(&self, since: Instant) -> bool {
+        self.sources.one_since(since)
     }
 
     async fn shut(&self) {

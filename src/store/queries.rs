@@ -1,5 +1,5 @@
-//! The reading queries, written once for both databases. They differ in nothing but how a value's place is
-//! written (`?` or `$1`), and that the query builder knows.
+//! The reading queries, written once for both databases. They differ in nothing but how a value stands in them: bound
+//! to a place, or written out (see `postgres/literal.rs`).
 
 use sqlx::{Database, QueryBuilder};
 
@@ -24,26 +24,19 @@ pub(super) trait Dialect: Database + Sized {
     fn bytes(query: &mut QueryBuilder<Self>, value: Vec<u8>);
 }
 
-macro_rules! dialect {
-    ($database:ty) => {
-        impl Dialect for $database {
-            fn int(query: &mut QueryBuilder<Self>, value: i64) {
-                query.push_bind(value);
-            }
+impl Dialect for sqlx::Sqlite {
+    fn int(query: &mut QueryBuilder<Self>, value: i64) {
+        query.push_bind(value);
+    }
 
-            fn text(query: &mut QueryBuilder<Self>, value: String) {
-                query.push_bind(value);
-            }
+    fn text(query: &mut QueryBuilder<Self>, value: String) {
+        query.push_bind(value);
+    }
 
-            fn bytes(query: &mut QueryBuilder<Self>, value: Vec<u8>) {
-                query.push_bind(value);
-            }
-        }
-    };
+    fn bytes(query: &mut QueryBuilder<Self>, value: Vec<u8>) {
+        query.push_bind(value);
+    }
 }
-
-dialect!(sqlx::Sqlite);
-dialect!(sqlx::Postgres);
 
 /// A query in the making.
 pub(super) struct Sql<D: Dialect>(QueryBuilder<D>);

@@ -14,7 +14,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
@@ -153,6 +153,7 @@ impl Sqlite {
 #[async_trait]
 impl Backend for Sqlite {
     type Db = sqlx::Sqlite;
+    type Row = SqliteRow;
 
     async fn rows(&self, query: Sql<sqlx::Sqlite>) -> Result<Vec<SqliteRow>, StoreError> {
         query.into_builder().build().fetch_all(&self.readers).await.map_err(store_error)
@@ -237,6 +238,10 @@ impl Backend for Sqlite {
     async fn wait_until_lost(&self) {
         // The lock on the file is ours until the process ends. The sender lives as long as `self`.
         let _ = self.damaged.subscribe().wait_for(|damaged| *damaged).await;
+    }
+
+    fn one_source(&self, _: Instant) -> bool {
+        true
     }
 
     async fn shut(&self) {

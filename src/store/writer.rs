@@ -2,7 +2,7 @@
 //! the index see them, and only then answers. So creates scale past one disk sync each, and an acknowledged
 //! change is in force before its caller hears of it.
 
-use std::{error::Error, sync::Arc};
+use std::{cell::Cell, error::Error, sync::Arc, time::Instant};
 
 use tokio::sync::{mpsc, oneshot};
 
@@ -16,6 +16,27 @@ use crate::domain::{
 const BATCH: usize = 256;
 /// How many writes may wait; past that callers wait for a place.
 const QUEUE: usize = 4096;
+
+tokio::task_local! {
+    static CALL: Call;
+}
+
+/// A call in whose course something may be committed.
+struct Call {
+    began: Instant,
+    proven: Cell<bool>,
+}
+
+/// Does a call's work. Says whether a commit of it has shown that what it read was the newest there was: a commit on the
+/// server that all of it came from. What a call answers without one rests on what it read.
+pub async fn in_call<T>(began: Instant, work: impl Future<Output = T>) -> (T, bool) {
+    let call = Call { began, proven: Cell::new(false) };
+    CALL.scope(call, async {
+        let done = work.await;
+        (done, CALL.with(|call| call.proven.get()))
+    })
+    .await
+}
 
 /// Why a write did not happen.
 #[derive(Debug, thiserror::Error)]
@@ -62,6 +83,7 @@ enum Job {
 pub struct Writer {
     jobs: mpsc::Sender<Job>,
     follower: Arc<dyn Follower>,
+    store: Arc<dyn Store>,
 }
 
 impl std::fmt::Debug for Writer {
@@ -78,14 +100,14 @@ impl Writer {
         follower: Arc<dyn Follower>,
     ) -> (Writer, tokio::task::JoinHandle<()>) {
         let (sender, mut jobs) = mpsc::channel(QUEUE);
-        let mut committer = Committer { store, follower: follower.clone(), unsure: false };
+        let mut committer = Committer { store: store.clone(), follower: follower.clone(), unsure: false };
         let task = tokio::spawn(async move {
             let mut batch = Vec::with_capacity(BATCH);
             while jobs.recv_many(&mut batch, BATCH).await > 0 {
                 committer.take(std::mem::take(&mut batch)).await;
             }
         });
-        (Writer { jobs: sender, follower }, task)
+        (Writer { jobs: sender, follower, store }, task)
     }
 
     /// Makes one change. Returns once it is durable and the follower has applied it.
@@ -95,7 +117,12 @@ impl Writer {
     pub async fn write(&self, write: Write) -> Result<Outcome, WriteError> {
         let (answer, outcome) = oneshot::channel();
         self.jobs.send(Job::Write(Box::new(write), answer)).await.map_err(|_| WriteError::Stopping)?;
-        outcome.await.map_err(|_| WriteError::Stopping)?
+        let outcome = outcome.await.map_err(|_| WriteError::Stopping)??;
+        if matches!(outcome, Outcome::Applied(_)) {
+            // Outside of a call nobody asks.
+            let _ = CALL.try_with(|call| call.proven.set(self.store.read_from_one(call.began)));
+        }
+        Ok(outcome)
     }
 
     /// Returns once everything is in force that is recorded up to `revision`: a record that was read from the store

@@ -2,6 +2,8 @@
 //! server that cannot be trusted, tables that somebody touched.
 
 use std::{
+    path::Path,
+    process::Command,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -9,6 +11,7 @@ use std::{
 use keyward::{
     domain::{
         account::Account,
+        lease::ReplicaId,
         log::{Action, Actor, Change},
         name::{AccountId, DisplayName},
         time::{Revision, Timestamp},
@@ -24,12 +27,16 @@ use keyward::{
 use sqlx::Connection as _;
 
 use crate::{
-    postgres::{Cluster, Database, url},
+    postgres::{Cluster, Database, done, url},
     process::{Home, plain_key, wait_for},
 };
 
 async fn open(database: &Database) -> Arc<dyn Store> {
-    store::open(&database.url()).await.unwrap()
+    open_at(&database.url()).await
+}
+
+async fn open_at(url: &str) -> Arc<dyn Store> {
+    store::open(url).await.unwrap()
 }
 
 async fn refusal(url: &str) -> OpenError {
@@ -237,8 +244,46 @@ async fn nothing_is_recorded_in_a_database_that_has_lost_what_was_acknowledged()
     assert!(matches!(error, CommitError::NotRecorded(_)), "{error:?}");
 }
 
+/// The database's server, and another that goes on from a copy of its data.
+fn two_servers() -> (Cluster, Cluster) {
+    let copy = |from: &Path, to: &Path| done(Command::new("cp").arg("-a").arg(from).arg(to));
+    let (mut replaced, mut now) = (Cluster::start(&[]), Cluster::start(&[]));
+    replaced.sql("postgres", "CREATE DATABASE keys OWNER keyward TEMPLATE template0");
+    replaced.restart(|old| {
+        now.restart(|data| {
+            std::fs::remove_dir_all(data).unwrap();
+            copy(old, data);
+        });
+    });
+    (replaced, now)
+}
+
 #[tokio::test(flavor = "multi_thread")]
-async fn a_session_that_ends_before_the_commit_has_recorded_nothing() {
+async fn what_a_replaced_server_has_said_is_not_proven_by_a_commit_on_another() {
+    let (replaced, now) = two_servers();
+    let way = replaced.socket().join("way");
+    std::os::unix::fs::symlink(replaced.socket(), &way).unwrap();
+    for cluster in [&replaced, &now] {
+        open_at(&url(cluster.socket(), 5432, "keys")).await.close().await;
+    }
+    let store = open_at(&url(&way, 5432, "keys")).await;
+    let fleet = store.clone().fleet().unwrap();
+    // The pool's connections lead to the one that was replaced, and new ones to the other.
+    head(&store).await;
+    std::fs::remove_file(&way).unwrap();
+    std::os::unix::fs::symlink(now.socket(), &way).unwrap();
+    let id = ReplicaId(uuid::Uuid::from_u128(1));
+    fleet.register(id, "r").await.unwrap();
+    let began = Instant::now();
+    assert!(store.read_from_one(began) && fleet.prove(id, began).await.unwrap(), "nothing was read");
+    head(&store).await;
+    assert!(!store.read_from_one(began));
+    assert!(!fleet.prove(id, began).await.unwrap(), "it was read from the other server");
+    store.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_that_ends_in_the_message_that_commits_leaves_open_what_the_log_then_decides() {
     let database = Database::new();
     let store = open(&database).await;
     trigger(&database, "", "PERFORM pg_sleep(60)");
@@ -248,7 +293,8 @@ async fn a_session_that_ends_before_the_commit_has_recorded_nothing() {
     });
     end_waiting(&database);
     let error = committing.await.unwrap().unwrap_err();
-    assert!(matches!(error, CommitError::NotRecorded(StoreError::Unavailable(_))), "{error:?}");
+    assert!(matches!(error, CommitError::Unknown(StoreError::Unavailable(_))), "{error:?}");
+    store.settle().await.unwrap();
     assert_eq!(head(&store).await, Revision(0));
 }
 

@@ -3,7 +3,11 @@
 //! Each statement goes over a line of its purpose, so that no slow list of keys holds up a renewal. NOTIFY is a hint:
 //! whoever commits sends one, and a listener that hears none for long is replaced.
 
-use std::{collections::HashMap, fmt::Write as _, time::Duration};
+use std::{
+    collections::HashMap,
+    fmt::Write as _,
+    time::{Duration, Instant},
+};
 
 use async_trait::async_trait;
 use sqlx::{
@@ -26,7 +30,12 @@ use crate::{
     },
 };
 
-use super::{ACQUIRE, CALL, Place, Postgres, Result, line::Line, line::TextRow, store_error, within};
+use super::{
+    ACQUIRE, CALL, Place, Postgres, Result,
+    line::{Line, TextRow},
+    literal::Literal as _,
+    store_error, within,
+};
 
 /// How long a listener may hear nothing before another takes its place: its connection may be dead.
 const SILENCE: Duration = Duration::from_secs(30);
@@ -87,14 +96,6 @@ fn life_opt(hex: &str) -> Result<Option<Incarnation>> {
     if hex.is_empty() { Ok(None) } else { life(hex).map(Some) }
 }
 
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::from("'\\x"), |mut hex, byte| {
-        // Writing to a String does not fail.
-        let _ = write!(hex, "{byte:02x}");
-        hex
-    }) + "'::bytea"
-}
-
 fn hash_opt(row: &TextRow, column: usize) -> Result<Option<Hash>> {
     row.bytes_opt(column)?.map(|_| bytes_at(row, column)).transpose()
 }
@@ -107,7 +108,12 @@ fn rows_at(rows: &[PgRow], columns: std::ops::Range<usize>) -> std::result::Resu
 impl Postgres {
     /// One message: a transaction around `statements`.
     async fn message(&self, line: &Line, statements: &str, limit: Duration) -> Result<Vec<PgRow>> {
-        line.ask(format!("{}; {statements}; COMMIT", self.begins.one), limit).await
+        let rows = line.ask(format!("{}; {statements}; COMMIT", self.begins.one), limit).await?;
+        // The first row says which server it is.
+        let mut rows = rows.into_iter();
+        let server = rows.next().ok_or(sqlx::Error::RowNotFound)?;
+        self.sources.saw(TextRow::of(&server, 0..1)?.int(0)?, Instant::now());
+        Ok(rows.collect())
     }
 
     /// What the log ends with, if anything: where an answer's changes lead.
@@ -146,7 +152,10 @@ fn renewal_sql(renewal: &Renewal) -> String {
     // What is acknowledged must be in the log: a number alone acknowledges nothing.
     let held = match applied {
         Some(at) if at.revision > Revision(0) => {
-            format!(" AND EXISTS (SELECT FROM log WHERE revision = {revision} AND hash = {})", hex(&at.hash))
+            format!(
+                " AND EXISTS (SELECT FROM log WHERE revision = {revision} AND hash = {})",
+                at.hash.as_slice().literal()
+            )
         }
         _ => String::new(),
     };
@@ -156,7 +165,7 @@ fn renewal_sql(renewal: &Renewal) -> String {
          AND renew_seq >= {seen} AND renew_seq < {next}{held} RETURNING 1; ",
         next = counts.next,
         seen = counts.seen,
-        id = hex(id.0.as_bytes()),
+        id = id.0.as_bytes().as_slice().literal(),
     );
     if let Some(Incarnation(settled)) = settle {
         let settled = format!("{settled:032x}");
@@ -280,11 +289,10 @@ impl Fleet for Postgres {
     }
 
     async fn register(&self, id: ReplicaId, name: &str) -> std::result::Result<(), StoreError> {
-        // The only text here that people choose: it goes as hex.
-        let (id, name) = (hex(id.0.as_bytes()), hex(name.as_bytes()));
+        let (id, name) = (id.0.as_bytes().as_slice().literal(), name.literal());
         let insert = format!(
             "INSERT INTO replicas (id, name, applied, renew_seq, last_seen) \
-             VALUES ({id}, convert_from({name}, 'UTF8'), NULL, 0, {DB_NOW})"
+             VALUES ({id}, {name}, NULL, 0, {DB_NOW})"
         );
         self.message(&self.fleet.renewals, &insert, CALL).await.map(drop).map_err(store_error)
     }
@@ -293,13 +301,13 @@ impl Fleet for Postgres {
         self.renew_once(renewal).await
     }
 
-    async fn prove(&self, id: ReplicaId) -> std::result::Result<bool, StoreError> {
+    async fn prove(&self, id: ReplicaId, since: Instant) -> std::result::Result<bool, StoreError> {
         let write = format!(
             "UPDATE replicas SET last_seen = {DB_NOW} WHERE id = {} RETURNING 1",
-            hex(id.0.as_bytes())
+            id.0.as_bytes().as_slice().literal()
         );
         let rows = self.message(&self.fleet.changes, &write, CALL).await.map_err(store_error)?;
-        Ok(!rows.is_empty())
+        Ok(!rows.is_empty() && self.sources.one_since(since))
     }
 
     async fn follow(&self, after: Revision) -> std::result::Result<Vec<LogRow>, StoreError> {
@@ -327,7 +335,10 @@ impl Fleet for Postgres {
 
     async fn remove(&self, id: ReplicaId, renew_seq: Option<u64>) -> std::result::Result<bool, StoreError> {
         let still = renew_seq.map(|count| format!(" AND renew_seq = {count}")).unwrap_or_default();
-        let delete = format!("DELETE FROM replicas WHERE id = {}{still} RETURNING 1", hex(id.0.as_bytes()));
+        let delete = format!(
+            "DELETE FROM replicas WHERE id = {}{still} RETURNING 1",
+            id.0.as_bytes().as_slice().literal()
+        );
         let rows = self.message(&self.fleet.rosters, &delete, CALL).await.map_err(store_error)?;
         Ok(!rows.is_empty())
     }
@@ -442,7 +453,7 @@ mod tests {
         };
         let sql = renewal_sql(&renewal);
         assert!(sql.contains("renew_seq >= 3 AND renew_seq < 5"), "{sql}");
-        assert!(sql.contains(&format!("revision = 7 AND hash = '\\x{}'", "ab".repeat(32))), "{sql}");
+        assert!(sql.contains(&format!("revision = 7 AND hash = E'\\\\x{}'", "ab".repeat(32))), "{sql}");
         let loading = renewal_sql(&Renewal { applied: None, ..renewal });
         assert!(loading.contains("applied = NULL") && loading.contains("WHERE false"), "{loading}");
     }

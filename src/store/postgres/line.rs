@@ -8,8 +8,9 @@ use std::{
     time::Duration,
 };
 
+use futures_util::TryStreamExt as _;
 use sqlx::{
-    AssertSqlSafe, Column as _, Connection as _, PgConnection, Row as _, TypeInfo as _,
+    AssertSqlSafe, Column as _, Connection as _, Either, PgConnection, Row as _, TypeInfo as _,
     postgres::{PgConnectOptions, PgRow},
 };
 
@@ -50,8 +51,21 @@ impl Line {
     }
 }
 
+/// Sends a message of several statements; gives the rows of each of them.
+pub(super) async fn ask(connection: &mut PgConnection, sql: String) -> Result<Vec<Vec<TextRow>>> {
+    let mut said = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_many(connection);
+    let (mut answers, mut rows) = (Vec::new(), Vec::new());
+    while let Some(next) = said.try_next().await? {
+        match next {
+            Either::Left(_done) => answers.push(std::mem::take(&mut rows)),
+            Either::Right(row) => rows.push(TextRow::of(&row, 0..row.len())?),
+        }
+    }
+    Ok(answers)
+}
+
 /// Some columns of a row that came as text.
-pub(super) struct TextRow(Vec<Value>);
+pub(in crate::store) struct TextRow(Vec<Value>);
 
 enum Value {
     Null,

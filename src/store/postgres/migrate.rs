@@ -45,7 +45,7 @@ pub(super) async fn run(place: &Place, pool: &PgPool) -> std::result::Result<(),
         place.schema,
         LIMIT.as_millis()
     ));
-    let mut session = begin(pool, &begun).await.map_err(failed)?;
+    let (mut session, _) = begin(pool, &begun).await.map_err(failed)?;
     let migrated = async {
         match migrate(place, session.get()).await? {
             Ok(()) => Ok(Ok(session.end("COMMIT").await?)),

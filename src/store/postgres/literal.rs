@@ -1,0 +1,123 @@
+//! Values as PostgreSQL's SQL says them, whatever its settings, so that several statements go to the server in one
+//! message and are answered in one round trip. Whoever puts a value into a statement does it with these.
+
+use sqlx::QueryBuilder;
+
+use crate::store::queries::Dialect;
+
+impl Dialect for sqlx::Postgres {
+    fn int(query: &mut QueryBuilder<Self>, value: i64) {
+        query.push(value.literal());
+    }
+
+    fn text(query: &mut QueryBuilder<Self>, value: String) {
+        query.push(value.literal());
+    }
+
+    fn bytes(query: &mut QueryBuilder<Self>, value: Vec<u8>) {
+        query.push(value.literal());
+    }
+}
+
+/// A value of one of the three types that are kept.
+pub(super) trait Literal {
+    fn literal(&self) -> String;
+}
+
+impl Literal for i64 {
+    fn literal(&self) -> String {
+        format!("'{self}'::bigint")
+    }
+}
+
+impl Literal for str {
+    /// An escape string: it reads the same with and without `standard_conforming_strings`.
+    fn literal(&self) -> String {
+        let mut literal = String::with_capacity(self.len() + 10);
+        literal.push_str("E'");
+        for character in self.chars() {
+            if matches!(character, '\'' | '\\') {
+                literal.push('\\');
+            }
+            literal.push(character);
+        }
+        literal.push_str("'::text");
+        literal
+    }
+}
+
+impl Literal for String {
+    fn literal(&self) -> String {
+        self.as_str().literal()
+    }
+}
+
+impl Literal for [u8] {
+    fn literal(&self) -> String {
+        const DIGITS: &[u8; 16] = b"0123456789abcdef";
+        let mut literal = String::with_capacity(2 * self.len() + 16);
+        literal.push_str("E'\\\\x");
+        for byte in self {
+            literal.push(char::from(DIGITS[usize::from(byte >> 4)]));
+            literal.push(char::from(DIGITS[usize::from(byte & 15)]));
+        }
+        literal.push_str("'::bytea");
+        literal
+    }
+}
+
+impl Literal for Vec<u8> {
+    fn literal(&self) -> String {
+        self.as_slice().literal()
+    }
+}
+
+impl<T: Literal> Literal for Option<T> {
+    fn literal(&self) -> String {
+        self.as_ref().map_or_else(|| "NULL".to_owned(), Literal::literal)
+    }
+}
+
+/// One column of some rows, as an array. The statement says its type, since it may be empty.
+pub(super) fn column<I: IntoIterator, T: Literal>(rows: I, of: impl Fn(I::Item) -> T) -> String {
+    let values: Vec<_> = rows.into_iter().map(|row| of(row).literal()).collect();
+    format!("ARRAY[{}]", values.join(","))
+}
+
+/// A statement with values in the places `$1`, `$2` and so on. What stands in a value is not looked at.
+pub(super) fn fill(sql: &str, values: &[String]) -> String {
+    let mut pieces = sql.split('$');
+    let mut filled = pieces.next().unwrap_or_default().to_owned();
+    for piece in pieces {
+        let digits = piece.len() - piece.trim_start_matches(|digit: char| digit.is_ascii_digit()).len();
+        let (place, rest) = piece.split_at(digits);
+        let value = place.parse::<usize>().ok().and_then(|place| values.get(place.checked_sub(1)?));
+        // A statement with a place too many is ours, and the server refuses it.
+        filled.push_str(value.map_or("$", String::as_str));
+        filled.push_str(rest);
+    }
+    filled
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_read_the_same_whatever_the_settings_are() {
+        assert_eq!(5i64.literal(), "'5'::bigint");
+        assert_eq!(i64::MIN.literal(), "'-9223372036854775808'::bigint");
+        assert_eq!("it's \\ $1".literal(), "E'it\\'s \\\\ $1'::text");
+        assert_eq!([0u8, 0xfa].as_slice().literal(), "E'\\\\x00fa'::bytea");
+        assert_eq!(None::<i64>.literal(), "NULL");
+    }
+
+    #[test]
+    fn values_take_their_places_and_are_not_looked_at() {
+        let values: Vec<String> = (1..=12).map(|at| format!("<{at}$1>")).collect();
+        assert_eq!(fill("a $1, $12::text[] $2", &values), "a <1$1>, <12$1>::text[] <2$1>");
+        assert_eq!(fill("none", &[]), "none");
+        assert_eq!(column([1i64, 2], |value| value), "ARRAY['1'::bigint,'2'::bigint]");
+        assert_eq!(column(Vec::<i64>::new(), |value| value), "ARRAY[]");
+    }
+}

@@ -26,7 +26,6 @@ mod sources;
 mod write;
 
 use std::{
-    cmp::Ordering,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -188,24 +187,20 @@ impl Postgres {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Holds that the database's log is what this process has seen of it, or goes on from there.
-    async fn goes_on(&self, connection: &mut PgConnection, head: Head) -> Result<()> {
-        let Some(known) = *self.known() else { return Ok(()) };
-        let goes_on = match head.revision.cmp(&known.revision) {
-            Ordering::Equal => head.hash == known.hash,
-            Ordering::Less => false,
-            Ordering::Greater if known.revision == Revision::default() => true,
-            Ordering::Greater => {
-                let row =
-                    query("SELECT hash FROM log WHERE revision = $1").bind(revision_to_i64(known.revision));
-                let row = row.fetch_optional(connection).await?;
-                row.map(|row| Ok::<_, sqlx::Error>(row.bytes(0)? == known.hash.as_slice()))
-                    .transpose()?
-                    .unwrap_or(false)
-            }
+    /// Holds that the database's log is what this process has seen of it, or goes on from there. `locked` are the answers
+    /// to [`lock_head`].
+    fn goes_on(&self, known: Option<Head>, locked: &[Vec<TextRow>]) -> Result<Head> {
+        let [heads, links] = locked else { return Err(sqlx::Error::RowNotFound) };
+        let head = heads.first().ok_or(sqlx::Error::RowNotFound)?;
+        let head = head_at(head).map_err(|error| sqlx::Error::Decode(Box::new(error)))?;
+        let Some(known) = known else { return Ok(head) };
+        let linked = match links.first() {
+            Some(row) => row.bytes(0)? == known.hash.as_slice(),
+            // Nothing was there, and the log keeps no row of it.
+            None => known.revision == Revision::default(),
         };
-        if goes_on {
-            return Ok(());
+        if linked && head.revision >= known.revision {
+            return Ok(head);
         }
         tracing::error!(
             known = known.revision.0,
@@ -222,13 +217,12 @@ impl Postgres {
         let mut runs = plan::runs(batch).into_iter();
         let Some(mut run) = runs.next() else { return Ok(committed) };
         let mut questions = facts::questions(&Questions::of(run));
-        let asked: Vec<_> = std::iter::once(LOCK_HEAD.to_owned()).chain(texts(&questions)).collect();
-        let (mut session, mut answers) = self.begin(&self.begins.one, &asked).await?;
-        let mut head = head_among(&answers.remove(0))?;
+        let known = *self.known();
+        let asked: Vec<_> = lock_head(known).into_iter().chain(texts(&questions)).collect();
+        let (mut session, mut locked) = self.begin(&self.begins.one, &asked).await?;
+        let mut answers = locked.split_off(2.min(locked.len()));
         // Others write too; but nothing is built on another history.
-        if self.known().is_some_and(|known| known != head) {
-            self.goes_on(session.get(), head).await?;
-        }
+        let mut head = self.goes_on(known, &locked)?;
         let mut script = Vec::new();
         loop {
             let facts = facts::read(&questions, &answers)?;
@@ -258,12 +252,13 @@ impl Postgres {
     }
 }
 
-/// Locks the head, so that batches come one after the other.
-const LOCK_HEAD: &str = "SELECT head, head_hash FROM meta FOR UPDATE";
-
-fn head_among(rows: &[TextRow]) -> Result<Head> {
-    let row = rows.first().ok_or(sqlx::Error::RowNotFound)?;
-    head_at(row).map_err(|error| sqlx::Error::Decode(Box::new(error)))
+/// Locks the head, so that batches come one after the other; and asks for the hash where this process knows it.
+fn lock_head(known: Option<Head>) -> [String; 2] {
+    let known = known.map_or(0, |known| revision_to_i64(known.revision));
+    [
+        "SELECT head, head_hash FROM meta FOR UPDATE".to_owned(),
+        format!("SELECT hash FROM log WHERE revision = {}", known.literal()),
+    ]
 }
 
 fn texts(questions: &[facts::Question]) -> impl Iterator<Item = String> {
@@ -383,11 +378,11 @@ impl Backend for Postgres {
 
     /// A commit whose answer was lost holds the lock on the head until it is decided.
     async fn settled(&self) -> std::result::Result<(), StoreError> {
+        let known = *self.known();
         let head = self
             .transaction(async |connection| {
-                let locked = line::ask(connection, LOCK_HEAD.to_owned()).await?;
-                let head = head_among(locked.first().map_or(&[], Vec::as_slice))?;
-                self.goes_on(connection, head).await?;
+                let locked = line::ask(connection, lock_head(known).join("; ")).await?;
+                let head = self.goes_on(known, &locked)?;
                 Ok((head, "ROLLBACK"))
             })
             .await

@@ -23,7 +23,7 @@ use crate::{
         time::{Revision, Timestamp},
     },
     store::{
-        StoreError,
+        Head, StoreError,
         fleet::{Fleet, MOST_ROWS, Renewed, Roster, Terms},
         records::{Columns as _, LOG_COLUMNS, bytes_at, log_at},
         rows::{revision_from_i64, revision_to_i64},
@@ -140,7 +140,18 @@ impl Postgres {
         if reply.link.is_none_or(|link| link != from.hash) && renewal.applied.is_some() {
             return Ok(Renewed { reply: Reply { upto: from, ..reply }, rows: Vec::new(), epoch, replicas });
         }
+        if renewal.applied.is_some() {
+            self.saw_until(reply.upto);
+        }
         Ok(Renewed { reply, rows: changes, epoch, replicas })
+    }
+
+    /// The log goes on from what this process knew of it to here.
+    fn saw_until(&self, Position { revision, hash }: Position) {
+        let mut known = self.known();
+        if known.is_some_and(|known| known.revision < revision) {
+            *known = Some(Head { revision, hash });
+        }
     }
 }
 

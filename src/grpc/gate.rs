@@ -164,7 +164,7 @@ impl Services {
         };
         let (news, hears_first) = (self.news.clone(), rpc.hears_first(names_person));
         let task = self.management.spawn(async move {
-            let began = std::time::Instant::now();
+            let began = Instant::now();
             let heard = !hears_first || news.heard().await;
             let (answer, proven) = in_call(began, call).await;
             let rests = match code(&answer) {

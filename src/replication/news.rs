@@ -2,12 +2,12 @@
 //! finds it on another. And seeing, before something is said not to be there, that it was looked for in the newest
 //! state. The guarantee does not rest on it: what takes rights away has been waited for. That a fault is no verdict does.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
 
 use crate::store::{
     StoreError,

@@ -1,10 +1,11 @@
 //! The contract [`Store`], kept once for both databases: a [`Backend`] runs queries and transactions, and what is
 //! asked and how it is read stands here, in `queries.rs` and in `records.rs`.
 
-use std::{sync::Arc, time::Instant};
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use sqlx::Database;
+use tokio::time::Instant;
 
 use crate::domain::{
     account::{Account, Member, Role},

@@ -1,9 +1,10 @@
 //! What the lease protocol asks of a database that several replicas share: the trait [`Fleet`]. The rules are
 //! `domain::lease`'s, who drives them is `replication`; here is what one transaction does, and no waiting.
 
-use std::{collections::HashMap, time::Instant};
+use std::collections::HashMap;
 
 use async_trait::async_trait;
+use tokio::time::Instant;
 
 use super::StoreError;
 use crate::domain::{

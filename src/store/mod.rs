@@ -20,12 +20,10 @@ mod sqlite_snapshot;
 mod sqlite_write;
 pub mod writer;
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
+use tokio::time::Instant;
 
 use fleet::Fleet;
 

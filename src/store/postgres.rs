@@ -27,7 +27,7 @@ mod write;
 
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use async_trait::async_trait;
@@ -37,6 +37,7 @@ use sqlx::{
     pool::PoolConnection,
     postgres::{PgArguments, PgDatabaseError, PgPoolOptions, PgSeverity},
 };
+use tokio::time::Instant;
 
 use crate::domain::{
     limit::Spent,

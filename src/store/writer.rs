@@ -2,9 +2,12 @@
 //! the index see them, and only then answers. So creates scale past one disk sync each, and an acknowledged
 //! change is in force before its caller hears of it.
 
-use std::{cell::Cell, error::Error, sync::Arc, time::Instant};
+use std::{cell::Cell, error::Error, sync::Arc};
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
 
 use super::{CommitError, Committed, Outcome, Rejection, Store, StoreError, Write};
 use crate::domain::{

@@ -274,7 +274,7 @@ async fn what_a_replaced_server_has_said_is_not_proven_by_a_commit_on_another() 
     std::os::unix::fs::symlink(now.socket(), &way).unwrap();
     let id = ReplicaId(uuid::Uuid::from_u128(1));
     fleet.register(id, "r").await.unwrap();
-    let began = Instant::now();
+    let began = tokio::time::Instant::now();
     assert!(store.read_from_one(began) && fleet.prove(id, began).await.unwrap(), "nothing was read");
     head(&store).await;
     assert!(!store.read_from_one(began));

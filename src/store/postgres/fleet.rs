@@ -3,17 +3,14 @@
 //! Each statement goes over a line of its purpose, so that no slow list of keys holds up a renewal. NOTIFY is a hint:
 //! whoever commits sends one, and a listener that hears none for long is replaced.
 
-use std::{
-    collections::HashMap,
-    fmt::Write as _,
-    time::{Duration, Instant},
-};
+use std::{collections::HashMap, fmt::Write as _, time::Duration};
 
 use async_trait::async_trait;
 use sqlx::{
     Connection as _,
     postgres::{PgListener, PgPoolOptions, PgRow},
 };
+use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::{

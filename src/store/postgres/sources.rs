@@ -2,10 +2,9 @@
 //! than the last: a primary that was replaced, which answers reads and commits nothing. So a commit says that what was
 //! read before it was the newest only of reads on the same server.
 
-use std::{
-    sync::{Mutex, PoisonError},
-    time::Instant,
-};
+use std::sync::{Mutex, PoisonError};
+
+use tokio::time::Instant;
 
 /// What a server answers with when it is asked which it is: when it was started, in microseconds. No two servers of one
 /// database, and no two lives of one, have been started in the same one.

@@ -310,6 +310,21 @@ async fn a_commit_that_waits_too_long_for_its_turn_is_not_recorded() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_start_while_others_commit_finds_the_log_whole() {
+    let database = Database::new();
+    let store = open(&database).await;
+    let committing = tokio::spawn(async move {
+        for number in 0.. {
+            commit(&store, &format!("a{number}")).await.unwrap();
+        }
+    });
+    for _ in 0..20 {
+        open(&database).await.close().await;
+    }
+    committing.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn sessions_that_ended_while_idle_are_not_noticed() {
     let database = Database::new();
     let store = open(&database).await;

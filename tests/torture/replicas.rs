@@ -181,9 +181,10 @@ impl Replica {
         })
     }
 
-    /// What its log says of a panic.
-    pub(crate) fn panics(&self) -> Vec<String> {
-        lines(&self.log()).into_iter().filter(|line| line.contains("panicked")).collect()
+    /// What its log says that no fault explains: a panic, or damage, which nobody has done to the database.
+    pub(crate) fn bugs(&self) -> Vec<String> {
+        let is_bug = |line: &String| line.contains("panicked") || line.contains("is damaged");
+        lines(&self.log()).into_iter().filter(is_bug).collect()
     }
 }
 

@@ -168,8 +168,8 @@ impl Run {
                     format!("{} was told to end, and ended with {code}", replica.name)
                 });
             }
-            for panic in replica.panics() {
-                judge.violation(Rule::NoAnswer, world.field.now(), || format!("{}: {panic}", replica.name));
+            for bug in replica.bugs() {
+                judge.violation(Rule::NoAnswer, world.field.now(), || format!("{}: {bug}", replica.name));
             }
         }
     }

@@ -3,7 +3,7 @@
 use std::str::FromStr as _;
 
 use sha2::{Digest as _, Sha256};
-use sqlx::postgres::PgConnectOptions;
+use sqlx::{ConnectOptions as _, postgres::PgConnectOptions};
 
 use crate::store::OpenError;
 
@@ -52,7 +52,9 @@ impl Place {
             .application_name("keyward")
             // pgbouncer refuses what it does not know, and we have no use for it.
             .extra_float_digits(None)
-            .statement_cache_capacity(0);
+            .statement_cache_capacity(0)
+            // Values stand in statements: hints, metadata and digests are nothing for a log.
+            .disable_statement_logging();
         let server = match options.get_socket() {
             Some(folder) => folder.display().to_string(),
             None => options.get_host().to_owned(),

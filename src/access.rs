@@ -1,16 +1,17 @@
 //! Who calls Keyward, what they may do, and that nobody grants what they do not hold.
 //!
-//! Callers are keys whose scopes lie under `keyward:`. How a caller proves who it is stands in `grpc/gate.rs`;
+//! Callers are keys whose scopes lie under `keyward:`, and client certificates that the configuration grants such. How a caller proves who it is stands in `grpc/gate.rs`;
 //! which RPC needs which permission, in `grpc/rpc.rs`.
 
-use std::{fmt::Display, net::IpAddr};
+use std::{fmt::Display, net::IpAddr, sync::Arc};
 
 use crate::{
     domain::{
         facts::KeyFacts as _,
+        identity::Identity,
         key::{Owner, Terms},
-        log::Actor,
-        name::{AccountId, EnvironmentName, UserId},
+        log::{Actor, Who},
+        name::{AccountId, EnvironmentName, KeyId, UserId},
         scope::{Scope, ScopeSet},
         time::Timestamp,
     },
@@ -50,13 +51,21 @@ impl Permission {
     }
 }
 
+/// What a caller has proved itself by.
+#[derive(Clone, Debug)]
+pub enum Proof {
+    /// A management key.
+    Key(HeldKey),
+    /// A client certificate. The configuration binds it to an account and to scopes, and to nothing else: it has no
+    /// environment, customers, networks, limits or expiry of its own, and belongs to no user.
+    Certificate(Arc<Identity>),
+}
+
 /// A caller that has proved who it is.
 #[derive(Clone, Debug)]
 pub struct Caller {
-    /// The management key it called with.
-    pub key: HeldKey,
-    /// Which version of the key's secret.
-    pub version: u32,
+    /// What it called with.
+    pub proof: Proof,
     /// The account it acts in.
     pub account: AccountId,
     /// What it is granted there, roles included.
@@ -72,13 +81,37 @@ pub struct Caller {
 }
 
 impl Caller {
+    /// The management key, of a caller with one.
+    #[must_use]
+    pub fn key(&self) -> Option<&HeldKey> {
+        match &self.proof {
+            Proof::Key(key) => Some(key),
+            Proof::Certificate(_) => None,
+        }
+    }
+
+    /// The id under which what it asks for once is remembered.
+    #[must_use]
+    pub fn id(&self) -> KeyId {
+        match &self.proof {
+            Proof::Key(key) => key.id(),
+            Proof::Certificate(identity) => identity.id(),
+        }
+    }
+
+    /// The environment that it is bound to.
+    #[must_use]
+    pub fn environment(&self) -> Option<&EnvironmentName> {
+        self.key().map(|key| key.environment())
+    }
+
     /// Whether it acts on every account.
     #[must_use]
     pub fn is_operator(&self) -> bool {
         self.account.is_operator()
     }
 
-    /// Whether its key grants the permission.
+    /// Whether it is granted the permission.
     #[must_use]
     pub fn may(&self, permission: Permission) -> bool {
         Scope::parse_required(permission.as_str()).is_ok_and(|scope| self.grants.covers(&scope))
@@ -87,8 +120,12 @@ impl Caller {
     /// The caller as the log names it.
     #[must_use]
     pub fn actor(&self) -> Actor {
+        let who = match &self.proof {
+            Proof::Key(key) => Who::Key(key.id()),
+            Proof::Certificate(identity) => Who::Certificate(identity.name().into()),
+        };
         Actor {
-            key: Some(self.key.id()),
+            who,
             account: Some(self.account.clone()),
             acting_user: self.acting_user.clone().or_else(|| self.named_user.clone()),
         }
@@ -101,7 +138,9 @@ impl Caller {
     pub fn sees(&self, owner: &Owner) -> bool {
         match (owner, &self.acting_user) {
             (Owner::User(user), Some(acting)) => user == acting,
-            (Owner::User(user), None) => self.is_operator() || self.key.owner().user() == Some(user),
+            (Owner::User(user), None) => {
+                self.is_operator() || self.key().is_some_and(|key| key.owner().user() == Some(user))
+            }
             (Owner::Account(account), _) => self.is_operator() || *account == self.account,
         }
     }
@@ -152,7 +191,7 @@ impl Caller {
     /// # Errors
     /// When its rights are bound; the message says by what.
     pub fn is_unbound(&self) -> Result<(), Refusal> {
-        let own = &self.key;
+        let Some(own) = self.key() else { return Ok(()) };
         if !own.customers().is_empty() {
             beyond("a role or membership", &"it is bound to no customers")
         } else if !own.allowed_cidrs().is_empty() {
@@ -175,11 +214,11 @@ impl Caller {
         terms: &Terms,
         granted: &ScopeSet,
     ) -> Result<(), Refusal> {
-        let own = &self.key;
         self.may_grant(granted)?;
-        if !self.is_operator() && environment != self.key.environment() {
+        if !self.is_operator() && self.environment().is_some_and(|own| environment != own) {
             return beyond("the environment", environment);
         }
+        let Some(own) = self.key() else { return Ok(()) };
         if later(terms.expires_at, own.expires_at()) {
             return beyond("the expiry", &"it must end no later");
         }
@@ -216,6 +255,7 @@ fn later(end: Option<Timestamp>, limit: Option<Timestamp>) -> bool {
 mod tests {
     use super::*;
     use crate::domain::{
+        identity::San,
         key::tests::{at, sample},
         name::CustomerId,
         scope::ScopeSet,
@@ -231,8 +271,7 @@ mod tests {
         bind(&mut key.terms);
         Caller {
             grants: key.terms.scopes.clone(),
-            key: HeldKey::from(&key),
-            version: 1,
+            proof: Proof::Key(HeldKey::from(&key)),
             account: AccountId::parse(account).unwrap(),
             acting_user: None,
             named_user: None,
@@ -304,6 +343,31 @@ mod tests {
             assert!(bound.may_give(&sample().environment, &terms, &terms.scopes).is_err(), "{terms:?}");
         }
         assert!(!gives(&bound, "staging", tight), "another environment");
+    }
+
+    #[test]
+    fn a_certificate_gives_what_its_scopes_hold_and_sees_its_account_alone() {
+        let by_certificate = |account: &str, granted: &[&str]| {
+            let id = AccountId::parse(account).unwrap();
+            let identity = Identity::new(San::dns("ci.internal").unwrap(), id, scopes(granted));
+            let caller = caller(account, granted, |_| {});
+            Caller { proof: Proof::Certificate(Arc::new(identity)), ..caller }
+        };
+        let acme = by_certificate("acme", &["keyward:keys:write", "monitors:*"]);
+        assert!(acme.may(Permission::KeysWrite) && !acme.may(Permission::KeysRead));
+        assert!(gives(&acme, "production", |_| {}) && gives(&acme, "staging", |_| {}));
+        assert!(gives(&acme, "production", |t| t.scopes = scopes(&["keyward:keys:write"])));
+        for beyond in ["*", "alerts:read", "keyward:*", "keyward:keys:read"] {
+            let mut terms = sample().terms;
+            terms.scopes = scopes(&[beyond]);
+            assert!(acme.may_give(&sample().environment, &terms, &terms.scopes).is_err(), "{beyond}");
+        }
+        assert!(!acme.sees(&Owner::Account(AccountId::parse("other").unwrap())));
+        assert!(!acme.sees(&Owner::User(UserId::parse("ann").unwrap())));
+        assert_eq!(acme.actor().to_string(), "cert:ci.internal");
+        let operator = by_certificate("keyward", &["keyward:keys:write"]);
+        assert!(gives(&operator, "production", |t| t.scopes = scopes(&["*"])));
+        assert!(!gives(&operator, "production", |t| t.scopes = scopes(&["keyward:check"])));
     }
 
     #[test]

@@ -16,6 +16,7 @@ use crate::{
     gateway::Gateway,
     http1::{self, Page},
     replication::feed::Sight,
+    transport::counts::Report,
 };
 
 /// What the pages tell of.
@@ -30,6 +31,8 @@ pub struct Told {
     pub replica: Option<Arc<Sight>>,
     /// Tells the time.
     pub clock: Arc<dyn Clock>,
+    /// Counts connections.
+    pub transport: Report,
 }
 
 impl std::fmt::Debug for Told {
@@ -69,6 +72,7 @@ fn metrics(told: &Told, ready: bool) -> String {
     }
     gateway_metrics(&mut text, &told.gateway);
     limit_metrics(&mut text, &engine.limiter);
+    transport_metrics(&mut text, &told.transport);
     for (name, help, value) in [
         ("keyward_index_keys", "Keys held in memory.", engine.index.len() as u64),
         ("keyward_revision", "Newest change applied.", engine.index.revision().unwrap_or_default().0),
@@ -115,6 +119,35 @@ fn replica_metrics(text: &mut String, told: &Told, replica: &Sight) {
     ] {
         let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} counter\n{name} {value}");
     }
+}
+
+/// Connections, and calls that were turned away.
+fn transport_metrics(text: &mut String, report: &Report) {
+    let listeners: Vec<_> = report.tell().collect();
+    const OPEN: &str = "keyward_connections";
+    let _ = writeln!(text, "# HELP {OPEN} Connections that are open.\n# TYPE {OPEN} gauge");
+    for told in &listeners {
+        let _ = writeln!(text, "{OPEN}{{listener=\"{}\"}} {}", told.listener, told.connections);
+    }
+    const REFUSED: &str = "keyward_connections_refused_total";
+    let _ = writeln!(text, "# HELP {REFUSED} Connections that were not served.\n# TYPE {REFUSED} counter");
+    for told in &listeners {
+        for (reason, count) in told.refused {
+            let _ = writeln!(text, "{REFUSED}{{listener=\"{}\",reason=\"{reason}\"}} {count}", told.listener);
+        }
+    }
+    const EXPIRY: &str = "keyward_tls_certificate_expiry_seconds";
+    let expiries = listeners.iter().filter_map(|told| Some((&told.listener, told.certificate_expiry?)));
+    for (at, (listener, expiry)) in expiries.enumerate() {
+        if at == 0 {
+            let help = "Until when the listener's certificate is valid, in seconds since 1970.";
+            let _ = writeln!(text, "# HELP {EXPIRY} {help}\n# TYPE {EXPIRY} gauge");
+        }
+        let _ = writeln!(text, "{EXPIRY}{{listener=\"{listener}\"}} {expiry}");
+    }
+    const SHED: &str = "keyward_calls_shed_total";
+    let help = "Calls that were turned away, since more were under way than the server takes.";
+    let _ = writeln!(text, "# HELP {SHED} {help}\n# TYPE {SHED} counter\n{SHED} {}", report.shed());
 }
 
 fn limit_metrics(text: &mut String, limiter: &Limiter) {

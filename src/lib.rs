@@ -11,6 +11,7 @@
 //! | [`access`], [`refusal`] | who calls and what they may do; why a call is not done |
 //! | [`keys`], [`accounts`], [`people`] | the use cases: what one transaction writes |
 //! | [`gateway`] | HTTP requests that proxies ask about: routes, credentials, replies |
+//! | [`transport`] | listeners: sockets, TLS, limits; bytes and connections, and nothing of what is said over them |
 //! | [`grpc`] | the wire: services, the gate, connections; the only place that builds a status |
 //! | [`forward`] | the gateway for proxies that ask over HTTP |
 //! | [`admin`], [`http1`] | `/healthz`, `/readyz`, `/metrics`; pages made from memory |
@@ -20,7 +21,7 @@
 //! | [`pb`] | generated from `proto/` |
 //!
 //! # Who may use whom
-//! `cli → server → {grpc, forward} → {gateway, keys, accounts, people} → replication → engine → store → domain`, never back; `tests/it/tidy.rs` holds it.
+//! `cli → server → {grpc, forward} → {transport, gateway, keys, accounts, people} → replication → engine → store → domain`, never back; `tests/it/tidy.rs` holds it.
 //!
 //! # What always holds
 //! - A token is shown once and stored never; nothing prints one.
@@ -51,3 +52,4 @@ pub mod replication;
 pub mod server;
 pub mod store;
 pub mod telemetry;
+pub mod transport;

@@ -22,7 +22,6 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use tokio::{
-    net::TcpListener,
     sync::{oneshot, watch},
     task::{JoinError, JoinHandle},
 };
@@ -47,11 +46,15 @@ use crate::{
     engine::{Engine, index::Index, usage::Usage},
     forward,
     gateway::Gateway,
-    grpc::{self, Parts, gate::Door, serve::Workers},
+    grpc::{
+        self, Parts,
+        serve::{Capacity, Opened, Workers},
+    },
     keys::{self, Keys},
     people::People,
     replication::{feed, follow::Follow, propagation::Propagation},
     store::{self, CommitError, Hour, KeyFilter, OwnerFilter, Store, Write, writer::Writer},
+    transport::{descriptors, socket::Bound},
 };
 
 const FLUSH_EVERY: Duration = Duration::from_secs(5);
@@ -68,8 +71,10 @@ const LAST_WRITES: Duration = Duration::from_secs(2);
 /// A running server.
 #[derive(Debug)]
 pub struct Server {
-    /// Where gRPC is served.
-    pub address: SocketAddr,
+    /// Where gRPC is served; of several listeners, the first.
+    pub address: Bound,
+    /// Every gRPC listener: its name, where it is, whether it speaks TLS.
+    pub listeners: Vec<(String, Bound, bool)>,
     /// Where the admin pages are served.
     pub admin_address: SocketAddr,
     /// Where Envoy alone is served.
@@ -96,6 +101,8 @@ struct Running {
     /// Tells health what the replica says.
     telling: JoinHandle<()>,
     propagation: Propagation,
+    /// Asks for files to be read again.
+    rereading: watch::Sender<()>,
 }
 
 impl std::fmt::Debug for Running {
@@ -121,7 +128,7 @@ impl Server {
         let sockets = Sockets::bind(&settings).await?;
         replicas::first_lease(&store, &settings).await?;
         let root_token = first_start(&*store, &settings, &*clock, &*entropy).await?;
-        let listeners = sockets.listen(&settings)?;
+        let mut listeners = sockets.listen()?;
         let addresses = listeners.addresses()?;
 
         let index = Arc::new(Index::default());
@@ -134,13 +141,12 @@ impl Server {
         }
         let reporter = HealthReporter::new();
         grpc::report_health(&reporter, false).await;
-        let services = Arc::new(grpc::services(parts, reporter.clone())?);
+        let services = Arc::new(grpc::services(parts, reporter.clone(), settings.overload)?);
         let (ready, is_ready) = watch::channel(false);
         let (stopping, is_stopping) = watch::channel(false);
         let (closing, is_closing) = watch::channel(false);
 
-        let port = addresses.main.port();
-        let replica = place.start(&store, &settings, port, clock.clone(), entropy).await?;
+        let replica = place.start(&store, &settings, addresses.port(), clock.clone(), entropy).await?;
         let mut loading = match &replica {
             Some(replica) => tokio::spawn(until_serving(replica.serving.clone())),
             None => tokio::spawn(load(
@@ -171,12 +177,16 @@ impl Server {
         let (counting, tried) = count_limits(engine.clone());
         // A Redis that is there counts from the first Check on; one that is not holds nobody up.
         let _ = tokio::time::timeout(QUIET_START, tried).await;
-        let workers = Workers::start(settings.threads, &services, &is_stopping, DRAIN)?;
+        let workers = Workers::start(capacity(&settings, &listeners), &services, &is_stopping)?;
+        listeners.report.add_shed(workers.shed());
+        listeners.report.add_shed(services.shed());
         drop(services);
-        let Listeners { main, admin: admin_listener, envoy, forward } = listeners;
+        let (rereading, is_rereading) = watch::channel(());
+        let watching = listeners.watch(&is_rereading);
+        let Listeners { grpc: opened, admin: admin_listener, forward, report, .. } = listeners;
         let forwarding = forward
             .map(|listener| tokio::spawn(forward::serve(listener, gateway.clone(), is_stopping.clone())));
-        let serving = tokio::spawn(serve(main, envoy, workers, forwarding, is_stopping));
+        let serving = tokio::spawn(serve(opened, workers, forwarding, is_stopping));
         let usage = engine.usage.clone();
         let told = admin::Told {
             engine,
@@ -184,6 +194,7 @@ impl Server {
             ready: is_ready,
             replica: replica.as_ref().map(|_| place.sight.clone()),
             clock: clock.clone(),
+            transport: report,
         };
         let mut background = vec![
             tokio::spawn(admin::serve(admin_listener, told, is_closing)),
@@ -194,7 +205,8 @@ impl Server {
             tokio::spawn(watch_loading(loading, stopping.clone())),
             tokio::spawn(watch_database(gave_up, store.clone(), stopping.clone())),
         ];
-        background.extend(rules.map(|rules| tokio::spawn(rules.watch(gateway))));
+        background.extend(rules.map(|rules| tokio::spawn(rules.watch(gateway, is_rereading))));
+        background.extend(watching);
         let running = Running {
             store,
             usage,
@@ -208,10 +220,20 @@ impl Server {
             replica,
             telling,
             propagation: place.propagation,
+            rereading,
         };
-        let Addresses { main: address, admin: admin_address, envoy, forward } = addresses;
-        let (envoy_address, forward_auth_address) = (envoy, forward);
-        Ok(Server { address, admin_address, envoy_address, forward_auth_address, root_token, running })
+        let envoy_address = addresses.envoy();
+        let Addresses { grpc: listeners, admin: admin_address, forward: forward_auth_address } = addresses;
+        let address = listeners.first().map(|(_, bound, _)| bound.clone()).context("there is no listener")?;
+        Ok(Server {
+            address,
+            listeners,
+            admin_address,
+            envoy_address,
+            forward_auth_address,
+            root_token,
+            running,
+        })
     }
 
     /// Waits until the server gives up by itself: its index cannot be loaded.
@@ -219,6 +241,11 @@ impl Server {
         let mut stopping = self.running.stopping.subscribe();
         // The sender lives as long as `self`.
         let _ = stopping.wait_for(|stop| *stop).await;
+    }
+
+    /// Has certificates and rules read again at once; they are looked at by themselves, too.
+    pub fn reread(&self) {
+        self.running.rereading.send_replace(());
     }
 
     /// Stops in order: nothing acknowledged is lost, and calls in flight are answered if they end in time.
@@ -236,6 +263,7 @@ impl Server {
             replica,
             telling,
             propagation,
+            rereading: _,
         } = self.running;
         // Before health is told for the last time.
         telling.abort();
@@ -304,21 +332,26 @@ pub fn parts(
     (parts, task)
 }
 
+/// As many connections as the listeners take, and file descriptors allow.
+fn capacity(settings: &Settings, listeners: &Listeners) -> Capacity {
+    let wanted = listeners.grpc.iter().map(|opened| opened.listener.limits.connections).sum();
+    Capacity {
+        threads: settings.threads,
+        connections: descriptors::room_for(wanted),
+        queued: settings.overload.queued_checks,
+        drain: DRAIN,
+    }
+}
+
 /// Serves until it is told to stop, and calls in flight have ended or had their time.
 async fn serve(
-    main: TcpListener,
-    envoy: Option<TcpListener>,
+    opened: Vec<Opened>,
     workers: Workers,
     forwarding: Option<JoinHandle<()>>,
     is_stopping: watch::Receiver<bool>,
 ) {
-    let main = grpc::serve::accept(main, Door::All, &workers, is_stopping.clone());
-    let envoy = async {
-        if let Some(listener) = envoy {
-            grpc::serve::accept(listener, Door::Envoy, &workers, is_stopping).await;
-        }
-    };
-    tokio::join!(main, envoy);
+    let accepting = opened.into_iter().map(|opened| grpc::serve::accept(opened, &workers, is_stopping.clone()));
+    futures_util::future::join_all(accepting).await;
     // Joining blocks; the workers have their own deadline.
     let joined = tokio::task::spawn_blocking(move || workers.join());
     let (joined, forwarded) = tokio::join!(joined, within(DRAIN, forwarding));

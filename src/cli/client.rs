@@ -1,16 +1,20 @@
 //! The connection to the server, and one way to ask over it: with the caller's token, a time limit and
 //! patience.
 
-use std::time::Duration;
+use std::{path::Path, time::Duration};
 
 use tonic::{
     Request, Response, Status,
     metadata::{Ascii, MetadataValue},
-    transport::{Channel, Endpoint},
+    transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity},
 };
 use zeroize::Zeroizing;
 
-use super::{console, failure::Failure, token};
+use super::{
+    console,
+    failure::{self, Failure},
+    token,
+};
 use crate::{
     config::client::{ClientSettings, ServerUrl},
     pb::{
@@ -48,7 +52,8 @@ impl Patience {
 /// The caller, connected.
 pub(super) struct Session {
     channel: Channel,
-    bearer: MetadataValue<Ascii>,
+    /// None = the client certificate says who calls.
+    bearer: Option<MetadataValue<Ascii>>,
     server: ServerUrl,
     timeout: Option<Duration>,
     quiet: bool,
@@ -57,21 +62,24 @@ pub(super) struct Session {
 impl Session {
     /// Reads the caller's token and makes ready to connect, which the first call does.
     pub(super) fn open(settings: &ClientSettings) -> Result<Session, Failure> {
-        let file = settings.token_file.as_deref().ok_or_else(|| {
-            Failure::usage("no token to call with").hint(
-                "name the file that holds it: --token-file FILE, KEYWARD_TOKEN_FILE, \
-                 or token_file in the configuration file",
-            )
-        })?;
-        let secret = token::read_own(file)?;
-        let text = Zeroizing::new(format!("Bearer {}", secret.reveal()));
-        let mut bearer: MetadataValue<Ascii> =
-            text.parse().map_err(|_| Failure::usage("the token cannot be sent"))?;
-        bearer.set_sensitive(true);
+        let bearer = match settings.token_file.as_deref() {
+            Some(file) => Some(bearer(file)?),
+            None if settings.client_certificate.is_some() => None,
+            None => {
+                return Err(Failure::usage("no token to call with").hint(
+                    "name the file that holds it: --token-file FILE, KEYWARD_TOKEN_FILE, \
+                     or token_file in the configuration file",
+                ));
+            }
+        };
         let limit = settings.timeout.unwrap_or(Patience::Short.limit());
-        let endpoint = Endpoint::from_shared(settings.server.as_str().to_owned())
+        let mut endpoint = Endpoint::from_shared(settings.server.as_str().to_owned())
             .map_err(|_| Failure::usage(format!("{} is no server's address", settings.server)))?
             .connect_timeout(limit);
+        if settings.server.is_tls() {
+            let unusable = |error| Failure::usage(format!("TLS cannot be spoken: {}", failure::innermost(&error)));
+            endpoint = endpoint.tls_config(tls(settings)?).map_err(unusable)?;
+        }
         Ok(Session {
             channel: endpoint.connect_lazy(),
             bearer,
@@ -137,7 +145,9 @@ impl Session {
     ) -> Result<A, Failure> {
         let limit = self.timeout.unwrap_or(patience.limit());
         let mut request = Request::new(question);
-        request.metadata_mut().insert("authorization", self.bearer.clone());
+        if let Some(bearer) = &self.bearer {
+            request.metadata_mut().insert("authorization", bearer.clone());
+        }
         // Tells the server how long there is; the transport gives up then too.
         request.set_timeout(limit);
         let answer = tokio::time::timeout(limit + GRACE, call(request));
@@ -149,6 +159,34 @@ impl Session {
             Err(_) => Err(Failure::timeout(limit)),
         }
     }
+}
+
+/// The token of a file, as it is sent.
+fn bearer(file: &Path) -> Result<MetadataValue<Ascii>, Failure> {
+    let secret = token::read_own(file)?;
+    let text = Zeroizing::new(format!("Bearer {}", secret.reveal()));
+    let mut bearer: MetadataValue<Ascii> =
+        text.parse().map_err(|_| Failure::usage("the token cannot be sent"))?;
+    bearer.set_sensitive(true);
+    Ok(bearer)
+}
+
+/// Whom to believe, and what to show.
+fn tls(settings: &ClientSettings) -> Result<ClientTlsConfig, Failure> {
+    let read = |path: &Path| {
+        std::fs::read(path).map_err(|error| Failure::usage(format!("cannot read {}: {error}", path.display())))
+    };
+    let config = match &settings.ca_file {
+        Some(path) => ClientTlsConfig::new().ca_certificate(Certificate::from_pem(read(path)?)),
+        None => ClientTlsConfig::new().with_native_roots(),
+    };
+    Ok(match &settings.client_certificate {
+        Some((certificate, key)) => {
+            let key = Zeroizing::new(read(key)?);
+            config.identity(Identity::from_pem(read(certificate)?, &*key))
+        }
+        None => config,
+    })
 }
 
 #[cfg(test)]
@@ -163,6 +201,8 @@ mod tests {
         ClientSettings {
             server: ServerUrl::parse(server).unwrap(),
             token_file: token.map(Into::into),
+            ca_file: None,
+            client_certificate: None,
             output: Output::Table,
             timeout: Some(Duration::from_millis(300)),
         }
@@ -195,7 +235,7 @@ mod tests {
     async fn the_callers_token_is_sent_as_a_sensitive_value() {
         let folder = tempfile::tempdir().unwrap();
         let session = Session::open(&settings(DEFAULT_SERVER, Some(&token_file(&folder)))).unwrap();
-        assert!(session.bearer.is_sensitive());
+        assert!(session.bearer.as_ref().unwrap().is_sensitive());
         assert!(!format!("{:?}", session.bearer).contains("kw_live"));
     }
 

@@ -147,11 +147,16 @@ fn headline(message: &str, fields: &[(String, String)]) -> String {
 
 /// The innermost cause, of a status that was made on this side because there was no connection.
 fn connection_error(status: &Status) -> Option<String> {
-    let mut error = status.source()?;
+    let error = status.source()?;
+    matches!(status.code(), Code::Unavailable | Code::Unknown).then(|| innermost(error))
+}
+
+/// What an error comes from in the end.
+pub(super) fn innermost(mut error: &(dyn Error + 'static)) -> String {
     while let Some(source) = error.source() {
         error = source;
     }
-    matches!(status.code(), Code::Unavailable | Code::Unknown).then(|| error.to_string())
+    error.to_string()
 }
 
 /// How far a change has reached, which a DEADLINE_EXCEEDED tells.

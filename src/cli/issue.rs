@@ -151,6 +151,8 @@ mod tests {
         let settings = ClientSettings {
             server: ServerUrl::parse("a:1").unwrap(),
             token_file: None,
+            ca_file: None,
+            client_certificate: None,
             output,
             timeout: None,
         };

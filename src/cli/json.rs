@@ -149,7 +149,7 @@ messages! {
     RotateKeyResponse { key, token as present, replayed, revision, previous_expires_at, propagation }
     FinishRotationResponse { key, revision, propagation }
     LookupKeyResponse { key, secret_version }
-    WhoAmIResponse { account, key }
+    WhoAmIResponse { account, key, actor }
     AccountName { id, name }
     RevokeSelfResponse { revision, propagation }
     BulkRevokeKeysResponse { keys, revision, propagation, more }

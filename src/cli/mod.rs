@@ -51,8 +51,8 @@ use crate::config::{
 /// Paragraphs without line ends of their own: clap breaks them at the terminal's width.
 const GENERAL: &str = "\
 Settings: a flag wins over the environment (KEYWARD_SERVER, KEYWARD_TOKEN_FILE), which wins over \
-~/.config/keyward/config.toml (below XDG_CONFIG_HOME where that is set) with the keys server, token_file and \
-output. There is no flag for a token: other processes could read it.
+~/.config/keyward/config.toml (below XDG_CONFIG_HOME where that is set) with the keys server, token_file, ca_file, \
+client_certificate, client_key and output. There is no flag for a token: other processes could read it.
 
 JSON (--output json): the response as one object. Field names as in the protos (snake_case), every field \
 there, null where it is absent; instants RFC 3339 in UTC, durations text such as 1m30s, enums their proto \

@@ -6,7 +6,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
     clock::{SystemClock, SystemEntropy},
-    config::server::{ServeArgs, Settings},
+    config::server::{ENVOY, MAIN, ServeArgs, Settings},
     domain::token::Token,
     server::Server,
     telemetry,
@@ -48,13 +48,17 @@ async fn serve(args: &ServeArgs) -> anyhow::Result<()> {
     let settings = Settings::load(args)?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hangup = signal(SignalKind::hangup())?;
     let mut server = Server::start(settings, Arc::new(SystemClock), Arc::new(SystemEntropy)).await?;
     announce(&mut server)?;
     tracing::info!(grpc = %server.address, admin = %server.admin_address, "serving");
-    let failed = tokio::select! {
-        _ = terminate.recv() => false,
-        _ = interrupt.recv() => false,
-        () = server.failed() => true,
+    let failed = loop {
+        tokio::select! {
+            _ = terminate.recv() => break false,
+            _ = interrupt.recv() => break false,
+            () = server.failed() => break true,
+            Some(()) = hangup.recv() => server.reread(),
+        }
     };
     tracing::info!("stopping");
     tokio::select! {
@@ -77,6 +81,12 @@ fn announce(server: &mut Server) -> std::io::Result<()> {
     }
     if let Some(address) = server.forward_auth_address {
         writeln!(out, "keyward serves nginx, Traefik and Envoy on http://{address}/auth/…")?;
+    }
+    for (name, address, tls) in &server.listeners {
+        if ![MAIN, ENVOY].contains(&name.as_str()) {
+            let tls = if *tls { " with TLS" } else { "" };
+            writeln!(out, "keyward serves {name} on {address}{tls}")?;
+        }
     }
     writeln!(
         out,

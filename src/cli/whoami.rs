@@ -16,8 +16,11 @@ pub(super) async fn whoami(cx: &mut Context<'_>) -> Result<u8, Failure> {
     cx.show(&answer, |colours| {
         let account =
             answer.account.as_ref().map(|account| Record::new().field("account name", &account.name));
-        let key = answer.key.as_ref().map(output::key);
-        key.into_iter().chain(account).fold(Record::new(), Record::and).show(colours)
+        let key = match &answer.key {
+            Some(key) => output::key(key),
+            None => Record::new().field("caller", &answer.actor),
+        };
+        std::iter::once(key).chain(account).fold(Record::new(), Record::and).show(colours)
     })?;
     Ok(0)
 }

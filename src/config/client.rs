@@ -36,13 +36,24 @@ pub enum Output {
 #[derive(Clone, Debug, Default, Args)]
 #[command(next_help_heading = "Connection")]
 pub struct ClientArgs {
-    /// Address of the server: http://HOST:PORT or HOST:PORT [or KEYWARD_SERVER; default:
-    /// http://127.0.0.1:50051]
+    /// Address of the server: https://HOST:PORT, unix:/PATH, or in plaintext http://HOST:PORT or HOST:PORT [or
+    /// KEYWARD_SERVER; default: http://127.0.0.1:50051]
     #[arg(long, value_name = "URL", env = "KEYWARD_SERVER", hide_env = true)]
     pub server: Option<String>,
     /// File that holds the token to call with, `-` for stdin [or KEYWARD_TOKEN_FILE]
     #[arg(long, value_name = "FILE", env = "KEYWARD_TOKEN_FILE", hide_env = true)]
     pub token_file: Option<PathBuf>,
+    /// File with the authorities (PEM) that sign the server's certificate, over https [or KEYWARD_CA_FILE; default:
+    /// those of the system]
+    #[arg(long, value_name = "FILE", env = "KEYWARD_CA_FILE", hide_env = true)]
+    pub ca_file: Option<PathBuf>,
+    /// File with a certificate (PEM) to show to the server, over https; with --client-key [or
+    /// KEYWARD_CLIENT_CERTIFICATE]
+    #[arg(long, value_name = "FILE", env = "KEYWARD_CLIENT_CERTIFICATE", hide_env = true)]
+    pub client_certificate: Option<PathBuf>,
+    /// File with the certificate's private key (PEM) [or KEYWARD_CLIENT_KEY]
+    #[arg(long, value_name = "FILE", env = "KEYWARD_CLIENT_KEY", hide_env = true)]
+    pub client_key: Option<PathBuf>,
     /// How to print the answer [default: table]
     #[arg(long, value_enum, value_name = "FORMAT")]
     pub output: Option<Output>,
@@ -54,7 +65,8 @@ pub struct ClientArgs {
 
 impl ClientArgs {
     /// The ids of these flags.
-    pub const IDS: [&str; 4] = ["server", "token_file", "output", "timeout"];
+    pub const IDS: [&str; 7] =
+        ["server", "token_file", "ca_file", "client_certificate", "client_key", "output", "timeout"];
 
     /// These flags, and those of `outer` where these are silent.
     #[must_use]
@@ -62,6 +74,9 @@ impl ClientArgs {
         ClientArgs {
             server: self.server.or(outer.server),
             token_file: self.token_file.or(outer.token_file),
+            ca_file: self.ca_file.or(outer.ca_file),
+            client_certificate: self.client_certificate.or(outer.client_certificate),
+            client_key: self.client_key.or(outer.client_key),
             output: self.output.or(outer.output),
             timeout: self.timeout.or(outer.timeout),
         }
@@ -73,7 +88,7 @@ impl ClientArgs {
 #[must_use]
 pub fn below_top(arg: Arg) -> Arg {
     match arg.get_id().as_str() {
-        "server" | "token_file" => arg.global(true).env(Resettable::Reset),
+        "server" | "token_file" | "ca_file" | "client_certificate" | "client_key" => arg.global(true).env(Resettable::Reset),
         "output" | "timeout" => arg.global(true),
         _ => arg,
     }
@@ -98,6 +113,10 @@ pub struct ClientSettings {
     pub server: ServerUrl,
     /// The file of the caller's token; `-` is stdin.
     pub token_file: Option<PathBuf>,
+    /// The authorities that sign the server's certificate; None = the system's.
+    pub ca_file: Option<PathBuf>,
+    /// The certificate to show, and its key.
+    pub client_certificate: Option<(PathBuf, PathBuf)>,
     /// How to print.
     pub output: Output,
     /// How long to wait, when it was said.
@@ -119,9 +138,24 @@ impl ClientSettings {
 
     fn combine(args: ClientArgs, file: File) -> Result<ClientSettings, SettingsError> {
         let server = args.server.or(file.server);
+        let server = ServerUrl::parse(server.as_deref().unwrap_or(DEFAULT_SERVER))?;
+        let given = |path: Option<PathBuf>| path.filter(|path| !path.as_os_str().is_empty());
+        let ca_file = given(args.ca_file.or(file.ca_file));
+        let certificate = given(args.client_certificate.or(file.client_certificate));
+        let client_certificate = match (certificate, given(args.client_key.or(file.client_key))) {
+            (Some(certificate), Some(key)) => Some((certificate, key)),
+            (None, None) => None,
+            _ => return Err(SettingsError("a client certificate and its key go together".to_owned())),
+        };
+        if client_certificate.is_some() && !server.is_tls() {
+            let problem = "a client certificate is shown over TLS alone: the server's address must start with https://";
+            return Err(SettingsError(problem.to_owned()));
+        }
         Ok(ClientSettings {
-            server: ServerUrl::parse(server.as_deref().unwrap_or(DEFAULT_SERVER))?,
-            token_file: args.token_file.or(file.token_file).filter(|path| !path.as_os_str().is_empty()),
+            server,
+            token_file: given(args.token_file.or(file.token_file)),
+            ca_file,
+            client_certificate,
             output: args.output.or(file.output).unwrap_or_default(),
             timeout: args.timeout,
         })
@@ -133,24 +167,32 @@ impl ClientSettings {
 #[error("{0}")]
 pub struct SettingsError(String);
 
-/// The address of a server that is spoken to in plaintext.
+/// The address of a server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServerUrl(String);
 
 impl ServerUrl {
-    /// Reads `http://HOST[:PORT]` or `HOST[:PORT]`.
+    /// Reads `https://HOST[:PORT]`, `unix:/PATH`, `http://HOST[:PORT]` or `HOST[:PORT]`; the last two are spoken to in
+    /// plaintext.
     ///
     /// # Errors
-    /// When it is neither; the error says what would be right.
+    /// When it is none of them; the error says what would be right.
     pub fn parse(text: &str) -> Result<ServerUrl, SettingsError> {
+        if let Some(path) = text.strip_prefix("unix:") {
+            let path = path.strip_prefix("//").unwrap_or(path);
+            if !path.starts_with('/') || path.len() < 2 {
+                return Err(SettingsError(format!("{text:?} is no server's address: use unix:/PATH, from the root on")));
+            }
+            return Ok(ServerUrl(format!("unix:{path}")));
+        }
         let (scheme, rest) = text.split_once("://").unwrap_or(("", text));
-        match scheme.to_ascii_lowercase().as_str() {
-            "" | "http" => {}
-            "https" => return Err(SettingsError(NO_TLS.to_owned())),
+        let spoken = match scheme.to_ascii_lowercase().as_str() {
+            "" | "http" => "http",
+            "https" => "https",
             _ => {
                 return Err(SettingsError(format!("the server's address starts with {scheme}://: {WANTED}")));
             }
-        }
+        };
         let unusable = || SettingsError(format!("{:?} is no server's address: {WANTED}", without_user(text)));
         let authority: http::uri::Authority =
             rest.strip_suffix('/').unwrap_or(rest).parse().map_err(|_| unusable())?;
@@ -163,7 +205,13 @@ impl ServerUrl {
             return Err(unusable());
         }
         let port = if scheme.is_empty() && !port_given { format!(":{DEFAULT_PORT}") } else { String::new() };
-        Ok(ServerUrl(format!("http://{authority}{port}")))
+        Ok(ServerUrl(format!("{spoken}://{authority}{port}")))
+    }
+
+    /// Whether it is spoken to over TLS.
+    #[must_use]
+    pub fn is_tls(&self) -> bool {
+        self.0.starts_with("https:")
     }
 
     /// The address with its scheme.
@@ -179,8 +227,8 @@ impl fmt::Display for ServerUrl {
     }
 }
 
-const WANTED: &str = "use http://HOST:PORT or HOST:PORT, such as 127.0.0.1:50051, without a path or user";
-const NO_TLS: &str = "this build of the CLI speaks plaintext only (h2c); use http:// or a local sidecar";
+const WANTED: &str = "use https://HOST:PORT, unix:/PATH, http://HOST:PORT or HOST:PORT, such as 127.0.0.1:50051, \
+                      without a path or user";
 
 fn without_user(text: &str) -> &str {
     text.rsplit_once('@').map_or(text, |(_, host)| host)
@@ -192,6 +240,9 @@ fn without_user(text: &str) -> &str {
 struct File {
     server: Option<String>,
     token_file: Option<PathBuf>,
+    ca_file: Option<PathBuf>,
+    client_certificate: Option<PathBuf>,
+    client_key: Option<PathBuf>,
     output: Option<Output>,
 }
 
@@ -219,7 +270,9 @@ impl File {
                 error.message()
             ))
         })?;
-        file.token_file = file.token_file.map(|token| resolve(token, path, home));
+        for named in [&mut file.token_file, &mut file.ca_file, &mut file.client_certificate, &mut file.client_key] {
+            *named = named.take().map(|named| resolve(named, path, home));
+        }
         Ok(file)
     }
 }
@@ -273,24 +326,39 @@ mod tests {
             ("localhost", "http://localhost:50051"),
             ("[::1]", "http://[::1]:50051"),
             ("[::1]:7000", "http://[::1]:7000"),
+            ("https://keyward:443", "https://keyward:443"),
+            ("HTTPS://keyward", "https://keyward"),
+            ("unix:/run/keyward.sock", "unix:/run/keyward.sock"),
+            ("unix:///run/keyward.sock", "unix:/run/keyward.sock"),
         ] {
             assert_eq!(url(text).as_deref(), Ok(expected), "{text:?}");
         }
     }
 
     #[test]
-    fn https_is_refused_with_the_way_out() {
-        for text in ["https://keyward:443", "HTTPS://keyward"] {
-            assert_eq!(url(text), Err(NO_TLS.to_owned()));
-        }
+    fn a_client_certificate_goes_with_its_key_and_over_tls_alone() {
+        let combine = |server: &str, certificate: Option<&str>, key: Option<&str>| {
+            let args = ClientArgs {
+                server: Some(server.into()),
+                client_certificate: certificate.map(Into::into),
+                client_key: key.map(Into::into),
+                ..ClientArgs::default()
+            };
+            ClientSettings::combine(args, File::default()).map(|settings| settings.client_certificate)
+        };
+        assert_eq!(combine("https://a:1", Some("c"), Some("k")), Ok(Some(("c".into(), "k".into()))));
+        assert!(combine("https://a:1", Some("c"), None).is_err());
+        assert!(combine("https://a:1", None, Some("k")).is_err());
+        assert!(combine("http://a:1", Some("c"), Some("k")).is_err());
+        assert!(combine("unix:/a", Some("c"), Some("k")).is_err());
     }
 
     #[test]
     fn what_is_no_address_is_refused_and_no_password_repeated() {
-        for text in ["", "http://", "grpc://a:1", "a:b", "a:70000", "http://a/b", "a b", "http://ada:pw@a:1"]
+        for text in ["", "http://", "unix:here", "grpc://a:1", "a:b", "a:70000", "http://a/b", "a b", "http://ada:pw@a:1"]
         {
             let error = url(text).unwrap_err();
-            assert!(error.contains("use http://HOST:PORT"), "{text:?}: {error}");
+            assert!(error.contains("no server's address") || error.contains(WANTED), "{text:?}: {error}");
             assert!(!error.contains("pw"), "{error}");
         }
     }
@@ -306,7 +374,7 @@ mod tests {
             server: Some("flag:2".into()),
             token_file: Some("-".into()),
             output: Some(Output::Table),
-            timeout: None,
+            ..ClientArgs::default()
         };
         let said = ClientSettings::combine(flags, file()).unwrap();
         assert_eq!(said.server.as_str(), "http://flag:2");
@@ -321,7 +389,7 @@ mod tests {
     fn an_unknown_key_is_refused_by_name_and_line_without_its_value() {
         let error = parse("server = 'a:1'\ntoken = 'kw_secret'").unwrap_err();
         assert!(error.contains("/etc/kw/config.toml, line 2"), "{error}");
-        assert!(error.contains("`token`") && error.contains("`server`, `token_file`, `output`"), "{error}");
+        assert!(error.contains("`token`") && error.contains("`server`, `token_file`, `ca_file`"), "{error}");
         assert!(!error.contains("kw_secret"), "{error}");
         assert!(parse("output = 'xml'").unwrap_err().contains("line 1"));
         assert!(parse("server = ").is_err());

@@ -7,6 +7,7 @@ pub mod client;
 pub mod duration;
 mod gateway;
 pub mod limits;
+mod listeners;
 pub mod replicas;
 pub mod rules;
 pub mod server;

@@ -18,16 +18,21 @@ use crate::{
     engine::limiter::LimitSettings,
     gateway::GatewaySettings,
     keys::KeySettings,
+    transport::{Listener, Overload, Service, Services},
 };
 
 use super::{
     limits::{self, SecretUrl},
-    replicas,
+    listeners, replicas,
 };
 
 const LISTEN: &str = "127.0.0.1:50051";
 const ADMIN_LISTEN: &str = "127.0.0.1:9090";
 const DATABASE: &str = "sqlite:keyward.db";
+/// What the listeners of the flags are called.
+pub const MAIN: &str = "main";
+/// See [`MAIN`].
+pub const ENVOY: &str = "envoy";
 const PREFIX: &str = "kw";
 const RETENTION_DAYS: u32 = 90;
 
@@ -46,6 +51,9 @@ pub struct ServeArgs {
     /// Where to serve nginx, Traefik and others that ask over HTTP [default: nowhere]
     #[arg(long, env = "KEYWARD_FORWARD_AUTH_LISTEN", value_name = "ADDR")]
     pub forward_auth_listen: Option<String>,
+    /// Serve plaintext to other machines too: where something else protects the network
+    #[arg(long, env = "KEYWARD_INSECURE", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    pub insecure: Option<bool>,
     /// A TOML file that says what HTTP requests need; read again when it changes
     #[arg(long, env = "KEYWARD_RULES", value_name = "FILE")]
     pub rules: Option<PathBuf>,
@@ -179,6 +187,12 @@ struct File {
     gateway: super::gateway::File,
     #[serde(default)]
     limits: limits::File,
+    #[serde(default, rename = "listener")]
+    listeners: Vec<listeners::File>,
+    reflection: Option<bool>,
+    insecure: Option<bool>,
+    #[serde(default)]
+    overload: listeners::OverloadFile,
 }
 
 /// The server's settings, all valid.
@@ -186,6 +200,16 @@ struct File {
 pub struct Settings {
     /// Where to serve gRPC: `host:port`.
     pub listen: String,
+    /// Whether everything is served at `listen`; not where the file has listeners and nobody has said `listen`.
+    pub main_listener: bool,
+    /// The listeners of the file.
+    pub listeners: Vec<Listener>,
+    /// Whether the main listener describes its services to whoever asks.
+    pub reflection: bool,
+    /// Whether plaintext may leave this machine.
+    pub insecure: bool,
+    /// How much may be under way at once.
+    pub overload: Overload,
     /// Where to serve the admin pages: `host:port`.
     pub admin_listen: String,
     /// Where keys are kept.
@@ -228,6 +252,8 @@ impl Settings {
             }
         };
         replace(&mut settings.listen, &args.listen);
+        settings.main_listener |= args.listen.is_some();
+        settings.insecure = args.insecure.unwrap_or(settings.insecure);
         replace(&mut settings.admin_listen, &args.admin_listen);
         let replace_some = |slot: &mut Option<String>, flag: &Option<String>| {
             if flag.is_some() {
@@ -268,10 +294,20 @@ impl Settings {
         Ok(settings)
     }
 
+    /// Every gRPC listener: the main one, Envoy's, and those of the file.
+    #[must_use]
+    pub fn grpc_listeners(&self) -> Vec<Listener> {
+        let all = if self.reflection { Services::all() } else { Services::all().without(Service::Reflection) };
+        let main = self.main_listener.then(|| Listener::plain(MAIN, &self.listen, all));
+        let envoy = self.envoy_listen.as_ref();
+        let envoy = envoy.map(|address| Listener::plain(ENVOY, address, Services::envoy()));
+        main.into_iter().chain(envoy).chain(self.listeners.iter().cloned()).collect()
+    }
+
     /// Each address is one, and none is given twice.
     fn addresses(&self) -> Result<(), ConfigError> {
         let all = [
-            ("listen", Some(&self.listen)),
+            ("listen", Some(&self.listen).filter(|_| self.main_listener)),
             ("admin_listen", Some(&self.admin_listen)),
             ("envoy_listen", self.envoy_listen.as_ref()),
             ("forward_auth_listen", self.forward_auth_listen.as_ref()),
@@ -284,6 +320,14 @@ impl Settings {
                 return Err(invalid(setting, value, format!("must differ from {other}")));
             }
             taken.push((setting, value));
+        }
+        let listeners: Vec<_> = self.listeners.iter().map(|listener| listener.address.to_string()).collect();
+        for (at, address) in listeners.iter().enumerate() {
+            let among = |value: &&str| *value == address && !value.ends_with(":0");
+            let twice = taken.iter().map(|(_, value)| *value).chain(listeners[..at].iter().map(String::as_str));
+            if twice.into_iter().any(|value| among(&value)) {
+                return Err(invalid("listener.address", address, "is given twice"));
+            }
         }
         Ok(())
     }
@@ -312,7 +356,13 @@ impl Settings {
         let default_role = default_role.transpose()?;
         let retention = file.retention_days.unwrap_or(RETENTION_DAYS);
         let gateway = file.gateway.read(&environments)?;
+        let listeners = listeners::read(file.listeners)?;
         let settings = Settings {
+            main_listener: file.listen.is_some() || listeners.is_empty(),
+            listeners,
+            reflection: file.reflection.unwrap_or(true),
+            insecure: file.insecure.unwrap_or(false),
+            overload: file.overload.read()?,
             listen: file.listen.unwrap_or_else(|| LISTEN.to_owned()),
             admin_listen: file.admin_listen.unwrap_or_else(|| ADMIN_LISTEN.to_owned()),
             database: args.database.clone().or(file.database).unwrap_or_else(|| DATABASE.to_owned()),
@@ -340,7 +390,7 @@ pub(super) fn invalid(setting: &'static str, value: &str, problem: impl ToString
 }
 
 /// `host:port`; whether the host exists shows when it is bound.
-fn address(setting: &'static str, value: &str) -> Result<(), ConfigError> {
+pub(super) fn address(setting: &'static str, value: &str) -> Result<(), ConfigError> {
     let well_formed =
         value.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok());
     if well_formed {

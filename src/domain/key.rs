@@ -180,7 +180,7 @@ pub struct Key {
     pub terms: Terms,
     /// When it was created.
     pub created_at: Timestamp,
-    /// Id of the key that created it, or `system`.
+    /// What created it: a key's id, `cert:` and a certificate's name, or `system`.
     pub created_by: String,
     /// When it last changed.
     pub updated_at: Timestamp,

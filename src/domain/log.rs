@@ -146,12 +146,34 @@ actions! {
     MemberRemoved = "member.removed",
 }
 
+/// What called.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Who {
+    /// Keyward itself.
+    System,
+    /// A management key.
+    Key(KeyId),
+    /// A client certificate, by the name of its identity: `cert:…`.
+    Certificate(Box<str>),
+}
+
+/// A key's id, `cert:…`, or `system`.
+impl fmt::Display for Who {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Who::System => f.write_str("system"),
+            Who::Key(key) => key.fmt(f),
+            Who::Certificate(name) => f.write_str(name),
+        }
+    }
+}
+
 /// Who made a change.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Actor {
-    /// Id of the key that called; `None` for Keyward itself.
-    pub key: Option<KeyId>,
-    /// The account of that key.
+    /// What called.
+    pub who: Who,
+    /// The account that it acted in.
     pub account: Option<AccountId>,
     /// The person it called for.
     pub acting_user: Option<UserId>,
@@ -159,16 +181,13 @@ pub struct Actor {
 
 impl Actor {
     /// Keyward itself.
-    pub const SYSTEM: Actor = Actor { key: None, account: None, acting_user: None };
+    pub const SYSTEM: Actor = Actor { who: Who::System, account: None, acting_user: None };
 }
 
-/// The key's id, or `system`.
+/// What called.
 impl fmt::Display for Actor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.key {
-            Some(key) => key.fmt(f),
-            None => f.write_str("system"),
-        }
+        self.who.fmt(f)
     }
 }
 
@@ -187,7 +206,7 @@ pub struct LogRow {
     pub key_id: Option<KeyId>,
     /// The user concerned.
     pub user: Option<UserId>,
-    /// Who: a key's id, or `system`.
+    /// Who: a key's id, `cert:` and a certificate's name, or `system`.
     pub actor: String,
     /// The account of the actor.
     pub actor_account: Option<AccountId>,

@@ -8,6 +8,7 @@
 pub mod account;
 pub mod decision;
 pub mod facts;
+pub mod identity;
 pub mod key;
 pub mod lease;
 pub mod limit;

@@ -164,6 +164,12 @@ impl KeyId {
         KeyId(uuid::Builder::from_unix_timestamp_millis(now.as_millis(), &random).into_uuid())
     }
 
+    /// An id that no key has (RFC 9562, section 5.8), for a caller that is none.
+    #[must_use]
+    pub fn custom(bytes: [u8; 16]) -> Self {
+        KeyId(uuid::Builder::from_custom_bytes(bytes).into_uuid())
+    }
+
     /// Reads an id in the hyphenated form.
     ///
     /// # Errors

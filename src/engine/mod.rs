@@ -445,6 +445,23 @@ impl Engine {
         Ok(Ok(CallerJudged { found, failures, account, grants, fresh, now }))
     }
 
+    /// Whether a caller that the configuration knows may act in an account: it must exist, and not be suspended. The
+    /// answer holds as far as the lease does: see [`Authenticated::fresh`].
+    ///
+    /// # Errors
+    /// When the first snapshot is not loaded yet.
+    pub fn vouch(&self, account: &AccountId) -> Result<Vouched, CannotAnswer> {
+        self.index.revision().ok_or(CannotAnswer::Starting)?;
+        Ok(self.lease.check(
+            || self.clock.boottime(),
+            |fresh| {
+                let account = self.index.account(account);
+                let stands = account.is_some_and(|account| account.suspended_at.is_none());
+                Vouched { stands, fresh }
+            },
+        ))
+    }
+
     /// The key that a token belongs to, in whatever state.
     ///
     /// # Errors
@@ -474,6 +491,15 @@ pub struct Authenticated {
     /// What it is granted there.
     pub grants: ScopeSet,
     /// The lease holds. Without one it may ask what is dead, and nothing else: it may be revoked by now.
+    pub fresh: bool,
+}
+
+/// Whether callers may act in an account.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Vouched {
+    /// The account exists and is not suspended.
+    pub stands: bool,
+    /// The lease holds.
     pub fresh: bool,
 }
 

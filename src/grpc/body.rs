@@ -1,20 +1,32 @@
-//! Request bodies with a limit that is judged from a message's first five bytes, before any of it is buffered.
+//! Request bodies with a limit that is judged from a message's first five bytes, before any of it is buffered. Those of
+//! management must come in time, too, and large ones find room.
 
 use std::{
     pin::Pin,
-    task::{Context, Poll, ready},
+    sync::{Arc, OnceLock},
+    task::{Context, Poll},
+    time::Duration,
 };
 
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
+use tokio::time::{Sleep, sleep};
 
-use super::status::too_large;
+use super::{
+    load::{Place, Room},
+    status::{too_large, too_slow},
+};
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// gRPC's prefix of a message: one byte of flags, four of length (big-endian).
 const PREFIX: usize = 5;
+/// How long a request to management may take to arrive.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// The room that a large request takes until its call has ended.
+pub(super) type Held = Arc<OnceLock<Place>>;
 
 /// A request body whose first message may have `limit` bytes at the most. Unary calls have no other; of streams
 /// tonic judges the rest.
@@ -23,24 +35,59 @@ pub(super) struct Limited {
     limit: usize,
     prefix: [u8; PREFIX],
     have: usize,
+    managed: Option<Managed>,
+}
+
+/// What a request to management is held to besides.
+struct Managed {
+    room: Arc<Room>,
+    held: Held,
+    late: Option<Pin<Box<Sleep>>>,
 }
 
 impl Limited {
     pub(super) fn new(inner: Incoming, limit: usize) -> Self {
-        Limited { inner, limit, prefix: [0; PREFIX], have: 0 }
+        Limited { inner, limit, prefix: [0; PREFIX], have: 0, managed: None }
     }
 
-    /// Looks at the next bytes; the length that the prefix claims, once it is whole and too large.
-    fn look(&mut self, data: &[u8]) -> Option<usize> {
+    /// A request to management. What a large one takes of `room` is kept in `held`.
+    pub(super) fn managed(self, room: Arc<Room>, held: Held) -> Self {
+        Limited { managed: Some(Managed { room, held, late: None }), ..self }
+    }
+
+    /// Looks at the next bytes.
+    ///
+    /// # Errors
+    /// When the length that the prefix claims, once it is whole, is too large, or finds no room.
+    fn look(&mut self, data: &[u8]) -> Result<(), BoxError> {
         let take = data.len().min(PREFIX - self.have);
         if take == 0 {
-            return None;
+            return Ok(());
         }
         self.prefix[self.have..self.have + take].copy_from_slice(&data[..take]);
         self.have += take;
+        if self.have < PREFIX {
+            return Ok(());
+        }
         let [_, a, b, c, d] = self.prefix;
         let claimed = u32::from_be_bytes([a, b, c, d]) as usize;
-        (self.have == PREFIX && claimed > self.limit).then_some(claimed)
+        if claimed > self.limit {
+            return Err(Box::new(too_large(claimed, self.limit)));
+        }
+        if let Some(managed) = &self.managed
+            && let Some(place) = managed.room.large(claimed)?
+        {
+            // The prefix is whole once only.
+            let _ = managed.held.set(place);
+        }
+        Ok(())
+    }
+
+    /// Whether the request takes too long to arrive.
+    fn is_late(&mut self, cx: &mut Context<'_>) -> bool {
+        let Some(managed) = &mut self.managed else { return false };
+        let late = managed.late.get_or_insert_with(|| Box::pin(sleep(PATIENCE)));
+        late.as_mut().poll(cx).is_ready()
     }
 }
 
@@ -53,15 +100,15 @@ impl Body for Limited {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         let this = self.get_mut();
-        let frame = match ready!(Pin::new(&mut this.inner).poll_frame(cx)) {
-            Some(Ok(frame)) => frame,
-            Some(Err(error)) => return Poll::Ready(Some(Err(error.into()))),
-            None => return Poll::Ready(None),
+        let frame = match Pin::new(&mut this.inner).poll_frame(cx) {
+            Poll::Ready(Some(Ok(frame))) => frame,
+            Poll::Ready(Some(Err(error))) => return Poll::Ready(Some(Err(error.into()))),
+            Poll::Ready(None) => return Poll::Ready(None),
+            Poll::Pending if this.is_late(cx) => return Poll::Ready(Some(Err(Box::new(too_slow())))),
+            Poll::Pending => return Poll::Pending,
         };
-        match frame.data_ref().and_then(|data| this.look(data)) {
-            Some(claimed) => Poll::Ready(Some(Err(Box::new(too_large(claimed, this.limit))))),
-            None => Poll::Ready(Some(Ok(frame))),
-        }
+        let looked = frame.data_ref().map_or(Ok(()), |data| this.look(data));
+        Poll::Ready(Some(looked.map(|()| frame)))
     }
 
     fn is_end_stream(&self) -> bool {

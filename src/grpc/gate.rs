@@ -4,7 +4,7 @@
 //! Callers are decided by the same policy as any key. To strangers the gate says one thing only, whatever is
 //! wrong with what they showed.
 
-use std::{collections::HashMap, convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
+use std::{collections::HashMap, convert::Infallible, net::IpAddr, sync::Arc, time::Duration};
 
 use futures_util::future::{Either, FutureExt as _};
 use http::{HeaderMap, Request, Response};
@@ -14,11 +14,14 @@ use tonic::{Status, body::Body};
 use tower::{Service, ServiceExt as _, util::BoxCloneSyncService};
 
 use crate::{
-    access::{Caller, Permission},
+    access::{Caller, Permission, Proof},
     domain::{
         decision::Reason,
         facts::KeyFacts as _,
+        identity::Identity,
         name::{AccountId, NameError, UserId},
+        scope::ScopeSet,
+        time::Timestamp,
     },
     engine::{Authenticated, CannotAnswer, Engine, Holder},
     gateway::Gateway,
@@ -31,33 +34,93 @@ use crate::{
     refusal::Refusal,
     replication::news::News,
     store::writer::in_call,
+    transport::{Auth, Listener, Service as Served, Services as ServedSet, certificate::Certificate},
 };
 
 use super::{
     accounts::AccountService,
     audit::AuditService,
     authz::AuthzService,
-    body::Limited,
+    body::{Held, Limited},
     ext_authz::{Asker, ExtAuthz},
     keys::KeyService,
+    load::{Briefly, Room},
     rpc::{self, Access, Plane, Rpc},
     status::{deadline_exceeded, internal, lacks_permission, no_such_rpc, with_reason},
 };
 
-/// Where a connection came in: what is served there.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Door {
-    /// Everything.
-    All,
-    /// What Envoy asks, and health.
-    Envoy,
+/// Where a connection came in: what is served there, and what callers must show.
+#[derive(Clone, Debug)]
+pub struct Door {
+    services: ServedSet,
+    auth: Auth,
+    open_to_proxies: bool,
+    identities: Vec<Arc<Identity>>,
 }
 
 impl Door {
-    fn serves(self, service: &str) -> bool {
-        self == Door::All || [rpc::service(rpc::EXT_AUTHZ), "grpc.health.v1.Health"].contains(&service)
+    /// The door of a listener.
+    #[must_use]
+    pub fn of(listener: &Listener) -> Door {
+        Door {
+            services: listener.services,
+            auth: listener.auth,
+            open_to_proxies: listener.open_to_proxies,
+            identities: listener.identities.iter().cloned().map(Arc::new).collect(),
+        }
+    }
+
+    /// The identity that a certificate proves here; the first in the order of the settings.
+    #[must_use]
+    pub fn identify(&self, certificate: &Certificate) -> Option<Arc<Identity>> {
+        self.identities.iter().find(|identity| certificate.names.contains(identity.san())).cloned()
+    }
+
+    fn serves(&self, service: &str) -> bool {
+        let served = match service {
+            "keyward.v1.AuthzService" => Served::Check,
+            "keyward.v1.KeyService" | "keyward.v1.AccountService" | "keyward.v1.AuditService" => {
+                Served::Management
+            }
+            "envoy.service.auth.v3.Authorization" => Served::ExtAuthz,
+            HEALTH => Served::Health,
+            "grpc.reflection.v1.ServerReflection" | "grpc.reflection.v1alpha.ServerReflection" => {
+                Served::Reflection
+            }
+            _ => return false,
+        };
+        self.services.has(served)
     }
 }
+
+/// Who has connected.
+#[derive(Debug)]
+pub struct Visitor {
+    /// By which door.
+    pub door: Arc<Door>,
+    /// From where; a Unix socket's peer is nowhere.
+    pub peer: Option<IpAddr>,
+    /// Whom the connection's certificate proves.
+    pub identity: Option<Arc<Identity>>,
+}
+
+/// What a call shows of its caller.
+enum Shown<'a> {
+    Token(String),
+    Certificate(&'a Arc<Identity>),
+}
+
+/// A caller that is known, before it is asked what it may.
+struct Known {
+    proof: Proof,
+    account: AccountId,
+    grants: ScopeSet,
+    fresh: bool,
+}
+
+const HEALTH: &str = "grpc.health.v1.Health";
+/// How long a call without a credential may take; one that watches health is for as long as its connection.
+const OPEN_PATIENCE: Duration = Duration::from_secs(60);
 
 /// The largest request to health and reflection, in bytes.
 const OPEN_BYTES: usize = 16 * 1024;
@@ -80,6 +143,8 @@ pub struct Services {
     pub(super) open: HashMap<&'static str, Open>,
     /// Where management runs.
     pub(super) management: tokio::runtime::Handle,
+    /// How much of it there may be at once.
+    pub(super) room: Arc<Room>,
 }
 
 impl std::fmt::Debug for Services {
@@ -118,24 +183,31 @@ pub(super) fn shown<T: Clone + Send + Sync + 'static>(
 }
 
 impl Services {
-    /// Answers one call that came in by this door.
-    pub async fn answer(
-        self: Arc<Self>,
-        request: Request<Incoming>,
-        peer: SocketAddr,
-        door: Door,
-    ) -> Response<Body> {
+    /// The time by which callers are judged.
+    #[must_use]
+    pub fn now(&self) -> Timestamp {
+        self.engine.now()
+    }
+
+    /// Tells how many calls found no room, whenever it is asked.
+    pub fn shed(&self) -> impl Fn() -> u64 + Send + Sync + 'static {
+        let room = self.room.clone();
+        move || room.shed()
+    }
+
+    /// Answers one call of a visitor.
+    pub async fn answer(&self, request: Request<Incoming>, visitor: &Visitor) -> Response<Body> {
         let Some(rpc) = rpc::find(request.uri().path()) else {
-            return self.answer_open(request, door).await;
+            return self.answer_open(request, &visitor.door).await;
         };
-        if !door.serves(rpc.service()) {
+        if !visitor.door.serves(rpc.service()) {
             return no_such_rpc().into_http();
         }
         let limit = allowed_time(rpc.timeout, request.headers());
         let patience = Patience::of(asked_time(request.headers()));
         let mut request = request.map(|body| Limited::new(body, rpc.max_request));
         request.extensions_mut().insert(patience);
-        if let Err(status) = self.admit(rpc, &mut request, peer, door).await {
+        if let Err(status) = self.admit(rpc, &mut request, visitor).await {
             return status.into_http();
         }
         let call = match rpc.plane {
@@ -155,7 +227,13 @@ impl Services {
 
     /// Runs a call on the management runtime. A caller that goes away does not stop it: a change is made whole.
     async fn manage(&self, rpc: &'static Rpc, request: Request<Limited>) -> Response<Body> {
+        let place = match self.room.management() {
+            Ok(place) => place,
+            Err(status) => return status.into_http(),
+        };
         let names_person = request.headers().contains_key("x-keyward-acting-user");
+        let held = Held::default();
+        let request = request.map(|body| body.managed(self.room.clone(), held.clone()));
         let call = match rpc.service() {
             "keyward.v1.KeyService" => into_service(self.keys.clone(), request).boxed(),
             "keyward.v1.AccountService" => into_service(self.accounts.clone(), request).boxed(),
@@ -165,6 +243,7 @@ impl Services {
         let (news, hears_first) = (self.news.clone(), rpc.hears_first(names_person));
         let task = self.management.spawn(async move {
             let began = Instant::now();
+            let _room = (place, held);
             let heard = !hears_first || news.heard().await;
             let (answer, proven) = in_call(began, call).await;
             let rests = match code(&answer) {
@@ -187,14 +266,23 @@ impl Services {
         })
     }
 
-    async fn answer_open(&self, request: Request<Incoming>, door: Door) -> Response<Body> {
-        let service = request.uri().path().split('/').nth(1).unwrap_or_default();
-        match self.open.get(service).filter(|_| door.serves(service)) {
-            Some(service) => explained(
-                into_service(service.clone(), request.map(|body| Body::new(Limited::new(body, OPEN_BYTES))))
-                    .await,
-            ),
-            None => no_such_rpc().into_http(),
+    async fn answer_open(&self, request: Request<Incoming>, door: &Door) -> Response<Body> {
+        let name = request.uri().path().split('/').nth(1).unwrap_or_default();
+        let Some(service) = self.open.get(name).filter(|_| door.serves(name)).cloned() else {
+            return no_such_rpc().into_http();
+        };
+        let place = if name == HEALTH { Ok(None) } else { self.room.reflection().map(Some) };
+        let place = match place {
+            Ok(place) => place,
+            Err(status) => return status.into_http(),
+        };
+        let call = into_service(service, request.map(|body| Body::new(Limited::new(body, OPEN_BYTES))));
+        match tokio::time::timeout(OPEN_PATIENCE, call).await {
+            Ok(answer) => explained(match place {
+                Some(place) => answer.map(|body| Body::new(Briefly::new(body, place))),
+                None => answer,
+            }),
+            Err(_) => deadline_exceeded().into_http(),
         }
     }
 
@@ -203,48 +291,27 @@ impl Services {
         &self,
         rpc: &'static Rpc,
         request: &mut Request<Limited>,
-        peer: SocketAddr,
-        door: Door,
+        visitor: &Visitor,
     ) -> Result<(), Status> {
-        let free = rpc.access == Access::Proxy && !self.gateway.settings().require_caller;
-        if free && (door == Door::Envoy || !request.headers().contains_key(http::header::AUTHORIZATION)) {
-            let asker = Asker { account: AccountId::operator(), trusted: door == Door::Envoy };
+        let door = &*visitor.door;
+        let free = rpc.access == Access::Proxy && door.open_to_proxies && !self.gateway.settings().require_caller;
+        let envoy = door.services.envoy_only();
+        if free && (envoy || !request.headers().contains_key(http::header::AUTHORIZATION)) {
+            let asker = Asker { account: AccountId::operator(), trusted: envoy };
             request.extensions_mut().insert(asker);
             return Ok(());
         }
-        let presented = credential(request.headers())?;
+        let shown = visitor.shows(request.headers())?;
         if rpc.access == Access::Possession {
-            let holder = self.holder(&presented)?;
+            let holder = self.holder(&credential(request.headers())?)?;
             request.extensions_mut().insert(holder);
             return Ok(());
         }
         let named_account = named(request.headers(), "x-keyward-account", AccountId::parse);
         let named_user = named(request.headers(), "x-keyward-acting-user", UserId::parse);
-        let peer = Some(peer.ip().to_canonical());
-        let asked = named_account.as_ref().ok().and_then(Option::as_ref);
-        let anywhere = rpc.access == Access::AnyKey;
-        let found = self.engine.authenticate(&presented, asked, anywhere, peer).await;
-        let found = found.map_err(Refusal::from)?;
-        let Authenticated { holder, account, grants, fresh } = match found {
-            Ok(authenticated) => authenticated,
-            Err(refused) => {
-                tracing::debug!(
-                    reason = refused.reason.as_str(),
-                    method = rpc.method,
-                    "a caller was refused"
-                );
-                // Only who holds a good key hears what else is wrong.
-                if refused.reason == Reason::WrongAccount {
-                    named_account?;
-                }
-                return Err(match refused.reason {
-                    Reason::RateLimited | Reason::QuotaExceeded => {
-                        Refusal::CallerLimited(refused.retry_after)
-                    }
-                    _ => Refusal::Unauthenticated,
-                }
-                .into());
-            }
+        let Known { proof, account, grants, fresh } = match shown {
+            Shown::Token(token) => self.known_by_key(rpc, &token, &named_account, visitor.peer).await?,
+            Shown::Certificate(identity) => self.known_by_certificate(identity)?,
         };
         if !fresh && rpc.plane == Plane::Management {
             return Err(Refusal::CannotAnswer(CannotAnswer::LeaseLost).into());
@@ -255,9 +322,8 @@ impl Services {
             let message = "only the operator account's callers may act for a person (x-keyward-acting-user)";
             return Err(Refusal::Forbidden("OPERATOR_ONLY", message.to_owned()).into());
         }
-        let Holder { key, version } = holder;
-        let caller =
-            Caller { key, version, account, grants, acting_user, named_user: None, method: rpc.method, peer };
+        let (method, peer) = (rpc.method, visitor.peer);
+        let caller = Caller { proof, account, grants, acting_user, named_user: None, method, peer };
         let needed = match rpc.access {
             Access::Needs(permission) => Some(permission),
             Access::Proxy => Some(Permission::Check),
@@ -271,6 +337,47 @@ impl Services {
         }
         request.extensions_mut().insert(caller);
         Ok(())
+    }
+
+    /// The caller with this token, decided as any other key.
+    async fn known_by_key(
+        &self,
+        rpc: &'static Rpc,
+        presented: &str,
+        named_account: &Result<Option<AccountId>, Refusal>,
+        peer: Option<IpAddr>,
+    ) -> Result<Known, Refusal> {
+        let asked = named_account.as_ref().ok().and_then(Option::as_ref);
+        let anywhere = rpc.access == Access::AnyKey;
+        let refused = match self.engine.authenticate(presented, asked, anywhere, peer).await? {
+            Ok(Authenticated { holder, account, grants, fresh }) => {
+                return Ok(Known { proof: Proof::Key(holder.key), account, grants, fresh });
+            }
+            Err(refused) => refused,
+        };
+        tracing::debug!(reason = refused.reason.as_str(), method = rpc.method, "a caller was refused");
+        Err(match (refused.reason, named_account) {
+            // Only who holds a good key hears what else is wrong.
+            (Reason::WrongAccount, Err(Refusal::Invalid(violations))) => Refusal::Invalid(violations.clone()),
+            (Reason::RateLimited | Reason::QuotaExceeded, _) => Refusal::CallerLimited(refused.retry_after),
+            _ => Refusal::Unauthenticated,
+        })
+    }
+
+    /// The caller with a certificate of this identity. It acts in the account that the configuration says, whatever the
+    /// call names.
+    fn known_by_certificate(&self, identity: &Arc<Identity>) -> Result<Known, Refusal> {
+        let vouched = self.engine.vouch(identity.account())?;
+        if !vouched.stands {
+            tracing::debug!(identity = identity.name(), "a caller was refused: its account is suspended or unknown");
+            return Err(Refusal::Unauthenticated);
+        }
+        Ok(Known {
+            account: identity.account().clone(),
+            grants: identity.scopes().clone(),
+            proof: Proof::Certificate(identity.clone()),
+            fresh: vouched.fresh,
+        })
     }
 
     /// The key of a living token, in whatever state it is. A superseded token proves nothing any more.
@@ -316,6 +423,21 @@ where
     match service.oneshot(request).await {
         Ok(response) => response,
         Err(never) => match never {},
+    }
+}
+
+impl Visitor {
+    /// What a call shows of its caller, where that is enough by this door.
+    fn shows(&self, headers: &HeaderMap) -> Result<Shown<'_>, Refusal> {
+        let identity = || self.identity.as_ref().ok_or(Refusal::Unauthenticated);
+        let token = || credential(headers).map(Shown::Token);
+        match self.door.auth {
+            Auth::Token => token(),
+            Auth::Certificate => identity().map(Shown::Certificate),
+            Auth::Either if headers.contains_key(http::header::AUTHORIZATION) => token(),
+            Auth::Either => identity().map(Shown::Certificate),
+            Auth::Both => identity().and_then(|_| token()),
+        }
     }
 }
 

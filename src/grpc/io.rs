@@ -12,14 +12,35 @@ use std::{
 
 use hyper::rt::{Read, ReadBufCursor, Write};
 use hyper_util::rt::TokioIo;
-use tokio::net::TcpStream;
+use tokio::io::AsyncReadExt as _;
 
-/// A TCP connection that is written from one buffer at a time.
-pub(super) struct OneBuffer(TokioIo<TcpStream>);
+use crate::transport::socket::Stream;
+
+/// How HTTP/2 begins (RFC 9113, section 3.4).
+const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// A connection that is written from one buffer at a time, and has begun as HTTP/2 does.
+pub(super) struct OneBuffer {
+    stream: TokioIo<Stream>,
+    /// How much of the preface hyper has been given.
+    given: usize,
+}
 
 impl OneBuffer {
-    pub(super) fn new(stream: TcpStream) -> OneBuffer {
-        OneBuffer(TokioIo::new(stream))
+    /// Waits for the bytes with which HTTP/2 begins. None when the peer begins otherwise, or ends.
+    ///
+    /// # Errors
+    /// When reading fails.
+    pub(super) async fn open(mut stream: Stream) -> io::Result<Option<OneBuffer>> {
+        let (mut begun, mut have) = ([0; PREFACE.len()], 0);
+        while have < begun.len() {
+            let read = stream.read(&mut begun[have..]).await?;
+            have += read;
+            if read == 0 || begun[..have] != PREFACE[..have] {
+                return Ok(None);
+            }
+        }
+        Ok(Some(OneBuffer { stream: TokioIo::new(stream), given: 0 }))
     }
 }
 
@@ -27,23 +48,30 @@ impl Read for OneBuffer {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-        buffer: ReadBufCursor<'_>,
+        mut buffer: ReadBufCursor<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_read(cx, buffer)
+        if self.given < PREFACE.len() {
+            let rest = &PREFACE[self.given..];
+            let rest = &rest[..rest.len().min(buffer.remaining())];
+            buffer.put_slice(rest);
+            self.given += rest.len();
+            return Poll::Ready(Ok(()));
+        }
+        Pin::new(&mut self.stream).poll_read(cx, buffer)
     }
 }
 
 /// `is_write_vectored` is left at its default: false.
 impl Write for OneBuffer {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write(cx, bytes)
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_flush(cx)
+        Pin::new(&mut self.stream).poll_flush(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_shutdown(cx)
+        Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }

@@ -288,7 +288,8 @@ impl pb::key_service_server::KeyService for KeyService {
         let (view, account) = self.keys.who_am_i(&caller).await?;
         let account = account
             .map(|account| pb::AccountName { id: account.id.to_string(), name: account.name.to_string() });
-        Ok(Response::new(pb::WhoAmIResponse { account, key: Some(convert::key(view)) }))
+        let (key, actor) = (view.map(convert::key), caller.actor().to_string());
+        Ok(Response::new(pb::WhoAmIResponse { account, key, actor }))
     }
 
     type WatchPropagationStream = BoxStream<'static, Result<pb::WatchPropagationResponse, Status>>;

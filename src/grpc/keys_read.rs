@@ -8,7 +8,6 @@ use sha2::{Digest as _, Sha256};
 use crate::{
     access::Caller,
     domain::{
-        facts::KeyFacts as _,
         name::{AccountId, IdempotencyKey, KeyId, TokenPrefix, UserId},
         time::Timestamp,
         token::Digest,
@@ -68,9 +67,13 @@ fn read_owner(caller: &Caller, account: &str, user: &str, violations: &mut Viola
     convert::read_account("account", account, violations).map_or(OwnerNamed::Nobody, OwnerNamed::Account)
 }
 
-/// Where a new key is to work: an account's caller makes keys of its own environment alone, and need not say so.
+/// Where a new key is to work: an account's caller that is bound to an environment makes keys of that alone, and need
+/// not say so.
 fn environment_meant<'a>(caller: &'a Caller, named: &'a str) -> &'a str {
-    if named.is_empty() && !caller.is_operator() { caller.key.environment().as_str() } else { named }
+    match caller.environment() {
+        Some(own) if named.is_empty() && !caller.is_operator() => own.as_str(),
+        _ => named,
+    }
 }
 
 /// The fields that Create and Import have in common.

@@ -5,12 +5,14 @@ mod accounts;
 mod audit;
 mod authz;
 mod body;
+mod connection;
 mod convert;
 mod ext_authz;
 pub mod gate;
 mod io;
 mod keys;
 mod keys_read;
+mod load;
 mod page;
 pub mod rpc;
 pub mod serve;
@@ -39,6 +41,7 @@ use crate::{
     people::People,
     replication::{news::News, propagation::Propagation},
     store::Store,
+    transport::Overload,
 };
 
 use gate::{Open, Services};
@@ -91,11 +94,11 @@ pub async fn report_health(reporter: &HealthReporter, serving: bool) {
     }
 }
 
-/// Builds every service; management runs on the current runtime.
+/// Builds every service; management runs on the current runtime, within `overload`.
 ///
 /// # Errors
 /// When the built-in descriptors cannot be read: a fault of the build.
-pub fn services(parts: Parts, reporter: HealthReporter) -> anyhow::Result<Services> {
+pub fn services(parts: Parts, reporter: HealthReporter, overload: Overload) -> anyhow::Result<Services> {
     let Parts { engine, keys, accounts, people, gateway, store, propagation, news, environments } = parts;
     let health = HealthServer::new(HealthService::from_health_reporter(reporter));
     let open: [(&'static str, Open); 3] = [
@@ -118,6 +121,7 @@ pub fn services(parts: Parts, reporter: HealthReporter) -> anyhow::Result<Servic
         news,
         open: open.into(),
         management: tokio::runtime::Handle::current(),
+        room: Arc::new(load::Room::new(overload)),
     })
 }
 

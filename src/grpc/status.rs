@@ -17,6 +17,9 @@ use crate::{
     replication::propagation::{Incomplete, Report},
 };
 
+/// When a call that found a full server may be sent again.
+const OVERLOADED_FOR: std::time::Duration = std::time::Duration::from_millis(100);
+
 /// The domain of our reasons.
 pub(super) const DOMAIN: &str = "keyward";
 
@@ -133,6 +136,15 @@ fn cannot_answer(reason: CannotAnswer) -> Status {
     }
 }
 
+/// More is under way than this server can do in time.
+#[must_use]
+pub(super) fn overloaded() -> Status {
+    let mut details = ErrorDetails::with_error_info("OVERLOADED", DOMAIN, HashMap::new());
+    details.set_retry_info(Some(OVERLOADED_FOR));
+    let message = "this server has more calls under way than it takes, and did nothing; try another one, or again";
+    Status::with_error_details(Code::Unavailable, message, details)
+}
+
 /// What was to be stopped is refused by this server until it restarts or the change succeeds.
 fn not_recorded(full: bool) -> Status {
     let metadata = [("durable", "false"), ("denied_here", "true")]
@@ -202,10 +214,10 @@ fn not_in_time(report: Report) -> Status {
     Status::with_details(code, message, whole.encode_to_vec().into())
 }
 
-/// The caller's key lacks the permission that the RPC needs.
+/// The caller lacks the permission that the RPC needs.
 #[must_use]
 pub(super) fn lacks_permission(scope: &str) -> Status {
-    let message = format!("the caller's key is not granted {scope}, which this call needs");
+    let message = format!("the caller is not granted {scope}, which this call needs");
     let metadata = HashMap::from([("scope".to_owned(), scope.to_owned())]);
     with_metadata(Code::PermissionDenied, "PERMISSION_MISSING", &message, metadata)
 }
@@ -231,6 +243,12 @@ pub(super) fn no_such_rpc() -> Status {
 pub(super) fn too_large(claimed: usize, limit: usize) -> Status {
     let problem = format!("the message has {claimed} bytes; at most {limit} are allowed for this call");
     invalid(&[Violation { field: "(message)".to_owned(), problem }])
+}
+
+/// A request whose bytes did not come.
+#[must_use]
+pub(super) fn too_slow() -> Status {
+    status(Code::DeadlineExceeded, "REQUEST_TOO_SLOW", "the request did not arrive in time; nothing was done")
 }
 
 /// A call that took too long.

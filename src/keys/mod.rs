@@ -10,7 +10,7 @@ pub mod root;
 use std::{sync::Arc, time::Duration};
 
 use crate::{
-    access::Caller,
+    access::{Caller, Proof},
     clock::{Clock, Entropy, random},
     domain::{
         account::{Account, Environment, Environments},
@@ -262,7 +262,7 @@ impl Keys {
     ) -> Result<Option<(Issued, Revision)>, Refusal> {
         let Some(once) = once else { return Ok(None) };
         let since = self.clock.now().minus(IDEMPOTENCY_WINDOW);
-        match self.store.idempotent(caller.key.id(), &once.key, since).await? {
+        match self.store.idempotent(caller.id(), &once.key, since).await? {
             Some((id, fingerprint)) if fingerprint == once.fingerprint => {
                 self.replay(caller, id).await.map(Some)
             }
@@ -545,14 +545,16 @@ impl Keys {
         Ok((view, holder.version))
     }
 
-    /// The caller's own key, and the account that it acts in; a user key that names none acts in none.
+    /// The caller's own key, where it called with one, and the account that it acts in; a user key that names none
+    /// acts in none.
     ///
     /// # Errors
     /// When the store fails.
-    pub async fn who_am_i(&self, caller: &Caller) -> Result<(View, Option<Arc<Account>>), Refusal> {
-        let stored = self.store.key(caller.key.id()).await?.ok_or(Refusal::Unauthenticated)?;
+    pub async fn who_am_i(&self, caller: &Caller) -> Result<(Option<View>, Option<Arc<Account>>), Refusal> {
         let account = self.engine.index.account(&caller.account);
-        Ok((self.view_stored(stored), account))
+        let Some(key) = caller.key() else { return Ok((None, account)) };
+        let stored = self.store.key(key.id()).await?.ok_or(Refusal::Unauthenticated)?;
+        Ok((Some(self.view_stored(stored)), account))
     }
 
     /// Revokes the key of whoever holds one of its living tokens, whatever else stands against it: proof is
@@ -562,8 +564,7 @@ impl Keys {
     /// When the change is not recorded.
     pub async fn revoke_self(&self, holder: &Holder, method: &'static str) -> Result<View, Refusal> {
         let caller = Caller {
-            key: holder.key.clone(),
-            version: holder.version,
+            proof: Proof::Key(holder.key.clone()),
             account: holder.key.owner().account().cloned().unwrap_or_else(AccountId::nowhere),
             grants: ScopeSet::default(),
             acting_user: None,
@@ -625,7 +626,7 @@ fn write(
     once: Option<Once>,
 ) -> Write {
     let idempotency = once.map(|once| Idempotency {
-        caller: caller.key.id(),
+        caller: caller.id(),
         key: once.key,
         fingerprint: once.fingerprint,
     });

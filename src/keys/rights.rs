@@ -20,7 +20,7 @@ impl Caller {
     pub(super) fn may_change_limits_of(&self, key: &Key, patch: &Patch) -> Result<(), Refusal> {
         let limits = [Field::RateLimits, Field::Quota];
         let limited = !key.terms.rate_limits.is_empty() || key.terms.quota.is_some();
-        if key.id == self.key.id() && limited && patch.fields.iter().any(|field| limits.contains(field)) {
+        if key.id == self.id() && limited && patch.fields.iter().any(|field| limits.contains(field)) {
             let message = "a key does not change its own limits; another one must";
             return Err(Refusal::Forbidden("GRANT_BEYOND_CALLER", message.to_owned()));
         }
@@ -155,7 +155,7 @@ impl Keys {
             environment: new.environment.name.clone(),
             terms,
             created_at: new.now,
-            created_by: caller.key.id().to_string(),
+            created_by: caller.actor().to_string(),
             updated_at: new.now,
             disabled_at: None,
             revocation: None,

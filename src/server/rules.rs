@@ -5,6 +5,8 @@ use std::{
     sync::Arc,
 };
 
+use tokio::sync::watch;
+
 use crate::{
     config::{
         rules::{self, RulesError},
@@ -36,10 +38,11 @@ impl Rules {
     }
 
     /// Puts every later version in force that is right.
-    pub(super) async fn watch(self, gateway: Arc<Gateway>) {
+    pub(super) async fn watch(self, gateway: Arc<Gateway>, asked: watch::Receiver<()>) {
         let Rules { path, text, book: _, environments } = self;
         let named = path.clone();
-        let take = move |text: &str| gateway.reload(rules::parse_named(&named, text, &environments));
-        reload::watch(path, text, rules::text, take).await;
+        let take = move |text: &String| gateway.reload(rules::parse_named(&named, text, &environments));
+        let read = path.clone();
+        reload::watch(&path, text, move || rules::text(&read), take, asked).await;
     }
 }

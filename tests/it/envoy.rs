@@ -9,12 +9,12 @@ use keyward::{
     engine::index::Index,
     grpc::{
         self,
-        gate::Door,
-        serve::{Workers, accept},
+        serve::{Capacity, Opened, Workers, accept},
     },
     pb,
     server::replicas::Place,
     store,
+    transport::{Address, Listener, Overload, Services, socket::Taken},
 };
 use sha2::{Digest as _, Sha256};
 use tonic::{
@@ -251,13 +251,17 @@ async fn still_loading(home: &Home) -> SocketAddr {
     let (clock, entropy) = (Arc::new(SystemClock), Arc::new(SystemEntropy));
     let place = Place::on(&store, Arc::new(Index::default()), clock.clone());
     let (parts, _) = keyward::server::parts(&settings, store, &place, clock, entropy);
-    let services = Arc::new(grpc::services(parts, tonic_health::server::HealthReporter::new()).unwrap());
+    let reporter = tonic_health::server::HealthReporter::new();
+    let services = Arc::new(grpc::services(parts, reporter, Overload::default()).unwrap());
     let (stopping, is_stopping) = tokio::sync::watch::channel(false);
-    let workers = Workers::start(1, &services, &is_stopping, PATIENCE).unwrap();
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
+    let capacity = Capacity { threads: 1, connections: 100, queued: 100, drain: PATIENCE };
+    let workers = Workers::start(capacity, &services, &is_stopping).unwrap();
+    let listener = Listener::plain("envoy", "127.0.0.1:0", Services::envoy());
+    let open = Taken::bind(&Address::Tcp("127.0.0.1:0".to_owned()), false).await.unwrap().listen().unwrap();
+    let address = open.bound().unwrap().tcp().unwrap();
+    let opened = Opened { listener, open, tls: None, counts: Arc::default() };
     tokio::spawn(async move {
-        accept(listener, Door::Envoy, &workers, is_stopping).await;
+        accept(opened, &workers, is_stopping).await;
         drop(stopping);
     });
     address

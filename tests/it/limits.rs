@@ -425,7 +425,7 @@ impl Rig {
         settings.threads = 2;
         let (clock, entropy) = (self.clock.clone(), Arc::new(SystemEntropy));
         let server = keyward::server::Server::start(settings, clock, entropy).await.unwrap();
-        Up { address: server.address, server, root: self.root.clone() }
+        Up { address: server.address.tcp().unwrap(), server, root: self.root.clone() }
     }
 }
 

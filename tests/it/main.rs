@@ -12,6 +12,8 @@
 )]
 
 mod accounts;
+mod attacks;
+mod authority;
 mod bad_input;
 mod batch;
 mod bulk;
@@ -34,6 +36,7 @@ mod lease;
 mod lifecycle;
 mod limits;
 mod limits_redis;
+mod listeners;
 mod load;
 mod nginx;
 mod postgres;
@@ -50,6 +53,7 @@ mod standard;
 mod store;
 mod support;
 mod tidy;
+mod tls;
 mod upstream;
 
 // The suites that every store is held to over the wire: the seeds, and what leans most on the store. Each says

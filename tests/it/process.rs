@@ -221,9 +221,26 @@ impl Process {
         Some(rest.lines().next()?.parse().unwrap())
     }
 
+    /// Where a listener of the settings file is, as the server says.
+    pub(crate) fn listener(&self, name: &str) -> Option<String> {
+        let out = self.stdout();
+        let (_, rest) = out.split_once(&format!("keyward serves {name} on "))?;
+        Some(rest.lines().next()?.trim_end_matches(" with TLS").to_owned())
+    }
+
     /// Asks it to end, as an operator does.
     pub(crate) fn terminate(&self) {
-        let kill = Command::new("sh").args(["-c", "kill -TERM \"$0\"", &self.id().to_string()]).status();
+        self.signal("TERM");
+    }
+
+    /// Asks it to read its files again.
+    pub(crate) fn hang_up(&self) {
+        self.signal("HUP");
+    }
+
+    fn signal(&self, name: &str) {
+        let kill = format!("kill -{name} \"$0\"");
+        let kill = Command::new("sh").args(["-c", &kill, &self.id().to_string()]).status();
         assert!(kill.unwrap().success());
     }
 
@@ -306,13 +323,15 @@ impl Keyward {
     }
 }
 
-/// Puts the token into each call.
+/// Puts the token into each call, if there is one.
 #[derive(Clone)]
 pub(crate) struct Bearer(String);
 
 impl Interceptor for Bearer {
     fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
-        request.metadata_mut().insert("authorization", self.0.parse().unwrap());
+        if !self.0.is_empty() {
+            request.metadata_mut().insert("authorization", self.0.parse().unwrap());
+        }
         Ok(request)
     }
 }
@@ -330,7 +349,16 @@ pub(crate) struct Caller {
 
 impl Caller {
     pub(crate) fn on(channel: Channel, token: &str) -> Caller {
-        let bearer = InterceptedService::new(channel, Bearer(format!("Bearer {token}")));
+        Caller::with(channel, format!("Bearer {token}"))
+    }
+
+    /// Calls without a token.
+    pub(crate) fn anonymous(channel: Channel) -> Caller {
+        Caller::with(channel, String::new())
+    }
+
+    fn with(channel: Channel, authorization: String) -> Caller {
+        let bearer = InterceptedService::new(channel, Bearer(authorization));
         Caller {
             keys: KeyServiceClient::new(bearer.clone()),
             authz: AuthzServiceClient::new(bearer.clone()),

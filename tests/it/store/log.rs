@@ -3,7 +3,7 @@
 use keyward::{
     domain::{
         key::{Key, Owner},
-        log::{Actor, Change, LogRow},
+        log::{Actor, Change, LogRow, Who},
         name::UserId,
         time::Revision,
     },
@@ -20,7 +20,7 @@ pub(super) async fn the_log_says_who_did_what_and_holds_the_record(store: Shared
     let made = put(
         &store,
         Write {
-            actor: Actor { key: Some(actor), account: Some(account_id("globex")), acting_user: None },
+            actor: Actor { who: Who::Key(actor), account: Some(account_id("globex")), acting_user: None },
             method: "keyward.v1.KeyService/Create",
             at: at(7),
             ..create(&record)
@@ -67,7 +67,7 @@ pub(super) async fn every_filter_of_the_log_finds_what_a_look_at_each_row_finds(
             1 => Owner::Account(account_id("globex")),
             _ => Owner::User(UserId::parse("u1").unwrap()),
         };
-        let actor = Actor { key: actors.get(count % 4).copied(), account: None, acting_user: None };
+        let actor = Actor { who: actors.get(count % 4).map_or(Who::System, |key| Who::Key(*key)), account: None, acting_user: None };
         let seconds = at(i64::try_from(count % 7).unwrap());
         let made = put(&store, Write { actor, at: seconds, ..create(&Key { owner, ..key() }) }).await;
         keys.push(put(&store, Write { at: seconds, ..update(&made) }).await.id);

@@ -1,0 +1,246 @@
+//! One connection from its first byte to its last: TLS, the limits of HTTP/2 that tonic leaves open, its age.
+
+use std::{
+    convert::Infallible,
+    io,
+    net::SocketAddr,
+    sync::{Arc, atomic::AtomicU64, atomic::Ordering},
+    time::Duration,
+};
+
+use http::Request;
+use hyper::{body::Incoming, server::conn::http2, service::service_fn};
+use hyper_util::rt::{TokioExecutor, TokioTimer};
+use tokio::{
+    net::{TcpStream, UnixStream},
+    sync::{OwnedSemaphorePermit, watch},
+    time::Instant,
+};
+
+use crate::{
+    transport::{
+        Limits,
+        certificate::Certificate,
+        counts::{Connected, Counts, Refused},
+        socket::{Socket, Stream},
+        tls::{self, Tls},
+    },
+};
+
+use super::{
+    gate::{Door, Services, Visitor},
+    io::OneBuffer,
+    load::{Calls, Counted, Lane},
+    serve::stopped,
+    status::overloaded,
+};
+
+/// Streams that the server had to reset for the peer's errors, before the connection goes (CVE-2025-8671).
+const MAX_ERROR_RESETS: usize = 1024;
+const KEEPALIVE_EVERY: Duration = Duration::from_secs(10);
+const KEEPALIVE_PATIENCE: Duration = Duration::from_secs(5);
+/// How long calls may go on after their connection has said that it ends: as long as the longest of them may take.
+const LAST_CALLS: Duration = Duration::from_secs(600);
+
+/// A listener, as its connections know it.
+#[derive(Debug)]
+pub(super) struct Entrance {
+    pub(super) door: Arc<Door>,
+    pub(super) limits: Limits,
+    pub(super) tls: Option<Arc<Tls>>,
+    pub(super) counts: Arc<Counts>,
+    /// How many connections there were: the age of each is spread by it.
+    pub(super) ever: AtomicU64,
+}
+
+impl Entrance {
+    /// How old the next connection may become. The golden ratio spreads the ages evenly however many there are.
+    fn age(&self) -> Duration {
+        #[expect(clippy::cast_precision_loss, reason = "a rounded age does as well")]
+        let number = self.ever.fetch_add(1, Ordering::Relaxed) as f64;
+        let spread = (number * 0.618_033_988_749_895).fract();
+        self.limits.age.mul_f64(0.9 + 0.2 * spread)
+    }
+}
+
+/// A connection, and its places among those of its listener and of the process.
+pub(super) struct Arrived {
+    pub(super) socket: Socket,
+    pub(super) peer: Option<SocketAddr>,
+    pub(super) entrance: Arc<Entrance>,
+    pub(super) _places: [OwnedSemaphorePermit; 2],
+    pub(super) _counted: Connected,
+}
+
+/// What the first bytes have shown.
+struct Greeted {
+    bytes: OneBuffer,
+    certificate: Option<Certificate>,
+}
+
+/// Serves a connection until it ends, or until `stopping` turns true and its calls have ended.
+pub(super) async fn serve(
+    arrived: Arrived,
+    services: Arc<Services>,
+    lane: Arc<Lane>,
+    mut stopping: watch::Receiver<bool>,
+) {
+    let Arrived { socket, peer, entrance, _places, _counted } = arrived;
+    let greeted = tokio::select! {
+        greeted = tokio::time::timeout(entrance.limits.handshake, greet(socket, entrance.tls.as_deref())) => greeted,
+        () = stopped(&mut stopping) => return,
+    };
+    let Greeted { bytes, certificate } = match greeted.unwrap_or(Err(Refused::Timeout)) {
+        Ok(greeted) => greeted,
+        Err(why) => {
+            entrance.counts.refuse(why);
+            return tracing::debug!(peer = shown(peer), why = why.as_str(), "a connection was not served");
+        }
+    };
+    let ends = certificate.as_ref().map(|certificate| certificate.ends);
+    let visitor = Visitor {
+        door: entrance.door.clone(),
+        peer: peer.map(|peer| peer.ip().to_canonical()),
+        identity: certificate.and_then(|certificate| entrance.door.identify(&certificate)),
+    };
+    // A certificate proves nothing beyond its end.
+    let now = services.now().as_micros().div_euclid(1_000_000);
+    let left = ends.map(|ends| Duration::from_secs(u64::try_from(ends - now).unwrap_or(0)));
+    let age = left.map_or(entrance.age(), |left| entrance.age().min(left));
+    speak(bytes, services, visitor, lane, &entrance.limits, age, stopping).await;
+}
+
+fn shown(peer: Option<SocketAddr>) -> Option<tracing::field::DisplayValue<SocketAddr>> {
+    peer.map(tracing::field::display)
+}
+
+/// TLS, where there is any, and the preface of HTTP/2.
+async fn greet(socket: Socket, tls: Option<&Tls>) -> Result<Greeted, Refused> {
+    let (stream, certificate) = enter(socket, tls).await.map_err(|error| {
+        tracing::debug!(error = &error as &dyn std::error::Error, "a connection was not agreed on");
+        Refused::Tls
+    })?;
+    match OneBuffer::open(stream).await {
+        Ok(Some(bytes)) => Ok(Greeted { bytes, certificate }),
+        Ok(None) | Err(_) => Err(Refused::Protocol),
+    }
+}
+
+async fn enter(socket: Socket, tls: Option<&Tls>) -> io::Result<(Stream, Option<Certificate>)> {
+    Ok(match (socket, tls) {
+        (Socket::Unix(stream), _) => (Stream::Unix(UnixStream::from_std(stream)?), None),
+        (Socket::Tcp(stream), None) => (Stream::Tcp(TcpStream::from_std(stream)?), None),
+        (Socket::Tcp(stream), Some(tls)) => {
+            let stream = tls.accept(TcpStream::from_std(stream)?).await?;
+            let certificate = tls::shown(&stream);
+            (Stream::Tls(Box::new(stream)), certificate)
+        }
+    })
+}
+
+async fn speak(
+    bytes: OneBuffer,
+    services: Arc<Services>,
+    visitor: Visitor,
+    lane: Arc<Lane>,
+    limits: &Limits,
+    age: Duration,
+    mut stopping: watch::Receiver<bool>,
+) {
+    let (calls, peer) = (Arc::new(Calls::default()), visitor.peer);
+    let counted = calls.clone();
+    // One count a call, on this connection's own memory, keeps all of it alive.
+    let here = Arc::new((services, visitor));
+    let service = service_fn(move |request: Request<Incoming>| {
+        let (here, call, turn) = (here.clone(), counted.begin(), lane.queue());
+        async move {
+            let (services, visitor) = &*here;
+            let answer = match turn {
+                Some(turn) => {
+                    drop(turn);
+                    services.answer(request, visitor).await
+                }
+                None => overloaded().into_http(),
+            };
+            Ok::<_, Infallible>(answer.map(|body| Counted { body, _call: call }))
+        }
+    });
+    let connection = http2::Builder::new(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(limits.streams)
+        .max_pending_accept_reset_streams(limits.pending_resets)
+        .max_local_error_reset_streams(MAX_ERROR_RESETS)
+        .max_header_list_size(limits.header_bytes)
+        .keep_alive_interval(KEEPALIVE_EVERY)
+        .keep_alive_timeout(KEEPALIVE_PATIENCE)
+        .serve_connection(bytes, service);
+    tokio::pin!(connection);
+    let ended = tokio::select! {
+        ended = &mut connection => ended,
+        () = over(&calls, limits.idle, age, &mut stopping) => {
+            connection.as_mut().graceful_shutdown();
+            // Whoever still calls then is watching something, and can watch it over another connection.
+            tokio::time::timeout(LAST_CALLS, connection).await.unwrap_or(Ok(()))
+        }
+    };
+    if let Err(error) = ended {
+        // Peers that vanish or speak another protocol are everyday.
+        let peer = peer.map(tracing::field::display);
+        tracing::debug!(error = &error as &dyn std::error::Error, peer, "a connection ended with an error");
+    }
+}
+
+/// Waits until a connection has had its time: it is old, or idle, or the server stops.
+async fn over(calls: &Calls, idle: Duration, age: Duration, stopping: &mut watch::Receiver<bool>) {
+    let end = Instant::now() + age;
+    let idling = async {
+        let mut before = None;
+        loop {
+            let now = calls.idle_after();
+            if now.is_some() && now == before {
+                return;
+            }
+            before = now;
+            tokio::time::sleep(idle).await;
+        }
+    };
+    tokio::select! {
+        () = idling => {}
+        () = tokio::time::sleep_until(end) => {}
+        () = stopped(stopping) => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::transport::Services as Served;
+
+    #[tokio::test]
+    async fn a_connection_without_calls_ends_and_one_with_calls_goes_on_until_it_is_old() {
+        let (_sender, mut stopping) = watch::channel(false);
+        let (idle, age) = (Duration::from_millis(1), Duration::from_millis(50));
+        let calls = Arc::new(Calls::default());
+        over(&calls, idle, Duration::from_secs(3600), &mut stopping).await;
+        let _call = calls.begin();
+        let begun = Instant::now();
+        over(&calls, idle, age, &mut stopping).await;
+        assert!(Instant::now() - begun >= age);
+    }
+
+    #[test]
+    fn ages_differ_by_up_to_a_tenth_either_way() {
+        let limits = Limits::of(Served::all());
+        let entrance = Entrance {
+            door: Arc::new(Door::of(&crate::transport::Listener::plain("main", "127.0.0.1:0", Served::all()))),
+            limits,
+            tls: None,
+            counts: Arc::default(),
+            ever: AtomicU64::new(0),
+        };
+        let mut ages: Vec<_> = (0..100).map(|_| entrance.age().as_secs()).collect();
+        ages.sort_unstable();
+        assert!(ages[0] >= 3240 && ages[99] <= 3960 && ages[99] - ages[0] > 600, "{ages:?}");
+        assert!(ages.windows(2).all(|pair| pair[1] - pair[0] < 30), "no crowd, and no gap: {ages:?}");
+    }
+}

@@ -1,0 +1,82 @@
+//! What is read from a certificate: its alternative names and its end. Whether it is to be believed, TLS has found out
+//! before.
+
+use x509_cert::{
+    Certificate as X509,
+    der::Decode as _,
+    ext::pkix::{SubjectAltName, name::GeneralName},
+};
+
+use crate::domain::identity::San;
+
+/// A certificate's names and end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Certificate {
+    /// Its subject alternative names: URIs, DNS names, e-mail addresses. Patterns are no names.
+    pub names: Vec<San>,
+    /// From when it is no longer valid, in seconds since 1970.
+    pub ends: i64,
+}
+
+/// A certificate that cannot be read.
+#[derive(Debug, thiserror::Error)]
+#[error("the certificate cannot be read: {0}")]
+pub struct Unreadable(x509_cert::der::Error);
+
+impl Certificate {
+    /// Reads a certificate in DER.
+    ///
+    /// # Errors
+    /// When it is none.
+    pub fn read(der: &[u8]) -> Result<Certificate, Unreadable> {
+        let certificate = X509::from_der(der).map_err(Unreadable)?;
+        let body = certificate.tbs_certificate();
+        let names = body.get_extension::<SubjectAltName>().map_err(Unreadable)?;
+        let names = names.map(|(_, SubjectAltName(names))| names).unwrap_or_default();
+        let ends = body.validity().not_after.to_unix_duration().as_secs();
+        Ok(Certificate {
+            names: names.iter().filter_map(san).collect(),
+            ends: i64::try_from(ends).unwrap_or(i64::MAX),
+        })
+    }
+}
+
+fn san(name: &GeneralName) -> Option<San> {
+    match name {
+        GeneralName::UniformResourceIdentifier(text) => San::uri(text.as_str()).ok(),
+        GeneralName::DnsName(text) => San::dns(text.as_str()).ok(),
+        GeneralName::Rfc822Name(text) => San::email(text.as_str()).ok(),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_and_end_are_read_and_patterns_and_addresses_are_not() {
+        let mut params = rcgen::CertificateParams::new(vec![
+            "Envoy.Internal".to_owned(),
+            "*.internal".to_owned(),
+            "127.0.0.1".to_owned(),
+        ])
+        .unwrap();
+        params.subject_alt_names.extend([
+            rcgen::SanType::URI("spiffe://example.org/envoy".try_into().unwrap()),
+            rcgen::SanType::Rfc822Name("ops@example.org".try_into().unwrap()),
+        ]);
+        params.not_after = rcgen::date_time_ymd(2030, 1, 2);
+        let key = rcgen::KeyPair::generate().unwrap();
+        let certificate = params.self_signed(&key).unwrap();
+        let read = Certificate::read(certificate.der()).unwrap();
+        let expected = [
+            San::dns("envoy.internal"),
+            San::uri("spiffe://example.org/envoy"),
+            San::email("ops@example.org"),
+        ];
+        assert_eq!(read.names, expected.map(Result::unwrap));
+        assert_eq!(read.ends, 1_893_542_400, "2030-01-02T00:00:00Z");
+        assert!(Certificate::read(b"nothing").is_err());
+    }
+}

@@ -1,0 +1,254 @@
+//! Listeners of the real binary: each serves what it was told to, on an address or a socket file; plaintext stays at
+//! home; connections end when their time has come, and what is too much is turned away.
+
+use std::os::unix::fs::PermissionsExt as _;
+
+use bytes::Bytes;
+use keyward::pb;
+use prost::Message as _;
+use tokio::sync::oneshot;
+use tonic::{
+    Code,
+    transport::{Channel, Endpoint},
+};
+use tonic_types::StatusExt as _;
+
+use crate::{
+    authority::{Authority, replace},
+    process::{Caller, Home, Keyward, call_raw, plain_key, text, wait_for},
+    support::{reason, refused},
+};
+
+/// A server with these listeners besides its plain one.
+fn start(home: &Home, tables: &str) -> Keyward {
+    std::fs::write(home.path("keyward.toml"), tables).unwrap();
+    let mut command = home.serve();
+    command.args(["--config", "keyward.toml"]);
+    home.start_as(command).unwrap_or_else(|ended| panic!("{ended:?}"))
+}
+
+fn listener(name: &str, address: &str, services: &str, lines: &str) -> String {
+    format!("[[listener]]\nname = '{name}'\naddress = '{address}'\nservices = [{services}]\n{lines}\n")
+}
+
+fn channel(keyward: &Keyward, name: &str) -> Channel {
+    let bound = keyward.process.listener(name).unwrap();
+    let url = if bound.starts_with("unix:") { bound } else { format!("http://{bound}") };
+    Endpoint::from_shared(url).unwrap().connect_lazy()
+}
+
+/// Which services answer at all.
+async fn served(channel: Channel, token: &str) -> Vec<&'static str> {
+    const METHODS: [(&str, &str); 5] = [
+        ("check", "keyward.v1.AuthzService/Check"),
+        ("management", "keyward.v1.AccountService/List"),
+        ("ext_authz", "envoy.service.auth.v3.Authorization/Check"),
+        ("health", "grpc.health.v1.Health/Check"),
+        ("reflection", "grpc.reflection.v1.ServerReflection/ServerReflectionInfo"),
+    ];
+    let mut served = Vec::new();
+    for (name, method) in METHODS {
+        let messages = futures_util::stream::iter([Bytes::new()]);
+        match call_raw(channel.clone(), token, method, messages).await {
+            Err(status) if reason(&status) == "NO_SUCH_RPC" => {}
+            _ => served.push(name),
+        }
+    }
+    served
+}
+
+#[tokio::test]
+async fn a_listener_serves_what_it_was_told_to_and_nothing_else() {
+    let home = Home::new();
+    let tables = [
+        listener("checks", "127.0.0.1:0", "'check', 'health'", ""),
+        listener("keys", "127.0.0.1:0", "'management'", ""),
+        listener("edge", "127.0.0.1:0", "'ext_authz', 'health'", ""),
+    ];
+    let keyward = start(&home, &format!("reflection = false\n{}", tables.concat()));
+    let token = home.root_key();
+    let served = async |channel| served(channel, &token).await;
+    assert_eq!(served(channel(&keyward, "checks")).await, ["check", "health"]);
+    assert_eq!(served(channel(&keyward, "keys")).await, ["management"]);
+    assert_eq!(served(channel(&keyward, "edge")).await, ["ext_authz", "health"]);
+    assert_eq!(served(keyward.channel()).await, ["check", "management", "ext_authz", "health"]);
+    let (_, metrics) = keyward.page("/metrics");
+    for name in ["main", "checks", "keys", "edge"] {
+        assert!(metrics.contains(&format!("keyward_connections{{listener=\"{name}\"}} 1")), "{name}: {metrics}");
+    }
+}
+
+#[tokio::test]
+async fn where_the_file_has_listeners_there_is_no_other_unless_it_is_asked_for() {
+    let home = Home::new();
+    std::fs::write(home.path("keyward.toml"), listener("checks", "127.0.0.1:0", "'check'", "")).unwrap();
+    let url = home.url();
+    let mut command = home.command(["serve", "--database", &url, "--admin-listen", "127.0.0.1:0"]);
+    command.arg("--root-key-file").arg(home.root_key_file()).args(["--config", "keyward.toml"]);
+    let keyward = home.start_as(command).unwrap_or_else(|ended| panic!("{ended:?}"));
+    assert_eq!(keyward.process.listener("checks").unwrap(), keyward.address.to_string());
+    assert_eq!(served(keyward.channel(), &home.root_key()).await, ["check"]);
+}
+
+#[tokio::test]
+async fn a_socket_file_is_served_and_goes_with_the_server_or_is_replaced() {
+    let home = Home::new();
+    let socket = home.path("keyward.sock");
+    let address = format!("unix:{}", socket.display());
+    let table = listener("side", &address, "'check', 'management'", "mode = '0600'");
+    let keyward = start(&home, &table);
+    assert_eq!(std::fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o600);
+    let mut root = Caller::on(channel(&keyward, "side"), &home.root_key());
+    root.make_account("acme").await;
+    let (_, token) = root.create(plain_key()).await.unwrap();
+    assert_eq!(root.check(&token).await.unwrap(), pb::Reason::Ok);
+    let bound = pb::CreateKeyRequest {
+        scopes: vec!["keyward:check".into()],
+        allowed_cidrs: vec!["127.0.0.0/8".into()],
+        ..plain_key()
+    };
+    let (_, bound) = root.create(bound).await.unwrap();
+    let answer = Caller::on(channel(&keyward, "side"), &bound).check(&token).await;
+    refused(answer, Code::Unauthenticated, "UNAUTHENTICATED");
+
+    keyward.process.kill();
+    assert!(socket.exists(), "a killed server leaves it");
+    let keyward = start(&home, &table);
+    let mut root = Caller::on(channel(&keyward, "side"), &home.root_key());
+    assert_eq!(root.check(&token).await.unwrap(), pb::Reason::Ok);
+    keyward.stop();
+    assert!(!socket.exists());
+}
+
+#[test]
+fn plaintext_beyond_this_machine_has_to_be_asked_for() {
+    let home = Home::new();
+    let url = home.url();
+    let serve = |more: &[&str]| {
+        let mut command = home.command(["serve", "--database", &url, "--admin-listen", "0.0.0.0:0"]);
+        command.arg("--root-key-file").arg(home.root_key_file()).args(more);
+        command
+    };
+    std::fs::write(home.path("plain.toml"), listener("out", "0.0.0.0:0", "'check'", "")).unwrap();
+    let local = ["--listen", "127.0.0.1:0"];
+    let with = |more: &[&'static str]| [&local[..], more].concat();
+    for outside in [
+        vec!["--listen", "0.0.0.0:0"],
+        vec!["--listen", "[::]:0"],
+        with(&["--envoy-listen", "0.0.0.0:0"]),
+        with(&["--forward-auth-listen", "0.0.0.0:0"]),
+        with(&["--config", "plain.toml"]),
+    ] {
+        let said = home.refusal(serve(&outside));
+        assert!(said.contains("without TLS") && said.contains("--insecure"), "{outside:?}: {said}");
+        assert!(!home.root_key_file().exists(), "nothing was begun");
+    }
+    let authority = Authority::new("ours");
+    authority.server(2040).write(&home.path("cert.pem"), &home.path("key.pem"));
+    let tls = listener("out", "0.0.0.0:0", "'check'", "[listener.tls]\ncertificate = 'cert.pem'\nkey = 'key.pem'");
+    std::fs::write(home.path("tls.toml"), tls).unwrap();
+    home.start_as(serve(&with(&["--config", "tls.toml"]))).unwrap_or_else(|ended| panic!("{ended:?}")).stop();
+    home.start_as(serve(&["--listen", "0.0.0.0:0", "--insecure"])).unwrap_or_else(|e| panic!("{e:?}")).stop();
+    let mut by_environment = serve(&["--listen", "0.0.0.0:0"]);
+    by_environment.env("KEYWARD_INSECURE", "true");
+    home.start_as(by_environment).unwrap_or_else(|ended| panic!("{ended:?}")).stop();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_that_grow_old_or_idle_end_and_no_call_fails() {
+    let home = Home::new();
+    let lines = "max_connection_age = '1s'\nmax_connection_idle = '1s'";
+    let keyward = start(&home, &listener("brief", "127.0.0.1:0", "'check', 'health'", lines));
+    let mut root = Caller::on(channel(&keyward, "brief"), &home.root_key());
+    let opened = || {
+        let (_, metrics) = keyward.page("/metrics");
+        metrics.contains("keyward_connections{listener=\"brief\"} 0\n")
+    };
+    let begun = std::time::Instant::now();
+    let mut checked = 0;
+    // Three lives of a connection, each given up for the next under way.
+    while begun.elapsed() < std::time::Duration::from_secs(3) {
+        assert_eq!(root.check("kw_live_x").await.unwrap(), pb::Reason::Unknown);
+        checked += 1;
+    }
+    assert!(checked > 10);
+    wait_for("the idle connection to end", || opened().then_some(()));
+    assert_eq!(root.check("kw_live_x").await.unwrap(), pb::Reason::Unknown, "and a call makes a new one");
+}
+
+/// Begins a Create that waits for its message.
+async fn begin_create(channel: &Channel, token: &str) -> (oneshot::Sender<()>, tokio::task::JoinHandle<bool>) {
+    let (go, gone) = oneshot::channel();
+    let message = async {
+        let _ = gone.await;
+        Bytes::from(plain_key().encode_to_vec())
+    };
+    let (channel, token) = (channel.clone(), token.to_owned());
+    let call = tokio::spawn(async move {
+        let messages = futures_util::stream::once(message);
+        call_raw(channel, &token, "keyward.v1.KeyService/Create", messages).await.is_ok()
+    });
+    (go, call)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn management_beyond_what_the_server_takes_is_turned_away_and_checks_are_not() {
+    let home = Home::new();
+    let keyward = start(&home, "[overload]\nmanagement_calls = 2\n");
+    keyward.root().make_account("acme").await;
+    let (token, channel) = (home.root_key(), keyward.channel());
+    let (go, call) = begin_create(&channel, &token).await;
+    let (go_too, call_too) = begin_create(&channel, &token).await;
+    let mut root = Caller::on(channel, &token);
+    let status = loop {
+        // The two are begun by other tasks, so the server may hear of them a little later.
+        if let Err(status) = root.keys.who_am_i(pb::WhoAmIRequest {}).await {
+            break status;
+        }
+    };
+    assert_eq!((status.code(), reason(&status).as_str()), (Code::Unavailable, "OVERLOADED"));
+    assert!(status.get_details_retry_info().and_then(|info| info.retry_delay).is_some());
+    assert_eq!(root.check("kw_live_x").await.unwrap(), pb::Reason::Unknown);
+    go.send(()).unwrap();
+    go_too.send(()).unwrap();
+    assert!(call.await.unwrap() && call_too.await.unwrap());
+    assert!(root.keys.who_am_i(pb::WhoAmIRequest {}).await.is_ok(), "there is room again");
+    assert!(!keyward.page("/metrics").1.contains("keyward_calls_shed_total 0"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_command_line_reaches_every_kind_of_listener() {
+    let (home, authority) = (Home::new(), Authority::new("ours"));
+    authority.server(2040).write(&home.path("cert.pem"), &home.path("key.pem"));
+    replace(&home.path("ca.pem"), &authority.pem);
+    authority.client("spiffe://example.org/ops").write(&home.path("ops.pem"), &home.path("ops.key"));
+    let socket = format!("unix:{}", home.path("keyward.sock").display());
+    let tls = "[listener.tls]\ncertificate = 'cert.pem'\nkey = 'key.pem'";
+    let clients = "client_ca = 'ca.pem'\n[[listener.identity]]\nuri = 'spiffe://example.org/ops'\n\
+                   account = 'keyward'\nscopes = ['keyward:*']";
+    let tables = [
+        listener("tls", "127.0.0.1:0", "'management'", tls),
+        listener("mtls", "127.0.0.1:0", "'management'", &format!("{tls}\n{clients}")),
+        listener("side", &socket, "'management'", ""),
+    ];
+    let keyward = start(&home, &tables.concat());
+    let whoami = |name: &str, more: &[&str]| {
+        let bound = keyward.process.listener(name).unwrap();
+        let server = if bound.starts_with("unix:") { bound } else { format!("https://{bound}") };
+        let mut command = home.command(["whoami", "--output", "json", "--server", &server]);
+        command.args(more);
+        home.run(command)
+    };
+    let root = home.root_key_file();
+    let token = ["--token-file", root.to_str().unwrap()];
+    let ca = ["--ca-file", "ca.pem"];
+    for ended in [whoami("tls", &[token, ca].concat()), whoami("side", &token)] {
+        assert!(ended.code == Some(0) && ended.out.contains("\"system\""), "{ended:?}");
+    }
+    let certificate = ["--client-certificate", "ops.pem", "--client-key", "ops.key"];
+    let ended = whoami("mtls", &[&ca[..], &certificate].concat());
+    assert!(ended.code == Some(0) && ended.out.contains("cert:spiffe://example.org/ops"), "{ended:?}");
+    let unbelieved = whoami("tls", &token);
+    assert!(unbelieved.code == Some(2) && unbelieved.err.contains("cannot reach https://"), "{unbelieved:?}");
+    assert!(text(&home.path("ca.pem")).contains("BEGIN CERTIFICATE"));
+}

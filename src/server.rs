@@ -350,7 +350,8 @@ async fn serve(
     forwarding: Option<JoinHandle<()>>,
     is_stopping: watch::Receiver<bool>,
 ) {
-    let accepting = opened.into_iter().map(|opened| grpc::serve::accept(opened, &workers, is_stopping.clone()));
+    let accepting =
+        opened.into_iter().map(|opened| grpc::serve::accept(opened, &workers, is_stopping.clone()));
     futures_util::future::join_all(accepting).await;
     // Joining blocks; the workers have their own deadline.
     let joined = tokio::task::spawn_blocking(move || workers.join());

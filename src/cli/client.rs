@@ -77,7 +77,8 @@ impl Session {
             .map_err(|_| Failure::usage(format!("{} is no server's address", settings.server)))?
             .connect_timeout(limit);
         if settings.server.is_tls() {
-            let unusable = |error| Failure::usage(format!("TLS cannot be spoken: {}", failure::innermost(&error)));
+            let unusable =
+                |error| Failure::usage(format!("TLS cannot be spoken: {}", failure::innermost(&error)));
             endpoint = endpoint.tls_config(tls(settings)?).map_err(unusable)?;
         }
         Ok(Session {
@@ -174,7 +175,8 @@ fn bearer(file: &Path) -> Result<MetadataValue<Ascii>, Failure> {
 /// Whom to believe, and what to show.
 fn tls(settings: &ClientSettings) -> Result<ClientTlsConfig, Failure> {
     let read = |path: &Path| {
-        std::fs::read(path).map_err(|error| Failure::usage(format!("cannot read {}: {error}", path.display())))
+        std::fs::read(path)
+            .map_err(|error| Failure::usage(format!("cannot read {}: {error}", path.display())))
     };
     let config = match &settings.ca_file {
         Some(path) => ClientTlsConfig::new().ca_certificate(Certificate::from_pem(read(path)?)),

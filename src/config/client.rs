@@ -88,7 +88,9 @@ impl ClientArgs {
 #[must_use]
 pub fn below_top(arg: Arg) -> Arg {
     match arg.get_id().as_str() {
-        "server" | "token_file" | "ca_file" | "client_certificate" | "client_key" => arg.global(true).env(Resettable::Reset),
+        "server" | "token_file" | "ca_file" | "client_certificate" | "client_key" => {
+            arg.global(true).env(Resettable::Reset)
+        }
         "output" | "timeout" => arg.global(true),
         _ => arg,
     }
@@ -148,7 +150,8 @@ impl ClientSettings {
             _ => return Err(SettingsError("a client certificate and its key go together".to_owned())),
         };
         if client_certificate.is_some() && !server.is_tls() {
-            let problem = "a client certificate is shown over TLS alone: the server's address must start with https://";
+            let problem =
+                "a client certificate is shown over TLS alone: the server's address must start with https://";
             return Err(SettingsError(problem.to_owned()));
         }
         Ok(ClientSettings {
@@ -181,7 +184,9 @@ impl ServerUrl {
         if let Some(path) = text.strip_prefix("unix:") {
             let path = path.strip_prefix("//").unwrap_or(path);
             if !path.starts_with('/') || path.len() < 2 {
-                return Err(SettingsError(format!("{text:?} is no server's address: use unix:/PATH, from the root on")));
+                return Err(SettingsError(format!(
+                    "{text:?} is no server's address: use unix:/PATH, from the root on"
+                )));
             }
             return Ok(ServerUrl(format!("unix:{path}")));
         }
@@ -270,7 +275,9 @@ impl File {
                 error.message()
             ))
         })?;
-        for named in [&mut file.token_file, &mut file.ca_file, &mut file.client_certificate, &mut file.client_key] {
+        for named in
+            [&mut file.token_file, &mut file.ca_file, &mut file.client_certificate, &mut file.client_key]
+        {
             *named = named.take().map(|named| resolve(named, path, home));
         }
         Ok(file)
@@ -355,8 +362,17 @@ mod tests {
 
     #[test]
     fn what_is_no_address_is_refused_and_no_password_repeated() {
-        for text in ["", "http://", "unix:here", "grpc://a:1", "a:b", "a:70000", "http://a/b", "a b", "http://ada:pw@a:1"]
-        {
+        for text in [
+            "",
+            "http://",
+            "unix:here",
+            "grpc://a:1",
+            "a:b",
+            "a:70000",
+            "http://a/b",
+            "a b",
+            "http://ada:pw@a:1",
+        ] {
             let error = url(text).unwrap_err();
             assert!(error.contains("no server's address") || error.contains(WANTED), "{text:?}: {error}");
             assert!(!error.contains("pw"), "{error}");

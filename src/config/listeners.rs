@@ -125,7 +125,11 @@ impl OverloadFile {
         };
         Ok(Overload {
             queued_checks: read("overload.queued_checks", self.queued_checks, default.queued_checks)?,
-            management_calls: read("overload.management_calls", self.management_calls, default.management_calls)?,
+            management_calls: read(
+                "overload.management_calls",
+                self.management_calls,
+                default.management_calls,
+            )?,
         })
     }
 }
@@ -185,7 +189,9 @@ impl File {
         }
         let mode = self.mode.as_ref().map(|mode| {
             let read = u32::from_str_radix(mode, 8).ok().filter(|mode| *mode <= 0o777);
-            read.ok_or_else(|| invalid("listener.mode", mode, "must be permissions in octal, such as \"0660\""))
+            read.ok_or_else(|| {
+                invalid("listener.mode", mode, "must be permissions in octal, such as \"0660\"")
+            })
         });
         Ok(Address::Unix { path, mode: mode.transpose()?.unwrap_or(MODE) })
     }
@@ -203,7 +209,13 @@ impl File {
             streams: self.max_streams.unwrap_or(usual.streams),
             pending_resets: self.pending_resets.unwrap_or(usual.pending_resets),
             header_bytes: self.max_headers.unwrap_or(usual.header_bytes),
-            handshake: time("listener.handshake_timeout", &self.handshake_timeout, usual.handshake, "100ms", "1m")?,
+            handshake: time(
+                "listener.handshake_timeout",
+                &self.handshake_timeout,
+                usual.handshake,
+                "100ms",
+                "1m",
+            )?,
             idle: time("listener.max_connection_idle", &self.max_connection_idle, usual.idle, "1s", "1d")?,
             age: time("listener.max_connection_age", &self.max_connection_age, usual.age, "1s", "7d")?,
         };
@@ -239,7 +251,10 @@ fn read_services(names: &[String]) -> Result<Services, ConfigError> {
         })
         .collect();
     let services = read?;
-    if services.has(Service::Reflection) && !services.has(Service::Check) && !services.has(Service::Management) {
+    if services.has(Service::Reflection)
+        && !services.has(Service::Check)
+        && !services.has(Service::Management)
+    {
         let problem = "is only for listeners that serve check or management";
         return Err(invalid("listener.services", "reflection", problem));
     }
@@ -277,7 +292,9 @@ impl TlsFile {
         let min_version = match self.min_version.as_deref() {
             None | Some("1.2") => MinVersion::V12,
             Some("1.3") => MinVersion::V13,
-            Some(other) => return Err(invalid("listener.tls.min_version", other, "must be \"1.2\" or \"1.3\"")),
+            Some(other) => {
+                return Err(invalid("listener.tls.min_version", other, "must be \"1.2\" or \"1.3\""));
+            }
         };
         Ok(TlsFiles {
             certificate: self.certificate,
@@ -291,12 +308,20 @@ impl TlsFile {
 impl IdentityFile {
     fn read(self) -> Result<Identity, ConfigError> {
         let san = match (&self.uri, &self.dns, &self.email) {
-            (Some(uri), None, None) => San::uri(uri).map_err(|rule| invalid("listener.identity.uri", uri, rule)),
-            (None, Some(dns), None) => San::dns(dns).map_err(|rule| invalid("listener.identity.dns", dns, rule)),
+            (Some(uri), None, None) => {
+                San::uri(uri).map_err(|rule| invalid("listener.identity.uri", uri, rule))
+            }
+            (None, Some(dns), None) => {
+                San::dns(dns).map_err(|rule| invalid("listener.identity.dns", dns, rule))
+            }
             (None, None, Some(email)) => {
                 San::email(email).map_err(|rule| invalid("listener.identity.email", email, rule))
             }
-            _ => Err(invalid("listener.identity", &self.account, "must have exactly one of uri, dns and email")),
+            _ => Err(invalid(
+                "listener.identity",
+                &self.account,
+                "must have exactly one of uri, dns and email",
+            )),
         }?;
         let account = AccountId::parse(&self.account)
             .map_err(|rule| invalid("listener.identity.account", &self.account, rule))?;
@@ -353,7 +378,10 @@ mod tests {
         let table = |lines: &str| {
             let usual = [("name", "'a'"), ("address", "'127.0.0.1:1'"), ("services", "['check']")];
             let given = |name: &str| lines.lines().any(|line| line.starts_with(&format!("{name} =")));
-            let usual = usual.iter().filter(|(name, _)| !given(name)).map(|(name, value)| format!("{name} = {value}"));
+            let usual = usual
+                .iter()
+                .filter(|(name, _)| !given(name))
+                .map(|(name, value)| format!("{name} = {value}"));
             let usual: Vec<_> = usual.collect();
             format!("[[listener]]\n{}\n{lines}", usual.join("\n"))
         };

@@ -297,7 +297,8 @@ impl Settings {
     /// Every gRPC listener: the main one, Envoy's, and those of the file.
     #[must_use]
     pub fn grpc_listeners(&self) -> Vec<Listener> {
-        let all = if self.reflection { Services::all() } else { Services::all().without(Service::Reflection) };
+        let all =
+            if self.reflection { Services::all() } else { Services::all().without(Service::Reflection) };
         let main = self.main_listener.then(|| Listener::plain(MAIN, &self.listen, all));
         let envoy = self.envoy_listen.as_ref();
         let envoy = envoy.map(|address| Listener::plain(ENVOY, address, Services::envoy()));
@@ -324,7 +325,8 @@ impl Settings {
         let listeners: Vec<_> = self.listeners.iter().map(|listener| listener.address.to_string()).collect();
         for (at, address) in listeners.iter().enumerate() {
             let among = |value: &&str| *value == address && !value.ends_with(":0");
-            let twice = taken.iter().map(|(_, value)| *value).chain(listeners[..at].iter().map(String::as_str));
+            let twice =
+                taken.iter().map(|(_, value)| *value).chain(listeners[..at].iter().map(String::as_str));
             if twice.into_iter().any(|value| among(&value)) {
                 return Err(invalid("listener.address", address, "is given twice"));
             }

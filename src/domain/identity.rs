@@ -30,7 +30,8 @@ fn visible(text: &str) -> bool {
 
 fn is_dns(text: &str) -> bool {
     let label = |label: &str| {
-        (1..=63).contains(&label.len()) && label.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b))
+        (1..=63).contains(&label.len())
+            && label.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b))
     };
     (1..=253).contains(&text.len()) && text.split('.').all(label)
 }
@@ -41,7 +42,8 @@ impl San {
     /// # Errors
     /// When it is none, or longer than 512 bytes.
     pub fn uri(text: &str) -> Result<San, NameError> {
-        const RULE: NameError = NameError("must be a URI such as spiffe://example.org/envoy, at most 512 bytes");
+        const RULE: NameError =
+            NameError("must be a URI such as spiffe://example.org/envoy, at most 512 bytes");
         let scheme = text.split_once(':').map(|(scheme, _)| scheme);
         let scheme = scheme.filter(|scheme| scheme.starts_with(|first: char| first.is_ascii_alphabetic()));
         if scheme.is_some() && visible(text) { Ok(San::Uri(text.into())) } else { Err(RULE) }
@@ -64,7 +66,9 @@ impl San {
         const RULE: NameError = NameError("must be an e-mail address such as ops@example.org");
         let good = |byte: u8| byte.is_ascii_alphanumeric() || b"!#$%&'*+-./=?^_`{|}~".contains(&byte);
         match text.split_once('@') {
-            Some((local, host)) if !local.is_empty() && local.bytes().all(good) && is_dns(host) && visible(text) => {
+            Some((local, host))
+                if !local.is_empty() && local.bytes().all(good) && is_dns(host) && visible(text) =>
+            {
                 Ok(San::Email(text.into()))
             }
             _ => Err(RULE),

@@ -17,14 +17,12 @@ use tokio::{
     time::Instant,
 };
 
-use crate::{
-    transport::{
-        Limits,
-        certificate::Certificate,
-        counts::{Connected, Counts, Refused},
-        socket::{Socket, Stream},
-        tls::{self, Tls},
-    },
+use crate::transport::{
+    Limits,
+    certificate::Certificate,
+    counts::{Connected, Counts, Refused},
+    socket::{Socket, Stream},
+    tls::{self, Tls},
 };
 
 use super::{
@@ -106,7 +104,8 @@ pub(super) async fn serve(
     // A certificate proves nothing beyond its end.
     let now = services.now().as_micros().div_euclid(1_000_000);
     let left = ends.map(|ends| Duration::from_secs(u64::try_from(ends - now).unwrap_or(0)));
-    let age = left.map_or(entrance.age(), |left| entrance.age().min(left));
+    let age = entrance.age();
+    let age = left.map_or(age, |left| age.min(left));
     speak(bytes, services, visitor, lane, &entrance.limits, age, stopping).await;
 }
 
@@ -232,7 +231,11 @@ mod tests {
     fn ages_differ_by_up_to_a_tenth_either_way() {
         let limits = Limits::of(Served::all());
         let entrance = Entrance {
-            door: Arc::new(Door::of(&crate::transport::Listener::plain("main", "127.0.0.1:0", Served::all()))),
+            door: Arc::new(Door::of(&crate::transport::Listener::plain(
+                "main",
+                "127.0.0.1:0",
+                Served::all(),
+            ))),
             limits,
             tls: None,
             counts: Arc::default(),

@@ -294,7 +294,8 @@ impl Services {
         visitor: &Visitor,
     ) -> Result<(), Status> {
         let door = &*visitor.door;
-        let free = rpc.access == Access::Proxy && door.open_to_proxies && !self.gateway.settings().require_caller;
+        let free =
+            rpc.access == Access::Proxy && door.open_to_proxies && !self.gateway.settings().require_caller;
         let envoy = door.services.envoy_only();
         if free && (envoy || !request.headers().contains_key(http::header::AUTHORIZATION)) {
             let asker = Asker { account: AccountId::operator(), trusted: envoy };
@@ -369,7 +370,10 @@ impl Services {
     fn known_by_certificate(&self, identity: &Arc<Identity>) -> Result<Known, Refusal> {
         let vouched = self.engine.vouch(identity.account())?;
         if !vouched.stands {
-            tracing::debug!(identity = identity.name(), "a caller was refused: its account is suspended or unknown");
+            tracing::debug!(
+                identity = identity.name(),
+                "a caller was refused: its account is suspended or unknown"
+            );
             return Err(Refusal::Unauthenticated);
         }
         Ok(Known {

@@ -123,7 +123,9 @@ impl Room {
 
 /// Room that a call has, until this is dropped.
 #[derive(Debug)]
-pub(super) struct Place(#[expect(dead_code, reason = "it is held, and given back when dropped")] OwnedSemaphorePermit);
+pub(super) struct Place(
+    #[expect(dead_code, reason = "it is held, and given back when dropped")] OwnedSemaphorePermit,
+);
 
 /// The calls of one connection.
 #[derive(Debug, Default)]

@@ -186,8 +186,7 @@ pub async fn accept(opened: Opened, workers: &Workers, mut stopping: watch::Rece
     let Opened { listener, open, tls, counts } = opened;
     let places = Arc::new(Semaphore::new(listener.limits.connections));
     let door = Arc::new(Door::of(&listener));
-    let entrance =
-        Arc::new(Entrance { door, limits: listener.limits, tls, counts, ever: AtomicU64::new(0) });
+    let entrance = Arc::new(Entrance { door, limits: listener.limits, tls, counts, ever: AtomicU64::new(0) });
     let mut told = Quiet::default();
     loop {
         let accepted = tokio::select! {

@@ -141,7 +141,8 @@ fn cannot_answer(reason: CannotAnswer) -> Status {
 pub(super) fn overloaded() -> Status {
     let mut details = ErrorDetails::with_error_info("OVERLOADED", DOMAIN, HashMap::new());
     details.set_retry_info(Some(OVERLOADED_FOR));
-    let message = "this server has more calls under way than it takes, and did nothing; try another one, or again";
+    let message =
+        "this server has more calls under way than it takes, and did nothing; try another one, or again";
     Status::with_error_details(Code::Unavailable, message, details)
 }
 

@@ -625,11 +625,8 @@ fn write(
     at: Timestamp,
     once: Option<Once>,
 ) -> Write {
-    let idempotency = once.map(|once| Idempotency {
-        caller: caller.id(),
-        key: once.key,
-        fingerprint: once.fingerprint,
-    });
+    let idempotency =
+        once.map(|once| Idempotency { caller: caller.id(), key: once.key, fingerprint: once.fingerprint });
     Write {
         change: Change::Key(Arc::new(key)),
         expect,

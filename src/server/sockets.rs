@@ -98,7 +98,11 @@ fn renew(listener: &str, tls: &Tls, material: &Material) {
         Ok(()) => tracing::info!(listener, expires = tls.expires(), "the certificate was read anew"),
         Err(error) => {
             let error = &error as &dyn std::error::Error;
-            tracing::error!(error, listener, "the new certificate cannot be used; the one before stays in force");
+            tracing::error!(
+                error,
+                listener,
+                "the new certificate cannot be used; the one before stays in force"
+            );
         }
     }
 }

@@ -115,7 +115,8 @@ impl Report {
         self.listeners.iter().map(|(name, counts, tls)| Told {
             listener: name.clone(),
             connections: counts.connections.load(Ordering::Relaxed),
-            refused: Refused::ALL.map(|why| (why.as_str(), counts.refused[why as usize].load(Ordering::Relaxed))),
+            refused: Refused::ALL
+                .map(|why| (why.as_str(), counts.refused[why as usize].load(Ordering::Relaxed))),
             certificate_expiry: tls.as_ref().map(|tls| tls.expires()),
         })
     }

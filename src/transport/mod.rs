@@ -101,7 +101,8 @@ impl Services {
     /// Whether Envoy alone is served: then all clients of an Envoy share its connections.
     #[must_use]
     pub fn envoy_only(self) -> bool {
-        self.has(Service::ExtAuthz) && self.without(Service::Health) == [Service::ExtAuthz].into_iter().collect()
+        self.has(Service::ExtAuthz)
+            && self.without(Service::Health) == [Service::ExtAuthz].into_iter().collect()
     }
 }
 

@@ -30,12 +30,12 @@ use crate::{
     upstream::{Arrived, Upstream},
 };
 
-fn deployed(file: &str) -> String {
+pub(crate) fn deployed(file: &str) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/envoy").join(file);
     std::fs::read_to_string(path).unwrap()
 }
 
-fn port(number: u16) -> String {
+pub(crate) fn port(number: u16) -> String {
     format!("port_value: {number} }}")
 }
 

@@ -25,6 +25,7 @@ mod deadline;
 mod engines;
 mod envoy;
 mod envoy_http;
+mod envoy_tls;
 mod escalation;
 mod ext_authz;
 mod forward_auth;

@@ -86,8 +86,14 @@ async fn a_client_that_believes_the_authority_is_served_and_no_other() {
     let answer = Caller::on(plain, &secure.keyward.home.root_key()).check(&token).await;
     assert!(answer.is_err(), "{answer:?}");
     let (_, metrics) = secure.keyward.page("/metrics");
-    assert!(metrics.contains("keyward_tls_certificate_expiry_seconds{listener=\"secure\"} 2208988800"), "{metrics}");
-    assert!(!metrics.contains("keyward_connections_refused_total{listener=\"secure\",reason=\"tls\"} 0"), "{metrics}");
+    assert!(
+        metrics.contains("keyward_tls_certificate_expiry_seconds{listener=\"secure\"} 2208988800"),
+        "{metrics}"
+    );
+    assert!(
+        !metrics.contains("keyward_connections_refused_total{listener=\"secure\",reason=\"tls\"} 0"),
+        "{metrics}"
+    );
 }
 
 /// The first bytes of an answer to a client that offers nothing newer than a version of TLS.
@@ -97,6 +103,10 @@ fn answer_to_hello(address: SocketAddr, version: [u8; 2]) -> Vec<u8> {
     body.push(0); // no session
     body.extend([0, 4, 0xc0, 0x09, 0xc0, 0x2f]); // suites of TLS 1.1 and 1.2
     body.extend([1, 0]); // no compression
+    // Signature algorithms and a group, which later versions need.
+    let extensions = [0, 13, 0, 6, 0, 4, 4, 3, 8, 4, 0, 10, 0, 4, 0, 2, 0, 23];
+    body.extend([0, extensions.len() as u8]);
+    body.extend(extensions);
     let mut hello = vec![1, 0, 0, u8::try_from(body.len()).unwrap()];
     hello.extend(body);
     let mut record = vec![22, 3, 1, 0, u8::try_from(hello.len()).unwrap()];
@@ -104,8 +114,8 @@ fn answer_to_hello(address: SocketAddr, version: [u8; 2]) -> Vec<u8> {
     let mut stream = TcpStream::connect(address).unwrap();
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     stream.write_all(&record).unwrap();
-    let mut answer = Vec::new();
-    let _ = stream.read_to_end(&mut answer);
+    let mut answer = vec![0; 7];
+    stream.read_exact(&mut answer).unwrap();
     answer
 }
 
@@ -118,12 +128,14 @@ async fn speaks(secure: &Secure, tls12: bool) -> bool {
 #[tokio::test(flavor = "multi_thread")]
 async fn old_versions_of_tls_are_refused() {
     const ALERT: u8 = 21;
+    const HANDSHAKE: u8 = 22;
     const PROTOCOL_VERSION: u8 = 70;
     let usual = Secure::start("", "", "").await;
     for old in [[3, 1], [3, 2]] {
         let answer = answer_to_hello(usual.tls, old);
         assert_eq!((answer[0], answer[6]), (ALERT, PROTOCOL_VERSION), "{old:?}: {answer:?}");
     }
+    assert_eq!(answer_to_hello(usual.tls, [3, 3])[0], HANDSHAKE, "the same with 1.2");
     assert!(speaks(&usual, true).await && speaks(&usual, false).await);
     let strict = Secure::start("", "min_version = '1.3'", "").await;
     assert!(!speaks(&strict, true).await && speaks(&strict, false).await);
@@ -149,7 +161,10 @@ async fn a_client_certificate_is_a_caller_with_the_scopes_of_its_identity() {
     let again = ci.keys.create(create).await.unwrap().into_inner();
     assert!(again.replayed && again.key.unwrap().id == key.id);
     let me = ci.keys.who_am_i(pb::WhoAmIRequest {}).await.unwrap().into_inner();
-    assert_eq!((me.account.unwrap().id.as_str(), me.key, me.actor.as_str()), ("acme", None, "cert:spiffe://example.org/ci"));
+    assert_eq!(
+        (me.account.unwrap().id.as_str(), me.key, me.actor.as_str()),
+        ("acme", None, "cert:spiffe://example.org/ci")
+    );
 
     let wide = pb::CreateKeyRequest { scopes: vec!["monitors:*".into()], ..plain_key() };
     refused(ci.create(wide).await, Code::PermissionDenied, "GRANT_BEYOND_CALLER");
@@ -167,7 +182,8 @@ async fn a_client_certificate_is_a_caller_with_the_scopes_of_its_identity() {
     refused(envoy.create(plain_key()).await, Code::PermissionDenied, "PERMISSION_MISSING");
 
     let mut ops = secure.shows(&secure.authority.client("spiffe://example.org/ops")).await;
-    let by = pb::ListAuditEntriesRequest { actor: "cert:spiffe://example.org/ci".into(), ..Default::default() };
+    let by =
+        pb::ListAuditEntriesRequest { actor: "cert:spiffe://example.org/ci".into(), ..Default::default() };
     let entries = ops.audit.list(by).await.unwrap().into_inner().entries;
     assert_eq!((entries.len(), entries[0].actor_account.as_str()), (1, "acme"));
     let suspend = pb::SuspendAccountRequest { id: "acme".into() };
@@ -200,8 +216,10 @@ async fn a_certificate_that_nobody_knows_lets_nobody_in() {
 
 #[tokio::test]
 async fn a_listener_asks_for_what_it_was_told_to() {
-    let (tables, optional) =
-        (identity(ENVOY, "keyward", "'keyward:check'"), "client_ca = 'clients.pem'\nclient_auth = 'optional'");
+    let (tables, optional) = (
+        identity(ENVOY, "keyward", "'keyward:check'"),
+        "client_ca = 'clients.pem'\nclient_auth = 'optional'",
+    );
     for (auth, nothing, token_alone, certificate_alone, both) in [
         ("token", false, true, false, true),
         ("certificate", false, false, true, true),
@@ -209,8 +227,7 @@ async fn a_listener_asks_for_what_it_was_told_to() {
         ("both", false, false, false, true),
     ] {
         let secure = Secure::start(&format!("auth = '{auth}'"), optional, &tables).await;
-        let (anonymous, known) =
-            (secure.authority.believed(), secure.authority.client(ENVOY).identity());
+        let (anonymous, known) = (secure.authority.believed(), secure.authority.client(ENVOY).identity());
         let known = anonymous.clone().identity(known);
         let token = secure.keyward.home.root_key();
         for (tls, with_token, expected) in [
@@ -220,7 +237,8 @@ async fn a_listener_asks_for_what_it_was_told_to() {
             (&known, true, both),
         ] {
             let channel = secure.connect(tls.clone()).await.unwrap();
-            let mut caller = if with_token { Caller::on(channel, &token) } else { Caller::anonymous(channel) };
+            let mut caller =
+                if with_token { Caller::on(channel, &token) } else { Caller::anonymous(channel) };
             let answer = caller.check("x").await;
             assert_eq!(answer.is_ok(), expected, "{auth}, token {with_token}: {answer:?}");
         }
@@ -309,7 +327,10 @@ fn certificates_that_cannot_be_used_stop_the_start_and_are_named() {
         home.refusal(command)
     };
     let said = refusal();
-    assert!(said.contains("\"secure\" cannot speak TLS") && said.contains("cert.pem cannot be read"), "{said}");
+    assert!(
+        said.contains("\"secure\" cannot speak TLS") && said.contains("cert.pem cannot be read"),
+        "{said}"
+    );
     let pair = authority.server(2040);
     Pair { certificate: "nothing".into(), ..pair.clone() }.write(&certificate, &key);
     assert!(refusal().contains("cert.pem holds no certificate"), "{}", refusal());

@@ -67,7 +67,11 @@ pub(super) async fn every_filter_of_the_log_finds_what_a_look_at_each_row_finds(
             1 => Owner::Account(account_id("globex")),
             _ => Owner::User(UserId::parse("u1").unwrap()),
         };
-        let actor = Actor { who: actors.get(count % 4).map_or(Who::System, |key| Who::Key(*key)), account: None, acting_user: None };
+        let actor = Actor {
+            who: actors.get(count % 4).map_or(Who::System, |key| Who::Key(*key)),
+            account: None,
+            acting_user: None,
+        };
         let seconds = at(i64::try_from(count % 7).unwrap());
         let made = put(&store, Write { actor, at: seconds, ..create(&Key { owner, ..key() }) }).await;
         keys.push(put(&store, Write { at: seconds, ..update(&made) }).await.id);

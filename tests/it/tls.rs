@@ -101,7 +101,7 @@ fn answer_to_hello(address: SocketAddr, version: [u8; 2]) -> Vec<u8> {
     let mut body = version.to_vec();
     body.extend([7; 32]); // random
     body.push(0); // no session
-    body.extend([0, 4, 0xc0, 0x09, 0xc0, 0x2f]); // suites of TLS 1.1 and 1.2
+    body.extend([0, 4, 0xc0, 0x09, 0xc0, 0x2b]); // a suite of TLS 1.1, and one of 1.2
     body.extend([1, 0]); // no compression
     // Signature algorithms and a group, which later versions need.
     let extensions = [0, 13, 0, 6, 0, 4, 4, 3, 8, 4, 0, 10, 0, 4, 0, 2, 0, 23];

@@ -18,6 +18,7 @@ mod bulk;
 mod callers;
 mod canary;
 mod check;
+mod config;
 mod crash;
 mod deadline;
 mod engines;

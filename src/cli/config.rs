@@ -83,7 +83,7 @@ fn read(path: Option<&Path>) -> Result<Option<Document>, Failure> {
 }
 
 /// A file that cannot be read is no answer; one that is wrong is.
-fn wrong(error: ConfigError) -> Failure {
+pub(super) fn wrong(error: ConfigError) -> Failure {
     match error {
         ConfigError::Unreadable { .. } => Failure::usage(error.to_string()),
         ConfigError::Wrong { path, problems } => {

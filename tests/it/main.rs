@@ -21,6 +21,7 @@ mod check;
 mod config;
 mod crash;
 mod deadline;
+mod doctor;
 mod engines;
 mod envoy;
 mod envoy_http;

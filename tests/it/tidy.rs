@@ -128,6 +128,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("reload", &[]),
     ("config", &["domain", "engine", "gateway", "keys"]),
     ("telemetry", &["config"]),
+    ("doctor", &["clock", "config", "domain", "store"]),
     (
         "server",
         &[
@@ -149,7 +150,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "store",
         ],
     ),
-    ("cli", &["clock", "config", "domain", "pb", "server", "telemetry"]),
+    ("cli", &["clock", "config", "doctor", "domain", "pb", "server", "telemetry"]),
     ("main", &[]),
     ("lib", &[]),
 ];

@@ -73,14 +73,17 @@ impl Document {
         if !errors.is_empty() {
             return Err(errors.iter().map(|error| place(error.span(), error.message().to_owned())).collect());
         }
-        let (mut found, mut places) = (Vec::new(), BTreeMap::new());
-        walk("", root.get_ref(), &mut places, &mut |span, path| found.push((span, unknown(path))));
+        let (mut found, mut places, mut unknowns) = (Vec::new(), BTreeMap::new(), Vec::new());
+        walk("", root.get_ref(), &mut places, &mut |span, path| {
+            found.push((span, unknown(path)));
+            unknowns.push(path.to_owned());
+        });
         let table: Table =
             toml::from_str(&text).map_err(|error| vec![place(error.span(), error.message().to_owned())])?;
         let whole =
             toml::from_str::<File>(&text).err().map(|error| (error.span(), error.message().to_owned()));
         if let Some((span, said)) = whole {
-            found.extend(misfits(&table, &places));
+            found.extend(misfits(&table, &places, &unknowns));
             if found.is_empty() {
                 found.push((span.unwrap_or_default(), said));
             }
@@ -245,13 +248,17 @@ fn nearest(path: &str) -> Option<&'static str> {
         .or_else(|| known().find(|known| split(known).1 == name))
 }
 
-/// The known keys whose values are of the wrong type. Each is tried alone, so that none hides another.
-fn misfits(table: &Table, places: &BTreeMap<String, Range<usize>>) -> Vec<(Range<usize>, String)> {
+/// The keys whose values are of the wrong type, but for those that are or have something unknown. Each is tried alone, so
+/// that none hides another.
+fn misfits(
+    table: &Table,
+    places: &BTreeMap<String, Range<usize>>,
+    unknown: &[String],
+) -> Vec<(Range<usize>, String)> {
     let mut found = Vec::new();
     let mut try_alone = |path: &str, alone: Table| {
-        let is_known =
-            keys::find(path).is_some() || keys::sections().iter().any(|section| section.path == path);
-        if is_known && let Err(error) = File::deserialize(alone) {
+        let told = unknown.iter().any(|unknown| unknown.starts_with(path));
+        if !told && let Err(error) = File::deserialize(alone) {
             let secret = keys::find(path).is_some_and(|key| key.secret);
             let said = if secret { "must be text" } else { error.message() };
             found.push((places.get(path).cloned().unwrap_or_default(), format!("{path}: {said}")));

@@ -1,8 +1,14 @@
 //! `keyward doctor` beside a running deployment: the real binary, real servers, a real PostgreSQL. What it finds in a
 //! bootstrap of Envoy, trap by trap, is `src/doctor/envoy.rs`'s own test.
 
-use std::{os::unix::fs::PermissionsExt as _, path::Path};
+use std::{
+    net::{SocketAddr, TcpListener},
+    os::unix::fs::PermissionsExt as _,
+    path::Path,
+    sync::Arc,
+};
 
+use rustls::{ServerConfig, ServerConnection, crypto::ring, pki_types::PrivateKeyDer};
 use serde_json::Value;
 
 use crate::{
@@ -192,5 +198,40 @@ fn a_bad_bootstrap_and_a_bad_configuration_are_told() {
     std::fs::write(home.path("keyward.toml"), "lisen = 'x'\n").unwrap();
     let wrong = home.run(home.command(["doctor", "--config", "keyward.toml"]));
     assert!(wrong.code == Some(1) && wrong.err.contains("did you mean `listen`?"), "{wrong:?}");
+    drop(server);
+}
+
+/// A server that shows a certificate of long ago to whoever shakes hands first, and hangs up then.
+fn outdated() -> SocketAddr {
+    let key = rcgen::KeyPair::generate().unwrap();
+    let mut params = rcgen::CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
+    params.not_before = rcgen::date_time_ymd(2019, 1, 1);
+    params.not_after = rcgen::date_time_ymd(2020, 1, 1);
+    let certificate = params.self_signed(&key).unwrap().der().clone();
+    let config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(vec![certificate], PrivateKeyDer::Pkcs8(key.serialize_der().into()))
+        .unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut connection = ServerConnection::new(Arc::new(config)).unwrap();
+        while connection.is_handshaking() {
+            connection.complete_io(&mut stream).unwrap();
+        }
+    });
+    address
+}
+
+#[test]
+fn a_certificate_that_a_server_shows_is_looked_at() {
+    let home = Home::new();
+    let server = home.start();
+    let url = format!("https://{}", outdated());
+    let found = doctor(&home, &["--server", &url]);
+    assert!(found.code == Some(1) && found.has("fail", "tls", "has expired"), "{:?}", found.all);
     drop(server);
 }

@@ -130,7 +130,7 @@ fn examine_filter(filter: &Value, redis: Option<Duration>, findings: &mut Findin
 /// Which of a request's headers Keyward sees. What it does not see it does not have removed.
 fn headers(filter: &Value, findings: &mut Findings) {
     let over_http = filter.at("http_service").is_some();
-    let lists = |name: &str| filter.at(name).map(|list| reading::patterns(list));
+    let lists = |name: &str| filter.at(name).map(reading::patterns);
     let (allowed, refused) = (lists("allowed_headers"), lists("disallowed_headers"));
     let sees = |name: &str| {
         allowed.as_ref().map_or(!over_http, |list| list.iter().any(|pattern| pattern.takes(name)))
@@ -190,7 +190,7 @@ fn spoken(timeout: Duration) -> String {
 fn http_service(service: &Value, findings: &mut Findings) {
     let passed =
         service.at("authorization_response").and_then(|answer| answer.at("allowed_upstream_headers"));
-    let passed = passed.map(|list| reading::patterns(list)).unwrap_or_default();
+    let passed = passed.map(reading::patterns).unwrap_or_default();
     if !["x-keyward-key-id", "x-keyward-account"]
         .iter()
         .all(|name| passed.iter().any(|pattern| pattern.takes(name)))

@@ -16,6 +16,7 @@
 //! | [`forward`] | the gateway for proxies that ask over HTTP |
 //! | [`admin`], [`http1`] | `/healthz`, `/readyz`, `/metrics`; pages made from memory |
 //! | [`server`], [`reload`] | the composition root: ordered start and stop; files that are read again |
+//! | [`doctor`] | looks at a running deployment and says what to fix; changes nothing |
 //! | [`cli`] | commands; the client side knows the generated client only |
 //! | [`clock`], [`config`], [`telemetry`] | the only readers of clock and randomness, of the environment; the log |
 //! | [`pb`] | generated from `proto/` |
@@ -37,6 +38,7 @@ pub mod admin;
 pub mod cli;
 pub mod clock;
 pub mod config;
+pub mod doctor;
 pub mod domain;
 pub mod engine;
 pub mod forward;

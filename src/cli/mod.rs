@@ -1,6 +1,6 @@
 //! The command line: reads the arguments and runs one command.
 //!
-//! `serve`, `root_key` and `replicas` start what the server's side offers; `rules` reads a file as a server would. All others
+//! `serve`, `root_key` and `replicas` start what the server's side offers; `rules` and `config` read files as a server would, `doctor` looks. All others
 //! are client commands: they speak to a server through the generated client (`pb`) and may use `domain` and
 //! `config`, never `store`, `engine` or `grpc`, so that they can do nothing that another client could not. Every
 //! command answers with an exit code; nothing here ends the process, since what is pending at an exit is lost.
@@ -12,9 +12,11 @@ mod audit;
 mod check;
 mod client;
 mod completions;
+mod config;
 mod console;
 mod context;
 mod descriptors;
+mod doctor;
 mod failure;
 mod import;
 mod issue;
@@ -61,7 +63,8 @@ page into one object. Errors are text on stderr.
 
 Exit codes: 0 done; 1 the server refused; 2 no answer (bad usage, no connection, time ran out, a server in \
 trouble). `keyward check`: 0 allowed; 1 denied; 2 could not be answered. `keyward rules`: 0 a rule decides, or \
-the file is good; 1 no rule decides; 2 the file cannot be used.";
+the file is good; 1 no rule decides; 2 the file cannot be used. `keyward config`: 0 done, or the file is accepted; \
+1 it is refused; 2 it cannot be read. `keyward doctor`: 0 nothing fails; 1 something does; 2 it could not be looked at.";
 
 /// Issues API keys, and answers whether a token is valid for a scope, an environment and an account
 #[derive(Debug, Parser)]
@@ -149,6 +152,10 @@ enum Command {
         #[command(flatten)]
         client: ClientArgs,
     },
+    /// Show a server's settings and where they come from, and check a configuration file
+    Config(config::ConfigArgs),
+    /// Look at a running deployment, and say what to fix
+    Doctor(Box<doctor::DoctorArgs>),
     /// Check a rules file for HTTP requests, and ask which of its rules decides one
     Rules(rules::RulesArgs),
     /// Print a completion script for a shell
@@ -182,6 +189,12 @@ pub fn main() -> ExitCode {
             finish(&mut Console::system(), |console| completions::run(args, console))
         }
         Command::Descriptors => finish(&mut Console::system(), descriptors::run),
+        Command::Config(args) => {
+            finish(&mut Console::system(), |console| config::run(args, cli.client, console))
+        }
+        Command::Doctor(args) => {
+            finish(&mut Console::system(), |console| doctor::run(*args, cli.client, console))
+        }
         Command::Rules(args) => {
             finish(&mut Console::system(), |console| rules::run(args, cli.client, console))
         }
@@ -226,7 +239,8 @@ fn misplaced(matches: &ArgMatches) -> Option<String> {
     let taken: &[&str] = match matches.subcommand_name() {
         Some("serve" | "root-key" | "completions" | "descriptors") => &[],
         // It speaks to no server, and prints as client commands do.
-        Some("rules") => &["output"],
+        Some("config" | "rules") => &["output"],
+        Some("doctor") => &["output", "server"],
         _ => return None,
     };
     ClientArgs::IDS
@@ -257,6 +271,8 @@ fn run_client(command: Command, outer: ClientArgs, console: &mut Console) -> Res
         Command::Serve(_)
         | Command::RootKey { .. }
         | Command::Replicas { .. }
+        | Command::Config(_)
+        | Command::Doctor(_)
         | Command::Rules(_)
         | Command::Completions(_)
         | Command::Descriptors => Ok(0),

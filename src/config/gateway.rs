@@ -1,5 +1,6 @@
 //! The table `[gateway]` of the settings file: how HTTP requests that proxies ask about are judged.
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::{
@@ -15,19 +16,43 @@ use super::server::{ConfigError, invalid};
 /// The most proxies that may stand in front of the one that asks.
 const MAX_HOPS: usize = 16;
 
-/// The table. Unknown keys are refused: a typo must not be a default.
-#[derive(Debug, Default, Deserialize)]
+/// How HTTP requests that proxies ask about are judged.
+// Unknown keys are refused: a typo must not be a default.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct File {
+    /// The environment of requests whose route or rule names none.
+    #[schemars(extend("x-default" = "none: a route or rule must name one"))]
     environment: Option<String>,
+    /// The headers that a token may stand in. `authorization` takes `Bearer TOKEN`, any other the token alone.
+    #[schemars(extend("default" = ["authorization", "x-api-key"]))]
     credential_headers: Option<Vec<String>>,
+    /// The query parameter that a token may stand in. Not with `forward_auth_listen`.
+    #[schemars(extend("x-default" = "the query is not looked at"))]
     credential_query: Option<String>,
+    /// Whether the service behind the proxy sees the token.
+    #[schemars(extend("default" = false))]
     forward_credential: Option<bool>,
+    /// Whether keys that may call Keyward itself pass.
+    #[schemars(extend("default" = false))]
     management_keys: Option<bool>,
+    /// How many proxies, 0 to 16, stand in front of the one that asks: so many entries of `x-forwarded-for`, from its
+    /// end, are theirs.
+    #[schemars(extend("default" = 0))]
     trusted_hops: Option<usize>,
+    /// Whether a denied client hears the reason in `x-keyward-reason`.
+    #[schemars(extend("default" = false))]
     reason_header: Option<bool>,
+    /// Whether a proxy must show a key of its own with `keyward:check`; it then hears of that key's accounts alone. Not
+    /// with `forward_auth_listen`.
+    #[schemars(extend("default" = false))]
     require_caller: Option<bool>,
+    /// What holds where neither a route nor a rule says it: `enforce`, or `shadow`, which lets all pass and says what
+    /// would have been denied.
+    #[schemars(extend("default" = "enforce", "format" = "`enforce`, `shadow`"))]
     mode: Option<String>,
+    /// The entries of a key's metadata that go into the proxy's dynamic metadata.
+    #[schemars(extend("default" = Vec::<String>::new()))]
     publish_metadata: Option<Vec<String>>,
 }
 

@@ -1,13 +1,13 @@
 //! The table `[limits]` of the settings file: where rate limits are counted when several processes serve one database.
 
-use std::{convert::Infallible, str::FromStr};
-
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::engine::limiter::{LimitSettings, OnFailure, Prefix, RedisSettings, RedisUrl, Time};
 
 use super::{
     duration,
+    secret::SecretUrl,
     server::{ConfigError, invalid},
 };
 
@@ -15,33 +15,26 @@ const TIMEOUT: &str = "20ms";
 /// The longest that a Check may be made to wait, in milliseconds.
 const LONGEST_MS: u128 = 1000;
 
-/// A URL that may hold a password: it is never shown, not even in an error.
-#[derive(Clone, Deserialize)]
-#[serde(transparent)]
-pub struct SecretUrl(String);
-
-impl std::fmt::Debug for SecretUrl {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("SecretUrl")
-    }
-}
-
-impl FromStr for SecretUrl {
-    type Err = Infallible;
-
-    fn from_str(text: &str) -> Result<Self, Infallible> {
-        Ok(SecretUrl(text.to_owned()))
-    }
-}
-
-/// The table. Unknown keys are refused: a typo must not be a default.
-#[derive(Debug, Default, Deserialize)]
+/// Where rate limits are counted when several processes serve one database.
+// Unknown keys are refused: a typo must not be a default.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct File {
+    /// Where limits are counted: `local` in each process, `redis` in one Redis for all.
+    #[schemars(extend("default" = "local", "format" = "`local`, `redis`"))]
     backend: Option<String>,
+    /// The Redis that counts, such as `redis://127.0.0.1:6379` (`rediss://` with TLS, `unix:///run/redis.sock`). A
+    /// password is better kept in the environment.
+    #[schemars(extend("x-default" = "none; `redis` needs one", "format" = "URL", "x-secret" = true))]
     url: Option<SecretUrl>,
+    /// What happens while Redis does not answer: `allow` counts in each process, `deny` answers UNAVAILABLE.
+    #[schemars(extend("default" = "allow", "format" = "`allow`, `deny`"))]
     on_backend_failure: Option<String>,
+    /// How long a Check waits for Redis, 1ms to 1s.
+    #[schemars(extend("default" = TIMEOUT, "format" = "duration"))]
     timeout: Option<String>,
+    /// What the names of Keyward's entries in Redis begin with.
+    #[schemars(extend("default" = Prefix::DEFAULT))]
     prefix: Option<String>,
 }
 
@@ -77,7 +70,7 @@ impl File {
                                where a password is better kept";
                 return Err(invalid("limits.backend", "redis", problem));
             }
-            (true, Some(SecretUrl(url))) => {
+            (true, Some(url)) => {
                 let url = RedisUrl::parse(url).map_err(hidden)?;
                 Some(RedisSettings { url, prefix, timeout: waited, on_failure, time: Time::OfRedis })
             }
@@ -93,7 +86,7 @@ mod tests {
 
     fn read_with(text: &str, url: Option<&str>) -> Result<LimitSettings, String> {
         let file: File = toml::from_str(text).map_err(|error| error.to_string())?;
-        let url = url.map(|url| SecretUrl(url.to_owned()));
+        let url = url.map(SecretUrl::from);
         file.read(url.as_ref()).map_err(|error| error.to_string())
     }
 

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::{
@@ -23,9 +24,9 @@ use super::{
 
 const MODE: u32 = 0o660;
 
-/// A `[[listener]]`: an address with services, limits and callers of its own. Unknown keys are refused: a typo must not
-/// be a default.
-#[derive(Debug, Deserialize)]
+/// A `[[listener]]`: an address with services, limits and callers of its own.
+// Unknown keys are refused: a typo must not be a default.
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct File {
     /// What logs and metrics call it: 1-64 characters of [a-z0-9_-], its own among the listeners. `main` and `envoy`
@@ -69,7 +70,7 @@ pub(super) struct File {
 }
 
 /// A `[listener.tls]`. The files are read again when they change; connections that are open keep what they have.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct TlsFile {
     /// The file with the certificate chain in PEM, the server's own first.
@@ -88,7 +89,7 @@ struct TlsFile {
 /// A `[[listener.identity]]`: whoever shows a certificate with this name, signed by `client_ca`, is a caller with these
 /// scopes. Exactly one of `uri`, `dns` and `email` is given. Taking the table away takes the access away at the next
 /// start.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct IdentityFile {
     /// A URI among the certificate's alternative names, such as "spiffe://example.org/envoy".
@@ -105,7 +106,7 @@ struct IdentityFile {
 
 /// The table `[overload]`: how much may be under way at once. Beyond it calls are answered UNAVAILABLE, OVERLOADED, at
 /// once.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct OverloadFile {
     /// Calls of one serving thread that wait for their turn. Default: 4096, about a tenth of a second of work.

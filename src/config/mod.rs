@@ -4,10 +4,15 @@
 #[cfg(keyward_breakable)]
 pub mod breakage;
 pub mod client;
+pub mod document;
 pub mod duration;
+pub mod effective;
 mod gateway;
+pub mod keys;
 pub mod limits;
 mod listeners;
+pub mod reference;
 pub mod replicas;
 pub mod rules;
+pub mod secret;
 pub mod server;

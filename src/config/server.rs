@@ -7,6 +7,7 @@ use std::{
 };
 
 use clap::{Args, ValueEnum};
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::{
@@ -22,8 +23,9 @@ use crate::{
 };
 
 use super::{
-    limits::{self, SecretUrl},
-    listeners, replicas,
+    document::{Document, Problem},
+    limits, listeners, replicas,
+    secret::SecretUrl,
 };
 
 const LISTEN: &str = "127.0.0.1:50051";
@@ -100,7 +102,10 @@ pub struct RootKeyArgs {
 pub struct DatabaseArgs {
     /// Where keys are kept, such as sqlite:keyward.db [default: sqlite:keyward.db]
     #[arg(long, env = "KEYWARD_DATABASE", value_name = "URL", hide_env_values = true)]
-    pub database: Option<String>,
+    pub database: Option<SecretUrl>,
+    /// A file that holds the password of the PostgreSQL role, and nothing else [default: none]
+    #[arg(long, env = "KEYWARD_DATABASE_PASSWORD_FILE", value_name = "FILE")]
+    pub database_password_file: Option<PathBuf>,
     /// A TOML file with settings
     #[arg(long, env = "KEYWARD_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -120,7 +125,7 @@ impl ConfigArgs {
     /// # Errors
     /// As for [`Settings::load`].
     pub fn load(&self) -> Result<Settings, ConfigError> {
-        Settings::load_database(&DatabaseArgs { database: None, config: self.config.clone() })
+        Settings::load_database(&DatabaseArgs { config: self.config.clone(), ..DatabaseArgs::default() })
     }
 }
 
@@ -145,13 +150,13 @@ pub enum ConfigError {
         /// The cause.
         source: std::io::Error,
     },
-    /// The file is not what it should be.
-    #[error("the configuration file {path} is wrong: {problem}")]
-    Malformed {
+    /// The file is not what it should be: everything that is wrong with it.
+    #[error("the configuration file {path} is wrong:\n  {}", .problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n  "))]
+    Wrong {
         /// The file.
         path: String,
-        /// Where, and what.
-        problem: String,
+        /// Each with its place.
+        problems: Vec<Problem>,
     },
     /// A value is out of its rule.
     #[error("{setting} = {value:?} {problem}")]
@@ -165,34 +170,97 @@ pub enum ConfigError {
     },
 }
 
-/// The file. Unknown keys are refused: a typo must not be a default.
-#[derive(Debug, Default, Deserialize)]
+impl ConfigError {
+    /// The setting that is wrong, and what is said of it.
+    fn in_file(&self) -> Option<(&'static str, String)> {
+        match self {
+            ConfigError::Invalid { setting, .. } => Some((setting, self.to_string())),
+            _ => None,
+        }
+    }
+}
+
+/// The settings of a server.
+// Unknown keys are refused: a typo must not be a default. What people read of a key is made from the comment here.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-struct File {
+pub(super) struct File {
+    /// Where gRPC is served.
+    #[schemars(extend("default" = LISTEN, "format" = "address"))]
     listen: Option<String>,
+    /// Where `/healthz`, `/readyz` and `/metrics` are served over HTTP.
+    #[schemars(extend("default" = ADMIN_LISTEN, "format" = "address"))]
     admin_listen: Option<String>,
-    database: Option<String>,
+    /// Where keys are kept: `sqlite:PATH`, or `postgres://USER@HOST:5432/DATABASE`. A password is better kept in
+    /// `database_password_file` or the environment.
+    #[schemars(extend("default" = DATABASE, "format" = "URL", "x-secret" = true))]
+    database: Option<SecretUrl>,
+    /// A file that holds the password of the PostgreSQL role, and nothing else; an end of line is no part of it.
+    #[schemars(extend("x-default" = "none: as libpq does it, `PGPASSWORD` or `~/.pgpass`", "format" = "file"))]
+    database_password_file: Option<PathBuf>,
+    /// A new file (mode 0600) that the root key of a first start is written to.
+    #[schemars(extend("x-default" = "none: it is printed", "format" = "file"))]
     root_key_file: Option<PathBuf>,
+    /// How many threads serve connections.
+    #[schemars(extend("x-default" = "one per core"))]
     threads: Option<NonZeroUsize>,
+    /// What tokens begin with: 1-16 of `[a-z0-9_]`, a letter first.
+    #[schemars(extend("default" = PREFIX))]
     token_prefix: Option<String>,
+    /// The environments that keys are made for, with their short names in tokens.
+    #[schemars(with = "Vec<EnvironmentFile>")]
+    #[schemars(extend("default" = Environments::default().iter().collect::<Vec<_>>()))]
     environments: Option<Vec<Environment>>,
+    /// The role of keys that are made without scopes and roles.
+    #[schemars(extend("x-default" = "none: such keys are refused"))]
     default_role: Option<String>,
+    /// How long revoked keys and rotated tokens are told apart from unknown ones.
+    #[schemars(extend("default" = RETENTION_DAYS, "x-unit" = "days"))]
     retention_days: Option<u32>,
+    /// Where Envoy's ext_authz and health are served alone, with limits made for Envoy.
+    #[schemars(extend("x-default" = "nowhere", "format" = "address"))]
     envoy_listen: Option<String>,
+    /// Where nginx, Traefik and others are served that ask over HTTP.
+    #[schemars(extend("x-default" = "nowhere", "format" = "address"))]
     forward_auth_listen: Option<String>,
+    /// A file that says what HTTP requests need; it is read again when it changes.
+    #[schemars(extend("x-default" = "none: routes say what they need", "format" = "file"))]
     rules: Option<PathBuf>,
+    /// What this replica is called in reports: 1-255 visible characters.
+    #[schemars(extend("x-default" = "the machine's name and the port"))]
     replica_name: Option<String>,
+    /// How long replicas of a new PostgreSQL database answer without news from it: `strict` (5s), `default` (60s),
+    /// `static` (for ever), or 1s to 1d.
+    #[schemars(extend("default" = "default", "format" = "duration"))]
     lease: Option<String>,
+    /// How HTTP requests that proxies ask about are judged ([gateway.md](gateway.md)).
     #[serde(default)]
     gateway: super::gateway::File,
+    /// Where rate limits are counted when several processes serve one database ([limits.md](limits.md)).
     #[serde(default)]
     limits: limits::File,
+    /// Where to serve, each with its own services, limits and TLS ([transport.md](transport.md)).
     #[serde(default, rename = "listener")]
     listeners: Vec<listeners::File>,
+    /// Whether listeners with management services answer gRPC reflection.
+    #[schemars(extend("default" = true))]
     reflection: Option<bool>,
+    /// Whether plaintext may be served beyond this machine: tokens can then be read on the way.
+    #[schemars(extend("default" = false))]
     insecure: Option<bool>,
+    /// How many calls there may be at once ([transport.md](transport.md)).
     #[serde(default)]
     overload: listeners::OverloadFile,
+}
+
+/// An environment as the file has it; `domain` knows nothing of schemas.
+#[derive(JsonSchema)]
+#[expect(dead_code, reason = "only its description is used")]
+struct EnvironmentFile {
+    /// Its name, as requests say it.
+    name: String,
+    /// Its short name in tokens, of `[a-z0-9]`; may be empty.
+    tag: String,
 }
 
 /// The server's settings, all valid.
@@ -213,7 +281,7 @@ pub struct Settings {
     /// Where to serve the admin pages: `host:port`.
     pub admin_listen: String,
     /// Where keys are kept.
-    pub database: String,
+    pub database: SecretUrl,
     /// Where the root key of a first start goes, if not to the terminal.
     pub root_key_file: Option<PathBuf>,
     /// How many threads serve connections.
@@ -242,9 +310,23 @@ impl Settings {
     /// Reads the settings of a server.
     ///
     /// # Errors
-    /// When the file or a value is wrong; the error says which and what would be right.
+    /// When the file or a value is wrong; the error says which and what would be right, and of a file everything.
     pub fn load(args: &ServeArgs) -> Result<Settings, ConfigError> {
-        let (mut settings, limits) = Settings::read(&args.database)?;
+        let document = args.database.config.as_deref().map(Document::read).transpose()?;
+        Settings::of(args, document.as_ref())
+    }
+
+    /// The same with the file at hand.
+    ///
+    /// # Errors
+    /// As for [`Settings::load`].
+    pub fn of(args: &ServeArgs, document: Option<&Document>) -> Result<Settings, ConfigError> {
+        let Some(document) = document else { return Settings::assemble(args, File::default()) };
+        every_problem(document, |file| Settings::assemble(args, file))
+    }
+
+    fn assemble(args: &ServeArgs, file: File) -> Result<Settings, ConfigError> {
+        let (mut settings, limits) = Settings::read(&args.database, file)?;
         settings.limits = limits.read(args.limits_url.as_ref())?;
         let replace = |slot: &mut String, flag: &Option<String>| {
             if let Some(flag) = flag {
@@ -339,12 +421,15 @@ impl Settings {
     /// # Errors
     /// As for [`Settings::load`].
     pub fn load_database(args: &DatabaseArgs) -> Result<Settings, ConfigError> {
-        Settings::read(args).map(|(settings, _)| settings)
+        let read = |file| Settings::read(args, file).map(|(settings, _)| settings);
+        match args.config.as_deref().map(Document::read).transpose()? {
+            Some(document) => every_problem(&document, read),
+            None => read(File::default()),
+        }
     }
 
     /// The settings without how limits are counted, which takes a flag too.
-    fn read(args: &DatabaseArgs) -> Result<(Settings, limits::File), ConfigError> {
-        let file = args.config.as_deref().map(read_file).transpose()?.unwrap_or_default();
+    fn read(args: &DatabaseArgs, file: File) -> Result<(Settings, limits::File), ConfigError> {
         let prefix = file.token_prefix.as_deref().unwrap_or(PREFIX);
         let prefix = TokenPrefix::parse(prefix).map_err(|error| invalid("token_prefix", prefix, error))?;
         let environments = match file.environments {
@@ -359,6 +444,10 @@ impl Settings {
         let retention = file.retention_days.unwrap_or(RETENTION_DAYS);
         let gateway = file.gateway.read(&environments)?;
         let listeners = listeners::read(file.listeners)?;
+        let database = args.database.clone().or(file.database).unwrap_or_else(|| DATABASE.into());
+        let password = args.database_password_file.as_ref().or(file.database_password_file.as_ref());
+        let database =
+            password.map_or_else(|| Ok(database.clone()), |file| with_password(&database, file))?;
         let settings = Settings {
             main_listener: file.listen.is_some() || listeners.is_empty(),
             listeners,
@@ -367,7 +456,7 @@ impl Settings {
             overload: file.overload.read()?,
             listen: file.listen.unwrap_or_else(|| LISTEN.to_owned()),
             admin_listen: file.admin_listen.unwrap_or_else(|| ADMIN_LISTEN.to_owned()),
-            database: args.database.clone().or(file.database).unwrap_or_else(|| DATABASE.to_owned()),
+            database,
             root_key_file: file.root_key_file,
             threads: file
                 .threads
@@ -402,20 +491,56 @@ pub(super) fn address(setting: &'static str, value: &str) -> Result<(), ConfigEr
     }
 }
 
-/// Where and what. The line itself is shown, unless there may be a password in it.
-fn said(error: &toml::de::Error) -> String {
-    let shown = error.to_string();
-    match shown.split_once('\n') {
-        Some((place, rest)) if rest.contains("://") => format!("{place}: {}", error.message()),
-        _ => shown,
+/// The database's URL with the password from a file.
+fn with_password(database: &SecretUrl, file: &Path) -> Result<SecretUrl, ConfigError> {
+    let wrong =
+        |problem: String| Err(invalid("database_password_file", &file.display().to_string(), problem));
+    if !database.starts_with("postgres") {
+        return wrong("has no effect: database is no postgres:// URL".to_owned());
+    }
+    if database.has_password() {
+        return wrong("is one password too many: take the other one out of the URL in database".to_owned());
+    }
+    match std::fs::read_to_string(file) {
+        Err(error) => wrong(format!("cannot be read: {error}")),
+        Ok(text) => match text.trim_end_matches(['\r', '\n']) {
+            "" => wrong("is empty; it must hold the password alone".to_owned()),
+            password => Ok(database.with_password(password)),
+        },
     }
 }
 
-fn read_file(path: &Path) -> Result<File, ConfigError> {
-    let shown = || path.display().to_string();
-    let text =
-        std::fs::read_to_string(path).map_err(|source| ConfigError::Unreadable { path: shown(), source })?;
-    toml::from_str(&text).map_err(|error| ConfigError::Malformed { path: shown(), problem: said(&error) })
+/// Reads a file's settings. If a value is wrong, all that are: a key that is wrong is left out, and the rest read again.
+/// Of a table only the first is told, since its other keys may be right or wrong by it.
+fn every_problem<T>(
+    document: &Document,
+    read: impl Fn(File) -> Result<T, ConfigError>,
+) -> Result<T, ConfigError> {
+    let first = match read(document.file()?) {
+        Err(error) => error,
+        good => return good,
+    };
+    let (mut problems, mut left_out) = (Vec::new(), Vec::new());
+    let mut said = Some(first.in_file());
+    while let Some(Some((setting, text))) = said {
+        let top = setting.split('.').next().unwrap_or_default().to_owned();
+        if document.line(setting).is_none() || left_out.contains(&top) {
+            break;
+        }
+        left_out.push(top);
+        let next = read(document.file_without(&left_out)?).err().map(|error| error.in_file());
+        // What is still wrong without the key came from elsewhere: a flag, the environment.
+        if next.as_ref().is_some_and(|next| next.as_ref().is_some_and(|(_, again)| *again == text)) {
+            break;
+        }
+        problems.push(document.problem_of(setting, text));
+        said = next;
+    }
+    if problems.is_empty() {
+        return Err(first);
+    }
+    problems.sort_by_key(|problem| (problem.line, problem.column));
+    Err(document.wrong(problems))
 }
 
 #[cfg(test)]
@@ -426,7 +551,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("keyward.toml");
         std::fs::write(&path, text).unwrap();
-        let database = DatabaseArgs { database: None, config: Some(path) };
+        let database = DatabaseArgs { config: Some(path), ..DatabaseArgs::default() };
         Settings::load(&ServeArgs { listen: Some("127.0.0.1:1".into()), database, ..ServeArgs::default() })
     }
 
@@ -435,7 +560,7 @@ mod tests {
         let settings = from_file("listen = '127.0.0.1:2'\nadmin_listen = '127.0.0.1:3'").unwrap();
         assert_eq!(settings.listen, "127.0.0.1:1");
         assert_eq!(settings.admin_listen, "127.0.0.1:3");
-        assert_eq!(settings.database, "sqlite:keyward.db");
+        assert_eq!(&*settings.database, "sqlite:keyward.db");
     }
 
     #[test]

@@ -94,6 +94,11 @@ impl Environments {
         Ok(Environments(list))
     }
 
+    /// Each of them, in the order of the list.
+    pub fn iter(&self) -> impl Iterator<Item = &Environment> {
+        self.0.iter()
+    }
+
     /// The environment with this name.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<&Environment> {

@@ -10,6 +10,7 @@
 
 mod backend;
 pub mod fleet;
+pub mod look;
 mod plan;
 mod postgres;
 mod queries;

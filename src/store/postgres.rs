@@ -19,6 +19,7 @@ mod facts;
 mod fleet;
 mod line;
 mod literal;
+mod look;
 mod migrate;
 mod place;
 mod snapshot;
@@ -58,6 +59,7 @@ use super::{
 use fleet::Lines;
 use line::TextRow;
 use literal::Literal as _;
+pub(super) use look::look;
 use place::Place;
 use sources::{Sources, WHICH};
 
@@ -133,12 +135,7 @@ impl Postgres {
     pub(super) async fn open(url: &str) -> std::result::Result<Postgres, OpenError> {
         let place = Place::parse(url)?;
         let failed = |error: sqlx::Error| open_error(&place, error);
-        let pool = PgPoolOptions::new()
-            .max_connections(CONNECTIONS)
-            .acquire_timeout(ACQUIRE)
-            // `begin` finds out for less.
-            .test_before_acquire(false)
-            .connect_lazy_with(place.options.clone());
+        let pool = pool(&place);
         // Not from the pool, which would try again until its time is over and forget why it failed.
         let connecting = PgConnection::connect_with(&place.options);
         let mut connection = within(ACQUIRE, connecting).await.map_err(failed)?;
@@ -264,6 +261,16 @@ fn lock_head(known: Option<Head>) -> [String; 2] {
 
 fn texts(questions: &[facts::Question]) -> impl Iterator<Item = String> {
     questions.iter().map(|(text, _)| text.clone())
+}
+
+/// Connections for all but the replicas' own lines. None is made yet.
+fn pool(place: &Place) -> PgPool {
+    PgPoolOptions::new()
+        .max_connections(CONNECTIONS)
+        .acquire_timeout(ACQUIRE)
+        // `begin` finds out for less.
+        .test_before_acquire(false)
+        .connect_lazy_with(place.options.clone())
 }
 
 /// A connection with a transaction. Whoever fails or is given up in the middle leaves it in an unknown state: then it

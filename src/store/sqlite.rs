@@ -5,6 +5,8 @@
 //! writes; a few others read, each seeing whole transactions only. Here: opening, checking and connections; the
 //! transactions are in `sqlite_write.rs`, the reads in `backend.rs`.
 
+mod look;
+
 use std::{
     fs::{File, OpenOptions},
     io::{Read as _, Seek as _, Write as _},
@@ -31,6 +33,7 @@ use tokio::{
 
 use crate::domain::{limit::Spent, log::GENESIS, name::KeyId, time::Timestamp};
 
+pub(super) use self::look::look;
 use super::{
     CommitError, Committed, Head, Hour, OpenError, SnapshotItem, StoreError, UsageBatch, Write,
     backend::{self, Backend, TakeKey, TakeRow, View},
@@ -70,8 +73,8 @@ pub struct Sqlite {
     unchecked: AtomicBool,
     /// Whether that check found damage.
     damaged: watch::Sender<bool>,
-    /// Held until the process ends; the lock goes with it.
-    _lock: File,
+    /// Held until the process ends; the lock goes with it. None = the file is only looked at.
+    _lock: Option<File>,
 }
 
 impl std::fmt::Debug for Sqlite {
@@ -121,7 +124,7 @@ impl Sqlite {
         let writer = Mutex::new(Some(writer));
         let unchecked = AtomicBool::new(unchecked);
         let damaged = watch::Sender::new(false);
-        let store = Sqlite { writer, options, readers, unchecked, damaged, _lock: lock };
+        let store = Sqlite { writer, options, readers, unchecked, damaged, _lock: Some(lock) };
         match backend::check_log(&store).await {
             Ok(()) => Ok(store),
             Err(StoreError::Damaged(what)) => Err(OpenError::Damaged { path: path.to_owned(), what }),

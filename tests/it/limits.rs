@@ -421,7 +421,7 @@ impl Rig {
         let mut settings = Settings::load_database(&DatabaseArgs::default()).unwrap();
         settings.listen = "127.0.0.1:0".to_owned();
         settings.admin_listen = "127.0.0.1:0".to_owned();
-        settings.database = format!("sqlite:{}", self.folder.path().join("keyward.db").display());
+        settings.database = format!("sqlite:{}", self.folder.path().join("keyward.db").display()).into();
         settings.threads = 2;
         let (clock, entropy) = (self.clock.clone(), Arc::new(SystemEntropy));
         let server = keyward::server::Server::start(settings, clock, entropy).await.unwrap();

@@ -45,7 +45,7 @@ async fn start(database: &Path, limits: LimitSettings, clock: Arc<ManualClock>) 
     let mut settings = Settings::load_database(&DatabaseArgs::default()).unwrap();
     settings.listen = "127.0.0.1:0".to_owned();
     settings.admin_listen = "127.0.0.1:0".to_owned();
-    settings.database = format!("sqlite:{}", database.display());
+    settings.database = format!("sqlite:{}", database.display()).into();
     settings.threads = 2;
     settings.limits = limits;
     keyward::server::Server::start(settings, clock, Arc::new(SystemEntropy)).await.unwrap()

@@ -92,7 +92,7 @@ impl<P: Place> ServerOn<P> {
         let mut settings = Settings::load_database(&DatabaseArgs::default()).unwrap();
         settings.listen = "127.0.0.1:0".to_owned();
         settings.admin_listen = "127.0.0.1:0".to_owned();
-        settings.database = place.url();
+        settings.database = place.url().into();
         settings.threads = 2;
         configure(&mut settings);
         let clock = Arc::new(ManualClock::at(Timestamp::from_micros(START * 1_000_000)));

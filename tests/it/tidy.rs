@@ -130,6 +130,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("transport", &["domain"]),
     ("config", &["domain", "engine", "gateway", "keys", "transport"]),
     ("telemetry", &["config"]),
+    ("doctor", &["clock", "config", "domain", "store"]),
     (
         "server",
         &[
@@ -152,7 +153,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "transport",
         ],
     ),
-    ("cli", &["clock", "config", "domain", "pb", "server", "telemetry"]),
+    ("cli", &["clock", "config", "doctor", "domain", "pb", "server", "telemetry"]),
     ("main", &[]),
     ("lib", &[]),
 ];

@@ -3,27 +3,17 @@
 
 use sqlx::PgConnection;
 
-use crate::store::{OpenError, records::Columns as _};
+use crate::store::{OpenError, look::ServerFacts, records::Columns as _};
 
 use super::{CALL, Place, open_error, query, within};
 
 /// The oldest server that Keyward is for: PostgreSQL 13.
 const OLDEST: i64 = 130_000;
 
-/// What a server says of itself.
-struct Said {
-    version: i64,
-    in_recovery: bool,
-    fsync: String,
-    synchronous_commit: String,
-    standbys: String,
-    encoding: String,
-}
-
 /// Checks the server. Gives the `synchronous_commit` that transactions are to have.
 pub(super) async fn check(place: &Place, connection: &mut PgConnection) -> Result<&'static str, OpenError> {
     let said = within(CALL, ask(connection)).await.map_err(|error| open_error(place, error))?;
-    if let Some((what, fix)) = objection(&said) {
+    if let Some((what, fix)) = said.objection {
         return Err(OpenError::Unsuitable { database: place.shown.clone(), what, fix });
     }
     if said.standbys.is_empty() {
@@ -36,29 +26,34 @@ pub(super) async fn check(place: &Place, connection: &mut PgConnection) -> Resul
     Ok(durable(&said.synchronous_commit))
 }
 
-async fn ask(connection: &mut PgConnection) -> Result<Said, sqlx::Error> {
+/// What a server says of itself.
+pub(super) async fn ask(connection: &mut PgConnection) -> Result<ServerFacts, sqlx::Error> {
     // In a transaction, so that both steps of the statement meet the same session.
     sqlx::raw_sql("BEGIN").execute(&mut *connection).await?;
     let row = query(
         "SELECT current_setting('server_version_num')::bigint, pg_is_in_recovery()::int::bigint, \
          current_setting('fsync'), current_setting('synchronous_commit'), \
-         current_setting('synchronous_standby_names'), current_setting('server_encoding')",
+         current_setting('synchronous_standby_names'), current_setting('server_encoding'), \
+         current_setting('full_page_writes')",
     )
     .fetch_one(&mut *connection)
     .await?;
     sqlx::raw_sql("COMMIT").execute(connection).await?;
-    Ok(Said {
+    let said = ServerFacts {
         version: row.int(0)?,
         in_recovery: row.int(1)? != 0,
         fsync: row.text(2)?.to_owned(),
         synchronous_commit: row.text(3)?.to_owned(),
         standbys: row.text(4)?.to_owned(),
         encoding: row.text(5)?.to_owned(),
-    })
+        full_page_writes: row.text(6)?.to_owned(),
+        objection: None,
+    };
+    Ok(ServerFacts { objection: objection(&said), ..said })
 }
 
 /// What is wrong with the server, and what to do.
-fn objection(said: &Said) -> Option<(String, &'static str)> {
+fn objection(said: &ServerFacts) -> Option<(String, &'static str)> {
     if said.version < OLDEST {
         let major = said.version / 10_000;
         return Some((format!("it is PostgreSQL {major}"), "Use PostgreSQL 13 or newer"));
@@ -80,7 +75,7 @@ fn objection(said: &Said) -> Option<(String, &'static str)> {
 }
 
 /// At least `on`: whatever is less acknowledges what is not on disk everywhere that it should be.
-fn durable(default: &str) -> &'static str {
+pub(super) fn durable(default: &str) -> &'static str {
     if default == "remote_apply" { "remote_apply" } else { "on" }
 }
 
@@ -88,14 +83,16 @@ fn durable(default: &str) -> &'static str {
 mod tests {
     use super::*;
 
-    fn good() -> Said {
-        Said {
+    fn good() -> ServerFacts {
+        ServerFacts {
             version: 150_018,
             in_recovery: false,
             fsync: "on".to_owned(),
             synchronous_commit: "on".to_owned(),
             standbys: String::new(),
             encoding: "UTF8".to_owned(),
+            full_page_writes: "on".to_owned(),
+            objection: None,
         }
     }
 
@@ -103,10 +100,10 @@ mod tests {
     fn a_server_that_can_lose_or_lag_is_refused() {
         assert!(objection(&good()).is_none());
         for bad in [
-            Said { version: 120_009, ..good() },
-            Said { in_recovery: true, ..good() },
-            Said { fsync: "off".to_owned(), ..good() },
-            Said { encoding: "SQL_ASCII".to_owned(), ..good() },
+            ServerFacts { version: 120_009, ..good() },
+            ServerFacts { in_recovery: true, ..good() },
+            ServerFacts { fsync: "off".to_owned(), ..good() },
+            ServerFacts { encoding: "SQL_ASCII".to_owned(), ..good() },
         ] {
             assert!(objection(&bad).is_some());
         }

@@ -109,9 +109,29 @@ async fn applied(connection: &mut PgConnection) -> Result<Vec<(i64, Vec<u8>)>> {
     rows.iter().map(|row| Ok((row.int(0)?, row.bytes(1)?.to_vec()))).collect()
 }
 
+/// The newest migration that the schema of a place has had, if it has had any. Nothing is made.
+pub(super) async fn newest(place: &Place, connection: &mut PgConnection) -> Result<Option<i64>> {
+    let begin = format!("BEGIN READ ONLY; SET LOCAL search_path TO \"{}\"", place.schema);
+    sqlx::raw_sql(AssertSqlSafe(begin)).execute(&mut *connection).await?;
+    let found = query("SELECT to_regclass('migrations')::text").fetch_one(&mut *connection).await?;
+    let newest = match found.text_opt(0)? {
+        None => None,
+        Some(_) => {
+            query("SELECT max(version) FROM migrations").fetch_one(&mut *connection).await?.int_opt(0)?
+        }
+    };
+    sqlx::raw_sql("COMMIT").execute(connection).await?;
+    Ok(newest)
+}
+
+/// The newest migration that this program knows.
+pub(super) fn known_newest() -> i64 {
+    MIGRATIONS.iter().map(|migration| migration.version).max().unwrap_or(0)
+}
+
 /// Whether this program knows all that the schema has had.
 fn known(place: &Place, applied: &[(i64, Vec<u8>)]) -> std::result::Result<(), OpenError> {
-    let newest = MIGRATIONS.iter().map(|migration| migration.version).max().unwrap_or(0);
+    let newest = known_newest();
     for (version, checksum) in applied {
         match MIGRATIONS.iter().find(|migration| migration.version == *version) {
             None => {

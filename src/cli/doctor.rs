@@ -1,0 +1,122 @@
+//! `keyward doctor`: what is wrong with a running deployment, one finding a line. Like `replicas`, it has the database at
+//! hand, since it is for when servers do not answer; it changes nothing.
+
+use std::{
+    fmt::Write as _,
+    path::{Path, PathBuf},
+};
+
+use clap::Args;
+use serde_json::json;
+
+use super::{
+    config::wrong,
+    console::Console,
+    failure::{Failure, REFUSED},
+    table::clean,
+};
+use crate::{
+    clock::SystemClock,
+    config::{
+        client::{ClientArgs, ClientSettings, Output},
+        document::Document,
+        server::ServeArgs,
+    },
+    doctor::{self, Asked, Finding, Findings, Level, Url},
+};
+
+/// The largest bootstrap that is read, in bytes.
+const MAX_BOOTSTRAP: u64 = 16 << 20;
+
+const CODES: &str = "\
+Exit codes: 0 nothing fails, though there may be warnings; 1 something fails; 2 it could not be looked at.
+
+Give it what the servers are started with (--config, or KEYWARD_ variables), so that it looks at their database. It \
+sends no token, changes nothing, and may run beside servers.";
+
+/// `keyward doctor`.
+#[derive(Debug, Args)]
+#[command(after_long_help = CODES)]
+pub(super) struct DoctorArgs {
+    /// A server's gRPC listener: http://HOST:PORT, https://HOST:PORT or HOST:PORT; may be given again
+    #[arg(long = "server", id = "grpc_server", value_name = "URL")]
+    servers: Vec<Url>,
+    /// A server's admin listener: http://HOST:PORT or HOST:PORT; may be given again
+    #[arg(long, value_name = "URL")]
+    admin: Vec<Url>,
+    /// Envoy's bootstrap, YAML or JSON
+    #[arg(long, value_name = "FILE")]
+    envoy: Option<PathBuf>,
+    /// How to print the findings [default: table]
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    output: Option<Output>,
+    /// What the servers are started with.
+    #[command(flatten, next_help_heading = "The servers' settings, as for keyward serve")]
+    serve: Box<ServeArgs>,
+}
+
+/// Runs the command; `outer` are flags before its name.
+pub(super) fn run(args: DoctorArgs, outer: ClientArgs, console: &mut Console) -> Result<u8, Failure> {
+    let output = ClientArgs { output: args.output.or(outer.output), ..ClientArgs::default() };
+    let outer_server = outer.server;
+    let json = ClientSettings::load(output)?.output == Output::Json;
+    let document = args.serve.database.config.as_deref().map(Document::read).transpose().map_err(wrong)?;
+    let envoy = args.envoy.as_ref().map(|path| bootstrap(path)).transpose()?;
+    let name = args.envoy.as_ref().map(|path| path.display().to_string()).unwrap_or_default();
+    let mut servers = args.servers;
+    if let Some(server) = outer_server.filter(|_| servers.is_empty()) {
+        servers.push(server.parse().map_err(|problem| Failure::usage(format!("{server}: {problem}")))?);
+    }
+    let asked = Asked {
+        serve: &args.serve,
+        document: document.as_ref(),
+        servers: &servers,
+        admin: &args.admin,
+        envoy: envoy.as_deref().map(|text| (name.as_str(), text)),
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    let findings = runtime.block_on(doctor::examine(&asked, &SystemClock));
+    runtime.shutdown_background();
+    console.print(&if json { as_json(&findings) } else { words(&findings) })?;
+    Ok(if findings.failed() { REFUSED } else { 0 })
+}
+
+fn bootstrap(path: &Path) -> Result<String, Failure> {
+    let unreadable =
+        |error: std::io::Error| Failure::usage(format!("{} cannot be read: {error}", path.display()));
+    let length = std::fs::metadata(path).map_err(unreadable)?.len();
+    if length > MAX_BOOTSTRAP {
+        return Err(Failure::usage(format!(
+            "{} has {length} bytes, too many for a bootstrap",
+            path.display()
+        )));
+    }
+    std::fs::read_to_string(path).map_err(unreadable)
+}
+
+/// A line for each: how grave, about what, what, and what to do.
+fn words(findings: &Findings) -> String {
+    let mut text = String::new();
+    for Finding { level, about, said, fix } in findings.iter() {
+        let line = match level {
+            Level::Unseen => format!("{:<5} {about:<10} not looked at: {}", "-", clean(said)),
+            _ => format!("{:<5} {about:<10} {}", level.as_str(), clean(said)),
+        };
+        let fix = if fix.is_empty() { String::new() } else { format!(" → {}", clean(fix)) };
+        // Writing to a String does not fail.
+        let _ = writeln!(text, "{line}{fix}");
+    }
+    let count = |wanted: Level| findings.iter().filter(|finding| finding.level == wanted).count();
+    let [good, warnings, failures, unseen] =
+        [Level::Good, Level::Warning, Level::Failure, Level::Unseen].map(count);
+    let _ = writeln!(text, "{good} ok, {warnings} warn, {failures} fail, {unseen} not looked at");
+    text
+}
+
+fn as_json(findings: &Findings) -> String {
+    let one = |Finding { level, about, said, fix }: &Finding| {
+        let fix = Some(fix).filter(|fix| !fix.is_empty());
+        json!({ "level": level.as_str(), "about": about, "said": said, "fix": fix })
+    };
+    format!("{:#}\n", json!({ "findings": findings.iter().map(one).collect::<Vec<_>>() }))
+}

@@ -1,0 +1,256 @@
+//! Which settings the file knows, read from the types that read it: the doc comment of a field is what people are told
+//! of the key, and what `schemars` attributes say beside it is its default and unit. The reference page, `keyward
+//! config show` and the search for a misspelt key all go by this one list.
+//!
+//! A field says: `#[schemars(extend("default" = VALUE))]`, or `"x-default"` with words where the default is no fixed
+//! value, or its comment ends in `Default: …` or has a sentence `Without it …`; `"format"` with what a text must be (`address`, `duration`, `file`, `URL` …); `"x-unit"` of a number;
+//! `"x-secret" = true` where it may hold a secret; `"x-flag"` with the id of its flag, where that is not its own name.
+
+use std::sync::LazyLock;
+
+use clap::Args as _;
+use schemars::{Schema, generate::SchemaSettings};
+use serde_json::Value;
+
+use super::server::{File, ServeArgs};
+
+/// A key of the file.
+#[derive(Clone, Debug)]
+pub struct Key {
+    /// Its name with those of its tables: `limits.backend`; `listener[].name` in each table of a list.
+    pub path: String,
+    /// What a value is, for people.
+    pub kind: String,
+    /// What holds without it.
+    pub default: Absent,
+    /// What it means.
+    pub meaning: String,
+    /// Whether its value may hold a secret.
+    pub secret: bool,
+    /// The flag in its stead, with the dashes.
+    pub flag: Option<String>,
+    /// The environment variable in its stead.
+    pub variable: Option<String>,
+    /// The id of that flag's argument.
+    pub(super) argument: Option<String>,
+    /// Whether a value from a flag or variable is a number or a truth value, and no text.
+    pub(super) plain: bool,
+}
+
+/// What holds without a key.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Absent {
+    /// This value.
+    Value(Value),
+    /// No fixed value: what happens, in words.
+    Words(String),
+    /// It must be there.
+    Refused,
+}
+
+/// A table of the file.
+#[derive(Clone, Debug)]
+pub struct Section {
+    /// Its name: empty = what stands before all tables, `listener[]` = each table of a list.
+    pub path: String,
+    /// What it is for.
+    pub meaning: String,
+    /// Its keys.
+    pub keys: Vec<Key>,
+}
+
+/// Every table with its keys; the file's own comes first.
+pub fn sections() -> &'static [Section] {
+    static SECTIONS: LazyLock<Vec<Section>> = LazyLock::new(read);
+    &SECTIONS
+}
+
+/// Every key.
+pub fn all() -> impl Iterator<Item = &'static Key> {
+    sections().iter().flat_map(|section| &section.keys)
+}
+
+/// The key with this path.
+#[must_use]
+pub fn find(path: &str) -> Option<&'static Key> {
+    all().find(|key| key.path == path)
+}
+
+/// The JSON Schema of the file, for editors.
+#[must_use]
+pub fn schema() -> Schema {
+    let settings =
+        SchemaSettings::draft2020_12().for_deserialize().with(|settings| settings.inline_subschemas = true);
+    settings.into_generator().into_root_schema_for::<File>()
+}
+
+fn read() -> Vec<Section> {
+    let flags = ServeArgs::augment_args(clap::Command::new("serve"));
+    let mut sections = Vec::new();
+    table("", schema().as_value(), &flags, &mut sections);
+    sections
+}
+
+/// Takes in a table, and the tables in it after it.
+fn table(path: &str, schema: &Value, flags: &clap::Command, into: &mut Vec<Section>) {
+    let at = into.len();
+    into.push(Section { path: path.to_owned(), meaning: meaning(schema), keys: Vec::new() });
+    let required: Vec<&str> =
+        schema["required"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    let mut tables = Vec::new();
+    for (name, schema) in schema["properties"].as_object().into_iter().flatten() {
+        let path = if path.is_empty() { name.clone() } else { format!("{path}.{name}") };
+        let shape = some(schema);
+        if shape["properties"].is_object() {
+            tables.push((path, schema_of(schema, shape)));
+            continue;
+        }
+        into[at].keys.push(key(&path, schema, required.contains(&name.as_str()), flags));
+        let items = some(&shape["items"]);
+        if items["properties"].is_object() {
+            tables.push((format!("{path}[]"), schema_of(schema, items)));
+        }
+    }
+    for (path, schema) in tables {
+        table(&path, &schema, flags, into);
+    }
+}
+
+/// A table's schema with what its field says of it, which comes before what its type says.
+fn schema_of(field: &Value, table: &Value) -> Value {
+    let mut schema = table.clone();
+    if let Some(said) = field.get("description") {
+        schema["description"] = said.clone();
+    }
+    schema
+}
+
+/// A schema without its being optional.
+fn some(schema: &Value) -> &Value {
+    let ways = schema["anyOf"].as_array().into_iter().flatten();
+    ways.into_iter().find(|way| way["type"] != "null").unwrap_or(schema)
+}
+
+fn key(path: &str, schema: &Value, required: bool, flags: &clap::Command) -> Key {
+    let shape = some(schema);
+    let (meaning, words) = said(schema);
+    let absent = match (schema.get("default"), schema["x-default"].as_str()) {
+        (_, Some(words)) => Absent::Words(words.to_owned()),
+        (Some(value), None) => Absent::Value(value.clone()),
+        (None, None) if required => Absent::Refused,
+        (None, None) => Absent::Words(words.unwrap_or_else(|| "none".to_owned())),
+    };
+    let name = schema["x-flag"].as_str().map_or_else(|| path.replace('.', "_"), str::to_owned);
+    let argument = flags.get_arguments().find(|argument| argument.get_id() == name.as_str());
+    let flag = argument.and_then(|argument| argument.get_long());
+    let variable = argument.and_then(|argument| argument.get_env());
+    let kind = kind(schema, shape);
+    Key {
+        path: path.to_owned(),
+        plain: ["boolean", "integer", "number"].iter().any(|plain| kind.starts_with(plain)),
+        kind,
+        default: absent,
+        meaning,
+        secret: schema["x-secret"] == true,
+        flag: flag.map(|flag| format!("--{flag}")),
+        variable: variable.map(|variable| variable.to_string_lossy().into_owned()),
+        argument: argument.map(|_| name),
+    }
+}
+
+/// What a value is, for people.
+fn kind(field: &Value, shape: &Value) -> String {
+    let words = |schema: &Value| {
+        schema["enum"].as_array().cloned().or_else(|| {
+            let ways = schema["oneOf"].as_array()?;
+            ways.iter().map(|way| way.get("const").cloned()).collect()
+        })
+    };
+    if let Some(words) = words(shape) {
+        let words = words.iter().filter_map(Value::as_str).map(|word| format!("`{word}`"));
+        return words.collect::<Vec<_>>().join(", ");
+    }
+    let unit = field["x-unit"].as_str().map(|unit| format!(", {unit}")).unwrap_or_default();
+    let kind = match &shape["type"] {
+        Value::Array(kinds) => kinds.iter().filter_map(Value::as_str).find(|kind| *kind != "null"),
+        kind => kind.as_str(),
+    };
+    match kind {
+        Some("string") => field["format"].as_str().map_or_else(|| "text".to_owned(), str::to_owned) + &unit,
+        Some("array") => {
+            let items = some(&shape["items"]);
+            if items["properties"].is_object() {
+                "list of tables".to_owned()
+            } else {
+                format!("list of {}", kind_of(items))
+            }
+        }
+        Some(kind) => format!("{kind}{unit}"),
+        None => "value".to_owned(),
+    }
+}
+
+fn kind_of(items: &Value) -> String {
+    kind(items, items)
+}
+
+/// A key's doc comment as one paragraph, and what its end says of the default: `Default: …`.
+fn said(schema: &Value) -> (String, Option<String>) {
+    let whole = meaning(schema);
+    match whole.split_once(" Default: ") {
+        Some((meaning, default)) => (meaning.to_owned(), Some(default.trim_end_matches('.').to_owned())),
+        None => (whole, None),
+    }
+}
+
+/// A doc comment as one paragraph.
+fn meaning(schema: &Value) -> String {
+    schema["description"].as_str().unwrap_or_default().split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_key_says_what_it_means_and_what_holds_without_it() {
+        for key in all() {
+            assert!(key.meaning.len() > 10, "{}: its field has no doc comment", key.path);
+            let said = key.default != Absent::Words("none".to_owned());
+            assert!(said || key.meaning.contains("Without it"), "{}: say its default", key.path);
+            assert!(key.kind != "value", "{}: what is it?", key.path);
+        }
+        for section in sections().iter().skip(1) {
+            assert!(section.meaning.len() > 10, "[{}]: say what it is for", section.path);
+        }
+    }
+
+    #[test]
+    fn a_key_knows_its_flag_and_variable() {
+        let url = find("limits.url").unwrap();
+        assert_eq!(
+            (url.flag.as_deref(), url.variable.as_deref()),
+            (Some("--limits-url"), Some("KEYWARD_LIMITS_URL"))
+        );
+        assert!(url.secret);
+        assert_eq!(find("retention_days").unwrap().flag, None);
+        assert_eq!(find("threads").unwrap().kind, "integer");
+    }
+
+    #[test]
+    fn a_key_of_a_list_of_tables_is_known_by_its_table() {
+        assert_eq!(find("environments").unwrap().kind, "list of tables");
+        assert_eq!(find("environments[].tag").unwrap().kind, "text");
+    }
+
+    #[test]
+    fn every_flag_of_the_server_belongs_to_a_key_or_is_named_here() {
+        const ALONE: [&str; 3] = ["config", "log", "log_format"];
+        let flags = ServeArgs::augment_args(clap::Command::new("serve"));
+        for argument in flags.get_arguments() {
+            let id = argument.get_id().as_str();
+            let known = all().any(|key| key.argument.as_deref() == Some(id));
+            assert!(known != ALONE.contains(&id), "{id}");
+        }
+    }
+}

@@ -1,0 +1,94 @@
+//! The reference page of the settings, made from [`keys`]: `docs/configuration.md`.
+
+use std::fmt::Write as _;
+
+use super::keys::{self, Absent, Key, Section};
+
+const HEAD: &str = "\
+# Configuration
+<!-- Made by `keyward config reference`. Change the comments of the settings in src/config, not this page. -->
+
+`keyward serve --config FILE` reads one TOML file. A flag beats an environment variable, which beats the file, which
+beats the default. The file is optional, and so is every key unless it says otherwise. An unknown key stops the start,
+and so does a value that is out of its rule; everything that is wrong with a file is told at once.
+
+```sh
+keyward config check keyward.toml   # would it be accepted? exit code 0 yes, 1 no, 2 it cannot be read
+keyward config show                 # every setting in force and where it comes from; takes the flags of serve
+keyward config schema               # a JSON Schema of the file, for editors
+```
+
+A *duration* is whole numbers with units, longest first: `500ms`, `20s`, `1h30m`, `90d`. An *address* is `host:port`. A
+*file* is a path from the working directory. A secret never stands in the arguments, which other processes can read, and
+better not in the file: a password has a file of its own or an environment variable. `keyward config show` shows no
+secret, only that one is set and by what.
+
+Not in the file: `--config` (`KEYWARD_CONFIG`), `--log` (`KEYWARD_LOG`, default `info`), `--log-format`
+(`KEYWARD_LOG_FORMAT`, default `text`).
+";
+
+/// The page.
+#[must_use]
+pub fn page() -> String {
+    keys::sections().iter().fold(HEAD.to_owned(), |mut page, section| {
+        write_section(&mut page, section);
+        page
+    })
+}
+
+fn write_section(page: &mut String, section: &Section) {
+    let title = match section.path.strip_suffix("[]") {
+        _ if section.path.is_empty() => "The file".to_owned(),
+        Some(list) => format!("`[[{list}]]`", list = list.replace("[]", "")),
+        None => format!("`[{path}]`", path = section.path.replace("[]", "")),
+    };
+    // Writing to a String does not fail.
+    let _ = writeln!(page, "\n## {title}\n{}\n", section.meaning);
+    let _ = writeln!(page, "| Key | Type | Default | Meaning | Flag, environment |\n|---|---|---|---|---|");
+    for key in &section.keys {
+        let name = key.path.rsplit('.').next().unwrap_or_default();
+        let row = [format!("`{name}`"), key.kind.clone(), default(key), key.meaning.clone(), instead(key)];
+        let _ = writeln!(page, "| {} |", row.map(|cell| cell.replace('|', "\\|")).join(" | "));
+    }
+}
+
+fn default(key: &Key) -> String {
+    match &key.default {
+        Absent::Value(value) => match toml::Value::try_from(value) {
+            Ok(value) => format!("`{value}`"),
+            Err(_) => format!("`{value}`"),
+        },
+        Absent::Words(words) => words.clone(),
+        Absent::Refused => "must be set".to_owned(),
+    }
+}
+
+fn instead(key: &Key) -> String {
+    let names = [&key.flag, &key.variable];
+    names.into_iter().flatten().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_page_in_the_repository_is_the_one_that_is_made() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/configuration.md");
+        let kept = std::fs::read_to_string(path).unwrap_or_default();
+        assert!(kept == page(), "out of date: keyward config reference >docs/configuration.md");
+    }
+
+    #[test]
+    fn every_table_has_a_heading_and_every_key_a_row() {
+        let page = page();
+        for said in [
+            "## `[limits]`",
+            "## `[[environments]]`",
+            "| `on_backend_failure` | ",
+            "`--limits-url`, `KEYWARD_LIMITS_URL`",
+        ] {
+            assert!(page.contains(said), "{said}");
+        }
+    }
+}

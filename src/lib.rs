@@ -13,7 +13,8 @@
 //! | [`gateway`] | HTTP requests that proxies ask about: routes, credentials, replies |
 //! | [`grpc`] | the wire: services, the gate, connections; the only place that builds a status |
 //! | [`forward`] | the gateway for proxies that ask over HTTP |
-//! | [`admin`], [`http1`] | `/healthz`, `/readyz`, `/metrics`; pages made from memory |
+//! | [`admin`], [`metrics`], [`http1`] | `/healthz`, `/readyz`, `/metrics`; pages made from memory |
+//! | [`instruments`] | counters, histograms and the text that tells of them; what is counted is not known here |
 //! | [`server`], [`reload`] | the composition root: ordered start and stop; files that are read again |
 //! | [`cli`] | commands; the client side knows the generated client only |
 //! | [`clock`], [`config`], [`telemetry`] | the only readers of clock and randomness, of the environment; the log |
@@ -42,7 +43,9 @@ pub mod forward;
 pub mod gateway;
 pub mod grpc;
 pub mod http1;
+pub mod instruments;
 pub mod keys;
+pub mod metrics;
 pub mod pb;
 pub mod people;
 pub mod refusal;

@@ -49,9 +49,13 @@ use crate::{
     gateway::Gateway,
     grpc::{self, Parts, gate::Door, serve::Workers},
     keys::{self, Keys},
+    metrics,
     people::People,
     replication::{feed, follow::Follow, propagation::Propagation},
-    store::{self, CommitError, Hour, KeyFilter, OwnerFilter, Store, Write, writer::Writer},
+    store::{
+        self, CommitError, Hour, KeyFilter, OwnerFilter, Store, Write,
+        writer::{Commits, Writer},
+    },
 };
 
 const FLUSH_EVERY: Duration = Duration::from_secs(5);
@@ -126,7 +130,8 @@ impl Server {
 
         let index = Arc::new(Index::default());
         let place = Place::on(&store, index.clone(), clock.clone());
-        let (parts, writer) = parts(&settings, store.clone(), &place, clock.clone(), entropy.clone());
+        let (parts, Writing { task: writer, commits }) =
+            parts(&settings, store.clone(), &place, clock.clone(), entropy.clone());
         let (engine, gateway) = (parts.engine.clone(), parts.gateway.clone());
         // In force before anybody is served.
         if let Some(rules) = &rules {
@@ -172,21 +177,25 @@ impl Server {
         // A Redis that is there counts from the first Check on; one that is not holds nobody up.
         let _ = tokio::time::timeout(QUIET_START, tried).await;
         let workers = Workers::start(settings.threads, &services, &is_stopping, DRAIN)?;
+        let calls = services.calls().clone();
         drop(services);
         let Listeners { main, admin: admin_listener, envoy, forward } = listeners;
         let forwarding = forward
             .map(|listener| tokio::spawn(forward::serve(listener, gateway.clone(), is_stopping.clone())));
         let serving = tokio::spawn(serve(main, envoy, workers, forwarding, is_stopping));
         let usage = engine.usage.clone();
-        let told = admin::Told {
+        let sources = metrics::Sources {
             engine,
             gateway: gateway.clone(),
+            calls,
+            commits,
+            waits: place.propagation.waits().clone(),
             ready: is_ready,
             replica: replica.as_ref().map(|_| place.sight.clone()),
             clock: clock.clone(),
         };
         let mut background = vec![
-            tokio::spawn(admin::serve(admin_listener, told, is_closing)),
+            tokio::spawn(admin::serve(admin_listener, sources, is_closing)),
             counting,
             tokio::spawn(flush_usage(store.clone(), usage.clone())),
             tokio::spawn(draw_quotas(store.clone(), usage.clone())),
@@ -265,6 +274,15 @@ impl Server {
     }
 }
 
+/// What writes.
+#[derive(Debug)]
+pub struct Writing {
+    /// The task. It ends when nobody can ask it any more.
+    pub task: JoinHandle<()>,
+    /// What it has committed.
+    pub commits: Arc<Commits>,
+}
+
 /// The use cases over one store and one index, and the task that writes for them. Nothing is loaded yet.
 pub fn parts(
     settings: &Settings,
@@ -272,12 +290,13 @@ pub fn parts(
     place: &Place,
     clock: Arc<dyn Clock>,
     entropy: Arc<dyn Entropy>,
-) -> (Parts, JoinHandle<()>) {
+) -> (Parts, Writing) {
     let index = place.follow.index().clone();
     let usage = Arc::new(Usage::default());
     let engine = Engine::new(index, usage, place.lease.clone(), &settings.limits, clock.clone());
     let engine = Arc::new(engine);
     let (writer, task) = Writer::spawn(store.clone(), place.follow.clone());
+    let writing = Writing { task, commits: writer.commits().clone() };
     let environments = Arc::new(settings.keys.environments.clone());
     let keys = Arc::new(Keys::new(
         store.clone(),
@@ -301,7 +320,7 @@ pub fn parts(
         news: place.news.clone(),
         environments,
     };
-    (parts, task)
+    (parts, writing)
 }
 
 /// Serves until it is told to stop, and calls in flight have ended or had their time.

@@ -38,6 +38,7 @@ use super::{
     audit::AuditService,
     authz::AuthzService,
     body::Limited,
+    calls::Calls,
     ext_authz::{Asker, ExtAuthz},
     keys::KeyService,
     rpc::{self, Access, Plane, Rpc},
@@ -67,6 +68,7 @@ pub(super) type Open = BoxCloneSyncService<Request<Body>, Response<Body>, Infall
 
 /// Every service, and the engine that knows the callers.
 pub struct Services {
+    pub(super) calls: Arc<Calls>,
     pub(super) engine: Arc<Engine>,
     pub(super) gateway: Arc<Gateway>,
     pub(super) authz: AuthzServiceServer<AuthzService>,
@@ -118,8 +120,25 @@ pub(super) fn shown<T: Clone + Send + Sync + 'static>(
 }
 
 impl Services {
+    /// The calls that came in.
+    #[must_use]
+    pub fn calls(&self) -> &Arc<Calls> {
+        &self.calls
+    }
+
     /// Answers one call that came in by this door.
     pub async fn answer(
+        self: Arc<Self>,
+        request: Request<Incoming>,
+        peer: SocketAddr,
+        door: Door,
+    ) -> Response<Body> {
+        let calls = self.calls.clone();
+        let begun = calls.begin(request.uri().path());
+        begun.answered(self.judge(request, peer, door).await)
+    }
+
+    async fn judge(
         self: Arc<Self>,
         request: Request<Incoming>,
         peer: SocketAddr,

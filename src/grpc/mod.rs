@@ -5,6 +5,7 @@ mod accounts;
 mod audit;
 mod authz;
 mod body;
+pub mod calls;
 mod convert;
 mod ext_authz;
 pub mod gate;
@@ -106,6 +107,7 @@ pub fn services(parts: Parts, reporter: HealthReporter) -> anyhow::Result<Servic
     let authz = AuthzServiceServer::new(authz::AuthzService { engine: engine.clone(), environments });
     let accounts = accounts::AccountService { accounts, people, propagation: propagation.clone() };
     Ok(Services {
+        calls: Arc::default(),
         engine,
         ext_authz: AuthorizationServer::new(ext_authz::ExtAuthz(gateway.clone()))
             .max_decoding_message_size(rpc::largest(rpc::service(rpc::EXT_AUTHZ))),

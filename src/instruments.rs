@@ -61,7 +61,9 @@ impl Counters {
 
     /// Adds to the counter at this place. One that is none counts nothing.
     pub fn add(&self, at: usize, more: u64) {
-        self.on(thread()).and_then(|shard| shard.get(at)).map(|counter| counter.fetch_add(more, Ordering::Relaxed));
+        self.on(thread())
+            .and_then(|shard| shard.get(at))
+            .map(|counter| counter.fetch_add(more, Ordering::Relaxed));
     }
 
     /// The counter at this place, over all threads.

@@ -17,7 +17,9 @@
 //! | [`instruments`] | counters, histograms and the text that tells of them; what is counted is not known here |
 //! | [`server`], [`reload`] | the composition root: ordered start and stop; files that are read again |
 //! | [`cli`] | commands; the client side knows the generated client only |
-//! | [`clock`], [`config`], [`telemetry`] | the only readers of clock and randomness, of the environment; the log |
+//! | [`clock`], [`config`] | the only readers of clock and randomness, of the environment |
+//! | [`trace`], [`decisions`], [`telemetry`] | what a call is called and whether it is recorded; the decision log; where log and spans go |
+//! | [`quiet`] | a cap on how often something is said |
 //! | [`pb`] | generated from `proto/` |
 //!
 //! # Who may use whom
@@ -37,6 +39,7 @@ pub mod admin;
 pub mod cli;
 pub mod clock;
 pub mod config;
+pub mod decisions;
 pub mod domain;
 pub mod engine;
 pub mod forward;
@@ -48,9 +51,11 @@ pub mod keys;
 pub mod metrics;
 pub mod pb;
 pub mod people;
+pub mod quiet;
 pub mod refusal;
 pub mod reload;
 pub mod replication;
 pub mod server;
 pub mod store;
 pub mod telemetry;
+pub mod trace;

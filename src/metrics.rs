@@ -11,6 +11,7 @@ use tokio::sync::watch;
 
 use crate::{
     clock::Clock,
+    decisions::Decisions,
     domain::{
         decision::Reason,
         lease::{Boottime, replica::Standing},
@@ -24,6 +25,7 @@ use crate::{
     },
     replication::{feed::Sight, propagation::Waits},
     store::writer::Commits,
+    trace,
 };
 
 /// What the page tells of. Who counts something new adds it here, and a function below that tells it.
@@ -38,6 +40,8 @@ pub struct Sources {
     pub commits: Arc<Commits>,
     /// The waits for changes to be in force everywhere.
     pub waits: Arc<Waits>,
+    /// Writes decisions down.
+    pub decisions: Decisions,
     /// Whether Checks are answered.
     pub ready: watch::Receiver<bool>,
     /// The replica that this is, where there are others.
@@ -64,6 +68,7 @@ pub fn page(sources: &Sources) -> String {
     usage(&mut text, &engine.usage);
     store(&mut text, &sources.commits);
     propagation(&mut text, &sources.waits);
+    told(&mut text, &sources.decisions);
     state(&mut text, sources);
     if let Some(replica) = &sources.replica {
         feed(&mut text, sources, replica);
@@ -149,6 +154,14 @@ fn propagation(text: &mut Text, waits: &Waits) {
     text.family("keyward_propagation_seconds", Histogram, help).histogram(&[], &waits.took());
     let help = "Changes that were not known to be in force everywhere when their caller was answered.";
     text.single("keyward_propagation_incomplete_total", Counter, help, waits.incomplete());
+}
+
+/// What was to be told and got lost.
+fn told(text: &mut Text, decisions: &Decisions) {
+    let help = "Decisions that were to be written down and were not.";
+    text.single("keyward_decision_log_dropped_total", Counter, help, decisions.dropped());
+    let help = "Spans that were recorded and did not arrive.";
+    text.single("keyward_traces_dropped_total", Counter, help, trace::lost());
 }
 
 fn state(text: &mut Text, sources: &Sources) {

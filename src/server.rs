@@ -4,7 +4,7 @@
 //! listen · put the rules in force · load the index, and as a replica take a lease · serve. A client that connects
 //! while the index loads waits; after a second it is served and hears UNAVAILABLE, and health says NOT_SERVING. Stop:
 //! health says NOT_SERVING · no new connections · calls in flight end · usage is written · the lease and the replica's
-//! row are given up · the store is closed.
+//! row are given up, decisions are written down · the store is closed.
 
 pub mod replicas;
 mod rules;
@@ -35,8 +35,9 @@ use sockets::{Addresses, Listeners, Sockets};
 use crate::{
     accounts::{self, Accounts},
     admin,
-    clock::{Clock, Entropy},
+    clock::{Clock, Entropy, random},
     config::server::Settings,
+    decisions::{Decisions, Keeper},
     domain::{
         key::{Revocation, RevokeReason, State},
         log::{Action, Actor, Change},
@@ -56,6 +57,7 @@ use crate::{
         self, CommitError, Hour, KeyFilter, OwnerFilter, Store, Write,
         writer::{Commits, Writer},
     },
+    trace::Tracing,
 };
 
 const FLUSH_EVERY: Duration = Duration::from_secs(5);
@@ -100,6 +102,8 @@ struct Running {
     /// Tells health what the replica says.
     telling: JoinHandle<()>,
     propagation: Propagation,
+    /// Writes decisions down.
+    keeper: Option<Keeper>,
 }
 
 impl std::fmt::Debug for Running {
@@ -130,8 +134,14 @@ impl Server {
 
         let index = Arc::new(Index::default());
         let place = Place::on(&store, index.clone(), clock.clone());
+        let decided = settings.telemetry.decisions.as_ref();
+        let decided =
+            decided.map(|settings| Decisions::open(settings, clock.clone(), &*entropy)).transpose()?;
+        let (decisions, keeper) = decided.unzip();
+        let decisions = decisions.unwrap_or_default();
         let (parts, Writing { task: writer, commits }) =
-            parts(&settings, store.clone(), &place, clock.clone(), entropy.clone());
+            parts(&settings, store.clone(), &place, clock.clone(), entropy.clone(), decisions.clone());
+        let tracing = parts.tracing;
         let (engine, gateway) = (parts.engine.clone(), parts.gateway.clone());
         // In force before anybody is served.
         if let Some(rules) = &rules {
@@ -180,8 +190,15 @@ impl Server {
         let calls = services.calls().clone();
         drop(services);
         let Listeners { main, admin: admin_listener, envoy, forward } = listeners;
-        let forwarding = forward
-            .map(|listener| tokio::spawn(forward::serve(listener, gateway.clone(), is_stopping.clone())));
+        let forwarding = forward.map(|listener| {
+            tokio::spawn(forward::serve(
+                listener,
+                gateway.clone(),
+                tracing,
+                clock.clone(),
+                is_stopping.clone(),
+            ))
+        });
         let serving = tokio::spawn(serve(main, envoy, workers, forwarding, is_stopping));
         let usage = engine.usage.clone();
         let sources = metrics::Sources {
@@ -190,6 +207,7 @@ impl Server {
             calls,
             commits,
             waits: place.propagation.waits().clone(),
+            decisions,
             ready: is_ready,
             replica: replica.as_ref().map(|_| place.sight.clone()),
             clock: clock.clone(),
@@ -217,6 +235,7 @@ impl Server {
             replica,
             telling,
             propagation: place.propagation,
+            keeper,
         };
         let Addresses { main: address, admin: admin_address, envoy, forward } = addresses;
         let (envoy_address, forward_auth_address) = (envoy, forward);
@@ -245,6 +264,7 @@ impl Server {
             replica,
             telling,
             propagation,
+            keeper,
         } = self.running;
         // Before health is told for the last time.
         telling.abort();
@@ -266,9 +286,17 @@ impl Server {
         if let Err(error) = usage.flush(&*store).await {
             tracing::warn!(error = &error as &dyn std::error::Error, "the last uses were not written");
         }
-        if let Some(replica) = replica {
-            replica.stop().await;
-        }
+        let replica = async {
+            if let Some(replica) = replica {
+                replica.stop().await;
+            }
+        };
+        let decisions = async {
+            if let Some(keeper) = keeper {
+                keeper.stop(LAST_WRITES).await;
+            }
+        };
+        tokio::join!(replica, decisions);
         store.close().await;
         tracing::info!("stopped");
     }
@@ -290,12 +318,14 @@ pub fn parts(
     place: &Place,
     clock: Arc<dyn Clock>,
     entropy: Arc<dyn Entropy>,
+    decisions: Decisions,
 ) -> (Parts, Writing) {
     let index = place.follow.index().clone();
     let usage = Arc::new(Usage::default());
     let engine = Engine::new(index, usage, place.lease.clone(), &settings.limits, clock.clone());
     let engine = Arc::new(engine);
-    let (writer, task) = Writer::spawn(store.clone(), place.follow.clone());
+    let follower = decisions.watching(place.follow.clone(), place.follow.index().clone());
+    let (writer, task) = Writer::spawn(store.clone(), follower);
     let writing = Writing { task, commits: writer.commits().clone() };
     let environments = Arc::new(settings.keys.environments.clone());
     let keys = Arc::new(Keys::new(
@@ -307,8 +337,12 @@ pub fn parts(
         settings.keys.clone(),
     ));
     let people = People::new(store.clone(), writer.clone(), engine.clone(), keys.clone(), clock.clone());
+    // Names of calls need not be secret: where there is no chance, the time will do.
+    let seed = random(&*entropy).map_or_else(|_| clock.now().as_millis(), u64::from_be_bytes);
+    let tracing = Tracing::new(seed, settings.telemetry.sampling);
     let accounts = Accounts::new(store.clone(), writer, engine.clone(), clock.clone(), entropy);
-    let gateway = Gateway::new(engine.clone(), environments.clone(), settings.gateway.clone());
+    let gateway =
+        Gateway::new(engine.clone(), environments.clone(), settings.gateway.clone(), decisions.clone());
     let parts = Parts {
         engine,
         keys,
@@ -319,6 +353,8 @@ pub fn parts(
         propagation: place.propagation.clone(),
         news: place.news.clone(),
         environments,
+        decisions,
+        tracing,
     };
     (parts, writing)
 }

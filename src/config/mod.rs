@@ -10,3 +10,4 @@ pub mod limits;
 pub mod replicas;
 pub mod rules;
 pub mod server;
+pub mod telemetry;

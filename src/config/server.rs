@@ -23,6 +23,7 @@ use crate::{
 use super::{
     limits::{self, SecretUrl},
     replicas,
+    telemetry::{self, TelemetrySettings},
 };
 
 const LISTEN: &str = "127.0.0.1:50051";
@@ -71,9 +72,26 @@ pub struct ServeArgs {
     /// What is logged: error, warn, info, debug, or a filter such as info,keyward=debug
     #[arg(long, env = "KEYWARD_LOG", default_value = "info", value_name = "FILTER")]
     pub log: String,
+    /// Where traces go.
+    #[command(flatten)]
+    pub telemetry: TelemetryArgs,
     /// What every command that opens the database takes.
     #[command(flatten)]
     pub database: DatabaseArgs,
+}
+
+/// Where traces go.
+#[derive(Args, Clone, Debug, Default)]
+pub struct TelemetryArgs {
+    /// The collector that takes traces, over OTLP/gRPC, such as http://127.0.0.1:4317 [default: none]
+    #[arg(long, env = "KEYWARD_OTLP_ENDPOINT", value_name = "URL")]
+    pub otlp_endpoint: Option<String>,
+    /// The variable of all programs, which what is set for this one stands in place of.
+    #[arg(long, env = "OTEL_EXPORTER_OTLP_ENDPOINT", hide = true)]
+    pub otel_endpoint: Option<String>,
+    /// The same.
+    #[arg(long, env = "OTEL_SERVICE_NAME", hide = true)]
+    pub otel_service_name: Option<String>,
 }
 
 /// `keyward root-key reset`.
@@ -179,6 +197,16 @@ struct File {
     gateway: super::gateway::File,
     #[serde(default)]
     limits: limits::File,
+    #[serde(default)]
+    telemetry: telemetry::File,
+    decision_log: Option<telemetry::DecisionsFile>,
+}
+
+/// What of the file is read together with flags.
+struct Rest {
+    limits: limits::File,
+    telemetry: telemetry::File,
+    decision_log: Option<telemetry::DecisionsFile>,
 }
 
 /// The server's settings, all valid.
@@ -212,6 +240,8 @@ pub struct Settings {
     pub keys: KeySettings,
     /// How long revoked keys and superseded tokens are told apart from unknown ones.
     pub retention: Duration,
+    /// What is told of calls and decisions.
+    pub telemetry: TelemetrySettings,
 }
 
 impl Settings {
@@ -220,8 +250,9 @@ impl Settings {
     /// # Errors
     /// When the file or a value is wrong; the error says which and what would be right.
     pub fn load(args: &ServeArgs) -> Result<Settings, ConfigError> {
-        let (mut settings, limits) = Settings::read(&args.database)?;
-        settings.limits = limits.read(args.limits_url.as_ref())?;
+        let (mut settings, rest) = Settings::read(&args.database)?;
+        settings.limits = rest.limits.read(args.limits_url.as_ref())?;
+        settings.telemetry = rest.telemetry.read(rest.decision_log, &args.telemetry)?;
         let replace = |slot: &mut String, flag: &Option<String>| {
             if let Some(flag) = flag {
                 slot.clone_from(flag);
@@ -296,8 +327,8 @@ impl Settings {
         Settings::read(args).map(|(settings, _)| settings)
     }
 
-    /// The settings without how limits are counted, which takes a flag too.
-    fn read(args: &DatabaseArgs) -> Result<(Settings, limits::File), ConfigError> {
+    /// The settings without what takes a flag too.
+    fn read(args: &DatabaseArgs) -> Result<(Settings, Rest), ConfigError> {
         let file = args.config.as_deref().map(read_file).transpose()?.unwrap_or_default();
         let prefix = file.token_prefix.as_deref().unwrap_or(PREFIX);
         let prefix = TokenPrefix::parse(prefix).map_err(|error| invalid("token_prefix", prefix, error))?;
@@ -330,8 +361,10 @@ impl Settings {
             limits: LimitSettings::default(),
             keys: KeySettings { environments, prefix, default_role },
             retention: Duration::from_secs(u64::from(retention) * 24 * 60 * 60),
+            telemetry: TelemetrySettings::default(),
         };
-        Ok((settings, file.limits))
+        let (limits, telemetry, decision_log) = (file.limits, file.telemetry, file.decision_log);
+        Ok((settings, Rest { limits, telemetry, decision_log }))
     }
 }
 

@@ -100,6 +100,18 @@ impl Answer {
         self.failures.first()
     }
 
+    /// Records what was decided in the span of the call that asked.
+    pub fn record(&self, span: &tracing::Span) {
+        span.record("keyward.reason", self.reason().as_str());
+        span.record("keyward.revision", self.revision.0);
+        if let Some(holder) = &self.holder {
+            span.record("keyward.key_id", tracing::field::display(holder.key.id()));
+        }
+        if let Some(account) = &self.account {
+            span.record("keyward.account", account.as_str());
+        }
+    }
+
     fn of(reason: Reason, revision: Revision) -> Answer {
         let mut failures = Failures::default();
         failures.note(reason, true);

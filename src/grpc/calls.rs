@@ -11,13 +11,13 @@ use std::{
 
 use bytes::Bytes;
 use http::{HeaderMap, Response};
-use http_body::{Frame, SizeHint};
+use http_body::{Body as _, Frame, SizeHint};
 use tokio::time::Instant;
 use tonic::{Code, Status, body::Body};
 
 use crate::instruments::{Counters, Distribution, Histograms};
 
-use super::rpc::{self, Kind};
+use super::rpc::{self, Kind, Rpc};
 
 /// What is served besides the table: health and reflection.
 const OPEN: [(&str, Kind); 4] = [
@@ -103,7 +103,8 @@ fn labels(row: usize) -> (&'static str, &'static str, &'static str) {
 
 impl Calls {
     /// Notes that a call has begun.
-    pub(super) fn begin(self: &Arc<Self>, path: &str) -> Begun<'_> {
+    #[must_use]
+    pub fn begin(self: &Arc<Self>, path: &str) -> Begun<'_> {
         let row = row(path);
         self.counts.add(row * EACH, 1);
         Begun { calls: self, row, at: Instant::now(), ended: false }
@@ -156,7 +157,8 @@ pub(super) fn code_name(code: Code) -> &'static str {
 }
 
 /// A call that has begun. One that is dropped before it is answered was cancelled.
-pub(super) struct Begun<'a> {
+#[derive(Debug)]
+pub struct Begun<'a> {
     calls: &'a Arc<Calls>,
     row: usize,
     at: Instant,
@@ -164,15 +166,22 @@ pub(super) struct Begun<'a> {
 }
 
 impl Begun<'_> {
+    /// The row of the table that is called, if it is one.
+    pub(super) fn rpc(&self) -> Option<&'static Rpc> {
+        rpc::TABLE.get(self.row)
+    }
+
     /// How long it has taken so far.
     pub(super) fn elapsed(&self) -> std::time::Duration {
         self.at.elapsed()
     }
 
     /// Counts the answer now, or, where it is a stream, when that has ended.
-    pub(super) fn answered(mut self, response: Response<Body>) -> Response<Body> {
+    #[must_use]
+    pub fn answered(mut self, response: Response<Body>) -> Response<Body> {
         self.ended = true;
-        let streams = labels(self.row).0 != "unary";
+        // What has ended before it began tells its code in its headers.
+        let streams = labels(self.row).0 != "unary" && !response.body().is_end_stream();
         match code(response.headers()) {
             None if streams => {
                 let (calls, row, at) = (self.calls.clone(), self.row, self.at);
@@ -268,7 +277,8 @@ mod tests {
     fn a_stream_ends_when_its_body_does() {
         let calls = Arc::new(Calls::default());
         let path = "/keyward.v1.KeyService/WatchPropagation";
-        let answered = calls.begin(path).answered(Response::new(Body::empty()));
+        let messages = Body::new(http_body_util::Full::new(Bytes::from_static(b"x")));
+        let answered = calls.begin(path).answered(Response::new(messages));
         assert_eq!(count(&calls), [("WatchPropagation", 1, vec![("OK", 0)])]);
         drop(answered);
         assert_eq!(count(&calls), [("WatchPropagation", 1, vec![("OK", 0), ("Canceled", 1)])]);

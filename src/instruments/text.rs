@@ -91,7 +91,10 @@ impl Text {
     }
 }
 
-#[expect(clippy::cast_precision_loss, reason = "no figure is exact beyond 2^53 nanoseconds, which are 104 days")]
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "no figure is exact beyond 2^53 nanoseconds, which are 104 days"
+)]
 fn seconds(nanos: u64) -> f64 {
     nanos as f64 / 1e9
 }

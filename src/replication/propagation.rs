@@ -26,6 +26,7 @@ use crate::{
         StoreError,
         fleet::{Fleet, Roster},
     },
+    trace::{self, Step},
 };
 
 use super::{feed::Sight, follow::Follow};
@@ -208,7 +209,9 @@ impl Propagation {
         until: Option<Instant>,
     ) -> Result<Report, Incomplete> {
         let (committed, begun) = (self.clock.boottime(), Instant::now());
-        let ended = self.follow_up(revision, again, committed, until, &mut |_| ()).await;
+        let each = &mut |_| ();
+        let followed = self.follow_up(revision, again, committed, until, each);
+        let ended = trace::step(Step::Propagation, followed).await;
         match &ended {
             Ok(_) => self.waits.took.note(0, begun.elapsed()),
             Err(_) => self.waits.incomplete.add(0, 1),

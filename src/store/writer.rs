@@ -16,6 +16,7 @@ use crate::{
         time::Revision,
     },
     instruments::{Counters, Distribution, Histograms},
+    trace::{self, Step},
 };
 
 /// How many writes go into one transaction at the most.
@@ -102,7 +103,7 @@ impl Commits {
         10_000_000_000,
     ];
 
-    fn note(&self, committed: &Result<Committed, CommitError>, begun: tokio::time::Instant) {
+    fn note(&self, committed: &Result<Committed, CommitError>, begun: Instant) {
         self.took.note(0, begun.elapsed());
         let result = match committed {
             Ok(committed) => {
@@ -135,10 +136,7 @@ impl Commits {
 
 impl Default for Commits {
     fn default() -> Self {
-        Commits {
-            ended: Counters::new(Self::RESULTS.len() + 1),
-            took: Histograms::new(1, &Self::BOUNDS),
-        }
+        Commits { ended: Counters::new(Self::RESULTS.len() + 1), took: Histograms::new(1, &Self::BOUNDS) }
     }
 }
 
@@ -199,8 +197,11 @@ impl Writer {
     /// When the store rejects it, fails, or its answer was lost.
     pub async fn write(&self, write: Write) -> Result<Outcome, WriteError> {
         let (answer, outcome) = oneshot::channel();
-        self.jobs.send(Job::Write(Box::new(write), answer)).await.map_err(|_| WriteError::Stopping)?;
-        let outcome = outcome.await.map_err(|_| WriteError::Stopping)??;
+        let written = async {
+            self.jobs.send(Job::Write(Box::new(write), answer)).await.map_err(|_| WriteError::Stopping)?;
+            outcome.await.map_err(|_| WriteError::Stopping)?
+        };
+        let outcome = trace::step(Step::Commit, written).await?;
         if matches!(outcome, Outcome::Applied(_)) {
             // Outside of a call nobody asks.
             let _ = CALL.try_with(|call| call.proven.set(self.store.read_from_one(call.began)));
@@ -306,7 +307,7 @@ impl Committer {
     }
 
     async fn recorded(&self, writes: &[Write]) -> Result<Committed, CommitError> {
-        let begun = tokio::time::Instant::now();
+        let begun = Instant::now();
         let committed = self.store.commit(writes).await;
         self.commits.note(&committed, begun);
         committed

@@ -18,6 +18,7 @@ mod bulk;
 mod callers;
 mod canary;
 mod check;
+mod collector;
 mod crash;
 mod deadline;
 mod engines;
@@ -49,6 +50,7 @@ mod sqlite_file;
 mod standard;
 mod store;
 mod support;
+mod telemetry;
 mod tidy;
 mod upstream;
 

@@ -257,7 +257,10 @@ impl Drop for Stream {
 mod tests {
     use super::*;
 
-    fn count(calls: &Calls) -> Vec<(&'static str, u64, Vec<(&'static str, u64)>)> {
+    /// A method, how often it was begun, and how often it ended with each code.
+    type Told = (&'static str, u64, Vec<(&'static str, u64)>);
+
+    fn count(calls: &Calls) -> Vec<Told> {
         calls.iter().map(|count| (count.method, count.started, count.handled)).collect()
     }
 

@@ -50,8 +50,8 @@ deny-advisories: ## Check the dependencies for advisories (fetches their databas
 	$(call run,cargo-deny --locked check advisories)
 
 .PHONY: cargo-test
-cargo-test: ## Run the tests; they start grpcurl, Envoy, nginx, PostgreSQL, pgbouncer and Redis
-	@tools/install grpcurl envoy nginx postgres pgbouncer redis
+cargo-test: ## Run the tests; they start grpcurl, Envoy, nginx, PostgreSQL, pgbouncer, Redis and promtool
+	@tools/install grpcurl envoy nginx postgres pgbouncer redis promtool
 	$(call run,cargo test --quiet --locked --no-run)
 	$(call run,cargo test --locked)
 

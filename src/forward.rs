@@ -10,23 +10,40 @@
 //!
 //! The query of the first two may say what the route needs, in a rule's fields: `/auth/nginx?scope=monitors:read`.
 
-use std::sync::Arc;
+use std::{net::SocketAddr, sync::Arc};
 
 use http::{HeaderMap, StatusCode, request::Parts};
 use tokio::{net::TcpListener, sync::watch};
+use tracing::Instrument as _;
 
 use crate::{
+    clock::Clock,
     domain::name::AccountId,
     gateway::{Asked, Client, Gateway, Reply, Said, Via, read_extensions, read_form},
     http1::{self, Page},
+    trace::{self, Tracing},
 };
 
 /// Serves proxies until `stopping` turns true.
-pub async fn serve(listener: TcpListener, gateway: Arc<Gateway>, stopping: watch::Receiver<bool>) {
+pub async fn serve(
+    listener: TcpListener,
+    gateway: Arc<Gateway>,
+    tracing: Tracing,
+    clock: Arc<dyn Clock>,
+    stopping: watch::Receiver<bool>,
+) {
     let asker = AccountId::operator();
     let page = move |request: Parts| {
         let (gateway, asker) = (gateway.clone(), asker.clone());
-        async move { answer(&gateway, &asker, &request).await }
+        let peer = request.extensions.get::<SocketAddr>().map(|peer| peer.ip().to_canonical());
+        let call = tracing.call(&request.headers, peer, clock.now());
+        trace::within(call, async move {
+            let answer = answer(&gateway, &asker, &request);
+            match tracing.span("forward_auth") {
+                Some(span) => answer.instrument(span).await,
+                None => answer.await,
+            }
+        })
     };
     http1::serve(listener, page, stopping).await;
 }

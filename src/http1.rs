@@ -56,7 +56,8 @@ impl Page {
     }
 }
 
-/// Serves pages until `stopping` turns true; calls in flight end then.
+/// Serves pages until `stopping` turns true; calls in flight end then. A request's extensions tell the peer's
+/// address.
 pub async fn serve<P, F>(listener: TcpListener, page: P, mut stopping: watch::Receiver<bool>)
 where
     P: Fn(Parts) -> F + Send + Sync + 'static,
@@ -107,7 +108,9 @@ async fn connection<P, F>(
     let mut stream = TimeoutWriter::new(stream);
     stream.set_timeout(Some(WRITE_PATIENCE));
     let service = service_fn(move |request: Request<Incoming>| {
-        let page = page(request.into_parts().0);
+        let (mut parts, _) = request.into_parts();
+        parts.extensions.insert(peer);
+        let page = page(parts);
         async move { Ok::<_, Infallible>(page.await.response()) }
     });
     let connection = http1::Builder::new()

@@ -14,11 +14,14 @@
 //! | [`transport`] | listeners: sockets, TLS, limits; bytes and connections, and nothing of what is said over them |
 //! | [`grpc`] | the wire: services, the gate, connections; the only place that builds a status |
 //! | [`forward`] | the gateway for proxies that ask over HTTP |
-//! | [`admin`], [`http1`] | `/healthz`, `/readyz`, `/metrics`; pages made from memory |
+//! | [`admin`], [`metrics`], [`http1`] | `/healthz`, `/readyz`, `/metrics`; pages made from memory |
+//! | [`instruments`] | counters, histograms and the text that tells of them; what is counted is not known here |
 //! | [`server`], [`reload`] | the composition root: ordered start and stop; files that are read again |
 //! | [`doctor`] | looks at a running deployment and says what to fix; changes nothing |
 //! | [`cli`] | commands; the client side knows the generated client only |
-//! | [`clock`], [`config`], [`telemetry`] | the only readers of clock and randomness, of the environment; the log |
+//! | [`clock`], [`config`] | the only readers of clock and randomness, of the environment |
+//! | [`trace`], [`decisions`], [`telemetry`] | what a call is called and whether it is recorded; the decision log; where log and spans go |
+//! | [`quiet`] | a cap on how often something is said |
 //! | [`pb`] | generated from `proto/` |
 //!
 //! # Who may use whom
@@ -38,6 +41,7 @@ pub mod admin;
 pub mod cli;
 pub mod clock;
 pub mod config;
+pub mod decisions;
 pub mod doctor;
 pub mod domain;
 pub mod engine;
@@ -45,13 +49,17 @@ pub mod forward;
 pub mod gateway;
 pub mod grpc;
 pub mod http1;
+pub mod instruments;
 pub mod keys;
+pub mod metrics;
 pub mod pb;
 pub mod people;
+pub mod quiet;
 pub mod refusal;
 pub mod reload;
 pub mod replication;
 pub mod server;
 pub mod store;
 pub mod telemetry;
+pub mod trace;
 pub mod transport;

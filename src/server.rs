@@ -4,7 +4,7 @@
 //! listen · put the rules in force · load the index, and as a replica take a lease · serve. A client that connects
 //! while the index loads waits; after a second it is served and hears UNAVAILABLE, and health says NOT_SERVING. Stop:
 //! health says NOT_SERVING · no new connections · calls in flight end · usage is written · the lease and the replica's
-//! row are given up · the store is closed.
+//! row are given up, decisions are written down · the store is closed.
 
 pub mod replicas;
 mod rules;
@@ -34,8 +34,9 @@ use sockets::{Addresses, Listeners, Sockets};
 use crate::{
     accounts::{self, Accounts},
     admin,
-    clock::{Clock, Entropy},
+    clock::{Clock, Entropy, random},
     config::server::Settings,
+    decisions::{Decisions, Keeper},
     domain::{
         key::{Revocation, RevokeReason, State},
         log::{Action, Actor, Change},
@@ -51,9 +52,14 @@ use crate::{
         serve::{Capacity, Opened, Workers},
     },
     keys::{self, Keys},
+    metrics,
     people::People,
     replication::{feed, follow::Follow, propagation::Propagation},
-    store::{self, CommitError, Hour, KeyFilter, OwnerFilter, Store, Write, writer::Writer},
+    store::{
+        self, CommitError, Hour, KeyFilter, OwnerFilter, Store, Write,
+        writer::{Commits, Writer},
+    },
+    trace::Tracing,
     transport::{descriptors, socket::Bound},
 };
 
@@ -103,6 +109,8 @@ struct Running {
     propagation: Propagation,
     /// Asks for files to be read again.
     rereading: watch::Sender<()>,
+    /// Writes decisions down.
+    keeper: Option<Keeper>,
 }
 
 impl std::fmt::Debug for Running {
@@ -133,7 +141,14 @@ impl Server {
 
         let index = Arc::new(Index::default());
         let place = Place::on(&store, index.clone(), clock.clone());
-        let (parts, writer) = parts(&settings, store.clone(), &place, clock.clone(), entropy.clone());
+        let decided = settings.telemetry.decisions.as_ref();
+        let decided =
+            decided.map(|settings| Decisions::open(settings, clock.clone(), &*entropy)).transpose()?;
+        let (decisions, keeper) = decided.unzip();
+        let decisions = decisions.unwrap_or_default();
+        let (parts, Writing { task: writer, commits }) =
+            parts(&settings, store.clone(), &place, clock.clone(), entropy.clone(), decisions.clone());
+        let tracing = parts.tracing;
         let (engine, gateway) = (parts.engine.clone(), parts.gateway.clone());
         // In force before anybody is served.
         if let Some(rules) = &rules {
@@ -180,24 +195,36 @@ impl Server {
         let workers = Workers::start(capacity(&settings, &listeners), &services, &is_stopping)?;
         listeners.report.add_shed(workers.shed());
         listeners.report.add_shed(services.shed());
+        let calls = services.calls().clone();
         drop(services);
         let (rereading, is_rereading) = watch::channel(());
         let watching = listeners.watch(&is_rereading);
         let Listeners { grpc: opened, admin: admin_listener, forward, report, .. } = listeners;
-        let forwarding = forward
-            .map(|listener| tokio::spawn(forward::serve(listener, gateway.clone(), is_stopping.clone())));
+        let forwarding = forward.map(|listener| {
+            tokio::spawn(forward::serve(
+                listener,
+                gateway.clone(),
+                tracing,
+                clock.clone(),
+                is_stopping.clone(),
+            ))
+        });
         let serving = tokio::spawn(serve(opened, workers, forwarding, is_stopping));
         let usage = engine.usage.clone();
-        let told = admin::Told {
+        let sources = metrics::Sources {
             engine,
             gateway: gateway.clone(),
+            calls,
+            commits,
+            waits: place.propagation.waits().clone(),
+            decisions,
             ready: is_ready,
             replica: replica.as_ref().map(|_| place.sight.clone()),
             clock: clock.clone(),
             transport: report,
         };
         let mut background = vec![
-            tokio::spawn(admin::serve(admin_listener, told, is_closing)),
+            tokio::spawn(admin::serve(admin_listener, sources, is_closing)),
             counting,
             tokio::spawn(flush_usage(store.clone(), usage.clone())),
             tokio::spawn(draw_quotas(store.clone(), usage.clone())),
@@ -221,6 +248,7 @@ impl Server {
             telling,
             propagation: place.propagation,
             rereading,
+            keeper,
         };
         let envoy_address = addresses.envoy();
         let Addresses { grpc: listeners, admin: admin_address, forward: forward_auth_address } = addresses;
@@ -264,6 +292,7 @@ impl Server {
             telling,
             propagation,
             rereading: _,
+            keeper,
         } = self.running;
         // Before health is told for the last time.
         telling.abort();
@@ -285,12 +314,29 @@ impl Server {
         if let Err(error) = usage.flush(&*store).await {
             tracing::warn!(error = &error as &dyn std::error::Error, "the last uses were not written");
         }
-        if let Some(replica) = replica {
-            replica.stop().await;
-        }
+        let replica = async {
+            if let Some(replica) = replica {
+                replica.stop().await;
+            }
+        };
+        let decisions = async {
+            if let Some(keeper) = keeper {
+                keeper.stop(LAST_WRITES).await;
+            }
+        };
+        tokio::join!(replica, decisions);
         store.close().await;
         tracing::info!("stopped");
     }
+}
+
+/// What writes.
+#[derive(Debug)]
+pub struct Writing {
+    /// The task. It ends when nobody can ask it any more.
+    pub task: JoinHandle<()>,
+    /// What it has committed.
+    pub commits: Arc<Commits>,
 }
 
 /// The use cases over one store and one index, and the task that writes for them. Nothing is loaded yet.
@@ -300,12 +346,15 @@ pub fn parts(
     place: &Place,
     clock: Arc<dyn Clock>,
     entropy: Arc<dyn Entropy>,
-) -> (Parts, JoinHandle<()>) {
+    decisions: Decisions,
+) -> (Parts, Writing) {
     let index = place.follow.index().clone();
     let usage = Arc::new(Usage::default());
     let engine = Engine::new(index, usage, place.lease.clone(), &settings.limits, clock.clone());
     let engine = Arc::new(engine);
-    let (writer, task) = Writer::spawn(store.clone(), place.follow.clone());
+    let follower = decisions.watching(place.follow.clone(), place.follow.index().clone());
+    let (writer, task) = Writer::spawn(store.clone(), follower);
+    let writing = Writing { task, commits: writer.commits().clone() };
     let environments = Arc::new(settings.keys.environments.clone());
     let keys = Arc::new(Keys::new(
         store.clone(),
@@ -316,8 +365,12 @@ pub fn parts(
         settings.keys.clone(),
     ));
     let people = People::new(store.clone(), writer.clone(), engine.clone(), keys.clone(), clock.clone());
+    // Names of calls need not be secret: where there is no chance, the time will do.
+    let seed = random(&*entropy).map_or_else(|_| clock.now().as_millis(), u64::from_be_bytes);
+    let tracing = Tracing::new(seed, settings.telemetry.sampling);
     let accounts = Accounts::new(store.clone(), writer, engine.clone(), clock.clone(), entropy);
-    let gateway = Gateway::new(engine.clone(), environments.clone(), settings.gateway.clone());
+    let gateway =
+        Gateway::new(engine.clone(), environments.clone(), settings.gateway.clone(), decisions.clone());
     let parts = Parts {
         engine,
         keys,
@@ -328,8 +381,10 @@ pub fn parts(
         propagation: place.propagation.clone(),
         news: place.news.clone(),
         environments,
+        decisions,
+        tracing,
     };
-    (parts, task)
+    (parts, writing)
 }
 
 /// As many connections as the listeners take, and file descriptors allow.

@@ -1,24 +1,59 @@
-//! Where the log goes: standard error, for people or for machines. Only commands that run a server set it up.
+//! Where the log goes: standard error, for people or for machines. Where recorded spans go: to a collector, over OTLP.
+//! Only commands that run a server set either up, once for the process.
 
-use tracing_subscriber::{EnvFilter, layer::SubscriberExt as _, util::SubscriberInitExt as _};
+mod export;
+mod log;
 
-use crate::config::server::LogFormat;
+use tracing_subscriber::{
+    EnvFilter, Layer as _,
+    filter::{FilterExt as _, FilterFn, LevelFilter, dynamic_filter_fn, filter_fn},
+    layer::SubscriberExt as _,
+    util::SubscriberInitExt as _,
+};
 
-/// Sets up logging for the process.
+use crate::{
+    config::{server::LogFormat, telemetry::Otlp},
+    trace,
+};
+
+pub use export::Exporter;
+
+/// Sets up logging for the process, and sends what is recorded of traces to `otlp`, if there is one. To be called
+/// within the runtime that sends.
 ///
 /// # Errors
-/// When the filter is malformed, or logging is set up already.
-pub fn init(filter: &str, format: LogFormat) -> anyhow::Result<()> {
+/// When the filter is malformed, the collector's address or certificate is, or all this is set up already.
+pub fn init(filter: &str, format: LogFormat, otlp: Option<&Otlp>) -> anyhow::Result<Exporter> {
     let filter = EnvFilter::try_new(filter)
         .map_err(|error| anyhow::anyhow!("the log filter {filter:?} is not understood: {error}"))?;
-    let registry = tracing_subscriber::registry().with(filter);
+    // The spans that are recorded are no business of the log: it names the call by itself.
+    let filter = filter.and(FilterFn::new(|metadata| metadata.target() != trace::TARGET));
     let layer = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
-    match format {
+    let log = match format {
         LogFormat::Text => {
             let ansi = std::io::IsTerminal::is_terminal(&std::io::stderr());
-            registry.with(layer.with_ansi(ansi)).try_init()?;
+            layer.with_ansi(ansi).fmt_fields(log::NamingText::default()).with_filter(filter).boxed()
         }
-        LogFormat::Json => registry.with(layer.json()).try_init()?,
-    }
-    Ok(())
+        LogFormat::Json => layer.json().map_event_format(log::NamingJson).with_filter(filter).boxed(),
+    };
+    let (exporter, tracer) = Exporter::start(otlp)?;
+    let spans = tracer.map(|tracer| {
+        let layer = tracing_opentelemetry::layer()
+            .with_tracer(tracer)
+            .with_location(false)
+            .with_threads(false)
+            .with_level(false)
+            .with_target(false)
+            .with_tracked_inactivity(false)
+            .with_context_activation(false);
+        // A call's own span is made only where it is recorded; the others belong to such a one or to nothing.
+        let within_call = dynamic_filter_fn(|metadata, context| {
+            metadata.name() == trace::CALL || context.lookup_current().is_some()
+        });
+        let ours = filter_fn(|metadata| metadata.is_span() && metadata.target() == trace::TARGET)
+            .with_max_level_hint(LevelFilter::INFO);
+        layer.with_filter(ours.and(within_call))
+    });
+    tracing_subscriber::registry().with(log).with(spans).try_init()?;
+    Ok(exporter)
 }

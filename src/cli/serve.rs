@@ -14,14 +14,21 @@ use crate::{
 
 /// Runs the command.
 pub fn run(args: ServeArgs) -> ExitCode {
-    let result = telemetry::init(&args.log, args.log_format).and_then(|()| {
-        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-        let result = runtime.block_on(serve(&args));
-        // Whatever still runs has had its time.
-        runtime.shutdown_background();
+    exit(run_to_end(&args))
+}
+
+fn run_to_end(args: &ServeArgs) -> anyhow::Result<()> {
+    let settings = Settings::load(args)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let result = runtime.block_on(async {
+        let exporter = telemetry::init(&args.log, args.log_format, settings.telemetry.otlp.as_ref())?;
+        let result = serve(settings).await;
+        exporter.stop().await;
         result
     });
-    exit(result)
+    // Whatever still runs has had its time.
+    runtime.shutdown_background();
+    result
 }
 
 /// The exit code of a command that opens the database itself; what went wrong goes to standard error.
@@ -44,8 +51,7 @@ fn told(error: &anyhow::Error) -> String {
     })
 }
 
-async fn serve(args: &ServeArgs) -> anyhow::Result<()> {
-    let settings = Settings::load(args)?;
+async fn serve(settings: Settings) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut hangup = signal(SignalKind::hangup())?;

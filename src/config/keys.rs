@@ -245,7 +245,7 @@ mod tests {
 
     #[test]
     fn every_flag_of_the_server_belongs_to_a_key_or_is_named_here() {
-        const ALONE: [&str; 3] = ["config", "log", "log_format"];
+        const ALONE: [&str; 5] = ["config", "log", "log_format", "otel_endpoint", "otel_service_name"];
         let flags = ServeArgs::augment_args(clap::Command::new("serve"));
         for argument in flags.get_arguments() {
             let id = argument.get_id().as_str();

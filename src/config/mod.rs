@@ -16,3 +16,4 @@ pub mod replicas;
 pub mod rules;
 pub mod secret;
 pub mod server;
+pub mod telemetry;

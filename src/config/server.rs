@@ -26,6 +26,7 @@ use super::{
     document::{Document, Problem},
     limits, listeners, replicas,
     secret::SecretUrl,
+    telemetry::{self, TelemetrySettings},
 };
 
 const LISTEN: &str = "127.0.0.1:50051";
@@ -81,9 +82,26 @@ pub struct ServeArgs {
     /// What is logged: error, warn, info, debug, or a filter such as info,keyward=debug
     #[arg(long, env = "KEYWARD_LOG", default_value = "info", value_name = "FILTER")]
     pub log: String,
+    /// Where traces go.
+    #[command(flatten)]
+    pub telemetry: TelemetryArgs,
     /// What every command that opens the database takes.
     #[command(flatten)]
     pub database: DatabaseArgs,
+}
+
+/// Where traces go.
+#[derive(Args, Clone, Debug, Default)]
+pub struct TelemetryArgs {
+    /// The collector that takes traces, over OTLP/gRPC, such as http://127.0.0.1:4317 [default: none]
+    #[arg(long, env = "KEYWARD_OTLP_ENDPOINT", value_name = "URL")]
+    pub otlp_endpoint: Option<String>,
+    /// The variable of all programs, which what is set for this one stands in place of.
+    #[arg(long, env = "OTEL_EXPORTER_OTLP_ENDPOINT", hide = true)]
+    pub otel_endpoint: Option<String>,
+    /// The same.
+    #[arg(long, env = "OTEL_SERVICE_NAME", hide = true)]
+    pub otel_service_name: Option<String>,
 }
 
 /// `keyward root-key reset`.
@@ -251,6 +269,11 @@ pub(super) struct File {
     /// How many calls there may be at once ([transport.md](transport.md)).
     #[serde(default)]
     overload: listeners::OverloadFile,
+    /// Traces and what they are told of ([telemetry.md](telemetry.md)).
+    #[serde(default)]
+    telemetry: telemetry::File,
+    /// What becomes of decisions that are written down ([telemetry.md](telemetry.md)).
+    decision_log: Option<telemetry::DecisionsFile>,
 }
 
 /// An environment as the file has it; `domain` knows nothing of schemas.
@@ -261,6 +284,13 @@ struct EnvironmentFile {
     name: String,
     /// Its short name in tokens, of `[a-z0-9]`; may be empty.
     tag: String,
+}
+
+/// What of the file is read together with flags.
+struct Rest {
+    limits: limits::File,
+    telemetry: telemetry::File,
+    decision_log: Option<telemetry::DecisionsFile>,
 }
 
 /// The server's settings, all valid.
@@ -304,6 +334,8 @@ pub struct Settings {
     pub keys: KeySettings,
     /// How long revoked keys and superseded tokens are told apart from unknown ones.
     pub retention: Duration,
+    /// What is told of calls and decisions.
+    pub telemetry: TelemetrySettings,
 }
 
 impl Settings {
@@ -326,8 +358,9 @@ impl Settings {
     }
 
     fn assemble(args: &ServeArgs, file: File) -> Result<Settings, ConfigError> {
-        let (mut settings, limits) = Settings::read(&args.database, file)?;
-        settings.limits = limits.read(args.limits_url.as_ref())?;
+        let (mut settings, rest) = Settings::read(&args.database, file)?;
+        settings.limits = rest.limits.read(args.limits_url.as_ref())?;
+        settings.telemetry = rest.telemetry.read(rest.decision_log, &args.telemetry)?;
         let replace = |slot: &mut String, flag: &Option<String>| {
             if let Some(flag) = flag {
                 slot.clone_from(flag);
@@ -428,8 +461,8 @@ impl Settings {
         }
     }
 
-    /// The settings without how limits are counted, which takes a flag too.
-    fn read(args: &DatabaseArgs, file: File) -> Result<(Settings, limits::File), ConfigError> {
+    /// The settings without what takes a flag too.
+    fn read(args: &DatabaseArgs, file: File) -> Result<(Settings, Rest), ConfigError> {
         let prefix = file.token_prefix.as_deref().unwrap_or(PREFIX);
         let prefix = TokenPrefix::parse(prefix).map_err(|error| invalid("token_prefix", prefix, error))?;
         let environments = match file.environments {
@@ -471,8 +504,10 @@ impl Settings {
             limits: LimitSettings::default(),
             keys: KeySettings { environments, prefix, default_role },
             retention: Duration::from_secs(u64::from(retention) * 24 * 60 * 60),
+            telemetry: TelemetrySettings::default(),
         };
-        Ok((settings, file.limits))
+        let (limits, telemetry, decision_log) = (file.limits, file.telemetry, file.decision_log);
+        Ok((settings, Rest { limits, telemetry, decision_log }))
     }
 }
 

@@ -37,6 +37,7 @@ use crate::{
         key::Key,
         log::{Change, LogRow},
         name::{AccountId, KeyId, RoleName, UserId},
+        scope::ScopeSet,
         time::{Revision, Timestamp},
         token::Digest,
     },
@@ -330,6 +331,35 @@ impl Index {
         });
     }
 
+    /// Whether a change that has not come in here takes something away: some Check may be refused after it that is
+    /// allowed by what is held here.
+    #[must_use]
+    pub fn narrows(&self, change: &Change) -> bool {
+        match change {
+            Change::Key(after) => self.keys.load().before(after).is_some_and(|before| after.narrows(&before)),
+            Change::Account(after) => {
+                self.accounts.pin().get(&after.id).is_some_and(|before| after.narrows(before))
+            }
+            // A new role may stand before a global one of its name.
+            Change::Role(after) => {
+                !after.scopes.covers_all(&self.granted_by(after.account.as_ref(), &after.name))
+            }
+            Change::Member(after) => {
+                let grants = |member: &Member| self.granted_by(Some(&member.account), &member.role);
+                let before = self.member_record(&after.account, &after.user);
+                before.is_some_and(|before| !grants(after).covers_all(&grants(&before)))
+            }
+            Change::RoleDeleted(_) | Change::MemberRemoved(_) => true,
+        }
+    }
+
+    /// What a role's name grants by the records, whatever is in doubt.
+    fn granted_by(&self, account: Option<&AccountId>, name: &RoleName) -> ScopeSet {
+        let own = account.and_then(|account| self.role_record(Some(account), name));
+        let role = own.or_else(|| self.role_record(None, name));
+        role.map(|role| role.scopes.clone()).unwrap_or_default()
+    }
+
     /// Forgets keys revoked and secrets superseded before `forget_before`. Returns how many digests left.
     pub fn forget(&self, forget_before: Timestamp) -> usize {
         let budgets = self.budgets.pin();
@@ -365,13 +395,12 @@ impl Follower for Index {
         let mut doubts = lock(&self.doubts);
         match change {
             Change::Key(after) => {
-                if self.keys.load().before(after).is_some_and(|before| after.narrows(&before)) {
+                if self.narrows(change) {
                     doubts.keys.insert(after.id, after.clone());
                 }
             }
             Change::Account(after) => {
-                let narrower = self.accounts.pin().get(&after.id).is_some_and(|before| after.narrows(before));
-                if narrower {
+                if self.narrows(change) {
                     doubts.accounts.insert(after.id.clone(), after.clone());
                 }
             }

@@ -10,14 +10,7 @@ pub mod lease;
 pub mod limiter;
 pub mod usage;
 
-use std::{
-    net::IpAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::Duration,
-};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use crate::{
     clock::Clock,
@@ -31,6 +24,7 @@ use crate::{
         time::{Revision, Timestamp},
         token::{self, Digest, Shape},
     },
+    instruments::Counters,
 };
 
 pub use index::HeldKey;
@@ -106,6 +100,18 @@ impl Answer {
         self.failures.first()
     }
 
+    /// Records what was decided in the span of the call that asked.
+    pub fn record(&self, span: &tracing::Span) {
+        span.record("keyward.reason", self.reason().as_str());
+        span.record("keyward.revision", self.revision.0);
+        if let Some(holder) = &self.holder {
+            span.record("keyward.key_id", tracing::field::display(holder.key.id()));
+        }
+        if let Some(account) = &self.account {
+            span.record("keyward.account", account.as_str());
+        }
+    }
+
     fn of(reason: Reason, revision: Revision) -> Answer {
         let mut failures = Failures::default();
         failures.note(reason, true);
@@ -162,7 +168,7 @@ pub struct Engine {
     /// Counts the limits.
     pub limiter: Limiter,
     clock: Arc<dyn Clock>,
-    answered: [AtomicU64; 16],
+    answered: Counters,
 }
 
 impl std::fmt::Debug for Engine {
@@ -182,7 +188,7 @@ impl Engine {
         clock: Arc<dyn Clock>,
     ) -> Self {
         let limiter = Limiter::new(limits, lease.clone(), usage.clone());
-        Engine { index, usage, lease, limiter, clock, answered: Default::default() }
+        Engine { index, usage, lease, limiter, clock, answered: Counters::new(Reason::ALL.len()) }
     }
 
     /// Whether anything may be allowed now.
@@ -199,7 +205,7 @@ impl Engine {
 
     /// How many Checks were answered with each reason since the start.
     pub fn answered(&self) -> impl Iterator<Item = (Reason, u64)> {
-        Reason::ALL.into_iter().map(|reason| (reason, self.answered[reason as usize].load(Ordering::Relaxed)))
+        Reason::ALL.into_iter().map(|reason| (reason, self.answered.get(reason as usize)))
     }
 
     /// The revision here, if it is as new as asked.
@@ -223,7 +229,7 @@ impl Engine {
         let judged = self.judge_under_lease(asker, question)?;
         let mut answer = self.charge(question, judged).await?;
         answer.staleness = self.lease.staleness(|| self.clock.boottime());
-        self.answered[answer.reason() as usize].fetch_add(1, Ordering::Relaxed);
+        self.answered.add(answer.reason() as usize, 1);
         Ok(answer)
     }
 
@@ -250,6 +256,7 @@ impl Engine {
         judge: impl FnOnce(bool) -> Result<Judged, CannotAnswer>,
     ) -> Option<Result<Judged, CannotAnswer>> {
         use crate::domain::lease::{Kept, Rule, Rules as _};
+        use std::sync::atomic::{AtomicU64, Ordering};
         if Kept.keep(Rule::DeadlineBeforeLookUp) {
             return None;
         }

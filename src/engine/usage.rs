@@ -77,6 +77,7 @@ struct Shard {
 pub struct Usage {
     shards: [Mutex<Shard>; SHARDS],
     dropped: AtomicU64,
+    failures: AtomicU64,
     /// One flush at a time: what is being written must not be written twice.
     flush: tokio::sync::Mutex<()>,
     /// One write at a time: a budget's units must not be counted twice.
@@ -128,6 +129,23 @@ impl Usage {
         self.dropped.load(Ordering::Relaxed)
     }
 
+    /// How many keys' uses the store does not have yet.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        let of = |shard: &Mutex<Shard>| {
+            let shard = lock(shard);
+            // One that is used while it is written is in both.
+            shard.fresh.len() + shard.flushing.keys().filter(|key| !shard.fresh.contains_key(key)).count()
+        };
+        self.shards.iter().map(of).sum()
+    }
+
+    /// How often uses or quotas were not written, and had to wait.
+    #[must_use]
+    pub fn failures(&self) -> u64 {
+        self.failures.load(Ordering::Relaxed)
+    }
+
     /// The latest use that the store may not have yet.
     #[must_use]
     pub fn pending(&self, key: KeyId, version: u32) -> Option<Timestamp> {
@@ -176,6 +194,7 @@ impl Usage {
             }
         }
         self.failing.store(written.is_err(), Ordering::Relaxed);
+        self.failures.fetch_add(written.is_err().into(), Ordering::Relaxed);
         self.drawn.notify_waiters();
         written.map(drop)
     }

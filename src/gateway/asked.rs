@@ -9,6 +9,7 @@ use std::{
 };
 
 use super::GatewaySettings;
+use crate::trace::{Parent, RequestId};
 
 /// Who asks how.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,13 +91,24 @@ impl<'a> Asked<'a> {
         str::from_utf8(path).unwrap_or("(not UTF-8)")
     }
 
-    /// What to call the request in logs.
-    pub(super) fn request_id(&self) -> &str {
-        let named = self.values("x-request-id").next().unwrap_or(self.id);
-        str::from_utf8(named)
-            .ok()
-            .filter(|id| id.len() <= 128 && id.bytes().all(|b| b.is_ascii_graphic()))
-            .unwrap_or("")
+    /// What to call the request in logs: as it is called where it came from, or by the proxy's number.
+    #[must_use]
+    pub fn request_id(&self) -> Option<RequestId> {
+        RequestId::read(self.values("x-request-id").next().unwrap_or(self.id))
+    }
+
+    /// The trace that the request is part of.
+    #[must_use]
+    pub fn parent(&self) -> Option<Parent> {
+        let mut parents = self.values("traceparent");
+        let parent = Parent::read(parents.next()?, self.values("tracestate").next());
+        parent.filter(|_| parents.next().is_none())
+    }
+
+    /// The proxy's number for it, if that is a well-formed one.
+    pub(super) fn number(&self) -> Option<&'a str> {
+        RequestId::read(self.id)?;
+        str::from_utf8(self.id).ok()
     }
 
     /// Whether it is a gRPC call.

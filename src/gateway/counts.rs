@@ -1,9 +1,10 @@
 //! How many requests were judged how: one counter for each way of asking, mode and reason. The labels are a closed
 //! set: nothing that a client sends becomes one.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
-use crate::domain::{decision::Reason, route::Mode};
+use crate::{
+    domain::{decision::Reason, route::Mode},
+    instruments::Counters,
+};
 
 use super::{Finding, Via};
 
@@ -25,16 +26,14 @@ const LABELS: usize = Reason::ALL.len() + OTHERS.len();
 /// Counters since the start.
 #[derive(Debug)]
 pub struct Counts {
-    judged: [[[AtomicU64; LABELS]; 2]; 2],
+    judged: Counters,
     /// Changed rules that were wrong, and that were right.
-    reloads: [AtomicU64; 2],
+    reloads: Counters,
 }
 
 impl Default for Counts {
     fn default() -> Self {
-        let counter = |_| AtomicU64::new(0);
-        let judged = std::array::from_fn(|_| std::array::from_fn(|_| std::array::from_fn(counter)));
-        Counts { judged, reloads: Default::default() }
+        Counts { judged: Counters::new(2 * 2 * LABELS), reloads: Counters::new(2) }
     }
 }
 
@@ -53,6 +52,11 @@ pub struct Count {
     pub count: u64,
 }
 
+/// The place of the first counter of a way of asking in a mode.
+const fn first(via: usize, mode: usize) -> usize {
+    (via * 2 + mode) * LABELS
+}
+
 fn labels() -> impl Iterator<Item = &'static str> {
     Reason::ALL.into_iter().map(Reason::as_str).chain(OTHERS)
 }
@@ -61,32 +65,31 @@ impl Counts {
     pub(super) fn note(&self, via: Via, mode: Mode, finding: &Finding) {
         let label = finding.label();
         if let Some(at) = labels().position(|known| known == label) {
-            self.judged[via as usize][mode as usize][at].fetch_add(1, Ordering::Relaxed);
+            self.judged.add(first(via as usize, mode as usize) + at, 1);
         }
     }
 
     pub(super) fn note_reload(&self, good: bool) {
-        self.reloads[usize::from(good)].fetch_add(1, Ordering::Relaxed);
+        self.reloads.add(usize::from(good), 1);
     }
 
     /// How often changed rules were wrong, and how often right.
     #[must_use]
     pub fn reloads(&self) -> [u64; 2] {
-        self.reloads.each_ref().map(|counter| counter.load(Ordering::Relaxed))
+        [0, 1].map(|good| self.reloads.get(good))
     }
 
     /// Every counter that counted something.
     pub fn iter(&self) -> impl Iterator<Item = Count> {
-        let vias = ["ext_authz", "forward"].into_iter().zip(&self.judged);
-        vias.flat_map(|(via, modes)| {
-            ["enforce", "shadow"].into_iter().zip(modes).flat_map(move |(mode, counters)| {
-                labels().zip(counters).filter_map(move |(reason, counter)| {
+        ["ext_authz", "forward"].into_iter().enumerate().flat_map(move |(asked, via)| {
+            ["enforce", "shadow"].into_iter().enumerate().flat_map(move |(at, mode)| {
+                labels().zip(first(asked, at)..).filter_map(move |(reason, at)| {
                     let result = match reason {
                         "ok" | "public" => "allowed",
                         "misconfigured" | "not_ready" | "limits_unavailable" | "lease_lost" => "error",
                         _ => "denied",
                     };
-                    let count = counter.load(Ordering::Relaxed);
+                    let count = self.judged.get(at);
                     (count > 0).then_some(Count { via, mode, result, reason, count })
                 })
             })

@@ -11,11 +11,12 @@ mod extensions;
 mod ratelimit;
 mod reply;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 
 use crate::{
+    decisions::{Decisions, Facts, Kind},
     domain::{
         account::Environments,
         name::{AccountId, CustomerId, EnvironmentName, NameError},
@@ -24,9 +25,10 @@ use crate::{
             path::{self, Path},
             pattern::Methods,
         },
-        time::Timestamp,
     },
     engine::{Engine, Question, limiter::Charge},
+    quiet::Quiet,
+    trace,
 };
 
 pub use asked::{Asked, Client, Via, form as read_form};
@@ -97,6 +99,7 @@ pub struct Gateway {
     complaints: Quiet,
     /// Denials in shadow mode, for the log.
     shadows: Quiet,
+    decisions: Decisions,
 }
 
 impl std::fmt::Debug for Gateway {
@@ -134,7 +137,12 @@ struct Ready {
 impl Gateway {
     /// A gateway without rules.
     #[must_use]
-    pub fn new(engine: Arc<Engine>, environments: Arc<Environments>, settings: GatewaySettings) -> Gateway {
+    pub fn new(
+        engine: Arc<Engine>,
+        environments: Arc<Environments>,
+        settings: GatewaySettings,
+        decisions: Decisions,
+    ) -> Gateway {
         let book = ArcSwap::from_pointee(RuleBook::default());
         Gateway {
             engine,
@@ -144,6 +152,7 @@ impl Gateway {
             counts: Counts::default(),
             complaints: Quiet::new(5),
             shadows: Quiet::new(20),
+            decisions,
         }
     }
 
@@ -192,10 +201,38 @@ impl Gateway {
             cost: 1,
             named_by: Vec::new(),
             credential: Credential::None,
+            environment: None,
+            customer: None,
         };
         let finding = self.find(asker, asked, said, &book, &mut judged).await;
         self.note(asked, &judged, &finding);
-        reply::make(&self.settings, asked, &judged, finding)
+        let decision = self.write_down(asked, &judged, &finding);
+        reply::make(&self.settings, asked, &judged, finding, decision)
+    }
+
+    /// Writes the decision down, if it is one of those that are. What cannot be answered is no decision.
+    fn write_down(&self, asked: &Asked<'_>, judged: &Judged<'_>, finding: &Finding) -> Option<uuid::Uuid> {
+        if matches!(finding, Finding::Misconfigured(_) | Finding::CannotAnswer(_)) {
+            return None;
+        }
+        self.decisions.note_if(finding.passes(), || Facts {
+            kind: match asked.via {
+                Via::ExtAuthz => Kind::ExtAuthz,
+                Via::Forward => Kind::ForwardAuth,
+            },
+            allowed: finding.passes(),
+            reason: finding.label(),
+            answer: match finding {
+                Finding::Answered(answer) => Some(answer),
+                _ => None,
+            },
+            environment: judged.environment.as_ref(),
+            needed: &judged.needed,
+            customer: judged.customer.as_ref(),
+            client_ip: asked.client_ip(self.settings.trusted_hops),
+            http_id: asked.number(),
+            shadow: judged.mode == Mode::Shadow,
+        })
     }
 
     async fn find<'a>(
@@ -266,6 +303,8 @@ impl Gateway {
             Demand::Scopes(scopes) => scopes,
         };
         judged.needed = scopes.to_vec();
+        judged.environment.clone_from(&ready.environment);
+        judged.customer.clone_from(&ready.customer);
         let Some(environment) = &ready.environment else {
             let problem = "the route names no environment, and [gateway] has none for such routes";
             return Finding::Misconfigured(problem.to_owned());
@@ -298,7 +337,15 @@ impl Gateway {
     fn note(&self, asked: &Asked<'_>, judged: &Judged<'_>, finding: &Finding) {
         let reason = finding.label();
         self.counts.note(asked.via, judged.mode, finding);
-        let (request, key, path) = (asked.request_id(), finding.key_id(), shortened(asked.path()));
+        if let Some(span) = trace::recording() {
+            let answer = match finding {
+                Finding::Answered(answer) => Some(answer),
+                _ => None,
+            };
+            answer.inspect(|answer| answer.record(&span));
+            span.record("keyward.reason", reason);
+        }
+        let (key, path) = (finding.key_id(), shortened(asked.path()));
         let shadow = judged.mode == Mode::Shadow;
         if let Finding::Misconfigured(problem) = finding {
             if self.complaints.may(self.engine.now()) {
@@ -310,52 +357,15 @@ impl Gateway {
                 );
             }
         } else if shadow && !finding.passes() && self.shadows.may(self.engine.now()) {
-            tracing::info!(
-                request,
-                key,
-                reason,
-                path,
-                "shadow: the request passes and would have been denied"
-            );
+            tracing::info!(key, reason, path, "shadow: the request passes and would have been denied");
         }
-        tracing::debug!(
-            request,
-            key,
-            reason,
-            path,
-            passes = finding.passes(),
-            shadow,
-            "a request was judged"
-        );
+        tracing::debug!(key, reason, path, passes = finding.passes(), shadow, "a request was judged");
     }
 }
 
 /// The start of a path: clients choose its length.
 fn shortened(path: &str) -> &str {
     &path[..path.floor_char_boundary(LOGGED_PATH)]
-}
-
-/// Lets so many lines into the log each second, and no more: clients choose how often there is something to say.
-#[derive(Debug)]
-struct Quiet {
-    most: u32,
-    second: Mutex<(i64, u32)>,
-}
-
-impl Quiet {
-    fn new(most: u32) -> Quiet {
-        Quiet { most, second: Mutex::default() }
-    }
-
-    fn may(&self, now: Timestamp) -> bool {
-        let this = now.as_micros().div_euclid(1_000_000);
-        let mut second = self.second.lock().unwrap_or_else(PoisonError::into_inner);
-        if second.0 != this {
-            *second = (this, 0);
-        }
-        second.1 = second.1.saturating_add(1);
-        second.1 <= self.most
-    }
 }
 
 /// Target, host and method in the one spelling that rules see; or what is wrong with them, for the client.

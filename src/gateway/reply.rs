@@ -2,7 +2,13 @@
 //! what the proxy logs. The bodies and codes are those that our users' clients know.
 
 use crate::{
-    domain::{decision::Reason, facts::KeyFacts as _, route::Mode, scope::Scope},
+    domain::{
+        decision::Reason,
+        facts::KeyFacts as _,
+        name::{CustomerId, EnvironmentName},
+        route::Mode,
+        scope::Scope,
+    },
     engine::{Answer, CannotAnswer, HeldKey},
 };
 
@@ -90,6 +96,10 @@ pub(super) struct Judged<'a> {
     pub named_by: Vec<Box<str>>,
     /// What the request showed.
     pub credential: Credential<'a>,
+    /// Where the call is made, where the route was asked about.
+    pub environment: Option<EnvironmentName>,
+    /// Whom it is about.
+    pub customer: Option<CustomerId>,
 }
 
 /// A value of the proxy's metadata.
@@ -140,14 +150,17 @@ const PATH_OVERRIDES: [&str; 2] = ["x-original-url", "x-rewrite-url"];
 /// The longest list of scopes that is sent on: proxies and services bound their headers.
 const MAX_SCOPES_LEN: usize = 4096;
 
-/// Makes the reply.
+/// Makes the reply. `decision`: its id, where it was written down.
 pub(super) fn make(
     settings: &GatewaySettings,
     asked: &Asked<'_>,
     judged: &Judged<'_>,
     finding: Finding,
+    decision: Option<uuid::Uuid>,
 ) -> Reply {
     let mut reply = Reply { metadata: metadata(settings, judged, &finding), ..Reply::default() };
+    // By it the proxy's own log can be held against the decision log.
+    reply.metadata.extend(decision.map(|id| ("decision_id".to_owned(), Value::Text(id.to_string()))));
     let shadowed = judged.mode == Mode::Shadow && !finding.passes();
     if finding.passes() || shadowed {
         reply.passes = true;

@@ -4,9 +4,11 @@
 use std::sync::Arc;
 
 use tonic::{Request, Response, Status};
+use uuid::Uuid;
 
 use crate::{
     access::Caller,
+    decisions::{Decisions, Facts, Kind},
     domain::{
         account::Environments,
         decision::{MAX_COST, MAX_SCOPES, Reason},
@@ -19,11 +21,14 @@ use crate::{
     engine::{Answer, Engine, Question},
     pb,
     refusal::{Refusal, Violations},
+    trace,
 };
 
 use super::{convert, gate::shown, status::unimplemented};
 
 const MAX_CHECKS: usize = 100;
+/// Under which id a decision was written down, where it was.
+const DECISION_ID: &str = "x-keyward-decision-id";
 
 /// The service over the engine.
 #[derive(Clone, Debug)]
@@ -32,6 +37,8 @@ pub(super) struct AuthzService {
     pub engine: Arc<Engine>,
     /// The environments there are.
     pub environments: Arc<Environments>,
+    /// Writes decisions down.
+    pub decisions: Decisions,
 }
 
 /// A request as the engine wants it; it owns what had to be parsed.
@@ -96,7 +103,7 @@ impl AuthzService {
         caller: &Caller,
         request: &pb::CheckRequest,
         read: &Read<'_>,
-    ) -> Result<pb::CheckResponse, Refusal> {
+    ) -> Result<(Answer, Option<Uuid>), Refusal> {
         let question = Question {
             token: &request.token,
             environment: read.environment,
@@ -110,7 +117,20 @@ impl AuthzService {
             charge: None,
             bar_management: false,
         };
-        Ok(answer(self.engine.check(&caller.account, &question).await?))
+        let answer = self.engine.check(&caller.account, &question).await?;
+        let decision = self.decisions.note(answer.reason(), || Facts {
+            kind: Kind::Check,
+            allowed: answer.reason() == Reason::Ok,
+            reason: answer.reason().as_str(),
+            answer: Some(&answer),
+            environment: Some(read.environment),
+            needed: &read.scopes,
+            customer: read.customer.as_ref(),
+            client_ip: read.client_ip,
+            http_id: None,
+            shadow: false,
+        });
+        Ok((answer, decision))
     }
 }
 
@@ -178,7 +198,15 @@ impl pb::authz_service_server::AuthzService for AuthzService {
         let read = self.read(request, "", &mut violations);
         violations.finish()?;
         let read = read.ok_or_else(|| Refusal::field("environment", "is required"))?;
-        Ok(Response::new(self.decide(&caller, request, &read).await?))
+        let (decided, decision) = self.decide(&caller, request, &read).await?;
+        if let Some(span) = trace::recording() {
+            decided.record(&span);
+        }
+        let mut response = Response::new(answer(decided));
+        if let Some(id) = decision.and_then(|id| id.to_string().parse().ok()) {
+            response.metadata_mut().insert(DECISION_ID, id);
+        }
+        Ok(response)
     }
 
     async fn batch_check(
@@ -203,7 +231,11 @@ impl pb::authz_service_server::AuthzService for AuthzService {
         self.engine.fresh(convert::read_revision(newest)).map_err(Refusal::from)?;
         let mut results = Vec::with_capacity(checks.len());
         for (check, read) in checks.iter().zip(&read) {
-            results.push(self.decide(&caller, check, read).await?);
+            results.push(answer(self.decide(&caller, check, read).await?.0));
+        }
+        if let Some(span) = trace::recording() {
+            let denied = results.iter().filter(|result| !result.allowed).count();
+            span.record("keyward.checks", results.len()).record("keyward.denied", denied);
         }
         Ok(Response::new(pb::BatchCheckResponse { results }))
     }

@@ -6,6 +6,7 @@
 use std::{net::IpAddr, str, sync::Arc};
 
 use tonic::{Code, Request, Response, Status};
+use tracing::Instrument as _;
 
 use crate::{
     domain::name::AccountId,
@@ -23,9 +24,10 @@ use crate::{
         google_status,
     },
     refusal::Refusal,
+    trace::{self, Tracing},
 };
 
-use super::gate::shown;
+use super::{gate::shown, rpc};
 
 /// Who asks.
 #[derive(Clone, Debug)]
@@ -39,23 +41,50 @@ pub(super) struct Asker {
 
 /// The service over the gateway.
 #[derive(Clone, Debug)]
-pub(super) struct ExtAuthz(pub Arc<Gateway>);
+pub(super) struct ExtAuthz {
+    /// Judges.
+    pub gateway: Arc<Gateway>,
+    /// Which calls are recorded.
+    pub tracing: Tracing,
+}
+
+impl ExtAuthz {
+    async fn judge(
+        &self,
+        attributes: &AttributeContext,
+        http: &HttpRequest,
+        Asker { account, trusted }: &Asker,
+    ) -> CheckResponse {
+        let extensions = attributes.context_extensions.iter().filter_map(text_pair);
+        let said = read_extensions(extensions, self.gateway.environments(), false);
+        let asked = asked(attributes, http);
+        trace::adopt(asked.request_id(), || asked.parent());
+        let judged = self.gateway.judge(account, &asked, said);
+        let mut reply = match self.tracing.span(rpc::EXT_AUTHZ) {
+            Some(span) => {
+                let reply = judged.instrument(span.clone()).await;
+                // Whatever the verdict, it is an answer.
+                trace::end(&span, Code::Ok);
+                reply
+            }
+            None => judged.await,
+        };
+        if !trusted && !reply.passes {
+            reply.metadata = vec![("allowed".to_owned(), Value::Flag(false))];
+        }
+        answer(reply)
+    }
+}
 
 #[tonic::async_trait]
 impl Authorization for ExtAuthz {
     async fn check(&self, mut request: Request<CheckRequest>) -> Result<Response<CheckResponse>, Status> {
-        let Asker { account: asker, trusted } = shown(&mut request)?;
+        let asker = shown(&mut request)?;
         let attributes = request.into_inner().attributes.unwrap_or_default();
         let Some(http) = attributes.request.as_ref().and_then(|request| request.http.as_ref()) else {
             return Err(Refusal::field("attributes.request.http", "is required").into());
         };
-        let extensions = attributes.context_extensions.iter().filter_map(text_pair);
-        let said = read_extensions(extensions, self.0.environments(), false);
-        let mut reply = self.0.judge(&asker, &asked(&attributes, http), said).await;
-        if !trusted && !reply.passes {
-            reply.metadata = vec![("allowed".to_owned(), Value::Flag(false))];
-        }
-        Ok(Response::new(answer(reply)))
+        Ok(Response::new(self.judge(&attributes, http, &asker).await))
     }
 }
 

@@ -7,11 +7,12 @@
 use std::{collections::HashMap, convert::Infallible, net::IpAddr, sync::Arc, time::Duration};
 
 use futures_util::future::{Either, FutureExt as _};
-use http::{HeaderMap, Request, Response};
+use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
 use hyper::body::Incoming;
 use tokio::time::Instant;
 use tonic::{Status, body::Body};
 use tower::{Service, ServiceExt as _, util::BoxCloneSyncService};
+use tracing::Instrument as _;
 
 use crate::{
     access::{Caller, Permission, Proof},
@@ -34,6 +35,7 @@ use crate::{
     refusal::Refusal,
     replication::news::News,
     store::writer::in_call,
+    trace::{self, Tracing},
     transport::{Auth, Listener, Service as Served, Services as ServedSet, certificate::Certificate},
 };
 
@@ -42,10 +44,11 @@ use super::{
     audit::AuditService,
     authz::AuthzService,
     body::{Held, Limited},
+    calls::{self, Begun, Calls},
     ext_authz::{Asker, ExtAuthz},
     keys::KeyService,
     load::{Briefly, Room},
-    rpc::{self, Access, Plane, Rpc},
+    rpc::{Access, Plane, Rpc},
     status::{deadline_exceeded, internal, lacks_permission, no_such_rpc, with_reason},
 };
 
@@ -122,6 +125,10 @@ const HEALTH: &str = "grpc.health.v1.Health";
 /// How long a call without a credential may take; one that watches health is for as long as its connection.
 const OPEN_PATIENCE: Duration = Duration::from_secs(60);
 
+/// What a call is called, in answers too: who asks about it can say which it was.
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// The target of the lines about calls to management.
+const ACCESS: &str = "keyward::access";
 /// The largest request to health and reflection, in bytes.
 const OPEN_BYTES: usize = 16 * 1024;
 
@@ -130,6 +137,9 @@ pub(super) type Open = BoxCloneSyncService<Request<Body>, Response<Body>, Infall
 
 /// Every service, and the engine that knows the callers.
 pub struct Services {
+    pub(super) calls: Arc<Calls>,
+    /// How calls are named, and which are recorded.
+    pub(super) tracing: Tracing,
     pub(super) engine: Arc<Engine>,
     pub(super) gateway: Arc<Gateway>,
     pub(super) authz: AuthzServiceServer<AuthzService>,
@@ -195,11 +205,60 @@ impl Services {
         move || room.shed()
     }
 
+    /// The calls that came in.
+    #[must_use]
+    pub fn calls(&self) -> &Arc<Calls> {
+        &self.calls
+    }
+
     /// Answers one call of a visitor.
     pub async fn answer(&self, request: Request<Incoming>, visitor: &Visitor) -> Response<Body> {
-        let Some(rpc) = rpc::find(request.uri().path()) else {
-            return self.answer_open(request, &visitor.door).await;
+        let begun = self.calls.begin(request.uri().path());
+        let call = self.tracing.call(request.headers(), visitor.peer, self.engine.now());
+        let response = match begun.rpc() {
+            Some(rpc) => trace::within(call, self.answer_told(rpc, &begun, request, visitor)).await,
+            None => trace::within(call, self.answer_open(request, &visitor.door)).await,
         };
+        begun.answered(response)
+    }
+
+    /// Answers, and tells log and trace of it: the trace where the call is recorded, the log where it may change
+    /// something.
+    async fn answer_told(
+        &self,
+        rpc: &'static Rpc,
+        begun: &Begun<'_>,
+        mut request: Request<Incoming>,
+        visitor: &Visitor,
+    ) -> Response<Body> {
+        let manages = rpc.plane == Plane::Management;
+        let id = trace::current(|call| HeaderValue::from(call.request_id())).filter(|_| manages);
+        // Who reads it there finds the id that was made, where the caller's was none.
+        request.headers_mut().extend(id.clone().map(|id| (REQUEST_ID, id)));
+        let answer = self.answer_rpc(rpc, request, visitor);
+        // What a proxy asks about may be part of a trace that its message alone tells of: its span comes later.
+        let span = if rpc.access == Access::Proxy { None } else { self.tracing.span(rpc.method) };
+        let mut response = match &span {
+            Some(span) => answer.instrument(span.clone()).await,
+            None => answer.await,
+        };
+        let code = calls::code(response.headers()).unwrap_or(tonic::Code::Ok);
+        if let Some(span) = &span {
+            trace::end(span, code);
+        }
+        if manages {
+            log_access(rpc, code, begun.elapsed());
+        }
+        response.headers_mut().extend(id.map(|id| (REQUEST_ID, id)));
+        response
+    }
+
+    async fn answer_rpc(
+        &self,
+        rpc: &'static Rpc,
+        request: Request<Incoming>,
+        visitor: &Visitor,
+    ) -> Response<Body> {
         if !visitor.door.serves(rpc.service()) {
             return no_such_rpc().into_http();
         }
@@ -241,12 +300,12 @@ impl Services {
             _ => return no_such_rpc().into_http(),
         };
         let (news, hears_first) = (self.news.clone(), rpc.hears_first(names_person));
-        let task = self.management.spawn(async move {
+        let task = self.management.spawn(trace::carried(async move {
             let began = Instant::now();
             let _room = (place, held);
             let heard = !hears_first || news.heard().await;
             let (answer, proven) = in_call(began, call).await;
-            let rests = match code(&answer) {
+            let rests = match calls::code(answer.headers()) {
                 // It was so before, says what was read.
                 None | Some(tonic::Code::Ok) => rpc.changes() && !proven,
                 Some(code) => rests_on_knowledge(code, hears_first),
@@ -255,7 +314,7 @@ impl Services {
                 return Status::from(Refusal::Unavailable).into_http();
             }
             answer
-        });
+        }));
         task.await.unwrap_or_else(|error| {
             tracing::error!(
                 method = rpc.method,
@@ -305,6 +364,10 @@ impl Services {
         let shown = visitor.shows(request.headers())?;
         if rpc.access == Access::Possession {
             let holder = self.holder(&credential(request.headers())?)?;
+            let account = holder.key.owner().account().map(ToString::to_string).unwrap_or_default();
+            trace::current(|call| {
+                call.set_caller(trace::Caller { key: holder.key.id().to_string(), account });
+            });
             request.extensions_mut().insert(holder);
             return Ok(());
         }
@@ -325,6 +388,13 @@ impl Services {
         }
         let (method, peer) = (rpc.method, visitor.peer);
         let caller = Caller { proof, account, grants, acting_user, named_user: None, method, peer };
+        // Of Checks nobody asks, unless they are recorded.
+        trace::current(|call| {
+            if rpc.plane == Plane::Management || call.is_recorded() {
+                let (key, account) = (caller.actor().to_string(), caller.account.to_string());
+                call.set_caller(trace::Caller { key, account });
+            }
+        });
         let needed = match rpc.access {
             Access::Needs(permission) => Some(permission),
             Access::Proxy => Some(Permission::Check),
@@ -394,6 +464,24 @@ impl Services {
     }
 }
 
+/// A line for each call to management: at `info` where it may change something and its caller is known, else at
+/// `debug`, since strangers choose how many of those there are.
+fn log_access(rpc: &'static Rpc, code: tonic::Code, took: Duration) {
+    trace::current(|call| {
+        let (method, code) = (rpc.method, calls::code_name(code));
+        let peer = call.peer().map(tracing::field::display);
+        let caller = call.caller();
+        let known = caller.is_some();
+        let (caller, account) = caller.map(|caller| (caller.key, caller.account)).unzip();
+        let took = took.as_secs_f64();
+        if known && rpc.changes() {
+            tracing::info!(target: ACCESS, method, code, caller, account, peer, took, "a call was answered");
+        } else {
+            tracing::debug!(target: ACCESS, method, code, caller, account, peer, took, "a call was answered");
+        }
+    });
+}
+
 /// Whether a refusal rests on what this process, or the database that it reached, knew. Then it is no verdict unless that
 /// was the newest state. `changes`: what is wrong with the request of a change may be so only by old knowledge.
 fn rests_on_knowledge(code: tonic::Code, changes: bool) -> bool {
@@ -403,11 +491,6 @@ fn rests_on_knowledge(code: tonic::Code, changes: bool) -> bool {
         InvalidArgument | PermissionDenied => changes,
         _ => false,
     }
-}
-
-/// What an answer says before it has a body. None = it has one.
-fn code(response: &Response<Body>) -> Option<tonic::Code> {
-    Status::from_header_map(response.headers()).map(|status| status.code())
 }
 
 /// The answer, with its reason: what tonic refuses by itself, such as a body that is no message, has none.

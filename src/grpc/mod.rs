@@ -5,6 +5,7 @@ mod accounts;
 mod audit;
 mod authz;
 mod body;
+pub mod calls;
 mod connection;
 mod convert;
 mod ext_authz;
@@ -28,6 +29,7 @@ use tower::util::BoxCloneSyncService;
 
 use crate::{
     accounts::Accounts,
+    decisions::Decisions,
     domain::account::Environments,
     engine::Engine,
     gateway::Gateway,
@@ -41,6 +43,7 @@ use crate::{
     people::People,
     replication::{news::News, propagation::Propagation},
     store::Store,
+    trace::Tracing,
     transport::Overload,
 };
 
@@ -67,6 +70,10 @@ pub struct Parts {
     pub news: News,
     /// The environments there are.
     pub environments: Arc<Environments>,
+    /// Writes decisions down.
+    pub decisions: Decisions,
+    /// How calls are named, and which are recorded.
+    pub tracing: Tracing,
 }
 
 impl std::fmt::Debug for Parts {
@@ -99,18 +106,33 @@ pub async fn report_health(reporter: &HealthReporter, serving: bool) {
 /// # Errors
 /// When the built-in descriptors cannot be read: a fault of the build.
 pub fn services(parts: Parts, reporter: HealthReporter, overload: Overload) -> anyhow::Result<Services> {
-    let Parts { engine, keys, accounts, people, gateway, store, propagation, news, environments } = parts;
+    let Parts {
+        engine,
+        keys,
+        accounts,
+        people,
+        gateway,
+        store,
+        propagation,
+        news,
+        environments,
+        decisions,
+        tracing,
+    } = parts;
     let health = HealthServer::new(HealthService::from_health_reporter(reporter));
     let open: [(&'static str, Open); 3] = [
         ("grpc.health.v1.Health", BoxCloneSyncService::new(health)),
         ("grpc.reflection.v1.ServerReflection", BoxCloneSyncService::new(reflection().build_v1()?)),
         ("grpc.reflection.v1alpha.ServerReflection", BoxCloneSyncService::new(reflection().build_v1alpha()?)),
     ];
-    let authz = AuthzServiceServer::new(authz::AuthzService { engine: engine.clone(), environments });
+    let authz =
+        AuthzServiceServer::new(authz::AuthzService { engine: engine.clone(), environments, decisions });
     let accounts = accounts::AccountService { accounts, people, propagation: propagation.clone() };
     Ok(Services {
+        calls: Arc::default(),
         engine,
-        ext_authz: AuthorizationServer::new(ext_authz::ExtAuthz(gateway.clone()))
+        tracing,
+        ext_authz: AuthorizationServer::new(ext_authz::ExtAuthz { gateway: gateway.clone(), tracing })
             .max_decoding_message_size(rpc::largest(rpc::service(rpc::EXT_AUTHZ))),
         gateway,
         // The gate holds each RPC to its own limit; here the largest must pass.

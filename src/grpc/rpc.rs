@@ -28,6 +28,29 @@ pub enum Plane {
     Management,
 }
 
+/// How many messages go each way, in the words that metrics have for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// One each way.
+    Unary,
+    /// One request, many answers.
+    ServerStream,
+    /// Many each way.
+    BidiStream,
+}
+
+impl Kind {
+    /// The value of `grpc_type`.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Kind::Unary => "unary",
+            Kind::ServerStream => "server_stream",
+            Kind::BidiStream => "bidi_stream",
+        }
+    }
+}
+
 /// One RPC.
 #[derive(Clone, Copy, Debug)]
 pub struct Rpc {
@@ -41,6 +64,8 @@ pub struct Rpc {
     pub timeout: Option<Duration>,
     /// Where it is answered.
     pub plane: Plane,
+    /// How many messages go each way.
+    pub kind: Kind,
 }
 
 impl Rpc {
@@ -82,12 +107,14 @@ const MANAGEMENT_TIMEOUT: Duration = Duration::from_secs(60);
 const PROPAGATION_TIMEOUT: Duration = Duration::from_secs(600);
 
 const fn checks(method: &'static str, max_request: usize, timeout: Option<Duration>) -> Rpc {
-    Rpc { method, access: Access::Needs(Permission::Check), max_request, timeout, plane: Plane::Checks }
+    let (access, plane) = (Access::Needs(Permission::Check), Plane::Checks);
+    Rpc { method, access, max_request, timeout, plane, kind: Kind::Unary }
 }
 
 const fn managed(method: &'static str, access: Access) -> Rpc {
     let timeout = Some(MANAGEMENT_TIMEOUT);
-    Rpc { method, access, max_request: MANAGEMENT_BYTES, timeout, plane: Plane::Management }
+    let (max_request, plane) = (MANAGEMENT_BYTES, Plane::Management);
+    Rpc { method, access, max_request, timeout, plane, kind: Kind::Unary }
 }
 
 /// What may take something away, and then waits until that is in force everywhere.
@@ -107,7 +134,7 @@ pub const TABLE: [Rpc; 34] = [
     checks("keyward.v1.AuthzService/Check", CHECK_BYTES, Some(CHECK_TIMEOUT)),
     Rpc { access: Access::Proxy, ..checks(EXT_AUTHZ, BATCH_BYTES, Some(CHECK_TIMEOUT)) },
     checks("keyward.v1.AuthzService/BatchCheck", BATCH_BYTES, Some(CHECK_TIMEOUT)),
-    checks("keyward.v1.AuthzService/StreamCheck", CHECK_BYTES, None),
+    Rpc { kind: Kind::BidiStream, ..checks("keyward.v1.AuthzService/StreamCheck", CHECK_BYTES, None) },
     managed("keyward.v1.KeyService/Create", Needs(KeysWrite)),
     managed("keyward.v1.KeyService/Get", Needs(KeysRead)),
     managed("keyward.v1.KeyService/List", Needs(KeysRead)),
@@ -121,7 +148,11 @@ pub const TABLE: [Rpc; 34] = [
     managed("keyward.v1.KeyService/Import", Needs(KeysWrite)),
     managed("keyward.v1.KeyService/Lookup", Needs(KeysRead)),
     managed("keyward.v1.KeyService/Usage", Needs(KeysRead)),
-    Rpc { timeout: None, ..managed("keyward.v1.KeyService/WatchPropagation", Needs(KeysRead)) },
+    Rpc {
+        timeout: None,
+        kind: Kind::ServerStream,
+        ..managed("keyward.v1.KeyService/WatchPropagation", Needs(KeysRead))
+    },
     managed("keyward.v1.KeyService/WhoAmI", AnyKey),
     narrowing("keyward.v1.KeyService/RevokeSelf", Possession),
     managed("keyward.v1.AccountService/Create", Needs(AccountsWrite)),
@@ -159,16 +190,24 @@ mod tests {
     use prost::Message as _;
     use std::fmt::Write as _;
 
-    fn described() -> Vec<String> {
+    fn described() -> Vec<(String, &'static str)> {
         let set = prost_types::FileDescriptorSet::decode(crate::pb::DESCRIPTORS).unwrap();
         let services = set.file.into_iter().flat_map(|file| {
             let package = file.package().to_owned();
             file.service.into_iter().map(move |service| (package.clone(), service))
         });
-        let mut methods: Vec<String> = services
+        let mut methods: Vec<_> = services
             .flat_map(|(package, service)| {
                 let name = format!("{package}.{}", service.name());
-                service.method.into_iter().map(move |method| format!("{name}/{}", method.name()))
+                service.method.into_iter().map(move |method| {
+                    let kind = match (method.client_streaming(), method.server_streaming()) {
+                        (false, false) => Kind::Unary,
+                        (false, true) => Kind::ServerStream,
+                        (true, true) => Kind::BidiStream,
+                        (true, false) => panic!("{}: a kind that there was none of", method.name()),
+                    };
+                    (format!("{name}/{}", method.name()), kind.as_str())
+                })
             })
             .collect();
         methods.sort();
@@ -176,8 +215,8 @@ mod tests {
     }
 
     #[test]
-    fn every_rpc_has_a_row_and_every_row_an_rpc() {
-        let mut rows: Vec<_> = TABLE.iter().map(|rpc| rpc.method.to_owned()).collect();
+    fn every_rpc_has_a_row_of_its_kind_and_every_row_an_rpc() {
+        let mut rows: Vec<_> = TABLE.iter().map(|rpc| (rpc.method.to_owned(), rpc.kind.as_str())).collect();
         rows.sort();
         assert_eq!(rows, described());
     }

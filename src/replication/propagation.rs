@@ -21,10 +21,12 @@ use crate::{
         log::Hash,
         time::{Revision, Timestamp},
     },
+    instruments::{Counters, Distribution, Histograms},
     store::{
         StoreError,
         fleet::{Fleet, Roster},
     },
+    trace::{self, Step},
 };
 
 use super::{feed::Sight, follow::Follow};
@@ -88,12 +90,55 @@ pub enum Incomplete {
     Stopping(Revision),
 }
 
+/// What of the waits is counted.
+#[derive(Debug)]
+pub struct Waits {
+    took: Histograms<11>,
+    incomplete: Counters,
+}
+
+impl Waits {
+    /// From 1 ms, a change in one process, to 2 min, beyond the usual lease. In nanoseconds.
+    const BOUNDS: [u64; 11] = [
+        1_000_000,
+        5_000_000,
+        10_000_000,
+        25_000_000,
+        50_000_000,
+        100_000_000,
+        500_000_000,
+        2_000_000_000,
+        10_000_000_000,
+        60_000_000_000,
+        120_000_000_000,
+    ];
+
+    /// How long changes that take something away took until they were in force everywhere.
+    #[must_use]
+    pub fn took(&self) -> Distribution {
+        self.took.get(0)
+    }
+
+    /// How many were not known to be so when their caller was answered.
+    #[must_use]
+    pub fn incomplete(&self) -> u64 {
+        self.incomplete.get(0)
+    }
+}
+
+impl Default for Waits {
+    fn default() -> Self {
+        Waits { took: Histograms::new(1, &Self::BOUNDS), incomplete: Counters::new(1) }
+    }
+}
+
 /// Waits for changes to be in force on every replica.
 #[derive(Clone)]
 pub struct Propagation {
     clock: Arc<dyn Clock>,
     replicas: Option<Replicas>,
     stopping: watch::Sender<bool>,
+    waits: Arc<Waits>,
 }
 
 #[derive(Clone)]
@@ -116,7 +161,7 @@ impl Propagation {
     /// Where one process owns the database: a change that is in force here is in force everywhere.
     #[must_use]
     pub fn alone(clock: Arc<dyn Clock>) -> Propagation {
-        Propagation { clock, replicas: None, stopping: watch::Sender::new(false) }
+        Propagation { clock, replicas: None, stopping: watch::Sender::new(false), waits: Arc::default() }
     }
 
     /// Where there are replicas. Readings run on the current runtime for as long as anybody may wait.
@@ -130,7 +175,13 @@ impl Propagation {
         let (readings, wanted) = mpsc::channel(QUEUE);
         tokio::spawn(read(fleet.clone(), wanted));
         let replicas = Some(Replicas { fleet, follow, sight, readings });
-        Propagation { clock, replicas, stopping: watch::Sender::new(false) }
+        Propagation { clock, replicas, stopping: watch::Sender::new(false), waits: Arc::default() }
+    }
+
+    /// What was waited for, and how that went.
+    #[must_use]
+    pub fn waits(&self) -> &Arc<Waits> {
+        &self.waits
     }
 
     /// What is said of a change that takes nothing away: there is nothing to wait for.
@@ -157,8 +208,15 @@ impl Propagation {
         again: bool,
         until: Option<Instant>,
     ) -> Result<Report, Incomplete> {
-        let committed = self.clock.boottime();
-        self.follow_up(revision, again, committed, until, &mut |_| ()).await
+        let (committed, begun) = (self.clock.boottime(), Instant::now());
+        let each = &mut |_| ();
+        let followed = self.follow_up(revision, again, committed, until, each);
+        let ended = trace::step(Step::Propagation, followed).await;
+        match &ended {
+            Ok(_) => self.waits.took.note(0, begun.elapsed()),
+            Err(_) => self.waits.incomplete.add(0, 1),
+        }
+        ended
     }
 
     /// Waits, if the change takes anything away.

@@ -10,9 +10,13 @@ use tokio::{
 };
 
 use super::{CommitError, Committed, Outcome, Rejection, Store, StoreError, Write};
-use crate::domain::{
-    log::{Change, LogRow},
-    time::Revision,
+use crate::{
+    domain::{
+        log::{Change, LogRow},
+        time::Revision,
+    },
+    instruments::{Counters, Distribution, Histograms},
+    trace::{self, Step},
 };
 
 /// How many writes go into one transaction at the most.
@@ -75,6 +79,67 @@ pub trait Follower: Send + Sync + 'static {
     fn decided(&self);
 }
 
+/// What of a commit is counted: how it ended, how long it took, how many changes it brought.
+#[derive(Debug)]
+pub struct Commits {
+    ended: Counters,
+    took: Histograms<11>,
+}
+
+impl Commits {
+    const RESULTS: [&str; 3] = ["committed", "not_recorded", "unknown"];
+    /// From 250 µs, a commit that waits for no disk, to 10 s. In nanoseconds.
+    const BOUNDS: [u64; 11] = [
+        250_000,
+        500_000,
+        1_000_000,
+        2_500_000,
+        5_000_000,
+        10_000_000,
+        25_000_000,
+        100_000_000,
+        500_000_000,
+        2_500_000_000,
+        10_000_000_000,
+    ];
+
+    fn note(&self, committed: &Result<Committed, CommitError>, begun: Instant) {
+        self.took.note(0, begun.elapsed());
+        let result = match committed {
+            Ok(committed) => {
+                self.ended.add(Self::RESULTS.len(), committed.rows.len() as u64);
+                0
+            }
+            Err(CommitError::NotRecorded(_)) => 1,
+            Err(CommitError::Unknown(_)) => 2,
+        };
+        self.ended.add(result, 1);
+    }
+
+    /// How many commits ended how: `committed`, `not_recorded` or `unknown`.
+    pub fn ended(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        Self::RESULTS.into_iter().enumerate().map(|(at, result)| (result, self.ended.get(at)))
+    }
+
+    /// How many changes were committed.
+    #[must_use]
+    pub fn changes(&self) -> u64 {
+        self.ended.get(Self::RESULTS.len())
+    }
+
+    /// How long commits took, those that failed too.
+    #[must_use]
+    pub fn took(&self) -> Distribution {
+        self.took.get(0)
+    }
+}
+
+impl Default for Commits {
+    fn default() -> Self {
+        Commits { ended: Counters::new(Self::RESULTS.len() + 1), took: Histograms::new(1, &Self::BOUNDS) }
+    }
+}
+
 enum Job {
     Write(Box<Write>, Answer),
     /// Nothing to write: says when what came before is in force, up to this revision at least.
@@ -87,6 +152,7 @@ pub struct Writer {
     jobs: mpsc::Sender<Job>,
     follower: Arc<dyn Follower>,
     store: Arc<dyn Store>,
+    commits: Arc<Commits>,
 }
 
 impl std::fmt::Debug for Writer {
@@ -103,14 +169,26 @@ impl Writer {
         follower: Arc<dyn Follower>,
     ) -> (Writer, tokio::task::JoinHandle<()>) {
         let (sender, mut jobs) = mpsc::channel(QUEUE);
-        let mut committer = Committer { store: store.clone(), follower: follower.clone(), unsure: false };
+        let commits = Arc::new(Commits::default());
+        let mut committer = Committer {
+            store: store.clone(),
+            follower: follower.clone(),
+            commits: commits.clone(),
+            unsure: false,
+        };
         let task = tokio::spawn(async move {
             let mut batch = Vec::with_capacity(BATCH);
             while jobs.recv_many(&mut batch, BATCH).await > 0 {
                 committer.take(std::mem::take(&mut batch)).await;
             }
         });
-        (Writer { jobs: sender, follower, store }, task)
+        (Writer { jobs: sender, follower, store, commits }, task)
+    }
+
+    /// What was committed, and how that went.
+    #[must_use]
+    pub fn commits(&self) -> &Arc<Commits> {
+        &self.commits
     }
 
     /// Makes one change. Returns once it is durable and the follower has applied it.
@@ -119,8 +197,11 @@ impl Writer {
     /// When the store rejects it, fails, or its answer was lost.
     pub async fn write(&self, write: Write) -> Result<Outcome, WriteError> {
         let (answer, outcome) = oneshot::channel();
-        self.jobs.send(Job::Write(Box::new(write), answer)).await.map_err(|_| WriteError::Stopping)?;
-        let outcome = outcome.await.map_err(|_| WriteError::Stopping)??;
+        let written = async {
+            self.jobs.send(Job::Write(Box::new(write), answer)).await.map_err(|_| WriteError::Stopping)?;
+            outcome.await.map_err(|_| WriteError::Stopping)?
+        };
+        let outcome = trace::step(Step::Commit, written).await?;
         if matches!(outcome, Outcome::Applied(_)) {
             // Outside of a call nobody asks.
             let _ = CALL.try_with(|call| call.proven.set(self.store.read_from_one(call.began)));
@@ -157,6 +238,7 @@ type Answer = oneshot::Sender<Result<Outcome, WriteError>>;
 struct Committer {
     store: Arc<dyn Store>,
     follower: Arc<dyn Follower>,
+    commits: Arc<Commits>,
     /// An outcome is unknown, and the log has not been read since.
     unsure: bool,
 }
@@ -198,7 +280,7 @@ impl Committer {
         {
             return self.fail(&writes, answers, CommitError::NotRecorded(error)).await;
         }
-        match self.store.commit(&writes).await {
+        match self.recorded(&writes).await {
             Ok(committed) => self.settle(&writes, committed, answers).await,
             // One bad write must not take the others with it.
             Err(CommitError::NotRecorded(error @ StoreError::Unavailable(_))) if writes.len() > 1 => {
@@ -218,10 +300,17 @@ impl Committer {
         {
             return self.fail(&writes, vec![answer], CommitError::NotRecorded(error)).await;
         }
-        match self.store.commit(&writes).await {
+        match self.recorded(&writes).await {
             Ok(committed) => self.settle(&writes, committed, vec![answer]).await,
             Err(error) => self.fail(&writes, vec![answer], error).await,
         }
+    }
+
+    async fn recorded(&self, writes: &[Write]) -> Result<Committed, CommitError> {
+        let begun = Instant::now();
+        let committed = self.store.commit(writes).await;
+        self.commits.note(&committed, begun);
+        committed
     }
 
     async fn settle(&mut self, writes: &[Write], committed: Committed, answers: Vec<Answer>) {

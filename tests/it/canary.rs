@@ -121,6 +121,17 @@ async fn use_tokens(server: &Keyward, root: &str, canaries: &mut Canaries) -> Ve
         errors.extend(caller.audit.list(audit).await.err());
     }
 
+    // In headers that hold something else.
+    for name in ["x-request-id", "traceparent", "x-keyward-account"] {
+        let mut request = tonic::Request::new(question(&bad));
+        request.metadata_mut().insert(name, kept.parse().unwrap());
+        errors.extend(caller.authz.check(request).await.err());
+        let create = pb::CreateKeyRequest { name: Some(format!("by-{name}")), ..plain_key() };
+        let mut request = tonic::Request::new(create);
+        request.metadata_mut().insert(name, kept.parse().unwrap());
+        errors.extend(caller.keys.create(request).await.err());
+    }
+
     // In what is no message at all: cut off, and not UTF-8.
     let mut message = question(&kept).encode_to_vec();
     message.push(0xff);
@@ -142,7 +153,9 @@ async fn use_tokens(server: &Keyward, root: &str, canaries: &mut Canaries) -> Ve
 async fn no_token_leaves(format: &str) {
     let home = Home::new();
     let mut command = home.serve_showing_root_key();
-    command.args(["--log", "trace", "--log-format", format]);
+    // Everything that is decided is written down.
+    std::fs::write(home.path("keyward.toml"), "[decision_log]\nallowed = 1.0\nfile = 'decisions'").unwrap();
+    command.args(["--log", "trace", "--log-format", format, "--config", "keyward.toml"]);
     let server = home.start_as(command).unwrap();
     let shown = server.process.stdout();
     let (_, root) = shown.split_once("ROOT_KEY='").unwrap();
@@ -159,7 +172,7 @@ async fn no_token_leaves(format: &str) {
     let logged: usize = files.iter().map(|(_, bytes)| bytes.len()).sum();
     assert!(logged > 100_000, "the log was to be talkative: {logged} bytes");
     let names: Vec<_> = files.iter().map(|(path, _)| path.to_string_lossy()).collect();
-    for end in [".db", "-wal", "-shm", "-lock", "stdout.0", "stderr.0"] {
+    for end in [".db", "-wal", "-shm", "-lock", "stdout.0", "stderr.0", "decisions"] {
         assert!(names.iter().any(|name| name.ends_with(end)), "{end}: {names:?}");
     }
     for (path, bytes) in &files {

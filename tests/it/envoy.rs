@@ -6,6 +6,7 @@ use std::{collections::BTreeMap, net::SocketAddr, path::Path, sync::Arc};
 use keyward::{
     clock::{SystemClock, SystemEntropy},
     config::server::{DatabaseArgs, Settings},
+    decisions::Decisions,
     engine::index::Index,
     grpc::{
         self,
@@ -250,7 +251,7 @@ async fn still_loading(home: &Home) -> SocketAddr {
     let store = store::open(&home.url()).await.unwrap();
     let (clock, entropy) = (Arc::new(SystemClock), Arc::new(SystemEntropy));
     let place = Place::on(&store, Arc::new(Index::default()), clock.clone());
-    let (parts, _) = keyward::server::parts(&settings, store, &place, clock, entropy);
+    let (parts, _) = keyward::server::parts(&settings, store, &place, clock, entropy, Decisions::off());
     let reporter = tonic_health::server::HealthReporter::new();
     let services = Arc::new(grpc::services(parts, reporter, Overload::default()).unwrap());
     let (stopping, is_stopping) = tokio::sync::watch::channel(false);

@@ -1,0 +1,180 @@
+//! Where the decision log is written: a thread of its own, since files and standard error may block.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, BufWriter, Write as _},
+    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
+    path::{Path, PathBuf},
+    sync::Weak,
+};
+
+use anyhow::Context as _;
+use tokio::sync::{mpsc, oneshot};
+
+use super::{Log, Place, record::Record};
+
+/// How many records are written before the file is looked at again.
+const BATCH: usize = 256;
+
+pub(super) enum Item {
+    Record(Box<Record>),
+    End,
+}
+
+/// The thread that writes.
+pub(super) struct Writing(oneshot::Receiver<()>);
+
+impl Writing {
+    /// Starts it.
+    pub(super) fn start(
+        place: &Place,
+        waiting: mpsc::Receiver<Item>,
+        log: Weak<Log>,
+    ) -> anyhow::Result<Writing> {
+        let sink = match place {
+            Place::Log => Sink::Log,
+            Place::File(path) => {
+                let open = Appended::open(path);
+                Sink::File(open.with_context(|| format!("decision_log.file {}", path.display()))?)
+            }
+        };
+        let (ending, ended) = oneshot::channel();
+        std::thread::Builder::new().name("keyward-decisions".to_owned()).spawn(move || {
+            write(sink, waiting, &log);
+            // Who waited for it may have given up.
+            let _ = ending.send(());
+        })?;
+        Ok(Writing(ended))
+    }
+
+    /// Waits until it has ended.
+    pub(super) async fn ended(self) {
+        let _ = self.0.await;
+    }
+}
+
+enum Sink {
+    Log,
+    File(Appended),
+}
+
+fn write(mut sink: Sink, mut waiting: mpsc::Receiver<Item>, log: &Weak<Log>) {
+    let (mut batch, mut failing) = (Vec::with_capacity(BATCH), false);
+    while waiting.blocking_recv_many(&mut batch, BATCH) > 0 {
+        let end = batch.iter().any(|item| matches!(item, Item::End));
+        let records: Vec<_> = batch
+            .drain(..)
+            .filter_map(|item| match item {
+                Item::Record(record) => Some(*record),
+                Item::End => None,
+            })
+            .collect();
+        let written = match &mut sink {
+            Sink::Log => {
+                records.iter().for_each(tell);
+                Ok(())
+            }
+            Sink::File(file) => file.add(&records),
+        };
+        if let (Err(_), Some(log)) = (&written, log.upgrade()) {
+            log.lose(records.len() as u64);
+        }
+        match written {
+            Err(error) if !std::mem::replace(&mut failing, true) => {
+                let error = &error as &dyn std::error::Error;
+                tracing::error!(error, "decisions cannot be written down; until they can they are lost");
+            }
+            Ok(()) if std::mem::take(&mut failing) => tracing::info!("decisions are written down again"),
+            _ => {}
+        }
+        if end {
+            return;
+        }
+    }
+}
+
+/// Tells the log of a record, under the names of its fields.
+fn tell(record: &Record) {
+    let list = |texts: &[String]| (!texts.is_empty()).then(|| texts.join(" "));
+    let (needed, missing) = (list(&record.needed_scopes), list(&record.missing_scopes));
+    let Record { decision_id, time, kind, allowed, reason, shadow, revision, .. } = record;
+    tracing::info!(
+        target: "keyward::decision",
+        decision_id,
+        time,
+        kind,
+        allowed,
+        reason,
+        shadow = shadow.then_some(true),
+        action = record.action,
+        key_id = record.key_id,
+        account = record.account,
+        user = record.user,
+        role = record.role,
+        environment = record.environment,
+        needed_scopes = needed,
+        missing_scopes = missing,
+        customer = record.customer,
+        client_ip = record.client_ip,
+        peer = record.peer,
+        revision,
+        actor = record.actor,
+        actor_account = record.actor_account,
+        acting_user = record.acting_user,
+        method = record.method,
+        request_id = record.request_id,
+        trace_id = record.trace_id,
+        http_id = record.http_id,
+    );
+}
+
+/// A file that lines are added to. When it is moved away, as log rotation does, it is begun anew.
+struct Appended {
+    path: PathBuf,
+    file: BufWriter<File>,
+    inode: u64,
+}
+
+impl Appended {
+    fn open(path: &Path) -> io::Result<Appended> {
+        let file = OpenOptions::new().append(true).create(true).mode(0o600).open(path)?;
+        let inode = file.metadata()?.ino();
+        Ok(Appended { path: path.to_owned(), file: BufWriter::new(file), inode })
+    }
+
+    fn add(&mut self, records: &[Record]) -> io::Result<()> {
+        if records.is_empty() {
+            return Ok(());
+        }
+        if !std::fs::metadata(&self.path).is_ok_and(|found| found.ino() == self.inode) {
+            *self = Appended::open(&self.path)?;
+        }
+        for record in records {
+            serde_json::to_writer(&mut self.file, record)?;
+            self.file.write_all(b"\n")?;
+        }
+        self.file.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(kind: &'static str) -> Record {
+        Record { kind, ..Record::default() }
+    }
+
+    #[test]
+    fn a_file_that_is_moved_away_is_begun_anew() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, moved) = (folder.path().join("decisions"), folder.path().join("decisions.1"));
+        let mut file = Appended::open(&path).unwrap();
+        file.add(&[record("check")]).unwrap();
+        std::fs::rename(&path, &moved).unwrap();
+        file.add(&[record("change")]).unwrap();
+        let text = |path: &Path| std::fs::read_to_string(path).unwrap();
+        assert!(text(&moved).contains("check") && !text(&moved).contains("change"));
+        assert_eq!(text(&path), "{\"decision_id\":\"\",\"time\":\"\",\"kind\":\"change\"}\n");
+    }
+}

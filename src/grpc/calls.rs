@@ -1,0 +1,307 @@
+//! Counts calls: begun, ended and with which code, and how long they took, under the names that gRPC's dashboards
+//! know. The labels are a closed set: a path that is no method of ours is `unknown`, whatever it says.
+//!
+//! A call is over when its last byte is handed to the connection, or when its caller went away, which is CANCELLED.
+
+use std::{
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use bytes::Bytes;
+use http::{HeaderMap, Response};
+use http_body::{Body as _, Frame, SizeHint};
+use tokio::time::Instant;
+use tonic::{Code, Status, body::Body};
+
+use crate::instruments::{Counters, Distribution, Histograms};
+
+use super::rpc::{self, Kind, Rpc};
+
+/// What is served besides the table: health and reflection.
+const OPEN: [(&str, Kind); 4] = [
+    ("grpc.health.v1.Health/Check", Kind::Unary),
+    ("grpc.health.v1.Health/Watch", Kind::ServerStream),
+    ("grpc.reflection.v1.ServerReflection/ServerReflectionInfo", Kind::BidiStream),
+    ("grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", Kind::BidiStream),
+];
+const UNKNOWN: usize = rpc::TABLE.len() + OPEN.len();
+const ROWS: usize = UNKNOWN + 1;
+/// gRPC has the codes 0 to 16.
+const CODES: usize = 17;
+/// The calls begun, then those ended by code.
+const EACH: usize = 1 + CODES;
+
+/// From 50 µs, where most Checks are, to 10 s. In nanoseconds.
+const BOUNDS: [u64; 17] = [
+    50_000,
+    100_000,
+    250_000,
+    500_000,
+    1_000_000,
+    2_500_000,
+    5_000_000,
+    10_000_000,
+    25_000_000,
+    50_000_000,
+    100_000_000,
+    250_000_000,
+    500_000_000,
+    1_000_000_000,
+    2_500_000_000,
+    5_000_000_000,
+    10_000_000_000,
+];
+
+/// The calls since the start.
+#[derive(Debug)]
+pub struct Calls {
+    counts: Counters,
+    took: Histograms<17>,
+}
+
+impl Default for Calls {
+    fn default() -> Self {
+        Calls { counts: Counters::new(ROWS * EACH), took: Histograms::new(ROWS, &BOUNDS) }
+    }
+}
+
+/// The calls of one method.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Count {
+    /// `unary`, `server_stream` or `bidi_stream`.
+    pub kind: &'static str,
+    /// The service's full name, or `unknown`.
+    pub service: &'static str,
+    /// The method's name, or `unknown`.
+    pub method: &'static str,
+    /// How many were begun.
+    pub started: u64,
+    /// How many ended with each code, in its usual spelling.
+    pub handled: Vec<(&'static str, u64)>,
+    /// How long those took that ended.
+    pub took: Distribution,
+}
+
+/// The method with this path, as a place in the counters.
+fn row(path: &str) -> usize {
+    let Some(method) = path.strip_prefix('/') else { return UNKNOWN };
+    let known = rpc::TABLE.iter().position(|rpc| rpc.method == method);
+    let open = || OPEN.iter().position(|(open, _)| *open == method).map(|at| rpc::TABLE.len() + at);
+    known.or_else(open).unwrap_or(UNKNOWN)
+}
+
+/// A row's labels.
+fn labels(row: usize) -> (&'static str, &'static str, &'static str) {
+    let known = rpc::TABLE.get(row).map(|rpc| (rpc.method, rpc.kind));
+    let open = || OPEN.get(row - rpc::TABLE.len()).copied();
+    let Some((method, kind)) = known.or_else(open) else { return ("unary", "unknown", "unknown") };
+    let (service, method) = method.split_once('/').unwrap_or((method, method));
+    (kind.as_str(), service, method)
+}
+
+impl Calls {
+    /// Notes that a call has begun.
+    #[must_use]
+    pub fn begin(self: &Arc<Self>, path: &str) -> Begun<'_> {
+        let row = row(path);
+        self.counts.add(row * EACH, 1);
+        Begun { calls: self, row, at: Instant::now(), ended: false }
+    }
+
+    fn end(&self, row: usize, begun: Instant, code: Code) {
+        self.counts.add(row * EACH + 1 + code as usize, 1);
+        self.took.note(row, begun.elapsed());
+    }
+
+    /// Every method that was called.
+    pub fn iter(&self) -> impl Iterator<Item = Count> {
+        (0..ROWS).filter_map(|row| {
+            let count = |at: usize| self.counts.get(row * EACH + at);
+            let (kind, service, method) = labels(row);
+            let started = count(0);
+            let codes = CODE_NAMES.into_iter().enumerate().map(|(code, name)| (name, count(1 + code)));
+            // OK is there from the first call on, so that a rate of errors has something to be a part of.
+            let handled = codes.filter(|(name, count)| *name == "OK" || *count > 0).collect();
+            let took = || self.took.get(row);
+            (started > 0).then(|| Count { kind, service, method, started, handled, took: took() })
+        })
+    }
+}
+
+/// The codes by number, as other servers' metrics spell them.
+const CODE_NAMES: [&str; CODES] = [
+    "OK",
+    "Canceled",
+    "Unknown",
+    "InvalidArgument",
+    "DeadlineExceeded",
+    "NotFound",
+    "AlreadyExists",
+    "PermissionDenied",
+    "ResourceExhausted",
+    "FailedPrecondition",
+    "Aborted",
+    "OutOfRange",
+    "Unimplemented",
+    "Internal",
+    "Unavailable",
+    "DataLoss",
+    "Unauthenticated",
+];
+
+/// The name of a code.
+pub(super) fn code_name(code: Code) -> &'static str {
+    CODE_NAMES.get(code as usize).copied().unwrap_or("Unknown")
+}
+
+/// A call that has begun. One that is dropped before it is answered was cancelled.
+#[derive(Debug)]
+pub struct Begun<'a> {
+    calls: &'a Arc<Calls>,
+    row: usize,
+    at: Instant,
+    ended: bool,
+}
+
+impl Begun<'_> {
+    /// The row of the table that is called, if it is one.
+    pub(super) fn rpc(&self) -> Option<&'static Rpc> {
+        rpc::TABLE.get(self.row)
+    }
+
+    /// How long it has taken so far.
+    pub(super) fn elapsed(&self) -> std::time::Duration {
+        self.at.elapsed()
+    }
+
+    /// Counts the answer now, or, where it is a stream, when that has ended.
+    #[must_use]
+    pub fn answered(mut self, response: Response<Body>) -> Response<Body> {
+        self.ended = true;
+        // What has ended before it began tells its code in its headers.
+        let streams = labels(self.row).0 != "unary" && !response.body().is_end_stream();
+        match code(response.headers()) {
+            None if streams => {
+                let (calls, row, at) = (self.calls.clone(), self.row, self.at);
+                response.map(|body| Body::new(Stream { body, calls, row, at, code: Some(Code::Cancelled) }))
+            }
+            code => {
+                self.calls.end(self.row, self.at, code.unwrap_or(Code::Ok));
+                response
+            }
+        }
+    }
+}
+
+impl Drop for Begun<'_> {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.calls.end(self.row, self.at, Code::Cancelled);
+        }
+    }
+}
+
+/// The code that headers or trailers tell of; an answer that is begun tells of it at its end.
+pub(super) fn code(headers: &HeaderMap) -> Option<Code> {
+    Status::from_header_map(headers).map(|status| status.code())
+}
+
+/// The messages of an answer, counted when they end.
+struct Stream {
+    body: Body,
+    calls: Arc<Calls>,
+    row: usize,
+    at: Instant,
+    /// With which code it ends, if no trailer says otherwise; nothing = it is counted.
+    code: Option<Code>,
+}
+
+impl http_body::Body for Stream {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let polled = Pin::new(&mut self.body).poll_frame(context);
+        if let Poll::Ready(Some(Ok(frame))) = &polled
+            && let Some(code) = frame.trailers_ref().and_then(code)
+        {
+            self.code = None;
+            self.calls.end(self.row, self.at, code);
+        }
+        polled
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        if let Some(code) = self.code.take() {
+            self.calls.end(self.row, self.at, code);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A method, how often it was begun, and how often it ended with each code.
+    type Told = (&'static str, u64, Vec<(&'static str, u64)>);
+
+    fn count(calls: &Calls) -> Vec<Told> {
+        calls.iter().map(|count| (count.method, count.started, count.handled)).collect()
+    }
+
+    #[test]
+    fn a_call_ends_with_its_code_or_is_cancelled() {
+        let calls = Arc::new(Calls::default());
+        let path = "/keyward.v1.AuthzService/Check";
+        let _ = calls.begin(path).answered(Response::new(Body::empty()));
+        let refused = Response::builder().header("grpc-status", "16").body(Body::empty()).unwrap();
+        let _ = calls.begin(path).answered(refused);
+        drop(calls.begin(path));
+        let handled = vec![("OK", 1), ("Canceled", 1), ("Unauthenticated", 1)];
+        assert_eq!(count(&calls), [("Check", 3, handled)]);
+    }
+
+    #[test]
+    fn a_stream_ends_when_its_body_does() {
+        let calls = Arc::new(Calls::default());
+        let path = "/keyward.v1.KeyService/WatchPropagation";
+        let messages = Body::new(http_body_util::Full::new(Bytes::from_static(b"x")));
+        let answered = calls.begin(path).answered(Response::new(messages));
+        assert_eq!(count(&calls), [("WatchPropagation", 1, vec![("OK", 0)])]);
+        drop(answered);
+        assert_eq!(count(&calls), [("WatchPropagation", 1, vec![("OK", 0), ("Canceled", 1)])]);
+    }
+
+    #[test]
+    fn a_path_that_is_no_method_is_unknown() {
+        let calls = Arc::new(Calls::default());
+        for path in ["/x\"} 1/Check", "/keyward.v1.AuthzService/Chec", "", "/"] {
+            let _ = calls.begin(path).answered(Response::new(Body::empty()));
+        }
+        assert_eq!(count(&calls), [("unknown", 4, vec![("OK", 4)])]);
+    }
+
+    #[test]
+    fn codes_are_spelt_by_their_numbers() {
+        for (number, name) in CODE_NAMES.iter().enumerate() {
+            let code = Code::from_i32(i32::try_from(number).unwrap());
+            let usual = if code == Code::Ok { "OK".to_owned() } else { format!("{code:?}") };
+            assert_eq!(usual.replace("Cancelled", "Canceled"), **name);
+        }
+    }
+}

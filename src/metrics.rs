@@ -1,0 +1,231 @@
+//! The page `/metrics`: what is counted anywhere, under its name. Every label is of a closed set; nothing that a
+//! client sends becomes one. Names are a promise: dashboards and alerts rest on them (docs/telemetry.md has the list).
+//!
+//! Here: names, help, and where each figure comes from. Not here: counting, which is done where things happen.
+
+mod process;
+
+use std::sync::Arc;
+
+use tokio::sync::watch;
+
+use crate::{
+    clock::Clock,
+    decisions::Decisions,
+    domain::{
+        decision::Reason,
+        lease::{Boottime, replica::Standing},
+    },
+    engine::{Engine, limiter::Limiter, usage::Usage},
+    gateway::Gateway,
+    grpc::calls::Calls,
+    instruments::{
+        Kind::{Counter, Gauge, Histogram},
+        Text,
+    },
+    replication::{feed::Sight, propagation::Waits},
+    store::writer::Commits,
+    trace,
+    transport::counts::Report,
+};
+
+/// What the page tells of. Who counts something new adds it here, and a function below that tells it.
+pub struct Sources {
+    /// Answers Checks.
+    pub engine: Arc<Engine>,
+    /// Judges requests.
+    pub gateway: Arc<Gateway>,
+    /// The gRPC calls.
+    pub calls: Arc<Calls>,
+    /// What was committed.
+    pub commits: Arc<Commits>,
+    /// The waits for changes to be in force everywhere.
+    pub waits: Arc<Waits>,
+    /// Writes decisions down.
+    pub decisions: Decisions,
+    /// Whether Checks are answered.
+    pub ready: watch::Receiver<bool>,
+    /// The replica that this is, where there are others.
+    pub replica: Option<Arc<Sight>>,
+    /// Tells the time.
+    pub clock: Arc<dyn Clock>,
+    /// Counts connections.
+    pub transport: Report,
+}
+
+impl std::fmt::Debug for Sources {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Sources").field("engine", &self.engine).finish_non_exhaustive()
+    }
+}
+
+/// The page.
+#[must_use]
+pub fn page(sources: &Sources) -> String {
+    let mut text = Text::default();
+    let engine = &sources.engine;
+    checks(&mut text, engine);
+    calls(&mut text, &sources.calls);
+    connections(&mut text, &sources.transport);
+    gateway(&mut text, &sources.gateway);
+    limits(&mut text, &engine.limiter);
+    usage(&mut text, &engine.usage);
+    store(&mut text, &sources.commits);
+    propagation(&mut text, &sources.waits);
+    told(&mut text, &sources.decisions);
+    state(&mut text, sources);
+    if let Some(replica) = &sources.replica {
+        feed(&mut text, sources, replica);
+    }
+    process::tell(&mut text);
+    text.finish()
+}
+
+fn checks(text: &mut Text, engine: &Engine) {
+    text.family("keyward_checks_total", Counter, "Checks answered.");
+    for (reason, count) in engine.answered() {
+        let result = if reason == Reason::Ok { "allowed" } else { "denied" };
+        text.sample(&[("result", result), ("reason", reason.as_str())], count);
+    }
+}
+
+/// The names that gRPC servers of any make have.
+fn calls(text: &mut Text, calls: &Calls) {
+    let counts: Vec<_> = calls.iter().collect();
+    let labels: Vec<_> = counts
+        .iter()
+        .map(|of| [("grpc_type", of.kind), ("grpc_service", of.service), ("grpc_method", of.method)])
+        .collect();
+    text.family("grpc_server_started_total", Counter, "Calls begun.");
+    for (of, labels) in counts.iter().zip(&labels) {
+        text.sample(labels, of.started);
+    }
+    text.family("grpc_server_handled_total", Counter, "Calls ended, by the code that they ended with.");
+    for (of, [kind, service, method]) in counts.iter().zip(&labels) {
+        for (code, count) in &of.handled {
+            text.sample(&[*kind, *service, *method, ("grpc_code", code)], count);
+        }
+    }
+    let help = "How long calls took from their headers to their answer; a stream, to its end.";
+    text.family("grpc_server_handling_seconds", Histogram, help);
+    for (of, labels) in counts.iter().zip(&labels) {
+        text.histogram(labels, &of.took);
+    }
+}
+
+/// Connections, and calls that were turned away. A listener's name is of the settings.
+fn connections(text: &mut Text, report: &Report) {
+    let listeners: Vec<_> = report.tell().collect();
+    text.family("keyward_connections", Gauge, "Connections that are open.");
+    for told in &listeners {
+        text.sample(&[("listener", &told.listener)], told.connections);
+    }
+    text.family("keyward_connections_refused_total", Counter, "Connections that were not served.");
+    for told in &listeners {
+        for (reason, count) in told.refused {
+            text.sample(&[("listener", &told.listener), ("reason", reason)], count);
+        }
+    }
+    let expiries: Vec<_> =
+        listeners.iter().filter_map(|told| Some((&told.listener, told.certificate_expiry?))).collect();
+    if !expiries.is_empty() {
+        let help = "Until when the listener's certificate is valid, in seconds since 1970.";
+        text.family("keyward_tls_certificate_expiry_seconds", Gauge, help);
+        for (listener, expiry) in expiries {
+            text.sample(&[("listener", listener)], expiry);
+        }
+    }
+    let help = "Calls that were turned away, since more were under way than the server takes.";
+    text.single("keyward_calls_shed_total", Counter, help, report.shed());
+}
+
+fn gateway(text: &mut Text, gateway: &Gateway) {
+    text.family("keyward_gateway_requests_total", Counter, "Requests that proxies asked about.");
+    for of in gateway.counts.iter() {
+        let labels = [("via", of.via), ("mode", of.mode), ("result", of.result), ("reason", of.reason)];
+        text.sample(&labels, of.count);
+    }
+    let [bad, good] = gateway.counts.reloads();
+    text.family("keyward_gateway_rules_reloads_total", Counter, "Changed rules files that were read.");
+    text.sample(&[("result", "accepted")], good).sample(&[("result", "refused")], bad);
+    text.single("keyward_gateway_rules", Gauge, "Rules in force.", gateway.rules());
+}
+
+fn limits(text: &mut Text, limiter: &Limiter) {
+    text.family("keyward_limits_redis_calls_total", Counter, "Checks that Redis was to count.");
+    for (call, count) in limiter.calls() {
+        text.sample(&[("result", call.as_str())], count);
+    }
+    let help = "Checks counted by this process alone, since Redis did not answer.";
+    text.single("keyward_limits_fallbacks_total", Counter, help, limiter.fallbacks());
+}
+
+fn usage(text: &mut Text, usage: &Usage) {
+    let help = "Keys whose uses are not written yet.";
+    text.single("keyward_usage_pending", Gauge, help, usage.waiting());
+    let help = "How often uses or quotas could not be written, and waited.";
+    text.single("keyward_usage_flush_failures_total", Counter, help, usage.failures());
+    let help = "Checks whose use was not noted, since too many keys waited to be written.";
+    text.single("keyward_usage_dropped_total", Counter, help, usage.dropped());
+}
+
+fn store(text: &mut Text, commits: &Commits) {
+    text.family("keyward_store_commits_total", Counter, "Transactions of changes, by how they ended.");
+    for (result, count) in commits.ended() {
+        text.sample(&[("result", result)], count);
+    }
+    let help = "How long a transaction of changes took.";
+    text.family("keyward_store_commit_seconds", Histogram, help).histogram(&[], &commits.took());
+    text.single("keyward_store_committed_changes_total", Counter, "Changes committed.", commits.changes());
+}
+
+fn propagation(text: &mut Text, waits: &Waits) {
+    let help = "How long changes that take something away took until no replica allowed it any more.";
+    text.family("keyward_propagation_seconds", Histogram, help).histogram(&[], &waits.took());
+    let help = "Changes that were not known to be in force everywhere when their caller was answered.";
+    text.single("keyward_propagation_incomplete_total", Counter, help, waits.incomplete());
+}
+
+/// What was to be told and got lost.
+fn told(text: &mut Text, decisions: &Decisions) {
+    let help = "Decisions that were to be written down and were not.";
+    text.single("keyward_decision_log_dropped_total", Counter, help, decisions.dropped());
+    let help = "Spans that were recorded and did not arrive.";
+    text.single("keyward_traces_dropped_total", Counter, help, trace::lost());
+}
+
+fn state(text: &mut Text, sources: &Sources) {
+    let index = &sources.engine.index;
+    let ready = u8::from(*sources.ready.borrow());
+    text.single("keyward_index_keys", Gauge, "Keys held in memory.", index.len());
+    let revision = index.revision().unwrap_or_default();
+    text.single("keyward_revision", Gauge, "Newest change applied.", revision.0);
+    text.single("keyward_ready", Gauge, "1 while Checks are answered.", ready);
+    text.family("keyward_build_info", Gauge, "1; the label tells the version that runs.")
+        .sample(&[("version", env!("CARGO_PKG_VERSION"))], 1);
+}
+
+/// How a replica stands with the database.
+fn feed(text: &mut Text, sources: &Sources, replica: &Sight) {
+    let clock = || sources.clock.boottime();
+    let lease = &sources.engine.lease;
+    let left = match lease.deadline() {
+        Boottime::FOREVER => "+Inf".to_owned(),
+        deadline => deadline.since(clock()).as_secs_f64().to_string(),
+    };
+    let help = "How long Checks may still allow without news from the database.";
+    text.single("keyward_lease_seconds", Gauge, help, left);
+    let help = "How old the state in memory can be.";
+    text.single("keyward_staleness_seconds", Gauge, help, lease.staleness(clock).as_secs_f64());
+    let regressed = u8::from(replica.standing() == Some(Standing::Regressed));
+    let help = "1 while the database has another history than this replica.";
+    text.single("keyward_regressed", Gauge, help, regressed);
+    let help = "Replicas of the database, this one included.";
+    text.single("keyward_replicas", Gauge, help, replica.replicas());
+    let [renewals, failures, frozen] = replica.counts();
+    let help = "Renewals of the lease that the database answered.";
+    text.single("keyward_renewals_total", Counter, help, renewals);
+    text.single("keyward_feed_failures_total", Counter, "Requests of the replica that failed.", failures);
+    let help = "How often this machine's clock was found to have stood still.";
+    text.single("keyward_clock_frozen_total", Counter, help, frozen);
+}

@@ -174,6 +174,13 @@ impl Patience {
     }
 }
 
+/// The call of one who proves nothing but that it holds a token, for the log.
+#[derive(Clone, Debug)]
+pub(super) struct Call {
+    pub(super) peer: Option<IpAddr>,
+    pub(super) request_id: Option<String>,
+}
+
 /// What the gate has found out about a call, for its handler.
 pub(super) fn shown<T: Clone + Send + Sync + 'static>(
     request: &mut tonic::Request<impl Sized>,
@@ -305,7 +312,9 @@ impl Services {
         let shown = visitor.shows(request.headers())?;
         if rpc.access == Access::Possession {
             let holder = self.holder(&credential(request.headers())?)?;
+            let call = Call { peer: visitor.peer, request_id: request_id(request.headers()) };
             request.extensions_mut().insert(holder);
+            request.extensions_mut().insert(call);
             return Ok(());
         }
         let named_account = named(request.headers(), "x-keyward-account", AccountId::parse);
@@ -324,7 +333,9 @@ impl Services {
             return Err(Refusal::Forbidden("OPERATOR_ONLY", message.to_owned()).into());
         }
         let (method, peer) = (rpc.method, visitor.peer);
-        let caller = Caller { proof, account, grants, acting_user, named_user: None, method, peer };
+        let request_id = request_id(request.headers());
+        let caller =
+            Caller { proof, account, grants, acting_user, named_user: None, method, peer, request_id };
         let needed = match rpc.access {
             Access::Needs(permission) => Some(permission),
             Access::Proxy => Some(Permission::Check),
@@ -456,6 +467,14 @@ fn credential(headers: &HeaderMap) -> Result<String, Refusal> {
         Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") => Ok(token.trim().to_owned()),
         _ => Err(Refusal::Unauthenticated),
     }
+}
+
+/// The call's id, if its caller named one that can be written down: up to 128 visible ASCII characters.
+fn request_id(headers: &HeaderMap) -> Option<String> {
+    let mut values = headers.get_all("x-request-id").iter();
+    let (Some(value), None) = (values.next(), values.next()) else { return None };
+    let text = value.to_str().ok().filter(|text| (1..=128).contains(&text.len()))?;
+    text.bytes().all(|byte| byte.is_ascii_graphic()).then(|| text.to_owned())
 }
 
 /// A name that a header gives; at most once.

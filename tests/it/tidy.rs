@@ -100,6 +100,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("replication", &["clock", "domain", "engine", "store"]),
     ("gateway", &["domain", "engine"]),
     ("access", &["domain", "engine", "refusal"]),
+    ("audit", &["clock", "domain", "refusal", "store"]),
     ("refusal", &["clock", "domain", "engine", "replication", "store"]),
     ("keys", &["access", "clock", "domain", "engine", "refusal", "replication", "store"]),
     ("accounts", &["access", "clock", "domain", "engine", "refusal", "store"]),
@@ -110,6 +111,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         &[
             "access",
             "accounts",
+            "audit",
             "clock",
             "domain",
             "engine",
@@ -136,6 +138,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "access",
             "accounts",
             "admin",
+            "audit",
             "clock",
             "config",
             "domain",

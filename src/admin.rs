@@ -46,6 +46,15 @@ pub async fn serve(listener: TcpListener, told: Told, stopping: watch::Receiver<
     http1::serve(listener, move |request: Parts| ready(page(request.uri.path(), &told)), stopping).await;
 }
 
+/// Serves the pages of a server that waits for its database, until this is dropped or `stopping` turns true.
+pub async fn serve_waiting(listener: TcpListener, stopping: watch::Receiver<bool>) {
+    let page = |path: &str| match path {
+        "/healthz" => Page::text(StatusCode::OK, "ok\n"),
+        _ => Page::text(StatusCode::SERVICE_UNAVAILABLE, "not ready: the database is away\n"),
+    };
+    http1::serve(listener, move |request: Parts| ready(page(request.uri.path())), stopping).await;
+}
+
 fn page(path: &str, told: &Told) -> Page {
     let ready = *told.ready.borrow();
     match path {

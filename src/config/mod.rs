@@ -6,6 +6,7 @@ pub mod breakage;
 pub mod client;
 pub mod duration;
 mod gateway;
+pub mod lifecycle;
 pub mod limits;
 mod listeners;
 pub mod replicas;

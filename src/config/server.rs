@@ -22,6 +22,7 @@ use crate::{
 };
 
 use super::{
+    lifecycle::{Lifecycle, LifecycleArgs},
     limits::{self, SecretUrl},
     listeners, replicas,
 };
@@ -70,6 +71,9 @@ pub struct ServeArgs {
     /// The Redis that counts rate limits, with [limits] backend = "redis", such as redis://127.0.0.1:6379
     #[arg(long, env = "KEYWARD_LIMITS_URL", value_name = "URL", hide_env_values = true)]
     pub limits_url: Option<SecretUrl>,
+    /// How it starts and stops.
+    #[command(flatten)]
+    pub lifecycle: LifecycleArgs,
     /// How many threads serve connections [default: one per core]
     #[arg(long, env = "KEYWARD_THREADS", value_name = "N")]
     pub threads: Option<NonZeroUsize>,
@@ -183,6 +187,9 @@ struct File {
     rules: Option<PathBuf>,
     replica_name: Option<String>,
     lease: Option<String>,
+    shutdown_delay: Option<String>,
+    database_wait: Option<String>,
+    migrate: Option<bool>,
     #[serde(default)]
     gateway: super::gateway::File,
     #[serde(default)]
@@ -228,6 +235,8 @@ pub struct Settings {
     pub replica_name: Option<String>,
     /// The lease of a new database; None = the usual one.
     pub lease: Option<Lease>,
+    /// How it starts and stops.
+    pub lifecycle: Lifecycle,
     /// How HTTP requests that proxies ask about are judged.
     pub gateway: GatewaySettings,
     /// How rate limits and quotas are counted.
@@ -277,6 +286,7 @@ impl Settings {
         if let Some(threads) = args.threads {
             settings.threads = threads.get();
         }
+        settings.lifecycle.flags(&args.lifecycle)?;
         settings.addresses()?;
         if settings.gateway.credential_query.is_some()
             && let Some(address) = &settings.forward_auth_listen
@@ -378,6 +388,11 @@ impl Settings {
             rules: file.rules,
             replica_name: file.replica_name.as_deref().map(replicas::read_name).transpose()?,
             lease: file.lease.as_deref().map(replicas::read_lease).transpose()?,
+            lifecycle: Lifecycle::from_file(
+                file.shutdown_delay.as_deref(),
+                file.database_wait.as_deref(),
+                file.migrate,
+            )?,
             gateway,
             limits: LimitSettings::default(),
             keys: KeySettings { environments, prefix, default_role },

@@ -13,6 +13,7 @@
 
 mod accounts;
 mod attacks;
+mod audit_files;
 mod authority;
 mod bad_input;
 mod batch;
@@ -55,6 +56,7 @@ mod store;
 mod support;
 mod tidy;
 mod tls;
+mod upkeep;
 mod upstream;
 
 // The suites that every store is held to over the wire: the seeds, and what leans most on the store. Each says
@@ -65,6 +67,7 @@ mod on_sqlite {
     pub(crate) use crate::support::Server;
 
     mod audit;
+    mod audit_verify;
     mod idempotency;
     mod paging;
     mod people;
@@ -81,6 +84,7 @@ mod on_postgres {
     pub(crate) type Server = crate::support::ServerOn<crate::postgres::Database>;
 
     mod audit;
+    mod audit_verify;
     mod idempotency;
     mod paging;
     mod people;

@@ -110,6 +110,8 @@ impl Home {
         {
             command.env_remove(name);
         }
+        // Most tests stop servers that nobody looks at any more; a flag says otherwise.
+        command.env("KEYWARD_SHUTDOWN_DELAY", "0s");
         command
     }
 

@@ -7,6 +7,7 @@ use std::{fmt::Display, net::IpAddr, sync::Arc};
 
 use crate::{
     domain::{
+        entry::Via,
         facts::KeyFacts as _,
         identity::Identity,
         key::{Owner, Terms},
@@ -78,6 +79,8 @@ pub struct Caller {
     pub method: &'static str,
     /// Where it called from.
     pub peer: Option<IpAddr>,
+    /// The call's id.
+    pub request_id: Option<String>,
 }
 
 impl Caller {
@@ -128,6 +131,11 @@ impl Caller {
             who,
             account: Some(self.account.clone()),
             acting_user: self.acting_user.clone().or_else(|| self.named_user.clone()),
+            via: Via {
+                request_id: self.request_id.clone(),
+                peer: self.peer.map(|peer| peer.to_string()),
+                ..Via::NONE
+            },
         }
     }
 
@@ -277,6 +285,7 @@ mod tests {
             named_user: None,
             method: "test",
             peer: None,
+            request_id: None,
         }
     }
 

@@ -16,6 +16,15 @@ pub async fn serve(listener: TcpListener, sources: Sources, stopping: watch::Rec
     http1::serve(listener, move |request: Parts| ready(page(request.uri.path(), &sources)), stopping).await;
 }
 
+/// Serves the pages of a server that waits for its database, until this is dropped or `stopping` turns true.
+pub async fn serve_waiting(listener: TcpListener, stopping: watch::Receiver<bool>) {
+    let page = |path: &str| match path {
+        "/healthz" => Page::text(StatusCode::OK, "ok\n"),
+        _ => Page::text(StatusCode::SERVICE_UNAVAILABLE, "not ready: the database is away\n"),
+    };
+    http1::serve(listener, move |request: Parts| ready(page(request.uri.path())), stopping).await;
+}
+
 fn page(path: &str, sources: &Sources) -> Page {
     let ready = *sources.ready.borrow();
     match path {

@@ -10,6 +10,7 @@
 //! | [`replication`] | many replicas on one database: who follows, holds a lease, waits for whom |
 //! | [`access`], [`refusal`] | who calls and what they may do; why a call is not done |
 //! | [`keys`], [`accounts`], [`people`] | the use cases: what one transaction writes |
+//! | [`audit`] | the log as evidence: verified, its head told, its oldest part archived |
 //! | [`gateway`] | HTTP requests that proxies ask about: routes, credentials, replies |
 //! | [`transport`] | listeners: sockets, TLS, limits; bytes and connections, and nothing of what is said over them |
 //! | [`grpc`] | the wire: services, the gate, connections; the only place that builds a status |
@@ -25,7 +26,7 @@
 //! | [`pb`] | generated from `proto/` |
 //!
 //! # Who may use whom
-//! `cli → server → {grpc, forward} → {transport, gateway, keys, accounts, people} → replication → engine → store → domain`, never back; `tests/it/tidy.rs` holds it.
+//! `cli → server → {grpc, forward} → {transport, gateway, keys, accounts, people, audit} → replication → engine → store → domain`, never back; `tests/it/tidy.rs` holds it.
 //!
 //! # What always holds
 //! - A token is shown once and stored never; nothing prints one.
@@ -38,6 +39,7 @@
 pub mod access;
 pub mod accounts;
 pub mod admin;
+pub mod audit;
 pub mod cli;
 pub mod clock;
 pub mod config;

@@ -1,26 +1,25 @@
 //! The composition root: puts a server together, starts it in order, and takes it down in order.
 //!
-//! Start: read the rules · open and check the store · take the addresses · make the root key of a first start ·
-//! listen · put the rules in force · load the index, and as a replica take a lease · serve. A client that connects
-//! while the index loads waits; after a second it is served and hears UNAVAILABLE, and health says NOT_SERVING. Stop:
-//! health says NOT_SERVING · no new connections · calls in flight end · usage is written · the lease and the replica's
-//! row are given up, decisions are written down · the store is closed.
+//! Start: read the settings · wait for a database that is away · read the rules · open, migrate and check the store, and
+//! hold it against the revision required · take the addresses · make the root key of a first start · listen · put the
+//! rules in force · load the index, and as a replica take a lease · serve. A client that connects while the index loads
+//! waits; after a second it is served and hears UNAVAILABLE, and health says NOT_SERVING.
+//!
+//! Stop: health says NOT_SERVING · serve on for `shutdown_delay`, so that whoever looks at health sends no more here · no
+//! new connections · calls in flight end · usage is written · the head of the log is told · the lease and the replica's
+//! row are given up, decisions are written down · the store is closed. With the usual delay all that ends within 10 s,
+//! whatever hangs.
 
+pub mod database;
 pub mod replicas;
+mod root_key;
 mod rules;
 mod sockets;
+pub mod upkeep;
 
-use std::{
-    fs::{File, OpenOptions},
-    io::Write as _,
-    net::SocketAddr,
-    os::unix::fs::OpenOptionsExt as _,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use tokio::{
     sync::{oneshot, watch},
     task::{JoinError, JoinHandle},
@@ -28,22 +27,18 @@ use tokio::{
 use tonic_health::server::HealthReporter;
 
 use replicas::Place;
+pub use root_key::reset_root_key;
 use rules::Rules;
 use sockets::{Addresses, Listeners, Sockets};
 
 use crate::{
-    accounts::{self, Accounts},
+    accounts::Accounts,
     admin,
+    audit::head::Teller,
     clock::{Clock, Entropy, random},
     config::server::Settings,
     decisions::{Decisions, Keeper},
-    domain::{
-        key::{Revocation, RevokeReason, State},
-        log::{Action, Actor, Change},
-        name::{AccountId, KeyId},
-        time::Revision,
-        token::Token,
-    },
+    domain::token::Token,
     engine::{Engine, index::Index, usage::Usage},
     forward,
     gateway::Gateway,
@@ -51,12 +46,12 @@ use crate::{
         self, Parts,
         serve::{Capacity, Opened, Workers},
     },
-    keys::{self, Keys},
+    keys::Keys,
     metrics,
     people::People,
     replication::{feed, follow::Follow, propagation::Propagation},
     store::{
-        self, CommitError, Hour, KeyFilter, OwnerFilter, Store, Write,
+        Hour, Store,
         writer::{Commits, Writer},
     },
     trace::Tracing,
@@ -70,9 +65,9 @@ const USAGE_KEPT: Duration = Duration::from_secs(90 * 24 * 60 * 60);
 /// How long clients wait for the index before they hear that it is loading.
 const QUIET_START: Duration = Duration::from_secs(1);
 /// How long calls in flight have to end.
-const DRAIN: Duration = Duration::from_secs(5);
-/// How long the last writes have to end.
-const LAST_WRITES: Duration = Duration::from_secs(2);
+const DRAIN: Duration = Duration::from_secs(4);
+/// How long all has that comes after: what hangs then is left.
+const LAST_WORK: Duration = Duration::from_secs(3);
 
 /// A running server.
 #[derive(Debug)]
@@ -95,6 +90,7 @@ pub struct Server {
 struct Running {
     store: Arc<dyn Store>,
     usage: Arc<Usage>,
+    head: Arc<Teller>,
     reporter: HealthReporter,
     ready: watch::Sender<bool>,
     stopping: watch::Sender<bool>,
@@ -111,6 +107,7 @@ struct Running {
     rereading: watch::Sender<()>,
     /// Writes decisions down.
     keeper: Option<Keeper>,
+    shutdown_delay: Duration,
 }
 
 impl std::fmt::Debug for Running {
@@ -130,12 +127,12 @@ impl Server {
         entropy: Arc<dyn Entropy>,
     ) -> anyhow::Result<Server> {
         let rules = settings.rules.as_deref().map(|path| Rules::read(path, &settings)).transpose()?;
-        let store = store::open(&settings.database).await?;
+        let store = database::open(&settings).await?;
         // The addresses are ours before a root key is made: one that no start shows would be lost. Nobody can
         // connect before it is kept.
         let sockets = Sockets::bind(&settings).await?;
         replicas::first_lease(&store, &settings).await?;
-        let root_token = first_start(&*store, &settings, &*clock, &*entropy).await?;
+        let root_token = root_key::first_start(&*store, &settings, &*clock, &*entropy).await?;
         let mut listeners = sockets.listen()?;
         let addresses = listeners.addresses()?;
 
@@ -211,6 +208,7 @@ impl Server {
         });
         let serving = tokio::spawn(serve(opened, workers, forwarding, is_stopping));
         let usage = engine.usage.clone();
+        let head = Arc::new(Teller::default());
         let sources = metrics::Sources {
             engine,
             gateway: gateway.clone(),
@@ -227,6 +225,7 @@ impl Server {
             tokio::spawn(admin::serve(admin_listener, sources, is_closing)),
             counting,
             tokio::spawn(flush_usage(store.clone(), usage.clone())),
+            tokio::spawn(head.clone().keep_telling(store.clone())),
             tokio::spawn(draw_quotas(store.clone(), usage.clone())),
             tokio::spawn(forget(store.clone(), index, clock, settings.retention)),
             tokio::spawn(watch_loading(loading, stopping.clone())),
@@ -237,6 +236,7 @@ impl Server {
         let running = Running {
             store,
             usage,
+            head,
             reporter,
             ready,
             stopping,
@@ -249,6 +249,7 @@ impl Server {
             propagation: place.propagation,
             rereading,
             keeper,
+            shutdown_delay: settings.lifecycle.shutdown_delay,
         };
         let envoy_address = addresses.envoy();
         let Addresses { grpc: listeners, admin: admin_address, forward: forward_auth_address } = addresses;
@@ -281,6 +282,7 @@ impl Server {
         let Running {
             store,
             usage,
+            head,
             reporter,
             ready,
             stopping,
@@ -293,12 +295,17 @@ impl Server {
             propagation,
             rereading: _,
             keeper,
+            shutdown_delay,
         } = self.running;
         // Before health is told for the last time.
         telling.abort();
-        propagation.stop();
         grpc::report_health(&reporter, false).await;
         ready.send_replace(false);
+        // Whoever looks at health sends no more calls here, and until all have looked they are answered.
+        if !*stopping.borrow() {
+            tokio::time::sleep(shutdown_delay).await;
+        }
+        propagation.stop();
         stopping.send_replace(true);
         if let Err(error) = serving.await {
             tracing::error!(error = &error as &dyn std::error::Error, "serving ended badly");
@@ -307,25 +314,31 @@ impl Server {
         for task in &background {
             task.abort();
         }
-        // The services are gone with the workers, and the writer ends when its queue is empty.
-        if tokio::time::timeout(LAST_WRITES, writer).await.is_err() {
-            tracing::warn!("the last writes did not end in time; their callers were not answered");
-        }
-        if let Err(error) = usage.flush(&*store).await {
-            tracing::warn!(error = &error as &dyn std::error::Error, "the last uses were not written");
-        }
-        let replica = async {
+        let decisions = async {
+            if let Some(keeper) = keeper {
+                keeper.stop(LAST_WORK).await;
+            }
+        };
+        let last = async {
+            // The services are gone with the workers, and the writer ends when its queue is empty.
+            if let Err(error) = writer.await {
+                tracing::error!(error = &error as &dyn std::error::Error, "the writer ended badly");
+            }
+            if let Err(error) = usage.flush(&*store).await {
+                tracing::warn!(error = &error as &dyn std::error::Error, "the last uses were not written");
+            }
+            head.tell(&*store).await;
             if let Some(replica) = replica {
                 replica.stop().await;
             }
+            store.close().await;
         };
-        let decisions = async {
-            if let Some(keeper) = keeper {
-                keeper.stop(LAST_WRITES).await;
-            }
-        };
-        tokio::join!(replica, decisions);
-        store.close().await;
+        let (last, ()) = tokio::join!(tokio::time::timeout(LAST_WORK, last), decisions);
+        if last.is_err() {
+            tracing::warn!(
+                "the database did not answer in time: the last writes and uses may be lost, and the replica's row stays"
+            );
+        }
         tracing::info!("stopped");
     }
 }
@@ -523,175 +536,4 @@ async fn forget(store: Arc<dyn Store>, index: Arc<Index>, clock: Arc<dyn Clock>,
             tracing::warn!(error = &error as &dyn std::error::Error, "old counts of use were not dropped");
         }
     }
-}
-
-/// On the first start of a database: the operator account and its root key. Gives the token, unless it went to
-/// a file.
-async fn first_start(
-    store: &dyn Store,
-    settings: &Settings,
-    clock: &dyn Clock,
-    entropy: &dyn Entropy,
-) -> anyhow::Result<Option<Token>> {
-    if store.head().await?.revision != Revision::default() {
-        return Ok(None);
-    }
-    let root = keys::root::root_key(clock, entropy, &settings.keys, "keyward serve")?;
-    let account = accounts::operator_account(clock.now()).context("the operator account has no name")?;
-    let kept = KeptToken::keep(settings.root_key_file.as_deref(), &root.token)?;
-    let committed =
-        store.commit(&[account, root.write]).await.inspect_err(|error| kept.discard_after(error))?;
-    let made = committed.outcomes.iter().all(Result::is_ok);
-    if !made {
-        // Another replica was first, and has shown its key.
-        kept.discard();
-        return Ok(None);
-    }
-    Ok(settings.root_key_file.is_none().then_some(root.token))
-}
-
-/// A token's file: written whole and on disk before the key is recorded, so that no key is lost in between.
-struct KeptToken(Option<PathBuf>);
-
-impl KeptToken {
-    fn keep(path: Option<&Path>, token: &Token) -> anyhow::Result<KeptToken> {
-        let Some(path) = path else {
-            return Ok(KeptToken(None));
-        };
-        let created = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
-        let mut file = match created {
-            Ok(file) => file,
-            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => bail!(
-                "the root key file {} exists already and is not overwritten; move it away, or name another one",
-                path.display()
-            ),
-            Err(error) => {
-                return Err(error)
-                    .with_context(|| format!("the root key file {} cannot be made", path.display()));
-            }
-        };
-        let kept = KeptToken(Some(path.to_owned()));
-        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let written = file
-            .write_all(token.reveal().as_bytes())
-            .and_then(|()| file.sync_all())
-            .and_then(|()| File::open(folder)?.sync_all());
-        if let Err(error) = written {
-            kept.discard();
-            return Err(error).context("the root key file cannot be written");
-        }
-        Ok(kept)
-    }
-
-    /// Takes the file away after a commit that certainly failed. While it may have been recorded it stays.
-    fn discard_after(&self, error: &CommitError) {
-        match error {
-            CommitError::NotRecorded(_) => self.discard(),
-            CommitError::Unknown(_) => {
-                tracing::warn!(
-                    "whether the root key was recorded is unknown; its file, if one was named, stays"
-                );
-            }
-        }
-    }
-
-    /// Takes the file away again: its token is no key.
-    fn discard(&self) {
-        if let Some(path) = &self.0
-            && let Err(error) = std::fs::remove_file(path)
-        {
-            tracing::warn!(error = &error as &dyn std::error::Error, path = %path.display(), "a file was left");
-        }
-    }
-}
-
-/// Makes a new root key and revokes the ones before it, also where servers run on the database. A file must belong to
-/// no running server.
-///
-/// # Errors
-/// When the store does not open or has never been started, or the key cannot be kept.
-pub async fn reset_root_key(
-    settings: &Settings,
-    clock: Arc<dyn Clock>,
-    entropy: &dyn Entropy,
-) -> anyhow::Result<Option<Token>> {
-    const METHOD: &str = "keyward root-key reset";
-    let store = store::open(&settings.database).await?;
-    if store.head().await?.revision == Revision::default() {
-        bail!("this database is new and has no root key yet; 'keyward serve' makes one at its first start");
-    }
-    let root = keys::root::root_key(&*clock, entropy, &settings.keys, METHOD)?;
-    let new = root.write.change.key_id();
-    let mut batch = revoke_roots(&*store, &*clock, METHOD, new).await?;
-    batch.push(root.write);
-    let kept = KeptToken::keep(settings.root_key_file.as_deref(), &root.token)?;
-    let committed = store.commit(&batch).await.inspect_err(|error| kept.discard_after(error))?;
-    if let Some(Err(rejection)) = committed.outcomes.last() {
-        kept.discard();
-        bail!("the root key was not recorded: {rejection:?}; try again");
-    }
-    // A running server may have changed one of them meanwhile.
-    let mut left = committed.outcomes.iter().any(Result::is_err);
-    while left {
-        let batch = revoke_roots(&*store, &*clock, METHOD, new).await?;
-        left = store.commit(&batch).await?.outcomes.iter().any(Result::is_err);
-    }
-    // Running replicas may still hold the old ones for good.
-    let place = Place::on(&store, Arc::default(), clock.clone());
-    let revision = store.head().await?.revision;
-    if let Err(incomplete) = place.propagation.wait(revision, false, None).await {
-        tracing::error!(?incomplete, "the old root keys are revoked, and may not be refused everywhere yet");
-    }
-    store.close().await;
-    Ok(settings.root_key_file.is_none().then_some(root.token))
-}
-
-/// Writes that revoke every root key but one that is not revoked yet.
-async fn revoke_roots(
-    store: &dyn Store,
-    clock: &dyn Clock,
-    method: &'static str,
-    but: Option<KeyId>,
-) -> anyhow::Result<Vec<Write>> {
-    let now = clock.now();
-    let filter = KeyFilter {
-        owner: OwnerFilter::Account(AccountId::operator()),
-        environment: None,
-        states: vec![State::Active, State::Disabled, State::Expired],
-        name_prefix: String::new(),
-        unused_since: None,
-        expires_before: None,
-        created_before: None,
-        now,
-    };
-    let mut writes = Vec::new();
-    let (mut found, mut before) = (Vec::new(), None);
-    loop {
-        let page = store.keys(&filter, before, 1000).await?;
-        let Some(last) = page.last() else { break };
-        before = Some(last.key.id);
-        found.extend(page);
-    }
-    for stored in found {
-        let mut key = stored.key;
-        // Whatever it is called by now: nothing else is made by the system.
-        let root = key.created_by == Actor::SYSTEM.to_string();
-        if !root || Some(key.id) == but {
-            continue;
-        }
-        let expect = Some(key.revision);
-        let comment = "replaced by root-key reset".to_owned();
-        key.revocation = Some(Revocation { at: now, reason: RevokeReason::Superseded, comment });
-        key.updated_at = now;
-        writes.push(Write {
-            change: Change::Key(Arc::new(key)),
-            expect,
-            action: Action::KeyRevoked,
-            actor: Actor::SYSTEM,
-            method,
-            at: now,
-            idempotency: None,
-        });
-    }
-    Ok(writes)
 }

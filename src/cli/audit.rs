@@ -1,8 +1,13 @@
-//! `keyward audit`: reading the log of every change.
+//! `keyward audit`: reading the log of every change, verifying it, and taking copies of it.
+
+pub(super) mod archive;
+mod export;
+mod verify;
 
 use clap::{Args, Subcommand};
 
 use super::{
+    client::Patience,
     context::Context,
     failure::Failure,
     paging::PageArgs,
@@ -14,14 +19,24 @@ use crate::{clock::SystemClock, pb};
 /// `keyward audit ...`.
 #[derive(Debug, Subcommand)]
 pub(super) enum AuditCommand {
-    /// List changes, newest first
+    /// List changes
     List(ListArgs),
+    /// Verify that the log is whole and that the database agrees with it; exit code 0 = it is
+    Verify(verify::VerifyArgs),
+    /// Write the log as JSON lines that anybody can verify, also without a server
+    Export(export::ExportArgs),
+    /// Move the oldest entries to a file, with the database at hand
+    Archive(archive::ArchiveArgs),
 }
 
 impl AuditCommand {
     pub(super) async fn run(self, cx: &mut Context<'_>) -> Result<u8, Failure> {
         match self {
             AuditCommand::List(args) => args.run(cx).await,
+            AuditCommand::Verify(args) => args.run(cx).await,
+            AuditCommand::Export(args) => args.run(cx).await,
+            // It needs the database, and is run before a client command would be.
+            AuditCommand::Archive(_) => Ok(0),
         }
     }
 }
@@ -38,6 +53,15 @@ pub(super) struct ListArgs {
     /// Only changes made by the key with this id
     #[arg(long, value_name = "ID")]
     actor: Option<String>,
+    /// Only changes made for this person
+    #[arg(long, value_name = "USER")]
+    acting_user: Option<String>,
+    /// Only changes of this kind, such as key.revoked
+    #[arg(long, value_name = "ACTION")]
+    action: Option<String>,
+    /// The oldest first
+    #[arg(long)]
+    oldest_first: bool,
     /// Only changes from then on: a duration ago (12h) or an instant (RFC 3339)
     #[arg(long, value_name = "WHEN", value_parser = Past::parse)]
     from: Option<Past>,
@@ -57,6 +81,9 @@ impl ListArgs {
             actor: self.actor.unwrap_or_default(),
             from: self.from.map(|past| past.resolve(&SystemClock)),
             to: self.to.map(|past| past.resolve(&SystemClock)),
+            acting_user: self.acting_user.unwrap_or_default(),
+            action: self.action.unwrap_or_default(),
+            oldest_first: self.oldest_first,
             ..Default::default()
         };
         let fetched = self
@@ -64,8 +91,9 @@ impl ListArgs {
             .fetch(async |size, page_token| {
                 let question =
                     pb::ListAuditEntriesRequest { page_size: Some(size), page_token, ..question.clone() };
-                let answer =
-                    session.audit(question, async |mut client, request| client.list(request).await).await?;
+                let answer = session
+                    .audit(Patience::Short, question, async |mut client, request| client.list(request).await)
+                    .await?;
                 Ok((answer.entries, answer.next_page_token))
             })
             .await?;
@@ -78,8 +106,10 @@ impl ListArgs {
 }
 
 fn table(entries: &[pb::AuditEntry], colours: bool) -> String {
-    let mut rows =
-        Rows::new(&["REVISION", "AT", "ACTION", "ACCOUNT", "USER", "KEY", "ACTOR", "METHOD"], colours);
+    let mut rows = Rows::new(
+        &["REVISION", "AT", "ACTION", "ACCOUNT", "USER", "KEY", "ACTOR", "FOR", "METHOD", "CHANGED"],
+        colours,
+    );
     for entry in entries {
         rows.row([
             text(entry.revision.to_string()),
@@ -89,10 +119,22 @@ fn table(entries: &[pb::AuditEntry], colours: bool) -> String {
             text(&entry.user),
             text(&entry.key_id),
             text(&entry.actor),
+            text(&entry.acting_user),
             text(entry.method.rsplit('.').next().unwrap_or_default()),
+            text(changed(entry)),
         ]);
     }
     rows.show("No changes.")
+}
+
+/// The fields of a record that an entry changed; of a new one that would be all.
+fn changed(entry: &pb::AuditEntry) -> String {
+    if entry.previous_revision == Some(0) {
+        return "new".to_owned();
+    }
+    let names = entry.changes.iter().map(|change| change.field.as_str());
+    // It changes with everything, and says nothing.
+    names.filter(|name| *name != "updated_at").collect::<Vec<_>>().join(", ")
 }
 
 #[cfg(test)]

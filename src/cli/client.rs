@@ -35,6 +35,8 @@ const GRACE: Duration = Duration::from_millis(250);
 pub(super) enum Patience {
     /// It is answered at once.
     Short,
+    /// It reads all there is before it is answered.
+    Reading,
     /// It is answered when every replica knows of the change, or its lease has run out.
     Propagation,
 }
@@ -43,6 +45,7 @@ impl Patience {
     fn limit(self) -> Duration {
         Duration::from_secs(match self {
             Patience::Short => 10,
+            Patience::Reading => 600,
             // The default lease is 60 s, and an unreachable replica is waited for 1.25 times as long.
             Patience::Propagation => 90,
         })
@@ -131,11 +134,12 @@ impl Session {
     /// Asks AuditService.
     pub(super) async fn audit<Q, A>(
         &self,
+        patience: Patience,
         question: Q,
         call: impl AsyncFnOnce(AuditServiceClient<Channel>, Request<Q>) -> Result<Response<A>, Status>,
     ) -> Result<A, Failure> {
         let client = AuditServiceClient::new(self.channel.clone()).max_decoding_message_size(LARGEST_ANSWER);
-        self.ask(Patience::Short, question, async |request| call(client, request).await).await
+        self.ask(patience, question, async |request| call(client, request).await).await
     }
 
     async fn ask<Q, A>(

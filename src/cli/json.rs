@@ -100,6 +100,10 @@ fn reason_name(value: &i32) -> Shown {
     name(*value, pb::Reason::as_str_name)
 }
 
+fn expected_name(value: &i32) -> Shown {
+    name(*value, pb::ExpectedEntry::as_str_name)
+}
+
 fn reason_names(values: &[i32]) -> Shown {
     Shown::Names(values.iter().map(reason_name).collect())
 }
@@ -180,8 +184,16 @@ messages! {
     RateLimitState { name, limit, remaining, reset_after }
     ListAuditEntriesResponse { entries, next_page_token }
     AuditEntry {
-        revision, at, action, account, key_id, actor, actor_account, method, detail, hash as digits, user, acting_user,
+        revision, at, action, account, key_id, actor, actor_account, method, detail, hash as digits, user, acting_user, changes, previous_revision,
+        request_id, peer, prev_hash as digits, payload,
     }
+    AuditFieldChange { field, before, after }
+    VerifyAuditLogResponse {
+        valid, head, head_hash as digits, broken_at, problem, entries, first_revision, last_revision,
+        last_hash as digits, checkpoint, records, mismatches, expected as expected_name,
+    }
+    AuditCheckpoint { revision, hash as digits, entries, made_at }
+    AuditMismatch { record, revision, problem }
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! The command line: reads the arguments and runs one command.
 //!
-//! `serve`, `root_key` and `replicas` start what the server's side offers; `rules` and `config` read files as a server would, `doctor` looks. All others
+//! `serve`, `root_key`, `replicas`, `upkeep` and `audit archive` start what the server's side offers; `rules` and `config`
+//! read files as a server would, `doctor` looks. All others
 //! are client commands: they speak to a server through the generated client (`pb`) and may use `domain` and
 //! `config`, never `store`, `engine` or `grpc`, so that they can do nothing that another client could not. Every
 //! command answers with an exit code; nothing here ends the process, since what is pending at an exit is lost.
@@ -32,6 +33,7 @@ mod rules;
 pub mod serve;
 mod table;
 mod token;
+mod upkeep;
 mod values;
 mod verdict;
 mod whoami;
@@ -90,6 +92,10 @@ enum Command {
         #[command(subcommand)]
         command: replicas::ReplicasCommand,
     },
+    /// Bring the database's schema up to date, also while servers of the version before run on it
+    Migrate(upkeep::MigrateArgs),
+    /// Copy an SQLite database to a new file, also while a server runs on it
+    Backup(upkeep::BackupArgs),
     /// Create, find, change and revoke keys
     #[command(mut_args = settings::below_top)]
     Keys {
@@ -185,6 +191,9 @@ pub fn main() -> ExitCode {
         Command::Serve(args) => serve::run(args),
         Command::RootKey { command: RootKeyCommand::Reset(args) } => root_key::run(args),
         Command::Replicas { command } => replicas::run(&command),
+        Command::Audit { command: audit::AuditCommand::Archive(args), .. } => audit::archive::run(&args),
+        Command::Migrate(args) => upkeep::migrate(&args),
+        Command::Backup(args) => upkeep::backup(&args),
         Command::Completions(args) => {
             finish(&mut Console::system(), |console| completions::run(args, console))
         }
@@ -237,17 +246,31 @@ fn explain(command: &mut clap::Command, error: clap::Error) -> clap::Error {
 /// A client flag that was given to a command which would ignore it.
 fn misplaced(matches: &ArgMatches) -> Option<String> {
     let taken: &[&str] = match matches.subcommand_name() {
-        Some("serve" | "root-key" | "completions" | "descriptors") => &[],
+        Some("serve" | "root-key" | "migrate" | "backup" | "completions" | "descriptors") => &[],
         // It speaks to no server, and prints as client commands do.
         Some("config" | "rules") => &["output"],
         Some("doctor") => &["output", "server"],
+        Some("audit") if is_archive(matches) => &[],
         _ => return None,
     };
     ClientArgs::IDS
         .into_iter()
         .filter(|id| !taken.contains(id))
-        .find(|id| matches.value_source(id) == Some(ValueSource::CommandLine))
+        .find(|id| is_given(matches, id))
         .map(|id| id.replace('_', "-"))
+}
+
+/// Whether a flag stands before the command, or anywhere behind it.
+fn is_given(matches: &ArgMatches, id: &str) -> bool {
+    let here =
+        matches.try_contains_id(id).is_ok() && matches.value_source(id) == Some(ValueSource::CommandLine);
+    here || matches.subcommand().is_some_and(|(_, below)| is_given(below, id))
+}
+
+/// `audit archive` opens the database, and speaks to no server.
+fn is_archive(matches: &ArgMatches) -> bool {
+    let below = matches.subcommand_matches("audit").and_then(ArgMatches::subcommand_name);
+    below == Some("archive")
 }
 
 fn run_client(command: Command, outer: ClientArgs, console: &mut Console) -> Result<u8, Failure> {
@@ -273,6 +296,8 @@ fn run_client(command: Command, outer: ClientArgs, console: &mut Console) -> Res
         | Command::Replicas { .. }
         | Command::Config(_)
         | Command::Doctor(_)
+        | Command::Migrate(_)
+        | Command::Backup(_)
         | Command::Rules(_)
         | Command::Completions(_)
         | Command::Descriptors => Ok(0),

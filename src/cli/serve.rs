@@ -8,7 +8,7 @@ use crate::{
     clock::{SystemClock, SystemEntropy},
     config::server::{ENVOY, MAIN, ServeArgs, Settings},
     domain::token::Token,
-    server::Server,
+    server::{Server, database},
     telemetry,
 };
 
@@ -55,6 +55,11 @@ async fn serve(settings: Settings) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut hangup = signal(SignalKind::hangup())?;
+    tokio::select! {
+        waited = database::wait(&settings) => waited?,
+        _ = terminate.recv() => return Ok(()),
+        _ = interrupt.recv() => return Ok(()),
+    }
     let mut server = Server::start(settings, Arc::new(SystemClock), Arc::new(SystemEntropy)).await?;
     announce(&mut server)?;
     tracing::info!(grpc = %server.address, admin = %server.admin_address, "serving");

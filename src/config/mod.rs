@@ -9,6 +9,7 @@ pub mod duration;
 pub mod effective;
 mod gateway;
 pub mod keys;
+pub mod lifecycle;
 pub mod limits;
 mod listeners;
 pub mod reference;

@@ -24,6 +24,7 @@ use crate::{
 
 use super::{
     document::{Document, Problem},
+    lifecycle::{Lifecycle, LifecycleArgs},
     limits, listeners, replicas,
     secret::SecretUrl,
     telemetry::{self, TelemetrySettings},
@@ -73,6 +74,9 @@ pub struct ServeArgs {
     /// The Redis that counts rate limits, with [limits] backend = "redis", such as redis://127.0.0.1:6379
     #[arg(long, env = "KEYWARD_LIMITS_URL", value_name = "URL", hide_env_values = true)]
     pub limits_url: Option<SecretUrl>,
+    /// How it starts and stops.
+    #[command(flatten)]
+    pub lifecycle: LifecycleArgs,
     /// How many threads serve connections [default: one per core]
     #[arg(long, env = "KEYWARD_THREADS", value_name = "N")]
     pub threads: Option<NonZeroUsize>,
@@ -251,6 +255,15 @@ pub(super) struct File {
     /// `static` (for ever), or 1s to 1d.
     #[schemars(extend("default" = "default", "format" = "duration"))]
     lease: Option<String>,
+    /// How long a server serves on after SIGTERM while health says NOT_SERVING; at most 10m.
+    #[schemars(extend("default" = "2s", "format" = "duration"))]
+    shutdown_delay: Option<String>,
+    /// How long a start waits for a PostgreSQL server that is away; at most 1d.
+    #[schemars(extend("default" = "60s", "format" = "duration"))]
+    database_wait: Option<String>,
+    /// Whether a start migrates an older schema; else it refuses it.
+    #[schemars(extend("default" = true, "x-flag" = "no_migrate"))]
+    migrate: Option<bool>,
     /// How HTTP requests that proxies ask about are judged ([gateway.md](gateway.md)).
     #[serde(default)]
     gateway: super::gateway::File,
@@ -326,6 +339,8 @@ pub struct Settings {
     pub replica_name: Option<String>,
     /// The lease of a new database; None = the usual one.
     pub lease: Option<Lease>,
+    /// How it starts and stops.
+    pub lifecycle: Lifecycle,
     /// How HTTP requests that proxies ask about are judged.
     pub gateway: GatewaySettings,
     /// How rate limits and quotas are counted.
@@ -392,6 +407,7 @@ impl Settings {
         if let Some(threads) = args.threads {
             settings.threads = threads.get();
         }
+        settings.lifecycle.flags(&args.lifecycle)?;
         settings.addresses()?;
         if settings.gateway.credential_query.is_some()
             && let Some(address) = &settings.forward_auth_listen
@@ -500,6 +516,11 @@ impl Settings {
             rules: file.rules,
             replica_name: file.replica_name.as_deref().map(replicas::read_name).transpose()?,
             lease: file.lease.as_deref().map(replicas::read_lease).transpose()?,
+            lifecycle: Lifecycle::from_file(
+                file.shutdown_delay.as_deref(),
+                file.database_wait.as_deref(),
+                file.migrate,
+            )?,
             gateway,
             limits: LimitSettings::default(),
             keys: KeySettings { environments, prefix, default_role },

@@ -9,6 +9,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::{
     account::{Account, Member, Role},
+    entry::Via,
     key::{Key, Owner},
     name::{AccountId, KeyId, UserId},
     time::{Revision, Timestamp},
@@ -69,6 +70,17 @@ impl Change {
             },
             Change::Member(member) | Change::MemberRemoved(member) => Some(&member.user),
             Change::Account(_) | Change::Role(_) | Change::RoleDeleted(_) => None,
+        }
+    }
+
+    /// The record's revision.
+    #[must_use]
+    pub fn revision(&self) -> Revision {
+        match self {
+            Change::Key(key) => key.revision,
+            Change::Account(account) => account.revision,
+            Change::Role(role) | Change::RoleDeleted(role) => role.revision,
+            Change::Member(member) | Change::MemberRemoved(member) => member.revision,
         }
     }
 
@@ -144,6 +156,8 @@ actions! {
     MemberPut = "member.put",
     /// A membership ended.
     MemberRemoved = "member.removed",
+    /// Old entries left the log for a file; about the operator account, which stays as it is.
+    LogArchived = "log.archived",
 }
 
 /// What called.
@@ -177,11 +191,13 @@ pub struct Actor {
     pub account: Option<AccountId>,
     /// The person it called for.
     pub acting_user: Option<UserId>,
+    /// By which call.
+    pub via: Via,
 }
 
 impl Actor {
     /// Keyward itself.
-    pub const SYSTEM: Actor = Actor { who: Who::System, account: None, acting_user: None };
+    pub const SYSTEM: Actor = Actor { who: Who::System, account: None, acting_user: None, via: Via::NONE };
 }
 
 /// What called.
@@ -214,7 +230,7 @@ pub struct LogRow {
     pub acting_user: Option<UserId>,
     /// The RPC or command.
     pub method: String,
-    /// The [`Change`] as JSON.
+    /// The [`Change`] as JSON, and how it came about: see `entry.rs`.
     pub payload: String,
     /// The hash of the entry before.
     pub prev_hash: Hash,
@@ -285,11 +301,11 @@ impl LogRow {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::domain::key::tests::{at, sample};
 
-    fn row(revision: u64, prev_hash: Hash) -> LogRow {
+    pub(crate) fn row(revision: u64, prev_hash: Hash) -> LogRow {
         let change = Change::Key(Arc::new(sample()));
         let mut row = LogRow {
             revision: Revision(revision),

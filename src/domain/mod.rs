@@ -6,7 +6,10 @@
 //! that every rule can be tested at its exact instant, and the same rules serve gRPC, Envoy and simulations.
 
 pub mod account;
+pub mod chain;
 pub mod decision;
+pub mod entry;
+pub mod export;
 pub mod facts;
 pub mod identity;
 pub mod key;

@@ -184,6 +184,13 @@ impl Patience {
     }
 }
 
+/// The call of one who proves nothing but that it holds a token, for the log.
+#[derive(Clone, Debug)]
+pub(super) struct Call {
+    pub(super) peer: Option<IpAddr>,
+    pub(super) request_id: Option<String>,
+}
+
 /// What the gate has found out about a call, for its handler.
 pub(super) fn shown<T: Clone + Send + Sync + 'static>(
     request: &mut tonic::Request<impl Sized>,
@@ -234,7 +241,9 @@ impl Services {
         let manages = rpc.plane == Plane::Management;
         let id = trace::current(|call| HeaderValue::from(call.request_id())).filter(|_| manages);
         // Who reads it there finds the id that was made, where the caller's was none.
-        request.headers_mut().extend(id.clone().map(|id| (REQUEST_ID, id)));
+        if let Some(id) = &id {
+            request.headers_mut().insert(REQUEST_ID, id.clone());
+        }
         let answer = self.answer_rpc(rpc, request, visitor);
         // What a proxy asks about may be part of a trace that its message alone tells of: its span comes later.
         let span = if rpc.access == Access::Proxy { None } else { self.tracing.span(rpc.method) };
@@ -365,10 +374,13 @@ impl Services {
         if rpc.access == Access::Possession {
             let holder = self.holder(&credential(request.headers())?)?;
             let account = holder.key.owner().account().map(ToString::to_string).unwrap_or_default();
-            trace::current(|call| {
+            let request_id = trace::current(|call| {
                 call.set_caller(trace::Caller { key: holder.key.id().to_string(), account });
+                call.request_id().to_string()
             });
+            let call = Call { peer: visitor.peer, request_id };
             request.extensions_mut().insert(holder);
+            request.extensions_mut().insert(call);
             return Ok(());
         }
         let named_account = named(request.headers(), "x-keyward-account", AccountId::parse);
@@ -387,8 +399,12 @@ impl Services {
             return Err(Refusal::Forbidden("OPERATOR_ONLY", message.to_owned()).into());
         }
         let (method, peer) = (rpc.method, visitor.peer);
-        let caller = Caller { proof, account, grants, acting_user, named_user: None, method, peer };
-        // Of Checks nobody asks, unless they are recorded.
+        // Of Checks nobody asks, unless they are recorded; and they change nothing.
+        let request_id =
+            trace::current(|call| (rpc.plane == Plane::Management).then(|| call.request_id().to_string()));
+        let request_id = request_id.flatten();
+        let caller =
+            Caller { proof, account, grants, acting_user, named_user: None, method, peer, request_id };
         trace::current(|call| {
             if rpc.plane == Plane::Management || call.is_recorded() {
                 let (key, account) = (caller.actor().to_string(), caller.account.to_string());

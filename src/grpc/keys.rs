@@ -34,7 +34,7 @@ use crate::{
 
 use super::{
     convert,
-    gate::{Patience, shown},
+    gate::{Call, Patience, shown},
     keys_read::{
         Page, filled, read_bulk, read_create, read_filter, read_import, read_once, read_once_alone,
         read_update, read_usage,
@@ -316,7 +316,9 @@ impl pb::key_service_server::KeyService for KeyService {
     ) -> Result<Response<pb::RevokeSelfResponse>, Status> {
         let holder = shown::<Holder>(&mut request)?;
         let patience = shown::<Patience>(&mut request)?;
-        let view = self.keys.revoke_self(&holder, "keyward.v1.KeyService/RevokeSelf").await?;
+        let Call { peer, request_id } = shown::<Call>(&mut request)?;
+        let method = "keyward.v1.KeyService/RevokeSelf";
+        let view = self.keys.revoke_self(&holder, method, peer, request_id).await?;
         let (_, revision, propagation) = self.changed(view, patience).await?;
         Ok(Response::new(pb::RevokeSelfResponse { revision, propagation }))
     }

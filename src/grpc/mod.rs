@@ -139,7 +139,7 @@ pub fn services(parts: Parts, reporter: HealthReporter, overload: Overload) -> a
         authz: authz.max_decoding_message_size(rpc::largest("keyward.v1.AuthzService")),
         keys: KeyServiceServer::new(keys::KeyService { keys, propagation }),
         accounts: AccountServiceServer::new(accounts),
-        audit: AuditServiceServer::new(audit::AuditService(store)),
+        audit: AuditServiceServer::new(audit::AuditService::over(store)),
         news,
         open: open.into(),
         management: tokio::runtime::Handle::current(),

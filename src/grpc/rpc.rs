@@ -105,6 +105,8 @@ const CHECK_TIMEOUT: Duration = Duration::from_secs(5);
 const MANAGEMENT_TIMEOUT: Duration = Duration::from_secs(60);
 /// What waits for a change to be in force everywhere ends by itself, with a report.
 const PROPAGATION_TIMEOUT: Duration = Duration::from_secs(600);
+/// What reads all there is.
+const VERIFY_TIMEOUT: Duration = Duration::from_secs(600);
 
 const fn checks(method: &'static str, max_request: usize, timeout: Option<Duration>) -> Rpc {
     let (access, plane) = (Access::Needs(Permission::Check), Plane::Checks);
@@ -168,7 +170,7 @@ pub const TABLE: [Rpc; 34] = [
     narrowing("keyward.v1.AccountService/DeleteRole", Needs(AccountsWrite)),
     managed("keyward.v1.AccountService/ListRoles", Needs(AccountsRead)),
     managed("keyward.v1.AuditService/List", Needs(AuditRead)),
-    managed("keyward.v1.AuditService/Verify", Needs(AuditRead)),
+    Rpc { timeout: Some(VERIFY_TIMEOUT), ..managed("keyward.v1.AuditService/Verify", Needs(AuditRead)) },
 ];
 
 /// The RPC with this path, `/package.Service/Method`.

@@ -7,7 +7,7 @@ pub mod bulk;
 mod rights;
 pub mod root;
 
-use std::{sync::Arc, time::Duration};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use crate::{
     access::{Caller, Proof},
@@ -562,7 +562,13 @@ impl Keys {
     ///
     /// # Errors
     /// When the change is not recorded.
-    pub async fn revoke_self(&self, holder: &Holder, method: &'static str) -> Result<View, Refusal> {
+    pub async fn revoke_self(
+        &self,
+        holder: &Holder,
+        method: &'static str,
+        peer: Option<IpAddr>,
+        request_id: Option<String>,
+    ) -> Result<View, Refusal> {
         let caller = Caller {
             proof: Proof::Key(holder.key.clone()),
             account: holder.key.owner().account().cloned().unwrap_or_else(AccountId::nowhere),
@@ -570,7 +576,8 @@ impl Keys {
             acting_user: None,
             named_user: None,
             method,
-            peer: None,
+            peer,
+            request_id,
         };
         let comment = "revoked by its holder".to_owned();
         self.revoke(&caller, holder.key.id(), RevokeReason::Unspecified, comment).await

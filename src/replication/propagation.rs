@@ -258,7 +258,11 @@ impl Propagation {
         let Some(replicas) = &self.replicas else { return Ok(self.in_force(revision)) };
         let hash = match replicas.follow.link(revision) {
             Some(hash) => hash,
-            None => replicas.link(revision).await?,
+            None => match replicas.link(revision).await? {
+                Some(hash) => hash,
+                // Archived: every replica had acknowledged it.
+                None => return Ok(self.in_force(revision)),
+            },
         };
         let change = Position { revision, hash };
         let mut wait = Wait {
@@ -293,12 +297,17 @@ impl Replicas {
         })
     }
 
-    async fn link(&self, revision: Revision) -> Result<Hash, Incomplete> {
+    /// The log's link at a revision; None = it was archived.
+    async fn link(&self, revision: Revision) -> Result<Option<Hash>, Incomplete> {
         let roster = self.fleet.roster(&[revision]).await.map_err(|error| {
             tracing::error!(error = &error as &dyn std::error::Error, "the log was not read");
             Incomplete::Unanswered
         })?;
-        roster.links.get(&revision).copied().ok_or(Incomplete::Lost(revision))
+        match roster.links.get(&revision) {
+            Some(hash) => Ok(Some(*hash)),
+            None if revision <= roster.archived => Ok(None),
+            None => Err(Incomplete::Lost(revision)),
+        }
     }
 }
 
@@ -368,7 +377,8 @@ impl Wait<'_> {
                 row.applied = row.applied.max(Some(progress.revision));
             }
         }
-        let link = roster.links.get(&progress.revision).copied();
+        let archived = (progress.revision <= roster.archived).then_some(self.hash);
+        let link = roster.links.get(&progress.revision).copied().or(archived);
         Ok(Event::Listed { attempt, listing, link })
     }
 

@@ -16,19 +16,22 @@ use crate::domain::{
 };
 
 use super::{
-    CommitError, Committed, Count, Head, Hour, KeyFilter, LogFilter, SnapshotItem, Store, StoreError,
-    StoredKey, UsageBatch, Write,
+    Checkpoint, CommitError, Committed, Count, Head, Hour, KeyFilter, LogFilter, SnapshotItem, Store,
+    StoreError, StoredKey, UsageBatch, Write,
     fleet::Fleet,
     queries::{self, Dialect, Sql},
     records::{
-        Columns, Gather, GatheredKey, account_at, bytes_at, count_at, head_at, log_at, member_at, role_at,
-        spent_at,
+        Columns, Gather, GatheredKey, account_at, bytes_at, checkpoint_at, count_at, head_at, log_at,
+        member_at, role_at, spent_at,
     },
     rows::damaged,
 };
 
 /// How many of the newest log rows a start verifies; all of them is AuditService.Verify's work.
 const VERIFY_AT_START: u64 = 100_000;
+
+/// How many entries one transaction takes out of the log: others write meanwhile.
+const TAKEN_AT_ONCE: u32 = 10_000;
 
 /// A row of a database.
 pub(super) type RowOf<D> = <D as Database>::Row;
@@ -65,6 +68,12 @@ pub(super) trait Backend: Send + Sync + Sized + 'static {
 
     /// [`Store::forget_usage`].
     async fn drop_usage(&self, before: Hour) -> Result<(), StoreError>;
+
+    /// Notes a checkpoint, unless it is noted.
+    async fn note_checkpoint(&self, checkpoint: &Checkpoint) -> Result<(), StoreError>;
+
+    /// Takes entries up to a revision out of the log, at most so many. How many there were.
+    async fn take_out(&self, upto: Revision, most: u32) -> Result<u64, StoreError>;
 
     /// [`Store::fleet`].
     fn as_fleet(self: Arc<Self>) -> Option<Arc<dyn Fleet>>;
@@ -161,10 +170,28 @@ impl<B: Backend> Store for B {
     async fn log(
         &self,
         filter: &LogFilter,
-        before: Option<Revision>,
+        cursor: Option<Revision>,
         limit: u32,
     ) -> Result<Vec<LogRow>, StoreError> {
-        all(self, queries::log(filter, before, limit), log_at).await
+        all(self, queries::log(filter, cursor, limit), log_at).await
+    }
+
+    async fn log_at(&self, revisions: &[Revision]) -> Result<Vec<LogRow>, StoreError> {
+        all(self, queries::log_at(revisions), log_at).await
+    }
+
+    async fn keys_at(&self, ids: &[KeyId]) -> Result<Vec<StoredKey>, StoreError> {
+        gathered(self, queries::keys_at(ids)).await
+    }
+
+    async fn checkpoint(&self) -> Result<Option<Checkpoint>, StoreError> {
+        checkpoint(self).await
+    }
+
+    async fn archive(&self, checkpoint: &Checkpoint) -> Result<(), StoreError> {
+        self.note_checkpoint(checkpoint).await?;
+        while self.take_out(checkpoint.at.revision, TAKEN_AT_ONCE).await? == u64::from(TAKEN_AT_ONCE) {}
+        Ok(())
     }
 
     async fn idempotent(
@@ -231,6 +258,10 @@ impl<B: Backend> Store for B {
     }
 }
 
+async fn checkpoint<B: Backend>(backend: &B) -> Result<Option<Checkpoint>, StoreError> {
+    Ok(all(backend, queries::checkpoint(), checkpoint_at).await?.pop())
+}
+
 /// Everything that a Check needs, from one view.
 pub(super) async fn snapshot<V: View>(
     view: &mut V,
@@ -278,10 +309,13 @@ pub(super) async fn snapshot<V: View>(
 /// the log has grown beyond, and `meta` with it. What is wrong, if anything is.
 pub(super) async fn check_log<B: Backend>(backend: &B) -> Result<(), StoreError> {
     let broken = |problem: String| Err(damaged("the log", problem));
+    // The checkpoint first: it lies before whatever head is read after it.
+    let archived = checkpoint(backend).await?.map(|checkpoint| checkpoint.at);
     let head = backend.head().await?;
-    let start = Revision(head.revision.0.saturating_sub(VERIFY_AT_START));
-    let mut last = Head { revision: start, hash: GENESIS };
-    if start != Revision(0) {
+    let oldest = archived.unwrap_or(Head { revision: Revision(0), hash: GENESIS });
+    let start = Revision(head.revision.0.saturating_sub(VERIFY_AT_START)).max(oldest.revision);
+    let mut last = oldest;
+    if start != oldest.revision {
         let found = all(backend, queries::hash_of(start), head_at).await?;
         let Some(found) = found.into_iter().next() else {
             return broken(format!("it has no entry {start}"));

@@ -40,6 +40,8 @@ pub struct Roster {
     pub links: HashMap<Revision, Hash>,
     /// The newest revision.
     pub head: Revision,
+    /// Up to where the log was archived: every replica had acknowledged that.
+    pub archived: Revision,
     /// Whether a commit waits for a synchronous standby.
     pub sync_replicated: bool,
 }

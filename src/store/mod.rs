@@ -11,6 +11,7 @@
 mod backend;
 pub mod fleet;
 pub mod look;
+mod open;
 mod plan;
 mod postgres;
 mod queries;
@@ -26,6 +27,8 @@ use std::{sync::Arc, time::Duration};
 use async_trait::async_trait;
 use tokio::time::Instant;
 
+pub use open::{OpenError, Schema, Step, backup, migrate, open, open_with, reach};
+
 use fleet::Fleet;
 
 use crate::domain::{
@@ -40,80 +43,6 @@ use crate::domain::{
 
 /// How long an idempotency key counts.
 pub const IDEMPOTENCY_WINDOW: Duration = Duration::from_secs(24 * 60 * 60);
-
-/// Why a store did not open. Each says what to do.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// The URL names no backend.
-    #[error("the database URL {url:?} is not understood: {problem}")]
-    Url {
-        /// The URL.
-        url: String,
-        /// What is wrong with it.
-        problem: &'static str,
-    },
-    /// Another process owns the file.
-    #[error(
-        "{path} is in use by another keyward{owner}: one process owns the file. Stop it first, or give this \
-         one its own --database"
-    )]
-    Locked {
-        /// The database file.
-        path: String,
-        /// ` (process N)`, where known.
-        owner: String,
-    },
-    /// The database server cannot be trusted with keys.
-    #[error("{database} cannot be used: {what}. {fix}")]
-    Unsuitable {
-        /// The database.
-        database: String,
-        /// What is wrong with it.
-        what: String,
-        /// What to do.
-        fix: &'static str,
-    },
-    /// A newer version has migrated the database.
-    #[error(
-        "{path} has schema version {found}, and this keyward knows versions up to {known}: start the newer \
-         keyward that migrated it, or restore a backup from before"
-    )]
-    NewerSchema {
-        /// The database.
-        path: String,
-        /// Its version.
-        found: i64,
-        /// The newest version known here.
-        known: i64,
-    },
-    /// The database library is too old to be trusted.
-    #[error(
-        "SQLite {found} is linked, and 3.51.3 is the first without the WAL-reset corruption: rebuild with it"
-    )]
-    OldSqlite {
-        /// The version linked.
-        found: String,
-    },
-    /// The database is damaged.
-    #[error(
-        "{path} is damaged: {what}. Nothing was changed. Restore the newest backup (with its -wal file, if it \
-         has one); keep the damaged files for a look"
-    )]
-    Damaged {
-        /// The database.
-        path: String,
-        /// What was found.
-        what: String,
-    },
-    /// Anything else.
-    #[error("{path} could not be opened: {source}")]
-    Other {
-        /// The database.
-        path: String,
-        /// The cause.
-        source: Box<dyn std::error::Error + Send + Sync>,
-    },
-}
 
 /// Why a read or a write did not happen.
 #[derive(Debug, thiserror::Error)]
@@ -291,6 +220,25 @@ pub struct LogFilter {
     pub from: Option<Timestamp>,
     /// Only before this instant.
     pub to: Option<Timestamp>,
+    /// Only made for this person.
+    pub acting_user: Option<UserId>,
+    /// Only of this action.
+    pub action: Option<String>,
+    /// Only after this revision.
+    pub after: Revision,
+    /// The oldest first; else the newest.
+    pub oldest_first: bool,
+}
+
+/// Up to where the log was archived.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Checkpoint {
+    /// The last entry that is not in the log any more; the next one leads to its hash.
+    pub at: Head,
+    /// How many entries are in files, all archives together.
+    pub entries: u64,
+    /// When it was made.
+    pub made_at: Timestamp,
 }
 
 /// A use of one secret, to be kept as the latest.
@@ -386,13 +334,27 @@ pub trait Store: Send + Sync + 'static {
     /// Accounts after `after` in the order of their ids, at most `limit`.
     async fn accounts(&self, after: Option<&AccountId>, limit: u32) -> Result<Vec<Account>, StoreError>;
 
-    /// Log entries before `before`, newest first, at most `limit`.
+    /// Log entries in the order of the filter, at most `limit`: those that come behind `cursor`, which is the last one
+    /// of the page before.
     async fn log(
         &self,
         filter: &LogFilter,
-        before: Option<Revision>,
+        cursor: Option<Revision>,
         limit: u32,
     ) -> Result<Vec<LogRow>, StoreError>;
+
+    /// The entries at these revisions, in no order; those that there are.
+    async fn log_at(&self, revisions: &[Revision]) -> Result<Vec<LogRow>, StoreError>;
+
+    /// The keys with these ids, in no order; those that there are.
+    async fn keys_at(&self, ids: &[KeyId]) -> Result<Vec<StoredKey>, StoreError>;
+
+    /// The newest checkpoint; None = nothing was archived.
+    async fn checkpoint(&self) -> Result<Option<Checkpoint>, StoreError>;
+
+    /// Notes a checkpoint, and takes the entries up to it out of the log, a few at a time. Called again with the same one
+    /// it goes on where it was broken off.
+    async fn archive(&self, checkpoint: &Checkpoint) -> Result<(), StoreError>;
 
     /// The key that was made or rotated under an idempotency key at or after `since`, and the fingerprint.
     async fn idempotent(
@@ -447,30 +409,4 @@ pub trait Store: Send + Sync + 'static {
 
     /// Ends all work and lets go of the database.
     async fn close(&self);
-}
-
-/// Opens the store that `url` names, migrates it, and checks that it is whole.
-///
-/// # Errors
-/// When it cannot be opened, is damaged, or belongs to another process or a newer version.
-pub async fn open(url: &str) -> Result<Arc<dyn Store>, OpenError> {
-    match url.split_once(':') {
-        Some(("sqlite", path)) if path.contains(":memory:") || path.contains('?') => Err(OpenError::Url {
-            url: url.to_owned(),
-            problem: "keys are kept in a file; say sqlite:PATH, without options",
-        }),
-        Some(("sqlite", path)) if !path.is_empty() => {
-            Ok(Arc::new(sqlite::Sqlite::open(path.strip_prefix("//").unwrap_or(path)).await?))
-        }
-        Some(("sqlite", _)) => Err(OpenError::Url {
-            url: url.to_owned(),
-            problem: "the path is missing; say sqlite:PATH, for example sqlite:keyward.db",
-        }),
-        Some(("postgres" | "postgresql", _)) => Ok(Arc::new(postgres::Postgres::open(url).await?)),
-        _ => Err(OpenError::Url {
-            // What follows the first colon may be a password.
-            url: url.split(':').next().unwrap_or_default().to_owned(),
-            problem: "say sqlite:PATH, for example sqlite:keyward.db, or postgres://user:password@host/database",
-        }),
-    }
 }

@@ -47,7 +47,8 @@ use crate::domain::{
 };
 
 use super::{
-    CommitError, Committed, Head, Hour, OpenError, SnapshotItem, StoreError, UsageBatch, Write,
+    Checkpoint, CommitError, Committed, Head, Hour, OpenError, Schema, SnapshotItem, Step, StoreError,
+    UsageBatch, Write,
     backend::{self, Backend, TakeKey, TakeRow, View},
     fleet::Fleet,
     plan::{self, Questions},
@@ -132,25 +133,57 @@ impl Postgres {
     ///
     /// # Errors
     /// When it cannot be reached or trusted, is damaged or newer than this program.
-    pub(super) async fn open(url: &str) -> std::result::Result<Postgres, OpenError> {
+    pub(super) async fn open(url: &str, schema: Schema) -> std::result::Result<Postgres, OpenError> {
         let place = Place::parse(url)?;
-        let failed = |error: sqlx::Error| open_error(&place, error);
         let pool = pool(&place);
-        // Not from the pool, which would try again until its time is over and forget why it failed.
-        let connecting = PgConnection::connect_with(&place.options);
-        let mut connection = within(ACQUIRE, connecting).await.map_err(failed)?;
-        let durable = doctor::check(&place, &mut connection).await?;
-        let _ = within(CALL, connection.close()).await;
+        let durable = Postgres::checked(&place).await?;
         let begins = Begins::new(&place.schema, durable);
-        migrate::run(&place, &pool).await?;
+        migrate::run(&place, &pool, schema.into()).await?;
         let fleet = Lines::to(&place);
         let store =
             Postgres { place, pool, begins, fleet, known: Mutex::default(), sources: Sources::default() };
         match backend::check_log(&store).await {
             Ok(()) => Ok(store),
             Err(StoreError::Damaged(what)) => Err(OpenError::Damaged { path: store.place.shown, what }),
-            Err(error) => Err(OpenError::Other { path: store.place.shown, source: error.into() }),
+            Err(error) => Err(OpenError::Away { path: store.place.shown, source: error.into() }),
         }
+    }
+
+    /// Connects to the server, and sees that it can be trusted. Gives the durability that its transactions need.
+    async fn checked(place: &Place) -> std::result::Result<&'static str, OpenError> {
+        // Not from the pool, which would try again until its time is over and forget why it failed.
+        let connecting = PgConnection::connect_with(&place.options);
+        let connected = within(ACQUIRE, connecting).await;
+        let mut connection = connected.map_err(|error| open_error(place, error))?;
+        let durable = doctor::check(place, &mut connection).await?;
+        let _ = within(CALL, connection.close()).await;
+        Ok(durable)
+    }
+
+    /// Brings the schema up to date, or only says what that would do. Gives the steps.
+    ///
+    /// # Errors
+    /// As [`Postgres::open`].
+    pub(super) async fn migrate(url: &str, dry_run: bool) -> std::result::Result<Vec<Step>, OpenError> {
+        let place = Place::parse(url)?;
+        Postgres::checked(&place).await?;
+        let pool = pool(&place);
+        let what = if dry_run { migrate::Pending::Tell } else { migrate::Pending::Take };
+        let steps = migrate::run(&place, &pool, what).await;
+        pool.close().await;
+        steps
+    }
+
+    /// Whether the server can be reached.
+    ///
+    /// # Errors
+    /// When it cannot: [`OpenError::Away`] where that may pass.
+    pub(super) async fn reach(url: &str) -> std::result::Result<(), OpenError> {
+        let place = Place::parse(url)?;
+        let connecting = PgConnection::connect_with(&place.options);
+        let connection = within(ACQUIRE, connecting).await.map_err(|error| open_error(&place, error))?;
+        let _ = within(CALL, connection.close()).await;
+        Ok(())
     }
 
     /// Runs `work` in a transaction. It is ended by what `work` says, `COMMIT` or `ROLLBACK`.
@@ -375,6 +408,18 @@ impl Backend for Postgres {
         .map_err(store_error)
     }
 
+    async fn note_checkpoint(&self, checkpoint: &Checkpoint) -> std::result::Result<(), StoreError> {
+        self.transaction(async |connection| Ok((write::checkpoint(connection, checkpoint).await?, "COMMIT")))
+            .await
+            .map_err(store_error)
+    }
+
+    async fn take_out(&self, upto: Revision, most: u32) -> std::result::Result<u64, StoreError> {
+        self.transaction(async |connection| Ok((write::take_out(connection, upto, most).await?, "COMMIT")))
+            .await
+            .map_err(store_error)
+    }
+
     fn as_fleet(self: Arc<Self>) -> Option<Arc<dyn Fleet>> {
         Some(self)
     }
@@ -470,6 +515,23 @@ fn store_error(error: sqlx::Error) -> StoreError {
     }
 }
 
+/// Whether an error may be gone by itself: a server that does not answer, is starting or stopping, or has no room for
+/// another session.
+fn may_pass(error: &sqlx::Error) -> bool {
+    const PASSING: [&str; 3] = ["57P", "08", "53"];
+    match error {
+        sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut => true,
+        error => {
+            server_error(error).is_some_and(|said| PASSING.iter().any(|class| said.code().starts_with(class)))
+        }
+    }
+}
+
 fn open_error(place: &Place, error: sqlx::Error) -> OpenError {
-    OpenError::Other { path: place.shown.clone(), source: error.into() }
+    let path = place.shown.clone();
+    if may_pass(&error) {
+        OpenError::Away { path, source: error.into() }
+    } else {
+        OpenError::Other { path, source: error.into() }
+    }
 }

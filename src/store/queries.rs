@@ -71,6 +71,15 @@ impl<D: Dialect> Sql<D> {
         self
     }
 
+    /// A list of values with commas between; one that is empty finds nothing.
+    fn each<T>(self, values: &[T], bind: impl Fn(Self, &T) -> Self) -> Self {
+        let mut query = self;
+        for (at, value) in values.iter().enumerate() {
+            query = bind(if at == 0 { query } else { query.push(", ") }, value);
+        }
+        if values.is_empty() { query.push("NULL") } else { query }
+    }
+
     fn id(mut self, value: KeyId) -> Self {
         D::bytes(&mut self.0, value.as_bytes().to_vec());
         self
@@ -93,9 +102,13 @@ pub(super) fn log_after<D: Dialect>(revision: Revision, limit: u32) -> Sql<D> {
         .int(limit)
 }
 
-pub(super) fn log<D: Dialect>(filter: &LogFilter, before: Option<Revision>, limit: u32) -> Sql<D> {
-    let mut query =
-        Sql::select(LOG_COLUMNS, " FROM log WHERE revision < ").int(before.map_or(i64::MAX, revision_to_i64));
+pub(super) fn log<D: Dialect>(filter: &LogFilter, cursor: Option<Revision>, limit: u32) -> Sql<D> {
+    let after = cursor.filter(|_| filter.oldest_first).unwrap_or_default().max(filter.after);
+    let before = cursor.filter(|_| !filter.oldest_first).map_or(i64::MAX, revision_to_i64);
+    let mut query = Sql::select(LOG_COLUMNS, " FROM log WHERE revision > ")
+        .int(revision_to_i64(after))
+        .push(" AND revision < ")
+        .int(before);
     if let Some(account) = &filter.account {
         query = query.push(" AND account = ").text(account);
     }
@@ -111,7 +124,29 @@ pub(super) fn log<D: Dialect>(filter: &LogFilter, before: Option<Revision>, limi
     if let Some(to) = filter.to {
         query = query.push(" AND at < ").int(to.as_micros());
     }
-    query.push(" ORDER BY revision DESC LIMIT ").int(limit)
+    if let Some(user) = &filter.acting_user {
+        query = query.push(" AND acting_user = ").text(user);
+    }
+    if let Some(action) = &filter.action {
+        query = query.push(" AND action = ").text(action);
+    }
+    let order =
+        if filter.oldest_first { " ORDER BY revision LIMIT " } else { " ORDER BY revision DESC LIMIT " };
+    query.push(order).int(limit)
+}
+
+pub(super) fn log_at<D: Dialect>(revisions: &[Revision]) -> Sql<D> {
+    let query = Sql::select(LOG_COLUMNS, " FROM log WHERE revision IN (");
+    query.each(revisions, |query, revision| query.int(revision_to_i64(*revision))).push(")")
+}
+
+pub(super) fn keys_at<D: Dialect>(ids: &[KeyId]) -> Sql<D> {
+    let query = Sql::keys("k.id IN (");
+    query.each(ids, |query, id| query.id(*id)).push(") ORDER BY k.id, s.version DESC")
+}
+
+pub(super) fn checkpoint<D: Dialect>() -> Sql<D> {
+    Sql::select("revision, hash, entries, made_at", " FROM checkpoints ORDER BY revision DESC LIMIT 1")
 }
 
 pub(super) fn hash_of<D: Dialect>(revision: Revision) -> Sql<D> {

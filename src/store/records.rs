@@ -14,7 +14,7 @@ use crate::domain::{
 };
 
 use super::{
-    Count, Head, Hour, StoreError, StoredKey,
+    Checkpoint, Count, Head, Hour, StoreError, StoredKey,
     backend::TakeKey,
     rows::{
         AccountTail, KeyRow, account_from, damaged, member_from, revision_from_i64, role_from, secret_from,
@@ -108,6 +108,15 @@ pub(super) fn head_at(row: &impl Columns) -> Result<Head, StoreError> {
     let read = || -> Read<(i64, Hash)> { Ok((row.int(0)?, bytes_at(row, 1)?)) };
     let (revision, hash) = read().map_err(unreadable)?;
     Ok(Head { revision: revision_from_i64(revision), hash })
+}
+
+/// The columns of the checkpoint query.
+pub(super) fn checkpoint_at(row: &impl Columns) -> Result<Checkpoint, StoreError> {
+    let at = head_at(row)?;
+    let read = || -> Read<(i64, i64)> { Ok((row.int(2)?, row.int(3)?)) };
+    let (entries, made_at) = read().map_err(unreadable)?;
+    let entries = u64::try_from(entries).unwrap_or(0);
+    Ok(Checkpoint { at, entries, made_at: Timestamp::from_micros(made_at) })
 }
 
 /// A key's row, in [`KEY_COLUMNS`], and its checksum.

@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, fmt, str::FromStr};
 
 use crate::domain::{
     account::{Account, Member, Role},
+    entry::{self, Via},
     key::{Key, Owner, Revocation, RevokeReason, Secret, Terms},
     log::{Change, GENESIS, LogRow},
     name::{AccountId, DisplayName, EnvironmentName, KeyId, KeyName, NameError, RoleName, UserId},
@@ -222,6 +223,7 @@ fn from_json<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
 impl Write {
     /// The log row of this write after `head`, for the record as it is recorded.
     pub(super) fn log_row(&self, change: &Change, head: Head) -> Result<LogRow, serde_json::Error> {
+        let via = Via { previous: Some(self.expect.unwrap_or_default()), ..self.actor.via.clone() };
         let mut row = LogRow {
             revision: head.revision.next(),
             at: self.at,
@@ -233,7 +235,7 @@ impl Write {
             actor_account: self.actor.account.clone(),
             acting_user: self.actor.acting_user.clone(),
             method: self.method.to_owned(),
-            payload: serde_json::to_string(change)?,
+            payload: entry::payload(change, &via)?,
             prev_hash: head.hash,
             hash: GENESIS,
         };

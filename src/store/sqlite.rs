@@ -5,7 +5,11 @@
 //! writes; a few others read, each seeing whole transactions only. Here: opening, checking and connections; the
 //! transactions are in `sqlite_write.rs`, the reads in `backend.rs`.
 
+mod backup;
 mod look;
+mod migrate;
+
+pub(super) use backup::backup;
 
 use std::{
     fs::{File, OpenOptions},
@@ -22,8 +26,7 @@ use std::{
 use async_trait::async_trait;
 use futures_util::TryStreamExt as _;
 use sqlx::{
-    Connection as _, SqlStr, SqliteConnection, SqlitePool,
-    migrate::{MigrateError, Migration, MigrationType, Migrator},
+    Connection as _, SqliteConnection, SqlitePool,
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteRow, SqliteSynchronous},
 };
 use tokio::{
@@ -31,16 +34,21 @@ use tokio::{
     time::Instant,
 };
 
-use crate::domain::{limit::Spent, log::GENESIS, name::KeyId, time::Timestamp};
+use crate::domain::{
+    limit::Spent,
+    name::KeyId,
+    time::{Revision, Timestamp},
+};
 
 pub(super) use self::look::look;
 use super::{
-    CommitError, Committed, Head, Hour, OpenError, SnapshotItem, StoreError, UsageBatch, Write,
+    Checkpoint, CommitError, Committed, Head, Hour, OpenError, Schema, SnapshotItem, Step, StoreError,
+    UsageBatch, Write,
     backend::{self, Backend, TakeKey, TakeRow, View},
     fleet::Fleet,
     queries::Sql,
     records::spent_at,
-    rows::damaged,
+    rows::{damaged, revision_to_i64},
     sqlite_snapshot::Reader,
     sqlite_write,
 };
@@ -51,18 +59,6 @@ const READERS: u32 = 4;
 /// A file of up to so many bytes is checked before it is used. Of a larger one that would hold up the start for
 /// seconds by the gigabyte: its check begins when the keys are loaded, each of which has a checksum of its own.
 const CHECKED_FIRST: u64 = 64 << 20;
-
-/// The migrations, oldest first. Never edited once released.
-fn migrations() -> Vec<Migration> {
-    [
-        (1, "start", SqlStr::from_static(include_str!("migrations/sqlite/0001_start.sql"))),
-        (2, "people", SqlStr::from_static(include_str!("migrations/sqlite/0002_people.sql"))),
-        (3, "replicas", SqlStr::from_static(include_str!("migrations/sqlite/0003_replicas.sql"))),
-    ]
-    .into_iter()
-    .map(|(version, name, sql)| Migration::new(version, name.into(), MigrationType::Simple, sql, false))
-    .collect()
-}
 
 /// The store in one SQLite file.
 pub struct Sqlite {
@@ -88,25 +84,38 @@ impl Sqlite {
     ///
     /// # Errors
     /// When it is in use, damaged, newer than this program, or cannot be opened.
-    pub async fn open(path: &str) -> Result<Sqlite, OpenError> {
-        Sqlite::open_checked(path, CHECKED_FIRST).await
+    pub async fn open(path: &str, schema: Schema) -> Result<Sqlite, OpenError> {
+        Sqlite::open_checked(path, CHECKED_FIRST, schema).await
+    }
+
+    /// Brings the file's schema up to date, or only says what that would do. Gives the steps.
+    ///
+    /// # Errors
+    /// As [`Sqlite::open`].
+    pub async fn migrate(path: &str, dry_run: bool) -> Result<Vec<Step>, OpenError> {
+        if dry_run && !Path::new(path).exists() {
+            return Ok(migrate::all());
+        }
+        let _lock = own(Path::new(path))?;
+        let mut connection =
+            SqliteConnection::connect_with(&options(path)).await.map_err(|error| open_error(path, error))?;
+        check_version(&mut connection).await?;
+        let steps = migrate::pending(path, &mut connection).await?;
+        if !dry_run {
+            migrate::run(path, &mut connection, Schema::Migrate).await?;
+        }
+        let _ = connection.close().await;
+        Ok(steps)
     }
 
     /// Opens a file, and checks it first if it has up to so many bytes.
-    async fn open_checked(path: &str, first: u64) -> Result<Sqlite, OpenError> {
+    async fn open_checked(path: &str, first: u64, schema: Schema) -> Result<Sqlite, OpenError> {
         let other = |source: Box<dyn std::error::Error + Send + Sync>| OpenError::Other {
             path: path.to_owned(),
             source,
         };
         let lock = own(Path::new(path))?;
-        let options = SqliteConnectOptions::new()
-            .filename(path)
-            .create_if_missing(true)
-            .journal_mode(SqliteJournalMode::Wal)
-            .synchronous(SqliteSynchronous::Full)
-            .foreign_keys(true)
-            .busy_timeout(Duration::from_secs(5))
-            .statement_cache_capacity(64);
+        let options = options(path);
         let mut writer =
             SqliteConnection::connect_with(&options).await.map_err(|error| open_error(path, error))?;
         check_version(&mut writer).await?;
@@ -114,7 +123,7 @@ impl Sqlite {
         if !unchecked {
             check_whole(path, &mut writer).await?;
         }
-        migrate(path, &mut writer).await?;
+        migrate::run(path, &mut writer, schema).await?;
         let readers = SqlitePoolOptions::new()
             .max_connections(READERS)
             .acquire_timeout(Duration::from_secs(5))
@@ -227,6 +236,32 @@ impl Backend for Sqlite {
                 .execute(connection)
                 .await
                 .map(drop)
+        })
+        .await
+        .map_err(store_error)
+    }
+
+    async fn note_checkpoint(&self, checkpoint: &Checkpoint) -> Result<(), StoreError> {
+        self.writing(async |connection| {
+            sqlx::query("INSERT INTO checkpoints VALUES (?1, ?2, ?3, ?4) ON CONFLICT DO NOTHING")
+                .bind(revision_to_i64(checkpoint.at.revision))
+                .bind(checkpoint.at.hash.as_slice())
+                .bind(i64::try_from(checkpoint.entries).unwrap_or(i64::MAX))
+                .bind(checkpoint.made_at.as_micros())
+                .execute(connection)
+                .await
+                .map(drop)
+        })
+        .await
+        .map_err(store_error)
+    }
+
+    async fn take_out(&self, upto: Revision, most: u32) -> Result<u64, StoreError> {
+        self.writing(async |connection| {
+            let sql = "DELETE FROM log WHERE revision IN \
+                       (SELECT revision FROM log WHERE revision <= ?1 ORDER BY revision LIMIT ?2)";
+            let taken = sqlx::query(sql).bind(revision_to_i64(upto)).bind(most).execute(connection);
+            taken.await.map(|taken| taken.rows_affected())
         })
         .await
         .map_err(store_error)
@@ -377,30 +412,16 @@ async fn check_behind(options: SqliteConnectOptions, damaged: watch::Sender<bool
     }
 }
 
-async fn migrate(path: &str, connection: &mut SqliteConnection) -> Result<(), OpenError> {
-    let migrations = migrations();
-    let known = migrations.iter().map(|migration| migration.version).max().unwrap_or(0);
-    match Migrator::with_migrations(migrations).run(&mut *connection).await {
-        Ok(()) => {}
-        Err(MigrateError::VersionMissing(found)) => {
-            return Err(OpenError::NewerSchema { path: path.to_owned(), found, known });
-        }
-        Err(MigrateError::VersionMismatch(version) | MigrateError::Dirty(version)) => {
-            return Err(OpenError::Damaged {
-                path: path.to_owned(),
-                what: format!("migration {version} is not the one that this keyward knows"),
-            });
-        }
-        Err(error) => {
-            return Err(OpenError::Other { path: path.to_owned(), source: error.into() });
-        }
-    }
-    sqlx::query("INSERT OR IGNORE INTO meta VALUES (1, randomblob(16), 1, 0, ?1)")
-        .bind(GENESIS.as_slice())
-        .execute(connection)
-        .await
-        .map(drop)
-        .map_err(|error| open_error(path, error))
+/// How a file is opened to be written.
+fn options(path: &str) -> SqliteConnectOptions {
+    SqliteConnectOptions::new()
+        .filename(path)
+        .create_if_missing(true)
+        .journal_mode(SqliteJournalMode::Wal)
+        .synchronous(SqliteSynchronous::Full)
+        .foreign_keys(true)
+        .busy_timeout(Duration::from_secs(5))
+        .statement_cache_capacity(64)
 }
 
 /// SQLite's primary result code.
@@ -444,7 +465,7 @@ mod tests {
     async fn a_damaged_index_is_found_at_the_start_or_in_a_large_file_behind_it() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("keyward.db").display().to_string();
-        let store = Sqlite::open(&path).await.unwrap();
+        let store = Sqlite::open(&path, Schema::Migrate).await.unwrap();
         store
             .writing(async |connection| {
                 let member = Member {
@@ -467,9 +488,9 @@ mod tests {
             .unwrap();
         store.shut().await;
         drop(store);
-        let at_start = Sqlite::open(&path).await.unwrap_err();
+        let at_start = Sqlite::open(&path, Schema::Migrate).await.unwrap_err();
         assert!(matches!(at_start, OpenError::Damaged { .. }), "{at_start}");
-        let store = Sqlite::open_checked(&path, 0).await.unwrap();
+        let store = Sqlite::open_checked(&path, 0, Schema::Migrate).await.unwrap();
         store.view(Timestamp::from_micros(0), &mut |_| {}).await.unwrap();
         store.wait_until_lost().await;
     }

@@ -330,7 +330,8 @@ async fn pair(per_key: &str) -> (Pair, tempfile::TempDir) {
     let folder = tempfile::tempdir().unwrap();
     let rules = folder.path().join("rules.toml");
     std::fs::write(&rules, RULES).unwrap();
-    let flags = ["--rules", rules.to_str().unwrap()];
+    // The usual one, in which Envoy sees that a server stops.
+    let flags = ["--rules", rules.to_str().unwrap(), "--shutdown-delay", "2s"];
     let (one, other) = (keyward(&flags).await, keyward(&flags).await);
     let (_, token) = one.root().create(plain_key()).await.unwrap();
     let pb::CreateKeyRequest { account, environment, scopes, .. } = plain_key();

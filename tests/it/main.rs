@@ -13,6 +13,7 @@
 
 mod accounts;
 mod attacks;
+mod audit_files;
 mod authority;
 mod bad_input;
 mod batch;
@@ -59,6 +60,7 @@ mod support;
 mod telemetry;
 mod tidy;
 mod tls;
+mod upkeep;
 mod upstream;
 
 // The suites that every store is held to over the wire: the seeds, and what leans most on the store. Each says
@@ -69,6 +71,7 @@ mod on_sqlite {
     pub(crate) use crate::support::Server;
 
     mod audit;
+    mod audit_verify;
     mod idempotency;
     mod paging;
     mod people;
@@ -85,6 +88,7 @@ mod on_postgres {
     pub(crate) type Server = crate::support::ServerOn<crate::postgres::Database>;
 
     mod audit;
+    mod audit_verify;
     mod idempotency;
     mod paging;
     mod people;

@@ -386,7 +386,7 @@ async fn a_server_that_says_nothing_is_given_up() {
     let deaf = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("postgres://u:secret@{}/keys?sslmode=disable", deaf.local_addr().unwrap());
     let error = tokio::time::timeout(Duration::from_secs(30), refusal(&url)).await.unwrap();
-    assert!(matches!(error, OpenError::Other { .. }) && !error.to_string().contains("secret"), "{error}");
+    assert!(matches!(error, OpenError::Away { .. }) && !error.to_string().contains("secret"), "{error}");
 }
 
 // What the server must be. -------------------------------------------------------------------------------------------

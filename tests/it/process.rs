@@ -109,6 +109,8 @@ impl Home {
         for (name, _) in std::env::vars_os().filter(|(name, _)| steers(&name.to_string_lossy())) {
             command.env_remove(name);
         }
+        // Most tests stop servers that nobody looks at any more; a flag says otherwise.
+        command.env("KEYWARD_SHUTDOWN_DELAY", "0s");
         command
     }
 

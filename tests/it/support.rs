@@ -44,6 +44,8 @@ impl Entropy for Seeded {
 pub(crate) trait Place {
     fn make() -> Self;
     fn url(&self) -> String;
+    /// Runs statements behind the server's back.
+    fn sql(&self, sql: &str);
 }
 
 /// A file in a folder of its own.
@@ -57,6 +59,12 @@ impl Place for SqliteFile {
     fn url(&self) -> String {
         format!("sqlite:{}", self.0.path().join("keyward.db").display())
     }
+
+    fn sql(&self, sql: &str) {
+        let file = rusqlite::Connection::open(self.0.path().join("keyward.db")).unwrap();
+        file.busy_timeout(Duration::from_secs(10)).unwrap();
+        file.execute_batch(sql).unwrap();
+    }
 }
 
 impl Place for crate::postgres::Database {
@@ -66,6 +74,10 @@ impl Place for crate::postgres::Database {
 
     fn url(&self) -> String {
         crate::postgres::Database::url(self)
+    }
+
+    fn sql(&self, sql: &str) {
+        crate::postgres::Database::sql(self, &format!("SET search_path TO keyward; {sql}"));
     }
 }
 
@@ -78,7 +90,7 @@ pub(crate) struct ServerOn<P> {
     clock: Arc<ManualClock>,
     channel: Channel,
     server: keyward::server::Server,
-    _place: P,
+    place: P,
 }
 
 impl<P: Place> ServerOn<P> {
@@ -100,7 +112,7 @@ impl<P: Place> ServerOn<P> {
         let server = keyward::server::Server::start(settings, clock.clone(), entropy).await.unwrap();
         let channel = Channel::from_shared(format!("http://{}", server.address)).unwrap().connect_lazy();
         let root_token = server.root_token.as_ref().unwrap().reveal().to_owned();
-        ServerOn { root_token, clock, channel, server, _place: place }
+        ServerOn { root_token, clock, channel, server, place }
     }
 
     /// A server with an account `acme`, and one `other`.
@@ -109,6 +121,11 @@ impl<P: Place> ServerOn<P> {
         server.account("acme").await;
         server.account("other").await;
         server
+    }
+
+    /// Runs statements behind its back.
+    pub(crate) fn sql(&self, sql: &str) {
+        self.place.sql(sql);
     }
 
     /// The server itself.
@@ -363,6 +380,10 @@ impl Client {
         let (account, user, role) = (account.to_owned(), user.to_owned(), role.to_owned());
         let request = pb::PutMemberRequest { account, user, role };
         Ok(self.accounts().put_member(request).await?.into_inner().revision)
+    }
+
+    pub(crate) async fn verify(&self) -> pb::VerifyAuditLogResponse {
+        self.audit().verify(pb::VerifyAuditLogRequest::default()).await.unwrap().into_inner()
     }
 
     pub(crate) async fn entries(

@@ -104,6 +104,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("replication", &["clock", "domain", "engine", "instruments", "store", "trace"]),
     ("gateway", &["decisions", "domain", "engine", "instruments", "quiet", "trace"]),
     ("access", &["domain", "engine", "refusal"]),
+    ("audit", &["clock", "domain", "refusal", "store"]),
     ("refusal", &["clock", "domain", "engine", "replication", "store"]),
     ("keys", &["access", "clock", "domain", "engine", "refusal", "replication", "store"]),
     ("accounts", &["access", "clock", "domain", "engine", "refusal", "store"]),
@@ -114,6 +115,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         &[
             "access",
             "accounts",
+            "audit",
             "clock",
             "decisions",
             "domain",
@@ -160,6 +162,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "access",
             "accounts",
             "admin",
+            "audit",
             "clock",
             "config",
             "decisions",

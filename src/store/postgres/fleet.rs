@@ -143,7 +143,7 @@ impl Postgres {
         Ok(Renewed { reply, rows: changes, epoch, replicas })
     }
 
-    /// The log goes on from what this process knew of it to here.
+    /// The log goes on from what this process knew of it to here. What it knew before may be archived.
     fn saw_until(&self, Position { revision, hash }: Position) {
         let mut known = self.known();
         if known.is_some_and(|known| known.revision < revision) {
@@ -223,7 +223,7 @@ fn terms_at(row: &PgRow) -> Result<Terms> {
 
 /// A roster's rows: what `meta` says in each, and a replica, unless there is none.
 fn roster_at(rows: &[PgRow]) -> Result<Roster> {
-    const META: usize = 7;
+    const META: usize = 8;
     let first = rows.first().ok_or(sqlx::Error::RowNotFound)?;
     let meta = TextRow::of(first, 0..META)?;
     let (mut listed, mut names) = (Vec::new(), HashMap::new());
@@ -251,7 +251,8 @@ fn roster_at(rows: &[PgRow]) -> Result<Roster> {
     let links =
         meta.text_opt(5)?.unwrap_or_default().split_terminator(',').map(link).collect::<Result<_>>()?;
     let sync_replicated = meta.text(6)? == "true";
-    Ok(Roster { listing, names, links, head: revision_from_i64(meta.int(0)?), sync_replicated })
+    let (head, archived) = (revision_from_i64(meta.int(0)?), revision_from_i64(meta.int(7)?));
+    Ok(Roster { listing, names, links, head, archived, sync_replicated })
 }
 
 /// A link of a roster: a revision, a colon, its hash in hex.
@@ -335,6 +336,7 @@ impl Fleet for Postgres {
             "SELECT m.head, m.longest_ms, {LIFE}, m.settled, {DB_NOW}, \
              (SELECT string_agg(revision || ':' || encode(hash, 'hex'), ',') FROM log WHERE revision IN ({revisions})), \
              (current_setting('synchronous_standby_names') <> '')::text, \
+             coalesce((SELECT max(revision) FROM checkpoints), 0), \
              r.id, r.name, r.applied, r.renew_seq, r.last_seen FROM meta m LEFT JOIN replicas r ON true"
         );
         let rows = self.message(&self.fleet.rosters, &asked, CALL).await.map_err(store_error)?;

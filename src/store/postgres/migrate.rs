@@ -7,7 +7,7 @@ use std::{sync::Arc, time::Duration};
 
 use crate::{
     domain::log::GENESIS,
-    store::{OpenError, records::Columns as _},
+    store::{OpenError, Schema, Step, records::Columns as _},
 };
 
 use super::{Place, Result, begin, fleet, open_error, query, server_error, within};
@@ -23,14 +23,40 @@ struct Migration {
 }
 
 /// The migrations, oldest first, with the numbers and names that SQLite's have. Never edited once released.
-const MIGRATIONS: [Migration; 3] = [
+const MIGRATIONS: [Migration; 4] = [
     Migration { version: 1, name: "start", sql: include_str!("../migrations/postgres/0001_start.sql") },
     Migration { version: 2, name: "people", sql: include_str!("../migrations/postgres/0002_people.sql") },
     Migration { version: 3, name: "replicas", sql: include_str!("../migrations/postgres/0003_replicas.sql") },
+    Migration { version: 4, name: "archive", sql: include_str!("../migrations/postgres/0004_archive.sql") },
 ];
 
-/// Brings the schema to what this program knows, or says why it cannot.
-pub(super) async fn run(place: &Place, pool: &PgPool) -> std::result::Result<(), OpenError> {
+/// What to do with the steps that a schema lacks.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Pending {
+    /// Take them.
+    Take,
+    /// Tell of them.
+    Tell,
+    /// Refuse to go on.
+    Refuse,
+}
+
+impl From<Schema> for Pending {
+    fn from(schema: Schema) -> Self {
+        match schema {
+            Schema::Migrate => Pending::Take,
+            Schema::Require => Pending::Refuse,
+        }
+    }
+}
+
+/// Brings the schema to what this program knows, or does what else is to be done; or says why it cannot. Gives the steps
+/// that it lacked.
+pub(super) async fn run(
+    place: &Place,
+    pool: &PgPool,
+    what: Pending,
+) -> std::result::Result<Vec<Step>, OpenError> {
     let failed = |error: sqlx::Error| match server_error(&error) {
         Some(said) if said.code() == NOT_ALLOWED => OpenError::Unsuitable {
             database: place.shown.clone(),
@@ -47,25 +73,38 @@ pub(super) async fn run(place: &Place, pool: &PgPool) -> std::result::Result<(),
     ));
     let (mut session, _) = begin(pool, &begun).await.map_err(failed)?;
     let migrated = async {
-        match migrate(place, session.get()).await? {
-            Ok(()) => Ok(Ok(session.end("COMMIT").await?)),
-            Err(refused) => Ok(Err(refused)),
-        }
+        let steps = match migrate(place, session.get(), what).await? {
+            Ok(steps) => steps,
+            Err(refused) => return Ok(Err(refused)),
+        };
+        session.end(if what == Pending::Tell { "ROLLBACK" } else { "COMMIT" }).await?;
+        Ok(Ok(steps))
     };
     within(LIMIT, migrated).await.map_err(failed)?
 }
 
-async fn migrate(place: &Place, connection: &mut PgConnection) -> Result<std::result::Result<(), OpenError>> {
+async fn migrate(
+    place: &Place,
+    connection: &mut PgConnection,
+    what: Pending,
+) -> Result<std::result::Result<Vec<Step>, OpenError>> {
     query("SELECT pg_advisory_xact_lock($1)").bind(place.lock("migrate")).execute(&mut *connection).await?;
     make_schema(place, connection).await?;
     let applied = applied(connection).await?;
     if let Err(refused) = known(place, &applied) {
         return Ok(Err(refused));
     }
-    for Migration { version, name, sql } in &MIGRATIONS {
-        if applied.iter().any(|(done, _)| done == version) {
-            continue;
-        }
+    let is_pending = |one: &&Migration| !applied.iter().any(|(done, _)| *done == one.version);
+    let pending: Vec<_> = MIGRATIONS.iter().filter(is_pending).collect();
+    let steps = pending.iter().map(|one| Step { version: one.version, name: one.name.to_owned() }).collect();
+    if what == Pending::Tell {
+        return Ok(Ok(steps));
+    }
+    if what == Pending::Refuse && !pending.is_empty() {
+        let (path, found) = (place.shown.clone(), applied.iter().map(|(version, _)| *version).max());
+        return Ok(Err(OpenError::OlderSchema { path, found: found.unwrap_or(0), known: known_newest() }));
+    }
+    for Migration { version, name, sql } in pending {
         sqlx::raw_sql(*sql).execute(&mut *connection).await?;
         query("INSERT INTO migrations (version, name, checksum) VALUES ($1, $2, $3)")
             .bind(*version)
@@ -80,7 +119,7 @@ async fn migrate(place: &Place, connection: &mut PgConnection) -> Result<std::re
         .execute(&mut *connection)
         .await?;
     fleet::settle_first(connection).await?;
-    Ok(Ok(()))
+    Ok(Ok(steps))
 }
 
 /// The schema, unless somebody made it for us: a role may well own one and not be allowed to make one.

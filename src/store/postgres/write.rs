@@ -14,10 +14,10 @@ use crate::{
         limit::Drawn,
         log::{Change, LogRow},
         name::KeyId,
-        time::Timestamp,
+        time::{Revision, Timestamp},
     },
     store::{
-        Head, IDEMPOTENCY_WINDOW, UsageBatch,
+        Checkpoint, Head, IDEMPOTENCY_WINDOW, UsageBatch,
         plan::Plan,
         rows::{
             KeyRow, account_sum, longest_life, member_sum, revision_to_i64, role_account, role_scopes,
@@ -226,6 +226,29 @@ fn append(script: &mut Vec<String>, rows: &[&LogRow]) {
             column(rows, |row| row.hash.to_vec()),
         ],
     ));
+}
+
+/// Notes up to where the log was archived, unless it is noted.
+pub(super) async fn checkpoint(connection: &mut PgConnection, checkpoint: &Checkpoint) -> Result<()> {
+    query("INSERT INTO checkpoints VALUES ($1, $2, $3, $4) ON CONFLICT DO NOTHING")
+        .bind(revision_to_i64(checkpoint.at.revision))
+        .bind(checkpoint.at.hash.to_vec())
+        .bind(i64::try_from(checkpoint.entries).unwrap_or(i64::MAX))
+        .bind(checkpoint.made_at.as_micros())
+        .execute(connection)
+        .await
+        .map(drop)
+}
+
+/// Takes the oldest entries up to a revision out of the log. The role has the right for this transaction alone.
+pub(super) async fn take_out(connection: &mut PgConnection, upto: Revision, most: u32) -> Result<u64> {
+    sqlx::raw_sql("GRANT DELETE ON log TO CURRENT_USER").execute(&mut *connection).await?;
+    let sql = "DELETE FROM log WHERE revision IN \
+               (SELECT revision FROM log WHERE revision <= $1 ORDER BY revision LIMIT $2)";
+    let taken =
+        query(sql).bind(revision_to_i64(upto)).bind(i64::from(most)).execute(&mut *connection).await?;
+    sqlx::raw_sql("REVOKE DELETE ON log FROM CURRENT_USER").execute(connection).await?;
+    Ok(taken.rows_affected())
 }
 
 /// Keeps the idempotency keys. Each insert takes away a few that no longer count, so the table stays small without

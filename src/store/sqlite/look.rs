@@ -18,7 +18,7 @@ use crate::store::{
     look::{FileFacts, Kind, Seen},
 };
 
-use super::{CHECKED_FIRST, READERS, Sqlite, check_whole, migrations, open_error};
+use super::{CHECKED_FIRST, READERS, Sqlite, check_whole, migrate::migrations, open_error};
 
 /// Looks at the file at `path`.
 ///

@@ -20,7 +20,7 @@ pub(super) async fn the_log_says_who_did_what_and_holds_the_record(store: Shared
     let made = put(
         &store,
         Write {
-            actor: Actor { who: Who::Key(actor), account: Some(account_id("globex")), acting_user: None },
+            actor: Actor { who: Who::Key(actor), account: Some(account_id("globex")), ..Actor::SYSTEM },
             method: "keyward.v1.KeyService/Create",
             at: at(7),
             ..create(&record)
@@ -67,11 +67,9 @@ pub(super) async fn every_filter_of_the_log_finds_what_a_look_at_each_row_finds(
             1 => Owner::Account(account_id("globex")),
             _ => Owner::User(UserId::parse("u1").unwrap()),
         };
-        let actor = Actor {
-            who: actors.get(count % 4).map_or(Who::System, |key| Who::Key(*key)),
-            account: None,
-            acting_user: None,
-        };
+        let who = actors.get(count % 4).map_or(Who::System, |key| Who::Key(*key));
+        let acting_user = (count % 5 == 0).then(|| UserId::parse("ann").unwrap());
+        let actor = Actor { who, acting_user, ..Actor::SYSTEM };
         let seconds = at(i64::try_from(count % 7).unwrap());
         let made = put(&store, Write { actor, at: seconds, ..create(&Key { owner, ..key() }) }).await;
         keys.push(put(&store, Write { at: seconds, ..update(&made) }).await.id);
@@ -89,29 +87,55 @@ pub(super) async fn every_filter_of_the_log_finds_what_a_look_at_each_row_finds(
         prop::option::of(0i64..8),
         prop::option::of(0i64..8),
         prop::option::of(0u64..70),
+        (
+            prop::option::of(prop::sample::select(vec!["ann", "ben"])),
+            prop::option::of(prop::sample::select(vec!["key.created", "key.updated", "nothing"])),
+            0u64..70,
+            any::<bool>(),
+        ),
     );
-    for_all(400, filters, |(account, key_id, actor, from, to, before)| {
-        let (store, rows) = (store.clone(), &rows);
-        async move {
-            let filter = LogFilter {
-                account: account.map(account_id),
-                key_id,
-                actor,
-                from: from.map(at),
-                to: to.map(at),
-            };
-            let before = before.map(Revision);
-            let hit = |row: &&LogRow| {
-                filter.account.as_ref().is_none_or(|account| row.account.as_ref() == Some(account))
-                    && filter.key_id.is_none_or(|key| row.key_id == Some(key))
-                    && filter.actor.as_ref().is_none_or(|actor| row.actor == *actor)
-                    && filter.from.is_none_or(|from| row.at >= from)
-                    && filter.to.is_none_or(|to| row.at < to)
-                    && before.is_none_or(|before| row.revision < before)
-            };
-            let expected: Vec<_> = rows.iter().rev().filter(hit).take(5).cloned().collect();
-            assert_eq!(store.log(&filter, before, 5).await.unwrap(), expected, "{filter:?} {before:?}");
-        }
-    })
+    for_all(
+        400,
+        filters,
+        |(account, key_id, actor, from, to, cursor, (person, action, after, oldest_first))| {
+            let (store, rows) = (store.clone(), &rows);
+            async move {
+                let filter = LogFilter {
+                    account: account.map(account_id),
+                    key_id,
+                    actor,
+                    from: from.map(at),
+                    to: to.map(at),
+                    acting_user: person.map(|user| UserId::parse(user).unwrap()),
+                    action: action.map(str::to_owned),
+                    after: Revision(after),
+                    oldest_first,
+                };
+                let cursor = cursor.map(Revision);
+                let hit = |row: &&LogRow| {
+                    filter.account.as_ref().is_none_or(|account| row.account.as_ref() == Some(account))
+                        && filter.key_id.is_none_or(|key| row.key_id == Some(key))
+                        && filter.actor.as_ref().is_none_or(|actor| row.actor == *actor)
+                        && filter.from.is_none_or(|from| row.at >= from)
+                        && filter.to.is_none_or(|to| row.at < to)
+                        && filter
+                            .acting_user
+                            .as_ref()
+                            .is_none_or(|user| row.acting_user.as_ref() == Some(user))
+                        && filter.action.as_ref().is_none_or(|action| row.action == *action)
+                        && row.revision > filter.after
+                        && cursor.is_none_or(|cursor| {
+                            if oldest_first { row.revision > cursor } else { row.revision < cursor }
+                        })
+                };
+                let mut expected: Vec<_> = rows.iter().filter(hit).cloned().collect();
+                if !oldest_first {
+                    expected.reverse();
+                }
+                expected.truncate(5);
+                assert_eq!(store.log(&filter, cursor, 5).await.unwrap(), expected, "{filter:?} {cursor:?}");
+            }
+        },
+    )
     .await;
 }

@@ -1,0 +1,8 @@
+//! The audit log as evidence: that it is whole and the tables agree with it, that its head is known outside, and
+//! that its oldest part can leave for a file. What an entry is stands in `domain`, where it is kept in `store`, how it is
+//! shown in `grpc/audit.rs`.
+
+pub mod archive;
+pub mod head;
+mod records;
+pub mod verify;

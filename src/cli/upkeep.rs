@@ -1,0 +1,72 @@
+//! `keyward migrate` and `keyward backup`: with the database at hand, like `root-key` and `replicas`.
+
+use std::{io::Write as _, path::PathBuf, process::ExitCode};
+
+use clap::Args;
+
+use crate::{
+    config::server::{DatabaseArgs, Settings},
+    domain::token::Hex,
+    server::upkeep,
+};
+
+use super::serve::exit;
+
+/// `keyward migrate`.
+#[derive(Clone, Debug, Args)]
+pub(super) struct MigrateArgs {
+    /// Say what would be done, and do nothing
+    #[arg(long)]
+    dry_run: bool,
+    #[command(flatten)]
+    database: DatabaseArgs,
+}
+
+/// `keyward backup`.
+#[derive(Clone, Debug, Args)]
+pub(super) struct BackupArgs {
+    /// The new file (mode 0600)
+    #[arg(long, value_name = "FILE")]
+    to: PathBuf,
+    #[command(flatten)]
+    database: DatabaseArgs,
+}
+
+fn on_runtime<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work)
+}
+
+/// Runs `keyward migrate`.
+pub(super) fn migrate(args: &MigrateArgs) -> ExitCode {
+    let migrate = || {
+        let settings = Settings::load_database(&args.database)?;
+        let steps = on_runtime(upkeep::migrate(&settings, args.dry_run))?;
+        let mut out = std::io::stdout().lock();
+        if steps.is_empty() {
+            writeln!(out, "The schema is up to date.")?;
+        }
+        let done = if args.dry_run { "would be taken" } else { "taken" };
+        for step in steps {
+            writeln!(out, "{:04} {}: {done}", step.version, step.name)?;
+        }
+        Ok(())
+    };
+    exit(migrate())
+}
+
+/// Runs `keyward backup`.
+pub(super) fn backup(args: &BackupArgs) -> ExitCode {
+    let backup = || {
+        let settings = Settings::load_database(&args.database)?;
+        let head = on_runtime(upkeep::backup(&settings, &args.to))?;
+        let (revision, hash) = (head.revision, Hex(&head.hash));
+        writeln!(
+            std::io::stdout().lock(),
+            "{} holds everything up to {revision}:{hash}\n\
+             Should it be restored: keyward serve --require-revision {revision}",
+            args.to.display()
+        )?;
+        Ok(())
+    };
+    exit(backup())
+}

@@ -1,0 +1,91 @@
+//! The database at the start: waited for while it is away, opened, and held against what is required of it.
+
+use std::{sync::Arc, time::Duration};
+
+use anyhow::bail;
+use tokio::{
+    net::TcpListener,
+    sync::watch,
+    time::{Instant, sleep},
+};
+
+use crate::{
+    admin,
+    config::server::Settings,
+    store::{self, OpenError, Schema, Store},
+};
+
+const FIRST_PAUSE: Duration = Duration::from_millis(250);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+/// Waits for a database server that is away, with longer and longer pauses, for as long as the settings say. Meanwhile
+/// `/healthz` is served, and `/readyz` says 503; the port for calls is closed.
+///
+/// # Errors
+/// When it is away still. What else is wrong with it shows when it is opened.
+pub async fn wait(settings: &Settings) -> anyhow::Result<()> {
+    let end = Instant::now() + settings.lifecycle.database_wait;
+    let mut pause = FIRST_PAUSE;
+    let mut pages = None;
+    while let Err(error @ OpenError::Away { .. }) = store::reach(&settings.database).await {
+        if Instant::now() + pause > end {
+            return Err(error.into());
+        }
+        tracing::warn!(
+            error = &error as &dyn std::error::Error,
+            again_in_ms = u64::try_from(pause.as_millis()).unwrap_or(u64::MAX),
+            "the database is away; the start waits for it"
+        );
+        if pages.is_none() {
+            pages = Pages::serve(&settings.admin_listen).await;
+        }
+        sleep(pause).await;
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+    if let Some(pages) = pages {
+        pages.end().await;
+    }
+    Ok(())
+}
+
+/// The admin pages meanwhile.
+struct Pages {
+    stopping: watch::Sender<bool>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Pages {
+    /// None = the address cannot be had; the start says so later.
+    async fn serve(address: &str) -> Option<Pages> {
+        let listener = TcpListener::bind(address).await.ok()?;
+        let (stopping, is_stopping) = watch::channel(false);
+        Some(Pages { stopping, task: tokio::spawn(admin::serve_waiting(listener, is_stopping)) })
+    }
+
+    /// Gives the address back.
+    async fn end(mut self) {
+        self.stopping.send_replace(true);
+        if tokio::time::timeout(Duration::from_secs(1), &mut self.task).await.is_err() {
+            self.task.abort();
+            let _ = self.task.await;
+        }
+    }
+}
+
+/// Opens the store of a server.
+pub(super) async fn open(settings: &Settings) -> anyhow::Result<Arc<dyn Store>> {
+    let schema = if settings.lifecycle.migrates { Schema::Migrate } else { Schema::Require };
+    let store = store::open_with(&settings.database, schema).await?;
+    let Some(required) = settings.lifecycle.require_revision else { return Ok(store) };
+    let head = store.head().await?.revision;
+    if head < required {
+        store.close().await;
+        bail!(
+            "the database ends at revision {head}, and --require-revision asks for {required}: it was restored from a \
+             backup that is too old, or it is another one. What was revoked since would be valid again. Restore a newer \
+             backup; or, if it is the newest there is, revoke again what was revoked since, and start without \
+             --require-revision"
+        );
+    }
+    Ok(store)
+}

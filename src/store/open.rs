@@ -1,0 +1,206 @@
+//! From a URL to a store: which backend it names, what may stop it from opening, and what else is done with a database
+//! that is not opened: its schema migrated, its file copied.
+
+use std::{path::Path, sync::Arc};
+
+use super::{Head, Store, postgres, sqlite};
+
+/// Why a store did not open. Each says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The URL names no backend.
+    #[error("the database URL {url:?} is not understood: {problem}")]
+    Url {
+        /// The URL.
+        url: String,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+    /// Another process owns the file.
+    #[error(
+        "{path} is in use by another keyward{owner}: one process owns the file. Stop it first, or give this \
+         one its own --database"
+    )]
+    Locked {
+        /// The database file.
+        path: String,
+        /// ` (process N)`, where known.
+        owner: String,
+    },
+    /// The database server cannot be trusted with keys.
+    #[error("{database} cannot be used: {what}. {fix}")]
+    Unsuitable {
+        /// The database.
+        database: String,
+        /// What is wrong with it.
+        what: String,
+        /// What to do.
+        fix: &'static str,
+    },
+    /// A newer version has migrated the database.
+    #[error(
+        "{path} has schema version {found}, and this keyward knows versions up to {known}: start the newer \
+         keyward that migrated it, or restore a backup from before"
+    )]
+    NewerSchema {
+        /// The database.
+        path: String,
+        /// Its version.
+        found: i64,
+        /// The newest version known here.
+        known: i64,
+    },
+    /// The schema is older than this program, and is not to be migrated now.
+    #[error(
+        "{path} has schema version {found}, and this keyward needs version {known}: run 'keyward migrate' (servers that \
+         run may go on meanwhile), or start without --no-migrate"
+    )]
+    OlderSchema {
+        /// The database.
+        path: String,
+        /// Its version; 0 = it has none.
+        found: i64,
+        /// The version that this program needs.
+        known: i64,
+    },
+    /// The database server does not answer, or not yet.
+    #[error("{path} could not be opened: {source}")]
+    Away {
+        /// The database.
+        path: String,
+        /// The cause.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The database library is too old to be trusted.
+    #[error(
+        "SQLite {found} is linked, and 3.51.3 is the first without the WAL-reset corruption: rebuild with it"
+    )]
+    OldSqlite {
+        /// The version linked.
+        found: String,
+    },
+    /// The database is damaged.
+    #[error(
+        "{path} is damaged: {what}. Nothing was changed. Restore the newest backup (with its -wal file, if it \
+         has one); keep the damaged files for a look"
+    )]
+    Damaged {
+        /// The database.
+        path: String,
+        /// What was found.
+        what: String,
+    },
+    /// Anything else.
+    #[error("{path} could not be opened: {source}")]
+    Other {
+        /// The database.
+        path: String,
+        /// The cause.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+/// What to do where the schema is older than this program.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Schema {
+    /// Bring it up to date.
+    #[default]
+    Migrate,
+    /// Do not open the store.
+    Require,
+}
+
+/// One step of the schema.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Step {
+    /// Its number.
+    pub version: i64,
+    /// Its name.
+    pub name: String,
+}
+
+/// A database, as a URL names it.
+enum Named<'u> {
+    /// An SQLite file.
+    File(&'u str),
+    /// A PostgreSQL server.
+    Server,
+}
+
+/// Opens the store that `url` names, migrates it, and checks that it is whole.
+///
+/// # Errors
+/// When it cannot be opened, is damaged, or belongs to another process or a newer version.
+pub async fn open(url: &str) -> Result<Arc<dyn Store>, OpenError> {
+    open_with(url, Schema::Migrate).await
+}
+
+/// The same, and says what to do where the schema is older.
+///
+/// # Errors
+/// As [`open`]; and where the schema is older and is to stay so.
+pub async fn open_with(url: &str, schema: Schema) -> Result<Arc<dyn Store>, OpenError> {
+    Ok(match named(url)? {
+        Named::File(path) => Arc::new(sqlite::Sqlite::open(path, schema).await?),
+        Named::Server => Arc::new(postgres::Postgres::open(url, schema).await?),
+    })
+}
+
+/// Brings the schema up to date, or only says what that would do. Gives the steps.
+///
+/// # Errors
+/// When it cannot be opened, is damaged, or belongs to another process or a newer version.
+pub async fn migrate(url: &str, dry_run: bool) -> Result<Vec<Step>, OpenError> {
+    match named(url)? {
+        Named::File(path) => sqlite::Sqlite::migrate(path, dry_run).await,
+        Named::Server => postgres::Postgres::migrate(url, dry_run).await,
+    }
+}
+
+/// Whether the database can be reached. A file always can.
+///
+/// # Errors
+/// When it cannot: [`OpenError::Away`] where that may pass.
+pub async fn reach(url: &str) -> Result<(), OpenError> {
+    match named(url)? {
+        Named::File(_) => Ok(()),
+        Named::Server => postgres::Postgres::reach(url).await,
+    }
+}
+
+/// Copies an SQLite file as of one instant to a new file, also while a server owns it. Gives where the copy's log ends.
+///
+/// # Errors
+/// When it cannot be copied, or the database is none of SQLite: its own tools copy a PostgreSQL server.
+pub async fn backup(url: &str, to: &Path) -> Result<Head, OpenError> {
+    match named(url)? {
+        Named::File(path) => sqlite::backup(path, to).await,
+        Named::Server => Err(OpenError::Unsuitable {
+            database: "a PostgreSQL server".to_owned(),
+            what: "its own tools make its backups".to_owned(),
+            fix: "Use pg_dump --format=custom --schema=keyward, or back up the whole server (see docs/operations.md)",
+        }),
+    }
+}
+
+fn named(url: &str) -> Result<Named<'_>, OpenError> {
+    match url.split_once(':') {
+        Some(("sqlite", path)) if path.contains(":memory:") || path.contains('?') => Err(OpenError::Url {
+            url: url.to_owned(),
+            problem: "keys are kept in a file; say sqlite:PATH, without options",
+        }),
+        Some(("sqlite", path)) if !path.is_empty() => {
+            Ok(Named::File(path.strip_prefix("//").unwrap_or(path)))
+        }
+        Some(("sqlite", _)) => Err(OpenError::Url {
+            url: url.to_owned(),
+            problem: "the path is missing; say sqlite:PATH, for example sqlite:keyward.db",
+        }),
+        Some(("postgres" | "postgresql", _)) => Ok(Named::Server),
+        _ => Err(OpenError::Url {
+            // What follows the first colon may be a password.
+            url: url.split(':').next().unwrap_or_default().to_owned(),
+            problem: "say sqlite:PATH, for example sqlite:keyward.db, or postgres://user:password@host/database",
+        }),
+    }
+}

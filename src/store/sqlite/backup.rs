@@ -1,0 +1,42 @@
+//! A copy of the file as of one instant, made while a server may own it: SQLite's `VACUUM INTO` on a connection of its
+//! own reads beside the one that writes.
+
+use std::{fs::OpenOptions, os::unix::fs::OpenOptionsExt as _, path::Path, time::Duration};
+
+use sqlx::{Connection as _, SqliteConnection, sqlite::SqliteConnectOptions};
+
+use crate::store::{Head, OpenError, records::head_at};
+
+use super::{check_whole, open_error};
+
+/// Copies a file to a new one, and checks the copy. Gives where its log ends.
+pub(in crate::store) async fn backup(path: &str, to: &Path) -> Result<Head, OpenError> {
+    let shown = to.display().to_string();
+    let other = |error: std::io::Error| OpenError::Other { path: shown.clone(), source: error.into() };
+    // Made first: it holds digests and names, and is for its owner alone. SQLite takes an empty file.
+    let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(to).map_err(other)?;
+    let copied = copy(path, &shown).await;
+    if let Err(error) = copied {
+        // What is there is no backup.
+        let _ = std::fs::remove_file(to);
+        return Err(error);
+    }
+    file.sync_all().map_err(other)?;
+    let reading = SqliteConnectOptions::new().filename(to).read_only(true);
+    let mut copy =
+        SqliteConnection::connect_with(&reading).await.map_err(|error| open_error(&shown, error))?;
+    check_whole(&shown, &mut copy).await?;
+    let head = sqlx::query("SELECT head, head_hash FROM meta").fetch_one(&mut copy).await;
+    let head = head.map_err(|error| open_error(&shown, error))?;
+    let _ = copy.close().await;
+    head_at(&head).map_err(|error| OpenError::Other { path: shown, source: error.into() })
+}
+
+async fn copy(path: &str, to: &str) -> Result<(), OpenError> {
+    let failed = |error| open_error(path, error);
+    let reading = SqliteConnectOptions::new().filename(path).busy_timeout(Duration::from_secs(5));
+    let mut connection = SqliteConnection::connect_with(&reading).await.map_err(failed)?;
+    let copied = sqlx::query("VACUUM INTO ?1").bind(to).execute(&mut connection).await;
+    let _ = connection.close().await;
+    copied.map(drop).map_err(failed)
+}

@@ -1,0 +1,96 @@
+//! The schema of the file: which migrations there are, which it has had, and running those that it lacks.
+
+use sqlx::{
+    Row as _, SqlStr, SqliteConnection,
+    migrate::{MigrateError, Migration, MigrationType, Migrator},
+};
+
+use crate::{
+    domain::log::GENESIS,
+    store::{OpenError, Schema, Step},
+};
+
+use super::open_error;
+
+/// The migrations, oldest first. Never edited once released.
+pub(super) fn migrations() -> Vec<Migration> {
+    [
+        (1, "start", SqlStr::from_static(include_str!("../migrations/sqlite/0001_start.sql"))),
+        (2, "people", SqlStr::from_static(include_str!("../migrations/sqlite/0002_people.sql"))),
+        (3, "replicas", SqlStr::from_static(include_str!("../migrations/sqlite/0003_replicas.sql"))),
+        (4, "archive", SqlStr::from_static(include_str!("../migrations/sqlite/0004_archive.sql"))),
+    ]
+    .into_iter()
+    .map(|(version, name, sql)| Migration::new(version, name.into(), MigrationType::Simple, sql, false))
+    .collect()
+}
+
+/// The newest version that this program knows.
+fn newest() -> i64 {
+    migrations().iter().map(|migration| migration.version).max().unwrap_or(0)
+}
+
+/// Every step that there is.
+pub(super) fn all() -> Vec<Step> {
+    let step =
+        |migration: Migration| Step { version: migration.version, name: migration.description.into_owned() };
+    migrations().into_iter().map(step).collect()
+}
+
+/// Which versions a file has had.
+async fn applied(path: &str, connection: &mut SqliteConnection) -> Result<Vec<i64>, OpenError> {
+    let failed = |error| open_error(path, error);
+    let table = "SELECT 1 FROM sqlite_schema WHERE name = '_sqlx_migrations'";
+    if sqlx::query(table).fetch_optional(&mut *connection).await.map_err(failed)?.is_none() {
+        return Ok(Vec::new());
+    }
+    let rows =
+        sqlx::query("SELECT version FROM _sqlx_migrations").fetch_all(connection).await.map_err(failed)?;
+    rows.iter().map(|row| row.try_get(0).map_err(failed)).collect()
+}
+
+/// The steps that a file lacks.
+pub(super) async fn pending(path: &str, connection: &mut SqliteConnection) -> Result<Vec<Step>, OpenError> {
+    let applied = applied(path, connection).await?;
+    if let Some(found) = applied.iter().copied().find(|version| *version > newest()) {
+        return Err(OpenError::NewerSchema { path: path.to_owned(), found, known: newest() });
+    }
+    Ok(all().into_iter().filter(|step| !applied.contains(&step.version)).collect())
+}
+
+/// Brings a file to what this program knows, unless that is not to be done now; or says why it cannot.
+pub(super) async fn run(
+    path: &str,
+    connection: &mut SqliteConnection,
+    schema: Schema,
+) -> Result<(), OpenError> {
+    let pending = pending(path, connection).await?;
+    if schema == Schema::Require && !pending.is_empty() {
+        let found = applied(path, connection).await?.into_iter().max().unwrap_or(0);
+        return Err(OpenError::OlderSchema { path: path.to_owned(), found, known: newest() });
+    }
+    match Migrator::with_migrations(migrations()).run(&mut *connection).await {
+        Ok(()) => {}
+        Err(MigrateError::VersionMissing(found)) => {
+            return Err(OpenError::NewerSchema { path: path.to_owned(), found, known: newest() });
+        }
+        Err(MigrateError::VersionMismatch(version) | MigrateError::Dirty(version)) => {
+            return Err(OpenError::Damaged {
+                path: path.to_owned(),
+                what: format!("migration {version} is not the one that this keyward knows"),
+            });
+        }
+        Err(error) => {
+            return Err(OpenError::Other { path: path.to_owned(), source: error.into() });
+        }
+    }
+    for Step { version, name } in pending {
+        tracing::info!(version, name, database = path, "migrated");
+    }
+    sqlx::query("INSERT OR IGNORE INTO meta VALUES (1, randomblob(16), 1, 0, ?1)")
+        .bind(GENESIS.as_slice())
+        .execute(connection)
+        .await
+        .map(drop)
+        .map_err(|error| open_error(path, error))
+}

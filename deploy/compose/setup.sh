@@ -14,11 +14,6 @@ password() { LC_ALL=C tr -dc A-Za-z0-9 </dev/urandom | head -c 40; }
 new=$(mktemp -d secrets.XXXXXX)
 password >"$new/postgres-password"
 password >"$new/grafana-password"
-cat >"$new/keyward.toml" <<END
-# Keyward's settings, a secret for the password in them. Both replicas read this file.
-database = "postgres://keyward:$(cat "$new/postgres-password")@postgres/keyward"
-lease = "default"
-END
 chmod 0700 "$new"
 chmod 0644 "$new"/*
 mv "$new" secrets

@@ -24,6 +24,7 @@ mod collector;
 mod config;
 mod crash;
 mod deadline;
+mod deploy;
 mod doctor;
 mod engines;
 mod envoy;

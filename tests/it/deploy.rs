@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::{
     postgres::{self, Database, printed},
-    process::Home,
+    process::{Home, Keyward, plain_key},
     proxy::Envoy,
 };
 
@@ -48,9 +48,11 @@ fn dashboard() -> Vec<String> {
 
 // Metrics. -----------------------------------------------------------------------------------------------------------
 
-/// What a server exports: of each metric, what its labels are known to be.
-#[derive(Default)]
-struct Exported(BTreeMap<String, BTreeMap<String, BTreeSet<String>>>);
+/// The labels that samples of a metric have, with their values.
+type Labels = BTreeMap<String, BTreeSet<String>>;
+
+/// What a server exports: each metric, with its labels if there is a sample of it yet.
+struct Exported(BTreeMap<String, Option<Labels>>);
 
 impl Exported {
     fn read(page: &str) -> Exported {
@@ -59,11 +61,10 @@ impl Exported {
             if let Some(family) = line.strip_prefix("# TYPE ") {
                 let (name, kind) = family.split_once(' ').unwrap();
                 let parts: &[&str] = if kind == "histogram" { &["_bucket", "_sum", "_count"] } else { &[""] };
-                families.extend(parts.iter().map(|part| (format!("{name}{part}"), BTreeMap::new())));
+                families.extend(parts.iter().map(|part| (format!("{name}{part}"), None)));
             } else if !line.starts_with('#') && !line.is_empty() {
                 let [named] = &named(line)[..] else { panic!("{line}") };
-                let labels: &mut BTreeMap<String, BTreeSet<String>> =
-                    families.get_mut(&named.metric).unwrap();
+                let labels = families.get_mut(&named.metric).unwrap().get_or_insert_with(Labels::new);
                 for (label, _, value) in &named.labels {
                     labels.entry(label.clone()).or_default().insert(value.clone());
                 }
@@ -74,11 +75,8 @@ impl Exported {
 
     /// What is wrong with how somebody names a metric.
     fn problem(&self, named: &Named) -> Option<String> {
-        let Some(labels) = self.0.get(&named.metric) else { return Some("is not exported".to_owned()) };
-        // A metric without samples yet says nothing of its labels.
-        if labels.is_empty() && named.metric.contains("refused") {
-            return None;
-        }
+        let Some(sampled) = self.0.get(&named.metric) else { return Some("is not exported".to_owned()) };
+        let labels = sampled.as_ref()?;
         // Prometheus adds these.
         let asked = named.labels.iter().filter(|(label, ..)| label != "job" && label != "instance");
         for (label, operator, value) in asked {
@@ -127,10 +125,26 @@ fn matcher(text: &str) -> (String, String, String) {
     (label.to_owned(), operator.to_owned(), value.trim_matches('"').to_owned())
 }
 
-#[test]
-fn every_metric_that_alerts_and_the_dashboard_name_is_exported_with_those_labels() {
+/// A server with all that has metrics of its own: a database with replicas, a listener with TLS.
+fn server_on(database: &Database) -> Keyward {
+    let home = Home::on(database.url());
+    let mut certificates = Command::new(path("deploy/examples/certificates.sh"));
+    postgres::done(certificates.arg(home.path("")));
+    let settings = "[[listener]]\nname = 'api'\naddress = '127.0.0.1:0'\nservices = ['check']\n\
+        tls = { certificate = 'keyward.crt', key = 'keyward.key' }\n";
+    std::fs::write(home.path("keyward.toml"), settings).unwrap();
+    let mut command = home.serve();
+    command.args(["--config", "keyward.toml"]);
+    home.start_as(command).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_metric_that_alerts_and_the_dashboard_name_is_exported_with_those_labels() {
     let database = Database::new();
-    let server = Home::on(database.url()).start();
+    let server = server_on(&database);
+    server.root().make_account("acme").await;
+    let (_, token) = server.root().create(plain_key()).await.unwrap();
+    server.root().check(&token).await.unwrap();
     let (code, page) = server.page("/metrics");
     assert_eq!(code, 200);
     let exported = Exported::read(&page);
@@ -154,6 +168,8 @@ fn a_metric_or_label_that_is_not_there_is_noticed() {
         ("keyward_a_total{result=~\"ok|no\"} + rate(keyward_b_bucket[1m])", None),
         ("keyward_a_total{result!=\"fine\"}", Some("keyward_a_total has no result \"fine\", but {\"ok\"}")),
         ("keyward_a_total{reason=\"ok\"}", Some("keyward_a_total has no label reason")),
+        ("keyward_d{result=\"ok\"}", Some("keyward_d has no label result")),
+        ("keyward_b_sum{any=\"thing\"} + keyward_d", None),
         ("keyward_b", Some("keyward_b is not exported")),
         ("keyward_c", Some("keyward_c is not exported")),
     ] {
@@ -213,7 +229,12 @@ fn every_alert_has_its_runbook_and_every_runbook_its_alert() {
 
 #[test]
 fn the_settings_that_are_deployed_are_settings_of_this_version() {
-    for file in ["deploy/kubernetes/base/keyward.toml"] {
+    let files = [
+        "deploy/compose/keyward.toml",
+        "deploy/kubernetes/base/keyward.toml",
+        "deploy/kubernetes/overlays/example/keyward.toml",
+    ];
+    for file in files {
         let database = DatabaseArgs { config: Some(path(file)), ..DatabaseArgs::default() };
         let settings = Settings::load(&ServeArgs { database, ..ServeArgs::default() });
         assert!(settings.is_ok(), "{file}: {}", settings.unwrap_err());

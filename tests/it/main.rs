@@ -61,6 +61,7 @@ mod telemetry;
 mod tidy;
 mod tls;
 mod upstream;
+mod walk;
 
 // The suites that every store is held to over the wire: the seeds, and what leans most on the store. Each says
 // `super::Server`, which is a server on the store of the module that it stands in.

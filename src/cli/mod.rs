@@ -1,7 +1,7 @@
 //! The command line: reads the arguments and runs one command.
 //!
 //! `serve`, `root_key`, `replicas`, `upkeep` and `audit archive` start what the server's side offers; `rules` and `config`
-//! read files as a server would, `doctor` looks. All others
+//! read files as a server would, `doctor` looks, `health` asks an admin page. All others
 //! are client commands: they speak to a server through the generated client (`pb`) and may use `domain` and
 //! `config`, never `store`, `engine` or `grpc`, so that they can do nothing that another client could not. Every
 //! command answers with an exit code; nothing here ends the process, since what is pending at an exit is lost.
@@ -19,6 +19,7 @@ mod context;
 mod descriptors;
 mod doctor;
 mod failure;
+mod health;
 mod import;
 mod issue;
 mod json;
@@ -49,6 +50,7 @@ use clap::{
 use self::{console::Console, context::Context, failure::Failure};
 use crate::config::{
     client::{self as settings, ClientArgs, ClientSettings},
+    health::HealthArgs,
     server::{RootKeyArgs, ServeArgs},
 };
 
@@ -64,7 +66,8 @@ names (KEY_STATE_ACTIVE), 64-bit numbers as numbers, bytes hexadecimal digits. L
 page into one object. Errors are text on stderr.
 
 Exit codes: 0 done; 1 the server refused; 2 no answer (bad usage, no connection, time ran out, a server in \
-trouble). `keyward check`: 0 allowed; 1 denied; 2 could not be answered. `keyward rules`: 0 a rule decides, or \
+trouble). `keyward check`: 0 allowed; 1 denied; 2 could not be answered. `keyward health`: 0 ready; 1 not ready; \
+2 no answer. `keyward rules`: 0 a rule decides, or \
 the file is good; 1 no rule decides; 2 the file cannot be used. `keyward config`: 0 done, or the file is accepted; \
 1 it is refused; 2 it cannot be read. `keyward doctor`: 0 nothing fails; 1 something does; 2 it could not be looked at.";
 
@@ -162,6 +165,8 @@ enum Command {
     Config(config::ConfigArgs),
     /// Look at a running deployment, and say what to fix
     Doctor(Box<doctor::DoctorArgs>),
+    /// Ask a server's admin pages whether it answers Checks; exit code 0 yes, 1 not now, 2 no answer
+    Health(HealthArgs),
     /// Check a rules file for HTTP requests, and ask which of its rules decides one
     Rules(rules::RulesArgs),
     /// Print a completion script for a shell
@@ -204,6 +209,7 @@ pub fn main() -> ExitCode {
         Command::Doctor(args) => {
             finish(&mut Console::system(), |console| doctor::run(*args, cli.client, console))
         }
+        Command::Health(args) => finish(&mut Console::system(), |console| health::run(&args, console)),
         Command::Rules(args) => {
             finish(&mut Console::system(), |console| rules::run(args, cli.client, console))
         }
@@ -246,7 +252,7 @@ fn explain(command: &mut clap::Command, error: clap::Error) -> clap::Error {
 /// A client flag that was given to a command which would ignore it.
 fn misplaced(matches: &ArgMatches) -> Option<String> {
     let taken: &[&str] = match matches.subcommand_name() {
-        Some("serve" | "root-key" | "migrate" | "backup" | "completions" | "descriptors") => &[],
+        Some("serve" | "root-key" | "migrate" | "backup" | "health" | "completions" | "descriptors") => &[],
         // It speaks to no server, and prints as client commands do.
         Some("config" | "rules") => &["output"],
         Some("doctor") => &["output", "server"],
@@ -298,6 +304,7 @@ fn run_client(command: Command, outer: ClientArgs, console: &mut Console) -> Res
         | Command::Doctor(_)
         | Command::Migrate(_)
         | Command::Backup(_)
+        | Command::Health(_)
         | Command::Rules(_)
         | Command::Completions(_)
         | Command::Descriptors => Ok(0),
@@ -358,6 +365,7 @@ mod tests {
         for line in [
             "keyward --server a:1 serve",
             "keyward --output json completions bash",
+            "keyward --timeout 1s health",
             "keyward --server a:1 rules check x",
         ] {
             let error = read(line).unwrap_err();

@@ -8,6 +8,7 @@ pub mod document;
 pub mod duration;
 pub mod effective;
 mod gateway;
+pub mod health;
 pub mod keys;
 pub mod lifecycle;
 pub mod limits;

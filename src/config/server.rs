@@ -31,7 +31,7 @@ use super::{
 };
 
 const LISTEN: &str = "127.0.0.1:50051";
-const ADMIN_LISTEN: &str = "127.0.0.1:9090";
+pub(super) const ADMIN_LISTEN: &str = "127.0.0.1:9090";
 const DATABASE: &str = "sqlite:keyward.db";
 /// What the listeners of the flags are called.
 pub const MAIN: &str = "main";

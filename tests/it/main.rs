@@ -25,6 +25,7 @@ mod collector;
 mod config;
 mod crash;
 mod deadline;
+mod deploy;
 mod doctor;
 mod engines;
 mod envoy;
@@ -62,6 +63,7 @@ mod tidy;
 mod tls;
 mod upkeep;
 mod upstream;
+mod walk;
 
 // The suites that every store is held to over the wire: the seeds, and what leans most on the store. Each says
 // `super::Server`, which is a server on the store of the module that it stands in.

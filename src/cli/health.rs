@@ -1,0 +1,108 @@
+//! `keyward health`: whether a server answers Checks, by its admin pages. For the health check of a container, which
+//! holds no shell and no other program to ask with.
+
+use std::{
+    io::{self, Read as _, Write as _},
+    net::{TcpStream, ToSocketAddrs as _},
+    time::Duration,
+};
+
+use super::{console::Console, failure::Failure};
+use crate::config::health::HealthArgs;
+
+/// The longest answer that is read: a page of one line.
+const LONGEST: u64 = 4096;
+
+/// Asks `/readyz`: 0 ready, 1 not ready, 2 no answer.
+pub(super) fn run(args: &HealthArgs, console: &mut Console) -> Result<u8, Failure> {
+    let address = &args.admin_listen;
+    let answer = ask(address, args.timeout).map_err(|error| {
+        Failure::usage(format!("no answer from http://{address}/readyz: {error}")).hint(
+            "is the server running? --admin-listen or KEYWARD_ADMIN_LISTEN says where its admin pages are",
+        )
+    })?;
+    match status(&answer) {
+        Some("200") => {
+            console.print("ready\n")?;
+            Ok(0)
+        }
+        Some("503") => Err(Failure::refused("not ready: the server lives and answers no Checks")),
+        _ => Err(Failure::usage(format!("http://{address}/readyz is not an admin page of Keyward"))),
+    }
+}
+
+fn ask(address: &str, patience: Duration) -> io::Result<String> {
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "it has no address");
+    for address in address.to_socket_addrs()? {
+        match TcpStream::connect_timeout(&address, patience) {
+            Ok(stream) => return exchange(stream, patience),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+fn exchange(mut stream: TcpStream, patience: Duration) -> io::Result<String> {
+    stream.set_read_timeout(Some(patience))?;
+    stream.set_write_timeout(Some(patience))?;
+    stream.write_all(b"GET /readyz HTTP/1.1\r\nhost: keyward\r\nconnection: close\r\n\r\n")?;
+    let mut answer = Vec::new();
+    stream.take(LONGEST).read_to_end(&mut answer)?;
+    Ok(String::from_utf8_lossy(&answer).into_owned())
+}
+
+/// The status code of an HTTP/1.1 answer.
+fn status(answer: &str) -> Option<&str> {
+    answer.strip_prefix("HTTP/1.1 ")?.get(..3)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::{super::console::Printed, *};
+
+    /// Asks a server that says this to everybody: the exit code, and what was printed.
+    fn told(answer: &'static str) -> (u8, String) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let admin_listen = listener.local_addr().unwrap().to_string();
+        let server = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut asked = [0; 512];
+            assert!(stream.read(&mut asked).unwrap() > 0);
+            stream.write_all(answer.as_bytes()).unwrap();
+        });
+        let (out, err) = (Printed::default(), Printed::default());
+        let args = HealthArgs { admin_listen, timeout: Duration::from_secs(20) };
+        let result = run(&args, &mut Printed::console(&out, &err));
+        server.join().unwrap();
+        match result {
+            Ok(code) => (code, out.text()),
+            Err(failure) => (failure.exit(), failure.to_string()),
+        }
+    }
+
+    #[test]
+    fn the_exit_code_says_whether_checks_are_answered() {
+        assert_eq!(told("HTTP/1.1 200 OK\r\n\r\nready\n"), (0, "ready\n".to_owned()));
+        let (code, said) = told("HTTP/1.1 503 Service Unavailable\r\n\r\nnot ready\n");
+        assert!(code == 1 && said.contains("not ready"), "{said}");
+    }
+
+    #[test]
+    fn what_is_no_admin_page_is_no_answer() {
+        for answer in ["HTTP/1.1 404 Not Found\r\n\r\n", "SSH-2.0-x\r\n", ""] {
+            assert_eq!(told(answer).0, 2, "{answer:?}");
+        }
+    }
+
+    #[test]
+    fn nobody_there_is_no_answer_and_says_how_to_name_another() {
+        let gone = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let args = HealthArgs { admin_listen: gone.to_string(), timeout: Duration::from_secs(20) };
+        let (out, err) = (Printed::default(), Printed::default());
+        let failure = run(&args, &mut Printed::console(&out, &err)).unwrap_err();
+        assert_eq!(failure.exit(), 2);
+        assert!(failure.to_string().contains("KEYWARD_ADMIN_LISTEN"), "{failure}");
+    }
+}

@@ -153,9 +153,10 @@ impl Server {
         }
         let reporter = HealthReporter::new();
         grpc::report_health(&reporter, false).await;
-        let services = Arc::new(grpc::services(parts, reporter.clone(), settings.overload)?);
-        let (ready, is_ready) = watch::channel(false);
         let (stopping, is_stopping) = watch::channel(false);
+        let overload = settings.overload;
+        let services = Arc::new(grpc::services(parts, reporter.clone(), overload, is_stopping.clone())?);
+        let (ready, is_ready) = watch::channel(false);
         let (closing, is_closing) = watch::channel(false);
 
         let replica = place.start(&store, &settings, addresses.port(), clock.clone(), entropy).await?;

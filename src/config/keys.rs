@@ -214,12 +214,18 @@ mod tests {
 
     #[test]
     fn every_key_says_what_it_means_and_what_holds_without_it() {
+        let mut wrong = Vec::new();
         for key in all() {
-            assert!(key.meaning.len() > 10, "{}: its field has no doc comment", key.path);
-            let said = key.default != Absent::Words("none".to_owned());
-            assert!(said || key.meaning.contains("Without it"), "{}: say its default", key.path);
-            assert!(key.kind != "value", "{}: what is it?", key.path);
+            let said = key.default != Absent::Words("none".to_owned()) || key.meaning.contains("Without it");
+            for (good, problem) in [
+                (key.meaning.len() > 10, "its field has no doc comment"),
+                (said, "say its default"),
+                (key.kind != "value", "what is it?"),
+            ] {
+                wrong.extend((!good).then(|| format!("{}: {problem}", key.path)));
+            }
         }
+        assert!(wrong.is_empty(), "{wrong:#?}");
         for section in sections().iter().skip(1) {
             assert!(section.meaning.len() > 10, "[{}]: say what it is for", section.path);
         }
@@ -245,7 +251,8 @@ mod tests {
 
     #[test]
     fn every_flag_of_the_server_belongs_to_a_key_or_is_named_here() {
-        const ALONE: [&str; 5] = ["config", "log", "log_format", "otel_endpoint", "otel_service_name"];
+        const ALONE: [&str; 6] =
+            ["config", "log", "log_format", "otel_endpoint", "otel_service_name", "require_revision"];
         let flags = ServeArgs::augment_args(clap::Command::new("serve"));
         for argument in flags.get_arguments() {
             let id = argument.get_id().as_str();

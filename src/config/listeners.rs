@@ -64,7 +64,7 @@ pub(super) struct File {
     max_connection_age: Option<String>,
     /// TLS. Without it the listener speaks plaintext.
     tls: Option<TlsFile>,
-    /// What is granted to whom by a client certificate.
+    /// What is granted to whom by a client certificate. Without it, certificates grant nothing.
     #[serde(default, rename = "identity")]
     identities: Vec<IdentityFile>,
 }
@@ -92,11 +92,12 @@ struct TlsFile {
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct IdentityFile {
-    /// A URI among the certificate's alternative names, such as "spiffe://example.org/envoy".
+    /// A URI among the certificate's alternative names, such as "spiffe://example.org/envoy". Without it, `dns` or
+    /// `email` is given.
     uri: Option<String>,
-    /// A DNS name among them, such as "envoy.internal". Patterns match nothing.
+    /// A DNS name among them, such as "envoy.internal". Patterns match nothing. Without it, `uri` or `email` is given.
     dns: Option<String>,
-    /// An e-mail address among them.
+    /// An e-mail address among them. Without it, `uri` or `dns` is given.
     email: Option<String>,
     /// The account that the caller acts in; `keyward` acts on every account.
     account: String,

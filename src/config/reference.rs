@@ -24,7 +24,8 @@ better not in the file: a password has a file of its own or an environment varia
 secret, only that one is set and by what.
 
 Not in the file: `--config` (`KEYWARD_CONFIG`), `--log` (`KEYWARD_LOG`, default `info`), `--log-format`
-(`KEYWARD_LOG_FORMAT`, default `text`).
+(`KEYWARD_LOG_FORMAT`, default `text`), `--require-revision` (`KEYWARD_REQUIRE_REVISION`, for the start on a restored
+backup). `OTEL_EXPORTER_OTLP_ENDPOINT` and `OTEL_SERVICE_NAME` count where nothing else says.
 ";
 
 /// The page.

@@ -272,6 +272,7 @@ pub(super) struct File {
     limits: limits::File,
     /// Where to serve, each with its own services, limits and TLS ([transport.md](transport.md)).
     #[serde(default, rename = "listener")]
+    #[schemars(extend("x-default" = "none: those of `listen` and `envoy_listen`"))]
     listeners: Vec<listeners::File>,
     /// Whether listeners with management services answer gRPC reflection.
     #[schemars(extend("default" = true))]

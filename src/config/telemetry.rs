@@ -72,7 +72,7 @@ pub(super) struct File {
     /// `OTEL_EXPORTER_OTLP_ENDPOINT` in the environment, no span is made.
     #[schemars(extend("x-flag" = "otlp_endpoint"))]
     otlp_endpoint: Option<String>,
-    /// A file with headers for the collector, such as its access token: one `name: value` a line.
+    /// A file with headers for the collector, such as its access token: one `name: value` a line. Without it, none.
     otlp_headers_file: Option<PathBuf>,
     /// A PEM file with the authority that the collector's certificate is of. Without it, the public ones.
     otlp_ca_file: Option<PathBuf>,

@@ -452,6 +452,27 @@ impl Engine {
         Ok(Ok(CallerJudged { found, failures, account, grants, fresh, now }))
     }
 
+    /// Whether a caller that was authenticated still may call: what it is granted now, or the first thing that stands
+    /// against it. Nothing is counted.
+    ///
+    /// # Errors
+    /// As [`Engine::authenticate`]; and when the lease has run out.
+    pub fn stands(
+        &self,
+        presented: &str,
+        account: Option<&AccountId>,
+        peer: Option<IpAddr>,
+    ) -> Result<Result<ScopeSet, Reason>, CannotAnswer> {
+        let judged = self.lease.check(
+            || self.clock.boottime(),
+            |fresh| self.judge_caller(presented, account, false, peer, fresh),
+        )?;
+        Ok(judged.and_then(|judged| match judged.failures.first() {
+            Reason::Ok => Ok(judged.grants),
+            reason => Err(reason),
+        }))
+    }
+
     /// Whether a caller that the configuration knows may act in an account: it must exist, and not be suspended. The
     /// answer holds as far as the lease does: see [`Authenticated::fresh`].
     ///

@@ -3,6 +3,8 @@
 
 use std::sync::Arc;
 
+use futures_util::stream::BoxStream;
+use tokio::sync::watch;
 use tonic::{Request, Response, Status};
 use uuid::Uuid;
 
@@ -24,7 +26,11 @@ use crate::{
     trace,
 };
 
-use super::{convert, gate::shown, status::unimplemented};
+use super::{
+    convert,
+    gate::shown,
+    stream::{self, Vigil},
+};
 
 const MAX_CHECKS: usize = 100;
 /// Under which id a decision was written down, where it was.
@@ -39,6 +45,8 @@ pub(super) struct AuthzService {
     pub environments: Arc<Environments>,
     /// Writes decisions down.
     pub decisions: Decisions,
+    /// Turns true when streams are to end.
+    pub stopping: watch::Receiver<bool>,
 }
 
 /// A request as the engine wants it; it owns what had to be parsed.
@@ -134,6 +142,25 @@ impl AuthzService {
     }
 }
 
+impl AuthzService {
+    /// Answers one Check, and tells under which id the decision was written down.
+    pub(super) async fn answer_one(
+        &self,
+        caller: &Caller,
+        request: &pb::CheckRequest,
+    ) -> Result<(pb::CheckResponse, Option<Uuid>), Status> {
+        let mut violations = Violations::default();
+        let read = self.read(request, "", &mut violations);
+        violations.finish()?;
+        let read = read.ok_or_else(|| Refusal::field("environment", "is required"))?;
+        let (decided, decision) = self.decide(caller, request, &read).await?;
+        if let Some(span) = trace::recording() {
+            decided.record(&span);
+        }
+        Ok((answer(decided), decision))
+    }
+}
+
 fn message(answer: &Answer) -> String {
     let reason = answer.reason();
     match reason {
@@ -193,16 +220,8 @@ impl pb::authz_service_server::AuthzService for AuthzService {
         mut request: Request<pb::CheckRequest>,
     ) -> Result<Response<pb::CheckResponse>, Status> {
         let caller = shown::<Caller>(&mut request)?;
-        let request = request.get_ref();
-        let mut violations = Violations::default();
-        let read = self.read(request, "", &mut violations);
-        violations.finish()?;
-        let read = read.ok_or_else(|| Refusal::field("environment", "is required"))?;
-        let (decided, decision) = self.decide(&caller, request, &read).await?;
-        if let Some(span) = trace::recording() {
-            decided.record(&span);
-        }
-        let mut response = Response::new(answer(decided));
+        let (response, decision) = self.answer_one(&caller, request.get_ref()).await?;
+        let mut response = Response::new(response);
         if let Some(id) = decision.and_then(|id| id.to_string().parse().ok()) {
             response.metadata_mut().insert(DECISION_ID, id);
         }
@@ -240,12 +259,13 @@ impl pb::authz_service_server::AuthzService for AuthzService {
         Ok(Response::new(pb::BatchCheckResponse { results }))
     }
 
-    type StreamCheckStream = futures_util::stream::Pending<Result<pb::CheckResponse, Status>>;
+    type StreamCheckStream = BoxStream<'static, Result<pb::CheckResponse, Status>>;
 
     async fn stream_check(
         &self,
-        _: Request<tonic::Streaming<pb::CheckRequest>>,
+        mut request: Request<tonic::Streaming<pb::CheckRequest>>,
     ) -> Result<Response<Self::StreamCheckStream>, Status> {
-        Err(unimplemented())
+        let (caller, vigil) = (shown::<Caller>(&mut request)?, shown::<Vigil>(&mut request)?);
+        Ok(Response::new(stream::answers(self.clone(), caller, vigil, request.into_inner())))
     }
 }

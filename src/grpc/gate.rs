@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use tonic::{Status, body::Body};
 use tower::{Service, ServiceExt as _, util::BoxCloneSyncService};
 use tracing::Instrument as _;
+use zeroize::Zeroizing;
 
 use crate::{
     access::{Caller, Permission, Proof},
@@ -50,6 +51,7 @@ use super::{
     load::{Briefly, Room},
     rpc::{Access, Plane, Rpc},
     status::{deadline_exceeded, internal, lacks_permission, no_such_rpc, with_reason},
+    stream::{Presented, Vigil},
 };
 
 /// Where a connection came in: what is served there, and what callers must show.
@@ -386,13 +388,13 @@ impl Services {
         let named_account = named(request.headers(), "x-keyward-account", AccountId::parse);
         let named_user = named(request.headers(), "x-keyward-acting-user", UserId::parse);
         let Known { proof, account, grants, fresh } = match shown {
-            Shown::Token(token) => self.known_by_key(rpc, &token, &named_account, visitor.peer).await?,
+            Shown::Token(ref token) => self.known_by_key(rpc, token, &named_account, visitor.peer).await?,
             Shown::Certificate(identity) => self.known_by_certificate(identity)?,
         };
         if !fresh && rpc.plane == Plane::Management {
             return Err(Refusal::CannotAnswer(CannotAnswer::LeaseLost).into());
         }
-        named_account?;
+        let named_account = named_account?;
         let acting_user = named_user?;
         if acting_user.is_some() && !account.is_operator() {
             let message = "only the operator account's callers may act for a person (x-keyward-acting-user)";
@@ -423,6 +425,13 @@ impl Services {
             request.extensions_mut().insert(Asker { account: caller.account.clone(), trusted: true });
         }
         request.extensions_mut().insert(caller);
+        if rpc.plane == Plane::Checks && rpc.timeout.is_none() {
+            let shown = match shown {
+                Shown::Token(token) => Presented::Token(Arc::new(Zeroizing::new(token))),
+                Shown::Certificate(identity) => Presented::Certificate(identity.clone()),
+            };
+            request.extensions_mut().insert(Vigil { shown, account: named_account, peer });
+        }
         Ok(())
     }
 

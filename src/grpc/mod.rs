@@ -18,9 +18,11 @@ mod page;
 pub mod rpc;
 pub mod serve;
 mod status;
+mod stream;
 
 use std::sync::Arc;
 
+use tokio::sync::watch;
 use tonic_health::{
     pb::health_server::HealthServer,
     server::{HealthReporter, HealthService},
@@ -105,7 +107,12 @@ pub async fn report_health(reporter: &HealthReporter, serving: bool) {
 ///
 /// # Errors
 /// When the built-in descriptors cannot be read: a fault of the build.
-pub fn services(parts: Parts, reporter: HealthReporter, overload: Overload) -> anyhow::Result<Services> {
+pub fn services(
+    parts: Parts,
+    reporter: HealthReporter,
+    overload: Overload,
+    stopping: watch::Receiver<bool>,
+) -> anyhow::Result<Services> {
     let Parts {
         engine,
         keys,
@@ -125,8 +132,12 @@ pub fn services(parts: Parts, reporter: HealthReporter, overload: Overload) -> a
         ("grpc.reflection.v1.ServerReflection", BoxCloneSyncService::new(reflection().build_v1()?)),
         ("grpc.reflection.v1alpha.ServerReflection", BoxCloneSyncService::new(reflection().build_v1alpha()?)),
     ];
-    let authz =
-        AuthzServiceServer::new(authz::AuthzService { engine: engine.clone(), environments, decisions });
+    let authz = AuthzServiceServer::new(authz::AuthzService {
+        engine: engine.clone(),
+        environments,
+        decisions,
+        stopping,
+    });
     let accounts = accounts::AccountService { accounts, people, propagation: propagation.clone() };
     Ok(Services {
         calls: Arc::default(),

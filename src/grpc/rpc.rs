@@ -98,7 +98,7 @@ pub fn service(method: &'static str) -> &'static str {
     method.split('/').next().unwrap_or_default()
 }
 
-const CHECK_BYTES: usize = 16 * 1024;
+pub(super) const CHECK_BYTES: usize = 16 * 1024;
 const BATCH_BYTES: usize = 128 * 1024;
 const MANAGEMENT_BYTES: usize = 4 * 1024 * 1024;
 const CHECK_TIMEOUT: Duration = Duration::from_secs(5);

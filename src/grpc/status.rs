@@ -223,12 +223,6 @@ pub(super) fn lacks_permission(scope: &str) -> Status {
     with_metadata(Code::PermissionDenied, "PERMISSION_MISSING", &message, metadata)
 }
 
-/// An RPC that this version declares and does not serve yet.
-#[must_use]
-pub(super) fn unimplemented() -> Status {
-    status(Code::Unimplemented, "UNIMPLEMENTED", "this version does not serve this call yet")
-}
-
 /// A path that is no RPC of this server.
 #[must_use]
 pub(super) fn no_such_rpc() -> Status {

@@ -252,9 +252,10 @@ async fn still_loading(home: &Home) -> SocketAddr {
     let (clock, entropy) = (Arc::new(SystemClock), Arc::new(SystemEntropy));
     let place = Place::on(&store, Arc::new(Index::default()), clock.clone());
     let (parts, _) = keyward::server::parts(&settings, store, &place, clock, entropy, Decisions::off());
-    let reporter = tonic_health::server::HealthReporter::new();
-    let services = Arc::new(grpc::services(parts, reporter, Overload::default()).unwrap());
     let (stopping, is_stopping) = tokio::sync::watch::channel(false);
+    let reporter = tonic_health::server::HealthReporter::new();
+    let services =
+        Arc::new(grpc::services(parts, reporter, Overload::default(), is_stopping.clone()).unwrap());
     let capacity = Capacity { threads: 1, connections: 100, queued: 100, drain: PATIENCE };
     let workers = Workers::start(capacity, &services, &is_stopping).unwrap();
     let listener = Listener::plain("envoy", "127.0.0.1:0", Services::envoy());

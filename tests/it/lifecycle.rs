@@ -229,7 +229,7 @@ fn wrong_settings_stop_the_start_and_say_what_would_be_right() {
         assert!(!message.contains("hunter2"), "{message}");
     }
     for (settings, said) in [
-        ("lisen = '127.0.0.1:1'", ["lisen", "unknown field"]),
+        ("lisen = '127.0.0.1:1'", ["lisen", "did you mean `listen`?"]),
         ("listen = 50051", ["listen", "expected a string"]),
         ("token_prefix = 'K'", ["token_prefix", "must be 1-16 characters of [a-z0-9_]"]),
         ("environments = []", ["environments", "at least one"]),

@@ -57,6 +57,7 @@ mod rotation;
 mod sqlite_file;
 mod standard;
 mod store;
+mod stream;
 mod support;
 mod telemetry;
 mod tidy;

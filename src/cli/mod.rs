@@ -10,6 +10,7 @@
 
 mod accounts;
 mod audit;
+mod bench;
 mod check;
 mod client;
 mod completions;
@@ -167,6 +168,17 @@ enum Command {
     Doctor(Box<doctor::DoctorArgs>),
     /// Ask a server's admin pages whether it answers Checks; exit code 0 yes, 1 not now, 2 no answer
     Health(HealthArgs),
+    /// Put a server under load, and say what it carries
+    #[command(mut_args = settings::below_top)]
+    Bench {
+        #[command(flatten)]
+        args: bench::BenchArgs,
+        #[command(flatten)]
+        client: ClientArgs,
+    },
+    /// Serve what a load is measured against: `keyward bench --baseline` starts it
+    #[command(hide = true)]
+    BenchBaseline(bench::BaselineArgs),
     /// Check a rules file for HTTP requests, and ask which of its rules decides one
     Rules(rules::RulesArgs),
     /// Print a completion script for a shell
@@ -210,6 +222,11 @@ pub fn main() -> ExitCode {
             finish(&mut Console::system(), |console| doctor::run(*args, cli.client, console))
         }
         Command::Health(args) => finish(&mut Console::system(), |console| health::run(&args, console)),
+        Command::Bench { args, client } => finish(&mut Console::system(), |console| {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            runtime.block_on(args.run(client.or(cli.client), console))
+        }),
+        Command::BenchBaseline(args) => finish(&mut Console::system(), |_| args.run()),
         Command::Rules(args) => {
             finish(&mut Console::system(), |console| rules::run(args, cli.client, console))
         }
@@ -252,7 +269,10 @@ fn explain(command: &mut clap::Command, error: clap::Error) -> clap::Error {
 /// A client flag that was given to a command which would ignore it.
 fn misplaced(matches: &ArgMatches) -> Option<String> {
     let taken: &[&str] = match matches.subcommand_name() {
-        Some("serve" | "root-key" | "migrate" | "backup" | "health" | "completions" | "descriptors") => &[],
+        Some(
+            "serve" | "root-key" | "migrate" | "backup" | "health" | "completions" | "descriptors"
+            | "bench-baseline",
+        ) => &[],
         // It speaks to no server, and prints as client commands do.
         Some("config" | "rules") => &["output"],
         Some("doctor") => &["output", "server"],
@@ -306,6 +326,8 @@ fn run_client(command: Command, outer: ClientArgs, console: &mut Console) -> Res
         | Command::Backup(_)
         | Command::Health(_)
         | Command::Rules(_)
+        | Command::Bench { .. }
+        | Command::BenchBaseline(_)
         | Command::Completions(_)
         | Command::Descriptors => Ok(0),
     }

@@ -17,6 +17,11 @@ mod generated {
 pub use generated::envoy;
 pub use generated::keyward::v1::*;
 
+/// What a load is measured against; no part of the contract.
+pub mod bench {
+    include!(concat!(env!("OUT_DIR"), "/keyward.bench.v1.rs"));
+}
+
 /// A bare `google.rpc.Status`: the code alone.
 #[must_use]
 pub fn google_status(code: i32) -> generated::google::rpc::Status {

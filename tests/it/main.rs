@@ -17,6 +17,7 @@ mod audit_files;
 mod authority;
 mod bad_input;
 mod batch;
+mod bench;
 mod bulk;
 mod callers;
 mod canary;

@@ -1,0 +1,45 @@
+//! `keyward bench`: every load is answered rightly, and the figures are there for programs. How fast it is, is not judged.
+
+use serde_json::Value;
+
+use crate::process::{Ended, Home};
+
+fn bench(arguments: &[&str]) -> Ended {
+    let home = Home::new();
+    let few = ["--keys", "50", "--connections", "2", "--in-flight", "8", "--rounds", "2"];
+    let short = ["--duration", "100ms", "--warm-up", "50ms", "--json"];
+    home.run(home.command([&["bench"], arguments, &few, &short].concat()))
+}
+
+fn figures(arguments: &[&str]) -> Vec<Value> {
+    let ended = bench(arguments);
+    assert_eq!(ended.code, Some(0), "{arguments:?}: {ended:?}");
+    let told: Value = serde_json::from_str(&ended.out).unwrap();
+    told["figures"].as_array().unwrap().clone()
+}
+
+#[test]
+fn every_load_is_answered_and_every_answer_is_the_right_one() {
+    for mode in ["check", "batch", "stream", "create", "revoke", "ext-authz"] {
+        for figures in figures(&[mode, "--unknown", "20", "--denied", "20"]) {
+            assert!(figures["answered"].as_u64().unwrap() > 0, "{mode}: {figures}");
+            assert_eq!((&figures["wrong"], &figures["failed"]), (&0.into(), &0.into()), "{mode}");
+        }
+    }
+}
+
+#[test]
+fn a_baseline_is_measured_in_turn_and_gives_ratios() {
+    let figures = figures(&["check", "--baseline"]);
+    assert_eq!(figures.len(), 3);
+    let ratios = figures[0]["ratios"].as_array().unwrap();
+    assert_eq!(ratios.len(), 2);
+    assert!(ratios.iter().all(|ratio| ratio["rate"]["median"].as_f64().unwrap() > 0.0), "{ratios:?}");
+}
+
+#[test]
+fn calls_at_a_rate_are_as_many_as_the_rate_says() {
+    let figures = figures(&["check", "--rate", "100"]);
+    let answered = figures[0]["answered"].as_u64().unwrap();
+    assert!((1..=40).contains(&answered), "{answered} in two tenths of a second");
+}

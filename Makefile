@@ -87,6 +87,10 @@ torture-mutants: ## Torture builds that leave out a rule each, until that is not
 	@mkdir -p target/breakable && cp target/debug/keyward target/breakable/keyward
 	$(call run,KEYWARD_BIN=$(CURDIR)/target/breakable/keyward cargo test --quiet --locked --test torture -- --mutants --minutes $(if $(filter command%,$(origin MINUTES)),$(MINUTES),3))
 
+.PHONY: bench
+bench: ## Measure the goals of docs/performance.md, and say which are met
+	$(call run,cargo bench --quiet --locked --bench goals)
+
 .PHONY: descriptors
 descriptors: ## Write the descriptor set for Envoy's JSON transcoder: deploy/envoy/keyward.pb
 	$(call run,cargo run --quiet --locked -- descriptors >deploy/envoy/keyward.pb.new)

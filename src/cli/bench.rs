@@ -152,7 +152,8 @@ struct Folder(PathBuf);
 
 impl Folder {
     fn new() -> std::io::Result<Folder> {
-        let path = std::env::temp_dir().join(format!("keyward-bench-{}", std::process::id()));
+        let path =
+            crate::config::client::temporary_folder().join(format!("keyward-bench-{}", std::process::id()));
         std::fs::create_dir(&path)?;
         Ok(Folder(path))
     }

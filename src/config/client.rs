@@ -102,6 +102,12 @@ pub fn arguments() -> Vec<OsString> {
     std::env::args_os().collect()
 }
 
+/// Where files go that nobody is to keep.
+#[must_use]
+pub fn temporary_folder() -> PathBuf {
+    std::env::temp_dir()
+}
+
 /// Whether the surroundings forbid colours (<https://no-color.org>).
 #[must_use]
 pub fn colours_forbidden() -> bool {

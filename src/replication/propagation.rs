@@ -33,6 +33,8 @@ use super::{feed::Sight, follow::Follow};
 
 /// The longest that anybody waits where no lease ever runs out.
 const LONGEST: Duration = Duration::from_secs(300);
+/// How long after a commit others are asked about it at the earliest.
+const FIRST_LOOK: Duration = Duration::from_millis(1);
 /// How many changes may wait for a reading; those beyond wait for a place.
 const QUEUE: usize = 1024;
 
@@ -276,8 +278,15 @@ impl Propagation {
             give_up: committed.plus(LONGEST),
         };
         let mut stopping = self.stopping.subscribe();
+        let ended = async {
+            // Others have not heard of it yet: who asks at once takes time from those who are to acknowledge.
+            if !again && replicas.sight.replicas() > 1 {
+                sleep(FIRST_LOOK).await;
+            }
+            wait.run(each).await
+        };
         tokio::select! {
-            ended = wait.run(each) => ended,
+            ended = ended => ended,
             _ = stopping.wait_for(|stop| *stop) => Err(Incomplete::Stopping(revision)),
         }
     }

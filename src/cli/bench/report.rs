@@ -183,11 +183,11 @@ pub(super) fn distribution(latency: &Histogram<u64>) -> String {
     }
     // Steps of 1, 1.25, 1.6, 2, ... from 1 µs: each is a tenth of a decade.
     let bound = |step: i32| 1_000.0 * 10f64.powf(f64::from(step) / 10.0);
-    let mut counts = Vec::new();
-    for step in 0..=80 {
-        let (from, to) = (bound(step) as u64, bound(step + 1) as u64 - 1);
-        let from = if step == 0 { 0 } else { from };
-        counts.push((bound(step + 1), latency.count_between(from, to)));
+    let mut counts: Vec<_> = (0..=80).map(|step| (bound(step + 1), 0)).collect();
+    for recorded in latency.iter_recorded() {
+        let value = recorded.value_iterated_to() as f64;
+        let at = counts.iter().position(|(to, _)| value < *to).unwrap_or(counts.len() - 1);
+        counts[at].1 += recorded.count_at_value();
     }
     let most = counts.iter().map(|(_, count)| *count).max().unwrap_or(1).max(1);
     let shown = |at: &(f64, u64)| at.1 > 0;

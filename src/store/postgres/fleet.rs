@@ -3,7 +3,12 @@
 //! Each statement goes over a line of its purpose, so that no slow list of keys holds up a renewal. NOTIFY is a hint:
 //! whoever commits sends one, and a listener that hears none for long is replaced.
 
-use std::{collections::HashMap, fmt::Write as _, time::Duration};
+use std::{
+    collections::HashMap,
+    fmt::Write as _,
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use sqlx::{
@@ -31,6 +36,7 @@ use super::{
     ACQUIRE, CALL, Place, Postgres, Result,
     line::{Line, TextRow},
     literal::Literal as _,
+    sources::WHICH,
     store_error, within,
 };
 
@@ -43,14 +49,23 @@ const INFINITE: i64 = i64::MAX;
 
 /// One unbroken life of the database, in hex: the server's own identity, its timeline (another one after each
 /// failover), the database and the table (others after a restored dump), and how often people accepted a loss.
-const LIFE: &str = "substr(encode(sha256(convert_to(concat_ws(':', (SELECT system_identifier FROM pg_control_system()), \
-    substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8), \
-    (SELECT oid FROM pg_database WHERE datname = current_database()), 'replicas'::regclass::oid, m.epoch), \
-    'UTF8')), 'hex'), 1, 32)";
+fn life(identity: &str) -> String {
+    format!(
+        "substr(encode(sha256(convert_to(concat_ws(':', {identity}, \
+         substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8), \
+         (SELECT oid FROM pg_database WHERE datname = current_database()), 'replicas'::regclass::oid, m.epoch), \
+         'UTF8')), 'hex'), 1, 32)"
+    )
+}
+
+/// The server's own identity, which it reads from its disk each time.
+const IDENTITY: &str = "(SELECT system_identifier::text FROM pg_control_system())";
 const DB_NOW: &str = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint";
 
 /// The lines of a replica.
 pub(super) struct Lines {
+    /// A server, as [`WHICH`] tells, and its identity.
+    identity: Mutex<Option<(i64, String)>>,
     renewals: Line,
     changes: Line,
     rosters: Line,
@@ -60,7 +75,13 @@ pub(super) struct Lines {
 impl Lines {
     pub(super) fn to(place: &Place) -> Lines {
         let line = || Line::to(place.options.clone());
-        Lines { renewals: line(), changes: line(), rosters: line(), listener: tokio::sync::Mutex::default() }
+        Lines {
+            identity: Mutex::default(),
+            renewals: line(),
+            changes: line(),
+            rosters: line(),
+            listener: tokio::sync::Mutex::default(),
+        }
     }
 
     pub(super) async fn close(&self) {
@@ -85,12 +106,12 @@ fn count(value: i64) -> Result<u64> {
     u64::try_from(value).map_err(|error| sqlx::Error::Decode(error.into()))
 }
 
-fn life(hex: &str) -> Result<Incarnation> {
+fn life_at(hex: &str) -> Result<Incarnation> {
     u128::from_str_radix(hex, 16).map(Incarnation).map_err(|error| sqlx::Error::Decode(error.into()))
 }
 
 fn life_opt(hex: &str) -> Result<Option<Incarnation>> {
-    if hex.is_empty() { Ok(None) } else { life(hex).map(Some) }
+    if hex.is_empty() { Ok(None) } else { life_at(hex).map(Some) }
 }
 
 fn hash_opt(row: &TextRow, column: usize) -> Result<Option<Hash>> {
@@ -109,7 +130,10 @@ impl Postgres {
         // The first row says which server it is.
         let mut rows = rows.into_iter();
         let server = rows.next().ok_or(sqlx::Error::RowNotFound)?;
-        self.sources.saw(TextRow::of(&server, 0..1)?.int(0)?, Instant::now());
+        let server = TextRow::of(&server, 0..1)?.int(0)?;
+        self.sources.saw(server, Instant::now());
+        let mut identity = self.fleet.identity.lock().unwrap_or_else(PoisonError::into_inner);
+        *identity = identity.take_if(|(known, _)| *known == server);
         Ok(rows.collect())
     }
 
@@ -120,15 +144,13 @@ impl Postgres {
 
     async fn renew_once(&self, renewal: &Renewal) -> std::result::Result<Renewed, StoreError> {
         const META: usize = 9;
-        let sql = renewal_sql(renewal);
-        let rows = self.message(&self.fleet.renewals, &sql, CALL).await.map_err(store_error)?;
-        // First the row of the UPDATE, if it changed one; then those of the question.
-        let (updated, said): (Vec<_>, Vec<_>) = rows.into_iter().partition(|row| sqlx::Row::len(row) == 1);
-        let first = said.first().ok_or_else(|| super::damaged("meta", "it has no row"))?;
-        let meta = TextRow::of(first, 0..META + 1).map_err(store_error)?;
-        let has_changes = meta.int_opt(META).map_err(store_error)?.is_some();
-        let columns = META..META + LOG_COLUMNS.split(',').count();
-        let changes = if has_changes { rows_at(&said, columns)? } else { Vec::new() };
+        let sql = renewal_sql(renewal, &self.life().await.map_err(store_error)?);
+        let mut rows = self.message(&self.fleet.renewals, &sql, CALL).await.map_err(store_error)?;
+        // First the row of the UPDATE, if it changed one; then the changes; then what holds for all.
+        let last = rows.pop().ok_or_else(|| super::damaged("meta", "it has no row"))?;
+        let meta = TextRow::of(&last, 0..META).map_err(store_error)?;
+        let (updated, changes): (Vec<_>, Vec<_>) = rows.into_iter().partition(|row| sqlx::Row::len(row) == 1);
+        let changes = rows_at(&changes, 0..LOG_COLUMNS.split(',').count())?;
         let from = renewal.applied.unwrap_or(Position::START);
         let reply = reply_at(&meta, !updated.is_empty(), renewal, Self::upto(from, &changes));
         let reply = reply.map_err(store_error)?;
@@ -143,6 +165,21 @@ impl Postgres {
         Ok(Renewed { reply, rows: changes, epoch, replicas })
     }
 
+    /// The database's life as SQL. What the server has said of itself once is not asked again while it runs.
+    async fn life(&self) -> Result<String> {
+        let known = || self.fleet.identity.lock().unwrap_or_else(PoisonError::into_inner);
+        let identity = known().clone();
+        if let Some((server, identity)) = identity {
+            let identity = identity.literal();
+            return Ok(life(&format!("CASE WHEN {WHICH} = {server} THEN {identity} ELSE {IDENTITY} END")));
+        }
+        let asked = format!("SELECT {WHICH}, {IDENTITY}");
+        let rows = self.message(&self.fleet.changes, &asked, CALL).await?;
+        let row = TextRow::of(rows.first().ok_or(sqlx::Error::RowNotFound)?, 0..2)?;
+        *known() = Some((row.int(0)?, row.text(1)?.to_owned()));
+        Ok(life(IDENTITY))
+    }
+
     /// The log goes on from what this process knew of it to here. What it knew before may be archived.
     fn saw_until(&self, Position { revision, hash }: Position) {
         let mut known = self.known();
@@ -152,8 +189,9 @@ impl Postgres {
     }
 }
 
-/// The statements of a renewal. The question is one statement, so that all it tells is of one snapshot.
-fn renewal_sql(renewal: &Renewal) -> String {
+/// The statements of a renewal. The changes are asked for before the head: where somebody commits in between, the changes
+/// do not reach the head, and grant nothing.
+fn renewal_sql(renewal: &Renewal, life: &str) -> String {
     let Renewal { id, counts, applied, settle, attempt: _ } = renewal;
     let position = applied.unwrap_or(Position::START);
     let revision = revision_to_i64(position.revision);
@@ -179,19 +217,19 @@ fn renewal_sql(renewal: &Renewal) -> String {
         let settled = format!("{settled:032x}");
         let _ = write!(
             sql,
-            "UPDATE meta m SET settled = '{settled}' WHERE m.settled <> '{settled}' AND {LIFE} = '{settled}'; "
+            "UPDATE meta m SET settled = '{settled}' WHERE m.settled <> '{settled}' AND {life} = '{settled}'; "
         );
     }
-    let changes = match applied {
-        Some(_) => format!("revision > {revision}"),
-        None => "false".to_owned(),
-    };
+    if applied.is_some() {
+        let _ = write!(
+            sql,
+            "SELECT {LOG_COLUMNS} FROM log WHERE revision > {revision} ORDER BY revision LIMIT {MOST_ROWS}; "
+        );
+    }
     let _ = write!(
         sql,
-        "SELECT m.head, m.lease_ms, m.longest_ms, {LIFE}, m.settled, {DB_NOW}, \
-         (SELECT hash FROM log WHERE revision = {revision}), m.epoch, (SELECT count(*) FROM replicas), l.* FROM meta m LEFT JOIN LATERAL \
-         (SELECT {LOG_COLUMNS} FROM log WHERE {changes} ORDER BY revision LIMIT {MOST_ROWS}) l ON true \
-         ORDER BY l.revision"
+        "SELECT m.head, m.lease_ms, m.longest_ms, {life}, m.settled, {DB_NOW}, \
+         (SELECT hash FROM log WHERE revision = {revision}), m.epoch, (SELECT count(*) FROM replicas) FROM meta m"
     );
     sql
 }
@@ -209,7 +247,7 @@ fn reply_at(meta: &TextRow, renewed: bool, renewal: &Renewal, upto: Position) ->
         head: revision_from_i64(meta.int(0)?),
         lease: from_millis(meta.int(1)?)?,
         longest: from_millis(meta.int(2)?)?,
-        incarnation: life(meta.text(3)?)?,
+        incarnation: life_at(meta.text(3)?)?,
         settled: life_opt(meta.text(4)?)?,
         db_now: Timestamp::from_micros(meta.int(5)?),
     })
@@ -244,7 +282,7 @@ fn roster_at(rows: &[PgRow]) -> Result<Roster> {
     let listing = Listing {
         rows: listed,
         longest: from_millis(meta.int(1)?)?,
-        incarnation: life(meta.text(2)?)?,
+        incarnation: life_at(meta.text(2)?)?,
         settled: life_opt(meta.text(3)?)?,
         db_now: Timestamp::from_micros(meta.int(4)?),
     };
@@ -332,8 +370,9 @@ impl Fleet for Postgres {
         let revisions: Vec<_> =
             revisions.iter().map(|revision| revision_to_i64(*revision).to_string()).collect();
         let revisions = if revisions.is_empty() { "-1".to_owned() } else { revisions.join(", ") };
+        let life = self.life().await.map_err(store_error)?;
         let asked = format!(
-            "SELECT m.head, m.longest_ms, {LIFE}, m.settled, {DB_NOW}, \
+            "SELECT m.head, m.longest_ms, {life}, m.settled, {DB_NOW}, \
              (SELECT string_agg(revision || ':' || encode(hash, 'hex'), ',') FROM log WHERE revision IN ({revisions})), \
              (current_setting('synchronous_standby_names') <> '')::text, \
              coalesce((SELECT max(revision) FROM checkpoints), 0), \
@@ -434,7 +473,7 @@ impl Postgres {
 
 /// The first life that the tables have: nobody has held a lease in an earlier one.
 pub(super) async fn settle_first(connection: &mut sqlx::PgConnection) -> Result<()> {
-    let sql = format!("UPDATE meta m SET settled = {LIFE} WHERE m.settled = ''");
+    let sql = format!("UPDATE meta m SET settled = {} WHERE m.settled = ''", life(IDENTITY));
     sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(connection).await.map(drop)
 }
 
@@ -461,11 +500,11 @@ mod tests {
             applied: Some(at),
             settle: None,
         };
-        let sql = renewal_sql(&renewal);
+        let sql = renewal_sql(&renewal, "life");
         assert!(sql.contains("renew_seq >= 3 AND renew_seq < 5"), "{sql}");
         assert!(sql.contains(&format!("revision = 7 AND hash = E'\\\\x{}'", "ab".repeat(32))), "{sql}");
-        let loading = renewal_sql(&Renewal { applied: None, ..renewal });
-        assert!(loading.contains("applied = NULL") && loading.contains("WHERE false"), "{loading}");
+        let loading = renewal_sql(&Renewal { applied: None, ..renewal }, "life");
+        assert!(loading.contains("applied = NULL") && !loading.contains("ORDER BY"), "{loading}");
     }
 
     #[test]

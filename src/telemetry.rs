@@ -27,7 +27,8 @@ pub fn init(filter: &str, format: LogFormat, otlp: Option<&Otlp>) -> anyhow::Res
     let filter = EnvFilter::try_new(filter)
         .map_err(|error| anyhow::anyhow!("the log filter {filter:?} is not understood: {error}"))?;
     // The spans that are recorded are no business of the log: it names the call by itself.
-    let filter = filter.and(FilterFn::new(|metadata| metadata.target() != trace::TARGET));
+    let unrecorded = FilterFn::new(|metadata| metadata.target() != trace::TARGET);
+    let filter = filter.and(unrecorded.with_max_level_hint(LevelFilter::TRACE));
     let layer = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
     let log = match format {
         LogFormat::Text => {
@@ -37,7 +38,9 @@ pub fn init(filter: &str, format: LogFormat, otlp: Option<&Otlp>) -> anyhow::Res
         LogFormat::Json => layer.json().map_event_format(log::NamingJson).with_filter(filter).boxed(),
     };
     let (exporter, tracer) = Exporter::start(otlp)?;
-    let spans = tracer.map(|tracer| {
+    // A layer that is none would be interested in everything: then each span of the libraries below is made for nobody.
+    let mut layers = vec![log];
+    layers.extend(tracer.map(|tracer| {
         let layer = tracing_opentelemetry::layer()
             .with_tracer(tracer)
             .with_location(false)
@@ -49,11 +52,12 @@ pub fn init(filter: &str, format: LogFormat, otlp: Option<&Otlp>) -> anyhow::Res
         // A call's own span is made only where it is recorded; the others belong to such a one or to nothing.
         let within_call = dynamic_filter_fn(|metadata, context| {
             metadata.name() == trace::CALL || context.lookup_current().is_some()
-        });
+        })
+        .with_max_level_hint(LevelFilter::INFO);
         let ours = filter_fn(|metadata| metadata.is_span() && metadata.target() == trace::TARGET)
             .with_max_level_hint(LevelFilter::INFO);
-        layer.with_filter(ours.and(within_call))
-    });
-    tracing_subscriber::registry().with(log).with(spans).try_init()?;
+        layer.with_filter(ours.and(within_call)).boxed()
+    }));
+    tracing_subscriber::registry().with(layers).try_init()?;
     Ok(exporter)
 }

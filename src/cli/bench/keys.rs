@@ -98,7 +98,7 @@ impl Keys {
             account: ACCOUNT.to_owned(),
             environment: ENVIRONMENT.to_owned(),
             scopes: vec![SCOPE.to_owned()],
-            sha256: token.digest().as_bytes().to_vec().into(),
+            sha256: token.digest().as_bytes().to_vec(),
             hint: token.hint(),
             ..Default::default()
         }

@@ -4,7 +4,10 @@
 //! What the promise assumes of a database is kept here, or a run would show nothing: a standby takes over only while
 //! commits wait for it, and after it has once caught up with everything that a restarted primary came back with.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
 
 use rustix::process::Signal;
 
@@ -74,12 +77,18 @@ impl Node {
     }
 
     /// Runs the server until it answers. One that was killed may leave shared memory that its last process holds on
-    /// to for a moment, so it is tried again.
+    /// to for a moment, so it is tried again. Its number may be another program's by now: then PostgreSQL takes it for
+    /// running, until the file that says so is gone. Its guard has ended every process of it.
     fn start(&mut self) {
+        const HELD_ON_TO: Duration = Duration::from_secs(15);
+        let begun = Instant::now();
         self.run();
         wait_for("PostgreSQL to start", || {
             if self.server().has_ended() {
                 self.server = None;
+                if begun.elapsed() > HELD_ON_TO {
+                    let _ = std::fs::remove_file(self.data().join("postmaster.pid"));
+                }
                 self.run();
             }
             self.is_ready().then_some(())

@@ -37,34 +37,34 @@ pub(super) struct BenchArgs {
     #[arg(value_enum)]
     mode: Mode,
     /// How many connections
-    #[arg(long, default_value_t = 4, value_name = "N")]
+    #[arg(long, default_value_t = 4, value_name = "N", value_parser = up_to::<1000>)]
     connections: usize,
     /// How many calls in flight on each connection
-    #[arg(long, default_value_t = 64, value_name = "N")]
+    #[arg(long, default_value_t = 64, value_name = "N", value_parser = up_to::<256>)]
     in_flight: usize,
     /// How many keys the server has
-    #[arg(long, default_value_t = 10_000, value_name = "N")]
+    #[arg(long, default_value_t = 10_000, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     keys: u64,
     /// Of a hundred Checks, how many show a token that nobody has
-    #[arg(long, default_value_t = 0.0, value_name = "PERCENT")]
+    #[arg(long, default_value_t = 0.0, value_name = "PERCENT", value_parser = percent)]
     unknown: f64,
     /// Of a hundred Checks, how many are denied for a scope
-    #[arg(long, default_value_t = 0.0, value_name = "PERCENT")]
+    #[arg(long, default_value_t = 0.0, value_name = "PERCENT", value_parser = percent)]
     denied: f64,
     /// Checks in a batch
-    #[arg(long, default_value_t = 100, value_name = "N")]
+    #[arg(long, default_value_t = 100, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=100))]
     batch: u64,
     /// Long streams on each connection
-    #[arg(long, default_value_t = 4, value_name = "N")]
+    #[arg(long, default_value_t = 4, value_name = "N", value_parser = up_to::<256>)]
     streams: usize,
     /// Calls per second, whatever comes of them [default: as fast as answers come]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = rate)]
     rate: Option<f64>,
     /// How long a round is
     #[arg(long, default_value = "1s", value_parser = duration::parse_timeout, value_name = "DURATION")]
     duration: Duration,
     /// How many rounds
-    #[arg(long, default_value_t = 12, value_name = "N")]
+    #[arg(long, default_value_t = 12, value_name = "N", value_parser = up_to::<10_000>)]
     rounds: usize,
     /// How long everybody warms up
     #[arg(long, default_value = "1s", value_parser = duration::parse_timeout, value_name = "DURATION")]
@@ -84,6 +84,21 @@ pub(super) struct BenchArgs {
     /// Ask the server that --server names, with the token of --token-file: keys are made in the account "bench" there
     #[arg(long)]
     attach: bool,
+}
+
+fn up_to<const MOST: usize>(text: &str) -> Result<usize, String> {
+    let number = text.parse().ok().filter(|number| (1..=MOST).contains(number));
+    number.ok_or_else(|| format!("must be 1 to {MOST}"))
+}
+
+fn percent(text: &str) -> Result<f64, String> {
+    let number = text.parse().ok().filter(|number| (0.0..=100.0).contains(number));
+    number.ok_or_else(|| "must be 0 to 100".to_owned())
+}
+
+fn rate(text: &str) -> Result<f64, String> {
+    let number = text.parse().ok().filter(|number| (0.1..=1e7).contains(number));
+    number.ok_or_else(|| "must be 0.1 to 10000000 calls a second".to_owned())
 }
 
 /// What to ask.

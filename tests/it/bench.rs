@@ -43,3 +43,20 @@ fn calls_at_a_rate_are_as_many_as_the_rate_says() {
     let answered = figures[0]["answered"].as_u64().unwrap();
     assert!((1..=40).contains(&answered), "{answered} in two tenths of a second");
 }
+
+#[test]
+fn a_load_that_can_measure_nothing_is_refused_with_what_would_be_right() {
+    let home = Home::new();
+    for (flag, value, said) in [
+        ("--in-flight", "5000", "1 to 256"),
+        ("--connections", "0", "1 to 1000"),
+        ("--rounds", "0", "1 to 10000"),
+        ("--keys", "0", "1.."),
+        ("--rate", "0", "0.1 to"),
+        ("--unknown", "101", "0 to 100"),
+    ] {
+        let ended = home.run(home.command(["bench", "check", flag, value]));
+        assert_eq!(ended.code, Some(2), "{ended:?}");
+        assert!(ended.err.contains(flag) && ended.err.contains(said), "{ended:?}");
+    }
+}

@@ -50,6 +50,12 @@ impl Permission {
             Permission::AuditRead => "keyward:audit:read",
         }
     }
+
+    /// Whether it is granted.
+    #[must_use]
+    pub fn is_in(self, grants: &ScopeSet) -> bool {
+        grants.covers_text(self.as_str())
+    }
 }
 
 /// What a caller has proved itself by.
@@ -117,7 +123,7 @@ impl Caller {
     /// Whether it is granted the permission.
     #[must_use]
     pub fn may(&self, permission: Permission) -> bool {
-        Scope::parse_required(permission.as_str()).is_ok_and(|scope| self.grants.covers(&scope))
+        permission.is_in(&self.grants)
     }
 
     /// The caller as the log names it.

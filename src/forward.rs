@@ -36,7 +36,7 @@ pub async fn serve(
     let page = move |request: Parts| {
         let (gateway, asker) = (gateway.clone(), asker.clone());
         let peer = request.extensions.get::<SocketAddr>().map(|peer| peer.ip().to_canonical());
-        let call = tracing.call(&request.headers, peer, clock.now());
+        let call = tracing.call(Some(&request.headers), peer, clock.now());
         trace::within(call, async move {
             let answer = answer(&gateway, &asker, &request);
             match tracing.span("forward_auth") {

@@ -1,6 +1,8 @@
 //! Why a call was not done, in the words of the product. `grpc/status.rs` turns it into a status; nothing here
 //! knows gRPC, and no text here repeats a token or a database's message.
 
+use std::fmt::Display;
+
 use crate::{
     clock::NoEntropy,
     engine::CannotAnswer,
@@ -142,32 +144,32 @@ impl Violations {
         self.0.push(Violation { field: field.into(), problem: problem.into() });
     }
 
-    /// Notes a violation when `wrong`.
-    pub fn note_if(&mut self, wrong: bool, field: &str, problem: impl Into<String>) {
+    /// Notes a violation when `wrong`. Only then is anything written: a good request pays for no text.
+    pub fn note_if(&mut self, wrong: bool, field: impl Display, problem: impl Display) {
         if wrong {
-            self.note(field, problem);
+            self.note(field.to_string(), problem.to_string());
         }
     }
 
     /// The value, or a violation noted.
-    pub fn take<T, E: std::fmt::Display>(&mut self, field: &str, result: Result<T, E>) -> Option<T> {
-        result.map_err(|error| self.note(field, error.to_string())).ok()
+    pub fn take<T, E: Display>(&mut self, field: impl Display, result: Result<T, E>) -> Option<T> {
+        result.map_err(|error| self.note(field.to_string(), error.to_string())).ok()
     }
 
     /// Each value of a list; a violation names its place.
-    pub fn take_each<'a, T, E: std::fmt::Display>(
+    pub fn take_each<'a, T, E: Display>(
         &mut self,
-        field: &str,
+        field: impl Display,
         list: &'a [String],
         most: usize,
         parse: impl Fn(&'a str) -> Result<T, E>,
     ) -> Vec<T> {
         if list.len() > most {
-            self.note(field, format!("has {} entries; at most {most} are allowed", list.len()));
+            self.note(field.to_string(), format!("has {} entries; at most {most} are allowed", list.len()));
             return Vec::new();
         }
         let each = list.iter().enumerate();
-        each.filter_map(|(at, text)| self.take(&format!("{field}[{at}]"), parse(text))).collect()
+        each.filter_map(|(at, text)| self.take(format_args!("{field}[{at}]"), parse(text))).collect()
     }
 
     /// Whether nothing is wrong so far.

@@ -39,6 +39,8 @@ pub struct Call {
     request_id: RefCell<RequestId>,
     parent: RefCell<Option<Parent>>,
     trace: Cell<Option<TraceId>>,
+    /// Chance has it recorded, if nobody says otherwise; None = none is, whatever anybody says.
+    drawn: Option<bool>,
     recorded: Cell<bool>,
     peer: Option<IpAddr>,
     caller: RefCell<Option<Caller>>,
@@ -54,12 +56,13 @@ pub struct Caller {
 }
 
 impl Call {
-    fn new(headers: &HeaderMap, peer: Option<IpAddr>, made: RequestId) -> Call {
-        let parent = Parent::of(headers);
+    fn new(names: Option<&HeaderMap>, peer: Option<IpAddr>, made: RequestId, drawn: Option<bool>) -> Call {
+        let parent = names.and_then(Parent::of);
         Call {
-            request_id: RefCell::new(RequestId::of(headers).unwrap_or(made)),
+            request_id: RefCell::new(names.and_then(RequestId::of).unwrap_or(made)),
             trace: Cell::new(parent.as_ref().map(|parent| parent.trace)),
             parent: RefCell::new(parent),
+            drawn,
             recorded: Cell::new(false),
             peer,
             caller: RefCell::default(),
@@ -98,6 +101,13 @@ impl Call {
         self.caller.replace(Some(caller));
     }
 
+    /// Whether it is to be recorded, by what is known of it so far: by its caller's word or else by chance.
+    #[must_use]
+    pub fn is_chosen(&self) -> bool {
+        let told = || self.parent.borrow().as_ref().map(|parent| parent.recorded);
+        self.drawn.is_some_and(|drawn| told().unwrap_or(drawn))
+    }
+
     /// Whether it is recorded.
     #[must_use]
     pub fn is_recorded(&self) -> bool {
@@ -119,22 +129,29 @@ impl Tracing {
         Tracing { ids: Ids::seeded(seed), sampling }
     }
 
-    /// A call with these headers. A request id that is none is as good as missing: it is made then.
+    /// A call with these headers; None = they are known to name neither it nor its trace. A request id that is none is
+    /// as good as missing: it is made then.
     #[must_use]
-    pub fn call(&self, headers: &HeaderMap, peer: Option<IpAddr>, now: Timestamp) -> Call {
-        Call::new(headers, peer, self.ids.next().request_id(now.as_millis()))
+    pub fn call(&self, headers: Option<&HeaderMap>, peer: Option<IpAddr>, now: Timestamp) -> Call {
+        let drawn = self.sampling.draws(|| self.ids.next().other());
+        Call::new(headers, peer, self.ids.next().request_id(now.as_millis()), drawn)
     }
 
     /// The span of this task's call, if it is recorded. To be made once, before any other.
     #[must_use]
     pub fn span(&self, method: &'static str) -> Option<Span> {
-        self.sampling.span(method, || self.ids.next().other())
+        current(|call| call.is_chosen().then(|| call_span(call, method)))?
     }
 }
 
 /// Answers a call: whatever `answer` logs, decides and records is this call's.
 pub async fn within<F: Future>(call: Call, answer: F) -> F::Output {
     CURRENT.scope(call, answer).await
+}
+
+/// The same of what does not wait.
+pub fn within_now<T>(call: Call, answer: impl FnOnce() -> T) -> T {
+    CURRENT.sync_scope(call, answer)
 }
 
 /// The call that this task answers.
@@ -183,17 +200,12 @@ impl Sampling {
         Sampling { share: Some(threshold(ratio)) }
     }
 
-    fn span(self, method: &'static str, draw: impl FnOnce() -> Draw) -> Option<Span> {
-        let share = self.share?;
-        current(|call| {
-            let parent = call.parent.borrow();
-            let recorded = parent.as_ref().map_or_else(|| draw().is_below(share), |parent| parent.recorded);
-            recorded.then(|| call_span(call, method, parent.as_ref()))
-        })?
+    fn draws(self, draw: impl FnOnce() -> Draw) -> Option<bool> {
+        self.share.map(|share| share > 0 && draw().is_below(share))
     }
 }
 
-fn call_span(call: &Call, method: &'static str, parent: Option<&Parent>) -> Span {
+fn call_span(call: &Call, method: &'static str) -> Span {
     // A request over HTTP/1.1 is none of gRPC's.
     let (service, name) = method.split_once('/').unzip();
     let span = tracing::info_span!(
@@ -216,7 +228,7 @@ fn call_span(call: &Call, method: &'static str, parent: Option<&Parent>) -> Span
         keyward.checks = Empty,
         keyward.denied = Empty,
     );
-    if let Some(parent) = parent {
+    if let Some(parent) = call.parent.borrow().as_ref() {
         // It fails only where spans go nowhere.
         let _ = span.set_parent(opentelemetry::Context::new().with_remote_span_context(parent.context()));
     }
@@ -289,7 +301,7 @@ mod tests {
         let headers = headers.iter().map(|(name, value)| {
             (http::HeaderName::from_static(name), http::HeaderValue::from_str(value).unwrap())
         });
-        Tracing::new(7, Sampling::default()).call(&headers.collect(), None, Timestamp::from_micros(0))
+        Tracing::new(7, Sampling::default()).call(Some(&headers.collect()), None, Timestamp::from_micros(0))
     }
 
     #[test]

@@ -178,6 +178,12 @@ impl KeyId {
         Uuid::try_parse(text).map(KeyId).map_err(|_| NameError("must be a UUID"))
     }
 
+    /// Writes the id in the hyphenated form.
+    #[must_use]
+    pub fn write(self, text: &mut [u8; 36]) -> &str {
+        self.0.hyphenated().encode_lower(text)
+    }
+
     /// The id's 16 bytes.
     #[must_use]
     pub fn as_bytes(&self) -> &[u8; 16] {

@@ -61,7 +61,7 @@ impl Scope {
     /// Whether the scope is one that Keyward keeps for itself.
     #[must_use]
     pub fn is_reserved(&self) -> bool {
-        self.0.split(':').next() == Some(RESERVED)
+        is_reserved(&self.0)
     }
 
     /// What stands before the `*`: empty, or ending in `:`. `None` for a concrete scope.
@@ -72,16 +72,24 @@ impl Scope {
     /// Whether granting this grants all of `other`, itself a grant or a requirement.
     #[must_use]
     pub fn covers(&self, other: &Scope) -> bool {
+        self.covers_text(&other.0)
+    }
+
+    fn covers_text(&self, other: &str) -> bool {
         match self.pattern() {
-            None => self == other,
+            None => *self.0 == *other,
             // A longer pattern under the same start is part of this one; `a:*` does not cover `a`.
             Some(start) => {
-                other.0.len() > start.len()
-                    && other.0.starts_with(start)
-                    && self.is_reserved() == other.is_reserved()
+                other.len() > start.len()
+                    && other.starts_with(start)
+                    && is_reserved(&self.0) == is_reserved(other)
             }
         }
     }
+}
+
+fn is_reserved(text: &str) -> bool {
+    text.split(':').next() == Some(RESERVED)
 }
 
 fn is_segment(text: &str) -> bool {
@@ -134,6 +142,11 @@ impl ScopeSet {
     #[must_use]
     pub fn covers(&self, scope: &Scope) -> bool {
         self.0.iter().any(|grant| grant.covers(scope))
+    }
+
+    /// Whether one of the grants covers a scope that is known to be well-formed.
+    pub(crate) fn covers_text(&self, scope: &str) -> bool {
+        self.0.iter().any(|grant| grant.covers_text(scope))
     }
 
     /// Whether everything that `other` grants is granted here too.

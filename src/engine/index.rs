@@ -59,21 +59,35 @@ pub struct Found {
     pub stopped: Option<Reason>,
 }
 
+/// Its hash is seeded anew in each process: nobody outside can choose ids that collide.
+type Map<K, V> = papaya::HashMap<K, V, foldhash::fast::RandomState>;
+
 /// Every key and account.
 #[derive(Default)]
 pub struct Index {
     keys: ArcSwap<Keys>,
     /// What is used of the limits of keys that have any, and were used or had used some of a quota before.
-    budgets: papaya::HashMap<KeyId, Arc<Budget>>,
-    accounts: papaya::HashMap<AccountId, Arc<Account>>,
+    budgets: Map<KeyId, Arc<Budget>>,
+    accounts: Map<AccountId, Arc<Account>>,
     /// A global role has no account.
-    roles: papaya::HashMap<(Option<AccountId>, RoleName), Arc<Role>>,
-    members: papaya::HashMap<(AccountId, UserId), Arc<Member>>,
+    roles: Map<(Option<AccountId>, RoleName), Arc<Role>>,
+    members: Map<(AccountId, UserId), Arc<Member>>,
     doubts: Mutex<Doubts>,
     /// How many doubts there are; almost always none, and then nobody looks.
     doubtful: AtomicUsize,
     /// The newest revision applied, plus one; 0 = the first snapshot is not loaded.
     applied: AtomicU64,
+    /// How often anything happened that revisions do not tell of: everything was forgotten, and what was loaded after may
+    /// be another history under the same numbers; or something came in doubt.
+    turns: AtomicU64,
+}
+
+/// What the index held when it was read: two that are equal are one and the same state, but for keys and secrets that
+/// have left after their retention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct State {
+    applied: u64,
+    turns: u64,
 }
 
 #[derive(Default)]
@@ -118,6 +132,16 @@ impl Index {
         self.applied.load(Ordering::Acquire).checked_sub(1).map(Revision)
     }
 
+    /// What it holds now; None while it is not loaded, or anything is in doubt. Whoever reads this first and then finds
+    /// a key has found it in that state or a later one.
+    #[must_use]
+    pub fn state(&self) -> Option<State> {
+        let turns = self.turns.load(Ordering::Acquire);
+        let applied = self.applied.load(Ordering::Acquire);
+        let certain = applied > 0 && self.doubtful.load(Ordering::Acquire) == 0;
+        certain.then_some(State { applied, turns })
+    }
+
     /// How many keys it holds.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -158,6 +182,7 @@ impl Index {
         let stopped = doubts.stopped.entry(id).or_insert(reason);
         // Nothing lifts a revocation.
         *stopped = (*stopped).min(reason);
+        self.turns.fetch_add(1, Ordering::AcqRel);
         self.doubtful.store(doubts.len(), Ordering::Release);
     }
 
@@ -225,6 +250,7 @@ impl Index {
 
     /// Forgets everything: another snapshot is to be loaded. What is in doubt stays so.
     pub fn clear(&self) {
+        self.turns.fetch_add(1, Ordering::AcqRel);
         self.applied.store(0, Ordering::Release);
         self.keys.store(Arc::default());
         self.budgets.pin().clear();
@@ -412,6 +438,7 @@ impl Follower for Index {
                 let _ = doubts.members.insert(member_id(member));
             }
         }
+        self.turns.fetch_add(1, Ordering::AcqRel);
         self.doubtful.store(doubts.len(), Ordering::Release);
     }
 

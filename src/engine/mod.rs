@@ -4,8 +4,10 @@
 //! `parse → digest → look up → decide → take from the limits → note the use → answer`. The index is fed with log rows
 //! in revision order; uses are written behind. Who may ask, and how answers look on the wire, is `grpc`'s business.
 
+pub mod callers;
 pub mod deadline;
 pub mod index;
+pub mod known;
 pub mod lease;
 pub mod limiter;
 pub mod usage;
@@ -27,6 +29,7 @@ use crate::{
     instruments::Counters,
 };
 
+pub use callers::{Authenticated, Refused, Vouched};
 pub use index::HeldKey;
 
 use index::{Found, Index};
@@ -112,7 +115,7 @@ impl Answer {
         }
     }
 
-    fn of(reason: Reason, revision: Revision) -> Answer {
+    pub(crate) fn of(reason: Reason, revision: Revision) -> Answer {
         let mut failures = Failures::default();
         failures.note(reason, true);
         Answer {
@@ -226,11 +229,49 @@ impl Engine {
     /// # Errors
     /// When the state here is not good enough to answer, or the limits cannot be counted; that is no verdict.
     pub async fn check(&self, asker: &AccountId, question: &Question<'_>) -> Result<Answer, CannotAnswer> {
+        match self.decide(asker, question)? {
+            Decided::Answered(answer) => Ok(answer),
+            // Apart on the heap, since few wait: a future is as large as all that may go on in it, and is moved about.
+            Decided::Limited(limited) => Box::pin(self.settle(question, limited)).await,
+        }
+    }
+
+    /// The same as far as it goes without a wait.
+    ///
+    /// # Errors
+    /// When the state here is not good enough to answer.
+    pub fn decide(&self, asker: &AccountId, question: &Question<'_>) -> Result<Decided, CannotAnswer> {
         let judged = self.judge_under_lease(asker, question)?;
-        let mut answer = self.charge(question, judged).await?;
+        Ok(match judged.draws() {
+            true => Decided::Limited(Limited(judged)),
+            false => Decided::Answered(self.answer(question, judged)),
+        })
+    }
+
+    /// Answers the same question when the limits have been asked.
+    ///
+    /// # Errors
+    /// When the limits cannot be counted.
+    pub async fn settle(&self, question: &Question<'_>, limited: Limited) -> Result<Answer, CannotAnswer> {
+        let Limited(mut judged) = limited;
+        if let Some(Found { key, budget: Some(budget), .. }) = &judged.found {
+            let take = Take { cost: question.cost, charge: question.charge, dry_run: question.dry_run };
+            let limits = self.limiter.take(key, budget, take, judged.now).await?;
+            limits.refused.iter().for_each(|reason| judged.answer.failures.note(*reason, true));
+            judged.answer.limits = limits;
+        }
+        Ok(self.answer(question, judged))
+    }
+
+    /// The answer; its use is noted.
+    fn answer(&self, question: &Question<'_>, judged: Judged) -> Answer {
+        let Judged { mut answer, found, now } = judged;
+        if let Some(found) = found.filter(|_| !question.dry_run) {
+            self.note(&found, answer.reason(), &answer.limits, now);
+        }
         answer.staleness = self.lease.staleness(|| self.clock.boottime());
         self.answered.add(answer.reason() as usize, 1);
-        Ok(answer)
+        answer
     }
 
     /// Reads the deadline, then the clock, and judges after.
@@ -321,23 +362,6 @@ impl Engine {
         Ok(Judged { answer, found: Some(found), now })
     }
 
-    /// Takes from the limits of a key that was allowed, and notes the use.
-    async fn charge(&self, question: &Question<'_>, judged: Judged) -> Result<Answer, CannotAnswer> {
-        let Judged { mut answer, found, now } = judged;
-        let Some(found) = found else { return Ok(answer) };
-        if answer.reason() == Reason::Ok
-            && let Some(budget) = &found.budget
-        {
-            let take = Take { cost: question.cost, charge: question.charge, dry_run: question.dry_run };
-            answer.limits = self.limiter.take(&found.key, budget, take, now).await?;
-            answer.limits.refused.iter().for_each(|reason| answer.failures.note(*reason, true));
-        }
-        if !question.dry_run {
-            self.note(&found, answer.reason(), &answer.limits, now);
-        }
-        Ok(answer)
-    }
-
     fn note(&self, found: &Found, reason: Reason, limits: &limiter::Usage, now: Timestamp) {
         let drew: Option<&Arc<Budget>> = found.budget.as_ref().filter(|_| limits.drew);
         self.usage.note(found.key.id(), found.version, reason, drew, now);
@@ -375,172 +399,24 @@ impl Engine {
     pub fn grants(&self, key: &impl KeyFacts, account: Option<&AccountId>) -> ScopeSet {
         self.place(key, account).subject(key, 0).grants()
     }
-
-    /// Decides whether a token may be used to call Keyward itself; of a user key, in `account`, or, where it
-    /// only asks about itself (`anywhere`), in none.
-    ///
-    /// # Errors
-    /// When the first snapshot is not loaded yet, the token is not known to a replica without a lease, or the key's
-    /// limits cannot be counted.
-    pub async fn authenticate(
-        &self,
-        presented: &str,
-        account: Option<&AccountId>,
-        anywhere: bool,
-        peer: Option<IpAddr>,
-    ) -> Result<Result<Authenticated, Refused>, CannotAnswer> {
-        let judged = self.lease.check(
-            || self.clock.boottime(),
-            |fresh| self.judge_caller(presented, account, anywhere, peer, fresh),
-        )?;
-        let CallerJudged { found, mut failures, account, grants, fresh, now } = match judged {
-            Ok(judged) => judged,
-            Err(reason) => return Ok(Err(Refused { reason, retry_after: None })),
-        };
-        let mut limits = limiter::Usage::default();
-        if fresh
-            && failures.first() == Reason::Ok
-            && let Some(budget) = &found.budget
-        {
-            let take = Take { cost: 1, charge: None, dry_run: false };
-            limits = self.limiter.take(&found.key, budget, take, now).await?;
-            limits.refused.iter().for_each(|reason| failures.note(*reason, true));
-        }
-        let reason = failures.first();
-        self.note(&found, reason, &limits, now);
-        if reason != Reason::Ok {
-            return Ok(Err(Refused { reason, retry_after: limits.retry_after() }));
-        }
-        let Some(account) = account else {
-            return Ok(Err(Refused { reason: Reason::WrongAccount, retry_after: None }));
-        };
-        let holder = Holder { key: found.key, version: found.version };
-        Ok(Ok(Authenticated { holder, account, grants, fresh }))
-    }
-
-    /// Finds a caller's key and decides by what is known of it; awaits nothing.
-    fn judge_caller(
-        &self,
-        presented: &str,
-        account: Option<&AccountId>,
-        anywhere: bool,
-        peer: Option<IpAddr>,
-        fresh: bool,
-    ) -> Result<Result<CallerJudged, Reason>, CannotAnswer> {
-        self.index.revision().ok_or(CannotAnswer::Starting)?;
-        if token::shape(presented) != Shape::Plausible {
-            return Ok(Err(Reason::Malformed));
-        }
-        let Some(found) = self.index.find(&Digest::of(presented)) else {
-            return if fresh { Ok(Err(Reason::Unknown)) } else { Err(CannotAnswer::LeaseLost) };
-        };
-        let now = self.clock.now();
-        // A service key acts in its own account, whatever the call names.
-        let account = account.filter(|_| found.key.owner().user().is_some());
-        let request = Request { purpose: Use::Management, account, client_ip: peer, scopes: &[] };
-        let place = self.place(&found.key, account);
-        let mut failures = judge(&found, &place, request, now).failures;
-        let nowhere = anywhere && account.is_none() && found.key.owner().user().is_some();
-        if nowhere {
-            failures = failures.without(Reason::WrongAccount);
-        }
-        let grants = place.subject(&found.key, found.version).grants();
-        let account = match place.account {
-            Some(account) => Some(account.id.clone()),
-            None => nowhere.then(AccountId::nowhere),
-        };
-        Ok(Ok(CallerJudged { found, failures, account, grants, fresh, now }))
-    }
-
-    /// Whether a caller that was authenticated still may call: what it is granted now, or the first thing that stands
-    /// against it. Nothing is counted.
-    ///
-    /// # Errors
-    /// As [`Engine::authenticate`]; and when the lease has run out.
-    pub fn stands(
-        &self,
-        presented: &str,
-        account: Option<&AccountId>,
-        peer: Option<IpAddr>,
-    ) -> Result<Result<ScopeSet, Reason>, CannotAnswer> {
-        let judged = self.lease.check(
-            || self.clock.boottime(),
-            |fresh| self.judge_caller(presented, account, false, peer, fresh),
-        )?;
-        Ok(judged.and_then(|judged| match judged.failures.first() {
-            Reason::Ok => Ok(judged.grants),
-            reason => Err(reason),
-        }))
-    }
-
-    /// Whether a caller that the configuration knows may act in an account: it must exist, and not be suspended. The
-    /// answer holds as far as the lease does: see [`Authenticated::fresh`].
-    ///
-    /// # Errors
-    /// When the first snapshot is not loaded yet.
-    pub fn vouch(&self, account: &AccountId) -> Result<Vouched, CannotAnswer> {
-        self.index.revision().ok_or(CannotAnswer::Starting)?;
-        Ok(self.lease.check(
-            || self.clock.boottime(),
-            |fresh| {
-                let account = self.index.account(account);
-                let stands = account.is_some_and(|account| account.suspended_at.is_none());
-                Vouched { stands, fresh }
-            },
-        ))
-    }
-
-    /// The key that a token belongs to, in whatever state.
-    ///
-    /// # Errors
-    /// When the first snapshot is not loaded yet, or the lease has run out: the token may have been replaced since.
-    pub fn lookup(&self, presented: &str) -> Result<Option<Holder>, CannotAnswer> {
-        self.index.revision().ok_or(CannotAnswer::Starting)?;
-        let find = |fresh| if fresh { Ok(self.find(presented)) } else { Err(CannotAnswer::LeaseLost) };
-        self.lease.check(|| self.clock.boottime(), find)
-    }
-
-    fn find(&self, presented: &str) -> Option<Holder> {
-        if token::shape(presented) != Shape::Plausible {
-            return None;
-        }
-        let found = self.index.find(&Digest::of(presented))?;
-        Some(Holder { key: found.key, version: found.version })
-    }
 }
 
-/// A key that may call Keyward.
-#[derive(Clone, Debug)]
-pub struct Authenticated {
-    /// The key.
-    pub holder: Holder,
-    /// The account that it acts in.
-    pub account: AccountId,
-    /// What it is granted there.
-    pub grants: ScopeSet,
-    /// The lease holds. Without one it may ask what is dead, and nothing else: it may be revoked by now.
-    pub fresh: bool,
+/// A question, as far as it is decided without a wait.
+#[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "it is taken apart where it is made")]
+pub enum Decided {
+    /// It is answered.
+    Answered(Answer),
+    /// It is allowed, unless the key's limits say no.
+    Limited(Limited),
 }
 
-/// Whether callers may act in an account.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Vouched {
-    /// The account exists and is not suspended.
-    pub stands: bool,
-    /// The lease holds.
-    pub fresh: bool,
-}
-
-/// Why a key may not call Keyward.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Refused {
-    /// The first reason.
-    pub reason: Reason,
-    /// When a limit of it has room again.
-    pub retry_after: Option<std::time::Duration>,
-}
+/// A question that is decided but for the limits of its key.
+#[derive(Debug)]
+pub struct Limited(Judged);
 
 /// A question that is decided but for the limits.
+#[derive(Debug)]
 struct Judged {
     answer: Answer,
     /// The key, where the asker may know of it.
@@ -548,14 +424,11 @@ struct Judged {
     now: Timestamp,
 }
 
-/// A caller that is decided but for its limits.
-struct CallerJudged {
-    found: Found,
-    failures: Failures,
-    account: Option<AccountId>,
-    grants: ScopeSet,
-    fresh: bool,
-    now: Timestamp,
+impl Judged {
+    /// Whether it hangs on limits now.
+    fn draws(&self) -> bool {
+        self.answer.reason() == Reason::Ok && self.found.as_ref().is_some_and(|found| found.budget.is_some())
+    }
 }
 
 /// What a decision needs besides the key.

@@ -64,12 +64,14 @@ impl Trace {
     }
 }
 
+type Traces = HashMap<KeyId, Trace, foldhash::fast::RandomState>;
+
 #[derive(Default)]
 struct Shard {
     /// Noted since the last flush began.
-    fresh: HashMap<KeyId, Trace>,
+    fresh: Traces,
     /// Being written.
-    flushing: HashMap<KeyId, Trace>,
+    flushing: Traces,
 }
 
 /// What the store does not have yet.
@@ -256,10 +258,7 @@ impl Usage {
 }
 
 /// What is to be written of some keys, and the budgets that it is drawn from.
-fn batch(
-    traces: &HashMap<KeyId, Trace>,
-    keys: &[KeyId],
-) -> (UsageBatch, HashMap<KeyId, (Arc<Budget>, Drawn)>) {
+fn batch(traces: &Traces, keys: &[KeyId]) -> (UsageBatch, HashMap<KeyId, (Arc<Budget>, Drawn)>) {
     let (mut batch, mut all) = (UsageBatch::default(), HashMap::new());
     for (key_id, trace) in keys.iter().filter_map(|key| Some((*key, traces.get(key)?))) {
         batch.used.extend(trace.used.iter().map(|&(version, at)| UsedSecret { key_id, version, at }));

@@ -1,11 +1,17 @@
-//! AuthzService: reads a request, asks the engine, writes the answer. It awaits the engine alone. A denial is an answer;
+//! AuthzService: reads a request, asks the engine, has the answer written. It awaits the engine alone. A denial is an answer;
 //! a status here means that there is none.
 
-use std::sync::Arc;
+use std::{
+    fmt::{self, Display},
+    future::ready,
+    sync::Arc,
+};
 
-use futures_util::stream::BoxStream;
+use bytes::BytesMut;
+use futures_util::future::BoxFuture;
 use tokio::sync::watch;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming, body::Body, server::Grpc};
+use tower::service_fn;
 use uuid::Uuid;
 
 use crate::{
@@ -14,30 +20,32 @@ use crate::{
     domain::{
         account::Environments,
         decision::{MAX_COST, MAX_SCOPES, Reason},
-        facts::KeyFacts as _,
-        limit::Standing,
         name::{AccountId, CustomerId, EnvironmentName},
         scope::Scope,
         token,
     },
-    engine::{Answer, Engine, Question},
+    engine::{Answer, Decided, Engine, Question},
     pb,
     refusal::{Refusal, Violations},
     trace,
 };
 
 use super::{
+    answer,
+    body::Limited,
+    codec::Written,
     convert,
     gate::shown,
-    stream::{self, Vigil},
+    rpc::{self, BATCH_BYTES, CHECK_BYTES, Rpc},
+    stream::{self, Answers, Vigil},
 };
 
 const MAX_CHECKS: usize = 100;
 /// Under which id a decision was written down, where it was.
-const DECISION_ID: &str = "x-keyward-decision-id";
+pub(super) const DECISION_ID: &str = "x-keyward-decision-id";
 
 /// The service over the engine.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(super) struct AuthzService {
     /// Answers.
     pub engine: Arc<Engine>,
@@ -64,10 +72,10 @@ impl AuthzService {
     fn read<'a>(
         &'a self,
         request: &pb::CheckRequest,
-        at: &str,
+        at: impl Display + Copy,
         violations: &mut Violations,
     ) -> Option<Read<'a>> {
-        let field = |name: &str| format!("{at}{name}");
+        let field = |name: &'static str| fmt::from_fn(move |f| write!(f, "{at}{name}"));
         let v = violations;
         let pb::CheckRequest {
             token: presented,
@@ -83,145 +91,148 @@ impl AuthzService {
         } = request;
         v.note_if(
             presented.len() > token::MAX_LEN,
-            &field("token"),
-            format!("must be at most {} bytes", token::MAX_LEN),
+            field("token"),
+            format_args!("must be at most {} bytes", token::MAX_LEN),
         );
-        let environment =
-            convert::read_environment(&field("environment"), environment, &self.environments, v);
+        let environment = convert::read_environment(field("environment"), environment, &self.environments, v);
         v.note_if(
             scopes.is_empty() && !authenticate_only,
-            &field("scopes"),
+            field("scopes"),
             "at least one is required; or set authenticate_only",
         );
-        let scopes = v.take_each(&field("scopes"), scopes, MAX_SCOPES, Scope::parse_required);
-        let account = account.as_deref().and_then(|id| v.take(&field("account"), AccountId::parse(id)));
-        let customer = customer.as_deref().and_then(|id| v.take(&field("customer"), CustomerId::parse(id)));
-        let client_ip = convert::read_ip(&field("client_ip"), client_ip.as_deref(), v);
+        let scopes = v.take_each(field("scopes"), scopes, MAX_SCOPES, Scope::parse_required);
+        let account = account.as_deref().and_then(|id| v.take(field("account"), AccountId::parse(id)));
+        let customer = customer.as_deref().and_then(|id| v.take(field("customer"), CustomerId::parse(id)));
+        let client_ip = convert::read_ip(field("client_ip"), client_ip.as_deref(), v);
         let cost = cost.unwrap_or(1);
         v.note_if(
             !(1..=MAX_COST).contains(&cost),
-            &field("cost"),
-            format!("must be 1 to {MAX_COST}; to consume nothing set dry_run"),
+            field("cost"),
+            format_args!("must be 1 to {MAX_COST}; to consume nothing set dry_run"),
         );
         Some(Read { environment: &environment?.name, scopes, account, customer, client_ip, cost })
     }
 
-    async fn decide(
-        &self,
-        caller: &Caller,
-        request: &pb::CheckRequest,
-        read: &Read<'_>,
-    ) -> Result<(Answer, Option<Uuid>), Refusal> {
-        let question = Question {
-            token: &request.token,
-            environment: read.environment,
-            scopes: &read.scopes,
-            account: read.account.as_ref(),
-            customer: read.customer.as_ref(),
-            client_ip: read.client_ip,
-            cost: read.cost,
-            dry_run: request.dry_run,
-            min_revision: convert::read_revision(request.min_revision),
-            charge: None,
-            bar_management: false,
-        };
-        let answer = self.engine.check(&caller.account, &question).await?;
-        let decision = self.decisions.note(answer.reason(), || Facts {
+    /// Answers one Check by writing the answer to `out`, as far as it goes without a wait.
+    ///
+    /// # Errors
+    /// When the request is wrong, or cannot be answered here and now.
+    pub(super) fn answer<'a>(
+        &'a self,
+        asker: &AccountId,
+        request: &'a pb::CheckRequest,
+        out: &'a mut BytesMut,
+    ) -> Result<Answering<'a>, Status> {
+        let mut violations = Violations::default();
+        let read = self.read(request, "", &mut violations);
+        violations.finish()?;
+        let read = read.ok_or_else(|| Refusal::field("environment", "is required"))?;
+        match self.engine.decide(asker, &read.question(request)).map_err(Refusal::from)? {
+            Decided::Answered(answer) => Ok(Answering::Written(self.write(&answer, &read, out))),
+            Decided::Limited(limited) => {
+                let settled = async move {
+                    let settled = self.engine.settle(&read.question(request), limited).await;
+                    Ok(self.write(&settled.map_err(Refusal::from)?, &read, out))
+                };
+                Ok(Answering::Waits(Box::pin(trace::carried(settled))))
+            }
+        }
+    }
+
+    /// Writes an answer, and the decision down, if it is one of those that are: then it tells under which id.
+    fn write(&self, answer: &Answer, read: &Read<'_>, out: &mut BytesMut) -> Option<Uuid> {
+        let decision = self.note(answer, read);
+        if let Some(span) = trace::recording() {
+            answer.record(&span);
+        }
+        answer::write(answer, out);
+        decision
+    }
+
+    fn note(&self, answer: &Answer, read: &Read<'_>) -> Option<Uuid> {
+        self.decisions.note(answer.reason(), || Facts {
             kind: Kind::Check,
             allowed: answer.reason() == Reason::Ok,
             reason: answer.reason().as_str(),
-            answer: Some(&answer),
+            answer: Some(answer),
             environment: Some(read.environment),
             needed: &read.scopes,
             customer: read.customer.as_ref(),
             client_ip: read.client_ip,
             http_id: None,
             shadow: false,
-        });
-        Ok((answer, decision))
+        })
+    }
+}
+
+impl Read<'_> {
+    fn question<'a>(&'a self, request: &'a pb::CheckRequest) -> Question<'a> {
+        Question {
+            token: &request.token,
+            environment: self.environment,
+            scopes: &self.scopes,
+            account: self.account.as_ref(),
+            customer: self.customer.as_ref(),
+            client_ip: self.client_ip,
+            cost: self.cost,
+            dry_run: request.dry_run,
+            min_revision: convert::read_revision(request.min_revision),
+            charge: None,
+            bar_management: false,
+        }
+    }
+}
+
+/// One Check's answer.
+pub(super) enum Answering<'a> {
+    /// It is written; the decision is written down under this id, if it is.
+    Written(Option<Uuid>),
+    /// It hangs on the key's limits.
+    Waits(BoxFuture<'a, Result<Option<Uuid>, Status>>),
+}
+
+impl Answering<'_> {
+    /// Waits until the answer is written.
+    ///
+    /// # Errors
+    /// When the limits cannot be counted.
+    pub(super) async fn written(self) -> Result<Option<Uuid>, Status> {
+        match self {
+            Answering::Written(decision) => Ok(decision),
+            Answering::Waits(settled) => settled.await,
+        }
     }
 }
 
 impl AuthzService {
-    /// Answers one Check, and tells under which id the decision was written down.
-    pub(super) async fn answer_one(
-        &self,
-        caller: &Caller,
-        request: &pb::CheckRequest,
-    ) -> Result<(pb::CheckResponse, Option<Uuid>), Status> {
-        let mut violations = Violations::default();
-        let read = self.read(request, "", &mut violations);
-        violations.finish()?;
-        let read = read.ok_or_else(|| Refusal::field("environment", "is required"))?;
-        let (decided, decision) = self.decide(caller, request, &read).await?;
-        if let Some(span) = trace::recording() {
-            decided.record(&span);
+    /// Answers a call of one of the service's RPCs, whose caller is known.
+    pub(super) async fn serve(
+        self: Arc<Self>,
+        rpc: &'static Rpc,
+        request: http::Request<Limited>,
+    ) -> http::Response<Body> {
+        match rpc.kind {
+            rpc::Kind::BidiStream => {
+                let streams = |request| ready(self.stream_check(request));
+                grpc().streaming(service_fn(streams), request).await
+            }
+            _ if rpc.max_request == CHECK_BYTES => {
+                let checks = |request| self.check(request);
+                grpc().unary(service_fn(checks), request).await
+            }
+            _ => {
+                let batches = |request| self.batch_check(request);
+                grpc().unary(service_fn(batches), request).await
+            }
         }
-        Ok((answer(decided), decision))
     }
-}
 
-fn message(answer: &Answer) -> String {
-    let reason = answer.reason();
-    match reason {
-        Reason::MissingScope => {
-            let missing = convert::texts(&answer.missing).join(", ");
-            format!("{}: missing {missing}", reason.message())
-        }
-        _ => reason.message().to_owned(),
-    }
-}
-
-fn limit_state((name, limit, standing): &(String, u64, Standing)) -> pb::RateLimitState {
-    pb::RateLimitState {
-        name: name.clone(),
-        limit: *limit,
-        remaining: standing.remaining,
-        reset_after: standing.reset_after.map(convert::duration),
-    }
-}
-
-fn answer(answer: Answer) -> pb::CheckResponse {
-    let reason = answer.reason();
-    let mut response = pb::CheckResponse {
-        allowed: reason == Reason::Ok,
-        reason: convert::reason(reason),
-        message: message(&answer),
-        failures: answer.failures.iter().map(convert::reason).collect(),
-        missing_scopes: convert::texts(&answer.missing),
-        revision: answer.revision.0,
-        staleness: Some(convert::duration(answer.staleness)),
-        // No answer may be kept.
-        max_age: Some(prost_types::Duration::default()),
-        ..pb::CheckResponse::default()
-    };
-    response.limits_inexact = answer.limits.inexact;
-    response.retry_after = answer.limits.retry_after().map(convert::duration);
-    response.rate_limits = answer.limits.standings.iter().map(limit_state).collect();
-    if let Some(holder) = answer.holder {
-        let key = &holder.key;
-        response.key_id = key.id().to_string();
-        response.key_name = key.name().unwrap_or_default().to_owned();
-        response.account = answer.account.map(String::from).unwrap_or_default();
-        response.user = key.owner().user().map(ToString::to_string).unwrap_or_default();
-        response.environment = key.environment().to_string();
-        response.scopes = convert::texts(&answer.grants);
-        response.secret_version = holder.version;
-        response.metadata = key.metadata().clone();
-        response.expires_at = key.expires_at().map(convert::timestamp);
-    }
-    response
-}
-
-#[tonic::async_trait]
-impl pb::authz_service_server::AuthzService for AuthzService {
-    async fn check(
-        &self,
-        mut request: Request<pb::CheckRequest>,
-    ) -> Result<Response<pb::CheckResponse>, Status> {
+    async fn check(&self, mut request: Request<pb::CheckRequest>) -> Result<Response<BytesMut>, Status> {
         let caller = shown::<Caller>(&mut request)?;
-        let (response, decision) = self.answer_one(&caller, request.get_ref()).await?;
-        let mut response = Response::new(response);
+        let mut out = BytesMut::new();
+        let answered = self.answer(&caller.account, request.get_ref(), &mut out)?;
+        let decision = answered.written().await?;
+        let mut response = Response::new(out);
         if let Some(id) = decision.and_then(|id| id.to_string().parse().ok()) {
             response.metadata_mut().insert(DECISION_ID, id);
         }
@@ -231,41 +242,49 @@ impl pb::authz_service_server::AuthzService for AuthzService {
     async fn batch_check(
         &self,
         mut request: Request<pb::BatchCheckRequest>,
-    ) -> Result<Response<pb::BatchCheckResponse>, Status> {
+    ) -> Result<Response<BytesMut>, Status> {
         let caller = shown::<Caller>(&mut request)?;
         let checks = &request.get_ref().checks;
         let mut violations = Violations::default();
         violations.note_if(
             !(1..=MAX_CHECKS).contains(&checks.len()),
             "checks",
-            format!("has {} entries; 1 to {MAX_CHECKS} are allowed", checks.len()),
+            format_args!("has {} entries; 1 to {MAX_CHECKS} are allowed", checks.len()),
         );
         let each = checks.iter().take(MAX_CHECKS).enumerate();
         let read: Vec<_> = each
-            .filter_map(|(at, check)| self.read(check, &format!("checks[{at}]."), &mut violations))
+            .filter_map(|(at, check)| self.read(check, format_args!("checks[{at}]."), &mut violations))
             .collect();
         violations.finish()?;
         // None is answered, and nothing consumed, unless all can be; limits that cannot be counted show too late.
         let newest = checks.iter().filter_map(|check| check.min_revision).max();
         self.engine.fresh(convert::read_revision(newest)).map_err(Refusal::from)?;
-        let mut results = Vec::with_capacity(checks.len());
+        let (mut out, mut one, mut denied) = (BytesMut::new(), BytesMut::new(), 0);
         for (check, read) in checks.iter().zip(&read) {
-            results.push(answer(self.decide(&caller, check, read).await?.0));
+            let answer = self.engine.check(&caller.account, &read.question(check)).await;
+            let answer = answer.map_err(Refusal::from)?;
+            denied += usize::from(answer.reason() != Reason::Ok);
+            self.note(&answer, read);
+            answer::write(&answer, &mut one);
+            answer::nest(1, &one, &mut out);
+            one.clear();
         }
         if let Some(span) = trace::recording() {
-            let denied = results.iter().filter(|result| !result.allowed).count();
-            span.record("keyward.checks", results.len()).record("keyward.denied", denied);
+            span.record("keyward.checks", read.len()).record("keyward.denied", denied);
         }
-        Ok(Response::new(pb::BatchCheckResponse { results }))
+        Ok(Response::new(out))
     }
 
-    type StreamCheckStream = BoxStream<'static, Result<pb::CheckResponse, Status>>;
-
-    async fn stream_check(
-        &self,
-        mut request: Request<tonic::Streaming<pb::CheckRequest>>,
-    ) -> Result<Response<Self::StreamCheckStream>, Status> {
+    fn stream_check(
+        self: &Arc<Self>,
+        mut request: Request<Streaming<pb::CheckRequest>>,
+    ) -> Result<Response<Answers>, Status> {
         let (caller, vigil) = (shown::<Caller>(&mut request)?, shown::<Vigil>(&mut request)?);
         Ok(Response::new(stream::answers(self.clone(), caller, vigil, request.into_inner())))
     }
+}
+
+/// gRPC as tonic speaks it, with answers that are written here.
+fn grpc<D: prost::Message + Default + Send + 'static>() -> Grpc<Written<D>> {
+    Grpc::new(Written::default()).apply_max_message_size_config(Some(BATCH_BYTES), None)
 }

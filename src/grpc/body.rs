@@ -2,6 +2,7 @@
 //! management must come in time, too, and large ones find room.
 
 use std::{
+    future::poll_fn,
     pin::Pin,
     sync::{Arc, OnceLock},
     task::{Context, Poll},
@@ -9,7 +10,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http_body::{Body, Frame, SizeHint};
+use http_body::{Body, Frame};
 use hyper::body::Incoming;
 use tokio::time::{Sleep, sleep};
 
@@ -28,10 +29,73 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// The room that a large request takes until its call has ended.
 pub(super) type Held = Arc<OnceLock<Place>>;
 
+/// A request body of which some may have been read already.
+pub(super) struct Arriving {
+    read: Option<Bytes>,
+    rest: Incoming,
+}
+
+impl From<Incoming> for Arriving {
+    fn from(rest: Incoming) -> Arriving {
+        Arriving { read: None, rest }
+    }
+}
+
+impl Arriving {
+    /// The message of a unary call that is plainly in order: it comes in one piece, uncompressed, with nothing behind
+    /// it, and has at most `limit` bytes. None = it does not; nothing of the body is lost.
+    pub(super) async fn plain_message(&mut self, limit: usize) -> Option<Bytes> {
+        let data = self.next_data().await?;
+        self.read = Some(data.clone());
+        let [flags, a, b, c, d] = *data.first_chunk::<PREFIX>()?;
+        let length = u32::from_be_bytes([a, b, c, d]) as usize;
+        if flags != 0 || length > limit || length != data.len() - PREFIX {
+            return None;
+        }
+        while !self.rest.is_end_stream() {
+            match self.next_data().await {
+                Some(more) if more.is_empty() => {}
+                Some(more) => {
+                    self.read = Some([data, more].concat().into());
+                    return None;
+                }
+                None => break,
+            }
+        }
+        Some(data.slice(PREFIX..))
+    }
+
+    /// The next bytes; None at the end, and where reading fails.
+    async fn next_data(&mut self) -> Option<Bytes> {
+        let frame = poll_fn(|cx| Pin::new(&mut self.rest).poll_frame(cx)).await?.ok()?;
+        // What is no data stands at the end.
+        frame.into_data().ok()
+    }
+}
+
+impl Body for Arriving {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        match self.read.take() {
+            Some(data) => Poll::Ready(Some(Ok(Frame::data(data)))),
+            None => Pin::new(&mut self.rest).poll_frame(cx),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.read.is_none() && self.rest.is_end_stream()
+    }
+}
+
 /// A request body whose first message may have `limit` bytes at the most. Unary calls have no other; of streams
 /// tonic judges the rest.
 pub(super) struct Limited {
-    inner: Incoming,
+    inner: Arriving,
     limit: usize,
     prefix: [u8; PREFIX],
     have: usize,
@@ -46,8 +110,8 @@ struct Managed {
 }
 
 impl Limited {
-    pub(super) fn new(inner: Incoming, limit: usize) -> Self {
-        Limited { inner, limit, prefix: [0; PREFIX], have: 0, managed: None }
+    pub(super) fn new(body: impl Into<Arriving>, limit: usize) -> Self {
+        Limited { inner: body.into(), limit, prefix: [0; PREFIX], have: 0, managed: None }
     }
 
     /// A request to management. What a large one takes of `room` is kept in `held`.
@@ -113,9 +177,5 @@ impl Body for Limited {
 
     fn is_end_stream(&self) -> bool {
         self.inner.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.inner.size_hint()
     }
 }

@@ -171,6 +171,18 @@ impl Begun<'_> {
         rpc::TABLE.get(self.row)
     }
 
+    /// Whether it is a Check, the most frequent call.
+    pub(super) fn is_check(&self) -> bool {
+        self.row == 0
+    }
+
+    /// Counts an answer that is no stream.
+    pub(super) fn replied<B>(mut self, response: Response<B>) -> Response<B> {
+        self.ended = true;
+        self.calls.end(self.row, self.at, code(response.headers()).unwrap_or(Code::Ok));
+        response
+    }
+
     /// How long it has taken so far.
     pub(super) fn elapsed(&self) -> std::time::Duration {
         self.at.elapsed()
@@ -179,18 +191,15 @@ impl Begun<'_> {
     /// Counts the answer now, or, where it is a stream, when that has ended.
     #[must_use]
     pub fn answered(mut self, response: Response<Body>) -> Response<Body> {
-        self.ended = true;
         // What has ended before it began tells its code in its headers.
         let streams = labels(self.row).0 != "unary" && !response.body().is_end_stream();
         match code(response.headers()) {
             None if streams => {
+                self.ended = true;
                 let (calls, row, at) = (self.calls.clone(), self.row, self.at);
                 response.map(|body| Body::new(Stream { body, calls, row, at, code: Some(Code::Cancelled) }))
             }
-            code => {
-                self.calls.end(self.row, self.at, code.unwrap_or(Code::Ok));
-                response
-            }
+            _ => self.replied(response),
         }
     }
 }

@@ -26,9 +26,11 @@ use crate::transport::{
 };
 
 use super::{
-    gate::{Door, Services, Visitor},
+    admission::{Door, Visitor},
+    gate::Services,
     io::OneBuffer,
     load::{Calls, Counted, Lane},
+    reply::Reply,
     serve::stopped,
     status::overloaded,
 };
@@ -100,6 +102,7 @@ pub(super) async fn serve(
         door: entrance.door.clone(),
         peer: peer.map(|peer| peer.ip().to_canonical()),
         identity: certificate.and_then(|certificate| entrance.door.identify(&certificate)),
+        memory: crate::engine::known::Memory::default(),
     };
     // A certificate proves nothing beyond its end.
     let now = services.now().as_micros().div_euclid(1_000_000);
@@ -152,17 +155,18 @@ async fn speak(
     let here = Arc::new((services, visitor));
     let service = service_fn(move |request: Request<Incoming>| {
         let (here, call, turn) = (here.clone(), counted.begin(), lane.queue());
-        async move {
+        // Moved about as a pointer: each call is a task, and is moved several times on the way there.
+        Box::pin(async move {
             let (services, visitor) = &*here;
             let answer = match turn {
                 Some(turn) => {
                     drop(turn);
                     services.answer(request, visitor).await
                 }
-                None => overloaded().into_http(),
+                None => overloaded().into_http().map(Reply::Any),
             };
             Ok::<_, Infallible>(answer.map(|body| Counted { body, _call: call }))
-        }
+        })
     });
     let connection = http2::Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())
@@ -172,6 +176,8 @@ async fn speak(
         .max_header_list_size(limits.header_bytes)
         .keep_alive_interval(KEEPALIVE_EVERY)
         .keep_alive_timeout(KEEPALIVE_PATIENCE)
+        // No client of gRPC reads it, and every answer would pay for it.
+        .auto_date_header(false)
         .serve_connection(bytes, service);
     tokio::pin!(connection);
     let ended = tokio::select! {

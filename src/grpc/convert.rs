@@ -1,7 +1,12 @@
 //! Messages to domain values and back. Every field is taken apart by name; every violation of a request is
 //! collected, so that the caller hears of all at once.
 
-use std::{collections::BTreeMap, net::IpAddr, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fmt::{self, Display},
+    net::IpAddr,
+    time::Duration,
+};
 
 use ipnet::IpNet;
 use prost_types::{Duration as PbDuration, Timestamp as PbTimestamp};
@@ -95,13 +100,14 @@ pub(super) fn read_key_id(field: &str, id: &str, violations: &mut Violations) ->
 
 /// Reads an environment that exists here.
 pub(super) fn read_environment<'e>(
-    field: &str,
+    field: impl Display,
     name: &str,
     environments: &'e Environments,
     violations: &mut Violations,
 ) -> Option<&'e Environment> {
     let found = environments.get(name);
-    violations.note_if(found.is_none(), field, format!("must be one of: {}", environments.names()));
+    let one_of = fmt::from_fn(|f| write!(f, "must be one of: {}", environments.names()));
+    violations.note_if(found.is_none(), field, one_of);
     found
 }
 
@@ -269,7 +275,11 @@ fn read_net(text: &str) -> Result<IpNet, NameError> {
 }
 
 /// Reads a client address.
-pub(super) fn read_ip(field: &str, text: Option<&str>, violations: &mut Violations) -> Option<IpAddr> {
+pub(super) fn read_ip(
+    field: impl Display,
+    text: Option<&str>,
+    violations: &mut Violations,
+) -> Option<IpAddr> {
     let parsed = text?.parse::<IpAddr>().map_err(|_| "must be an IPv4 or IPv6 address");
     violations.take(field, parsed)
 }

@@ -1,8 +1,8 @@
-//! The gate: every call passes here before its body is read. It finds the RPC, proves who calls, holds the call
+//! The gate: every call passes here before its body is read. It finds the RPC, has its caller proved, holds the call
 //! to its size and time, and hands it to its service on the right thread.
 //!
-//! Callers are decided by the same policy as any key. To strangers the gate says one thing only, whatever is
-//! wrong with what they showed.
+//! Who the caller is and whether that one may call is `admission`'s business; a Check that is plainly in order is
+//! answered in `direct`.
 
 use std::{collections::HashMap, convert::Infallible, net::IpAddr, sync::Arc, time::Duration};
 
@@ -13,23 +13,13 @@ use tokio::time::Instant;
 use tonic::{Status, body::Body};
 use tower::{Service, ServiceExt as _, util::BoxCloneSyncService};
 use tracing::Instrument as _;
-use zeroize::Zeroizing;
 
 use crate::{
-    access::{Caller, Permission, Proof},
-    domain::{
-        decision::Reason,
-        facts::KeyFacts as _,
-        identity::Identity,
-        name::{AccountId, NameError, UserId},
-        scope::ScopeSet,
-        time::Timestamp,
-    },
-    engine::{Authenticated, CannotAnswer, Engine, Holder},
+    domain::time::Timestamp,
+    engine::Engine,
     gateway::Gateway,
     pb::{
         account_service_server::AccountServiceServer, audit_service_server::AuditServiceServer,
-        authz_service_server::AuthzServiceServer,
         envoy::service::auth::v3::authorization_server::AuthorizationServer,
         key_service_server::KeyServiceServer,
     },
@@ -37,93 +27,25 @@ use crate::{
     replication::news::News,
     store::writer::in_call,
     trace::{self, Tracing},
-    transport::{Auth, Listener, Service as Served, Services as ServedSet, certificate::Certificate},
 };
 
 use super::{
     accounts::AccountService,
+    admission::{Door, Visitor},
     audit::AuditService,
     authz::AuthzService,
-    body::{Held, Limited},
+    body::{Arriving, Held, Limited},
     calls::{self, Begun, Calls},
-    ext_authz::{Asker, ExtAuthz},
+    direct::Said,
+    ext_authz::ExtAuthz,
     keys::KeyService,
     load::{Briefly, Room},
+    reply::Reply,
     rpc::{Access, Plane, Rpc},
-    status::{deadline_exceeded, internal, lacks_permission, no_such_rpc, with_reason},
-    stream::{Presented, Vigil},
+    status::{deadline_exceeded, internal, no_such_rpc, with_reason},
 };
 
-/// Where a connection came in: what is served there, and what callers must show.
-#[derive(Clone, Debug)]
-pub struct Door {
-    services: ServedSet,
-    auth: Auth,
-    open_to_proxies: bool,
-    identities: Vec<Arc<Identity>>,
-}
-
-impl Door {
-    /// The door of a listener.
-    #[must_use]
-    pub fn of(listener: &Listener) -> Door {
-        Door {
-            services: listener.services,
-            auth: listener.auth,
-            open_to_proxies: listener.open_to_proxies,
-            identities: listener.identities.iter().cloned().map(Arc::new).collect(),
-        }
-    }
-
-    /// The identity that a certificate proves here; the first in the order of the settings.
-    #[must_use]
-    pub fn identify(&self, certificate: &Certificate) -> Option<Arc<Identity>> {
-        self.identities.iter().find(|identity| certificate.names.contains(identity.san())).cloned()
-    }
-
-    fn serves(&self, service: &str) -> bool {
-        let served = match service {
-            "keyward.v1.AuthzService" => Served::Check,
-            "keyward.v1.KeyService" | "keyward.v1.AccountService" | "keyward.v1.AuditService" => {
-                Served::Management
-            }
-            "envoy.service.auth.v3.Authorization" => Served::ExtAuthz,
-            HEALTH => Served::Health,
-            "grpc.reflection.v1.ServerReflection" | "grpc.reflection.v1alpha.ServerReflection" => {
-                Served::Reflection
-            }
-            _ => return false,
-        };
-        self.services.has(served)
-    }
-}
-
-/// Who has connected.
-#[derive(Debug)]
-pub struct Visitor {
-    /// By which door.
-    pub door: Arc<Door>,
-    /// From where; a Unix socket's peer is nowhere.
-    pub peer: Option<IpAddr>,
-    /// Whom the connection's certificate proves.
-    pub identity: Option<Arc<Identity>>,
-}
-
-/// What a call shows of its caller.
-enum Shown<'a> {
-    Token(String),
-    Certificate(&'a Arc<Identity>),
-}
-
-/// A caller that is known, before it is asked what it may.
-struct Known {
-    proof: Proof,
-    account: AccountId,
-    grants: ScopeSet,
-    fresh: bool,
-}
-
-const HEALTH: &str = "grpc.health.v1.Health";
+pub(super) const HEALTH: &str = "grpc.health.v1.Health";
 /// How long a call without a credential may take; one that watches health is for as long as its connection.
 const OPEN_PATIENCE: Duration = Duration::from_secs(60);
 
@@ -144,7 +66,8 @@ pub struct Services {
     pub(super) tracing: Tracing,
     pub(super) engine: Arc<Engine>,
     pub(super) gateway: Arc<Gateway>,
-    pub(super) authz: AuthzServiceServer<AuthzService>,
+    /// Answers Checks.
+    pub(super) checks: Arc<AuthzService>,
     pub(super) ext_authz: AuthorizationServer<ExtAuthz>,
     pub(super) keys: KeyServiceServer<KeyService>,
     pub(super) accounts: AccountServiceServer<AccountService>,
@@ -220,13 +143,39 @@ impl Services {
         &self.calls
     }
 
-    /// Answers one call of a visitor.
-    pub async fn answer(&self, request: Request<Incoming>, visitor: &Visitor) -> Response<Body> {
+    /// Answers one call of a visitor: a Check that is plainly in order at once, every other call the long way.
+    pub(super) async fn answer(&self, request: Request<Incoming>, visitor: &Visitor) -> Response<Reply> {
         let begun = self.calls.begin(request.uri().path());
-        let call = self.tracing.call(request.headers(), visitor.peer, self.engine.now());
-        let response = match begun.rpc() {
-            Some(rpc) => trace::within(call, self.answer_told(rpc, &begun, request, visitor)).await,
-            None => trace::within(call, self.answer_open(request, &visitor.door)).await,
+        let said = Said::by(request.headers());
+        let names = said.names_itself.then(|| request.headers());
+        let call = self.tracing.call(names, visitor.peer, self.engine.now());
+        let (plain, mut call) = (begun.is_check() && !call.is_chosen(), Some(call));
+        let mut request = request.map(Arriving::from);
+        if plain {
+            if let Some(response) = self.answer_directly(&mut request, &said, visitor, &mut call).await {
+                return begun.replied(response);
+            }
+        }
+        // Apart on the heap: a future is as large as all that may go on in it, and most calls were Checks.
+        Box::pin(self.answer_at_length(begun, call, request, visitor)).await.map(Reply::Any)
+    }
+
+    async fn answer_at_length(
+        &self,
+        begun: Begun<'_>,
+        call: Option<trace::Call>,
+        request: Request<Arriving>,
+        visitor: &Visitor,
+    ) -> Response<Body> {
+        let answer = async {
+            match begun.rpc() {
+                Some(rpc) => self.answer_told(rpc, &begun, request, visitor).await,
+                None => self.answer_open(request, &visitor.door).await,
+            }
+        };
+        let response = match call {
+            Some(call) => trace::within(call, answer).await,
+            None => answer.await,
         };
         begun.answered(response)
     }
@@ -237,7 +186,7 @@ impl Services {
         &self,
         rpc: &'static Rpc,
         begun: &Begun<'_>,
-        mut request: Request<Incoming>,
+        mut request: Request<Arriving>,
         visitor: &Visitor,
     ) -> Response<Body> {
         let manages = rpc.plane == Plane::Management;
@@ -267,7 +216,7 @@ impl Services {
     async fn answer_rpc(
         &self,
         rpc: &'static Rpc,
-        request: Request<Incoming>,
+        request: Request<Arriving>,
         visitor: &Visitor,
     ) -> Response<Body> {
         if !visitor.door.serves(rpc.service()) {
@@ -284,7 +233,7 @@ impl Services {
             Plane::Checks if rpc.access == Access::Proxy => {
                 Either::Left(Either::Left(into_service(self.ext_authz.clone(), request)))
             }
-            Plane::Checks => Either::Left(Either::Right(into_service(self.authz.clone(), request))),
+            Plane::Checks => Either::Left(Either::Right(self.checks.clone().serve(rpc, request))),
             Plane::Management => Either::Right(self.manage(rpc, request)),
         };
         explained(match limit {
@@ -336,7 +285,7 @@ impl Services {
         })
     }
 
-    async fn answer_open(&self, request: Request<Incoming>, door: &Door) -> Response<Body> {
+    async fn answer_open(&self, request: Request<Arriving>, door: &Door) -> Response<Body> {
         let name = request.uri().path().split('/').nth(1).unwrap_or_default();
         let Some(service) = self.open.get(name).filter(|_| door.serves(name)).cloned() else {
             return no_such_rpc().into_http();
@@ -354,138 +303,6 @@ impl Services {
             }),
             Err(_) => deadline_exceeded().into_http(),
         }
-    }
-
-    /// Finds out who calls, and whether that one may.
-    async fn admit(
-        &self,
-        rpc: &'static Rpc,
-        request: &mut Request<Limited>,
-        visitor: &Visitor,
-    ) -> Result<(), Status> {
-        let door = &*visitor.door;
-        let free =
-            rpc.access == Access::Proxy && door.open_to_proxies && !self.gateway.settings().require_caller;
-        let envoy = door.services.envoy_only();
-        if free && (envoy || !request.headers().contains_key(http::header::AUTHORIZATION)) {
-            let asker = Asker { account: AccountId::operator(), trusted: envoy };
-            request.extensions_mut().insert(asker);
-            return Ok(());
-        }
-        let shown = visitor.shows(request.headers())?;
-        if rpc.access == Access::Possession {
-            let holder = self.holder(&credential(request.headers())?)?;
-            let account = holder.key.owner().account().map(ToString::to_string).unwrap_or_default();
-            let request_id = trace::current(|call| {
-                call.set_caller(trace::Caller { key: holder.key.id().to_string(), account });
-                call.request_id().to_string()
-            });
-            let call = Call { peer: visitor.peer, request_id };
-            request.extensions_mut().insert(holder);
-            request.extensions_mut().insert(call);
-            return Ok(());
-        }
-        let named_account = named(request.headers(), "x-keyward-account", AccountId::parse);
-        let named_user = named(request.headers(), "x-keyward-acting-user", UserId::parse);
-        let Known { proof, account, grants, fresh } = match shown {
-            Shown::Token(ref token) => self.known_by_key(rpc, token, &named_account, visitor.peer).await?,
-            Shown::Certificate(identity) => self.known_by_certificate(identity)?,
-        };
-        if !fresh && rpc.plane == Plane::Management {
-            return Err(Refusal::CannotAnswer(CannotAnswer::LeaseLost).into());
-        }
-        let named_account = named_account?;
-        let acting_user = named_user?;
-        if acting_user.is_some() && !account.is_operator() {
-            let message = "only the operator account's callers may act for a person (x-keyward-acting-user)";
-            return Err(Refusal::Forbidden("OPERATOR_ONLY", message.to_owned()).into());
-        }
-        let (method, peer) = (rpc.method, visitor.peer);
-        // Of Checks nobody asks, unless they are recorded; and they change nothing.
-        let request_id =
-            trace::current(|call| (rpc.plane == Plane::Management).then(|| call.request_id().to_string()));
-        let request_id = request_id.flatten();
-        let caller =
-            Caller { proof, account, grants, acting_user, named_user: None, method, peer, request_id };
-        trace::current(|call| {
-            if rpc.plane == Plane::Management || call.is_recorded() {
-                let (key, account) = (caller.actor().to_string(), caller.account.to_string());
-                call.set_caller(trace::Caller { key, account });
-            }
-        });
-        let needed = match rpc.access {
-            Access::Needs(permission) => Some(permission),
-            Access::Proxy => Some(Permission::Check),
-            Access::AnyKey | Access::Possession => None,
-        };
-        if let Some(permission) = needed.filter(|permission| !caller.may(*permission)) {
-            return Err(lacks_permission(permission.as_str()));
-        }
-        if rpc.access == Access::Proxy {
-            request.extensions_mut().insert(Asker { account: caller.account.clone(), trusted: true });
-        }
-        request.extensions_mut().insert(caller);
-        if rpc.plane == Plane::Checks && rpc.timeout.is_none() {
-            let shown = match shown {
-                Shown::Token(token) => Presented::Token(Arc::new(Zeroizing::new(token))),
-                Shown::Certificate(identity) => Presented::Certificate(identity.clone()),
-            };
-            request.extensions_mut().insert(Vigil { shown, account: named_account, peer });
-        }
-        Ok(())
-    }
-
-    /// The caller with this token, decided as any other key.
-    async fn known_by_key(
-        &self,
-        rpc: &'static Rpc,
-        presented: &str,
-        named_account: &Result<Option<AccountId>, Refusal>,
-        peer: Option<IpAddr>,
-    ) -> Result<Known, Refusal> {
-        let asked = named_account.as_ref().ok().and_then(Option::as_ref);
-        let anywhere = rpc.access == Access::AnyKey;
-        let refused = match self.engine.authenticate(presented, asked, anywhere, peer).await? {
-            Ok(Authenticated { holder, account, grants, fresh }) => {
-                return Ok(Known { proof: Proof::Key(holder.key), account, grants, fresh });
-            }
-            Err(refused) => refused,
-        };
-        tracing::debug!(reason = refused.reason.as_str(), method = rpc.method, "a caller was refused");
-        Err(match (refused.reason, named_account) {
-            // Only who holds a good key hears what else is wrong.
-            (Reason::WrongAccount, Err(Refusal::Invalid(violations))) => Refusal::Invalid(violations.clone()),
-            (Reason::RateLimited | Reason::QuotaExceeded, _) => Refusal::CallerLimited(refused.retry_after),
-            _ => Refusal::Unauthenticated,
-        })
-    }
-
-    /// The caller with a certificate of this identity. It acts in the account that the configuration says, whatever the
-    /// call names.
-    fn known_by_certificate(&self, identity: &Arc<Identity>) -> Result<Known, Refusal> {
-        let vouched = self.engine.vouch(identity.account())?;
-        if !vouched.stands {
-            tracing::debug!(
-                identity = identity.name(),
-                "a caller was refused: its account is suspended or unknown"
-            );
-            return Err(Refusal::Unauthenticated);
-        }
-        Ok(Known {
-            account: identity.account().clone(),
-            grants: identity.scopes().clone(),
-            proof: Proof::Certificate(identity.clone()),
-            fresh: vouched.fresh,
-        })
-    }
-
-    /// The key of a living token, in whatever state it is. A superseded token proves nothing any more.
-    fn holder(&self, presented: &str) -> Result<Holder, Refusal> {
-        let holder = self.engine.lookup(presented)?.ok_or(Refusal::Unauthenticated)?;
-        if holder.key.superseded(holder.version, self.engine.now()) && !holder.key.is_revoked() {
-            return Err(Refusal::Unauthenticated);
-        }
-        Ok(holder)
     }
 }
 
@@ -538,51 +355,8 @@ where
     }
 }
 
-impl Visitor {
-    /// What a call shows of its caller, where that is enough by this door.
-    fn shows(&self, headers: &HeaderMap) -> Result<Shown<'_>, Refusal> {
-        let identity = || self.identity.as_ref().ok_or(Refusal::Unauthenticated);
-        let token = || credential(headers).map(Shown::Token);
-        match self.door.auth {
-            Auth::Token => token(),
-            Auth::Certificate => identity().map(Shown::Certificate),
-            Auth::Either if headers.contains_key(http::header::AUTHORIZATION) => token(),
-            Auth::Either => identity().map(Shown::Certificate),
-            Auth::Both => identity().and_then(|_| token()),
-        }
-    }
-}
-
-/// The bearer token of a call: exactly one, in one header.
-fn credential(headers: &HeaderMap) -> Result<String, Refusal> {
-    let mut values = headers.get_all(http::header::AUTHORIZATION).iter();
-    let (Some(value), None) = (values.next(), values.next()) else {
-        return Err(Refusal::Unauthenticated);
-    };
-    let text = value.to_str().map_err(|_| Refusal::Unauthenticated)?;
-    match text.split_once(' ') {
-        Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") => Ok(token.trim().to_owned()),
-        _ => Err(Refusal::Unauthenticated),
-    }
-}
-
-/// A name that a header gives; at most once.
-fn named<T>(
-    headers: &HeaderMap,
-    header: &'static str,
-    parse: fn(&str) -> Result<T, NameError>,
-) -> Result<Option<T>, Refusal> {
-    let mut values = headers.get_all(header).iter();
-    let Some(value) = values.next() else { return Ok(None) };
-    if values.next().is_some() {
-        return Err(Refusal::field(header, "must be given once"));
-    }
-    let text = value.to_str().map_err(|_| Refusal::field(header, "must be visible ASCII"))?;
-    parse(text).map(Some).map_err(|error| Refusal::field(header, error.to_string()))
-}
-
 /// How long a call may take: the shorter of the method's time and the caller's own deadline.
-fn allowed_time(method: Option<Duration>, headers: &HeaderMap) -> Option<Duration> {
+pub(super) fn allowed_time(method: Option<Duration>, headers: &HeaderMap) -> Option<Duration> {
     match (method, asked_time(headers)) {
         (Some(method), Some(asked)) => Some(method.min(asked)),
         (method, asked) => method.or(asked),
@@ -615,24 +389,6 @@ fn read_timeout(text: &str) -> Option<Duration> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn headers(values: &[&str]) -> HeaderMap {
-        let mut headers = HeaderMap::new();
-        for value in values {
-            headers.append(http::header::AUTHORIZATION, value.parse().unwrap());
-        }
-        headers
-    }
-
-    #[test]
-    fn a_credential_is_one_bearer_token_in_any_case() {
-        for good in ["Bearer abc", "bearer abc", "BEARER  abc"] {
-            assert_eq!(credential(&headers(&[good])).unwrap(), "abc");
-        }
-        for bad in [&[][..], &["abc"], &["Basic abc"], &["Bearer a", "Bearer b"]] {
-            assert!(credential(&headers(bad)).is_err(), "{bad:?}");
-        }
-    }
 
     #[test]
     fn a_deadline_is_read_as_grpc_writes_it() {

@@ -12,7 +12,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http_body::{Frame, SizeHint};
+use http_body::Frame;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     time::{Sleep, sleep},
@@ -21,7 +21,10 @@ use tonic::{Status, body::Body};
 
 use crate::transport::Overload;
 
-use super::status::{deadline_exceeded, overloaded};
+use super::{
+    reply::Reply,
+    status::{deadline_exceeded, overloaded},
+};
 
 /// Bytes that large requests of management may hold together, before they are read.
 const LARGE_BYTES: usize = 64 << 20;
@@ -160,7 +163,7 @@ impl Drop for Call {
 
 /// An answer whose call counts until its last byte is taken.
 pub(super) struct Counted {
-    pub(super) body: Body,
+    pub(super) body: Reply,
     pub(super) _call: Call,
 }
 
@@ -177,10 +180,6 @@ impl http_body::Body for Counted {
 
     fn is_end_stream(&self) -> bool {
         self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
     }
 }
 

@@ -2,12 +2,16 @@
 //! `serve` owns the connections. No rule of the product stands here, and only `status` builds a status.
 
 mod accounts;
+pub mod admission;
+mod answer;
 mod audit;
 mod authz;
 mod body;
 pub mod calls;
+mod codec;
 mod connection;
 mod convert;
+mod direct;
 mod ext_authz;
 pub mod gate;
 mod io;
@@ -15,6 +19,7 @@ mod keys;
 mod keys_read;
 mod load;
 mod page;
+mod reply;
 pub mod rpc;
 pub mod serve;
 mod status;
@@ -38,7 +43,6 @@ use crate::{
     keys::Keys,
     pb::{
         self, account_service_server::AccountServiceServer, audit_service_server::AuditServiceServer,
-        authz_service_server::AuthzServiceServer,
         envoy::service::auth::v3::authorization_server::AuthorizationServer,
         key_service_server::KeyServiceServer,
     },
@@ -132,12 +136,8 @@ pub fn services(
         ("grpc.reflection.v1.ServerReflection", BoxCloneSyncService::new(reflection().build_v1()?)),
         ("grpc.reflection.v1alpha.ServerReflection", BoxCloneSyncService::new(reflection().build_v1alpha()?)),
     ];
-    let authz = AuthzServiceServer::new(authz::AuthzService {
-        engine: engine.clone(),
-        environments,
-        decisions,
-        stopping,
-    });
+    let checks = authz::AuthzService { engine: engine.clone(), environments, decisions, stopping };
+
     let accounts = accounts::AccountService { accounts, people, propagation: propagation.clone() };
     Ok(Services {
         calls: Arc::default(),
@@ -147,7 +147,7 @@ pub fn services(
             .max_decoding_message_size(rpc::largest(rpc::service(rpc::EXT_AUTHZ))),
         gateway,
         // The gate holds each RPC to its own limit; here the largest must pass.
-        authz: authz.max_decoding_message_size(rpc::largest("keyward.v1.AuthzService")),
+        checks: Arc::new(checks),
         keys: KeyServiceServer::new(keys::KeyService { keys, propagation }),
         accounts: AccountServiceServer::new(accounts),
         audit: AuditServiceServer::new(audit::AuditService::over(store)),

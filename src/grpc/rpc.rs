@@ -99,9 +99,9 @@ pub fn service(method: &'static str) -> &'static str {
 }
 
 pub(super) const CHECK_BYTES: usize = 16 * 1024;
-const BATCH_BYTES: usize = 128 * 1024;
+pub(super) const BATCH_BYTES: usize = 128 * 1024;
 const MANAGEMENT_BYTES: usize = 4 * 1024 * 1024;
-const CHECK_TIMEOUT: Duration = Duration::from_secs(5);
+pub(super) const CHECK_TIMEOUT: Duration = Duration::from_secs(5);
 const MANAGEMENT_TIMEOUT: Duration = Duration::from_secs(60);
 /// What waits for a change to be in force everywhere ends by itself, with a report.
 const PROPAGATION_TIMEOUT: Duration = Duration::from_secs(600);

@@ -26,8 +26,9 @@ use crate::transport::{
 };
 
 use super::{
+    admission::Door,
     connection::{self, Arrived, Entrance},
-    gate::{Door, Services},
+    gate::Services,
     load::Lane,
 };
 

@@ -6,6 +6,7 @@
 
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
+use bytes::BytesMut;
 use futures_util::stream::{BoxStream, StreamExt as _, unfold};
 use prost::Message as _;
 use tokio::{
@@ -17,19 +18,18 @@ use zeroize::Zeroizing;
 
 use crate::{
     access::{Caller, Permission},
-    domain::{
-        decision::Reason,
-        identity::Identity,
-        name::AccountId,
-        scope::{Scope, ScopeSet},
+    domain::{decision::Reason, identity::Identity, name::AccountId, scope::ScopeSet},
+    engine::{
+        Authenticated, Engine,
+        known::{Known, Memory},
     },
-    engine::{Authenticated, Engine},
     pb,
     refusal::Refusal,
 };
 
 use super::{
     authz::AuthzService,
+    reply::ROOM,
     rpc::CHECK_BYTES,
     status::{lacks_permission, too_large},
 };
@@ -57,7 +57,10 @@ pub(super) struct Vigil {
 
 impl Vigil {
     /// Whether the caller still may ask. `charge`: this is a call, which its limits count.
-    async fn admits(&self, engine: &Engine, charge: bool) -> Result<(), Status> {
+    async fn admits(&self, engine: &Engine, charge: bool, memory: &Memory) -> Result<(), Status> {
+        if self.is_known(engine, charge, memory) {
+            return Ok(());
+        }
         let grants = match &self.shown {
             Presented::Certificate(identity) => stands(identity, engine)?,
             Presented::Token(token) if charge => {
@@ -72,11 +75,27 @@ impl Vigil {
                 stands.map_err(|reason| refusal(reason, None))?
             }
         };
-        let needed = Permission::Check.as_str();
-        match Scope::parse_required(needed).is_ok_and(|scope| grants.covers(&scope)) {
+        match Permission::Check.is_in(&grants) {
             true => Ok(()),
-            false => Err(lacks_permission(needed)),
+            false => Err(lacks_permission(Permission::Check.as_str())),
         }
+    }
+}
+
+impl Vigil {
+    /// Whether the caller plainly may ask, as it did before.
+    fn is_known(&self, engine: &Engine, charge: bool, memory: &Memory) -> bool {
+        let Presented::Token(token) = &self.shown else { return false };
+        if self.account.is_some() {
+            return false;
+        }
+        let known = engine.recognise(token, self.peer, memory);
+        let may = |known: &Arc<Known>| Permission::Check.is_in(&known.grants);
+        let Some(known) = known.filter(may) else { return false };
+        if charge {
+            engine.note_call(&known);
+        }
+        true
     }
 }
 
@@ -101,9 +120,10 @@ async fn stops(stopping: &mut watch::Receiver<bool>) {
 
 /// A stream under way.
 struct Call {
-    service: AuthzService,
+    service: Arc<AuthzService>,
     caller: Caller,
     vigil: Vigil,
+    memory: Memory,
     questions: Streaming<pb::CheckRequest>,
     look: Interval,
     stopping: watch::Receiver<bool>,
@@ -114,17 +134,22 @@ struct Call {
     ended: bool,
 }
 
+/// Answers as they are sent.
+pub(super) type Answers = BoxStream<'static, Result<BytesMut, Status>>;
+
 /// The answers to a stream of questions.
 pub(super) fn answers(
-    service: AuthzService,
+    service: Arc<AuthzService>,
     caller: Caller,
     vigil: Vigil,
     questions: Streaming<pb::CheckRequest>,
-) -> BoxStream<'static, Result<pb::CheckResponse, Status>> {
+) -> Answers {
     let mut look = interval(LOOK_EVERY);
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let stopping = service.stopping.clone();
-    let call = Call { service, caller, vigil, questions, look, stopping, number: 0, run: 0, ended: false };
+    let memory = Memory::default();
+    let call =
+        Call { service, caller, vigil, memory, questions, look, stopping, number: 0, run: 0, ended: false };
     unfold(call, |mut call| async move {
         if call.ended {
             return None;
@@ -138,7 +163,7 @@ pub(super) fn answers(
 
 impl Call {
     /// The next answer, or with what the stream ends. None = the caller has asked all that it wanted.
-    async fn next(&mut self) -> Option<Result<pb::CheckResponse, Status>> {
+    async fn next(&mut self) -> Option<Result<BytesMut, Status>> {
         self.run += 1;
         if self.run >= AT_ONCE {
             // Who always has another question must not keep others waiting, nor the server from stopping.
@@ -153,7 +178,7 @@ impl Call {
                 biased;
                 question = self.questions.message() => question,
                 _ = self.look.tick() => {
-                    if let Err(status) = self.vigil.admits(&self.service.engine, false).await {
+                    if let Err(status) = self.vigil.admits(&self.service.engine, false, &self.memory).await {
                         return Some(Err(status));
                     }
                     self.run = 0;
@@ -168,15 +193,17 @@ impl Call {
         }
     }
 
-    async fn answer(&mut self, question: &pb::CheckRequest) -> Result<pb::CheckResponse, Status> {
+    async fn answer(&mut self, question: &pb::CheckRequest) -> Result<BytesMut, Status> {
         // The first came with the call, which is charged already.
         let charge = self.number > 0;
         self.number += 1;
-        self.vigil.admits(&self.service.engine, charge).await?;
+        self.vigil.admits(&self.service.engine, charge, &self.memory).await?;
         let length = question.encoded_len();
         if length > CHECK_BYTES {
             return Err(too_large(length, CHECK_BYTES));
         }
-        self.service.answer_one(&self.caller, question).await.map(|(response, _)| response)
+        let mut out = BytesMut::with_capacity(ROOM);
+        self.service.answer(&self.caller.account, question, &mut out)?.written().await?;
+        Ok(out)
     }
 }

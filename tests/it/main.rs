@@ -27,6 +27,7 @@ mod config;
 mod crash;
 mod deadline;
 mod deploy;
+mod direct;
 mod doctor;
 mod engines;
 mod envoy;

@@ -1,0 +1,201 @@
+//! A Check's answer on the wire (`keyward.v1.CheckResponse`), written from what the engine found without a message in
+//! between: of texts that are there already, nothing is copied twice. A test holds it against the generated message.
+
+use bytes::BufMut;
+use prost::encoding::{WireType, encode_key, encode_varint, encoded_len_varint, message};
+use prost_types::Duration as PbDuration;
+
+use crate::{
+    domain::{
+        decision::{Failures, Reason},
+        facts::KeyFacts as _,
+        limit::Standing,
+    },
+    engine::Answer,
+    pb,
+};
+
+use super::convert;
+
+/// Writes the message.
+pub(super) fn write(answer: &Answer, out: &mut impl BufMut) {
+    let reason = answer.reason();
+    number(1, u64::from(reason == Reason::Ok), out);
+    number(2, reason as u64, out);
+    match reason {
+        Reason::MissingScope => text(3, &missing(answer), out),
+        _ => text(3, reason.message(), out),
+    }
+    reasons(4, answer.failures, out);
+    answer.missing.iter().for_each(|scope| text(5, scope.as_str(), out));
+    if let Some(holder) = &answer.holder {
+        let key = &holder.key;
+        text(6, key.id().write(&mut [0; 36]), out);
+        text(7, key.name().unwrap_or_default(), out);
+        text(8, answer.account.as_ref().map_or("", |account| account.as_str()), out);
+        text(9, key.owner().user().map_or("", |user| user.as_str()), out);
+        text(10, key.environment().as_str(), out);
+        answer.grants.iter().for_each(|scope| text(11, scope.as_str(), out));
+        number(12, holder.version.into(), out);
+        key.metadata().iter().for_each(|pair| entry(13, pair, out));
+    }
+    answer.limits.standings.iter().for_each(|standing| message::encode(14, &limit_state(standing), out));
+    if let Some(after) = answer.limits.retry_after() {
+        message::encode(15, &convert::duration(after), out);
+    }
+    if let Some(end) = answer.holder.as_ref().and_then(|holder| holder.key.expires_at()) {
+        message::encode(16, &convert::timestamp(end), out);
+    }
+    number(17, answer.revision.0, out);
+    message::encode(18, &convert::duration(answer.staleness), out);
+    // No answer may be kept.
+    message::encode(19, &PbDuration::default(), out);
+    number(20, answer.limits.inexact.into(), out);
+}
+
+fn missing(answer: &Answer) -> String {
+    let missing = convert::texts(&answer.missing).join(", ");
+    format!("{}: missing {missing}", answer.reason().message())
+}
+
+fn limit_state((name, limit, standing): &(String, u64, Standing)) -> pb::RateLimitState {
+    pb::RateLimitState {
+        name: name.clone(),
+        limit: *limit,
+        remaining: standing.remaining,
+        reset_after: standing.reset_after.map(convert::duration),
+    }
+}
+
+/// A number or a flag. What is 0 is left out, as in every field of a message.
+fn number(field: u32, value: u64, out: &mut impl BufMut) {
+    if value != 0 {
+        encode_key(field, WireType::Varint, out);
+        encode_varint(value, out);
+    }
+}
+
+fn text(field: u32, text: &str, out: &mut impl BufMut) {
+    if !text.is_empty() {
+        some_text(field, text, out);
+    }
+}
+
+fn some_text(field: u32, text: &str, out: &mut impl BufMut) {
+    nest(field, text.as_bytes(), out);
+}
+
+/// An entry of a map of texts.
+fn entry(field: u32, (name, value): (&String, &String), out: &mut impl BufMut) {
+    let length = |text: &str| 1 + encoded_len_varint(text.len() as u64) + text.len();
+    encode_key(field, WireType::LengthDelimited, out);
+    encode_varint((length(name) + length(value)) as u64, out);
+    some_text(1, name, out);
+    some_text(2, value, out);
+}
+
+/// A message in a message.
+pub(super) fn nest(field: u32, message: &[u8], out: &mut impl BufMut) {
+    encode_key(field, WireType::LengthDelimited, out);
+    encode_varint(message.len() as u64, out);
+    out.put_slice(message);
+}
+
+/// Reasons, packed: each has a number of one byte.
+fn reasons(field: u32, list: Failures, out: &mut impl BufMut) {
+    let mut numbers = [0; Reason::ALL.len()];
+    let written = numbers.iter_mut().zip(list.iter()).map(|(number, reason)| *number = reason as u8).count();
+    if written > 0 {
+        nest(field, &numbers[..written], out);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        domain::{
+            key::tests::sample,
+            name::AccountId,
+            scope::Scope,
+            time::{Revision, Timestamp},
+        },
+        engine::{HeldKey, Holder},
+    };
+    use prost::Message as _;
+    use std::time::Duration;
+
+    fn allowed() -> Answer {
+        let mut key = sample();
+        key.terms.metadata.insert("plan".into(), "pro".into());
+        key.terms.metadata.insert("empty".into(), String::new());
+        key.terms.expires_at = Some(Timestamp::from_micros(1_767_225_600_000_000));
+        let mut answer = Answer::of(Reason::Ok, Revision(300));
+        answer.grants = key.terms.scopes.clone();
+        answer.account = Some(AccountId::parse("acme").unwrap());
+        answer.holder = Some(Holder { key: HeldKey::from(&key), version: 1 });
+        answer.staleness = Duration::from_millis(1500);
+        answer
+    }
+
+    fn read(answer: &Answer) -> pb::CheckResponse {
+        let mut bytes = Vec::new();
+        write(answer, &mut bytes);
+        pb::CheckResponse::decode(&*bytes).unwrap()
+    }
+
+    #[test]
+    fn an_allowed_check_tells_of_the_key() {
+        let answer = allowed();
+        let key = &answer.holder.as_ref().unwrap().key;
+        let expected = pb::CheckResponse {
+            allowed: true,
+            reason: pb::Reason::Ok.into(),
+            message: "allowed".into(),
+            key_id: key.id().to_string(),
+            key_name: key.name().unwrap_or_default().into(),
+            account: "acme".into(),
+            environment: key.environment().to_string(),
+            scopes: convert::texts(&answer.grants),
+            secret_version: 1,
+            metadata: key.metadata().clone(),
+            expires_at: Some(prost_types::Timestamp { seconds: 1_767_225_600, nanos: 0 }),
+            revision: 300,
+            staleness: Some(PbDuration { seconds: 1, nanos: 500_000_000 }),
+            max_age: Some(PbDuration::default()),
+            ..pb::CheckResponse::default()
+        };
+        assert!(!expected.scopes.is_empty() && expected.metadata.len() == 2);
+        assert_eq!(read(&answer), expected);
+    }
+
+    #[test]
+    fn a_denial_tells_every_reason_and_what_is_missing() {
+        let mut answer = allowed();
+        answer.failures = crate::domain::decision::Failures::default();
+        answer.failures.note(Reason::MissingScope, true);
+        answer.failures.note(Reason::QuotaExceeded, true);
+        answer.missing = vec![Scope::parse_required("a:b").unwrap(), Scope::parse_required("c").unwrap()];
+        answer.limits.standings = vec![(
+            "quota".into(),
+            100,
+            Standing {
+                remaining: 0,
+                reset_after: Some(Duration::from_secs(9)),
+                retry_after: None,
+                allowed: false,
+            },
+        )];
+        answer.limits.inexact = true;
+        let read = read(&answer);
+        assert!(!read.allowed && read.limits_inexact);
+        assert_eq!(read.reason(), pb::Reason::MissingScope);
+        assert!(read.message.ends_with(": missing a:b, c"), "{}", read.message);
+        let failures: Vec<_> = read.failures().collect();
+        assert_eq!(failures, [pb::Reason::MissingScope, pb::Reason::QuotaExceeded]);
+        assert_eq!(read.missing_scopes, ["a:b", "c"]);
+        let reset_after = Some(PbDuration { seconds: 9, nanos: 0 });
+        let quota = pb::RateLimitState { name: "quota".into(), limit: 100, remaining: 0, reset_after };
+        assert_eq!(read.rate_limits, [quota]);
+    }
+}

@@ -54,6 +54,7 @@ mod quotas;
 mod redis_server;
 mod replicas;
 mod rest;
+mod retention;
 mod rotation;
 mod sqlite_file;
 mod standard;

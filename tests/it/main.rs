@@ -39,6 +39,7 @@ mod grpcurl;
 mod http;
 mod judge;
 mod keys;
+mod keys_change;
 mod lease;
 mod lifecycle;
 mod limits;

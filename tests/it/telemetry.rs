@@ -18,8 +18,11 @@ use tonic::Request;
 
 use crate::{
     collector::Collector,
+    envoy::minimal,
     http,
     process::{Caller, Ended, Home, Keyward, call_raw, plain_key, question, text, wait_for},
+    proxy::Envoy,
+    upstream::{Arrived, Upstream},
 };
 
 const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
@@ -200,6 +203,25 @@ async fn what_becomes_of_a_requests_trace_behind_envoy_is_left_to_envoy() {
     for name in touched {
         assert!(!name.starts_with("trace"), "{name}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_behind_envoy_gets_the_trace_that_the_client_sent() {
+    let (collector, home, upstream) = (Collector::start().await, Home::new(), Upstream::start());
+    let mut command = home.serve();
+    command.args(["--envoy-listen", "127.0.0.1:0", "--otlp-endpoint", &collector.url()]);
+    let keyward = home.start_as(command).unwrap();
+    let mut root = keyward.root();
+    root.make_account("acme").await;
+    let (_, token) = root.create(plain_key()).await.unwrap();
+    let envoy = Envoy::start(&minimal(keyward.process.envoy().unwrap(), &upstream));
+    let sent = parent(TRACE, true);
+    let request = http::Request::get("/v1/monitors").bearer(&token);
+    let request = request.header("traceparent", &sent).header("tracestate", "vendor=1");
+    let arrived = Arrived::from_answer(&request.send(envoy.listener("edge")).body);
+    assert_eq!((arrived.all("traceparent"), arrived.all("tracestate")), (vec![&*sent], vec!["vendor=1"]));
+    let span = collector.span(TRACE, "envoy.service.auth.v3.Authorization/Check").await;
+    assert_eq!((span.parent.as_str(), span.state.as_str()), ("b7ad6b7169203331", "vendor=1"));
 }
 
 /// Runs a client command as root in this trace.

@@ -53,16 +53,17 @@ async fn a_server_without_a_free_file_descriptor_waits_for_one_and_does_not_spin
     let keyward = with_300_descriptors().await;
     // The admin pages' connections are not counted among those of the listeners.
     let crowd: Vec<_> = (0..400).map(|_| TcpStream::connect(keyward.admin).unwrap()).collect();
-    let mut waiting = TcpStream::connect(keyward.address).unwrap();
-    waiting.write_all(PREFACE).unwrap();
     let failed = |module: &str| {
         let log = keyward.process.stderr();
         log.lines().filter(|line| line.contains("accepting failed") && line.contains(module)).count()
     };
+    wait_for("the last descriptor to be taken", || (failed("http1") > 0).then_some(()));
+    let mut waiting = TcpStream::connect(keyward.address).unwrap();
+    waiting.write_all(PREFACE).unwrap();
     wait_for("the listener to fail", || (failed("grpc::serve") > 0).then_some(()));
-    // That loop pauses after each, and tells of each.
+    // The admin pages' loop pauses after each failure, and tells of each.
     let before = failed("http1");
-    wait_for("the admin pages' loop to try on", || (failed("http1") >= before + 20).then_some(()));
+    wait_for("some time to pass", || (failed("http1") >= before + 10).then_some(()));
     drop(crowd);
     waiting.set_read_timeout(Some(PATIENCE)).unwrap();
     assert!(waiting.read(&mut [0; 9]).unwrap() > 0, "it is served when there is room again");

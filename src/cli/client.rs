@@ -16,7 +16,11 @@ use super::{
     token,
 };
 use crate::{
-    config::client::{ClientSettings, ServerUrl},
+    clock::{SystemEntropy, random},
+    config::{
+        client::{ClientSettings, ServerUrl},
+        trace_parent::TraceParent,
+    },
     pb::{
         account_service_client::AccountServiceClient, audit_service_client::AuditServiceClient,
         authz_service_client::AuthzServiceClient, key_service_client::KeyServiceClient,
@@ -26,6 +30,8 @@ use crate::{
 /// A page of keys with all they may hold is larger than the 4 MiB that clients take by default, and BulkRevoke
 /// answers with up to 5,000 keys.
 const LARGEST_ANSWER: usize = 256 << 20;
+
+const REQUEST_ID: &str = "x-request-id";
 
 /// How long this side waits on after the server should have answered: its report is worth more than ours.
 const GRACE: Duration = Duration::from_millis(250);
@@ -59,6 +65,8 @@ pub(super) struct Session {
     bearer: Option<MetadataValue<Ascii>>,
     server: ServerUrl,
     timeout: Option<Duration>,
+    /// The headers that say which trace a call is part of.
+    trace: Vec<(&'static str, MetadataValue<Ascii>)>,
     quiet: bool,
 }
 
@@ -89,6 +97,13 @@ impl Session {
             bearer,
             server: settings.server.clone(),
             timeout: settings.timeout,
+            // They are visible ASCII, which no header refuses.
+            trace: settings
+                .trace
+                .iter()
+                .flat_map(TraceParent::headers)
+                .filter_map(|(name, value)| Some((name, value.parse().ok()?)))
+                .collect(),
             quiet: false,
         })
     }
@@ -153,17 +168,33 @@ impl Session {
         if let Some(bearer) = &self.bearer {
             request.metadata_mut().insert("authorization", bearer.clone());
         }
+        let id = request_id()?;
+        request.metadata_mut().insert(REQUEST_ID, id.clone());
+        for (name, value) in &self.trace {
+            request.metadata_mut().insert(*name, value.clone());
+        }
         // Tells the server how long there is; the transport gives up then too.
         request.set_timeout(limit);
         let answer = tokio::time::timeout(limit + GRACE, call(request));
         match if self.quiet { answer.await } else { console::watched(answer).await } {
             Ok(Ok(answer)) => Ok(answer.into_inner()),
             // What the transport makes of its own time limit.
-            Ok(Err(status)) if status.code() == tonic::Code::Cancelled => Err(Failure::timeout(limit)),
-            Ok(Err(status)) => Err(Failure::status(&status, &self.server)),
-            Err(_) => Err(Failure::timeout(limit)),
+            Ok(Err(status)) if status.code() == tonic::Code::Cancelled => {
+                Err(Failure::timeout(limit).called(&id))
+            }
+            Ok(Err(status)) => Err(Failure::status(&status, &self.server).called(&id)),
+            Err(_) => Err(Failure::timeout(limit).called(&id)),
         }
     }
+}
+
+/// A name for a call: by it the server's log, its audit log and its traces tell of this one, whatever became of the
+/// answer.
+fn request_id() -> Result<MetadataValue<Ascii>, Failure> {
+    let failed = |error: &dyn std::error::Error| Failure::usage(format!("no name for the call: {error}"));
+    let random = random(&SystemEntropy).map_err(|error| failed(&error))?;
+    let id = uuid::Builder::from_random_bytes(random).into_uuid();
+    id.to_string().parse().map_err(|error| failed(&error))
 }
 
 /// The token of a file, as it is sent.
@@ -211,6 +242,7 @@ mod tests {
             client_certificate: None,
             output: Output::Table,
             timeout: Some(Duration::from_millis(300)),
+            trace: None,
         }
     }
 

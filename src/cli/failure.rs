@@ -6,7 +6,10 @@
 use std::{error::Error, fmt, io, time::Duration};
 
 use prost::Message as _;
-use tonic::{Code, Status};
+use tonic::{
+    Code, Status,
+    metadata::{Ascii, MetadataValue},
+};
 use tonic_types::StatusExt as _;
 
 use super::{table::clean, values::rfc3339};
@@ -94,6 +97,12 @@ impl Failure {
     /// Says more, a line for each.
     pub(super) fn details(self, details: Vec<String>) -> Failure {
         Failure { details, ..self }
+    }
+
+    /// Adds what the call was called, for whoever looks for it in the server's log.
+    pub(super) fn called(mut self, id: &MetadataValue<Ascii>) -> Failure {
+        self.details.extend(id.to_str().ok().map(|id| format!("request id: {id}")));
+        self
     }
 
     /// The same with what it is about, where a command does many things.

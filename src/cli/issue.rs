@@ -155,6 +155,7 @@ mod tests {
             client_certificate: None,
             output,
             timeout: None,
+            trace: None,
         };
         let mut cx = Context::new(settings, &mut console);
         let done = Delivery::prepare(args)

@@ -14,7 +14,7 @@ use std::{
 use clap::{Arg, Args, ValueEnum, builder::Resettable};
 use serde::Deserialize;
 
-use super::duration;
+use super::{duration, trace_parent::TraceParent};
 
 /// Where the server listens unless it is told otherwise.
 pub const DEFAULT_SERVER: &str = "http://127.0.0.1:50051";
@@ -129,6 +129,8 @@ pub struct ClientSettings {
     pub output: Output,
     /// How long to wait, when it was said.
     pub timeout: Option<Duration>,
+    /// The trace that calls are part of; None = none is known.
+    pub trace: Option<TraceParent>,
 }
 
 impl ClientSettings {
@@ -141,7 +143,7 @@ impl ClientSettings {
             Some(path) => File::read(&path, variable("HOME"))?,
             None => File::default(),
         };
-        ClientSettings::combine(args, file)
+        Ok(ClientSettings { trace: TraceParent::of(variable), ..ClientSettings::combine(args, file)? })
     }
 
     fn combine(args: ClientArgs, file: File) -> Result<ClientSettings, SettingsError> {
@@ -167,6 +169,7 @@ impl ClientSettings {
             client_certificate,
             output: args.output.or(file.output).unwrap_or_default(),
             timeout: args.timeout,
+            trace: None,
         })
     }
 }

@@ -19,3 +19,4 @@ pub mod rules;
 pub mod secret;
 pub mod server;
 pub mod telemetry;
+pub mod trace_parent;

@@ -213,6 +213,7 @@ pub async fn accept(opened: Opened, workers: &Workers, mut stopping: watch::Rece
                 workers.serve(Arrived { socket, peer, entrance, _places: places, _counted: counted });
             }
             Err(error) => {
+                entrance.counts.refuse(Refused::Failed);
                 told.say(|more| {
                     let error = &error as &dyn std::error::Error;
                     tracing::warn!(error, listener = listener.name, more, "accepting failed");

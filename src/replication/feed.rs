@@ -436,7 +436,9 @@ impl Feed {
         *self.sight.standing.lock().unwrap_or_else(PoisonError::into_inner) = standing;
         let holds = self.parts.lease.holds(|| self.parts.clock.boottime());
         self.serving.send_if_modified(|serving| {
-            if *serving && !holds {
+            if *serving && !holds && standing == Some(Standing::Stopped) {
+                tracing::info!(replica = self.parts.name, "the lease is given up");
+            } else if *serving && !holds {
                 tracing::error!("the lease has run out: nothing is allowed until the database answers");
             } else if holds && !*serving {
                 tracing::info!(replica = self.parts.name, "the lease holds");

@@ -81,10 +81,16 @@ impl Parent {
         })
     }
 
+    /// What `tracestate` says with it, in visible ASCII, where that can be sent on.
+    #[must_use]
+    pub fn state(&self) -> Option<&str> {
+        let state = self.state.as_ref()?.to_str().ok()?;
+        (state.len() <= LONGEST_STATE).then_some(state)
+    }
+
     /// The same for the exporter.
     pub(super) fn context(&self) -> SpanContext {
-        let state = self.state.as_ref().and_then(|state| state.to_str().ok());
-        let state = state.filter(|state| state.len() <= LONGEST_STATE).and_then(|state| state.parse().ok());
+        let state = self.state().and_then(|state| state.parse().ok());
         let flags = if self.recorded { TraceFlags::SAMPLED } else { TraceFlags::default() };
         let trace = opentelemetry::trace::TraceId::from(self.trace.0);
         SpanContext::new(trace, SpanId::from(self.span), flags, true, state.unwrap_or(TraceState::NONE))

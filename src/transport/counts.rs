@@ -18,11 +18,14 @@ pub enum Refused {
     Timeout,
     /// It speaks something else.
     Protocol,
+    /// It could not be accepted, mostly for want of a file descriptor; it waits, and each further try counts.
+    Failed,
 }
 
 impl Refused {
     /// Every reason.
-    pub const ALL: [Refused; 4] = [Refused::Full, Refused::Tls, Refused::Timeout, Refused::Protocol];
+    pub const ALL: [Refused; 5] =
+        [Refused::Full, Refused::Tls, Refused::Timeout, Refused::Protocol, Refused::Failed];
 
     /// Its name in metrics.
     #[must_use]
@@ -32,6 +35,7 @@ impl Refused {
             Refused::Tls => "tls",
             Refused::Timeout => "timeout",
             Refused::Protocol => "protocol",
+            Refused::Failed => "failed",
         }
     }
 }

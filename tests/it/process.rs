@@ -105,7 +105,9 @@ impl Home {
     ) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_keyward"));
         command.args(arguments).current_dir(self.folder.path());
-        let steers = |name: &str| ["KEYWARD_", "OTEL_"].iter().any(|start| name.starts_with(start));
+        let steers = |name: &str| {
+            ["KEYWARD_", "OTEL_", "TRACEPARENT", "TRACESTATE"].iter().any(|start| name.starts_with(start))
+        };
         for (name, _) in std::env::vars_os().filter(|(name, _)| steers(&name.to_string_lossy())) {
             command.env_remove(name);
         }

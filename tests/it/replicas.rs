@@ -277,6 +277,18 @@ async fn a_replica_that_stops_leaves_and_nobody_waits_for_it() {
     assert_eq!((said.confirmed, said.unconfirmed), (vec!["r0".to_owned()], vec![]));
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn an_orderly_stop_gives_up_the_lease_and_raises_no_alarm() {
+    let mut fleet = Fleet::start(1, "default").await;
+    let Keyward { process, .. } = fleet.replicas.pop().unwrap();
+    process.terminate();
+    let ended = process.ended();
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    let (_, said) = ended.err.split_once("stopping\n").unwrap();
+    assert!(said.contains("the lease is given up"), "{said}");
+    assert!(!said.contains("ERROR") && !said.contains("WARN"), "{said}");
+}
+
 // The failure table. -------------------------------------------------------------------------------------------------
 
 #[tokio::test(flavor = "multi_thread")]
@@ -439,6 +451,8 @@ async fn database_down_for_longer_than_a_lease_is_unavailable_everywhere() {
     for replica in &fleet.replicas {
         until_ready(replica, 200);
         assert_eq!(check(replica, &token).await.unwrap(), pb::Reason::Ok);
+        let log = replica.process.stderr();
+        assert!(log.lines().any(|line| line.contains("ERROR") && line.contains("has run out")), "{log}");
     }
 }
 

@@ -9,7 +9,7 @@ use std::{
 
 use keyward::pb::{
     self,
-    envoy::service::auth::v3::CheckResponse,
+    envoy::service::auth::v3::{CheckResponse, check_response::HttpResponse},
     envoy_request::{AttributeContext, CheckRequest, HttpRequest, Pair, Request as Asked},
 };
 use prost::Message as _;
@@ -18,8 +18,11 @@ use tonic::Request;
 
 use crate::{
     collector::Collector,
+    envoy::minimal,
     http,
-    process::{Caller, Home, Keyward, call_raw, plain_key, question, text, wait_for},
+    process::{Caller, Ended, Home, Keyward, call_raw, plain_key, question, text, wait_for},
+    proxy::Envoy,
+    upstream::{Arrived, Upstream},
 };
 
 const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
@@ -184,6 +187,79 @@ async fn what_envoy_asks_is_part_of_the_trace_of_the_request_that_it_asks_about(
     assert_eq!(span.parent, "b7ad6b7169203331");
     assert_eq!((&*span.attributes["keyward.key_id"], &*span.attributes["keyward.reason"]), (&*id, "ok"));
     assert!(!span.printed.contains(&token[10..]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_becomes_of_a_requests_trace_behind_envoy_is_left_to_envoy() {
+    let (collector, keyward, mut root) = traced("").await;
+    let (_, token) = root.create(plain_key()).await.unwrap();
+    let (bearer, parent) = (format!("Bearer {token}"), parent(TRACE, true));
+    let headers = [("authorization", &*bearer), ("traceparent", &*parent), ("tracestate", "vendor=1")];
+    let answer = envoy_asks(&keyward, &headers).await;
+    collector.span(TRACE, "envoy.service.auth.v3.Authorization/Check").await;
+    let Some(HttpResponse::OkResponse(ok)) = answer.http_response else { panic!("{answer:?}") };
+    let set = ok.headers.into_iter().chain(ok.response_headers_to_add);
+    let touched = set.filter_map(|option| Some(option.header?.key)).chain(ok.headers_to_remove);
+    for name in touched {
+        assert!(!name.starts_with("trace"), "{name}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_behind_envoy_gets_the_trace_that_the_client_sent() {
+    let (collector, home, upstream) = (Collector::start().await, Home::new(), Upstream::start());
+    let mut command = home.serve();
+    command.args(["--envoy-listen", "127.0.0.1:0", "--otlp-endpoint", &collector.url()]);
+    let keyward = home.start_as(command).unwrap();
+    let mut root = keyward.root();
+    root.make_account("acme").await;
+    let (_, token) = root.create(plain_key()).await.unwrap();
+    let envoy = Envoy::start(&minimal(keyward.process.envoy().unwrap(), &upstream));
+    let sent = parent(TRACE, true);
+    let request = http::Request::get("/v1/monitors").bearer(&token);
+    let request = request.header("traceparent", &sent).header("tracestate", "vendor=1");
+    let arrived = Arrived::from_answer(&request.send(envoy.listener("edge")).body);
+    assert_eq!((arrived.all("traceparent"), arrived.all("tracestate")), (vec![&*sent], vec!["vendor=1"]));
+    let span = collector.span(TRACE, "envoy.service.auth.v3.Authorization/Check").await;
+    assert_eq!((span.parent.as_str(), span.state.as_str()), ("b7ad6b7169203331", "vendor=1"));
+}
+
+/// Runs a client command as root in this trace.
+fn client(keyward: &Keyward, arguments: &[&str], trace: [&str; 2]) -> Ended {
+    let mut command = keyward.home.command(arguments);
+    command
+        .args(["--server", &keyward.address.to_string(), "--token-file"])
+        .arg(keyward.home.root_key_file());
+    command.env("TRACEPARENT", trace[0]).env("TRACESTATE", trace[1]);
+    keyward.home.run(command)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_cli_calls_is_part_of_the_trace_that_it_was_started_in() {
+    let (collector, keyward, _root) = traced("").await;
+    let trace = [&*parent(TRACE, true), "vendor=1"];
+    let listed = client(&keyward, &["accounts", "list"], trace);
+    assert_eq!(listed.code, Some(0), "{listed:?}");
+    let span = collector.span(TRACE, "keyward.v1.AccountService/List").await;
+    assert_eq!((span.parent.as_str(), span.state.as_str()), ("b7ad6b7169203331", "vendor=1"));
+
+    // Who reads the refusal finds the call.
+    let refused = client(&keyward, &["keys", "get", "0197f0c0-0000-7000-8000-000000000000"], trace);
+    let span = collector.span(TRACE, "keyward.v1.KeyService/Get").await;
+    let id = &span.attributes["keyward.request_id"];
+    assert!(uuid::Uuid::parse_str(id).is_ok(), "{span:?}");
+    assert!(refused.code == Some(1) && refused.err.contains(&format!("request id: {id}\n")), "{refused:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_cli_calls_all_the_same_where_the_environment_names_no_trace() {
+    let (collector, keyward, _root) = traced("").await;
+    for trace in [["", ""], ["kw_live_x", "vendor=1"], [&*parent(TRACE, false), "vendor=1"]] {
+        let listed = client(&keyward, &["accounts", "list"], trace);
+        assert_eq!((listed.code, listed.err.as_str()), (Some(0), ""), "{trace:?}");
+    }
+    keyward.stop();
+    assert_eq!(collector.spans().len(), 0);
 }
 
 /// A figure of the page, by the start of its line.

@@ -1,0 +1,130 @@
+//! The flags of the commands that read the server's settings, and the environment variables that stand for them. What
+//! becomes of them is the parent's: there they meet the file and the defaults.
+
+use std::{num::NonZeroUsize, path::PathBuf};
+
+use clap::{Args, ValueEnum};
+
+use super::{ConfigError, Settings};
+use crate::config::{lifecycle::LifecycleArgs, secret::SecretUrl};
+
+/// `keyward serve`.
+#[derive(Args, Clone, Debug, Default)]
+pub struct ServeArgs {
+    /// Where to serve gRPC [default: 127.0.0.1:50051]
+    #[arg(long, env = "KEYWARD_LISTEN", value_name = "ADDR")]
+    pub listen: Option<String>,
+    /// Where to serve /healthz, /readyz and /metrics over HTTP [default: 127.0.0.1:9090]
+    #[arg(long, env = "KEYWARD_ADMIN_LISTEN", value_name = "ADDR")]
+    pub admin_listen: Option<String>,
+    /// Where to serve Envoy's ext_authz and health alone, with limits made for Envoy [default: nowhere]
+    #[arg(long, env = "KEYWARD_ENVOY_LISTEN", value_name = "ADDR")]
+    pub envoy_listen: Option<String>,
+    /// Where to serve nginx, Traefik and others that ask over HTTP [default: nowhere]
+    #[arg(long, env = "KEYWARD_FORWARD_AUTH_LISTEN", value_name = "ADDR")]
+    pub forward_auth_listen: Option<String>,
+    /// Serve plaintext to other machines too: where something else protects the network
+    #[arg(long, env = "KEYWARD_INSECURE", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    pub insecure: Option<bool>,
+    /// A TOML file that says what HTTP requests need; read again when it changes
+    #[arg(long, env = "KEYWARD_RULES", value_name = "FILE")]
+    pub rules: Option<PathBuf>,
+    /// Write the root key of a first start to this new file (mode 0600) instead of the terminal
+    #[arg(long, env = "KEYWARD_ROOT_KEY_FILE", value_name = "PATH")]
+    pub root_key_file: Option<PathBuf>,
+    /// What this replica is called in reports [default: the machine's name and the port]
+    #[arg(long, env = "KEYWARD_REPLICA_NAME", value_name = "NAME")]
+    pub replica_name: Option<String>,
+    /// How long replicas answer without news from a new PostgreSQL database: strict (5s), default (60s), static, or
+    /// a duration [default: default]
+    #[arg(long, env = "KEYWARD_LEASE", value_name = "LEASE")]
+    pub lease: Option<String>,
+    /// The Redis that counts rate limits, with `[limits] backend = "redis"`, such as redis://127.0.0.1:6379
+    #[arg(long, env = "KEYWARD_LIMITS_URL", value_name = "URL", hide_env_values = true)]
+    pub limits_url: Option<SecretUrl>,
+    /// How it starts and stops.
+    #[command(flatten)]
+    pub lifecycle: LifecycleArgs,
+    /// How many threads serve connections [default: one per core]
+    #[arg(long, env = "KEYWARD_THREADS", value_name = "N")]
+    pub threads: Option<NonZeroUsize>,
+    /// How the log on standard error is written
+    #[arg(long, env = "KEYWARD_LOG_FORMAT", value_enum, default_value = "text")]
+    pub log_format: LogFormat,
+    /// What is logged: error, warn, info, debug, or a filter such as info,keyward=debug
+    #[arg(long, env = "KEYWARD_LOG", default_value = "info", value_name = "FILTER")]
+    pub log: String,
+    /// Where traces go.
+    #[command(flatten)]
+    pub telemetry: TelemetryArgs,
+    /// What every command that opens the database takes.
+    #[command(flatten)]
+    pub database: DatabaseArgs,
+}
+
+/// Where traces go.
+#[derive(Args, Clone, Debug, Default)]
+pub struct TelemetryArgs {
+    /// The collector that takes traces, over OTLP/gRPC, such as http://127.0.0.1:4317 [default: none]
+    #[arg(long, env = "KEYWARD_OTLP_ENDPOINT", value_name = "URL")]
+    pub otlp_endpoint: Option<String>,
+    /// The variable of all programs, which what is set for this one stands in place of.
+    #[arg(long, env = "OTEL_EXPORTER_OTLP_ENDPOINT", hide = true)]
+    pub otel_endpoint: Option<String>,
+    /// The same.
+    #[arg(long, env = "OTEL_SERVICE_NAME", hide = true)]
+    pub otel_service_name: Option<String>,
+}
+
+/// `keyward root-key reset`.
+#[derive(Args, Clone, Debug, Default)]
+pub struct RootKeyArgs {
+    /// Write the new root key to this new file (mode 0600) instead of the terminal
+    #[arg(long, env = "KEYWARD_ROOT_KEY_FILE", value_name = "PATH")]
+    pub root_key_file: Option<PathBuf>,
+    /// What every command that opens the database takes.
+    #[command(flatten)]
+    pub database: DatabaseArgs,
+}
+
+/// What every command that opens the database takes.
+#[derive(Args, Clone, Debug, Default)]
+pub struct DatabaseArgs {
+    /// Where keys are kept, such as sqlite:keyward.db [default: sqlite:keyward.db]
+    #[arg(long, env = "KEYWARD_DATABASE", value_name = "URL", hide_env_values = true)]
+    pub database: Option<SecretUrl>,
+    /// A file that holds the password of the PostgreSQL role, and nothing else [default: none]
+    #[arg(long, env = "KEYWARD_DATABASE_PASSWORD_FILE", value_name = "FILE")]
+    pub database_password_file: Option<PathBuf>,
+    /// A TOML file with settings
+    #[arg(long, env = "KEYWARD_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
+
+/// What a command takes that reads the server's settings and no more.
+#[derive(Args, Clone, Debug, Default)]
+pub struct ConfigArgs {
+    /// The TOML file with settings that the server is started with
+    #[arg(long, env = "KEYWARD_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
+
+impl ConfigArgs {
+    /// Reads the settings.
+    ///
+    /// # Errors
+    /// As for [`Settings::load`].
+    pub fn load(&self) -> Result<Settings, ConfigError> {
+        Settings::load_database(&DatabaseArgs { config: self.config.clone(), ..DatabaseArgs::default() })
+    }
+}
+
+/// How the log is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object a line.
+    Json,
+}

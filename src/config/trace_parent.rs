@@ -1,0 +1,61 @@
+//! The trace that a command was started in, as processes hand it on (OpenTelemetry, "Environment Variables as Context
+//! Propagation Carriers"): `TRACEPARENT` and `TRACESTATE`, with the values of W3C Trace Context's headers.
+//!
+//! A client command makes no span of its own: what it calls is a child of whoever started it. As in a call's headers,
+//! what is not well-formed is as good as missing.
+
+use std::ffi::OsString;
+
+use crate::trace::Parent;
+
+/// The span that a command was started in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TraceParent {
+    parent: String,
+    state: Option<String>,
+}
+
+impl TraceParent {
+    /// The one that the environment tells of.
+    pub(super) fn of(variable: impl Fn(&'static str) -> Option<OsString>) -> Option<TraceParent> {
+        let text = |name| variable(name)?.into_string().ok();
+        let (parent, state) = (text("TRACEPARENT")?, text("TRACESTATE"));
+        let read = Parent::read(parent.as_bytes(), state.as_deref().map(str::as_bytes))?;
+        let state = read.state().map(str::to_owned);
+        Some(TraceParent { parent, state })
+    }
+
+    /// The headers that a call made in it has, in visible ASCII.
+    pub fn headers(&self) -> impl Iterator<Item = (&'static str, &str)> {
+        let state = self.state.as_deref().map(|state| ("tracestate", state));
+        std::iter::once(("traceparent", &*self.parent)).chain(state)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PARENT: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+
+    fn headers(parent: &str, state: &str) -> Vec<(&'static str, String)> {
+        let variable = |name| Some(if name == "TRACEPARENT" { parent } else { state }.into());
+        let told = TraceParent::of(variable);
+        told.iter().flat_map(TraceParent::headers).map(|(name, value)| (name, value.to_owned())).collect()
+    }
+
+    #[test]
+    fn what_the_environment_says_is_sent_as_it_is() {
+        let both = [("traceparent", PARENT.to_owned()), ("tracestate", "a=1, b=2".to_owned())];
+        assert_eq!(headers(PARENT, "a=1, b=2"), both);
+        assert_eq!(TraceParent::of(|name| (name == "TRACESTATE").then(|| "a=1".into())), None);
+    }
+
+    #[test]
+    fn what_is_not_well_formed_is_not_sent() {
+        assert_eq!(headers("kw_live_x", "a=1"), []);
+        for state in ["a=\u{e9}".to_owned(), "a=1\nb: 2".to_owned(), "a=".repeat(300)] {
+            assert_eq!(headers(PARENT, &state), [("traceparent", PARENT.to_owned())], "{state}");
+        }
+    }
+}

@@ -45,7 +45,7 @@ fn headers(recorded: Option<bool>) -> HeaderMap {
 /// All that the gate does for a call besides answering it.
 fn call(calls: &Arc<Calls>, tracing: &Tracing, headers: &HeaderMap) -> Response<Body> {
     let begun = calls.begin(PATH);
-    let call = tracing.call(headers, None, SystemClock.now());
+    let call = tracing.call(Some(headers), None, SystemClock.now());
     let answer = async {
         let answer = async { Response::new(Body::empty()) };
         match tracing.span(METHOD) {

@@ -117,7 +117,7 @@ impl Answer {
 
     pub(crate) fn of(reason: Reason, revision: Revision) -> Answer {
         let mut failures = Failures::default();
-        failures.note(reason, true);
+        failures.note(reason, reason != Reason::Ok);
         Answer {
             failures,
             missing: Vec::new(),
@@ -403,7 +403,6 @@ impl Engine {
 
 /// A question, as far as it is decided without a wait.
 #[derive(Debug)]
-#[expect(clippy::large_enum_variant, reason = "it is taken apart where it is made")]
 pub enum Decided {
     /// It is answered.
     Answered(Answer),

@@ -175,22 +175,22 @@ impl RawTerms<'_> {
     /// Reads the terms.
     pub(super) fn read(&self, violations: &mut Violations) -> Terms {
         let field = |name: &str| format!("{}{name}", self.prefix);
-        let scopes = violations.take_each(&field("scopes"), self.scopes, MAX_SCOPES, Scope::parse_grant);
-        let roles = violations.take_each(&field("roles"), self.roles, MAX_ROLES, RoleName::parse);
+        let scopes = violations.take_each(field("scopes"), self.scopes, MAX_SCOPES, Scope::parse_grant);
+        let roles = violations.take_each(field("roles"), self.roles, MAX_ROLES, RoleName::parse);
         let customers =
-            violations.take_each(&field("customers"), self.customers, MAX_CUSTOMERS, CustomerId::parse);
+            violations.take_each(field("customers"), self.customers, MAX_CUSTOMERS, CustomerId::parse);
         let allowed_cidrs =
-            violations.take_each(&field("allowed_cidrs"), self.allowed_cidrs, MAX_CIDRS, read_net);
+            violations.take_each(field("allowed_cidrs"), self.allowed_cidrs, MAX_CIDRS, read_net);
         let rate_limits = read_limits(&field("rate_limits"), self.rate_limits, violations);
         let quota = self.quota.and_then(|quota| read_quota(&field("quota"), quota, violations));
         let size: usize = self.metadata.iter().map(|(name, value)| name.len() + value.len()).sum();
         violations.note_if(
             size > MAX_METADATA,
-            &field("metadata"),
+            field("metadata"),
             format!("has {size} bytes of names and values; at most {MAX_METADATA} are allowed"),
         );
         Terms {
-            name: self.name.and_then(|name| violations.take(&field("name"), KeyName::parse(name))),
+            name: self.name.and_then(|name| violations.take(field("name"), KeyName::parse(name))),
             scopes: ScopeSet::from(scopes),
             roles,
             expires_at: self.expires_at,
@@ -215,19 +215,15 @@ fn read_limits(field: &str, limits: &[pb::RateLimit], violations: &mut Violation
         let field = |name: &str| format!("{field}[{at}].{name}");
         // `quota` is how the answer of a Check names the quota.
         let named = RoleName::parse(name).is_ok() && name != "quota";
-        violations.note_if(
-            !named,
-            &field("name"),
-            "must be 1-64 characters of [a-z0-9_-], and not \"quota\"",
-        );
+        violations.note_if(!named, field("name"), "must be 1-64 characters of [a-z0-9_-], and not \"quota\"");
         let twice = read.iter().any(|other| other.name == *name);
-        violations.note_if(twice, &field("name"), format!("{name:?} is given twice"));
+        violations.note_if(twice, field("name"), format!("{name:?} is given twice"));
         let in_range = (1..=MAX_LIMIT).contains(limit);
-        violations.note_if(!in_range, &field("limit"), format!("must be 1 to {MAX_LIMIT}"));
-        violations.note_if(window.is_none(), &field("window"), "is required: one second to one day");
+        violations.note_if(!in_range, field("limit"), format!("must be 1 to {MAX_LIMIT}"));
+        violations.note_if(window.is_none(), field("window"), "is required: one second to one day");
         let window = read_duration(&field("window"), *window, violations).unwrap_or(MIN_WINDOW);
         let good = (MIN_WINDOW..=MAX_WINDOW).contains(&window);
-        violations.note_if(!good, &field("window"), "must be one second to one day");
+        violations.note_if(!good, field("window"), "must be one second to one day");
         read.push(RateLimit { name: name.clone(), limit: *limit, window });
     }
     read
@@ -235,7 +231,7 @@ fn read_limits(field: &str, limits: &[pb::RateLimit], violations: &mut Violation
 
 fn read_quota(field: &str, quota: &pb::Quota, violations: &mut Violations) -> Option<Quota> {
     let in_range = (1..=MAX_QUOTA).contains(&quota.limit);
-    violations.note_if(!in_range, &format!("{field}.limit"), format!("must be 1 to {MAX_QUOTA}"));
+    violations.note_if(!in_range, format_args!("{field}.limit"), format!("must be 1 to {MAX_QUOTA}"));
     let period = match pb::QuotaPeriod::try_from(quota.period) {
         Ok(pb::QuotaPeriod::Hour) => QuotaPeriod::Hour,
         Ok(pb::QuotaPeriod::Day) => QuotaPeriod::Day,

@@ -151,10 +151,8 @@ impl Services {
         let call = self.tracing.call(names, visitor.peer, self.engine.now());
         let (plain, mut call) = (begun.is_check() && !call.is_chosen(), Some(call));
         let mut request = request.map(Arriving::from);
-        if plain {
-            if let Some(response) = self.answer_directly(&mut request, &said, visitor, &mut call).await {
-                return begun.replied(response);
-            }
+        if plain && let Some(response) = self.answer_directly(&mut request, &said, visitor, &mut call).await {
+            return begun.replied(response);
         }
         // Apart on the heap: a future is as large as all that may go on in it, and most calls were Checks.
         Box::pin(self.answer_at_length(begun, call, request, visitor)).await.map(Reply::Any)

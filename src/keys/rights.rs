@@ -93,7 +93,7 @@ impl Keys {
             let known = self.engine.index.role(owner.account(), role).is_some();
             let problem =
                 format!("there is no role {:?} here; ListRoles shows those there are", role.as_str());
-            violations.note_if(!known, &format!("{field}[{at}]"), problem);
+            violations.note_if(!known, format_args!("{field}[{at}]"), problem);
         }
         violations.finish()
     }

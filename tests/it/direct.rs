@@ -48,7 +48,7 @@ async fn the_short_way_and_the_long_way_answer_alike() {
     for token in tokens(&server).await {
         for environment in ["production", "staging", "nowhere", ""] {
             for scopes in [&[][..], &["monitors:read"], &["monitors:read", "none:such"], &["no scope"]] {
-                for account in [None, Some("acme"), Some("globex"), Some("NO ID")] {
+                for account in [None, Some("acme"), Some("other"), Some("NO ID")] {
                     let question = pb::CheckRequest {
                         environment: environment.into(),
                         scopes: texts(scopes),
@@ -73,7 +73,7 @@ async fn callers_over_one_connection_are_told_apart_and_a_revoked_one_is_refused
     let subject = server.make(named_key("acme", "subject")).await;
     let question = check(&subject.token, "monitors:read");
     let caller = server.make(service_key("acme", &["keyward:check"])).await;
-    let other = server.make(service_key("globex", &["keyward:check"])).await;
+    let other = server.make(service_key("other", &["keyward:check"])).await;
     let useless = server.make(service_key("acme", &["keyward:keys:read"])).await;
     let (caller_wire, other_wire) = (server.holder(&caller.token), server.holder(&other.token));
     let useless_wire = server.holder(&useless.token);
@@ -86,7 +86,7 @@ async fn callers_over_one_connection_are_told_apart_and_a_revoked_one_is_refused
     server.root().revoke(&caller.id).await.unwrap();
     assert_eq!(ask(&caller_wire, &question).await.unwrap_err().0, Code::Unauthenticated);
     assert_eq!(ask(&other_wire, &question).await.unwrap().reason(), Reason::Unknown);
-    server.root().suspend("globex").await.unwrap();
+    server.root().suspend("other").await.unwrap();
     assert_eq!(ask(&other_wire, &question).await.unwrap_err().0, Code::Unauthenticated);
 }
 
@@ -110,7 +110,7 @@ fn drawn_key(random: &mut ChaCha8Rng, number: usize) -> pb::CreateKeyRequest {
     let networks = some(random, &["10.0.0.0/8"]);
     pb::CreateKeyRequest {
         environment: (*ENVIRONMENTS.choose(random).unwrap()).into(),
-        scopes: texts(&some(random, &SCOPES)),
+        scopes: texts(&[&["d"], &some(random, &SCOPES)[..]].concat()),
         customers: texts(&some(random, &CUSTOMERS)),
         allowed_cidrs: texts(&networks),
         ..named_key("acme", &format!("key {number}"))

@@ -13,7 +13,7 @@ use crate::domain::{
     token::Digest,
 };
 
-use super::{Committed, Head, IDEMPOTENCY_WINDOW, Idempotency, Outcome, Rejection, Write};
+use super::{Committed, Head, IDEMPOTENCY_WINDOW, Idempotency, Outcome, Rejection, Write, rows::secret_sum};
 
 type Verdict = Result<(), Rejection>;
 
@@ -147,6 +147,21 @@ pub(super) struct Request {
     pub(super) created_at: Timestamp,
 }
 
+/// A secret that the tables hold: whose it is, and when its row says that it ends, with that row's checksum. None = it was
+/// written in this run.
+#[derive(Debug)]
+pub(super) struct Held {
+    pub(super) key_id: KeyId,
+    pub(super) version: u32,
+    pub(super) row: Option<(Option<Timestamp>, i64)>,
+}
+
+impl Held {
+    fn is(&self, key_id: KeyId, version: u32) -> bool {
+        (self.key_id, self.version) == (key_id, version)
+    }
+}
+
 /// The answers to [`Questions`]. What is not in a map is not in the tables.
 #[derive(Debug, Default)]
 pub(super) struct Facts {
@@ -154,7 +169,7 @@ pub(super) struct Facts {
     pub(super) keys: HashMap<KeyId, Revision>,
     /// Which unrevoked key has a name.
     pub(super) names: HashMap<(Owner, KeyName), KeyId>,
-    pub(super) digests: HashMap<Digest, (KeyId, u32)>,
+    pub(super) digests: HashMap<Digest, Held>,
     pub(super) left: HashMap<KeyId, Secret>,
     pub(super) accounts: HashMap<AccountId, Revision>,
     pub(super) roles: HashMap<RolePlace, Revision>,
@@ -169,8 +184,8 @@ pub(super) struct Plan<'w> {
     pub(super) committed: Committed,
     /// Where the log ends after it.
     pub(super) head: Head,
-    /// Secrets that left their key's record alive, and end now.
-    pub(super) ended: Vec<(KeyId, Secret)>,
+    /// Secrets of the records whose rows do not say the same already; and those that left their record alive, and end now.
+    pub(super) secrets: Vec<(KeyId, Secret)>,
     /// Idempotency keys to be kept, with what was made under them.
     pub(super) requests: Vec<(&'w Idempotency, KeyId, Timestamp)>,
 }
@@ -181,7 +196,7 @@ pub(super) fn decide<'w>(
     mut facts: Facts,
     head: Head,
 ) -> Result<Plan<'w>, serde_json::Error> {
-    let mut plan = Plan { committed: Committed::default(), head, ended: Vec::new(), requests: Vec::new() };
+    let mut plan = Plan { committed: Committed::default(), head, secrets: Vec::new(), requests: Vec::new() };
     for write in run {
         let outcome = match facts.done_before(write) {
             Some(outcome) => outcome,
@@ -201,8 +216,10 @@ impl<'w> Plan<'w> {
         let change = write.change.clone().at_revision(self.head.revision.next());
         let row = write.log_row(&change, self.head)?;
         self.head = Head { revision: row.revision, hash: row.hash };
-        if let (Change::Key(key), Some(_)) = (&change, write.expect) {
-            self.ended.extend(facts.ended(key));
+        if let Change::Key(key) = &change {
+            let changed = key.secrets.iter().filter(|secret| !facts.says(key.id, secret));
+            self.secrets.extend(changed.map(|secret| (key.id, secret.clone())));
+            self.secrets.extend(write.expect.and_then(|_| facts.ended(key)));
         }
         if let (Some(request), Some(key_id)) = (&write.idempotency, change.key_id()) {
             let known = Request { key_id, fingerprint: request.fingerprint, created_at: write.at };
@@ -267,7 +284,7 @@ impl Facts {
         }
         as_expected(self.keys.get(&key.id), expect)?;
         let taken = |secret: &Secret| {
-            self.digests.get(&secret.digest).is_some_and(|known| *known != (key.id, secret.version))
+            self.digests.get(&secret.digest).is_some_and(|held| !held.is(key.id, secret.version))
         };
         let newest_taken = key.secrets.first().is_some_and(taken);
         // A new key that is there already under another id, name and all, is told by its digest.
@@ -286,6 +303,14 @@ impl Facts {
     fn name_taken(&self, key: &Key) -> bool {
         let Some(name) = key.terms.name.as_ref().filter(|_| key.revocation.is_none()) else { return false };
         self.names.get(&(key.owner.clone(), name.clone())).is_some_and(|holder| *holder != key.id)
+    }
+
+    /// Whether the secret's row says the same: all else in it never changes.
+    fn says(&self, id: KeyId, secret: &Secret) -> bool {
+        self.digests.get(&secret.digest).is_some_and(|held| {
+            let row = Some((secret.expires_at, secret_sum(id.as_bytes(), secret)));
+            held.is(id, secret.version) && held.row == row
+        })
     }
 
     /// The secret that left the record when the newest was made, ended then if it was alive still.
@@ -320,7 +345,10 @@ impl Facts {
 
     fn learn_key(&mut self, key: &Key) {
         self.keys.insert(key.id, key.revision);
-        self.digests.extend(key.secrets.iter().map(|secret| (secret.digest, (key.id, secret.version))));
+        self.digests.extend(key.secrets.iter().map(|secret| {
+            let held = Held { key_id: key.id, version: secret.version, row: None };
+            (secret.digest, held)
+        }));
         self.names.retain(|_, holder| *holder != key.id);
         if key.revocation.is_none() {
             self.names.extend(key.terms.name.clone().map(|name| ((key.owner.clone(), name), key.id)));

@@ -10,7 +10,7 @@ use crate::{
         token::Digest,
     },
     store::{
-        plan::{Facts, Questions, Request, RolePlace},
+        plan::{Facts, Held, Questions, Request, RolePlace},
         records::{Columns, bytes_at, secret_at},
         rows::{revision_from_i64, role_account},
     },
@@ -143,12 +143,13 @@ fn digests(asked: &Questions) -> Option<Question> {
         return None;
     }
     let sql = fill(
-        "SELECT digest, key_id, version FROM secrets WHERE digest = ANY ($1::bytea[])",
+        "SELECT digest, key_id, version, expires_at, sum FROM secrets WHERE digest = ANY ($1::bytea[])",
         &[column(&asked.digests, |digest| digest.as_bytes().to_vec())],
     );
     Some((sql, |row, facts| {
-        let holder = (id_at(row, 1)?, version_at(row, 2)?);
-        facts.digests.insert(Digest::from_bytes(bytes_at(row, 0)?), holder);
+        let ends = row.int_opt(3)?.map(Timestamp::from_micros);
+        let held = Held { key_id: id_at(row, 1)?, version: version_at(row, 2)?, row: Some((ends, row.int(4)?)) };
+        facts.digests.insert(Digest::from_bytes(bytes_at(row, 0)?), held);
         Ok(())
     }))
 }

@@ -84,6 +84,13 @@ pub(super) fn column<I: IntoIterator, T: Literal>(rows: I, of: impl Fn(I::Item) 
     format!("ARRAY[{}]", values.join(","))
 }
 
+/// Rows that are written together, as an INSERT's VALUES have them: the server plans these sooner than columns to be
+/// unnested.
+pub(super) fn rows<I: IntoIterator, const N: usize>(rows: I, of: impl Fn(I::Item) -> [String; N]) -> String {
+    let rows: Vec<_> = rows.into_iter().map(|row| format!("({})", of(row).join(", "))).collect();
+    rows.join(", ")
+}
+
 /// A statement with values in the places `$1`, `$2` and so on. What stands in a value is not looked at.
 pub(super) fn fill(sql: &str, values: &[String]) -> String {
     let mut pieces = sql.split('$');
@@ -119,5 +126,7 @@ mod tests {
         assert_eq!(fill("none", &[]), "none");
         assert_eq!(column([1i64, 2], |value| value), "ARRAY['1'::bigint,'2'::bigint]");
         assert_eq!(column(Vec::<i64>::new(), |value| value), "ARRAY[]");
+        let two = |value: i64| [value.literal(), "NULL".to_owned()];
+        assert_eq!(rows([1i64, 2], two), "('1'::bigint, NULL), ('2'::bigint, NULL)");
     }
 }

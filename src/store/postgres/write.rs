@@ -27,7 +27,7 @@ use crate::{
 };
 
 use super::{
-    literal::{Literal as _, column, fill},
+    literal::{Literal as _, fill, rows as values},
     query,
 };
 
@@ -50,7 +50,7 @@ pub(super) fn run(script: &mut Vec<String>, plan: &Plan<'_>) {
     put_roles(script, &roles);
     put_members(script, &members);
     put_keys(script, &keys);
-    put_secrets(script, &keys, &plan.ended);
+    put_secrets(script, &plan.secrets);
     let rows: Vec<_> = plan.committed.rows.iter().map(|(row, _)| row).collect();
     append(script, &rows);
     remember(script, plan);
@@ -60,32 +60,44 @@ fn put_accounts(script: &mut Vec<String>, rows: &[&Account]) {
     if rows.is_empty() {
         return;
     }
+    let rows = values(rows, |row| {
+        [
+            row.id.as_str().literal(),
+            row.name.as_str().literal(),
+            row.suspended_at.map(|at| at.as_micros()).literal(),
+            row.created_at.as_micros().literal(),
+            row.updated_at.as_micros().literal(),
+            revision_to_i64(row.revision).literal(),
+            account_sum(row).literal(),
+            longest_life(row).literal(),
+        ]
+    });
     script.push(fill(
-"INSERT INTO accounts (id, name, suspended_at, created_at, updated_at, revision, sum, longest_life) \
-         SELECT * FROM unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[], \
-         $7::bigint[], $8::bigint[]) ON CONFLICT (id) DO UPDATE SET name = excluded.name, \
-         suspended_at = excluded.suspended_at, updated_at = excluded.updated_at, revision = excluded.revision, \
-         sum = excluded.sum, longest_life = excluded.longest_life",
-&[column(rows, |row| row.id.to_string()), column(rows, |row| row.name.to_string()), column(rows, |row| row.suspended_at.map(|at| at.as_micros())), column(rows, |row| row.created_at.as_micros()), column(rows, |row| row.updated_at.as_micros()), column(rows, |row| revision_to_i64(row.revision)), column(rows, |row| account_sum(row)), column(rows, |row| longest_life(row))],
-));
+        "INSERT INTO accounts (id, name, suspended_at, created_at, updated_at, revision, sum, longest_life) \
+         VALUES $1 ON CONFLICT (id) DO UPDATE SET name = excluded.name, suspended_at = excluded.suspended_at, \
+         updated_at = excluded.updated_at, revision = excluded.revision, sum = excluded.sum, \
+         longest_life = excluded.longest_life",
+        &[rows],
+    ));
 }
 
 fn put_roles(script: &mut Vec<String>, rows: &[&Role]) {
     if rows.is_empty() {
         return;
     }
+    let rows = values(rows, |row| {
+        [
+            role_account(row.account.as_ref()).literal(),
+            row.name.as_str().literal(),
+            role_scopes(row).literal(),
+            revision_to_i64(row.revision).literal(),
+            role_sum(row).literal(),
+        ]
+    });
     script.push(fill(
-        "INSERT INTO roles (account, name, scopes, revision, sum) \
-         SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::bigint[], $5::bigint[]) \
-         ON CONFLICT (account, name) DO UPDATE SET scopes = excluded.scopes, revision = excluded.revision, \
-         sum = excluded.sum",
-        &[
-            column(rows, |row| role_account(row.account.as_ref()).to_owned()),
-            column(rows, |row| row.name.to_string()),
-            column(rows, |row| role_scopes(row)),
-            column(rows, |row| revision_to_i64(row.revision)),
-            column(rows, |row| role_sum(row)),
-        ],
+        "INSERT INTO roles (account, name, scopes, revision, sum) VALUES $1 ON CONFLICT (account, name) \
+         DO UPDATE SET scopes = excluded.scopes, revision = excluded.revision, sum = excluded.sum",
+        &[rows],
     ));
 }
 
@@ -93,18 +105,19 @@ fn put_members(script: &mut Vec<String>, rows: &[&Member]) {
     if rows.is_empty() {
         return;
     }
+    let rows = values(rows, |row| {
+        [
+            row.account.as_str().literal(),
+            row.user.as_str().literal(),
+            row.role.as_str().literal(),
+            revision_to_i64(row.revision).literal(),
+            member_sum(row).literal(),
+        ]
+    });
     script.push(fill(
-        "INSERT INTO members (account, user_id, role, revision, sum) \
-         SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::bigint[], $5::bigint[]) \
-         ON CONFLICT (account, user_id) DO UPDATE SET role = excluded.role, revision = excluded.revision, \
-         sum = excluded.sum",
-        &[
-            column(rows, |row| row.account.to_string()),
-            column(rows, |row| row.user.to_string()),
-            column(rows, |row| row.role.to_string()),
-            column(rows, |row| revision_to_i64(row.revision)),
-            column(rows, |row| member_sum(row)),
-        ],
+        "INSERT INTO members (account, user_id, role, revision, sum) VALUES $1 ON CONFLICT (account, user_id) \
+         DO UPDATE SET role = excluded.role, revision = excluded.revision, sum = excluded.sum",
+        &[rows],
     ));
 }
 
@@ -127,15 +140,37 @@ fn put_keys(script: &mut Vec<String>, keys: &[&Key]) {
     if keys.is_empty() {
         return;
     }
-    let rows: Vec<_> = keys.iter().map(|key| KeyRow::of(key)).collect();
+    let rows = values(keys, |key| {
+        let row = KeyRow::of(key);
+        [
+            row.id.as_slice().literal(),
+            row.account.literal(),
+            row.user_id.literal(),
+            row.environment.literal(),
+            row.name.literal(),
+            row.scopes.literal(),
+            row.roles.literal(),
+            row.expires_at.literal(),
+            row.customers.literal(),
+            row.allowed_cidrs.literal(),
+            row.rate_limits.literal(),
+            row.quota.literal(),
+            row.metadata.literal(),
+            row.created_at.literal(),
+            row.created_by.literal(),
+            row.updated_at.literal(),
+            row.disabled_at.literal(),
+            row.revoked_at.literal(),
+            row.revoke_reason.literal(),
+            row.revoke_comment.as_deref().map(|comment| comment.as_bytes().to_vec()).literal(),
+            row.revision.literal(),
+            row.sum().literal(),
+        ]
+    });
     script.push(fill(
         "INSERT INTO keys (id, account, user_id, environment, name, scopes, roles, expires_at, customers, \
          allowed_cidrs, rate_limits, quota, metadata, created_at, created_by, updated_at, disabled_at, \
-         revoked_at, revoke_reason, revoke_comment, revision, sum) \
-         SELECT * FROM unnest($1::bytea[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], \
-         $7::text[], $8::bigint[], $9::text[], $10::text[], $11::text[], $12::text[], $13::text[], \
-         $14::bigint[], $15::text[], $16::bigint[], $17::bigint[], $18::bigint[], $19::text[], $20::bytea[], \
-         $21::bigint[], $22::bigint[]) \
+         revoked_at, revoke_reason, revoke_comment, revision, sum) VALUES $1 \
          ON CONFLICT (id) DO UPDATE SET account = excluded.account, user_id = excluded.user_id, \
          environment = excluded.environment, name = excluded.name, scopes = excluded.scopes, \
          roles = excluded.roles, expires_at = excluded.expires_at, customers = excluded.customers, \
@@ -144,60 +179,37 @@ fn put_keys(script: &mut Vec<String>, keys: &[&Key]) {
          updated_at = excluded.updated_at, disabled_at = excluded.disabled_at, \
          revoked_at = excluded.revoked_at, revoke_reason = excluded.revoke_reason, \
          revoke_comment = excluded.revoke_comment, revision = excluded.revision, sum = excluded.sum",
-        &[
-            column(&rows, |row| row.id.to_vec()),
-            column(&rows, |row| row.account.clone()),
-            column(&rows, |row| row.user_id.clone()),
-            column(&rows, |row| row.environment.clone()),
-            column(&rows, |row| row.name.clone()),
-            column(&rows, |row| row.scopes.clone()),
-            column(&rows, |row| row.roles.clone()),
-            column(&rows, |row| row.expires_at),
-            column(&rows, |row| row.customers.clone()),
-            column(&rows, |row| row.allowed_cidrs.clone()),
-            column(&rows, |row| row.rate_limits.clone()),
-            column(&rows, |row| row.quota.clone()),
-            column(&rows, |row| row.metadata.clone()),
-            column(&rows, |row| row.created_at),
-            column(&rows, |row| row.created_by.clone()),
-            column(&rows, |row| row.updated_at),
-            column(&rows, |row| row.disabled_at),
-            column(&rows, |row| row.revoked_at),
-            column(&rows, |row| row.revoke_reason.clone()),
-            column(&rows, |row| row.revoke_comment.clone().map(String::into_bytes)),
-            column(&rows, |row| row.revision),
-            column(&rows, KeyRow::sum),
-        ],
+        &[rows],
     ));
 }
 
-/// Brings the secrets' rows to where the records say; only a record's newest can be new.
-fn put_secrets(script: &mut Vec<String>, keys: &[&Key], ended: &[(KeyId, Secret)]) {
-    let of_keys = keys.iter().flat_map(|key| key.secrets.iter().map(|secret| (key.id, secret)));
-    let ended = ended.iter().map(|(id, secret)| (*id, secret));
-    let mut rows: Vec<_> = of_keys.chain(ended).collect();
-    if rows.is_empty() {
+/// Brings the secrets' rows to where the plan says; only a record's newest can be new.
+fn put_secrets(script: &mut Vec<String>, secrets: &[(KeyId, Secret)]) {
+    if secrets.is_empty() {
         return;
     }
-    rows.sort_by_key(|(id, secret)| (*id, secret.version));
+    let mut secrets: Vec<_> = secrets.iter().collect();
+    secrets.sort_by_key(|(id, secret)| (*id, secret.version));
+    let rows = values(&secrets, |(id, secret)| {
+        [
+            secret.digest.as_bytes().as_slice().literal(),
+            id.as_bytes().as_slice().literal(),
+            i64::from(secret.version).literal(),
+            secret.hint.literal(),
+            secret.created_at.as_micros().literal(),
+            secret.expires_at.map(|end| end.as_micros()).literal(),
+            secret_sum(id.as_bytes(), secret).literal(),
+        ]
+    });
+    let count = i64::try_from(secrets.len()).unwrap_or(i64::MAX).literal();
     // A digest that is another secret's was found out before; here nothing may be overwritten: what it divides by then is
     // zero, which ends the transaction.
     script.push(fill(
         "WITH written AS (INSERT INTO secrets (digest, key_id, version, hint, created_at, expires_at, sum) \
-         SELECT * FROM unnest($1::bytea[], $2::bytea[], $3::bigint[], $4::text[], $5::bigint[], $6::bigint[], \
-         $7::bigint[]) ON CONFLICT (digest) DO UPDATE SET expires_at = excluded.expires_at, \
+         VALUES $1 ON CONFLICT (digest) DO UPDATE SET expires_at = excluded.expires_at, \
          sum = excluded.sum WHERE secrets.key_id = excluded.key_id AND secrets.version = excluded.version \
-         RETURNING 1) SELECT 1 / (count(*) = $8)::int FROM written",
-        &[
-            column(&rows, |(_, secret)| secret.digest.as_bytes().to_vec()),
-            column(&rows, |(id, _)| id.as_bytes().to_vec()),
-            column(&rows, |(_, secret)| i64::from(secret.version)),
-            column(&rows, |(_, secret)| secret.hint.clone()),
-            column(&rows, |(_, secret)| secret.created_at.as_micros()),
-            column(&rows, |(_, secret)| secret.expires_at.map(|end| end.as_micros())),
-            column(&rows, |(id, secret)| secret_sum(id.as_bytes(), secret)),
-            i64::try_from(rows.len()).unwrap_or(i64::MAX).literal(),
-        ],
+         RETURNING 1) SELECT 1 / (count(*) = $2)::int FROM written",
+        &[rows, count],
     ));
 }
 
@@ -205,26 +217,28 @@ fn append(script: &mut Vec<String>, rows: &[&LogRow]) {
     if rows.is_empty() {
         return;
     }
+    let text = |text: Option<String>| text.literal();
+    let rows = values(rows, |row| {
+        [
+            revision_to_i64(row.revision).literal(),
+            row.at.as_micros().literal(),
+            row.action.literal(),
+            text(row.account.as_ref().map(ToString::to_string)),
+            row.key_id.map(|id| id.as_bytes().to_vec()).literal(),
+            text(row.user.as_ref().map(ToString::to_string)),
+            row.actor.literal(),
+            text(row.actor_account.as_ref().map(ToString::to_string)),
+            text(row.acting_user.as_ref().map(ToString::to_string)),
+            row.method.literal(),
+            row.payload.literal(),
+            row.prev_hash.as_slice().literal(),
+            row.hash.as_slice().literal(),
+        ]
+    });
     script.push(fill(
         "INSERT INTO log (revision, at, action, account, key_id, user_id, actor, actor_account, acting_user, \
-         method, payload, prev_hash, hash) \
-         SELECT * FROM unnest($1::bigint[], $2::bigint[], $3::text[], $4::text[], $5::bytea[], $6::text[], \
-         $7::text[], $8::text[], $9::text[], $10::text[], $11::text[], $12::bytea[], $13::bytea[])",
-        &[
-            column(rows, |row| revision_to_i64(row.revision)),
-            column(rows, |row| row.at.as_micros()),
-            column(rows, |row| row.action.clone()),
-            column(rows, |row| row.account.as_ref().map(ToString::to_string)),
-            column(rows, |row| row.key_id.map(|id| id.as_bytes().to_vec())),
-            column(rows, |row| row.user.as_ref().map(ToString::to_string)),
-            column(rows, |row| row.actor.clone()),
-            column(rows, |row| row.actor_account.as_ref().map(ToString::to_string)),
-            column(rows, |row| row.acting_user.as_ref().map(ToString::to_string)),
-            column(rows, |row| row.method.clone()),
-            column(rows, |row| row.payload.clone()),
-            column(rows, |row| row.prev_hash.to_vec()),
-            column(rows, |row| row.hash.to_vec()),
-        ],
+         method, payload, prev_hash, hash) VALUES $1",
+        &[rows],
     ));
 }
 
@@ -262,18 +276,20 @@ fn remember(script: &mut Vec<String>, plan: &Plan<'_>) {
         .collect();
     let rows: Vec<_> = newest.into_iter().collect();
     let Some(oldest) = rows.iter().map(|(_, (_, _, at))| *at).min() else { return };
+    let remembered = values(&rows, |((caller, key), (fingerprint, key_id, at))| {
+        [
+            caller.as_bytes().as_slice().literal(),
+            key.as_str().literal(),
+            fingerprint.as_slice().literal(),
+            key_id.as_bytes().as_slice().literal(),
+            at.as_micros().literal(),
+        ]
+    });
     script.push(fill(
-        "INSERT INTO idempotency (caller, key, fingerprint, key_id, created_at) \
-         SELECT * FROM unnest($1::bytea[], $2::text[], $3::bytea[], $4::bytea[], $5::bigint[]) \
+        "INSERT INTO idempotency (caller, key, fingerprint, key_id, created_at) VALUES $1 \
          ON CONFLICT (caller, key) DO UPDATE SET fingerprint = excluded.fingerprint, \
          key_id = excluded.key_id, created_at = excluded.created_at",
-        &[
-            column(&rows, |((caller, _), _)| caller.as_bytes().to_vec()),
-            column(&rows, |((_, key), _)| key.to_string()),
-            column(&rows, |(_, (fingerprint, _, _))| fingerprint.to_vec()),
-            column(&rows, |(_, (_, key_id, _))| key_id.as_bytes().to_vec()),
-            column(&rows, |(_, (_, _, at))| at.as_micros()),
-        ],
+        &[remembered],
     ));
     script.push(fill(
         "DELETE FROM idempotency WHERE (caller, key) IN (SELECT caller, key FROM idempotency \

@@ -260,6 +260,22 @@ impl LogRow {
         }
     }
 
+    /// Whether its change may take something away. What this version does not know may.
+    #[must_use]
+    pub fn may_narrow(&self) -> bool {
+        !matches!(
+            Action::parse(&self.action),
+            Some(
+                Action::KeyCreated
+                    | Action::KeyImported
+                    | Action::KeyEnabled
+                    | Action::AccountCreated
+                    | Action::AccountResumed
+                    | Action::LogArchived
+            )
+        )
+    }
+
     /// The hash that this entry must have: SHA-256 over a version tag, the hash before, the two numbers as
     /// 8 bytes big-endian, and every text with its length as 8 bytes big-endian before it. An absent value
     /// has the length 2^64-1, so that it differs from an empty one.

@@ -1,4 +1,4 @@
-//! What is quicker than renewals: this process's own commits, and reading the log when somebody seems to have
+//! What is quicker than renewals: this process's own commits, and reading the log when somebody else seems to have
 //! committed. A hint may never come, where a pooler drops notifications; so until one has been heard, the log is read
 //! four times a second. The truth never depends on either: each renewal brings what is lacking.
 
@@ -17,11 +17,15 @@ use tokio::{
 
 use crate::{
     domain::lease::replica::Event,
-    store::{StoreError, fleet::Fleet, writer::Follower},
+    store::{
+        StoreError,
+        fleet::{Fleet, Hint},
+        writer::Follower,
+    },
 };
 
 use super::{
-    feed::{Input, diverged},
+    feed::{Input, Sight, diverged},
     follow::Follow,
 };
 
@@ -93,29 +97,45 @@ fn is_deaf() -> bool {
 }
 
 /// Reads the log when others commit, or seem to.
-pub(super) async fn listen(fleet: Arc<dyn Fleet>, follow: Arc<Follow>, answers: mpsc::Sender<Input>) {
+pub(super) async fn listen(
+    fleet: Arc<dyn Fleet>,
+    follow: Arc<Follow>,
+    sight: Arc<Sight>,
+    answers: mpsc::Sender<Input>,
+) {
     #[cfg(keyward_breakable)]
     if is_deaf() {
         return std::future::pending().await;
     }
     let (hinted, hears) = (Notify::new(), AtomicBool::new(false));
-    tokio::join!(hear(&*fleet, &follow, &hinted, &hears), read(&*fleet, &follow, &answers, &hinted, &hears));
+    tokio::join!(hear(&*fleet, &follow, &sight, &hinted, &hears), read(&*fleet, &follow, &answers, &hinted, &hears));
 }
 
-async fn hear(fleet: &dyn Fleet, follow: &Follow, hinted: &Notify, hears: &AtomicBool) {
+async fn hear(fleet: &dyn Fleet, follow: &Follow, sight: &Sight, hinted: &Notify, hears: &AtomicBool) {
     let mut backoff = FIRST_BACKOFF;
+    let hear = |does: bool| {
+        hears.store(does, Ordering::Relaxed);
+        sight.acks().set_hears(does);
+    };
     loop {
-        match fleet.hint().await {
-            Ok(revision) => {
-                hears.store(true, Ordering::Relaxed);
+        let hint = fleet.hint().await;
+        hear(hint.is_ok());
+        match hint {
+            Ok(hint) => {
                 backoff = FIRST_BACKOFF;
-                // Mostly this process's own; whoever else brought it has said so.
-                if revision.is_some_and(|revision| revision <= Follower::revision(follow)) {
-                    continue;
+                match hint {
+                    Hint::Acknowledged { replica, upto } => {
+                        sight.acks().told(replica, upto);
+                        continue;
+                    }
+                    // Whoever commits takes it in without a reading.
+                    Hint::Own => continue,
+                    // Another hint, or a renewal, has brought it.
+                    Hint::Committed(Some(upto)) if upto <= Follower::revision(follow) => continue,
+                    Hint::Committed(_) => {}
                 }
             }
             Err(error) => {
-                hears.store(false, Ordering::Relaxed);
                 tracing::debug!(
                     error = &error as &dyn std::error::Error,
                     "no notifications; the log is polled"

@@ -4,6 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use tokio::time::sleep;
 
+use super::feed::Sight;
 use crate::{
     clock::Clock,
     domain::lease::{
@@ -14,7 +15,7 @@ use crate::{
 };
 
 /// Watches over the rows for as long as it runs.
-pub(super) async fn run(fleet: Arc<dyn Fleet>, clock: Arc<dyn Clock>, lease: Lease) {
+pub(super) async fn run(fleet: Arc<dyn Fleet>, clock: Arc<dyn Clock>, sight: Arc<Sight>, lease: Lease) {
     let mut machine = Collector::new(lease);
     loop {
         let mut actions = machine.on(Event::Tick, clock.boottime());
@@ -22,7 +23,10 @@ pub(super) async fn run(fleet: Arc<dyn Fleet>, clock: Arc<dyn Clock>, lease: Lea
             match action {
                 Action::List { attempt } => {
                     let event = match fleet.roster(&[]).await {
-                        Ok(roster) => Event::Listed { attempt, listing: roster.listing },
+                        Ok(roster) => {
+                            sight.acks().listed(&roster);
+                            Event::Listed { attempt, listing: roster.listing }
+                        }
                         Err(_) => Event::Failed { attempt },
                     };
                     actions.extend(machine.on(event, clock.boottime()));

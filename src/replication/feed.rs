@@ -33,6 +33,7 @@ use crate::{
 };
 
 use super::{
+    acks::{Acks, TELLING},
     changes, collect,
     follow::{Broken, Follow},
     regression,
@@ -75,6 +76,7 @@ pub struct Sight {
     failures: AtomicU64,
     frozen: AtomicU64,
     replicas: AtomicU64,
+    acks: Acks,
 }
 
 impl Sight {
@@ -100,6 +102,16 @@ impl Sight {
     #[must_use]
     pub fn replicas(&self) -> u64 {
         self.replicas.load(Ordering::Relaxed)
+    }
+
+    /// What the others have told of their acknowledgments.
+    pub(super) fn acks(&self) -> &Acks {
+        &self.acks
+    }
+
+    /// Whether replicas tell what they acknowledge.
+    pub(super) fn are_few(&self) -> bool {
+        self.replicas() <= TELLING
     }
 
     fn set_id(&self, id: Option<ReplicaId>) {
@@ -152,8 +164,13 @@ pub fn start(parts: Parts, Terms { lease, epoch, .. }: Terms) -> Running {
     let (failed, has_failed) = watch::channel(false);
     let (answers, inputs) = mpsc::channel(ANSWERS);
     let beside = vec![
-        tokio::spawn(collect::run(parts.fleet.clone(), parts.clock.clone(), lease)),
-        tokio::spawn(changes::listen(parts.fleet.clone(), parts.follow.clone(), answers.clone())),
+        tokio::spawn(collect::run(parts.fleet.clone(), parts.clock.clone(), parts.sight.clone(), lease)),
+        tokio::spawn(changes::listen(
+            parts.fleet.clone(),
+            parts.follow.clone(),
+            parts.sight.clone(),
+            answers.clone(),
+        )),
         tokio::spawn(changes::moves(parts.follow.clone(), answers.clone())),
         tokio::spawn(changes::divergences(parts.follow.clone(), answers.clone())),
     ];
@@ -352,8 +369,11 @@ impl Feed {
     fn renew(&mut self, renewal: Renewal) {
         let fleet = self.parts.fleet.clone();
         let attempt = renewal.attempt;
+        // Whoever waits reads the rows by and by anyway: it is not told again where that fails.
+        let told = renewal.applied.is_some_and(|at| self.parts.follow.is_to_tell(at.revision));
+        let tell = told && self.sight.are_few();
         self.request(attempt, async move {
-            match fleet.renew(&renewal).await {
+            match fleet.renew(&renewal, tell).await {
                 Ok(renewed) => Input::Renewed(attempt, Box::new(renewed)),
                 Err(error) => said_failed(attempt, "renewal", &error),
             }

@@ -40,6 +40,8 @@ pub enum Broken {
 #[derive(Default)]
 struct State {
     at: Option<Position>,
+    /// The newest change of others that may take something away, until its acknowledgment is told.
+    untold: Option<Revision>,
     recent: VecDeque<(Revision, Hash)>,
 }
 
@@ -129,12 +131,22 @@ impl Follow {
         self.state().link(revision)
     }
 
-    /// Takes changes that are in order; those that it has already do not count. Gives where it is then, and whether
-    /// any was new.
+    /// Whether somebody may wait to hear that everything up to here is acknowledged. It is told once.
+    #[must_use]
+    pub fn is_to_tell(&self, upto: Revision) -> bool {
+        self.state().untold.take_if(|untold| *untold <= upto).is_some()
+    }
+
+    /// Takes changes of others that are in order; those that it has already do not count. Gives where it is then, and
+    /// whether any was new.
     ///
     /// # Errors
     /// When they do not follow what it has. What followed up to there is in force.
     pub fn take(&self, rows: &[(LogRow, Change)]) -> Result<(Position, bool), Broken> {
+        self.put(rows, true)
+    }
+
+    fn put(&self, rows: &[(LogRow, Change)], others: bool) -> Result<(Position, bool), Broken> {
         let mut state = self.state();
         let mut moved = false;
         for change in rows {
@@ -156,6 +168,9 @@ impl Follow {
             }
             self.index.applied(std::slice::from_ref(change));
             state.note(Position { revision: row.revision, hash: row.hash });
+            if others && row.may_narrow() {
+                state.untold = Some(row.revision);
+            }
             moved = true;
         }
         let at = state.at.ok_or(Broken::NotLoaded)?;
@@ -213,7 +228,7 @@ impl Follower for Follow {
     }
 
     fn applied(&self, rows: &[(LogRow, Change)]) {
-        if let Err(broken) = self.take(rows) {
+        if let Err(broken) = self.put(rows, false) {
             tracing::error!(?broken, "changes that were committed do not follow what this process holds");
             self.diverged.send_replace(Some(broken));
         }

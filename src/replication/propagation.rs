@@ -35,6 +35,8 @@ use super::{feed::Sight, follow::Follow};
 const LONGEST: Duration = Duration::from_secs(300);
 /// How long after a commit others are asked about it at the earliest.
 const FIRST_LOOK: Duration = Duration::from_millis(1);
+/// The same where they tell that they have acknowledged it, and that is heard: then only if it is not.
+const UNTOLD_LOOK: Duration = Duration::from_millis(5);
 /// How many changes may wait for a reading; those beyond wait for a place.
 const QUEUE: usize = 1024;
 
@@ -175,7 +177,7 @@ impl Propagation {
         clock: Arc<dyn Clock>,
     ) -> Propagation {
         let (readings, wanted) = mpsc::channel(QUEUE);
-        tokio::spawn(read(fleet.clone(), wanted));
+        tokio::spawn(read(fleet.clone(), sight.clone(), wanted));
         let replicas = Some(Replicas { fleet, follow, sight, readings });
         Propagation { clock, replicas, stopping: watch::Sender::new(false), waits: Arc::default() }
     }
@@ -276,12 +278,17 @@ impl Propagation {
             sync_replicated: false,
             until,
             give_up: committed.plus(LONGEST),
+            told: false,
         };
         let mut stopping = self.stopping.subscribe();
         let ended = async {
             // Others have not heard of it yet: who asks at once takes time from those who are to acknowledge.
             if !again && replicas.sight.replicas() > 1 {
-                sleep(FIRST_LOOK).await;
+                let told = replicas.sight.are_few() && replicas.sight.acks().hears();
+                tokio::select! {
+                    () = sleep(if told { UNTOLD_LOOK } else { FIRST_LOOK }) => {}
+                    () = wait.until_told() => {}
+                }
             }
             wait.run(each).await
         };
@@ -330,9 +337,20 @@ struct Wait<'a> {
     sync_replicated: bool,
     until: Option<Instant>,
     give_up: Boottime,
+    /// All that are known seemed to have acknowledged it. That is listened to once.
+    told: bool,
 }
 
 impl Wait<'_> {
+    async fn until_told(&mut self) {
+        if self.told {
+            return std::future::pending().await;
+        }
+        let (own, revision) = (self.replicas.sight.id(), self.revoker.propagation().revision);
+        self.replicas.sight.acks().all(own, revision).await;
+        self.told = true;
+    }
+
     async fn run(&mut self, each: &mut (dyn FnMut(Report) + Send)) -> Result<Report, Incomplete> {
         let mut event = Event::Tick;
         loop {
@@ -356,11 +374,12 @@ impl Wait<'_> {
             if now >= self.give_up && self.revoker.propagation().complete_by.is_none() {
                 return Err(self.in_time());
             }
-            tokio::select! {
-                () = sleep(wake.since(now)) => {}
-                () = patience(self.until) => return Err(self.in_time()),
-            }
-            event = Event::Tick;
+            let until = self.until;
+            event = tokio::select! {
+                () = sleep(wake.since(now)) => Event::Tick,
+                () = self.until_told() => Event::Hint,
+                () = patience(until) => return Err(self.in_time()),
+            };
         }
     }
 
@@ -424,11 +443,14 @@ async fn patience(until: Option<Instant>) {
 }
 
 /// Reads the rows for whoever waits: one reading for all who asked before it.
-async fn read(fleet: Arc<dyn Fleet>, mut wanted: mpsc::Receiver<Wanted>) {
+async fn read(fleet: Arc<dyn Fleet>, sight: Arc<Sight>, mut wanted: mpsc::Receiver<Wanted>) {
     let mut waiting = Vec::new();
     while wanted.recv_many(&mut waiting, QUEUE).await > 0 {
         let revisions: Vec<_> = waiting.iter().map(|(revision, _)| *revision).collect();
         let read = fleet.roster(&revisions).await.map(Arc::new).map_err(Arc::new);
+        if let Ok(roster) = &read {
+            sight.acks().listed(roster);
+        }
         for (_, answer) in waiting.drain(..) {
             // Whoever has given up does not hear of it.
             let _ = answer.send(read.clone());

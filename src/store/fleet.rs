@@ -46,6 +46,22 @@ pub struct Roster {
     pub sync_replicated: bool,
 }
 
+/// Something that somebody has been told over the database. It may come late, twice, never, or from anybody.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hint {
+    /// Something was committed, up to this revision where that can be read.
+    Committed(Option<Revision>),
+    /// This process has committed something itself.
+    Own,
+    /// A replica has acknowledged every change up to a revision.
+    Acknowledged {
+        /// Which.
+        replica: ReplicaId,
+        /// Up to where.
+        upto: Revision,
+    },
+}
+
 /// What the database says to all replicas.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Terms {
@@ -77,8 +93,8 @@ pub trait Fleet: Send + Sync + 'static {
     /// Inserts a row, without `applied`, with a `renew_seq` of 0.
     async fn register(&self, id: ReplicaId, name: &str) -> Result<(), StoreError>;
 
-    /// Renews: one durable transaction.
-    async fn renew(&self, renewal: &Renewal) -> Result<Renewed, StoreError>;
+    /// Renews: one durable transaction. `tell`: whoever listens hears afterwards up to where it acknowledges.
+    async fn renew(&self, renewal: &Renewal, tell: bool) -> Result<Renewed, StoreError>;
 
     /// Writes to a row, durably: so what was read since `since`, and before this, was the newest there was. A primary that
     /// was replaced answers reads and commits nothing. False = it may not have been, for another server has answered
@@ -94,12 +110,12 @@ pub trait Fleet: Send + Sync + 'static {
     /// Deletes a row; with `renew_seq`, only if its count still is that. Whether there was one.
     async fn remove(&self, id: ReplicaId, renew_seq: Option<u64>) -> Result<bool, StoreError>;
 
-    /// Waits until something seems to have been committed, and says up to which revision, as far as it knows. It may
-    /// say so too often, and never where the way to the database passes no notifications.
+    /// Waits until something seems to have been committed or acknowledged. It may say so too often, and never where the
+    /// way to the database passes no notifications.
     ///
     /// # Errors
     /// When the connection for it ends, or has been silent for long; the next call makes another.
-    async fn hint(&self) -> Result<Option<Revision>, StoreError>;
+    async fn hint(&self) -> Result<Hint, StoreError>;
 
     /// Lets this process build on whatever history the database has: people have accepted that it is another one.
     fn start_over(&self);

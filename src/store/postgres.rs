@@ -92,6 +92,9 @@ async fn within<T>(limit: Duration, work: impl Future<Output = Result<T>>) -> Re
 /// worth compiling: where the server guesses a table's size wrong, that takes longer than all of it.
 struct Begins {
     one: String,
+    /// Of the replicas' lines. What stands in functions is planned once and for any values; whatever the server knew of
+    /// the tables by then, it goes by their indices.
+    line: String,
     view: String,
 }
 
@@ -106,7 +109,12 @@ impl Begins {
                  set_config('idle_in_transaction_session_timeout', '{limit}', true), set_config('jit', 'off', true)"
             )
         };
-        Begins { one: begin("READ COMMITTED", CALL), view: begin("REPEATABLE READ", 4 * NEXT_ROW) }
+        let one = begin("READ COMMITTED", CALL);
+        let line = format!(
+            "{one}, set_config('plan_cache_mode', 'force_generic_plan', true), \
+             set_config('enable_seqscan', 'off', true)"
+        );
+        Begins { one, line, view: begin("REPEATABLE READ", 4 * NEXT_ROW) }
     }
 }
 
@@ -275,9 +283,10 @@ impl Postgres {
             session.end("ROLLBACK").await?;
             return Ok(committed);
         }
-        write::head(&mut script, head, &self.place.schema);
+        write::head(&mut script, head, self.place.commits());
         script.push("COMMIT".to_owned());
         *committing = true;
+        self.fleet.commits(Some(head.revision));
         session.end(script.join("; ")).await?;
         Ok(committed)
     }
@@ -373,6 +382,8 @@ impl Backend for Postgres {
             *self.known() = Some(Head { revision: row.revision, hash: row.hash });
         }
         result.map_err(|error| {
+            // Another may commit this revision.
+            self.fleet.commits(None);
             if committing && !was_refused(&error) {
                 CommitError::Unknown(store_error(error))
             } else {

@@ -11,7 +11,7 @@ use std::{
 use keyward::{
     domain::{
         account::Account,
-        lease::ReplicaId,
+        lease::{Attempt, Counts, Position, Renewal, ReplicaId},
         log::{Action, Actor, Change},
         name::{AccountId, DisplayName},
         time::{Revision, Timestamp},
@@ -280,6 +280,54 @@ async fn what_a_replaced_server_has_said_is_not_proven_by_a_commit_on_another() 
     assert!(!store.read_from_one(began));
     assert!(!fleet.prove(id, began).await.unwrap(), "it was read from the other server");
     store.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_renewal_acknowledges_only_what_the_log_holds_and_counts_once() {
+    let database = Database::new();
+    let store = open(&database).await;
+    commit(&store, "acme").await.unwrap();
+    commit(&store, "globex").await.unwrap();
+    let [first, second] = store.log_after(Revision(0), 2).await.unwrap().try_into().unwrap();
+    let fleet = store.fleet().unwrap();
+    let id = ReplicaId(uuid::Uuid::from_u128(1));
+    fleet.register(id, "r").await.unwrap();
+    let renew = async |next, at: Option<Position>| {
+        let counts = Counts { seen: 0, next };
+        let renewal = Renewal { attempt: Attempt(1), id, counts, applied: at, settle: None };
+        fleet.renew(&renewal, true).await.unwrap()
+    };
+    let applied = || database.sql("SELECT coalesce(applied::text, '-') || ' ' || renew_seq FROM keyward.replicas");
+    assert!(renew(1, None).await.reply.renewed);
+    assert_eq!(applied(), "- 1");
+    let here = Position { revision: first.revision, hash: first.hash };
+    let told = renew(2, Some(here)).await;
+    assert_eq!((told.reply.renewed, told.reply.link, told.rows), (true, Some(here.hash), vec![second.clone()]));
+    let other = Position { revision: second.revision, hash: first.hash };
+    let told = renew(3, Some(other)).await;
+    assert_eq!((told.reply.renewed, told.reply.link), (false, Some(second.hash)));
+    assert!(!renew(2, Some(here)).await.reply.renewed, "it has counted so far already");
+    assert_eq!(applied(), "1 2");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_secrets_row_is_written_when_it_changes_and_not_else() {
+    let database = Database::new();
+    let server = Home::on(database.url()).start();
+    server.root().make_account("acme").await;
+    let (id, _) = server.root().create(plain_key()).await.unwrap();
+    let (other, _) = server.root().create(plain_key()).await.unwrap();
+    let writes = |id: &str| {
+        let sql = "SELECT string_agg(version || ':' || xmin, ' ' ORDER BY version) FROM keyward.secrets WHERE key_id";
+        database.sql(&format!("{sql} = '\\x{}'", id.replace('-', "")))
+    };
+    let made = writes(&id);
+    server.root().revoke(&id).await.unwrap();
+    assert_eq!(writes(&id), made);
+    let made = writes(&other);
+    server.root().rotate(&other).await.unwrap();
+    assert!(!writes(&other).starts_with(&made), "the first one's end stands in its row");
+    server.stop();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -499,6 +499,86 @@ async fn listen_dead_costs_time_and_nothing_else() {
         let said = revoke(&fleet.replicas[0], &id, None).await.unwrap().propagation.unwrap();
         assert_eq!(silent(&said), [""; 0], "polling brings it");
         assert_eq!(check(&fleet.replicas[1], &token).await.unwrap(), pb::Reason::Revoked);
+        let (id, token) = fleet.key().await;
+        let said = revoke(&fleet.replicas[1], &id, None).await.unwrap().propagation.unwrap();
+        assert_eq!(silent(&said), [""; 0], "what others acknowledge is not heard here, and looked for");
+        assert_eq!(check(&fleet.replicas[0], &token).await.unwrap(), pb::Reason::Revoked);
+    }
+}
+
+// Acknowledgments that are told. -------------------------------------------------------------------------------------
+
+const TOLD: &str = "keyward_acks";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn acknowledgments_are_told_of_what_takes_something_away_and_of_nothing_else() {
+    let fleet = Fleet::start(3, "default").await;
+    let mut listener = sqlx::postgres::PgListener::connect(&fleet.home.url()).await.unwrap();
+    listener.listen(TOLD).await.unwrap();
+    let (id, _) = fleet.key().await;
+    // Each has renewed twice since, and acknowledged the key that way.
+    let renewals = || fleet.sql("SELECT min(renew_seq) FROM keyward.replicas").parse::<u64>().unwrap();
+    let begun = renewals();
+    wait_for("two renewals", || (renewals() >= begun + 2).then_some(()));
+    let revision = revoke(&fleet.replicas[0], &id, None).await.unwrap().revision;
+    let own = fleet.sql("SELECT encode(id, 'hex') FROM keyward.replicas WHERE name = 'r0'");
+    for _ in 0..2 {
+        let told = tokio::time::timeout(PATIENCE, listener.recv()).await.unwrap().unwrap();
+        let (who, upto) = told.payload().split_once(' ').unwrap();
+        assert!(upto == revision.to_string() && who != own, "{}", told.payload());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_acknowledgment_that_is_not_told_is_found() {
+    let fleet = Fleet::start(1, "default").await;
+    let (id, _) = fleet.key().await;
+    // A replica that acknowledges as those of the version before do.
+    fleet.sql("INSERT INTO keyward.replicas SELECT '\\x01', 'old', head, 1, 0 FROM keyward.meta");
+    let acknowledge = "UPDATE keyward.replicas SET applied = head FROM keyward.meta WHERE name = 'old'";
+    let head = || fleet.sql("SELECT head FROM keyward.meta");
+    let before = head();
+    let (said, ()) = tokio::join!(revoke(&fleet.replicas[0], &id, None), async {
+        tokio::task::block_in_place(|| {
+            wait_for("the commit", || (head() != before).then_some(()));
+            fleet.sql(acknowledge);
+        });
+    });
+    let said = said.unwrap().propagation.unwrap();
+    assert_eq!((said.confirmed.len(), silent(&said)), (2, vec![]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_acknowledgment_that_anybody_told_confirms_nothing() {
+    let fleet = Fleet::start(2, "default").await;
+    let (id, token) = fleet.key().await;
+    let other = fleet.sql("SELECT encode(id, 'hex') FROM keyward.replicas WHERE name = 'r1'");
+    signal("-STOP", &fleet.replicas[1].process);
+    let deadline = Duration::from_secs(2);
+    let revoking = revoke(&fleet.replicas[0], &id, Some(deadline));
+    let (said, ()) = tokio::join!(revoking, async {
+        // Before it is committed, and after.
+        let end = Instant::now() + deadline / 2;
+        while Instant::now() < end {
+            tokio::task::block_in_place(|| fleet.sql(&format!("NOTIFY {TOLD}, '{other} 1000000'")));
+        }
+    });
+    assert_eq!(silent(&report(&said.unwrap_err())), ["r1"]);
+    signal("-CONT", &fleet.replicas[1].process);
+    let said = revoke(&fleet.replicas[0], &id, None).await.unwrap().propagation.unwrap();
+    assert_eq!(silent(&said), [""; 0]);
+    assert_eq!(check(&fleet.replicas[1], &token).await.unwrap(), pb::Reason::Revoked);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_that_hears_nothing_for_a_while_revokes_all_the_same() {
+    let fleet = Fleet::start(2, "default").await;
+    for _ in 0..5 {
+        let (id, token) = fleet.key().await;
+        fleet.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'LISTEN%'");
+        let said = revoke(&fleet.replicas[0], &id, None).await.unwrap().propagation.unwrap();
+        assert_eq!(silent(&said), [""; 0]);
+        assert_eq!(check(&fleet.replicas[1], &token).await.unwrap(), pb::Reason::Revoked);
     }
 }
 

@@ -36,6 +36,8 @@ pub enum Event {
         /// The log's link at the change's revision, from the same transaction; None = the log ends before.
         link: Option<Hash>,
     },
+    /// All whose acknowledgment is lacking seem to have given it: a reason to read the rows, and none to believe it.
+    Hint,
     /// The reading failed.
     Failed {
         /// Of the request.
@@ -107,6 +109,8 @@ pub struct Revoker<R = Kept> {
     request: Option<(Attempt, Boottime)>,
     attempts: u64,
     list_at: Boottime,
+    /// The rows are to be read as soon as no reading is under way.
+    hinted: bool,
     wait: Duration,
     rows: Vec<Row>,
     returned: bool,
@@ -143,6 +147,7 @@ impl<R: Rules> Revoker<R> {
             request: None,
             attempts: 0,
             list_at: now,
+            hinted: false,
             wait: FIRST_WAIT,
             rows: Vec::new(),
             returned: false,
@@ -186,6 +191,7 @@ impl<R: Rules> Revoker<R> {
         }
         match event {
             Event::Tick => {}
+            Event::Hint => self.hinted = true,
             Event::Listed { attempt, listing, link } => {
                 if self.answered(attempt, now) && self.listed(listing, link, &mut out) {
                     return out;
@@ -242,7 +248,9 @@ impl<R: Rules> Revoker<R> {
 
     fn list_again(&mut self, now: Boottime, out: &mut Vec<Action>) {
         let stalled = self.request.is_some_and(|(_, sent)| now >= sent.plus(TIMEOUT));
-        if stalled || self.request.is_none() && now >= self.list_at {
+        let due = now >= self.list_at || self.hinted;
+        if stalled || self.request.is_none() && due {
+            self.hinted = false;
             self.attempts += 1;
             let attempt = Attempt(self.attempts);
             self.request = Some((attempt, now));
@@ -344,6 +352,18 @@ mod tests {
         assert_eq!((report.complete, report.revision), (true, Revision(8)));
         assert_eq!((&report.confirmed, &report.unconfirmed), (&ids(&rows), &vec![]));
         assert_eq!(revoker.wake_at(), None);
+    }
+
+    #[test]
+    fn a_hint_brings_a_reading_and_nothing_else() {
+        let mut revoker = waiting(Lease::STRICT, false);
+        assert_eq!(revoker.on(Event::Hint, at(1000)), [], "one is under way");
+        let lacking = listing(&[row(1, Some(7))]);
+        assert_eq!(hear(&mut revoker, 1, lacking.clone(), at(1001)), [Action::List { attempt: Attempt(2) }]);
+        assert_eq!(hear(&mut revoker, 2, lacking.clone(), at(1002)), []);
+        assert_eq!(revoker.on(Event::Hint, at(1002)), [Action::List { attempt: Attempt(3) }]);
+        assert_eq!(hear(&mut revoker, 3, lacking, at(1003)), []);
+        assert!(!revoker.propagation().complete && revoker.wake_at() > Some(at(1003)));
     }
 
     #[test]

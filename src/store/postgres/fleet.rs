@@ -26,7 +26,7 @@ use crate::{
     },
     store::{
         Head, StoreError,
-        fleet::{Fleet, MOST_ROWS, Renewed, Roster, Terms},
+        fleet::{Fleet, Hint, MOST_ROWS, Renewed, Roster, Terms},
         records::{Columns as _, LOG_COLUMNS, bytes_at, log_at},
         rows::{revision_from_i64, revision_to_i64},
     },
@@ -35,7 +35,7 @@ use crate::{
 use super::{
     ACQUIRE, CALL, Place, Postgres, Result,
     line::{Line, TextRow},
-    literal::Literal as _,
+    literal::{Literal as _, column},
     sources::WHICH,
     store_error, within,
 };
@@ -47,19 +47,10 @@ const POOLED: Duration = Duration::from_secs(60);
 /// An infinite lease, in `lease_ms` and `longest_ms`.
 const INFINITE: i64 = i64::MAX;
 
-/// One unbroken life of the database, in hex: the server's own identity, its timeline (another one after each
-/// failover), the database and the table (others after a restored dump), and how often people accepted a loss.
-fn life(identity: &str) -> String {
-    format!(
-        "substr(encode(sha256(convert_to(concat_ws(':', {identity}, \
-         substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8), \
-         (SELECT oid FROM pg_database WHERE datname = current_database()), 'replicas'::regclass::oid, m.epoch), \
-         'UTF8')), 'hex'), 1, 32)"
-    )
-}
-
 /// The server's own identity, which it reads from its disk each time.
 const IDENTITY: &str = "(SELECT system_identifier::text FROM pg_control_system())";
+/// No server that is known.
+const UNKNOWN: &str = "NULL, NULL";
 const DB_NOW: &str = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint";
 
 /// The lines of a replica.
@@ -70,6 +61,8 @@ pub(super) struct Lines {
     changes: Line,
     rosters: Line,
     listener: tokio::sync::Mutex<Option<PgListener>>,
+    /// What this process commits, or has committed last: it is told of that too.
+    own: Mutex<Option<Revision>>,
 }
 
 impl Lines {
@@ -81,7 +74,23 @@ impl Lines {
             changes: line(),
             rosters: line(),
             listener: tokio::sync::Mutex::default(),
+            own: Mutex::default(),
         }
+    }
+
+    /// This process holds the lock on the head, and commits up to here; or it has found that it may not have.
+    pub(super) fn commits(&self, upto: Option<Revision>) {
+        *self.own.lock().unwrap_or_else(PoisonError::into_inner) = upto;
+    }
+
+    /// What a notification says, unless it cannot be read and says nothing then.
+    fn hint(&self, place: &Place, channel: &str, payload: &str) -> Option<Hint> {
+        if channel != place.commits() {
+            return acknowledged(payload);
+        }
+        let upto = payload.parse().ok().map(revision_from_i64);
+        let own = *self.own.lock().unwrap_or_else(PoisonError::into_inner);
+        Some(if upto.is_some() && upto == own { Hint::Own } else { Hint::Committed(upto) })
     }
 
     pub(super) async fn close(&self) {
@@ -126,7 +135,19 @@ fn rows_at(rows: &[PgRow], columns: std::ops::Range<usize>) -> std::result::Resu
 impl Postgres {
     /// One message: a transaction around `statements`.
     async fn message(&self, line: &Line, statements: &str, limit: Duration) -> Result<Vec<PgRow>> {
-        let rows = line.ask(format!("{}; {statements}; COMMIT", self.begins.one), limit).await?;
+        self.message_and(line, statements, "", limit).await
+    }
+
+    /// The same, with a last statement after it has committed, which gives no rows.
+    async fn message_and(
+        &self,
+        line: &Line,
+        statements: &str,
+        then: &str,
+        limit: Duration,
+    ) -> Result<Vec<PgRow>> {
+        let message = format!("{}; {statements}; COMMIT; {then}", self.begins.line);
+        let rows = line.ask(message, limit).await?;
         // The first row says which server it is.
         let mut rows = rows.into_iter();
         let server = rows.next().ok_or(sqlx::Error::RowNotFound)?;
@@ -142,17 +163,25 @@ impl Postgres {
         rows.last().map_or(from, |row| Position { revision: row.revision, hash: row.hash })
     }
 
-    async fn renew_once(&self, renewal: &Renewal) -> std::result::Result<Renewed, StoreError> {
+    async fn renew_once(&self, renewal: &Renewal, tell: bool) -> std::result::Result<Renewed, StoreError> {
         const META: usize = 9;
-        let sql = renewal_sql(renewal, &self.life().await.map_err(store_error)?);
-        let mut rows = self.message(&self.fleet.renewals, &sql, CALL).await.map_err(store_error)?;
-        // First the row of the UPDATE, if it changed one; then the changes; then what holds for all.
+        let sql = renewal_sql(renewal, &self.server().await.map_err(store_error)?);
+        // In a transaction of its own: whoever tells something while committing holds up all others who do.
+        let told = renewal.applied.filter(|_| tell).map(|at| {
+            format!("NOTIFY {}, '{}'", self.place.acknowledgments(), acknowledgment(renewal.id, at.revision))
+        });
+        let then = told.unwrap_or_default();
+        let asked = self.message_and(&self.fleet.renewals, &sql, &then, CALL);
+        let mut rows = asked.await.map_err(store_error)?;
+        // First whether the row was written; then the changes; then what holds for all.
         let last = rows.pop().ok_or_else(|| super::damaged("meta", "it has no row"))?;
         let meta = TextRow::of(&last, 0..META).map_err(store_error)?;
-        let (updated, changes): (Vec<_>, Vec<_>) = rows.into_iter().partition(|row| sqlx::Row::len(row) == 1);
+        let (written, changes): (Vec<_>, Vec<_>) = rows.into_iter().partition(|row| sqlx::Row::len(row) == 1);
+        let is_written = |row: &PgRow| TextRow::of(row, 0..1).and_then(|row| Ok(row.text(0)? == "t"));
+        let renewed = written.first().map_or(Ok(false), is_written).map_err(store_error)?;
         let changes = rows_at(&changes, 0..LOG_COLUMNS.split(',').count())?;
         let from = renewal.applied.unwrap_or(Position::START);
-        let reply = reply_at(&meta, !updated.is_empty(), renewal, Self::upto(from, &changes));
+        let reply = reply_at(&meta, renewed, renewal, Self::upto(from, &changes));
         let reply = reply.map_err(store_error)?;
         let epoch = meta.int(7).and_then(count).map_err(store_error)?;
         let replicas = meta.int(8).and_then(count).map_err(store_error)?;
@@ -165,19 +194,19 @@ impl Postgres {
         Ok(Renewed { reply, rows: changes, epoch, replicas })
     }
 
-    /// The database's life as SQL. What the server has said of itself once is not asked again while it runs.
-    async fn life(&self) -> Result<String> {
+    /// A server and its identity, as the functions of the schema take them. What it has said of itself once is not asked
+    /// again while it runs.
+    async fn server(&self) -> Result<String> {
         let known = || self.fleet.identity.lock().unwrap_or_else(PoisonError::into_inner);
         let identity = known().clone();
         if let Some((server, identity)) = identity {
-            let identity = identity.literal();
-            return Ok(life(&format!("CASE WHEN {WHICH} = {server} THEN {identity} ELSE {IDENTITY} END")));
+            return Ok(format!("{}, {}", server.literal(), identity.literal()));
         }
         let asked = format!("SELECT {WHICH}, {IDENTITY}");
         let rows = self.message(&self.fleet.changes, &asked, CALL).await?;
         let row = TextRow::of(rows.first().ok_or(sqlx::Error::RowNotFound)?, 0..2)?;
         *known() = Some((row.int(0)?, row.text(1)?.to_owned()));
-        Ok(life(IDENTITY))
+        Ok(UNKNOWN.to_owned())
     }
 
     /// The log goes on from what this process knew of it to here. What it knew before may be archived.
@@ -189,49 +218,48 @@ impl Postgres {
     }
 }
 
-/// The statements of a renewal. The changes are asked for before the head: where somebody commits in between, the changes
-/// do not reach the head, and grant nothing.
-fn renewal_sql(renewal: &Renewal, life: &str) -> String {
+/// A renewal's statements. `server` is what [`Postgres::server`] gives. The changes are asked for before the head: where
+/// somebody commits in between, the changes do not reach the head, and grant nothing.
+fn renewal_sql(renewal: &Renewal, server: &str) -> String {
     let Renewal { id, counts, applied, settle, attempt: _ } = renewal;
     let position = applied.unwrap_or(Position::START);
-    let revision = revision_to_i64(position.revision);
-    // What is acknowledged must be in the log: a number alone acknowledges nothing.
-    let held = match applied {
-        Some(at) if at.revision > Revision(0) => {
-            format!(
-                " AND EXISTS (SELECT FROM log WHERE revision = {revision} AND hash = {})",
-                at.hash.as_slice().literal()
-            )
-        }
-        _ => String::new(),
-    };
-    let set = applied.map_or_else(|| "NULL".to_owned(), |_| revision.to_string());
+    let link = applied.filter(|at| at.revision > Revision(0)).map(|at| at.hash.to_vec());
+    let reached = revision_to_i64(position.revision);
     let mut sql = format!(
-        "UPDATE replicas SET applied = {set}, renew_seq = {next}, last_seen = {DB_NOW} WHERE id = {id} \
-         AND renew_seq >= {seen} AND renew_seq < {next}{held} RETURNING 1; ",
-        next = counts.next,
-        seen = counts.seen,
+        "SELECT renew({id}, {acknowledged}, {link}, {seen}, {next}); ",
         id = id.0.as_bytes().as_slice().literal(),
+        acknowledged = applied.map(|_| reached).literal(),
+        link = link.literal(),
+        seen = counts.seen,
+        next = counts.next,
     );
     if let Some(Incarnation(settled)) = settle {
         let settled = format!("{settled:032x}");
         let _ = write!(
             sql,
-            "UPDATE meta m SET settled = '{settled}' WHERE m.settled <> '{settled}' AND {life} = '{settled}'; "
+            "UPDATE meta m SET settled = '{settled}' \
+             WHERE m.settled <> '{settled}' AND life({server}, m.epoch) = '{settled}'; "
         );
     }
     if applied.is_some() {
         let _ = write!(
             sql,
-            "SELECT {LOG_COLUMNS} FROM log WHERE revision > {revision} ORDER BY revision LIMIT {MOST_ROWS}; "
+            "SELECT {LOG_COLUMNS} FROM log WHERE revision > {reached} ORDER BY revision LIMIT {MOST_ROWS}; "
         );
     }
-    let _ = write!(
-        sql,
-        "SELECT m.head, m.lease_ms, m.longest_ms, {life}, m.settled, {DB_NOW}, \
-         (SELECT hash FROM log WHERE revision = {revision}), m.epoch, (SELECT count(*) FROM replicas) FROM meta m"
-    );
+    let _ = write!(sql, "SELECT * FROM standing({reached}, {server})");
     sql
+}
+
+/// What a replica tells that has acknowledged changes.
+fn acknowledgment(id: ReplicaId, upto: Revision) -> String {
+    format!("{} {}", id.0.simple(), upto.0)
+}
+
+fn acknowledged(payload: &str) -> Option<Hint> {
+    let (id, upto) = payload.split_once(' ')?;
+    let replica = ReplicaId(Uuid::try_parse(id).ok()?);
+    Some(Hint::Acknowledged { replica, upto: Revision(upto.parse().ok()?) })
 }
 
 fn reply_at(meta: &TextRow, renewed: bool, renewal: &Renewal, upto: Position) -> Result<Reply> {
@@ -344,8 +372,8 @@ impl Fleet for Postgres {
         self.message(&self.fleet.renewals, &insert, CALL).await.map(drop).map_err(store_error)
     }
 
-    async fn renew(&self, renewal: &Renewal) -> std::result::Result<Renewed, StoreError> {
-        self.renew_once(renewal).await
+    async fn renew(&self, renewal: &Renewal, tell: bool) -> std::result::Result<Renewed, StoreError> {
+        self.renew_once(renewal, tell).await
     }
 
     async fn prove(&self, id: ReplicaId, since: Instant) -> std::result::Result<bool, StoreError> {
@@ -367,17 +395,9 @@ impl Fleet for Postgres {
     }
 
     async fn roster(&self, revisions: &[Revision]) -> std::result::Result<Roster, StoreError> {
-        let revisions: Vec<_> =
-            revisions.iter().map(|revision| revision_to_i64(*revision).to_string()).collect();
-        let revisions = if revisions.is_empty() { "-1".to_owned() } else { revisions.join(", ") };
-        let life = self.life().await.map_err(store_error)?;
-        let asked = format!(
-            "SELECT m.head, m.longest_ms, {life}, m.settled, {DB_NOW}, \
-             (SELECT string_agg(revision || ':' || encode(hash, 'hex'), ',') FROM log WHERE revision IN ({revisions})), \
-             (current_setting('synchronous_standby_names') <> '')::text, \
-             coalesce((SELECT max(revision) FROM checkpoints), 0), \
-             r.id, r.name, r.applied, r.renew_seq, r.last_seen FROM meta m LEFT JOIN replicas r ON true"
-        );
+        let revisions = column(revisions, |revision| revision_to_i64(*revision));
+        let server = self.server().await.map_err(store_error)?;
+        let asked = format!("SELECT * FROM roster({revisions}::bigint[], {server})");
         let rows = self.message(&self.fleet.rosters, &asked, CALL).await.map_err(store_error)?;
         roster_at(&rows).map_err(store_error)
     }
@@ -392,7 +412,7 @@ impl Fleet for Postgres {
         Ok(!rows.is_empty())
     }
 
-    async fn hint(&self) -> std::result::Result<Option<Revision>, StoreError> {
+    async fn hint(&self) -> std::result::Result<Hint, StoreError> {
         let mut slot = self.fleet.listener.lock().await;
         let mut listener = match slot.take() {
             Some(listener) => listener,
@@ -407,11 +427,15 @@ impl Fleet for Postgres {
                 }
             },
         };
-        // None: the connection has ended, and what came meanwhile is lost.
-        let heard = within(SILENCE, listener.try_recv()).await.map_err(store_error)?;
-        let heard = heard.ok_or_else(|| gone("the connection that listens has ended"))?;
-        *slot = Some(listener);
-        Ok(heard.payload().parse().ok().map(revision_from_i64))
+        loop {
+            // None: the connection has ended, and what came meanwhile is lost.
+            let heard = within(SILENCE, listener.try_recv()).await.map_err(store_error)?;
+            let heard = heard.ok_or_else(|| gone("the connection that listens has ended"))?;
+            if let Some(hint) = self.fleet.hint(&self.place, heard.channel(), heard.payload()) {
+                *slot = Some(listener);
+                return Ok(hint);
+            }
+        }
     }
 
     fn start_over(&self) {
@@ -466,14 +490,15 @@ impl Postgres {
         }
         // Another connection in its place would have missed something: then this one has ended.
         listener.eager_reconnect(false);
-        within(ACQUIRE, listener.listen(&self.place.schema)).await?;
+        let acknowledgments = self.place.acknowledgments();
+        within(ACQUIRE, listener.listen_all([self.place.commits(), &acknowledgments])).await?;
         Ok(Some(listener))
     }
 }
 
 /// The first life that the tables have: nobody has held a lease in an earlier one.
 pub(super) async fn settle_first(connection: &mut sqlx::PgConnection) -> Result<()> {
-    let sql = format!("UPDATE meta m SET settled = {} WHERE m.settled = ''", life(IDENTITY));
+    let sql = format!("UPDATE meta m SET settled = life({UNKNOWN}, m.epoch) WHERE m.settled = ''");
     sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(connection).await.map(drop)
 }
 
@@ -491,7 +516,7 @@ mod tests {
     }
 
     #[test]
-    fn a_renewal_acknowledges_only_what_the_log_holds() {
+    fn a_renewal_says_where_it_is_and_with_which_link() {
         let at = Position { revision: Revision(7), hash: [0xab; 32] };
         let renewal = Renewal {
             attempt: Attempt(1),
@@ -500,11 +525,36 @@ mod tests {
             applied: Some(at),
             settle: None,
         };
-        let sql = renewal_sql(&renewal, "life");
-        assert!(sql.contains("renew_seq >= 3 AND renew_seq < 5"), "{sql}");
-        assert!(sql.contains(&format!("revision = 7 AND hash = E'\\\\x{}'", "ab".repeat(32))), "{sql}");
-        let loading = renewal_sql(&Renewal { applied: None, ..renewal }, "life");
-        assert!(loading.contains("applied = NULL") && !loading.contains("ORDER BY"), "{loading}");
+        let sql = renewal_sql(&renewal, UNKNOWN);
+        let id = "00".repeat(16);
+        let renew = format!("renew(E'\\\\x{id}'::bytea, '7'::bigint, E'\\\\x{}'::bytea, 3, 5)", "ab".repeat(32));
+        assert!(sql.contains(&renew) && sql.contains("revision > 7 ORDER BY"), "{sql}");
+        let loading = renewal_sql(&Renewal { applied: None, ..renewal }, UNKNOWN);
+        assert!(loading.contains("NULL, NULL, 3, 5)") && !loading.contains("ORDER BY"), "{loading}");
+    }
+
+    #[test]
+    fn what_is_told_of_an_acknowledgment_reads_back_and_nothing_else_does() {
+        let (replica, upto) = (ReplicaId(Uuid::from_u128(7)), Revision(12));
+        assert_eq!(acknowledged(&acknowledgment(replica, upto)), Some(Hint::Acknowledged { replica, upto }));
+        for bad in ["", "12", "x 12", "00000000000000000000000000000007 -1"] {
+            assert_eq!(acknowledged(bad), None, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn what_this_process_commits_is_no_news_to_it() {
+        let place = Place::parse("postgres://u@db/keys").unwrap();
+        let lines = Lines::to(&place);
+        let hint = |payload| lines.hint(&place, place.commits(), payload);
+        assert_eq!(hint("7"), Some(Hint::Committed(Some(Revision(7)))));
+        lines.commits(Some(Revision(7)));
+        assert_eq!(hint("7"), Some(Hint::Own));
+        assert_eq!(hint("8"), Some(Hint::Committed(Some(Revision(8)))));
+        assert_eq!(hint("?"), Some(Hint::Committed(None)));
+        lines.commits(None);
+        assert_eq!(hint("7"), Some(Hint::Committed(Some(Revision(7)))));
+        assert_eq!(lines.hint(&place, &place.acknowledgments(), "?"), None);
     }
 
     #[test]

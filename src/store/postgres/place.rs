@@ -64,6 +64,16 @@ impl Place {
         Ok(Place { options, schema, shown })
     }
 
+    /// The channel on which commits are told. The server allows 63 bytes of a name.
+    pub(super) fn commits(&self) -> &str {
+        &self.schema
+    }
+
+    /// The channel on which replicas tell that they have acknowledged changes.
+    pub(super) fn acknowledgments(&self) -> String {
+        format!("{:.58}_acks", self.schema)
+    }
+
     /// The advisory lock of this schema for `purpose`.
     pub(super) fn lock(&self, purpose: &str) -> i64 {
         let digest = Sha256::digest(format!("keyward {purpose} {}", self.schema));
@@ -120,6 +130,15 @@ mod tests {
         ] {
             let Err(error) = Place::parse(url) else { panic!("{url} was understood") };
             assert!(!format!("{error:?} {error}").contains("secret"));
+        }
+    }
+
+    #[test]
+    fn channels_are_two_and_have_names_that_the_server_takes() {
+        for schema in ["a".to_owned(), "a".repeat(63)] {
+            let place = Place::parse(&format!("postgres://u@db/keys?schema={schema}")).unwrap();
+            let acks = place.acknowledgments();
+            assert!(acks != place.commits() && acks.ends_with("_acks") && acks.len() <= 63, "{acks}");
         }
     }
 

@@ -19,6 +19,7 @@ pub(super) fn migrations() -> Vec<Migration> {
         (2, "people", SqlStr::from_static(include_str!("../migrations/sqlite/0002_people.sql"))),
         (3, "replicas", SqlStr::from_static(include_str!("../migrations/sqlite/0003_replicas.sql"))),
         (4, "archive", SqlStr::from_static(include_str!("../migrations/sqlite/0004_archive.sql"))),
+        (5, "plans", SqlStr::from_static(include_str!("../migrations/sqlite/0005_plans.sql"))),
     ]
     .into_iter()
     .map(|(version, name, sql)| Migration::new(version, name.into(), MigrationType::Simple, sql, false))

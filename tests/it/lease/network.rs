@@ -53,6 +53,20 @@ impl World {
         }
     }
 
+    /// Tells who waits that replicas seem to have acknowledged it. It is a hint: it may be lost, and mostly it is not true.
+    fn tell_revokers(&mut self) {
+        for node in 0..self.nodes.len() {
+            for wait in 0..self.nodes[node].waits.len() {
+                let waits = self.nodes[node].waits[wait].revoker.as_ref().and_then(|revoker| revoker.wake_at());
+                if waits.is_some() && self.nodes[node].up && !self.faults.loses(self.now, &mut self.dice) {
+                    let delay = self.faults.delay(self.now, &mut self.dice);
+                    let hint = Message::Revoker { wait, event: revoker::Event::Hint };
+                    self.after(delay, What::Deliver(self.process(node), hint));
+                }
+            }
+        }
+    }
+
     pub(super) fn arrive(&mut self, from: Process, request: Request, sent_in: Incarnation) {
         // A pooler may hand a request to the next primary; a connection of its own breaks.
         let broken_off = sent_in != self.db.incarnation && self.dice.one_in(2);
@@ -140,6 +154,7 @@ impl World {
         note!(self, "database: node {} has renewed {renewal:?}: {reply:?}", from.node);
         let baggage = Baggage::Changes(attempt, changes);
         self.answer(from, Message::Replica(replica::Event::Renewed { attempt, reply }, baggage));
+        self.tell_revokers();
         self.aim_at_renewed(from.node);
     }
 }

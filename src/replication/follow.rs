@@ -40,7 +40,7 @@ pub enum Broken {
 #[derive(Default)]
 struct State {
     at: Option<Position>,
-    /// The newest change of others that may take something away, until its acknowledgment is told.
+    /// The newest change of others that may take something away, until it is acknowledged.
     untold: Option<Revision>,
     recent: VecDeque<(Revision, Hash)>,
 }
@@ -51,7 +51,7 @@ pub struct Follow {
     state: Mutex<State>,
     /// Where it is; nothing before the first snapshot.
     moved: watch::Sender<Option<Position>>,
-    /// Where it was after the newest changes of others that did not come with a renewal: they are to be acknowledged.
+    /// Where it was after the newest changes of others that somebody may wait for, and that did not come with a renewal.
     heard: watch::Sender<Option<Position>>,
     /// Another history was met where none was looked for.
     diverged: watch::Sender<Option<Broken>>,
@@ -94,7 +94,7 @@ impl Follow {
         self.moved.subscribe()
     }
 
-    /// Tells where it is, each time that it holds something new of others that is to be acknowledged.
+    /// Tells where it is, each time that it holds something new of others that is to be acknowledged at once.
     #[must_use]
     pub fn hearings(&self) -> watch::Receiver<Option<Position>> {
         self.heard.subscribe()
@@ -189,7 +189,8 @@ impl Follow {
         rows.map(|rows| self.take(&rows)).map_err(|error| StoreError::Damaged(error.to_string()))
     }
 
-    /// The same of rows that no renewal brought: what is new in them is to be acknowledged at once.
+    /// The same of rows that no renewal brought. What may take something away is to be acknowledged at once: somebody waits
+    /// for that. For the rest there is time until the next renewal.
     ///
     /// # Errors
     /// As [`Follow::take_rows`].
@@ -198,7 +199,7 @@ impl Follow {
     }
 
     fn heard(&self, at: Position, moved: bool) -> Position {
-        if moved {
+        if moved && self.state().untold.is_some() {
             self.heard.send_replace(Some(at));
         }
         at

@@ -534,7 +534,7 @@ async fn an_acknowledgment_that_is_not_told_is_found() {
     let fleet = Fleet::start(1, "default").await;
     let (id, _) = fleet.key().await;
     // A replica that acknowledges as those of the version before do.
-    fleet.sql("INSERT INTO keyward.replicas SELECT '\\x01', 'old', head, 1, 0 FROM keyward.meta");
+    fleet.sql("INSERT INTO keyward.replicas SELECT decode(repeat('01', 16), 'hex'), 'old', head, 1, 0 FROM keyward.meta");
     let acknowledge = "UPDATE keyward.replicas SET applied = head FROM keyward.meta WHERE name = 'old'";
     let head = || fleet.sql("SELECT head FROM keyward.meta");
     let before = head();

@@ -57,7 +57,8 @@ impl Acks {
     /// Returns when all that are known, without `own`, seem to have acknowledged the revision; never where none are.
     pub(super) async fn all(&self, own: Option<ReplicaId>, revision: Revision) {
         let all = |heard: &Heard| {
-            let mut others = heard.of.iter().filter(|(id, _)| Some(**id) != own).map(|(_, upto)| upto).peekable();
+            let mut others =
+                heard.of.iter().filter(|(id, _)| Some(**id) != own).map(|(_, upto)| upto).peekable();
             others.peek().is_some() && others.all(|upto| *upto >= revision)
         };
         if self.0.subscribe().wait_for(all).await.is_err() {

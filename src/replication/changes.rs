@@ -108,7 +108,10 @@ pub(super) async fn listen(
         return std::future::pending().await;
     }
     let (hinted, hears) = (Notify::new(), AtomicBool::new(false));
-    tokio::join!(hear(&*fleet, &follow, &sight, &hinted, &hears), read(&*fleet, &follow, &answers, &hinted, &hears));
+    tokio::join!(
+        hear(&*fleet, &follow, &sight, &hinted, &hears),
+        read(&*fleet, &follow, &answers, &hinted, &hears)
+    );
 }
 
 async fn hear(fleet: &dyn Fleet, follow: &Follow, sight: &Sight, hinted: &Notify, hears: &AtomicBool) {

@@ -36,7 +36,7 @@ const LONGEST: Duration = Duration::from_secs(300);
 /// How long after a commit others are asked about it at the earliest.
 const FIRST_LOOK: Duration = Duration::from_millis(1);
 /// The same where they tell that they have acknowledged it, and that is heard: then only if it is not.
-const UNTOLD_LOOK: Duration = Duration::from_millis(5);
+const UNTOLD_LOOK: Duration = Duration::from_millis(10);
 /// How many changes may wait for a reading; those beyond wait for a place.
 const QUEUE: usize = 1024;
 

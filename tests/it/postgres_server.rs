@@ -297,12 +297,16 @@ async fn a_renewal_acknowledges_only_what_the_log_holds_and_counts_once() {
         let renewal = Renewal { attempt: Attempt(1), id, counts, applied: at, settle: None };
         fleet.renew(&renewal, true).await.unwrap()
     };
-    let applied = || database.sql("SELECT coalesce(applied::text, '-') || ' ' || renew_seq FROM keyward.replicas");
+    let applied =
+        || database.sql("SELECT coalesce(applied::text, '-') || ' ' || renew_seq FROM keyward.replicas");
     assert!(renew(1, None).await.reply.renewed);
     assert_eq!(applied(), "- 1");
     let here = Position { revision: first.revision, hash: first.hash };
     let told = renew(2, Some(here)).await;
-    assert_eq!((told.reply.renewed, told.reply.link, told.rows), (true, Some(here.hash), vec![second.clone()]));
+    assert_eq!(
+        (told.reply.renewed, told.reply.link, told.rows),
+        (true, Some(here.hash), vec![second.clone()])
+    );
     let other = Position { revision: second.revision, hash: first.hash };
     let told = renew(3, Some(other)).await;
     assert_eq!((told.reply.renewed, told.reply.link), (false, Some(second.hash)));

@@ -148,7 +148,8 @@ fn digests(asked: &Questions) -> Option<Question> {
     );
     Some((sql, |row, facts| {
         let ends = row.int_opt(3)?.map(Timestamp::from_micros);
-        let held = Held { key_id: id_at(row, 1)?, version: version_at(row, 2)?, row: Some((ends, row.int(4)?)) };
+        let held =
+            Held { key_id: id_at(row, 1)?, version: version_at(row, 2)?, row: Some((ends, row.int(4)?)) };
         facts.digests.insert(Digest::from_bytes(bytes_at(row, 0)?), held);
         Ok(())
     }))

@@ -527,7 +527,8 @@ mod tests {
         };
         let sql = renewal_sql(&renewal, UNKNOWN);
         let id = "00".repeat(16);
-        let renew = format!("renew(E'\\\\x{id}'::bytea, '7'::bigint, E'\\\\x{}'::bytea, 3, 5)", "ab".repeat(32));
+        let renew =
+            format!("renew(E'\\\\x{id}'::bytea, '7'::bigint, E'\\\\x{}'::bytea, 3, 5)", "ab".repeat(32));
         assert!(sql.contains(&renew) && sql.contains("revision > 7 ORDER BY"), "{sql}");
         let loading = renewal_sql(&Renewal { applied: None, ..renewal }, UNKNOWN);
         assert!(loading.contains("NULL, NULL, 3, 5)") && !loading.contains("ORDER BY"), "{loading}");

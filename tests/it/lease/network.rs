@@ -57,7 +57,8 @@ impl World {
     fn tell_revokers(&mut self) {
         for node in 0..self.nodes.len() {
             for wait in 0..self.nodes[node].waits.len() {
-                let waits = self.nodes[node].waits[wait].revoker.as_ref().and_then(|revoker| revoker.wake_at());
+                let waits =
+                    self.nodes[node].waits[wait].revoker.as_ref().and_then(|revoker| revoker.wake_at());
                 if waits.is_some() && self.nodes[node].up && !self.faults.loses(self.now, &mut self.dice) {
                     let delay = self.faults.delay(self.now, &mut self.dice);
                     let hint = Message::Revoker { wait, event: revoker::Event::Hint };

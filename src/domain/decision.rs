@@ -145,7 +145,9 @@ impl Failures {
     /// The first reason, or `Ok` where nothing failed.
     #[must_use]
     pub fn first(self) -> Reason {
-        self.iter().next().unwrap_or(Reason::Ok)
+        // A reason's bit is its number, and they are numbered from 1.
+        let number = self.0.trailing_zeros() as usize;
+        number.checked_sub(1).and_then(|at| Reason::ALL.get(at)).copied().unwrap_or(Reason::Ok)
     }
 }
 

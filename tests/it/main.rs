@@ -38,6 +38,7 @@ mod ext_authz;
 mod forward_auth;
 mod grpcurl;
 mod http;
+mod instructions;
 mod judge;
 mod keys;
 mod keys_change;

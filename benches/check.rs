@@ -1,16 +1,18 @@
-//! What a Check costs inside the process: the shape of a token, its digest, and the whole answer from an index of
-//! 10,000 keys. `cargo bench`; the wire is not part of it.
+//! What a Check costs inside the process: the shape of a token, its digest, the policy, and the whole answer from indexes of
+//! 10,000, a million and ten million keys (some 3 GB while they are made). `cargo bench --bench check`; the wire is not part
+//! of it.
 
 #![allow(missing_docs, clippy::unwrap_used, reason = "a benchmark that cannot be set up has nothing to say")]
 
-use std::{collections::BTreeMap, hint::black_box, sync::Arc};
+use std::{collections::BTreeMap, hint::black_box, sync::Arc, time::Duration};
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use futures_util::FutureExt as _;
 use keyward::{
     clock::{Clock as _, SystemClock},
     domain::{
-        key::{Key, Owner, Secret, Terms},
+        decision::{Membership, Request, Subject, Use, decide},
+        key::{Key, Owner, RateLimit, Secret, Terms},
         name::{AccountId, EnvironmentName, KeyId, TokenPrefix, TokenTag},
         scope::Scope,
         time::Revision,
@@ -19,8 +21,6 @@ use keyward::{
     engine::{Engine, Question, index::Index, lease::Lease, limiter::LimitSettings, usage::Usage},
     store::SnapshotItem,
 };
-
-const KEYS: u32 = 10_000;
 
 fn token(number: u32) -> Token {
     let mut random = [7; 32];
@@ -63,41 +63,85 @@ fn key(number: u32) -> Key {
     }
 }
 
-fn checks(criterion: &mut Criterion) {
-    let presented = token(KEYS / 2);
-    criterion.bench_function("shape of a token", |b| b.iter(|| shape(black_box(presented.reveal()))));
-    criterion.bench_function("digest of a token", |b| b.iter(|| Digest::of(black_box(presented.reveal()))));
-
+fn engine(keys: u32, limited: Option<RateLimit>) -> Engine {
     let index = Arc::new(Index::default());
-    (0..KEYS).for_each(|number| index.load(SnapshotItem::Key(Arc::new(key(number)), Vec::new())));
+    for number in 0..keys {
+        let mut key = key(number);
+        key.terms.rate_limits.extend(limited.clone());
+        index.load(SnapshotItem::Key(Arc::new(key), Vec::new()));
+    }
     index.loaded(Revision(1));
     let (lease, limits) = (Arc::new(Lease::sole()), LimitSettings::default());
-    let engine = Engine::new(index, Arc::new(Usage::default()), lease, &limits, Arc::new(SystemClock));
+    Engine::new(index, Arc::new(Usage::default()), lease, &limits, Arc::new(SystemClock))
+}
+
+/// Asks for these tokens in turn, each time another. Uses are noted only with `dry_run` off: of many keys, to note them is
+/// another cost than to find them.
+fn ask(criterion: &mut Criterion, name: &str, engine: &Engine, tokens: &[Token], dry_run: bool) {
     let (asker, environment) = (AccountId::operator(), EnvironmentName::parse("production").unwrap());
     let scopes = [Scope::parse_required("monitors:read").unwrap()];
-    let question = Question {
-        token: presented.reveal(),
-        environment: &environment,
-        scopes: &scopes,
-        account: None,
-        customer: None,
-        client_ip: None,
-        cost: 1,
-        dry_run: false,
-        min_revision: None,
-        charge: None,
-        bar_management: false,
-    };
-    // Without limits a Check is answered the first time that it is polled.
-    criterion.bench_function("a Check that is allowed", |b| {
-        b.iter(|| engine.check(&asker, black_box(&question)).now_or_never())
-    });
-    let unknown = token(KEYS + 1);
-    let question = Question { token: unknown.reveal(), ..question };
-    criterion.bench_function("a Check of an unknown token", |b| {
-        b.iter(|| engine.check(&asker, black_box(&question)).now_or_never())
+    let mut tokens = tokens.iter().cycle();
+    criterion.bench_function(name, |b| {
+        b.iter(|| {
+            let question = Question {
+                token: tokens.next().unwrap().reveal(),
+                environment: &environment,
+                scopes: &scopes,
+                account: None,
+                customer: None,
+                client_ip: None,
+                cost: 1,
+                dry_run,
+                min_revision: None,
+                charge: None,
+                bar_management: false,
+            };
+            // Without Redis a Check is answered the first time that it is polled.
+            engine.check(&asker, black_box(&question)).now_or_never().unwrap().unwrap()
+        });
     });
 }
 
-criterion_group!(benches, checks);
+/// Tokens that lie far apart, more than a cache holds the keys of.
+fn spread(of: u32) -> Vec<Token> {
+    const ASKED: u32 = 100_000;
+    (0..ASKED).map(|number| token(number.wrapping_mul(2_654_435_761) % of)).collect()
+}
+
+fn pieces(criterion: &mut Criterion) {
+    let presented = token(1);
+    criterion.bench_function("shape of a token", |b| b.iter(|| shape(black_box(presented.reveal()))));
+    criterion.bench_function("digest of a token", |b| b.iter(|| Digest::of(black_box(presented.reveal()))));
+    let (key, environment) = (key(1), EnvironmentName::parse("production").unwrap());
+    let scopes = [Scope::parse_required("monitors:read").unwrap()];
+    let request = Request {
+        purpose: Use::Service { environment: &environment, customer: None },
+        account: None,
+        client_ip: None,
+        scopes: &scopes,
+    };
+    let now = SystemClock.now();
+    criterion.bench_function("the policy alone", |b| {
+        b.iter(|| {
+            let membership = Membership::NotAsked;
+            let subject = Subject { key: black_box(&key), version: 1, account: None, roles: &[], membership };
+            decide(subject, black_box(request), now)
+        });
+    });
+}
+
+fn checks(criterion: &mut Criterion) {
+    let small = engine(10_000, None);
+    ask(criterion, "a Check of one key", &small, &[token(1)], false);
+    ask(criterion, "a Check of an unknown token", &small, &[token(u32::MAX)], false);
+    ask(criterion, "Checks of many of 10,000 keys", &small, &spread(10_000), true);
+    let rate = RateLimit { name: "fast".into(), limit: u64::from(u32::MAX), window: Duration::from_secs(1) };
+    ask(criterion, "a Check of one key with a rate limit", &engine(1, Some(rate)), &[token(0)], false);
+    for keys in [1_000_000, 10_000_000] {
+        let name = format!("Checks of many of {keys} keys");
+        ask(criterion, &name, &engine(keys, None), &spread(keys), true);
+    }
+}
+
+criterion_group!(benches, pieces, checks);
 criterion_main!(benches);

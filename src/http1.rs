@@ -15,12 +15,12 @@ use tokio::{
 };
 use tokio_io_timeout::TimeoutWriter;
 
+use crate::transport::descriptors;
+
 const HEADER_PATIENCE: Duration = Duration::from_secs(5);
 /// How long a peer may leave an answer unread when its buffers are full.
 const WRITE_PATIENCE: Duration = Duration::from_secs(10);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
-/// How many connections there may be.
-const MAX_CONNECTIONS: usize = 1024;
 /// The largest head of a request: proxies admit 60 KiB of headers.
 const MAX_HEAD: usize = 128 * 1024;
 const MAX_HEADERS: usize = 256;
@@ -63,7 +63,8 @@ where
     P: Fn(Parts) -> F + Send + Sync + 'static,
     F: Future<Output = Page> + Send + 'static,
 {
-    let (page, room) = (Arc::new(page), Arc::new(Semaphore::new(MAX_CONNECTIONS)));
+    let most = descriptors::room_for_pages();
+    let (page, room) = (Arc::new(page), Arc::new(Semaphore::new(most)));
     let mut connections = JoinSet::new();
     loop {
         let accepted = tokio::select! {
@@ -74,7 +75,7 @@ where
         match accepted {
             Ok((stream, peer)) => {
                 let Ok(permit) = room.clone().try_acquire_owned() else {
-                    tracing::warn!(%peer, "refused: there are {MAX_CONNECTIONS} connections already");
+                    tracing::warn!(%peer, "refused: there are {most} connections already");
                     continue;
                 };
                 let (page, stopping) = (page.clone(), stopping.clone());

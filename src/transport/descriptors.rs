@@ -8,11 +8,28 @@ const RESERVE: u64 = 256;
 /// More connections than this are never needed, whatever the system allows.
 const MOST: u64 = 1 << 20;
 
+/// The ports of plain HTTP: the admin pages, and what asks as nginx does.
+const PAGES_PORTS: u64 = 2;
+/// How many connections each of them takes, where the system allows so many.
+const MOST_PAGES: u64 = 1024;
+
+/// How many connections a port of plain HTTP takes: a sixteenth of what the process could have, at most 1,024. Whoever
+/// reaches one must not be able to take the descriptors of the rest.
+#[must_use]
+pub fn room_for_pages() -> usize {
+    usize::try_from(pages(getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX))).unwrap_or(usize::MAX)
+}
+
+fn pages(hard_limit: u64) -> u64 {
+    (hard_limit / 16).clamp(1, MOST_PAGES)
+}
+
 /// Raises the soft limit as far as `wanted` connections need it and the hard limit allows. Gives how many connections
 /// there may be; at least one.
 #[must_use]
 pub fn room_for(wanted: usize) -> usize {
-    let needed = (wanted as u64).saturating_add(RESERVE);
+    let reserve = RESERVE + PAGES_PORTS * room_for_pages() as u64;
+    let needed = (wanted as u64).saturating_add(reserve);
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
     let mut limit = current.unwrap_or(u64::MAX);
     let reachable = needed.min(maximum.unwrap_or(u64::MAX));
@@ -25,7 +42,7 @@ pub fn room_for(wanted: usize) -> usize {
             }
         }
     }
-    let room = within(limit);
+    let room = within(limit, reserve);
     if (room as u64) < wanted as u64 {
         tracing::warn!(
             limit,
@@ -37,9 +54,9 @@ pub fn room_for(wanted: usize) -> usize {
     room
 }
 
-/// The connections that fit under a limit; of a low one, half.
-fn within(limit: u64) -> usize {
-    let room = limit.saturating_sub(RESERVE.min(limit / 2)).clamp(1, MOST);
+/// The connections that fit under a limit beside what is reserved; of a low one, half.
+fn within(limit: u64, reserve: u64) -> usize {
+    let room = limit.saturating_sub(reserve.min(limit / 2)).clamp(1, MOST);
     usize::try_from(room).unwrap_or(usize::MAX)
 }
 
@@ -49,9 +66,18 @@ mod tests {
 
     #[test]
     fn some_descriptors_are_always_left_for_the_rest() {
-        assert_eq!(within(1024), 768);
-        assert_eq!(within(64), 32);
-        assert_eq!(within(0), 1);
-        assert_eq!(within(u64::MAX), 1 << 20);
+        assert_eq!(within(1024, 256), 768);
+        assert_eq!(within(64, 256), 32);
+        assert_eq!(within(0, 256), 1);
+        assert_eq!(within(u64::MAX, 256), 1 << 20);
+    }
+
+    #[test]
+    fn the_ports_of_plain_http_never_take_all_that_is_left() {
+        for hard in [64, 1024, 4096, 20_000, 1 << 20] {
+            let taken = PAGES_PORTS * pages(hard);
+            assert!(within(hard, RESERVE + taken) as u64 + taken < hard, "{hard}");
+        }
+        assert_eq!(pages(u64::MAX), 1024);
     }
 }

@@ -158,7 +158,8 @@ async fn replicas_go_on_through_an_archive_and_one_that_lags_holds_it_back() {
     let archived = found.checkpoint.as_ref().unwrap().revision;
     assert!(found.valid, "{found:?}");
 
-    // One that has acknowledged little, and one that is just loading.
+    // One that has acknowledged little, and one that is just loading. Who commits says so with its next renewal.
+    acknowledged(archived + 3);
     let row = |name: &str, applied: &str| {
         database.sql(&format!(
             "INSERT INTO keyward.replicas VALUES (uuid_send(gen_random_uuid()), '{name}', {applied}, 0, \

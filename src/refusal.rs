@@ -84,7 +84,10 @@ impl Refusal {
 
 impl From<CannotAnswer> for Refusal {
     fn from(error: CannotAnswer) -> Self {
-        Refusal::CannotAnswer(error)
+        match error {
+            CannotAnswer::AskerGone => Refusal::Unauthenticated,
+            error => Refusal::CannotAnswer(error),
+        }
     }
 }
 

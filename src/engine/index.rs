@@ -78,7 +78,8 @@ pub struct Index {
     /// The newest revision applied, plus one; 0 = the first snapshot is not loaded.
     applied: AtomicU64,
     /// How often anything happened that revisions do not tell of: everything was forgotten, and what was loaded after may
-    /// be another history under the same numbers; or something came in doubt.
+    /// be another history under the same numbers; or something came in doubt. It moves after what it tells of: whoever
+    /// reads it moved finds that too.
     turns: AtomicU64,
 }
 
@@ -182,8 +183,8 @@ impl Index {
         let stopped = doubts.stopped.entry(id).or_insert(reason);
         // Nothing lifts a revocation.
         *stopped = (*stopped).min(reason);
-        self.turns.fetch_add(1, Ordering::AcqRel);
         self.doubtful.store(doubts.len(), Ordering::Release);
+        self.turns.fetch_add(1, Ordering::AcqRel);
     }
 
     fn doubted<T>(&self, find: impl FnOnce(&Doubts) -> Option<T>) -> Option<T> {
@@ -250,8 +251,8 @@ impl Index {
 
     /// Forgets everything: another snapshot is to be loaded. What is in doubt stays so.
     pub fn clear(&self) {
-        self.turns.fetch_add(1, Ordering::AcqRel);
         self.applied.store(0, Ordering::Release);
+        self.turns.fetch_add(1, Ordering::AcqRel);
         self.keys.store(Arc::default());
         self.budgets.pin().clear();
         self.accounts.pin().clear();
@@ -438,8 +439,8 @@ impl Follower for Index {
                 let _ = doubts.members.insert(member_id(member));
             }
         }
-        self.turns.fetch_add(1, Ordering::AcqRel);
         self.doubtful.store(doubts.len(), Ordering::Release);
+        self.turns.fetch_add(1, Ordering::AcqRel);
     }
 
     fn decided(&self) {

@@ -31,6 +31,8 @@ pub struct Known {
     pub grants: ScopeSet,
     key: KeyId,
     version: u32,
+    /// When it was found in order.
+    state: State,
 }
 
 /// The caller that one connection has had last.
@@ -39,7 +41,6 @@ pub struct Memory(Mutex<Option<Remembered>>);
 
 struct Remembered {
     token: Zeroizing<Box<[u8]>>,
-    state: State,
     /// Of this connection alone: calls on other cores count other references.
     known: Arc<Known>,
 }
@@ -53,13 +54,13 @@ impl std::fmt::Debug for Memory {
 impl Memory {
     fn recall(&self, token: &[u8], state: State) -> Option<Arc<Known>> {
         let remembered = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let remembered = remembered.as_ref().filter(|remembered| remembered.state == state)?;
+        let remembered = remembered.as_ref().filter(|remembered| remembered.known.state == state)?;
         // How much of another caller's token somebody has right must not show in the time that this takes.
         bool::from(remembered.token.ct_eq(token)).then(|| remembered.known.clone())
     }
 
-    fn remember(&self, token: &[u8], state: State, known: &Arc<Known>) {
-        let remembered = Remembered { token: Zeroizing::new(token.into()), state, known: known.clone() };
+    fn remember(&self, token: &[u8], known: &Arc<Known>) {
+        let remembered = Remembered { token: Zeroizing::new(token.into()), known: known.clone() };
         self.0.lock().unwrap_or_else(PoisonError::into_inner).replace(remembered);
     }
 }
@@ -84,10 +85,16 @@ impl Engine {
         if failures.first() != Reason::Ok || hangs {
             return None;
         }
-        let known = Known { account: account?, grants, key: found.key.id(), version: found.version };
-        let known = Arc::new(known);
-        memory.remember(presented.as_bytes(), state, &known);
+        let (key, version) = (found.key.id(), found.version);
+        let known = Arc::new(Known { account: account?, grants, key, version, state });
+        memory.remember(presented.as_bytes(), &known);
         Some(known)
+    }
+
+    /// Whether nothing has changed since the caller was found in order. If anything has, it is to be judged anew.
+    #[must_use]
+    pub fn is_as_known(&self, known: &Known) -> bool {
+        self.index.state() == Some(known.state)
     }
 
     /// Notes a call of such a caller.
@@ -108,12 +115,14 @@ mod tests {
                 tests::{at, sample},
             },
             log::Change,
-            name::DisplayName,
+            name::{DisplayName, EnvironmentName},
             scope::Scope,
             time::Revision,
             token::Digest,
         },
-        engine::{index::Index, lease::Lease, limiter::LimitSettings, usage::Usage},
+        engine::{
+            Asker, CannotAnswer, Question, index::Index, lease::Lease, limiter::LimitSettings, usage::Usage,
+        },
         store::{SnapshotItem, writer::Follower as _},
     };
     use std::time::Duration;
@@ -160,6 +169,34 @@ mod tests {
         engine.index.load(SnapshotItem::Key(revoked(&key), vec![]));
         engine.index.loaded(Revision(3));
         assert!(engine.recognise("one", None, &memory).is_none());
+    }
+
+    #[test]
+    fn whoever_was_let_in_and_is_gone_at_the_decision_gets_none() {
+        let (key, memory) = (caller(), Memory::default());
+        let engine = engine(&key);
+        let known = engine.recognise("one", None, &memory).unwrap();
+        assert!(engine.is_as_known(&known));
+        engine.index.load(SnapshotItem::Key(revoked(&key), vec![]));
+        engine.index.loaded(Revision(2));
+        assert!(!engine.is_as_known(&known));
+        assert_eq!(engine.stands("one", None, None).unwrap().unwrap_err(), Reason::Revoked);
+        let environment = EnvironmentName::parse("production").unwrap();
+        let question = Question {
+            token: "one",
+            environment: &environment,
+            scopes: &[],
+            account: None,
+            customer: None,
+            client_ip: None,
+            cost: 1,
+            dry_run: false,
+            min_revision: None,
+            charge: None,
+            bar_management: false,
+        };
+        let gone = Asker { account: &known.account, stands: &|| Ok(false) };
+        assert_eq!(engine.decide(gone, &question).unwrap_err(), CannotAnswer::AskerGone);
     }
 
     #[test]

@@ -64,6 +64,23 @@ pub struct Question<'a> {
     pub bar_management: bool,
 }
 
+/// Who asks a question.
+#[derive(Clone, Copy)]
+pub struct Asker<'a> {
+    /// In which account: the operator account, or another.
+    pub account: &'a AccountId,
+    /// Whether it may ask still. It is asked once the deadline has been read.
+    pub stands: &'a (dyn Fn() -> Result<bool, CannotAnswer> + Sync),
+}
+
+impl<'a> Asker<'a> {
+    /// One that nobody can take anything from: the process itself, for a proxy that shows no key.
+    #[must_use]
+    pub fn always(account: &'a AccountId) -> Asker<'a> {
+        Asker { account, stands: &|| Ok(true) }
+    }
+}
+
 /// The key that a presented token belongs to.
 #[derive(Clone, Debug)]
 pub struct Holder {
@@ -155,6 +172,9 @@ pub enum CannotAnswer {
     /// The key's rate limits are counted in Redis, which did not answer.
     #[error("the key's rate limits cannot be counted: Redis did not answer; try again")]
     LimitsUnavailable,
+    /// Whoever asks may not any more.
+    #[error("whoever asks may not call any more")]
+    AskerGone,
     /// More was used of the key's quota here than the database has counted yet.
     #[error("the key's quota cannot be counted: the database did not answer; try again")]
     QuotaUnavailable,
@@ -223,12 +243,11 @@ impl Engine {
         }
     }
 
-    /// Decides one question for a caller of `asker`, the operator account or another. A token of another
-    /// account is unknown to all but operators.
+    /// Decides one question for whoever asks. A token of another account is unknown to all but operators.
     ///
     /// # Errors
     /// When the state here is not good enough to answer, or the limits cannot be counted; that is no verdict.
-    pub async fn check(&self, asker: &AccountId, question: &Question<'_>) -> Result<Answer, CannotAnswer> {
+    pub async fn check(&self, asker: Asker<'_>, question: &Question<'_>) -> Result<Answer, CannotAnswer> {
         match self.decide(asker, question)? {
             Decided::Answered(answer) => Ok(answer),
             // Apart on the heap, since few wait: a future is as large as all that may go on in it, and is moved about.
@@ -240,7 +259,7 @@ impl Engine {
     ///
     /// # Errors
     /// When the state here is not good enough to answer.
-    pub fn decide(&self, asker: &AccountId, question: &Question<'_>) -> Result<Decided, CannotAnswer> {
+    pub fn decide(&self, asker: Asker<'_>, question: &Question<'_>) -> Result<Decided, CannotAnswer> {
         let judged = self.judge_under_lease(asker, question)?;
         Ok(match judged.draws() {
             true => Decided::Limited(Limited(judged)),
@@ -275,11 +294,16 @@ impl Engine {
     }
 
     /// Reads the deadline, then the clock, and judges after.
-    fn judge_under_lease(&self, asker: &AccountId, question: &Question<'_>) -> Result<Judged, CannotAnswer> {
+    fn judge_under_lease(&self, asker: Asker<'_>, question: &Question<'_>) -> Result<Judged, CannotAnswer> {
+        let Asker { account, stands } = asker;
         let judge = |fresh| {
+            // Whoever was let in before the deadline was read may have been revoked meanwhile, and the lease renewed after.
+            if !stands()? {
+                return Err(CannotAnswer::AskerGone);
+            }
             // Before the look-up: what is found is at least as new.
             let revision = self.fresh(question.min_revision)?;
-            self.judge(asker, question, revision, fresh)
+            self.judge(account, question, revision, fresh)
         };
         #[cfg(keyward_breakable)]
         if let Some(judged) = self.judge_before_lease(judge) {

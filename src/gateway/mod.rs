@@ -31,6 +31,7 @@ use crate::{
     trace,
 };
 
+pub use crate::engine::Asker;
 pub use asked::{Asked, Client, Via, form as read_form};
 pub use counts::Counts;
 pub use extensions::{Said, read as read_extensions};
@@ -162,6 +163,12 @@ impl Gateway {
         &self.settings
     }
 
+    /// What answers.
+    #[must_use]
+    pub fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
     /// The environments there are.
     #[must_use]
     pub fn environments(&self) -> &Environments {
@@ -193,7 +200,7 @@ impl Gateway {
 
     /// Judges a request for a proxy of `asker`'s account; `said` is what the proxy's own configuration says of
     /// the route.
-    pub async fn judge(&self, asker: &AccountId, asked: &Asked<'_>, said: Said) -> Reply {
+    pub async fn judge(&self, asker: Asker<'_>, asked: &Asked<'_>, said: Said) -> Reply {
         let book = self.book.load_full();
         let mut judged = Judged {
             mode: Mode::Enforce,
@@ -237,7 +244,7 @@ impl Gateway {
 
     async fn find<'a>(
         &self,
-        asker: &AccountId,
+        asker: Asker<'_>,
         asked: &Asked<'a>,
         said: Said,
         book: &RuleBook,
@@ -292,7 +299,7 @@ impl Gateway {
     /// Puts the question that the route asks.
     async fn ask<'a>(
         &self,
-        asker: &AccountId,
+        asker: Asker<'_>,
         asked: &Asked<'a>,
         ready: &Ready,
         judged: &mut Judged<'a>,

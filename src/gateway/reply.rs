@@ -68,7 +68,10 @@ impl Finding {
                 "limits_unavailable"
             }
             Finding::CannotAnswer(CannotAnswer::LeaseLost) => "lease_lost",
-            Finding::CannotAnswer(CannotAnswer::Starting | CannotAnswer::Stale { .. }) => "not_ready",
+            // A proxy whose own key is gone is told so at its next call.
+            Finding::CannotAnswer(
+                CannotAnswer::Starting | CannotAnswer::Stale { .. } | CannotAnswer::AskerGone,
+            ) => "not_ready",
         }
     }
 

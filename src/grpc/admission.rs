@@ -27,7 +27,7 @@ use crate::{
 
 use super::{
     body::Limited,
-    ext_authz::Asker,
+    ext_authz::Proxy,
     gate::{Call, HEALTH, Services},
     rpc::{Access, Plane, Rpc},
     status::lacks_permission,
@@ -118,8 +118,8 @@ impl Services {
             rpc.access == Access::Proxy && door.open_to_proxies && !self.gateway.settings().require_caller;
         let envoy = door.services.envoy_only();
         if free && (envoy || !request.headers().contains_key(http::header::AUTHORIZATION)) {
-            let asker = Asker { account: AccountId::operator(), trusted: envoy };
-            request.extensions_mut().insert(asker);
+            let proxy = Proxy { account: AccountId::operator(), trusted: envoy, vigil: None };
+            request.extensions_mut().insert(proxy);
             return Ok(());
         }
         let shown = visitor.shows(request.headers())?;
@@ -171,17 +171,19 @@ impl Services {
         if let Some(permission) = needed.filter(|permission| !caller.may(*permission)) {
             return Err(lacks_permission(permission.as_str()));
         }
-        if rpc.access == Access::Proxy {
-            request.extensions_mut().insert(Asker { account: caller.account.clone(), trusted: true });
-        }
-        request.extensions_mut().insert(caller);
-        if rpc.plane == Plane::Checks && rpc.timeout.is_none() {
+        if rpc.plane == Plane::Checks {
             let shown = match shown {
                 Shown::Token(token) => Presented::Token(Arc::new(Zeroizing::new(token))),
                 Shown::Certificate(identity) => Presented::Certificate(identity.clone()),
             };
-            request.extensions_mut().insert(Vigil { shown, account: named_account, peer });
+            let vigil = Vigil { shown, account: named_account, peer };
+            if rpc.access == Access::Proxy {
+                let (account, vigil) = (caller.account.clone(), Some(vigil.clone()));
+                request.extensions_mut().insert(Proxy { account, trusted: true, vigil });
+            }
+            request.extensions_mut().insert(vigil);
         }
+        request.extensions_mut().insert(caller);
         Ok(())
     }
 

@@ -24,7 +24,7 @@ use crate::{
         scope::Scope,
         token,
     },
-    engine::{Answer, Decided, Engine, Question},
+    engine::{Answer, Asker, Decided, Engine, Question},
     pb,
     refusal::{Refusal, Violations},
     trace,
@@ -119,7 +119,7 @@ impl AuthzService {
     /// When the request is wrong, or cannot be answered here and now.
     pub(super) fn answer<'a>(
         &'a self,
-        asker: &AccountId,
+        asker: Asker<'_>,
         request: &'a pb::CheckRequest,
         out: &'a mut BytesMut,
     ) -> Result<Answering<'a>, Status> {
@@ -228,9 +228,11 @@ impl AuthzService {
     }
 
     async fn check(&self, mut request: Request<pb::CheckRequest>) -> Result<Response<BytesMut>, Status> {
-        let caller = shown::<Caller>(&mut request)?;
+        let (caller, vigil) = (shown::<Caller>(&mut request)?, shown::<Vigil>(&mut request)?);
         let mut out = BytesMut::new();
-        let answered = self.answer(&caller.account, request.get_ref(), &mut out)?;
+        let stands = || vigil.stands(&self.engine);
+        let asker = Asker { account: &caller.account, stands: &stands };
+        let answered = self.answer(asker, request.get_ref(), &mut out)?;
         let decision = answered.written().await?;
         let mut response = Response::new(out);
         if let Some(id) = decision.and_then(|id| id.to_string().parse().ok()) {
@@ -243,7 +245,7 @@ impl AuthzService {
         &self,
         mut request: Request<pb::BatchCheckRequest>,
     ) -> Result<Response<BytesMut>, Status> {
-        let caller = shown::<Caller>(&mut request)?;
+        let (caller, vigil) = (shown::<Caller>(&mut request)?, shown::<Vigil>(&mut request)?);
         let checks = &request.get_ref().checks;
         let mut violations = Violations::default();
         violations.note_if(
@@ -259,9 +261,12 @@ impl AuthzService {
         // None is answered, and nothing consumed, unless all can be; limits that cannot be counted show too late.
         let newest = checks.iter().filter_map(|check| check.min_revision).max();
         self.engine.fresh(convert::read_revision(newest)).map_err(Refusal::from)?;
+        let then = self.engine.index.state().filter(|_| vigil.stands(&self.engine) == Ok(true));
+        let stands = || vigil.still_stands(&self.engine, then);
+        let asker = Asker { account: &caller.account, stands: &stands };
         let (mut out, mut one, mut denied) = (BytesMut::new(), BytesMut::new(), 0);
         for (check, read) in checks.iter().zip(&read) {
-            let answer = self.engine.check(&caller.account, &read.question(check)).await;
+            let answer = self.engine.check(asker, &read.question(check)).await;
             let answer = answer.map_err(Refusal::from)?;
             denied += usize::from(answer.reason() != Reason::Ok);
             self.note(&answer, read);

@@ -32,12 +32,14 @@ pub(super) type Held = Arc<OnceLock<Place>>;
 /// A request body of which some may have been read already.
 pub(super) struct Arriving {
     read: Option<Bytes>,
+    /// How reading the rest failed, if it has.
+    failed: Option<hyper::Error>,
     rest: Incoming,
 }
 
 impl From<Incoming> for Arriving {
     fn from(rest: Incoming) -> Arriving {
-        Arriving { read: None, rest }
+        Arriving { read: None, failed: None, rest }
     }
 }
 
@@ -62,14 +64,20 @@ impl Arriving {
                 None => break,
             }
         }
-        Some(data.slice(PREFIX..))
+        // A body that breaks off after its message is not in order.
+        self.failed.is_none().then(|| data.slice(PREFIX..))
     }
 
     /// The next bytes; None at the end, and where reading fails.
     async fn next_data(&mut self) -> Option<Bytes> {
-        let frame = poll_fn(|cx| Pin::new(&mut self.rest).poll_frame(cx)).await?.ok()?;
-        // What is no data stands at the end.
-        frame.into_data().ok()
+        match poll_fn(|cx| Pin::new(&mut self.rest).poll_frame(cx)).await? {
+            // What is no data stands at the end.
+            Ok(frame) => frame.into_data().ok(),
+            Err(error) => {
+                self.failed = Some(error);
+                None
+            }
+        }
     }
 }
 
@@ -81,14 +89,17 @@ impl Body for Arriving {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        match self.read.take() {
-            Some(data) => Poll::Ready(Some(Ok(Frame::data(data)))),
+        if let Some(data) = self.read.take() {
+            return Poll::Ready(Some(Ok(Frame::data(data))));
+        }
+        match self.failed.take() {
+            Some(error) => Poll::Ready(Some(Err(error))),
             None => Pin::new(&mut self.rest).poll_frame(cx),
         }
     }
 
     fn is_end_stream(&self) -> bool {
-        self.read.is_none() && self.rest.is_end_stream()
+        self.read.is_none() && self.failed.is_none() && self.rest.is_end_stream()
     }
 }
 

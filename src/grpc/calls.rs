@@ -183,6 +183,11 @@ impl Begun<'_> {
         response
     }
 
+    /// When it began.
+    pub(super) fn at(&self) -> Instant {
+        self.at
+    }
+
     /// How long it has taken so far.
     pub(super) fn elapsed(&self) -> std::time::Duration {
         self.at.elapsed()

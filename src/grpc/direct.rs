@@ -1,15 +1,15 @@
 //! The short way of a Check: what is plainly in order is answered here, without a future, a timer or a table that it
 //! does not need. Whatever is not goes the long way by `gate` from its beginning, which alone words refusals.
 
-use std::{pin::pin, sync::Arc, task::Poll, time::Duration};
+use std::{net::IpAddr, pin::pin, sync::Arc, task::Poll};
 
 use http::{HeaderMap, HeaderValue, Request, Response};
 use prost::Message as _;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 
 use crate::{
     access::Permission,
-    engine::known::Known,
+    engine::{Asker, CannotAnswer, known::Known},
     pb,
     trace::{self, Call},
     transport::{Auth, Service as Served},
@@ -19,6 +19,7 @@ use super::{
     admission::{Visitor, credential},
     authz::{Answering, DECISION_ID},
     body::Arriving,
+    calls::Begun,
     gate::{Services, allowed_time},
     reply::{self, Reply},
     rpc::{CHECK_BYTES, CHECK_TIMEOUT},
@@ -33,8 +34,9 @@ pub(super) struct Said {
     pub(super) names_itself: bool,
     /// It has a deadline.
     hurries: bool,
-    /// It acts in an account that it names, or for somebody.
-    acts: bool,
+    /// It says what few say, and goes the long way: that it acts in an account that it names, or for somebody, or that
+    /// its message is encoded.
+    more: bool,
 }
 
 impl Said {
@@ -44,7 +46,7 @@ impl Said {
             match name.as_str() {
                 "traceparent" | "x-request-id" => said.names_itself = true,
                 "grpc-timeout" => said.hurries = true,
-                "x-keyward-account" | "x-keyward-acting-user" => said.acts = true,
+                "x-keyward-account" | "x-keyward-acting-user" | "grpc-encoding" => said.more = true,
                 _ => {}
             }
         }
@@ -60,9 +62,10 @@ impl Services {
         request: &mut Request<Arriving>,
         said: &Said,
         visitor: &Visitor,
+        begun: &Begun<'_>,
         call: &mut Option<Call>,
     ) -> Option<Response<Reply>> {
-        if said.acts {
+        if said.more {
             return None;
         }
         let known = self.recognise(request.headers(), visitor)?;
@@ -70,21 +73,27 @@ impl Services {
             true => allowed_time(Some(CHECK_TIMEOUT), request.headers()).unwrap_or(CHECK_TIMEOUT),
             false => CHECK_TIMEOUT,
         };
-        let arrived = pin!(request.body_mut().plain_message(CHECK_BYTES));
-        let Some(message) = in_time(limit, arrived).await else {
+        let end = begun.at() + limit;
+        let arrived = {
+            let arriving = pin!(request.body_mut().plain_message(CHECK_BYTES));
+            in_time(end, arriving).await
+        };
+        let Some(message) = arrived else {
             return Some(deadline_exceeded().into_http().map(Reply::Any));
         };
         let question = pb::CheckRequest::decode(message?).ok()?;
         self.engine.note_call(&known);
         let mut out = reply::begin();
-        let (call, asker) = (call.take()?, &known.account);
-        let answered = match trace::within_now(call, || self.checks.answer(asker, &question, &mut out)) {
-            Ok(Answering::Written(decision)) => Ok(decision),
-            Ok(Answering::Waits(settled)) => {
-                in_time(limit, settled).await.unwrap_or_else(|| Err(deadline_exceeded()))
-            }
-            Err(status) => Err(status),
-        };
+        let stands = || self.still_stands(&known, request.headers(), visitor.peer);
+        let asker = Asker { account: &known.account, stands: &stands };
+        let answered =
+            match trace::within_now(call.take()?, || self.checks.answer(asker, &question, &mut out)) {
+                Ok(Answering::Written(decision)) => Ok(decision),
+                Ok(Answering::Waits(settled)) => {
+                    in_time(end, settled).await.unwrap_or_else(|| Err(deadline_exceeded()))
+                }
+                Err(status) => Err(status),
+            };
         Some(match answered {
             Ok(decision) => {
                 let mut response = reply::ok(out);
@@ -96,6 +105,21 @@ impl Services {
             }
             Err(status) => status.into_http().map(Reply::Any),
         })
+    }
+
+    /// Whether a caller that was let in would be again.
+    fn still_stands(
+        &self,
+        known: &Known,
+        headers: &HeaderMap,
+        peer: Option<IpAddr>,
+    ) -> Result<bool, CannotAnswer> {
+        if self.engine.is_as_known(known) {
+            return Ok(true);
+        }
+        let Ok(token) = credential(headers) else { return Ok(false) };
+        let stands = self.engine.stands(token, None, peer)?;
+        Ok(stands.is_ok_and(|grants| Permission::Check.is_in(&grants)))
     }
 
     /// The caller of a Check, where it shows a token that is plainly enough.
@@ -110,9 +134,9 @@ impl Services {
 }
 
 /// The outcome, if it comes in time. What is there at once needs no timer.
-async fn in_time<T>(limit: Duration, mut work: impl Future<Output = T> + Unpin) -> Option<T> {
+async fn in_time<T>(end: Instant, mut work: impl Future<Output = T> + Unpin) -> Option<T> {
     match futures_util::poll!(&mut work) {
         Poll::Ready(done) => Some(done),
-        Poll::Pending => timeout(limit, work).await.ok(),
+        Poll::Pending => timeout_at(end, work).await.ok(),
     }
 }

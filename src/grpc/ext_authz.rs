@@ -10,6 +10,7 @@ use tracing::Instrument as _;
 
 use crate::{
     domain::name::AccountId,
+    engine::Asker,
     gateway::{Asked, Client, Gateway, Reply, Value, Via, read_extensions},
     pb::{
         envoy::{
@@ -27,16 +28,18 @@ use crate::{
     trace::{self, Tracing},
 };
 
-use super::{gate::shown, rpc};
+use super::{gate::shown, rpc, stream::Vigil};
 
 /// Who asks.
 #[derive(Clone, Debug)]
-pub(super) struct Asker {
+pub(super) struct Proxy {
     /// Whose tokens it may ask about; the operator account's caller, about all.
     pub account: AccountId,
     /// Whether it hears why: who came by Envoy's own listener, or showed a key with `keyward:check`. A stranger
     /// hears what a client would.
     pub trusted: bool,
+    /// What it has shown, if anything.
+    pub vigil: Option<Vigil>,
 }
 
 /// The service over the gateway.
@@ -53,13 +56,17 @@ impl ExtAuthz {
         &self,
         attributes: &AttributeContext,
         http: &HttpRequest,
-        Asker { account, trusted }: &Asker,
+        Proxy { account, trusted, vigil }: &Proxy,
     ) -> CheckResponse {
         let extensions = attributes.context_extensions.iter().filter_map(text_pair);
         let said = read_extensions(extensions, self.gateway.environments(), false);
         let asked = asked(attributes, http);
         trace::adopt(asked.request_id(), || asked.parent());
-        let judged = self.gateway.judge(account, &asked, said);
+        let stands = || match vigil {
+            Some(vigil) => vigil.stands(self.gateway.engine()),
+            None => Ok(true),
+        };
+        let judged = self.gateway.judge(Asker { account, stands: &stands }, &asked, said);
         let mut reply = match self.tracing.span(rpc::EXT_AUTHZ) {
             Some(span) => {
                 let reply = judged.instrument(span.clone()).await;

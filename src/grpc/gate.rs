@@ -151,7 +151,10 @@ impl Services {
         let call = self.tracing.call(names, visitor.peer, self.engine.now());
         let (plain, mut call) = (begun.is_check() && !call.is_chosen(), Some(call));
         let mut request = request.map(Arriving::from);
-        if plain && let Some(response) = self.answer_directly(&mut request, &said, visitor, &mut call).await {
+        if plain
+            && let Some(response) =
+                self.answer_directly(&mut request, &said, visitor, &begun, &mut call).await
+        {
             return begun.replied(response);
         }
         // Apart on the heap: a future is as large as all that may go on in it, and most calls were Checks.
@@ -193,7 +196,7 @@ impl Services {
         if let Some(id) = &id {
             request.headers_mut().insert(REQUEST_ID, id.clone());
         }
-        let answer = self.answer_rpc(rpc, request, visitor);
+        let answer = self.answer_rpc(rpc, begun, request, visitor);
         // What a proxy asks about may be part of a trace that its message alone tells of: its span comes later.
         let span = if rpc.access == Access::Proxy { None } else { self.tracing.span(rpc.method) };
         let mut response = match &span {
@@ -214,6 +217,7 @@ impl Services {
     async fn answer_rpc(
         &self,
         rpc: &'static Rpc,
+        begun: &Begun<'_>,
         request: Request<Arriving>,
         visitor: &Visitor,
     ) -> Response<Body> {
@@ -236,7 +240,8 @@ impl Services {
         };
         explained(match limit {
             Some(limit) => {
-                tokio::time::timeout(limit, call).await.unwrap_or_else(|_| deadline_exceeded().into_http())
+                let answer = tokio::time::timeout_at(begun.at() + limit, call).await;
+                answer.unwrap_or_else(|_| deadline_exceeded().into_http())
             }
             None => call.await,
         })

@@ -123,6 +123,7 @@ fn caller_limited(retry_after: Option<std::time::Duration>) -> Status {
 fn cannot_answer(reason: CannotAnswer) -> Status {
     match reason {
         CannotAnswer::Starting => status(Code::Unavailable, "STARTING", &reason.to_string()),
+        CannotAnswer::AskerGone => Refusal::Unauthenticated.into(),
         CannotAnswer::LeaseLost => status(Code::Unavailable, "LEASE_LOST", &reason.to_string()),
         CannotAnswer::LimitsUnavailable => {
             status(Code::Unavailable, "LIMITS_UNAVAILABLE", &reason.to_string())

@@ -20,7 +20,8 @@ use crate::{
     access::{Caller, Permission},
     domain::{decision::Reason, identity::Identity, name::AccountId, scope::ScopeSet},
     engine::{
-        Authenticated, Engine,
+        Asker, Authenticated, CannotAnswer, Engine,
+        index::State,
         known::{Known, Memory},
     },
     pb,
@@ -55,7 +56,29 @@ pub(super) struct Vigil {
     pub(super) peer: Option<IpAddr>,
 }
 
+impl std::fmt::Debug for Vigil {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Vigil").field("account", &self.account).finish_non_exhaustive()
+    }
+}
+
 impl Vigil {
+    /// Whether the caller may ask still. Nothing is counted.
+    pub(super) fn stands(&self, engine: &Engine) -> Result<bool, CannotAnswer> {
+        match &self.shown {
+            Presented::Certificate(identity) => Ok(engine.vouch(identity.account())?.stands),
+            Presented::Token(token) => {
+                let stands = engine.stands(token, self.account.as_ref(), self.peer)?;
+                Ok(stands.is_ok_and(|grants| Permission::Check.is_in(&grants)))
+            }
+        }
+    }
+
+    /// The same of one that stood when the index was in this state.
+    pub(super) fn still_stands(&self, engine: &Engine, then: Option<State>) -> Result<bool, CannotAnswer> {
+        if then.is_some() && engine.index.state() == then { Ok(true) } else { self.stands(engine) }
+    }
+
     /// Whether the caller still may ask. `charge`: this is a call, which its limits count.
     async fn admits(&self, engine: &Engine, charge: bool, memory: &Memory) -> Result<(), Status> {
         if self.is_known(engine, charge, memory) {
@@ -197,13 +220,17 @@ impl Call {
         // The first came with the call, which is charged already.
         let charge = self.number > 0;
         self.number += 1;
-        self.vigil.admits(&self.service.engine, charge, &self.memory).await?;
+        let engine = &self.service.engine;
+        let then = engine.index.state();
+        self.vigil.admits(engine, charge, &self.memory).await?;
         let length = question.encoded_len();
         if length > CHECK_BYTES {
             return Err(too_large(length, CHECK_BYTES));
         }
         let mut out = BytesMut::with_capacity(ROOM);
-        self.service.answer(&self.caller.account, question, &mut out)?.written().await?;
+        let stands = || self.vigil.still_stands(engine, then);
+        let asker = Asker { account: &self.caller.account, stands: &stands };
+        self.service.answer(asker, question, &mut out)?.written().await?;
         Ok(out)
     }
 }

@@ -24,6 +24,7 @@ use crate::{
             replica::{Action, Event, Standing},
         },
         log::LogRow,
+        time::Revision,
     },
     engine::lease::Lease,
     store::{
@@ -369,12 +370,16 @@ impl Feed {
     fn renew(&mut self, renewal: Renewal) {
         let fleet = self.parts.fleet.clone();
         let attempt = renewal.attempt;
-        // Whoever waits reads the rows by and by anyway: it is not told again where that fails.
-        let told = renewal.applied.is_some_and(|at| self.parts.follow.is_to_tell(at.revision));
-        let tell = told && self.sight.are_few();
+        let told = renewal.applied.filter(|at| self.parts.follow.is_to_tell(at.revision));
+        let told = told.filter(|_| self.sight.are_few());
         self.request(attempt, async move {
-            match fleet.renew(&renewal, tell).await {
-                Ok(renewed) => Input::Renewed(attempt, Box::new(renewed)),
+            match fleet.renew(&renewal).await {
+                Ok(renewed) => {
+                    if let Some(at) = told.filter(|_| renewed.reply.renewed) {
+                        tokio::spawn(tell(fleet, renewal.id, at.revision));
+                    }
+                    Input::Renewed(attempt, Box::new(renewed))
+                }
                 Err(error) => said_failed(attempt, "renewal", &error),
             }
         });
@@ -465,6 +470,14 @@ impl Feed {
             }
             std::mem::replace(serving, holds) != holds
         });
+    }
+}
+
+/// Tells up to where this replica has acknowledged. Whoever waits reads the rows by and by anyway: it is not told again
+/// where that fails.
+async fn tell(fleet: Arc<dyn Fleet>, id: ReplicaId, upto: Revision) {
+    if let Err(error) = fleet.tell(id, upto).await {
+        tracing::debug!(error = &error as &dyn std::error::Error, "an acknowledgment was not told");
     }
 }
 

@@ -93,8 +93,11 @@ pub trait Fleet: Send + Sync + 'static {
     /// Inserts a row, without `applied`, with a `renew_seq` of 0.
     async fn register(&self, id: ReplicaId, name: &str) -> Result<(), StoreError>;
 
-    /// Renews: one durable transaction. `tell`: whoever listens hears afterwards up to where it acknowledges.
-    async fn renew(&self, renewal: &Renewal, tell: bool) -> Result<Renewed, StoreError>;
+    /// Renews: one durable transaction.
+    async fn renew(&self, renewal: &Renewal) -> Result<Renewed, StoreError>;
+
+    /// Tells whoever listens up to where a replica has acknowledged. Nothing hangs on it.
+    async fn tell(&self, id: ReplicaId, upto: Revision) -> Result<(), StoreError>;
 
     /// Writes to a row, durably: so what was read since `since`, and before this, was the newest there was. A primary that
     /// was replaced answers reads and commits nothing. False = it may not have been, for another server has answered

@@ -13,7 +13,7 @@ use keyward::{
         token::Token,
     },
     engine::{
-        Answer, CannotAnswer, Engine, Question,
+        Answer, Asker, CannotAnswer, Engine, Question,
         index::Index,
         lease::Lease,
         limiter::{Charge, LimitSettings, OnFailure},
@@ -127,7 +127,7 @@ impl Replica {
             charge: number.map(|number| Charge::of(number.as_bytes())),
             bar_management: false,
         };
-        self.engine.check(&AccountId::operator(), &question).await
+        self.engine.check(Asker::always(&AccountId::operator()), &question).await
     }
 }
 

@@ -295,7 +295,7 @@ async fn a_renewal_acknowledges_only_what_the_log_holds_and_counts_once() {
     let renew = async |next, at: Option<Position>| {
         let counts = Counts { seen: 0, next };
         let renewal = Renewal { attempt: Attempt(1), id, counts, applied: at, settle: None };
-        fleet.renew(&renewal, true).await.unwrap()
+        fleet.renew(&renewal).await.unwrap()
     };
     let applied =
         || database.sql("SELECT coalesce(applied::text, '-') || ' ' || renew_seq FROM keyward.replicas");

@@ -147,9 +147,11 @@ async fn bytes_that_are_no_message_are_the_callers_fault_and_told_so() {
 async fn a_compression_that_is_not_spoken_is_told_with_a_reason() {
     let server = Server::start().await;
     let gzip = server.root().with_header("grpc-encoding", "gzip");
-    let status = gzip.who_am_i().await.unwrap_err();
-    assert_eq!(status.code(), Code::Unimplemented, "{status:?}");
-    reason(&status);
+    let asked = crate::support::check("kw_live_x", "monitors:read");
+    for status in [gzip.who_am_i().await.unwrap_err(), gzip.check(asked).await.unwrap_err()] {
+        assert_eq!(status.code(), Code::Unimplemented, "{status:?}");
+        reason(&status);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -60,6 +60,7 @@ pub(super) struct Lines {
     renewals: Line,
     changes: Line,
     rosters: Line,
+    tells: Line,
     listener: tokio::sync::Mutex<Option<PgListener>>,
     /// What this process commits, or has committed last: it is told of that too.
     own: Mutex<Option<Revision>>,
@@ -73,6 +74,7 @@ impl Lines {
             renewals: line(),
             changes: line(),
             rosters: line(),
+            tells: line(),
             listener: tokio::sync::Mutex::default(),
             own: Mutex::default(),
         }
@@ -95,7 +97,7 @@ impl Lines {
 
     pub(super) async fn close(&self) {
         self.listener.lock().await.take();
-        tokio::join!(self.renewals.close(), self.changes.close(), self.rosters.close());
+        tokio::join!(self.renewals.close(), self.changes.close(), self.rosters.close(), self.tells.close());
     }
 }
 
@@ -135,19 +137,7 @@ fn rows_at(rows: &[PgRow], columns: std::ops::Range<usize>) -> std::result::Resu
 impl Postgres {
     /// One message: a transaction around `statements`.
     async fn message(&self, line: &Line, statements: &str, limit: Duration) -> Result<Vec<PgRow>> {
-        self.message_and(line, statements, "", limit).await
-    }
-
-    /// The same, with a last statement after it has committed, which gives no rows.
-    async fn message_and(
-        &self,
-        line: &Line,
-        statements: &str,
-        then: &str,
-        limit: Duration,
-    ) -> Result<Vec<PgRow>> {
-        let message = format!("{}; {statements}; COMMIT; {then}", self.begins.line);
-        let rows = line.ask(message, limit).await?;
+        let rows = line.ask(format!("{}; {statements}; COMMIT", self.begins.line), limit).await?;
         // The first row says which server it is.
         let mut rows = rows.into_iter();
         let server = rows.next().ok_or(sqlx::Error::RowNotFound)?;
@@ -163,15 +153,10 @@ impl Postgres {
         rows.last().map_or(from, |row| Position { revision: row.revision, hash: row.hash })
     }
 
-    async fn renew_once(&self, renewal: &Renewal, tell: bool) -> std::result::Result<Renewed, StoreError> {
+    async fn renew_once(&self, renewal: &Renewal) -> std::result::Result<Renewed, StoreError> {
         const META: usize = 9;
         let sql = renewal_sql(renewal, &self.server().await.map_err(store_error)?);
-        // In a transaction of its own: whoever tells something while committing holds up all others who do.
-        let told = renewal.applied.filter(|_| tell).map(|at| {
-            format!("NOTIFY {}, '{}'", self.place.acknowledgments(), acknowledgment(renewal.id, at.revision))
-        });
-        let then = told.unwrap_or_default();
-        let asked = self.message_and(&self.fleet.renewals, &sql, &then, CALL);
+        let asked = self.message(&self.fleet.renewals, &sql, CALL);
         let mut rows = asked.await.map_err(store_error)?;
         // First whether the row was written; then the changes; then what holds for all.
         let last = rows.pop().ok_or_else(|| super::damaged("meta", "it has no row"))?;
@@ -372,8 +357,15 @@ impl Fleet for Postgres {
         self.message(&self.fleet.renewals, &insert, CALL).await.map(drop).map_err(store_error)
     }
 
-    async fn renew(&self, renewal: &Renewal, tell: bool) -> std::result::Result<Renewed, StoreError> {
-        self.renew_once(renewal, tell).await
+    async fn renew(&self, renewal: &Renewal) -> std::result::Result<Renewed, StoreError> {
+        self.renew_once(renewal).await
+    }
+
+    /// In a transaction of its own and over a line of its own: whoever tells something waits for all others in the server
+    /// who do, and no renewal is to wait with it.
+    async fn tell(&self, id: ReplicaId, upto: Revision) -> std::result::Result<(), StoreError> {
+        let told = format!("NOTIFY {}, '{}'", self.place.acknowledgments(), acknowledgment(id, upto));
+        self.fleet.tells.ask(told, CALL).await.map(drop).map_err(store_error)
     }
 
     async fn prove(&self, id: ReplicaId, since: Instant) -> std::result::Result<bool, StoreError> {

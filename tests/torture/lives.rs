@@ -173,7 +173,10 @@ impl Squad {
         };
         let step = Step { call: "PutMember", action: "member.put", subject: ACCOUNT, gate: None };
         let send = sending!(accounts.put_member(put));
-        self.owner.until_ok::<pb::PutMemberResponse, _>(step, send).await?;
+        // An attempt that got lost may make the member again whenever the replica that has it goes on.
+        if self.owner.until_ok::<pb::PutMemberResponse, _>(step, send).await?.doubtful {
+            return Err(GaveUp);
+        }
         let request =
             pb::CreateKeyRequest { account: String::new(), user: user.clone(), ..key("", &["all"], &[]) };
         let made = self.create(request).await?;

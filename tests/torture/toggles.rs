@@ -63,7 +63,10 @@ impl Squad {
         let mut subject = Subject { toggle, gate, account, role: own, key: String::new() };
         let request = match toggle {
             Toggle::Role => {
-                self.put_role(&subject, &[READ, WRITE], None).await?;
+                // An attempt that got lost may give it its scopes again whenever the replica that has it goes on.
+                if self.put_role(&subject, &[READ, WRITE], None).await? {
+                    return Err(GaveUp);
+                }
                 key(&subject.account, &[], &[&subject.role])
             }
             Toggle::Suspend => {

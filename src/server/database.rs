@@ -75,7 +75,17 @@ impl Pages {
 /// Opens the store of a server.
 pub(super) async fn open(settings: &Settings) -> anyhow::Result<Arc<dyn Store>> {
     let schema = if settings.lifecycle.migrates { Schema::Migrate } else { Schema::Require };
-    let store = store::open_with(&settings.database, schema).await?;
+    let end = Instant::now() + settings.lifecycle.database_wait;
+    let store = loop {
+        match store::open_with(&settings.database, schema).await {
+            // It went away again while it was being opened.
+            Err(OpenError::Away { .. }) if Instant::now() < end => {
+                sleep(FIRST_PAUSE).await;
+                wait(settings).await?;
+            }
+            opened => break opened?,
+        }
+    };
     let Some(required) = settings.lifecycle.require_revision else { return Ok(store) };
     let head = store.head().await?.revision;
     if head < required {

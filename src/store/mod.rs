@@ -9,6 +9,7 @@
 //! without gaps. A follower that has applied revision `n` has seen every change up to `n`.
 
 mod backend;
+mod facts;
 pub mod fleet;
 pub mod look;
 mod open;
@@ -19,7 +20,6 @@ mod records;
 mod rows;
 pub mod sqlite;
 mod sqlite_snapshot;
-mod sqlite_write;
 pub mod writer;
 
 use std::{sync::Arc, time::Duration};

@@ -70,7 +70,8 @@ pub(super) fn digest(row: &impl Columns, facts: &mut Facts) -> Read<()> {
 /// A secret that left its key's record, as [`secret_at`] reads it, and the key's id.
 pub(super) fn left(row: &impl Columns, facts: &mut Facts) -> Read<()> {
     let id = id_at(row, 6)?;
-    let secret = secret_at(row, id.as_bytes(), 0).map_err(|error| sqlx::Error::Decode(Box::new(error)))?;
+    let secret =
+        secret_at(row, id.as_bytes(), 0, true).map_err(|error| sqlx::Error::Decode(Box::new(error)))?;
     facts.left.insert(id, secret);
     Ok(())
 }

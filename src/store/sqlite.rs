@@ -9,6 +9,7 @@ mod backup;
 mod facts;
 mod look;
 mod migrate;
+mod snapshot;
 mod values;
 mod write;
 
@@ -44,15 +45,15 @@ use crate::domain::{
 };
 
 pub(super) use self::look::look;
+use self::snapshot::Reader;
 use super::{
     Checkpoint, CommitError, Committed, Head, Hour, OpenError, Schema, SnapshotItem, Step, StoreError,
     UsageBatch, Write,
-    backend::{self, Backend, TakeKey, TakeRow, View},
+    backend::{self, Backend, TakeKey, TakeLog, TakeRow, View},
     fleet::Fleet,
     queries::Sql,
     records::spent_at,
     rows::{damaged, revision_to_i64},
-    sqlite_snapshot::Reader,
 };
 
 /// The first SQLite without the WAL-reset corruption.
@@ -176,6 +177,10 @@ impl Backend for Sqlite {
 
     async fn rows(&self, query: Sql<sqlx::Sqlite>) -> Result<Vec<SqliteRow>, StoreError> {
         query.into_builder().build().fetch_all(&self.readers).await.map_err(store_error)
+    }
+
+    async fn each_entry(&self, after: Revision, take: TakeLog<'_>) -> Result<(), StoreError> {
+        snapshot::log(self.options.get_filename().to_owned(), after, take).await
     }
 
     async fn commit_batch(&self, batch: &[Write]) -> Result<Committed, CommitError> {

@@ -1,7 +1,7 @@
 //! What goes into the tables: the rows of a decided run, and what Checks have left, dozens in a statement. `BEGIN`
 //! and `COMMIT` are the caller's.
 
-use std::collections::BTreeMap;
+use std::{borrow::Cow, collections::BTreeMap};
 
 use sqlx::{SqliteConnection, sqlite::SqliteRow};
 
@@ -172,29 +172,30 @@ fn bind_member(query: Query, member: &Member) -> Query {
         .bind(member_sum(member))
 }
 
-fn bind_key(query: Query, row: KeyRow) -> Query {
+fn bind_key(query: Query, row: KeyRow<'_>) -> Query {
     let sum = row.sum();
+    let text = |text: Option<Cow<'_, str>>| text.map(Cow::into_owned);
     query
         .bind(row.id.to_vec())
-        .bind(row.account)
-        .bind(row.user_id)
-        .bind(row.environment)
-        .bind(row.name)
-        .bind(row.scopes)
-        .bind(row.roles)
+        .bind(text(row.account))
+        .bind(text(row.user_id))
+        .bind(row.environment.into_owned())
+        .bind(text(row.name))
+        .bind(row.scopes.into_owned())
+        .bind(row.roles.into_owned())
         .bind(row.expires_at)
-        .bind(row.customers)
-        .bind(row.allowed_cidrs)
-        .bind(row.rate_limits)
-        .bind(row.quota)
-        .bind(row.metadata)
+        .bind(row.customers.into_owned())
+        .bind(row.allowed_cidrs.into_owned())
+        .bind(text(row.rate_limits))
+        .bind(text(row.quota))
+        .bind(text(row.metadata))
         .bind(row.created_at)
-        .bind(row.created_by)
+        .bind(row.created_by.into_owned())
         .bind(row.updated_at)
         .bind(row.disabled_at)
         .bind(row.revoked_at)
-        .bind(row.revoke_reason)
-        .bind(row.revoke_comment)
+        .bind(text(row.revoke_reason))
+        .bind(text(row.revoke_comment))
         .bind(row.revision)
         .bind(sum)
 }

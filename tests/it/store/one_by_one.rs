@@ -95,7 +95,7 @@ impl World {
         match what % 6 {
             0 => after = revoked(after, at(5)),
             1 | 2 => {
-                drop(after.rotate(fresh_digest(), "h".to_owned(), Duration::from_secs(how.into()), at(1)))
+                after.rotate(fresh_digest(), "h".to_owned(), Duration::from_secs(how.into()), at(1));
             }
             3 if how % 2 == 0 => {
                 let other = self.keys[0].secrets[0].digest;

@@ -8,7 +8,7 @@ use sqlx::{SqliteConnection, sqlite::SqliteRow};
 use crate::{
     domain::{
         account::{Account, Member, Role},
-        key::{Key, Secret},
+        key::Secret,
         limit::Drawn,
         log::{Change, LogRow},
         name::KeyId,

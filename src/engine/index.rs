@@ -336,8 +336,13 @@ impl Index {
         });
     }
 
-    fn put_key(&self, key: &Key) {
-        self.keys.load().put(key);
+    fn put_keys<'k>(&self, keys: impl Iterator<Item = &'k Key> + Clone) {
+        self.keys.load().put(keys.clone());
+        keys.for_each(|key| self.settle_key(key));
+    }
+
+    /// Ends doubts about a key, whose record has come.
+    fn settle_key(&self, key: &Key) {
         self.settle(|doubts| {
             // A stop that was not recorded stays until one is, or until Enable.
             let settled = |doubt: &Arc<Key>| {
@@ -356,6 +361,17 @@ impl Index {
                 doubts.stopped.remove(&key.id);
             }
         });
+    }
+
+    fn apply(&self, change: &Change) {
+        match change {
+            Change::Key(key) => self.put_keys(std::iter::once(&**key)),
+            Change::Account(account) => self.put_account(account.clone()),
+            Change::Role(role) => self.put_role(role.clone()),
+            Change::RoleDeleted(role) => self.delete_role(role),
+            Change::Member(member) => self.put_member(member.clone()),
+            Change::MemberRemoved(member) => self.remove_member(member),
+        }
     }
 
     /// Whether a change that has not come in here takes something away: some Check may be refused after it that is
@@ -402,19 +418,20 @@ impl Follower for Index {
     }
 
     fn applied(&self, rows: &[(LogRow, Change)]) {
-        for (row, change) in rows {
-            if self.revision().is_some_and(|seen| row.revision <= seen) {
-                continue;
+        let seen = self.revision();
+        let new = rows.partition_point(|(row, _)| seen.is_some_and(|seen| row.revision <= seen));
+        let key = |change: &Change| matches!(change, Change::Key(_));
+        for run in rows[new..].chunk_by(|(_, one), (_, next)| key(one) && key(next)) {
+            match run {
+                [(_, change)] => self.apply(change),
+                keys => self.put_keys(keys.iter().filter_map(|(_, change)| match change {
+                    Change::Key(key) => Some(&**key),
+                    _ => None,
+                })),
             }
-            match change {
-                Change::Key(key) => self.put_key(key),
-                Change::Account(account) => self.put_account(account.clone()),
-                Change::Role(role) => self.put_role(role.clone()),
-                Change::RoleDeleted(role) => self.delete_role(role),
-                Change::Member(member) => self.put_member(member.clone()),
-                Change::MemberRemoved(member) => self.remove_member(member),
+            if let Some((last, _)) = run.last() {
+                self.applied.store(last.revision.0 + 1, Ordering::Release);
             }
-            self.applied.store(row.revision.0 + 1, Ordering::Release);
         }
     }
 

@@ -42,6 +42,9 @@ pub(super) type TakeRow<'t, D> = &'t mut (dyn FnMut(&RowOf<D>) -> Result<(), Sto
 /// What takes a key.
 pub(super) type TakeKey<'t> = &'t mut (dyn FnMut(GatheredKey) + Send);
 
+/// What takes an entry of the log.
+pub(super) type TakeLog<'t> = &'t mut (dyn FnMut(LogRow) -> Result<(), StoreError> + Send);
+
 /// What a database does for the store.
 #[async_trait]
 pub(super) trait Backend: Send + Sync + Sized + 'static {
@@ -52,6 +55,9 @@ pub(super) trait Backend: Send + Sync + Sized + 'static {
 
     /// The rows of one query, which are few.
     async fn rows(&self, query: Sql<Self::Db>) -> Result<Vec<Self::Row>, StoreError>;
+
+    /// Gives each entry of the log after a revision to `take`, in order, while they come in.
+    async fn each_entry(&self, after: Revision, take: TakeLog<'_>) -> Result<(), StoreError>;
 
     /// [`Store::commit`].
     async fn commit_batch(&self, batch: &[Write]) -> Result<Committed, CommitError>;
@@ -114,12 +120,12 @@ async fn all<B: Backend, T>(
 
 /// Keys with their secrets, in the order in which they come.
 async fn gathered<B: Backend>(backend: &B, query: Sql<B::Db>) -> Result<Vec<StoredKey>, StoreError> {
-    let mut gather = Gather::new();
+    let mut gather = Gather::default();
     let mut keys = Vec::new();
     for row in &backend.rows(query).await? {
-        keys.extend(gather.row(row)?.map(|gathered| gathered.stored));
+        keys.extend(gather.row(row)?);
     }
-    keys.extend(gather.finish()?.map(|gathered| gathered.stored));
+    keys.extend(gather.finish()?);
     Ok(keys)
 }
 
@@ -293,7 +299,7 @@ pub(super) async fn snapshot<V: View>(
     .await?;
     view.keys(forget_before, &mut |gathered| {
         let left = gathered.left.into_iter().filter(|secret| !secret.superseded(forget_before)).collect();
-        sink_ref(SnapshotItem::Key(Arc::new(gathered.stored.key), left));
+        sink_ref(SnapshotItem::Key(Arc::new(gathered.key), left));
     })
     .await?;
     view.each(queries::all_spent(forget_before), &mut |row| {
@@ -323,19 +329,16 @@ pub(super) async fn check_log<B: Backend>(backend: &B) -> Result<(), StoreError>
         last = found;
     }
     let mut met = last == head;
-    loop {
-        let rows = backend.log_after(last.revision, 1000).await?;
-        for row in &rows {
+    backend
+        .each_entry(last.revision, &mut |row| {
             if !row.follows(last.revision, &last.hash) {
                 return broken(format!("its hash chain breaks at entry {}", last.revision.next()));
             }
             last = Head { revision: row.revision, hash: row.hash };
             met |= last == head;
-        }
-        if rows.is_empty() {
-            break;
-        }
-    }
+            Ok(())
+        })
+        .await?;
     let end = if last.revision > head.revision { backend.head().await? } else { head };
     if met && (last == end || last.revision < end.revision) {
         Ok(())

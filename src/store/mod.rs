@@ -8,7 +8,9 @@
 //! are committed in batches; inside a batch each stands or falls alone, and revisions count in commit order
 //! without gaps. A follower that has applied revision `n` has seen every change up to `n`.
 
+mod alike;
 mod backend;
+mod facts;
 pub mod fleet;
 pub mod look;
 mod open;
@@ -18,8 +20,6 @@ mod queries;
 mod records;
 mod rows;
 pub mod sqlite;
-mod sqlite_snapshot;
-mod sqlite_write;
 pub mod writer;
 
 use std::{sync::Arc, time::Duration};
@@ -156,7 +156,7 @@ pub struct Committed {
 pub enum SnapshotItem {
     /// An account.
     Account(Account),
-    /// A key, with the superseded secrets that left its record.
+    /// A key, with the superseded secrets that left its record. Hints are left out of either.
     Key(Arc<Key>, Vec<Secret>),
     /// A role.
     Role(Role),

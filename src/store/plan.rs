@@ -1,7 +1,5 @@
 //! What becomes of a batch, decided from facts: what the tables say of everything that its writes touch. No SQL and
-//! no waiting here, so that a database across a network is asked a few times for a batch, and not a few times for
-//! each write of it. `sqlite_write.rs` has the same rules in the form that suits a database in this process; the
-//! conformance suite holds both to them.
+//! no waiting here, so that a database is asked a few times for a batch, and not a few times for each write of it.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 
@@ -344,12 +342,13 @@ impl Facts {
     }
 
     fn learn_key(&mut self, key: &Key) {
-        self.keys.insert(key.id, key.revision);
+        if self.keys.insert(key.id, key.revision).is_some() {
+            self.names.retain(|_, holder| *holder != key.id);
+        }
         self.digests.extend(key.secrets.iter().map(|secret| {
             let held = Held { key_id: key.id, version: secret.version, row: None };
             (secret.digest, held)
         }));
-        self.names.retain(|_, holder| *holder != key.id);
         if key.revocation.is_none() {
             self.names.extend(key.terms.name.clone().map(|name| ((key.owner.clone(), name), key.id)));
         }

@@ -38,7 +38,7 @@ use sqlx::{
     pool::PoolConnection,
     postgres::{PgArguments, PgDatabaseError, PgPoolOptions, PgSeverity},
 };
-use tokio::time::Instant;
+use tokio::{sync::mpsc, time::Instant};
 
 use crate::domain::{
     limit::Spent,
@@ -49,14 +49,15 @@ use crate::domain::{
 use super::{
     Checkpoint, CommitError, Committed, Head, Hour, OpenError, Schema, SnapshotItem, Step, StoreError,
     UsageBatch, Write,
-    backend::{self, Backend, TakeKey, TakeRow, View},
+    backend::{self, Backend, TakeKey, TakeLog, TakeRow, View},
     fleet::Fleet,
     plan::{self, Questions},
     queries::Sql,
-    records::{Columns as _, head_at, spent_at},
+    records::{Columns as _, LOG_COLUMNS, head_at, log_at, spent_at},
     rows::{damaged, revision_to_i64},
 };
 
+use copy::copy;
 use fleet::Lines;
 use line::TextRow;
 use literal::Literal as _;
@@ -373,6 +374,14 @@ impl Backend for Postgres {
         Ok(answers.into_iter().next().unwrap_or_default())
     }
 
+    async fn each_entry(&self, after: Revision, take: TakeLog<'_>) -> std::result::Result<(), StoreError> {
+        let (mut session, _) = self.begin(&self.begins.view, &[]).await.map_err(store_error)?;
+        let after = revision_to_i64(after);
+        let sql = format!("SELECT {LOG_COLUMNS} FROM log WHERE revision > {after} ORDER BY revision");
+        copy(session.get(), &sql, &mut |row| take(log_at(row)?)).await?;
+        within(CALL, session.end("COMMIT")).await.map_err(store_error)
+    }
+
     async fn commit_batch(&self, batch: &[Write]) -> std::result::Result<Committed, CommitError> {
         let mut committing = false;
         let result = within(CALL, self.write_batch(batch, &mut committing)).await;
@@ -397,9 +406,12 @@ impl Backend for Postgres {
         forget_before: Timestamp,
         sink: &mut (dyn FnMut(SnapshotItem) + Send),
     ) -> std::result::Result<Head, StoreError> {
-        let (mut session, _) = self.begin(&self.begins.view, &[]).await.map_err(store_error)?;
-        let head = backend::snapshot(&mut PgView(session.get()), forget_before, sink).await?;
-        within(CALL, session.end("COMMIT")).await.map_err(store_error)?;
+        let (session, _) = self.begin(&self.begins.view, &[]).await.map_err(store_error)?;
+        let mut view = PgView { session: Some(session) };
+        let head = backend::snapshot(&mut view, forget_before, sink).await?;
+        if let Some(session) = view.session {
+            within(CALL, session.end("COMMIT")).await.map_err(store_error)?;
+        }
         self.known().get_or_insert(head);
         Ok(head)
     }
@@ -466,27 +478,50 @@ impl Backend for Postgres {
 }
 
 /// One transaction's view.
-struct PgView<'c>(&'c mut PgConnection);
+struct PgView {
+    /// None while the keys are read, and after that has failed.
+    session: Option<Session>,
+}
+
+impl PgView {
+    fn session(&mut self) -> std::result::Result<&mut Session, StoreError> {
+        self.session.as_mut().ok_or_else(|| store_error(sqlx::Error::WorkerCrashed))
+    }
+}
 
 #[async_trait]
-impl View for PgView<'_> {
+impl View for PgView {
     type Db = Db;
 
     async fn each(&mut self, query: Sql<Db>, take: TakeRow<'_, Db>) -> std::result::Result<(), StoreError> {
         let mut query = query.into_builder();
-        let mut rows = query.build().persistent(false).fetch(&mut *self.0);
+        let mut rows = query.build().persistent(false).fetch(self.session()?.get());
         while let Some(row) = within(NEXT_ROW, rows.try_next()).await.map_err(store_error)? {
             take(&row)?;
         }
         Ok(())
     }
 
+    /// Reads on a task of its own, while another core takes what was read. If this is given up, the task ends with the
+    /// next page, and its connection is closed.
     async fn keys(
         &mut self,
         forget_before: Timestamp,
         take: TakeKey<'_>,
     ) -> std::result::Result<(), StoreError> {
-        snapshot::keys(self.0, forget_before, take).await
+        self.session()?;
+        let Some(mut session) = self.session.take() else { return Ok(()) };
+        let (sender, mut pages) = mpsc::channel(1);
+        let reading = tokio::spawn(async move {
+            let read = snapshot::keys(session.get(), forget_before, &sender).await;
+            read.map(|()| session)
+        });
+        while let Some(page) = pages.recv().await {
+            page.into_iter().for_each(&mut *take);
+        }
+        let read = reading.await.map_err(|error| StoreError::Unavailable(error.into()))?;
+        self.session = Some(read?);
+        Ok(())
     }
 }
 

@@ -1,12 +1,14 @@
 //! Rows as they come out of either database, read as records: the order of the columns, and what makes a run of
 //! rows a key. What a column holds and how a row is summed is in `rows.rs`.
 
+use std::borrow::Cow;
+
 use sqlx::Row as _;
 
 use crate::domain::{
     account::{Account, Member, Role},
     decision::Reason,
-    key::Secret,
+    key::{Key, Secret},
     limit::Spent,
     log::{Hash, LogRow},
     name::{AccountId, KeyId, UserId},
@@ -15,9 +17,10 @@ use crate::domain::{
 
 use super::{
     Checkpoint, Count, Head, Hour, StoreError, StoredKey,
+    alike::Alike,
     backend::TakeKey,
     rows::{
-        AccountTail, KeyRow, account_from, damaged, member_from, revision_from_i64, role_from, secret_from,
+        AccountTail, KeyRow, SecretRow, account_from, damaged, member_from, revision_from_i64, role_from,
     },
 };
 
@@ -32,7 +35,7 @@ pub(super) trait Columns {
     fn bytes(&self, at: usize) -> Read<&[u8]>;
     fn bytes_opt(&self, at: usize) -> Read<Option<&[u8]>>;
     /// Text that people wrote, in which any character may stand.
-    fn free_text_opt(&self, at: usize) -> Read<Option<String>>;
+    fn free_text_opt(&self, at: usize) -> Read<Option<Cow<'_, str>>>;
 }
 
 macro_rules! columns {
@@ -62,19 +65,25 @@ macro_rules! columns {
                 self.try_get(at)
             }
 
-            fn free_text_opt(&self, at: usize) -> Read<Option<String>> {
+            fn free_text_opt(&self, at: usize) -> Read<Option<Cow<'_, str>>> {
                 $free_text(self, at)
             }
         }
     };
 }
 
-columns!(sqlx::sqlite::SqliteRow, |row: &sqlx::sqlite::SqliteRow, at: usize| row.try_get(at));
-// PostgreSQL's text cannot hold the character zero: there such text is bytes.
-columns!(sqlx::postgres::PgRow, |row: &sqlx::postgres::PgRow, at: usize| {
-    let bytes: Option<Vec<u8>> = row.try_get(at)?;
-    bytes.map(String::from_utf8).transpose().map_err(|error| sqlx::Error::Decode(error.into()))
-});
+fn sqlite_text(row: &sqlx::sqlite::SqliteRow, at: usize) -> Read<Option<Cow<'_, str>>> {
+    Ok(row.text_opt(at)?.map(Cow::Borrowed))
+}
+
+/// PostgreSQL's text cannot hold the character zero: there such text is bytes.
+fn postgres_text(row: &sqlx::postgres::PgRow, at: usize) -> Read<Option<Cow<'_, str>>> {
+    let text = row.bytes_opt(at)?.map(str::from_utf8).transpose();
+    text.map(|text| text.map(Cow::Borrowed)).map_err(|error| sqlx::Error::Decode(error.into()))
+}
+
+columns!(sqlx::sqlite::SqliteRow, sqlite_text);
+columns!(sqlx::postgres::PgRow, postgres_text);
 
 pub(super) const HEAD_COLUMNS: &str = "head, head_hash";
 pub(super) const KEY_COLUMNS: &str = "k.id, k.account, k.user_id, k.environment, k.name, k.scopes, k.roles, k.expires_at, \
@@ -99,7 +108,7 @@ pub(super) fn bytes_at<const N: usize>(row: &impl Columns, column: usize) -> Rea
 }
 
 /// A column that cannot be read as what it should be.
-fn unreadable(error: sqlx::Error) -> StoreError {
+pub(super) fn unreadable(error: sqlx::Error) -> StoreError {
     StoreError::Unavailable(error.into())
 }
 
@@ -119,107 +128,143 @@ pub(super) fn checkpoint_at(row: &impl Columns) -> Result<Checkpoint, StoreError
     Ok(Checkpoint { at, entries, made_at: Timestamp::from_micros(made_at) })
 }
 
-/// A key's row, in [`KEY_COLUMNS`], and its checksum.
-pub(super) fn key_row_at(row: &impl Columns) -> Result<(KeyRow, i64), StoreError> {
-    read_key_row(row).map_err(unreadable)
+/// A key without its secrets, from its row in [`KEY_COLUMNS`], once the row's checksum has been found right.
+pub(super) fn key_at(row: &impl Columns, alike: &mut Alike) -> Result<Key, StoreError> {
+    let read = || -> Read<_> { Ok((key_row_at(row)?, row.int(21)?)) };
+    let (key, sum) = read().map_err(unreadable)?;
+    key.into_key(sum, alike)
 }
 
-fn read_key_row(row: &impl Columns) -> Read<(KeyRow, i64)> {
-    let key = KeyRow {
+fn key_row_at(row: &impl Columns) -> Read<KeyRow<'_>> {
+    let text = |at| Ok::<_, sqlx::Error>(Cow::Borrowed(row.text(at)?));
+    let text_opt = |at| Ok::<_, sqlx::Error>(row.text_opt(at)?.map(Cow::Borrowed));
+    Ok(KeyRow {
         id: bytes_at(row, 0)?,
-        account: row.text_opt(1)?.map(str::to_owned),
-        user_id: row.text_opt(2)?.map(str::to_owned),
-        environment: row.text(3)?.to_owned(),
-        name: row.text_opt(4)?.map(str::to_owned),
-        scopes: row.text(5)?.to_owned(),
-        roles: row.text(6)?.to_owned(),
+        account: text_opt(1)?,
+        user_id: text_opt(2)?,
+        environment: text(3)?,
+        name: text_opt(4)?,
+        scopes: text(5)?,
+        roles: text(6)?,
         expires_at: row.int_opt(7)?,
-        customers: row.text(8)?.to_owned(),
-        allowed_cidrs: row.text(9)?.to_owned(),
-        rate_limits: row.text_opt(10)?.map(str::to_owned),
-        quota: row.text_opt(11)?.map(str::to_owned),
-        metadata: row.text_opt(12)?.map(str::to_owned),
+        customers: text(8)?,
+        allowed_cidrs: text(9)?,
+        rate_limits: text_opt(10)?,
+        quota: text_opt(11)?,
+        metadata: text_opt(12)?,
         created_at: row.int(13)?,
-        created_by: row.text(14)?.to_owned(),
+        created_by: text(14)?,
         updated_at: row.int(15)?,
         disabled_at: row.int_opt(16)?,
         revoked_at: row.int_opt(17)?,
-        revoke_reason: row.text_opt(18)?.map(str::to_owned),
+        revoke_reason: text_opt(18)?,
         revoke_comment: row.free_text_opt(19)?,
         revision: row.int(20)?,
-    };
-    Ok((key, row.int(21)?))
+    })
 }
 
-/// The secret whose columns begin at `from`, in the order of [`SECRET_COLUMNS`].
-pub(super) fn secret_at(row: &impl Columns, key_id: &[u8], from: usize) -> Result<Secret, StoreError> {
-    secret_from(
-        key_id,
-        row.bytes(from).map_err(unreadable)?,
-        row.int(from + 1).map_err(unreadable)?,
-        row.text(from + 2).map_err(unreadable)?.to_owned(),
-        (row.int(from + 3).map_err(unreadable)?, row.int_opt(from + 4).map_err(unreadable)?),
-        row.int(from + 5).map_err(unreadable)?,
-    )
+/// The secret whose columns begin at `from`, in the order of [`SECRET_COLUMNS`], once the row's checksum has been found
+/// right; with its hint or without.
+pub(super) fn secret_at(
+    row: &impl Columns,
+    key_id: &[u8],
+    from: usize,
+    hint: bool,
+) -> Result<Secret, StoreError> {
+    let read = || -> Read<_> {
+        let secret = SecretRow {
+            digest: row.bytes(from)?,
+            version: row.int(from + 1)?,
+            hint: row.text(from + 2)?,
+            created_at: row.int(from + 3)?,
+            expires_at: row.int_opt(from + 4)?,
+        };
+        Ok((secret, row.int(from + 5)?))
+    };
+    let (secret, sum) = read().map_err(unreadable)?;
+    secret.into_secret(key_id, sum, hint)
 }
 
 /// Joined rows of keys and secrets, a key's rows in a run with the newest secret first, as keys.
+#[derive(Default)]
 pub(super) struct Gather {
-    key: Option<(KeyRow, i64)>,
+    key: Option<Key>,
     secrets: Vec<(Secret, Option<i64>)>,
+    alike: Alike,
 }
 
 impl Gather {
-    pub(super) fn new() -> Self {
-        Gather { key: None, secrets: Vec::new() }
-    }
-
     /// Takes a row; gives the key before it when the row begins another.
-    pub(super) fn row(&mut self, row: &impl Columns) -> Result<Option<GatheredKey>, StoreError> {
+    pub(super) fn row(&mut self, row: &impl Columns) -> Result<Option<StoredKey>, StoreError> {
         let id: [u8; 16] = bytes_at(row, 0).map_err(unreadable)?;
         let mut done = None;
-        if self.key.as_ref().is_none_or(|(key, _)| key.id != id) {
+        if self.key.as_ref().is_none_or(|key| *key.id.as_bytes() != id) {
             done = self.finish()?;
-            self.key = Some(key_row_at(row)?);
+            self.key = Some(key_at(row, &mut self.alike)?);
         }
         if row.bytes_opt(KEY_COLUMN_COUNT).map_err(unreadable)?.is_none() {
             return Err(incomplete(&id));
         }
-        let secret = secret_at(row, &id, KEY_COLUMN_COUNT)?;
+        let secret = secret_at(row, &id, KEY_COLUMN_COUNT, true)?;
         self.secrets.push((secret, row.int_opt(KEY_COLUMN_COUNT + 6).map_err(unreadable)?));
         Ok(done)
     }
 
     /// The last key.
-    pub(super) fn finish(&mut self) -> Result<Option<GatheredKey>, StoreError> {
-        let Some((row, sum)) = self.key.take() else {
+    pub(super) fn finish(&mut self) -> Result<Option<StoredKey>, StoreError> {
+        let Some(key) = self.key.take() else {
             return Ok(None);
         };
-        whole(row, sum, std::mem::take(&mut self.secrets)).map(Some)
+        let (secrets, used): (Vec<_>, Vec<_>) = std::mem::take(&mut self.secrets).into_iter().unzip();
+        let versions = secrets.iter().map(|secret| secret.version);
+        let used =
+            versions.zip(used).filter_map(|(version, used)| Some((version, Timestamp::from_micros(used?))));
+        let last_used = used.collect();
+        Ok(Some(StoredKey { key: whole(key, secrets)?.key, last_used }))
     }
+}
+
+/// A key with every secret that it ever had.
+pub(super) struct GatheredKey {
+    pub(super) key: Key,
+    /// Secrets that left the record.
+    pub(super) left: Vec<Secret>,
+}
+
+/// A key and all its secrets, the newest first.
+pub(super) fn whole(mut key: Key, mut secrets: Vec<Secret>) -> Result<GatheredKey, StoreError> {
+    // None is ever removed: they count down to 1, and the newest has no end.
+    let counted = secrets.iter().rev().map(|secret| secret.version).eq(1..=secrets.len() as u32);
+    let open_ended = secrets.first().is_some_and(|newest| newest.expires_at.is_none());
+    if !counted || !open_ended {
+        return Err(incomplete(key.id.as_bytes()));
+    }
+    let left = secrets.split_off(secrets.len().min(IN_RECORD));
+    key.secrets = secrets;
+    Ok(GatheredKey { key, left })
 }
 
 /// Keys in the order of their ids, and then their secrets in the order of keys and versions, as keys.
 pub(super) struct Merge {
-    keys: std::iter::Peekable<std::vec::IntoIter<(KeyRow, i64)>>,
+    keys: std::iter::Peekable<std::vec::IntoIter<Key>>,
     /// Of the key that comes next.
-    secrets: Vec<(Secret, Option<i64>)>,
+    secrets: Vec<Secret>,
 }
 
 impl Merge {
-    pub(super) fn new(keys: Vec<(KeyRow, i64)>) -> Self {
+    pub(super) fn new(keys: Vec<Key>) -> Self {
         Merge { keys: keys.into_iter().peekable(), secrets: Vec::new() }
     }
 
     /// Takes a secret's row, the key's id before its columns; gives the keys that are whole before it.
     pub(super) fn secret(&mut self, row: &impl Columns, take: TakeKey<'_>) -> Result<(), StoreError> {
         let id: [u8; 16] = bytes_at(row, 0).map_err(unreadable)?;
-        while let Some(key) = self.keys.next_if(|(key, _)| key.id < id) {
+        while let Some(key) = self.keys.next_if(|key| *key.id.as_bytes() < id) {
             self.give(key, take)?;
         }
         // Another key's secret is of a key that is left out.
-        if self.keys.peek().is_some_and(|(key, _)| key.id == id) {
-            self.secrets.push((secret_at(row, &id, 1)?, row.int_opt(7).map_err(unreadable)?));
+        if self.keys.peek().is_some_and(|key| *key.id.as_bytes() == id) {
+            self.secrets.push(secret_at(row, &id, 1, false)?);
         }
         Ok(())
     }
@@ -232,40 +277,16 @@ impl Merge {
         Ok(())
     }
 
-    fn give(&mut self, (row, sum): (KeyRow, i64), take: TakeKey<'_>) -> Result<(), StoreError> {
+    fn give(&mut self, key: Key, take: TakeKey<'_>) -> Result<(), StoreError> {
         let mut secrets = std::mem::take(&mut self.secrets);
         secrets.reverse();
-        take(whole(row, sum, secrets)?);
+        take(whole(key, secrets)?);
         Ok(())
     }
 }
 
-/// A key from its row and all its secrets, the newest first, each with its last use.
-fn whole(row: KeyRow, sum: i64, mut secrets: Vec<(Secret, Option<i64>)>) -> Result<GatheredKey, StoreError> {
-    // None is ever removed: they count down to 1, and the newest has no end.
-    let counted = secrets.iter().rev().map(|(secret, _)| secret.version).eq(1..=secrets.len() as u32);
-    let open_ended = secrets.first().is_some_and(|(newest, _)| newest.expires_at.is_none());
-    if !counted || !open_ended {
-        return Err(incomplete(&row.id));
-    }
-    let used = secrets.iter();
-    let used = used.filter_map(|(secret, used)| Some((secret.version, Timestamp::from_micros((*used)?))));
-    let last_used = used.collect();
-    let left = secrets.split_off(secrets.len().min(IN_RECORD));
-    let key = row.into_key(sum, secrets.into_iter().map(|(secret, _)| secret).collect())?;
-    let left = left.into_iter().map(|(secret, _)| secret).collect();
-    Ok(GatheredKey { stored: StoredKey { key, last_used }, left })
-}
-
 fn incomplete(key_id: &[u8; 16]) -> StoreError {
     damaged(format_args!("key {}", KeyId::from_bytes(*key_id)), "its secrets are incomplete")
-}
-
-/// A key with every secret that it ever had.
-pub(super) struct GatheredKey {
-    pub(super) stored: StoredKey,
-    /// Secrets that left the record.
-    pub(super) left: Vec<Secret>,
 }
 
 pub(super) fn account_at(row: &impl Columns) -> Result<Account, StoreError> {

@@ -1,19 +1,19 @@
 //! Records as rows: the columns that both backends share, how they are written, read and summed.
 
-use std::{collections::BTreeMap, fmt, str::FromStr};
+use std::{borrow::Cow, collections::BTreeMap, fmt};
 
 use crate::domain::{
     account::{Account, Member, Role},
     entry::{self, Via},
-    key::{Key, Owner, Revocation, RevokeReason, Secret, Terms},
+    key::{Key, Revocation, RevokeReason, Secret, Terms},
     log::{Change, GENESIS, LogRow},
-    name::{AccountId, DisplayName, EnvironmentName, KeyId, KeyName, NameError, RoleName, UserId},
+    name::{AccountId, DisplayName, KeyId, KeyName, NameError, RoleName, UserId},
     scope::{Scope, ScopeSet},
     time::{Revision, Timestamp},
-    token::Digest,
+    token::{Digest, Hex},
 };
 
-use super::{Head, StoreError, Write};
+use super::{Head, StoreError, Write, alike::Alike};
 
 /// A row that contradicts itself: which, and how.
 pub(super) fn damaged(what: impl fmt::Display, problem: impl fmt::Display) -> StoreError {
@@ -58,33 +58,36 @@ fn words<T: fmt::Display>(list: impl IntoIterator<Item = T>) -> String {
     list.into_iter().map(|item| item.to_string()).collect::<Vec<_>>().join(" ")
 }
 
-fn parse_words<T>(text: &str, parse: impl Fn(&str) -> Result<T, NameError>) -> Result<Vec<T>, NameError> {
+pub(super) fn parse_words<T>(
+    text: &str,
+    parse: impl Fn(&str) -> Result<T, NameError>,
+) -> Result<Vec<T>, NameError> {
     text.split(' ').filter(|word| !word.is_empty()).map(parse).collect()
 }
 
 /// A key's columns, as both backends have them.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct KeyRow {
+pub(super) struct KeyRow<'r> {
     pub(super) id: [u8; 16],
-    pub(super) account: Option<String>,
-    pub(super) user_id: Option<String>,
-    pub(super) environment: String,
-    pub(super) name: Option<String>,
-    pub(super) scopes: String,
-    pub(super) roles: String,
+    pub(super) account: Option<Cow<'r, str>>,
+    pub(super) user_id: Option<Cow<'r, str>>,
+    pub(super) environment: Cow<'r, str>,
+    pub(super) name: Option<Cow<'r, str>>,
+    pub(super) scopes: Cow<'r, str>,
+    pub(super) roles: Cow<'r, str>,
     pub(super) expires_at: Option<i64>,
-    pub(super) customers: String,
-    pub(super) allowed_cidrs: String,
-    pub(super) rate_limits: Option<String>,
-    pub(super) quota: Option<String>,
-    pub(super) metadata: Option<String>,
+    pub(super) customers: Cow<'r, str>,
+    pub(super) allowed_cidrs: Cow<'r, str>,
+    pub(super) rate_limits: Option<Cow<'r, str>>,
+    pub(super) quota: Option<Cow<'r, str>>,
+    pub(super) metadata: Option<Cow<'r, str>>,
     pub(super) created_at: i64,
-    pub(super) created_by: String,
+    pub(super) created_by: Cow<'r, str>,
     pub(super) updated_at: i64,
     pub(super) disabled_at: Option<i64>,
     pub(super) revoked_at: Option<i64>,
-    pub(super) revoke_reason: Option<String>,
-    pub(super) revoke_comment: Option<String>,
+    pub(super) revoke_reason: Option<Cow<'r, str>>,
+    pub(super) revoke_comment: Option<Cow<'r, str>>,
     pub(super) revision: i64,
 }
 
@@ -98,33 +101,33 @@ fn reason_text(reason: RevokeReason) -> String {
     json(&reason).trim_matches('"').to_owned()
 }
 
-impl KeyRow {
-    pub(super) fn of(key: &Key) -> Self {
+impl<'r> KeyRow<'r> {
+    pub(super) fn of(key: &'r Key) -> Self {
         let Key { id, owner, environment, terms, created_at, created_by, updated_at, .. } = key;
         let Terms { name, scopes, roles, expires_at, customers, allowed_cidrs, rate_limits, quota, metadata } =
             terms;
         let revocation = key.revocation.as_ref();
         KeyRow {
             id: *id.as_bytes(),
-            account: owner.account().map(ToString::to_string),
-            user_id: owner.user().map(ToString::to_string),
-            environment: environment.to_string(),
-            name: name.as_ref().map(ToString::to_string),
-            scopes: words(scopes),
-            roles: words(roles),
+            account: owner.account().map(|account| account.as_str().into()),
+            user_id: owner.user().map(|user| user.as_str().into()),
+            environment: environment.as_str().into(),
+            name: name.as_ref().map(|name| name.as_str().into()),
+            scopes: words(scopes).into(),
+            roles: words(roles).into(),
             expires_at: expires_at.map(Timestamp::as_micros),
-            customers: words(customers),
-            allowed_cidrs: words(allowed_cidrs),
-            rate_limits: (!rate_limits.is_empty()).then(|| json(rate_limits)),
-            quota: quota.as_ref().map(json),
-            metadata: (!metadata.is_empty()).then(|| json(metadata)),
+            customers: words(customers).into(),
+            allowed_cidrs: words(allowed_cidrs).into(),
+            rate_limits: (!rate_limits.is_empty()).then(|| json(rate_limits).into()),
+            quota: quota.as_ref().map(|quota| json(quota).into()),
+            metadata: (!metadata.is_empty()).then(|| json(metadata).into()),
             created_at: created_at.as_micros(),
-            created_by: created_by.clone(),
+            created_by: created_by.into(),
             updated_at: updated_at.as_micros(),
             disabled_at: key.disabled_at.map(Timestamp::as_micros),
             revoked_at: revocation.map(|revocation| revocation.at.as_micros()),
-            revoke_reason: revocation.map(|revocation| reason_text(revocation.reason)),
-            revoke_comment: revocation.map(|revocation| revocation.comment.clone()),
+            revoke_reason: revocation.map(|revocation| reason_text(revocation.reason).into()),
+            revoke_comment: revocation.map(|revocation| revocation.comment.as_str().into()),
             revision: revision_to_i64(key.revision),
         }
     }
@@ -155,68 +158,56 @@ impl KeyRow {
             .finish()
     }
 
-    /// The record, once `sum` has been found right.
-    pub(super) fn into_key(self, sum: i64, secrets: Vec<Secret>) -> Result<Key, StoreError> {
+    /// The record without its secrets, once `sum` has been found right.
+    pub(super) fn into_key(self, sum: i64, alike: &mut Alike) -> Result<Key, StoreError> {
         let id = KeyId::from_bytes(self.id);
         if sum != self.sum() {
             return Err(damaged(format_args!("key {id}"), "its checksum does not match"));
         }
-        self.parse(id, secrets).map_err(|problem| damaged(format_args!("key {id}"), problem))
+        self.parse(id, alike).map_err(|problem| damaged(format_args!("key {id}"), problem))
     }
 
-    fn parse(self, id: KeyId, secrets: Vec<Secret>) -> Result<Key, String> {
-        let named = |error: NameError| error.to_string();
-        let owner = match (&self.account, &self.user_id) {
-            (Some(account), None) => Owner::Account(AccountId::parse(account).map_err(named)?),
-            (None, Some(user)) => Owner::User(UserId::parse(user).map_err(named)?),
-            _ => return Err("it has not exactly one owner".to_owned()),
-        };
-        let revocation = match (self.revoked_at, self.revoke_reason) {
+    fn parse(self, id: KeyId, alike: &mut Alike) -> Result<Key, String> {
+        let owner = alike.owner(&self)?;
+        let revocation = match (self.revoked_at, self.revoke_reason.as_deref()) {
             (Some(at), Some(reason)) => Some(Revocation {
                 at: Timestamp::from_micros(at),
                 reason: from_json(&format!("\"{reason}\""))?,
-                comment: self.revoke_comment.unwrap_or_default(),
+                comment: self.revoke_comment.as_deref().unwrap_or_default().to_owned(),
             }),
             (None, None) => None,
             _ => return Err("its revocation is incomplete".to_owned()),
         };
-        let nets = self.allowed_cidrs.split(' ').filter(|word| !word.is_empty());
+        let name = self.name.as_deref().map(KeyName::parse).transpose();
+        let metadata = self.metadata.as_deref().map(from_json::<BTreeMap<_, _>>).transpose()?;
+        let grant = alike.grant(&self)?.clone();
         Ok(Key {
             id,
             owner,
-            environment: EnvironmentName::parse(&self.environment).map_err(named)?,
+            environment: grant.environment,
             terms: Terms {
-                name: self.name.as_deref().map(KeyName::parse).transpose().map_err(named)?,
-                scopes: ScopeSet::from(parse_words(&self.scopes, Scope::parse_grant).map_err(named)?),
-                roles: parse_words(&self.roles, RoleName::parse).map_err(named)?,
+                name: name.map_err(|error| error.to_string())?,
+                scopes: grant.scopes,
+                roles: grant.roles,
                 expires_at: self.expires_at.map(Timestamp::from_micros),
-                customers: parse_words(&self.customers, crate::domain::name::CustomerId::parse)
-                    .map_err(named)?,
-                allowed_cidrs: nets
-                    .map(ipnet::IpNet::from_str)
-                    .collect::<Result<_, _>>()
-                    .map_err(|error| error.to_string())?,
-                rate_limits: self.rate_limits.as_deref().map(from_json).transpose()?.unwrap_or_default(),
-                quota: self.quota.as_deref().map(from_json).transpose()?,
-                metadata: self
-                    .metadata
-                    .as_deref()
-                    .map(from_json::<BTreeMap<_, _>>)
-                    .transpose()?
-                    .unwrap_or_default(),
+                customers: grant.customers,
+                allowed_cidrs: grant.allowed_cidrs,
+                rate_limits: grant.rate_limits,
+                quota: grant.quota,
+                metadata: metadata.unwrap_or_default(),
             },
             created_at: Timestamp::from_micros(self.created_at),
-            created_by: self.created_by,
+            created_by: self.created_by.into_owned(),
             updated_at: Timestamp::from_micros(self.updated_at),
             disabled_at: self.disabled_at.map(Timestamp::from_micros),
             revocation,
-            secrets,
+            secrets: Vec::new(),
             revision: revision_from_i64(self.revision),
         })
     }
 }
 
-fn from_json<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
+pub(super) fn from_json<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
     serde_json::from_str(text).map_err(|error| error.to_string())
 }
 
@@ -253,38 +244,56 @@ pub(super) fn revision_from_i64(revision: i64) -> Revision {
     Revision(u64::try_from(revision).unwrap_or(0))
 }
 
-/// The checksum of a secret's row.
-pub(super) fn secret_sum(key_id: &[u8], secret: &Secret) -> i64 {
-    Sum::new()
-        .bytes(Some(secret.digest.as_bytes()))
-        .bytes(Some(key_id))
-        .int(Some(i64::from(secret.version)))
-        .text(Some(&secret.hint))
-        .int(Some(secret.created_at.as_micros()))
-        .int(secret.expires_at.map(Timestamp::as_micros))
-        .finish()
+/// A secret's columns, without its key.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct SecretRow<'r> {
+    pub(super) digest: &'r [u8],
+    pub(super) version: i64,
+    pub(super) hint: &'r str,
+    pub(super) created_at: i64,
+    pub(super) expires_at: Option<i64>,
 }
 
-/// A secret from its columns, once `sum` has been found right.
-pub(super) fn secret_from(
-    key_id: &[u8],
-    digest: &[u8],
-    version: i64,
-    hint: String,
-    times: (i64, Option<i64>),
-    sum: i64,
-) -> Result<Secret, StoreError> {
-    let what = || format!("a secret of key {}", crate::domain::token::Hex(key_id));
-    let secret = Secret {
-        version: u32::try_from(version).map_err(|_| damaged(what(), "its version is out of range"))?,
-        digest: Digest::from_bytes(
-            digest.try_into().map_err(|_| damaged(what(), "its digest is not 32 bytes"))?,
-        ),
-        hint,
-        created_at: Timestamp::from_micros(times.0),
-        expires_at: times.1.map(Timestamp::from_micros),
+impl SecretRow<'_> {
+    fn sum(&self, key_id: &[u8]) -> i64 {
+        Sum::new()
+            .bytes(Some(self.digest))
+            .bytes(Some(key_id))
+            .int(Some(self.version))
+            .text(Some(self.hint))
+            .int(Some(self.created_at))
+            .int(self.expires_at)
+            .finish()
+    }
+
+    /// The secret with its hint, or without: once `sum` has been found right.
+    pub(super) fn into_secret(self, key_id: &[u8], sum: i64, hint: bool) -> Result<Secret, StoreError> {
+        let wrong = |problem| damaged(format_args!("a secret of key {}", Hex(key_id)), problem);
+        if sum != self.sum(key_id) {
+            return Err(wrong("its checksum does not match"));
+        }
+        let version = u32::try_from(self.version).map_err(|_| wrong("its version is out of range"))?;
+        let digest = self.digest.try_into().map_err(|_| wrong("its digest is not 32 bytes"))?;
+        Ok(Secret {
+            version,
+            digest: Digest::from_bytes(digest),
+            hint: if hint { self.hint.to_owned() } else { String::new() },
+            created_at: Timestamp::from_micros(self.created_at),
+            expires_at: self.expires_at.map(Timestamp::from_micros),
+        })
+    }
+}
+
+/// The checksum of a secret's row.
+pub(super) fn secret_sum(key_id: &[u8], secret: &Secret) -> i64 {
+    let row = SecretRow {
+        digest: secret.digest.as_bytes(),
+        version: secret.version.into(),
+        hint: &secret.hint,
+        created_at: secret.created_at.as_micros(),
+        expires_at: secret.expires_at.map(Timestamp::as_micros),
     };
-    checked(secret, sum, |secret| secret_sum(key_id, secret), what)
+    row.sum(key_id)
 }
 
 /// The checksum of an account's row. A column that came later counts only where it is set, so that older rows

@@ -3,11 +3,15 @@
 //! WAL with `synchronous=FULL`: what was committed survives a power cut. Ownership is a `flock` on a file next
 //! to the database, so that a second server refuses to start while backup tools may still read. One connection
 //! writes; a few others read, each seeing whole transactions only. Here: opening, checking and connections; the
-//! transactions are in `sqlite_write.rs`, the reads in `backend.rs`.
+//! transactions are in `sqlite/write.rs`, the reads in `backend.rs`.
 
 mod backup;
+mod facts;
 mod look;
 mod migrate;
+mod snapshot;
+mod values;
+mod write;
 
 pub(super) use backup::backup;
 
@@ -41,21 +45,22 @@ use crate::domain::{
 };
 
 pub(super) use self::look::look;
+use self::snapshot::Reader;
 use super::{
     Checkpoint, CommitError, Committed, Head, Hour, OpenError, Schema, SnapshotItem, Step, StoreError,
     UsageBatch, Write,
-    backend::{self, Backend, TakeKey, TakeRow, View},
+    backend::{self, Backend, TakeKey, TakeLog, TakeRow, View},
     fleet::Fleet,
     queries::Sql,
     records::spent_at,
     rows::{damaged, revision_to_i64},
-    sqlite_snapshot::Reader,
-    sqlite_write,
 };
 
 /// The first SQLite without the WAL-reset corruption.
 const OLDEST_SQLITE: (u32, u32, u32) = (3, 51, 3);
 const READERS: u32 = 4;
+/// How many statements a connection keeps prepared: all that write, in every length (see `sqlite/values.rs`).
+const STATEMENTS: usize = 256;
 /// A file of up to so many bytes is checked before it is used. Of a larger one that would hold up the start for
 /// seconds by the gigabyte: its check begins when the keys are loaded, each of which has a checksum of its own.
 const CHECKED_FIRST: u64 = 64 << 20;
@@ -174,12 +179,16 @@ impl Backend for Sqlite {
         query.into_builder().build().fetch_all(&self.readers).await.map_err(store_error)
     }
 
+    async fn each_entry(&self, after: Revision, take: TakeLog<'_>) -> Result<(), StoreError> {
+        snapshot::log(self.options.get_filename().to_owned(), after, take).await
+    }
+
     async fn commit_batch(&self, batch: &[Write]) -> Result<Committed, CommitError> {
         let mut committing = false;
         let result = self
             .writing(async |connection| {
                 sqlx::query("BEGIN IMMEDIATE").execute(&mut *connection).await?;
-                let committed = sqlite_write::batch(connection, batch).await?;
+                let committed = write::batch(connection, batch).await?;
                 if committed.rows.is_empty() {
                     sqlx::query("ROLLBACK").execute(&mut *connection).await?;
                 } else {
@@ -222,7 +231,7 @@ impl Backend for Sqlite {
     async fn write_usage(&self, batch: &UsageBatch) -> Result<Vec<(KeyId, Spent)>, StoreError> {
         let rows = self.writing(async |connection| {
             sqlx::query("BEGIN IMMEDIATE").execute(&mut *connection).await?;
-            let rows = sqlite_write::usage(connection, batch).await?;
+            let rows = write::usage(connection, batch).await?;
             sqlx::query("COMMIT").execute(&mut *connection).await?;
             Ok(rows)
         });
@@ -421,7 +430,7 @@ fn options(path: &str) -> SqliteConnectOptions {
         .synchronous(SqliteSynchronous::Full)
         .foreign_keys(true)
         .busy_timeout(Duration::from_secs(5))
-        .statement_cache_capacity(64)
+        .statement_cache_capacity(STATEMENTS)
 }
 
 /// SQLite's primary result code.

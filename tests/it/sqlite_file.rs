@@ -151,7 +151,12 @@ impl Content {
         for row in log {
             match serde_json::from_str(&row.payload).unwrap() {
                 Change::Account(account) => drop(accounts.insert(account.id.clone(), (*account).clone())),
-                Change::Key(key) => drop(keys.insert(key.id, (*key).clone())),
+                Change::Key(key) => {
+                    let mut key = Arc::unwrap_or_clone(key);
+                    // A start has no use for them.
+                    key.secrets.iter_mut().for_each(|secret| secret.hint.clear());
+                    keys.insert(key.id, key);
+                }
                 other => panic!("{other:?}"),
             }
         }
@@ -184,6 +189,7 @@ async fn read(store: &Arc<dyn Store>) -> Result<Content, String> {
         })
         .await
         .map_err(|error| error.to_string())?;
+    keys.sort_by_key(|key| key.id);
     let log = store.log_after(Revision(0), u32::MAX).await.map_err(|error| error.to_string())?;
     let (mut revision, mut hash) = (Revision(0), GENESIS);
     for row in &log {

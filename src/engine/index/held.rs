@@ -12,6 +12,7 @@ use std::{
     sync::Arc,
 };
 
+use foldhash::quality::RandomState;
 use ipnet::IpNet;
 
 use crate::domain::{
@@ -70,12 +71,12 @@ struct Older {
 /// What many keys have alike, each thing once.
 #[derive(Debug, Default)]
 pub(super) struct Shared {
-    owners: HashSet<Arc<Owner>>,
-    policies: HashSet<Arc<Policy>>,
+    owners: HashSet<Arc<Owner>, RandomState>,
+    policies: HashSet<Arc<Policy>, RandomState>,
 }
 
 /// The one that is kept of all that are equal.
-fn the_one<T: Eq + Hash>(kept: &mut HashSet<Arc<T>>, value: T) -> Arc<T> {
+fn the_one<T: Eq + Hash>(kept: &mut HashSet<Arc<T>, RandomState>, value: T) -> Arc<T> {
     if let Some(known) = kept.get(&value) {
         return known.clone();
     }
@@ -118,6 +119,10 @@ pub(super) struct Packed {
 }
 
 impl Packed {
+    pub(super) fn id(&self) -> KeyId {
+        self.record.id
+    }
+
     /// A key as it was loaded, with the superseded secrets that left its record. None of a key without secrets:
     /// nobody can find it.
     pub(super) fn new(key: &Key, left: &[Secret], shared: &mut Shared) -> Option<Packed> {

@@ -5,7 +5,7 @@
 //! digest is in its record before it is in the table, and a record is replaced as a whole.
 
 use std::sync::{
-    Mutex, MutexGuard, PoisonError,
+    Arc, Mutex, MutexGuard, PoisonError,
     atomic::{AtomicUsize, Ordering},
 };
 
@@ -17,7 +17,7 @@ use crate::domain::{
 };
 
 use super::{
-    held::{BLOCK, HeldKey, Packed, Shared},
+    held::{BLOCK, Block, HeldKey, Packed, Shared},
     shelf::Shelf,
     table::{Slot, Table, Tally},
 };
@@ -97,10 +97,8 @@ impl Keys {
         if let Some((slot, before)) = self.place_of(key) {
             return self.change(&mut writer, slot, &before, key);
         }
-        let Writer { coming, shared, next, .. } = &mut *writer;
-        coming.extend(Packed::new(key, left, shared));
-        if within(*next) + coming.len() == BLOCK {
-            self.place_coming(&mut writer);
+        if let Some(packed) = Packed::new(key, left, &mut writer.shared) {
+            self.come(&mut writer, packed);
         }
     }
 
@@ -109,20 +107,34 @@ impl Keys {
         self.place_coming(&mut self.writer());
     }
 
-    /// Takes a key that was created or changed.
-    pub(super) fn put(&self, key: &Key) {
+    /// Takes keys that were created or changed, in this order. Those that are new and stand together are placed together:
+    /// one by one each would make its block again. All of them can be found when this returns.
+    pub(super) fn put<'k>(&self, keys: impl IntoIterator<Item = &'k Key>) {
         let mut writer = self.writer();
-        if let Some((slot, before)) = self.place_of(key) {
-            return self.change(&mut writer, slot, &before, key);
+        for key in keys {
+            if writer.coming.iter().any(|coming| coming.id() == key.id) {
+                self.place_coming(&mut writer);
+            }
+            if let Some((slot, before)) = self.place_of(key) {
+                self.change(&mut writer, slot, &before, key);
+                continue;
+            }
+            let Some(packed) = Packed::new(key, &[], &mut writer.shared) else { continue };
+            if let Some(slot) = writer.free.pop() {
+                self.replace(&mut writer, slot, packed);
+                self.count.fetch_add(1, Ordering::Relaxed);
+            } else {
+                self.come(&mut writer, packed);
+            }
         }
-        let Some(packed) = Packed::new(key, &[], &mut writer.shared) else { return };
-        if let Some(slot) = writer.free.pop() {
-            self.replace(&mut writer, slot, packed);
-            self.count.fetch_add(1, Ordering::Relaxed);
-        } else {
-            self.place_coming(&mut writer);
-            writer.coming.push(packed);
-            self.place_coming(&mut writer);
+        self.place_coming(&mut writer);
+    }
+
+    /// Lets a key wait for the others of its block.
+    fn come(&self, writer: &mut Writer, packed: Packed) {
+        writer.coming.push(packed);
+        if within(writer.next) + writer.coming.len() == BLOCK {
+            self.place_coming(writer);
         }
     }
 
@@ -135,10 +147,10 @@ impl Keys {
     /// Puts a record where another one is, or was.
     fn replace(&self, writer: &mut Writer, slot: Slot, packed: Packed) {
         if let Some(block) = self.shelf.get(slot / PER_BLOCK) {
-            self.shelf.put(slot / PER_BLOCK, block.with(within(slot), packed));
+            let block = self.shelf.put(slot / PER_BLOCK, block.with(within(slot), packed));
+            // Those that left the record are in the table, or were forgotten.
+            self.note(&mut writer.tally, &block, slot, HeldKey::digests_in_record);
         }
-        // Those that left the record are in the table, or were forgotten.
-        self.note(&mut writer.tally, slot, HeldKey::digests_in_record);
     }
 
     fn place_coming(&self, writer: &mut Writer) {
@@ -148,16 +160,15 @@ impl Keys {
             return;
         }
         let block = self.shelf.get(first / PER_BLOCK).unwrap_or_default();
-        self.shelf.put(first / PER_BLOCK, block.and(coming.drain(..)));
+        let block = self.shelf.put(first / PER_BLOCK, block.and(coming.drain(..)));
         *next += count as Slot;
-        (first..*next).for_each(|slot| self.note(tally, slot, HeldKey::digests));
+        (first..*next).for_each(|slot| self.note(tally, &block, slot, HeldKey::digests));
         self.count.fetch_add(count, Ordering::Relaxed);
     }
 
-    /// Sees that the table leads to a place by digests of the key there.
-    fn note(&self, tally: &mut Tally, slot: Slot, digests: fn(&HeldKey) -> Vec<Digest>) {
-        let block = self.shelf.get(slot / PER_BLOCK);
-        let Some(key) = block.and_then(|block| HeldKey::at(block, within(slot))) else { return };
+    /// Sees that the table leads to a place by digests of the key there. `block` is the one there now.
+    fn note(&self, tally: &mut Tally, block: &Arc<Block>, slot: Slot, digests: fn(&HeldKey) -> Vec<Digest>) {
+        let Some(key) = HeldKey::at(block.clone(), within(slot)) else { return };
         for digest in digests(&key) {
             if self.locate(&digest).is_none() {
                 self.table.insert(tally, &digest, slot);

@@ -31,11 +31,13 @@ impl Shelf {
         self.rows[row].get()?[at].load_full()
     }
 
-    /// Puts a block in the place of the one before.
-    pub(super) fn put(&self, number: u32, block: Block) {
+    /// Puts a block in the place of the one before. Gives it as it stands there.
+    pub(super) fn put(&self, number: u32, block: Block) -> Arc<Block> {
         let (row, at) = place(number);
         let row = self.rows[row].get_or_init(|| (0..1_u64 << row).map(|_| ArcSwapOption::empty()).collect());
-        row[at].store(Some(Arc::new(block)));
+        let block = Arc::new(block);
+        row[at].store(Some(block.clone()));
+        block
     }
 }
 

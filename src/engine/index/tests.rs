@@ -24,6 +24,12 @@ fn loaded(key: &Key) -> Index {
     index
 }
 
+impl Index {
+    fn put_key(&self, key: &Key) {
+        self.put_keys(std::iter::once(key));
+    }
+}
+
 fn rotated(key: &Key, token: &str, seconds: i64) -> Key {
     let mut key = key.clone();
     key.rotate(Digest::of(token), String::new(), Duration::from_secs(5), at(seconds));
@@ -391,4 +397,41 @@ fn a_record_is_seen_before_the_revision_that_says_so_and_by_all_digests_at_once(
             index.applied(&[(row(revision), Change::Key(Arc::new(key)))]);
         }
     });
+}
+
+#[test]
+fn keys_that_come_together_are_as_if_they_had_come_one_by_one() {
+    // Each key is made, and changed soon after: at once, a few keys later, or in another block.
+    let changes: Vec<_> = (0..400u16)
+        .flat_map(|number| {
+            let before = number.checked_sub([0, 3, 150][usize::from(number % 3)]);
+            let change = before.map(|before| match before % 4 {
+                0 => rotated(&numbered(before), &format!("{before}.2"), 1),
+                1 => revoked(&numbered(before), 1),
+                _ => Key { disabled_at: Some(at(1)), ..numbered(before) },
+            });
+            [Some(numbered(number)), change]
+        })
+        .flatten()
+        .collect();
+    let alone = Index::default();
+    changes.iter().for_each(|key| alone.put_key(key));
+    for together in [1, 2, 7, 64, 100, 1000] {
+        let index = Index::default();
+        changes.chunks(together).for_each(|keys| index.put_keys(keys.iter()));
+        assert_eq!(index.len(), alone.len());
+        for (number, version) in (0..400).flat_map(|number| [(number, 1), (number, 2)]) {
+            let [one, other] = [&index, &alone].map(|index| {
+                index.find(&digest(number, version)).map(|found| {
+                    let facts = (
+                        found.key.is_disabled(),
+                        found.key.is_revoked(),
+                        found.key.name().map(str::to_owned),
+                    );
+                    (found.version, found.key.id(), facts, found.key.digests())
+                })
+            });
+            assert_eq!(one, other, "{number}.{version} of {together} together");
+        }
+    }
 }

@@ -2,6 +2,8 @@
 //! format is PostgreSQL's own, and the same in every version: a head, then rows, each the number of its columns and
 //! each column with its length, then an end.
 
+use std::borrow::Cow;
+
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use sqlx::PgConnection;
 
@@ -142,8 +144,8 @@ impl Columns for Row<'_> {
         Ok(column.map(|(start, end)| &self.bytes[start..end]))
     }
 
-    fn free_text_opt(&self, at: usize) -> Result<Option<String>> {
-        Ok(self.text_opt(at)?.map(str::to_owned))
+    fn free_text_opt(&self, at: usize) -> Result<Option<Cow<'_, str>>> {
+        Ok(self.text_opt(at)?.map(Cow::Borrowed))
     }
 }
 

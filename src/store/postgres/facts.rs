@@ -2,18 +2,10 @@
 //! what the run does not touch, all of them in one message. The caller holds the lock on `meta`, so that nothing of it changes before the run
 //! is written.
 
-use crate::{
-    domain::{
-        key::Owner,
-        name::{AccountId, IdempotencyKey, KeyId, KeyName, NameError, RoleName, UserId},
-        time::Timestamp,
-        token::Digest,
-    },
-    store::{
-        plan::{Facts, Held, Questions, Request, RolePlace},
-        records::{Columns, bytes_at, secret_at},
-        rows::{revision_from_i64, role_account},
-    },
+use crate::store::{
+    facts::{self, Read, Take},
+    plan::{Facts, Questions, RolePlace},
+    rows::role_account,
 };
 
 use super::{
@@ -21,10 +13,8 @@ use super::{
     literal::{Literal as _, column, fill},
 };
 
-type Result<T> = std::result::Result<T, sqlx::Error>;
-
 /// A statement, and what its rows tell.
-pub(super) type Question = (String, fn(&TextRow, &mut Facts) -> Result<()>);
+pub(super) type Question = (String, Take<TextRow>);
 
 /// What is to be asked for a run, all of it in one message.
 pub(super) fn questions(asked: &Questions) -> Vec<Question> {
@@ -43,7 +33,7 @@ pub(super) fn questions(asked: &Questions) -> Vec<Question> {
 }
 
 /// The facts, from the rows of each question.
-pub(super) fn read(questions: &[Question], answers: &[Vec<TextRow>]) -> Result<Facts> {
+pub(super) fn read(questions: &[Question], answers: &[Vec<TextRow>]) -> Read<Facts> {
     if questions.len() != answers.len() {
         return Err(sqlx::Error::Protocol("the server has not answered each statement".to_owned()));
     }
@@ -52,23 +42,6 @@ pub(super) fn read(questions: &[Question], answers: &[Vec<TextRow>]) -> Result<F
         rows.iter().try_for_each(|row| take(row, &mut facts))?;
     }
     Ok(facts)
-}
-
-/// A column that holds a name.
-fn name_at<T>(
-    row: &TextRow,
-    column: usize,
-    parse: impl Fn(&str) -> std::result::Result<T, NameError>,
-) -> Result<T> {
-    parse(row.text(column)?).map_err(|error| sqlx::Error::Decode(Box::new(error)))
-}
-
-fn id_at(row: &TextRow, column: usize) -> Result<KeyId> {
-    Ok(KeyId::from_bytes(bytes_at(row, column)?))
-}
-
-fn version_at(row: &TextRow, column: usize) -> Result<u32> {
-    u32::try_from(row.int(column)?).map_err(|error| sqlx::Error::Decode(Box::new(error)))
 }
 
 fn requests(asked: &Questions) -> Option<Question> {
@@ -83,15 +56,7 @@ fn requests(asked: &Questions) -> Option<Question> {
             column(&asked.requests, |(_, key)| key.to_string()),
         ],
     );
-    Some((sql, |row, facts| {
-        let request = Request {
-            key_id: id_at(row, 2)?,
-            fingerprint: bytes_at(row, 3)?,
-            created_at: Timestamp::from_micros(row.int(4)?),
-        };
-        facts.requests.insert((id_at(row, 0)?, name_at(row, 1, IdempotencyKey::parse)?), request);
-        Ok(())
-    }))
+    Some((sql, facts::request))
 }
 
 fn keys(asked: &Questions) -> Option<Question> {
@@ -102,10 +67,7 @@ fn keys(asked: &Questions) -> Option<Question> {
         "SELECT id, revision FROM keys WHERE id = ANY ($1::bytea[])",
         &[column(&asked.keys, |id| id.as_bytes().to_vec())],
     );
-    Some((sql, |row, facts| {
-        facts.keys.insert(id_at(row, 0)?, revision_from_i64(row.int(1)?));
-        Ok(())
-    }))
+    Some((sql, facts::key))
 }
 
 fn names(asked: &Questions) -> Option<Question> {
@@ -128,14 +90,7 @@ fn names(asked: &Questions) -> Option<Question> {
             column(of_users(), |(_, name)| name.to_string()),
         ],
     );
-    Some((sql, |row, facts| {
-        let owner = match row.text_opt(0)? {
-            Some(_) => Owner::Account(name_at(row, 0, AccountId::parse)?),
-            None => Owner::User(name_at(row, 1, UserId::parse)?),
-        };
-        facts.names.insert((owner, name_at(row, 2, KeyName::parse)?), id_at(row, 3)?);
-        Ok(())
-    }))
+    Some((sql, facts::name))
 }
 
 fn digests(asked: &Questions) -> Option<Question> {
@@ -146,13 +101,7 @@ fn digests(asked: &Questions) -> Option<Question> {
         "SELECT digest, key_id, version, expires_at, sum FROM secrets WHERE digest = ANY ($1::bytea[])",
         &[column(&asked.digests, |digest| digest.as_bytes().to_vec())],
     );
-    Some((sql, |row, facts| {
-        let ends = row.int_opt(3)?.map(Timestamp::from_micros);
-        let held =
-            Held { key_id: id_at(row, 1)?, version: version_at(row, 2)?, row: Some((ends, row.int(4)?)) };
-        facts.digests.insert(Digest::from_bytes(bytes_at(row, 0)?), held);
-        Ok(())
-    }))
+    Some((sql, facts::digest))
 }
 
 fn left(asked: &Questions) -> Option<Question> {
@@ -167,13 +116,7 @@ fn left(asked: &Questions) -> Option<Question> {
             column(&asked.left, |(_, version)| i64::from(*version)),
         ],
     );
-    Some((sql, |row, facts| {
-        let id = id_at(row, 6)?;
-        let secret =
-            secret_at(row, id.as_bytes(), 0).map_err(|error| sqlx::Error::Decode(Box::new(error)))?;
-        facts.left.insert(id, secret);
-        Ok(())
-    }))
+    Some((sql, facts::left))
 }
 
 fn accounts(asked: &Questions) -> Option<Question> {
@@ -184,10 +127,7 @@ fn accounts(asked: &Questions) -> Option<Question> {
         "SELECT id, revision FROM accounts WHERE id = ANY ($1::text[])",
         &[column(&asked.accounts, ToString::to_string)],
     );
-    Some((sql, |row, facts| {
-        facts.accounts.insert(name_at(row, 0, AccountId::parse)?, revision_from_i64(row.int(1)?));
-        Ok(())
-    }))
+    Some((sql, facts::account))
 }
 
 fn roles(asked: &Questions) -> Option<Question> {
@@ -202,12 +142,7 @@ fn roles(asked: &Questions) -> Option<Question> {
             column(&asked.roles, |(_, name)| name.to_string()),
         ],
     );
-    Some((sql, |row, facts| {
-        let account = if row.text(0)?.is_empty() { None } else { Some(name_at(row, 0, AccountId::parse)?) };
-        let place: RolePlace = (account, name_at(row, 1, RoleName::parse)?);
-        facts.roles.insert(place, revision_from_i64(row.int(2)?));
-        Ok(())
-    }))
+    Some((sql, facts::role))
 }
 
 fn members(asked: &Questions) -> Option<Question> {
@@ -222,11 +157,7 @@ fn members(asked: &Questions) -> Option<Question> {
             column(&asked.members, |(_, user)| user.to_string()),
         ],
     );
-    Some((sql, |row, facts| {
-        let place = (name_at(row, 0, AccountId::parse)?, name_at(row, 1, UserId::parse)?);
-        facts.members.insert(place, revision_from_i64(row.int(2)?));
-        Ok(())
-    }))
+    Some((sql, facts::member))
 }
 
 /// How many keys and members use a role. Of a global one, accounts with an own role of that name do not count.
@@ -240,9 +171,5 @@ fn uses((account, name): &RolePlace) -> Question {
           (SELECT 1 FROM roles own WHERE own.account = members.account AND own.name = $1))))",
         &[name.as_str().literal(), role_account(account.as_ref()).literal()],
     );
-    (sql, |row, facts| {
-        let number = |count: i64| u64::try_from(count).unwrap_or(0);
-        facts.uses = (number(row.int(0)?), number(row.int(1)?));
-        Ok(())
-    })
+    (sql, facts::uses)
 }

@@ -3,6 +3,7 @@
 //! or is given up in the middle leaves no connection behind.
 
 use std::{
+    borrow::Cow,
     ops::Range,
     sync::{Mutex, PoisonError},
     time::Duration,
@@ -132,9 +133,9 @@ impl Columns for TextRow {
         }
     }
 
-    fn free_text_opt(&self, at: usize) -> Result<Option<String>> {
-        let text = self.bytes_opt(at)?.map(|bytes| String::from_utf8(bytes.to_vec())).transpose();
-        text.map_err(|error| sqlx::Error::Decode(error.into()))
+    fn free_text_opt(&self, at: usize) -> Result<Option<Cow<'_, str>>> {
+        let text = self.bytes_opt(at)?.map(str::from_utf8).transpose();
+        text.map(|text| text.map(Cow::Borrowed)).map_err(|error| sqlx::Error::Decode(error.into()))
     }
 }
 

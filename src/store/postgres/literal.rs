@@ -1,6 +1,8 @@
 //! Values as PostgreSQL's SQL says them, whatever its settings, so that several statements go to the server in one
 //! message and are answered in one round trip. Whoever puts a value into a statement does it with these.
 
+use std::borrow::Cow;
+
 use sqlx::QueryBuilder;
 
 use crate::store::queries::Dialect;
@@ -49,6 +51,12 @@ impl Literal for str {
 impl Literal for String {
     fn literal(&self) -> String {
         self.as_str().literal()
+    }
+}
+
+impl Literal for Cow<'_, str> {
+    fn literal(&self) -> String {
+        self.as_ref().literal()
     }
 }
 

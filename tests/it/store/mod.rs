@@ -6,6 +6,7 @@ mod batches;
 mod collisions;
 mod lists;
 mod log;
+mod one_by_one;
 mod people;
 mod records;
 mod requests;
@@ -340,6 +341,9 @@ macro_rules! every_promise {
                 names_go_from_key_to_key_within_a_batch,
                 revisions_count_in_commit_order_under_overlapping_writers,
                 of_changes_from_one_revision_one_is_made,
+            }
+            one_by_one {
+                a_batch_comes_to_what_its_writes_come_to_one_by_one,
             }
             log {
                 the_log_says_who_did_what_and_holds_the_record,

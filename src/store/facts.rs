@@ -1,0 +1,105 @@
+//! The rows that answer a run's questions, read as facts: the order of the columns, the same for both databases. How
+//! each is asked for is in `postgres/facts.rs` and in `sqlite/facts.rs`.
+
+use crate::domain::{
+    key::Owner,
+    name::{AccountId, IdempotencyKey, KeyId, KeyName, NameError, RoleName, UserId},
+    time::Timestamp,
+    token::Digest,
+};
+
+use super::{
+    plan::{Facts, Held, Request, RolePlace},
+    records::{Columns, bytes_at, secret_at},
+    rows::revision_from_i64,
+};
+
+pub(super) type Read<T> = Result<T, sqlx::Error>;
+
+/// What a row of the answer to a question tells.
+pub(super) type Take<R> = fn(&R, &mut Facts) -> Read<()>;
+
+/// A column that holds a name.
+fn name_at<T>(row: &impl Columns, column: usize, parse: impl Fn(&str) -> Result<T, NameError>) -> Read<T> {
+    parse(row.text(column)?).map_err(|error| sqlx::Error::Decode(Box::new(error)))
+}
+
+fn id_at(row: &impl Columns, column: usize) -> Read<KeyId> {
+    Ok(KeyId::from_bytes(bytes_at(row, column)?))
+}
+
+fn version_at(row: &impl Columns, column: usize) -> Read<u32> {
+    u32::try_from(row.int(column)?).map_err(|error| sqlx::Error::Decode(Box::new(error)))
+}
+
+/// Caller, key, id of what was made, fingerprint, instant.
+pub(super) fn request(row: &impl Columns, facts: &mut Facts) -> Read<()> {
+    let request = Request {
+        key_id: id_at(row, 2)?,
+        fingerprint: bytes_at(row, 3)?,
+        created_at: Timestamp::from_micros(row.int(4)?),
+    };
+    facts.requests.insert((id_at(row, 0)?, name_at(row, 1, IdempotencyKey::parse)?), request);
+    Ok(())
+}
+
+/// Id and revision.
+pub(super) fn key(row: &impl Columns, facts: &mut Facts) -> Read<()> {
+    facts.keys.insert(id_at(row, 0)?, revision_from_i64(row.int(1)?));
+    Ok(())
+}
+
+/// Account or NULL, user or NULL, name, id of the key that has it.
+pub(super) fn name(row: &impl Columns, facts: &mut Facts) -> Read<()> {
+    let owner = match row.text_opt(0)? {
+        Some(_) => Owner::Account(name_at(row, 0, AccountId::parse)?),
+        None => Owner::User(name_at(row, 1, UserId::parse)?),
+    };
+    facts.names.insert((owner, name_at(row, 2, KeyName::parse)?), id_at(row, 3)?);
+    Ok(())
+}
+
+/// Digest, key and version of its secret, its end and its checksum.
+pub(super) fn digest(row: &impl Columns, facts: &mut Facts) -> Read<()> {
+    let says = (row.int_opt(3)?.map(Timestamp::from_micros), row.int(4)?);
+    let held = Held { key_id: id_at(row, 1)?, version: version_at(row, 2)?, row: Some(says) };
+    facts.digests.insert(Digest::from_bytes(bytes_at(row, 0)?), held);
+    Ok(())
+}
+
+/// A secret that left its key's record, as [`secret_at`] reads it, and the key's id.
+pub(super) fn left(row: &impl Columns, facts: &mut Facts) -> Read<()> {
+    let id = id_at(row, 6)?;
+    let secret =
+        secret_at(row, id.as_bytes(), 0, true).map_err(|error| sqlx::Error::Decode(Box::new(error)))?;
+    facts.left.insert(id, secret);
+    Ok(())
+}
+
+/// Id and revision.
+pub(super) fn account(row: &impl Columns, facts: &mut Facts) -> Read<()> {
+    facts.accounts.insert(name_at(row, 0, AccountId::parse)?, revision_from_i64(row.int(1)?));
+    Ok(())
+}
+
+/// Account, which is empty for a global one; name and revision.
+pub(super) fn role(row: &impl Columns, facts: &mut Facts) -> Read<()> {
+    let account = if row.text(0)?.is_empty() { None } else { Some(name_at(row, 0, AccountId::parse)?) };
+    let place: RolePlace = (account, name_at(row, 1, RoleName::parse)?);
+    facts.roles.insert(place, revision_from_i64(row.int(2)?));
+    Ok(())
+}
+
+/// Account, user and revision.
+pub(super) fn member(row: &impl Columns, facts: &mut Facts) -> Read<()> {
+    let place = (name_at(row, 0, AccountId::parse)?, name_at(row, 1, UserId::parse)?);
+    facts.members.insert(place, revision_from_i64(row.int(2)?));
+    Ok(())
+}
+
+/// How many unrevoked keys and how many members have the role.
+pub(super) fn uses(row: &impl Columns, facts: &mut Facts) -> Read<()> {
+    let number = |count: i64| u64::try_from(count).unwrap_or(0);
+    facts.uses = (number(row.int(0)?), number(row.int(1)?));
+    Ok(())
+}

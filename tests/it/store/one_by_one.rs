@@ -1,0 +1,199 @@
+//! A batch comes to what its writes come to one by one: the same outcomes, the same tables, the same chain. What is
+//! committed one by one is in an SQLite file, whatever the store is that takes the batches.
+
+use std::time::Duration;
+
+use keyward::{
+    domain::name::{IdempotencyKey, KeyId},
+    store::{IDEMPOTENCY_WINDOW, Idempotency, StoredKey},
+};
+use proptest::{prelude::*, strategy::ValueTree as _, test_runner::TestRunner};
+
+use super::*;
+
+/// A write is made of eight numbers that mean nothing by themselves.
+type Choices = [u8; 8];
+
+/// What the writes before have come to, one by one: what the next ones are about.
+struct World {
+    alone: Shared,
+    keys: Vec<Key>,
+    callers: [KeyId; 2],
+    /// In seconds; it never goes back.
+    now: i64,
+}
+
+impl World {
+    async fn commit(&mut self, choices: Choices) -> (Write, Result<Outcome, Rejection>) {
+        // Now and then so much later that no idempotency key counts any more.
+        self.now += if choices[2] > 252 { 90_000 } else { 1 };
+        let write = self.write(choices).await;
+        let outcome = try_one(&self.alone, write.clone()).await;
+        if let Ok(Outcome::Applied(Change::Key(key))) = &outcome {
+            self.keys.retain(|known| known.id != key.id);
+            self.keys.push(Key::clone(key));
+        }
+        (write, outcome)
+    }
+
+    async fn write(&self, [kind, which, .., request, fingerprint]: Choices) -> Write {
+        let choices = [kind, which, request, fingerprint];
+        let write = match kind % 16 {
+            0..8 => self.create(choices),
+            8..12 => self.update(choices),
+            12 => self.account(choices).await,
+            13 | 14 => self.role(choices).await,
+            _ => self.member(choices).await,
+        };
+        let idempotency = (request % 3 == 0).then(|| Idempotency {
+            caller: self.callers[usize::from(which % 2)],
+            key: IdempotencyKey::parse(["a", "b", "c", "d"][usize::from(fingerprint / 2 % 4)]).unwrap(),
+            fingerprint: [fingerprint % 2; 32],
+        });
+        Write { at: at(self.now), idempotency, ..write }
+    }
+
+    fn known(&self, which: u8) -> Option<&Key> {
+        self.keys.get(usize::from(which).checked_rem(self.keys.len())?)
+    }
+
+    fn terms(&self, key: &mut Key, [kind, which, name, role]: [u8; 4]) {
+        let names = ["a", "b", "c", "d", "e", "f", "g", "h"];
+        key.terms.name = names.get(usize::from(name % 16)).map(|name| KeyName::parse(name).unwrap());
+        let role = ["agent", "admin"].get(usize::from(role % 8)).map(|role| RoleName::parse(role).unwrap());
+        key.terms.roles = role.into_iter().collect();
+        if kind % 3 == 0 {
+            key.terms.expires_at = Some(at(i64::from(which)));
+        }
+    }
+
+    /// A new key; one in eight has the id, and one in eight the digest, of another.
+    fn create(&self, choices: [u8; 4]) -> Write {
+        let [_, which, like, owner] = choices;
+        let mut key = key();
+        self.terms(&mut key, choices);
+        key.owner = match owner % 3 {
+            0 => Owner::User(UserId::parse("u1").unwrap()),
+            1 => Owner::Account(account_id("globex")),
+            _ => key.owner,
+        };
+        if let Some(known) = self.known(which) {
+            match like % 8 {
+                0 => key.id = known.id,
+                1 => key.secrets[0].digest = known.secrets[0].digest,
+                _ => {}
+            }
+        }
+        create(&key)
+    }
+
+    /// A change of a key that there is, from its revision or from another.
+    fn update(&self, choices: [u8; 4]) -> Write {
+        let [_, which, what, how] = choices;
+        let Some(known) = self.known(which) else { return self.create(choices) };
+        let mut after = known.clone();
+        match what % 6 {
+            0 => after = revoked(after, at(5)),
+            1 | 2 => {
+                after.rotate(fresh_digest(), "h".to_owned(), Duration::from_secs(how.into()), at(1));
+            }
+            3 if how % 2 == 0 => {
+                let other = self.keys[0].secrets[0].digest;
+                after.rotate(other, String::new(), Duration::from_secs(9), at(2));
+            }
+            _ => self.terms(&mut after, choices),
+        }
+        if how % 7 == 0 {
+            after.revision = Revision(1);
+        }
+        update(&after)
+    }
+
+    async fn account(&self, [_, which, stale, _]: [u8; 4]) -> Write {
+        let id = ["acme", "globex", "initech"][usize::from(which % 3)];
+        let before = self.alone.account(&account_id(id)).await.unwrap();
+        let expect = before.as_ref().filter(|_| stale % 4 > 0).map(|before| before.revision);
+        let after = Account { suspended_at: Some(at(stale.into())), ..before.unwrap_or(account(id)) };
+        write(Change::Account(Arc::new(after)), expect, Action::AccountUpdated)
+    }
+
+    async fn role(&self, [_, which, what, stale]: [u8; 4]) -> Write {
+        let account = [None, Some("acme"), Some("globex")][usize::from(which % 3)];
+        let name = ["agent", "admin"][usize::from(what % 2)];
+        let made = self.alone.roles(account.map(account_id).as_ref()).await.unwrap();
+        let made =
+            made.into_iter().find(|made| *made == Role { revision: made.revision, ..role(account, name) });
+        let after = made.unwrap_or(role(account, name));
+        let after = if stale % 5 == 0 { Role { revision: Revision(2), ..after } } else { after };
+        if what % 3 == 0 { delete_role(&after) } else { put_role(&after) }
+    }
+
+    async fn member(&self, [_, which, what, stale]: [u8; 4]) -> Write {
+        let user = ["u1", "u2"][usize::from(which % 2)];
+        let role = ["agent", "admin"][usize::from(what % 2)];
+        let made = self.alone.memberships(&UserId::parse(user).unwrap()).await.unwrap();
+        let made = made.into_iter().find(|made| made.account == account_id("acme"));
+        let revision = made.map(|made| made.revision).filter(|_| stale % 5 > 0).unwrap_or_default();
+        let after = Member { revision, ..member("acme", user, role) };
+        if what % 3 == 0 && revision.0 > 0 { remove_member(&after) } else { put_member(&after) }
+    }
+}
+
+/// Every record that the writes were about.
+async fn tables(store: &Shared, world: &World) -> impl PartialEq + std::fmt::Debug {
+    let mut keys = Vec::new();
+    for key in &world.keys {
+        let StoredKey { key, last_used } = store.key(key.id).await.unwrap().unwrap();
+        keys.push((key, last_used));
+    }
+    let (mut roles, mut requests) = (Vec::new(), Vec::new());
+    for account in ["acme", "globex"] {
+        roles.extend(store.roles(Some(&account_id(account))).await.unwrap());
+    }
+    let since = at(world.now).minus(IDEMPOTENCY_WINDOW);
+    for caller in world.callers {
+        for name in ["a", "b", "c", "d"] {
+            let name = IdempotencyKey::parse(name).unwrap();
+            requests.push(store.idempotent(caller, &name, since).await.unwrap());
+        }
+    }
+    let members = store.members(&account_id("acme"), None, 10).await.unwrap();
+    (keys, roles, requests, members, store.accounts(None, 10).await.unwrap())
+}
+
+pub(super) async fn a_batch_comes_to_what_its_writes_come_to_one_by_one(store: Shared) {
+    let (alone, _folder) = open_sqlite().await;
+    let mut world = World { alone, keys: Vec::new(), callers: [fresh_id(at(0)), fresh_id(at(0))], now: 0 };
+    for store in [&store, &world.alone] {
+        with_accounts(store).await;
+    }
+    let mut runner = TestRunner::deterministic();
+    let batches = prop::collection::vec(any::<Choices>(), 1..150);
+    let (mut applied, mut rejections) = (0, BTreeMap::<String, u32>::new());
+    for _ in 0..12 {
+        let batch = batches.new_tree(&mut runner).unwrap().current();
+        let (mut writes, mut expected) = (Vec::new(), Vec::new());
+        for choices in batch {
+            let (write, outcome) = world.commit(choices).await;
+            match &outcome {
+                Ok(Outcome::Applied(_)) => applied += 1,
+                Ok(Outcome::Replayed(_)) => *rejections.entry("Replayed".to_owned()).or_default() += 1,
+                Err(rejection) => {
+                    let name = format!("{rejection:?}");
+                    *rejections.entry(name.split(' ').next().unwrap().to_owned()).or_default() += 1;
+                }
+            }
+            writes.push(write);
+            expected.push(format!("{outcome:?}"));
+        }
+        let committed = store.commit(&writes).await.unwrap();
+        for (at, (outcome, expected)) in committed.outcomes.iter().zip(expected).enumerate() {
+            assert_eq!(format!("{outcome:?}"), expected, "{at}: {:?}", writes[at]);
+        }
+        assert_eq!(whole_chain(&store).await, whole_chain(&world.alone).await);
+        assert_eq!(tables(&store, &world).await, tables(&world.alone, &world).await);
+    }
+    // It has met everything that there is to meet.
+    assert!(applied > 300, "{applied} were applied");
+    assert_eq!(rejections.len(), 7, "{rejections:?}");
+}

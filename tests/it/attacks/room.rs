@@ -5,6 +5,8 @@ use std::{
     net::{SocketAddr, TcpStream},
 };
 
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
+
 use super::*;
 
 /// How many connections a listener did not serve, for a reason.
@@ -51,20 +53,25 @@ async fn a_full_table_of_file_descriptors_costs_neither_callers_nor_the_database
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_without_a_free_file_descriptor_waits_for_one_and_does_not_spin() {
     let keyward = with_300_descriptors().await;
-    // The admin pages' connections are not counted among those of the listeners.
-    let crowd: Vec<_> = (0..400).map(|_| TcpStream::connect(keyward.admin).unwrap()).collect();
+    // No port can take the last descriptor any more, so there are none left by decree.
+    let limit = |current: u64| {
+        let limit = Rlimit { current: Some(current), maximum: Some(300) };
+        prlimit(Pid::from_raw(i32::try_from(keyward.process.id()).unwrap()), Resource::Nofile, limit).unwrap()
+    };
+    limit(8);
+    let _page = TcpStream::connect(keyward.admin).unwrap();
     let failed = |module: &str| {
         let log = keyward.process.stderr();
         log.lines().filter(|line| line.contains("accepting failed") && line.contains(module)).count()
     };
-    wait_for("the last descriptor to be taken", || (failed("http1") > 0).then_some(()));
+    wait_for("the pages to fail", || (failed("http1") > 0).then_some(()));
     let mut waiting = TcpStream::connect(keyward.address).unwrap();
     waiting.write_all(PREFACE).unwrap();
     wait_for("the listener to fail", || (failed("grpc::serve") > 0).then_some(()));
     // The admin pages' loop pauses after each failure, and tells of each.
     let before = failed("http1");
     wait_for("some time to pass", || (failed("http1") >= before + 10).then_some(()));
-    drop(crowd);
+    limit(300);
     waiting.set_read_timeout(Some(PATIENCE)).unwrap();
     assert!(waiting.read(&mut [0; 9]).unwrap() > 0, "it is served when there is room again");
     keyward.root().create(plain_key()).await.unwrap();

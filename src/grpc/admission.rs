@@ -31,7 +31,7 @@ use super::{
     gate::{Call, HEALTH, Services},
     rpc::{Access, Plane, Rpc},
     status::lacks_permission,
-    stream::{Presented, Vigil},
+    vigil::{Presented, Vigil},
 };
 
 /// Where a connection came in: what is served there, and what callers must show.

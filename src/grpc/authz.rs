@@ -37,7 +37,8 @@ use super::{
     convert,
     gate::shown,
     rpc::{self, BATCH_BYTES, CHECK_BYTES, Rpc},
-    stream::{self, Answers, Vigil},
+    stream::{self, Answers},
+    vigil::Vigil,
 };
 
 const MAX_CHECKS: usize = 100;

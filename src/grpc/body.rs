@@ -22,7 +22,7 @@ use super::{
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// gRPC's prefix of a message: one byte of flags, four of length (big-endian).
-const PREFIX: usize = 5;
+pub(super) const PREFIX: usize = 5;
 /// How long a request to management may take to arrive.
 const PATIENCE: Duration = Duration::from_secs(10);
 

@@ -8,7 +8,6 @@ use prost::Message as _;
 use tokio::time::{Instant, timeout_at};
 
 use crate::{
-    access::Permission,
     engine::{Asker, CannotAnswer, known::Known},
     pb,
     trace::{self, Call},
@@ -24,6 +23,7 @@ use super::{
     reply::{self, Reply},
     rpc::{CHECK_BYTES, CHECK_TIMEOUT},
     status::deadline_exceeded,
+    vigil::{may_check, plainly},
 };
 
 /// What a call's headers say, found in one pass: to look for each by its name costs more than that, and most calls say
@@ -117,9 +117,7 @@ impl Services {
         if self.engine.is_as_known(known) {
             return Ok(true);
         }
-        let Ok(token) = credential(headers) else { return Ok(false) };
-        let stands = self.engine.stands(token, None, peer)?;
-        Ok(stands.is_ok_and(|grants| Permission::Check.is_in(&grants)))
+        credential(headers).map_or(Ok(false), |token| may_check(&self.engine, token, None, peer))
     }
 
     /// The caller of a Check, where it shows a token that is plainly enough.
@@ -128,8 +126,7 @@ impl Services {
         if !by_token || !visitor.door.services.has(Served::Check) {
             return None;
         }
-        let known = self.engine.recognise(credential(headers).ok()?, visitor.peer, &visitor.memory)?;
-        Permission::Check.is_in(&known.grants).then_some(known)
+        plainly(&self.engine, credential(headers).ok()?, visitor.peer, &visitor.memory)
     }
 }
 

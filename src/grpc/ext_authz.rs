@@ -28,7 +28,7 @@ use crate::{
     trace::{self, Tracing},
 };
 
-use super::{gate::shown, rpc, stream::Vigil};
+use super::{gate::shown, rpc, vigil::Vigil};
 
 /// Who asks.
 #[derive(Clone, Debug)]

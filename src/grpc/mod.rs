@@ -24,6 +24,7 @@ pub mod rpc;
 pub mod serve;
 mod status;
 mod stream;
+mod vigil;
 
 use std::sync::Arc;
 

@@ -11,9 +11,9 @@ use http::{HeaderMap, HeaderName, HeaderValue, Response, header::CONTENT_TYPE};
 use http_body::Frame;
 use tonic::{Status, body::Body};
 
+use super::body::PREFIX;
+
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
-/// gRPC's prefix of a message: one byte of flags, four of length (big-endian).
-const PREFIX: usize = 5;
 /// Most answers to Checks fit into this, in bytes.
 pub(super) const ROOM: usize = 512;
 

@@ -4,7 +4,7 @@
 //! The caller is decided anew with each message, and once a second while there is none: a stream ends when its caller is
 //! revoked. It ends with a status where a Check would have had one: the messages before it are answered.
 
-use std::{net::IpAddr, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use bytes::BytesMut;
 use futures_util::stream::{BoxStream, StreamExt as _, unfold};
@@ -14,127 +14,20 @@ use tokio::{
     time::{Interval, MissedTickBehavior, interval},
 };
 use tonic::{Status, Streaming};
-use zeroize::Zeroizing;
 
 use crate::{
-    access::{Caller, Permission},
-    domain::{decision::Reason, identity::Identity, name::AccountId, scope::ScopeSet},
-    engine::{
-        Asker, Authenticated, CannotAnswer, Engine,
-        index::State,
-        known::{Known, Memory},
-    },
+    access::Caller,
+    engine::{Asker, known::Memory},
     pb,
     refusal::Refusal,
 };
 
-use super::{
-    authz::AuthzService,
-    reply::ROOM,
-    rpc::CHECK_BYTES,
-    status::{lacks_permission, too_large},
-};
+use super::{authz::AuthzService, reply::ROOM, rpc::CHECK_BYTES, status::too_large, vigil::Vigil};
 
 /// How long a revoked caller's stream may stay open when nothing is asked on it.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// After how many messages that were there already others get their turn.
 const AT_ONCE: u32 = 64;
-
-/// What proves a caller.
-#[derive(Clone)]
-pub(super) enum Presented {
-    Token(Arc<Zeroizing<String>>),
-    Certificate(Arc<Identity>),
-}
-
-/// What a caller has shown when it called, so that it can be decided again.
-#[derive(Clone)]
-pub(super) struct Vigil {
-    pub(super) shown: Presented,
-    /// The account that it named.
-    pub(super) account: Option<AccountId>,
-    pub(super) peer: Option<IpAddr>,
-}
-
-impl std::fmt::Debug for Vigil {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Vigil").field("account", &self.account).finish_non_exhaustive()
-    }
-}
-
-impl Vigil {
-    /// Whether the caller may ask still. Nothing is counted.
-    pub(super) fn stands(&self, engine: &Engine) -> Result<bool, CannotAnswer> {
-        match &self.shown {
-            Presented::Certificate(identity) => Ok(engine.vouch(identity.account())?.stands),
-            Presented::Token(token) => {
-                let stands = engine.stands(token, self.account.as_ref(), self.peer)?;
-                Ok(stands.is_ok_and(|grants| Permission::Check.is_in(&grants)))
-            }
-        }
-    }
-
-    /// The same of one that stood when the index was in this state.
-    pub(super) fn still_stands(&self, engine: &Engine, then: Option<State>) -> Result<bool, CannotAnswer> {
-        if then.is_some() && engine.index.state() == then { Ok(true) } else { self.stands(engine) }
-    }
-
-    /// Whether the caller still may ask. `charge`: this is a call, which its limits count.
-    async fn admits(&self, engine: &Engine, charge: bool, memory: &Memory) -> Result<(), Status> {
-        if self.is_known(engine, charge, memory) {
-            return Ok(());
-        }
-        let grants = match &self.shown {
-            Presented::Certificate(identity) => stands(identity, engine)?,
-            Presented::Token(token) if charge => {
-                let account = self.account.as_ref();
-                match engine.authenticate(token, account, false, self.peer).await.map_err(Refusal::from)? {
-                    Ok(Authenticated { grants, .. }) => grants,
-                    Err(refused) => return Err(refusal(refused.reason, refused.retry_after)),
-                }
-            }
-            Presented::Token(token) => {
-                let stands = engine.stands(token, self.account.as_ref(), self.peer).map_err(Refusal::from)?;
-                stands.map_err(|reason| refusal(reason, None))?
-            }
-        };
-        match Permission::Check.is_in(&grants) {
-            true => Ok(()),
-            false => Err(lacks_permission(Permission::Check.as_str())),
-        }
-    }
-}
-
-impl Vigil {
-    /// Whether the caller plainly may ask, as it did before.
-    fn is_known(&self, engine: &Engine, charge: bool, memory: &Memory) -> bool {
-        let Presented::Token(token) = &self.shown else { return false };
-        if self.account.is_some() {
-            return false;
-        }
-        let known = engine.recognise(token, self.peer, memory);
-        let may = |known: &Arc<Known>| Permission::Check.is_in(&known.grants);
-        let Some(known) = known.filter(may) else { return false };
-        if charge {
-            engine.note_call(&known);
-        }
-        true
-    }
-}
-
-fn stands(identity: &Identity, engine: &Engine) -> Result<ScopeSet, Status> {
-    match engine.vouch(identity.account()).map_err(Refusal::from)?.stands {
-        true => Ok(identity.scopes().clone()),
-        false => Err(Refusal::Unauthenticated.into()),
-    }
-}
-
-fn refusal(reason: Reason, retry_after: Option<Duration>) -> Status {
-    match reason {
-        Reason::RateLimited | Reason::QuotaExceeded => Refusal::CallerLimited(retry_after).into(),
-        _ => Refusal::Unauthenticated.into(),
-    }
-}
 
 /// Waits until the server stops.
 async fn stops(stopping: &mut watch::Receiver<bool>) {

@@ -4,18 +4,17 @@
 //! A counter of the hot path is kept several times over, once for each of a few threads: two cores that count at
 //! once must not pass one cache line to and fro. Whoever reads adds them up.
 
+mod apart;
 mod text;
 
 use std::{
-    cell::Cell,
-    sync::atomic::{AtomicU64, AtomicUsize, Ordering},
+    sync::atomic::{AtomicU64, Ordering},
     time::Duration,
 };
 
+pub use apart::Apart;
 pub use text::{Kind, Text};
 
-/// How many threads count apart; where there are more, some share.
-const SHARDS: usize = 32;
 /// Counters in a line: 128 bytes, since processors fetch lines of 64 bytes in pairs.
 const IN_LINE: usize = 16;
 
@@ -23,24 +22,9 @@ const IN_LINE: usize = 16;
 #[repr(align(128))]
 struct Line([AtomicU64; IN_LINE]);
 
-/// The number of the calling thread: the first to ask is 0.
-fn thread() -> usize {
-    static NEXT: AtomicUsize = AtomicUsize::new(0);
-    thread_local! {
-        static NUMBER: Cell<Option<usize>> = const { Cell::new(None) };
-    }
-    NUMBER.with(|number| {
-        number.get().unwrap_or_else(|| {
-            let next = NEXT.fetch_add(1, Ordering::Relaxed);
-            number.set(Some(next));
-            next
-        })
-    })
-}
-
 /// A fixed number of counters, each told apart by its place.
 pub struct Counters {
-    shards: Box<[Box<[Line]>]>,
+    shards: Apart<Box<[Line]>>,
     count: usize,
 }
 
@@ -55,35 +39,24 @@ impl Counters {
     #[must_use]
     pub fn new(count: usize) -> Counters {
         let lines = count.div_ceil(IN_LINE);
-        let shard = |_| (0..lines).map(|_| Line::default()).collect();
-        Counters { shards: (0..SHARDS).map(shard).collect(), count }
+        Counters { shards: Apart::new(|| (0..lines).map(|_| Line::default()).collect()), count }
     }
 
     /// Adds to the counter at this place. One that is none counts nothing.
     pub fn add(&self, at: usize, more: u64) {
-        self.on(thread())
-            .and_then(|shard| shard.get(at))
-            .map(|counter| counter.fetch_add(more, Ordering::Relaxed));
+        counter(self.shards.mine(), at).map(|counter| counter.fetch_add(more, Ordering::Relaxed));
     }
 
     /// The counter at this place, over all threads.
     #[must_use]
     pub fn get(&self, at: usize) -> u64 {
-        let shards = (0..SHARDS).filter_map(|shard| self.on(shard)?.get(at));
-        shards.map(|counter| counter.load(Ordering::Relaxed)).sum()
-    }
-
-    fn on(&self, thread: usize) -> Option<Shard<'_>> {
-        self.shards.get(thread % SHARDS).map(|lines| Shard(lines))
+        let each = self.shards.each().filter_map(|lines| counter(lines, at));
+        each.map(|counter| counter.load(Ordering::Relaxed)).sum()
     }
 }
 
-struct Shard<'a>(&'a [Line]);
-
-impl<'a> Shard<'a> {
-    fn get(&self, at: usize) -> Option<&'a AtomicU64> {
-        self.0.get(at / IN_LINE).map(|line| &line.0[at % IN_LINE])
-    }
+fn counter(lines: &[Line], at: usize) -> Option<&AtomicU64> {
+    lines.get(at / IN_LINE).map(|line| &line.0[at % IN_LINE])
 }
 
 /// Durations, counted in buckets. The bounds are in nanoseconds, rising; what is longer than the last is counted apart.
@@ -137,19 +110,20 @@ mod tests {
 
     #[test]
     fn what_many_threads_count_is_added_up() {
+        const THREADS: u64 = 35;
         let counters = Counters::new(20);
         std::thread::scope(|scope| {
-            for _ in 0..SHARDS + 3 {
+            for _ in 0..THREADS {
                 scope.spawn(|| (0..100).for_each(|_| counters.add(19, 2)));
             }
         });
-        assert_eq!((counters.get(19), counters.get(0)), (200 * (SHARDS as u64 + 3), 0));
+        assert_eq!((counters.get(19), counters.get(0)), (200 * THREADS, 0));
     }
 
     #[test]
     fn no_two_threads_count_in_one_line() {
         let counters = Counters::new(1);
-        let place = || std::ptr::from_ref(counters.on(thread()).unwrap().get(0).unwrap()) as usize;
+        let place = || std::ptr::from_ref(counter(counters.shards.mine(), 0).unwrap()) as usize;
         let (here, there) = std::thread::scope(|scope| (place(), scope.spawn(place).join().unwrap()));
         assert!(here.abs_diff(there) >= 128, "{here:x} {there:x}");
     }

@@ -20,7 +20,7 @@ use crate::domain::{
     scope::ScopeSet,
 };
 
-use super::{Engine, callers::CallerJudged, index::State};
+use super::{Engine, callers::CallerJudged, index::State, usage::notes::Note};
 
 /// A caller in order.
 #[derive(Debug)]
@@ -99,7 +99,8 @@ impl Engine {
 
     /// Notes a call of such a caller.
     pub fn note_call(&self, known: &Known) {
-        self.usage.note(known.key, known.version, Reason::Ok, None, self.clock.now());
+        let note = Note { key: known.key, at: self.clock.now(), version: known.version, reason: Reason::Ok };
+        self.usage.note(note, None);
     }
 }
 

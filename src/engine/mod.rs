@@ -35,7 +35,7 @@ pub use index::HeldKey;
 use index::{Found, Index};
 use lease::Lease;
 use limiter::{Budget, Charge, LimitSettings, Limiter, Take};
-use usage::Usage;
+use usage::{Usage, notes::Note};
 
 /// What a Check asks, once it has been read from the wire.
 #[derive(Clone, Debug)]
@@ -388,7 +388,8 @@ impl Engine {
 
     fn note(&self, found: &Found, reason: Reason, limits: &limiter::Usage, now: Timestamp) {
         let drew: Option<&Arc<Budget>> = found.budget.as_ref().filter(|_| limits.drew);
-        self.usage.note(found.key.id(), found.version, reason, drew, now);
+        let note = Note { key: found.key.id(), at: now, version: found.version, reason };
+        self.usage.note(note, drew);
     }
 
     /// Where a key is decided: a service key in its account, a user key in the account asked for.

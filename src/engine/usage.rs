@@ -2,13 +2,15 @@
 //! were drawn from. Noted in memory, written behind; what the store then says of quotas goes back to their budgets.
 //!
 //! Bounded: there is one entry for each key that was used since the last flush, and no more than
-//! [`MOST_KEYS`]; what comes beyond that is counted as dropped. A kill loses what was noted since the last
+//! [`notes::MOST_KEYS`]; what comes beyond that is counted as dropped. A kill loses what was noted since the last
 //! flush, five seconds at the most. Quotas that others draw from too cannot always wait so long: [`Usage::hurry`].
+
+pub mod notes;
 
 use std::{
     collections::HashMap,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
@@ -17,67 +19,22 @@ use std::{
 use tokio::sync::{Notify, futures::Notified};
 
 use crate::{
-    domain::{decision::Reason, limit::Drawn, name::KeyId, time::Timestamp},
-    store::{Count, Hour, Store, StoreError, UsageBatch, UsedSecret},
+    domain::{limit::Drawn, name::KeyId, time::Timestamp},
+    store::{Count, Store, StoreError, UsageBatch, UsedSecret},
 };
 
+use self::notes::{Note, Notes, Traces, lock};
 use super::limiter::Budget;
 
-const SHARDS: usize = 16;
-/// How many keys may wait to be written: about 150 MB of them.
-pub const MOST_KEYS: usize = 1 << 20;
 /// Keys in one transaction: a flush must not hold up the writes between for long.
 const CHUNK: usize = 500;
 /// How long after a failure quotas are written again.
 const DRAW_AGAIN: Duration = Duration::from_secs(1);
 
-/// What one key's Checks have left.
-#[derive(Clone, Debug, Default)]
-struct Trace {
-    /// The latest use of each secret version.
-    used: Vec<(u32, Timestamp)>,
-    counts: Vec<(Hour, Reason, u64)>,
-    /// The budget, where the quota was drawn from: it knows how much.
-    budget: Option<Arc<Budget>>,
-}
-
-impl Trace {
-    fn use_of(&mut self, version: u32, at: Timestamp) {
-        match self.used.iter_mut().find(|(of, _)| *of == version) {
-            Some((_, last)) => *last = at.max(*last),
-            None => self.used.push((version, at)),
-        }
-    }
-
-    fn count(&mut self, hour: Hour, reason: Reason, more: u64) {
-        match self.counts.iter_mut().find(|(of, why, _)| (*of, *why) == (hour, reason)) {
-            Some((_, _, count)) => *count += more,
-            None => self.counts.push((hour, reason, more)),
-        }
-    }
-
-    /// Adds what came later.
-    fn add(&mut self, later: Trace) {
-        later.used.into_iter().for_each(|(version, at)| self.use_of(version, at));
-        later.counts.into_iter().for_each(|(hour, reason, more)| self.count(hour, reason, more));
-        self.budget = self.budget.take().or(later.budget);
-    }
-}
-
-type Traces = HashMap<KeyId, Trace, foldhash::fast::RandomState>;
-
-#[derive(Default)]
-struct Shard {
-    /// Noted since the last flush began.
-    fresh: Traces,
-    /// Being written.
-    flushing: Traces,
-}
-
 /// What the store does not have yet.
 #[derive(Default)]
 pub struct Usage {
-    shards: [Mutex<Shard>; SHARDS],
+    notes: Notes,
     dropped: AtomicU64,
     failures: AtomicU64,
     /// One flush at a time: what is being written must not be written twice.
@@ -98,31 +55,25 @@ impl std::fmt::Debug for Usage {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl Usage {
-    fn shard(&self, key: KeyId) -> MutexGuard<'_, Shard> {
-        // The last byte of a UUIDv7 is random.
-        lock(&self.shards[usize::from(key.as_bytes()[15]) % SHARDS])
+    /// Notes a Check of a key: allowed ones are uses of the secret. `drew`: the budget, if the quota was drawn from.
+    pub fn note(&self, note: Note, drew: Option<&Arc<Budget>>) {
+        self.count_dropped(self.notes.note(note));
+        if let Some(budget) = drew {
+            self.notes.drew(note.key, budget);
+        }
     }
 
-    /// Notes a Check of a key: allowed ones are uses of the secret. `drew`: the budget, if the quota was drawn from.
-    pub fn note(&self, key: KeyId, version: u32, reason: Reason, drew: Option<&Arc<Budget>>, at: Timestamp) {
-        let mut shard = self.shard(key);
-        if shard.fresh.len() >= MOST_KEYS / SHARDS && !shard.fresh.contains_key(&key) {
-            self.dropped.fetch_add(1, Ordering::Relaxed);
-            return;
+    fn count_dropped(&self, more: u64) {
+        if more > 0 {
+            self.dropped.fetch_add(more, Ordering::Relaxed);
         }
-        let trace = shard.fresh.entry(key).or_default();
-        trace.count(Hour::of(at), reason, 1);
-        if reason == Reason::Ok {
-            trace.use_of(version, at);
-        }
-        if trace.budget.is_none() {
-            trace.budget = drew.cloned();
-        }
+    }
+
+    /// What was noted before this call, by key.
+    fn gathered(&self) -> &Notes {
+        self.count_dropped(self.notes.gather());
+        &self.notes
     }
 
     /// How many Checks were not noted, since too many keys waited to be written.
@@ -134,12 +85,7 @@ impl Usage {
     /// How many keys' uses the store does not have yet.
     #[must_use]
     pub fn waiting(&self) -> usize {
-        let of = |shard: &Mutex<Shard>| {
-            let shard = lock(shard);
-            // One that is used while it is written is in both.
-            shard.fresh.len() + shard.flushing.keys().filter(|key| !shard.fresh.contains_key(key)).count()
-        };
-        self.shards.iter().map(of).sum()
+        self.gathered().len()
     }
 
     /// How often uses or quotas were not written, and had to wait.
@@ -151,10 +97,7 @@ impl Usage {
     /// The latest use that the store may not have yet.
     #[must_use]
     pub fn pending(&self, key: KeyId, version: u32) -> Option<Timestamp> {
-        let shard = self.shard(key);
-        let traces = [shard.fresh.get(&key), shard.flushing.get(&key)];
-        let used = traces.into_iter().flatten().flat_map(|trace| &trace.used);
-        used.filter(|(of, _)| *of == version).map(|(_, at)| *at).max()
+        self.gathered().last_use(key, version)
     }
 
     /// Writes everything noted so far. What could not be written waits for the next flush.
@@ -163,20 +106,13 @@ impl Usage {
     /// When the store fails.
     pub async fn flush(&self, store: &dyn Store) -> Result<(), StoreError> {
         let _one = self.flush.lock().await;
-        for shard in &self.shards {
-            let keys: Vec<KeyId> = {
-                let mut shard = lock(shard);
-                for (key, trace) in std::mem::take(&mut shard.fresh) {
-                    shard.flushing.entry(key).or_default().add(trace);
-                }
-                shard.flushing.keys().copied().collect()
-            };
-            for keys in keys.chunks(CHUNK) {
+        for shelf in self.gathered().shelves() {
+            for keys in shelf.take().chunks(CHUNK) {
                 let _one = self.writing.lock().await;
-                let (batch, drawn) = batch(&lock(shard).flushing, keys);
+                let (batch, drawn) = batch(&lock(&shelf.flushing), keys);
                 self.write(store, &batch, &drawn).await?;
-                let mut shard = lock(shard);
-                keys.iter().for_each(|key| drop(shard.flushing.remove(key)));
+                let mut flushing = lock(&shelf.flushing);
+                keys.iter().for_each(|key| drop(flushing.remove(key)));
             }
         }
         Ok(())
@@ -277,6 +213,7 @@ fn batch(traces: &Traces, keys: &[KeyId]) -> (UsageBatch, HashMap<KeyId, (Arc<Bu
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::decision::Reason;
 
     fn at(micros: i64) -> Timestamp {
         Timestamp::from_micros(micros)
@@ -289,27 +226,13 @@ mod tests {
     #[test]
     fn the_latest_allowed_use_of_each_secret_counts() {
         let usage = Usage::default();
-        usage.note(key(), 1, Reason::Ok, None, at(5));
-        usage.note(key(), 1, Reason::Ok, None, at(4));
-        usage.note(key(), 2, Reason::Ok, None, at(9));
-        usage.note(key(), 3, Reason::Rotated, None, at(9));
+        let note = |version, reason, at| usage.note(Note { key: key(), at, version, reason }, None);
+        note(1, Reason::Ok, at(5));
+        note(1, Reason::Ok, at(4));
+        note(2, Reason::Ok, at(9));
+        note(3, Reason::Rotated, at(9));
         assert_eq!(usage.pending(key(), 1), Some(at(5)));
         assert_eq!(usage.pending(key(), 2), Some(at(9)));
         assert_eq!(usage.pending(key(), 3), None, "a denied Check is no use");
-    }
-
-    #[test]
-    fn checks_are_counted_by_hour_and_reason() {
-        let mut trace = Trace::default();
-        trace.count(Hour(1), Reason::Ok, 2);
-        trace.count(Hour(1), Reason::Revoked, 1);
-        let mut later = Trace::default();
-        later.count(Hour(1), Reason::Ok, 3);
-        later.count(Hour(2), Reason::Ok, 1);
-        trace.add(later);
-        assert_eq!(
-            trace.counts,
-            [(Hour(1), Reason::Ok, 5), (Hour(1), Reason::Revoked, 1), (Hour(2), Reason::Ok, 1)]
-        );
     }
 }

@@ -89,7 +89,7 @@ impl Record {
             reason: Some(facts.reason),
             shadow: facts.shadow,
             key_id: key.map(|key| key.id().to_string()),
-            account: facts.answer.and_then(|answer| answer.account.as_ref()).map(ToString::to_string),
+            account: facts.answer.and_then(|answer| answer.account()).map(ToString::to_string),
             user: key.and_then(|key| key.owner().user()).map(ToString::to_string),
             environment: environment.map(ToString::to_string),
             needed_scopes: texts(facts.needed),

@@ -7,7 +7,7 @@
 use std::{net::IpAddr, sync::Arc};
 
 use super::{
-    account::{Account, Role},
+    account::Role,
     facts::KeyFacts,
     key::Owner,
     name::{AccountId, CustomerId, EnvironmentName},
@@ -158,8 +158,8 @@ pub struct Subject<'a, K> {
     pub key: &'a K,
     /// Which version of the key's secret it is.
     pub version: u32,
-    /// The account that is decided in, as far as it exists.
-    pub account: Option<&'a Account>,
+    /// Whether the account that is decided in is suspended.
+    pub suspended: bool,
     /// The key's own roles, as they are now. One that no longer exists grants nothing.
     pub roles: &'a [Arc<Role>],
     /// Of a user key: the role that the user has in the account that is decided in, as it is now.
@@ -249,7 +249,7 @@ pub struct Verdict {
 /// Decides one request. Every condition is judged, whatever the others say.
 #[must_use]
 pub fn decide<K: KeyFacts>(subject: Subject<'_, K>, request: Request<'_>, now: Timestamp) -> Verdict {
-    let Subject { key, version, account, .. } = subject;
+    let Subject { key, version, suspended, .. } = subject;
     let mut failures = Failures::default();
 
     failures.note(Reason::Revoked, key.is_revoked());
@@ -267,7 +267,7 @@ pub fn decide<K: KeyFacts>(subject: Subject<'_, K>, request: Request<'_>, now: T
         (Owner::User(_), asked) => asked.is_none() || matches!(subject.membership, Membership::None),
     };
     failures.note(Reason::WrongAccount, wrong_account);
-    failures.note(Reason::AccountSuspended, account.is_some_and(|account| account.suspended_at.is_some()));
+    failures.note(Reason::AccountSuspended, suspended);
     failures.note(Reason::AddressNotAllowed, !address_allowed(key, request.client_ip));
 
     let missing: Vec<Scope> =
@@ -291,23 +291,11 @@ mod tests {
             Key, Revocation, RevokeReason,
             tests::{at, sample},
         },
-        name::{DisplayName, RoleName, UserId},
+        name::{RoleName, UserId},
         time::Revision,
         token::Digest,
     };
     use std::time::Duration;
-
-    fn account(suspended: bool) -> Account {
-        Account {
-            id: AccountId::parse("acme").unwrap(),
-            name: DisplayName::parse("Acme").unwrap(),
-            suspended_at: suspended.then_some(at(1)),
-            longest_life: None,
-            created_at: at(0),
-            updated_at: at(0),
-            revision: Revision(1),
-        }
-    }
 
     /// What a row of the table may turn.
     struct Case {
@@ -342,7 +330,6 @@ mod tests {
     }
 
     fn run(case: &Case) -> Verdict {
-        let account = account(case.suspended);
         let environment = EnvironmentName::parse(case.environment).unwrap();
         let customer = case.customer.map(|c| CustomerId::parse(c).unwrap());
         let asked = case.account.map(|a| AccountId::parse(a).unwrap());
@@ -351,7 +338,7 @@ mod tests {
             Subject {
                 key: &case.key,
                 version: case.version,
-                account: Some(&account),
+                suspended: case.suspended,
                 roles: &case.roles,
                 membership: case.membership.as_ref().map_or(Membership::NotAsked, |role| match role {
                     None => Membership::None,
@@ -476,9 +463,8 @@ mod tests {
         let mut key = sample();
         key.terms.customers = vec![CustomerId::parse("c1").unwrap()];
         let request = Request { purpose: Use::Management, account: None, client_ip: None, scopes: &[] };
-        let account = account(false);
         let membership = Membership::NotAsked;
-        let subject = Subject { key: &key, version: 1, account: Some(&account), roles: &[], membership };
+        let subject = Subject { key: &key, version: 1, suspended: false, roles: &[], membership };
         assert_eq!(decide(subject, request, at(1)).failures.first(), Reason::Ok);
     }
 
@@ -532,7 +518,7 @@ mod tests {
             ["monitors:*", "alerts:read"].map(|s| Scope::parse_grant(s).unwrap()).into_iter().collect();
         let held = role("r", &["monitors:read", "alerts:*", "billing:read"]);
         let membership = Membership::Role(Some(&held));
-        let subject = Subject { key: &key, version: 1, account: None, roles: &[], membership };
+        let subject = Subject { key: &key, version: 1, suspended: false, roles: &[], membership };
         let grants = subject.grants();
         assert_eq!(grants.iter().map(Scope::as_str).collect::<Vec<_>>(), ["alerts:read", "monitors:read"]);
     }

@@ -156,7 +156,7 @@ pub fn shape(presented: &str) -> Shape {
     if bytes.len() > MAX_LEN {
         return Shape::TooLong;
     }
-    if bytes.is_empty() || !bytes.iter().all(|b| (0x21..=0x7e).contains(b)) {
+    if bytes.is_empty() || !each(bytes, |b| (0x21..=0x7e).contains(&b)) {
         return Shape::Malformed;
     }
     if matches_pattern(bytes) && !checksum_holds(bytes) { Shape::Malformed } else { Shape::Plausible }
@@ -170,9 +170,14 @@ fn matches_pattern(bytes: &[u8]) -> bool {
     let (head, rest) = bytes.split_at(start);
     (1..=33).contains(&head.len())
         && head[0].is_ascii_lowercase()
-        && head.iter().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || *b == b'_')
+        && each(head, |b| b.is_ascii_lowercase() | b.is_ascii_digit() | (b == b'_'))
         && rest[0] == b'_'
-        && rest[1..].iter().all(u8::is_ascii_alphanumeric)
+        && each(&rest[1..], |b| b.is_ascii_digit() | (b | 0x20).is_ascii_lowercase())
+}
+
+/// Whether all bytes are as they must be. It does not stop at the first that is not, so that many are looked at at once.
+fn each(bytes: &[u8], is: impl Fn(u8) -> bool) -> bool {
+    bytes.iter().fold(true, |all, byte| all & is(*byte))
 }
 
 fn checksum_holds(bytes: &[u8]) -> bool {

@@ -92,14 +92,15 @@ impl Engine {
             limits.refused.iter().for_each(|reason| failures.note(*reason, true));
         }
         let reason = failures.first();
-        self.note(&found, reason, &limits, now);
+        let Found { key, version, budget, .. } = found;
+        let holder = Holder { key, version };
+        self.note(&holder, reason, budget.as_ref().filter(|_| limits.drew), now);
         if reason != Reason::Ok {
             return Ok(Err(Refused { reason, retry_after: limits.retry_after() }));
         }
         let Some(account) = account else {
             return Ok(Err(Refused { reason: Reason::WrongAccount, retry_after: None }));
         };
-        let holder = Holder { key: found.key, version: found.version };
         Ok(Ok(Authenticated { holder, account, grants, fresh }))
     }
 
@@ -130,8 +131,8 @@ impl Engine {
             failures = failures.without(Reason::WrongAccount);
         }
         let grants = place.subject(&found.key, found.version).grants();
-        let account = match place.account {
-            Some(account) => Some(account.id.clone()),
+        let account = match place.suspended {
+            Some(_) => found.key.owner().account().or(account).cloned(),
             None => nowhere.then(AccountId::nowhere),
         };
         Ok(Ok(CallerJudged { found, failures, account, grants, fresh, now }))

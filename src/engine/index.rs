@@ -198,6 +198,15 @@ impl Index {
             .or_else(|| self.accounts.pin().get(id).cloned())
     }
 
+    /// Whether the account with this id is suspended; None = there is none. Of what all Checks ask, no count of
+    /// references is kept, which every core would have to write to.
+    #[must_use]
+    pub fn suspended(&self, id: &AccountId) -> Option<bool> {
+        let suspended = |account: &Arc<Account>| account.suspended_at.is_some();
+        self.doubted(|doubts| doubts.accounts.get(id).map(suspended))
+            .or_else(|| self.accounts.pin().get(id).map(suspended))
+    }
+
     /// The role that a name stands for in an account: its own before the global one. None while a change of it
     /// is in doubt.
     #[must_use]

@@ -90,6 +90,26 @@ pub struct Holder {
     pub version: u32,
 }
 
+/// Where a key was decided.
+#[derive(Clone, Debug)]
+pub(crate) enum Acts {
+    /// In no account that exists.
+    Nowhere,
+    /// In its own.
+    AtHome,
+    /// A user's key, in this one.
+    In(AccountId),
+}
+
+/// What a key was granted where it was decided. What stands in its record is not counted as held here too.
+#[derive(Clone, Debug)]
+pub(crate) enum Granted {
+    /// What its record says.
+    Own,
+    /// What comes of its record, of roles, and of a member's place.
+    Derived(ScopeSet),
+}
+
 /// What a Check answers.
 #[derive(Clone, Debug)]
 pub struct Answer {
@@ -99,10 +119,8 @@ pub struct Answer {
     pub missing: Vec<Scope>,
     /// The key, where the token is known to the caller's account.
     pub holder: Option<Holder>,
-    /// The account that was decided in.
-    pub account: Option<AccountId>,
-    /// What the key is granted there.
-    pub grants: ScopeSet,
+    pub(crate) place: Acts,
+    pub(crate) granted: Granted,
     /// Refused, whatever else it is, since the key may call Keyward itself.
     pub barred: bool,
     /// How its limits stand, where they were asked.
@@ -120,6 +138,25 @@ impl Answer {
         self.failures.first()
     }
 
+    /// The account that was decided in, if it exists.
+    #[must_use]
+    pub fn account(&self) -> Option<&AccountId> {
+        match &self.place {
+            Acts::Nowhere => None,
+            Acts::AtHome => self.holder.as_ref()?.key.owner().account(),
+            Acts::In(account) => Some(account),
+        }
+    }
+
+    /// What the key is granted there. Nothing, where no key was found.
+    pub fn grants(&self) -> std::slice::Iter<'_, Scope> {
+        match (&self.granted, &self.holder) {
+            (Granted::Derived(grants), _) => grants.iter(),
+            (Granted::Own, Some(holder)) => holder.key.scopes().iter(),
+            (Granted::Own, None) => [].iter(),
+        }
+    }
+
     /// Records what was decided in the span of the call that asked.
     pub fn record(&self, span: &tracing::Span) {
         span.record("keyward.reason", self.reason().as_str());
@@ -127,7 +164,7 @@ impl Answer {
         if let Some(holder) = &self.holder {
             span.record("keyward.key_id", tracing::field::display(holder.key.id()));
         }
-        if let Some(account) = &self.account {
+        if let Some(account) = self.account() {
             span.record("keyward.account", account.as_str());
         }
     }
@@ -139,8 +176,8 @@ impl Answer {
             failures,
             missing: Vec::new(),
             holder: None,
-            account: None,
-            grants: ScopeSet::default(),
+            place: Acts::Nowhere,
+            granted: Granted::Own,
             barred: false,
             limits: limiter::Usage::default(),
             revision,
@@ -273,9 +310,9 @@ impl Engine {
     /// When the limits cannot be counted.
     pub async fn settle(&self, question: &Question<'_>, limited: Limited) -> Result<Answer, CannotAnswer> {
         let Limited(mut judged) = limited;
-        if let Some(Found { key, budget: Some(budget), .. }) = &judged.found {
+        if let (Some(holder), Some(budget)) = (&judged.answer.holder, &judged.budget) {
             let take = Take { cost: question.cost, charge: question.charge, dry_run: question.dry_run };
-            let limits = self.limiter.take(key, budget, take, judged.now).await?;
+            let limits = self.limiter.take(&holder.key, budget, take, judged.now).await?;
             limits.refused.iter().for_each(|reason| judged.answer.failures.note(*reason, true));
             judged.answer.limits = limits;
         }
@@ -284,9 +321,9 @@ impl Engine {
 
     /// The answer; its use is noted.
     fn answer(&self, question: &Question<'_>, judged: Judged) -> Answer {
-        let Judged { mut answer, found, now } = judged;
-        if let Some(found) = found.filter(|_| !question.dry_run) {
-            self.note(&found, answer.reason(), &answer.limits, now);
+        let Judged { mut answer, budget, now } = judged;
+        if let Some(holder) = answer.holder.as_ref().filter(|_| !question.dry_run) {
+            self.note(holder, answer.reason(), budget.as_ref().filter(|_| answer.limits.drew), now);
         }
         answer.staleness = self.lease.staleness(|| self.clock.boottime());
         self.answered.add(answer.reason() as usize, 1);
@@ -343,7 +380,7 @@ impl Engine {
         fresh: bool,
     ) -> Result<Judged, CannotAnswer> {
         let now = self.clock.now();
-        let without_key = |reason| Ok(Judged { answer: Answer::of(reason, revision), found: None, now });
+        let without_key = |reason| Ok(Judged { answer: Answer::of(reason, revision), budget: None, now });
         if token::shape(question.token) != Shape::Plausible {
             return without_key(Reason::Malformed);
         }
@@ -366,8 +403,12 @@ impl Engine {
         let place = question.account.filter(|asked| asker.is_operator() || *asked == asker);
         let place = self.place(&found.key, place);
         let Verdict { mut failures, missing } = judge(&found, &place, request, now);
-        let grants = place.subject(&found.key, found.version).grants();
-        let barred = question.bar_management && grants.iter().any(Scope::is_reserved);
+        let granted = place.granted(&found.key);
+        let bars = |grants: &ScopeSet| question.bar_management && grants.iter().any(Scope::is_reserved);
+        let barred = match &granted {
+            Granted::Own => bars(found.key.scopes()),
+            Granted::Derived(grants) => bars(grants),
+        };
         failures.note(Reason::MissingScope, barred);
         if !fresh && failures.first() == Reason::Ok {
             return Err(CannotAnswer::LeaseLost);
@@ -377,18 +418,18 @@ impl Engine {
         let answer = Answer {
             failures,
             missing,
-            grants,
+            granted,
             barred,
-            account: place.account.map(|account| account.id.clone()),
-            holder: Some(Holder { key: found.key.clone(), version: found.version }),
+            place: place.acts(&found.key, request.account),
+            holder: Some(Holder { key: found.key, version: found.version }),
             ..Answer::of(Reason::Ok, revision)
         };
-        Ok(Judged { answer, found: Some(found), now })
+        Ok(Judged { answer, budget: found.budget, now })
     }
 
-    fn note(&self, found: &Found, reason: Reason, limits: &limiter::Usage, now: Timestamp) {
-        let drew: Option<&Arc<Budget>> = found.budget.as_ref().filter(|_| limits.drew);
-        let note = Note { key: found.key.id(), at: now, version: found.version, reason };
+    /// `drew`: the budget, if the quota was drawn from.
+    fn note(&self, holder: &Holder, reason: Reason, drew: Option<&Arc<Budget>>, now: Timestamp) {
+        let note = Note { key: holder.key.id(), at: now, version: holder.version, reason };
         self.usage.note(note, drew);
     }
 
@@ -408,7 +449,7 @@ impl Engine {
             (Owner::User(_), None) => Member::None,
         };
         Place {
-            account: account.and_then(|account| self.index.account(account)),
+            suspended: account.and_then(|account| self.index.suspended(account)),
             // A key's own roles are its owner's: of a user key, global ones, wherever it works.
             roles: key
                 .roles()
@@ -443,21 +484,22 @@ pub struct Limited(Judged);
 #[derive(Debug)]
 struct Judged {
     answer: Answer,
-    /// The key, where the asker may know of it.
-    found: Option<Found>,
+    /// What is used of the key's limits, where the asker may know of it and it has any.
+    budget: Option<Arc<Budget>>,
     now: Timestamp,
 }
 
 impl Judged {
     /// Whether it hangs on limits now.
     fn draws(&self) -> bool {
-        self.answer.reason() == Reason::Ok && self.found.as_ref().is_some_and(|found| found.budget.is_some())
+        self.answer.reason() == Reason::Ok && self.budget.is_some()
     }
 }
 
 /// What a decision needs besides the key.
 struct Place {
-    account: Option<Arc<crate::domain::account::Account>>,
+    /// Whether the account is. None = there is no such account.
+    suspended: Option<bool>,
     roles: Vec<Arc<Role>>,
     member: Member,
 }
@@ -476,7 +518,24 @@ impl Place {
             Member::None => Membership::None,
             Member::Role(role) => Membership::Role(role.as_deref()),
         };
-        Subject { key, version, account: self.account.as_deref(), roles: &self.roles, membership }
+        let suspended = self.suspended == Some(true);
+        Subject { key, version, suspended, roles: &self.roles, membership }
+    }
+
+    /// Where the key acts; `asked`: the account that was asked about.
+    fn acts(&self, key: &impl KeyFacts, asked: Option<&AccountId>) -> Acts {
+        match (self.suspended, key.owner(), asked) {
+            (None, ..) | (_, Owner::User(_), None) => Acts::Nowhere,
+            (Some(_), Owner::Account(_), _) => Acts::AtHome,
+            (Some(_), Owner::User(_), Some(asked)) => Acts::In(asked.clone()),
+        }
+    }
+
+    fn granted(&self, key: &impl KeyFacts) -> Granted {
+        match self.roles.is_empty() && matches!(self.member, Member::NotAsked) {
+            true => Granted::Own,
+            false => Granted::Derived(self.subject(key, 0).grants()),
+        }
     }
 }
 

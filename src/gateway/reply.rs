@@ -191,9 +191,9 @@ fn identity(answer: &Answer) -> Vec<(&'static str, String)> {
         ("x-keyward-key-id", key.id().to_string()),
         ("x-keyward-environment", key.environment().to_string()),
     ];
-    identity.extend(answer.account.iter().map(|account| ("x-keyward-account", account.to_string())));
+    identity.extend(answer.account().map(|account| ("x-keyward-account", account.to_string())));
     identity.extend(key.owner().user().map(|user| ("x-keyward-user", user.to_string())));
-    let scopes = answer.grants.iter().map(Scope::as_str).collect::<Vec<_>>().join(" ");
+    let scopes = answer.grants().map(Scope::as_str).collect::<Vec<_>>().join(" ");
     if scopes.len() <= MAX_SCOPES_LEN {
         identity.push(("x-keyward-scopes", scopes));
     }
@@ -317,17 +317,17 @@ fn metadata(settings: &GatewaySettings, judged: &Judged<'_>, finding: &Finding) 
         text("mode", if shadow { "shadow" } else { "enforce" }),
         ("cost".to_owned(), Value::Number(judged.cost)),
     ];
-    let Finding::Answered(Answer { holder: Some(holder), account, limits, .. }) = finding else {
+    let Finding::Answered(answer @ Answer { holder: Some(holder), .. }) = finding else {
         return metadata;
     };
-    if limits.inexact {
+    if answer.limits.inexact {
         metadata.push(("limits_inexact".to_owned(), Value::Flag(true)));
     }
     let key = &holder.key;
     metadata.push(text("key_id", &key.id().to_string()));
     metadata.push(text("environment", key.environment().as_str()));
     metadata.push(("secret_version".to_owned(), Value::Number(holder.version.into())));
-    metadata.extend(account.iter().map(|account| text("account", account.as_str())));
+    metadata.extend(answer.account().map(|account| text("account", account.as_str())));
     metadata.extend(key.owner().user().map(|user| text("user", user.as_str())));
     for name in &settings.publish_metadata {
         let value = key.metadata().get(name);

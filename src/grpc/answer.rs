@@ -32,10 +32,10 @@ pub(super) fn write(answer: &Answer, out: &mut impl BufMut) {
         let key = &holder.key;
         text(6, key.id().write(&mut [0; 36]), out);
         text(7, key.name().unwrap_or_default(), out);
-        text(8, answer.account.as_ref().map_or("", |account| account.as_str()), out);
+        text(8, answer.account().map_or("", |account| account.as_str()), out);
         text(9, key.owner().user().map_or("", |user| user.as_str()), out);
         text(10, key.environment().as_str(), out);
-        answer.grants.iter().for_each(|scope| text(11, scope.as_str(), out));
+        answer.grants().for_each(|scope| text(11, scope.as_str(), out));
         number(12, holder.version.into(), out);
         key.metadata().iter().for_each(|pair| entry(13, pair, out));
     }
@@ -116,11 +116,10 @@ mod tests {
     use crate::{
         domain::{
             key::tests::sample,
-            name::AccountId,
             scope::Scope,
             time::{Revision, Timestamp},
         },
-        engine::{HeldKey, Holder},
+        engine::{Acts, HeldKey, Holder},
     };
     use prost::Message as _;
     use std::time::Duration;
@@ -131,8 +130,7 @@ mod tests {
         key.terms.metadata.insert("empty".into(), String::new());
         key.terms.expires_at = Some(Timestamp::from_micros(1_767_225_600_000_000));
         let mut answer = Answer::of(Reason::Ok, Revision(300));
-        answer.grants = key.terms.scopes.clone();
-        answer.account = Some(AccountId::parse("acme").unwrap());
+        answer.place = Acts::AtHome;
         answer.holder = Some(Holder { key: HeldKey::from(&key), version: 1 });
         answer.staleness = Duration::from_millis(1500);
         answer
@@ -156,7 +154,7 @@ mod tests {
             key_name: key.name().unwrap_or_default().into(),
             account: "acme".into(),
             environment: key.environment().to_string(),
-            scopes: convert::texts(&answer.grants),
+            scopes: answer.grants().map(ToString::to_string).collect(),
             secret_version: 1,
             metadata: key.metadata().clone(),
             expires_at: Some(prost_types::Timestamp { seconds: 1_767_225_600, nanos: 0 }),

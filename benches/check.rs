@@ -124,7 +124,8 @@ fn pieces(criterion: &mut Criterion) {
     criterion.bench_function("the policy alone", |b| {
         b.iter(|| {
             let membership = Membership::NotAsked;
-            let subject = Subject { key: black_box(&key), version: 1, suspended: false, roles: &[], membership };
+            let subject =
+                Subject { key: black_box(&key), version: 1, suspended: false, roles: &[], membership };
             decide(subject, black_box(request), now)
         });
     });

@@ -163,7 +163,7 @@ impl Violations {
     pub fn take_each<'a, T, E: Display>(
         &mut self,
         field: impl Display,
-        list: &'a [String],
+        list: &'a [impl AsRef<str>],
         most: usize,
         parse: impl Fn(&'a str) -> Result<T, E>,
     ) -> Vec<T> {
@@ -172,7 +172,7 @@ impl Violations {
             return Vec::new();
         }
         let each = list.iter().enumerate();
-        each.filter_map(|(at, text)| self.take(format_args!("{field}[{at}]"), parse(text))).collect()
+        each.filter_map(|(at, text)| self.take(format_args!("{field}[{at}]"), parse(text.as_ref()))).collect()
     }
 
     /// Whether nothing is wrong so far.

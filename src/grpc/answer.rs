@@ -1,7 +1,7 @@
 //! A Check's answer on the wire (`keyward.v1.CheckResponse`), written from what the engine found without a message in
 //! between: of texts that are there already, nothing is copied twice. A test holds it against the generated message.
 
-use bytes::BufMut;
+use bytes::{BufMut, BytesMut};
 use prost::encoding::{WireType, encode_key, encode_varint, encoded_len_varint, message};
 use prost_types::Duration as PbDuration;
 
@@ -82,7 +82,13 @@ fn text(field: u32, text: &str, out: &mut impl BufMut) {
 }
 
 fn some_text(field: u32, text: &str, out: &mut impl BufMut) {
-    nest(field, text.as_bytes(), out);
+    some_bytes(field, text.as_bytes(), out);
+}
+
+fn some_bytes(field: u32, bytes: &[u8], out: &mut impl BufMut) {
+    encode_key(field, WireType::LengthDelimited, out);
+    encode_varint(bytes.len() as u64, out);
+    out.put_slice(bytes);
 }
 
 /// An entry of a map of texts.
@@ -94,11 +100,22 @@ fn entry(field: u32, (name, value): (&String, &String), out: &mut impl BufMut) {
     some_text(2, value, out);
 }
 
-/// A message in a message.
-pub(super) fn nest(field: u32, message: &[u8], out: &mut impl BufMut) {
+/// A message in a message. Its length is known when it is written: most have one of two bytes, for which room is kept.
+pub(super) fn nest(field: u32, out: &mut BytesMut, write: impl FnOnce(&mut BytesMut)) {
+    const KEPT: usize = 2;
     encode_key(field, WireType::LengthDelimited, out);
-    encode_varint(message.len() as u64, out);
-    out.put_slice(message);
+    let start = out.len();
+    out.put_bytes(0, KEPT);
+    write(out);
+    let length = (out.len() - start - KEPT) as u64;
+    if encoded_len_varint(length) == KEPT {
+        encode_varint(length, &mut &mut out[start..start + KEPT]);
+    } else {
+        let message = out.split_off(start + KEPT);
+        out.truncate(start);
+        encode_varint(length, out);
+        out.put_slice(&message);
+    }
 }
 
 /// Reasons, packed: each has a number of one byte.
@@ -106,7 +123,7 @@ fn reasons(field: u32, list: Failures, out: &mut impl BufMut) {
     let mut numbers = [0; Reason::ALL.len()];
     let written = numbers.iter_mut().zip(list.iter()).map(|(number, reason)| *number = reason as u8).count();
     if written > 0 {
-        nest(field, &numbers[..written], out);
+        some_bytes(field, &numbers[..written], out);
     }
 }
 
@@ -165,6 +182,18 @@ mod tests {
         };
         assert!(!expected.scopes.is_empty() && expected.metadata.len() == 2);
         assert_eq!(read(&answer), expected);
+    }
+
+    #[test]
+    fn a_message_in_a_message_is_as_long_as_it_says() {
+        for length in [0, 1, 127, 128, 16_383, 16_384, 40_000] {
+            let mut bytes = BytesMut::new();
+            nest(1, &mut bytes, |out| text(3, &"x".repeat(length), out));
+            nest(1, &mut bytes, |out| number(1, 1, out));
+            let batch = pb::BatchCheckResponse::decode(&*bytes).unwrap();
+            assert_eq!((batch.results[0].message.len(), batch.results[1].allowed), (length, true));
+            assert_eq!(batch.encode_to_vec(), bytes);
+        }
     }
 
     #[test]

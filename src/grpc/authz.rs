@@ -7,7 +7,7 @@ use std::{
     sync::Arc,
 };
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use futures_util::future::BoxFuture;
 use tokio::sync::watch;
 use tonic::{Request, Response, Status, Streaming, body::Body, server::Grpc};
@@ -22,10 +22,10 @@ use crate::{
         decision::{MAX_COST, MAX_SCOPES, Reason},
         name::{AccountId, CustomerId, EnvironmentName},
         scope::Scope,
+        time::Revision,
         token,
     },
     engine::{Answer, Asker, Decided, Engine, Question},
-    pb,
     refusal::{Refusal, Violations},
     trace,
 };
@@ -33,9 +33,11 @@ use crate::{
 use super::{
     answer,
     body::Limited,
-    codec::Written,
+    codec::Raw,
     convert,
     gate::shown,
+    question::Asked,
+    reply::ROOM,
     rpc::{self, BATCH_BYTES, CHECK_BYTES, Rpc},
     stream::{self, Answers},
     vigil::Vigil,
@@ -60,79 +62,82 @@ pub(super) struct AuthzService {
 
 /// A request as the engine wants it; it owns what had to be parsed.
 struct Read<'a> {
+    token: &'a str,
     environment: &'a EnvironmentName,
     scopes: Vec<Scope>,
     account: Option<AccountId>,
     customer: Option<CustomerId>,
     client_ip: Option<std::net::IpAddr>,
     cost: u64,
+    dry_run: bool,
+    min_revision: Option<Revision>,
 }
 
 impl AuthzService {
     /// Reads one request; `at` stands before each field's name in violations.
-    fn read<'a>(
+    fn read<'a, 'm: 'a>(
         &'a self,
-        request: &pb::CheckRequest,
+        asked: &Asked<'m>,
         at: impl Display + Copy,
         violations: &mut Violations,
     ) -> Option<Read<'a>> {
         let field = |name: &'static str| fmt::from_fn(move |f| write!(f, "{at}{name}"));
         let v = violations;
-        let pb::CheckRequest {
-            token: presented,
-            environment,
-            scopes,
-            authenticate_only,
-            account,
-            customer,
-            client_ip,
-            cost,
-            dry_run: _,
-            min_revision: _,
-        } = request;
+        let Asked { token: presented, scopes, authenticate_only, .. } = asked;
         v.note_if(
             presented.len() > token::MAX_LEN,
             field("token"),
             format_args!("must be at most {} bytes", token::MAX_LEN),
         );
-        let environment = convert::read_environment(field("environment"), environment, &self.environments, v);
+        let environment =
+            convert::read_environment(field("environment"), asked.environment, &self.environments, v);
         v.note_if(
             scopes.is_empty() && !authenticate_only,
             field("scopes"),
             "at least one is required; or set authenticate_only",
         );
         let scopes = v.take_each(field("scopes"), scopes, MAX_SCOPES, Scope::parse_required);
-        let account = account.as_deref().and_then(|id| v.take(field("account"), AccountId::parse(id)));
-        let customer = customer.as_deref().and_then(|id| v.take(field("customer"), CustomerId::parse(id)));
-        let client_ip = convert::read_ip(field("client_ip"), client_ip.as_deref(), v);
-        let cost = cost.unwrap_or(1);
+        let account = asked.account.and_then(|id| v.take(field("account"), AccountId::parse(id)));
+        let customer = asked.customer.and_then(|id| v.take(field("customer"), CustomerId::parse(id)));
+        let client_ip = convert::read_ip(field("client_ip"), asked.client_ip, v);
+        let cost = asked.cost.unwrap_or(1);
         v.note_if(
             !(1..=MAX_COST).contains(&cost),
             field("cost"),
             format_args!("must be 1 to {MAX_COST}; to consume nothing set dry_run"),
         );
-        Some(Read { environment: &environment?.name, scopes, account, customer, client_ip, cost })
+        Some(Read {
+            token: presented,
+            environment: &environment?.name,
+            scopes,
+            account,
+            customer,
+            client_ip,
+            cost,
+            dry_run: asked.dry_run,
+            min_revision: convert::read_revision(asked.min_revision),
+        })
     }
 
     /// Answers one Check by writing the answer to `out`, as far as it goes without a wait.
     ///
     /// # Errors
     /// When the request is wrong, or cannot be answered here and now.
-    pub(super) fn answer<'a>(
+    pub(super) fn answer<'a, 'm: 'a>(
         &'a self,
         asker: Asker<'_>,
-        request: &'a pb::CheckRequest,
+        asked: &Asked<'m>,
         out: &'a mut BytesMut,
     ) -> Result<Answering<'a>, Status> {
         let mut violations = Violations::default();
-        let read = self.read(request, "", &mut violations);
+        let read = self.read(asked, "", &mut violations);
         violations.finish()?;
         let read = read.ok_or_else(|| Refusal::field("environment", "is required"))?;
-        match self.engine.decide(asker, &read.question(request)).map_err(Refusal::from)? {
+        match self.engine.decide(asker, &read.question()).map_err(Refusal::from)? {
             Decided::Answered(answer) => Ok(Answering::Written(self.write(&answer, &read, out))),
             Decided::Limited(limited) => {
                 let settled = async move {
-                    let settled = self.engine.settle(&read.question(request), limited).await;
+                    let settled = self.engine.settle(&read.question(), limited).await;
                     Ok(self.write(&settled.map_err(Refusal::from)?, &read, out))
                 };
                 Ok(Answering::Waits(Box::pin(trace::carried(settled))))
@@ -167,17 +172,17 @@ impl AuthzService {
 }
 
 impl Read<'_> {
-    fn question<'a>(&'a self, request: &'a pb::CheckRequest) -> Question<'a> {
+    fn question(&self) -> Question<'_> {
         Question {
-            token: &request.token,
+            token: self.token,
             environment: self.environment,
             scopes: &self.scopes,
             account: self.account.as_ref(),
             customer: self.customer.as_ref(),
             client_ip: self.client_ip,
             cost: self.cost,
-            dry_run: request.dry_run,
-            min_revision: convert::read_revision(request.min_revision),
+            dry_run: self.dry_run,
+            min_revision: self.min_revision,
             charge: None,
             bar_management: false,
         }
@@ -228,12 +233,12 @@ impl AuthzService {
         }
     }
 
-    async fn check(&self, mut request: Request<pb::CheckRequest>) -> Result<Response<BytesMut>, Status> {
+    async fn check(&self, mut request: Request<Bytes>) -> Result<Response<BytesMut>, Status> {
         let (caller, vigil) = (shown::<Caller>(&mut request)?, shown::<Vigil>(&mut request)?);
         let mut out = BytesMut::new();
         let stands = || vigil.stands(&self.engine);
         let asker = Asker { account: &caller.account, stands: &stands };
-        let answered = self.answer(asker, request.get_ref(), &mut out)?;
+        let answered = self.answer(asker, &Asked::read(request.get_ref())?, &mut out)?;
         let decision = answered.written().await?;
         let mut response = Response::new(out);
         if let Some(id) = decision.and_then(|id| id.to_string().parse().ok()) {
@@ -242,12 +247,9 @@ impl AuthzService {
         Ok(response)
     }
 
-    async fn batch_check(
-        &self,
-        mut request: Request<pb::BatchCheckRequest>,
-    ) -> Result<Response<BytesMut>, Status> {
+    async fn batch_check(&self, mut request: Request<Bytes>) -> Result<Response<BytesMut>, Status> {
         let (caller, vigil) = (shown::<Caller>(&mut request)?, shown::<Vigil>(&mut request)?);
-        let checks = &request.get_ref().checks;
+        let checks = Asked::read_batch(request.get_ref())?;
         let mut violations = Violations::default();
         violations.note_if(
             !(1..=MAX_CHECKS).contains(&checks.len()),
@@ -260,20 +262,21 @@ impl AuthzService {
             .collect();
         violations.finish()?;
         // None is answered, and nothing consumed, unless all can be; limits that cannot be counted show too late.
-        let newest = checks.iter().filter_map(|check| check.min_revision).max();
-        self.engine.fresh(convert::read_revision(newest)).map_err(Refusal::from)?;
+        self.engine.fresh(read.iter().filter_map(|read| read.min_revision).max()).map_err(Refusal::from)?;
         let then = self.engine.index.state().filter(|_| vigil.stands(&self.engine) == Ok(true));
         let stands = || vigil.still_stands(&self.engine, then);
         let asker = Asker { account: &caller.account, stands: &stands };
-        let (mut out, mut one, mut denied) = (BytesMut::new(), BytesMut::new(), 0);
-        for (check, read) in checks.iter().zip(&read) {
-            let answer = self.engine.check(asker, &read.question(check)).await;
-            let answer = answer.map_err(Refusal::from)?;
+        let (mut out, mut denied) = (BytesMut::with_capacity(ROOM * read.len() / 2), 0);
+        for read in &read {
+            let answer = match self.engine.decide(asker, &read.question()).map_err(Refusal::from)? {
+                Decided::Answered(answer) => answer,
+                Decided::Limited(limited) => {
+                    self.engine.settle(&read.question(), limited).await.map_err(Refusal::from)?
+                }
+            };
             denied += usize::from(answer.reason() != Reason::Ok);
             self.note(&answer, read);
-            answer::write(&answer, &mut one);
-            answer::nest(1, &one, &mut out);
-            one.clear();
+            answer::nest(1, &mut out, |out| answer::write(&answer, out));
         }
         if let Some(span) = trace::recording() {
             span.record("keyward.checks", read.len()).record("keyward.denied", denied);
@@ -283,7 +286,7 @@ impl AuthzService {
 
     fn stream_check(
         self: &Arc<Self>,
-        mut request: Request<Streaming<pb::CheckRequest>>,
+        mut request: Request<Streaming<Bytes>>,
     ) -> Result<Response<Answers>, Status> {
         let (caller, vigil) = (shown::<Caller>(&mut request)?, shown::<Vigil>(&mut request)?);
         Ok(Response::new(stream::answers(self.clone(), caller, vigil, request.into_inner())))
@@ -291,6 +294,6 @@ impl AuthzService {
 }
 
 /// gRPC as tonic speaks it, with answers that are written here.
-fn grpc<D: prost::Message + Default + Send + 'static>() -> Grpc<Written<D>> {
-    Grpc::new(Written::default()).apply_max_message_size_config(Some(BATCH_BYTES), None)
+fn grpc() -> Grpc<Raw> {
+    Grpc::new(Raw).apply_max_message_size_config(Some(BATCH_BYTES), None)
 }

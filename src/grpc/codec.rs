@@ -1,50 +1,45 @@
-//! A codec for calls whose answers are written by hand: messages come in as prost reads them, and go out as the bytes
-//! that they are already.
+//! A codec for calls whose messages are read and written by hand: they come in and go out as the bytes that they are.
 
-use std::marker::PhantomData;
-
-use bytes::{BufMut as _, BytesMut};
+use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use tonic::{
     Status,
-    codec::{BufferSettings, Codec, EncodeBuf, Encoder},
+    codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
 };
-use tonic_prost::ProstDecoder;
 
-/// Reads `D`, and sends bytes.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Written<D>(PhantomData<fn() -> D>);
+/// Messages as bytes, both ways.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Raw;
 
-impl<D> Default for Written<D> {
-    fn default() -> Self {
-        Written(PhantomData)
-    }
-}
-
-impl<D: prost::Message + Default + Send + 'static> Codec for Written<D> {
+impl Codec for Raw {
     type Encode = BytesMut;
-    type Decode = D;
-    type Encoder = Bytes;
-    type Decoder = ProstDecoder<D>;
+    type Decode = Bytes;
+    type Encoder = Raw;
+    type Decoder = Raw;
 
-    fn encoder(&mut self) -> Bytes {
-        Bytes
+    fn encoder(&mut self) -> Raw {
+        Raw
     }
 
-    fn decoder(&mut self) -> ProstDecoder<D> {
-        ProstDecoder::new(BufferSettings::default())
+    fn decoder(&mut self) -> Raw {
+        Raw
     }
 }
 
-/// Sends bytes as they are.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Bytes;
-
-impl Encoder for Bytes {
+impl Encoder for Raw {
     type Item = BytesMut;
     type Error = Status;
 
     fn encode(&mut self, message: BytesMut, out: &mut EncodeBuf<'_>) -> Result<(), Status> {
         out.put_slice(&message);
         Ok(())
+    }
+}
+
+impl Decoder for Raw {
+    type Item = Bytes;
+    type Error = Status;
+
+    fn decode(&mut self, message: &mut DecodeBuf<'_>) -> Result<Option<Bytes>, Status> {
+        Ok(Some(message.copy_to_bytes(message.remaining())))
     }
 }

@@ -4,12 +4,10 @@
 use std::{net::IpAddr, pin::pin, sync::Arc, task::Poll};
 
 use http::{HeaderMap, HeaderValue, Request, Response};
-use prost::Message as _;
 use tokio::time::{Instant, timeout_at};
 
 use crate::{
     engine::{Asker, CannotAnswer, known::Known},
-    pb,
     trace::{self, Call},
     transport::{Auth, Service as Served},
 };
@@ -20,6 +18,7 @@ use super::{
     body::Arriving,
     calls::Begun,
     gate::{Services, allowed_time},
+    question::Asked,
     reply::{self, Reply},
     rpc::{CHECK_BYTES, CHECK_TIMEOUT},
     status::deadline_exceeded,
@@ -81,19 +80,19 @@ impl Services {
         let Some(message) = arrived else {
             return Some(deadline_exceeded().into_http().map(Reply::Any));
         };
-        let question = pb::CheckRequest::decode(message?).ok()?;
+        let message = message?;
+        let asked = Asked::read(&message).ok()?;
         self.engine.note_call(&known);
         let mut out = reply::begin();
         let stands = || self.still_stands(&known, request.headers(), visitor.peer);
         let asker = Asker { account: &known.account, stands: &stands };
-        let answered =
-            match trace::within_now(call.take()?, || self.checks.answer(asker, &question, &mut out)) {
-                Ok(Answering::Written(decision)) => Ok(decision),
-                Ok(Answering::Waits(settled)) => {
-                    in_time(end, settled).await.unwrap_or_else(|| Err(deadline_exceeded()))
-                }
-                Err(status) => Err(status),
-            };
+        let answered = match trace::within_now(call.take()?, || self.checks.answer(asker, &asked, &mut out)) {
+            Ok(Answering::Written(decision)) => Ok(decision),
+            Ok(Answering::Waits(settled)) => {
+                in_time(end, settled).await.unwrap_or_else(|| Err(deadline_exceeded()))
+            }
+            Err(status) => Err(status),
+        };
         Some(match answered {
             Ok(decision) => {
                 let mut response = reply::ok(out);

@@ -19,6 +19,7 @@ mod keys;
 mod keys_read;
 mod load;
 mod page;
+mod question;
 mod reply;
 pub mod rpc;
 pub mod serve;

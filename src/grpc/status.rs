@@ -137,6 +137,11 @@ fn cannot_answer(reason: CannotAnswer) -> Status {
     }
 }
 
+/// Bytes that are no message `M`, as tonic words it.
+pub(super) fn malformed<M: prost::Message + Default>(bytes: &[u8]) -> Status {
+    Status::internal(M::decode(bytes).err().map(|error| error.to_string()).unwrap_or_default())
+}
+
 /// More is under way than this server can do in time.
 #[must_use]
 pub(super) fn overloaded() -> Status {

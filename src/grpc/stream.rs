@@ -4,11 +4,13 @@
 //! The caller is decided anew with each message, and once a second while there is none: a stream ends when its caller is
 //! revoked. It ends with a status where a Check would have had one: the messages before it are answered.
 
-use std::{sync::Arc, time::Duration};
+use std::{pin::pin, sync::Arc, task::Poll, time::Duration};
 
-use bytes::BytesMut;
-use futures_util::stream::{BoxStream, StreamExt as _, unfold};
-use prost::Message as _;
+use bytes::{Bytes, BytesMut};
+use futures_util::{
+    poll,
+    stream::{BoxStream, StreamExt as _, unfold},
+};
 use tokio::{
     sync::watch,
     time::{Interval, MissedTickBehavior, interval},
@@ -18,11 +20,12 @@ use tonic::{Status, Streaming};
 use crate::{
     access::Caller,
     engine::{Asker, known::Memory},
-    pb,
     refusal::Refusal,
 };
 
-use super::{authz::AuthzService, reply::ROOM, rpc::CHECK_BYTES, status::too_large, vigil::Vigil};
+use super::{
+    authz::AuthzService, question::Asked, reply::ROOM, rpc::CHECK_BYTES, status::too_large, vigil::Vigil,
+};
 
 /// How long a revoked caller's stream may stay open when nothing is asked on it.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -40,7 +43,7 @@ struct Call {
     caller: Caller,
     vigil: Vigil,
     memory: Memory,
-    questions: Streaming<pb::CheckRequest>,
+    questions: Streaming<Bytes>,
     look: Interval,
     stopping: watch::Receiver<bool>,
     /// How many messages there were.
@@ -58,7 +61,7 @@ pub(super) fn answers(
     service: Arc<AuthzService>,
     caller: Caller,
     vigil: Vigil,
-    questions: Streaming<pb::CheckRequest>,
+    questions: Streaming<Bytes>,
 ) -> Answers {
     let mut look = interval(LOOK_EVERY);
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -89,6 +92,11 @@ impl Call {
                 return Some(Err(Refusal::Stopping.into()));
             }
         }
+        // Most messages are there already: no clock is asked, and nobody is told whom to wake.
+        let there = poll!(pin!(self.questions.message()));
+        if let Poll::Ready(question) = there {
+            return self.answer_to(question).await;
+        }
         loop {
             let question = tokio::select! {
                 biased;
@@ -102,28 +110,34 @@ impl Call {
                 }
                 () = stops(&mut self.stopping) => return Some(Err(Refusal::Stopping.into())),
             };
-            return match question {
-                Ok(question) => Some(self.answer(&question?).await),
-                Err(status) => Some(Err(status)),
-            };
+            return self.answer_to(question).await;
         }
     }
 
-    async fn answer(&mut self, question: &pb::CheckRequest) -> Result<BytesMut, Status> {
+    async fn answer_to(
+        &mut self,
+        question: Result<Option<Bytes>, Status>,
+    ) -> Option<Result<BytesMut, Status>> {
+        match question {
+            Ok(question) => Some(self.answer(&question?).await),
+            Err(status) => Some(Err(status)),
+        }
+    }
+
+    async fn answer(&mut self, question: &[u8]) -> Result<BytesMut, Status> {
         // The first came with the call, which is charged already.
         let charge = self.number > 0;
         self.number += 1;
         let engine = &self.service.engine;
         let then = engine.index.state();
         self.vigil.admits(engine, charge, &self.memory).await?;
-        let length = question.encoded_len();
-        if length > CHECK_BYTES {
-            return Err(too_large(length, CHECK_BYTES));
+        if question.len() > CHECK_BYTES {
+            return Err(too_large(question.len(), CHECK_BYTES));
         }
         let mut out = BytesMut::with_capacity(ROOM);
         let stands = || self.vigil.still_stands(engine, then);
         let asker = Asker { account: &self.caller.account, stands: &stands };
-        self.service.answer(asker, question, &mut out)?.written().await?;
+        self.service.answer(asker, &Asked::read(question)?, &mut out)?.written().await?;
         Ok(out)
     }
 }

@@ -123,8 +123,7 @@ pub struct Answer {
     pub(crate) granted: Granted,
     /// Refused, whatever else it is, since the key may call Keyward itself.
     pub barred: bool,
-    /// How its limits stand, where they were asked.
-    pub limits: limiter::Usage,
+    pub(crate) limits: Option<Box<limiter::Usage>>,
     /// The answer is from a state at least as new.
     pub revision: Revision,
     /// How old that state can be.
@@ -157,6 +156,12 @@ impl Answer {
         }
     }
 
+    /// How its limits stand, where they were asked.
+    #[must_use]
+    pub fn limits(&self) -> &limiter::Usage {
+        self.limits.as_deref().unwrap_or(const { &limiter::Usage::none() })
+    }
+
     /// Records what was decided in the span of the call that asked.
     pub fn record(&self, span: &tracing::Span) {
         span.record("keyward.reason", self.reason().as_str());
@@ -179,7 +184,7 @@ impl Answer {
             place: Acts::Nowhere,
             granted: Granted::Own,
             barred: false,
-            limits: limiter::Usage::default(),
+            limits: None,
             revision,
             staleness: Duration::ZERO,
         }
@@ -314,7 +319,7 @@ impl Engine {
             let take = Take { cost: question.cost, charge: question.charge, dry_run: question.dry_run };
             let limits = self.limiter.take(&holder.key, budget, take, judged.now).await?;
             limits.refused.iter().for_each(|reason| judged.answer.failures.note(*reason, true));
-            judged.answer.limits = limits;
+            judged.answer.limits = Some(Box::new(limits));
         }
         Ok(self.answer(question, judged))
     }
@@ -323,7 +328,7 @@ impl Engine {
     fn answer(&self, question: &Question<'_>, judged: Judged) -> Answer {
         let Judged { mut answer, budget, now } = judged;
         if let Some(holder) = answer.holder.as_ref().filter(|_| !question.dry_run) {
-            self.note(holder, answer.reason(), budget.as_ref().filter(|_| answer.limits.drew), now);
+            self.note(holder, answer.reason(), budget.as_ref().filter(|_| answer.limits().drew), now);
         }
         answer.staleness = self.lease.staleness(|| self.clock.boottime());
         self.answered.add(answer.reason() as usize, 1);

@@ -197,10 +197,10 @@ impl Usage {
 fn batch(traces: &Traces, keys: &[KeyId]) -> (UsageBatch, HashMap<KeyId, (Arc<Budget>, Drawn)>) {
     let (mut batch, mut all) = (UsageBatch::default(), HashMap::new());
     for (key_id, trace) in keys.iter().filter_map(|key| Some((*key, traces.get(key)?))) {
-        batch.used.extend(trace.used.iter().map(|&(version, at)| UsedSecret { key_id, version, at }));
-        let counts = trace.counts.iter();
-        batch.counts.extend(counts.map(|&(hour, reason, count)| Count { key_id, hour, reason, count }));
-        if let Some(budget) = &trace.budget
+        batch.used.extend(trace.used().map(|(version, at)| UsedSecret { key_id, version, at }));
+        let counts = trace.counts();
+        batch.counts.extend(counts.map(|(hour, reason, count)| Count { key_id, hour, reason, count }));
+        if let Some(budget) = trace.budget()
             && let Some(drawn) = budget.pending()
         {
             batch.spent.push((key_id, drawn));

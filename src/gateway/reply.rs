@@ -262,7 +262,7 @@ fn refuse(
     }
     if let Finding::Answered(answer) = finding {
         reply.headers.extend(limits(answer));
-        let wait = answer.limits.retry_after().filter(|_| status == 429);
+        let wait = answer.limits().retry_after().filter(|_| status == 429);
         reply.headers.extend(wait.map(|wait| ("retry-after", seconds(wait).max(1).to_string())));
     }
     if reply.fault {
@@ -303,7 +303,7 @@ fn challenge(judged: &Judged<'_>, finding: &Finding, status: u16) -> String {
 /// How the key's limits stand, for the client.
 fn limits(answer: &Answer) -> Vec<(&'static str, String)> {
     let Some(holder) = &answer.holder else { return Vec::new() };
-    let Some((policy, state)) = fields(&holder.key, &answer.limits) else { return Vec::new() };
+    let Some((policy, state)) = fields(&holder.key, answer.limits()) else { return Vec::new() };
     vec![("ratelimit-policy", policy), ("ratelimit", state)]
 }
 
@@ -320,7 +320,7 @@ fn metadata(settings: &GatewaySettings, judged: &Judged<'_>, finding: &Finding) 
     let Finding::Answered(answer @ Answer { holder: Some(holder), .. }) = finding else {
         return metadata;
     };
-    if answer.limits.inexact {
+    if answer.limits().inexact {
         metadata.push(("limits_inexact".to_owned(), Value::Flag(true)));
     }
     let key = &holder.key;

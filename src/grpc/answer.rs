@@ -39,8 +39,8 @@ pub(super) fn write(answer: &Answer, out: &mut impl BufMut) {
         number(12, holder.version.into(), out);
         key.metadata().iter().for_each(|pair| entry(13, pair, out));
     }
-    answer.limits.standings.iter().for_each(|standing| message::encode(14, &limit_state(standing), out));
-    if let Some(after) = answer.limits.retry_after() {
+    answer.limits().standings.iter().for_each(|standing| message::encode(14, &limit_state(standing), out));
+    if let Some(after) = answer.limits().retry_after() {
         message::encode(15, &convert::duration(after), out);
     }
     if let Some(end) = answer.holder.as_ref().and_then(|holder| holder.key.expires_at()) {
@@ -50,7 +50,7 @@ pub(super) fn write(answer: &Answer, out: &mut impl BufMut) {
     message::encode(18, &convert::duration(answer.staleness), out);
     // No answer may be kept.
     message::encode(19, &PbDuration::default(), out);
-    number(20, answer.limits.inexact.into(), out);
+    number(20, answer.limits().inexact.into(), out);
 }
 
 fn missing(answer: &Answer) -> String {
@@ -107,15 +107,14 @@ pub(super) fn nest(field: u32, out: &mut BytesMut, write: impl FnOnce(&mut Bytes
     let start = out.len();
     out.put_bytes(0, KEPT);
     write(out);
-    let length = (out.len() - start - KEPT) as u64;
-    if encoded_len_varint(length) == KEPT {
-        encode_varint(length, &mut &mut out[start..start + KEPT]);
-    } else {
-        let message = out.split_off(start + KEPT);
-        out.truncate(start);
-        encode_varint(length, out);
-        out.put_slice(&message);
+    let length = out.len() - start - KEPT;
+    let prefix = encoded_len_varint(length as u64);
+    if prefix != KEPT {
+        out.resize(start + prefix.max(KEPT) + length, 0);
+        out.copy_within(start + KEPT..start + KEPT + length, start + prefix);
+        out.truncate(start + prefix + length);
     }
+    encode_varint(length as u64, &mut &mut out[start..start + prefix]);
 }
 
 /// Reasons, packed: each has a number of one byte.
@@ -136,7 +135,7 @@ mod tests {
             scope::Scope,
             time::{Revision, Timestamp},
         },
-        engine::{Acts, HeldKey, Holder},
+        engine::{Acts, HeldKey, Holder, limiter::Usage},
     };
     use prost::Message as _;
     use std::time::Duration;
@@ -203,7 +202,7 @@ mod tests {
         answer.failures.note(Reason::MissingScope, true);
         answer.failures.note(Reason::QuotaExceeded, true);
         answer.missing = vec![Scope::parse_required("a:b").unwrap(), Scope::parse_required("c").unwrap()];
-        answer.limits.standings = vec![(
+        let standings = vec![(
             "quota".into(),
             100,
             Standing {
@@ -213,7 +212,7 @@ mod tests {
                 allowed: false,
             },
         )];
-        answer.limits.inexact = true;
+        answer.limits = Some(Box::new(Usage { standings, inexact: true, ..Usage::default() }));
         let read = read(&answer);
         assert!(!read.allowed && read.limits_inexact);
         assert_eq!(read.reason(), pb::Reason::MissingScope);

@@ -232,14 +232,14 @@ async fn a_frozen_redis_costs_a_few_checks_their_patience_and_then_none() {
     let mut asked = 0;
     while count(&replica, Call::Unconnected) < 100 {
         let answer = replica.ask(1).await.unwrap();
-        assert!(answer.limits.refused.is_empty());
+        assert!(answer.limits().refused.is_empty());
         asked += 1;
     }
     // Those in flight, and those that found the connection before it was taken away.
     assert!(count(&replica, Call::TimedOut) < 20, "{asked} were asked");
-    assert!(replica.ask(1).await.unwrap().limits.inexact);
+    assert!(replica.ask(1).await.unwrap().limits().inexact);
     redis.thaw();
-    while replica.ask(1).await.unwrap().limits.inexact {
+    while replica.ask(1).await.unwrap().limits().inexact {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
@@ -258,7 +258,7 @@ async fn a_connection_that_dies_while_nobody_asks_is_replaced() {
         (now.lines().count() == 2 && !now.contains(&format!("id={ours} "))).then_some(())
     });
     // Its first call may come before the replica knows of it.
-    while replica.ask(1).await.unwrap().limits.inexact {}
+    while replica.ask(1).await.unwrap().limits().inexact {}
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -266,10 +266,10 @@ async fn a_redis_that_has_forgotten_the_script_is_told_again() {
     let redis = RedisServer::start();
     let limited = Limited::new(1, vec![rate("requests", 10, A_DAY)], None);
     let replica = Replica::start(&limited, &counted_by(redis.settings()), clock()).await;
-    assert_eq!(replica.ask(1).await.unwrap().limits.standings[0].2.remaining, 9);
+    assert_eq!(replica.ask(1).await.unwrap().limits().standings[0].2.remaining, 9);
     let _: String = redis.run(&["SCRIPT", "FLUSH"]);
     let answer = replica.ask(1).await.unwrap();
-    assert_eq!((answer.limits.standings[0].2.remaining, answer.limits.inexact), (8, false));
+    assert_eq!((answer.limits().standings[0].2.remaining, answer.limits().inexact), (8, false));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -316,7 +316,7 @@ async fn what_is_asked_again_of_another_replica_is_taken_once() {
     let one = Replica::start(&limited, &settings, clock()).await;
     let other = Replica::start(&limited, &settings, clock()).await;
     let remaining = |answer: &keyward::engine::Answer| {
-        answer.limits.standings.iter().map(|(_, _, standing)| standing.remaining).collect::<Vec<_>>()
+        answer.limits().standings.iter().map(|(_, _, standing)| standing.remaining).collect::<Vec<_>>()
     };
     assert_eq!(remaining(&one.ask_as(5, Some("7"), false).await.unwrap()), [5, 0]);
     let again = one.ask_as(5, Some("7"), false).await.unwrap();
@@ -342,16 +342,16 @@ async fn a_check_takes_from_redis_and_the_quota_or_from_neither() {
         (2, Reason::Ok, [0, 2]),
     ] {
         let answer = replica.ask(cost).await.unwrap();
-        let told: Vec<_> = answer.limits.standings.iter().map(|(_, _, limit)| limit.remaining).collect();
+        let told: Vec<_> = answer.limits().standings.iter().map(|(_, _, limit)| limit.remaining).collect();
         assert_eq!((answer.reason(), &*told), (reason, &left[..]), "{cost}");
     }
     let both = replica.ask(3).await.unwrap();
-    assert_eq!(both.limits.refused, [Reason::RateLimited, Reason::QuotaExceeded]);
+    assert_eq!(both.limits().refused, [Reason::RateLimited, Reason::QuotaExceeded]);
     let limited = Limited::new(2, vec![rate("requests", 10, A_DAY)], Some(2));
     let replica = Replica::start(&limited, &counted_by(redis.settings()), clock()).await;
     for (cost, reason) in [(2, Reason::Ok), (1, Reason::QuotaExceeded), (9, Reason::RateLimited)] {
         let answer = replica.ask(cost).await.unwrap();
-        assert_eq!((answer.reason(), answer.limits.standings[0].2.remaining), (reason, 8), "{cost}");
+        assert_eq!((answer.reason(), answer.limits().standings[0].2.remaining), (reason, 8), "{cost}");
     }
 }
 
@@ -398,9 +398,9 @@ async fn redis_counts_as_one_process_does() {
             let dry_run = dice.random_range(0..8) == 0;
             let [there, here] = [&there, &here].map(|replica| replica.ask_as(cost, None, dry_run));
             let (there, here) = (there.await.unwrap(), here.await.unwrap());
-            assert!(!there.limits.inexact);
-            assert_eq!(there.limits.standings, here.limits.standings, "{limits:?} step {step} cost {cost}");
-            assert_eq!(there.limits.refused, here.limits.refused);
+            assert!(!there.limits().inexact);
+            assert_eq!(there.limits().standings, here.limits().standings, "{limits:?} step {step} cost {cost}");
+            assert_eq!(there.limits().refused, here.limits().refused);
         }
     }
 }
@@ -421,7 +421,7 @@ async fn a_clock_that_was_set_back_counts_in_redis_as_in_one_process() {
             let take = Take { cost, charge: None, dry_run: false };
             expected.push(budget.take(&*limited.key, take, false, now.now()).unwrap().standings);
             let replica = Replica::start(&limited, &settings, now).await;
-            told.push(replica.ask(cost).await.unwrap().limits.standings);
+            told.push(replica.ask(cost).await.unwrap().limits().standings.clone());
         }
         assert_eq!(told, expected, "{back} s");
     }
@@ -435,8 +435,8 @@ async fn what_the_quota_refuses_is_refused_without_redis_too() {
     redis.kill();
     assert_eq!(replica.ask(2).await.unwrap_err(), CannotAnswer::LimitsUnavailable);
     let refused = replica.ask(3).await.unwrap();
-    assert_eq!((refused.reason(), refused.limits.inexact), (Reason::QuotaExceeded, true));
-    assert_eq!(refused.limits.standings[1].2.remaining, 2, "what was not answered has taken nothing");
+    assert_eq!((refused.reason(), refused.limits().inexact), (Reason::QuotaExceeded, true));
+    assert_eq!(refused.limits().standings[1].2.remaining, 2, "what was not answered has taken nothing");
 }
 
 // ---- the real binary ----

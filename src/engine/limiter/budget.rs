@@ -92,6 +92,11 @@ pub struct Usage {
 }
 
 impl Usage {
+    /// Of what has no limits, or was not asked.
+    pub(crate) const fn none() -> Usage {
+        Usage { standings: Vec::new(), refused: Vec::new(), drew: false, hurry: false, inexact: false }
+    }
+
     /// How long until everything that refuses the request would let it through; `None` where nothing refuses
     /// it, or something always will.
     #[must_use]

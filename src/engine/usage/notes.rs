@@ -9,8 +9,6 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use smallvec::SmallVec;
-
 use crate::{
     domain::{decision::Reason, name::KeyId, time::Timestamp},
     engine::limiter::Budget,
@@ -19,7 +17,7 @@ use crate::{
 };
 
 pub(super) const SHELVES: usize = 16;
-/// How many keys may wait to be written: about 150 MB of them.
+/// How many keys may wait to be written: about 120 MB of them.
 pub const MOST_KEYS: usize = 1 << 20;
 /// Notes on a full pad: 8 KB of them, some ten microseconds' work.
 const PAD: usize = 256;
@@ -41,14 +39,40 @@ pub struct Note {
     pub reason: Reason,
 }
 
-/// What one key's Checks have left. Most keys have one secret in use, and one answer in an hour.
-#[derive(Clone, Debug, Default)]
+/// What one key's Checks have left. Most keys have one secret in use and one answer in an hour: these stand here, and
+/// others apart, since a table of these may be large.
+#[derive(Clone, Debug)]
 pub(super) struct Trace {
-    /// The latest use of each secret version.
-    pub(super) used: SmallVec<[(u32, Timestamp); 1]>,
-    pub(super) counts: SmallVec<[(Hour, Reason, u64); 1]>,
+    /// A secret's version and its latest use. Versions count from 1: 0 = there is none.
+    version: u32,
+    last: Timestamp,
+    /// How many answers there were with a reason in an hour.
+    counted: u64,
+    reason: Reason,
+    hour: Hour,
+    more: Option<Box<More>>,
+}
+
+/// What else they have left.
+#[derive(Clone, Debug, Default)]
+struct More {
+    used: Vec<(u32, Timestamp)>,
+    counts: Vec<(Hour, Reason, u64)>,
     /// The budget, where the quota was drawn from: it knows how much.
-    pub(super) budget: Option<Arc<Budget>>,
+    budget: Option<Arc<Budget>>,
+}
+
+impl Default for Trace {
+    fn default() -> Trace {
+        Trace {
+            version: 0,
+            last: Timestamp::from_micros(0),
+            counted: 0,
+            reason: Reason::Ok,
+            hour: Hour(0),
+            more: None,
+        }
+    }
 }
 
 impl Trace {
@@ -59,25 +83,62 @@ impl Trace {
         }
     }
 
+    fn more(&mut self) -> &mut More {
+        self.more.get_or_insert_default()
+    }
+
     fn use_of(&mut self, version: u32, at: Timestamp) {
-        match self.used.iter_mut().find(|(of, _)| *of == version) {
+        if self.version == 0 || self.version == version {
+            (self.version, self.last) = (version, at.max(self.last));
+            return;
+        }
+        let used = &mut self.more().used;
+        match used.iter_mut().find(|(of, _)| *of == version) {
             Some((_, last)) => *last = at.max(*last),
-            None => self.used.push((version, at)),
+            None => used.push((version, at)),
         }
     }
 
     fn count(&mut self, hour: Hour, reason: Reason, more: u64) {
-        match self.counts.iter_mut().find(|(of, why, _)| (*of, *why) == (hour, reason)) {
+        if self.counted == 0 || (self.hour, self.reason) == (hour, reason) {
+            (self.hour, self.reason, self.counted) = (hour, reason, self.counted + more);
+            return;
+        }
+        let counts = &mut self.more().counts;
+        match counts.iter_mut().find(|(of, why, _)| (*of, *why) == (hour, reason)) {
             Some((_, _, count)) => *count += more,
-            None => self.counts.push((hour, reason, more)),
+            None => counts.push((hour, reason, more)),
         }
     }
 
     /// Adds what came later.
     fn add(&mut self, later: Trace) {
-        later.used.into_iter().for_each(|(version, at)| self.use_of(version, at));
-        later.counts.into_iter().for_each(|(hour, reason, more)| self.count(hour, reason, more));
-        self.budget = self.budget.take().or(later.budget);
+        later.used().for_each(|(version, at)| self.use_of(version, at));
+        later.counts().for_each(|(hour, reason, more)| self.count(hour, reason, more));
+        if let Some(budget) = later.budget() {
+            self.drew(budget);
+        }
+    }
+
+    fn drew(&mut self, budget: &Arc<Budget>) {
+        self.more().budget.get_or_insert_with(|| budget.clone());
+    }
+
+    /// The versions of secrets, each with its latest use.
+    pub(super) fn used(&self) -> impl Iterator<Item = (u32, Timestamp)> {
+        let here = (self.version > 0).then_some((self.version, self.last));
+        here.into_iter().chain(self.more.iter().flat_map(|more| more.used.iter().copied()))
+    }
+
+    /// The answers, by hour and reason; of each pair once.
+    pub(super) fn counts(&self) -> impl Iterator<Item = (Hour, Reason, u64)> {
+        let here = (self.counted > 0).then_some((self.hour, self.reason, self.counted));
+        here.into_iter().chain(self.more.iter().flat_map(|more| more.counts.iter().copied()))
+    }
+
+    /// The budget, where the quota was drawn from.
+    pub(super) fn budget(&self) -> Option<&Arc<Budget>> {
+        self.more.as_ref()?.budget.as_ref()
     }
 }
 
@@ -117,8 +178,8 @@ impl Shelf {
     fn last_use(&self, key: KeyId, version: u32) -> Option<Timestamp> {
         let flushing = lock(&self.flushing);
         let fresh = lock(&self.fresh);
-        let used = [fresh.get(&key), flushing.get(&key)].into_iter().flatten().flat_map(|trace| &trace.used);
-        used.filter(|(of, _)| *of == version).map(|(_, at)| *at).max()
+        let used = [fresh.get(&key), flushing.get(&key)].into_iter().flatten().flat_map(Trace::used);
+        used.filter(|(of, _)| *of == version).map(|(_, at)| at).max()
     }
 }
 
@@ -137,15 +198,10 @@ impl Notes {
         if pad.len() < PAD { 0 } else { self.put(&mut pad) }
     }
 
-    /// Notes that a key's quota is drawn from, beside the Check that did.
-    pub(super) fn drew(&self, key: KeyId, budget: &Arc<Budget>) -> u64 {
-        let mut fresh = lock(&self.shelf(key).fresh);
-        match trace(&mut fresh, key) {
-            Some(trace) => {
-                trace.budget.get_or_insert_with(|| budget.clone());
-                0
-            }
-            None => 1,
+    /// Notes that a key's quota was drawn from, beside the Check that did.
+    pub(super) fn drew(&self, key: KeyId, budget: &Arc<Budget>) {
+        if let Some(trace) = trace(&mut lock(&self.shelf(key).fresh), key) {
+            trace.drew(budget);
         }
     }
 
@@ -208,9 +264,7 @@ mod tests {
         later.count(Hour(1), Reason::Ok, 3);
         later.count(Hour(2), Reason::Ok, 1);
         trace.add(later);
-        assert_eq!(
-            trace.counts[..],
-            [(Hour(1), Reason::Ok, 5), (Hour(1), Reason::Revoked, 1), (Hour(2), Reason::Ok, 1)]
-        );
+        let counts = [(Hour(1), Reason::Ok, 5), (Hour(1), Reason::Revoked, 1), (Hour(2), Reason::Ok, 1)];
+        assert_eq!(trace.counts().collect::<Vec<_>>(), counts);
     }
 }

@@ -163,7 +163,8 @@ fn not_recorded(full: bool) -> Status {
         with_metadata(Code::ResourceExhausted, "STORE_FULL", message, metadata)
     } else {
         let message = "the database failed and the change was not recorded. A revocation, a disabling or a \
-                       suspension is in force on this server until it restarts; send it again";
+                       suspension is in force on this server until it restarts; send it again, to another server if there is \
+                       one";
         with_metadata(Code::Unavailable, "NOT_RECORDED", message, metadata)
     }
 }

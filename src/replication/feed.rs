@@ -336,7 +336,9 @@ impl Feed {
                 self.sight.frozen.fetch_add(1, Ordering::Relaxed);
                 tracing::warn!(
                     ?missing,
-                    "this machine's clock stood still; the lease is shortened by as much"
+                    "this machine's clock stood still, or the database's was set forward; the lease is shortened by \
+                     as much. What was revoked in that time may have been allowed here. Keep the machine from being \
+                     suspended, snapshotted or moved while Keyward serves on it"
                 );
             }
             Action::Leave { id } => self.leave(id).await,

@@ -549,13 +549,31 @@ fn was_refused(error: &sqlx::Error) -> bool {
     })
 }
 
+/// A server that takes no changes, which a reconnection can meet: at the start the doctor refuses it. It is as if it were
+/// down, since what it says may be old; the log is to tell what is wrong all the same.
+#[derive(Debug, thiserror::Error)]
+#[error("the server takes no changes: it is a standby, or read-only. Its address must lead to the primary")]
+struct TakesNoChanges(#[source] sqlx::Error);
+
+/// Whether the server takes no changes at all. One in recovery says so of `BEGIN … READ WRITE`, under a code that others
+/// use for much else: but of what we send, by this check alone.
+fn takes_no_changes(said: &PgDatabaseError) -> bool {
+    const READ_ONLY: &str = "25006";
+    const NOT_SUPPORTED: &str = "0A000";
+    said.code() == READ_ONLY || said.code() == NOT_SUPPORTED && said.routine() == Some("call_bool_check_hook")
+}
+
 const DISK_FULL: &str = "53100";
 const DATA_CORRUPTED: &str = "XX001";
 const INDEX_CORRUPTED: &str = "XX002";
 
 fn store_error(error: sqlx::Error) -> StoreError {
-    match server_error(&error).map(PgDatabaseError::code) {
+    let said = server_error(&error);
+    match said.map(PgDatabaseError::code) {
         Some(DISK_FULL) => StoreError::Full(error.into()),
+        Some(_) if said.is_some_and(takes_no_changes) => {
+            StoreError::Unavailable(TakesNoChanges(error).into())
+        }
         Some(DATA_CORRUPTED | INDEX_CORRUPTED) => damaged("the PostgreSQL server's data", error),
         _ => StoreError::Unavailable(error.into()),
     }

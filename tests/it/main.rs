@@ -35,6 +35,7 @@ mod envoy_http;
 mod envoy_tls;
 mod escalation;
 mod ext_authz;
+mod failures;
 mod forward_auth;
 mod grpcurl;
 mod http;

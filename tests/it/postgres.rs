@@ -18,6 +18,15 @@ use crate::process::wait_for;
 /// The role that Keyward has in every database of the tests; it owns that and nothing else.
 const ROLE: &str = "keyward";
 
+/// A wall clock that can be set without setting the machine's: the one that SQL asks is another function,
+/// which adds what stands in `public.wall`. Sessions that are there already may go on by the true one.
+pub(crate) const WALL: &str = "\
+    CREATE TABLE public.wall (ahead interval NOT NULL); INSERT INTO public.wall VALUES ('0'); \
+    GRANT SELECT ON public.wall TO PUBLIC; \
+    ALTER FUNCTION pg_catalog.clock_timestamp() RENAME TO true_clock_timestamp; \
+    CREATE FUNCTION pg_catalog.clock_timestamp() RETURNS timestamptz LANGUAGE sql VOLATILE AS \
+    'SELECT pg_catalog.true_clock_timestamp() + (SELECT ahead FROM public.wall)'";
+
 /// Where the server's programs are: those on PATH, or the newest that Debian has installed.
 pub(crate) fn programs() -> &'static Path {
     static FOUND: OnceLock<PathBuf> = OnceLock::new();
@@ -181,6 +190,17 @@ impl Cluster {
         cluster.run();
         cluster.sql("postgres", &format!("CREATE ROLE {ROLE} LOGIN"));
         cluster
+    }
+
+    /// Another server, which follows this one as its hot standby.
+    pub(crate) fn standby(&self) -> Cluster {
+        let folder = folder();
+        let mut copy = command(programs().join("pg_basebackup"));
+        copy.args(["-U", "postgres", "-c", "fast", "--no-sync", "-R", "-D"]).arg(folder.path().join("data"));
+        done(copy.arg("-d").arg(format!("host={}", self.socket().display())));
+        let mut standby = Cluster { server: None, settings: self.settings.clone(), shared: false, folder };
+        standby.run();
+        standby
     }
 
     fn run(&mut self) {

@@ -1,6 +1,5 @@
-//! Several servers on one PostgreSQL database: what a narrowing change promises, and what becomes of it under every
-//! fault that the failure table of `docs/reliability.md` has, each test named after its row. The servers are real
-//! processes, and so are the database and the pooler that stands for the network between them.
+//! Several servers on one PostgreSQL database: what a narrowing change promises, and what operators do. The servers are real
+//! processes, and so is the database. What becomes of it under faults is in `failures.rs`.
 
 use std::{
     path::PathBuf,
@@ -13,27 +12,23 @@ use prost::Message as _;
 use tonic::{Code, Status};
 
 use crate::{
-    envoy::minimal,
-    http::Request,
-    postgres::{Bouncer, Cluster, url},
+    postgres::{Cluster, url},
     process::{Home, Keyward, PATIENCE, Process, plain_key, question, wait_for},
-    proxy::Envoy,
     redis_server::RedisServer,
-    upstream::Upstream,
 };
 
 /// A database server of its own, and replicas on it.
-struct Fleet {
-    home: Home,
-    replicas: Vec<Keyward>,
+pub(crate) struct Fleet {
+    pub(crate) home: Home,
+    pub(crate) replicas: Vec<Keyward>,
     /// The settings file that each is started with.
     config: Option<PathBuf>,
-    cluster: Cluster,
+    pub(crate) cluster: Cluster,
 }
 
 impl Fleet {
     /// `count` replicas called r0, r1 ..., and the account `acme`.
-    async fn start(count: usize, lease: &str) -> Fleet {
+    pub(crate) async fn start(count: usize, lease: &str) -> Fleet {
         Fleet::with(count, lease, None).await
     }
 
@@ -58,12 +53,12 @@ impl Fleet {
         fleet
     }
 
-    fn join(&mut self, lease: &str) {
+    pub(crate) fn join(&mut self, lease: &str) {
         self.join_over(&self.home.url(), lease);
     }
 
     /// Adds a replica that reaches the database over this URL.
-    fn join_over(&mut self, url: &str, lease: &str) {
+    pub(crate) fn join_over(&mut self, url: &str, lease: &str) {
         let name = format!("r{}", self.replicas.len());
         let home = self.home.over(url);
         let mut serve = home.serve();
@@ -77,7 +72,7 @@ impl Fleet {
     }
 
     /// A new key: its id and its token. Every replica knows it.
-    async fn key(&self) -> (String, String) {
+    pub(crate) async fn key(&self) -> (String, String) {
         let made = self.replicas[0].root().keys.create(plain_key()).await.unwrap().into_inner();
         for replica in &self.replicas {
             let known = async || check_at(replica, &made.token, Some(made.revision)).await;
@@ -90,7 +85,7 @@ impl Fleet {
         (made.key.unwrap().id, made.token)
     }
 
-    fn operator(&self, arguments: &[&str]) -> String {
+    pub(crate) fn operator(&self, arguments: &[&str]) -> String {
         let url = self.home.url();
         let arguments = [&["replicas"], arguments, &["--database", &url]].concat();
         let ended = self.home.run(self.home.command(arguments));
@@ -98,7 +93,7 @@ impl Fleet {
         ended.out
     }
 
-    fn sql(&self, sql: &str) -> String {
+    pub(crate) fn sql(&self, sql: &str) -> String {
         self.cluster.sql("keys", sql)
     }
 }
@@ -113,20 +108,24 @@ impl Drop for Fleet {
     }
 }
 
-fn until_ready(replica: &Keyward, code: u16) {
+pub(crate) fn until_ready(replica: &Keyward, code: u16) {
     wait_for("the replica's readiness", || (replica.page("/readyz").0 == code).then_some(()));
 }
 
-async fn check(replica: &Keyward, token: &str) -> Result<pb::Reason, Status> {
+pub(crate) async fn check(replica: &Keyward, token: &str) -> Result<pb::Reason, Status> {
     check_at(replica, token, None).await
 }
 
-async fn check_at(replica: &Keyward, token: &str, min_revision: Option<u64>) -> Result<pb::Reason, Status> {
+pub(crate) async fn check_at(
+    replica: &Keyward,
+    token: &str,
+    min_revision: Option<u64>,
+) -> Result<pb::Reason, Status> {
     let question = pb::CheckRequest { min_revision, ..question(token) };
     replica.root().authz.check(question).await.map(|answer| answer.into_inner().reason())
 }
 
-fn is_unavailable<T: std::fmt::Debug>(answer: &Result<T, Status>, reason: &str) -> bool {
+pub(crate) fn is_unavailable<T: std::fmt::Debug>(answer: &Result<T, Status>, reason: &str) -> bool {
     use tonic_types::StatusExt as _;
     answer.as_ref().is_err_and(|status| {
         status.code() == Code::Unavailable
@@ -134,7 +133,7 @@ fn is_unavailable<T: std::fmt::Debug>(answer: &Result<T, Status>, reason: &str) 
     })
 }
 
-async fn until_unavailable(replica: &Keyward, token: &str) {
+pub(crate) async fn until_unavailable(replica: &Keyward, token: &str) {
     let end = Instant::now() + PATIENCE;
     while !is_unavailable(&check(replica, token).await, "LEASE_LOST") {
         assert!(Instant::now() < end, "the lease does not run out");
@@ -143,7 +142,7 @@ async fn until_unavailable(replica: &Keyward, token: &str) {
 }
 
 /// Revokes with a deadline of the caller's, if any.
-async fn revoke(
+pub(crate) async fn revoke(
     replica: &Keyward,
     id: &str,
     deadline: Option<Duration>,
@@ -157,18 +156,18 @@ async fn revoke(
 }
 
 /// The report in the details of a call that could not wait long enough.
-fn report(status: &Status) -> pb::Propagation {
+pub(crate) fn report(status: &Status) -> pb::Propagation {
     assert_eq!(status.code(), Code::DeadlineExceeded, "{status:?}");
     let details = tonic_types::pb::Status::decode(status.details()).unwrap().details;
     let report = details.iter().find(|any| any.type_url.ends_with("/keyward.v1.Propagation")).unwrap();
     pb::Propagation::decode(report.value.as_slice()).unwrap()
 }
 
-fn silent(report: &pb::Propagation) -> Vec<&str> {
+pub(crate) fn silent(report: &pb::Propagation) -> Vec<&str> {
     report.unconfirmed.iter().map(|silent| silent.replica.as_str()).collect()
 }
 
-fn signal(name: &str, process: &Process) {
+pub(crate) fn signal(name: &str, process: &Process) {
     let status = Command::new("kill").args([name, &process.id().to_string()]).status().unwrap();
     assert!(status.success());
 }
@@ -289,223 +288,6 @@ async fn an_orderly_stop_gives_up_the_lease_and_raises_no_alarm() {
     assert!(!said.contains("ERROR") && !said.contains("WARN"), "{said}");
 }
 
-// The failure table. -------------------------------------------------------------------------------------------------
-
-#[tokio::test(flavor = "multi_thread")]
-async fn replica_kill_9_is_waited_for_until_its_lease_has_run_out() {
-    let mut fleet = Fleet::start(2, "2s").await;
-    let (id, _) = fleet.key().await;
-    fleet.replicas.pop().unwrap().process.kill();
-    let begun = Instant::now();
-    let said = revoke(&fleet.replicas[0], &id, None).await.unwrap().propagation.unwrap();
-    assert!(said.complete);
-    assert_eq!((said.confirmed.clone(), silent(&said)), (vec!["r0".to_owned()], vec!["r1"]));
-    // It could not be sooner: its last renewal is at most that much older than the kill.
-    assert!(begun.elapsed() > Duration::from_secs(1));
-    wait_for("the dead row to be removed", || {
-        (fleet.sql("SELECT count(*) FROM keyward.replicas") == "1").then_some(())
-    });
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn replica_kill_9_is_not_waited_for_once_it_is_attested_dead() {
-    let mut fleet = Fleet::start(2, "static").await;
-    let (id, _) = fleet.key().await;
-    fleet.replicas.pop().unwrap().process.kill();
-    let waited = revoke(&fleet.replicas[0], &id, Some(Duration::from_secs(1))).await.unwrap_err();
-    let said = report(&waited);
-    assert_eq!((said.complete, silent(&said), said.complete_by), (false, vec!["r1"], None));
-    let told = fleet.operator(&["attest-dead", "r1", "--seen-gone"]);
-    assert!(told.starts_with("r1 ("), "{told}");
-    assert!(revoke(&fleet.replicas[0], &id, None).await.unwrap().propagation.unwrap().complete);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn replica_sigstop_longer_than_its_lease_then_cont_allows_nothing_that_was_revoked_meanwhile() {
-    let fleet = Fleet::start(2, "1s").await;
-    let mut callers: Vec<_> = (0..8).map(|_| fleet.replicas[1].root()).collect();
-    for caller in &mut callers {
-        // The connections are there before the process stands still.
-        caller.check("nobody").await.unwrap();
-    }
-    let (id, token) = fleet.key().await;
-    signal("-STOP", &fleet.replicas[1].process);
-    let said = revoke(&fleet.replicas[0], &id, None).await.unwrap().propagation.unwrap();
-    assert!(said.complete && silent(&said) == ["r1"], "{said:?}");
-    // Asked while it stands still: these are the first that it hears of.
-    let asked: Vec<_> = callers
-        .into_iter()
-        .map(|mut caller| {
-            let token = token.clone();
-            tokio::spawn(async move { caller.check(&token).await })
-        })
-        .collect();
-    signal("-CONT", &fleet.replicas[1].process);
-    for answer in asked {
-        let answer = answer.await.unwrap();
-        assert!(
-            is_unavailable(&answer, "LEASE_LOST")
-                || answer.as_ref().is_ok_and(|reason| *reason == pb::Reason::Revoked),
-            "{answer:?}"
-        );
-    }
-    until_ready(&fleet.replicas[1], 200);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn partition_of_a_replica_from_its_database_ends_with_its_lease() {
-    let mut fleet = Fleet::start(1, "1s").await;
-    let bouncer = Bouncer::start(&fleet.cluster);
-    fleet.join_over(&bouncer.url("keys"), "1s");
-    let (dead, known) = fleet.key().await;
-    revoke(&fleet.replicas[0], &dead, None).await.unwrap();
-    let (id, token) = fleet.key().await;
-    bouncer.pause();
-    let said = revoke(&fleet.replicas[0], &id, None).await.unwrap().propagation.unwrap();
-    assert!(said.complete && silent(&said) == ["r1"], "{said:?}");
-    let there = &fleet.replicas[1];
-    assert!(is_unavailable(&check(there, &token).await, "LEASE_LOST"));
-    assert_eq!(check(there, &known).await.unwrap(), pb::Reason::Revoked, "a denial needs no lease");
-    assert!(is_unavailable(&check(there, "nobody").await, "LEASE_LOST"), "it may have been made since");
-    until_ready(there, 503);
-    bouncer.resume();
-    until_ready(there, 200);
-    assert_eq!(check(there, &token).await.unwrap(), pb::Reason::Revoked);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn partition_of_a_static_replica_is_told_and_followed() {
-    let mut fleet = Fleet::start(1, "static").await;
-    let bouncer = Bouncer::start(&fleet.cluster);
-    fleet.join_over(&bouncer.url("keys"), "static");
-    let (id, token) = fleet.key().await;
-    bouncer.pause();
-    let waited = revoke(&fleet.replicas[0], &id, Some(Duration::from_secs(1))).await.unwrap_err();
-    assert_eq!(silent(&report(&waited)), ["r1"]);
-    let answer = fleet.replicas[1].root().authz.check(question(&token)).await.unwrap().into_inner();
-    assert!(answer.allowed, "it keeps answering, and says from how old a state");
-    assert!(answer.staleness.unwrap() != prost_types::Duration::default());
-    let revision = fleet.replicas[0].root().get(&id).await.unwrap().revision;
-    let follow = pb::WatchPropagationRequest { revision };
-    let mut reports = fleet.replicas[0].root().keys.watch_propagation(follow).await.unwrap().into_inner();
-    let first = reports.message().await.unwrap().unwrap();
-    assert_eq!(silent(&first.propagation.unwrap()), ["r1"]);
-    bouncer.resume();
-    let mut last = None;
-    while let Some(report) = reports.message().await.unwrap() {
-        assert_eq!(report.revision, revision);
-        last = report.propagation;
-    }
-    assert!(last.unwrap().complete);
-    assert_eq!(check(&fleet.replicas[1], &token).await.unwrap(), pb::Reason::Revoked);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn database_down_for_less_than_a_lease_is_not_noticed_by_checks() {
-    let mut fleet = Fleet::start(2, "default").await;
-    let (id, token) = fleet.key().await;
-    let (_, other) = fleet.key().await;
-    let (cluster, replicas) = (&mut fleet.cluster, &fleet.replicas);
-    let handle = tokio::runtime::Handle::current();
-    tokio::task::block_in_place(|| {
-        cluster.crash(|| {
-            handle.block_on(async {
-                for replica in replicas {
-                    assert_eq!(check(replica, &other).await.unwrap(), pb::Reason::Ok);
-                }
-                let refused = revoke(&replicas[0], &id, None).await;
-                assert!(is_unavailable(&refused, "NOT_RECORDED"), "{refused:?}");
-                assert_eq!(check(&replicas[0], &token).await.unwrap(), pb::Reason::Revoked, "denied here");
-                assert_eq!(check(&replicas[1], &token).await.unwrap(), pb::Reason::Ok, "and nowhere else");
-            });
-        });
-    });
-    let end = Instant::now() + PATIENCE;
-    while revoke(&fleet.replicas[0], &id, None).await.is_err() {
-        assert!(Instant::now() < end, "the database is there again");
-    }
-    assert_eq!(check(&fleet.replicas[1], &token).await.unwrap(), pb::Reason::Revoked);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn database_down_for_longer_than_a_lease_is_unavailable_everywhere() {
-    let mut fleet = Fleet::start(2, "1s").await;
-    let (dead, known) = fleet.key().await;
-    revoke(&fleet.replicas[0], &dead, None).await.unwrap();
-    let (_, token) = fleet.key().await;
-    let (cluster, replicas) = (&mut fleet.cluster, &fleet.replicas);
-    let handle = tokio::runtime::Handle::current();
-    tokio::task::block_in_place(|| {
-        cluster.restart(|_| {
-            handle.block_on(async {
-                for replica in replicas {
-                    until_unavailable(replica, &token).await;
-                    assert_eq!(check(replica, &known).await.unwrap(), pb::Reason::Revoked);
-                    until_ready(replica, 503);
-                    let changed = replica.root().create(plain_key()).await;
-                    assert!(is_unavailable(&changed, "LEASE_LOST"), "its caller may be revoked: {changed:?}");
-                }
-            });
-        });
-    });
-    for replica in &fleet.replicas {
-        until_ready(replica, 200);
-        assert_eq!(check(replica, &token).await.unwrap(), pb::Reason::Ok);
-        let log = replica.process.stderr();
-        assert!(log.lines().any(|line| line.contains("ERROR") && line.contains("has run out")), "{log}");
-    }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn database_with_a_full_disk_is_told_apart_and_records_nothing() {
-    let fleet = Fleet::start(1, "default").await;
-    let (id, token) = fleet.key().await;
-    fleet.sql(
-        "CREATE FUNCTION public.no_room() RETURNS trigger LANGUAGE plpgsql AS \
-         $$ BEGIN RAISE EXCEPTION USING ERRCODE = 'disk_full'; END $$; \
-         CREATE TRIGGER no_room BEFORE INSERT ON keyward.log FOR EACH ROW EXECUTE FUNCTION public.no_room()",
-    );
-    let refused = revoke(&fleet.replicas[0], &id, None).await.unwrap_err();
-    assert_eq!(refused.code(), Code::ResourceExhausted, "{refused:?}");
-    assert!(refused.message().contains("not recorded"), "{refused:?}");
-    assert_eq!(check(&fleet.replicas[0], &token).await.unwrap(), pb::Reason::Revoked, "denied here");
-    assert_eq!(fleet.sql("SELECT count(*) FROM keyward.keys WHERE revoked_at IS NOT NULL"), "0");
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn sync_standby_frozen_is_as_if_the_database_were_down() {
-    let fleet = Fleet::start(1, "1s").await;
-    let (id, token) = fleet.key().await;
-    let standby = |names: &str| {
-        fleet.cluster.sql("postgres", &format!("ALTER SYSTEM SET synchronous_standby_names = '{names}'"));
-        fleet.cluster.sql("postgres", "SELECT pg_reload_conf()");
-    };
-    standby("nobody");
-    until_unavailable(&fleet.replicas[0], &token).await;
-    until_ready(&fleet.replicas[0], 503);
-    standby("");
-    until_ready(&fleet.replicas[0], 200);
-    revoke(&fleet.replicas[0], &id, None).await.unwrap();
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn listen_dead_costs_time_and_nothing_else() {
-    let mut fleet = Fleet::start(1, "default").await;
-    // A pooler in transaction mode passes no notifications.
-    let bouncer = Bouncer::start(&fleet.cluster);
-    fleet.join_over(&bouncer.url("keys"), "default");
-    for _ in 0..5 {
-        let (id, token) = fleet.key().await;
-        let said = revoke(&fleet.replicas[0], &id, None).await.unwrap().propagation.unwrap();
-        assert_eq!(silent(&said), [""; 0], "polling brings it");
-        assert_eq!(check(&fleet.replicas[1], &token).await.unwrap(), pb::Reason::Revoked);
-        let (id, token) = fleet.key().await;
-        let said = revoke(&fleet.replicas[1], &id, None).await.unwrap().propagation.unwrap();
-        assert_eq!(silent(&said), [""; 0], "what others acknowledge is not heard here, and looked for");
-        assert_eq!(check(&fleet.replicas[0], &token).await.unwrap(), pb::Reason::Revoked);
-    }
-}
-
 // Acknowledgments that are told. -------------------------------------------------------------------------------------
 
 const TOLD: &str = "keyward_acks";
@@ -580,91 +362,6 @@ async fn a_replica_that_hears_nothing_for_a_while_revokes_all_the_same() {
         assert_eq!(silent(&said), [""; 0]);
         assert_eq!(check(&fleet.replicas[1], &token).await.unwrap(), pb::Reason::Revoked);
     }
-}
-
-/// The database goes back to what it was when `copy` was made, with the help of `change`.
-fn go_back(cluster: &mut Cluster, copy: &std::path::Path, change: impl FnOnce(&std::path::Path)) {
-    cluster.restart(|data| {
-        std::fs::remove_dir_all(data).unwrap();
-        run(Command::new("cp").arg("-a").arg(copy).arg(data));
-        change(data);
-    });
-}
-
-fn run(command: &mut Command) {
-    assert!(command.status().unwrap().success(), "{command:?}");
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn backup_restored_is_met_by_replicas_that_deny_and_stop_until_it_is_accepted() {
-    let mut fleet = Fleet::start(2, "1s").await;
-    let (id, token) = fleet.key().await;
-    let copy = fleet.home.path("copy");
-    fleet.cluster.restart(|data| run(Command::new("cp").arg("-a").arg(data).arg(&copy)));
-    for replica in &fleet.replicas {
-        until_ready(replica, 200);
-    }
-    revoke(&fleet.replicas[0], &id, None).await.unwrap();
-    go_back(&mut fleet.cluster, &copy, |_| {});
-    for replica in &fleet.replicas {
-        wait_for("the replica to know", || {
-            replica.page("/metrics").1.contains("keyward_regressed 1").then_some(())
-        });
-        assert_eq!(
-            check(replica, &token).await.unwrap(),
-            pb::Reason::Revoked,
-            "what it knows to be dead is denied"
-        );
-        until_ready(replica, 503);
-    }
-    assert_eq!(fleet.sql("SELECT count(*) FROM keyward.keys WHERE revoked_at IS NOT NULL"), "0");
-    assert!(fleet.operator(&["accept-regression"]).starts_with("Accepted: epoch "));
-    for replica in &fleet.replicas {
-        until_ready(replica, 200);
-        assert_eq!(check(replica, &token).await.unwrap(), pb::Reason::Revoked, "it was revoked again");
-    }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn async_failover_that_lost_the_revoke_is_denied_by_who_knew_and_was_warned_of() {
-    let mut fleet = Fleet::start(1, "1s").await;
-    let (id, token) = fleet.key().await;
-    let copy = fleet.home.path("copy");
-    fleet.cluster.restart(|data| run(Command::new("cp").arg("-a").arg(data).arg(&copy)));
-    until_ready(&fleet.replicas[0], 200);
-    let said = revoke(&fleet.replicas[0], &id, None).await.unwrap().propagation.unwrap();
-    assert!(!said.sync_replicated, "no standby has it");
-    // The copy is a standby that lagged, and is promoted.
-    go_back(&mut fleet.cluster, &copy, |data| {
-        std::fs::copy(data.join("PG_VERSION"), data.join("standby.signal")).unwrap();
-        let owner = std::fs::metadata(data).map(|it| std::os::unix::fs::MetadataExt::uid(&it)).unwrap();
-        std::os::unix::fs::chown(data.join("standby.signal"), Some(owner), None).unwrap();
-    });
-    fleet.cluster.sql("postgres", "SELECT pg_promote()");
-    let knew = &fleet.replicas[0];
-    wait_for("the replica to know", || knew.page("/metrics").1.contains("keyward_regressed 1").then_some(()));
-    assert_eq!(check(knew, &token).await.unwrap(), pb::Reason::Revoked);
-    until_ready(knew, 503);
-    // What the guarantee does not cover: who comes new believes the database.
-    fleet.join("1s");
-    assert_eq!(check(&fleet.replicas[1], &token).await.unwrap(), pb::Reason::Ok);
-    // Another life of the database: rows may have been lost, so only time helps.
-    let said = revoke(&fleet.replicas[1], &id, None).await.unwrap().propagation.unwrap();
-    assert!(said.complete);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn lease_gone_is_503_through_envoy() {
-    let mut fleet = Fleet::start(1, "1s").await;
-    let (_, token) = fleet.key().await;
-    let upstream = Upstream::start();
-    let envoy = Envoy::start(&minimal(fleet.replicas[0].address, &upstream));
-    let send = || Request::get("/v1/monitors").bearer(&token).send(envoy.listener("edge")).status;
-    assert_eq!(send(), 200);
-    tokio::task::block_in_place(|| {
-        fleet.cluster.restart(|_| wait_for("the lease to run out", || (send() == 503).then_some(())));
-    });
-    wait_for("the lease to be there again", || (send() == 200).then_some(()));
 }
 
 // Limits and quotas. -------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ use rustix::process::Signal;
 
 use crate::{
     guard::Guarded,
-    postgres::{command, done, folder, printed, programs, psql},
+    postgres::{WALL, command, done, folder, printed, programs, psql},
     process::wait_for,
 };
 
@@ -21,14 +21,6 @@ const DATABASE: &str = "keyward";
 const ROLE: &str = "keyward";
 /// What the standby calls itself, whichever node it is.
 const STANDBY: &str = "standby";
-
-/// A wall clock that can be set without setting the machine's: the one that SQL asks is another function.
-const WALL: &str = "\
-    CREATE TABLE public.wall (ahead interval NOT NULL); INSERT INTO public.wall VALUES ('0'); \
-    GRANT SELECT ON public.wall TO PUBLIC; \
-    ALTER FUNCTION pg_catalog.clock_timestamp() RENAME TO true_clock_timestamp; \
-    CREATE FUNCTION pg_catalog.clock_timestamp() RETURNS timestamptz LANGUAGE sql VOLATILE AS \
-    'SELECT pg_catalog.true_clock_timestamp() + (SELECT ahead FROM public.wall)'";
 
 struct Node {
     folder: tempfile::TempDir,

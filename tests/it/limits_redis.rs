@@ -399,7 +399,11 @@ async fn redis_counts_as_one_process_does() {
             let [there, here] = [&there, &here].map(|replica| replica.ask_as(cost, None, dry_run));
             let (there, here) = (there.await.unwrap(), here.await.unwrap());
             assert!(!there.limits().inexact);
-            assert_eq!(there.limits().standings, here.limits().standings, "{limits:?} step {step} cost {cost}");
+            assert_eq!(
+                there.limits().standings,
+                here.limits().standings,
+                "{limits:?} step {step} cost {cost}"
+            );
             assert_eq!(there.limits().refused, here.limits().refused);
         }
     }

@@ -1,7 +1,8 @@
 //! The index: every key and account in memory, found by digest.
 //!
-//! Keys are `index/keys.rs`: packed small (`held.rs`), in blocks on a shelf (`shelf.rs`), behind a table of digests
-//! (`table.rs`). Accounts, roles and members, of which there are fewer, are in maps.
+//! Keys are `index/keys.rs`: packed small (`held.rs`, with `pool.rs` and `sparse.rs`), in blocks on a shelf
+//! (`shelf.rs`), behind a table of digests (`table.rs`). Accounts, roles and members, of which there are fewer, are
+//! in maps.
 //!
 //! It is changed by two things only: the first snapshot, and log rows in revision order. Readers take no lock
 //! and never wait for a writer. What is published first is found first: a changed record is visible to every
@@ -11,7 +12,9 @@
 
 mod held;
 mod keys;
+mod pool;
 mod shelf;
+mod sparse;
 mod table;
 
 use std::{

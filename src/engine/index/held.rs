@@ -1,18 +1,13 @@
 //! Keys as the index holds them: small, and packed in blocks that never change.
 //!
 //! A record has what a Check asks and answers. What only management shows is read from the store. What many keys
-//! have alike stands once and is shared; what few keys have is apart; names stand one after the other. A block has
-//! 64 records in two allocations. A change makes a new block, which takes the place of the one before it: so both
-//! secrets of a key change at one instant, and whoever reads needs no lock.
+//! have alike stands once, and records name it by numbers (`pool.rs`); what only some have is apart (`sparse.rs`);
+//! names stand one after the other. A block has 64 records. A change makes a new block, which takes the place of the
+//! one before it: so both secrets of a key change at one instant, and whoever reads needs no lock. A block owns
+//! whatever its records lead to.
 
-use std::{
-    collections::{BTreeMap, HashSet},
-    fmt,
-    hash::Hash,
-    sync::Arc,
-};
+use std::{collections::BTreeMap, fmt, sync::Arc};
 
-use foldhash::quality::RandomState;
 use ipnet::IpNet;
 
 use crate::domain::{
@@ -24,13 +19,20 @@ use crate::domain::{
     token::Digest,
 };
 
+use super::{
+    pool::{List, Pool},
+    sparse::Sparse,
+};
+
 /// How many records a block has.
 pub(super) const BLOCK: usize = 64;
 /// The longest name in bytes: 255 characters.
 const MAX_NAME: usize = 255 * 4;
 // Where a name ends fits into 16 bits.
 const _: () = assert!(BLOCK * MAX_NAME <= u16::MAX as usize);
-const NEVER: i64 = i64::MAX;
+// Each key costs this much before anything else. 64 times 56 is one of the sizes in which the allocator gives memory
+// (3584 bytes, and the next is 4096), so a byte more would cost eight.
+const _: () = assert!(size_of::<Record>() <= 56);
 
 /// What many keys have alike.
 #[derive(Debug, PartialEq, Eq, Hash)]
@@ -47,6 +49,8 @@ struct Policy {
 /// What few keys have.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Rare {
+    /// The newest secret's version, where a record has no room for it; else 0.
+    version: u32,
     disabled: bool,
     revoked_at: Option<Timestamp>,
     /// From when the newest secret is superseded.
@@ -71,56 +75,88 @@ struct Older {
 /// What many keys have alike, each thing once.
 #[derive(Debug, Default)]
 pub(super) struct Shared {
-    owners: HashSet<Arc<Owner>, RandomState>,
-    policies: HashSet<Arc<Policy>, RandomState>,
-}
-
-/// The one that is kept of all that are equal.
-fn the_one<T: Eq + Hash>(kept: &mut HashSet<Arc<T>, RandomState>, value: T) -> Arc<T> {
-    if let Some(known) = kept.get(&value) {
-        return known.clone();
-    }
-    let new = Arc::new(value);
-    kept.insert(new.clone());
-    new
+    owners: Pool<Owner>,
+    policies: Pool<Policy>,
 }
 
 impl Shared {
     /// Lets go of what no key has any more.
     pub(super) fn sweep(&mut self) {
-        self.owners.retain(|owner| Arc::strong_count(owner) > 1);
-        self.policies.retain(|policy| Arc::strong_count(policy) > 1);
+        self.owners.sweep();
+        self.policies.sweep();
     }
 }
 
 /// One key.
-#[derive(Clone, Debug)]
-pub(super) struct Record {
+#[derive(Debug)]
+struct Record {
     id: KeyId,
     /// The newest secret's.
     digest: Digest,
-    /// The newest secret's. Versions count from 1; 0 = the place is free.
-    version: u32,
+    /// The newest secret's, or [`LARGE`]. Versions count from 1; 0 = the place is free.
+    version: u16,
     /// Where its name ends among the names of its block.
     name_end: u16,
-    /// Microseconds since 1970.
-    expires_at: i64,
+    /// Its owner's number in its block's list.
+    owner: u16,
+    /// Its policy's.
+    policy: u16,
+}
+
+/// The version stands apart: it is this or more.
+const LARGE: u16 = u16::MAX;
+
+impl Record {
+    /// What stands where no key is.
+    fn free() -> Record {
+        let (id, digest) = (KeyId::from_bytes([0; 16]), Digest::from_bytes([0; 32]));
+        Record { id, digest, version: 0, name_end: 0, owner: 0, policy: 0 }
+    }
+}
+
+/// A key on its way into a block.
+#[derive(Debug)]
+pub(super) struct Packed {
+    id: KeyId,
+    digest: Digest,
+    version: u32,
+    /// Empty where it has none.
+    name: String,
+    expires_at: Option<Timestamp>,
     owner: Arc<Owner>,
     policy: Arc<Policy>,
     rare: Option<Arc<Rare>>,
 }
 
-/// A record and its name, on their way into a block.
-#[derive(Debug)]
-pub(super) struct Packed {
-    record: Record,
-    /// Empty where it has none.
-    name: String,
+/// The same while it stands somewhere: in a block, or on its way.
+#[derive(Clone, Copy)]
+struct Placed<'a> {
+    id: KeyId,
+    digest: Digest,
+    version: u32,
+    name: &'a str,
+    expires_at: Option<Timestamp>,
+    owner: &'a Arc<Owner>,
+    policy: &'a Arc<Policy>,
+    rare: Option<&'a Arc<Rare>>,
 }
 
 impl Packed {
     pub(super) fn id(&self) -> KeyId {
-        self.record.id
+        self.id
+    }
+
+    fn placed(&self) -> Placed<'_> {
+        Placed {
+            id: self.id,
+            digest: self.digest,
+            version: self.version,
+            name: &self.name,
+            expires_at: self.expires_at,
+            owner: &self.owner,
+            policy: &self.policy,
+            rare: self.rare.as_ref(),
+        }
     }
 
     /// A key as it was loaded, with the superseded secrets that left its record. None of a key without secrets:
@@ -161,6 +197,7 @@ impl Packed {
         });
         older.splice(0..0, others);
         let rare = Rare {
+            version: if newest.version < LARGE.into() { 0 } else { newest.version },
             disabled: key.disabled_at.is_some(),
             revoked_at: key.revocation.as_ref().map(|revocation| revocation.at),
             newest_ends: newest.expires_at,
@@ -176,52 +213,87 @@ impl Packed {
             rate_limits: key.terms.rate_limits.clone().into(),
             quota: key.terms.quota.clone(),
         };
-        let record = Record {
+        Some(Packed {
             id: key.id,
             digest: newest.digest,
             version: newest.version,
-            name_end: 0,
-            expires_at: key.terms.expires_at.map_or(NEVER, Timestamp::as_micros),
-            owner: the_one(&mut shared.owners, key.owner.clone()),
-            policy: the_one(&mut shared.policies, policy),
+            name: key.terms.name.as_ref().map_or("", KeyName::as_str).to_owned(),
+            expires_at: key.terms.expires_at,
+            owner: shared.owners.one(key.owner.clone()),
+            policy: shared.policies.one(policy),
             rare: (rare != Rare::default()).then(|| Arc::new(rare)),
-        };
-        let name = key.terms.name.as_ref().map_or("", KeyName::as_str).to_owned();
-        Some(Packed { record, name })
+        })
     }
 }
 
-/// Up to 64 records that never change, with their names.
-#[derive(Debug, Default)]
+impl Placed<'_> {
+    /// A copy.
+    fn packed(&self) -> Packed {
+        Packed {
+            id: self.id,
+            digest: self.digest,
+            version: self.version,
+            name: self.name.to_owned(),
+            expires_at: self.expires_at,
+            owner: self.owner.clone(),
+            policy: self.policy.clone(),
+            rare: self.rare.cloned(),
+        }
+    }
+}
+
+/// Up to 64 records that never change, with all that belongs to them.
+#[derive(Debug)]
 pub(super) struct Block {
     records: Box<[Record]>,
     names: Box<str>,
+    expiries: Sparse<Timestamp>,
+    rares: Sparse<Arc<Rare>>,
+    owners: List<Owner>,
+    policies: List<Policy>,
 }
 
-/// A block in the making.
-struct Making {
-    records: Vec<Record>,
-    names: String,
-}
-
-impl Making {
-    fn push(&mut self, mut record: Record, name: &str) {
-        self.names.push_str(name);
-        // It fits: see `BLOCK`.
-        record.name_end = u16::try_from(self.names.len()).unwrap_or(u16::MAX);
-        self.records.push(record);
-    }
-
-    fn take(&mut self, packed: Packed) {
-        self.push(packed.record, &packed.name);
-    }
-
-    fn block(self) -> Block {
-        Block { records: self.records.into(), names: self.names.into() }
+impl Default for Block {
+    fn default() -> Self {
+        Block::of(&[], 0, &mut Shared::default())
     }
 }
 
 impl Block {
+    /// A block of these, of which `came` are new; None is a free place. Nothing in it has room that it does not use:
+    /// an allocator seldom takes back what is too much.
+    fn of(places: &[Option<Placed<'_>>], came: usize, shared: &mut Shared) -> Block {
+        let taken = places.iter().flatten();
+        let (owners, owner) = shared.owners.list(taken.clone().map(|placed| placed.owner), came);
+        let (policies, policy) = shared.policies.list(taken.clone().map(|placed| placed.policy), came);
+        let mut numbers = owner.into_iter().zip(policy);
+        let mut names = String::with_capacity(taken.map(|placed| placed.name.len()).sum());
+        let mut records = Vec::with_capacity(places.len());
+        for place in places {
+            let mut record = Record::free();
+            if let (Some(placed), Some((owner, policy))) = (place, place.and_then(|_| numbers.next())) {
+                names.push_str(placed.name);
+                let Placed { id, digest, version, .. } = *placed;
+                let version = u16::try_from(version).unwrap_or(LARGE);
+                record = Record { id, digest, version, owner, policy, name_end: 0 };
+            }
+            // It fits: see `BLOCK`.
+            record.name_end = u16::try_from(names.len()).unwrap_or(u16::MAX);
+            records.push(record);
+        }
+        let placed = places.iter().map(Option::as_ref);
+        let expiries = placed.clone().map(|placed| placed.and_then(|placed| placed.expires_at.as_ref()));
+        let rares = placed.map(|placed| placed.and_then(|placed| placed.rare));
+        Block {
+            records: records.into(),
+            names: names.into(),
+            expiries: Sparse::of(expiries),
+            rares: Sparse::of(rares),
+            owners,
+            policies,
+        }
+    }
+
     /// How many records it has, free places included.
     pub(super) fn len(&self) -> usize {
         self.records.len()
@@ -232,35 +304,53 @@ impl Block {
         &self.names[usize::from(start)..usize::from(self.records[at].name_end)]
     }
 
+    /// The newest secret's version of the key at a place; 0 where it is free.
+    fn version(&self, at: usize) -> u32 {
+        match (self.records[at].version, self.rares.get(at)) {
+            (LARGE, Some(rare)) => rare.version,
+            (version, _) => version.into(),
+        }
+    }
+
+    /// What stands at a place; None where it is free.
+    fn placed(&self, at: usize) -> Option<Placed<'_>> {
+        let record = &self.records[at];
+        (record.version > 0).then(|| Placed {
+            id: record.id,
+            digest: record.digest,
+            version: self.version(at),
+            name: self.name(at),
+            expires_at: self.expiries.get(at).copied(),
+            owner: &self.owners[usize::from(record.owner)],
+            policy: &self.policies[usize::from(record.policy)],
+            rare: self.rares.get(at),
+        })
+    }
+
+    /// What stands at each place.
+    fn all_placed(&self) -> Vec<Option<Placed<'_>>> {
+        (0..self.len()).map(|at| self.placed(at)).collect()
+    }
+
     /// The same block with more records.
-    pub(super) fn and(&self, more: impl ExactSizeIterator<Item = Packed>) -> Block {
-        let mut making = self.copied(self.len(), more.len());
-        more.for_each(|packed| making.take(packed));
-        making.block()
+    pub(super) fn and(&self, more: &[Packed], shared: &mut Shared) -> Block {
+        let mut places = self.all_placed();
+        places.extend(more.iter().map(|packed| Some(packed.placed())));
+        Block::of(&places, more.len(), shared)
     }
 
     /// The same block with another record at a place that it has.
-    pub(super) fn with(&self, place: usize, packed: Packed) -> Block {
-        let mut making = self.copied(place, self.len() - place);
-        making.take(packed);
-        for at in place + 1..self.len() {
-            making.push(self.records[at].clone(), self.name(at));
-        }
-        making.block()
+    pub(super) fn with(&self, at: usize, packed: &Packed, shared: &mut Shared) -> Block {
+        let mut places = self.all_placed();
+        places[at] = Some(packed.placed());
+        Block::of(&places, 1, shared)
     }
 
     /// The same block with a free place.
-    pub(super) fn without(&self, place: usize) -> Block {
-        let record = Record { version: 0, rare: None, ..self.records[place].clone() };
-        self.with(place, Packed { record, name: String::new() })
-    }
-
-    /// Its first records, with room for more.
-    fn copied(&self, count: usize, more: usize) -> Making {
-        let mut records = Vec::with_capacity(count + more);
-        records.extend_from_slice(&self.records[..count]);
-        let end = records.last().map_or(0, |last: &Record| usize::from(last.name_end));
-        Making { records, names: self.names[..end].to_owned() }
+    pub(super) fn without(&self, at: usize, shared: &mut Shared) -> Block {
+        let mut places = self.all_placed();
+        places[at] = None;
+        Block::of(&places, 0, shared)
     }
 }
 
@@ -280,8 +370,9 @@ impl fmt::Debug for HeldKey {
 /// A key outside the index.
 impl From<&Key> for HeldKey {
     fn from(key: &Key) -> Self {
-        let packed = Packed::new(key, &[], &mut Shared::default());
-        HeldKey { block: Arc::new(Block::default().and(packed.into_iter())), at: 0 }
+        let shared = &mut Shared::default();
+        let packed = Packed::new(key, &[], shared);
+        HeldKey { block: Arc::new(Block::of(&[packed.as_ref().map(Packed::placed)], 1, shared)), at: 0 }
     }
 }
 
@@ -297,12 +388,21 @@ impl HeldKey {
     }
 
     fn rare(&self) -> Option<&Rare> {
-        self.record().rare.as_deref()
+        self.block.rares.get(self.at).map(Arc::as_ref)
+    }
+
+    fn policy(&self) -> &Policy {
+        &self.block.policies[usize::from(self.record().policy)]
+    }
+
+    /// The newest secret's version.
+    fn version(&self) -> u32 {
+        self.block.version(self.at)
     }
 
     /// Every secret that is known of it, the newest first.
     fn secrets(&self) -> impl Iterator<Item = Older> {
-        let Record { version, digest, .. } = *self.record();
+        let (version, digest) = (self.version(), self.record().digest);
         let ends = self.rare().and_then(|rare| rare.newest_ends);
         let older = self.rare().map_or(&[][..], |rare| &rare.older);
         [Older { version, digest, ends, left: false, over: false }].into_iter().chain(older.iter().cloned())
@@ -320,11 +420,10 @@ impl HeldKey {
 
     /// Which version of its secret has this digest.
     pub(super) fn version_of(&self, digest: &Digest) -> Option<u32> {
-        let record = self.record();
-        if record.digest == *digest {
-            return Some(record.version);
+        if self.record().digest == *digest {
+            return Some(self.version());
         }
-        let older = &record.rare.as_ref()?.older;
+        let older = &self.rare()?.older;
         older.iter().find(|secret| secret.digest == *digest).map(|secret| secret.version)
     }
 
@@ -345,8 +444,8 @@ impl HeldKey {
         let older = rare.older.iter().filter(|secret| !(secret.left && over(secret))).cloned().collect();
         let rare = Rare { older, metadata: rare.metadata.clone(), ..*rare };
         let rare = (rare != Rare::default()).then(|| Arc::new(rare));
-        let record = Record { rare, ..self.record().clone() };
-        (digests, Some(Packed { record, name: self.name().unwrap_or_default().to_owned() }))
+        let placed = self.block.placed(self.at);
+        (digests, placed.map(|placed| Packed { rare, ..placed.packed() }))
     }
 
     /// Since when it has been revoked.
@@ -376,40 +475,39 @@ impl HeldKey {
 
 impl KeyFacts for HeldKey {
     fn owner(&self) -> &Owner {
-        &self.record().owner
+        &self.block.owners[usize::from(self.record().owner)]
     }
 
     fn environment(&self) -> &EnvironmentName {
-        &self.record().policy.environment
+        &self.policy().environment
     }
 
     fn scopes(&self) -> &ScopeSet {
-        &self.record().policy.scopes
+        &self.policy().scopes
     }
 
     fn roles(&self) -> &[RoleName] {
-        &self.record().policy.roles
+        &self.policy().roles
     }
 
     fn customers(&self) -> &[CustomerId] {
-        &self.record().policy.customers
+        &self.policy().customers
     }
 
     fn allowed_cidrs(&self) -> &[IpNet] {
-        &self.record().policy.allowed_cidrs
+        &self.policy().allowed_cidrs
     }
 
     fn rate_limits(&self) -> &[RateLimit] {
-        &self.record().policy.rate_limits
+        &self.policy().rate_limits
     }
 
     fn quota(&self) -> Option<&Quota> {
-        self.record().policy.quota.as_ref()
+        self.policy().quota.as_ref()
     }
 
     fn expires_at(&self) -> Option<Timestamp> {
-        let end = self.record().expires_at;
-        (end != NEVER).then_some(Timestamp::from_micros(end))
+        self.block.expiries.get(self.at).copied()
     }
 
     fn is_disabled(&self) -> bool {

@@ -121,7 +121,7 @@ impl Keys {
             }
             let Some(packed) = Packed::new(key, &[], &mut writer.shared) else { continue };
             if let Some(slot) = writer.free.pop() {
-                self.replace(&mut writer, slot, packed);
+                self.replace(&mut writer, slot, &packed);
                 self.count.fetch_add(1, Ordering::Relaxed);
             } else {
                 self.come(&mut writer, packed);
@@ -140,27 +140,29 @@ impl Keys {
 
     fn change(&self, writer: &mut Writer, slot: Slot, before: &HeldKey, key: &Key) {
         if let Some(packed) = Packed::after(before, key, &mut writer.shared) {
-            self.replace(writer, slot, packed);
+            self.replace(writer, slot, &packed);
         }
     }
 
     /// Puts a record where another one is, or was.
-    fn replace(&self, writer: &mut Writer, slot: Slot, packed: Packed) {
+    fn replace(&self, writer: &mut Writer, slot: Slot, packed: &Packed) {
         if let Some(block) = self.shelf.get(slot / PER_BLOCK) {
-            let block = self.shelf.put(slot / PER_BLOCK, block.with(within(slot), packed));
+            let block = block.with(within(slot), packed, &mut writer.shared);
+            let block = self.shelf.put(slot / PER_BLOCK, block);
             // Those that left the record are in the table, or were forgotten.
             self.note(&mut writer.tally, &block, slot, HeldKey::digests_in_record);
         }
     }
 
     fn place_coming(&self, writer: &mut Writer) {
-        let Writer { tally, next, coming, .. } = writer;
+        let Writer { tally, shared, next, coming, .. } = writer;
         let (first, count) = (*next, coming.len());
         if count == 0 {
             return;
         }
         let block = self.shelf.get(first / PER_BLOCK).unwrap_or_default();
-        let block = self.shelf.put(first / PER_BLOCK, block.and(coming.drain(..)));
+        let block = self.shelf.put(first / PER_BLOCK, block.and(coming, shared));
+        coming.clear();
         *next += count as Slot;
         (first..*next).for_each(|slot| self.note(tally, &block, slot, HeldKey::digests));
         self.count.fetch_add(count, Ordering::Relaxed);
@@ -195,10 +197,10 @@ impl Keys {
                     writer.free.push(slot);
                     self.count.fetch_sub(1, Ordering::Relaxed);
                     gone(key.id());
-                    (key.digests(), Some(before.without(at)))
+                    (key.digests(), Some(before.without(at, &mut writer.shared)))
                 } else {
                     let (digests, less) = key.superseded_before(then);
-                    (digests, less.map(|packed| before.with(at, packed)))
+                    (digests, less.map(|packed| before.with(at, &packed, &mut writer.shared)))
                 };
                 let removed = |digest: &&Digest| self.table.remove(&mut writer.tally, digest, slot);
                 forgotten += digests.iter().filter(removed).count();

@@ -1,6 +1,9 @@
 //! What the index promises, and that it answers as a plain map of whole records would.
 
-use super::*;
+use super::{
+    held::{BLOCK, Block, Packed, Shared},
+    *,
+};
 use crate::{
     domain::{
         key::{
@@ -327,6 +330,101 @@ proptest! {
         }
         prop_assert_eq!(index.len(), model.keys.len());
         all.iter().for_each(|digest| model.agrees(&index, digest, at(1000)));
+    }
+}
+
+/// What happens to a block.
+#[derive(Clone, Debug)]
+enum Remade {
+    /// So many keys come.
+    And(u8),
+    /// The key at a place is given other terms, rotated so often, and belongs to another account.
+    With {
+        at: u8,
+        choice: u8,
+        rotations: u8,
+        account: u8,
+    },
+    Without(u8),
+}
+
+fn remade() -> impl Strategy<Value = Remade> {
+    prop_oneof![
+        2 => (0..20_u8).prop_map(Remade::And),
+        6 => (0..64_u8, any::<u8>(), 0..4_u8, any::<u8>())
+            .prop_map(|(at, choice, rotations, account)| Remade::With { at, choice, rotations, account }),
+        1 => (0..64_u8).prop_map(Remade::Without),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn every_record_of_a_block_is_as_it_was_put_in(events in proptest::collection::vec(remade(), 1..60)) {
+        let (mut shared, mut block) = (Shared::default(), Arc::new(Block::default()));
+        let mut keys: Vec<Option<Key>> = Vec::new();
+        let mut earlier = Vec::new();
+        for (seconds, event) in (1_i64..).zip(events) {
+            let next = match event {
+                Remade::And(count) => {
+                    let first = u8::try_from(keys.len()).unwrap();
+                    let more: Vec<_> = (first..BLOCK as u8).take(count.into())
+                        .map(|at| updated(numbered(at.into()), at.wrapping_mul(37)))
+                        .collect();
+                    let packed: Vec<_> =
+                        more.iter().filter_map(|key| Packed::new(key, &[], &mut shared)).collect();
+                    keys.extend(more.into_iter().map(Some));
+                    block.and(&packed, &mut shared)
+                }
+                Remade::With { at: place, choice, rotations, account } if usize::from(place) < keys.len() => {
+                    let mut key = updated(numbered(place.into()), choice);
+                    for rotation in 0..rotations {
+                        let overlap = Duration::from_secs(choice.into());
+                        key.rotate(digest(place.into(), rotation.into()), String::new(), overlap, at(seconds));
+                    }
+                    key.owner = Owner::Account(AccountId::parse(&format!("account-{account}")).unwrap());
+                    let packed = Packed::new(&key, &[], &mut shared).unwrap();
+                    keys[usize::from(place)] = Some(key);
+                    block.with(place.into(), &packed, &mut shared)
+                }
+                Remade::Without(place) if usize::from(place) < keys.len() => {
+                    keys[usize::from(place)] = None;
+                    block.without(place.into(), &mut shared)
+                }
+                _ => continue,
+            };
+            block = Arc::new(next);
+            earlier.push((block.clone(), keys.clone()));
+            shared.sweep();
+        }
+        // Whoever reads an earlier block finds what was there then.
+        for (block, keys) in earlier {
+            prop_assert_eq!(block.len(), keys.len());
+            for (at, key) in keys.iter().enumerate() {
+                let held = HeldKey::at(block.clone(), at);
+                prop_assert_eq!(held.is_some(), key.is_some());
+                held.iter().zip(key).for_each(|(held, key)| same(held, key));
+            }
+        }
+    }
+}
+
+#[test]
+fn versions_may_be_as_large_as_32_bits_let_them() {
+    let versions = [1, 65_534, 65_535, 65_536, u32::MAX - 1];
+    for version in versions {
+        let mut key = numbered(0);
+        key.secrets[0].version = version;
+        let index = loaded(&key);
+        let found = |version| index.find(&digest(0, version)).unwrap();
+        assert_eq!(found(1).version, version);
+        key.rotate(digest(0, 2), String::new(), Duration::from_secs(5), at(10));
+        index.put_key(&key);
+        assert_eq!((found(1).version, found(2).version), (version, version + 1));
+        same(&found(2).key, &key);
+        index.forget(at(16));
+        assert_eq!(found(2).version, version + 1);
     }
 }
 

@@ -1,0 +1,165 @@
+//! What many keys have alike: each thing once, and the lists in which the records of a block name it by two bytes.
+//!
+//! A number means something in its own list only. A list never changes, a block keeps the list that its records were
+//! numbered by, and a list keeps what is in it: no number leads to another key's thing, however long somebody reads.
+//!
+//! Most blocks have one list in common, so that it costs nothing and stays in the processor's cache. A block that needs
+//! what is not there has a short list of its own. Once as many keys have come into such blocks as a common list of
+//! everything would have entries, that one is made, for blocks to come: all lists together cost no more than 8 bytes
+//! for each key that came, and twice that at the worst.
+
+use std::{
+    collections::{HashMap, HashSet},
+    hash::Hash,
+    sync::Arc,
+};
+
+use foldhash::quality::RandomState;
+
+/// How many things a common list may have. What is in a list stays as long as a block has it, whoever else needs it
+/// or not; so this is also how many things may be kept that no key has any more.
+const MOST: usize = 1 << 14;
+
+/// Things by their numbers.
+pub(super) type List<T> = Arc<[Arc<T>]>;
+
+/// Things, each once.
+#[derive(Debug)]
+pub(super) struct Pool<T> {
+    known: HashSet<Arc<T>, RandomState>,
+    common: List<T>,
+    /// Where in the common list a thing is, by its address. The list keeps it there, so nothing else has the address.
+    numbers: HashMap<usize, u16, RandomState>,
+    /// How many keys came into blocks with lists of their own since the common one was made.
+    alone: usize,
+}
+
+impl<T> Default for Pool<T> {
+    fn default() -> Self {
+        Pool { known: HashSet::default(), common: Arc::new([]), numbers: HashMap::default(), alone: 0 }
+    }
+}
+
+impl<T: Eq + Hash> Pool<T> {
+    /// The one that is kept of all that are equal.
+    pub(super) fn one(&mut self, value: T) -> Arc<T> {
+        if let Some(known) = self.known.get(&value) {
+            return known.clone();
+        }
+        let new = Arc::new(value);
+        self.known.insert(new.clone());
+        new
+    }
+
+    /// A list that has all of these, which this pool gave, and the number of each in it. They are the things of one
+    /// block, of whose records `came` are new.
+    pub(super) fn list<'t>(
+        &mut self,
+        things: impl Iterator<Item = &'t Arc<T>> + Clone,
+        came: usize,
+    ) -> (List<T>, Vec<u16>)
+    where
+        T: 't,
+    {
+        if let Some(numbers) = self.in_common(things.clone()) {
+            return (self.common.clone(), numbers);
+        }
+        self.alone += came;
+        if self.alone >= self.known.len() && self.known.len() <= MOST {
+            self.renew();
+            if let Some(numbers) = self.in_common(things.clone()) {
+                return (self.common.clone(), numbers);
+            }
+        }
+        own(things)
+    }
+
+    fn in_common<'t>(&self, things: impl Iterator<Item = &'t Arc<T>>) -> Option<Vec<u16>>
+    where
+        T: 't,
+    {
+        things.map(|thing| self.numbers.get(&address(thing)).copied()).collect()
+    }
+
+    /// Makes the common list of everything that is known.
+    fn renew(&mut self) {
+        self.common = self.known.iter().cloned().collect();
+        self.numbers = self.common.iter().map(address).zip(0..).collect();
+        self.alone = 0;
+    }
+
+    /// Lets go of what no key has any more and no list keeps.
+    pub(super) fn sweep(&mut self) {
+        if Arc::strong_count(&self.common) == 1 {
+            self.common = Arc::new([]);
+            self.numbers.clear();
+        }
+        self.known.retain(|thing| Arc::strong_count(thing) > 1);
+    }
+}
+
+fn address<T>(thing: &Arc<T>) -> usize {
+    Arc::as_ptr(thing).addr()
+}
+
+/// A list of these alone.
+fn own<'t, T: 't>(things: impl Iterator<Item = &'t Arc<T>>) -> (List<T>, Vec<u16>) {
+    let mut list: Vec<&Arc<T>> = Vec::new();
+    let mut numbers = Vec::new();
+    for thing in things {
+        let known = list.iter().position(|known| Arc::ptr_eq(known, thing));
+        let number = known.unwrap_or(list.len());
+        if known.is_none() {
+            list.push(thing);
+        }
+        // A block has few records.
+        numbers.push(u16::try_from(number).unwrap_or(u16::MAX));
+    }
+    (list.into_iter().cloned().collect(), numbers)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The list for a block of one thing.
+    fn block(pool: &mut Pool<usize>, value: usize) -> List<usize> {
+        let thing = pool.one(value);
+        let (list, numbers) = pool.list(std::iter::once(&thing), 1);
+        assert_eq!(*list[usize::from(numbers[0])], value);
+        list
+    }
+
+    #[test]
+    fn blocks_have_one_list_in_common_and_lists_cost_no_more_than_the_keys_that_came() {
+        const THINGS: usize = 1000;
+        let mut pool = Pool::default();
+        let first: Vec<_> = (0..THINGS).map(|value| block(&mut pool, value)).collect();
+        let again: Vec<_> = (0..THINGS).map(|value| block(&mut pool, value)).collect();
+        assert!(Arc::ptr_eq(&again[THINGS - 1], &again[THINGS - 2]));
+        let all = first.iter().chain(&again);
+        let lists: HashMap<_, _> = all.map(|list| (list.as_ptr(), list.len())).collect();
+        assert!(lists.values().sum::<usize>() <= 2 * 2 * THINGS);
+    }
+
+    #[test]
+    fn more_things_than_a_list_may_have_are_in_lists_of_their_own() {
+        let mut pool = Pool::default();
+        let lists: Vec<_> = (0..3 * MOST).map(|value| block(&mut pool, value)).collect();
+        assert!(lists.iter().all(|list| list.len() <= MOST));
+        assert_eq!(lists.last().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn what_nobody_has_is_let_go_of() {
+        let mut pool = Pool::default();
+        let lists: Vec<_> = (0..100).map(|value| block(&mut pool, value)).collect();
+        pool.sweep();
+        assert_eq!(pool.known.len(), 100);
+        drop(lists);
+        pool.sweep();
+        assert!(pool.known.is_empty());
+        // An address may be another thing's now.
+        (100..200).for_each(|value| drop(block(&mut pool, value)));
+    }
+}

@@ -153,7 +153,8 @@ mod tests {
     #[test]
     fn what_nobody_has_is_let_go_of() {
         let mut pool = Pool::default();
-        let lists: Vec<_> = (0..100).map(|value| block(&mut pool, value)).collect();
+        let lists: Vec<_> = (0..200).map(|value| block(&mut pool, value % 100)).collect();
+        assert_eq!(pool.numbers.len(), 100);
         pool.sweep();
         assert_eq!(pool.known.len(), 100);
         drop(lists);

@@ -168,19 +168,28 @@ mod tests {
         digests.map(|number| look(&digest(number))).sum::<usize>() as f64 / count
     }
 
+    /// A table of the first digests, to which more can be added.
+    fn filled(count: usize) -> (Table, Tally) {
+        let (table, mut tally) = (Table::default(), Tally::default());
+        (0..count).for_each(|number| table.insert(&mut tally, &digest(number), number as Slot));
+        (table, tally)
+    }
+
     #[test]
     fn the_emptiest_table_is_nearly_full_and_the_fullest_is_read_in_few_cells() {
-        let (table, mut tally, mut known) = (Table::default(), Tally::default(), 0);
+        let (table, mut tally) = filled(100_000);
         let length = || table.cells.load().0.len();
-        // Until one more would widen it.
-        while known < 100_000 || (known + 1) * 8 <= length() * 7 {
-            table.insert(&mut tally, &digest(known), Slot::try_from(known).unwrap());
+        let (narrow, mut known) = (length(), 100_000);
+        while length() == narrow {
+            table.insert(&mut tally, &digest(known), known as Slot);
             known += 1;
-            assert!(known <= LEAST || length() * 3 <= known * 4, "{known} of {}", length());
         }
-        let (there, not) = (probed(&table, 0..known), probed(&table, known..2 * known));
+        assert!(length() * 3 <= known * 4, "{known} of {}", length());
+        let fullest = known - 1;
+        let (table, _) = filled(fullest);
+        let (there, not) = (probed(&table, 0..fullest), probed(&table, fullest..2 * fullest));
         assert!(there < 8.0 && not < 64.0, "{there:.1} and {not:.1} cells");
-        for number in 0..known {
+        for number in 0..fullest {
             let found = table.find(&digest(number), |slot| (slot as usize == number).then_some(()));
             assert!(found.is_some(), "{number}");
         }

@@ -5,8 +5,8 @@
 //!
 //! Most blocks have one list in common, so that it costs nothing and stays in the processor's cache. A block that needs
 //! what is not there has a short list of its own. Once as many keys have come into such blocks as a common list of
-//! everything would have entries, that one is made, for blocks to come: all lists together cost no more than 8 bytes
-//! for each key that came, and twice that at the worst.
+//! everything would have entries, that one is made, for blocks to come: common lists cost no more than 8 bytes for
+//! each key that came, as own ones do.
 
 use std::{
     collections::{HashMap, HashSet},

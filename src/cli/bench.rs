@@ -78,6 +78,13 @@ pub(super) struct BenchArgs {
     /// The database of the server that is started [default: an SQLite file of its own]
     #[arg(long, value_name = "URL", conflicts_with = "attach")]
     database: Option<String>,
+    /// The settings file of the server that is started. Its addresses, threads and database are the load's own all the
+    /// same; files that it names need absolute paths
+    #[arg(long, value_name = "FILE", conflicts_with = "attach")]
+    config: Option<PathBuf>,
+    /// A second server with this settings file is asked in turn with the first, and ratios of the first to it are shown
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["attach", "database"])]
+    against: Option<PathBuf>,
     /// Print the figures as one JSON object, as --output json does
     #[arg(long)]
     json: bool,
@@ -180,13 +187,22 @@ impl Drop for Folder {
     }
 }
 
-/// The server that is asked, and how.
+/// A server that is asked, and how.
 struct Asked {
+    /// What it is called beside another: its settings file.
+    called: Option<String>,
     address: String,
     envoy: Option<String>,
     token: Zeroizing<String>,
     session: Session,
     running: Option<Arc<Running>>,
+}
+
+/// For a server, which starts elsewhere.
+fn absolute(path: &Path) -> Result<String, Failure> {
+    let told = || path.display().to_string();
+    let absolute = path.canonicalize().map_err(|error| Failure::usage(format!("{}: {error}", told())))?;
+    absolute.into_os_string().into_string().map_err(|_| Failure::usage(format!("{}: not UTF-8", told())))
 }
 
 impl BenchArgs {
@@ -195,18 +211,33 @@ impl BenchArgs {
         let settings = ClientSettings::load(client)?;
         let json = self.json || settings.output == Output::Json;
         let folder = Folder::new()?;
-        let asked = self.asked(settings, &folder.0).await?;
-        let bar = super::console::progress(self.keys);
-        let keys = Keys::make(&asked.session, self.keys, |made| bar.inc(made)).await;
-        bar.finish_and_clear();
-        let measured = match keys {
-            Ok(keys) => self.measure(&asked, &keys, &folder.0).await,
+        let mut servers = vec![self.asked(settings.clone(), &folder.0).await?];
+        if let Some(file) = &self.against {
+            let beside = folder.0.join("against");
+            std::fs::create_dir(&beside)?;
+            let called = Some(file.display().to_string());
+            servers.push(Asked { called, ..self.start(settings, &beside, Some(file)).await? });
+        }
+        let measured = match self.make_keys(&servers).await {
+            Ok(keys) => self.measure(&servers, &keys, &folder.0).await,
             Err(failure) => Err(failure),
         };
         if self.attach {
-            keys::revoke_all(&asked.session).await?;
+            keys::revoke_all(&servers[0].session).await?;
         }
-        self.tell(&measured?, &asked, json, console)
+        self.tell(&measured?, &servers[0], json, console)
+    }
+
+    /// The keys of each server.
+    async fn make_keys(&self, servers: &[Asked]) -> Result<Vec<Keys>, Failure> {
+        let bar = super::console::progress(self.keys * servers.len() as u64);
+        let mut all = Vec::new();
+        for server in servers {
+            let keys = Keys::make(&server.session, self.keys, |made| bar.inc(made)).await;
+            all.push(keys.inspect_err(|_| bar.finish_and_clear())?);
+        }
+        bar.finish_and_clear();
+        Ok(all)
     }
 
     /// The server to ask: one that runs, or one that is started.
@@ -221,8 +252,18 @@ impl BenchArgs {
             })?;
             let token = Zeroizing::new(token::read_own(file)?.reveal().to_owned());
             let session = Session::open(&settings)?.quiet();
-            return Ok(Asked { address, envoy: None, token, session, running: None });
+            return Ok(Asked { called: None, address, envoy: None, token, session, running: None });
         }
+        self.start(settings, folder, self.config.as_deref()).await
+    }
+
+    /// Starts a server in this folder.
+    async fn start(
+        &self,
+        settings: ClientSettings,
+        folder: &Path,
+        config: Option<&Path>,
+    ) -> Result<Asked, Failure> {
         let threads = if self.one_core { 1 } else { process::core_count() }.to_string();
         let database = self.database.as_deref().unwrap_or("sqlite:bench.db");
         let mut arguments = vec!["serve", "--root-key-file", "root.key", "--log", "warn"];
@@ -230,6 +271,10 @@ impl BenchArgs {
             arguments.extend([flag, "127.0.0.1:0"]);
         }
         arguments.extend(["--threads", &threads, "--database", database]);
+        let config = config.map(absolute).transpose()?;
+        if let Some(config) = &config {
+            arguments.extend(["--config", config]);
+        }
         let out = folder.join("server");
         let mut running = Running::start(&arguments, folder, &out, self.cores())?;
         let address = running.address(&out, "keyward serves gRPC on ").await?;
@@ -239,17 +284,26 @@ impl BenchArgs {
         let server = crate::config::client::ServerUrl::parse(&address).map_err(Failure::from)?;
         let settings = ClientSettings { server, token_file: Some(root), ..settings };
         let session = Session::open(&settings)?.quiet();
-        Ok(Asked { address, envoy: Some(envoy), token, session, running: Some(Arc::new(running)) })
+        let (envoy, running) = (Some(envoy), Some(Arc::new(running)));
+        Ok(Asked { called: None, address, envoy, token, session, running })
     }
 
     fn cores(&self) -> Cores {
         if self.one_core { Cores::First } else { Cores::All }
     }
 
-    async fn measure(&self, asked: &Asked, keys: &Keys, folder: &Path) -> Result<Vec<Measured>, Failure> {
-        let mut subjects = vec![self.subject(asked, keys, self.mode).await?];
+    async fn measure(
+        &self,
+        servers: &[Asked],
+        keys: &[Keys],
+        folder: &Path,
+    ) -> Result<Vec<Measured>, Failure> {
+        let mut subjects = Vec::new();
+        for (server, keys) in servers.iter().zip(keys) {
+            subjects.push(self.subject(server, keys, self.mode).await?);
+        }
         if matches!(self.mode, Mode::Batch | Mode::Stream) {
-            subjects.push(self.subject(asked, keys, Mode::Check).await?);
+            subjects.push(self.subject(&servers[0], &keys[0], Mode::Check).await?);
         }
         if self.baseline {
             for baseline in [Baseline::Hello, Baseline::Echo] {
@@ -300,7 +354,10 @@ impl BenchArgs {
             streams: (mode == Mode::Stream).then_some(self.streams),
         };
         let items = if mode == Mode::Batch { self.batch } else { 1 };
-        let name = mode.path().trim_start_matches('/').to_owned();
+        let mut name = mode.path().trim_start_matches('/').to_owned();
+        if let Some(called) = &asked.called {
+            name = format!("{name} with {called}");
+        }
         let measured = Measured { name, items, rounds: Vec::new() };
         Ok(Subject { measured, load: Load::new(target, shape, calls), server: asked.running.clone() })
     }
@@ -366,8 +423,8 @@ impl BenchArgs {
             }
             console.print(&self.conditions(subject.rounds.len(), resident))?;
         }
-        let total = subject.total().map_or((0, 0), |total| (total.wrong, total.failed));
-        match total {
+        let totals = measured.iter().filter_map(Measured::total);
+        match totals.fold((0, 0), |(wrong, failed), each| (wrong + each.wrong, failed + each.failed)) {
             (0, 0) => Ok(0),
             (wrong, failed) => {
                 Err(Failure::refused(format!("{wrong} answers were wrong, and {failed} calls failed")))

@@ -4,15 +4,18 @@ use serde_json::Value;
 
 use crate::process::{Ended, Home};
 
-fn bench(arguments: &[&str]) -> Ended {
-    let home = Home::new();
+fn bench_in(home: &Home, arguments: &[&str]) -> Ended {
     let few = ["--keys", "50", "--connections", "2", "--in-flight", "8", "--rounds", "2"];
     let short = ["--duration", "100ms", "--warm-up", "50ms", "--json"];
     home.run(home.command([&["bench"], arguments, &few, &short].concat()))
 }
 
 fn figures(arguments: &[&str]) -> Vec<Value> {
-    let ended = bench(arguments);
+    figures_in(&Home::new(), arguments)
+}
+
+fn figures_in(home: &Home, arguments: &[&str]) -> Vec<Value> {
+    let ended = bench_in(home, arguments);
     assert_eq!(ended.code, Some(0), "{arguments:?}: {ended:?}");
     let told: Value = serde_json::from_str(&ended.out).unwrap();
     told["figures"].as_array().unwrap().clone()
@@ -35,6 +38,36 @@ fn a_baseline_is_measured_in_turn_and_gives_ratios() {
     let ratios = figures[0]["ratios"].as_array().unwrap();
     assert_eq!(ratios.len(), 2);
     assert!(ratios.iter().all(|ratio| ratio["rate"]["median"].as_f64().unwrap() > 0.0), "{ratios:?}");
+}
+
+#[test]
+fn two_settings_files_are_measured_in_turn_and_each_server_has_its_own() {
+    let home = Home::new();
+    for name in ["first", "second"] {
+        let log = home.path(&format!("{name}.jsonl"));
+        let settings = format!("[decision_log]\nfile = {:?}\nallowed = 1\n", log.display().to_string());
+        std::fs::write(home.path(&format!("{name}.toml")), settings).unwrap();
+    }
+    let both = ["check", "--config", "first.toml", "--against", "second.toml"];
+    let figures = figures_in(&home, &both);
+    assert_eq!(figures.len(), 2);
+    assert_eq!(figures[0]["ratios"][0]["to"], figures[1]["name"]);
+    assert!(figures[1]["name"].as_str().unwrap().ends_with(" with second.toml"), "{figures:?}");
+    for name in ["first.jsonl", "second.jsonl"] {
+        assert!(crate::process::text(&home.path(name)).contains("\"allowed\":true"), "{name}");
+    }
+}
+
+#[test]
+fn a_settings_file_that_a_server_refuses_ends_the_load_with_what_the_server_says() {
+    let home = Home::new();
+    std::fs::write(home.path("wrong.toml"), "[decision_log]\nallowed = 2\n").unwrap();
+    for flag in ["--config", "--against"] {
+        let ended = bench_in(&home, &["check", flag, "wrong.toml"]);
+        assert!(ended.code != Some(0) && ended.err.contains("decision_log.allowed"), "{ended:?}");
+        let ended = bench_in(&home, &["check", flag, "none.toml"]);
+        assert!(ended.code == Some(2) && ended.err.contains("none.toml"), "{ended:?}");
+    }
 }
 
 #[test]

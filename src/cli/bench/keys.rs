@@ -3,7 +3,10 @@
 //! Tokens are made of a secret of this run alone: on a server that people use, nobody else can have them. They are kept as
 //! the numbers that they are made of, since a million of them would be large.
 
+use std::ops::Range;
+
 use bytes::{BufMut as _, Bytes, BytesMut};
+use futures_util::stream::{self, StreamExt as _};
 use prost::Message;
 use sha2::{Digest as _, Sha256};
 
@@ -31,6 +34,8 @@ const LACKING: &str = "monitors:write";
 const ENVIRONMENT: &str = "production";
 /// How many keys an Import takes.
 const BATCH: u64 = 1000;
+/// How many Imports are under way at once: while one is written, the next is made ready.
+const IMPORTS: usize = 4;
 /// How many different calls a load has at the most; it goes round.
 const CALLS: u64 = 65_536;
 
@@ -75,24 +80,32 @@ impl Keys {
             })
             .await;
         made?;
-        for first in (0..count).step_by(usize::try_from(BATCH).unwrap_or(1)) {
-            let batch: Vec<_> = (first..count.min(first + BATCH)).map(|number| keys.import(number)).collect();
-            let length = batch.len() as u64;
-            let request = pb::ImportKeysRequest { keys: batch };
-            let done = session
-                .keys(Patience::Propagation, request, async |mut client, request| {
-                    client.import(request).await
-                })
-                .await?;
-            if let Some(refused) = done.results.iter().find(|result| !result.error.is_empty()) {
-                return Err(Failure::refused(format!("a key of the load was refused: {}", refused.message)));
-            }
-            each(length);
+        let firsts = (0..count).step_by(usize::try_from(BATCH).unwrap_or(1));
+        let imports = firsts.map(|first| keys.import(session, first..count.min(first + BATCH)));
+        let mut imports = stream::iter(imports).buffer_unordered(IMPORTS);
+        while let Some(made) = imports.next().await {
+            each(made?);
         }
+        drop(imports);
         Ok(keys)
     }
 
-    fn import(&self, number: u64) -> pb::ImportKey {
+    /// Makes some of them; gives how many.
+    async fn import(&self, session: &Session, numbers: Range<u64>) -> Result<u64, Failure> {
+        let request = pb::ImportKeysRequest { keys: numbers.map(|number| self.key(number)).collect() };
+        let count = request.keys.len() as u64;
+        let done = session
+            .keys(Patience::Propagation, request, async |mut client, request| client.import(request).await)
+            .await?;
+        match done.results.iter().find(|result| !result.error.is_empty()) {
+            Some(refused) => {
+                Err(Failure::refused(format!("a key of the load was refused: {}", refused.message)))
+            }
+            None => Ok(count),
+        }
+    }
+
+    fn key(&self, number: u64) -> pb::ImportKey {
         let token = self.token(number);
         pb::ImportKey {
             account: ACCOUNT.to_owned(),

@@ -1,19 +1,31 @@
 //! How long a server with many keys takes from its start to `/readyz`, and what each key costs in memory: resident
 //! bytes above a server without keys, now and at the worst moment of the start.
 //!
-//! `cargo bench --bench cold_start -- [KEYS] [URL]`: 1,000,000 keys in an SQLite file of its own unless said. The
-//! database must be empty, or filled by an earlier run: filling it takes longer than all that is measured. Next to
-//! a PostgreSQL database the schema `keyward_empty` is used for the server without keys.
+//! `cargo bench --bench cold_start -- [KEYS] [URL|postgres]`: 1,000,000 keys in an SQLite file of its own unless said;
+//! `postgres` is a PostgreSQL server of its own. The database of a URL must be empty, or filled by an earlier run:
+//! filling it takes longer than all that is measured. Next to a PostgreSQL database the schema `keyward_empty` is used
+//! for the server without keys.
 
 #![allow(
+    dead_code,
     clippy::unwrap_used,
     clippy::print_stdout,
     clippy::disallowed_methods,
-    reason = "a benchmark talks and stops"
+    unreachable_pub,
+    missing_docs,
+    reason = "a benchmark talks and stops, and uses a part of what the tests are made with"
 )]
 
+#[path = "shared/goal.rs"]
+mod goal;
+#[path = "../tests/it/postgres.rs"]
+mod postgres;
+#[path = "../tests/it/process.rs"]
+mod process;
+#[path = "shared/sample.rs"]
+mod sample;
+
 use std::{
-    collections::BTreeMap,
     io::{Read as _, Write as _},
     net::{SocketAddr, TcpListener, TcpStream},
     path::Path,
@@ -25,20 +37,15 @@ use std::{
 use keyward::{
     clock::{Clock as _, SystemClock},
     domain::{
-        account::Account,
-        key::{Key, Owner, Secret, Terms},
         log::{Action, Actor, Change},
-        name::{AccountId, DisplayName, EnvironmentName, KeyId, KeyName},
-        scope::{Scope, ScopeSet},
-        time::{Revision, Timestamp},
+        time::Revision,
         token::Digest,
     },
     store::{self, Store, Write},
 };
+use postgres::Cluster;
 
 const STARTS: usize = 3;
-const ACCOUNTS: u64 = 1000;
-const SCOPE_SETS: u64 = 20;
 const BATCH: u64 = 1000;
 
 fn main() {
@@ -46,7 +53,17 @@ fn main() {
     let mut words = std::env::args().skip(1).filter(|word| !word.starts_with("--"));
     let keys: u64 = words.next().map_or(1_000_000, |word| word.parse().unwrap());
     let folder = tempfile::tempdir().unwrap();
-    let url = words.next().unwrap_or_else(|| format!("sqlite:{}", folder.path().join("full.db").display()));
+    let cluster;
+    let url = match words.next().as_deref() {
+        None => format!("sqlite:{}", folder.path().join("full.db").display()),
+        Some("postgres") => {
+            cluster = Cluster::start(&[]);
+            cluster.sql("postgres", "CREATE DATABASE keys OWNER keyward TEMPLATE template0");
+            postgres::url(cluster.socket(), 5432, "keys")
+        }
+        Some(url) => url.to_owned(),
+    };
+    let (kind, goal) = if url.starts_with("sqlite:") { ("SQLite", 0.8) } else { ("PostgreSQL", 1.0) };
     let empty = match url.strip_prefix("sqlite:") {
         Some(_) => format!("sqlite:{}", folder.path().join("empty.db").display()),
         None => format!("{url}{}schema=keyward_empty", if url.contains('?') { '&' } else { '?' }),
@@ -57,6 +74,7 @@ fn main() {
 
     let bare = start(folder.path(), &empty);
     println!("without keys: ready in {:.2} s, {} kB resident", bare.ready.as_secs_f64(), bare.resident);
+    let mut taken = Vec::new();
     for _ in 0..STARTS {
         let full = start(folder.path(), &url);
         let each = |kilobytes: u64| kilobytes.saturating_sub(bare.resident) as f64 * 1024.0 / keys as f64;
@@ -68,15 +86,10 @@ fn main() {
             each(full.resident),
             each(full.peak)
         );
+        taken.push(full.ready.as_secs_f64());
     }
-}
-
-/// SplitMix64.
-fn mixed(number: u64) -> u64 {
-    let z = number.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
+    let note = format!("median of {STARTS} starts");
+    goal::at_most(&format!("seconds to SERVING, {keys} keys, {kind}"), goal, goal::median(taken), &note);
 }
 
 /// Puts accounts and keys into an empty store.
@@ -85,14 +98,18 @@ async fn fill(url: &str, keys: u64) {
     if store.head().await.unwrap().revision == Revision(0) {
         let began = Instant::now();
         let now = SystemClock.now();
-        let accounts: Vec<_> = (0..ACCOUNTS).map(|number| account(number, now)).collect();
-        commit(&*store, accounts).await;
-        let sets: Vec<ScopeSet> = (0..SCOPE_SETS).map(scopes).collect();
+        let account = |number| Change::Account(Arc::new(sample::account(number, now)));
+        commit(&*store, (0..sample::ACCOUNTS).map(account).collect()).await;
+        let sets = sample::scope_sets();
+        let key = |number| {
+            let digest = Digest::of(&format!("token {number}"));
+            Change::Key(Arc::new(sample::key(number, digest, &sets, now)))
+        };
         for first in (0..keys).step_by(usize::try_from(BATCH).unwrap()) {
-            let batch = (first..keys.min(first + BATCH)).map(|number| key(number, &sets, now)).collect();
+            let batch = (first..keys.min(first + BATCH)).map(key).collect();
             commit(&*store, batch).await;
         }
-        println!("filled in {:.0} s", began.elapsed().as_secs_f64());
+        println!("{keys} keys put into the store in {:.0} s", began.elapsed().as_secs_f64());
     }
     store.close().await;
 }
@@ -110,65 +127,6 @@ async fn commit(store: &dyn Store, changes: Vec<Change>) {
     let batch: Vec<_> = changes.into_iter().map(write).collect();
     let committed = store.commit(&batch).await.unwrap();
     assert!(committed.outcomes.iter().all(Result::is_ok));
-}
-
-fn account(number: u64, now: Timestamp) -> Change {
-    Change::Account(Arc::new(Account {
-        id: AccountId::parse(&format!("account-{number}")).unwrap(),
-        name: DisplayName::parse(&format!("Account {number}")).unwrap(),
-        suspended_at: None,
-        longest_life: None,
-        created_at: now,
-        updated_at: now,
-        revision: Revision(0),
-    }))
-}
-
-fn scopes(number: u64) -> ScopeSet {
-    let things = ["monitors", "alerts", "billing", "reports", "users"];
-    let grant = |at: u64| {
-        let thing = things[usize::try_from(mixed(number * 8 + at) % 5).unwrap()];
-        Scope::parse_grant(&format!("{thing}:{}", if at == 0 { "*" } else { "read" })).unwrap()
-    };
-    let own = Scope::parse_grant(&format!("product-{number}:write")).unwrap();
-    (0..=number % 4).map(grant).chain([own]).collect()
-}
-
-/// A key as products have them: every name and digest is another, half of them expire.
-fn key(number: u64, sets: &[ScopeSet], now: Timestamp) -> Change {
-    let chance = mixed(number);
-    let mut random = [0; 10];
-    random[..8].copy_from_slice(&chance.to_be_bytes());
-    let environment = ["production", "staging", "development"][usize::try_from(chance % 3).unwrap()];
-    Change::Key(Arc::new(Key {
-        id: KeyId::generate(now.plus(Duration::from_micros(number * 100)), random),
-        owner: Owner::Account(AccountId::parse(&format!("account-{}", chance % ACCOUNTS)).unwrap()),
-        environment: EnvironmentName::parse(environment).unwrap(),
-        terms: Terms {
-            name: Some(KeyName::parse(&format!("deploy-agent-{number:07}")).unwrap()),
-            scopes: sets[usize::try_from(chance / 3 % SCOPE_SETS).unwrap()].clone(),
-            roles: Vec::new(),
-            expires_at: (chance & 1 == 0).then(|| now.plus(Duration::from_secs(90 * 86_400 + number))),
-            customers: Vec::new(),
-            allowed_cidrs: Vec::new(),
-            rate_limits: Vec::new(),
-            quota: None,
-            metadata: BTreeMap::new(),
-        },
-        created_at: now,
-        created_by: "system".to_owned(),
-        updated_at: now,
-        disabled_at: None,
-        revocation: None,
-        secrets: vec![Secret {
-            version: 1,
-            digest: Digest::of(&format!("token {number}")),
-            hint: "kw_live_a1b2".to_owned(),
-            created_at: now,
-            expires_at: None,
-        }],
-        revision: Revision(0),
-    }))
 }
 
 /// What one start took; memory in kB.

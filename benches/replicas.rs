@@ -20,6 +20,8 @@
     reason = "a benchmark talks and stops, and uses a part of what the tests are made with"
 )]
 
+#[path = "shared/goal.rs"]
+mod goal;
 #[path = "../tests/it/postgres.rs"]
 mod postgres;
 #[path = "../tests/it/process.rs"]
@@ -78,7 +80,8 @@ impl Fleet {
     }
 }
 
-fn show(what: &str, mut times: Vec<Duration>) {
+/// Shows these times; gives their median and 99th percentile, in ms.
+fn show(what: &str, mut times: Vec<Duration>) -> (f64, f64) {
     times.sort();
     let at = |share: f64| times[((times.len() - 1) as f64 * share) as usize].as_secs_f64() * 1e3;
     println!(
@@ -90,6 +93,7 @@ fn show(what: &str, mut times: Vec<Duration>) {
         at(0.999),
         at(1.0)
     );
+    (at(0.5), at(0.99))
 }
 
 async fn revoke(count: u64) {
@@ -107,9 +111,12 @@ async fn revoke(count: u64) {
             refused += u64::from(callers[there].check(&token).await.unwrap() == pb::Reason::Revoked);
         }
     }
-    show("Revoke over three replicas", times);
+    let (median, p99) = show("Revoke over three replicas", times);
     println!("first Checks on the other replicas: {refused} of {checks} refused");
     assert_eq!(refused, checks);
+    let note = format!("of {count}; every first Check on the others refused");
+    goal::at_most("ms, Revoke over three replicas, PostgreSQL, median", 5.0, median, &note);
+    goal::at_most("ms, the same, p99", 25.0, p99, "");
 }
 
 async fn outage(length: Duration) {

@@ -89,7 +89,8 @@ torture-mutants: ## Torture builds that leave out a rule each, until that is not
 
 .PHONY: bench
 bench: ## Measure the goals of docs/performance.md, and say which are met
-	$(call run,cargo bench --quiet --locked --bench goals)
+	@tools/install postgres envoy wrk
+	$(call run,tools/bench)
 
 .PHONY: descriptors
 descriptors: ## Write the descriptor set for Envoy's JSON transcoder: deploy/envoy/keyward.pb

@@ -73,7 +73,7 @@ fn main() {
 }
 
 fn short(keys: u64) -> String {
-    if keys % 1_000_000 == 0 { format!("{} M", keys / 1_000_000) } else { keys.to_string() }
+    if keys.is_multiple_of(1_000_000) { format!("{} M", keys / 1_000_000) } else { keys.to_string() }
 }
 
 /// What this process holds in memory, in bytes.

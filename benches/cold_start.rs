@@ -61,7 +61,8 @@ fn main() {
     let url = match words.next().as_deref() {
         None => format!("sqlite:{}", folder.path().join("full.db").display()),
         Some("postgres") => {
-            cluster = Cluster::start(&[]);
+            // Its usual settings are for a few rows, and make the filling a matter of checkpoints.
+            cluster = Cluster::start(&["shared_buffers=512MB", "max_wal_size=4GB"]);
             cluster.sql("postgres", "CREATE DATABASE keys OWNER keyward TEMPLATE template0");
             postgres::url(cluster.socket(), 5432, "keys")
         }

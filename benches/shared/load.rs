@@ -14,6 +14,9 @@ pub(crate) const CPU: &str = "per_server_cpu_second";
 /// The server on a core of its own, busy all the time.
 pub(crate) const ONE_CORE: [&str; 5] = ["--one-core", "--connections", "4", "--in-flight", "64"];
 
+/// The server on both cores beside its load.
+pub(crate) const BOTH_CORES: [&str; 4] = ["--connections", "16", "--in-flight", "16"];
+
 /// What `keyward bench` says of one load.
 pub(crate) struct Told(Value);
 

@@ -1,7 +1,10 @@
 //! Whether everything that was acknowledged is in the database: the log after each fault, the log and the keys at the
 //! end.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 use keyward::pb;
 use tonic::{Request, Status};
@@ -31,7 +34,8 @@ impl Audit {
     pub(crate) async fn newest(&mut self, field: &Field) -> Vec<String> {
         let acknowledged = field.books().acknowledged[self.found..].to_vec();
         let known = self.log.last_key_value().map_or(0, |(revision, _)| *revision);
-        let Some(mut entries) = self.entries(field, known).await else {
+        let newest = acknowledged.iter().map(|change| change.revision).max();
+        let Some(mut entries) = self.entries_up_to(field, known, newest).await else {
             return vec!["the log cannot be read".to_owned()];
         };
         let mut stories = Vec::new();
@@ -69,6 +73,26 @@ impl Audit {
             }
         }
         stories
+    }
+
+    /// The entries after one revision, read until they reach another. A replica whose primary was replaced, and which has
+    /// not heard of it yet, reads less than the new one has acknowledged.
+    async fn entries_up_to(
+        &mut self,
+        field: &Field,
+        after: u64,
+        newest: Option<u64>,
+    ) -> Option<BTreeMap<u64, Entry>> {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let entries = self.entries(field, after).await?;
+            let reached = entries.last_key_value().map_or(after, |(revision, _)| *revision);
+            if newest.is_none_or(|newest| reached >= newest) || Instant::now() > end {
+                return Some(entries);
+            }
+            self.callers.rotate_left(1);
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
     }
 
     /// The entries after this revision, and the page that it stands on.

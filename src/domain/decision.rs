@@ -190,10 +190,16 @@ impl<K: KeyFacts> Subject<'_, K> {
         }
     }
 
+    /// Whether the key is granted what its record says, no less and no more.
+    #[must_use]
+    pub fn grants_are_its_own(&self) -> bool {
+        self.roles.is_empty() && matches!(self.membership, Membership::NotAsked)
+    }
+
     /// Everything that the key is granted where it is decided.
     #[must_use]
     pub fn grants(&self) -> ScopeSet {
-        if self.roles.is_empty() && matches!(self.membership, Membership::NotAsked) {
+        if self.grants_are_its_own() {
             return self.key.scopes().clone();
         }
         let roles = self.roles.iter().flat_map(|role| role.scopes.iter());

@@ -169,8 +169,7 @@ impl Engine {
         Ok(self.lease.check(
             || self.clock.boottime(),
             |fresh| {
-                let account = self.index.account(account);
-                let stands = account.is_some_and(|account| account.suspended_at.is_none());
+                let stands = self.index.suspended(account) == Some(false);
                 Vouched { stands, fresh }
             },
         ))

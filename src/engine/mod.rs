@@ -110,6 +110,15 @@ pub(crate) enum Granted {
     Derived(ScopeSet),
 }
 
+impl Granted {
+    fn of<'a>(&'a self, key: &'a HeldKey) -> &'a ScopeSet {
+        match self {
+            Granted::Own => key.scopes(),
+            Granted::Derived(grants) => grants,
+        }
+    }
+}
+
 /// What a Check answers.
 #[derive(Clone, Debug)]
 pub struct Answer {
@@ -148,12 +157,8 @@ impl Answer {
     }
 
     /// What the key is granted there. Nothing, where no key was found.
-    pub fn grants(&self) -> std::slice::Iter<'_, Scope> {
-        match (&self.granted, &self.holder) {
-            (Granted::Derived(grants), _) => grants.iter(),
-            (Granted::Own, Some(holder)) => holder.key.scopes().iter(),
-            (Granted::Own, None) => [].iter(),
-        }
+    pub fn grants(&self) -> impl Iterator<Item = &Scope> {
+        self.holder.iter().flat_map(|holder| self.granted.of(&holder.key))
     }
 
     /// How its limits stand, where they were asked.
@@ -409,11 +414,7 @@ impl Engine {
         let place = self.place(&found.key, place);
         let Verdict { mut failures, missing } = judge(&found, &place, request, now);
         let granted = place.granted(&found.key);
-        let bars = |grants: &ScopeSet| question.bar_management && grants.iter().any(Scope::is_reserved);
-        let barred = match &granted {
-            Granted::Own => bars(found.key.scopes()),
-            Granted::Derived(grants) => bars(grants),
-        };
+        let barred = question.bar_management && granted.of(&found.key).iter().any(Scope::is_reserved);
         failures.note(Reason::MissingScope, barred);
         if !fresh && failures.first() == Reason::Ok {
             return Err(CannotAnswer::LeaseLost);
@@ -537,10 +538,8 @@ impl Place {
     }
 
     fn granted(&self, key: &impl KeyFacts) -> Granted {
-        match self.roles.is_empty() && matches!(self.member, Member::NotAsked) {
-            true => Granted::Own,
-            false => Granted::Derived(self.subject(key, 0).grants()),
-        }
+        let subject = self.subject(key, 0);
+        if subject.grants_are_its_own() { Granted::Own } else { Granted::Derived(subject.grants()) }
     }
 }
 

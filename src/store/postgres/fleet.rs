@@ -28,7 +28,7 @@ use crate::{
         Head, StoreError,
         fleet::{Fleet, Hint, MOST_ROWS, Renewed, Roster, Terms},
         records::{Columns as _, LOG_COLUMNS, bytes_at, log_at},
-        rows::{revision_from_i64, revision_to_i64},
+        rows::{damaged, revision_from_i64, revision_to_i64},
     },
 };
 
@@ -159,7 +159,7 @@ impl Postgres {
         let asked = self.message(&self.fleet.renewals, &sql, CALL);
         let mut rows = asked.await.map_err(store_error)?;
         // First whether the row was written; then the changes; then what holds for all.
-        let last = rows.pop().ok_or_else(|| super::damaged("meta", "it has no row"))?;
+        let last = rows.pop().ok_or_else(|| damaged("meta", "it has no row"))?;
         let meta = TextRow::of(&last, 0..META).map_err(store_error)?;
         let (written, changes): (Vec<_>, Vec<_>) = rows.into_iter().partition(|row| sqlx::Row::len(row) == 1);
         let is_written = |row: &PgRow| TextRow::of(row, 0..1).and_then(|row| Ok(row.text(0)? == "t"));
@@ -321,7 +321,7 @@ impl Fleet for Postgres {
     async fn terms(&self) -> std::result::Result<Terms, StoreError> {
         let asked = "SELECT lease_ms, longest_ms, epoch FROM meta";
         let rows = self.message(&self.fleet.rosters, asked, CALL).await.map_err(store_error)?;
-        let row = rows.first().ok_or_else(|| super::damaged("meta", "it has no row"))?;
+        let row = rows.first().ok_or_else(|| damaged("meta", "it has no row"))?;
         terms_at(row).map_err(store_error)
     }
 
@@ -439,7 +439,7 @@ impl Fleet for Postgres {
         let set = "UPDATE meta SET epoch = greatest(epoch + 1, extract(epoch FROM clock_timestamp())::bigint) \
                    RETURNING epoch";
         let rows = self.message(&self.fleet.rosters, set, CALL).await.map_err(store_error)?;
-        let row = rows.first().ok_or_else(|| super::damaged("meta", "it has no row"))?;
+        let row = rows.first().ok_or_else(|| damaged("meta", "it has no row"))?;
         let epoch = TextRow::of(row, 0..1).and_then(|row| count(row.int(0)?));
         epoch.map_err(store_error)
     }

@@ -190,7 +190,7 @@ impl Server {
         let (counting, tried) = count_limits(engine.clone());
         // A Redis that is there counts from the first Check on; one that is not holds nobody up.
         let _ = tokio::time::timeout(QUIET_START, tried).await;
-        let workers = Workers::start(capacity(&settings, &listeners), &services, &is_stopping)?;
+        let workers = Workers::start(capacity(&settings, &listeners), &services)?;
         listeners.report.add_shed(workers.shed());
         listeners.report.add_shed(services.shed());
         let calls = services.calls().clone();
@@ -422,8 +422,8 @@ async fn serve(
     let accepting =
         opened.into_iter().map(|opened| grpc::serve::accept(opened, &workers, is_stopping.clone()));
     futures_util::future::join_all(accepting).await;
-    // Joining blocks; the workers have their own deadline.
-    let joined = tokio::task::spawn_blocking(move || workers.join());
+    // This blocks; the workers have their own deadline.
+    let joined = tokio::task::spawn_blocking(move || workers.finish());
     let (joined, forwarded) = tokio::join!(joined, within(DRAIN, forwarding));
     for ended in [joined, forwarded.unwrap_or(Ok(()))] {
         if let Err(error) = ended {

@@ -39,6 +39,8 @@ use super::{
 const MAX_ERROR_RESETS: usize = 1024;
 const KEEPALIVE_EVERY: Duration = Duration::from_secs(10);
 const KEEPALIVE_PATIENCE: Duration = Duration::from_secs(5);
+/// How long a handshake may take once the server stops. Whoever connected just before has a call on its way.
+const LAST_HANDSHAKE: Duration = Duration::from_secs(1);
 /// How long calls may go on after their connection has said that it ends: as long as the longest of them may take.
 const LAST_CALLS: Duration = Duration::from_secs(600);
 
@@ -87,10 +89,10 @@ pub(super) async fn serve(
 ) {
     let Arrived { socket, peer, entrance, _places, _counted } = arrived;
     let greeted = tokio::select! {
-        greeted = tokio::time::timeout(entrance.limits.handshake, greet(socket, entrance.tls.as_deref())) => greeted,
-        () = stopped(&mut stopping) => return,
+        greeted = greet(socket, entrance.tls.as_deref()) => greeted,
+        () = patience(entrance.limits.handshake, &mut stopping) => Err(Refused::Timeout),
     };
-    let Greeted { bytes, certificate } = match greeted.unwrap_or(Err(Refused::Timeout)) {
+    let Greeted { bytes, certificate } = match greeted {
         Ok(greeted) => greeted,
         Err(why) => {
             entrance.counts.refuse(why);
@@ -110,6 +112,18 @@ pub(super) async fn serve(
     let age = entrance.age();
     let age = left.map_or(age, |left| age.min(left));
     speak(bytes, services, visitor, lane, &entrance.limits, age, stopping).await;
+}
+
+/// Waits until a connection should have said who it is.
+async fn patience(handshake: Duration, stopping: &mut watch::Receiver<bool>) {
+    let last = async {
+        stopped(stopping).await;
+        tokio::time::sleep(LAST_HANDSHAKE).await;
+    };
+    tokio::select! {
+        () = tokio::time::sleep(handshake) => {}
+        () = last => {}
+    }
 }
 
 fn shown(peer: Option<SocketAddr>) -> Option<tracing::field::DisplayValue<SocketAddr>> {

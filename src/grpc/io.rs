@@ -3,27 +3,39 @@
 //! Where h2 may write from several buffers at once it sends an answer's trailers by a write of their own, and a
 //! process that dies between the two leaves an answer without an end, which a proxy cannot ask for again. Without,
 //! it copies payloads of up to 1 KiB and sends headers, message and trailers together. That is a system call less, too.
+//!
+//! And closed so that the last answers arrive. A socket that is closed while bytes of the peer are unread resets the
+//! connection, and a reset takes from the peer what it has not read yet: answers, and the word that the connection ends.
 
 use std::{
     io,
     pin::Pin,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use hyper::rt::{Read, ReadBufCursor, Write};
 use hyper_util::rt::TokioIo;
-use tokio::io::AsyncReadExt as _;
+use tokio::{
+    io::{AsyncRead as _, AsyncReadExt as _, AsyncWrite as _, ReadBuf},
+    time::Sleep,
+};
 
 use crate::transport::socket::Stream;
 
 /// How HTTP/2 begins (RFC 9113, section 3.4).
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
+/// How long a peer that has been told all may take to close its side.
+const FAREWELL: Duration = Duration::from_secs(1);
+
 /// A connection that is written from one buffer at a time, and has begun as HTTP/2 does.
 pub(super) struct OneBuffer {
     stream: TokioIo<Stream>,
     /// How much of the preface hyper has been given.
     given: usize,
+    /// Our side is closed; how long the peer's may still be open.
+    closed: Option<Pin<Box<Sleep>>>,
 }
 
 impl OneBuffer {
@@ -40,7 +52,7 @@ impl OneBuffer {
                 return Ok(None);
             }
         }
-        Ok(Some(OneBuffer { stream: TokioIo::new(stream), given: 0 }))
+        Ok(Some(OneBuffer { stream: TokioIo::new(stream), given: 0, closed: None }))
     }
 }
 
@@ -71,7 +83,56 @@ impl Write for OneBuffer {
         Pin::new(&mut self.stream).poll_flush(cx)
     }
 
+    /// Closes our side, and then reads, for nobody, until the peer has closed its own or has had its time.
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
+        let OneBuffer { stream, closed, .. } = &mut *self;
+        let mut stream = Pin::new(stream.inner_mut());
+        let patience = match closed {
+            Some(patience) => patience,
+            None => {
+                ready!(stream.as_mut().poll_shutdown(cx))?;
+                closed.insert(Box::pin(tokio::time::sleep(FAREWELL)))
+            }
+        };
+        let mut unread = [0; 4096];
+        loop {
+            if patience.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Ok(()));
+            }
+            let mut unread = ReadBuf::new(&mut unread);
+            match ready!(stream.as_mut().poll_read(cx, &mut unread)) {
+                Ok(()) if !unread.filled().is_empty() => {}
+                Ok(()) | Err(_) => return Poll::Ready(Ok(())),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::{future::poll_fn, poll};
+    use tokio::{
+        io::AsyncWriteExt as _,
+        net::{TcpListener, TcpStream},
+    };
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_peer_that_still_sends_is_told_the_last_of_it_and_not_cut_off() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut peer = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        peer.write_all(PREFACE).await.unwrap();
+        let stream = Stream::Tcp(listener.accept().await.unwrap().0);
+        let mut server = OneBuffer::open(stream).await.unwrap().unwrap();
+        peer.write_all(&[0; 20_000]).await.unwrap();
+        poll_fn(|cx| Pin::new(&mut server).poll_write(cx, b"the last")).await.unwrap();
+        let mut closing = poll_fn(|cx| Pin::new(&mut server).poll_shutdown(cx));
+        assert!(poll!(&mut closing).is_pending(), "the peer's side is open");
+        let mut told = String::new();
+        peer.read_to_string(&mut told).await.unwrap();
+        assert_eq!(told, "the last");
+        drop(peer);
+        closing.await.unwrap();
     }
 }

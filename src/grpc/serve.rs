@@ -5,6 +5,7 @@
 
 use std::{
     io,
+    net::SocketAddr,
     sync::{
         Arc,
         atomic::{AtomicU64, AtomicUsize, Ordering},
@@ -21,7 +22,7 @@ use tokio::{
 use crate::transport::{
     Listener,
     counts::{Counts, Refused},
-    socket::Open,
+    socket::{Open, Socket},
     tls::Tls,
 };
 
@@ -49,6 +50,8 @@ pub struct Workers {
     workers: Vec<Worker>,
     /// Places for the connections of every listener together.
     room: Arc<Semaphore>,
+    /// Tells connections that they end.
+    ending: watch::Sender<bool>,
 }
 
 impl std::fmt::Debug for Workers {
@@ -71,20 +74,17 @@ pub struct Capacity {
 }
 
 impl Workers {
-    /// Starts the threads. When `stopping` turns true they finish the calls in flight, as long as they may, and end.
+    /// Starts the threads.
     ///
     /// # Errors
     /// When the operating system gives no thread.
-    pub fn start(
-        capacity: Capacity,
-        services: &Arc<Services>,
-        stopping: &watch::Receiver<bool>,
-    ) -> io::Result<Workers> {
+    pub fn start(capacity: Capacity, services: &Arc<Services>) -> io::Result<Workers> {
         let Capacity { threads, connections, queued, drain } = capacity;
+        let (ending, stopping) = watch::channel(false);
         let workers =
             (0..threads.max(1)).map(|at| start(at, services.clone(), stopping.clone(), queued, drain));
         let room = Arc::new(Semaphore::new(connections));
-        Ok(Workers { workers: workers.collect::<Result<_, _>>()?, room })
+        Ok(Workers { workers: workers.collect::<Result<_, _>>()?, room, ending })
     }
 
     /// Tells how many calls the threads have turned away, whenever it is asked.
@@ -102,8 +102,10 @@ impl Workers {
         let _ = worker.connections.send(arrived);
     }
 
-    /// Waits until every thread has ended.
-    pub fn join(self) {
+    /// Has the threads finish the calls in flight, as long as they may, and end; waits for that. Listeners close before:
+    /// a client that is told to go connects again at once, and a listener that closes just then would reset it.
+    pub fn finish(self) {
+        self.ending.send_replace(true);
         for Worker { connections, thread, .. } in self.workers {
             drop(connections);
             if thread.join().is_err() {
@@ -139,7 +141,8 @@ struct Working {
 }
 
 impl Working {
-    async fn run(mut self, mut incoming: mpsc::UnboundedReceiver<Arrived>, drain: Duration) {
+    /// Serves connections until there are no more to come: the listeners are closed.
+    async fn run(self, mut incoming: mpsc::UnboundedReceiver<Arrived>, drain: Duration) {
         let mut connections = tokio::task::JoinSet::new();
         loop {
             tokio::select! {
@@ -153,7 +156,6 @@ impl Working {
                     });
                 }
                 Some(_) = connections.join_next() => {}
-                () = stopped(&mut self.stopping) => break,
             }
         }
         let rest = async { while connections.join_next().await.is_some() {} };
@@ -182,45 +184,64 @@ pub struct Opened {
     pub counts: Arc<Counts>,
 }
 
-/// Accepts the connections of one listener until `stopping` turns true.
+/// Accepts the connections of one listener until `stopping` turns true, and those that wait then: who has connected is
+/// answered.
 pub async fn accept(opened: Opened, workers: &Workers, mut stopping: watch::Receiver<bool>) {
     let Opened { listener, open, tls, counts } = opened;
-    let places = Arc::new(Semaphore::new(listener.limits.connections));
     let door = Arc::new(Door::of(&listener));
-    let entrance = Arc::new(Entrance { door, limits: listener.limits, tls, counts, ever: AtomicU64::new(0) });
     let mut told = Quiet::default();
+    let mut entry = Entry {
+        name: listener.name,
+        places: Arc::new(Semaphore::new(listener.limits.connections)),
+        entrance: Arc::new(Entrance { door, limits: listener.limits, tls, counts, ever: AtomicU64::new(0) }),
+        workers,
+        told: Quiet::default(),
+    };
     loop {
         let accepted = tokio::select! {
             accepted = open.accept() => accepted,
-            () = stopped(&mut stopping) => return,
+            () = stopped(&mut stopping) => break,
         };
         match accepted {
-            Ok((socket, peer)) => {
-                let Some(places) = place(&workers.room, &places) else {
-                    entrance.counts.refuse(Refused::Full);
-                    told.say(|more| {
-                        tracing::warn!(
-                            listener = listener.name,
-                            ?peer,
-                            more,
-                            "refused: there are as many connections already as there may be"
-                        );
-                    });
-                    continue;
-                };
-                let counted = entrance.counts.connected();
-                let entrance = entrance.clone();
-                workers.serve(Arrived { socket, peer, entrance, _places: places, _counted: counted });
-            }
+            Ok((socket, peer)) => entry.admit(socket, peer),
             Err(error) => {
-                entrance.counts.refuse(Refused::Failed);
+                entry.entrance.counts.refuse(Refused::Failed);
                 told.say(|more| {
                     let error = &error as &dyn std::error::Error;
-                    tracing::warn!(error, listener = listener.name, more, "accepting failed");
+                    tracing::warn!(error, listener = entry.name, more, "accepting failed");
                 });
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }
+    }
+    open.close(|socket, peer| entry.admit(socket, peer));
+}
+
+/// Where the connections of a listener come in.
+struct Entry<'a> {
+    name: String,
+    places: Arc<Semaphore>,
+    entrance: Arc<Entrance>,
+    workers: &'a Workers,
+    told: Quiet,
+}
+
+impl Entry<'_> {
+    /// Gives a connection to a worker, where there is room for it.
+    fn admit(&mut self, socket: Socket, peer: Option<SocketAddr>) {
+        let Some(places) = place(&self.workers.room, &self.places) else {
+            self.entrance.counts.refuse(Refused::Full);
+            return self.told.say(|more| {
+                tracing::warn!(
+                    listener = self.name,
+                    ?peer,
+                    more,
+                    "refused: there are as many connections already as there may be"
+                );
+            });
+        };
+        let (entrance, counted) = (self.entrance.clone(), self.entrance.counts.connected());
+        self.workers.serve(Arrived { socket, peer, entrance, _places: places, _counted: counted });
     }
 }
 

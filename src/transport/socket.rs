@@ -204,15 +204,51 @@ impl Open {
         match self {
             Open::Tcp(listener) => {
                 let (stream, peer) = listener.accept().await?;
-                // Small answers must not wait to be joined by others.
-                if let Err(error) = stream.set_nodelay(true) {
-                    tracing::debug!(error = &error as &dyn std::error::Error, "TCP_NODELAY was not set");
-                }
-                Ok((Socket::Tcp(stream.into_std()?), Some(peer)))
+                Ok((Socket::tcp(stream.into_std()?), Some(peer)))
             }
             Open::Unix(listener, _) => Ok((Socket::Unix(listener.accept().await?.0.into_std()?), None)),
         }
     }
+
+    /// Accepts what has connected already, and closes: connections that nobody has accepted are reset when their
+    /// listener closes, and their callers cannot know that their calls were not heard.
+    pub fn close(self, mut take: impl FnMut(Socket, Option<SocketAddr>)) {
+        let ended = match self {
+            Open::Tcp(listener) => listener.into_std().and_then(|listener| {
+                waiting(|| {
+                    let (stream, peer) = listener.accept()?;
+                    stream.set_nonblocking(true)?;
+                    take(Socket::tcp(stream), Some(peer));
+                    Ok(())
+                })
+            }),
+            Open::Unix(listener, _file) => listener.into_std().and_then(|listener| {
+                waiting(|| {
+                    let (stream, _) = listener.accept()?;
+                    stream.set_nonblocking(true)?;
+                    take(Socket::Unix(stream), None);
+                    Ok(())
+                })
+            }),
+        };
+        if let Err(error) = ended {
+            tracing::debug!(
+                error = &error as &dyn std::error::Error,
+                "the last connections were not accepted"
+            );
+        }
+    }
+}
+
+/// Accepts until nobody waits. Who comes meanwhile is not waited for without an end.
+fn waiting(mut accept: impl FnMut() -> io::Result<()>) -> io::Result<()> {
+    for _ in 0..BACKLOG {
+        match accept() {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+            accepted => accepted?,
+        }
+    }
+    Ok(())
 }
 
 /// A connection that belongs to no runtime.
@@ -222,6 +258,16 @@ pub enum Socket {
     Tcp(std::net::TcpStream),
     /// A Unix socket.
     Unix(std::os::unix::net::UnixStream),
+}
+
+impl Socket {
+    /// Small answers must not wait to be joined by others.
+    fn tcp(stream: std::net::TcpStream) -> Socket {
+        if let Err(error) = stream.set_nodelay(true) {
+            tracing::debug!(error = &error as &dyn std::error::Error, "TCP_NODELAY was not set");
+        }
+        Socket::Tcp(stream)
+    }
 }
 
 /// A connection's bytes.
@@ -292,6 +338,26 @@ mod tests {
         assert!(matches!(Taken::bind(&unix(&path), false).await, Err(BindError::Taken)));
         drop(open);
         assert!(!path.exists());
+    }
+
+    #[tokio::test]
+    async fn who_has_connected_is_accepted_by_a_listener_that_closes() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let open = Taken::bind(&unix(&path), false).await.unwrap().listen().unwrap();
+        let _unix = [(); 2].map(|()| std::os::unix::net::UnixStream::connect(&path).unwrap());
+        let mut taken = 0;
+        open.close(|_, _| taken += 1);
+        assert_eq!(taken, 2);
+        assert!(!path.exists());
+        let address = Address::Tcp("127.0.0.1:0".to_owned());
+        let open = Taken::bind(&address, false).await.unwrap().listen().unwrap();
+        let at = open.bound().unwrap().tcp().unwrap();
+        let clients = [(); 3].map(|()| std::net::TcpStream::connect(at).unwrap());
+        let mut peers = Vec::new();
+        open.close(|_, peer| peers.extend(peer));
+        assert_eq!(peers, clients.map(|client| client.local_addr().unwrap()));
+        assert!(std::net::TcpStream::connect(at).is_err());
     }
 
     #[tokio::test]

@@ -257,7 +257,7 @@ async fn still_loading(home: &Home) -> SocketAddr {
     let services =
         Arc::new(grpc::services(parts, reporter, Overload::default(), is_stopping.clone()).unwrap());
     let capacity = Capacity { threads: 1, connections: 100, queued: 100, drain: PATIENCE };
-    let workers = Workers::start(capacity, &services, &is_stopping).unwrap();
+    let workers = Workers::start(capacity, &services).unwrap();
     let listener = Listener::plain("envoy", "127.0.0.1:0", Services::envoy());
     let open = Taken::bind(&Address::Tcp("127.0.0.1:0".to_owned()), false).await.unwrap().listen().unwrap();
     let address = open.bound().unwrap().tcp().unwrap();

@@ -17,14 +17,22 @@ use super::{
     rows::{revision_to_i64, role_account},
 };
 
-/// How a database takes the three types of value that both keep.
+/// How a database takes the three types of value that both keep, and where it keeps the latest uses of secrets.
 pub(super) trait Dialect: Database + Sized {
+    /// The latest use of the secret `s`, whose row in `uses` is `u`.
+    const LAST_USED: &'static str;
+    /// Rows with the columns `key_id` and `at`, one or more of them for each secret that was used.
+    const USES: &'static str;
+
     fn int(query: &mut QueryBuilder<Self>, value: i64);
     fn text(query: &mut QueryBuilder<Self>, value: String);
     fn bytes(query: &mut QueryBuilder<Self>, value: Vec<u8>);
 }
 
 impl Dialect for sqlx::Sqlite {
+    const LAST_USED: &'static str = "u.at";
+    const USES: &'static str = "uses";
+
     fn int(query: &mut QueryBuilder<Self>, value: i64) {
         query.push_bind(value);
     }
@@ -48,11 +56,15 @@ impl<D: Dialect> Sql<D> {
         Sql(query)
     }
 
-    /// Keys joined with their secrets.
+    /// Keys joined with their secrets, and these with their latest uses.
     fn keys(condition: &'static str) -> Self {
         let mut query = QueryBuilder::new("SELECT ");
-        query.push(KEY_COLUMNS).push(", ").push(SECRET_COLUMNS);
-        query.push(" FROM keys k LEFT JOIN secrets s ON s.key_id = k.id WHERE ").push(condition);
+        query.push(KEY_COLUMNS).push(", ").push(SECRET_COLUMNS).push(", ").push(D::LAST_USED);
+        query.push(
+            " FROM keys k LEFT JOIN secrets s ON s.key_id = k.id \
+             LEFT JOIN uses u ON u.key_id = s.key_id AND u.version = s.version WHERE ",
+        );
+        query.push(condition);
         Sql(query)
     }
 
@@ -260,7 +272,9 @@ fn page<D: Dialect>(query: Sql<D>, filter: &KeyFilter, before: Option<KeyId>, li
     }
     if let Some(since) = filter.unused_since {
         query = query
-            .push(" AND NOT EXISTS (SELECT 1 FROM secrets WHERE key_id = keys.id AND last_used_at >= ")
+            .push(" AND NOT EXISTS (SELECT 1 FROM ")
+            .push(D::USES)
+            .push(" WHERE uses.key_id = keys.id AND uses.at >= ")
             .int(since.as_micros())
             .push(")");
     }

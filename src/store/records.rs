@@ -90,8 +90,7 @@ pub(super) const KEY_COLUMNS: &str = "k.id, k.account, k.user_id, k.environment,
     k.customers, k.allowed_cidrs, k.rate_limits, k.quota, k.metadata, k.created_at, k.created_by, k.updated_at, \
     k.disabled_at, k.revoked_at, k.revoke_reason, k.revoke_comment, k.revision, k.sum";
 const KEY_COLUMN_COUNT: usize = 22;
-pub(super) const SECRET_COLUMNS: &str =
-    "s.digest, s.version, s.hint, s.created_at, s.expires_at, s.sum, s.last_used_at";
+pub(super) const SECRET_COLUMNS: &str = "s.digest, s.version, s.hint, s.created_at, s.expires_at, s.sum";
 pub(super) const LOG_COLUMNS: &str = "revision, at, action, account, key_id, user_id, actor, actor_account, acting_user, \
     method, payload, prev_hash, hash";
 pub(super) const ACCOUNT_COLUMNS: &str =
@@ -185,7 +184,7 @@ pub(super) fn secret_at(
     secret.into_secret(key_id, sum, hint)
 }
 
-/// Joined rows of keys and secrets, a key's rows in a run with the newest secret first, as keys.
+/// Joined rows of keys, secrets and their latest uses, a key's rows in a run with the newest secret first, as keys.
 #[derive(Default)]
 pub(super) struct Gather {
     key: Option<Key>,

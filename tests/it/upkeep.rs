@@ -160,8 +160,8 @@ fn a_start_waits_for_a_database_that_is_away_and_says_that_it_is_not_ready() {
 
 // Migrations. --------------------------------------------------------------------------------------------------------
 
-/// The schema as the version before this one left it. In SQLite's it was the same.
-const DOWN: &str = "DROP FUNCTION life, renew, standing, roster";
+/// The schema as the version before this one left it.
+const DOWN: &str = "DROP TABLE uses";
 
 fn migrates(home: &Home) {
     let url = home.url();
@@ -169,12 +169,12 @@ fn migrates(home: &Home) {
     let mut serve = home.serve();
     serve.arg("--no-migrate");
     let refused = home.refusal(serve);
-    assert!(refused.contains("schema version 4") && refused.contains("run 'keyward migrate'"), "{refused}");
+    assert!(refused.contains("schema version 5") && refused.contains("run 'keyward migrate'"), "{refused}");
     for _ in 0..2 {
         let told = good(run(&["migrate", "--dry-run", "--database", &url]));
-        assert_eq!(told, "0005 plans: would be taken\n");
+        assert_eq!(told, "0006 uses: would be taken\n");
     }
-    assert_eq!(good(run(&["migrate", "--database", &url])), "0005 plans: taken\n");
+    assert_eq!(good(run(&["migrate", "--database", &url])), "0006 uses: taken\n");
     assert_eq!(good(run(&["migrate", "--database", &url])), "The schema is up to date.\n");
 }
 
@@ -182,15 +182,26 @@ fn migrates(home: &Home) {
 async fn a_file_is_migrated_apart_from_the_start() {
     let server = Keyward::start();
     server.root().make_account("acme").await;
+    let (id, _) = server.root().create(plain_key()).await.unwrap();
     let home = server.stop();
     let file = rusqlite::Connection::open(home.database()).unwrap();
-    file.execute_batch("DELETE FROM _sqlx_migrations WHERE version = 5").unwrap();
+    file.execute_batch(
+        "ALTER TABLE secrets ADD COLUMN last_used_at INTEGER; UPDATE secrets SET last_used_at = 1; \
+         DROP TABLE uses; DELETE FROM _sqlx_migrations WHERE version = 6",
+    )
+    .unwrap();
     drop(file);
     migrates(&home);
     let mut serve = home.serve();
     serve.arg("--no-migrate");
     let server = home.start_as(serve).unwrap();
     assert!(verified(&server).await.valid);
+    assert_eq!(server.root().get(&id).await.unwrap().last_used_at, Some(micro()), "uses are taken along");
+}
+
+/// A microsecond after 1970.
+fn micro() -> prost_types::Timestamp {
+    prost_types::Timestamp { seconds: 0, nanos: 1000 }
 }
 
 fn text(text: &str) -> Vec<u8> {
@@ -259,7 +270,7 @@ async fn a_database_is_migrated_while_the_version_before_writes_and_all_of_it_ve
     let server = home.start();
     server.root().make_account("acme").await;
     server.stop();
-    database.sql(&format!("SET search_path TO keyward; {DOWN}; DELETE FROM migrations WHERE version = 5"));
+    database.sql(&format!("SET search_path TO keyward; {DOWN}; DELETE FROM migrations WHERE version = 6"));
     written_by_the_version_before(&database, "before");
     migrates(&home);
     written_by_the_version_before(&database, "after");
@@ -267,7 +278,9 @@ async fn a_database_is_migrated_while_the_version_before_writes_and_all_of_it_ve
     // While it runs too: what others of the version before commit is taken in.
     written_by_the_version_before(&database, "beside");
     server.root().accounts.get(pb::GetAccountRequest { id: "beside".to_owned() }).await.unwrap();
-    server.root().create(plain_key()).await.unwrap();
+    let (id, _) = server.root().create(plain_key()).await.unwrap();
+    database.sql("UPDATE keyward.secrets SET last_used_at = 1");
+    assert_eq!(server.root().get(&id).await.unwrap().last_used_at, Some(micro()));
     let found = verified(&server).await;
     assert!(found.valid && found.entries == found.head, "{found:?}");
 }

@@ -1,7 +1,6 @@
 //! What goes into the tables: the rows of a decided run, a statement for each table, all of them for one message; and
 //! what Checks have left.
-//! Rows of `secrets` are always locked in the order of their keys, so that a batch and a note of uses cannot wait
-//! for each other in a ring.
+//! Rows are always locked in the order of their keys, so that two replicas cannot wait for each other in a ring.
 
 use std::collections::BTreeMap;
 
@@ -320,13 +319,10 @@ pub(super) async fn usage(connection: &mut PgConnection, batch: &UsageBatch) -> 
     let UsageBatch { used, counts, spent } = batch;
     if !used.is_empty() {
         query(
-            "WITH latest AS (SELECT key_id, version, max(at) AS at \
+            "INSERT INTO uses (key_id, version, at) SELECT key_id, version, max(at) \
              FROM unnest($1::bytea[], $2::bigint[], $3::bigint[]) AS used (key_id, version, at) \
-             GROUP BY key_id, version), \
-             found AS (SELECT s.digest, latest.at FROM secrets s JOIN latest USING (key_id, version) \
-             ORDER BY s.key_id, s.version FOR NO KEY UPDATE OF s) \
-             UPDATE secrets SET last_used_at = greatest(last_used_at, found.at) \
-             FROM found WHERE secrets.digest = found.digest",
+             GROUP BY 1, 2 ORDER BY 1, 2 \
+             ON CONFLICT (key_id, version) DO UPDATE SET at = greatest(uses.at, excluded.at)",
         )
         .bind(arg(used, |used| used.key_id.as_bytes().to_vec()))
         .bind(arg(used, |used| i64::from(used.version)))

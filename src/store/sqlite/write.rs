@@ -58,7 +58,7 @@ const PUT_KEYS: Statement = Statement {
 };
 const PUT_SECRETS: Statement = Statement {
     head: "INSERT INTO secrets",
-    row: "(?, ?, ?, ?, ?, ?, ?, NULL)",
+    row: "(?, ?, ?, ?, ?, ?, ?)",
     tail: "ON CONFLICT (digest) DO UPDATE SET expires_at = excluded.expires_at, sum = excluded.sum \
            WHERE key_id = excluded.key_id AND version = excluded.version",
 };
@@ -67,10 +67,9 @@ const APPEND: Statement =
 const REMEMBER: Statement =
     Statement { head: "INSERT OR REPLACE INTO idempotency", row: "(?, ?, ?, ?, ?)", tail: "" };
 const NOTE_USED: Statement = Statement {
-    head: "WITH used (key_id, version, at) AS (",
+    head: "INSERT INTO uses",
     row: "(?, ?, ?)",
-    tail: ") UPDATE secrets SET last_used_at = max(coalesce(last_used_at, 0), used.at) FROM used \
-           WHERE secrets.key_id = used.key_id AND secrets.version = used.version",
+    tail: "ON CONFLICT (key_id, version) DO UPDATE SET at = max(at, excluded.at)",
 };
 const COUNT: Statement = Statement {
     head: "INSERT INTO usage",
@@ -282,16 +281,12 @@ async fn remember(connection: &mut Connection, plan: &Plan<'_>) -> Result<()> {
 
 /// Writes what Checks have left. Gives the rows of the quotas that were drawn from.
 pub(super) async fn usage(connection: &mut Connection, batch: &UsageBatch) -> Result<Vec<SqliteRow>> {
-    // In a statement each secret comes once: of two uses one would be lost.
-    let mut latest = BTreeMap::new();
-    for used in &batch.used {
-        let at = latest.entry((used.key_id, used.version)).or_insert(used.at);
-        *at = used.at.max(*at);
-    }
-    let used: Vec<_> = latest.into_iter().collect();
     NOTE_USED
-        .write(connection, &used, |query, ((key_id, version), at)| {
-            query.bind(key_id.as_bytes().to_vec()).bind(i64::from(*version)).bind(at.as_micros())
+        .write(connection, &batch.used, |query, used| {
+            query
+                .bind(used.key_id.as_bytes().to_vec())
+                .bind(i64::from(used.version))
+                .bind(used.at.as_micros())
         })
         .await?;
     COUNT
@@ -336,7 +331,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("keyward.db").display().to_string();
         let store = Sqlite::open(&path, Schema::Migrate).await.unwrap();
-        for statement in facts::ALL.iter().chain([&NOTE_USED, &DRAW, &SPENT]) {
+        for statement in facts::ALL.iter().chain([&DRAW, &SPENT]) {
             for rows in [1, 64] {
                 let sql = format!("EXPLAIN QUERY PLAN {}", statement.of(rows));
                 let plan = store
@@ -346,9 +341,8 @@ mod tests {
                     .await
                     .unwrap();
                 let plan: Vec<String> = plan.iter().map(|row| row.get("detail")).collect();
-                let mine = |step: &&String| {
-                    ["asked", "used", "more", "CONSTANT"].iter().any(|own| step.contains(own))
-                };
+                let mine =
+                    |step: &&String| ["asked", "more", "CONSTANT"].iter().any(|own| step.contains(own));
                 let scanned: Vec<_> =
                     plan.iter().filter(|step| step.starts_with("SCAN")).filter(|step| !mine(step)).collect();
                 assert!(scanned.is_empty(), "{sql}: {plan:?}");

@@ -30,7 +30,11 @@ use keyward::{
         token::Token,
     },
     engine::{
-        Asker, Decided, Engine, Question, index::Index, lease::Lease, limiter::LimitSettings, usage::Usage,
+        Asker, Decided, Engine, Question,
+        index::Index,
+        lease::Lease,
+        limiter::LimitSettings,
+        usage::{Pace, Usage},
     },
     store::{self, SnapshotItem},
 };
@@ -167,7 +171,7 @@ fn measure(subjects: &[Subject; 2]) -> [f64; 2] {
     for round in 0..=ROUNDS {
         for (subject, times) in subjects.iter().zip(&mut times) {
             let took = subject.round(&environments, &scopes);
-            runtime.block_on(subject.engine.usage.flush(&*store)).unwrap();
+            runtime.block_on(subject.engine.usage.flush(&*store, Pace::AtOnce)).unwrap();
             if round > 0 {
                 times.push(took);
             }

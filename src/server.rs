@@ -23,6 +23,7 @@ use anyhow::Context as _;
 use tokio::{
     sync::{oneshot, watch},
     task::{JoinError, JoinHandle},
+    time::MissedTickBehavior,
 };
 use tonic_health::server::HealthReporter;
 
@@ -39,7 +40,11 @@ use crate::{
     config::server::Settings,
     decisions::{Decisions, Keeper},
     domain::token::Token,
-    engine::{Engine, index::Index, usage::Usage},
+    engine::{
+        Engine,
+        index::Index,
+        usage::{Pace, Usage},
+    },
     forward,
     gateway::Gateway,
     grpc::{
@@ -68,6 +73,10 @@ const QUIET_START: Duration = Duration::from_secs(1);
 const DRAIN: Duration = Duration::from_secs(4);
 /// How long all has that comes after: what hangs then is left.
 const LAST_WORK: Duration = Duration::from_secs(3);
+/// How much longer for each key whose uses wait to be written, which takes some 6 microseconds.
+const LAST_USE: Duration = Duration::from_micros(10);
+/// But not longer than this: whoever stops a process kills it before long.
+const LAST_USES: Duration = Duration::from_secs(10);
 
 /// A running server.
 #[derive(Debug)]
@@ -320,12 +329,13 @@ impl Server {
                 keeper.stop(LAST_WORK).await;
             }
         };
+        let uses = usage.waiting();
         let last = async {
             // The services are gone with the workers, and the writer ends when its queue is empty.
             if let Err(error) = writer.await {
                 tracing::error!(error = &error as &dyn std::error::Error, "the writer ended badly");
             }
-            if let Err(error) = usage.flush(&*store).await {
+            if let Err(error) = usage.flush(&*store, Pace::AtOnce).await {
                 tracing::warn!(error = &error as &dyn std::error::Error, "the last uses were not written");
             }
             head.tell(&*store).await;
@@ -334,7 +344,9 @@ impl Server {
             }
             store.close().await;
         };
-        let (last, ()) = tokio::join!(tokio::time::timeout(LAST_WORK, last), decisions);
+        let waiting = u32::try_from(uses).unwrap_or(u32::MAX);
+        let patience = LAST_WORK + LAST_USE.saturating_mul(waiting).min(LAST_USES);
+        let (last, ()) = tokio::join!(tokio::time::timeout(patience, last), decisions);
         if last.is_err() {
             tracing::warn!(
                 "the database did not answer in time: the last writes and uses may be lost, and the replica's row stays"
@@ -508,9 +520,11 @@ async fn watch_database(
 }
 
 async fn flush_usage(store: Arc<dyn Store>, usage: Arc<Usage>) {
+    let mut due = tokio::time::interval(FLUSH_EVERY);
+    due.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
-        tokio::time::sleep(FLUSH_EVERY).await;
-        if let Err(error) = usage.flush(&*store).await {
+        due.tick().await;
+        if let Err(error) = usage.flush(&*store, Pace::Gentle).await {
             tracing::warn!(error = &error as &dyn std::error::Error, "uses were not written; they are kept");
         }
     }

@@ -2,34 +2,57 @@
 //! were drawn from. Noted in memory, written behind; what the store then says of quotas goes back to their budgets.
 //!
 //! Bounded: there is one entry for each key that was used since the last flush, and no more than
-//! [`notes::MOST_KEYS`]; what comes beyond that is counted as dropped. A kill loses what was noted since the last
-//! flush, five seconds at the most. Quotas that others draw from too cannot always wait so long: [`Usage::hurry`].
+//! [`notes::MOST_KEYS`]; what comes beyond that is counted as dropped. A kill loses what was noted and is not written:
+//! of the last five seconds, or of more where so many keys are used that writing would take more than its share of the
+//! machine ([`Pace::Gentle`]). Quotas that others draw from too cannot always wait so long: [`Usage::hurry`].
 
 pub mod notes;
+mod trace;
 
 use std::{
     collections::HashMap,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
-use tokio::sync::{Notify, futures::Notified};
+use tokio::{
+    sync::{Notify, futures::Notified},
+    time::Instant,
+};
 
 use crate::{
     domain::{limit::Drawn, name::KeyId, time::Timestamp},
     store::{Count, Store, StoreError, UsageBatch, UsedSecret},
 };
 
-use self::notes::{Note, Notes, Traces, lock};
+use self::{
+    notes::{MOST_KEYS, Note, Notes, lock},
+    trace::Trace,
+};
 use super::limiter::Budget;
 
-/// Keys in one transaction: a flush must not hold up the writes between for long.
+/// Keys in one question for quotas.
 const CHUNK: usize = 500;
+/// How many times as long as a write took a gentle flush rests after it.
+const REST: u32 = 9;
+/// No rest is longer: a write that takes longer waits for something else than processors.
+const LONGEST_REST: Duration = Duration::from_millis(100);
+/// A gentle flush does not rest while so many keys are noted: they must not be too many.
+const MANY: usize = MOST_KEYS / 4 * 3;
 /// How long after a failure quotas are written again.
 const DRAW_AGAIN: Duration = Duration::from_secs(1);
+
+/// How fast to write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pace {
+    /// At once: somebody waits for it.
+    AtOnce,
+    /// A tenth of the time, unless somebody waits, very many keys do, or quotas were drawn from. Checks have the rest.
+    Gentle,
+}
 
 /// What the store does not have yet.
 #[derive(Default)]
@@ -39,6 +62,10 @@ pub struct Usage {
     failures: AtomicU64,
     /// One flush at a time: what is being written must not be written twice.
     flush: tokio::sync::Mutex<()>,
+    /// How many wait for a flush.
+    urgent: AtomicUsize,
+    /// Somebody waits.
+    urged: Notify,
     /// One write at a time: a budget's units must not be counted twice.
     writing: tokio::sync::Mutex<()>,
     hurried: Mutex<HashMap<KeyId, Arc<Budget>>>,
@@ -104,18 +131,29 @@ impl Usage {
     ///
     /// # Errors
     /// When the store fails.
-    pub async fn flush(&self, store: &dyn Store) -> Result<(), StoreError> {
+    pub async fn flush(&self, store: &dyn Store, pace: Pace) -> Result<(), StoreError> {
+        let _urgent = (pace == Pace::AtOnce).then(|| Urgent::new(self));
         let _one = self.flush.lock().await;
-        for shelf in self.gathered().shelves() {
-            for keys in shelf.take().chunks(CHUNK) {
-                let _one = self.writing.lock().await;
-                let (batch, drawn) = batch(&lock(&shelf.flushing), keys);
-                self.write(store, &batch, &drawn).await?;
-                let mut flushing = lock(&shelf.flushing);
-                keys.iter().for_each(|key| drop(flushing.remove(key)));
+        self.gathered().line_up();
+        loop {
+            let begun = Instant::now();
+            let writing = self.writing.lock().await;
+            let Some(((batch, drawn), pressing)) = self.notes.next(batch) else { return Ok(()) };
+            self.write(store, &batch, &drawn).await?;
+            self.notes.written();
+            drop(writing);
+            if !pressing {
+                self.rest(begun.elapsed()).await;
             }
         }
-        Ok(())
+    }
+
+    /// Leaves the machine to others after a write that took so long.
+    async fn rest(&self, took: Duration) {
+        let urged = self.urged.notified();
+        if self.urgent.load(Ordering::SeqCst) == 0 && self.notes.shelved() < MANY {
+            let _ = tokio::time::timeout((took * REST).min(LONGEST_REST), urged).await;
+        }
     }
 
     /// Writes a batch, and tells the budgets what the store says of their quotas.
@@ -193,10 +231,28 @@ impl Usage {
     }
 }
 
+/// Somebody waits for a flush, until this is dropped.
+struct Urgent<'u>(&'u Usage);
+
+impl<'u> Urgent<'u> {
+    fn new(usage: &'u Usage) -> Self {
+        usage.urgent.fetch_add(1, Ordering::SeqCst);
+        usage.urged.notify_waiters();
+        Urgent(usage)
+    }
+}
+
+impl Drop for Urgent<'_> {
+    fn drop(&mut self) {
+        self.0.urgent.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
 /// What is to be written of some keys, and the budgets that it is drawn from.
-fn batch(traces: &Traces, keys: &[KeyId]) -> (UsageBatch, HashMap<KeyId, (Arc<Budget>, Drawn)>) {
+fn batch(keys: &[(KeyId, Trace)]) -> (UsageBatch, HashMap<KeyId, (Arc<Budget>, Drawn)>) {
     let (mut batch, mut all) = (UsageBatch::default(), HashMap::new());
-    for (key_id, trace) in keys.iter().filter_map(|key| Some((*key, traces.get(key)?))) {
+    for (key_id, trace) in keys {
+        let key_id = *key_id;
         batch.used.extend(trace.used().map(|(version, at)| UsedSecret { key_id, version, at }));
         let counts = trace.counts();
         batch.counts.extend(counts.map(|(hour, reason, count)| Count { key_id, hour, reason, count }));

@@ -15,6 +15,7 @@ use crate::{
         time::{Revision, Timestamp},
         token::Digest,
     },
+    engine::usage::Pace,
     refusal::{Refusal, Thing},
     store::{Count, Hour, KeyFilter, Outcome, OwnerFilter, StoredKey},
 };
@@ -202,7 +203,7 @@ impl Keys {
     ) -> Result<Vec<(Timestamp, HashMap<Reason, u64>)>, Refusal> {
         let stored = self.visible(caller, id).await?;
         self.may_read(caller, &stored.key.owner)?;
-        self.engine.usage.flush(&*self.store).await?;
+        self.engine.usage.flush(&*self.store, Pace::AtOnce).await?;
         let counts = self.store.usage(id, from, to).await?;
         let step = i64::from(hours.max(1));
         let mut buckets: Vec<(Timestamp, HashMap<Reason, u64>)> = Vec::new();

@@ -22,7 +22,7 @@ use crate::{
         time::{Revision, Timestamp},
         token::Token,
     },
-    engine::Engine,
+    engine::{Engine, usage::Pace},
     refusal::{Refusal, Thing},
     replication::propagation::Reach,
     store::{
@@ -242,7 +242,7 @@ impl Keys {
         }
         if filter.unused_since.is_some() {
             // The filter runs in the store: it must know the latest uses.
-            self.engine.usage.flush(&*self.store).await?;
+            self.engine.usage.flush(&*self.store, Pace::AtOnce).await?;
         }
         let mut stored = self.store.keys(filter, before, size + 1).await?;
         let fitting = bulk::fitting(&stored).min(size as usize);

@@ -19,7 +19,7 @@ use keyward::{
         name::DisplayName,
         time::{Revision, Timestamp},
     },
-    engine::{Answer, CannotAnswer, limiter::LimitSettings},
+    engine::{Answer, CannotAnswer, limiter::LimitSettings, usage::Pace},
     store::{self, SnapshotItem, Store, Write},
 };
 
@@ -88,7 +88,7 @@ async fn spent(store: &Arc<dyn Store>) -> u64 {
 }
 
 async fn flush(replica: &Replica, store: &Arc<dyn Store>) {
-    replica.engine.usage.flush(&**store).await.unwrap();
+    replica.engine.usage.flush(&**store, Pace::AtOnce).await.unwrap();
 }
 
 /// Asks until there is an answer: a database that is slow is no verdict.
@@ -201,7 +201,7 @@ async fn what_was_used_while_a_write_failed_is_counted_once_when_it_succeeds() {
     let replica = Replica::start(&limited, &LimitSettings::default(), clock()).await;
     away.close().await;
     replica.ask(5).await.unwrap();
-    assert!(replica.engine.usage.flush(&*away).await.is_err());
+    assert!(replica.engine.usage.flush(&*away, Pace::AtOnce).await.is_err());
     replica.ask(6).await.unwrap();
     let store = open_again(folder.path()).await;
     flush(&replica, &store).await;

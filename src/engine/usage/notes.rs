@@ -1,8 +1,9 @@
 //! What was noted of Checks, in memory: first as it comes, on a pad of the thread that it comes from; then by key, on
-//! shelves that the flush takes away. Writing it to the store is not done here.
+//! shelves; then in the line of what is written next. Writing it to the store is not done here.
 //!
 //! A Check only appends to its own thread's pad, which no other core touches but to read it; a full pad is put on the
-//! shelves as a whole. Many keys are found faster in one go than one each time: their misses overlap.
+//! shelves as a whole. Many keys are found faster in one go than one each time: their misses overlap. The line is in the
+//! order of keys, since the store's pages are: what is written together then shares them.
 
 use std::{
     collections::HashMap,
@@ -13,14 +14,17 @@ use crate::{
     domain::{decision::Reason, name::KeyId, time::Timestamp},
     engine::limiter::Budget,
     instruments::Apart,
-    store::Hour,
 };
 
-pub(super) const SHELVES: usize = 16;
-/// How many keys may wait to be written: about 120 MB of them.
-pub const MOST_KEYS: usize = 1 << 20;
+use super::trace::Trace;
+
+const SHELVES: usize = 16;
+/// How many keys may be on the shelves: about 130 MB of them. There may be as many in the line, in 84 MB.
+pub const MOST_KEYS: usize = 1 << 21;
 /// Notes on a full pad: 8 KB of them, some ten microseconds' work.
 const PAD: usize = 256;
+/// Keys that are written together: a write must not hold up others for long.
+const CHUNK: usize = 500;
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -39,155 +43,70 @@ pub struct Note {
     pub reason: Reason,
 }
 
-/// What one key's Checks have left. Most keys have one secret in use and one answer in an hour: these stand here, and
-/// others apart, since a table of these may be large.
-#[derive(Clone, Debug)]
-pub(super) struct Trace {
-    /// A secret's version and its latest use. Versions count from 1: 0 = there is none.
-    version: u32,
-    last: Timestamp,
-    /// How many answers there were with a reason in an hour.
-    counted: u64,
-    reason: Reason,
-    hour: Hour,
-    more: Option<Box<More>>,
-}
+type Traces = HashMap<KeyId, Trace, foldhash::fast::RandomState>;
 
-/// What else they have left.
-#[derive(Clone, Debug, Default)]
-struct More {
-    used: Vec<(u32, Timestamp)>,
-    counts: Vec<(Hour, Reason, u64)>,
-    /// The budget, where the quota was drawn from: it knows how much.
-    budget: Option<Arc<Budget>>,
-}
-
-impl Default for Trace {
-    fn default() -> Trace {
-        Trace {
-            version: 0,
-            last: Timestamp::from_micros(0),
-            counted: 0,
-            reason: Reason::Ok,
-            hour: Hour(0),
-            more: None,
-        }
-    }
-}
-
-impl Trace {
-    fn note(&mut self, note: &Note) {
-        self.count(Hour::of(note.at), note.reason, 1);
-        if note.reason == Reason::Ok {
-            self.use_of(note.version, note.at);
-        }
-    }
-
-    fn more(&mut self) -> &mut More {
-        self.more.get_or_insert_default()
-    }
-
-    fn use_of(&mut self, version: u32, at: Timestamp) {
-        if self.version == 0 || self.version == version {
-            (self.version, self.last) = (version, at.max(self.last));
-            return;
-        }
-        let used = &mut self.more().used;
-        match used.iter_mut().find(|(of, _)| *of == version) {
-            Some((_, last)) => *last = at.max(*last),
-            None => used.push((version, at)),
-        }
-    }
-
-    fn count(&mut self, hour: Hour, reason: Reason, more: u64) {
-        if self.counted == 0 || (self.hour, self.reason) == (hour, reason) {
-            (self.hour, self.reason, self.counted) = (hour, reason, self.counted + more);
-            return;
-        }
-        let counts = &mut self.more().counts;
-        match counts.iter_mut().find(|(of, why, _)| (*of, *why) == (hour, reason)) {
-            Some((_, _, count)) => *count += more,
-            None => counts.push((hour, reason, more)),
-        }
-    }
-
-    /// Adds what came later.
-    fn add(&mut self, later: Trace) {
-        later.used().for_each(|(version, at)| self.use_of(version, at));
-        later.counts().for_each(|(hour, reason, more)| self.count(hour, reason, more));
-        if let Some(budget) = later.budget() {
-            self.drew(budget);
-        }
-    }
-
-    fn drew(&mut self, budget: &Arc<Budget>) {
-        self.more().budget.get_or_insert_with(|| budget.clone());
-    }
-
-    /// The versions of secrets, each with its latest use.
-    pub(super) fn used(&self) -> impl Iterator<Item = (u32, Timestamp)> {
-        let here = (self.version > 0).then_some((self.version, self.last));
-        here.into_iter().chain(self.more.iter().flat_map(|more| more.used.iter().copied()))
-    }
-
-    /// The answers, by hour and reason; of each pair once.
-    pub(super) fn counts(&self) -> impl Iterator<Item = (Hour, Reason, u64)> {
-        let here = (self.counted > 0).then_some((self.hour, self.reason, self.counted));
-        here.into_iter().chain(self.more.iter().flat_map(|more| more.counts.iter().copied()))
-    }
-
-    /// The budget, where the quota was drawn from.
-    pub(super) fn budget(&self) -> Option<&Arc<Budget>> {
-        self.more.as_ref()?.budget.as_ref()
-    }
-}
-
-pub(super) type Traces = HashMap<KeyId, Trace, foldhash::fast::RandomState>;
-
-/// A part of the keys. Whoever takes both locks takes that of `flushing` first.
+/// Keys in order, each once. They are written from the end, so that what is written takes no memory any more.
 #[derive(Default)]
-pub(super) struct Shelf {
-    /// Put here since the last flush began. Checks wait for this lock, so nobody has it for long.
-    fresh: Mutex<Traces>,
-    /// Being written.
-    pub(super) flushing: Mutex<Traces>,
-}
+struct Row(Vec<(KeyId, Trace)>);
 
-impl Shelf {
-    /// Makes what is fresh a part of what is being written, and tells of which keys that is now.
-    pub(super) fn take(&self) -> Vec<KeyId> {
-        let mut flushing = lock(&self.flushing);
-        // As many keys will come again, and a table that grows holds up whoever makes it grow.
-        let room = Traces::with_capacity_and_hasher(lock(&self.fresh).len(), Default::default());
-        let fresh = std::mem::replace(&mut *lock(&self.fresh), room);
-        if flushing.is_empty() {
-            *flushing = fresh;
+impl Row {
+    fn add(&mut self, mut more: Vec<(KeyId, Trace)>) {
+        // What could not be written comes before what was noted since.
+        if self.0.is_empty() {
+            self.0 = more
         } else {
-            fresh.into_iter().for_each(|(key, trace)| flushing.entry(key).or_default().add(trace));
+            self.0.append(&mut more)
         }
-        flushing.keys().copied().collect()
+        self.0.sort_by_key(|(key, _)| *key);
+        self.0.dedup_by(|(key, later), (of, known)| {
+            let same = key == of;
+            if same {
+                known.add(std::mem::take(later));
+            }
+            same
+        });
     }
 
-    /// How many keys it has. One that is used while it is written is in both parts.
-    fn len(&self) -> usize {
-        let flushing = lock(&self.flushing);
-        let fresh = lock(&self.fresh);
-        fresh.len() + flushing.keys().filter(|key| !fresh.contains_key(key)).count()
+    /// What is to be written next.
+    fn next(&self) -> &[(KeyId, Trace)] {
+        &self.0[self.0.len().saturating_sub(CHUNK)..]
     }
 
-    fn last_use(&self, key: KeyId, version: u32) -> Option<Timestamp> {
-        let flushing = lock(&self.flushing);
-        let fresh = lock(&self.fresh);
-        let used = [fresh.get(&key), flushing.get(&key)].into_iter().flatten().flat_map(Trace::used);
-        used.filter(|(of, _)| *of == version).map(|(_, at)| at).max()
+    fn written(&mut self) {
+        let left = self.0.len().saturating_sub(CHUNK);
+        self.0.truncate(left);
+        if left < self.0.capacity() / 2 {
+            self.0.shrink_to_fit();
+        }
+    }
+
+    fn get(&self, key: KeyId) -> Option<&Trace> {
+        let at = self.0.binary_search_by_key(&key, |(of, _)| *of).ok()?;
+        Some(&self.0[at].1)
     }
 }
 
-/// Everything that was noted and is not written.
+/// What is to be written, in order.
+#[derive(Default)]
+struct Line {
+    /// Keys whose quotas were drawn from: they come first, since what a kill forgets of them is given out again.
+    drew: Row,
+    others: Row,
+}
+
+impl Line {
+    fn len(&self) -> usize {
+        self.drew.0.len() + self.others.0.len()
+    }
+}
+
+/// Everything that was noted and is not written. Whoever takes two of its locks takes them in the order of the fields.
 #[derive(Default)]
 pub(super) struct Notes {
     pads: Apart<Mutex<Vec<Note>>>,
-    shelves: [Shelf; SHELVES],
+    line: Mutex<Line>,
+    /// Checks wait for these locks, so nobody has one for long.
+    shelves: [Mutex<Traces>; SHELVES],
 }
 
 impl Notes {
@@ -200,7 +119,7 @@ impl Notes {
 
     /// Notes that a key's quota was drawn from, beside the Check that did.
     pub(super) fn drew(&self, key: KeyId, budget: &Arc<Budget>) {
-        if let Some(trace) = trace(&mut lock(&self.shelf(key).fresh), key) {
+        if let Some(trace) = trace(&mut lock(self.shelf(key)), key) {
             trace.drew(budget);
         }
     }
@@ -210,26 +129,61 @@ impl Notes {
         self.pads.each().map(|pad| self.put(&mut lock(pad))).sum()
     }
 
-    /// The shelves, with everything on them that was noted before this call.
-    pub(super) fn shelves(&self) -> &[Shelf] {
-        &self.shelves
+    /// Puts everything in the line that is on the shelves.
+    pub(super) fn line_up(&self) {
+        let mut line = lock(&self.line);
+        let (mut drew, mut others) = (Vec::new(), Vec::with_capacity(self.shelved()));
+        for shelf in &self.shelves {
+            let mut shelf = lock(shelf);
+            // As many keys will come again, and a table that grows holds up whoever makes it grow.
+            let room = Traces::with_capacity_and_hasher(shelf.len(), Default::default());
+            let taken = std::mem::replace(&mut *shelf, room);
+            drop(shelf);
+            for (key, trace) in taken {
+                if trace.budget().is_some() { &mut drew } else { &mut others }.push((key, trace));
+            }
+        }
+        line.drew.add(drew);
+        line.others.add(others);
     }
 
-    /// How many keys wait.
+    /// What is to be written next, as `of` makes it, and whether it may not wait. None = nothing is in the line.
+    pub(super) fn next<T>(&self, of: impl FnOnce(&[(KeyId, Trace)]) -> T) -> Option<(T, bool)> {
+        let line = lock(&self.line);
+        let pressing = !line.drew.0.is_empty();
+        let next = if pressing { line.drew.next() } else { line.others.next() };
+        (!next.is_empty()).then(|| (of(next), pressing))
+    }
+
+    /// What was next is written.
+    pub(super) fn written(&self) {
+        let mut line = lock(&self.line);
+        if line.drew.0.is_empty() { line.others.written() } else { line.drew.written() }
+    }
+
+    /// How many keys wait. One that is used while it is written counts twice.
     pub(super) fn len(&self) -> usize {
-        self.shelves.iter().map(Shelf::len).sum()
+        lock(&self.line).len() + self.shelved()
+    }
+
+    /// How many keys are on the shelves.
+    pub(super) fn shelved(&self) -> usize {
+        self.shelves.iter().map(|shelf| lock(shelf).len()).sum()
     }
 
     /// The latest use of a secret that is known here.
     pub(super) fn last_use(&self, key: KeyId, version: u32) -> Option<Timestamp> {
-        self.shelf(key).last_use(key, version)
+        let line = lock(&self.line);
+        let shelf = lock(self.shelf(key));
+        let known = [shelf.get(&key), line.drew.get(key), line.others.get(key)].into_iter().flatten();
+        known.flat_map(Trace::used).filter(|(of, _)| *of == version).map(|(_, at)| at).max()
     }
 
     /// A pad is locked until its notes are on the shelves: they are in one place or in the other for whoever looks.
     fn put(&self, pad: &mut Vec<Note>) -> u64 {
         let mut dropped = 0;
         for note in pad.drain(..) {
-            match trace(&mut lock(&self.shelf(note.key).fresh), note.key) {
+            match trace(&mut lock(self.shelf(note.key)), note.key) {
                 Some(trace) => trace.note(&note),
                 None => dropped += 1,
             }
@@ -237,34 +191,78 @@ impl Notes {
         dropped
     }
 
-    fn shelf(&self, key: KeyId) -> &Shelf {
+    fn shelf(&self, key: KeyId) -> &Mutex<Traces> {
         // The last byte of a UUIDv7 is random.
         &self.shelves[usize::from(key.as_bytes()[15]) % SHELVES]
     }
 }
 
 /// The trace of a key. None = too many keys wait.
-fn trace(fresh: &mut Traces, key: KeyId) -> Option<&mut Trace> {
-    if fresh.len() >= MOST_KEYS / SHELVES && !fresh.contains_key(&key) {
+fn trace(shelf: &mut Traces, key: KeyId) -> Option<&mut Trace> {
+    if shelf.len() >= MOST_KEYS / SHELVES && !shelf.contains_key(&key) {
         return None;
     }
-    Some(fresh.entry(key).or_default())
+    Some(shelf.entry(key).or_default())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn at(micros: i64) -> Timestamp {
+        Timestamp::from_micros(micros)
+    }
+
+    fn key(number: u64) -> KeyId {
+        // Not in the order of their numbers.
+        let mixed = number.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_be_bytes();
+        KeyId::generate(at(0), std::array::from_fn(|byte| mixed[byte % 8]))
+    }
+
+    fn note(notes: &Notes, number: u64, micros: i64) {
+        notes.note(Note { key: key(number), at: at(micros), version: 1, reason: Reason::Ok });
+    }
+
+    /// Writes everything; gives the keys, those first that were written last.
+    fn drain(notes: &Notes) -> Vec<KeyId> {
+        let mut all = std::collections::VecDeque::new();
+        while let Some((keys, _)) = notes.next(|chunk| chunk.iter().map(|(key, _)| *key).collect::<Vec<_>>())
+        {
+            assert!(keys.len() <= CHUNK);
+            keys.into_iter().rev().for_each(|key| all.push_front(key));
+            notes.written();
+        }
+        all.into()
+    }
+
     #[test]
-    fn checks_are_counted_by_hour_and_reason() {
-        let mut trace = Trace::default();
-        trace.count(Hour(1), Reason::Ok, 2);
-        trace.count(Hour(1), Reason::Revoked, 1);
-        let mut later = Trace::default();
-        later.count(Hour(1), Reason::Ok, 3);
-        later.count(Hour(2), Reason::Ok, 1);
-        trace.add(later);
-        let counts = [(Hour(1), Reason::Ok, 5), (Hour(1), Reason::Revoked, 1), (Hour(2), Reason::Ok, 1)];
-        assert_eq!(trace.counts().collect::<Vec<_>>(), counts);
+    fn keys_are_written_in_order_from_the_end_and_once_whatever_was_left_of_the_line() {
+        const KEYS: u64 = 3 * CHUNK as u64 + 7;
+        let notes = Notes::default();
+        for round in 1..4 {
+            (0..KEYS).for_each(|number| note(&notes, number, round));
+            notes.gather();
+            assert_eq!(notes.last_use(key(8), 1), Some(at(round)));
+            notes.line_up();
+            assert_eq!(notes.last_use(key(8), 1), Some(at(round)));
+        }
+        let written = drain(&notes);
+        assert_eq!(written.len() as u64, KEYS);
+        assert!(written.is_sorted());
+        assert_eq!((notes.len(), notes.last_use(key(8), 1)), (0, None));
+    }
+
+    #[test]
+    fn what_was_used_while_it_was_written_is_written_again() {
+        let notes = Notes::default();
+        note(&notes, 1, 5);
+        notes.gather();
+        notes.line_up();
+        note(&notes, 1, 9);
+        notes.gather();
+        assert_eq!(notes.last_use(key(1), 1), Some(at(9)));
+        assert_eq!(drain(&notes), [key(1)]);
+        notes.line_up();
+        assert_eq!(drain(&notes), [key(1)]);
     }
 }

@@ -367,6 +367,7 @@ macro_rules! every_promise {
                 the_latest_use_of_a_secret_is_kept_and_unknown_ones_are_skipped,
                 a_use_outlives_a_change_of_its_key,
                 counts_of_an_hour_add_up,
+                a_flush_that_somebody_waits_for_hastens_a_gentle_one_and_each_check_counts_once,
                 counts_come_in_the_order_of_hours_within_their_range,
                 old_counts_are_dropped_and_newer_ones_stay,
                 units_of_a_period_add_up_whoever_writes_them,

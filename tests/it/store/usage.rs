@@ -8,6 +8,7 @@ use keyward::{
         limit::{Drawn, Spent},
         name::KeyId,
     },
+    engine::usage::{Pace, Usage, notes::Note},
     store::{Count, Hour, Outcome, UsageBatch, UsedSecret},
 };
 
@@ -181,5 +182,28 @@ pub(super) async fn uses_are_noted_while_keys_change(store: Shared) {
     notes.await.unwrap();
     for key in keys {
         assert!(store.key(key.id).await.unwrap().unwrap().last_used.contains(&(1, at(9))));
+    }
+}
+
+pub(super) async fn a_flush_that_somebody_waits_for_hastens_a_gentle_one_and_each_check_counts_once(
+    store: Shared,
+) {
+    const KEYS: usize = 3_000;
+    let usage = Arc::new(Usage::default());
+    let keys: Vec<_> = (0..KEYS).map(|_| fresh_id(at(0))).collect();
+    let note = |key, seconds| usage.note(Note { key, at: at(seconds), version: 1, reason: Reason::Ok }, None);
+    keys.iter().for_each(|key| note(*key, 1));
+    let gentle = usage.flush(&*store, Pace::Gentle);
+    let urgent = async {
+        keys.iter().for_each(|key| note(*key, 2));
+        usage.flush(&*store, Pace::AtOnce).await
+    };
+    let (gentle, urgent) = tokio::join!(gentle, urgent);
+    gentle.and(urgent).unwrap();
+    assert_eq!(usage.waiting(), 0);
+    for key in [keys[0], keys[KEYS / 2], keys[KEYS - 1]] {
+        let hour = Hour::of(at(1));
+        let found = store.usage(key, hour, Hour(hour.0 + 1)).await.unwrap();
+        assert_eq!(found, [count(key, hour.0, Reason::Ok, 2)]);
     }
 }

@@ -39,7 +39,7 @@ impl Told {
         self.0["figures"][0][of]["median"].as_f64().unwrap()
     }
 
-    /// The ratio to the subject whose name holds `to`.
+    /// The ratio to the first subject whose name holds `to`.
     pub(crate) fn ratio(&self, to: &str, by: &str) -> f64 {
         self.spread(to, by)["median"].as_f64().unwrap()
     }

@@ -72,6 +72,9 @@ pub(super) struct BenchArgs {
     /// Measure tonic's hello-world and an echo in turn, and show ratios
     #[arg(long)]
     baseline: bool,
+    /// Measure those that this program serves, too: it is this one with another allocator
+    #[arg(long, hide = true, requires = "baseline", value_name = "FILE")]
+    baseline_program: Option<PathBuf>,
     /// Give servers the first core alone, and the load the others
     #[arg(long)]
     one_core: bool,
@@ -276,7 +279,7 @@ impl BenchArgs {
             arguments.extend(["--config", config]);
         }
         let out = folder.join("server");
-        let mut running = Running::start(&arguments, folder, &out, self.cores())?;
+        let mut running = Running::start(Path::new(process::THIS), &arguments, folder, &out, self.cores())?;
         let address = running.address(&out, "keyward serves gRPC on ").await?;
         let envoy = running.address(&out, "keyward serves Envoy on ").await?;
         let root = folder.join("root.key");
@@ -306,8 +309,11 @@ impl BenchArgs {
             subjects.push(self.subject(&servers[0], &keys[0], Mode::Check).await?);
         }
         if self.baseline {
-            for baseline in [Baseline::Hello, Baseline::Echo] {
-                subjects.push(self.baseline_subject(baseline, folder).await?);
+            let others = self.baseline_program.as_deref();
+            for program in [Some(Path::new(process::THIS)), others].into_iter().flatten() {
+                for baseline in [Baseline::Hello, Baseline::Echo] {
+                    subjects.push(self.baseline_subject(baseline, program, folder).await?);
+                }
             }
         }
         if self.one_core {
@@ -362,11 +368,17 @@ impl BenchArgs {
         Ok(Subject { measured, load: Load::new(target, shape, calls), server: asked.running.clone() })
     }
 
-    async fn baseline_subject(&self, baseline: Baseline, folder: &Path) -> Result<Subject, Failure> {
+    async fn baseline_subject(
+        &self,
+        baseline: Baseline,
+        program: &Path,
+        folder: &Path,
+    ) -> Result<Subject, Failure> {
         let kind = baseline.to_possible_value();
         let kind = kind.as_ref().map_or("", |value| value.get_name());
-        let out = folder.join(kind);
-        let mut running = Running::start(&["bench-baseline", kind], folder, &out, self.cores())?;
+        let own = program == Path::new(process::THIS);
+        let out = folder.join(if own { kind.to_owned() } else { format!("{kind}-too") });
+        let mut running = Running::start(program, &["bench-baseline", kind], folder, &out, self.cores())?;
         let address = running.address(&out, "baseline on ").await?;
         let call = match baseline {
             Baseline::Hello => {
@@ -386,7 +398,8 @@ impl BenchArgs {
             rate: self.rate,
             streams: None,
         };
-        let measured = Measured { name: baseline.name().to_owned(), items: 1, rounds: Vec::new() };
+        let by = if own { String::new() } else { format!(", by {}", program.display()) };
+        let measured = Measured { name: format!("{}{by}", baseline.name()), items: 1, rounds: Vec::new() };
         let load = Load::new(target, shape, Calls::ring(vec![call]));
         Ok(Subject { measured, load, server: Some(Arc::new(running)) })
     }

@@ -38,6 +38,8 @@ fn a_baseline_is_measured_in_turn_and_gives_ratios() {
     let ratios = figures[0]["ratios"].as_array().unwrap();
     assert_eq!(ratios.len(), 2);
     assert!(ratios.iter().all(|ratio| ratio["rate"]["median"].as_f64().unwrap() > 0.0), "{ratios:?}");
+    let program = ["check", "--baseline", "--baseline-program", env!("CARGO_BIN_EXE_keyward")];
+    assert_eq!(self::figures(&program).len(), 5, "those of another program come on top");
 }
 
 #[test]

@@ -10,6 +10,8 @@ use std::{
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use tokio::time::Instant;
 
+/// This program.
+pub(super) const THIS: &str = "/proc/self/exe";
 /// How long a child may take to start.
 const START: Duration = Duration::from_secs(60);
 
@@ -24,13 +26,19 @@ impl Drop for Running {
 }
 
 impl Running {
-    /// Starts this program with these arguments on these cores; its standard output goes to `out`.
+    /// Starts a program with these arguments on these cores; its standard output goes to `out`.
     ///
     /// # Errors
     /// When it does not start.
-    pub(super) fn start(arguments: &[&str], folder: &Path, out: &Path, cores: Cores) -> io::Result<Running> {
+    pub(super) fn start(
+        program: &Path,
+        arguments: &[&str],
+        folder: &Path,
+        out: &Path,
+        cores: Cores,
+    ) -> io::Result<Running> {
         let log = fs::File::create(out.with_extension("log"))?;
-        let mut command = Command::new("/proc/self/exe");
+        let mut command = Command::new(program);
         command.args(arguments).current_dir(folder).stdin(Stdio::null());
         command.stdout(fs::File::create(out)?).stderr(log);
         // A child inherits where its parent may run.

@@ -4,12 +4,17 @@
 //! The caller is decided anew with each message, and once a second while there is none: a stream ends when its caller is
 //! revoked. It ends with a status where a Check would have had one: the messages before it are answered.
 
-use std::{pin::pin, sync::Arc, task::Poll, time::Duration};
+use std::{
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
 
 use bytes::{Bytes, BytesMut};
 use futures_util::{
-    poll,
-    stream::{BoxStream, StreamExt as _, unfold},
+    future::{BoxFuture, FutureExt as _},
+    stream::{Stream, StreamExt as _},
 };
 use tokio::{
     sync::watch,
@@ -19,12 +24,20 @@ use tonic::{Status, Streaming};
 
 use crate::{
     access::Caller,
-    engine::{Asker, known::Memory},
+    engine::{
+        Asker,
+        known::{Known, Memory},
+    },
     refusal::Refusal,
 };
 
 use super::{
-    authz::AuthzService, question::Asked, reply::ROOM, rpc::CHECK_BYTES, status::too_large, vigil::Vigil,
+    authz::{Answering, AuthzService},
+    question::Asked,
+    reply::ROOM,
+    rpc::CHECK_BYTES,
+    status::too_large,
+    vigil::Vigil,
 };
 
 /// How long a revoked caller's stream may stay open when nothing is asked on it.
@@ -46,15 +59,25 @@ struct Call {
     questions: Streaming<Bytes>,
     look: Interval,
     stopping: watch::Receiver<bool>,
-    /// How many messages there were.
-    number: u64,
-    /// How many came one after the other without a wait.
+    /// The caller, when it was last found plainly in order.
+    known: Option<Arc<Known>>,
+    /// Whether the next message is charged to the caller: the first came with the call, which is.
+    charge: bool,
+    /// How many messages came one after the other without a wait.
     run: u32,
-    ended: bool,
 }
 
-/// Answers as they are sent.
-pub(super) type Answers = BoxStream<'static, Result<BytesMut, Status>>;
+type Answer = Result<BytesMut, Status>;
+
+/// The answers to a stream of questions, as they are sent: a status ends them.
+///
+/// Most questions are there already and can be answered at once, without a future for each: to make and to move those
+/// took a tenth of an item's time.
+pub(super) struct Answers {
+    /// None = it has ended, or waits.
+    call: Option<Box<Call>>,
+    waits: Option<BoxFuture<'static, (Box<Call>, Option<Answer>)>>,
+}
 
 /// The answers to a stream of questions.
 pub(super) fn answers(
@@ -65,25 +88,109 @@ pub(super) fn answers(
 ) -> Answers {
     let mut look = interval(LOOK_EVERY);
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let stopping = service.stopping.clone();
-    let memory = Memory::default();
-    let call =
-        Call { service, caller, vigil, memory, questions, look, stopping, number: 0, run: 0, ended: false };
-    unfold(call, |mut call| async move {
-        if call.ended {
-            return None;
+    let (stopping, memory) = (service.stopping.clone(), Memory::default());
+    let (known, charge, run) = (None, false, 0);
+    let call = Call { service, caller, vigil, memory, questions, look, stopping, known, charge, run };
+    Answers { call: Some(Box::new(call)), waits: None }
+}
+
+impl Stream for Answers {
+    type Item = Answer;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Answer>> {
+        if let Some(mut call) = self.call.take() {
+            match call.at_once(cx) {
+                AtOnce::Told(answer) => return Poll::Ready(self.told(call, answer)),
+                AtOnce::Asked(question) => {
+                    self.waits = Some(Box::pin(async move {
+                        let answer = call.answer(&question).await;
+                        (call, Some(answer))
+                    }));
+                }
+                AtOnce::Nothing => {
+                    self.waits = Some(Box::pin(async move {
+                        let answer = call.next().await;
+                        (call, answer)
+                    }));
+                }
+            }
         }
-        let answer = call.next().await?;
-        call.ended = answer.is_err();
-        Some((answer, call))
-    })
-    .boxed()
+        let Some(waits) = &mut self.waits else { return Poll::Ready(None) };
+        let (call, answer) = ready!(waits.poll_unpin(cx));
+        self.waits = None;
+        Poll::Ready(self.told(call, answer))
+    }
+}
+
+impl Answers {
+    fn told(&mut self, call: Box<Call>, answer: Option<Answer>) -> Option<Answer> {
+        self.call = matches!(answer, Some(Ok(_))).then_some(call);
+        answer
+    }
+}
+
+/// What can be done without a wait.
+enum AtOnce {
+    /// Everything: this is the next answer. None = the caller has asked all that it wanted.
+    Told(Option<Answer>),
+    /// This question takes a wait.
+    Asked(Bytes),
+    /// There is no question, or it is others' turn.
+    Nothing,
 }
 
 impl Call {
-    /// The next answer, or with what the stream ends. None = the caller has asked all that it wanted.
-    async fn next(&mut self) -> Option<Result<BytesMut, Status>> {
+    fn at_once(&mut self, cx: &mut Context<'_>) -> AtOnce {
         self.run += 1;
+        if self.run >= AT_ONCE {
+            return AtOnce::Nothing;
+        }
+        match self.questions.poll_next_unpin(cx) {
+            Poll::Pending => AtOnce::Nothing,
+            Poll::Ready(None) => AtOnce::Told(None),
+            Poll::Ready(Some(Err(status))) => AtOnce::Told(Some(Err(status))),
+            Poll::Ready(Some(Ok(question))) => match self.answer_at_once(&question) {
+                Some(answer) => AtOnce::Told(Some(answer)),
+                None => AtOnce::Asked(question),
+            },
+        }
+    }
+
+    /// The answer, if the caller is plainly in order and nothing hangs on limits.
+    fn answer_at_once(&mut self, question: &[u8]) -> Option<Answer> {
+        let engine = &self.service.engine;
+        let then = engine.index.state();
+        if !self.known.as_ref().is_some_and(|known| engine.is_as_known(known)) {
+            self.known = self.vigil.known(engine, &self.memory);
+        }
+        let known = self.known.as_ref()?;
+        if std::mem::replace(&mut self.charge, true) {
+            engine.note_call(known);
+        }
+        if question.len() > CHECK_BYTES {
+            return Some(Err(too_large(question.len(), CHECK_BYTES)));
+        }
+        let asked = match Asked::read(question) {
+            Ok(asked) => asked,
+            Err(status) => return Some(Err(status)),
+        };
+        let mut out = BytesMut::with_capacity(ROOM);
+        let stands = || self.vigil.still_stands(engine, then);
+        let asker = Asker { account: &self.caller.account, stands: &stands };
+        let written = self.service.answer(asker, &asked, &mut out);
+        match written.map(|answering| matches!(answering, Answering::Written(_))) {
+            Ok(true) => Some(Ok(out)),
+            // Nothing is consumed yet, but the caller is charged.
+            Ok(false) => {
+                self.charge = false;
+                None
+            }
+            Err(status) => Some(Err(status)),
+        }
+    }
+
+    /// The next answer, or with what the stream ends. None = the caller has asked all that it wanted.
+    async fn next(&mut self) -> Option<Answer> {
         if self.run >= AT_ONCE {
             // Who always has another question must not keep others waiting, nor the server from stopping.
             self.run = 0;
@@ -91,11 +198,6 @@ impl Call {
             if *self.stopping.borrow() {
                 return Some(Err(Refusal::Stopping.into()));
             }
-        }
-        // Most messages are there already: no clock is asked, and nobody is told whom to wake.
-        let there = poll!(pin!(self.questions.message()));
-        if let Poll::Ready(question) = there {
-            return self.answer_to(question).await;
         }
         loop {
             let question = tokio::select! {
@@ -110,24 +212,15 @@ impl Call {
                 }
                 () = stops(&mut self.stopping) => return Some(Err(Refusal::Stopping.into())),
             };
-            return self.answer_to(question).await;
+            return match question {
+                Ok(question) => Some(self.answer(&question?).await),
+                Err(status) => Some(Err(status)),
+            };
         }
     }
 
-    async fn answer_to(
-        &mut self,
-        question: Result<Option<Bytes>, Status>,
-    ) -> Option<Result<BytesMut, Status>> {
-        match question {
-            Ok(question) => Some(self.answer(&question?).await),
-            Err(status) => Some(Err(status)),
-        }
-    }
-
-    async fn answer(&mut self, question: &[u8]) -> Result<BytesMut, Status> {
-        // The first came with the call, which is charged already.
-        let charge = self.number > 0;
-        self.number += 1;
+    async fn answer(&mut self, question: &[u8]) -> Answer {
+        let charge = std::mem::replace(&mut self.charge, true);
         let engine = &self.service.engine;
         let then = engine.index.state();
         self.vigil.admits(engine, charge, &self.memory).await?;

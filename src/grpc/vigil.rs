@@ -92,7 +92,7 @@ impl Vigil {
     }
 
     /// The caller, where it plainly may ask.
-    fn known(&self, engine: &Engine, memory: &Memory) -> Option<Arc<Known>> {
+    pub(super) fn known(&self, engine: &Engine, memory: &Memory) -> Option<Arc<Known>> {
         match &self.shown {
             Presented::Token(token) if self.account.is_none() => plainly(engine, token, self.peer, memory),
             _ => None,

@@ -100,6 +100,27 @@ async fn each_question_is_a_call_of_the_callers_limits() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn questions_about_a_key_with_limits_are_answered_in_their_turn_and_charged_once() {
+    let server = Server::with_accounts().await;
+    let live = server.make(named_key("acme", "live")).await;
+    let limit = pb::RateLimit { name: "calls".into(), limit: 2, window: Some(crate::support::seconds(3600)) };
+    let limited =
+        server.make(pb::CreateKeyRequest { rate_limits: vec![limit], ..named_key("acme", "limited") }).await;
+    let caller = server.make(service_key("acme", &["keyward:check"])).await;
+    let questions: Vec<_> =
+        [&live, &limited, &limited, &live, &limited, &live].map(|key| authenticate(&key.token)).into();
+    let asked = server.holder(&caller.token).authz().stream_check(stream::iter(questions)).await;
+    let answers: Vec<_> = asked.unwrap().into_inner().map(|answer| answer.unwrap().reason()).collect().await;
+    let (ok, limited_now) = (Reason::Ok, Reason::RateLimited);
+    assert_eq!(answers, [ok, ok, ok, ok, limited_now, ok]);
+    for (id, allowed, denied) in [(&caller.id, 6, 0), (&limited.id, 2, 1), (&live.id, 3, 0)] {
+        let request = pb::KeyUsageRequest { id: id.clone(), ..Default::default() };
+        let usage = server.root().keys().usage(request).await.unwrap().into_inner();
+        assert_eq!((usage.allowed, usage.denied), (allowed, denied));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_question_that_cannot_be_decided_ends_the_stream_after_the_answers_before_it() {
     let server = Server::with_accounts().await;
     let (root, live) = (server.root(), server.make(named_key("acme", "live")).await);

@@ -113,12 +113,9 @@ impl Services {
         request: &mut Request<Limited>,
         visitor: &Visitor,
     ) -> Result<(), Status> {
-        let door = &*visitor.door;
-        let free =
-            rpc.access == Access::Proxy && door.open_to_proxies && !self.gateway.settings().require_caller;
-        let envoy = door.services.envoy_only();
-        if free && (envoy || !request.headers().contains_key(http::header::AUTHORIZATION)) {
-            let proxy = Proxy { account: AccountId::operator(), trusted: envoy, vigil: None };
+        if rpc.access == Access::Proxy
+            && let Some(proxy) = self.free(&visitor.door, request.headers())
+        {
             request.extensions_mut().insert(proxy);
             return Ok(());
         }
@@ -185,6 +182,18 @@ impl Services {
         }
         request.extensions_mut().insert(caller);
         Ok(())
+    }
+
+    /// The proxy that asks here without a credential, where it may.
+    pub(super) fn free(&self, door: &Door, headers: &HeaderMap) -> Option<Proxy> {
+        let envoy = door.services.envoy_only();
+        let free = door.open_to_proxies && !self.gateway.settings().require_caller;
+        let shows_none = || !headers.contains_key(http::header::AUTHORIZATION);
+        (free && (envoy || shows_none())).then(|| Proxy {
+            account: AccountId::operator(),
+            trusted: envoy,
+            vigil: None,
+        })
     }
 
     /// The caller with this token, decided as any other key.

@@ -1,13 +1,16 @@
-//! The short way of a Check: what is plainly in order is answered here, without a future, a timer or a table that it
-//! does not need. Whatever is not goes the long way by `gate` from its beginning, which alone words refusals.
+//! The short way of a Check, and of what a proxy asks without a credential: what is plainly in order is answered here,
+//! without a future, a timer or a table that it does not need. Whatever is not goes the long way by `gate` from its
+//! beginning, which alone words refusals.
 
-use std::{net::IpAddr, pin::pin, sync::Arc, task::Poll};
+use std::{net::IpAddr, pin::pin, sync::Arc, task::Poll, time::Duration};
 
 use http::{HeaderMap, HeaderValue, Request, Response};
+use prost::Message as _;
 use tokio::time::{Instant, timeout_at};
 
 use crate::{
     engine::{Asker, CannotAnswer, known::Known},
+    pb::envoy_request::CheckRequest,
     trace::{self, Call},
     transport::{Auth, Service as Served},
 };
@@ -20,7 +23,7 @@ use super::{
     gate::{Services, allowed_time},
     question::Asked,
     reply::{self, Reply},
-    rpc::{CHECK_BYTES, CHECK_TIMEOUT},
+    rpc::{CHECK_BYTES, CHECK_TIMEOUT, Rpc},
     status::deadline_exceeded,
     vigil::{may_check, plainly},
 };
@@ -68,11 +71,7 @@ impl Services {
             return None;
         }
         let known = self.recognise(request.headers(), visitor)?;
-        let limit = match said.hurries {
-            true => allowed_time(Some(CHECK_TIMEOUT), request.headers()).unwrap_or(CHECK_TIMEOUT),
-            false => CHECK_TIMEOUT,
-        };
-        let end = begun.at() + limit;
+        let end = begun.at() + limit(said, request.headers());
         let arrived = {
             let arriving = pin!(request.body_mut().plain_message(CHECK_BYTES));
             in_time(end, arriving).await
@@ -106,6 +105,41 @@ impl Services {
         })
     }
 
+    /// The answer to what a proxy asks, where it needs no credential. None = as above.
+    pub(super) async fn answer_proxy(
+        &self,
+        rpc: &Rpc,
+        request: &mut Request<Arriving>,
+        said: &Said,
+        visitor: &Visitor,
+        begun: &Begun<'_>,
+        call: &mut Option<Call>,
+    ) -> Option<Response<Reply>> {
+        if said.more || !visitor.door.services.has(Served::ExtAuthz) {
+            return None;
+        }
+        let proxy = self.free(&visitor.door, request.headers())?;
+        let end = begun.at() + limit(said, request.headers());
+        let arrived = {
+            let arriving = pin!(request.body_mut().plain_message(rpc.max_request));
+            in_time(end, arriving).await
+        };
+        let Some(message) = arrived else {
+            return Some(deadline_exceeded().into_http().map(Reply::Any));
+        };
+        let asked = CheckRequest::decode(message?).ok()?;
+        let answering = pin!(trace::within(call.take()?, self.proxies.answer(asked, &proxy)));
+        let answered = in_time(end, answering).await.unwrap_or_else(|| Err(deadline_exceeded()));
+        Some(match answered {
+            Ok(answer) => {
+                let mut out = reply::begin();
+                answer.encode_raw(&mut out);
+                reply::ok(out)
+            }
+            Err(status) => status.into_http().map(Reply::Any),
+        })
+    }
+
     /// Whether a caller that was let in would be again.
     fn still_stands(
         &self,
@@ -126,6 +160,14 @@ impl Services {
             return None;
         }
         plainly(&self.engine, credential(headers).ok()?, visitor.peer, &visitor.memory)
+    }
+}
+
+/// How long the call may take.
+fn limit(said: &Said, headers: &HeaderMap) -> Duration {
+    match said.hurries {
+        true => allowed_time(Some(CHECK_TIMEOUT), headers).unwrap_or(CHECK_TIMEOUT),
+        false => CHECK_TIMEOUT,
     }
 }
 

@@ -52,6 +52,18 @@ pub(super) struct ExtAuthz {
 }
 
 impl ExtAuthz {
+    /// Answers what this proxy asks.
+    ///
+    /// # Errors
+    /// When it asks about no request.
+    pub(super) async fn answer(&self, asked: CheckRequest, proxy: &Proxy) -> Result<CheckResponse, Status> {
+        let attributes = asked.attributes.unwrap_or_default();
+        let Some(http) = attributes.request.as_ref().and_then(|request| request.http.as_ref()) else {
+            return Err(Refusal::field("attributes.request.http", "is required").into());
+        };
+        Ok(self.judge(&attributes, http, proxy).await)
+    }
+
     async fn judge(
         &self,
         attributes: &AttributeContext,
@@ -79,7 +91,7 @@ impl ExtAuthz {
         if !trusted && !reply.passes {
             reply.metadata = vec![("allowed".to_owned(), Value::Flag(false))];
         }
-        answer(reply)
+        reply_of(reply)
     }
 }
 
@@ -87,11 +99,7 @@ impl ExtAuthz {
 impl Authorization for ExtAuthz {
     async fn check(&self, mut request: Request<CheckRequest>) -> Result<Response<CheckResponse>, Status> {
         let asker = shown(&mut request)?;
-        let attributes = request.into_inner().attributes.unwrap_or_default();
-        let Some(http) = attributes.request.as_ref().and_then(|request| request.http.as_ref()) else {
-            return Err(Refusal::field("attributes.request.http", "is required").into());
-        };
-        Ok(Response::new(self.judge(&attributes, http, &asker).await))
+        self.answer(request.into_inner(), &asker).await.map(Response::new)
     }
 }
 
@@ -123,7 +131,7 @@ fn peer(attributes: &AttributeContext) -> Option<IpAddr> {
     Some(ip.to_canonical())
 }
 
-fn answer(reply: Reply) -> CheckResponse {
+fn reply_of(reply: Reply) -> CheckResponse {
     let metadata = struct_of(&reply.metadata);
     let mut answer = if reply.passes { pass(reply) } else { refuse(reply) };
     answer.dynamic_metadata = Some(metadata);
@@ -203,7 +211,7 @@ mod tests {
     fn what_does_not_pass_is_never_an_ok() {
         for status in [0, 200, 400, 401, 403, 429, 503, 999] {
             let reply = Reply { status, fault: status == 503, ..Reply::default() };
-            let answer = answer(reply);
+            let answer = reply_of(reply);
             assert_ne!(answer.status.unwrap().code, 0, "{status}");
             assert!(!matches!(answer.http_response, None | Some(HttpResponse::OkResponse(_))), "{status}");
         }

@@ -69,6 +69,8 @@ pub struct Services {
     /// Answers Checks.
     pub(super) checks: Arc<AuthzService>,
     pub(super) ext_authz: AuthorizationServer<ExtAuthz>,
+    /// The same without tonic around it.
+    pub(super) proxies: Arc<ExtAuthz>,
     pub(super) keys: KeyServiceServer<KeyService>,
     pub(super) accounts: AccountServiceServer<AccountService>,
     pub(super) audit: AuditServiceServer<AuditService>,
@@ -149,12 +151,19 @@ impl Services {
         let said = Said::by(request.headers());
         let names = said.names_itself.then(|| request.headers());
         let call = self.tracing.call(names, visitor.peer, self.engine.now());
-        let (plain, mut call) = (begun.is_check() && !call.is_chosen(), Some(call));
+        let (plain, mut call) = (!call.is_chosen(), Some(call));
         let mut request = request.map(Arriving::from);
-        if plain
-            && let Some(response) =
+        let response = match begun.rpc() {
+            Some(_) if plain && begun.is_check() => {
                 self.answer_directly(&mut request, &said, visitor, &begun, &mut call).await
-        {
+            }
+            Some(rpc) if plain && rpc.access == Access::Proxy => {
+                let answer = self.answer_proxy(rpc, &mut request, &said, visitor, &begun, &mut call);
+                Box::pin(answer).await
+            }
+            _ => None,
+        };
+        if let Some(response) = response {
             return begun.replied(response);
         }
         // Apart on the heap: a future is as large as all that may go on in it, and most calls were Checks.

@@ -140,13 +140,15 @@ pub fn services(
     ];
     let checks = authz::AuthzService { engine: engine.clone(), environments, decisions, stopping };
 
+    let proxies = Arc::new(ext_authz::ExtAuthz { gateway: gateway.clone(), tracing });
     let accounts = accounts::AccountService { accounts, people, propagation: propagation.clone() };
     Ok(Services {
         calls: Arc::default(),
         engine,
         tracing,
-        ext_authz: AuthorizationServer::new(ext_authz::ExtAuthz { gateway: gateway.clone(), tracing })
+        ext_authz: AuthorizationServer::from_arc(proxies.clone())
             .max_decoding_message_size(rpc::largest(rpc::service(rpc::EXT_AUTHZ))),
+        proxies,
         gateway,
         // The gate holds each RPC to its own limit; here the largest must pass.
         checks: Arc::new(checks),

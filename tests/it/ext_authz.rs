@@ -239,6 +239,42 @@ async fn configured(configure: impl FnOnce(&mut Settings)) -> (Server, Made) {
     (server, made)
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_proxy_cannot_tell_the_short_way_from_the_long_one() {
+    let server = Server::with_accounts().await;
+    let made = server.make(service_key("acme", &["monitors:read"])).await;
+    let revoked = server.make(service_key("acme", &["monitors:read"])).await;
+    server.root().revoke(&revoked.id).await.unwrap();
+    let short = server.anonymous();
+    // Of those who show no key nobody reads it; and so their calls go the long way.
+    let long = short.with_header("x-keyward-account", "acme");
+    let asks = [
+        Ask::monitors().bearer(&made.token),
+        Ask::monitors().bearer(&made.token).header("x-request-id", "seven").path("/v1/monitors?api_key=1"),
+        Ask::monitors().bearer(&revoked.token),
+        Ask::monitors().bearer("nobody's"),
+        Ask::monitors(),
+        Ask::route(&[("scope", "monitors:write"), ("environment", "production")]).bearer(&made.token),
+        Ask::route(&[("environment", "nowhere")]).bearer(&made.token),
+        Ask::route(&[("public", "true")]),
+        Ask::get("/v1//monitors").bearer(&made.token),
+        Ask::get("/none").bearer(&made.token),
+    ];
+    let told = |answer: Result<CheckResponse, Status>| {
+        answer.map_err(|status| (status.code(), status.message().to_owned(), status.details().to_vec()))
+    };
+    let (mut passed, mut refused) = (0, 0);
+    for message in asks.map(Ask::message).into_iter().chain([CheckRequest::default()]) {
+        let answer = told(ask(&short, message.clone()).await);
+        assert_eq!(answer, told(ask(&long, message).await));
+        match answer.is_ok_and(|answer| answer.status.is_some_and(|status| status.code == 0)) {
+            true => passed += 1,
+            false => refused += 1,
+        }
+    }
+    assert!(passed >= 3 && refused >= 5, "{passed} {refused}");
+}
+
 #[tokio::test]
 async fn a_key_passes_and_the_service_learns_whose_it_is() {
     let (server, made) = with_key().await;

@@ -2,15 +2,15 @@
 //!
 //! WAL with `synchronous=FULL`: what was committed survives a power cut. Ownership is a `flock` on a file next
 //! to the database, so that a second server refuses to start while backup tools may still read. One connection
-//! writes; a few others read, each seeing whole transactions only. Here: opening, checking and connections; the
-//! transactions are in `sqlite/write.rs`, the reads in `backend.rs`.
+//! writes (`sqlite/connection.rs`); a few others read, each seeing whole transactions only. Here: opening and checking;
+//! what a transaction writes is in `sqlite/write.rs`, the reads in `backend.rs`.
 
 mod backup;
+mod connection;
 mod facts;
 mod look;
 mod migrate;
 mod snapshot;
-mod values;
 mod write;
 
 pub(super) use backup::backup;
@@ -29,14 +29,12 @@ use std::{
 
 use async_trait::async_trait;
 use futures_util::TryStreamExt as _;
+use rusqlite::{Connection, params};
 use sqlx::{
     Connection as _, SqliteConnection, SqlitePool,
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteRow, SqliteSynchronous},
 };
-use tokio::{
-    sync::{Mutex, watch},
-    time::Instant,
-};
+use tokio::{sync::watch, time::Instant};
 
 use crate::domain::{
     limit::Spent,
@@ -45,29 +43,29 @@ use crate::domain::{
 };
 
 pub(super) use self::look::look;
-use self::snapshot::Reader;
+use self::{
+    connection::{Writer, run},
+    snapshot::Reader,
+};
 use super::{
     Checkpoint, CommitError, Committed, Head, Hour, OpenError, Schema, SnapshotItem, Step, StoreError,
     UsageBatch, Write,
     backend::{self, Backend, TakeKey, TakeLog, TakeRow, View},
     fleet::Fleet,
     queries::Sql,
-    records::spent_at,
     rows::{damaged, revision_to_i64},
 };
 
 /// The first SQLite without the WAL-reset corruption.
 const OLDEST_SQLITE: (u32, u32, u32) = (3, 51, 3);
 const READERS: u32 = 4;
-/// How many statements a connection keeps prepared: all that write, in every length (see `sqlite/values.rs`).
-const STATEMENTS: usize = 256;
 /// A file of up to so many bytes is checked before it is used. Of a larger one that would hold up the start for
 /// seconds by the gigabyte: its check begins when the keys are loaded, each of which has a checksum of its own.
 const CHECKED_FIRST: u64 = 64 << 20;
 
 /// The store in one SQLite file.
 pub struct Sqlite {
-    writer: Mutex<Option<SqliteConnection>>,
+    writer: Writer,
     options: SqliteConnectOptions,
     readers: SqlitePool,
     /// Whether the file is to be checked when the keys are loaded.
@@ -135,7 +133,13 @@ impl Sqlite {
             .connect_with(options.clone().create_if_missing(false).pragma("query_only", "on"))
             .await
             .map_err(|error| other(error.into()))?;
-        let writer = Mutex::new(Some(writer));
+        // While another is open, so that the file is not folded together in between.
+        let written = Writer::open(path).await;
+        let _ = writer.close().await;
+        let writer = written.map_err(|error| match error {
+            StoreError::Damaged(what) => OpenError::Damaged { path: path.to_owned(), what },
+            error => other(error.into()),
+        })?;
         let unchecked = AtomicBool::new(unchecked);
         let damaged = watch::Sender::new(false);
         let store = Sqlite { writer, options, readers, unchecked, damaged, _lock: Some(lock) };
@@ -144,29 +148,6 @@ impl Sqlite {
             Err(StoreError::Damaged(what)) => Err(OpenError::Damaged { path: path.to_owned(), what }),
             Err(error) => Err(other(error.into())),
         }
-    }
-
-    /// Runs `work` on the writing connection, opening it again after a fault.
-    async fn writing<T>(
-        &self,
-        work: impl AsyncFnOnce(&mut SqliteConnection) -> Result<T, sqlx::Error>,
-    ) -> Result<T, sqlx::Error> {
-        let mut slot = self.writer.lock().await;
-        if self.readers.is_closed() {
-            return Err(sqlx::Error::PoolClosed);
-        }
-        let mut connection = match slot.take() {
-            Some(connection) => connection,
-            None => SqliteConnection::connect_with(&self.options).await?,
-        };
-        let result = work(&mut connection).await;
-        if result.is_ok() {
-            *slot = Some(connection);
-        } else {
-            // Whatever state the fault left it in, a new connection begins afresh.
-            let _ = connection.close_hard().await;
-        }
-        result
     }
 }
 
@@ -184,27 +165,27 @@ impl Backend for Sqlite {
     }
 
     async fn commit_batch(&self, batch: &[Write]) -> Result<Committed, CommitError> {
-        let mut committing = false;
-        let result = self
-            .writing(async |connection| {
-                sqlx::query("BEGIN IMMEDIATE").execute(&mut *connection).await?;
-                let committed = write::batch(connection, batch).await?;
-                if committed.rows.is_empty() {
-                    sqlx::query("ROLLBACK").execute(&mut *connection).await?;
-                } else {
-                    committing = true;
-                    sqlx::query("COMMIT").execute(&mut *connection).await?;
-                }
-                Ok(committed)
-            })
-            .await;
-        match result {
+        let batch = batch.to_vec();
+        let committing = Arc::new(AtomicBool::new(false));
+        let begun = committing.clone();
+        let work = move |connection: &Connection| {
+            run(connection, "BEGIN IMMEDIATE")?;
+            let committed = write::batch(connection, &batch)?;
+            if committed.rows.is_empty() {
+                run(connection, "ROLLBACK")?;
+            } else {
+                begun.store(true, Ordering::Relaxed);
+                run(connection, "COMMIT")?;
+            }
+            Ok(committed)
+        };
+        match self.writer.work(work).await {
             Ok(committed) => Ok(committed),
             // Without room the commit's last frame is not in the WAL, and without that nothing of it counts.
-            Err(error) if committing && primary_code(&error) != Some(SQLITE_FULL) => {
-                Err(CommitError::Unknown(store_error(error)))
+            Err(error) if committing.load(Ordering::Relaxed) && !matches!(error, StoreError::Full(_)) => {
+                Err(CommitError::Unknown(error))
             }
-            Err(error) => Err(CommitError::NotRecorded(store_error(error))),
+            Err(error) => Err(CommitError::NotRecorded(error)),
         }
     }
 
@@ -215,7 +196,7 @@ impl Backend for Sqlite {
     ) -> Result<Head, StoreError> {
         let mut connection = self.readers.acquire().await.map_err(store_error)?;
         // While nobody writes, two transactions that begin see the same.
-        let writer = self.writer.lock().await;
+        let writer = self.writer.pause().await;
         let mut transaction = connection.begin().await.map_err(store_error)?;
         sqlx::query("SELECT head FROM meta").execute(&mut *transaction).await.map_err(store_error)?;
         let reader = Reader::begin(self.options.get_filename().to_owned()).await?;
@@ -229,55 +210,48 @@ impl Backend for Sqlite {
     }
 
     async fn write_usage(&self, batch: &UsageBatch) -> Result<Vec<(KeyId, Spent)>, StoreError> {
-        let rows = self.writing(async |connection| {
-            sqlx::query("BEGIN IMMEDIATE").execute(&mut *connection).await?;
-            let rows = write::usage(connection, batch).await?;
-            sqlx::query("COMMIT").execute(&mut *connection).await?;
-            Ok(rows)
-        });
-        rows.await.map_err(store_error)?.iter().map(spent_at).collect()
+        let batch = batch.clone();
+        let work = move |connection: &Connection| {
+            run(connection, "BEGIN IMMEDIATE")?;
+            let spent = write::usage(connection, &batch)?;
+            run(connection, "COMMIT")?;
+            Ok(spent)
+        };
+        self.writer.work(work).await
     }
 
     async fn drop_usage(&self, before: Hour) -> Result<(), StoreError> {
-        self.writing(async |connection| {
-            sqlx::query("DELETE FROM usage WHERE hour < ?1")
-                .bind(before.0)
-                .execute(connection)
-                .await
-                .map(drop)
-        })
-        .await
-        .map_err(store_error)
+        let work = move |connection: &Connection| {
+            connection.execute("DELETE FROM usage WHERE hour < ?1", [before.0])?;
+            Ok(())
+        };
+        self.writer.work(work).await
     }
 
     async fn note_checkpoint(&self, checkpoint: &Checkpoint) -> Result<(), StoreError> {
-        self.writing(async |connection| {
-            sqlx::query("INSERT INTO checkpoints VALUES (?1, ?2, ?3, ?4) ON CONFLICT DO NOTHING")
-                .bind(revision_to_i64(checkpoint.at.revision))
-                .bind(checkpoint.at.hash.as_slice())
-                .bind(i64::try_from(checkpoint.entries).unwrap_or(i64::MAX))
-                .bind(checkpoint.made_at.as_micros())
-                .execute(connection)
-                .await
-                .map(drop)
-        })
-        .await
-        .map_err(store_error)
+        let Checkpoint { at, entries, made_at } = *checkpoint;
+        let work = move |connection: &Connection| {
+            let sql = "INSERT INTO checkpoints VALUES (?1, ?2, ?3, ?4) ON CONFLICT DO NOTHING";
+            let entries = i64::try_from(entries).unwrap_or(i64::MAX);
+            connection
+                .execute(sql, params![revision_to_i64(at.revision), at.hash, entries, made_at.as_micros()])?;
+            Ok(())
+        };
+        self.writer.work(work).await
     }
 
     async fn take_out(&self, upto: Revision, most: u32) -> Result<u64, StoreError> {
-        self.writing(async |connection| {
+        let work = move |connection: &Connection| {
             let sql = "DELETE FROM log WHERE revision IN \
                        (SELECT revision FROM log WHERE revision <= ?1 ORDER BY revision LIMIT ?2)";
-            let taken = sqlx::query(sql).bind(revision_to_i64(upto)).bind(most).execute(connection);
-            taken.await.map(|taken| taken.rows_affected())
-        })
-        .await
-        .map_err(store_error)
+            Ok(connection.execute(sql, params![revision_to_i64(upto), most])? as u64)
+        };
+        self.writer.work(work).await
     }
 
     /// SQLite has decided a commit when it answers, or when its file is opened again.
     async fn settled(&self) -> Result<(), StoreError> {
+        drop(self.writer.pause().await);
         Ok(())
     }
 
@@ -296,11 +270,9 @@ impl Backend for Sqlite {
 
     async fn shut(&self) {
         self.readers.close().await;
-        if let Some(connection) = self.writer.lock().await.take() {
-            // Folds the WAL into the file; if that fails the next start does it.
-            if let Err(error) = connection.close().await {
-                tracing::warn!(error = &error as &dyn std::error::Error, "closing the database failed");
-            }
+        // Last of all, since that folds the WAL into the file; if it fails the next start does it.
+        if let Err(error) = self.writer.close().await {
+            tracing::warn!(error = &error as &dyn std::error::Error, "closing the database failed");
         }
     }
 }
@@ -430,7 +402,6 @@ fn options(path: &str) -> SqliteConnectOptions {
         .synchronous(SqliteSynchronous::Full)
         .foreign_keys(true)
         .busy_timeout(Duration::from_secs(5))
-        .statement_cache_capacity(STATEMENTS)
 }
 
 /// SQLite's primary result code.
@@ -476,7 +447,8 @@ mod tests {
         let path = folder.path().join("keyward.db").display().to_string();
         let store = Sqlite::open(&path, Schema::Migrate).await.unwrap();
         store
-            .writing(async |connection| {
+            .writer
+            .work(|connection| {
                 let member = Member {
                     account: AccountId::parse("acme").unwrap(),
                     user: UserId::parse("ann").unwrap(),
@@ -484,14 +456,12 @@ mod tests {
                     revision: Revision(1),
                 };
                 let sql = "INSERT INTO members VALUES ('acme', 'ann', 'agent', 1, ?1)";
-                let row = sqlx::query(sql).bind(member_sum(&member));
-                sqlx::raw_sql("PRAGMA foreign_keys = off; PRAGMA writable_schema = on")
-                    .execute(&mut *connection)
-                    .await?;
-                row.execute(&mut *connection).await?;
+                connection.execute_batch("PRAGMA foreign_keys = off; PRAGMA writable_schema = on")?;
+                connection.execute(sql, [member_sum(&member)])?;
                 let other = "UPDATE sqlite_schema SET sql = 'CREATE INDEX members_with_role ON members (user_id, account)' \
                              WHERE name = 'members_with_role'";
-                sqlx::query(other).execute(connection).await.map(drop)
+                connection.execute(other, [])?;
+                Ok(())
             })
             .await
             .unwrap();

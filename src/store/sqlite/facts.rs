@@ -1,164 +1,138 @@
-//! What the tables say of everything that a run of writes touches: a question for each kind of record, and none for
-//! what the run does not touch. Whoever asks has the file to write in, so that nothing of it changes before the run
-//! is written.
+//! What the tables say of everything that a run of writes touches: a question for each record, and none for what the run
+//! does not touch. Whoever asks has the file to write in, so that nothing of it changes before the run is written.
 
-use sqlx::{SqliteConnection, sqlite::SqliteRow};
+use rusqlite::{CachedStatement, Connection, Row, Rows, params};
 
 use crate::{
-    domain::{key::Owner, name::KeyName},
+    domain::key::Owner,
     store::{
-        facts::{self, Take},
+        facts::{self, Read},
         plan::{Facts, Questions, RolePlace},
         rows::role_account,
     },
 };
 
-use super::values::{Query, Result, Statement};
+use super::connection::Result;
 
-/// The tables are met by what is asked, never the other way round, whatever the planner thinks of their lengths: that
-/// is what `CROSS JOIN` says in SQLite.
-const REQUESTS: Statement = Statement {
-    head: "WITH asked (caller, key) AS (",
-    row: "(?, ?)",
-    tail: ") SELECT i.caller, i.key, i.key_id, i.fingerprint, i.created_at FROM asked \
-           CROSS JOIN idempotency i ON i.caller = asked.caller AND i.key = asked.key",
-};
-const KEYS: Statement = Statement {
-    head: "WITH asked (id) AS (",
-    row: "(?)",
-    tail: ") SELECT k.id, k.revision FROM asked CROSS JOIN keys k ON k.id = asked.id",
-};
-const NAMES_OF_ACCOUNTS: Statement = Statement {
-    head: "WITH asked (account, name) AS (",
-    row: "(?, ?)",
-    tail: ") SELECT k.account, NULL, k.name, k.id FROM asked CROSS JOIN keys k INDEXED BY key_names_of_account \
-           ON k.account = asked.account AND k.name = asked.name WHERE k.revoked_at IS NULL",
-};
-const NAMES_OF_USERS: Statement = Statement {
-    head: "WITH asked (user_id, name) AS (",
-    row: "(?, ?)",
-    tail: ") SELECT NULL, k.user_id, k.name, k.id FROM asked CROSS JOIN keys k INDEXED BY key_names_of_user \
-           ON k.user_id = asked.user_id AND k.name = asked.name WHERE k.revoked_at IS NULL",
-};
-const DIGESTS: Statement = Statement {
-    head: "WITH asked (digest) AS (",
-    row: "(?)",
-    tail: ") SELECT s.digest, s.key_id, s.version, s.expires_at, s.sum FROM asked \
-           CROSS JOIN secrets s ON s.digest = asked.digest",
-};
-const LEFT: Statement = Statement {
-    head: "WITH asked (key_id, version) AS (",
-    row: "(?, ?)",
-    tail: ") SELECT s.digest, s.version, s.hint, s.created_at, s.expires_at, s.sum, s.key_id FROM asked \
-           CROSS JOIN secrets s ON s.key_id = asked.key_id AND s.version = asked.version",
-};
-const ACCOUNTS: Statement = Statement {
-    head: "WITH asked (id) AS (",
-    row: "(?)",
-    tail: ") SELECT a.id, a.revision FROM asked CROSS JOIN accounts a ON a.id = asked.id",
-};
-const ROLES: Statement = Statement {
-    head: "WITH asked (account, name) AS (",
-    row: "(?, ?)",
-    tail: ") SELECT r.account, r.name, r.revision FROM asked \
-           CROSS JOIN roles r ON r.account = asked.account AND r.name = asked.name",
-};
-const MEMBERS: Statement = Statement {
-    head: "WITH asked (account, user_id) AS (",
-    row: "(?, ?)",
-    tail: ") SELECT m.account, m.user_id, m.revision FROM asked \
-           CROSS JOIN members m ON m.account = asked.account AND m.user_id = asked.user_id",
-};
+const REQUESTS: &str =
+    "SELECT caller, key, key_id, fingerprint, created_at FROM idempotency WHERE caller = ?1 AND key = ?2";
+const KEYS: &str = "SELECT id, revision FROM keys WHERE id = ?1";
+const NAMES_OF_ACCOUNTS: &str = "SELECT account, NULL, name, id FROM keys INDEXED BY key_names_of_account \
+     WHERE account = ?1 AND name = ?2 AND revoked_at IS NULL";
+const NAMES_OF_USERS: &str = "SELECT NULL, user_id, name, id FROM keys INDEXED BY key_names_of_user \
+     WHERE user_id = ?1 AND name = ?2 AND revoked_at IS NULL";
+const DIGESTS: &str = "SELECT digest, key_id, version, expires_at, sum FROM secrets WHERE digest = ?1";
+const LEFT: &str = "SELECT digest, version, hint, created_at, expires_at, sum, key_id FROM secrets \
+     WHERE key_id = ?1 AND version = ?2";
+const ACCOUNTS: &str = "SELECT id, revision FROM accounts WHERE id = ?1";
+const ROLES: &str = "SELECT account, name, revision FROM roles WHERE account = ?1 AND name = ?2";
+const MEMBERS: &str = "SELECT account, user_id, revision FROM members WHERE account = ?1 AND user_id = ?2";
 
 /// Every statement that asks.
 #[cfg(test)]
-pub(super) const ALL: [Statement; 9] =
+pub(super) const ALL: [&str; 9] =
     [REQUESTS, KEYS, NAMES_OF_ACCOUNTS, NAMES_OF_USERS, DIGESTS, LEFT, ACCOUNTS, ROLES, MEMBERS];
 
 /// Asks everything.
-pub(super) async fn answers(connection: &mut SqliteConnection, asked: &Questions) -> Result<Facts> {
+pub(super) fn answers(connection: &Connection, asked: &Questions) -> Result<Facts> {
     let mut asking = Asking { connection, facts: Facts::default() };
-    asking.keys(asked).await?;
-    let text = |query: Query, text: &str| query.bind(text.to_owned());
-    asking.all(&ACCOUNTS, &asked.accounts, |query, id| text(query, id.as_str()), facts::account).await?;
-    let place = |query, (account, name): &&RolePlace| {
-        text(text(query, role_account(account.as_ref())), name.as_str())
-    };
-    asking.all(&ROLES, &asked.roles, place, facts::role).await?;
-    asking
-        .all(
-            &MEMBERS,
-            &asked.members,
-            |query, (account, user)| text(text(query, account.as_str()), user.as_str()),
-            facts::member,
-        )
-        .await?;
+    asking.keys(asked)?;
+    asking.all(
+        ACCOUNTS,
+        &asked.accounts,
+        |ask, id| ask.query([id.as_str()]),
+        |row, facts| facts::account(row, facts),
+    )?;
+    asking.all(
+        ROLES,
+        &asked.roles,
+        |ask, (account, name)| ask.query([role_account(account.as_ref()), name.as_str()]),
+        |row, facts| facts::role(row, facts),
+    )?;
+    asking.all(
+        MEMBERS,
+        &asked.members,
+        |ask, (account, user)| ask.query([account.as_str(), user.as_str()]),
+        |row, facts| facts::member(row, facts),
+    )?;
     if let Some(role) = &asked.uses_of {
-        asking.uses(role).await?;
+        asking.uses(role)?;
     }
     Ok(asking.facts)
 }
 
 struct Asking<'c> {
-    connection: &'c mut SqliteConnection,
+    connection: &'c Connection,
     facts: Facts,
 }
 
 impl Asking<'_> {
-    /// Asks one question about everything that is to be known of it.
-    async fn all<T>(
+    /// Asks one question about each thing that is to be known of it.
+    fn all<T>(
         &mut self,
-        statement: &Statement,
+        sql: &'static str,
         asked: impl IntoIterator<Item = T>,
-        bind: impl Fn(Query, &T) -> Query,
-        take: Take<SqliteRow>,
+        ask: impl for<'s> Fn(&'s mut CachedStatement<'_>, T) -> rusqlite::Result<Rows<'s>>,
+        take: impl Fn(&Row<'_>, &mut Facts) -> Read<()>,
     ) -> Result<()> {
-        let asked: Vec<T> = asked.into_iter().collect();
-        let found = statement.read(self.connection, &asked, bind).await?;
-        found.iter().try_for_each(|row| take(row, &mut self.facts))
+        let mut asked = asked.into_iter().peekable();
+        if asked.peek().is_none() {
+            return Ok(());
+        }
+        let mut statement = self.connection.prepare_cached(sql)?;
+        for thing in asked {
+            let mut rows = ask(&mut statement, thing)?;
+            while let Some(row) = rows.next()? {
+                take(row, &mut self.facts)?;
+            }
+        }
+        Ok(())
     }
 
-    async fn keys(&mut self, asked: &Questions) -> Result<()> {
-        let blob = |query: Query, bytes: &[u8]| query.bind(bytes.to_vec());
+    fn keys(&mut self, asked: &Questions) -> Result<()> {
         self.all(
-            &REQUESTS,
+            REQUESTS,
             &asked.requests,
-            |query, (caller, key)| blob(query, caller.as_bytes()).bind(key.to_string()),
-            facts::request,
-        )
-        .await?;
-        self.all(&KEYS, &asked.keys, |query, id| blob(query, id.as_bytes()), facts::key).await?;
-        let (of_accounts, of_users): (Vec<_>, Vec<_>) =
-            asked.names.iter().partition(|(owner, _)| matches!(owner, Owner::Account(_)));
-        let name = |query: Query, (owner, name): &&(Owner, KeyName)| {
-            let owner = match owner {
-                Owner::Account(account) => account.to_string(),
-                Owner::User(user) => user.to_string(),
-            };
-            query.bind(owner).bind(name.to_string())
-        };
-        self.all(&NAMES_OF_ACCOUNTS, of_accounts, name, facts::name).await?;
-        self.all(&NAMES_OF_USERS, of_users, name, facts::name).await?;
-        self.all(&DIGESTS, &asked.digests, |query, digest| blob(query, digest.as_bytes()), facts::digest)
-            .await?;
+            |ask, (caller, key)| ask.query(params![caller.as_bytes(), key.as_str()]),
+            |row, facts| facts::request(row, facts),
+        )?;
         self.all(
-            &LEFT,
+            KEYS,
+            &asked.keys,
+            |ask, id| ask.query([id.as_bytes()]),
+            |row, facts| facts::key(row, facts),
+        )?;
+        for (owner, name) in &asked.names {
+            let (sql, owner) = match owner {
+                Owner::Account(account) => (NAMES_OF_ACCOUNTS, account.as_str()),
+                Owner::User(user) => (NAMES_OF_USERS, user.as_str()),
+            };
+            let place = [owner, name.as_str()];
+            self.all(sql, [place], |ask, place| ask.query(place), |row, facts| facts::name(row, facts))?;
+        }
+        self.all(
+            DIGESTS,
+            &asked.digests,
+            |ask, digest| ask.query([digest.as_bytes()]),
+            |row, facts| facts::digest(row, facts),
+        )?;
+        self.all(
+            LEFT,
             &asked.left,
-            |query, (id, version)| blob(query, id.as_bytes()).bind(i64::from(*version)),
-            facts::left,
+            |ask, (id, version)| ask.query(params![id.as_bytes(), version]),
+            |row, facts| facts::left(row, facts),
         )
-        .await
     }
 
     /// Of a global role, accounts with an own role of that name do not count.
-    async fn uses(&mut self, (account, name): &RolePlace) -> Result<()> {
+    fn uses(&mut self, (account, name): &RolePlace) -> Result<()> {
         let sql = "SELECT \
              (SELECT count(*) FROM keys WHERE revoked_at IS NULL \
               AND instr(' ' || roles || ' ', ' ' || ?1 || ' ') > 0 AND (account = ?2 OR (?2 = '' AND NOT EXISTS \
               (SELECT 1 FROM roles own WHERE own.account = keys.account AND own.name = ?1)))), \
              (SELECT count(*) FROM members WHERE role = ?1 AND (account = ?2 OR (?2 = '' AND NOT EXISTS \
               (SELECT 1 FROM roles own WHERE own.account = members.account AND own.name = ?1))))";
-        let query = sqlx::query(sql).bind(name.to_string()).bind(role_account(account.as_ref()).to_owned());
-        facts::uses(&query.fetch_one(&mut *self.connection).await?, &mut self.facts)
+        let place = [name.as_str(), role_account(account.as_ref())];
+        self.all(sql, [place], |ask, place| ask.query(place), |row, facts| facts::uses(row, facts))
     }
 }

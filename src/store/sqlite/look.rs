@@ -11,14 +11,16 @@ use sqlx::{
     SqliteConnection,
     sqlite::{SqliteConnectOptions, SqlitePoolOptions},
 };
-use tokio::sync::{Mutex, watch};
+use tokio::sync::watch;
 
 use crate::store::{
     OpenError, Store, backend,
     look::{FileFacts, Kind, Seen},
 };
 
-use super::{CHECKED_FIRST, READERS, Sqlite, check_whole, migrate::migrations, open_error};
+use super::{
+    CHECKED_FIRST, READERS, Sqlite, check_whole, connection::Writer, migrate::migrations, open_error,
+};
 
 /// Looks at the file at `path`.
 ///
@@ -48,7 +50,7 @@ pub(in crate::store) async fn look(path: &str) -> Result<Seen, OpenError> {
         Seen { shown: path.to_owned(), schema, known, kind: Kind::Sqlite(facts), log: None, store: None };
     if schema == Some(known) {
         let store = Arc::new(Sqlite {
-            writer: Mutex::new(None),
+            writer: Writer::none(),
             options,
             readers,
             unchecked: false.into(),

@@ -8,8 +8,8 @@
 
 use std::{borrow::Cow, path::PathBuf, sync::Arc, time::Duration};
 
-use rusqlite::{Connection, ErrorCode, OpenFlags, Row, types::FromSqlResult};
-use tokio::{sync::mpsc, task::spawn_blocking};
+use rusqlite::{Connection, OpenFlags, Row, types::FromSqlResult};
+use tokio::sync::mpsc;
 
 use crate::{
     domain::{
@@ -26,9 +26,11 @@ use crate::{
             Columns, GatheredKey, KEY_COLUMNS, LOG_COLUMNS, SECRET_COLUMNS, bytes_at, key_at, log_at,
             secret_at, unreadable, whole,
         },
-        rows::{damaged, revision_to_i64},
+        rows::revision_to_i64,
     },
 };
+
+use super::connection::{Failure, blocking};
 
 /// How many rows are handed over at once.
 const BATCH: usize = 256;
@@ -220,37 +222,6 @@ fn send_keys(
     }
     batch.end();
     Ok(())
-}
-
-/// Why reading ended early.
-enum Failure {
-    Sqlite(rusqlite::Error),
-    Store(StoreError),
-}
-
-impl From<rusqlite::Error> for Failure {
-    fn from(error: rusqlite::Error) -> Self {
-        Failure::Sqlite(error)
-    }
-}
-
-impl From<StoreError> for Failure {
-    fn from(error: StoreError) -> Self {
-        Failure::Store(error)
-    }
-}
-
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
-) -> Result<T, StoreError> {
-    let done = spawn_blocking(work).await.map_err(|error| StoreError::Unavailable(error.into()))?;
-    done.map_err(|failure| match failure {
-        Failure::Store(error) => error,
-        Failure::Sqlite(error) => match error.sqlite_error_code() {
-            Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => damaged("the database file", error),
-            _ => StoreError::Unavailable(error.into()),
-        },
-    })
 }
 
 fn read<T>(value: FromSqlResult<T>) -> Result<T, sqlx::Error> {

@@ -1,24 +1,23 @@
-//! What goes into the tables: the rows of a decided run, and what Checks have left, dozens in a statement. `BEGIN`
-//! and `COMMIT` are the caller's.
+//! What goes into the tables: the rows of a decided run, and what Checks have left. A statement writes one row: it is
+//! prepared once, and its values need no copy but SQLite's own. `BEGIN` and `COMMIT` are the caller's.
 
-use std::{borrow::Cow, collections::BTreeMap};
+use std::collections::BTreeMap;
 
-use sqlx::{SqliteConnection, sqlite::SqliteRow};
+use rusqlite::{CachedStatement, Connection, params};
 
 use crate::{
     domain::{
         account::{Account, Member, Role},
         key::Secret,
-        limit::Drawn,
+        limit::{Drawn, Spent},
         log::{Change, LogRow},
-        name::KeyId,
+        name::{AccountId, KeyId, UserId},
         time::Timestamp,
     },
     store::{
-        Committed, Head, IDEMPOTENCY_WINDOW, UsageBatch, Write,
+        Committed, Head, IDEMPOTENCY_WINDOW, StoreError, UsageBatch, Write,
         plan::{self, Plan, Questions},
-        queries,
-        records::head_at,
+        records::{head_at, spent_at},
         rows::{
             KeyRow, account_sum, longest_life, member_sum, revision_to_i64, role_account, role_scopes,
             role_sum, secret_sum,
@@ -27,99 +26,70 @@ use crate::{
 };
 
 use super::{
+    connection::{Result, each},
     facts,
-    values::{Query, Result, Statement},
 };
 
-type Connection = SqliteConnection;
+type Executed = rusqlite::Result<usize>;
 
-const PUT_ACCOUNTS: Statement = Statement {
-    head: "INSERT INTO accounts (id, name, suspended_at, created_at, updated_at, revision, sum, longest_life)",
-    row: "(?, ?, ?, ?, ?, ?, ?, ?)",
-    tail: "ON CONFLICT (id) DO UPDATE SET name = excluded.name, suspended_at = excluded.suspended_at, \
-           updated_at = excluded.updated_at, revision = excluded.revision, sum = excluded.sum, \
-           longest_life = excluded.longest_life",
-};
-const PUT_ROLES: Statement =
-    Statement { head: "INSERT OR REPLACE INTO roles", row: "(?, ?, ?, ?, ?)", tail: "" };
-const PUT_MEMBERS: Statement =
-    Statement { head: "INSERT OR REPLACE INTO members", row: "(?, ?, ?, ?, ?)", tail: "" };
-const PUT_KEYS: Statement = Statement {
-    head: "INSERT INTO keys",
-    row: "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-    tail: "ON CONFLICT (id) DO UPDATE SET account = excluded.account, user_id = excluded.user_id, \
-           environment = excluded.environment, name = excluded.name, scopes = excluded.scopes, \
-           roles = excluded.roles, expires_at = excluded.expires_at, customers = excluded.customers, \
-           allowed_cidrs = excluded.allowed_cidrs, rate_limits = excluded.rate_limits, quota = excluded.quota, \
-           metadata = excluded.metadata, created_at = excluded.created_at, created_by = excluded.created_by, \
-           updated_at = excluded.updated_at, disabled_at = excluded.disabled_at, \
-           revoked_at = excluded.revoked_at, revoke_reason = excluded.revoke_reason, \
-           revoke_comment = excluded.revoke_comment, revision = excluded.revision, sum = excluded.sum",
-};
-const PUT_SECRETS: Statement = Statement {
-    head: "INSERT INTO secrets",
-    row: "(?, ?, ?, ?, ?, ?, ?)",
-    tail: "ON CONFLICT (digest) DO UPDATE SET expires_at = excluded.expires_at, sum = excluded.sum \
-           WHERE key_id = excluded.key_id AND version = excluded.version",
-};
-const APPEND: Statement =
-    Statement { head: "INSERT INTO log", row: "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", tail: "" };
-const REMEMBER: Statement =
-    Statement { head: "INSERT OR REPLACE INTO idempotency", row: "(?, ?, ?, ?, ?)", tail: "" };
-const NOTE_USED: Statement = Statement {
-    head: "INSERT INTO uses",
-    row: "(?, ?, ?)",
-    tail: "ON CONFLICT (key_id, version) DO UPDATE SET at = max(at, excluded.at)",
-};
-const COUNT: Statement = Statement {
-    head: "INSERT INTO usage",
-    row: "(?, ?, ?, ?)",
-    tail: "ON CONFLICT (key_id, hour, reason) DO UPDATE SET count = count + excluded.count",
-};
-const DRAW: Statement = Statement {
-    head: "WITH more (key_id, period, units, until) AS (",
-    row: "(?, ?, ?, ?)",
-    tail: ") INSERT INTO quotas SELECT more.key_id, more.period, more.units FROM more \
-           LEFT JOIN quotas known ON known.key_id = more.key_id \
-           WHERE known.period IS NULL OR known.period < more.until \
-           ON CONFLICT (key_id) DO UPDATE SET period = excluded.period, \
-           used = excluded.used + iif(quotas.period = excluded.period, quotas.used, 0)",
-};
-const SPENT: Statement = Statement {
-    head: "WITH asked (key_id) AS (",
-    row: "(?)",
-    tail: ") SELECT q.key_id, q.period, q.used FROM asked CROSS JOIN quotas q ON q.key_id = asked.key_id",
-};
+const PUT_ACCOUNT: &str = "INSERT INTO accounts (id, name, suspended_at, created_at, updated_at, revision, sum, longest_life) \
+     VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET name = excluded.name, \
+     suspended_at = excluded.suspended_at, updated_at = excluded.updated_at, revision = excluded.revision, \
+     sum = excluded.sum, longest_life = excluded.longest_life";
+const PUT_ROLE: &str = "INSERT OR REPLACE INTO roles VALUES (?, ?, ?, ?, ?)";
+const PUT_MEMBER: &str = "INSERT OR REPLACE INTO members VALUES (?, ?, ?, ?, ?)";
+const PUT_KEY: &str = "INSERT INTO keys VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) \
+     ON CONFLICT (id) DO UPDATE SET account = excluded.account, user_id = excluded.user_id, \
+     environment = excluded.environment, name = excluded.name, scopes = excluded.scopes, \
+     roles = excluded.roles, expires_at = excluded.expires_at, customers = excluded.customers, \
+     allowed_cidrs = excluded.allowed_cidrs, rate_limits = excluded.rate_limits, quota = excluded.quota, \
+     metadata = excluded.metadata, created_at = excluded.created_at, created_by = excluded.created_by, \
+     updated_at = excluded.updated_at, disabled_at = excluded.disabled_at, \
+     revoked_at = excluded.revoked_at, revoke_reason = excluded.revoke_reason, \
+     revoke_comment = excluded.revoke_comment, revision = excluded.revision, sum = excluded.sum";
+const PUT_SECRET: &str = "INSERT INTO secrets VALUES (?, ?, ?, ?, ?, ?, ?) \
+     ON CONFLICT (digest) DO UPDATE SET expires_at = excluded.expires_at, sum = excluded.sum \
+     WHERE key_id = excluded.key_id AND version = excluded.version";
+const APPEND: &str = "INSERT INTO log VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)";
+const REMEMBER: &str = "INSERT OR REPLACE INTO idempotency VALUES (?, ?, ?, ?, ?)";
+const NOTE_USED: &str = "INSERT INTO uses VALUES (?, ?, ?) \
+     ON CONFLICT (key_id, version) DO UPDATE SET at = max(at, excluded.at)";
+const COUNT: &str = "INSERT INTO usage VALUES (?, ?, ?, ?) \
+     ON CONFLICT (key_id, hour, reason) DO UPDATE SET count = count + excluded.count";
+/// A later period starts afresh, and one that is over is dropped.
+const DRAW: &str = "INSERT INTO quotas SELECT ?1, ?2, ?3 \
+     WHERE NOT EXISTS (SELECT 1 FROM quotas known WHERE known.key_id = ?1 AND known.period >= ?4) \
+     ON CONFLICT (key_id) DO UPDATE SET period = excluded.period, \
+     used = excluded.used + iif(quotas.period = excluded.period, quotas.used, 0)";
+const SPENT: &str = "SELECT key_id, period, used FROM quotas WHERE key_id = ?1";
 
 /// Writes what of the batch can be written.
-pub(super) async fn batch(connection: &mut Connection, batch: &[Write]) -> Result<Committed> {
-    let mut head = read_head(connection).await?;
+pub(super) fn batch(connection: &Connection, batch: &[Write]) -> Result<Committed> {
+    let mut head = read_head(connection)?;
     let mut committed = Committed::default();
     for run in plan::runs(batch) {
-        let facts = facts::answers(connection, &Questions::of(run)).await?;
-        let plan = plan::decide(run, facts, head).map_err(|error| sqlx::Error::Encode(Box::new(error)))?;
-        write(connection, &plan).await?;
+        let facts = facts::answers(connection, &Questions::of(run))?;
+        let plan = plan::decide(run, facts, head).map_err(|error| StoreError::Unavailable(error.into()))?;
+        write(connection, &plan)?;
         head = plan.head;
         committed.outcomes.extend(plan.committed.outcomes);
         committed.rows.extend(plan.committed.rows);
     }
     if !committed.rows.is_empty() {
-        sqlx::query("UPDATE meta SET head = ?1, head_hash = ?2")
-            .bind(revision_to_i64(head.revision))
-            .bind(head.hash.to_vec())
-            .execute(connection)
-            .await?;
+        connection
+            .prepare_cached("UPDATE meta SET head = ?1, head_hash = ?2")?
+            .execute(params![revision_to_i64(head.revision), head.hash])?;
     }
     Ok(committed)
 }
 
-async fn read_head(connection: &mut Connection) -> Result<Head> {
-    let row = queries::head::<sqlx::Sqlite>().into_builder().build().fetch_one(connection).await?;
-    head_at(&row).map_err(|error| sqlx::Error::Decode(Box::new(error)))
+fn read_head(connection: &Connection) -> Result<Head> {
+    let mut statement = connection.prepare_cached("SELECT head, head_hash FROM meta")?;
+    Ok(statement.query_row([], |row| Ok(head_at(row)))??)
 }
 
 /// Brings the tables to what a run was decided to be.
-async fn write(connection: &mut Connection, plan: &Plan<'_>) -> Result<()> {
+fn write(connection: &Connection, plan: &Plan<'_>) -> Result<()> {
     let (mut accounts, mut roles, mut members, mut keys) = (vec![], vec![], vec![], vec![]);
     for (_, change) in &plan.committed.rows {
         match change {
@@ -127,202 +97,196 @@ async fn write(connection: &mut Connection, plan: &Plan<'_>) -> Result<()> {
             Change::Role(role) => roles.push(&**role),
             Change::Member(member) => members.push(&**member),
             Change::Key(key) => keys.push(&**key),
-            Change::RoleDeleted(role) => delete_role(connection, role).await?,
-            Change::MemberRemoved(member) => remove_member(connection, member).await?,
+            Change::RoleDeleted(role) => delete_role(connection, role)?,
+            Change::MemberRemoved(member) => remove_member(connection, member)?,
         }
     }
-    PUT_ACCOUNTS.write(connection, &accounts, |query, account| bind_account(query, account)).await?;
-    PUT_ROLES.write(connection, &roles, |query, role| bind_role(query, role)).await?;
-    PUT_MEMBERS.write(connection, &members, |query, member| bind_member(query, member)).await?;
+    each(connection, PUT_ACCOUNT, accounts, put_account)?;
+    each(connection, PUT_ROLE, roles, put_role)?;
+    each(connection, PUT_MEMBER, members, put_member)?;
     // In the order of their revisions: a name that one lets go is free for those after it.
-    PUT_KEYS.write(connection, &keys, |query, key| bind_key(query, KeyRow::of(key))).await?;
-    put_secrets(connection, &plan.secrets).await?;
-    APPEND.write(connection, &plan.committed.rows, |query, (row, _)| bind_log(query, row)).await?;
-    remember(connection, plan).await
+    each(connection, PUT_KEY, keys, |put, key| put_key(put, &KeyRow::of(key)))?;
+    put_secrets(connection, &plan.secrets)?;
+    each(connection, APPEND, &plan.committed.rows, |append, (row, _)| append_row(append, row))?;
+    remember(connection, plan)
 }
 
-fn bind_account(query: Query, account: &Account) -> Query {
-    query
-        .bind(account.id.to_string())
-        .bind(account.name.to_string())
-        .bind(account.suspended_at.map(Timestamp::as_micros))
-        .bind(account.created_at.as_micros())
-        .bind(account.updated_at.as_micros())
-        .bind(revision_to_i64(account.revision))
-        .bind(account_sum(account))
-        .bind(longest_life(account))
+fn put_account(put: &mut CachedStatement<'_>, account: &Account) -> Executed {
+    put.execute(params![
+        account.id.as_str(),
+        account.name.as_str(),
+        account.suspended_at.map(Timestamp::as_micros),
+        account.created_at.as_micros(),
+        account.updated_at.as_micros(),
+        revision_to_i64(account.revision),
+        account_sum(account),
+        longest_life(account),
+    ])
 }
 
-fn bind_role(query: Query, role: &Role) -> Query {
-    query
-        .bind(role_account(role.account.as_ref()).to_owned())
-        .bind(role.name.to_string())
-        .bind(role_scopes(role))
-        .bind(revision_to_i64(role.revision))
-        .bind(role_sum(role))
+fn put_role(put: &mut CachedStatement<'_>, role: &Role) -> Executed {
+    put.execute(params![
+        role_account(role.account.as_ref()),
+        role.name.as_str(),
+        role_scopes(role),
+        revision_to_i64(role.revision),
+        role_sum(role),
+    ])
 }
 
-fn bind_member(query: Query, member: &Member) -> Query {
-    query
-        .bind(member.account.to_string())
-        .bind(member.user.to_string())
-        .bind(member.role.to_string())
-        .bind(revision_to_i64(member.revision))
-        .bind(member_sum(member))
+fn put_member(put: &mut CachedStatement<'_>, member: &Member) -> Executed {
+    put.execute(params![
+        member.account.as_str(),
+        member.user.as_str(),
+        member.role.as_str(),
+        revision_to_i64(member.revision),
+        member_sum(member),
+    ])
 }
 
-fn bind_key(query: Query, row: KeyRow<'_>) -> Query {
-    let sum = row.sum();
-    let text = |text: Option<Cow<'_, str>>| text.map(Cow::into_owned);
-    query
-        .bind(row.id.to_vec())
-        .bind(text(row.account))
-        .bind(text(row.user_id))
-        .bind(row.environment.into_owned())
-        .bind(text(row.name))
-        .bind(row.scopes.into_owned())
-        .bind(row.roles.into_owned())
-        .bind(row.expires_at)
-        .bind(row.customers.into_owned())
-        .bind(row.allowed_cidrs.into_owned())
-        .bind(text(row.rate_limits))
-        .bind(text(row.quota))
-        .bind(text(row.metadata))
-        .bind(row.created_at)
-        .bind(row.created_by.into_owned())
-        .bind(row.updated_at)
-        .bind(row.disabled_at)
-        .bind(row.revoked_at)
-        .bind(text(row.revoke_reason))
-        .bind(text(row.revoke_comment))
-        .bind(row.revision)
-        .bind(sum)
+fn put_key(put: &mut CachedStatement<'_>, row: &KeyRow<'_>) -> Executed {
+    put.execute(params![
+        row.id,
+        row.account,
+        row.user_id,
+        row.environment,
+        row.name,
+        row.scopes,
+        row.roles,
+        row.expires_at,
+        row.customers,
+        row.allowed_cidrs,
+        row.rate_limits,
+        row.quota,
+        row.metadata,
+        row.created_at,
+        row.created_by,
+        row.updated_at,
+        row.disabled_at,
+        row.revoked_at,
+        row.revoke_reason,
+        row.revoke_comment,
+        row.revision,
+        row.sum(),
+    ])
 }
 
-fn bind_secret(query: Query, (id, secret): &(KeyId, Secret)) -> Query {
-    query
-        .bind(secret.digest.as_bytes().to_vec())
-        .bind(id.as_bytes().to_vec())
-        .bind(i64::from(secret.version))
-        .bind(secret.hint.clone())
-        .bind(secret.created_at.as_micros())
-        .bind(secret.expires_at.map(Timestamp::as_micros))
-        .bind(secret_sum(id.as_bytes(), secret))
+fn put_secret(put: &mut CachedStatement<'_>, (id, secret): &(KeyId, Secret)) -> Executed {
+    put.execute(params![
+        secret.digest.as_bytes(),
+        id.as_bytes(),
+        secret.version,
+        secret.hint,
+        secret.created_at.as_micros(),
+        secret.expires_at.map(Timestamp::as_micros),
+        secret_sum(id.as_bytes(), secret),
+    ])
 }
 
-fn bind_log(query: Query, row: &LogRow) -> Query {
-    query
-        .bind(revision_to_i64(row.revision))
-        .bind(row.at.as_micros())
-        .bind(row.action.clone())
-        .bind(row.account.as_ref().map(ToString::to_string))
-        .bind(row.key_id.map(|id| id.as_bytes().to_vec()))
-        .bind(row.user.as_ref().map(ToString::to_string))
-        .bind(row.actor.clone())
-        .bind(row.actor_account.as_ref().map(ToString::to_string))
-        .bind(row.acting_user.as_ref().map(ToString::to_string))
-        .bind(row.method.clone())
-        .bind(row.payload.clone())
-        .bind(row.prev_hash.to_vec())
-        .bind(row.hash.to_vec())
+fn append_row(append: &mut CachedStatement<'_>, row: &LogRow) -> Executed {
+    append.execute(params![
+        revision_to_i64(row.revision),
+        row.at.as_micros(),
+        row.action,
+        row.account.as_ref().map(AccountId::as_str),
+        row.key_id.as_ref().map(KeyId::as_bytes),
+        row.user.as_ref().map(UserId::as_str),
+        row.actor,
+        row.actor_account.as_ref().map(AccountId::as_str),
+        row.acting_user.as_ref().map(UserId::as_str),
+        row.method,
+        row.payload,
+        row.prev_hash,
+        row.hash,
+    ])
 }
 
 /// Brings the secrets' rows to where the records say; only a record's newest can be new.
-async fn put_secrets(connection: &mut Connection, rows: &[(KeyId, Secret)]) -> Result<()> {
+fn put_secrets(connection: &Connection, rows: &[(KeyId, Secret)]) -> Result<()> {
     // A digest that is another secret's was found out before: here nothing may be left out.
-    match PUT_SECRETS.write(connection, rows, bind_secret).await? {
-        written if written == rows.len() as u64 => Ok(()),
-        written => Err(sqlx::Error::Protocol(format!("{written} of {} secrets were written", rows.len()))),
+    match each(connection, PUT_SECRET, rows, put_secret)? {
+        written if written == rows.len() => Ok(()),
+        written => {
+            let problem = format!("{written} of {} secrets were written", rows.len());
+            Err(StoreError::Unavailable(problem.into()).into())
+        }
     }
 }
 
-async fn delete_role(connection: &mut Connection, role: &Role) -> Result<()> {
-    sqlx::query("DELETE FROM roles WHERE account = ?1 AND name = ?2")
-        .bind(role_account(role.account.as_ref()))
-        .bind(role.name.as_str())
-        .execute(connection)
-        .await
-        .map(drop)
+fn delete_role(connection: &Connection, role: &Role) -> Result<()> {
+    let place = [role_account(role.account.as_ref()), role.name.as_str()];
+    connection.execute("DELETE FROM roles WHERE account = ?1 AND name = ?2", place)?;
+    Ok(())
 }
 
-async fn remove_member(connection: &mut Connection, member: &Member) -> Result<()> {
-    sqlx::query("DELETE FROM members WHERE account = ?1 AND user_id = ?2")
-        .bind(member.account.as_str())
-        .bind(member.user.as_str())
-        .execute(connection)
-        .await
-        .map(drop)
+fn remove_member(connection: &Connection, member: &Member) -> Result<()> {
+    let place = [member.account.as_str(), member.user.as_str()];
+    connection.execute("DELETE FROM members WHERE account = ?1 AND user_id = ?2", place)?;
+    Ok(())
 }
 
 /// Keeps the idempotency keys. Each insert takes away a few that no longer count, so the table stays small without
 /// a sweeper.
-async fn remember(connection: &mut Connection, plan: &Plan<'_>) -> Result<()> {
+fn remember(connection: &Connection, plan: &Plan<'_>) -> Result<()> {
     let Some(oldest) = plan.requests.iter().map(|(_, _, at)| *at).min() else { return Ok(()) };
-    REMEMBER
-        .write(connection, &plan.requests, |query, (request, key_id, at)| {
-            query
-                .bind(request.caller.as_bytes().to_vec())
-                .bind(request.key.to_string())
-                .bind(request.fingerprint.to_vec())
-                .bind(key_id.as_bytes().to_vec())
-                .bind(at.as_micros())
-        })
-        .await?;
-    sqlx::query(
-        "DELETE FROM idempotency WHERE (caller, key) IN (SELECT caller, key FROM idempotency \
-         WHERE created_at < ?1 ORDER BY created_at LIMIT ?2)",
-    )
-    .bind(oldest.minus(IDEMPOTENCY_WINDOW).as_micros())
-    .bind(4 * i64::try_from(plan.requests.len()).unwrap_or(i64::MAX / 4))
-    .execute(connection)
-    .await
-    .map(drop)
+    each(connection, REMEMBER, &plan.requests, |remember, (request, key_id, at)| {
+        remember.execute(params![
+            request.caller.as_bytes(),
+            request.key.as_str(),
+            request.fingerprint,
+            key_id.as_bytes(),
+            at.as_micros(),
+        ])
+    })?;
+    let sql = "DELETE FROM idempotency WHERE (caller, key) IN (SELECT caller, key FROM idempotency \
+               WHERE created_at < ?1 ORDER BY created_at LIMIT ?2)";
+    let most = 4 * i64::try_from(plan.requests.len()).unwrap_or(i64::MAX / 4);
+    connection.prepare_cached(sql)?.execute([oldest.minus(IDEMPOTENCY_WINDOW).as_micros(), most])?;
+    Ok(())
 }
 
-/// Writes what Checks have left. Gives the rows of the quotas that were drawn from.
-pub(super) async fn usage(connection: &mut Connection, batch: &UsageBatch) -> Result<Vec<SqliteRow>> {
-    NOTE_USED
-        .write(connection, &batch.used, |query, used| {
-            query
-                .bind(used.key_id.as_bytes().to_vec())
-                .bind(i64::from(used.version))
-                .bind(used.at.as_micros())
-        })
-        .await?;
-    COUNT
-        .write(connection, &batch.counts, |query, count| {
-            query
-                .bind(count.key_id.as_bytes().to_vec())
-                .bind(count.hour.0)
-                .bind(i64::from(count.reason as u8))
-                .bind(i64::try_from(count.count).unwrap_or(i64::MAX))
-        })
-        .await?;
-    draw(connection, &batch.spent).await
+/// Writes what Checks have left. Gives what is spent now of the quotas that were drawn from.
+pub(super) fn usage(connection: &Connection, batch: &UsageBatch) -> Result<Vec<(KeyId, Spent)>> {
+    each(connection, NOTE_USED, &batch.used, |note, used| {
+        note.execute(params![used.key_id.as_bytes(), used.version, used.at.as_micros()])
+    })?;
+    each(connection, COUNT, &batch.counts, |add, count| {
+        let (reason, number) = (count.reason as u8, i64::try_from(count.count).unwrap_or(i64::MAX));
+        add.execute(params![count.key_id.as_bytes(), count.hour.0, reason, number])
+    })?;
+    draw(connection, &batch.spent)
 }
 
 /// Adds units to quotas.
-async fn draw(connection: &mut Connection, spent: &[(KeyId, Drawn)]) -> Result<Vec<SqliteRow>> {
+fn draw(connection: &Connection, spent: &[(KeyId, Drawn)]) -> Result<Vec<(KeyId, Spent)>> {
     let mut by_key = BTreeMap::<KeyId, Drawn>::new();
     for (id, drawn) in spent {
         by_key.entry(*id).and_modify(|known| *known = known.and(*drawn)).or_insert(*drawn);
     }
-    let rows: Vec<_> = by_key.into_iter().collect();
-    DRAW.write(connection, &rows, |query, (key_id, drawn)| {
-        query
-            .bind(key_id.as_bytes().to_vec())
-            .bind(drawn.period.as_micros())
-            .bind(i64::try_from(drawn.units).unwrap_or(i64::MAX))
-            .bind(drawn.until.map_or(i64::MAX, Timestamp::as_micros))
-    })
-    .await?;
-    SPENT.read(connection, &rows, |query, (key_id, _)| query.bind(key_id.as_bytes().to_vec())).await
+    each(connection, DRAW, &by_key, |draw, (key_id, drawn)| {
+        draw.execute(params![
+            key_id.as_bytes(),
+            drawn.period.as_micros(),
+            i64::try_from(drawn.units).unwrap_or(i64::MAX),
+            drawn.until.map_or(i64::MAX, Timestamp::as_micros),
+        ])
+    })?;
+    let mut found = Vec::with_capacity(by_key.len());
+    if by_key.is_empty() {
+        return Ok(found);
+    }
+    let mut statement = connection.prepare_cached(SPENT)?;
+    for key_id in by_key.keys() {
+        let mut rows = statement.query([key_id.as_bytes()])?;
+        while let Some(row) = rows.next()? {
+            found.push(spent_at(row)?);
+        }
+    }
+    Ok(found)
 }
 
 #[cfg(test)]
 mod tests {
-    use sqlx::{AssertSqlSafe, Row as _};
-
     use super::*;
     use crate::store::{Schema, sqlite::Sqlite};
 
@@ -331,23 +295,23 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("keyward.db").display().to_string();
         let store = Sqlite::open(&path, Schema::Migrate).await.unwrap();
-        for statement in facts::ALL.iter().chain([&DRAW, &SPENT]) {
-            for rows in [1, 64] {
-                let sql = format!("EXPLAIN QUERY PLAN {}", statement.of(rows));
-                let plan = store
-                    .writing(async |connection| {
-                        sqlx::query(AssertSqlSafe(sql.clone())).fetch_all(connection).await
-                    })
-                    .await
-                    .unwrap();
-                let plan: Vec<String> = plan.iter().map(|row| row.get("detail")).collect();
-                let mine =
-                    |step: &&String| ["asked", "more", "CONSTANT"].iter().any(|own| step.contains(own));
-                let scanned: Vec<_> =
-                    plan.iter().filter(|step| step.starts_with("SCAN")).filter(|step| !mine(step)).collect();
-                assert!(scanned.is_empty(), "{sql}: {plan:?}");
-                assert!(plan.iter().any(|step| step.starts_with("SEARCH")), "{sql}: {plan:?}");
-            }
+        for statement in facts::ALL.into_iter().chain([DRAW, SPENT]) {
+            let steps = store
+                .writer
+                .work(move |connection| {
+                    let mut statement = connection.prepare(&format!("EXPLAIN QUERY PLAN {statement}"))?;
+                    let mut rows = statement.raw_query();
+                    let mut steps = Vec::<String>::new();
+                    while let Some(row) = rows.next()? {
+                        steps.push(row.get("detail")?);
+                    }
+                    Ok(steps)
+                })
+                .await
+                .unwrap();
+            let scanned = steps.iter().any(|step| step.starts_with("SCAN") && !step.contains("CONSTANT"));
+            assert!(!scanned, "{statement}: {steps:?}");
+            assert!(steps.iter().any(|step| step.starts_with("SEARCH")), "{statement}: {steps:?}");
         }
     }
 }

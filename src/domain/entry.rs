@@ -75,14 +75,18 @@ impl Upto {
 /// # Errors
 /// When the record cannot be said in JSON: no record is so.
 pub fn payload(change: &Change, via: &Via) -> Result<String, serde_json::Error> {
-    let mut value = serde_json::to_value(change)?;
-    if *via != Via::NONE
-        && let Some(record) = value.as_object_mut().and_then(|kinds| kinds.values_mut().next())
-        && let Some(fields) = record.as_object_mut()
-    {
-        fields.insert(VIA.to_owned(), serde_json::to_value(via)?);
+    let mut text = serde_json::to_string(change)?;
+    // A change is an object with one field, the record: it ends with the record's brace and its own. Every record has
+    // fields, so that another one follows.
+    if *via != Via::NONE && text.ends_with("}}") {
+        text.truncate(text.len() - 2);
+        text.push_str(",\"");
+        text.push_str(VIA);
+        text.push_str("\":");
+        text.push_str(&serde_json::to_string(via)?);
+        text.push_str("}}");
     }
-    serde_json::to_string(&value)
+    Ok(text)
 }
 
 /// A payload, read for people.

@@ -21,9 +21,15 @@ const CONCRETE_RULE: &str = "must be a concrete scope, such as monitors:read: on
                              [A-Za-z0-9_.-] joined by ':', at most 128 characters, without '*'";
 
 /// One scope. With `*` at its end it is a pattern, and can only be granted.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Deserialize)]
+#[serde(try_from = "String")]
 pub struct Scope(Arc<str>);
+
+impl Serialize for Scope {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&self.0)
+    }
+}
 
 impl Scope {
     /// Reads a grant. The word `all` is read as `*`.
@@ -115,16 +121,16 @@ impl TryFrom<String> for Scope {
     }
 }
 
-impl From<Scope> for String {
-    fn from(scope: Scope) -> String {
-        scope.as_str().to_owned()
+/// A set of grants, sorted and without repetition.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
+#[serde(from = "Vec<Scope>")]
+pub struct ScopeSet(Arc<[Scope]>);
+
+impl Serialize for ScopeSet {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(self.iter())
     }
 }
-
-/// A set of grants, sorted and without repetition.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(from = "Vec<Scope>", into = "Vec<Scope>")]
-pub struct ScopeSet(Arc<[Scope]>);
 
 impl ScopeSet {
     /// The grants in order.
@@ -174,12 +180,6 @@ impl FromIterator<Scope> for ScopeSet {
 impl From<Vec<Scope>> for ScopeSet {
     fn from(scopes: Vec<Scope>) -> Self {
         scopes.into_iter().collect()
-    }
-}
-
-impl From<ScopeSet> for Vec<Scope> {
-    fn from(set: ScopeSet) -> Vec<Scope> {
-        set.0.to_vec()
     }
 }
 

@@ -163,7 +163,9 @@ impl Follow {
             if row.revision > at.revision.next() {
                 return Err(Broken::Gap);
             }
-            if !row.follows(at.revision, &at.hash) {
+            // What this process has just made of what the database ended with needs no second look at its own hash.
+            let follows = if others { row.follows(at.revision, &at.hash) } else { row.prev_hash == at.hash };
+            if !follows {
                 return Err(other);
             }
             self.index.applied(std::slice::from_ref(change));
@@ -198,6 +200,11 @@ impl Follow {
         Ok(self.take_rows(rows)?.map(|(at, moved)| self.heard(at, moved)))
     }
 
+    fn diverge(&self, broken: Broken) {
+        tracing::error!(?broken, "changes that were committed do not follow what this process holds");
+        self.diverged.send_replace(Some(broken));
+    }
+
     fn heard(&self, at: Position, moved: bool) -> Position {
         if moved && self.state().untold.is_some() {
             self.heard.send_replace(Some(at));
@@ -230,15 +237,14 @@ impl Follower for Follow {
 
     fn applied(&self, rows: &[(LogRow, Change)]) {
         if let Err(broken) = self.put(rows, false) {
-            tracing::error!(?broken, "changes that were committed do not follow what this process holds");
-            self.diverged.send_replace(Some(broken));
+            self.diverge(broken);
         }
     }
 
     fn followed(&self, rows: &[(LogRow, Change)]) {
         match self.take(rows) {
             Ok((at, moved)) => drop(self.heard(at, moved)),
-            Err(_) => self.applied(rows),
+            Err(broken) => self.diverge(broken),
         }
     }
 

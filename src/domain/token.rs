@@ -190,20 +190,28 @@ fn checksum_holds(bytes: &[u8]) -> bool {
     })
 }
 
-/// Appends `bytes`, read as one big-endian number, as exactly `digits` base62 digits.
+/// Appends `bytes`, read as one big-endian number, as exactly `digits` base62 digits. The bytes come in fours.
 fn push_base62(text: &mut String, bytes: &[u8], digits: usize) {
-    let mut number = Zeroizing::new([0u8; 32]);
-    let number = &mut number[..bytes.len()];
-    number.copy_from_slice(bytes);
+    /// One division gives so many digits: 62^5 fits into 32 bits.
+    const AT_ONCE: usize = 5;
+    const DIVISOR: u64 = 62u64.pow(AT_ONCE as u32);
+    let mut number = Zeroizing::new([0u32; 8]);
+    let number = &mut number[..bytes.len() / 4];
+    for (limb, [a, b, c, d]) in number.iter_mut().zip(bytes.as_chunks::<4>().0) {
+        *limb = u32::from_be_bytes([*a, *b, *c, *d]);
+    }
     let mut reversed = Zeroizing::new([0u8; BODY]);
-    for digit in &mut reversed[..digits] {
-        let mut remainder = 0u32;
-        for byte in number.iter_mut() {
-            let value = remainder << 8 | u32::from(*byte);
-            *byte = (value / 62) as u8;
-            remainder = value % 62;
+    for part in reversed[..digits].chunks_mut(AT_ONCE) {
+        let mut remainder = 0;
+        for limb in number.iter_mut() {
+            let value = remainder << 32 | u64::from(*limb);
+            *limb = (value / DIVISOR) as u32;
+            remainder = value % DIVISOR;
         }
-        *digit = DIGITS[remainder as usize];
+        for digit in part {
+            *digit = DIGITS[(remainder % 62) as usize];
+            remainder /= 62;
+        }
     }
     text.extend(reversed[..digits].iter().rev().map(|digit| char::from(*digit)));
 }

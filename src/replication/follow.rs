@@ -148,32 +148,26 @@ impl Follow {
 
     fn put(&self, rows: &[(LogRow, Change)], others: bool) -> Result<(Position, bool), Broken> {
         let mut state = self.state();
-        let mut moved = false;
-        for change in rows {
-            let (row, _) = change;
-            let at = state.at.ok_or(Broken::NotLoaded)?;
-            let other = Broken::OtherHistory { ours: at, head: row.revision };
-            if row.revision <= at.revision {
-                // Links that are long past are not remembered.
-                match state.link(row.revision) {
-                    Some(hash) if hash != row.hash => return Err(other),
-                    _ => continue,
+        let (mut new, mut moved, mut broken) = (0..0, false, None);
+        for (place, (row, _)) in rows.iter().enumerate() {
+            match state.take(row, others) {
+                Ok(true) if new.end == place => new.end += 1,
+                Ok(true) => {
+                    self.index.applied(&rows[new]);
+                    new = place..place + 1;
+                }
+                Ok(false) => continue,
+                Err(found) => {
+                    broken = Some(found);
+                    break;
                 }
             }
-            if row.revision > at.revision.next() {
-                return Err(Broken::Gap);
-            }
-            // What this process has just made of what the database ended with needs no second look at its own hash.
-            let follows = if others { row.follows(at.revision, &at.hash) } else { row.prev_hash == at.hash };
-            if !follows {
-                return Err(other);
-            }
-            self.index.applied(std::slice::from_ref(change));
-            state.note(Position { revision: row.revision, hash: row.hash });
-            if others && row.may_narrow() {
-                state.untold = Some(row.revision);
-            }
             moved = true;
+        }
+        // Those that follow each other go in at once: the index makes room once for all of them.
+        self.index.applied(&rows[new]);
+        if let Some(broken) = broken {
+            return Err(broken);
         }
         let at = state.at.ok_or(Broken::NotLoaded)?;
         if moved {
@@ -214,6 +208,32 @@ impl Follow {
 }
 
 impl State {
+    /// Goes on to an entry that follows; one that is known already is none.
+    fn take(&mut self, row: &LogRow, others: bool) -> Result<bool, Broken> {
+        let at = self.at.ok_or(Broken::NotLoaded)?;
+        let other = Broken::OtherHistory { ours: at, head: row.revision };
+        if row.revision <= at.revision {
+            // Links that are long past are not remembered.
+            return match self.link(row.revision) {
+                Some(hash) if hash != row.hash => Err(other),
+                _ => Ok(false),
+            };
+        }
+        if row.revision > at.revision.next() {
+            return Err(Broken::Gap);
+        }
+        // What this process has just made of what the database ended with needs no second look at its own hash.
+        let follows = if others { row.follows(at.revision, &at.hash) } else { row.prev_hash == at.hash };
+        if !follows {
+            return Err(other);
+        }
+        self.note(Position { revision: row.revision, hash: row.hash });
+        if others && row.may_narrow() {
+            self.untold = Some(row.revision);
+        }
+        Ok(true)
+    }
+
     /// They follow each other without a gap.
     fn link(&self, revision: Revision) -> Option<Hash> {
         let back = usize::try_from(self.at?.revision.0.checked_sub(revision.0)?).ok()?;

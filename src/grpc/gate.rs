@@ -6,7 +6,7 @@
 
 use std::{collections::HashMap, convert::Infallible, net::IpAddr, sync::Arc, time::Duration};
 
-use futures_util::future::{Either, FutureExt as _};
+use futures_util::future::FutureExt as _;
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
 use hyper::body::Incoming;
 use tokio::time::Instant;
@@ -240,12 +240,13 @@ impl Services {
         if let Err(status) = self.admit(rpc, &mut request, visitor).await {
             return status.into_http();
         }
+        // Apart on the heap: what a call does is large, and is moved a few times before it begins.
         let call = match rpc.plane {
             Plane::Checks if rpc.access == Access::Proxy => {
-                Either::Left(Either::Left(into_service(self.ext_authz.clone(), request)))
+                into_service(self.ext_authz.clone(), request).boxed()
             }
-            Plane::Checks => Either::Left(Either::Right(self.checks.clone().serve(rpc, request))),
-            Plane::Management => Either::Right(self.manage(rpc, request)),
+            Plane::Checks => self.checks.clone().serve(rpc, request).boxed(),
+            Plane::Management => self.manage(rpc, request).boxed(),
         };
         explained(match limit {
             Some(limit) => {

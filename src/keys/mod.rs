@@ -208,8 +208,10 @@ impl Keys {
         let write = write(caller, key, None, Action::KeyCreated, now, once);
         match self.writer.write(write).await? {
             Outcome::Applied(change) => {
-                let view = self.view(into_key(change)?, &[]);
-                let revision = view.key.revision;
+                let key = into_key(change)?;
+                let revision = key.revision;
+                // Nobody has its token yet: it has no use that could be told.
+                let view = View { key, last_used: Vec::new(), now: self.clock.now(), reach: Reach::Widens };
                 Ok((Issued { view, token: Some(token) }, revision))
             }
             Outcome::Replayed(id) => self.replay(caller, id).await,

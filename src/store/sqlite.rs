@@ -196,7 +196,7 @@ impl Backend for Sqlite {
     ) -> Result<Head, StoreError> {
         let mut connection = self.readers.acquire().await.map_err(store_error)?;
         // While nobody writes, two transactions that begin see the same.
-        let writer = self.writer.pause().await;
+        let writer = self.writer.pause().await?;
         let mut transaction = connection.begin().await.map_err(store_error)?;
         sqlx::query("SELECT head FROM meta").execute(&mut *transaction).await.map_err(store_error)?;
         let reader = Reader::begin(self.options.get_filename().to_owned()).await?;
@@ -251,8 +251,7 @@ impl Backend for Sqlite {
 
     /// SQLite has decided a commit when it answers, or when its file is opened again.
     async fn settled(&self) -> Result<(), StoreError> {
-        drop(self.writer.pause().await);
-        Ok(())
+        self.writer.pause().await.map(drop)
     }
 
     fn as_fleet(self: Arc<Self>) -> Option<Arc<dyn Fleet>> {

@@ -1,20 +1,29 @@
-//! The one connection that writes. It is rusqlite's: a transaction runs in one go on a thread that may block, where sqlx
-//! sends each statement to a thread of its own and back, and copies each value on the way.
+//! The one connection that writes. It is rusqlite's: a transaction runs in one go on the connection's thread, where sqlx
+//! sends each statement there and back, and copies each value on the way.
 //!
 //! Who opens, checks and migrates a file, and who reads a few rows of it, does so through sqlx: see `sqlite.rs`.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::{Path, PathBuf},
+    sync::mpsc,
+    time::Duration,
+};
 
 use rusqlite::{CachedStatement, Connection, ErrorCode};
-use tokio::{
-    sync::{Mutex, OwnedMutexGuard},
-    task::spawn_blocking,
-};
+use tokio::{sync::oneshot, task::spawn_blocking};
 
 use crate::store::{StoreError, rows::damaged};
 
 /// How many statements the connection keeps prepared: all that write or ask what is to be written.
 const STATEMENTS: usize = 64;
+
+/// SQLite's pages in memory. Digests lie anywhere in their table: with SQLite's own 2 MB, a batch of imports writes pages
+/// before its commit, and reads them again.
+const CACHE_KIB: i64 = 8 * 1024;
+/// How many pages the WAL takes, 16 MB, before they are copied to their places: one that changed a few times is copied
+/// once. Their own 1,000 fill up with some 600 creates, and each time a commit waits for the whole file to be on disk.
+const WAL_PAGES: i64 = 4000;
 
 /// Why something ended early.
 #[derive(Debug)]
@@ -67,37 +76,54 @@ pub(super) async fn blocking<T: Send + 'static>(
     done.map_err(StoreError::from)
 }
 
-/// What the connection is in. Work that has begun holds it to its end, also when nobody waits for it any more.
-#[derive(Debug)]
-enum Slot {
+type Job = Box<dyn FnOnce(&mut Slot) + Send>;
+
+/// The connection to a file.
+struct Slot {
+    path: PathBuf,
+    state: State,
+}
+
+enum State {
     Open(Connection),
-    /// After a fault: whatever state that left the connection in, a new one begins afresh.
-    Faulty,
+    /// Not yet; or not any more, after a fault: whatever state that left the connection in, a new one begins afresh.
+    Fresh,
     Closed,
 }
 
-/// The writing connection of a file.
+/// The writing connection of a file, on a thread of its own. Work that has begun is done to its end, also when nobody
+/// waits for it any more.
 #[derive(Debug)]
 pub(super) struct Writer {
-    path: PathBuf,
-    slot: Arc<Mutex<Slot>>,
+    /// None = the file is only looked at.
+    jobs: Option<mpsc::Sender<Job>>,
 }
 
-/// While this lives nobody writes.
-pub(super) struct Pause(#[expect(dead_code, reason = "it is held")] OwnedMutexGuard<Slot>);
+/// While this lives the thread waits, and nobody writes.
+pub(super) struct Pause {
+    _held: Option<mpsc::Sender<()>>,
+}
 
 impl Writer {
     /// Opens the file at `path`, which is there and has its tables.
     pub(super) async fn open(path: &str) -> std::result::Result<Writer, StoreError> {
-        let path = PathBuf::from(path);
-        let opened = path.clone();
-        let connection = blocking(move || connect(&opened)).await?;
-        Ok(Writer { path, slot: Arc::new(Mutex::new(Slot::Open(connection))) })
+        let mut slot = Slot { path: PathBuf::from(path), state: State::Fresh };
+        let (jobs, received) = mpsc::channel::<Job>();
+        let thread = std::thread::Builder::new().name("keyward-sqlite".to_owned()).spawn(move || {
+            // It ends with the last who could send.
+            for job in received {
+                job(&mut slot);
+            }
+        });
+        thread.map_err(|error| StoreError::Unavailable(error.into()))?;
+        let writer = Writer { jobs: Some(jobs) };
+        writer.work(|_| Ok(())).await?;
+        Ok(writer)
     }
 
-    /// Of a file that is only looked at: it is closed.
-    pub(super) fn none() -> Writer {
-        Writer { path: PathBuf::new(), slot: Arc::new(Mutex::new(Slot::Closed)) }
+    /// Of a file that is only looked at.
+    pub(super) const fn none() -> Writer {
+        Writer { jobs: None }
     }
 
     /// Does `work` once that before it has ended. It begins and ends its transaction itself; what it leaves open when
@@ -106,47 +132,81 @@ impl Writer {
         &self,
         work: impl FnOnce(&Connection) -> Result<T> + Send + 'static,
     ) -> std::result::Result<T, StoreError> {
-        let mut slot = self.slot.clone().lock_owned().await;
-        let path = self.path.clone();
-        blocking(move || {
-            let connection = match std::mem::replace(&mut *slot, Slot::Faulty) {
-                Slot::Open(connection) => connection,
-                Slot::Faulty => connect(&path)?,
-                Slot::Closed => {
-                    *slot = Slot::Closed;
-                    return Err(StoreError::Unavailable("the database is closed".into()).into());
+        let done = self.with(|slot| {
+            let connection = match std::mem::replace(&mut slot.state, State::Fresh) {
+                State::Open(connection) => connection,
+                State::Fresh => connect(&slot.path)?,
+                State::Closed => {
+                    slot.state = State::Closed;
+                    return Err(closed().into());
                 }
             };
-            let done = work(&connection);
+            let panicked = |_| Err(StoreError::Unavailable("writing panicked".into()).into());
+            let done = catch_unwind(AssertUnwindSafe(|| work(&connection))).unwrap_or_else(panicked);
             if done.is_ok() {
-                *slot = Slot::Open(connection);
+                slot.state = State::Open(connection);
             }
             done
-        })
-        .await
+        });
+        done.await?.map_err(StoreError::from)
     }
 
     /// Waits until what was begun has ended, and holds back what comes next.
-    pub(super) async fn pause(&self) -> Pause {
-        Pause(self.slot.clone().lock_owned().await)
+    pub(super) async fn pause(&self) -> std::result::Result<Pause, StoreError> {
+        if self.jobs.is_none() {
+            return Ok(Pause { _held: None });
+        }
+        let (pause, over) = mpsc::channel();
+        let (tell, begun) = oneshot::channel();
+        self.send(Box::new(move |_| {
+            let _ = tell.send(());
+            // It ends when the other end is dropped.
+            let _ = over.recv();
+        }))?;
+        begun.await.map_err(|_| closed())?;
+        Ok(Pause { _held: Some(pause) })
     }
 
     /// Closes the connection for good.
     pub(super) async fn close(&self) -> std::result::Result<(), StoreError> {
-        let mut slot = self.slot.clone().lock_owned().await;
-        blocking(move || match std::mem::replace(&mut *slot, Slot::Closed) {
-            Slot::Open(connection) => connection.close().map_err(|(_, error)| error.into()),
-            Slot::Faulty | Slot::Closed => Ok(()),
-        })
-        .await
+        if self.jobs.is_none() {
+            return Ok(());
+        }
+        let closed = self.with(|slot| match std::mem::replace(&mut slot.state, State::Closed) {
+            State::Open(connection) => connection.close().map_err(|(_, error)| Failure::from(error)),
+            State::Fresh | State::Closed => Ok(()),
+        });
+        closed.await?.map_err(StoreError::from)
+    }
+
+    async fn with<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Slot) -> T + Send + 'static,
+    ) -> std::result::Result<T, StoreError> {
+        let (answer, done) = oneshot::channel();
+        self.send(Box::new(move |slot| {
+            // Whoever asked may have gone.
+            let _ = answer.send(work(slot));
+        }))?;
+        done.await.map_err(|_| closed())
+    }
+
+    fn send(&self, job: Job) -> std::result::Result<(), StoreError> {
+        self.jobs.as_ref().ok_or_else(closed)?.send(job).map_err(|_| closed())
     }
 }
 
-fn connect(path: &PathBuf) -> Result<Connection> {
+fn closed() -> StoreError {
+    StoreError::Unavailable("the database is closed".into())
+}
+
+fn connect(path: &Path) -> Result<Connection> {
     let connection = Connection::open(path)?;
     connection.busy_timeout(Duration::from_secs(5))?;
     connection
         .execute_batch("PRAGMA journal_mode = wal; PRAGMA synchronous = full; PRAGMA foreign_keys = on")?;
+    connection.pragma_update(None, "cache_size", -CACHE_KIB)?;
+    connection.pragma_update(None, "wal_autocheckpoint", WAL_PAGES)?;
     connection.set_prepared_statement_cache_capacity(STATEMENTS);
     Ok(connection)
 }

@@ -56,7 +56,7 @@ use crate::{
     people::People,
     replication::{feed, follow::Follow, propagation::Propagation},
     store::{
-        Hour, Store,
+        Hour, Loader, Store,
         writer::{Commits, Writer},
     },
     trace::Tracing,
@@ -462,10 +462,8 @@ async fn load(
 ) -> anyhow::Result<()> {
     let forget_before = clock.now().minus(retention);
     let index = follow.index();
-    let head = store
-        .snapshot(forget_before, &mut |item| index.load(item))
-        .await
-        .context("the keys could not be loaded")?;
+    let loader: Arc<dyn Loader> = index.clone();
+    let head = store.snapshot(forget_before, &loader).await.context("the keys could not be loaded")?;
     index.forget(forget_before);
     follow.loaded(head);
     tracing::info!(keys = index.len(), revision = head.revision.0, "the index is loaded");

@@ -17,6 +17,7 @@ pub mod lease;
 pub mod limit;
 pub mod log;
 pub mod name;
+pub mod policy;
 pub mod route;
 pub mod scope;
 pub mod time;

@@ -25,8 +25,17 @@ macro_rules! name {
             /// # Errors
             /// When it breaks the rule; the error says the rule.
             pub fn parse(text: &str) -> Result<Self, NameError> {
+                $type::check(text)?;
+                Ok($type(text.into()))
+            }
+
+            /// Whether a text is such a name, for whoever does not keep it.
+            ///
+            /// # Errors
+            /// When it breaks the rule; the error says the rule.
+            pub fn check(text: &str) -> Result<(), NameError> {
                 let ok: fn(&str) -> bool = $ok;
-                if ok(text) { Ok($type(text.into())) } else { Err(NameError($rule)) }
+                if ok(text) { Ok(()) } else { Err(NameError($rule)) }
             }
 
             /// The name as text.

@@ -12,6 +12,7 @@
 
 mod held;
 mod keys;
+mod part;
 mod pool;
 mod shelf;
 mod sparse;
@@ -44,7 +45,7 @@ use crate::{
         time::{Revision, Timestamp},
         token::Digest,
     },
-    store::{SnapshotItem, writer::Follower},
+    store::{Loader, Part, SnapshotItem, writer::Follower},
 };
 
 /// A found key with everything that a decision needs.
@@ -250,7 +251,7 @@ impl Index {
         revoked.collect()
     }
 
-    /// Takes a record of the first snapshot.
+    /// Takes a record of the first snapshot. All of a store's keys come faster in parts: see [`Loader`].
     pub fn load(&self, item: SnapshotItem) {
         match item {
             SnapshotItem::Account(account) => self.put_account(Arc::new(account)),
@@ -421,6 +422,21 @@ impl Index {
         self.keys.load().forget(forget_before, |id| {
             budgets.remove(&id);
         })
+    }
+}
+
+impl Loader for Index {
+    fn item(&self, item: SnapshotItem) {
+        self.load(item);
+    }
+
+    fn expect(&self, secrets: usize) {
+        self.keys.load().expect(secrets);
+    }
+
+    /// If everything is forgotten meanwhile, what comes in parts that were begun before is too.
+    fn part(&self) -> Box<dyn Part> {
+        Box::new(part::Part::of(self.keys.load_full()))
     }
 }
 

@@ -28,7 +28,7 @@ use crate::{
     },
     engine::lease::Lease,
     store::{
-        Head, Store, StoreError,
+        Head, Loader, Store, StoreError,
         fleet::{Fleet, Renewed, Terms},
     },
 };
@@ -398,8 +398,8 @@ impl Feed {
             let _one = loads.lock_owned().await;
             follow.reset();
             let forget_before = clock.now().minus(retention);
-            let loading = store.snapshot(forget_before, &mut |item| follow.index().load(item)).await;
-            match loading {
+            let loader: Arc<dyn Loader> = follow.index().clone();
+            match store.snapshot(forget_before, &loader).await {
                 Ok(head) => {
                     follow.loaded(head);
                     Input::Loaded(attempt, head)

@@ -1,14 +1,15 @@
 //! What many keys say alike, parsed once: a million keys have a thousand owners and a few dozen grants, and to parse
 //! each key's scopes would take longer than to read it.
 
-use std::{collections::HashMap, str::FromStr as _};
+use std::{collections::HashMap, str::FromStr as _, sync::Arc};
 
 use foldhash::quality::RandomState;
 use ipnet::IpNet;
 
 use crate::domain::{
-    key::{Owner, Quota, RateLimit},
+    key::Owner,
     name::{AccountId, CustomerId, EnvironmentName, NameError, RoleName, UserId},
+    policy::Policy,
     scope::{Scope, ScopeSet},
 };
 
@@ -17,33 +18,18 @@ use super::rows::{KeyRow, from_json, parse_words};
 /// How many different texts are remembered at the most.
 const KEPT: usize = 65_536;
 
-/// What a key may do and where, but for what each has of its own.
-#[derive(Clone)]
-pub(super) struct Grant {
-    pub(super) environment: EnvironmentName,
-    pub(super) scopes: ScopeSet,
-    pub(super) roles: Vec<RoleName>,
-    pub(super) customers: Vec<CustomerId>,
-    pub(super) allowed_cidrs: Vec<IpNet>,
-    pub(super) rate_limits: Vec<RateLimit>,
-    pub(super) quota: Option<Quota>,
-}
-
 /// What was parsed already.
 #[derive(Default)]
 pub(super) struct Alike {
-    owners: Seen<Owner>,
-    grants: Seen<Grant>,
+    owners: Seen<Arc<Owner>>,
+    policies: Seen<Arc<Policy>>,
 }
 
 impl Alike {
-    pub(super) fn owner(&mut self, row: &KeyRow<'_>) -> Result<Owner, String> {
-        let columns = [row.account.as_deref(), row.user_id.as_deref()];
-        self.owners.of(&columns, || owner(row)).cloned()
-    }
-
-    pub(super) fn grant(&mut self, row: &KeyRow<'_>) -> Result<&Grant, String> {
-        let columns = [
+    /// A key's owner and its policy.
+    pub(super) fn of(&mut self, row: &KeyRow<'_>) -> Result<(&Arc<Owner>, &Arc<Policy>), String> {
+        let owner_columns = [row.account.as_deref(), row.user_id.as_deref()];
+        let policy_columns = [
             Some(&*row.environment),
             Some(&*row.scopes),
             Some(&*row.roles),
@@ -52,20 +38,23 @@ impl Alike {
             row.rate_limits.as_deref(),
             row.quota.as_deref(),
         ];
-        self.grants.of(&columns, || grant(row))
+        let owner = self.owners.of(&owner_columns, || owner(row).map(Arc::new))?;
+        let policy = self.policies.of(&policy_columns, || policy(row).map(Arc::new))?;
+        Ok((owner, policy))
     }
 }
 
 /// Values by the texts that they were parsed from.
 struct Seen<T> {
-    values: HashMap<Box<[u8]>, T, RandomState>,
+    numbers: HashMap<Box<[u8]>, usize, RandomState>,
+    values: Vec<T>,
     /// The texts that are looked for, one after the other.
     texts: Vec<u8>,
 }
 
 impl<T> Default for Seen<T> {
     fn default() -> Self {
-        Seen { values: HashMap::default(), texts: Vec::new() }
+        Seen { numbers: HashMap::default(), values: Vec::new(), texts: Vec::new() }
     }
 }
 
@@ -82,14 +71,20 @@ impl<T> Seen<T> {
             self.texts.extend(length.to_ne_bytes());
             self.texts.extend_from_slice(column.unwrap_or_default().as_bytes());
         }
-        if !self.values.contains_key(&*self.texts) {
-            let parsed = parse()?;
-            if self.values.len() == KEPT {
-                self.values.clear();
+        let number = match self.numbers.get(&*self.texts) {
+            Some(number) => *number,
+            None => {
+                let parsed = parse()?;
+                if self.values.len() == KEPT {
+                    self.numbers.clear();
+                    self.values.clear();
+                }
+                self.numbers.insert(self.texts.as_slice().into(), self.values.len());
+                self.values.push(parsed);
+                self.values.len() - 1
             }
-            self.values.insert(self.texts.as_slice().into(), parsed);
-        }
-        self.values.get(&*self.texts).ok_or_else(|| "it cannot be kept".to_owned())
+        };
+        Ok(&self.values[number])
     }
 }
 
@@ -105,14 +100,14 @@ fn owner(row: &KeyRow<'_>) -> Result<Owner, String> {
     }
 }
 
-fn grant(row: &KeyRow<'_>) -> Result<Grant, String> {
+fn policy(row: &KeyRow<'_>) -> Result<Policy, String> {
     let nets = row.allowed_cidrs.split(' ').filter(|word| !word.is_empty());
     let nets = nets.map(IpNet::from_str).collect::<Result<_, _>>();
-    Ok(Grant {
+    Ok(Policy {
         environment: EnvironmentName::parse(&row.environment).map_err(named)?,
         scopes: ScopeSet::from(parse_words(&row.scopes, Scope::parse_grant).map_err(named)?),
-        roles: parse_words(&row.roles, RoleName::parse).map_err(named)?,
-        customers: parse_words(&row.customers, CustomerId::parse).map_err(named)?,
+        roles: parse_words(&row.roles, RoleName::parse).map_err(named)?.into(),
+        customers: parse_words(&row.customers, CustomerId::parse).map_err(named)?.into(),
         allowed_cidrs: nets.map_err(|error| error.to_string())?,
         rate_limits: row.rate_limits.as_deref().map(from_json).transpose()?.unwrap_or_default(),
         quota: row.quota.as_deref().map(from_json).transpose()?,

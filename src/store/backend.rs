@@ -16,13 +16,13 @@ use crate::domain::{
 };
 
 use super::{
-    Checkpoint, CommitError, Committed, Count, Head, Hour, KeyFilter, LogFilter, SnapshotItem, Store,
+    Checkpoint, CommitError, Committed, Count, Head, Hour, KeyFilter, Loader, LogFilter, SnapshotItem, Store,
     StoreError, StoredKey, UsageBatch, Write,
     fleet::Fleet,
     queries::{self, Dialect, Sql},
     records::{
-        Columns, Gather, GatheredKey, account_at, bytes_at, checkpoint_at, count_at, head_at, log_at,
-        member_at, role_at, spent_at,
+        Columns, Gather, account_at, bytes_at, checkpoint_at, count_at, head_at, log_at, member_at, role_at,
+        spent_at,
     },
     rows::damaged,
 };
@@ -38,9 +38,6 @@ pub(super) type RowOf<D> = <D as Database>::Row;
 
 /// What takes a row.
 pub(super) type TakeRow<'t, D> = &'t mut (dyn FnMut(&RowOf<D>) -> Result<(), StoreError> + Send);
-
-/// What takes a key.
-pub(super) type TakeKey<'t> = &'t mut (dyn FnMut(GatheredKey) + Send);
 
 /// What takes an entry of the log.
 pub(super) type TakeLog<'t> = &'t mut (dyn FnMut(LogRow) -> Result<(), StoreError> + Send);
@@ -63,11 +60,7 @@ pub(super) trait Backend: Send + Sync + Sized + 'static {
     async fn commit_batch(&self, batch: &[Write]) -> Result<Committed, CommitError>;
 
     /// [`Store::snapshot`]: opens a view of one revision and gives it to [`snapshot`].
-    async fn view(
-        &self,
-        forget_before: Timestamp,
-        sink: &mut (dyn FnMut(SnapshotItem) + Send),
-    ) -> Result<Head, StoreError>;
+    async fn view(&self, forget_before: Timestamp, loader: &Arc<dyn Loader>) -> Result<Head, StoreError>;
 
     /// [`Store::note_usage`].
     async fn write_usage(&self, batch: &UsageBatch) -> Result<Vec<(KeyId, Spent)>, StoreError>;
@@ -106,8 +99,8 @@ pub(super) trait View: Send {
     /// Gives each row of a query to `take`, while it comes in.
     async fn each(&mut self, query: Sql<Self::Db>, take: TakeRow<'_, Self::Db>) -> Result<(), StoreError>;
 
-    /// Gives every key that was not revoked before `forget_before` to `take`, while they come in.
-    async fn keys(&mut self, forget_before: Timestamp, take: TakeKey<'_>) -> Result<(), StoreError>;
+    /// Gives every key that was not revoked before `forget_before` to `loader`, while they come in.
+    async fn keys(&mut self, forget_before: Timestamp, loader: &Arc<dyn Loader>) -> Result<(), StoreError>;
 }
 
 async fn all<B: Backend, T>(
@@ -144,12 +137,8 @@ impl<B: Backend> Store for B {
         all(self, queries::log_after(revision, limit), log_at).await
     }
 
-    async fn snapshot(
-        &self,
-        forget_before: Timestamp,
-        sink: &mut (dyn FnMut(SnapshotItem) + Send),
-    ) -> Result<Head, StoreError> {
-        self.view(forget_before, sink).await
+    async fn snapshot(&self, forget_before: Timestamp, loader: &Arc<dyn Loader>) -> Result<Head, StoreError> {
+        self.view(forget_before, loader).await
     }
 
     async fn key(&self, id: KeyId) -> Result<Option<StoredKey>, StoreError> {
@@ -272,7 +261,7 @@ async fn checkpoint<B: Backend>(backend: &B) -> Result<Option<Checkpoint>, Store
 pub(super) async fn snapshot<V: View>(
     view: &mut V,
     forget_before: Timestamp,
-    sink: &mut (dyn FnMut(SnapshotItem) + Send),
+    loader: &Arc<dyn Loader>,
 ) -> Result<Head, StoreError> {
     let mut head = None;
     view.each(queries::head(), &mut |row| {
@@ -281,30 +270,25 @@ pub(super) async fn snapshot<V: View>(
     })
     .await?;
     let head = head.ok_or_else(|| damaged("meta", "it has no row"))?;
-    let sink_ref = &mut *sink;
     view.each(queries::all_accounts(), &mut |row| {
-        sink_ref(SnapshotItem::Account(account_at(row)?));
+        loader.item(SnapshotItem::Account(account_at(row)?));
         Ok(())
     })
     .await?;
     view.each(queries::all_roles(), &mut |row| {
-        sink_ref(SnapshotItem::Role(role_at(row)?));
+        loader.item(SnapshotItem::Role(role_at(row)?));
         Ok(())
     })
     .await?;
     view.each(queries::all_members(), &mut |row| {
-        sink_ref(SnapshotItem::Member(member_at(row)?));
+        loader.item(SnapshotItem::Member(member_at(row)?));
         Ok(())
     })
     .await?;
-    view.keys(forget_before, &mut |gathered| {
-        let left = gathered.left.into_iter().filter(|secret| !secret.superseded(forget_before)).collect();
-        sink_ref(SnapshotItem::Key(Arc::new(gathered.key), left));
-    })
-    .await?;
+    view.keys(forget_before, loader).await?;
     view.each(queries::all_spent(forget_before), &mut |row| {
         let (key_id, spent) = spent_at(row)?;
-        sink(SnapshotItem::Spent(key_id, spent));
+        loader.item(SnapshotItem::Spent(key_id, spent));
         Ok(())
     })
     .await?;

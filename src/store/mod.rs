@@ -12,6 +12,7 @@ mod alike;
 mod backend;
 mod facts;
 pub mod fleet;
+mod load;
 pub mod look;
 mod open;
 mod plan;
@@ -20,6 +21,7 @@ mod queries;
 mod records;
 mod rows;
 pub mod sqlite;
+mod unclaimed;
 pub mod writer;
 
 use std::{sync::Arc, time::Duration};
@@ -27,6 +29,7 @@ use std::{sync::Arc, time::Duration};
 use async_trait::async_trait;
 use tokio::time::Instant;
 
+pub use load::{LoadedKey, Loader, Part};
 pub use open::{OpenError, Schema, Step, backup, migrate, open, open_with, reach};
 
 use fleet::Fleet;
@@ -310,12 +313,9 @@ pub trait Store: Send + Sync + 'static {
     async fn log_after(&self, revision: Revision, limit: u32) -> Result<Vec<LogRow>, StoreError>;
 
     /// Everything that a Check needs, as of one revision, which is returned. Keys revoked and secrets
-    /// superseded before `forget_before` are left out.
-    async fn snapshot(
-        &self,
-        forget_before: Timestamp,
-        sink: &mut (dyn FnMut(SnapshotItem) + Send),
-    ) -> Result<Head, StoreError>;
+    /// superseded before `forget_before` are left out. After a fault, or when this is given up, `loader` may still hear of
+    /// keys for a moment.
+    async fn snapshot(&self, forget_before: Timestamp, loader: &Arc<dyn Loader>) -> Result<Head, StoreError>;
 
     /// One key.
     async fn key(&self, id: KeyId) -> Result<Option<StoredKey>, StoreError>;

@@ -39,7 +39,7 @@ use sqlx::{
     pool::PoolConnection,
     postgres::{PgArguments, PgPoolOptions},
 };
-use tokio::{sync::mpsc, time::Instant};
+use tokio::{task::JoinSet, time::Instant};
 
 use crate::domain::{
     limit::Spent,
@@ -48,9 +48,9 @@ use crate::domain::{
 };
 
 use super::{
-    Checkpoint, CommitError, Committed, Head, Hour, OpenError, Schema, SnapshotItem, Step, StoreError,
-    UsageBatch, Write,
-    backend::{self, Backend, TakeKey, TakeLog, TakeRow, View},
+    Checkpoint, CommitError, Committed, Head, Hour, Loader, OpenError, Schema, Step, StoreError, UsageBatch,
+    Write,
+    backend::{self, Backend, TakeLog, TakeRow, View},
     fleet::Fleet,
     plan::{self, Questions},
     queries::Sql,
@@ -65,6 +65,7 @@ use line::TextRow;
 use literal::Literal as _;
 pub(super) use look::look;
 use place::Place;
+use snapshot::{From, Rest};
 use sources::{Sources, WHICH};
 
 type Result<T> = std::result::Result<T, sqlx::Error>;
@@ -222,6 +223,19 @@ impl Postgres {
         let row = answers.get(1).and_then(|rows| rows.first()).ok_or(sqlx::Error::RowNotFound)?;
         self.sources.saw(row.int(0)?, Instant::now());
         Ok((session, rest))
+    }
+
+    /// Another transaction that sees what one does that is open. None where that cannot be: all connections are in use,
+    /// or another server answers this time. It only saves time.
+    async fn begin_same(&self, snapshot: &str) -> Option<Session> {
+        let same = format!("; SET TRANSACTION SNAPSHOT {}; ", snapshot.literal());
+        match begin(&self.pool, &self.begins.view.replacen("; ", &same, 1)).await {
+            Ok((session, _)) => Some(session),
+            Err(error) => {
+                tracing::debug!(error = &error as &dyn std::error::Error, "the keys are read by one session");
+                None
+            }
+        }
     }
 
     /// Where the log ended when this process last saw it.
@@ -406,11 +420,17 @@ impl Backend for Postgres {
     async fn view(
         &self,
         forget_before: Timestamp,
-        sink: &mut (dyn FnMut(SnapshotItem) + Send),
+        loader: &Arc<dyn Loader>,
     ) -> std::result::Result<Head, StoreError> {
-        let (session, _) = self.begin(&self.begins.view, &[]).await.map_err(store_error)?;
-        let mut view = PgView { session: Some(session) };
-        let head = backend::snapshot(&mut view, forget_before, sink).await?;
+        let export = ["SELECT pg_export_snapshot()".to_owned()];
+        let (session, answers) = self.begin(&self.begins.view, &export).await.map_err(store_error)?;
+        let same = answers.first().and_then(|rows| rows.first()).map(|row| row.text(0)).transpose();
+        let second = match same.map_err(store_error)? {
+            Some(snapshot) => self.begin_same(snapshot).await,
+            None => None,
+        };
+        let mut view = PgView { session: Some(session), second };
+        let head = backend::snapshot(&mut view, forget_before, loader).await?;
         if let Some(session) = view.session {
             within(CALL, session.end("COMMIT")).await.map_err(store_error)?;
         }
@@ -483,6 +503,8 @@ impl Backend for Postgres {
 struct PgView {
     /// None while the keys are read, and after that has failed.
     session: Option<Session>,
+    /// Another transaction that sees the same, until the keys have been read.
+    second: Option<Session>,
 }
 
 impl PgView {
@@ -504,25 +526,29 @@ impl View for PgView {
         Ok(())
     }
 
-    /// Reads on a task of its own, while another core takes what was read. If this is given up, the task ends with the
-    /// next page, and its connection is closed.
+    /// Reads on tasks of its own, which end if this is given up; their connections are closed then.
     async fn keys(
         &mut self,
         forget_before: Timestamp,
-        take: TakeKey<'_>,
+        loader: &Arc<dyn Loader>,
     ) -> std::result::Result<(), StoreError> {
         self.session()?;
-        let Some(mut session) = self.session.take() else { return Ok(()) };
-        let (sender, mut pages) = mpsc::channel(1);
-        let reading = tokio::spawn(async move {
-            let read = snapshot::keys(session.get(), forget_before, &sender).await;
-            read.map(|()| session)
-        });
-        while let Some(page) = pages.recv().await {
-            page.into_iter().for_each(&mut *take);
+        let (mut tasks, rest) = (JoinSet::new(), Arc::new(Rest::all()));
+        let sessions = [(self.session.take(), From::First), (self.second.take(), From::Last)];
+        for (mut session, from) in sessions.into_iter().filter_map(|(session, from)| Some((session?, from))) {
+            let (rest, loader) = (rest.clone(), loader.clone());
+            tasks.spawn(async move {
+                snapshot::keys(session.get(), &rest, from, forget_before, &loader).await?;
+                Ok::<_, StoreError>((session, from))
+            });
         }
-        let read = reading.await.map_err(|error| StoreError::Unavailable(error.into()))?;
-        self.session = Some(read?);
+        while let Some(read) = tasks.join_next().await {
+            let (session, from) = read.map_err(|error| StoreError::Unavailable(error.into()))??;
+            match from {
+                From::First => self.session = Some(session),
+                From::Last => within(CALL, session.end("COMMIT")).await.map_err(store_error)?,
+            }
+        }
         Ok(())
     }
 }

@@ -18,7 +18,6 @@ use crate::domain::{
 use super::{
     Checkpoint, Count, Head, Hour, StoreError, StoredKey,
     alike::Alike,
-    backend::TakeKey,
     rows::{
         AccountTail, KeyRow, SecretRow, account_from, damaged, member_from, revision_from_i64, role_from,
     },
@@ -127,11 +126,16 @@ pub(super) fn checkpoint_at(row: &impl Columns) -> Result<Checkpoint, StoreError
     Ok(Checkpoint { at, entries, made_at: Timestamp::from_micros(made_at) })
 }
 
-/// A key without its secrets, from its row in [`KEY_COLUMNS`], once the row's checksum has been found right.
-pub(super) fn key_at(row: &impl Columns, alike: &mut Alike) -> Result<Key, StoreError> {
+/// A key's row in [`KEY_COLUMNS`] and its checksum.
+pub(super) fn key_row(row: &impl Columns) -> Result<(KeyRow<'_>, i64), StoreError> {
     let read = || -> Read<_> { Ok((key_row_at(row)?, row.int(21)?)) };
-    let (key, sum) = read().map_err(unreadable)?;
-    key.into_key(sum, alike)
+    read().map_err(unreadable)
+}
+
+/// A key without its secrets, once the row's checksum has been found right.
+fn key_at(row: &impl Columns, alike: &mut Alike) -> Result<Key, StoreError> {
+    let (key, sum) = key_row(row)?;
+    Ok(key.to_loaded(sum, alike, (&[], &[]))?.to_key())
 }
 
 fn key_row_at(row: &impl Columns) -> Read<KeyRow<'_>> {
@@ -162,7 +166,7 @@ fn key_row_at(row: &impl Columns) -> Read<KeyRow<'_>> {
     })
 }
 
-/// The secret whose columns begin at `from`, in the order of [`SECRET_COLUMNS`], once the row's checksum has been found
+/// The secret whose columns begin at `from`, in the order of [`SECRET_COLUMNS`] up to its checksum, once the row's checksum has been found
 /// right; with its hint or without.
 pub(super) fn secret_at(
     row: &impl Columns,
@@ -219,69 +223,23 @@ impl Gather {
         let used =
             versions.zip(used).filter_map(|(version, used)| Some((version, Timestamp::from_micros(used?))));
         let last_used = used.collect();
-        Ok(Some(StoredKey { key: whole(key, secrets)?.key, last_used }))
+        Ok(Some(StoredKey { key: whole(key, secrets)?, last_used }))
     }
 }
 
-/// A key with every secret that it ever had.
-pub(super) struct GatheredKey {
-    pub(super) key: Key,
-    /// Secrets that left the record.
-    pub(super) left: Vec<Secret>,
+/// A key with all its secrets, the newest first.
+fn whole(mut key: Key, mut secrets: Vec<Secret>) -> Result<Key, StoreError> {
+    secrets.truncate(in_record(key.id.as_bytes(), &secrets)?);
+    key.secrets = secrets;
+    Ok(key)
 }
 
-/// A key and all its secrets, the newest first.
-pub(super) fn whole(mut key: Key, mut secrets: Vec<Secret>) -> Result<GatheredKey, StoreError> {
+/// How many of a key's secrets, the newest first, are in its record; if they are all there.
+pub(super) fn in_record(key_id: &[u8; 16], secrets: &[Secret]) -> Result<usize, StoreError> {
     // None is ever removed: they count down to 1, and the newest has no end.
     let counted = secrets.iter().rev().map(|secret| secret.version).eq(1..=secrets.len() as u32);
     let open_ended = secrets.first().is_some_and(|newest| newest.expires_at.is_none());
-    if !counted || !open_ended {
-        return Err(incomplete(key.id.as_bytes()));
-    }
-    let left = secrets.split_off(secrets.len().min(IN_RECORD));
-    key.secrets = secrets;
-    Ok(GatheredKey { key, left })
-}
-
-/// Keys in the order of their ids, and then their secrets in the order of keys and versions, as keys.
-pub(super) struct Merge {
-    keys: std::iter::Peekable<std::vec::IntoIter<Key>>,
-    /// Of the key that comes next.
-    secrets: Vec<Secret>,
-}
-
-impl Merge {
-    pub(super) fn new(keys: Vec<Key>) -> Self {
-        Merge { keys: keys.into_iter().peekable(), secrets: Vec::new() }
-    }
-
-    /// Takes a secret's row, the key's id before its columns; gives the keys that are whole before it.
-    pub(super) fn secret(&mut self, row: &impl Columns, take: TakeKey<'_>) -> Result<(), StoreError> {
-        let id: [u8; 16] = bytes_at(row, 0).map_err(unreadable)?;
-        while let Some(key) = self.keys.next_if(|key| *key.id.as_bytes() < id) {
-            self.give(key, take)?;
-        }
-        // Another key's secret is of a key that is left out.
-        if self.keys.peek().is_some_and(|key| *key.id.as_bytes() == id) {
-            self.secrets.push(secret_at(row, &id, 1, false)?);
-        }
-        Ok(())
-    }
-
-    /// Gives the last keys.
-    pub(super) fn finish(mut self, take: TakeKey<'_>) -> Result<(), StoreError> {
-        while let Some(key) = self.keys.next() {
-            self.give(key, take)?;
-        }
-        Ok(())
-    }
-
-    fn give(&mut self, key: Key, take: TakeKey<'_>) -> Result<(), StoreError> {
-        let mut secrets = std::mem::take(&mut self.secrets);
-        secrets.reverse();
-        take(whole(key, secrets)?);
-        Ok(())
-    }
+    if counted && open_ended { Ok(secrets.len().min(IN_RECORD)) } else { Err(incomplete(key_id)) }
 }
 
 fn incomplete(key_id: &[u8; 16]) -> StoreError {

@@ -13,7 +13,7 @@ use crate::domain::{
     token::{Digest, Hex},
 };
 
-use super::{Head, StoreError, Write, alike::Alike};
+use super::{Head, StoreError, Write, alike::Alike, load::LoadedKey};
 
 /// A row that contradicts itself: which, and how.
 pub(super) fn damaged(what: impl fmt::Display, problem: impl fmt::Display) -> StoreError {
@@ -22,35 +22,66 @@ pub(super) fn damaged(what: impl fmt::Display, problem: impl fmt::Display) -> St
 
 /// A CRC-32 over a row's columns, each with its kind and length, so that no two rows read alike. They are put
 /// together first: over many small pieces it takes several times as long.
-struct Sum(Vec<u8>);
+struct Sum {
+    before: crc32fast::Hasher,
+    /// What comes after that, up to `length`.
+    bytes: [u8; Sum::TOGETHER],
+    length: usize,
+}
 
 impl Sum {
+    /// More than nearly every row has.
+    const TOGETHER: usize = 512;
+
     fn new() -> Self {
-        Sum(Vec::with_capacity(512))
+        Sum { before: crc32fast::Hasher::new(), bytes: [0; Sum::TOGETHER], length: 0 }
     }
 
-    fn bytes(mut self, value: Option<&[u8]>) -> Self {
+    fn add(&mut self, bytes: &[u8]) {
+        if let Some(room) = self.bytes.get_mut(self.length..self.length + bytes.len()) {
+            room.copy_from_slice(bytes);
+            self.length += bytes.len();
+        } else {
+            self.before.update(&self.bytes[..self.length]);
+            self.before.update(bytes);
+            self.length = 0;
+        }
+    }
+
+    fn bytes(&mut self, value: Option<&[u8]>) -> &mut Self {
         match value {
             Some(bytes) => {
-                self.0.extend((bytes.len() as u64).to_be_bytes());
-                self.0.extend_from_slice(bytes);
+                self.add(&(bytes.len() as u64).to_be_bytes());
+                self.add(bytes);
             }
-            None => self.0.extend(u64::MAX.to_be_bytes()),
+            None => self.add(&u64::MAX.to_be_bytes()),
         }
         self
     }
 
-    fn text(self, value: Option<&str>) -> Self {
+    fn text(&mut self, value: Option<&str>) -> &mut Self {
         self.bytes(value.map(str::as_bytes))
     }
 
-    fn int(self, value: Option<i64>) -> Self {
-        let bytes = value.map(i64::to_be_bytes);
-        self.bytes(bytes.as_ref().map(<[u8; 8]>::as_slice))
+    fn int(&mut self, value: Option<i64>) -> &mut Self {
+        match value {
+            Some(number) => {
+                // Its length and itself, in one.
+                let [length, number] = [8, number.cast_unsigned()].map(u64::to_be_bytes);
+                let mut both = [0; 16];
+                both[..8].copy_from_slice(&length);
+                both[8..].copy_from_slice(&number);
+                self.add(&both);
+            }
+            None => self.add(&u64::MAX.to_be_bytes()),
+        }
+        self
     }
 
-    fn finish(self) -> i64 {
-        i64::from(crc32fast::hash(&self.0))
+    fn finish(&mut self) -> i64 {
+        self.before.update(&self.bytes[..self.length]);
+        self.length = 0;
+        i64::from(self.before.clone().finalize())
     }
 }
 
@@ -158,17 +189,27 @@ impl<'r> KeyRow<'r> {
             .finish()
     }
 
-    /// The record without its secrets, once `sum` has been found right.
-    pub(super) fn into_key(self, sum: i64, alike: &mut Alike) -> Result<Key, StoreError> {
+    /// The key with these secrets, once `sum` has been found right.
+    pub(super) fn to_loaded<'a>(
+        &'a self,
+        sum: i64,
+        alike: &'a mut Alike,
+        secrets: (&'a [Secret], &'a [Secret]),
+    ) -> Result<LoadedKey<'a>, StoreError> {
         let id = KeyId::from_bytes(self.id);
         if sum != self.sum() {
             return Err(damaged(format_args!("key {id}"), "its checksum does not match"));
         }
-        self.parse(id, alike).map_err(|problem| damaged(format_args!("key {id}"), problem))
+        self.parse(id, alike, secrets).map_err(|problem| damaged(format_args!("key {id}"), problem))
     }
 
-    fn parse(self, id: KeyId, alike: &mut Alike) -> Result<Key, String> {
-        let owner = alike.owner(&self)?;
+    fn parse<'a>(
+        &'a self,
+        id: KeyId,
+        alike: &'a mut Alike,
+        (secrets, left): (&'a [Secret], &'a [Secret]),
+    ) -> Result<LoadedKey<'a>, String> {
+        let (owner, policy) = alike.of(self)?;
         let revocation = match (self.revoked_at, self.revoke_reason.as_deref()) {
             (Some(at), Some(reason)) => Some(Revocation {
                 at: Timestamp::from_micros(at),
@@ -178,31 +219,24 @@ impl<'r> KeyRow<'r> {
             (None, None) => None,
             _ => return Err("its revocation is incomplete".to_owned()),
         };
-        let name = self.name.as_deref().map(KeyName::parse).transpose();
+        let name = self.name.as_deref();
+        name.map(KeyName::check).transpose().map_err(|error| error.to_string())?;
         let metadata = self.metadata.as_deref().map(from_json::<BTreeMap<_, _>>).transpose()?;
-        let grant = alike.grant(&self)?.clone();
-        Ok(Key {
+        Ok(LoadedKey {
             id,
             owner,
-            environment: grant.environment,
-            terms: Terms {
-                name: name.map_err(|error| error.to_string())?,
-                scopes: grant.scopes,
-                roles: grant.roles,
-                expires_at: self.expires_at.map(Timestamp::from_micros),
-                customers: grant.customers,
-                allowed_cidrs: grant.allowed_cidrs,
-                rate_limits: grant.rate_limits,
-                quota: grant.quota,
-                metadata: metadata.unwrap_or_default(),
-            },
+            policy,
+            name,
+            expires_at: self.expires_at.map(Timestamp::from_micros),
+            metadata: metadata.unwrap_or_default(),
             created_at: Timestamp::from_micros(self.created_at),
-            created_by: self.created_by.into_owned(),
+            created_by: &self.created_by,
             updated_at: Timestamp::from_micros(self.updated_at),
             disabled_at: self.disabled_at.map(Timestamp::from_micros),
             revocation,
-            secrets: Vec::new(),
             revision: revision_from_i64(self.revision),
+            secrets,
+            left,
         })
     }
 }
@@ -299,8 +333,8 @@ pub(super) fn secret_sum(key_id: &[u8], secret: &Secret) -> i64 {
 /// The checksum of an account's row. A column that came later counts only where it is set, so that older rows
 /// keep theirs.
 pub(super) fn account_sum(account: &Account) -> i64 {
-    let sum = Sum::new()
-        .text(Some(account.id.as_str()))
+    let mut sum = Sum::new();
+    sum.text(Some(account.id.as_str()))
         .text(Some(account.name.as_str()))
         .int(account.suspended_at.map(Timestamp::as_micros))
         .int(Some(account.created_at.as_micros()))

@@ -48,9 +48,9 @@ use self::{
     snapshot::Reader,
 };
 use super::{
-    Checkpoint, CommitError, Committed, Head, Hour, OpenError, Schema, SnapshotItem, Step, StoreError,
-    UsageBatch, Write,
-    backend::{self, Backend, TakeKey, TakeLog, TakeRow, View},
+    Checkpoint, CommitError, Committed, Head, Hour, Loader, OpenError, Schema, Step, StoreError, UsageBatch,
+    Write,
+    backend::{self, Backend, TakeLog, TakeRow, View},
     fleet::Fleet,
     queries::Sql,
     rows::{damaged, revision_to_i64},
@@ -189,11 +189,7 @@ impl Backend for Sqlite {
         }
     }
 
-    async fn view(
-        &self,
-        forget_before: Timestamp,
-        sink: &mut (dyn FnMut(SnapshotItem) + Send),
-    ) -> Result<Head, StoreError> {
+    async fn view(&self, forget_before: Timestamp, loader: &Arc<dyn Loader>) -> Result<Head, StoreError> {
         let mut connection = self.readers.acquire().await.map_err(store_error)?;
         // While nobody writes, two transactions that begin see the same.
         let writer = self.writer.pause().await?;
@@ -202,7 +198,7 @@ impl Backend for Sqlite {
         let reader = Reader::begin(self.options.get_filename().to_owned()).await?;
         drop(writer);
         let mut view = SqliteView { connection: &mut transaction, reader: Some(reader) };
-        let head = backend::snapshot(&mut view, forget_before, sink).await?;
+        let head = backend::snapshot(&mut view, forget_before, loader).await?;
         if self.unchecked.swap(false, Ordering::Relaxed) {
             tokio::spawn(check_behind(self.options.clone(), self.damaged.clone()));
         }
@@ -300,9 +296,9 @@ impl View for SqliteView<'_> {
         Ok(())
     }
 
-    async fn keys(&mut self, forget_before: Timestamp, take: TakeKey<'_>) -> Result<(), StoreError> {
+    async fn keys(&mut self, forget_before: Timestamp, loader: &Arc<dyn Loader>) -> Result<(), StoreError> {
         match self.reader.take() {
-            Some(reader) => reader.keys(forget_before, take).await,
+            Some(reader) => reader.keys(forget_before, loader).await,
             None => Ok(()),
         }
     }

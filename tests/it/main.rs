@@ -49,6 +49,7 @@ mod limits;
 mod limits_redis;
 mod listeners;
 mod load;
+mod loaded;
 mod nginx;
 mod postgres;
 mod postgres_server;

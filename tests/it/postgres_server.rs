@@ -19,7 +19,7 @@ use keyward::{
     engine::index::Index,
     pb,
     store::{
-        self, CommitError, OpenError, Store, StoreError, Write,
+        self, CommitError, Loader, OpenError, Store, StoreError, Write,
         writer::{WriteError, Writer},
     },
 };
@@ -27,6 +27,7 @@ use keyward::{
 use sqlx::Connection as _;
 
 use crate::{
+    loaded,
     postgres::{Cluster, Database, done, url},
     process::{Home, plain_key, wait_for},
 };
@@ -182,7 +183,8 @@ async fn a_commit_whose_session_ends_is_unknown_and_the_next_one_works() {
 /// An index that follows a writer on this store.
 async fn followed(store: &Arc<dyn Store>) -> (Writer, Arc<Index>) {
     let index = Arc::new(Index::default());
-    let head = store.snapshot(Timestamp::from_micros(0), &mut |item| index.load(item)).await.unwrap();
+    let loader: Arc<dyn Loader> = index.clone();
+    let head = store.snapshot(Timestamp::from_micros(0), &loader).await.unwrap();
     index.loaded(head.revision);
     (Writer::spawn(store.clone(), index.clone()).0, index)
 }
@@ -555,6 +557,6 @@ async fn a_row_that_was_touched_is_refused_instead_of_believed() {
     commit(&store, "acme").await.unwrap();
     database.sql("UPDATE keyward.accounts SET suspended_at = 1");
     let read = store.account(&AccountId::parse("acme").unwrap()).await.unwrap_err();
-    let load = store.snapshot(Timestamp::from_micros(0), &mut |_| {}).await.unwrap_err();
+    let load = loaded::snapshot(&store, Timestamp::from_micros(0)).await.unwrap_err();
     assert!(matches!((&read, &load), (StoreError::Damaged(_), StoreError::Damaged(_))), "{read} {load}");
 }

@@ -25,6 +25,7 @@ use keyward::{
 
 use crate::{
     engines::{Limited, Replica, clock, rate},
+    loaded,
     redis_server::RedisServer,
     support::{DAY, START},
 };
@@ -77,14 +78,12 @@ fn draw(replica: &Replica, store: &Arc<dyn Store>) -> tokio::task::JoinHandle<()
 
 /// What the store says that was spent.
 async fn spent(store: &Arc<dyn Store>) -> u64 {
-    let mut found = 0;
-    let sink = &mut |item| {
-        if let SnapshotItem::Spent(_, spent) = item {
-            found = spent.used;
-        }
-    };
-    store.snapshot(Timestamp::from_micros(0), sink).await.unwrap();
-    found
+    let (_, items) = loaded::snapshot(store, Timestamp::from_micros(0)).await.unwrap();
+    let spent = items.iter().find_map(|item| match item {
+        SnapshotItem::Spent(_, spent) => Some(spent.used),
+        _ => None,
+    });
+    spent.unwrap_or_default()
 }
 
 async fn flush(replica: &Replica, store: &Arc<dyn Store>) {

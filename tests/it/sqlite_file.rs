@@ -28,6 +28,7 @@ use tonic_types::StatusExt as _;
 
 use crate::{
     crash::Chance,
+    loaded,
     process::{Home, plain_key},
 };
 
@@ -181,14 +182,14 @@ async fn served(path: &Path) -> Result<Content, String> {
 
 async fn read(store: &Arc<dyn Store>) -> Result<Content, String> {
     let (mut accounts, mut keys) = (Vec::new(), Vec::new());
-    let head = store
-        .snapshot(at(0), &mut |item| match item {
+    let (head, items) = loaded::snapshot(store, at(0)).await.map_err(|error| error.to_string())?;
+    for item in items {
+        match item {
             SnapshotItem::Account(account) => accounts.push(account),
             SnapshotItem::Key(key, _) => keys.push(Arc::unwrap_or_clone(key)),
             _ => {}
-        })
-        .await
-        .map_err(|error| error.to_string())?;
+        }
+    }
     keys.sort_by_key(|key| key.id);
     let log = store.log_after(Revision(0), u32::MAX).await.map_err(|error| error.to_string())?;
     let (mut revision, mut hash) = (Revision(0), GENESIS);

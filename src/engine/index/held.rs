@@ -14,6 +14,7 @@ use crate::domain::{
     facts::{KeyFacts, ended},
     key::{Key, Owner, Quota, RateLimit, Secret},
     name::{CustomerId, EnvironmentName, KeyId, KeyName, RoleName},
+    policy::Policy,
     scope::ScopeSet,
     time::Timestamp,
     token::Digest,
@@ -34,21 +35,9 @@ const _: () = assert!(BLOCK * MAX_NAME <= u16::MAX as usize);
 // (3584 bytes, and the next is 4096), so a byte more would cost eight.
 const _: () = assert!(size_of::<Record>() <= 56);
 
-/// What many keys have alike.
-#[derive(Debug, PartialEq, Eq, Hash)]
-struct Policy {
-    environment: EnvironmentName,
-    scopes: ScopeSet,
-    roles: Box<[RoleName]>,
-    customers: Box<[CustomerId]>,
-    allowed_cidrs: Box<[IpNet]>,
-    rate_limits: Box<[RateLimit]>,
-    quota: Option<Quota>,
-}
-
 /// What few keys have.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Rare {
+pub(super) struct Rare {
     /// The newest secret's version, where a record has no room for it; else 0.
     version: u32,
     disabled: bool,
@@ -57,6 +46,60 @@ struct Rare {
     newest_ends: Option<Timestamp>,
     older: Box<[Older]>,
     metadata: BTreeMap<String, String>,
+}
+
+/// What may be rare of a key.
+pub(super) struct Uncommon<'k> {
+    /// In its record, the newest first.
+    pub(super) secrets: &'k [Secret],
+    pub(super) updated_at: Timestamp,
+    pub(super) disabled_at: Option<Timestamp>,
+    pub(super) revoked_at: Option<Timestamp>,
+    pub(super) metadata: &'k BTreeMap<String, String>,
+}
+
+impl<'k> Uncommon<'k> {
+    fn of(key: &'k Key) -> Self {
+        Uncommon {
+            secrets: &key.secrets,
+            updated_at: key.updated_at,
+            disabled_at: key.disabled_at,
+            revoked_at: key.revocation.as_ref().map(|revocation| revocation.at),
+            metadata: &key.terms.metadata,
+        }
+    }
+
+    /// With the superseded secrets that left its record.
+    pub(super) fn loaded(&self, left: &[Secret]) -> Option<Arc<Rare>> {
+        let left = left.iter().map(|secret| Older {
+            version: secret.version,
+            digest: secret.digest,
+            ends: Some(secret.expires_at.unwrap_or(self.updated_at)),
+            left: true,
+            over: true,
+        });
+        self.with(left)
+    }
+
+    fn with(&self, left: impl Iterator<Item = Older>) -> Option<Arc<Rare>> {
+        let (newest, others) = self.secrets.split_first()?;
+        let others = others.iter().map(|secret| Older {
+            version: secret.version,
+            digest: secret.digest,
+            ends: secret.expires_at,
+            left: false,
+            over: ended(secret.expires_at, self.updated_at) == Some(Timestamp::PASSED),
+        });
+        let rare = Rare {
+            version: if newest.version < LARGE.into() { 0 } else { newest.version },
+            disabled: self.disabled_at.is_some(),
+            revoked_at: self.revoked_at,
+            newest_ends: newest.expires_at,
+            older: others.chain(left).collect(),
+            metadata: self.metadata.clone(),
+        };
+        (rare != Rare::default()).then(|| Arc::new(rare))
+    }
 }
 
 /// A secret before the newest.
@@ -80,6 +123,16 @@ pub(super) struct Shared {
 }
 
 impl Shared {
+    /// The owner that is kept of all that are equal.
+    pub(super) fn owner(&mut self, owner: &Arc<Owner>) -> Arc<Owner> {
+        self.owners.kept(owner)
+    }
+
+    /// The policy that is kept of all that are equal.
+    pub(super) fn policy(&mut self, policy: &Arc<Policy>) -> Arc<Policy> {
+        self.policies.kept(policy)
+    }
+
     /// Lets go of what no key has any more.
     pub(super) fn sweep(&mut self) {
         self.owners.sweep();
@@ -130,15 +183,16 @@ pub(super) struct Packed {
 
 /// The same while it stands somewhere: in a block, or on its way.
 #[derive(Clone, Copy)]
-struct Placed<'a> {
-    id: KeyId,
-    digest: Digest,
-    version: u32,
-    name: &'a str,
-    expires_at: Option<Timestamp>,
-    owner: &'a Arc<Owner>,
-    policy: &'a Arc<Policy>,
-    rare: Option<&'a Arc<Rare>>,
+pub(super) struct Placed<'a> {
+    pub(super) id: KeyId,
+    pub(super) digest: Digest,
+    pub(super) version: u32,
+    /// Empty where it has none.
+    pub(super) name: &'a str,
+    pub(super) expires_at: Option<Timestamp>,
+    pub(super) owner: &'a Arc<Owner>,
+    pub(super) policy: &'a Arc<Policy>,
+    pub(super) rare: Option<&'a Arc<Rare>>,
 }
 
 impl Packed {
@@ -162,14 +216,7 @@ impl Packed {
     /// A key as it was loaded, with the superseded secrets that left its record. None of a key without secrets:
     /// nobody can find it.
     pub(super) fn new(key: &Key, left: &[Secret], shared: &mut Shared) -> Option<Packed> {
-        let left = left.iter().map(|secret| Older {
-            version: secret.version,
-            digest: secret.digest,
-            ends: Some(secret.expires_at.unwrap_or(key.updated_at)),
-            left: true,
-            over: true,
-        });
-        Packed::with_left(key, left.collect(), shared)
+        Packed::with(key, Uncommon::of(key).loaded(left), shared)
     }
 
     /// A key as it is after a change.
@@ -183,36 +230,11 @@ impl Packed {
                 (!kept).then_some(Older { ends, left: true, over: true, ..old })
             }
         });
-        Packed::with_left(key, left.collect(), shared)
+        Packed::with(key, Uncommon::of(key).with(left), shared)
     }
 
-    fn with_left(key: &Key, mut older: Vec<Older>, shared: &mut Shared) -> Option<Packed> {
-        let (newest, others) = key.secrets.split_first()?;
-        let others = others.iter().map(|secret| Older {
-            version: secret.version,
-            digest: secret.digest,
-            ends: secret.expires_at,
-            left: false,
-            over: ended(secret.expires_at, key.updated_at) == Some(Timestamp::PASSED),
-        });
-        older.splice(0..0, others);
-        let rare = Rare {
-            version: if newest.version < LARGE.into() { 0 } else { newest.version },
-            disabled: key.disabled_at.is_some(),
-            revoked_at: key.revocation.as_ref().map(|revocation| revocation.at),
-            newest_ends: newest.expires_at,
-            older: older.into(),
-            metadata: key.terms.metadata.clone(),
-        };
-        let policy = Policy {
-            environment: key.environment.clone(),
-            scopes: key.terms.scopes.clone(),
-            roles: key.terms.roles.clone().into(),
-            customers: key.terms.customers.clone().into(),
-            allowed_cidrs: key.terms.allowed_cidrs.clone().into(),
-            rate_limits: key.terms.rate_limits.clone().into(),
-            quota: key.terms.quota.clone(),
-        };
+    fn with(key: &Key, rare: Option<Arc<Rare>>, shared: &mut Shared) -> Option<Packed> {
+        let newest = key.secrets.first()?;
         Some(Packed {
             id: key.id,
             digest: newest.digest,
@@ -220,15 +242,15 @@ impl Packed {
             name: key.terms.name.as_ref().map_or("", KeyName::as_str).to_owned(),
             expires_at: key.terms.expires_at,
             owner: shared.owners.one(key.owner.clone()),
-            policy: shared.policies.one(policy),
-            rare: (rare != Rare::default()).then(|| Arc::new(rare)),
+            policy: shared.policies.one(Policy::of(key)),
+            rare,
         })
     }
 }
 
 impl Placed<'_> {
     /// A copy.
-    fn packed(&self) -> Packed {
+    pub(super) fn packed(&self) -> Packed {
         Packed {
             id: self.id,
             digest: self.digest,
@@ -262,7 +284,7 @@ impl Default for Block {
 impl Block {
     /// A block of these, of which `came` are new; None is a free place. Nothing in it has room that it does not use:
     /// an allocator seldom takes back what is too much.
-    fn of(places: &[Option<Placed<'_>>], came: usize, shared: &mut Shared) -> Block {
+    pub(super) fn of(places: &[Option<Placed<'_>>], came: usize, shared: &mut Shared) -> Block {
         let taken = places.iter().flatten();
         let (owners, owner) = shared.owners.list(taken.clone().map(|placed| placed.owner), came);
         let (policies, policy) = shared.policies.list(taken.clone().map(|placed| placed.policy), came);

@@ -10,14 +10,15 @@ use std::sync::{
 };
 
 use crate::domain::{
-    key::{Key, Secret},
+    key::{Key, Owner, Secret},
     name::KeyId,
+    policy::Policy,
     time::Timestamp,
     token::Digest,
 };
 
 use super::{
-    held::{BLOCK, Block, HeldKey, Packed, Shared},
+    held::{BLOCK, Block, HeldKey, Packed, Placed, Shared},
     shelf::Shelf,
     table::{Slot, Table, Tally},
 };
@@ -100,6 +101,36 @@ impl Keys {
         if let Some(packed) = Packed::new(key, left, &mut writer.shared) {
             self.come(&mut writer, packed);
         }
+    }
+
+    /// Makes room for so many secrets, so that the table does not grow while they come.
+    pub(super) fn expect(&self, secrets: usize) {
+        self.table.reserve(&mut self.writer().tally, secrets);
+    }
+
+    /// The owner that is kept of all that are equal.
+    pub(super) fn owner(&self, owner: &Arc<Owner>) -> Arc<Owner> {
+        self.writer().shared.owner(owner)
+    }
+
+    /// The policy that is kept of all that are equal.
+    pub(super) fn policy(&self, policy: &Arc<Policy>) -> Arc<Policy> {
+        self.writer().shared.policy(policy)
+    }
+
+    /// Takes new keys of a snapshot, whose owners and policies are kept ones: at best a whole block. They can be found
+    /// after [`Keys::show`], if not before.
+    pub(super) fn place(&self, keys: &[Option<Placed<'_>>]) {
+        let mut writer = self.writer();
+        if keys.len() < BLOCK || within(writer.next) > 0 {
+            return keys.iter().flatten().for_each(|key| self.come(&mut writer, key.packed()));
+        }
+        let Writer { tally, shared, next, .. } = &mut *writer;
+        let first = *next;
+        let block = self.shelf.put(first / PER_BLOCK, Block::of(keys, keys.len(), shared));
+        *next += PER_BLOCK;
+        (first..*next).for_each(|slot| self.note(tally, &block, slot, HeldKey::digests));
+        self.count.fetch_add(keys.len(), Ordering::Relaxed);
     }
 
     /// Makes everything that was loaded to be found.

@@ -51,6 +51,15 @@ impl<T: Eq + Hash> Pool<T> {
         new
     }
 
+    /// The same of what is shared already.
+    pub(super) fn kept(&mut self, value: &Arc<T>) -> Arc<T> {
+        if let Some(known) = self.known.get(value) {
+            return known.clone();
+        }
+        self.known.insert(value.clone());
+        value.clone()
+    }
+
     /// A list that has all of these, which this pool gave, and the number of each in it. They are the things of one
     /// block, of whose records `came` are new.
     pub(super) fn list<'t>(

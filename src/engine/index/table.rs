@@ -120,9 +120,22 @@ impl Table {
         found.is_some()
     }
 
+    /// Makes room for so many more digests at once.
+    pub(super) fn reserve(&self, tally: &mut Tally, more: usize) {
+        let least = (tally.used + more) * 8 / 7 + 1;
+        if self.cells.load().0.len() < least {
+            self.renew(tally, (tally.taken + more) * 4 / 3);
+        }
+    }
+
     /// A table of which three quarters are taken, without what is gone.
     fn widen(&self, tally: &mut Tally) {
-        let wider = Cells::new((tally.taken * 4 / 3).max(LEAST));
+        self.renew(tally, tally.taken * 4 / 3);
+    }
+
+    /// A table with so many cells, without what is gone.
+    fn renew(&self, tally: &mut Tally, cells: usize) {
+        let wider = Cells::new(cells.max(LEAST));
         let old = self.cells.load();
         let values = old.0.iter().map(|cell| cell.load(Ordering::Relaxed));
         values.filter(|value| slot(*value).is_some()).for_each(|value| put(&wider, value));

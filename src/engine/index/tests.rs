@@ -13,9 +13,11 @@ use crate::{
         limit::Spent,
         log::{Action, Actor, GENESIS},
         name::{CustomerId, EnvironmentName, KeyName},
+        policy::Policy,
         scope::{Scope, ScopeSet},
     },
     engine::limiter::Take,
+    store::LoadedKey,
 };
 use proptest::prelude::*;
 use std::{sync::atomic::AtomicBool, time::Duration};
@@ -25,6 +27,26 @@ fn loaded(key: &Key) -> Index {
     index.load(SnapshotItem::Key(Arc::new(key.clone()), vec![]));
     index.loaded(Revision(1));
     index
+}
+
+/// Gives a key to a part as a store does, which knows nothing of what came in other parts.
+fn came(part: &mut dyn Part, key: &Key, left: &[Secret]) {
+    part.key(&LoadedKey {
+        id: key.id,
+        owner: &Arc::new(key.owner.clone()),
+        policy: &Arc::new(Policy::of(key)),
+        name: key.terms.name.as_ref().map(KeyName::as_str),
+        expires_at: key.terms.expires_at,
+        metadata: key.terms.metadata.clone(),
+        created_at: key.created_at,
+        created_by: &key.created_by,
+        updated_at: key.updated_at,
+        disabled_at: key.disabled_at,
+        revocation: key.revocation.clone(),
+        revision: key.revision,
+        secrets: &key.secrets,
+        left,
+    });
 }
 
 impl Index {
@@ -319,7 +341,9 @@ proptest! {
             let key = Key { updated_at: now, ..key };
             model.put(&key, &left);
             if matches!(event, Event::Made { loaded: true }) {
-                index.load(SnapshotItem::Key(Arc::new(key.clone()), left.clone()));
+                let mut part = index.part();
+                came(&mut *part, &key, &left);
+                part.end();
                 index.keys.load().show();
             } else {
                 index.put_key(&key);
@@ -425,6 +449,41 @@ fn versions_may_be_as_large_as_32_bits_let_them() {
         same(&found(2).key, &key);
         index.forget(at(16));
         assert_eq!(found(2).version, version + 1);
+    }
+}
+
+#[test]
+fn keys_that_come_in_parts_at_once_are_all_found_as_they_are() {
+    const PART: u16 = 3 * BLOCK as u16 + 7;
+    let key = |number: u16| {
+        let mut key = numbered(number);
+        key.terms.name = (number % 3 > 0).then(|| KeyName::parse(&format!("key {number}")).unwrap());
+        key.terms.expires_at = (number % 2 > 0).then(|| at(number.into()));
+        key.owner = Owner::Account(AccountId::parse(&format!("account-{}", number % 5)).unwrap());
+        if number.is_multiple_of(7) {
+            key.rotate(digest(number, 2), String::new(), Duration::from_secs(5), at(9));
+        }
+        key
+    };
+    let index = Index::default();
+    index.expect(2 * usize::from(PART));
+    std::thread::scope(|scope| {
+        for numbers in [0..PART, PART..2 * PART] {
+            let mut part = index.part();
+            scope.spawn(move || {
+                numbers.for_each(|number| came(&mut *part, &key(number), &[]));
+                part.end();
+            });
+        }
+    });
+    index.loaded(Revision(1));
+    assert_eq!(index.len(), usize::from(2 * PART));
+    for key in (0..2 * PART).map(key) {
+        for secret in &key.secrets {
+            let found = index.find(&secret.digest).unwrap();
+            assert_eq!(found.version, secret.version);
+            same(&found.key, &key);
+        }
     }
 }
 

@@ -3,8 +3,8 @@
 //! are on the same library.
 //!
 //! A key's secrets stand in the order of their digests, and to look each up would take ten times as long as to read
-//! all of them. So they come first, as they stand, half on each of two threads; then the keys, half on each. For as
-//! long as that takes, each secret takes 80 bytes.
+//! all of them. So they come first, as they stand, half on each of two threads; then the keys, half on each, which
+//! packs them too. For as long as that takes, each secret takes 56 bytes.
 
 use std::{borrow::Cow, path::PathBuf, sync::Arc, time::Duration};
 
@@ -13,20 +13,16 @@ use tokio::sync::mpsc;
 
 use crate::{
     domain::{
-        key::Secret,
         log::LogRow,
         time::{Revision, Timestamp},
-        token::Digest,
     },
     store::{
-        StoreError,
+        Loader, Part, StoreError,
         alike::Alike,
-        backend::{TakeKey, TakeLog},
-        records::{
-            Columns, GatheredKey, KEY_COLUMNS, LOG_COLUMNS, SECRET_COLUMNS, bytes_at, key_at, log_at,
-            secret_at, unreadable, whole,
-        },
+        backend::TakeLog,
+        records::{Columns, KEY_COLUMNS, LOG_COLUMNS, log_at},
         rows::revision_to_i64,
+        unclaimed::{COLUMNS, Claims, Unclaimed},
     },
 };
 
@@ -52,23 +48,26 @@ impl Reader {
         blocking(move || Ok(Reader([begin(&path)?, begin(&path)?]))).await
     }
 
-    /// Gives every key that was not revoked before `forget_before` to `take`, in no order.
-    pub(super) async fn keys(self, forget_before: Timestamp, take: TakeKey<'_>) -> Result<(), StoreError> {
+    /// Gives every key that was not revoked before `forget_before` to `loader`, in two parts.
+    pub(super) async fn keys(
+        self,
+        forget_before: Timestamp,
+        loader: &Arc<dyn Loader>,
+    ) -> Result<(), StoreError> {
         let Reader([one, other]) = self;
         let ((one, first), (other, second)) = tokio::try_join!(
-            blocking(move || Half::read(&one, "digest < ?1").map(|half| (one, half))),
-            blocking(move || Half::read(&other, "digest >= ?1").map(|half| (other, half))),
+            blocking(move || secrets(&one, "digest < ?1").map(|half| (one, half))),
+            blocking(move || secrets(&other, "digest >= ?1").map(|half| (other, half))),
         )?;
+        loader.expect(first.len() + second.len());
         // Digests are by chance: the keys of those in a half are spread like all keys.
-        let middle = first.0.get(first.0.len() / 2).map_or([0; 16], |entry| entry.key_id);
+        let middle = first.middle().unwrap_or_default().to_be_bytes();
         let secrets = Arc::new([first, second]);
         let same = secrets.clone();
-        let (sender, batches) = mpsc::channel(BATCHES);
-        let more = sender.clone();
-        let (read, read_too, ()) = tokio::join!(
-            blocking(move || send_keys(&one, "id < ?2", middle, forget_before, &secrets, &sender)),
-            blocking(move || send_keys(&other, "id >= ?2", middle, forget_before, &same, &more)),
-            each(batches, take),
+        let (part, another) = (loader.part(), loader.part());
+        let (read, read_too) = tokio::join!(
+            blocking(move || keys(&one, "id < ?2", middle, forget_before, &secrets, part)),
+            blocking(move || keys(&other, "id >= ?2", middle, forget_before, &same, another)),
         );
         read.and(read_too)
     }
@@ -113,12 +112,6 @@ pub(super) async fn log(path: PathBuf, after: Revision, take: TakeLog<'_>) -> Re
     taken.and(read)
 }
 
-async fn each(mut batches: mpsc::Receiver<Vec<GatheredKey>>, take: TakeKey<'_>) {
-    while let Some(batch) = batches.recv().await {
-        batch.into_iter().for_each(&mut *take);
-    }
-}
-
 /// Rows on their way to another thread.
 struct Batch<'s, T> {
     rows: Vec<T>,
@@ -145,82 +138,38 @@ impl<'s, T> Batch<'s, T> {
     }
 }
 
-/// A secret without its hint, and whose it is.
-#[derive(Debug)]
-struct Entry {
-    key_id: [u8; 16],
-    version: u32,
-    digest: Digest,
-    created_at: Timestamp,
-    expires_at: Option<Timestamp>,
-}
-
 /// Half of the secrets, in the order of their keys.
-struct Half(Vec<Entry>);
-
-impl Half {
-    fn read(connection: &Connection, which: &str) -> Result<Half, Failure> {
-        let sql = format!("SELECT s.key_id, {SECRET_COLUMNS} FROM secrets s WHERE {which}");
-        let mut statement = connection.prepare(&sql)?;
-        let mut rows = statement.query([MIDDLE])?;
-        let mut entries = Vec::new();
-        while let Some(row) = rows.next()? {
-            let key_id: [u8; 16] = bytes_at(row, 0).map_err(unreadable)?;
-            let Secret { version, digest, created_at, expires_at, .. } = secret_at(row, &key_id, 1, false)?;
-            entries.push(Entry { key_id, version, digest, created_at, expires_at });
-        }
-        entries.sort_unstable_by_key(|entry| entry.key_id);
-        Ok(Half(entries))
+fn secrets(connection: &Connection, which: &str) -> Result<Unclaimed, Failure> {
+    let mut statement = connection.prepare(&format!("SELECT {COLUMNS} FROM secrets WHERE {which}"))?;
+    let mut rows = statement.query([MIDDLE])?;
+    let mut secrets = Unclaimed::default();
+    while let Some(row) = rows.next()? {
+        secrets.add(row)?;
     }
-
-    /// The secrets of a key in it. `at` is where those of the key before ended.
-    fn of(&self, key_id: &[u8; 16], at: &mut usize) -> &[Entry] {
-        // Keys come in order, too, and hardly any is left out.
-        let start = match self.0.get(*at) {
-            Some(entry) if entry.key_id >= *key_id && (*at == 0 || self.0[*at - 1].key_id < *key_id) => *at,
-            _ => self.0.partition_point(|entry| entry.key_id < *key_id),
-        };
-        let count = self.0[start..].iter().take_while(|entry| entry.key_id == *key_id).count();
-        *at = start + count;
-        &self.0[start..*at]
-    }
+    secrets.sort();
+    Ok(secrets)
 }
 
-/// Every secret of a key, the newest first.
-fn secrets_of(halves: &[Half; 2], key_id: &[u8; 16], at: &mut [usize; 2]) -> Vec<Secret> {
-    let found = halves.iter().zip(at).flat_map(|(half, at)| half.of(key_id, at));
-    let secret = |entry: &Entry| {
-        let Entry { version, digest, created_at, expires_at, .. } = *entry;
-        Secret { version, digest, hint: String::new(), created_at, expires_at }
-    };
-    let mut secrets: Vec<_> = found.map(secret).collect();
-    secrets.sort_unstable_by_key(|secret| std::cmp::Reverse(secret.version));
-    secrets
-}
-
-fn send_keys(
+/// Gives the keys on one side of `middle` to `part`.
+fn keys(
     connection: &Connection,
     which: &str,
     middle: [u8; 16],
     forget_before: Timestamp,
-    secrets: &[Half; 2],
-    sender: &mpsc::Sender<Vec<GatheredKey>>,
+    secrets: &[Unclaimed; 2],
+    mut part: Box<dyn Part>,
 ) -> Result<(), Failure> {
     let sql = format!(
         "SELECT {KEY_COLUMNS} FROM keys k WHERE (revoked_at IS NULL OR revoked_at >= ?1) AND {which} ORDER BY id"
     );
     let mut statement = connection.prepare(&sql)?;
     let mut rows = statement.query(rusqlite::params![forget_before.as_micros(), middle])?;
-    let (mut alike, mut at, mut batch) = (Alike::default(), [0; 2], Batch::to(sender));
+    let mut alike = Alike::default();
+    let mut claims = Claims::of(secrets, forget_before, &mut alike);
     while let Some(row) = rows.next()? {
-        let key = key_at(row, &mut alike)?;
-        let secrets = secrets_of(secrets, key.id.as_bytes(), &mut at);
-        if !batch.push(whole(key, secrets)?) {
-            // Nobody waits for the rest.
-            return Ok(());
-        }
+        claims.key(row, &mut *part)?;
     }
-    batch.end();
+    part.end();
     Ok(())
 }
 

@@ -15,6 +15,8 @@ use keyward::{
 };
 use proptest::{prelude::*, strategy::ValueTree as _, test_runner::TestRunner};
 
+use crate::loaded;
+
 use super::{
     Shared, account, account_id, at, create, everything, fresh, fresh_id, key, note_used, put, put_account,
     read, secret, update, whole_chain, with_accounts, with_roles,
@@ -204,7 +206,7 @@ pub(super) async fn a_closed_store_fails_and_says_so(store: Shared) {
     assert!(store.keys(&everything(OwnerFilter::Account(account_id("acme"))), None, 1).await.is_err());
     assert!(store.log_after(Revision(0), 1).await.is_err());
     assert!(store.log(&LogFilter::default(), None, 1).await.is_err());
-    assert!(store.snapshot(at(0), &mut |_| {}).await.is_err());
+    assert!(loaded::snapshot(&store, at(0)).await.is_err());
     assert!(store.commit(&[create(&key())]).await.is_err(), "what is closed takes no change");
     let used = UsedSecret { key_id: made.id, version: 1, at: at(0) };
     assert!(note_used(&store, &[used]).await.is_err());

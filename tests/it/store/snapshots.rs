@@ -16,6 +16,8 @@ use proptest::{
     test_runner::TestRunner,
 };
 
+use crate::loaded;
+
 use super::{records::records, *};
 
 pub(super) async fn snapshot(
@@ -23,16 +25,14 @@ pub(super) async fn snapshot(
     forget_before: Timestamp,
 ) -> (Head, Vec<Account>, Vec<(Key, Vec<Secret>)>) {
     let (mut accounts, mut keys) = (Vec::new(), Vec::new());
-    let head = store
-        .snapshot(forget_before, &mut |item| match item {
-            SnapshotItem::Account(account) => {
-                accounts.push(account);
-            }
+    let (head, items) = loaded::snapshot(store, forget_before).await.unwrap();
+    for item in items {
+        match item {
+            SnapshotItem::Account(account) => accounts.push(account),
             SnapshotItem::Key(key, left) => keys.push((Arc::unwrap_or_clone(key), left)),
             _ => {}
-        })
-        .await
-        .unwrap();
+        }
+    }
     accounts.sort_by(|a, b| a.id.cmp(&b.id));
     keys.sort_by_key(|(key, _)| key.id);
     (head, accounts, keys)
@@ -138,14 +138,15 @@ pub(super) async fn a_snapshot_holds_roles_members_and_what_is_spent(store: Shar
     store.note_usage(&batch).await.unwrap();
 
     let (mut found_roles, mut found_members, mut found_spent) = (vec![], vec![], vec![]);
-    let sink = &mut |item| match item {
-        SnapshotItem::Role(role) => found_roles.push(role),
-        SnapshotItem::Member(member) => found_members.push(member),
-        SnapshotItem::Spent(key, spent) => found_spent.push((key, spent)),
-        SnapshotItem::Account(_) => {}
-        SnapshotItem::Key(key, _) => assert_eq!(*key, unhinted(made.clone())),
-    };
-    store.snapshot(at(0), sink).await.unwrap();
+    for item in loaded::snapshot(&store, at(0)).await.unwrap().1 {
+        match item {
+            SnapshotItem::Role(role) => found_roles.push(role),
+            SnapshotItem::Member(member) => found_members.push(member),
+            SnapshotItem::Spent(key, spent) => found_spent.push((key, spent)),
+            SnapshotItem::Account(_) => {}
+            SnapshotItem::Key(key, _) => assert_eq!(*key, unhinted(made.clone())),
+        }
+    }
     roles.sort_by(|a, b| a.account.cmp(&b.account));
     found_roles.sort_by(|a, b| a.account.cmp(&b.account));
     found_members.sort_by(|a, b| a.account.cmp(&b.account));

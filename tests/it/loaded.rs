@@ -1,0 +1,53 @@
+//! What a store gives a server that starts.
+
+use std::sync::{Arc, Mutex};
+
+use keyward::{
+    domain::{key::Key, key::Secret, time::Timestamp},
+    store::{Head, LoadedKey, Loader, Part, SnapshotItem, Store, StoreError},
+};
+
+/// A whole snapshot, in the order in which it came.
+pub(crate) async fn snapshot(
+    store: &Arc<dyn Store>,
+    forget_before: Timestamp,
+) -> Result<(Head, Vec<SnapshotItem>), StoreError> {
+    let came = Came::default();
+    let loader: Arc<dyn Loader> = Arc::new(came.clone());
+    let head = store.snapshot(forget_before, &loader).await?;
+    let items = std::mem::take(&mut *came.0.lock().unwrap());
+    Ok((head, items))
+}
+
+/// Everything that came.
+#[derive(Clone, Default)]
+struct Came(Arc<Mutex<Vec<SnapshotItem>>>);
+
+impl Loader for Came {
+    fn item(&self, item: SnapshotItem) {
+        self.0.lock().unwrap().push(item);
+    }
+
+    fn expect(&self, _: usize) {}
+
+    fn part(&self) -> Box<dyn Part> {
+        Box::new(Keys { came: self.clone(), keys: Vec::new() })
+    }
+}
+
+/// Keys of a part.
+struct Keys {
+    came: Came,
+    keys: Vec<(Key, Vec<Secret>)>,
+}
+
+impl Part for Keys {
+    fn key(&mut self, key: &LoadedKey<'_>) {
+        self.keys.push((key.to_key(), key.left.to_vec()));
+    }
+
+    fn end(self: Box<Self>) {
+        let items = self.keys.into_iter().map(|(key, left)| SnapshotItem::Key(Arc::new(key), left));
+        self.came.0.lock().unwrap().extend(items);
+    }
+}

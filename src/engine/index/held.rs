@@ -349,6 +349,14 @@ impl Block {
         })
     }
 
+    /// Whether no key in it is revoked and no secret superseded.
+    pub(super) fn lasts(&self) -> bool {
+        let ends = |rare: &Arc<Rare>| {
+            rare.revoked_at.is_some() || rare.newest_ends.is_some() || !rare.older.is_empty()
+        };
+        !self.rares.values().any(ends)
+    }
+
     /// What stands at each place.
     fn all_placed(&self) -> Vec<Option<Placed<'_>>> {
         (0..self.len()).map(|at| self.placed(at)).collect()

@@ -135,7 +135,9 @@ impl Keys {
 
     /// Makes everything that was loaded to be found.
     pub(super) fn show(&self) {
-        self.place_coming(&mut self.writer());
+        let mut writer = self.writer();
+        self.place_coming(&mut writer);
+        self.table.fit(&mut writer.tally);
     }
 
     /// Takes keys that were created or changed, in this order. Those that are new and stand together are placed together:
@@ -219,6 +221,9 @@ impl Keys {
             // Other writers come between two blocks.
             let writer = &mut *self.writer();
             let Some(block) = self.shelf.get(number) else { continue };
+            if block.lasts() {
+                continue;
+            }
             let mut changed = None;
             for at in 0..block.len() {
                 let Some(key) = HeldKey::at(block.clone(), at) else { continue };

@@ -22,6 +22,11 @@ impl<T> Sparse<T> {
         if self.who & bit == 0 { None } else { self.values.get(before.count_ones() as usize) }
     }
 
+    /// All values.
+    pub(super) fn values(&self) -> impl Iterator<Item = &T> {
+        self.values.iter()
+    }
+
     /// What each of up to 64 records has.
     pub(super) fn of<'v>(all: impl Iterator<Item = Option<&'v T>> + Clone) -> Self
     where

@@ -128,6 +128,14 @@ impl Table {
         }
     }
 
+    /// Lets go of room that was made for what did not come, if it is much.
+    pub(super) fn fit(&self, tally: &mut Tally) {
+        let enough = (tally.taken * 4 / 3).max(LEAST);
+        if self.cells.load().0.len() > 2 * enough {
+            self.renew(tally, enough);
+        }
+    }
+
     /// A table of which three quarters are taken, without what is gone.
     fn widen(&self, tally: &mut Tally) {
         self.renew(tally, tally.taken * 4 / 3);
@@ -186,6 +194,22 @@ mod tests {
         let (table, mut tally) = (Table::default(), Tally::default());
         (0..count).for_each(|number| table.insert(&mut tally, &digest(number), number as Slot));
         (table, tally)
+    }
+
+    #[test]
+    fn room_that_was_made_is_kept_only_for_what_came() {
+        let (table, mut tally) = filled(1000);
+        table.reserve(&mut tally, 99_000);
+        let roomy = table.cells.load().0.len();
+        (1000..80_000).for_each(|number| table.insert(&mut tally, &digest(number), number as Slot));
+        table.fit(&mut tally);
+        assert_eq!(table.cells.load().0.len(), roomy);
+        (0..60_000).for_each(|number| assert!(table.remove(&mut tally, &digest(number), number as Slot)));
+        table.fit(&mut tally);
+        assert!(table.cells.load().0.len() < 30_000);
+        let there =
+            |number: &usize| table.find(&digest(*number), |slot| (slot as usize == *number).then_some(()));
+        assert_eq!((0..80_000).filter_map(|number| there(&number)).count(), 20_000);
     }
 
     #[test]

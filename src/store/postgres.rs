@@ -422,13 +422,16 @@ impl Backend for Postgres {
         forget_before: Timestamp,
         loader: &Arc<dyn Loader>,
     ) -> std::result::Result<Head, StoreError> {
-        let export = ["SELECT pg_export_snapshot()".to_owned()];
+        let export =
+            ["SELECT pg_export_snapshot(), reltuples::bigint FROM pg_class WHERE oid = 'secrets'::regclass"
+                .to_owned()];
         let (session, answers) = self.begin(&self.begins.view, &export).await.map_err(store_error)?;
-        let same = answers.first().and_then(|rows| rows.first()).map(|row| row.text(0)).transpose();
-        let second = match same.map_err(store_error)? {
-            Some(snapshot) => self.begin_same(snapshot).await,
-            None => None,
-        };
+        let mut second = None;
+        if let Some(row) = answers.first().and_then(|rows| rows.first()) {
+            second = self.begin_same(row.text(0).map_err(store_error)?).await;
+            // What the server last counted, if it ever did.
+            loader.expect(row.int(1).ok().and_then(|count| usize::try_from(count).ok()).unwrap_or_default());
+        }
         let mut view = PgView { session: Some(session), second };
         let head = backend::snapshot(&mut view, forget_before, loader).await?;
         if let Some(session) = view.session {

@@ -22,19 +22,23 @@ pub(super) fn damaged(what: impl fmt::Display, problem: impl fmt::Display) -> St
 
 /// A CRC-32 over a row's columns, each with its kind and length, so that no two rows read alike. They are put
 /// together first: over many small pieces it takes several times as long.
-struct Sum {
+/// `ROOM` is more than nearly every row has, and little, since it is made empty for each.
+struct Sum<const ROOM: usize = 512> {
     before: crc32fast::Hasher,
     /// What comes after that, up to `length`.
-    bytes: [u8; Sum::TOGETHER],
+    bytes: [u8; ROOM],
     length: usize,
 }
 
 impl Sum {
-    /// More than nearly every row has.
-    const TOGETHER: usize = 512;
-
     fn new() -> Self {
-        Sum { before: crc32fast::Hasher::new(), bytes: [0; Sum::TOGETHER], length: 0 }
+        Sum::with_room()
+    }
+}
+
+impl<const ROOM: usize> Sum<ROOM> {
+    fn with_room() -> Self {
+        Sum { before: crc32fast::Hasher::new(), bytes: [0; ROOM], length: 0 }
     }
 
     fn add(&mut self, bytes: &[u8]) {
@@ -67,11 +71,7 @@ impl Sum {
         match value {
             Some(number) => {
                 // Its length and itself, in one.
-                let [length, number] = [8, number.cast_unsigned()].map(u64::to_be_bytes);
-                let mut both = [0; 16];
-                both[..8].copy_from_slice(&length);
-                both[8..].copy_from_slice(&number);
-                self.add(&both);
+                self.add(&(8 << 64 | u128::from(number.cast_unsigned())).to_be_bytes());
             }
             None => self.add(&u64::MAX.to_be_bytes()),
         }
@@ -290,7 +290,7 @@ pub(super) struct SecretRow<'r> {
 
 impl SecretRow<'_> {
     fn sum(&self, key_id: &[u8]) -> i64 {
-        Sum::new()
+        Sum::<192>::with_room()
             .bytes(Some(self.digest))
             .bytes(Some(key_id))
             .int(Some(self.version))

@@ -434,7 +434,26 @@ mod tests {
         name::{AccountId, RoleName, UserId},
         time::Revision,
     };
-    use crate::store::rows::member_sum;
+    use crate::store::{LoadedKey, Part, SnapshotItem, rows::member_sum};
+
+    /// Takes a snapshot and keeps nothing.
+    struct Nobody;
+
+    impl Loader for Nobody {
+        fn item(&self, _: SnapshotItem) {}
+
+        fn expect(&self, _: usize) {}
+
+        fn part(&self) -> Box<dyn Part> {
+            Box::new(Nobody)
+        }
+    }
+
+    impl Part for Nobody {
+        fn key(&mut self, _: &LoadedKey<'_>) {}
+
+        fn end(self: Box<Self>) {}
+    }
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_damaged_index_is_found_at_the_start_or_in_a_large_file_behind_it() {
@@ -465,7 +484,8 @@ mod tests {
         let at_start = Sqlite::open(&path, Schema::Migrate).await.unwrap_err();
         assert!(matches!(at_start, OpenError::Damaged { .. }), "{at_start}");
         let store = Sqlite::open_checked(&path, 0, Schema::Migrate).await.unwrap();
-        store.view(Timestamp::from_micros(0), &mut |_| {}).await.unwrap();
+        let nobody: Arc<dyn Loader> = Arc::new(Nobody);
+        store.view(Timestamp::from_micros(0), &nobody).await.unwrap();
         store.wait_until_lost().await;
     }
 

@@ -48,6 +48,12 @@ pub(super) struct At {
 }
 
 impl Unclaimed {
+    /// Forgets all, and keeps the room.
+    pub(super) fn clear(&mut self) {
+        self.plain.clear();
+        self.others.clear();
+    }
+
     /// How many there are.
     pub(super) fn len(&self) -> usize {
         self.plain.len() + self.others.len()

@@ -68,6 +68,8 @@ pub(super) async fn keys(
     loader: &Arc<dyn Loader>,
 ) -> Result<(), StoreError> {
     let (mut part, mut alike, mut limit) = (loader.part(), Alike::default(), PAGE);
+    // Its room is used again: new room is given page by page, by the kernel.
+    let mut page = Unclaimed::default();
     while let Some(ids) = rest.now() {
         let order = if from == From::First { "" } else { "DESC" };
         let secrets = format!(
@@ -76,7 +78,7 @@ pub(super) async fn keys(
             literal(*ids.start()),
             literal(*ids.end())
         );
-        let mut page = Unclaimed::default();
+        page.clear();
         copy(connection, &secrets, &mut |row| page.add(row)).await?;
         page.sort();
         // More secrets of the last key may come.

@@ -457,8 +457,9 @@ fn keys_that_come_in_parts_at_once_are_all_found_as_they_are() {
     const PART: u16 = 3 * BLOCK as u16 + 7;
     let key = |number: u16| {
         let mut key = numbered(number);
-        key.terms.name = (number % 3 > 0).then(|| KeyName::parse(&format!("key {number}")).unwrap());
-        key.terms.expires_at = (number % 2 > 0).then(|| at(number.into()));
+        key.terms.name =
+            (!number.is_multiple_of(3)).then(|| KeyName::parse(&format!("key {number}")).unwrap());
+        key.terms.expires_at = (!number.is_multiple_of(2)).then(|| at(number.into()));
         key.owner = Owner::Account(AccountId::parse(&format!("account-{}", number % 5)).unwrap());
         if number.is_multiple_of(7) {
             key.rotate(digest(number, 2), String::new(), Duration::from_secs(5), at(9));

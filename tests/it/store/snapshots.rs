@@ -155,11 +155,11 @@ pub(super) async fn a_snapshot_holds_roles_members_and_what_is_spent(store: Shar
 
 /// More than any backend asks for at once.
 pub(super) async fn a_snapshot_of_many_keys_has_each_of_them_once(store: Shared) {
-    const KEYS: usize = 5_001;
+    const KEYS: usize = 21_001;
     with_accounts(&store).await;
     let mut made = BTreeSet::new();
     while made.len() < KEYS {
-        let keys: Vec<_> = (0..500.min(KEYS - made.len())).map(|_| key()).collect();
+        let keys: Vec<_> = (0..3_000.min(KEYS - made.len())).map(|_| key()).collect();
         made.extend(keys.iter().map(|key| key.id));
         let batch: Vec<_> = keys.iter().map(create).collect();
         assert!(store.commit(&batch).await.unwrap().outcomes.iter().all(Result::is_ok));

@@ -106,8 +106,13 @@ impl Workers {
     /// a client that is told to go connects again at once, and a listener that closes just then would reset it.
     pub fn finish(self) {
         self.ending.send_replace(true);
-        for Worker { connections, thread, .. } in self.workers {
+        // All of them, before any is waited for: the time to drain begins with that.
+        let ends = |Worker { connections, thread, .. }| {
             drop(connections);
+            thread
+        };
+        let threads: Vec<_> = self.workers.into_iter().map(ends).collect();
+        for thread in threads {
             if thread.join().is_err() {
                 tracing::error!("a serving thread ended in a panic");
             }

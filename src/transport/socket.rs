@@ -214,7 +214,7 @@ impl Open {
     /// listener closes, and their callers cannot know that their calls were not heard.
     pub fn close(self, mut take: impl FnMut(Socket, Option<SocketAddr>)) {
         let ended = match self {
-            Open::Tcp(listener) => listener.into_std().and_then(|listener| {
+            Open::Tcp(listener) => listener.into_std().map(|listener| {
                 waiting(|| {
                     let (stream, peer) = listener.accept()?;
                     stream.set_nonblocking(true)?;
@@ -222,7 +222,7 @@ impl Open {
                     Ok(())
                 })
             }),
-            Open::Unix(listener, _file) => listener.into_std().and_then(|listener| {
+            Open::Unix(listener, _file) => listener.into_std().map(|listener| {
                 waiting(|| {
                     let (stream, _) = listener.accept()?;
                     stream.set_nonblocking(true)?;
@@ -240,15 +240,19 @@ impl Open {
     }
 }
 
-/// Accepts until nobody waits. Who comes meanwhile is not waited for without an end.
-fn waiting(mut accept: impl FnMut() -> io::Result<()>) -> io::Result<()> {
+/// Accepts until nobody waits. Who comes meanwhile is not waited for without an end, and of one who went away the others
+/// know nothing.
+fn waiting(mut accept: impl FnMut() -> io::Result<()>) {
     for _ in 0..BACKLOG {
         match accept() {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-            accepted => accepted?,
+            Err(error) => {
+                let error = &error as &dyn std::error::Error;
+                tracing::debug!(error, "one of the last connections was not accepted");
+            }
+            Ok(()) => {}
         }
     }
-    Ok(())
 }
 
 /// A connection that belongs to no runtime.

@@ -22,7 +22,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use anyhow::Context as _;
 use tokio::{
     sync::{oneshot, watch},
-    task::{JoinError, JoinHandle},
+    task::{AbortHandle, JoinError, JoinHandle},
     time::MissedTickBehavior,
 };
 use tonic_health::server::HealthReporter;
@@ -321,9 +321,8 @@ impl Server {
             tracing::error!(error = &error as &dyn std::error::Error, "serving ended badly");
         }
         closing.send_replace(true);
-        for task in &background {
-            task.abort();
-        }
+        let ends: Vec<_> = background.iter().map(JoinHandle::abort_handle).collect();
+        let abort = || ends.iter().for_each(AbortHandle::abort);
         let decisions = async {
             if let Some(keeper) = keeper {
                 keeper.stop(LAST_WORK).await;
@@ -331,6 +330,11 @@ impl Server {
         };
         let uses = usage.waiting();
         let last = async {
+            // One that is given up while it writes uses would have them written twice.
+            let between = usage.between_writes().await;
+            abort();
+            futures_util::future::join_all(background).await;
+            drop(between);
             // The services are gone with the workers, and the writer ends when its queue is empty.
             if let Err(error) = writer.await {
                 tracing::error!(error = &error as &dyn std::error::Error, "the writer ended badly");
@@ -347,6 +351,7 @@ impl Server {
         let waiting = u32::try_from(uses).unwrap_or(u32::MAX);
         let patience = LAST_WORK + LAST_USE.saturating_mul(waiting).min(LAST_USES);
         let (last, ()) = tokio::join!(tokio::time::timeout(patience, last), decisions);
+        abort();
         if last.is_err() {
             tracing::warn!(
                 "the database did not answer in time: the last writes and uses may be lost, and the replica's row stays"

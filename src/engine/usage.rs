@@ -19,7 +19,7 @@ use std::{
 };
 
 use tokio::{
-    sync::{Notify, futures::Notified},
+    sync::{MutexGuard, Notify, futures::Notified},
     time::Instant,
 };
 
@@ -36,6 +36,10 @@ use super::limiter::Budget;
 
 /// Keys in one question for quotas.
 const CHUNK: usize = 500;
+/// Into how many parts quotas are divided, so that Checks do not wait for each other.
+const SHARDS: usize = 16;
+/// How often quotas are counted while a flush goes on.
+const DRAW_EVERY: Duration = Duration::from_secs(5);
 /// How many times as long as a write took a gentle flush rests after it.
 const REST: u32 = 9;
 /// No rest is longer: a write that takes longer waits for something else than processors.
@@ -50,9 +54,12 @@ const DRAW_AGAIN: Duration = Duration::from_secs(1);
 pub enum Pace {
     /// At once: somebody waits for it.
     AtOnce,
-    /// A tenth of the time, unless somebody waits, very many keys do, or quotas were drawn from. Checks have the rest.
+    /// A tenth of the time, unless somebody waits or very many keys do. Checks have the rest.
     Gentle,
 }
+
+/// Each knows what is to be drawn.
+type Budgets = HashMap<KeyId, Arc<Budget>>;
 
 /// What the store does not have yet.
 #[derive(Default)]
@@ -68,7 +75,10 @@ pub struct Usage {
     urged: Notify,
     /// One write at a time: a budget's units must not be counted twice.
     writing: tokio::sync::Mutex<()>,
-    hurried: Mutex<HashMap<KeyId, Arc<Budget>>>,
+    /// Quotas that were drawn from, to be counted with the next flush.
+    drew: [Mutex<Budgets>; SHARDS],
+    /// Those to be counted now.
+    hurried: Mutex<Budgets>,
     /// Somebody has to hurry.
     wanted: Notify,
     /// Quotas were counted, or could not be.
@@ -87,7 +97,9 @@ impl Usage {
     pub fn note(&self, note: Note, drew: Option<&Arc<Budget>>) {
         self.count_dropped(self.notes.note(note));
         if let Some(budget) = drew {
-            self.notes.drew(note.key, budget);
+            // The last byte of a UUIDv7 is random.
+            let shard = &self.drew[usize::from(note.key.as_bytes()[15]) % SHARDS];
+            lock(shard).entry(note.key).or_insert_with(|| budget.clone());
         }
     }
 
@@ -135,17 +147,27 @@ impl Usage {
         let _urgent = (pace == Pace::AtOnce).then(|| Urgent::new(self));
         let _one = self.flush.lock().await;
         self.gathered().line_up();
+        let mut drawn: Option<Instant> = None;
         loop {
+            // What a kill forgets of quotas is given out again: they come first, and again if the rest takes long.
+            if drawn.is_none_or(|at| at.elapsed() >= DRAW_EVERY) {
+                self.draw_all(store).await?;
+                drawn = Some(Instant::now());
+            }
             let begun = Instant::now();
             let writing = self.writing.lock().await;
-            let Some(((batch, drawn), pressing)) = self.notes.next(batch) else { return Ok(()) };
-            self.write(store, &batch, &drawn).await?;
+            let Some(batch) = self.notes.next(batch) else { return Ok(()) };
+            self.write(store, &batch, &HashMap::new()).await?;
             self.notes.written();
             drop(writing);
-            if !pressing {
-                self.rest(begun.elapsed()).await;
-            }
+            self.rest(begun.elapsed()).await;
         }
+    }
+
+    /// Waits until nothing is being written, and holds back what would be. Whoever is given up then loses nothing, and
+    /// nothing of it is written twice.
+    pub async fn between_writes(&self) -> MutexGuard<'_, ()> {
+        self.writing.lock().await
     }
 
     /// Leaves the machine to others after a write that took so long.
@@ -206,6 +228,15 @@ impl Usage {
         }
     }
 
+    /// Has everything counted that was drawn.
+    async fn draw_all(&self, store: &dyn Store) -> Result<(), StoreError> {
+        for shard in &self.drew {
+            let drew = std::mem::take(&mut *lock(shard));
+            lock(&self.hurried).extend(drew);
+        }
+        self.draw(store).await
+    }
+
     async fn draw(&self, store: &dyn Store) -> Result<(), StoreError> {
         loop {
             let _one = self.writing.lock().await;
@@ -248,22 +279,16 @@ impl Drop for Urgent<'_> {
     }
 }
 
-/// What is to be written of some keys, and the budgets that it is drawn from.
-fn batch(keys: &[(KeyId, Trace)]) -> (UsageBatch, HashMap<KeyId, (Arc<Budget>, Drawn)>) {
-    let (mut batch, mut all) = (UsageBatch::default(), HashMap::new());
+/// What is to be written of some keys.
+fn batch(keys: &[(KeyId, Trace)]) -> UsageBatch {
+    let mut batch = UsageBatch::default();
     for (key_id, trace) in keys {
         let key_id = *key_id;
         batch.used.extend(trace.used().map(|(version, at)| UsedSecret { key_id, version, at }));
         let counts = trace.counts();
         batch.counts.extend(counts.map(|(hour, reason, count)| Count { key_id, hour, reason, count }));
-        if let Some(budget) = trace.budget()
-            && let Some(drawn) = budget.pending()
-        {
-            batch.spent.push((key_id, drawn));
-            all.insert(key_id, (budget.clone(), drawn));
-        }
     }
-    (batch, all)
+    batch
 }
 
 #[cfg(test)]

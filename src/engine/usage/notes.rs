@@ -7,12 +7,11 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 
 use crate::{
     domain::{decision::Reason, name::KeyId, time::Timestamp},
-    engine::limiter::Budget,
     instruments::Apart,
 };
 
@@ -86,25 +85,11 @@ impl Row {
     }
 }
 
-/// What is to be written, in order.
-#[derive(Default)]
-struct Line {
-    /// Keys whose quotas were drawn from: they come first, since what a kill forgets of them is given out again.
-    drew: Row,
-    others: Row,
-}
-
-impl Line {
-    fn len(&self) -> usize {
-        self.drew.0.len() + self.others.0.len()
-    }
-}
-
 /// Everything that was noted and is not written. Whoever takes two of its locks takes them in the order of the fields.
 #[derive(Default)]
 pub(super) struct Notes {
     pads: Apart<Mutex<Vec<Note>>>,
-    line: Mutex<Line>,
+    line: Mutex<Row>,
     /// Checks wait for these locks, so nobody has one for long.
     shelves: [Mutex<Traces>; SHELVES],
 }
@@ -117,13 +102,6 @@ impl Notes {
         if pad.len() < PAD { 0 } else { self.put(&mut pad) }
     }
 
-    /// Notes that a key's quota was drawn from, beside the Check that did.
-    pub(super) fn drew(&self, key: KeyId, budget: &Arc<Budget>) {
-        if let Some(trace) = trace(&mut lock(self.shelf(key)), key) {
-            trace.drew(budget);
-        }
-    }
-
     /// Puts everything on the shelves that stands on pads. The same is told as by `note`.
     pub(super) fn gather(&self) -> u64 {
         self.pads.each().map(|pad| self.put(&mut lock(pad))).sum()
@@ -132,38 +110,33 @@ impl Notes {
     /// Puts everything in the line that is on the shelves.
     pub(super) fn line_up(&self) {
         let mut line = lock(&self.line);
-        let (mut drew, mut others) = (Vec::new(), Vec::with_capacity(self.shelved()));
+        let mut all = Vec::with_capacity(self.shelved());
         for shelf in &self.shelves {
             let mut shelf = lock(shelf);
             // As many keys will come again, and a table that grows holds up whoever makes it grow.
             let room = Traces::with_capacity_and_hasher(shelf.len(), Default::default());
             let taken = std::mem::replace(&mut *shelf, room);
             drop(shelf);
-            for (key, trace) in taken {
-                if trace.budget().is_some() { &mut drew } else { &mut others }.push((key, trace));
-            }
+            all.extend(taken);
         }
-        line.drew.add(drew);
-        line.others.add(others);
+        line.add(all);
     }
 
-    /// What is to be written next, as `of` makes it, and whether it may not wait. None = nothing is in the line.
-    pub(super) fn next<T>(&self, of: impl FnOnce(&[(KeyId, Trace)]) -> T) -> Option<(T, bool)> {
+    /// What is to be written next, as `of` makes it. None = nothing is in the line.
+    pub(super) fn next<T>(&self, of: impl FnOnce(&[(KeyId, Trace)]) -> T) -> Option<T> {
         let line = lock(&self.line);
-        let pressing = !line.drew.0.is_empty();
-        let next = if pressing { line.drew.next() } else { line.others.next() };
-        (!next.is_empty()).then(|| (of(next), pressing))
+        let next = line.next();
+        (!next.is_empty()).then(|| of(next))
     }
 
     /// What was next is written.
     pub(super) fn written(&self) {
-        let mut line = lock(&self.line);
-        if line.drew.0.is_empty() { line.others.written() } else { line.drew.written() }
+        lock(&self.line).written();
     }
 
     /// How many keys wait. One that is used while it is written counts twice.
     pub(super) fn len(&self) -> usize {
-        lock(&self.line).len() + self.shelved()
+        lock(&self.line).0.len() + self.shelved()
     }
 
     /// How many keys are on the shelves.
@@ -175,7 +148,7 @@ impl Notes {
     pub(super) fn last_use(&self, key: KeyId, version: u32) -> Option<Timestamp> {
         let line = lock(&self.line);
         let shelf = lock(self.shelf(key));
-        let known = [shelf.get(&key), line.drew.get(key), line.others.get(key)].into_iter().flatten();
+        let known = [shelf.get(&key), line.get(key)].into_iter().flatten();
         known.flat_map(Trace::used).filter(|(of, _)| *of == version).map(|(_, at)| at).max()
     }
 
@@ -226,8 +199,7 @@ mod tests {
     /// Writes everything; gives the keys, those first that were written last.
     fn drain(notes: &Notes) -> Vec<KeyId> {
         let mut all = std::collections::VecDeque::new();
-        while let Some((keys, _)) = notes.next(|chunk| chunk.iter().map(|(key, _)| *key).collect::<Vec<_>>())
-        {
+        while let Some(keys) = notes.next(|chunk| chunk.iter().map(|(key, _)| *key).collect::<Vec<_>>()) {
             assert!(keys.len() <= CHUNK);
             keys.into_iter().rev().for_each(|key| all.push_front(key));
             notes.written();

@@ -1,10 +1,7 @@
 //! What one key's Checks have left. Where and for how long it is kept is `notes.rs`'s.
 
-use std::sync::Arc;
-
 use crate::{
     domain::{decision::Reason, time::Timestamp},
-    engine::limiter::Budget,
     store::Hour,
 };
 
@@ -29,8 +26,6 @@ pub(super) struct Trace {
 struct More {
     used: Vec<(u32, Timestamp)>,
     counts: Vec<(Hour, Reason, u64)>,
-    /// The budget, where the quota was drawn from: it knows how much.
-    budget: Option<Arc<Budget>>,
 }
 
 impl Default for Trace {
@@ -54,9 +49,6 @@ impl Trace {
         let Some(more) = more else { return };
         more.used.iter().for_each(|(version, at)| self.use_apart(*version, *at));
         more.counts.iter().for_each(|(hour, reason, count)| self.count_apart(*hour, *reason, *count));
-        if let Some(budget) = &more.budget {
-            self.drew(budget);
-        }
     }
 
     /// Adds Checks of one hour and one answer, the latest of them at `at`: here, if they are like those that are.
@@ -102,10 +94,6 @@ impl Trace {
         }
     }
 
-    pub(super) fn drew(&mut self, budget: &Arc<Budget>) {
-        self.more().budget.get_or_insert_with(|| budget.clone());
-    }
-
     /// The versions of secrets, each with its latest use; one may come twice.
     pub(super) fn used(&self) -> impl Iterator<Item = (u32, Timestamp)> {
         let here = (self.version > 0).then_some((self.version.into(), self.at));
@@ -116,11 +104,6 @@ impl Trace {
     pub(super) fn counts(&self) -> impl Iterator<Item = (Hour, Reason, u64)> {
         let here = (self.counted > 0).then_some((Hour::of(self.at), self.reason, self.counted.into()));
         here.into_iter().chain(self.more.iter().flat_map(|more| more.counts.iter().copied()))
-    }
-
-    /// The budget, where the quota was drawn from.
-    pub(super) fn budget(&self) -> Option<&Arc<Budget>> {
-        self.more.as_ref()?.budget.as_ref()
     }
 }
 

@@ -72,7 +72,7 @@ impl Follow {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        // The data is whole between any two statements that could panic.
+        // The data is whole between any two statements that could panic: see `put`.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -147,7 +147,9 @@ impl Follow {
     }
 
     fn put(&self, rows: &[(LogRow, Change)], others: bool) -> Result<(Position, bool), Broken> {
-        let mut state = self.state();
+        let mut place_of_state = self.state();
+        // Away while the index takes what it says: should that panic, nothing is known to be in force any more.
+        let mut state = std::mem::take(&mut *place_of_state);
         let (mut new, mut moved, mut broken) = (0..0, false, None);
         for (place, (row, _)) in rows.iter().enumerate() {
             match state.take(row, others) {
@@ -166,10 +168,12 @@ impl Follow {
         }
         // Those that follow each other go in at once: the index makes room once for all of them.
         self.index.applied(&rows[new]);
+        let at = state.at;
+        *place_of_state = state;
         if let Some(broken) = broken {
             return Err(broken);
         }
-        let at = state.at.ok_or(Broken::NotLoaded)?;
+        let at = at.ok_or(Broken::NotLoaded)?;
         if moved {
             self.moved.send_replace(Some(at));
         }

@@ -167,4 +167,5 @@ pub(super) async fn a_snapshot_of_many_keys_has_each_of_them_once(store: Shared)
     let (_, _, found) = snapshot(&store, at(0)).await;
     assert_eq!(found.len(), KEYS);
     assert!(found.iter().map(|(key, _)| key.id).eq(made));
+    assert_eq!(loaded::parts(&store).await, 2, "two read at once");
 }

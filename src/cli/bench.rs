@@ -17,6 +17,7 @@ use std::{
 };
 
 use clap::{Args, ValueEnum};
+use tokio::signal::unix::{SignalKind, signal};
 use zeroize::Zeroizing;
 
 use super::{client::Session, console::Console, failure::Failure, token};
@@ -152,6 +153,17 @@ impl BaselineArgs {
     /// Serves until it is killed.
     pub(super) fn run(&self) -> Result<u8, Failure> {
         baseline::serve(self.baseline).map(|()| 0).map_err(|error| Failure::usage(format!("{error:#}")))
+    }
+}
+
+/// Ends early when the program is told to: the servers that it started end with what this drops.
+pub(super) async fn unless_terminated(run: impl Future<Output = Result<u8, Failure>>) -> Result<u8, Failure> {
+    /// As a shell says it of a process that SIGTERM has ended.
+    const TERMINATED: u8 = 128 + 15;
+    let mut terminate = signal(SignalKind::terminate())?;
+    tokio::select! {
+        ended = run => ended,
+        _ = terminate.recv() => Ok(TERMINATED),
     }
 }
 

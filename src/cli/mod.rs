@@ -224,7 +224,7 @@ pub fn main() -> ExitCode {
         Command::Health(args) => finish(&mut Console::system(), |console| health::run(&args, console)),
         Command::Bench { args, client } => finish(&mut Console::system(), |console| {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-            runtime.block_on(args.run(client.or(cli.client), console))
+            runtime.block_on(bench::unless_terminated(args.run(client.or(cli.client), console)))
         }),
         Command::BenchBaseline(args) => finish(&mut Console::system(), |_| args.run()),
         Command::Rules(args) => {

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::process::{Ended, Home};
+use crate::process::{Ended, Home, text, wait_for};
 
 fn bench_in(home: &Home, arguments: &[&str]) -> Ended {
     let few = ["--keys", "50", "--connections", "2", "--in-flight", "8", "--rounds", "2"];
@@ -43,6 +43,20 @@ fn a_baseline_is_measured_in_turn_and_gives_ratios() {
 }
 
 #[test]
+fn a_load_that_is_told_to_end_takes_its_server_along() {
+    let home = Home::new();
+    let bench = home.spawn(home.command(["bench", "check", "--keys", "50", "--duration", "10m"]));
+    let id = bench.id();
+    let server = wait_for("the load's server", || {
+        let children = text(format!("/proc/{id}/task/{id}/children").as_ref());
+        children.split_whitespace().next().map(str::to_owned)
+    });
+    bench.terminate();
+    assert_eq!(bench.ended().code, Some(143));
+    assert!(!std::path::Path::new(&format!("/proc/{server}")).exists());
+}
+
+#[test]
 fn two_settings_files_are_measured_in_turn_and_each_server_has_its_own() {
     let home = Home::new();
     for name in ["first", "second"] {
@@ -56,7 +70,7 @@ fn two_settings_files_are_measured_in_turn_and_each_server_has_its_own() {
     assert_eq!(figures[0]["ratios"][0]["to"], figures[1]["name"]);
     assert!(figures[1]["name"].as_str().unwrap().ends_with(" with second.toml"), "{figures:?}");
     for name in ["first.jsonl", "second.jsonl"] {
-        assert!(crate::process::text(&home.path(name)).contains("\"allowed\":true"), "{name}");
+        assert!(text(&home.path(name)).contains("\"allowed\":true"), "{name}");
     }
 }
 

@@ -4,6 +4,7 @@
 
 use std::{net::IpAddr, pin::pin, sync::Arc, task::Poll, time::Duration};
 
+use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Request, Response};
 use prost::Message as _;
 use tokio::time::{Instant, timeout_at};
@@ -72,11 +73,7 @@ impl Services {
         }
         let known = self.recognise(request.headers(), visitor)?;
         let end = begun.at() + limit(said, request.headers());
-        let arrived = {
-            let arriving = pin!(request.body_mut().plain_message(CHECK_BYTES));
-            in_time(end, arriving).await
-        };
-        let Some(message) = arrived else {
+        let Some(message) = message_in_time(end, request.body_mut(), CHECK_BYTES).await else {
             return Some(deadline_exceeded().into_http().map(Reply::Any));
         };
         let message = message?;
@@ -120,11 +117,7 @@ impl Services {
         }
         let proxy = self.free(&visitor.door, request.headers())?;
         let end = begun.at() + limit(said, request.headers());
-        let arrived = {
-            let arriving = pin!(request.body_mut().plain_message(rpc.max_request));
-            in_time(end, arriving).await
-        };
-        let Some(message) = arrived else {
+        let Some(message) = message_in_time(end, request.body_mut(), rpc.max_request).await else {
             return Some(deadline_exceeded().into_http().map(Reply::Any));
         };
         let asked = CheckRequest::decode(message?).ok()?;
@@ -169,6 +162,12 @@ fn limit(said: &Said, headers: &HeaderMap) -> Duration {
         true => allowed_time(Some(CHECK_TIMEOUT), headers).unwrap_or(CHECK_TIMEOUT),
         false => CHECK_TIMEOUT,
     }
+}
+
+/// The message of a request, if it comes in time; None within where it goes the long way.
+async fn message_in_time(end: Instant, body: &mut Arriving, most: usize) -> Option<Option<Bytes>> {
+    let arriving = pin!(body.plain_message(most));
+    in_time(end, arriving).await
 }
 
 /// The outcome, if it comes in time. What is there at once needs no timer.

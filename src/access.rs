@@ -3,7 +3,11 @@
 //! Callers are keys whose scopes lie under `keyward:`, and client certificates that the configuration grants such. How a caller proves who it is stands in `grpc/gate.rs`;
 //! which RPC needs which permission, in `grpc/rpc.rs`.
 
+mod authorization;
+
 use std::{fmt::Display, net::IpAddr, sync::Arc};
+
+pub use authorization::{ATTEMPTS, Authorization};
 
 use crate::{
     domain::{
@@ -15,6 +19,7 @@ use crate::{
         name::{AccountId, EnvironmentName, KeyId, UserId},
         scope::{Scope, ScopeSet},
         time::Timestamp,
+        token::Digest,
     },
     engine::HeldKey,
     refusal::{Refusal, Thing},
@@ -61,8 +66,10 @@ impl Permission {
 /// What a caller has proved itself by.
 #[derive(Clone, Debug)]
 pub enum Proof {
-    /// A management key.
-    Key(HeldKey),
+    /// A management key, and the digest of the token by which it is judged again.
+    Key(HeldKey, Digest),
+    /// Possession of a living token with this digest, in whatever state its key is: enough to revoke that key.
+    Possession(HeldKey, Digest),
     /// A client certificate. The configuration binds it to an account and to scopes, and to nothing else: it has no
     /// environment, customers, networks, limits or expiry of its own, and belongs to no user.
     Certificate(Arc<Identity>),
@@ -77,6 +84,8 @@ pub struct Caller {
     pub account: AccountId,
     /// What it is granted there, roles included.
     pub grants: ScopeSet,
+    /// The permission that its call needs.
+    pub needs: Option<Permission>,
     /// The person that an operator's caller calls for.
     pub acting_user: Option<UserId>,
     /// The person whom the log names, where the change is made for another reason than acting for one.
@@ -94,7 +103,7 @@ impl Caller {
     #[must_use]
     pub fn key(&self) -> Option<&HeldKey> {
         match &self.proof {
-            Proof::Key(key) => Some(key),
+            Proof::Key(key, _) | Proof::Possession(key, _) => Some(key),
             Proof::Certificate(_) => None,
         }
     }
@@ -103,7 +112,7 @@ impl Caller {
     #[must_use]
     pub fn id(&self) -> KeyId {
         match &self.proof {
-            Proof::Key(key) => key.id(),
+            Proof::Key(key, _) | Proof::Possession(key, _) => key.id(),
             Proof::Certificate(identity) => identity.id(),
         }
     }
@@ -130,7 +139,7 @@ impl Caller {
     #[must_use]
     pub fn actor(&self) -> Actor {
         let who = match &self.proof {
-            Proof::Key(key) => Who::Key(key.id()),
+            Proof::Key(key, _) | Proof::Possession(key, _) => Who::Key(key.id()),
             Proof::Certificate(identity) => Who::Certificate(identity.name().into()),
         };
         Actor {
@@ -285,8 +294,9 @@ mod tests {
         bind(&mut key.terms);
         Caller {
             grants: key.terms.scopes.clone(),
-            proof: Proof::Key(HeldKey::from(&key)),
+            proof: Proof::Key(HeldKey::from(&key), key.secrets[0].digest),
             account: AccountId::parse(account).unwrap(),
+            needs: None,
             acting_user: None,
             named_user: None,
             method: "test",

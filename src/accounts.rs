@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use crate::{
-    access::Caller,
+    access::{ATTEMPTS, Authorization, Caller},
     clock::{Clock, Entropy, random},
     domain::{
         account::Account,
@@ -14,12 +14,10 @@ use crate::{
     engine::Engine,
     refusal::{Refusal, Thing},
     store::{
-        Outcome, Rejection, Store, Write,
+        Outcome, ReadSet, Rejection, Store, Write,
         writer::{WriteError, Writer},
     },
 };
-
-const ATTEMPTS: u32 = 16;
 
 /// The use cases of accounts.
 pub struct Accounts {
@@ -37,21 +35,13 @@ impl std::fmt::Debug for Accounts {
 }
 
 fn write(
-    caller: &Caller,
+    asked: Authorization<'_>,
     account: Account,
     expect: Option<Revision>,
     action: Action,
     at: Timestamp,
 ) -> Write {
-    Write {
-        change: Change::Account(Arc::new(account)),
-        expect,
-        action,
-        actor: caller.actor(),
-        method: caller.method,
-        at,
-        idempotency: None,
-    }
+    asked.write(Change::Account(Arc::new(account)), expect, action, at)
 }
 
 fn applied(outcome: Outcome) -> Result<Account, Refusal> {
@@ -92,11 +82,17 @@ impl Accounts {
             None => AccountId::generate(now, random(&*self.entropy)?),
         };
         let account = Account { longest_life, ..new_account(id, name, now)? };
-        match self.writer.write(write(caller, account, None, Action::AccountCreated, now)).await {
-            Ok(outcome) => applied(outcome),
-            Err(WriteError::Rejected(Rejection::Conflict)) => Err(Refusal::AccountExists),
-            Err(error) => Err(error.into()),
+        for _ in 0..ATTEMPTS {
+            let asked = caller.authorize(&self.engine)?;
+            let write = write(asked, account.clone(), None, Action::AccountCreated, now);
+            match self.writer.write(write).await {
+                Ok(outcome) => return applied(outcome),
+                Err(WriteError::Rejected(Rejection::Conflict)) => return Err(Refusal::AccountExists),
+                Err(WriteError::Rejected(Rejection::AuthorizationMoved)) => self.writer.caught_up().await?,
+                Err(error) => return Err(error.into()),
+            }
         }
+        Err(Refusal::Contended)
     }
 
     /// One account.
@@ -140,6 +136,7 @@ impl Accounts {
         caller.must_be_operator()?;
         for _ in 0..ATTEMPTS {
             let before = self.get(caller, id).await?;
+            let asked = caller.authorize(&self.engine)?;
             let now = self.clock.now();
             let mut after = before.clone();
             if !edit(&mut after, now) {
@@ -148,9 +145,10 @@ impl Accounts {
                 return Ok(before);
             }
             after.updated_at = now;
-            match self.writer.write(write(caller, after, Some(before.revision), action, now)).await {
+            match self.writer.write(write(asked, after, Some(before.revision), action, now)).await {
                 Ok(outcome) => return applied(outcome),
                 Err(WriteError::Rejected(Rejection::Conflict)) => {}
+                Err(WriteError::Rejected(Rejection::AuthorizationMoved)) => self.writer.caught_up().await?,
                 Err(error) => return Err(error.into()),
             }
         }
@@ -242,5 +240,6 @@ pub fn operator_account(now: Timestamp) -> Option<Write> {
         method: "keyward serve",
         at: now,
         idempotency: None,
+        reads: ReadSet::default(),
     })
 }

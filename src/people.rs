@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use crate::{
-    access::Caller,
+    access::{ATTEMPTS, Authorization, Caller},
     clock::Clock,
     domain::{
         account::{Member, Role},
@@ -18,12 +18,10 @@ use crate::{
     refusal::{Refusal, Thing},
     replication::propagation::Reach,
     store::{
-        Outcome, Rejection, Store, Write,
+        Outcome, Rejection, Store,
         writer::{WriteError, Writer},
     },
 };
-
-const ATTEMPTS: u32 = 16;
 
 /// What other scopes take away. The same once more may be a call that is made again.
 fn reach(after: &ScopeSet, before: &ScopeSet) -> Reach {
@@ -65,48 +63,34 @@ impl People {
     }
 
     /// Whether the caller acts on the account, and it exists.
-    fn account(&self, caller: &Caller, account: &AccountId) -> Result<(), Refusal> {
-        caller.account_meant(Some(account.clone()))?;
-        self.engine.index.account(account).map(drop).ok_or(Refusal::NotFound(Thing::Account))
+    fn account(&self, asked: &mut Authorization<'_>, account: &AccountId) -> Result<(), Refusal> {
+        asked.caller.account_meant(Some(account.clone()))?;
+        asked.account(account).map(drop).ok_or(Refusal::NotFound(Thing::Account))
     }
 
     /// Global roles are made and changed by operators.
-    fn role_home(&self, caller: &Caller, account: Option<&AccountId>) -> Result<(), Refusal> {
+    fn role_home(&self, asked: &mut Authorization<'_>, account: Option<&AccountId>) -> Result<(), Refusal> {
         match account {
-            Some(account) => self.account(caller, account),
-            None => caller.must_be_operator(),
+            Some(account) => self.account(asked, account),
+            None => asked.caller.must_be_operator(),
         }
     }
 
-    /// What a role grants as it is recorded, whatever is in doubt; nothing, where there is none.
-    fn held(&self, account: Option<&AccountId>, name: &RoleName) -> ScopeSet {
-        let index = &self.engine.index;
-        let role = index.role_record(account, name).or_else(|| index.role_record(None, name));
-        role.map(|role| role.scopes.clone()).unwrap_or_default()
-    }
-
-    /// Writes a change from the record as it stands, again if it moved meanwhile.
+    /// Writes a change that `make` authorizes, from the record as it stands; again if a record has moved meanwhile.
     async fn change(
         &self,
         caller: &Caller,
         action: Action,
-        make: impl Fn() -> Result<(Change, Option<Revision>, Reach), Refusal>,
+        make: impl Fn(&mut Authorization<'_>) -> Result<(Change, Option<Revision>, Reach), Refusal>,
     ) -> Result<(Change, Reach), Refusal> {
         for _ in 0..ATTEMPTS {
-            let (change, expect, reach) = make()?;
-            let write = Write {
-                change,
-                expect,
-                action,
-                actor: caller.actor(),
-                method: caller.method,
-                at: self.clock.now(),
-                idempotency: None,
-            };
-            match self.writer.write(write).await {
+            let mut asked = caller.authorize(&self.engine)?;
+            let (change, expect, reach) = make(&mut asked)?;
+            match self.writer.write(asked.write(change, expect, action, self.clock.now())).await {
                 Ok(Outcome::Applied(change)) => return Ok((change, reach)),
-                // Another replica has changed it: the index does not know of that yet.
-                Ok(Outcome::Replayed(_)) | Err(WriteError::Rejected(Rejection::Conflict)) => {
+                // The index does not know yet of what another replica has changed.
+                Ok(Outcome::Replayed(_))
+                | Err(WriteError::Rejected(Rejection::Conflict | Rejection::AuthorizationMoved)) => {
                     self.writer.caught_up().await?;
                 }
                 Err(error) => return Err(error.into()),
@@ -126,15 +110,15 @@ impl People {
         name: RoleName,
         scopes: ScopeSet,
     ) -> Result<(Arc<Role>, Reach), Refusal> {
-        self.role_home(caller, account.as_ref())?;
-        caller.is_unbound()?;
-        caller.may_grant(&scopes)?;
         let change = self
-            .change(caller, Action::RolePut, || {
+            .change(caller, Action::RolePut, |asked| {
+                self.role_home(asked, account.as_ref())?;
+                asked.caller.is_unbound()?;
+                asked.caller.may_grant(&scopes)?;
                 let before = self.engine.index.role_record(account.as_ref(), &name);
-                // What the name stands for so far, be it a global role that this one would stand before.
-                let held = self.held(account.as_ref(), &name);
-                caller.may_grant(&held)?;
+                // What the name grants so far, possibly by a global role that this one hides.
+                let held = asked.scopes_of(account.as_ref(), &name);
+                asked.caller.may_grant(&held)?;
                 // A new one may stand before a global one that this process knows an older state of.
                 let new = account.is_some() && before.is_none();
                 let reach = if new { Reach::Narrows { again: false } } else { reach(&scopes, &held) };
@@ -159,13 +143,13 @@ impl People {
         account: Option<AccountId>,
         name: RoleName,
     ) -> Result<Revision, Refusal> {
-        self.role_home(caller, account.as_ref())?;
-        caller.is_unbound()?;
         let change = self
-            .change(caller, Action::RoleDeleted, || {
+            .change(caller, Action::RoleDeleted, |asked| {
+                self.role_home(asked, account.as_ref())?;
+                asked.caller.is_unbound()?;
                 let before = self.engine.index.role_record(account.as_ref(), &name);
                 let before = before.ok_or(Refusal::NotFound(Thing::Role))?;
-                caller.may_grant(&before.scopes)?;
+                asked.caller.may_grant(&before.scopes)?;
                 let expect = Some(before.revision);
                 Ok((Change::RoleDeleted(before), expect, Reach::Narrows { again: false }))
             })
@@ -186,7 +170,7 @@ impl People {
         account: Option<AccountId>,
     ) -> Result<Vec<Role>, Refusal> {
         if let Some(account) = &account {
-            self.account(caller, account)?;
+            self.account(&mut caller.authorize(&self.engine)?, account)?;
         }
         Ok(self.store.roles(account.as_ref()).await?)
     }
@@ -202,17 +186,18 @@ impl People {
         user: UserId,
         role: RoleName,
     ) -> Result<(Arc<Member>, Reach), Refusal> {
-        self.account(caller, &account)?;
-        caller.is_unbound()?;
-        caller.may_grant(&self.held(Some(&account), &role))?;
         let change = self
-            .change(caller, Action::MemberPut, || {
+            .change(caller, Action::MemberPut, |asked| {
+                self.account(asked, &account)?;
+                asked.caller.is_unbound()?;
+                let given = asked.scopes_of(Some(&account), &role);
+                asked.caller.may_grant(&given)?;
                 let before = self.engine.index.member_record(&account, &user);
                 let mut reach = Reach::Widens;
                 if let Some(before) = &before {
-                    let held = self.held(Some(&account), &before.role);
-                    caller.may_grant(&held)?;
-                    reach = self::reach(&self.held(Some(&account), &role), &held);
+                    let held = asked.scopes_of(Some(&account), &before.role);
+                    asked.caller.may_grant(&held)?;
+                    reach = self::reach(&given, &held);
                 }
                 let (account, user, role) = (account.clone(), user.clone(), role.clone());
                 let member = Member { account, user, role, revision: Revision::default() };
@@ -237,9 +222,9 @@ impl People {
         account: AccountId,
         user: UserId,
     ) -> Result<Revision, Refusal> {
-        self.account(caller, &account)?;
         let removed = self
-            .change(caller, Action::MemberRemoved, || {
+            .change(caller, Action::MemberRemoved, |asked| {
+                self.account(asked, &account)?;
                 let before = self.engine.index.member_record(&account, &user);
                 let before = before.ok_or(Refusal::NotFound(Thing::Member))?;
                 let expect = Some(before.revision);
@@ -270,7 +255,7 @@ impl People {
         after: Option<&UserId>,
         size: u32,
     ) -> Result<(Vec<Member>, Option<UserId>), Refusal> {
-        self.account(caller, account)?;
+        self.account(&mut caller.authorize(&self.engine)?, account)?;
         let mut members = self.store.members(account, after, size + 1).await?;
         let more = members.len() > size as usize;
         members.truncate(size as usize);

@@ -53,6 +53,10 @@ pub enum Refusal {
     Precondition(&'static str, String),
     /// The caller is not known.
     Unauthenticated,
+    /// The caller was known when its call began, and may not call any more.
+    CallerRevoked,
+    /// The caller is not granted the permission that its call needs: a reserved scope.
+    PermissionMissing(&'static str),
     /// A limit of the caller's own key is used up; when to try again.
     CallerLimited(Option<std::time::Duration>),
     /// Too old a state, or none yet.
@@ -118,7 +122,7 @@ impl From<WriteError> for Refusal {
         match error {
             WriteError::Rejected(Rejection::NameTaken) => Refusal::KeyNameTaken,
             WriteError::Rejected(Rejection::IdempotencyReused) => Refusal::IdempotencyKeyReused,
-            WriteError::Rejected(Rejection::Conflict) => Refusal::Contended,
+            WriteError::Rejected(Rejection::Conflict | Rejection::AuthorizationMoved) => Refusal::Contended,
             WriteError::Rejected(Rejection::DigestTaken) => Refusal::DigestTaken,
             WriteError::Rejected(Rejection::NoSuchRole) => Refusal::field(
                 "role",

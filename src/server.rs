@@ -384,7 +384,8 @@ pub fn parts(
     let engine = Engine::new(index, usage, place.lease.clone(), &settings.limits, clock.clone());
     let engine = Arc::new(engine);
     let follower = decisions.watching(place.follow.clone(), place.follow.index().clone());
-    let (writer, task) = Writer::spawn(store.clone(), follower);
+    let now = clock.clone();
+    let (writer, task) = Writer::spawn(store.clone(), follower, move || now.now());
     let writing = Writing { task, commits: writer.commits().clone() };
     let environments = Arc::new(settings.keys.environments.clone());
     let keys = Arc::new(Keys::new(

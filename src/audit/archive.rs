@@ -26,7 +26,7 @@ use crate::{
         time::{Revision, Timestamp},
         token::Hex,
     },
-    store::{Checkpoint, CommitError, Head, Store, StoreError, Write},
+    store::{Checkpoint, CommitError, Head, ReadSet, Store, StoreError, Write},
 };
 
 const PAGE: u32 = 1000;
@@ -246,6 +246,7 @@ async fn note(store: &dyn Store, archived: Archived, clock: &dyn Clock) -> Resul
             method: METHOD,
             at: now,
             idempotency: None,
+            reads: ReadSet::default(),
         };
         // Else it was changed meanwhile.
         if store.commit(&[write]).await?.outcomes.iter().all(Result::is_ok) {

@@ -24,6 +24,8 @@ use super::{
 pub struct Authenticated {
     /// The key.
     pub holder: Holder,
+    /// The digest of its token.
+    pub digest: Digest,
     /// The account that it acts in.
     pub account: AccountId,
     /// What it is granted there.
@@ -53,6 +55,7 @@ pub struct Refused {
 /// A caller that is decided but for its limits.
 pub(super) struct CallerJudged {
     pub(super) found: Found,
+    pub(super) digest: Digest,
     pub(super) failures: Failures,
     pub(super) account: Option<AccountId>,
     pub(super) grants: ScopeSet,
@@ -78,7 +81,7 @@ impl Engine {
             || self.clock.boottime(),
             |fresh| self.judge_caller(presented, account, anywhere, peer, fresh),
         )?;
-        let CallerJudged { found, mut failures, account, grants, fresh, now } = match judged {
+        let CallerJudged { found, digest, mut failures, account, grants, fresh, now } = match judged {
             Ok(judged) => judged,
             Err(reason) => return Ok(Err(Refused { reason, retry_after: None })),
         };
@@ -101,7 +104,7 @@ impl Engine {
         let Some(account) = account else {
             return Ok(Err(Refused { reason: Reason::WrongAccount, retry_after: None }));
         };
-        Ok(Ok(Authenticated { holder, account, grants, fresh }))
+        Ok(Ok(Authenticated { holder, digest, account, grants, fresh }))
     }
 
     /// Finds a caller's key and decides by what is known of it; awaits nothing.
@@ -117,7 +120,19 @@ impl Engine {
         if token::shape(presented) != Shape::Plausible {
             return Ok(Err(Reason::Malformed));
         }
-        let Some(found) = self.index.find(&Digest::of(presented)) else {
+        self.judge_digest(&Digest::of(presented), account, anywhere, peer, fresh)
+    }
+
+    /// The same of a token that is known by its digest.
+    pub(super) fn judge_digest(
+        &self,
+        digest: &Digest,
+        account: Option<&AccountId>,
+        anywhere: bool,
+        peer: Option<IpAddr>,
+        fresh: bool,
+    ) -> Result<Result<CallerJudged, Reason>, CannotAnswer> {
+        let Some(found) = self.index.find(digest) else {
             return if fresh { Ok(Err(Reason::Unknown)) } else { Err(CannotAnswer::LeaseLost) };
         };
         let now = self.clock.now();
@@ -135,7 +150,7 @@ impl Engine {
             Some(_) => found.key.owner().account().or(account).cloned(),
             None => nowhere.then(AccountId::nowhere),
         };
-        Ok(Ok(CallerJudged { found, failures, account, grants, fresh, now }))
+        Ok(Ok(CallerJudged { found, digest: *digest, failures, account, grants, fresh, now }))
     }
 
     /// Whether a caller that was authenticated still may call: what it is granted now, or the first thing that stands
@@ -180,16 +195,15 @@ impl Engine {
     /// # Errors
     /// When the first snapshot is not loaded yet, or the lease has run out: the token may have been replaced since.
     pub fn lookup(&self, presented: &str) -> Result<Option<Holder>, CannotAnswer> {
-        self.index.revision().ok_or(CannotAnswer::Starting)?;
-        let find = |fresh| if fresh { Ok(self.find(presented)) } else { Err(CannotAnswer::LeaseLost) };
-        self.lease.check(|| self.clock.boottime(), find)
+        let plausible = token::shape(presented) == Shape::Plausible;
+        self.holder_of(plausible.then(|| Digest::of(presented)).as_ref())
     }
 
-    fn find(&self, presented: &str) -> Option<Holder> {
-        if token::shape(presented) != Shape::Plausible {
-            return None;
-        }
-        let found = self.index.find(&Digest::of(presented))?;
-        Some(Holder { key: found.key, version: found.version })
+    pub(super) fn holder_of(&self, digest: Option<&Digest>) -> Result<Option<Holder>, CannotAnswer> {
+        self.index.revision().ok_or(CannotAnswer::Starting)?;
+        let find = || self.index.find(digest?);
+        let find = |fresh| if fresh { Ok(find()) } else { Err(CannotAnswer::LeaseLost) };
+        let found = self.lease.check(|| self.clock.boottime(), find)?;
+        Ok(found.map(|found| Holder { key: found.key, version: found.version }))
     }
 }

@@ -231,6 +231,12 @@ impl Index {
         if doubted.is_some() { None } else { self.members.pin().get(&id).cloned() }
     }
 
+    /// The record of an account, whatever is in doubt.
+    #[must_use]
+    pub fn account_record(&self, id: &AccountId) -> Option<Arc<Account>> {
+        self.accounts.pin().get(id).cloned()
+    }
+
     /// The record of a member, whatever is in doubt.
     #[must_use]
     pub fn member_record(&self, account: &AccountId, user: &UserId) -> Option<Arc<Member>> {

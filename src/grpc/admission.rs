@@ -18,8 +18,9 @@ use crate::{
         identity::Identity,
         name::{AccountId, NameError, UserId},
         scope::ScopeSet,
+        token::Digest,
     },
-    engine::{Authenticated, CannotAnswer, Holder, known::Memory},
+    engine::{Authenticated, CannotAnswer, known::Memory},
     refusal::Refusal,
     trace,
     transport::{Auth, Listener, Service as Served, Services as ServedSet, certificate::Certificate},
@@ -28,8 +29,9 @@ use crate::{
 use super::{
     body::Limited,
     ext_authz::Proxy,
-    gate::{Call, HEALTH, Services},
+    gate::{HEALTH, Services},
     rpc::{Access, Plane, Rpc},
+    session::CallerSession,
     status::lacks_permission,
     vigil::{Presented, Vigil},
 };
@@ -121,15 +123,8 @@ impl Services {
         }
         let shown = visitor.shows(request.headers())?;
         if rpc.access == Access::Possession {
-            let holder = self.holder(credential(request.headers())?)?;
-            let account = holder.key.owner().account().map(ToString::to_string).unwrap_or_default();
-            let request_id = trace::current(|call| {
-                call.set_caller(trace::Caller { key: holder.key.id().to_string(), account });
-                call.request_id().to_string()
-            });
-            let call = Call { peer: visitor.peer, request_id };
-            request.extensions_mut().insert(holder);
-            request.extensions_mut().insert(call);
+            let caller = self.possessor(rpc, credential(request.headers())?, visitor.peer)?;
+            request.extensions_mut().insert(CallerSession::new(self.engine.clone(), caller));
             return Ok(());
         }
         let named_account = named(request.headers(), "x-keyward-account", AccountId::parse);
@@ -152,34 +147,36 @@ impl Services {
         let request_id =
             trace::current(|call| (rpc.plane == Plane::Management).then(|| call.request_id().to_string()));
         let request_id = request_id.flatten();
+        let needs = match rpc.access {
+            Access::Needs(permission) => Some(permission),
+            Access::Proxy => Some(Permission::Check),
+            Access::AnyKey | Access::Possession => None,
+        };
         let caller =
-            Caller { proof, account, grants, acting_user, named_user: None, method, peer, request_id };
+            Caller { proof, account, grants, needs, acting_user, named_user: None, method, peer, request_id };
         trace::current(|call| {
             if rpc.plane == Plane::Management || call.is_recorded() {
                 let (key, account) = (caller.actor().to_string(), caller.account.to_string());
                 call.set_caller(trace::Caller { key, account });
             }
         });
-        let needed = match rpc.access {
-            Access::Needs(permission) => Some(permission),
-            Access::Proxy => Some(Permission::Check),
-            Access::AnyKey | Access::Possession => None,
-        };
-        if let Some(permission) = needed.filter(|permission| !caller.may(*permission)) {
+        if let Some(permission) = needs.filter(|permission| !caller.may(*permission)) {
             return Err(lacks_permission(permission.as_str()));
         }
-        if rpc.plane == Plane::Checks {
-            let shown = match shown {
-                Shown::Token(token) => Presented::Token(Arc::new(Zeroizing::new(token))),
-                Shown::Certificate(identity) => Presented::Certificate(identity.clone()),
-            };
-            let vigil = Vigil { shown, account: named_account, peer };
-            if rpc.access == Access::Proxy {
-                let (account, vigil) = (caller.account.clone(), Some(vigil.clone()));
-                request.extensions_mut().insert(Proxy { account, trusted: true, vigil });
-            }
-            request.extensions_mut().insert(vigil);
+        if rpc.plane == Plane::Management {
+            request.extensions_mut().insert(CallerSession::new(self.engine.clone(), caller));
+            return Ok(());
         }
+        let shown = match shown {
+            Shown::Token(token) => Presented::Token(Arc::new(Zeroizing::new(token))),
+            Shown::Certificate(identity) => Presented::Certificate(identity.clone()),
+        };
+        let vigil = Vigil { shown, account: named_account, peer };
+        if rpc.access == Access::Proxy {
+            let (account, vigil) = (caller.account.clone(), Some(vigil.clone()));
+            request.extensions_mut().insert(Proxy { account, trusted: true, vigil });
+        }
+        request.extensions_mut().insert(vigil);
         request.extensions_mut().insert(caller);
         Ok(())
     }
@@ -207,8 +204,8 @@ impl Services {
         let asked = named_account.as_ref().ok().and_then(Option::as_ref);
         let anywhere = rpc.access == Access::AnyKey;
         let refused = match self.engine.authenticate(presented, asked, anywhere, peer).await? {
-            Ok(Authenticated { holder, account, grants, fresh }) => {
-                return Ok(Known { proof: Proof::Key(holder.key), account, grants, fresh });
+            Ok(Authenticated { holder, digest, account, grants, fresh }) => {
+                return Ok(Known { proof: Proof::Key(holder.key, digest), account, grants, fresh });
             }
             Err(refused) => refused,
         };
@@ -240,13 +237,27 @@ impl Services {
         })
     }
 
-    /// The key of a living token, in whatever state it is. A superseded token proves nothing any more.
-    fn holder(&self, presented: &str) -> Result<Holder, Refusal> {
-        let holder = self.engine.lookup(presented)?.ok_or(Refusal::Unauthenticated)?;
-        if holder.key.superseded(holder.version, self.engine.now()) && !holder.key.is_revoked() {
-            return Err(Refusal::Unauthenticated);
-        }
-        Ok(holder)
+    /// The caller that shows a living token, in whatever state the key is.
+    fn possessor(&self, rpc: &'static Rpc, presented: &str, peer: Option<IpAddr>) -> Result<Caller, Refusal> {
+        let digest = Digest::of(presented);
+        let holder = self.engine.possessor(&digest)?.ok_or(Refusal::Unauthenticated)?;
+        let account = holder.key.owner().account().cloned();
+        let request_id = trace::current(|call| {
+            let account = account.as_ref().map(ToString::to_string).unwrap_or_default();
+            call.set_caller(trace::Caller { key: holder.key.id().to_string(), account });
+            call.request_id().to_string()
+        });
+        Ok(Caller {
+            proof: Proof::Possession(holder.key, digest),
+            account: account.unwrap_or_else(AccountId::nowhere),
+            grants: ScopeSet::default(),
+            needs: None,
+            acting_user: None,
+            named_user: None,
+            method: rpc.method,
+            peer,
+            request_id,
+        })
     }
 }
 

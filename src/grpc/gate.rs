@@ -4,7 +4,7 @@
 //! Who the caller is and whether that one may call is `admission`'s business; a Check that is plainly in order is
 //! answered in `direct`.
 
-use std::{collections::HashMap, convert::Infallible, net::IpAddr, sync::Arc, time::Duration};
+use std::{collections::HashMap, convert::Infallible, sync::Arc, time::Duration};
 
 use futures_util::future::FutureExt as _;
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
@@ -15,6 +15,7 @@ use tower::{Service, ServiceExt as _, util::BoxCloneSyncService};
 use tracing::Instrument as _;
 
 use crate::{
+    access::Caller,
     domain::time::Timestamp,
     engine::Engine,
     gateway::Gateway,
@@ -37,12 +38,14 @@ use super::{
     body::{Arriving, Held, Limited},
     calls::{self, Begun, Calls},
     direct::Said,
-    ext_authz::ExtAuthz,
+    ext_authz::{ExtAuthz, Proxy},
     keys::KeyService,
     load::{Briefly, Room},
     reply::Reply,
     rpc::{Access, Plane, Rpc},
+    session::CallerSession,
     status::{deadline_exceeded, internal, no_such_rpc, with_reason},
+    vigil::Vigil,
 };
 
 pub(super) const HEALTH: &str = "grpc.health.v1.Health";
@@ -111,19 +114,39 @@ impl Patience {
     }
 }
 
-/// The call of one who proves nothing but that it holds a token, for the log.
-#[derive(Clone, Debug)]
-pub(super) struct Call {
-    pub(super) peer: Option<IpAddr>,
-    pub(super) request_id: Option<String>,
+/// What the gate hands to the handler of a call, by the call's extensions.
+pub(super) trait Shown: Sized {
+    fn shown(extensions: &mut tonic::Extensions) -> Result<Option<Self>, Status>;
+}
+
+macro_rules! shown_as_found {
+    ($($found:ty),*) => {
+        $(
+            impl Shown for $found {
+                fn shown(extensions: &mut tonic::Extensions) -> Result<Option<Self>, Status> {
+                    Ok(extensions.remove())
+                }
+            }
+        )*
+    };
+}
+
+shown_as_found!(Patience, Vigil, Proxy);
+
+/// The caller of a management call is judged again: handlers run when the whole request has arrived.
+impl Shown for Caller {
+    fn shown(extensions: &mut tonic::Extensions) -> Result<Option<Self>, Status> {
+        match extensions.get::<CallerSession>() {
+            Some(session) => Ok(Some(session.reauthorize()?)),
+            None => Ok(extensions.remove()),
+        }
+    }
 }
 
 /// What the gate has found out about a call, for its handler.
-pub(super) fn shown<T: Clone + Send + Sync + 'static>(
-    request: &mut tonic::Request<impl Sized>,
-) -> Result<T, Status> {
+pub(super) fn shown<T: Shown>(request: &mut tonic::Request<impl Sized>) -> Result<T, Status> {
     // Every row of the table says what its handler takes; a mismatch is a bug.
-    request.extensions_mut().remove::<T>().ok_or_else(internal)
+    T::shown(request.extensions_mut())?.ok_or_else(internal)
 }
 
 impl Services {
@@ -264,6 +287,7 @@ impl Services {
             Err(status) => return status.into_http(),
         };
         let names_person = request.headers().contains_key("x-keyward-acting-user");
+        let session = request.extensions().get::<CallerSession>().cloned();
         let held = Held::default();
         let request = request.map(|body| body.managed(self.room.clone(), held.clone()));
         let call = match rpc.service() {
@@ -277,10 +301,14 @@ impl Services {
             let began = Instant::now();
             let _room = (place, held);
             let heard = !hears_first || news.heard().await;
-            let (answer, proven) = in_call(began, call).await;
-            let rests = match calls::code(answer.headers()) {
+            let (answer, recorded) = in_call(began, call).await;
+            let code = calls::code(answer.headers());
+            if let Some(refusal) = session.and_then(|session| session.withhold(code, recorded)) {
+                return Status::from(refusal).into_http();
+            }
+            let rests = match code {
                 // It was so before, says what was read.
-                None | Some(tonic::Code::Ok) => rpc.changes() && !proven,
+                None | Some(tonic::Code::Ok) => rpc.changes() && !recorded.proven,
                 Some(code) => rests_on_knowledge(code, hears_first),
             };
             if rests && !(heard && news.was_newest(began).await) {

@@ -22,7 +22,6 @@ use crate::{
         time::{Revision, Timestamp},
         token,
     },
-    engine::Holder,
     keys::{
         Issued, Keys, View,
         bulk::{BulkOutcome, BulkRevoked},
@@ -34,7 +33,7 @@ use crate::{
 
 use super::{
     convert,
-    gate::{Call, Patience, shown},
+    gate::{Patience, shown},
     keys_read::{
         Page, filled, read_bulk, read_create, read_filter, read_import, read_once, read_once_alone,
         read_update, read_usage,
@@ -314,11 +313,9 @@ impl pb::key_service_server::KeyService for KeyService {
         &self,
         mut request: Request<pb::RevokeSelfRequest>,
     ) -> Result<Response<pb::RevokeSelfResponse>, Status> {
-        let holder = shown::<Holder>(&mut request)?;
+        let caller = shown::<Caller>(&mut request)?;
         let patience = shown::<Patience>(&mut request)?;
-        let Call { peer, request_id } = shown::<Call>(&mut request)?;
-        let method = "keyward.v1.KeyService/RevokeSelf";
-        let view = self.keys.revoke_self(&holder, method, peer, request_id).await?;
+        let view = self.keys.revoke_self(&caller).await?;
         let (_, revision, propagation) = self.changed(view, patience).await?;
         Ok(Response::new(pb::RevokeSelfResponse { revision, propagation }))
     }

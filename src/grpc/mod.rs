@@ -23,6 +23,7 @@ mod question;
 mod reply;
 pub mod rpc;
 pub mod serve;
+mod session;
 mod status;
 mod stream;
 mod vigil;

@@ -77,6 +77,12 @@ impl From<Refusal> for Status {
                 "UNAUTHENTICATED",
                 "missing or invalid credentials; send 'authorization: Bearer <management key>'",
             ),
+            Refusal::CallerRevoked => status(
+                Code::Unauthenticated,
+                "CALLER_REVOKED",
+                "the calling key was revoked or restricted during the call; a change that was made before that stays",
+            ),
+            Refusal::PermissionMissing(scope) => lacks_permission(scope),
             Refusal::CannotAnswer(reason) => cannot_answer(reason),
             Refusal::NotRecorded { full } => not_recorded(full),
             Refusal::OutcomeUnknown => status(

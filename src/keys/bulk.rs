@@ -20,7 +20,7 @@ use crate::{
     store::{Count, Hour, KeyFilter, Outcome, OwnerFilter, StoredKey},
 };
 
-use super::{Keys, NewKey, View, into_key, write};
+use super::{Keys, NewKey, View, into_key};
 
 /// How many writes of one call wait for the writer at a time: one transaction is filled while another commits.
 const AT_ONCE: usize = 512;
@@ -88,8 +88,7 @@ impl Keys {
         let ImportedKey { key, digest, hint } = imported;
         let now = key.now;
         let secret = Secret { version: 1, digest, hint, created_at: now, expires_at: None };
-        let key = self.new_key(caller, &key, secret)?;
-        match self.writer.write(write(caller, key, None, Action::KeyImported, now, None)).await? {
+        match self.make(caller, &key, &secret, Action::KeyImported, None).await? {
             Outcome::Applied(change) => Ok(self.view(into_key(change)?, &[])),
             Outcome::Replayed(_) => Err(Refusal::Contended),
         }
@@ -111,8 +110,9 @@ impl Keys {
                 }
             }
             OwnerFilter::Account(account) => {
-                self.engine.index.account(account).ok_or(Refusal::NotFound(Thing::Account))?;
-                self.may_write(caller, &Owner::Account(account.clone()))?;
+                let mut asked = caller.authorize(&self.engine)?;
+                asked.account(account).ok_or(Refusal::NotFound(Thing::Account))?;
+                self.may_write(&mut asked, &Owner::Account(account.clone()))?;
             }
             OwnerFilter::User(user) => {
                 let owner = Owner::User(user.clone());
@@ -133,14 +133,27 @@ impl Keys {
             let keys = views.map(|view| BulkRevoked { view, failure: None }).collect();
             return Ok(BulkOutcome { keys, more, recorded });
         }
-        let revoked = stream::iter(stored.into_iter().map(|stored| async {
-            let revoke = self.revoke(caller, stored.key.id, bulk.reason, bulk.comment.clone());
-            match revoke.await {
-                Ok(view) => BulkRevoked { view, failure: None },
-                Err(refusal) => BulkRevoked { view: self.view_stored(stored), failure: Some(refusal) },
-            }
-        }));
-        let keys: Vec<BulkRevoked> = revoked.buffered(AT_ONCE).collect().await;
+        let revoke = async |stored: StoredKey| match self
+            .revoke(caller, stored.key.id, bulk.reason, bulk.comment.clone())
+            .await
+        {
+            Ok(view) => BulkRevoked { view, failure: None },
+            Err(refusal) => BulkRevoked { view: self.view_stored(stored), failure: Some(refusal) },
+        };
+        // The caller's own key comes last: the caller's rights end with it.
+        let own = stored.iter().position(|stored| stored.key.id == caller.id());
+        let own = own.map(|at| (at, stored.remove(at)));
+        let mut keys: Vec<_> =
+            stream::iter(stored.into_iter().map(&revoke)).buffered(AT_ONCE).collect().await;
+        if let Some((at, own)) = own {
+            keys.insert(at, revoke(own).await);
+        }
+        let rights_ended = |key: &BulkRevoked| {
+            matches!(key.failure, Some(Refusal::CallerRevoked | Refusal::PermissionMissing(_)))
+        };
+        if keys.iter().any(rights_ended) {
+            return Err(Refusal::CallerRevoked);
+        }
         recorded = recorded.max(newest(keys.iter().map(|key| &key.view.key)));
         Ok(BulkOutcome { keys, more, recorded })
     }

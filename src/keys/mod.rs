@@ -12,7 +12,7 @@ pub mod root;
 use std::sync::Arc;
 
 use crate::{
-    access::Caller,
+    access::{ATTEMPTS, Authorization, Caller},
     clock::{Clock, Entropy, random},
     domain::{
         account::{Account, Environment, Environments},
@@ -26,8 +26,8 @@ use crate::{
     refusal::{Refusal, Thing},
     replication::propagation::Reach,
     store::{
-        IDEMPOTENCY_WINDOW, Idempotency, KeyFilter, Outcome, OwnerFilter, Store, StoredKey, Write,
-        writer::Writer,
+        IDEMPOTENCY_WINDOW, Idempotency, KeyFilter, Outcome, OwnerFilter, Rejection, Store, StoredKey, Write,
+        writer::{WriteError, Writer},
     },
 };
 
@@ -204,9 +204,8 @@ impl Keys {
         let now = new.now;
         let prefix = new.prefix.as_ref().unwrap_or(&self.settings.prefix);
         let token = Token::generate(prefix, &new.environment.tag, &random(&*self.entropy)?);
-        let key = self.new_key(caller, &new, first_secret(&token, now))?;
-        let write = write(caller, key, None, Action::KeyCreated, now, once);
-        match self.writer.write(write).await? {
+        let secret = first_secret(&token, now);
+        match self.make(caller, &new, &secret, Action::KeyCreated, once).await? {
             Outcome::Applied(change) => {
                 let key = into_key(change)?;
                 let revision = key.revision;
@@ -216,6 +215,26 @@ impl Keys {
             }
             Outcome::Replayed(id) => self.replay(caller, id).await,
         }
+    }
+
+    /// Records a new key with this secret, once the caller may make it.
+    async fn make(
+        &self,
+        caller: &Caller,
+        new: &NewKey,
+        secret: &Secret,
+        action: Action,
+        once: Option<Once>,
+    ) -> Result<Outcome, Refusal> {
+        for _ in 0..ATTEMPTS {
+            let mut asked = caller.authorize(&self.engine)?;
+            let key = self.new_key(&mut asked, new, secret.clone())?;
+            match self.writer.write(write(asked, key, None, action, new.now, once.clone())).await {
+                Err(WriteError::Rejected(Rejection::AuthorizationMoved)) => self.writer.caught_up().await?,
+                outcome => return Ok(outcome?),
+            }
+        }
+        Err(Refusal::Contended)
     }
 
     /// One key.
@@ -282,24 +301,19 @@ fn first_secret(token: &Token, now: Timestamp) -> Secret {
 }
 
 fn write(
-    caller: &Caller,
+    asked: Authorization<'_>,
     key: Key,
     expect: Option<Revision>,
     action: Action,
     at: Timestamp,
     once: Option<Once>,
 ) -> Write {
-    let idempotency =
-        once.map(|once| Idempotency { caller: caller.id(), key: once.key, fingerprint: once.fingerprint });
-    Write {
-        change: Change::Key(Arc::new(key)),
-        expect,
-        action,
-        actor: caller.actor(),
-        method: caller.method,
-        at,
-        idempotency,
-    }
+    let idempotency = once.map(|once| Idempotency {
+        caller: asked.caller.id(),
+        key: once.key,
+        fingerprint: once.fingerprint,
+    });
+    Write { idempotency, ..asked.write(Change::Key(Arc::new(key)), expect, action, at) }
 }
 
 fn into_key(change: Change) -> Result<Key, Refusal> {

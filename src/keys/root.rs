@@ -12,7 +12,7 @@ use crate::{
         time::Revision,
         token::Token,
     },
-    store::Write,
+    store::{ReadSet, Write},
 };
 
 use super::{KeySettings, first_secret};
@@ -72,6 +72,7 @@ pub fn root_key(
         method,
         at: now,
         idempotency: None,
+        reads: ReadSet::default(),
     };
     Ok(RootKey { token, write })
 }

@@ -23,7 +23,7 @@ use crate::{
         token::Token,
     },
     keys,
-    store::{self, CommitError, KeyFilter, OwnerFilter, Store, Write},
+    store::{self, CommitError, KeyFilter, OwnerFilter, ReadSet, Store, Write},
 };
 
 use super::replicas::Place;
@@ -194,6 +194,7 @@ async fn revoke_roots(
             method,
             at: now,
             idempotency: None,
+            reads: ReadSet::default(),
         });
     }
     Ok(writes)

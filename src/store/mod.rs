@@ -2,9 +2,9 @@
 //! names a backend, and SQL stands nowhere else.
 //!
 //! A store takes digests and instants, never tokens or clocks. It knows what may not collide (names, digests,
-//! idempotency keys, revisions), and nothing of who may do what.
+//! idempotency keys, revisions) and what must not have moved, and nothing of who may do what.
 //!
-//! Every change is one [`Write`]: a whole record, the revision that the caller saw, and the log entry. Writes
+//! Every change is one [`Write`]: a whole record, the revision that the caller saw, what was read to authorize it, and the log entry. Writes
 //! are committed in batches; inside a batch each stands or falls alone, and revisions count in commit order
 //! without gaps. A follower that has applied revision `n` has seen every change up to `n`.
 
@@ -18,6 +18,7 @@ mod open;
 mod plan;
 mod postgres;
 mod queries;
+mod reads;
 mod records;
 mod rows;
 pub mod sqlite;
@@ -31,6 +32,7 @@ use tokio::time::Instant;
 
 pub use load::{LoadedKey, Loader, Part};
 pub use open::{OpenError, Schema, Step, backup, migrate, open, open_with, reach};
+pub use reads::{Place, ReadSet, Seen};
 
 use fleet::Fleet;
 
@@ -112,6 +114,8 @@ pub struct Write {
     pub at: Timestamp,
     /// The name under which the same request is done once.
     pub idempotency: Option<Idempotency>,
+    /// What was read to authorize it; empty if nobody had to be authorized.
+    pub reads: ReadSet,
 }
 
 /// What became of one write of a committed batch.
@@ -128,6 +132,8 @@ pub enum Outcome {
 pub enum Rejection {
     /// The record is not at the revision expected, or exists already.
     Conflict,
+    /// A record that the authorization has read is no longer as it was, or its time is over: authorize again.
+    AuthorizationMoved,
     /// Another key of the owner that is not revoked has the name.
     NameTaken,
     /// The digest is known already.

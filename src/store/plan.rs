@@ -11,7 +11,10 @@ use crate::domain::{
     token::Digest,
 };
 
-use super::{Committed, Head, IDEMPOTENCY_WINDOW, Idempotency, Outcome, Rejection, Write, rows::secret_sum};
+use super::{
+    Committed, Head, IDEMPOTENCY_WINDOW, Idempotency, Outcome, Place, ReadSet, Rejection, Write,
+    rows::secret_sum,
+};
 
 type Verdict = Result<(), Rejection>;
 
@@ -87,8 +90,29 @@ impl Questions {
                 asked.requests.insert((request.caller, request.key.clone()));
             }
             asked.about(&write.change);
+            write.reads.iter().for_each(|(place, _)| asked.about_read(place));
         }
         asked
+    }
+
+    /// The writes of a batch have many reads in common: each is copied once.
+    fn about_read(&mut self, place: &Place) {
+        match place {
+            Place::Key(id) => {
+                self.keys.insert(*id);
+            }
+            Place::Account(id) => {
+                if !self.accounts.contains(id) {
+                    self.accounts.insert(id.clone());
+                }
+            }
+            Place::Role(account, name) => {
+                self.roles.insert((account.clone(), name.clone()));
+            }
+            Place::Member(account, user) => {
+                self.members.insert((account.clone(), user.clone()));
+            }
+        }
     }
 
     fn about(&mut self, change: &Change) {
@@ -198,10 +222,12 @@ pub(super) fn decide<'w>(
     for write in run {
         let outcome = match facts.done_before(write) {
             Some(outcome) => outcome,
-            None => match facts.verdict(&write.change, write.expect) {
-                Ok(()) => Ok(Outcome::Applied(plan.record(write, &mut facts)?)),
-                Err(rejection) => Err(rejection),
-            },
+            None => {
+                match facts.as_read(&write.reads).and_then(|()| facts.verdict(&write.change, write.expect)) {
+                    Ok(()) => Ok(Outcome::Applied(plan.record(write, &mut facts)?)),
+                    Err(rejection) => Err(rejection),
+                }
+            }
         };
         plan.committed.outcomes.push(outcome);
     }
@@ -247,6 +273,20 @@ impl Facts {
         } else {
             Err(Rejection::IdempotencyReused)
         })
+    }
+
+    /// Whether every record that the authorization has read is as it was.
+    fn as_read(&self, reads: &ReadSet) -> Verdict {
+        let moved = reads.iter().any(|(place, seen)| {
+            let now = match place {
+                Place::Key(id) => self.keys.get(id),
+                Place::Account(id) => self.accounts.get(id),
+                Place::Role(account, name) => self.roles.get(&(account.clone(), name.clone())),
+                Place::Member(account, user) => self.members.get(&(account.clone(), user.clone())),
+            };
+            !seen.matches(now.copied())
+        });
+        if moved { Err(Rejection::AuthorizationMoved) } else { Ok(()) }
     }
 
     fn verdict(&self, change: &Change, expect: Option<Revision>) -> Verdict {

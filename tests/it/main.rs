@@ -15,6 +15,7 @@ mod accounts;
 mod attacks;
 mod audit_files;
 mod authority;
+mod authorized_replicas;
 mod bad_input;
 mod batch;
 mod bench;
@@ -82,6 +83,7 @@ mod on_sqlite {
 
     mod audit;
     mod audit_verify;
+    mod authorized;
     mod idempotency;
     mod paging;
     mod people;
@@ -99,6 +101,7 @@ mod on_postgres {
 
     mod audit;
     mod audit_verify;
+    mod authorized;
     mod idempotency;
     mod paging;
     mod people;

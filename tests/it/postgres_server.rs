@@ -19,7 +19,7 @@ use keyward::{
     engine::index::Index,
     pb,
     store::{
-        self, CommitError, Loader, OpenError, Store, StoreError, Write,
+        self, CommitError, Loader, OpenError, ReadSet, Store, StoreError, Write,
         writer::{WriteError, Writer},
     },
 };
@@ -65,6 +65,7 @@ fn account(id: &str) -> Write {
         method: "test",
         at: Timestamp::from_micros(0),
         idempotency: None,
+        reads: ReadSet::default(),
     }
 }
 
@@ -186,7 +187,7 @@ async fn followed(store: &Arc<dyn Store>) -> (Writer, Arc<Index>) {
     let loader: Arc<dyn Loader> = index.clone();
     let head = store.snapshot(Timestamp::from_micros(0), &loader).await.unwrap();
     index.loaded(head.revision);
-    (Writer::spawn(store.clone(), index.clone()).0, index)
+    (Writer::spawn(store.clone(), index.clone(), || Timestamp::from_micros(0)).0, index)
 }
 
 fn known(index: &Index, id: &str) -> bool {

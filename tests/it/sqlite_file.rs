@@ -20,7 +20,7 @@ use keyward::{
         token::Digest,
     },
     pb::Reason,
-    store::{self, KeyFilter, LogFilter, Outcome, OwnerFilter, SnapshotItem, Store, Write},
+    store::{self, KeyFilter, LogFilter, Outcome, OwnerFilter, ReadSet, SnapshotItem, Store, Write},
 };
 use sqlx::{Connection as _, SqliteConnection};
 use tonic::{Code, Status};
@@ -89,6 +89,7 @@ async fn commit(store: &Arc<dyn Store>, change: Change, expect: Option<Revision>
         method: "test",
         at: at(0),
         idempotency: None,
+        reads: ReadSet::default(),
     };
     match store.commit(&[write]).await.unwrap().outcomes.pop() {
         Some(Ok(Outcome::Applied(change))) => change,

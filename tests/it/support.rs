@@ -274,6 +274,19 @@ impl Client {
         grpc.unary(tonic::Request::new(message), path, codec).await.map(tonic::Response::into_inner)
     }
 
+    /// Calls any RPC by its path; its message comes out of `messages`, as bytes, after its headers.
+    pub(crate) async fn call_slowly(
+        &self,
+        method: &str,
+        messages: impl futures_util::Stream<Item = bytes::Bytes> + Send + 'static,
+    ) -> Result<bytes::Bytes, Status> {
+        let mut grpc = tonic::client::Grpc::new(self.wire());
+        grpc.ready().await.unwrap();
+        let path = format!("/{method}").parse().unwrap();
+        let answer = grpc.client_streaming(tonic::Request::new(messages), path, crate::process::Raw).await;
+        answer.map(tonic::Response::into_inner)
+    }
+
     /// Makes a key that may be made.
     pub(crate) async fn make(&self, request: pb::CreateKeyRequest) -> Made {
         let pb::CreateKeyResponse { key, token, revision, replayed: _ } = self.create(request).await.unwrap();

@@ -103,7 +103,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("engine", &["clock", "domain", "instruments", "store"]),
     ("replication", &["clock", "domain", "engine", "instruments", "store", "trace"]),
     ("gateway", &["decisions", "domain", "engine", "instruments", "quiet", "trace"]),
-    ("access", &["domain", "engine", "refusal"]),
+    ("access", &["domain", "engine", "refusal", "store"]),
     ("audit", &["clock", "domain", "refusal", "store"]),
     ("refusal", &["clock", "domain", "engine", "replication", "store"]),
     ("keys", &["access", "clock", "domain", "engine", "refusal", "replication", "store"]),

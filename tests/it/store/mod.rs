@@ -8,6 +8,7 @@ mod lists;
 mod log;
 mod one_by_one;
 mod people;
+mod reads;
 mod records;
 mod requests;
 mod snapshots;
@@ -32,7 +33,8 @@ use keyward::{
         token::Digest,
     },
     store::{
-        Head, KeyFilter, Outcome, OwnerFilter, Rejection, Store, StoreError, UsageBatch, UsedSecret, Write,
+        Head, KeyFilter, Outcome, OwnerFilter, ReadSet, Rejection, Store, StoreError, UsageBatch, UsedSecret,
+        Write,
     },
 };
 
@@ -131,7 +133,16 @@ fn account(id: &str) -> Account {
 }
 
 fn write(change: Change, expect: Option<Revision>, action: Action) -> Write {
-    Write { change, expect, action, actor: Actor::SYSTEM, method: "test", at: at(0), idempotency: None }
+    Write {
+        change,
+        expect,
+        action,
+        actor: Actor::SYSTEM,
+        method: "test",
+        at: at(0),
+        idempotency: None,
+        reads: ReadSet::default(),
+    }
 }
 
 fn create(key: &Key) -> Write {
@@ -327,6 +338,12 @@ macro_rules! every_promise {
                 a_digest_is_unique_for_ever,
                 a_secret_of_the_keys_own_past_is_taken_too,
                 of_two_first_starts_one_is_made,
+            }
+            reads {
+                a_change_is_rejected_after_any_record_has_moved_that_it_was_authorized_by,
+                a_change_sees_the_records_that_those_before_it_in_its_batch_have_moved,
+                a_request_that_was_done_is_replayed_whatever_has_moved_since,
+                an_authorization_that_has_run_out_in_the_queue_commits_nothing,
             }
             requests {
                 the_same_request_is_done_once,

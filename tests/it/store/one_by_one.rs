@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use keyward::{
     domain::name::{IdempotencyKey, KeyId},
-    store::{IDEMPOTENCY_WINDOW, Idempotency, StoredKey},
+    store::{IDEMPOTENCY_WINDOW, Idempotency, Place, Seen, StoredKey},
 };
 use proptest::{prelude::*, strategy::ValueTree as _, test_runner::TestRunner};
 
@@ -36,7 +36,7 @@ impl World {
         (write, outcome)
     }
 
-    async fn write(&self, [kind, which, .., request, fingerprint]: Choices) -> Write {
+    async fn write(&self, [kind, which, _, read, place, seen, request, fingerprint]: Choices) -> Write {
         let choices = [kind, which, request, fingerprint];
         let write = match kind % 16 {
             0..8 => self.create(choices),
@@ -50,7 +50,39 @@ impl World {
             key: IdempotencyKey::parse(["a", "b", "c", "d"][usize::from(fingerprint / 2 % 4)]).unwrap(),
             fingerprint: [fingerprint % 2; 32],
         });
-        Write { at: at(self.now), idempotency, ..write }
+        let reads = if read % 4 == 0 { self.read(place, seen).await } else { ReadSet::default() };
+        Write { at: at(self.now), idempotency, reads, ..write }
+    }
+
+    /// A read set of one record, as it is now or as it was never.
+    async fn read(&self, place: u8, seen: u8) -> ReadSet {
+        let key = self.known(seen).map(|key| (Place::Key(key.id), Some(key.revision)));
+        let account = account_id(["acme", "globex"][usize::from(seen % 2)]);
+        let name = RoleName::parse(["agent", "admin"][usize::from(seen / 2 % 2)]).unwrap();
+        let user = UserId::parse(["u1", "u2"][usize::from(seen % 2)]).unwrap();
+        let roles = self.alone.roles(Some(&account)).await.unwrap();
+        let revision = |of: Option<&AccountId>| {
+            let role = roles.iter().find(|role| role.account.as_ref() == of && role.name == name);
+            role.map(|role| role.revision)
+        };
+        let (place, found) = match (place % 5, key) {
+            (0, Some(key)) => key,
+            (0 | 1, _) => {
+                let found = self.alone.account(&account).await.unwrap().map(|account| account.revision);
+                (Place::Account(account), found)
+            }
+            (2, _) => (Place::Role(None, name.clone()), revision(None)),
+            (3, _) => (Place::Role(Some(account.clone()), name.clone()), revision(Some(&account))),
+            _ => {
+                let found = self.alone.memberships(&user).await.unwrap();
+                let found = found.into_iter().find(|member| member.account == account);
+                (Place::Member(account, user), found.map(|member| member.revision))
+            }
+        };
+        let found = if seen % 8 == 0 { Some(Revision(2)) } else { found };
+        let mut reads = ReadSet::default();
+        reads.add(place, Seen::from_revision(found));
+        reads
     }
 
     fn known(&self, which: u8) -> Option<&Key> {
@@ -195,5 +227,5 @@ pub(super) async fn a_batch_comes_to_what_its_writes_come_to_one_by_one(store: S
     }
     // It has met everything that there is to meet.
     assert!(applied > 300, "{applied} were applied");
-    assert_eq!(rejections.len(), 7, "{rejections:?}");
+    assert_eq!(rejections.len(), 8, "{rejections:?}");
 }

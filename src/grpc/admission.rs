@@ -163,21 +163,24 @@ impl Services {
         if let Some(permission) = needs.filter(|permission| !caller.may(*permission)) {
             return Err(lacks_permission(permission.as_str()));
         }
-        if rpc.plane == Plane::Management {
-            request.extensions_mut().insert(CallerSession::new(self.engine.clone(), caller));
-            return Ok(());
+        if rpc.plane == Plane::Checks {
+            let shown = match shown {
+                Shown::Token(token) => Presented::Token(Arc::new(Zeroizing::new(token))),
+                Shown::Certificate(identity) => Presented::Certificate(identity.clone()),
+            };
+            let vigil = Vigil { shown, account: named_account, peer };
+            if rpc.access == Access::Proxy {
+                let (account, vigil) = (caller.account.clone(), Some(vigil.clone()));
+                request.extensions_mut().insert(Proxy { account, trusted: true, vigil });
+            }
+            request.extensions_mut().insert(vigil);
         }
-        let shown = match shown {
-            Shown::Token(token) => Presented::Token(Arc::new(Zeroizing::new(token))),
-            Shown::Certificate(identity) => Presented::Certificate(identity.clone()),
-        };
-        let vigil = Vigil { shown, account: named_account, peer };
-        if rpc.access == Access::Proxy {
-            let (account, vigil) = (caller.account.clone(), Some(vigil.clone()));
-            request.extensions_mut().insert(Proxy { account, trusted: true, vigil });
+        match rpc.plane {
+            Plane::Checks => drop(request.extensions_mut().insert(caller)),
+            Plane::Management => {
+                request.extensions_mut().insert(CallerSession::new(self.engine.clone(), caller));
+            }
         }
-        request.extensions_mut().insert(vigil);
-        request.extensions_mut().insert(caller);
         Ok(())
     }
 

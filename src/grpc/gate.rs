@@ -131,7 +131,7 @@ macro_rules! shown_as_found {
     };
 }
 
-shown_as_found!(Patience, Vigil, Proxy);
+shown_as_found!(Patience, Vigil, Proxy, CallerSession);
 
 /// The caller of a management call is judged again: handlers run when the whole request has arrived.
 impl Shown for Caller {

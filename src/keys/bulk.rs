@@ -215,9 +215,9 @@ impl Keys {
         hours: u32,
     ) -> Result<Vec<(Timestamp, HashMap<Reason, u64>)>, Refusal> {
         let stored = self.visible(caller, id).await?;
-        self.may_read(caller, &stored.key.owner)?;
         self.engine.usage.flush(&*self.store, Pace::AtOnce).await?;
         let counts = self.store.usage(id, from, to).await?;
+        self.may_read(caller, &stored.key.owner)?;
         let step = i64::from(hours.max(1));
         let mut buckets: Vec<(Timestamp, HashMap<Reason, u64>)> = Vec::new();
         for Count { hour, reason, count, .. } in counts {

@@ -258,14 +258,15 @@ impl Keys {
         before: Option<KeyId>,
         size: u32,
     ) -> Result<(Vec<View>, Option<KeyId>), Refusal> {
-        if let OwnerFilter::Account(account) = &filter.owner {
-            self.may_read(caller, &Owner::Account(account.clone()))?;
-        }
         if filter.unused_since.is_some() {
             // The filter runs in the store: it must know the latest uses.
             self.engine.usage.flush(&*self.store, Pace::AtOnce).await?;
         }
         let mut stored = self.store.keys(filter, before, size + 1).await?;
+        if let OwnerFilter::Account(account) = &filter.owner {
+            // Judged after the reading: a person who left meanwhile reads nothing.
+            self.may_read(caller, &Owner::Account(account.clone()))?;
+        }
         let fitting = bulk::fitting(&stored).min(size as usize);
         let more = stored.len() > fitting;
         stored.truncate(fitting);

@@ -152,7 +152,9 @@ async fn a_key_that_is_revoked_makes_nothing_after_that_has_returned() {
 async fn a_bulk_revocation_ends_the_callers_own_key_after_all_others() {
     let server = Server::with_accounts().await;
     let before = server.make(service_key("acme", &["a"])).await;
+    server.advance(1);
     let made = server.make(service_key("acme", &["keyward:keys:*"])).await;
+    server.advance(1);
     let after = server.make(service_key("acme", &["a"])).await;
     let all = pb::BulkRevokeKeysRequest { account: "acme".to_owned(), ..Default::default() };
     let answer = server.holder(&made.token).keys().bulk_revoke(all).await.unwrap().into_inner();

@@ -82,6 +82,13 @@ pub(super) async fn a_change_is_rejected_after_any_record_has_moved_that_it_was_
         Rejection::AuthorizationMoved,
         "a key that is gone"
     );
+    let place = role_at(None, "admin");
+    let twice = authorized_by(&[(place.clone(), Seen::At(global.revision)), (place, Seen::Absent)]);
+    assert_eq!(
+        try_one(&store, twice).await.unwrap_err(),
+        Rejection::AuthorizationMoved,
+        "changed between reads"
+    );
 }
 
 pub(super) async fn a_change_sees_the_records_that_those_before_it_in_its_batch_have_moved(store: Shared) {

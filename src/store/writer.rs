@@ -82,7 +82,7 @@ pub trait Follower: Send + Sync + 'static {
         self.applied(rows);
     }
     /// A change was asked for and may or may not be recorded: until the log decides, refuse what it refuses.
-    fn in_doubt(&self, change: &Change);
+    fn in_doubt(&self, write: &Write);
     /// The log has decided. What it does not hold was not recorded; a change that stops a key or an account
     /// stays in force in this process all the same, since somebody wanted it stopped.
     fn decided(&self);
@@ -366,7 +366,7 @@ impl Committer {
     async fn fail(&mut self, writes: &[Write], answers: Vec<Answer>, error: CommitError) {
         tracing::error!(error = &error as &dyn Error, writes = writes.len(), "a commit failed");
         for write in writes {
-            self.follower.in_doubt(&write.change);
+            self.follower.in_doubt(write);
         }
         let (error, unknown) = match error {
             CommitError::NotRecorded(error) => (Arc::new(error), false),

@@ -9,7 +9,7 @@ use std::{
 use keyward::{
     domain::{name::KeyName, time::Revision},
     store::{
-        Outcome, Rejection,
+        Outcome, Rejection, Write,
         writer::{Follower, WriteError, Writer},
     },
 };
@@ -176,8 +176,8 @@ impl Follower for Heard {
         }
     }
 
-    fn in_doubt(&self, change: &Change) {
-        panic!("nothing is in doubt: {change:?}");
+    fn in_doubt(&self, write: &Write) {
+        panic!("nothing is in doubt: {write:?}");
     }
 
     fn decided(&self) {}

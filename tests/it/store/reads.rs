@@ -140,7 +140,7 @@ impl Follower for Nothing {
 
     fn applied(&self, _: &[(LogRow, Change)]) {}
 
-    fn in_doubt(&self, _: &Change) {}
+    fn in_doubt(&self, _: &Write) {}
 
     fn decided(&self) {}
 }

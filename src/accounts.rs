@@ -8,7 +8,7 @@ use crate::{
     domain::{
         account::Account,
         log::{Action, Actor, Change},
-        name::{AccountId, DisplayName},
+        name::{AccountId, DisplayName, UserId},
         time::{Revision, Timestamp},
     },
     engine::Engine,
@@ -102,6 +102,7 @@ impl Accounts {
     pub async fn get(&self, caller: &Caller, id: &AccountId) -> Result<Account, Refusal> {
         let seen = caller.is_operator() || *id == caller.account;
         let found = if seen { self.store.account(id).await? } else { None };
+        caller.authorize(&self.engine)?.may_know(id)?;
         found.ok_or(Refusal::NotFound(Thing::Account))
     }
 
@@ -118,11 +119,33 @@ impl Accounts {
         if !caller.is_operator() {
             return Ok((self.store.account(&caller.account).await?.into_iter().collect(), None));
         }
-        let mut accounts = self.store.accounts(after, size + 1).await?;
+        let mut accounts = match &caller.acting_user {
+            Some(user) => self.accounts_of(user, after, size + 1).await?,
+            None => self.store.accounts(after, size + 1).await?,
+        };
         let more = accounts.len() > size as usize;
         accounts.truncate(size as usize);
         let next = accounts.last().filter(|_| more).map(|last| last.id.clone());
         Ok((accounts, next))
+    }
+
+    /// The accounts of which a user is a member, in the order of their ids.
+    async fn accounts_of(
+        &self,
+        user: &UserId,
+        after: Option<&AccountId>,
+        limit: u32,
+    ) -> Result<Vec<Account>, Refusal> {
+        let memberships = self.store.memberships(user).await?;
+        let mut ids: Vec<_> = memberships.into_iter().map(|member| member.account).collect();
+        ids.retain(|id| after.is_none_or(|after| id > after));
+        ids.sort();
+        ids.truncate(limit as usize);
+        let mut accounts = Vec::with_capacity(ids.len());
+        for id in &ids {
+            accounts.extend(self.store.account(id).await?);
+        }
+        Ok(accounts)
     }
 
     /// Changes an account from its record as it stands; `edit` says whether anything changed.
@@ -136,7 +159,8 @@ impl Accounts {
         caller.must_be_operator()?;
         for _ in 0..ATTEMPTS {
             let before = self.get(caller, id).await?;
-            let asked = caller.authorize(&self.engine)?;
+            let mut asked = caller.authorize(&self.engine)?;
+            asked.may_know(id)?;
             let now = self.clock.now();
             let mut after = before.clone();
             if !edit(&mut after, now) {

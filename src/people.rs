@@ -62,10 +62,11 @@ impl People {
         People { store, writer, engine, keys, clock }
     }
 
-    /// Whether the caller acts on the account, and it exists.
+    /// Whether the caller acts on the account, and it exists for the caller.
     fn account(&self, asked: &mut Authorization<'_>, account: &AccountId) -> Result<(), Refusal> {
         asked.caller.account_meant(Some(account.clone()))?;
-        asked.account(account).map(drop).ok_or(Refusal::NotFound(Thing::Account))
+        asked.account(account).ok_or(Refusal::NotFound(Thing::Account))?;
+        asked.may_know(account)
     }
 
     /// Global roles are made and changed by operators.
@@ -113,7 +114,7 @@ impl People {
         let change = self
             .change(caller, Action::RolePut, |asked| {
                 self.role_home(asked, account.as_ref())?;
-                asked.caller.is_unbound()?;
+                asked.caller.is_unbound(&self.keys.environments().first().name)?;
                 asked.caller.may_grant(&scopes)?;
                 let before = self.engine.index.role_record(account.as_ref(), &name);
                 // What the name grants so far, possibly by a global role that this one hides.
@@ -146,7 +147,7 @@ impl People {
         let change = self
             .change(caller, Action::RoleDeleted, |asked| {
                 self.role_home(asked, account.as_ref())?;
-                asked.caller.is_unbound()?;
+                asked.caller.is_unbound(&self.keys.environments().first().name)?;
                 let before = self.engine.index.role_record(account.as_ref(), &name);
                 let before = before.ok_or(Refusal::NotFound(Thing::Role))?;
                 asked.caller.may_grant(&before.scopes)?;
@@ -189,7 +190,7 @@ impl People {
         let change = self
             .change(caller, Action::MemberPut, |asked| {
                 self.account(asked, &account)?;
-                asked.caller.is_unbound()?;
+                asked.caller.is_unbound(&self.keys.environments().first().name)?;
                 let given = asked.scopes_of(Some(&account), &role);
                 asked.caller.may_grant(&given)?;
                 let before = self.engine.index.member_record(&account, &user);
@@ -232,7 +233,12 @@ impl People {
             })
             .await;
         let (mut revoked, mut recorded) = (Revision::default(), Revision::default());
-        let ended = removed.is_ok() || matches!(removed, Err(Refusal::NotFound(Thing::Member)));
+        let ended = match removed {
+            Ok(_) | Err(Refusal::NotFound(Thing::Member)) => true,
+            // Whoever ended the own membership may know of the account no more.
+            Err(Refusal::NotFound(Thing::Account)) => caller.acting_user.as_ref() == Some(&user),
+            Err(_) => false,
+        };
         if ended && caller.is_operator() && self.store.memberships(&user).await?.is_empty() {
             (revoked, recorded) = self.keys.revoke_all_of(caller, &user).await?;
         }

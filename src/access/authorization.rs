@@ -18,7 +18,7 @@ use crate::{
         time::{Revision, Timestamp},
     },
     engine::Engine,
-    refusal::Refusal,
+    refusal::{Refusal, Thing},
     store::{ReadSet, Write},
 };
 
@@ -86,6 +86,15 @@ impl Authorization<'_> {
     pub fn held_by_person(&mut self, owner: &Owner) -> Option<Option<ScopeSet>> {
         let (user, account) = (self.caller.acting_user.clone()?, owner.account()?);
         Some(self.held_by(account, &user))
+    }
+
+    /// Whether the person that the caller acts for may know of an account: only a member may.
+    ///
+    /// # Errors
+    /// When the person is no member. For them the account does not exist.
+    pub fn may_know(&mut self, account: &AccountId) -> Result<(), Refusal> {
+        let Some(user) = self.caller.acting_user.clone() else { return Ok(()) };
+        self.held_by(account, &user).map(drop).ok_or(Refusal::NotFound(Thing::Account))
     }
 
     /// A membership or role with a change in doubt gives nothing.

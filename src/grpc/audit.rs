@@ -17,6 +17,7 @@ use crate::{
         name::{AccountId, UserId},
         time::Revision,
     },
+    engine::Engine,
     pb,
     refusal::{Refusal, Violations},
     store::{Checkpoint, LogFilter, Store, StoreError},
@@ -28,13 +29,14 @@ use super::{convert, gate::shown, page};
 #[derive(Clone)]
 pub(super) struct AuditService {
     store: Arc<dyn Store>,
+    engine: Arc<Engine>,
     /// Whoever verifies; the others wait, since it reads all there is.
     verifying: Arc<Mutex<()>>,
 }
 
 impl AuditService {
-    pub(super) fn over(store: Arc<dyn Store>) -> AuditService {
-        AuditService { store, verifying: Arc::default() }
+    pub(super) fn over(store: Arc<dyn Store>, engine: Arc<Engine>) -> AuditService {
+        AuditService { store, engine, verifying: Arc::default() }
     }
 }
 
@@ -54,7 +56,7 @@ struct Listing {
     full: bool,
 }
 
-fn read(caller: &Caller, request: &pb::ListAuditEntriesRequest) -> Result<Listing, Refusal> {
+fn read(caller: &Caller, engine: &Engine, request: &pb::ListAuditEntriesRequest) -> Result<Listing, Refusal> {
     let mut violations = Violations::default();
     let v = &mut violations;
     let unpaged =
@@ -96,9 +98,15 @@ fn read(caller: &Caller, request: &pb::ListAuditEntriesRequest) -> Result<Listin
     }
     // An operator reads all accounts unless it names one; an account's caller reads its own.
     let account = match account {
-        None if caller.is_operator() => None,
+        None if caller.is_operator() => {
+            caller.acts_for_itself()?;
+            None
+        }
         named => Some(caller.account_meant(named)?),
     };
+    if let Some(account) = &account {
+        caller.authorize(engine)?.may_know(account)?;
+    }
     let given = |text: &String| (!text.is_empty()).then(|| text.clone());
     let filter = LogFilter {
         account,
@@ -272,7 +280,7 @@ impl pb::audit_service_server::AuditService for AuditService {
         mut request: Request<pb::ListAuditEntriesRequest>,
     ) -> Result<Response<pb::ListAuditEntriesResponse>, Status> {
         let caller = shown::<Caller>(&mut request)?;
-        let Listing { filter, bound, cursor, size, full } = read(&caller, request.get_ref())?;
+        let Listing { filter, bound, cursor, size, full } = read(&caller, &self.engine, request.get_ref())?;
         let mut rows = self.store.log(&filter, cursor, size + 1).await.map_err(Refusal::from)?;
         let more = rows.len() > size as usize;
         rows.truncate(size as usize);

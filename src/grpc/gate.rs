@@ -309,7 +309,7 @@ impl Services {
             let rests = match code {
                 // It was so before, says what was read.
                 None | Some(tonic::Code::Ok) => rpc.changes() && !recorded.proven,
-                Some(code) => rests_on_knowledge(code, hears_first),
+                Some(code) => rests_on_knowledge(code, hears_first && rpc.changes()),
             };
             if rests && !(heard && news.was_newest(began).await) {
                 return Status::from(Refusal::Unavailable).into_http();

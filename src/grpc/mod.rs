@@ -142,6 +142,7 @@ pub fn services(
     let checks = authz::AuthzService { engine: engine.clone(), environments, decisions, stopping };
 
     let proxies = Arc::new(ext_authz::ExtAuthz { gateway: gateway.clone(), tracing });
+    let audit = audit::AuditService::over(store, engine.clone());
     let accounts = accounts::AccountService { accounts, people, propagation: propagation.clone() };
     Ok(Services {
         calls: Arc::default(),
@@ -155,7 +156,7 @@ pub fn services(
         checks: Arc::new(checks),
         keys: KeyServiceServer::new(keys::KeyService { keys, propagation }),
         accounts: AccountServiceServer::new(accounts),
-        audit: AuditServiceServer::new(audit::AuditService::over(store)),
+        audit: AuditServiceServer::new(audit),
         news,
         open: open.into(),
         management: tokio::runtime::Handle::current(),

@@ -71,12 +71,12 @@ pub struct Rpc {
 impl Rpc {
     /// Whether what others have just committed is to be heard before it is judged: where it may change something, and
     /// is judged by what is in memory. Who stops a key for nobody else is judged by the record alone, and waits for
-    /// nothing that it can do without.
+    /// nothing that it can do without. A call for a person is judged by a membership in memory, also if it only reads.
     #[must_use]
     pub fn hears_first(&self, for_person: bool) -> bool {
         const BY_RECORD: [&str; 5] = ["Revoke", "Disable", "FinishRotation", "BulkRevoke", "RevokeSelf"];
         let stops = BY_RECORD.iter().any(|name| self.method.ends_with(&format!("KeyService/{name}")));
-        self.changes() && (for_person || !stops)
+        for_person || self.changes() && !stops
     }
 
     /// Whether it may change something.

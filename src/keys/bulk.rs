@@ -103,15 +103,12 @@ impl Keys {
         match &bulk.filter.owner {
             OwnerFilter::AllButOperators => {
                 caller.must_be_operator()?;
-                if caller.acting_user.is_some() {
-                    let message =
-                        "nobody acts for a person over every account; leave x-keyward-acting-user out";
-                    return Err(Refusal::Forbidden("ROLE_LACKS_PERMISSION", message.to_owned()));
-                }
+                caller.acts_for_itself()?;
             }
             OwnerFilter::Account(account) => {
                 let mut asked = caller.authorize(&self.engine)?;
                 asked.account(account).ok_or(Refusal::NotFound(Thing::Account))?;
+                asked.may_know(account)?;
                 self.may_write(&mut asked, &Owner::Account(account.clone()))?;
             }
             OwnerFilter::User(user) => {

@@ -139,7 +139,9 @@ impl Keys {
             // Without a lease no caller can be judged again. One that acts for itself was authorized when its call
             // began, and to stop a key gives nobody a right.
             Err(Refusal::CannotAnswer(_)) if caller.acting_user.is_none() => {}
-            Err(refusal) => return refusal,
+            // The answer is the same as for an id that does not exist: that one cannot be looked up either.
+            Err(Refusal::NotFound(_)) => return refusal,
+            Err(lacking) => return lacking,
         }
         self.engine.index.stop(id, stop);
         Refusal::NotRecorded { full: false }

@@ -173,7 +173,7 @@ impl Keys {
     ) -> Result<Option<(Issued, Revision)>, Refusal> {
         let Some(once) = once else { return Ok(None) };
         let since = self.clock.now().minus(IDEMPOTENCY_WINDOW);
-        match self.store.idempotent(caller.id(), &once.key, since).await? {
+        match self.store.idempotent(caller.request_scope(), &once.key, since).await? {
             Some((id, fingerprint)) if fingerprint == once.fingerprint => {
                 self.replay(caller, id).await.map(Some)
             }
@@ -183,7 +183,8 @@ impl Keys {
     }
 
     async fn replay(&self, caller: &Caller, id: KeyId) -> Result<(Issued, Revision), Refusal> {
-        let view = self.view_stored(self.visible(caller, id).await?);
+        // What was made is shown as Get shows it: the person who asked may be no member any more.
+        let view = self.get(caller, id).await?;
         // What is done again is waited for again: the first may not have ended.
         let view = View { reach: Reach::Narrows { again: true }, ..view };
         let revision = view.key.revision;
@@ -310,7 +311,7 @@ fn write(
     once: Option<Once>,
 ) -> Write {
     let idempotency = once.map(|once| Idempotency {
-        caller: asked.caller.id(),
+        caller: asked.caller.request_scope(),
         key: once.key,
         fingerprint: once.fingerprint,
     });

@@ -46,10 +46,10 @@ impl Keys {
     }
 
     /// Whether the caller may change this owner's keys. A person changes service keys only with a role that
-    /// holds `keyward:keys:write` in their account.
+    /// holds `keyward:keys:write` in their account. For a person who is no member of the account they do not exist.
     pub(super) fn may_write(&self, asked: &mut Authorization<'_>, owner: &Owner) -> Result<(), Refusal> {
         let Some(held) = asked.held_by_person(owner) else { return Ok(()) };
-        let held = held.unwrap_or_default();
+        let held = held.ok_or(Refusal::NotFound(Thing::Key))?;
         let needed = Permission::KeysWrite.as_str();
         if Scope::parse_required(needed).is_ok_and(|scope| held.covers(&scope)) {
             return Ok(());
@@ -136,6 +136,7 @@ impl Keys {
         match &owner {
             Owner::Account(account) => {
                 asked.account(account).ok_or(Refusal::NotFound(Thing::Account))?;
+                asked.may_know(account)?;
             }
             Owner::User(_) if caller.sees(&owner) => {}
             Owner::User(_) => return Err(Refusal::NotFound(Thing::Key)),

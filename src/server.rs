@@ -60,7 +60,7 @@ use crate::{
         writer::{Commits, Writer},
     },
     trace::Tracing,
-    transport::{descriptors, socket::Bound},
+    transport::{budget::MemoryBudget, descriptors, socket::Bound},
 };
 
 const FLUSH_EVERY: Duration = Duration::from_secs(5);
@@ -155,7 +155,7 @@ impl Server {
         let (parts, Writing { task: writer, commits }) =
             parts(&settings, store.clone(), &place, clock.clone(), entropy.clone(), decisions.clone());
         let tracing = parts.tracing;
-        let (engine, gateway) = (parts.engine.clone(), parts.gateway.clone());
+        let (engine, gateway, memory) = (parts.engine.clone(), parts.gateway.clone(), parts.memory.clone());
         // In force before anybody is served.
         if let Some(rules) = &rules {
             rules.apply(&gateway);
@@ -210,6 +210,7 @@ impl Server {
         let forwarding = forward.map(|listener| {
             tokio::spawn(forward::serve(
                 listener,
+                memory.clone(),
                 gateway.clone(),
                 tracing,
                 clock.clone(),
@@ -230,9 +231,10 @@ impl Server {
             replica: replica.as_ref().map(|_| place.sight.clone()),
             clock: clock.clone(),
             transport: report,
+            memory: memory.clone(),
         };
         let mut background = vec![
-            tokio::spawn(admin::serve(admin_listener, sources, is_closing)),
+            tokio::spawn(admin::serve(admin_listener, memory, sources, is_closing)),
             counting,
             tokio::spawn(flush_usage(store.clone(), usage.clone())),
             tokio::spawn(head.clone().keep_telling(store.clone())),
@@ -414,6 +416,7 @@ pub fn parts(
         environments,
         decisions,
         tracing,
+        memory: MemoryBudget::new(settings.overload.request_bytes, clock),
     };
     (parts, writing)
 }

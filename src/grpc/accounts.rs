@@ -24,6 +24,7 @@ use super::{
     gate::{Patience, shown},
     keys_read::filled,
     page,
+    permits::only_waits,
 };
 
 const MAX_SCOPES: usize = 256;
@@ -61,6 +62,7 @@ impl AccountService {
         reach: Reach,
         patience: Patience,
     ) -> Result<Option<pb::Propagation>, Refusal> {
+        only_waits();
         let report = self.propagation.reached(revision, reach, patience.until).await?;
         Ok(Some(convert::propagation(report)))
     }

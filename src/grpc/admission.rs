@@ -22,7 +22,10 @@ use crate::{
     engine::{Authenticated, CannotAnswer, Holder, known::Memory},
     refusal::Refusal,
     trace,
-    transport::{Auth, Listener, Service as Served, Services as ServedSet, certificate::Certificate},
+    transport::{
+        Auth, Listener, Service as Served, Services as ServedSet, budget::ConnectionBudget,
+        certificate::Certificate,
+    },
 };
 
 use super::{
@@ -89,6 +92,8 @@ pub struct Visitor {
     pub identity: Option<Arc<Identity>>,
     /// Whose calls came last.
     pub memory: Memory,
+    /// What its requests may hold.
+    pub memory_budget: Arc<ConnectionBudget>,
 }
 
 /// What a call shows of its caller.

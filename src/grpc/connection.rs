@@ -19,6 +19,7 @@ use tokio::{
 
 use crate::transport::{
     Limits,
+    budget::ConnectionBudget,
     certificate::Certificate,
     counts::{Connected, Counts, Refused},
     socket::{Socket, Stream},
@@ -39,6 +40,9 @@ use super::{
 const MAX_ERROR_RESETS: usize = 1024;
 const KEEPALIVE_EVERY: Duration = Duration::from_secs(10);
 const KEEPALIVE_PATIENCE: Duration = Duration::from_secs(5);
+/// What a peer may send of a message, and of all messages, before it is read: HTTP/2 keeps so much for each connection.
+/// A message of 4 MiB takes 32 round trips.
+const WINDOW: u32 = 128 << 10;
 /// How long a handshake may take once the server stops. Whoever connected just before has a call on its way.
 const LAST_HANDSHAKE: Duration = Duration::from_secs(1);
 /// How long calls may go on after their connection has said that it ends: as long as the longest of them may take.
@@ -105,6 +109,7 @@ pub(super) async fn serve(
         peer: peer.map(|peer| peer.ip().to_canonical()),
         identity: certificate.and_then(|certificate| entrance.door.identify(&certificate)),
         memory: crate::engine::known::Memory::default(),
+        memory_budget: ConnectionBudget::new(services.memory.clone()),
     };
     // A certificate proves nothing beyond its end.
     let now = services.now().as_micros().div_euclid(1_000_000);
@@ -188,6 +193,8 @@ async fn speak(
         .max_pending_accept_reset_streams(limits.pending_resets)
         .max_local_error_reset_streams(MAX_ERROR_RESETS)
         .max_header_list_size(limits.header_bytes)
+        .initial_stream_window_size(WINDOW)
+        .initial_connection_window_size(WINDOW)
         .keep_alive_interval(KEEPALIVE_EVERY)
         .keep_alive_timeout(KEEPALIVE_PATIENCE)
         // No client of gRPC reads it, and every answer would pay for it.

@@ -39,7 +39,9 @@ use super::{
         Page, filled, read_bulk, read_create, read_filter, read_import, read_once, read_once_alone,
         read_update, read_usage,
     },
-    page, status,
+    page,
+    permits::only_waits,
+    status,
 };
 
 const MAX_OVERLAP: Duration = Duration::from_secs(7 * 24 * 60 * 60);
@@ -66,6 +68,7 @@ impl KeyService {
         patience: Patience,
     ) -> Result<(Option<pb::Key>, u64, Option<pb::Propagation>), Refusal> {
         let revision = view.key.revision;
+        only_waits();
         let report = self.propagation.reached(revision, view.reach, patience.until).await?;
         Ok((Some(convert::key(view)), revision.0, Some(convert::propagation(report))))
     }
@@ -190,7 +193,10 @@ impl pb::key_service_server::KeyService for KeyService {
         // Those that an earlier call has revoked are waited for too, though they are not listed again.
         let report = match dry_run {
             true => self.propagation.in_force(revision),
-            false => self.propagation.wait(recorded, true, patience.until).await.map_err(Refusal::from)?,
+            false => {
+                only_waits();
+                self.propagation.wait(recorded, true, patience.until).await.map_err(Refusal::from)?
+            }
         };
         let (revision, propagation) = (revision.0, Some(convert::propagation(report)));
         Ok(Response::new(pb::BulkRevokeKeysResponse { keys, revision, propagation, more }))

@@ -19,6 +19,7 @@ mod keys;
 mod keys_read;
 mod load;
 mod page;
+mod permits;
 mod question;
 mod reply;
 pub mod rpc;
@@ -52,7 +53,7 @@ use crate::{
     replication::{news::News, propagation::Propagation},
     store::Store,
     trace::Tracing,
-    transport::Overload,
+    transport::{Overload, budget::MemoryBudget},
 };
 
 use gate::{Open, Services};
@@ -82,6 +83,8 @@ pub struct Parts {
     pub decisions: Decisions,
     /// How calls are named, and which are recorded.
     pub tracing: Tracing,
+    /// What requests may hold.
+    pub memory: Arc<MemoryBudget>,
 }
 
 impl std::fmt::Debug for Parts {
@@ -131,6 +134,7 @@ pub fn services(
         environments,
         decisions,
         tracing,
+        memory,
     } = parts;
     let health = HealthServer::new(HealthService::from_health_reporter(reporter));
     let open: [(&'static str, Open); 3] = [
@@ -158,7 +162,8 @@ pub fn services(
         news,
         open: open.into(),
         management: tokio::runtime::Handle::current(),
-        room: Arc::new(load::Room::new(overload)),
+        limits: Arc::new(permits::ConcurrencyLimits::new(overload)),
+        memory,
     })
 }
 

@@ -79,6 +79,21 @@ impl Rpc {
         self.changes() && (for_person || !stops)
     }
 
+    /// Whether it takes rights away, whatever its request says: a part of each limit is kept for such calls.
+    #[must_use]
+    pub fn restricts(&self) -> bool {
+        const RESTRICTING: [&str; 7] = [
+            "keyward.v1.KeyService/Revoke",
+            "keyward.v1.KeyService/BulkRevoke",
+            "keyward.v1.KeyService/RevokeSelf",
+            "keyward.v1.KeyService/Disable",
+            "keyward.v1.KeyService/FinishRotation",
+            "keyward.v1.AccountService/Suspend",
+            "keyward.v1.AccountService/RemoveMember",
+        ];
+        RESTRICTING.contains(&self.method)
+    }
+
     /// Whether it may change something.
     #[must_use]
     pub fn changes(&self) -> bool {
@@ -125,6 +140,8 @@ const fn narrowing(method: &'static str, access: Access) -> Rpc {
     Rpc { timeout, ..managed(method, access) }
 }
 
+/// The call whose request holds many keys.
+pub(super) const IMPORT: &str = "keyward.v1.KeyService/Import";
 /// What Envoy asks.
 pub const EXT_AUTHZ: &str = "envoy.service.auth.v3.Authorization/Check";
 
@@ -147,7 +164,7 @@ pub const TABLE: [Rpc; 34] = [
     narrowing("keyward.v1.KeyService/BulkRevoke", Needs(KeysWrite)),
     narrowing("keyward.v1.KeyService/Rotate", Needs(KeysWrite)),
     narrowing("keyward.v1.KeyService/FinishRotation", Needs(KeysWrite)),
-    managed("keyward.v1.KeyService/Import", Needs(KeysWrite)),
+    managed(IMPORT, Needs(KeysWrite)),
     managed("keyward.v1.KeyService/Lookup", Needs(KeysRead)),
     managed("keyward.v1.KeyService/Usage", Needs(KeysRead)),
     Rpc {
@@ -155,8 +172,9 @@ pub const TABLE: [Rpc; 34] = [
         kind: Kind::ServerStream,
         ..managed("keyward.v1.KeyService/WatchPropagation", Needs(KeysRead))
     },
-    managed("keyward.v1.KeyService/WhoAmI", AnyKey),
-    narrowing("keyward.v1.KeyService/RevokeSelf", Possession),
+    // Their requests are empty, and any token makes them.
+    Rpc { max_request: CHECK_BYTES, ..managed("keyward.v1.KeyService/WhoAmI", AnyKey) },
+    Rpc { max_request: CHECK_BYTES, ..narrowing("keyward.v1.KeyService/RevokeSelf", Possession) },
     managed("keyward.v1.AccountService/Create", Needs(AccountsWrite)),
     managed("keyward.v1.AccountService/Get", Needs(AccountsRead)),
     managed("keyward.v1.AccountService/List", Needs(AccountsRead)),

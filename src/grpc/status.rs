@@ -247,6 +247,23 @@ pub(super) fn too_large(claimed: usize, limit: usize) -> Status {
     invalid(&[Violation { field: "(message)".to_owned(), problem }])
 }
 
+/// A request of more fields than any has a use for.
+#[must_use]
+pub(super) fn too_many_fields(count: usize, limit: usize) -> Status {
+    let problem = format!("the message has {count} fields; at most {limit} are allowed");
+    invalid(&[Violation { field: "(message)".to_owned(), problem }])
+}
+
+/// A request that is no message of its call's type, or breaks off.
+#[must_use]
+pub(super) fn unreadable() -> Status {
+    status(
+        Code::InvalidArgument,
+        "UNREADABLE_REQUEST",
+        "the request could not be read: is it a protobuf message of this call's type?",
+    )
+}
+
 /// A request whose bytes did not come.
 #[must_use]
 pub(super) fn too_slow() -> Status {
@@ -267,11 +284,7 @@ pub(super) fn deadline_exceeded() -> Status {
 #[must_use]
 pub(super) fn with_reason(plain: &Status) -> Status {
     match plain.code() {
-        Code::Internal => status(
-            Code::InvalidArgument,
-            "UNREADABLE_REQUEST",
-            "the request could not be read: is it a protobuf message of this call's type?",
-        ),
+        Code::Internal => unreadable(),
         Code::Unimplemented => status(Code::Unimplemented, "UNSUPPORTED", plain.message()),
         code => status(code, "REFUSED", plain.message()),
     }

@@ -135,7 +135,7 @@ fn trigger(database: &Database, when: &str, action: &str) {
 }
 
 /// A transaction that stays open until it is dropped.
-async fn holding(database: &Database, sql: &'static str) -> sqlx::PgConnection {
+pub(crate) async fn holding(database: &Database, sql: &'static str) -> sqlx::PgConnection {
     let mut connection = sqlx::PgConnection::connect(&database.url()).await.unwrap();
     sqlx::raw_sql("BEGIN").execute(&mut connection).await.unwrap();
     sqlx::raw_sql(sql).execute(&mut connection).await.unwrap();

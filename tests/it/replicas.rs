@@ -33,7 +33,7 @@ impl Fleet {
     }
 
     /// Replicas with the usual lease and this settings file.
-    async fn configured(count: usize, file: &str) -> Fleet {
+    pub(crate) async fn configured(count: usize, file: &str) -> Fleet {
         Fleet::with(count, "default", Some(file)).await
     }
 

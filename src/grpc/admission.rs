@@ -4,7 +4,13 @@
 //! Callers are decided by the same policy as any key. To strangers one thing only is said, whatever is wrong with what
 //! they showed.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{
+    net::IpAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use http::{HeaderMap, Request};
 use tonic::Status;
@@ -94,6 +100,8 @@ pub struct Visitor {
     pub memory: Memory,
     /// What its requests may hold.
     pub memory_budget: Arc<ConnectionBudget>,
+    /// Whether a caller has proved itself over this connection.
+    pub proven: AtomicBool,
 }
 
 /// What a call shows of its caller.
@@ -143,6 +151,7 @@ impl Services {
             Shown::Token(ref token) => self.known_by_key(rpc, token, &named_account, visitor.peer).await?,
             Shown::Certificate(identity) => self.known_by_certificate(identity)?,
         };
+        visitor.set_proven();
         if !fresh && rpc.plane == Plane::Management {
             return Err(Refusal::CannotAnswer(CannotAnswer::LeaseLost).into());
         }
@@ -256,6 +265,18 @@ impl Services {
 }
 
 impl Visitor {
+    /// Whether a caller has proved itself over this connection.
+    pub(super) fn is_proven(&self) -> bool {
+        self.proven.load(Ordering::Relaxed)
+    }
+
+    /// Remembers that a caller has proved itself.
+    pub(super) fn set_proven(&self) {
+        if !self.is_proven() {
+            self.proven.store(true, Ordering::Relaxed);
+        }
+    }
+
     /// What a call shows of its caller, where that is enough by this door.
     fn shows(&self, headers: &HeaderMap) -> Result<Shown<'_>, Refusal> {
         let identity = || self.identity.as_ref().ok_or(Refusal::Unauthenticated);

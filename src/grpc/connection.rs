@@ -4,7 +4,10 @@ use std::{
     convert::Infallible,
     io,
     net::SocketAddr,
-    sync::{Arc, atomic::AtomicU64, atomic::Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -110,6 +113,7 @@ pub(super) async fn serve(
         identity: certificate.and_then(|certificate| entrance.door.identify(&certificate)),
         memory: crate::engine::known::Memory::default(),
         memory_budget: ConnectionBudget::new(services.memory.clone()),
+        proven: AtomicBool::new(false),
     };
     // A certificate proves nothing beyond its end.
     let now = services.now().as_micros().div_euclid(1_000_000);
@@ -173,7 +177,7 @@ async fn speak(
     // One count a call, on this connection's own memory, keeps all of it alive.
     let here = Arc::new((services, visitor));
     let service = service_fn(move |request: Request<Incoming>| {
-        let (here, call, turn) = (here.clone(), counted.begin(), lane.queue());
+        let (here, call, turn) = (here.clone(), counted.begin(), lane.queue(here.1.is_proven()));
         // Moved about as a pointer: each call is a task, and is moved several times on the way there.
         Box::pin(async move {
             let (services, visitor) = &*here;

@@ -76,6 +76,7 @@ impl Services {
             return None;
         }
         let known = self.recognise(request.headers(), visitor)?;
+        visitor.set_proven();
         let end = begun.at() + limit(said, request.headers());
         let priority = || match known.account.is_operator() {
             true => Priority::Operator,

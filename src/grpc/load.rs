@@ -30,9 +30,10 @@ impl Lane {
         Lane { waiting: AtomicUsize::new(0), shed: AtomicU64::new(0), most }
     }
 
-    /// A place in the queue; None when it is full.
-    pub(super) fn queue(self: &Arc<Self>) -> Option<Turn> {
-        if self.waiting.fetch_add(1, Ordering::Relaxed) < self.most {
+    /// A place in the queue; None when it is full. Half is kept for connections over which a caller was `proven`.
+    pub(super) fn queue(self: &Arc<Self>, proven: bool) -> Option<Turn> {
+        let most = if proven { self.most } else { self.most.div_ceil(2) };
+        if self.waiting.fetch_add(1, Ordering::Relaxed) < most {
             return Some(Turn(self.clone()));
         }
         self.waiting.fetch_sub(1, Ordering::Relaxed);
@@ -116,11 +117,20 @@ mod tests {
     #[test]
     fn a_full_queue_turns_calls_away_until_a_turn_has_come() {
         let lane = Arc::new(Lane::new(2));
-        let (first, _second) = (lane.queue(), lane.queue());
-        assert!(first.is_some() && lane.queue().is_none());
+        let (first, _second) = (lane.queue(true), lane.queue(true));
+        assert!(first.is_some() && lane.queue(true).is_none());
         assert_eq!(lane.shed(), 1);
         drop(first);
-        assert!(lane.queue().is_some());
+        assert!(lane.queue(true).is_some());
+    }
+
+    #[test]
+    fn calls_without_a_credential_leave_half_of_a_queue_to_callers() {
+        let lane = Arc::new(Lane::new(4));
+        let anonymous = [false; 3].map(|proven| lane.queue(proven));
+        assert!(anonymous[1].is_some() && anonymous[2].is_none());
+        let _callers = [true; 2].map(|proven| lane.queue(proven).unwrap());
+        assert!(lane.queue(true).is_none());
     }
 
     #[test]

@@ -115,24 +115,29 @@ fn cgroup() -> Option<PathBuf> {
 }
 
 /// Holds a process to the memory of a pod, if the machine can.
-struct Pod(Option<PathBuf>);
+struct Pod {
+    group: Option<PathBuf>,
+    process: u32,
+}
 
 impl Pod {
     fn around(keyward: &Keyward) -> Pod {
-        let group = cgroup().filter(|group| {
-            std::fs::write(group.join("cgroup.procs"), keyward.process.id().to_string()).is_ok()
-        });
+        let process = keyward.process.id();
+        let group =
+            cgroup().filter(|group| std::fs::write(group.join("cgroup.procs"), process.to_string()).is_ok());
         if group.is_none() {
             println!("this machine holds no process to {POD} bytes; its memory is looked at alone");
         }
-        Pod(group)
+        Pod { group, process }
     }
 }
 
 impl Drop for Pod {
     fn drop(&mut self) {
-        // It can go when its process has, and is empty until then.
-        self.0.iter().for_each(|group| drop(std::fs::remove_dir(group)));
+        let Some(group) = &self.group else { return };
+        // A group goes when it is empty: the process has ended, or goes back where it was.
+        let _ = std::fs::write(group.with_file_name("cgroup.procs"), self.process.to_string());
+        let _ = std::fs::remove_dir(group);
     }
 }
 

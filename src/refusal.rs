@@ -30,6 +30,8 @@ pub enum Thing {
     Role,
     /// A member.
     Member,
+    /// A change of the log.
+    Revision,
 }
 
 /// Why a call was not done.

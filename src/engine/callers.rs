@@ -48,6 +48,14 @@ pub struct Refused {
     pub reason: Reason,
     /// When a limit of it has room again.
     pub retry_after: Option<Duration>,
+    /// The most that one of its limits ever lets through at once, if that is less than what was to be taken.
+    pub most: Option<u64>,
+}
+
+impl From<Reason> for Refused {
+    fn from(reason: Reason) -> Refused {
+        Refused { reason, retry_after: None, most: None }
+    }
 }
 
 /// A caller that is decided but for its limits.
@@ -62,7 +70,8 @@ pub(super) struct CallerJudged {
 
 impl Engine {
     /// Decides whether a token may be used to call Keyward itself; of a user key, in `account`, or, where it
-    /// only asks about itself (`anywhere`), in none.
+    /// only asks about itself (`anywhere`), in none. `take` is what the call takes of the key's own limits; a dry run
+    /// is no use of the key.
     ///
     /// # Errors
     /// When the first snapshot is not loaded yet, the token is not known to a replica without a lease, or the key's
@@ -73,6 +82,7 @@ impl Engine {
         account: Option<&AccountId>,
         anywhere: bool,
         peer: Option<IpAddr>,
+        take: Take,
     ) -> Result<Result<Authenticated, Refused>, CannotAnswer> {
         let judged = self.lease.check(
             || self.clock.boottime(),
@@ -80,27 +90,27 @@ impl Engine {
         )?;
         let CallerJudged { found, mut failures, account, grants, fresh, now } = match judged {
             Ok(judged) => judged,
-            Err(reason) => return Ok(Err(Refused { reason, retry_after: None })),
+            Err(reason) => return Ok(Err(reason.into())),
         };
         let mut limits = limiter::Usage::default();
         if fresh
             && failures.first() == Reason::Ok
             && let Some(budget) = &found.budget
         {
-            let take = Take { cost: 1, charge: None, dry_run: false };
             limits = self.limiter.take(&found.key, budget, take, now).await?;
             limits.refused.iter().for_each(|reason| failures.note(*reason, true));
         }
         let reason = failures.first();
         let Found { key, version, budget, .. } = found;
         let holder = Holder { key, version };
-        self.note(&holder, reason, budget.as_ref().filter(|_| limits.drew), now);
-        if reason != Reason::Ok {
-            return Ok(Err(Refused { reason, retry_after: limits.retry_after() }));
+        if !take.dry_run || reason != Reason::Ok {
+            self.note(&holder, reason, budget.as_ref().filter(|_| limits.drew), now);
         }
-        let Some(account) = account else {
-            return Ok(Err(Refused { reason: Reason::WrongAccount, retry_after: None }));
-        };
+        if reason != Reason::Ok {
+            let most = limits.never_fits(take.cost);
+            return Ok(Err(Refused { reason, retry_after: limits.retry_after(), most }));
+        }
+        let Some(account) = account else { return Ok(Err(Reason::WrongAccount.into())) };
         Ok(Ok(Authenticated { holder, account, grants, fresh }))
     }
 

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use prost::Message as _;
 use tonic::{Request, Response, Status};
 
 use crate::{
@@ -17,12 +18,14 @@ use crate::{
     people::People,
     refusal::{Refusal, Violations},
     replication::propagation::{Propagation, Reach},
+    store::page::PageBudget,
 };
 
 use super::{
     convert,
     gate::{Patience, shown},
     keys_read::filled,
+    outgoing::Places,
     page,
 };
 
@@ -37,6 +40,8 @@ pub(super) struct AccountService {
     pub people: Arc<People>,
     /// Waits until a change is in force everywhere.
     pub propagation: Propagation,
+    /// The places for lists.
+    pub lists: Places,
 }
 
 impl std::fmt::Debug for AccountService {
@@ -111,8 +116,9 @@ impl pb::account_service_server::AccountService for AccountService {
         let after = page::decode(b"accounts", page_token, &mut violations)
             .and_then(|cursor| page::read(&cursor, AccountId::parse, &mut violations));
         violations.finish()?;
+        let place = self.lists.take().await?;
         let (accounts, next) = self.accounts.list(&caller, after.as_ref(), size).await?;
-        Ok(Response::new(pb::ListAccountsResponse {
+        Ok(place.hold(pb::ListAccountsResponse {
             accounts: accounts.iter().map(convert::account).collect(),
             next_page_token: next
                 .map(|id| page::encode(b"accounts", id.as_str().as_bytes()))
@@ -220,9 +226,10 @@ impl pb::account_service_server::AccountService for AccountService {
         let after = page::decode(&filters, page_token, &mut violations)
             .and_then(|cursor| page::read(&cursor, UserId::parse, &mut violations));
         violations.finish()?;
+        let place = self.lists.take().await?;
         let (members, next) =
             self.people.list_members(&caller, &filled(account)?, after.as_ref(), size).await?;
-        Ok(Response::new(pb::ListMembersResponse {
+        Ok(place.hold(pb::ListMembersResponse {
             members: members.iter().map(member_message).collect(),
             next_page_token: next
                 .map(|user| page::encode(&filters, user.as_str().as_bytes()))
@@ -270,12 +277,35 @@ impl pb::account_service_server::AccountService for AccountService {
         mut request: Request<pb::ListRolesRequest>,
     ) -> Result<Response<pb::ListRolesResponse>, Status> {
         let caller = shown::<Caller>(&mut request)?;
+        let pb::ListRolesRequest { account, page_size, page_token } = request.get_ref();
+        let filters = format!("roles {account}").into_bytes();
         let mut violations = Violations::default();
-        let account = convert::read_account("account", &request.get_ref().account, &mut violations);
+        let account = convert::read_account("account", account, &mut violations);
+        let size = page_size.map_or(u32::MAX, |size| page::size(Some(size), &mut violations));
+        let after = page::decode(&filters, page_token, &mut violations);
         violations.finish()?;
+        let place = self.lists.take().await?;
         let roles = self.people.list_roles(&caller, account).await?;
-        Ok(Response::new(pb::ListRolesResponse { roles: roles.iter().map(role_message).collect() }))
+        let begin = after.map_or(0, |after| roles.partition_point(|role| cursor(role) <= after));
+        let mut budget = PageBudget::new(size);
+        let listed: Vec<pb::Role> = roles[begin..]
+            .iter()
+            .map(role_message)
+            .take_while(|role| budget.step() > 0 && budget.take(role.encoded_len()))
+            .collect();
+        let end = begin + listed.len();
+        let next = roles[..end].last().filter(|_| end < roles.len());
+        Ok(place.hold(pb::ListRolesResponse {
+            roles: listed,
+            next_page_token: next.map(|last| page::encode(&filters, &cursor(last))).unwrap_or_default(),
+        }))
     }
+}
+
+/// The place of a role in a list: by its name, and a global one before an account's of the same name.
+fn cursor(Role { account, name, .. }: &Role) -> Vec<u8> {
+    let account = account.as_ref().map(AccountId::as_str).unwrap_or_default();
+    [name.as_str(), account].join("\0").into_bytes()
 }
 
 fn member_message(Member { account, user, role, revision }: &Member) -> pb::Member {

@@ -19,7 +19,7 @@ use crate::{
         name::{AccountId, NameError, UserId},
         scope::ScopeSet,
     },
-    engine::{Authenticated, CannotAnswer, Holder, known::Memory},
+    engine::{Authenticated, CannotAnswer, Holder, known::Memory, limiter::Take},
     refusal::Refusal,
     trace,
     transport::{Auth, Listener, Service as Served, Services as ServedSet, certificate::Certificate},
@@ -29,9 +29,10 @@ use super::{
     body::Limited,
     ext_authz::Proxy,
     gate::{Call, HEALTH, Services},
-    rpc::{Access, Plane, Rpc},
+    rpc::{Access, Kind, Plane, Rpc},
     status::lacks_permission,
     vigil::{Presented, Vigil},
+    watches::Watches,
 };
 
 /// Where a connection came in: what is served there, and what callers must show.
@@ -89,6 +90,8 @@ pub struct Visitor {
     pub identity: Option<Arc<Identity>>,
     /// Whose calls came last.
     pub memory: Memory,
+    /// The calls that last.
+    pub watches: Watches,
 }
 
 /// What a call shows of its caller.
@@ -168,7 +171,8 @@ impl Services {
         if let Some(permission) = needed.filter(|permission| !caller.may(*permission)) {
             return Err(lacks_permission(permission.as_str()));
         }
-        if rpc.plane == Plane::Checks {
+        // Others are done before their caller's rights can end.
+        if rpc.plane == Plane::Checks || rpc.kind == Kind::ServerStream {
             let shown = match shown {
                 Shown::Token(token) => Presented::Token(Arc::new(Zeroizing::new(token))),
                 Shown::Certificate(identity) => Presented::Certificate(identity.clone()),
@@ -206,7 +210,9 @@ impl Services {
     ) -> Result<Known, Refusal> {
         let asked = named_account.as_ref().ok().and_then(Option::as_ref);
         let anywhere = rpc.access == Access::AnyKey;
-        let refused = match self.engine.authenticate(presented, asked, anywhere, peer).await? {
+        // A batch is charged for each of its items, once they are known.
+        let take = if rpc.is_batch() { Take::ONE.dry() } else { Take::ONE };
+        let refused = match self.engine.authenticate(presented, asked, anywhere, peer, take).await? {
             Ok(Authenticated { holder, account, grants, fresh }) => {
                 return Ok(Known { proof: Proof::Key(holder.key), account, grants, fresh });
             }

@@ -19,10 +19,10 @@ use crate::{
     },
     pb,
     refusal::{Refusal, Violations},
-    store::{Checkpoint, LogFilter, Store, StoreError},
+    store::{Checkpoint, LogFilter, Store, StoreError, page::PageBudget},
 };
 
-use super::{convert, gate::shown, page};
+use super::{convert, gate::shown, outgoing::Places, page};
 
 /// The service over the store.
 #[derive(Clone)]
@@ -30,11 +30,37 @@ pub(super) struct AuditService {
     store: Arc<dyn Store>,
     /// Whoever verifies; the others wait, since it reads all there is.
     verifying: Arc<Mutex<()>>,
+    lists: Places,
 }
 
 impl AuditService {
-    pub(super) fn over(store: Arc<dyn Store>) -> AuditService {
-        AuditService { store, verifying: Arc::default() }
+    pub(super) fn over(store: Arc<dyn Store>, lists: Places) -> AuditService {
+        AuditService { store, verifying: Arc::default(), lists }
+    }
+
+    /// The entries of a page, as many as one answer can hold, and whether there are more.
+    async fn page(
+        &self,
+        caller: &Caller,
+        listing: &Listing,
+    ) -> Result<(Vec<pb::AuditEntry>, bool), StoreError> {
+        let (mut budget, mut entries) = (PageBudget::new(listing.size), Vec::<pb::AuditEntry>::new());
+        loop {
+            let last = entries.last().map(|entry| Revision(entry.revision)).or(listing.cursor);
+            let step = budget.step();
+            let mut rows = self.store.log(&listing.filter, last, step + 1).await?;
+            let more = rows.len() > step as usize;
+            rows.truncate(step as usize);
+            for entry in Page::read(&*self.store, rows).await?.entries(caller, listing.full) {
+                if !budget.take(entry.encoded_len()) {
+                    return Ok((entries, true));
+                }
+                entries.push(entry);
+            }
+            if !more || budget.step() == 0 {
+                return Ok((entries, more));
+            }
+        }
     }
 }
 
@@ -272,17 +298,14 @@ impl pb::audit_service_server::AuditService for AuditService {
         mut request: Request<pb::ListAuditEntriesRequest>,
     ) -> Result<Response<pb::ListAuditEntriesResponse>, Status> {
         let caller = shown::<Caller>(&mut request)?;
-        let Listing { filter, bound, cursor, size, full } = read(&caller, request.get_ref())?;
-        let mut rows = self.store.log(&filter, cursor, size + 1).await.map_err(Refusal::from)?;
-        let more = rows.len() > size as usize;
-        rows.truncate(size as usize);
-        let next =
-            rows.last().filter(|_| more).map(|last| page::encode(&bound, &last.revision.0.to_be_bytes()));
-        let page = Page::read(&*self.store, rows).await.map_err(Refusal::from)?;
-        Ok(Response::new(pb::ListAuditEntriesResponse {
-            entries: page.entries(&caller, full),
-            next_page_token: next.unwrap_or_default(),
-        }))
+        let listing = read(&caller, request.get_ref())?;
+        let place = self.lists.take().await?;
+        let (entries, more) = self.page(&caller, &listing).await.map_err(Refusal::from)?;
+        let next = entries
+            .last()
+            .filter(|_| more)
+            .map(|last| page::encode(&listing.bound, &last.revision.to_be_bytes()));
+        Ok(place.hold(pb::ListAuditEntriesResponse { entries, next_page_token: next.unwrap_or_default() }))
     }
 
     async fn verify(

@@ -31,7 +31,7 @@ use crate::{
 
 use super::{
     accounts::AccountService,
-    admission::{Door, Visitor},
+    admission::Visitor,
     audit::AuditService,
     authz::AuthzService,
     body::{Arriving, Held, Limited},
@@ -40,12 +40,14 @@ use super::{
     ext_authz::ExtAuthz,
     keys::KeyService,
     load::{Briefly, Room},
+    outgoing::Outgoing,
     reply::Reply,
-    rpc::{Access, Plane, Rpc},
+    rpc::{Access, Kind, Plane, Rpc},
     status::{deadline_exceeded, internal, no_such_rpc, with_reason},
 };
 
 pub(super) const HEALTH: &str = "grpc.health.v1.Health";
+const HEALTH_WATCH: &str = "/grpc.health.v1.Health/Watch";
 /// How long a call without a credential may take; one that watches health is for as long as its connection.
 const OPEN_PATIENCE: Duration = Duration::from_secs(60);
 
@@ -82,6 +84,8 @@ pub struct Services {
     pub(super) management: tokio::runtime::Handle,
     /// How much of it there may be at once.
     pub(super) room: Arc<Room>,
+    /// What waits to be sent.
+    pub(super) outgoing: Arc<Outgoing>,
 }
 
 impl std::fmt::Debug for Services {
@@ -180,7 +184,7 @@ impl Services {
         let answer = async {
             match begun.rpc() {
                 Some(rpc) => self.answer_told(rpc, &begun, request, visitor).await,
-                None => self.answer_open(request, &visitor.door).await,
+                None => self.answer_open(request, visitor).await,
             }
         };
         let response = match call {
@@ -240,6 +244,11 @@ impl Services {
         if let Err(status) = self.admit(rpc, &mut request, visitor).await {
             return status.into_http();
         }
+        let watch = (rpc.kind == Kind::ServerStream).then(|| visitor.watches.other()).transpose();
+        let watch = match watch {
+            Ok(watch) => watch,
+            Err(status) => return status.into_http(),
+        };
         // Apart on the heap: what a call does is large, and is moved a few times before it begins.
         let call = match rpc.plane {
             Plane::Checks if rpc.access == Access::Proxy => {
@@ -248,13 +257,17 @@ impl Services {
             Plane::Checks => self.checks.clone().serve(rpc, request).boxed(),
             Plane::Management => self.manage(rpc, request).boxed(),
         };
-        explained(match limit {
+        let answer = explained(match limit {
             Some(limit) => {
                 let answer = tokio::time::timeout_at(begun.at() + limit, call).await;
                 answer.unwrap_or_else(|_| deadline_exceeded().into_http())
             }
             None => call.await,
-        })
+        });
+        match watch {
+            Some(watch) => watch.hold(answer),
+            None => answer,
+        }
     }
 
     /// Runs a call on the management runtime. A caller that goes away does not stop it: a change is made whole.
@@ -298,10 +311,16 @@ impl Services {
         })
     }
 
-    async fn answer_open(&self, request: Request<Arriving>, door: &Door) -> Response<Body> {
-        let name = request.uri().path().split('/').nth(1).unwrap_or_default();
-        let Some(service) = self.open.get(name).filter(|_| door.serves(name)).cloned() else {
+    async fn answer_open(&self, request: Request<Arriving>, visitor: &Visitor) -> Response<Body> {
+        let path = request.uri().path();
+        let name = path.split('/').nth(1).unwrap_or_default();
+        let Some(service) = self.open.get(name).filter(|_| visitor.door.serves(name)).cloned() else {
             return no_such_rpc().into_http();
+        };
+        let watch = (path == HEALTH_WATCH).then(|| visitor.watches.health()).transpose();
+        let watch = match watch {
+            Ok(watch) => watch,
+            Err(status) => return status.into_http(),
         };
         let place = if name == HEALTH { Ok(None) } else { self.room.reflection().map(Some) };
         let place = match place {
@@ -310,9 +329,10 @@ impl Services {
         };
         let call = into_service(service, request.map(|body| Body::new(Limited::new(body, OPEN_BYTES))));
         match tokio::time::timeout(OPEN_PATIENCE, call).await {
-            Ok(answer) => explained(match place {
-                Some(place) => answer.map(|body| Body::new(Briefly::new(body, place))),
-                None => answer,
+            Ok(answer) => explained(match (place, watch) {
+                (Some(place), _) => answer.map(|body| Body::new(Briefly::new(body, place))),
+                (None, Some(watch)) => watch.hold(answer),
+                (None, None) => answer,
             }),
             Err(_) => deadline_exceeded().into_http(),
         }

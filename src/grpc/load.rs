@@ -21,10 +21,7 @@ use tonic::{Status, body::Body};
 
 use crate::transport::Overload;
 
-use super::{
-    reply::Reply,
-    status::{deadline_exceeded, overloaded},
-};
+use super::status::{deadline_exceeded, overloaded};
 
 /// Bytes that large requests of management may hold together, before they are read.
 const LARGE_BYTES: usize = 64 << 20;
@@ -55,11 +52,16 @@ impl Lane {
             return Some(Turn(self.clone()));
         }
         self.waiting.fetch_sub(1, Ordering::Relaxed);
-        self.shed.fetch_add(1, Ordering::Relaxed);
+        self.turn_away();
         None
     }
 
-    /// Calls that found the queue full.
+    /// Counts a call that is turned away.
+    pub(super) fn turn_away(&self) {
+        self.shed.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Calls that were turned away.
     pub(super) fn shed(&self) -> u64 {
         self.shed.load(Ordering::Relaxed)
     }
@@ -158,28 +160,6 @@ pub(super) struct Call(Arc<Calls>);
 impl Drop for Call {
     fn drop(&mut self) {
         self.0.open.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-/// An answer whose call counts until its last byte is taken.
-pub(super) struct Counted {
-    pub(super) body: Reply,
-    pub(super) _call: Call,
-}
-
-impl http_body::Body for Counted {
-    type Data = Bytes;
-    type Error = Status;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        Pin::new(&mut self.body).poll_frame(cx)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
     }
 }
 

@@ -79,6 +79,12 @@ impl Rpc {
         self.changes() && (for_person || !stops)
     }
 
+    /// Whether it asks many things in one message, and is charged to its caller's limits for each of them.
+    #[must_use]
+    pub fn is_batch(&self) -> bool {
+        self.method == BATCH_CHECK
+    }
+
     /// Whether it may change something.
     #[must_use]
     pub fn changes(&self) -> bool {
@@ -125,6 +131,8 @@ const fn narrowing(method: &'static str, access: Access) -> Rpc {
     Rpc { timeout, ..managed(method, access) }
 }
 
+/// Many Checks in one call.
+const BATCH_CHECK: &str = "keyward.v1.AuthzService/BatchCheck";
 /// What Envoy asks.
 pub const EXT_AUTHZ: &str = "envoy.service.auth.v3.Authorization/Check";
 
@@ -135,7 +143,7 @@ use Permission::{AccountsRead, AccountsWrite, AuditRead, KeysRead, KeysWrite};
 pub const TABLE: [Rpc; 34] = [
     checks("keyward.v1.AuthzService/Check", CHECK_BYTES, Some(CHECK_TIMEOUT)),
     Rpc { access: Access::Proxy, ..checks(EXT_AUTHZ, BATCH_BYTES, Some(CHECK_TIMEOUT)) },
-    checks("keyward.v1.AuthzService/BatchCheck", BATCH_BYTES, Some(CHECK_TIMEOUT)),
+    checks(BATCH_CHECK, BATCH_BYTES, Some(CHECK_TIMEOUT)),
     Rpc { kind: Kind::BidiStream, ..checks("keyward.v1.AuthzService/StreamCheck", CHECK_BYTES, None) },
     managed("keyward.v1.KeyService/Create", Needs(KeysWrite)),
     managed("keyward.v1.KeyService/Get", Needs(KeysRead)),

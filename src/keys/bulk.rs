@@ -17,7 +17,7 @@ use crate::{
     },
     engine::usage::Pace,
     refusal::{Refusal, Thing},
-    store::{Count, Hour, KeyFilter, Outcome, OwnerFilter, StoredKey},
+    store::{Count, Hour, KeyFilter, Outcome, OwnerFilter, StoreError, StoredKey, page::PageBudget},
 };
 
 use super::{Keys, NewKey, View, into_key, write};
@@ -121,13 +121,10 @@ impl Keys {
                 }
             }
         }
-        let mut stored = self.store.keys(&bulk.filter, None, MOST_REVOKED + 1).await?;
+        let (stored, more) = self.read_page(&bulk.filter, None, MOST_REVOKED).await?;
         // What is recorded as revoked is not listed, and may not be in force yet, here or elsewhere.
         let mut recorded = self.store.head().await?.revision;
         self.writer.applied(recorded).await?;
-        let fitting = fitting(&stored);
-        let more = stored.len() > fitting;
-        stored.truncate(fitting);
         if bulk.dry_run {
             let views = stored.into_iter().map(|stored| self.view_stored(stored));
             let keys = views.map(|view| BulkRevoked { view, failure: None }).collect();
@@ -170,6 +167,31 @@ impl Keys {
             }
             if !more {
                 return Ok((newest, recorded));
+            }
+        }
+    }
+
+    /// At most `size` keys before `before`, as many as one answer can hold, and whether there are more.
+    pub(super) async fn read_page(
+        &self,
+        filter: &KeyFilter,
+        before: Option<KeyId>,
+        size: u32,
+    ) -> Result<(Vec<StoredKey>, bool), StoreError> {
+        let (mut budget, mut page) = (PageBudget::new(size), Vec::<StoredKey>::new());
+        loop {
+            let last = page.last().map(|stored| stored.key.id).or(before);
+            let step = budget.step();
+            let read = self.store.keys(filter, last, step + 1).await?;
+            let more = read.len() > step as usize;
+            for stored in read.into_iter().take(step as usize) {
+                if !budget.take(about(&stored.key)) {
+                    return Ok((page, true));
+                }
+                page.push(stored);
+            }
+            if !more || budget.step() == 0 {
+                return Ok((page, more));
             }
         }
     }
@@ -218,17 +240,6 @@ impl Keys {
         }
         Ok(buckets)
     }
-}
-
-/// How many of the keys one answer can hold: a client takes 4 MiB.
-pub(super) fn fitting(stored: &[StoredKey]) -> usize {
-    const ROOM: usize = 3 * 1024 * 1024;
-    let mut size = 0;
-    let fits = stored.iter().take(MOST_REVOKED as usize).take_while(|stored| {
-        size += about(&stored.key);
-        size <= ROOM
-    });
-    fits.count().max(1)
 }
 
 /// About how many bytes a key takes in an answer.

@@ -246,10 +246,7 @@ impl Keys {
             // The filter runs in the store: it must know the latest uses.
             self.engine.usage.flush(&*self.store, Pace::AtOnce).await?;
         }
-        let mut stored = self.store.keys(filter, before, size + 1).await?;
-        let fitting = bulk::fitting(&stored).min(size as usize);
-        let more = stored.len() > fitting;
-        stored.truncate(fitting);
+        let (stored, more) = self.read_page(filter, before, size).await?;
         let next = stored.last().filter(|_| more).map(|last| last.key.id);
         Ok((stored.into_iter().map(|stored| self.view_stored(stored)).collect(), next))
     }

@@ -15,6 +15,7 @@ pub mod fleet;
 mod load;
 pub mod look;
 mod open;
+pub mod page;
 mod plan;
 mod postgres;
 mod queries;

@@ -72,6 +72,7 @@ mod tls;
 mod upkeep;
 mod upstream;
 mod walk;
+mod watches;
 
 // The suites that every store is held to over the wire: the seeds, and what leans most on the store. Each says
 // `super::Server`, which is a server on the store of the module that it stands in.

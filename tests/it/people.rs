@@ -27,7 +27,7 @@ async fn delete_role(client: &Client, account: &str, name: &str) -> Result<u64, 
 }
 
 async fn roles(client: &Client, account: &str) -> Result<Vec<pb::Role>, Status> {
-    let request = pb::ListRolesRequest { account: account.to_owned() };
+    let request = pb::ListRolesRequest { account: account.to_owned(), ..Default::default() };
     Ok(client.accounts().list_roles(request).await?.into_inner().roles)
 }
 

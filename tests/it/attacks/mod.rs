@@ -6,6 +6,7 @@
 mod http2;
 mod patience;
 mod room;
+mod unread;
 
 use std::{
     io::{self, Read as _, Write as _},

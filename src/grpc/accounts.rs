@@ -116,7 +116,7 @@ impl pb::account_service_server::AccountService for AccountService {
         let after = page::decode(b"accounts", page_token, &mut violations)
             .and_then(|cursor| page::read(&cursor, AccountId::parse, &mut violations));
         violations.finish()?;
-        let place = self.lists.take().await?;
+        let place = self.lists.take(&caller.account).await?;
         let (accounts, next) = self.accounts.list(&caller, after.as_ref(), size).await?;
         Ok(place.hold(pb::ListAccountsResponse {
             accounts: accounts.iter().map(convert::account).collect(),
@@ -226,7 +226,7 @@ impl pb::account_service_server::AccountService for AccountService {
         let after = page::decode(&filters, page_token, &mut violations)
             .and_then(|cursor| page::read(&cursor, UserId::parse, &mut violations));
         violations.finish()?;
-        let place = self.lists.take().await?;
+        let place = self.lists.take(&caller.account).await?;
         let (members, next) =
             self.people.list_members(&caller, &filled(account)?, after.as_ref(), size).await?;
         Ok(place.hold(pb::ListMembersResponse {
@@ -284,7 +284,7 @@ impl pb::account_service_server::AccountService for AccountService {
         let size = page_size.map_or(u32::MAX, |size| page::size(Some(size), &mut violations));
         let after = page::decode(&filters, page_token, &mut violations);
         violations.finish()?;
-        let place = self.lists.take().await?;
+        let place = self.lists.take(&caller.account).await?;
         let roles = self.people.list_roles(&caller, account).await?;
         let begin = after.map_or(0, |after| roles.partition_point(|role| cursor(role) <= after));
         let mut budget = PageBudget::new(size);

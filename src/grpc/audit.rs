@@ -299,7 +299,7 @@ impl pb::audit_service_server::AuditService for AuditService {
     ) -> Result<Response<pb::ListAuditEntriesResponse>, Status> {
         let caller = shown::<Caller>(&mut request)?;
         let listing = read(&caller, request.get_ref())?;
-        let place = self.lists.take().await?;
+        let place = self.lists.take(&caller.account).await?;
         let (entries, more) = self.page(&caller, &listing).await.map_err(Refusal::from)?;
         let next = entries
             .last()

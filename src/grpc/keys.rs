@@ -118,7 +118,7 @@ impl pb::key_service_server::KeyService for KeyService {
     ) -> Result<Response<pb::ListKeysResponse>, Status> {
         let caller = shown::<Caller>(&mut request)?;
         let (filter, Page { filters, before, size }) = read_filter(&self.keys, &caller, request.get_ref())?;
-        let place = self.lists.take().await?;
+        let place = self.lists.take(&caller.account).await?;
         let (views, next) = self.keys.list(&caller, &filter, before, size).await?;
         Ok(place.hold(pb::ListKeysResponse {
             keys: views.into_iter().map(convert::key).collect(),
@@ -187,7 +187,7 @@ impl pb::key_service_server::KeyService for KeyService {
         let bulk = read_bulk(&self.keys, &caller, request.get_ref())?;
         let dry_run = bulk.dry_run;
         // A dry run is a list. What takes rights away waits for no place.
-        let place = if dry_run { Some(self.lists.take().await?) } else { None };
+        let place = if dry_run { Some(self.lists.take(&caller.account).await?) } else { None };
         let BulkOutcome { keys: revoked, more, recorded } = self.keys.bulk_revoke(&caller, bulk).await?;
         let revision = crate::keys::bulk::newest(revoked.iter().map(|key| &key.view.key));
         let keys = revoked.into_iter().map(|BulkRevoked { view, failure }| pb::BulkRevokeResult {

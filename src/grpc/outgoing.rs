@@ -8,8 +8,9 @@
 //! Checks touch no memory that another core writes.
 
 use std::{
+    collections::HashMap,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicUsize, Ordering},
     },
     task::{Context, Poll, Waker},
@@ -20,6 +21,8 @@ use bytes::{Buf, Bytes};
 use http::{HeaderMap, HeaderName, HeaderValue};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{Response, Status};
+
+use crate::domain::name::AccountId;
 
 use super::status::overloaded;
 
@@ -33,10 +36,12 @@ const FREE: usize = 16 << 10;
 const BLOCK: usize = 64 << 10;
 /// What a piece of an answer takes besides its bytes.
 const OVERHEAD: usize = 64;
-/// Lists that are made or wait to be sent at the same time, over all connections.
-const LISTS: usize = 16;
+/// Lists that are made or wait to be sent at the same time, over all connections: each takes some 10 MB for a moment.
+const LISTS: usize = 8;
+/// How many of them the callers of one account have.
+const ACCOUNT_LISTS: usize = 4;
 /// How long a list waits for its place.
-const LIST_PATIENCE: Duration = Duration::from_secs(5);
+const LIST_PATIENCE: Duration = Duration::from_secs(10);
 /// How many periods are told apart, by which the oldest bytes of a connection are found.
 const PERIODS: usize = 6;
 /// How long a period is. Bytes that wait for five of them end their connection.
@@ -75,34 +80,52 @@ impl Outgoing {
 
 /// Places for answers of several MiB. An answer has its place from before it is made until it is sent.
 #[derive(Clone, Debug)]
-pub(super) struct Places(Arc<Semaphore>);
+pub(super) struct Places {
+    all: Arc<Semaphore>,
+    /// The share of each account that has any.
+    shares: Arc<Mutex<HashMap<AccountId, Weak<Semaphore>>>>,
+}
 
 impl Default for Places {
     fn default() -> Self {
-        Places(Arc::new(Semaphore::new(LISTS)))
+        Places { all: Arc::new(Semaphore::new(LISTS)), shares: Arc::default() }
     }
 }
 
 /// A place, which goes along with its answer.
 #[derive(Clone, Debug)]
 pub(super) struct Place(
-    #[expect(dead_code, reason = "dropping it frees the place")] Arc<OwnedSemaphorePermit>,
+    #[expect(dead_code, reason = "dropping them frees the place")] Arc<[OwnedSemaphorePermit; 2]>,
 );
 
 impl Places {
     fn are_taken(&self) -> bool {
-        self.0.available_permits() == 0
+        self.all.available_permits() == 0
     }
 
-    /// Waits for a place.
+    /// Waits for a place for a caller of this account.
     ///
     /// # Errors
     /// When there is none in time.
-    pub(super) async fn take(&self) -> Result<Place, Status> {
-        match tokio::time::timeout(LIST_PATIENCE, self.0.clone().acquire_owned()).await {
-            Ok(Ok(permit)) => Ok(Place(Arc::new(permit))),
-            _ => Err(overloaded()),
-        }
+    pub(super) async fn take(&self, account: &AccountId) -> Result<Place, Status> {
+        let share = self.share(account);
+        let taken = async {
+            let share = share.acquire_owned().await.ok()?;
+            let place = self.all.clone().acquire_owned().await.ok()?;
+            Some(Place(Arc::new([share, place])))
+        };
+        tokio::time::timeout(LIST_PATIENCE, taken).await.ok().flatten().ok_or_else(overloaded)
+    }
+
+    fn share(&self, account: &AccountId) -> Arc<Semaphore> {
+        let mut shares = self.shares.lock().unwrap_or_else(PoisonError::into_inner);
+        shares.retain(|_, share| share.strong_count() > 0);
+        let known = shares.get(account).and_then(Weak::upgrade);
+        known.unwrap_or_else(|| {
+            let share = Arc::new(Semaphore::new(ACCOUNT_LISTS));
+            shares.insert(account.clone(), Arc::downgrade(&share));
+            share
+        })
     }
 }
 
@@ -407,11 +430,16 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_list_has_its_place_until_its_answer_is_sent() {
-        let places = Places::default();
+    async fn a_list_has_its_place_until_its_answer_is_sent_and_no_account_has_all_places() {
+        let (places, [one, other]) =
+            (Places::default(), ["one", "other"].map(|id| AccountId::parse(id).unwrap()));
         let mut held: Vec<Place> = Vec::new();
-        for _ in 0..LISTS {
-            held.push(places.take().await.unwrap());
+        for _ in 0..ACCOUNT_LISTS {
+            held.push(places.take(&one).await.unwrap());
+        }
+        assert_eq!(places.share(&one).available_permits(), 0);
+        for _ in 0..ACCOUNT_LISTS {
+            held.push(places.take(&other).await.unwrap());
         }
         assert!(places.are_taken());
         let mut answer = held.pop().unwrap().hold(());
@@ -421,5 +449,7 @@ mod tests {
         assert!(places.are_taken());
         drop(piece);
         assert!(!places.are_taken());
+        drop(held);
+        assert_eq!(places.share(&one).available_permits(), ACCOUNT_LISTS);
     }
 }

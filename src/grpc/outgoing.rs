@@ -50,16 +50,10 @@ pub(super) const PERIOD: Duration = Duration::from_secs(60);
 const DETAILS: HeaderName = HeaderName::from_static("grpc-status-details-bin");
 
 /// What waits to be sent in the whole process.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Outgoing {
     used: AtomicUsize,
     lists: Places,
-}
-
-impl Default for Outgoing {
-    fn default() -> Self {
-        Outgoing { used: AtomicUsize::new(0), lists: Places::default() }
-    }
 }
 
 impl Outgoing {

@@ -8,7 +8,8 @@
 //! and never wait for a writer. What is published first is found first: a changed record is visible to every
 //! reader before the revision that says so.
 //!
-//! Keys revoked and secrets superseded longer ago than the retention leave the index and are unknown then.
+//! A revoked key keeps only what a Check needs to answer REVOKED. Keys revoked and secrets superseded longer ago than the
+//! retention leave the index and are unknown then.
 
 mod held;
 mod keys;
@@ -357,7 +358,12 @@ impl Index {
 
     fn put_keys<'k>(&self, keys: impl Iterator<Item = &'k Key> + Clone) {
         self.keys.load().put(keys.clone());
-        keys.for_each(|key| self.settle_key(key));
+        keys.for_each(|key| {
+            if key.is_revoked() {
+                self.budgets.pin().remove(&key.id);
+            }
+            self.settle_key(key);
+        });
     }
 
     /// Ends doubts about a key, whose record has come.
@@ -503,5 +509,7 @@ impl Follower for Index {
     }
 }
 
+#[cfg(test)]
+mod size;
 #[cfg(test)]
 mod tests;

@@ -145,6 +145,7 @@ async fn commit(store: &dyn Store, changes: Vec<Change>) {
         at: SystemClock.now(),
         idempotency: None,
         reads: ReadSet::default(),
+        limits: None,
     };
     let batch: Vec<_> = changes.into_iter().map(write).collect();
     let committed = store.commit(&batch).await.unwrap();

@@ -241,5 +241,6 @@ pub fn operator_account(now: Timestamp) -> Option<Write> {
         at: now,
         idempotency: None,
         reads: ReadSet::default(),
+        limits: None,
     })
 }

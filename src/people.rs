@@ -18,7 +18,7 @@ use crate::{
     refusal::{Refusal, Thing},
     replication::propagation::Reach,
     store::{
-        Outcome, Rejection, Store,
+        Outcome, Rejection, Store, Write,
         writer::{WriteError, Writer},
     },
 };
@@ -32,6 +32,16 @@ fn reach(after: &ScopeSet, before: &ScopeSet) -> Reach {
     } else {
         Reach::Narrows { again: false }
     }
+}
+
+/// What ending a membership came to.
+#[derive(Clone, Copy, Debug)]
+pub struct Removed {
+    /// The revision by which it has ended, and by which the user's keys are revoked where it was the last one.
+    pub revision: Revision,
+    /// Whether this call ended anything. If not, an earlier one may have, whose outcome was unknown: its revision is waited
+    /// for too.
+    pub was_member: bool,
 }
 
 /// The use cases of roles and members.
@@ -76,7 +86,24 @@ impl People {
         }
     }
 
-    /// Writes a change that `make` authorizes, from the record as it stands; again if a record has moved meanwhile.
+    /// The record, if a change would leave it as it is.
+    fn as_recorded(&self, change: &Change) -> Option<Change> {
+        let index = &self.engine.index;
+        match change {
+            Change::Role(role) => {
+                let known = index.role_record(role.account.as_ref(), &role.name)?;
+                (known.scopes == role.scopes).then_some(Change::Role(known))
+            }
+            Change::Member(member) => {
+                let known = index.member_record(&member.account, &member.user)?;
+                (known.role == member.role).then_some(Change::Member(known))
+            }
+            _ => None,
+        }
+    }
+
+    /// Writes a change that `make` authorizes, from the record as it stands; again if a record has moved meanwhile. One that leaves the
+    /// record as it is writes nothing.
     async fn change(
         &self,
         caller: &Caller,
@@ -86,7 +113,19 @@ impl People {
         for _ in 0..ATTEMPTS {
             let mut asked = caller.authorize(&self.engine)?;
             let (change, expect, reach) = make(&mut asked)?;
-            match self.writer.write(asked.write(change, expect, action, self.clock.now())).await {
+            if self.as_recorded(&change).is_some() {
+                // Another replica may have changed it since.
+                self.writer.caught_up().await?;
+                match self.as_recorded(&change) {
+                    Some(recorded) => return Ok((recorded, Reach::Narrows { again: true })),
+                    None => continue,
+                }
+            }
+            // No limit keeps anybody from taking something away from what is there.
+            let limited = expect.is_none() || reach != (Reach::Narrows { again: false });
+            let limits = limited.then(|| self.keys.account_limits());
+            let write = Write { limits, ..asked.write(change, expect, action, self.clock.now()) };
+            match self.writer.write(write).await {
                 Ok(Outcome::Applied(change)) => return Ok((change, reach)),
                 // The index does not know yet of what another replica has changed.
                 Ok(Outcome::Replayed(_))
@@ -214,32 +253,43 @@ impl People {
     /// one they are revoked too; an account's caller has no say over keys that reach beyond its account.
     ///
     /// # Errors
-    /// When the user is no member, or the change is not recorded. A call that was cut short between ending the
-    /// last membership and revoking the keys is finished by the same call again.
+    /// When the change is not recorded, or some of it may be. A call that was cut short between ending the last membership
+    /// and revoking the keys is finished by the same call again.
     pub async fn remove_member(
         &self,
         caller: &Caller,
         account: AccountId,
         user: UserId,
-    ) -> Result<Revision, Refusal> {
-        let removed = self
-            .change(caller, Action::MemberRemoved, |asked| {
-                self.account(asked, &account)?;
-                let before = self.engine.index.member_record(&account, &user);
-                let before = before.ok_or(Refusal::NotFound(Thing::Member))?;
-                let expect = Some(before.revision);
-                Ok((Change::MemberRemoved(before), expect, Reach::Narrows { again: false }))
-            })
-            .await;
-        let (mut revoked, mut recorded) = (Revision::default(), Revision::default());
+    ) -> Result<Removed, Refusal> {
+        let end = |asked: &mut Authorization<'_>| {
+            self.account(asked, &account)?;
+            let before = self.engine.index.member_record(&account, &user);
+            let before = before.ok_or(Refusal::NotFound(Thing::Member))?;
+            let expect = Some(before.revision);
+            Ok((Change::MemberRemoved(before), expect, Reach::Narrows { again: false }))
+        };
+        let mut removed = self.change(caller, Action::MemberRemoved, end).await;
+        let mut recorded = Revision::default();
+        if matches!(removed, Err(Refusal::NotFound(Thing::Member))) {
+            // Another replica may know of it; and what an earlier call has ended may not be in force everywhere.
+            recorded = self.store.head().await?.revision;
+            self.writer.applied(recorded).await?;
+            removed = self.change(caller, Action::MemberRemoved, end).await;
+        }
+        let mut revoked = Revision::default();
         let ended = removed.is_ok() || matches!(removed, Err(Refusal::NotFound(Thing::Member)));
         if ended && caller.is_operator() && self.store.memberships(&user).await?.is_empty() {
-            (revoked, recorded) = self.keys.revoke_all_of(caller, &user).await?;
+            let known = self.keys.revoke_all_of(caller, &user).await?;
+            (revoked, recorded) = (known.0, recorded.max(known.1));
         }
         match removed {
-            Ok((Change::MemberRemoved(member), _)) => Ok(member.revision.max(recorded)),
+            Ok((Change::MemberRemoved(member), _)) => {
+                Ok(Removed { revision: member.revision.max(recorded), was_member: true })
+            }
             Ok(_) => Err(Refusal::Unavailable),
-            Err(_) if revoked > Revision::default() => Ok(recorded),
+            Err(Refusal::NotFound(Thing::Member)) => {
+                Ok(Removed { revision: recorded, was_member: revoked > Revision::default() })
+            }
             Err(refusal) => Err(refusal),
         }
     }

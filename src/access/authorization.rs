@@ -103,6 +103,16 @@ impl Authorization<'_> {
     #[must_use]
     pub fn write(self, change: Change, expect: Option<Revision>, action: Action, at: Timestamp) -> Write {
         let (actor, method) = (self.caller.actor(), self.caller.method);
-        Write { change, expect, action, actor, method, at, idempotency: None, reads: self.reads }
+        Write {
+            change,
+            expect,
+            action,
+            actor,
+            method,
+            at,
+            idempotency: None,
+            reads: self.reads,
+            limits: None,
+        }
     }
 }

@@ -247,6 +247,7 @@ async fn note(store: &dyn Store, archived: Archived, clock: &dyn Clock) -> Resul
             at: now,
             idempotency: None,
             reads: ReadSet::default(),
+            limits: None,
         };
         // Else it was changed meanwhile.
         if store.commit(&[write]).await?.outcomes.iter().all(Result::is_ok) {

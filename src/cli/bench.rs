@@ -31,6 +31,9 @@ use load::{Calls, Expected, Load, Shape};
 use process::{Cores, Running};
 use report::{Figures, Measured, Round};
 
+/// The settings of a server that is given none: all keys of the load are one account's.
+const ONE_ACCOUNT: &str = "[account_limits]\nkeys = 1000000000\nlog_rows_per_hour = 1000000000\n";
+
 /// `keyward bench`.
 #[derive(Debug, Args)]
 pub(super) struct BenchArgs {
@@ -286,10 +289,10 @@ impl BenchArgs {
             arguments.extend([flag, "127.0.0.1:0"]);
         }
         arguments.extend(["--threads", &threads, "--database", database]);
-        let config = config.map(absolute).transpose()?;
-        if let Some(config) = &config {
-            arguments.extend(["--config", config]);
-        }
+        let usual = folder.join("keyward.toml");
+        std::fs::write(&usual, ONE_ACCOUNT)?;
+        let config = absolute(config.unwrap_or(&usual))?;
+        arguments.extend(["--config", &config]);
         let out = folder.join("server");
         let mut running = Running::start(Path::new(process::THIS), &arguments, folder, &out, self.cores())?;
         let address = running.address(&out, "keyward serves gRPC on ").await?;

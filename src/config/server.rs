@@ -24,6 +24,7 @@ use crate::{
 };
 
 use super::{
+    account_limits,
     document::{Document, Problem},
     lifecycle::Lifecycle,
     limits, listeners, replicas,
@@ -149,6 +150,9 @@ pub(super) struct File {
     /// How HTTP requests that proxies ask about are judged ([gateway.md](gateway.md)).
     #[serde(default)]
     gateway: super::gateway::File,
+    /// How much one account may hold and do ([limits.md](limits.md#account-limits)).
+    #[serde(default)]
+    account_limits: account_limits::File,
     /// Where rate limits are counted when several processes serve one database ([limits.md](limits.md)).
     #[serde(default)]
     limits: limits::File,
@@ -406,7 +410,12 @@ impl Settings {
             )?,
             gateway,
             limits: LimitSettings::default(),
-            keys: KeySettings { environments, prefix, default_role },
+            keys: KeySettings {
+                environments,
+                prefix,
+                default_role,
+                account_limits: file.account_limits.read(),
+            },
             retention: Duration::from_secs(u64::from(retention) * 24 * 60 * 60),
             telemetry: TelemetrySettings::default(),
         };
@@ -513,6 +522,7 @@ mod tests {
             ("retention_days = -1", "retention_days"),
             ("lease = '0s'", "strict (5s)"),
             ("replica_name = ''", "replica_name"),
+            ("[account_limits]\nkeys = 0", "nonzero"),
         ] {
             let error = from_file(text).unwrap_err().to_string();
             assert!(error.contains(said), "{text}: {error}");

@@ -14,8 +14,8 @@ use crate::{
         time::Revision,
     },
     pb,
-    people::People,
-    refusal::{Refusal, Violations},
+    people::{People, Removed},
+    refusal::{Refusal, Thing, Violations},
     replication::propagation::{Propagation, Reach},
 };
 
@@ -202,9 +202,14 @@ impl pb::account_service_server::AccountService for AccountService {
         let account = violations.take("account", AccountId::parse(account));
         let user = violations.take("user", UserId::parse(user));
         violations.finish()?;
-        let revision = self.people.remove_member(&caller, filled(account)?, filled(user)?).await?.0;
-        let propagation = self.narrowed(Revision(revision), patience).await?;
-        Ok(Response::new(pb::RemoveMemberResponse { revision, propagation }))
+        let Removed { revision, was_member } =
+            self.people.remove_member(&caller, filled(account)?, filled(user)?).await?;
+        let reach = Reach::Narrows { again: !was_member };
+        let propagation = self.reached(revision, reach, patience).await?;
+        if !was_member {
+            return Err(Refusal::NotFound(Thing::Member).into());
+        }
+        Ok(Response::new(pb::RemoveMemberResponse { revision: revision.0, propagation }))
     }
 
     async fn list_members(

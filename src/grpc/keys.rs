@@ -24,7 +24,7 @@ use crate::{
     },
     keys::{
         Issued, Keys, View,
-        bulk::{BulkOutcome, BulkRevoked},
+        bulk::{BulkOutcome, BulkRevoked, Imported},
     },
     pb,
     refusal::{Refusal, Violations},
@@ -240,16 +240,16 @@ impl pb::key_service_server::KeyService for KeyService {
     ) -> Result<Response<pb::ImportKeysResponse>, Status> {
         let caller = shown::<Caller>(&mut request)?;
         let keys = read_import(&self.keys, &caller, request.into_inner())?;
-        let results = self.keys.import(&caller, keys).await;
+        let results = self.keys.import(&caller, keys).await?;
         let results = results.into_iter().map(|result| match result {
-            Ok(view) => {
+            Ok(Imported { view, replayed }) => {
                 // The caller has it, and a thousand of them would make the answer too large.
                 let key = pb::Key { metadata: BTreeMap::new(), ..convert::key(view) };
-                pb::ImportResult { key: Some(key), ..pb::ImportResult::default() }
+                pb::ImportResult { key: Some(key), replayed, ..pb::ImportResult::default() }
             }
             Err(refusal) => {
                 let (error, message) = status::reason(refusal);
-                pb::ImportResult { key: None, error, message }
+                pb::ImportResult { error, message, ..pb::ImportResult::default() }
             }
         });
         Ok(Response::new(pb::ImportKeysResponse { results: results.collect() }))

@@ -12,6 +12,7 @@ use tonic_types::{ErrorDetails, StatusExt as _};
 
 use super::convert;
 use crate::{
+    domain::account::{AccountLimit, LimitReached},
     engine::CannotAnswer,
     refusal::{Refusal, Thing, Violation},
     replication::propagation::{Incomplete, Report},
@@ -64,6 +65,7 @@ impl From<Refusal> for Status {
             Refusal::DigestTaken => {
                 status(Code::AlreadyExists, "DIGEST_TAKEN", "a key with this digest already exists")
             }
+            Refusal::AccountLimit(reached) => account_limit(reached),
             Refusal::CallerLimited(retry_after) => caller_limited(retry_after),
             Refusal::IdempotencyKeyReused => status(
                 Code::FailedPrecondition,
@@ -91,6 +93,7 @@ impl From<Refusal> for Status {
                 "whether the change was recorded is unknown; until that is settled this server refuses what the \
                  change refuses. Send it again: every change can be repeated",
             ),
+            Refusal::SomeUnknown { unknown, changes } => some_unknown(unknown, changes),
             Refusal::Unavailable => {
                 status(Code::Unavailable, "STORE_UNAVAILABLE", "the database did not answer; try again")
             }
@@ -126,6 +129,27 @@ fn caller_limited(retry_after: Option<std::time::Duration>) -> Status {
     Status::with_error_details_and_metadata(Code::ResourceExhausted, message, details, metadata)
 }
 
+/// The account has as much as its limit allows.
+fn account_limit(LimitReached { limit, value, retry_after }: LimitReached) -> Status {
+    let (name, number) = (limit.as_str(), value.to_string());
+    let what_to_do = match limit {
+        AccountLimit::Keys => "revoke keys that are no longer needed",
+        AccountLimit::Roles => "delete roles that are no longer needed",
+        AccountLimit::RotationsPerHour | AccountLimit::LogRowsPerHour => "try again in the next hour",
+    };
+    let message = format!(
+        "the account has reached its limit {name} = {value}; {what_to_do}, or raise account_limits.{name} in the \
+         server's settings. What takes rights away is never limited"
+    );
+    let metadata = [("limit", name.to_owned()), ("value", number)];
+    let metadata = metadata.map(|(key, value)| (key.to_owned(), value));
+    let mut details = ErrorDetails::with_error_info("ACCOUNT_LIMIT", DOMAIN, metadata);
+    if retry_after.is_some() {
+        details.set_retry_info(retry_after);
+    }
+    Status::with_error_details(Code::ResourceExhausted, message, details)
+}
+
 fn cannot_answer(reason: CannotAnswer) -> Status {
     match reason {
         CannotAnswer::Starting => status(Code::Unavailable, "STARTING", &reason.to_string()),
@@ -156,6 +180,16 @@ pub(super) fn overloaded() -> Status {
     let message =
         "this server has more calls under way than it takes, and did nothing; try another one, or again";
     Status::with_error_details(Code::Unavailable, message, details)
+}
+
+/// Of a call that makes many changes, and whose answer would hold for all of them.
+fn some_unknown(unknown: usize, changes: usize) -> Status {
+    let numbers = [("unknown", unknown), ("changes", changes)];
+    let metadata = numbers.map(|(name, number)| (name.to_owned(), number.to_string())).into();
+    let message = format!(
+        "whether {unknown} of the call's {changes} changes were recorded is unknown; until that is settled this          server refuses what they refuse. Send the same call again: it finishes what is left"
+    );
+    with_metadata(Code::Unavailable, "OUTCOME_UNKNOWN", &message, metadata)
 }
 
 /// What was to be stopped is refused by this server until it restarts or the change succeeds.

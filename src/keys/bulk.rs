@@ -1,5 +1,8 @@
 //! Many keys at once: Import and BulkRevoke. Each key is a change of its own, and group commit puts many into
 //! one transaction; one that fails never stops the rest.
+//!
+//! An answer holds for every key that it calls done. If the outcome of any is unknown, the call fails as a whole, and the
+//! same call again finishes it.
 
 use std::collections::HashMap;
 
@@ -16,8 +19,8 @@ use crate::{
         token::Digest,
     },
     engine::usage::Pace,
-    refusal::{Refusal, Thing},
-    store::{Count, Hour, KeyFilter, Outcome, OwnerFilter, StoredKey},
+    refusal::{Refusal, Thing, all_known},
+    store::{Count, Hour, KeyFilter, Outcome, OwnerFilter, Rejection, StoredKey, writer::WriteError},
 };
 
 use super::{Keys, NewKey, View, into_key};
@@ -51,6 +54,15 @@ pub struct BulkRevoke {
     pub comment: String,
 }
 
+/// A key that Import has taken in.
+#[derive(Debug)]
+pub struct Imported {
+    /// The key.
+    pub view: View,
+    /// The same caller had imported it before.
+    pub replayed: bool,
+}
+
 /// What became of one key.
 #[derive(Debug)]
 pub struct BulkRevoked {
@@ -73,32 +85,64 @@ pub struct BulkOutcome {
 
 impl Keys {
     /// Takes in keys made elsewhere. The results are in the order of the keys.
+    ///
+    /// # Errors
+    /// When it is unknown whether some were imported.
     pub async fn import(
         &self,
         caller: &Caller,
         keys: Vec<Result<ImportedKey, Refusal>>,
-    ) -> Vec<Result<View, Refusal>> {
-        stream::iter(keys.into_iter().map(|key| async { self.import_one(caller, key?).await }))
-            .buffered(AT_ONCE)
-            .collect()
-            .await
+    ) -> Result<Vec<Result<Imported, Refusal>>, Refusal> {
+        let imports = keys.into_iter().map(|key| async { self.import_one(caller, key?).await });
+        let results: Vec<_> = stream::iter(imports).buffered(AT_ONCE).collect().await;
+        all_known(results.iter().map(|result: &Result<_, _>| result.as_ref().err()))?;
+        Ok(results)
     }
 
-    async fn import_one(&self, caller: &Caller, imported: ImportedKey) -> Result<View, Refusal> {
+    async fn import_one(&self, caller: &Caller, imported: ImportedKey) -> Result<Imported, Refusal> {
         let ImportedKey { key, digest, hint } = imported;
         let now = key.now;
         let secret = Secret { version: 1, digest, hint, created_at: now, expires_at: None };
-        match self.make(caller, &key, &secret, Action::KeyImported, None).await? {
-            Outcome::Applied(change) => Ok(self.view(into_key(change)?, &[])),
-            Outcome::Replayed(_) => Err(Refusal::Contended),
+        match self.make(caller, &key, &secret, Action::KeyImported, None).await {
+            Ok(Outcome::Applied(change)) => {
+                Ok(Imported { view: self.view(into_key(change)?, &[]), replayed: false })
+            }
+            Ok(Outcome::Replayed(_)) => Err(Refusal::Contended),
+            Err(Refusal::DigestTaken) => {
+                let wanted = self.new_key(&mut caller.authorize(&self.engine)?, &key, secret)?;
+                let view = self.imported_before(&digest, &wanted).await?;
+                Ok(Imported { view: view.ok_or(Refusal::DigestTaken)?, replayed: true })
+            }
+            Err(refusal) => Err(refusal),
         }
+    }
+
+    /// The key with this digest, if an import of the same key by the same caller made it and nothing has changed it since:
+    /// a call whose outcome was unknown is sent again.
+    async fn imported_before(&self, digest: &Digest, wanted: &Key) -> Result<Option<View>, Refusal> {
+        let find = || self.engine.index.find(digest).map(|found| found.key.id());
+        let id = match find() {
+            Some(id) => Some(id),
+            // Another replica may have recorded it.
+            None => {
+                self.writer.caught_up().await?;
+                find()
+            }
+        };
+        let Some(id) = id else { return Ok(None) };
+        let stored = self.store.key(id).await?;
+        let Some(stored) = stored.filter(|stored| is_same_import(&stored.key, wanted)) else {
+            return Ok(None);
+        };
+        self.writer.applied(stored.key.revision).await?;
+        Ok(Some(self.view_stored(stored)))
     }
 
     /// Revokes every key that is meant and not revoked yet, at most [`MOST_REVOKED`]. Gives what became of
     /// each.
     ///
     /// # Errors
-    /// When the caller may not, or the store fails before anything was done.
+    /// When the caller may not, the store fails before anything was done, or it is unknown whether some were revoked.
     pub async fn bulk_revoke(&self, caller: &Caller, bulk: BulkRevoke) -> Result<BulkOutcome, Refusal> {
         match &bulk.filter.owner {
             OwnerFilter::AllButOperators => {
@@ -148,6 +192,7 @@ impl Keys {
         if let Some((at, own)) = own {
             keys.insert(at, revoke(own).await);
         }
+        all_known(keys.iter().map(|key: &BulkRevoked| key.failure.as_ref()))?;
         let rights_ended = |key: &BulkRevoked| {
             matches!(key.failure, Some(Refusal::CallerRevoked | Refusal::PermissionMissing(_)))
         };
@@ -231,6 +276,24 @@ impl Keys {
         }
         Ok(buckets)
     }
+}
+
+/// Whether a key is as its import made it, and would be made the same now. An expiry that is as far away as it was then
+/// comes of the same `ttl`.
+fn is_same_import(stored: &Key, wanted: &Key) -> bool {
+    let life = |key: &Key| key.terms.expires_at.map(|end| end.since(key.created_at));
+    let mut again = Key {
+        id: stored.id,
+        created_at: stored.created_at,
+        updated_at: stored.created_at,
+        revision: stored.revision,
+        ..wanted.clone()
+    };
+    again.secrets.iter_mut().for_each(|secret| secret.created_at = stored.created_at);
+    if life(stored) == life(wanted) {
+        again.terms.expires_at = stored.terms.expires_at;
+    }
+    *stored == again
 }
 
 /// How many of the keys one answer can hold: a client takes 4 MiB.

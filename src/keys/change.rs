@@ -66,7 +66,12 @@ impl Keys {
             key.updated_at = now;
             let expect = Some(stored.key.revision);
             let reach = reach(&key, &stored.key, &edit);
-            match self.writer.write(write(asked, key, expect, action, now, once.clone())).await {
+            let mut write = write(asked, key, expect, action, now, once.clone());
+            // No limit keeps anybody from taking something away. A rotation makes something, too.
+            if reach != (Reach::Narrows { again: false }) || action == Action::KeyRotated {
+                write = self.limited(write);
+            }
+            match self.writer.write(write).await {
                 Ok(Outcome::Applied(change)) => {
                     let view = self.view(into_key(change)?, &stored.last_used);
                     return Ok(Changed::Now(Box::new(View { reach, ..view })));
@@ -89,7 +94,7 @@ impl Keys {
             not_revoked(key)?;
             self.may_give(asked, &key.owner, &key.environment, &key.terms)?;
             asked.caller.may_change_limits_of(key, patch)?;
-            let repeats = patch.repeats(&key.terms);
+            let (before, repeats) = (key.terms.clone(), patch.repeats(&key.terms));
             patch.apply(&mut key.terms);
             if patch.fields.contains(&Field::Roles) {
                 self.roles_exist(asked, &key.owner, &key.terms.roles, "key.roles")?;
@@ -104,7 +109,11 @@ impl Keys {
             if patch.fields.contains(&Field::ExpiresAt) {
                 self.keeps_longest_life(asked, &key.owner, key.terms.expires_at, now, "key.expires_at")?;
             }
-            Ok(if repeats { Edit::Repeats } else { Edit::Changed })
+            Ok(match repeats {
+                _ if key.terms == before => Edit::AsItWas,
+                true => Edit::Repeats,
+                false => Edit::Changed,
+            })
         })
         .await?
         .now()

@@ -15,7 +15,7 @@ use crate::{
     access::{ATTEMPTS, Authorization, Caller},
     clock::{Clock, Entropy, random},
     domain::{
-        account::{Account, Environment, Environments},
+        account::{Account, AccountLimits, Environment, Environments},
         key::{Key, Owner, Secret, Terms},
         log::{Action, Change},
         name::{AccountId, IdempotencyKey, KeyId, RoleName, TokenPrefix, UserId},
@@ -42,6 +42,8 @@ pub struct KeySettings {
     pub prefix: TokenPrefix,
     /// The role of keys made without scopes and roles. `None` = such a key is refused.
     pub default_role: Option<RoleName>,
+    /// How much an account may hold and do.
+    pub account_limits: AccountLimits,
 }
 
 /// A key as it is shown: the record, its uses, and the instant at which its state is told.
@@ -143,6 +145,17 @@ impl Keys {
         self.settings.default_role.is_some()
     }
 
+    /// How much an account may hold and do.
+    #[must_use]
+    pub fn account_limits(&self) -> AccountLimits {
+        self.settings.account_limits
+    }
+
+    /// Holds a write to the limits of the account concerned.
+    fn limited(&self, write: Write) -> Write {
+        Write { limits: Some(self.settings.account_limits), ..write }
+    }
+
     /// The present instant.
     #[must_use]
     pub fn now(&self) -> Timestamp {
@@ -229,7 +242,8 @@ impl Keys {
         for _ in 0..ATTEMPTS {
             let mut asked = caller.authorize(&self.engine)?;
             let key = self.new_key(&mut asked, new, secret.clone())?;
-            match self.writer.write(write(asked, key, None, action, new.now, once.clone())).await {
+            let write = self.limited(write(asked, key, None, action, new.now, once.clone()));
+            match self.writer.write(write).await {
                 Err(WriteError::Rejected(Rejection::AuthorizationMoved)) => self.writer.caught_up().await?,
                 outcome => return Ok(outcome?),
             }

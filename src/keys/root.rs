@@ -73,6 +73,7 @@ pub fn root_key(
         at: now,
         idempotency: None,
         reads: ReadSet::default(),
+        limits: None,
     };
     Ok(RootKey { token, write })
 }

@@ -76,6 +76,7 @@ async fn revoke(parts: &Parts, id: KeyId, revocation: Revocation) -> Result<bool
             at: now,
             idempotency: None,
             reads: ReadSet::default(),
+            limits: None,
         };
         let committed = parts.store.commit(&[write]).await.map_err(|error| match error {
             CommitError::NotRecorded(error) | CommitError::Unknown(error) => error,

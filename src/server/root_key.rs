@@ -195,6 +195,7 @@ async fn revoke_roots(
             at: now,
             idempotency: None,
             reads: ReadSet::default(),
+            limits: None,
         });
     }
     Ok(writes)

@@ -22,6 +22,7 @@ mod reads;
 mod records;
 mod rows;
 pub mod sqlite;
+mod tally;
 mod unclaimed;
 pub mod writer;
 
@@ -37,7 +38,7 @@ pub use reads::{Place, ReadSet, Seen};
 use fleet::Fleet;
 
 use crate::domain::{
-    account::{Account, Member, Role},
+    account::{Account, AccountLimits, LimitReached, Member, Role},
     decision::Reason,
     key::{Key, Secret, State},
     limit::{Drawn, Spent},
@@ -116,6 +117,9 @@ pub struct Write {
     pub idempotency: Option<Idempotency>,
     /// What was read to authorize it; empty if nobody had to be authorized.
     pub reads: ReadSet,
+    /// The limits of the account concerned, to which the transaction holds it; `None` = it is held to none. What takes
+    /// something away never is.
+    pub limits: Option<AccountLimits>,
 }
 
 /// What became of one write of a committed batch.
@@ -142,6 +146,8 @@ pub enum Rejection {
     IdempotencyReused,
     /// A role that the record names does not exist in its account, nor globally.
     NoSuchRole,
+    /// The account, or the user, has reached a limit.
+    AccountLimit(LimitReached),
     /// The role to be deleted is in use.
     RoleInUse {
         /// By so many keys that are not revoked.
@@ -165,13 +171,14 @@ pub struct Committed {
 pub enum SnapshotItem {
     /// An account.
     Account(Account),
-    /// A key, with the superseded secrets that left its record. Hints are left out of either.
+    /// A key, with the superseded secrets that left its record. Hints are left out of either, and of a revoked key all that
+    /// it granted: see [`LoadedKey`].
     Key(Arc<Key>, Vec<Secret>),
     /// A role.
     Role(Role),
     /// A member.
     Member(Member),
-    /// What is spent of a key's quota; after its key.
+    /// What is spent of the quota of a key that is not revoked; after its key.
     Spent(KeyId, Spent),
 }
 

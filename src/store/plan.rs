@@ -14,6 +14,7 @@ use crate::domain::{
 use super::{
     Committed, Head, IDEMPOTENCY_WINDOW, Idempotency, Outcome, Place, ReadSet, Rejection, Write,
     rows::secret_sum,
+    tally::{Tally, counted_for, limits_of},
 };
 
 type Verdict = Result<(), Rejection>;
@@ -80,6 +81,10 @@ pub(super) struct Questions {
     pub(super) members: BTreeSet<(AccountId, UserId)>,
     /// The role to be deleted, whose uses are to be counted.
     pub(super) uses_of: Option<RolePlace>,
+    /// Accounts and users that are held to limits.
+    pub(super) tallies: BTreeSet<Owner>,
+    /// Accounts that get a role, and are held to limits.
+    pub(super) role_counts: BTreeSet<AccountId>,
 }
 
 impl Questions {
@@ -91,6 +96,13 @@ impl Questions {
             }
             asked.about(&write.change);
             write.reads.iter().for_each(|(place, _)| asked.about_read(place));
+            if let Some((_, owner)) = limits_of(write) {
+                if let (Change::Role(_), None, Some(account)) = (&write.change, write.expect, owner.account())
+                {
+                    asked.role_counts.insert(account.clone());
+                }
+                asked.tallies.insert(owner);
+            }
         }
         asked
     }
@@ -198,6 +210,9 @@ pub(super) struct Facts {
     pub(super) members: HashMap<(AccountId, UserId), Revision>,
     /// How many unrevoked keys and members use the role to be deleted.
     pub(super) uses: (u64, u64),
+    pub(super) tallies: HashMap<Owner, Tally>,
+    /// How many roles of its own an account has.
+    pub(super) role_counts: HashMap<AccountId, u64>,
 }
 
 /// What a run comes to: its outcomes and log rows, and what goes with them.
@@ -223,7 +238,11 @@ pub(super) fn decide<'w>(
         let outcome = match facts.done_before(write) {
             Some(outcome) => outcome,
             None => {
-                match facts.as_read(&write.reads).and_then(|()| facts.verdict(&write.change, write.expect)) {
+                let verdict = facts
+                    .as_read(&write.reads)
+                    .and_then(|()| facts.verdict(&write.change, write.expect))
+                    .and_then(|()| facts.fits(write));
+                match verdict {
                     Ok(()) => Ok(Outcome::Applied(plan.record(write, &mut facts)?)),
                     Err(rejection) => Err(rejection),
                 }
@@ -251,6 +270,9 @@ impl<'w> Plan<'w> {
             self.requests.push((request, key_id, write.at));
         }
         facts.learn(&change);
+        if let Some(owner) = counted_for(&change) {
+            facts.tallies.entry(owner).or_default().count(write);
+        }
         self.committed.rows.push((row, change.clone()));
         Ok(change)
     }
@@ -314,6 +336,14 @@ impl Facts {
         }
     }
 
+    /// Whether the account's limits leave room for a write.
+    fn fits(&self, write: &Write) -> Verdict {
+        let Some((limits, owner)) = limits_of(write) else { return Ok(()) };
+        let roles = owner.account().and_then(|account| self.role_counts.get(account));
+        let tally = self.tallies.get(&owner).copied().unwrap_or_default();
+        tally.fits(write, &limits, roles.copied().unwrap_or(0)).map_err(Rejection::AccountLimit)
+    }
+
     fn key_verdict(&self, key: &Key, expect: Option<Revision>) -> Verdict {
         if key.revocation.is_none() {
             for role in &key.terms.roles {
@@ -367,7 +397,11 @@ impl Facts {
                 self.accounts.insert(account.id.clone(), account.revision);
             }
             Change::Role(role) => {
-                self.roles.insert((role.account.clone(), role.name.clone()), role.revision);
+                let place = (role.account.clone(), role.name.clone());
+                let new = self.roles.insert(place, role.revision).is_none();
+                if let Some(account) = role.account.clone().filter(|_| new) {
+                    *self.role_counts.entry(account).or_default() += 1;
+                }
             }
             Change::RoleDeleted(role) => {
                 self.roles.remove(&(role.account.clone(), role.name.clone()));

@@ -70,6 +70,7 @@ mod support;
 mod telemetry;
 mod tidy;
 mod tls;
+mod unknown;
 mod upkeep;
 mod upstream;
 mod walk;
@@ -81,6 +82,7 @@ mod walk;
 mod on_sqlite {
     pub(crate) use crate::support::Server;
 
+    mod account_limits;
     mod audit;
     mod audit_verify;
     mod authorized;
@@ -99,6 +101,7 @@ mod on_sqlite {
 mod on_postgres {
     pub(crate) type Server = crate::support::ServerOn<crate::postgres::Database>;
 
+    mod account_limits;
     mod audit;
     mod audit_verify;
     mod authorized;

@@ -66,6 +66,7 @@ fn account(id: &str) -> Write {
         at: Timestamp::from_micros(0),
         idempotency: None,
         reads: ReadSet::default(),
+        limits: None,
     }
 }
 

@@ -56,6 +56,7 @@ async fn open(folder: &Path, limited: &Limited) -> Arc<dyn Store> {
         at,
         idempotency: None,
         reads: ReadSet::default(),
+        limits: None,
     };
     let account = write(Change::Account(Arc::new(account)), Action::AccountCreated);
     let key = write(Change::Key(limited.key.clone()), Action::KeyCreated);

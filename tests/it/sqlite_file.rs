@@ -90,6 +90,7 @@ async fn commit(store: &Arc<dyn Store>, change: Change, expect: Option<Revision>
         at: at(0),
         idempotency: None,
         reads: ReadSet::default(),
+        limits: None,
     };
     match store.commit(&[write]).await.unwrap().outcomes.pop() {
         Some(Ok(Outcome::Applied(change))) => change,

@@ -21,6 +21,7 @@ pub(super) fn migrations() -> Vec<Migration> {
         (4, "archive", SqlStr::from_static(include_str!("../migrations/sqlite/0004_archive.sql"))),
         (5, "plans", SqlStr::from_static(include_str!("../migrations/sqlite/0005_plans.sql"))),
         (6, "uses", SqlStr::from_static(include_str!("../migrations/sqlite/0006_uses.sql"))),
+        (8, "tallies", SqlStr::from_static(include_str!("../migrations/sqlite/0008_tallies.sql"))),
     ]
     .into_iter()
     .map(|(version, name, sql)| Migration::new(version, name.into(), MigrationType::Simple, sql, false))

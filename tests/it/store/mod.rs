@@ -4,6 +4,7 @@
 
 mod batches;
 mod collisions;
+mod limits;
 mod lists;
 mod log;
 mod one_by_one;
@@ -142,6 +143,7 @@ fn write(change: Change, expect: Option<Revision>, action: Action) -> Write {
         at: at(0),
         idempotency: None,
         reads: ReadSet::default(),
+        limits: None,
     }
 }
 
@@ -370,9 +372,17 @@ macro_rules! every_promise {
             snapshots {
                 a_snapshot_holds_everything_that_was_written,
                 a_snapshot_holds_roles_members_and_what_is_spent,
+                a_snapshot_holds_nothing_of_what_a_revoked_key_granted,
                 a_snapshot_leaves_out_what_is_dead_for_too_long,
                 a_snapshot_of_many_keys_has_each_of_them_once,
                 reads_see_whole_commits_while_others_write,
+            }
+            limits {
+                an_account_has_no_more_keys_than_its_limit_whoever_makes_them_at_once,
+                a_user_has_the_limits_of_an_account,
+                an_account_has_no_more_roles_of_its_own_than_its_limit,
+                rotations_and_log_rows_are_counted_by_the_hour,
+                the_operator_account_is_held_to_no_limit,
             }
             lists {
                 every_filter_finds_what_a_look_at_each_key_finds,

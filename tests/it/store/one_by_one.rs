@@ -4,7 +4,10 @@
 use std::time::Duration;
 
 use keyward::{
-    domain::name::{IdempotencyKey, KeyId},
+    domain::{
+        account::AccountLimits,
+        name::{IdempotencyKey, KeyId},
+    },
     store::{IDEMPOTENCY_WINDOW, Idempotency, Place, Seen, StoredKey},
 };
 use proptest::{prelude::*, strategy::ValueTree as _, test_runner::TestRunner};
@@ -13,6 +16,10 @@ use super::*;
 
 /// A write is made of eight numbers that mean nothing by themselves.
 type Choices = [u8; 8];
+
+/// So low that each of them is reached now and then.
+const LIMITS: AccountLimits =
+    AccountLimits { keys: 40, roles: 1, rotations_per_hour: 8, log_rows_per_hour: 90 };
 
 /// What the writes before have come to, one by one: what the next ones are about.
 struct World {
@@ -51,7 +58,8 @@ impl World {
             fingerprint: [fingerprint % 2; 32],
         });
         let reads = if read % 4 == 0 { self.read(place, seen).await } else { ReadSet::default() };
-        Write { at: at(self.now), idempotency, reads, ..write }
+        let limits = (which % 2 == 0).then_some(LIMITS);
+        Write { at: at(self.now), idempotency, reads, limits, ..write }
     }
 
     /// A read set of one record, as it is now or as it was never.
@@ -124,9 +132,15 @@ impl World {
         let [_, which, what, how] = choices;
         let Some(known) = self.known(which) else { return self.create(choices) };
         let mut after = known.clone();
+        let mut action = Action::KeyUpdated;
         match what % 6 {
-            0 => after = revoked(after, at(5)),
+            0 => {
+                after = revoked(after, at(5));
+                let first = known.revocation.is_none();
+                action = if first { Action::KeyRevoked } else { action };
+            }
             1 | 2 => {
+                action = Action::KeyRotated;
                 after.rotate(fresh_digest(), "h".to_owned(), Duration::from_secs(how.into()), at(1));
             }
             3 if how % 2 == 0 => {
@@ -138,7 +152,7 @@ impl World {
         if how % 7 == 0 {
             after.revision = Revision(1);
         }
-        update(&after)
+        Write { action, ..update(&after) }
     }
 
     async fn account(&self, [_, which, stale, _]: [u8; 4]) -> Write {
@@ -227,5 +241,5 @@ pub(super) async fn a_batch_comes_to_what_its_writes_come_to_one_by_one(store: S
     }
     // It has met everything that there is to meet.
     assert!(applied > 300, "{applied} were applied");
-    assert_eq!(rejections.len(), 8, "{rejections:?}");
+    assert_eq!(rejections.len(), 9, "{rejections:?}");
 }

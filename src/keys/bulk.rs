@@ -20,7 +20,7 @@ use crate::{
     },
     engine::usage::Pace,
     refusal::{Refusal, Thing, all_known},
-    store::{Count, Hour, KeyFilter, Outcome, OwnerFilter, Rejection, StoredKey, writer::WriteError},
+    store::{Count, Hour, KeyFilter, Outcome, OwnerFilter, StoredKey},
 };
 
 use super::{Keys, NewKey, View, into_key};

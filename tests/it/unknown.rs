@@ -113,7 +113,7 @@ async fn an_import_that_was_recorded_and_not_answered_is_known_as_done_by_anothe
         wait_for("an import to wait for a standby", || {
             let ended = fleet.sql(
                 "SELECT bool_or(pg_terminate_backend(pid)) FROM pg_stat_activity \
-                 WHERE wait_event = 'SyncRep' AND query LIKE '%INSERT INTO log%'",
+                 WHERE wait_event = 'SyncRep' AND query LIKE 'INSERT INTO keys%'",
             );
             (ended == "t").then_some(())
         });

@@ -20,7 +20,7 @@ use crate::{
     store::LoadedKey,
 };
 use proptest::prelude::*;
-use std::{collections::BTreeMap, sync::atomic::AtomicBool, time::Duration};
+use std::{sync::atomic::AtomicBool, time::Duration};
 
 fn loaded(key: &Key) -> Index {
     let index = Index::default();
@@ -179,17 +179,7 @@ fn kept(key: &Key) -> Key {
     let mut key = key.clone();
     if key.is_revoked() {
         key.disabled_at = None;
-        key.terms = Terms {
-            name: None,
-            scopes: ScopeSet::default(),
-            roles: vec![],
-            expires_at: None,
-            customers: vec![],
-            allowed_cidrs: vec![],
-            rate_limits: vec![],
-            quota: None,
-            metadata: BTreeMap::new(),
-        };
+        key.terms = Terms { scopes: ScopeSet::default(), ..sample().terms };
     }
     key
 }

@@ -49,8 +49,8 @@ pub(super) struct Rare {
     /// From when the newest secret is superseded.
     newest_ends: Option<Timestamp>,
     older: Box<[Older]>,
-    /// Boxed: an empty map would cost every rare record 24 bytes.
-    metadata: Option<Box<BTreeMap<String, String>>>,
+    /// Apart: an empty map would cost every rare record 24 bytes.
+    metadata: Option<Arc<BTreeMap<String, String>>>,
 }
 
 /// What may be rare of a key.
@@ -102,7 +102,7 @@ impl<'k> Uncommon<'k> {
             disabled: alive && self.disabled_at.is_some(),
             newest_ends: newest.expires_at.filter(|_| alive),
             older: others.chain(left).collect(),
-            metadata: metadata.cloned().map(Box::new),
+            metadata: metadata.cloned().map(Arc::new),
         };
         (rare != Rare::default()).then(|| Arc::new(rare))
     }

@@ -230,6 +230,7 @@ mod tests {
     }
 
     #[tokio::test]
+    #[expect(clippy::disallowed_methods, reason = "a server's answer is made here")]
     async fn a_batch_whose_outcome_is_unknown_is_sent_again_though_the_server_answered_nothing_before() {
         let server = crate::config::client::ServerUrl::parse("http://localhost:1").unwrap();
         let unknown = Failure::status(&tonic::Status::unavailable("unknown"), &server);

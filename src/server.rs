@@ -43,6 +43,7 @@ use crate::{
     engine::{
         Engine,
         index::Index,
+        lease::Lease,
         usage::{Pace, Usage},
     },
     forward,
@@ -239,7 +240,7 @@ impl Server {
             tokio::spawn(draw_quotas(store.clone(), usage.clone())),
             tokio::spawn(forget(store.clone(), index, clock, settings.retention)),
             tokio::spawn(watch_loading(loading, stopping.clone())),
-            tokio::spawn(watch_database(gave_up, store.clone(), stopping.clone())),
+            tokio::spawn(watch_database(gave_up, store.clone(), place.lease.clone(), stopping.clone())),
         ];
         background.extend(rules.map(|rules| tokio::spawn(rules.watch(gateway, is_rereading))));
         background.extend(watching);
@@ -508,15 +509,17 @@ async fn watch_loading(loading: Option<JoinHandle<anyhow::Result<()>>>, stopping
     stopping.send_replace(true);
 }
 
-/// Takes the server down when its replica cannot go on, or the database was found damaged.
+/// Takes the server down when its replica cannot go on, or the database was found damaged or has another owner: then
+/// nothing more is allowed, not even by calls in flight.
 async fn watch_database(
     failed: Option<watch::Receiver<bool>>,
     store: Arc<dyn Store>,
+    lease: Arc<Lease>,
     stopping: watch::Sender<bool>,
 ) {
     tokio::select! {
         () = replicas::gave_up(failed) => {}
-        () = store.lost() => {}
+        () = store.lost() => lease.stop_allowing(),
     }
     tracing::error!("the database is no longer to be trusted; the server stops");
     stopping.send_replace(true);

@@ -21,13 +21,14 @@ use crate::{
         entry::{Archived, Via},
         export::{self, Verifier},
         lease::Position,
-        log::{Action, Actor, Change},
-        name::AccountId,
+        log::Action,
         time::{Revision, Timestamp},
         token::Hex,
     },
-    store::{Checkpoint, CommitError, Head, Store, StoreError, Write},
+    store::{Checkpoint, CommitError, Head, Store, StoreError},
 };
+
+use super::note;
 
 const PAGE: u32 = 1000;
 const METHOD: &str = "keyward audit archive";
@@ -115,7 +116,11 @@ pub async fn archive(
     let file_sha256 = output.finish(&chain).map_err(file)?;
     read_back(path, after, &chain)?;
     let archived = Archived { upto: chain.at.into(), entries: chain.entries, file_sha256 };
-    note(store, archived, clock).await?;
+    let via = Via { archived: Some(archived), ..Via::NONE };
+    // Has the chain say what was archived.
+    if !note::note::<ArchiveError>(store, Action::LogArchived, via, METHOD, clock).await? {
+        return Err(ArchiveError::Damaged("the operator account is missing".to_owned()));
+    }
     let at = Head { revision: chain.at.revision, hash: chain.at.hash };
     let entries = checkpoint.map_or(0, |made| made.entries) + chain.entries;
     let checkpoint = Checkpoint { at, entries, made_at: clock.now() };
@@ -227,29 +232,5 @@ fn read_back(path: &Path, after: Position, chain: &Chain) -> Result<(), ArchiveE
         Ok(())
     } else {
         Err(failed(std::io::Error::other("it does not hold what was written")))
-    }
-}
-
-/// Has the chain say what was archived: an entry about the operator account, which stays as it is.
-async fn note(store: &dyn Store, archived: Archived, clock: &dyn Clock) -> Result<(), ArchiveError> {
-    let via = Via { archived: Some(archived), ..Via::NONE };
-    loop {
-        let Some(account) = store.account(&AccountId::operator()).await? else {
-            return Err(ArchiveError::Damaged("the operator account is missing".to_owned()));
-        };
-        let (expect, now) = (Some(account.revision), clock.now());
-        let write = Write {
-            change: Change::Account(Arc::new(account)),
-            expect,
-            action: Action::LogArchived,
-            actor: Actor { via: via.clone(), ..Actor::SYSTEM },
-            method: METHOD,
-            at: now,
-            idempotency: None,
-        };
-        // Else it was changed meanwhile.
-        if store.commit(&[write]).await?.outcomes.iter().all(Result::is_ok) {
-            return Ok(());
-        }
     }
 }

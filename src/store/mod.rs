@@ -30,7 +30,7 @@ use async_trait::async_trait;
 use tokio::time::Instant;
 
 pub use load::{LoadedKey, Loader, Part};
-pub use open::{OpenError, Schema, Step, backup, migrate, open, open_with, reach};
+pub use open::{OpenError, Schema, Step, backup, migrate, open, open_with, open_without_wal, reach};
 
 use fleet::Fleet;
 
@@ -56,6 +56,9 @@ pub enum StoreError {
     /// The database has no room left.
     #[error("the database is full")]
     Full(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// This process no longer owns the database file. It ends.
+    #[error("this process no longer owns the database file: {0}")]
+    Lost(&'static str),
     /// A row contradicts itself.
     #[error(
         "the database is damaged: {0}. Restore the newest backup (with its -wal file, if it has one); keep the \
@@ -404,7 +407,8 @@ pub trait Store: Send + Sync + 'static {
     /// and commits nothing: what a commit follows was the newest there was, if both were on the same server.
     fn read_from_one(&self, since: Instant) -> bool;
 
-    /// Waits until the database was found damaged while it was in use. Never, where that is not looked for.
+    /// Waits until the database was found damaged while it was in use, or to be another process's. Never, where that is
+    /// not looked for.
     async fn lost(&self);
 
     /// Ends all work and lets go of the database.

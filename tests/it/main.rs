@@ -62,6 +62,7 @@ mod rest;
 mod retention;
 mod rotation;
 mod sqlite_file;
+mod sqlite_owner;
 mod standard;
 mod store;
 mod stream;

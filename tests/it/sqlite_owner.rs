@@ -68,8 +68,9 @@ fn a_second_server_is_refused_on_another_mount_of_the_file() {
     let serve = elsewhere.serve();
     let mut mounted = Command::new("unshare");
     mounted.args(["--mount", "--map-root-user", "sh", "-c"]);
-    mounted.arg("mount --bind \"$0\" \"$1\" || exit 77; shift; exec \"$@\"");
-    mounted.arg(server.home.path("")).arg(elsewhere.path("")).arg(serve.get_program()).args(serve.get_args());
+    mounted.arg("touch \"$1\" && mount --bind \"$0\" \"$1\" || exit 77; shift; exec \"$@\"");
+    mounted.arg(server.home.database()).arg(elsewhere.database());
+    mounted.arg(serve.get_program()).args(serve.get_args());
     let ended = elsewhere.run(mounted);
     if ended.code == Some(77) || ended.err.contains("unshare") {
         println!("this machine mounts nothing; other names of the file stand for it: {ended:?}");

@@ -184,11 +184,13 @@ async fn a_file_is_migrated_apart_from_the_start() {
     server.root().make_account("acme").await;
     let (id, _) = server.root().create(plain_key()).await.unwrap();
     let home = server.stop();
-    let file = rusqlite::Connection::open(home.database()).unwrap();
+    let open = || rusqlite::Connection::open(home.database()).unwrap();
+    open().execute_batch("PRAGMA application_id = 0").unwrap();
+    let file = open();
     file.execute_batch(
         "ALTER TABLE secrets ADD COLUMN last_used_at INTEGER; UPDATE secrets SET last_used_at = 1; \
          DROP TABLE uses; ALTER TABLE meta DROP COLUMN term; ALTER TABLE meta DROP COLUMN owner; \
-         PRAGMA application_id = 0; DELETE FROM _sqlx_migrations WHERE version > 5",
+         DELETE FROM _sqlx_migrations WHERE version > 5",
     )
     .unwrap();
     // As if it had been killed: the change is in the WAL.

@@ -28,7 +28,7 @@ use tokio::{
 use tonic_health::server::HealthReporter;
 
 use replicas::Place;
-pub use root_key::reset_root_key;
+pub use root_key::{Descendant, Reset, RightsChange, reset_root_key};
 use rules::Rules;
 use sockets::{Addresses, Listeners, Sockets};
 

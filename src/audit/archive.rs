@@ -5,9 +5,8 @@
 //! that is not behind what all of them have acknowledged.
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::File,
     io::{BufRead as _, BufReader, BufWriter, Write as _},
-    os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -26,6 +25,7 @@ use crate::{
         time::{Revision, Timestamp},
         token::Hex,
     },
+    private_file,
     store::{Checkpoint, CommitError, Head, Store, StoreError, Write},
 };
 
@@ -160,7 +160,7 @@ struct Output {
 
 impl Output {
     fn create(path: &Path) -> std::io::Result<Output> {
-        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+        let file = private_file::create_new(path)?;
         Ok(Output { path: path.to_owned(), file: BufWriter::new(file), sum: Sha256::new() })
     }
 
@@ -205,9 +205,7 @@ impl Output {
     fn finish(mut self, chain: &Chain) -> std::io::Result<String> {
         self.line(&export::end(chain.at, chain.entries))?;
         self.file.flush()?;
-        self.file.get_ref().sync_all()?;
-        let folder = self.path.parent().filter(|folder| !folder.as_os_str().is_empty());
-        File::open(folder.unwrap_or(Path::new(".")))?.sync_all()?;
+        private_file::sync(self.file.get_ref(), &self.path)?;
         Ok(Hex(&self.sum.finalize()).to_string())
     }
 }

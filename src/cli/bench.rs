@@ -21,9 +21,12 @@ use tokio::signal::unix::{SignalKind, signal};
 use zeroize::Zeroizing;
 
 use super::{client::Session, console::Console, failure::Failure, token};
-use crate::config::{
-    client::{ClientArgs, ClientSettings, Output},
-    duration,
+use crate::{
+    config::{
+        client::{ClientArgs, ClientSettings, Output},
+        duration,
+    },
+    private_file,
 };
 use baseline::Baseline;
 use keys::{Keys, Shares};
@@ -191,7 +194,7 @@ impl Folder {
     fn new() -> std::io::Result<Folder> {
         let path =
             crate::config::client::temporary_folder().join(format!("keyward-bench-{}", std::process::id()));
-        std::fs::create_dir(&path)?;
+        private_file::create_folder(&path)?;
         Ok(Folder(path))
     }
 }
@@ -229,7 +232,7 @@ impl BenchArgs {
         let mut servers = vec![self.asked(settings.clone(), &folder.0).await?];
         if let Some(file) = &self.against {
             let beside = folder.0.join("against");
-            std::fs::create_dir(&beside)?;
+            private_file::create_folder(&beside)?;
             let called = Some(file.display().to_string());
             servers.push(Asked { called, ..self.start(settings, &beside, Some(file)).await? });
         }

@@ -103,7 +103,7 @@ pub(super) struct File {
     #[schemars(extend("x-default" = "none: as libpq does it, `PGPASSWORD` or `~/.pgpass`", "format" = "file"))]
     database_password_file: Option<PathBuf>,
     /// A new file (mode 0600) that the root key of a first start is written to.
-    #[schemars(extend("x-default" = "none: it is printed", "format" = "file"))]
+    #[schemars(extend("x-default" = "none: the terminal, or `keyward-root.key` beside the SQLite file (PostgreSQL: in the working directory) if standard output is no terminal", "format" = "file"))]
     root_key_file: Option<PathBuf>,
     /// How many threads serve connections.
     #[schemars(extend("x-default" = "one per core"))]
@@ -210,6 +210,8 @@ pub struct Settings {
     pub database: SecretUrl,
     /// Where the root key of a first start goes, if not to the terminal.
     pub root_key_file: Option<PathBuf>,
+    /// Whether it may go to standard output, which is a terminal then.
+    pub shows_root_key: bool,
     /// How many threads serve connections.
     pub threads: usize,
     /// Where to serve Envoy alone: `host:port`.
@@ -390,6 +392,7 @@ impl Settings {
             admin_listen: file.admin_listen.unwrap_or_else(|| ADMIN_LISTEN.to_owned()),
             database,
             root_key_file: file.root_key_file,
+            shows_root_key: true,
             threads: file
                 .threads
                 .or_else(|| std::thread::available_parallelism().ok())

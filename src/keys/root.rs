@@ -26,6 +26,16 @@ pub struct RootKey {
     pub write: Write,
 }
 
+impl RootKey {
+    /// Takes away the key's name. False if it has none.
+    pub fn take_name(&mut self) -> bool {
+        match &mut self.write.change {
+            Change::Key(key) => Arc::make_mut(key).terms.name.take().is_some(),
+            _ => false,
+        }
+    }
+}
+
 /// Makes a root key that is not recorded yet.
 ///
 /// # Errors

@@ -30,7 +30,7 @@ use async_trait::async_trait;
 use tokio::time::Instant;
 
 pub use load::{LoadedKey, Loader, Part};
-pub use open::{OpenError, Schema, Step, backup, migrate, open, open_with, reach};
+pub use open::{OpenError, Schema, Step, backup, file, migrate, open, open_with, reach};
 
 use fleet::Fleet;
 

@@ -1,7 +1,10 @@
 //! From a URL to a store: which backend it names, what may stop it from opening, and what else is done with a database
 //! that is not opened: its schema migrated, its file copied.
 
-use std::{path::Path, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use super::{Head, Store, postgres, sqlite};
 
@@ -165,6 +168,15 @@ pub async fn reach(url: &str) -> Result<(), OpenError> {
     match named(url)? {
         Named::File(_) => Ok(()),
         Named::Server => postgres::Postgres::reach(url).await,
+    }
+}
+
+/// The SQLite file that `url` names, where its path leads through symbolic links. None = a server has the database.
+#[must_use]
+pub fn file(url: &str) -> Option<PathBuf> {
+    match named(url) {
+        Ok(Named::File(path)) => Some(Path::new(path).canonicalize().unwrap_or_else(|_| path.into())),
+        _ => None,
     }
 }
 

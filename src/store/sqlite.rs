@@ -10,16 +10,16 @@ mod connection;
 mod facts;
 mod look;
 mod migrate;
+mod permissions;
 mod snapshot;
 mod write;
 
 pub(super) use backup::backup;
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::File,
     io::{Read as _, Seek as _, Write as _},
-    os::unix::fs::OpenOptionsExt as _,
-    path::{Path, PathBuf},
+    path::Path,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -36,10 +36,13 @@ use sqlx::{
 };
 use tokio::{sync::watch, time::Instant};
 
-use crate::domain::{
-    limit::Spent,
-    name::KeyId,
-    time::{Revision, Timestamp},
+use crate::{
+    domain::{
+        limit::Spent,
+        name::KeyId,
+        time::{Revision, Timestamp},
+    },
+    private_file,
 };
 
 pub(super) use self::look::look;
@@ -310,17 +313,12 @@ fn own(path: &Path) -> Result<File, OpenError> {
     let other = |error: std::io::Error| OpenError::Other { path: shown.clone(), source: error.into() };
     // The same file under another name is the same file. It is made first, where it is missing: a link to
     // nothing yet leads nowhere. It holds digests and names: it is for its owner alone.
-    OpenOptions::new().append(true).create(true).mode(0o600).open(path).map_err(other)?;
+    private_file::create_missing_target(path).map_err(other)?;
     let real = path.canonicalize().map_err(other)?;
-    let mut name = real.into_os_string();
-    name.push("-lock");
-    let mut file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(PathBuf::from(name))
-        .map_err(other)?;
+    permissions::check(&real)?;
+    let lock = private_file::with_suffix(&real, "-lock");
+    let mut file = private_file::open_or_create(&lock)
+        .map_err(|error| OpenError::Other { path: lock.display().to_string(), source: error.into() })?;
     match file.try_lock() {
         Ok(()) => {
             let note = format!("{}\n", std::process::id());

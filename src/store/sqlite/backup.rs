@@ -1,11 +1,14 @@
 //! A copy of the file as of one instant, made while a server may own it: SQLite's `VACUUM INTO` on a connection of its
 //! own reads beside the one that writes.
 
-use std::{fs::OpenOptions, os::unix::fs::OpenOptionsExt as _, path::Path, time::Duration};
+use std::{path::Path, time::Duration};
 
 use sqlx::{Connection as _, SqliteConnection, sqlite::SqliteConnectOptions};
 
-use crate::store::{Head, OpenError, records::head_at};
+use crate::{
+    private_file,
+    store::{Head, OpenError, records::head_at},
+};
 
 use super::{check_whole, open_error};
 
@@ -14,14 +17,14 @@ pub(in crate::store) async fn backup(path: &str, to: &Path) -> Result<Head, Open
     let shown = to.display().to_string();
     let other = |error: std::io::Error| OpenError::Other { path: shown.clone(), source: error.into() };
     // Made first: it holds digests and names, and is for its owner alone. SQLite takes an empty file.
-    let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(to).map_err(other)?;
+    let file = private_file::create_new(to).map_err(other)?;
     let copied = copy(path, &shown).await;
     if let Err(error) = copied {
         // What is there is no backup.
         let _ = std::fs::remove_file(to);
         return Err(error);
     }
-    file.sync_all().map_err(other)?;
+    private_file::sync(&file, to).map_err(other)?;
     let reading = SqliteConnectOptions::new().filename(to).read_only(true);
     let mut copy =
         SqliteConnection::connect_with(&reading).await.map_err(|error| open_error(&shown, error))?;

@@ -1,11 +1,6 @@
 //! Looking at a file that a server may have: read-only connections, no ownership, no migration.
 
-use std::{
-    fs::File,
-    os::unix::fs::PermissionsExt as _,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{fs::File, os::unix::fs::PermissionsExt as _, path::Path, sync::Arc};
 
 use sqlx::{
     SqliteConnection,
@@ -13,9 +8,12 @@ use sqlx::{
 };
 use tokio::sync::watch;
 
-use crate::store::{
-    OpenError, Store, backend,
-    look::{FileFacts, Kind, Seen},
+use crate::{
+    private_file::with_suffix,
+    store::{
+        OpenError, Store, backend,
+        look::{FileFacts, Kind, Seen},
+    },
 };
 
 use super::{
@@ -86,9 +84,7 @@ async fn newest(connection: &mut SqliteConnection) -> Result<Option<i64>, sqlx::
 
 /// Whether some process holds the lock beside the file.
 fn is_owned(real: &Path) -> bool {
-    let mut name = real.as_os_str().to_owned();
-    name.push("-lock");
-    let Ok(lock) = File::open(PathBuf::from(name)) else { return false };
+    let Ok(lock) = File::open(with_suffix(real, "-lock")) else { return false };
     // Shared, and let go of at once: a server that starts meanwhile would have to be very unlucky.
     matches!(lock.try_lock_shared(), Err(std::fs::TryLockError::WouldBlock))
 }

@@ -5,7 +5,7 @@
 //!
 //! - A new file has mode 0600, whatever the umask.
 //! - A file that exists keeps its mode: an operator may have given it to a log shipper.
-//! - Only the last part of a path is checked. An attacker who can write the folders above it can replace them.
+//! - Only the last part of a path is checked. With write access to a folder above it, the folder can be replaced.
 
 use std::{
     ffi::OsString,
@@ -17,7 +17,7 @@ use std::{
 
 use rustix::{fs::OFlags, io::Errno};
 
-/// What a file of ours allows: its owner reads and writes.
+/// The owner reads and writes; others do nothing.
 const MODE: u32 = 0o600;
 
 /// Creates a file to write to.
@@ -91,7 +91,7 @@ pub fn create_folder(path: &Path) -> io::Result<()> {
 /// Waits until a file's content and its name are on the disk.
 ///
 /// # Errors
-/// When the system says that they may not be.
+/// When the system reports a fault: they may not be there.
 pub fn sync(file: &File, path: &Path) -> io::Result<()> {
     file.sync_all()?;
     match File::open(folder_of(path)) {

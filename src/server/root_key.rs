@@ -120,6 +120,9 @@ fn create_file(path: &Path) -> anyhow::Result<File> {
              or name another one with --root-key-file",
             path.display()
         ),
-        created => created.with_context(|| format!("the root key file {} cannot be created", path.display())),
+        created => created.with_context(|| {
+            let path = path.display();
+            format!("the root key file {path} cannot be created; name another one with --root-key-file")
+        }),
     }
 }

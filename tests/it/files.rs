@@ -200,7 +200,7 @@ async fn no_file_is_written_through_a_symbolic_link() {
 
 #[test]
 fn sqlite_writes_through_no_link_beside_the_database() {
-    for name in ["keyward.db-wal", "keyward.db-shm"] {
+    for name in ["keyward.db-wal", "keyward.db-shm", "keyward.db-journal"] {
         let home = Home::new();
         let planted = Planted::at(home.path(name), true);
         let said = home.refusal(home.serve());

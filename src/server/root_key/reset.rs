@@ -89,12 +89,12 @@ pub struct RightsChange {
     pub role: Option<String>,
 }
 
-/// Makes a new root key and revokes the ones before it, also where servers run on the database. A file must belong to
-/// no running server.
+/// Revokes the root key, and its descendants if the arguments ask for it; then creates a new root key. Servers may run
+/// on a PostgreSQL database meanwhile; an SQLite file must belong to no running server.
 ///
 /// # Errors
-/// When the store does not open or has never been started, the named root key is none, or the new key cannot be kept.
-/// What was revoked stays so; the same call finishes.
+/// When the store does not open or is new, `--lost` names no root key, or the new token cannot be written. What was
+/// revoked stays so; the same call finishes.
 pub async fn reset_root_key(
     settings: &Settings,
     args: &RootKeyArgs,
@@ -244,7 +244,7 @@ impl Resetting<'_> {
                 self.store.commit(&batch).await?;
             }
             revoked.extend(living.into_iter().map(|found| (found.link.child, found)));
-            // From then on these create nothing. Where that is not certain the end of the reset says so.
+            // From then on these create nothing. If that is not certain, the report of the reset has the reason.
             let _ = self.in_force().await?;
         }
         bail!(
@@ -369,7 +369,7 @@ impl Resetting<'_> {
         }
     }
 
-    /// Waits until no running replica can allow what was revoked so far, or says why that is not known.
+    /// Waits until no running replica can allow what was revoked so far, or gives the reason why that is not known.
     async fn in_force(&self) -> anyhow::Result<Result<(), Incomplete>> {
         let revision = self.store.head().await?.revision;
         Ok(self.place.propagation.wait(revision, false, None).await.map(drop))

@@ -1,6 +1,6 @@
 //! Refuses a database that every user of the machine can change, and warns of one that a group can change.
 //!
-//! Who can write the file can plant keys, and who can write its folder can put another file in its place.
+//! Write access to the file is enough to plant keys, and write access to its folder to put another file in its place.
 
 use std::{
     fs::{self, Metadata},
@@ -27,7 +27,7 @@ pub(super) fn check(real: &Path) -> Result<(), OpenError> {
         |error: io::Error| OpenError::Other { path: real.display().to_string(), source: error.into() };
     let database = fs::metadata(real).map_err(other)?;
     let folder = fs::metadata(folder_of(real)).map_err(other)?;
-    let beside = ["-wal", "-shm"].map(|suffix| with_suffix(real, suffix));
+    let beside = ["-wal", "-shm", "-journal"].map(|suffix| with_suffix(real, suffix));
     for file in [real].into_iter().chain(beside.iter().map(AsRef::as_ref)) {
         let found = match fs::symlink_metadata(file) {
             Err(error) if error.kind() == ErrorKind::NotFound => continue,
@@ -35,7 +35,7 @@ pub(super) fn check(real: &Path) -> Result<(), OpenError> {
         };
         if found.is_symlink() {
             let what = format!("{} is a symbolic link", file.display());
-            return Err(refusal(what, "Remove the link: SQLite keeps a file of its own there"));
+            return Err(refusal(what, "Remove the link: SQLite keeps a regular file there"));
         }
         if has(&found, ALL_WRITE) {
             let what = format!("every user of this machine can change {} ({})", file.display(), mode(&found));
@@ -56,7 +56,7 @@ pub(super) fn check(real: &Path) -> Result<(), OpenError> {
         let what = format!("every user of this machine can replace it: its folder has {}", mode(&folder));
         return Err(refusal(
             what,
-            "Run chmod o-w on the folder, or move the database into a folder of its own (mode 0700)",
+            "Run chmod o-w on the folder, or move the database into a separate folder with mode 0700",
         ));
     }
     for (found, what) in [(&database, "file"), (&folder, "folder")] {

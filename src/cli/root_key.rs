@@ -63,7 +63,7 @@ fn report(reset: &Reset) -> String {
         (_, true) => format!("No living key descends from the root key {lost}.\n"),
         (true, false) => format!("Revoked: {count} that descended from the root key {lost}.\n"),
         (false, false) => format!(
-            "{count} descended from the root key {lost} and still work. To revoke them too:\n  \
+            "Not revoked: {count} that descended from the root key {lost}. To revoke them too:\n  \
              keyward root-key reset --revoke-descendants --lost {lost}\n"
         ),
     };
@@ -73,7 +73,7 @@ fn report(reset: &Reset) -> String {
     }
     if !changes.is_empty() {
         report += &format!(
-            "\nThey have also changed this, which stays as it is; look at each:\n{}",
+            "\nThe root key and its descendants also made these changes, which stay. Check each:\n{}",
             rights(changes)
         );
     }

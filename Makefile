@@ -97,6 +97,12 @@ descriptors: ## Write the descriptor set for Envoy's JSON transcoder: deploy/env
 	$(call run,cargo run --quiet --locked -- descriptors >deploy/envoy/keyward.pb.new)
 	@mv deploy/envoy/keyward.pb.new deploy/envoy/keyward.pb
 
+CALLS ?= 100000
+.PHONY: escalation
+escalation: ## Make random calls of random managers, half on each store, and hold them to a model (CALLS=n, SEED=n)
+	@tools/install postgres
+	$(call run,CALLS=$(CALLS) $(if $(SEED),SEED=$(SEED)) cargo test --quiet --locked --test it -- --ignored --exact --nocapture beyond::very_many_calls)
+
 # Optimised, since a million schedules are many. `make simulate SEED=n` tells what happens in one.
 .PHONY: simulate
 simulate: ## Run a million schedules of the lease protocol (SCHEDULES=n, or SEED=n for one)

@@ -41,7 +41,7 @@ use keyward::{
         time::Revision,
         token::Digest,
     },
-    store::{self, Store, Write},
+    store::{self, ReadSet, Store, Write},
 };
 use postgres::Cluster;
 
@@ -144,6 +144,8 @@ async fn commit(store: &dyn Store, changes: Vec<Change>) {
         method: "bench",
         at: SystemClock.now(),
         idempotency: None,
+        reads: ReadSet::default(),
+        limits: None,
     };
     let batch: Vec<_> = changes.into_iter().map(write).collect();
     let committed = store.commit(&batch).await.unwrap();

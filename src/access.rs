@@ -3,7 +3,11 @@
 //! Callers are keys whose scopes lie under `keyward:`, and client certificates that the configuration grants such. How a caller proves who it is stands in `grpc/gate.rs`;
 //! which RPC needs which permission, in `grpc/rpc.rs`.
 
+mod authorization;
+
 use std::{fmt::Display, net::IpAddr, sync::Arc};
+
+pub use authorization::{ATTEMPTS, Authorization};
 
 use crate::{
     domain::{
@@ -11,10 +15,12 @@ use crate::{
         facts::KeyFacts as _,
         identity::Identity,
         key::{Owner, Terms},
+        limit,
         log::{Actor, Who},
         name::{AccountId, EnvironmentName, KeyId, UserId},
         scope::{Scope, ScopeSet},
         time::Timestamp,
+        token::Digest,
     },
     engine::HeldKey,
     refusal::{Refusal, Thing},
@@ -61,8 +67,10 @@ impl Permission {
 /// What a caller has proved itself by.
 #[derive(Clone, Debug)]
 pub enum Proof {
-    /// A management key.
-    Key(HeldKey),
+    /// A management key, and the digest of the token by which it is judged again.
+    Key(HeldKey, Digest),
+    /// Possession of a living token with this digest, in whatever state its key is: enough to revoke that key.
+    Possession(HeldKey, Digest),
     /// A client certificate. The configuration binds it to an account and to scopes, and to nothing else: it has no
     /// environment, customers, networks, limits or expiry of its own, and belongs to no user.
     Certificate(Arc<Identity>),
@@ -77,6 +85,8 @@ pub struct Caller {
     pub account: AccountId,
     /// What it is granted there, roles included.
     pub grants: ScopeSet,
+    /// The permission that its call needs.
+    pub needs: Option<Permission>,
     /// The person that an operator's caller calls for.
     pub acting_user: Option<UserId>,
     /// The person whom the log names, where the change is made for another reason than acting for one.
@@ -94,18 +104,30 @@ impl Caller {
     #[must_use]
     pub fn key(&self) -> Option<&HeldKey> {
         match &self.proof {
-            Proof::Key(key) => Some(key),
+            Proof::Key(key, _) | Proof::Possession(key, _) => Some(key),
             Proof::Certificate(_) => None,
         }
     }
 
-    /// The id under which what it asks for once is remembered.
+    /// Its key's id, or that of its identity.
     #[must_use]
     pub fn id(&self) -> KeyId {
         match &self.proof {
-            Proof::Key(key) => key.id(),
+            Proof::Key(key, _) | Proof::Possession(key, _) => key.id(),
             Proof::Certificate(identity) => identity.id(),
         }
+    }
+
+    /// The id under which its idempotency keys are kept. Each person that it acts for has idempotency keys apart from all
+    /// others, and so has each account that a user key names: neither learns of requests made for another.
+    #[must_use]
+    pub fn request_scope(&self) -> KeyId {
+        let names_account = self.key().is_some_and(|key| key.owner().user().is_some());
+        if self.acting_user.is_none() && !names_account {
+            return self.id();
+        }
+        let person = self.acting_user.as_ref().map_or("", UserId::as_str);
+        KeyId::derived("keyward-request-scope-1", &[&self.id().to_string(), self.account.as_str(), person])
     }
 
     /// The environment that it is bound to.
@@ -130,7 +152,7 @@ impl Caller {
     #[must_use]
     pub fn actor(&self) -> Actor {
         let who = match &self.proof {
-            Proof::Key(key) => Who::Key(key.id()),
+            Proof::Key(key, _) | Proof::Possession(key, _) => Who::Key(key.id()),
             Proof::Certificate(identity) => Who::Certificate(identity.name().into()),
         };
         Actor {
@@ -174,6 +196,18 @@ impl Caller {
         }
     }
 
+    /// Whether the caller may act on every account at once: nobody does so for a person.
+    ///
+    /// # Errors
+    /// When it acts for one.
+    pub fn acts_for_itself(&self) -> Result<(), Refusal> {
+        if self.acting_user.is_none() {
+            return Ok(());
+        }
+        let message = "nobody acts for a person over every account; leave x-keyward-acting-user out";
+        Err(Refusal::Forbidden("ROLE_LACKS_PERMISSION", message.to_owned()))
+    }
+
     /// Accounts are made and changed by operators.
     ///
     /// # Errors
@@ -199,26 +233,35 @@ impl Caller {
         }
     }
 
-    /// Whether the caller may give rights that are bound to nothing, as roles and memberships are: not while its
-    /// own are bound to customers or networks, nor, of an account's caller, to a time.
+    /// Whether the caller may give rights that are bound to nothing, as roles and memberships are. Its own must not be
+    /// bound to customers or networks. An account's caller must also have a key of the `first` environment that never
+    /// expires and has no limits.
     ///
     /// # Errors
     /// When its rights are bound; the message says by what.
-    pub fn is_unbound(&self) -> Result<(), Refusal> {
+    pub fn is_unbound(&self, first: &EnvironmentName) -> Result<(), Refusal> {
+        const RIGHT: &str = "a role or membership";
         let Some(own) = self.key() else { return Ok(()) };
         if !own.customers().is_empty() {
-            beyond("a role or membership", &"it is bound to no customers")
+            beyond(RIGHT, &"it is bound to no customers")
         } else if !own.allowed_cidrs().is_empty() {
-            beyond("a role or membership", &"it is bound to no networks")
-        } else if own.expires_at().is_some() && !self.is_operator() {
-            beyond("a role or membership", &"it never expires")
+            beyond(RIGHT, &"it is bound to no networks")
+        } else if self.is_operator() {
+            Ok(())
+        } else if own.expires_at().is_some() {
+            beyond(RIGHT, &"it never expires")
+        } else if own.is_limited() {
+            beyond(RIGHT, &"it has no rate limits and no quota")
+        } else if own.environment() != first {
+            beyond(RIGHT, &format_args!("it holds in every environment; use a key of {:?}", first.as_str()))
         } else {
             Ok(())
         }
     }
 
     /// Whether the caller could give a key these terms, which with its roles grant `granted`: nobody grants
-    /// what they do not hold, in any dimension. Operators may grant every scope outside `keyward:`, in every environment.
+    /// what they do not hold, in any dimension. Operators may grant every scope outside `keyward:`, in every environment,
+    /// whatever limits their own key has.
     ///
     /// # Errors
     /// When the terms go beyond the caller; the message says in what.
@@ -247,7 +290,24 @@ impl Caller {
         if !own.allowed_cidrs().is_empty() && (nets.is_empty() || !nets.iter().all(within)) {
             return beyond("the allowed networks", &"they must lie within them");
         }
-        Ok(())
+        if self.is_operator() { Ok(()) } else { keeps_limits(own, terms) }
+    }
+}
+
+/// Whether terms have limits at least as tight as each that the caller's own key has.
+fn keeps_limits(own: &HeldKey, terms: &Terms) -> Result<(), Refusal> {
+    let kept = |bound| terms.rate_limits.iter().any(|limit| limit::is_rate_within(limit, bound));
+    if let Some(bound) = own.rate_limits().iter().find(|bound| !kept(bound)) {
+        let seconds = bound.window.as_secs_f64();
+        let needed = format!("one must allow at most {} units at once and in {seconds} s", bound.limit);
+        return beyond("the rate limits", &needed);
+    }
+    match own.quota() {
+        Some(bound) if !terms.quota.as_ref().is_some_and(|quota| limit::is_quota_within(quota, bound)) => {
+            let needed = format!("it must be at most {} units, in no shorter a period", bound.limit);
+            beyond("the quota", &needed)
+        }
+        _ => Ok(()),
     }
 }
 
@@ -285,8 +345,9 @@ mod tests {
         bind(&mut key.terms);
         Caller {
             grants: key.terms.scopes.clone(),
-            proof: Proof::Key(HeldKey::from(&key)),
+            proof: Proof::Key(HeldKey::from(&key), key.secrets[0].digest),
             account: AccountId::parse(account).unwrap(),
+            needs: None,
             acting_user: None,
             named_user: None,
             method: "test",

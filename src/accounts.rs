@@ -3,23 +3,21 @@
 use std::{sync::Arc, time::Duration};
 
 use crate::{
-    access::Caller,
+    access::{ATTEMPTS, Authorization, Caller},
     clock::{Clock, Entropy, random},
     domain::{
         account::Account,
         log::{Action, Actor, Change},
-        name::{AccountId, DisplayName},
+        name::{AccountId, DisplayName, UserId},
         time::{Revision, Timestamp},
     },
     engine::Engine,
     refusal::{Refusal, Thing},
     store::{
-        Outcome, Rejection, Store, Write,
+        Outcome, ReadSet, Rejection, Store, Write,
         writer::{WriteError, Writer},
     },
 };
-
-const ATTEMPTS: u32 = 16;
 
 /// The use cases of accounts.
 pub struct Accounts {
@@ -37,21 +35,13 @@ impl std::fmt::Debug for Accounts {
 }
 
 fn write(
-    caller: &Caller,
+    asked: Authorization<'_>,
     account: Account,
     expect: Option<Revision>,
     action: Action,
     at: Timestamp,
 ) -> Write {
-    Write {
-        change: Change::Account(Arc::new(account)),
-        expect,
-        action,
-        actor: caller.actor(),
-        method: caller.method,
-        at,
-        idempotency: None,
-    }
+    asked.write(Change::Account(Arc::new(account)), expect, action, at)
 }
 
 fn applied(outcome: Outcome) -> Result<Account, Refusal> {
@@ -92,11 +82,17 @@ impl Accounts {
             None => AccountId::generate(now, random(&*self.entropy)?),
         };
         let account = Account { longest_life, ..new_account(id, name, now)? };
-        match self.writer.write(write(caller, account, None, Action::AccountCreated, now)).await {
-            Ok(outcome) => applied(outcome),
-            Err(WriteError::Rejected(Rejection::Conflict)) => Err(Refusal::AccountExists),
-            Err(error) => Err(error.into()),
+        for _ in 0..ATTEMPTS {
+            let asked = caller.authorize(&self.engine)?;
+            let write = write(asked, account.clone(), None, Action::AccountCreated, now);
+            match self.writer.write(write).await {
+                Ok(outcome) => return applied(outcome),
+                Err(WriteError::Rejected(Rejection::Conflict)) => return Err(Refusal::AccountExists),
+                Err(WriteError::Rejected(Rejection::AuthorizationMoved)) => self.writer.caught_up().await?,
+                Err(error) => return Err(error.into()),
+            }
         }
+        Err(Refusal::Contended)
     }
 
     /// One account.
@@ -106,6 +102,7 @@ impl Accounts {
     pub async fn get(&self, caller: &Caller, id: &AccountId) -> Result<Account, Refusal> {
         let seen = caller.is_operator() || *id == caller.account;
         let found = if seen { self.store.account(id).await? } else { None };
+        caller.authorize(&self.engine)?.may_know(id)?;
         found.ok_or(Refusal::NotFound(Thing::Account))
     }
 
@@ -122,11 +119,33 @@ impl Accounts {
         if !caller.is_operator() {
             return Ok((self.store.account(&caller.account).await?.into_iter().collect(), None));
         }
-        let mut accounts = self.store.accounts(after, size + 1).await?;
+        let mut accounts = match &caller.acting_user {
+            Some(user) => self.accounts_of(user, after, size + 1).await?,
+            None => self.store.accounts(after, size + 1).await?,
+        };
         let more = accounts.len() > size as usize;
         accounts.truncate(size as usize);
         let next = accounts.last().filter(|_| more).map(|last| last.id.clone());
         Ok((accounts, next))
+    }
+
+    /// The accounts of which a user is a member, in the order of their ids.
+    async fn accounts_of(
+        &self,
+        user: &UserId,
+        after: Option<&AccountId>,
+        limit: u32,
+    ) -> Result<Vec<Account>, Refusal> {
+        let memberships = self.store.memberships(user).await?;
+        let mut ids: Vec<_> = memberships.into_iter().map(|member| member.account).collect();
+        ids.retain(|id| after.is_none_or(|after| id > after));
+        ids.sort();
+        ids.truncate(limit as usize);
+        let mut accounts = Vec::with_capacity(ids.len());
+        for id in &ids {
+            accounts.extend(self.store.account(id).await?);
+        }
+        Ok(accounts)
     }
 
     /// Changes an account from its record as it stands; `edit` says whether anything changed.
@@ -140,6 +159,8 @@ impl Accounts {
         caller.must_be_operator()?;
         for _ in 0..ATTEMPTS {
             let before = self.get(caller, id).await?;
+            let mut asked = caller.authorize(&self.engine)?;
+            asked.may_know(id)?;
             let now = self.clock.now();
             let mut after = before.clone();
             if !edit(&mut after, now) {
@@ -148,9 +169,10 @@ impl Accounts {
                 return Ok(before);
             }
             after.updated_at = now;
-            match self.writer.write(write(caller, after, Some(before.revision), action, now)).await {
+            match self.writer.write(write(asked, after, Some(before.revision), action, now)).await {
                 Ok(outcome) => return applied(outcome),
                 Err(WriteError::Rejected(Rejection::Conflict)) => {}
+                Err(WriteError::Rejected(Rejection::AuthorizationMoved)) => self.writer.caught_up().await?,
                 Err(error) => return Err(error.into()),
             }
         }
@@ -242,5 +264,7 @@ pub fn operator_account(now: Timestamp) -> Option<Write> {
         method: "keyward serve",
         at: now,
         idempotency: None,
+        reads: ReadSet::default(),
+        limits: None,
     })
 }

@@ -1,7 +1,7 @@
 //! The admin pages, over HTTP/1.1: `/healthz` (the process lives), `/readyz` (it answers Checks) and `/metrics`
 //! (Prometheus text, see `metrics`). No secret is served here, and nothing can be changed.
 
-use std::future::ready;
+use std::{future::ready, sync::Arc};
 
 use http::{StatusCode, request::Parts};
 use tokio::{net::TcpListener, sync::watch};
@@ -9,20 +9,31 @@ use tokio::{net::TcpListener, sync::watch};
 use crate::{
     http1::{self, Page},
     metrics::{self, Sources},
+    transport::budget::MemoryBudget,
 };
 
 /// Serves the pages until `stopping` turns true.
-pub async fn serve(listener: TcpListener, sources: Sources, stopping: watch::Receiver<bool>) {
-    http1::serve(listener, move |request: Parts| ready(page(request.uri.path(), &sources)), stopping).await;
+pub async fn serve(
+    listener: TcpListener,
+    memory: Arc<MemoryBudget>,
+    sources: Sources,
+    stopping: watch::Receiver<bool>,
+) {
+    let page = move |request: Parts| ready(page(request.uri.path(), &sources));
+    http1::serve(listener, memory, page, stopping).await;
 }
 
 /// Serves the pages of a server that waits for its database, until this is dropped or `stopping` turns true.
-pub async fn serve_waiting(listener: TcpListener, stopping: watch::Receiver<bool>) {
+pub async fn serve_waiting(
+    listener: TcpListener,
+    memory: Arc<MemoryBudget>,
+    stopping: watch::Receiver<bool>,
+) {
     let page = |path: &str| match path {
         "/healthz" => Page::text(StatusCode::OK, "ok\n"),
         _ => Page::text(StatusCode::SERVICE_UNAVAILABLE, "not ready: the database is away\n"),
     };
-    http1::serve(listener, move |request: Parts| ready(page(request.uri.path())), stopping).await;
+    http1::serve(listener, memory, move |request: Parts| ready(page(request.uri.path())), stopping).await;
 }
 
 fn page(path: &str, sources: &Sources) -> Page {

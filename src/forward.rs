@@ -22,11 +22,13 @@ use crate::{
     gateway::{Asked, Asker, Client, Gateway, Reply, Said, Via, read_extensions, read_form},
     http1::{self, Page},
     trace::{self, Tracing},
+    transport::budget::MemoryBudget,
 };
 
 /// Serves proxies until `stopping` turns true.
 pub async fn serve(
     listener: TcpListener,
+    memory: Arc<MemoryBudget>,
     gateway: Arc<Gateway>,
     tracing: Tracing,
     clock: Arc<dyn Clock>,
@@ -45,7 +47,7 @@ pub async fn serve(
             }
         })
     };
-    http1::serve(listener, page, stopping).await;
+    http1::serve(listener, memory, page, stopping).await;
 }
 
 /// Which proxy asks.

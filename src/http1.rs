@@ -1,6 +1,8 @@
 //! Small pages over HTTP/1.1, made from memory: the admin pages, and what proxies ask over HTTP. No body is read.
 //! What the pages say, and whether they wait for it, is their module's business.
 
+mod metered;
+
 use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
@@ -15,7 +17,12 @@ use tokio::{
 };
 use tokio_io_timeout::TimeoutWriter;
 
-use crate::transport::descriptors;
+use crate::transport::{
+    budget::{ConnectionBudget, MemoryBudget},
+    descriptors,
+};
+
+use metered::Metered;
 
 const HEADER_PATIENCE: Duration = Duration::from_secs(5);
 /// How long a peer may leave an answer unread when its buffers are full.
@@ -56,10 +63,14 @@ impl Page {
     }
 }
 
-/// Serves pages until `stopping` turns true; calls in flight end then. A request's extensions tell the peer's
-/// address.
-pub async fn serve<P, F>(listener: TcpListener, page: P, mut stopping: watch::Receiver<bool>)
-where
+/// Serves pages until `stopping` turns true; calls in flight end then. Requests take their memory from `memory`. A
+/// request's extensions tell the peer's address.
+pub async fn serve<P, F>(
+    listener: TcpListener,
+    memory: Arc<MemoryBudget>,
+    page: P,
+    mut stopping: watch::Receiver<bool>,
+) where
     P: Fn(Parts) -> F + Send + Sync + 'static,
     F: Future<Output = Page> + Send + 'static,
 {
@@ -78,7 +89,12 @@ where
                     tracing::warn!(%peer, "refused: there are {most} connections already");
                     continue;
                 };
+                // A page is written at once; nothing may wait for more.
+                if let Err(error) = stream.set_nodelay(true) {
+                    tracing::debug!(error = &error as &dyn std::error::Error, "TCP_NODELAY was not set");
+                }
                 let (page, stopping) = (page.clone(), stopping.clone());
+                let stream = Metered::new(stream, ConnectionBudget::new(memory.clone()));
                 connections.spawn(async move {
                     connection(stream, peer, page, stopping).await;
                     drop(permit);
@@ -94,7 +110,7 @@ where
 }
 
 async fn connection<P, F>(
-    stream: TcpStream,
+    stream: Metered<TcpStream>,
     peer: SocketAddr,
     page: Arc<P>,
     mut stopping: watch::Receiver<bool>,
@@ -102,10 +118,6 @@ async fn connection<P, F>(
     P: Fn(Parts) -> F + Send + Sync + 'static,
     F: Future<Output = Page> + Send + 'static,
 {
-    // A page is written at once; nothing may wait for more.
-    if let Err(error) = stream.set_nodelay(true) {
-        tracing::debug!(error = &error as &dyn std::error::Error, "TCP_NODELAY was not set");
-    }
     let mut stream = TimeoutWriter::new(stream);
     stream.set_timeout(Some(WRITE_PATIENCE));
     let service = service_fn(move |request: Request<Incoming>| {

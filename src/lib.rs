@@ -23,6 +23,7 @@
 //! | [`clock`], [`config`] | the only readers of clock and randomness, of the environment |
 //! | [`trace`], [`decisions`], [`telemetry`] | what a call is called and whether it is recorded; the decision log; where log and spans go |
 //! | [`quiet`] | a cap on how often something is said |
+//! | [`private_file`] | creates files that only their owner can read, and follows no symbolic link |
 //! | [`pb`] | generated from `proto/` |
 //!
 //! # Who may use whom
@@ -56,6 +57,7 @@ pub mod keys;
 pub mod metrics;
 pub mod pb;
 pub mod people;
+pub mod private_file;
 pub mod quiet;
 pub mod refusal;
 pub mod reload;

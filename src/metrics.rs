@@ -26,7 +26,7 @@ use crate::{
     replication::{feed::Sight, propagation::Waits},
     store::writer::Commits,
     trace,
-    transport::counts::Report,
+    transport::{budget::MemoryBudget, counts::Report},
 };
 
 /// What the page tells of. Who counts something new adds it here, and a function below that tells it.
@@ -51,6 +51,8 @@ pub struct Sources {
     pub clock: Arc<dyn Clock>,
     /// Counts connections.
     pub transport: Report,
+    /// What requests hold.
+    pub memory: Arc<MemoryBudget>,
 }
 
 impl std::fmt::Debug for Sources {
@@ -66,7 +68,7 @@ pub fn page(sources: &Sources) -> String {
     let engine = &sources.engine;
     checks(&mut text, engine);
     calls(&mut text, &sources.calls);
-    connections(&mut text, &sources.transport);
+    connections(&mut text, &sources.transport, &sources.memory);
     gateway(&mut text, &sources.gateway);
     limits(&mut text, &engine.limiter);
     usage(&mut text, &engine.usage);
@@ -114,7 +116,7 @@ fn calls(text: &mut Text, calls: &Calls) {
 }
 
 /// Connections, and calls that were turned away. A listener's name is of the settings.
-fn connections(text: &mut Text, report: &Report) {
+fn connections(text: &mut Text, report: &Report, memory: &MemoryBudget) {
     let listeners: Vec<_> = report.tell().collect();
     text.family("keyward_connections", Gauge, "Connections that are open.");
     for told in &listeners {
@@ -137,6 +139,8 @@ fn connections(text: &mut Text, report: &Report) {
     }
     let help = "Calls that were turned away, since more were under way than the server takes.";
     text.single("keyward_calls_shed_total", Counter, help, report.shed());
+    let help = "Memory that requests hold while they arrive and are worked on, in bytes.";
+    text.single("keyward_request_memory_bytes", Gauge, help, memory.used() as u64);
 }
 
 fn gateway(text: &mut Text, gateway: &Gateway) {

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use crate::{
-    access::Caller,
+    access::{ATTEMPTS, Authorization, Caller},
     clock::Clock,
     domain::{
         account::{Member, Role},
@@ -23,8 +23,6 @@ use crate::{
     },
 };
 
-const ATTEMPTS: u32 = 16;
-
 /// What other scopes take away. The same once more may be a call that is made again.
 fn reach(after: &ScopeSet, before: &ScopeSet) -> Reach {
     if after == before {
@@ -34,6 +32,16 @@ fn reach(after: &ScopeSet, before: &ScopeSet) -> Reach {
     } else {
         Reach::Narrows { again: false }
     }
+}
+
+/// What ending a membership came to.
+#[derive(Clone, Copy, Debug)]
+pub struct Removed {
+    /// The revision by which it has ended, and by which the user's keys are revoked where it was the last one.
+    pub revision: Revision,
+    /// Whether this call ended anything. If not, an earlier one may have, whose outcome was unknown: its revision is waited
+    /// for too.
+    pub was_member: bool,
 }
 
 /// The use cases of roles and members.
@@ -64,49 +72,65 @@ impl People {
         People { store, writer, engine, keys, clock }
     }
 
-    /// Whether the caller acts on the account, and it exists.
-    fn account(&self, caller: &Caller, account: &AccountId) -> Result<(), Refusal> {
-        caller.account_meant(Some(account.clone()))?;
-        self.engine.index.account(account).map(drop).ok_or(Refusal::NotFound(Thing::Account))
+    /// Whether the caller acts on the account, and it exists for the caller.
+    fn account(&self, asked: &mut Authorization<'_>, account: &AccountId) -> Result<(), Refusal> {
+        asked.caller.account_meant(Some(account.clone()))?;
+        asked.account(account).ok_or(Refusal::NotFound(Thing::Account))?;
+        asked.may_know(account)
     }
 
     /// Global roles are made and changed by operators.
-    fn role_home(&self, caller: &Caller, account: Option<&AccountId>) -> Result<(), Refusal> {
+    fn role_home(&self, asked: &mut Authorization<'_>, account: Option<&AccountId>) -> Result<(), Refusal> {
         match account {
-            Some(account) => self.account(caller, account),
-            None => caller.must_be_operator(),
+            Some(account) => self.account(asked, account),
+            None => asked.caller.must_be_operator(),
         }
     }
 
-    /// What a role grants as it is recorded, whatever is in doubt; nothing, where there is none.
-    fn held(&self, account: Option<&AccountId>, name: &RoleName) -> ScopeSet {
+    /// The record, if a change would leave it as it is.
+    fn as_recorded(&self, change: &Change) -> Option<Change> {
         let index = &self.engine.index;
-        let role = index.role_record(account, name).or_else(|| index.role_record(None, name));
-        role.map(|role| role.scopes.clone()).unwrap_or_default()
+        match change {
+            Change::Role(role) => {
+                let known = index.role_record(role.account.as_ref(), &role.name)?;
+                (known.scopes == role.scopes).then_some(Change::Role(known))
+            }
+            Change::Member(member) => {
+                let known = index.member_record(&member.account, &member.user)?;
+                (known.role == member.role).then_some(Change::Member(known))
+            }
+            _ => None,
+        }
     }
 
-    /// Writes a change from the record as it stands, again if it moved meanwhile.
+    /// Writes a change that `make` authorizes, from the record as it stands; again if a record has moved meanwhile. One that leaves the
+    /// record as it is writes nothing.
     async fn change(
         &self,
         caller: &Caller,
         action: Action,
-        make: impl Fn() -> Result<(Change, Option<Revision>, Reach), Refusal>,
+        make: impl Fn(&mut Authorization<'_>) -> Result<(Change, Option<Revision>, Reach), Refusal>,
     ) -> Result<(Change, Reach), Refusal> {
         for _ in 0..ATTEMPTS {
-            let (change, expect, reach) = make()?;
-            let write = Write {
-                change,
-                expect,
-                action,
-                actor: caller.actor(),
-                method: caller.method,
-                at: self.clock.now(),
-                idempotency: None,
-            };
+            let mut asked = caller.authorize(&self.engine)?;
+            let (change, expect, reach) = make(&mut asked)?;
+            if self.as_recorded(&change).is_some() {
+                // Another replica may have changed it since.
+                self.writer.caught_up().await?;
+                match self.as_recorded(&change) {
+                    Some(recorded) => return Ok((recorded, Reach::Narrows { again: true })),
+                    None => continue,
+                }
+            }
+            // No limit keeps anybody from taking something away from what is there.
+            let limited = expect.is_none() || reach != (Reach::Narrows { again: false });
+            let limits = limited.then(|| self.keys.account_limits());
+            let write = Write { limits, ..asked.write(change, expect, action, self.clock.now()) };
             match self.writer.write(write).await {
                 Ok(Outcome::Applied(change)) => return Ok((change, reach)),
-                // Another replica has changed it: the index does not know of that yet.
-                Ok(Outcome::Replayed(_)) | Err(WriteError::Rejected(Rejection::Conflict)) => {
+                // The index does not know yet of what another replica has changed.
+                Ok(Outcome::Replayed(_))
+                | Err(WriteError::Rejected(Rejection::Conflict | Rejection::AuthorizationMoved)) => {
                     self.writer.caught_up().await?;
                 }
                 Err(error) => return Err(error.into()),
@@ -126,15 +150,15 @@ impl People {
         name: RoleName,
         scopes: ScopeSet,
     ) -> Result<(Arc<Role>, Reach), Refusal> {
-        self.role_home(caller, account.as_ref())?;
-        caller.is_unbound()?;
-        caller.may_grant(&scopes)?;
         let change = self
-            .change(caller, Action::RolePut, || {
+            .change(caller, Action::RolePut, |asked| {
+                self.role_home(asked, account.as_ref())?;
+                asked.caller.is_unbound(&self.keys.environments().first().name)?;
+                asked.caller.may_grant(&scopes)?;
                 let before = self.engine.index.role_record(account.as_ref(), &name);
-                // What the name stands for so far, be it a global role that this one would stand before.
-                let held = self.held(account.as_ref(), &name);
-                caller.may_grant(&held)?;
+                // What the name grants so far, possibly by a global role that this one hides.
+                let held = asked.scopes_of(account.as_ref(), &name);
+                asked.caller.may_grant(&held)?;
                 // A new one may stand before a global one that this process knows an older state of.
                 let new = account.is_some() && before.is_none();
                 let reach = if new { Reach::Narrows { again: false } } else { reach(&scopes, &held) };
@@ -159,13 +183,13 @@ impl People {
         account: Option<AccountId>,
         name: RoleName,
     ) -> Result<Revision, Refusal> {
-        self.role_home(caller, account.as_ref())?;
-        caller.is_unbound()?;
         let change = self
-            .change(caller, Action::RoleDeleted, || {
+            .change(caller, Action::RoleDeleted, |asked| {
+                self.role_home(asked, account.as_ref())?;
+                asked.caller.is_unbound(&self.keys.environments().first().name)?;
                 let before = self.engine.index.role_record(account.as_ref(), &name);
                 let before = before.ok_or(Refusal::NotFound(Thing::Role))?;
-                caller.may_grant(&before.scopes)?;
+                asked.caller.may_grant(&before.scopes)?;
                 let expect = Some(before.revision);
                 Ok((Change::RoleDeleted(before), expect, Reach::Narrows { again: false }))
             })
@@ -186,7 +210,7 @@ impl People {
         account: Option<AccountId>,
     ) -> Result<Vec<Role>, Refusal> {
         if let Some(account) = &account {
-            self.account(caller, account)?;
+            self.account(&mut caller.authorize(&self.engine)?, account)?;
         }
         Ok(self.store.roles(account.as_ref()).await?)
     }
@@ -202,17 +226,18 @@ impl People {
         user: UserId,
         role: RoleName,
     ) -> Result<(Arc<Member>, Reach), Refusal> {
-        self.account(caller, &account)?;
-        caller.is_unbound()?;
-        caller.may_grant(&self.held(Some(&account), &role))?;
         let change = self
-            .change(caller, Action::MemberPut, || {
+            .change(caller, Action::MemberPut, |asked| {
+                self.account(asked, &account)?;
+                asked.caller.is_unbound(&self.keys.environments().first().name)?;
+                let given = asked.scopes_of(Some(&account), &role);
+                asked.caller.may_grant(&given)?;
                 let before = self.engine.index.member_record(&account, &user);
                 let mut reach = Reach::Widens;
                 if let Some(before) = &before {
-                    let held = self.held(Some(&account), &before.role);
-                    caller.may_grant(&held)?;
-                    reach = self::reach(&self.held(Some(&account), &role), &held);
+                    let held = asked.scopes_of(Some(&account), &before.role);
+                    asked.caller.may_grant(&held)?;
+                    reach = self::reach(&given, &held);
                 }
                 let (account, user, role) = (account.clone(), user.clone(), role.clone());
                 let member = Member { account, user, role, revision: Revision::default() };
@@ -229,32 +254,48 @@ impl People {
     /// one they are revoked too; an account's caller has no say over keys that reach beyond its account.
     ///
     /// # Errors
-    /// When the user is no member, or the change is not recorded. A call that was cut short between ending the
-    /// last membership and revoking the keys is finished by the same call again.
+    /// When the change is not recorded, or some of it may be. A call that was cut short between ending the last membership
+    /// and revoking the keys is finished by the same call again.
     pub async fn remove_member(
         &self,
         caller: &Caller,
         account: AccountId,
         user: UserId,
-    ) -> Result<Revision, Refusal> {
-        self.account(caller, &account)?;
-        let removed = self
-            .change(caller, Action::MemberRemoved, || {
-                let before = self.engine.index.member_record(&account, &user);
-                let before = before.ok_or(Refusal::NotFound(Thing::Member))?;
-                let expect = Some(before.revision);
-                Ok((Change::MemberRemoved(before), expect, Reach::Narrows { again: false }))
-            })
-            .await;
-        let (mut revoked, mut recorded) = (Revision::default(), Revision::default());
-        let ended = removed.is_ok() || matches!(removed, Err(Refusal::NotFound(Thing::Member)));
+    ) -> Result<Removed, Refusal> {
+        let end = |asked: &mut Authorization<'_>| {
+            self.account(asked, &account)?;
+            let before = self.engine.index.member_record(&account, &user);
+            let before = before.ok_or(Refusal::NotFound(Thing::Member))?;
+            let expect = Some(before.revision);
+            Ok((Change::MemberRemoved(before), expect, Reach::Narrows { again: false }))
+        };
+        let mut removed = self.change(caller, Action::MemberRemoved, end).await;
+        let mut recorded = Revision::default();
+        if matches!(removed, Err(Refusal::NotFound(Thing::Member))) {
+            // Another replica may know of it; and what an earlier call has ended may not be in force everywhere.
+            recorded = self.store.head().await?.revision;
+            self.writer.applied(recorded).await?;
+            removed = self.change(caller, Action::MemberRemoved, end).await;
+        }
+        let mut revoked = Revision::default();
+        let ended = match removed {
+            Ok(_) | Err(Refusal::NotFound(Thing::Member)) => true,
+            // For a person who ended the own membership, the account exists no more.
+            Err(Refusal::NotFound(Thing::Account)) => caller.acting_user.as_ref() == Some(&user),
+            Err(_) => false,
+        };
         if ended && caller.is_operator() && self.store.memberships(&user).await?.is_empty() {
-            (revoked, recorded) = self.keys.revoke_all_of(caller, &user).await?;
+            let known = self.keys.revoke_all_of(caller, &user).await?;
+            (revoked, recorded) = (known.0, recorded.max(known.1));
         }
         match removed {
-            Ok((Change::MemberRemoved(member), _)) => Ok(member.revision.max(recorded)),
+            Ok((Change::MemberRemoved(member), _)) => {
+                Ok(Removed { revision: member.revision.max(recorded), was_member: true })
+            }
             Ok(_) => Err(Refusal::Unavailable),
-            Err(_) if revoked > Revision::default() => Ok(recorded),
+            Err(Refusal::NotFound(Thing::Member)) => {
+                Ok(Removed { revision: recorded, was_member: revoked > Revision::default() })
+            }
             Err(refusal) => Err(refusal),
         }
     }
@@ -270,7 +311,7 @@ impl People {
         after: Option<&UserId>,
         size: u32,
     ) -> Result<(Vec<Member>, Option<UserId>), Refusal> {
-        self.account(caller, account)?;
+        self.account(&mut caller.authorize(&self.engine)?, account)?;
         let mut members = self.store.members(account, after, size + 1).await?;
         let more = members.len() > size as usize;
         members.truncate(size as usize);

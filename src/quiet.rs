@@ -4,36 +4,51 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::domain::time::Timestamp;
 
-/// Lets so many through in each second, and no more.
+/// Lets so many through in each second or minute, and no more.
 #[derive(Debug)]
 pub struct Quiet {
     most: u32,
-    second: Mutex<(i64, u32)>,
+    /// In seconds.
+    period: i64,
+    current: Mutex<(i64, u32)>,
 }
 
 impl Quiet {
     /// At most so many a second.
     #[must_use]
     pub fn new(most: u32) -> Quiet {
-        Quiet { most, second: Mutex::default() }
+        Quiet { most, period: 1, current: Mutex::default() }
+    }
+
+    /// One a minute.
+    #[must_use]
+    pub fn once_a_minute() -> Quiet {
+        Quiet { most: 1, period: 60, current: Mutex::default() }
     }
 
     /// Whether this one is let through.
     #[must_use]
     pub fn may(&self, now: Timestamp) -> bool {
-        let this = now.as_micros().div_euclid(1_000_000);
-        let mut second = self.second.lock().unwrap_or_else(PoisonError::into_inner);
-        if second.0 != this {
-            *second = (this, 0);
+        let this = now.as_micros().div_euclid(1_000_000 * self.period);
+        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        if current.0 != this {
+            *current = (this, 0);
         }
-        second.1 = second.1.saturating_add(1);
-        second.1 <= self.most
+        current.1 = current.1.saturating_add(1);
+        current.1 <= self.most
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_a_minute_is_let_through() {
+        let quiet = Quiet::once_a_minute();
+        let may = |second: i64| quiet.may(Timestamp::from_micros(second * 1_000_000));
+        assert_eq!([0, 59, 60, 61, 120].map(may), [true, false, true, false, true]);
+    }
 
     #[test]
     fn each_second_begins_anew() {

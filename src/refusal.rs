@@ -5,6 +5,7 @@ use std::fmt::Display;
 
 use crate::{
     clock::NoEntropy,
+    domain::account::LimitReached,
     engine::CannotAnswer,
     replication::propagation::Incomplete,
     store::{Rejection, StoreError, writer::WriteError},
@@ -30,6 +31,8 @@ pub enum Thing {
     Role,
     /// A member.
     Member,
+    /// A change of the log.
+    Revision,
 }
 
 /// Why a call was not done.
@@ -47,12 +50,18 @@ pub enum Refusal {
     DigestTaken,
     /// Another request was made under this idempotency key.
     IdempotencyKeyReused,
+    /// The account concerned, or the user, has reached a limit.
+    AccountLimit(LimitReached),
     /// The caller lacks a right: a stable reason, and what to do.
     Forbidden(&'static str, String),
     /// The thing is in no state for this: a stable reason, and what to do.
     Precondition(&'static str, String),
     /// The caller is not known.
     Unauthenticated,
+    /// The caller was known when its call began, and may not call any more.
+    CallerRevoked,
+    /// The caller is not granted the permission that its call needs: a reserved scope.
+    PermissionMissing(&'static str),
     /// A limit of the caller's own key is used up; when to try again.
     CallerLimited(Option<std::time::Duration>),
     /// Too old a state, or none yet.
@@ -64,6 +73,13 @@ pub enum Refusal {
     },
     /// Whether a change is recorded is unknown.
     OutcomeUnknown,
+    /// Of a call that makes many changes: of some of them it is unknown whether they are recorded.
+    SomeUnknown {
+        /// How many are unknown.
+        unknown: usize,
+        /// How many the call makes.
+        changes: usize,
+    },
     /// The database or the operating system failed.
     Unavailable,
     /// The server is stopping.
@@ -79,6 +95,20 @@ impl Refusal {
     #[must_use]
     pub fn field(field: impl Into<String>, problem: impl Into<String>) -> Refusal {
         Refusal::Invalid(vec![Violation { field: field.into(), problem: problem.into() }])
+    }
+}
+
+/// Fails a call that makes many changes if the outcome of any is unknown. What such a call answers holds for all of it.
+///
+/// # Errors
+/// When it is unknown whether a change is recorded.
+pub fn all_known<'r>(outcomes: impl ExactSizeIterator<Item = Option<&'r Refusal>>) -> Result<(), Refusal> {
+    let changes = outcomes.len();
+    // A server that stops may have recorded what it does not answer any more.
+    let open = |refusal: &&Refusal| matches!(refusal, Refusal::OutcomeUnknown | Refusal::Stopping);
+    match outcomes.flatten().filter(open).count() {
+        0 => Ok(()),
+        unknown => Err(Refusal::SomeUnknown { unknown, changes }),
     }
 }
 
@@ -118,8 +148,9 @@ impl From<WriteError> for Refusal {
         match error {
             WriteError::Rejected(Rejection::NameTaken) => Refusal::KeyNameTaken,
             WriteError::Rejected(Rejection::IdempotencyReused) => Refusal::IdempotencyKeyReused,
-            WriteError::Rejected(Rejection::Conflict) => Refusal::Contended,
+            WriteError::Rejected(Rejection::Conflict | Rejection::AuthorizationMoved) => Refusal::Contended,
             WriteError::Rejected(Rejection::DigestTaken) => Refusal::DigestTaken,
+            WriteError::Rejected(Rejection::AccountLimit(reached)) => Refusal::AccountLimit(reached),
             WriteError::Rejected(Rejection::NoSuchRole) => Refusal::field(
                 "role",
                 "there is no such role in the account; ListRoles shows those there are",

@@ -28,7 +28,7 @@ use tokio::{
 use tonic_health::server::HealthReporter;
 
 use replicas::Place;
-pub use root_key::reset_root_key;
+pub use root_key::{Descendant, Reset, RightsChange, reset_root_key};
 use rules::Rules;
 use sockets::{Addresses, Listeners, Sockets};
 
@@ -43,6 +43,7 @@ use crate::{
     engine::{
         Engine,
         index::Index,
+        lease::Lease,
         usage::{Pace, Usage},
     },
     forward,
@@ -60,7 +61,7 @@ use crate::{
         writer::{Commits, Writer},
     },
     trace::Tracing,
-    transport::{descriptors, socket::Bound},
+    transport::{budget::MemoryBudget, descriptors, socket::Bound},
 };
 
 const FLUSH_EVERY: Duration = Duration::from_secs(5);
@@ -155,7 +156,7 @@ impl Server {
         let (parts, Writing { task: writer, commits }) =
             parts(&settings, store.clone(), &place, clock.clone(), entropy.clone(), decisions.clone());
         let tracing = parts.tracing;
-        let (engine, gateway) = (parts.engine.clone(), parts.gateway.clone());
+        let (engine, gateway, memory) = (parts.engine.clone(), parts.gateway.clone(), parts.memory.clone());
         // In force before anybody is served.
         if let Some(rules) = &rules {
             rules.apply(&gateway);
@@ -210,6 +211,7 @@ impl Server {
         let forwarding = forward.map(|listener| {
             tokio::spawn(forward::serve(
                 listener,
+                memory.clone(),
                 gateway.clone(),
                 tracing,
                 clock.clone(),
@@ -230,16 +232,17 @@ impl Server {
             replica: replica.as_ref().map(|_| place.sight.clone()),
             clock: clock.clone(),
             transport: report,
+            memory: memory.clone(),
         };
         let mut background = vec![
-            tokio::spawn(admin::serve(admin_listener, sources, is_closing)),
+            tokio::spawn(admin::serve(admin_listener, memory, sources, is_closing)),
             counting,
             tokio::spawn(flush_usage(store.clone(), usage.clone())),
             tokio::spawn(head.clone().keep_telling(store.clone())),
             tokio::spawn(draw_quotas(store.clone(), usage.clone())),
             tokio::spawn(forget(store.clone(), index, clock, settings.retention)),
             tokio::spawn(watch_loading(loading, stopping.clone())),
-            tokio::spawn(watch_database(gave_up, store.clone(), stopping.clone())),
+            tokio::spawn(watch_database(gave_up, store.clone(), place.lease.clone(), stopping.clone())),
         ];
         background.extend(rules.map(|rules| tokio::spawn(rules.watch(gateway, is_rereading))));
         background.extend(watching);
@@ -384,7 +387,8 @@ pub fn parts(
     let engine = Engine::new(index, usage, place.lease.clone(), &settings.limits, clock.clone());
     let engine = Arc::new(engine);
     let follower = decisions.watching(place.follow.clone(), place.follow.index().clone());
-    let (writer, task) = Writer::spawn(store.clone(), follower);
+    let now = clock.clone();
+    let (writer, task) = Writer::spawn(store.clone(), follower, move || now.now());
     let writing = Writing { task, commits: writer.commits().clone() };
     let environments = Arc::new(settings.keys.environments.clone());
     let keys = Arc::new(Keys::new(
@@ -414,6 +418,7 @@ pub fn parts(
         environments,
         decisions,
         tracing,
+        memory: MemoryBudget::new(settings.overload.request_bytes, clock),
     };
     (parts, writing)
 }
@@ -508,15 +513,17 @@ async fn watch_loading(loading: Option<JoinHandle<anyhow::Result<()>>>, stopping
     stopping.send_replace(true);
 }
 
-/// Takes the server down when its replica cannot go on, or the database was found damaged.
+/// Takes the server down when its replica cannot go on, or the database was found damaged or has another owner: then
+/// nothing more is allowed, not even by calls in flight.
 async fn watch_database(
     failed: Option<watch::Receiver<bool>>,
     store: Arc<dyn Store>,
+    lease: Arc<Lease>,
     stopping: watch::Sender<bool>,
 ) {
     tokio::select! {
         () = replicas::gave_up(failed) => {}
-        () = store.lost() => {}
+        () = store.lost() => lease.stop_allowing(),
     }
     tracing::error!("the database is no longer to be trusted; the server stops");
     stopping.send_replace(true);

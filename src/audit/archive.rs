@@ -5,9 +5,8 @@
 //! that is not behind what all of them have acknowledged.
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::File,
     io::{BufRead as _, BufReader, BufWriter, Write as _},
-    os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -21,13 +20,15 @@ use crate::{
         entry::{Archived, Via},
         export::{self, Verifier},
         lease::Position,
-        log::{Action, Actor, Change},
-        name::AccountId,
+        log::Action,
         time::{Revision, Timestamp},
         token::Hex,
     },
-    store::{Checkpoint, CommitError, Head, Store, StoreError, Write},
+    private_file,
+    store::{Checkpoint, CommitError, Head, Store, StoreError},
 };
+
+use super::note;
 
 const PAGE: u32 = 1000;
 const METHOD: &str = "keyward audit archive";
@@ -115,7 +116,11 @@ pub async fn archive(
     let file_sha256 = output.finish(&chain).map_err(file)?;
     read_back(path, after, &chain)?;
     let archived = Archived { upto: chain.at.into(), entries: chain.entries, file_sha256 };
-    note(store, archived, clock).await?;
+    let via = Via { archived: Some(archived), ..Via::NONE };
+    // Has the chain say what was archived.
+    if !note::note::<ArchiveError>(store, Action::LogArchived, via, METHOD, clock).await? {
+        return Err(ArchiveError::Damaged("the operator account is missing".to_owned()));
+    }
     let at = Head { revision: chain.at.revision, hash: chain.at.hash };
     let entries = checkpoint.map_or(0, |made| made.entries) + chain.entries;
     let checkpoint = Checkpoint { at, entries, made_at: clock.now() };
@@ -160,7 +165,7 @@ struct Output {
 
 impl Output {
     fn create(path: &Path) -> std::io::Result<Output> {
-        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+        let file = private_file::create_new(path)?;
         Ok(Output { path: path.to_owned(), file: BufWriter::new(file), sum: Sha256::new() })
     }
 
@@ -205,9 +210,7 @@ impl Output {
     fn finish(mut self, chain: &Chain) -> std::io::Result<String> {
         self.line(&export::end(chain.at, chain.entries))?;
         self.file.flush()?;
-        self.file.get_ref().sync_all()?;
-        let folder = self.path.parent().filter(|folder| !folder.as_os_str().is_empty());
-        File::open(folder.unwrap_or(Path::new(".")))?.sync_all()?;
+        private_file::sync(self.file.get_ref(), &self.path)?;
         Ok(Hex(&self.sum.finalize()).to_string())
     }
 }
@@ -227,29 +230,5 @@ fn read_back(path: &Path, after: Position, chain: &Chain) -> Result<(), ArchiveE
         Ok(())
     } else {
         Err(failed(std::io::Error::other("it does not hold what was written")))
-    }
-}
-
-/// Has the chain say what was archived: an entry about the operator account, which stays as it is.
-async fn note(store: &dyn Store, archived: Archived, clock: &dyn Clock) -> Result<(), ArchiveError> {
-    let via = Via { archived: Some(archived), ..Via::NONE };
-    loop {
-        let Some(account) = store.account(&AccountId::operator()).await? else {
-            return Err(ArchiveError::Damaged("the operator account is missing".to_owned()));
-        };
-        let (expect, now) = (Some(account.revision), clock.now());
-        let write = Write {
-            change: Change::Account(Arc::new(account)),
-            expect,
-            action: Action::LogArchived,
-            actor: Actor { via: via.clone(), ..Actor::SYSTEM },
-            method: METHOD,
-            at: now,
-            idempotency: None,
-        };
-        // Else it was changed meanwhile.
-        if store.commit(&[write]).await?.outcomes.iter().all(Result::is_ok) {
-            return Ok(());
-        }
     }
 }

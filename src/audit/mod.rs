@@ -4,5 +4,6 @@
 
 pub mod archive;
 pub mod head;
+pub mod note;
 mod records;
 pub mod verify;

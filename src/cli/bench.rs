@@ -21,15 +21,21 @@ use tokio::signal::unix::{SignalKind, signal};
 use zeroize::Zeroizing;
 
 use super::{client::Session, console::Console, failure::Failure, token};
-use crate::config::{
-    client::{ClientArgs, ClientSettings, Output},
-    duration,
+use crate::{
+    config::{
+        client::{ClientArgs, ClientSettings, Output},
+        duration,
+    },
+    private_file,
 };
 use baseline::Baseline;
 use keys::{Keys, Shares};
 use load::{Calls, Expected, Load, Shape};
 use process::{Cores, Running};
 use report::{Figures, Measured, Round};
+
+/// The settings of a server that is given none: all keys of the load are one account's.
+const ONE_ACCOUNT: &str = "[account_limits]\nkeys = 1000000000\nlog_rows_per_hour = 1000000000\n";
 
 /// `keyward bench`.
 #[derive(Debug, Args)]
@@ -191,7 +197,7 @@ impl Folder {
     fn new() -> std::io::Result<Folder> {
         let path =
             crate::config::client::temporary_folder().join(format!("keyward-bench-{}", std::process::id()));
-        std::fs::create_dir(&path)?;
+        private_file::create_folder(&path)?;
         Ok(Folder(path))
     }
 }
@@ -229,7 +235,7 @@ impl BenchArgs {
         let mut servers = vec![self.asked(settings.clone(), &folder.0).await?];
         if let Some(file) = &self.against {
             let beside = folder.0.join("against");
-            std::fs::create_dir(&beside)?;
+            private_file::create_folder(&beside)?;
             let called = Some(file.display().to_string());
             servers.push(Asked { called, ..self.start(settings, &beside, Some(file)).await? });
         }
@@ -286,10 +292,10 @@ impl BenchArgs {
             arguments.extend([flag, "127.0.0.1:0"]);
         }
         arguments.extend(["--threads", &threads, "--database", database]);
-        let config = config.map(absolute).transpose()?;
-        if let Some(config) = &config {
-            arguments.extend(["--config", config]);
-        }
+        let usual = folder.join("keyward.toml");
+        std::fs::write(&usual, ONE_ACCOUNT)?;
+        let config = absolute(config.unwrap_or(&usual))?;
+        arguments.extend(["--config", &config]);
         let out = folder.join("server");
         let mut running = Running::start(Path::new(process::THIS), &arguments, folder, &out, self.cores())?;
         let address = running.address(&out, "keyward serves gRPC on ").await?;

@@ -34,12 +34,19 @@ pub(super) struct Failure {
     message: String,
     details: Vec<String>,
     hint: Option<String>,
+    is_answer: bool,
 }
 
 impl Failure {
     /// The command cannot be carried out as it was given.
     pub(super) fn usage(message: impl Into<String>) -> Failure {
-        Failure { exit: UNANSWERED, message: message.into(), details: Vec::new(), hint: None }
+        Failure {
+            exit: UNANSWERED,
+            message: message.into(),
+            details: Vec::new(),
+            hint: None,
+            is_answer: false,
+        }
     }
 
     /// The server did what it was asked, and the answer is not what was wanted.
@@ -86,6 +93,7 @@ impl Failure {
             message,
             details,
             hint: Some(hint.unwrap_or_else(|| hint_for(status.code())).to_owned()),
+            is_answer: true,
         }
     }
 
@@ -113,6 +121,11 @@ impl Failure {
     /// The same where the server's refusal is no answer either.
     pub(super) fn unanswered(self) -> Failure {
         Failure { exit: UNANSWERED, ..self }
+    }
+
+    /// Whether a server has said so, in whatever trouble it is.
+    pub(super) fn is_answer(&self) -> bool {
+        self.is_answer
     }
 
     /// The exit code that it means.
@@ -219,7 +232,13 @@ fn hint_for_reason(reason: &str) -> Option<&'static str> {
         }
         "PERMISSION_MISSING" => "grant the scope to the caller's key, or name another with --token-file",
         "STORE_FULL" => "make room for the database, then send it again",
-        "OUTCOME_UNKNOWN" => "send it again: with the same --idempotency-key nothing is made twice",
+        "OUTCOME_UNKNOWN" => {
+            "send it again: what was done is not done twice (create and rotate need the same --idempotency-key)"
+        }
+        "ACCOUNT_LIMIT" => {
+            "revoke keys or delete roles that are no longer needed, wait for the next hour, or raise \
+             [account_limits] in the server's settings"
+        }
         _ => return None,
     })
 }

@@ -175,11 +175,11 @@ messages! {
     Role { account, name, scopes, revision }
     PutRoleResponse { role, revision, propagation }
     DeleteRoleResponse { revision, propagation }
-    ListRolesResponse { roles }
+    ListRolesResponse { roles, next_page_token }
     CheckResponse {
         allowed, reason as reason_name, message, failures as reason_names, missing_scopes, key_id, key_name,
         account, user, environment, scopes, secret_version, metadata, rate_limits, retry_after, expires_at,
-        revision, staleness, max_age, limits_inexact,
+        revision, staleness, max_age, limits_inexact, grants_omitted,
     }
     RateLimitState { name, limit, remaining, reset_after }
     ListAuditEntriesResponse { entries, next_page_token }

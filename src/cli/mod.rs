@@ -100,6 +100,8 @@ enum Command {
     Migrate(upkeep::MigrateArgs),
     /// Copy an SQLite database to a new file, also while a server runs on it
     Backup(upkeep::BackupArgs),
+    /// Have an SQLite database whose -wal file is lost start again, without the changes that only that file had
+    AcceptLostWal(upkeep::AcceptLostWalArgs),
     /// Create, find, change and revoke keys
     #[command(mut_args = settings::below_top)]
     Keys {
@@ -211,6 +213,7 @@ pub fn main() -> ExitCode {
         Command::Audit { command: audit::AuditCommand::Archive(args), .. } => audit::archive::run(&args),
         Command::Migrate(args) => upkeep::migrate(&args),
         Command::Backup(args) => upkeep::backup(&args),
+        Command::AcceptLostWal(args) => upkeep::accept_lost_wal(&args),
         Command::Completions(args) => {
             finish(&mut Console::system(), |console| completions::run(args, console))
         }
@@ -324,6 +327,7 @@ fn run_client(command: Command, outer: ClientArgs, console: &mut Console) -> Res
         | Command::Doctor(_)
         | Command::Migrate(_)
         | Command::Backup(_)
+        | Command::AcceptLostWal(_)
         | Command::Health(_)
         | Command::Rules(_)
         | Command::Bench { .. }

@@ -135,7 +135,7 @@ fn list(fleet: &Fleetwide) -> String {
     )
 }
 
-fn instant(at: Timestamp) -> String {
+pub(super) fn instant(at: Timestamp) -> String {
     let micros = at.as_micros();
     let nanos = i32::try_from(micros.rem_euclid(1_000_000) * 1000).unwrap_or(0);
     values::rfc3339(&prost_types::Timestamp { seconds: micros.div_euclid(1_000_000), nanos })

@@ -97,11 +97,22 @@ async fn put_role(session: &Session, question: pb::PutRoleRequest) -> Result<pb:
         .await
 }
 
+/// All roles of an account, page by page.
 async fn list_roles(session: &Session, account: String) -> Result<pb::ListRolesResponse, Failure> {
-    let question = pb::ListRolesRequest { account };
-    session
-        .accounts(Patience::Short, question, async |mut client, request| client.list_roles(request).await)
-        .await
+    let mut all = pb::ListRolesResponse::default();
+    let mut question = pb::ListRolesRequest { account, ..Default::default() };
+    loop {
+        let page = session
+            .accounts(Patience::Short, question.clone(), async |mut client, request| {
+                client.list_roles(request).await
+            })
+            .await?;
+        all.roles.extend(page.roles);
+        if page.next_page_token.is_empty() {
+            return Ok(all);
+        }
+        question.page_token = page.next_page_token;
+    }
 }
 
 async fn list(cx: &mut Context<'_>, session: &Session, home: HomeArgs) -> Result<(), Failure> {

@@ -1,6 +1,10 @@
 //! `keyward serve`: runs a server until it is told to stop.
 
-use std::{io::Write as _, process::ExitCode, sync::Arc};
+use std::{
+    io::{IsTerminal as _, Write as _},
+    process::ExitCode,
+    sync::Arc,
+};
 
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -18,7 +22,8 @@ pub fn run(args: ServeArgs) -> ExitCode {
 }
 
 fn run_to_end(args: &ServeArgs) -> anyhow::Result<()> {
-    let settings = Settings::load(args)?;
+    let mut settings = Settings::load(args)?;
+    settings.shows_root_key = std::io::stdout().is_terminal();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let result = runtime.block_on(async {
         let exporter = telemetry::init(&args.log, args.log_format, settings.telemetry.otlp.as_ref())?;

@@ -8,13 +8,13 @@ use std::{
     ffi::OsString,
     fmt, fs,
     io::{self, Read, Write as _},
-    os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
 };
 
 use zeroize::Zeroizing;
 
 use super::failure::Failure;
+use crate::private_file;
 
 /// Far above the longest token; what is longer was not meant.
 const MOST: usize = 4096;
@@ -85,7 +85,7 @@ pub(super) struct TokenFile {
 impl TokenFile {
     /// Makes the file. One that exists is refused: it may hold a token that is in use.
     pub(super) fn create(path: &Path) -> Result<TokenFile, Failure> {
-        match fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path) {
+        match private_file::create_new(path) {
             Ok(file) => Ok(TokenFile { file, path: path.to_owned(), written: false }),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 Err(Failure::usage(format!("{} exists already", path.display()))
@@ -99,7 +99,7 @@ impl TokenFile {
     pub(super) fn write(mut self, token: &str) -> io::Result<()> {
         self.file.write_all(token.as_bytes())?;
         self.file.write_all(b"\n")?;
-        self.file.sync_all()?;
+        private_file::sync(&self.file, &self.path)?;
         self.written = true;
         Ok(())
     }

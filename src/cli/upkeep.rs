@@ -1,10 +1,11 @@
-//! `keyward migrate` and `keyward backup`: with the database at hand, like `root-key` and `replicas`.
+//! `keyward migrate`, `keyward backup` and `keyward accept-lost-wal`: with the database at hand, like `root-key` and `replicas`.
 
 use std::{io::Write as _, path::PathBuf, process::ExitCode};
 
 use clap::Args;
 
 use crate::{
+    clock::SystemClock,
     config::server::{DatabaseArgs, Settings},
     domain::token::Hex,
     server::upkeep,
@@ -28,6 +29,13 @@ pub(super) struct BackupArgs {
     /// The new file (mode 0600)
     #[arg(long, value_name = "FILE")]
     to: PathBuf,
+    #[command(flatten)]
+    database: DatabaseArgs,
+}
+
+/// `keyward accept-lost-wal`.
+#[derive(Clone, Debug, Args)]
+pub(super) struct AcceptLostWalArgs {
     #[command(flatten)]
     database: DatabaseArgs,
 }
@@ -69,4 +77,20 @@ pub(super) fn backup(args: &BackupArgs) -> ExitCode {
         Ok(())
     };
     exit(backup())
+}
+
+/// Runs `keyward accept-lost-wal`.
+pub(super) fn accept_lost_wal(args: &AcceptLostWalArgs) -> ExitCode {
+    let accept = || {
+        let settings = Settings::load_database(&args.database)?;
+        let head = on_runtime(upkeep::accept_lost_wal(&settings, &SystemClock))?;
+        let (revision, hash) = (head.revision, Hex(&head.hash));
+        writeln!(
+            std::io::stdout().lock(),
+            "The database holds everything up to {revision}:{hash} and starts again.\n\
+             What was changed after that is lost: look at the collected logs for it, and revoke again what was revoked."
+        )?;
+        Ok(())
+    };
+    exit(accept())
 }

@@ -23,6 +23,8 @@ use super::{
 };
 
 const MODE: u32 = 0o660;
+/// A quarter is a connection's, and a request of 4 MiB must fit into what any caller may fill of that.
+const LEAST_REQUEST_BYTES: usize = 32 << 20;
 
 /// A `[[listener]]`: an address with services, limits and callers of its own.
 // Unknown keys are refused: a typo must not be a default.
@@ -112,13 +114,24 @@ struct IdentityFile {
 pub(super) struct OverloadFile {
     /// Calls of one serving thread that wait for their turn. Default: 4096, about a tenth of a second of work.
     queued_checks: Option<usize>,
-    /// Management calls in the whole process, those that wait for replicas included. Default: 1024.
+    /// Management calls that are worked on in the whole process; a caller or a connection may have a quarter of them,
+    /// an account half. Four times as many may wait for replicas. Default: 1024.
     management_calls: Option<usize>,
+    /// Bytes of memory that requests hold while they arrive and are worked on, over all listeners; a connection may
+    /// have a quarter of them. 33554432 or more, so that every request fits. Default: 67108864, which is 64 MiB.
+    request_bytes: Option<usize>,
 }
 
 impl OverloadFile {
     pub(super) fn read(self) -> Result<Overload, ConfigError> {
         let default = Overload::default();
+        let request_bytes = match self.request_bytes {
+            Some(bytes) if !(LEAST_REQUEST_BYTES..=1 << 40).contains(&bytes) => {
+                let problem = format!("must be {LEAST_REQUEST_BYTES} to {}", 1_u64 << 40);
+                return Err(invalid("overload.request_bytes", &bytes.to_string(), &problem));
+            }
+            bytes => bytes.unwrap_or(default.request_bytes),
+        };
         let read = |setting, value: Option<usize>, default| match value {
             Some(value) if !(1..=1 << 20).contains(&value) => {
                 Err(invalid(setting, &value.to_string(), "must be 1 to 1048576"))
@@ -132,6 +145,7 @@ impl OverloadFile {
                 self.management_calls,
                 default.management_calls,
             )?,
+            request_bytes,
         })
     }
 }

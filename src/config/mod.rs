@@ -1,6 +1,7 @@
 //! Settings: flags, environment and files become values that are valid already. The only place that reads the
 //! environment, and it holds no logic of the product.
 
+mod account_limits;
 #[cfg(keyward_breakable)]
 pub mod breakage;
 pub mod client;

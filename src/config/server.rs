@@ -24,6 +24,7 @@ use crate::{
 };
 
 use super::{
+    account_limits,
     document::{Document, Problem},
     lifecycle::Lifecycle,
     limits, listeners, replicas,
@@ -103,7 +104,7 @@ pub(super) struct File {
     #[schemars(extend("x-default" = "none: as libpq does it, `PGPASSWORD` or `~/.pgpass`", "format" = "file"))]
     database_password_file: Option<PathBuf>,
     /// A new file (mode 0600) that the root key of a first start is written to.
-    #[schemars(extend("x-default" = "none: it is printed", "format" = "file"))]
+    #[schemars(extend("x-default" = "none: the terminal, or `keyward-root.key` beside the SQLite file (PostgreSQL: in the working directory) if standard output is no terminal", "format" = "file"))]
     root_key_file: Option<PathBuf>,
     /// How many threads serve connections.
     #[schemars(extend("x-default" = "one per core"))]
@@ -149,6 +150,9 @@ pub(super) struct File {
     /// How HTTP requests that proxies ask about are judged ([gateway.md](gateway.md)).
     #[serde(default)]
     gateway: super::gateway::File,
+    /// How much one account may hold and do ([limits.md](limits.md#account-limits)).
+    #[serde(default)]
+    account_limits: account_limits::File,
     /// Where rate limits are counted when several processes serve one database ([limits.md](limits.md)).
     #[serde(default)]
     limits: limits::File,
@@ -210,6 +214,8 @@ pub struct Settings {
     pub database: SecretUrl,
     /// Where the root key of a first start goes, if not to the terminal.
     pub root_key_file: Option<PathBuf>,
+    /// Whether it may go to standard output, which is a terminal then.
+    pub shows_root_key: bool,
     /// How many threads serve connections.
     pub threads: usize,
     /// Where to serve Envoy alone: `host:port`.
@@ -390,6 +396,7 @@ impl Settings {
             admin_listen: file.admin_listen.unwrap_or_else(|| ADMIN_LISTEN.to_owned()),
             database,
             root_key_file: file.root_key_file,
+            shows_root_key: true,
             threads: file
                 .threads
                 .or_else(|| std::thread::available_parallelism().ok())
@@ -406,7 +413,12 @@ impl Settings {
             )?,
             gateway,
             limits: LimitSettings::default(),
-            keys: KeySettings { environments, prefix, default_role },
+            keys: KeySettings {
+                environments,
+                prefix,
+                default_role,
+                account_limits: file.account_limits.read(),
+            },
             retention: Duration::from_secs(u64::from(retention) * 24 * 60 * 60),
             telemetry: TelemetrySettings::default(),
         };
@@ -513,6 +525,7 @@ mod tests {
             ("retention_days = -1", "retention_days"),
             ("lease = '0s'", "strict (5s)"),
             ("replica_name = ''", "replica_name"),
+            ("[account_limits]\nkeys = 0", "nonzero"),
         ] {
             let error = from_file(text).unwrap_err().to_string();
             assert!(error.contains(said), "{text}: {error}");

@@ -12,7 +12,7 @@ use crate::{
         time::Revision,
     },
     engine::index::Index,
-    store::writer::Follower,
+    store::{Write, writer::Follower},
 };
 
 use super::{Log, record::Record};
@@ -81,9 +81,9 @@ impl Follower for Watching {
         self.follower.followed(rows);
     }
 
-    fn in_doubt(&self, change: &Change) {
-        self.doubtful().push(change.clone());
-        self.follower.in_doubt(change);
+    fn in_doubt(&self, write: &Write) {
+        self.doubtful().push(write.change.clone());
+        self.follower.in_doubt(write);
     }
 
     fn decided(&self) {

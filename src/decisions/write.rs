@@ -1,9 +1,9 @@
 //! Where the decision log is written: a thread of its own, since files and standard error may block.
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::File,
     io::{self, BufWriter, Write as _},
-    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     sync::Weak,
 };
@@ -12,6 +12,7 @@ use anyhow::Context as _;
 use tokio::sync::{mpsc, oneshot};
 
 use super::{Log, Place, record::Record};
+use crate::private_file;
 
 /// How many records are written before the file is looked at again.
 const BATCH: usize = 256;
@@ -137,7 +138,7 @@ struct Appended {
 
 impl Appended {
     fn open(path: &Path) -> io::Result<Appended> {
-        let file = OpenOptions::new().append(true).create(true).mode(0o600).open(path)?;
+        let file = private_file::append_or_create(path)?;
         let inode = file.metadata()?.ino();
         Ok(Appended { path: path.to_owned(), file: BufWriter::new(file), inode })
     }
@@ -146,7 +147,7 @@ impl Appended {
         if records.is_empty() {
             return Ok(());
         }
-        if !std::fs::metadata(&self.path).is_ok_and(|found| found.ino() == self.inode) {
+        if !std::fs::symlink_metadata(&self.path).is_ok_and(|found| found.ino() == self.inode) {
             *self = Appended::open(&self.path)?;
         }
         for record in records {

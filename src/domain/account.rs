@@ -37,6 +37,62 @@ impl Account {
     }
 }
 
+/// How much one account may hold and do. A user has the same limits for keys of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AccountLimits {
+    /// Keys that are not revoked.
+    pub keys: u64,
+    /// Roles of its own.
+    pub roles: u64,
+    /// Rotations in an hour.
+    pub rotations_per_hour: u64,
+    /// Entries of the log in an hour.
+    pub log_rows_per_hour: u64,
+}
+
+impl AccountLimits {
+    /// More than an account needs, and less than a server has room for.
+    pub const DEFAULT: AccountLimits =
+        AccountLimits { keys: 100_000, roles: 1_000, rotations_per_hour: 10_000, log_rows_per_hour: 100_000 };
+}
+
+/// One of [`AccountLimits`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AccountLimit {
+    /// See [`AccountLimits::keys`].
+    Keys,
+    /// See [`AccountLimits::roles`].
+    Roles,
+    /// See [`AccountLimits::rotations_per_hour`].
+    RotationsPerHour,
+    /// See [`AccountLimits::log_rows_per_hour`].
+    LogRowsPerHour,
+}
+
+impl AccountLimit {
+    /// Its name in the settings.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            AccountLimit::Keys => "keys",
+            AccountLimit::Roles => "roles",
+            AccountLimit::RotationsPerHour => "rotations_per_hour",
+            AccountLimit::LogRowsPerHour => "log_rows_per_hour",
+        }
+    }
+}
+
+/// A limit that a change would exceed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LimitReached {
+    /// Which.
+    pub limit: AccountLimit,
+    /// Its value.
+    pub value: u64,
+    /// How long until there is room again; `None` = not by waiting.
+    pub retry_after: Option<Duration>,
+}
+
 /// A named set of scopes, of one account or of all.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Role {

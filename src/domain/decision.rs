@@ -1,7 +1,7 @@
 //! The policy: may this token do this, here, now? One pure function, [`decide`].
 //!
 //! It is complete and says everything that fails, in a fixed order; what a caller may hear of that is decided
-//! where the answer is made. What is not known by its digest never gets here: `Malformed` and `Unknown` are
+//! where the answer is made. Of a revoked key it says only that. What is not known by its digest never gets here: `Malformed` and `Unknown` are
 //! said by the engine.
 
 use std::{net::IpAddr, sync::Arc};
@@ -252,13 +252,16 @@ pub struct Verdict {
     pub missing: Vec<Scope>,
 }
 
-/// Decides one request. Every condition is judged, whatever the others say.
+/// Decides one request. Every condition is judged, whatever the others say. A revoked key is the exception: it fails
+/// with `Revoked` alone, because nothing can lift that and the index drops the rest of its record.
 #[must_use]
 pub fn decide<K: KeyFacts>(subject: Subject<'_, K>, request: Request<'_>, now: Timestamp) -> Verdict {
     let Subject { key, version, suspended, .. } = subject;
     let mut failures = Failures::default();
-
-    failures.note(Reason::Revoked, key.is_revoked());
+    if key.is_revoked() {
+        failures.note(Reason::Revoked, true);
+        return Verdict { failures, missing: Vec::new() };
+    }
     failures.note(Reason::Disabled, key.is_disabled());
     failures.note(Reason::Expired, key.expired(now));
     failures.note(Reason::Rotated, key.superseded(version, now));
@@ -423,16 +426,29 @@ mod tests {
     #[test]
     fn every_failure_is_said_in_order() {
         let mut case = allowed();
-        revoke(&mut case.key);
+        case.key.disabled_at = Some(at(1));
         case.suspended = true;
         case.environment = "staging";
         case.scopes = vec!["a", "monitors:read", "b"];
         let verdict = run(&case);
         assert_eq!(
             verdict.failures.iter().collect::<Vec<_>>(),
-            [Reason::Revoked, Reason::WrongEnvironment, Reason::AccountSuspended, Reason::MissingScope]
+            [Reason::Disabled, Reason::WrongEnvironment, Reason::AccountSuspended, Reason::MissingScope]
         );
         assert_eq!(verdict.missing.iter().map(Scope::as_str).collect::<Vec<_>>(), ["a", "b"]);
+    }
+
+    #[test]
+    fn a_revoked_key_fails_with_that_reason_alone() {
+        let mut case = allowed();
+        revoke(&mut case.key);
+        case.key.disabled_at = Some(at(1));
+        case.suspended = true;
+        case.environment = "staging";
+        case.scopes = vec!["a"];
+        let verdict = run(&case);
+        assert_eq!(verdict.failures.iter().collect::<Vec<_>>(), [Reason::Revoked]);
+        assert_eq!(verdict.missing, []);
     }
 
     #[test]

@@ -3,8 +3,6 @@
 
 use std::fmt;
 
-use sha2::{Digest as _, Sha256};
-
 use super::{
     name::{AccountId, KeyId, NameError},
     scope::ScopeSet,
@@ -130,15 +128,7 @@ impl Identity {
     /// release, and no key's id.
     #[must_use]
     pub fn id(&self) -> KeyId {
-        let mut sha = Sha256::new();
-        sha.update(b"keyward-identity-1\0");
-        sha.update(self.account.as_str());
-        sha.update(b"\0");
-        sha.update(self.name.as_bytes());
-        let digest: [u8; 32] = sha.finalize().into();
-        let mut bytes = [0; 16];
-        bytes.copy_from_slice(&digest[..16]);
-        KeyId::custom(bytes)
+        KeyId::derived("keyward-identity-1", &[self.account.as_str(), &self.name])
     }
 }
 

@@ -57,8 +57,8 @@ pub struct RateLimit {
     pub window: Duration,
 }
 
-/// The calendar period of a quota, in UTC.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+/// The calendar period of a quota, in UTC. A later one in this order holds whole periods of those before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum QuotaPeriod {
     /// From the full hour.

@@ -66,6 +66,21 @@ pub fn gcra(limit: &RateLimit, level: Level, cost: u64, now: Timestamp) -> (Leve
     (Level(after), standing)
 }
 
+/// Whether a rate limit is at least as tight as `bound`: its burst is no larger, and its units come back no faster. Then
+/// `bound` allows every sequence of requests that the limit allows.
+#[must_use]
+pub fn is_rate_within(limit: &RateLimit, bound: &RateLimit) -> bool {
+    let units = |limit: &RateLimit| u128::from(limit.limit.max(1));
+    let window = |limit: &RateLimit| limit.window.as_micros().max(1);
+    units(limit) <= units(bound) && units(limit) * window(bound) <= units(bound) * window(limit)
+}
+
+/// Whether a quota is at least as tight as `bound`: no more units, in the same period or a longer one.
+#[must_use]
+pub fn is_quota_within(quota: &Quota, bound: &Quota) -> bool {
+    quota.limit <= bound.limit && quota.period >= bound.period
+}
+
 /// What was used of a quota, and in which period.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Spent {
@@ -192,6 +207,31 @@ mod tests {
     }
 
     #[test]
+    fn a_rate_is_within_another_if_neither_its_burst_nor_its_rate_is_higher() {
+        let bound = limit(10, 1000);
+        for (within, units, window_ms) in
+            [(true, 10, 1000), (true, 5, 500), (true, 10, 2000), (false, 11, 2000), (false, 5, 499)]
+        {
+            assert_eq!(is_rate_within(&limit(units, window_ms), &bound), within, "{units} in {window_ms}");
+        }
+    }
+
+    #[test]
+    fn a_quota_is_within_another_if_it_has_no_more_units_and_no_shorter_period() {
+        use QuotaPeriod::{Day, Hour, Month, Total};
+        let bound = Quota { limit: 10, period: Day };
+        for (within, units, period) in
+            [(true, 10, Day), (true, 9, Month), (true, 10, Total), (false, 11, Total), (false, 1, Hour)]
+        {
+            assert_eq!(
+                is_quota_within(&Quota { limit: units, period }, &bound),
+                within,
+                "{units} {period:?}"
+            );
+        }
+    }
+
+    #[test]
     fn a_clock_set_back_locks_nobody_out_for_longer_than_a_window() {
         let limit = limit(1, 1000);
         let (level, _) = gcra(&limit, Level::default(), 1, at(3_600_000_000));
@@ -254,6 +294,26 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn what_a_rate_within_another_allows_the_other_allows(
+            (units, window_ms, wide, wide_ms) in (1u64..20, 1u64..500, 1u64..20, 1u64..500),
+            steps in proptest::collection::vec((0i64..200_000, 1u64..6), 1..60),
+        ) {
+            let (tight, wide) = (limit(units, window_ms), limit(wide, wide_ms));
+            prop_assume!(is_rate_within(&tight, &wide));
+            let (mut inner, mut outer, mut now) = (Level::default(), Level::default(), 0i64);
+            for (wait, cost) in steps {
+                now += wait;
+                let (after, standing) = gcra(&tight, inner, cost, at(now));
+                if standing.allowed {
+                    inner = after;
+                    let (after, standing) = gcra(&wide, outer, cost, at(now));
+                    prop_assert!(standing.allowed);
+                    outer = after;
+                }
+            }
+        }
+
         /// A naive bucket with exact fractions: `limit` units, one more each `window / limit`.
         #[test]
         fn the_gcra_agrees_with_a_bucket_counted_in_fractions(

@@ -158,6 +158,9 @@ actions! {
     MemberRemoved = "member.removed",
     /// Old entries left the log for a file; about the operator account, which stays as it is.
     LogArchived = "log.archived",
+    /// The database starts again from an older state, since its newest changes are lost; about the operator account, which
+    /// stays as it is.
+    DatabaseLossAccepted = "database.loss_accepted",
 }
 
 /// What called.
@@ -272,6 +275,7 @@ impl LogRow {
                     | Action::AccountCreated
                     | Action::AccountResumed
                     | Action::LogArchived
+                    | Action::DatabaseLossAccepted
             )
         )
     }

@@ -15,6 +15,7 @@ pub mod identity;
 pub mod key;
 pub mod lease;
 pub mod limit;
+pub mod lineage;
 pub mod log;
 pub mod name;
 pub mod policy;

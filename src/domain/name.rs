@@ -3,6 +3,7 @@
 use std::{fmt, sync::Arc};
 
 use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
 use uuid::Uuid;
 
 use super::time::Timestamp;
@@ -183,6 +184,22 @@ impl KeyId {
     #[must_use]
     pub fn custom(bytes: [u8; 16]) -> Self {
         KeyId(uuid::Builder::from_custom_bytes(bytes).into_uuid())
+    }
+
+    /// An id that no key has, the same in every process and release for the same purpose and parts. No part may hold a
+    /// zero byte.
+    #[must_use]
+    pub fn derived(purpose: &str, parts: &[&str]) -> Self {
+        let mut sha = Sha256::new();
+        sha.update(purpose);
+        for part in parts {
+            sha.update([0]);
+            sha.update(part);
+        }
+        let digest: [u8; 32] = sha.finalize().into();
+        let mut bytes = [0; 16];
+        bytes.copy_from_slice(&digest[..16]);
+        KeyId::custom(bytes)
     }
 
     /// Reads an id in the hyphenated form.

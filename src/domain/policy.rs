@@ -28,6 +28,20 @@ pub struct Policy {
 }
 
 impl Policy {
+    /// A policy that grants nothing: what the index keeps of a revoked key's.
+    #[must_use]
+    pub fn without_grants(environment: EnvironmentName) -> Policy {
+        Policy {
+            environment,
+            scopes: ScopeSet::default(),
+            roles: Box::default(),
+            customers: Box::default(),
+            allowed_cidrs: Box::default(),
+            rate_limits: Box::default(),
+            quota: None,
+        }
+    }
+
     /// A key's policy.
     #[must_use]
     pub fn of(key: &Key) -> Policy {

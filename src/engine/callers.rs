@@ -24,6 +24,8 @@ use super::{
 pub struct Authenticated {
     /// The key.
     pub holder: Holder,
+    /// The digest of its token.
+    pub digest: Digest,
     /// The account that it acts in.
     pub account: AccountId,
     /// What it is granted there.
@@ -48,11 +50,20 @@ pub struct Refused {
     pub reason: Reason,
     /// When a limit of it has room again.
     pub retry_after: Option<Duration>,
+    /// The most that one of its limits ever lets through at once, if that is less than what was to be taken.
+    pub most: Option<u64>,
+}
+
+impl From<Reason> for Refused {
+    fn from(reason: Reason) -> Refused {
+        Refused { reason, retry_after: None, most: None }
+    }
 }
 
 /// A caller that is decided but for its limits.
 pub(super) struct CallerJudged {
     pub(super) found: Found,
+    pub(super) digest: Digest,
     pub(super) failures: Failures,
     pub(super) account: Option<AccountId>,
     pub(super) grants: ScopeSet,
@@ -62,7 +73,8 @@ pub(super) struct CallerJudged {
 
 impl Engine {
     /// Decides whether a token may be used to call Keyward itself; of a user key, in `account`, or, where it
-    /// only asks about itself (`anywhere`), in none.
+    /// only asks about itself (`anywhere`), in none. `take` is what the call takes of the key's own limits; a dry run
+    /// is no use of the key.
     ///
     /// # Errors
     /// When the first snapshot is not loaded yet, the token is not known to a replica without a lease, or the key's
@@ -73,35 +85,36 @@ impl Engine {
         account: Option<&AccountId>,
         anywhere: bool,
         peer: Option<IpAddr>,
+        take: Take,
     ) -> Result<Result<Authenticated, Refused>, CannotAnswer> {
         let judged = self.lease.check(
             || self.clock.boottime(),
             |fresh| self.judge_caller(presented, account, anywhere, peer, fresh),
         )?;
-        let CallerJudged { found, mut failures, account, grants, fresh, now } = match judged {
+        let CallerJudged { found, digest, mut failures, account, grants, fresh, now } = match judged {
             Ok(judged) => judged,
-            Err(reason) => return Ok(Err(Refused { reason, retry_after: None })),
+            Err(reason) => return Ok(Err(reason.into())),
         };
         let mut limits = limiter::Usage::default();
         if fresh
             && failures.first() == Reason::Ok
             && let Some(budget) = &found.budget
         {
-            let take = Take { cost: 1, charge: None, dry_run: false };
             limits = self.limiter.take(&found.key, budget, take, now).await?;
             limits.refused.iter().for_each(|reason| failures.note(*reason, true));
         }
         let reason = failures.first();
         let Found { key, version, budget, .. } = found;
         let holder = Holder { key, version };
-        self.note(&holder, reason, budget.as_ref().filter(|_| limits.drew), now);
-        if reason != Reason::Ok {
-            return Ok(Err(Refused { reason, retry_after: limits.retry_after() }));
+        if !take.dry_run || reason != Reason::Ok {
+            self.note(&holder, reason, budget.as_ref().filter(|_| limits.drew), now);
         }
-        let Some(account) = account else {
-            return Ok(Err(Refused { reason: Reason::WrongAccount, retry_after: None }));
-        };
-        Ok(Ok(Authenticated { holder, account, grants, fresh }))
+        if reason != Reason::Ok {
+            let most = limits.never_fits(take.cost);
+            return Ok(Err(Refused { reason, retry_after: limits.retry_after(), most }));
+        }
+        let Some(account) = account else { return Ok(Err(Reason::WrongAccount.into())) };
+        Ok(Ok(Authenticated { holder, digest, account, grants, fresh }))
     }
 
     /// Finds a caller's key and decides by what is known of it; awaits nothing.
@@ -117,7 +130,19 @@ impl Engine {
         if token::shape(presented) != Shape::Plausible {
             return Ok(Err(Reason::Malformed));
         }
-        let Some(found) = self.index.find(&Digest::of(presented)) else {
+        self.judge_digest(&Digest::of(presented), account, anywhere, peer, fresh)
+    }
+
+    /// The same of a token that is known by its digest.
+    pub(super) fn judge_digest(
+        &self,
+        digest: &Digest,
+        account: Option<&AccountId>,
+        anywhere: bool,
+        peer: Option<IpAddr>,
+        fresh: bool,
+    ) -> Result<Result<CallerJudged, Reason>, CannotAnswer> {
+        let Some(found) = self.index.find(digest) else {
             return if fresh { Ok(Err(Reason::Unknown)) } else { Err(CannotAnswer::LeaseLost) };
         };
         let now = self.clock.now();
@@ -135,7 +160,7 @@ impl Engine {
             Some(_) => found.key.owner().account().or(account).cloned(),
             None => nowhere.then(AccountId::nowhere),
         };
-        Ok(Ok(CallerJudged { found, failures, account, grants, fresh, now }))
+        Ok(Ok(CallerJudged { found, digest: *digest, failures, account, grants, fresh, now }))
     }
 
     /// Whether a caller that was authenticated still may call: what it is granted now, or the first thing that stands
@@ -180,16 +205,15 @@ impl Engine {
     /// # Errors
     /// When the first snapshot is not loaded yet, or the lease has run out: the token may have been replaced since.
     pub fn lookup(&self, presented: &str) -> Result<Option<Holder>, CannotAnswer> {
-        self.index.revision().ok_or(CannotAnswer::Starting)?;
-        let find = |fresh| if fresh { Ok(self.find(presented)) } else { Err(CannotAnswer::LeaseLost) };
-        self.lease.check(|| self.clock.boottime(), find)
+        let plausible = token::shape(presented) == Shape::Plausible;
+        self.holder_of(plausible.then(|| Digest::of(presented)).as_ref())
     }
 
-    fn find(&self, presented: &str) -> Option<Holder> {
-        if token::shape(presented) != Shape::Plausible {
-            return None;
-        }
-        let found = self.index.find(&Digest::of(presented))?;
-        Some(Holder { key: found.key, version: found.version })
+    pub(super) fn holder_of(&self, digest: Option<&Digest>) -> Result<Option<Holder>, CannotAnswer> {
+        self.index.revision().ok_or(CannotAnswer::Starting)?;
+        let find = || self.index.find(digest?);
+        let find = |fresh| if fresh { Ok(find()) } else { Err(CannotAnswer::LeaseLost) };
+        let found = self.lease.check(|| self.clock.boottime(), find)?;
+        Ok(found.map(|found| Holder { key: found.key, version: found.version }))
     }
 }

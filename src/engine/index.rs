@@ -8,7 +8,8 @@
 //! and never wait for a writer. What is published first is found first: a changed record is visible to every
 //! reader before the revision that says so.
 //!
-//! Keys revoked and secrets superseded longer ago than the retention leave the index and are unknown then.
+//! A revoked key keeps only what a Check needs to answer REVOKED. Keys revoked and secrets superseded longer ago than the
+//! retention leave the index and are unknown then.
 
 mod held;
 mod keys;
@@ -19,7 +20,7 @@ mod sparse;
 mod table;
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     sync::{
         Arc, Mutex,
         atomic::{AtomicU64, AtomicUsize, Ordering},
@@ -45,7 +46,7 @@ use crate::{
         time::{Revision, Timestamp},
         token::Digest,
     },
-    store::{Loader, Part, SnapshotItem, writer::Follower},
+    store::{Loader, Part, SnapshotItem, Write, writer::Follower},
 };
 
 /// A found key with everything that a decision needs.
@@ -95,13 +96,15 @@ pub struct State {
     turns: u64,
 }
 
+/// Changes that may have been committed. Each carries the revision of the record that it was made from; zero = there
+/// was none. Only a newer record settles it: an older one may still be on its way from another replica.
 #[derive(Default)]
 struct Doubts {
     keys: HashMap<KeyId, Arc<Key>>,
     stopped: HashMap<KeyId, Reason>,
     accounts: HashMap<AccountId, Arc<Account>>,
-    roles: HashSet<(Option<AccountId>, RoleName)>,
-    members: HashSet<(AccountId, UserId)>,
+    roles: HashMap<(Option<AccountId>, RoleName), Revision>,
+    members: HashMap<(AccountId, UserId), Revision>,
 }
 
 impl Doubts {
@@ -162,9 +165,17 @@ impl Index {
     /// The key with this digest.
     #[must_use]
     pub fn find(&self, digest: &Digest) -> Option<Found> {
-        let (key, version) = self.keys.load().find(digest)?;
-        let doubt = self.doubted(|doubts| doubts.keys.get(&key.id()).cloned());
-        let stopped = self.doubted(|doubts| doubts.stopped.get(&key.id()).copied());
+        let find = || self.keys.load().find(digest);
+        // The doubts are held while the record is read: one that is settled meanwhile leaves either itself or its record.
+        let in_doubt = |doubts: &Doubts| {
+            let found = find();
+            let id = found.as_ref().map(|(key, _)| key.id());
+            let doubt = id.and_then(|id| doubts.keys.get(&id).cloned());
+            let stopped = id.and_then(|id| doubts.stopped.get(&id).copied());
+            Some((found, doubt, stopped))
+        };
+        let (found, doubt, stopped) = self.doubted(in_doubt).unwrap_or_else(|| (find(), None, None));
+        let (key, version) = found?;
         let budget = key.is_limited().then(|| self.budget(key.id()));
         Some(Found { key, version, budget, doubt, stopped })
     }
@@ -211,16 +222,27 @@ impl Index {
             .or_else(|| self.accounts.pin().get(id).map(suspended))
     }
 
-    /// The role that a name stands for in an account: its own before the global one. None while a change of it
-    /// is in doubt.
+    /// The role that a name means in an account: its own before the global one. None while a change is in doubt at one of
+    /// the places that the look-up depends on, also if no record exists there yet.
     #[must_use]
     pub fn role(&self, account: Option<&AccountId>, name: &RoleName) -> Option<Arc<Role>> {
         let roles = self.roles.pin();
         // The map's keys own what they hold; a service key with roles pays for the look-up.
-        let own = account.and_then(|account| roles.get(&(Some(account.clone()), name.clone())));
-        let role = own.or_else(|| roles.get(&(None, name.clone())))?;
-        let doubted = self.doubted(|doubts| doubts.roles.get(&role_id(role)).map(drop));
-        if doubted.is_some() { None } else { Some(role.clone()) }
+        let place = |account: Option<&AccountId>| (account.cloned(), name.clone());
+        // Doubts come before records: a doubt that is settled meanwhile has put its record there first.
+        let in_doubt = |account| {
+            let found = self.doubted(|doubts| doubts.roles.get(&place(account)).copied());
+            found.is_some()
+        };
+        if let Some(account) = account {
+            if in_doubt(Some(account)) {
+                return None;
+            }
+            if let Some(own) = roles.get(&place(Some(account))) {
+                return Some(own.clone());
+            }
+        }
+        if in_doubt(None) { None } else { roles.get(&place(None)).cloned() }
     }
 
     /// A user's place in an account. None while its end or change is in doubt.
@@ -229,6 +251,12 @@ impl Index {
         let id = (account.clone(), user.clone());
         let doubted = self.doubted(|doubts| doubts.members.get(&id).map(drop));
         if doubted.is_some() { None } else { self.members.pin().get(&id).cloned() }
+    }
+
+    /// The record of an account, whatever is in doubt.
+    #[must_use]
+    pub fn account_record(&self, id: &AccountId) -> Option<Arc<Account>> {
+        self.accounts.pin().get(id).cloned()
     }
 
     /// The record of a member, whatever is in doubt.
@@ -307,51 +335,65 @@ impl Index {
 
     fn put_account(&self, account: Arc<Account>) {
         let id = account.id.clone();
+        let suspended = account.suspended_at.map(|_| account.revision);
         self.accounts.pin().insert(id.clone(), account);
-        let suspended = self.accounts.pin().get(&id).is_some_and(|account| account.suspended_at.is_some());
         self.settle(|doubts| {
             // A suspension that was not recorded stays until one is, or until Resume.
-            if suspended {
+            let doubt = doubts.accounts.get(&id);
+            if doubt.is_some_and(|doubt| suspended > Some(doubt.revision)) {
                 doubts.accounts.remove(&id);
             }
         });
     }
 
     fn put_role(&self, role: Arc<Role>) {
-        let id = role_id(&role);
+        let (id, revision) = (role_id(&role), role.revision);
         self.roles.pin().insert(id.clone(), role);
-        self.settle(|doubts| {
-            doubts.roles.remove(&id);
-        });
+        self.settle_role(&id, revision);
     }
 
     fn delete_role(&self, role: &Role) {
         let id = role_id(role);
         self.roles.pin().remove(&id);
+        self.settle_role(&id, role.revision);
+    }
+
+    fn settle_role(&self, id: &(Option<AccountId>, RoleName), revision: Revision) {
         self.settle(|doubts| {
-            doubts.roles.remove(&id);
+            if doubts.roles.get(id).is_some_and(|made_from| *made_from < revision) {
+                doubts.roles.remove(id);
+            }
         });
     }
 
     fn put_member(&self, member: Arc<Member>) {
-        let id = member_id(&member);
+        let (id, revision) = (member_id(&member), member.revision);
         self.members.pin().insert(id.clone(), member);
-        self.settle(|doubts| {
-            doubts.members.remove(&id);
-        });
+        self.settle_member(&id, revision);
     }
 
     fn remove_member(&self, member: &Member) {
         let id = member_id(member);
         self.members.pin().remove(&id);
+        self.settle_member(&id, member.revision);
+    }
+
+    fn settle_member(&self, id: &(AccountId, UserId), revision: Revision) {
         self.settle(|doubts| {
-            doubts.members.remove(&id);
+            if doubts.members.get(id).is_some_and(|made_from| *made_from < revision) {
+                doubts.members.remove(id);
+            }
         });
     }
 
     fn put_keys<'k>(&self, keys: impl Iterator<Item = &'k Key> + Clone) {
         self.keys.load().put(keys.clone());
-        keys.for_each(|key| self.settle_key(key));
+        keys.for_each(|key| {
+            if key.is_revoked() {
+                self.budgets.pin().remove(&key.id);
+            }
+            self.settle_key(key);
+        });
     }
 
     /// Ends doubts about a key, whose record has come.
@@ -359,7 +401,8 @@ impl Index {
         self.settle(|doubts| {
             // A stop that was not recorded stays until one is, or until Enable.
             let settled = |doubt: &Arc<Key>| {
-                (doubt.revocation.is_none() || key.revocation.is_some())
+                doubt.revision < key.revision
+                    && (doubt.revocation.is_none() || key.revocation.is_some())
                     && (doubt.disabled_at.is_none() || key.disabled_at.is_some() || key.revocation.is_some())
             };
             if doubts.keys.get(&key.id).is_some_and(settled) {
@@ -463,25 +506,25 @@ impl Follower for Index {
         }
     }
 
-    fn in_doubt(&self, change: &Change) {
+    fn in_doubt(&self, write: &Write) {
+        let made_from = write.expect.unwrap_or_default();
+        // The record that it was made from may not have come in here yet: the change may narrow that one.
+        let narrows = write.expect > self.revision() || self.narrows(&write.change);
         let mut doubts = lock(&self.doubts);
-        match change {
-            Change::Key(after) => {
-                if self.narrows(change) {
-                    doubts.keys.insert(after.id, after.clone());
-                }
+        match write.change.clone().at_revision(made_from) {
+            Change::Key(after) if narrows => {
+                doubts.keys.insert(after.id, after);
             }
-            Change::Account(after) => {
-                if self.narrows(change) {
-                    doubts.accounts.insert(after.id.clone(), after.clone());
-                }
+            Change::Account(after) if narrows => {
+                doubts.accounts.insert(after.id.clone(), after);
             }
+            Change::Key(_) | Change::Account(_) => {}
             // Whatever the change is, until it is settled the role grants nothing and the user is no member.
             Change::Role(role) | Change::RoleDeleted(role) => {
-                doubts.roles.insert(role_id(role));
+                doubts.roles.insert(role_id(&role), made_from);
             }
             Change::Member(member) | Change::MemberRemoved(member) => {
-                let _ = doubts.members.insert(member_id(member));
+                let _ = doubts.members.insert(member_id(&member), made_from);
             }
         }
         self.doubtful.store(doubts.len(), Ordering::Release);
@@ -497,5 +540,7 @@ impl Follower for Index {
     }
 }
 
+#[cfg(test)]
+mod size;
 #[cfg(test)]
 mod tests;

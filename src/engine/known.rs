@@ -124,7 +124,7 @@ mod tests {
         engine::{
             Asker, CannotAnswer, Question, index::Index, lease::Lease, limiter::LimitSettings, usage::Usage,
         },
-        store::{SnapshotItem, writer::Follower as _},
+        store::SnapshotItem,
     };
     use std::time::Duration;
 
@@ -205,7 +205,7 @@ mod tests {
         let (key, memory) = (caller(), Memory::default());
         let engine = engine(&key);
         let before = engine.recognise("one", None, &memory).unwrap();
-        engine.index.in_doubt(&Change::Key(revoked(&key)));
+        engine.index.doubt(Change::Key(revoked(&key)), Some(key.revision));
         assert!(engine.recognise("one", None, &memory).is_none());
         engine.index.enable(key.id);
         engine.index.stop(key.id, Reason::Disabled);

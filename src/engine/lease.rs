@@ -1,4 +1,4 @@
-//! Until when this process may allow, as Checks see it. Where one process owns the database, that is for ever.
+//! Until when this process may allow, as Checks see it. Where one process owns the database, that is for as long as it does.
 //!
 //! Written by `replication`, from the actions of the lease protocol; read by every Check. The order of the two words
 //! does not matter to the guarantee: only the deadline decides.
@@ -16,7 +16,7 @@ use super::deadline::Deadline;
 #[derive(Debug)]
 pub struct Lease {
     /// One process owns the database: what it has applied is all there is.
-    sole: bool,
+    sole: AtomicBool,
     deadline: Deadline,
     as_of: AtomicU64,
     /// Limits are counted by each of several processes for itself.
@@ -27,7 +27,7 @@ impl Lease {
     /// Of the one process that owns the database.
     #[must_use]
     pub fn sole() -> Lease {
-        Lease { sole: true, shared: AtomicBool::new(false), ..Lease::none() }
+        Lease { sole: AtomicBool::new(true), shared: AtomicBool::new(false), ..Lease::none() }
     }
 
     /// Of a replica, which has none yet.
@@ -35,7 +35,7 @@ impl Lease {
     pub fn none() -> Lease {
         // There are others, until a reading tells that there are none.
         let (as_of, shared) = (AtomicU64::new(0), AtomicBool::new(true));
-        Lease { sole: false, deadline: Deadline::passed(), as_of, shared }
+        Lease { sole: AtomicBool::new(false), deadline: Deadline::passed(), as_of, shared }
     }
 
     /// Allows until `deadline`: the map holds at least what the database held at `as_of`.
@@ -47,17 +47,22 @@ impl Lease {
     /// Allows nothing from now on.
     pub fn stop_allowing(&self) {
         self.deadline.set(Boottime::PASSED);
+        self.sole.store(false, Ordering::Relaxed);
+    }
+
+    fn is_sole(&self) -> bool {
+        self.sole.load(Ordering::Relaxed)
     }
 
     /// When it ends.
     #[must_use]
     pub fn deadline(&self) -> Boottime {
-        if self.sole { Boottime::FOREVER } else { self.deadline.get() }
+        if self.is_sole() { Boottime::FOREVER } else { self.deadline.get() }
     }
 
     /// Looks up, and tells `look_up` before whether what it finds may be allowed.
     pub fn check<T>(&self, clock: impl FnOnce() -> Boottime, look_up: impl FnOnce(bool) -> T) -> T {
-        if self.sole { look_up(true) } else { self.deadline.check(clock, look_up) }
+        if self.is_sole() { look_up(true) } else { self.deadline.check(clock, look_up) }
     }
 
     /// Whether Checks may allow now.
@@ -69,7 +74,7 @@ impl Lease {
     /// How old the map can be.
     #[must_use]
     pub fn staleness(&self, clock: impl FnOnce() -> Boottime) -> Duration {
-        if self.sole {
+        if self.is_sole() {
             return Duration::ZERO;
         }
         clock().since(Boottime::from_nanos(self.as_of.load(Ordering::Relaxed)))
@@ -111,5 +116,13 @@ mod tests {
         let lease = Lease::sole();
         assert!(lease.holds(|| panic!("asked")));
         assert_eq!(lease.staleness(|| panic!("asked")), Duration::ZERO);
+    }
+
+    #[test]
+    fn an_owner_that_has_lost_the_database_allows_nothing() {
+        let lease = Lease::sole();
+        lease.stop_allowing();
+        assert!(!lease.holds(|| at(0)));
+        assert_eq!(lease.deadline(), Boottime::PASSED);
     }
 }

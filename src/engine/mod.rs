@@ -10,6 +10,7 @@ pub mod index;
 pub mod known;
 pub mod lease;
 pub mod limiter;
+mod reads;
 pub mod usage;
 
 use std::{net::IpAddr, sync::Arc, time::Duration};

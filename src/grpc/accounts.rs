@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use prost::Message as _;
 use tonic::{Request, Response, Status};
 
 use crate::{
@@ -14,16 +15,19 @@ use crate::{
         time::Revision,
     },
     pb,
-    people::People,
-    refusal::{Refusal, Violations},
+    people::{People, Removed},
+    refusal::{Refusal, Thing, Violations},
     replication::propagation::{Propagation, Reach},
+    store::page::PageBudget,
 };
 
 use super::{
     convert,
     gate::{Patience, shown},
     keys_read::filled,
+    outgoing::Places,
     page,
+    permits::only_waits,
 };
 
 const MAX_SCOPES: usize = 256;
@@ -37,6 +41,8 @@ pub(super) struct AccountService {
     pub people: Arc<People>,
     /// Waits until a change is in force everywhere.
     pub propagation: Propagation,
+    /// The places for lists.
+    pub lists: Places,
 }
 
 impl std::fmt::Debug for AccountService {
@@ -61,6 +67,7 @@ impl AccountService {
         reach: Reach,
         patience: Patience,
     ) -> Result<Option<pb::Propagation>, Refusal> {
+        only_waits();
         let report = self.propagation.reached(revision, reach, patience.until).await?;
         Ok(Some(convert::propagation(report)))
     }
@@ -111,8 +118,9 @@ impl pb::account_service_server::AccountService for AccountService {
         let after = page::decode(b"accounts", page_token, &mut violations)
             .and_then(|cursor| page::read(&cursor, AccountId::parse, &mut violations));
         violations.finish()?;
+        let place = self.lists.take(&caller.account).await?;
         let (accounts, next) = self.accounts.list(&caller, after.as_ref(), size).await?;
-        Ok(Response::new(pb::ListAccountsResponse {
+        Ok(place.hold(pb::ListAccountsResponse {
             accounts: accounts.iter().map(convert::account).collect(),
             next_page_token: next
                 .map(|id| page::encode(b"accounts", id.as_str().as_bytes()))
@@ -202,9 +210,14 @@ impl pb::account_service_server::AccountService for AccountService {
         let account = violations.take("account", AccountId::parse(account));
         let user = violations.take("user", UserId::parse(user));
         violations.finish()?;
-        let revision = self.people.remove_member(&caller, filled(account)?, filled(user)?).await?.0;
-        let propagation = self.narrowed(Revision(revision), patience).await?;
-        Ok(Response::new(pb::RemoveMemberResponse { revision, propagation }))
+        let Removed { revision, was_member } =
+            self.people.remove_member(&caller, filled(account)?, filled(user)?).await?;
+        let reach = Reach::Narrows { again: !was_member };
+        let propagation = self.reached(revision, reach, patience).await?;
+        if !was_member {
+            return Err(Refusal::NotFound(Thing::Member).into());
+        }
+        Ok(Response::new(pb::RemoveMemberResponse { revision: revision.0, propagation }))
     }
 
     async fn list_members(
@@ -220,9 +233,10 @@ impl pb::account_service_server::AccountService for AccountService {
         let after = page::decode(&filters, page_token, &mut violations)
             .and_then(|cursor| page::read(&cursor, UserId::parse, &mut violations));
         violations.finish()?;
+        let place = self.lists.take(&caller.account).await?;
         let (members, next) =
             self.people.list_members(&caller, &filled(account)?, after.as_ref(), size).await?;
-        Ok(Response::new(pb::ListMembersResponse {
+        Ok(place.hold(pb::ListMembersResponse {
             members: members.iter().map(member_message).collect(),
             next_page_token: next
                 .map(|user| page::encode(&filters, user.as_str().as_bytes()))
@@ -270,12 +284,35 @@ impl pb::account_service_server::AccountService for AccountService {
         mut request: Request<pb::ListRolesRequest>,
     ) -> Result<Response<pb::ListRolesResponse>, Status> {
         let caller = shown::<Caller>(&mut request)?;
+        let pb::ListRolesRequest { account, page_size, page_token } = request.get_ref();
+        let filters = format!("roles {account}").into_bytes();
         let mut violations = Violations::default();
-        let account = convert::read_account("account", &request.get_ref().account, &mut violations);
+        let account = convert::read_account("account", account, &mut violations);
+        let size = page_size.map_or(u32::MAX, |size| page::size(Some(size), &mut violations));
+        let after = page::decode(&filters, page_token, &mut violations);
         violations.finish()?;
+        let place = self.lists.take(&caller.account).await?;
         let roles = self.people.list_roles(&caller, account).await?;
-        Ok(Response::new(pb::ListRolesResponse { roles: roles.iter().map(role_message).collect() }))
+        let begin = after.map_or(0, |after| roles.partition_point(|role| cursor(role) <= after));
+        let mut budget = PageBudget::new(size);
+        let listed: Vec<pb::Role> = roles[begin..]
+            .iter()
+            .map(role_message)
+            .take_while(|role| budget.step() > 0 && budget.take(role.encoded_len()))
+            .collect();
+        let end = begin + listed.len();
+        let next = roles[..end].last().filter(|_| end < roles.len());
+        Ok(place.hold(pb::ListRolesResponse {
+            roles: listed,
+            next_page_token: next.map(|last| page::encode(&filters, &cursor(last))).unwrap_or_default(),
+        }))
     }
+}
+
+/// The place of a role in a list: by its name, and a global one before an account's of the same name.
+fn cursor(Role { account, name, .. }: &Role) -> Vec<u8> {
+    let account = account.as_ref().map(AccountId::as_str).unwrap_or_default();
+    [name.as_str(), account].join("\0").into_bytes()
 }
 
 fn member_message(Member { account, user, role, revision }: &Member) -> pb::Member {

@@ -4,7 +4,13 @@
 //! Callers are decided by the same policy as any key. To strangers one thing only is said, whatever is wrong with what
 //! they showed.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{
+    net::IpAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use http::{HeaderMap, Request};
 use tonic::Status;
@@ -18,20 +24,26 @@ use crate::{
         identity::Identity,
         name::{AccountId, NameError, UserId},
         scope::ScopeSet,
+        token::Digest,
     },
-    engine::{Authenticated, CannotAnswer, Holder, known::Memory},
+    engine::{Authenticated, CannotAnswer, known::Memory, limiter::Take},
     refusal::Refusal,
     trace,
-    transport::{Auth, Listener, Service as Served, Services as ServedSet, certificate::Certificate},
+    transport::{
+        Auth, Listener, Service as Served, Services as ServedSet, budget::ConnectionBudget,
+        certificate::Certificate,
+    },
 };
 
 use super::{
     body::Limited,
     ext_authz::Proxy,
-    gate::{Call, HEALTH, Services},
-    rpc::{Access, Plane, Rpc},
+    gate::{HEALTH, Services},
+    rpc::{Access, Kind, Plane, Rpc},
+    session::CallerSession,
     status::lacks_permission,
     vigil::{Presented, Vigil},
+    watches::Watches,
 };
 
 /// Where a connection came in: what is served there, and what callers must show.
@@ -89,6 +101,12 @@ pub struct Visitor {
     pub identity: Option<Arc<Identity>>,
     /// Whose calls came last.
     pub memory: Memory,
+    /// The calls that last.
+    pub watches: Watches,
+    /// What its requests may hold.
+    pub memory_budget: Arc<ConnectionBudget>,
+    /// Whether a caller has proved itself over this connection.
+    pub proven: AtomicBool,
 }
 
 /// What a call shows of its caller.
@@ -121,15 +139,8 @@ impl Services {
         }
         let shown = visitor.shows(request.headers())?;
         if rpc.access == Access::Possession {
-            let holder = self.holder(credential(request.headers())?)?;
-            let account = holder.key.owner().account().map(ToString::to_string).unwrap_or_default();
-            let request_id = trace::current(|call| {
-                call.set_caller(trace::Caller { key: holder.key.id().to_string(), account });
-                call.request_id().to_string()
-            });
-            let call = Call { peer: visitor.peer, request_id };
-            request.extensions_mut().insert(holder);
-            request.extensions_mut().insert(call);
+            let caller = self.possessor(rpc, credential(request.headers())?, visitor.peer)?;
+            request.extensions_mut().insert(CallerSession::new(self.engine.clone(), caller));
             return Ok(());
         }
         let named_account = named(request.headers(), "x-keyward-account", AccountId::parse);
@@ -138,6 +149,7 @@ impl Services {
             Shown::Token(ref token) => self.known_by_key(rpc, token, &named_account, visitor.peer).await?,
             Shown::Certificate(identity) => self.known_by_certificate(identity)?,
         };
+        visitor.set_proven();
         if !fresh && rpc.plane == Plane::Management {
             return Err(Refusal::CannotAnswer(CannotAnswer::LeaseLost).into());
         }
@@ -152,23 +164,24 @@ impl Services {
         let request_id =
             trace::current(|call| (rpc.plane == Plane::Management).then(|| call.request_id().to_string()));
         let request_id = request_id.flatten();
+        let needs = match rpc.access {
+            Access::Needs(permission) => Some(permission),
+            Access::Proxy => Some(Permission::Check),
+            Access::AnyKey | Access::Possession => None,
+        };
         let caller =
-            Caller { proof, account, grants, acting_user, named_user: None, method, peer, request_id };
+            Caller { proof, account, grants, needs, acting_user, named_user: None, method, peer, request_id };
         trace::current(|call| {
             if rpc.plane == Plane::Management || call.is_recorded() {
                 let (key, account) = (caller.actor().to_string(), caller.account.to_string());
                 call.set_caller(trace::Caller { key, account });
             }
         });
-        let needed = match rpc.access {
-            Access::Needs(permission) => Some(permission),
-            Access::Proxy => Some(Permission::Check),
-            Access::AnyKey | Access::Possession => None,
-        };
-        if let Some(permission) = needed.filter(|permission| !caller.may(*permission)) {
+        if let Some(permission) = needs.filter(|permission| !caller.may(*permission)) {
             return Err(lacks_permission(permission.as_str()));
         }
-        if rpc.plane == Plane::Checks {
+        // Others are done before their caller's rights can end.
+        if rpc.plane == Plane::Checks || rpc.kind == Kind::ServerStream {
             let shown = match shown {
                 Shown::Token(token) => Presented::Token(Arc::new(Zeroizing::new(token))),
                 Shown::Certificate(identity) => Presented::Certificate(identity.clone()),
@@ -180,7 +193,12 @@ impl Services {
             }
             request.extensions_mut().insert(vigil);
         }
-        request.extensions_mut().insert(caller);
+        match rpc.plane {
+            Plane::Checks => drop(request.extensions_mut().insert(caller)),
+            Plane::Management => {
+                request.extensions_mut().insert(CallerSession::new(self.engine.clone(), caller));
+            }
+        }
         Ok(())
     }
 
@@ -206,9 +224,11 @@ impl Services {
     ) -> Result<Known, Refusal> {
         let asked = named_account.as_ref().ok().and_then(Option::as_ref);
         let anywhere = rpc.access == Access::AnyKey;
-        let refused = match self.engine.authenticate(presented, asked, anywhere, peer).await? {
-            Ok(Authenticated { holder, account, grants, fresh }) => {
-                return Ok(Known { proof: Proof::Key(holder.key), account, grants, fresh });
+        // A batch is charged for each of its items, once they are known.
+        let take = if rpc.is_batch() { Take::ONE.dry() } else { Take::ONE };
+        let refused = match self.engine.authenticate(presented, asked, anywhere, peer, take).await? {
+            Ok(Authenticated { holder, digest, account, grants, fresh }) => {
+                return Ok(Known { proof: Proof::Key(holder.key, digest), account, grants, fresh });
             }
             Err(refused) => refused,
         };
@@ -240,17 +260,43 @@ impl Services {
         })
     }
 
-    /// The key of a living token, in whatever state it is. A superseded token proves nothing any more.
-    fn holder(&self, presented: &str) -> Result<Holder, Refusal> {
-        let holder = self.engine.lookup(presented)?.ok_or(Refusal::Unauthenticated)?;
-        if holder.key.superseded(holder.version, self.engine.now()) && !holder.key.is_revoked() {
-            return Err(Refusal::Unauthenticated);
-        }
-        Ok(holder)
+    /// The caller that shows a living token, in whatever state the key is.
+    fn possessor(&self, rpc: &'static Rpc, presented: &str, peer: Option<IpAddr>) -> Result<Caller, Refusal> {
+        let digest = Digest::of(presented);
+        let holder = self.engine.possessor(&digest)?.ok_or(Refusal::Unauthenticated)?;
+        let account = holder.key.owner().account().cloned();
+        let request_id = trace::current(|call| {
+            let account = account.as_ref().map(ToString::to_string).unwrap_or_default();
+            call.set_caller(trace::Caller { key: holder.key.id().to_string(), account });
+            call.request_id().to_string()
+        });
+        Ok(Caller {
+            proof: Proof::Possession(holder.key, digest),
+            account: account.unwrap_or_else(AccountId::nowhere),
+            grants: ScopeSet::default(),
+            needs: None,
+            acting_user: None,
+            named_user: None,
+            method: rpc.method,
+            peer,
+            request_id,
+        })
     }
 }
 
 impl Visitor {
+    /// Whether a caller has proved itself over this connection.
+    pub(super) fn is_proven(&self) -> bool {
+        self.proven.load(Ordering::Relaxed)
+    }
+
+    /// Remembers that a caller has proved itself.
+    pub(super) fn set_proven(&self) {
+        if !self.is_proven() {
+            self.proven.store(true, Ordering::Relaxed);
+        }
+    }
+
     /// What a call shows of its caller, where that is enough by this door.
     fn shows(&self, headers: &HeaderMap) -> Result<Shown<'_>, Refusal> {
         let identity = || self.identity.as_ref().ok_or(Refusal::Unauthenticated);

@@ -19,6 +19,20 @@ use super::convert;
 
 /// Writes the message.
 pub(super) fn write(answer: &Answer, out: &mut impl BufMut) {
+    write_with(answer, true, out);
+}
+
+/// Writes an item of a batch: without the key's grants and metadata if they would make the batch longer than `most`.
+pub(super) fn write_item(answer: &Answer, most: usize, out: &mut BytesMut) {
+    let start = out.len();
+    nest(1, out, |out| write_with(answer, true, out));
+    if out.len() > most && answer.holder.is_some() {
+        out.truncate(start);
+        nest(1, out, |out| write_with(answer, false, out));
+    }
+}
+
+fn write_with(answer: &Answer, grants: bool, out: &mut impl BufMut) {
     let reason = answer.reason();
     number(1, u64::from(reason == Reason::Ok), out);
     number(2, reason as u64, out);
@@ -35,9 +49,13 @@ pub(super) fn write(answer: &Answer, out: &mut impl BufMut) {
         text(8, answer.account().map_or("", |account| account.as_str()), out);
         text(9, key.owner().user().map_or("", |user| user.as_str()), out);
         text(10, key.environment().as_str(), out);
-        answer.grants().for_each(|scope| text(11, scope.as_str(), out));
+        if grants {
+            answer.grants().for_each(|scope| text(11, scope.as_str(), out));
+        }
         number(12, holder.version.into(), out);
-        key.metadata().iter().for_each(|pair| entry(13, pair, out));
+        if grants {
+            key.metadata().iter().for_each(|pair| entry(13, pair, out));
+        }
     }
     answer.limits().standings.iter().for_each(|standing| message::encode(14, &limit_state(standing), out));
     if let Some(after) = answer.limits().retry_after() {
@@ -51,6 +69,7 @@ pub(super) fn write(answer: &Answer, out: &mut impl BufMut) {
     // No answer may be kept.
     message::encode(19, &PbDuration::default(), out);
     number(20, answer.limits().inexact.into(), out);
+    number(22, (!grants).into(), out);
 }
 
 fn missing(answer: &Answer) -> String {
@@ -101,7 +120,7 @@ fn entry(field: u32, (name, value): (&String, &String), out: &mut impl BufMut) {
 }
 
 /// A message in a message. Its length is known when it is written: most have one of two bytes, for which room is kept.
-pub(super) fn nest(field: u32, out: &mut BytesMut, write: impl FnOnce(&mut BytesMut)) {
+fn nest(field: u32, out: &mut BytesMut, write: impl FnOnce(&mut BytesMut)) {
     const KEPT: usize = 2;
     encode_key(field, WireType::LengthDelimited, out);
     let start = out.len();
@@ -181,6 +200,19 @@ mod tests {
         };
         assert!(!expected.scopes.is_empty() && expected.metadata.len() == 2);
         assert_eq!(read(&answer), expected);
+    }
+
+    #[test]
+    fn an_item_that_makes_its_batch_too_long_is_written_without_its_grants_and_says_so() {
+        let answer = allowed();
+        let (mut whole, mut without) = (BytesMut::new(), BytesMut::new());
+        write_item(&answer, usize::MAX, &mut whole);
+        write_item(&answer, whole.len() - 1, &mut without);
+        let item = |bytes: &[u8]| pb::BatchCheckResponse::decode(bytes).unwrap().results.remove(0);
+        let (whole, without) = (item(&whole), item(&without));
+        assert!(!whole.grants_omitted && !whole.scopes.is_empty());
+        let (scopes, metadata) = (Vec::new(), Default::default());
+        assert_eq!(without, pb::CheckResponse { grants_omitted: true, scopes, metadata, ..whole });
     }
 
     #[test]

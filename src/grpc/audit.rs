@@ -17,24 +17,52 @@ use crate::{
         name::{AccountId, UserId},
         time::Revision,
     },
+    engine::Engine,
     pb,
     refusal::{Refusal, Violations},
-    store::{Checkpoint, LogFilter, Store, StoreError},
+    store::{Checkpoint, LogFilter, Store, StoreError, page::PageBudget},
 };
 
-use super::{convert, gate::shown, page};
+use super::{convert, gate::shown, outgoing::Places, page};
 
 /// The service over the store.
 #[derive(Clone)]
 pub(super) struct AuditService {
     store: Arc<dyn Store>,
+    engine: Arc<Engine>,
     /// Whoever verifies; the others wait, since it reads all there is.
     verifying: Arc<Mutex<()>>,
+    lists: Places,
 }
 
 impl AuditService {
-    pub(super) fn over(store: Arc<dyn Store>) -> AuditService {
-        AuditService { store, verifying: Arc::default() }
+    pub(super) fn over(store: Arc<dyn Store>, engine: Arc<Engine>, lists: Places) -> AuditService {
+        AuditService { store, engine, verifying: Arc::default(), lists }
+    }
+
+    /// The entries of a page, as many as one answer can hold, and whether there are more.
+    async fn page(
+        &self,
+        caller: &Caller,
+        listing: &Listing,
+    ) -> Result<(Vec<pb::AuditEntry>, bool), StoreError> {
+        let (mut budget, mut entries) = (PageBudget::new(listing.size), Vec::<pb::AuditEntry>::new());
+        loop {
+            let last = entries.last().map(|entry| Revision(entry.revision)).or(listing.cursor);
+            let step = budget.step();
+            let mut rows = self.store.log(&listing.filter, last, step + 1).await?;
+            let more = rows.len() > step as usize;
+            rows.truncate(step as usize);
+            for entry in Page::read(&*self.store, rows).await?.entries(caller, listing.full) {
+                if !budget.take(entry.encoded_len()) {
+                    return Ok((entries, true));
+                }
+                entries.push(entry);
+            }
+            if !more || budget.step() == 0 {
+                return Ok((entries, more));
+            }
+        }
     }
 }
 
@@ -54,7 +82,7 @@ struct Listing {
     full: bool,
 }
 
-fn read(caller: &Caller, request: &pb::ListAuditEntriesRequest) -> Result<Listing, Refusal> {
+fn read(caller: &Caller, engine: &Engine, request: &pb::ListAuditEntriesRequest) -> Result<Listing, Refusal> {
     let mut violations = Violations::default();
     let v = &mut violations;
     let unpaged =
@@ -96,9 +124,15 @@ fn read(caller: &Caller, request: &pb::ListAuditEntriesRequest) -> Result<Listin
     }
     // An operator reads all accounts unless it names one; an account's caller reads its own.
     let account = match account {
-        None if caller.is_operator() => None,
+        None if caller.is_operator() => {
+            caller.acts_for_itself()?;
+            None
+        }
         named => Some(caller.account_meant(named)?),
     };
+    if let Some(account) = &account {
+        caller.authorize(engine)?.may_know(account)?;
+    }
     let given = |text: &String| (!text.is_empty()).then(|| text.clone());
     let filter = LogFilter {
         account,
@@ -272,17 +306,14 @@ impl pb::audit_service_server::AuditService for AuditService {
         mut request: Request<pb::ListAuditEntriesRequest>,
     ) -> Result<Response<pb::ListAuditEntriesResponse>, Status> {
         let caller = shown::<Caller>(&mut request)?;
-        let Listing { filter, bound, cursor, size, full } = read(&caller, request.get_ref())?;
-        let mut rows = self.store.log(&filter, cursor, size + 1).await.map_err(Refusal::from)?;
-        let more = rows.len() > size as usize;
-        rows.truncate(size as usize);
-        let next =
-            rows.last().filter(|_| more).map(|last| page::encode(&bound, &last.revision.0.to_be_bytes()));
-        let page = Page::read(&*self.store, rows).await.map_err(Refusal::from)?;
-        Ok(Response::new(pb::ListAuditEntriesResponse {
-            entries: page.entries(&caller, full),
-            next_page_token: next.unwrap_or_default(),
-        }))
+        let listing = read(&caller, &self.engine, request.get_ref())?;
+        let place = self.lists.take(&caller.account).await?;
+        let (entries, more) = self.page(&caller, &listing).await.map_err(Refusal::from)?;
+        let next = entries
+            .last()
+            .filter(|_| more)
+            .map(|last| page::encode(&listing.bound, &last.revision.to_be_bytes()));
+        Ok(place.hold(pb::ListAuditEntriesResponse { entries, next_page_token: next.unwrap_or_default() }))
     }
 
     async fn verify(

@@ -1,33 +1,65 @@
-//! Request bodies with a limit that is judged from a message's first five bytes, before any of it is buffered. Those of
-//! management must come in time, too, and large ones find room.
+//! Request bodies: read within a limit, a time and a budget, and handed on as whole messages.
+//!
+//! A buffer grows with the bytes that arrive, never with the size that a message announces. What arrives whole is neither
+//! copied nor counted; a request that must wait for bytes holds a reservation until it has them, or ends.
 
 use std::{
     future::poll_fn,
-    pin::Pin,
-    sync::{Arc, OnceLock},
+    pin::{Pin, pin},
+    sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
 
 use bytes::Bytes;
+use http::HeaderMap;
 use http_body::{Body, Frame};
 use hyper::body::Incoming;
-use tokio::time::{Sleep, sleep};
+use prost::encoding::decode_varint;
+use tokio::time::{Sleep, sleep, timeout};
+use tonic::Status;
 
-use super::{
-    load::{Place, Room},
-    status::{too_large, too_slow},
-};
+use crate::transport::budget::{ConnectionBudget, Priority, Reservation};
+
+use super::status::{overloaded, too_large, too_many_fields, too_slow, unreadable};
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// gRPC's prefix of a message: one byte of flags, four of length (big-endian).
 pub(super) const PREFIX: usize = 5;
-/// How long a request to management may take to arrive.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// Time limit of a request, and of each message of a stream once it has begun.
+const READ_TIMEOUT: Duration = Duration::from_secs(10);
+/// What a waiting call costs besides its headers and its bytes: HTTP/2's stream, a task, a timer.
+const CALL_BYTES: usize = 8 << 10;
+/// The same of a stream of messages, whose buffers stay.
+const STREAM_BYTES: usize = 24 << 10;
+/// Messages up to this size may be held without a reservation once they are whole: what else limits calls bounds them.
+const SMALL: usize = 64 << 10;
+/// Bytes of a message that may be held while only the end of its body is missing.
+const TINY: usize = 1 << 10;
+/// The smallest buffer.
+const LEAST_BUFFER: usize = 256;
+/// Fields at the top of a message. Those of a small message cost little.
+const MAX_FIELDS: usize = 8192;
+/// What a decoded field costs besides its bytes.
+const FIELD_BYTES: usize = 32;
 
-/// The room that a large request takes until its call has ended.
-pub(super) type Held = Arc<OnceLock<Place>>;
+/// The memory that the headers of a call take, about.
+fn header_bytes(headers: &HeaderMap) -> usize {
+    headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 64).sum()
+}
+
+/// Reserves memory for a call that waits for its message.
+///
+/// # Errors
+/// When there is none left.
+pub(super) fn reserve_waiting(
+    budget: &Arc<ConnectionBudget>,
+    headers: &HeaderMap,
+    priority: Priority,
+) -> Result<Reservation, Status> {
+    budget.reserve(CALL_BYTES + header_bytes(headers), priority).ok_or_else(overloaded)
+}
 
 /// A request body of which some may have been read already.
 pub(super) struct Arriving {
@@ -47,15 +79,31 @@ impl Arriving {
     /// The message of a unary call that is plainly in order: it comes in one piece, uncompressed, with nothing behind
     /// it, and has at most `limit` bytes. None = it does not; nothing of the body is lost.
     pub(super) async fn plain_message(&mut self, limit: usize) -> Option<Bytes> {
-        let data = self.next_data().await?;
+        // It may have been begun before, and left when it had to wait.
+        let mut data = match &self.read {
+            Some(read) => read.clone(),
+            None => self.next_data().await?,
+        };
         self.read = Some(data.clone());
-        let [flags, a, b, c, d] = *data.first_chunk::<PREFIX>()?;
-        let length = u32::from_be_bytes([a, b, c, d]) as usize;
+        let [flags, length @ ..] = *data.first_chunk::<PREFIX>()?;
+        let length = u32::from_be_bytes(length) as usize;
         if flags != 0 || length > limit || length != data.len() - PREFIX {
             return None;
         }
         while !self.rest.is_end_stream() {
-            match self.next_data().await {
+            let next = futures_util::poll!(pin!(self.next_data()));
+            let more = match next {
+                Poll::Ready(more) => more,
+                // Counted the other way.
+                Poll::Pending if data.len() > TINY => return None,
+                Poll::Pending => {
+                    // A part of a buffer would keep all of it.
+                    data = Bytes::copy_from_slice(&data);
+                    self.read = Some(data.clone());
+                    self.next_data().await
+                }
+            };
+            match more {
                 Some(more) if more.is_empty() => {}
                 Some(more) => {
                     self.read = Some([data, more].concat().into());
@@ -79,16 +127,8 @@ impl Arriving {
             }
         }
     }
-}
 
-impl Body for Arriving {
-    type Data = Bytes;
-    type Error = hyper::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
         if let Some(data) = self.read.take() {
             return Poll::Ready(Some(Ok(Frame::data(data))));
         }
@@ -103,67 +143,266 @@ impl Body for Arriving {
     }
 }
 
-/// A request body whose first message may have `limit` bytes at the most. Unary calls have no other; of streams
-/// tonic judges the rest.
+/// A request body that gives whole messages alone, each of `limit` bytes at most.
 pub(super) struct Limited {
     inner: Arriving,
     limit: usize,
-    prefix: [u8; PREFIX],
-    have: usize,
-    managed: Option<Managed>,
+    /// Messages that are whole and not yet given.
+    whole: Option<Bytes>,
+    /// The beginning of a message.
+    partial: Vec<u8>,
+    memory: Memory,
+    /// Set while bytes are due.
+    late: Option<Pin<Box<Sleep>>>,
+    kind: Kind,
 }
 
-/// What a request to management is held to besides.
-struct Managed {
-    room: Arc<Room>,
-    held: Held,
-    late: Option<Pin<Box<Sleep>>>,
+/// What is expected of a body.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// Messages, now and then.
+    Stream,
+    /// One message, and then the end.
+    Unary,
+    /// Nothing more: a unary request that has been read to its end.
+    Read,
+}
+
+/// The memory that a body may hold.
+struct Memory {
+    budget: Arc<ConnectionBudget>,
+    priority: Priority,
+    headers: usize,
+    reservation: Option<Reservation>,
+}
+
+impl Memory {
+    /// Holds so many bytes from now on.
+    fn hold(&mut self, bytes: usize) -> Result<(), Status> {
+        let Memory { budget, priority, reservation, .. } = self;
+        let fits = match reservation {
+            Some(reservation) => reservation.resize(bytes, *priority),
+            None => {
+                *reservation = budget.reserve(bytes, *priority);
+                reservation.is_some()
+            }
+        };
+        if fits { Ok(()) } else { Err(overloaded()) }
+    }
 }
 
 impl Limited {
-    pub(super) fn new(body: impl Into<Arriving>, limit: usize) -> Self {
-        Limited { inner: body.into(), limit, prefix: [0; PREFIX], have: 0, managed: None }
+    /// A body of a call with these headers, which counts as anonymous until it is known whose it is.
+    pub(super) fn new(
+        body: impl Into<Arriving>,
+        headers: &HeaderMap,
+        limit: usize,
+        budget: Arc<ConnectionBudget>,
+    ) -> Self {
+        let (priority, headers) = (Priority::Anonymous, header_bytes(headers));
+        Limited {
+            inner: body.into(),
+            limit,
+            whole: None,
+            partial: Vec::new(),
+            memory: Memory { budget, priority, headers, reservation: None },
+            late: None,
+            kind: Kind::Stream,
+        }
     }
 
-    /// A request to management. What a large one takes of `room` is kept in `held`.
-    pub(super) fn managed(self, room: Arc<Room>, held: Held) -> Self {
-        Limited { managed: Some(Managed { room, held, late: None }), ..self }
+    /// Whose memory it takes from now on.
+    pub(super) fn set_priority(&mut self, priority: Priority) {
+        self.memory.priority = priority;
     }
 
-    /// Looks at the next bytes.
+    /// Reads a unary request to its end.
     ///
     /// # Errors
-    /// When the length that the prefix claims, once it is whole, is too large, or finds no room.
-    fn look(&mut self, data: &[u8]) -> Result<(), BoxError> {
-        let take = data.len().min(PREFIX - self.have);
-        if take == 0 {
-            return Ok(());
+    /// When it is too large, comes too slowly, finds no memory or breaks off.
+    pub(super) async fn read_to_end(&mut self) -> Result<(), Status> {
+        self.kind = Kind::Unary;
+        while let Some(messages) = self.next_messages().await? {
+            // Of what comes behind the first message nothing is kept.
+            self.whole.get_or_insert(messages);
         }
-        self.prefix[self.have..self.have + take].copy_from_slice(&data[..take]);
-        self.have += take;
-        if self.have < PREFIX {
-            return Ok(());
-        }
-        let [_, a, b, c, d] = self.prefix;
-        let claimed = u32::from_be_bytes([a, b, c, d]) as usize;
-        if claimed > self.limit {
-            return Err(Box::new(too_large(claimed, self.limit)));
-        }
-        if let Some(managed) = &self.managed
-            && let Some(place) = managed.room.large(claimed)?
-        {
-            // The prefix is whole once only.
-            let _ = managed.held.set(place);
+        (self.kind, self.late, self.partial) = (Kind::Read, None, Vec::new());
+        match self.whole.as_ref().map_or(0, Bytes::len) {
+            length if length > SMALL => self.memory.hold(length)?,
+            _ => self.memory.reservation = None,
         }
         Ok(())
     }
 
-    /// Whether the request takes too long to arrive.
-    fn is_late(&mut self, cx: &mut Context<'_>) -> bool {
-        let Some(managed) = &mut self.managed else { return false };
-        let late = managed.late.get_or_insert_with(|| Box::pin(sleep(PATIENCE)));
-        late.as_mut().poll(cx).is_ready()
+    /// Reads the first message of a stream.
+    ///
+    /// # Errors
+    /// As [`Limited::read_to_end`].
+    pub(super) async fn read_first(&mut self) -> Result<(), Status> {
+        let first = timeout(READ_TIMEOUT, self.next_messages()).await;
+        self.whole = first.map_err(|_| too_slow())??;
+        Ok(())
     }
+
+    /// Reserves what the message takes when it is decoded, where that can be much more than its bytes. `nested`: its
+    /// fields are messages with many fields.
+    ///
+    /// # Errors
+    /// When it has too many fields, or there is no memory.
+    pub(super) fn reserve_decoded(&mut self, nested: bool) -> Result<(), Status> {
+        let Some(message) = self.whole.as_ref().filter(|message| message.len() > SMALL) else {
+            return Ok(());
+        };
+        let (mut top, mut below) = (0, 0);
+        for field in fields(message.get(PREFIX..).unwrap_or_default()) {
+            top += 1;
+            below += if nested { fields(field).count() } else { 0 };
+        }
+        if top > MAX_FIELDS {
+            return Err(too_many_fields(top, MAX_FIELDS));
+        }
+        let bytes = message.len() + below * FIELD_BYTES;
+        self.memory.hold(bytes)
+    }
+
+    /// The reservation of a large message, to be kept for as long as its call.
+    pub(super) fn take_reservation(&mut self) -> Option<Reservation> {
+        self.memory.reservation.take()
+    }
+
+    async fn next_messages(&mut self) -> Result<Option<Bytes>, Status> {
+        loop {
+            match poll_fn(|cx| self.poll_messages(cx)).await.transpose()? {
+                Some(frame) => {
+                    if let Ok(data) = frame.into_data() {
+                        return Ok(Some(data));
+                    }
+                }
+                None => return Ok(None),
+            }
+        }
+    }
+
+    /// The next whole messages, or the trailers.
+    fn poll_messages(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        if let Some(length) = length(&self.partial).filter(|length| *length > self.limit) {
+            return Poll::Ready(Some(Err(too_large(length, self.limit))));
+        }
+        loop {
+            let frame = match self.inner.poll_next(cx) {
+                Poll::Ready(Some(Ok(frame))) => frame,
+                Poll::Ready(None) if self.partial.is_empty() => return Poll::Ready(None),
+                // It breaks off within a message.
+                Poll::Ready(None | Some(Err(_))) => return Poll::Ready(Some(Err(unreadable()))),
+                Poll::Pending => return self.wait(cx).map(|late| Some(Err(late))),
+            };
+            let whole = match frame.into_data() {
+                Ok(data) => self.add(data),
+                Err(trailers) => return Poll::Ready(Some(Ok(trailers))),
+            };
+            if let Some(whole) = whole.transpose() {
+                return Poll::Ready(Some(whole.map(Frame::data)));
+            }
+        }
+    }
+
+    /// Waits for bytes; ready when they do not come in time, or may not be waited for.
+    fn wait(&mut self, cx: &mut Context<'_>) -> Poll<Status> {
+        if let Err(refused) = self.memory.hold(self.waiting_bytes() + self.partial.capacity()) {
+            return Poll::Ready(refused);
+        }
+        if self.kind == Kind::Stream && self.partial.is_empty() {
+            self.late = None;
+            return Poll::Pending;
+        }
+        let late = self.late.get_or_insert_with(|| Box::pin(sleep(READ_TIMEOUT)));
+        late.as_mut().poll(cx).map(|()| too_slow())
+    }
+
+    /// What it holds while it waits, but for the beginning of a message.
+    fn waiting_bytes(&self) -> usize {
+        let call = if self.kind == Kind::Stream { STREAM_BYTES } else { CALL_BYTES };
+        call + self.memory.headers + self.whole.as_ref().map_or(0, Bytes::len)
+    }
+
+    /// Takes bytes that have come; gives the messages that are whole.
+    fn add(&mut self, data: Bytes) -> Result<Option<Bytes>, Status> {
+        if self.partial.is_empty() {
+            let end = whole_messages(&data, self.limit)?;
+            self.keep(&data[end..])?;
+            return Ok((end > 0).then(|| data.slice(..end)));
+        }
+        self.keep(&data)?;
+        let end = whole_messages(&self.partial, self.limit)?;
+        if end == 0 {
+            return Ok(None);
+        }
+        let rest = self.partial.split_off(end);
+        let whole = std::mem::replace(&mut self.partial, rest);
+        self.late = self.late.take().filter(|_| self.kind == Kind::Unary);
+        if self.kind == Kind::Stream && self.memory.reservation.is_some() {
+            self.memory.hold(self.waiting_bytes() + self.partial.capacity())?;
+        }
+        Ok(Some(whole.into()))
+    }
+
+    /// Keeps bytes of a message that is not whole. The buffer doubles, and never exceeds what the message announces.
+    fn keep(&mut self, data: &[u8]) -> Result<(), Status> {
+        let needed = self.partial.len() + data.len();
+        if needed > self.partial.capacity() {
+            let announced = length(if self.partial.is_empty() { data } else { &self.partial }).unwrap_or(0);
+            let capacity = (2 * needed).max(LEAST_BUFFER).min(needed.max(PREFIX + announced));
+            self.memory.hold(self.waiting_bytes() + capacity)?;
+            self.partial.reserve_exact(capacity - self.partial.len());
+        }
+        self.partial.extend_from_slice(data);
+        Ok(())
+    }
+}
+
+/// The length that a message announces, if its prefix has come.
+fn length(message: &[u8]) -> Option<usize> {
+    let [_, length @ ..] = *message.first_chunk::<PREFIX>()?;
+    Some(u32::from_be_bytes(length) as usize)
+}
+
+/// How many of these bytes are whole messages.
+///
+/// # Errors
+/// When the first message that is not whole is too large.
+fn whole_messages(data: &[u8], limit: usize) -> Result<usize, Status> {
+    let mut end = 0;
+    while let Some(length) = data.get(end..).and_then(length) {
+        // Those before it are answered first.
+        if length > limit && end == 0 {
+            return Err(too_large(length, limit));
+        }
+        match end + PREFIX + length {
+            next if next <= data.len() && length <= limit => end = next,
+            _ => break,
+        }
+    }
+    Ok(end)
+}
+
+/// The fields of a protobuf message, each as the bytes of its value, up to where it is malformed.
+fn fields(message: &[u8]) -> impl Iterator<Item = &[u8]> {
+    let mut rest = message;
+    std::iter::from_fn(move || {
+        let tag = decode_varint(&mut rest).ok()?;
+        let length = match tag & 7 {
+            0 => rest.iter().position(|byte| *byte < 0x80)? + 1,
+            1 => 8,
+            2 => usize::try_from(decode_varint(&mut rest).ok()?).ok()?,
+            5 => 4,
+            // Groups are skipped by their fields.
+            3 | 4 => 0,
+            _ => return None,
+        };
+        let (value, behind) = rest.split_at_checked(length)?;
+        rest = behind;
+        Some(value)
+    })
 }
 
 impl Body for Limited {
@@ -175,18 +414,47 @@ impl Body for Limited {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         let this = self.get_mut();
-        let frame = match Pin::new(&mut this.inner).poll_frame(cx) {
-            Poll::Ready(Some(Ok(frame))) => frame,
-            Poll::Ready(Some(Err(error))) => return Poll::Ready(Some(Err(error.into()))),
-            Poll::Ready(None) => return Poll::Ready(None),
-            Poll::Pending if this.is_late(cx) => return Poll::Ready(Some(Err(Box::new(too_slow())))),
-            Poll::Pending => return Poll::Pending,
-        };
-        let looked = frame.data_ref().map_or(Ok(()), |data| this.look(data));
-        Poll::Ready(Some(looked.map(|()| frame)))
+        if let Some(whole) = this.whole.take() {
+            return Poll::Ready(Some(Ok(Frame::data(whole))));
+        }
+        if this.kind == Kind::Read {
+            return Poll::Ready(None);
+        }
+        this.poll_messages(cx).map(|next| next.map(|frame| frame.map_err(Into::into)))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.inner.is_end_stream()
+        let ended = self.kind == Kind::Read || self.partial.is_empty() && self.inner.is_end_stream();
+        self.whole.is_none() && ended
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(length: u32, bytes: usize) -> Vec<u8> {
+        [&[0], &length.to_be_bytes()[..], &vec![b'x'; bytes]].concat()
+    }
+
+    #[test]
+    fn messages_are_given_whole_and_those_before_one_that_is_too_large_first() {
+        let (small, large) = (message(3, 3), message(99, 0));
+        assert_eq!(whole_messages(&[], 10).unwrap(), 0);
+        assert_eq!(whole_messages(&small[..7], 10).unwrap(), 0);
+        assert_eq!(whole_messages(&[&small[..], &small, &small[..4]].concat(), 10).unwrap(), 16);
+        assert_eq!(whole_messages(&[&small[..], &large].concat(), 10).unwrap(), 8);
+        assert_eq!(whole_messages(&large, 10).unwrap_err().code(), tonic::Code::InvalidArgument);
+    }
+
+    #[test]
+    fn fields_are_counted_as_far_as_a_message_is_well_formed() {
+        // A varint, two strings, one of them empty, eight bytes, four bytes.
+        let good = [8, 0x96, 1, 0x12, 2, b'h', b'i', 0x1a, 0, 0x21, 1, 2, 3, 4, 5, 6, 7, 8, 0x2d, 1, 2, 3, 4];
+        assert_eq!(fields(&good).count(), 5);
+        assert_eq!(fields(&good).nth(1), Some(&b"hi"[..]));
+        for bad in [&[0x12, 5, b'x'][..], &[0x80], &[0x0f], &[8, 0x80], &[]] {
+            assert_eq!(fields(bad).count(), 0, "{bad:?}");
+        }
     }
 }

@@ -4,13 +4,16 @@ use std::{
     convert::Infallible,
     io,
     net::SocketAddr,
-    sync::{Arc, atomic::AtomicU64, atomic::Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
 use http::Request;
 use hyper::{body::Incoming, server::conn::http2, service::service_fn};
-use hyper_util::rt::{TokioExecutor, TokioTimer};
+use hyper_util::rt::TokioTimer;
 use tokio::{
     net::{TcpStream, UnixStream},
     sync::{OwnedSemaphorePermit, watch},
@@ -19,6 +22,7 @@ use tokio::{
 
 use crate::transport::{
     Limits,
+    budget::ConnectionBudget,
     certificate::Certificate,
     counts::{Connected, Counts, Refused},
     socket::{Socket, Stream},
@@ -29,16 +33,24 @@ use super::{
     admission::{Door, Visitor},
     gate::Services,
     io::OneBuffer,
-    load::{Calls, Counted, Lane},
+    load::{Calls, Lane},
+    outgoing::{PERIOD, Unsent},
     reply::Reply,
+    sending::{Sending, Streams},
     serve::stopped,
     status::overloaded,
+    watches::{Draining, Watches},
 };
 
 /// Streams that the server had to reset for the peer's errors, before the connection goes (CVE-2025-8671).
 const MAX_ERROR_RESETS: usize = 1024;
 const KEEPALIVE_EVERY: Duration = Duration::from_secs(10);
 const KEEPALIVE_PATIENCE: Duration = Duration::from_secs(5);
+/// What HTTP/2 may hold of the answers of one stream, beyond what its peer has taken.
+const MAX_STREAM_BUFFER: usize = 64 << 10;
+/// What a peer may send of a message, and of all messages, before it is read: HTTP/2 keeps so much for each connection.
+/// A message of 4 MiB takes 32 round trips.
+const WINDOW: u32 = 128 << 10;
 /// How long a handshake may take once the server stops. Whoever connected just before has a call on its way.
 const LAST_HANDSHAKE: Duration = Duration::from_secs(1);
 /// How long calls may go on after their connection has said that it ends: as long as the longest of them may take.
@@ -105,6 +117,9 @@ pub(super) async fn serve(
         peer: peer.map(|peer| peer.ip().to_canonical()),
         identity: certificate.and_then(|certificate| entrance.door.identify(&certificate)),
         memory: crate::engine::known::Memory::default(),
+        watches: Watches::default(),
+        memory_budget: ConnectionBudget::new(services.memory.clone()),
+        proven: AtomicBool::new(false),
     };
     // A certificate proves nothing beyond its end.
     let now = services.now().as_micros().div_euclid(1_000_000);
@@ -163,12 +178,20 @@ async fn speak(
     age: Duration,
     mut stopping: watch::Receiver<bool>,
 ) {
-    let (calls, peer) = (Arc::new(Calls::default()), visitor.peer);
+    let (calls, peer, watches) = (Arc::new(Calls::default()), visitor.peer, visitor.watches.clone());
     let counted = calls.clone();
+    let unsent = Unsent::new(services.outgoing.clone());
+    let sent = unsent.clone();
     // One count a call, on this connection's own memory, keeps all of it alive.
     let here = Arc::new((services, visitor));
     let service = service_fn(move |request: Request<Incoming>| {
-        let (here, call, turn) = (here.clone(), counted.begin(), lane.queue());
+        let (here, call, unsent) = (here.clone(), counted.begin(), sent.clone());
+        let turn = if unsent.has_room() {
+            lane.queue(here.1.is_proven())
+        } else {
+            lane.turn_away();
+            None
+        };
         // Moved about as a pointer: each call is a task, and is moved several times on the way there.
         Box::pin(async move {
             let (services, visitor) = &*here;
@@ -179,33 +202,55 @@ async fn speak(
                 }
                 None => overloaded().into_http().map(Reply::Any),
             };
-            Ok::<_, Infallible>(answer.map(|body| Counted { body, _call: call }))
+            Ok::<_, Infallible>(Sending::respond(answer, &unsent, call))
         })
     });
-    let connection = http2::Builder::new(TokioExecutor::new())
+    let connection = http2::Builder::new(Streams(unsent.clone()))
         .timer(TokioTimer::new())
         .max_concurrent_streams(limits.streams)
         .max_pending_accept_reset_streams(limits.pending_resets)
         .max_local_error_reset_streams(MAX_ERROR_RESETS)
         .max_header_list_size(limits.header_bytes)
+        .max_send_buf_size(MAX_STREAM_BUFFER)
+        .initial_stream_window_size(WINDOW)
+        .initial_connection_window_size(WINDOW)
         .keep_alive_interval(KEEPALIVE_EVERY)
         .keep_alive_timeout(KEEPALIVE_PATIENCE)
         // No client of gRPC reads it, and every answer would pay for it.
         .auto_date_header(false)
         .serve_connection(bytes, service);
     tokio::pin!(connection);
+    let serving = async {
+        tokio::select! {
+            ended = &mut connection => return ended,
+            () = over(&calls, limits.idle, age, &mut stopping) => {}
+        }
+        connection.as_mut().graceful_shutdown();
+        watches.drain(if *stopping.borrow() { Draining::Stopping } else { Draining::Aged });
+        tokio::time::timeout(LAST_CALLS, connection.as_mut()).await.unwrap_or(Ok(()))
+    };
     let ended = tokio::select! {
-        ended = &mut connection => ended,
-        () = over(&calls, limits.idle, age, &mut stopping) => {
-            connection.as_mut().graceful_shutdown();
-            // Whoever still calls then is watching something, and can watch it over another connection.
-            tokio::time::timeout(LAST_CALLS, connection).await.unwrap_or(Ok(()))
+        ended = serving => ended,
+        () = overdue(&unsent) => {
+            let peer = peer.map(tracing::field::display);
+            return tracing::debug!(peer, "connection closed: its peer does not take its answers");
         }
     };
     if let Err(error) = ended {
         // Peers that vanish or speak another protocol are everyday.
         let peer = peer.map(tracing::field::display);
         tracing::debug!(error = &error as &dyn std::error::Error, peer, "a connection ended with an error");
+    }
+}
+
+/// Waits until bytes of the connection's answers have not been taken for minutes. Streams without a window end by
+/// themselves long before that.
+async fn overdue(unsent: &Unsent) {
+    loop {
+        tokio::time::sleep(PERIOD).await;
+        if unsent.begin_period() {
+            return;
+        }
     }
 }
 

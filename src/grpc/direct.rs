@@ -8,18 +8,22 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Request, Response};
 use prost::Message as _;
 use tokio::time::{Instant, timeout_at};
+use tonic::Status;
 
 use crate::{
     engine::{Asker, CannotAnswer, known::Known},
     pb::envoy_request::CheckRequest,
     trace::{self, Call},
-    transport::{Auth, Service as Served},
+    transport::{
+        Auth, Service as Served,
+        budget::{ConnectionBudget, Priority},
+    },
 };
 
 use super::{
     admission::{Visitor, credential},
     authz::{Answering, DECISION_ID},
-    body::Arriving,
+    body::{Arriving, reserve_waiting},
     calls::Begun,
     gate::{Services, allowed_time},
     question::Asked,
@@ -72,11 +76,17 @@ impl Services {
             return None;
         }
         let known = self.recognise(request.headers(), visitor)?;
+        visitor.set_proven();
         let end = begun.at() + limit(said, request.headers());
-        let Some(message) = message_in_time(end, request.body_mut(), CHECK_BYTES).await else {
-            return Some(deadline_exceeded().into_http().map(Reply::Any));
+        let priority = || match known.account.is_operator() {
+            true => Priority::Operator,
+            false => Priority::Caller,
         };
-        let message = message?;
+        let message = match message_in_time(end, request, CHECK_BYTES, &visitor.memory_budget, priority).await
+        {
+            Ok(message) => message?,
+            Err(status) => return Some(status.into_http().map(Reply::Any)),
+        };
         let asked = Asked::read(&message).ok()?;
         self.engine.note_call(&known);
         let mut out = reply::begin();
@@ -117,10 +127,13 @@ impl Services {
         }
         let proxy = self.free(&visitor.door, request.headers())?;
         let end = begun.at() + limit(said, request.headers());
-        let Some(message) = message_in_time(end, request.body_mut(), rpc.max_request).await else {
-            return Some(deadline_exceeded().into_http().map(Reply::Any));
+        let priority = || if proxy.trusted { Priority::Caller } else { Priority::Anonymous };
+        let most = rpc.max_request;
+        let message = match message_in_time(end, request, most, &visitor.memory_budget, priority).await {
+            Ok(message) => message?,
+            Err(status) => return Some(status.into_http().map(Reply::Any)),
         };
-        let asked = CheckRequest::decode(message?).ok()?;
+        let asked = CheckRequest::decode(message).ok()?;
         let answering = pin!(trace::within(call.take()?, self.proxies.answer(asked, &proxy)));
         let answered = in_time(end, answering).await.unwrap_or_else(|| Err(deadline_exceeded()));
         Some(match answered {
@@ -164,10 +177,22 @@ fn limit(said: &Said, headers: &HeaderMap) -> Duration {
     }
 }
 
-/// The message of a request, if it comes in time; None within where it goes the long way.
-async fn message_in_time(end: Instant, body: &mut Arriving, most: usize) -> Option<Option<Bytes>> {
-    let arriving = pin!(body.plain_message(most));
-    in_time(end, arriving).await
+/// The message of a request; None where it goes the long way. One that must be waited for takes memory meanwhile.
+///
+/// # Errors
+/// When it does not come in time, or there is no memory.
+async fn message_in_time(
+    end: Instant,
+    request: &mut Request<Arriving>,
+    most: usize,
+    budget: &Arc<ConnectionBudget>,
+    priority: impl FnOnce() -> Priority,
+) -> Result<Option<Bytes>, Status> {
+    if let Poll::Ready(message) = futures_util::poll!(pin!(request.body_mut().plain_message(most))) {
+        return Ok(message);
+    }
+    let _reservation = reserve_waiting(budget, request.headers(), priority())?;
+    timeout_at(end, request.body_mut().plain_message(most)).await.map_err(|_| deadline_exceeded())
 }
 
 /// The outcome, if it comes in time. What is there at once needs no timer.

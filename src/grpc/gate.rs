@@ -4,10 +4,10 @@
 //! Who the caller is and whether that one may call is `admission`'s business; a Check that is plainly in order is
 //! answered in `direct`.
 
-use std::{collections::HashMap, convert::Infallible, net::IpAddr, sync::Arc, time::Duration};
+use std::{collections::HashMap, convert::Infallible, sync::Arc, time::Duration};
 
 use futures_util::future::FutureExt as _;
-use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
+use http::{Extensions, HeaderMap, HeaderName, HeaderValue, Request, Response};
 use hyper::body::Incoming;
 use tokio::time::Instant;
 use tonic::{Status, body::Body};
@@ -15,6 +15,7 @@ use tower::{Service, ServiceExt as _, util::BoxCloneSyncService};
 use tracing::Instrument as _;
 
 use crate::{
+    access::Caller,
     domain::time::Timestamp,
     engine::Engine,
     gateway::Gateway,
@@ -27,25 +28,30 @@ use crate::{
     replication::news::News,
     store::writer::in_call,
     trace::{self, Tracing},
+    transport::budget::MemoryBudget,
 };
 
 use super::{
     accounts::AccountService,
-    admission::{Door, Visitor},
+    admission::Visitor,
     audit::AuditService,
     authz::AuthzService,
-    body::{Arriving, Held, Limited},
+    body::{Arriving, Limited},
     calls::{self, Begun, Calls},
     direct::Said,
-    ext_authz::ExtAuthz,
+    ext_authz::{ExtAuthz, Proxy},
     keys::KeyService,
-    load::{Briefly, Room},
+    outgoing::Outgoing,
+    permits::{ConcurrencyLimits, Occupant, PermitBody},
     reply::Reply,
-    rpc::{Access, Plane, Rpc},
+    rpc::{Access, IMPORT, Kind, Plane, Rpc},
+    session::CallerSession,
     status::{deadline_exceeded, internal, no_such_rpc, with_reason},
+    vigil::Vigil,
 };
 
 pub(super) const HEALTH: &str = "grpc.health.v1.Health";
+const HEALTH_WATCH: &str = "/grpc.health.v1.Health/Watch";
 /// How long a call without a credential may take; one that watches health is for as long as its connection.
 const OPEN_PATIENCE: Duration = Duration::from_secs(60);
 
@@ -81,7 +87,11 @@ pub struct Services {
     /// Where management runs.
     pub(super) management: tokio::runtime::Handle,
     /// How much of it there may be at once.
-    pub(super) room: Arc<Room>,
+    pub(super) limits: Arc<ConcurrencyLimits>,
+    /// What requests may hold.
+    pub(super) memory: Arc<MemoryBudget>,
+    /// What waits to be sent.
+    pub(super) outgoing: Arc<Outgoing>,
 }
 
 impl std::fmt::Debug for Services {
@@ -111,19 +121,39 @@ impl Patience {
     }
 }
 
-/// The call of one who proves nothing but that it holds a token, for the log.
-#[derive(Clone, Debug)]
-pub(super) struct Call {
-    pub(super) peer: Option<IpAddr>,
-    pub(super) request_id: Option<String>,
+/// What the gate hands to the handler of a call, by the call's extensions.
+pub(super) trait Shown: Sized {
+    fn shown(extensions: &mut tonic::Extensions) -> Result<Option<Self>, Status>;
+}
+
+macro_rules! shown_as_found {
+    ($($found:ty),*) => {
+        $(
+            impl Shown for $found {
+                fn shown(extensions: &mut tonic::Extensions) -> Result<Option<Self>, Status> {
+                    Ok(extensions.remove())
+                }
+            }
+        )*
+    };
+}
+
+shown_as_found!(Patience, Vigil, Proxy, CallerSession);
+
+/// The caller of a management call is judged again: handlers run when the whole request has arrived.
+impl Shown for Caller {
+    fn shown(extensions: &mut tonic::Extensions) -> Result<Option<Self>, Status> {
+        match extensions.get::<CallerSession>() {
+            Some(session) => Ok(Some(session.reauthorize()?)),
+            None => Ok(extensions.remove()),
+        }
+    }
 }
 
 /// What the gate has found out about a call, for its handler.
-pub(super) fn shown<T: Clone + Send + Sync + 'static>(
-    request: &mut tonic::Request<impl Sized>,
-) -> Result<T, Status> {
+pub(super) fn shown<T: Shown>(request: &mut tonic::Request<impl Sized>) -> Result<T, Status> {
     // Every row of the table says what its handler takes; a mismatch is a bug.
-    request.extensions_mut().remove::<T>().ok_or_else(internal)
+    T::shown(request.extensions_mut())?.ok_or_else(internal)
 }
 
 impl Services {
@@ -135,8 +165,8 @@ impl Services {
 
     /// Tells how many calls found no room, whenever it is asked.
     pub fn shed(&self) -> impl Fn() -> u64 + Send + Sync + 'static {
-        let room = self.room.clone();
-        move || room.shed()
+        let (limits, memory) = (self.limits.clone(), self.memory.clone());
+        move || limits.refused() + memory.refused()
     }
 
     /// The calls that came in.
@@ -180,7 +210,7 @@ impl Services {
         let answer = async {
             match begun.rpc() {
                 Some(rpc) => self.answer_told(rpc, &begun, request, visitor).await,
-                None => self.answer_open(request, &visitor.door).await,
+                None => self.answer_open(request, visitor).await,
             }
         };
         let response = match call {
@@ -235,37 +265,62 @@ impl Services {
         }
         let limit = allowed_time(rpc.timeout, request.headers());
         let patience = Patience::of(asked_time(request.headers()));
-        let mut request = request.map(|body| Limited::new(body, rpc.max_request));
+        let mut request = limited(request, rpc.max_request, visitor);
         request.extensions_mut().insert(patience);
         if let Err(status) = self.admit(rpc, &mut request, visitor).await {
             return status.into_http();
         }
-        // Apart on the heap: what a call does is large, and is moved a few times before it begins.
-        let call = match rpc.plane {
-            Plane::Checks if rpc.access == Access::Proxy => {
-                into_service(self.ext_authz.clone(), request).boxed()
-            }
-            Plane::Checks => self.checks.clone().serve(rpc, request).boxed(),
-            Plane::Management => self.manage(rpc, request).boxed(),
+        let watch = (rpc.kind == Kind::ServerStream).then(|| visitor.watches.other()).transpose();
+        let watch = match watch {
+            Ok(watch) => watch,
+            Err(status) => return status.into_http(),
         };
-        explained(match limit {
+        let occupant = occupant(rpc, request.extensions(), visitor);
+        request.body_mut().set_priority(occupant.priority());
+        // Apart on the heap: what a call does is large, and is moved a few times before it begins.
+        let call = async move {
+            if rpc.kind != Kind::BidiStream
+                && let Err(status) = read_message(rpc, request.body_mut()).await
+            {
+                return status.into_http();
+            }
+            match rpc.plane {
+                Plane::Checks if rpc.access == Access::Proxy => {
+                    into_service(self.ext_authz.clone(), request).await
+                }
+                Plane::Checks => self.checks.clone().serve(rpc, request).await,
+                Plane::Management => self.manage(rpc, request, occupant).await,
+            }
+        };
+        let call = call.boxed();
+        let answer = explained(match limit {
             Some(limit) => {
                 let answer = tokio::time::timeout_at(begun.at() + limit, call).await;
                 answer.unwrap_or_else(|_| deadline_exceeded().into_http())
             }
             None => call.await,
-        })
+        });
+        match watch {
+            Some(watch) => watch.hold(answer),
+            None => answer,
+        }
     }
 
     /// Runs a call on the management runtime. A caller that goes away does not stop it: a change is made whole.
-    async fn manage(&self, rpc: &'static Rpc, request: Request<Limited>) -> Response<Body> {
-        let place = match self.room.management() {
-            Ok(place) => place,
+    async fn manage(
+        &self,
+        rpc: &'static Rpc,
+        mut request: Request<Limited>,
+        occupant: Occupant,
+    ) -> Response<Body> {
+        let streams = rpc.kind == Kind::ServerStream;
+        let permit = match self.limits.management(occupant, streams, self.now()) {
+            Ok(permit) => permit,
             Err(status) => return status.into_http(),
         };
         let names_person = request.headers().contains_key("x-keyward-acting-user");
-        let held = Held::default();
-        let request = request.map(|body| body.managed(self.room.clone(), held.clone()));
+        let session = request.extensions().get::<CallerSession>().cloned();
+        let memory = request.body_mut().take_reservation();
         let call = match rpc.service() {
             "keyward.v1.KeyService" => into_service(self.keys.clone(), request).boxed(),
             "keyward.v1.AccountService" => into_service(self.accounts.clone(), request).boxed(),
@@ -273,20 +328,29 @@ impl Services {
             _ => return no_such_rpc().into_http(),
         };
         let (news, hears_first) = (self.news.clone(), rpc.hears_first(names_person));
-        let task = self.management.spawn(trace::carried(async move {
+        let work = async move {
             let began = Instant::now();
-            let _room = (place, held);
+            let _memory = memory;
             let heard = !hears_first || news.heard().await;
-            let (answer, proven) = in_call(began, call).await;
-            let rests = match calls::code(answer.headers()) {
+            let (answer, recorded) = in_call(began, call).await;
+            let code = calls::code(answer.headers());
+            if let Some(refusal) = session.and_then(|session| session.withhold(code, recorded)) {
+                return Status::from(refusal).into_http();
+            }
+            let rests = match code {
                 // It was so before, says what was read.
-                None | Some(tonic::Code::Ok) => rpc.changes() && !proven,
-                Some(code) => rests_on_knowledge(code, hears_first),
+                None | Some(tonic::Code::Ok) => rpc.changes() && !recorded.proven,
+                Some(code) => rests_on_knowledge(code, hears_first && rpc.changes()),
             };
             if rests && !(heard && news.was_newest(began).await) {
                 return Status::from(Refusal::Unavailable).into_http();
             }
             answer
+        };
+        let limits = self.limits.clone();
+        let task = self.management.spawn(trace::carried(async move {
+            let (answer, permit) = limits.run(permit, work).await;
+            if streams { answer.map(|body| Body::new(PermitBody::new(body, permit))) } else { answer }
         }));
         task.await.unwrap_or_else(|error| {
             tracing::error!(
@@ -298,24 +362,66 @@ impl Services {
         })
     }
 
-    async fn answer_open(&self, request: Request<Arriving>, door: &Door) -> Response<Body> {
-        let name = request.uri().path().split('/').nth(1).unwrap_or_default();
-        let Some(service) = self.open.get(name).filter(|_| door.serves(name)).cloned() else {
+    /// Answers a call that needs no credential.
+    async fn answer_open(&self, request: Request<Arriving>, visitor: &Visitor) -> Response<Body> {
+        let path = request.uri().path();
+        let name = path.split('/').nth(1).unwrap_or_default();
+        let Some(service) = self.open.get(name).filter(|_| visitor.door.serves(name)).cloned() else {
             return no_such_rpc().into_http();
         };
-        let place = if name == HEALTH { Ok(None) } else { self.room.reflection().map(Some) };
-        let place = match place {
-            Ok(place) => place,
+        let watch = (path == HEALTH_WATCH).then(|| visitor.watches.health()).transpose();
+        let watch = match watch {
+            Ok(watch) => watch,
             Err(status) => return status.into_http(),
         };
-        let call = into_service(service, request.map(|body| Body::new(Limited::new(body, OPEN_BYTES))));
-        match tokio::time::timeout(OPEN_PATIENCE, call).await {
-            Ok(answer) => explained(match place {
-                Some(place) => answer.map(|body| Body::new(Briefly::new(body, place))),
-                None => answer,
-            }),
-            Err(_) => deadline_exceeded().into_http(),
-        }
+        let health = name == HEALTH;
+        let mut request = limited(request, OPEN_BYTES, visitor);
+        let call = async {
+            let body = request.body_mut();
+            let permit = if health {
+                body.read_to_end().await.map(|()| None)
+            } else {
+                let occupant = Occupant::anonymous(visitor.memory_budget.number());
+                let permit = || self.limits.reflection(occupant, self.now()).map(Some);
+                body.read_first().await.and_then(|()| permit())
+            };
+            match permit {
+                Ok(permit) => {
+                    let answer = into_service(service, request.map(Body::new)).await;
+                    match (permit, watch) {
+                        (Some(permit), _) => answer.map(|body| Body::new(PermitBody::reflection(body, permit))),
+                        (None, Some(watch)) => watch.hold(answer),
+                        (None, None) => answer,
+                    }
+                }
+                Err(status) => status.into_http(),
+            }
+        };
+        let answer = tokio::time::timeout(OPEN_PATIENCE, call).await;
+        explained(answer.unwrap_or_else(|_| deadline_exceeded().into_http()))
+    }
+}
+
+/// The request with a body that is held to its limits.
+fn limited(request: Request<Arriving>, max_message: usize, visitor: &Visitor) -> Request<Limited> {
+    let (parts, body) = request.into_parts();
+    let body = Limited::new(body, &parts.headers, max_message, visitor.memory_budget.clone());
+    Request::from_parts(parts, body)
+}
+
+/// Reads the message of a unary request.
+async fn read_message(rpc: &Rpc, body: &mut Limited) -> Result<(), Status> {
+    body.read_to_end().await?;
+    body.reserve_decoded(rpc.method == IMPORT)
+}
+
+/// Which limits an admitted call counts on.
+fn occupant(rpc: &Rpc, admitted: &Extensions, visitor: &Visitor) -> Occupant {
+    let connection = visitor.memory_budget.number();
+    let caller = admitted.get::<Caller>().or_else(|| Some(admitted.get::<CallerSession>()?.caller()));
+    match (caller, admitted.get::<Proxy>()) {
+        (Some(caller), _) => Occupant::caller(caller, rpc, connection),
+        (None, proxy) => Occupant::proxy(proxy.is_some_and(|proxy| proxy.trusted), connection),
     }
 }
 

@@ -26,6 +26,8 @@ use crate::transport::socket::Stream;
 /// How HTTP/2 begins (RFC 9113, section 3.4).
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
+/// How long a socket may take nothing while something waits to be written.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a peer that has been told all may take to close its side.
 const FAREWELL: Duration = Duration::from_secs(1);
 
@@ -34,6 +36,10 @@ pub(super) struct OneBuffer {
     stream: TokioIo<Stream>,
     /// How much of the preface hyper has been given.
     given: usize,
+    /// How long the socket may take nothing while something waits to be written.
+    write_timeout: Duration,
+    /// The socket takes nothing, until when.
+    stuck: Option<Pin<Box<Sleep>>>,
     /// Our side is closed; how long the peer's may still be open.
     closed: Option<Pin<Box<Sleep>>>,
 }
@@ -52,7 +58,20 @@ impl OneBuffer {
                 return Ok(None);
             }
         }
-        Ok(Some(OneBuffer { stream: TokioIo::new(stream), given: 0, closed: None }))
+        let (stream, write_timeout) = (TokioIo::new(stream), WRITE_TIMEOUT);
+        Ok(Some(OneBuffer { stream, given: 0, write_timeout, stuck: None, closed: None }))
+    }
+
+    /// The outcome of a write, or an error when the socket has taken nothing for too long.
+    fn in_time<T>(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        if written.is_ready() {
+            self.stuck = None;
+            return written;
+        }
+        let timeout = self.write_timeout;
+        let stuck = self.stuck.get_or_insert_with(|| Box::pin(tokio::time::sleep(timeout)));
+        ready!(stuck.as_mut().poll(cx));
+        Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
     }
 }
 
@@ -76,24 +95,24 @@ impl Read for OneBuffer {
 /// `is_write_vectored` is left at its default: false.
 impl Write for OneBuffer {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, bytes)
+        let written = Pin::new(&mut self.stream).poll_write(cx, bytes);
+        self.in_time(cx, written)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
+        let flushed = Pin::new(&mut self.stream).poll_flush(cx);
+        self.in_time(cx, flushed)
     }
 
     /// Closes our side, and then reads, for nobody, until the peer has closed its own or has had its time.
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.closed.is_none() {
+            let closed = Pin::new(self.stream.inner_mut()).poll_shutdown(cx);
+            ready!(self.in_time(cx, closed))?;
+        }
         let OneBuffer { stream, closed, .. } = &mut *self;
         let mut stream = Pin::new(stream.inner_mut());
-        let patience = match closed {
-            Some(patience) => patience,
-            None => {
-                ready!(stream.as_mut().poll_shutdown(cx))?;
-                closed.insert(Box::pin(tokio::time::sleep(FAREWELL)))
-            }
-        };
+        let patience = closed.get_or_insert_with(|| Box::pin(tokio::time::sleep(FAREWELL)));
         let mut unread = [0; 4096];
         loop {
             if patience.as_mut().poll(cx).is_ready() {
@@ -134,5 +153,22 @@ mod tests {
         assert_eq!(told, "the last");
         drop(peer);
         closing.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_socket_that_takes_nothing_fails_in_time() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut peer = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        peer.write_all(PREFACE).await.unwrap();
+        let stream = Stream::Tcp(listener.accept().await.unwrap().0);
+        let mut server = OneBuffer::open(stream).await.unwrap().unwrap();
+        server.write_timeout = Duration::from_millis(10);
+        let failed = loop {
+            if let Err(error) = poll_fn(|cx| Pin::new(&mut server).poll_write(cx, &[0; 65_536])).await {
+                break error;
+            }
+        };
+        assert_eq!(failed.kind(), io::ErrorKind::TimedOut);
+        drop(peer);
     }
 }

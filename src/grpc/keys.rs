@@ -7,11 +7,8 @@ use std::{
     time::Duration,
 };
 
-use futures_util::{
-    StreamExt as _,
-    stream::{self, BoxStream},
-};
-use tokio::sync::mpsc;
+use futures_util::stream::BoxStream;
+use prost::Message as _;
 use tonic::{Request, Response, Status};
 
 use crate::{
@@ -22,24 +19,30 @@ use crate::{
         time::{Revision, Timestamp},
         token,
     },
-    engine::Holder,
+    engine::Engine,
     keys::{
         Issued, Keys, View,
-        bulk::{BulkOutcome, BulkRevoked},
+        bulk::{BulkOutcome, BulkRevoked, Imported},
     },
     pb,
-    refusal::{Refusal, Violations},
-    replication::propagation::{Incomplete, Propagation, Report},
+    refusal::{Refusal, Thing, Violations},
+    replication::propagation::Propagation,
+    store::page::PageBudget,
 };
 
 use super::{
     convert,
-    gate::{Call, Patience, shown},
+    gate::{Patience, shown},
     keys_read::{
         Page, filled, read_bulk, read_create, read_filter, read_import, read_once, read_once_alone,
         read_update, read_usage,
     },
-    page, status,
+    outgoing::Places,
+    page,
+    permits::only_waits,
+    propagation::stream_reports,
+    status,
+    vigil::Vigil,
 };
 
 const MAX_OVERLAP: Duration = Duration::from_secs(7 * 24 * 60 * 60);
@@ -50,8 +53,12 @@ const MAX_COMMENT: usize = 1024;
 pub(super) struct KeyService {
     /// The use cases.
     pub(super) keys: Arc<Keys>,
+    /// Knows the callers.
+    pub(super) engine: Arc<Engine>,
     /// Waits until a change is in force everywhere.
     pub(super) propagation: Propagation,
+    /// The places for lists.
+    pub(super) lists: Places,
 }
 
 fn read_id(id: &str) -> Result<KeyId, Refusal> {
@@ -66,6 +73,7 @@ impl KeyService {
         patience: Patience,
     ) -> Result<(Option<pb::Key>, u64, Option<pb::Propagation>), Refusal> {
         let revision = view.key.revision;
+        only_waits();
         let report = self.propagation.reached(revision, view.reach, patience.until).await?;
         Ok((Some(convert::key(view)), revision.0, Some(convert::propagation(report))))
     }
@@ -112,8 +120,9 @@ impl pb::key_service_server::KeyService for KeyService {
     ) -> Result<Response<pb::ListKeysResponse>, Status> {
         let caller = shown::<Caller>(&mut request)?;
         let (filter, Page { filters, before, size }) = read_filter(&self.keys, &caller, request.get_ref())?;
+        let place = self.lists.take(&caller.account).await?;
         let (views, next) = self.keys.list(&caller, &filter, before, size).await?;
-        Ok(Response::new(pb::ListKeysResponse {
+        Ok(place.hold(pb::ListKeysResponse {
             keys: views.into_iter().map(convert::key).collect(),
             next_page_token: next.map(|id| page::encode(&filters, id.as_bytes())).unwrap_or_default(),
         }))
@@ -179,6 +188,8 @@ impl pb::key_service_server::KeyService for KeyService {
         let patience = shown::<Patience>(&mut request)?;
         let bulk = read_bulk(&self.keys, &caller, request.get_ref())?;
         let dry_run = bulk.dry_run;
+        // A dry run is a list. What takes rights away waits for no place.
+        let place = if dry_run { Some(self.lists.take(&caller.account).await?) } else { None };
         let BulkOutcome { keys: revoked, more, recorded } = self.keys.bulk_revoke(&caller, bulk).await?;
         let revision = crate::keys::bulk::newest(revoked.iter().map(|key| &key.view.key));
         let keys = revoked.into_iter().map(|BulkRevoked { view, failure }| pb::BulkRevokeResult {
@@ -190,10 +201,17 @@ impl pb::key_service_server::KeyService for KeyService {
         // Those that an earlier call has revoked are waited for too, though they are not listed again.
         let report = match dry_run {
             true => self.propagation.in_force(revision),
-            false => self.propagation.wait(recorded, true, patience.until).await.map_err(Refusal::from)?,
+            false => {
+                only_waits();
+                self.propagation.wait(recorded, true, patience.until).await.map_err(Refusal::from)?
+            }
         };
         let (revision, propagation) = (revision.0, Some(convert::propagation(report)));
-        Ok(Response::new(pb::BulkRevokeKeysResponse { keys, revision, propagation, more }))
+        let answer = pb::BulkRevokeKeysResponse { keys, revision, propagation, more };
+        Ok(match place {
+            Some(place) => place.hold(answer),
+            None => Response::new(answer),
+        })
     }
 
     async fn rotate(
@@ -241,16 +259,20 @@ impl pb::key_service_server::KeyService for KeyService {
     ) -> Result<Response<pb::ImportKeysResponse>, Status> {
         let caller = shown::<Caller>(&mut request)?;
         let keys = read_import(&self.keys, &caller, request.into_inner())?;
-        let results = self.keys.import(&caller, keys).await;
+        let results = self.keys.import(&caller, keys).await?;
+        let mut budget = PageBudget::new(u32::MAX);
         let results = results.into_iter().map(|result| match result {
-            Ok(view) => {
+            Ok(Imported { view, replayed }) => {
                 // The caller has it, and a thousand of them would make the answer too large.
-                let key = pb::Key { metadata: BTreeMap::new(), ..convert::key(view) };
-                pb::ImportResult { key: Some(key), ..pb::ImportResult::default() }
+                let mut key = pb::Key { metadata: BTreeMap::new(), ..convert::key(view) };
+                if !budget.take(key.encoded_len()) {
+                    key = pb::Key { id: key.id, revision: key.revision, ..pb::Key::default() };
+                }
+                pb::ImportResult { key: Some(key), replayed, ..pb::ImportResult::default() }
             }
             Err(refusal) => {
                 let (error, message) = status::reason(refusal);
-                pb::ImportResult { key: None, error, message }
+                pb::ImportResult { error, message, ..pb::ImportResult::default() }
             }
         });
         Ok(Response::new(pb::ImportKeysResponse { results: results.collect() }))
@@ -296,65 +318,31 @@ impl pb::key_service_server::KeyService for KeyService {
 
     async fn watch_propagation(
         &self,
-        request: Request<pb::WatchPropagationRequest>,
+        mut request: Request<pb::WatchPropagationRequest>,
     ) -> Result<Response<Self::WatchPropagationStream>, Status> {
+        let vigil = shown::<Vigil>(&mut request)?;
         let revision = Revision(request.get_ref().revision);
         if revision == Revision::default() {
             return Err(Refusal::field("revision", "must be that of a change, as its answer said").into());
         }
-        let (reports, received) = mpsc::channel(1);
-        let propagation = self.propagation.clone();
-        tokio::spawn(watch(propagation, revision, reports));
-        let next =
-            |mut received: mpsc::Receiver<_>| async { received.recv().await.map(|item| (item, received)) };
-        Ok(Response::new(stream::unfold(received, next).boxed()))
+        let newest = self.engine.fresh(None).map_err(Refusal::from)?;
+        if !self.propagation.is_recorded(revision, newest).await.map_err(Refusal::from)? {
+            return Err(Refusal::NotFound(Thing::Revision).into());
+        }
+        let (propagation, engine) = (self.propagation.clone(), self.engine.clone());
+        Ok(Response::new(stream_reports(propagation, revision, engine, vigil)))
     }
 
     async fn revoke_self(
         &self,
         mut request: Request<pb::RevokeSelfRequest>,
     ) -> Result<Response<pb::RevokeSelfResponse>, Status> {
-        let holder = shown::<Holder>(&mut request)?;
+        let caller = shown::<Caller>(&mut request)?;
         let patience = shown::<Patience>(&mut request)?;
-        let Call { peer, request_id } = shown::<Call>(&mut request)?;
-        let method = "keyward.v1.KeyService/RevokeSelf";
-        let view = self.keys.revoke_self(&holder, method, peer, request_id).await?;
+        let view = self.keys.revoke_self(&caller).await?;
         let (_, revision, propagation) = self.changed(view, patience).await?;
         Ok(Response::new(pb::RevokeSelfResponse { revision, propagation }))
     }
-}
-
-type Followed = Result<pb::WatchPropagationResponse, Status>;
-
-/// Follows a change until it is in force everywhere, or nobody listens any more. What a slow listener misses is
-/// repeated by what comes after.
-async fn watch(propagation: Propagation, revision: Revision, reports: mpsc::Sender<Followed>) {
-    let message = |report: Report| pb::WatchPropagationResponse {
-        revision: report.revision.0,
-        propagation: Some(convert::propagation(report)),
-    };
-    let mut last = None;
-    let ended = {
-        let mut each = |report: Report| {
-            let seen = (report.confirmed.clone(), report.unconfirmed.clone());
-            if !report.complete && last.as_ref() != Some(&seen) {
-                last = Some(seen);
-                let _ = reports.try_send(Ok(message(report)));
-            }
-        };
-        tokio::select! {
-            ended = propagation.watch(revision, &mut each) => ended,
-            () = reports.closed() => return,
-        }
-    };
-    let item = match ended {
-        Ok(report) => Ok(message(report)),
-        Err(Incomplete::Lost(_)) => {
-            Err(Refusal::field("revision", "there is no such change in the log").into())
-        }
-        Err(incomplete) => Err(Refusal::from(incomplete).into()),
-    };
-    let _ = reports.send(item).await;
 }
 
 fn bucket(start: Timestamp, counts: &HashMap<Reason, u64>) -> pb::UsageBucket {

@@ -11,6 +11,7 @@ pub mod calls;
 mod codec;
 mod connection;
 mod convert;
+mod details;
 mod direct;
 mod ext_authz;
 pub mod gate;
@@ -18,14 +19,20 @@ mod io;
 mod keys;
 mod keys_read;
 mod load;
+mod outgoing;
 mod page;
+mod permits;
+mod propagation;
 mod question;
 mod reply;
 pub mod rpc;
+mod sending;
 pub mod serve;
+mod session;
 mod status;
 mod stream;
 mod vigil;
+mod watches;
 
 use std::sync::Arc;
 
@@ -52,7 +59,7 @@ use crate::{
     replication::{news::News, propagation::Propagation},
     store::Store,
     trace::Tracing,
-    transport::Overload,
+    transport::{Overload, budget::MemoryBudget},
 };
 
 use gate::{Open, Services};
@@ -82,6 +89,8 @@ pub struct Parts {
     pub decisions: Decisions,
     /// How calls are named, and which are recorded.
     pub tracing: Tracing,
+    /// What requests may hold.
+    pub memory: Arc<MemoryBudget>,
 }
 
 impl std::fmt::Debug for Parts {
@@ -131,6 +140,7 @@ pub fn services(
         environments,
         decisions,
         tracing,
+        memory,
     } = parts;
     let health = HealthServer::new(HealthService::from_health_reporter(reporter));
     let open: [(&'static str, Open); 3] = [
@@ -141,7 +151,12 @@ pub fn services(
     let checks = authz::AuthzService { engine: engine.clone(), environments, decisions, stopping };
 
     let proxies = Arc::new(ext_authz::ExtAuthz { gateway: gateway.clone(), tracing });
-    let accounts = accounts::AccountService { accounts, people, propagation: propagation.clone() };
+    let outgoing = Arc::new(outgoing::Outgoing::default());
+    let lists = || outgoing.lists().clone();
+    let audit = audit::AuditService::over(store, engine.clone(), lists());
+    let accounts =
+        accounts::AccountService { accounts, people, propagation: propagation.clone(), lists: lists() };
+    let keys = keys::KeyService { keys, engine: engine.clone(), propagation, lists: lists() };
     Ok(Services {
         calls: Arc::default(),
         engine,
@@ -152,13 +167,15 @@ pub fn services(
         gateway,
         // The gate holds each RPC to its own limit; here the largest must pass.
         checks: Arc::new(checks),
-        keys: KeyServiceServer::new(keys::KeyService { keys, propagation }),
+        keys: KeyServiceServer::new(keys),
         accounts: AccountServiceServer::new(accounts),
-        audit: AuditServiceServer::new(audit::AuditService::over(store)),
+        audit: AuditServiceServer::new(audit),
         news,
         open: open.into(),
         management: tokio::runtime::Handle::current(),
-        room: Arc::new(load::Room::new(overload)),
+        limits: Arc::new(permits::ConcurrencyLimits::new(overload)),
+        memory,
+        outgoing,
     })
 }
 

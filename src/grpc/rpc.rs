@@ -71,12 +71,33 @@ pub struct Rpc {
 impl Rpc {
     /// Whether what others have just committed is to be heard before it is judged: where it may change something, and
     /// is judged by what is in memory. Who stops a key for nobody else is judged by the record alone, and waits for
-    /// nothing that it can do without.
+    /// nothing that it can do without. A call for a person is judged by a membership in memory, also if it only reads.
     #[must_use]
     pub fn hears_first(&self, for_person: bool) -> bool {
         const BY_RECORD: [&str; 5] = ["Revoke", "Disable", "FinishRotation", "BulkRevoke", "RevokeSelf"];
         let stops = BY_RECORD.iter().any(|name| self.method.ends_with(&format!("KeyService/{name}")));
-        self.changes() && (for_person || !stops)
+        for_person || self.changes() && !stops
+    }
+
+    /// Whether it asks many things in one message, and is charged to its caller's limits for each of them.
+    #[must_use]
+    pub fn is_batch(&self) -> bool {
+        self.method == BATCH_CHECK
+    }
+
+    /// Whether it takes rights away, whatever its request says: a part of each limit is kept for such calls.
+    #[must_use]
+    pub fn restricts(&self) -> bool {
+        const RESTRICTING: [&str; 7] = [
+            "keyward.v1.KeyService/Revoke",
+            "keyward.v1.KeyService/BulkRevoke",
+            "keyward.v1.KeyService/RevokeSelf",
+            "keyward.v1.KeyService/Disable",
+            "keyward.v1.KeyService/FinishRotation",
+            "keyward.v1.AccountService/Suspend",
+            "keyward.v1.AccountService/RemoveMember",
+        ];
+        RESTRICTING.contains(&self.method)
     }
 
     /// Whether it may change something.
@@ -125,6 +146,10 @@ const fn narrowing(method: &'static str, access: Access) -> Rpc {
     Rpc { timeout, ..managed(method, access) }
 }
 
+/// Many Checks in one call.
+const BATCH_CHECK: &str = "keyward.v1.AuthzService/BatchCheck";
+/// The call whose request holds many keys.
+pub(super) const IMPORT: &str = "keyward.v1.KeyService/Import";
 /// What Envoy asks.
 pub const EXT_AUTHZ: &str = "envoy.service.auth.v3.Authorization/Check";
 
@@ -135,7 +160,7 @@ use Permission::{AccountsRead, AccountsWrite, AuditRead, KeysRead, KeysWrite};
 pub const TABLE: [Rpc; 34] = [
     checks("keyward.v1.AuthzService/Check", CHECK_BYTES, Some(CHECK_TIMEOUT)),
     Rpc { access: Access::Proxy, ..checks(EXT_AUTHZ, BATCH_BYTES, Some(CHECK_TIMEOUT)) },
-    checks("keyward.v1.AuthzService/BatchCheck", BATCH_BYTES, Some(CHECK_TIMEOUT)),
+    checks(BATCH_CHECK, BATCH_BYTES, Some(CHECK_TIMEOUT)),
     Rpc { kind: Kind::BidiStream, ..checks("keyward.v1.AuthzService/StreamCheck", CHECK_BYTES, None) },
     managed("keyward.v1.KeyService/Create", Needs(KeysWrite)),
     managed("keyward.v1.KeyService/Get", Needs(KeysRead)),
@@ -147,7 +172,7 @@ pub const TABLE: [Rpc; 34] = [
     narrowing("keyward.v1.KeyService/BulkRevoke", Needs(KeysWrite)),
     narrowing("keyward.v1.KeyService/Rotate", Needs(KeysWrite)),
     narrowing("keyward.v1.KeyService/FinishRotation", Needs(KeysWrite)),
-    managed("keyward.v1.KeyService/Import", Needs(KeysWrite)),
+    managed(IMPORT, Needs(KeysWrite)),
     managed("keyward.v1.KeyService/Lookup", Needs(KeysRead)),
     managed("keyward.v1.KeyService/Usage", Needs(KeysRead)),
     Rpc {
@@ -155,8 +180,9 @@ pub const TABLE: [Rpc; 34] = [
         kind: Kind::ServerStream,
         ..managed("keyward.v1.KeyService/WatchPropagation", Needs(KeysRead))
     },
-    managed("keyward.v1.KeyService/WhoAmI", AnyKey),
-    narrowing("keyward.v1.KeyService/RevokeSelf", Possession),
+    // Their requests are empty, and any token makes them.
+    Rpc { max_request: CHECK_BYTES, ..managed("keyward.v1.KeyService/WhoAmI", AnyKey) },
+    Rpc { max_request: CHECK_BYTES, ..narrowing("keyward.v1.KeyService/RevokeSelf", Possession) },
     managed("keyward.v1.AccountService/Create", Needs(AccountsWrite)),
     managed("keyward.v1.AccountService/Get", Needs(AccountsRead)),
     managed("keyward.v1.AccountService/List", Needs(AccountsRead)),

@@ -6,12 +6,15 @@
 use std::collections::HashMap;
 
 use http::{HeaderMap, header::RETRY_AFTER};
-use prost::Message as _;
 use tonic::{Code, Status, metadata::MetadataMap};
-use tonic_types::{ErrorDetails, StatusExt as _};
+use tonic_types::StatusExt as _;
 
-use super::convert;
+use super::{
+    convert,
+    details::{Details, MAX_MESSAGE, list, shorten},
+};
 use crate::{
+    domain::account::{AccountLimit, LimitReached},
     engine::CannotAnswer,
     refusal::{Refusal, Thing, Violation},
     replication::propagation::{Incomplete, Report},
@@ -20,25 +23,29 @@ use crate::{
 /// When a call that found a full server may be sent again.
 const OVERLOADED_FOR: std::time::Duration = std::time::Duration::from_millis(100);
 
-/// The domain of our reasons.
-pub(super) const DOMAIN: &str = "keyward";
+/// Every status of this server: its message and its details have sizes that clients accept.
+fn build(code: Code, message: &str, details: Details) -> Status {
+    build_with_headers(code, message, details, HeaderMap::new())
+}
+
+fn build_with_headers(code: Code, message: &str, details: Details, headers: HeaderMap) -> Status {
+    let message = shorten(message, MAX_MESSAGE);
+    let details = details.encode(code, &message);
+    Status::with_details_and_metadata(code, message, details, MetadataMap::from_headers(headers))
+}
 
 fn status(code: Code, reason: &str, message: &str) -> Status {
     with_metadata(code, reason, message, HashMap::new())
 }
 
 fn with_metadata(code: Code, reason: &str, message: &str, metadata: HashMap<String, String>) -> Status {
-    Status::with_error_details(code, message, ErrorDetails::with_error_info(reason, DOMAIN, metadata))
+    build(code, message, Details::new(reason, metadata))
 }
 
 fn invalid(violations: &[Violation]) -> Status {
-    let mut details = ErrorDetails::with_error_info("INVALID_REQUEST", DOMAIN, HashMap::new());
-    for violation in violations {
-        details.add_bad_request_violation(&violation.field, &violation.problem);
-    }
-    let list = violations.iter().map(|violation| format!("{}: {}", violation.field, violation.problem));
-    let message = format!("invalid request: {}", list.collect::<Vec<_>>().join("; "));
-    Status::with_error_details(Code::InvalidArgument, message, details)
+    let each = violations.iter().map(|violation| format!("{}: {}", violation.field, violation.problem));
+    let message = format!("invalid request: {}", list(each, "; ", "violations"));
+    build(Code::InvalidArgument, &message, Details::of_violations(violations))
 }
 
 impl From<Refusal> for Status {
@@ -61,9 +68,13 @@ impl From<Refusal> for Status {
             Refusal::NotFound(Thing::Member) => {
                 status(Code::NotFound, "MEMBER_NOT_FOUND", "the user is no member of the account")
             }
+            Refusal::NotFound(Thing::Revision) => {
+                status(Code::NotFound, "REVISION_NOT_FOUND", "there is no change of this revision")
+            }
             Refusal::DigestTaken => {
                 status(Code::AlreadyExists, "DIGEST_TAKEN", "a key with this digest already exists")
             }
+            Refusal::AccountLimit(reached) => account_limit(reached),
             Refusal::CallerLimited(retry_after) => caller_limited(retry_after),
             Refusal::IdempotencyKeyReused => status(
                 Code::FailedPrecondition,
@@ -77,6 +88,12 @@ impl From<Refusal> for Status {
                 "UNAUTHENTICATED",
                 "missing or invalid credentials; send 'authorization: Bearer <management key>'",
             ),
+            Refusal::CallerRevoked => status(
+                Code::Unauthenticated,
+                "CALLER_REVOKED",
+                "the calling key was revoked or restricted during the call; a change that was made before that stays",
+            ),
+            Refusal::PermissionMissing(scope) => lacks_permission(scope),
             Refusal::CannotAnswer(reason) => cannot_answer(reason),
             Refusal::NotRecorded { full } => not_recorded(full),
             Refusal::OutcomeUnknown => status(
@@ -85,6 +102,7 @@ impl From<Refusal> for Status {
                 "whether the change was recorded is unknown; until that is settled this server refuses what the \
                  change refuses. Send it again: every change can be repeated",
             ),
+            Refusal::SomeUnknown { unknown, changes } => some_unknown(unknown, changes),
             Refusal::Unavailable => {
                 status(Code::Unavailable, "STORE_UNAVAILABLE", "the database did not answer; try again")
             }
@@ -110,14 +128,48 @@ pub(super) fn reason(refusal: Refusal) -> (String, String) {
 }
 
 fn caller_limited(retry_after: Option<std::time::Duration>) -> Status {
-    let mut details = ErrorDetails::with_error_info("CALLER_LIMITED", DOMAIN, HashMap::new());
-    details.set_retry_info(retry_after);
     // For gateways that speak HTTP: whole seconds, never too few.
     let seconds = retry_after.map(|after| after.as_secs() + u64::from(after.subsec_nanos() > 0));
     let headers = seconds.map(|seconds| (RETRY_AFTER, seconds.into()));
-    let metadata = MetadataMap::from_headers(HeaderMap::from_iter(headers));
+    let details = Details::new("CALLER_LIMITED", HashMap::new());
+    let details = match retry_after {
+        Some(after) => details.with_retry(after),
+        None => details,
+    };
     let message = "a rate limit or the quota of the caller's own key is used up";
-    Status::with_error_details_and_metadata(Code::ResourceExhausted, message, details, metadata)
+    build_with_headers(Code::ResourceExhausted, message, details, HeaderMap::from_iter(headers))
+}
+
+/// A batch that the limits of its caller's own key never let through, however long it waits.
+#[must_use]
+pub(super) fn batch_never_fits(checks: u64, most: u64) -> Status {
+    let message = format!(
+        "the batch has {checks} checks, and a limit of the caller's own key lets at most {most} through at once; \
+         send smaller batches"
+    );
+    let metadata = HashMap::from([("limit".to_owned(), most.to_string())]);
+    with_metadata(Code::ResourceExhausted, "CALLER_LIMITED", &message, metadata)
+}
+
+/// The account has as much as its limit allows.
+fn account_limit(LimitReached { limit, value, retry_after }: LimitReached) -> Status {
+    let (name, number) = (limit.as_str(), value.to_string());
+    let what_to_do = match limit {
+        AccountLimit::Keys => "revoke keys that are no longer needed",
+        AccountLimit::Roles => "delete roles that are no longer needed",
+        AccountLimit::RotationsPerHour | AccountLimit::LogRowsPerHour => "try again in the next hour",
+    };
+    let message = format!(
+        "the account has reached its limit {name} = {value}; {what_to_do}, or raise account_limits.{name} in the \
+         server's settings. What takes rights away is never limited"
+    );
+    let metadata = [("limit", name.to_owned()), ("value", number)];
+    let metadata = metadata.map(|(key, value)| (key.to_owned(), value)).into();
+    let mut details = Details::new("ACCOUNT_LIMIT", metadata);
+    if let Some(after) = retry_after {
+        details = details.with_retry(after);
+    }
+    build(Code::ResourceExhausted, &message, details)
 }
 
 fn cannot_answer(reason: CannotAnswer) -> Status {
@@ -145,11 +197,45 @@ pub(super) fn malformed<M: prost::Message + Default>(bytes: &[u8]) -> Status {
 /// More is under way than this server can do in time.
 #[must_use]
 pub(super) fn overloaded() -> Status {
-    let mut details = ErrorDetails::with_error_info("OVERLOADED", DOMAIN, HashMap::new());
-    details.set_retry_info(Some(OVERLOADED_FOR));
+    let details = Details::new("OVERLOADED", HashMap::new()).with_retry(OVERLOADED_FOR);
     let message =
         "this server has more calls under way than it takes, and did nothing; try another one, or again";
-    Status::with_error_details(Code::Unavailable, message, details)
+    build(Code::Unavailable, message, details)
+}
+
+/// A call that lasts, on a connection that ends.
+#[must_use]
+pub(super) fn connection_ends() -> Status {
+    let message =
+        "this connection is at its end, and with it the calls that last; make the call again over another";
+    status(Code::Unavailable, "CONNECTION_ENDS", message)
+}
+
+/// A connection has as many calls that last as it may have.
+#[must_use]
+pub(super) fn too_many_watches(most: usize) -> Status {
+    let message =
+        format!("this connection has {most} such calls already; end one of them, or use another connection");
+    status(Code::ResourceExhausted, "TOO_MANY_WATCHES", &message)
+}
+
+/// Holds the end of a stream to the size of a status, and to having a reason.
+pub(super) fn hold_to_size(trailers: &mut HeaderMap) {
+    let Some(plain) = Status::from_header_map(trailers) else { return };
+    if plain.code() != Code::Ok && plain.details().is_empty() {
+        // Only a value that no header can have is refused, and there is none.
+        let _ = with_reason(&plain).add_header(trailers);
+    }
+}
+
+/// Of a call that makes many changes, and whose answer would hold for all of them.
+fn some_unknown(unknown: usize, changes: usize) -> Status {
+    let numbers = [("unknown", unknown), ("changes", changes)];
+    let metadata = numbers.map(|(name, number)| (name.to_owned(), number.to_string())).into();
+    let message = format!(
+        "whether {unknown} of the call's {changes} changes were recorded is unknown; until that is settled this          server refuses what they refuse. Send the same call again: it finishes what is left"
+    );
+    with_metadata(Code::Unavailable, "OUTCOME_UNKNOWN", &message, metadata)
 }
 
 /// What was to be stopped is refused by this server until it restarts or the change succeeds.
@@ -196,30 +282,20 @@ fn not_complete(incomplete: Incomplete) -> Status {
 
 /// The report goes with the status, as `keyward.v1.Propagation`.
 fn not_in_time(report: Report) -> Status {
-    let silent: Vec<_> = report.unconfirmed.iter().map(|silent| silent.replica.as_str()).collect();
-    let silent = if silent.is_empty() { "the database".to_owned() } else { silent.join(", ") };
+    let silent: Vec<_> = report.unconfirmed.iter().map(|silent| silent.replica.clone()).collect();
+    let silent = if silent.is_empty() {
+        "the database".to_owned()
+    } else {
+        list(silent.into_iter(), ", ", "replicas")
+    };
     let revision = report.revision;
     let message = format!(
         "the change is recorded as revision {revision}, and not known to be in force everywhere yet: no word from \
          {silent}. Follow it with WatchPropagation; most calls can be sent again too, and wait again"
     );
     let metadata = HashMap::from([("revision".to_owned(), revision.to_string())]);
-    let info = tonic_types::pb::ErrorInfo {
-        reason: "NOT_PROPAGATED".to_owned(),
-        domain: DOMAIN.to_owned(),
-        metadata,
-    };
-    let detail = |name: &str, value: Vec<u8>| prost_types::Any {
-        type_url: format!("type.googleapis.com/{name}"),
-        value,
-    };
-    let details = vec![
-        detail("google.rpc.ErrorInfo", info.encode_to_vec()),
-        detail("keyward.v1.Propagation", convert::propagation(report).encode_to_vec()),
-    ];
-    let code = Code::DeadlineExceeded;
-    let whole = tonic_types::pb::Status { code: code.into(), message: message.clone(), details };
-    Status::with_details(code, message, whole.encode_to_vec().into())
+    let details = Details::of_propagation("NOT_PROPAGATED", metadata, convert::propagation(report));
+    build(Code::DeadlineExceeded, &message, details)
 }
 
 /// The caller lacks the permission that the RPC needs.
@@ -247,6 +323,23 @@ pub(super) fn too_large(claimed: usize, limit: usize) -> Status {
     invalid(&[Violation { field: "(message)".to_owned(), problem }])
 }
 
+/// A request of more fields than any has a use for.
+#[must_use]
+pub(super) fn too_many_fields(count: usize, limit: usize) -> Status {
+    let problem = format!("the message has {count} fields; at most {limit} are allowed");
+    invalid(&[Violation { field: "(message)".to_owned(), problem }])
+}
+
+/// A request that is no message of its call's type, or breaks off.
+#[must_use]
+pub(super) fn unreadable() -> Status {
+    status(
+        Code::InvalidArgument,
+        "UNREADABLE_REQUEST",
+        "the request could not be read: is it a protobuf message of this call's type?",
+    )
+}
+
 /// A request whose bytes did not come.
 #[must_use]
 pub(super) fn too_slow() -> Status {
@@ -267,11 +360,7 @@ pub(super) fn deadline_exceeded() -> Status {
 #[must_use]
 pub(super) fn with_reason(plain: &Status) -> Status {
     match plain.code() {
-        Code::Internal => status(
-            Code::InvalidArgument,
-            "UNREADABLE_REQUEST",
-            "the request could not be read: is it a protobuf message of this call's type?",
-        ),
+        Code::Internal => unreadable(),
         Code::Unimplemented => status(Code::Unimplemented, "UNSUPPORTED", plain.message()),
         code => status(code, "REFUSED", plain.message()),
     }

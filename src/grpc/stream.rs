@@ -204,7 +204,7 @@ impl Call {
                 biased;
                 question = self.questions.message() => question,
                 _ = self.look.tick() => {
-                    if let Err(status) = self.vigil.admits(&self.service.engine, false, &self.memory).await {
+                    if let Err(status) = self.vigil.admits(&self.service.engine, 0, &self.memory).await {
                         return Some(Err(status));
                     }
                     self.run = 0;
@@ -223,7 +223,7 @@ impl Call {
         let charge = std::mem::replace(&mut self.charge, true);
         let engine = &self.service.engine;
         let then = engine.index.state();
-        self.vigil.admits(engine, charge, &self.memory).await?;
+        self.vigil.admits(engine, charge.into(), &self.memory).await?;
         if question.len() > CHECK_BYTES {
             return Err(too_large(question.len(), CHECK_BYTES));
         }

@@ -8,16 +8,17 @@ use zeroize::Zeroizing;
 
 use crate::{
     access::Permission,
-    domain::{decision::Reason, identity::Identity, name::AccountId},
+    domain::{decision::Reason, identity::Identity, name::AccountId, scope::ScopeSet},
     engine::{
-        Authenticated, CannotAnswer, Engine,
+        Authenticated, CannotAnswer, Engine, Refused,
         index::State,
         known::{Known, Memory},
+        limiter::Take,
     },
     refusal::Refusal,
 };
 
-use super::status::lacks_permission;
+use super::status::{batch_never_fits, lacks_permission};
 
 /// What proves a caller.
 #[derive(Clone)]
@@ -55,40 +56,51 @@ impl Vigil {
         if then.is_some() && engine.index.state() == then { Ok(true) } else { self.stands(engine) }
     }
 
-    /// Whether the caller still may ask. `charge`: this is a call, which its limits count.
-    pub(super) async fn admits(&self, engine: &Engine, charge: bool, memory: &Memory) -> Result<(), Status> {
+    /// Whether the caller still may ask. `charge`: so many calls, which its limits count, all of them or none.
+    pub(super) async fn admits(&self, engine: &Engine, charge: u64, memory: &Memory) -> Result<(), Status> {
         if let Some(known) = self.known(engine, memory) {
-            if charge {
+            if charge > 0 {
                 engine.note_call(&known);
             }
             return Ok(());
         }
+        match &self.shown {
+            Presented::Token(token) if charge > 0 => {
+                let (account, take) = (self.account.as_ref(), Take::units(charge));
+                let decided = engine.authenticate(token, account, false, self.peer, take).await;
+                match decided.map_err(Refusal::from)? {
+                    Ok(Authenticated { grants, .. }) => must_hold(Permission::Check, &grants),
+                    Err(Refused {
+                        reason: Reason::RateLimited | Reason::QuotaExceeded,
+                        retry_after,
+                        most,
+                    }) => Err(match most.filter(|_| charge > 1) {
+                        Some(most) => batch_never_fits(charge, most),
+                        None => Refusal::CallerLimited(retry_after).into(),
+                    }),
+                    Err(_) => Err(Refusal::Unauthenticated.into()),
+                }
+            }
+            _ => self.holds(engine, Permission::Check),
+        }
+    }
+
+    /// Whether the caller still holds a permission. Nothing is counted.
+    ///
+    /// # Errors
+    /// When it does not, or that cannot be known.
+    pub(super) fn holds(&self, engine: &Engine, permission: Permission) -> Result<(), Status> {
         let grants = match &self.shown {
             Presented::Certificate(identity) => {
                 let stands = engine.vouch(identity.account()).map_err(Refusal::from)?.stands;
                 stands.then(|| identity.scopes().clone()).ok_or(Refusal::Unauthenticated)?
-            }
-            Presented::Token(token) if charge => {
-                let account = self.account.as_ref();
-                match engine.authenticate(token, account, false, self.peer).await.map_err(Refusal::from)? {
-                    Ok(Authenticated { grants, .. }) => grants,
-                    Err(refused) => match refused.reason {
-                        Reason::RateLimited | Reason::QuotaExceeded => {
-                            return Err(Refusal::CallerLimited(refused.retry_after).into());
-                        }
-                        _ => return Err(Refusal::Unauthenticated.into()),
-                    },
-                }
             }
             Presented::Token(token) => {
                 let stands = engine.stands(token, self.account.as_ref(), self.peer).map_err(Refusal::from)?;
                 stands.map_err(|_| Refusal::Unauthenticated)?
             }
         };
-        match Permission::Check.is_in(&grants) {
-            true => Ok(()),
-            false => Err(lacks_permission(Permission::Check.as_str())),
-        }
+        must_hold(permission, &grants)
     }
 
     /// The caller, where it plainly may ask.
@@ -98,6 +110,10 @@ impl Vigil {
             _ => None,
         }
     }
+}
+
+fn must_hold(permission: Permission, grants: &ScopeSet) -> Result<(), Status> {
+    if permission.is_in(grants) { Ok(()) } else { Err(lacks_permission(permission.as_str())) }
 }
 
 /// The caller with this token, where it plainly may ask Checks: see [`Engine::recognise`].

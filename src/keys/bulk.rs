@@ -1,5 +1,8 @@
 //! Many keys at once: Import and BulkRevoke. Each key is a change of its own, and group commit puts many into
 //! one transaction; one that fails never stops the rest.
+//!
+//! An answer holds for every key that it calls done. If the outcome of any is unknown, the call fails as a whole, and the
+//! same call again finishes it.
 
 use std::collections::HashMap;
 
@@ -16,11 +19,11 @@ use crate::{
         token::Digest,
     },
     engine::usage::Pace,
-    refusal::{Refusal, Thing},
-    store::{Count, Hour, KeyFilter, Outcome, OwnerFilter, StoredKey},
+    refusal::{Refusal, Thing, all_known},
+    store::{Count, Hour, KeyFilter, Outcome, OwnerFilter, StoreError, StoredKey, page::PageBudget},
 };
 
-use super::{Keys, NewKey, View, into_key, write};
+use super::{Keys, NewKey, View, into_key};
 
 /// How many writes of one call wait for the writer at a time: one transaction is filled while another commits.
 const AT_ONCE: usize = 512;
@@ -51,6 +54,15 @@ pub struct BulkRevoke {
     pub comment: String,
 }
 
+/// A key that Import has taken in.
+#[derive(Debug)]
+pub struct Imported {
+    /// The key.
+    pub view: View,
+    /// The same caller had imported it before.
+    pub replayed: bool,
+}
+
 /// What became of one key.
 #[derive(Debug)]
 pub struct BulkRevoked {
@@ -73,46 +85,75 @@ pub struct BulkOutcome {
 
 impl Keys {
     /// Takes in keys made elsewhere. The results are in the order of the keys.
+    ///
+    /// # Errors
+    /// When it is unknown whether some were imported.
     pub async fn import(
         &self,
         caller: &Caller,
         keys: Vec<Result<ImportedKey, Refusal>>,
-    ) -> Vec<Result<View, Refusal>> {
-        stream::iter(keys.into_iter().map(|key| async { self.import_one(caller, key?).await }))
-            .buffered(AT_ONCE)
-            .collect()
-            .await
+    ) -> Result<Vec<Result<Imported, Refusal>>, Refusal> {
+        let imports = keys.into_iter().map(|key| async { self.import_one(caller, key?).await });
+        let results: Vec<_> = stream::iter(imports).buffered(AT_ONCE).collect().await;
+        all_known(results.iter().map(|result: &Result<_, _>| result.as_ref().err()))?;
+        Ok(results)
     }
 
-    async fn import_one(&self, caller: &Caller, imported: ImportedKey) -> Result<View, Refusal> {
+    async fn import_one(&self, caller: &Caller, imported: ImportedKey) -> Result<Imported, Refusal> {
         let ImportedKey { key, digest, hint } = imported;
         let now = key.now;
         let secret = Secret { version: 1, digest, hint, created_at: now, expires_at: None };
-        let key = self.new_key(caller, &key, secret)?;
-        match self.writer.write(write(caller, key, None, Action::KeyImported, now, None)).await? {
-            Outcome::Applied(change) => Ok(self.view(into_key(change)?, &[])),
-            Outcome::Replayed(_) => Err(Refusal::Contended),
+        match self.make(caller, &key, &secret, Action::KeyImported, None).await {
+            Ok(Outcome::Applied(change)) => {
+                Ok(Imported { view: self.view(into_key(change)?, &[]), replayed: false })
+            }
+            Ok(Outcome::Replayed(_)) => Err(Refusal::Contended),
+            Err(Refusal::DigestTaken) => {
+                let wanted = self.new_key(&mut caller.authorize(&self.engine)?, &key, secret)?;
+                let view = self.imported_before(&digest, &wanted).await?;
+                Ok(Imported { view: view.ok_or(Refusal::DigestTaken)?, replayed: true })
+            }
+            Err(refusal) => Err(refusal),
         }
+    }
+
+    /// The key with this digest, if an import of the same key by the same caller made it and nothing has changed it since:
+    /// a call whose outcome was unknown is sent again.
+    async fn imported_before(&self, digest: &Digest, wanted: &Key) -> Result<Option<View>, Refusal> {
+        let find = || self.engine.index.find(digest).map(|found| found.key.id());
+        let id = match find() {
+            Some(id) => Some(id),
+            // Another replica may have recorded it.
+            None => {
+                self.writer.caught_up().await?;
+                find()
+            }
+        };
+        let Some(id) = id else { return Ok(None) };
+        let stored = self.store.key(id).await?;
+        let Some(stored) = stored.filter(|stored| is_same_import(&stored.key, wanted)) else {
+            return Ok(None);
+        };
+        self.writer.applied(stored.key.revision).await?;
+        Ok(Some(self.view_stored(stored)))
     }
 
     /// Revokes every key that is meant and not revoked yet, at most [`MOST_REVOKED`]. Gives what became of
     /// each.
     ///
     /// # Errors
-    /// When the caller may not, or the store fails before anything was done.
+    /// When the caller may not, the store fails before anything was done, or it is unknown whether some were revoked.
     pub async fn bulk_revoke(&self, caller: &Caller, bulk: BulkRevoke) -> Result<BulkOutcome, Refusal> {
         match &bulk.filter.owner {
             OwnerFilter::AllButOperators => {
                 caller.must_be_operator()?;
-                if caller.acting_user.is_some() {
-                    let message =
-                        "nobody acts for a person over every account; leave x-keyward-acting-user out";
-                    return Err(Refusal::Forbidden("ROLE_LACKS_PERMISSION", message.to_owned()));
-                }
+                caller.acts_for_itself()?;
             }
             OwnerFilter::Account(account) => {
-                self.engine.index.account(account).ok_or(Refusal::NotFound(Thing::Account))?;
-                self.may_write(caller, &Owner::Account(account.clone()))?;
+                let mut asked = caller.authorize(&self.engine)?;
+                asked.account(account).ok_or(Refusal::NotFound(Thing::Account))?;
+                asked.may_know(account)?;
+                self.may_write(&mut asked, &Owner::Account(account.clone()))?;
             }
             OwnerFilter::User(user) => {
                 let owner = Owner::User(user.clone());
@@ -121,26 +162,37 @@ impl Keys {
                 }
             }
         }
-        let mut stored = self.store.keys(&bulk.filter, None, MOST_REVOKED + 1).await?;
+        let (mut stored, more) = self.read_page(&bulk.filter, None, MOST_REVOKED).await?;
         // What is recorded as revoked is not listed, and may not be in force yet, here or elsewhere.
         let mut recorded = self.store.head().await?.revision;
         self.writer.applied(recorded).await?;
-        let fitting = fitting(&stored);
-        let more = stored.len() > fitting;
-        stored.truncate(fitting);
         if bulk.dry_run {
             let views = stored.into_iter().map(|stored| self.view_stored(stored));
             let keys = views.map(|view| BulkRevoked { view, failure: None }).collect();
             return Ok(BulkOutcome { keys, more, recorded });
         }
-        let revoked = stream::iter(stored.into_iter().map(|stored| async {
-            let revoke = self.revoke(caller, stored.key.id, bulk.reason, bulk.comment.clone());
-            match revoke.await {
-                Ok(view) => BulkRevoked { view, failure: None },
-                Err(refusal) => BulkRevoked { view: self.view_stored(stored), failure: Some(refusal) },
-            }
-        }));
-        let keys: Vec<BulkRevoked> = revoked.buffered(AT_ONCE).collect().await;
+        let revoke = async |stored: StoredKey| match self
+            .revoke(caller, stored.key.id, bulk.reason, bulk.comment.clone())
+            .await
+        {
+            Ok(view) => BulkRevoked { view, failure: None },
+            Err(refusal) => BulkRevoked { view: self.view_stored(stored), failure: Some(refusal) },
+        };
+        // The caller's own key comes last: the caller's rights end with it.
+        let own = stored.iter().position(|stored| stored.key.id == caller.id());
+        let own = own.map(|at| (at, stored.remove(at)));
+        let mut keys: Vec<_> =
+            stream::iter(stored.into_iter().map(&revoke)).buffered(AT_ONCE).collect().await;
+        if let Some((at, own)) = own {
+            keys.insert(at, revoke(own).await);
+        }
+        all_known(keys.iter().map(|key: &BulkRevoked| key.failure.as_ref()))?;
+        let rights_ended = |key: &BulkRevoked| {
+            matches!(key.failure, Some(Refusal::CallerRevoked | Refusal::PermissionMissing(_)))
+        };
+        if keys.iter().any(rights_ended) {
+            return Err(Refusal::CallerRevoked);
+        }
         recorded = recorded.max(newest(keys.iter().map(|key| &key.view.key)));
         Ok(BulkOutcome { keys, more, recorded })
     }
@@ -174,6 +226,31 @@ impl Keys {
         }
     }
 
+    /// At most `size` keys before `before`, as many as one answer can hold, and whether there are more.
+    pub(super) async fn read_page(
+        &self,
+        filter: &KeyFilter,
+        before: Option<KeyId>,
+        size: u32,
+    ) -> Result<(Vec<StoredKey>, bool), StoreError> {
+        let (mut budget, mut page) = (PageBudget::new(size), Vec::<StoredKey>::new());
+        loop {
+            let last = page.last().map(|stored| stored.key.id).or(before);
+            let step = budget.step();
+            let read = self.store.keys(filter, last, step + 1).await?;
+            let more = read.len() > step as usize;
+            for stored in read.into_iter().take(step as usize) {
+                if !budget.take(about(&stored.key)) {
+                    return Ok((page, true));
+                }
+                page.push(stored);
+            }
+            if !more || budget.step() == 0 {
+                return Ok((page, more));
+            }
+        }
+    }
+
     /// The keys of an owner that are not revoked.
     fn everything_of(&self, owner: OwnerFilter) -> KeyFilter {
         use crate::domain::key::State;
@@ -202,9 +279,9 @@ impl Keys {
         hours: u32,
     ) -> Result<Vec<(Timestamp, HashMap<Reason, u64>)>, Refusal> {
         let stored = self.visible(caller, id).await?;
-        self.may_read(caller, &stored.key.owner)?;
         self.engine.usage.flush(&*self.store, Pace::AtOnce).await?;
         let counts = self.store.usage(id, from, to).await?;
+        self.may_read(caller, &stored.key.owner)?;
         let step = i64::from(hours.max(1));
         let mut buckets: Vec<(Timestamp, HashMap<Reason, u64>)> = Vec::new();
         for Count { hour, reason, count, .. } in counts {
@@ -220,15 +297,22 @@ impl Keys {
     }
 }
 
-/// How many of the keys one answer can hold: a client takes 4 MiB.
-pub(super) fn fitting(stored: &[StoredKey]) -> usize {
-    const ROOM: usize = 3 * 1024 * 1024;
-    let mut size = 0;
-    let fits = stored.iter().take(MOST_REVOKED as usize).take_while(|stored| {
-        size += about(&stored.key);
-        size <= ROOM
-    });
-    fits.count().max(1)
+/// Whether a key is as its import made it, and would be made the same now. An expiry that is as far away as it was then
+/// comes of the same `ttl`.
+fn is_same_import(stored: &Key, wanted: &Key) -> bool {
+    let life = |key: &Key| key.terms.expires_at.map(|end| end.since(key.created_at));
+    let mut again = Key {
+        id: stored.id,
+        created_at: stored.created_at,
+        updated_at: stored.created_at,
+        revision: stored.revision,
+        ..wanted.clone()
+    };
+    again.secrets.iter_mut().for_each(|secret| secret.created_at = stored.created_at);
+    if life(stored) == life(wanted) {
+        again.terms.expires_at = stored.terms.expires_at;
+    }
+    *stored == again
 }
 
 /// About how many bytes a key takes in an answer.

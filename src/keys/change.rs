@@ -1,10 +1,10 @@
 //! What changes a key that exists: each takes the record as it stands, and is tried again when it moved meanwhile.
 
-use std::{net::IpAddr, time::Duration};
+use std::time::Duration;
 
 use super::{Field, Issued, Keys, Once, Patch, View, into_key, write};
 use crate::{
-    access::{Caller, Proof},
+    access::{ATTEMPTS, Authorization, Caller, Proof},
     clock::random,
     domain::{
         account::Environment,
@@ -12,19 +12,14 @@ use crate::{
         facts::KeyFacts as _,
         key::{Key, Revocation, RevokeReason, State},
         log::Action,
-        name::{AccountId, KeyId, TokenPrefix},
-        scope::ScopeSet,
+        name::{KeyId, TokenPrefix},
         time::Timestamp,
         token::Token,
     },
-    engine::Holder,
     refusal::Refusal,
     replication::propagation::Reach,
     store::{Outcome, Rejection, writer::WriteError},
 };
-
-/// How often a change is tried again when the record moved under it.
-const ATTEMPTS: u32 = 16;
 
 /// Whether an edit changed anything.
 enum Edit {
@@ -32,6 +27,16 @@ enum Edit {
     /// Some of what it asks for was so before: it may be a call that is made again, or narrow what another narrowed.
     Repeats,
     AsItWas,
+}
+
+impl Caller {
+    /// Whether a caller that has proved possession of a token does so by the key's record too.
+    fn still_possesses(&self, key: &Key, now: Timestamp) -> Result<(), Refusal> {
+        let Proof::Possession(_, digest) = &self.proof else { return Ok(()) };
+        let mut secrets = key.secrets.iter().filter(|secret| secret.expires_at.is_none_or(|end| end > now));
+        let living = key.revocation.is_some() || secrets.any(|secret| secret.digest == *digest);
+        if living { Ok(()) } else { Err(Refusal::CallerRevoked) }
+    }
 }
 
 impl Keys {
@@ -42,14 +47,15 @@ impl Keys {
         id: KeyId,
         action: Action,
         once: Option<Once>,
-        mut edit: impl FnMut(&mut Key, Timestamp) -> Result<Edit, Refusal>,
+        mut edit: impl FnMut(&mut Authorization<'_>, &mut Key, Timestamp) -> Result<Edit, Refusal>,
     ) -> Result<Changed, Refusal> {
         for _ in 0..ATTEMPTS {
             let stored = self.visible(caller, id).await?;
-            self.may_write(caller, &stored.key.owner)?;
+            let mut asked = caller.authorize(&self.engine)?;
+            self.may_write(&mut asked, &stored.key.owner)?;
             let now = self.clock.now();
             let mut key = stored.key.clone();
-            let edit = edit(&mut key, now)?;
+            let edit = edit(&mut asked, &mut key, now)?;
             if let Edit::AsItWas = edit {
                 // Recorded is not yet in force, while the answer to its commit is awaited.
                 self.writer.applied(stored.key.revision).await?;
@@ -60,13 +66,19 @@ impl Keys {
             key.updated_at = now;
             let expect = Some(stored.key.revision);
             let reach = reach(&key, &stored.key, &edit);
-            match self.writer.write(write(caller, key, expect, action, now, once.clone())).await {
+            let mut write = write(asked, key, expect, action, now, once.clone());
+            // No limit keeps anybody from taking something away. A rotation makes something, too.
+            if reach != (Reach::Narrows { again: false }) || action == Action::KeyRotated {
+                write = self.limited(write);
+            }
+            match self.writer.write(write).await {
                 Ok(Outcome::Applied(change)) => {
                     let view = self.view(into_key(change)?, &stored.last_used);
                     return Ok(Changed::Now(Box::new(View { reach, ..view })));
                 }
                 Ok(Outcome::Replayed(id)) => return Ok(Changed::Before(id)),
                 Err(WriteError::Rejected(Rejection::Conflict)) => {}
+                Err(WriteError::Rejected(Rejection::AuthorizationMoved)) => self.writer.caught_up().await?,
                 Err(error) => return Err(error.into()),
             }
         }
@@ -78,14 +90,14 @@ impl Keys {
     /// # Errors
     /// When the key is revoked, would be left without a grant, or the caller could not give its grants.
     pub async fn update(&self, caller: &Caller, id: KeyId, patch: &Patch) -> Result<View, Refusal> {
-        self.change(caller, id, Action::KeyUpdated, None, |key, now| {
+        self.change(caller, id, Action::KeyUpdated, None, |asked, key, now| {
             not_revoked(key)?;
-            self.may_give(caller, &key.owner, &key.environment, &key.terms)?;
-            caller.may_change_limits_of(key, patch)?;
-            let repeats = patch.repeats(&key.terms);
+            self.may_give(asked, &key.owner, &key.environment, &key.terms)?;
+            asked.caller.may_change_limits_of(key, patch)?;
+            let (before, repeats) = (key.terms.clone(), patch.repeats(&key.terms));
             patch.apply(&mut key.terms);
             if patch.fields.contains(&Field::Roles) {
-                self.roles_exist(&key.owner, &key.terms.roles, "key.roles")?;
+                self.roles_exist(asked, &key.owner, &key.terms.roles, "key.roles")?;
             }
             if key.terms.scopes.is_empty() && key.terms.roles.is_empty() {
                 return Err(Refusal::field(
@@ -93,11 +105,15 @@ impl Keys {
                     "a key needs at least one scope or role; revoke or disable it instead",
                 ));
             }
-            self.may_give(caller, &key.owner, &key.environment, &key.terms)?;
+            self.may_give(asked, &key.owner, &key.environment, &key.terms)?;
             if patch.fields.contains(&Field::ExpiresAt) {
-                self.keeps_longest_life(&key.owner, key.terms.expires_at, now, "key.expires_at")?;
+                self.keeps_longest_life(asked, &key.owner, key.terms.expires_at, now, "key.expires_at")?;
             }
-            Ok(if repeats { Edit::Repeats } else { Edit::Changed })
+            Ok(match repeats {
+                _ if key.terms == before => Edit::AsItWas,
+                true => Edit::Repeats,
+                false => Edit::Changed,
+            })
         })
         .await?
         .now()
@@ -108,7 +124,7 @@ impl Keys {
     /// # Errors
     /// When the key is revoked.
     pub async fn disable(&self, caller: &Caller, id: KeyId) -> Result<View, Refusal> {
-        let disabled = self.change(caller, id, Action::KeyDisabled, None, |key, now| {
+        let disabled = self.change(caller, id, Action::KeyDisabled, None, |_, key, now| {
             not_revoked(key)?;
             Ok(if key.disabled_at.replace(now).is_none() { Edit::Changed } else { Edit::AsItWas })
         });
@@ -126,8 +142,15 @@ impl Keys {
             _ => None,
         };
         let Some(known) = known.filter(|key| caller.sees(key.owner())) else { return refusal };
-        if let Err(refusal) = self.may_write(caller, known.owner()) {
-            return refusal;
+        let authorized = caller.authorize(&self.engine);
+        match authorized.and_then(|mut asked| self.may_write(&mut asked, known.owner())) {
+            Ok(()) => {}
+            // The answer is the same as for an id that does not exist: that one cannot be looked up either.
+            Err(Refusal::NotFound(_)) => return refusal,
+            // Without a lease no caller can be judged again. One that acts for itself was authorized when its call
+            // began, and to stop a key gives nobody a right.
+            Err(Refusal::CannotAnswer(_)) if caller.acting_user.is_none() => {}
+            Err(lacking) => return lacking,
         }
         self.engine.index.stop(id, stop);
         Refusal::NotRecorded { full: false }
@@ -138,15 +161,15 @@ impl Keys {
     /// # Errors
     /// When the key is revoked, or the caller could not give its grants.
     pub async fn enable(&self, caller: &Caller, id: KeyId) -> Result<View, Refusal> {
-        self.change(caller, id, Action::KeyEnabled, None, |key, _| {
+        let enabled = self.change(caller, id, Action::KeyEnabled, None, |asked, key, _| {
             not_revoked(key)?;
-            self.may_give(caller, &key.owner, &key.environment, &key.terms)?;
-            // A disabling that was not recorded ends with this too.
-            self.engine.index.enable(key.id);
+            self.may_give(asked, &key.owner, &key.environment, &key.terms)?;
             Ok(if key.disabled_at.take().is_some() { Edit::Changed } else { Edit::AsItWas })
-        })
-        .await?
-        .now()
+        });
+        let enabled = enabled.await?.now()?;
+        // A disabling that was not recorded ends with this too.
+        self.engine.index.enable(id);
+        Ok(enabled)
     }
 
     /// Refuses a key for ever.
@@ -160,7 +183,8 @@ impl Keys {
         reason: RevokeReason,
         comment: String,
     ) -> Result<View, Refusal> {
-        let revoked = self.change(caller, id, Action::KeyRevoked, None, |key, now| {
+        let revoked = self.change(caller, id, Action::KeyRevoked, None, |asked, key, now| {
+            asked.caller.still_possesses(key, now)?;
             if key.revocation.is_some() {
                 return Ok(Edit::AsItWas);
             }
@@ -186,16 +210,16 @@ impl Keys {
     ) -> Result<Issued, Refusal> {
         // Whose key it is comes first: a replay must not tell a stranger's id from none.
         let stored = self.visible(caller, id).await?;
-        self.may_write(caller, &stored.key.owner)?;
+        self.may_write(&mut caller.authorize(&self.engine)?, &stored.key.owner)?;
         if let Some((done, _)) = self.done_before(caller, once.as_ref()).await? {
             return Ok(done);
         }
         let random_bytes = random(&*self.entropy)?;
         let mut token = None;
         let changed = self
-            .change(caller, id, Action::KeyRotated, once, |key, now| {
+            .change(caller, id, Action::KeyRotated, once, |asked, key, now| {
                 active(key, now)?;
-                self.may_give(caller, &key.owner, &key.environment, &key.terms)?;
+                self.may_give(asked, &key.owner, &key.environment, &key.terms)?;
                 let environment = self.settings.environments.get(key.environment.as_str());
                 let environment = environment.ok_or_else(|| environment_gone(key))?;
                 let prefix =
@@ -217,7 +241,7 @@ impl Keys {
     /// # Errors
     /// When the key is revoked.
     pub async fn finish_rotation(&self, caller: &Caller, id: KeyId) -> Result<View, Refusal> {
-        self.change(caller, id, Action::KeyRotationFinished, None, |key, now| {
+        self.change(caller, id, Action::KeyRotationFinished, None, |_, key, now| {
             not_revoked(key)?;
             if !key.overlapping(now) {
                 return Ok(Edit::AsItWas);
@@ -234,25 +258,9 @@ impl Keys {
     ///
     /// # Errors
     /// When the change is not recorded.
-    pub async fn revoke_self(
-        &self,
-        holder: &Holder,
-        method: &'static str,
-        peer: Option<IpAddr>,
-        request_id: Option<String>,
-    ) -> Result<View, Refusal> {
-        let caller = Caller {
-            proof: Proof::Key(holder.key.clone()),
-            account: holder.key.owner().account().cloned().unwrap_or_else(AccountId::nowhere),
-            grants: ScopeSet::default(),
-            acting_user: None,
-            named_user: None,
-            method,
-            peer,
-            request_id,
-        };
+    pub async fn revoke_self(&self, caller: &Caller) -> Result<View, Refusal> {
         let comment = "revoked by its holder".to_owned();
-        self.revoke(&caller, holder.key.id(), RevokeReason::Unspecified, comment).await
+        self.revoke(caller, caller.id(), RevokeReason::Unspecified, comment).await
     }
 }
 

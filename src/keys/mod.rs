@@ -12,10 +12,10 @@ pub mod root;
 use std::sync::Arc;
 
 use crate::{
-    access::Caller,
+    access::{ATTEMPTS, Authorization, Caller},
     clock::{Clock, Entropy, random},
     domain::{
-        account::{Account, Environment, Environments},
+        account::{Account, AccountLimits, Environment, Environments},
         key::{Key, Owner, Secret, Terms},
         log::{Action, Change},
         name::{AccountId, IdempotencyKey, KeyId, RoleName, TokenPrefix, UserId},
@@ -26,8 +26,8 @@ use crate::{
     refusal::{Refusal, Thing},
     replication::propagation::Reach,
     store::{
-        IDEMPOTENCY_WINDOW, Idempotency, KeyFilter, Outcome, OwnerFilter, Store, StoredKey, Write,
-        writer::Writer,
+        IDEMPOTENCY_WINDOW, Idempotency, KeyFilter, Outcome, OwnerFilter, Rejection, Store, StoredKey, Write,
+        writer::{WriteError, Writer},
     },
 };
 
@@ -42,6 +42,8 @@ pub struct KeySettings {
     pub prefix: TokenPrefix,
     /// The role of keys made without scopes and roles. `None` = such a key is refused.
     pub default_role: Option<RoleName>,
+    /// How much an account may hold and do.
+    pub account_limits: AccountLimits,
 }
 
 /// A key as it is shown: the record, its uses, and the instant at which its state is told.
@@ -143,6 +145,17 @@ impl Keys {
         self.settings.default_role.is_some()
     }
 
+    /// How much an account may hold and do.
+    #[must_use]
+    pub fn account_limits(&self) -> AccountLimits {
+        self.settings.account_limits
+    }
+
+    /// Holds a write to the limits of the account concerned.
+    fn limited(&self, write: Write) -> Write {
+        Write { limits: Some(self.settings.account_limits), ..write }
+    }
+
     /// The present instant.
     #[must_use]
     pub fn now(&self) -> Timestamp {
@@ -173,7 +186,7 @@ impl Keys {
     ) -> Result<Option<(Issued, Revision)>, Refusal> {
         let Some(once) = once else { return Ok(None) };
         let since = self.clock.now().minus(IDEMPOTENCY_WINDOW);
-        match self.store.idempotent(caller.id(), &once.key, since).await? {
+        match self.store.idempotent(caller.request_scope(), &once.key, since).await? {
             Some((id, fingerprint)) if fingerprint == once.fingerprint => {
                 self.replay(caller, id).await.map(Some)
             }
@@ -183,7 +196,8 @@ impl Keys {
     }
 
     async fn replay(&self, caller: &Caller, id: KeyId) -> Result<(Issued, Revision), Refusal> {
-        let view = self.view_stored(self.visible(caller, id).await?);
+        // What was made is shown as Get shows it: the person who asked may be no member any more.
+        let view = self.get(caller, id).await?;
         // What is done again is waited for again: the first may not have ended.
         let view = View { reach: Reach::Narrows { again: true }, ..view };
         let revision = view.key.revision;
@@ -204,9 +218,8 @@ impl Keys {
         let now = new.now;
         let prefix = new.prefix.as_ref().unwrap_or(&self.settings.prefix);
         let token = Token::generate(prefix, &new.environment.tag, &random(&*self.entropy)?);
-        let key = self.new_key(caller, &new, first_secret(&token, now))?;
-        let write = write(caller, key, None, Action::KeyCreated, now, once);
-        match self.writer.write(write).await? {
+        let secret = first_secret(&token, now);
+        match self.make(caller, &new, &secret, Action::KeyCreated, once).await? {
             Outcome::Applied(change) => {
                 let key = into_key(change)?;
                 let revision = key.revision;
@@ -216,6 +229,27 @@ impl Keys {
             }
             Outcome::Replayed(id) => self.replay(caller, id).await,
         }
+    }
+
+    /// Records a new key with this secret, once the caller may make it.
+    async fn make(
+        &self,
+        caller: &Caller,
+        new: &NewKey,
+        secret: &Secret,
+        action: Action,
+        once: Option<Once>,
+    ) -> Result<Outcome, Refusal> {
+        for _ in 0..ATTEMPTS {
+            let mut asked = caller.authorize(&self.engine)?;
+            let key = self.new_key(&mut asked, new, secret.clone())?;
+            let write = self.limited(write(asked, key, None, action, new.now, once.clone()));
+            match self.writer.write(write).await {
+                Err(WriteError::Rejected(Rejection::AuthorizationMoved)) => self.writer.caught_up().await?,
+                outcome => return Ok(outcome?),
+            }
+        }
+        Err(Refusal::Contended)
     }
 
     /// One key.
@@ -239,17 +273,15 @@ impl Keys {
         before: Option<KeyId>,
         size: u32,
     ) -> Result<(Vec<View>, Option<KeyId>), Refusal> {
-        if let OwnerFilter::Account(account) = &filter.owner {
-            self.may_read(caller, &Owner::Account(account.clone()))?;
-        }
         if filter.unused_since.is_some() {
             // The filter runs in the store: it must know the latest uses.
             self.engine.usage.flush(&*self.store, Pace::AtOnce).await?;
         }
-        let mut stored = self.store.keys(filter, before, size + 1).await?;
-        let fitting = bulk::fitting(&stored).min(size as usize);
-        let more = stored.len() > fitting;
-        stored.truncate(fitting);
+        let (stored, more) = self.read_page(filter, before, size).await?;
+        if let OwnerFilter::Account(account) = &filter.owner {
+            // Judged after the reading: a person who left meanwhile reads nothing.
+            self.may_read(caller, &Owner::Account(account.clone()))?;
+        }
         let next = stored.last().filter(|_| more).map(|last| last.key.id);
         Ok((stored.into_iter().map(|stored| self.view_stored(stored)).collect(), next))
     }
@@ -282,24 +314,19 @@ fn first_secret(token: &Token, now: Timestamp) -> Secret {
 }
 
 fn write(
-    caller: &Caller,
+    asked: Authorization<'_>,
     key: Key,
     expect: Option<Revision>,
     action: Action,
     at: Timestamp,
     once: Option<Once>,
 ) -> Write {
-    let idempotency =
-        once.map(|once| Idempotency { caller: caller.id(), key: once.key, fingerprint: once.fingerprint });
-    Write {
-        change: Change::Key(Arc::new(key)),
-        expect,
-        action,
-        actor: caller.actor(),
-        method: caller.method,
-        at,
-        idempotency,
-    }
+    let idempotency = once.map(|once| Idempotency {
+        caller: asked.caller.request_scope(),
+        key: once.key,
+        fingerprint: once.fingerprint,
+    });
+    Write { idempotency, ..asked.write(Change::Key(Arc::new(key)), expect, action, at) }
 }
 
 fn into_key(change: Change) -> Result<Key, Refusal> {

@@ -1,11 +1,11 @@
 //! Which keys exist for a caller, and what it may do with them: what every use case of keys asks first.
 
 use crate::{
-    access::{Caller, Permission},
+    access::{Authorization, Caller, Permission},
     clock::random,
     domain::{
         key::{Key, Owner, Secret, Terms},
-        name::{AccountId, EnvironmentName, KeyId, RoleName, UserId},
+        name::{EnvironmentName, KeyId, RoleName},
         scope::{Scope, ScopeSet},
         time::{Revision, Timestamp},
     },
@@ -35,25 +35,21 @@ impl Keys {
         found.filter(|stored| caller.sees(&stored.key.owner)).ok_or(Refusal::NotFound(Thing::Key))
     }
 
-    /// What the person that the caller acts for holds in the account that owns a key; `None` = no member.
-    fn held(&self, account: &AccountId, user: &UserId) -> Option<ScopeSet> {
-        let member = self.engine.index.member(account, user)?;
-        let role = self.engine.index.role(Some(account), &member.role);
-        Some(role.map(|role| role.scopes.clone()).unwrap_or_default())
-    }
-
     /// Whether the caller may read this owner's keys. For a person who is no member of the account they do not
     /// exist.
     pub(super) fn may_read(&self, caller: &Caller, owner: &Owner) -> Result<(), Refusal> {
-        let (Some(user), Some(account)) = (&caller.acting_user, owner.account()) else { return Ok(()) };
-        self.held(account, user).map(drop).ok_or(Refusal::NotFound(Thing::Key))
+        let mut asked = caller.authorize(&self.engine)?;
+        match asked.held_by_person(owner) {
+            Some(None) => Err(Refusal::NotFound(Thing::Key)),
+            _ => Ok(()),
+        }
     }
 
     /// Whether the caller may change this owner's keys. A person changes service keys only with a role that
-    /// holds `keyward:keys:write` in their account.
-    pub(super) fn may_write(&self, caller: &Caller, owner: &Owner) -> Result<(), Refusal> {
-        let (Some(user), Some(account)) = (&caller.acting_user, owner.account()) else { return Ok(()) };
-        let held = self.held(account, user).unwrap_or_default();
+    /// holds `keyward:keys:write` in their account. For a person who is no member of the account they do not exist.
+    pub(super) fn may_write(&self, asked: &mut Authorization<'_>, owner: &Owner) -> Result<(), Refusal> {
+        let Some(held) = asked.held_by_person(owner) else { return Ok(()) };
+        let held = held.ok_or(Refusal::NotFound(Thing::Key))?;
         let needed = Permission::KeysWrite.as_str();
         if Scope::parse_required(needed).is_ok_and(|scope| held.covers(&scope)) {
             return Ok(());
@@ -66,31 +62,37 @@ impl Keys {
     /// Whether the caller could give a key these terms, roles included.
     pub(super) fn may_give(
         &self,
-        caller: &Caller,
+        asked: &mut Authorization<'_>,
         owner: &Owner,
         environment: &EnvironmentName,
         terms: &Terms,
     ) -> Result<(), Refusal> {
-        let role = |name| self.engine.index.role(owner.account(), name);
+        let role = |name| asked.role(owner.account(), name);
         let roles: Vec<_> = terms.roles.iter().filter_map(role).collect();
         let granted = terms.scopes.iter().chain(roles.iter().flat_map(|role| role.scopes.iter())).cloned();
         let granted: ScopeSet = granted.collect();
         // A person gives no right over Keyward that the own role does not hold.
-        if let (Some(user), Some(account)) = (&caller.acting_user, owner.account()) {
-            let held = self.held(account, user).unwrap_or_default();
+        if let Some(held) = asked.held_by_person(owner) {
+            let held = held.unwrap_or_default();
             if let Some(scope) = granted.iter().find(|scope| scope.is_reserved() && !held.covers(scope)) {
                 let message = format!("a scope goes beyond the acting user's role: {scope}");
                 return Err(Refusal::Forbidden("GRANT_BEYOND_CALLER", message));
             }
         }
-        caller.may_give(environment, terms, &granted)
+        asked.caller.may_give(environment, terms, &granted)
     }
 
     /// Whether every role that a key is to have stands for its owner.
-    pub(super) fn roles_exist(&self, owner: &Owner, roles: &[RoleName], field: &str) -> Result<(), Refusal> {
+    pub(super) fn roles_exist(
+        &self,
+        asked: &mut Authorization<'_>,
+        owner: &Owner,
+        roles: &[RoleName],
+        field: &str,
+    ) -> Result<(), Refusal> {
         let mut violations = Violations::default();
         for (at, role) in roles.iter().enumerate() {
-            let known = self.engine.index.role(owner.account(), role).is_some();
+            let known = asked.role(owner.account(), role).is_some();
             let problem =
                 format!("there is no role {:?} here; ListRoles shows those there are", role.as_str());
             violations.note_if(!known, format_args!("{field}[{at}]"), problem);
@@ -101,12 +103,13 @@ impl Keys {
     /// Whether an expiry keeps within the longest life that the owning account allows.
     pub(super) fn keeps_longest_life(
         &self,
+        asked: &mut Authorization<'_>,
         owner: &Owner,
         end: Option<Timestamp>,
         now: Timestamp,
         field: &str,
     ) -> Result<(), Refusal> {
-        let account = owner.account().and_then(|account| self.engine.index.account(account));
+        let account = owner.account().and_then(|account| asked.account(account));
         let Some(life) = account.and_then(|account| account.longest_life) else { return Ok(()) };
         if end.is_some_and(|end| end <= now.plus(life)) {
             return Ok(());
@@ -119,7 +122,12 @@ impl Keys {
     }
 
     /// Who a new key is for. An account must exist; a user is whoever it is.
-    pub(super) fn owner_meant(&self, caller: &Caller, named: OwnerNamed) -> Result<Owner, Refusal> {
+    pub(super) fn owner_meant(
+        &self,
+        asked: &mut Authorization<'_>,
+        named: OwnerNamed,
+    ) -> Result<Owner, Refusal> {
+        let caller = &asked.caller;
         let owner = match named {
             OwnerNamed::User(user) => Owner::User(user),
             OwnerNamed::Account(account) => Owner::Account(caller.account_meant(Some(account))?),
@@ -127,17 +135,23 @@ impl Keys {
         };
         match &owner {
             Owner::Account(account) => {
-                self.engine.index.account(account).ok_or(Refusal::NotFound(Thing::Account))?;
+                asked.account(account).ok_or(Refusal::NotFound(Thing::Account))?;
+                asked.may_know(account)?;
             }
             Owner::User(_) if caller.sees(&owner) => {}
             Owner::User(_) => return Err(Refusal::NotFound(Thing::Key)),
         }
-        self.may_write(caller, &owner)?;
+        self.may_write(asked, &owner)?;
         Ok(owner)
     }
 
     /// A new key's record, once the caller may make it.
-    pub(super) fn new_key(&self, caller: &Caller, new: &NewKey, secret: Secret) -> Result<Key, Refusal> {
+    pub(super) fn new_key(
+        &self,
+        asked: &mut Authorization<'_>,
+        new: &NewKey,
+        secret: Secret,
+    ) -> Result<Key, Refusal> {
         let mut terms = new.terms.clone();
         if terms.scopes.is_empty() && terms.roles.is_empty() {
             let role = self.settings.default_role.clone();
@@ -145,17 +159,17 @@ impl Keys {
                 role.ok_or_else(|| Refusal::field("scopes", "at least one scope or role is required"))?;
             terms.roles.push(role);
         }
-        let owner = self.owner_meant(caller, new.owner.clone())?;
-        self.roles_exist(&owner, &terms.roles, "roles")?;
-        self.may_give(caller, &owner, &new.environment.name, &terms)?;
-        self.keeps_longest_life(&owner, terms.expires_at, new.now, "expires_at")?;
+        let owner = self.owner_meant(asked, new.owner.clone())?;
+        self.roles_exist(asked, &owner, &terms.roles, "roles")?;
+        self.may_give(asked, &owner, &new.environment.name, &terms)?;
+        self.keeps_longest_life(asked, &owner, terms.expires_at, new.now, "expires_at")?;
         Ok(Key {
             id: KeyId::generate(new.now, random(&*self.entropy)?),
             owner,
             environment: new.environment.name.clone(),
             terms,
             created_at: new.now,
-            created_by: caller.actor().to_string(),
+            created_by: asked.caller.actor().to_string(),
             updated_at: new.now,
             disabled_at: None,
             revocation: None,

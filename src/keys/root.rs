@@ -12,7 +12,7 @@ use crate::{
         time::Revision,
         token::Token,
     },
-    store::Write,
+    store::{ReadSet, Write},
 };
 
 use super::{KeySettings, first_secret};
@@ -24,6 +24,16 @@ pub struct RootKey {
     pub token: Token,
     /// What records it.
     pub write: Write,
+}
+
+impl RootKey {
+    /// Takes away the key's name. False if it has none.
+    pub fn take_name(&mut self) -> bool {
+        match &mut self.write.change {
+            Change::Key(key) => Arc::make_mut(key).terms.name.take().is_some(),
+            _ => false,
+        }
+    }
 }
 
 /// Makes a root key that is not recorded yet.
@@ -72,6 +82,8 @@ pub fn root_key(
         method,
         at: now,
         idempotency: None,
+        reads: ReadSet::default(),
+        limits: None,
     };
     Ok(RootKey { token, write })
 }

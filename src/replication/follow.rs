@@ -15,7 +15,7 @@ use crate::{
         time::Revision,
     },
     engine::index::Index,
-    store::{Head, StoreError, writer::Follower},
+    store::{Head, StoreError, Write, writer::Follower},
 };
 
 /// How many of the newest links are remembered.
@@ -272,8 +272,8 @@ impl Follower for Follow {
         }
     }
 
-    fn in_doubt(&self, change: &Change) {
-        self.index.in_doubt(change);
+    fn in_doubt(&self, write: &Write) {
+        self.index.in_doubt(write);
     }
 
     fn decided(&self) {

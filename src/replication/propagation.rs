@@ -201,6 +201,22 @@ impl Propagation {
         }
     }
 
+    /// Whether there is a change of this revision, in the log or in its archive. `newest`: the newest that is known
+    /// here.
+    ///
+    /// # Errors
+    /// When the database does not answer.
+    pub async fn is_recorded(&self, revision: Revision, newest: Revision) -> Result<bool, Incomplete> {
+        let known = revision <= newest;
+        match &self.replicas {
+            Some(replicas) if !known => match replicas.link(revision).await {
+                Err(Incomplete::Lost(_)) => Ok(false),
+                found => found.map(|_| true),
+            },
+            _ => Ok(known),
+        }
+    }
+
     /// Waits until the change is in force everywhere, at most until `until`. It is committed and applied here.
     /// `again`: it was so before this call, which waits all the same, for the first may not have ended.
     ///

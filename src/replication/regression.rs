@@ -12,7 +12,7 @@ use crate::{
         log::{Action, Actor, Change},
         name::KeyId,
     },
-    store::{CommitError, StoreError, Write},
+    store::{CommitError, ReadSet, StoreError, Write},
 };
 
 use super::feed::Parts;
@@ -75,6 +75,8 @@ async fn revoke(parts: &Parts, id: KeyId, revocation: Revocation) -> Result<bool
             method: METHOD,
             at: now,
             idempotency: None,
+            reads: ReadSet::default(),
+            limits: None,
         };
         let committed = parts.store.commit(&[write]).await.map_err(|error| match error {
             CommitError::NotRecorded(error) | CommitError::Unknown(error) => error,

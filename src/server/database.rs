@@ -11,8 +11,10 @@ use tokio::{
 
 use crate::{
     admin,
+    clock::SystemClock,
     config::server::Settings,
     store::{self, OpenError, Schema, Store},
+    transport::budget::MemoryBudget,
 };
 
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
@@ -37,7 +39,7 @@ pub async fn wait(settings: &Settings) -> anyhow::Result<()> {
             "the database is away; the start waits for it"
         );
         if pages.is_none() {
-            pages = Pages::serve(&settings.admin_listen).await;
+            pages = Pages::serve(settings).await;
         }
         sleep(pause).await;
         pause = (pause * 2).min(LONGEST_PAUSE);
@@ -56,10 +58,11 @@ struct Pages {
 
 impl Pages {
     /// None = the address cannot be had; the start says so later.
-    async fn serve(address: &str) -> Option<Pages> {
-        let listener = TcpListener::bind(address).await.ok()?;
+    async fn serve(settings: &Settings) -> Option<Pages> {
+        let listener = TcpListener::bind(&settings.admin_listen).await.ok()?;
+        let memory = MemoryBudget::new(settings.overload.request_bytes, Arc::new(SystemClock));
         let (stopping, is_stopping) = watch::channel(false);
-        Some(Pages { stopping, task: tokio::spawn(admin::serve_waiting(listener, is_stopping)) })
+        Some(Pages { stopping, task: tokio::spawn(admin::serve_waiting(listener, memory, is_stopping)) })
     }
 
     /// Gives the address back.

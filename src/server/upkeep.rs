@@ -1,13 +1,16 @@
 //! What people do with the database at hand, beside the servers that run on it or while none does: migrate it, copy it,
-//! archive its log.
+//! archive its log, have it start without the changes that it has lost.
 
 use std::path::Path;
 
 use crate::{
-    audit::archive::{self, Archive},
+    audit::{
+        archive::{self, Archive},
+        note,
+    },
     clock::Clock,
     config::server::Settings,
-    domain::time::Timestamp,
+    domain::{entry::Via, log::Action, time::Timestamp},
     store::{self, Head, Step},
 };
 
@@ -45,4 +48,25 @@ pub async fn migrate(settings: &Settings, dry_run: bool) -> anyhow::Result<Vec<S
 /// When it cannot be copied, or the database is none of SQLite.
 pub async fn backup(settings: &Settings, to: &Path) -> anyhow::Result<Head> {
     Ok(store::backup(&settings.database, to).await?)
+}
+
+/// Has an SQLite database whose WAL is lost start again from what its file holds, and the log say so. Gives where the log
+/// ended.
+///
+/// # Errors
+/// When its WAL is not lost, or the database does not open or fails.
+pub async fn accept_lost_wal(settings: &Settings, clock: &dyn Clock) -> anyhow::Result<Head> {
+    let store = store::open_without_wal(&settings.database).await?;
+    let head = store.head().await?;
+    // A file without an operator account was killed before it acknowledged anything.
+    note::note::<anyhow::Error>(
+        &*store,
+        Action::DatabaseLossAccepted,
+        Via::NONE,
+        "keyward accept-lost-wal",
+        clock,
+    )
+    .await?;
+    store.close().await;
+    Ok(head)
 }

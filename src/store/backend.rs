@@ -286,7 +286,7 @@ pub(super) async fn snapshot<V: View>(
     })
     .await?;
     view.keys(forget_before, loader).await?;
-    view.each(queries::all_spent(forget_before), &mut |row| {
+    view.each(queries::all_spent(), &mut |row| {
         let (key_id, spent) = spent_at(row)?;
         loader.item(SnapshotItem::Spent(key_id, spent));
         Ok(())

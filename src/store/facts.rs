@@ -9,9 +9,11 @@ use crate::domain::{
 };
 
 use super::{
+    Hour,
     plan::{Facts, Held, Request, RolePlace},
     records::{Columns, bytes_at, secret_at},
     rows::revision_from_i64,
+    tally::Tally,
 };
 
 pub(super) type Read<T> = Result<T, sqlx::Error>;
@@ -94,6 +96,26 @@ pub(super) fn role(row: &impl Columns, facts: &mut Facts) -> Read<()> {
 pub(super) fn member(row: &impl Columns, facts: &mut Facts) -> Read<()> {
     let place = (name_at(row, 0, AccountId::parse)?, name_at(row, 1, UserId::parse)?);
     facts.members.insert(place, revision_from_i64(row.int(2)?));
+    Ok(())
+}
+
+/// Account, which is empty for a user's; user; keys, hour, rotations and entries of the log.
+pub(super) fn tally(row: &impl Columns, facts: &mut Facts) -> Read<()> {
+    let number = |at| row.int(at).map(|count| u64::try_from(count).unwrap_or(0));
+    let owner = match row.text(0)? {
+        "" => Owner::User(name_at(row, 1, UserId::parse)?),
+        _ => Owner::Account(name_at(row, 0, AccountId::parse)?),
+    };
+    let hour = Some(Hour(row.int(3)?));
+    let tally = Tally { keys: number(2)?, hour, rotations: number(4)?, log_rows: number(5)? };
+    facts.tallies.insert(owner, tally);
+    Ok(())
+}
+
+/// Account and how many roles it has.
+pub(super) fn role_count(row: &impl Columns, facts: &mut Facts) -> Read<()> {
+    let count = u64::try_from(row.int(1)?).unwrap_or(0);
+    facts.role_counts.insert(name_at(row, 0, AccountId::parse)?, count);
     Ok(())
 }
 

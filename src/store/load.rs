@@ -33,7 +33,8 @@ pub trait Part: Send {
     fn end(self: Box<Self>);
 }
 
-/// A key of a snapshot, while its row is looked at.
+/// A key of a snapshot, while its row is looked at. A revoked key has no name, expiry, grants, restrictions, limits or
+/// metadata: a Check needs none of them.
 #[derive(Debug)]
 pub struct LoadedKey<'a> {
     /// Its id.

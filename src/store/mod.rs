@@ -2,9 +2,9 @@
 //! names a backend, and SQL stands nowhere else.
 //!
 //! A store takes digests and instants, never tokens or clocks. It knows what may not collide (names, digests,
-//! idempotency keys, revisions), and nothing of who may do what.
+//! idempotency keys, revisions) and what must not have moved, and nothing of who may do what.
 //!
-//! Every change is one [`Write`]: a whole record, the revision that the caller saw, and the log entry. Writes
+//! Every change is one [`Write`]: a whole record, the revision that the caller saw, what was read to authorize it, and the log entry. Writes
 //! are committed in batches; inside a batch each stands or falls alone, and revisions count in commit order
 //! without gaps. A follower that has applied revision `n` has seen every change up to `n`.
 
@@ -15,12 +15,15 @@ pub mod fleet;
 mod load;
 pub mod look;
 mod open;
+pub mod page;
 mod plan;
 mod postgres;
 mod queries;
+mod reads;
 mod records;
 mod rows;
 pub mod sqlite;
+mod tally;
 mod unclaimed;
 pub mod writer;
 
@@ -30,12 +33,13 @@ use async_trait::async_trait;
 use tokio::time::Instant;
 
 pub use load::{LoadedKey, Loader, Part};
-pub use open::{OpenError, Schema, Step, backup, migrate, open, open_with, reach};
+pub use open::{OpenError, Schema, Step, backup, file, migrate, open, open_with, open_without_wal, reach};
+pub use reads::{Place, ReadSet, Seen};
 
 use fleet::Fleet;
 
 use crate::domain::{
-    account::{Account, Member, Role},
+    account::{Account, AccountLimits, LimitReached, Member, Role},
     decision::Reason,
     key::{Key, Secret, State},
     limit::{Drawn, Spent},
@@ -56,6 +60,9 @@ pub enum StoreError {
     /// The database has no room left.
     #[error("the database is full")]
     Full(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// This process no longer owns the database file. It ends.
+    #[error("this process no longer owns the database file: {0}")]
+    Lost(&'static str),
     /// A row contradicts itself.
     #[error(
         "the database is damaged: {0}. Restore the newest backup (with its -wal file, if it has one); keep the \
@@ -112,6 +119,11 @@ pub struct Write {
     pub at: Timestamp,
     /// The name under which the same request is done once.
     pub idempotency: Option<Idempotency>,
+    /// What was read to authorize it; empty if nobody had to be authorized.
+    pub reads: ReadSet,
+    /// The limits of the account concerned, to which the transaction holds it; `None` = it is held to none. What takes
+    /// something away never is.
+    pub limits: Option<AccountLimits>,
 }
 
 /// What became of one write of a committed batch.
@@ -128,6 +140,8 @@ pub enum Outcome {
 pub enum Rejection {
     /// The record is not at the revision expected, or exists already.
     Conflict,
+    /// A record that the authorization has read is no longer as it was, or its time is over: authorize again.
+    AuthorizationMoved,
     /// Another key of the owner that is not revoked has the name.
     NameTaken,
     /// The digest is known already.
@@ -136,6 +150,8 @@ pub enum Rejection {
     IdempotencyReused,
     /// A role that the record names does not exist in its account, nor globally.
     NoSuchRole,
+    /// The account, or the user, has reached a limit.
+    AccountLimit(LimitReached),
     /// The role to be deleted is in use.
     RoleInUse {
         /// By so many keys that are not revoked.
@@ -159,13 +175,14 @@ pub struct Committed {
 pub enum SnapshotItem {
     /// An account.
     Account(Account),
-    /// A key, with the superseded secrets that left its record. Hints are left out of either.
+    /// A key, with the superseded secrets that left its record. Hints are left out of either, and of a revoked key all that
+    /// it granted: see [`LoadedKey`].
     Key(Arc<Key>, Vec<Secret>),
     /// A role.
     Role(Role),
     /// A member.
     Member(Member),
-    /// What is spent of a key's quota; after its key.
+    /// What is spent of the quota of a key that is not revoked; after its key.
     Spent(KeyId, Spent),
 }
 
@@ -404,7 +421,8 @@ pub trait Store: Send + Sync + 'static {
     /// and commits nothing: what a commit follows was the newest there was, if both were on the same server.
     fn read_from_one(&self, since: Instant) -> bool;
 
-    /// Waits until the database was found damaged while it was in use. Never, where that is not looked for.
+    /// Waits until the database was found damaged while it was in use, or to be another process's. Never, where that is
+    /// not looked for.
     async fn lost(&self);
 
     /// Ends all work and lets go of the database.

@@ -1,7 +1,10 @@
 //! From a URL to a store: which backend it names, what may stop it from opening, and what else is done with a database
 //! that is not opened: its schema migrated, its file copied.
 
-use std::{path::Path, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use super::{Head, Store, postgres, sqlite};
 
@@ -26,6 +29,41 @@ pub enum OpenError {
         path: String,
         /// ` (process N)`, where known.
         owner: String,
+    },
+    /// The file was not closed, and the WAL with its newest changes is missing.
+    #[error(
+        "{path} was not closed, and {path}-wal is missing: the newest changes, such as revocations, are only there. \
+         Nothing was changed. Put that file beside it (a copy needs both files, or 'keyward backup'), or restore the \
+         newest backup. If both are lost, 'keyward accept-lost-wal' says up to which change the file goes, and has it \
+         start from there"
+    )]
+    WithoutWal {
+        /// The database file.
+        path: String,
+    },
+    /// There is a WAL, and no database that it belongs to.
+    #[error(
+        "{path} is missing or empty, and {path}-wal is there: its newest changes are in that file alone. Nothing was \
+         changed. Put the database file back; to start with a new database, move {path}-wal away"
+    )]
+    WithoutDatabase {
+        /// The database file.
+        path: String,
+    },
+    /// The WAL beside the file belongs to an older state of it.
+    #[error(
+        "{path}-wal does not belong to {path}: it is from an older state. Nothing was changed. If {path} is a restored \
+         backup, move {path}-wal and {path}-shm away; else put the right -wal file in its place"
+    )]
+    ForeignWal {
+        /// The database file.
+        path: String,
+    },
+    /// A lost WAL is to be accepted, and none is.
+    #[error("{path} lacks no -wal file: there is no loss to accept, and it starts as it is")]
+    NothingLost {
+        /// The database file.
+        path: String,
     },
     /// The database server cannot be trusted with keys.
     #[error("{database} cannot be used: {what}. {fix}")]
@@ -146,6 +184,22 @@ pub async fn open_with(url: &str, schema: Schema) -> Result<Arc<dyn Store>, Open
     })
 }
 
+/// Opens a file that was not closed and whose WAL is lost, as it was when the WAL was last copied into it. Once anything is
+/// committed and the store is closed, it is a whole database again.
+///
+/// # Errors
+/// When its WAL is not lost, it cannot be opened, or the database is none of SQLite.
+pub async fn open_without_wal(url: &str) -> Result<Arc<dyn Store>, OpenError> {
+    match named(url)? {
+        Named::File(path) => Ok(Arc::new(sqlite::Sqlite::open_without_wal(path).await?)),
+        Named::Server => Err(OpenError::Unsuitable {
+            database: "a PostgreSQL server".to_owned(),
+            what: "it looks after its WAL itself".to_owned(),
+            fix: "After a restored backup use 'keyward replicas accept-regression' (see docs/operations.md)",
+        }),
+    }
+}
+
 /// Brings the schema up to date, or only says what that would do. Gives the steps.
 ///
 /// # Errors
@@ -165,6 +219,15 @@ pub async fn reach(url: &str) -> Result<(), OpenError> {
     match named(url)? {
         Named::File(_) => Ok(()),
         Named::Server => postgres::Postgres::reach(url).await,
+    }
+}
+
+/// The SQLite file that `url` names, where its path leads through symbolic links. None = a server has the database.
+#[must_use]
+pub fn file(url: &str) -> Option<PathBuf> {
+    match named(url) {
+        Ok(Named::File(path)) => Some(Path::new(path).canonicalize().unwrap_or_else(|_| path.into())),
+        _ => None,
     }
 }
 

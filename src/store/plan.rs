@@ -11,7 +11,11 @@ use crate::domain::{
     token::Digest,
 };
 
-use super::{Committed, Head, IDEMPOTENCY_WINDOW, Idempotency, Outcome, Rejection, Write, rows::secret_sum};
+use super::{
+    Committed, Head, IDEMPOTENCY_WINDOW, Idempotency, Outcome, Place, ReadSet, Rejection, Write,
+    rows::secret_sum,
+    tally::{Tally, counted_for, limits_of},
+};
 
 type Verdict = Result<(), Rejection>;
 
@@ -77,6 +81,10 @@ pub(super) struct Questions {
     pub(super) members: BTreeSet<(AccountId, UserId)>,
     /// The role to be deleted, whose uses are to be counted.
     pub(super) uses_of: Option<RolePlace>,
+    /// Accounts and users that are held to limits.
+    pub(super) tallies: BTreeSet<Owner>,
+    /// Accounts that get a role, and are held to limits.
+    pub(super) role_counts: BTreeSet<AccountId>,
 }
 
 impl Questions {
@@ -87,8 +95,36 @@ impl Questions {
                 asked.requests.insert((request.caller, request.key.clone()));
             }
             asked.about(&write.change);
+            write.reads.iter().for_each(|(place, _)| asked.about_read(place));
+            if let Some((_, owner)) = limits_of(write) {
+                if let (Change::Role(_), None, Some(account)) = (&write.change, write.expect, owner.account())
+                {
+                    asked.role_counts.insert(account.clone());
+                }
+                asked.tallies.insert(owner);
+            }
         }
         asked
+    }
+
+    /// The writes of a batch have many reads in common: each is copied once.
+    fn about_read(&mut self, place: &Place) {
+        match place {
+            Place::Key(id) => {
+                self.keys.insert(*id);
+            }
+            Place::Account(id) => {
+                if !self.accounts.contains(id) {
+                    self.accounts.insert(id.clone());
+                }
+            }
+            Place::Role(account, name) => {
+                self.roles.insert((account.clone(), name.clone()));
+            }
+            Place::Member(account, user) => {
+                self.members.insert((account.clone(), user.clone()));
+            }
+        }
     }
 
     fn about(&mut self, change: &Change) {
@@ -174,6 +210,9 @@ pub(super) struct Facts {
     pub(super) members: HashMap<(AccountId, UserId), Revision>,
     /// How many unrevoked keys and members use the role to be deleted.
     pub(super) uses: (u64, u64),
+    pub(super) tallies: HashMap<Owner, Tally>,
+    /// How many roles of its own an account has.
+    pub(super) role_counts: HashMap<AccountId, u64>,
 }
 
 /// What a run comes to: its outcomes and log rows, and what goes with them.
@@ -198,10 +237,16 @@ pub(super) fn decide<'w>(
     for write in run {
         let outcome = match facts.done_before(write) {
             Some(outcome) => outcome,
-            None => match facts.verdict(&write.change, write.expect) {
-                Ok(()) => Ok(Outcome::Applied(plan.record(write, &mut facts)?)),
-                Err(rejection) => Err(rejection),
-            },
+            None => {
+                let verdict = facts
+                    .as_read(&write.reads)
+                    .and_then(|()| facts.verdict(&write.change, write.expect))
+                    .and_then(|()| facts.fits(write));
+                match verdict {
+                    Ok(()) => Ok(Outcome::Applied(plan.record(write, &mut facts)?)),
+                    Err(rejection) => Err(rejection),
+                }
+            }
         };
         plan.committed.outcomes.push(outcome);
     }
@@ -225,6 +270,9 @@ impl<'w> Plan<'w> {
             self.requests.push((request, key_id, write.at));
         }
         facts.learn(&change);
+        if let Some(owner) = counted_for(&change) {
+            facts.tallies.entry(owner).or_default().count(write);
+        }
         self.committed.rows.push((row, change.clone()));
         Ok(change)
     }
@@ -247,6 +295,20 @@ impl Facts {
         } else {
             Err(Rejection::IdempotencyReused)
         })
+    }
+
+    /// Whether every record that the authorization has read is as it was.
+    fn as_read(&self, reads: &ReadSet) -> Verdict {
+        let moved = reads.iter().any(|(place, seen)| {
+            let now = match place {
+                Place::Key(id) => self.keys.get(id),
+                Place::Account(id) => self.accounts.get(id),
+                Place::Role(account, name) => self.roles.get(&(account.clone(), name.clone())),
+                Place::Member(account, user) => self.members.get(&(account.clone(), user.clone())),
+            };
+            !seen.matches(now.copied())
+        });
+        if moved { Err(Rejection::AuthorizationMoved) } else { Ok(()) }
     }
 
     fn verdict(&self, change: &Change, expect: Option<Revision>) -> Verdict {
@@ -272,6 +334,14 @@ impl Facts {
                 as_expected(self.members.get(&(member.account.clone(), member.user.clone())), expect)
             }
         }
+    }
+
+    /// Whether the account's limits leave room for a write.
+    fn fits(&self, write: &Write) -> Verdict {
+        let Some((limits, owner)) = limits_of(write) else { return Ok(()) };
+        let roles = owner.account().and_then(|account| self.role_counts.get(account));
+        let tally = self.tallies.get(&owner).copied().unwrap_or_default();
+        tally.fits(write, &limits, roles.copied().unwrap_or(0)).map_err(Rejection::AccountLimit)
     }
 
     fn key_verdict(&self, key: &Key, expect: Option<Revision>) -> Verdict {
@@ -327,7 +397,11 @@ impl Facts {
                 self.accounts.insert(account.id.clone(), account.revision);
             }
             Change::Role(role) => {
-                self.roles.insert((role.account.clone(), role.name.clone()), role.revision);
+                let place = (role.account.clone(), role.name.clone());
+                let new = self.roles.insert(place, role.revision).is_none();
+                if let Some(account) = role.account.clone().filter(|_| new) {
+                    *self.role_counts.entry(account).or_default() += 1;
+                }
             }
             Change::RoleDeleted(role) => {
                 self.roles.remove(&(role.account.clone(), role.name.clone()));

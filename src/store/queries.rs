@@ -207,13 +207,12 @@ pub(super) fn all_members<D: Dialect>() -> Sql<D> {
     Sql::select(MEMBER_COLUMNS, " FROM members")
 }
 
-/// What is spent of the quotas of keys that a snapshot holds.
-pub(super) fn all_spent<D: Dialect>(forget_before: Timestamp) -> Sql<D> {
+/// What is spent of the quotas of keys that are not revoked.
+pub(super) fn all_spent<D: Dialect>() -> Sql<D> {
     Sql::select(
         "q.key_id, q.period, q.used",
-        " FROM quotas q JOIN keys k ON k.id = q.key_id WHERE k.revoked_at IS NULL OR k.revoked_at >= ",
+        " FROM quotas q JOIN keys k ON k.id = q.key_id WHERE k.revoked_at IS NULL",
     )
-    .int(forget_before.as_micros())
 }
 
 pub(super) fn usage<D: Dialect>(key: KeyId, from: Hour, to: Hour) -> Sql<D> {

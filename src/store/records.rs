@@ -135,7 +135,7 @@ pub(super) fn key_row(row: &impl Columns) -> Result<(KeyRow<'_>, i64), StoreErro
 /// A key without its secrets, once the row's checksum has been found right.
 fn key_at(row: &impl Columns, alike: &mut Alike) -> Result<Key, StoreError> {
     let (key, sum) = key_row(row)?;
-    Ok(key.to_loaded(sum, alike, (&[], &[]))?.to_key())
+    Ok(key.checked(sum)?.to_loaded(alike, (&[], &[]))?.to_key())
 }
 
 fn key_row_at(row: &impl Columns) -> Read<KeyRow<'_>> {

@@ -1,25 +1,25 @@
 //! The embedded store: one SQLite file, owned by one process.
 //!
-//! WAL with `synchronous=FULL`: what was committed survives a power cut. Ownership is a `flock` on a file next
-//! to the database, so that a second server refuses to start while backup tools may still read. One connection
-//! writes (`sqlite/connection.rs`); a few others read, each seeing whole transactions only. Here: opening and checking;
-//! what a transaction writes is in `sqlite/write.rs`, the reads in `backend.rs`.
+//! WAL with `synchronous=FULL`: what was committed survives a power cut. A second server refuses to start, and one that
+//! has lost the file stops (`sqlite/owner.rs`), while backup tools may still read. A file whose WAL is lost is refused
+//! (`sqlite/mark.rs`). One connection writes (`sqlite/connection.rs`); a few others read, each seeing whole transactions
+//! only. Here: opening and checking; what a transaction writes is in `sqlite/write.rs`, the reads in `backend.rs`.
 
 mod backup;
 mod connection;
 mod facts;
 mod look;
+mod mark;
 mod migrate;
+mod owner;
+mod permissions;
 mod snapshot;
 mod write;
 
 pub(super) use backup::backup;
 
 use std::{
-    fs::{File, OpenOptions},
-    io::{Read as _, Seek as _, Write as _},
-    os::unix::fs::OpenOptionsExt as _,
-    path::{Path, PathBuf},
+    path::Path,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -34,7 +34,7 @@ use sqlx::{
     Connection as _, SqliteConnection, SqlitePool,
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteRow, SqliteSynchronous},
 };
-use tokio::{sync::watch, time::Instant};
+use tokio::{sync::watch::Sender, time::Instant};
 
 use crate::domain::{
     limit::Spent,
@@ -44,7 +44,8 @@ use crate::domain::{
 
 pub(super) use self::look::look;
 use self::{
-    connection::{Writer, run},
+    connection::{Result as Written, Writer},
+    owner::{Owner, give_up, hold, watch},
     snapshot::Reader,
 };
 use super::{
@@ -66,14 +67,15 @@ const CHECKED_FIRST: u64 = 64 << 20;
 /// The store in one SQLite file.
 pub struct Sqlite {
     writer: Writer,
+    /// How a reader opens the file.
     options: SqliteConnectOptions,
     readers: SqlitePool,
     /// Whether the file is to be checked when the keys are loaded.
     unchecked: AtomicBool,
-    /// Whether that check found damage.
-    damaged: watch::Sender<bool>,
-    /// Held until the process ends; the lock goes with it. None = the file is only looked at.
-    _lock: Option<File>,
+    /// Whether the file was found damaged, or is no longer this process's own.
+    lost: Sender<bool>,
+    /// None = the file is only looked at.
+    owner: Option<Arc<Owner>>,
 }
 
 impl std::fmt::Debug for Sqlite {
@@ -91,6 +93,14 @@ impl Sqlite {
         Sqlite::open_checked(path, CHECKED_FIRST, schema).await
     }
 
+    /// Opens a file whose WAL is lost, as it is without. It stays one that was not closed until something is committed.
+    ///
+    /// # Errors
+    /// As [`Sqlite::open`], and when its WAL is not lost.
+    pub async fn open_without_wal(path: &str) -> Result<Sqlite, OpenError> {
+        Sqlite::open_held(path, hold(path, true).await?, CHECKED_FIRST, Schema::Require).await
+    }
+
     /// Brings the file's schema up to date, or only says what that would do. Gives the steps.
     ///
     /// # Errors
@@ -99,55 +109,88 @@ impl Sqlite {
         if dry_run && !Path::new(path).exists() {
             return Ok(migrate::all());
         }
-        let _lock = own(Path::new(path))?;
-        let mut connection =
-            SqliteConnection::connect_with(&options(path)).await.map_err(|error| open_error(path, error))?;
+        let (owner, writer) = hold(path, false).await?;
+        let mut connection = SqliteConnection::connect_with(&migrating(owner.real()))
+            .await
+            .map_err(|error| open_error(path, error))?;
         check_version(&mut connection).await?;
         let steps = migrate::pending(path, &mut connection).await?;
         if !dry_run {
             migrate::run(path, &mut connection, Schema::Migrate).await?;
         }
         let _ = connection.close().await;
+        owner.end(&writer).await.map_err(|error| opening_error(path, error))?;
         Ok(steps)
     }
 
     /// Opens a file, and checks it first if it has up to so many bytes.
     async fn open_checked(path: &str, first: u64, schema: Schema) -> Result<Sqlite, OpenError> {
+        let held = hold(path, false).await?;
+        let owner = held.0.clone();
+        let opened = Sqlite::open_held(path, held, first, schema).await;
+        let store = opened.map_err(|error| owner.explain(error))?;
+        tokio::spawn(watch(Arc::downgrade(&owner), store.lost.clone()));
+        let begun = store.writer.work(move |connection| owner.begin_term(connection)).await;
+        begun.map_err(|error| opening_error(path, error))?;
+        Ok(store)
+    }
+
+    async fn open_held(
+        path: &str,
+        (owner, writer): (Arc<Owner>, Writer),
+        first: u64,
+        schema: Schema,
+    ) -> Result<Sqlite, OpenError> {
         let other = |source: Box<dyn std::error::Error + Send + Sync>| OpenError::Other {
             path: path.to_owned(),
             source,
         };
-        let lock = own(Path::new(path))?;
-        let options = options(path);
-        let mut writer =
-            SqliteConnection::connect_with(&options).await.map_err(|error| open_error(path, error))?;
-        check_version(&mut writer).await?;
+        let mut migrating = SqliteConnection::connect_with(&migrating(owner.real()))
+            .await
+            .map_err(|error| open_error(path, error))?;
+        check_version(&mut migrating).await?;
         let unchecked = std::fs::metadata(path).map_err(|error| other(error.into()))?.len() > first;
         if !unchecked {
-            check_whole(path, &mut writer).await?;
+            check_whole(path, &mut migrating).await?;
         }
-        migrate::run(path, &mut writer, schema).await?;
+        migrate::run(path, &mut migrating, schema).await?;
+        let _ = migrating.close().await;
+        let options = reading(owner.real());
         let readers = SqlitePoolOptions::new()
             .max_connections(READERS)
             .acquire_timeout(Duration::from_secs(5))
-            .connect_with(options.clone().create_if_missing(false).pragma("query_only", "on"))
+            .connect_with(options.clone())
             .await
             .map_err(|error| other(error.into()))?;
-        // While another is open, so that the file is not folded together in between.
-        let written = Writer::open(path).await;
-        let _ = writer.close().await;
-        let writer = written.map_err(|error| match error {
-            StoreError::Damaged(what) => OpenError::Damaged { path: path.to_owned(), what },
-            error => other(error.into()),
-        })?;
         let unchecked = AtomicBool::new(unchecked);
-        let damaged = watch::Sender::new(false);
-        let store = Sqlite { writer, options, readers, unchecked, damaged, _lock: Some(lock) };
-        match backend::check_log(&store).await {
-            Ok(()) => Ok(store),
-            Err(StoreError::Damaged(what)) => Err(OpenError::Damaged { path: path.to_owned(), what }),
-            Err(error) => Err(other(error.into())),
+        let lost = Sender::new(false);
+        let store = Sqlite { writer, options, readers, unchecked, lost, owner: Some(owner) };
+        backend::check_log(&store).await.map_err(|error| opening_error(path, error))?;
+        Ok(store)
+    }
+
+    /// Does `work` in a transaction, if this process owns the file. `commits` says whether there is something to commit.
+    async fn transaction<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Connection) -> Written<T> + Send + 'static,
+        commits: impl FnOnce(&T) -> bool + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let Some(owner) = self.owner.clone() else {
+            return Err(StoreError::Unavailable("the database is only looked at".into()));
+        };
+        let done = self.writer.work(move |connection| owner.transaction(connection, work, commits)).await;
+        if let Err(error @ StoreError::Lost(_)) = &done {
+            give_up(&self.lost, error);
         }
+        done
+    }
+
+    /// The same of what is always committed.
+    async fn change<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Connection) -> Written<T> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        self.transaction(work, |_| true).await
     }
 }
 
@@ -168,18 +211,12 @@ impl Backend for Sqlite {
         let batch = batch.to_vec();
         let committing = Arc::new(AtomicBool::new(false));
         let begun = committing.clone();
-        let work = move |connection: &Connection| {
-            run(connection, "BEGIN IMMEDIATE")?;
-            let committed = write::batch(connection, &batch)?;
-            if committed.rows.is_empty() {
-                run(connection, "ROLLBACK")?;
-            } else {
-                begun.store(true, Ordering::Relaxed);
-                run(connection, "COMMIT")?;
-            }
-            Ok(committed)
+        let commits = move |committed: &Committed| {
+            let commits = !committed.rows.is_empty();
+            begun.store(commits, Ordering::Relaxed);
+            commits
         };
-        match self.writer.work(work).await {
+        match self.transaction(move |connection| write::batch(connection, &batch), commits).await {
             Ok(committed) => Ok(committed),
             // Without room the commit's last frame is not in the WAL, and without that nothing of it counts.
             Err(error) if committing.load(Ordering::Relaxed) && !matches!(error, StoreError::Full(_)) => {
@@ -200,20 +237,14 @@ impl Backend for Sqlite {
         let mut view = SqliteView { connection: &mut transaction, reader: Some(reader) };
         let head = backend::snapshot(&mut view, forget_before, loader).await?;
         if self.unchecked.swap(false, Ordering::Relaxed) {
-            tokio::spawn(check_behind(self.options.clone(), self.damaged.clone()));
+            tokio::spawn(check_behind(self.options.clone(), self.lost.clone()));
         }
         Ok(head)
     }
 
     async fn write_usage(&self, batch: &UsageBatch) -> Result<Vec<(KeyId, Spent)>, StoreError> {
         let batch = batch.clone();
-        let work = move |connection: &Connection| {
-            run(connection, "BEGIN IMMEDIATE")?;
-            let spent = write::usage(connection, &batch)?;
-            run(connection, "COMMIT")?;
-            Ok(spent)
-        };
-        self.writer.work(work).await
+        self.change(move |connection| write::usage(connection, &batch)).await
     }
 
     async fn drop_usage(&self, before: Hour) -> Result<(), StoreError> {
@@ -221,7 +252,7 @@ impl Backend for Sqlite {
             connection.execute("DELETE FROM usage WHERE hour < ?1", [before.0])?;
             Ok(())
         };
-        self.writer.work(work).await
+        self.change(work).await
     }
 
     async fn note_checkpoint(&self, checkpoint: &Checkpoint) -> Result<(), StoreError> {
@@ -233,7 +264,7 @@ impl Backend for Sqlite {
                 .execute(sql, params![revision_to_i64(at.revision), at.hash, entries, made_at.as_micros()])?;
             Ok(())
         };
-        self.writer.work(work).await
+        self.change(work).await
     }
 
     async fn take_out(&self, upto: Revision, most: u32) -> Result<u64, StoreError> {
@@ -242,7 +273,7 @@ impl Backend for Sqlite {
                        (SELECT revision FROM log WHERE revision <= ?1 ORDER BY revision LIMIT ?2)";
             Ok(connection.execute(sql, params![revision_to_i64(upto), most])? as u64)
         };
-        self.writer.work(work).await
+        self.change(work).await
     }
 
     /// SQLite has decided a commit when it answers, or when its file is opened again.
@@ -255,8 +286,8 @@ impl Backend for Sqlite {
     }
 
     async fn wait_until_lost(&self) {
-        // The lock on the file is ours until the process ends. The sender lives as long as `self`.
-        let _ = self.damaged.subscribe().wait_for(|damaged| *damaged).await;
+        // The sender lives as long as `self`.
+        let _ = self.lost.subscribe().wait_for(|lost| *lost).await;
     }
 
     fn one_source(&self, _: Instant) -> bool {
@@ -265,8 +296,9 @@ impl Backend for Sqlite {
 
     async fn shut(&self) {
         self.readers.close().await;
+        let Some(owner) = self.owner.clone() else { return };
         // Last of all, since that folds the WAL into the file; if it fails the next start does it.
-        if let Err(error) = self.writer.close().await {
+        if let Err(error) = owner.end(&self.writer).await {
             tracing::warn!(error = &error as &dyn std::error::Error, "closing the database failed");
         }
     }
@@ -304,39 +336,6 @@ impl View for SqliteView<'_> {
     }
 }
 
-/// Takes ownership of the database file, or says who has it.
-fn own(path: &Path) -> Result<File, OpenError> {
-    let shown = path.display().to_string();
-    let other = |error: std::io::Error| OpenError::Other { path: shown.clone(), source: error.into() };
-    // The same file under another name is the same file. It is made first, where it is missing: a link to
-    // nothing yet leads nowhere. It holds digests and names: it is for its owner alone.
-    OpenOptions::new().append(true).create(true).mode(0o600).open(path).map_err(other)?;
-    let real = path.canonicalize().map_err(other)?;
-    let mut name = real.into_os_string();
-    name.push("-lock");
-    let mut file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(PathBuf::from(name))
-        .map_err(other)?;
-    match file.try_lock() {
-        Ok(()) => {
-            let note = format!("{}\n", std::process::id());
-            file.set_len(0).and_then(|()| file.write_all(note.as_bytes())).map_err(other)?;
-            Ok(file)
-        }
-        Err(std::fs::TryLockError::WouldBlock) => {
-            let mut note = String::new();
-            let _ = file.rewind().and_then(|()| file.read_to_string(&mut note));
-            let owner = note.trim().parse::<u32>().map(|id| format!(" (process {id})")).unwrap_or_default();
-            Err(OpenError::Locked { path: shown, owner })
-        }
-        Err(std::fs::TryLockError::Error(error)) => Err(other(error)),
-    }
-}
-
 async fn check_version(connection: &mut SqliteConnection) -> Result<(), OpenError> {
     let found: String = sqlx::query_scalar("SELECT sqlite_version()")
         .fetch_one(connection)
@@ -362,10 +361,9 @@ async fn check_whole(path: &str, connection: &mut SqliteConnection) -> Result<()
 }
 
 /// Checks a file that is in use, on a connection of its own.
-async fn check_behind(options: SqliteConnectOptions, damaged: watch::Sender<bool>) {
+async fn check_behind(options: SqliteConnectOptions, lost: Sender<bool>) {
     let path = options.get_filename().display().to_string();
     let check = async {
-        let options = options.create_if_missing(false).pragma("query_only", "on");
         let connection = SqliteConnection::connect_with(&options).await;
         let mut connection = connection.map_err(|error| open_error(&path, error))?;
         let checked = check_whole(&path, &mut connection).await;
@@ -377,7 +375,7 @@ async fn check_behind(options: SqliteConnectOptions, damaged: watch::Sender<bool
         Err(OpenError::Damaged { path, what }) => {
             let said = OpenError::Damaged { path, what };
             tracing::error!(error = &said as &dyn std::error::Error, "the database file is damaged");
-            damaged.send_replace(true);
+            lost.send_replace(true);
         }
         Err(error) => {
             tracing::warn!(
@@ -388,14 +386,22 @@ async fn check_behind(options: SqliteConnectOptions, damaged: watch::Sender<bool
     }
 }
 
-/// How a file is opened to be written.
-fn options(path: &str) -> SqliteConnectOptions {
+/// How a file is opened that may be migrated.
+fn migrating(path: &Path) -> SqliteConnectOptions {
     SqliteConnectOptions::new()
         .filename(path)
-        .create_if_missing(true)
         .journal_mode(SqliteJournalMode::Wal)
         .synchronous(SqliteSynchronous::Full)
         .foreign_keys(true)
+        .busy_timeout(Duration::from_secs(5))
+}
+
+/// How a file is opened to be read. Such a connection leaves the WAL as it is when it is closed.
+fn reading(path: &Path) -> SqliteConnectOptions {
+    SqliteConnectOptions::new()
+        .filename(path)
+        .read_only(true)
+        .pragma("query_only", "on")
         .busy_timeout(Duration::from_secs(5))
 }
 
@@ -423,6 +429,13 @@ fn open_error(path: &str, error: sqlx::Error) -> OpenError {
             OpenError::Damaged { path: path.to_owned(), what: error.to_string() }
         }
         _ => OpenError::Other { path: path.to_owned(), source: error.into() },
+    }
+}
+
+fn opening_error(path: &str, error: StoreError) -> OpenError {
+    match error {
+        StoreError::Damaged(what) => OpenError::Damaged { path: path.to_owned(), what },
+        error => OpenError::Other { path: path.to_owned(), source: error.into() },
     }
 }
 

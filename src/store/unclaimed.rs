@@ -160,8 +160,8 @@ impl<'s> Claims<'s> {
                 at <= in_record || !secret.superseded(self.forget_before)
             });
         }
-        let loaded = key.to_loaded(sum, self.alike, self.secrets.split_at(in_record))?;
-        part.key(&loaded);
+        let key = key.checked(sum)?.for_checks();
+        part.key(&key.to_loaded(self.alike, self.secrets.split_at(in_record))?);
         Ok(())
     }
 }

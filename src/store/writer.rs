@@ -13,7 +13,7 @@ use super::{CommitError, Committed, Outcome, Rejection, Store, StoreError, Write
 use crate::{
     domain::{
         log::{Change, LogRow},
-        time::Revision,
+        time::{Revision, Timestamp},
     },
     instruments::{Counters, Distribution, Histograms},
     trace::{self, Step},
@@ -31,16 +31,25 @@ tokio::task_local! {
 /// A call in whose course something may be committed.
 struct Call {
     began: Instant,
-    proven: Cell<bool>,
+    done: Cell<Recorded>,
 }
 
-/// Does a call's work. Says whether a commit of it has shown that what it read was the newest there was: a commit on the
-/// server that all of it came from. What a call answers without one rests on what it read.
-pub async fn in_call<T>(began: Instant, work: impl Future<Output = T>) -> (T, bool) {
-    let call = Call { began, proven: Cell::new(false) };
+/// What a call has recorded.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Recorded {
+    /// It has committed a change.
+    pub changed: bool,
+    /// A commit has shown that what it read was the newest there was: a commit on the server that all of it came from.
+    /// The answer of a call without one rests on what it read.
+    pub proven: bool,
+}
+
+/// Does a call's work, and says what it has recorded.
+pub async fn in_call<T>(began: Instant, work: impl Future<Output = T>) -> (T, Recorded) {
+    let call = Call { began, done: Cell::default() };
     CALL.scope(call, async {
         let done = work.await;
-        (done, CALL.with(|call| call.proven.get()))
+        (done, CALL.with(|call| call.done.get()))
     })
     .await
 }
@@ -73,7 +82,7 @@ pub trait Follower: Send + Sync + 'static {
         self.applied(rows);
     }
     /// A change was asked for and may or may not be recorded: until the log decides, refuse what it refuses.
-    fn in_doubt(&self, change: &Change);
+    fn in_doubt(&self, write: &Write);
     /// The log has decided. What it does not hold was not recorded; a change that stops a key or an account
     /// stays in force in this process all the same, since somebody wanted it stopped.
     fn decided(&self);
@@ -162,11 +171,13 @@ impl std::fmt::Debug for Writer {
 }
 
 impl Writer {
-    /// Starts the task on the current runtime. It ends when the last `Writer` is gone and its queue is empty.
+    /// Starts the task on the current runtime. It ends when the last `Writer` is gone and its queue is empty. By `now` it
+    /// sees that an authorization has run out before its change is committed.
     #[must_use]
     pub fn spawn(
         store: Arc<dyn Store>,
         follower: Arc<dyn Follower>,
+        now: impl Fn() -> Timestamp + Send + Sync + 'static,
     ) -> (Writer, tokio::task::JoinHandle<()>) {
         let (sender, mut jobs) = mpsc::channel(QUEUE);
         let commits = Arc::new(Commits::default());
@@ -175,6 +186,7 @@ impl Writer {
             follower: follower.clone(),
             commits: commits.clone(),
             unsure: false,
+            now: Box::new(now),
         };
         let task = tokio::spawn(async move {
             let mut batch = Vec::with_capacity(BATCH);
@@ -204,7 +216,10 @@ impl Writer {
         let outcome = trace::step(Step::Commit, written).await?;
         if matches!(outcome, Outcome::Applied(_)) {
             // Outside of a call nobody asks.
-            let _ = CALL.try_with(|call| call.proven.set(self.store.read_from_one(call.began)));
+            let _ = CALL.try_with(|call| {
+                let proven = self.store.read_from_one(call.began);
+                call.done.set(Recorded { changed: true, proven });
+            });
         }
         Ok(outcome)
     }
@@ -241,14 +256,18 @@ struct Committer {
     commits: Arc<Commits>,
     /// An outcome is unknown, and the log has not been read since.
     unsure: bool,
+    now: Box<dyn Fn() -> Timestamp + Send + Sync>,
 }
 
 impl Committer {
     async fn take(&mut self, jobs: Vec<Job>) {
         let (mut writes, mut answers, mut barriers) = (Vec::new(), Vec::new(), Vec::new());
-        let mut wanted = Revision::default();
+        let (mut wanted, now) = (Revision::default(), (self.now)());
         for job in jobs {
             match job {
+                Job::Write(write, answer) if write.reads.is_over(now) => {
+                    let _ = answer.send(Err(WriteError::Rejected(Rejection::AuthorizationMoved)));
+                }
                 Job::Write(write, answer) => {
                     writes.push(*write);
                     answers.push(answer);
@@ -347,7 +366,7 @@ impl Committer {
     async fn fail(&mut self, writes: &[Write], answers: Vec<Answer>, error: CommitError) {
         tracing::error!(error = &error as &dyn Error, writes = writes.len(), "a commit failed");
         for write in writes {
-            self.follower.in_doubt(&write.change);
+            self.follower.in_doubt(write);
         }
         let (error, unknown) = match error {
             CommitError::NotRecorded(error) => (Arc::new(error), false),

@@ -1,6 +1,7 @@
 //! Listeners: where the server is reached, what is served there, how far a peer may go, and TLS. Bytes and connections
 //! only: what is said over them is for `grpc` and `http1`, and who may call for the gate.
 
+pub mod budget;
 pub mod certificate;
 pub mod counts;
 pub mod descriptors;
@@ -208,12 +209,14 @@ pub struct Overload {
     pub queued_checks: usize,
     /// Management calls.
     pub management_calls: usize,
+    /// Bytes of memory that requests hold while they arrive and are worked on.
+    pub request_bytes: usize,
 }
 
 impl Default for Overload {
     /// A thread answers 4,096 Checks in about a tenth of a second: who waits longer has mostly given up.
     fn default() -> Overload {
-        Overload { queued_checks: 4096, management_calls: 1024 }
+        Overload { queued_checks: 4096, management_calls: 1024, request_bytes: 64 << 20 }
     }
 }
 

@@ -1,9 +1,13 @@
 //! AuthzService.BatchCheck, and how large requests may be.
 
 use keyward::pb::{self, Reason};
+use prost::Message as _;
 use tonic::{Code, Status};
+use tonic_types::StatusExt as _;
 
-use crate::support::{Client, Server, authenticate, check, invalid, named_key, refused, service_key};
+use crate::support::{
+    Client, Server, authenticate, check, invalid, named_key, refused, seconds, service_key,
+};
 
 async fn batch(root: &Client, checks: Vec<pb::CheckRequest>) -> Result<Vec<pb::CheckResponse>, Status> {
     Ok(root.authz().batch_check(pb::BatchCheckRequest { checks }).await?.into_inner().results)
@@ -100,9 +104,121 @@ async fn an_account_caller_learns_nothing_of_others_by_a_batch_either() {
     assert_eq!(answers[0], answers[1]);
 }
 
+/// The holder of a key that may check, with so many calls an hour, and a quota.
+async fn limited(server: &Server, calls: u64, quota: Option<u64>) -> Client {
+    let rate_limits = vec![pb::RateLimit { name: "calls".into(), limit: calls, window: Some(seconds(3600)) }];
+    let quota = quota.map(|limit| pb::Quota { limit, period: pb::QuotaPeriod::Day.into() });
+    let request = pb::CreateKeyRequest {
+        rate_limits,
+        quota,
+        ..service_key("acme", &["keyward:check", "keyward:keys:read"])
+    };
+    server.holder(&server.make(request).await.token)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_check_of_a_batch_is_charged_to_the_callers_limits_and_a_batch_that_does_not_fit_charges_nothing()
+ {
+    let server = Server::with_accounts().await;
+    let live = server.make(named_key("acme", "live")).await;
+    for quota in [None, Some(1000)] {
+        let caller = limited(&server, 5, quota).await;
+        let checks = |count| batch(&caller, vec![authenticate(&live.token); count]);
+        assert_eq!(checks(3).await.unwrap().len(), 3);
+        let status = refused(checks(3).await, Code::ResourceExhausted, "CALLER_LIMITED");
+        assert!(status.get_details_retry_info().is_some(), "{status:?}");
+        assert_eq!(checks(2).await.unwrap().len(), 2, "nothing was charged for the refused batch");
+        refused(checks(1).await, Code::ResourceExhausted, "CALLER_LIMITED");
+    }
+    let caller = limited(&server, 1000, Some(5)).await;
+    let checks = |count| batch(&caller, vec![authenticate(&live.token); count]);
+    assert_eq!(checks(5).await.unwrap().len(), 5);
+    refused(checks(1).await, Code::ResourceExhausted, "CALLER_LIMITED");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_larger_than_its_callers_limit_is_refused_with_the_size_that_fits() {
+    let server = Server::with_accounts().await;
+    let live = server.make(named_key("acme", "live")).await;
+    let caller = limited(&server, 5, None).await;
+    let status = batch(&caller, vec![authenticate(&live.token); 6]).await;
+    let status = refused(status, Code::ResourceExhausted, "CALLER_LIMITED");
+    assert_eq!(status.get_details_error_info().unwrap().metadata["limit"], "5");
+    assert!(status.message().contains("smaller batches") && status.get_details_retry_info().is_none());
+    assert_eq!(batch(&caller, vec![authenticate(&live.token); 5]).await.unwrap().len(), 5);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_that_is_wrong_is_charged_all_the_same() {
+    let server = Server::with_accounts().await;
+    let caller = limited(&server, 4, None).await;
+    invalid(
+        batch(&caller, vec![pb::CheckRequest::default(); 2]).await,
+        &["checks[0].environment", "checks[0].scopes", "checks[1].environment", "checks[1].scopes"],
+    );
+    invalid(batch(&caller, vec![]).await, &["checks"]);
+    caller.call("keyward.v1.AuthzService/BatchCheck", Garbage { number: 1 }).await.unwrap_err();
+    refused(batch(&caller, vec![authenticate("x")]).await, Code::ResourceExhausted, "CALLER_LIMITED");
+}
+
+/// A message whose first field is a number, where a batch has messages.
+#[derive(Clone, PartialEq, prost::Message)]
+struct Garbage {
+    #[prost(uint64, tag = "1")]
+    number: u64,
+}
+
+/// Holds that a refusal has a size that clients take, and says how much it leaves out.
+#[track_caller]
+fn is_small(status: &Status) {
+    let encoded: http::HeaderMap = status.clone().into_http::<()>().into_parts().0.headers;
+    assert!(encoded["grpc-message"].len() <= 1024, "{status:?}");
+    assert!(encoded["grpc-status-details-bin"].len() <= 8 * 1024, "{}", status.details().len());
+    assert!(status.message().ends_with(" more violations"), "{status:?}");
+    assert!(status.get_details_error_info().unwrap().metadata.contains_key("violations_omitted"));
+    assert!(status.get_details_bad_request().unwrap().field_violations.len() >= 10);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refusal_does_not_grow_with_what_was_wrong() {
+    let server = Server::with_accounts().await;
+    let root = server.root();
+    let wrong = pb::CheckRequest { scopes: vec!["{ }".into(); 30], cost: Some(0), ..check("", "") };
+    is_small(&refused(batch(&root, vec![wrong; 100]).await, Code::InvalidArgument, "INVALID_REQUEST"));
+    let scopes: Vec<_> = (0..256).map(|at| format!("é {at}").repeat(20)).collect();
+    let scopes: Vec<_> = scopes.iter().map(String::as_str).collect();
+    let made = root.create(service_key("acme", &scopes)).await;
+    is_small(&refused(made, Code::InvalidArgument, "INVALID_REQUEST"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_answer_of_a_batch_fits_a_client_and_leaves_out_grants_before_anything_else() {
+    let server = Server::with_accounts().await;
+    let root = server.root();
+    let scopes: Vec<_> = (0..256).map(|at| format!("{at:03}{}", "x".repeat(120))).collect();
+    let metadata = [("plan".to_owned(), "pro".to_owned())].into();
+    let request = pb::CreateKeyRequest { scopes, metadata, ..service_key("acme", &["x"]) };
+    let made = server.make(request).await;
+    // Each asks for scopes of its own that it does not hold: what is missing is always told.
+    let needed: Vec<_> = (0..10).map(|at| format!("{at}{}", "y".repeat(90))).collect();
+    let asks =
+        pb::CheckRequest { authenticate_only: false, scopes: needed.clone(), ..authenticate(&made.token) };
+    let results = batch(&root, vec![asks.clone(); 100]).await.unwrap();
+    let answer = pb::BatchCheckResponse { results };
+    assert!(answer.encoded_len() <= 3 << 20, "{}", answer.encoded_len());
+    let omitted = answer.results.iter().filter(|one| one.grants_omitted).count();
+    assert!((30..60).contains(&omitted), "{omitted}");
+    for one in &answer.results {
+        assert_eq!((one.reason(), &one.missing_scopes), (Reason::MissingScope, &needed));
+        assert_eq!((&one.key_id, one.scopes.is_empty()), (&made.id, one.grants_omitted));
+        assert_eq!(one.metadata.is_empty(), one.grants_omitted);
+    }
+    let alone = root.check(asks).await.unwrap();
+    assert!(!alone.grants_omitted && alone.scopes.len() == 256);
+}
+
 /// A Check of exactly so many bytes on the wire.
 fn sized(bytes: usize) -> pb::CheckRequest {
-    use prost::Message as _;
     let mut check = authenticate(&"x".repeat(bytes));
     // A shorter token can have a shorter length before it.
     while check.encoded_len() > bytes {

@@ -84,13 +84,16 @@ async fn a_digest_is_unique_for_ever_whoever_owns_it() {
     let server = Server::with_accounts().await;
     let made = server.make(service_key("acme", &["monitors:read"])).await;
     let results =
-        server.root().import(vec![row("acme", &foreign(1)), row("acme", &foreign(1))]).await.unwrap();
+        server.root().import(vec![row("acme", &foreign(1)), row("other", &foreign(1))]).await.unwrap();
     assert_eq!(errors(&results), ["", "DIGEST_TAKEN"], "within one call too");
     let imported = results[0].key.as_ref().unwrap();
+    let named = |token| pb::ImportKey { name: Some("named".to_owned()), ..row("acme", token) };
     for token in [&foreign(1), &made.token] {
-        let again = server.root().import(vec![row("acme", token), row("other", token)]).await.unwrap();
+        let again = server.root().import(vec![named(token), row("other", token)]).await.unwrap();
         assert_eq!(errors(&again), ["DIGEST_TAKEN", "DIGEST_TAKEN"]);
     }
+    let created = server.root().import(vec![row("acme", &made.token)]).await.unwrap();
+    assert_eq!(errors(&created), ["DIGEST_TAKEN"], "nobody has imported it");
     server.root().revoke(&imported.id).await.unwrap();
     server.root().rotate(&made.id, 0).await.unwrap();
     for token in [&foreign(1), &made.token] {
@@ -102,13 +105,39 @@ async fn a_digest_is_unique_for_ever_whoever_owns_it() {
 }
 
 #[tokio::test]
-async fn an_import_that_is_sent_again_changes_nothing() {
+async fn an_import_that_the_same_caller_sends_again_is_answered_as_done_and_changes_nothing() {
+    let server = Server::with_accounts().await;
+    let rows = || {
+        let row = |number| pb::ImportKey { ttl: Some(seconds(HOUR)), ..row("acme", &foreign(number)) };
+        (0..3).map(row).collect::<Vec<_>>()
+    };
+    let first = server.root().import(rows()).await.unwrap();
+    assert!(first.iter().all(|result| result.error.is_empty() && !result.replayed));
+    server.advance(10);
+    let again = server.root().import(rows()).await.unwrap();
+    assert!(again.iter().all(|result| result.error.is_empty() && result.replayed), "{again:?}");
+    let keys = |results: &[pb::ImportResult]| {
+        results.iter().map(|result| result.key.clone().unwrap().id).collect::<Vec<_>>()
+    };
+    assert_eq!(keys(&again), keys(&first));
+    let request = pb::ListKeysRequest { account: "acme".to_owned(), ..Default::default() };
+    assert_eq!(server.root().list(request).await.unwrap().keys.len(), 3);
+}
+
+#[tokio::test]
+async fn an_import_by_another_caller_or_of_what_has_changed_since_is_not_done_before() {
     let server = Server::with_accounts().await;
     let rows = || (0..3).map(|number| row("acme", &foreign(number))).collect::<Vec<_>>();
     let first = server.root().import(rows()).await.unwrap();
-    assert_eq!(errors(&server.root().import(rows()).await.unwrap()), ["DIGEST_TAKEN"; 3]);
-    let request = pb::ListKeysRequest { account: "acme".to_owned(), ..Default::default() };
-    assert_eq!(server.root().list(request).await.unwrap().keys.len(), first.len());
+    let id = |at: usize| first[at].key.as_ref().unwrap().id.clone();
+    server.root().revoke(&id(0)).await.unwrap();
+    server.root().disable(&id(1)).await.unwrap();
+    let again = server.root().import(rows()).await.unwrap();
+    assert_eq!(errors(&again), ["DIGEST_TAKEN", "DIGEST_TAKEN", ""]);
+    let other = server.caller("acme", &["keyward:keys:write", "monitors:read"]).await;
+    let elsewhere = other.import(rows()).await.unwrap();
+    assert_eq!(errors(&elsewhere), ["DIGEST_TAKEN"; 3]);
+    assert!(elsewhere.iter().all(|result| result.key.is_none()));
 }
 
 #[tokio::test]

@@ -186,7 +186,7 @@ async fn probe(caller: &Client, account: &str, key: &str, token: &str, user: &st
         "AccountService/ListMembers" pb::ListMembersRequest { account: account(), ..Default::default() },
         "AccountService/PutRole" pb::PutRoleRequest { account: account(), name: role(), scopes: texts(&["keyward:check"]) },
         "AccountService/DeleteRole" pb::DeleteRoleRequest { account: account(), name: role() },
-        "AccountService/ListRoles" pb::ListRolesRequest { account: account() },
+        "AccountService/ListRoles" pb::ListRolesRequest { account: account(), ..Default::default() },
         "AuditService/List" pb::ListAuditEntriesRequest { account: account(), ..Default::default() },
     }
     answers

@@ -193,11 +193,10 @@ async fn a_used_up_quota_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_condition_that_fails_is_told_in_order() {
+async fn every_condition_that_fails_is_told_in_order_and_of_a_revoked_key_that_alone() {
     let (server, root, made) = row().await;
     root.rotate(&made.id, 0).await.unwrap();
     root.disable(&made.id).await.unwrap();
-    root.revoke(&made.id).await.unwrap();
     root.suspend("acme").await.unwrap();
     server.advance(DAY);
     let request = pb::CheckRequest {
@@ -208,7 +207,6 @@ async fn every_condition_that_fails_is_told_in_order() {
         ..check(&made.token, "billing:read")
     };
     let all = [
-        Reason::Revoked,
         Reason::Disabled,
         Reason::Expired,
         Reason::Rotated,
@@ -219,7 +217,14 @@ async fn every_condition_that_fails_is_told_in_order() {
         Reason::AddressNotAllowed,
         Reason::MissingScope,
     ];
-    denied(&root, request, &all).await;
+    denied(&root, request.clone(), &all).await;
+    root.revoke(&made.id).await.unwrap();
+    let answer = denied(&root, request, &[Reason::Revoked]).await;
+    assert_eq!(
+        (answer.key_id, answer.account, answer.environment),
+        (made.id, "acme".into(), "production".into())
+    );
+    assert!(answer.key_name.is_empty() && answer.scopes.is_empty() && answer.missing_scopes.is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread")]

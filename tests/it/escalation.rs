@@ -11,7 +11,7 @@ use proptest::{
 };
 use tonic::{Code, Status};
 
-use crate::support::{Client, HOUR, Made, Server, check, refused, service_key, texts, user_key};
+use crate::support::{Client, HOUR, Made, Server, check, refused, seconds, service_key, texts, user_key};
 
 #[track_caller]
 fn beyond<T>(result: Result<T, Status>) {
@@ -24,8 +24,18 @@ fn tight(server: &Server) -> pb::CreateKeyRequest {
         expires_at: Some(server.at(100)),
         customers: texts(&["c1", "c2"]),
         allowed_cidrs: texts(&["127.0.0.0/8"]),
+        rate_limits: vec![rate(1000, 60)],
+        quota: quota(10_000, pb::QuotaPeriod::Day),
         ..service_key("acme", &["monitors:*"])
     }
+}
+
+fn rate(limit: u64, window: u64) -> pb::RateLimit {
+    pb::RateLimit { name: "all".to_owned(), limit, window: Some(seconds(window)) }
+}
+
+fn quota(limit: u64, period: pb::QuotaPeriod) -> Option<pb::Quota> {
+    Some(pb::Quota { limit, period: period.into() })
 }
 
 /// A manager of `acme` that is bound so.
@@ -58,11 +68,24 @@ fn too_wide(server: &Server) -> Vec<(&'static str, pb::CreateKeyRequest)> {
             "another network",
             pb::CreateKeyRequest { allowed_cidrs: texts(&["127.0.0.1", "10.0.0.1"]), ..tight.clone() },
         ),
-        ("every network", pb::CreateKeyRequest { allowed_cidrs: vec![], ..tight }),
+        ("every network", pb::CreateKeyRequest { allowed_cidrs: vec![], ..tight.clone() }),
+        ("a larger burst", pb::CreateKeyRequest { rate_limits: vec![rate(1001, 120)], ..tight.clone() }),
+        ("a higher rate", pb::CreateKeyRequest { rate_limits: vec![rate(500, 29)], ..tight.clone() }),
+        ("no rate limit", pb::CreateKeyRequest { rate_limits: vec![], ..tight.clone() }),
+        (
+            "more units",
+            pb::CreateKeyRequest { quota: quota(10_001, pb::QuotaPeriod::Month), ..tight.clone() },
+        ),
+        (
+            "a shorter period",
+            pb::CreateKeyRequest { quota: quota(1, pb::QuotaPeriod::Hour), ..tight.clone() },
+        ),
+        ("no quota", pb::CreateKeyRequest { quota: None, ..tight }),
     ]
 }
 
-fn as_import(request: &pb::CreateKeyRequest, digest: u8) -> pb::ImportKey {
+/// The same key, made elsewhere.
+pub(crate) fn as_import(request: &pb::CreateKeyRequest, digest: u8) -> pb::ImportKey {
     let request = request.clone();
     pb::ImportKey {
         account: request.account,
@@ -72,6 +95,8 @@ fn as_import(request: &pb::CreateKeyRequest, digest: u8) -> pb::ImportKey {
         expires_at: request.expires_at,
         customers: request.customers,
         allowed_cidrs: request.allowed_cidrs,
+        rate_limits: request.rate_limits,
+        quota: request.quota,
         sha256: vec![digest; 32],
         ..Default::default()
     }
@@ -87,6 +112,8 @@ async fn a_manager_gives_what_it_holds_and_less() {
         expires_at: Some(server.at(50)),
         customers: texts(&["c2"]),
         allowed_cidrs: texts(&["127.0.0.1"]),
+        rate_limits: vec![rate(500, 30), pb::RateLimit { name: "loose".to_owned(), ..rate(2000, 60) }],
+        quota: quota(10_000, pb::QuotaPeriod::Total),
         ..tight(&server)
     };
     manager.make(narrower).await;
@@ -136,9 +163,12 @@ async fn update_widens_nothing_beyond_its_caller() {
             expires_at: wide.expires_at,
             customers: wide.customers,
             allowed_cidrs: wide.allowed_cidrs,
+            rate_limits: wide.rate_limits,
+            quota: wide.quota,
             ..made.key.clone()
         };
-        beyond(manager.update(&key, &["scopes", "expires_at", "customers", "allowed_cidrs"]).await);
+        let fields = ["scopes", "expires_at", "customers", "allowed_cidrs", "rate_limits", "quota"];
+        beyond(manager.update(&key, &fields).await);
     }
     assert_eq!(manager.get(&made.id).await.unwrap(), made.key);
 }
@@ -188,18 +218,23 @@ async fn an_operator_gives_every_scope_but_reserved_ones_it_lacks() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_operator_bound_to_an_expiry_or_addresses_gives_no_unbound_key() {
+async fn an_operator_bound_to_an_expiry_or_addresses_gives_no_unbound_key_and_its_limits_bind_none() {
     let server = Server::with_accounts().await;
     let bound = pb::CreateKeyRequest {
         expires_at: Some(server.at(100)),
         allowed_cidrs: texts(&["127.0.0.1"]),
+        rate_limits: vec![rate(1000, 60)],
+        quota: quota(10_000, pb::QuotaPeriod::Day),
         ..service_key("keyward", &["keyward:keys:write"])
     };
     let made = server.make(bound.clone()).await;
     let operator = server.holder(&made.token);
     beyond(operator.create(service_key("acme", &["a"])).await);
-    let as_tight = pb::CreateKeyRequest { account: "acme".into(), scopes: texts(&["a"]), ..bound };
-    operator.make(as_tight).await;
+    let (rate_limits, quota) = (vec![], None);
+    let unlimited =
+        pb::CreateKeyRequest { account: "acme".into(), scopes: texts(&["a"]), rate_limits, quota, ..bound };
+    let unlimited = operator.make(unlimited).await;
+    operator.rotate(&unlimited.id, 0).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -264,8 +299,8 @@ async fn a_user_keys_own_roles_are_the_global_ones_wherever_it_works() {
     assert!(root.check(ask()).await.unwrap().allowed);
 }
 
-/// A role or a membership is bound to no customer, address or expiry: who is gives rights away that way which
-/// no key of theirs could have.
+/// A role or a membership is bound to no customer, address, expiry or limit, and holds in every environment: a bound
+/// manager would give rights that none of its keys could have.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bound_manager_gives_no_rights_away_through_roles_and_members() {
     let server = Server::with_accounts().await;
@@ -277,12 +312,33 @@ async fn a_bound_manager_gives_no_rights_away_through_roles_and_members() {
         pb::CreateKeyRequest { customers: texts(&["c1"]), ..unbound.clone() },
         pb::CreateKeyRequest { allowed_cidrs: texts(&["127.0.0.1"]), ..unbound.clone() },
         pb::CreateKeyRequest { expires_at: Some(server.at(100)), ..unbound.clone() },
+        pb::CreateKeyRequest { rate_limits: vec![rate(1000, 60)], ..unbound.clone() },
+        pb::CreateKeyRequest { quota: quota(10_000, pb::QuotaPeriod::Total), ..unbound.clone() },
+        pb::CreateKeyRequest { environment: "staging".into(), ..unbound.clone() },
+        pb::CreateKeyRequest { environment: "development".into(), ..unbound.clone() },
     ] {
         let made = server.make(pb::CreateKeyRequest { scopes: scopes(), ..bound }).await;
         let manager = server.holder(&made.token);
         beyond(manager.put_role("acme", "reader", &["monitors:read", "monitors:write"]).await);
+        beyond(manager.put_role("acme", "new", &["monitors:read"]).await);
         beyond(manager.put_member("acme", "ann", "reader").await);
+        let delete = pb::DeleteRoleRequest { account: "acme".into(), name: "reader".into() };
+        beyond(manager.accounts().delete_role(delete).await);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_manager_of_any_environment_ends_memberships_and_an_operator_of_any_gives_them() {
+    let server = Server::with_accounts().await;
+    let staging = |account| pb::CreateKeyRequest {
+        environment: "staging".into(),
+        ..service_key(account, &["monitors:*", "keyward:accounts:write"])
+    };
+    let (operator, manager) = (server.make(staging("keyward")).await, server.make(staging("acme")).await);
+    server.holder(&operator.token).put_role("acme", "reader", &["monitors:read"]).await.unwrap();
+    server.holder(&operator.token).put_member("acme", "ann", "reader").await.unwrap();
+    let remove = pb::RemoveMemberRequest { account: "acme".into(), user: "ann".into() };
+    server.holder(&manager.token).accounts().remove_member(remove).await.unwrap();
 }
 
 /// A user key holds in each account what its roles mean there, and a new key of the user works in all of them.
@@ -338,6 +394,10 @@ struct Terms {
     expires_in: Option<i64>,
     customers: Vec<&'static str>,
     cidrs: Vec<&'static str>,
+    /// Units and seconds.
+    rate: Option<(u64, u64)>,
+    /// Units in a period.
+    quota: Option<(u64, pb::QuotaPeriod)>,
 }
 
 impl Terms {
@@ -348,6 +408,8 @@ impl Terms {
             expires_at: self.expires_in.map(|seconds| server.at(seconds)),
             customers: texts(&self.customers),
             allowed_cidrs: texts(&self.cidrs),
+            rate_limits: self.rate.iter().map(|(limit, window)| rate(*limit, *window)).collect(),
+            quota: self.quota.and_then(|(limit, period)| quota(limit, period)),
             ..service_key(account, &scopes)
         }
     }
@@ -386,6 +448,18 @@ impl Terms {
         world.filter(inside).collect()
     }
 
+    /// How many units at the most in a span of so many seconds: what the rate limit allows, and what the quota does in
+    /// whole periods.
+    fn most(&self, span: u64) -> (u64, u64) {
+        let by_rate = self.rate.map_or(u64::MAX, |(limit, window)| limit + limit * span / window);
+        let by_quota = self.quota.map_or(u64::MAX, |(limit, period)| match period {
+            pb::QuotaPeriod::Hour => limit * span.div_ceil(HOUR).max(1),
+            pb::QuotaPeriod::Day => limit * span.div_ceil(24 * HOUR).max(1),
+            _ => limit,
+        });
+        (by_rate, by_quota)
+    }
+
     /// The customers that may be served, one that nobody names and none included.
     fn served(&self) -> Vec<Option<&str>> {
         let world = [Some("c1"), Some("c2"), Some("c3"), Some("z"), None];
@@ -407,6 +481,11 @@ fn gains_nothing(own: &Terms, operator: bool, given: &Terms) -> bool {
         && life(given.expires_in) <= life(own.expires_in)
         && given.served().iter().all(|customer| own.served().contains(customer))
         && given.addresses().iter().all(|address| own.addresses().contains(address))
+        && (operator
+            || [0, 1, 60, 61, HOUR, 24 * HOUR, 240 * HOUR].into_iter().all(|span| {
+                let (own, given) = (own.most(span), given.most(span));
+                given.0 <= own.0 && given.1 <= own.1
+            }))
 }
 
 fn any_terms(reachable: bool) -> impl Strategy<Value = Terms> {
@@ -429,14 +508,35 @@ fn any_terms(reachable: bool) -> impl Strategy<Value = Terms> {
         prop_oneof![Just(None), Just(Some(3600)), Just(Some(3601)), Just(Some(7200))],
         subsequence(vec!["c1", "c2", "c3"], 0..=3),
         prop::sample::select(nets),
+        prop_oneof![3 => Just(None), 2 => rates().prop_map(Some)],
+        prop_oneof![3 => Just(None), 2 => quotas().prop_map(Some)],
     )
-        .prop_map(|(scopes, environment, expires_in, customers, cidrs)| Terms {
+        .prop_map(|(scopes, environment, expires_in, customers, cidrs, rate, quota)| Terms {
             scopes,
             environment,
             expires_in,
             customers,
             cidrs,
+            rate,
+            quota,
         })
+}
+
+fn rates() -> impl Strategy<Value = (u64, u64)> {
+    prop::sample::select(vec![
+        (1000, 60),
+        (1000, 61),
+        (1000, 3600),
+        (500, 30),
+        (500, 29),
+        (2000, 120),
+        (2000, 60),
+    ])
+}
+
+fn quotas() -> impl Strategy<Value = (u64, pb::QuotaPeriod)> {
+    use pb::QuotaPeriod::{Day, Hour, Total};
+    prop::sample::select(vec![(500, Hour), (600, Hour), (500, Day), (600, Day), (600, Total), (700, Total)])
 }
 
 async fn judge(

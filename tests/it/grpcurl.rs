@@ -224,7 +224,7 @@ fn an_error_shows_its_details() {
 #[test]
 fn the_first_steps_that_are_printed_work_when_pasted() {
     let home = Home::new();
-    let server = home.start_as(home.serve_showing_root_key()).unwrap();
+    let server = home.start_as(home.on_terminal(&home.serve_without_root_key_file())).unwrap();
     let printed_lines = server.process.stdout();
     let pasted = printed_lines.lines().filter(|line| line.starts_with("  ")).collect::<Vec<_>>().join("\n");
     let script = format!("set -euo pipefail\ngrpcurl() {{ command \"$GRPCURL\" \"$@\"; }}\n{pasted}\n");

@@ -3,7 +3,7 @@
 use keyward::pb::{self, Reason};
 use tonic::Code;
 
-use crate::support::{Client, DAY, HOUR, named_key, refused, seconds, service_key};
+use crate::support::{Client, DAY, HOUR, named_key, refused, seconds, service_key, user_key};
 
 use super::Server;
 
@@ -218,4 +218,61 @@ async fn a_replay_tells_a_stranger_nothing() {
     rotate(&own.id).await.unwrap();
     refused(rotate(&theirs.id).await, Code::NotFound, "KEY_NOT_FOUND");
     refused(rotate("00000000-0000-7000-8000-000000000000").await, Code::NotFound, "KEY_NOT_FOUND");
+}
+
+/// The dashboard's calls for a person.
+fn acting(server: &Server, user: &str) -> Client {
+    server.root().with_header("x-keyward-acting-user", user)
+}
+
+/// `acme` with two admins.
+async fn with_admins() -> Server {
+    let server = Server::with_accounts().await;
+    server.root().put_role("", "admin", &["all", "keyward:keys:*"]).await.unwrap();
+    for user in ["ann", "bob"] {
+        server.root().put_member("acme", user, "admin").await.unwrap();
+    }
+    server
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_person_learns_nothing_of_another_persons_requests() {
+    let server = with_admins().await;
+    let (ann, bob, zoe) = (acting(&server, "ann"), acting(&server, "bob"), acting(&server, "zoe"));
+    let first = ann.make(once("a")).await;
+    let another = pb::CreateKeyRequest { name: Some("x".into()), ..once("a") };
+    for request in [once("a"), another] {
+        refused(zoe.create(request).await, Code::NotFound, "ACCOUNT_NOT_FOUND");
+    }
+    let second = bob.create(once("a")).await.unwrap();
+    assert!(!second.replayed && second.key.unwrap().id != first.id);
+    assert_eq!(ann.create(once("a")).await.unwrap().key.unwrap().id, first.id);
+    let own = server.root().create(once("a")).await.unwrap();
+    assert!(!own.replayed, "nor does the operator who acts for nobody");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_person_who_has_left_is_shown_nothing_that_was_made_before() {
+    let server = with_admins().await;
+    let ann = acting(&server, "ann");
+    let made = ann.make(once("a")).await;
+    let rotate = pb::RotateKeyRequest { id: made.id, idempotency_key: Some("r".into()), overlap: None };
+    ann.keys().rotate(rotate.clone()).await.unwrap();
+    let remove = pb::RemoveMemberRequest { account: "acme".into(), user: "ann".into() };
+    server.root().accounts().remove_member(remove).await.unwrap();
+    refused(ann.create(once("a")).await, Code::NotFound, "KEY_NOT_FOUND");
+    refused(ann.keys().rotate(rotate).await, Code::NotFound, "KEY_NOT_FOUND");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_key_has_idempotency_keys_apart_in_each_account_that_it_names() {
+    let server = with_admins().await;
+    server.root().put_member("other", "ann", "admin").await.unwrap();
+    let made = server.make(user_key("ann", &["all", "keyward:keys:*"])).await;
+    let within = |account| server.holder(&made.token).with_header("x-keyward-account", account);
+    let request = || pb::CreateKeyRequest { account: String::new(), ttl: None, ..once("a") };
+    let first = within("acme").make(request()).await;
+    let second = within("other").create(request()).await.unwrap();
+    assert_eq!((second.replayed, second.key.unwrap().account.as_str()), (false, "other"));
+    assert_eq!(within("acme").create(request()).await.unwrap().key.unwrap().id, first.id);
 }

@@ -58,5 +58,6 @@ async fn a_check_takes_no_more_instructions_than_are_known() {
         assert_eq!(answer.reason(), pb::Reason::Ok);
     }
     let each = total(&server.stop()) / CHECKS;
+    println!("{each} instructions");
     assert!((AT_MOST / 2..=AT_MOST).contains(&each), "{each} instructions, not {AT_MOST} at the most");
 }

@@ -101,6 +101,22 @@ fn left(answer: &pb::CheckResponse) -> Vec<u64> {
     answer.rate_limits.iter().map(|state| state.remaining).collect()
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_is_charged_to_its_caller_on_every_server_and_one_that_does_not_fit_on_none() {
+    let redis = RedisServer::start();
+    let scopes = vec!["keyward:check".to_owned()];
+    let keys = [pb::CreateKeyRequest { scopes, ..limited(&[("calls", 5)]) }];
+    let (two, tokens) = Two::start(&keys, &counted_by(redis.settings())).await;
+    let batch = async |at: usize, checks| {
+        let request = pb::BatchCheckRequest { checks: vec![question("x"); checks] };
+        caller(&two.servers[at], &tokens[0]).authz.batch_check(request).await
+    };
+    batch(0, 3).await.unwrap();
+    refused(batch(1, 3).await, Code::ResourceExhausted, "CALLER_LIMITED");
+    batch(1, 2).await.unwrap();
+    refused(batch(0, 1).await, Code::ResourceExhausted, "CALLER_LIMITED");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sixty_four_callers_of_two_servers_get_exactly_the_limit() {
     let redis = RedisServer::start();

@@ -5,8 +5,6 @@ use std::{error::Error as _, os::unix::fs::PermissionsExt as _};
 
 use bytes::Bytes;
 use keyward::pb;
-use prost::Message as _;
-use tokio::sync::oneshot;
 use tonic::{
     Code,
     transport::{Channel, Endpoint},
@@ -15,6 +13,8 @@ use tonic_types::StatusExt as _;
 
 use crate::{
     authority::{Authority, replace},
+    postgres::Database,
+    postgres_server::holding,
     process::{Caller, Home, Keyward, call_raw, plain_key, text, wait_for},
     support::{reason, refused},
 };
@@ -191,48 +191,37 @@ async fn connections_that_grow_old_or_idle_end_and_no_call_that_was_sent_fails()
     assert_eq!(root.check("kw_live_x").await.unwrap(), pb::Reason::Unknown, "and a call makes a new one");
 }
 
-/// Begins a Create that waits for its message.
-async fn begin_create(
-    channel: &Channel,
-    token: &str,
-) -> (oneshot::Sender<()>, tokio::task::JoinHandle<bool>) {
-    let (go, gone) = oneshot::channel();
-    let message = async {
-        let _ = gone.await;
-        Bytes::from(plain_key().encode_to_vec())
-    };
-    let (channel, token) = (channel.clone(), token.to_owned());
-    let call = tokio::spawn(async move {
-        let messages = futures_util::stream::once(message);
-        call_raw(channel, &token, "keyward.v1.KeyService/Create", messages).await.is_ok()
-    });
-    (go, call)
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn management_beyond_what_the_server_takes_is_turned_away_and_checks_are_not() {
-    let home = Home::new();
+    let database = Database::new();
+    let home = Home::on(database.url());
     let keyward = start(&home, "[overload]\nmanagement_calls = 1\n");
     keyward.root().make_account("acme").await;
-    let (token, channel) = (home.root_key(), keyward.channel());
-    let mut root = Caller::on(channel.clone(), &token);
-    let (mut go, mut call) = begin_create(&channel, &token).await;
+    let mut root = keyward.root();
+    let commits_wait = holding(&database, "SELECT head FROM keyward.meta FOR UPDATE").await;
+    let begin = || {
+        let mut root = root.clone();
+        tokio::spawn(async move { root.create(plain_key()).await.is_ok() })
+    };
+    let mut call = begin();
     let status = loop {
         // It is begun by another task, so the server may hear of it later, or turn it away for one of these.
         if call.is_finished() {
-            (go, call) = begin_create(&channel, &token).await;
+            call = begin();
         }
-        if let Err(status) = root.keys.who_am_i(pb::WhoAmIRequest {}).await {
+        if let Err(status) = keyward.root().keys.who_am_i(pb::WhoAmIRequest {}).await {
             break status;
         }
     };
     assert_eq!((status.code(), reason(&status).as_str()), (Code::Unavailable, "OVERLOADED"));
     assert!(status.get_details_retry_info().and_then(|info| info.retry_delay).is_some());
     assert_eq!(root.check("kw_live_x").await.unwrap(), pb::Reason::Unknown);
-    go.send(()).unwrap();
+    drop(commits_wait);
     assert!(call.await.unwrap());
     assert!(root.keys.who_am_i(pb::WhoAmIRequest {}).await.is_ok(), "there is room again");
     assert!(!keyward.page("/metrics").1.contains("keyward_calls_shed_total 0"));
+    let told = "call refused: overload.management_calls reached";
+    assert_eq!(keyward.process.stderr().matches(told).count(), 1, "once a minute");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -15,9 +15,11 @@ mod accounts;
 mod attacks;
 mod audit_files;
 mod authority;
+mod authorized_replicas;
 mod bad_input;
 mod batch;
 mod bench;
+mod beyond;
 mod bulk;
 mod callers;
 mod canary;
@@ -29,6 +31,7 @@ mod deadline;
 mod deploy;
 mod direct;
 mod doctor;
+mod doubt;
 mod engines;
 mod envoy;
 mod envoy_http;
@@ -36,6 +39,7 @@ mod envoy_tls;
 mod escalation;
 mod ext_authz;
 mod failures;
+mod files;
 mod forward_auth;
 mod grpcurl;
 mod http;
@@ -60,8 +64,10 @@ mod redis_server;
 mod replicas;
 mod rest;
 mod retention;
+mod root_key;
 mod rotation;
 mod sqlite_file;
+mod sqlite_owner;
 mod standard;
 mod store;
 mod stream;
@@ -69,9 +75,11 @@ mod support;
 mod telemetry;
 mod tidy;
 mod tls;
+mod unknown;
 mod upkeep;
 mod upstream;
 mod walk;
+mod watches;
 
 // The suites that every store is held to over the wire: the seeds, and what leans most on the store. Each says
 // `super::Server`, which is a server on the store of the module that it stands in.
@@ -80,11 +88,14 @@ mod walk;
 mod on_sqlite {
     pub(crate) use crate::support::Server;
 
+    mod account_limits;
     mod audit;
     mod audit_verify;
+    mod authorized;
     mod idempotency;
     mod paging;
     mod people;
+    mod persons;
     mod seed_checkly;
     mod seed_eazip;
     mod seed_environments;
@@ -97,11 +108,14 @@ mod on_sqlite {
 mod on_postgres {
     pub(crate) type Server = crate::support::ServerOn<crate::postgres::Database>;
 
+    mod account_limits;
     mod audit;
     mod audit_verify;
+    mod authorized;
     mod idempotency;
     mod paging;
     mod people;
+    mod persons;
     mod seed_checkly;
     mod seed_eazip;
     mod seed_environments;

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use keyward::pb::{self, KeyState};
+use prost::Message;
 
 use crate::support::{Client, HOUR, authenticate, invalid, named_key, seconds, user_key};
 
@@ -271,4 +272,96 @@ async fn filters_narrow_together() {
     assert_eq!(first.keys.len(), 2);
     let second = pb::ListKeysRequest { page_token: first.next_page_token, ..request };
     assert_eq!(names(&server.root(), second).await, ["n0"]);
+}
+
+/// As many scopes as a key or role can have, each as long as it can be: more than 32 KB.
+fn large_scopes() -> Vec<String> {
+    (0..256).map(|at| format!("{at:03}{}", "x".repeat(125))).collect()
+}
+
+/// Keys of `acme` whose records are as large as 32 KB.
+async fn import_large(root: &Client, count: u8) {
+    let keys = (0..count).map(|at| pb::ImportKey {
+        account: "acme".into(),
+        environment: "production".into(),
+        scopes: large_scopes(),
+        sha256: vec![at; 32],
+        hint: "old_".into(),
+        ..Default::default()
+    });
+    let request = pb::ImportKeysRequest { keys: keys.collect() };
+    let results = root.keys().import(request).await.unwrap().into_inner().results;
+    assert!(results.iter().all(|result| result.error.is_empty()), "{:?}", results[0]);
+}
+
+/// Reads page after page, none of which may be too large for a client. How many items each has.
+async fn sizes<A: Message>(mut page: impl AsyncFnMut(String) -> (A, usize, String)) -> Vec<usize> {
+    let (mut sizes, mut token) = (Vec::new(), String::new());
+    loop {
+        let (answer, items, next) = page(token).await;
+        assert!(answer.encoded_len() <= (3 << 20) + 1024, "{}", answer.encoded_len());
+        sizes.push(items);
+        if next.is_empty() {
+            return sizes;
+        }
+        token = next;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pages_end_before_they_are_too_large_for_a_client_and_go_on_where_they_ended() {
+    let server = Server::with_accounts().await;
+    let root = server.root();
+    import_large(&root, 110).await;
+    let keys = sizes(async |page_token| {
+        let request = pb::ListKeysRequest { page_size: Some(1000), page_token, ..of_acme() };
+        let page = root.list(request).await.unwrap();
+        (page.clone(), page.keys.len(), page.next_page_token)
+    });
+    let keys = keys.await;
+    assert_eq!((keys.iter().sum::<usize>(), keys.len()), (110, 2), "{keys:?}");
+    for full in [false, true] {
+        let log = sizes(async |page_token| {
+            let request = pb::ListAuditEntriesRequest {
+                account: "acme".into(),
+                action: "key.imported".into(),
+                page_size: Some(1000),
+                page_token,
+                full,
+                ..Default::default()
+            };
+            let page = root.audit().list(request).await.unwrap().into_inner();
+            (page.clone(), page.entries.len(), page.next_page_token)
+        });
+        let log = log.await;
+        assert_eq!(log.iter().sum::<usize>(), 110);
+        assert!(log.len() > 1, "{log:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn roles_are_paged_by_number_and_by_bytes() {
+    let server = Server::with_accounts().await;
+    let root = server.root();
+    for at in 0..110 {
+        let account = if at % 2 == 0 { "acme".to_owned() } else { String::new() };
+        let name = format!("role-{}", at / 2);
+        let request = pb::PutRoleRequest { account, name, scopes: large_scopes() };
+        root.accounts().put_role(request).await.unwrap();
+    }
+    let read = async |page_size| {
+        let mut names = Vec::new();
+        let sizes = sizes(async |page_token| {
+            let request = pb::ListRolesRequest { account: "acme".into(), page_size, page_token };
+            let page = root.accounts().list_roles(request).await.unwrap().into_inner();
+            names.extend(page.roles.iter().map(|role| (role.name.clone(), role.account.clone())));
+            (page.clone(), page.roles.len(), page.next_page_token)
+        });
+        (sizes.await, names)
+    };
+    let (sizes, names) = read(None).await;
+    assert_eq!(sizes.len(), 2, "{sizes:?}");
+    assert!(names.is_sorted() && names.iter().collect::<BTreeSet<_>>().len() == 110);
+    let (sizes, again) = read(Some(50)).await;
+    assert_eq!((sizes, again), (vec![50, 50, 10], names));
 }

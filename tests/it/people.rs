@@ -10,7 +10,7 @@ use crate::support::{
 
 use super::Server;
 
-const READ: &str = "monitors:read";
+pub(super) const READ: &str = "monitors:read";
 const WRITE: &str = "monitors:write";
 
 /// Accounts `acme` and `other`, and global roles `reader` and `writer`.
@@ -26,24 +26,24 @@ async fn delete_role(client: &Client, account: &str, name: &str) -> Result<u64, 
     Ok(client.accounts().delete_role(request).await?.into_inner().revision)
 }
 
-async fn roles(client: &Client, account: &str) -> Result<Vec<pb::Role>, Status> {
-    let request = pb::ListRolesRequest { account: account.to_owned() };
+pub(super) async fn roles(client: &Client, account: &str) -> Result<Vec<pb::Role>, Status> {
+    let request = pb::ListRolesRequest { account: account.to_owned(), ..Default::default() };
     Ok(client.accounts().list_roles(request).await?.into_inner().roles)
 }
 
-async fn remove(client: &Client, account: &str, user: &str) -> Result<u64, Status> {
+pub(super) async fn remove(client: &Client, account: &str, user: &str) -> Result<u64, Status> {
     let request = pb::RemoveMemberRequest { account: account.to_owned(), user: user.to_owned() };
     Ok(client.accounts().remove_member(request).await?.into_inner().revision)
 }
 
-async fn members(
+pub(super) async fn members(
     client: &Client,
     request: pb::ListMembersRequest,
 ) -> Result<pb::ListMembersResponse, Status> {
     Ok(client.accounts().list_members(request).await?.into_inner())
 }
 
-fn of(account: &str) -> pb::ListMembersRequest {
+pub(super) fn of(account: &str) -> pb::ListMembersRequest {
     pb::ListMembersRequest { account: account.to_owned(), ..Default::default() }
 }
 
@@ -506,6 +506,7 @@ async fn the_log_names_who_ended_the_last_membership_in_the_revocations_too() {
     let server = with_roles().await;
     server.root().put_member("acme", "ann", "reader").await.unwrap();
     let made = server.make(user_key("ann", &["all"])).await;
+    server.root().put_member("acme", "olga", "reader").await.unwrap();
     let team = server.make(service_key("keyward", &["keyward:accounts:write"])).await;
     let olga = server.holder(&team.token).with_header("x-keyward-acting-user", "olga");
     remove(&olga, "acme", "ann").await.unwrap();
@@ -531,7 +532,7 @@ async fn the_log_has_every_change_of_a_membership() {
 // ---- a person behind an operator's call ----
 
 /// `acme` with an admin, who may write keys and monitors and nothing else; and the dashboard calling for her.
-async fn with_admin() -> (Server, Client) {
+pub(super) async fn with_admin() -> (Server, Client) {
     let server = with_roles().await;
     server
         .root()

@@ -19,7 +19,7 @@ use keyward::{
     engine::index::Index,
     pb,
     store::{
-        self, CommitError, Loader, OpenError, Store, StoreError, Write,
+        self, CommitError, Loader, OpenError, ReadSet, Store, StoreError, Write,
         writer::{WriteError, Writer},
     },
 };
@@ -65,6 +65,8 @@ fn account(id: &str) -> Write {
         method: "test",
         at: Timestamp::from_micros(0),
         idempotency: None,
+        reads: ReadSet::default(),
+        limits: None,
     }
 }
 
@@ -135,7 +137,7 @@ fn trigger(database: &Database, when: &str, action: &str) {
 }
 
 /// A transaction that stays open until it is dropped.
-async fn holding(database: &Database, sql: &'static str) -> sqlx::PgConnection {
+pub(crate) async fn holding(database: &Database, sql: &'static str) -> sqlx::PgConnection {
     let mut connection = sqlx::PgConnection::connect(&database.url()).await.unwrap();
     sqlx::raw_sql("BEGIN").execute(&mut connection).await.unwrap();
     sqlx::raw_sql(sql).execute(&mut connection).await.unwrap();
@@ -186,7 +188,7 @@ async fn followed(store: &Arc<dyn Store>) -> (Writer, Arc<Index>) {
     let loader: Arc<dyn Loader> = index.clone();
     let head = store.snapshot(Timestamp::from_micros(0), &loader).await.unwrap();
     index.loaded(head.revision);
-    (Writer::spawn(store.clone(), index.clone()).0, index)
+    (Writer::spawn(store.clone(), index.clone(), || Timestamp::from_micros(0)).0, index)
 }
 
 fn known(index: &Index, id: &str) -> bool {

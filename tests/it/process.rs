@@ -118,18 +118,33 @@ impl Home {
 
     /// `keyward serve` on ports of the system's choice, on this database, the root key going to its file.
     pub(crate) fn serve(&self) -> Command {
-        let mut command = self.serve_showing_root_key();
+        let mut command = self.serve_without_root_key_file();
         command.arg("--root-key-file").arg(self.root_key_file());
         command
     }
 
-    /// The same, the root key going to standard output.
-    pub(crate) fn serve_showing_root_key(&self) -> Command {
+    /// The same without `--root-key-file`; standard output is no terminal.
+    pub(crate) fn serve_without_root_key_file(&self) -> Command {
         let url = self.url();
         let ports = ["--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"];
         let mut command = self.command(["serve", "--database", &url]);
         command.args(ports);
         command
+    }
+
+    /// The command with a terminal as its standard output.
+    pub(crate) fn on_terminal(&self, command: &Command) -> Command {
+        let words = [command.get_program()].into_iter().chain(command.get_args());
+        let words: Vec<_> = words.map(|word| format!("'{}'", word.to_str().unwrap())).collect();
+        // It ends with the terminal, which a server by itself does not.
+        let line = format!(
+            "stty -onlcr; exec setpriv --pdeathsig KILL {} 2>{}",
+            words.join(" "),
+            self.path("on-terminal.log").display()
+        );
+        let mut script = like("script", command);
+        script.args(["-q", "-e", "-f", "-c", &line, "/dev/null"]);
+        script
     }
 
     pub(crate) fn spawn(&self, mut command: Command) -> Process {
@@ -174,6 +189,19 @@ impl Home {
             Err(status) => Err(process.end(status)),
         }
     }
+}
+
+/// Another program in the folder and the environment of a command.
+pub(crate) fn like(program: impl AsRef<std::ffi::OsStr>, command: &Command) -> Command {
+    let mut other = Command::new(program);
+    other.current_dir(command.get_current_dir().unwrap());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => other.env(name, value),
+            None => other.env_remove(name),
+        };
+    }
+    other
 }
 
 /// How a process ended.

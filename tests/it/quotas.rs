@@ -20,7 +20,7 @@ use keyward::{
         time::{Revision, Timestamp},
     },
     engine::{Answer, CannotAnswer, limiter::LimitSettings, usage::Pace},
-    store::{self, SnapshotItem, Store, Write},
+    store::{self, ReadSet, SnapshotItem, Store, Write},
 };
 
 use crate::{
@@ -55,6 +55,8 @@ async fn open(folder: &Path, limited: &Limited) -> Arc<dyn Store> {
         method: "test",
         at,
         idempotency: None,
+        reads: ReadSet::default(),
+        limits: None,
     };
     let account = write(Change::Account(Arc::new(account)), Action::AccountCreated);
     let key = write(Change::Key(limited.key.clone()), Action::KeyCreated);

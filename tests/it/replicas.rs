@@ -33,7 +33,7 @@ impl Fleet {
     }
 
     /// Replicas with the usual lease and this settings file.
-    async fn configured(count: usize, file: &str) -> Fleet {
+    pub(crate) async fn configured(count: usize, file: &str) -> Fleet {
         Fleet::with(count, "default", Some(file)).await
     }
 
@@ -262,6 +262,22 @@ async fn what_is_made_on_one_replica_is_found_by_a_change_on_another() {
         fleet.replicas[turn % 2].root().make_account(&account).await;
         let key = pb::CreateKeyRequest { account, ..plain_key() };
         fleet.replicas[(turn + 1) % 2].root().create(key).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_is_made_a_member_on_one_replica_finds_the_account_on_another() {
+    let fleet = Fleet::start(2, "default").await;
+    let mut root = fleet.replicas[0].root();
+    let (account, name, scopes) = ("acme".to_owned(), "reader".to_owned(), vec!["monitors:read".to_owned()]);
+    root.accounts.put_role(pb::PutRoleRequest { account, name, scopes }).await.unwrap();
+    for turn in 0..20 {
+        let (account, user, role) = ("acme".to_owned(), format!("user-{turn}"), "reader".to_owned());
+        let member = pb::PutMemberRequest { account, user: user.clone(), role };
+        root.accounts.put_member(member).await.unwrap();
+        let mut request = tonic::Request::new(pb::GetAccountRequest { id: "acme".to_owned() });
+        request.metadata_mut().insert("x-keyward-acting-user", user.parse().unwrap());
+        fleet.replicas[1].root().accounts.get(request).await.unwrap();
     }
 }
 

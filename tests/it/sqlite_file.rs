@@ -20,7 +20,7 @@ use keyward::{
         token::Digest,
     },
     pb::Reason,
-    store::{self, KeyFilter, LogFilter, Outcome, OwnerFilter, SnapshotItem, Store, Write},
+    store::{self, KeyFilter, LogFilter, Outcome, OwnerFilter, ReadSet, SnapshotItem, Store, Write},
 };
 use sqlx::{Connection as _, SqliteConnection};
 use tonic::{Code, Status};
@@ -89,6 +89,8 @@ async fn commit(store: &Arc<dyn Store>, change: Change, expect: Option<Revision>
         method: "test",
         at: at(0),
         idempotency: None,
+        reads: ReadSet::default(),
+        limits: None,
     };
     match store.commit(&[write]).await.unwrap().outcomes.pop() {
         Some(Ok(Outcome::Applied(change))) => change,
@@ -330,6 +332,14 @@ async fn a_write_ahead_log_cut_anywhere_leaves_whole_changes() {
         async move {
             std::fs::write(&path, &bytes).unwrap();
             std::fs::write(path.with_extension("db-wal"), &wal).unwrap();
+            if wal.is_empty() {
+                let message = served(&path).await.expect_err("an older state is served");
+                assert!(
+                    message.contains("was not closed") && message.contains("restore the newest"),
+                    "{message}"
+                );
+                return;
+            }
             let length = served_prefix(&path, &log).await;
             seen.lock().unwrap().insert(cut, length);
         }
@@ -479,18 +489,21 @@ int fsync(int fd) { FAULT(fd) return REAL(fsync)(fd); }
 int fdatasync(int fd) { FAULT(fd) return REAL(fdatasync)(fd); }
 "#;
 
-/// `keyward serve` on such a disk. The linker's own compiler builds it: where Rust links, it is there.
-fn serve_on_bad_disk(home: &Home) -> Command {
-    let (source, library) = (home.path("bad_disk.c"), home.path("bad_disk.so"));
-    std::fs::write(&source, BAD_DISK).unwrap();
+/// Puts a library before the C library of a command. The linker's own compiler builds it: where Rust links, it is there.
+pub(crate) fn preload(home: &Home, source: &str, command: &mut Command) {
+    let (file, library) = (home.path("preload.c"), home.path("preload.so"));
+    std::fs::write(&file, source).unwrap();
     let mut compile = Command::new("cc");
-    compile.args(["-shared", "-fPIC", "-o"]).arg(&library).arg(&source).arg("-ldl");
+    compile.args(["-shared", "-fPIC", "-o"]).arg(&library).arg(&file).arg("-ldl");
     assert!(compile.status().unwrap().success());
+    command.env("LD_PRELOAD", &library);
+}
+
+/// `keyward serve` on such a disk.
+fn serve_on_bad_disk(home: &Home) -> Command {
     let mut serve = home.serve();
-    serve
-        .env("LD_PRELOAD", &library)
-        .env("BAD_DISK_FULL", home.path("full"))
-        .env("BAD_DISK_FAULT", home.path("fault"));
+    preload(home, BAD_DISK, &mut serve);
+    serve.env("BAD_DISK_FULL", home.path("full")).env("BAD_DISK_FAULT", home.path("fault"));
     serve
 }
 

@@ -42,6 +42,9 @@ impl Entropy for Seeded {
 
 /// Where a server of the tests keeps its keys; gone when it is dropped.
 pub(crate) trait Place {
+    /// How many servers it can be shared by in a test of several.
+    const REPLICAS: u64;
+
     fn make() -> Self;
     fn url(&self) -> String;
     /// Runs statements behind the server's back.
@@ -52,6 +55,8 @@ pub(crate) trait Place {
 pub(crate) struct SqliteFile(tempfile::TempDir);
 
 impl Place for SqliteFile {
+    const REPLICAS: u64 = 1;
+
     fn make() -> Self {
         SqliteFile(tempfile::tempdir().unwrap())
     }
@@ -68,6 +73,8 @@ impl Place for SqliteFile {
 }
 
 impl Place for crate::postgres::Database {
+    const REPLICAS: u64 = 2;
+
     fn make() -> Self {
         crate::postgres::Database::new()
     }
@@ -90,7 +97,27 @@ pub(crate) struct ServerOn<P> {
     clock: Arc<ManualClock>,
     channel: Channel,
     server: keyward::server::Server,
+    replicas: Mutex<Vec<keyward::server::Server>>,
     place: P,
+}
+
+/// Starts a server with this seed, and gives the way to it.
+async fn serve(
+    place: &impl Place,
+    clock: &Arc<ManualClock>,
+    seed: u64,
+    configure: impl FnOnce(&mut Settings),
+) -> (keyward::server::Server, Channel) {
+    let mut settings = Settings::load_database(&DatabaseArgs::default()).unwrap();
+    settings.listen = "127.0.0.1:0".to_owned();
+    settings.admin_listen = "127.0.0.1:0".to_owned();
+    settings.database = place.url().into();
+    settings.threads = 2;
+    configure(&mut settings);
+    let entropy = Arc::new(Seeded(Mutex::new(ChaCha8Rng::seed_from_u64(seed))));
+    let server = keyward::server::Server::start(settings, clock.clone(), entropy).await.unwrap();
+    let channel = Channel::from_shared(format!("http://{}", server.address)).unwrap().connect_lazy();
+    (server, channel)
 }
 
 impl<P: Place> ServerOn<P> {
@@ -101,18 +128,19 @@ impl<P: Place> ServerOn<P> {
     /// A server with other settings than usual.
     pub(crate) async fn start_with(configure: impl FnOnce(&mut Settings)) -> Self {
         let place = P::make();
-        let mut settings = Settings::load_database(&DatabaseArgs::default()).unwrap();
-        settings.listen = "127.0.0.1:0".to_owned();
-        settings.admin_listen = "127.0.0.1:0".to_owned();
-        settings.database = place.url().into();
-        settings.threads = 2;
-        configure(&mut settings);
         let clock = Arc::new(ManualClock::at(Timestamp::from_micros(START * 1_000_000)));
-        let entropy = Arc::new(Seeded(Mutex::new(ChaCha8Rng::seed_from_u64(7))));
-        let server = keyward::server::Server::start(settings, clock.clone(), entropy).await.unwrap();
-        let channel = Channel::from_shared(format!("http://{}", server.address)).unwrap().connect_lazy();
+        let (server, channel) = serve(&place, &clock, 7, configure).await;
         let root_token = server.root_token.as_ref().unwrap().reveal().to_owned();
-        ServerOn { root_token, clock, channel, server, place }
+        ServerOn { root_token, clock, channel, server, replicas: Mutex::default(), place }
+    }
+
+    /// Starts another replica on the same database, with the same clock; the way to it, without any header. Each has a
+    /// number of its own.
+    pub(crate) async fn join(&self, number: u64) -> Client {
+        let name = |settings: &mut Settings| settings.replica_name = Some(format!("replica-{number}"));
+        let (server, channel) = serve(&self.place, &self.clock, 7 + number, name).await;
+        self.replicas.lock().unwrap().push(server);
+        Client { channel, headers: Headers::default() }
     }
 
     /// A server with an account `acme`, and one `other`.
@@ -272,6 +300,19 @@ impl Client {
         let path = format!("/{method}").parse().unwrap();
         let codec = tonic_prost::ProstCodec::default();
         grpc.unary(tonic::Request::new(message), path, codec).await.map(tonic::Response::into_inner)
+    }
+
+    /// Calls any RPC by its path; its message comes out of `messages`, as bytes, after its headers.
+    pub(crate) async fn call_slowly(
+        &self,
+        method: &str,
+        messages: impl futures_util::Stream<Item = bytes::Bytes> + Send + 'static,
+    ) -> Result<bytes::Bytes, Status> {
+        let mut grpc = tonic::client::Grpc::new(self.wire());
+        grpc.ready().await.unwrap();
+        let path = format!("/{method}").parse().unwrap();
+        let answer = grpc.client_streaming(tonic::Request::new(messages), path, crate::process::Raw).await;
+        answer.map(tonic::Response::into_inner)
     }
 
     /// Makes a key that may be made.

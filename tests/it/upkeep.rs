@@ -160,8 +160,9 @@ fn a_start_waits_for_a_database_that_is_away_and_says_that_it_is_not_ready() {
 
 // Migrations. --------------------------------------------------------------------------------------------------------
 
-/// The schema as the version before this one left it.
-const DOWN: &str = "DROP TABLE uses";
+/// The schema as an older version left it: the fifth.
+const DOWN: &str =
+    "DROP TABLE uses; DROP TRIGGER tally_log ON log; DROP FUNCTION tally_log; DROP TABLE tallies";
 
 fn migrates(home: &Home) {
     let url = home.url();
@@ -172,9 +173,11 @@ fn migrates(home: &Home) {
     assert!(refused.contains("schema version 5") && refused.contains("run 'keyward migrate'"), "{refused}");
     for _ in 0..2 {
         let told = good(run(&["migrate", "--dry-run", "--database", &url]));
-        assert_eq!(told, "0006 uses: would be taken\n");
+        let steps = "0006 uses: would be taken\n0007 owner: would be taken\n0008 tallies: would be taken\n";
+        assert_eq!(told, steps);
     }
-    assert_eq!(good(run(&["migrate", "--database", &url])), "0006 uses: taken\n");
+    let steps = "0006 uses: taken\n0007 owner: taken\n0008 tallies: taken\n";
+    assert_eq!(good(run(&["migrate", "--database", &url])), steps);
     assert_eq!(good(run(&["migrate", "--database", &url])), "The schema is up to date.\n");
 }
 
@@ -184,14 +187,24 @@ async fn a_file_is_migrated_apart_from_the_start() {
     server.root().make_account("acme").await;
     let (id, _) = server.root().create(plain_key()).await.unwrap();
     let home = server.stop();
-    let file = rusqlite::Connection::open(home.database()).unwrap();
+    let open = || rusqlite::Connection::open(home.database()).unwrap();
+    open().execute_batch("PRAGMA application_id = 0").unwrap();
+    let file = open();
     file.execute_batch(
         "ALTER TABLE secrets ADD COLUMN last_used_at INTEGER; UPDATE secrets SET last_used_at = 1; \
-         DROP TABLE uses; DELETE FROM _sqlx_migrations WHERE version = 6",
+         DROP TABLE uses; DROP TRIGGER tally_log; DROP TABLE tallies; \
+         ALTER TABLE meta DROP COLUMN term; ALTER TABLE meta DROP COLUMN owner; \
+         DELETE FROM _sqlx_migrations WHERE version > 5",
     )
     .unwrap();
+    // As if it had been killed: the change is in the WAL.
+    file.set_db_config(rusqlite::config::DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true).unwrap();
     drop(file);
     migrates(&home);
+    let file = rusqlite::Connection::open(home.database()).unwrap();
+    let count = "SELECT keys FROM tallies WHERE account = 'acme'";
+    assert_eq!(file.query_row(count, [], |row| row.get::<_, i64>(0)).unwrap(), 1, "keys are counted");
+    drop(file);
     let mut serve = home.serve();
     serve.arg("--no-migrate");
     let server = home.start_as(serve).unwrap();
@@ -269,11 +282,15 @@ async fn a_database_is_migrated_while_the_version_before_writes_and_all_of_it_ve
     let home = Home::on(database.url());
     let server = home.start();
     server.root().make_account("acme").await;
+    server.root().create(plain_key()).await.unwrap();
     server.stop();
-    database.sql(&format!("SET search_path TO keyward; {DOWN}; DELETE FROM migrations WHERE version = 6"));
+    database.sql(&format!("SET search_path TO keyward; {DOWN}; DELETE FROM migrations WHERE version > 5"));
     written_by_the_version_before(&database, "before");
     migrates(&home);
     written_by_the_version_before(&database, "after");
+    let counted = "SELECT string_agg(account || ' ' || keys || ' ' || log_rows, ', ' ORDER BY account) \
+                   FROM keyward.tallies WHERE account <> 'keyward'";
+    assert_eq!(database.sql(counted), "acme 1 0, after 0 1", "what the version before writes is counted too");
     let server = home.start_as(home.serve()).unwrap();
     // While it runs too: what others of the version before commit is taken in.
     written_by_the_version_before(&database, "beside");

@@ -1,9 +1,8 @@
 //! `keyward audit export`: the log as a file that anybody can verify. Each entry is verified as it comes.
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::File,
     io::{BufWriter, Write as _},
-    os::unix::fs::OpenOptionsExt as _,
     path::PathBuf,
 };
 
@@ -23,7 +22,7 @@ use crate::{
         name::{AccountId, KeyId, UserId},
         time::{Revision, Timestamp},
     },
-    pb,
+    pb, private_file,
 };
 
 const PAGE: u32 = 1000;
@@ -48,9 +47,8 @@ enum Sink {
 impl Sink {
     fn open(to: Option<&PathBuf>) -> Result<Sink, Failure> {
         let Some(path) = to else { return Ok(Sink::Stdout) };
-        let made = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
-        let file =
-            made.map_err(|error| Failure::usage(format!("{} cannot be made: {error}", path.display())))?;
+        let file = private_file::create_new(path)
+            .map_err(|error| Failure::usage(format!("{} cannot be made: {error}", path.display())))?;
         Ok(Sink::File(BufWriter::new(file), path.clone()))
     }
 
@@ -66,7 +64,7 @@ impl Sink {
     fn finish(self) -> Result<(), Failure> {
         let Sink::File(mut file, path) = self else { return Ok(()) };
         file.flush()
-            .and_then(|()| file.get_ref().sync_all())
+            .and_then(|()| private_file::sync(file.get_ref(), &path))
             .map_err(|error| Failure::usage(format!("{} cannot be written: {error}", path.display())))
     }
 }

@@ -10,6 +10,8 @@ use std::{
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use tokio::time::Instant;
 
+use crate::private_file;
+
 /// This program.
 pub(super) const THIS: &str = "/proc/self/exe";
 /// How long a child may take to start.
@@ -37,10 +39,10 @@ impl Running {
         out: &Path,
         cores: Cores,
     ) -> io::Result<Running> {
-        let log = fs::File::create(out.with_extension("log"))?;
+        let log = private_file::create_new(&out.with_extension("log"))?;
         let mut command = Command::new(program);
         command.args(arguments).current_dir(folder).stdin(Stdio::null());
-        command.stdout(fs::File::create(out)?).stderr(log);
+        command.stdout(private_file::create_new(out)?).stderr(log);
         // A child inherits where its parent may run.
         cores.keep_to()?;
         let child = command.spawn();

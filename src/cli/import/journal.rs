@@ -2,10 +2,8 @@
 //! batch by batch, in the order of the file, so that an import that was interrupted goes on where it was.
 
 use std::{
-    ffi::OsString,
-    fs::{self, File, OpenOptions},
-    io::{self, Read as _, Seek as _, SeekFrom, Write as _},
-    os::unix::fs::OpenOptionsExt as _,
+    fs::{self, File},
+    io::{self, ErrorKind, Read as _, Seek as _, SeekFrom, Write as _},
     path::{Path, PathBuf},
 };
 
@@ -19,7 +17,11 @@ use super::{
     send::{Done, Rejected},
     source::Format,
 };
-use crate::{cli::failure::Failure, domain::token::Hex};
+use crate::{
+    cli::failure::Failure,
+    domain::token::Hex,
+    private_file::{self, with_suffix},
+};
 
 /// So much of a file's beginning tells it from another one.
 const FACE: u64 = 64 * 1024;
@@ -57,8 +59,8 @@ pub(super) struct Journal {
 impl Journal {
     /// Reads how far an earlier run came, if there was one.
     pub(super) fn open(file: &Path, progress_path: Option<PathBuf>) -> Result<Journal, Failure> {
-        let progress_path = progress_path.unwrap_or_else(|| beside(file, ".keyward-progress"));
-        let rejected_path = beside(file, ".rejected");
+        let progress_path = progress_path.unwrap_or_else(|| with_suffix(file, ".keyward-progress"));
+        let rejected_path = with_suffix(file, ".rejected");
         let mut face = Vec::new();
         File::open(file)
             .and_then(|file| file.take(FACE).read_to_end(&mut face))
@@ -71,7 +73,7 @@ impl Journal {
             }
         };
         let mut journal = Journal { progress, resumed, progress_path, rejected_path, rejected: None, face };
-        if journal.rejected_path.exists() {
+        if fs::symlink_metadata(&journal.rejected_path).is_ok() {
             // What was written after the last progress is written again.
             journal.open_rejected()?;
         }
@@ -120,14 +122,22 @@ impl Journal {
     }
 
     fn open_rejected(&mut self) -> Result<&mut File, Failure> {
-        let open = || {
-            let mut options = OpenOptions::new();
-            // The owner's alone: somebody may have taken tokens for digests.
-            let mut file =
-                options.write(true).create(true).truncate(false).mode(0o600).open(&self.rejected_path)?;
-            file.set_len(self.progress.rejected_bytes)?;
-            file.seek(SeekFrom::End(0))?;
-            Ok(file)
+        // The rows may hold tokens: people put them where digests belong.
+        let open = || match private_file::open_existing(&self.rejected_path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                private_file::create_new(&self.rejected_path)
+            }
+            Ok(mut file) if self.progress.rejected_bytes > 0 => {
+                file.set_len(self.progress.rejected_bytes)?;
+                file.seek(SeekFrom::End(0))?;
+                Ok(file)
+            }
+            // It is another import's: nothing of it is kept, neither its mode nor its owner.
+            Ok(_) => {
+                fs::remove_file(&self.rejected_path)?;
+                private_file::create_new(&self.rejected_path)
+            }
+            failed => failed,
         };
         let file = open().map_err(|error| unwritable(&self.rejected_path, &error))?;
         Ok(self.rejected.insert(file))
@@ -139,9 +149,7 @@ impl Journal {
         let text = toml::to_string(&self.progress).unwrap_or_default();
         let text =
             format!("# How far this import came. Without this file it begins at the beginning.\n{text}");
-        let new = beside(&self.progress_path, ".new");
-        fs::write(&new, text)
-            .and_then(|()| fs::rename(&new, &self.progress_path))
+        private_file::replace(&self.progress_path, text.as_bytes())
             .map_err(|error| unwritable(&self.progress_path, &error))
     }
 }
@@ -166,12 +174,6 @@ fn face(beginning: &[u8], done: u64) -> String {
 
 fn unwritable(path: &Path, error: &io::Error) -> Failure {
     Failure::usage(format!("cannot write {}: {error}", path.display()))
-}
-
-fn beside(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = OsString::from(path);
-    name.push(suffix);
-    PathBuf::from(name)
 }
 
 /// A rejected row with what was wrong with it, in the format of the file: put right, it can be imported.
@@ -252,7 +254,7 @@ mod tests {
         }
         file(&folder, "sha256\na\nb\nc\n");
         assert!(Journal::open(&path, None).is_ok(), "a file may grow");
-        fs::write(beside(&path, ".keyward-progress"), "nonsense").unwrap();
+        fs::write(with_suffix(&path, ".keyward-progress"), "nonsense").unwrap();
         assert!(Journal::open(&path, None).unwrap_err().to_string().contains("no progress of an import"));
     }
 

@@ -21,7 +21,8 @@ const PAUSES: [Duration; 5] = [
 ];
 
 /// Results that say nothing about the row: it may go well another time.
-const TROUBLE: [&str; 8] = [
+const TROUBLE: [&str; 9] = [
+    "ACCOUNT_LIMIT",
     "CONTENDED",
     "DEADLINE_EXCEEDED",
     "NOT_RECORDED",
@@ -91,7 +92,11 @@ pub(super) async fn send(
                 attempts.answered.set(true);
                 sort(&mut pending, answer, repeated, &mut done)?
             }
-            Err(failure) if failure.exit() == UNANSWERED && attempts.answered.get() => Some(failure),
+            Err(failure)
+                if failure.exit() == UNANSWERED && (attempts.answered.get() || failure.is_answer()) =>
+            {
+                Some(failure)
+            }
             Err(failure) => return Err(failure),
         };
         if let Some(failure) = trouble {
@@ -120,8 +125,9 @@ fn sort(
     }
     let mut trouble = None;
     for ((line, raw, key), result) in std::mem::take(pending).into_iter().zip(answer.results) {
-        let pb::ImportResult { error, mut message, .. } = result;
+        let pb::ImportResult { error, mut message, replayed, .. } = result;
         match error.as_str() {
+            "" if replayed => done.there_already += 1,
             "" => done.imported += 1,
             "DIGEST_TAKEN" if repeated => done.there_already += 1,
             known if TROUBLE.contains(&known) => {
@@ -211,6 +217,27 @@ mod tests {
         let (asked, done) = played(&["a", "b", "c"], false, answers).await;
         assert_eq!(asked, [vec!["a", "b", "c"], vec!["b", "c"], vec!["b", "c"]]);
         assert_eq!(told(&done.unwrap()), (2, 1, vec![]));
+    }
+
+    #[tokio::test]
+    async fn a_row_that_the_server_knows_as_imported_is_there_already() {
+        let attempts = Attempts::default();
+        let done = send(batch(&["a", "b"]), false, &attempts, async |_| {
+            let result = |replayed| pb::ImportResult { replayed, ..Default::default() };
+            Ok(pb::ImportKeysResponse { results: vec![result(true), result(false)] })
+        });
+        assert_eq!(told(&done.await.unwrap()), (1, 1, vec![]));
+    }
+
+    #[tokio::test]
+    #[expect(clippy::disallowed_methods, reason = "a server's answer is made here")]
+    async fn a_batch_whose_outcome_is_unknown_is_sent_again_though_the_server_answered_nothing_before() {
+        let server = crate::config::client::ServerUrl::parse("http://localhost:1").unwrap();
+        let unknown = Failure::status(&tonic::Status::unavailable("unknown"), &server);
+        let answers = vec![Err(unknown), Ok(vec!["", ""])];
+        let (asked, done) = played(&["a", "b"], false, answers).await;
+        assert_eq!(asked.len(), 2);
+        assert_eq!(told(&done.unwrap()), (2, 0, vec![]));
     }
 
     #[tokio::test]

@@ -6,7 +6,10 @@ use std::{num::NonZeroUsize, path::PathBuf};
 use clap::{Args, ValueEnum};
 
 use super::{ConfigError, Settings};
-use crate::config::{lifecycle::LifecycleArgs, secret::SecretUrl};
+use crate::{
+    config::{lifecycle::LifecycleArgs, secret::SecretUrl},
+    domain::name::KeyId,
+};
 
 /// `keyward serve`.
 #[derive(Args, Clone, Debug, Default)]
@@ -29,7 +32,8 @@ pub struct ServeArgs {
     /// A TOML file that says what HTTP requests need; read again when it changes
     #[arg(long, env = "KEYWARD_RULES", value_name = "FILE")]
     pub rules: Option<PathBuf>,
-    /// Write the root key of a first start to this new file (mode 0600) instead of the terminal
+    /// Write the root key of a first start to this new file (mode 0600) [default: the terminal; without one,
+    /// keyward-root.key beside the SQLite file, or in the working directory]
     #[arg(long, env = "KEYWARD_ROOT_KEY_FILE", value_name = "PATH")]
     pub root_key_file: Option<PathBuf>,
     /// What this replica is called in reports [default: the machine's name and the port]
@@ -82,6 +86,13 @@ pub struct RootKeyArgs {
     /// Write the new root key to this new file (mode 0600) instead of the terminal
     #[arg(long, env = "KEYWARD_ROOT_KEY_FILE", value_name = "PATH")]
     pub root_key_file: Option<PathBuf>,
+    /// Revoke every key that the lost root key created or rotated, and every key that these did, and so on. Without it
+    /// the keys are listed
+    #[arg(long)]
+    pub revoke_descendants: bool,
+    /// The id of the lost root key, if an earlier reset has replaced it [default: the newest root key]
+    #[arg(long, value_name = "KEY_ID", value_parser = KeyId::parse)]
+    pub lost: Option<KeyId>,
     /// What every command that opens the database takes.
     #[command(flatten)]
     pub database: DatabaseArgs,

@@ -1,12 +1,17 @@
 //! Keys as the index holds them: small, and packed in blocks that never change.
 //!
-//! A record has what a Check asks and answers. What only management shows is read from the store. What many keys
+//! A record has what a Check asks and answers. What only management shows is read from the store. A revoked key's record
+//! keeps its id, owner, environment, digests and the instant of the revocation, and nothing else. What many keys
 //! have alike stands once, and records name it by numbers (`pool.rs`); what only some have is apart (`sparse.rs`);
 //! names stand one after the other. A block has 64 records. A change makes a new block, which takes the place of the
 //! one before it: so both secrets of a key change at one instant, and whoever reads needs no lock. A block owns
 //! whatever its records lead to.
 
-use std::{collections::BTreeMap, fmt, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashSet},
+    fmt,
+    sync::Arc,
+};
 
 use ipnet::IpNet;
 
@@ -21,7 +26,7 @@ use crate::domain::{
 };
 
 use super::{
-    pool::{List, Pool},
+    pool::{self, List, Pool},
     sparse::Sparse,
 };
 
@@ -41,11 +46,11 @@ pub(super) struct Rare {
     /// The newest secret's version, where a record has no room for it; else 0.
     version: u32,
     disabled: bool,
-    revoked_at: Option<Timestamp>,
     /// From when the newest secret is superseded.
     newest_ends: Option<Timestamp>,
     older: Box<[Older]>,
-    metadata: BTreeMap<String, String>,
+    /// Apart: an empty map would cost every rare record 24 bytes.
+    metadata: Option<Arc<BTreeMap<String, String>>>,
 }
 
 /// What may be rare of a key.
@@ -90,13 +95,14 @@ impl<'k> Uncommon<'k> {
             left: false,
             over: ended(secret.expires_at, self.updated_at) == Some(Timestamp::PASSED),
         });
+        let alive = self.revoked_at.is_none();
+        let metadata = Some(self.metadata).filter(|metadata| alive && !metadata.is_empty());
         let rare = Rare {
             version: if newest.version < LARGE.into() { 0 } else { newest.version },
-            disabled: self.disabled_at.is_some(),
-            revoked_at: self.revoked_at,
-            newest_ends: newest.expires_at,
+            disabled: alive && self.disabled_at.is_some(),
+            newest_ends: newest.expires_at.filter(|_| alive),
             older: others.chain(left).collect(),
-            metadata: self.metadata.clone(),
+            metadata: metadata.cloned().map(Arc::new),
         };
         (rare != Rare::default()).then(|| Arc::new(rare))
     }
@@ -133,11 +139,28 @@ impl Shared {
         self.policies.kept(policy)
     }
 
+    /// The common lists, to be marked with what of them is used.
+    pub(super) fn marks(&self) -> Marks {
+        Marks { owners: self.owners.marks(), policies: self.policies.marks() }
+    }
+
+    /// Takes what is not marked out of the common lists.
+    pub(super) fn keep_marked(&mut self, marks: &Marks) {
+        self.owners.keep_marked(&marks.owners);
+        self.policies.keep_marked(&marks.policies);
+    }
+
     /// Lets go of what no key has any more.
     pub(super) fn sweep(&mut self) {
         self.owners.sweep();
         self.policies.sweep();
     }
+}
+
+/// What of the common lists records name.
+pub(super) struct Marks {
+    owners: pool::Marks<Owner>,
+    policies: pool::Marks<Policy>,
 }
 
 /// One key.
@@ -176,6 +199,7 @@ pub(super) struct Packed {
     /// Empty where it has none.
     name: String,
     expires_at: Option<Timestamp>,
+    revoked_at: Option<Timestamp>,
     owner: Arc<Owner>,
     policy: Arc<Policy>,
     rare: Option<Arc<Rare>>,
@@ -190,6 +214,7 @@ pub(super) struct Placed<'a> {
     /// Empty where it has none.
     pub(super) name: &'a str,
     pub(super) expires_at: Option<Timestamp>,
+    pub(super) revoked_at: Option<Timestamp>,
     pub(super) owner: &'a Arc<Owner>,
     pub(super) policy: &'a Arc<Policy>,
     pub(super) rare: Option<&'a Arc<Rare>>,
@@ -207,6 +232,7 @@ impl Packed {
             version: self.version,
             name: &self.name,
             expires_at: self.expires_at,
+            revoked_at: self.revoked_at,
             owner: &self.owner,
             policy: &self.policy,
             rare: self.rare.as_ref(),
@@ -235,14 +261,19 @@ impl Packed {
 
     fn with(key: &Key, rare: Option<Arc<Rare>>, shared: &mut Shared) -> Option<Packed> {
         let newest = key.secrets.first()?;
+        let revoked_at = key.revocation.as_ref().map(|revocation| revocation.at);
+        let alive = Some(key).filter(|_| revoked_at.is_none());
+        let name = alive.and_then(|key| key.terms.name.as_ref());
+        let policy = alive.map_or_else(|| Policy::without_grants(key.environment.clone()), Policy::of);
         Some(Packed {
             id: key.id,
             digest: newest.digest,
             version: newest.version,
-            name: key.terms.name.as_ref().map_or("", KeyName::as_str).to_owned(),
-            expires_at: key.terms.expires_at,
+            name: name.map_or("", KeyName::as_str).to_owned(),
+            expires_at: alive.and_then(|key| key.terms.expires_at),
+            revoked_at,
             owner: shared.owners.one(key.owner.clone()),
-            policy: shared.policies.one(Policy::of(key)),
+            policy: shared.policies.one(policy),
             rare,
         })
     }
@@ -257,6 +288,7 @@ impl Placed<'_> {
             version: self.version,
             name: self.name.to_owned(),
             expires_at: self.expires_at,
+            revoked_at: self.revoked_at,
             owner: self.owner.clone(),
             policy: self.policy.clone(),
             rare: self.rare.cloned(),
@@ -270,6 +302,7 @@ pub(super) struct Block {
     records: Box<[Record]>,
     names: Box<str>,
     expiries: Sparse<Timestamp>,
+    revocations: Sparse<Timestamp>,
     rares: Sparse<Arc<Rare>>,
     owners: List<Owner>,
     policies: List<Policy>,
@@ -305,11 +338,13 @@ impl Block {
         }
         let placed = places.iter().map(Option::as_ref);
         let expiries = placed.clone().map(|placed| placed.and_then(|placed| placed.expires_at.as_ref()));
+        let revocations = placed.clone().map(|placed| placed.and_then(|placed| placed.revoked_at.as_ref()));
         let rares = placed.map(|placed| placed.and_then(|placed| placed.rare));
         Block {
             records: records.into(),
             names: names.into(),
             expiries: Sparse::of(expiries),
+            revocations: Sparse::of(revocations),
             rares: Sparse::of(rares),
             owners,
             policies,
@@ -343,6 +378,7 @@ impl Block {
             version: self.version(at),
             name: self.name(at),
             expires_at: self.expiries.get(at).copied(),
+            revoked_at: self.revocations.get(at).copied(),
             owner: &self.owners[usize::from(record.owner)],
             policy: &self.policies[usize::from(record.policy)],
             rare: self.rares.get(at),
@@ -351,15 +387,37 @@ impl Block {
 
     /// Whether no key in it is revoked and no secret superseded.
     pub(super) fn lasts(&self) -> bool {
-        let ends = |rare: &Arc<Rare>| {
-            rare.revoked_at.is_some() || rare.newest_ends.is_some() || !rare.older.is_empty()
-        };
-        !self.rares.values().any(ends)
+        let ends = |rare: &Arc<Rare>| rare.newest_ends.is_some() || !rare.older.is_empty();
+        self.revocations.values().next().is_none() && !self.rares.values().any(ends)
     }
 
     /// What stands at each place.
     fn all_placed(&self) -> Vec<Option<Placed<'_>>> {
         (0..self.len()).map(|at| self.placed(at)).collect()
+    }
+
+    fn taken(&self) -> impl Iterator<Item = &Record> + Clone {
+        self.records.iter().filter(|record| record.version > 0)
+    }
+
+    /// Marks what its records name of the common lists.
+    pub(super) fn mark(&self, marks: &mut Marks) {
+        marks.owners.mark(&self.owners, self.taken().map(|record| record.owner));
+        marks.policies.mark(&self.policies, self.taken().map(|record| record.policy));
+    }
+
+    /// Whether each of its lists is the common one, or has nothing that its records do not name.
+    pub(super) fn is_compact(&self, shared: &Shared) -> bool {
+        let named = |numbers: &mut dyn Iterator<Item = u16>| numbers.collect::<HashSet<_>>().len();
+        let owners = || named(&mut self.taken().map(|record| record.owner)) == self.owners.len();
+        let policies = || named(&mut self.taken().map(|record| record.policy)) == self.policies.len();
+        (shared.owners.is_common(&self.owners) || owners())
+            && (shared.policies.is_common(&self.policies) || policies())
+    }
+
+    /// The same block with other lists.
+    pub(super) fn compacted(&self, shared: &mut Shared) -> Block {
+        Block::of(&self.all_placed(), 0, shared)
     }
 
     /// The same block with more records.
@@ -459,7 +517,7 @@ impl HeldKey {
 
     /// Whether it was revoked before `then`.
     pub(super) fn revoked_before(&self, then: Timestamp) -> bool {
-        self.rare().and_then(|rare| rare.revoked_at).is_some_and(|at| at < then)
+        self.revoked_at().is_some_and(|at| at < then)
     }
 
     /// The digests of its secrets that were superseded before `then`, and the key without those among them that
@@ -480,7 +538,7 @@ impl HeldKey {
 
     /// Since when it has been revoked.
     pub(super) fn revoked_at(&self) -> Option<Timestamp> {
-        self.rare()?.revoked_at
+        self.block.revocations.get(self.at).copied()
     }
 
     /// Its id.
@@ -489,7 +547,7 @@ impl HeldKey {
         self.record().id
     }
 
-    /// Its name for people.
+    /// Its name for people. A revoked key has none here.
     #[must_use]
     pub fn name(&self) -> Option<&str> {
         Some(self.block.name(self.at)).filter(|name| !name.is_empty())
@@ -499,7 +557,7 @@ impl HeldKey {
     #[must_use]
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         static NONE: BTreeMap<String, String> = BTreeMap::new();
-        self.rare().map_or(&NONE, |rare| &rare.metadata)
+        self.rare().and_then(|rare| rare.metadata.as_deref()).unwrap_or(&NONE)
     }
 }
 
@@ -545,7 +603,7 @@ impl KeyFacts for HeldKey {
     }
 
     fn is_revoked(&self) -> bool {
-        self.rare().is_some_and(|rare| rare.revoked_at.is_some())
+        self.revoked_at().is_some()
     }
 
     fn secret_ends(&self) -> impl Iterator<Item = (u32, Option<Timestamp>)> {

@@ -46,6 +46,8 @@ struct Writer {
     /// Keys that will have the places from `next` on: all of one block. To load keys one by one would make that
     /// block 64 times.
     coming: Vec<Packed>,
+    /// A record was replaced or removed, so that lists may hold what no record names.
+    stale_lists: bool,
 }
 
 impl Keys {
@@ -173,6 +175,7 @@ impl Keys {
 
     fn change(&self, writer: &mut Writer, slot: Slot, before: &HeldKey, key: &Key) {
         if let Some(packed) = Packed::after(before, key, &mut writer.shared) {
+            writer.stale_lists = true;
             self.replace(writer, slot, &packed);
         }
     }
@@ -231,6 +234,7 @@ impl Keys {
                 let before = changed.as_ref().unwrap_or(&*block);
                 let (digests, after) = if key.revoked_before(then) {
                     writer.free.push(slot);
+                    writer.stale_lists = true;
                     self.count.fetch_sub(1, Ordering::Relaxed);
                     gone(key.id());
                     (key.digests(), Some(before.without(at, &mut writer.shared)))
@@ -246,8 +250,30 @@ impl Keys {
                 self.shelf.put(number, block);
             }
         }
-        self.writer().shared.sweep();
+        self.compact_lists();
         forgotten
+    }
+
+    /// Frees what only lists keep: a common list is made of what records name, and each block that has more in its lists
+    /// gets other ones.
+    fn compact_lists(&self) {
+        let (blocks, stale) = {
+            let writer = &mut *self.writer();
+            (writer.next.div_ceil(PER_BLOCK), std::mem::take(&mut writer.stale_lists))
+        };
+        if stale {
+            let mut marks = self.writer().shared.marks();
+            (0..blocks).filter_map(|number| self.shelf.get(number)).for_each(|block| block.mark(&mut marks));
+            self.writer().shared.keep_marked(&marks);
+        }
+        for number in (0..blocks).filter(|_| stale) {
+            // Other writers come between two blocks; what they named meanwhile goes into lists of their blocks.
+            let writer = &mut *self.writer();
+            if let Some(block) = self.shelf.get(number).filter(|block| !block.is_compact(&writer.shared)) {
+                self.shelf.put(number, block.compacted(&mut writer.shared));
+            }
+        }
+        self.writer().shared.sweep();
     }
 }
 

@@ -37,6 +37,7 @@ struct Coming {
     /// Where its name ends.
     name_end: usize,
     expires_at: Option<Timestamp>,
+    revoked_at: Option<Timestamp>,
     /// Their numbers among what this part has met.
     owner: usize,
     policy: usize,
@@ -64,6 +65,7 @@ impl Part {
                     version: coming.version,
                     name,
                     expires_at: coming.expires_at,
+                    revoked_at: coming.revoked_at,
                     owner: self.owners.kept(coming.owner),
                     policy: self.policies.kept(coming.policy),
                     rare: coming.rare.as_ref(),
@@ -86,11 +88,12 @@ impl store::Part for Part {
             // It came some other way.
             return self.keys.load(&key.to_key(), key.left);
         }
+        let revoked_at = key.revocation.as_ref().map(|revocation| revocation.at);
         let uncommon = Uncommon {
             secrets: key.secrets,
             updated_at: key.updated_at,
             disabled_at: key.disabled_at,
-            revoked_at: key.revocation.as_ref().map(|revocation| revocation.at),
+            revoked_at,
             metadata: &key.metadata,
         };
         let (keys, names) = (&self.keys, &mut self.names);
@@ -101,6 +104,7 @@ impl store::Part for Part {
             version: newest.version,
             name_end: names.len(),
             expires_at: key.expires_at,
+            revoked_at,
             owner: self.owners.number(key.owner, |owner| keys.owner(owner)),
             policy: self.policies.number(key.policy, |policy| keys.policy(policy)),
             rare: uncommon.loaded(key.left),

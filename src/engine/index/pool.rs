@@ -6,7 +6,7 @@
 //! Most blocks have one list in common, so that it costs nothing and stays in the processor's cache. A block that needs
 //! what is not there has a short list of its own. Once as many keys have come into such blocks as a common list of
 //! everything would have entries, that one is made, for blocks to come: common lists cost no more than 8 bytes for
-//! each key that came, as own ones do.
+//! each key that came, as own ones do. What no record names any more leaves them with the next sweep of the index.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -16,8 +16,7 @@ use std::{
 
 use foldhash::quality::RandomState;
 
-/// How many things a common list may have. What is in a list stays as long as a block has it, whoever else needs it
-/// or not; so this is also how many things may be kept that no key has any more.
+/// How many things a common list may have; and so how many that no key has any more may stay until the next sweep.
 const MOST: usize = 1 << 14;
 
 /// Things by their numbers.
@@ -92,9 +91,31 @@ impl<T: Eq + Hash> Pool<T> {
 
     /// Makes the common list of everything that is known.
     fn renew(&mut self) {
-        self.common = self.known.iter().cloned().collect();
-        self.numbers = self.common.iter().map(address).zip(0..).collect();
+        self.set_common(self.known.iter().cloned().collect());
         self.alone = 0;
+    }
+
+    fn set_common(&mut self, list: List<T>) {
+        self.numbers = list.iter().map(address).zip(0..).collect();
+        self.common = list;
+    }
+
+    /// The common list, to be marked with what of it is used.
+    pub(super) fn marks(&self) -> Marks<T> {
+        Marks { list: self.common.clone(), used: vec![false; self.common.len()] }
+    }
+
+    /// Takes what is not marked out of the common list.
+    pub(super) fn keep_marked(&mut self, marks: &Marks<T>) {
+        if self.is_common(&marks.list) && marks.used.contains(&false) {
+            let used = marks.list.iter().zip(&marks.used).filter(|(_, used)| **used);
+            self.set_common(used.map(|(thing, _)| thing.clone()).collect());
+        }
+    }
+
+    /// Whether a list is the common one.
+    pub(super) fn is_common(&self, list: &List<T>) -> bool {
+        Arc::ptr_eq(list, &self.common)
     }
 
     /// Lets go of what no key has any more and no list keeps.
@@ -104,6 +125,21 @@ impl<T: Eq + Hash> Pool<T> {
             self.numbers.clear();
         }
         self.known.retain(|thing| Arc::strong_count(thing) > 1);
+    }
+}
+
+/// Which things of a common list are used.
+pub(super) struct Marks<T> {
+    list: List<T>,
+    used: Vec<bool>,
+}
+
+impl<T> Marks<T> {
+    /// Marks what a block names by these numbers, if it has that list.
+    pub(super) fn mark(&mut self, list: &List<T>, numbers: impl Iterator<Item = u16>) {
+        if Arc::ptr_eq(list, &self.list) {
+            numbers.for_each(|number| self.used[usize::from(number)] = true);
+        }
     }
 }
 
@@ -157,6 +193,23 @@ mod tests {
         let lists: Vec<_> = (0..3 * MOST).map(|value| block(&mut pool, value)).collect();
         assert!(lists.iter().all(|list| list.len() <= MOST));
         assert_eq!(lists.last().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn what_no_record_names_leaves_the_common_list() {
+        let mut pool = Pool::default();
+        let lists: Vec<_> = (0..200).map(|value| block(&mut pool, value % 100)).collect();
+        let common = lists.last().unwrap().clone();
+        let mut marks = pool.marks();
+        marks.mark(&common, [1, 3].into_iter());
+        marks.mark(&lists[0], [0].into_iter());
+        pool.keep_marked(&marks);
+        assert!(!pool.is_common(&common) && pool.common.len() == 2);
+        let kept = [common[1].clone(), common[3].clone()];
+        assert_eq!(pool.list(kept.iter(), 0).1, [0, 1]);
+        drop((lists, common, kept, marks));
+        pool.sweep();
+        assert!(pool.known.is_empty(), "no block has the list any more");
     }
 
     #[test]

@@ -71,6 +71,23 @@ pub struct Take {
     pub dry_run: bool,
 }
 
+impl Take {
+    /// What one call takes.
+    pub const ONE: Take = Take::units(1);
+
+    /// So many units.
+    #[must_use]
+    pub const fn units(cost: u64) -> Take {
+        Take { cost, charge: None, dry_run: false }
+    }
+
+    /// The same without taking anything.
+    #[must_use]
+    pub const fn dry(self) -> Take {
+        Take { dry_run: true, ..self }
+    }
+}
+
 /// How long an asker may take to ask again.
 const ASKED_AGAIN: Duration = Duration::from_secs(2);
 /// The most numbers to remember of one key.
@@ -104,6 +121,13 @@ impl Usage {
         let refusing = self.standings.iter().filter(|(_, _, standing)| !standing.allowed);
         let waits: Option<Vec<Duration>> = refusing.map(|(_, _, standing)| standing.retry_after).collect();
         waits?.into_iter().max()
+    }
+
+    /// The smallest limit that refuses a request because it is never so large; `None` if there is none.
+    #[must_use]
+    pub fn never_fits(&self, cost: u64) -> Option<u64> {
+        let refusing = self.standings.iter().filter(|(_, _, standing)| !standing.allowed);
+        refusing.map(|(_, limit, _)| *limit).filter(|limit| *limit < cost).min()
     }
 
     /// From how each limit stands without the request and with it, and the quota likewise.

@@ -2,10 +2,13 @@
 //! what the run does not touch, all of them in one message. The caller holds the lock on `meta`, so that nothing of it changes before the run
 //! is written.
 
-use crate::store::{
-    facts::{self, Read, Take},
-    plan::{Facts, Questions, RolePlace},
-    rows::role_account,
+use crate::{
+    domain::name::{AccountId, UserId},
+    store::{
+        facts::{self, Read, Take},
+        plan::{Facts, Questions, RolePlace},
+        rows::role_account,
+    },
 };
 
 use super::{
@@ -27,6 +30,8 @@ pub(super) fn questions(asked: &Questions) -> Vec<Question> {
         accounts(asked),
         roles(asked),
         members(asked),
+        tallies(asked),
+        role_counts(asked),
         asked.uses_of.as_ref().map(uses),
     ];
     questions.into_iter().flatten().collect()
@@ -158,6 +163,32 @@ fn members(asked: &Questions) -> Option<Question> {
         ],
     );
     Some((sql, facts::member))
+}
+
+fn tallies(asked: &Questions) -> Option<Question> {
+    if asked.tallies.is_empty() {
+        return None;
+    }
+    let sql = fill(
+        "SELECT account, user_id, keys, hour, rotations, log_rows FROM tallies \
+         JOIN unnest($1::text[], $2::text[]) AS asked (account, user_id) USING (account, user_id)",
+        &[
+            column(&asked.tallies, |owner| owner.account().map_or("", AccountId::as_str).to_owned()),
+            column(&asked.tallies, |owner| owner.user().map_or("", UserId::as_str).to_owned()),
+        ],
+    );
+    Some((sql, facts::tally))
+}
+
+fn role_counts(asked: &Questions) -> Option<Question> {
+    if asked.role_counts.is_empty() {
+        return None;
+    }
+    let sql = fill(
+        "SELECT account, count(*) FROM roles WHERE account = ANY ($1::text[]) GROUP BY account",
+        &[column(&asked.role_counts, ToString::to_string)],
+    );
+    Some((sql, facts::role_count))
 }
 
 /// How many keys and members use a role. Of a global one, accounts with an own role of that name do not count.

@@ -1,27 +1,34 @@
 //! A copy of the file as of one instant, made while a server may own it: SQLite's `VACUUM INTO` on a connection of its
-//! own reads beside the one that writes.
+//! own reads beside the one that writes. The copy is a closed file (`mark.rs`).
 
-use std::{fs::OpenOptions, os::unix::fs::OpenOptionsExt as _, path::Path, time::Duration};
+use std::{fs::File, path::Path, time::Duration};
 
 use sqlx::{Connection as _, SqliteConnection, sqlite::SqliteConnectOptions};
 
-use crate::store::{Head, OpenError, records::head_at};
+use crate::{
+    private_file,
+    store::{Head, OpenError, records::head_at},
+};
 
-use super::{check_whole, open_error};
+use super::{
+    check_whole,
+    mark::{self, Wal},
+    open_error,
+};
 
 /// Copies a file to a new one, and checks the copy. Gives where its log ends.
 pub(in crate::store) async fn backup(path: &str, to: &Path) -> Result<Head, OpenError> {
     let shown = to.display().to_string();
     let other = |error: std::io::Error| OpenError::Other { path: shown.clone(), source: error.into() };
     // Made first: it holds digests and names, and is for its owner alone. SQLite takes an empty file.
-    let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(to).map_err(other)?;
+    let file = private_file::create_new(to).map_err(other)?;
     let copied = copy(path, &shown).await;
     if let Err(error) = copied {
         // What is there is no backup.
         let _ = std::fs::remove_file(to);
         return Err(error);
     }
-    file.sync_all().map_err(other)?;
+    private_file::sync(&file, to).map_err(other)?;
     let reading = SqliteConnectOptions::new().filename(to).read_only(true);
     let mut copy =
         SqliteConnection::connect_with(&reading).await.map_err(|error| open_error(&shown, error))?;
@@ -32,11 +39,26 @@ pub(in crate::store) async fn backup(path: &str, to: &Path) -> Result<Head, Open
     head_at(&head).map_err(|error| OpenError::Other { path: shown, source: error.into() })
 }
 
+/// Marks a copy as closed: it is whole, and has no WAL.
+async fn close(copy: &str) -> Result<(), sqlx::Error> {
+    let mut connection = SqliteConnection::connect_with(&SqliteConnectOptions::new().filename(copy)).await?;
+    sqlx::query("PRAGMA user_version = 0").execute(&mut connection).await?;
+    connection.close().await
+}
+
 async fn copy(path: &str, to: &str) -> Result<(), OpenError> {
     let failed = |error| open_error(path, error);
-    let reading = SqliteConnectOptions::new().filename(path).busy_timeout(Duration::from_secs(5));
+    let other = |error: std::io::Error| OpenError::Other { path: path.to_owned(), source: error.into() };
+    let real = Path::new(path).canonicalize().map_err(other)?;
+    if mark::look(path, &real, &File::open(&real).map_err(other)?)? == Wal::Lost {
+        return Err(OpenError::WithoutWal { path: path.to_owned() });
+    }
+    // One that can write would remove the WAL of a server that was killed, when it is closed.
+    let reading = SqliteConnectOptions::new().filename(&real).read_only(true);
+    let reading = reading.busy_timeout(Duration::from_secs(5));
     let mut connection = SqliteConnection::connect_with(&reading).await.map_err(failed)?;
     let copied = sqlx::query("VACUUM INTO ?1").bind(to).execute(&mut connection).await;
     let _ = connection.close().await;
-    copied.map(drop).map_err(failed)
+    copied.map_err(failed)?;
+    close(to).await.map_err(|error| open_error(to, error))
 }

@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use rusqlite::{CachedStatement, Connection, ErrorCode};
+use rusqlite::{CachedStatement, Connection, ErrorCode, OpenFlags, config::DbConfig};
 use tokio::{sync::oneshot, task::spawn_blocking};
 
 use crate::store::{StoreError, rows::damaged};
@@ -24,6 +24,9 @@ const CACHE_KIB: i64 = 8 * 1024;
 /// How many pages the WAL takes, 16 MB, before they are copied to their places: one that changed a few times is copied
 /// once. Their own 1,000 fill up with some 600 creates, and each time a commit waits for the whole file to be on disk.
 const WAL_PAGES: i64 = 4000;
+
+/// How long a statement waits for a lock that another process has.
+const BUSY: Duration = Duration::from_secs(5);
 
 /// Why something ended early.
 #[derive(Debug)]
@@ -68,6 +71,11 @@ impl From<Failure> for StoreError {
     }
 }
 
+/// What the file system, or the state of the file, does not allow now.
+pub(super) fn unavailable(cause: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Failure {
+    StoreError::Unavailable(cause.into()).into()
+}
+
 /// Does what may wait for a disk on a thread that may.
 pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
@@ -86,8 +94,9 @@ struct Slot {
 
 enum State {
     Open(Connection),
-    /// Not yet; or not any more, after a fault: whatever state that left the connection in, a new one begins afresh.
-    Fresh,
+    /// Not yet; or not any more, after a fault: whatever state that left the connection in, a new one begins afresh. The
+    /// old one is kept until then, so that the file is never without a connection.
+    Fresh(Option<Connection>),
     Closed,
 }
 
@@ -105,9 +114,9 @@ pub(super) struct Pause {
 }
 
 impl Writer {
-    /// Opens the file at `path`, which is there and has its tables.
-    pub(super) async fn open(path: &str) -> std::result::Result<Writer, StoreError> {
-        let mut slot = Slot { path: PathBuf::from(path), state: State::Fresh };
+    /// Opens the file at `path`, which is there.
+    pub(super) async fn open(path: &Path) -> std::result::Result<Writer, StoreError> {
+        let mut slot = Slot { path: path.to_owned(), state: State::Fresh(None) };
         let (jobs, received) = mpsc::channel::<Job>();
         let thread = std::thread::Builder::new().name("keyward-sqlite".to_owned()).spawn(move || {
             // It ends with the last who could send.
@@ -133,9 +142,15 @@ impl Writer {
         work: impl FnOnce(&Connection) -> Result<T> + Send + 'static,
     ) -> std::result::Result<T, StoreError> {
         let done = self.with(|slot| {
-            let connection = match std::mem::replace(&mut slot.state, State::Fresh) {
+            let connection = match std::mem::replace(&mut slot.state, State::Closed) {
                 State::Open(connection) => connection,
-                State::Fresh => connect(&slot.path)?,
+                State::Fresh(failed) => match connect(&slot.path) {
+                    Ok(connection) => connection,
+                    Err(error) => {
+                        slot.state = State::Fresh(failed);
+                        return Err(error);
+                    }
+                },
                 State::Closed => {
                     slot.state = State::Closed;
                     return Err(closed().into());
@@ -143,9 +158,14 @@ impl Writer {
             };
             let panicked = |_| Err(StoreError::Unavailable("writing panicked".into()).into());
             let done = catch_unwind(AssertUnwindSafe(|| work(&connection))).unwrap_or_else(panicked);
-            if done.is_ok() {
-                slot.state = State::Open(connection);
+            if done.is_err() && !connection.is_autocommit() {
+                let _ = connection.execute_batch("ROLLBACK");
             }
+            slot.state = match &done {
+                // Only this connection still has the WAL, if that was removed.
+                Ok(_) | Err(Failure::Store(StoreError::Lost(_))) => State::Open(connection),
+                Err(_) => State::Fresh(Some(connection)),
+            };
             done
         });
         done.await?.map_err(StoreError::from)
@@ -174,7 +194,7 @@ impl Writer {
         }
         let closed = self.with(|slot| match std::mem::replace(&mut slot.state, State::Closed) {
             State::Open(connection) => connection.close().map_err(|(_, error)| Failure::from(error)),
-            State::Fresh | State::Closed => Ok(()),
+            State::Fresh(_) | State::Closed => Ok(()),
         });
         closed.await?.map_err(StoreError::from)
     }
@@ -200,14 +220,27 @@ fn closed() -> StoreError {
     StoreError::Unavailable("the database is closed".into())
 }
 
+/// A file that was removed meanwhile is not made anew, and a connection that is closed leaves the WAL as it is: only the
+/// end of a term copies all of it and removes it (`mark.rs`).
 fn connect(path: &Path) -> Result<Connection> {
-    let connection = Connection::open(path)?;
-    connection.busy_timeout(Duration::from_secs(5))?;
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let connection = Connection::open_with_flags(path, flags)?;
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
+    connection.busy_timeout(BUSY)?;
     connection
         .execute_batch("PRAGMA journal_mode = wal; PRAGMA synchronous = full; PRAGMA foreign_keys = on")?;
     connection.pragma_update(None, "cache_size", -CACHE_KIB)?;
     connection.pragma_update(None, "wal_autocheckpoint", WAL_PAGES)?;
     connection.set_prepared_statement_cache_capacity(STATEMENTS);
+    Ok(connection)
+}
+
+/// A connection that reads. It cannot change the file, and so leaves the WAL as it is when it is closed.
+pub(super) fn read_only(path: &Path) -> Result<Connection> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let connection = Connection::open_with_flags(path, flags)?;
+    connection.busy_timeout(BUSY)?;
+    connection.execute_batch("PRAGMA query_only = on")?;
     Ok(connection)
 }
 

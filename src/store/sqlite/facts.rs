@@ -4,7 +4,10 @@
 use rusqlite::{CachedStatement, Connection, Row, Rows, params};
 
 use crate::{
-    domain::key::Owner,
+    domain::{
+        key::Owner,
+        name::{AccountId, UserId},
+    },
     store::{
         facts::{self, Read},
         plan::{Facts, Questions, RolePlace},
@@ -27,11 +30,25 @@ const LEFT: &str = "SELECT digest, version, hint, created_at, expires_at, sum, k
 const ACCOUNTS: &str = "SELECT id, revision FROM accounts WHERE id = ?1";
 const ROLES: &str = "SELECT account, name, revision FROM roles WHERE account = ?1 AND name = ?2";
 const MEMBERS: &str = "SELECT account, user_id, revision FROM members WHERE account = ?1 AND user_id = ?2";
+const TALLIES: &str = "SELECT account, user_id, keys, hour, rotations, log_rows FROM tallies \
+     WHERE account = ?1 AND user_id = ?2";
+const ROLE_COUNTS: &str = "SELECT account, count(*) FROM roles WHERE account = ?1 GROUP BY account";
 
 /// Every statement that asks.
 #[cfg(test)]
-pub(super) const ALL: [&str; 9] =
-    [REQUESTS, KEYS, NAMES_OF_ACCOUNTS, NAMES_OF_USERS, DIGESTS, LEFT, ACCOUNTS, ROLES, MEMBERS];
+pub(super) const ALL: [&str; 11] = [
+    REQUESTS,
+    KEYS,
+    NAMES_OF_ACCOUNTS,
+    NAMES_OF_USERS,
+    DIGESTS,
+    LEFT,
+    ACCOUNTS,
+    ROLES,
+    MEMBERS,
+    TALLIES,
+    ROLE_COUNTS,
+];
 
 /// Asks everything.
 pub(super) fn answers(connection: &Connection, asked: &Questions) -> Result<Facts> {
@@ -54,6 +71,23 @@ pub(super) fn answers(connection: &Connection, asked: &Questions) -> Result<Fact
         &asked.members,
         |ask, (account, user)| ask.query([account.as_str(), user.as_str()]),
         |row, facts| facts::member(row, facts),
+    )?;
+    asking.all(
+        TALLIES,
+        &asked.tallies,
+        |ask, owner| {
+            ask.query([
+                owner.account().map_or("", AccountId::as_str),
+                owner.user().map_or("", UserId::as_str),
+            ])
+        },
+        |row, facts| facts::tally(row, facts),
+    )?;
+    asking.all(
+        ROLE_COUNTS,
+        &asked.role_counts,
+        |ask, account| ask.query([account.as_str()]),
+        |row, facts| facts::role_count(row, facts),
     )?;
     if let Some(role) = &asked.uses_of {
         asking.uses(role)?;

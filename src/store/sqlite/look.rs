@@ -1,17 +1,9 @@
 //! Looking at a file that a server may have: read-only connections, no ownership, no migration.
 
-use std::{
-    fs::File,
-    os::unix::fs::PermissionsExt as _,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{fs::File, os::unix::fs::PermissionsExt as _, path::Path, sync::Arc};
 
-use sqlx::{
-    SqliteConnection,
-    sqlite::{SqliteConnectOptions, SqlitePoolOptions},
-};
-use tokio::sync::watch;
+use sqlx::{SqliteConnection, sqlite::SqlitePoolOptions};
+use tokio::sync::watch::Sender;
 
 use crate::store::{
     OpenError, Store, backend,
@@ -19,7 +11,13 @@ use crate::store::{
 };
 
 use super::{
-    CHECKED_FIRST, READERS, Sqlite, check_whole, connection::Writer, migrate::migrations, open_error,
+    CHECKED_FIRST, READERS, Sqlite, check_whole,
+    connection::Writer,
+    mark::{self, Wal},
+    migrate::migrations,
+    open_error,
+    owner::is_owned,
+    reading,
 };
 
 /// Looks at the file at `path`.
@@ -31,7 +29,12 @@ pub(in crate::store) async fn look(path: &str) -> Result<Seen, OpenError> {
     let found = std::fs::metadata(path).map_err(other)?;
     let real = Path::new(path).canonicalize().map_err(other)?;
     let disk = rustix::fs::statvfs(&real).map_err(|error| other(error.into()))?;
-    let options = SqliteConnectOptions::new().filename(&real).read_only(true).pragma("query_only", "on");
+    // Before SQLite opens the file: whoever closes it gives up the locks of the whole process on it.
+    let owned = is_owned(&real);
+    if mark::look(path, &real, &File::open(&real).map_err(other)?)? == Wal::Lost {
+        return Err(OpenError::WithoutWal { path: path.to_owned() });
+    }
+    let options = reading(&real);
     let readers = SqlitePoolOptions::new().max_connections(READERS).connect_lazy_with(options.clone());
     let mut connection = readers.acquire().await.map_err(|error| open_error(path, error))?;
     let structure =
@@ -42,7 +45,7 @@ pub(in crate::store) async fn look(path: &str) -> Result<Seen, OpenError> {
         mode: found.permissions().mode() & 0o777,
         bytes: found.len(),
         free: disk.f_bavail.saturating_mul(disk.f_frsize),
-        owned: is_owned(&real),
+        owned,
         structure,
     };
     let known = migrations().iter().map(|migration| migration.version).max().unwrap_or(0);
@@ -54,8 +57,8 @@ pub(in crate::store) async fn look(path: &str) -> Result<Seen, OpenError> {
             options,
             readers,
             unchecked: false.into(),
-            damaged: watch::Sender::new(false),
-            _lock: None,
+            lost: Sender::new(false),
+            owner: None,
         });
         seen.log = Some(match backend::check_log(&*store).await {
             Ok(()) => store.head().await,
@@ -82,13 +85,4 @@ async fn newest(connection: &mut SqliteConnection) -> Result<Option<i64>, sqlx::
         return Ok(None);
     }
     sqlx::query_scalar("SELECT max(version) FROM _sqlx_migrations").fetch_one(connection).await
-}
-
-/// Whether some process holds the lock beside the file.
-fn is_owned(real: &Path) -> bool {
-    let mut name = real.as_os_str().to_owned();
-    name.push("-lock");
-    let Ok(lock) = File::open(PathBuf::from(name)) else { return false };
-    // Shared, and let go of at once: a server that starts meanwhile would have to be very unlucky.
-    matches!(lock.try_lock_shared(), Err(std::fs::TryLockError::WouldBlock))
 }

@@ -21,6 +21,8 @@ pub(super) fn migrations() -> Vec<Migration> {
         (4, "archive", SqlStr::from_static(include_str!("../migrations/sqlite/0004_archive.sql"))),
         (5, "plans", SqlStr::from_static(include_str!("../migrations/sqlite/0005_plans.sql"))),
         (6, "uses", SqlStr::from_static(include_str!("../migrations/sqlite/0006_uses.sql"))),
+        (7, "owner", SqlStr::from_static(include_str!("../migrations/sqlite/0007_owner.sql"))),
+        (8, "tallies", SqlStr::from_static(include_str!("../migrations/sqlite/0008_tallies.sql"))),
     ]
     .into_iter()
     .map(|(version, name, sql)| Migration::new(version, name.into(), MigrationType::Simple, sql, false))
@@ -89,7 +91,7 @@ pub(super) async fn run(
     for Step { version, name } in pending {
         tracing::info!(version, name, database = path, "migrated");
     }
-    sqlx::query("INSERT OR IGNORE INTO meta VALUES (1, randomblob(16), 1, 0, ?1)")
+    sqlx::query("INSERT OR IGNORE INTO meta (one, store_id, epoch, head, head_hash) VALUES (1, randomblob(16), 1, 0, ?1)")
         .bind(GENESIS.as_slice())
         .execute(connection)
         .await

@@ -6,9 +6,9 @@
 //! all of them. So they come first, as they stand, half on each of two threads; then the keys, half on each, which
 //! packs them too. For as long as that takes, each secret takes 56 bytes.
 
-use std::{borrow::Cow, path::PathBuf, sync::Arc, time::Duration};
+use std::{borrow::Cow, path::PathBuf, sync::Arc};
 
-use rusqlite::{Connection, OpenFlags, Row, types::FromSqlResult};
+use rusqlite::{Connection, Row, types::FromSqlResult};
 use tokio::sync::mpsc;
 
 use crate::{
@@ -26,7 +26,7 @@ use crate::{
     },
 };
 
-use super::connection::{Failure, blocking};
+use super::connection::{Failure, blocking, read_only};
 
 /// How many rows are handed over at once.
 const BATCH: usize = 256;
@@ -74,12 +74,9 @@ impl Reader {
 }
 
 fn begin(path: &PathBuf) -> Result<Connection, Failure> {
-    // The file may be another process's, which is looked at.
-    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-    let connection = Connection::open_with_flags(path, flags)?;
-    connection.busy_timeout(Duration::from_secs(5))?;
+    let connection = read_only(path)?;
     // It begins with its first read.
-    connection.execute_batch("PRAGMA query_only = on; BEGIN; SELECT head FROM meta")?;
+    connection.execute_batch("BEGIN; SELECT head FROM meta")?;
     Ok(connection)
 }
 

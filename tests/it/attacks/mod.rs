@@ -1,11 +1,14 @@
 //! Attacks on the real binary, beside callers who go on: HTTP/2 frames made by hand over raw sockets. Each must leave
 //! the server's memory bounded and the callers' answers right. What it cost is printed: `--nocapture` shows the table
 //! that stands in `docs/reliability.md`. Here is what they share; the attacks are by what they use up: what HTTP/2 lets
-//! a peer do, the server's patience, its room for connections.
+//! a peer do, the server's patience, its room for connections, its permits, the memory of requests.
 
 mod http2;
 mod patience;
+mod permits;
+mod requests;
 mod room;
+mod unread;
 
 use std::{
     io::{self, Read as _, Write as _},

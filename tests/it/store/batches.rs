@@ -9,7 +9,7 @@ use std::{
 use keyward::{
     domain::{name::KeyName, time::Revision},
     store::{
-        Outcome, Rejection,
+        Outcome, Rejection, Write,
         writer::{Follower, WriteError, Writer},
     },
 };
@@ -176,8 +176,8 @@ impl Follower for Heard {
         }
     }
 
-    fn in_doubt(&self, change: &Change) {
-        panic!("nothing is in doubt: {change:?}");
+    fn in_doubt(&self, write: &Write) {
+        panic!("nothing is in doubt: {write:?}");
     }
 
     fn decided(&self) {}
@@ -186,7 +186,7 @@ impl Follower for Heard {
 pub(super) async fn revisions_count_in_commit_order_under_overlapping_writers(store: Shared) {
     const WRITERS: usize = 300;
     let heard = Arc::new(Heard::default());
-    let (writer, task) = Writer::spawn(store.clone(), heard.clone());
+    let (writer, task) = Writer::spawn(store.clone(), heard.clone(), || at(0));
     writer.write(create_account(&account("acme"))).await.unwrap();
     let writes = (0..WRITERS).map(|at| {
         let (writer, heard) = (writer.clone(), heard.clone());
@@ -225,7 +225,7 @@ pub(super) async fn of_changes_from_one_revision_one_is_made(store: Shared) {
     let made = put(&store, create(&key())).await;
     let heard = Heard::default();
     heard.revision.store(store.head().await.unwrap().revision.0, Ordering::SeqCst);
-    let (writer, _task) = Writer::spawn(store.clone(), Arc::new(heard));
+    let (writer, _task) = Writer::spawn(store.clone(), Arc::new(heard), || at(0));
     let changes = (0..20).map(|_| {
         let (writer, write) = (writer.clone(), update(&made));
         tokio::spawn(async move { writer.write(write).await })

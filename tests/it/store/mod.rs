@@ -4,10 +4,12 @@
 
 mod batches;
 mod collisions;
+mod limits;
 mod lists;
 mod log;
 mod one_by_one;
 mod people;
+mod reads;
 mod records;
 mod requests;
 mod snapshots;
@@ -32,7 +34,8 @@ use keyward::{
         token::Digest,
     },
     store::{
-        Head, KeyFilter, Outcome, OwnerFilter, Rejection, Store, StoreError, UsageBatch, UsedSecret, Write,
+        Head, KeyFilter, Outcome, OwnerFilter, ReadSet, Rejection, Store, StoreError, UsageBatch, UsedSecret,
+        Write,
     },
 };
 
@@ -131,7 +134,17 @@ fn account(id: &str) -> Account {
 }
 
 fn write(change: Change, expect: Option<Revision>, action: Action) -> Write {
-    Write { change, expect, action, actor: Actor::SYSTEM, method: "test", at: at(0), idempotency: None }
+    Write {
+        change,
+        expect,
+        action,
+        actor: Actor::SYSTEM,
+        method: "test",
+        at: at(0),
+        idempotency: None,
+        reads: ReadSet::default(),
+        limits: None,
+    }
 }
 
 fn create(key: &Key) -> Write {
@@ -328,6 +341,12 @@ macro_rules! every_promise {
                 a_secret_of_the_keys_own_past_is_taken_too,
                 of_two_first_starts_one_is_made,
             }
+            reads {
+                a_change_is_rejected_after_any_record_has_moved_that_it_was_authorized_by,
+                a_change_sees_the_records_that_those_before_it_in_its_batch_have_moved,
+                a_request_that_was_done_is_replayed_whatever_has_moved_since,
+                an_authorization_that_has_run_out_in_the_queue_commits_nothing,
+            }
             requests {
                 the_same_request_is_done_once,
                 an_idempotency_key_counts_for_24_hours,
@@ -353,9 +372,17 @@ macro_rules! every_promise {
             snapshots {
                 a_snapshot_holds_everything_that_was_written,
                 a_snapshot_holds_roles_members_and_what_is_spent,
+                a_snapshot_holds_nothing_of_what_a_revoked_key_granted,
                 a_snapshot_leaves_out_what_is_dead_for_too_long,
                 a_snapshot_of_many_keys_has_each_of_them_once,
                 reads_see_whole_commits_while_others_write,
+            }
+            limits {
+                an_account_has_no_more_keys_than_its_limit_whoever_makes_them_at_once,
+                a_user_has_the_limits_of_an_account,
+                an_account_has_no_more_roles_of_its_own_than_its_limit,
+                rotations_and_log_rows_are_counted_by_the_hour,
+                the_operator_account_is_held_to_no_limit,
             }
             lists {
                 every_filter_finds_what_a_look_at_each_key_finds,

@@ -84,6 +84,32 @@ pub(super) async fn a_snapshot_holds_everything_that_was_written(store: Shared) 
     }
 }
 
+pub(super) async fn a_snapshot_holds_nothing_of_what_a_revoked_key_granted(store: Shared) {
+    with_roles(&store).await;
+    with_accounts(&store).await;
+    let mut runner = TestRunner::deterministic();
+    for count in 0..20 {
+        let record = records().new_tree(&mut runner).unwrap().current();
+        let record = Key { owner: Owner::Account(account_id("acme")), ..record };
+        let made = put(&store, create(&Key { revocation: None, ..record })).await;
+        let drawn = Drawn { period: at(0), until: None, units: 1 };
+        store
+            .note_usage(&UsageBatch { spent: vec![(made.id, drawn)], ..UsageBatch::default() })
+            .await
+            .unwrap();
+        let dead = put(&store, update(&revoked(made, at(count)))).await;
+        let items = loaded::snapshot(&store, at(0)).await.unwrap().1;
+        let found = items.iter().find_map(|item| match item {
+            SnapshotItem::Key(key, _) if key.id == dead.id => Some(Key::clone(key)),
+            _ => None,
+        });
+        let Key { terms, .. } = key();
+        let nothing = Terms { scopes: Default::default(), ..terms };
+        assert_eq!(found, Some(unhinted(Key { terms: nothing, ..dead })));
+        assert!(!items.iter().any(|item| matches!(item, SnapshotItem::Spent(..))));
+    }
+}
+
 pub(super) async fn a_snapshot_leaves_out_what_is_dead_for_too_long(store: Shared) {
     with_accounts(&store).await;
     let alive = put(&store, create(&key())).await;

@@ -1,0 +1,45 @@
+//! Entries of the log about what was done to the log or the database itself.
+
+use std::sync::Arc;
+
+use crate::{
+    clock::Clock,
+    domain::{
+        entry::Via,
+        log::{Action, Actor, Change},
+        name::AccountId,
+    },
+    store::{CommitError, ReadSet, Store, StoreError, Write},
+};
+
+/// Writes an entry about the operator account, which stays as it is. False = there is no such account.
+///
+/// # Errors
+/// When the database fails.
+pub async fn note<E: From<StoreError> + From<CommitError>>(
+    store: &dyn Store,
+    action: Action,
+    via: Via,
+    method: &'static str,
+    clock: &dyn Clock,
+) -> Result<bool, E> {
+    loop {
+        let Some(account) = store.account(&AccountId::operator()).await? else { return Ok(false) };
+        let (expect, now) = (Some(account.revision), clock.now());
+        let write = Write {
+            change: Change::Account(Arc::new(account)),
+            expect,
+            action,
+            actor: Actor { via: via.clone(), ..Actor::SYSTEM },
+            method,
+            at: now,
+            idempotency: None,
+            reads: ReadSet::default(),
+            limits: None,
+        };
+        // Else it was changed meanwhile.
+        if store.commit(&[write]).await?.outcomes.iter().all(Result::is_ok) {
+            return Ok(true);
+        }
+    }
+}

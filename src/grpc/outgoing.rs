@@ -1,0 +1,449 @@
+//! Bounds the bytes of answers that wait to be sent, for each connection and for the process.
+//!
+//! Bytes count from when an answer has them until HTTP/2 has written them to the socket or given them up: each piece
+//! of an answer carries its charge, so whatever drops it gives the room back. An answer that was made is never
+//! withheld: a connection without room gets no further calls, and its streams make no further messages.
+//!
+//! A connection counts on its own memory. What it has beyond [`FREE`] it takes from the process in blocks, so that
+//! Checks touch no memory that another core writes.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicUsize, Ordering},
+    },
+    task::{Context, Poll, Waker},
+    time::Duration,
+};
+
+use bytes::{Buf, Bytes};
+use http::{HeaderMap, HeaderName, HeaderValue};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tonic::{Response, Status};
+
+use crate::domain::name::AccountId;
+
+use super::status::overloaded;
+
+/// The bytes that one connection may have waiting: two of the largest answers.
+const CONNECTION_BYTES: usize = 8 << 20;
+/// The bytes that all connections together may have waiting beyond [`FREE`] for each.
+const PROCESS_BYTES: usize = 64 << 20;
+/// The bytes of a connection that count for that connection alone.
+const FREE: usize = 16 << 10;
+/// How much a connection takes from the process at a time.
+const BLOCK: usize = 64 << 10;
+/// What a piece of an answer takes besides its bytes.
+const OVERHEAD: usize = 64;
+/// Lists that are made or wait to be sent at the same time, over all connections: each takes some 10 MB for a moment.
+const LISTS: usize = 8;
+/// How many of them the callers of one account have.
+const ACCOUNT_LISTS: usize = 4;
+/// How long a list waits for its place.
+const LIST_PATIENCE: Duration = Duration::from_secs(10);
+/// How many periods are told apart, by which the oldest bytes of a connection are found.
+const PERIODS: usize = 6;
+/// How long a period is. Bytes that wait for five of them end their connection.
+pub(super) const PERIOD: Duration = Duration::from_secs(60);
+
+const DETAILS: HeaderName = HeaderName::from_static("grpc-status-details-bin");
+
+/// What waits to be sent in the whole process.
+#[derive(Debug, Default)]
+pub(super) struct Outgoing {
+    used: AtomicUsize,
+    lists: Places,
+}
+
+impl Outgoing {
+    fn is_full(&self) -> bool {
+        self.used.load(Ordering::Relaxed) >= PROCESS_BYTES
+    }
+
+    /// Whether peers that take nothing must go soon, since others need the room.
+    fn is_pressed(&self) -> bool {
+        self.used.load(Ordering::Relaxed) >= PROCESS_BYTES / 2 || self.lists.are_taken()
+    }
+
+    /// The places for lists.
+    pub(super) fn lists(&self) -> &Places {
+        &self.lists
+    }
+}
+
+/// Places for answers of several MiB. An answer has its place from before it is made until it is sent.
+#[derive(Clone, Debug)]
+pub(super) struct Places {
+    all: Arc<Semaphore>,
+    /// The share of each account that has any.
+    shares: Arc<Mutex<HashMap<AccountId, Weak<Semaphore>>>>,
+}
+
+impl Default for Places {
+    fn default() -> Self {
+        Places { all: Arc::new(Semaphore::new(LISTS)), shares: Arc::default() }
+    }
+}
+
+/// A place, which goes along with its answer.
+#[derive(Clone, Debug)]
+pub(super) struct Place(
+    #[expect(dead_code, reason = "dropping them frees the place")] Arc<[OwnedSemaphorePermit; 2]>,
+);
+
+impl Places {
+    fn are_taken(&self) -> bool {
+        self.all.available_permits() == 0
+    }
+
+    /// Waits for a place for a caller of this account.
+    ///
+    /// # Errors
+    /// When there is none in time.
+    pub(super) async fn take(&self, account: &AccountId) -> Result<Place, Status> {
+        let share = self.share(account);
+        let taken = async {
+            let share = share.acquire_owned().await.ok()?;
+            let place = self.all.clone().acquire_owned().await.ok()?;
+            Some(Place(Arc::new([share, place])))
+        };
+        tokio::time::timeout(LIST_PATIENCE, taken).await.ok().flatten().ok_or_else(overloaded)
+    }
+
+    fn share(&self, account: &AccountId) -> Arc<Semaphore> {
+        let mut shares = self.shares.lock().unwrap_or_else(PoisonError::into_inner);
+        shares.retain(|_, share| share.strong_count() > 0);
+        let known = shares.get(account).and_then(Weak::upgrade);
+        known.unwrap_or_else(|| {
+            let share = Arc::new(Semaphore::new(ACCOUNT_LISTS));
+            shares.insert(account.clone(), Arc::downgrade(&share));
+            share
+        })
+    }
+}
+
+impl Place {
+    /// The answer, which keeps the place until it is sent.
+    pub(super) fn hold<T>(self, answer: T) -> Response<T> {
+        let mut response = Response::new(answer);
+        response.extensions_mut().insert(self);
+        response
+    }
+}
+
+/// What waits to be sent on one connection.
+#[derive(Debug)]
+pub(super) struct Unsent {
+    process: Arc<Outgoing>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    bytes: usize,
+    /// What it has taken of the process.
+    reserved: usize,
+    /// How many charges there are of each period, and which period it is.
+    periods: [usize; PERIODS],
+    period: usize,
+    /// Streams that wait for room.
+    waiting: Vec<Waker>,
+}
+
+impl Unsent {
+    pub(super) fn new(process: Arc<Outgoing>) -> Arc<Unsent> {
+        Arc::new(Unsent { process, state: Mutex::default() })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counts bytes until the charge is dropped.
+    pub(super) fn charge(self: &Arc<Self>, bytes: usize) -> Charge {
+        let bytes = bytes + OVERHEAD;
+        let mut state = self.state();
+        state.bytes += bytes;
+        let period = state.period;
+        state.periods[period] += 1;
+        if let Some(missing) = state.bytes.checked_sub(state.reserved + FREE).filter(|missing| *missing > 0) {
+            let blocks = missing.next_multiple_of(BLOCK);
+            state.reserved += blocks;
+            self.process.used.fetch_add(blocks, Ordering::Relaxed);
+        }
+        drop(state);
+        Charge { unsent: self.clone(), bytes, period }
+    }
+
+    /// Whether the connection may have another call.
+    pub(super) fn has_room(&self) -> bool {
+        self.fits(self.state().bytes)
+    }
+
+    fn fits(&self, bytes: usize) -> bool {
+        bytes < FREE || bytes < CONNECTION_BYTES && !self.process.is_full()
+    }
+
+    /// Waits until a stream of the connection may make another message.
+    pub(super) fn poll_room(&self, cx: &Context<'_>) -> Poll<()> {
+        let mut state = self.state();
+        if self.fits(state.bytes) {
+            return Poll::Ready(());
+        }
+        if state.waiting.iter().all(|waker| !waker.will_wake(cx.waker())) {
+            state.waiting.push(cx.waker().clone());
+        }
+        Poll::Pending
+    }
+
+    /// Whether peers that take nothing must go soon.
+    pub(super) fn is_pressed(&self) -> bool {
+        self.process.is_pressed()
+    }
+
+    /// Begins the next period. Whether bytes wait that were there five periods ago.
+    pub(super) fn begin_period(&self) -> bool {
+        let mut state = self.state();
+        state.period = (state.period + 1) % PERIODS;
+        state.periods[state.period] > 0
+    }
+
+    /// Charges a refusal, or the end of a stream, for its headers: they leave when the socket takes them, whatever the
+    /// window says.
+    pub(super) fn charge_headers(self: &Arc<Self>, headers: &mut HeaderMap) {
+        let bytes = headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 32).sum();
+        let Some(details) = headers.get_mut(DETAILS) else { return };
+        let held = HeldValue { value: details.clone(), _charge: self.charge(bytes) };
+        if let Ok(mut value) = HeaderValue::from_maybe_shared(Bytes::from_owner(held)) {
+            // Else HTTP/2 would keep it for later headers, with its charge.
+            value.set_sensitive(true);
+            *details = value;
+        }
+    }
+}
+
+impl Drop for Unsent {
+    fn drop(&mut self) {
+        let reserved = self.state().reserved;
+        self.process.used.fetch_sub(reserved, Ordering::Relaxed);
+    }
+}
+
+/// Bytes that wait to be sent.
+#[derive(Debug)]
+pub(super) struct Charge {
+    unsent: Arc<Unsent>,
+    bytes: usize,
+    period: usize,
+}
+
+impl Drop for Charge {
+    fn drop(&mut self) {
+        let mut state = self.unsent.state();
+        state.bytes -= self.bytes;
+        state.periods[self.period] -= 1;
+        if state.bytes > FREE / 2 {
+            return;
+        }
+        if state.reserved > 0 {
+            let reserved = std::mem::take(&mut state.reserved);
+            self.unsent.process.used.fetch_sub(reserved, Ordering::Relaxed);
+        }
+        let waiting = std::mem::take(&mut state.waiting);
+        drop(state);
+        waiting.into_iter().for_each(Waker::wake);
+    }
+}
+
+/// A header's value, whose charge goes with it.
+struct HeldValue {
+    value: HeaderValue,
+    _charge: Charge,
+}
+
+impl AsRef<[u8]> for HeldValue {
+    fn as_ref(&self) -> &[u8] {
+        self.value.as_bytes()
+    }
+}
+
+/// Whose charge a piece of an answer holds.
+#[derive(Debug)]
+enum Held {
+    /// The piece is the whole message.
+    Alone { _charge: Charge },
+    /// The message has other pieces, which keep all of its memory.
+    Shared { _message: Arc<LargeMessage> },
+}
+
+/// What a message of several pieces holds.
+#[derive(Debug)]
+struct LargeMessage {
+    _charge: Charge,
+    _place: Option<Place>,
+}
+
+/// A piece of an answer on its way to the socket.
+#[derive(Debug)]
+pub(super) struct Piece {
+    bytes: Bytes,
+    _held: Held,
+}
+
+impl Buf for Piece {
+    fn remaining(&self) -> usize {
+        self.bytes.len()
+    }
+
+    fn chunk(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    fn advance(&mut self, count: usize) {
+        self.bytes.advance(count);
+    }
+}
+
+/// A message that is sent piece by piece, so that a stream never has more than one of them in HTTP/2's hands that its
+/// peer does not take.
+#[derive(Debug, Default)]
+pub(super) struct Pieces {
+    rest: Bytes,
+    message: Option<Arc<LargeMessage>>,
+}
+
+impl Pieces {
+    /// The largest piece, in bytes: one frame of HTTP/2.
+    const MOST: usize = 16 << 10;
+
+    /// The first piece of a message.
+    pub(super) fn begin(&mut self, bytes: Bytes, unsent: &Arc<Unsent>, place: Option<Place>) -> Piece {
+        let charge = unsent.charge(bytes.len());
+        if bytes.len() <= Pieces::MOST && place.is_none() {
+            return Piece { bytes, _held: Held::Alone { _charge: charge } };
+        }
+        self.rest = bytes;
+        self.message = Some(Arc::new(LargeMessage { _charge: charge, _place: place }));
+        self.next().unwrap_or_else(|| Piece {
+            bytes: Bytes::new(),
+            _held: Held::Alone { _charge: unsent.charge(0) },
+        })
+    }
+
+    /// The next piece of the message.
+    pub(super) fn next(&mut self) -> Option<Piece> {
+        let message = self.message.clone()?;
+        let bytes = self.rest.split_to(self.rest.len().min(Pieces::MOST));
+        if self.rest.is_empty() {
+            self.message = None;
+        }
+        Some(Piece { bytes, _held: Held::Shared { _message: message } })
+    }
+
+    /// Whether every piece was given out.
+    pub(super) fn are_done(&self) -> bool {
+        self.message.is_none()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn connection() -> (Arc<Outgoing>, Arc<Unsent>) {
+        let process = Arc::new(Outgoing::default());
+        (process.clone(), Unsent::new(process))
+    }
+
+    fn used(process: &Outgoing) -> usize {
+        process.used.load(Ordering::Relaxed)
+    }
+
+    #[test]
+    fn what_waits_on_a_connection_and_in_the_process_is_bounded_and_given_back() {
+        let (process, unsent) = connection();
+        let small = unsent.charge(FREE / 2);
+        assert_eq!(used(&process), 0, "a little is free");
+        let charges: Vec<_> = (0..8).map(|_| unsent.charge(1 << 20)).collect();
+        assert!(!unsent.has_room(), "8 MiB of one connection");
+        let other = Unsent::new(process.clone());
+        assert!(other.has_room() && !other.is_pressed());
+        let others: Vec<_> =
+            (0..8).map(|_| Unsent::new(process.clone())).map(|one| one.charge(7 << 20)).collect();
+        let little = other.charge(FREE);
+        assert!(other.is_pressed() && !other.has_room(), "64 MiB of all");
+        drop((others, charges));
+        assert!(unsent.has_room() && other.has_room() && !other.is_pressed());
+        drop((little, small));
+        assert_eq!(used(&process), 0);
+    }
+
+    #[test]
+    fn the_memory_of_a_message_counts_until_its_last_piece_is_sent() {
+        let (_, unsent) = connection();
+        let mut pieces = Pieces::default();
+        let mut sent = vec![pieces.begin(vec![7; 100_000].into(), &unsent, None)];
+        while let Some(piece) = pieces.next() {
+            sent.push(piece);
+        }
+        assert!(pieces.are_done() && sent.iter().all(|piece| piece.remaining() <= Pieces::MOST));
+        assert_eq!(sent.iter().map(Buf::remaining).sum::<usize>(), 100_000);
+        let last = sent.pop();
+        drop(sent);
+        assert!(unsent.state().bytes >= 100_000);
+        drop(last);
+        assert_eq!(unsent.state().bytes, 0);
+    }
+
+    #[test]
+    fn bytes_that_are_not_taken_for_five_periods_are_overdue() {
+        let (_, unsent) = connection();
+        let old = unsent.charge(1);
+        for _ in 0..PERIODS - 1 {
+            assert!(!unsent.begin_period());
+            drop(unsent.charge(1));
+        }
+        assert!(unsent.begin_period());
+        drop(old);
+        for _ in 0..2 * PERIODS {
+            assert!(!unsent.begin_period());
+        }
+    }
+
+    #[test]
+    fn a_refusals_headers_count_until_they_are_written() {
+        let (_, unsent) = connection();
+        let mut headers = HeaderMap::new();
+        headers.insert(DETAILS, HeaderValue::from_static("AAAA"));
+        unsent.charge_headers(&mut headers);
+        assert_eq!(headers[DETAILS], "AAAA");
+        assert!(unsent.state().bytes > 0);
+        drop(headers);
+        assert_eq!(unsent.state().bytes, 0);
+    }
+
+    #[tokio::test]
+    async fn a_list_has_its_place_until_its_answer_is_sent_and_no_account_has_all_places() {
+        let (places, [one, other]) =
+            (Places::default(), ["one", "other"].map(|id| AccountId::parse(id).unwrap()));
+        let mut held: Vec<Place> = Vec::new();
+        for _ in 0..ACCOUNT_LISTS {
+            held.push(places.take(&one).await.unwrap());
+        }
+        assert_eq!(places.share(&one).available_permits(), 0);
+        for _ in 0..ACCOUNT_LISTS {
+            held.push(places.take(&other).await.unwrap());
+        }
+        assert!(places.are_taken());
+        let mut answer = held.pop().unwrap().hold(());
+        let place = answer.extensions_mut().remove::<Place>();
+        let (_, unsent) = connection();
+        let piece = Pieces::default().begin(Bytes::from_static(b"x"), &unsent, place);
+        assert!(places.are_taken());
+        drop(piece);
+        assert!(!places.are_taken());
+        drop(held);
+        assert_eq!(places.share(&one).available_permits(), ACCOUNT_LISTS);
+    }
+}

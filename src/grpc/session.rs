@@ -1,0 +1,50 @@
+//! The caller of a management call for as long as the call lasts. Its headers were authenticated before the body came;
+//! the body, the queue of the writer and other replicas can take seconds. Here the caller is judged again: when the
+//! handler takes it, and before an answer leaves. Changes are judged once more in their transaction, see
+//! `access/authorization.rs`. The callers of Checks are in `vigil.rs`.
+
+use std::sync::Arc;
+
+use tonic::Code;
+
+use crate::{access::Caller, engine::Engine, refusal::Refusal, store::writer::Recorded};
+
+/// A caller that was authenticated, and the engine that knows what became of it.
+#[derive(Clone, Debug)]
+pub(super) struct CallerSession {
+    engine: Arc<Engine>,
+    caller: Caller,
+}
+
+impl CallerSession {
+    pub(super) fn new(engine: Arc<Engine>, caller: Caller) -> CallerSession {
+        CallerSession { engine, caller }
+    }
+
+    /// The caller as its headers proved it.
+    pub(super) fn caller(&self) -> &Caller {
+        &self.caller
+    }
+
+    /// The caller with its rights as they are now. Nothing is charged.
+    ///
+    /// # Errors
+    /// When it was revoked, disabled, suspended, removed or narrowed below its call, or has expired.
+    pub(super) fn reauthorize(&self) -> Result<Caller, Refusal> {
+        Ok(self.caller.authorize(&self.engine)?.caller)
+    }
+
+    /// The refusal that takes the place of an answer with this code, if the caller may not have the answer any more.
+    /// The answer to a change stays: the caller was authorized when it was committed. So does a fault, which says
+    /// nothing of what is stored.
+    pub(super) fn withhold(&self, code: Option<Code>, recorded: Recorded) -> Option<Refusal> {
+        use Code::{AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, Ok, PermissionDenied};
+        let tells = matches!(
+            code,
+            None | Some(
+                Ok | NotFound | AlreadyExists | FailedPrecondition | InvalidArgument | PermissionDenied
+            )
+        );
+        if recorded.changed || !tells { None } else { self.reauthorize().err() }
+    }
+}

@@ -1,0 +1,147 @@
+//! Calls that last until something happens: how many a connection has, and what ends them.
+//!
+//! They end when their connection drains, with UNAVAILABLE: the same call over another connection goes on. A connection
+//! that waited for them would never end by itself.
+
+use std::{
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use bytes::Bytes;
+use futures_util::future::{BoxFuture, FutureExt as _};
+use http::{HeaderMap, Response};
+use http_body::{Body as _, Frame};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tonic::{Status, body::Body};
+
+use crate::refusal::Refusal;
+
+use super::status::{connection_ends, too_many_watches};
+
+/// How many calls to `Health/Watch` a connection has at most. They need no credential.
+const HEALTH_WATCHES: usize = 8;
+/// How many other calls that last it has.
+const WATCHES: usize = 32;
+
+/// Why a connection drains.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Draining {
+    /// It is too old.
+    Aged,
+    /// The server stops.
+    Stopping,
+}
+
+/// The calls of one connection that last.
+#[derive(Clone, Debug)]
+pub struct Watches {
+    health: Arc<Semaphore>,
+    others: Arc<Semaphore>,
+    draining: watch::Sender<Option<Draining>>,
+}
+
+impl Default for Watches {
+    fn default() -> Self {
+        Watches {
+            health: Arc::new(Semaphore::new(HEALTH_WATCHES)),
+            others: Arc::new(Semaphore::new(WATCHES)),
+            draining: watch::Sender::new(None),
+        }
+    }
+}
+
+impl Watches {
+    /// Ends all of them.
+    pub(super) fn drain(&self, why: Draining) {
+        self.draining.send_replace(Some(why));
+    }
+
+    /// A place for a call to `Health/Watch`.
+    ///
+    /// # Errors
+    /// When the connection has as many as it may have.
+    pub(super) fn health(&self) -> Result<Watch, Status> {
+        self.place(&self.health, HEALTH_WATCHES)
+    }
+
+    /// A place for another call that lasts.
+    ///
+    /// # Errors
+    /// When the connection has as many as it may have.
+    pub(super) fn other(&self) -> Result<Watch, Status> {
+        self.place(&self.others, WATCHES)
+    }
+
+    fn place(&self, places: &Arc<Semaphore>, most: usize) -> Result<Watch, Status> {
+        let place = places.clone().try_acquire_owned().map_err(|_| too_many_watches(most))?;
+        let mut draining = self.draining.subscribe();
+        let ends = async move {
+            let why = draining.wait_for(Option::is_some).await.map(|why| *why);
+            match why.ok().flatten() {
+                Some(Draining::Aged) => connection_ends(),
+                // The connection is gone with the sender, and nobody sees this.
+                Some(Draining::Stopping) | None => Refusal::Stopping.into(),
+            }
+        };
+        Ok(Watch { ends: ends.boxed(), _place: place })
+    }
+}
+
+/// A place among the calls that last.
+pub(super) struct Watch {
+    ends: BoxFuture<'static, Status>,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Watch {
+    /// The answer of a call that has this place.
+    pub(super) fn hold(self, answer: Response<Body>) -> Response<Body> {
+        if answer.body().is_end_stream() {
+            return answer;
+        }
+        answer.map(|body| Body::new(Watching { body, watch: Some(self) }))
+    }
+}
+
+/// The answer of a call that lasts.
+struct Watching {
+    body: Body,
+    /// None = it has ended.
+    watch: Option<Watch>,
+}
+
+impl http_body::Body for Watching {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let Some(watch) = &mut self.watch else { return Poll::Ready(None) };
+        let ended = watch.ends.poll_unpin(cx);
+        // What happened before the end is told: health is NOT_SERVING before a server stops.
+        let polled = Pin::new(&mut self.body).poll_frame(cx);
+        match (polled, ended) {
+            (Poll::Pending, Poll::Ready(status)) => {
+                self.watch = None;
+                let mut trailers = HeaderMap::new();
+                Poll::Ready(Some(status.add_header(&mut trailers).map(|()| Frame::trailers(trailers))))
+            }
+            (polled, Poll::Ready(status)) => {
+                // A future that is done is not polled again.
+                if let Some(watch) = &mut self.watch {
+                    watch.ends = std::future::ready(status).boxed();
+                }
+                polled
+            }
+            (polled, Poll::Pending) => polled,
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.watch.is_none() || self.body.is_end_stream()
+    }
+}

@@ -1,0 +1,203 @@
+//! Creates files that only their owner can read and write, and writes through no symbolic link.
+//!
+//! Every file that the program creates comes from here. Two kinds do not: sockets (`transport/socket.rs`), and the
+//! files that SQLite keeps beside a database, which get the database's own mode.
+//!
+//! - A new file has mode 0600, whatever the umask.
+//! - A file that exists keeps its mode: an operator may have given it to a log shipper.
+//! - Only the last part of a path is checked. With write access to a folder above it, the folder can be replaced.
+
+use std::{
+    ffi::OsString,
+    fs::{self, DirBuilder, File, OpenOptions, Permissions},
+    io::{self, ErrorKind, Write as _},
+    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _},
+    path::{Path, PathBuf},
+};
+
+use rustix::{fs::OFlags, io::Errno};
+
+/// The owner reads and writes; others do nothing.
+const MODE: u32 = 0o600;
+
+/// Creates a file to write to.
+///
+/// # Errors
+/// When there is a file or a symbolic link already, or the system refuses.
+pub fn create_new(path: &Path) -> io::Result<File> {
+    create(path, OpenOptions::new().write(true))
+}
+
+/// Opens a file to read and to change, and creates it if it is missing.
+///
+/// # Errors
+/// When it is a symbolic link, or the system refuses.
+pub fn open_or_create(path: &Path) -> io::Result<File> {
+    open_any(path, OpenOptions::new().read(true).write(true))
+}
+
+/// Opens a file to add to, and creates it if it is missing.
+///
+/// # Errors
+/// When it is a symbolic link, or the system refuses.
+pub fn append_or_create(path: &Path) -> io::Result<File> {
+    open_any(path, OpenOptions::new().append(true))
+}
+
+/// Opens a file that exists, to change it.
+///
+/// # Errors
+/// When it is missing or a symbolic link, or the system refuses.
+pub fn open_existing(path: &Path) -> io::Result<File> {
+    open(path, OpenOptions::new().write(true))
+}
+
+/// Creates an empty file if there is none. A symbolic link is followed: a database may be named by one, also before
+/// there is a database.
+///
+/// # Errors
+/// When the system refuses.
+pub fn create_missing_target(path: &Path) -> io::Result<()> {
+    match create_new(path) {
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+            OpenOptions::new().append(true).create(true).mode(MODE).open(path).map(drop)
+        }
+        created => created.map(drop),
+    }
+}
+
+/// Replaces the content of a file whole or not at all. A symbolic link is replaced, and not followed.
+///
+/// # Errors
+/// When the system refuses; the file then has its old content.
+pub fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
+    let new = with_suffix(path, ".new");
+    // A process that was killed may have left one.
+    match fs::remove_file(&new) {
+        Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+        _ => create_new(&new)?.write_all(content)?,
+    }
+    fs::rename(&new, path)
+}
+
+/// Creates a folder that only its owner can use.
+///
+/// # Errors
+/// When there is one already, or the system refuses.
+pub fn create_folder(path: &Path) -> io::Result<()> {
+    DirBuilder::new().mode(0o700).create(path)
+}
+
+/// Waits until a file's content and its name are on the disk.
+///
+/// # Errors
+/// When the system reports a fault: they may not be there.
+pub fn sync(file: &File, path: &Path) -> io::Result<()> {
+    file.sync_all()?;
+    match File::open(folder_of(path)) {
+        // A folder that may be written and not read cannot be waited for.
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => Ok(()),
+        folder => folder?.sync_all(),
+    }
+}
+
+/// The folder of a file.
+#[must_use]
+pub fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// The path with something added to its end.
+#[must_use]
+pub fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = OsString::from(path);
+    name.push(suffix);
+    PathBuf::from(name)
+}
+
+fn create(path: &Path, options: &OpenOptions) -> io::Result<File> {
+    // `O_EXCL` follows no link.
+    let file = options.clone().create_new(true).mode(MODE).open(path)?;
+    // A umask may have taken rights from the owner too.
+    file.set_permissions(Permissions::from_mode(MODE))?;
+    Ok(file)
+}
+
+fn open_any(path: &Path, options: &OpenOptions) -> io::Result<File> {
+    match create(path, options) {
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+            // It may be moved away meanwhile, as log rotation does.
+            open(path, options.clone().create(true).mode(MODE))
+        }
+        created => created,
+    }
+}
+
+fn open(path: &Path, options: &OpenOptions) -> io::Result<File> {
+    let flags = i32::try_from(OFlags::NOFOLLOW.bits()).unwrap_or_default();
+    options.clone().custom_flags(flags).open(path).map_err(|error| {
+        let is_link = error.raw_os_error() == Some(Errno::LOOP.raw_os_error());
+        if is_link {
+            io::Error::other("it is a symbolic link; name the file that it leads to")
+        } else {
+            error
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    /// A folder with a file of somebody's, and a link to it.
+    fn linked() -> (tempfile::TempDir, PathBuf, PathBuf) {
+        let folder = tempfile::tempdir().unwrap();
+        let (target, link) = (folder.path().join("target"), folder.path().join("link"));
+        fs::write(&target, "precious").unwrap();
+        symlink(&target, &link).unwrap();
+        (folder, target, link)
+    }
+
+    #[test]
+    fn nothing_is_written_through_a_symbolic_link() {
+        let (_folder, target, link) = linked();
+        let opened =
+            [create_new(&link), open_or_create(&link), append_or_create(&link), open_existing(&link)];
+        for error in opened.into_iter().skip(1) {
+            assert!(error.unwrap_err().to_string().contains("symbolic link"));
+        }
+        replace(&link, b"new").unwrap();
+        assert_eq!(fs::read_to_string(&target).unwrap(), "precious");
+        assert!(!link.is_symlink(), "the link itself was replaced");
+    }
+
+    #[test]
+    fn a_link_to_nothing_is_not_filled() {
+        let folder = tempfile::tempdir().unwrap();
+        let (nothing, link) = (folder.path().join("nothing"), folder.path().join("link"));
+        symlink(&nothing, &link).unwrap();
+        for opened in [create_new(&link), open_or_create(&link), append_or_create(&link)] {
+            opened.unwrap_err();
+        }
+        assert!(!nothing.exists());
+    }
+
+    #[test]
+    fn a_file_that_exists_keeps_its_mode_and_its_content() {
+        let (_folder, target, _) = linked();
+        fs::set_permissions(&target, Permissions::from_mode(0o640)).unwrap();
+        append_or_create(&target).unwrap().write_all(b" and more").unwrap();
+        assert_eq!(fs::read_to_string(&target).unwrap(), "precious and more");
+        assert_eq!(fs::metadata(&target).unwrap().permissions().mode() & 0o777, 0o640);
+    }
+
+    #[test]
+    fn what_a_killed_process_left_does_not_keep_a_file_from_being_replaced() {
+        let (_folder, target, link) = linked();
+        symlink(&link, with_suffix(&target, ".new")).unwrap();
+        replace(&target, b"new").unwrap();
+        assert_eq!(fs::read_to_string(&target).unwrap(), "new");
+    }
+}

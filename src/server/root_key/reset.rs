@@ -1,0 +1,399 @@
+//! `keyward root-key reset`: revokes the root key, finds what descends from it, and creates a new one.
+//!
+//! The new root key is the last thing that is recorded. Until then the newest root key is the lost one, so the same
+//! command finishes a reset that was broken off.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    sync::Arc,
+};
+
+use anyhow::bail;
+
+use super::{KeptToken, create_file};
+use crate::{
+    clock::{Clock, Entropy},
+    config::server::{RootKeyArgs, Settings},
+    domain::{
+        key::{Key, Owner, Revocation, RevokeReason, State},
+        lineage::{Deed, Link, descendants, suspect_since},
+        log::{Action, Actor, Change, LogRow},
+        name::{AccountId, EnvironmentName, KeyId, KeyName},
+        time::Timestamp,
+        token::Token,
+    },
+    keys,
+    replication::propagation::Incomplete,
+    server::replicas::Place,
+    store::{self, KeyFilter, LogFilter, OwnerFilter, ReadSet, Rejection, Store, Write},
+};
+
+const METHOD: &str = "keyward root-key reset";
+const PAGE: u32 = 1000;
+/// How often the descendants are looked for. On PostgreSQL servers run, and a descendant may create another key before
+/// its own revocation is in force.
+const ROUNDS: u32 = 16;
+
+/// What gives rights to somebody, except for creating and rotating keys.
+const GIVES_RIGHTS: [Action; 8] = [
+    Action::KeyUpdated,
+    Action::KeyEnabled,
+    Action::RolePut,
+    Action::RoleDeleted,
+    Action::MemberPut,
+    Action::AccountCreated,
+    Action::AccountUpdated,
+    Action::AccountResumed,
+];
+
+/// What a reset has done, and what it has found.
+#[derive(Debug)]
+pub struct Reset {
+    /// The new root key's token, unless it went to a file.
+    pub token: Option<Token>,
+    /// The lost root key.
+    pub lost: KeyId,
+    /// The root keys from before it.
+    pub earlier: Vec<KeyId>,
+    /// The keys that descend from the lost one and were not revoked before.
+    pub descendants: Vec<Descendant>,
+    /// Whether the descendants are revoked now.
+    pub revoked: bool,
+    /// What else the lost key and its descendants have given, oldest first.
+    pub changes: Vec<RightsChange>,
+    /// Why the revocations may not be in force on every replica yet.
+    pub unconfirmed: Option<String>,
+}
+
+/// A key that descends from the lost root key.
+#[derive(Clone, Debug)]
+pub struct Descendant {
+    /// Its owner.
+    pub owner: Owner,
+    /// Its environment.
+    pub environment: EnvironmentName,
+    /// Its name.
+    pub name: Option<KeyName>,
+    /// When it was created.
+    pub created_at: Timestamp,
+    /// How it descends.
+    pub link: Link,
+}
+
+/// A change that the lost key or a descendant has made, and that a revocation does not undo.
+#[derive(Clone, Debug)]
+pub struct RightsChange {
+    /// Its entry in the log.
+    pub entry: LogRow,
+    /// The role that was changed or given.
+    pub role: Option<String>,
+}
+
+/// Revokes the root key, and its descendants if the arguments ask for it; then creates a new root key. Servers may run
+/// on a PostgreSQL database meanwhile; an SQLite file must belong to no running server.
+///
+/// # Errors
+/// When the store does not open or is new, `--lost` names no root key, or the new token cannot be written. What was
+/// revoked stays so; the same call finishes.
+pub async fn reset_root_key(
+    settings: &Settings,
+    args: &RootKeyArgs,
+    clock: Arc<dyn Clock>,
+    entropy: &dyn Entropy,
+) -> anyhow::Result<Reset> {
+    let store = store::open(&settings.database).await?;
+    let place = Place::on(&store, Arc::default(), clock.clone());
+    let resetting = Resetting { store: &*store, clock: &*clock, place };
+    let done = resetting.run(settings, args, entropy).await;
+    store.close().await;
+    done
+}
+
+struct Resetting<'a> {
+    store: &'a dyn Store,
+    clock: &'a dyn Clock,
+    place: Place,
+}
+
+impl Resetting<'_> {
+    async fn run(
+        &self,
+        settings: &Settings,
+        args: &RootKeyArgs,
+        entropy: &dyn Entropy,
+    ) -> anyhow::Result<Reset> {
+        let mut roots: Vec<_> = self.root_keys().await?.iter().map(|key| key.id).collect();
+        roots.sort();
+        let Some(newest) = roots.pop() else {
+            bail!(
+                "this database is new and has no root key yet; 'keyward serve' makes one at its first start"
+            );
+        };
+        let lost = args.lost.unwrap_or(newest);
+        if lost != newest && !roots.contains(&lost) {
+            let known: Vec<_> = roots.iter().chain([&newest]).map(KeyId::to_string).collect();
+            bail!("--lost {lost} is no root key of this database; its root keys are {}", known.join(", "));
+        }
+        if let Some(file) = &settings.root_key_file {
+            // A file that cannot be created must show before anything is revoked.
+            create_file(file)?;
+            std::fs::remove_file(file)?;
+        }
+        self.revoke_roots(None).await?;
+        let revoked = args.revoke_descendants;
+        let (family, descendants) = if revoked {
+            self.revoke_descendants(lost).await?
+        } else {
+            let family = self.family(lost).await?;
+            let living = self.living(&family).await?;
+            (family, living)
+        };
+        let changes = self.changes(lost, &family).await?;
+        let (new, token) = self.create_root(settings, entropy).await?;
+        // From here on nothing may keep the token from its reader.
+        let unconfirmed = self.confirm(new).await.unwrap_or_else(|error| Some(format!("{error:#}")));
+        let earlier = roots.into_iter().filter(|root| *root != lost).collect();
+        Ok(Reset { token, lost, earlier, descendants, revoked, changes, unconfirmed })
+    }
+
+    /// Creates and records the new root key. Gives its id, and its token unless that went to a file.
+    async fn create_root(
+        &self,
+        settings: &Settings,
+        entropy: &dyn Entropy,
+    ) -> anyhow::Result<(Option<KeyId>, Option<Token>)> {
+        let mut root = keys::root::root_key(self.clock, entropy, &settings.keys, METHOD)?;
+        let kept = KeptToken::keep(settings.root_key_file.as_deref(), &root.token)?;
+        loop {
+            let write = std::slice::from_ref(&root.write);
+            let committed = self.store.commit(write).await.inspect_err(|error| kept.discard_after(error))?;
+            match committed.outcomes.first() {
+                Some(Ok(_)) => break,
+                // Another key of the operator account is called "root".
+                Some(Err(Rejection::NameTaken)) if root.take_name() => {}
+                other => {
+                    kept.discard();
+                    bail!("the root key was not recorded: {other:?}; run the command again");
+                }
+            }
+        }
+        let token = settings.root_key_file.is_none().then_some(root.token);
+        Ok((root.write.change.key_id(), token))
+    }
+
+    /// Sees that nothing else counts. Gives why that is not certain.
+    async fn confirm(&self, new: Option<KeyId>) -> anyhow::Result<Option<String>> {
+        // Of two resets that ran side by side, the newest root key stays.
+        self.revoke_roots(new).await?;
+        Ok(self.in_force().await?.err().map(words))
+    }
+
+    /// Every root key, revoked ones included.
+    async fn root_keys(&self) -> anyhow::Result<Vec<Key>> {
+        let mut roots = Vec::new();
+        self.each_key(OwnerFilter::Account(AccountId::operator()), |key| {
+            // Whatever it is called by now: nothing else is made by the system.
+            if key.created_by == Actor::SYSTEM.to_string() {
+                roots.push(key);
+            }
+        })
+        .await?;
+        Ok(roots)
+    }
+
+    /// Revokes every root key, or those that are older than one.
+    async fn revoke_roots(&self, older_than: Option<KeyId>) -> anyhow::Result<()> {
+        loop {
+            let roots = self.root_keys().await?;
+            let is_older = |key: &Key| older_than.is_none_or(|new| key.id < new);
+            let living = roots.into_iter().filter(|key| is_older(key) && key.revocation.is_none());
+            let comment = "replaced by root-key reset";
+            let batch: Vec<_> =
+                living.map(|key| self.revocation(key, RevokeReason::Superseded, comment)).collect();
+            // A running server may change one meanwhile.
+            if batch.is_empty() || self.store.commit(&batch).await?.outcomes.iter().all(Result::is_ok) {
+                return Ok(());
+            }
+        }
+    }
+
+    /// The descendants of a key, revoked ones included.
+    async fn family(&self, lost: KeyId) -> anyhow::Result<HashMap<KeyId, Link>> {
+        Ok(descendants(&[lost], &self.links().await?))
+    }
+
+    /// Revokes the descendants of a key until none is left. Gives all of them, and those that it has revoked.
+    async fn revoke_descendants(
+        &self,
+        lost: KeyId,
+    ) -> anyhow::Result<(HashMap<KeyId, Link>, Vec<Descendant>)> {
+        let comment = format!("descends from the root key {lost}, which root-key reset replaced");
+        let mut revoked = BTreeMap::new();
+        for _ in 0..ROUNDS {
+            let family = self.family(lost).await?;
+            let living = self.living(&family).await?;
+            if living.is_empty() {
+                return Ok((family, revoked.into_values().collect()));
+            }
+            for part in living.chunks(PAGE as usize) {
+                let ids: Vec<_> = part.iter().map(|found| found.link.child).collect();
+                let keys = self.living_keys(&ids).await?;
+                let batch: Vec<_> =
+                    keys.map(|key| self.revocation(key, RevokeReason::Compromised, &comment)).collect();
+                // A key that a running server changes meanwhile is found again in the next round.
+                self.store.commit(&batch).await?;
+            }
+            revoked.extend(living.into_iter().map(|found| (found.link.child, found)));
+            // From then on these create nothing. If that is not certain, the report of the reset has the reason.
+            let _ = self.in_force().await?;
+        }
+        bail!(
+            "{} descendants of the root key {lost} are revoked, and others are created all the time: stop the servers, \
+             then run the command again",
+            revoked.len()
+        )
+    }
+
+    /// Every creation and every rotation of a key by a key.
+    async fn links(&self) -> anyhow::Result<Vec<Link>> {
+        let mut links = Vec::new();
+        for owner in [OwnerFilter::AllButOperators, OwnerFilter::Account(AccountId::operator())] {
+            self.each_key(owner, |key| {
+                let by = KeyId::parse(&key.created_by).ok();
+                let link = |by| Link { child: key.id, by, deed: Deed::Created, at: key.created_at };
+                links.extend(by.map(link));
+            })
+            .await?;
+        }
+        self.each_entry(Action::KeyRotated, |row| {
+            let by = KeyId::parse(&row.actor).ok();
+            let link = |(child, by)| Link { child, by, deed: Deed::Rotated, at: row.at };
+            // A key that rotates itself stays whose it was.
+            links.extend(row.key_id.zip(by).filter(|(child, by)| child != by).map(link));
+        })
+        .await?;
+        Ok(links)
+    }
+
+    /// Those that are not revoked.
+    async fn living(&self, family: &HashMap<KeyId, Link>) -> anyhow::Result<Vec<Descendant>> {
+        let mut ids: Vec<_> = family.keys().copied().collect();
+        ids.sort();
+        let mut living = Vec::new();
+        for part in ids.chunks(PAGE as usize) {
+            living.extend(self.living_keys(part).await?.filter_map(|key| {
+                let Key { owner, environment, created_at, .. } = key;
+                Some(Descendant {
+                    owner,
+                    environment,
+                    name: key.terms.name,
+                    created_at,
+                    link: *family.get(&key.id)?,
+                })
+            }));
+        }
+        Ok(living)
+    }
+
+    async fn living_keys(&self, ids: &[KeyId]) -> anyhow::Result<impl Iterator<Item = Key> + use<>> {
+        let keys = self.store.keys_at(ids).await?.into_iter().map(|stored| stored.key);
+        Ok(keys.filter(|key| key.revocation.is_none()))
+    }
+
+    /// What the lost key and its descendants have given to others than each other.
+    async fn changes(&self, lost: KeyId, links: &HashMap<KeyId, Link>) -> anyhow::Result<Vec<RightsChange>> {
+        let lost = lost.to_string();
+        let since: HashMap<String, Timestamp> =
+            links.iter().map(|(id, link)| (id.to_string(), suspect_since(link))).collect();
+        let family: HashSet<_> = links.keys().copied().collect();
+        let mut changes = Vec::new();
+        for action in GIVES_RIGHTS {
+            self.each_entry(action, |entry| {
+                let by_family =
+                    entry.actor == lost || since.get(&entry.actor).is_some_and(|since| entry.at >= *since);
+                if by_family && entry.key_id.is_none_or(|about| !family.contains(&about)) {
+                    changes.push(RightsChange { role: role(&entry), entry });
+                }
+            })
+            .await?;
+        }
+        changes.sort_by_key(|change| change.entry.revision);
+        Ok(changes)
+    }
+
+    async fn each_key(&self, owner: OwnerFilter, mut take: impl FnMut(Key)) -> anyhow::Result<()> {
+        let filter = KeyFilter {
+            owner,
+            environment: None,
+            states: Vec::<State>::new(),
+            name_prefix: String::new(),
+            unused_since: None,
+            expires_before: None,
+            created_before: None,
+            now: self.clock.now(),
+        };
+        let mut before = None;
+        loop {
+            let page = self.store.keys(&filter, before, PAGE).await?;
+            let Some(last) = page.last() else { return Ok(()) };
+            before = Some(last.key.id);
+            page.into_iter().for_each(|stored| take(stored.key));
+        }
+    }
+
+    async fn each_entry(&self, action: Action, mut take: impl FnMut(LogRow)) -> anyhow::Result<()> {
+        let action = Some(action.as_str().to_owned());
+        let filter = LogFilter { action, oldest_first: true, ..LogFilter::default() };
+        let mut cursor = None;
+        loop {
+            let page = self.store.log(&filter, cursor, PAGE).await?;
+            let Some(last) = page.last() else { return Ok(()) };
+            cursor = Some(last.revision);
+            page.into_iter().for_each(&mut take);
+        }
+    }
+
+    fn revocation(&self, mut key: Key, reason: RevokeReason, comment: &str) -> Write {
+        let now = self.clock.now();
+        let expect = Some(key.revision);
+        key.revocation = Some(Revocation { at: now, reason, comment: comment.to_owned() });
+        key.updated_at = now;
+        Write {
+            change: Change::Key(Arc::new(key)),
+            expect,
+            action: Action::KeyRevoked,
+            actor: Actor::SYSTEM,
+            method: METHOD,
+            at: now,
+            idempotency: None,
+            reads: ReadSet::default(),
+            limits: None,
+        }
+    }
+
+    /// Waits until no running replica can allow what was revoked so far, or gives the reason why that is not known.
+    async fn in_force(&self) -> anyhow::Result<Result<(), Incomplete>> {
+        let revision = self.store.head().await?.revision;
+        Ok(self.place.propagation.wait(revision, false, None).await.map(drop))
+    }
+}
+
+fn words(incomplete: Incomplete) -> String {
+    match incomplete {
+        Incomplete::InTime(report) => {
+            let silent: Vec<_> = report.unconfirmed.into_iter().map(|replica| replica.replica).collect();
+            format!("not confirmed by {}", silent.join(", "))
+        }
+        Incomplete::Lost(revision) => format!("the database has lost revision {revision}"),
+        Incomplete::Unanswered | Incomplete::Stopping(_) => "the database did not answer".to_owned(),
+    }
+}
+
+/// The role that an entry is about, or that it gives to a member.
+fn role(entry: &LogRow) -> Option<String> {
+    match serde_json::from_str(&entry.payload).ok()? {
+        Change::Role(role) | Change::RoleDeleted(role) => Some(role.name.to_string()),
+        Change::Member(member) | Change::MemberRemoved(member) => Some(member.role.to_string()),
+        Change::Key(_) | Change::Account(_) => None,
+    }
+}

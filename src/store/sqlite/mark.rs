@@ -1,0 +1,149 @@
+//! The mark "open" in the header of a database file: it tells a file that lacks its WAL from a whole one.
+//!
+//! The newest changes are in the WAL alone. A copy of the database file, or one whose WAL is lost, is an older state that
+//! looks whole. So while a process owns the file, `user_version` in the header is the owner's term, and 0 in a closed file.
+//! Each version of the first page that the owner writes has the mark, so checkpoints do not take it back.
+//! `application_id` is the newest term, also in a closed file: a WAL that has an older one is not the file's own.
+//!
+//! # What a crash leaves, step by step
+//! | step | in the file | in the WAL | the next start |
+//! |---|---|---|---|
+//! | the file is created, its tables are made | closed, or empty | the tables | goes on; nothing was acknowledged yet |
+//! | the term is committed, with the mark | as before | the term and the mark | goes on with the WAL |
+//! | the WAL is copied into the file | open, partly copied | everything | goes on with the WAL |
+//! | the file is synced: the first change may come | open | all frames, copied | goes on with the WAL |
+//! | changes, checkpoints | open | a header at least, the newest changes | goes on with the WAL |
+//! | close: all is copied, the mark is taken back by a commit | open | the commit | goes on with the WAL |
+//! | close: the commit is copied and synced | closed | the same | goes on |
+//! | close: the WAL is removed | closed | - | goes on |
+//!
+//! Without its WAL a file is refused in each row where it is open, and only there: in all others it holds everything that
+//! was acknowledged. A checkpoint never shortens the WAL, and only the close removes it: connections that write do not
+//! checkpoint when they are closed (`connection.rs`), the others cannot write.
+
+use std::{fs::File, io, os::unix::fs::FileExt as _, path::Path};
+
+use rusqlite::{Connection, config::DbConfig};
+
+use crate::{private_file::with_suffix, store::OpenError};
+
+use super::connection::{Result, unavailable};
+
+/// What the first bytes of an SQLite file are.
+const MAGIC: &[u8] = b"SQLite format 3\0";
+/// Where SQLite's header has `user_version` and `application_id`.
+const USER_VERSION: usize = 60;
+const APPLICATION_ID: usize = 68;
+const HEADER: usize = 100;
+/// The size of a WAL's header. SQLite writes it before any frame, and never without.
+const WAL_HEADER: u64 = 32;
+
+/// What a file says of its owner.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Mark {
+    /// The term of the owner that has it open; 0 = it is closed.
+    pub(super) open: u32,
+    /// The newest term that it has had.
+    newest: u32,
+}
+
+impl Mark {
+    /// The mark of a new file, and of one from before there were marks.
+    const NONE: Mark = Mark { open: 0, newest: 0 };
+
+    /// Reads the mark of the file alone, without its WAL. `None` = the file does not begin like a database.
+    pub(super) fn in_file(file: &File) -> io::Result<Option<Mark>> {
+        let mut header = [0; HEADER];
+        match file.read_exact_at(&mut header, 0) {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+            read => read?,
+        }
+        let number = |at: usize| header[at..].first_chunk().map_or(0, |bytes| u32::from_be_bytes(*bytes));
+        let mark = Mark { open: number(USER_VERSION), newest: number(APPLICATION_ID) };
+        Ok(header.starts_with(MAGIC).then_some(mark))
+    }
+
+    /// Reads the mark as the WAL has it.
+    fn in_wal(connection: &Connection) -> Result<Mark> {
+        let number = |name| connection.pragma_query_value(None, name, |row| row.get::<_, i32>(0));
+        Ok(Mark {
+            open: number("user_version")?.cast_unsigned(),
+            newest: number("application_id")?.cast_unsigned(),
+        })
+    }
+}
+
+/// A term as the header keeps it, which has 31 bits of room.
+pub(super) fn number(term: i64) -> u32 {
+    u32::try_from(term.rem_euclid(i64::from(i32::MAX))).unwrap_or(0).max(1)
+}
+
+/// Whether a database file has the WAL that it needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wal {
+    /// The file is closed, or its WAL is there.
+    Whole,
+    /// The file is open, and its WAL is not there.
+    Lost,
+    /// The file is closed, and a WAL is there all the same: nothing acknowledged is in it. A start that was killed left it
+    /// there, or it is another file's.
+    Spare,
+}
+
+/// Looks for the WAL that a file needs, before SQLite opens the file. `shown` names it in errors.
+pub(super) fn look(shown: &str, real: &Path, file: &File) -> std::result::Result<Wal, OpenError> {
+    let other = |error: io::Error| OpenError::Other { path: shown.to_owned(), source: error.into() };
+    // The WAL first: an owner that closes the file takes the mark back before it removes the WAL.
+    let wal = match std::fs::metadata(wal_of(real)) {
+        Ok(found) => found.len() >= WAL_HEADER,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => false,
+        Err(error) => return Err(other(error)),
+    };
+    let mark = Mark::in_file(file).map_err(other)?;
+    if wal && file.metadata().map_err(other)?.len() == 0 {
+        // SQLite takes an empty file for a new database, and removes the WAL.
+        return Err(OpenError::WithoutDatabase { path: shown.to_owned() });
+    }
+    Ok(match (mark.unwrap_or(Mark::NONE), wal) {
+        (Mark { open: 1.., .. }, false) => Wal::Lost,
+        // A file from before there were marks may need its WAL.
+        (Mark { open: 0, newest: 1.. }, true) => Wal::Spare,
+        _ => Wal::Whole,
+    })
+}
+
+/// The name of a file's WAL.
+pub(super) fn wal_of(real: &Path) -> std::path::PathBuf {
+    with_suffix(real, "-wal")
+}
+
+/// Whether the WAL that SQLite has found is the file's own, as far as the marks tell.
+pub(super) fn is_own_wal(connection: &Connection, file: &File) -> Result<bool> {
+    let in_file = Mark::in_file(file).map_err(unavailable)?;
+    let in_file = in_file.unwrap_or(Mark::NONE);
+    let in_wal = Mark::in_wal(connection)?;
+    let older = in_wal.newest < in_file.newest;
+    // Whatever opened a closed file did so in a newer term.
+    let reopened = in_file.open == 0 && in_wal.open != 0 && in_wal.newest <= in_file.newest;
+    Ok(!older && !reopened)
+}
+
+/// Sets the mark, in the transaction that takes the term.
+pub(super) fn set(connection: &Connection, mark: u32) -> Result<()> {
+    connection.pragma_update(None, "user_version", mark)?;
+    connection.pragma_update(None, "application_id", mark)?;
+    Ok(())
+}
+
+/// Copies the whole WAL into the file, and syncs that. False = a reader of an older state is in the way.
+pub(super) fn copy_wal(connection: &Connection) -> Result<bool> {
+    let busy = connection.query_row("PRAGMA wal_checkpoint(FULL)", [], |row| row.get::<_, i64>(0))?;
+    Ok(busy == 0)
+}
+
+/// Takes the mark back, and has the close of this connection, the last one, copy and remove the WAL.
+pub(super) fn clear(connection: &Connection) -> Result<()> {
+    connection.pragma_update(None, "user_version", 0)?;
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, false)?;
+    Ok(())
+}

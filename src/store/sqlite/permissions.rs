@@ -1,0 +1,81 @@
+//! Refuses a database that every user of the machine can change, and warns of one that a group can change.
+//!
+//! Write access to the file is enough to plant keys, and write access to its folder to put another file in its place.
+
+use std::{
+    fs::{self, Metadata},
+    io::{self, ErrorKind},
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _},
+    path::Path,
+};
+
+use crate::{
+    private_file::{folder_of, with_suffix},
+    store::OpenError,
+};
+
+const ALL_WRITE: u32 = 0o002;
+const GROUP_WRITES: u32 = 0o020;
+/// In such a folder, users can rename and remove only what belongs to them.
+const STICKY: u32 = 0o1000;
+
+/// Checks the file at `real`, which is no symbolic link, the files that SQLite keeps beside it, and its folder.
+pub(super) fn check(real: &Path) -> Result<(), OpenError> {
+    let refusal =
+        |what: String, fix| OpenError::Unsuitable { database: real.display().to_string(), what, fix };
+    let other =
+        |error: io::Error| OpenError::Other { path: real.display().to_string(), source: error.into() };
+    let database = fs::metadata(real).map_err(other)?;
+    let folder = fs::metadata(folder_of(real)).map_err(other)?;
+    let beside = ["-wal", "-shm", "-journal"].map(|suffix| with_suffix(real, suffix));
+    for file in [real].into_iter().chain(beside.iter().map(AsRef::as_ref)) {
+        let found = match fs::symlink_metadata(file) {
+            Err(error) if error.kind() == ErrorKind::NotFound => continue,
+            found => found.map_err(other)?,
+        };
+        if found.is_symlink() {
+            let what = format!("{} is a symbolic link", file.display());
+            return Err(refusal(what, "Remove the link: SQLite keeps a regular file there"));
+        }
+        if has(&found, ALL_WRITE) {
+            let what = format!("every user of this machine can change {} ({})", file.display(), mode(&found));
+            return Err(refusal(
+                what,
+                "Run chmod 600 on it, start, and run 'keyward audit verify': a key may be planted",
+            ));
+        }
+        if found.uid() != database.uid() {
+            let what = format!("{} belongs to another user than the database", file.display());
+            return Err(refusal(
+                what,
+                "Give it to the database's user if a server of yours has left it; otherwise remove it",
+            ));
+        }
+    }
+    if has(&folder, ALL_WRITE) && !has(&folder, STICKY) {
+        let what = format!("every user of this machine can replace it: its folder has {}", mode(&folder));
+        return Err(refusal(
+            what,
+            "Run chmod o-w on the folder, or move the database into a separate folder with mode 0700",
+        ));
+    }
+    for (found, what) in [(&database, "file"), (&folder, "folder")] {
+        if has(found, GROUP_WRITES) && !has(found, STICKY) {
+            tracing::warn!(
+                path = %real.display(),
+                what,
+                mode = mode(found),
+                "a group can change the database: run chmod g-w unless each of its members may plant keys"
+            );
+        }
+    }
+    Ok(())
+}
+
+fn has(found: &Metadata, right: u32) -> bool {
+    found.permissions().mode() & right != 0
+}
+
+fn mode(found: &Metadata) -> String {
+    format!("mode {:04o}", found.permissions().mode() & 0o7777)
+}

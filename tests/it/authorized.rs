@@ -1,0 +1,335 @@
+//! A call is authorized when it is committed or answered, and not only when it came: what a caller or its rights have
+//! become meanwhile counts, however the calls race and however slowly a request arrives.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::TcpStream,
+};
+
+use bytes::Bytes;
+use futures_util::stream;
+use keyward::{
+    grpc::rpc::{Access, Plane, TABLE},
+    pb,
+};
+use tokio::{sync::oneshot, task::JoinHandle};
+use tonic::{Code, Status};
+
+use crate::{
+    process::{PATIENCE, wait_for},
+    support::{Client, HOUR, Made, check, reason, refused, seconds, service_key, texts, user_key},
+};
+
+use super::Server;
+
+// ---- races ----
+
+const ROUNDS: u32 = 25;
+
+fn with_role(role: &str) -> pb::CreateKeyRequest {
+    pb::CreateKeyRequest { roles: texts(&[role]), ..service_key("acme", &[]) }
+}
+
+async fn delete_role(client: &Client, role: &str) -> Result<(), Status> {
+    let request = pb::DeleteRoleRequest { account: "acme".to_owned(), name: role.to_owned() };
+    client.accounts().delete_role(request).await.map(drop)
+}
+
+/// Whether a token may do what only the global roles of these tests allow, in acme.
+async fn is_wide(server: &Server, token: &str) -> bool {
+    let question = pb::CheckRequest { account: Some("acme".to_owned()), ..check(token, "billing:write") };
+    server.root().check(question).await.unwrap().allowed
+}
+
+/// A manager of acme that holds monitors, and a role of acme with its name taken before the global one is made, which
+/// is wider.
+async fn squatting(server: &Server, manager: &Client, round: u32) -> String {
+    let role = format!("admin-{round}");
+    manager.put_role("acme", &role, &["monitors:read"]).await.unwrap();
+    server.root().put_role("", &role, &["*", "keyward:*"]).await.unwrap();
+    role
+}
+
+async fn manager_of(server: &Server) -> Client {
+    server.caller("acme", &["monitors:*", "keyward:keys:*", "keyward:accounts:*"]).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_role_that_a_deletion_reveals_gives_a_new_key_nothing_beyond_its_maker() {
+    let server = Server::with_accounts().await;
+    let manager = manager_of(&server).await;
+    for round in 0..ROUNDS {
+        let role = squatting(&server, &manager, round).await;
+        let (deleted, made) = tokio::join!(delete_role(&manager, &role), manager.create(with_role(&role)));
+        match (deleted, made) {
+            (Ok(()), Err(status)) => {
+                drop(refused(Err::<(), _>(status), Code::PermissionDenied, "GRANT_BEYOND_CALLER"))
+            }
+            (Err(status), Ok(made)) => {
+                refused(Err::<(), _>(status), Code::FailedPrecondition, "ROLE_IN_USE");
+                assert!(!is_wide(&server, &made.token).await, "round {round}");
+            }
+            (deleted, made) => panic!("round {round}: {deleted:?} {:?}", made.map(|made| made.key)),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_role_that_a_deletion_reveals_gives_a_member_nothing_beyond_the_manager() {
+    let server = Server::with_accounts().await;
+    let manager = manager_of(&server).await;
+    let anns = server.make(user_key("ann", &["all"])).await;
+    server.root().put_role("acme", "reader", &["monitors:read"]).await.unwrap();
+    for round in 0..ROUNDS {
+        let role = squatting(&server, &manager, round).await;
+        let (deleted, put) =
+            tokio::join!(delete_role(&manager, &role), manager.put_member("acme", "ann", &role));
+        assert!(deleted.is_err() || put.is_err(), "round {round}: the role is gone and given");
+        assert!(!is_wide(&server, &anns.token).await, "round {round}");
+        manager.put_member("acme", "ann", "reader").await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_role_that_a_deletion_reveals_gives_a_changed_key_nothing_beyond_its_manager() {
+    let server = Server::with_accounts().await;
+    let manager = manager_of(&server).await;
+    let made = manager.make(service_key("acme", &["monitors:read"])).await;
+    for round in 0..ROUNDS {
+        let role = squatting(&server, &manager, round).await;
+        let wanted = pb::Key { roles: texts(&[&role]), ..made.key.clone() };
+        let (deleted, changed) =
+            tokio::join!(delete_role(&manager, &role), manager.update(&wanted, &["roles"]));
+        assert!(deleted.is_err() || changed.is_err(), "round {round}: the role is gone and given");
+        assert!(!is_wide(&server, &made.token).await, "round {round}");
+        manager.update(&made.key, &["roles"]).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_whose_authorization_moved_and_still_holds_is_made() {
+    let server = Server::with_accounts().await;
+    let (root, manager) = (server.root(), manager_of(&server).await);
+    for round in 0..ROUNDS {
+        let rename = pb::UpdateAccountRequest {
+            id: "acme".to_owned(),
+            name: Some(format!("Acme {round}")),
+            ..Default::default()
+        };
+        let (mut accounts, role) = (root.accounts(), format!("reader-{round}"));
+        let (renamed, put, made) = tokio::join!(
+            accounts.update(rename),
+            manager.put_role("acme", &role, &["monitors:read"]),
+            manager.create(service_key("acme", &["monitors:read"])),
+        );
+        renamed.unwrap();
+        put.unwrap();
+        made.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_that_is_revoked_makes_nothing_after_that_has_returned() {
+    let server = Server::with_accounts().await;
+    let root = server.root();
+    for round in 0..ROUNDS {
+        let made = server.make(service_key("acme", &["monitors:*", "keyward:keys:*"])).await;
+        let (thief, racing) = (server.holder(&made.token), server.holder(&made.token));
+        let making = tokio::spawn(async move {
+            let mut newest = 0;
+            while let Ok(made) = thief.create(service_key("acme", &["monitors:read"])).await {
+                newest = newest.max(made.revision);
+            }
+            newest
+        });
+        racing.make(service_key("acme", &["monitors:read"])).await;
+        let revoked = root.revoke(&made.id).await.unwrap().revision;
+        assert!(making.await.unwrap() < revoked, "round {round}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bulk_revocation_ends_the_callers_own_key_after_all_others() {
+    let server = Server::with_accounts().await;
+    let before = server.make(service_key("acme", &["a"])).await;
+    server.advance(1);
+    let made = server.make(service_key("acme", &["keyward:keys:*"])).await;
+    server.advance(1);
+    let after = server.make(service_key("acme", &["a"])).await;
+    let all = pb::BulkRevokeKeysRequest { account: "acme".to_owned(), ..Default::default() };
+    let answer = server.holder(&made.token).keys().bulk_revoke(all).await.unwrap().into_inner();
+    let ids: Vec<_> =
+        answer.keys.iter().map(|key| (key.key.as_ref().unwrap().id.as_str(), key.revoked)).collect();
+    assert_eq!(ids, [(&*after.id, true), (&*made.id, true), (&*before.id, true)]);
+    let last = answer.keys.iter().map(|key| key.key.as_ref().unwrap().revision).max().unwrap();
+    assert_eq!(answer.keys[1].key.as_ref().unwrap().revision, last);
+}
+
+// ---- requests that arrive slowly ----
+
+/// A call whose headers have come, and its body not.
+struct Waiting {
+    body: oneshot::Sender<Bytes>,
+    answer: JoinHandle<Result<Bytes, Status>>,
+}
+
+impl Waiting {
+    async fn finish(self, message: impl prost::Message) -> Result<Bytes, Status> {
+        self.body.send(message.encode_to_vec().into()).unwrap();
+        tokio::time::timeout(PATIENCE, self.answer).await.unwrap().unwrap()
+    }
+}
+
+/// How many calls of management the server has begun.
+fn begun(server: &Server) -> u64 {
+    let mut stream = TcpStream::connect(server.running().admin_address).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    write!(stream, "GET /metrics HTTP/1.1\r\nhost: keyward\r\nconnection: close\r\n\r\n").unwrap();
+    let mut page = String::new();
+    stream.read_to_string(&mut page).unwrap();
+    let lines = page
+        .lines()
+        .filter(|line| line.starts_with("grpc_server_started_total{") && !line.contains("AuthzService"));
+    lines.map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap()).sum()
+}
+
+/// Begins calls by these methods, and returns when the server has let all of them in.
+async fn begin(server: &Server, caller: &Client, methods: &[&str]) -> Vec<Waiting> {
+    let before = begun(server);
+    let calls: Vec<_> = methods
+        .iter()
+        .map(|method| {
+            let (body, message) = oneshot::channel::<Bytes>();
+            let message = stream::unfold(Some(message), async |message| Some((message?.await.ok()?, None)));
+            let (caller, method) = (caller.clone(), (*method).to_owned());
+            let answer = tokio::spawn(async move { caller.call_slowly(&method, Box::pin(message)).await });
+            Waiting { body, answer }
+        })
+        .collect();
+    let wanted = before + methods.len() as u64;
+    tokio::task::block_in_place(|| {
+        wait_for("the calls to be begun", || (begun(server) >= wanted).then_some(()));
+    });
+    // Calls of one connection are let in on one thread, in the order in which they come.
+    server.root().who_am_i().await.unwrap();
+    calls
+}
+
+/// What may happen to a caller while its request arrives.
+type End = (&'static str, Code);
+
+const ENDS: [End; 7] = [
+    ("revoked", Code::Unauthenticated),
+    ("disabled", Code::Unauthenticated),
+    ("expired", Code::Unauthenticated),
+    ("suspended", Code::Unauthenticated),
+    ("removed", Code::Unauthenticated),
+    ("rotated", Code::Unauthenticated),
+    ("narrowed", Code::PermissionDenied),
+];
+
+/// A caller that can make and list keys in acme: a service key, or, where its membership is to end, a user's.
+async fn caller_to_end(server: &Server, end: &str) -> (Made, Client) {
+    let scopes = ["monitors:*", "keyward:keys:*"];
+    if end == "removed" {
+        server.root().put_member("acme", "ann", "owner").await.unwrap();
+        let made = server.make(user_key("ann", &scopes)).await;
+        let caller = server.holder(&made.token).with_header("x-keyward-account", "acme");
+        return (made, caller);
+    }
+    let ttl = (end == "expired").then(|| seconds(HOUR));
+    let made = server.make(pb::CreateKeyRequest { ttl, ..service_key("acme", &scopes) }).await;
+    let caller = server.holder(&made.token);
+    (made, caller)
+}
+
+async fn end_rights(server: &Server, end: &str, made: &Made) {
+    let root = server.root();
+    match end {
+        "revoked" => drop(root.revoke(&made.id).await.unwrap()),
+        "disabled" => drop(root.disable(&made.id).await.unwrap()),
+        "expired" => server.advance(HOUR),
+        "suspended" => drop(root.suspend("acme").await.unwrap()),
+        "rotated" => drop(root.rotate(&made.id, 0).await.unwrap()),
+        "removed" => {
+            let request = pb::RemoveMemberRequest { account: "acme".to_owned(), user: "ann".to_owned() };
+            root.accounts().remove_member(request).await.unwrap();
+        }
+        _ => {
+            let narrowed = pb::Key { scopes: texts(&["monitors:read"]), ..made.key.clone() };
+            root.update(&narrowed, &["scopes"]).await.unwrap();
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_caller_whose_rights_end_while_its_request_arrives_changes_and_reads_nothing() {
+    let server = Server::with_accounts().await;
+    let root = server.root();
+    root.put_role("acme", "owner", &["all", "keyward:keys:*"]).await.unwrap();
+    for (end, code) in ENDS {
+        let (made, caller) = caller_to_end(&server, end).await;
+        let methods = ["keyward.v1.KeyService/Create", "keyward.v1.KeyService/List"];
+        let [create, list] = begin(&server, &caller, &methods).await.try_into().ok().unwrap();
+        end_rights(&server, end, &made).await;
+        let head = root.verify().await.head;
+        let request = service_key("acme", &["monitors:read"]);
+        for refusal in [create.finish(request).await, list.finish(pb::ListKeysRequest::default()).await] {
+            let status = refusal.expect_err(end);
+            let expected =
+                if code == Code::PermissionDenied { "PERMISSION_MISSING" } else { "CALLER_REVOKED" };
+            assert_eq!((status.code(), reason(&status).as_str()), (code, expected), "{end}");
+        }
+        assert_eq!(root.verify().await.head, head, "{end}: nothing is recorded");
+        root.resume("acme").await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_management_call_is_refused_whose_caller_is_revoked_while_its_request_arrives() {
+    let server = Server::with_accounts().await;
+    let methods: Vec<_> = TABLE
+        .iter()
+        .filter(|rpc| rpc.plane == Plane::Management && rpc.access != Access::Possession)
+        .map(|rpc| rpc.method)
+        .collect();
+    let made = server.make(service_key("keyward", &["keyward:*"])).await;
+    let calls = begin(&server, &server.holder(&made.token), &methods).await;
+    server.root().revoke(&made.id).await.unwrap();
+    for (method, call) in methods.iter().zip(calls) {
+        let status = call.finish(()).await.expect_err(method);
+        assert_eq!(
+            (status.code(), reason(&status).as_str()),
+            (Code::Unauthenticated, "CALLER_REVOKED"),
+            "{method}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_that_is_replaced_while_its_request_arrives_revokes_nothing() {
+    let server = Server::with_accounts().await;
+    let made = server.make(service_key("acme", &["monitors:read"])).await;
+    let [call] = begin(&server, &server.holder(&made.token), &["keyward.v1.KeyService/RevokeSelf"])
+        .await
+        .try_into()
+        .ok()
+        .unwrap();
+    let new = server.root().rotate(&made.id, 0).await.unwrap().token;
+    refused(call.finish(()).await, Code::Unauthenticated, "CALLER_REVOKED");
+    assert_eq!(server.root().reason(&new).await, pb::Reason::Ok);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_that_is_judged_again_is_charged_once() {
+    let server = Server::with_accounts().await;
+    let limited = pb::CreateKeyRequest {
+        rate_limits: vec![pb::RateLimit { name: "calls".into(), limit: 3, window: Some(seconds(60)) }],
+        ..service_key("acme", &["keyward:keys:read"])
+    };
+    let caller = server.holder(&server.make(limited).await.token);
+    for _ in 0..3 {
+        caller.list(pb::ListKeysRequest::default()).await.unwrap();
+    }
+    refused(caller.who_am_i().await, Code::ResourceExhausted, "CALLER_LIMITED");
+}

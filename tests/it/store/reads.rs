@@ -1,0 +1,163 @@
+//! The read set of a change: what was read to authorize it is expected in its transaction, each record by its place.
+
+use std::sync::Arc;
+
+use keyward::{
+    domain::{
+        account::Account,
+        log::Change,
+        name::{IdempotencyKey, RoleName, UserId},
+        time::{Revision, Timestamp},
+    },
+    store::{
+        Idempotency, Outcome, Place, ReadSet, Rejection, Seen, Write,
+        writer::{Follower, WriteError, Writer},
+    },
+};
+
+use super::*;
+
+fn role_at(account: Option<&str>, name: &str) -> Place {
+    Place::Role(account.map(account_id), RoleName::parse(name).unwrap())
+}
+
+fn member_at(account: &str, user: &str) -> Place {
+    Place::Member(account_id(account), UserId::parse(user).unwrap())
+}
+
+/// A new key that was authorized by this.
+fn authorized_by(reads: &[(Place, Seen)]) -> Write {
+    let mut set = ReadSet::default();
+    reads.iter().for_each(|(place, seen)| set.add(place.clone(), *seen));
+    Write { reads: set, ..create(&key()) }
+}
+
+/// Commits a change and sees that what was authorized before is not made after it.
+async fn moves(store: &Shared, what: &str, place: Place, seen: Seen, change: Write) -> Revision {
+    let before = || authorized_by(&[(role_at(None, "nobody"), Seen::Absent), (place.clone(), seen)]);
+    put(store, before()).await;
+    try_one(store, change).await.unwrap_or_else(|rejection| panic!("{what}: {rejection:?}"));
+    let head = store.head().await.unwrap().revision;
+    assert_eq!(try_one(store, before()).await.unwrap_err(), Rejection::AuthorizationMoved, "{what}");
+    assert_eq!(store.head().await.unwrap().revision, head, "{what}: nothing is recorded");
+    head
+}
+
+pub(super) async fn a_change_is_rejected_after_any_record_has_moved_that_it_was_authorized_by(store: Shared) {
+    let acme = put_account(&store, &account("acme"), None).await;
+    let global = made_role(&store, put_role(&role(None, "admin"))).await;
+
+    // A role in the account that hides the global one: each is a place of its own.
+    let own = role_at(Some("acme"), "admin");
+    let made =
+        moves(&store, "a role appears", own.clone(), Seen::Absent, put_role(&role(Some("acme"), "admin")));
+    let role = Role { revision: made.await, ..role(Some("acme"), "admin") };
+    put(&store, authorized_by(&[(role_at(None, "admin"), Seen::At(global.revision))])).await;
+    let changed =
+        moves(&store, "a role changes", own.clone(), Seen::At(role.revision), put_role(&role)).await;
+    let role = Role { revision: changed, ..role };
+    moves(&store, "a role is deleted", own.clone(), Seen::At(role.revision), delete_role(&role)).await;
+    let again = put_role(&Role { revision: Revision::default(), ..role });
+    moves(&store, "a role is made again", own, Seen::Absent, again).await;
+
+    let place = member_at("acme", "ann");
+    let ann = member("acme", "ann", "admin");
+    let joined = moves(&store, "a member joins", place.clone(), Seen::Absent, put_member(&ann)).await;
+    let ann = Member { revision: joined, ..ann };
+    let changed = moves(&store, "a member changes", place.clone(), Seen::At(joined), put_member(&ann)).await;
+    let ann = Member { revision: changed, ..ann };
+    moves(&store, "a member leaves", place, Seen::At(changed), remove_member(&ann)).await;
+
+    let suspended = Account { suspended_at: Some(at(1)), ..acme.clone() };
+    let suspend = write(Change::Account(Arc::new(suspended)), Some(acme.revision), Action::AccountSuspended);
+    let seen = Seen::At(acme.revision);
+    moves(&store, "an account is suspended", Place::Account(acme.id), seen, suspend).await;
+
+    let caller = put(&store, create(&key())).await;
+    let seen = Seen::UnchangedSince(store.head().await.unwrap().revision);
+    moves(&store, "a key changes", Place::Key(caller.id), seen, update(&caller)).await;
+    let never = authorized_by(&[(Place::Key(key().id), Seen::UnchangedSince(Revision(u64::MAX >> 1)))]);
+    assert_eq!(
+        try_one(&store, never).await.unwrap_err(),
+        Rejection::AuthorizationMoved,
+        "a key that is gone"
+    );
+    let place = role_at(None, "admin");
+    let twice = authorized_by(&[(place.clone(), Seen::At(global.revision)), (place, Seen::Absent)]);
+    assert_eq!(
+        try_one(&store, twice).await.unwrap_err(),
+        Rejection::AuthorizationMoved,
+        "changed between reads"
+    );
+}
+
+pub(super) async fn a_change_sees_the_records_that_those_before_it_in_its_batch_have_moved(store: Shared) {
+    let acme = put_account(&store, &account("acme"), None).await;
+    let caller = put(&store, create(&key())).await;
+    let head = store.head().await.unwrap().revision;
+    let by_role = || authorized_by(&[(role_at(Some("acme"), "admin"), Seen::Absent)]);
+    let by_key = || authorized_by(&[(Place::Key(caller.id), Seen::UnchangedSince(head))]);
+    let by_account = || authorized_by(&[(Place::Account(acme.id.clone()), Seen::At(acme.revision))]);
+    let batch = [
+        by_role(),
+        put_role(&role(Some("acme"), "admin")),
+        by_role(),
+        by_key(),
+        update(&revoked(caller.clone(), at(1))),
+        by_key(),
+        by_account(),
+        write(Change::Account(Arc::new(acme.clone())), Some(acme.revision), Action::AccountUpdated),
+        by_account(),
+    ];
+    let outcomes = store.commit(&batch).await.unwrap().outcomes;
+    let moved: Vec<_> = outcomes.into_iter().map(|outcome| outcome.err()).collect();
+    let rejected = Some(Rejection::AuthorizationMoved);
+    assert_eq!(moved, [None, None, rejected, None, None, rejected, None, None, rejected]);
+}
+
+pub(super) async fn a_request_that_was_done_is_replayed_whatever_has_moved_since(store: Shared) {
+    with_accounts(&store).await;
+    let once = |seen| Write {
+        idempotency: Some(Idempotency {
+            caller: KeyId::from_bytes([7; 16]),
+            key: IdempotencyKey::parse("once").unwrap(),
+            fingerprint: [1; 32],
+        }),
+        ..authorized_by(&[(role_at(None, "admin"), seen)])
+    };
+    let made = put(&store, once(Seen::Absent)).await;
+    let again = try_one(&store, once(Seen::At(Revision(1)))).await.unwrap();
+    assert!(matches!(again, Outcome::Replayed(id) if id == made.id), "{again:?}");
+}
+
+/// Follows nothing: what is committed here is read from the store.
+struct Nothing;
+
+impl Follower for Nothing {
+    fn revision(&self) -> Revision {
+        Revision(u64::MAX >> 1)
+    }
+
+    fn applied(&self, _: &[(LogRow, Change)]) {}
+
+    fn in_doubt(&self, _: &Write) {}
+
+    fn decided(&self) {}
+}
+
+pub(super) async fn an_authorization_that_has_run_out_in_the_queue_commits_nothing(store: Shared) {
+    with_accounts(&store).await;
+    let (writer, _task) = Writer::spawn(store.clone(), Arc::new(Nothing), || at(50));
+    let until = |end: Timestamp| {
+        let mut write = create(&key());
+        write.reads.limit(end);
+        write
+    };
+    writer.write(until(at(51))).await.unwrap();
+    let head = store.head().await.unwrap();
+    for end in [at(50), at(49)] {
+        let refused = writer.write(until(end)).await.unwrap_err();
+        assert!(matches!(refused, WriteError::Rejected(Rejection::AuthorizationMoved)), "{refused}");
+    }
+    assert_eq!(store.head().await.unwrap(), head);
+}

@@ -252,10 +252,23 @@ impl Caller {
             beyond(RIGHT, &"it never expires")
         } else if own.is_limited() {
             beyond(RIGHT, &"it has no rate limits and no quota")
-        } else if own.environment() != first {
-            beyond(RIGHT, &format_args!("it holds in every environment; use a key of {:?}", first.as_str()))
         } else {
-            Ok(())
+            self.reaches_every_environment(first)
+        }
+    }
+
+    /// Whether the caller may change what holds in every environment, as roles and memberships do: among an account's
+    /// callers only keys of the first configured environment may.
+    ///
+    /// # Errors
+    /// When its key is of another environment.
+    pub fn reaches_every_environment(&self, first: &EnvironmentName) -> Result<(), Refusal> {
+        match self.environment() {
+            Some(own) if own != first && !self.is_operator() => {
+                let which = format_args!("it holds in every environment; use a key of {:?}", first.as_str());
+                beyond("a role or membership", &which)
+            }
+            _ => Ok(()),
         }
     }
 

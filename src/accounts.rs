@@ -82,7 +82,8 @@ impl Accounts {
             None => AccountId::generate(now, random(&*self.entropy)?),
         };
         let account = Account { longest_life, ..new_account(id, name, now)? };
-        for _ in 0..ATTEMPTS {
+        for attempt in 0..ATTEMPTS {
+            let _turn = self.writer.turn(Action::AccountCreated, attempt).await;
             let asked = caller.authorize(&self.engine)?;
             let write = write(asked, account.clone(), None, Action::AccountCreated, now);
             match self.writer.write(write).await {
@@ -157,10 +158,11 @@ impl Accounts {
         edit: impl Fn(&mut Account, Timestamp) -> bool,
     ) -> Result<Account, Refusal> {
         caller.must_be_operator()?;
-        for _ in 0..ATTEMPTS {
+        for attempt in 0..ATTEMPTS {
+            let _turn = self.writer.turn(action, attempt).await;
             let before = self.get(caller, id).await?;
             let mut asked = caller.authorize(&self.engine)?;
-            asked.may_know(id)?;
+            asked.person_may_change(id)?;
             let now = self.clock.now();
             let mut after = before.clone();
             if !edit(&mut after, now) {

@@ -79,12 +79,29 @@ impl People {
         asked.may_know(account)
     }
 
-    /// Global roles are made and changed by operators.
+    /// Whether the caller may change roles and members of the account.
+    fn account_to_change(&self, asked: &mut Authorization<'_>, account: &AccountId) -> Result<(), Refusal> {
+        self.account(asked, account)?;
+        asked.person_may_change(account)
+    }
+
+    /// Global roles are made and changed by operators, for themselves.
     fn role_home(&self, asked: &mut Authorization<'_>, account: Option<&AccountId>) -> Result<(), Refusal> {
         match account {
-            Some(account) => self.account(asked, account),
-            None => asked.caller.must_be_operator(),
+            Some(account) => self.account_to_change(asked, account),
+            None => asked.caller.must_be_operator().and_then(|()| asked.caller.acts_for_itself()),
         }
+    }
+
+    /// Whether the caller could give and take what a role grants in an account.
+    fn may_grant(
+        &self,
+        asked: &mut Authorization<'_>,
+        account: Option<&AccountId>,
+        scopes: &ScopeSet,
+    ) -> Result<(), Refusal> {
+        asked.caller.may_grant(scopes)?;
+        asked.person_may_grant(account, scopes)
     }
 
     /// The record, if a change would leave it as it is.
@@ -103,6 +120,23 @@ impl People {
         }
     }
 
+    /// Whether a change of what is there gives nothing.
+    fn only_takes(&self, change: &Change, expect: Option<Revision>) -> bool {
+        let index = &self.engine.index;
+        match change {
+            Change::Role(role) if expect.is_some() => {
+                let before = index.role_record(role.account.as_ref(), &role.name);
+                before.is_some_and(|before| before.scopes.covers_all(&role.scopes))
+            }
+            Change::Member(member) if expect.is_some() => {
+                let grants = |role: &RoleName| index.granted_by(Some(&member.account), role);
+                let before = index.member_record(&member.account, &member.user);
+                before.is_some_and(|before| grants(&before.role).covers_all(&grants(&member.role)))
+            }
+            _ => false,
+        }
+    }
+
     /// Writes a change that `make` authorizes, from the record as it stands; again if a record has moved meanwhile. One that leaves the
     /// record as it is writes nothing.
     async fn change(
@@ -111,7 +145,8 @@ impl People {
         action: Action,
         make: impl Fn(&mut Authorization<'_>) -> Result<(Change, Option<Revision>, Reach), Refusal>,
     ) -> Result<(Change, Reach), Refusal> {
-        for _ in 0..ATTEMPTS {
+        for attempt in 0..ATTEMPTS {
+            let _turn = self.writer.turn(action, attempt).await;
             let mut asked = caller.authorize(&self.engine)?;
             let (change, expect, reach) = make(&mut asked)?;
             if self.as_recorded(&change).is_some() {
@@ -122,9 +157,7 @@ impl People {
                     None => continue,
                 }
             }
-            // No limit keeps anybody from taking something away from what is there.
-            let limited = expect.is_none() || reach != (Reach::Narrows { again: false });
-            let limits = limited.then(|| self.keys.account_limits());
+            let limits = self.keys.limits_of(caller, action, self.only_takes(&change, expect));
             let write = Write { limits, ..asked.write(change, expect, action, self.clock.now()) };
             match self.writer.write(write).await {
                 Ok(Outcome::Applied(change)) => return Ok((change, reach)),
@@ -154,11 +187,11 @@ impl People {
             .change(caller, Action::RolePut, |asked| {
                 self.role_home(asked, account.as_ref())?;
                 asked.caller.is_unbound(&self.keys.environments().first().name)?;
-                asked.caller.may_grant(&scopes)?;
+                self.may_grant(asked, account.as_ref(), &scopes)?;
                 let before = self.engine.index.role_record(account.as_ref(), &name);
                 // What the name grants so far, possibly by a global role that this one hides.
                 let held = asked.scopes_of(account.as_ref(), &name);
-                asked.caller.may_grant(&held)?;
+                self.may_grant(asked, account.as_ref(), &held)?;
                 // A new one may stand before a global one that this process knows an older state of.
                 let new = account.is_some() && before.is_none();
                 let reach = if new { Reach::Narrows { again: false } } else { reach(&scopes, &held) };
@@ -189,7 +222,7 @@ impl People {
                 asked.caller.is_unbound(&self.keys.environments().first().name)?;
                 let before = self.engine.index.role_record(account.as_ref(), &name);
                 let before = before.ok_or(Refusal::NotFound(Thing::Role))?;
-                asked.caller.may_grant(&before.scopes)?;
+                self.may_grant(asked, account.as_ref(), &before.scopes)?;
                 let expect = Some(before.revision);
                 Ok((Change::RoleDeleted(before), expect, Reach::Narrows { again: false }))
             })
@@ -209,10 +242,14 @@ impl People {
         caller: &Caller,
         account: Option<AccountId>,
     ) -> Result<Vec<Role>, Refusal> {
-        if let Some(account) = &account {
-            self.account(&mut caller.authorize(&self.engine)?, account)?;
-        }
-        Ok(self.store.roles(account.as_ref()).await?)
+        let may_read = || match &account {
+            Some(account) => self.account(&mut caller.authorize(&self.engine)?, account),
+            None => Ok(()),
+        };
+        may_read()?;
+        let roles = self.store.roles(account.as_ref()).await?;
+        // A person who left meanwhile reads nothing.
+        may_read().map(|()| roles)
     }
 
     /// Makes a user a member, or gives the member another role.
@@ -228,15 +265,15 @@ impl People {
     ) -> Result<(Arc<Member>, Reach), Refusal> {
         let change = self
             .change(caller, Action::MemberPut, |asked| {
-                self.account(asked, &account)?;
+                self.account_to_change(asked, &account)?;
                 asked.caller.is_unbound(&self.keys.environments().first().name)?;
                 let given = asked.scopes_of(Some(&account), &role);
-                asked.caller.may_grant(&given)?;
+                self.may_grant(asked, Some(&account), &given)?;
                 let before = self.engine.index.member_record(&account, &user);
                 let mut reach = Reach::Widens;
                 if let Some(before) = &before {
                     let held = asked.scopes_of(Some(&account), &before.role);
-                    asked.caller.may_grant(&held)?;
+                    self.may_grant(asked, Some(&account), &held)?;
                     reach = self::reach(&given, &held);
                 }
                 let (account, user, role) = (account.clone(), user.clone(), role.clone());
@@ -263,7 +300,12 @@ impl People {
         user: UserId,
     ) -> Result<Removed, Refusal> {
         let end = |asked: &mut Authorization<'_>| {
-            self.account(asked, &account)?;
+            // Each person may leave.
+            match asked.caller.acting_user.as_ref() == Some(&user) {
+                true => self.account(asked, &account)?,
+                false => self.account_to_change(asked, &account)?,
+            }
+            asked.caller.reaches_every_environment(&self.keys.environments().first().name)?;
             let before = self.engine.index.member_record(&account, &user);
             let before = before.ok_or(Refusal::NotFound(Thing::Member))?;
             let expect = Some(before.revision);
@@ -293,6 +335,9 @@ impl People {
                 Ok(Removed { revision: member.revision.max(recorded), was_member: true })
             }
             Ok(_) => Err(Refusal::Unavailable),
+            Err(Refusal::NotFound(Thing::Account)) if revoked > Revision::default() => {
+                Ok(Removed { revision: recorded, was_member: true })
+            }
             Err(Refusal::NotFound(Thing::Member)) => {
                 Ok(Removed { revision: recorded, was_member: revoked > Revision::default() })
             }
@@ -311,8 +356,11 @@ impl People {
         after: Option<&UserId>,
         size: u32,
     ) -> Result<(Vec<Member>, Option<UserId>), Refusal> {
-        self.account(&mut caller.authorize(&self.engine)?, account)?;
+        let may_read = || self.account(&mut caller.authorize(&self.engine)?, account);
+        may_read()?;
         let mut members = self.store.members(account, after, size + 1).await?;
+        // A person who left meanwhile reads nothing.
+        may_read()?;
         let more = members.len() > size as usize;
         members.truncate(size as usize);
         let next = members.last().filter(|_| more).map(|last| last.user.clone());

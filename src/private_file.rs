@@ -44,12 +44,12 @@ pub fn append_or_create(path: &Path) -> io::Result<File> {
     open_any(path, OpenOptions::new().append(true))
 }
 
-/// Opens a file that exists, to change it.
+/// Opens a file that exists, to read and to change it.
 ///
 /// # Errors
 /// When it is missing or a symbolic link, or the system refuses.
 pub fn open_existing(path: &Path) -> io::Result<File> {
-    open(path, OpenOptions::new().write(true))
+    open(path, OpenOptions::new().read(true).write(true))
 }
 
 /// Creates an empty file if there is none. A symbolic link is followed: a database may be named by one, also before

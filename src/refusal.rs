@@ -91,6 +91,14 @@ pub enum Refusal {
 }
 
 impl Refusal {
+    /// The role of the person that the caller acts for lacks a permission.
+    #[must_use]
+    pub fn role_lacks(permission: &str) -> Refusal {
+        let message =
+            format!("the acting user has no role in the account that holds {permission}, which this needs");
+        Refusal::Forbidden("ROLE_LACKS_PERMISSION", message)
+    }
+
     /// One wrong field.
     #[must_use]
     pub fn field(field: impl Into<String>, problem: impl Into<String>) -> Refusal {

@@ -97,6 +97,41 @@ impl Authorization<'_> {
         self.held_by(account, &user).map(drop).ok_or(Refusal::NotFound(Thing::Account))
     }
 
+    /// Whether the person that the caller acts for may change an account: only a member may whose role holds the
+    /// permission that the call needs.
+    ///
+    /// # Errors
+    /// When the person is no member, and the account does not exist for them; or when the role lacks the permission.
+    pub fn person_may_change(&mut self, account: &AccountId) -> Result<(), Refusal> {
+        let Some(user) = self.caller.acting_user.clone() else { return Ok(()) };
+        let held = self.held_by(account, &user).ok_or(Refusal::NotFound(Thing::Account))?;
+        match self.caller.needs.filter(|permission| !permission.is_in(&held)) {
+            None => Ok(()),
+            Some(permission) => Err(Refusal::role_lacks(permission.as_str())),
+        }
+    }
+
+    /// Whether the person that the caller acts for may give or take these scopes in an account: rights over Keyward only
+    /// within the person's own role.
+    ///
+    /// # Errors
+    /// When one goes beyond that; the message names it.
+    pub fn person_may_grant(
+        &mut self,
+        account: Option<&AccountId>,
+        scopes: &ScopeSet,
+    ) -> Result<(), Refusal> {
+        let (Some(user), Some(account)) = (self.caller.acting_user.clone(), account) else { return Ok(()) };
+        let held = self.held_by(account, &user).unwrap_or_default();
+        match scopes.iter().find(|scope| scope.is_reserved() && !held.covers(scope)) {
+            None => Ok(()),
+            Some(scope) => {
+                let message = format!("a scope goes beyond the acting user's role: {scope}");
+                Err(Refusal::Forbidden("GRANT_BEYOND_CALLER", message))
+            }
+        }
+    }
+
     /// A membership or role with a change in doubt gives nothing.
     fn held_by(&mut self, account: &AccountId, user: &UserId) -> Option<ScopeSet> {
         let index = &self.engine.index;

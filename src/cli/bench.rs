@@ -293,7 +293,7 @@ impl BenchArgs {
         }
         arguments.extend(["--threads", &threads, "--database", database]);
         let usual = folder.join("keyward.toml");
-        std::fs::write(&usual, ONE_ACCOUNT)?;
+        private_file::replace(&usual, ONE_ACCOUNT.as_bytes())?;
         let config = absolute(config.unwrap_or(&usual))?;
         arguments.extend(["--config", &config]);
         let out = folder.join("server");

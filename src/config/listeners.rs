@@ -46,7 +46,7 @@ pub(super) struct File {
     /// or without one a certificate), `both`. Default: `either` where there are identities; else `token`, and what
     /// Envoy asks needs nothing.
     auth: Option<String>,
-    /// Connections at once. More are closed as they come. Default: 10000; in the whole process never more than file
+    /// Connections at once. More are closed as they come. Default: 2048; in the whole process never more than file
     /// descriptors allow.
     max_connections: Option<usize>,
     /// Calls at once on a connection, 1 to 65535. Default: 256; 1024 where Envoy alone is served.
@@ -115,7 +115,7 @@ pub(super) struct OverloadFile {
     /// Calls of one serving thread that wait for their turn. Default: 4096, about a tenth of a second of work.
     queued_checks: Option<usize>,
     /// Management calls that are worked on in the whole process; a caller or a connection may have a quarter of them,
-    /// an account half. Four times as many may wait for replicas. Default: 1024.
+    /// an account half; a caller of the operator account half. Four times as many may wait for replicas. Default: 4096.
     management_calls: Option<usize>,
     /// Bytes of memory that requests hold while they arrive and are worked on, over all listeners; a connection may
     /// have a quarter of them. 33554432 or more, so that every request fits. Default: 67108864, which is 64 MiB.

@@ -163,6 +163,20 @@ actions! {
     DatabaseLossAccepted = "database.loss_accepted",
 }
 
+impl Action {
+    /// Whether it ends rights and gives none, whatever the record was: nothing keeps such a change from being made.
+    #[must_use]
+    pub const fn stops(self) -> bool {
+        use Action::{
+            AccountSuspended, KeyDisabled, KeyRevoked, KeyRotationFinished, MemberRemoved, RoleDeleted,
+        };
+        matches!(
+            self,
+            KeyRevoked | KeyDisabled | KeyRotationFinished | MemberRemoved | RoleDeleted | AccountSuspended
+        )
+    }
+}
+
 /// What called.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Who {

@@ -453,7 +453,7 @@ impl Index {
     }
 
     /// What a role's name grants by the records, whatever is in doubt.
-    fn granted_by(&self, account: Option<&AccountId>, name: &RoleName) -> ScopeSet {
+    pub(crate) fn granted_by(&self, account: Option<&AccountId>, name: &RoleName) -> ScopeSet {
         let own = account.and_then(|account| self.role_record(Some(account), name));
         let role = own.or_else(|| self.role_record(None, name));
         role.map(|role| role.scopes.clone()).unwrap_or_default()
@@ -513,7 +513,12 @@ impl Follower for Index {
         let mut doubts = lock(&self.doubts);
         match write.change.clone().at_revision(made_from) {
             Change::Key(after) if narrows => {
-                doubts.keys.insert(after.id, after);
+                // A weaker change does not end what a stronger one refuses.
+                let strength = |key: &Key| (key.revocation.is_some(), key.disabled_at.is_some());
+                let known = doubts.keys.get(&after.id);
+                if known.is_none_or(|known| strength(known) <= strength(&after)) {
+                    doubts.keys.insert(after.id, after);
+                }
             }
             Change::Account(after) if narrows => {
                 doubts.accounts.insert(after.id.clone(), after);

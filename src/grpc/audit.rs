@@ -309,6 +309,10 @@ impl pb::audit_service_server::AuditService for AuditService {
         let listing = read(&caller, &self.engine, request.get_ref())?;
         let place = self.lists.take(&caller.account).await?;
         let (entries, more) = self.page(&caller, &listing).await.map_err(Refusal::from)?;
+        if let Some(account) = &listing.filter.account {
+            // A person who left meanwhile reads nothing.
+            caller.authorize(&self.engine)?.may_know(account)?;
+        }
         let next = entries
             .last()
             .filter(|_| more)

@@ -389,7 +389,9 @@ impl Services {
                 Ok(permit) => {
                     let answer = into_service(service, request.map(Body::new)).await;
                     match (permit, watch) {
-                        (Some(permit), _) => answer.map(|body| Body::new(PermitBody::reflection(body, permit))),
+                        (Some(permit), _) => {
+                            answer.map(|body| Body::new(PermitBody::reflection(body, permit)))
+                        }
                         (None, Some(watch)) => watch.hold(answer),
                         (None, None) => answer,
                     }

@@ -76,13 +76,19 @@ impl Outgoing {
 #[derive(Clone, Debug)]
 pub(super) struct Places {
     all: Arc<Semaphore>,
+    /// Those of the operator account, which nobody else takes.
+    operators: Arc<Semaphore>,
     /// The share of each account that has any.
     shares: Arc<Mutex<HashMap<AccountId, Weak<Semaphore>>>>,
 }
 
 impl Default for Places {
     fn default() -> Self {
-        Places { all: Arc::new(Semaphore::new(LISTS)), shares: Arc::default() }
+        Places {
+            all: Arc::new(Semaphore::new(LISTS)),
+            operators: Arc::new(Semaphore::new(ACCOUNT_LISTS)),
+            shares: Arc::default(),
+        }
     }
 }
 
@@ -105,7 +111,8 @@ impl Places {
         let share = self.share(account);
         let taken = async {
             let share = share.acquire_owned().await.ok()?;
-            let place = self.all.clone().acquire_owned().await.ok()?;
+            let all = if account.is_operator() { &self.operators } else { &self.all };
+            let place = all.clone().acquire_owned().await.ok()?;
             Some(Place(Arc::new([share, place])))
         };
         tokio::time::timeout(LIST_PATIENCE, taken).await.ok().flatten().ok_or_else(overloaded)

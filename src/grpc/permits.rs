@@ -53,11 +53,11 @@ enum Share {
 }
 
 impl Share {
-    /// Which part of a limit it is: one in so many.
-    fn one_in(&self) -> usize {
-        match self {
-            Share::Account(_) => 2,
-            Share::Key(_) | Share::Certificate(_) | Share::Connection(_) => 4,
+    /// Which part of a limit it is: one in so many. An operator provisions for all accounts, and has twice as much.
+    fn one_in(&self, priority: Priority) -> usize {
+        match (self, priority) {
+            (Share::Account(_), _) | (_, Priority::Operator | Priority::RestrictingOperator) => 2,
+            (Share::Key(_) | Share::Certificate(_) | Share::Connection(_), _) => 4,
         }
     }
 }
@@ -134,7 +134,7 @@ impl Permits {
         let mut used = self.used();
         let share_fits = |share: &Share| {
             let count = used.shares.get(share).copied().unwrap_or(0);
-            fits(count, self.limit.div_ceil(share.one_in()))
+            fits(count, self.limit.div_ceil(share.one_in(occupant.priority)))
         };
         if !fits(used.total, self.limit) || !occupant.shares.iter().all(share_fits) {
             return None;
@@ -323,7 +323,8 @@ mod tests {
         let permits = Permits::new(64);
         let key = all(&permits, |at| occupant(1, &format!("a{at}"), at, Priority::Caller));
         assert_eq!(key.len(), 12, "three quarters of a quarter");
-        let connection = all(&permits, |at| occupant(at.into(), &format!("b{at}"), 2000, Priority::Caller));
+        let connection =
+            all(&permits, |at| occupant(5000 + u128::from(at), &format!("b{at}"), 2000, Priority::Caller));
         assert_eq!(connection.len(), 12);
         drop((key, connection));
         let account = all(&permits, |at| occupant(at.into(), "acme", at, Priority::Caller));

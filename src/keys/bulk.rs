@@ -167,6 +167,10 @@ impl Keys {
         let mut recorded = self.store.head().await?.revision;
         self.writer.applied(recorded).await?;
         if bulk.dry_run {
+            if let OwnerFilter::Account(account) = &bulk.filter.owner {
+                // A person who left meanwhile reads nothing.
+                self.may_read(caller, &Owner::Account(account.clone()))?;
+            }
             let views = stored.into_iter().map(|stored| self.view_stored(stored));
             let keys = views.map(|view| BulkRevoked { view, failure: None }).collect();
             return Ok(BulkOutcome { keys, more, recorded });
@@ -183,7 +187,8 @@ impl Keys {
         let own = own.map(|at| (at, stored.remove(at)));
         let mut keys: Vec<_> =
             stream::iter(stored.into_iter().map(&revoke)).buffered(AT_ONCE).collect().await;
-        if let Some((at, own)) = own {
+        // While others are left, the caller must be able to ask for them.
+        if let Some((at, own)) = own.filter(|_| !more) {
             keys.insert(at, revoke(own).await);
         }
         all_known(keys.iter().map(|key: &BulkRevoked| key.failure.as_ref()))?;

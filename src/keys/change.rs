@@ -18,7 +18,7 @@ use crate::{
     },
     refusal::Refusal,
     replication::propagation::Reach,
-    store::{Outcome, Rejection, writer::WriteError},
+    store::{Outcome, Rejection, Write, writer::WriteError},
 };
 
 /// Whether an edit changed anything.
@@ -49,7 +49,8 @@ impl Keys {
         once: Option<Once>,
         mut edit: impl FnMut(&mut Authorization<'_>, &mut Key, Timestamp) -> Result<Edit, Refusal>,
     ) -> Result<Changed, Refusal> {
-        for _ in 0..ATTEMPTS {
+        for attempt in 0..ATTEMPTS {
+            let _turn = self.writer.turn(action, attempt).await;
             let stored = self.visible(caller, id).await?;
             let mut asked = caller.authorize(&self.engine)?;
             self.may_write(&mut asked, &stored.key.owner)?;
@@ -66,11 +67,8 @@ impl Keys {
             key.updated_at = now;
             let expect = Some(stored.key.revision);
             let reach = reach(&key, &stored.key, &edit);
-            let mut write = write(asked, key, expect, action, now, once.clone());
-            // No limit keeps anybody from taking something away. A rotation makes something, too.
-            if reach != (Reach::Narrows { again: false }) || action == Action::KeyRotated {
-                write = self.limited(write);
-            }
+            let limits = self.limits_of(caller, action, only_takes(&key, &stored.key));
+            let write = Write { limits, ..write(asked, key, expect, action, now, once.clone()) };
             match self.writer.write(write).await {
                 Ok(Outcome::Applied(change)) => {
                     let view = self.view(into_key(change)?, &stored.last_used);
@@ -262,6 +260,12 @@ impl Keys {
         let comment = "revoked by its holder".to_owned();
         self.revoke(caller, caller.id(), RevokeReason::Unspecified, comment).await
     }
+}
+
+/// Whether a change of a key gives nothing, and writes nothing that a caller chose freely.
+fn only_takes(after: &Key, before: &Key) -> bool {
+    let same_texts = after.terms.name == before.terms.name && after.terms.metadata == before.terms.metadata;
+    same_texts && after.narrows(before) && !before.narrows(after)
 }
 
 /// What a change of a key takes away.

@@ -145,15 +145,22 @@ impl Keys {
         self.settings.default_role.is_some()
     }
 
-    /// How much an account may hold and do.
+    /// The limits of an account to which a change is held. `only_takes`: it gives nothing to anybody.
     #[must_use]
-    pub fn account_limits(&self) -> AccountLimits {
-        self.settings.account_limits
-    }
-
-    /// Holds a write to the limits of the account concerned.
-    fn limited(&self, write: Write) -> Write {
-        Write { limits: Some(self.settings.account_limits), ..write }
+    pub fn limits_of(&self, caller: &Caller, action: Action, only_takes: bool) -> Option<AccountLimits> {
+        let limits = self.settings.account_limits;
+        let unlimited = AccountLimits { rotations_per_hour: u64::MAX, log_rows_per_hour: u64::MAX, ..limits };
+        match action {
+            _ if action.stops() => None,
+            // Counted and not refused: whatever an account's caller has used up, operators can repair.
+            _ if caller.is_operator() && caller.acting_user.is_none() => Some(unlimited),
+            // What takes rights away has as much again, so that the log is bounded all the same.
+            _ if only_takes && action != Action::KeyRotated => {
+                let log_rows_per_hour = limits.log_rows_per_hour.saturating_mul(2);
+                Some(AccountLimits { log_rows_per_hour, ..unlimited })
+            }
+            _ => Some(limits),
+        }
     }
 
     /// The present instant.
@@ -240,10 +247,12 @@ impl Keys {
         action: Action,
         once: Option<Once>,
     ) -> Result<Outcome, Refusal> {
-        for _ in 0..ATTEMPTS {
+        for attempt in 0..ATTEMPTS {
+            let _turn = self.writer.turn(action, attempt).await;
             let mut asked = caller.authorize(&self.engine)?;
             let key = self.new_key(&mut asked, new, secret.clone())?;
-            let write = self.limited(write(asked, key, None, action, new.now, once.clone()));
+            let limits = self.limits_of(caller, action, false);
+            let write = Write { limits, ..write(asked, key, None, action, new.now, once.clone()) };
             match self.writer.write(write).await {
                 Err(WriteError::Rejected(Rejection::AuthorizationMoved)) => self.writer.caught_up().await?,
                 outcome => return Ok(outcome?),

@@ -54,9 +54,7 @@ impl Keys {
         if Scope::parse_required(needed).is_ok_and(|scope| held.covers(&scope)) {
             return Ok(());
         }
-        let message =
-            format!("the acting user has no role in the account that holds {needed}, which this needs");
-        Err(Refusal::Forbidden("ROLE_LACKS_PERMISSION", message))
+        Err(Refusal::role_lacks(needed))
     }
 
     /// Whether the caller could give a key these terms, roles included.
@@ -71,14 +69,7 @@ impl Keys {
         let roles: Vec<_> = terms.roles.iter().filter_map(role).collect();
         let granted = terms.scopes.iter().chain(roles.iter().flat_map(|role| role.scopes.iter())).cloned();
         let granted: ScopeSet = granted.collect();
-        // A person gives no right over Keyward that the own role does not hold.
-        if let Some(held) = asked.held_by_person(owner) {
-            let held = held.unwrap_or_default();
-            if let Some(scope) = granted.iter().find(|scope| scope.is_reserved() && !held.covers(scope)) {
-                let message = format!("a scope goes beyond the acting user's role: {scope}");
-                return Err(Refusal::Forbidden("GRANT_BEYOND_CALLER", message));
-            }
-        }
+        asked.person_may_grant(owner.account(), &granted)?;
         asked.caller.may_give(environment, terms, &granted)
     }
 

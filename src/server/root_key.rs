@@ -6,10 +6,12 @@ mod reset;
 use std::{
     fs::File,
     io::{ErrorKind, Write as _},
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
 
 use anyhow::{Context as _, bail};
+use zeroize::Zeroizing;
 
 pub use reset::{Descendant, Reset, RightsChange, reset_root_key};
 
@@ -17,13 +19,20 @@ use crate::{
     accounts,
     clock::{Clock, Entropy},
     config::server::Settings,
-    domain::{time::Revision, token::Token},
+    domain::{
+        key::State,
+        name::AccountId,
+        time::{Revision, Timestamp},
+        token::{Digest, Token},
+    },
     keys, private_file,
-    store::{self, CommitError, Store},
+    store::{self, CommitError, KeyFilter, OwnerFilter, Store},
 };
 
 /// The root key file of a first start whose standard output is no terminal: a log collector may read that.
 const DEFAULT_FILE: &str = "keyward-root.key";
+/// How many of the operator account's newest keys are looked at for the root key of a start that was killed.
+const MOST_ROOTS: u32 = 100;
 
 /// On the first start of a database: creates the operator account and its root key. Gives the token, unless it went to
 /// a file.
@@ -34,12 +43,15 @@ pub(super) async fn first_start(
     entropy: &dyn Entropy,
 ) -> anyhow::Result<Option<Token>> {
     let is_new = async || Ok::<_, anyhow::Error>(store.head().await?.revision == Revision::default());
+    let file = first_file(settings)?;
     if !is_new().await? {
+        if let Some(file) = &file {
+            finish_first_start(store, file).await?;
+        }
         return Ok(None);
     }
     let root = keys::root::root_key(clock, entropy, &settings.keys, "keyward serve")?;
     let account = accounts::operator_account(clock.now()).context("the operator account has no name")?;
-    let file = first_file(settings)?;
     let kept = match KeptToken::keep(file.as_deref(), &root.token) {
         // Another replica was first; a file of the same name is its file.
         Err(_) if !is_new().await? => return Ok(None),
@@ -53,6 +65,7 @@ pub(super) async fn first_start(
         kept.discard();
         return Ok(None);
     }
+    kept.finish()?;
     if let Some(file) = &file {
         tracing::info!(path = %file.display(), "the root key was created, and its token is in a file");
     }
@@ -72,57 +85,122 @@ fn first_file(settings: &Settings) -> anyhow::Result<Option<PathBuf>> {
     Ok(Some(std::path::absolute(file)?))
 }
 
-/// A token's file: written whole and on disk before the key is recorded, so that no key is lost in between.
-struct KeptToken(Option<PathBuf>);
+/// A token's file. The token is on disk under another name before the key is recorded, and gets its own name after that:
+/// a start that is killed in between loses no key, and the next one is not in its way.
+struct KeptToken(Option<Pending>);
+
+struct Pending {
+    path: PathBuf,
+    /// The token under the name for a start that is not over. It is locked by that start.
+    new: PathBuf,
+    file: File,
+}
+
+impl Pending {
+    fn create(path: &Path) -> anyhow::Result<Pending> {
+        if path.symlink_metadata().is_ok() {
+            bail!(
+                "the root key file {} exists already and is not overwritten, and no root key was created; move it \
+                 away, or name another one with --root-key-file",
+                path.display()
+            );
+        }
+        let new = private_file::with_suffix(path, ".new");
+        let created = remove_left(&new).and_then(|_left| {
+            let file = private_file::create_new(&new)?;
+            file.try_lock()?;
+            Ok(file)
+        });
+        let file = created.with_context(|| {
+            let path = path.display();
+            format!("the root key file {path} cannot be created; name another one with --root-key-file")
+        })?;
+        Ok(Pending { path: path.to_owned(), new, file })
+    }
+}
 
 impl KeptToken {
     fn keep(path: Option<&Path>, token: &Token) -> anyhow::Result<KeptToken> {
         let Some(path) = path else {
             return Ok(KeptToken(None));
         };
-        let mut file = create_file(path)?;
-        let kept = KeptToken(Some(path.to_owned()));
-        let written =
-            file.write_all(token.reveal().as_bytes()).and_then(|()| private_file::sync(&file, path));
-        if let Err(error) = written {
-            kept.discard();
-            return Err(error).context("the root key file cannot be written");
+        let mut pending = Pending::create(path)?;
+        let kept = pending.file.write_all(token.reveal().as_bytes());
+        match kept.and_then(|()| private_file::sync(&pending.file, &pending.new)) {
+            Ok(()) => Ok(KeptToken(Some(pending))),
+            Err(error) => {
+                KeptToken(Some(pending)).discard();
+                Err(error).context("the root key file cannot be written")
+            }
         }
-        Ok(kept)
+    }
+
+    /// Gives the file its name, once the key is recorded.
+    fn finish(&self) -> anyhow::Result<()> {
+        let Some(Pending { path, new, .. }) = &self.0 else { return Ok(()) };
+        std::fs::rename(new, path)
+            .with_context(|| format!("the root key is in {}, which cannot be renamed", new.display()))
     }
 
     /// Takes the file away after a commit that certainly failed. While it may have been recorded it stays.
     fn discard_after(&self, error: &CommitError) {
-        match error {
-            CommitError::NotRecorded(_) => self.discard(),
-            CommitError::Unknown(_) => {
-                tracing::warn!(
-                    "whether the root key was recorded is unknown; its file, if one was named, stays"
-                );
+        match (error, &self.0) {
+            (CommitError::NotRecorded(_), _) => self.discard(),
+            (CommitError::Unknown(_), Some(Pending { new, .. })) => {
+                let path = new.display();
+                tracing::warn!(%path, "whether the root key was recorded is unknown; its file stays");
             }
+            (CommitError::Unknown(_), None) => {}
         }
     }
 
     /// Takes the file away again: its token is no key.
     fn discard(&self) {
-        if let Some(path) = &self.0
-            && let Err(error) = std::fs::remove_file(path)
+        if let Some(Pending { new, .. }) = &self.0
+            && let Err(error) = std::fs::remove_file(new)
         {
-            tracing::warn!(error = &error as &dyn std::error::Error, path = %path.display(), "a file was left");
+            tracing::warn!(error = &error as &dyn std::error::Error, path = %new.display(), "a file was left");
         }
     }
 }
 
-fn create_file(path: &Path) -> anyhow::Result<File> {
-    match private_file::create_new(path) {
-        Err(error) if error.kind() == ErrorKind::AlreadyExists => bail!(
-            "the root key file {} exists already and is not overwritten, and no root key was created; move it away, \
-             or name another one with --root-key-file",
-            path.display()
-        ),
-        created => created.with_context(|| {
-            let path = path.display();
-            format!("the root key file {path} cannot be created; name another one with --root-key-file")
-        }),
+/// Removes the file of a start that was killed. Gives it locked, as long as which no other start removes one.
+fn remove_left(new: &Path) -> std::io::Result<Option<File>> {
+    let left = match private_file::open_existing(new) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        left => left?,
+    };
+    left.try_lock()?;
+    let inode = |found: std::fs::Metadata| (found.dev(), found.ino());
+    if inode(left.metadata()?) != inode(std::fs::symlink_metadata(new)?) {
+        return Err(std::io::Error::other("another start creates it at the same time"));
     }
+    std::fs::remove_file(new)?;
+    Ok(Some(left))
+}
+
+/// Gives the file of a first start its name, if that start was killed after its root key was recorded.
+async fn finish_first_start(store: &dyn Store, file: &Path) -> anyhow::Result<()> {
+    let new = private_file::with_suffix(file, ".new");
+    if file.symlink_metadata().is_ok() || new.symlink_metadata().is_err() {
+        return Ok(());
+    }
+    let text = std::fs::read_to_string(&new).map(Zeroizing::new).unwrap_or_default();
+    let digest = Digest::of(text.trim());
+    let roots = KeyFilter {
+        owner: OwnerFilter::Account(AccountId::operator()),
+        environment: None,
+        states: vec![State::Active],
+        name_prefix: String::new(),
+        unused_since: None,
+        expires_before: None,
+        created_before: None,
+        now: Timestamp::from_micros(0),
+    };
+    let recorded = store.keys(&roots, None, MOST_ROOTS).await?;
+    if recorded.iter().any(|stored| stored.key.secrets.iter().any(|secret| secret.digest == digest)) {
+        std::fs::rename(&new, file)?;
+        tracing::info!(path = %file.display(), "the token of the root key is in a file");
+    }
+    Ok(())
 }

@@ -32,7 +32,7 @@ pub enum OpenError {
     },
     /// The file was not closed, and the WAL with its newest changes is missing.
     #[error(
-        "{path} was not closed, and {path}-wal is missing: the newest changes, such as revocations, are only there. \
+        "{path} was not closed, and {path}-wal is missing or damaged: the newest changes, such as revocations, are only there. \
          Nothing was changed. Put that file beside it (a copy needs both files, or 'keyward backup'), or restore the \
          newest backup. If both are lost, 'keyward accept-lost-wal' says up to which change the file goes, and has it \
          start from there"
@@ -52,7 +52,7 @@ pub enum OpenError {
     },
     /// The WAL beside the file belongs to an older state of it.
     #[error(
-        "{path}-wal does not belong to {path}: it is from an older state. Nothing was changed. If {path} is a restored \
+        "{path}-wal does not belong to {path}: it is from another state. No data was changed. If {path} is a restored \
          backup, move {path}-wal and {path}-shm away; else put the right -wal file in its place"
     )]
     ForeignWal {
@@ -60,7 +60,7 @@ pub enum OpenError {
         path: String,
     },
     /// A lost WAL is to be accepted, and none is.
-    #[error("{path} lacks no -wal file: there is no loss to accept, and it starts as it is")]
+    #[error("nothing of {path} is lost, so there is no loss to accept; start the server as usual")]
     NothingLost {
         /// The database file.
         path: String,

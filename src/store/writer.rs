@@ -5,14 +5,14 @@
 use std::{cell::Cell, error::Error, sync::Arc};
 
 use tokio::{
-    sync::{mpsc, oneshot},
+    sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock, mpsc, oneshot},
     time::Instant,
 };
 
 use super::{CommitError, Committed, Outcome, Rejection, Store, StoreError, Write};
 use crate::{
     domain::{
-        log::{Change, LogRow},
+        log::{Action, Change, LogRow},
         time::{Revision, Timestamp},
     },
     instruments::{Counters, Distribution, Histograms},
@@ -23,6 +23,8 @@ use crate::{
 const BATCH: usize = 256;
 /// How many writes may wait; past that callers wait for a place.
 const QUEUE: usize = 4096;
+/// How often a change that stops something is attempted beside others.
+const SHARED_ATTEMPTS: u32 = 2;
 
 tokio::task_local! {
     static CALL: Call;
@@ -155,10 +157,20 @@ enum Job {
     Barrier(Revision, oneshot::Sender<Result<(), WriteError>>),
 }
 
+/// A turn to attempt a change, until this is dropped.
+#[derive(Debug)]
+pub enum Turn {
+    /// Beside others.
+    Shared(OwnedRwLockReadGuard<()>),
+    /// While no other change of this process is attempted.
+    Alone(OwnedRwLockWriteGuard<()>),
+}
+
 /// The way to the writer task; clones lead to the same one.
 #[derive(Clone)]
 pub struct Writer {
     jobs: mpsc::Sender<Job>,
+    turns: Arc<RwLock<()>>,
     follower: Arc<dyn Follower>,
     store: Arc<dyn Store>,
     commits: Arc<Commits>,
@@ -194,13 +206,23 @@ impl Writer {
                 committer.take(std::mem::take(&mut batch)).await;
             }
         });
-        (Writer { jobs: sender, follower, store, commits }, task)
+        (Writer { jobs: sender, turns: Arc::default(), follower, store, commits }, task)
     }
 
     /// What was committed, and how that went.
     #[must_use]
     pub fn commits(&self) -> &Arc<Commits> {
         &self.commits
+    }
+
+    /// The turn of an attempt at a change, to be held from when it is authorized until it is answered. A change that stops
+    /// something and has lost to others gets a turn alone: whatever others change meanwhile, it does not lose again to
+    /// this process.
+    pub async fn turn(&self, action: Action, attempt: u32) -> Turn {
+        match action.stops() && attempt >= SHARED_ATTEMPTS {
+            true => Turn::Alone(self.turns.clone().write_owned().await),
+            false => Turn::Shared(self.turns.clone().read_owned().await),
+        }
     }
 
     /// Makes one change. Returns once it is durable and the follower has applied it.

@@ -153,7 +153,7 @@ impl Limits {
         // its patience of 200 ms ends: a short stall must not cost the connection.
         let (streams, pending_resets) = if services.envoy_only() { (1024, 1024) } else { (256, 20) };
         Limits {
-            connections: 10_000,
+            connections: 2048,
             streams,
             pending_resets,
             header_bytes: 16 * 1024,
@@ -216,7 +216,7 @@ pub struct Overload {
 impl Default for Overload {
     /// A thread answers 4,096 Checks in about a tenth of a second: who waits longer has mostly given up.
     fn default() -> Overload {
-        Overload { queued_checks: 4096, management_calls: 1024, request_bytes: 64 << 20 }
+        Overload { queued_checks: 4096, management_calls: 4096, request_bytes: 64 << 20 }
     }
 }
 

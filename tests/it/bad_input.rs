@@ -74,9 +74,10 @@ async fn every_violation_of_a_request_is_told_at_once() {
         "ttl",
     ];
     assert_eq!(told, expected);
-    for field in expected {
-        assert!(status.message().contains(field), "{field} is in the message too: {}", status.message());
-    }
+    let message = status.message();
+    let named = expected.iter().filter(|field| message.contains(&format!(" {field}: "))).count();
+    let omitted = format!("; and {} more violations", expected.len() - named);
+    assert!(named >= 5 && message.ends_with(&omitted), "as many as fit are in the message too: {message}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -15,7 +15,7 @@ use keyward::{
         key::{Key, Owner, Revocation, RevokeReason, Secret, Terms},
         log::{Action, Actor, Change, GENESIS, LogRow},
         name::{AccountId, DisplayName, EnvironmentName, KeyId, KeyName},
-        scope::Scope,
+        scope::{Scope, ScopeSet},
         time::{Revision, Timestamp},
         token::Digest,
     },
@@ -158,6 +158,9 @@ impl Content {
                     let mut key = Arc::unwrap_or_clone(key);
                     // A start has no use for them.
                     key.secrets.iter_mut().for_each(|secret| secret.hint.clear());
+                    if key.revocation.is_some() {
+                        key.terms = nothing();
+                    }
                     keys.insert(key.id, key);
                 }
                 other => panic!("{other:?}"),
@@ -170,6 +173,21 @@ impl Content {
             keys: keys.into_values().collect(),
             audited: log.iter().rev().map(|row| row.revision).collect(),
         }
+    }
+}
+
+/// What a start reads of the terms of a revoked key.
+fn nothing() -> Terms {
+    Terms {
+        name: None,
+        scopes: ScopeSet::default(),
+        roles: Vec::new(),
+        expires_at: None,
+        customers: Vec::new(),
+        allowed_cidrs: Vec::new(),
+        rate_limits: Vec::new(),
+        quota: None,
+        metadata: BTreeMap::default(),
     }
 }
 

@@ -220,7 +220,8 @@ async fn a_killed_servers_file_starts_with_its_wal_and_not_without_until_the_los
     assert_eq!(copied.code, Some(0), "{copied:?}");
     let restored = Home::new();
     std::fs::rename(home.path("backup.db"), restored.database()).unwrap();
-    let restored = restored.start_as(restored.serve_without_root_key_file()).unwrap_or_else(|e| panic!("{e:?}"));
+    let restored =
+        restored.start_as(restored.serve_without_root_key_file()).unwrap_or_else(|e| panic!("{e:?}"));
     assert_eq!(restored.caller(&home.root_key()).check(&lost).await.unwrap(), Reason::Ok);
     let server = home.start();
     assert_eq!(server.root().check(&lost).await.unwrap(), Reason::Ok, "with its WAL it is whole");
@@ -320,12 +321,6 @@ int ftruncate64(int fd, off64_t n) { of(fd); return REAL(ftruncate64)(fd, n); }
 int unlink(const char *name) { step(name); return REAL(unlink)(name); }
 "#;
 
-/// The root key that a server has shown.
-fn shown(out: &str) -> Option<String> {
-    let (_, rest) = out.split_once("ROOT_KEY='")?;
-    rest.split_once('\'').map(|(key, _)| key.to_owned())
-}
-
 async fn all_hold(server: &Keyward, root_key: &str, tokens: &[String], when: &str) {
     let mut root: Caller = server.caller(root_key);
     root.keys.who_am_i(pb::WhoAmIRequest {}).await.unwrap_or_else(|status| panic!("{when}: {status:?}"));
@@ -359,23 +354,20 @@ async fn killed_at(
             server.process.ended()
         }
     };
-    let root_key = known.map(|(root_key, _)| root_key.to_owned()).or_else(|| shown(&ended.out));
     let alone = Home::new();
     if home.database().exists() {
         std::fs::copy(home.database(), alone.database()).unwrap();
     }
-    match alone.start_as(alone.serve_without_root_key_file()) {
-        Ok(server) => {
-            if let Some(root_key) = &root_key {
-                all_hold(&server, root_key, &tokens, &format!("{when}, without its WAL")).await;
-            }
-        }
-        Err(refused) => refused_without_wal(&refused.err),
-    }
     let again = home.start_as(home.serve_without_root_key_file());
     let again = again.unwrap_or_else(|refused| panic!("{when}: {refused:?}"));
-    if let Some(root_key) = &root_key {
-        all_hold(&again, root_key, &tokens, &when).await;
+    let of_first_start = |home: &Home| std::fs::read_to_string(home.path("keyward-root.key"));
+    let root_key = known.map_or_else(|| of_first_start(&home).unwrap(), |(root_key, _)| root_key.to_owned());
+    all_hold(&again, &root_key, &tokens, &when).await;
+    match alone.start_as(alone.serve_without_root_key_file()) {
+        // Nothing was in the file: it is new.
+        Ok(_) if of_first_start(&alone).is_ok() => assert!(tokens.is_empty(), "{when}"),
+        Ok(server) => all_hold(&server, &root_key, &tokens, &format!("{when}, without its WAL")).await,
+        Err(refused) => refused_without_wal(&refused.err),
     }
     ended.code != Some(0)
 }

@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::bail;
 
-use super::{KeptToken, create_file};
+use super::{KeptToken, Pending};
 use crate::{
     clock::{Clock, Entropy},
     config::server::{RootKeyArgs, Settings},
@@ -136,8 +136,7 @@ impl Resetting<'_> {
         }
         if let Some(file) = &settings.root_key_file {
             // A file that cannot be created must show before anything is revoked.
-            create_file(file)?;
-            std::fs::remove_file(file)?;
+            KeptToken(Some(Pending::create(file)?)).discard();
         }
         self.revoke_roots(None).await?;
         let revoked = args.revoke_descendants;
@@ -177,6 +176,7 @@ impl Resetting<'_> {
                 }
             }
         }
+        kept.finish()?;
         let token = settings.root_key_file.is_none().then_some(root.token);
         Ok((root.write.change.key_id(), token))
     }

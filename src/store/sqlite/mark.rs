@@ -21,9 +21,14 @@
 //! was acknowledged. A checkpoint never shortens the WAL, and only the close removes it: connections that write do not
 //! checkpoint when they are closed (`connection.rs`), the others cannot write.
 
-use std::{fs::File, io, os::unix::fs::FileExt as _, path::Path};
+use std::{
+    fs::File,
+    io,
+    os::unix::{ffi::OsStrExt as _, fs::FileExt as _},
+    path::Path,
+};
 
-use rusqlite::{Connection, config::DbConfig};
+use rusqlite::{Connection, OpenFlags, config::DbConfig};
 
 use crate::{private_file::with_suffix, store::OpenError};
 
@@ -37,6 +42,10 @@ const APPLICATION_ID: usize = 68;
 const HEADER: usize = 100;
 /// The size of a WAL's header. SQLite writes it before any frame, and never without.
 const WAL_HEADER: u64 = 32;
+/// What a WAL begins with, but for the lowest bit.
+const WAL_MAGIC: u32 = 0x377f_0682;
+/// A frame's header and the smallest page.
+const SMALLEST_FRAME: u64 = 24 + 512;
 
 /// What a file says of its owner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,14 +99,43 @@ pub(super) enum Wal {
     Spare,
 }
 
+/// Whether a WAL holds anything that SQLite reads: a header whose checksum is right, and room for a frame. SQLite takes a
+/// WAL with another header for an empty one. Format: <https://www.sqlite.org/fileformat2.html#walformat>.
+fn is_readable(wal: &File) -> io::Result<bool> {
+    if wal.metadata()?.len() < WAL_HEADER + SMALLEST_FRAME {
+        return Ok(false);
+    }
+    let mut header = [0; 32];
+    wal.read_exact_at(&mut header, 0)?;
+    let bytes = |at: usize| header[at..].first_chunk().copied().unwrap_or_default();
+    let magic = u32::from_be_bytes(bytes(0));
+    if magic & !1 != WAL_MAGIC {
+        return Ok(false);
+    }
+    // The lowest bit says in which order the checksum reads bytes.
+    let word =
+        |at| if magic & 1 == 1 { u32::from_be_bytes(bytes(at)) } else { u32::from_le_bytes(bytes(at)) };
+    let (mut one, mut two) = (0_u32, 0_u32);
+    for at in (0..24).step_by(8) {
+        one = one.wrapping_add(word(at)).wrapping_add(two);
+        two = two.wrapping_add(word(at + 4)).wrapping_add(one);
+    }
+    Ok((one, two) == (u32::from_be_bytes(bytes(24)), u32::from_be_bytes(bytes(28))))
+}
+
 /// Looks for the WAL that a file needs, before SQLite opens the file. `shown` names it in errors.
 pub(super) fn look(shown: &str, real: &Path, file: &File) -> std::result::Result<Wal, OpenError> {
     let other = |error: io::Error| OpenError::Other { path: shown.to_owned(), source: error.into() };
     // The WAL first: an owner that closes the file takes the mark back before it removes the WAL.
-    let wal = match std::fs::metadata(wal_of(real)) {
-        Ok(found) => found.len() >= WAL_HEADER,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => false,
+    let found = match File::open(wal_of(real)) {
+        Ok(found) => Some(found),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
         Err(error) => return Err(other(error)),
+    };
+    let readable = found.as_ref().map_or(Ok(false), is_readable).map_err(other)?;
+    let wal = match found {
+        Some(found) => found.metadata().map_err(other)?.len() >= WAL_HEADER,
+        None => false,
     };
     let mark = Mark::in_file(file).map_err(other)?;
     if wal && file.metadata().map_err(other)?.len() == 0 {
@@ -105,7 +143,7 @@ pub(super) fn look(shown: &str, real: &Path, file: &File) -> std::result::Result
         return Err(OpenError::WithoutDatabase { path: shown.to_owned() });
     }
     Ok(match (mark.unwrap_or(Mark::NONE), wal) {
-        (Mark { open: 1.., .. }, false) => Wal::Lost,
+        (Mark { open: 1.., .. }, _) if !readable => Wal::Lost,
         // A file from before there were marks may need its WAL.
         (Mark { open: 0, newest: 1.. }, true) => Wal::Spare,
         _ => Wal::Whole,
@@ -118,14 +156,29 @@ pub(super) fn wal_of(real: &Path) -> std::path::PathBuf {
 }
 
 /// Whether the WAL that SQLite has found is the file's own, as far as the marks tell.
-pub(super) fn is_own_wal(connection: &Connection, file: &File) -> Result<bool> {
+pub(super) fn is_own_wal(connection: &Connection, real: &Path, file: &File) -> Result<bool> {
     let in_file = Mark::in_file(file).map_err(unavailable)?;
     let in_file = in_file.unwrap_or(Mark::NONE);
     let in_wal = Mark::in_wal(connection)?;
-    let older = in_wal.newest < in_file.newest;
-    // Whatever opened a closed file did so in a newer term.
-    let reopened = in_file.open == 0 && in_wal.open != 0 && in_wal.newest <= in_file.newest;
-    Ok(!older && !reopened)
+    if in_file.open != 0 {
+        return Ok(in_wal.newest >= in_file.newest);
+    }
+    // A start that was killed before its term was in the file has changed nothing else. A file from before there were
+    // marks may need its WAL.
+    Ok(in_file.newest == 0 || head(connection)? == head(&alone(real)?)?)
+}
+
+/// Where the log ends, as this connection reads it.
+fn head(connection: &Connection) -> Result<(i64, Vec<u8>)> {
+    Ok(connection.query_row("SELECT head, head_hash FROM meta", [], |row| Ok((row.get(0)?, row.get(1)?)))?)
+}
+
+/// Reads a file without its WAL.
+fn alone(real: &Path) -> Result<Connection> {
+    let encoded =
+        percent_encoding::percent_encode(real.as_os_str().as_bytes(), percent_encoding::NON_ALPHANUMERIC);
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_URI;
+    Ok(Connection::open_with_flags(format!("file:{encoded}?immutable=1"), flags)?)
 }
 
 /// Sets the mark, in the transaction that takes the term.

@@ -247,7 +247,7 @@ pub(super) async fn hold(path: &str, lost: bool) -> std::result::Result<(Arc<Own
     let seen = owner.clone();
     let opened = async {
         let writer = Writer::open(owner.real()).await?;
-        let own = writer.work(move |connection| mark::is_own_wal(connection, &seen.file)).await?;
+        let own = writer.work(move |connection| mark::is_own_wal(connection, &seen.real, &seen.file)).await?;
         Ok((writer, own))
     };
     match opened.await {

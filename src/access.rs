@@ -196,15 +196,16 @@ impl Caller {
         }
     }
 
-    /// Whether the caller may act on every account at once: nobody does so for a person.
+    /// Checks that the caller acts for itself, as calls over all accounts require.
     ///
     /// # Errors
-    /// When it acts for one.
-    pub fn acts_for_itself(&self) -> Result<(), Refusal> {
+    /// If it acts for a person.
+    pub fn must_act_for_itself(&self) -> Result<(), Refusal> {
         if self.acting_user.is_none() {
             return Ok(());
         }
-        let message = "nobody acts for a person over every account; leave x-keyward-acting-user out";
+        let message =
+            "a call with x-keyward-acting-user must name one account; name it, or leave the header out";
         Err(Refusal::Forbidden("ROLE_LACKS_PERMISSION", message.to_owned()))
     }
 
@@ -233,13 +234,13 @@ impl Caller {
         }
     }
 
-    /// Whether the caller may give rights that are bound to nothing, as roles and memberships are. Its own must not be
-    /// bound to customers or networks. An account's caller must also have a key of the `first` environment that never
+    /// Checks that the caller may grant rights without restrictions, as roles and memberships are. Its own key must not be
+    /// restricted to customers or networks. An account's caller must also have a key of the `first` environment that never
     /// expires and has no limits.
     ///
     /// # Errors
     /// When its rights are bound; the message says by what.
-    pub fn is_unbound(&self, first: &EnvironmentName) -> Result<(), Refusal> {
+    pub fn must_be_unbound(&self, first: &EnvironmentName) -> Result<(), Refusal> {
         const RIGHT: &str = "a role or membership";
         let Some(own) = self.key() else { return Ok(()) };
         if !own.customers().is_empty() {

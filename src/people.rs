@@ -89,7 +89,7 @@ impl People {
     fn role_home(&self, asked: &mut Authorization<'_>, account: Option<&AccountId>) -> Result<(), Refusal> {
         match account {
             Some(account) => self.account_to_change(asked, account),
-            None => asked.caller.must_be_operator().and_then(|()| asked.caller.acts_for_itself()),
+            None => asked.caller.must_be_operator().and_then(|()| asked.caller.must_act_for_itself()),
         }
     }
 
@@ -137,8 +137,8 @@ impl People {
         }
     }
 
-    /// Writes a change that `make` authorizes, from the record as it stands; again if a record has moved meanwhile. One that leaves the
-    /// record as it is writes nothing.
+    /// Writes a change that `make` authorizes from the current record, and retries if a record has moved. A change that
+    /// leaves the record as it is writes nothing.
     async fn change(
         &self,
         caller: &Caller,
@@ -157,7 +157,7 @@ impl People {
                     None => continue,
                 }
             }
-            let limits = self.keys.limits_of(caller, action, self.only_takes(&change, expect));
+            let limits = self.keys.limits_of(action, self.only_takes(&change, expect));
             let write = Write { limits, ..asked.write(change, expect, action, self.clock.now()) };
             match self.writer.write(write).await {
                 Ok(Outcome::Applied(change)) => return Ok((change, reach)),
@@ -186,7 +186,7 @@ impl People {
         let change = self
             .change(caller, Action::RolePut, |asked| {
                 self.role_home(asked, account.as_ref())?;
-                asked.caller.is_unbound(&self.keys.environments().first().name)?;
+                asked.caller.must_be_unbound(&self.keys.environments().first().name)?;
                 self.may_grant(asked, account.as_ref(), &scopes)?;
                 let before = self.engine.index.role_record(account.as_ref(), &name);
                 // What the name grants so far, possibly by a global role that this one hides.
@@ -219,7 +219,7 @@ impl People {
         let change = self
             .change(caller, Action::RoleDeleted, |asked| {
                 self.role_home(asked, account.as_ref())?;
-                asked.caller.is_unbound(&self.keys.environments().first().name)?;
+                asked.caller.must_be_unbound(&self.keys.environments().first().name)?;
                 let before = self.engine.index.role_record(account.as_ref(), &name);
                 let before = before.ok_or(Refusal::NotFound(Thing::Role))?;
                 self.may_grant(asked, account.as_ref(), &before.scopes)?;
@@ -266,7 +266,7 @@ impl People {
         let change = self
             .change(caller, Action::MemberPut, |asked| {
                 self.account_to_change(asked, &account)?;
-                asked.caller.is_unbound(&self.keys.environments().first().name)?;
+                asked.caller.must_be_unbound(&self.keys.environments().first().name)?;
                 let given = asked.scopes_of(Some(&account), &role);
                 self.may_grant(asked, Some(&account), &given)?;
                 let before = self.engine.index.member_record(&account, &user);

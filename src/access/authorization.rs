@@ -1,5 +1,5 @@
-//! One authorization: the caller, judged again as it is now, and the read set of everything that is looked up to decide
-//! whether it may make a change. The change carries the read set into its transaction, which rejects it with
+//! Authorizes a change: evaluates the caller again, and records each role, member, account and key that it looks up in a
+//! read set. The change carries the read set into its transaction, which rejects it with
 //! [`Rejection::AuthorizationMoved`](crate::store::Rejection) if any record has moved; the use case then authorizes
 //! again from the start.
 //!

@@ -118,7 +118,7 @@ pub async fn archive(
     let archived = Archived { upto: chain.at.into(), entries: chain.entries, file_sha256 };
     let via = Via { archived: Some(archived), ..Via::NONE };
     // Has the chain say what was archived.
-    if !note::note::<ArchiveError>(store, Action::LogArchived, via, METHOD, clock).await? {
+    if !note::append_entry::<ArchiveError>(store, Action::LogArchived, via, METHOD, clock).await? {
         return Err(ArchiveError::Damaged("the operator account is missing".to_owned()));
     }
     let at = Head { revision: chain.at.revision, hash: chain.at.hash };

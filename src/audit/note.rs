@@ -16,7 +16,7 @@ use crate::{
 ///
 /// # Errors
 /// When the database fails.
-pub async fn note<E: From<StoreError> + From<CommitError>>(
+pub async fn append_entry<E: From<StoreError> + From<CommitError>>(
     store: &dyn Store,
     action: Action,
     via: Via,

@@ -100,7 +100,7 @@ enum Command {
     Migrate(upkeep::MigrateArgs),
     /// Copy an SQLite database to a new file, also while a server runs on it
     Backup(upkeep::BackupArgs),
-    /// Have an SQLite database whose -wal file is lost start again, without the changes that only that file had
+    /// Accept that an SQLite database has lost its -wal file, so that it starts again without the changes in that file
     AcceptLostWal(upkeep::AcceptLostWalArgs),
     /// Create, find, change and revoke keys
     #[command(mut_args = settings::below_top)]

@@ -7,7 +7,7 @@ use anyhow::bail;
 use crate::{
     clock::{SystemClock, SystemEntropy},
     config::server::{RootKeyArgs, Settings},
-    domain::{key::Owner, lineage::Deed, name::KeyId},
+    domain::{key::Owner, lineage::LinkKind, name::KeyId},
     server::{Descendant, Reset, RightsChange, reset_root_key},
 };
 
@@ -87,9 +87,9 @@ fn keys(descendants: &[Descendant]) -> String {
             Owner::Account(account) => format!("account {account}"),
             Owner::User(user) => format!("user {user}"),
         };
-        let by = match link.deed {
-            Deed::Created => link.by.to_string(),
-            Deed::Rotated => format!("{}, which rotated it on {}", link.by, instant(link.at)),
+        let by = match link.kind {
+            LinkKind::Created => link.by.to_string(),
+            LinkKind::Rotated => format!("{}, which rotated it on {}", link.by, instant(link.at)),
         };
         let name = name.as_ref().map(ToString::to_string).unwrap_or_default();
         let (key, environment) = (link.child.to_string(), environment.to_string());

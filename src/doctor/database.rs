@@ -10,6 +10,7 @@ use crate::{
         time::{Revision, Timestamp},
     },
     store::{
+        OpenError,
         fleet::{Fleet, Roster},
         look::{self, FileFacts, Kind, Seen, ServerFacts},
     },
@@ -35,7 +36,14 @@ pub(super) async fn examine(
     let seen = match look::look(&settings.database).await {
         Ok(seen) => seen,
         Err(error) => {
-            findings.fail("store", error.to_string(), "start it, or name the right one with --database");
+            let advice = match error {
+                OpenError::WithoutWal { .. }
+                | OpenError::WithoutDatabase { .. }
+                | OpenError::ForeignWal { .. }
+                | OpenError::Unsuitable { .. } => "see docs/operations.md, The SQLite file",
+                _ => "start it, or name the right one with --database",
+            };
+            findings.fail("store", error.to_string(), advice);
             findings.unseen("replicas", "the database does not answer");
             return None;
         }

@@ -15,7 +15,7 @@ const CLOCK_SKEW: Duration = Duration::from_secs(60);
 
 /// What a key did to another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Deed {
+pub enum LinkKind {
     /// Created or imported it.
     Created,
     /// Gave it a new secret.
@@ -30,7 +30,7 @@ pub struct Link {
     /// The key that called.
     pub by: KeyId,
     /// What the caller did.
-    pub deed: Deed,
+    pub kind: LinkKind,
     /// When.
     pub at: Timestamp,
 }
@@ -61,9 +61,9 @@ pub fn descendants(of: &[KeyId], links: &[Link]) -> HashMap<KeyId, Link> {
 /// From when on what the child does is suspect.
 #[must_use]
 pub fn suspect_since(link: &Link) -> Timestamp {
-    match link.deed {
-        Deed::Created => Timestamp::PASSED,
-        Deed::Rotated => link.at.minus(CLOCK_SKEW),
+    match link.kind {
+        LinkKind::Created => Timestamp::PASSED,
+        LinkKind::Rotated => link.at.minus(CLOCK_SKEW),
     }
 }
 
@@ -79,8 +79,8 @@ mod tests {
         KeyId::custom([number; 16])
     }
 
-    fn link(by: u8, child: u8, deed: Deed, minute: i64) -> Link {
-        Link { child: key(child), by: key(by), deed, at: Timestamp::from_micros(minute * MINUTE) }
+    fn link(by: u8, child: u8, kind: LinkKind, minute: i64) -> Link {
+        Link { child: key(child), by: key(by), kind, at: Timestamp::from_micros(minute * MINUTE) }
     }
 
     #[track_caller]
@@ -91,7 +91,7 @@ mod tests {
 
     #[test]
     fn every_generation_descends_and_nobody_elses_children_do() {
-        use Deed::Created;
+        use LinkKind::Created;
         let links =
             [link(1, 2, Created, 1), link(2, 3, Created, 2), link(3, 4, Created, 3), link(9, 5, Created, 4)];
         descend(1, &links, &[2, 3, 4]);
@@ -101,7 +101,7 @@ mod tests {
 
     #[test]
     fn a_rotated_key_descends_with_what_it_made_from_then_on() {
-        use Deed::{Created, Rotated};
+        use LinkKind::{Created, Rotated};
         let links = [
             link(9, 2, Created, 1),
             link(2, 3, Created, 2),
@@ -114,7 +114,7 @@ mod tests {
 
     #[test]
     fn clocks_that_differ_hide_no_descendant() {
-        use Deed::{Created, Rotated};
+        use LinkKind::{Created, Rotated};
         // The child was created on a server whose clock is behind.
         descend(1, &[link(1, 2, Created, 10), link(2, 3, Created, 7)], &[2, 3]);
         let seconds = |link: Link| Link { at: link.at.minus(Duration::from_secs(59)), ..link };
@@ -123,7 +123,7 @@ mod tests {
 
     #[test]
     fn a_creation_found_after_a_rotation_makes_all_that_the_key_did_suspect() {
-        use Deed::{Created, Rotated};
+        use LinkKind::{Created, Rotated};
         // 1 rotates 3 late, and 2, which 1 created, created 3 early.
         let links =
             [link(1, 3, Rotated, 50), link(1, 2, Created, 1), link(2, 3, Created, 2), link(3, 4, Created, 3)];
@@ -132,7 +132,7 @@ mod tests {
 
     #[test]
     fn a_circle_of_rotations_ends() {
-        use Deed::Rotated;
+        use LinkKind::Rotated;
         let links =
             [link(1, 2, Rotated, 1), link(2, 3, Rotated, 2), link(3, 2, Rotated, 3), link(3, 1, Rotated, 4)];
         descend(1, &links, &[2, 3]);

@@ -166,7 +166,7 @@ impl Index {
     #[must_use]
     pub fn find(&self, digest: &Digest) -> Option<Found> {
         let find = || self.keys.load().find(digest);
-        // The doubts are held while the record is read: one that is settled meanwhile leaves either itself or its record.
+        // The record is read under the lock: a doubt that is settled concurrently shows either as doubt or as its record.
         let in_doubt = |doubts: &Doubts| {
             let found = find();
             let id = found.as_ref().map(|(key, _)| key.id());

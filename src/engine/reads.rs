@@ -13,7 +13,7 @@ use crate::{
         scope::ScopeSet,
         token::Digest,
     },
-    store::{Place, ReadSet, Seen},
+    store::{ReadSet, ReadState, RecordId},
 };
 
 use super::{CannotAnswer, Engine, HeldKey, Holder, index::Index};
@@ -38,8 +38,8 @@ impl Index {
         reads: &mut ReadSet,
     ) -> Option<Arc<Role>> {
         let role = self.role_record(account, name);
-        let seen = Seen::from_revision(role.as_ref().map(|role| role.revision));
-        reads.add(Place::Role(account.cloned(), name.clone()), seen);
+        let seen = ReadState::from_revision(role.as_ref().map(|role| role.revision));
+        reads.add(RecordId::Role(account.cloned(), name.clone()), seen);
         role
     }
 
@@ -51,16 +51,16 @@ impl Index {
         reads: &mut ReadSet,
     ) -> Option<Arc<Member>> {
         let member = self.member_record(account, user);
-        let seen = Seen::from_revision(member.as_ref().map(|member| member.revision));
-        reads.add(Place::Member(account.clone(), user.clone()), seen);
+        let seen = ReadState::from_revision(member.as_ref().map(|member| member.revision));
+        reads.add(RecordId::Member(account.clone(), user.clone()), seen);
         member
     }
 
     /// An account.
     pub fn read_account(&self, id: &AccountId, reads: &mut ReadSet) -> Option<Arc<Account>> {
         let account = self.account_record(id);
-        let seen = Seen::from_revision(account.as_ref().map(|account| account.revision));
-        reads.add(Place::Account(id.clone()), seen);
+        let seen = ReadState::from_revision(account.as_ref().map(|account| account.revision));
+        reads.add(RecordId::Account(id.clone()), seen);
         account
     }
 
@@ -96,7 +96,7 @@ impl Engine {
     ) -> Result<Result<(HeldKey, ScopeSet), Reason>, CannotAnswer> {
         let revision = self.index.revision().ok_or(CannotAnswer::Starting)?;
         if let Some(found) = self.index.find(digest) {
-            reads.add(Place::Key(found.key.id()), Seen::UnchangedSince(revision));
+            reads.add(RecordId::Key(found.key.id()), ReadState::UnchangedSince(revision));
             self.index.read_subject(&found.key, account, reads);
         }
         let judged = self.lease.check(

@@ -25,9 +25,9 @@ use super::{
     convert,
     gate::{Patience, shown},
     keys_read::filled,
-    outgoing::Places,
+    outgoing::ListPermits,
     page,
-    permits::only_waits,
+    permits::exchange_permit_for_waiting,
 };
 
 const MAX_SCOPES: usize = 256;
@@ -42,7 +42,7 @@ pub(super) struct AccountService {
     /// Waits until a change is in force everywhere.
     pub propagation: Propagation,
     /// The places for lists.
-    pub lists: Places,
+    pub lists: ListPermits,
 }
 
 impl std::fmt::Debug for AccountService {
@@ -67,7 +67,7 @@ impl AccountService {
         reach: Reach,
         patience: Patience,
     ) -> Result<Option<pb::Propagation>, Refusal> {
-        only_waits();
+        exchange_permit_for_waiting();
         let report = self.propagation.reached(revision, reach, patience.until).await?;
         Ok(Some(convert::propagation(report)))
     }

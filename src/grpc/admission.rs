@@ -36,14 +36,14 @@ use crate::{
 };
 
 use super::{
-    body::Limited,
+    body::MessageBody,
     ext_authz::Proxy,
     gate::{HEALTH, Services},
-    rpc::{Access, Kind, Plane, Rpc},
+    rpc::{Access, Plane, Rpc},
     session::CallerSession,
     status::lacks_permission,
     vigil::{Presented, Vigil},
-    watches::Watches,
+    watches::LongCalls,
 };
 
 /// Where a connection came in: what is served there, and what callers must show.
@@ -102,7 +102,7 @@ pub struct Visitor {
     /// Whose calls came last.
     pub memory: Memory,
     /// The calls that last.
-    pub watches: Watches,
+    pub watches: LongCalls,
     /// What its requests may hold.
     pub memory_budget: Arc<ConnectionBudget>,
     /// Whether a caller has proved itself over this connection.
@@ -128,7 +128,7 @@ impl Services {
     pub(super) async fn admit(
         &self,
         rpc: &'static Rpc,
-        request: &mut Request<Limited>,
+        request: &mut Request<MessageBody>,
         visitor: &Visitor,
     ) -> Result<(), Status> {
         if rpc.access == Access::Proxy
@@ -180,8 +180,8 @@ impl Services {
         if let Some(permission) = needs.filter(|permission| !caller.may(*permission)) {
             return Err(lacks_permission(permission.as_str()));
         }
-        // Others are done before their caller's rights can end.
-        if rpc.plane == Plane::Checks || rpc.kind == Kind::ServerStream {
+        // The caller of a management call is judged again by its `CallerSession`.
+        if rpc.plane == Plane::Checks {
             let shown = match shown {
                 Shown::Token(token) => Presented::Token(Arc::new(Zeroizing::new(token))),
                 Shown::Certificate(identity) => Presented::Certificate(identity.clone()),

@@ -23,7 +23,7 @@ use crate::{
     store::{Checkpoint, LogFilter, Store, StoreError, page::PageBudget},
 };
 
-use super::{convert, gate::shown, outgoing::Places, page};
+use super::{convert, gate::shown, outgoing::ListPermits, page};
 
 /// The service over the store.
 #[derive(Clone)]
@@ -32,11 +32,11 @@ pub(super) struct AuditService {
     engine: Arc<Engine>,
     /// Whoever verifies; the others wait, since it reads all there is.
     verifying: Arc<Mutex<()>>,
-    lists: Places,
+    lists: ListPermits,
 }
 
 impl AuditService {
-    pub(super) fn over(store: Arc<dyn Store>, engine: Arc<Engine>, lists: Places) -> AuditService {
+    pub(super) fn over(store: Arc<dyn Store>, engine: Arc<Engine>, lists: ListPermits) -> AuditService {
         AuditService { store, engine, verifying: Arc::default(), lists }
     }
 
@@ -125,7 +125,7 @@ fn read(caller: &Caller, engine: &Engine, request: &pb::ListAuditEntriesRequest)
     // An operator reads all accounts unless it names one; an account's caller reads its own.
     let account = match account {
         None if caller.is_operator() => {
-            caller.acts_for_itself()?;
+            caller.must_act_for_itself()?;
             None
         }
         named => Some(caller.account_meant(named)?),

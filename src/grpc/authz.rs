@@ -32,7 +32,7 @@ use crate::{
 
 use super::{
     answer,
-    body::Limited,
+    body::MessageBody,
     codec::Raw,
     convert,
     gate::shown,
@@ -218,7 +218,7 @@ impl AuthzService {
     pub(super) async fn serve(
         self: Arc<Self>,
         rpc: &'static Rpc,
-        request: http::Request<Limited>,
+        request: http::Request<MessageBody>,
     ) -> http::Response<Body> {
         match rpc.kind {
             rpc::Kind::BidiStream => {

@@ -144,14 +144,14 @@ impl Arriving {
 }
 
 /// A request body that gives whole messages alone, each of `limit` bytes at most.
-pub(super) struct Limited {
+pub(super) struct MessageBody {
     inner: Arriving,
     limit: usize,
     /// Messages that are whole and not yet given.
     whole: Option<Bytes>,
     /// The beginning of a message.
     partial: Vec<u8>,
-    memory: Memory,
+    memory: BodyMemory,
     /// Set while bytes are due.
     late: Option<Pin<Box<Sleep>>>,
     kind: Kind,
@@ -169,17 +169,17 @@ enum Kind {
 }
 
 /// The memory that a body may hold.
-struct Memory {
+struct BodyMemory {
     budget: Arc<ConnectionBudget>,
     priority: Priority,
     headers: usize,
     reservation: Option<Reservation>,
 }
 
-impl Memory {
+impl BodyMemory {
     /// Holds so many bytes from now on.
     fn hold(&mut self, bytes: usize) -> Result<(), Status> {
-        let Memory { budget, priority, reservation, .. } = self;
+        let BodyMemory { budget, priority, reservation, .. } = self;
         let fits = match reservation {
             Some(reservation) => reservation.resize(bytes, *priority),
             None => {
@@ -191,7 +191,7 @@ impl Memory {
     }
 }
 
-impl Limited {
+impl MessageBody {
     /// A body of a call with these headers, which counts as anonymous until it is known whose it is.
     pub(super) fn new(
         body: impl Into<Arriving>,
@@ -200,12 +200,12 @@ impl Limited {
         budget: Arc<ConnectionBudget>,
     ) -> Self {
         let (priority, headers) = (Priority::Anonymous, header_bytes(headers));
-        Limited {
+        MessageBody {
             inner: body.into(),
             limit,
             whole: None,
             partial: Vec::new(),
-            memory: Memory { budget, priority, headers, reservation: None },
+            memory: BodyMemory { budget, priority, headers, reservation: None },
             late: None,
             kind: Kind::Stream,
         }
@@ -237,7 +237,7 @@ impl Limited {
     /// Reads the first message of a stream.
     ///
     /// # Errors
-    /// As [`Limited::read_to_end`].
+    /// As [`MessageBody::read_to_end`].
     pub(super) async fn read_first(&mut self) -> Result<(), Status> {
         let first = timeout(READ_TIMEOUT, self.next_messages()).await;
         self.whole = first.map_err(|_| too_slow())??;
@@ -405,7 +405,7 @@ fn fields(message: &[u8]) -> impl Iterator<Item = &[u8]> {
     })
 }
 
-impl Body for Limited {
+impl Body for MessageBody {
     type Data = Bytes;
     type Error = BoxError;
 

@@ -34,12 +34,12 @@ use super::{
     gate::Services,
     io::OneBuffer,
     load::{Calls, Lane},
-    outgoing::{PERIOD, Unsent},
+    outgoing::{ConnectionSendBudget, PERIOD},
     reply::Reply,
-    sending::{Sending, Streams},
+    sending::{SendBody, Streams},
     serve::stopped,
     status::overloaded,
-    watches::{Draining, Watches},
+    watches::{Draining, LongCalls},
 };
 
 /// Streams that the server had to reset for the peer's errors, before the connection goes (CVE-2025-8671).
@@ -117,7 +117,7 @@ pub(super) async fn serve(
         peer: peer.map(|peer| peer.ip().to_canonical()),
         identity: certificate.and_then(|certificate| entrance.door.identify(&certificate)),
         memory: crate::engine::known::Memory::default(),
-        watches: Watches::default(),
+        watches: LongCalls::default(),
         memory_budget: ConnectionBudget::new(services.memory.clone()),
         proven: AtomicBool::new(false),
     };
@@ -180,7 +180,7 @@ async fn speak(
 ) {
     let (calls, peer, watches) = (Arc::new(Calls::default()), visitor.peer, visitor.watches.clone());
     let counted = calls.clone();
-    let unsent = Unsent::new(services.outgoing.clone());
+    let unsent = ConnectionSendBudget::new(services.outgoing.clone());
     let sent = unsent.clone();
     // One count a call, on this connection's own memory, keeps all of it alive.
     let here = Arc::new((services, visitor));
@@ -202,7 +202,7 @@ async fn speak(
                 }
                 None => overloaded().into_http().map(Reply::Any),
             };
-            Ok::<_, Infallible>(Sending::respond(answer, &unsent, call))
+            Ok::<_, Infallible>(SendBody::respond(answer, &unsent, call))
         })
     });
     let connection = http2::Builder::new(Streams(unsent.clone()))
@@ -233,7 +233,7 @@ async fn speak(
         ended = serving => ended,
         () = overdue(&unsent) => {
             let peer = peer.map(tracing::field::display);
-            return tracing::debug!(peer, "connection closed: its peer does not take its answers");
+            return tracing::debug!(peer, "connection closed: peer does not read its answers");
         }
     };
     if let Err(error) = ended {
@@ -245,7 +245,7 @@ async fn speak(
 
 /// Waits until bytes of the connection's answers have not been taken for minutes. Streams without a window end by
 /// themselves long before that.
-async fn overdue(unsent: &Unsent) {
+async fn overdue(unsent: &ConnectionSendBudget) {
     loop {
         tokio::time::sleep(PERIOD).await;
         if unsent.begin_period() {

@@ -36,12 +36,12 @@ use super::{
     admission::Visitor,
     audit::AuditService,
     authz::AuthzService,
-    body::{Arriving, Limited},
+    body::{Arriving, MessageBody},
     calls::{self, Begun, Calls},
     direct::Said,
     ext_authz::{ExtAuthz, Proxy},
     keys::KeyService,
-    outgoing::Outgoing,
+    outgoing::SendBudget,
     permits::{ConcurrencyLimits, Occupant, PermitBody},
     reply::Reply,
     rpc::{Access, IMPORT, Kind, Plane, Rpc},
@@ -91,7 +91,7 @@ pub struct Services {
     /// What requests may hold.
     pub(super) memory: Arc<MemoryBudget>,
     /// What waits to be sent.
-    pub(super) outgoing: Arc<Outgoing>,
+    pub(super) outgoing: Arc<SendBudget>,
 }
 
 impl std::fmt::Debug for Services {
@@ -122,15 +122,15 @@ impl Patience {
 }
 
 /// What the gate hands to the handler of a call, by the call's extensions.
-pub(super) trait Shown: Sized {
-    fn shown(extensions: &mut tonic::Extensions) -> Result<Option<Self>, Status>;
+pub(super) trait FromExtensions: Sized {
+    fn from_extensions(extensions: &mut tonic::Extensions) -> Result<Option<Self>, Status>;
 }
 
-macro_rules! shown_as_found {
+macro_rules! taken_from_extensions {
     ($($found:ty),*) => {
         $(
-            impl Shown for $found {
-                fn shown(extensions: &mut tonic::Extensions) -> Result<Option<Self>, Status> {
+            impl FromExtensions for $found {
+                fn from_extensions(extensions: &mut tonic::Extensions) -> Result<Option<Self>, Status> {
                     Ok(extensions.remove())
                 }
             }
@@ -138,11 +138,11 @@ macro_rules! shown_as_found {
     };
 }
 
-shown_as_found!(Patience, Vigil, Proxy, CallerSession);
+taken_from_extensions!(Patience, Vigil, Proxy, CallerSession);
 
 /// The caller of a management call is judged again: handlers run when the whole request has arrived.
-impl Shown for Caller {
-    fn shown(extensions: &mut tonic::Extensions) -> Result<Option<Self>, Status> {
+impl FromExtensions for Caller {
+    fn from_extensions(extensions: &mut tonic::Extensions) -> Result<Option<Self>, Status> {
         match extensions.get::<CallerSession>() {
             Some(session) => Ok(Some(session.reauthorize()?)),
             None => Ok(extensions.remove()),
@@ -151,9 +151,9 @@ impl Shown for Caller {
 }
 
 /// What the gate has found out about a call, for its handler.
-pub(super) fn shown<T: Shown>(request: &mut tonic::Request<impl Sized>) -> Result<T, Status> {
+pub(super) fn shown<T: FromExtensions>(request: &mut tonic::Request<impl Sized>) -> Result<T, Status> {
     // Every row of the table says what its handler takes; a mismatch is a bug.
-    T::shown(request.extensions_mut())?.ok_or_else(internal)
+    T::from_extensions(request.extensions_mut())?.ok_or_else(internal)
 }
 
 impl Services {
@@ -310,7 +310,7 @@ impl Services {
     async fn manage(
         &self,
         rpc: &'static Rpc,
-        mut request: Request<Limited>,
+        mut request: Request<MessageBody>,
         occupant: Occupant,
     ) -> Response<Body> {
         let streams = rpc.kind == Kind::ServerStream;
@@ -405,14 +405,14 @@ impl Services {
 }
 
 /// The request with a body that is held to its limits.
-fn limited(request: Request<Arriving>, max_message: usize, visitor: &Visitor) -> Request<Limited> {
+fn limited(request: Request<Arriving>, max_message: usize, visitor: &Visitor) -> Request<MessageBody> {
     let (parts, body) = request.into_parts();
-    let body = Limited::new(body, &parts.headers, max_message, visitor.memory_budget.clone());
+    let body = MessageBody::new(body, &parts.headers, max_message, visitor.memory_budget.clone());
     Request::from_parts(parts, body)
 }
 
 /// Reads the message of a unary request.
-async fn read_message(rpc: &Rpc, body: &mut Limited) -> Result<(), Status> {
+async fn read_message(rpc: &Rpc, body: &mut MessageBody) -> Result<(), Status> {
     body.read_to_end().await?;
     body.reserve_decoded(rpc.method == IMPORT)
 }

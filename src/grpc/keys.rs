@@ -37,12 +37,12 @@ use super::{
         Page, filled, read_bulk, read_create, read_filter, read_import, read_once, read_once_alone,
         read_update, read_usage,
     },
-    outgoing::Places,
+    outgoing::ListPermits,
     page,
-    permits::only_waits,
+    permits::exchange_permit_for_waiting,
     propagation::stream_reports,
+    session::CallerSession,
     status,
-    vigil::Vigil,
 };
 
 const MAX_OVERLAP: Duration = Duration::from_secs(7 * 24 * 60 * 60);
@@ -58,7 +58,7 @@ pub(super) struct KeyService {
     /// Waits until a change is in force everywhere.
     pub(super) propagation: Propagation,
     /// The places for lists.
-    pub(super) lists: Places,
+    pub(super) lists: ListPermits,
 }
 
 fn read_id(id: &str) -> Result<KeyId, Refusal> {
@@ -73,7 +73,7 @@ impl KeyService {
         patience: Patience,
     ) -> Result<(Option<pb::Key>, u64, Option<pb::Propagation>), Refusal> {
         let revision = view.key.revision;
-        only_waits();
+        exchange_permit_for_waiting();
         let report = self.propagation.reached(revision, view.reach, patience.until).await?;
         Ok((Some(convert::key(view)), revision.0, Some(convert::propagation(report))))
     }
@@ -202,7 +202,7 @@ impl pb::key_service_server::KeyService for KeyService {
         let report = match dry_run {
             true => self.propagation.in_force(revision),
             false => {
-                only_waits();
+                exchange_permit_for_waiting();
                 self.propagation.wait(recorded, true, patience.until).await.map_err(Refusal::from)?
             }
         };
@@ -320,7 +320,7 @@ impl pb::key_service_server::KeyService for KeyService {
         &self,
         mut request: Request<pb::WatchPropagationRequest>,
     ) -> Result<Response<Self::WatchPropagationStream>, Status> {
-        let vigil = shown::<Vigil>(&mut request)?;
+        let session = shown::<CallerSession>(&mut request)?;
         let revision = Revision(request.get_ref().revision);
         if revision == Revision::default() {
             return Err(Refusal::field("revision", "must be that of a change, as its answer said").into());
@@ -329,8 +329,7 @@ impl pb::key_service_server::KeyService for KeyService {
         if !self.propagation.is_recorded(revision, newest).await.map_err(Refusal::from)? {
             return Err(Refusal::NotFound(Thing::Revision).into());
         }
-        let (propagation, engine) = (self.propagation.clone(), self.engine.clone());
-        Ok(Response::new(stream_reports(propagation, revision, engine, vigil)))
+        Ok(Response::new(stream_reports(self.propagation.clone(), revision, session)))
     }
 
     async fn revoke_self(

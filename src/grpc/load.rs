@@ -1,5 +1,5 @@
-//! How many calls wait for their turn, and how many a connection has. Every thread counts what it alone has, so that a
-//! Check touches no memory that another core writes. What runs for long is limited in `permits`.
+//! Limits the calls that wait for a serving thread, and counts the calls of each connection. Each thread has its own
+//! counter, so that a Check writes no memory that another core uses. Long-running calls are limited in `permits`.
 
 use std::sync::{
     Arc,

@@ -151,7 +151,7 @@ pub fn services(
     let checks = authz::AuthzService { engine: engine.clone(), environments, decisions, stopping };
 
     let proxies = Arc::new(ext_authz::ExtAuthz { gateway: gateway.clone(), tracing });
-    let outgoing = Arc::new(outgoing::Outgoing::default());
+    let outgoing = Arc::new(outgoing::SendBudget::default());
     let lists = || outgoing.lists().clone();
     let audit = audit::AuditService::over(store, engine.clone(), lists());
     let accounts =

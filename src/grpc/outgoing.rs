@@ -1,8 +1,8 @@
 //! Bounds the bytes of answers that wait to be sent, for each connection and for the process.
 //!
-//! Bytes count from when an answer has them until HTTP/2 has written them to the socket or given them up: each piece
-//! of an answer carries its charge, so whatever drops it gives the room back. An answer that was made is never
-//! withheld: a connection without room gets no further calls, and its streams make no further messages.
+//! The bytes of an answer count until HTTP/2 has written or discarded them: each piece carries its charge, and the drop
+//! of the piece releases it. A finished answer is always sent. A connection over its limit gets no further calls, and its
+//! streams produce no further messages.
 //!
 //! A connection counts on its own memory. What it has beyond [`FREE`] it takes from the process in blocks, so that
 //! Checks touch no memory that another core writes.
@@ -41,8 +41,8 @@ const LISTS: usize = 8;
 /// How many of them the callers of one account have.
 const ACCOUNT_LISTS: usize = 4;
 /// How long a list waits for its place.
-const LIST_PATIENCE: Duration = Duration::from_secs(10);
-/// How many periods are told apart, by which the oldest bytes of a connection are found.
+const LIST_TIMEOUT: Duration = Duration::from_secs(10);
+/// Charges are grouped by the period in which they were made; this many periods are distinguished.
 const PERIODS: usize = 6;
 /// How long a period is. Bytes that wait for five of them end their connection.
 pub(super) const PERIOD: Duration = Duration::from_secs(60);
@@ -51,12 +51,12 @@ const DETAILS: HeaderName = HeaderName::from_static("grpc-status-details-bin");
 
 /// What waits to be sent in the whole process.
 #[derive(Debug, Default)]
-pub(super) struct Outgoing {
+pub(super) struct SendBudget {
     used: AtomicUsize,
-    lists: Places,
+    lists: ListPermits,
 }
 
-impl Outgoing {
+impl SendBudget {
     fn is_full(&self) -> bool {
         self.used.load(Ordering::Relaxed) >= PROCESS_BYTES
     }
@@ -67,14 +67,14 @@ impl Outgoing {
     }
 
     /// The places for lists.
-    pub(super) fn lists(&self) -> &Places {
+    pub(super) fn lists(&self) -> &ListPermits {
         &self.lists
     }
 }
 
 /// Places for answers of several MiB. An answer has its place from before it is made until it is sent.
 #[derive(Clone, Debug)]
-pub(super) struct Places {
+pub(super) struct ListPermits {
     all: Arc<Semaphore>,
     /// Those of the operator account, which nobody else takes.
     operators: Arc<Semaphore>,
@@ -82,9 +82,9 @@ pub(super) struct Places {
     shares: Arc<Mutex<HashMap<AccountId, Weak<Semaphore>>>>,
 }
 
-impl Default for Places {
+impl Default for ListPermits {
     fn default() -> Self {
-        Places {
+        ListPermits {
             all: Arc::new(Semaphore::new(LISTS)),
             operators: Arc::new(Semaphore::new(ACCOUNT_LISTS)),
             shares: Arc::default(),
@@ -94,11 +94,11 @@ impl Default for Places {
 
 /// A place, which goes along with its answer.
 #[derive(Clone, Debug)]
-pub(super) struct Place(
+pub(super) struct ListPermit(
     #[expect(dead_code, reason = "dropping them frees the place")] Arc<[OwnedSemaphorePermit; 2]>,
 );
 
-impl Places {
+impl ListPermits {
     fn are_taken(&self) -> bool {
         self.all.available_permits() == 0
     }
@@ -107,15 +107,15 @@ impl Places {
     ///
     /// # Errors
     /// When there is none in time.
-    pub(super) async fn take(&self, account: &AccountId) -> Result<Place, Status> {
+    pub(super) async fn take(&self, account: &AccountId) -> Result<ListPermit, Status> {
         let share = self.share(account);
         let taken = async {
             let share = share.acquire_owned().await.ok()?;
             let all = if account.is_operator() { &self.operators } else { &self.all };
             let place = all.clone().acquire_owned().await.ok()?;
-            Some(Place(Arc::new([share, place])))
+            Some(ListPermit(Arc::new([share, place])))
         };
-        tokio::time::timeout(LIST_PATIENCE, taken).await.ok().flatten().ok_or_else(overloaded)
+        tokio::time::timeout(LIST_TIMEOUT, taken).await.ok().flatten().ok_or_else(overloaded)
     }
 
     fn share(&self, account: &AccountId) -> Arc<Semaphore> {
@@ -130,7 +130,7 @@ impl Places {
     }
 }
 
-impl Place {
+impl ListPermit {
     /// The answer, which keeps the place until it is sent.
     pub(super) fn hold<T>(self, answer: T) -> Response<T> {
         let mut response = Response::new(answer);
@@ -141,8 +141,8 @@ impl Place {
 
 /// What waits to be sent on one connection.
 #[derive(Debug)]
-pub(super) struct Unsent {
-    process: Arc<Outgoing>,
+pub(super) struct ConnectionSendBudget {
+    process: Arc<SendBudget>,
     state: Mutex<State>,
 }
 
@@ -158,9 +158,9 @@ struct State {
     waiting: Vec<Waker>,
 }
 
-impl Unsent {
-    pub(super) fn new(process: Arc<Outgoing>) -> Arc<Unsent> {
-        Arc::new(Unsent { process, state: Mutex::default() })
+impl ConnectionSendBudget {
+    pub(super) fn new(process: Arc<SendBudget>) -> Arc<ConnectionSendBudget> {
+        Arc::new(ConnectionSendBudget { process, state: Mutex::default() })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -209,7 +209,7 @@ impl Unsent {
         self.process.is_pressed()
     }
 
-    /// Begins the next period. Whether bytes wait that were there five periods ago.
+    /// Begins the next period. Returns whether any bytes have waited for five periods.
     pub(super) fn begin_period(&self) -> bool {
         let mut state = self.state();
         state.period = (state.period + 1) % PERIODS;
@@ -230,7 +230,7 @@ impl Unsent {
     }
 }
 
-impl Drop for Unsent {
+impl Drop for ConnectionSendBudget {
     fn drop(&mut self) {
         let reserved = self.state().reserved;
         self.process.used.fetch_sub(reserved, Ordering::Relaxed);
@@ -240,7 +240,7 @@ impl Drop for Unsent {
 /// Bytes that wait to be sent.
 #[derive(Debug)]
 pub(super) struct Charge {
-    unsent: Arc<Unsent>,
+    unsent: Arc<ConnectionSendBudget>,
     bytes: usize,
     period: usize,
 }
@@ -288,7 +288,7 @@ enum Held {
 #[derive(Debug)]
 struct LargeMessage {
     _charge: Charge,
-    _place: Option<Place>,
+    _place: Option<ListPermit>,
 }
 
 /// A piece of an answer on its way to the socket.
@@ -312,8 +312,7 @@ impl Buf for Piece {
     }
 }
 
-/// A message that is sent piece by piece, so that a stream never has more than one of them in HTTP/2's hands that its
-/// peer does not take.
+/// Splits a message into pieces, so that HTTP/2 buffers at most one unsent piece for each stream.
 #[derive(Debug, Default)]
 pub(super) struct Pieces {
     rest: Bytes,
@@ -325,7 +324,12 @@ impl Pieces {
     const MOST: usize = 16 << 10;
 
     /// The first piece of a message.
-    pub(super) fn begin(&mut self, bytes: Bytes, unsent: &Arc<Unsent>, place: Option<Place>) -> Piece {
+    pub(super) fn begin(
+        &mut self,
+        bytes: Bytes,
+        unsent: &Arc<ConnectionSendBudget>,
+        place: Option<ListPermit>,
+    ) -> Piece {
         let charge = unsent.charge(bytes.len());
         if bytes.len() <= Pieces::MOST && place.is_none() {
             return Piece { bytes, _held: Held::Alone { _charge: charge } };
@@ -358,12 +362,12 @@ impl Pieces {
 mod tests {
     use super::*;
 
-    fn connection() -> (Arc<Outgoing>, Arc<Unsent>) {
-        let process = Arc::new(Outgoing::default());
-        (process.clone(), Unsent::new(process))
+    fn connection() -> (Arc<SendBudget>, Arc<ConnectionSendBudget>) {
+        let process = Arc::new(SendBudget::default());
+        (process.clone(), ConnectionSendBudget::new(process))
     }
 
-    fn used(process: &Outgoing) -> usize {
+    fn used(process: &SendBudget) -> usize {
         process.used.load(Ordering::Relaxed)
     }
 
@@ -374,10 +378,12 @@ mod tests {
         assert_eq!(used(&process), 0, "a little is free");
         let charges: Vec<_> = (0..8).map(|_| unsent.charge(1 << 20)).collect();
         assert!(!unsent.has_room(), "8 MiB of one connection");
-        let other = Unsent::new(process.clone());
+        let other = ConnectionSendBudget::new(process.clone());
         assert!(other.has_room() && !other.is_pressed());
-        let others: Vec<_> =
-            (0..8).map(|_| Unsent::new(process.clone())).map(|one| one.charge(7 << 20)).collect();
+        let others: Vec<_> = (0..8)
+            .map(|_| ConnectionSendBudget::new(process.clone()))
+            .map(|one| one.charge(7 << 20))
+            .collect();
         let little = other.charge(FREE);
         assert!(other.is_pressed() && !other.has_room(), "64 MiB of all");
         drop((others, charges));
@@ -433,8 +439,8 @@ mod tests {
     #[tokio::test]
     async fn a_list_has_its_place_until_its_answer_is_sent_and_no_account_has_all_places() {
         let (places, [one, other]) =
-            (Places::default(), ["one", "other"].map(|id| AccountId::parse(id).unwrap()));
-        let mut held: Vec<Place> = Vec::new();
+            (ListPermits::default(), ["one", "other"].map(|id| AccountId::parse(id).unwrap()));
+        let mut held: Vec<ListPermit> = Vec::new();
         for _ in 0..ACCOUNT_LISTS {
             held.push(places.take(&one).await.unwrap());
         }
@@ -444,7 +450,7 @@ mod tests {
         }
         assert!(places.are_taken());
         let mut answer = held.pop().unwrap().hold(());
-        let place = answer.extensions_mut().remove::<Place>();
+        let place = answer.extensions_mut().remove::<ListPermit>();
         let (_, unsent) = connection();
         let piece = Pieces::default().begin(Bytes::from_static(b"x"), &unsent, place);
         assert!(places.are_taken());

@@ -43,7 +43,7 @@ const REFLECTIONS: usize = 128;
 /// Time limit of such an answer.
 const REFLECTION_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Something that has a share of a limit.
+/// A subject that may use only a share of each limit.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Share {
     Key(KeyId),
@@ -53,8 +53,8 @@ enum Share {
 }
 
 impl Share {
-    /// Which part of a limit it is: one in so many. An operator provisions for all accounts, and has twice as much.
-    fn one_in(&self, priority: Priority) -> usize {
+    /// The share is the limit divided by this number. An operator provisions for all accounts, and has twice as much.
+    fn divisor(&self, priority: Priority) -> usize {
         match (self, priority) {
             (Share::Account(_), _) | (_, Priority::Operator | Priority::RestrictingOperator) => 2,
             (Share::Key(_) | Share::Certificate(_) | Share::Connection(_), _) => 4,
@@ -62,7 +62,7 @@ impl Share {
     }
 }
 
-/// On which shares a call counts, and how far it may fill them.
+/// The shares that a call counts on, and the priority that decides how far it may fill them.
 #[derive(Clone, Debug)]
 pub(super) struct Occupant {
     shares: Vec<Share>,
@@ -134,7 +134,7 @@ impl Permits {
         let mut used = self.used();
         let share_fits = |share: &Share| {
             let count = used.shares.get(share).copied().unwrap_or(0);
-            fits(count, self.limit.div_ceil(share.one_in(occupant.priority)))
+            fits(count, self.limit.div_ceil(share.divisor(occupant.priority)))
         };
         if !fits(used.total, self.limit) || !occupant.shares.iter().all(share_fits) {
             return None;
@@ -208,7 +208,7 @@ impl ConcurrencyLimits {
     pub(super) fn reflection(&self, occupant: Occupant, now: Timestamp) -> Result<Permit, Status> {
         self.reflection
             .acquire(occupant)
-            .ok_or_else(|| self.refuse(1, "call refused: limit of reflection reached", &self.reflection, now))
+            .ok_or_else(|| self.refuse(1, "call refused: reflection limit reached", &self.reflection, now))
     }
 
     fn refuse(&self, log: usize, event: &'static str, permits: &Permits, now: Timestamp) -> Status {
@@ -225,7 +225,7 @@ impl ConcurrencyLimits {
         self.refused.load(Ordering::Relaxed)
     }
 
-    /// Runs a management call with its permit, which [`only_waits`] exchanges. The permit comes back with the answer.
+    /// Runs a management call with its permit, which [`exchange_permit_for_waiting`] exchanges. The permit comes back with the answer.
     pub(super) async fn run<T>(&self, permit: Permit, call: impl Future<Output = T>) -> (T, Option<Permit>) {
         let running = Running { permit: RefCell::new(Some(permit)), waiting: self.waiting.clone() };
         RUNNING
@@ -246,9 +246,9 @@ struct Running {
     waiting: Arc<Permits>,
 }
 
-/// Says that the current call has made its change, and from now on only waits for replicas. Its permit goes back, and it
-/// counts among the waiting calls, if those have room.
-pub(super) fn only_waits() {
+/// Exchanges the permit of the current call, which has made its change and only waits for replicas, for a permit to wait.
+/// If none is free, the call keeps its permit.
+pub(super) fn exchange_permit_for_waiting() {
     // Without a permit there is nothing to give back.
     let _ = RUNNING.try_with(|running| {
         let mut permit = running.permit.borrow_mut();
@@ -367,7 +367,7 @@ mod tests {
         let one = limits
             .run(permit, async {
                 assert!(limits.management(call(2), false, now).is_err());
-                only_waits();
+                exchange_permit_for_waiting();
                 limits.management(call(2), false, now)
             })
             .await;

@@ -1,6 +1,6 @@
 //! Streams how far a change has come, for as long as its caller may know.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use futures_util::{
     StreamExt as _,
@@ -13,15 +13,13 @@ use tokio::{
 use tonic::Status;
 
 use crate::{
-    access::Permission,
     domain::time::Revision,
-    engine::Engine,
     pb::WatchPropagationResponse,
     refusal::Refusal,
     replication::propagation::{Propagation, Report},
 };
 
-use super::{convert, vigil::Vigil};
+use super::{convert, session::CallerSession};
 
 /// How long the stream of a revoked caller may stay open when nothing happens.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -31,8 +29,7 @@ type Item = Result<WatchPropagationResponse, Status>;
 /// A stream under way.
 struct Reports {
     received: mpsc::Receiver<Item>,
-    engine: Arc<Engine>,
-    vigil: Vigil,
+    session: CallerSession,
     look: Interval,
 }
 
@@ -40,14 +37,13 @@ struct Reports {
 pub(super) fn stream_reports(
     propagation: Propagation,
     revision: Revision,
-    engine: Arc<Engine>,
-    vigil: Vigil,
+    session: CallerSession,
 ) -> BoxStream<'static, Item> {
     let (reports, received) = mpsc::channel(1);
     tokio::spawn(watch(propagation, revision, reports));
     let mut look = interval(LOOK_EVERY);
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let reports = Reports { received, engine, vigil, look };
+    let reports = Reports { received, session, look };
     stream::unfold(reports, async |mut reports| Some((reports.next().await?, reports))).boxed()
 }
 
@@ -60,8 +56,8 @@ impl Reports {
                 _ = self.look.tick() => None,
             };
             // What a revoked caller began tells it nothing any more.
-            if let Err(status) = self.vigil.holds(&self.engine, Permission::KeysRead) {
-                return Some(Err(status));
+            if let Err(refusal) = self.session.reauthorize() {
+                return Some(Err(refusal.into()));
             }
             if item.is_some() {
                 return item;

@@ -74,8 +74,7 @@ impl Rpc {
     /// nothing that it can do without. A call for a person is judged by a membership in memory, also if it only reads.
     #[must_use]
     pub fn hears_first(&self, for_person: bool) -> bool {
-        const BY_RECORD: [&str; 5] = ["Revoke", "Disable", "FinishRotation", "BulkRevoke", "RevokeSelf"];
-        let stops = BY_RECORD.iter().any(|name| self.method.ends_with(&format!("KeyService/{name}")));
+        let stops = self.restricts() && self.service() == "keyward.v1.KeyService";
         for_person || self.changes() && !stops
     }
 

@@ -17,7 +17,7 @@ use tonic::Status;
 
 use super::{
     load::Call,
-    outgoing::{Piece, Pieces, Place, Unsent},
+    outgoing::{ConnectionSendBudget, ListPermit, Piece, Pieces},
     reply::Reply,
     status::hold_to_size,
 };
@@ -51,30 +51,34 @@ thread_local! {
 }
 
 /// An answer as hyper sends it. It counts as a call of its connection until hyper has all of it.
-pub(super) struct Sending {
+pub(super) struct SendBody {
     body: Reply,
     pieces: Pieces,
-    place: Option<Place>,
+    place: Option<ListPermit>,
     /// It has given a message already.
     begun: bool,
-    unsent: Arc<Unsent>,
+    unsent: Arc<ConnectionSendBudget>,
     _call: Call,
 }
 
-impl Sending {
+impl SendBody {
     /// The answer of a call.
-    pub(super) fn respond(response: Response<Reply>, unsent: &Arc<Unsent>, call: Call) -> Response<Sending> {
+    pub(super) fn respond(
+        response: Response<Reply>,
+        unsent: &Arc<ConnectionSendBudget>,
+        call: Call,
+    ) -> Response<SendBody> {
         let (mut parts, body) = response.into_parts();
         if body.is_end_stream() {
             unsent.charge_headers(&mut parts.headers);
         }
         let place = parts.extensions.remove();
         let (pieces, unsent) = (Pieces::default(), unsent.clone());
-        Response::from_parts(parts, Sending { body, pieces, place, begun: false, unsent, _call: call })
+        Response::from_parts(parts, SendBody { body, pieces, place, begun: false, unsent, _call: call })
     }
 }
 
-impl http_body::Body for Sending {
+impl http_body::Body for SendBody {
     type Data = Piece;
     type Error = Status;
 
@@ -118,7 +122,7 @@ impl http_body::Body for Sending {
 
 /// Runs the streams of one connection.
 #[derive(Clone, Debug)]
-pub(super) struct Streams(pub(super) Arc<Unsent>);
+pub(super) struct Streams(pub(super) Arc<ConnectionSendBudget>);
 
 impl<F> hyper::rt::Executor<F> for Streams
 where
@@ -133,7 +137,7 @@ where
 /// gives up what it holds. Returns what the stream returns, if it ends.
 async fn until_stalled<F: Future>(
     stream: F,
-    unsent: Arc<Unsent>,
+    unsent: Arc<ConnectionSendBudget>,
     timeout: StallTimeout,
 ) -> Option<F::Output> {
     let mut stream = pin!(stream);
@@ -172,7 +176,7 @@ mod tests {
     #[tokio::test]
     async fn a_stream_ends_when_its_peer_takes_nothing_and_not_when_it_has_nothing_to_give() {
         let timeout = StallTimeout { usual: 5 * SOON, pressed: SOON };
-        let unsent = Unsent::new(Arc::default());
+        let unsent = ConnectionSendBudget::new(Arc::default());
         let gives = async {
             PROGRESS.set(Progress::Gave);
             pending::<()>().await;
@@ -190,8 +194,8 @@ mod tests {
     #[tokio::test]
     async fn a_stalled_stream_ends_soon_when_others_need_the_room() {
         let process = Arc::default();
-        let unsent = Unsent::new(Arc::clone(&process));
-        let _others = Unsent::new(process).charge(40 << 20);
+        let unsent = ConnectionSendBudget::new(Arc::clone(&process));
+        let _others = ConnectionSendBudget::new(process).charge(40 << 20);
         let gives = async {
             PROGRESS.set(Progress::Gave);
             pending::<()>().await;

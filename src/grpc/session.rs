@@ -1,6 +1,6 @@
-//! The caller of a management call for as long as the call lasts. Its headers were authenticated before the body came;
-//! the body, the queue of the writer and other replicas can take seconds. Here the caller is judged again: when the
-//! handler takes it, and before an answer leaves. Changes are judged once more in their transaction, see
+//! Evaluates the caller of a management call again while the call runs. Its headers are authenticated before the body
+//! arrives; the body, the write queue and other replicas can take seconds. The caller is evaluated when the handler
+//! takes it, and before an answer leaves. Changes are judged once more in their transaction, see
 //! `access/authorization.rs`. The callers of Checks are in `vigil.rs`.
 
 use std::sync::Arc;

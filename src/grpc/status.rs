@@ -206,8 +206,7 @@ pub(super) fn overloaded() -> Status {
 /// A call that lasts, on a connection that ends.
 #[must_use]
 pub(super) fn connection_ends() -> Status {
-    let message =
-        "this connection is at its end, and with it the calls that last; make the call again over another";
+    let message = "the connection has reached its maximum age, which ends long-running calls; call again over a new one";
     status(Code::Unavailable, "CONNECTION_ENDS", message)
 }
 
@@ -215,7 +214,7 @@ pub(super) fn connection_ends() -> Status {
 #[must_use]
 pub(super) fn too_many_watches(most: usize) -> Status {
     let message =
-        format!("this connection has {most} such calls already; end one of them, or use another connection");
+        format!("the connection already has {most} such calls; end one of them, or open another connection");
     status(Code::ResourceExhausted, "TOO_MANY_WATCHES", &message)
 }
 
@@ -233,7 +232,8 @@ fn some_unknown(unknown: usize, changes: usize) -> Status {
     let numbers = [("unknown", unknown), ("changes", changes)];
     let metadata = numbers.map(|(name, number)| (name.to_owned(), number.to_string())).into();
     let message = format!(
-        "whether {unknown} of the call's {changes} changes were recorded is unknown; until that is settled this          server refuses what they refuse. Send the same call again: it finishes what is left"
+        "whether {unknown} of the call's {changes} changes were recorded is unknown; until this is settled, \
+         this server denies what they would deny. Send the same call again: it finishes what is left"
     );
     with_metadata(Code::Unavailable, "OUTCOME_UNKNOWN", &message, metadata)
 }

@@ -81,15 +81,12 @@ impl Vigil {
                     Err(_) => Err(Refusal::Unauthenticated.into()),
                 }
             }
-            _ => self.holds(engine, Permission::Check),
+            _ => self.may_still_check(engine),
         }
     }
 
-    /// Whether the caller still holds a permission. Nothing is counted.
-    ///
-    /// # Errors
-    /// When it does not, or that cannot be known.
-    pub(super) fn holds(&self, engine: &Engine, permission: Permission) -> Result<(), Status> {
+    /// Checks that the caller may still ask Checks. Nothing is charged.
+    fn may_still_check(&self, engine: &Engine) -> Result<(), Status> {
         let grants = match &self.shown {
             Presented::Certificate(identity) => {
                 let stands = engine.vouch(identity.account()).map_err(Refusal::from)?.stands;
@@ -100,7 +97,7 @@ impl Vigil {
                 stands.map_err(|_| Refusal::Unauthenticated)?
             }
         };
-        must_hold(permission, &grants)
+        must_hold(Permission::Check, &grants)
     }
 
     /// The caller, where it plainly may ask.

@@ -1,7 +1,7 @@
-//! Calls that last until something happens: how many a connection has, and what ends them.
+//! Limits the long-running calls of a connection (`Health/Watch`, `WatchPropagation`), and ends them when it drains.
 //!
-//! They end when their connection drains, with UNAVAILABLE: the same call over another connection goes on. A connection
-//! that waited for them would never end by itself.
+//! They end with UNAVAILABLE, and the client repeats them over another connection. Without that, draining would never
+//! finish.
 
 use std::{
     pin::Pin,
@@ -36,15 +36,15 @@ pub(super) enum Draining {
 
 /// The calls of one connection that last.
 #[derive(Clone, Debug)]
-pub struct Watches {
+pub struct LongCalls {
     health: Arc<Semaphore>,
     others: Arc<Semaphore>,
     draining: watch::Sender<Option<Draining>>,
 }
 
-impl Default for Watches {
+impl Default for LongCalls {
     fn default() -> Self {
-        Watches {
+        LongCalls {
             health: Arc::new(Semaphore::new(HEALTH_WATCHES)),
             others: Arc::new(Semaphore::new(WATCHES)),
             draining: watch::Sender::new(None),
@@ -52,7 +52,7 @@ impl Default for Watches {
     }
 }
 
-impl Watches {
+impl LongCalls {
     /// Ends all of them.
     pub(super) fn drain(&self, why: Draining) {
         self.draining.send_replace(Some(why));
@@ -62,7 +62,7 @@ impl Watches {
     ///
     /// # Errors
     /// When the connection has as many as it may have.
-    pub(super) fn health(&self) -> Result<Watch, Status> {
+    pub(super) fn health(&self) -> Result<LongCallPermit, Status> {
         self.place(&self.health, HEALTH_WATCHES)
     }
 
@@ -70,11 +70,11 @@ impl Watches {
     ///
     /// # Errors
     /// When the connection has as many as it may have.
-    pub(super) fn other(&self) -> Result<Watch, Status> {
+    pub(super) fn other(&self) -> Result<LongCallPermit, Status> {
         self.place(&self.others, WATCHES)
     }
 
-    fn place(&self, places: &Arc<Semaphore>, most: usize) -> Result<Watch, Status> {
+    fn place(&self, places: &Arc<Semaphore>, most: usize) -> Result<LongCallPermit, Status> {
         let place = places.clone().try_acquire_owned().map_err(|_| too_many_watches(most))?;
         let mut draining = self.draining.subscribe();
         let ends = async move {
@@ -85,34 +85,34 @@ impl Watches {
                 Some(Draining::Stopping) | None => Refusal::Stopping.into(),
             }
         };
-        Ok(Watch { ends: ends.boxed(), _place: place })
+        Ok(LongCallPermit { ends: ends.boxed(), _place: place })
     }
 }
 
 /// A place among the calls that last.
-pub(super) struct Watch {
+pub(super) struct LongCallPermit {
     ends: BoxFuture<'static, Status>,
     _place: OwnedSemaphorePermit,
 }
 
-impl Watch {
+impl LongCallPermit {
     /// The answer of a call that has this place.
     pub(super) fn hold(self, answer: Response<Body>) -> Response<Body> {
         if answer.body().is_end_stream() {
             return answer;
         }
-        answer.map(|body| Body::new(Watching { body, watch: Some(self) }))
+        answer.map(|body| Body::new(LongCallBody { body, watch: Some(self) }))
     }
 }
 
 /// The answer of a call that lasts.
-struct Watching {
+struct LongCallBody {
     body: Body,
     /// None = it has ended.
-    watch: Option<Watch>,
+    watch: Option<LongCallPermit>,
 }
 
-impl http_body::Body for Watching {
+impl http_body::Body for LongCallBody {
     type Data = Bytes;
     type Error = Status;
 
@@ -122,7 +122,7 @@ impl http_body::Body for Watching {
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         let Some(watch) = &mut self.watch else { return Poll::Ready(None) };
         let ended = watch.ends.poll_unpin(cx);
-        // What happened before the end is told: health is NOT_SERVING before a server stops.
+        // Ready frames come before the end: health reports NOT_SERVING before a server stops.
         let polled = Pin::new(&mut self.body).poll_frame(cx);
         match (polled, ended) {
             (Poll::Pending, Poll::Ready(status)) => {

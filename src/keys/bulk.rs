@@ -147,7 +147,7 @@ impl Keys {
         match &bulk.filter.owner {
             OwnerFilter::AllButOperators => {
                 caller.must_be_operator()?;
-                caller.acts_for_itself()?;
+                caller.must_act_for_itself()?;
             }
             OwnerFilter::Account(account) => {
                 let mut asked = caller.authorize(&self.engine)?;

@@ -67,7 +67,7 @@ impl Keys {
             key.updated_at = now;
             let expect = Some(stored.key.revision);
             let reach = reach(&key, &stored.key, &edit);
-            let limits = self.limits_of(caller, action, only_takes(&key, &stored.key));
+            let limits = self.limits_of(action, only_takes(&key, &stored.key));
             let write = Write { limits, ..write(asked, key, expect, action, now, once.clone()) };
             match self.writer.write(write).await {
                 Ok(Outcome::Applied(change)) => {

@@ -147,17 +147,14 @@ impl Keys {
 
     /// The limits of an account to which a change is held. `only_takes`: it gives nothing to anybody.
     #[must_use]
-    pub fn limits_of(&self, caller: &Caller, action: Action, only_takes: bool) -> Option<AccountLimits> {
+    pub fn limits_of(&self, action: Action, only_takes: bool) -> Option<AccountLimits> {
         let limits = self.settings.account_limits;
-        let unlimited = AccountLimits { rotations_per_hour: u64::MAX, log_rows_per_hour: u64::MAX, ..limits };
         match action {
             _ if action.stops() => None,
-            // Counted and not refused: whatever an account's caller has used up, operators can repair.
-            _ if caller.is_operator() && caller.acting_user.is_none() => Some(unlimited),
             // What takes rights away has as much again, so that the log is bounded all the same.
             _ if only_takes && action != Action::KeyRotated => {
                 let log_rows_per_hour = limits.log_rows_per_hour.saturating_mul(2);
-                Some(AccountLimits { log_rows_per_hour, ..unlimited })
+                Some(AccountLimits { log_rows_per_hour, ..limits })
             }
             _ => Some(limits),
         }
@@ -251,7 +248,7 @@ impl Keys {
             let _turn = self.writer.turn(action, attempt).await;
             let mut asked = caller.authorize(&self.engine)?;
             let key = self.new_key(&mut asked, new, secret.clone())?;
-            let limits = self.limits_of(caller, action, false);
+            let limits = self.limits_of(action, false);
             let write = Write { limits, ..write(asked, key, None, action, new.now, once.clone()) };
             match self.writer.write(write).await {
                 Err(WriteError::Rejected(Rejection::AuthorizationMoved)) => self.writer.caught_up().await?,

@@ -59,7 +59,7 @@ pub async fn accept_lost_wal(settings: &Settings, clock: &dyn Clock) -> anyhow::
     let store = store::open_without_wal(&settings.database).await?;
     let head = store.head().await?;
     // A file without an operator account was killed before it acknowledged anything.
-    note::note::<anyhow::Error>(
+    note::append_entry::<anyhow::Error>(
         &*store,
         Action::DatabaseLossAccepted,
         Via::NONE,

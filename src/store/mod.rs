@@ -34,7 +34,7 @@ use tokio::time::Instant;
 
 pub use load::{LoadedKey, Loader, Part};
 pub use open::{OpenError, Schema, Step, backup, file, migrate, open, open_with, open_without_wal, reach};
-pub use reads::{Place, ReadSet, Seen};
+pub use reads::{ReadSet, ReadState, RecordId};
 
 use fleet::Fleet;
 
@@ -421,8 +421,8 @@ pub trait Store: Send + Sync + 'static {
     /// and commits nothing: what a commit follows was the newest there was, if both were on the same server.
     fn read_from_one(&self, since: Instant) -> bool;
 
-    /// Waits until the database was found damaged while it was in use, or to be another process's. Never, where that is
-    /// not looked for.
+    /// Waits until the database is found damaged or owned by another process. Never returns for a backend that does not
+    /// check this.
     async fn lost(&self);
 
     /// Ends all work and lets go of the database.

@@ -191,7 +191,12 @@ pub async fn open_with(url: &str, schema: Schema) -> Result<Arc<dyn Store>, Open
 /// When its WAL is not lost, it cannot be opened, or the database is none of SQLite.
 pub async fn open_without_wal(url: &str) -> Result<Arc<dyn Store>, OpenError> {
     match named(url)? {
-        Named::File(path) => Ok(Arc::new(sqlite::Sqlite::open_without_wal(path).await?)),
+        Named::File(path) => {
+            // A misspelt path is no new database.
+            std::fs::metadata(path)
+                .map_err(|error| OpenError::Other { path: path.to_owned(), source: error.into() })?;
+            Ok(Arc::new(sqlite::Sqlite::open_without_wal(path).await?))
+        }
         Named::Server => Err(OpenError::Unsuitable {
             database: "a PostgreSQL server".to_owned(),
             what: "it looks after its WAL itself".to_owned(),

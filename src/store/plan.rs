@@ -12,7 +12,7 @@ use crate::domain::{
 };
 
 use super::{
-    Committed, Head, IDEMPOTENCY_WINDOW, Idempotency, Outcome, Place, ReadSet, Rejection, Write,
+    Committed, Head, IDEMPOTENCY_WINDOW, Idempotency, Outcome, ReadSet, RecordId, Rejection, Write,
     rows::secret_sum,
     tally::{Tally, counted_for, limits_of},
 };
@@ -108,20 +108,20 @@ impl Questions {
     }
 
     /// The writes of a batch have many reads in common: each is copied once.
-    fn about_read(&mut self, place: &Place) {
+    fn about_read(&mut self, place: &RecordId) {
         match place {
-            Place::Key(id) => {
+            RecordId::Key(id) => {
                 self.keys.insert(*id);
             }
-            Place::Account(id) => {
+            RecordId::Account(id) => {
                 if !self.accounts.contains(id) {
                     self.accounts.insert(id.clone());
                 }
             }
-            Place::Role(account, name) => {
+            RecordId::Role(account, name) => {
                 self.roles.insert((account.clone(), name.clone()));
             }
-            Place::Member(account, user) => {
+            RecordId::Member(account, user) => {
                 self.members.insert((account.clone(), user.clone()));
             }
         }
@@ -301,10 +301,10 @@ impl Facts {
     fn as_read(&self, reads: &ReadSet) -> Verdict {
         let moved = reads.iter().any(|(place, seen)| {
             let now = match place {
-                Place::Key(id) => self.keys.get(id),
-                Place::Account(id) => self.accounts.get(id),
-                Place::Role(account, name) => self.roles.get(&(account.clone(), name.clone())),
-                Place::Member(account, user) => self.members.get(&(account.clone(), user.clone())),
+                RecordId::Key(id) => self.keys.get(id),
+                RecordId::Account(id) => self.accounts.get(id),
+                RecordId::Role(account, name) => self.roles.get(&(account.clone(), name.clone())),
+                RecordId::Member(account, user) => self.members.get(&(account.clone(), user.clone())),
             };
             !seen.matches(now.copied())
         });

@@ -8,7 +8,7 @@ use crate::domain::{
 
 /// Where a record is looked up. A role's place is exact: the global role of the same name is another place.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Place {
+pub enum RecordId {
     /// A key.
     Key(KeyId),
     /// An account.
@@ -21,7 +21,7 @@ pub enum Place {
 
 /// What the look-up of a place found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Seen {
+pub enum ReadState {
     /// No record.
     Absent,
     /// The record with this revision.
@@ -30,19 +30,19 @@ pub enum Seen {
     UnchangedSince(Revision),
 }
 
-impl Seen {
+impl ReadState {
     /// What a look-up found whose record has this revision.
     #[must_use]
-    pub fn from_revision(found: Option<Revision>) -> Seen {
-        found.map_or(Seen::Absent, Seen::At)
+    pub fn from_revision(found: Option<Revision>) -> ReadState {
+        found.map_or(ReadState::Absent, ReadState::At)
     }
 
     /// Whether a record with this revision, or its absence, is what was seen.
     pub(super) fn matches(self, now: Option<Revision>) -> bool {
         match self {
-            Seen::Absent => now.is_none(),
-            Seen::At(revision) => now == Some(revision),
-            Seen::UnchangedSince(revision) => now.is_some_and(|now| now <= revision),
+            ReadState::Absent => now.is_none(),
+            ReadState::At(revision) => now == Some(revision),
+            ReadState::UnchangedSince(revision) => now.is_some_and(|now| now <= revision),
         }
     }
 }
@@ -50,13 +50,13 @@ impl Seen {
 /// Everything that an authorization has read, and until when it holds.
 #[derive(Clone, Debug, Default)]
 pub struct ReadSet {
-    records: Vec<(Place, Seen)>,
+    records: Vec<(RecordId, ReadState)>,
     until: Option<Timestamp>,
 }
 
 impl ReadSet {
     /// Adds a record. A place that was read twice and changed in between never matches the tables.
-    pub fn add(&mut self, place: Place, seen: Seen) {
+    pub fn add(&mut self, place: RecordId, seen: ReadState) {
         let read = (place, seen);
         if !self.records.contains(&read) {
             self.records.push(read);
@@ -75,7 +75,7 @@ impl ReadSet {
     }
 
     /// The records.
-    pub(super) fn iter(&self) -> impl Iterator<Item = &(Place, Seen)> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = &(RecordId, ReadState)> {
         self.records.iter()
     }
 }

@@ -176,7 +176,7 @@ impl Sqlite {
         commits: impl FnOnce(&T) -> bool + Send + 'static,
     ) -> Result<T, StoreError> {
         let Some(owner) = self.owner.clone() else {
-            return Err(StoreError::Unavailable("the database is only looked at".into()));
+            return Err(StoreError::Unavailable("the database is open for reading only".into()));
         };
         let done = self.writer.work(move |connection| owner.transaction(connection, work, commits)).await;
         if let Err(error @ StoreError::Lost(_)) = &done {

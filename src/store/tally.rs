@@ -68,8 +68,7 @@ impl Tally {
     }
 }
 
-/// Whose counts a change belongs to, as the trigger says it: the account's, or of a user key the user's. None of a global
-/// role.
+/// The account or user that a change counts for, by the same rule as the trigger. `None` for a global role.
 pub(super) fn counted_for(change: &Change) -> Option<Owner> {
     let user = || change.user().cloned().map(Owner::User);
     change.account().cloned().map(Owner::Account).or_else(user)

@@ -131,6 +131,27 @@ async fn no_limit_keeps_anybody_from_taking_rights_away() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_change_that_also_takes_something_away_is_held_to_the_limits_like_others() {
+    let server = limited(AccountLimits { log_rows_per_hour: 12, ..limits() }).await;
+    let root = server.root();
+    root.put_role("acme", "agent", &["monitors:read"]).await.unwrap();
+    let made = server.make(named_key("acme", "a")).await;
+    let scopes = |scope: &str| pb::Key { scopes: texts(&[scope]), ..made.key.clone() };
+    for scope in ["a", "b"].iter().cycle().take(10) {
+        root.update(&scopes(scope), &["scopes"]).await.unwrap();
+    }
+    past(root.update(&scopes("a"), &["scopes"]).await, "log_rows_per_hour", 12);
+    past(root.put_role("acme", "agent", &["other:read"]).await, "log_rows_per_hour", 12);
+    for end in (0..12).rev() {
+        let earlier = pb::Key { expires_at: Some(server.at(60 + end)), ..made.key.clone() };
+        root.update(&earlier, &["expires_at"]).await.unwrap();
+    }
+    let earlier = pb::Key { expires_at: Some(server.at(50)), ..made.key.clone() };
+    past(root.update(&earlier, &["expires_at"]).await, "log_rows_per_hour", 24);
+    root.revoke(&made.id).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_change_that_changes_nothing_writes_no_log_row() {
     let server = limited(limits()).await;
     let root = server.root();

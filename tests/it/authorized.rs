@@ -307,6 +307,30 @@ async fn every_management_call_is_refused_whose_caller_is_revoked_while_its_requ
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_revocation_is_not_kept_out_by_changes_of_the_same_key() {
+    let server = Server::with_accounts().await;
+    let made = server.make(service_key("acme", &["monitors:read"])).await;
+    let changes = (0..200).map(|number| {
+        let (client, key) = (server.root(), made.key.clone());
+        tokio::spawn(async move {
+            for count in 0.. {
+                let key = pb::Key { name: format!("{number} {count}"), ..key.clone() };
+                if client.update(&key, &["name"]).await.is_err_and(|error| reason(&error) == "KEY_REVOKED") {
+                    return;
+                }
+            }
+        })
+    });
+    let changes: Vec<_> = changes.collect();
+    let root = server.root();
+    while root.get(&made.id).await.unwrap().revision < made.revision + 20 {}
+    root.revoke(&made.id).await.unwrap();
+    for change in changes {
+        change.await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_token_that_is_replaced_while_its_request_arrives_revokes_nothing() {
     let server = Server::with_accounts().await;
     let made = server.make(service_key("acme", &["monitors:read"])).await;

@@ -458,3 +458,23 @@ async fn a_person_does_not_revoke_in_accounts_that_are_not_theirs() {
         assert_eq!(server.root().reason(&made.token).await, Reason::Ok);
     }
 }
+
+/// The caller's own key is on the first page: it is the newest.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_caller_revokes_its_own_key_in_bulk_when_no_other_is_left() {
+    let server = Server::with_accounts().await;
+    let import = |number: u32| pb::ImportKey {
+        account: "acme".to_owned(),
+        environment: "production".to_owned(),
+        scopes: texts(&["monitors:read"]),
+        sha256: [&number.to_be_bytes()[..], &[7; 28]].concat(),
+        ..Default::default()
+    };
+    server.root().import((0..1000).map(import).collect()).await.unwrap();
+    let own = server.caller("acme", &["keyward:keys:write", "keyward:keys:read"]).await;
+    let first = bulk(&own, of("acme")).await.unwrap();
+    assert!(first.more && first.keys.len() == 999, "{}", first.keys.len());
+    let last = bulk(&own, of("acme")).await.unwrap();
+    assert!(!last.more && last.keys.len() == 2 && last.keys.iter().all(|key| key.revoked));
+    refused(bulk(&own, of("acme")).await, Code::Unauthenticated, "UNAUTHENTICATED");
+}

@@ -70,6 +70,32 @@ async fn every_call(
 }
 
 #[tokio::test]
+async fn a_person_changes_an_account_only_with_a_role_that_may_and_gives_nothing_beyond_it() {
+    let (server, ann) = with_admin().await;
+    let root = server.root();
+    root.put_member("acme", "rob", "reader").await.unwrap();
+    root.put_role("acme", "owner", &["monitors:*", "keyward:accounts:write"]).await.unwrap();
+    root.put_member("acme", "olga", "owner").await.unwrap();
+    let olga = root.with_header("x-keyward-acting-user", "olga");
+    let update =
+        pb::UpdateAccountRequest { id: "acme".into(), name: Some("New".into()), ..Default::default() };
+    let lacking = |result| refused(result, Code::PermissionDenied, "ROLE_LACKS_PERMISSION");
+    for person in [&ann, &root.with_header("x-keyward-acting-user", "rob")] {
+        lacking(person.put_member("acme", "rob", "owner").await);
+        lacking(person.put_role("acme", "reader", &["monitors:*"]).await);
+        lacking(remove(person, "acme", "olga").await);
+        lacking(person.suspend("acme").await.map(|_| 0));
+        lacking(person.accounts().update(update.clone()).await.map(|_| 0));
+        lacking(person.put_role("", "reader", &["monitors:*"]).await);
+    }
+    olga.put_member("acme", "rob", "owner").await.unwrap();
+    let beyond = olga.put_role("acme", "reader", &["keyward:*"]).await;
+    refused(beyond, Code::PermissionDenied, "GRANT_BEYOND_CALLER");
+    lacking(olga.put_role("", "reader", &["monitors:*"]).await);
+    remove(&olga, "acme", "olga").await.unwrap();
+}
+
+#[tokio::test]
 async fn to_a_person_who_is_no_member_existing_and_absent_keys_and_accounts_are_alike() {
     let (server, _) = with_admin().await;
     server.root().put_member("acme", "rob", "reader").await.unwrap();

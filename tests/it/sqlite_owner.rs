@@ -180,9 +180,12 @@ async fn a_server_whose_file_is_taken_away_acknowledges_nothing_more_and_ends() 
 
 #[track_caller]
 fn refused_without_wal(refused: &str) {
-    for said in
-        ["was not closed", "keyward.db-wal is missing", "Nothing was changed", "restore the newest backup"]
-    {
+    for said in [
+        "was not closed",
+        "keyward.db-wal is missing or damaged",
+        "Nothing was changed",
+        "restore the newest backup",
+    ] {
         assert!(refused.contains(said), "{said}: {refused}");
     }
 }
@@ -267,6 +270,42 @@ fn a_wal_whose_database_is_gone_is_not_taken_for_a_new_one() {
         "{refused}"
     );
     assert!(std::fs::read(wal(&home)).unwrap() == before, "it is left alone");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wal_that_cannot_be_read_is_a_lost_one() {
+    let server = Keyward::start();
+    with_key(&server).await;
+    let home = server.home.clone();
+    server.process.kill();
+    let whole = std::fs::read(wal(&home)).unwrap();
+    let zeros = vec![0; whole.len()];
+    let mut flipped = whole.clone();
+    flipped[20] ^= 1;
+    for damaged in [&zeros[..], &whole[..32], &flipped[..]] {
+        std::fs::write(wal(&home), damaged).unwrap();
+        refused_without_wal(&home.refusal(home.serve()));
+    }
+    std::fs::write(wal(&home), whole).unwrap();
+    home.start();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_older_closed_file_is_not_mixed_with_the_wal_of_its_later_life() {
+    let server = Keyward::start();
+    let (id, _) = with_key(&server).await;
+    let home = server.stop();
+    std::fs::copy(home.database(), home.path("copy.db")).unwrap();
+    let server = home.start();
+    server.root().keys.disable(pb::DisableKeyRequest { id }).await.unwrap();
+    let home = server.stop();
+    let server = home.start();
+    server.root().create(plain_key()).await.unwrap();
+    let home = server.home.clone();
+    server.process.kill();
+    std::fs::copy(home.path("copy.db"), home.database()).unwrap();
+    let refused = home.refusal(home.serve());
+    assert!(refused.contains("keyward.db-wal does not belong to"), "{refused}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

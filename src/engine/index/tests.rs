@@ -220,6 +220,18 @@ fn a_role_or_member_in_doubt_is_not_settled_by_an_older_record() {
 }
 
 #[test]
+fn a_weaker_change_in_doubt_does_not_end_what_a_stronger_one_refuses() {
+    let key = sample();
+    let index = loaded(&key);
+    let narrower = Key { terms: Terms { scopes: Default::default(), ..key.terms.clone() }, ..key.clone() };
+    index.doubt(Change::Key(Arc::new(revoked(&key, 6))), Some(key.revision));
+    index.doubt(Change::Key(Arc::new(narrower)), Some(key.revision));
+    index.decided();
+    let found = index.find(&key.secrets[0].digest).unwrap();
+    assert!(found.doubt.is_some_and(|doubt| doubt.revocation.is_some()));
+}
+
+#[test]
 fn a_stop_in_doubt_holds_for_a_record_that_comes_after_the_doubt() {
     let index = loaded(&sample());
     let elsewhere = Key { revision: Revision(5), ..rotated(&numbered(7), "two", 5) };

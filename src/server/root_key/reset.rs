@@ -16,7 +16,7 @@ use crate::{
     config::server::{RootKeyArgs, Settings},
     domain::{
         key::{Key, Owner, Revocation, RevokeReason, State},
-        lineage::{Deed, Link, descendants, suspect_since},
+        lineage::{Link, LinkKind, descendants, suspect_since},
         log::{Action, Actor, Change, LogRow},
         name::{AccountId, EnvironmentName, KeyId, KeyName},
         time::Timestamp,
@@ -181,7 +181,7 @@ impl Resetting<'_> {
         Ok((root.write.change.key_id(), token))
     }
 
-    /// Sees that nothing else counts. Gives why that is not certain.
+    /// Revokes all older root keys, and waits until every replica refuses them. Returns the reason if that is not confirmed.
     async fn confirm(&self, new: Option<KeyId>) -> anyhow::Result<Option<String>> {
         // Of two resets that ran side by side, the newest root key stays.
         self.revoke_roots(new).await?;
@@ -260,15 +260,15 @@ impl Resetting<'_> {
         for owner in [OwnerFilter::AllButOperators, OwnerFilter::Account(AccountId::operator())] {
             self.each_key(owner, |key| {
                 let by = KeyId::parse(&key.created_by).ok();
-                let link = |by| Link { child: key.id, by, deed: Deed::Created, at: key.created_at };
+                let link = |by| Link { child: key.id, by, kind: LinkKind::Created, at: key.created_at };
                 links.extend(by.map(link));
             })
             .await?;
         }
         self.each_entry(Action::KeyRotated, |row| {
             let by = KeyId::parse(&row.actor).ok();
-            let link = |(child, by)| Link { child, by, deed: Deed::Rotated, at: row.at };
-            // A key that rotates itself stays whose it was.
+            let link = |(child, by)| Link { child, by, kind: LinkKind::Rotated, at: row.at };
+            // A key that rotates itself gets no new ancestor.
             links.extend(row.key_id.zip(by).filter(|(child, by)| child != by).map(link));
         })
         .await?;

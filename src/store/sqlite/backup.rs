@@ -12,7 +12,7 @@ use crate::{
 
 use super::{
     check_whole,
-    mark::{self, Wal},
+    mark::{self, WalState},
     open_error,
 };
 
@@ -50,7 +50,7 @@ async fn copy(path: &str, to: &str) -> Result<(), OpenError> {
     let failed = |error| open_error(path, error);
     let other = |error: std::io::Error| OpenError::Other { path: path.to_owned(), source: error.into() };
     let real = Path::new(path).canonicalize().map_err(other)?;
-    if mark::look(path, &real, &File::open(&real).map_err(other)?)? == Wal::Lost {
+    if mark::look(path, &real, &File::open(&real).map_err(other)?)? == WalState::Lost {
         return Err(OpenError::WithoutWal { path: path.to_owned() });
     }
     // One that can write would remove the WAL of a server that was killed, when it is closed.

@@ -13,7 +13,7 @@ use crate::store::{
 use super::{
     CHECKED_FIRST, READERS, Sqlite, check_whole,
     connection::Writer,
-    mark::{self, Wal},
+    mark::{self, WalState},
     migrate::migrations,
     open_error,
     owner::is_owned,
@@ -31,7 +31,7 @@ pub(in crate::store) async fn look(path: &str) -> Result<Seen, OpenError> {
     let disk = rustix::fs::statvfs(&real).map_err(|error| other(error.into()))?;
     // Before SQLite opens the file: whoever closes it gives up the locks of the whole process on it.
     let owned = is_owned(&real);
-    if mark::look(path, &real, &File::open(&real).map_err(other)?)? == Wal::Lost {
+    if mark::look(path, &real, &File::open(&real).map_err(other)?)? == WalState::Lost {
         return Err(OpenError::WithoutWal { path: path.to_owned() });
     }
     let options = reading(&real);

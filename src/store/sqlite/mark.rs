@@ -89,7 +89,7 @@ pub(super) fn number(term: i64) -> u32 {
 
 /// Whether a database file has the WAL that it needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Wal {
+pub(super) enum WalState {
     /// The file is closed, or its WAL is there.
     Whole,
     /// The file is open, and its WAL is not there.
@@ -124,7 +124,7 @@ fn is_readable(wal: &File) -> io::Result<bool> {
 }
 
 /// Looks for the WAL that a file needs, before SQLite opens the file. `shown` names it in errors.
-pub(super) fn look(shown: &str, real: &Path, file: &File) -> std::result::Result<Wal, OpenError> {
+pub(super) fn look(shown: &str, real: &Path, file: &File) -> std::result::Result<WalState, OpenError> {
     let other = |error: io::Error| OpenError::Other { path: shown.to_owned(), source: error.into() };
     // The WAL first: an owner that closes the file takes the mark back before it removes the WAL.
     let found = match File::open(wal_of(real)) {
@@ -143,10 +143,10 @@ pub(super) fn look(shown: &str, real: &Path, file: &File) -> std::result::Result
         return Err(OpenError::WithoutDatabase { path: shown.to_owned() });
     }
     Ok(match (mark.unwrap_or(Mark::NONE), wal) {
-        (Mark { open: 1.., .. }, _) if !readable => Wal::Lost,
+        (Mark { open: 1.., .. }, _) if !readable => WalState::Lost,
         // A file from before there were marks may need its WAL.
-        (Mark { open: 0, newest: 1.. }, true) => Wal::Spare,
-        _ => Wal::Whole,
+        (Mark { open: 0, newest: 1.. }, true) => WalState::Spare,
+        _ => WalState::Whole,
     })
 }
 

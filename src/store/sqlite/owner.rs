@@ -33,7 +33,7 @@ use crate::{
 
 use super::{
     connection::{Failure, Result, Writer, blocking, read_only, run, unavailable},
-    mark::{self, Mark, Wal},
+    mark::{self, Mark, WalState},
     opening_error, permissions,
 };
 
@@ -50,7 +50,7 @@ pub(super) struct Owner {
     /// The file's own name, which its WAL is beside.
     real: PathBuf,
     /// What it had of its WAL when it was locked.
-    wal: Wal,
+    wal: WalState,
     term: OnceLock<Term>,
     /// Reads the term between transactions, for as long as there is one.
     reader: Mutex<Option<Connection>>,
@@ -94,7 +94,7 @@ impl Owner {
         if is_on_network(&file) {
             tracing::warn!(
                 database = %path.display(),
-                "the database is on a network file system: only the lock file keeps other servers away"
+                "the database is on a network file system, where only the lock file keeps a second server from starting"
             );
         } else {
             match file.try_lock() {
@@ -120,7 +120,7 @@ impl Owner {
     /// Why a file does not open: a WAL that is not its own makes a whole file look damaged.
     pub(super) fn explain(&self, error: OpenError) -> OpenError {
         match (self.wal, error) {
-            (Wal::Spare, OpenError::Damaged { path, .. }) => OpenError::ForeignWal { path },
+            (WalState::Spare, OpenError::Damaged { path, .. }) => OpenError::ForeignWal { path },
             (_, error) => error,
         }
     }
@@ -165,10 +165,10 @@ impl Owner {
         Ok(done)
     }
 
-    /// Sees that this process still owns the file. What cannot be read says nothing.
+    /// Checks that this process still owns the file. A file that cannot be read does not count as lost.
     ///
     /// # Errors
-    /// [`StoreError::Lost`] when it does not.
+    /// [`StoreError::Lost`] if it does not.
     pub(super) fn check(&self) -> Result<()> {
         // Held until the end: a term does not end meanwhile.
         let reader = self.reader.lock().unwrap_or_else(PoisonError::into_inner);
@@ -235,11 +235,11 @@ impl Owner {
     }
 }
 
-/// Locks a file, and opens the connection that writes: until that is closed, no other removes the WAL.
-/// `lost`: the WAL is, and that is accepted.
+/// Locks a file and opens its writing connection, which keeps other connections from removing the WAL. `lost` accepts
+/// that the WAL is missing.
 pub(super) async fn hold(path: &str, lost: bool) -> std::result::Result<(Arc<Owner>, Writer), OpenError> {
     let owner = Arc::new(Owner::lock(path)?);
-    match (owner.wal == Wal::Lost, lost) {
+    match (owner.wal == WalState::Lost, lost) {
         (true, false) => return Err(OpenError::WithoutWal { path: path.to_owned() }),
         (false, true) => return Err(OpenError::NothingLost { path: path.to_owned() }),
         _ => {}
@@ -270,10 +270,13 @@ pub(super) async fn watch(owner: Weak<Owner>, lost: Sender<bool>) {
     }
 }
 
-/// Has the server stop: it can no longer know what holds.
+/// Stops the server: it can no longer tell which changes are committed.
 pub(super) fn give_up(lost: &Sender<bool>, error: &StoreError) {
     if !lost.send_replace(true) {
-        tracing::error!(error = error as &dyn std::error::Error, "the database file is lost to this process");
+        tracing::error!(
+            error = error as &dyn std::error::Error,
+            "database file lost: this process no longer owns it"
+        );
     }
 }
 
@@ -305,6 +308,11 @@ fn lock_beside(path: &Path, real: &Path) -> std::result::Result<File, OpenError>
     let lock = lock_file_of(real);
     let mut file = private_file::open_or_create(&lock)
         .map_err(|error| OpenError::Other { path: lock.display().to_string(), source: error.into() })?;
+    // It is overwritten below.
+    if file.metadata().map_err(other)?.nlink() > 1 {
+        let what = format!("{} is a hard link to another file", lock.display());
+        return Err(OpenError::Unsuitable { database: shown, what, fix: "Remove the link" });
+    }
     match file.try_lock() {
         Ok(()) => {
             let note = format!("{}\n", std::process::id());

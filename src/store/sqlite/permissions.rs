@@ -59,6 +59,16 @@ pub(super) fn check(real: &Path) -> Result<(), OpenError> {
             "Run chmod o-w on the folder, or move the database into a separate folder with mode 0700",
         ));
     }
+    if database.uid() != rustix::process::geteuid().as_raw() {
+        if has(&folder, ALL_WRITE) {
+            let what = "it belongs to another user, in a folder where each user can create files".to_owned();
+            return Err(refusal(
+                what,
+                "Give it to the user of the server, or move it into a separate folder",
+            ));
+        }
+        tracing::warn!(path = %real.display(), "another user owns the database, and can change its keys");
+    }
     for (found, what) in [(&database, "file"), (&folder, "folder")] {
         if has(found, GROUP_WRITES) && !has(found, STICKY) {
             tracing::warn!(

@@ -8,7 +8,7 @@ use keyward::{
         account::AccountLimits,
         name::{IdempotencyKey, KeyId},
     },
-    store::{IDEMPOTENCY_WINDOW, Idempotency, Place, Seen, StoredKey},
+    store::{IDEMPOTENCY_WINDOW, Idempotency, ReadState, RecordId, StoredKey},
 };
 use proptest::{prelude::*, strategy::ValueTree as _, test_runner::TestRunner};
 
@@ -64,7 +64,7 @@ impl World {
 
     /// A read set of one record, as it is now or as it was never.
     async fn read(&self, place: u8, seen: u8) -> ReadSet {
-        let key = self.known(seen).map(|key| (Place::Key(key.id), Some(key.revision)));
+        let key = self.known(seen).map(|key| (RecordId::Key(key.id), Some(key.revision)));
         let account = account_id(["acme", "globex"][usize::from(seen % 2)]);
         let name = RoleName::parse(["agent", "admin"][usize::from(seen / 2 % 2)]).unwrap();
         let user = UserId::parse(["u1", "u2"][usize::from(seen % 2)]).unwrap();
@@ -77,19 +77,19 @@ impl World {
             (0, Some(key)) => key,
             (0 | 1, _) => {
                 let found = self.alone.account(&account).await.unwrap().map(|account| account.revision);
-                (Place::Account(account), found)
+                (RecordId::Account(account), found)
             }
-            (2, _) => (Place::Role(None, name.clone()), revision(None)),
-            (3, _) => (Place::Role(Some(account.clone()), name.clone()), revision(Some(&account))),
+            (2, _) => (RecordId::Role(None, name.clone()), revision(None)),
+            (3, _) => (RecordId::Role(Some(account.clone()), name.clone()), revision(Some(&account))),
             _ => {
                 let found = self.alone.memberships(&user).await.unwrap();
                 let found = found.into_iter().find(|member| member.account == account);
-                (Place::Member(account, user), found.map(|member| member.revision))
+                (RecordId::Member(account, user), found.map(|member| member.revision))
             }
         };
         let found = if seen % 8 == 0 { Some(Revision(2)) } else { found };
         let mut reads = ReadSet::default();
-        reads.add(place, Seen::from_revision(found));
+        reads.add(place, ReadState::from_revision(found));
         reads
     }
 

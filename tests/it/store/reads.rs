@@ -10,31 +10,31 @@ use keyward::{
         time::{Revision, Timestamp},
     },
     store::{
-        Idempotency, Outcome, Place, ReadSet, Rejection, Seen, Write,
+        Idempotency, Outcome, ReadSet, ReadState, RecordId, Rejection, Write,
         writer::{Follower, WriteError, Writer},
     },
 };
 
 use super::*;
 
-fn role_at(account: Option<&str>, name: &str) -> Place {
-    Place::Role(account.map(account_id), RoleName::parse(name).unwrap())
+fn role_at(account: Option<&str>, name: &str) -> RecordId {
+    RecordId::Role(account.map(account_id), RoleName::parse(name).unwrap())
 }
 
-fn member_at(account: &str, user: &str) -> Place {
-    Place::Member(account_id(account), UserId::parse(user).unwrap())
+fn member_at(account: &str, user: &str) -> RecordId {
+    RecordId::Member(account_id(account), UserId::parse(user).unwrap())
 }
 
 /// A new key that was authorized by this.
-fn authorized_by(reads: &[(Place, Seen)]) -> Write {
+fn authorized_by(reads: &[(RecordId, ReadState)]) -> Write {
     let mut set = ReadSet::default();
     reads.iter().for_each(|(place, seen)| set.add(place.clone(), *seen));
     Write { reads: set, ..create(&key()) }
 }
 
 /// Commits a change and sees that what was authorized before is not made after it.
-async fn moves(store: &Shared, what: &str, place: Place, seen: Seen, change: Write) -> Revision {
-    let before = || authorized_by(&[(role_at(None, "nobody"), Seen::Absent), (place.clone(), seen)]);
+async fn moves(store: &Shared, what: &str, place: RecordId, seen: ReadState, change: Write) -> Revision {
+    let before = || authorized_by(&[(role_at(None, "nobody"), ReadState::Absent), (place.clone(), seen)]);
     put(store, before()).await;
     try_one(store, change).await.unwrap_or_else(|rejection| panic!("{what}: {rejection:?}"));
     let head = store.head().await.unwrap().revision;
@@ -49,41 +49,48 @@ pub(super) async fn a_change_is_rejected_after_any_record_has_moved_that_it_was_
 
     // A role in the account that hides the global one: each is a place of its own.
     let own = role_at(Some("acme"), "admin");
-    let made =
-        moves(&store, "a role appears", own.clone(), Seen::Absent, put_role(&role(Some("acme"), "admin")));
+    let made = moves(
+        &store,
+        "a role appears",
+        own.clone(),
+        ReadState::Absent,
+        put_role(&role(Some("acme"), "admin")),
+    );
     let role = Role { revision: made.await, ..role(Some("acme"), "admin") };
-    put(&store, authorized_by(&[(role_at(None, "admin"), Seen::At(global.revision))])).await;
+    put(&store, authorized_by(&[(role_at(None, "admin"), ReadState::At(global.revision))])).await;
     let changed =
-        moves(&store, "a role changes", own.clone(), Seen::At(role.revision), put_role(&role)).await;
+        moves(&store, "a role changes", own.clone(), ReadState::At(role.revision), put_role(&role)).await;
     let role = Role { revision: changed, ..role };
-    moves(&store, "a role is deleted", own.clone(), Seen::At(role.revision), delete_role(&role)).await;
+    moves(&store, "a role is deleted", own.clone(), ReadState::At(role.revision), delete_role(&role)).await;
     let again = put_role(&Role { revision: Revision::default(), ..role });
-    moves(&store, "a role is made again", own, Seen::Absent, again).await;
+    moves(&store, "a role is made again", own, ReadState::Absent, again).await;
 
     let place = member_at("acme", "ann");
     let ann = member("acme", "ann", "admin");
-    let joined = moves(&store, "a member joins", place.clone(), Seen::Absent, put_member(&ann)).await;
+    let joined = moves(&store, "a member joins", place.clone(), ReadState::Absent, put_member(&ann)).await;
     let ann = Member { revision: joined, ..ann };
-    let changed = moves(&store, "a member changes", place.clone(), Seen::At(joined), put_member(&ann)).await;
+    let changed =
+        moves(&store, "a member changes", place.clone(), ReadState::At(joined), put_member(&ann)).await;
     let ann = Member { revision: changed, ..ann };
-    moves(&store, "a member leaves", place, Seen::At(changed), remove_member(&ann)).await;
+    moves(&store, "a member leaves", place, ReadState::At(changed), remove_member(&ann)).await;
 
     let suspended = Account { suspended_at: Some(at(1)), ..acme.clone() };
     let suspend = write(Change::Account(Arc::new(suspended)), Some(acme.revision), Action::AccountSuspended);
-    let seen = Seen::At(acme.revision);
-    moves(&store, "an account is suspended", Place::Account(acme.id), seen, suspend).await;
+    let seen = ReadState::At(acme.revision);
+    moves(&store, "an account is suspended", RecordId::Account(acme.id), seen, suspend).await;
 
     let caller = put(&store, create(&key())).await;
-    let seen = Seen::UnchangedSince(store.head().await.unwrap().revision);
-    moves(&store, "a key changes", Place::Key(caller.id), seen, update(&caller)).await;
-    let never = authorized_by(&[(Place::Key(key().id), Seen::UnchangedSince(Revision(u64::MAX >> 1)))]);
+    let seen = ReadState::UnchangedSince(store.head().await.unwrap().revision);
+    moves(&store, "a key changes", RecordId::Key(caller.id), seen, update(&caller)).await;
+    let never =
+        authorized_by(&[(RecordId::Key(key().id), ReadState::UnchangedSince(Revision(u64::MAX >> 1)))]);
     assert_eq!(
         try_one(&store, never).await.unwrap_err(),
         Rejection::AuthorizationMoved,
         "a key that is gone"
     );
     let place = role_at(None, "admin");
-    let twice = authorized_by(&[(place.clone(), Seen::At(global.revision)), (place, Seen::Absent)]);
+    let twice = authorized_by(&[(place.clone(), ReadState::At(global.revision)), (place, ReadState::Absent)]);
     assert_eq!(
         try_one(&store, twice).await.unwrap_err(),
         Rejection::AuthorizationMoved,
@@ -95,9 +102,9 @@ pub(super) async fn a_change_sees_the_records_that_those_before_it_in_its_batch_
     let acme = put_account(&store, &account("acme"), None).await;
     let caller = put(&store, create(&key())).await;
     let head = store.head().await.unwrap().revision;
-    let by_role = || authorized_by(&[(role_at(Some("acme"), "admin"), Seen::Absent)]);
-    let by_key = || authorized_by(&[(Place::Key(caller.id), Seen::UnchangedSince(head))]);
-    let by_account = || authorized_by(&[(Place::Account(acme.id.clone()), Seen::At(acme.revision))]);
+    let by_role = || authorized_by(&[(role_at(Some("acme"), "admin"), ReadState::Absent)]);
+    let by_key = || authorized_by(&[(RecordId::Key(caller.id), ReadState::UnchangedSince(head))]);
+    let by_account = || authorized_by(&[(RecordId::Account(acme.id.clone()), ReadState::At(acme.revision))]);
     let batch = [
         by_role(),
         put_role(&role(Some("acme"), "admin")),
@@ -125,8 +132,8 @@ pub(super) async fn a_request_that_was_done_is_replayed_whatever_has_moved_since
         }),
         ..authorized_by(&[(role_at(None, "admin"), seen)])
     };
-    let made = put(&store, once(Seen::Absent)).await;
-    let again = try_one(&store, once(Seen::At(Revision(1)))).await.unwrap();
+    let made = put(&store, once(ReadState::Absent)).await;
+    let again = try_one(&store, once(ReadState::At(Revision(1)))).await.unwrap();
     assert!(matches!(again, Outcome::Replayed(id) if id == made.id), "{again:?}");
 }
 

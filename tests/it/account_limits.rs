@@ -137,7 +137,7 @@ async fn a_change_that_also_takes_something_away_is_held_to_the_limits_like_othe
     root.put_role("acme", "agent", &["monitors:read"]).await.unwrap();
     let made = server.make(named_key("acme", "a")).await;
     let scopes = |scope: &str| pb::Key { scopes: texts(&[scope]), ..made.key.clone() };
-    for scope in ["a", "b"].iter().cycle().take(10) {
+    for scope in ["a", "b"].iter().cycle().take(9) {
         root.update(&scopes(scope), &["scopes"]).await.unwrap();
     }
     past(root.update(&scopes("a"), &["scopes"]).await, "log_rows_per_hour", 12);

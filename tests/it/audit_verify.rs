@@ -162,7 +162,7 @@ async fn an_entry_tells_what_was_changed_before_and_after() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_entry_names_the_call_to_whom_that_concerns() {
     let server = Server::with_accounts().await;
-    server.root().put_role("acme", "reader", &["a"]).await.unwrap();
+    server.root().put_role("acme", "reader", &["a", "keyward:accounts:write"]).await.unwrap();
     server.root().put_member("acme", "ann", "reader").await.unwrap();
     let root = server.root().with_header("x-request-id", "r-17").with_header("x-keyward-acting-user", "ann");
     root.put_role("acme", "agent", &["a"]).await.unwrap();

@@ -459,7 +459,7 @@ async fn a_person_does_not_revoke_in_accounts_that_are_not_theirs() {
     }
 }
 
-/// The caller's own key is on the first page: it is the newest.
+/// The caller's own key is the newest, and so on the first page; a page ends by its bytes.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_caller_revokes_its_own_key_in_bulk_when_no_other_is_left() {
     let server = Server::with_accounts().await;
@@ -468,13 +468,15 @@ async fn a_caller_revokes_its_own_key_in_bulk_when_no_other_is_left() {
         environment: "production".to_owned(),
         scopes: texts(&["monitors:read"]),
         sha256: [&number.to_be_bytes()[..], &[7; 28]].concat(),
+        metadata: [("note".to_owned(), "n".repeat(3000))].into(),
         ..Default::default()
     };
     server.root().import((0..1000).map(import).collect()).await.unwrap();
     let own = server.caller("acme", &["keyward:keys:write", "keyward:keys:read"]).await;
     let first = bulk(&own, of("acme")).await.unwrap();
-    assert!(first.more && first.keys.len() == 999, "{}", first.keys.len());
+    assert!(first.more && first.keys.len() < 1000, "{}", first.keys.len());
     let last = bulk(&own, of("acme")).await.unwrap();
-    assert!(!last.more && last.keys.len() == 2 && last.keys.iter().all(|key| key.revoked));
+    assert!(!last.more && last.keys.iter().all(|key| key.revoked));
+    assert_eq!(first.keys.len() + last.keys.len(), 1001);
     refused(bulk(&own, of("acme")).await, Code::Unauthenticated, "UNAUTHENTICATED");
 }

@@ -6,7 +6,7 @@
 //! all of them. So they come first, as they stand, half on each of two threads; then the keys, half on each, which
 //! packs them too. For as long as that takes, each secret takes 56 bytes.
 
-use std::{borrow::Cow, path::PathBuf, sync::Arc};
+use std::{borrow::Cow, path::{Path, PathBuf}, sync::Arc};
 
 use rusqlite::{Connection, Row, types::FromSqlResult};
 use tokio::sync::mpsc;
@@ -73,7 +73,7 @@ impl Reader {
     }
 }
 
-fn begin(path: &PathBuf) -> Result<Connection, Failure> {
+fn begin(path: &Path) -> Result<Connection, Failure> {
     let connection = read_only(path)?;
     // It begins with its first read.
     connection.execute_batch("BEGIN; SELECT head FROM meta")?;

@@ -87,7 +87,7 @@ impl World {
                 (RecordId::Member(account, user), found.map(|member| member.revision))
             }
         };
-        let found = if seen % 8 == 0 { Some(Revision(2)) } else { found };
+        let found = if seen.is_multiple_of(8) { Some(Revision(2)) } else { found };
         let mut reads = ReadSet::default();
         reads.add(place, ReadState::from_revision(found));
         reads

@@ -506,7 +506,8 @@ async fn the_log_names_who_ended_the_last_membership_in_the_revocations_too() {
     let server = with_roles().await;
     server.root().put_member("acme", "ann", "reader").await.unwrap();
     let made = server.make(user_key("ann", &["all"])).await;
-    server.root().put_member("acme", "olga", "reader").await.unwrap();
+    server.root().put_role("acme", "manager", &["keyward:accounts:write"]).await.unwrap();
+    server.root().put_member("acme", "olga", "manager").await.unwrap();
     let team = server.make(service_key("keyward", &["keyward:accounts:write"])).await;
     let olga = server.holder(&team.token).with_header("x-keyward-acting-user", "olga");
     remove(&olga, "acme", "ann").await.unwrap();

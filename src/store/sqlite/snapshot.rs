@@ -6,7 +6,11 @@
 //! all of them. So they come first, as they stand, half on each of two threads; then the keys, half on each, which
 //! packs them too. For as long as that takes, each secret takes 56 bytes.
 
-use std::{borrow::Cow, path::{Path, PathBuf}, sync::Arc};
+use std::{
+    borrow::Cow,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use rusqlite::{Connection, Row, types::FromSqlResult};
 use tokio::sync::mpsc;

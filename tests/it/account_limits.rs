@@ -140,7 +140,7 @@ async fn a_change_that_also_takes_something_away_is_held_to_the_limits_like_othe
     for scope in ["a", "b"].iter().cycle().take(9) {
         root.update(&scopes(scope), &["scopes"]).await.unwrap();
     }
-    past(root.update(&scopes("a"), &["scopes"]).await, "log_rows_per_hour", 12);
+    past(root.update(&scopes("c"), &["scopes"]).await, "log_rows_per_hour", 12);
     past(root.put_role("acme", "agent", &["other:read"]).await, "log_rows_per_hour", 12);
     for end in (0..12).rev() {
         let earlier = pb::Key { expires_at: Some(server.at(60 + end)), ..made.key.clone() };

@@ -350,7 +350,8 @@ async fn a_write_ahead_log_cut_anywhere_leaves_whole_changes() {
         async move {
             std::fs::write(&path, &bytes).unwrap();
             std::fs::write(path.with_extension("db-wal"), &wal).unwrap();
-            if wal.is_empty() {
+            // A header and no frame is no more than nothing.
+            if wal.len() < 32 + 24 + 512 {
                 let message = served(&path).await.expect_err("an older state is served");
                 assert!(
                     message.contains("was not closed") && message.contains("restore the newest"),

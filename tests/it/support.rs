@@ -136,9 +136,12 @@ impl<P: Place> ServerOn<P> {
 
     /// Starts another replica on the same database, with the same clock; the way to it, without any header. Each has a
     /// number of its own.
-    pub(crate) async fn join(&self, number: u64) -> Client {
-        let name = |settings: &mut Settings| settings.replica_name = Some(format!("replica-{number}"));
-        let (server, channel) = serve(&self.place, &self.clock, 7 + number, name).await;
+    pub(crate) async fn join(&self, number: u64, configure: impl FnOnce(&mut Settings)) -> Client {
+        let named = |settings: &mut Settings| {
+            settings.replica_name = Some(format!("replica-{number}"));
+            configure(settings);
+        };
+        let (server, channel) = serve(&self.place, &self.clock, 7 + number, named).await;
         self.replicas.lock().unwrap().push(server);
         Client { channel, headers: Headers::default() }
     }

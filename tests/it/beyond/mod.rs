@@ -9,6 +9,8 @@ use std::collections::BTreeMap;
 use futures_util::future::join_all;
 use keyward::{
     clock::{SystemEntropy, random},
+    config::server::Settings,
+    domain::account::AccountLimits,
     pb,
 };
 use rand::{SeedableRng as _, rngs::ChaCha8Rng};
@@ -48,10 +50,22 @@ struct Run<P: Place> {
 
 impl<P: Place> Run<P> {
     async fn start(seed: u64) -> Run<P> {
-        let server = ServerOn::<P>::with_accounts().await;
+        // Very many calls make more roles than an account usually may have.
+        let unlimited = |settings: &mut Settings| {
+            settings.keys.account_limits = AccountLimits {
+                keys: u64::MAX,
+                roles: u64::MAX,
+                rotations_per_hour: u64::MAX,
+                log_rows_per_hour: u64::MAX,
+            };
+        };
+        let server = ServerOn::<P>::start_with(unlimited).await;
+        for account in ["acme", "other"] {
+            server.account(account).await;
+        }
         let mut replicas = vec![server.anonymous()];
         for number in 1..P::REPLICAS {
-            replicas.push(server.join(number).await);
+            replicas.push(server.join(number, unlimited).await);
         }
         for (role, scopes) in [("boss", &["*", "keyward:*"][..]), ("weak", &["a"])] {
             server.root().put_role("", role, scopes).await.unwrap();

@@ -100,8 +100,12 @@ impl<P: Place> Run<P> {
         // Each on a task of its own, so that they are under way at once.
         let answers = join_all(calls.into_iter().map(tokio::spawn)).await;
         for answer in answers.into_iter().map(Result::unwrap) {
-            let code = answer.as_ref().err().map_or(Code::Ok, tonic::Status::code);
-            *self.answers.entry(format!("{code:?}")).or_default() += 1;
+            let code = match &answer {
+                // The connection ended, which says nothing of the call.
+                Err(status) if std::error::Error::source(status).is_some() => "no answer".to_owned(),
+                answer => format!("{:?}", answer.as_ref().err().map_or(Code::Ok, tonic::Status::code)),
+            };
+            *self.answers.entry(code).or_default() += 1;
             self.targets.entry(stage.account.clone()).or_default().extend(answer.unwrap_or_default());
         }
         self.calls += AT_ONCE as u64;

@@ -7,14 +7,14 @@ use crate::{
     clock::{Clock, Entropy, random},
     domain::{
         account::Account,
-        log::{Action, Actor, Change},
+        log::{Action, Change},
         name::{AccountId, DisplayName, UserId},
         time::{Revision, Timestamp},
     },
     engine::Engine,
     refusal::{Refusal, Thing},
     store::{
-        Outcome, ReadSet, Rejection, Store, Write,
+        Outcome, Rejection, Store, Write,
         writer::{WriteError, Writer},
     },
 };
@@ -258,15 +258,6 @@ fn new_account(id: AccountId, name: Option<DisplayName>, now: Timestamp) -> Resu
 pub fn operator_account(now: Timestamp) -> Option<Write> {
     let account =
         new_account(AccountId::operator(), DisplayName::parse("Keyward operators").ok(), now).ok()?;
-    Some(Write {
-        change: Change::Account(Arc::new(account)),
-        expect: None,
-        action: Action::AccountCreated,
-        actor: Actor::SYSTEM,
-        method: "keyward serve",
-        at: now,
-        idempotency: None,
-        reads: ReadSet::default(),
-        limits: None,
-    })
+    let change = Change::Account(Arc::new(account));
+    Some(Write::by_system(change, None, Action::AccountCreated, "keyward serve", now))
 }

@@ -9,7 +9,7 @@ use crate::{
         log::{Action, Actor, Change},
         name::AccountId,
     },
-    store::{CommitError, ReadSet, Store, StoreError, Write},
+    store::{CommitError, Store, StoreError, Write},
 };
 
 /// Writes an entry about the operator account, which stays as it is. False = there is no such account.
@@ -27,15 +27,8 @@ pub async fn append_entry<E: From<StoreError> + From<CommitError>>(
         let Some(account) = store.account(&AccountId::operator()).await? else { return Ok(false) };
         let (expect, now) = (Some(account.revision), clock.now());
         let write = Write {
-            change: Change::Account(Arc::new(account)),
-            expect,
-            action,
             actor: Actor { via: via.clone(), ..Actor::SYSTEM },
-            method,
-            at: now,
-            idempotency: None,
-            reads: ReadSet::default(),
-            limits: None,
+            ..Write::by_system(Change::Account(Arc::new(account)), expect, action, method, now)
         };
         // Else it was changed meanwhile.
         if store.commit(&[write]).await?.outcomes.iter().all(Result::is_ok) {

@@ -94,6 +94,8 @@ pub(super) fn check(answer: &pb::CheckResponse) -> Record {
     let pairs: Vec<String> = answer.metadata.iter().map(|(name, value)| format!("{name}={value}")).collect();
     let duration = |d: &Option<prost_types::Duration>| d.as_ref().map(spoken).unwrap_or_default();
     let known = !answer.key_id.is_empty();
+    // Of a revoked key nothing is known but that.
+    let has_expiry = known && answer.reason() != pb::Reason::Revoked;
     Record::new()
         .coloured("verdict", verdict.to_owned(), Some(colour))
         .field("reason", reason_word(answer.reason()))
@@ -114,7 +116,7 @@ pub(super) fn check(answer: &pb::CheckResponse) -> Record {
             "inexact",
             if answer.limits_inexact { "the rate limits: counted by one replica alone" } else { "" },
         )
-        .instant("expires", answer.expires_at.as_ref(), if known { "never" } else { "" })
+        .instant("expires", answer.expires_at.as_ref(), if has_expiry { "never" } else { "" })
         .field("revision", answer.revision.to_string())
         .field("staleness", duration(&answer.staleness))
         .field("max age", duration(&answer.max_age))

@@ -12,7 +12,7 @@ use crate::{
         time::Revision,
         token::Token,
     },
-    store::{ReadSet, Write},
+    store::Write,
 };
 
 use super::{KeySettings, first_secret};
@@ -74,16 +74,7 @@ pub fn root_key(
         secrets: vec![first_secret(&token, now)],
         revision: Revision::default(),
     };
-    let write = Write {
-        change: Change::Key(Arc::new(key)),
-        expect: None,
-        action: Action::RootKeyCreated,
-        actor: Actor::SYSTEM,
-        method,
-        at: now,
-        idempotency: None,
-        reads: ReadSet::default(),
-        limits: None,
-    };
+    let change = Change::Key(Arc::new(key));
+    let write = Write::by_system(change, None, Action::RootKeyCreated, method, now);
     Ok(RootKey { token, write })
 }

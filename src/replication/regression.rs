@@ -9,10 +9,10 @@ use tokio::time::sleep;
 use crate::{
     domain::{
         key::{Key, Revocation, RevokeReason},
-        log::{Action, Actor, Change},
+        log::{Action, Change},
         name::KeyId,
     },
-    store::{CommitError, ReadSet, StoreError, Write},
+    store::{CommitError, StoreError, Write},
 };
 
 use super::feed::Parts;
@@ -67,17 +67,7 @@ async fn revoke(parts: &Parts, id: KeyId, revocation: Revocation) -> Result<bool
         let now = parts.clock.now();
         let expect = Some(stored.key.revision);
         let key = Key { revocation: Some(revocation.clone()), updated_at: now, ..stored.key };
-        let write = Write {
-            change: Change::Key(Arc::new(key)),
-            expect,
-            action: Action::KeyRevoked,
-            actor: Actor::SYSTEM,
-            method: METHOD,
-            at: now,
-            idempotency: None,
-            reads: ReadSet::default(),
-            limits: None,
-        };
+        let write = Write::by_system(Change::Key(Arc::new(key)), expect, Action::KeyRevoked, METHOD, now);
         let committed = parts.store.commit(&[write]).await.map_err(|error| match error {
             CommitError::NotRecorded(error) | CommitError::Unknown(error) => error,
         })?;

@@ -126,6 +126,30 @@ pub struct Write {
     pub limits: Option<AccountLimits>,
 }
 
+impl Write {
+    /// A change that Keyward makes itself: nobody has to be authorized for it, and no limit holds it.
+    #[must_use]
+    pub fn by_system(
+        change: Change,
+        expect: Option<Revision>,
+        action: Action,
+        method: &'static str,
+        at: Timestamp,
+    ) -> Write {
+        Write {
+            change,
+            expect,
+            action,
+            actor: Actor::SYSTEM,
+            method,
+            at,
+            idempotency: None,
+            reads: ReadSet::default(),
+            limits: None,
+        }
+    }
+}
+
 /// What became of one write of a committed batch.
 #[derive(Clone, Debug)]
 pub enum Outcome {

@@ -25,7 +25,7 @@ use crate::{
     keys,
     replication::propagation::Incomplete,
     server::replicas::Place,
-    store::{self, KeyFilter, LogFilter, OwnerFilter, ReadSet, Rejection, Store, Write},
+    store::{self, KeyFilter, LogFilter, OwnerFilter, Rejection, Store, Write},
 };
 
 const METHOD: &str = "keyward root-key reset";
@@ -358,17 +358,7 @@ impl Resetting<'_> {
         let expect = Some(key.revision);
         key.revocation = Some(Revocation { at: now, reason, comment: comment.to_owned() });
         key.updated_at = now;
-        Write {
-            change: Change::Key(Arc::new(key)),
-            expect,
-            action: Action::KeyRevoked,
-            actor: Actor::SYSTEM,
-            method: METHOD,
-            at: now,
-            idempotency: None,
-            reads: ReadSet::default(),
-            limits: None,
-        }
+        Write::by_system(Change::Key(Arc::new(key)), expect, Action::KeyRevoked, METHOD, now)
     }
 
     /// Waits until no running replica can allow what was revoked so far, or gives the reason why that is not known.

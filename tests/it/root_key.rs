@@ -364,16 +364,18 @@ async fn when_a_reset_ends_no_replica_that_runs_allows_a_descendant() {
     let other = other.start_as(other.serve()).unwrap();
     let mut root = server.root();
     root.make_account("acme").await;
-    let (id, manager) = root.create(key_of("acme", &MANAGER)).await.unwrap();
-    let (_, leaf) = other.caller(&manager).create(plain_key()).await.unwrap();
-    let (asks, checker) = root.create(key_of("keyward", &["keyward:check"])).await.unwrap();
-    wait_for("the replicas to have it", || {
+    let known_to_both = |id: &str| {
         let sql = format!(
             "SELECT count(*) FROM keyward.replicas WHERE applied >= (SELECT revision FROM keyward.keys WHERE id = '\\x{}')",
-            asks.replace('-', "")
+            id.replace('-', "")
         );
-        (database.sql(&sql) == "2").then_some(())
-    });
+        wait_for("both replicas to know the key", || (database.sql(&sql) == "2").then_some(()));
+    };
+    let (id, manager) = root.create(key_of("acme", &MANAGER)).await.unwrap();
+    known_to_both(&id);
+    let (_, leaf) = other.caller(&manager).create(plain_key()).await.unwrap();
+    let (checks_id, checker) = root.create(key_of("keyward", &["keyward:check"])).await.unwrap();
+    known_to_both(&checks_id);
     let file = home.path("new.key");
     good(reset(&home, &["--revoke-descendants", "--root-key-file", file.to_str().unwrap()]));
     for server in [&server, &other] {

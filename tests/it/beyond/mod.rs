@@ -25,8 +25,10 @@ use crate::{
     support::{Client, Place, ServerOn, SqliteFile, service_key},
 };
 
-/// How many calls each suite makes in every test run.
-const FEW: u64 = 5_000;
+/// How many calls a suite makes in every test run. A commit on PostgreSQL takes longer, and before authorizations were
+/// compared in the transaction, one call in 14 went beyond its caller.
+const FEW_ON_SQLITE: u64 = 5_000;
+const FEW_ON_POSTGRES: u64 = 1_500;
 /// How many calls of a round are under way at once.
 const AT_ONCE: usize = 10;
 /// How many managers of an account wait for their round.
@@ -180,12 +182,12 @@ async fn hold<P: Place>(calls: u64, seed: u64) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn whatever_managers_do_at_once_nothing_is_committed_beyond_its_caller() {
-    hold::<SqliteFile>(FEW, 1).await;
+    hold::<SqliteFile>(FEW_ON_SQLITE, 1).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn whatever_managers_do_at_once_on_two_replicas_nothing_is_committed_beyond_its_caller() {
-    hold::<Database>(FEW, 2).await;
+    hold::<Database>(FEW_ON_POSTGRES, 2).await;
 }
 
 /// `make escalation`: very many calls on both stores. `CALLS` says how many, `SEED` repeats the choices of a run.

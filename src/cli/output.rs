@@ -186,7 +186,10 @@ mod tests {
 
     #[test]
     fn what_a_key_holds_cannot_steer_the_terminal() {
-        assert!(key(&a_key()).show(false).contains("note=\u{fffd}[31mred"));
+        assert!(key(&a_key()).show(false).contains("note=\\u{1b}[31mred"));
+        let mut hidden = a_key();
+        hidden.name = "a\u{202e}b\u{200b}\u{9b}2J\n".into();
+        assert!(key(&hidden).show(false).contains("name          a\\u{202e}b\\u{200b}\\u{9b}2J\\n\n"));
     }
 
     #[test]

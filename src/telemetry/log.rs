@@ -5,7 +5,6 @@
 use std::{
     error::Error,
     fmt::{self, Write as _},
-    iter::successors,
 };
 
 use tracing::{
@@ -74,8 +73,11 @@ impl Visit for EscapingVisitor<'_> {
 
     fn record_error(&mut self, field: &Field, value: &(dyn Error + 'static)) {
         self.record(field.name(), format_args!("{value}"));
-        let sources: Vec<String> =
-            successors(value.source(), |error| error.source()).map(ToString::to_string).collect();
+        let (mut sources, mut next) = (Vec::new(), value.source());
+        while let Some(source) = next {
+            sources.push(source.to_string());
+            next = source.source();
+        }
         if !sources.is_empty() {
             self.record(&format!("{}.sources", field.name()), format_args!("[{}]", sources.join(", ")));
         }

@@ -245,7 +245,8 @@ mod tests {
                 None => {}
             }
         }
-        assert!(newer < 10_000, "{newer} characters are printable here alone");
+        // Unicode 18 has 13,000 characters more than Unicode 17.
+        assert!(newer < 20_000, "{newer} characters are printable here alone");
     }
 
     /// Decomposes the few letters that the property tests are made of, by a table written by hand, and puts marks in

@@ -165,7 +165,7 @@ pub(super) async fn every_field_of_a_key_reads_back(store: Shared) {
             let mut record = record;
             // Names are another test's: here none may collide.
             if let Some(name) = &mut record.terms.name {
-                *name = KeyName::parse(&format!("{name} {}", fresh())).unwrap();
+                *name = KeyName::from_stored(&format!("{name} {}", fresh())).unwrap();
             }
             let made = put(&store, create(&record)).await;
             assert_eq!(Key { revision: Revision(0), ..made.clone() }, record);

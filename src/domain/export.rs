@@ -268,7 +268,8 @@ mod tests {
         let mut row = row(1, GENESIS);
         row.payload = "{\"comment\":\"a\u{9b}2J\u{7f}\u{202e}\u{2028}\"}".to_owned();
         row.hash = row.expected_hash();
-        let lines = [begin(Position::START), line(&row), end(Position { revision: Revision(1), hash: row.hash }, 1)];
+        let lines =
+            [begin(Position::START), line(&row), end(Position { revision: Revision(1), hash: row.hash }, 1)];
         assert!(lines[1].contains(r"a\u009b2J\u007f\u202e\u2028"), "{}", lines[1]);
         assert_eq!(verify(&lines, None).unwrap().entries, 1);
     }

@@ -344,10 +344,15 @@ mod tests {
 
     #[test]
     fn a_name_is_normalized_when_it_is_typed_and_kept_as_it_is_when_it_is_stored() {
-        let (typed, stored) = (KeyName::parse("e\u{301}").unwrap(), KeyName::from_stored("e\u{301}").unwrap());
+        let (typed, stored) =
+            (KeyName::parse("e\u{301}").unwrap(), KeyName::from_stored("e\u{301}").unwrap());
         assert_eq!((typed.as_str(), stored.as_str()), ("\u{e9}", "e\u{301}"));
         assert_eq!(stored.normalized(), typed);
-        assert_eq!(serde_json::from_str::<KeyName>("\"e\u{301}\"").unwrap(), stored, "the log holds it as it was");
+        assert_eq!(
+            serde_json::from_str::<KeyName>("\"e\u{301}\"").unwrap(),
+            stored,
+            "the log holds it as it was"
+        );
         for old in [" blank ", "a\u{202e}b", "a\u{200b}"] {
             assert!(KeyName::parse(old).is_err() && KeyName::from_stored(old).is_ok(), "{old:?}");
         }

@@ -99,7 +99,8 @@ fn is_reserved(text: &str) -> bool {
 }
 
 fn is_segment(text: &str) -> bool {
-    !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'/' | b'-'))
+    !text.is_empty()
+        && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'/' | b'-'))
 }
 
 impl fmt::Display for Scope {
@@ -248,7 +249,9 @@ mod tests {
 
     #[test]
     fn a_slash_belongs_to_a_segment_and_separates_none() {
-        for scope in ["repo/write", "read/orders:all", "/v1/users:read", "https://api.example.com/auth/mail.read"] {
+        for scope in
+            ["repo/write", "read/orders:all", "/v1/users:read", "https://api.example.com/auth/mail.read"]
+        {
             assert_eq!(Scope::parse_required(scope).unwrap().as_str(), scope);
             assert!(allows(&[scope], scope) && allows(&["*"], scope));
         }

@@ -89,7 +89,7 @@ pub fn check_lines(text: &str) -> Result<(), TextError> {
 ///
 /// # Errors
 /// The first character that is not printable, and its place.
-pub fn check_line(text: &str) -> Result<(), TextError> {
+fn check_line(text: &str) -> Result<(), TextError> {
     check(text, |_| false)
 }
 
@@ -190,7 +190,10 @@ mod tests {
         for (text, said) in [
             ("", "has 0 characters; 1 to 255 are allowed"),
             (&*"é".repeat(256), "has 256 characters; 1 to 255 are allowed"),
-            ("a\u{202e}b", "has U+202E at character 2: an invisible format character is not allowed; remove it"),
+            (
+                "a\u{202e}b",
+                "has U+202E at character 2: an invisible format character is not allowed; remove it",
+            ),
             ("é\u{200b}", "has U+200B at character 2: an invisible format character"),
             ("\u{feff}a", "has U+FEFF at character 1: an invisible format character"),
             ("a\tb", "has U+0009 at character 2: a control character"),
@@ -211,10 +214,15 @@ mod tests {
 
     #[test]
     fn a_name_is_what_people_of_any_language_type() {
-        for name in ["deploy", "a b", "déploiement", "本番", "مفتاح", "ключ", "🔑 prod", "a\u{a0}b", "Ⅷ"] {
+        for name in ["deploy", "a b", "déploiement", "本番", "مفتاح", "ключ", "🔑 prod", "a\u{a0}b", "Ⅷ"]
+        {
             assert_eq!(parse_name(name).as_deref(), Ok(name));
         }
-        assert_eq!(parse_name(&"e\u{301}".repeat(255)).as_deref(), Ok(&*"é".repeat(255)), "counted as it is kept");
+        assert_eq!(
+            parse_name(&"e\u{301}".repeat(255)).as_deref(),
+            Ok(&*"é".repeat(255)),
+            "counted as it is kept"
+        );
         assert_eq!(parse_name("\u{1100}\u{1161}\u{11a8}").as_deref(), Ok("각"));
         assert_eq!(parse_name("\u{212b}").as_deref(), Ok("Å"));
     }
@@ -234,7 +242,8 @@ mod tests {
         let mut newer = 0;
         for character in '\0'..=char::MAX {
             let std_escapes = character.escape_debug().to_string().starts_with("\\u{");
-            let is_mark = character.general_category_group() == unicode_properties::GeneralCategoryGroup::Mark;
+            let is_mark =
+                character.general_category_group() == unicode_properties::GeneralCategoryGroup::Mark;
             match unprintable_kind(character) {
                 Some("an unassigned character") => {}
                 Some(kind) => {
@@ -291,13 +300,18 @@ mod tests {
 
     fn spelling() -> impl Strategy<Value = String> {
         let letters = "eéêẹệȩAÅ\u{212b}x\u{301}\u{302}\u{30a}\u{323}\u{327}".chars().collect::<Vec<_>>();
-        prop::collection::vec(prop::sample::select(letters), 1..6).prop_map(|letters| letters.into_iter().collect())
+        prop::collection::vec(prop::sample::select(letters), 1..6)
+            .prop_map(|letters| letters.into_iter().collect())
     }
 
     fn nasty() -> impl Strategy<Value = String> {
         let character = prop_oneof![
             any::<char>(),
-            prop::sample::select("\u{1b}\u{9b}\u{7f}\0\t\n\r \u{a0}\u{202e}\u{2066}\u{200d}\u{feff}\u{2028}\u{e000}\"\\aé".chars().collect::<Vec<_>>()),
+            prop::sample::select(
+                "\u{1b}\u{9b}\u{7f}\0\t\n\r \u{a0}\u{202e}\u{2066}\u{200d}\u{feff}\u{2028}\u{e000}\"\\aé"
+                    .chars()
+                    .collect::<Vec<_>>()
+            ),
         ];
         prop::collection::vec(character, 0..12).prop_map(|characters| characters.into_iter().collect())
     }

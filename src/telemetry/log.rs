@@ -187,7 +187,8 @@ mod tests {
 
     #[test]
     fn no_value_in_the_log_steers_a_terminal_or_begins_a_line() {
-        let is_plain = |line: &str| line.strip_suffix('\n').is_some_and(|line| !line.chars().any(char::is_control));
+        let is_plain =
+            |line: &str| line.strip_suffix('\n').is_some_and(|line| !line.chars().any(char::is_control));
         let shown = r"a\u{1b}]0;x\u{7}\u{9b}2J\u{7f}\u{202e}\u{200b}\nb";
         let text = logged(false, false);
         assert!(is_plain(&text), "{text:?}");

@@ -116,7 +116,9 @@ async fn a_name_has_1_to_255_characters() {
     let root = server.root();
     wrong(&root, "name", |r| r.name = Some(String::new())).await;
     wrong(&root, "name", |r| r.name = Some("é".repeat(256))).await;
-    for name in ["a\nb", " a", "a\u{a0}", "a\u{202e}b", "\u{200b}", "a\u{85}", "a\u{e000}", "a\u{378}", "a\u{2028}b"] {
+    for name in
+        ["a\nb", " a", "a\u{a0}", "a\u{202e}b", "\u{200b}", "a\u{85}", "a\u{e000}", "a\u{378}", "a\u{2028}b"]
+    {
         wrong(&root, "name", |r| r.name = Some(name.into())).await;
     }
     right(&root, |r| r.name = Some("é".repeat(255))).await;
@@ -294,7 +296,10 @@ async fn metadata_has_names_as_keys_have_and_values_of_several_lines() {
     let kept = pairs(&[("équipe", "one\r\n\ttwo e\u{301} "), ("empty", "")]);
     assert_eq!(made.key.metadata, kept, "names are normalized, values are kept as they are");
     let status = root
-        .create(pb::CreateKeyRequest { metadata: pairs(&[("team", "ab\u{202e}")]), ..service_key("acme", &["a"]) })
+        .create(pb::CreateKeyRequest {
+            metadata: pairs(&[("team", "ab\u{202e}")]),
+            ..service_key("acme", &["a"])
+        })
         .await
         .unwrap_err();
     assert!(status.message().contains("value of \"team\" has U+202E at character 3"), "{status:?}");
@@ -309,8 +314,7 @@ async fn a_comment_has_up_to_1024_characters_and_no_control_but_tabs_and_line_en
         let request =
             pb::RevokeKeyRequest { id: made.id.clone(), comment: comment.clone(), ..Default::default() };
         invalid(root.keys().revoke(request).await, &["comment"]);
-        let request =
-            pb::BulkRevokeKeysRequest { account: "acme".into(), comment, ..Default::default() };
+        let request = pb::BulkRevokeKeysRequest { account: "acme".into(), comment, ..Default::default() };
         invalid(root.keys().bulk_revoke(request).await, &["comment"]);
     }
     let comment = "é\n".repeat(512);

@@ -171,7 +171,9 @@ async fn a_scope_with_a_slash_is_one_scope_on_every_way() {
     let front = Front::start().await;
     let scopes = vec!["repo/write".to_owned(), "/v1/users:read".to_owned()];
     let (_, token) = front.key(pb::CreateKeyRequest { scopes, ..plain_key() }).await;
-    for scope in ["repo/write", "repo%2Fwrite", "/v1/users:read,repo/write", "%2Fv1%2Fusers%3Aread+repo/write"] {
+    for scope in
+        ["repo/write", "repo%2Fwrite", "/v1/users:read,repo/write", "%2Fv1%2Fusers%3Aread+repo/write"]
+    {
         let field = if scope.contains([',', '+']) { "scopes" } else { "scope" };
         let query = format!("{field}={scope}&environment=production");
         let passed = front.send(&nginx(&query, "/any").bearer(&token));
@@ -186,7 +188,8 @@ async fn a_scope_with_a_slash_is_one_scope_on_every_way() {
         assert_eq!(missing.header("www-authenticate"), Some(&*challenge));
     }
     assert_denied(&front.send(&traefik("", "/files").bearer(&token)), 403, "FORBIDDEN");
-    let (_, files) = front.key(pb::CreateKeyRequest { scopes: vec!["files/read".into()], ..plain_key() }).await;
+    let (_, files) =
+        front.key(pb::CreateKeyRequest { scopes: vec!["files/read".into()], ..plain_key() }).await;
     assert_eq!(front.send(&traefik("", "/files").bearer(&files)).status, 200, "as the rule says");
 }
 

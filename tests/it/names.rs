@@ -41,7 +41,9 @@ async fn a_name_is_kept_in_one_form_and_taken_and_found_in_every_one() {
     let other = server.make(named_key("acme", "other")).await;
     let renamed = pb::Key { name: "de\u{301}ploy".into(), ..other.key };
     refused(root.update(&renamed, &["name"]).await, Code::AlreadyExists, "KEY_NAME_TAKEN");
-    server.make(pb::CreateKeyRequest { name: Some("de\u{301}ploy".into()), ..user_key("ann", &["all"]) }).await;
+    server
+        .make(pb::CreateKeyRequest { name: Some("de\u{301}ploy".into()), ..user_key("ann", &["all"]) })
+        .await;
 
     let bulk = pb::BulkRevokeKeysRequest {
         account: "acme".into(),
@@ -49,7 +51,10 @@ async fn a_name_is_kept_in_one_form_and_taken_and_found_in_every_one() {
         ..Default::default()
     };
     let revoked = root.keys().bulk_revoke(bulk).await.unwrap().into_inner().keys;
-    assert_eq!(revoked.iter().map(|one| one.key.as_ref().unwrap().id.as_str()).collect::<Vec<_>>(), [&*made.id]);
+    assert_eq!(
+        revoked.iter().map(|one| one.key.as_ref().unwrap().id.as_str()).collect::<Vec<_>>(),
+        [&*made.id]
+    );
     assert_eq!(root.update(&renamed, &["name"]).await.unwrap().name, "d\u{e9}ploy");
 }
 

@@ -210,9 +210,19 @@ async fn a_name_prefix_is_taken_letter_by_letter() {
     for name in ["ci-1", "ci-2", "CI-3", "c%i", "c_i", "é1", "ci"] {
         server.make(named_key("acme", name)).await;
     }
-    for (prefix, count) in
-        [("ci", 3), ("ci-", 2), ("CI", 1), ("c%", 1), ("c_", 1), ("é", 1), ("e\u{301}", 1), ("e", 0), ("ci-1x", 0), ("", 7), ("*", 0)]
-    {
+    for (prefix, count) in [
+        ("ci", 3),
+        ("ci-", 2),
+        ("CI", 1),
+        ("c%", 1),
+        ("c_", 1),
+        ("é", 1),
+        ("e\u{301}", 1),
+        ("e", 0),
+        ("ci-1x", 0),
+        ("", 7),
+        ("*", 0),
+    ] {
         let request = pb::ListKeysRequest { name_prefix: prefix.into(), ..of_acme() };
         assert_eq!(names(&server.root(), request).await.len(), count, "{prefix:?}");
     }

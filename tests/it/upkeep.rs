@@ -166,8 +166,7 @@ fn a_start_waits_for_a_database_that_is_away_and_says_that_it_is_not_ready() {
 // Migrations. --------------------------------------------------------------------------------------------------------
 
 /// The schema as an older version left it: the fifth.
-const DOWN: &str =
-    "DROP TABLE uses; DROP TRIGGER tally_log ON log; DROP FUNCTION tally_log; DROP TABLE tallies; \
+const DOWN: &str = "DROP TABLE uses; DROP TRIGGER tally_log ON log; DROP FUNCTION tally_log; DROP TABLE tallies; \
      DROP INDEX key_name_nfc_of_account, key_name_nfc_of_user, accounts_by_folded_id";
 
 fn migrates(home: &Home) {

@@ -87,12 +87,20 @@ pub(super) async fn a_name_is_one_in_every_unicode_form(store: Shared) {
             let made = put(&store, create(&named_before(&owner, first))).await;
             for second in forms {
                 let again = create(&named_before(&owner, second));
-                assert_eq!(try_one(&store, again).await.unwrap_err(), Rejection::NameTaken, "{first:?} {second:?}");
+                assert_eq!(
+                    try_one(&store, again).await.unwrap_err(),
+                    Rejection::NameTaken,
+                    "{first:?} {second:?}"
+                );
             }
             assert_eq!(read(&store, made.id).await.as_ref(), Some(&made), "it stays as it was written");
             let mut other = put(&store, create(&named_before(&owner, "e"))).await;
             other.terms.name = Some(KeyName::parse(first).unwrap());
-            assert_eq!(try_one(&store, update(&other)).await.unwrap_err(), Rejection::NameTaken, "by renaming");
+            assert_eq!(
+                try_one(&store, update(&other)).await.unwrap_err(),
+                Rejection::NameTaken,
+                "by renaming"
+            );
             other.terms.name = None;
             put(&store, update(&other)).await;
             // It may change, and be given its name in another form.

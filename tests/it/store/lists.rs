@@ -51,7 +51,19 @@ fn filterable() -> impl Strategy<Value = (Key, Option<i64>)> {
         Owner::User(UserId::parse("u1").unwrap()),
     ]);
     let environment = prop::sample::select(vec!["production", "staging"]);
-    let name = prop::option::of(prop::sample::select(vec!["a", "ab", "A", "a%", "a_b", "é", "éa", "e\u{301}", "e\u{301}a", "e", "b"]));
+    let name = prop::option::of(prop::sample::select(vec![
+        "a",
+        "ab",
+        "A",
+        "a%",
+        "a_b",
+        "é",
+        "éa",
+        "e\u{301}",
+        "e\u{301}a",
+        "e",
+        "b",
+    ]));
     let seconds = || prop::option::of(0i64..5);
     (owner, environment, name, seconds(), any::<(bool, bool)>(), (seconds(), 0i64..5)).prop_map(
         |(owner, environment, name, expires, (disabled, dead), (used, created))| {

@@ -46,6 +46,8 @@ pub enum Refusal {
     KeyNameTaken,
     /// The account's id is taken.
     AccountExists,
+    /// Another account's id differs from this one only in case.
+    AccountIdCase,
     /// The digest belongs to another secret, whoever owns it.
     DigestTaken,
     /// Another request was made under this idempotency key.
@@ -155,6 +157,7 @@ impl From<WriteError> for Refusal {
     fn from(error: WriteError) -> Self {
         match error {
             WriteError::Rejected(Rejection::NameTaken) => Refusal::KeyNameTaken,
+            WriteError::Rejected(Rejection::AccountIdCase) => Refusal::AccountIdCase,
             WriteError::Rejected(Rejection::IdempotencyReused) => Refusal::IdempotencyKeyReused,
             WriteError::Rejected(Rejection::Conflict | Rejection::AuthorizationMoved) => Refusal::Contended,
             WriteError::Rejected(Rejection::DigestTaken) => Refusal::DigestTaken,

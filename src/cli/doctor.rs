@@ -23,6 +23,7 @@ use crate::{
         server::ServeArgs,
     },
     doctor::{self, Asked, Finding, Findings, Level, Url},
+    domain::text::escape_json,
 };
 
 /// The largest bootstrap that is read, in bytes.
@@ -118,5 +119,5 @@ fn as_json(findings: &Findings) -> String {
         let fix = Some(fix).filter(|fix| !fix.is_empty());
         json!({ "level": level.as_str(), "about": about, "said": said, "fix": fix })
     };
-    format!("{:#}\n", json!({ "findings": findings.iter().map(one).collect::<Vec<_>>() }))
+    escape_json(format!("{:#}\n", json!({ "findings": findings.iter().map(one).collect::<Vec<_>>() })))
 }

@@ -21,5 +21,6 @@ pub mod name;
 pub mod policy;
 pub mod route;
 pub mod scope;
+pub mod text;
 pub mod time;
 pub mod token;

@@ -8,7 +8,9 @@ use sha2::{Digest as _, Sha256};
 use crate::{
     access::Caller,
     domain::{
+        key::State,
         name::{AccountId, IdempotencyKey, KeyId, TokenPrefix, UserId},
+        text,
         time::Timestamp,
         token::Digest,
     },
@@ -25,7 +27,6 @@ use super::{convert, page};
 
 const MAX_IMPORT: usize = 1000;
 const MAX_HINT: usize = 32;
-const MAX_COMMENT: usize = 1024;
 const HOUR: u64 = 60 * 60;
 const MAX_STEP_HOURS: u64 = 90 * 24;
 
@@ -260,6 +261,7 @@ pub(super) fn read_filter(
         expires_before,
         page_size,
         page_token,
+        created_before,
     } = request;
     let filters = unpaged.encode_to_vec();
     let size = page::size(*page_size, v);
@@ -268,19 +270,24 @@ pub(super) fn read_filter(
     let environment = (!environment.is_empty())
         .then(|| convert::read_environment("environment", environment, keys.environments(), v))
         .flatten();
-    let states = convert::read_states(states, v);
+    let mut states = convert::read_states(states, v);
     convert::note_controls("name_prefix", name_prefix, v);
     let unused_since = convert::read_timestamp("unused_since", *unused_since, v);
     let expires_before = convert::read_timestamp("expires_before", *expires_before, v);
+    let created_before = convert::read_timestamp("created_before", *created_before, v);
     violations.finish()?;
+    // These two look for keys to revoke: one that is revoked is listed only if a request names the state.
+    if states.is_empty() && (unused_since.is_some() || expires_before.is_some()) {
+        states = State::NOT_REVOKED.to_vec();
+    }
     let filter = KeyFilter {
         owner: owner_filter(caller, owner)?,
         environment: environment.map(|environment| environment.name.clone()),
         states,
-        name_prefix: name_prefix.clone(),
+        name_prefix: text::normalize(name_prefix).into_owned(),
         unused_since,
         expires_before,
-        created_before: None,
+        created_before,
         now: keys.now(),
     };
     Ok((filter, Page { filters, before, size }))
@@ -291,7 +298,6 @@ pub(super) fn read_bulk(
     caller: &Caller,
     request: &pb::BulkRevokeKeysRequest,
 ) -> Result<BulkRevoke, Refusal> {
-    use crate::domain::key::State;
     let mut violations = Violations::default();
     let v = &mut violations;
     let pb::BulkRevokeKeysRequest {
@@ -315,8 +321,7 @@ pub(super) fn read_bulk(
     let created_before = convert::read_timestamp("created_before", *created_before, v);
     convert::note_controls("name_prefix", name_prefix, v);
     let reason = convert::read_revoke_reason(*reason, v);
-    let long = comment.chars().count() > MAX_COMMENT;
-    v.note_if(long, "comment", format!("must be at most {MAX_COMMENT} characters"));
+    convert::check_comment(comment, v);
     violations.finish()?;
     let owner = match (account, user) {
         _ if *all_accounts => OwnerFilter::AllButOperators,
@@ -327,8 +332,8 @@ pub(super) fn read_bulk(
     let filter = KeyFilter {
         owner,
         environment: environment.map(|environment| environment.name.clone()),
-        states: vec![State::Active, State::Disabled, State::Expired],
-        name_prefix: name_prefix.clone(),
+        states: State::NOT_REVOKED.to_vec(),
+        name_prefix: text::normalize(name_prefix).into_owned(),
         unused_since: None,
         expires_before: None,
         created_before,

@@ -62,6 +62,11 @@ impl From<Refusal> for Status {
             Refusal::AccountExists => {
                 status(Code::AlreadyExists, "ACCOUNT_EXISTS", "an account with this id already exists")
             }
+            Refusal::AccountIdCase => status(
+                Code::AlreadyExists,
+                "ACCOUNT_EXISTS",
+                "an account exists whose id differs from this one only in case; use that account, or another id",
+            ),
             Refusal::NotFound(Thing::Role) => {
                 status(Code::NotFound, "ROLE_NOT_FOUND", "there is no such role")
             }

@@ -168,6 +168,8 @@ pub enum Rejection {
     AuthorizationMoved,
     /// Another key of the owner that is not revoked has the name.
     NameTaken,
+    /// Another account has an id that differs from the new one only in case.
+    AccountIdCase,
     /// The digest is known already.
     DigestTaken,
     /// Another request was made under this idempotency key.
@@ -239,9 +241,9 @@ pub struct KeyFilter {
     pub environment: Option<EnvironmentName>,
     /// Only in one of these states at `now`. Empty = in any.
     pub states: Vec<State>,
-    /// Only with a name that starts so.
+    /// Only with a name that starts so: in Unicode Normalization Form C.
     pub name_prefix: String,
-    /// Only not used since then.
+    /// Only created before then, and not used since.
     pub unused_since: Option<Timestamp>,
     /// Only expiring before then.
     pub expires_before: Option<Timestamp>,

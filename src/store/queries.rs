@@ -23,6 +23,8 @@ pub(super) trait Dialect: Database + Sized {
     const LAST_USED: &'static str;
     /// Rows with the columns `key_id` and `at`, one or more of them for each secret that was used.
     const USES: &'static str;
+    /// The name of a row of `keys` in Unicode Normalization Form C.
+    const NAME_NFC: &'static str;
 
     fn int(query: &mut QueryBuilder<Self>, value: i64);
     fn text(query: &mut QueryBuilder<Self>, value: String);
@@ -32,6 +34,7 @@ pub(super) trait Dialect: Database + Sized {
 impl Dialect for sqlx::Sqlite {
     const LAST_USED: &'static str = "u.at";
     const USES: &'static str = "uses";
+    const NAME_NFC: &'static str = "coalesce(name_nfc, name)";
 
     fn int(query: &mut QueryBuilder<Self>, value: i64) {
         query.push_bind(value);
@@ -260,7 +263,7 @@ fn page<D: Dialect>(query: Sql<D>, filter: &KeyFilter, before: Option<KeyId>, li
     }
     if !filter.name_prefix.is_empty() {
         // Not LIKE: it folds case, and its wildcards would have to be escaped.
-        query = query.push(" AND substr(name, 1, length(").text(&filter.name_prefix);
+        query = query.push(" AND substr(").push(D::NAME_NFC).push(", 1, length(").text(&filter.name_prefix);
         query = query.push(")) = ").text(&filter.name_prefix);
     }
     if let Some(end) = filter.expires_before {
@@ -271,6 +274,8 @@ fn page<D: Dialect>(query: Sql<D>, filter: &KeyFilter, before: Option<KeyId>, li
     }
     if let Some(since) = filter.unused_since {
         query = query
+            .push(" AND created_at < ")
+            .int(since.as_micros())
             .push(" AND NOT EXISTS (SELECT 1 FROM ")
             .push(D::USES)
             .push(" WHERE uses.key_id = keys.id AND uses.at >= ")

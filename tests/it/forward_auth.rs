@@ -41,6 +41,11 @@ scope = "secrets:read"
 
 [[rule]]
 methods = ["GET"]
+path = "/files"
+scope = "files/read"
+
+[[rule]]
+methods = ["GET"]
 path = "/health"
 public = true
 
@@ -159,6 +164,46 @@ async fn traefik_hears_who_calls_or_why_not() {
     let limited = front.send(&traefik("", "/monitors").bearer(&limited));
     assert_denied(&limited, 429, "RATE_LIMITED");
     assert_eq!(limited.header("retry-after"), Some("60"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_scope_with_a_slash_is_one_scope_on_every_way() {
+    let front = Front::start().await;
+    let scopes = vec!["repo/write".to_owned(), "/v1/users:read".to_owned()];
+    let (_, token) = front.key(pb::CreateKeyRequest { scopes, ..plain_key() }).await;
+    for scope in
+        ["repo/write", "repo%2Fwrite", "/v1/users:read,repo/write", "%2Fv1%2Fusers%3Aread+repo/write"]
+    {
+        let field = if scope.contains([',', '+']) { "scopes" } else { "scope" };
+        let query = format!("{field}={scope}&environment=production");
+        let passed = front.send(&nginx(&query, "/any").bearer(&token));
+        assert_eq!(passed.status, 200, "{query}: {passed:?}");
+        assert_eq!(passed.header("x-keyward-scopes"), Some("/v1/users:read repo/write"));
+    }
+    for scope in ["repo", "write", "repo/read", "repo/write/x", "repo/"] {
+        let query = format!("scope={scope}&environment=production");
+        let missing = front.send(&traefik(&query, "/any").bearer(&token));
+        assert_denied(&missing, 403, "FORBIDDEN");
+        let challenge = format!(r#"Bearer realm="keyward", error="insufficient_scope", scope="{scope}""#);
+        assert_eq!(missing.header("www-authenticate"), Some(&*challenge));
+    }
+    assert_denied(&front.send(&traefik("", "/files").bearer(&token)), 403, "FORBIDDEN");
+    let (_, files) =
+        front.key(pb::CreateKeyRequest { scopes: vec!["files/read".into()], ..plain_key() }).await;
+    assert_eq!(front.send(&traefik("", "/files").bearer(&files)).status, 200, "as the rule says");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_account_in_a_path_is_the_one_that_is_spelled_exactly_so() {
+    let front = Front::start().await;
+    front.keyward.root().make_account("org_2abCD").await;
+    let (_, token) = front.key(pb::CreateKeyRequest { account: "org_2abCD".into(), ..plain_key() }).await;
+    let passed = front.send(&traefik("", "/accounts/org_2abCD/monitors").bearer(&token));
+    assert_eq!((passed.status, passed.header("x-keyward-account")), (200, Some("org_2abCD")), "{passed:?}");
+    for other in ["org_2abcd", "ORG_2ABCD", "Keyward", "keyward"] {
+        let denied = front.send(&traefik("", &format!("/accounts/{other}/monitors")).bearer(&token));
+        assert_denied(&denied, 401, "UNAUTHORIZED");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

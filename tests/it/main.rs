@@ -93,6 +93,7 @@ mod on_sqlite {
     mod audit_verify;
     mod authorized;
     mod idempotency;
+    mod names;
     mod paging;
     mod people;
     mod persons;
@@ -113,6 +114,7 @@ mod on_postgres {
     mod audit_verify;
     mod authorized;
     mod idempotency;
+    mod names;
     mod paging;
     mod people;
     mod persons;

@@ -156,7 +156,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("reload", &[]),
     ("transport", &["clock", "domain", "quiet"]),
     ("config", &["decisions", "domain", "engine", "gateway", "keys", "trace", "transport"]),
-    ("telemetry", &["config", "trace"]),
+    ("telemetry", &["config", "domain", "trace"]),
     ("doctor", &["clock", "config", "domain", "store"]),
     (
         "server",

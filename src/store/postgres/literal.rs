@@ -11,6 +11,7 @@ impl Dialect for sqlx::Postgres {
     // Replicas of the version before write the column.
     const LAST_USED: &'static str = "greatest(s.last_used_at, u.at)";
     const USES: &'static str = "(SELECT key_id, at FROM uses UNION ALL SELECT key_id, last_used_at FROM secrets) AS uses (key_id, at)";
+    const NAME_NFC: &'static str = "normalize(name, NFC)";
 
     fn int(query: &mut QueryBuilder<Self>, value: i64) {
         query.push(value.literal());

@@ -113,8 +113,8 @@ impl ImportArgs {
         let reading = self.reading(&file, SystemClock.now())?;
         reading.defaults.check(reading.now)?;
         // The whole file first: one that is not understood leaves nothing behind.
-        let source = Source::open(&file, reading.clone(), None)?;
-        inspect(&file, reading.encoding, source.dialect().syntax())?;
+        inspect(&file, reading.encoding, reading.syntax(&file)?)?;
+        Source::open(&file, reading.clone(), None)?;
         let mut journal = Journal::open(&self.file, self.progress)?;
         let source = Source::open(file, reading, journal.from())?;
         if journal.from().is_some_and(|from| from.bytes < size) {

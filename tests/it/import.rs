@@ -77,7 +77,7 @@ async fn names(server: &Keyward) -> Vec<String> {
         let request =
             pb::ListKeysRequest { account, page_size: Some(1000), page_token, ..Default::default() };
         let page = server.root().keys.list(request).await.unwrap().into_inner();
-        names.extend(page.keys.into_iter().map(|key| key.name.unwrap_or_default()));
+        names.extend(page.keys.into_iter().map(|key| key.name));
         page_token = page.next_page_token;
         if page_token.is_empty() {
             return names;
@@ -204,4 +204,24 @@ async fn an_import_of_one_json_array_that_was_killed_continues_where_it_was() {
     assert!(count("rows_now") < 12_000, "it began anew: {done}");
     assert_live(&server, &[10_000, 15_000, 21_999]).await;
     assert_eq!(names(&server).await.len(), 12_000, "every key once");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_of_another_kind_is_refused_by_what_it_is_and_nothing_of_it_is_shown() {
+    let server = server().await;
+    let wrapped = json!({"data": [{"sha256": digest(71)}]}).to_string();
+    let headerless = "acme,sk_live_secret,monitors:read\n";
+    for (name, file, said) in [
+        ("keys.xlsx", &b"PK\x03\x04rest"[..], "Excel workbook"),
+        ("keys.csv", b"caf\xe9,sha256\n", "line 1 is not UTF-8"),
+        ("damaged.csv", b"sha256\n\0\0\0", "line 2 holds a zero byte"),
+        ("wrapped.json", wrapped.as_bytes(), "an object around the array"),
+        ("headerless.csv", headerless.as_bytes(), "it names no columns"),
+        ("empty.csv", b"", "the file is empty"),
+    ] {
+        let refused = run(&server, name, file, &[]);
+        assert_eq!((refused.code, refused.err.matches(said).count()), (Some(2), 1), "{refused:?}");
+        assert!(!refused.err.contains("sk_live"), "{refused:?}");
+        assert!(!server.home.path(&format!("{name}.keyward-progress")).exists(), "{name}");
+    }
 }

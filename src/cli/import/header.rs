@@ -3,6 +3,8 @@
 
 use std::io::{self, Read, Seek};
 
+use serde_json::Value;
+
 use super::{
     csv,
     json::Fields,
@@ -71,6 +73,13 @@ fn separator_line<R: Read + Seek>(text: &mut Text<R>) -> io::Result<Option<char>
 
 /// Refuses field names of a JSON file's first object that mean nothing. Those of other objects cost their row.
 pub(super) fn check_fields(fields: &Fields, names: &ColumnArgs) -> Result<(), Failure> {
+    let holds_objects = |value: &Value| {
+        value.as_array().is_some_and(|elements| elements.first().is_some_and(Value::is_object))
+    };
+    if fields.0.iter().any(|(_, value)| holds_objects(value)) {
+        return Err(Failure::usage("the file is an object around the array of keys, not the array")
+            .hint("take the array out of it first, such as with jq .data keys.json"));
+    }
     let names_in_file = fields.0.iter().map(|(name, _)| name.clone()).collect();
     resolve(names_in_file, names).map(drop)
 }
@@ -206,5 +215,8 @@ mod tests {
         assert!(check_fields(&fields(&["sha256", "expiresAt"]), &names(&[])).is_ok());
         let error = check_fields(&fields(&["sha256", "id"]), &names(&[])).unwrap_err().to_string();
         assert!(error.contains("no column \"id\"") && error.contains("--ignore"), "{error}");
+        let wrapped = Fields(vec![("data".to_owned(), json!([{ "sha256": "ab" }]))]);
+        let error = check_fields(&wrapped, &names(&[])).unwrap_err().to_string();
+        assert!(error.contains("an object around the array") && error.contains("jq"), "{error}");
     }
 }

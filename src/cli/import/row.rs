@@ -94,6 +94,11 @@ impl Column {
         matches!(self, Active | Inactive | InactiveSince | Ignored | Unnamed)
     }
 
+    fn may_be_number(self) -> bool {
+        use Column::{Active, EntropyBits, ExpiresAt, Inactive, InactiveSince};
+        matches!(self, ExpiresAt | EntropyBits | Active | Inactive | InactiveSince)
+    }
+
     fn is_list(self) -> bool {
         use Column::{AllowedCidrs, Customers, RateLimits, Roles, Scopes};
         matches!(self, Scopes | Roles | Customers | AllowedCidrs | RateLimits)
@@ -235,10 +240,9 @@ impl Draft {
         match (value, column) {
             (Value::Null, _) | (_, Column::Ignored) => Ok(()),
             (Value::String(text), column) => self.text(column, &text),
-            (
-                Value::Number(number),
-                Column::ExpiresAt | Column::EntropyBits | Column::Active | Column::Inactive,
-            ) => self.text(column, &number.to_string()),
+            (Value::Number(number), column) if column.may_be_number() => {
+                self.text(column, &number.to_string())
+            }
             (Value::Bool(value), Column::Active | Column::Inactive) => self.text(column, &value.to_string()),
             (Value::Array(values), column) if column.is_list() => self.list(column, words(values)?),
             (object @ Value::Object(_), Column::Metadata) => self.text(column, &object.to_string()),
@@ -502,6 +506,8 @@ mod tests {
             (Column::Scopes, json!(true)),
             (Column::Name, json!(["a"])),
             (Column::Metadata, json!({ "a": 1 })),
+            (Column::Name, json!(7)),
+            (Column::ExpiresAt, json!(true)),
             (Column::Sha256, json!(7)),
         ] {
             assert!(Draft::default().json(column, bad).is_err(), "{column:?}");

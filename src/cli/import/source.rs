@@ -88,16 +88,21 @@ pub(super) fn encoding(label: &str) -> Result<&'static Encoding, String> {
         .ok_or_else(|| "write an encoding such as utf-8, utf-16le, windows-1252 or shift_jis".to_owned())
 }
 
-impl Dialect {
-    /// What a file in it must be as a whole.
-    pub(super) fn syntax(&self) -> Syntax {
-        match self {
-            Dialect::Separated(_) | Dialect::Json(Layout::Lines) => Syntax::Rows,
-            Dialect::Json(Layout::Array) => Syntax::JsonValue,
-            Dialect::Json(Layout::Sequence) => Syntax::JsonValues,
+impl Reading {
+    /// What a file that begins like this must be as a whole.
+    pub(super) fn syntax(&self, input: impl Read + Seek) -> io::Result<Syntax> {
+        if self.format == Format::Csv {
+            return Ok(Syntax::Rows);
         }
+        Ok(match Layout::detect(&mut Text::open(input, self.encoding)?)? {
+            Layout::Lines => Syntax::Rows,
+            Layout::Array => Syntax::JsonValue,
+            Layout::Sequence => Syntax::JsonValues,
+        })
     }
+}
 
+impl Dialect {
     fn detect<R: Read + Seek>(text: &mut Text<R>, reading: &Reading) -> Result<Dialect, Failure> {
         if reading.format == Format::Csv {
             return Ok(Dialect::Separated(Header::read(text, &reading.columns)?));

@@ -11,6 +11,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use encoding_rs::{Encoding, UTF_8};
 use zeroize::Zeroizing;
 
 use super::failure::Failure;
@@ -65,8 +66,15 @@ fn read_all(from: impl Read) -> io::Result<Zeroizing<String>> {
     if bytes.len() > MOST {
         return Err(io::Error::other("too much for a token"));
     }
-    let text = std::str::from_utf8(&bytes).map_err(|_| io::Error::other("not text"))?;
+    let text = decode(&bytes).ok_or_else(|| io::Error::other("not text"))?;
     Ok(Zeroizing::new(text.trim_ascii().to_owned()))
+}
+
+/// The text of a file that an editor or a shell of Windows may have written: UTF-8, or UTF-16 with a byte order mark.
+fn decode(bytes: &[u8]) -> Option<Zeroizing<String>> {
+    let (encoding, mark) = Encoding::for_bom(bytes).unwrap_or((UTF_8, 0));
+    let text = encoding.decode_without_bom_handling_and_without_replacement(&bytes[mark..])?;
+    Some(Zeroizing::new(text.into_owned()))
 }
 
 fn place(path: &Path) -> String {
@@ -173,11 +181,21 @@ mod tests {
     }
 
     #[test]
-    fn the_line_end_is_not_part_of_the_token() {
+    fn a_byte_order_mark_blanks_and_line_ends_are_not_part_of_the_token() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("token");
-        fs::write(&path, "kw_x\r\n").unwrap();
-        assert_eq!(read_own(&path).unwrap().reveal(), "kw_x");
+        let wide = |bytes: fn(u16) -> [u8; 2]| "\u{feff}kw_x\r\n".encode_utf16().flat_map(bytes).collect();
+        for content in [
+            b"kw_x".to_vec(),
+            b"kw_x\r\n".to_vec(),
+            b"\xef\xbb\xbfkw_x\r\n".to_vec(),
+            b"\xef\xbb\xbf kw_x \n\n".to_vec(),
+            wide(u16::to_le_bytes),
+            wide(u16::to_be_bytes),
+        ] {
+            fs::write(&path, &content).unwrap();
+            assert_eq!(read_own(&path).unwrap().reveal(), "kw_x", "{content:?}");
+        }
     }
 
     #[test]

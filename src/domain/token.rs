@@ -2,8 +2,9 @@
 //!
 //! `{prefix}_{tag}_{43 base62 digits}{6 base62 digits}`, or without the tag where it is empty. The 43 digits are
 //! 32 random bytes as one big-endian number, the 6 are the CRC-32 (IEEE) of everything before them; digits are
-//! `0-9A-Za-z`, most significant first, zero-padded. The checksum rejects typos, truncation and random floods
-//! before any look-up; it proves nothing.
+//! `0-9A-Za-z`, most significant first, zero-padded. The checksum explains why a token is unknown: it was mistyped. It
+//! proves nothing, and it is checked after the look-up, because imported tokens may have this format with another
+//! checksum.
 
 use std::fmt;
 
@@ -18,6 +19,13 @@ pub const PATTERN: &str = "^[a-z][a-z0-9_]{0,32}_[0-9A-Za-z]{49}$";
 
 /// The longest string that is looked up, in bytes.
 pub const MAX_LEN: usize = 512;
+
+/// The fewest bits of entropy that the token of an imported digest must have: with fewer, a reader of the database can
+/// find the token.
+pub const MIN_ENTROPY_BITS: u32 = 112;
+
+/// More bits of entropy than this do not fit into [`MAX_LEN`] visible ASCII characters, of which there are 94.
+pub const MAX_ENTROPY_BITS: u32 = 3355;
 
 const DIGITS: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
 const BODY: usize = 43;
@@ -137,32 +145,23 @@ pub(crate) fn from_hex(text: &str) -> Option<[u8; 32]> {
     Some(bytes)
 }
 
-/// What can be said of a presented string before any look-up.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Shape {
-    /// It may be a token: look it up.
-    Plausible,
-    /// It cannot be one: empty, other than visible ASCII, or of our format with a wrong checksum.
-    Malformed,
-    /// Longer than [`MAX_LEN`].
-    TooLong,
-}
-
-/// Judges a presented string by its looks alone. A string of another shape than ours is plausible: imported
-/// tokens keep the shape of the system that made them.
+/// Whether a presented string can be a token of any system: 1 to [`MAX_LEN`] visible ASCII characters. Everything else
+/// is malformed without a look-up.
 #[must_use]
-pub fn shape(presented: &str) -> Shape {
+pub fn can_be_token(presented: &str) -> bool {
     let bytes = presented.as_bytes();
-    if bytes.len() > MAX_LEN {
-        return Shape::TooLong;
-    }
-    if bytes.is_empty() || !each(bytes, |b| (0x21..=0x7e).contains(&b)) {
-        return Shape::Malformed;
-    }
-    if matches_pattern(bytes) && !checksum_holds(bytes) { Shape::Malformed } else { Shape::Plausible }
+    (1..=MAX_LEN).contains(&bytes.len()) && each(bytes, |b| (0x21..=0x7e).contains(&b))
 }
 
-/// [`PATTERN`], by hand: this runs in every Check.
+/// Whether a string has the format of a token with a wrong checksum. Of an unknown token this means that it was
+/// mistyped. A known one was imported: other systems compute other checksums.
+#[must_use]
+pub fn has_wrong_checksum(presented: &str) -> bool {
+    let bytes = presented.as_bytes();
+    matches_pattern(bytes) && !checksum_holds(bytes)
+}
+
+/// [`PATTERN`], by hand: this runs in every Check of an unknown token.
 fn matches_pattern(bytes: &[u8]) -> bool {
     let Some(start) = bytes.len().checked_sub(BODY + CHECKSUM + 1) else {
         return false;
@@ -273,24 +272,29 @@ mod tests {
     #[test]
     fn foreign_tokens_are_looked_up_whatever_they_look_like() {
         for foreign in ["abc", "sk_live_51H", "eyJhbGciOi.J9.x-_", &"x".repeat(512)] {
-            assert_eq!(shape(foreign), Shape::Plausible, "{foreign:?}");
+            assert!(can_be_token(foreign) && !has_wrong_checksum(foreign), "{foreign:?}");
         }
     }
 
     #[test]
     fn what_cannot_be_a_token_is_malformed() {
         for bad in ["", " ", "a b", "tok\u{e9}n", "a\n", "a\0b"] {
-            assert_eq!(shape(bad), Shape::Malformed, "{bad:?}");
+            assert!(!can_be_token(bad), "{bad:?}");
         }
-        assert_eq!(shape(&"x".repeat(513)), Shape::TooLong);
+        assert!(!can_be_token(&"x".repeat(513)));
+    }
+
+    #[test]
+    fn the_most_bits_of_entropy_are_those_of_the_longest_token() {
+        assert_eq!((MAX_LEN as f64 * 94_f64.log2()).floor() as u32, MAX_ENTROPY_BITS);
     }
 
     proptest! {
         #[test]
-        fn every_token_is_plausible_and_matches_the_pattern(random: [u8; 32], prefix in "[a-z][a-z0-9_]{0,15}", tag in "[a-z0-9]{0,16}") {
+        fn every_token_matches_the_pattern_and_its_checksum_holds(random: [u8; 32], prefix in "[a-z][a-z0-9_]{0,15}", tag in "[a-z0-9]{0,16}") {
             let made = token(&prefix, &tag, random);
             prop_assert!(matches_pattern(made.reveal().as_bytes()));
-            prop_assert_eq!(shape(made.reveal()), Shape::Plausible);
+            prop_assert!(can_be_token(made.reveal()) && !has_wrong_checksum(made.reveal()));
         }
 
         #[test]
@@ -298,24 +302,21 @@ mod tests {
             let mut bytes = token("kw", "live", random).reveal().as_bytes().to_vec();
             prop_assume!(bytes[at] != DIGITS[to]);
             bytes[at] = DIGITS[to];
-            prop_assert_eq!(shape(std::str::from_utf8(&bytes).unwrap()), Shape::Malformed);
+            prop_assert!(has_wrong_checksum(std::str::from_utf8(&bytes).unwrap()));
         }
 
         #[test]
         fn a_truncated_token_is_never_taken_for_a_checksummed_one(random: [u8; 32], keep in 1usize..57) {
             let made = token("kw", "live", random);
             // Shorter than the pattern demands: it is foreign, and nobody has its digest.
-            prop_assert_eq!(shape(&made.reveal()[..keep]), Shape::Plausible);
+            prop_assert!(!has_wrong_checksum(&made.reveal()[..keep]));
         }
 
         #[test]
         fn no_string_makes_the_parser_panic(text in any::<String>()) {
-            let plausible = !text.is_empty() && text.bytes().all(|b| (0x21..=0x7e).contains(&b));
-            if text.len() > MAX_LEN {
-                prop_assert_eq!(shape(&text), Shape::TooLong);
-            } else if !plausible {
-                prop_assert_eq!(shape(&text), Shape::Malformed);
-            }
+            let visible = text.bytes().all(|b| (0x21..=0x7e).contains(&b));
+            prop_assert_eq!(can_be_token(&text), visible && (1..=MAX_LEN).contains(&text.len()));
+            prop_assert!(!has_wrong_checksum(&text) || can_be_token(&text));
         }
 
         #[test]

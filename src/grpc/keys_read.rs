@@ -12,7 +12,7 @@ use crate::{
         name::{AccountId, IdempotencyKey, KeyId, TokenPrefix, UserId},
         text,
         time::Timestamp,
-        token::Digest,
+        token::{Digest, MAX_ENTROPY_BITS, MAX_LEN, MIN_ENTROPY_BITS},
     },
     keys::{
         Field, Keys, NewKey, Once, OwnerNamed, Patch,
@@ -187,6 +187,7 @@ fn read_import_row(
         metadata,
         sha256,
         hint,
+        entropy_bits,
     } = row;
     let common = Common {
         account,
@@ -218,8 +219,28 @@ fn read_import_row(
     );
     let short = hint.len() <= MAX_HINT && hint.bytes().all(|b| (0x21..=0x7e).contains(&b));
     violations.note_if(!short, "hint", format!("must be at most {MAX_HINT} visible ASCII characters"));
+    if let Some(bits) = entropy_bits {
+        check_entropy(*bits, &mut violations);
+    }
     violations.finish()?;
     Ok(ImportedKey { key: filled(key)?, digest: filled(digest)?, hint: hint.clone() })
+}
+
+/// Refuses a token that is too weak, and a strength that no token has.
+fn check_entropy(bits: u32, violations: &mut Violations) {
+    violations.note_if(
+        bits < MIN_ENTROPY_BITS,
+        "entropy_bits",
+        format!(
+            "{bits} is too few: with less than {MIN_ENTROPY_BITS} bits, whoever reads the database can find the token; \
+             create a new key in its place"
+        ),
+    );
+    violations.note_if(
+        bits > MAX_ENTROPY_BITS,
+        "entropy_bits",
+        format!("{bits} is more than a token of {MAX_LEN} characters can hold, which is {MAX_ENTROPY_BITS}"),
+    );
 }
 
 /// A page that was asked for.

@@ -124,6 +124,12 @@ async fn ask(caller: &Client, message: CheckRequest) -> Result<CheckResponse, St
     caller.ask("envoy.service.auth.v3.Authorization/Check", message).await
 }
 
+/// How a request with this token is decided, as the answer's metadata says it.
+pub(crate) async fn decision(server: &Server, token: &str) -> String {
+    let answer = Ask::monitors().bearer(token).try_of(server).await.unwrap();
+    metadata(&answer)["reason"].clone()
+}
+
 fn metadata(answer: &CheckResponse) -> BTreeMap<String, String> {
     use prost_types::value::Kind;
     let fields = answer.dynamic_metadata.as_ref().unwrap().fields.iter();

@@ -123,7 +123,7 @@ pub(crate) fn assert_denied(response: &Response, status: u16, code: &str) {
 }
 
 /// What nginx sends of `GET target`.
-fn nginx(query: &str, target: &str) -> Request {
+pub(crate) fn nginx(query: &str, target: &str) -> Request {
     Request::get(&format!("/auth/nginx?{query}"))
         .header("X-Original-Method", "GET")
         .header("X-Original-Host", "api.test")

@@ -13,9 +13,10 @@ use sha2::{Digest as _, Sha256};
 
 use super::{
     csv,
-    lines::Position,
+    header::Header,
     send::{Done, Rejected},
-    source::Format,
+    source::Dialect,
+    text::Position,
 };
 use crate::{
     cli::failure::Failure,
@@ -36,6 +37,10 @@ pub(super) struct Progress {
     bytes: u64,
     pub(super) imported: u64,
     pub(super) there_already: u64,
+    #[serde(default)]
+    pub(super) expired: u64,
+    #[serde(default)]
+    pub(super) inactive: u64,
     pub(super) rejected: u64,
     /// The bytes of the file of rejected rows.
     rejected_bytes: u64,
@@ -85,7 +90,13 @@ impl Journal {
     /// Where to go on; none at the beginning.
     pub(super) fn from(&self) -> Option<Position> {
         let Progress { lines, bytes, .. } = self.progress;
-        (lines > 0).then_some(Position { bytes, lines })
+        (bytes > 0).then_some(Position { bytes, lines })
+    }
+
+    /// The rows that are done.
+    pub(super) fn rows(&self) -> u64 {
+        let Progress { imported, there_already, expired, inactive, rejected, .. } = self.progress;
+        imported + there_already + expired + inactive + rejected
     }
 
     /// Where the rejected rows are.
@@ -99,13 +110,15 @@ impl Journal {
     }
 
     /// Notes what became of a batch.
-    pub(super) fn note(&mut self, done: &Done, format: Format, header: &str) -> Result<(), Failure> {
+    pub(super) fn note(&mut self, done: &Done, dialect: &Dialect) -> Result<(), Failure> {
         if !done.rejected.is_empty() {
             let mut text = String::new();
-            if format == Format::Csv && self.progress.rejected_bytes == 0 {
-                text = format!("line,error,message,{header}\n");
+            if let Dialect::Separated(Header { raw, separator, .. }) = dialect
+                && self.progress.rejected_bytes == 0
+            {
+                text = format!("line{separator}error{separator}message{separator}{raw}\n");
             }
-            done.rejected.iter().for_each(|row| text.push_str(&shown(row, format)));
+            done.rejected.iter().for_each(|row| text.push_str(&shown(row, dialect)));
             let written = match &mut self.rejected {
                 Some(file) => file.write_all(text.as_bytes()),
                 None => self.open_rejected()?.write_all(text.as_bytes()),
@@ -115,6 +128,8 @@ impl Journal {
         }
         self.progress.imported += done.imported;
         self.progress.there_already += done.there_already;
+        self.progress.expired += done.expired;
+        self.progress.inactive += done.inactive;
         self.progress.rejected += done.rejected.len() as u64;
         self.progress.lines = done.end.lines;
         self.progress.bytes = done.end.bytes;
@@ -176,15 +191,16 @@ fn unwritable(path: &Path, error: &io::Error) -> Failure {
     Failure::usage(format!("cannot write {}: {error}", path.display()))
 }
 
-/// A rejected row with what was wrong with it, in the format of the file: put right, it can be imported.
-fn shown(row: &Rejected, format: Format) -> String {
+/// A rejected row with what was wrong with it, as the file is written: put right, it can be imported. Objects are
+/// written one a line.
+fn shown(row: &Rejected, dialect: &Dialect) -> String {
     let Rejected { line, error, message, raw } = row;
-    let raw = String::from_utf8_lossy(raw);
-    if format == Format::Csv {
-        return format!("{line},{},{},{raw}\n", csv::field(error), csv::field(message));
+    if let Dialect::Separated(Header { separator, .. }) = dialect {
+        let field = |text: &str| csv::field(text, *separator);
+        return format!("{line}{separator}{}{separator}{}{separator}{raw}\n", field(error), field(message));
     }
-    let mut fields: Map<String, Value> =
-        serde_json::from_str(&raw).unwrap_or_else(|_| Map::from_iter([("row".to_owned(), (*raw).into())]));
+    let mut fields: Map<String, Value> = serde_json::from_str(raw)
+        .unwrap_or_else(|_| Map::from_iter([("row".to_owned(), raw.as_str().into())]));
     fields.insert("line".to_owned(), (*line).into());
     fields.insert("error".to_owned(), error.as_str().into());
     fields.insert("message".to_owned(), message.as_str().into());
@@ -194,6 +210,7 @@ fn shown(row: &Rejected, format: Format) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::import::json::Layout;
 
     fn rejected(line: u64, raw: &str) -> Rejected {
         let (error, message) = ("INVALID_REQUEST".to_owned(), "scopes: \"x\", no".to_owned());
@@ -201,7 +218,11 @@ mod tests {
     }
 
     fn done(lines: u64, bytes: u64, rejected: Vec<Rejected>) -> Done {
-        Done { end: Position { bytes, lines }, imported: 1, there_already: 0, rejected }
+        Done { end: Position { bytes, lines }, imported: 1, rejected, ..Done::default() }
+    }
+
+    fn separated(separator: char, header: &str) -> Dialect {
+        Dialect::Separated(Header { separator, raw: header.to_owned(), columns: Vec::new() })
     }
 
     fn file(folder: &tempfile::TempDir, text: &str) -> PathBuf {
@@ -216,7 +237,8 @@ mod tests {
         let path = file(&folder, "sha256\na\nb\nc\n");
         let mut first = Journal::open(&path, None).unwrap();
         assert!(!first.resumed && first.from().is_none());
-        first.note(&done(2, 9, vec![rejected(2, "a")]), Format::Csv, "sha256").unwrap();
+        let dialect = separated(',', "sha256");
+        first.note(&done(2, 9, vec![rejected(2, "a")]), &dialect).unwrap();
         let whole = fs::read_to_string(first.rejected_path()).unwrap();
         // Killed after the rejected rows were written and before the progress was.
         first.rejected.as_mut().unwrap().write_all(b"3,half a ro").unwrap();
@@ -225,7 +247,7 @@ mod tests {
         let mut second = Journal::open(&path, None).unwrap();
         assert!(second.resumed);
         assert_eq!(second.from(), Some(Position { bytes: 9, lines: 2 }));
-        second.note(&done(3, 11, vec![rejected(3, "b")]), Format::Csv, "sha256").unwrap();
+        second.note(&done(3, 11, vec![rejected(3, "b")]), &dialect).unwrap();
         assert_eq!((second.progress.imported, second.progress.rejected), (2, 2));
         let text = fs::read_to_string(second.rejected_path()).unwrap();
         assert_eq!(text, whole + "3,INVALID_REQUEST,\"scopes: \"\"x\"\", no\",b\n");
@@ -246,7 +268,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = file(&folder, "sha256\na\nb\n");
         let mut journal = Journal::open(&path, None).unwrap();
-        journal.note(&done(2, 9, Vec::new()), Format::Csv, "sha256").unwrap();
+        journal.note(&done(2, 9, Vec::new()), &separated(',', "sha256")).unwrap();
         for other in ["sha256\nx\nb\n", "sha256\n"] {
             file(&folder, other);
             let error = Journal::open(&path, None).unwrap_err().to_string();
@@ -259,12 +281,32 @@ mod tests {
     }
 
     #[test]
-    fn rejected_json_lines_keep_their_fields() {
+    fn rejected_rows_are_separated_as_their_file_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut journal = Journal::open(&file(&folder, "sha256;name\na;b\n"), None).unwrap();
+        journal.note(&done(2, 16, vec![rejected(2, "a;b")]), &separated(';', "sha256;name")).unwrap();
+        let text = fs::read_to_string(journal.rejected_path()).unwrap();
+        let row = "2;INVALID_REQUEST;\"scopes: \"\"x\"\", no\";a;b\n";
+        assert_eq!(text, format!("line;error;message;sha256;name\n{row}"));
+    }
+
+    #[test]
+    fn an_import_of_one_line_goes_on_within_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = file(&folder, "[{},{}]");
+        let mut journal = Journal::open(&path, None).unwrap();
+        journal.note(&done(0, 3, Vec::new()), &Dialect::Json(Layout::Array)).unwrap();
+        assert_eq!(Journal::open(&path, None).unwrap().from(), Some(Position { bytes: 3, lines: 0 }));
+    }
+
+    #[test]
+    fn rejected_objects_keep_their_fields() {
+        let json = Dialect::Json(Layout::Lines);
         assert_eq!(
-            shown(&rejected(7, "{\"account\": \"acme\"}"), Format::Jsonl),
+            shown(&rejected(7, "{\"account\": \"acme\"}"), &json),
             "{\"account\":\"acme\",\"error\":\"INVALID_REQUEST\",\"line\":7,\
              \"message\":\"scopes: \\\"x\\\", no\"}\n"
         );
-        assert!(shown(&rejected(7, "nonsense"), Format::Jsonl).contains("\"row\":\"nonsense\""));
+        assert!(shown(&rejected(7, "nonsense"), &json).contains("\"row\":\"nonsense\""));
     }
 }

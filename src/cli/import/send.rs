@@ -3,8 +3,9 @@
 use std::{cell::Cell, time::Duration};
 
 use super::{
-    lines::Position,
+    row::NoKey,
     source::{Batch, Row},
+    text::Position,
 };
 use crate::{
     cli::failure::{Failure, UNANSWERED},
@@ -39,16 +40,20 @@ pub(super) struct Rejected {
     pub(super) line: u64,
     pub(super) error: String,
     pub(super) message: String,
-    pub(super) raw: Vec<u8>,
+    pub(super) raw: String,
 }
 
 /// What became of a batch.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Done {
     pub(super) end: Position,
     pub(super) imported: u64,
     /// Rows that an earlier attempt had imported.
     pub(super) there_already: u64,
+    /// Rows of keys that have expired.
+    pub(super) expired: u64,
+    /// Rows of keys that are revoked or disabled.
+    pub(super) inactive: u64,
     pub(super) rejected: Vec<Rejected>,
 }
 
@@ -74,12 +79,14 @@ pub(super) async fn send(
     attempts: &Attempts,
     call: impl AsyncFn(pb::ImportKeysRequest) -> Result<pb::ImportKeysResponse, Failure>,
 ) -> Result<Done, Failure> {
-    let mut done = Done { end: batch.end, imported: 0, there_already: 0, rejected: Vec::new() };
+    let mut done = Done { end: batch.end, ..Done::default() };
     let mut pending = Vec::new();
     for Row { line, raw, key } in batch.rows {
         match key {
             Ok(key) => pending.push((line, raw, key)),
-            Err(message) => {
+            Err(NoKey::Expired) => done.expired += 1,
+            Err(NoKey::Inactive) => done.inactive += 1,
+            Err(NoKey::Unreadable(message)) => {
                 done.rejected.push(Rejected { line, error: "UNREADABLE".to_owned(), message, raw });
             }
         }
@@ -109,7 +116,7 @@ pub(super) async fn send(
     Ok(done)
 }
 
-type Pending = Vec<(u64, Vec<u8>, pb::ImportKey)>;
+type Pending = Vec<(u64, String, pb::ImportKey)>;
 
 /// Sorts the results; what the server could not do stays pending, with why.
 fn sort(
@@ -154,9 +161,11 @@ mod tests {
     fn batch(names: &[&str]) -> Batch {
         let row = |(at, name): (usize, &&str)| Row {
             line: at as u64 + 2,
-            raw: name.as_bytes().to_vec(),
+            raw: (*name).to_owned(),
             key: match *name {
-                "" => Err("has 1 fields".to_owned()),
+                "" => Err(NoKey::Unreadable("has 1 fields".to_owned())),
+                "expired" => Err(NoKey::Expired),
+                "revoked" => Err(NoKey::Inactive),
                 name => Ok(pb::ImportKey { name: Some(name.to_owned()), ..Default::default() }),
             },
         };
@@ -252,6 +261,14 @@ mod tests {
         let (asked, done) = played(&["a"], false, vec![Err(Failure::usage("cannot reach it"))]).await;
         assert_eq!(asked.len(), 1);
         assert!(done.unwrap_err().contains("cannot reach it"));
+    }
+
+    #[tokio::test]
+    async fn keys_that_have_ended_are_counted_and_not_sent() {
+        let (asked, done) = played(&["expired", "a", "revoked"], false, vec![Ok(vec![""])]).await;
+        assert_eq!(asked, [["a"]]);
+        let done = done.unwrap();
+        assert_eq!((done.imported, done.expired, done.inactive, done.rejected.len()), (1, 1, 1, 0));
     }
 
     #[tokio::test]

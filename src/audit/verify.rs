@@ -99,7 +99,7 @@ pub async fn verify(store: &dyn Store, question: Question) -> Result<Verified, R
         checkpoint,
         is_stated: false,
         broken: None,
-        records: (!question.chain_only).then(Records::default),
+        records: (!question.chain_only).then(|| Records::starting_at(from)),
     };
     if from > oldest.revision.next() {
         walk.begin_after(store, Revision(from.0 - 1)).await?;

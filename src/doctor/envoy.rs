@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::config::server::Settings;
+use crate::{config::server::Settings, pb::envoy_request::MAX_BODY};
 
 use super::Findings;
 use reading::{Object as _, typed};
@@ -87,9 +87,8 @@ fn examine_filter(filter: &Value, redis: Option<Duration>, findings: &mut Findin
         let said = "clear_route_cache is true: a request can change to another route after it was judged by the first";
         findings.fail(ABOUT, said, "take clear_route_cache away");
     }
-    if filter.at("with_request_body").is_some() {
-        let said = "with_request_body makes Envoy hold every body back; Keyward does not look at bodies";
-        findings.warn(ABOUT, said, "take with_request_body away");
+    if let Some(body) = filter.at("with_request_body") {
+        request_body(body, findings);
     }
     if filter.is_true("include_peer_certificate") {
         let said =
@@ -124,6 +123,19 @@ fn examine_filter(filter: &Value, redis: Option<Duration>, findings: &mut Findin
             "ext_authz has no service to ask",
             "grpc_service with envoy_grpc, as in deploy/envoy",
         ),
+    }
+}
+
+fn request_body(body: &Value, findings: &mut Findings) {
+    let most = body.at("max_request_bytes").and_then(Value::as_u64).unwrap_or_default();
+    if most > MAX_BODY as u64 {
+        let said = format!(
+            "with_request_body sends bodies of up to {most} bytes along; Keyward answers 413 above {MAX_BODY}"
+        );
+        findings.fail(ABOUT, said, "take with_request_body away: Keyward does not look at bodies");
+    } else {
+        let said = "with_request_body makes Envoy hold every body back; Keyward does not look at bodies";
+        findings.warn(ABOUT, said, "take with_request_body away");
     }
 }
 
@@ -244,6 +256,11 @@ mod tests {
                 "validate_mutations: true",
                 "validate_mutations: true\n              with_request_body: { max_request_bytes: 1 }",
                 "warn with_request_body",
+            ),
+            (
+                "validate_mutations: true",
+                "validate_mutations: true\n              with_request_body: { max_request_bytes: 4194305 }",
+                "fail with_request_body sends bodies of up to 4194305 bytes along",
             ),
             (
                 "validate_mutations: true",

@@ -21,8 +21,8 @@ use super::{
     fleet::Fleet,
     queries::{self, Dialect, Sql},
     records::{
-        Columns, Gather, account_at, bytes_at, checkpoint_at, count_at, head_at, log_at, member_at, role_at,
-        spent_at,
+        Columns, Gather, account_at, bytes_at, checkpoint_at, count_at, head_at, key_revision_at, log_at,
+        member_at, role_at, spent_at,
     },
     rows::damaged,
 };
@@ -50,7 +50,7 @@ pub(super) trait Backend: Send + Sync + Sized + 'static {
     /// A row of a query.
     type Row: Columns + Send + Sync;
 
-    /// The rows of one query, which are few.
+    /// The rows of one query, which are few: a page, at most.
     async fn rows(&self, query: Sql<Self::Db>) -> Result<Vec<Self::Row>, StoreError>;
 
     /// Gives each entry of the log after a revision to `take`, in order, while they come in.
@@ -177,6 +177,14 @@ impl<B: Backend> Store for B {
 
     async fn keys_at(&self, ids: &[KeyId]) -> Result<Vec<StoredKey>, StoreError> {
         gathered(self, queries::keys_at(ids)).await
+    }
+
+    async fn key_revisions(
+        &self,
+        after: Option<KeyId>,
+        limit: u32,
+    ) -> Result<Vec<(KeyId, Revision)>, StoreError> {
+        all(self, queries::key_revisions(after, limit), key_revision_at).await
     }
 
     async fn checkpoint(&self) -> Result<Option<Checkpoint>, StoreError> {

@@ -59,7 +59,11 @@ pub(super) enum Found {
     At(Revision),
 }
 
-pub(super) fn compare<T: PartialEq>(found: Option<&T>, logged: &T, revision: impl Fn(&T) -> Revision) -> Found {
+pub(super) fn compare<T: PartialEq>(
+    found: Option<&T>,
+    logged: &T,
+    revision: impl Fn(&T) -> Revision,
+) -> Found {
     match found {
         None => Found::Missing,
         Some(found) if revision(found) != revision(logged) => Found::At(revision(found)),

@@ -16,8 +16,8 @@ use crate::{
 pub use super::records::Mismatch;
 use super::records::Records;
 
-/// How many entries are in memory at once.
-const PAGE: u32 = 1000;
+/// How many entries are in memory at once: so few that they stay in the processor's cache until they are compared.
+const PAGE: u32 = 256;
 
 /// What is to be verified.
 #[derive(Clone, Copy, Debug, Default)]

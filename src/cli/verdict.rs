@@ -258,7 +258,10 @@ impl Verdict {
             .unwrap_or_else(|| Setting { value: Some("1".to_owned()), from: "nobody".to_owned() });
         self.rule = Some(Deciding {
             rule: Shown::of(rule),
-            captures: captures.iter().map(|(name, text)| ((*name).to_owned(), redacted(text).into_owned())).collect(),
+            captures: captures
+                .iter()
+                .map(|(name, text)| ((*name).to_owned(), redacted(text).into_owned()))
+                .collect(),
             public: rule.route.demand == Some(Demand::Public),
             authenticate_only: rule.route.demand == Some(Demand::Authenticated),
             scopes,

@@ -20,6 +20,16 @@ pub(super) const ABOUT: &str = "envoy";
 const FILTER: &str = ".ext_authz.v3.ExtAuthz";
 const PER_ROUTE: &str = ".ext_authz.v3.ExtAuthzPerRoute";
 const MANAGER: &str = ".http_connection_manager.v3.HttpConnectionManager";
+/// The headers in which a service learns who calls.
+const IDENTITY: [&str; 7] = [
+    "x-keyward-key-id",
+    "x-keyward-account",
+    "x-keyward-user",
+    "x-keyward-environment",
+    "x-keyward-scopes",
+    "x-keyward-truncated",
+    "x-keyward-shadow",
+];
 /// What Envoy waits for when nobody says how long.
 const TIMEOUT: Duration = Duration::from_millis(200);
 /// Longer, and an outage holds up every request for all of it.
@@ -148,8 +158,7 @@ fn headers(filter: &Value, findings: &mut Findings) {
         allowed.as_ref().map_or(!over_http, |list| list.iter().any(|pattern| pattern.takes(name)))
             && !refused.as_ref().is_some_and(|list| list.iter().any(|pattern| pattern.takes(name)))
     };
-    if !["x-keyward-key-id", "x-keyward-account", "x-keyward-user", "x-keyward-scopes"].into_iter().all(&sees)
-    {
+    if !IDENTITY.into_iter().all(&sees) {
         let said = "Keyward does not see x-keyward-… headers of clients, so it cannot have them removed: a client can make up who it is";
         findings.fail(ABOUT, said, "allowed_headers: { patterns: [ { prefix: x-keyward- } ] }");
     }
@@ -203,10 +212,7 @@ fn http_service(service: &Value, findings: &mut Findings) {
     let passed =
         service.at("authorization_response").and_then(|answer| answer.at("allowed_upstream_headers"));
     let passed = passed.map(reading::patterns).unwrap_or_default();
-    if !["x-keyward-key-id", "x-keyward-account"]
-        .iter()
-        .all(|name| passed.iter().any(|pattern| pattern.takes(name)))
-    {
+    if !IDENTITY.iter().all(|name| passed.iter().any(|pattern| pattern.takes(name))) {
         let said = "allowed_upstream_headers lacks x-keyward-…: what a client sends under these names reaches the service as if Keyward had said it";
         findings.fail(
             ABOUT,

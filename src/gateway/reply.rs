@@ -402,7 +402,8 @@ mod tests {
 
     #[test]
     fn what_is_to_be_removed_fits_or_does_not() {
-        let reply = |names: usize| Reply { remove: vec!["x-keyward-0123456".to_owned() ; names], ..Reply::default() };
+        let reply =
+            |names: usize| Reply { remove: vec!["x-keyward-0123456".to_owned(); names], ..Reply::default() };
         assert!(reply(MAX_REMOVE_LEN / 18).fits() && !reply(MAX_REMOVE_LEN / 18 + 1).fits());
     }
 }

@@ -346,8 +346,7 @@ impl MessageBody {
             return Ok((end > 0).then(|| data.slice(..end)));
         }
         self.keep(&data)?;
-        let end =
-            whole_messages(&self.partial, self.limit).map_err(|length| self.refuse_size(length))?;
+        let end = whole_messages(&self.partial, self.limit).map_err(|length| self.refuse_size(length))?;
         if end == 0 {
             return Ok(None);
         }

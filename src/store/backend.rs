@@ -53,6 +53,16 @@ pub(super) trait Backend: Send + Sync + Sized + 'static {
     /// The rows of one query, which are few: a page, at most.
     async fn rows(&self, query: Sql<Self::Db>) -> Result<Vec<Self::Row>, StoreError>;
 
+    /// Entries of the log: a page, at most.
+    async fn log_page(&self, query: Sql<Self::Db>) -> Result<Vec<LogRow>, StoreError> {
+        all(self, query, log_at).await
+    }
+
+    /// The keys with these ids, in no order.
+    async fn keys_by_id(&self, ids: &[KeyId]) -> Result<Vec<StoredKey>, StoreError> {
+        gathered(self, queries::keys_at(ids)).await
+    }
+
     /// Gives each entry of the log after a revision to `take`, in order, while they come in.
     async fn each_entry(&self, after: Revision, take: TakeLog<'_>) -> Result<(), StoreError>;
 
@@ -134,7 +144,7 @@ impl<B: Backend> Store for B {
     }
 
     async fn log_after(&self, revision: Revision, limit: u32) -> Result<Vec<LogRow>, StoreError> {
-        all(self, queries::log_after(revision, limit), log_at).await
+        self.log_page(queries::log_after(revision, limit)).await
     }
 
     async fn snapshot(&self, forget_before: Timestamp, loader: &Arc<dyn Loader>) -> Result<Head, StoreError> {
@@ -168,15 +178,15 @@ impl<B: Backend> Store for B {
         cursor: Option<Revision>,
         limit: u32,
     ) -> Result<Vec<LogRow>, StoreError> {
-        all(self, queries::log(filter, cursor, limit), log_at).await
+        self.log_page(queries::log(filter, cursor, limit)).await
     }
 
     async fn log_at(&self, revisions: &[Revision]) -> Result<Vec<LogRow>, StoreError> {
-        all(self, queries::log_at(revisions), log_at).await
+        self.log_page(queries::log_at(revisions)).await
     }
 
     async fn keys_at(&self, ids: &[KeyId]) -> Result<Vec<StoredKey>, StoreError> {
-        gathered(self, queries::keys_at(ids)).await
+        self.keys_by_id(ids).await
     }
 
     async fn key_revisions(

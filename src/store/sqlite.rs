@@ -39,6 +39,7 @@ use tokio::{sync::watch::Sender, time::Instant};
 
 use crate::domain::{
     limit::Spent,
+    log::LogRow,
     name::KeyId,
     time::{Revision, Timestamp},
 };
@@ -51,8 +52,8 @@ use self::{
     snapshot::Reader,
 };
 use super::{
-    Checkpoint, CommitError, Committed, Head, Hour, Loader, OpenError, Schema, Step, StoreError, UsageBatch,
-    Write,
+    Checkpoint, CommitError, Committed, Head, Hour, Loader, OpenError, Schema, Step, StoreError, StoredKey,
+    UsageBatch, Write,
     backend::{self, Backend, TakeLog, TakeRow, View},
     fleet::Fleet,
     queries::Sql,
@@ -207,6 +208,14 @@ impl Backend for Sqlite {
 
     async fn rows(&self, query: Sql<sqlx::Sqlite>) -> Result<Vec<PageRow>, StoreError> {
         self.pages.rows(query).await
+    }
+
+    async fn log_page(&self, query: Sql<sqlx::Sqlite>) -> Result<Vec<LogRow>, StoreError> {
+        self.pages.log(query).await
+    }
+
+    async fn keys_by_id(&self, ids: &[KeyId]) -> Result<Vec<StoredKey>, StoreError> {
+        self.pages.keys(ids).await
     }
 
     async fn each_entry(&self, after: Revision, take: TakeLog<'_>) -> Result<(), StoreError> {

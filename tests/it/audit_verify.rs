@@ -126,8 +126,27 @@ fn planted_twin(token: &str, revision: u64, head_hash: &[u8]) -> (String, String
     let (id, revision) = (&digest[..16], i64::try_from(revision).unwrap());
     let text = |text: &'static str| Bytes(text.as_bytes());
     let key = summed(&[
-        Bytes(id), text("acme"), Null, text("production"), Null, text("monitors:read"), text(""), Null, text(""),
-        text(""), Null, Null, Null, Int(7), text("system"), Int(7), Null, Null, Null, Null, Int(revision),
+        Bytes(id),
+        text("acme"),
+        Null,
+        text("production"),
+        Null,
+        text("monitors:read"),
+        text(""),
+        Null,
+        text(""),
+        text(""),
+        Null,
+        Null,
+        Null,
+        Int(7),
+        text("system"),
+        Int(7),
+        Null,
+        Null,
+        Null,
+        Null,
+        Int(revision),
     ]);
     let secret = summed(&[Bytes(head_hash), Bytes(id), Int(1), text("kw_live_0000"), Int(7), Null]);
     let hint = &token[..12];
@@ -151,7 +170,8 @@ async fn a_planted_key_with_the_revision_of_another_is_found() {
         let (twin, sql) = planted_twin(&made.token, made.key.revision, &head_hash);
         server.sql(&sql);
         let found = root.verify().await;
-        let told: Vec<_> = found.mismatches.iter().map(|one| (&*one.record, one.revision, &*one.problem)).collect();
+        let told: Vec<_> =
+            found.mismatches.iter().map(|one| (&*one.record, one.revision, &*one.problem)).collect();
         let said = "the tables have it, and no entry of the log is about it";
         assert!(told.contains(&(&*format!("key {twin}"), made.key.revision, said)), "{told:?}");
         assert!(told.iter().all(|one| one.0 != format!("key {}", made.id)), "{told:?}");

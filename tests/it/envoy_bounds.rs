@@ -54,7 +54,9 @@ fn with_bodies(yaml: &str, most: usize) -> String {
         &[
             (
                 "validate_mutations: true",
-                &format!("validate_mutations: true\n              with_request_body: {{ max_request_bytes: {most} }}"),
+                &format!(
+                    "validate_mutations: true\n              with_request_body: {{ max_request_bytes: {most} }}"
+                ),
             ),
             ("timeout: 0.25s\n                envoy_grpc", "timeout: 10s\n                envoy_grpc"),
         ],
@@ -83,7 +85,8 @@ async fn more_made_up_names_than_envoy_can_be_told_are_400() {
     let token = edge.token(plain_key()).await;
     let with = |count: usize| {
         let request = Request::get("/v1/monitors").bearer(&token);
-        let named = (0..count).fold(request, |request, at| request.header(format!("x-keyward-made-up-{at:02}"), "x"));
+        let named =
+            (0..count).fold(request, |request, at| request.header(format!("x-keyward-made-up-{at:02}"), "x"));
         edge.send(&named)
     };
     let passed = with(60);
@@ -128,10 +131,12 @@ async fn a_body_beyond_the_bound_is_413_in_words_and_a_line_in_the_log() {
         for token in [&*token, "wrong"] {
             assert_denied(&edge.send(&large(token)), 413, "PAYLOAD_TOO_LARGE");
         }
-        assert_eq!(edge.upstream.take_arrived().len(), 0, "an error would let it pass where Envoy fails open");
-        wait_for("the line", || {
-            edge.keyward.process.stderr().contains("max_request_bytes").then_some(())
-        });
+        assert_eq!(
+            edge.upstream.take_arrived().len(),
+            0,
+            "an error would let it pass where Envoy fails open"
+        );
+        wait_for("the line", || edge.keyward.process.stderr().contains("max_request_bytes").then_some(()));
         let metrics = edge.keyward.page("/metrics").1;
         let counted = r#"{via="ext_authz",mode="enforce",result="denied",reason="too_large"} 2"#;
         assert!(metrics.contains(counted), "{metrics}");
@@ -142,9 +147,16 @@ async fn a_body_beyond_the_bound_is_413_in_words_and_a_line_in_the_log() {
 #[test]
 fn no_example_of_envoy_logs_a_query() {
     let deploy = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy");
-    for file in ["envoy/production.yaml", "envoy/minimal.yaml", "envoy/http.yaml", "envoy/rest.yaml", "compose/envoy.yaml"] {
+    for file in [
+        "envoy/production.yaml",
+        "envoy/minimal.yaml",
+        "envoy/http.yaml",
+        "envoy/rest.yaml",
+        "compose/envoy.yaml",
+    ] {
         let text = std::fs::read_to_string(deploy.join(file)).unwrap();
-        for with_query in ["%REQ(:PATH", "%REQ(X-ENVOY-ORIGINAL-PATH", "%PATH(WQ", "%PATH%", "%REQUEST_LINE"] {
+        for with_query in ["%REQ(:PATH", "%REQ(X-ENVOY-ORIGINAL-PATH", "%PATH(WQ", "%PATH%", "%REQUEST_LINE"]
+        {
             assert!(!text.to_uppercase().contains(with_query), "{file}: {with_query}");
         }
         // Envoy's own format, which an access log without one has, begins with the path and its query.

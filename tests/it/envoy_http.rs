@@ -152,7 +152,8 @@ async fn a_key_with_very_many_scopes_passes_and_the_service_learns_that_the_list
     let mut key = largest_key();
     key.scopes[0] = "monitors:read".to_owned();
     let (_, token) = edge.front.key(key).await;
-    let (_, arrived) = edge.passed(&Request::get("/monitors").bearer(&token).header("x-keyward-truncated", "evil"));
+    let (_, arrived) =
+        edge.passed(&Request::get("/monitors").bearer(&token).header("x-keyward-truncated", "evil"));
     assert!((1900..=2048).contains(&arrived.all("x-keyward-scopes")[0].len()), "{arrived:?}");
     assert_eq!(arrived.all("x-keyward-truncated"), ["scopes"]);
 }
@@ -160,7 +161,8 @@ async fn a_key_with_very_many_scopes_passes_and_the_service_learns_that_the_list
 #[tokio::test(flavor = "multi_thread")]
 async fn a_body_that_envoy_sends_along_is_passed_over_and_reaches_the_service() {
     let edge = Edge::start_with(|yaml| {
-        let body = "failure_mode_allow: false\n              with_request_body: { max_request_bytes: 4194304 }";
+        let body =
+            "failure_mode_allow: false\n              with_request_body: { max_request_bytes: 4194304 }";
         filled(&yaml, &[("failure_mode_allow: false", body), ("timeout: 0.25s }", "timeout: 10s }")])
     })
     .await;

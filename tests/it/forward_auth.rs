@@ -375,7 +375,7 @@ pub(crate) fn largest_key() -> pb::CreateKeyRequest {
 
 /// A key whose list of scopes has `count` words of 31 letters, which takes 32 bytes each, but for one.
 pub(crate) fn key_with_scopes(count: usize) -> pb::CreateKeyRequest {
-    let scopes = (0..count).map(|at| format!("monitors-of-a-product-{at:03}:read")).collect();
+    let scopes = (0..count).map(|at| format!("monitors-of-my-product-{at:03}:read")).collect();
     pb::CreateKeyRequest { scopes, ..plain_key() }
 }
 
@@ -384,7 +384,8 @@ async fn a_list_of_scopes_is_cut_between_scopes_and_says_so() {
     let front = Front::start().await;
     let ask = async |count| {
         let (_, token) = front.key(key_with_scopes(count)).await;
-        let response = front.send(&nginx("authenticate_only=true&environment=production", "/").bearer(&token));
+        let response =
+            front.send(&nginx("authenticate_only=true&environment=production", "/").bearer(&token));
         assert_eq!(response.status, 200, "{response:?}");
         let scopes = response.header("x-keyward-scopes").unwrap().to_owned();
         (scopes.len(), scopes.split(' ').count(), response.header("x-keyward-truncated").map(str::to_owned))
@@ -415,7 +416,7 @@ async fn an_answer_has_at_most_8_kib_of_headers_and_a_refusal_less_than_4() {
         "a part of the list would mislead"
     );
     assert!(header_bytes(&refused) < 4096 && refused.body.len() <= 512, "{refused:?}");
-    let few: Vec<_> = (0..10).map(|at| format!("{}:{at}", "m".repeat(100))).collect();
+    let few: Vec<_> = (0..10).map(|at| format!("{}:{at}", "m".repeat(99))).collect();
     let needs = format!("environment=production&scopes={}", few.join(","));
     let refused = front.send(&nginx(&needs, "/").bearer(&token));
     let challenge = refused.header("www-authenticate").unwrap();
@@ -428,7 +429,8 @@ async fn more_made_up_names_than_a_proxy_can_be_told_are_400() {
     let token = front.token().await;
     let with = |count: usize| {
         let request = nginx("", "/monitors").bearer(&token);
-        let named = (0..count).fold(request, |request, at| request.header(format!("x-keyward-made-up-{at:03}"), "x"));
+        let named =
+            (0..count).fold(request, |request, at| request.header(format!("x-keyward-made-up-{at:03}"), "x"));
         front.send(&named)
     };
     let passed = with(60);
@@ -438,7 +440,8 @@ async fn more_made_up_names_than_a_proxy_can_be_told_are_400() {
     let refused = with(120);
     assert_eq!((refused.status, refused.header("x-keyward-status")), (403, Some("400")), "{refused:?}");
     // Nor do they pass where a denial would.
-    let shadowed = (0..120).fold(nginx("", "/trial"), |request, at| request.header(format!("x-keyward-{at:010}"), "x"));
+    let shadowed =
+        (0..120).fold(nginx("", "/trial"), |request, at| request.header(format!("x-keyward-{at:010}"), "x"));
     assert_eq!(front.send(&shadowed).header("x-keyward-status"), Some("400"));
 }
 

@@ -49,7 +49,9 @@ pub enum Misspelt {
     #[error("the path has a '::$'")]
     Stream,
     /// It has characters that normalization or a conversion to another character set turns into others.
-    #[error("the path has characters that are not in Unicode's form NFKC, or that look like '/', '\\', '.' or '%'")]
+    #[error(
+        "the path has characters that are not in Unicode's form NFKC, or that look like '/', '\\', '.' or '%'"
+    )]
     Lookalike,
     /// It has characters that do not belong in a path: control characters, `#`, or other than ASCII.
     #[error("the path has a character that must be percent-encoded, or a control character")]
@@ -67,7 +69,8 @@ pub enum Misspelt {
 
 /// Names of programs that web servers run with the rest of the path as an argument (CGI's `PATH_INFO`), in lower case.
 const SCRIPTS: [&str; 13] = [
-    ".php", ".phtml", ".phar", ".cgi", ".fcgi", ".pl", ".py", ".rb", ".asp", ".aspx", ".ashx", ".asmx", ".cfm",
+    ".php", ".phtml", ".phar", ".cgi", ".fcgi", ".pl", ".py", ".rb", ".asp", ".aspx", ".ashx", ".asmx",
+    ".cfm",
 ];
 
 /// Characters that NFKC leaves alone, and that conversions to an older character set ("best fit" on Windows) turn into a
@@ -412,9 +415,41 @@ mod tests {
         use super::super::{BEST_FIT, SCRIPTS};
 
         pub(super) const PIECES: &[&str] = &[
-            "/", "/", "a", "b", ".", ".", ";", "%2e", "%2f", "%25", "%61", "%", "2f", "%20", "%3f", "%23", "%3B", "%00",
-            "%5C", "\\", " ", "#", "\u{e9}", "%C3%A9", "e%CC%81", "%EF%BC%8F", "%E2%88%95", "%C2%A0", "%ff", ".php", ".PY",
-            "::$", "x y", "v1.2", "%EF%BD%81",
+            "/",
+            "/",
+            "a",
+            "b",
+            ".",
+            ".",
+            ";",
+            "%2e",
+            "%2f",
+            "%25",
+            "%61",
+            "%",
+            "2f",
+            "%20",
+            "%3f",
+            "%23",
+            "%3B",
+            "%00",
+            "%5C",
+            "\\",
+            " ",
+            "#",
+            "\u{e9}",
+            "%C3%A9",
+            "e%CC%81",
+            "%EF%BC%8F",
+            "%E2%88%95",
+            "%C2%A0",
+            "%ff",
+            ".php",
+            ".PY",
+            "::$",
+            "x y",
+            "v1.2",
+            "%EF%BD%81",
         ];
 
         /// The segments, if the path is well-formed and every server reads the same ones.
@@ -483,16 +518,23 @@ mod tests {
             },
             |target| each(&decoded(&decoded(target)), str::to_owned),
             // Normalizes, and keeps no blank but the plain one.
-            |target| each(&decoded(target).nfkc().filter(|c| *c == ' ' || !c.is_whitespace()).collect::<String>(), str::to_owned),
             |target| {
-                let fit = |letter| BEST_FIT.iter().find(|(from, _)| *from == letter).map_or(letter, |(_, to)| *to);
+                each(
+                    &decoded(target).nfkc().filter(|c| *c == ' ' || !c.is_whitespace()).collect::<String>(),
+                    str::to_owned,
+                )
+            },
+            |target| {
+                let fit =
+                    |letter| BEST_FIT.iter().find(|(from, _)| *from == letter).map_or(letter, |(_, to)| *to);
                 each(&decoded(target).chars().map(fit).collect::<String>(), str::to_owned)
             },
             // Runs a script with what comes after its name.
             |target| {
                 let path = each(&decoded(target), str::to_owned);
                 let lower = path.to_ascii_lowercase();
-                let ends = SCRIPTS.iter().filter_map(|name| Some(lower.find(&format!("{name}/"))? + name.len()));
+                let ends =
+                    SCRIPTS.iter().filter_map(|name| Some(lower.find(&format!("{name}/"))? + name.len()));
                 path[..ends.min().unwrap_or(path.len())].to_owned()
             },
         ];

@@ -1,5 +1,6 @@
 //! Reads of pages of rows, through rusqlite on threads that may wait for a disk. sqlx sends each row from thread to thread
-//! with a copy of every column, which takes several times as long as to read it; here a page is copied at once.
+//! with a copy of every column, which takes several times as long as to read it; here a page is copied at once, and what is
+//! read in great numbers, keys and the log, not at all.
 
 use std::{
     borrow::Cow,
@@ -15,10 +16,13 @@ use rusqlite::{
 };
 use tokio::{sync::Semaphore, time::timeout};
 
-use crate::store::{
-    StoreError,
-    queries::{Sql, Value},
-    records::Columns,
+use crate::{
+    domain::{log::LogRow, name::KeyId},
+    store::{
+        StoreError, StoredKey,
+        queries::{self, Sql, Value},
+        records::{Columns, Gather, log_at},
+    },
 };
 
 use super::connection::{Result, blocking, read_only, unavailable};
@@ -45,11 +49,56 @@ impl Readers {
         &self,
         query: Sql<sqlx::Sqlite>,
     ) -> std::result::Result<Vec<PageRow>, StoreError> {
+        let (statement, bound) = query.into_parts();
+        self.with(move |connection| read(&mut *connection.prepare_cached(&statement)?, &bound)).await
+    }
+
+    /// A page of the log, read as it stands in the file.
+    pub(super) async fn log(&self, query: Sql<sqlx::Sqlite>) -> std::result::Result<Vec<LogRow>, StoreError> {
+        let (statement, bound) = query.into_parts();
+        self.with(move |connection| {
+            let mut statement = connection.prepare_cached(&statement)?;
+            let mut rows = statement.query(params_from_iter(&bound))?;
+            let mut entries = Vec::new();
+            while let Some(row) = rows.next()? {
+                entries.push(log_at(row)?);
+            }
+            Ok(entries)
+        })
+        .await
+    }
+
+    /// The keys with these ids, in their order. Each is looked up by itself: all in one statement would be sorted again,
+    /// which takes as long as to read them.
+    pub(super) async fn keys(&self, ids: &[KeyId]) -> std::result::Result<Vec<StoredKey>, StoreError> {
+        let ids = ids.to_vec();
+        // The same statement for every key.
+        let (one, _) = queries::key::<sqlx::Sqlite>(KeyId::from_bytes([0; 16])).into_parts();
+        self.with(move |connection| {
+            let (mut keys, mut gather) = (Vec::with_capacity(ids.len()), Gather::default());
+            // They see one committed state.
+            let transaction = connection.unchecked_transaction()?;
+            let mut statement = transaction.prepare_cached(&one)?;
+            for id in ids {
+                let mut rows = statement.query([id.as_bytes().as_slice()])?;
+                while let Some(row) = rows.next()? {
+                    keys.extend(gather.row(row)?);
+                }
+            }
+            keys.extend(gather.finish()?);
+            Ok(keys)
+        })
+        .await
+    }
+
+    async fn with<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Connection) -> Result<T> + Send + 'static,
+    ) -> std::result::Result<T, StoreError> {
         let permit = timeout(ACQUIRE_TIMEOUT, self.permits.clone().acquire_owned()).await;
         let permit = permit.map_err(|late| StoreError::Unavailable(late.into()))?;
         let permit = permit.map_err(|closed| StoreError::Unavailable(closed.into()))?;
         let (path, idle) = (self.path.clone(), self.idle.clone());
-        let (statement, bound) = query.into_parts();
         blocking(move || {
             let _permit = permit;
             let opened = lock(&idle).pop();
@@ -58,9 +107,9 @@ impl Readers {
                 None => read_only(&path)?,
             };
             // After a fault, whatever state that left the connection in, the next read begins with a new one.
-            let rows = read(&mut *connection.prepare_cached(&statement)?, &bound)?;
+            let read = work(&connection)?;
             lock(&idle).push(connection);
-            Ok(rows)
+            Ok(read)
         })
         .await
     }
@@ -221,7 +270,12 @@ mod tests {
         assert_eq!((first.bytes(2).unwrap(), first.text_opt(3).unwrap()), (&[0, 255][..], None));
         assert_eq!((second.int_opt(0).unwrap(), second.text_opt(3).unwrap()), (Some(7), Some("it's")));
         assert_eq!(second.bytes_opt(2).unwrap(), Some(&[][..]));
-        for wrong in [second.int(1).map(drop), second.text(0).map(drop), second.bytes(3).map(drop), second.int(4).map(drop)] {
+        for wrong in [
+            second.int(1).map(drop),
+            second.text(0).map(drop),
+            second.bytes(3).map(drop),
+            second.int(4).map(drop),
+        ] {
             assert!(wrong.is_err());
         }
         assert!(first.text(3).is_err(), "NULL where a text must be");

@@ -394,7 +394,7 @@ mod tests {
             let (list, whole) = joined(words.iter().map(String::as_str), max);
             // The longest list of the first words that fits.
             let lists = (0..=words.len()).map(|count| words[..count].join(" "));
-            let longest = lists.filter(|list| list.len() <= max).last().unwrap();
+            let longest = lists.filter(|list| list.len() <= max).next_back().unwrap();
             prop_assert_eq!(&list, &longest);
             prop_assert_eq!(whole, list == words.join(" "));
         }

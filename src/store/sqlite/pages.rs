@@ -4,7 +4,7 @@
 
 use std::{
     borrow::Cow,
-    path::PathBuf,
+    path::{Path, PathBuf},
     str,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -29,6 +29,9 @@ use super::connection::{Result, blocking, read_only, unavailable};
 
 /// How many pages are read at once.
 const READERS: u32 = 4;
+/// The page cache of a connection, in KiB: with a million keys, the inner pages of their secrets take 2 MB, which is
+/// SQLite's usual size, and would be read again for every key.
+const CACHE_KIB: i32 = 8192;
 /// How long a read waits for its turn.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -104,7 +107,7 @@ impl Readers {
             let opened = lock(&idle).pop();
             let connection = match opened {
                 Some(connection) => connection,
-                None => read_only(&path)?,
+                None => open(&path)?,
             };
             // After a fault, whatever state that left the connection in, the next read begins with a new one.
             let read = work(&connection)?;
@@ -120,6 +123,12 @@ impl Readers {
         self.permits.close();
         lock(&self.idle).clear();
     }
+}
+
+fn open(path: &Path) -> Result<Connection> {
+    let connection = read_only(path)?;
+    connection.pragma_update(None, "cache_size", -CACHE_KIB)?;
+    Ok(connection)
 }
 
 fn lock(idle: &Mutex<Vec<Connection>>) -> std::sync::MutexGuard<'_, Vec<Connection>> {

@@ -99,8 +99,8 @@ mod tests {
     fn the_longest_limits_fit_and_more_are_left_out() {
         let limits = |count: u8| {
             let name = |at: u8| format!("{}{at:02}", "n".repeat(62));
-            let standings = (0..count)
-                .map(|at| (name(at), u64::MAX / 2, standing(u64::MAX / 2, Some(86_400_000))));
+            let standings =
+                (0..count).map(|at| (name(at), u64::MAX / 2, standing(u64::MAX / 2, Some(86_400_000))));
             let usage = Usage { standings: standings.collect(), ..Usage::default() };
             let window = Duration::from_secs(86_400);
             let mut key = sample();

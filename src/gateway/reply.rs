@@ -393,8 +393,8 @@ mod tests {
         fn a_list_is_cut_between_words(words in proptest::collection::vec("[a-z:]{1,9}", 0..20), max in 0usize..80) {
             let (list, whole) = joined(words.iter().map(String::as_str), max);
             // The longest list of the first words that fits.
-            let lists = (0..=words.len()).map(|count| words[..count].join(" "));
-            let longest = lists.filter(|list| list.len() <= max).next_back().unwrap();
+            let mut lists = (0..=words.len()).map(|count| words[..count].join(" "));
+            let longest = lists.rfind(|list| list.len() <= max).unwrap();
             prop_assert_eq!(&list, &longest);
             prop_assert_eq!(whole, list == words.join(" "));
         }

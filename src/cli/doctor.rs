@@ -26,8 +26,8 @@ use crate::{
     domain::text::escape_json,
 };
 
-/// The largest bootstrap that is read, in bytes.
-const MAX_BOOTSTRAP: u64 = 16 << 20;
+/// The largest configuration of a proxy that is read, in bytes.
+const MAX_CONFIGURATION: u64 = 16 << 20;
 
 const CODES: &str = "\
 Exit codes: 0 nothing fails, though there may be warnings; 1 something fails; 2 it could not be looked at.
@@ -48,6 +48,9 @@ pub(super) struct DoctorArgs {
     /// Envoy's bootstrap, YAML or JSON
     #[arg(long, value_name = "FILE")]
     envoy: Option<PathBuf>,
+    /// nginx's configuration, whole or in part; what it includes is not followed
+    #[arg(long, value_name = "FILE")]
+    nginx: Option<PathBuf>,
     /// How to print the findings [default: table]
     #[arg(long, value_enum, value_name = "FORMAT")]
     output: Option<Output>,
@@ -62,8 +65,9 @@ pub(super) fn run(args: DoctorArgs, outer: ClientArgs, console: &mut Console) ->
     let outer_server = outer.server;
     let json = ClientSettings::load(output)?.output == Output::Json;
     let document = args.serve.database.config.as_deref().map(Document::read).transpose().map_err(wrong)?;
-    let envoy = args.envoy.as_ref().map(|path| bootstrap(path)).transpose()?;
-    let name = args.envoy.as_ref().map(|path| path.display().to_string()).unwrap_or_default();
+    let [envoy, nginx] =
+        [&args.envoy, &args.nginx].map(|path| path.as_deref().map(configuration).transpose());
+    let (envoy, nginx) = (envoy?, nginx?);
     let mut servers = args.servers;
     if let Some(server) = outer_server.filter(|_| servers.is_empty()) {
         servers.push(server.parse().map_err(|problem| Failure::usage(format!("{server}: {problem}")))?);
@@ -73,7 +77,8 @@ pub(super) fn run(args: DoctorArgs, outer: ClientArgs, console: &mut Console) ->
         document: document.as_ref(),
         servers: &servers,
         admin: &args.admin,
-        envoy: envoy.as_deref().map(|text| (name.as_str(), text)),
+        envoy: envoy.as_ref().map(|(name, text)| (name.as_str(), text.as_str())),
+        nginx: nginx.as_ref().map(|(name, text)| (name.as_str(), text.as_str())),
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let findings = runtime.block_on(doctor::examine(&asked, &SystemClock));
@@ -82,17 +87,17 @@ pub(super) fn run(args: DoctorArgs, outer: ClientArgs, console: &mut Console) ->
     Ok(if findings.failed() { REFUSED } else { 0 })
 }
 
-fn bootstrap(path: &Path) -> Result<String, Failure> {
-    let unreadable =
-        |error: std::io::Error| Failure::usage(format!("{} cannot be read: {error}", path.display()));
+/// The name and the text of a proxy's configuration.
+fn configuration(path: &Path) -> Result<(String, String), Failure> {
+    let name = path.display().to_string();
+    let unreadable = |error: std::io::Error| Failure::usage(format!("{name} cannot be read: {error}"));
     let length = std::fs::metadata(path).map_err(unreadable)?.len();
-    if length > MAX_BOOTSTRAP {
-        return Err(Failure::usage(format!(
-            "{} has {length} bytes, too many for a bootstrap",
-            path.display()
-        )));
+    if length > MAX_CONFIGURATION {
+        let problem = format!("{name} has {length} bytes; a configuration may have {MAX_CONFIGURATION}");
+        return Err(Failure::usage(problem));
     }
-    std::fs::read_to_string(path).map_err(unreadable)
+    let text = std::fs::read_to_string(path).map_err(unreadable)?;
+    Ok((name, text))
 }
 
 /// A line for each: how grave, about what, what, and what to do.

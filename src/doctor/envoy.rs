@@ -11,34 +11,35 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::{config::server::Settings, pb::envoy_request::MAX_BODY};
+use crate::{
+    config::server::Settings,
+    domain::header_name::{IDENTITY, METHOD_OVERRIDES},
+    pb::envoy_request::MAX_BODY,
+};
 
 use super::Findings;
-use reading::{Object as _, typed};
+use reading::{Object as _, Pattern, typed};
 
 pub(super) const ABOUT: &str = "envoy";
 const FILTER: &str = ".ext_authz.v3.ExtAuthz";
 const PER_ROUTE: &str = ".ext_authz.v3.ExtAuthzPerRoute";
 const MANAGER: &str = ".http_connection_manager.v3.HttpConnectionManager";
-/// The headers in which a service learns who calls.
-const IDENTITY: [&str; 7] = [
-    "x-keyward-key-id",
-    "x-keyward-account",
-    "x-keyward-user",
-    "x-keyward-environment",
-    "x-keyward-scopes",
-    "x-keyward-truncated",
-    "x-keyward-shadow",
-];
 /// What Envoy waits for when nobody says how long.
 const TIMEOUT: Duration = Duration::from_millis(200);
 /// Longer, and an outage holds up every request for all of it.
 const PATIENT: Duration = Duration::from_secs(1);
 
-/// Looks at a bootstrap in YAML or JSON.
+/// Looks at a bootstrap in YAML or JSON: one document, or those of several that have an `ext_authz` filter. Bootstraps in
+/// the `data` of a Kubernetes `ConfigMap` count as documents.
 pub(super) fn examine(name: &str, text: &str, settings: Option<&Settings>, findings: &mut Findings) {
-    let root: Value = match serde_saphyr::from_str(text) {
-        Ok(root) => root,
+    let redis = settings.and_then(|settings| settings.limits.redis.as_ref()).map(|redis| redis.timeout);
+    examine_with(name, text, redis, findings);
+}
+
+/// The same. `redis` is how long a Check may wait for Redis, where it does.
+fn examine_with(name: &str, text: &str, redis: Option<Duration>, findings: &mut Findings) {
+    let documents: Vec<Value> = match serde_saphyr::from_multiple(text) {
+        Ok(documents) => documents,
         Err(error) => {
             let said = error.to_string().lines().next().unwrap_or_default().to_owned();
             findings.fail(
@@ -49,20 +50,32 @@ pub(super) fn examine(name: &str, text: &str, settings: Option<&Settings>, findi
             return;
         }
     };
-    let redis = settings.and_then(|settings| settings.limits.redis.as_ref()).map(|redis| redis.timeout);
-    examine_value(name, &root, redis, findings);
-}
-
-/// The same of what was read. `redis` is how long a Check may wait for Redis, where it does.
-fn examine_value(name: &str, root: &Value, redis: Option<Duration>, findings: &mut Findings) {
-    let filters = typed(root, FILTER);
-    if filters.is_empty() {
+    let embedded: Vec<Value> = documents.iter().flat_map(embedded).collect();
+    let mut asking =
+        documents.iter().chain(&embedded).filter(|root| !typed(root, FILTER).is_empty()).peekable();
+    if asking.peek().is_none() {
         let fix = "put envoy.filters.http.ext_authz into its http_filters, as in deploy/envoy/minimal.yaml";
         findings.fail(ABOUT, format!("{name} asks nobody: it has no ext_authz filter"), fix);
-        return;
     }
+    for root in asking {
+        examine_value(name, root, redis, findings);
+    }
+}
+
+/// The files in a `ConfigMap` that are YAML; nothing of any other document.
+fn embedded(document: &Value) -> Vec<Value> {
+    if document.text("kind") != "ConfigMap" {
+        return Vec::new();
+    }
+    let data = document.at("data").and_then(Value::as_object);
+    let files = data.into_iter().flatten().filter_map(|(_, file)| file.as_str());
+    files.filter_map(|file| serde_saphyr::from_multiple::<Value>(file).ok()).flatten().collect()
+}
+
+/// The same of one document.
+fn examine_value(name: &str, root: &Value, redis: Option<Duration>, findings: &mut Findings) {
     let before = findings.grave();
-    for filter in filters {
+    for filter in typed(root, FILTER) {
         examine_filter(filter, redis, findings);
         clusters::examine(root, filter, findings);
     }
@@ -156,11 +169,27 @@ fn headers(filter: &Value, findings: &mut Findings) {
     let (allowed, refused) = (lists("allowed_headers"), lists("disallowed_headers"));
     let sees = |name: &str| {
         allowed.as_ref().map_or(!over_http, |list| list.iter().any(|pattern| pattern.takes(name)))
-            && !refused.as_ref().is_some_and(|list| list.iter().any(|pattern| pattern.takes(name)))
+            && !refused.as_ref().is_some_and(|list| list.iter().any(|pattern| pattern.surely_takes(name)))
     };
-    if !IDENTITY.into_iter().all(&sees) {
+    if !IDENTITY.into_iter().chain(["x-keyward-later"]).all(&sees) {
         let said = "Keyward does not see x-keyward-… headers of clients, so it cannot have them removed: a client can make up who it is";
         findings.fail(ABOUT, said, "allowed_headers: { patterns: [ { prefix: x-keyward- } ] }");
+    }
+    // An underscore never gets so far: see headers_with_underscores_action.
+    if !["x.keyward.user", "x!keyward|account", "x-keyward.scopes"].into_iter().all(&sees) {
+        let said = "Keyward does not see spellings such as X.Keyward.User, so it cannot have them removed: PHP takes them for X-Keyward-User";
+        findings.fail(
+            ABOUT,
+            said,
+            "allowed_headers: { patterns: [ { safe_regex: { regex: \".*[^a-z0-9:-].*\" } } ] }",
+        );
+    } else if !["x.api.key", "x.original.url", "x.http.method.override"].into_iter().all(&sees) {
+        let said = "Keyward does not see spellings such as X.Original.Url, so it cannot have them removed: a service that obeys them can be led around rules";
+        findings.warn(
+            ABOUT,
+            said,
+            "allowed_headers: { patterns: [ { safe_regex: { regex: \".*[^a-z0-9:-].*\" } } ] }",
+        );
     }
     if !(over_http || sees("authorization")) {
         findings.fail(
@@ -169,14 +198,18 @@ fn headers(filter: &Value, findings: &mut Findings) {
             "add { exact: authorization } to allowed_headers",
         );
     }
-    let overrides = ["x-http-method-override", "x-http-method", "x-method-override"];
-    if !overrides.into_iter().all(&sees) {
-        let said = "Keyward does not see x-http-method-override and the like: a service that obeys them can be led around rules by method";
+    if !METHOD_OVERRIDES.into_iter().all(&sees) {
+        let said = "Keyward does not see x-http-method-override and the like: it removes them, and cannot refuse them where rules go by method";
         findings.warn(
             ABOUT,
             said,
             "add x-http-method-override, x-http-method and x-method-override to allowed_headers",
         );
+    }
+    let uncertain = allowed.iter().chain(&refused).flatten().any(|pattern| matches!(pattern, Pattern::Other));
+    if uncertain {
+        findings
+            .unseen(ABOUT, "a pattern of allowed_headers or disallowed_headers that is not understood here");
     }
 }
 
@@ -230,11 +263,13 @@ mod tests {
     const MINIMAL: &str = include_str!("../../deploy/envoy/minimal.yaml");
     const HTTP: &str = include_str!("../../deploy/envoy/http.yaml");
 
+    const SPELLINGS: &str = "- { safe_regex: { regex: \".*[^a-z0-9:-].*\" } }";
+
     /// What is found of a bootstrap, but for what is good.
     fn found(text: &str) -> Vec<String> {
         let mut findings = Findings::default();
         let redis = Some(Duration::from_millis(20));
-        examine_value("e.yaml", &serde_saphyr::from_str(text).unwrap(), redis, &mut findings);
+        examine_with("e.yaml", text, redis, &mut findings);
         let grave = findings.iter().filter(|found| found.level != crate::doctor::Level::Good);
         grave.map(|found| format!("{} {}", found.level.as_str(), found.said)).collect()
     }
@@ -279,6 +314,12 @@ mod tests {
                 "warn shadow_mode",
             ),
             ("- { prefix: x-keyward- }", "", "fail Keyward does not see x-keyward-"),
+            (SPELLINGS, "", "fail Keyward does not see spellings such as X.Keyward.User"),
+            (
+                SPELLINGS,
+                "- { safe_regex: { regex: \"x[^a-z0-9]keyward[^a-z0-9].*\" } }",
+                "warn Keyward does not see spellings such as X.Original.Url",
+            ),
             ("- { exact: authorization }", "", "fail Keyward does not see authorization"),
             ("- { exact: x-method-override }", "", "warn Keyward does not see x-http-method-override"),
             (
@@ -365,6 +406,30 @@ mod tests {
             "@type": "type.googleapis.com/envoy.extensions.filters.http.ext_authz.v3.ExtAuthz", "failureModeAllow": true}}]}}"#;
         let found = found(text);
         assert!(found.iter().any(|said| said.starts_with("fail failure_mode_allow")), "{found:?}");
+    }
+
+    #[test]
+    fn every_document_of_a_file_is_read() {
+        let open = MINIMAL.replace("failure_mode_allow: false", "failure_mode_allow: true");
+        let service = "kind: Service\nmetadata: { name: keyward }\n";
+        assert_eq!(found(&format!("---\n{service}---\n{MINIMAL}...\n")), Vec::<String>::new());
+        let indented = open.lines().map(|line| format!("    {line}\n")).collect::<String>();
+        let map = format!("kind: ConfigMap\ndata:\n  envoy.yaml: |\n{indented}");
+        for text in
+            [format!("{service}---\n{open}"), format!("{open}---\n{MINIMAL}"), format!("{map}---\n{service}")]
+        {
+            let found = found(&text);
+            assert!(found.len() == 1 && found[0].starts_with("fail failure_mode_allow"), "{found:?}\n{text}");
+        }
+        assert!(found(&format!("{service}---\n{service}"))[0].contains("asks nobody"));
+        assert!(found(&format!("{MINIMAL}---\na: [\n"))[0].contains("neither YAML nor JSON"));
+    }
+
+    #[test]
+    fn a_pattern_that_cannot_be_understood_is_reported() {
+        let odd = PRODUCTION.replacen(SPELLINGS, "- { safe_regex: { regex: \"(\" } }", 1);
+        assert_eq!(found(&odd).len(), 1);
+        assert!(found(&odd)[0].starts_with("not looked at a pattern"), "{:?}", found(&odd));
     }
 
     #[test]

@@ -1,5 +1,5 @@
 //! What is wrong with a running deployment, and what to do about it. It looks and changes nothing: the settings, the
-//! database, the replicas on it, the servers, certificates, Envoy's bootstrap. What could not be looked at is said so,
+//! database, the replicas on it, the servers, certificates, the configurations of Envoy and nginx. What could not be looked at is said so,
 //! and never passes for good.
 //!
 //! Each file looks at one thing and gives [`Finding`]s; what is decided from facts at hand is a pure function.
@@ -7,6 +7,7 @@
 mod certificates;
 mod database;
 pub mod envoy;
+mod nginx;
 mod servers;
 
 use std::time::Duration;
@@ -119,6 +120,8 @@ pub struct Asked<'a> {
     pub admin: &'a [Url],
     /// Envoy's bootstrap: its name and its text.
     pub envoy: Option<(&'a str, &'a str)>,
+    /// nginx's configuration: its name and its text.
+    pub nginx: Option<(&'a str, &'a str)>,
 }
 
 /// Looks at all of it.
@@ -137,6 +140,10 @@ pub async fn examine(asked: &Asked<'_>, clock: &dyn Clock) -> Findings {
     match asked.envoy {
         Some((name, text)) => envoy::examine(name, text, settings.as_ref(), &mut findings),
         None => findings.unseen("envoy", "its bootstrap; name it with --envoy FILE"),
+    }
+    match asked.nginx {
+        Some((name, text)) => nginx::examine(name, text, &mut findings),
+        None => findings.unseen(nginx::ABOUT, "its configuration; name it with --nginx FILE"),
     }
     findings
 }

@@ -11,6 +11,7 @@ pub mod decision;
 pub mod entry;
 pub mod export;
 pub mod facts;
+pub mod header_name;
 pub mod identity;
 pub mod key;
 pub mod lease;

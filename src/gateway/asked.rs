@@ -34,6 +34,8 @@ pub enum Client {
 pub struct Asked<'a> {
     /// Who asks how.
     pub via: Via,
+    /// Whether the proxy removes the headers that the reply names. If not, its configuration lists them, by name.
+    pub proxy_removes: bool,
     /// The method.
     pub method: &'a [u8],
     /// The authority.
@@ -300,6 +302,7 @@ mod tests {
     fn asked<'a>(headers: &[(&'a str, &'a str)], target: &'a str) -> Asked<'a> {
         Asked {
             via: Via::ExtAuthz,
+            proxy_removes: true,
             method: b"GET",
             host: b"api.test",
             target: target.as_bytes(),

@@ -11,6 +11,7 @@ mod extensions;
 mod logged_path;
 mod ratelimit;
 mod reply;
+mod reserved;
 
 use std::sync::Arc;
 
@@ -20,6 +21,7 @@ use crate::{
     decisions::{Decisions, Facts, Kind},
     domain::{
         account::Environments,
+        header_name,
         name::{AccountId, CustomerId, EnvironmentName, NameError},
         route::{
             Demand, Mode, Named, Route, RuleBook,
@@ -41,6 +43,7 @@ pub use reply::{Finding, Reply, Value};
 use asked::Credential;
 use logged_path::LoggedPath;
 use reply::Judged;
+use reserved::ReservedNames;
 
 /// How requests that a proxy asks about are judged.
 #[derive(Clone, Debug)]
@@ -84,9 +87,6 @@ impl Default for GatewaySettings {
         }
     }
 }
-
-/// Headers with which a client asks a service to take its request for one of another method. Rules are by method.
-const METHOD_OVERRIDES: [&str; 3] = ["x-http-method-override", "x-http-method", "x-method-override"];
 
 /// Judges requests.
 pub struct Gateway {
@@ -221,6 +221,7 @@ impl Gateway {
     pub fn refuse_too_large(&self, length: usize, limit: usize) -> Reply {
         let asked = Asked {
             via: Via::ExtAuthz,
+            proxy_removes: true,
             method: b"",
             host: b"",
             target: b"",
@@ -285,6 +286,9 @@ impl Gateway {
     ) -> Finding {
         let Said { route: said, problem } = said;
         judged.mode = said.mode.or(book.defaults.mode).unwrap_or(self.settings.mode);
+        if let Some(refusal) = self.unremovable(asked, judged) {
+            return refusal;
+        }
         if let Some(problem) = problem {
             return Finding::Misconfigured(problem);
         }
@@ -308,13 +312,38 @@ impl Gateway {
         judged.mode = route.mode.unwrap_or(self.settings.mode);
         judged.cost = route.cost.unwrap_or(1);
         judged.named_by = named_by(&route);
-        if rule.as_ref().is_some_and(|(rule, _)| rule.methods != Methods::Any) && overrides_method(asked) {
+        if let Some(refusal) = self.unremovable(asked, judged).or_else(|| self.conflict(asked, judged)) {
+            return refusal;
+        }
+        // The proxy removes the header, and the client would get another method than it asks for. A proxy that removes
+        // by its own configuration may even send it on.
+        let by_method = rule.as_ref().is_some_and(|(rule, _)| rule.methods != Methods::Any);
+        if by_method && ReservedNames::overrides_method(asked) {
             return Finding::BadRequest("overriding the method by a header is not allowed".to_owned());
         }
         match self.ready(asked, route, captures) {
             Ok(ready) => self.ask(asker, asked, &ready, judged).await,
             Err(unready) => unready.into(),
         }
+    }
+
+    /// Refuses a header that would reach the service in a spelling that no proxy was asked to remove.
+    fn unremovable(&self, asked: &Asked<'_>, judged: &mut Judged<'_>) -> Option<Finding> {
+        let name = ReservedNames::new(&self.settings, &judged.named_by).unremovable(asked)?;
+        let problem = if name == header_name::PREFIX {
+            "headers that begin with x-keyward- are not a client's to send".to_owned()
+        } else {
+            format!("the name of a header differs from {name} in its punctuation alone; rename or remove it")
+        };
+        // Let through, it would reach the service.
+        judged.mode = Mode::Enforce;
+        Some(Finding::BadRequest(problem))
+    }
+
+    fn conflict(&self, asked: &Asked<'_>, judged: &Judged<'_>) -> Option<Finding> {
+        let name = ReservedNames::new(&self.settings, &judged.named_by).conflict(asked)?;
+        let problem = format!("{name} comes in several spellings with different values; send it once");
+        Some(Finding::BadRequest(problem))
     }
 
     /// What a route needs, with the names that the request gives.
@@ -423,10 +452,6 @@ fn header_of<T>(named: &Named<T>) -> Option<Box<str>> {
         Named::Header(name) => Some(name.clone()),
         Named::Is(_) | Named::Capture(_) => None,
     }
-}
-
-fn overrides_method(asked: &Asked<'_>) -> bool {
-    METHOD_OVERRIDES.iter().any(|name| asked.header(name) != Ok(None))
 }
 
 /// A name from where the route says that it stands. One that a header or path leaves out is unsaid.

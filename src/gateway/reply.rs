@@ -16,6 +16,7 @@ use super::{
     Asked, GatewaySettings,
     asked::Credential,
     ratelimit::{fields, seconds},
+    reserved::ReservedNames,
 };
 
 /// What was found out about a request.
@@ -157,18 +158,6 @@ pub struct Reply {
     pub metadata: Vec<(String, Value)>,
 }
 
-/// The names under which services learn who calls. From outside they are not believed.
-const IDENTITY: [&str; 7] = [
-    "x-keyward-key-id",
-    "x-keyward-account",
-    "x-keyward-user",
-    "x-keyward-environment",
-    "x-keyward-scopes",
-    "x-keyward-truncated",
-    "x-keyward-shadow",
-];
-/// Headers with which a client asks a service to take its request for one of another path.
-const PATH_OVERRIDES: [&str; 2] = ["x-original-url", "x-rewrite-url"];
 /// The longest list of scopes that a service gets, in bytes. Proxies and services bound their headers: nginx's usual buffer
 /// is 4 KiB. A list is cut between scopes, and `x-keyward-truncated` says so.
 const MAX_SCOPES_LEN: usize = 2048;
@@ -246,19 +235,10 @@ fn joined<'a>(words: impl Iterator<Item = &'a str>, max: usize) -> (String, bool
 /// Takes away what the service must not see: the credential, and what passes itself off as ours.
 fn hide(settings: &GatewaySettings, asked: &Asked<'_>, judged: &Judged<'_>, reply: &mut Reply) {
     let set = |name: &str| reply.upstream.iter().any(|(known, _)| *known == name);
-    let mut remove: Vec<String> =
-        IDENTITY.iter().filter(|name| !set(name)).map(|name| (*name).to_owned()).collect();
-    for (name, _) in &asked.headers {
-        let name = String::from_utf8_lossy(name).to_ascii_lowercase();
-        // To many services `_` in a header's name is the same as `-`.
-        if name.replace('_', "-").starts_with("x-keyward-") && !set(&name) && !remove.contains(&name) {
-            remove.push(name);
-        }
-    }
+    let mut remove = ReservedNames::new(settings, &judged.named_by).removed(asked, set);
     // A proxy may keep headers from us: a name that we did not see must not reach the service either.
     let unseen = judged.named_by.iter().filter(|name| asked.header(name) == Ok(None));
     remove.extend(unseen.map(ToString::to_string));
-    remove.extend(PATH_OVERRIDES.map(str::to_owned));
     // In shadow mode the service may still judge the credential itself.
     if let Credential::One { headers, query, .. } = &judged.credential
         && !settings.forward_credential

@@ -121,6 +121,7 @@ fn asked<'a>(attributes: &'a AttributeContext, http: &'a HttpRequest) -> Asked<'
     });
     Asked {
         via: Via::ExtAuthz,
+        proxy_removes: true,
         method: &http.method,
         host: &http.host,
         target: &http.path,

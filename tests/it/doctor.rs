@@ -91,6 +91,7 @@ fn what_is_not_named_is_told_not_to_be_looked_at() {
         ("server", "--server"),
         ("tls", "certificate"),
         ("envoy", "--envoy"),
+        ("nginx", "--nginx"),
     ] {
         assert!(found.has("not looked at", about, said), "{about}: {:?}", found.all);
     }

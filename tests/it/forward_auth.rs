@@ -65,10 +65,14 @@ pub(crate) struct Front {
 
 impl Front {
     pub(crate) async fn start() -> Front {
+        Front::start_with(&[]).await
+    }
+
+    pub(crate) async fn start_with(more: &[&str]) -> Front {
         let home = Home::new();
         std::fs::write(home.path("rules.toml"), RULES).unwrap();
         let mut command = home.serve();
-        command.args(["--forward-auth-listen", "127.0.0.1:0", "--rules", "rules.toml"]);
+        command.args(["--forward-auth-listen", "127.0.0.1:0", "--rules", "rules.toml"]).args(more);
         let keyward = home.start_as(command).unwrap();
         let out = keyward.process.stdout();
         let (_, address) = out.split_once("Traefik and Envoy on http://").unwrap();

@@ -50,7 +50,7 @@ impl Edge {
     }
 }
 
-fn conf(keyward: SocketAddr, upstream: SocketAddr) -> String {
+pub(crate) fn conf(keyward: SocketAddr, upstream: SocketAddr) -> String {
     filled(
         CONF,
         &[

@@ -21,6 +21,7 @@ use tonic::Status;
 
 use crate::transport::budget::{ConnectionBudget, Priority, Reservation};
 
+use super::inflate::{COMPRESSED, inflate};
 use super::status::{overloaded, too_large, too_many_fields, too_slow, unreadable};
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
@@ -147,6 +148,8 @@ impl Arriving {
 pub(super) struct MessageBody {
     inner: Arriving,
     limit: usize,
+    /// Messages may be compressed. They are taken one by one then.
+    inflates: bool,
     /// Messages that are whole and not yet given.
     whole: Option<Bytes>,
     /// The beginning of a message.
@@ -197,12 +200,14 @@ impl MessageBody {
         body: impl Into<Arriving>,
         headers: &HeaderMap,
         limit: usize,
+        inflates: bool,
         budget: Arc<ConnectionBudget>,
     ) -> Self {
         let (priority, headers) = (Priority::Anonymous, header_bytes(headers));
         MessageBody {
             inner: body.into(),
             limit,
+            inflates,
             whole: None,
             partial: Vec::new(),
             memory: BodyMemory { budget, priority, headers, reservation: None },
@@ -288,6 +293,12 @@ impl MessageBody {
         if let Some(length) = length(&self.partial).filter(|length| *length > self.limit) {
             return Poll::Ready(Some(Err(too_large(length, self.limit))));
         }
+        // Behind a compressed message another may be whole already.
+        if self.inflates
+            && let Some(whole) = self.take_whole().transpose()
+        {
+            return Poll::Ready(Some(whole.map(Frame::data)));
+        }
         loop {
             let frame = match self.inner.poll_next(cx) {
                 Poll::Ready(Some(Ok(frame))) => frame,
@@ -327,23 +338,36 @@ impl MessageBody {
 
     /// Takes bytes that have come; gives the messages that are whole.
     fn add(&mut self, data: Bytes) -> Result<Option<Bytes>, Status> {
-        if self.partial.is_empty() {
+        if self.partial.is_empty() && !self.inflates {
             let end = whole_messages(&data, self.limit)?;
             self.keep(&data[end..])?;
             return Ok((end > 0).then(|| data.slice(..end)));
         }
         self.keep(&data)?;
-        let end = whole_messages(&self.partial, self.limit)?;
-        if end == 0 {
-            return Ok(None);
-        }
+        self.take_whole()
+    }
+
+    /// The whole messages of those bytes that are kept.
+    fn take_whole(&mut self) -> Result<Option<Bytes>, Status> {
+        let end = match whole_messages(&self.partial, self.limit)? {
+            0 => return Ok(None),
+            _ if self.inflates => PREFIX + length(&self.partial).unwrap_or(0),
+            end => end,
+        };
         let rest = self.partial.split_off(end);
         let whole = std::mem::replace(&mut self.partial, rest);
         self.late = self.late.take().filter(|_| self.kind == Kind::Unary);
         if self.kind == Kind::Stream && self.memory.reservation.is_some() {
             self.memory.hold(self.waiting_bytes() + self.partial.capacity())?;
         }
-        Ok(Some(whole.into()))
+        // Behind the message of a unary call nothing is read.
+        let compressed = self.inflates && whole.first() == Some(&COMPRESSED) && self.whole.is_none();
+        if !compressed {
+            return Ok(Some(whole.into()));
+        }
+        let held = self.waiting_bytes() + self.partial.capacity() + whole.capacity();
+        let memory = &mut self.memory;
+        inflate(&whole, self.limit, |bytes| memory.hold(held + bytes)).map(|message| Some(message.into()))
     }
 
     /// Keeps bytes of a message that is not whole. The buffer doubles, and never exceeds what the message announces.

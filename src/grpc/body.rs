@@ -62,17 +62,52 @@ pub(super) fn reserve_waiting(
     budget.reserve(CALL_BYTES + header_bytes(headers), priority).ok_or_else(overloaded)
 }
 
+/// How long the rest of a body that nobody needs is still read.
+const DRAIN_TIMEOUT: Duration = Duration::from_millis(100);
+
+/// A body that is read to its end, for a short time, also when its call was answered before: a refusal overtakes the
+/// message of its call, and HTTP/2 counts a message for a stream that it has reset as an error of the peer. Enough of
+/// those end the connection, with the calls of others on it.
+struct DrainedBody(Option<Incoming>);
+
+impl DrainedBody {
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let Some(body) = &mut self.0 else { return Poll::Ready(None) };
+        Pin::new(body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.0.as_ref().is_none_or(Incoming::is_end_stream)
+    }
+}
+
+impl Drop for DrainedBody {
+    fn drop(&mut self) {
+        let Some(mut body) = self.0.take().filter(|body| !body.is_end_stream()) else { return };
+        let drain = async move {
+            let rest =
+                async { while let Some(Ok(_)) = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await {} };
+            // What comes later is an error of the peer.
+            let _ = timeout(DRAIN_TIMEOUT, rest).await;
+        };
+        // The stream counts among those of its connection until then. At the end of the process there is no runtime.
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(drain);
+        }
+    }
+}
+
 /// A request body of which some may have been read already.
 pub(super) struct Arriving {
     read: Option<Bytes>,
     /// How reading the rest failed, if it has.
     failed: Option<hyper::Error>,
-    rest: Incoming,
+    rest: DrainedBody,
 }
 
 impl From<Incoming> for Arriving {
     fn from(rest: Incoming) -> Arriving {
-        Arriving { read: None, failed: None, rest }
+        Arriving { read: None, failed: None, rest: DrainedBody(Some(rest)) }
     }
 }
 
@@ -119,7 +154,7 @@ impl Arriving {
 
     /// The next bytes; None at the end, and where reading fails.
     async fn next_data(&mut self) -> Option<Bytes> {
-        match poll_fn(|cx| Pin::new(&mut self.rest).poll_frame(cx)).await? {
+        match poll_fn(|cx| self.rest.poll_next(cx)).await? {
             // What is no data stands at the end.
             Ok(frame) => frame.into_data().ok(),
             Err(error) => {
@@ -135,7 +170,7 @@ impl Arriving {
         }
         match self.failed.take() {
             Some(error) => Poll::Ready(Some(Err(error))),
-            None => Pin::new(&mut self.rest).poll_frame(cx),
+            None => self.rest.poll_next(cx),
         }
     }
 

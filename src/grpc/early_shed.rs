@@ -372,3 +372,6 @@ impl FrameBoundary {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -309,3 +309,125 @@ mod huffman {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn hex(text: &str) -> Vec<u8> {
+        let digits: Vec<_> = text.bytes().filter(u8::is_ascii_hexdigit).collect();
+        let byte = |pair: &[u8]| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap();
+        digits.chunks(2).map(byte).collect()
+    }
+
+    /// The table's entries as RFC 7541 writes them.
+    fn entries(table: &HpackTable) -> Vec<(usize, String)> {
+        let text = |entry: &Entry| (entry.size(), String::from_utf8(entry.value.to_vec()).unwrap());
+        table.entries.iter().map(text).collect()
+    }
+
+    #[test]
+    fn requests_of_the_standard_fill_the_table_as_it_says() {
+        // RFC 7541, appendix C.4: requests with Huffman's code.
+        let mut table = HpackTable::default();
+        for (block, size, newest) in [
+            ("8286 8441 8cf1 e3c2 e5f2 3a6b a0ab 90f4 ff", 57, "www.example.com"),
+            ("8286 84be 5886 a8eb 1064 9cbf", 110, "no-cache"),
+            ("8287 85bf 4088 25a8 49e9 5ba9 7d7f 8925 a849 e95b b8e8 b4bf", 164, "custom-value"),
+        ] {
+            let summary = table.read(&hex(block), |_| true, None).unwrap();
+            assert!(summary.changes_table && !summary.path_matches, "the path stands in the static table");
+            assert_eq!((table.size, entries(&table)[0].1.as_str()), (size, newest));
+        }
+        let sizes: Vec<_> = entries(&table).into_iter().map(|(size, _)| size).collect();
+        assert_eq!(sizes, [54, 53, 57]);
+    }
+
+    #[test]
+    fn old_entries_leave_as_the_standard_says() {
+        // RFC 7541, appendix C.6: responses, with a table of 256 bytes.
+        let mut table = HpackTable::default();
+        table.resize(256).unwrap();
+        for (block, size) in [
+            (
+                "4882 6402 5885 aec3 771a 4b61 96d0 7abe 9410 54d4 44a8 2005 9504 0b81 66e0 82a6 2d1b ff6e 919d 29ad \
+                 1718 63c7 8f0b 97c8 e9ae 82ae 43d3",
+                222,
+            ),
+            ("4883 640e ffc1 c0bf", 222),
+            (
+                "88c1 6196 d07a be94 1054 d444 a820 0595 040b 8166 e084 a62d 1bff c05a 839b d9ab 77ad 94e7 821d d7f2 \
+                 e6c7 b335 dfdf cd5b 3960 d5af 2708 7f36 72c1 ab27 0fb5 291f 9587 3160 65c0 03ed 4ee5 b106 3d50 07",
+                215,
+            ),
+        ] {
+            table.read(&hex(block), |_| false, None).unwrap();
+            assert_eq!(table.size, size, "{block}");
+        }
+        assert_eq!(entries(&table).len(), 3);
+        assert_eq!(entries(&table)[0].1, "foo=ASDJKHQKBZXOQWEOPIUAXQWEOIU; max-age=3600; version=1");
+    }
+
+    #[test]
+    fn a_rewritten_block_refers_to_no_table() {
+        let mut table = HpackTable::default();
+        let first = [&[0x83, 0x86, 0x44, 2][..], b"/p", &[0x40, 3], b"x-a", &[1], b"1"].concat();
+        table.read(&first, |_| false, None).unwrap();
+        let mut out = Vec::new();
+        // Both entries by reference, and the name of one.
+        let again = [&[0x83, 0x86, 0xbf, 0xbe, 0x0f, 0x2f, 1][..], b"2"].concat();
+        let summary = table.read(&again, |path| path == b"/p", Some(&mut out)).unwrap();
+        assert_eq!(summary, BlockSummary { changes_table: false, path_matches: true });
+        let plain =
+            [&[0x83, 0x86, 0x04, 2][..], b"/p", &[0, 3], b"x-a", &[1], b"1", &[0, 3], b"x-a", &[1], b"2"];
+        assert_eq!(out, plain.concat());
+    }
+
+    #[test]
+    fn blocks_that_no_encoder_writes_are_malformed() {
+        for block in [
+            "80",
+            "be",
+            "ff",
+            "ffffffffffffff",
+            "40",
+            "4003 7878",
+            "0085 ffffffffff 0161",
+            "3fe2ff03",
+            "0081 00 00",
+        ] {
+            let read = HpackTable::default().read(&hex(block), |_| false, None);
+            assert_eq!(read, Err(Malformed), "{block}");
+        }
+    }
+
+    #[test]
+    fn references_to_a_large_entry_are_not_written_out_without_end() {
+        let mut table = HpackTable::default();
+        let entry = [&[0x40, 1][..], b"a", &[0x7f, 0x81, 0x1e], &vec![b'x'; 4000 - 32]].concat();
+        assert!(table.read(&entry, |_| false, None).is_ok());
+        let mut out = Vec::new();
+        assert_eq!(table.read(&[0xbe; 16_000], |_| false, Some(&mut out)), Err(Malformed));
+        assert!(out.len() < MAX_REWRITTEN + MAX_TABLE);
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_read_or_malformed(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let (mut table, mut out) = (HpackTable::default(), Vec::new());
+            let _ = table.read(&bytes, |_| false, Some(&mut out));
+            prop_assert!(table.size <= MAX_TABLE);
+        }
+
+        #[test]
+        fn integers_come_back_as_they_were(value in 0usize..(1 << 24), prefix in 4u32..8) {
+            let mut out = Vec::new();
+            write_integer(&mut out, 0, prefix, value);
+            let mut rest = &out[..];
+            prop_assert_eq!(integer(&mut rest, prefix), Ok(value));
+            prop_assert!(rest.is_empty());
+        }
+    }
+}

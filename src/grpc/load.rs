@@ -1,8 +1,9 @@
 //! Limits the calls that wait for a serving thread, and counts the calls of each connection. Each thread has its own
 //! counter, so that a Check writes no memory that another core uses. Long-running calls are limited in `permits`.
 //!
-//! A burst may fill the queue. A thread that has had no idle moment for an interval answers fewer calls than come: then
-//! no more Checks may wait than it answers within [`TARGET`], and the newest are refused, as in CoDel (RFC 8289).
+//! A burst may fill the queue, and so may what came while the thread did not run. A thread that has had no idle moment for
+//! two intervals answers fewer calls than come: then no more Checks may wait than it answers within [`TARGET`], and the
+//! newest are refused. The times are those of CoDel (RFC 8289).
 
 use std::{
     sync::{
@@ -41,6 +42,8 @@ struct Pace {
     parked: AtomicU64,
     idle: AtomicU64,
     turns: AtomicU64,
+    /// The interval before had no idle moment either.
+    was_busy: AtomicBool,
 }
 
 impl Pace {
@@ -51,13 +54,13 @@ impl Pace {
 
 impl Lane {
     pub(super) fn new(most: usize) -> Lane {
-        let (began, parked, idle, turns) = Default::default();
+        let (began, parked, idle, turns, was_busy) = Default::default();
         Lane {
             waiting: AtomicUsize::new(0),
             shed: AtomicU64::new(0),
             most,
             limit: AtomicUsize::new(most),
-            pace: Pace { epoch: Instant::now(), began, parked, idle, turns },
+            pace: Pace { epoch: Instant::now(), began, parked, idle, turns, was_busy },
         }
     }
 
@@ -89,7 +92,10 @@ impl Lane {
         }
         let (idle, turns) = (pace.idle.swap(0, Ordering::Relaxed), pace.turns.swap(0, Ordering::Relaxed));
         pace.began.store(now, Ordering::Relaxed);
-        self.limit.store(limit(self.most, elapsed, idle, turns), Ordering::Relaxed);
+        let busy = idle < elapsed / IDLE_PART;
+        let overloaded = pace.was_busy.swap(busy, Ordering::Relaxed) && busy;
+        let limit = if overloaded { limit(self.most, elapsed, turns) } else { self.most };
+        self.limit.store(limit, Ordering::Relaxed);
     }
 
     /// Whether another Check would wait for too long. Half of the places are kept for connections over which a caller
@@ -97,6 +103,11 @@ impl Lane {
     fn is_full(&self, proven: bool) -> bool {
         let limit = self.limit.load(Ordering::Relaxed);
         self.waiting.load(Ordering::Relaxed) >= part(limit, proven)
+    }
+
+    #[cfg(test)]
+    pub(super) fn set_limit(&self, limit: usize) {
+        self.limit.store(limit, Ordering::Relaxed);
     }
 
     /// Counts a call that is turned away.
@@ -114,12 +125,8 @@ fn part(limit: usize, proven: bool) -> usize {
     if proven { limit } else { limit.div_ceil(2) }
 }
 
-/// How many Checks may wait for a thread that was idle for so long of `elapsed` (both in nanoseconds), and had so many
-/// turns in it.
-fn limit(most: usize, elapsed: u64, idle: u64, turns: u64) -> usize {
-    if idle >= elapsed / IDLE_PART {
-        return most;
-    }
+/// How many Checks may wait for an overloaded thread that has begun so many in `elapsed` nanoseconds.
+fn limit(most: usize, elapsed: u64, turns: u64) -> usize {
     let in_time = u128::from(turns) * TARGET.as_nanos() / u128::from(elapsed.max(1));
     usize::try_from(in_time).unwrap_or(most).max(LEAST).min(most)
 }
@@ -315,11 +322,27 @@ mod tests {
 
     #[test]
     fn a_thread_without_an_idle_moment_queues_what_it_answers_in_time() {
-        assert_eq!(limit(MOST, SECOND, 0, 200_000), 1000, "5 ms of its work");
-        assert_eq!(limit(MOST, SECOND, 0, 2_000_000), MOST, "never more than it may");
-        assert_eq!(limit(MOST, SECOND, 0, 10), LEAST, "few connections are no overload");
-        assert_eq!(limit(MOST, SECOND, SECOND / 50, 200_000), MOST, "a burst may fill the queue");
-        assert_eq!(limit(100, SECOND, 0, 200_000), 100);
+        assert_eq!(limit(MOST, SECOND, 200_000), 1000, "5 ms of its work");
+        assert_eq!(limit(MOST, SECOND, 2_000_000), MOST, "never more than it may");
+        assert_eq!(limit(MOST, SECOND, 10), LEAST, "few connections are no overload");
+        assert_eq!(limit(100, SECOND, 200_000), 100);
+    }
+
+    #[test]
+    fn a_thread_is_overloaded_once_it_has_had_no_idle_moment_for_two_intervals() {
+        let lane = Lane::new(MOST);
+        let interval = |at: u64, idle: u64| {
+            lane.pace.idle.store(idle, Ordering::Relaxed);
+            lane.judge(at * 50_000_000);
+            lane.limit.load(Ordering::Relaxed)
+        };
+        assert_eq!(
+            [interval(1, 0), interval(2, 0)],
+            [MOST, LEAST],
+            "one may be a burst, or a thread that did not run"
+        );
+        assert_eq!(interval(3, 1_000_000), MOST, "the queue was empty for a moment");
+        assert_eq!([interval(4, 0), interval(5, 2_000_000), interval(6, 0)], [MOST; 3]);
     }
 
     #[test]

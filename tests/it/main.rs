@@ -42,6 +42,7 @@ mod failures;
 mod files;
 mod forward_auth;
 mod grpcurl;
+mod gzip;
 mod http;
 mod instructions;
 mod judge;

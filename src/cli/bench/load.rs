@@ -295,15 +295,10 @@ impl<'a> Driver<'a> {
 
     fn send_due(&mut self, now: Instant) {
         while self.open.len() < self.in_flight {
-            let since = match self.every {
-                Some(_) if self.due > now => return,
-                Some(every) => {
-                    let due = self.due;
-                    self.due = due + every;
-                    due
-                }
-                None => now,
-            };
+            let since = if self.every.is_some() { self.due } else { now };
+            if since > now {
+                return;
+            }
             let Some(call) = self.calls.next() else {
                 self.exhausted = true;
                 return;
@@ -311,6 +306,8 @@ impl<'a> Driver<'a> {
             if !self.wire.takes(call.message.len()) {
                 return;
             }
+            // A call that the server has no window for stays due.
+            self.due += self.every.unwrap_or_default();
             let id = self.wire.open();
             self.wire.send(id, &call.message, true);
             let said = Vec::new();

@@ -7,7 +7,11 @@ use std::{fmt::Write as _, time::Duration};
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
-use super::{Subject, load::Tally, report::Round};
+use super::{
+    Subject,
+    load::Tally,
+    report::{Round, Spread},
+};
 use crate::cli::failure::Failure;
 
 /// The shares of the capacity that are offered.
@@ -26,6 +30,8 @@ pub(super) struct Step {
     goodput: f64,
     /// That to the most that was reached in this run.
     of_peak: f64,
+    /// Right answers per second of the server's processor time.
+    per_server_cpu_second: Option<f64>,
     /// Calls that were refused, to those offered.
     refused: f64,
     /// Calls that had no answer at the end, to those offered.
@@ -42,6 +48,8 @@ pub(super) struct Step {
 pub(super) struct Overload {
     /// Answers per second of a closed loop.
     capacity: f64,
+    /// Answers of the closed loop per second of the server's processor time.
+    per_server_cpu_second: Option<f64>,
     steps: Vec<Step>,
 }
 
@@ -53,13 +61,15 @@ impl Overload {
         duration: Duration,
         spins: bool,
     ) -> Result<Overload, Failure> {
-        let mut rates = Vec::new();
+        let (mut rates, mut per_cpu) = (Vec::new(), Vec::new());
         closed.round(duration).await?;
         for _ in 0..rounds {
-            rates.push(closed.round(duration).await?.tally.rate());
+            let round = closed.round(duration).await?;
+            rates.push(round.tally.rate());
+            per_cpu.extend(round.per_cpu());
         }
-        rates.sort_by(f64::total_cmp);
-        let capacity = rates.get(rates.len() / 2).copied().unwrap_or_default();
+        let capacity = Spread::of(rates).map_or(0.0, |rate| rate.median);
+        let per_server_cpu_second = Spread::of(per_cpu).map(|rate| rate.median);
         let each = duration.saturating_mul(u32::try_from(rounds).unwrap_or(u32::MAX));
         let mut steps = Vec::new();
         for share in SHARES {
@@ -70,7 +80,7 @@ impl Overload {
         }
         let peak = steps.iter().map(|step| step.goodput).fold(capacity, f64::max);
         steps.iter_mut().for_each(|step| step.of_peak = step.goodput / peak.max(1.0));
-        Ok(Overload { capacity, steps })
+        Ok(Overload { capacity, per_server_cpu_second, steps })
     }
 
     /// Answers that were wrong.
@@ -80,15 +90,31 @@ impl Overload {
 
     /// A table for people.
     pub(super) fn show(&self) -> String {
-        let mut text = format!("capacity, closed loop: {:.0} Checks per second\n", self.capacity);
-        let heads =
-            ["offered", "goodput", "of peak", "refused", "no answer", "p50 ms", "p99 ms", "server", "client"];
+        let rate = |rate: Option<f64>| rate.map_or("unknown".to_owned(), |rate| format!("{rate:.0}"));
+        let mut text = format!(
+            "capacity, closed loop: {:.0} Checks per second, {} per second of server CPU\n",
+            self.capacity,
+            rate(self.per_server_cpu_second),
+        );
+        let heads = [
+            "offered",
+            "goodput",
+            "of peak",
+            "per CPU s",
+            "refused",
+            "no answer",
+            "p50 ms",
+            "p99 ms",
+            "server",
+            "client",
+        ];
         let _ = writeln!(text, "  share {}", heads.map(|head| format!("{head:>10}")).join(""));
         for step in &self.steps {
             let cells = [
                 format!("{:.0}", step.offered),
                 format!("{:.0}", step.goodput),
                 format!("{:.1} %", step.of_peak * 100.0),
+                rate(step.per_server_cpu_second),
                 format!("{:.1} %", step.refused * 100.0),
                 format!("{:.1} %", step.unanswered * 100.0),
                 format!("{:.2}", step.p50_ms),
@@ -115,6 +141,7 @@ impl Step {
             offered,
             goodput: (answered - wrong) as f64 / seconds,
             of_peak: 0.0,
+            per_server_cpu_second: round.per_cpu(),
             refused: refused / calls,
             unanswered: ((calls - refused - *answered as f64) / calls).max(0.0),
             p50_ms: millis(latency, 0.5),

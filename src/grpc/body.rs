@@ -21,6 +21,7 @@ use tonic::Status;
 
 use crate::transport::budget::{ConnectionBudget, Priority, Reservation};
 
+use super::inflate::{COMPRESSED, inflate};
 use super::status::{overloaded, too_large, too_many_fields, too_slow, unreadable};
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
@@ -61,17 +62,52 @@ pub(super) fn reserve_waiting(
     budget.reserve(CALL_BYTES + header_bytes(headers), priority).ok_or_else(overloaded)
 }
 
+/// How long the rest of a body that nobody needs is still read.
+const DRAIN_TIMEOUT: Duration = Duration::from_millis(100);
+
+/// A body that is read to its end, for a short time, also when its call was answered before: a refusal overtakes the
+/// message of its call, and HTTP/2 counts a message for a stream that it has reset as an error of the peer. Enough of
+/// those end the connection, with the calls of others on it.
+struct DrainedBody(Option<Incoming>);
+
+impl DrainedBody {
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let Some(body) = &mut self.0 else { return Poll::Ready(None) };
+        Pin::new(body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.0.as_ref().is_none_or(Incoming::is_end_stream)
+    }
+}
+
+impl Drop for DrainedBody {
+    fn drop(&mut self) {
+        let Some(mut body) = self.0.take().filter(|body| !body.is_end_stream()) else { return };
+        let drain = async move {
+            let rest =
+                async { while let Some(Ok(_)) = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await {} };
+            // What comes later is an error of the peer.
+            let _ = timeout(DRAIN_TIMEOUT, rest).await;
+        };
+        // The stream counts among those of its connection until then. At the end of the process there is no runtime.
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(drain);
+        }
+    }
+}
+
 /// A request body of which some may have been read already.
 pub(super) struct Arriving {
     read: Option<Bytes>,
     /// How reading the rest failed, if it has.
     failed: Option<hyper::Error>,
-    rest: Incoming,
+    rest: DrainedBody,
 }
 
 impl From<Incoming> for Arriving {
     fn from(rest: Incoming) -> Arriving {
-        Arriving { read: None, failed: None, rest }
+        Arriving { read: None, failed: None, rest: DrainedBody(Some(rest)) }
     }
 }
 
@@ -118,7 +154,7 @@ impl Arriving {
 
     /// The next bytes; None at the end, and where reading fails.
     async fn next_data(&mut self) -> Option<Bytes> {
-        match poll_fn(|cx| Pin::new(&mut self.rest).poll_frame(cx)).await? {
+        match poll_fn(|cx| self.rest.poll_next(cx)).await? {
             // What is no data stands at the end.
             Ok(frame) => frame.into_data().ok(),
             Err(error) => {
@@ -134,7 +170,7 @@ impl Arriving {
         }
         match self.failed.take() {
             Some(error) => Poll::Ready(Some(Err(error))),
-            None => Pin::new(&mut self.rest).poll_frame(cx),
+            None => self.rest.poll_next(cx),
         }
     }
 
@@ -147,6 +183,8 @@ impl Arriving {
 pub(super) struct MessageBody {
     inner: Arriving,
     limit: usize,
+    /// Messages may be compressed. They are taken one by one then.
+    inflates: bool,
     /// Messages that are whole and not yet given.
     whole: Option<Bytes>,
     /// The beginning of a message.
@@ -199,12 +237,14 @@ impl MessageBody {
         body: impl Into<Arriving>,
         headers: &HeaderMap,
         limit: usize,
+        inflates: bool,
         budget: Arc<ConnectionBudget>,
     ) -> Self {
         let (priority, headers) = (Priority::Anonymous, header_bytes(headers));
         MessageBody {
             inner: body.into(),
             limit,
+            inflates,
             whole: None,
             partial: Vec::new(),
             memory: BodyMemory { budget, priority, headers, reservation: None },
@@ -301,6 +341,12 @@ impl MessageBody {
         if let Some(length) = length(&self.partial).filter(|length| *length > self.limit) {
             return Poll::Ready(Some(Err(self.refuse_size(length))));
         }
+        // Behind a compressed message another may be whole already.
+        if self.inflates
+            && let Some(whole) = self.take_whole().transpose()
+        {
+            return Poll::Ready(Some(whole.map(Frame::data)));
+        }
         loop {
             let frame = match self.inner.poll_next(cx) {
                 Poll::Ready(Some(Ok(frame))) => frame,
@@ -340,23 +386,36 @@ impl MessageBody {
 
     /// Takes bytes that have come; gives the messages that are whole.
     fn add(&mut self, data: Bytes) -> Result<Option<Bytes>, Status> {
-        if self.partial.is_empty() {
+        if self.partial.is_empty() && !self.inflates {
             let end = whole_messages(&data, self.limit).map_err(|length| self.refuse_size(length))?;
             self.keep(&data[end..])?;
             return Ok((end > 0).then(|| data.slice(..end)));
         }
         self.keep(&data)?;
-        let end = whole_messages(&self.partial, self.limit).map_err(|length| self.refuse_size(length))?;
-        if end == 0 {
-            return Ok(None);
-        }
+        self.take_whole()
+    }
+
+    /// The whole messages of those bytes that are kept.
+    fn take_whole(&mut self) -> Result<Option<Bytes>, Status> {
+        let end = match whole_messages(&self.partial, self.limit).map_err(|length| self.refuse_size(length))? {
+            0 => return Ok(None),
+            _ if self.inflates => PREFIX + length(&self.partial).unwrap_or(0),
+            end => end,
+        };
         let rest = self.partial.split_off(end);
         let whole = std::mem::replace(&mut self.partial, rest);
         self.late = self.late.take().filter(|_| self.kind == Kind::Unary);
         if self.kind == Kind::Stream && self.memory.reservation.is_some() {
             self.memory.hold(self.waiting_bytes() + self.partial.capacity())?;
         }
-        Ok(Some(whole.into()))
+        // Behind the message of a unary call nothing is read.
+        let compressed = self.inflates && whole.first() == Some(&COMPRESSED) && self.whole.is_none();
+        if !compressed {
+            return Ok(Some(whole.into()));
+        }
+        let held = self.waiting_bytes() + self.partial.capacity() + whole.capacity();
+        let memory = &mut self.memory;
+        inflate(&whole, self.limit, |bytes| memory.hold(held + bytes)).map(|message| Some(message.into()))
     }
 
     /// Keeps bytes of a message that is not whole. The buffer doubles, and never exceeds what the message announces.

@@ -40,7 +40,7 @@ pub(super) struct Said {
     /// It says what it is called, or of which trace it is a part.
     pub(super) names_itself: bool,
     /// It has a deadline.
-    hurries: bool,
+    pub(super) hurries: bool,
     /// It says what few say, and goes the long way: that it acts in an account that it names, or for somebody, or that
     /// its message is encoded.
     more: bool,

@@ -40,6 +40,7 @@ use super::{
     calls::{self, Begun, Calls},
     direct::Said,
     ext_authz::{ExtAuthz, Proxy},
+    inflate::{ACCEPTED, GRPC_ACCEPT_ENCODING, take_encoding},
     keys::KeyService,
     outgoing::SendBudget,
     permits::{ConcurrencyLimits, Occupant, PermitBody},
@@ -175,10 +176,20 @@ impl Services {
         &self.calls
     }
 
-    /// Answers one call of a visitor: a Check that is plainly in order at once, every other call the long way.
-    pub(super) async fn answer(&self, request: Request<Incoming>, visitor: &Visitor) -> Response<Reply> {
+    /// Answers one call of a visitor: a Check that is plainly in order at once, every other call the long way. A call
+    /// whose deadline has passed while it waited has nobody who reads its answer.
+    pub(super) async fn answer(
+        &self,
+        request: Request<Incoming>,
+        visitor: &Visitor,
+        arrived: std::time::Instant,
+    ) -> Response<Reply> {
         let begun = self.calls.begin(request.uri().path());
         let said = Said::by(request.headers());
+        let waited = || begun.at().into_std().saturating_duration_since(arrived);
+        if said.hurries && asked_time(request.headers()).is_some_and(|deadline| deadline <= waited()) {
+            return begun.replied(deadline_exceeded().into_http().map(Reply::Any));
+        }
         let names = said.names_itself.then(|| request.headers());
         let call = self.tracing.call(names, visitor.peer, self.engine.now());
         let (plain, mut call) = (!call.is_chosen(), Some(call));
@@ -193,11 +204,13 @@ impl Services {
             }
             _ => None,
         };
-        if let Some(response) = response {
-            return begun.replied(response);
-        }
-        // Apart on the heap: a future is as large as all that may go on in it, and most calls were Checks.
-        Box::pin(self.answer_at_length(begun, call, request, visitor)).await.map(Reply::Any)
+        let mut response = match response {
+            Some(response) => begun.replied(response),
+            // Apart on the heap: a future is as large as all that may go on in it, and most calls were Checks.
+            None => Box::pin(self.answer_at_length(begun, call, request, visitor)).await.map(Reply::Any),
+        };
+        response.headers_mut().insert(GRPC_ACCEPT_ENCODING, ACCEPTED);
+        response
     }
 
     async fn answer_at_length(
@@ -265,7 +278,10 @@ impl Services {
         }
         let limit = allowed_time(rpc.timeout, request.headers());
         let patience = Patience::of(asked_time(request.headers()));
-        let mut request = limited(request, rpc.max_request, visitor);
+        let mut request = match limited(request, rpc.max_request, visitor) {
+            Ok(request) => request,
+            Err(status) => return status.into_http(),
+        };
         request.extensions_mut().insert(patience);
         if let Err(status) = self.admit(rpc, &mut request, visitor).await {
             return status.into_http();
@@ -378,7 +394,10 @@ impl Services {
             Err(status) => return status.into_http(),
         };
         let health = name == HEALTH;
-        let mut request = limited(request, OPEN_BYTES, visitor);
+        let mut request = match limited(request, OPEN_BYTES, visitor) {
+            Ok(request) => request,
+            Err(status) => return status.into_http(),
+        };
         let call = async {
             let body = request.body_mut();
             let permit = if health {
@@ -407,11 +426,20 @@ impl Services {
     }
 }
 
-/// The request with a body that is held to its limits.
-fn limited(request: Request<Arriving>, max_message: usize, visitor: &Visitor) -> Request<MessageBody> {
-    let (parts, body) = request.into_parts();
-    let body = MessageBody::new(body, &parts.headers, max_message, visitor.memory_budget.clone());
-    Request::from_parts(parts, body)
+/// The request with a body that is held to its limits, and gives messages as they were before they were compressed.
+///
+/// # Errors
+/// When its messages are encoded in an unknown way.
+fn limited(
+    request: Request<Arriving>,
+    max_message: usize,
+    visitor: &Visitor,
+) -> Result<Request<MessageBody>, Status> {
+    let (mut parts, body) = request.into_parts();
+    let inflates = take_encoding(&mut parts.headers)?;
+    let budget = visitor.memory_budget.clone();
+    let body = MessageBody::new(body, &parts.headers, max_message, inflates, budget);
+    Ok(Request::from_parts(parts, body))
 }
 
 /// Reads the message of a unary request.

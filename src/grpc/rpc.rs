@@ -112,6 +112,18 @@ impl Rpc {
     }
 }
 
+/// The paths of the calls that an overloaded thread refuses first: a proxy or a backend asks again, or elsewhere.
+pub(super) const CHECK_PATHS: [&str; 3] = [
+    "/keyward.v1.AuthzService/Check",
+    "/keyward.v1.AuthzService/BatchCheck",
+    "/envoy.service.auth.v3.Authorization/Check",
+];
+
+/// Whether a path is that of a unary Check.
+pub(super) fn is_check(path: &[u8]) -> bool {
+    CHECK_PATHS.iter().any(|check| check.as_bytes() == path)
+}
+
 /// The service's full name in a method's.
 #[must_use]
 pub fn service(method: &'static str) -> &'static str {

@@ -45,6 +45,7 @@ mod failures;
 mod files;
 mod forward_auth;
 mod grpcurl;
+mod gzip;
 mod header_spellings;
 mod http;
 mod import;

@@ -4,7 +4,12 @@ use clap::{Args, ValueEnum};
 
 use super::{OneArgs, change, policy::PolicyArgs};
 use crate::{
-    cli::{client::Patience, context::Context, failure::Failure},
+    cli::{
+        client::{Patience, Session},
+        context::Context,
+        failure::Failure,
+        table::clean,
+    },
     clock::{Clock, SystemClock},
     pb,
 };
@@ -40,17 +45,57 @@ impl Field {
     }
 }
 
+/// Changes of the scopes that a key has.
+#[derive(Debug, Default, Args)]
+struct ScopeArgs {
+    /// Scope to grant beside those that the key has (repeat, or separate by commas)
+    #[arg(long = "add-scope", value_name = "SCOPE", value_delimiter = ',', conflicts_with = "scopes")]
+    add: Vec<String>,
+    /// Scope to take away from those that the key has (repeat, or separate by commas)
+    #[arg(long = "remove-scope", value_name = "SCOPE", value_delimiter = ',', conflicts_with = "scopes")]
+    remove: Vec<String>,
+}
+
+impl ScopeArgs {
+    fn is_given(&self) -> bool {
+        !self.add.is_empty() || !self.remove.is_empty()
+    }
+
+    /// The scopes of a key after the change.
+    fn apply(&self, key: &pb::Key) -> Result<Vec<String>, Failure> {
+        if let Some(both) = self.add.iter().find(|scope| self.remove.contains(scope)) {
+            return Err(Failure::usage(format!("{both} is both added and removed")));
+        }
+        if let Some(missing) = self.remove.iter().find(|scope| !key.scopes.contains(scope)) {
+            let has = if key.scopes.is_empty() { "none".to_owned() } else { key.scopes.join(", ") };
+            return Err(Failure::refused(format!("the key has no scope {missing} to take away; it has {has}")));
+        }
+        let added = self.add.iter().filter(|scope| !key.scopes.contains(scope));
+        let mut scopes: Vec<_> = key.scopes.iter().chain(added).cloned().collect();
+        scopes.retain(|scope| !self.remove.contains(scope));
+        scopes.dedup();
+        if scopes == key.scopes {
+            return Err(Failure::refused("the key has these scopes already; nothing was changed"));
+        }
+        Ok(scopes)
+    }
+}
+
 /// Flags of `keyward keys update`.
 #[derive(Debug, Args)]
 #[command(
     after_help = "A flag replaces the whole field: --scope a:b leaves the key with that scope alone, and \
-    --metadata with those notes alone. What no flag names stays as it is."
+    --metadata with those notes alone; what --scope replaces is said. --add-scope and --remove-scope change the scopes \
+    that the key has: they are read, and then written whole. If somebody else changes the key in between, that is said \
+    too, if the token may read the audit log. What no flag names stays as it is."
 )]
 pub(in crate::cli) struct UpdateArgs {
     #[command(flatten)]
     one: OneArgs,
     #[command(flatten)]
     policy: PolicyArgs,
+    #[command(flatten)]
+    scopes: ScopeArgs,
     /// Empty this field (repeat, or separate by commas); taking a restriction away widens what the key may do
     #[arg(long, value_name = "FIELD", value_enum, value_delimiter = ',')]
     clear: Vec<Field>,
@@ -58,20 +103,82 @@ pub(in crate::cli) struct UpdateArgs {
 
 impl UpdateArgs {
     pub(super) async fn run(self, cx: &mut Context<'_>) -> Result<u8, Failure> {
-        let question = request(self, &SystemClock)?;
-        let answer = cx
-            .session()?
+        let mut question = request(&self, &SystemClock)?;
+        let session = cx.session()?;
+        let before = match (self.scopes.is_given(), self.policy.scopes.is_empty()) {
+            (true, _) => Some(read(&session, &self.one.id).await?),
+            // Only to say what is replaced: a caller that may write may be one that may not read.
+            (false, false) => read(&session, &self.one.id).await.ok(),
+            (false, true) => None,
+        };
+        if let (true, Some(before), Some(key)) = (self.scopes.is_given(), &before, &mut question.key) {
+            key.scopes = self.scopes.apply(before)?;
+        }
+        let answer = session
             .keys(Patience::Propagation, question, async |mut client, request| client.update(request).await)
             .await?;
         cx.show(&answer, |colours| {
             change::changed(answer.key.as_ref(), answer.revision, answer.propagation.as_ref(), colours)
         })?;
+        if let (Some(before), Some(after)) = (&before, &answer.key) {
+            cx.console.note(&replaced(&before.scopes, &after.scopes));
+            if let Some(between) = change_between(&session, before, answer.revision).await {
+                cx.console.note(&between);
+            }
+        }
         Ok(0)
     }
 }
 
-fn request(args: UpdateArgs, clock: &dyn Clock) -> Result<pb::UpdateKeyRequest, Failure> {
-    let given = given(&args.policy);
+async fn read(session: &Session, id: &str) -> Result<pb::Key, Failure> {
+    let question = pb::GetKeyRequest { id: id.to_owned() };
+    let answer = session
+        .keys(Patience::Short, question, async |mut client, request| client.get(request).await)
+        .await?;
+    answer.key.ok_or_else(|| Failure::usage("the server's answer holds no key"))
+}
+
+/// What of a key's scopes is gone, and what is new.
+fn replaced(before: &[String], after: &[String]) -> String {
+    let only = |these: &[String], those: &[String]| {
+        let only: Vec<_> = these.iter().filter(|scope| !those.contains(scope)).map(|scope| clean(scope)).collect();
+        if only.is_empty() { "none".to_owned() } else { only.join(", ") }
+    };
+    if before == after {
+        return String::new();
+    }
+    format!("Scopes taken away: {}; granted: {}.\n", only(before, after), only(after, before))
+}
+
+/// A warning of a change that somebody else made between the reading of a key and the change of this revision. The
+/// server takes no expected revision with an update, so the audit log is asked, if the caller may read it.
+async fn change_between(session: &Session, before: &pb::Key, revision: u64) -> Option<String> {
+    let question = pb::ListAuditEntriesRequest {
+        key_id: before.id.clone(),
+        oldest_first: true,
+        after_revision: before.revision,
+        page_size: Some(2),
+        ..Default::default()
+    };
+    let answer = session
+        .audit(Patience::Short, question, async |mut client, request| client.list(request).await)
+        .await
+        .ok()?;
+    let other = answer.entries.iter().find(|entry| entry.revision < revision)?;
+    Some(format!(
+        "warning: {} changed this key meanwhile (revision {}, {}): what it did to the scopes is overwritten. Look at \
+         the key\n",
+        clean(&other.actor),
+        other.revision,
+        clean(&other.action)
+    ))
+}
+
+fn request(args: &UpdateArgs, clock: &dyn Clock) -> Result<pb::UpdateKeyRequest, Failure> {
+    let mut given = given(&args.policy);
+    if args.scopes.is_given() {
+        given.push(Field::Scopes);
+    }
     if let Some(both) = args.clear.iter().find(|field| given.contains(field)) {
         return Err(Failure::usage(format!("{} is both cleared and given a value", both.path())));
     }
@@ -84,18 +191,18 @@ fn request(args: UpdateArgs, clock: &dyn Clock) -> Result<pb::UpdateKeyRequest, 
             Failure::usage("nothing to change").hint("name what to change, such as --name, or --clear FIELD")
         );
     }
-    let policy = args.policy;
+    let policy = &args.policy;
     let key = pb::Key {
-        id: args.one.id,
-        name: policy.name.unwrap_or_default(),
-        scopes: policy.scopes,
-        roles: policy.roles,
+        id: args.one.id.clone(),
+        name: policy.name.clone().unwrap_or_default(),
+        scopes: policy.scopes.clone(),
+        roles: policy.roles.clone(),
         expires_at: policy.expires.and_then(|expiry| expiry.resolve(clock)),
-        customers: policy.customers,
-        allowed_cidrs: policy.allowed_cidrs,
-        rate_limits: policy.rate_limits,
+        customers: policy.customers.clone(),
+        allowed_cidrs: policy.allowed_cidrs.clone(),
+        rate_limits: policy.rate_limits.clone(),
         quota: policy.quota,
-        metadata: policy.metadata.into_iter().collect(),
+        metadata: policy.metadata.iter().cloned().collect(),
         ..Default::default()
     };
     Ok(pb::UpdateKeyRequest { key: Some(key), update_mask: Some(prost_types::FieldMask { paths }) })
@@ -138,7 +245,7 @@ mod tests {
         let only = Only::try_parse_from(format!("update 0197 {line}").split_whitespace())
             .map_err(|e| e.to_string())?;
         let clock = ManualClock::at(Timestamp::from_micros(0));
-        let request = request(only.args, &clock).map_err(|e| e.to_string())?;
+        let request = request(&only.args, &clock).map_err(|e| e.to_string())?;
         Ok((request.key.unwrap(), request.update_mask.unwrap().paths))
     }
 
@@ -156,6 +263,37 @@ mod tests {
         let (key, paths) = asked(&format!("--clear {all}")).unwrap();
         assert_eq!(paths.len(), 9);
         assert_eq!(key, pb::Key { id: "0197".into(), ..Default::default() });
+    }
+
+    fn scopes(list: &[&str]) -> Vec<String> {
+        list.iter().map(|scope| (*scope).to_owned()).collect()
+    }
+
+    #[test]
+    fn scopes_are_added_and_removed_beside_those_that_the_key_has() {
+        let apply = |add: &[&str], remove: &[&str]| {
+            let args = ScopeArgs { add: scopes(add), remove: scopes(remove) };
+            let key = pb::Key { scopes: scopes(&["a:b", "c:d"]), ..Default::default() };
+            args.apply(&key).map_err(|failure| failure.to_string())
+        };
+        assert_eq!(apply(&["e:f"], &["a:b"]), Ok(scopes(&["c:d", "e:f"])));
+        assert_eq!(apply(&["a:b", "e:f"], &[]), Ok(scopes(&["a:b", "c:d", "e:f"])));
+        assert_eq!(apply(&[], &["a:b", "c:d"]), Ok(vec![]));
+        assert!(apply(&[], &["x:y"]).unwrap_err().contains("no scope x:y to take away; it has a:b, c:d"));
+        assert!(apply(&["a:b"], &["a:b"]).unwrap_err().contains("both added and removed"));
+        assert!(apply(&["a:b"], &[]).unwrap_err().contains("nothing was changed"));
+        for bad in ["--scope a:b --add-scope c:d", "--clear scopes --remove-scope a:b"] {
+            assert!(asked(bad).is_err(), "{bad}");
+        }
+        assert_eq!(asked("--add-scope a:b").unwrap().1, ["scopes"]);
+    }
+
+    #[test]
+    fn what_a_list_of_scopes_replaces_is_said() {
+        let said = replaced(&scopes(&["a:b", "c:d"]), &scopes(&["c:d", "e:f"]));
+        assert_eq!(said, "Scopes taken away: a:b; granted: e:f.\n");
+        assert_eq!(replaced(&scopes(&["a:b"]), &scopes(&["a:b"])), "");
+        assert_eq!(replaced(&scopes(&["a:b"]), &[]), "Scopes taken away: a:b; granted: none.\n");
     }
 
     #[test]

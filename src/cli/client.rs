@@ -199,10 +199,11 @@ fn check_plaintext(server: &ServerUrl) -> Result<(), Failure> {
             .hint("is the name right? --server or KEYWARD_SERVER names another")
     })?;
     let Some(address) = exposed else { return Ok(()) };
-    let message = format!("{server} ({address}) is another machine, and without TLS tokens would be readable on the way");
-    Err(Failure::usage(message).hint(
-        "use https://HOST:PORT; where something else protects the network, allow it with --insecure",
-    ))
+    let message = format!(
+        "{server} ({address}) is another machine, and without TLS tokens would be readable on the way"
+    );
+    Err(Failure::usage(message)
+        .hint("use https://HOST:PORT; where something else protects the network, allow it with --insecure"))
 }
 
 /// A name for a call: by it the server's log, its audit log and its traces tell of this one, whatever became of the

@@ -17,8 +17,9 @@ use crate::config::{
     client::{ClientArgs, ClientSettings, Output},
     document::Document,
     effective::{self, Effective, Origin, Setting, WithSources},
+    keys,
     problems::Problem,
-    keys, reference,
+    reference,
     server::{ConfigError, ServeArgs, Settings, headline},
 };
 
@@ -87,7 +88,9 @@ fn read(path: Option<&Path>) -> Result<Option<Document>, Failure> {
 pub(super) fn wrong(error: ConfigError) -> Failure {
     match error {
         ConfigError::Unreadable { .. } => Failure::usage(error.to_string()),
-        ConfigError::Wrong { path, problems } => Failure::refused(headline(path.as_deref())).details(texts(&problems)),
+        ConfigError::Wrong { path, problems } => {
+            Failure::refused(headline(path.as_deref())).details(texts(&problems))
+        }
     }
 }
 

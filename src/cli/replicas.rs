@@ -79,7 +79,8 @@ fn run_on_database(command: &ReplicasCommand) -> anyhow::Result<()> {
     let settings = Settings::load_database(command.database())?;
     if let ReplicasCommand::AcceptRegression { yes, .. } = command {
         let shown = settings.database.shown();
-        let question = format!("Accept for ever that {shown} has lost changes? What nobody remembers stays lost.");
+        let question =
+            format!("Accept for ever that {shown} has lost changes? What nobody remembers stays lost.");
         Console::system().confirm(&question, *yes)?;
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;

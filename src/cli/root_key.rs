@@ -48,7 +48,7 @@ fn reset(args: &RootKeyArgs) -> anyhow::Result<()> {
         )?,
         (None, Some(path)) => {
             let done = format!("The new root key is in {}; the ones before it are revoked.\n", path.display());
-            // Whoever reads no more finds the file all the same.
+            // The file is there, also if nobody reads this.
             let _ = out.write_all(done.as_bytes());
         }
         (None, None) => {}
@@ -72,7 +72,10 @@ fn token_file(args: &RootKeyArgs) -> Result<Option<&Path>, Failure> {
         Some(file) if file == Path::new("-") => Ok(None),
         Some(file) => Ok(Some(file)),
         None if std::io::stdout().is_terminal() => Ok(None),
-        None => Err(Failure::usage("standard output is no terminal, so the new root key is not written to it").hint(
+        None => Err(Failure::usage(
+            "standard output is no terminal, so the new root key is not written to it",
+        )
+        .hint(
             "name a new file with --root-key-file FILE, or ask for standard output with --root-key-file -",
         )),
     }

@@ -70,7 +70,7 @@ fn read_all(from: impl Read) -> io::Result<Zeroizing<String>> {
     Ok(Zeroizing::new(text.trim_ascii().to_owned()))
 }
 
-/// What to tell a person whose token's file others than its owner can read.
+/// A warning if others than its owner can read a token's file.
 pub(super) fn readers_warning(path: &Path) -> Option<String> {
     let found = fs::metadata(path).ok().filter(|found| !is_stdin(path) && found.is_file())?;
     let mode = found.permissions().mode() & 0o777;
@@ -226,11 +226,15 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("token");
         fs::write(&path, "kw_x").unwrap();
-        for (mode, who) in [(0o600, None), (0o400, None), (0o640, Some("its group")), (0o644, Some("everybody"))] {
+        for (mode, who) in
+            [(0o600, None), (0o400, None), (0o640, Some("its group")), (0o644, Some("everybody"))]
+        {
             fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
             let warning = readers_warning(&path);
             assert_eq!(warning.is_some(), who.is_some(), "{mode:o}");
-            assert!(warning.is_none_or(|warning| warning.contains(who.unwrap()) && !warning.contains("kw_x")));
+            assert!(
+                warning.is_none_or(|warning| warning.contains(who.unwrap()) && !warning.contains("kw_x"))
+            );
         }
         assert_eq!(readers_warning(Path::new("-")), None);
         assert_eq!(readers_warning(folder.path()), None);

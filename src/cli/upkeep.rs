@@ -57,7 +57,8 @@ pub(super) fn migrate(args: &MigrateArgs) -> ExitCode {
         let steps = on_runtime(upkeep::migrate(&settings, args.dry_run))?;
         let done = if args.dry_run { "would be taken" } else { "taken" };
         let lines = steps.iter().map(|step| format!("{:04} {}: {done}\n", step.version, step.name));
-        say(if steps.is_empty() { "The schema is up to date.\n".to_owned() } else { lines.collect() }.as_str())?;
+        say(if steps.is_empty() { "The schema is up to date.\n".to_owned() } else { lines.collect() }
+            .as_str())?;
         Ok(())
     };
     exit(migrate())
@@ -84,7 +85,10 @@ pub(super) fn accept_lost_wal(args: &AcceptLostWalArgs) -> ExitCode {
     let accept = || {
         let settings = Settings::load_database(&args.database)?;
         upkeep::require_database(&settings)?;
-        let question = format!("Give up for ever the changes of {} that its lost -wal file held?", settings.database.shown());
+        let question = format!(
+            "Give up for ever the changes of {} that its lost -wal file held?",
+            settings.database.shown()
+        );
         Console::system().confirm(&question, args.yes)?;
         let head = on_runtime(upkeep::accept_lost_wal(&settings, &SystemClock))?;
         let (revision, hash) = (head.revision, Hex(&head.hash));

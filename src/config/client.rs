@@ -238,7 +238,7 @@ impl ServerUrl {
                 return Err(SettingsError(format!("{problem}: {WANTED}")));
             }
         };
-        // What stands before an @ may be a password, and a part of one may stand behind it.
+        // A password may be before an @, and a part of one behind it.
         let shown = if text.contains('@') { "what is given".to_owned() } else { format!("{text:?}") };
         let unusable = || SettingsError(format!("{shown} is no server's address: {WANTED}"));
         let authority: http::uri::Authority =
@@ -268,7 +268,8 @@ impl ServerUrl {
     pub fn exposed_address(&self) -> io::Result<Option<SocketAddr>> {
         let Some(authority) = self.0.strip_prefix("http://") else { return Ok(None) };
         // As the transport does it.
-        let has_port = authority.parse().is_ok_and(|authority: http::uri::Authority| authority.port().is_some());
+        let has_port =
+            authority.parse().is_ok_and(|authority: http::uri::Authority| authority.port().is_some());
         let port = if has_port { "" } else { ":80" };
         first_exposed(&format!("{authority}{port}"))
     }

@@ -36,32 +36,33 @@ pub struct Document {
     places: BTreeMap<String, Range<usize>>,
     /// What is wrong with its form.
     pub(super) problems: Vec<Problem>,
-    /// The keys that have a problem, and those that a misspelt one stands for.
+    /// The keys that have a problem, and those that a misspelt key probably means.
     pub(super) broken: BTreeSet<String>,
 }
 
 impl Document {
-    /// Reads a file. What is wrong with its keys is told together with what is wrong with its values.
+    /// Reads a file. Problems of its form are kept, and reported together with those of its values.
     ///
     /// # Errors
     /// When it cannot be read, or is no TOML.
     pub fn read(path: &Path) -> Result<Document, ConfigError> {
         let shown = || path.display().to_string();
         let text = text(path).map_err(|source| ConfigError::Unreadable { path: shown(), source })?;
-        Document::parse(path, text)
-            .map_err(|problems| ConfigError::Wrong { path: Some(shown()), problems })
+        Document::parse(path, text).map_err(|problems| ConfigError::Wrong { path: Some(shown()), problems })
     }
 
     fn parse(path: &Path, text: String) -> Result<Document, Vec<Problem>> {
         let (root, errors) = DeTable::parse_recoverable(&text);
         if !errors.is_empty() {
             let at = |span: Option<Range<usize>>| span.map_or(0, |span| span.start);
-            let problem = |error: &toml::de::Error| problem(&text, at(error.span()), error.message().to_owned());
+            let problem =
+                |error: &toml::de::Error| problem(&text, at(error.span()), error.message().to_owned());
             return Err(errors.iter().map(problem).collect());
         }
         let table: Table =
             toml::from_str(&text).map_err(|error| vec![problem(&text, 0, error.message().to_owned())])?;
-        let mut form = Form { text: &text, places: BTreeMap::new(), problems: Vec::new(), broken: BTreeSet::new() };
+        let mut form =
+            Form { text: &text, places: BTreeMap::new(), problems: Vec::new(), broken: BTreeSet::new() };
         let mut values = table;
         form.examine("", "", root.get_ref(), &mut values);
         let Form { places, problems, broken, .. } = form;
@@ -125,9 +126,9 @@ fn text(path: &Path) -> std::io::Result<String> {
     std::fs::read_to_string(path)
 }
 
-fn problem(text: &str, at: usize, said: String) -> Problem {
+fn problem(text: &str, at: usize, what: String) -> Problem {
     let (line, column) = line_and_column(text, at);
-    Problem { source: Source::File { line, column }, text: said }
+    Problem { source: Source::File { line, column }, text: what }
 }
 
 fn line_and_column(text: &str, at: usize) -> (usize, usize) {
@@ -161,13 +162,17 @@ impl Form<'_> {
             let name = key.path.rsplit('.').next().unwrap_or_default();
             if key.default == Absent::Refused && !table.keys().any(|there| there.get_ref() == name) {
                 values.insert(name.to_owned(), stand_in(key));
-                // A misspelt key is told already.
+                // The misspelt key is reported already.
                 if self.broken.contains(&key.path) {
                     self.broken.insert(join(place, name));
                     continue;
                 }
                 let at = self.places.get(place).map_or(0, |span| span.start);
-                self.add(&join(place, name), at, format!("{} is missing: {}", key.path.replace("[]", ""), key.meaning));
+                self.add(
+                    &join(place, name),
+                    at,
+                    format!("{} is missing: {}", key.path.replace("[]", ""), key.meaning),
+                );
             }
         }
     }
@@ -344,19 +349,31 @@ mod tests {
         let lines: Vec<_> = found.iter().map(|problem| problem.split(',').next().unwrap()).collect();
         assert_eq!(lines, ["line 1", "line 2", "line 4", "line 5"]);
         assert!(found[0].ends_with("threads = \"x\" must be a whole number of 1 or more"), "{found:?}");
-        assert!(found[1].ends_with("retention_days = -1 must be a whole number from 0 to 4294967295"), "{found:?}");
-        assert!(found[2].ends_with("gateway.reason_header = 1 must be true or false, without quotes"), "{found:?}");
+        assert!(
+            found[1].ends_with("retention_days = -1 must be a whole number from 0 to 4294967295"),
+            "{found:?}"
+        );
+        assert!(
+            found[2].ends_with("gateway.reason_header = 1 must be true or false, without quotes"),
+            "{found:?}"
+        );
         assert!(found[3].ends_with("gateway.mode = 2 must be text, in quotes"), "{found:?}");
         assert_eq!(problems("a = \nb = ").len(), 2);
     }
 
     #[test]
     fn a_table_in_the_place_of_a_list_and_what_is_missing_in_an_entry_are_told_with_their_line() {
-        assert_eq!(problems("[listener]\nname = 'a'"), ["line 1, column 2: listener must be a list of tables: write [[listener]]"]);
+        assert_eq!(
+            problems("[listener]\nname = 'a'"),
+            ["line 1, column 2: listener must be a list of tables: write [[listener]]"]
+        );
         assert_eq!(problems("limits = 5"), ["line 1, column 1: limits must be a table: write [limits]"]);
         let found = problems("[[listener]]\nname = 'a'\naddress = 5\n[listener.tls]\nkey = 'k'");
-        let starts = ["line 1, column 1: listener.services is missing: ", "line 3, column 1: listener.address = 5 must be text",
-                      "line 4, column 11: listener.tls.certificate is missing: "];
+        let starts = [
+            "line 1, column 1: listener.services is missing: ",
+            "line 3, column 1: listener.address = 5 must be text",
+            "line 4, column 11: listener.tls.certificate is missing: ",
+        ];
         assert_eq!(found.len(), starts.len(), "{found:?}");
         for (found, start) in found.iter().zip(starts) {
             assert!(found.starts_with(start), "{found}");

@@ -20,16 +20,19 @@ use super::{
 pub struct WithSources<A> {
     /// The flags as their command takes them.
     pub args: A,
-    said: BTreeMap<String, (SecretUrl, ValueSource)>,
+    given: BTreeMap<String, (SecretUrl, ValueSource)>,
 }
 
 impl<A: Args> FromArgMatches for WithSources<A> {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
-        let said = |id: &clap::Id| {
+        let given = |id: &clap::Id| {
             let text = matches.try_get_raw(id.as_str()).ok()??.next()?.to_string_lossy().into_owned();
             Some((id.to_string(), (text.into(), matches.value_source(id.as_str())?)))
         };
-        Ok(WithSources { args: A::from_arg_matches(matches)?, said: matches.ids().filter_map(said).collect() })
+        Ok(WithSources {
+            args: A::from_arg_matches(matches)?,
+            given: matches.ids().filter_map(given).collect(),
+        })
     }
 
     fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
@@ -118,7 +121,7 @@ pub fn settings<A>(
 /// By a flag or the environment.
 fn given<A>(key: &'static Key, sources: &WithSources<A>) -> Option<Setting> {
     let argument = key.argument.as_ref()?;
-    let (text, source) = sources.said.get(argument)?;
+    let (text, source) = sources.given.get(argument)?;
     let origin = match source {
         ValueSource::CommandLine => Origin::Flag(key.flag.clone()?),
         ValueSource::EnvVariable => Origin::Environment(key.variable.clone()?),
@@ -221,23 +224,28 @@ mod tests {
         let document = Document::read(&path).unwrap();
         let command = ServeArgs::augment_args(clap::Command::new("serve"));
         let matches = command.try_get_matches_from([&["serve"], flags].concat()).unwrap();
-        let told = WithSources::<ServeArgs>::from_arg_matches(&matches).unwrap();
-        let in_force = Settings::of(&told.args, Some(&document)).unwrap();
-        let shown = settings(&told, Some(&document), &in_force).into_iter();
+        let sources = WithSources::<ServeArgs>::from_arg_matches(&matches).unwrap();
+        let in_force = Settings::of(&sources.args, Some(&document)).unwrap();
+        let shown = settings(&sources, Some(&document), &in_force).into_iter();
         let origin = |origin: Origin| origin.to_string().replace(&folder.path().display().to_string(), "");
         shown.map(|setting| (setting.key.path.clone(), (setting.value, origin(setting.origin)))).collect()
     }
 
     #[test]
     fn a_setting_tells_where_it_comes_from() {
-        let shown =
-            shown(&["--listen", "127.0.0.1:1", "--threads", "3"], "listen = 'b:2'\n[gateway]\nmode = 'shadow'");
+        let shown = shown(
+            &["--listen", "127.0.0.1:1", "--threads", "3"],
+            "listen = 'b:2'\n[gateway]\nmode = 'shadow'",
+        );
         let text = |text: &str| Effective::Value(Value::String(text.to_owned()));
         assert_eq!(shown["listen"], (text("127.0.0.1:1"), "--listen".to_owned()));
         assert_eq!(shown["threads"], (Effective::Value(Value::Integer(3)), "--threads".to_owned()));
         assert_eq!(shown["gateway.mode"], (text("shadow"), "/k.toml:3".to_owned()));
         assert_eq!(shown["admin_listen"], (text("127.0.0.1:9090"), "default".to_owned()));
-        assert_eq!(shown["overload.queued_checks"], (Effective::Value(Value::Integer(4096)), "default".to_owned()));
+        assert_eq!(
+            shown["overload.queued_checks"],
+            (Effective::Value(Value::Integer(4096)), "default".to_owned())
+        );
         assert!(matches!(&shown["rules"], (Effective::Words(_), origin) if origin == "default"));
     }
 
@@ -277,9 +285,9 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
-        /// Whatever is wrong or right with a URL: what is said of it and what is shown of it hold nothing of the password.
+        /// Neither an error about a URL nor what is shown of it holds a piece of the password, whether it is right or wrong.
         #[test]
-        fn nothing_of_a_password_is_said_or_shown(password in "[A-Z#/?@:%&+ .;-]{4,16}", at in 0_usize..6) {
+        fn nothing_of_a_password_is_reported_or_shown(password in "[A-Z#/?@:%&+ .;-]{4,16}", at in 0_usize..6) {
             let encoded = percent_encoding::utf8_percent_encode(&password, percent_encoding::NON_ALPHANUMERIC);
             let database = [
                 format!("postgres://u:{password}@h/k"),
@@ -294,15 +302,15 @@ mod tests {
             let command = ServeArgs::augment_args(clap::Command::new("serve"));
             let matches = command.clone().try_get_matches_from(flags).unwrap();
             let sources = WithSources::<ServeArgs>::from_arg_matches(&matches).unwrap();
-            let mut said = Settings::of(&sources.args, None).unwrap_err().to_string();
+            let mut output = Settings::of(&sources.args, None).unwrap_err().to_string();
             if let Ok(in_force) = Settings::of(&ServeArgs::default(), None) {
-                said += &format!("{:?} {in_force:?}", settings(&sources, None, &in_force));
+                output += &format!("{:?} {in_force:?}", settings(&sources, None, &in_force));
             }
             let letters: Vec<char> = password.chars().collect();
             for part in letters.windows(4).map(|part| part.iter().collect::<String>()) {
                 // Four signs in a row may be ours.
                 let is_word = part.chars().filter(char::is_ascii_uppercase).count() > 1;
-                prop_assert!(!is_word || !said.contains(&part), "{}: {}", part, said);
+                prop_assert!(!is_word || !output.contains(&part), "{}: {}", part, output);
             }
         }
     }

@@ -93,7 +93,9 @@ impl Shape {
         };
         let wanted = match self {
             Shape::Text => "must be text, in quotes".to_owned(),
-            Shape::Integer { least, most: Some(most) } => format!("must be a whole number from {least} to {most}"),
+            Shape::Integer { least, most: Some(most) } => {
+                format!("must be a whole number from {least} to {most}")
+            }
             Shape::Integer { least, most: None } => format!("must be a whole number of {least} or more"),
             Shape::Number => "must be a number".to_owned(),
             Shape::Boolean => "must be true or false, without quotes".to_owned(),

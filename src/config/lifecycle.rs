@@ -117,6 +117,11 @@ mod tests {
             let error = read(Some(delay), None).unwrap_err().to_string();
             assert!(error.contains("shutdown_delay") && error.contains(said), "{error}");
         }
-        assert!(read(None, Some("seven")).unwrap_err().to_string().contains("--require-revision: \"seven\" must be"));
+        assert!(
+            read(None, Some("seven"))
+                .unwrap_err()
+                .to_string()
+                .contains("--require-revision: \"seven\" must be")
+        );
     }
 }

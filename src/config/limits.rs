@@ -66,7 +66,8 @@ impl File {
         };
         let timeout = problems.take(read_timeout(self.timeout.as_deref().unwrap_or(TIMEOUT)));
         let prefix = self.prefix.as_deref().unwrap_or(Prefix::DEFAULT);
-        let prefix = problems.take(Prefix::parse(prefix).map_err(|error| invalid("limits.prefix", prefix, error)));
+        let prefix =
+            problems.take(Prefix::parse(prefix).map_err(|error| invalid("limits.prefix", prefix, error)));
         let url = self.url.as_deref().and_then(|url| {
             problems.take(RedisUrl::parse(url).map_err(|problem| unshown("limits.url", problem)))
         });
@@ -154,9 +155,13 @@ mod tests {
 
     #[test]
     fn a_password_is_never_shown() {
-        for url in
-            ["redis://:sesame@", "sesame", "redis://:sesame@h:port/x", "https://u:sesame@h", "redis://:p@h#sesame"]
-        {
+        for url in [
+            "redis://:sesame@",
+            "sesame",
+            "redis://:sesame@h:port/x",
+            "https://u:sesame@h",
+            "redis://:p@h#sesame",
+        ] {
             let error = read_with("backend = 'redis'", Some(url)).unwrap_err();
             assert!(error.contains("limits.url") && !error.contains("sesame"), "{url}: {error}");
         }

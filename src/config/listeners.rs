@@ -198,7 +198,8 @@ impl File {
         for (at, identity) in self.identities.into_iter().enumerate() {
             problems.in_entry("listener.identity", at, |problems| identities.extend(identity.read(problems)));
         }
-        let tls_is_sound = ["listener.tls", "listener.tls.client_ca"].iter().all(|key| problems.is_sound(key));
+        let tls_is_sound =
+            ["listener.tls", "listener.tls.client_ca"].iter().all(|key| problems.is_sound(key));
         if has_identities && !has_client_ca && tls_is_sound {
             let problem = "has identities, which need [listener.tls] with client_ca";
             problems.add(invalid("listener.identity", &self.name, problem));
@@ -375,7 +376,8 @@ impl IdentityFile {
         };
         let names = ["listener.identity.uri", "listener.identity.dns", "listener.identity.email"];
         // One whose form is wrong is there all the same.
-        let san = if names.iter().all(|name| problems.is_sound(name)) { problems.take(san) } else { san.ok() };
+        let san =
+            if names.iter().all(|name| problems.is_sound(name)) { problems.take(san) } else { san.ok() };
         let account = AccountId::parse(&self.account)
             .map_err(|rule| invalid("listener.identity.account", &self.account, rule));
         let account = problems.take(account);

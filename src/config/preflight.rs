@@ -53,7 +53,11 @@ fn exposure(setting: &'static str, address: &str, insecure: bool, problems: &mut
         return;
     }
     if let Ok(Some(exposed)) = first_exposed(address) {
-        problems.add(invalid(setting, address, format!("cannot be bound: {}", BindError::Plaintext(exposed))));
+        problems.add(invalid(
+            setting,
+            address,
+            format!("cannot be bound: {}", BindError::Plaintext(exposed)),
+        ));
     }
 }
 
@@ -69,7 +73,9 @@ fn certificates(name: &str, files: &TlsFiles, problems: &mut Problems<'_>) {
         let Some(path) = path.filter(|_| problems.is_sound(setting)) else { continue };
         if let Err(error) = std::fs::File::open(path).and_then(|file| file.metadata()) {
             let path = path.display();
-            let problem = format!("cannot be used: the listener {name:?} cannot speak TLS: {path} cannot be read: {error}");
+            let problem = format!(
+                "cannot be used: the listener {name:?} cannot speak TLS: {path} cannot be read: {error}"
+            );
             problems.add(unshown(setting, problem));
             are_readable = false;
         }
@@ -79,14 +85,19 @@ fn certificates(name: &str, files: &TlsFiles, problems: &mut Problems<'_>) {
         && sound.iter().all(|setting| problems.is_sound(setting))
         && let Err(error) = tls::check(files)
     {
-        problems.add(unshown("listener.tls", format!("cannot be used: the listener {name:?} cannot speak TLS: {error}")));
+        problems.add(unshown(
+            "listener.tls",
+            format!("cannot be used: the listener {name:?} cannot speak TLS: {error}"),
+        ));
     }
 }
 
 /// The files that a PostgreSQL URL names for TLS.
 fn database_files(settings: &Settings, problems: &mut Problems<'_>) {
     let Ok(parts) = ConnectionUrl::parse(&settings.database) else { return };
-    for (name, value) in parts.options().filter(|(name, _)| ["sslrootcert", "sslcert", "sslkey"].contains(name)) {
+    for (name, value) in
+        parts.options().filter(|(name, _)| ["sslrootcert", "sslcert", "sslkey"].contains(name))
+    {
         let path = percent_encoding::percent_decode_str(value).decode_utf8_lossy();
         if let Err(error) = std::fs::File::open(&*path) {
             problems.add(unshown("database", format!("has {name}={value:?}, which cannot be read: {error}")));

@@ -1,5 +1,5 @@
-//! Collects everything that is wrong with settings, so that one start tells all of it: each problem with the line,
-//! variable or flag that it comes from. What a value means is the business of the table that reads it.
+//! Collects everything that is wrong with settings, each problem with the line, variable or flag that it comes from, so
+//! that one start reports all of it. The modules of the tables judge what values mean.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -90,7 +90,10 @@ impl<'d> Problems<'d> {
         let mut found = self.found;
         found.sort();
         found.dedup();
-        ConfigError::Wrong { path: self.document.map(|document| document.path.display().to_string()), problems: found }
+        ConfigError::Wrong {
+            path: self.document.map(|document| document.path.display().to_string()),
+            problems: found,
+        }
     }
 
     /// Notes that a flag or a variable gives a setting, which then counts in place of the file's.
@@ -218,7 +221,10 @@ mod tests {
             Some(())
         });
         let text = found.unwrap_err().to_string();
-        assert!(text.contains("lease = \"b\" is wrong") && text.contains("listen = \"a\" is wrong"), "{text}");
+        assert!(
+            text.contains("lease = \"b\" is wrong") && text.contains("listen = \"a\" is wrong"),
+            "{text}"
+        );
         assert!(!text.contains("again"), "{text}");
     }
 }

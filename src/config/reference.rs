@@ -25,7 +25,7 @@ keyward config schema               # a JSON Schema of the file, for editors
 
 A *duration* is whole numbers with units, longest first: `500ms`, `20s`, `1h30m`, `90d`. An *address* is `host:port`. A
 *file* is a path from the working directory. A secret never stands in the arguments, which other processes can read, and
-better not in the file: a password has a file of its own or an environment variable. In a URL it is percent-encoded: `#`
+better not in the file: keep a password in its own file or an environment variable. In a URL it is percent-encoded: `#`
 is `%23`, `/` is `%2F`, `?` is `%3F`, `@` is `%40`. A URL that can be read in more than one way is refused, and nothing of it
 is looked up or shown. `keyward config show` shows no secret, only that one is set and by what.
 

@@ -19,7 +19,6 @@ use crate::{
 
 use super::{
     account_limits,
-    client::environment,
     document::Document,
     lifecycle::Lifecycle,
     limits, listeners, preflight,
@@ -62,7 +61,7 @@ pub enum ConfigError {
     },
 }
 
-/// What is said before the problems of settings.
+/// The line before the problems of settings.
 #[must_use]
 pub fn headline(path: Option<&str>) -> String {
     match path {
@@ -286,9 +285,7 @@ impl Settings {
     /// # Errors
     /// As for [`Settings::load`].
     pub fn load_database(args: &DatabaseArgs) -> Result<Settings, ConfigError> {
-        // The file may rely on it: the URL may hold a password.
-        let limits_url = environment("KEYWARD_LIMITS_URL").map(SecretUrl::from);
-        let args = ServeArgs { database: args.clone(), limits_url, ..ServeArgs::default() };
+        let args = ServeArgs { database: args.clone(), ..ServeArgs::default() };
         Settings::assemble(&args, Settings::document(&args)?.as_ref(), Purpose::Database)
     }
 
@@ -306,6 +303,10 @@ impl Settings {
             file.telemetry.leave_files_out();
         }
         Problems::collect(document, |problems| {
+            if purpose == Purpose::Database {
+                // The environment of the servers may have it, and not that of this command.
+                problems.distrust("limits.url");
+            }
             file.overlay(args, problems);
             let settings = Settings::read(args, file, purpose == Purpose::Serve, problems)?;
             if purpose == Purpose::Serve {
@@ -339,7 +340,9 @@ impl Settings {
             let twice = taken.iter().find(|(_, known)| known == value && !value.ends_with(":0"));
             match twice {
                 Some(("listener.address", _)) => problems.add(invalid(setting, value, "is given twice")),
-                Some((other, _)) => problems.add(invalid(setting, value, format!("must differ from {other}"))),
+                Some((other, _)) => {
+                    problems.add(invalid(setting, value, format!("must differ from {other}")))
+                }
                 None => taken.push((setting, value.to_owned())),
             }
         };
@@ -372,10 +375,21 @@ impl Settings {
     }
 
     /// Judges what the file and the flags give together.
-    fn read(args: &ServeArgs, file: File, for_serving: bool, problems: &mut Problems<'_>) -> Option<Settings> {
+    fn read(
+        args: &ServeArgs,
+        file: File,
+        for_serving: bool,
+        problems: &mut Problems<'_>,
+    ) -> Option<Settings> {
         let insecure = file.insecure.unwrap_or(false);
         let listeners = listeners::read(file.listeners, insecure || !for_serving, for_serving, problems);
-        let keys = values::read_keys(file.token_prefix, file.environments, file.default_role, file.account_limits, problems)?;
+        let keys = values::read_keys(
+            file.token_prefix,
+            file.environments,
+            file.default_role,
+            file.account_limits,
+            problems,
+        )?;
         let password = file.database_password_file.as_deref();
         let database = file.database.unwrap_or_else(|| DATABASE.into());
         let (log, log_format) = values::read_log(args, problems);

@@ -199,8 +199,10 @@ fn address(endpoint: &str) -> Result<(), &'static str> {
     if good && !endpoint.contains('#') {
         Ok(())
     } else {
-        Err("must be http://host:port or https://host:port of a collector that takes OTLP over gRPC, without a user, a \
-             password or a path")
+        Err(
+            "must be http://host:port or https://host:port of a collector that takes OTLP over gRPC, without a user, a \
+             password or a path",
+        )
     }
 }
 

@@ -5,7 +5,7 @@
 
 use std::fmt::Write as _;
 
-/// What stands in place of a secret.
+/// The text in place of a secret.
 pub const MASK: &str = "***";
 
 /// The schemes that are repeated in messages; any other text may be a piece of a password.
@@ -101,7 +101,10 @@ impl<'u> ConnectionUrl<'u> {
             None => (None, authority),
         };
         // A host is looked up by other machines, so nothing else may pass for one.
-        if tail.contains('@') || rest.contains(|c: char| c.is_control() || c.is_whitespace()) || !is_host(host) {
+        if tail.contains('@')
+            || rest.contains(|c: char| c.is_control() || c.is_whitespace())
+            || !is_host(host)
+        {
             return Err(UrlError::Ambiguous);
         }
         let (user, password) = match login.map(|login| login.split_once(':').ok_or(login)) {
@@ -128,11 +131,13 @@ fn split_optional(text: &str, at: char) -> (&str, Option<&str>) {
 /// A name, an address or a percent-encoded socket path, each with or without a port; or nothing.
 fn is_host(text: &str) -> bool {
     let (name, port) = match text.strip_prefix('[').and_then(|text| text.split_once(']')) {
-        Some((address, rest)) if address.parse::<std::net::Ipv6Addr>().is_ok() => match rest.strip_prefix(':') {
-            Some(port) => ("", port),
-            None if rest.is_empty() => ("", ""),
-            None => return false,
-        },
+        Some((address, rest)) if address.parse::<std::net::Ipv6Addr>().is_ok() => {
+            match rest.strip_prefix(':') {
+                Some(port) => ("", port),
+                None if rest.is_empty() => ("", ""),
+                None => return false,
+            }
+        }
         Some(_) => return false,
         None => text.split_once(':').unwrap_or((text, "")),
     };
@@ -187,10 +192,10 @@ fn show(scheme: &str, parts: &ConnectionUrl<'_>) -> String {
     shown
 }
 
-/// An option by what it is, however its name is spelt.
+/// An option: a secret by what it is, however its name is spelt; an open one only as its name is usually spelt.
 fn option(name: &str, value: &str) -> String {
     let decoded = percent_encoding::percent_decode_str(name).decode_utf8_lossy().to_ascii_lowercase();
-    if OPEN_OPTIONS.contains(&&*decoded) {
+    if OPEN_OPTIONS.contains(&name) {
         format!("{name}={value}")
     } else if SECRET_OPTIONS.contains(&&*decoded) {
         format!("{name}={MASK}")
@@ -215,7 +220,10 @@ mod tests {
             ("rediss://:sesame@h:6379/1#insecure", "rediss://:***@h:6379/1#insecure"),
             ("unix:///run/redis.sock?pass=sesame", "unix:///run/redis.sock?pass=***"),
             ("postgres://u@h/k?schema=a&password=sesame", "postgres://u@h/k?schema=a&password=***"),
-            ("postgres://h/k?sslpassword=sesame&sslmode=require", "postgres://h/k?sslpassword=***&sslmode=require"),
+            (
+                "postgres://h/k?sslpassword=sesame&sslmode=require",
+                "postgres://h/k?sslpassword=***&sslmode=require",
+            ),
             ("postgres://h/k?PASSWORD=sesame", "postgres://h/k?PASSWORD=***"),
             ("postgres://h/k?p%61ssword=sesame", "postgres://h/k?p%61ssword=***"),
             ("postgres://h/k?api_token=sesame", "postgres://h/k?***"),

@@ -34,7 +34,8 @@ use tokio::time::Instant;
 
 pub use load::{LoadedKey, Loader, Part};
 pub use open::{
-    OpenError, Schema, Step, backup, check_url, file, migrate, open, open_existing, open_with, open_without_wal, reach,
+    OpenError, Schema, Step, backup, check_url, file, migrate, open, open_existing, open_with,
+    open_without_wal, reach,
 };
 pub use reads::{ReadSet, ReadState, RecordId};
 

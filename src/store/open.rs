@@ -52,7 +52,9 @@ pub enum OpenError {
         path: String,
     },
     /// There is no such file, and none is to be created.
-    #[error("there is no database at {path}, and none was created: name the right one with --database sqlite:PATH")]
+    #[error(
+        "there is no database at {path}, and none was created: name the right one with --database sqlite:PATH"
+    )]
     Missing {
         /// The database file.
         path: String,
@@ -298,9 +300,10 @@ pub(super) fn wrong_url(url: &str, problem: impl Into<String>) -> OpenError {
 
 fn named(url: &str) -> Result<Named<'_>, OpenError> {
     match url.split_once(':') {
-        Some(("sqlite", path)) if path.contains(":memory:") || path.contains('?') => {
-            Err(wrong_url(url, "must name a file without options: sqlite:PATH, for example sqlite:keyward.db"))
-        }
+        Some(("sqlite", path)) if path.contains(":memory:") || path.contains('?') => Err(wrong_url(
+            url,
+            "must name a file without options: sqlite:PATH, for example sqlite:keyward.db",
+        )),
         Some(("sqlite", path)) if !path.is_empty() => {
             Ok(Named::File(path.strip_prefix("//").unwrap_or(path)))
         }

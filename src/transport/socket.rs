@@ -50,7 +50,7 @@ pub fn is_exposed(address: &SocketAddr) -> bool {
     !address.ip().to_canonical().is_loopback()
 }
 
-/// The first address beyond this machine that `host:port` stands for. Looks a name up, and waits for that.
+/// The first address beyond this machine among those of `host:port`. Looks names up, which may take seconds.
 ///
 /// # Errors
 /// When the name cannot be looked up.

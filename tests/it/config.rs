@@ -122,7 +122,7 @@ fn indented(text: &str) -> Vec<String> {
     text.lines().filter_map(|line| line.strip_prefix("  ")).map(str::to_owned).collect()
 }
 
-/// Settings that no server starts with: the file, the environment, and what is said, a word of each problem.
+/// Settings that no server starts with: the file, the environment, and a piece of each problem's text.
 type Wrong = (&'static str, &'static [(&'static str, &'static str)], &'static [&'static str]);
 
 const PLAIN: &str = "[[listener]]\nname = 'a'\naddress = '0.0.0.0:0'\nservices = ['check']\n";
@@ -136,46 +136,93 @@ const WRONG: &[Wrong] = &[
     ("database = 'postgres://u:p@ss#sesame@h/k'", &[], &["more than one way"]),
     ("database = 'postgres://u@h/k?ssl=on'", &[], &["unknown option"]),
     ("database = 'postgres://u@h/k?sslrootcert=/nowhere.pem'", &[], &["/nowhere.pem"]),
-    ("", &[("KEYWARD_DATABASE", "postgres://u:sesame@h/k?p%61ss=sesame")], &["KEYWARD_DATABASE: database = "]),
+    (
+        "",
+        &[("KEYWARD_DATABASE", "postgres://u:sesame@h/k?p%61ss=sesame")],
+        &["KEYWARD_DATABASE: database = "],
+    ),
     ("listen = '0.0.0.0:0'", &[], &["line 1, column 1: listen = \"0.0.0.0:0\" cannot be bound"]),
     (PLAIN, &[], &["line 3, column 1: listener.address"]),
-    (SECURE, &[("KEYWARD_THREADS", "two")], &["KEYWARD_THREADS: threads", "cert.pem cannot be read", "key.pem cannot be read"]),
+    (
+        SECURE,
+        &[("KEYWARD_THREADS", "two")],
+        &["KEYWARD_THREADS: threads", "cert.pem cannot be read", "key.pem cannot be read"],
+    ),
     ("rules = 'nowhere.toml'", &[], &["rules = \"nowhere.toml\" cannot be read"]),
     ("rules = 'wrong.toml'", &[], &["rules = \"wrong.toml\" is wrong: line 1"]),
     ("root_key_file = '-'", &[], &["is standard output"]),
     (
         "lisen = 'x'\nlease = '0s'\n[limits]\ntimeout = '2h'\nprefix = 'a b'\non_backend_failure = 'open'",
         &[("KEYWARD_ADMIN_LISTEN", "nowhere"), ("KEYWARD_LOG", "keyward=loud")],
-        &["unknown key `lisen`", "lease", "limits.timeout", "limits.prefix", "limits.on_backend_failure",
-          "KEYWARD_ADMIN_LISTEN: admin_listen", "KEYWARD_LOG: "],
+        &[
+            "unknown key `lisen`",
+            "lease",
+            "limits.timeout",
+            "limits.prefix",
+            "limits.on_backend_failure",
+            "KEYWARD_ADMIN_LISTEN: admin_listen",
+            "KEYWARD_LOG: ",
+        ],
     ),
     (
         "[[listener]]\nname = 'A'\naddress = 'x'\nservices = []\n[[listener]]\naddress = 5\nservices = ['chek']",
         &[],
-        &["line 2, column 1: listener.name", "line 3, column 1: listener.address", "line 4, column 1: listener.services",
-          "listener.name is missing", "line 6, column 1: listener.address = 5 must be text", "line 7, column 1: listener.services"],
+        &[
+            "line 2, column 1: listener.name",
+            "line 3, column 1: listener.address",
+            "line 4, column 1: listener.services",
+            "listener.name is missing",
+            "line 6, column 1: listener.address = 5 must be text",
+            "line 7, column 1: listener.services",
+        ],
     ),
-    ("[telemetry]\notlp_endpoint = 'http://h:1'\notlp_headers_file = 'nowhere'\notlp_ca_file = 'wrong.toml'", &[],
-     &["otlp_headers_file", "otlp_ca_file"]),
-    ("[limits]\nbackend = 'redis'", &[("KEYWARD_LIMITS_URL", "redis://:p#sesame@h")], &["KEYWARD_LIMITS_URL: limits.url"]),
-    ("", &[("KEYWARD_INSECURE", "maybe"), ("KEYWARD_NO_MIGRATE", "2"), ("KEYWARD_REQUIRE_REVISION", "x"), ("KEYWARD_LOG_FORMAT", "xml")],
-     &["KEYWARD_INSECURE: insecure", "KEYWARD_NO_MIGRATE: migrate", "KEYWARD_REQUIRE_REVISION: ", "KEYWARD_LOG_FORMAT: "]),
-    ("environments = [{ name = 'A', tag = 'LIVE' }]\n[gateway]\nenvironment = 'moon'\ntrusted_hops = 17\nmode = 'off'", &[],
-     &["environments.name", "environments.tag", "gateway.trusted_hops", "gateway.mode"]),
+    (
+        "[telemetry]\notlp_endpoint = 'http://h:1'\notlp_headers_file = 'nowhere'\notlp_ca_file = 'wrong.toml'",
+        &[],
+        &["otlp_headers_file", "otlp_ca_file"],
+    ),
+    (
+        "[limits]\nbackend = 'redis'",
+        &[("KEYWARD_LIMITS_URL", "redis://:p#sesame@h")],
+        &["KEYWARD_LIMITS_URL: limits.url"],
+    ),
+    (
+        "",
+        &[
+            ("KEYWARD_INSECURE", "maybe"),
+            ("KEYWARD_NO_MIGRATE", "2"),
+            ("KEYWARD_REQUIRE_REVISION", "x"),
+            ("KEYWARD_LOG_FORMAT", "xml"),
+        ],
+        &[
+            "KEYWARD_INSECURE: insecure",
+            "KEYWARD_NO_MIGRATE: migrate",
+            "KEYWARD_REQUIRE_REVISION: ",
+            "KEYWARD_LOG_FORMAT: ",
+        ],
+    ),
+    (
+        "environments = [{ name = 'A', tag = 'LIVE' }]\n[gateway]\nenvironment = 'moon'\ntrusted_hops = 17\nmode = 'off'",
+        &[],
+        &["environments.name", "environments.tag", "gateway.trusted_hops", "gateway.mode"],
+    ),
 ];
 
 #[test]
 fn check_show_and_serve_refuse_the_same_settings_with_the_same_problems_all_at_once() {
-    for (settings, environment, said) in WRONG {
+    for (settings, environment, expected) in WRONG {
         let (home, _) = written(settings);
         std::fs::write(home.path("wrong.toml"), "[[rule]]\n").unwrap();
         let checked = run(&home, &["config", "check", "keyward.toml"], environment);
         assert_eq!(checked.code, Some(1), "{settings}: {checked:?}");
         let problems = indented(&checked.out);
-        for said in *said {
-            assert!(problems.iter().any(|problem| problem.contains(said)), "{settings}: {said}: {problems:#?}");
+        for part in *expected {
+            assert!(
+                problems.iter().any(|problem| problem.contains(part)),
+                "{settings}: {part}: {problems:#?}"
+            );
         }
-        assert_eq!(problems.len(), said.len(), "{settings}: {problems:#?}");
+        assert_eq!(problems.len(), expected.len(), "{settings}: {problems:#?}");
         let shown = run(&home, &["config", "show", "--config", "keyward.toml"], environment);
         assert_eq!((shown.code, indented(&shown.err)), (Some(1), problems.clone()), "{settings}");
         let mut serve = home.command(["serve", "--config", "keyward.toml"]);
@@ -225,10 +272,14 @@ fn a_command_that_only_opens_the_database_needs_no_file_of_the_server() {
 fn empty_environment_variables_count_as_absent() {
     let home = Home::new();
     let page = run(&home, &["config", "reference"], &[]).out;
-    let word = |text: &str| text.chars().take_while(|c| c.is_ascii_uppercase() || *c == '_').collect::<String>();
+    let word =
+        |text: &str| text.chars().take_while(|c| c.is_ascii_uppercase() || *c == '_').collect::<String>();
     let named = page.match_indices("KEYWARD_").map(|(at, _)| word(&page[at..]));
     let mut names: Vec<_> = named.filter(|name| name != "KEYWARD_").collect();
-    names.extend(["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_SERVICE_NAME", "KEYWARD_SERVER", "KEYWARD_TOKEN_FILE"].map(str::to_owned));
+    names.extend(
+        ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_SERVICE_NAME", "KEYWARD_SERVER", "KEYWARD_TOKEN_FILE"]
+            .map(str::to_owned),
+    );
     assert!(names.len() > 20, "{names:?}");
     let empty: Vec<_> = names.iter().map(|name| (name.as_str(), "")).collect();
     let without = run(&home, &["config", "show"], &[("KEYWARD_SHUTDOWN_DELAY", "")]);
@@ -241,7 +292,16 @@ fn empty_environment_variables_count_as_absent() {
 #[test]
 fn a_truth_value_in_the_environment_is_said_in_eight_ways() {
     let home = Home::new();
-    for (value, is_true) in [("1", true), ("true", true), ("YES", true), ("on", true), ("0", false), ("false", false), ("No", false), ("off", false)] {
+    for (value, is_true) in [
+        ("1", true),
+        ("true", true),
+        ("YES", true),
+        ("on", true),
+        ("0", false),
+        ("false", false),
+        ("No", false),
+        ("off", false),
+    ] {
         let environment = [("KEYWARD_INSECURE", value), ("KEYWARD_NO_MIGRATE", value)];
         let shown = run(&home, &["config", "show"], &environment);
         assert_eq!(shown.code, Some(0), "{value}: {shown:?}");

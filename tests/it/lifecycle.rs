@@ -217,7 +217,10 @@ fn wrong_settings_stop_the_start_and_say_what_would_be_right() {
         (&["--admin-listen", "127.0.0.1:99999"], &["admin_listen", "must be host:port"]),
         (&["--database", "keyward.db"], &["--database: database ", "write sqlite:keyward.db"]),
         (&["--database", "sqlite:"], &["lacks a path", "sqlite:keyward.db"]),
-        (&["--database", "postgres://me:hunter2@db:port/keyward"], &["more than one way", "database_password_file"]),
+        (
+            &["--database", "postgres://me:hunter2@db:port/keyward"],
+            &["more than one way", "database_password_file"],
+        ),
         (&["--database", "postgres://me:hunter2@db/keyward?schema=a-b"], &["schema", "a-z, 0-9 and _"]),
         (&["--database", "mysql://me:hunter2@db/keyward"], &["mysql", "sqlite:PATH", "postgres://"]),
         (&["--config", "nowhere.toml"], &["nowhere.toml", "cannot be read"]),
@@ -301,7 +304,15 @@ async fn a_root_key_reset_of_a_new_database_makes_no_key() {
     let home = Home::new();
     let url = home.url();
     store::open(&url).await.unwrap().close().await;
-    let said = home.refusal(home.command(["root-key", "reset", "--yes", "--root-key-file", "-", "--database", &url]));
+    let said = home.refusal(home.command([
+        "root-key",
+        "reset",
+        "--yes",
+        "--root-key-file",
+        "-",
+        "--database",
+        &url,
+    ]));
     assert!(said.contains("'keyward serve' makes one"), "{said}");
     let store = store::open(&url).await.unwrap();
     assert_eq!(store.head().await.unwrap().revision, Revision(0));

@@ -274,7 +274,10 @@ async fn a_reset_of_what_is_no_root_key_or_into_a_file_that_exists_changes_nothi
     };
     let before = head();
     for (arguments, said) in [
-        (&["--lost", no_root, "--root-key-file", "-"][..], &*format!("{no_root} is no root key of this database")),
+        (
+            &["--lost", no_root, "--root-key-file", "-"][..],
+            &*format!("{no_root} is no root key of this database"),
+        ),
         (&["--lost", "root"], "must be a UUID"),
         (&["--root-key-file", "second.key"], "exists already"),
         (&["--root-key-file", "nowhere/root.key"], "cannot be created"),

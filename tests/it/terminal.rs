@@ -28,7 +28,7 @@ fn without_terminal(command: &Command) -> Command {
     setsid
 }
 
-/// Runs a line of the shell on a terminal of its own, and answers its question. Gives the exit code, and what the
+/// Runs a line of the shell on a new terminal, and answers its question. Gives the exit code, and what the
 /// terminal showed.
 fn answered(like_this: &Command, line: &str, answer: &str) -> (Option<i32>, String) {
     let folder = like_this.get_current_dir().unwrap();
@@ -66,7 +66,10 @@ async fn a_question_is_asked_on_the_terminal_though_stdin_is_a_pipe() {
     let command = client(&server, &[]);
     let revoke = format!("cat root.key | \"$KEYWARD\" --token-file - keys revoke {id}");
     let (code, shown) = answered(&command, &revoke, "n");
-    assert!(code == Some(1) && shown.contains("for ever? [y/N]") && shown.contains("not confirmed"), "{shown}");
+    assert!(
+        code == Some(1) && shown.contains("for ever? [y/N]") && shown.contains("not confirmed"),
+        "{shown}"
+    );
     assert_eq!(state(&server, &id).await, KeyState::Active);
     let bulk = "cat root.key | \"$KEYWARD\" --token-file - keys bulk-revoke --account acme";
     let (code, shown) = answered(&command, bulk, "");
@@ -90,7 +93,10 @@ async fn what_cannot_be_undone_is_refused_without_a_terminal_and_without_yes() {
         &["revoke-self"],
     ] {
         let ended = server.home.run(without_terminal(&client(&server, arguments)));
-        assert!(ended.code == Some(2) && ended.err.contains("repeat it with --yes"), "{arguments:?} {ended:?}");
+        assert!(
+            ended.code == Some(2) && ended.err.contains("repeat it with --yes"),
+            "{arguments:?} {ended:?}"
+        );
     }
     assert_eq!(server.root().check(&token).await.unwrap(), Reason::Ok);
     let done = server.home.run(without_terminal(&client(&server, &["keys", "revoke", &id, "--yes"])));
@@ -105,7 +111,10 @@ async fn what_cannot_be_undone_is_refused_without_a_terminal_and_without_yes() {
         &["replicas", "accept-regression", "--database", "postgres://u@127.0.0.1:1/k"],
     ] {
         let ended = home.run(without_terminal(&home.command(arguments)));
-        assert!(ended.code == Some(2) && ended.err.contains("repeat it with --yes"), "{arguments:?} {ended:?}");
+        assert!(
+            ended.code == Some(2) && ended.err.contains("repeat it with --yes"),
+            "{arguments:?} {ended:?}"
+        );
     }
     assert!(!home.path("new.key").exists() && !home.path("archive").exists());
     let server = home.start();
@@ -128,7 +137,8 @@ fn a_misspelt_path_creates_no_database() {
             assert!(ended.code == Some(1) && ended.err.contains(said), "{arguments:?} {ended:?}");
         }
         let left: Vec<_> = home.files().into_iter().map(|(path, _)| path).collect();
-        let ours = |path: &Path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("std"));
+        let ours =
+            |path: &Path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("std"));
         assert!(left.iter().all(|path| ours(path)), "{arguments:?} {left:?}");
     }
 }
@@ -138,7 +148,8 @@ fn a_backup_is_not_written_over_a_file() {
     let home = Keyward::start().stop();
     std::fs::write(home.path("backup.db"), "mine").unwrap();
     let ended = home.run(home.command(["backup", "--to", "backup.db", "--database", &home.url()]));
-    let said = "backup.db exists already and is not overwritten; nothing was copied. Name a new file with --to";
+    let said =
+        "backup.db exists already and is not overwritten; nothing was copied. Name a new file with --to";
     assert!(ended.code == Some(1) && ended.err.contains(said), "{ended:?}");
     assert_eq!(text(&home.path("backup.db")), "mine");
 }
@@ -177,7 +188,10 @@ async fn a_reader_that_has_gone_makes_neither_a_panic_nor_a_false_success() {
         (vec!["audit", "export"], 2),
     ] {
         let ended = without_reader(&server.home, client(&server, &arguments));
-        assert!(ended.code == Some(code) && ended.err.contains("cannot write to stdout"), "{arguments:?} {ended:?}");
+        assert!(
+            ended.code == Some(code) && ended.err.contains("cannot write to stdout"),
+            "{arguments:?} {ended:?}"
+        );
     }
     let home = server.stop();
     let reset = ["root-key", "reset", "--yes", "--root-key-file", "-", "--database", &url];
@@ -191,14 +205,20 @@ async fn scopes_are_added_and_removed_and_what_is_replaced_is_said() {
     let update = |more: &[&str]| server.home.run(client(&server, &[&["keys", "update", &id], more].concat()));
     let scopes = async || server.root().get(&id).await.unwrap().scopes;
     let added = update(&["--add-scope", "jobs:run,jobs:read"]);
-    assert!(added.code == Some(0) && added.err.contains("taken away: none; granted: jobs:run, jobs:read"), "{added:?}");
+    assert!(
+        added.code == Some(0) && added.err.contains("taken away: none; granted: jobs:run, jobs:read"),
+        "{added:?}"
+    );
     assert!(!added.err.contains("warning"), "nobody else changed it: {added:?}");
     assert_eq!(scopes().await, ["jobs:read", "jobs:run", "monitors:read"]);
     let removed = update(&["--remove-scope", "jobs:run", "--name", "ci"]);
     assert_eq!(removed.code, Some(0), "{removed:?}");
     assert_eq!(scopes().await, ["jobs:read", "monitors:read"]);
     let missing = update(&["--remove-scope", "jobs:run"]);
-    assert!(missing.code == Some(1) && missing.err.contains("it has jobs:read, monitors:read"), "{missing:?}");
+    assert!(
+        missing.code == Some(1) && missing.err.contains("it has jobs:read, monitors:read"),
+        "{missing:?}"
+    );
     let replaced = update(&["--scope", "jobs:read"]);
     let said = "Scopes taken away: monitors:read; granted: none.";
     assert!(replaced.code == Some(0) && replaced.err.contains(said), "{replaced:?}");
@@ -209,11 +229,14 @@ async fn a_rotation_needs_to_be_told_when_the_old_token_stops() {
     let (server, id, token) = with_key().await;
     let rotate = |more: &[&str]| server.home.run(client(&server, &[&["keys", "rotate", &id], more].concat()));
     let vague = rotate(&[]);
-    assert!(vague.code == Some(2) && vague.err.contains("--overlap") && vague.err.contains("--now"), "{vague:?}");
+    assert!(
+        vague.code == Some(2) && vague.err.contains("--overlap") && vague.err.contains("--now"),
+        "{vague:?}"
+    );
     assert_eq!(rotate(&["--overlap", "1h", "--token-only"]).code, Some(0));
     assert_eq!(server.root().check(&token).await.unwrap(), Reason::Ok);
     assert_eq!(rotate(&["--now", "--token-only"]).code, Some(0));
-    assert_eq!(server.root().check(&token).await.unwrap(), Reason::Superseded);
+    assert_eq!(server.root().check(&token).await.unwrap(), Reason::Rotated);
 }
 
 #[test]
@@ -228,7 +251,10 @@ fn a_token_goes_to_no_other_machine_in_plaintext_and_its_file_is_for_its_owner()
     let file = server.home.root_key_file();
     std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o644)).unwrap();
     let warned = server.home.run(client(&server, &["whoami"]));
-    assert!(warned.code == Some(0) && warned.err.starts_with("warning: everybody can read the token"), "{warned:?}");
+    assert!(
+        warned.code == Some(0) && warned.err.starts_with("warning: everybody can read the token"),
+        "{warned:?}"
+    );
     let mut wrong = client(&server, &["whoami"]);
     wrong.env("KEYWARD_SERVER", "http://u:sesame@h/x@y");
     let wrong = server.home.run(wrong);
@@ -239,8 +265,10 @@ fn a_token_goes_to_no_other_machine_in_plaintext_and_its_file_is_for_its_owner()
 #[tokio::test(flavor = "multi_thread")]
 async fn the_answers_of_a_client_name_no_request_that_was_not_sent() {
     let (server, ..) = with_key().await;
-    let ended = server.home.run(without_terminal(&client(&server, &["keys", "bulk-revoke", "--all-accounts"])));
+    let ended =
+        server.home.run(without_terminal(&client(&server, &["keys", "bulk-revoke", "--all-accounts"])));
     assert!(ended.code == Some(2) && !ended.err.contains("request id"), "{ended:?}");
-    let entries = server.root().audit.list(pb::ListAuditEntriesRequest::default()).await.unwrap().into_inner();
+    let entries =
+        server.root().audit.list(pb::ListAuditEntriesRequest::default()).await.unwrap().into_inner();
     assert!(entries.entries.iter().all(|entry| entry.action != "key.revoked"));
 }

@@ -53,13 +53,12 @@ fn archive(args: &ArchiveArgs) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let archived = runtime.block_on(upkeep::archive(&settings, before, &args.to, &SystemClock))?;
     say(&match archived {
-        None => {
-            "There is nothing to archive: no entry is as old, or a replica still needs it.\n".to_owned()
-        }
+        None => "There is nothing to archive: no entry is as old, or a replica still needs it.\n".to_owned(),
         Some(archived) => {
             let (entries, first, last) = (archived.entries, archived.first, archived.last);
             let done = format!("{entries} entries, {first} to {last}, are in {}.\n", args.to.display());
-            let rest = "Later ones that are as old stay: they are the newest, or a replica still needs them.\n";
+            let rest =
+                "Later ones that are as old stay: they are the newest, or a replica still needs them.\n";
             done + if archived.held_back { rest } else { "" }
         }
     })?;

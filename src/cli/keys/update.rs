@@ -68,12 +68,17 @@ impl ScopeArgs {
         }
         if let Some(missing) = self.remove.iter().find(|scope| !key.scopes.contains(scope)) {
             let has = if key.scopes.is_empty() { "none".to_owned() } else { key.scopes.join(", ") };
-            return Err(Failure::refused(format!("the key has no scope {missing} to take away; it has {has}")));
+            return Err(Failure::refused(format!(
+                "the key has no scope {missing} to take away; it has {has}"
+            )));
         }
-        let added = self.add.iter().filter(|scope| !key.scopes.contains(scope));
-        let mut scopes: Vec<_> = key.scopes.iter().chain(added).cloned().collect();
+        let mut scopes = key.scopes.clone();
+        for scope in &self.add {
+            if !scopes.contains(scope) {
+                scopes.push(scope.clone());
+            }
+        }
         scopes.retain(|scope| !self.remove.contains(scope));
-        scopes.dedup();
         if scopes == key.scopes {
             return Err(Failure::refused("the key has these scopes already; nothing was changed"));
         }
@@ -85,9 +90,9 @@ impl ScopeArgs {
 #[derive(Debug, Args)]
 #[command(
     after_help = "A flag replaces the whole field: --scope a:b leaves the key with that scope alone, and \
-    --metadata with those notes alone; what --scope replaces is said. --add-scope and --remove-scope change the scopes \
-    that the key has: they are read, and then written whole. If somebody else changes the key in between, that is said \
-    too, if the token may read the audit log. What no flag names stays as it is."
+    --metadata with those notes alone; standard error shows what --scope took away. --add-scope and --remove-scope read the \
+    scopes that the key has, and write them whole. A change by somebody else in between is overwritten; a warning shows it \
+    if the token may read the audit log. What no flag names stays as it is."
 )]
 pub(in crate::cli) struct UpdateArgs {
     #[command(flatten)]
@@ -107,7 +112,7 @@ impl UpdateArgs {
         let session = cx.session()?;
         let before = match (self.scopes.is_given(), self.policy.scopes.is_empty()) {
             (true, _) => Some(read(&session, &self.one.id).await?),
-            // Only to say what is replaced: a caller that may write may be one that may not read.
+            // Only for the note about what is replaced: a caller may be allowed to write keys and not to read them.
             (false, false) => read(&session, &self.one.id).await.ok(),
             (false, true) => None,
         };
@@ -138,10 +143,11 @@ async fn read(session: &Session, id: &str) -> Result<pb::Key, Failure> {
     answer.key.ok_or_else(|| Failure::usage("the server's answer holds no key"))
 }
 
-/// What of a key's scopes is gone, and what is new.
+/// The scopes that a key has lost, and those that it has gained.
 fn replaced(before: &[String], after: &[String]) -> String {
     let only = |these: &[String], those: &[String]| {
-        let only: Vec<_> = these.iter().filter(|scope| !those.contains(scope)).map(|scope| clean(scope)).collect();
+        let only: Vec<_> =
+            these.iter().filter(|scope| !those.contains(scope)).map(|scope| clean(scope)).collect();
         if only.is_empty() { "none".to_owned() } else { only.join(", ") }
     };
     if before == after {
@@ -290,8 +296,8 @@ mod tests {
 
     #[test]
     fn what_a_list_of_scopes_replaces_is_said() {
-        let said = replaced(&scopes(&["a:b", "c:d"]), &scopes(&["c:d", "e:f"]));
-        assert_eq!(said, "Scopes taken away: a:b; granted: e:f.\n");
+        let shown = replaced(&scopes(&["a:b", "c:d"]), &scopes(&["c:d", "e:f"]));
+        assert_eq!(shown, "Scopes taken away: a:b; granted: e:f.\n");
         assert_eq!(replaced(&scopes(&["a:b"]), &scopes(&["a:b"])), "");
         assert_eq!(replaced(&scopes(&["a:b"]), &[]), "Scopes taken away: a:b; granted: none.\n");
     }

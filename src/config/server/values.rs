@@ -45,7 +45,8 @@ fn read_environments(list: Vec<EnvironmentFile>, problems: &mut Problems<'_>) ->
     let mut read = Vec::with_capacity(count);
     for (at, EnvironmentFile { name, tag }) in list.into_iter().enumerate() {
         problems.in_entry("environments", at, |problems| {
-            let parsed = EnvironmentName::parse(&name).map_err(|rule| invalid("environments.name", &name, rule));
+            let parsed =
+                EnvironmentName::parse(&name).map_err(|rule| invalid("environments.name", &name, rule));
             let parsed_tag = TokenTag::parse(&tag).map_err(|rule| invalid("environments.tag", &tag, rule));
             let (name, tag) = (problems.take(parsed), problems.take(parsed_tag));
             read.extend(name.zip(tag).map(|(name, tag)| Environment { name, tag }));
@@ -56,11 +57,16 @@ fn read_environments(list: Vec<EnvironmentFile>, problems: &mut Problems<'_>) ->
         problems.distrust("environments");
         return None;
     }
-    problems.take(Environments::new(read).map_err(|error| unshown("environments", format!("are wrong: {error}"))))
+    problems
+        .take(Environments::new(read).map_err(|error| unshown("environments", format!("are wrong: {error}"))))
 }
 
 /// The database's URL, with the password from its file.
-pub(super) fn read_database(database: SecretUrl, file: Option<&Path>, problems: &mut Problems<'_>) -> SecretUrl {
+pub(super) fn read_database(
+    database: SecretUrl,
+    file: Option<&Path>,
+    problems: &mut Problems<'_>,
+) -> SecretUrl {
     if let Err(error) = store::check_url(&database) {
         let (shown, problem) = match &error {
             OpenError::Url { shown, problem } => (shown.as_str(), problem.clone()),

@@ -25,7 +25,9 @@ fn read(url: &str) -> Result<ConnectionUrl<'_>, String> {
     })?;
     match (parts.scheme, parts.fragment) {
         ("postgres" | "postgresql", None) => Ok(parts),
-        ("postgres" | "postgresql", Some(_)) => Err("must not contain #: in a password, write %23".to_owned()),
+        ("postgres" | "postgresql", Some(_)) => {
+            Err("must not contain #: in a password, write %23".to_owned())
+        }
         _ => Err(format!("is not understood: write {WANTED}")),
     }
 }
@@ -36,10 +38,10 @@ fn check_option(name: &str, value: &str) -> Result<(), String> {
         return Err(format!("has an unknown option after the ?; the known ones are {}", OPTIONS.join(", ")));
     }
     match name {
-        "sslmode" if value == "allow" => {
-            Err("has sslmode=allow, which means plaintext here: write disable, prefer, require or verify-full"
-                .to_owned())
-        }
+        "sslmode" if value == "allow" => Err(
+            "has sslmode=allow, which means plaintext here: write disable, prefer, require or verify-full"
+                .to_owned(),
+        ),
         "sslmode" if !SSL_MODES.contains(&value) => {
             Err(format!("has an unknown sslmode: write one of {}", SSL_MODES.join(", ")))
         }
@@ -70,7 +72,8 @@ impl Place {
         let (url, schema) = without_schema(url);
         let schema = schema.unwrap_or_else(|| "keyward".to_owned());
         if !is_plain(&schema) {
-            let problem = "has a wrong schema: it must be 1-63 of a-z, 0-9 and _, and must not start with a digit";
+            let problem =
+                "has a wrong schema: it must be 1-63 of a-z, 0-9 and _, and must not start with a digit";
             return Err(wrong(problem.to_owned()));
         }
         let options = PgConnectOptions::from_str(&url)

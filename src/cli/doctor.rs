@@ -84,7 +84,8 @@ pub(super) fn run(args: DoctorArgs, outer: ClientArgs, console: &mut Console) ->
 
 /// Reads addresses; one that is wrong is not repeated, since it may hold a password.
 fn urls(flag: &str, texts: &[String]) -> Result<Vec<Url>, Failure> {
-    let read = |text: &String| text.parse::<Url>().map_err(|problem| Failure::usage(format!("{flag}: {problem}")));
+    let read =
+        |text: &String| text.parse::<Url>().map_err(|problem| Failure::usage(format!("{flag}: {problem}")));
     texts.iter().map(read).collect()
 }
 

@@ -15,7 +15,7 @@ use std::{
 use clap::{Arg, Args, ValueEnum, builder::Resettable};
 use serde::Deserialize;
 
-use super::{duration, trace_parent::TraceParent};
+use super::{duration, trace_parent::TraceParent, wording};
 use crate::transport::socket::first_exposed;
 
 /// Where the server listens unless it is told otherwise.
@@ -324,7 +324,7 @@ impl File {
             SettingsError(format!(
                 "{}, line {line}: {} (a token itself never stands here)",
                 path.display(),
-                error.message()
+                wording::plain(error.message())
             ))
         })?;
         for named in

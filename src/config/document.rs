@@ -17,6 +17,7 @@ use super::{
     keys::{self, Absent, Key, Shape},
     problems::{Problem, Source},
     server::{ConfigError, File},
+    wording,
 };
 
 /// The largest file, in bytes.
@@ -56,16 +57,23 @@ impl Document {
         if !errors.is_empty() {
             let at = |span: Option<Range<usize>>| span.map_or(0, |span| span.start);
             let problem =
-                |error: &toml::de::Error| problem(&text, at(error.span()), error.message().to_owned());
+                |error: &toml::de::Error| problem(&text, at(error.span()), wording::plain(error.message()));
             return Err(errors.iter().map(problem).collect());
         }
-        let table: Table =
-            toml::from_str(&text).map_err(|error| vec![problem(&text, 0, error.message().to_owned())])?;
-        let mut form =
-            Form { text: &text, places: BTreeMap::new(), problems: Vec::new(), broken: BTreeSet::new() };
+        let table: Table = toml::from_str(&text)
+            .map_err(|error| vec![problem(&text, 0, wording::plain(error.message()))])?;
+        let mut form = Form {
+            text: &text,
+            places: BTreeMap::new(),
+            problems: Vec::new(),
+            broken: BTreeSet::new(),
+            meant: BTreeSet::new(),
+        };
         let mut values = table;
         form.examine("", "", root.get_ref(), &mut values);
-        let Form { places, problems, broken, .. } = form;
+        let Form { places, problems, mut broken, meant, .. } = form;
+        // A key that is there is judged, also if another may have been misspelt for it.
+        broken.extend(meant.into_iter().filter(|key| !places.contains_key(key)));
         Ok(Document { path: path.to_owned(), table: values, places, problems, broken, text })
     }
 
@@ -73,7 +81,7 @@ impl Document {
     pub(super) fn file(&self) -> Result<File, ConfigError> {
         File::deserialize(self.table.clone()).map_err(|error| ConfigError::Wrong {
             path: Some(self.path.display().to_string()),
-            problems: vec![problem(&self.text, 0, error.message().to_owned())],
+            problems: vec![problem(&self.text, 0, wording::plain(error.message()))],
         })
     }
 
@@ -148,6 +156,8 @@ struct Form<'t> {
     places: BTreeMap<String, Range<usize>>,
     problems: Vec<Problem>,
     broken: BTreeSet<String>,
+    /// What misspelt keys probably mean.
+    meant: BTreeSet<String>,
 }
 
 impl Form<'_> {
@@ -163,7 +173,7 @@ impl Form<'_> {
             if key.default == Absent::Refused && !table.keys().any(|there| there.get_ref() == name) {
                 values.insert(name.to_owned(), stand_in(key));
                 // The misspelt key is reported already.
-                if self.broken.contains(&key.path) {
+                if self.meant.contains(&key.path) {
                     self.broken.insert(join(place, name));
                     continue;
                 }
@@ -217,7 +227,7 @@ impl Form<'_> {
             None => {
                 values.remove(name_text);
                 return misspelt(path, name, value, &mut |span, path| {
-                    self.broken.extend(nearest(path).map(str::to_owned));
+                    self.meant.extend(nearest(path).map(str::to_owned));
                     let text = unknown(path);
                     self.problems.push(problem(self.text, span.start, text));
                 });

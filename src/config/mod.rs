@@ -24,3 +24,4 @@ pub mod secret;
 pub mod server;
 pub mod telemetry;
 pub mod trace_parent;
+pub mod wording;

@@ -503,6 +503,15 @@ mod tests {
     }
 
     #[test]
+    fn a_key_that_is_there_is_judged_beside_a_misspelt_one() {
+        let error = from_file("lease = '0s'\nleas = '5s'").unwrap_err().to_string();
+        assert!(error.contains("line 1, column 1: lease = \"0s\"") && error.contains("`leas`"), "{error}");
+        // One that is misspelt is not missed by others.
+        let error = from_file("[limits]\nbakend = 'redis'\nurl = 'redis://h'").unwrap_err().to_string();
+        assert!(error.contains("`limits.bakend`") && !error.contains("has no effect"), "{error}");
+    }
+
+    #[test]
     fn environments_and_their_tags_come_from_the_file() {
         let settings =
             from_file("environments = [{ name = 'prod', tag = '' }]\ntoken_prefix = 'izli_agent'").unwrap();

@@ -149,7 +149,7 @@ const WRONG: &[Wrong] = &[
         &["KEYWARD_THREADS: threads", "cert.pem cannot be read", "key.pem cannot be read"],
     ),
     ("rules = 'nowhere.toml'", &[], &["rules = \"nowhere.toml\" cannot be read"]),
-    ("rules = 'wrong.toml'", &[], &["rules = \"wrong.toml\" is wrong: line 1"]),
+    ("rules = 'wrong.toml'", &[], &["rules = \"wrong.toml\" is wrong: line 4"]),
     ("root_key_file = '-'", &[], &["is standard output"]),
     (
         "lisen = 'x'\nlease = '0s'\n[limits]\ntimeout = '2h'\nprefix = 'a b'\non_backend_failure = 'open'",
@@ -212,7 +212,8 @@ const WRONG: &[Wrong] = &[
 fn check_show_and_serve_refuse_the_same_settings_with_the_same_problems_all_at_once() {
     for (settings, environment, expected) in WRONG {
         let (home, _) = written(settings);
-        std::fs::write(home.path("wrong.toml"), "[[rule]]\n").unwrap();
+        let rule = "[[rule]]\npath = '/a'\nhosts = ['*']\nmethods = ['get']\npublic = true\n";
+        std::fs::write(home.path("wrong.toml"), rule).unwrap();
         let checked = run(&home, &["config", "check", "keyward.toml"], environment);
         assert_eq!(checked.code, Some(1), "{settings}: {checked:?}");
         let problems = indented(&checked.out);

@@ -206,7 +206,7 @@ async fn scopes_are_added_and_removed_and_what_is_replaced_is_said() {
     let scopes = async || server.root().get(&id).await.unwrap().scopes;
     let added = update(&["--add-scope", "jobs:run,jobs:read"]);
     assert!(
-        added.code == Some(0) && added.err.contains("taken away: none; granted: jobs:run, jobs:read"),
+        added.code == Some(0) && added.err.contains("taken away: none; granted: jobs:read, jobs:run"),
         "{added:?}"
     );
     assert!(!added.err.contains("warning"), "nobody else changed it: {added:?}");

@@ -453,7 +453,7 @@ methods = ["*"]
         for (text, line, said) in [
             ("[[rule]]\npath = '/'\nscop = 'a'", 3, "scop"),
             ("rules = []", 1, "rules"),
-            ("[[rule]]\npath = 1", 2, "string"),
+            ("[[rule]]\npath = 1", 2, "text is needed"),
             ("[[rule]", 1, ""),
         ] {
             let problems = read(text).unwrap_err();

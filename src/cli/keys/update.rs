@@ -170,7 +170,12 @@ async fn change_between(session: &Session, before: &pb::Key, revision: u64) -> O
         .audit(Patience::Short, question, async |mut client, request| client.list(request).await)
         .await
         .ok()?;
-    let other = answer.entries.iter().find(|entry| entry.revision < revision)?;
+    overwritten(&answer.entries, revision)
+}
+
+/// The warning of the first of a key's entries that comes before the change of this revision.
+fn overwritten(entries: &[pb::AuditEntry], revision: u64) -> Option<String> {
+    let other = entries.iter().find(|entry| entry.revision < revision)?;
     Some(format!(
         "warning: {} changed this key meanwhile (revision {}, {}): what it did to the scopes is overwritten. Look at \
          the key\n",
@@ -300,6 +305,22 @@ mod tests {
         assert_eq!(shown, "Scopes taken away: a:b; granted: e:f.\n");
         assert_eq!(replaced(&scopes(&["a:b"]), &scopes(&["a:b"])), "");
         assert_eq!(replaced(&scopes(&["a:b"]), &[]), "Scopes taken away: a:b; granted: none.\n");
+    }
+
+    #[test]
+    fn a_change_of_somebody_else_between_reading_and_writing_is_warned_of() {
+        let entry = |revision, actor: &str| pb::AuditEntry {
+            revision,
+            actor: actor.to_owned(),
+            action: "key.updated".to_owned(),
+            ..Default::default()
+        };
+        assert_eq!(overwritten(&[entry(9, "us")], 9), None);
+        let warning = overwritten(&[entry(8, "0197-other"), entry(9, "us")], 9).unwrap();
+        assert!(
+            warning.contains("0197-other changed this key meanwhile (revision 8, key.updated)"),
+            "{warning}"
+        );
     }
 
     #[test]

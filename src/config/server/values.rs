@@ -101,8 +101,10 @@ fn with_password(database: &SecretUrl, file: &Path) -> Result<SecretUrl, Invalid
 /// What is logged, and how.
 pub(super) fn read_log(args: &ServeArgs, problems: &mut Problems<'_>) -> (String, LogFormat) {
     let filter = args.log.as_deref().unwrap_or("info");
-    if let Err(error) = EnvFilter::try_new(filter) {
-        problems.add_flag("--log", "KEYWARD_LOG", filter, format!("is no log filter: {error}"));
+    if EnvFilter::try_new(filter).is_err() {
+        let problem = "is no log filter: write off, error, warn, info, debug or trace, or a filter such as \
+                       info,keyward=debug";
+        problems.add_flag("--log", "KEYWARD_LOG", filter, problem);
     }
     let format = match args.log_format.as_deref() {
         None | Some("text") => LogFormat::Text,

@@ -414,6 +414,18 @@ mod tests {
     }
 
     #[test]
+    fn plaintext_to_other_machines_is_allowed_by_a_flag_or_the_file_and_else_not() {
+        let combine = |insecure: bool, text: &str| {
+            let args = ClientArgs { insecure, ..ClientArgs::default() };
+            ClientSettings::combine(args, parse(text).unwrap()).unwrap().insecure
+        };
+        assert_eq!(
+            (combine(true, ""), combine(false, "insecure = true"), combine(false, "")),
+            (true, true, false)
+        );
+    }
+
+    #[test]
     fn a_client_certificate_goes_with_its_key_and_over_tls_alone() {
         let combine = |server: &str, certificate: Option<&str>, key: Option<&str>| {
             let args = ClientArgs {

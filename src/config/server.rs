@@ -19,6 +19,7 @@ use crate::{
 
 use super::{
     account_limits,
+    client::environment,
     document::Document,
     lifecycle::Lifecycle,
     limits, listeners, preflight,
@@ -44,7 +45,7 @@ const RETENTION_DAYS: u32 = 90;
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
-    #[error("the configuration file {path} cannot be read: {source}")]
+    #[error("the configuration file {path}{} cannot be read: {source}", by_variable(.path))]
     Unreadable {
         /// The file.
         path: String,
@@ -59,6 +60,11 @@ pub enum ConfigError {
         /// Each with its place, in the order of their places.
         problems: Vec<Problem>,
     },
+}
+
+/// Names the variable that names the file, if one does.
+fn by_variable(path: &str) -> &'static str {
+    if environment("KEYWARD_CONFIG").as_deref() == Some(path) { " (KEYWARD_CONFIG)" } else { "" }
 }
 
 /// The line before the problems of settings.

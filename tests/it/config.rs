@@ -112,6 +112,11 @@ fn check_says_everything_that_is_wrong_and_its_exit_code_says_whether() {
         assert!(refused.out.contains(said), "{refused:?}");
     }
     assert_eq!(run(&home, &["config", "check", "nowhere.toml"], &[]).code, Some(2));
+    let unread = run(&home, &["config", "show"], &[("KEYWARD_CONFIG", "nowhere.toml")]);
+    assert!(
+        unread.code == Some(2) && unread.err.contains("nowhere.toml (KEYWARD_CONFIG) cannot be read"),
+        "{unread:?}"
+    );
     std::fs::write(home.path("keyward.toml"), "retention_days = 1\n").unwrap();
     let accepted = run(&home, &["config", "check", "keyward.toml"], &[]);
     assert_eq!((accepted.code, &*accepted.out), (Some(0), "keyward.toml: accepted\n"));

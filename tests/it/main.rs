@@ -80,6 +80,7 @@ mod store;
 mod stream;
 mod support;
 mod telemetry;
+mod terminal;
 mod tidy;
 mod tls;
 mod unknown;

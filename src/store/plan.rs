@@ -448,11 +448,9 @@ impl Facts {
             let held = Held { key_id: key.id, version: secret.version, row: None };
             (secret.digest, held)
         }));
-        if key.revocation.is_none() {
-            if let Some(name) = &key.terms.name {
-                let holder = NameHolder { key_id: key.id, stored: name.clone() };
-                self.names.entry((key.owner.clone(), name.normalized())).or_default().push(holder);
-            }
+        if let Some(name) = key.terms.name.as_ref().filter(|_| key.revocation.is_none()) {
+            let holder = NameHolder { key_id: key.id, stored: name.clone() };
+            self.names.entry((key.owner.clone(), name.normalized())).or_default().push(holder);
         }
     }
 }

@@ -115,7 +115,7 @@ mod tests {
         let refused = inflate(&bomb, 16 << 10, hold).unwrap_err();
         assert_eq!(refused.code(), tonic::Code::InvalidArgument);
         assert!(most <= (16 << 10) + PREFIX + 1, "{most}");
-        let refused = inflate(&bomb, 16 << 10, |_| Err(super::super::status::overloaded())).unwrap_err();
+        let refused = inflate(&bomb, 16 << 10, |_| Err(crate::grpc::status::overloaded())).unwrap_err();
         assert_eq!(refused.code(), tonic::Code::Unavailable, "without memory nothing is inflated");
     }
 

@@ -26,7 +26,8 @@ const LEAST: usize = 256;
 #[derive(Debug)]
 #[repr(align(128))]
 pub(super) struct Lane {
-    waiting: AtomicUsize,
+    /// Calls over connections without a proven caller, and with one: those cannot have Checks of these refused.
+    waiting: [AtomicUsize; 2],
     shed: AtomicU64,
     most: usize,
     /// How many Checks may wait at present.
@@ -56,7 +57,7 @@ impl Lane {
     pub(super) fn new(most: usize) -> Lane {
         let (began, parked, idle, turns, was_busy) = Default::default();
         Lane {
-            waiting: AtomicUsize::new(0),
+            waiting: Default::default(),
             shed: AtomicU64::new(0),
             most,
             limit: AtomicUsize::new(most),
@@ -98,11 +99,13 @@ impl Lane {
         self.limit.store(limit, Ordering::Relaxed);
     }
 
-    /// Whether another Check would wait for too long. Half of the places are kept for connections over which a caller
-    /// was `proven`.
+    /// Whether another Check would wait for too long. Connections without a `proven` caller have half as many places.
     fn is_full(&self, proven: bool) -> bool {
-        let limit = self.limit.load(Ordering::Relaxed);
-        self.waiting.load(Ordering::Relaxed) >= part(limit, proven)
+        self.waiting_for(proven) >= part(self.limit.load(Ordering::Relaxed), proven)
+    }
+
+    fn waiting_for(&self, proven: bool) -> usize {
+        self.waiting[usize::from(proven)].load(Ordering::Relaxed)
     }
 
     /// Sets how many Checks may wait, for good.
@@ -142,8 +145,8 @@ struct QueueState {
     lane: Arc<Lane>,
     calls: Arc<Calls>,
     proven: Arc<AtomicBool>,
-    /// Calls whose headers HTTP/2 has, and that it has not given out.
-    passed: AtomicUsize,
+    /// Calls whose headers HTTP/2 has, and that it has not given out: from before the caller was proven, and from after.
+    passed: [AtomicUsize; 2],
     /// When bytes were last read, in nanoseconds since the thread's epoch.
     read_at: AtomicU64,
 }
@@ -165,8 +168,9 @@ impl ConnectionQueue {
 
     /// Counts a call that HTTP/2 is given.
     pub(super) fn pass(&self) {
-        self.0.lane.waiting.fetch_add(1, Ordering::Relaxed);
-        self.0.passed.fetch_add(1, Ordering::Relaxed);
+        let class = usize::from(self.is_proven());
+        self.0.lane.waiting[class].fetch_add(1, Ordering::Relaxed);
+        self.0.passed[class].fetch_add(1, Ordering::Relaxed);
     }
 
     /// Counts a call that is refused before HTTP/2 is given it.
@@ -182,23 +186,27 @@ impl ConnectionQueue {
 
     /// Takes a call that HTTP/2 gives out: a place in the queue, and whether its headers were seen before.
     fn claim(&self) -> (Turn, bool) {
-        let QueueState { lane, passed, .. } = &*self.0;
-        let before = passed.load(Ordering::Relaxed);
-        if before == 0 {
-            lane.waiting.fetch_add(1, Ordering::Relaxed);
+        let QueueState { lane, passed, read_at, .. } = &*self.0;
+        let seen = passed.iter().position(|passed| passed.load(Ordering::Relaxed) > 0);
+        let class = seen.unwrap_or_else(|| usize::from(self.is_proven()));
+        if seen.is_some() {
+            passed[class].fetch_sub(1, Ordering::Relaxed);
         } else {
-            passed.store(before - 1, Ordering::Relaxed);
+            lane.waiting[class].fetch_add(1, Ordering::Relaxed);
         }
-        let arrived = Duration::from_nanos(self.0.read_at.load(Ordering::Relaxed));
-        (Turn { arrived: lane.pace.epoch + arrived, lane: lane.clone() }, before > 0)
+        let arrived = lane.pace.epoch + Duration::from_nanos(read_at.load(Ordering::Relaxed));
+        (Turn { arrived, class, lane: lane.clone() }, seen.is_some())
     }
 
     /// A place in the queue for a call that HTTP/2 gives out; None when the queue is full.
     pub(super) fn queue(&self, is_check: bool) -> Option<Turn> {
         let (turn, seen) = self.claim();
-        let lane = &self.0.lane;
-        let limit = if is_check && !seen { lane.limit.load(Ordering::Relaxed) } else { lane.most };
-        if lane.waiting.load(Ordering::Relaxed) <= part(limit, self.is_proven()) {
+        let (lane, proven) = (&self.0.lane, self.is_proven());
+        let all = lane.waiting_for(false) + lane.waiting_for(true);
+        // This one waits, too.
+        let late =
+            is_check && !seen && lane.waiting_for(proven) > part(lane.limit.load(Ordering::Relaxed), proven);
+        if !late && all <= part(lane.most, proven) {
             return Some(turn);
         }
         lane.turn_away();
@@ -213,14 +221,17 @@ impl ConnectionQueue {
 
     /// Forgets the calls that HTTP/2 has refused by itself. It gives out every other one before it waits.
     pub(super) fn settle(&self) {
-        let refused = self.0.passed.swap(0, Ordering::Relaxed);
-        self.0.lane.waiting.fetch_sub(refused, Ordering::Relaxed);
+        for (passed, waiting) in self.0.passed.iter().zip(&self.0.lane.waiting) {
+            waiting.fetch_sub(passed.swap(0, Ordering::Relaxed), Ordering::Relaxed);
+        }
     }
 }
 
 impl Drop for QueueState {
     fn drop(&mut self) {
-        self.lane.waiting.fetch_sub(*self.passed.get_mut(), Ordering::Relaxed);
+        for (passed, waiting) in self.passed.iter_mut().zip(&self.lane.waiting) {
+            waiting.fetch_sub(*passed.get_mut(), Ordering::Relaxed);
+        }
     }
 }
 
@@ -228,6 +239,7 @@ impl Drop for QueueState {
 #[derive(Debug)]
 pub(super) struct Turn {
     lane: Arc<Lane>,
+    class: usize,
     arrived: Instant,
 }
 
@@ -240,7 +252,7 @@ impl Turn {
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        self.lane.waiting.fetch_sub(1, Ordering::Relaxed);
+        self.lane.waiting[self.class].fetch_sub(1, Ordering::Relaxed);
         self.lane.pace.turns.fetch_add(1, Ordering::Relaxed);
     }
 }
@@ -319,7 +331,21 @@ mod tests {
         drop(turns);
         queue.pass();
         queue.settle();
-        assert_eq!(queue.0.lane.waiting.load(Ordering::Relaxed), 0, "HTTP/2 has refused it");
+        assert_eq!(queue.0.lane.waiting_for(true), 0, "HTTP/2 has refused it");
+    }
+
+    #[test]
+    fn calls_without_a_credential_have_no_check_of_a_caller_refused() {
+        let lane = Arc::new(Lane::new(MOST));
+        lane.set_limit(4);
+        let queue =
+            |proven| ConnectionQueue::new(lane.clone(), Arc::default(), Arc::new(AtomicBool::new(proven)));
+        let (stranger, caller) = (queue(false), queue(true));
+        let _held: Vec<_> = (0..100).map(|_| stranger.queue(false).unwrap()).collect();
+        assert!(stranger.is_full() && stranger.queue(true).is_none());
+        let _checks: Vec<_> = (0..4).map(|_| caller.queue(true).unwrap()).collect();
+        assert!(caller.is_full() && caller.queue(true).is_none());
+        assert!(caller.queue(false).is_some(), "what is no Check has the whole queue");
     }
 
     #[test]

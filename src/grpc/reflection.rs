@@ -128,10 +128,10 @@ macro_rules! service {
 
             /// Answers from the descriptors.
             #[derive(Debug)]
-            pub(in super::super) struct Reflection(Arc<Descriptors>);
+            pub(in crate::grpc) struct Reflection(Arc<Descriptors>);
 
             /// The service over these descriptors.
-            pub(in super::super) fn server(
+            pub(in crate::grpc) fn server(
                 descriptors: Arc<Descriptors>,
             ) -> ServerReflectionServer<Reflection> {
                 ServerReflectionServer::new(Reflection(descriptors))

@@ -388,6 +388,31 @@ async fn machine_frozen_and_thawed_is_noticed_counted_and_told_once() {
     assert_eq!(log.matches("the lease has run out").count(), 2, "{log}");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wall_clock_that_differs_from_the_databases_is_measured_and_logged_once() {
+    let fleet = Fleet::start(1, "3s").await;
+    let replica = &fleet.replicas[0];
+    let offset = || {
+        let page = replica.page("/metrics").1;
+        let line = page.lines().find_map(|line| line.strip_prefix("keyward_clock_offset_seconds "));
+        line.map(|value| value.parse::<f64>().unwrap())
+    };
+    wait_for("the first reading", || offset().filter(|offset| offset.abs() < 0.5));
+    assert!(!replica.process.stderr().contains("wall clock differs"));
+    fleet.sql(WALL);
+    cut_sessions(&fleet);
+    fleet.sql("UPDATE public.wall SET ahead = interval '90 s'");
+    wait_for("a reading of the new time", || offset().filter(|offset| (-91.0..=-89.0).contains(offset)));
+    let renewals = || fleet.sql("SELECT renew_seq FROM keyward.replicas").parse::<u64>().unwrap();
+    let begun = renewals();
+    wait_for("more readings", || (renewals() >= begun + 3).then_some(()));
+    let log = replica.process.stderr();
+    let told: Vec<_> = log.lines().filter(|line| line.contains("wall clock differs")).collect();
+    // Once an hour; the hour may end just now.
+    assert!((1..=2).contains(&told.len()), "{log}");
+    assert!(told[0].contains("WARN") && told[0].contains("offset_seconds=-"), "{told:?}");
+}
+
 /// The database goes back to what it was when `copy` was made, with the help of `change`.
 fn go_back(cluster: &mut Cluster, copy: &std::path::Path, change: impl FnOnce(&std::path::Path)) {
     cluster.restart(|data| {

@@ -298,9 +298,9 @@ mod tests {
                 password.clone(),
             ][at].clone();
             let redis = format!("redis://:{password}@h");
-            let flags = ["serve", "--database", &database, "--limits-url", &redis, "--lease", "0s"];
+            let flags = [format!("--database={database}"), format!("--limits-url={redis}"), "--lease=0s".to_owned()];
             let command = ServeArgs::augment_args(clap::Command::new("serve"));
-            let matches = command.clone().try_get_matches_from(flags).unwrap();
+            let matches = command.no_binary_name(true).try_get_matches_from(flags).unwrap();
             let sources = WithSources::<ServeArgs>::from_arg_matches(&matches).unwrap();
             let mut output = Settings::of(&sources.args, None).unwrap_err().to_string();
             if let Ok(in_force) = Settings::of(&ServeArgs::default(), None) {

@@ -233,7 +233,7 @@ mod tests {
     fn a_mistake_in_the_file_is_told_with_its_line_before_anything_is_sent() {
         for (text, problem) in [
             ("[[role]]\nname = 'a'\nscope = ['a:b']", "line 3: unknown key `scope`"),
-            ("[[role]]\nname = 'a'", "missing field `scopes`"),
+            ("[[role]]\nname = 'a'", "the key `scopes` is missing"),
             ("", "no [[role]]"),
             (
                 "[[role]]\nname='a'\nscopes=['x:y']\n[[role]]\nname='a'\nscopes=[]",

@@ -40,10 +40,10 @@ sends no token, changes nothing, and may run beside servers.";
 pub(super) struct DoctorArgs {
     /// A server's gRPC listener: http://HOST:PORT, https://HOST:PORT or HOST:PORT; may be given again
     #[arg(long = "server", id = "grpc_server", value_name = "URL")]
-    servers: Vec<Url>,
+    servers: Vec<String>,
     /// A server's admin listener: http://HOST:PORT or HOST:PORT; may be given again
     #[arg(long, value_name = "URL")]
-    admin: Vec<Url>,
+    admin: Vec<String>,
     /// Envoy's bootstrap, YAML or JSON
     #[arg(long, value_name = "FILE")]
     envoy: Option<PathBuf>,
@@ -63,15 +63,16 @@ pub(super) fn run(args: DoctorArgs, outer: ClientArgs, console: &mut Console) ->
     let document = args.serve.database.config.as_deref().map(Document::read).transpose().map_err(wrong)?;
     let envoy = args.envoy.as_ref().map(|path| bootstrap(path)).transpose()?;
     let name = args.envoy.as_ref().map(|path| path.display().to_string()).unwrap_or_default();
-    let mut servers = args.servers;
-    if let Some(server) = outer_server.filter(|_| servers.is_empty()) {
-        servers.push(server.parse().map_err(|problem| Failure::usage(format!("{server}: {problem}")))?);
+    let mut servers = urls("--server", &args.servers)?;
+    if servers.is_empty() {
+        servers = urls("--server", outer_server.as_slice())?;
     }
+    let admin = urls("--admin", &args.admin)?;
     let asked = Asked {
         serve: &args.serve,
         document: document.as_ref(),
         servers: &servers,
-        admin: &args.admin,
+        admin: &admin,
         envoy: envoy.as_deref().map(|text| (name.as_str(), text)),
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
@@ -79,6 +80,13 @@ pub(super) fn run(args: DoctorArgs, outer: ClientArgs, console: &mut Console) ->
     runtime.shutdown_background();
     console.print(&if json { as_json(&findings) } else { words(&findings) })?;
     Ok(if findings.failed() { REFUSED } else { 0 })
+}
+
+/// Reads addresses; one that is wrong is not repeated, since it may hold a password.
+fn urls(flag: &str, texts: &[String]) -> Result<Vec<Url>, Failure> {
+    let read =
+        |text: &String| text.parse::<Url>().map_err(|problem| Failure::usage(format!("{flag}: {problem}")));
+    texts.iter().map(read).collect()
 }
 
 fn bootstrap(path: &Path) -> Result<String, Failure> {

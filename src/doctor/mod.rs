@@ -16,7 +16,7 @@ use crate::{
     config::{
         document::Document,
         effective,
-        server::{ServeArgs, Settings},
+        server::{ConfigError, ServeArgs, Settings},
     },
 };
 
@@ -145,12 +145,14 @@ fn settings(asked: &Asked<'_>, findings: &mut Findings) -> Option<Settings> {
     const ABOUT: &str = "settings";
     let settings = match Settings::of(asked.serve, asked.document) {
         Ok(settings) => settings,
+        Err(ConfigError::Wrong { problems, .. }) => {
+            for problem in problems {
+                findings.fail(ABOUT, problem.to_string(), "no server starts with this: correct it");
+            }
+            return None;
+        }
         Err(error) => {
-            findings.fail(
-                ABOUT,
-                error.to_string(),
-                "no server starts with this; keyward config check FILE tells all of it",
-            );
+            findings.fail(ABOUT, error.to_string(), "no server starts with this: correct it");
             return None;
         }
     };

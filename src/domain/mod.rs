@@ -7,6 +7,7 @@
 
 pub mod account;
 pub mod chain;
+pub mod connection_url;
 pub mod decision;
 pub mod entry;
 pub mod export;

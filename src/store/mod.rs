@@ -33,7 +33,10 @@ use async_trait::async_trait;
 use tokio::time::Instant;
 
 pub use load::{LoadedKey, Loader, Part};
-pub use open::{OpenError, Schema, Step, backup, file, migrate, open, open_with, open_without_wal, reach};
+pub use open::{
+    OpenError, Schema, Step, backup, check_url, file, migrate, open, open_existing, open_with,
+    open_without_wal, reach,
+};
 pub use reads::{ReadSet, ReadState, RecordId};
 
 use fleet::Fleet;

@@ -142,6 +142,11 @@ impl std::fmt::Debug for Postgres {
     }
 }
 
+/// Whether the text of a URL names a server, a database and a schema. Resolves nothing.
+pub(super) fn check_url(url: &str) -> std::result::Result<(), OpenError> {
+    Place::parse(url).map(drop)
+}
+
 impl Postgres {
     /// Connects to the server that `url` names, checks it, migrates the schema and checks it.
     ///

@@ -2,7 +2,7 @@
 
 use std::{
     fmt, io,
-    net::SocketAddr,
+    net::{SocketAddr, ToSocketAddrs as _},
     os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     pin::Pin,
@@ -48,6 +48,14 @@ pub enum BindError {
 #[must_use]
 pub fn is_exposed(address: &SocketAddr) -> bool {
     !address.ip().to_canonical().is_loopback()
+}
+
+/// The first address beyond this machine among those of `host:port`. Looks names up, which may take seconds.
+///
+/// # Errors
+/// When the name cannot be looked up.
+pub fn first_exposed(address: &str) -> io::Result<Option<SocketAddr>> {
+    Ok(address.to_socket_addrs()?.find(is_exposed))
 }
 
 /// An address that is ours, and that nobody can connect to yet.

@@ -197,7 +197,8 @@ fn a_bad_bootstrap_and_a_bad_configuration_are_told() {
     assert_eq!(unread.code, Some(2), "{unread:?}");
     std::fs::write(home.path("keyward.toml"), "lisen = 'x'\n").unwrap();
     let wrong = home.run(home.command(["doctor", "--config", "keyward.toml"]));
-    assert!(wrong.code == Some(1) && wrong.err.contains("did you mean `listen`?"), "{wrong:?}");
+    let said = "fail  settings   line 1, column 1: unknown key `lisen`: did you mean `listen`?";
+    assert!(wrong.code == Some(1) && wrong.out.contains(said), "{wrong:?}");
     drop(server);
 }
 

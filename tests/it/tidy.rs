@@ -155,7 +155,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("http1", &["transport"]),
     ("reload", &[]),
     ("transport", &["clock", "domain", "quiet"]),
-    ("config", &["decisions", "domain", "engine", "gateway", "keys", "trace", "transport"]),
+    ("config", &["decisions", "domain", "engine", "gateway", "keys", "store", "trace", "transport"]),
     ("telemetry", &["config", "trace"]),
     ("doctor", &["clock", "config", "domain", "store"]),
     (

@@ -23,7 +23,12 @@ use tokio::{
     time::timeout,
 };
 
-use crate::domain::{facts::KeyFacts, limit::Level, time::Timestamp};
+use crate::domain::{
+    connection_url::{ConnectionUrl, UrlError},
+    facts::KeyFacts,
+    limit::Level,
+    time::Timestamp,
+};
 
 use super::{HeldKey, RedisSettings, Take};
 
@@ -55,9 +60,19 @@ impl RedisUrl {
     pub fn parse(url: &str) -> Result<RedisUrl, &'static str> {
         const WANTED: &str = "must be redis://[USER[:PASSWORD]@]HOST[:PORT][/DATABASE], rediss:// for TLS, or \
                               unix:///PATH; other letters than those of a URL are written as %XX";
+        const AMBIGUOUS: &str = "can be read in more than one way: percent-encode the password (# is %23, / is %2F, \
+                                 ? is %3F, @ is %40)";
         let known = ["redis", "rediss", "valkey", "valkeys", "redis+unix", "valkey+unix", "unix"];
         if !url.split_once("://").is_some_and(|(scheme, _)| known.contains(&scheme)) {
             return Err(WANTED);
+        }
+        let parts = ConnectionUrl::parse(url).map_err(|error| match error {
+            UrlError::NoScheme => WANTED,
+            UrlError::Ambiguous => AMBIGUOUS,
+        })?;
+        // With it a certificate is not verified; anything else behind a # is a piece of a password.
+        if parts.fragment.is_some_and(|fragment| fragment != "insecure") {
+            return Err(AMBIGUOUS);
         }
         let info = url.into_connection_info().map_err(|_| WANTED)?;
         Client::open(info).map(RedisUrl).map_err(|_| WANTED)

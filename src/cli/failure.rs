@@ -59,6 +59,12 @@ impl Failure {
         Failure::refused("not confirmed: nothing was changed")
     }
 
+    /// Nobody can be asked whether what cannot be undone is meant.
+    pub(super) fn unconfirmed() -> Failure {
+        Failure::usage("not confirmed: there is no terminal to ask on, and nothing was changed")
+            .hint("if it is meant, repeat it with --yes")
+    }
+
     /// No answer within the time that was given.
     pub(super) fn timeout(after: Duration) -> Failure {
         Failure::usage(format!("no answer within {}", duration::format(after)))
@@ -133,6 +139,8 @@ impl Failure {
         self.exit
     }
 }
+
+impl Error for Failure {}
 
 impl From<SettingsError> for Failure {
     fn from(error: SettingsError) -> Failure {

@@ -59,12 +59,16 @@ use crate::config::{
 const GENERAL: &str = "\
 Settings: a flag wins over the environment (KEYWARD_SERVER, KEYWARD_TOKEN_FILE), which wins over \
 ~/.config/keyward/config.toml (below XDG_CONFIG_HOME where that is set) with the keys server, token_file, ca_file, \
-client_certificate, client_key and output. There is no flag for a token: other processes could read it.
+client_certificate, client_key, insecure and output. There is no flag for a token: other processes could read it.
 
 JSON (--output json): the response as one object. Field names as in the protos (snake_case), every field \
 there, null where it is absent; instants RFC 3339 in UTC, durations text such as 1m30s, enums their proto \
 names (KEY_STATE_ACTIVE), 64-bit numbers as numbers, bytes hexadecimal digits. Lists are fetched page by \
 page into one object. Errors are text on stderr.
+
+What cannot be undone is asked about on the terminal, also where stdin is a pipe; where there is no terminal it is \
+refused with exit code 2, unless --yes says that it is meant. Tokens are sent in plaintext to this machine only, \
+unless --insecure allows more.
 
 Exit codes: 0 done; 1 the server refused; 2 no answer (bad usage, no connection, time ran out, a server in \
 trouble). `keyward check`: 0 allowed; 1 denied; 2 could not be answered. `keyward health`: 0 ready; 1 not ready; \
@@ -238,7 +242,7 @@ pub fn main() -> ExitCode {
 }
 
 fn parse(arguments: &[OsString]) -> Result<Cli, clap::Error> {
-    let mut command = Cli::command();
+    let mut command = settings::without_empty_variables(Cli::command());
     if token::among(arguments) {
         return Err(command.error(ErrorKind::InvalidValue, TOKEN_SHOWN));
     }
@@ -286,7 +290,8 @@ fn misplaced(matches: &ArgMatches) -> Option<String> {
         .into_iter()
         .filter(|id| !taken.contains(id))
         .find(|id| is_given(matches, id))
-        .map(|id| id.replace('_', "-"))
+        // `serve` has an --insecure of another meaning, and so another id.
+        .map(|id| if id == "client_insecure" { "insecure".to_owned() } else { id.replace('_', "-") })
 }
 
 /// Whether a flag stands before the command, or anywhere behind it.

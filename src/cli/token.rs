@@ -8,12 +8,13 @@ use std::{
     ffi::OsString,
     fmt, fs,
     io::{self, Read, Write as _},
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
 };
 
 use zeroize::Zeroizing;
 
-use super::failure::Failure;
+use super::{failure::Failure, table::clean};
 use crate::private_file;
 
 /// Far above the longest token; what is longer was not meant.
@@ -67,6 +68,19 @@ fn read_all(from: impl Read) -> io::Result<Zeroizing<String>> {
     }
     let text = std::str::from_utf8(&bytes).map_err(|_| io::Error::other("not text"))?;
     Ok(Zeroizing::new(text.trim_ascii().to_owned()))
+}
+
+/// A warning if others than its owner can read a token's file.
+pub(super) fn readers_warning(path: &Path) -> Option<String> {
+    let found = fs::metadata(path).ok().filter(|found| !is_stdin(path) && found.is_file())?;
+    let mode = found.permissions().mode() & 0o777;
+    let who = match (mode & 0o044, mode & 0o004) {
+        (0, _) => return None,
+        (_, 0) => "its group",
+        _ => "everybody",
+    };
+    let path = clean(&path.display().to_string());
+    Some(format!("warning: {who} can read the token in {path} (mode {mode:04o}): chmod 600 {path}\n"))
 }
 
 fn place(path: &Path) -> String {
@@ -205,6 +219,25 @@ mod tests {
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert!(TokenFile::create(&path).unwrap_err().to_string().contains("exists already"));
         assert_eq!(fs::read_to_string(&path).unwrap(), "kw_x\n");
+    }
+
+    #[test]
+    fn a_token_file_that_others_can_read_is_warned_of() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("token");
+        fs::write(&path, "kw_x").unwrap();
+        for (mode, who) in
+            [(0o600, None), (0o400, None), (0o640, Some("its group")), (0o644, Some("everybody"))]
+        {
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+            let warning = readers_warning(&path);
+            assert_eq!(warning.is_some(), who.is_some(), "{mode:o}");
+            assert!(
+                warning.is_none_or(|warning| warning.contains(who.unwrap()) && !warning.contains("kw_x"))
+            );
+        }
+        assert_eq!(readers_warning(Path::new("-")), None);
+        assert_eq!(readers_warning(folder.path()), None);
     }
 
     #[test]

@@ -418,7 +418,7 @@ async fn backup_restored_is_met_by_replicas_that_deny_and_stop_until_it_is_accep
         until_ready(replica, 503);
     }
     assert_eq!(fleet.sql("SELECT count(*) FROM keyward.keys WHERE revoked_at IS NOT NULL"), "0");
-    assert!(fleet.operator(&["accept-regression"]).starts_with("Accepted: epoch "));
+    assert!(fleet.operator(&["accept-regression", "--yes"]).starts_with("Accepted: epoch "));
     for replica in &fleet.replicas {
         until_ready(replica, 200);
         assert_eq!(check(replica, &token).await.unwrap(), pb::Reason::Revoked, "it was revoked again");

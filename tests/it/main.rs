@@ -73,6 +73,7 @@ mod store;
 mod stream;
 mod support;
 mod telemetry;
+mod terminal;
 mod tidy;
 mod tls;
 mod unknown;

@@ -18,7 +18,8 @@ use crate::{
 };
 
 const EXAMPLES: &str = "\
-Keys that are revoked already are left alone. On a terminal it says first how many keys are meant, and asks. \
+Keys that are revoked already are left alone. It says first how many keys are meant, and asks on the terminal, also \
+where stdin is a pipe; without a terminal it needs --yes. \
 Exit code 1: some key could not be revoked; the table says why.
 
 Example: keyward keys bulk-revoke --account acme --environment staging --created-before 90d --dry-run";
@@ -69,6 +70,10 @@ pub(in crate::cli) struct BulkRevokeArgs {
 
 impl BulkRevokeArgs {
     pub(super) async fn run(self, cx: &mut Context<'_>) -> Result<u8, Failure> {
+        if !self.dry_run {
+            // Before anything is sent: without a terminal the answer is known.
+            cx.console.must_ask(self.yes)?;
+        }
         let session = cx.session()?;
         let question = self.request(&SystemClock);
         if self.dry_run {
@@ -77,7 +82,7 @@ impl BulkRevokeArgs {
             cx.console.note(&format!("{} would be revoked; none was.\n", count(&answer)));
             return Ok(0);
         }
-        if cx.console.asks(self.yes) {
+        if cx.console.must_ask(self.yes)? {
             let meant =
                 ask(&session, pb::BulkRevokeKeysRequest { dry_run: true, ..question.clone() }).await?;
             if meant.keys.is_empty() {

@@ -397,11 +397,12 @@ impl MessageBody {
 
     /// The whole messages of those bytes that are kept.
     fn take_whole(&mut self) -> Result<Option<Bytes>, Status> {
-        let end = match whole_messages(&self.partial, self.limit).map_err(|length| self.refuse_size(length))? {
-            0 => return Ok(None),
-            _ if self.inflates => PREFIX + length(&self.partial).unwrap_or(0),
-            end => end,
-        };
+        let end =
+            match whole_messages(&self.partial, self.limit).map_err(|length| self.refuse_size(length))? {
+                0 => return Ok(None),
+                _ if self.inflates => PREFIX + length(&self.partial).unwrap_or(0),
+                end => end,
+            };
         let rest = self.partial.split_off(end);
         let whole = std::mem::replace(&mut self.partial, rest);
         self.late = self.late.take().filter(|_| self.kind == Kind::Unary);

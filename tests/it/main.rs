@@ -103,7 +103,7 @@ mod on_sqlite {
     mod idempotency;
     mod names;
     mod paging;
-mod path_spellings;
+    mod path_spellings;
     mod people;
     mod persons;
     mod seed_checkly;
@@ -125,7 +125,7 @@ mod on_postgres {
     mod idempotency;
     mod names;
     mod paging;
-mod path_spellings;
+    mod path_spellings;
     mod people;
     mod persons;
     mod seed_checkly;

@@ -297,6 +297,20 @@ impl MessageBody {
         Ok(())
     }
 
+    /// Requires that the message has at most `limit` bytes besides a part that is passed over when it is decoded.
+    ///
+    /// # Errors
+    /// When it has more: what is decoded costs many times its bytes.
+    pub(super) fn check_length_without(&self, part: fn(&[u8]) -> usize, limit: usize) -> Result<(), Status> {
+        let message = self.whole.as_ref().and_then(|message| message.get(PREFIX..)).unwrap_or_default();
+        match message.len() {
+            length if length > limit && length - part(message) > limit => {
+                Err(too_large(length - part(message), limit))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Reserves what the message takes when it is decoded, where that can be much more than its bytes. `nested`: its
     /// fields are messages with many fields.
     ///

@@ -21,7 +21,7 @@ use crate::{
     gateway::Gateway,
     pb::{
         account_service_server::AccountServiceServer, audit_service_server::AuditServiceServer,
-        envoy::service::auth::v3::authorization_server::AuthorizationServer,
+        envoy::service::auth::v3::authorization_server::AuthorizationServer, envoy_request::body_len,
         key_service_server::KeyServiceServer,
     },
     refusal::Refusal,
@@ -45,7 +45,7 @@ use super::{
     outgoing::SendBudget,
     permits::{ConcurrencyLimits, Occupant, PermitBody},
     reply::{self, Reply},
-    rpc::{Access, IMPORT, Kind, Plane, Rpc},
+    rpc::{Access, BATCH_BYTES, IMPORT, Kind, Plane, Rpc},
     session::CallerSession,
     status::{deadline_exceeded, internal, no_such_rpc, with_reason},
     vigil::Vigil,
@@ -445,6 +445,9 @@ fn limited(
 /// Reads the message of a unary request.
 async fn read_message(rpc: &Rpc, body: &mut MessageBody) -> Result<(), Status> {
     body.read_to_end().await?;
+    if rpc.access == Access::Proxy {
+        body.check_length_without(body_len, BATCH_BYTES)?;
+    }
     body.reserve_decoded(rpc.method == IMPORT)
 }
 

@@ -500,6 +500,7 @@ mod tests {
                     stripped => stripped.split("::$").next().unwrap().to_owned(),
                 };
                 let path = decoded(target).replace('\\', "/");
+                let path = each(&path, str::to_owned);
                 if path == "/" { path } else { format!("/{}", each(path.strip_prefix('/').unwrap(), name)) }
             },
             // Tomcat: parameters are no part of a segment.

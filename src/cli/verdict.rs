@@ -14,6 +14,7 @@ use crate::domain::{
         Captures, Demand, Mode, Named, Route, Rule, RuleBook,
         path::{self, Path},
     },
+    token::redacted,
 };
 
 /// What `[gateway]` of the server's settings says.
@@ -257,7 +258,10 @@ impl Verdict {
             .unwrap_or_else(|| Setting { value: Some("1".to_owned()), from: "nobody".to_owned() });
         self.rule = Some(Deciding {
             rule: Shown::of(rule),
-            captures: captures.iter().map(|(name, text)| ((*name).to_owned(), (*text).to_owned())).collect(),
+            captures: captures
+                .iter()
+                .map(|(name, text)| ((*name).to_owned(), redacted(text).into_owned()))
+                .collect(),
             public: rule.route.demand == Some(Demand::Public),
             authenticate_only: rule.route.demand == Some(Demand::Authenticated),
             scopes,
@@ -288,7 +292,10 @@ impl Verdict {
                 if let Err(error) = parse(text) {
                     self.refuse(format!("the {what} named {error}"));
                 }
-                Setting { value: Some(text.to_owned()), from: format!("{by}: the path's {{{name}}}") }
+                Setting {
+                    value: Some(redacted(text).into_owned()),
+                    from: format!("{by}: the path's {{{name}}}"),
+                }
             }
         }
     }
@@ -356,6 +363,14 @@ mode = "shadow"
             assert!(text.lines().any(|told| told == line), "{line}\n{text}");
         }
         assert!(told("GET", "/status").contains("nothing: it is open to everybody"));
+    }
+
+    #[test]
+    fn a_token_in_the_path_is_not_shown() {
+        let path = format!("/accounts/kw_live_{}/runs", "0".repeat(49));
+        let verdict = verdict(RULES, Mode::Enforce, "POST", &path, None);
+        let all = verdict.words(false) + &crate::cli::json::object(&verdict);
+        assert!(all.contains("kw_live_***") && !all.contains("kw_live_0"), "{all}");
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::config::server::Settings;
+use crate::{config::server::Settings, pb::envoy_request::MAX_BODY};
 
 use super::Findings;
 use reading::{Object as _, typed};
@@ -20,6 +20,16 @@ pub(super) const ABOUT: &str = "envoy";
 const FILTER: &str = ".ext_authz.v3.ExtAuthz";
 const PER_ROUTE: &str = ".ext_authz.v3.ExtAuthzPerRoute";
 const MANAGER: &str = ".http_connection_manager.v3.HttpConnectionManager";
+/// The headers in which a service learns who calls.
+const IDENTITY: [&str; 7] = [
+    "x-keyward-key-id",
+    "x-keyward-account",
+    "x-keyward-user",
+    "x-keyward-environment",
+    "x-keyward-scopes",
+    "x-keyward-truncated",
+    "x-keyward-shadow",
+];
 /// What Envoy waits for when nobody says how long.
 const TIMEOUT: Duration = Duration::from_millis(200);
 /// Longer, and an outage holds up every request for all of it.
@@ -87,9 +97,8 @@ fn examine_filter(filter: &Value, redis: Option<Duration>, findings: &mut Findin
         let said = "clear_route_cache is true: a request can change to another route after it was judged by the first";
         findings.fail(ABOUT, said, "take clear_route_cache away");
     }
-    if filter.at("with_request_body").is_some() {
-        let said = "with_request_body makes Envoy hold every body back; Keyward does not look at bodies";
-        findings.warn(ABOUT, said, "take with_request_body away");
+    if let Some(body) = filter.at("with_request_body") {
+        request_body(body, findings);
     }
     if filter.is_true("include_peer_certificate") {
         let said =
@@ -127,6 +136,19 @@ fn examine_filter(filter: &Value, redis: Option<Duration>, findings: &mut Findin
     }
 }
 
+fn request_body(body: &Value, findings: &mut Findings) {
+    let most = body.at("max_request_bytes").and_then(Value::as_u64).unwrap_or_default();
+    if most > MAX_BODY as u64 {
+        let said = format!(
+            "with_request_body sends bodies of up to {most} bytes along; Keyward answers 413 above {MAX_BODY}"
+        );
+        findings.fail(ABOUT, said, "take with_request_body away: Keyward does not look at bodies");
+    } else {
+        let said = "with_request_body makes Envoy hold every body back; Keyward does not look at bodies";
+        findings.warn(ABOUT, said, "take with_request_body away");
+    }
+}
+
 /// Which of a request's headers Keyward sees. What it does not see it does not have removed.
 fn headers(filter: &Value, findings: &mut Findings) {
     let over_http = filter.at("http_service").is_some();
@@ -136,8 +158,7 @@ fn headers(filter: &Value, findings: &mut Findings) {
         allowed.as_ref().map_or(!over_http, |list| list.iter().any(|pattern| pattern.takes(name)))
             && !refused.as_ref().is_some_and(|list| list.iter().any(|pattern| pattern.takes(name)))
     };
-    if !["x-keyward-key-id", "x-keyward-account", "x-keyward-user", "x-keyward-scopes"].into_iter().all(&sees)
-    {
+    if !IDENTITY.into_iter().all(&sees) {
         let said = "Keyward does not see x-keyward-… headers of clients, so it cannot have them removed: a client can make up who it is";
         findings.fail(ABOUT, said, "allowed_headers: { patterns: [ { prefix: x-keyward- } ] }");
     }
@@ -191,10 +212,7 @@ fn http_service(service: &Value, findings: &mut Findings) {
     let passed =
         service.at("authorization_response").and_then(|answer| answer.at("allowed_upstream_headers"));
     let passed = passed.map(reading::patterns).unwrap_or_default();
-    if !["x-keyward-key-id", "x-keyward-account"]
-        .iter()
-        .all(|name| passed.iter().any(|pattern| pattern.takes(name)))
-    {
+    if !IDENTITY.iter().all(|name| passed.iter().any(|pattern| pattern.takes(name))) {
         let said = "allowed_upstream_headers lacks x-keyward-…: what a client sends under these names reaches the service as if Keyward had said it";
         findings.fail(
             ABOUT,
@@ -244,6 +262,11 @@ mod tests {
                 "validate_mutations: true",
                 "validate_mutations: true\n              with_request_body: { max_request_bytes: 1 }",
                 "warn with_request_body",
+            ),
+            (
+                "validate_mutations: true",
+                "validate_mutations: true\n              with_request_body: { max_request_bytes: 4194305 }",
+                "fail with_request_body sends bodies of up to 4194305 bytes along",
             ),
             (
                 "validate_mutations: true",

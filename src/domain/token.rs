@@ -5,7 +5,7 @@
 //! `0-9A-Za-z`, most significant first, zero-padded. The checksum rejects typos, truncation and random floods
 //! before any look-up; it proves nothing.
 
-use std::fmt;
+use std::{borrow::Cow, fmt};
 
 use serde::{Deserialize, Serialize};
 use sha2::Digest as _;
@@ -109,7 +109,7 @@ impl Serialize for Digest {
 
 impl<'de> Deserialize<'de> for Digest {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = std::borrow::Cow::<str>::deserialize(deserializer)?;
+        let text = Cow::<str>::deserialize(deserializer)?;
         from_hex(&text)
             .map(Digest)
             .ok_or_else(|| serde::de::Error::custom("a digest is 64 hexadecimal digits"))
@@ -121,7 +121,16 @@ pub(crate) struct Hex<'a>(pub(crate) &'a [u8]);
 
 impl fmt::Display for Hex<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+        const DIGITS: &[u8; 16] = b"0123456789abcdef";
+        // In pieces: to write each digit by itself takes several times as long.
+        for piece in self.0.chunks(16) {
+            let mut digits = [0; 32];
+            for (pair, byte) in digits.as_chunks_mut::<2>().0.iter_mut().zip(piece) {
+                *pair = [DIGITS[usize::from(byte >> 4)], DIGITS[usize::from(byte & 15)]];
+            }
+            f.write_str(std::str::from_utf8(&digits[..2 * piece.len()]).map_err(|_| fmt::Error)?)?;
+        }
+        Ok(())
     }
 }
 
@@ -188,6 +197,50 @@ fn checksum_holds(bytes: &[u8]) -> bool {
         sum /= 62;
         *digit == expected
     })
+}
+
+/// A text for logs: the random part of whatever looks like a token is replaced by `***`. That is every run of 32 or more
+/// base62 digits after a `_`, each plain or percent-encoded, so that a token that was cut short is replaced, too.
+#[must_use]
+pub fn redacted(text: &str) -> Cow<'_, str> {
+    const FEWEST: usize = 32;
+    let bytes = text.as_bytes();
+    let (mut out, mut copied) = (String::new(), 0);
+    // Where the digits after a `_` begin, and how many there are so far.
+    let mut run: Option<(usize, usize)> = None;
+    let mut at = 0;
+    loop {
+        let (letter, next) = letter_at(bytes, at);
+        match (&mut run, letter) {
+            (Some((_, digits)), Some(letter)) if letter.is_ascii_alphanumeric() => *digits += 1,
+            _ => {
+                if let Some((start, _)) = run.filter(|(_, digits)| *digits >= FEWEST) {
+                    out.push_str(&text[copied..start]);
+                    out.push_str("***");
+                    copied = at;
+                }
+                run = (letter == Some(b'_')).then_some((next, 0));
+            }
+        }
+        if letter.is_none() {
+            break;
+        }
+        at = next;
+    }
+    if copied == 0 {
+        return Cow::Borrowed(text);
+    }
+    out.push_str(&text[copied..]);
+    Cow::Owned(out)
+}
+
+/// The byte at a place, percent-decoded, and where the next begins; no byte at the end.
+fn letter_at(bytes: &[u8], at: usize) -> (Option<u8>, usize) {
+    let hex = |at: usize| bytes.get(at).and_then(|digit| char::from(*digit).to_digit(16));
+    match (bytes.get(at), hex(at + 1), hex(at + 2)) {
+        (Some(b'%'), Some(high), Some(low)) => (u8::try_from(high << 4 | low).ok(), at + 3),
+        (letter, ..) => (letter.copied(), at + 1),
+    }
 }
 
 /// Appends `bytes`, read as one big-endian number, as exactly `digits` base62 digits. The bytes come in fours.
@@ -265,6 +318,25 @@ mod tests {
     }
 
     #[test]
+    fn a_token_in_a_text_is_not_logged_however_it_is_written() {
+        let made = token("kw", "live", [7; 32]);
+        let (text, secret) = (made.reveal(), &made.reveal()["kw_live_".len()..]);
+        let encoded: String = text.bytes().map(|byte| format!("%{byte:02X}")).collect();
+        let (cut, odd) = (&text[..text.len() - 9], text.replace('_', "%5f"));
+        for (text, wanted) in [
+            (format!("/runs/{text}/x"), "/runs/kw_live_***/x".to_owned()),
+            (format!("{text}{text}"), "kw_live_***_live_***".to_owned()),
+            (cut.to_owned(), "kw_live_***".to_owned()),
+            (format!("/{odd}\u{e9}"), "/kw%5flive%5f***\u{e9}".to_owned()),
+            (format!("/{encoded}."), format!("/{}***.", &encoded[.."kw_live_".len() * 3])),
+            ("/v1/monitors_of/7%".to_owned(), "/v1/monitors_of/7%".to_owned()),
+            (secret.to_owned(), secret.to_owned()),
+        ] {
+            assert_eq!(redacted(&text), wanted, "{text}");
+        }
+    }
+
+    #[test]
     fn the_hint_shows_four_characters_of_the_random_part() {
         let made = token("izli_sk", "live", [7; 32]);
         assert_eq!(made.hint(), made.reveal()[.."izli_sk_live_".len() + 4]);
@@ -316,6 +388,20 @@ mod tests {
             } else if !plausible {
                 prop_assert_eq!(shape(&text), Shape::Malformed);
             }
+        }
+
+        #[test]
+        fn no_text_is_logged_with_a_whole_token(
+            random: [u8; 32], before in any::<String>(), after in "[^0-9A-Za-z]?.*", encode: u64
+        ) {
+            let made = token("kw", "live", random);
+            let written: String = made.reveal().bytes().enumerate().map(|(at, byte)| {
+                if encode >> (at % 64) & 1 == 1 { format!("%{byte:02x}") } else { char::from(byte).to_string() }
+            }).collect();
+            let logged = redacted(&format!("{before}{written}{after}")).into_owned();
+            let decoded = |text: &str| percent_encoding::percent_decode_str(text).decode_utf8_lossy().into_owned();
+            prop_assert!(!decoded(&logged).contains(&made.reveal()[8..]), "{}", logged);
+            prop_assert!(logged.contains("***"));
         }
 
         #[test]

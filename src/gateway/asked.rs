@@ -50,7 +50,7 @@ pub struct Asked<'a> {
 
 impl fmt::Debug for Asked<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Asked").field("via", &self.via).field("path", &self.path()).finish_non_exhaustive()
+        f.debug_struct("Asked").field("via", &self.via).finish_non_exhaustive()
     }
 }
 
@@ -85,10 +85,10 @@ impl<'a> Asked<'a> {
         str::from_utf8(self.target).ok()
     }
 
-    /// The path without the query, for logs: a query may hold anything.
-    pub(super) fn path(&self) -> &'a str {
+    /// The path without the query; [`super::LoggedPath`] makes it fit for logs.
+    pub(super) fn path(&self) -> Cow<'a, str> {
         let path = self.target.split(|byte| *byte == b'?').next().unwrap_or_default();
-        str::from_utf8(path).unwrap_or("(not UTF-8)")
+        String::from_utf8_lossy(path)
     }
 
     /// What to call the request in logs: as it is called where it came from, or by the proxy's number.

@@ -152,6 +152,8 @@ pub(super) struct MessageBody {
     /// The beginning of a message.
     partial: Vec<u8>,
     memory: BodyMemory,
+    /// What a message announced that is larger than `limit`, in bytes.
+    oversize: Option<usize>,
     /// Set while bytes are due.
     late: Option<Pin<Box<Sleep>>>,
     kind: Kind,
@@ -206,6 +208,7 @@ impl MessageBody {
             whole: None,
             partial: Vec::new(),
             memory: BodyMemory { budget, priority, headers, reservation: None },
+            oversize: None,
             late: None,
             kind: Kind::Stream,
         }
@@ -214,6 +217,16 @@ impl MessageBody {
     /// Whose memory it takes from now on.
     pub(super) fn set_priority(&mut self, priority: Priority) {
         self.memory.priority = priority;
+    }
+
+    /// The length of the message that was refused, since it is larger than the limit; and the limit. In bytes.
+    pub(super) fn oversize(&self) -> Option<(usize, usize)> {
+        self.oversize.map(|length| (length, self.limit))
+    }
+
+    fn refuse_size(&mut self, length: usize) -> Status {
+        self.oversize = Some(length);
+        too_large(length, self.limit)
     }
 
     /// Reads a unary request to its end.
@@ -242,6 +255,20 @@ impl MessageBody {
         let first = timeout(READ_TIMEOUT, self.next_messages()).await;
         self.whole = first.map_err(|_| too_slow())??;
         Ok(())
+    }
+
+    /// Requires that the message has at most `limit` bytes besides a part that is passed over when it is decoded.
+    ///
+    /// # Errors
+    /// When it has more: what is decoded costs many times its bytes.
+    pub(super) fn check_length_without(&self, part: fn(&[u8]) -> usize, limit: usize) -> Result<(), Status> {
+        let message = self.whole.as_ref().and_then(|message| message.get(PREFIX..)).unwrap_or_default();
+        match message.len() {
+            length if length > limit && length - part(message) > limit => {
+                Err(too_large(length - part(message), limit))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Reserves what the message takes when it is decoded, where that can be much more than its bytes. `nested`: its
@@ -286,7 +313,7 @@ impl MessageBody {
     /// The next whole messages, or the trailers.
     fn poll_messages(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         if let Some(length) = length(&self.partial).filter(|length| *length > self.limit) {
-            return Poll::Ready(Some(Err(too_large(length, self.limit))));
+            return Poll::Ready(Some(Err(self.refuse_size(length))));
         }
         loop {
             let frame = match self.inner.poll_next(cx) {
@@ -328,12 +355,12 @@ impl MessageBody {
     /// Takes bytes that have come; gives the messages that are whole.
     fn add(&mut self, data: Bytes) -> Result<Option<Bytes>, Status> {
         if self.partial.is_empty() {
-            let end = whole_messages(&data, self.limit)?;
+            let end = whole_messages(&data, self.limit).map_err(|length| self.refuse_size(length))?;
             self.keep(&data[end..])?;
             return Ok((end > 0).then(|| data.slice(..end)));
         }
         self.keep(&data)?;
-        let end = whole_messages(&self.partial, self.limit)?;
+        let end = whole_messages(&self.partial, self.limit).map_err(|length| self.refuse_size(length))?;
         if end == 0 {
             return Ok(None);
         }
@@ -369,13 +396,13 @@ fn length(message: &[u8]) -> Option<usize> {
 /// How many of these bytes are whole messages.
 ///
 /// # Errors
-/// When the first message that is not whole is too large.
-fn whole_messages(data: &[u8], limit: usize) -> Result<usize, Status> {
+/// When the first message that is not whole is too large: its length.
+fn whole_messages(data: &[u8], limit: usize) -> Result<usize, usize> {
     let mut end = 0;
     while let Some(length) = data.get(end..).and_then(length) {
         // Those before it are answered first.
         if length > limit && end == 0 {
-            return Err(too_large(length, limit));
+            return Err(length);
         }
         match end + PREFIX + length {
             next if next <= data.len() && length <= limit => end = next,
@@ -444,7 +471,7 @@ mod tests {
         assert_eq!(whole_messages(&small[..7], 10).unwrap(), 0);
         assert_eq!(whole_messages(&[&small[..], &small, &small[..4]].concat(), 10).unwrap(), 16);
         assert_eq!(whole_messages(&[&small[..], &large].concat(), 10).unwrap(), 8);
-        assert_eq!(whole_messages(&large, 10).unwrap_err().code(), tonic::Code::InvalidArgument);
+        assert_eq!(whole_messages(&large, 10), Err(99));
     }
 
     #[test]

@@ -21,7 +21,7 @@ use crate::{
     gateway::Gateway,
     pb::{
         account_service_server::AccountServiceServer, audit_service_server::AuditServiceServer,
-        envoy::service::auth::v3::authorization_server::AuthorizationServer,
+        envoy::service::auth::v3::authorization_server::AuthorizationServer, envoy_request::body_len,
         key_service_server::KeyServiceServer,
     },
     refusal::Refusal,
@@ -43,8 +43,8 @@ use super::{
     keys::KeyService,
     outgoing::SendBudget,
     permits::{ConcurrencyLimits, Occupant, PermitBody},
-    reply::Reply,
-    rpc::{Access, IMPORT, Kind, Plane, Rpc},
+    reply::{self, Reply},
+    rpc::{Access, BATCH_BYTES, IMPORT, Kind, Plane, Rpc},
     session::CallerSession,
     status::{deadline_exceeded, internal, no_such_rpc, with_reason},
     vigil::Vigil,
@@ -282,7 +282,10 @@ impl Services {
             if rpc.kind != Kind::BidiStream
                 && let Err(status) = read_message(rpc, request.body_mut()).await
             {
-                return status.into_http();
+                return match request.body().oversize().filter(|_| rpc.access == Access::Proxy) {
+                    Some((length, limit)) => message(&self.proxies.refuse_too_large(length, limit)),
+                    None => status.into_http(),
+                };
             }
             match rpc.plane {
                 Plane::Checks if rpc.access == Access::Proxy => {
@@ -414,6 +417,9 @@ fn limited(request: Request<Arriving>, max_message: usize, visitor: &Visitor) ->
 /// Reads the message of a unary request.
 async fn read_message(rpc: &Rpc, body: &mut MessageBody) -> Result<(), Status> {
     body.read_to_end().await?;
+    if rpc.access == Access::Proxy {
+        body.check_length_without(body_len, BATCH_BYTES)?;
+    }
     body.reserve_decoded(rpc.method == IMPORT)
 }
 
@@ -464,6 +470,14 @@ fn explained(response: Response<Body>) -> Response<Body> {
         }
         _ => response,
     }
+}
+
+/// The answer to a unary call that ended well.
+fn message(message: &impl prost::Message) -> Response<Body> {
+    let mut out = reply::begin();
+    // It only fails without room, and a buffer grows.
+    let _ = message.encode(&mut out);
+    reply::ok(out).map(Body::new)
 }
 
 async fn into_service<B, S>(service: S, request: Request<B>) -> Response<Body>

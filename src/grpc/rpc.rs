@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use crate::access::Permission;
+use crate::{access::Permission, pb::envoy_request::MAX_BODY};
 
 /// What a caller must show.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,6 +120,8 @@ pub fn service(method: &'static str) -> &'static str {
 
 pub(super) const CHECK_BYTES: usize = 16 * 1024;
 pub(super) const BATCH_BYTES: usize = 128 * 1024;
+/// A request's head, and its body where Envoy sends that along.
+const EXT_AUTHZ_BYTES: usize = BATCH_BYTES + MAX_BODY;
 const MANAGEMENT_BYTES: usize = 4 * 1024 * 1024;
 pub(super) const CHECK_TIMEOUT: Duration = Duration::from_secs(5);
 const MANAGEMENT_TIMEOUT: Duration = Duration::from_secs(60);
@@ -158,7 +160,7 @@ use Permission::{AccountsRead, AccountsWrite, AuditRead, KeysRead, KeysWrite};
 /// Every RPC but those of health and reflection, the most frequent first.
 pub const TABLE: [Rpc; 34] = [
     checks("keyward.v1.AuthzService/Check", CHECK_BYTES, Some(CHECK_TIMEOUT)),
-    Rpc { access: Access::Proxy, ..checks(EXT_AUTHZ, BATCH_BYTES, Some(CHECK_TIMEOUT)) },
+    Rpc { access: Access::Proxy, ..checks(EXT_AUTHZ, EXT_AUTHZ_BYTES, Some(CHECK_TIMEOUT)) },
     checks(BATCH_CHECK, BATCH_BYTES, Some(CHECK_TIMEOUT)),
     Rpc { kind: Kind::BidiStream, ..checks("keyward.v1.AuthzService/StreamCheck", CHECK_BYTES, None) },
     managed("keyward.v1.KeyService/Create", Needs(KeysWrite)),

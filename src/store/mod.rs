@@ -390,6 +390,14 @@ pub trait Store: Send + Sync + 'static {
     /// The keys with these ids, in no order; those that there are.
     async fn keys_at(&self, ids: &[KeyId]) -> Result<Vec<StoredKey>, StoreError>;
 
+    /// The id of each key after `after` with the revision of its record, in the order of ids, at most `limit`. The records
+    /// are not read otherwise, and their checksums not looked at.
+    async fn key_revisions(
+        &self,
+        after: Option<KeyId>,
+        limit: u32,
+    ) -> Result<Vec<(KeyId, Revision)>, StoreError>;
+
     /// The newest checkpoint; None = nothing was archived.
     async fn checkpoint(&self) -> Result<Option<Checkpoint>, StoreError>;
 

@@ -1,11 +1,14 @@
 //! The real nginx with `deploy/nginx/keyward.conf`, between a client and a service: what reaches either.
 
-use std::net::SocketAddr;
+use std::{
+    io::{Read as _, Write as _},
+    net::{SocketAddr, TcpListener, TcpStream},
+};
 
 use crate::{
-    forward_auth::{Front, assert_denied, key_with_a_limit},
+    forward_auth::{Front, assert_denied, key_with_a_limit, key_with_scopes, largest_key},
     http::{Connection, Request, Response},
-    process::plain_key,
+    process::{PATIENCE, plain_key, wait_for},
     proxy::{Nginx, filled},
     upstream::{Arrived, Upstream},
 };
@@ -54,6 +57,7 @@ fn conf(keyward: SocketAddr, upstream: SocketAddr) -> String {
             ("127.0.0.1:8000", "127.0.0.1:{port}"),
             ("127.0.0.1:50053", &keyward.to_string()),
             ("127.0.0.1:8080", &upstream.to_string()),
+            ("/var/log/nginx/access.log", "/dev/null"),
         ],
     )
 }
@@ -269,4 +273,196 @@ async fn an_nginx_that_does_not_tell_of_the_request_opens_no_door() {
     let response = Request::get("/monitors").bearer(&front.token().await).send(nginx.address);
     assert_denied(&response, 503, "UNAVAILABLE");
     assert_eq!(upstream.take_arrived().len(), 0);
+}
+
+/// The list of what is to be removed grows with each.
+fn with_made_up_names(request: Request, count: usize) -> Request {
+    (0..count).fold(request, |request, at| request.header(format!("x-keyward-made-up-{at:03}"), "x"))
+}
+
+/// What `/monitors` needs, and so much more.
+fn may_read_monitors(mut key: keyward::pb::CreateKeyRequest) -> keyward::pb::CreateKeyRequest {
+    key.scopes.truncate(255);
+    key.scopes.push("monitors:read".to_owned());
+    key
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_with_very_many_scopes_passes_and_the_service_learns_that_the_list_was_cut() {
+    let edge = Edge::start().await;
+    // With that one more, the list is just below its bound, just above, and far above.
+    for (key, cut) in [(key_with_scopes(63), false), (key_with_scopes(64), true), (largest_key(), true)] {
+        let (_, token) = edge.front.key(may_read_monitors(key)).await;
+        let request = Request::get("/monitors").bearer(&token).header("X-Keyward-Truncated", "evil");
+        let (response, arrived) = edge.passed(&request);
+        let scopes = arrived.all("x-keyward-scopes");
+        assert!(scopes.len() == 1 && (1900..=2048).contains(&scopes[0].len()), "{scopes:?}");
+        let expected: &[&str] = if cut { &["scopes"] } else { &[] };
+        assert_eq!(arrived.all("x-keyward-truncated"), expected);
+        assert_eq!(arrived.all("x-keyward-account"), ["acme"]);
+        assert!(response.headers.len() < 20, "{response:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn with_the_usual_buffers_of_nginx_the_largest_answer_would_be_503() {
+    let (front, upstream) = (Front::start().await, Upstream::start());
+    let usual = filled(
+        &conf(front.address, upstream.address),
+        &[("proxy_buffer_size 16k;", ""), ("proxy_buffers 4 16k;", ""), ("proxy_busy_buffers_size 32k;", "")],
+    );
+    let nginx = Nginx::start(&usual);
+    let (_, token) = front.key(may_read_monitors(largest_key())).await;
+    let request = with_made_up_names(Request::get("/monitors").bearer(&token), 60);
+    assert_denied(&request.send(nginx.address), 503, "UNAVAILABLE");
+    let nginx = Nginx::start(&conf(front.address, upstream.address));
+    assert_eq!(request.send(nginx.address).status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refusal_with_many_missing_scopes_and_one_with_many_made_up_names_are_whole() {
+    let (front, upstream) = (Front::start().await, Upstream::start());
+    let scopes: Vec<_> = (0..30).map(|at| format!("{}:{at}", "m".repeat(100))).collect();
+    let needs = format!("scopes={}&environment=production", scopes.join(","));
+    let conf = filled(
+        &conf(front.address, upstream.address),
+        &[("scope=beta:use&environment=production&mode=shadow", &needs)],
+    );
+    let nginx = Nginx::start(&conf);
+    let token = front.token().await;
+    let missing = Request::get("/beta/x").bearer(&token).send(nginx.address);
+    assert_denied(&missing, 403, "FORBIDDEN");
+    let challenge = r#"Bearer realm="keyward", error="insufficient_scope""#;
+    assert_eq!(missing.header("www-authenticate"), Some(challenge));
+    let named = with_made_up_names(Request::get("/monitors").bearer(&token), 120);
+    assert_denied(&named.send(nginx.address), 400, "BAD_REQUEST");
+    assert_eq!(upstream.take_arrived().len(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_preflight_passes_without_a_credential_and_nothing_else_does() {
+    let edge = Edge::start().await;
+    let preflight = |path: &str| {
+        Request::new("OPTIONS", path)
+            .header("Origin", "https://app.test:8443")
+            .header("Access-Control-Request-Method", "DELETE")
+    };
+    let (_, arrived) = edge.passed(&spoofed(preflight("/reports/7")));
+    assert_eq!((arrived.method.as_str(), arrived.target.as_str()), ("OPTIONS", "/reports/7"));
+    assert!(arrived.headers.iter().all(|(name, _)| !name.starts_with("x-keyward-")), "{arrived:?}");
+    let options = || Request::new("OPTIONS", "/reports/7");
+    for refused in [
+        options(),
+        options().header("Origin", "https://app.test"),
+        options().header("Access-Control-Request-Method", "DELETE"),
+        options().header("Origin", "").header("Access-Control-Request-Method", "DELETE"),
+        options().header("Origin", "https://app.test").header("Access-Control-Request-Method", ""),
+        preflight("/reports/7").bearer("wrong"),
+        preflight("/reports/7").header("x-api-key", "wrong"),
+        preflight("/monitors"),
+        Request::get("/reports/7").header("Origin", "a").header("Access-Control-Request-Method", "GET"),
+    ] {
+        assert_denied(&edge.send(&refused), 401, "UNAUTHORIZED");
+    }
+    assert_eq!(edge.send(&preflight("/reports/../secrets")).status, 400);
+    let scopes = vec!["reports:read".to_owned()];
+    let (_, token) = edge.front.key(keyward::pb::CreateKeyRequest { scopes, ..plain_key() }).await;
+    assert_eq!(edge.send(&options().bearer(&token)).status, 200);
+}
+
+/// A service that takes one connection, says that the protocol changes, and sends back what it gets then. Gives the head
+/// of the request.
+fn websocket_service() -> (SocketAddr, std::thread::JoinHandle<String>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let serving = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let head = read_head(&mut stream);
+        let answer = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: upgrade\r\n\r\n";
+        stream.write_all(answer.as_bytes()).unwrap();
+        let mut frame = [0; 4];
+        stream.read_exact(&mut frame).unwrap();
+        stream.write_all(&frame).unwrap();
+        head
+    });
+    (address, serving)
+}
+
+fn read_head(stream: &mut TcpStream) -> String {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        let mut byte = [0];
+        stream.read_exact(&mut byte).unwrap();
+        head.extend(byte);
+    }
+    String::from_utf8(head).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_websocket_begins_with_a_key_and_is_open_then() {
+    let front = Front::start().await;
+    let (service, serving) = websocket_service();
+    let nginx = Nginx::start(&conf(front.address, service));
+    let token = front.token().await;
+    let mut stream = TcpStream::connect(nginx.address).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let request = format!(
+        "GET /live HTTP/1.1\r\nhost: api.test\r\nupgrade: websocket\r\nconnection: keep-alive, Upgrade\r\n\
+         sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\nauthorization: Bearer {token}\r\n\r\n"
+    );
+    stream.write_all(request.as_bytes()).unwrap();
+    assert!(read_head(&mut stream).starts_with("HTTP/1.1 101 "));
+    stream.write_all(b"ping").unwrap();
+    let mut echo = [0; 4];
+    stream.read_exact(&mut echo).unwrap();
+    assert_eq!(&echo, b"ping");
+    let head = serving.join().unwrap().to_lowercase();
+    for said in ["upgrade: websocket", "connection: upgrade", "x-keyward-account: acme", "sec-websocket-key:"]
+    {
+        assert!(head.contains(said), "{said}: {head}");
+    }
+    assert!(!head.contains("authorization"), "{head}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_other_protocol_is_begun_and_no_other_location_begins_one() {
+    let edge = Edge::start().await;
+    let token = edge.front.token().await;
+    let upgrade = |path: &str, to: &str| {
+        Request::get(path)
+            .header("Connection", "Upgrade, HTTP2-Settings")
+            .header("Upgrade", to)
+            .header("HTTP2-Settings", "AA")
+    };
+    assert_denied(&edge.send(&upgrade("/live", "websocket")), 401, "UNAUTHORIZED");
+    for (path, to) in
+        [("/live", "h2c"), ("/live", "websocket, h2c"), ("/monitors", "websocket"), ("/monitors", "h2c")]
+    {
+        let (_, arrived) = edge.passed(&upgrade(path, to).bearer(&token));
+        assert_eq!(arrived.all("upgrade"), [""; 0], "{path} {to}");
+        assert!(!arrived.all("connection").iter().any(|value| value.contains("pgrade")), "{arrived:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_log_of_nginx_has_no_query_and_no_token() {
+    let (front, upstream) = (Front::start().await, Upstream::start());
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("access.log");
+    let place = format!("access_log {} keyward;", log.display());
+    let conf = filled(&conf(front.address, upstream.address), &[("access_log /dev/null keyward;", &place)]);
+    let nginx = Nginx::start(&conf);
+    let (id, token) = front.key(plain_key()).await;
+    let target = format!("/monitors/{token}/x?api_key={token}");
+    let request = Request::get(&target).bearer(&token).header("Referer", format!("https://a/?{token}"));
+    assert_eq!(request.send(nginx.address).status, 200);
+    assert_eq!(Request::get(&target).send(nginx.address).status, 401);
+    let text = wait_for("two lines", || {
+        let text = std::fs::read_to_string(&log).ok()?;
+        (text.lines().count() == 2).then_some(text)
+    });
+    assert!(!text.contains(&token[token.len() - 49..]) && !text.contains("api_key"), "{text}");
+    assert!(text.contains(r#""GET /monitors/kw_live_***/x HTTP/1.1" 200"#), "{text}");
+    assert!(text.contains(&format!("key={id}")), "{text}");
 }

@@ -157,7 +157,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("transport", &["clock", "domain", "quiet"]),
     ("config", &["decisions", "domain", "engine", "gateway", "keys", "trace", "transport"]),
     ("telemetry", &["config", "trace"]),
-    ("doctor", &["clock", "config", "domain", "store"]),
+    ("doctor", &["clock", "config", "domain", "pb", "store"]),
     (
         "server",
         &[

@@ -182,11 +182,11 @@ impl Services {
         &self,
         request: Request<Incoming>,
         visitor: &Visitor,
-        arrived: std::time::Instant,
+        arrived: Instant,
     ) -> Response<Reply> {
         let begun = self.calls.begin(request.uri().path());
         let said = Said::by(request.headers());
-        let waited = || begun.at().into_std().saturating_duration_since(arrived);
+        let waited = || begun.at().saturating_duration_since(arrived);
         if said.hurries && asked_time(request.headers()).is_some_and(|deadline| deadline <= waited()) {
             return begun.replied(deadline_exceeded().into_http().map(Reply::Any));
         }

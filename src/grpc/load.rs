@@ -10,8 +10,10 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
+
+use tokio::time::Instant;
 
 /// How long a Check may wait while a thread is overloaded.
 const TARGET: Duration = Duration::from_millis(5);

@@ -12,7 +12,7 @@ use crate::domain::{
     name::{AccountId, CustomerId, EnvironmentName, NameError},
     route::{
         Captures, Demand, Mode, Named, Route, Rule, RuleBook,
-        path::{self, Path},
+        path::{self, Misspelt, Path},
     },
     token::redacted,
 };
@@ -177,6 +177,10 @@ pub(super) fn of(book: &RuleBook, around: &Around, asked: &Asked<'_>) -> Verdict
             return verdict;
         }
     };
+    if book.rules.is_ambiguous(&host, asked.method, &target) {
+        verdict.refuse(Misspelt::Lookalike.to_string());
+        return verdict;
+    }
     for rule in book.rules.iter() {
         match rule.judge(&host, asked.method, &target) {
             Ok(captures) => {

@@ -302,6 +302,10 @@ impl Gateway {
         };
         let rule = match said.demand {
             Some(_) => None,
+            None if book.rules.is_ambiguous(&host, method, &target) => {
+                judged.mode = Mode::Enforce;
+                return Finding::BadRequest(path::Misspelt::Lookalike.to_string());
+            }
             None => book.rules.find(&host, method, &target),
         };
         let (route, captures) = match &rule {

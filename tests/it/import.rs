@@ -32,7 +32,7 @@ async fn server() -> Keyward {
 fn import(server: &Keyward, file: &str, flags: &[&str]) -> Command {
     let mut command = server.home.command(["keys", "import", file, "--environment", "production"]);
     command.args(["--server", &server.address.to_string(), "--token-file"]);
-    command.arg(server.home.path("keyward-root.key")).args(["--output", "json"]).args(flags);
+    command.arg(server.home.root_key_file()).args(["--output", "json"]).args(flags);
     command
 }
 

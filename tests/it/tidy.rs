@@ -102,7 +102,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("store", &["domain", "instruments", "private_file", "trace"]),
     ("decisions", &["clock", "domain", "engine", "private_file", "quiet", "store", "trace"]),
     ("engine", &["clock", "domain", "instruments", "store"]),
-    ("replication", &["clock", "domain", "engine", "instruments", "store", "trace"]),
+    ("replication", &["clock", "domain", "engine", "instruments", "quiet", "store", "trace"]),
     ("gateway", &["decisions", "domain", "engine", "instruments", "quiet", "trace"]),
     ("access", &["domain", "engine", "refusal", "store"]),
     ("audit", &["clock", "domain", "private_file", "refusal", "store"]),

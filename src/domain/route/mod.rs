@@ -232,6 +232,14 @@ impl Rules {
     ) -> Option<(&'a Rule, Captures<'a>)> {
         self.0.iter().find_map(|rule| rule.judge(host, method, path).ok().map(|captures| (rule, captures)))
     }
+
+    /// Whether another rule decides the path in Unicode's form NFKC: a server that normalizes names would then serve what
+    /// the other rule protects.
+    #[must_use]
+    pub fn is_ambiguous(&self, host: &str, method: &str, path: &Path<'_>) -> bool {
+        let line = |path: &Path<'_>| self.find(host, method, path).map(|(rule, _)| rule.line);
+        path.normalized().is_some_and(|normalized| line(&normalized) != line(path))
+    }
 }
 
 /// Rules, and what holds around them.
@@ -274,6 +282,17 @@ mod tests {
         assert_eq!(line(&rules, "api.test", "GET", "/v1/monitors"), Some(2));
         assert_eq!(line(&rules, "other.test", "GET", "/v1/monitors"), Some(3));
         assert_eq!(line(&rules, "other.test", "GET", "/v2"), None);
+    }
+
+    #[test]
+    fn a_path_is_ambiguous_if_another_rule_decides_its_normalized_form() {
+        let rules =
+            Rules::new(vec![rule(1, &["*"], &["*"], "/café/**"), rule(2, &["*"], &["*"], "/files/**")])
+                .unwrap();
+        let is_ambiguous = |path: &str| rules.is_ambiguous("api.test", "GET", &Path::parse(path).unwrap());
+        assert!(is_ambiguous("/cafe%CC%81/menu"), "a server that normalizes serves /café");
+        assert!(!is_ambiguous("/caf%C3%A9/menu") && !is_ambiguous("/files/menu"));
+        assert!(!is_ambiguous("/files/cafe%CC%81"), "the same rule decides both");
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::{
 };
 
 use percent_encoding::percent_decode_str;
-use unicode_normalization::is_nfkc;
+use unicode_normalization::{UnicodeNormalization as _, is_nfkc};
 
 /// A path in the one spelling that rules see: its segments, decoded, without the query, and without regard to a
 /// last slash.
@@ -48,9 +48,9 @@ pub enum Misspelt {
     /// It names an NTFS stream: `file::$DATA` is `file` to Windows.
     #[error("the path has a '::$'")]
     Stream,
-    /// It has characters that normalization or a conversion to another character set turns into others.
+    /// It has characters that normalization or a conversion to another character set turns into those of another path.
     #[error(
-        "the path has characters that are not in Unicode's form NFKC, or that look like '/', '\\', '.' or '%'"
+        "the path has characters that Unicode normalization or Windows turns into ASCII, such as a full-width '/'"
     )]
     Lookalike,
     /// It has characters that do not belong in a path: control characters, `#`, or other than ASCII.
@@ -75,7 +75,7 @@ const SCRIPTS: [&str; 13] = [
 
 /// Characters that NFKC leaves alone, and that conversions to an older character set ("best fit" on Windows) turn into a
 /// character with a meaning in paths.
-const BEST_FIT: [(char, char); 12] = [
+const BEST_FIT: [(char, char); 11] = [
     ('\u{2044}', '/'),
     ('\u{2215}', '/'),
     ('\u{29f8}', '/'),
@@ -85,7 +85,6 @@ const BEST_FIT: [(char, char); 12] = [
     ('\u{29f9}', '\\'),
     ('\u{a5}', '\\'),
     ('\u{20a9}', '\\'),
-    ('\u{3002}', '.'),
     ('\u{66a}', '%'),
     ('\u{61b}', ';'),
 ];
@@ -110,6 +109,15 @@ impl<'a> Path<'a> {
             return Err(Misspelt::PathInfo);
         }
         Ok(Path(segments))
+    }
+
+    /// The path in Unicode's form NFKC, in which some servers compare names; `None` if it is in this form.
+    #[must_use]
+    pub(super) fn normalized(&self) -> Option<Path<'static>> {
+        if self.0.iter().all(|segment| segment.is_ascii() || is_nfkc(segment)) {
+            return None;
+        }
+        Some(Path(self.0.iter().map(|segment| segment.nfkc().collect::<String>().into()).collect()))
     }
 
     /// The segments.
@@ -147,19 +155,22 @@ pub(super) fn check(decoded: &str) -> Result<(), Misspelt> {
     match decoded {
         "" => Err(Misspelt::EmptySegment),
         "." | ".." => Err(Misspelt::DotSegment),
-        _ if decoded.ends_with(['.', ' ']) || decoded.starts_with(' ') => Err(Misspelt::Stripped),
+        _ if decoded.ends_with('.') || decoded.trim() != decoded => Err(Misspelt::Stripped),
         _ if decoded.contains("::$") => Err(Misspelt::Stream),
         _ => Ok(()),
     }
 }
 
-/// Whether a text becomes another when it is normalized (NFKC) or converted. Of all blanks only the plain one is left:
-/// some programs strip the others, too.
+/// Whether a text has characters that become ASCII with a meaning in paths when they are normalized (NFKC) or converted.
+/// Others may change too, such as full-width brackets and letters with separate accents: [`super::Rules::is_ambiguous`].
 fn has_lookalikes(text: &str) -> bool {
-    let becomes_another = |letter: char| {
-        BEST_FIT.iter().any(|(from, _)| *from == letter) || letter.is_whitespace() && letter != ' '
+    let matters = |letter: char| letter.is_ascii_alphanumeric() || "/\\.%;?#-_$".contains(letter);
+    let becomes_ascii = |letter: char| {
+        !letter.is_ascii()
+            && (BEST_FIT.iter().any(|(from, _)| *from == letter)
+                || std::iter::once(letter).nfkc().any(matters))
     };
-    !is_nfkc(text) || text.chars().any(becomes_another)
+    text.chars().any(becomes_ascii)
 }
 
 pub(super) fn is_script(segment: &str) -> bool {
@@ -265,6 +276,8 @@ mod tests {
             ("/index.php", &["index.php"]),
             ("/admin.php/", &["admin.php"]),
             ("/keys:revoke", &["keys:revoke"]),
+            ("/%E6%9C%80%E7%B5%82%EF%BC%88%E6%A1%88%EF%BC%89%E3%80%82", &["最終（案）。"]),
+            ("/cafe%CC%81", &["cafe\u{301}"]),
         ] {
             assert_eq!(segments(target), wanted, "{target}");
         }
@@ -322,8 +335,9 @@ mod tests {
             ("/a%EF%BC%8Fb", Lookalike),
             ("/a%E2%88%95b", Lookalike),
             ("/%EF%BD%81dmin", Lookalike),
-            ("/caf%65%CC%81", Lookalike),
-            ("/admin%C2%A0", Lookalike),
+            ("/admin%C2%A0", Stripped),
+            ("/%E3%80%80admin", Stripped),
+            ("/%E2%84%AAeys", Lookalike),
             ("/%E2%80%A5/b", Lookalike),
             ("/a%C2%A5b", Lookalike),
         ] {
@@ -409,10 +423,8 @@ mod tests {
 
     /// How servers read paths, each in the most obvious way.
     mod model {
-        use percent_encoding::percent_decode;
-        use unicode_normalization::UnicodeNormalization as _;
-
         use super::super::{BEST_FIT, SCRIPTS};
+        use percent_encoding::percent_decode;
 
         pub(super) const PIECES: &[&str] = &[
             "/",
@@ -450,6 +462,7 @@ mod tests {
             "x y",
             "v1.2",
             "%EF%BD%81",
+            "%EF%BC%88",
         ];
 
         /// The segments, if the path is well-formed and every server reads the same ones.
@@ -518,12 +531,10 @@ mod tests {
                 format!("/{}", walked.join("/"))
             },
             |target| each(&decoded(&decoded(target)), str::to_owned),
-            // Normalizes, and keeps no blank but the plain one.
+            // Normalizes what looks like ASCII, and strips every blank at the ends of a name.
             |target| {
-                each(
-                    &decoded(target).nfkc().filter(|c| *c == ' ' || !c.is_whitespace()).collect::<String>(),
-                    str::to_owned,
-                )
+                let path = decoded(target).replace('\u{ff0f}', "/").replace('\u{ff41}', "a");
+                each(&path, |name| name.trim().to_owned())
             },
             |target| {
                 let fit =

@@ -1,19 +1,21 @@
 //! Checks an nginx configuration that asks Keyward for traps that let requests pass unjudged. Pure: nothing is asked.
 //!
-//! It reads one file. Files that it includes are not followed, and the findings name them. `docs/gateway.md` and
+//! It reads one file, or what `nginx -T` wrote of all. Other files are not followed, and the findings name them. `docs/gateway.md` and
 //! `deploy/nginx/keyward.conf` explain each trap.
 
 mod config;
+mod dump;
 mod locations;
+mod variables;
 
 use super::Findings;
 use config::Directive;
 
 pub(super) const ABOUT: &str = "nginx";
 
-/// Looks at a configuration: a whole `nginx.conf`, or a part of one such as `conf.d` holds.
+/// Looks at a configuration: what `nginx -T` writes, a whole `nginx.conf`, or a part such as `conf.d` holds.
 pub(super) fn examine(name: &str, text: &str, findings: &mut Findings) {
-    let root = match config::parse(text) {
+    let root = match dump::read(text) {
         Ok(root) => root,
         Err(problem) => {
             findings.fail(ABOUT, format!("{name} is no nginx configuration: {problem}"), "nginx -t");
@@ -21,6 +23,7 @@ pub(super) fn examine(name: &str, text: &str, findings: &mut Findings) {
         }
     };
     let all = flat(&root);
+    let before = findings.iter().count();
     for include in all.iter().filter(|directive| directive.name == "include") {
         let file = format!("{}, which {name} includes in line {}", include.argument(0), include.line);
         findings.unseen(ABOUT, format!("{file}: nginx -T writes all files into one"));
@@ -30,11 +33,11 @@ pub(super) fn examine(name: &str, text: &str, findings: &mut Findings) {
         findings.fail(ABOUT, format!("{name} asks nobody: it has no auth_request"), fix);
         return;
     }
-    let before = findings.grave();
     spellings(&all, findings);
     errors(&all, findings);
     locations::examine(&root, findings);
-    if findings.grave() == before {
+    // What was not looked at may be wrong: nothing is good then.
+    if findings.iter().count() == before {
         let state = "asks Keyward for every location, and lets no header of a client pass for an answer";
         findings.good(ABOUT, format!("{name}: {state}"));
     }
@@ -87,18 +90,100 @@ mod tests {
 
     const SHIPPED: &str = include_str!("../../deploy/nginx/keyward.conf");
 
-    /// What is found of a configuration, but for what is good.
+    const GOOD: &str =
+        "ok n.conf: asks Keyward for every location, and lets no header of a client pass for an answer";
+
+    /// What is found of a configuration.
     fn found(text: &str) -> Vec<String> {
         let mut findings = Findings::default();
         examine("n.conf", text, &mut findings);
-        let grave = findings.iter().filter(|found| found.level != crate::doctor::Level::Good);
-        grave.map(|found| format!("{} {}", found.level.as_str(), found.said)).collect()
+        findings.iter().map(|found| format!("{} {}", found.level.as_str(), found.said)).collect()
+    }
+
+    /// The shipped configuration with one change, which must be possible.
+    fn changed(before: &str, after: &str) -> String {
+        assert!(SHIPPED.contains(before), "{before}");
+        SHIPPED.replacen(before, after, 1)
     }
 
     #[test]
     fn the_configuration_that_comes_with_keyward_has_no_trap() {
-        assert_eq!(found(SHIPPED), Vec::<String>::new());
-        assert_eq!(found(&format!("events {{}} http {{ {SHIPPED} }}")), Vec::<String>::new());
+        assert_eq!(found(SHIPPED), [GOOD]);
+        assert_eq!(found(&format!("events {{}} http {{ {SHIPPED} }}")), [GOOD]);
+        let dump = format!(
+            "# configuration file /etc/nginx/nginx.conf:\nhttp {{ include conf.d/*.conf; }}\n\n\
+             # configuration file /etc/nginx/conf.d/keyward.conf:\n{SHIPPED}\n"
+        );
+        assert_eq!(found(&dump), [GOOD]);
+    }
+
+    #[test]
+    fn nothing_is_good_while_something_is_not_looked_at() {
+        for text in [
+            "server { error_page 500 /e; auth_request /keyward; location ~ \\.php$ { fastcgi_pass unix:/a; } }",
+            &changed("server_name _;", "include more/*.conf;"),
+            &changed("proxy_pass http://service;", "fastcgi_pass unix:/run/php.sock;"),
+            &changed("proxy_pass http://service;", "content_by_lua_block { ngx.say('}') }"),
+            &changed("proxy_pass http://service;", "proxy_pass http://$backend;"),
+        ] {
+            let found = found(text);
+            let unseen = found.iter().all(|found| found.starts_with("not looked at "));
+            assert!(unseen && !found.is_empty(), "{found:?}");
+        }
+    }
+
+    #[test]
+    fn what_a_client_chooses_is_no_answer_in_any_spelling() {
+        let user = "X-Keyward-User $keyward_user";
+        let set = "auth_request_set $keyward_user $upstream_http_x_keyward_user;";
+        let pass = "proxy_pass http://service;";
+        let wrong = "sets x-keyward-user to";
+        for (before, after, problem) in [
+            (user, "X-Keyward-User ${http_x_keyward_user}", wrong),
+            (user, "X-Keyward-User $arg_user", wrong),
+            (user, "X-Keyward-User $http_x_user", wrong),
+            (user, "X-Keyward-User root", wrong),
+            (user, "X-Keyward-User $keyward_account", wrong),
+            (set, "auth_request_set $keyward_user $http_x_keyward_user;", wrong),
+            (set, "set $keyward_user $http_x_keyward_user;", wrong),
+            ("location = /health", "location ~ ^/(?<keyward_user>h)$", wrong),
+            ("X-Original-Url \"\"", "X-Original-Url $http_x_original_uri", "sends x-original-url"),
+            ("Authorization $keyward_authorization", "Authorization ${http_authorization}", "the credential"),
+            ("# Every location is asked", "satisfy any; allow 10.0.0.0/8;\n# Every", "satisfy any"),
+            ("Upgrade $keyward_upgrade", "Upgrade $http_upgrade", "choose what to upgrade to"),
+            (pass, "rewrite ^/monitors/(.*)$ /$1 break; proxy_pass http://service;", "has a rewrite"),
+            (pass, "proxy_pass http://service$1;", "proxy_pass with a path"),
+            (pass, "proxy_pass http://service/$request_uri;", "proxy_pass with a path"),
+            ("location = /keyward {", "location = /asks {", "there is no location of that path"),
+        ] {
+            let found = found(&changed(before, after));
+            assert!(found.iter().any(|found| found.contains(problem)), "{after}: {found:?}");
+            assert!(!found.contains(&GOOD.to_owned()), "{after}");
+        }
+        for (before, after) in [
+            (user, "X-Keyward-User ${keyward_user}"),
+            (user, "X-Keyward-User \"\""),
+            (pass, "proxy_pass http://service$request_uri;"),
+            (pass, "rewrite ^/old$ /new permanent; proxy_pass http://service;"),
+            ("X-Forwarded-Host \"\"", "X-Forwarded-Host $host"),
+        ] {
+            assert_eq!(found(&changed(before, after)), [GOOD], "{after}");
+        }
+    }
+
+    #[test]
+    fn a_server_that_lacks_a_header_sets_it_and_a_location_that_inherits_none_repeats_them() {
+        let fixes = |text: &str| {
+            let mut findings = Findings::default();
+            examine("n.conf", text, &mut findings);
+            findings.iter().map(|found| found.fix.clone()).collect::<Vec<_>>()
+        };
+        let lacking = fixes(&changed("proxy_set_header X-Keyward-User $keyward_user;", ""));
+        let right = "proxy_set_header x-keyward-user $keyward_user;";
+        assert!(!lacking.is_empty() && lacking.iter().all(|fix| fix == right), "{lacking:?}");
+        let own = "location /other { proxy_set_header Host $host; proxy_pass http://service; } location / {";
+        let own = fixes(&changed("location / {", own));
+        assert!(own[0].starts_with("repeat every proxy_set_header here"), "{own:?}");
     }
 
     #[test]
@@ -125,10 +210,9 @@ mod tests {
             ("proxy_cache off;", "proxy_cache answers;", "fail location = /keyward"),
             ("proxy_set_header Host keyward;\n", "", ""),
         ] {
-            assert!(SHIPPED.contains(before), "{before}");
-            let found = found(&SHIPPED.replacen(before, after, 1));
+            let found = found(&changed(before, after));
             let right = if problem.is_empty() {
-                found.is_empty()
+                found == [GOOD]
             } else {
                 found.len() == 1 && found[0].starts_with(problem)
             };
@@ -153,8 +237,7 @@ mod tests {
                 "not looked at location ~ ^/monitors",
             ),
         ] {
-            assert!(SHIPPED.contains(before), "{before}");
-            let found = found(&SHIPPED.replacen(before, after, 1));
+            let found = found(&changed(before, after));
             assert!(found.iter().any(|found| found.starts_with(problem)), "{problem}: {found:?}");
         }
     }

@@ -250,8 +250,14 @@ async fn several_credentials_and_many_headers_break_nothing() {
     let token = edge.front.token().await;
     let request = Request::get("/monitors").bearer(&token);
     assert_eq!(edge.send(&request.clone().header("x-api-key", "another")).status, 401);
-    // From 1.23 on nginx refuses two of them itself.
-    assert!(matches!(edge.send(&request.clone().bearer(&token)).status, 400 | 401));
+    // From 1.23 on nginx refuses two of them itself. Before, the first alone is judged, and no other reaches the service.
+    let two = edge.send(&request.clone().bearer("another"));
+    assert!(matches!(two.status, 200 | 400), "{two:?}");
+    if two.status == 200 {
+        assert_eq!(Arrived::from_answer(&two.body).all("authorization"), [""; 0]);
+    }
+    let second = Request::get("/monitors").bearer("another").bearer(&token);
+    assert!(matches!(edge.send(&second).status, 400 | 401));
     let many = (0..200).fold(request.clone(), |request, at| request.header(format!("x-{at}"), "v"));
     assert_eq!(edge.send(&many).status, 431, "the service itself; Keyward's own would be 503");
     assert_eq!(
@@ -364,10 +370,59 @@ async fn a_preflight_passes_without_a_credential_and_nothing_else_does() {
     ] {
         assert_denied(&edge.send(&refused), 401, "UNAUTHORIZED");
     }
+    let lower = Request::new("OPTIONS", "/reports/7").header("Origin", "https://app.test");
+    edge.passed(&lower.header("Access-Control-Request-Method", "patch"));
+    edge.upstream.take_arrived();
     assert_eq!(edge.send(&preflight("/reports/../secrets")).status, 400);
     let scopes = vec!["reports:read".to_owned()];
     let (_, token) = edge.front.key(keyward::pb::CreateKeyRequest { scopes, ..plain_key() }).await;
     assert_eq!(edge.send(&options().bearer(&token)).status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_of_a_listed_origin_may_read_every_refusal_and_no_other_may() {
+    let edge = Edge::start().await;
+    let token = edge.front.token().await;
+    let (origin, allows) = ("https://app.example.com", "access-control-allow-origin");
+    let report = |path: &str| Request::get(path).header("Origin", origin);
+    let limited = key_with_a_limit();
+    let scopes = vec!["reports:read".to_owned()];
+    let (_, limited) = edge.front.key(keyward::pb::CreateKeyRequest { scopes, ..limited }).await;
+    assert_eq!(edge.send(&report("/reports/7").bearer(&limited)).status, 200);
+    let stranger =
+        edge.send(&Request::get("/reports/7").header("Origin", "https://app.example.com.evil.test"));
+    assert_eq!((stranger.status, stranger.header(allows)), (401, None));
+    assert_eq!(stranger.header("vary"), Some("Origin"), "a cache must keep the two apart");
+    let elsewhere = edge.send(&report("/monitors"));
+    assert_eq!((elsewhere.status, elsewhere.header(allows)), (401, None));
+    let Edge { front, nginx, .. } = edge;
+    let refused = |request: Request, status: u16| {
+        let response = request.send(nginx.address);
+        assert_eq!((response.status, response.all(allows)), (status, vec![origin]), "{response:?}");
+        assert!(response.header("access-control-expose-headers").unwrap().contains("Retry-After"));
+        assert_eq!(response.all("vary"), ["Origin"]);
+    };
+    refused(report("/reports/7"), 401);
+    refused(report("/reports/7").bearer(&token), 403);
+    refused(report("/reports/7").bearer(&limited), 429);
+    refused(report("/reports/a;b").bearer(&token), 400);
+    front.keyward.stop();
+    refused(report("/reports/7").bearer(&token), 503);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_service_gets_the_number_of_a_request_that_the_log_has() {
+    let (front, upstream) = (Front::start().await, Upstream::start());
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("access.log");
+    let place = format!("access_log {} keyward;", log.display());
+    let conf = filled(&conf(front.address, upstream.address), &[("access_log /dev/null keyward;", &place)]);
+    let nginx = Nginx::start(&conf);
+    let request = Request::get("/monitors").bearer(&front.token().await).header("X-Request-Id", "mine");
+    let arrived = Arrived::from_answer(&request.send(nginx.address).body);
+    let [number] = arrived.all("x-request-id")[..] else { panic!("{arrived:?}") };
+    let line = wait_for("a line", || std::fs::read_to_string(&log).ok().filter(|text| text.ends_with('\n')));
+    assert!(number.len() == 32 && line.contains(&format!("id={number} ")), "{number}: {line}");
 }
 
 /// A service that takes one connection, says that the protocol changes, and sends back what it gets then. Gives the head
@@ -399,8 +454,8 @@ fn read_head(stream: &mut TcpStream) -> String {
     String::from_utf8(head).unwrap()
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_websocket_begins_with_a_key_and_is_open_then() {
+/// Begins a websocket that shows a token so, sends through it, and gives the head that reached the service.
+async fn websocket(shown: impl Fn(&str) -> String) -> String {
     let front = Front::start().await;
     let (service, serving) = websocket_service();
     let nginx = Nginx::start(&conf(front.address, service));
@@ -409,20 +464,60 @@ async fn a_websocket_begins_with_a_key_and_is_open_then() {
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     let request = format!(
         "GET /live HTTP/1.1\r\nhost: api.test\r\nupgrade: websocket\r\nconnection: keep-alive, Upgrade\r\n\
-         sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\nauthorization: Bearer {token}\r\n\r\n"
+         sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n{}\r\n\r\n",
+        shown(&token)
     );
     stream.write_all(request.as_bytes()).unwrap();
-    assert!(read_head(&mut stream).starts_with("HTTP/1.1 101 "));
+    let answer = read_head(&mut stream);
+    assert!(answer.starts_with("HTTP/1.1 101 "), "{answer}");
     stream.write_all(b"ping").unwrap();
     let mut echo = [0; 4];
     stream.read_exact(&mut echo).unwrap();
     assert_eq!(&echo, b"ping");
-    let head = serving.join().unwrap().to_lowercase();
+    let head = serving.join().unwrap();
+    assert!(!head.contains(&token), "{head}");
+    let head = head.to_lowercase();
     for said in ["upgrade: websocket", "connection: upgrade", "x-keyward-account: acme", "sec-websocket-key:"]
     {
         assert!(head.contains(said), "{said}: {head}");
     }
-    assert!(!head.contains("authorization"), "{head}");
+    assert!(!head.contains("\r\nauthorization"), "{head}");
+    head
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_websocket_begins_with_a_key_and_is_open_then() {
+    websocket(|token| format!("authorization: Bearer {token}")).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_shows_its_key_for_a_websocket_in_a_subprotocol_that_the_service_does_not_see() {
+    let head = websocket(|token| format!("sec-websocket-protocol: live.v1, keyward.{token}")).await;
+    assert!(head.contains("sec-websocket-protocol: live.v1\r\n"), "{head}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_subprotocol_is_a_credential_for_a_websocket_alone_and_never_reaches_the_service() {
+    let edge = Edge::start().await;
+    let token = edge.front.token().await;
+    let offer = |path: &str, offered: String| Request::get(path).header("Sec-WebSocket-Protocol", offered);
+    let begins = |request: Request| request.header("Connection", "Upgrade").header("Upgrade", "websocket");
+    for refused in [
+        offer("/live", format!("a, keyward.{token}")),
+        begins(offer("/monitors", format!("a, keyward.{token}"))),
+        begins(offer("/live", format!("keyward.{token}"))),
+        begins(offer("/live", format!("keyward.x, a, keyward.{token}"))),
+        begins(offer("/live", "a, keyward.wrong".to_owned())),
+    ] {
+        assert_denied(&edge.send(&refused), 401, "UNAUTHORIZED");
+    }
+    edge.nothing_arrived();
+    for offered in ["keyward.a", "keyward.a, b", "keyward.a, b, keyward.c", "KEYWARD.a"] {
+        let (_, arrived) = edge.passed(&offer("/health", offered.to_owned()));
+        assert_eq!(arrived.all("sec-websocket-protocol"), [""; 0], "{offered}");
+    }
+    let (_, arrived) = edge.passed(&offer("/health", "a, b".to_owned()));
+    assert_eq!(arrived.all("sec-websocket-protocol"), ["a, b"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -458,11 +553,19 @@ async fn the_log_of_nginx_has_no_query_and_no_token() {
     let request = Request::get(&target).bearer(&token).header("Referer", format!("https://a/?{token}"));
     assert_eq!(request.send(nginx.address).status, 200);
     assert_eq!(Request::get(&target).send(nginx.address).status, 401);
-    let text = wait_for("two lines", || {
+    // Two tokens, another long word after it, and a line end before it, which is refused.
+    for path in [
+        format!("/health/{token}/{token}"),
+        format!("/j/{token}/sha_{}.css", "a".repeat(40)),
+        format!("/b/x%0a{token}"),
+    ] {
+        Request::get(&path).send(nginx.address);
+    }
+    let text = wait_for("five lines", || {
         let text = std::fs::read_to_string(&log).ok()?;
-        (text.lines().count() == 2).then_some(text)
+        (text.lines().count() == 5).then_some(text)
     });
     assert!(!text.contains(&token[token.len() - 49..]) && !text.contains("api_key"), "{text}");
-    assert!(text.contains(r#""GET /monitors/kw_live_***/x HTTP/1.1" 200"#), "{text}");
+    assert!(text.contains(r#""GET /monitors/kw_live_*** HTTP/1.1" 200"#), "{text}");
     assert!(text.contains(&format!("key={id}")), "{text}");
 }

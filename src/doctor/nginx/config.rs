@@ -29,12 +29,12 @@ impl Directive {
 /// How deep blocks may nest: nginx itself nests about five.
 const MAX_DEPTH: usize = 32;
 
-/// Reads a whole file.
+/// Reads a whole file, whose first line has this number.
 ///
 /// # Errors
 /// The line of the first mistake, and what it is.
-pub(super) fn parse(text: &str) -> Result<Vec<Directive>, String> {
-    let mut reader = Reader { rest: text, line: 1 };
+pub(super) fn parse(text: &str, line: usize) -> Result<Vec<Directive>, String> {
+    let mut reader = Reader { rest: text, line };
     reader.directives(0)
 }
 
@@ -171,7 +171,7 @@ impl Reader<'_> {
         }
     }
 
-    /// Skips a block in another language, up to the brace that ends it.
+    /// Skips a block in Lua, up to the brace that ends it: not one in a string or a comment.
     fn skip_block(&mut self) -> Result<(), String> {
         let mut depth = 1;
         while depth > 0 {
@@ -179,10 +179,50 @@ impl Reader<'_> {
                 None => return self.problem("the file ends inside a block"),
                 Some('{') => depth += 1,
                 Some('}') => depth -= 1,
+                Some(quote @ ('"' | '\'')) => self.skip_lua_string(quote)?,
+                Some('[') => _ = self.skip_long_bracket()?,
+                Some('-') if self.peek() == Some('-') => {
+                    self.next();
+                    let long = self.peek() == Some('[') && {
+                        self.next();
+                        self.skip_long_bracket()?
+                    };
+                    if !long {
+                        self.rest = &self.rest[self.rest.find('\n').unwrap_or(self.rest.len())..];
+                    }
+                }
                 Some(_) => {}
             }
         }
         Ok(())
+    }
+
+    /// Skips a string in Lua, after its first quote.
+    fn skip_lua_string(&mut self, quote: char) -> Result<(), String> {
+        loop {
+            match self.next() {
+                None => return self.problem("the file ends inside a string"),
+                Some('\\') => _ = self.next(),
+                Some(end) if end == quote => return Ok(()),
+                Some(_) => {}
+            }
+        }
+    }
+
+    /// Skips `[[…]]` or `[==[…]==]`, after the first bracket. Whether it is one.
+    fn skip_long_bracket(&mut self) -> Result<bool, String> {
+        let level = self.rest.bytes().take_while(|byte| *byte == b'=').count();
+        if self.rest.as_bytes().get(level) != Some(&b'[') {
+            return Ok(false);
+        }
+        let end = format!("]{}]", "=".repeat(level));
+        let Some(at) = self.rest[level..].find(&end) else {
+            return self.problem("the file ends inside a long bracket");
+        };
+        let skipped = &self.rest[..level + at + end.len()];
+        self.line += skipped.matches('\n').count();
+        self.rest = &self.rest[skipped.len()..];
+        Ok(true)
     }
 }
 
@@ -212,15 +252,38 @@ mod tests {
             simple("set", &["$p", ""]),
             simple("q", &["#"]),
         ];
-        assert_eq!(parse(text).map(bare), Ok(wanted));
+        assert_eq!(parse(text, 1).map(bare), Ok(wanted));
     }
 
     #[test]
     fn a_line_is_where_a_directive_begins() {
-        let read = parse("\n\nserver {\n  listen\n  80;\n}\ncontent_by_lua_block { a = { 1 } }\nb;").unwrap();
+        let read =
+            parse("\n\nserver {\n  listen\n  80;\n}\ncontent_by_lua_block { a = { 1 } }\nb;", 1).unwrap();
         let lines: Vec<_> = read.iter().map(|one| (one.name.as_str(), one.line)).collect();
         assert_eq!(lines, [("server", 3), ("content_by_lua_block", 7), ("b", 8)]);
         assert_eq!(read[0].inside()[0].line, 4);
+    }
+
+    #[test]
+    fn a_lua_block_ends_where_lua_ends_it() {
+        for lua in [
+            "ngx.say(\"}\")",
+            "s = '}' .. '\\'}'",
+            "-- don't }\nx = {}",
+            "--[[ }\n} ]] x = { a = 1 }",
+            "--[==[ }]] } ]==]",
+            "x = [[ } \" ]] y = [=[ }]] ]=]",
+            "t[a[1]] = b[\"}\"] - -1",
+            "-- [[ }",
+        ] {
+            let text = format!("access_by_lua_block {{ {lua}\n }}\nb;");
+            let read = parse(&text, 1).unwrap_or_else(|problem| panic!("{lua}: {problem}"));
+            let last = read.last().unwrap();
+            assert_eq!((read.len(), &*last.name, last.line), (2, "b", text.lines().count()), "{lua}");
+        }
+        for open in ["a_by_lua_block { \"} ", "a_by_lua_block { [[ } ", "a_by_lua_block { -- }"] {
+            assert!(parse(open, 1).unwrap_err().contains("the file ends inside"), "{open}");
+        }
     }
 
     #[test]
@@ -234,9 +297,9 @@ mod tests {
             ("a \"b", "line 1: the file ends inside quotes"),
             ("a 'b'c;", "line 1: unexpected 'c' after a quote"),
         ] {
-            assert_eq!(parse(text), Err(problem.to_owned()), "{text}");
+            assert_eq!(parse(text, 1), Err(problem.to_owned()), "{text}");
         }
-        assert!(parse(&"a {".repeat(100)).unwrap_err().contains("too deeply"));
+        assert!(parse(&"a {".repeat(100), 1).unwrap_err().contains("too deeply"));
     }
 
     fn word() -> impl Strategy<Value = String> {
@@ -270,12 +333,12 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_written_is_read_again(all in tree()) {
-            prop_assert_eq!(parse(&written(&all)).map(bare), Ok(all));
+            prop_assert_eq!(parse(&written(&all), 1).map(bare), Ok(all));
         }
 
         #[test]
         fn no_text_makes_it_panic(text in "[a-z \\\\\"'{};#$\\n]{0,60}|.{0,60}") {
-            let _ = parse(&text);
+            let _ = parse(&text, 1);
         }
     }
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use crate::domain::header_name::{IDENTITY, OVERRIDES};
 
-use super::{ABOUT, Directive, Findings};
+use super::{ABOUT, Directive, Findings, variables::Variables};
 
 /// The blocks that inherit from the one around them.
 const LEVELS: [&str; 5] = ["http", "server", "location", "if", "limit_except"];
@@ -25,7 +25,10 @@ struct Level<'c> {
     headers: BTreeMap<String, &'c str>,
     /// The same of `grpc_set_header`.
     grpc_headers: BTreeMap<String, &'c str>,
+    /// Whether headers of the block around it were lost, because it sets some.
+    lost: bool,
     cache: &'c str,
+    satisfy: &'c str,
 }
 
 impl<'c> Level<'c> {
@@ -43,37 +46,60 @@ impl<'c> Level<'c> {
                 .collect();
             if own.is_empty() { inherited.clone() } else { own }
         };
+        let sets = |name: &str| block.iter().any(|directive| directive.name == name);
+        let lost = sets("proxy_set_header") && !self.headers.is_empty()
+            || sets("grpc_set_header") && !self.grpc_headers.is_empty();
         Level {
             place: self.place.clone(),
             path: self.path,
             asks: last("auth_request").unwrap_or(self.asks),
             headers: headers("proxy_set_header", &self.headers),
             grpc_headers: headers("grpc_set_header", &self.grpc_headers),
+            lost: lost || self.lost && !sets("proxy_set_header") && !sets("grpc_set_header"),
             cache: last("proxy_cache").unwrap_or(self.cache),
+            satisfy: last("satisfy").unwrap_or(self.satisfy),
         }
     }
 }
 
-/// Looks at every location.
-pub(super) fn examine(root: &[Directive], findings: &mut Findings) {
-    // Where Keyward is asked; another's answer says nothing of these headers.
-    let all = super::flat(root);
-    let asks_keyward = |directive: &&&Directive| {
-        directive
-            .inside()
-            .iter()
-            .any(|inside| inside.name == "proxy_pass" && inside.argument(0).contains("/auth/nginx"))
-    };
-    let locations = all.iter().filter(|directive| directive.name == "location");
-    let keyward: Vec<&str> = locations
-        .filter(asks_keyward)
-        .filter_map(|location| location.arguments.last())
-        .map(String::as_str)
-        .collect();
-    walk(root, &Level::default(), &keyward, findings);
+/// What the whole configuration says.
+struct Whole<'c> {
+    variables: Variables<'c>,
+    /// The paths of the locations that ask Keyward; another's answer says nothing of its headers.
+    keyward: Vec<&'c str>,
+    /// The paths of all locations that are no patterns.
+    exact: Vec<&'c str>,
+    /// Whether a location may be missing here: files are not read, or a pattern leads to Keyward.
+    open: bool,
 }
 
-fn walk<'c>(block: &'c [Directive], around: &Level<'c>, keyward: &[&str], findings: &mut Findings) {
+/// Looks at every location.
+pub(super) fn examine(root: &[Directive], findings: &mut Findings) {
+    let all = super::flat(root);
+    let locations: Vec<&Directive> =
+        all.iter().copied().filter(|directive| directive.name == "location").collect();
+    let asks_keyward = |location: &Directive| {
+        let mut passes = location.inside().iter().filter(|inside| inside.name == "proxy_pass");
+        passes.any(|pass| pass.argument(0).contains("/auth/nginx"))
+    };
+    let (mut keyward, mut exact) = (Vec::new(), Vec::new());
+    let mut open = all.iter().any(|directive| directive.name == "include");
+    for location in locations {
+        let path = location.arguments.last().map_or("", String::as_str);
+        let is_pattern = location.argument(0).starts_with('~');
+        if asks_keyward(location) {
+            keyward.push(path);
+            open |= is_pattern;
+        }
+        if !is_pattern {
+            exact.push(path);
+        }
+    }
+    let whole = Whole { variables: Variables::of(&all), keyward, exact, open };
+    walk(root, &Level::default(), &whole, findings);
+}
+
+fn walk<'c>(block: &'c [Directive], around: &Level<'c>, whole: &Whole<'_>, findings: &mut Findings) {
     let level = around.enter(block);
     for directive in block {
         match directive.name.as_str() {
@@ -81,16 +107,17 @@ fn walk<'c>(block: &'c [Directive], around: &Level<'c>, keyward: &[&str], findin
                 question(block, &level, findings)
             }
             "proxy_pass" => {
-                passes_on(directive, &level, &level.headers, keyward, findings);
+                passes_on(directive, &level, &level.headers, whole, findings);
             }
-            "grpc_pass" => passes_on(directive, &level, &level.grpc_headers, keyward, findings),
-            name if OTHER_PASSES.contains(&name) => {
-                let problem = format!("{}: which HTTP_… parameters {name} sends", level.place);
-                findings.unseen(ABOUT, problem);
+            "grpc_pass" => passes_on(directive, &level, &level.grpc_headers, whole, findings),
+            "rewrite" => rewrite(directive, &level, findings),
+            name if OTHER_PASSES.contains(&name) => other_pass(name, &level, findings),
+            name if is_script(name) => {
+                findings.unseen(ABOUT, format!("{}: what {name} does with requests", level.place));
             }
             name if LEVELS.contains(&name) => {
                 let mut level = level.clone();
-                if name == "location" || level.place.is_empty() {
+                if name == "location" || level.place.is_empty() || level.place.starts_with("http ") {
                     let words =
                         [std::slice::from_ref(&directive.name), directive.arguments.as_slice()].concat();
                     level.place = format!("{} (line {})", words.join(" "), directive.line);
@@ -98,22 +125,52 @@ fn walk<'c>(block: &'c [Directive], around: &Level<'c>, keyward: &[&str], findin
                 if name == "location" {
                     level.path = directive.arguments.last().map_or("", String::as_str);
                 }
-                walk(directive.inside(), &level, keyward, findings);
+                walk(directive.inside(), &level, whole, findings);
             }
             _ => {}
         }
     }
 }
 
-/// Whether a header is set to something that is not the client's own header of this name.
-fn is_set(headers: &BTreeMap<String, &str>, name: &str) -> bool {
-    let own = format!("$http_{}", name.replace('-', "_"));
-    headers.get(name).is_some_and(|value| !value.contains(&own))
+/// Whether a directive runs what is not read here, or takes a request to another place.
+fn is_script(name: &str) -> bool {
+    let harmless = ["init_", "exit_", "log_", "ssl_"].iter().any(|start| name.starts_with(start));
+    name.contains("_by_lua") && !harmless || ["js_content", "perl", "try_files", "mirror"].contains(&name)
 }
 
-/// The names that would pass as the client sends them.
-fn unset<'n>(headers: &BTreeMap<String, &str>, names: &[&'n str]) -> Vec<&'n str> {
-    names.iter().filter(|name| !is_set(headers, name)).copied().collect()
+/// A place that passes requests on by another protocol.
+fn other_pass(name: &str, level: &Level<'_>, findings: &mut Findings) {
+    let place = &level.place;
+    if level.asks.is_empty() {
+        let problem = format!("{place} does not ask Keyward: every request reaches its service by {name}");
+        findings.warn(ABOUT, problem, "auth_request /keyward; as in deploy/nginx/keyward.conf");
+    } else {
+        findings.unseen(ABOUT, format!("{place}: which HTTP_… parameters {name} sends"));
+    }
+}
+
+/// A change of the path after Keyward has judged it. A redirect to the client is none.
+fn rewrite(directive: &Directive, level: &Level<'_>, findings: &mut Findings) {
+    let target = directive.argument(1);
+    let redirects = ["redirect", "permanent"].contains(&directive.argument(2))
+        || ["http://", "https://", "$scheme"].iter().any(|start| target.starts_with(start));
+    if redirects || level.asks.is_empty() && !level.path.is_empty() {
+        return;
+    }
+    let place = &level.place;
+    let problem =
+        format!("{place} has a rewrite to {target}: the service gets another path than Keyward judged");
+    findings.warn(ABOUT, problem, "let the service do it, or send clients there: rewrite … redirect;");
+}
+
+/// The names that would pass as the client sends them, or with a value that is not right.
+fn unset<'n>(
+    headers: &BTreeMap<String, &str>,
+    names: &[&'n str],
+    right: impl Fn(&str, &str) -> bool,
+) -> Vec<&'n str> {
+    let is_right = |name: &str| headers.get(name).is_some_and(|value| right(name, value));
+    names.iter().filter(|name| !is_right(name)).copied().collect()
 }
 
 /// A place that sends requests to a service.
@@ -121,73 +178,162 @@ fn passes_on(
     pass: &Directive,
     level: &Level<'_>,
     headers: &BTreeMap<String, &str>,
-    keyward: &[&str],
+    whole: &Whole<'_>,
     findings: &mut Findings,
 ) {
-    let place = &level.place;
-    let identity = unset(headers, &IDENTITY);
+    let (place, variables) = (&level.place, &whole.variables);
+    let is_answer = |name: &str, value: &str| value.is_empty() || variables.answers(value, name);
+    let identity = unset(headers, &IDENTITY, is_answer);
     if level.asks.is_empty() {
-        let fix = "set $keyward_needs \"public=true\"; instead of auth_request off: Keyward then looks at path and headers";
-        if identity.is_empty() {
-            findings.warn(
-                ABOUT,
-                format!("{place} does not ask Keyward: every request reaches its service"),
-                fix,
-            );
-        } else {
-            let names = identity.join(", ");
-            let problem = format!("{place} does not ask Keyward: {names} of a client reach its service");
-            findings.fail(ABOUT, problem, fix);
-        }
+        not_asking(place, &identity, findings);
         return;
     }
     // nginx asks nobody about the request to the location that answers.
     if level.asks == level.path {
         return;
     }
-    if !keyward.contains(&level.asks) {
-        findings.unseen(ABOUT, format!("{place}: {} asks another server than Keyward", level.asks));
+    if !whole.keyward.contains(&level.asks) {
+        asks_another(level, whole, findings);
         return;
     }
     let directive = if pass.name == "grpc_pass" { "grpc_set_header" } else { "proxy_set_header" };
     if !identity.is_empty() {
-        let problem = format!("{place} sends {} as a client makes them up", identity.join(", "));
-        let fix = format!("repeat every {directive} here: a location with any {directive} inherits none");
-        findings.fail(ABOUT, problem, fix);
+        who_calls(level, directive, &identity, headers, findings);
     }
-    other_headers(place, directive, headers, findings);
-    if pass.name == "proxy_pass" && changes_path(pass.argument(0)) {
+    if level.satisfy == "any" {
         let problem = format!(
-            "{place} has a proxy_pass with a path: the service gets another path than Keyward judged"
+            "{place} has satisfy any: Keyward is not asked about what an address or a password lets pass"
         );
-        findings.warn(ABOUT, problem, "proxy_pass without a path, not even /");
+        findings.fail(ABOUT, problem, "satisfy all; and a location of its own for what passes without a key");
+    }
+    other_headers(place, directive, headers, variables, findings);
+    if pass.name == "proxy_pass" {
+        path_of(pass.argument(0), place, variables, findings);
     }
 }
 
+fn not_asking(place: &str, identity: &[&str], findings: &mut Findings) {
+    let fix = "set $keyward_needs \"public=true\"; instead of auth_request off: Keyward then looks at path and headers";
+    if identity.is_empty() {
+        let problem = format!("{place} does not ask Keyward: every request reaches its service");
+        findings.warn(ABOUT, problem, fix);
+    } else {
+        let names = identity.join(", ");
+        let problem = format!("{place} does not ask Keyward: {names} of a client reach its service");
+        findings.fail(ABOUT, problem, fix);
+    }
+}
+
+/// A place whose `auth_request` leads to no location that asks Keyward.
+fn asks_another(level: &Level<'_>, whole: &Whole<'_>, findings: &mut Findings) {
+    let (place, asks) = (&level.place, level.asks);
+    if whole.exact.contains(&asks) {
+        findings.unseen(ABOUT, format!("{place}: {asks} asks another server than Keyward"));
+    } else if whole.open {
+        findings.unseen(ABOUT, format!("{place}: which location {asks} leads to"));
+    } else {
+        let problem =
+            format!("{place} asks {asks}, and there is no location of that path: another one answers");
+        let fix = format!("location = {asks} {{ … }} as in deploy/nginx/keyward.conf");
+        findings.fail(ABOUT, problem, fix);
+    }
+}
+
+/// Headers that say who calls, and are not what Keyward answers.
+fn who_calls(
+    level: &Level<'_>,
+    directive: &str,
+    names: &[&str],
+    headers: &BTreeMap<String, &str>,
+    findings: &mut Findings,
+) {
+    let place = &level.place;
+    let variable = |name: &str| format!("${}", name.trim_start_matches("x-").replace('-', "_"));
+    let (wrong, missing): (Vec<&str>, Vec<&str>) =
+        names.iter().copied().partition(|name| headers.contains_key(*name));
+    for name in wrong {
+        let (variable, answer) = (variable(name), name.replace('-', "_"));
+        let problem = format!("{place} sets {name} to {}, which is not Keyward's answer", headers[name]);
+        let fix =
+            format!("{directive} {name} {variable}; auth_request_set {variable} $upstream_http_{answer};");
+        findings.fail(ABOUT, problem, fix);
+    }
+    if missing.is_empty() {
+        return;
+    }
+    let problem = format!("{place} sends {} as a client makes them up", missing.join(", "));
+    let fix = if level.lost {
+        format!("repeat every {directive} here: a location with any {directive} inherits none")
+    } else {
+        let one = |name: &&str| format!("{directive} {name} {};", variable(name));
+        missing.iter().map(one).collect::<Vec<_>>().join(" ")
+    };
+    findings.fail(ABOUT, problem, fix);
+}
+
 /// Headers that say something else than who calls.
-fn other_headers(place: &str, directive: &str, headers: &BTreeMap<String, &str>, findings: &mut Findings) {
-    let overrides = unset(headers, &OVERRIDES);
+fn other_headers(
+    place: &str,
+    directive: &str,
+    headers: &BTreeMap<String, &str>,
+    variables: &Variables<'_>,
+    findings: &mut Findings,
+) {
+    let overrides = unset(headers, &OVERRIDES, |_, value| variables.is_fixed(value));
     if !overrides.is_empty() {
         let names = overrides.join(", ");
         let problem = format!("{place} sends {names}: a service that obeys them can be led around rules");
         findings.warn(ABOUT, problem, format!("{directive} NAME \"\"; for each of them"));
     }
-    let credentials = unset(headers, &["authorization", "x-api-key"]);
+    let shows = |value: &str| variables.leaves(value).iter().any(|name| name.starts_with("http_"));
+    let credentials = unset(headers, &["authorization", "x-api-key"], |_, value| !shows(value));
     if !credentials.is_empty() {
         let problem = format!("{place} sends {}: the service sees the credential", credentials.join(", "));
         let fix = format!("{directive} from X-Keyward-Remove, as in deploy/nginx/keyward.conf");
         findings.warn(ABOUT, problem, fix);
     }
-    if headers.get("host").is_some_and(|host| host.contains("$http_host")) {
+    if headers.get("host").is_some_and(|host| variables.client_chooses(host)) {
         let problem = format!("{place} sends Host as the client wrote it: Keyward judged the host in $host");
         findings.warn(ABOUT, problem, format!("{directive} Host $host;"));
     }
+    upgrades(place, directive, headers, variables, findings);
 }
 
-/// Whether the target of a `proxy_pass` has a path; with variables it cannot be known.
-fn changes_path(target: &str) -> bool {
+/// Whether a client chooses which protocol a connection changes to.
+fn upgrades(
+    place: &str,
+    directive: &str,
+    headers: &BTreeMap<String, &str>,
+    variables: &Variables<'_>,
+    findings: &mut Findings,
+) {
+    let upgrade = headers.get("upgrade").copied().unwrap_or_default();
+    if variables.client_chooses(upgrade) {
+        let problem = format!(
+            "{place} lets clients choose what to upgrade to: h2c is a tunnel for requests that nobody judges"
+        );
+        let fix = format!("{directive} Upgrade $keyward_upgrade; with its map of deploy/nginx/keyward.conf");
+        findings.fail(ABOUT, problem, fix);
+    } else if !variables.is_fixed(upgrade) {
+        findings.unseen(ABOUT, format!("{place}: where {upgrade}, its Upgrade, comes from"));
+    }
+}
+
+/// Whether the service gets the path that Keyward judged. A target of `proxy_pass` without a path hands it on.
+fn path_of(target: &str, place: &str, variables: &Variables<'_>, findings: &mut Findings) {
     let (_, rest) = target.split_once("://").unwrap_or(("", target));
-    !rest.starts_with("unix:") && !target.contains('$') && rest.contains('/')
+    let server = rest.strip_suffix("$request_uri").unwrap_or(rest);
+    if server.starts_with("unix:") && !server.contains('$') {
+        return;
+    }
+    if server.contains('/') || variables.client_chooses(server) {
+        let problem = format!(
+            "{place} has a proxy_pass with a path: the service gets another path than Keyward judged"
+        );
+        findings.warn(ABOUT, problem, "proxy_pass without a path, not even /");
+    } else if server.contains('$') {
+        findings.unseen(ABOUT, format!("{place}: whether {target} has a path"));
+    }
 }
 
 /// The place that asks Keyward.
@@ -199,7 +345,7 @@ fn question(block: &[Directive], level: &Level<'_>, findings: &mut Findings) {
         ("X-Original-URI", "$request_uri"),
     ] {
         let problem = match level.headers.get(&name.to_ascii_lowercase()).copied() {
-            Some(value) if value == right => continue,
+            Some(value) if value.replace(['{', '}'], "") == right => continue,
             Some(value) => format!(
                 "{place} sets {name} to {value}: Keyward judges another request than the service gets"
             ),

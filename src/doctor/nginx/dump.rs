@@ -37,7 +37,7 @@ pub(super) fn read(text: &str) -> Result<Vec<Directive>, String> {
     for (name, text, line) in parts {
         files.push(File {
             name: name.unwrap_or_default().to_owned(),
-            directives: config::parse(&text, line)?,
+            directives: config::parse(text.trim_end(), line)?,
         });
     }
     let root = &files[0];

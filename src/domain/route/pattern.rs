@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use unicode_normalization::UnicodeNormalization as _;
+
 use super::{
     super::name::NameError,
     Captures,
@@ -147,7 +149,7 @@ impl PathPattern {
              or ** as the last",
         );
         const NEVER: NameError = NameError(
-            "has a segment that no request passes with: it ends in a dot or a blank, goes on after a script's name such as \
+            "has a segment that no request passes with: it ends in a dot or a blank, continues after a script's name such as \
              .php, or is otherwise ambiguous (see Spelling in docs/gateway.md)",
         );
         const TWICE: NameError = NameError("names two segments alike");
@@ -185,6 +187,15 @@ impl PathPattern {
             Segment::Named(name) => Some(&**name),
             _ => None,
         })
+    }
+
+    /// The pattern with its names in Unicode's form NFKC.
+    pub(super) fn normalized(&self) -> PathPattern {
+        let normalized = |segment: &Segment| match segment {
+            Segment::Is(text) => Segment::Is(text.nfkc().collect::<String>().into()),
+            Segment::Any | Segment::Named(_) => segment.clone(),
+        };
+        PathPattern { segments: self.segments.iter().map(normalized).collect(), open: self.open }
     }
 
     /// The named segments of a path that it matches.
@@ -291,6 +302,7 @@ mod tests {
                 &["/v1", "/v1/monitors/1", "/v1/Monitors"],
             ),
             ("/v1/*/runs", &["/v1/a/runs"], &["/v1/runs", "/v1/a/b/runs"]),
+            ("/全角１/**", &["/%E5%85%A8%E8%A7%92%EF%BC%91/a"], &["/%E5%85%A8%E8%A7%921/a"]),
             ("/public/**", &["/public", "/public/", "/public/a/b"], &["/publications", "/"]),
         ] {
             for path in yes {
@@ -333,8 +345,10 @@ mod tests {
             "/a.",
             "/a /b",
             "/a.php/b",
-            "/a::$b",
-            "/\u{ff41}",
+            "/a\u{ff0f}b",
+            "/a\u{2026}",
+            "/a:$b",
+            "/a\u{ff0e}php/b",
         ] {
             assert!(PathPattern::parse(bad).is_err(), "{bad}");
         }

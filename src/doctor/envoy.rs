@@ -4,7 +4,9 @@
 //! about one trap, which `docs/gateway.md` and `deploy/envoy` explain.
 
 mod clusters;
+mod identity;
 mod listeners;
+mod mutations;
 mod reading;
 
 use std::time::Duration;
@@ -62,13 +64,16 @@ fn examine_with(name: &str, text: &str, redis: Option<Duration>, findings: &mut 
     }
 }
 
-/// The files in a `ConfigMap` that are YAML; nothing of any other document.
+/// The files in a `ConfigMap`, or in those of a `List`, that are YAML; nothing of any other document.
 fn embedded(document: &Value) -> Vec<Value> {
-    if document.text("kind") != "ConfigMap" {
-        return Vec::new();
-    }
-    let data = document.at("data").and_then(Value::as_object);
-    let files = data.into_iter().flatten().filter_map(|(_, file)| file.as_str());
+    let maps: Vec<&Value> = match document.text("kind") {
+        "ConfigMap" => vec![document],
+        "List" => document.list("items").iter().filter(|item| item.text("kind") == "ConfigMap").collect(),
+        "ConfigMapList" => document.list("items").iter().collect(),
+        _ => Vec::new(),
+    };
+    let data = maps.into_iter().filter_map(|map| map.at("data").and_then(Value::as_object));
+    let files = data.flatten().filter_map(|(_, file)| file.as_str());
     files.filter_map(|file| serde_saphyr::from_multiple::<Value>(file).ok()).flatten().collect()
 }
 
@@ -77,9 +82,11 @@ fn examine_value(name: &str, root: &Value, redis: Option<Duration>, findings: &m
     let before = findings.grave();
     for filter in typed(root, FILTER) {
         examine_filter(filter, redis, findings);
+        mutations::examine(filter, findings);
         clusters::examine(root, filter, findings);
     }
     listeners::examine(root, findings);
+    identity::examine(root, findings);
     if findings.grave() == before {
         findings.good(
             ABOUT,
@@ -111,7 +118,7 @@ fn examine_filter(filter: &Value, redis: Option<Duration>, findings: &mut Findin
         findings.fail(ABOUT, said, "take clear_route_cache away");
     }
     if let Some(body) = filter.at("with_request_body") {
-        request_body(body, findings);
+        request_body(body, filter.at("http_service").is_some(), findings);
     }
     if filter.is_true("include_peer_certificate") {
         let said =
@@ -149,9 +156,10 @@ fn examine_filter(filter: &Value, redis: Option<Duration>, findings: &mut Findin
     }
 }
 
-fn request_body(body: &Value, findings: &mut Findings) {
+/// Over HTTP a body of any length is passed over; over gRPC it is part of a message, which has a bound.
+fn request_body(body: &Value, over_http: bool, findings: &mut Findings) {
     let most = body.at("max_request_bytes").and_then(Value::as_u64).unwrap_or_default();
-    if most > MAX_BODY as u64 {
+    if most > MAX_BODY as u64 && !over_http {
         let said = format!(
             "with_request_body sends bodies of up to {most} bytes along; Keyward answers 413 above {MAX_BODY}"
         );
@@ -305,6 +313,51 @@ mod tests {
             ),
             (
                 "validate_mutations: true",
+                "validate_mutations: true\n              decoder_header_mutation_rules: { disallow_all: true }",
+                "fail decoder_header_mutation_rules keep Keyward from changing x-keyward-key-id",
+            ),
+            (
+                "validate_mutations: true",
+                "validate_mutations: true\n              decoder_header_mutation_rules: { disallow_expression: { regex: \"x-.*-user\" } }",
+                "fail decoder_header_mutation_rules keep Keyward from changing x-keyward-user",
+            ),
+            (
+                "validate_mutations: true",
+                "validate_mutations: true\n              decoder_header_mutation_rules: { disallow_expression: { regex: authorization } }",
+                "fail decoder_header_mutation_rules keep Keyward from changing authorization",
+            ),
+            (
+                "validate_mutations: true",
+                "validate_mutations: true\n              decoder_header_mutation_rules: { disallow_expression: { regex: \"(\" } }",
+                "not looked at an expression of decoder_header_mutation_rules",
+            ),
+            (
+                "use_remote_address: true",
+                "use_remote_address: true\n          http_protocol_options: { enable_trailers: true }",
+                "warn a listener lets trailers of HTTP/1 in",
+            ),
+            (
+                "outlier_detection:",
+                "http_protocol_options: { enable_trailers: true }\n    outlier_detection:",
+                "fail cluster keyward passes trailers on",
+            ),
+            (
+                "use_remote_address: true",
+                "use_remote_address: true\n          request_headers_to_add: [ { header: { key: X-Keyward.User, value: \"%REQ(x-user)%\" } } ]",
+                "fail request_headers_to_add sets X-Keyward.User from the request",
+            ),
+            (
+                "use_remote_address: true",
+                "use_remote_address: true\n          request_headers_to_add: [ { header: { key: x-keyward-user, value: root } } ]",
+                "warn request_headers_to_add sets x-keyward-user",
+            ),
+            (
+                "use_remote_address: true",
+                "use_remote_address: true\n          mutations: { request_mutations: [ { append: { header: { key: x-keyward-user, value: \"%REQ(x-user)%\" } } } ] }",
+                "fail request_mutations sets x-keyward-user from the request",
+            ),
+            (
+                "validate_mutations: true",
                 "validate_mutations: true\n              include_peer_certificate: true",
                 "warn include_peer_certificate",
             ),
@@ -415,9 +468,14 @@ mod tests {
         assert_eq!(found(&format!("---\n{service}---\n{MINIMAL}...\n")), Vec::<String>::new());
         let indented = open.lines().map(|line| format!("    {line}\n")).collect::<String>();
         let map = format!("kind: ConfigMap\ndata:\n  envoy.yaml: |\n{indented}");
-        for text in
-            [format!("{service}---\n{open}"), format!("{open}---\n{MINIMAL}"), format!("{map}---\n{service}")]
-        {
+        let item: String = map.lines().map(|line| format!("  {line}\n")).collect();
+        let list = format!("kind: List\nitems:\n- kind: Service\n-{}", &item[1..]);
+        for text in [
+            format!("{service}---\n{open}"),
+            format!("{open}---\n{MINIMAL}"),
+            format!("{map}---\n{service}"),
+            list,
+        ] {
             let found = found(&text);
             assert!(found.len() == 1 && found[0].starts_with("fail failure_mode_allow"), "{found:?}\n{text}");
         }
@@ -436,6 +494,30 @@ mod tests {
     fn a_bootstrap_that_asks_nobody_is_told() {
         let found = found("static_resources: {}");
         assert!(found.len() == 1 && found[0].contains("asks nobody"), "{found:?}");
+    }
+
+    #[test]
+    fn a_body_over_http_is_only_needless() {
+        let body =
+            "validate_mutations: true\n              with_request_body: { max_request_bytes: 8388608 }";
+        let found = found(&HTTP.replacen("validate_mutations: true", body, 1));
+        assert!(found.len() == 1 && found[0].starts_with("warn with_request_body makes"), "{found:?}");
+    }
+
+    #[test]
+    fn mutation_rules_that_allow_what_keyward_changes_are_no_trap() {
+        for rules in [
+            "{ allow_all_routing: false }",
+            "{ disallow_all: true, allow_expression: { regex: \".*\" } }",
+            "{ disallow_expression: { regex: \"x-internal-.*\" } }",
+        ] {
+            let rules =
+                format!("validate_mutations: true\n              decoder_header_mutation_rules: {rules}");
+            assert_eq!(
+                found(&PRODUCTION.replacen("validate_mutations: true", &rules, 1)),
+                Vec::<String>::new()
+            );
+        }
     }
 
     #[test]

@@ -9,7 +9,10 @@ use std::{
 };
 
 use super::GatewaySettings;
-use crate::trace::{Parent, RequestId};
+use crate::{
+    domain::header_name,
+    trace::{Parent, RequestId},
+};
 
 /// Who asks how.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -156,6 +159,28 @@ impl<'a> Asked<'a> {
             found = found.and(self.parameter(name).map(|token| (token, None)));
         }
         found
+    }
+
+    /// Every text that may be a credential, in each place that is read and in each spelling of the place, however many
+    /// there are: what logs must not show.
+    pub(super) fn secrets(&self, settings: &GatewaySettings) -> Vec<String> {
+        let reads = |name: &[u8]| {
+            settings.credential_headers.iter().any(|known| header_name::alike(name, known.as_bytes()))
+        };
+        let mut secrets = Vec::new();
+        for (_, value) in self.headers.iter().filter(|(name, _)| reads(name)) {
+            for part in String::from_utf8_lossy(value).split(',') {
+                let part = part.trim_matches([' ', '\t']);
+                secrets.push(scheme(part).unwrap_or(part).to_owned());
+            }
+        }
+        if let Some(known) = &settings.credential_query {
+            let query = self.target.splitn(2, |byte| *byte == b'?').nth(1).unwrap_or_default();
+            secrets.extend(
+                form(query).filter(|(name, _)| *name == **known).map(|(_, value)| value.into_owned()),
+            );
+        }
+        secrets
     }
 
     /// A query parameter. Its name as it stands, since proxies take it away by that; so one that is encoded is as

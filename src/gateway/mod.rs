@@ -418,7 +418,7 @@ impl Gateway {
             answer.inspect(|answer| answer.record(&span));
             span.record("keyward.reason", reason);
         }
-        let (key, path) = (finding.key_id(), LoggedPath::new(asked, &judged.credential));
+        let (key, path) = (finding.key_id(), LoggedPath::new(asked, &self.settings));
         let shadow = judged.mode == Mode::Shadow;
         if let Finding::Misconfigured(problem) = finding {
             if self.complaints.may(self.engine.now()) {

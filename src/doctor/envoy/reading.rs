@@ -110,12 +110,7 @@ impl Pattern {
             Some(Value::String(text)) => Some(text.clone()),
             _ => None,
         };
-        let regex = || {
-            let regex = matcher.at("safe_regex")?.text("regex");
-            let whole = format!("^(?:{regex})$");
-            // RE2's classes are of ASCII unless they say otherwise.
-            RegexBuilder::new(&whole).unicode(false).size_limit(MAX_REGEX).build().ok()
-        };
+        let regex = || whole_match(matcher.at("safe_regex")?.text("regex"));
         None.or_else(|| text("exact").map(Pattern::Exact))
             .or_else(|| text("prefix").map(Pattern::Prefix))
             .or_else(|| text("suffix").map(Pattern::Suffix))
@@ -123,6 +118,13 @@ impl Pattern {
             .or_else(|| regex().map(Pattern::Regex))
             .unwrap_or(Pattern::Other)
     }
+}
+
+/// An expression that has to match a whole name; `None` if it is not understood here.
+pub(super) fn whole_match(regex: &str) -> Option<Regex> {
+    let whole = format!("^(?:{regex})$");
+    // RE2's classes are of ASCII unless they say otherwise.
+    RegexBuilder::new(&whole).unicode(false).size_limit(MAX_REGEX).build().ok()
 }
 
 /// The patterns of a ListStringMatcher.

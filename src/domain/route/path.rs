@@ -186,7 +186,10 @@ fn is_lookalike(segment: &str) -> bool {
             && (BEST_FIT.iter().any(|(from, _)| *from == letter)
                 || std::iter::once(letter).nfkc().any(separates))
     };
-    segment.chars().any(becomes_separator) || check_as_is(&segment.nfkc().collect::<String>()).is_err()
+    let normalized: String = segment.nfkc().collect();
+    segment.chars().any(becomes_separator)
+        || check_as_is(&normalized).is_err()
+        || encodings(&normalized).any(|encoded| encoded)
 }
 
 /// Whether a segment names a script, as it is or normalized.

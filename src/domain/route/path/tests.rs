@@ -91,6 +91,7 @@ fn a_path_that_can_be_read_in_two_ways_is_refused() {
         ("/%E3%80%80admin", Stripped),
         ("/%E2%80%A5/b", Lookalike),
         ("/admin%E2%80%A6", Lookalike),
+        ("/%25%EF%BC%92f", Lookalike),
         ("/admin%EF%BC%8Ephp/x", PathInfo),
         ("/admin.%EF%BD%90hp/x", PathInfo),
         ("/admin%EF%BC%9A$DATA", Lookalike),

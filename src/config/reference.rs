@@ -13,9 +13,10 @@ beats the default. The file is optional, and so is every key unless it says othe
 as absent. A truth value in the environment is `1`, `true`, `yes`, `on` or `0`, `false`, `no`, `off`.
 
 What a server cannot use stops its start before anything is opened: unknown keys, wrong values, plaintext beyond this machine,
-files that cannot be read or do not fit together. `keyward config check`, `keyward config show` and `keyward serve` judge alike
-and report every problem at once, each with its line, variable or flag. Commands that only open the database judge the values,
-and need none of the server's files.
+files that cannot be read or do not fit together, folders that do not exist, host names without an address. `keyward config check`,
+`keyward config show` and `keyward serve` judge alike and report every problem at once, each with its line, variable or flag.
+What only an open database or socket shows, such as an address in use, `serve` reports alone. Commands that only open the
+database judge the values, and need none of the server's files.
 
 ```sh
 keyward config check keyward.toml   # would it be accepted? exit code 0 yes, 1 no, 2 it cannot be read

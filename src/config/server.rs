@@ -109,7 +109,7 @@ pub(super) struct File {
     /// A new file (mode 0600) that the root key of a first start is written to.
     #[schemars(extend("x-default" = "none: the terminal, or `keyward-root.key` beside the SQLite file (PostgreSQL: in the working directory) if standard output is no terminal", "format" = "file"))]
     root_key_file: Option<PathBuf>,
-    /// How many threads serve connections.
+    /// How many threads serve connections; at most 512.
     #[schemars(extend("x-default" = "one per core"))]
     threads: Option<NonZeroUsize>,
     /// What tokens begin with: 1-16 of `[a-z0-9_]`, a letter first.
@@ -410,10 +410,7 @@ impl Settings {
             database: values::read_database(database, password, problems),
             root_key_file: file.root_key_file,
             shows_root_key: true,
-            threads: file
-                .threads
-                .or_else(|| std::thread::available_parallelism().ok())
-                .map_or(1, NonZeroUsize::get),
+            threads: values::read_threads(file.threads, problems),
             envoy_listen: file.envoy_listen,
             forward_auth_listen: file.forward_auth_listen,
             rules: file.rules,

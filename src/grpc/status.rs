@@ -14,7 +14,10 @@ use super::{
     details::{Details, MAX_MESSAGE, list, shorten},
 };
 use crate::{
-    domain::account::{AccountLimit, LimitReached},
+    domain::{
+        account::{AccountLimit, LimitReached},
+        name::AccountId,
+    },
     engine::CannotAnswer,
     refusal::{Refusal, Thing, Violation},
     replication::propagation::{Incomplete, Report},
@@ -43,6 +46,11 @@ fn with_metadata(code: Code, reason: &str, message: &str, metadata: HashMap<Stri
     build(code, message, Details::new(reason, metadata))
 }
 
+fn account_exists(id: &AccountId, message: &str) -> Status {
+    let metadata = HashMap::from([("account".to_owned(), id.to_string())]);
+    with_metadata(Code::AlreadyExists, "ACCOUNT_EXISTS", message, metadata)
+}
+
 fn invalid(violations: &[Violation]) -> Status {
     let each = violations.iter().map(|violation| format!("{}: {}", violation.field, violation.problem));
     let message = format!("invalid request: {}", list(each, "; ", "violations"));
@@ -60,13 +68,13 @@ impl From<Refusal> for Status {
             Refusal::KeyNameTaken => {
                 status(Code::AlreadyExists, "KEY_NAME_TAKEN", "An API key with this name already exists")
             }
-            Refusal::AccountExists => {
-                status(Code::AlreadyExists, "ACCOUNT_EXISTS", "an account with this id already exists")
-            }
-            Refusal::AccountIdCase => status(
-                Code::AlreadyExists,
-                "ACCOUNT_EXISTS",
-                "an account exists whose id differs from this one only in case; use that account, or another id",
+            Refusal::AccountExists(id) => account_exists(&id, "an account with this id already exists"),
+            Refusal::AccountIdCase(id) => account_exists(
+                &id,
+                &format!(
+                    "the account {id:?} exists, whose id differs from this one only in case; use that account, or \
+                     another id"
+                ),
             ),
             Refusal::NotFound(Thing::Role) => {
                 status(Code::NotFound, "ROLE_NOT_FOUND", "there is no such role")

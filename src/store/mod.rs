@@ -163,7 +163,7 @@ pub enum Outcome {
 }
 
 /// Why one write of a batch was left out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Rejection {
     /// The record is not at the revision expected, or exists already.
     Conflict,
@@ -171,8 +171,8 @@ pub enum Rejection {
     AuthorizationMoved,
     /// Another key of the owner that is not revoked has the name.
     NameTaken,
-    /// Another account has an id that differs from the new one only in case.
-    AccountIdCase,
+    /// This account's id differs from the new one only in case.
+    AccountIdCase(AccountId),
     /// The digest is known already.
     DigestTaken,
     /// Another request was made under this idempotency key.

@@ -270,7 +270,7 @@ pub(super) fn decide<'w>(
 }
 
 impl<'w> Plan<'w> {
-    /// Takes in a write against which nothing stands.
+    /// Records a write that nothing speaks against.
     fn record(&mut self, write: &'w Write, facts: &mut Facts) -> Result<Change, serde_json::Error> {
         let change = write.change.clone().at_revision(self.head.revision.next());
         let row = write.log_row(&change, self.head)?;
@@ -333,8 +333,10 @@ impl Facts {
             Change::Account(account) => {
                 as_expected(self.accounts.get(&account.id), expect)?;
                 let folded = self.folded_accounts.get(&account.id.case_folded());
-                let clashes = expect.is_none() && folded.is_some_and(|known| *known != account.id);
-                if clashes { Err(Rejection::AccountIdCase) } else { Ok(()) }
+                match folded.filter(|known| expect.is_none() && **known != account.id) {
+                    Some(known) => Err(Rejection::AccountIdCase(known.clone())),
+                    None => Ok(()),
+                }
             }
             Change::Role(role) => {
                 as_expected(self.roles.get(&(role.account.clone(), role.name.clone())), expect)
@@ -376,14 +378,14 @@ impl Facts {
             self.digests.get(&secret.digest).is_some_and(|held| !held.is(key.id, secret.version))
         };
         let newest_taken = key.secrets.first().is_some_and(taken);
-        // A new key that is there already under another id, name and all, is told by its digest.
+        // A new key that exists under another id, with the same name, is a duplicate digest.
         if self.name_taken(key) && !(expect.is_none() && newest_taken) {
             return Err(Rejection::NameTaken);
         }
         if key.secrets.iter().any(taken) { Err(Rejection::DigestTaken) } else { Ok(()) }
     }
 
-    /// Whether a role stands for an account: its own, or a global one.
+    /// Whether an account has a role: its own, or a global one.
     fn role_stands(&self, account: Option<&AccountId>, role: &RoleName) -> Verdict {
         let stands = |account: Option<&AccountId>| self.roles.contains_key(&(account.cloned(), role.clone()));
         if stands(account) || stands(None) { Ok(()) } else { Err(Rejection::NoSuchRole) }
@@ -392,7 +394,7 @@ impl Facts {
     fn name_taken(&self, key: &Key) -> bool {
         let Some(name) = key.terms.name.as_ref().filter(|_| key.revocation.is_none()) else { return false };
         let Some(holders) = self.names.get(&(key.owner.clone(), name.normalized())) else { return false };
-        // A key that keeps its name is changed whoever else has it.
+        // A key that keeps its name may be changed even if another key has the name too.
         let keeps = holders.iter().any(|holder| holder.key_id == key.id && holder.stored == *name);
         !keeps && holders.iter().any(|holder| holder.key_id != key.id)
     }

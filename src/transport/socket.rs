@@ -24,8 +24,11 @@ const BACKLOG: u32 = 1024;
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
     /// The system refused.
-    #[error("{0}; is another server running there?")]
+    #[error("{}{}", .0, remedy(.0))]
     System(#[from] io::Error),
+    /// The host name cannot be looked up.
+    #[error("its host cannot be looked up: {0}; name an address of this machine, such as 127.0.0.1")]
+    Lookup(#[source] io::Error),
     /// The name stands for no address.
     #[error("it has no address")]
     Nowhere,
@@ -42,6 +45,16 @@ pub enum BindError {
          protects the network"
     )]
     Plaintext(SocketAddr),
+}
+
+/// What to do about a refusal of the system, as far as its kind shows that.
+fn remedy(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::AddrInUse => "; is another server running there?",
+        io::ErrorKind::AddrNotAvailable => "; name an address of this machine",
+        io::ErrorKind::NotFound => "; create its folder, or name another path",
+        _ => "",
+    }
 }
 
 /// Whether others than this machine reach an address.
@@ -93,7 +106,7 @@ impl Taken {
 
 async fn bind_tcp(address: &str, may_be_exposed: bool) -> Result<TcpSocket, BindError> {
     let mut last = BindError::Nowhere;
-    for address in tokio::net::lookup_host(address).await? {
+    for address in tokio::net::lookup_host(address).await.map_err(BindError::Lookup)? {
         if !may_be_exposed && is_exposed(&address) {
             return Err(BindError::Plaintext(address));
         }

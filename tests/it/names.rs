@@ -2,6 +2,7 @@
 
 use keyward::pb::{self, Reason};
 use tonic::Code;
+use tonic_types::StatusExt as _;
 
 use crate::support::{Client, check, invalid, named_key, refused, service_key, texts, user_key};
 
@@ -75,8 +76,18 @@ async fn an_account_has_the_id_of_another_system_letter_by_letter() {
     let server = Server::start().await;
     let root = server.root();
     assert_eq!(create_account(&root, "org_2abCD").await.unwrap().id, "org_2abCD");
-    for taken in ["org_2abcd", "ORG_2ABCD", "Keyward", "KEYWARD", "keyward", "org_2abCD"] {
-        refused(create_account(&root, taken).await, Code::AlreadyExists, "ACCOUNT_EXISTS");
+    for (taken, existing) in [
+        ("org_2abcd", "org_2abCD"),
+        ("ORG_2ABCD", "org_2abCD"),
+        ("Keyward", "keyward"),
+        ("KEYWARD", "keyward"),
+        ("keyward", "keyward"),
+        ("org_2abCD", "org_2abCD"),
+    ] {
+        let status = refused(create_account(&root, taken).await, Code::AlreadyExists, "ACCOUNT_EXISTS");
+        assert!(status.message().contains(existing) || taken == existing, "{status:?}");
+        let metadata = status.get_details_error_info().unwrap().metadata;
+        assert_eq!(metadata["account"], existing, "{status:?}");
     }
     let made = server.make(service_key("org_2abCD", &["repo/write"])).await;
     assert_eq!(made.key.account, "org_2abCD");

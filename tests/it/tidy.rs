@@ -155,7 +155,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("http1", &["transport"]),
     ("reload", &[]),
     ("transport", &["clock", "domain", "quiet"]),
-    ("config", &["decisions", "domain", "engine", "gateway", "keys", "store", "trace", "transport"]),
+    (
+        "config",
+        &["decisions", "domain", "engine", "gateway", "keys", "private_file", "store", "trace", "transport"],
+    ),
     ("telemetry", &["config", "domain", "trace"]),
     ("doctor", &["clock", "config", "domain", "pb", "store"]),
     (

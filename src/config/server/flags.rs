@@ -49,7 +49,7 @@ pub struct ServeArgs {
     /// How it starts and stops.
     #[command(flatten)]
     pub lifecycle: LifecycleArgs,
-    /// How many threads serve connections [default: one per core]
+    /// How many threads serve connections; at most 512 [default: one per core]
     #[arg(long, env = "KEYWARD_THREADS", value_name = "N")]
     pub threads: Option<String>,
     /// How the log on standard error is written: text or json [default: text]

@@ -1,7 +1,7 @@
 //! Values of the file and the flags that other modules know how to parse: what keys look like, where they are kept, what
 //! is logged.
 
-use std::path::Path;
+use std::{num::NonZeroUsize, path::Path};
 
 use tracing_subscriber::EnvFilter;
 
@@ -15,6 +15,19 @@ use crate::{
     keys::KeySettings,
     store::{self, OpenError},
 };
+
+/// More threads than this only take memory and file descriptors from connections.
+const MAX_THREADS: usize = 512;
+
+/// How many threads serve connections.
+pub(super) fn read_threads(given: Option<NonZeroUsize>, problems: &mut Problems<'_>) -> usize {
+    if let Some(threads) = given.filter(|threads| threads.get() > MAX_THREADS) {
+        let problem = format!("must be 1 to {MAX_THREADS}; leave it out for one per core");
+        problems.add(invalid("threads", &threads.to_string(), problem));
+    }
+    let threads = given.or_else(|| std::thread::available_parallelism().ok());
+    threads.map_or(1, NonZeroUsize::get).min(MAX_THREADS)
+}
 
 /// What keys look like.
 pub(super) fn read_keys(

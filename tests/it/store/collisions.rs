@@ -120,9 +120,16 @@ pub(super) async fn a_name_is_one_in_every_unicode_form(store: Shared) {
 pub(super) async fn ids_of_accounts_that_differ_in_case_alone_are_taken(store: Shared) {
     put_account(&store, &account("keyward"), None).await;
     let made = put_account(&store, &account("org_2abCD"), None).await;
-    for taken in ["org_2abcd", "ORG_2ABCD", "Org_2abCD", "Keyward", "KEYWARD"] {
+    for (taken, existing) in [
+        ("org_2abcd", "org_2abCD"),
+        ("ORG_2ABCD", "org_2abCD"),
+        ("Org_2abCD", "org_2abCD"),
+        ("Keyward", "keyward"),
+        ("KEYWARD", "keyward"),
+    ] {
         let create = create_account(&account(taken));
-        assert_eq!(try_one(&store, create).await.unwrap_err(), Rejection::AccountIdCase, "{taken}");
+        let rejection = Rejection::AccountIdCase(account_id(existing));
+        assert_eq!(try_one(&store, create).await.unwrap_err(), rejection, "{taken}");
         assert_eq!(store.account(&account_id(taken)).await.unwrap(), None, "ids are compared exactly");
     }
     let again = create_account(&account("org_2abCD"));
@@ -133,7 +140,7 @@ pub(super) async fn ids_of_accounts_that_differ_in_case_alone_are_taken(store: S
     let batch = ["user_2NNe", "user_2nne", "USER_2NNE"].map(|id| create_account(&account(id)));
     let outcomes = store.commit(&batch).await.unwrap().outcomes;
     assert!(outcomes[0].is_ok(), "{outcomes:?}");
-    let taken = |outcome: &Result<Outcome, Rejection>| matches!(outcome, Err(Rejection::AccountIdCase));
+    let taken = |outcome: &Result<Outcome, Rejection>| matches!(outcome, Err(Rejection::AccountIdCase(_)));
     assert!(outcomes[1..].iter().all(taken), "{outcomes:?}");
     let at_once = ["aB", "ab", "Ab", "AB"].map(|id| {
         let (store, create) = (store.clone(), create_account(&account(id)));

@@ -68,7 +68,7 @@ fn says(row: &LogRow, key: &Key, text: &mut Vec<u8>) -> bool {
     if serde_json::to_writer(&mut *text, key).is_err() {
         return false;
     }
-    // How the change came about stands at the end of the record, before its brace.
+    // The origin of the change is the last field of the record, before its brace.
     text.pop();
     let rest = row.payload.as_bytes().strip_prefix(text.as_slice());
     rest.is_some_and(|rest| rest == b"}}" || rest.starts_with(br#","via":{"#))

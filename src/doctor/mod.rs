@@ -1,6 +1,6 @@
 //! What is wrong with a running deployment, and what to do about it. It looks and changes nothing: the settings, the
-//! database, the replicas on it, the servers, certificates, the configurations of Envoy and nginx. What could not be looked at is said so,
-//! and never passes for good.
+//! database, the replicas on it, the servers, certificates, the configurations of Envoy and nginx. What could not be looked
+//! at is reported as such, and never passes for good.
 //!
 //! Each file looks at one thing and gives [`Finding`]s; what is decided from facts at hand is a pure function.
 

@@ -79,7 +79,7 @@ macro_rules! name {
                 Ok($type(text.into()))
             }
 
-            /// Whether a text is such a name, for whoever does not keep it.
+            /// Whether a text is such a name, without keeping it.
             ///
             /// # Errors
             /// When it breaks the rule; the error says the rule.

@@ -150,7 +150,7 @@ pub(super) fn read_create(
     Ok((filled(new)?, once))
 }
 
-/// Reads the rows of an import: a wrong row is a result of its own and stops no other.
+/// Reads the rows of an import: a wrong row has its own result and stops no other.
 pub(super) fn read_import(
     keys: &Keys,
     caller: &Caller,
@@ -232,7 +232,7 @@ fn check_entropy(bits: u32, violations: &mut Violations) {
         bits < MIN_ENTROPY_BITS,
         "entropy_bits",
         format!(
-            "{bits} is too few: with less than {MIN_ENTROPY_BITS} bits, whoever reads the database can find the token; \
+            "{bits} is too few: with less than {MIN_ENTROPY_BITS} bits, a reader of the database can find the token; \
              create a new key in its place"
         ),
     );
@@ -431,7 +431,7 @@ fn read_fields(paths: &[String], violations: &mut Violations) -> Vec<Field> {
     for (at, path) in paths.iter().enumerate() {
         match Field::parse(path) {
             Some(field) => fields.push(field),
-            // What stands there is not repeated: it could be a token, put in the wrong place.
+            // The value is not repeated: it could be a token, put in the wrong place.
             None => violations.note(
                 format!("update_mask.paths[{at}]"),
                 "cannot be changed; name, scopes, roles, expires_at, customers, allowed_cidrs, rate_limits, quota \

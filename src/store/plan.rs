@@ -270,7 +270,7 @@ pub(super) fn decide<'w>(
 }
 
 impl<'w> Plan<'w> {
-    /// Records a write that nothing speaks against.
+    /// Records an accepted write.
     fn record(&mut self, write: &'w Write, facts: &mut Facts) -> Result<Change, serde_json::Error> {
         let change = write.change.clone().at_revision(self.head.revision.next());
         let row = write.log_row(&change, self.head)?;
@@ -351,7 +351,7 @@ impl Facts {
             Change::Member(member) => {
                 let place = (member.account.clone(), member.user.clone());
                 as_expected(self.members.get(&place), expect)?;
-                self.role_stands(Some(&member.account), &member.role)
+                self.role_exists(Some(&member.account), &member.role)
             }
             Change::MemberRemoved(member) => {
                 as_expected(self.members.get(&(member.account.clone(), member.user.clone())), expect)
@@ -370,7 +370,7 @@ impl Facts {
     fn key_verdict(&self, key: &Key, expect: Option<Revision>) -> Verdict {
         if key.revocation.is_none() {
             for role in &key.terms.roles {
-                self.role_stands(key.owner.account(), role)?;
+                self.role_exists(key.owner.account(), role)?;
             }
         }
         as_expected(self.keys.get(&key.id), expect)?;
@@ -386,9 +386,9 @@ impl Facts {
     }
 
     /// Whether an account has a role: its own, or a global one.
-    fn role_stands(&self, account: Option<&AccountId>, role: &RoleName) -> Verdict {
-        let stands = |account: Option<&AccountId>| self.roles.contains_key(&(account.cloned(), role.clone()));
-        if stands(account) || stands(None) { Ok(()) } else { Err(Rejection::NoSuchRole) }
+    fn role_exists(&self, account: Option<&AccountId>, role: &RoleName) -> Verdict {
+        let exists = |account: Option<&AccountId>| self.roles.contains_key(&(account.cloned(), role.clone()));
+        if exists(account) || exists(None) { Ok(()) } else { Err(Rejection::NoSuchRole) }
     }
 
     fn name_taken(&self, key: &Key) -> bool {

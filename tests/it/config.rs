@@ -7,7 +7,7 @@ use serde_json::Value;
 use crate::{
     authority::{Authority, Pair},
     postgres::Cluster,
-    process::{Ended, Home},
+    process::{Ended, Home, Keyward},
 };
 
 /// A folder with a settings file of this text.
@@ -134,7 +134,55 @@ const PLAIN: &str = "[[listener]]\nname = 'a'\naddress = '0.0.0.0:0'\nservices =
 const SECURE: &str = "[[listener]]\nname = 'a'\naddress = '127.0.0.1:0'\nservices = ['check']\n[listener.tls]\n\
                       certificate = 'cert.pem'\nkey = 'key.pem'\n";
 
+const SOCKET: &str = "[[listener]]\nname = 'a'\naddress = 'unix:/nowhere/a.sock'\nservices = ['check']\n";
+/// A listener with TLS, or one that is insecure, may be anywhere, if that is an address.
+const UNRESOLVED: &str = "listen = 'a..b:1'\nadmin_listen = 'a..b:2'\nenvoy_listen = 'a..b:3'\n\
+                          forward_auth_listen = 'a..b:4'\ninsecure = true";
+
 const WRONG: &[Wrong] = &[
+    (
+        "database = 'sqlite:/nowhere/dir/k.db'",
+        &[],
+        &[
+            "database = \"sqlite:/nowhere/dir/k.db\" cannot be opened: the folder /nowhere/dir does not exist; create it",
+        ],
+    ),
+    ("database = 'sqlite:/tmp'", &[], &["it is a folder; name a file in it"]),
+    (
+        "root_key_file = 'nowhere/root.key'",
+        &[],
+        &[
+            "root_key_file = \"nowhere/root.key\" cannot be created: the folder nowhere does not exist; create it",
+        ],
+    ),
+    ("root_key_file = 'wrong.toml'", &[], &["it exists already and is not overwritten; move it away"]),
+    (
+        "[decision_log]\nfile = '/nowhere/x.log'",
+        &[],
+        &["decision_log.file = \"/nowhere/x.log\" cannot be written"],
+    ),
+    ("[decision_log]\nfile = 'wrong.toml/x.log'", &[], &["decision_log.file"]),
+    (
+        SOCKET,
+        &[],
+        &["listener.address = \"unix:/nowhere/a.sock\" cannot be bound: the folder /nowhere does not"],
+    ),
+    (
+        "listen = '127.0.0.1:0'\nthreads = 100000000",
+        &[],
+        &["line 2, column 1: threads = \"100000000\" must be 1 to 512"],
+    ),
+    ("", &[("KEYWARD_THREADS", "513")], &["KEYWARD_THREADS: threads = \"513\" must be 1 to 512"]),
+    (
+        UNRESOLVED,
+        &[],
+        &[
+            "line 1, column 1: listen = \"a..b:1\" cannot be bound: its host cannot be looked up",
+            "line 2, column 1: admin_listen",
+            "line 3, column 1: envoy_listen",
+            "line 4, column 1: forward_auth_listen",
+        ],
+    ),
     ("database = 'kw.db'", &[], &["write sqlite:kw.db"]),
     ("database = 'mysql://u:sesame@h/k'", &[], &["names no known kind of database"]),
     ("database = 'sqlite:k.db?mode=ro'", &[], &["must name a file without options"]),
@@ -242,6 +290,35 @@ fn check_show_and_serve_refuse_the_same_settings_with_the_same_problems_all_at_o
         }
         let files = home.files();
         assert!(files.iter().all(|(path, _)| path.extension().is_none_or(|end| end != "db")), "{settings}");
+    }
+}
+
+#[test]
+fn a_later_start_needs_no_folder_for_the_root_key() {
+    let home = Keyward::start().stop();
+    std::fs::write(home.path("keyward.toml"), "root_key_file = 'nowhere/root.key'").unwrap();
+    let checked = run(&home, &["config", "check", "keyward.toml"], &[]);
+    assert_eq!(checked.code, Some(0), "{checked:?}");
+    let mut serve = home.serve_without_root_key_file();
+    serve.args(["--config", "keyward.toml"]);
+    home.start_as(serve).unwrap().stop();
+}
+
+#[test]
+fn an_address_that_cannot_be_had_is_named_by_its_setting_with_what_to_do() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = taken.local_addr().unwrap();
+    for (address, insecure, remedy) in [
+        (taken.to_string(), "false", "is another server running there?"),
+        ("192.0.2.1:1".to_owned(), "true", "name an address of this machine"),
+    ] {
+        let listener = format!("[[listener]]\nname = 'a'\naddress = '{address}'\nservices = ['check']\n");
+        let (home, file) = written(&format!("insecure = {insecure}\n{listener}"));
+        let mut serve = home.command(["serve", "--admin-listen", "127.0.0.1:0", "--config"]);
+        serve.arg(&file);
+        let refused = home.refusal(serve);
+        let setting = format!("listener \"a\": address = \"{address}\" cannot be bound");
+        assert!(refused.contains(&setting) && refused.contains(remedy), "{refused}");
     }
 }
 

@@ -257,13 +257,8 @@ async fn a_lost_root_key_is_replaced_once_the_server_has_stopped() {
     let home = server.home.clone();
     let old = home.root_key();
     server.root().make_account("acme").await;
-    let url = home.url();
     let new_file = home.path("new.key");
-    let reset = || {
-        let mut command = home.command(["root-key", "reset", "--yes", "--database", &url]);
-        command.arg("--root-key-file").arg(&new_file);
-        command
-    };
+    let reset = || home.root_key_reset("new.key");
     let said = home.refusal(reset());
     assert!(said.contains("in use by another keyward"), "{said}");
     assert!(!new_file.exists());
@@ -304,15 +299,7 @@ async fn a_root_key_reset_of_a_new_database_makes_no_key() {
     let home = Home::new();
     let url = home.url();
     store::open(&url).await.unwrap().close().await;
-    let said = home.refusal(home.command([
-        "root-key",
-        "reset",
-        "--yes",
-        "--root-key-file",
-        "-",
-        "--database",
-        &url,
-    ]));
+    let said = home.refusal(home.root_key_reset("-"));
     assert!(said.contains("'keyward serve' makes one"), "{said}");
     let store = store::open(&url).await.unwrap();
     assert_eq!(store.head().await.unwrap().revision, Revision(0));

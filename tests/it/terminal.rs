@@ -194,8 +194,7 @@ async fn a_reader_that_has_gone_makes_neither_a_panic_nor_a_false_success() {
         );
     }
     let home = server.stop();
-    let reset = ["root-key", "reset", "--yes", "--root-key-file", "-", "--database", &url];
-    let ended = without_reader(&home, home.command(reset));
+    let ended = without_reader(&home, home.root_key_reset("-"));
     assert!(ended.code == Some(1) && ended.err.contains("run the command again"), "{ended:?}");
 }
 

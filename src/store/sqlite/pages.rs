@@ -56,7 +56,7 @@ impl Readers {
         self.with(move |connection| read(&mut *connection.prepare_cached(&statement)?, &bound)).await
     }
 
-    /// A page of the log, read as it stands in the file.
+    /// A page of the log, decoded in place.
     pub(super) async fn log(&self, query: Sql<sqlx::Sqlite>) -> std::result::Result<Vec<LogRow>, StoreError> {
         let (statement, bound) = query.into_parts();
         self.with(move |connection| {

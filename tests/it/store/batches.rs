@@ -149,7 +149,7 @@ pub(super) async fn names_go_from_key_to_key_within_a_batch(store: Shared) {
     let outcomes = store.commit(&batch).await.unwrap().outcomes;
     let rejections: Vec<_> = outcomes.iter().map(|outcome| outcome.as_ref().err().cloned()).collect();
     let (taken, stale) = (Some(Rejection::NameTaken), Some(Rejection::Conflict));
-    assert_eq!(rejections, [taken, None, None, taken, stale, None, None, None]);
+    assert_eq!(rejections, [taken.clone(), None, None, taken, stale, None, None, None]);
     for (id, name) in [(first.id, "b"), (second.id, "a"), (third.id, "a")] {
         let key = read(&store, id).await.unwrap();
         assert_eq!(key.terms.name.as_ref().map(|name| name.as_str()), Some(name));

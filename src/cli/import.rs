@@ -1,7 +1,7 @@
 //! `keyward keys import`: takes in keys made elsewhere, from a file of any size.
 //!
 //! The file is looked through first, so that one that cannot be read leaves nothing behind. Then one thread reads it in
-//! batches; several calls are under way at once; what came of them is noted in the order of the file. So memory holds a
+//! batches; several calls are under way at once; their results are recorded in the order of the file. So memory holds a
 //! few batches, and an import that was interrupted continues where it was.
 
 mod cell;
@@ -37,8 +37,8 @@ use self::{
     journal::Journal,
     row::{ColumnArgs, DefaultArgs},
     send::{Attempts, send},
-    source::{Batch, Format, MOST, Reading, Source, encoding},
-    summary::{Problems, Summary},
+    source::{Batch, Format, Reading, Source, encoding},
+    summary::{Problems, Summary, rows},
     text::Text,
 };
 use super::{
@@ -74,9 +74,9 @@ enabled, revoked, disabled, revoked_at and disabled_at. A file with other column
 sent: --rename and --ignore say what they are.
 
 The import continues where it was when the same command is given again: FILE.keyward-progress holds how far it \
-came (remove it to begin at the beginning). Rows that are not imported go to FILE.rejected with their line and \
-the reason, and stop no other; put right, that file can be imported itself. Where an interrupted run may have \
-sent a row already, DIGEST_TAKEN means that it is there.
+came. Rows that are not imported go to FILE.rejected with their line and the reason, and stop no other. Mend \
+them there, and import that file; or mend FILE, remove FILE.keyward-progress and FILE.rejected, and import FILE \
+again: rows that are imported are counted as there already.
 
 Exit codes: 0 every row is there or skipped; 1 some were rejected; 2 the import did not come to the file's end.
 
@@ -114,12 +114,14 @@ impl ImportArgs {
         reading.defaults.check(reading.now)?;
         // The whole file first: one that is not understood leaves nothing behind.
         inspect(&file, reading.encoding, reading.syntax(&file)?)?;
-        Source::open(&file, reading.clone(), None)?;
+        let unused = Source::open(&file, reading.clone(), None)?.check_columns()?;
+        for flag in unused {
+            cx.console.note(&format!("No object has the field of {flag}.\n"));
+        }
         let mut journal = Journal::open(&self.file, self.progress)?;
         let source = Source::open(file, reading, journal.from())?;
         if journal.from().is_some_and(|from| from.bytes < size) {
-            let (rows, lines) = (journal.rows(), journal.progress.lines);
-            cx.console.note(&format!("Resuming after {rows} rows (line {lines}).\n"));
+            cx.console.note(&format!("Resuming after {}.\n", journal.place()));
         }
         let bar = console::progress(size);
         let (began, before, mut problems) = (Instant::now(), journal.rows(), Problems::default());
@@ -131,7 +133,7 @@ impl ImportArgs {
             cx.show(&summary, |colours| summary.for_people(&journal).show(colours))?;
         }
         let progress = journal.progress_path().display();
-        end.map_err(|failure| failure.of(&format!("stopped after line {}", summary.lines)))
+        end.map_err(|failure| failure.of(&format!("stopped after {}", journal.place())))
             .map_err(|failure| failure.hint(format!("the same command continues from there ({progress})")))?;
         Ok(if summary.rejected > 0 { REFUSED } else { 0 })
     }
@@ -170,7 +172,7 @@ fn format_by_name(path: &Path) -> Format {
     if json { Format::Json } else { Format::Csv }
 }
 
-/// Sends the file's batches and notes what became of them, until the file or the person at the terminal ends it.
+/// Sends the file's batches and records their results, until the file ends or Ctrl-C stops it.
 async fn run(
     source: Source<File>,
     session: &Session,
@@ -181,8 +183,6 @@ async fn run(
     let dialect = source.dialect().clone();
     let mut stop = interruptions();
     let batches = read(source, stop.clone());
-    // Calls of an earlier run may have been under way behind what it noted, and no more than these rows.
-    let mut unsure = if journal.resumed { AT_ONCE * MOST } else { 0 };
     let attempts = Attempts::default();
     let import = async |request: pb::ImportKeysRequest| {
         session
@@ -191,10 +191,8 @@ async fn run(
     };
     let sent = stream::unfold(batches, async |mut batches| Some((batches.recv().await?, batches)))
         .map(|batch| {
-            let repeated = unsure > 0;
-            unsure = unsure.saturating_sub(batch.as_ref().map_or(0, |batch| batch.rows.len()));
             let (attempts, import) = (&attempts, &import);
-            async move { send(batch?, repeated, attempts, import).await }
+            async move { send(batch?, attempts, import).await }
         })
         .buffered(AT_ONCE);
     let mut sent = pin!(sent);
@@ -206,16 +204,16 @@ async fn run(
         let Some(done) = done else { break };
         let done = done?;
         problems.add(&done.rejected);
-        journal.note(&done, &dialect)?;
+        journal.record(&done, &dialect)?;
         if let Some(from) = journal.from() {
             bar.set_position(from.bytes);
-            bar.set_message(format!("{} rows, {} rejected", journal.rows(), journal.progress.rejected));
+            bar.set_message(format!("{}, {} rejected", rows(journal.rows()), journal.progress.rejected));
         }
     }
     if *stop.borrow() > 0 { Err(Failure::usage("interrupted")) } else { Ok(()) }
 }
 
-/// Reads batches on a thread of their own until the file ends or somebody interrupts.
+/// Reads batches on a thread of their own until the file ends or Ctrl-C stops it.
 fn read(mut source: Source<File>, stop: watch::Receiver<u32>) -> mpsc::Receiver<Result<Batch, Failure>> {
     let (sender, batches) = mpsc::channel(1);
     tokio::task::spawn_blocking(move || {
@@ -223,7 +221,7 @@ fn read(mut source: Source<File>, stop: watch::Receiver<u32>) -> mpsc::Receiver<
             && let Some(batch) = source.batch().map_err(Failure::from).transpose()
         {
             let last = batch.is_err();
-            // Nobody listens any more once a call has failed.
+            // The receiver is dropped once a call has failed.
             if sender.blocking_send(batch).is_err() || last {
                 break;
             }
@@ -232,14 +230,14 @@ fn read(mut source: Source<File>, stop: watch::Receiver<u32>) -> mpsc::Receiver<
     batches
 }
 
-/// Counts how often somebody pressed Ctrl-C: once ends the import in order, twice at once.
+/// Counts how often Ctrl-C was pressed: the first ends the import in order, the second at once.
 fn interruptions() -> watch::Receiver<u32> {
     let (sender, receiver) = watch::channel(0);
     tokio::spawn(async move {
         while tokio::signal::ctrl_c().await.is_ok() {
             sender.send_modify(|asked| *asked += 1);
         }
-        // Where signals cannot be had, nobody interrupts; dropping the sender would look like it.
+        // Without signals nothing interrupts; dropping the sender would look like an interruption.
         std::future::pending::<()>().await;
     });
     receiver

@@ -132,7 +132,7 @@ async fn a_tab_separated_download_of_google_sheets_is_imported() {
     let server = server().await;
     let file = sample("google-sheets.tsv");
     let refused = run(&server, "keys.tsv", &file, &[]);
-    assert!(refused.code == Some(2) && refused.err.contains("there is no column \"Notes\""), "{refused:?}");
+    assert!(refused.code == Some(2) && refused.err.contains("unknown column \"Notes\""), "{refused:?}");
     assert_counts(&run(&server, "keys.tsv", &file, &["--ignore", "notes"]), 2, 0, 0, 0);
     assert_live(&server, &[31, 32]).await;
 }
@@ -142,7 +142,7 @@ async fn a_json_array_of_an_api_is_imported() {
     let server = server().await;
     let file = sample("api-keys.json");
     let refused = run(&server, "keys.json", &file, &[]);
-    assert!(refused.err.contains("there are no columns \"id\", \"createdAt\", \"keyHash\""), "{refused:?}");
+    assert!(refused.err.contains("unknown columns \"id\", \"createdAt\", \"keyHash\""), "{refused:?}");
     let flags = ["--ignore", "id", "--ignore", "createdAt", "--rename", "keyHash=sha256"];
     assert_counts(&run(&server, "keys.json", &file, &flags), 2, 1, 1, 0);
     assert_live(&server, &[41, 42]).await;
@@ -204,6 +204,48 @@ async fn an_import_of_one_json_array_that_was_killed_continues_where_it_was() {
     assert!(count("rows_now") < 12_000, "it began anew: {done}");
     assert_live(&server, &[10_000, 15_000, 21_999]).await;
     assert_eq!(names(&server).await.len(), 12_000, "every key once");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mended_file_is_imported_once_the_files_of_its_first_import_are_removed() {
+    let server = server().await;
+    let row = |number: u32| format!("{},acme,monitors:read\n", digest(number));
+    let file = |second: &str| format!("sha256,account,scopes\n{}{second}", row(81));
+    assert_counts(&run(&server, "keys.csv", file("no digest,acme,x:y\n").as_bytes(), &[]), 1, 0, 0, 1);
+    let mended = file(&row(82));
+    let refused = run(&server, "keys.csv", mended.as_bytes(), &[]);
+    assert!(refused.code == Some(2) && refused.err.contains("keys.csv has changed since"), "{refused:?}");
+    // Without its progress alone, the rejected rows would be lost.
+    std::fs::remove_file(server.home.path("keys.csv.keyward-progress")).unwrap();
+    let rejected = server.home.path("keys.csv.rejected");
+    let kept = std::fs::read(&rejected).unwrap();
+    let refused = run(&server, "keys.csv", mended.as_bytes(), &[]);
+    assert!(refused.code == Some(2) && refused.err.contains("it is not overwritten"), "{refused:?}");
+    assert_eq!(std::fs::read(&rejected).unwrap(), kept);
+    std::fs::remove_file(&rejected).unwrap();
+    let ended = run(&server, "keys.csv", mended.as_bytes(), &[]);
+    assert_counts(&ended, 1, 0, 0, 0);
+    assert_eq!(summary(&ended)["there_already"], 1, "{ended:?}");
+    assert_live(&server, &[81, 82]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unknown_field_of_any_object_is_refused_before_anything_is_sent() {
+    let server = server().await;
+    let row = |number: u32| json!({"sha256": digest(number), "account": "acme", "scopes": ["monitors:read"]});
+    let mut last = row(93);
+    last["foo"] = json!("x");
+    let file = serde_json::to_vec(&[row(91), row(92), last]).unwrap();
+    let refused = run(&server, "keys.json", &file, &[]);
+    assert!(refused.code == Some(2) && refused.err.contains("unknown column \"foo\""), "{refused:?}");
+    assert_unknown(&server, &[91]).await;
+    let ended = run(&server, "keys.json", &file, &["--ignore", "foo", "--ignore", "nosuch"]);
+    assert_counts(&ended, 3, 0, 0, 0);
+    assert!(ended.err.contains("--ignore nosuch") && !ended.err.contains("--ignore foo"), "{ended:?}");
+    assert_eq!(summary(&ended)["rows"], 3);
+    let table = format!("sha256\n{}\n", digest(94));
+    let refused = run(&server, "keys.csv", table.as_bytes(), &["--rename", "nosuch=hint"]);
+    assert!(refused.code == Some(2) && refused.err.contains("no column of --rename nosuch"), "{refused:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

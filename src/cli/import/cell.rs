@@ -83,7 +83,7 @@ pub(super) fn expiry(text: &str) -> Result<Expiry, String> {
     })
 }
 
-/// Seconds or milliseconds since 1970, told apart by their digits: both for instants from 2001 to 5138.
+/// Seconds or milliseconds since 1970, distinguished by their number of digits: both for instants from 2001 to 5138.
 fn unix_time(text: &str) -> Option<Timestamp> {
     let (whole, fraction) = text.split_once('.').unwrap_or((text, "0"));
     let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());

@@ -1,14 +1,17 @@
 //! What the columns of a file are: the header of a CSV file with its separator, the field names of a JSON file. Without
 //! all of them understood, nothing is imported.
 
-use std::io::{self, Read, Seek};
+use std::{
+    collections::HashSet,
+    io::{self, Read, Seek},
+};
 
 use serde_json::Value;
 
 use super::{
     csv,
     json::Fields,
-    row::{Column, ColumnArgs},
+    row::{Column, ColumnArgs, is_same_name},
     text::{Line, Text, trim_line_end},
 };
 use crate::cli::failure::Failure;
@@ -17,6 +20,9 @@ use crate::cli::failure::Failure;
 const SEPARATORS: [char; 4] = [',', ';', '\t', '|'];
 /// A longer name is no name.
 const MAX_NAME: usize = 64;
+/// How many checked names are remembered, and how many unknown ones are reported.
+const MAX_SEEN: usize = 1_000;
+const MAX_UNKNOWN: usize = 20;
 
 /// The header of a CSV file.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -71,7 +77,57 @@ fn separator_line<R: Read + Seek>(text: &mut Text<R>) -> io::Result<Option<char>
     }
 }
 
-/// Refuses field names of a JSON file's first object that mean nothing. Those of other objects cost their row.
+/// Checks the names of a file's columns, and that the flags name some of them.
+pub(super) struct NameCheck<'a> {
+    columns: &'a ColumnArgs,
+    seen: HashSet<String>,
+    unknown: Vec<String>,
+    /// The flags that name none of the columns so far, each with its name.
+    unused: Vec<(String, &'a str)>,
+}
+
+impl<'a> NameCheck<'a> {
+    pub(super) fn new(columns: &'a ColumnArgs) -> NameCheck<'a> {
+        NameCheck { columns, seen: HashSet::new(), unknown: Vec::new(), unused: columns.flags() }
+    }
+
+    pub(super) fn add(&mut self, name: &str) {
+        if self.seen.contains(name) {
+            return;
+        }
+        if self.seen.len() < MAX_SEEN && name.len() <= MAX_NAME {
+            self.seen.insert(name.to_owned());
+        }
+        self.unused.retain(|(_, flagged)| !is_same_name(flagged, name));
+        let is_new = || !self.unknown.iter().any(|unknown| unknown == name);
+        if self.columns.resolve(name).is_none() && self.unknown.len() < MAX_UNKNOWN && is_new() {
+            self.unknown.push(name.to_owned());
+        }
+    }
+
+    /// The flags that name no column.
+    ///
+    /// # Errors
+    /// If a column is unknown.
+    pub(super) fn unused(self) -> Result<Vec<String>, Failure> {
+        if !self.unknown.is_empty() {
+            return Err(unknown_names(&self.unknown.iter().collect::<Vec<_>>()));
+        }
+        Ok(self.unused.into_iter().map(|(flag, _)| flag).collect())
+    }
+
+    /// Refuses flags that name no column, too.
+    pub(super) fn all_used(self) -> Result<(), Failure> {
+        let unused = self.unused()?;
+        if unused.is_empty() {
+            return Ok(());
+        }
+        Err(Failure::usage(format!("the file has no column of {}", unused.join(" and ")))
+            .hint("look for typos; nothing was imported"))
+    }
+}
+
+/// Refuses a JSON file whose first object cannot be a key.
 pub(super) fn check_fields(fields: &Fields, names: &ColumnArgs) -> Result<(), Failure> {
     let holds_objects = |value: &Value| {
         value.as_array().is_some_and(|elements| elements.first().is_some_and(Value::is_object))
@@ -119,15 +175,15 @@ fn resolve(names_in_file: Vec<String>, names: &ColumnArgs) -> Result<Vec<(String
 
 fn unknown_names(unknown: &[&String]) -> Failure {
     if unknown.iter().any(|name| name.len() > MAX_NAME || name.chars().any(char::is_control)) {
-        return wrong("it names columns that do not exist");
+        return wrong("some names are unknown");
     }
     let listed = unknown.iter().map(|name| format!("{:?}", name.trim())).collect::<Vec<_>>().join(", ");
-    let there_are = if unknown.len() == 1 { "there is no column" } else { "there are no columns" };
+    let what = if unknown.len() == 1 { "unknown column" } else { "unknown columns" };
     let hint = format!(
         "--ignore NAME leaves a column out, --rename THEIRS=OURS gives it its name; the columns are {}",
         Column::names()
     );
-    wrong(&format!("{there_are} {listed}")).hint(hint)
+    wrong(&format!("{what} {listed}")).hint(hint)
 }
 
 fn wrong(problem: &str) -> Failure {
@@ -162,8 +218,8 @@ mod tests {
     #[test]
     fn a_header_that_is_not_understood_stops_everything_and_says_all_that_is_wrong() {
         for (file, problem) in [
-            ("sha256,scope\n", "there is no column \"scope\""),
-            ("id;sha256;scope\n", "there are no columns \"id\", \"scope\""),
+            ("sha256,scope\n", "unknown column \"scope\""),
+            ("id;sha256;scope\n", "unknown columns \"id\", \"scope\""),
             ("name,account\n", "sha256 is missing"),
             ("sha256,Name,name\n", "\"Name\" and \"name\" are the same"),
             ("sk_live_not-a-name,x\n", "it names no columns"),
@@ -209,12 +265,36 @@ mod tests {
     }
 
     #[test]
-    fn the_fields_of_a_json_file_are_judged_by_its_first_object() {
+    fn a_flag_that_names_no_column_is_refused() {
+        let check = |flags: &[&str]| {
+            let columns = names(flags);
+            let mut check = NameCheck::new(&columns);
+            ["sha256", "Key Hash", ""].iter().for_each(|name| check.add(name));
+            check.all_used().map_err(|failure| failure.to_string())
+        };
+        assert_eq!(check(&["--rename", "key_hash=hint"]), Ok(()));
+        let error =
+            check(&["--ignore", "key-hash", "--rename", "nosuch=hint", "--ignore", "id"]).unwrap_err();
+        assert!(error.contains("no column of --rename nosuch and --ignore id"), "{error}");
+    }
+
+    #[test]
+    fn the_names_that_are_remembered_and_reported_are_bounded() {
+        let columns = names(&[]);
+        let mut check = NameCheck::new(&columns);
+        (0..10_000).for_each(|number| check.add(&format!("x{number}")));
+        assert_eq!((check.seen.len(), check.unknown.len()), (MAX_SEEN, MAX_UNKNOWN));
+        check.add(&"y".repeat(1 << 20));
+        assert!(check.unused().unwrap_err().to_string().contains("\"x0\", \"x1\""));
+    }
+
+    #[test]
+    fn the_first_object_of_a_json_file_must_be_a_key() {
         let fields =
             |names: &[&str]| Fields(names.iter().map(|name| ((*name).to_owned(), json!(1))).collect());
         assert!(check_fields(&fields(&["sha256", "expiresAt"]), &names(&[])).is_ok());
         let error = check_fields(&fields(&["sha256", "id"]), &names(&[])).unwrap_err().to_string();
-        assert!(error.contains("no column \"id\"") && error.contains("--ignore"), "{error}");
+        assert!(error.contains("unknown column \"id\"") && error.contains("--ignore"), "{error}");
         let wrapped = Fields(vec![("data".to_owned(), json!([{ "sha256": "ab" }]))]);
         let error = check_fields(&wrapped, &names(&[])).unwrap_err().to_string();
         assert!(error.contains("an object around the array") && error.contains("jq"), "{error}");

@@ -133,7 +133,6 @@ impl<R: Read + Seek> DecodedText<R> {
         self.start = 0;
         let read = self.input.by_ref().take(CHUNK as u64).read_to_end(&mut self.encoded)?;
         self.ended = read == 0;
-
         Ok(())
     }
 

@@ -123,10 +123,16 @@ pub(super) struct ColumnArgs {
 }
 
 impl ColumnArgs {
+    /// The flags as they are written, each with the file's column that it names.
+    pub(super) fn flags(&self) -> Vec<(String, &str)> {
+        let renamed = self.renamed.iter().map(|(theirs, _)| (format!("--rename {theirs}"), theirs.as_str()));
+        let ignored = self.ignored.iter().map(|name| (format!("--ignore {name}"), name.as_str()));
+        renamed.chain(ignored).collect()
+    }
+
     /// What a column of the file is.
     pub(super) fn resolve(&self, name: &str) -> Option<Column> {
-        let spelt = normalized(name);
-        let is = |other: &str| name.trim() == other.trim() || !spelt.is_empty() && spelt == normalized(other);
+        let is = |other: &str| is_same_name(name, other);
         if name.trim().is_empty() {
             return Some(Column::Unnamed);
         }
@@ -136,6 +142,12 @@ impl ColumnArgs {
         let renamed = self.renamed.iter().find(|(theirs, _)| is(theirs)).map(|(_, ours)| *ours);
         renamed.or_else(|| Column::parse(name))
     }
+}
+
+/// Whether two names of columns are one, however they are spelt.
+pub(super) fn is_same_name(one: &str, other: &str) -> bool {
+    let spelt = normalized(one);
+    one.trim() == other.trim() || !spelt.is_empty() && spelt == normalized(other)
 }
 
 fn renaming(text: &str) -> Result<(String, Column), String> {

@@ -8,7 +8,7 @@ use prost::Message as _;
 
 use super::{
     csv::{self, Record},
-    header::{Header, check_fields},
+    header::{Header, NameCheck, check_fields},
     inspect::Syntax,
     json::{Fields, Layout, Object},
     row::{Column, ColumnArgs, DefaultArgs, Draft, NoKey},
@@ -24,7 +24,7 @@ const BYTES: usize = 3_500_000;
 /// How rows are written in a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum Format {
-    /// Values separated by commas, semicolons or tabs, with a header line
+    /// Values separated by commas, semicolons, tabs or |, with a header line
     Csv,
     /// JSON objects: one on each line, or in one array
     #[value(alias = "jsonl")]
@@ -62,7 +62,7 @@ pub(super) struct Batch {
     pub(super) end: Position,
 }
 
-/// How the rows of a file are told apart, and their fields.
+/// How the rows of a file, and their fields, are separated.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Dialect {
     Separated(Header),
@@ -133,6 +133,27 @@ impl<R: Read + Seek> Source<R> {
         }
         let before = text.at();
         Ok(Source { text, dialect, reading, waiting: None, before })
+    }
+
+    /// Checks the names of all columns, those of every JSON object too. Gives the flags that name no field of a JSON
+    /// file: its objects may lack some.
+    ///
+    /// # Errors
+    /// If a column is unknown, or a flag names none of a CSV file.
+    pub(super) fn check_columns(mut self) -> Result<Vec<String>, Failure> {
+        let mut check = NameCheck::new(&self.reading.columns);
+        let layout = match &self.dialect {
+            Dialect::Separated(header) => {
+                header.columns.iter().for_each(|(name, _)| check.add(name));
+                return check.all_used().map(|()| Vec::new());
+            }
+            Dialect::Json(layout) => *layout,
+        };
+        while let Some(object) = layout.next(&mut self.text)? {
+            let fields = object.fields.unwrap_or_default();
+            fields.0.iter().for_each(|(name, _)| check.add(name));
+        }
+        check.unused()
     }
 
     pub(super) fn dialect(&self) -> &Dialect {
@@ -209,7 +230,7 @@ fn read_fields(fields: Fields, reading: &Reading) -> Result<pb::ImportKey, NoKey
         let column = reading
             .columns
             .resolve(&name)
-            .ok_or_else(|| format!("there is no field {name:?}; there are {}", Column::names()))?;
+            .ok_or_else(|| format!("unknown field {name:?}; the fields are {}", Column::names()))?;
         if !column.may_repeat() && seen.contains(&column) {
             return Err(format!("{name}: is there twice").into());
         }
@@ -270,7 +291,7 @@ mod tests {
         let rows = rows(&file, Format::Json);
         assert!(rows[0].key.is_ok());
         assert_eq!(problem(&rows[1]), "is no JSON object");
-        assert!(problem(&rows[2]).contains("no field \"token\"") && !problem(&rows[2]).contains("kw_x"));
+        assert!(problem(&rows[2]).contains("unknown field \"token\"") && !problem(&rows[2]).contains("kw_x"));
         assert_eq!(problem(&rows[3]), "name: write a text");
         assert_eq!(problem(&rows[4]), "expires_at: is there twice");
     }

@@ -16,7 +16,9 @@ const MAX_SHOWN: usize = 5;
 pub(super) struct Summary {
     /// Whether the file's end was reached.
     pub(super) complete: bool,
-    pub(super) lines: u64,
+    lines: u64,
+    /// Rows of the file that are done, by earlier runs too.
+    rows: u64,
     imported: u64,
     there_already: u64,
     expired: u64,
@@ -68,6 +70,11 @@ impl Problems {
     }
 }
 
+/// A number of rows.
+pub(super) fn rows(count: u64) -> String {
+    format!("{count} row{}", if count == 1 { "" } else { "s" })
+}
+
 impl Json for Summary {
     fn write<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         self.serialize(serializer)
@@ -87,6 +94,7 @@ impl Summary {
         Summary {
             complete,
             lines: progress.lines,
+            rows: journal.rows(),
             imported: progress.imported,
             there_already: progress.there_already,
             expired: progress.expired,
@@ -113,19 +121,21 @@ impl Summary {
             .field("inactive", some(self.inactive, ", not imported: revoked or disabled"))
             .field("rejected", rejected);
         for Problem { error, message, rows, first_line } in self.problems.iter().take(MAX_SHOWN) {
-            let rows = if *rows == 1 { "1 row".to_owned() } else { format!("{rows} rows, the first") };
-            record = record.field("", format!("{rows} on line {first_line}: {message} ({error})"));
+            let first = if *rows == 1 { "" } else { ", the first" };
+            let count = self::rows(*rows);
+            record = record.field("", format!("{count}{first} on line {first_line}: {message} ({error})"));
         }
         if self.problems.len() > MAX_SHOWN {
             record = record.field("", format!("and {} other problems", self.problems.len() - MAX_SHOWN));
         }
-        let record = record.field("lines done", self.lines.to_string());
+        let record = record.field("rows done", self.rows.to_string());
         if self.rows_now == 0 && self.complete {
             let hint = format!("nothing; {} says that all is done", journal.progress_path().display());
             return record.field("this time", hint);
         }
         let Summary { rows_now, seconds, rows_per_second, .. } = self;
-        record.field("this time", format!("{rows_now} rows in {seconds:.1}s, {rows_per_second:.0} rows/s"))
+        record
+            .field("this time", format!("{} in {seconds:.1}s, {rows_per_second:.0} rows/s", rows(*rows_now)))
     }
 }
 
@@ -138,13 +148,18 @@ mod tests {
     }
 
     #[test]
-    fn the_same_problem_of_many_rows_is_said_once() {
+    fn the_same_problem_of_many_rows_is_listed_once() {
         let mut problems = Problems::default();
         problems.add(&[rejected(2, "rare")]);
         problems.add(&(3..1003).map(|line| rejected(line, "frequent")).collect::<Vec<_>>());
         let told = problems.most_frequent_first();
         let told: Vec<_> = told.iter().map(|p| (p.message.as_str(), p.rows, p.first_line)).collect();
         assert_eq!(told, [("frequent", 1000, 3), ("rare", 1, 2)]);
+    }
+
+    #[test]
+    fn one_row_is_not_rows() {
+        assert_eq!([0, 1, 2].map(rows), ["0 rows", "1 row", "2 rows"]);
     }
 
     #[test]

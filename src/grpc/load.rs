@@ -248,6 +248,7 @@ pub(super) struct Turn {
 impl Turn {
     /// The call's turn has come. Gives when it arrived.
     pub(super) fn begin(self) -> Instant {
+        self.lane.pace.turns.fetch_add(1, Ordering::Relaxed);
         self.arrived
     }
 }
@@ -255,7 +256,6 @@ impl Turn {
 impl Drop for Turn {
     fn drop(&mut self) {
         self.lane.waiting[self.class].fetch_sub(1, Ordering::Relaxed);
-        self.lane.pace.turns.fetch_add(1, Ordering::Relaxed);
     }
 }
 

@@ -436,6 +436,11 @@ async fn backup_restored_is_met_by_replicas_that_deny_and_stop_until_it_is_accep
         until_ready(replica, 200);
     }
     revoke(&fleet.replicas[0], &id, None).await.unwrap();
+    // A replica that lost its lease in the restart was not waited for.
+    wait_for("both replicas to know of the revocation", || {
+        let behind = "SELECT count(*) FROM keyward.replicas WHERE applied < (SELECT max(revision) FROM keyward.keys)";
+        (fleet.sql(behind) == "0").then_some(())
+    });
     go_back(&mut fleet.cluster, &copy, |_| {});
     for replica in &fleet.replicas {
         wait_for("the replica to know", || {

@@ -438,7 +438,8 @@ async fn backup_restored_is_met_by_replicas_that_deny_and_stop_until_it_is_accep
     revoke(&fleet.replicas[0], &id, None).await.unwrap();
     // A replica that lost its lease in the restart was not waited for.
     wait_for("both replicas to know of the revocation", || {
-        let behind = "SELECT count(*) FROM keyward.replicas WHERE applied < (SELECT max(revision) FROM keyward.keys)";
+        let behind =
+            "SELECT count(*) FROM keyward.replicas WHERE applied < (SELECT max(revision) FROM keyward.keys)";
         (fleet.sql(behind) == "0").then_some(())
     });
     go_back(&mut fleet.cluster, &copy, |_| {});

@@ -14,6 +14,7 @@ use crate::{
 use super::{
     console::{Console, say},
     serve::exit,
+    table::clean,
 };
 
 /// `keyward migrate`.
@@ -54,6 +55,7 @@ fn on_runtime<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Resul
 pub(super) fn migrate(args: &MigrateArgs) -> ExitCode {
     let migrate = || {
         let settings = Settings::load_database(&args.database)?;
+        upkeep::require_database(&settings)?;
         let steps = on_runtime(upkeep::migrate(&settings, args.dry_run))?;
         let done = if args.dry_run { "would be taken" } else { "taken" };
         let lines = steps.iter().map(|step| format!("{:04} {}: {done}\n", step.version, step.name));
@@ -70,7 +72,7 @@ pub(super) fn backup(args: &BackupArgs) -> ExitCode {
         let settings = Settings::load_database(&args.database)?;
         let head = on_runtime(upkeep::backup(&settings, &args.to))?;
         let (revision, hash) = (head.revision, Hex(&head.hash));
-        let to = args.to.display();
+        let to = clean(&args.to.display().to_string());
         say(&format!(
             "{to} holds everything up to {revision}:{hash}\n\
              Should it be restored: keyward serve --require-revision {revision}\n"

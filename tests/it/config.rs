@@ -267,6 +267,7 @@ fn certificates_that_do_not_fit_are_refused_alike() {
 #[test]
 fn a_command_that_only_opens_the_database_needs_no_file_of_the_server() {
     let (home, _) = written(&format!("database = 'sqlite:k.db'\nrules = 'nowhere.toml'\n{SECURE}"));
+    std::fs::write(home.path("k.db"), "").unwrap();
     let migrated = run(&home, &["migrate", "--config", "keyward.toml"], &[]);
     assert_eq!(migrated.code, Some(0), "{migrated:?}");
     std::fs::write(home.path("keyward.toml"), "database = 'sqlite:k.db'\nlease = '0s'\nlisen = 1\n").unwrap();

@@ -130,12 +130,11 @@ fn a_misspelt_path_creates_no_database() {
         &["accept-lost-wal", "--yes"],
         &["backup", "--to", "backup.db"],
         &["migrate", "--dry-run"],
+        &["migrate"],
     ] {
         let ended = home.run(home.command([arguments, &["--database", "sqlite:mispelt.db"]].concat()));
-        if arguments[0] != "migrate" {
-            let said = "there is no database at mispelt.db, and none was created";
-            assert!(ended.code == Some(1) && ended.err.contains(said), "{arguments:?} {ended:?}");
-        }
+        let said = "there is no database at mispelt.db, and none was created";
+        assert!(ended.code == Some(1) && ended.err.contains(said), "{arguments:?} {ended:?}");
         let left: Vec<_> = home.files().into_iter().map(|(path, _)| path).collect();
         let ours =
             |path: &Path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("std"));
@@ -222,6 +221,23 @@ async fn scopes_are_added_and_removed_and_what_is_replaced_is_said() {
     let replaced = update(&["--scope", "jobs:read"]);
     let said = "Scopes taken away: monitors:read; granted: none.";
     assert!(replaced.code == Some(0) && replaced.err.contains(said), "{replaced:?}");
+}
+
+/// Each has read the scopes before another wrote, and none may say that it is done while its scope is lost.
+#[tokio::test(flavor = "multi_thread")]
+async fn scopes_that_are_added_at_the_same_time_are_all_added() {
+    let (server, id, _) = with_key().await;
+    let add = |number: u32| client(&server, &["keys", "update", &id, "--add-scope", &format!("s:n{number}")]);
+    let ended: Vec<_> = std::thread::scope(|threads| {
+        let started: Vec<_> =
+            (0..6).map(add).map(|command| threads.spawn(|| server.home.run(command))).collect();
+        started.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    for ended in &ended {
+        assert_eq!(ended.code, Some(0), "{ended:?}");
+    }
+    let scopes = server.root().get(&id).await.unwrap().scopes;
+    assert_eq!(scopes, ["monitors:read", "s:n0", "s:n1", "s:n2", "s:n3", "s:n4", "s:n5"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

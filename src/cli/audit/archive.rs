@@ -9,6 +9,7 @@ use crate::{
     cli::{
         console::{Console, say},
         serve::exit,
+        table::clean,
         values::{Past, rfc3339},
     },
     clock::SystemClock,
@@ -48,6 +49,11 @@ fn archive(args: &ArchiveArgs) -> anyhow::Result<()> {
         settings.database.shown(),
         args.to.display()
     );
+    if args.to.symlink_metadata().is_ok() {
+        let exists =
+            format!("{} exists already: name a new file, since nothing is overwritten", args.to.display());
+        return Err(anyhow::anyhow!(exists));
+    }
     Console::system().confirm(&question, args.yes)?;
     let before = Timestamp::from_micros(before.seconds * 1_000_000 + i64::from(before.nanos / 1000));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -56,7 +62,8 @@ fn archive(args: &ArchiveArgs) -> anyhow::Result<()> {
         None => "There is nothing to archive: no entry is as old, or a replica still needs it.\n".to_owned(),
         Some(archived) => {
             let (entries, first, last) = (archived.entries, archived.first, archived.last);
-            let done = format!("{entries} entries, {first} to {last}, are in {}.\n", args.to.display());
+            let to = clean(&args.to.display().to_string());
+            let done = format!("{entries} entries, {first} to {last}, are in {to}.\n");
             let rest =
                 "Later ones that are as old stay: they are the newest, or a replica still needs them.\n";
             done + if archived.held_back { rest } else { "" }

@@ -83,6 +83,43 @@ pub(super) fn expiry(text: &str) -> Result<Expiry, String> {
     })
 }
 
+/// Since when a key does not work.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Since {
+    /// It works.
+    Never,
+    /// It does not, and nothing says since when.
+    Unknown,
+    /// This instant, which may lie in the future.
+    At(prost_types::Timestamp),
+}
+
+/// Reads since when a key does not work. Zero, NULL and the zero dates of MySQL, .NET and Go mean that it works; some
+/// exports hold a truth value instead of an instant.
+pub(super) fn since(text: &str) -> Result<Since, String> {
+    let digits: String = text.chars().filter(char::is_ascii_digit).collect();
+    let is_zero = !digits.is_empty()
+        && text.bytes().all(|byte| byte.is_ascii_digit() || b"-:. TZ+".contains(&byte))
+        && (digits.bytes().all(|byte| byte == b'0') && !text.starts_with(['-', '+'])
+            || text.starts_with("0001-01-01") && digits[8..].bytes().all(|byte| byte == b'0'));
+    if is_zero || ["null", "never", "infinity"].iter().any(|none| text.eq_ignore_ascii_case(none)) {
+        return Ok(Since::Never);
+    }
+    if let Ok(is_inactive) = truth(text) {
+        return Ok(if is_inactive { Since::Unknown } else { Since::Never });
+    }
+    let instant = unix_time(text).or_else(|| civil_time(text)).ok_or_else(|| {
+        "write the instant since when the key does not work, such as 2027-01-31T00:00:00Z, 2027-01-31 (UTC) or \
+         1801353600, or true or false; leave it empty if the key works"
+            .to_owned()
+    })?;
+    // Some exports write 0 as an instant, others write it into keys that were revoked at no known time.
+    if instant == Timestamp::UNIX_EPOCH {
+        return Err("1970-01-01 may mean either; write true, or leave it empty if the key works".to_owned());
+    }
+    Ok(Since::At(from_micros(instant.as_microsecond())))
+}
+
 /// Seconds or milliseconds since 1970, told apart by their digits: both for instants from 2001 to 5138.
 fn unix_time(text: &str) -> Option<Timestamp> {
     let (whole, fraction) = text.split_once('.').unwrap_or((text, "0"));
@@ -223,6 +260,41 @@ mod tests {
         assert!(truth("maybe").is_err() && truth("2").is_err());
     }
 
+    #[test]
+    fn a_zero_date_means_that_the_key_works_and_what_is_no_instant_is_refused() {
+        for none in [
+            "0",
+            "0.0",
+            "NULL",
+            "null",
+            "never",
+            "infinity",
+            "false",
+            "0000-00-00",
+            "0000-00-00 00:00:00",
+            "0000-00-00 00:00:00.000000",
+            "0001-01-01T00:00:00Z",
+            "0001-01-01 00:00:00+00",
+            "0001-01-01",
+        ] {
+            assert_eq!(since(none), Ok(Since::Never), "{none}");
+        }
+        for (text, seconds) in [
+            ("2027-01-31", 1_801_353_600),
+            ("1801353600000", 1_801_353_600),
+            ("0001-01-01 00:00:01", -62_135_596_799),
+        ] {
+            let at = Since::At(prost_types::Timestamp { seconds, nanos: 0 });
+            assert_eq!(since(text), Ok(at), "{text}");
+        }
+        assert_eq!(since("t"), Ok(Since::Unknown));
+        for unclear in
+            ["gone", "-", "-0", "none", "90d", "46053", "31.01.2027", "1970-01-01T00:00:00Z", "-infinity"]
+        {
+            assert!(since(unclear).unwrap_err().contains("if the key works"), "{unclear}");
+        }
+    }
+
     proptest! {
         #[test]
         fn an_array_of_postgresql_reads_back(words in proptest::collection::vec("[a:\"\\\\{}, nul]{0,6}", 0..5)) {
@@ -239,7 +311,7 @@ mod tests {
 
         #[test]
         fn no_cell_makes_a_reader_panic(text in any::<String>()) {
-            let _ = (list(&text), expiry(&text), truth(&text), digest(&text));
+            let _ = (list(&text), expiry(&text), since(&text), truth(&text), digest(&text));
         }
     }
 }

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use clap::Args;
 use serde_json::Value;
 
-use super::cell;
+use super::cell::{self, Since};
 use crate::{
     cli::{
         failure::Failure,
@@ -88,6 +88,11 @@ impl Column {
         names.collect::<Vec<_>>().join(", ")
     }
 
+    /// Its first name.
+    fn name(self) -> &'static str {
+        COLUMNS.iter().find(|(_, column)| *column == self).map_or("", |(name, _)| *name)
+    }
+
     /// Whether a file may have more than one of it.
     pub(super) fn may_repeat(self) -> bool {
         use Column::{Active, Ignored, Inactive, InactiveSince, Unnamed};
@@ -162,6 +167,9 @@ impl From<String> for NoKey {
     }
 }
 
+const STILL_WORKS: &str = "revoked_at or disabled_at: is in the future, so the key still works; write the instant as \
+                           expires_at";
+
 /// A row on its way to become a key.
 #[derive(Debug, Default)]
 pub(super) struct Draft {
@@ -170,6 +178,10 @@ pub(super) struct Draft {
     says_expiry: bool,
     /// Whether the row says that the key does not work.
     is_inactive: bool,
+    /// The instant at which the key stops working, which may lie in the future; the latest of several.
+    inactive_since: Option<prost_types::Timestamp>,
+    /// The lists that the row says are empty.
+    empty: Vec<Column>,
 }
 
 impl Draft {
@@ -205,7 +217,15 @@ impl Draft {
             Column::ExpiresAt => self.expires(cell::expiry(text)?),
             Column::Active => self.is_inactive |= !cell::truth(text)?,
             Column::Inactive => self.is_inactive |= cell::truth(text)?,
-            Column::InactiveSince => self.is_inactive = true,
+            Column::InactiveSince => match cell::since(text)? {
+                Since::Never => {}
+                Since::Unknown => self.is_inactive = true,
+                Since::At(instant) => {
+                    let later =
+                        |known: prost_types::Timestamp| known.seconds.max(instant.seconds) == known.seconds;
+                    self.inactive_since = self.inactive_since.filter(|known| later(*known)).or(Some(instant));
+                }
+            },
             Column::Unnamed => return Err("the header gives this column no name".to_owned()),
             _ => {}
         }
@@ -214,6 +234,9 @@ impl Draft {
 
     /// Takes a field that is a list.
     fn list(&mut self, column: Column, values: Vec<String>) -> Result<(), String> {
+        if values.is_empty() {
+            self.empty.push(column);
+        }
         let key = &mut self.key;
         match column {
             Column::Scopes => key.scopes = values,
@@ -243,7 +266,9 @@ impl Draft {
             (Value::Number(number), column) if column.may_be_number() => {
                 self.text(column, &number.to_string())
             }
-            (Value::Bool(value), Column::Active | Column::Inactive) => self.text(column, &value.to_string()),
+            (Value::Bool(value), Column::Active | Column::Inactive | Column::InactiveSince) => {
+                self.text(column, &value.to_string())
+            }
             (Value::Array(values), column) if column.is_list() => self.list(column, words(values)?),
             (object @ Value::Object(_), Column::Metadata) => self.text(column, &object.to_string()),
             (_, column) if column.is_list() => Err("write an array of texts".to_owned()),
@@ -261,10 +286,33 @@ impl Draft {
         };
     }
 
+    /// Refuses a list that the row says is empty and a default would fill: such a row does not say nothing.
+    fn check_empty_lists(&self, defaults: &DefaultArgs) -> Result<(), String> {
+        let grants_nothing = self.key.scopes.is_empty() && self.key.roles.is_empty();
+        let has_grants = !defaults.scopes.is_empty() || !defaults.roles.is_empty();
+        let filled = |column: &Column| match column {
+            Column::Scopes | Column::Roles => grants_nothing && has_grants,
+            Column::Customers => !defaults.customers.is_empty(),
+            Column::AllowedCidrs => !defaults.allowed_cidrs.is_empty(),
+            Column::RateLimits => !defaults.rate_limits.is_empty(),
+            _ => false,
+        };
+        match self.empty.iter().find(|column| filled(column)) {
+            Some(column) => Err(format!(
+                "{}: is an empty list, which no default replaces; leave it out or empty to take the default",
+                column.name()
+            )),
+            None => Ok(()),
+        }
+    }
+
     /// The key, with the defaults where the row says nothing.
     pub(super) fn finish(mut self, defaults: &DefaultArgs, now: Timestamp) -> Result<pb::ImportKey, NoKey> {
-        if self.is_inactive {
+        if self.is_inactive || self.inactive_since.is_some_and(|since| is_past(&since, now)) {
             return Err(NoKey::Inactive);
+        }
+        if self.inactive_since.is_some() {
+            return Err(NoKey::Unreadable(STILL_WORKS.to_owned()));
         }
         if self.key.expires_at.is_some_and(|end| is_past(&end, now)) {
             return Err(NoKey::Expired);
@@ -272,6 +320,7 @@ impl Draft {
         if self.key.sha256.is_empty() {
             return Err(NoKey::Unreadable("sha256: is missing".to_owned()));
         }
+        self.check_empty_lists(defaults)?;
         let expires = defaults.expires.filter(|_| !self.says_expiry);
         expires.into_iter().for_each(|expiry| self.expires(expiry));
         let key = &mut self.key;
@@ -441,6 +490,8 @@ mod tests {
             (Column::Inactive, "no", None),
             (Column::InactiveSince, "2020-01-01", Some(NoKey::Inactive)),
             (Column::InactiveSince, "\\N", None),
+            (Column::InactiveSince, "true", Some(NoKey::Inactive)),
+            (Column::InactiveSince, "1801353600", Some(NoKey::Unreadable(STILL_WORKS.to_owned()))),
         ] {
             assert_eq!(outcome(column, text), expected, "{column:?} {text}");
         }
@@ -483,6 +534,66 @@ mod tests {
         assert_eq!((key.expires_at, key.ttl), (None, None));
         let key = drafted(&[(Column::ExpiresAt, "1970-01-01T00:01:00Z")]);
         assert_eq!((key.expires_at.map(|at| at.seconds), key.ttl), (Some(60), None));
+    }
+
+    #[test]
+    fn a_list_that_a_row_says_is_empty_is_not_filled_by_a_default() {
+        let outcome = |column: Column, value: Value, defaults: &DefaultArgs| {
+            let mut draft = Draft::default();
+            draft.text(Column::Sha256, HEX).unwrap();
+            draft.json(column, value).unwrap();
+            draft.finish(defaults, NOW)
+        };
+        let all = DefaultArgs {
+            roles: vec!["admin".into()],
+            allowed_cidrs: vec!["10.0.0.0/8".into()],
+            rate_limits: vec![rate_limit("calls=5/1m").unwrap()],
+            ..defaults()
+        };
+        for (name, column) in COLUMNS.iter().filter(|(_, column)| column.is_list()) {
+            for empty in [json!("{}"), json!("[]"), json!(" , "), json!([])] {
+                match outcome(*column, empty.clone(), &all) {
+                    Err(NoKey::Unreadable(problem)) => {
+                        assert!(problem.starts_with(&format!("{name}: is an empty list")), "{problem}");
+                    }
+                    other => panic!("{name} {empty}: {other:?}"),
+                }
+                let key = outcome(*column, empty, &DefaultArgs::default()).unwrap();
+                assert!(key.scopes.is_empty() && key.roles.is_empty(), "{name}");
+            }
+            for absent in [json!(""), json!(null), json!("\\N")] {
+                let key = outcome(*column, absent, &all).unwrap();
+                assert_eq!((key.scopes.len(), key.roles.len(), key.customers.len()), (1, 1, 1), "{name}");
+            }
+        }
+        let mut draft = Draft::default();
+        draft.json(Column::Scopes, json!([])).unwrap();
+        draft.json(Column::Roles, json!(["agent"])).unwrap();
+        draft.text(Column::Sha256, HEX).unwrap();
+        assert_eq!(draft.finish(&all, NOW).unwrap().roles, ["agent"], "it grants something");
+    }
+
+    #[test]
+    fn only_an_instant_or_a_truth_value_takes_a_key_out_of_service() {
+        let outcome = |value: Value| {
+            let mut draft = Draft::default();
+            draft.text(Column::Sha256, HEX).unwrap();
+            draft.json(Column::InactiveSince, value)?;
+            draft
+                .finish(&defaults(), Timestamp::from_micros(1_801_353_600_000_000))
+                .map_err(|no| format!("{no:?}"))
+        };
+        for live in
+            [json!(0), json!("0"), json!("NULL"), json!(null), json!(false), json!("0000-00-00 00:00:00")]
+        {
+            assert!(outcome(live.clone()).is_ok(), "{live}");
+        }
+        for dead in [json!(1), json!(true), json!(1_701_353_600), json!("2020-01-01 10:00:00")] {
+            assert_eq!(outcome(dead.clone()).unwrap_err(), "Inactive", "{dead}");
+        }
+        for unclear in [json!("gone"), json!("none"), json!("90d"), json!(7), json!("-infinity")] {
+            assert!(outcome(unclear.clone()).unwrap_err().contains("true or false"), "{unclear}");
+        }
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! `keyward keys bulk-revoke`: many keys at once, as often as the server says that there are more.
 
+use std::fmt;
+
 use clap::Args;
 use comfy_table::Color;
 
@@ -10,7 +12,7 @@ use crate::{
         context::Context,
         failure::{Failure, REFUSED},
         output,
-        table::{Rows, text},
+        table::{Rows, clean, text},
         values::Past,
     },
     clock::{Clock, SystemClock},
@@ -37,6 +39,17 @@ struct WhoseArgs {
     /// Keys of every account but the operator's
     #[arg(long)]
     all_accounts: bool,
+}
+
+/// Their owner in words.
+impl fmt::Display for WhoseArgs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.account, &self.user) {
+            (Some(account), _) => write!(f, "account {}", clean(account)),
+            (None, Some(user)) => write!(f, "user {}", clean(user)),
+            (None, None) => f.write_str("every account but the operator's"),
+        }
+    }
 }
 
 /// Flags of `keyward keys bulk-revoke`.
@@ -89,7 +102,7 @@ impl BulkRevokeArgs {
                 cx.show(&meant, |_| "No keys.\n".to_owned())?;
                 return Ok(0);
             }
-            cx.console.confirm(&format!("Revoke {} for ever?", count(&meant)), false)?;
+            cx.console.confirm(&format!("Revoke {} of {} for ever?", count(&meant), self.whose), false)?;
         }
         let (all, failure) = revoke(async || ask(&session, question.clone()).await).await;
         report(cx, &all)?;
@@ -238,6 +251,17 @@ mod tests {
     fn whose_keys_must_be_said_and_only_once() {
         for bad in ["", "--account a --user u", "--account a --all-accounts", "--environment dev"] {
             assert_eq!(read(bad).unwrap_err().exit_code(), 2, "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_question_names_whose_keys_are_revoked() {
+        for (line, named) in [
+            ("--account acme", "account acme"),
+            ("--user ada", "user ada"),
+            ("--all-accounts", "every account but the operator's"),
+        ] {
+            assert_eq!(read(line).unwrap().whose.to_string(), named);
         }
     }
 

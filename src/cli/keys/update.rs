@@ -1,4 +1,9 @@
 //! `keyward keys update`: the flags that are given are the update mask.
+//!
+//! The server takes no expected revision with an update. So a change of some scopes is read back after a while, and made
+//! again if somebody else, who had read the scopes before it, has overwritten it.
+
+use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 
@@ -10,7 +15,7 @@ use crate::{
         failure::Failure,
         table::clean,
     },
-    clock::{Clock, SystemClock},
+    clock::{Clock, SystemClock, SystemEntropy, random},
     pb,
 };
 
@@ -61,6 +66,24 @@ impl ScopeArgs {
         !self.add.is_empty() || !self.remove.is_empty()
     }
 
+    /// Whether these scopes are as the change leaves them.
+    fn is_in(&self, scopes: &[String]) -> bool {
+        self.add.iter().all(|scope| scopes.contains(scope))
+            && !self.remove.iter().any(|scope| scopes.contains(scope))
+    }
+
+    /// The scopes after the change.
+    fn changed(&self, scopes: &[String]) -> Vec<String> {
+        let mut scopes = scopes.to_vec();
+        for scope in &self.add {
+            if !scopes.contains(scope) {
+                scopes.push(scope.clone());
+            }
+        }
+        scopes.retain(|scope| !self.remove.contains(scope));
+        scopes
+    }
+
     /// The scopes of a key after the change.
     fn apply(&self, key: &pb::Key) -> Result<Vec<String>, Failure> {
         if let Some(both) = self.add.iter().find(|scope| self.remove.contains(scope)) {
@@ -72,13 +95,7 @@ impl ScopeArgs {
                 "the key has no scope {missing} to take away; it has {has}"
             )));
         }
-        let mut scopes = key.scopes.clone();
-        for scope in &self.add {
-            if !scopes.contains(scope) {
-                scopes.push(scope.clone());
-            }
-        }
-        scopes.retain(|scope| !self.remove.contains(scope));
+        let scopes = self.changed(&key.scopes);
         if scopes == key.scopes {
             return Err(Failure::refused("the key has these scopes already; nothing was changed"));
         }
@@ -91,8 +108,9 @@ impl ScopeArgs {
 #[command(
     after_help = "A flag replaces the whole field: --scope a:b leaves the key with that scope alone, and \
     --metadata with those notes alone; standard error shows what --scope took away. --add-scope and --remove-scope read the \
-    scopes that the key has, and write them whole. A change by somebody else in between is overwritten; a warning shows it \
-    if the token may read the audit log. What no flag names stays as it is."
+    scopes that the key has, write them whole, read them back, and write them again if somebody else has overwritten the \
+    change. Exit code 1: it was overwritten each time. A warning shows whose change this one may have overwritten, if the \
+    token may read the audit log. What no flag names stays as it is."
 )]
 pub(in crate::cli) struct UpdateArgs {
     #[command(flatten)]
@@ -119,20 +137,75 @@ impl UpdateArgs {
         if let (true, Some(before), Some(key)) = (self.scopes.is_given(), &before, &mut question.key) {
             key.scopes = self.scopes.apply(before)?;
         }
-        let answer = session
-            .keys(Patience::Propagation, question, async |mut client, request| client.update(request).await)
-            .await?;
+        let mut answer = update(&session, question).await?;
+        // Before anything else is done: it tells of the changes since this key was read.
+        let between = match &before {
+            Some(before) => change_between(&session, before, answer.revision).await,
+            None => None,
+        };
+        if self.scopes.is_given() {
+            let keep = async || {
+                pause().await;
+                read(&session, &self.one.id).await
+            };
+            let again = async |question| update(&session, question).await;
+            answer = until_kept(&self.scopes, answer, keep, again).await?;
+        }
         cx.show(&answer, |colours| {
             change::changed(answer.key.as_ref(), answer.revision, answer.propagation.as_ref(), colours)
         })?;
         if let (Some(before), Some(after)) = (&before, &answer.key) {
             cx.console.note(&replaced(&before.scopes, &after.scopes));
-            if let Some(between) = change_between(&session, before, answer.revision).await {
-                cx.console.note(&between);
-            }
+            between.into_iter().for_each(|between| cx.console.note(&between));
         }
         Ok(0)
     }
+}
+
+/// After this long, and up to twice as long, a change of scopes is read back: others who had read the scopes before it
+/// have written theirs by then.
+const SETTLES: Duration = Duration::from_millis(400);
+/// So often a change of scopes is made.
+const TRIES: u32 = 10;
+
+/// Waits until writes that others were about to make are made; not as long as they wait.
+async fn pause() {
+    let [share] = random::<1>(&SystemEntropy).unwrap_or([128]);
+    tokio::time::sleep(SETTLES + SETTLES * u32::from(share) / 256).await;
+}
+
+async fn update(session: &Session, question: pb::UpdateKeyRequest) -> Result<pb::UpdateKeyResponse, Failure> {
+    session
+        .keys(Patience::Propagation, question, async |mut client, request| client.update(request).await)
+        .await
+}
+
+/// Reads a key until a change of its scopes is in it, and makes the change again where it is not. Gives the last answer.
+async fn until_kept(
+    change: &ScopeArgs,
+    mut answer: pb::UpdateKeyResponse,
+    mut read_later: impl AsyncFnMut() -> Result<pb::Key, Failure>,
+    mut update: impl AsyncFnMut(pb::UpdateKeyRequest) -> Result<pb::UpdateKeyResponse, Failure>,
+) -> Result<pb::UpdateKeyResponse, Failure> {
+    for tried in 1..=TRIES {
+        let key =
+            read_later().await.map_err(|failure| failure.of("the scopes were changed; reading them back"))?;
+        if change.is_in(&key.scopes) {
+            return Ok(answer);
+        }
+        if tried < TRIES {
+            // The scopes alone: what else was changed with them is not written over later changes.
+            let paths = vec![Field::Scopes.path().to_owned()];
+            let key = pb::Key { scopes: change.changed(&key.scopes), id: key.id, ..Default::default() };
+            let question =
+                pb::UpdateKeyRequest { key: Some(key), update_mask: Some(prost_types::FieldMask { paths }) };
+            answer = update(question).await.map_err(|failure| {
+                failure.of("another change has overwritten this one of the scopes; making it again")
+            })?;
+        }
+    }
+    let lost = format!("other changes of this key have overwritten this one of its scopes {TRIES} times");
+    Err(Failure::refused(lost).hint("look at the key, and do it again when nobody else changes it"))
 }
 
 async fn read(session: &Session, id: &str) -> Result<pb::Key, Failure> {
@@ -177,8 +250,8 @@ async fn change_between(session: &Session, before: &pb::Key, revision: u64) -> O
 fn overwritten(entries: &[pb::AuditEntry], revision: u64) -> Option<String> {
     let other = entries.iter().find(|entry| entry.revision < revision)?;
     Some(format!(
-        "warning: {} changed this key meanwhile (revision {}, {}): what it did to the scopes is overwritten. Look at \
-         the key\n",
+        "warning: {} changed this key meanwhile (revision {}, {}): what it did to the scopes may be overwritten. Look \
+         at the key\n",
         clean(&other.actor),
         other.revision,
         clean(&other.action)
@@ -297,6 +370,42 @@ mod tests {
             assert!(asked(bad).is_err(), "{bad}");
         }
         assert_eq!(asked("--add-scope a:b").unwrap().1, ["scopes"]);
+    }
+
+    /// Plays writers who have each read the key before another wrote: the scopes before each reading back. What comes of
+    /// adding `s:1` and removing `a:b`.
+    async fn kept(overwritten_with: &[&[&str]]) -> (Result<Vec<String>, String>, usize) {
+        let change = ScopeArgs { add: scopes(&["s:1"]), remove: scopes(&["a:b"]) };
+        let stored = std::cell::RefCell::new(scopes(&["s:1"]));
+        let (mut others, writes) = (overwritten_with.iter(), std::cell::Cell::new(0));
+        let ended = until_kept(
+            &change,
+            pb::UpdateKeyResponse::default(),
+            async || {
+                others.next().into_iter().for_each(|other| *stored.borrow_mut() = scopes(other));
+                Ok(pb::Key { scopes: stored.borrow().clone(), ..Default::default() })
+            },
+            async |question| {
+                assert_eq!(question.update_mask.unwrap().paths, ["scopes"]);
+                *stored.borrow_mut() = question.key.unwrap().scopes;
+                writes.set(writes.get() + 1);
+                Ok(pb::UpdateKeyResponse::default())
+            },
+        )
+        .await;
+        let ended = ended.map(|_| stored.borrow().clone());
+        (ended.map_err(|failure| format!("{} {failure}", failure.exit())), writes.get())
+    }
+
+    #[tokio::test]
+    async fn a_change_of_scopes_that_somebody_overwrites_is_made_again_beside_theirs_or_fails() {
+        assert_eq!(kept(&[]).await, (Ok(scopes(&["s:1"])), 0));
+        assert_eq!(kept(&[&["a:b", "s:2"]]).await, (Ok(scopes(&["s:2", "s:1"])), 1));
+        assert_eq!(kept(&[&["s:2"], &["a:b", "s:1", "s:3"]]).await, (Ok(scopes(&["s:1", "s:3"])), 2));
+        let always: &[&[&str]] = &[&["s:2"]; 20];
+        let (lost, writes) = kept(always).await;
+        assert!(lost.unwrap_err().starts_with("1 error: other changes of this key"));
+        assert_eq!(writes, 9);
     }
 
     #[test]

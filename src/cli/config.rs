@@ -12,6 +12,7 @@ use serde_json::json;
 use super::{
     console::Console,
     failure::{Failure, REFUSED},
+    table::clean,
 };
 use crate::config::{
     client::{ClientArgs, ClientSettings, Output},
@@ -22,6 +23,7 @@ use crate::config::{
     reference,
     server::{ConfigError, ServeArgs, Settings, headline},
 };
+use crate::domain::text::escape_json;
 
 /// `keyward config ...`.
 #[derive(Debug, Args)]
@@ -125,11 +127,11 @@ fn check(file: Option<PathBuf>, mut serve: ServeArgs) -> Result<Checked, Failure
 impl Checked {
     fn words(&self) -> String {
         let said = if self.problems.is_empty() { "accepted" } else { "refused" };
-        let mut text = format!("{}: {said}\n", self.path);
+        let mut text = format!("{}: {said}\n", clean(&self.path));
         for (level, lines) in [("", &self.problems), ("warning: ", &self.warnings)] {
             for line in lines {
                 // Writing to a String does not fail.
-                let _ = writeln!(text, "  {level}{line}");
+                let _ = writeln!(text, "  {level}{}", clean(line));
             }
         }
         text
@@ -139,7 +141,7 @@ impl Checked {
         let accepted = self.problems.is_empty();
         let Checked { path, problems, warnings } = self;
         let all = json!({ "file": path, "accepted": accepted, "problems": problems, "warnings": warnings });
-        format!("{all:#}\n")
+        escape_json(format!("{all:#}\n"))
     }
 }
 
@@ -180,5 +182,5 @@ fn as_json(settings: &[Setting]) -> String {
         };
         json!({ "key": key.path, "value": value, "hidden": hidden, "said": said, "origin": origin })
     };
-    format!("{:#}\n", json!({ "settings": settings.iter().map(one).collect::<Vec<_>>() }))
+    escape_json(format!("{:#}\n", json!({ "settings": settings.iter().map(one).collect::<Vec<_>>() })))
 }

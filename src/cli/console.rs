@@ -10,7 +10,10 @@ use std::{
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use super::failure::Failure;
+use super::{
+    failure::Failure,
+    table::{clean, clean_lines},
+};
 use crate::config::client;
 
 /// A call that takes longer than this shows that it is under way.
@@ -86,7 +89,7 @@ impl Console {
             return Ok(());
         }
         let answer = terminal().and_then(|mut terminal| {
-            write!(terminal, "{question} [y/N] ")?;
+            write!(terminal, "{} [y/N] ", clean(question))?;
             let mut answer = String::new();
             BufReader::new(terminal).take(LONGEST_ANSWER).read_line(&mut answer)?;
             Ok(answer)
@@ -107,7 +110,7 @@ fn terminal() -> io::Result<File> {
 /// Prints what a command has done. A reader that has gone has seen enough: what was done stays done.
 pub(super) fn say(text: &str) -> io::Result<()> {
     let mut out = io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+    match out.write_all(clean_lines(text).as_bytes()).and_then(|()| out.flush()) {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         written => written,
     }

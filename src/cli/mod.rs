@@ -246,8 +246,9 @@ fn parse(arguments: &[OsString]) -> Result<Cli, clap::Error> {
     if token::among(arguments) {
         return Err(command.error(ErrorKind::InvalidValue, TOKEN_SHOWN));
     }
-    let matches =
-        command.try_get_matches_from_mut(arguments).map_err(|error| explain(&mut command, error))?;
+    let matches = command
+        .try_get_matches_from_mut(arguments)
+        .map_err(|error| without_logins(arguments, explain(&mut command, error)))?;
     if let Some(flag) = misplaced(&matches) {
         let message = format!("--{flag} is for client commands, which speak to a server");
         return Err(command.error(ErrorKind::ArgumentConflict, message));
@@ -258,6 +259,23 @@ fn parse(arguments: &[OsString]) -> Result<Cli, clap::Error> {
 const TOKEN_SHOWN: &str = "a token stands among the arguments, where other processes can read it. Put it \
     into a file and name that: --token-file FILE for the caller's own, --subject-token-file FILE for one to \
     ask about (keyward check, keyward keys lookup). If others use this machine too, rotate the key";
+
+/// The error without the URLs among the arguments that hold a login.
+fn without_logins(arguments: &[OsString], error: clap::Error) -> clap::Error {
+    let text = error.render().to_string();
+    let mut shown = text.clone();
+    for argument in arguments.iter().filter_map(|argument| argument.to_str()) {
+        let Some((before, after)) = argument.split_once("://") else { continue };
+        if after.contains('@') {
+            let scheme = before.rsplit('=').next().unwrap_or_default();
+            shown = shown.replace(&argument[before.len() - scheme.len()..], &format!("{scheme}:***"));
+        }
+    }
+    if shown == text {
+        return error;
+    }
+    clap::Error::raw(error.kind(), shown.strip_prefix("error: ").unwrap_or(&shown))
+}
 
 /// Whoever looks for a flag that takes the token is told where it goes instead.
 fn explain(command: &mut clap::Command, error: clap::Error) -> clap::Error {
@@ -420,6 +438,21 @@ mod tests {
             assert!(text.contains("--token-file FILE") && !text.contains(&token), "{text}");
             assert_eq!(error.exit_code(), 2);
         }
+    }
+
+    #[test]
+    fn a_url_with_a_login_among_the_arguments_is_not_repeated() {
+        for line in [
+            "keyward migrate postgres://u:sesame1234@h/db",
+            "keyward health redis://:sesame1234@h",
+            "keyward serve --no-such=postgres://u:sesame1234@h/db",
+        ] {
+            let error = read(line).unwrap_err();
+            let text = error.to_string();
+            assert!(!text.contains("sesame1234"), "{text}");
+            assert_eq!(error.exit_code(), 2);
+        }
+        assert!(read("keyward migrate postgres://u:s@h").unwrap_err().to_string().contains("postgres:***"));
     }
 
     #[test]

@@ -11,7 +11,7 @@ use anyhow::{Context as _, bail};
 use crate::{
     clock::{SystemClock, SystemEntropy},
     config::server::{RootKeyArgs, Settings},
-    domain::{key::Owner, lineage::LinkKind, name::KeyId},
+    domain::{connection_url::MASK, key::Owner, lineage::LinkKind, name::KeyId},
     server::{Descendant, Reset, RightsChange, reset_root_key, upkeep},
 };
 
@@ -84,10 +84,15 @@ fn token_file(args: &RootKeyArgs) -> Result<Option<&Path>, Failure> {
 /// The flag that names the same database in the next command; no secret is in it.
 fn database_flag(args: &RootKeyArgs, settings: &Settings) -> String {
     let quoted = |text: &str| format!("'{}'", text.replace('\'', "'\\''"));
-    match (&args.database.database, &args.database.config) {
+    let given = args.database.database.as_ref();
+    let database = match (given, &args.database.config) {
         (None, Some(config)) => format!("--config {}", quoted(&config.display().to_string())),
-        _ if settings.database.has_password() => "--database \"$KEYWARD_DATABASE\"".to_owned(),
-        _ => format!("--database {}", quoted(&settings.database.shown())),
+        // Its password is shown as ***, and is to be put back.
+        _ => format!("--database {}", quoted(&given.unwrap_or(&settings.database).shown())),
+    };
+    match &args.database.database_password_file {
+        Some(file) => format!("{database} --database-password-file {}", quoted(&file.display().to_string())),
+        None => database,
     }
 }
 
@@ -107,7 +112,8 @@ fn report(reset: &Reset, database: &str) -> String {
         (true, false) => format!("Revoked: {count} that descended from the root key {lost}.\n"),
         (false, false) => format!(
             "Not revoked: {count} that descended from the root key {lost}. To revoke them too:\n  \
-             keyward root-key reset --revoke-descendants --lost {lost} {database}\n"
+             keyward root-key reset --revoke-descendants --lost {lost} {database}\n{}",
+            if database.contains(MASK) { "Put the password in the place of ***.\n" } else { "" }
         ),
     };
     if descendants.is_empty() && !reset.earlier.is_empty() {

@@ -8,7 +8,7 @@ use std::{
 
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::{console::Console, failure::Failure};
+use super::{console::Console, failure::Failure, table::clean_lines};
 use crate::{
     clock::{SystemClock, SystemEntropy},
     config::server::{ENVOY, MAIN, ServeArgs, Settings},
@@ -47,7 +47,7 @@ pub(super) fn exit(result: anyhow::Result<()>) -> ExitCode {
                 return ExitCode::from(failure.exit());
             }
             // Nowhere is left to say that standard error is closed.
-            let _ = writeln!(std::io::stderr(), "keyward: {}", told(&error));
+            let _ = writeln!(std::io::stderr(), "keyward: {}", clean_lines(&told(&error)));
             ExitCode::FAILURE
         }
     }

@@ -13,6 +13,11 @@ pub(super) fn clean(text: &str) -> String {
     Escaped(text).to_string()
 }
 
+/// The same of several lines.
+pub(super) fn clean_lines(text: &str) -> String {
+    text.split('\n').map(clean).collect::<Vec<_>>().join("\n")
+}
+
 /// One record, a line for each field that holds something.
 pub(super) struct Record {
     rows: Vec<(&'static str, String, Option<Color>)>,

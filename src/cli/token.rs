@@ -92,7 +92,15 @@ pub(super) fn readers_warning(path: &Path) -> Option<String> {
 }
 
 fn place(path: &Path) -> String {
-    if is_stdin(path) { "stdin".to_owned() } else { path.display().to_string() }
+    let shown = path.display().to_string();
+    // A token in place of the name of its file; files have shorter names, or are in a folder.
+    let may_be_token =
+        shown.len() >= 24 && !shown.contains('/') && shown.contains(|c: char| c.is_ascii_digit());
+    match (is_stdin(path), may_be_token) {
+        (true, _) => "stdin".to_owned(),
+        (_, true) => "the file (its name may be a token, and is not repeated)".to_owned(),
+        _ => shown,
+    }
 }
 
 /// A new file for a token, readable by its owner alone. It is made before the token is, so that a path that

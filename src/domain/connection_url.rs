@@ -154,6 +154,12 @@ pub fn masked(url: &str) -> String {
         start.eq_ignore_ascii_case(scheme) && rest.starts_with(':')
     });
     match (scheme, ConnectionUrl::parse(url)) {
+        // A file has no login.
+        (Some(&"sqlite"), _)
+            if url[7..].starts_with("//") && !url.starts_with("sqlite:///") && url.contains('@') =>
+        {
+            format!("sqlite:{MASK}")
+        }
         (Some(&"sqlite"), _) => match url.split_once('?') {
             Some((file, _)) => format!("{file}?{MASK}"),
             None => url.to_owned(),
@@ -174,6 +180,10 @@ fn show(scheme: &str, parts: &ConnectionUrl<'_>) -> String {
     let mut shown = format!("{scheme}://");
     // Writing to a String does not fail.
     match (parts.user, parts.password) {
+        // What is meant for a password is often written so.
+        (Some(_), None) if scheme.contains("redis") || scheme.contains("valkey") => {
+            drop(write!(shown, "{MASK}@"))
+        }
         (Some(user), None) => drop(write!(shown, "{user}@")),
         (Some(user), Some(_)) => drop(write!(shown, "{user}:{MASK}@")),
         (None, _) => {}
@@ -236,6 +246,8 @@ mod tests {
             ("postgres:u:sesame@h/k", "postgres:***"),
             ("sesame://h", "***"),
             ("sesame", "***"),
+            ("redis://sesame@h", "redis://***@h"),
+            ("sqlite://u:sesame@h", "sqlite:***"),
             ("sqlite:keyward.db?key=sesame", "sqlite:keyward.db?***"),
         ] {
             assert_eq!(masked(url), shown, "{url}");

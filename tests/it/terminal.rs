@@ -73,7 +73,7 @@ async fn a_question_is_asked_on_the_terminal_though_stdin_is_a_pipe() {
     assert_eq!(state(&server, &id).await, KeyState::Active);
     let bulk = "cat root.key | \"$KEYWARD\" --token-file - keys bulk-revoke --account acme";
     let (code, shown) = answered(&command, bulk, "");
-    assert!(code == Some(1) && shown.contains("Revoke 1 key for ever? [y/N]"), "{shown}");
+    assert!(code == Some(1) && shown.contains("Revoke 1 key of account acme for ever? [y/N]"), "{shown}");
     assert_eq!(state(&server, &id).await, KeyState::Active);
     let (code, shown) = answered(&command, &revoke, "y");
     assert_eq!(code, Some(0), "{shown}");

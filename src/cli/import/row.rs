@@ -488,7 +488,7 @@ mod tests {
             (Column::Active, "TRUE", None),
             (Column::Inactive, "1", Some(NoKey::Inactive)),
             (Column::Inactive, "no", None),
-            (Column::InactiveSince, "2020-01-01", Some(NoKey::Inactive)),
+            (Column::InactiveSince, "1970-01-01T00:00:05Z", Some(NoKey::Inactive)),
             (Column::InactiveSince, "\\N", None),
             (Column::InactiveSince, "true", Some(NoKey::Inactive)),
             (Column::InactiveSince, "1801353600", Some(NoKey::Unreadable(STILL_WORKS.to_owned()))),

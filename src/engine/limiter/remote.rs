@@ -74,6 +74,16 @@ impl RedisUrl {
         if parts.fragment.is_some_and(|fragment| fragment != "insecure") {
             return Err(AMBIGUOUS);
         }
+        // The client passes over an option that it does not know, such as a misspelt password.
+        let of_socket = parts.scheme.contains("unix");
+        let known: &[&str] = if of_socket { &["db", "user", "pass", "protocol"] } else { &["protocol"] };
+        if parts.options().any(|(name, _)| !known.contains(&name)) {
+            return Err(if of_socket {
+                "has an unknown option; those of a socket are db, user, pass and protocol"
+            } else {
+                "has an unknown option; the only one is protocol, and the password is written before the host"
+            });
+        }
         let info = url.into_connection_info().map_err(|_| WANTED)?;
         Client::open(info).map(RedisUrl).map_err(|_| WANTED)
     }

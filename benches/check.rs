@@ -1,4 +1,4 @@
-//! What a Check costs inside the process: the shape of a token, its digest, the policy, and the whole answer from indexes of
+//! What a Check costs inside the process: the format of a token, its digest, the policy, and the whole answer from indexes of
 //! 10,000, a million and ten million keys (some 3 GB while they are made). `cargo bench --bench check`; the wire is not part
 //! of it.
 
@@ -16,7 +16,7 @@ use keyward::{
         name::{AccountId, EnvironmentName, KeyId, TokenPrefix, TokenTag},
         scope::Scope,
         time::Revision,
-        token::{Digest, Token, shape},
+        token::{Digest, Token, can_be_token},
     },
     engine::{Asker, Engine, Question, index::Index, lease::Lease, limiter::LimitSettings, usage::Usage},
     store::SnapshotItem,
@@ -110,7 +110,7 @@ fn spread(of: u32) -> Vec<Token> {
 
 fn pieces(criterion: &mut Criterion) {
     let presented = token(1);
-    criterion.bench_function("shape of a token", |b| b.iter(|| shape(black_box(presented.reveal()))));
+    criterion.bench_function("format of a token", |b| b.iter(|| can_be_token(black_box(presented.reveal()))));
     criterion.bench_function("digest of a token", |b| b.iter(|| Digest::of(black_box(presented.reveal()))));
     let (key, environment) = (key(1), EnvironmentName::parse("production").unwrap());
     let scopes = [Scope::parse_required("monitors:read").unwrap()];

@@ -16,6 +16,8 @@
     reason = "a benchmark talks and stops, and uses a part of what the tests are made with"
 )]
 
+#[path = "shared/fill.rs"]
+mod fill;
 #[path = "shared/goal.rs"]
 mod goal;
 #[path = "../tests/it/postgres.rs"]
@@ -30,27 +32,12 @@ use std::{
     net::{SocketAddr, TcpListener, TcpStream},
     path::Path,
     process::{Child, Command, Stdio},
-    sync::Arc,
     time::{Duration, Instant},
 };
 
-use keyward::{
-    clock::{Clock as _, SystemClock},
-    domain::{
-        log::{Action, Actor, Change},
-        time::Revision,
-        token::Digest,
-    },
-    store::{self, ReadSet, Store, Write},
-};
 use postgres::Cluster;
 
 const STARTS: usize = 3;
-/// What SQLite may keep in memory while it is filled, in pages of 4 KiB; and zero, which is its default.
-const FILLING: u32 = 1 << 18;
-const USUAL: u32 = 0;
-/// Keys in one transaction; more of them write each page of an index fewer times.
-const BATCH: u64 = 20_000;
 
 fn main() {
     // Cargo says `--bench` to every benchmark.
@@ -74,11 +61,7 @@ fn main() {
         None => format!("{url}{}schema=keyward_empty", if url.contains('?') { '&' } else { '?' }),
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
-    runtime.block_on(make(&url));
-    let cached = |pages| url.strip_prefix("sqlite:").into_iter().for_each(|path| cache(path, pages));
-    cached(FILLING);
-    runtime.block_on(fill(&url, keys));
-    cached(USUAL);
+    runtime.block_on(fill::fill(&url, keys));
     drop(runtime);
 
     let bare = start(folder.path(), &empty);
@@ -99,57 +82,6 @@ fn main() {
     }
     let note = format!("median of {STARTS} starts");
     goal::at_most(&format!("seconds to SERVING, {keys} keys, {kind}"), goal, goal::median(taken), &note);
-}
-
-/// Makes the store, without keys.
-async fn make(url: &str) {
-    store::open(url).await.unwrap().close().await;
-}
-
-/// Says in an SQLite file how many pages whoever opens it may keep in memory. With the usual 2 MB most of a million
-/// keys' time would go into reading pages again and writing them early.
-fn cache(path: &str, pages: u32) {
-    let file = rusqlite::Connection::open(path).unwrap();
-    file.execute_batch(&format!("PRAGMA default_cache_size = {pages}")).unwrap();
-}
-
-/// Puts accounts and keys into an empty store.
-async fn fill(url: &str, keys: u64) {
-    let store = store::open(url).await.unwrap();
-    if store.head().await.unwrap().revision == Revision(0) {
-        let began = Instant::now();
-        let now = SystemClock.now();
-        let account = |number| Change::Account(Arc::new(sample::account(number, now)));
-        commit(&*store, (0..sample::ACCOUNTS).map(account).collect()).await;
-        let sets = sample::scope_sets();
-        let key = |number| {
-            let digest = Digest::of(&format!("token {number}"));
-            Change::Key(Arc::new(sample::key(number, digest, &sets, now)))
-        };
-        for first in (0..keys).step_by(usize::try_from(BATCH).unwrap()) {
-            let batch = (first..keys.min(first + BATCH)).map(key).collect();
-            commit(&*store, batch).await;
-        }
-        println!("{keys} keys put into the store in {:.0} s", began.elapsed().as_secs_f64());
-    }
-    store.close().await;
-}
-
-async fn commit(store: &dyn Store, changes: Vec<Change>) {
-    let write = |change| Write {
-        change,
-        expect: None,
-        action: Action::KeyImported,
-        actor: Actor::SYSTEM,
-        method: "bench",
-        at: SystemClock.now(),
-        idempotency: None,
-        reads: ReadSet::default(),
-        limits: None,
-    };
-    let batch: Vec<_> = changes.into_iter().map(write).collect();
-    let committed = store.commit(&batch).await.unwrap();
-    assert!(committed.outcomes.iter().all(Result::is_ok));
 }
 
 /// What one start took; memory in kB.

@@ -1,7 +1,7 @@
 //! The goals of `docs/performance.md` that `keyward bench` measures, each told as met or missed. Ratios are medians of
 //! alternating rounds in one run; read them, and not the rates, from machine to machine.
 //!
-//! `cargo bench --bench goals -- [checks|observed|items|creates|tokens]`: all unless said. `make bench` measures every goal.
+//! `cargo bench --bench goals -- [checks|observed|items|creates|tokens|overload]`: all unless said. `make bench` measures every goal.
 //!
 //! Not here: what other programs measure (`many_keys`, `cold_start`, `replicas`, `envoy`).
 
@@ -43,15 +43,19 @@ fn main() -> ExitCode {
     }
     // Cargo says `--bench` to every benchmark.
     let part = std::env::args().skip(1).find(|word| !word.starts_with("--"));
-    let parts: [(&str, fn()); 5] = [
+    let parts: [(&str, fn()); 6] = [
         ("checks", checks),
         ("observed", observed),
         ("items", items),
         ("creates", creates),
         ("tokens", tokens),
+        ("overload", overload),
     ];
     let wanted = |name: &str| part.as_deref().is_none_or(|part| part == name);
-    assert!(parts.iter().any(|(name, _)| wanted(name)), "say checks, observed, items, creates or tokens");
+    assert!(
+        parts.iter().any(|(name, _)| wanted(name)),
+        "say checks, observed, items, creates, tokens or overload"
+    );
     parts.iter().filter(|(name, _)| wanted(name)).for_each(|(_, measure)| measure());
     ExitCode::SUCCESS
 }
@@ -123,5 +127,25 @@ fn tokens() {
     for (what, flag) in [("unknown", "--unknown"), ("denied", "--denied")] {
         let ratio = bench(&["check", "--keys", FEW, flag, "100"], &ONE_CORE).median(CPU) / allowed;
         goal::at_least(&format!("Checks of {what} tokens to allowed ones"), 1.0, ratio, "two runs");
+    }
+}
+
+/// An open loop on a core of its own, against a server on the other.
+fn overload() {
+    let load = ["overload", "--keys", FEW, "--one-core", "--connections", "32", "--in-flight", "256"];
+    let told = bench(&load, &["--rounds", "5"]);
+    let half = told.step(0.5, "p99_ms");
+    for share in [1.2, 1.5, 2.0] {
+        let note = format!("{:.0} % refused", 100.0 * told.step(share, "refused"));
+        let what = format!("goodput at {share} times the capacity, to the peak");
+        goal::at_least(&what, 0.9, told.step(share, "of_peak"), &note);
+        let p99 = told.step(share, "p99_ms");
+        let note = format!("{p99:.1} to {half:.1} ms");
+        goal::at_most(
+            &format!("p99 at {share} times the capacity, to that at half"),
+            10.0,
+            p99 / half,
+            &note,
+        );
     }
 }

@@ -229,7 +229,7 @@ impl Caller {
     pub fn may_grant(&self, granted: &ScopeSet) -> Result<(), Refusal> {
         let held = |scope: &Scope| (self.is_operator() && !scope.is_reserved()) || self.grants.covers(scope);
         match granted.iter().find(|scope| !held(scope)) {
-            Some(scope) => beyond("a scope", scope),
+            Some(scope) => beyond("a scope goes", scope),
             None => Ok(()),
         }
     }
@@ -241,7 +241,7 @@ impl Caller {
     /// # Errors
     /// When its rights are bound; the message says by what.
     pub fn must_be_unbound(&self, first: &EnvironmentName) -> Result<(), Refusal> {
-        const RIGHT: &str = "a role or membership";
+        const RIGHT: &str = "a role or membership goes";
         let Some(own) = self.key() else { return Ok(()) };
         if !own.customers().is_empty() {
             beyond(RIGHT, &"it is bound to no customers")
@@ -267,7 +267,7 @@ impl Caller {
         match self.environment() {
             Some(own) if own != first && !self.is_operator() => {
                 let which = format_args!("it holds in every environment; use a key of {:?}", first.as_str());
-                beyond("a role or membership", &which)
+                beyond("a role or membership goes", &which)
             }
             _ => Ok(()),
         }
@@ -287,22 +287,22 @@ impl Caller {
     ) -> Result<(), Refusal> {
         self.may_grant(granted)?;
         if !self.is_operator() && self.environment().is_some_and(|own| environment != own) {
-            return beyond("the environment", environment);
+            return beyond("the environment goes", environment);
         }
         let Some(own) = self.key() else { return Ok(()) };
         if later(terms.expires_at, own.expires_at()) {
-            return beyond("the expiry", &"it must end no later");
+            return beyond("the expiry goes", &"it must end no later");
         }
         let customers = &terms.customers;
         if !own.customers().is_empty()
             && (customers.is_empty() || !customers.iter().all(|customer| own.customers().contains(customer)))
         {
-            return beyond("the customers", &"they must be among them");
+            return beyond("the customers go", &"they must be among them");
         }
         let nets = &terms.allowed_cidrs;
         let within = |net: &ipnet::IpNet| own.allowed_cidrs().iter().any(|wide| wide.contains(net));
         if !own.allowed_cidrs().is_empty() && (nets.is_empty() || !nets.iter().all(within)) {
-            return beyond("the allowed networks", &"they must lie within them");
+            return beyond("the allowed networks go", &"they must lie within them");
         }
         if self.is_operator() { Ok(()) } else { keeps_limits(own, terms) }
     }
@@ -314,19 +314,19 @@ fn keeps_limits(own: &HeldKey, terms: &Terms) -> Result<(), Refusal> {
     if let Some(bound) = own.rate_limits().iter().find(|bound| !kept(bound)) {
         let seconds = bound.window.as_secs_f64();
         let needed = format!("one must allow at most {} units at once and in {seconds} s", bound.limit);
-        return beyond("the rate limits", &needed);
+        return beyond("the rate limits go", &needed);
     }
     match own.quota() {
         Some(bound) if !terms.quota.as_ref().is_some_and(|quota| limit::is_quota_within(quota, bound)) => {
             let needed = format!("it must be at most {} units, in no shorter a period", bound.limit);
-            beyond("the quota", &needed)
+            beyond("the quota goes", &needed)
         }
         _ => Ok(()),
     }
 }
 
 fn beyond(what: &str, which: &dyn Display) -> Result<(), Refusal> {
-    let message = format!("{what} goes beyond the caller's own: {which}");
+    let message = format!("{what} beyond the caller's own: {which}");
     Err(Refusal::Forbidden("GRANT_BEYOND_CALLER", message))
 }
 

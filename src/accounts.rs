@@ -88,7 +88,9 @@ impl Accounts {
             let write = write(asked, account.clone(), None, Action::AccountCreated, now);
             match self.writer.write(write).await {
                 Ok(outcome) => return applied(outcome),
-                Err(WriteError::Rejected(Rejection::Conflict)) => return Err(Refusal::AccountExists),
+                Err(WriteError::Rejected(Rejection::Conflict)) => {
+                    return Err(Refusal::AccountExists(account.id));
+                }
                 Err(WriteError::Rejected(Rejection::AuthorizationMoved)) => self.writer.caught_up().await?,
                 Err(error) => return Err(error.into()),
             }

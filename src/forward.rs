@@ -1,6 +1,6 @@
 //! The gateway for proxies that ask over HTTP: nginx `auth_request`, Traefik ForwardAuth, Envoy's HTTP ext_authz.
 //! Each has a path of its own, since each tells of the request in headers of its own, and headers that a proxy does
-//! not set are the client's.
+//! not set are the client's. nginx and Traefik remove headers by their own lists, not by what the reply names.
 //!
 //! | path | of the request, in |
 //! |---|---|
@@ -87,6 +87,7 @@ async fn answer(gateway: &Gateway, asker: &AccountId, request: &Parts) -> Page {
     let headers = request.headers.iter().map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes()));
     let asked = Asked {
         via: Via::Forward,
+        proxy_removes: proxy == Proxy::Envoy,
         method,
         host,
         target,

@@ -1,4 +1,4 @@
-//! Small pages over HTTP/1.1, made from memory: the admin pages, and what proxies ask over HTTP. No body is read.
+//! Small pages over HTTP/1.1, made from memory: the admin pages, and what proxies ask over HTTP. Bodies are discarded.
 //! What the pages say, and whether they wait for it, is their module's business.
 
 mod metered;
@@ -7,13 +7,18 @@ use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderName, HeaderValue, Request, Response, StatusCode, request::Parts};
-use http_body_util::Full;
-use hyper::{body::Incoming, server::conn::http1, service::service_fn};
+use http_body_util::{BodyExt as _, Full};
+use hyper::{
+    body::{Body as _, Incoming},
+    server::conn::http1,
+    service::service_fn,
+};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{Semaphore, watch},
     task::JoinSet,
+    time::timeout,
 };
 use tokio_io_timeout::TimeoutWriter;
 
@@ -27,6 +32,10 @@ use metered::Metered;
 const HEADER_PATIENCE: Duration = Duration::from_secs(5);
 /// How long a peer may leave an answer unread when its buffers are full.
 const WRITE_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a body may take to arrive, and how much of one is taken, in bytes. A proxy that is still sending when the
+/// connection is closed may not see the answer.
+const BODY_TIMEOUT: Duration = Duration::from_secs(5);
+const MAX_DISCARDED: usize = 16 << 20;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// The largest head of a request: proxies admit 60 KiB of headers.
 const MAX_HEAD: usize = 128 * 1024;
@@ -121,10 +130,15 @@ async fn connection<P, F>(
     let mut stream = TimeoutWriter::new(stream);
     stream.set_timeout(Some(WRITE_PATIENCE));
     let service = service_fn(move |request: Request<Incoming>| {
-        let (mut parts, _) = request.into_parts();
+        let (mut parts, body) = request.into_parts();
         parts.extensions.insert(peer);
         let page = page(parts);
-        async move { Ok::<_, Infallible>(page.await.response()) }
+        async move {
+            if !body.is_end_stream() {
+                let _ = timeout(BODY_TIMEOUT, discard(body)).await;
+            }
+            Ok::<_, Infallible>(page.await.response())
+        }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -142,6 +156,17 @@ async fn connection<P, F>(
     };
     if let Err(error) = ended {
         tracing::debug!(error = &error as &dyn std::error::Error, %peer, "a connection ended with an error");
+    }
+}
+
+/// Reads a body and keeps nothing of it, up to a bound. Whoever breaks off gets the same answer.
+async fn discard(mut body: Incoming) {
+    let mut left = MAX_DISCARDED;
+    while let Some(Ok(frame)) = body.frame().await {
+        left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len));
+        if left == 0 {
+            break;
+        }
     }
 }
 

@@ -226,6 +226,10 @@ fn feed(text: &mut Text, sources: &Sources, replica: &Sight) {
     text.single("keyward_regressed", Gauge, help, regressed);
     let help = "Replicas of the database, this one included.";
     text.single("keyward_replicas", Gauge, help, replica.replicas());
+    if let Some(offset) = replica.clock_offset().seconds() {
+        let help = "How far this machine's wall clock is ahead of the database's.";
+        text.single("keyward_clock_offset_seconds", Gauge, help, offset);
+    }
     let [renewals, failures, frozen] = replica.counts();
     let help = "Renewals of the lease that the database answered.";
     text.single("keyward_renewals_total", Counter, help, renewals);

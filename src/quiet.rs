@@ -4,7 +4,7 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::domain::time::Timestamp;
 
-/// Lets so many through in each second or minute, and no more.
+/// Lets so many through in each second, minute or hour, and no more.
 #[derive(Debug)]
 pub struct Quiet {
     most: u32,
@@ -24,6 +24,12 @@ impl Quiet {
     #[must_use]
     pub fn once_a_minute() -> Quiet {
         Quiet { most: 1, period: 60, current: Mutex::default() }
+    }
+
+    /// One an hour.
+    #[must_use]
+    pub fn once_an_hour() -> Quiet {
+        Quiet { most: 1, period: 3600, current: Mutex::default() }
     }
 
     /// Whether this one is let through.

@@ -5,7 +5,7 @@ use std::fmt::Display;
 
 use crate::{
     clock::NoEntropy,
-    domain::account::LimitReached,
+    domain::{account::LimitReached, name::AccountId},
     engine::CannotAnswer,
     replication::propagation::Incomplete,
     store::{Rejection, StoreError, writer::WriteError},
@@ -44,8 +44,10 @@ pub enum Refusal {
     NotFound(Thing),
     /// Another key of the owner has the name.
     KeyNameTaken,
-    /// The account's id is taken.
-    AccountExists,
+    /// The account exists.
+    AccountExists(AccountId),
+    /// This account exists, whose id differs from the one asked for only in case.
+    AccountIdCase(AccountId),
     /// The digest belongs to another secret, whoever owns it.
     DigestTaken,
     /// Another request was made under this idempotency key.
@@ -155,6 +157,7 @@ impl From<WriteError> for Refusal {
     fn from(error: WriteError) -> Self {
         match error {
             WriteError::Rejected(Rejection::NameTaken) => Refusal::KeyNameTaken,
+            WriteError::Rejected(Rejection::AccountIdCase(id)) => Refusal::AccountIdCase(id),
             WriteError::Rejected(Rejection::IdempotencyReused) => Refusal::IdempotencyKeyReused,
             WriteError::Rejected(Rejection::Conflict | Rejection::AuthorizationMoved) => Refusal::Contended,
             WriteError::Rejected(Rejection::DigestTaken) => Refusal::DigestTaken,

@@ -200,7 +200,12 @@ impl Server {
         let (counting, tried) = count_limits(engine.clone());
         // A Redis that is there counts from the first Check on; one that is not holds nobody up.
         let _ = tokio::time::timeout(QUIET_START, tried).await;
-        let workers = Workers::start(capacity(&settings, &listeners), &services)?;
+        let workers = Workers::start(capacity(&settings, &listeners), &services).with_context(|| {
+            format!(
+                "threads = {} cannot be started; lower it, or raise the limits on files and processes (ulimit -n, ulimit -u)",
+                settings.threads
+            )
+        })?;
         listeners.report.add_shed(workers.shed());
         listeners.report.add_shed(services.shed());
         let calls = services.calls().clone();

@@ -33,7 +33,7 @@ pub fn init(filter: &str, format: LogFormat, otlp: Option<&Otlp>) -> anyhow::Res
     let log = match format {
         LogFormat::Text => {
             let ansi = std::io::IsTerminal::is_terminal(&std::io::stderr());
-            layer.with_ansi(ansi).fmt_fields(log::NamingText::default()).with_filter(filter).boxed()
+            layer.with_ansi(ansi).fmt_fields(log::NamingText).with_filter(filter).boxed()
         }
         LogFormat::Json => layer.json().map_event_format(log::NamingJson).with_filter(filter).boxed(),
     };

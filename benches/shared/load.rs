@@ -39,6 +39,12 @@ impl Told {
         self.0["figures"][0][of]["median"].as_f64().unwrap()
     }
 
+    /// A figure of an overload, at this share of the capacity.
+    pub(crate) fn step(&self, share: f64, of: &str) -> f64 {
+        let mut steps = self.0["steps"].as_array().unwrap().iter();
+        steps.find(|step| step["share"].as_f64() == Some(share)).unwrap()[of].as_f64().unwrap()
+    }
+
     /// The ratio to the first subject whose name holds `to`.
     pub(crate) fn ratio(&self, to: &str, by: &str) -> f64 {
         self.spread(to, by)["median"].as_f64().unwrap()

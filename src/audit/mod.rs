@@ -4,6 +4,7 @@
 
 pub mod archive;
 pub mod head;
+mod key_records;
 pub mod note;
 mod records;
 pub mod verify;

@@ -12,14 +12,16 @@ use crate::{
     domain::{
         log::{Change, LogRow},
         name::{AccountId, KeyId},
-        time::{Revision, Timestamp},
+        time::Revision,
     },
-    store::{KeyFilter, OwnerFilter, Store, StoreError, StoredKey},
+    store::{Store, StoreError, StoredKey},
 };
+
+use super::key_records::{RevisionSet, key_of};
 
 /// How many differences are told.
 const MOST: usize = 100;
-/// How many keys are in memory at once.
+/// How many records are in memory at once.
 const PAGE: u32 = 500;
 
 /// A record that is not what the log says.
@@ -34,17 +36,19 @@ pub struct Mismatch {
 }
 
 /// What was found so far.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Records {
-    seen: u64,
+    pub(super) seen: u64,
+    /// The entries that say what the row of a key says.
+    pub(super) matched: RevisionSet,
     /// By record: one difference of each is enough.
     mismatches: BTreeMap<String, Mismatch>,
     /// Roles and members that an entry has and the tables have not: a later entry must end them.
     gone: BTreeMap<String, Revision>,
 }
 
-/// How a record of the tables stands to an entry about it.
-enum Found {
+/// How a record of the tables compares with an entry about it.
+pub(super) enum Found {
     /// The very record.
     Same,
     /// Another one of the same revision.
@@ -55,7 +59,11 @@ enum Found {
     At(Revision),
 }
 
-fn compare<T: PartialEq>(found: Option<&T>, logged: &T, revision: impl Fn(&T) -> Revision) -> Found {
+pub(super) fn compare<T: PartialEq>(
+    found: Option<&T>,
+    logged: &T,
+    revision: impl Fn(&T) -> Revision,
+) -> Found {
     match found {
         None => Found::Missing,
         Some(found) if revision(found) != revision(logged) => Found::At(revision(found)),
@@ -65,6 +73,16 @@ fn compare<T: PartialEq>(found: Option<&T>, logged: &T, revision: impl Fn(&T) ->
 }
 
 impl Records {
+    /// Nothing was compared yet; the first entry that will be has this revision.
+    pub(super) fn starting_at(first: Revision) -> Records {
+        Records {
+            seen: 0,
+            matched: RevisionSet::starting_at(first),
+            mismatches: BTreeMap::new(),
+            gone: BTreeMap::new(),
+        }
+    }
+
     /// How many records were held against the log, and where they differ.
     pub(super) fn finish(mut self) -> (u64, Vec<Mismatch>) {
         for (record, revision) in std::mem::take(&mut self.gone) {
@@ -73,14 +91,14 @@ impl Records {
         (self.seen, self.mismatches.into_values().collect())
     }
 
-    fn note(&mut self, record: String, revision: Revision, problem: String) {
+    pub(super) fn note(&mut self, record: String, revision: Revision, problem: String) {
         if self.mismatches.len() < MOST {
             let mismatch = Mismatch { record: record.clone(), revision, problem };
             self.mismatches.entry(record).or_insert(mismatch);
         }
     }
 
-    fn found(&mut self, record: String, revision: Revision, found: &Found) {
+    pub(super) fn found(&mut self, record: String, revision: Revision, found: &Found) {
         match found {
             Found::Same => self.seen += 1,
             // A later entry is about it.
@@ -102,7 +120,12 @@ impl Records {
     pub(super) async fn entries(&mut self, store: &dyn Store, rows: &[LogRow]) -> Result<(), StoreError> {
         let mut newest: BTreeMap<String, (Revision, Change)> = BTreeMap::new();
         let mut ends: BTreeSet<String> = BTreeSet::new();
+        let mut keys: HashMap<KeyId, &LogRow> = HashMap::new();
         for row in rows {
+            if let Some(id) = key_of(row) {
+                keys.insert(id, row);
+                continue;
+            }
             // What a newer version wrote is not held against anything by this one.
             let Ok(change) = serde_json::from_str::<Change>(&row.payload) else { continue };
             let name = named(&change);
@@ -111,6 +134,7 @@ impl Records {
             }
             newest.insert(name, (row.revision, change));
         }
+        self.key_entries(store, &keys).await?;
         self.gone.retain(|name, _| !ends.contains(name));
         let ids: Vec<_> = newest.values().filter_map(|(_, change)| change.key_id()).collect();
         let keys = self.keys(store, &ids).await?;
@@ -118,32 +142,6 @@ impl Records {
             self.one(store, name, revision, &change, &keys).await?;
         }
         Ok(())
-    }
-
-    /// The keys with these ids, but those whose rows contradict themselves.
-    async fn keys(
-        &mut self,
-        store: &dyn Store,
-        ids: &[KeyId],
-    ) -> Result<HashMap<KeyId, Option<StoredKey>>, StoreError> {
-        let mut keys: HashMap<_, _> = ids.iter().map(|id| (*id, None)).collect();
-        match store.keys_at(ids).await {
-            Ok(found) => keys.extend(found.into_iter().map(|stored| (stored.key.id, Some(stored)))),
-            Err(StoreError::Damaged(_)) => {
-                for id in ids {
-                    match store.key(*id).await {
-                        Ok(found) => drop(keys.insert(*id, found)),
-                        Err(StoreError::Damaged(what)) => {
-                            keys.remove(id);
-                            self.note(format!("key {id}"), Revision(0), what);
-                        }
-                        Err(error) => return Err(error),
-                    }
-                }
-            }
-            Err(error) => return Err(error),
-        }
-        Ok(keys)
     }
 
     async fn one(
@@ -200,16 +198,7 @@ impl Records {
     }
 
     async fn planted_in_tables(&mut self, store: &dyn Store, archived: Revision) -> Result<(), StoreError> {
-        for owner in [OwnerFilter::Account(AccountId::operator()), OwnerFilter::AllButOperators] {
-            let (filter, mut before) = (everything(owner), None);
-            loop {
-                let page = store.keys(&filter, before, PAGE).await?;
-                let Some(last) = page.last() else { break };
-                before = Some(last.key.id);
-                let changes = page.into_iter().map(|stored| Change::Key(Arc::new(stored.key)));
-                self.logged(store, archived, changes).await?;
-            }
-        }
+        self.planted_keys(store, archived).await?;
         self.roles_logged(store, archived, None).await?;
         let mut after = None;
         loop {
@@ -252,8 +241,8 @@ impl Records {
         }
     }
 
-    /// Holds that the entry at each record's revision is about that record.
-    async fn logged(
+    /// Requires that the entry at each record's revision is about that record.
+    pub(super) async fn logged(
         &mut self,
         store: &dyn Store,
         archived: Revision,
@@ -275,19 +264,6 @@ impl Records {
             self.note(name, revision, "the tables have it, and no entry of the log is about it".to_owned());
         }
         Ok(())
-    }
-}
-
-fn everything(owner: OwnerFilter) -> KeyFilter {
-    KeyFilter {
-        owner,
-        environment: None,
-        states: Vec::new(),
-        name_prefix: String::new(),
-        unused_since: None,
-        expires_before: None,
-        created_before: None,
-        now: Timestamp::from_micros(0),
     }
 }
 

@@ -16,8 +16,8 @@ use crate::{
 pub use super::records::Mismatch;
 use super::records::Records;
 
-/// How many entries are in memory at once.
-const PAGE: u32 = 1000;
+/// How many entries are in memory at once: so few that they stay in the processor's cache until they are compared.
+const PAGE: u32 = 256;
 
 /// What is to be verified.
 #[derive(Clone, Copy, Debug, Default)]
@@ -99,7 +99,7 @@ pub async fn verify(store: &dyn Store, question: Question) -> Result<Verified, R
         checkpoint,
         is_stated: false,
         broken: None,
-        records: (!question.chain_only).then(Records::default),
+        records: (!question.chain_only).then(|| Records::starting_at(from)),
     };
     if from > oldest.revision.next() {
         walk.begin_after(store, Revision(from.0 - 1)).await?;

@@ -18,7 +18,7 @@ use crate::pb;
 pub(super) enum AccountsCommand {
     /// Create an account
     Create {
-        /// 1-64 characters of [a-z0-9_-]; made up when it is left out
+        /// 1-64 characters of [A-Za-z0-9_-]; generated when it is left out
         #[arg(long)]
         id: Option<String>,
         /// Name for people [default: the id]

@@ -6,6 +6,7 @@
 mod baseline;
 mod keys;
 mod load;
+mod overload;
 mod process;
 mod report;
 mod wire;
@@ -31,6 +32,7 @@ use crate::{
 use baseline::Baseline;
 use keys::{Keys, Shares};
 use load::{Calls, Expected, Load, Shape};
+use overload::Overload;
 use process::{Cores, Running};
 use report::{Figures, Measured, Round};
 
@@ -95,6 +97,9 @@ pub(super) struct BenchArgs {
     /// A second server with this settings file is asked in turn with the first, and ratios of the first to it are shown
     #[arg(long, value_name = "FILE", conflicts_with_all = ["attach", "database"])]
     against: Option<PathBuf>,
+    /// The program that is started as the server [default: this one]
+    #[arg(long, hide = true, value_name = "FILE", conflicts_with = "attach")]
+    program: Option<PathBuf>,
     /// Print the figures as one JSON object, as --output json does
     #[arg(long)]
     json: bool,
@@ -133,12 +138,14 @@ pub(super) enum Mode {
     Revoke,
     /// What Envoy asks
     ExtAuthz,
+    /// AuthzService.Check at shares of what the server can answer, from half to twice as many
+    Overload,
 }
 
 impl Mode {
     fn path(self) -> &'static str {
         match self {
-            Mode::Check => "/keyward.v1.AuthzService/Check",
+            Mode::Check | Mode::Overload => "/keyward.v1.AuthzService/Check",
             Mode::Batch => "/keyward.v1.AuthzService/BatchCheck",
             Mode::Stream => "/keyward.v1.AuthzService/StreamCheck",
             Mode::Create => "/keyward.v1.KeyService/Create",
@@ -187,6 +194,14 @@ impl Subject {
         let tally = self.load.round(duration).await?;
         let server = server().zip(before).map(|(after, before)| after.saturating_sub(before));
         Ok(Round { tally, server, client: process::own_cpu().saturating_sub(own) })
+    }
+}
+
+impl Subject {
+    /// The same server in an open loop.
+    fn at_rate(&self, rate: f64, spins: bool) -> Subject {
+        let measured = Measured { name: self.measured.name.clone(), items: 1, rounds: Vec::new() };
+        Subject { measured, load: self.load.at_rate(rate, spins), server: self.server.clone() }
     }
 }
 
@@ -239,14 +254,21 @@ impl BenchArgs {
             let called = Some(file.display().to_string());
             servers.push(Asked { called, ..self.start(settings, &beside, Some(file)).await? });
         }
-        let measured = match self.make_keys(&servers).await {
-            Ok(keys) => self.measure(&servers, &keys, &folder.0).await,
+        let keys = self.make_keys(&servers).await;
+        let ended = match keys {
+            Ok(keys) if self.mode == Mode::Overload => {
+                self.overload(&servers[0], &keys[0], json, console).await
+            }
+            Ok(keys) => match self.measure(&servers, &keys, &folder.0).await {
+                Ok(measured) => self.tell(&measured, &servers[0], json, console),
+                Err(failure) => Err(failure),
+            },
             Err(failure) => Err(failure),
         };
         if self.attach {
             keys::revoke_all(&servers[0].session).await?;
         }
-        self.tell(&measured?, &servers[0], json, console)
+        ended
     }
 
     /// The keys of each server.
@@ -297,7 +319,8 @@ impl BenchArgs {
         let config = absolute(config.unwrap_or(&usual))?;
         arguments.extend(["--config", &config]);
         let out = folder.join("server");
-        let mut running = Running::start(Path::new(process::THIS), &arguments, folder, &out, self.cores())?;
+        let program = self.program.as_deref().unwrap_or(Path::new(process::THIS));
+        let mut running = Running::start(program, &arguments, folder, &out, self.cores())?;
         let address = running.address(&out, "keyward serves gRPC on ").await?;
         let envoy = running.address(&out, "keyward serves Envoy on ").await?;
         let root = folder.join("root.key");
@@ -356,6 +379,32 @@ impl BenchArgs {
         Ok(subjects.into_iter().map(|subject| subject.measured).collect())
     }
 
+    /// Measures overload, and shows it.
+    async fn overload(
+        &self,
+        asked: &Asked,
+        keys: &Keys,
+        json: bool,
+        console: &mut Console,
+    ) -> Result<u8, Failure> {
+        let mut closed = self.subject(asked, keys, Mode::Check).await?;
+        if self.one_core {
+            Cores::Others.keep_to()?;
+        }
+        let found = Overload::measure(&mut closed, self.rounds.max(1), self.duration, self.one_core).await?;
+        if json {
+            console.print(&format!("{}\n", serde_json::json!(found)))?;
+        } else {
+            console.print(&found.show())?;
+            let resident = asked.running.as_ref().map(|running| running.resident());
+            console.print(&self.conditions(self.rounds, resident))?;
+        }
+        match found.wrong() {
+            0 => Ok(0),
+            wrong => Err(Failure::refused(format!("{wrong} answers were wrong"))),
+        }
+    }
+
     async fn subject(&self, asked: &Asked, keys: &Keys, mode: Mode) -> Result<Subject, Failure> {
         let shares = Shares { unknown: self.unknown, denied: self.denied };
         let calls = match mode {
@@ -375,6 +424,7 @@ impl BenchArgs {
             connections: self.connections,
             in_flight: self.in_flight,
             rate: self.rate,
+            spins: false,
             streams: (mode == Mode::Stream).then_some(self.streams),
         };
         let items = if mode == Mode::Batch { self.batch } else { 1 };
@@ -414,6 +464,7 @@ impl BenchArgs {
             connections: self.connections,
             in_flight: self.in_flight,
             rate: self.rate,
+            spins: false,
             streams: None,
         };
         let by = if own { String::new() } else { format!(", by {}", program.display()) };

@@ -33,12 +33,13 @@ pub(super) struct SubjectArgs {
 
 impl SubjectArgs {
     /// Reads the token.
-    pub(super) fn read(&self, cx: &Context<'_>) -> Result<token::Secret, Failure> {
+    pub(super) fn read(&self, cx: &mut Context<'_>) -> Result<token::Secret, Failure> {
         let path = self.subject_token_file.as_deref().unwrap_or(Path::new("-"));
         if token::is_stdin(path) && cx.stdin_is_taken() {
             return Err(Failure::usage("stdin can hold one token, and the caller's own comes from there")
                 .hint("name a file in --token-file or --subject-token-file"));
         }
+        cx.warn_of_readers(path);
         token::read(path)
     }
 }

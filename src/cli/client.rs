@@ -73,6 +73,9 @@ pub(super) struct Session {
 impl Session {
     /// Reads the caller's token and makes ready to connect, which the first call does.
     pub(super) fn open(settings: &ClientSettings) -> Result<Session, Failure> {
+        if !settings.insecure {
+            check_plaintext(&settings.server)?;
+        }
         let bearer = match settings.token_file.as_deref() {
             Some(file) => Some(bearer(file)?),
             None if settings.client_certificate.is_some() => None,
@@ -188,6 +191,21 @@ impl Session {
     }
 }
 
+/// Tokens are not sent in plaintext to another machine; `--insecure` is the way to do it all the same.
+fn check_plaintext(server: &ServerUrl) -> Result<(), Failure> {
+    // Without an address nothing can be sent; and what another look-up would find is not known.
+    let exposed = server.exposed_address().map_err(|error| {
+        Failure::usage(format!("cannot reach {server}: {error}"))
+            .hint("is the name right? --server or KEYWARD_SERVER names another")
+    })?;
+    let Some(address) = exposed else { return Ok(()) };
+    let message = format!(
+        "{server} ({address}) is another machine, and without TLS tokens would be readable on the way"
+    );
+    Err(Failure::usage(message)
+        .hint("use https://HOST:PORT; where something else protects the network, allow it with --insecure"))
+}
+
 /// A name for a call: by it the server's log, its audit log and its traces tell of this one, whatever became of the
 /// answer.
 fn request_id() -> Result<MetadataValue<Ascii>, Failure> {
@@ -242,6 +260,7 @@ mod tests {
             client_certificate: None,
             output: Output::Table,
             timeout: Some(Duration::from_millis(300)),
+            insecure: false,
             trace: None,
         }
     }
@@ -267,6 +286,29 @@ mod tests {
     async fn without_a_token_the_error_names_every_place_for_one() {
         let error = Session::open(&settings(DEFAULT_SERVER, None)).err().unwrap().to_string();
         assert!(error.contains("--token-file FILE, KEYWARD_TOKEN_FILE"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn no_token_is_sent_in_plaintext_to_another_machine_unless_that_is_allowed() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = token_file(&folder);
+        for (server, insecure, allowed) in [
+            ("http://127.0.0.1:1", false, true),
+            ("http://[::1]:1", false, true),
+            ("http://[::ffff:127.0.0.1]:1", false, true),
+            ("localhost", false, true),
+            ("unix:/run/keyward.sock", false, true),
+            ("https://192.0.2.1:1", false, true),
+            ("http://192.0.2.1:1", false, false),
+            ("192.0.2.1", false, false),
+            ("http://[2001:db8::1]", false, false),
+            ("http://name.invalid:1", false, false),
+            ("http://192.0.2.1:1", true, true),
+        ] {
+            let opened = Session::open(&ClientSettings { insecure, ..settings(server, Some(&file)) });
+            assert_eq!(opened.is_ok(), allowed, "{server} {insecure}");
+            assert!(opened.err().is_none_or(|failure| failure.exit() == failure::UNANSWERED), "{server}");
+        }
     }
 
     #[tokio::test]

@@ -12,14 +12,18 @@ use serde_json::json;
 use super::{
     console::Console,
     failure::{Failure, REFUSED},
+    table::clean,
 };
 use crate::config::{
     client::{ClientArgs, ClientSettings, Output},
     document::Document,
-    effective::{self, Effective, Origin, Setting, Told},
-    keys, reference, rules,
-    server::{ConfigError, ServeArgs, Settings},
+    effective::{self, Effective, Origin, Setting, WithSources},
+    keys,
+    problems::Problem,
+    reference,
+    server::{ConfigError, ServeArgs, Settings, headline},
 };
+use crate::domain::text::escape_json;
 
 /// `keyward config ...`.
 #[derive(Debug, Args)]
@@ -38,7 +42,7 @@ enum ConfigCommand {
         after_help = "What is shown can be used as a file again, but for secrets, which are never shown.\n\n\
                             Exit codes: 0 done; 1 a setting is wrong; 2 the file cannot be read."
     )]
-    Show(Box<Told<ServeArgs>>),
+    Show(Box<WithSources<ServeArgs>>),
     /// Say whether a server would accept a file, and everything that is wrong with it
     #[command(after_help = "Flags and the environment count, as for `keyward serve`.\n\n\
                             Exit codes: 0 accepted; 1 refused; 2 the file cannot be read.")]
@@ -59,10 +63,10 @@ pub(super) fn run(args: ConfigArgs, outer: ClientArgs, console: &mut Console) ->
     let output = ClientArgs { output: args.output.or(outer.output), ..ClientArgs::default() };
     let json = ClientSettings::load(output)?.output == Output::Json;
     match args.command {
-        ConfigCommand::Show(told) => {
-            let document = read(told.args.database.config.as_deref())?;
-            Settings::of(&told.args, document.as_ref()).map_err(wrong)?;
-            let settings = effective::settings(&told, document.as_ref());
+        ConfigCommand::Show(sources) => {
+            let document = read(sources.args.database.config.as_deref())?;
+            let in_force = Settings::to_serve(&sources.args, document.as_ref()).map_err(wrong)?;
+            let settings = effective::settings(&sources, document.as_ref(), &in_force);
             console.print(&if json { as_json(&settings) } else { as_toml(&settings) })?;
         }
         ConfigCommand::Check { file, serve } => {
@@ -87,11 +91,13 @@ pub(super) fn wrong(error: ConfigError) -> Failure {
     match error {
         ConfigError::Unreadable { .. } => Failure::usage(error.to_string()),
         ConfigError::Wrong { path, problems } => {
-            Failure::refused(format!("the configuration file {path} is wrong"))
-                .details(problems.iter().map(ToString::to_string).collect())
+            Failure::refused(headline(path.as_deref())).details(texts(&problems))
         }
-        ConfigError::Invalid { .. } => Failure::refused(error.to_string()),
     }
+}
+
+fn texts(problems: &[Problem]) -> Vec<String> {
+    problems.iter().map(ToString::to_string).collect()
 }
 
 /// What is to be said of a file.
@@ -107,31 +113,25 @@ fn check(file: Option<PathBuf>, mut serve: ServeArgs) -> Result<Checked, Failure
     };
     serve.database.config = Some(path.clone());
     let read = Document::read(&path)
-        .and_then(|document| Settings::of(&serve, Some(&document)).map(|set| (document, set)));
+        .and_then(|document| Settings::to_serve(&serve, Some(&document)).map(|_settings| document));
     let path = path.display().to_string();
-    let refused = |problems| Ok(Checked { path: path.clone(), problems, warnings: Vec::new() });
     match read {
         Err(error @ ConfigError::Unreadable { .. }) => Err(wrong(error)),
         Err(ConfigError::Wrong { problems, .. }) => {
-            refused(problems.iter().map(ToString::to_string).collect())
+            Ok(Checked { path, problems: texts(&problems), warnings: Vec::new() })
         }
-        Err(error) => refused(vec![error.to_string()]),
-        Ok((document, settings)) => {
-            let bad = settings.rules.and_then(|path| rules::read(&path, &settings.keys.environments).err());
-            let problems = bad.iter().map(ToString::to_string).collect();
-            Ok(Checked { path, problems, warnings: effective::advice(&document) })
-        }
+        Ok(document) => Ok(Checked { path, problems: Vec::new(), warnings: effective::advice(&document) }),
     }
 }
 
 impl Checked {
     fn words(&self) -> String {
         let said = if self.problems.is_empty() { "accepted" } else { "refused" };
-        let mut text = format!("{}: {said}\n", self.path);
+        let mut text = format!("{}: {said}\n", clean(&self.path));
         for (level, lines) in [("", &self.problems), ("warning: ", &self.warnings)] {
             for line in lines {
                 // Writing to a String does not fail.
-                let _ = writeln!(text, "  {level}{line}");
+                let _ = writeln!(text, "  {level}{}", clean(line));
             }
         }
         text
@@ -141,7 +141,7 @@ impl Checked {
         let accepted = self.problems.is_empty();
         let Checked { path, problems, warnings } = self;
         let all = json!({ "file": path, "accepted": accepted, "problems": problems, "warnings": warnings });
-        format!("{all:#}\n")
+        escape_json(format!("{all:#}\n"))
     }
 }
 
@@ -152,7 +152,10 @@ fn as_toml(settings: &[Setting]) -> String {
         let (of, name) = key.path.rsplit_once('.').unwrap_or(("", &key.path));
         if of != table {
             table = of;
-            let _ = writeln!(text, "\n[{of}]");
+            // An empty table may turn something on.
+            let in_table = settings.iter().filter(|setting| setting.key.path.starts_with(&format!("{of}.")));
+            let is_set = in_table.into_iter().any(|setting| !matches!(setting.value, Effective::Words(_)));
+            let _ = writeln!(text, "\n{}[{of}]", if is_set { "" } else { "# " });
         }
         let line = match value {
             Effective::Value(value) => format!("{name} = {value}"),
@@ -179,5 +182,5 @@ fn as_json(settings: &[Setting]) -> String {
         };
         json!({ "key": key.path, "value": value, "hidden": hidden, "said": said, "origin": origin })
     };
-    format!("{:#}\n", json!({ "settings": settings.iter().map(one).collect::<Vec<_>>() }))
+    escape_json(format!("{:#}\n", json!({ "settings": settings.iter().map(one).collect::<Vec<_>>() })))
 }

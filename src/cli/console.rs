@@ -3,17 +3,23 @@
 //! The only place of the client commands that prints. What is printed is made by `output` and `json`.
 
 use std::{
-    io::{self, BufRead as _, IsTerminal as _, Write},
+    fs::File,
+    io::{self, BufRead as _, BufReader, IsTerminal as _, Read as _, Write},
     time::Duration,
 };
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use super::failure::Failure;
+use super::{
+    failure::Failure,
+    table::{clean, clean_lines},
+};
 use crate::config::client;
 
 /// A call that takes longer than this shows that it is under way.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// The most bytes that are read of an answer to a question.
+const LONGEST_ANSWER: u64 = 64;
 
 /// Stdout and stderr, and what they can show.
 pub(super) struct Console {
@@ -60,23 +66,53 @@ impl Console {
         let _ = self.err.write_all(text.as_bytes()).and_then(|()| self.err.flush());
     }
 
-    /// Whether [`Console::confirm`] would ask.
-    pub(super) fn asks(&self, yes: bool) -> bool {
-        !yes && io::stdin().is_terminal()
+    /// Prints what is lost if nobody reads it, such as a token: a reader that has gone is a failure.
+    pub(super) fn deliver(&mut self, text: &str) -> Result<(), Failure> {
+        let written = self.out.write_all(text.as_bytes()).and_then(|()| self.out.flush());
+        written.map_err(|error| Failure::usage(format!("cannot write to stdout: {error}")))
     }
 
-    /// Asks a person who sits at the terminal; without one, or with `yes`, the answer is known.
+    /// Whether [`Console::confirm`] would ask.
+    ///
+    /// # Errors
+    /// When it would have to, and there is no terminal.
+    pub(super) fn must_ask(&self, yes: bool) -> Result<bool, Failure> {
+        if yes { Ok(false) } else { terminal().map(|_terminal| true).map_err(|_| Failure::unconfirmed()) }
+    }
+
+    /// Asks the person at the process's terminal, also where stdin is a pipe. With `yes` the answer is known.
+    ///
+    /// # Errors
+    /// When the answer is no, or there is no terminal: what cannot be undone is not done by accident.
     pub(super) fn confirm(&mut self, question: &str, yes: bool) -> Result<(), Failure> {
-        if !self.asks(yes) {
+        if !self.must_ask(yes)? {
             return Ok(());
         }
-        self.note(&format!("{question} [y/N] "));
-        let mut answer = String::new();
-        let read = io::stdin().lock().read_line(&mut answer);
-        if read.is_ok() && matches!(answer.trim().to_ascii_lowercase().as_str(), "y" | "yes") {
-            return Ok(());
+        let answer = terminal().and_then(|mut terminal| {
+            write!(terminal, "{} [y/N] ", clean(question))?;
+            let mut answer = String::new();
+            BufReader::new(terminal).take(LONGEST_ANSWER).read_line(&mut answer)?;
+            Ok(answer)
+        });
+        match answer.map_err(|_| Failure::unconfirmed())?.trim().to_ascii_lowercase().as_str() {
+            "y" | "yes" => Ok(()),
+            _ => Err(Failure::declined()),
         }
-        Err(Failure::declined())
+    }
+}
+
+/// The process's terminal, to write and to read.
+fn terminal() -> io::Result<File> {
+    use rustix::fs::{Mode, OFlags, open};
+    Ok(open("/dev/tty", OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty())?.into())
+}
+
+/// Prints what a command has done. A reader that has gone has seen enough: what was done stays done.
+pub(super) fn say(text: &str) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    match out.write_all(clean_lines(text).as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        written => written,
     }
 }
 
@@ -171,6 +207,7 @@ mod tests {
     fn a_reader_that_has_gone_is_no_failure_but_a_full_disk_is() {
         assert!(console(io::ErrorKind::BrokenPipe).print("x").is_ok());
         assert!(console(io::ErrorKind::StorageFull).print("x").is_err());
+        assert!(console(io::ErrorKind::BrokenPipe).deliver("x").is_err(), "nobody has the token");
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! What every client command works with: the settings, the terminal and the way to the server.
 
+use std::path::Path;
+
 use zeroize::Zeroizing;
 
 use super::{
@@ -22,9 +24,19 @@ impl<'a> Context<'a> {
         Context { settings, console }
     }
 
-    /// Reads the caller's token and makes ready to connect.
-    pub(super) fn session(&self) -> Result<Session, Failure> {
+    /// Reads the caller's token and makes ready to connect. Warns if others can read the token's file.
+    pub(super) fn session(&mut self) -> Result<Session, Failure> {
+        if let Some(file) = self.settings.token_file.clone() {
+            self.warn_of_readers(&file);
+        }
         Session::open(&self.settings)
+    }
+
+    /// Warns if others than its owner can read a token's file.
+    pub(super) fn warn_of_readers(&mut self, file: &Path) {
+        if let Some(warning) = token::readers_warning(file) {
+            self.console.note(&warning);
+        }
     }
 
     /// Whether the caller's own token comes from stdin, so that nothing else can.
@@ -35,6 +47,11 @@ impl<'a> Context<'a> {
     /// Whether answers are for programs.
     pub(super) fn json(&self) -> bool {
         self.settings.output == Output::Json
+    }
+
+    /// Prints an answer that holds a token, for programs: nobody reading it is a failure.
+    pub(super) fn deliver_json(&mut self, answer: &impl Json) -> Result<(), Failure> {
+        self.console.deliver(&Zeroizing::new(json::object(answer)))
     }
 
     /// Prints an answer: as it is for programs, or as `people` words it, who is told whether colours are

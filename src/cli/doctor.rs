@@ -23,10 +23,11 @@ use crate::{
         server::ServeArgs,
     },
     doctor::{self, Asked, Finding, Findings, Level, Url},
+    domain::text::escape_json,
 };
 
-/// The largest bootstrap that is read, in bytes.
-const MAX_BOOTSTRAP: u64 = 16 << 20;
+/// The largest configuration of a proxy that is read, in bytes.
+const MAX_CONFIGURATION: u64 = 16 << 20;
 
 const CODES: &str = "\
 Exit codes: 0 nothing fails, though there may be warnings; 1 something fails; 2 it could not be looked at.
@@ -40,13 +41,16 @@ sends no token, changes nothing, and may run beside servers.";
 pub(super) struct DoctorArgs {
     /// A server's gRPC listener: http://HOST:PORT, https://HOST:PORT or HOST:PORT; may be given again
     #[arg(long = "server", id = "grpc_server", value_name = "URL")]
-    servers: Vec<Url>,
+    servers: Vec<String>,
     /// A server's admin listener: http://HOST:PORT or HOST:PORT; may be given again
     #[arg(long, value_name = "URL")]
-    admin: Vec<Url>,
+    admin: Vec<String>,
     /// Envoy's bootstrap, YAML or JSON
     #[arg(long, value_name = "FILE")]
     envoy: Option<PathBuf>,
+    /// nginx's configuration, whole or in part; what it includes is not followed
+    #[arg(long, value_name = "FILE")]
+    nginx: Option<PathBuf>,
     /// How to print the findings [default: table]
     #[arg(long, value_enum, value_name = "FORMAT")]
     output: Option<Output>,
@@ -61,18 +65,21 @@ pub(super) fn run(args: DoctorArgs, outer: ClientArgs, console: &mut Console) ->
     let outer_server = outer.server;
     let json = ClientSettings::load(output)?.output == Output::Json;
     let document = args.serve.database.config.as_deref().map(Document::read).transpose().map_err(wrong)?;
-    let envoy = args.envoy.as_ref().map(|path| bootstrap(path)).transpose()?;
-    let name = args.envoy.as_ref().map(|path| path.display().to_string()).unwrap_or_default();
-    let mut servers = args.servers;
-    if let Some(server) = outer_server.filter(|_| servers.is_empty()) {
-        servers.push(server.parse().map_err(|problem| Failure::usage(format!("{server}: {problem}")))?);
+    let [envoy, nginx] =
+        [&args.envoy, &args.nginx].map(|path| path.as_deref().map(configuration).transpose());
+    let (envoy, nginx) = (envoy?, nginx?);
+    let mut servers = urls("--server", &args.servers)?;
+    if servers.is_empty() {
+        servers = urls("--server", outer_server.as_slice())?;
     }
+    let admin = urls("--admin", &args.admin)?;
     let asked = Asked {
         serve: &args.serve,
         document: document.as_ref(),
         servers: &servers,
-        admin: &args.admin,
-        envoy: envoy.as_deref().map(|text| (name.as_str(), text)),
+        admin: &admin,
+        envoy: envoy.as_ref().map(|(name, text)| (name.as_str(), text.as_str())),
+        nginx: nginx.as_ref().map(|(name, text)| (name.as_str(), text.as_str())),
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let findings = runtime.block_on(doctor::examine(&asked, &SystemClock));
@@ -81,17 +88,24 @@ pub(super) fn run(args: DoctorArgs, outer: ClientArgs, console: &mut Console) ->
     Ok(if findings.failed() { REFUSED } else { 0 })
 }
 
-fn bootstrap(path: &Path) -> Result<String, Failure> {
-    let unreadable =
-        |error: std::io::Error| Failure::usage(format!("{} cannot be read: {error}", path.display()));
+/// Reads addresses; one that is wrong is not repeated, since it may hold a password.
+fn urls(flag: &str, texts: &[String]) -> Result<Vec<Url>, Failure> {
+    let read =
+        |text: &String| text.parse::<Url>().map_err(|problem| Failure::usage(format!("{flag}: {problem}")));
+    texts.iter().map(read).collect()
+}
+
+/// The name and the text of a proxy's configuration.
+fn configuration(path: &Path) -> Result<(String, String), Failure> {
+    let name = path.display().to_string();
+    let unreadable = |error: std::io::Error| Failure::usage(format!("{name} cannot be read: {error}"));
     let length = std::fs::metadata(path).map_err(unreadable)?.len();
-    if length > MAX_BOOTSTRAP {
-        return Err(Failure::usage(format!(
-            "{} has {length} bytes, too many for a bootstrap",
-            path.display()
-        )));
+    if length > MAX_CONFIGURATION {
+        let problem = format!("{name} has {length} bytes; a configuration may have {MAX_CONFIGURATION}");
+        return Err(Failure::usage(problem));
     }
-    std::fs::read_to_string(path).map_err(unreadable)
+    let text = std::fs::read_to_string(path).map_err(unreadable)?;
+    Ok((name, text))
 }
 
 /// A line for each: how grave, about what, what, and what to do.
@@ -118,5 +132,5 @@ fn as_json(findings: &Findings) -> String {
         let fix = Some(fix).filter(|fix| !fix.is_empty());
         json!({ "level": level.as_str(), "about": about, "said": said, "fix": fix })
     };
-    format!("{:#}\n", json!({ "findings": findings.iter().map(one).collect::<Vec<_>>() }))
+    escape_json(format!("{:#}\n", json!({ "findings": findings.iter().map(one).collect::<Vec<_>>() })))
 }

@@ -3,7 +3,7 @@
 //! A server's answer is shown by its message and its details, never as a debug dump. Tokens are in no
 //! request's error, and nothing here has one at hand.
 
-use std::{error::Error, fmt, io, time::Duration};
+use std::{borrow::Cow, collections::HashMap, error::Error, fmt, io, time::Duration};
 
 use prost::Message as _;
 use tonic::{
@@ -59,6 +59,12 @@ impl Failure {
         Failure::refused("not confirmed: nothing was changed")
     }
 
+    /// Nobody can be asked whether what cannot be undone is meant.
+    pub(super) fn unconfirmed() -> Failure {
+        Failure::usage("not confirmed: there is no terminal to ask on, and nothing was changed")
+            .hint("if it is meant, repeat it with --yes")
+    }
+
     /// No answer within the time that was given.
     pub(super) fn timeout(after: Duration) -> Failure {
         Failure::usage(format!("no answer within {}", duration::format(after)))
@@ -71,8 +77,9 @@ impl Failure {
             return Failure::usage(format!("cannot reach {server}: {cause}"))
                 .hint("is the server running there? --server or KEYWARD_SERVER names another");
         }
-        let reason =
-            status.get_details_error_info().map(|info| info.reason).filter(|reason| !reason.is_empty());
+        let info = status.get_details_error_info();
+        let (reason, metadata) = info.map(|info| (info.reason, info.metadata)).unwrap_or_default();
+        let reason = Some(reason).filter(|reason| !reason.is_empty());
         let fields: Vec<(String, String)> = status
             .get_details_bad_request()
             .into_iter()
@@ -87,12 +94,12 @@ impl Failure {
             Some(reason) => format!("reason: {reason} ({})", code_name(status.code())),
             None => format!("code: {}", code_name(status.code())),
         });
-        let hint = reason.as_deref().and_then(hint_for_reason);
+        let hint = reason.as_deref().and_then(|reason| hint_for_reason(reason, &metadata));
         Failure {
             exit: exit_for(status.code(), reason.as_deref()),
             message,
             details,
-            hint: Some(hint.unwrap_or_else(|| hint_for(status.code())).to_owned()),
+            hint: Some(hint.unwrap_or_else(|| hint_for(status.code()).into()).into_owned()),
             is_answer: true,
         }
     }
@@ -134,6 +141,8 @@ impl Failure {
     }
 }
 
+impl Error for Failure {}
+
 impl From<SettingsError> for Failure {
     fn from(error: SettingsError) -> Failure {
         Failure::usage(error.to_string())
@@ -154,7 +163,7 @@ impl fmt::Display for Failure {
             writeln!(f, "  {}", clean(detail))?;
         }
         match &self.hint {
-            Some(hint) if !hint.is_empty() => writeln!(f, "hint: {hint}"),
+            Some(hint) if !hint.is_empty() => writeln!(f, "hint: {}", clean(hint)),
             _ => Ok(()),
         }
     }
@@ -216,12 +225,19 @@ fn exit_for(code: Code, reason: Option<&str>) -> u8 {
     }
 }
 
-fn hint_for_reason(reason: &str) -> Option<&'static str> {
-    Some(match reason {
+/// `metadata` is that of the error: what it is about.
+fn hint_for_reason(reason: &str, metadata: &HashMap<String, String>) -> Option<Cow<'static, str>> {
+    let hint = match reason {
+        "ACCOUNT_EXISTS" => {
+            let id = metadata.get("account").map_or("ID", String::as_str);
+            return Some(
+                format!("choose another --id, or look at the one that exists: keyward accounts get {id}")
+                    .into(),
+            );
+        }
         "KEY_NAME_TAKEN" => {
             "choose another --name, or revoke the key that has it (keyward keys list --name-prefix ...)"
         }
-        "ACCOUNT_EXISTS" => "choose another --id, or look at the one there is: keyward accounts get ID",
         "GRANT_BEYOND_CALLER" => {
             "a key gives out only what it holds itself: ask for less, or use a wider token"
         }
@@ -240,7 +256,8 @@ fn hint_for_reason(reason: &str) -> Option<&'static str> {
              [account_limits] in the server's settings"
         }
         _ => return None,
-    })
+    };
+    Some(hint.into())
 }
 
 fn hint_for(code: Code) -> &'static str {
@@ -370,6 +387,6 @@ mod tests {
     #[test]
     fn a_servers_words_cannot_steer_the_terminal() {
         let (_, text) = shown(&status(Code::Internal, "a\u{1b}[2Jb\nc", ErrorDetails::new()));
-        assert!(text.starts_with("error: a\u{fffd}[2Jb\u{fffd}c\n"), "{text:?}");
+        assert!(text.starts_with("error: a\\u{1b}[2Jb\\nc\n"), "{text:?}");
     }
 }

@@ -1,65 +1,84 @@
 //! `keyward keys import`: takes in keys made elsewhere, from a file of any size.
 //!
-//! One thread reads the file in batches; several calls are under way at once; what came of them is noted in the
-//! order of the file. So memory holds a few batches, and an import that was interrupted goes on where it was.
+//! The file is looked through first, so that one that cannot be read leaves nothing behind. Then one thread reads it in
+//! batches; several calls are under way at once; their results are recorded in the order of the file. So memory holds a
+//! few batches, and an import that was interrupted continues where it was.
 
+mod cell;
 mod csv;
+mod header;
+mod inspect;
 mod journal;
-mod lines;
+mod json;
 mod row;
 mod send;
 mod source;
+mod summary;
+mod text;
 
 use std::{
     fs::File,
-    io::BufReader,
+    io::{self, Read, Seek},
     path::{Path, PathBuf},
     pin::pin,
-    time::Duration,
 };
 
 use clap::Args;
+use encoding_rs::Encoding;
 use futures_util::{StreamExt as _, stream};
 use indicatif::ProgressBar;
-use serde::{Serialize, Serializer};
 use tokio::{
     sync::{mpsc, watch},
     time::Instant,
 };
 
 use self::{
+    inspect::inspect,
     journal::Journal,
-    row::DefaultArgs,
+    row::{ColumnArgs, DefaultArgs},
     send::{Attempts, send},
-    source::{Batch, Format, MOST, Source},
+    source::{Batch, Format, Reading, Source, encoding},
+    summary::{Problems, Summary, rows},
+    text::Text,
 };
 use super::{
     client::{Patience, Session},
     console,
     context::Context,
     failure::{Failure, REFUSED},
-    json::Json,
-    table::Record,
 };
-use crate::pb;
+use crate::{
+    clock::{Clock as _, SystemClock},
+    domain::time::Timestamp,
+    pb,
+};
 
 /// How many calls are under way at once.
 const AT_ONCE: usize = 4;
 
 const FORMAT: &str = "\
-CSV (RFC 4180) begins with a line that names its columns, in any order: account, user, environment, name, \
-scopes, roles, expires_at, customers, allowed_cidrs, rate_limits, quota, metadata, sha256, hint. Only sha256 is \
-needed: the SHA-256 of the whole token, 64 hexadecimal digits or base64. Lists are separated by blanks or ;. \
-expires_at is an instant (RFC 3339), a duration from now (90d) or never; metadata is a JSON object of texts; \
-rate_limits are written calls=100/1m, a quota 1000/month. A file of JSON lines has an object with the same names \
-on each line, with arrays for lists and an object for metadata. What a row leaves empty the flags fill in.
+CSV begins with a row that names its columns, in any order and spelling (expires_at, Expires At, expiresAt): account, \
+user, environment, name, scopes, roles, expires_at, customers, allowed_cidrs, rate_limits, quota, metadata, sha256, \
+hint, entropy_bits. Only sha256 is needed: the SHA-256 of the whole token, 64 hexadecimal digits or base64. Commas, \
+semicolons, tabs or | separate the fields: the header, or a line sep=; before it, says which. \
+JSON has objects with the same names: one on each line, or in an array. \
+UTF-8 and UTF-16 are known by themselves, other encodings by --encoding.
 
-The import goes on where it was when the same command is given again: FILE.keyward-progress holds how far it \
-came (remove it to begin at the beginning). Rows that are not imported go to FILE.rejected with their line and \
-the reason, and stop no other; put right, that file can be imported itself. Where an interrupted run may have \
-sent a row already, DIGEST_TAKEN means that it is there.
+Lists are separated by blanks, commas or ;, or are arrays: [\"a\",\"b\"] or {a,b}. expires_at is an instant \
+(2027-01-31T00:00:00Z, 2027-01-31, Unix seconds or milliseconds; UTC unless it says otherwise), a duration from now \
+(90d) or never. metadata is a JSON object of texts; rate_limits are written calls=100/1m, a quota 1000/month; \
+entropy_bits says how strong the token is, if that is known. What a row leaves empty the flags fill in.
 
-Exit codes: 0 every row is there; 1 some were rejected; 2 the import did not come to the file's end.
+Rows of keys that have expired are skipped and counted; so are those of keys that do not work, by the columns active, \
+enabled, revoked, disabled, revoked_at and disabled_at. A file with other columns is refused before anything is \
+sent: --rename and --ignore say what they are.
+
+The import continues where it was when the same command is given again: FILE.keyward-progress holds how far it \
+came. Rows that are not imported go to FILE.rejected with their line and the reason, and stop no other. Mend \
+them there, and import that file; or mend FILE, remove FILE.keyward-progress and FILE.rejected, and import FILE \
+again: rows that are imported are counted as there already.
+
+Exit codes: 0 every row is there or skipped; 1 some were rejected; 2 the import did not come to the file's end.
 
 Example: keyward keys import keys.csv --account acme --environment production --role agent";
 
@@ -70,135 +89,100 @@ pub(super) struct ImportArgs {
     /// The file of keys
     #[arg(value_name = "FILE")]
     file: PathBuf,
-    /// What the file holds [default: jsonl for .jsonl, .ndjson and .json, else csv]
+    /// What the file holds [default: json if it begins with { or [, or is called .json or .jsonl; else csv]
     #[arg(long, value_enum, value_name = "FORMAT")]
     format: Option<Format>,
+    /// Encoding of a file that is neither UTF-8 nor UTF-16, such as windows-1252
+    #[arg(long, value_name = "NAME", value_parser = encoding)]
+    encoding: Option<&'static Encoding>,
     /// File that keeps how far the import came [default: FILE.keyward-progress]
     #[arg(long, value_name = "FILE")]
     progress: Option<PathBuf>,
     #[command(flatten)]
+    columns: ColumnArgs,
+    #[command(flatten)]
     defaults: DefaultArgs,
-}
-
-/// What an import came to.
-#[derive(Debug, Serialize)]
-struct Summary {
-    /// Whether the file's end was reached.
-    complete: bool,
-    lines: u64,
-    imported: u64,
-    there_already: u64,
-    rejected: u64,
-    rejected_file: Option<String>,
-    /// Rows that this run has sent or rejected.
-    rows_now: u64,
-    seconds: f64,
-    rows_per_second: f64,
-}
-
-impl Json for Summary {
-    fn write<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        self.serialize(serializer)
-    }
 }
 
 impl ImportArgs {
     pub(super) async fn run(self, cx: &mut Context<'_>) -> Result<u8, Failure> {
         let session = cx.session()?.quiet();
-        let format = self.format.unwrap_or_else(|| guess(&self.file));
-        let open = File::open(&self.file)
-            .and_then(|file| file.metadata().map(|about| (file, about.len())))
-            .map_err(|error| Failure::usage(format!("cannot read {}: {error}", self.file.display())));
-        let (file, size) = open?;
-        // The header first: a file that is not understood leaves nothing behind.
-        Source::open(BufReader::new(file.try_clone()?), format, DefaultArgs::default(), None)?;
+        let unreadable = |error| Failure::usage(format!("cannot read {}: {error}", self.file.display()));
+        let file = File::open(&self.file).map_err(unreadable)?;
+        let size = file.metadata().map_err(unreadable)?.len();
+        let reading = self.reading(&file, SystemClock.now())?;
+        reading.defaults.check(reading.now)?;
+        // The whole file first: one that is not understood leaves nothing behind.
+        inspect(&file, reading.encoding, reading.syntax(&file)?)?;
+        let unused = Source::open(&file, reading.clone(), None)?.check_columns()?;
+        for flag in unused {
+            cx.console.note(&format!("No object has the field of {flag}.\n"));
+        }
         let mut journal = Journal::open(&self.file, self.progress)?;
-        let source = Source::open(BufReader::new(file), format, self.defaults, journal.from())?;
-        if let Some(from) = journal.from().filter(|from| from.bytes < size) {
-            cx.console.note(&format!("Going on after line {}.\n", from.lines));
+        let source = Source::open(file, reading, journal.from())?;
+        if journal.from().is_some_and(|from| from.bytes < size) {
+            cx.console.note(&format!("Resuming after {}.\n", journal.place()));
         }
         let bar = console::progress(size);
-        let (began, before) = (Instant::now(), rows(&journal));
-        let end = run(source, &session, &mut journal, format, &bar).await;
+        let (began, before, mut problems) = (Instant::now(), journal.rows(), Problems::default());
+        let end = run(source, &session, &mut journal, &mut problems, &bar).await;
         bar.finish_and_clear();
-        let summary = Summary::of(&journal, end.is_ok(), rows(&journal) - before, began.elapsed());
-        if summary.complete || summary.lines > 0 {
+        let rows_now = journal.rows() - before;
+        let summary = Summary::new(&journal, &problems, end.is_ok(), rows_now, began.elapsed());
+        if summary.complete || journal.rows() > 0 {
             cx.show(&summary, |colours| summary.for_people(&journal).show(colours))?;
         }
         let progress = journal.progress_path().display();
-        end.map_err(|failure| failure.of(&format!("stopped after line {}", summary.lines)))
-            .map_err(|failure| failure.hint(format!("the same command goes on from there ({progress})")))?;
+        end.map_err(|failure| failure.of(&format!("stopped after {}", journal.place())))
+            .map_err(|failure| failure.hint(format!("the same command continues from there ({progress})")))?;
         Ok(if summary.rejected > 0 { REFUSED } else { 0 })
     }
-}
 
-impl Summary {
-    fn of(journal: &Journal, complete: bool, rows_now: u64, took: Duration) -> Summary {
-        let progress = &journal.progress;
-        let path = journal.rejected_path().display().to_string();
-        Summary {
-            complete,
-            lines: progress.lines,
-            imported: progress.imported,
-            there_already: progress.there_already,
-            rejected: progress.rejected,
-            rejected_file: (progress.rejected > 0).then_some(path),
-            rows_now,
-            seconds: took.as_secs_f64(),
-            rows_per_second: (rows_now as f64 / took.as_secs_f64().max(0.001)).round(),
-        }
-    }
-
-    fn for_people(&self, journal: &Journal) -> Record {
-        let file = self.rejected_file.as_ref();
-        let rejected = file.map_or_else(|| "0".to_owned(), |file| format!("{}, see {file}", self.rejected));
-        let already = match self.there_already {
-            0 => String::new(),
-            count => format!("{count}, imported by an earlier attempt"),
+    fn reading(&self, file: &File, now: Timestamp) -> Result<Reading, Failure> {
+        let format = match self.format {
+            Some(format) => format,
+            None => format_of(&mut Text::open(file, self.encoding)?, &self.file)?,
         };
-        let record = Record::new()
-            .field("imported", self.imported.to_string())
-            .field("there already", already)
-            .field("rejected", rejected)
-            .field("lines done", self.lines.to_string());
-        if self.rows_now == 0 && self.complete {
-            let hint = format!("nothing; {} says that all is done", journal.progress_path().display());
-            return record.field("this time", hint);
-        }
-        let Summary { rows_now, seconds, rows_per_second, .. } = self;
-        record.field("this time", format!("{rows_now} rows in {seconds:.1}s, {rows_per_second:.0} rows/s"))
+        let (columns, defaults) = (self.columns.clone(), self.defaults.clone());
+        Ok(Reading { format, encoding: self.encoding, columns, defaults, now })
     }
 }
 
-/// The rows that are done.
-fn rows(journal: &Journal) -> u64 {
-    journal.progress.imported + journal.progress.there_already + journal.progress.rejected
+/// What a file holds, by its first character, or by its name if that says nothing.
+fn format_of(text: &mut Text<impl Read + Seek>, path: &Path) -> io::Result<Format> {
+    let blank = |unit: &u16| [b' ', b'\t', b'\r', b'\n'].map(u16::from).contains(unit);
+    while text.unit()?.is_some_and(|unit| blank(&unit)) {
+        text.take_unit(&mut Vec::new())?;
+    }
+    let first = text.unit()?.and_then(|unit| char::from_u32(unit.into()));
+    Ok(match first {
+        Some('{' | '[') => Format::Json,
+        _ => format_by_name(path),
+    })
 }
 
-/// What a file holds, by its name; a file of rejected rows holds what its origin held.
-fn guess(path: &Path) -> Format {
+/// A file of rejected rows holds what its origin held.
+fn format_by_name(path: &Path) -> Format {
     let name = path.to_string_lossy().to_ascii_lowercase();
     let mut name = name.as_str();
     while let Some(origin) = name.strip_suffix(".rejected") {
         name = origin;
     }
     let json = [".jsonl", ".ndjson", ".json"].iter().any(|ending| name.ends_with(ending));
-    if json { Format::Jsonl } else { Format::Csv }
+    if json { Format::Json } else { Format::Csv }
 }
 
-/// Sends the file's batches and notes what became of them, until the file or the person at the terminal ends it.
+/// Sends the file's batches and records their results, until the file ends or Ctrl-C stops it.
 async fn run(
-    source: Source<BufReader<File>>,
+    source: Source<File>,
     session: &Session,
     journal: &mut Journal,
-    format: Format,
+    problems: &mut Problems,
     bar: &ProgressBar,
 ) -> Result<(), Failure> {
-    let header = source.header().to_owned();
+    let dialect = source.dialect().clone();
     let mut stop = interruptions();
     let batches = read(source, stop.clone());
-    // Calls of an earlier run may have been under way behind what it noted, and no more than these rows.
-    let mut unsure = if journal.resumed { AT_ONCE * MOST } else { 0 };
     let attempts = Attempts::default();
     let import = async |request: pb::ImportKeysRequest| {
         session
@@ -207,10 +191,8 @@ async fn run(
     };
     let sent = stream::unfold(batches, async |mut batches| Some((batches.recv().await?, batches)))
         .map(|batch| {
-            let repeated = unsure > 0;
-            unsure = unsure.saturating_sub(batch.as_ref().map_or(0, |batch| batch.rows.len()));
             let (attempts, import) = (&attempts, &import);
-            async move { send(batch?, repeated, attempts, import).await }
+            async move { send(batch?, attempts, import).await }
         })
         .buffered(AT_ONCE);
     let mut sent = pin!(sent);
@@ -220,27 +202,26 @@ async fn run(
             _ = stop.wait_for(|asked| *asked > 1) => return Err(Failure::usage("interrupted")),
         };
         let Some(done) = done else { break };
-        journal.note(&done?, format, &header)?;
+        let done = done?;
+        problems.add(&done.rejected);
+        journal.record(&done, &dialect)?;
         if let Some(from) = journal.from() {
             bar.set_position(from.bytes);
-            bar.set_message(format!("{} rows, {} rejected", rows(journal), journal.progress.rejected));
+            bar.set_message(format!("{}, {} rejected", rows(journal.rows()), journal.progress.rejected));
         }
     }
     if *stop.borrow() > 0 { Err(Failure::usage("interrupted")) } else { Ok(()) }
 }
 
-/// Reads batches on a thread of their own until the file ends or somebody interrupts.
-fn read(
-    mut source: Source<BufReader<File>>,
-    stop: watch::Receiver<u32>,
-) -> mpsc::Receiver<Result<Batch, Failure>> {
+/// Reads batches on a thread of their own until the file ends or Ctrl-C stops it.
+fn read(mut source: Source<File>, stop: watch::Receiver<u32>) -> mpsc::Receiver<Result<Batch, Failure>> {
     let (sender, batches) = mpsc::channel(1);
     tokio::task::spawn_blocking(move || {
         while *stop.borrow() == 0
             && let Some(batch) = source.batch().map_err(Failure::from).transpose()
         {
             let last = batch.is_err();
-            // Nobody listens any more once a call has failed.
+            // The receiver is dropped once a call has failed.
             if sender.blocking_send(batch).is_err() || last {
                 break;
             }
@@ -249,14 +230,14 @@ fn read(
     batches
 }
 
-/// Counts how often somebody pressed Ctrl-C: once ends the import in order, twice at once.
+/// Counts how often Ctrl-C was pressed: the first ends the import in order, the second at once.
 fn interruptions() -> watch::Receiver<u32> {
     let (sender, receiver) = watch::channel(0);
     tokio::spawn(async move {
         while tokio::signal::ctrl_c().await.is_ok() {
             sender.send_modify(|asked| *asked += 1);
         }
-        // Where signals cannot be had, nobody interrupts; dropping the sender would look like it.
+        // Without signals nothing interrupts; dropping the sender would look like an interruption.
         std::future::pending::<()>().await;
     });
     receiver
@@ -264,6 +245,8 @@ fn interruptions() -> watch::Receiver<u32> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Cursor;
+
     use clap::Parser;
 
     use super::*;
@@ -279,13 +262,25 @@ mod tests {
         for (name, format) in [
             ("keys.csv", Format::Csv),
             ("keys", Format::Csv),
-            ("keys.JSONL", Format::Jsonl),
-            ("keys.ndjson", Format::Jsonl),
-            ("keys.jsonl.rejected", Format::Jsonl),
+            ("keys.JSONL", Format::Json),
+            ("keys.ndjson", Format::Json),
+            ("keys.jsonl.rejected", Format::Json),
             ("keys.csv.rejected.rejected", Format::Csv),
         ] {
-            assert_eq!(guess(Path::new(name)), format, "{name}");
+            assert_eq!(format_by_name(Path::new(name)), format, "{name}");
         }
+    }
+
+    #[test]
+    fn the_format_is_known_by_the_files_first_character() {
+        let format = |text: &[u8], name: &str| {
+            let mut text = Text::open(Cursor::new(text.to_vec()), None).unwrap();
+            format_of(&mut text, Path::new(name)).unwrap()
+        };
+        for json in [&b"[]"[..], b"\xef\xbb\xbf\r\n {", b"\xff\xfe[\0"] {
+            assert_eq!(format(json, "keys.csv"), Format::Json, "{json:?}");
+        }
+        assert_eq!((format(b"sha256", "keys.tsv"), format(b"", "keys.json")), (Format::Csv, Format::Json));
     }
 
     #[test]

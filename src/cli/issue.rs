@@ -68,9 +68,9 @@ impl<'a> Delivery<'a> {
             return self.replayed(cx, &answer, &id);
         }
         let done = match self {
-            Delivery::Show if cx.json() => cx.show(&answer, |_| String::new()),
+            Delivery::Show if cx.json() => cx.deliver_json(&answer),
             Delivery::Show => show(cx, &mut answer),
-            Delivery::TokenOnly => cx.console.print(&line(answer.token())),
+            Delivery::TokenOnly => cx.console.deliver(&line(answer.token())),
             Delivery::File(file, path) => write(cx, &mut answer, file, path),
         };
         answer.token().zeroize();
@@ -92,14 +92,14 @@ impl<'a> Delivery<'a> {
 }
 
 fn new_token_hint(id: &str) -> String {
-    format!("the token cannot be shown again; `keyward keys rotate {id}` makes a new one")
+    format!("the token cannot be shown again; `keyward keys rotate {id} --now` makes a new one")
 }
 
 /// Details for people go to stderr, so that stdout holds the token alone.
 fn show<M: Issued>(cx: &mut Context<'_>, answer: &mut M) -> Result<(), Failure> {
     cx.console.note(&details(answer, cx.console.err_colours));
     cx.console.note("\nThe token, shown once: keep it now, it is stored nowhere.\n");
-    cx.console.print(&line(answer.token()))
+    cx.console.deliver(&line(answer.token()))
 }
 
 fn write<M: Issued>(
@@ -155,6 +155,7 @@ mod tests {
             client_certificate: None,
             output,
             timeout: None,
+            insecure: false,
             trace: None,
         };
         let mut cx = Context::new(settings, &mut console);

@@ -9,12 +9,15 @@ use std::collections::BTreeMap;
 use serde::{Serialize, Serializer, ser::SerializeMap as _};
 
 use super::values::{rfc3339, spoken};
-use crate::{domain::token::Hex, pb};
+use crate::{
+    domain::{text::escape_json, token::Hex},
+    pb,
+};
 
-/// A message as one JSON object, with a line end.
+/// A message as one JSON object, with a line end. What a terminal would obey, or not show, is a `\u` escape.
 pub(super) fn object(message: &impl Json) -> String {
     // Maps of text, numbers and lists: there is nothing that serde_json cannot write.
-    let mut text = serde_json::to_string_pretty(&As(message)).unwrap_or_default();
+    let mut text = escape_json(serde_json::to_string_pretty(&As(message)).unwrap_or_default());
     text.push('\n');
     text
 }
@@ -260,6 +263,15 @@ mod tests {
         };
         assert_eq!(token("kw_x"), "kw_x");
         assert_eq!(token(""), Value::Null);
+    }
+
+    #[test]
+    fn text_that_steers_a_terminal_is_escaped_and_stays_the_same_text() {
+        let name = "\u{1b}[2J\u{9b}2J\u{7f}\u{202e}\u{200b}\u{e0041}é\n";
+        let key = pb::Key { name: name.into(), ..Default::default() };
+        let text = object(&key);
+        assert!(text.contains(r#""\u001b[2J\u009b2J\u007f\u202e\u200b\udb40\udc41é\n""#), "{text}");
+        assert_eq!(value(&key)["name"], name);
     }
 
     #[test]

@@ -30,10 +30,10 @@ pub(super) enum KeysCommand {
     Disable(OneArgs),
     /// End what disable began
     Enable(OneArgs),
-    /// Give a key a new token, shown once; the old one stops at once or after an overlap
+    /// Give a key a new token, shown once; the old one stops at once (--now) or after an overlap (--overlap)
     Rotate(change::RotateArgs),
     /// End a rotation's overlap now: the old token stops
-    FinishRotation(OneArgs),
+    FinishRotation(change::FinishRotationArgs),
     /// Refuse a key for ever
     Revoke(change::RevokeArgs),
     /// Refuse many keys for ever: those of an account, a user, or everyone
@@ -71,7 +71,7 @@ impl KeysCommand {
             KeysCommand::Disable(one) => change::disable(cx, one.id).await,
             KeysCommand::Enable(one) => change::enable(cx, one.id).await,
             KeysCommand::Rotate(args) => args.run(cx).await,
-            KeysCommand::FinishRotation(one) => change::finish_rotation(cx, one.id).await,
+            KeysCommand::FinishRotation(args) => args.run(cx).await,
             KeysCommand::Revoke(args) => args.run(cx).await,
             KeysCommand::BulkRevoke(args) => args.run(cx).await,
             KeysCommand::Import(args) => args.run(cx).await,

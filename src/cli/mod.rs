@@ -59,12 +59,16 @@ use crate::config::{
 const GENERAL: &str = "\
 Settings: a flag wins over the environment (KEYWARD_SERVER, KEYWARD_TOKEN_FILE), which wins over \
 ~/.config/keyward/config.toml (below XDG_CONFIG_HOME where that is set) with the keys server, token_file, ca_file, \
-client_certificate, client_key and output. There is no flag for a token: other processes could read it.
+client_certificate, client_key, insecure and output. There is no flag for a token: other processes could read it.
 
 JSON (--output json): the response as one object. Field names as in the protos (snake_case), every field \
 there, null where it is absent; instants RFC 3339 in UTC, durations text such as 1m30s, enums their proto \
 names (KEY_STATE_ACTIVE), 64-bit numbers as numbers, bytes hexadecimal digits. Lists are fetched page by \
 page into one object. Errors are text on stderr.
+
+What cannot be undone is asked about on the terminal, also where stdin is a pipe; where there is no terminal it is \
+refused with exit code 2, unless --yes says that it is meant. Tokens are sent in plaintext to this machine only, \
+unless --insecure allows more.
 
 Exit codes: 0 done; 1 the server refused; 2 no answer (bad usage, no connection, time ran out, a server in \
 trouble). `keyward check`: 0 allowed; 1 denied; 2 could not be answered. `keyward health`: 0 ready; 1 not ready; \
@@ -238,12 +242,13 @@ pub fn main() -> ExitCode {
 }
 
 fn parse(arguments: &[OsString]) -> Result<Cli, clap::Error> {
-    let mut command = Cli::command();
+    let mut command = settings::without_empty_variables(Cli::command());
     if token::among(arguments) {
         return Err(command.error(ErrorKind::InvalidValue, TOKEN_SHOWN));
     }
-    let matches =
-        command.try_get_matches_from_mut(arguments).map_err(|error| explain(&mut command, error))?;
+    let matches = command
+        .try_get_matches_from_mut(arguments)
+        .map_err(|error| without_logins(arguments, explain(&mut command, error)))?;
     if let Some(flag) = misplaced(&matches) {
         let message = format!("--{flag} is for client commands, which speak to a server");
         return Err(command.error(ErrorKind::ArgumentConflict, message));
@@ -254,6 +259,23 @@ fn parse(arguments: &[OsString]) -> Result<Cli, clap::Error> {
 const TOKEN_SHOWN: &str = "a token stands among the arguments, where other processes can read it. Put it \
     into a file and name that: --token-file FILE for the caller's own, --subject-token-file FILE for one to \
     ask about (keyward check, keyward keys lookup). If others use this machine too, rotate the key";
+
+/// The error without the URLs among the arguments that hold a login.
+fn without_logins(arguments: &[OsString], error: clap::Error) -> clap::Error {
+    let text = error.render().to_string();
+    let mut shown = text.clone();
+    for argument in arguments.iter().filter_map(|argument| argument.to_str()) {
+        let Some((before, after)) = argument.split_once("://") else { continue };
+        if after.contains('@') {
+            let scheme = before.rsplit('=').next().unwrap_or_default();
+            shown = shown.replace(&argument[before.len() - scheme.len()..], &format!("{scheme}:***"));
+        }
+    }
+    if shown == text {
+        return error;
+    }
+    clap::Error::raw(error.kind(), shown.strip_prefix("error: ").unwrap_or(&shown))
+}
 
 /// Whoever looks for a flag that takes the token is told where it goes instead.
 fn explain(command: &mut clap::Command, error: clap::Error) -> clap::Error {
@@ -286,7 +308,8 @@ fn misplaced(matches: &ArgMatches) -> Option<String> {
         .into_iter()
         .filter(|id| !taken.contains(id))
         .find(|id| is_given(matches, id))
-        .map(|id| id.replace('_', "-"))
+        // `serve` has an --insecure of another meaning, and so another id.
+        .map(|id| if id == "client_insecure" { "insecure".to_owned() } else { id.replace('_', "-") })
 }
 
 /// Whether a flag stands before the command, or anywhere behind it.
@@ -415,6 +438,21 @@ mod tests {
             assert!(text.contains("--token-file FILE") && !text.contains(&token), "{text}");
             assert_eq!(error.exit_code(), 2);
         }
+    }
+
+    #[test]
+    fn a_url_with_a_login_among_the_arguments_is_not_repeated() {
+        for line in [
+            "keyward migrate postgres://u:sesame1234@h/db",
+            "keyward health redis://:sesame1234@h",
+            "keyward serve --no-such=postgres://u:sesame1234@h/db",
+        ] {
+            let error = read(line).unwrap_err();
+            let text = error.to_string();
+            assert!(!text.contains("sesame1234"), "{text}");
+            assert_eq!(error.exit_code(), 2);
+        }
+        assert!(read("keyward migrate postgres://u:s@h").unwrap_err().to_string().contains("postgres:***"));
     }
 
     #[test]

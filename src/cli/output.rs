@@ -186,7 +186,13 @@ mod tests {
 
     #[test]
     fn what_a_key_holds_cannot_steer_the_terminal() {
-        assert!(key(&a_key()).show(false).contains("note=\u{fffd}[31mred"));
+        assert!(key(&a_key()).show(false).contains("note=\\u{1b}[31mred"));
+        let mut hidden = a_key();
+        hidden.name = "a\u{202e}b\u{200b}\u{9b}2J\n".into();
+        let shown = key(&hidden).show(false);
+        let is_escaped =
+            |line: &str| line.starts_with("name ") && line.ends_with(r" a\u{202e}b\u{200b}\u{9b}2J\n");
+        assert!(shown.lines().any(is_escaped), "{shown:?}");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! `keyward replicas`: the processes that serve one PostgreSQL database. Like `root-key`, it needs the database at hand
 //! and no server, since it is for when they do not answer.
 
-use std::{io::Write as _, process::ExitCode, time::Duration};
+use std::{process::ExitCode, time::Duration};
 
 use clap::Subcommand;
 
@@ -16,6 +16,7 @@ use crate::{
 };
 
 use super::{
+    console::{Console, say},
     serve::exit,
     table::{Rows, clean, text},
     values,
@@ -42,6 +43,9 @@ pub(super) enum ReplicasCommand {
     /// Accept that the database has lost changes (a restored backup, a standby that lacked some). Replicas that know
     /// more revoke again what they know to be revoked, and go on from what the database has
     AcceptRegression {
+        /// Do not ask first
+        #[arg(long, short)]
+        yes: bool,
         #[command(flatten)]
         database: DatabaseArgs,
     },
@@ -60,7 +64,7 @@ impl ReplicasCommand {
         match self {
             ReplicasCommand::List { database }
             | ReplicasCommand::AttestDead { database, .. }
-            | ReplicasCommand::AcceptRegression { database }
+            | ReplicasCommand::AcceptRegression { database, .. }
             | ReplicasCommand::Lease { database, .. } => database,
         }
     }
@@ -73,12 +77,18 @@ pub(super) fn run(command: &ReplicasCommand) -> ExitCode {
 
 fn run_on_database(command: &ReplicasCommand) -> anyhow::Result<()> {
     let settings = Settings::load_database(command.database())?;
+    if let ReplicasCommand::AcceptRegression { yes, .. } = command {
+        let shown = settings.database.shown();
+        let question =
+            format!("Accept for ever that {shown} has lost changes? What nobody remembers stays lost.");
+        Console::system().confirm(&question, *yes)?;
+    }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let operators = Operators::open(&settings).await?;
         let said = told(command, &operators).await;
         operators.close().await;
-        std::io::stdout().lock().write_all(said?.as_bytes())?;
+        say(&said?)?;
         Ok(())
     })
 }

@@ -1,17 +1,23 @@
 //! `keyward root-key reset`: the way back when the root key is lost. It needs the database at hand.
 
-use std::{io::Write as _, process::ExitCode};
+use std::{
+    io::{IsTerminal as _, Write as _},
+    path::Path,
+    process::ExitCode,
+};
 
-use anyhow::bail;
+use anyhow::{Context as _, bail};
 
 use crate::{
     clock::{SystemClock, SystemEntropy},
     config::server::{RootKeyArgs, Settings},
-    domain::{key::Owner, lineage::LinkKind, name::KeyId},
-    server::{Descendant, Reset, RightsChange, reset_root_key},
+    domain::{connection_url::MASK, key::Owner, lineage::LinkKind, name::KeyId},
+    server::{Descendant, Reset, RightsChange, reset_root_key, upkeep},
 };
 
 use super::{
+    console::Console,
+    failure::Failure,
     replicas::instant,
     serve::{exit, write_root_key},
     table::{Rows, text},
@@ -24,21 +30,33 @@ pub fn run(args: RootKeyArgs) -> ExitCode {
 
 fn reset(args: &RootKeyArgs) -> anyhow::Result<()> {
     let mut settings = Settings::load_database(&args.database)?;
-    settings.root_key_file.clone_from(&args.root_key_file);
+    settings.root_key_file = token_file(args)?.map(Path::to_owned);
+    upkeep::require_database(&settings)?;
+    let more = if args.revoke_descendants { ", and every key that descends from it" } else { "" };
+    let question = format!("Revoke the root key of {}{more}, for ever?", settings.database.shown());
+    Console::system().confirm(&question, args.yes)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let clock = std::sync::Arc::new(SystemClock);
     let reset = runtime.block_on(reset_root_key(&settings, args, clock, &SystemEntropy))?;
     let mut out = std::io::stdout().lock();
     // The token comes last, where it is not scrolled away, and comes also when the rest cannot be written.
-    let reported = out.write_all(report(&reset).as_bytes());
+    let reported = out.write_all(report(&reset, &database_flag(args, &settings)).as_bytes());
     match (&reset.token, &settings.root_key_file) {
-        (Some(token), _) => write_root_key(&mut out, token)?,
+        (Some(token), _) => write_root_key(&mut out, token).and_then(|()| out.flush()).context(
+            "the old root key is revoked, and the token of the new one could not be written to standard output: run the \
+             command again",
+        )?,
         (None, Some(path)) => {
-            writeln!(out, "The new root key is in {}; the ones before it are revoked.", path.display())?;
+            let done = format!("The new root key is in {}; the ones before it are revoked.\n", path.display());
+            // The file is there, also if nobody reads this.
+            let _ = out.write_all(done.as_bytes());
         }
         (None, None) => {}
     }
-    reported?;
+    match reported {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => return Err(error.into()),
+        _ => {}
+    }
     if let Some(unconfirmed) = reset.unconfirmed {
         bail!(
             "the new root key works and the revocations are recorded, but a replica may not refuse the old keys yet \
@@ -48,8 +66,38 @@ fn reset(args: &RootKeyArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Where the new token goes; None = standard output, which is a terminal or was asked for.
+fn token_file(args: &RootKeyArgs) -> Result<Option<&Path>, Failure> {
+    match args.root_key_file.as_deref() {
+        Some(file) if file == Path::new("-") => Ok(None),
+        Some(file) => Ok(Some(file)),
+        None if std::io::stdout().is_terminal() => Ok(None),
+        None => Err(Failure::usage(
+            "standard output is no terminal, so the new root key is not written to it",
+        )
+        .hint(
+            "name a new file with --root-key-file FILE, or ask for standard output with --root-key-file -",
+        )),
+    }
+}
+
+/// The flag that names the same database in the next command; no secret is in it.
+fn database_flag(args: &RootKeyArgs, settings: &Settings) -> String {
+    let quoted = |text: &str| format!("'{}'", text.replace('\'', "'\\''"));
+    let given = args.database.database.as_ref();
+    let database = match (given, &args.database.config) {
+        (None, Some(config)) => format!("--config {}", quoted(&config.display().to_string())),
+        // Its password is shown as ***, and is to be put back.
+        _ => format!("--database {}", quoted(&given.unwrap_or(&settings.database).shown())),
+    };
+    match &args.database.database_password_file {
+        Some(file) => format!("{database} --database-password-file {}", quoted(&file.display().to_string())),
+        None => database,
+    }
+}
+
 /// What descends from the lost key, and what to do about it.
-fn report(reset: &Reset) -> String {
+fn report(reset: &Reset, database: &str) -> String {
     let Reset { lost, descendants, changes, .. } = reset;
     let mut report = String::new();
     let count = match descendants.len() {
@@ -64,7 +112,8 @@ fn report(reset: &Reset) -> String {
         (true, false) => format!("Revoked: {count} that descended from the root key {lost}.\n"),
         (false, false) => format!(
             "Not revoked: {count} that descended from the root key {lost}. To revoke them too:\n  \
-             keyward root-key reset --revoke-descendants --lost {lost}\n"
+             keyward root-key reset --revoke-descendants --lost {lost} {database}\n{}",
+            if database.contains(MASK) { "Put the password in the place of ***.\n" } else { "" }
         ),
     };
     if descendants.is_empty() && !reset.earlier.is_empty() {

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 
 use super::{
+    config::wrong,
     console::Console,
     failure::{Failure, REFUSED},
     json,
@@ -69,7 +70,7 @@ struct FileArgs {
 
 impl FileArgs {
     fn read(&self) -> Result<(RuleBook, Around), Failure> {
-        let settings = self.config.load().map_err(|error| Failure::usage(error.to_string()))?;
+        let settings = self.config.load().map_err(|error| wrong(error).unanswered())?;
         let Settings { keys, gateway, .. } = settings;
         let (_, book) = rules::read(&self.file, &keys.environments).map_err(unusable)?;
         Ok((book, Around { environment: gateway.environment, mode: gateway.mode }))
@@ -184,6 +185,27 @@ scope = "monitors:read"
         }
         let failure = rules("", "rules check FILE.not").0.unwrap_err();
         assert!(failure.to_string().contains("cannot be read"), "{failure}");
+        assert_eq!(failure.exit(), 2);
+    }
+
+    #[test]
+    fn wrong_settings_are_reported_line_by_line_and_the_exit_code_is_2() {
+        let folder = tempfile::tempdir().unwrap();
+        let (file, config) = (folder.path().join("rules.toml"), folder.path().join("keyward.toml"));
+        std::fs::write(&file, RULES).unwrap();
+        std::fs::write(&config, "lease = '0s'\nlisen = 'x'").unwrap();
+        let words =
+            ["keyward", "rules", "check", file.to_str().unwrap(), "--config", config.to_str().unwrap()];
+        let Command::Rules(args) = Cli::try_parse_from(words).unwrap().command else {
+            panic!("another command")
+        };
+        let (out, err) = (Printed::default(), Printed::default());
+        let failure = run(args, ClientArgs::default(), &mut Printed::console(&out, &err)).unwrap_err();
+        let text = failure.to_string();
+        assert!(
+            text.contains("\n  line 1, column 1: lease") && text.contains("\n  line 2, column 1: unknown"),
+            "{text}"
+        );
         assert_eq!(failure.exit(), 2);
     }
 

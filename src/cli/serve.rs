@@ -8,6 +8,7 @@ use std::{
 
 use tokio::signal::unix::{SignalKind, signal};
 
+use super::{console::Console, failure::Failure, table::clean_lines};
 use crate::{
     clock::{SystemClock, SystemEntropy},
     config::server::{ENVOY, MAIN, ServeArgs, Settings},
@@ -22,11 +23,11 @@ pub fn run(args: ServeArgs) -> ExitCode {
 }
 
 fn run_to_end(args: &ServeArgs) -> anyhow::Result<()> {
-    let mut settings = Settings::load(args)?;
+    let mut settings = Settings::load_to_serve(args)?;
     settings.shows_root_key = std::io::stdout().is_terminal();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let result = runtime.block_on(async {
-        let exporter = telemetry::init(&args.log, args.log_format, settings.telemetry.otlp.as_ref())?;
+        let exporter = telemetry::init(&settings.log, settings.log_format, settings.telemetry.otlp.as_ref())?;
         let result = serve(settings).await;
         exporter.stop().await;
         result
@@ -41,8 +42,12 @@ pub(super) fn exit(result: anyhow::Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
+            if let Some(failure) = error.downcast_ref::<Failure>() {
+                Console::system().note(&failure.to_string());
+                return ExitCode::from(failure.exit());
+            }
             // Nowhere is left to say that standard error is closed.
-            let _ = writeln!(std::io::stderr(), "keyward: {}", told(&error));
+            let _ = writeln!(std::io::stderr(), "keyward: {}", clean_lines(&told(&error)));
             ExitCode::FAILURE
         }
     }

@@ -1,15 +1,21 @@
 //! Tables of many records, and one record line by line; clean, in colour, as wide as the terminal.
 //!
-//! Text from the server is cleaned of control characters: a key's metadata must not steer the reader's
-//! terminal.
+//! Text from the server is escaped (see [`Escaped`]): a key's metadata must not steer the reader's terminal, nor hide or
+//! reorder what it shows.
 
 use comfy_table::{Cell, Color, ColumnConstraint, ContentArrangement, Table, presets};
 
 use super::values::rfc3339;
+use crate::domain::text::Escaped;
 
-/// Replaces what a terminal would obey instead of showing.
+/// Escapes what a terminal would obey, or not show.
 pub(super) fn clean(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
+    Escaped(text).to_string()
+}
+
+/// The same of several lines.
+pub(super) fn clean_lines(text: &str) -> String {
+    text.split('\n').map(clean).collect::<Vec<_>>().join("\n")
 }
 
 /// One record, a line for each field that holds something.

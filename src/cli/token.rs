@@ -8,12 +8,14 @@ use std::{
     ffi::OsString,
     fmt, fs,
     io::{self, Read, Write as _},
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
 };
 
+use encoding_rs::{Encoding, UTF_8};
 use zeroize::Zeroizing;
 
-use super::failure::Failure;
+use super::{failure::Failure, table::clean};
 use crate::private_file;
 
 /// Far above the longest token; what is longer was not meant.
@@ -65,12 +67,40 @@ fn read_all(from: impl Read) -> io::Result<Zeroizing<String>> {
     if bytes.len() > MOST {
         return Err(io::Error::other("too much for a token"));
     }
-    let text = std::str::from_utf8(&bytes).map_err(|_| io::Error::other("not text"))?;
+    let text = decode(&bytes).ok_or_else(|| io::Error::other("not text"))?;
     Ok(Zeroizing::new(text.trim_ascii().to_owned()))
 }
 
+/// The text of a file that an editor or a shell of Windows may have written: UTF-8, or UTF-16 with a byte order mark.
+fn decode(bytes: &[u8]) -> Option<Zeroizing<String>> {
+    let (encoding, mark) = Encoding::for_bom(bytes).unwrap_or((UTF_8, 0));
+    let text = encoding.decode_without_bom_handling_and_without_replacement(&bytes[mark..])?;
+    Some(Zeroizing::new(text.into_owned()))
+}
+
+/// A warning if others than its owner can read a token's file.
+pub(super) fn readers_warning(path: &Path) -> Option<String> {
+    let found = fs::metadata(path).ok().filter(|found| !is_stdin(path) && found.is_file())?;
+    let mode = found.permissions().mode() & 0o777;
+    let who = match (mode & 0o044, mode & 0o004) {
+        (0, _) => return None,
+        (_, 0) => "its group",
+        _ => "everybody",
+    };
+    let path = clean(&path.display().to_string());
+    Some(format!("warning: {who} can read the token in {path} (mode {mode:04o}): chmod 600 {path}\n"))
+}
+
 fn place(path: &Path) -> String {
-    if is_stdin(path) { "stdin".to_owned() } else { path.display().to_string() }
+    let shown = path.display().to_string();
+    // A token in place of the name of its file; files have shorter names, or are in a folder.
+    let may_be_token =
+        shown.len() >= 24 && !shown.contains('/') && shown.contains(|c: char| c.is_ascii_digit());
+    match (is_stdin(path), may_be_token) {
+        (true, _) => "stdin".to_owned(),
+        (_, true) => "the file (its name may be a token, and is not repeated)".to_owned(),
+        _ => shown,
+    }
 }
 
 /// A new file for a token, readable by its owner alone. It is made before the token is, so that a path that
@@ -173,11 +203,21 @@ mod tests {
     }
 
     #[test]
-    fn the_line_end_is_not_part_of_the_token() {
+    fn a_byte_order_mark_blanks_and_line_ends_are_not_part_of_the_token() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("token");
-        fs::write(&path, "kw_x\r\n").unwrap();
-        assert_eq!(read_own(&path).unwrap().reveal(), "kw_x");
+        let wide = |bytes: fn(u16) -> [u8; 2]| "\u{feff}kw_x\r\n".encode_utf16().flat_map(bytes).collect();
+        for content in [
+            b"kw_x".to_vec(),
+            b"kw_x\r\n".to_vec(),
+            b"\xef\xbb\xbfkw_x\r\n".to_vec(),
+            b"\xef\xbb\xbf kw_x \n\n".to_vec(),
+            wide(u16::to_le_bytes),
+            wide(u16::to_be_bytes),
+        ] {
+            fs::write(&path, &content).unwrap();
+            assert_eq!(read_own(&path).unwrap().reveal(), "kw_x", "{content:?}");
+        }
     }
 
     #[test]
@@ -205,6 +245,25 @@ mod tests {
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert!(TokenFile::create(&path).unwrap_err().to_string().contains("exists already"));
         assert_eq!(fs::read_to_string(&path).unwrap(), "kw_x\n");
+    }
+
+    #[test]
+    fn a_token_file_that_others_can_read_is_warned_of() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("token");
+        fs::write(&path, "kw_x").unwrap();
+        for (mode, who) in
+            [(0o600, None), (0o400, None), (0o640, Some("its group")), (0o644, Some("everybody"))]
+        {
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+            let warning = readers_warning(&path);
+            assert_eq!(warning.is_some(), who.is_some(), "{mode:o}");
+            assert!(
+                warning.is_none_or(|warning| warning.contains(who.unwrap()) && !warning.contains("kw_x"))
+            );
+        }
+        assert_eq!(readers_warning(Path::new("-")), None);
+        assert_eq!(readers_warning(folder.path()), None);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! `keyward migrate`, `keyward backup` and `keyward accept-lost-wal`: with the database at hand, like `root-key` and `replicas`.
 
-use std::{io::Write as _, path::PathBuf, process::ExitCode};
+use std::{path::PathBuf, process::ExitCode};
 
 use clap::Args;
 
@@ -11,7 +11,11 @@ use crate::{
     server::upkeep,
 };
 
-use super::serve::exit;
+use super::{
+    console::{Console, say},
+    serve::exit,
+    table::clean,
+};
 
 /// `keyward migrate`.
 #[derive(Clone, Debug, Args)]
@@ -36,6 +40,9 @@ pub(super) struct BackupArgs {
 /// `keyward accept-lost-wal`.
 #[derive(Clone, Debug, Args)]
 pub(super) struct AcceptLostWalArgs {
+    /// Do not ask first
+    #[arg(long, short)]
+    yes: bool,
     #[command(flatten)]
     database: DatabaseArgs,
 }
@@ -48,15 +55,12 @@ fn on_runtime<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Resul
 pub(super) fn migrate(args: &MigrateArgs) -> ExitCode {
     let migrate = || {
         let settings = Settings::load_database(&args.database)?;
+        upkeep::require_database(&settings)?;
         let steps = on_runtime(upkeep::migrate(&settings, args.dry_run))?;
-        let mut out = std::io::stdout().lock();
-        if steps.is_empty() {
-            writeln!(out, "The schema is up to date.")?;
-        }
         let done = if args.dry_run { "would be taken" } else { "taken" };
-        for step in steps {
-            writeln!(out, "{:04} {}: {done}", step.version, step.name)?;
-        }
+        let lines = steps.iter().map(|step| format!("{:04} {}: {done}\n", step.version, step.name));
+        say(if steps.is_empty() { "The schema is up to date.\n".to_owned() } else { lines.collect() }
+            .as_str())?;
         Ok(())
     };
     exit(migrate())
@@ -68,12 +72,11 @@ pub(super) fn backup(args: &BackupArgs) -> ExitCode {
         let settings = Settings::load_database(&args.database)?;
         let head = on_runtime(upkeep::backup(&settings, &args.to))?;
         let (revision, hash) = (head.revision, Hex(&head.hash));
-        writeln!(
-            std::io::stdout().lock(),
-            "{} holds everything up to {revision}:{hash}\n\
-             Should it be restored: keyward serve --require-revision {revision}",
-            args.to.display()
-        )?;
+        let to = clean(&args.to.display().to_string());
+        say(&format!(
+            "{to} holds everything up to {revision}:{hash}\n\
+             Should it be restored: keyward serve --require-revision {revision}\n"
+        ))?;
         Ok(())
     };
     exit(backup())
@@ -83,13 +86,18 @@ pub(super) fn backup(args: &BackupArgs) -> ExitCode {
 pub(super) fn accept_lost_wal(args: &AcceptLostWalArgs) -> ExitCode {
     let accept = || {
         let settings = Settings::load_database(&args.database)?;
+        upkeep::require_database(&settings)?;
+        let question = format!(
+            "Give up for ever the changes of {} that its lost -wal file held?",
+            settings.database.shown()
+        );
+        Console::system().confirm(&question, args.yes)?;
         let head = on_runtime(upkeep::accept_lost_wal(&settings, &SystemClock))?;
         let (revision, hash) = (head.revision, Hex(&head.hash));
-        writeln!(
-            std::io::stdout().lock(),
+        say(&format!(
             "The database holds everything up to {revision}:{hash} and starts again.\n\
-             What was changed after that is lost: look at the collected logs for it, and revoke again what was revoked."
-        )?;
+             What was changed after that is lost: look at the collected logs for it, and revoke again what was revoked.\n"
+        ))?;
         Ok(())
     };
     exit(accept())

@@ -12,8 +12,9 @@ use crate::domain::{
     name::{AccountId, CustomerId, EnvironmentName, NameError},
     route::{
         Captures, Demand, Mode, Named, Route, Rule, RuleBook,
-        path::{self, Path},
+        path::{self, Misspelt, Path},
     },
+    token::redacted,
 };
 
 /// What `[gateway]` of the server's settings says.
@@ -176,6 +177,10 @@ pub(super) fn of(book: &RuleBook, around: &Around, asked: &Asked<'_>) -> Verdict
             return verdict;
         }
     };
+    if book.rules.is_ambiguous(&host, asked.method, &target) {
+        verdict.refuse(Misspelt::Lookalike.to_string());
+        return verdict;
+    }
     for rule in book.rules.iter() {
         match rule.judge(&host, asked.method, &target) {
             Ok(captures) => {
@@ -257,7 +262,10 @@ impl Verdict {
             .unwrap_or_else(|| Setting { value: Some("1".to_owned()), from: "nobody".to_owned() });
         self.rule = Some(Deciding {
             rule: Shown::of(rule),
-            captures: captures.iter().map(|(name, text)| ((*name).to_owned(), (*text).to_owned())).collect(),
+            captures: captures
+                .iter()
+                .map(|(name, text)| ((*name).to_owned(), redacted(text).into_owned()))
+                .collect(),
             public: rule.route.demand == Some(Demand::Public),
             authenticate_only: rule.route.demand == Some(Demand::Authenticated),
             scopes,
@@ -288,7 +296,10 @@ impl Verdict {
                 if let Err(error) = parse(text) {
                     self.refuse(format!("the {what} named {error}"));
                 }
-                Setting { value: Some(text.to_owned()), from: format!("{by}: the path's {{{name}}}") }
+                Setting {
+                    value: Some(redacted(text).into_owned()),
+                    from: format!("{by}: the path's {{{name}}}"),
+                }
             }
         }
     }
@@ -356,6 +367,14 @@ mode = "shadow"
             assert!(text.lines().any(|told| told == line), "{line}\n{text}");
         }
         assert!(told("GET", "/status").contains("nothing: it is open to everybody"));
+    }
+
+    #[test]
+    fn a_token_in_the_path_is_not_shown() {
+        let path = format!("/accounts/kw_live_{}/runs", "0".repeat(49));
+        let verdict = verdict(RULES, Mode::Enforce, "POST", &path, None);
+        let all = verdict.words(false) + &crate::cli::json::object(&verdict);
+        assert!(all.contains("kw_live_***") && !all.contains("kw_live_0"), "{all}");
     }
 
     #[test]

@@ -7,6 +7,7 @@
 use std::{
     ffi::{OsStr, OsString},
     fmt, fs, io,
+    net::SocketAddr,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -14,7 +15,8 @@ use std::{
 use clap::{Arg, Args, ValueEnum, builder::Resettable};
 use serde::Deserialize;
 
-use super::{duration, trace_parent::TraceParent};
+use super::{duration, trace_parent::TraceParent, wording};
+use crate::transport::socket::first_exposed;
 
 /// Where the server listens unless it is told otherwise.
 pub const DEFAULT_SERVER: &str = "http://127.0.0.1:50051";
@@ -54,6 +56,9 @@ pub struct ClientArgs {
     /// File with the certificate's private key (PEM) [or KEYWARD_CLIENT_KEY]
     #[arg(long, value_name = "FILE", env = "KEYWARD_CLIENT_KEY", hide_env = true)]
     pub client_key: Option<PathBuf>,
+    /// Send tokens in plaintext to another machine too: where something else protects the network
+    #[arg(long = "insecure", id = "client_insecure")]
+    pub insecure: bool,
     /// How to print the answer [default: table]
     #[arg(long, value_enum, value_name = "FORMAT")]
     pub output: Option<Output>,
@@ -65,8 +70,16 @@ pub struct ClientArgs {
 
 impl ClientArgs {
     /// The ids of these flags.
-    pub const IDS: [&str; 7] =
-        ["server", "token_file", "ca_file", "client_certificate", "client_key", "output", "timeout"];
+    pub const IDS: [&str; 8] = [
+        "server",
+        "token_file",
+        "ca_file",
+        "client_certificate",
+        "client_key",
+        "client_insecure",
+        "output",
+        "timeout",
+    ];
 
     /// These flags, and those of `outer` where these are silent.
     #[must_use]
@@ -77,6 +90,7 @@ impl ClientArgs {
             ca_file: self.ca_file.or(outer.ca_file),
             client_certificate: self.client_certificate.or(outer.client_certificate),
             client_key: self.client_key.or(outer.client_key),
+            insecure: self.insecure || outer.insecure,
             output: self.output.or(outer.output),
             timeout: self.timeout.or(outer.timeout),
         }
@@ -91,7 +105,7 @@ pub fn below_top(arg: Arg) -> Arg {
         "server" | "token_file" | "ca_file" | "client_certificate" | "client_key" => {
             arg.global(true).env(Resettable::Reset)
         }
-        "output" | "timeout" => arg.global(true),
+        "client_insecure" | "output" | "timeout" => arg.global(true),
         _ => arg,
     }
 }
@@ -125,6 +139,8 @@ pub struct ClientSettings {
     pub ca_file: Option<PathBuf>,
     /// The certificate to show, and its key.
     pub client_certificate: Option<(PathBuf, PathBuf)>,
+    /// Whether tokens may be sent in plaintext to another machine.
+    pub insecure: bool,
     /// How to print.
     pub output: Output,
     /// How long to wait, when it was said.
@@ -147,8 +163,14 @@ impl ClientSettings {
     }
 
     fn combine(args: ClientArgs, file: File) -> Result<ClientSettings, SettingsError> {
-        let server = args.server.or(file.server);
-        let server = ServerUrl::parse(server.as_deref().unwrap_or(DEFAULT_SERVER))?;
+        let server = match (args.server, file.server) {
+            (Some(given), _) => ServerUrl::parse(&given).map_err(|error| {
+                let by_variable = environment("KEYWARD_SERVER").as_deref() == Some(&given);
+                error.within(if by_variable { "KEYWARD_SERVER" } else { "--server" })
+            })?,
+            (None, Some(given)) => ServerUrl::parse(&given).map_err(|error| error.within("server"))?,
+            (None, None) => ServerUrl::parse(DEFAULT_SERVER)?,
+        };
         let given = |path: Option<PathBuf>| path.filter(|path| !path.as_os_str().is_empty());
         let ca_file = given(args.ca_file.or(file.ca_file));
         let certificate = given(args.client_certificate.or(file.client_certificate));
@@ -167,6 +189,7 @@ impl ClientSettings {
             token_file: given(args.token_file.or(file.token_file)),
             ca_file,
             client_certificate,
+            insecure: args.insecure || file.insecure.unwrap_or(false),
             output: args.output.or(file.output).unwrap_or_default(),
             timeout: args.timeout,
             trace: None,
@@ -178,6 +201,13 @@ impl ClientSettings {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct SettingsError(String);
+
+impl SettingsError {
+    /// The same with the setting, flag or variable that it is about.
+    fn within(self, setting: &str) -> SettingsError {
+        SettingsError(format!("{setting}: {}", self.0))
+    }
+}
 
 /// The address of a server.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -204,10 +234,13 @@ impl ServerUrl {
             "" | "http" => "http",
             "https" => "https",
             _ => {
-                return Err(SettingsError(format!("the server's address starts with {scheme}://: {WANTED}")));
+                let problem = "the server's address does not start with https://, unix:/ or http://";
+                return Err(SettingsError(format!("{problem}: {WANTED}")));
             }
         };
-        let unusable = || SettingsError(format!("{:?} is no server's address: {WANTED}", without_user(text)));
+        // A password may be before an @, and a part of one behind it.
+        let shown = if text.contains('@') { "what is given".to_owned() } else { format!("{text:?}") };
+        let unusable = || SettingsError(format!("{shown} is no server's address: {WANTED}"));
         let authority: http::uri::Authority =
             rest.strip_suffix('/').unwrap_or(rest).parse().map_err(|_| unusable())?;
         // A password in the address would end up in logs and error messages.
@@ -228,6 +261,19 @@ impl ServerUrl {
         self.0.starts_with("https:")
     }
 
+    /// The address beyond this machine that plaintext would be sent to; None = TLS, a socket file, or this machine alone.
+    ///
+    /// # Errors
+    /// When the host's name cannot be looked up.
+    pub fn exposed_address(&self) -> io::Result<Option<SocketAddr>> {
+        let Some(authority) = self.0.strip_prefix("http://") else { return Ok(None) };
+        // As the transport does it.
+        let has_port =
+            authority.parse().is_ok_and(|authority: http::uri::Authority| authority.port().is_some());
+        let port = if has_port { "" } else { ":80" };
+        first_exposed(&format!("{authority}{port}"))
+    }
+
     /// The address with its scheme.
     #[must_use]
     pub fn as_str(&self) -> &str {
@@ -244,10 +290,6 @@ impl fmt::Display for ServerUrl {
 const WANTED: &str = "use https://HOST:PORT, unix:/PATH, http://HOST:PORT or HOST:PORT, such as 127.0.0.1:50051, \
                       without a path or user";
 
-fn without_user(text: &str) -> &str {
-    text.rsplit_once('@').map_or(text, |(_, host)| host)
-}
-
 /// The configuration file.
 #[derive(Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -257,6 +299,7 @@ struct File {
     ca_file: Option<PathBuf>,
     client_certificate: Option<PathBuf>,
     client_key: Option<PathBuf>,
+    insecure: Option<bool>,
     output: Option<Output>,
 }
 
@@ -281,7 +324,7 @@ impl File {
             SettingsError(format!(
                 "{}, line {line}: {} (a token itself never stands here)",
                 path.display(),
-                error.message()
+                wording::plain(error.message())
             ))
         })?;
         for named in
@@ -320,6 +363,25 @@ fn variable(name: &'static str) -> Option<OsString> {
     std::env::var_os(name).filter(|value| !value.is_empty())
 }
 
+/// An environment variable as text; empty counts as absent.
+#[expect(clippy::disallowed_methods, reason = "config reads the environment, and nothing else does")]
+pub(super) fn environment(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.is_empty())
+}
+
+/// Has the flags of a command and of those below it take an empty environment variable for an absent one.
+#[must_use]
+pub fn without_empty_variables(command: clap::Command) -> clap::Command {
+    command
+        .mut_args(|arg| if has_empty_variable(&arg) { arg.env(Resettable::Reset) } else { arg })
+        .mut_subcommands(without_empty_variables)
+}
+
+#[expect(clippy::disallowed_methods, reason = "config reads the environment, and nothing else does")]
+fn has_empty_variable(arg: &Arg) -> bool {
+    arg.get_env().and_then(std::env::var_os).is_some_and(|value| value.is_empty())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -349,6 +411,18 @@ mod tests {
         ] {
             assert_eq!(url(text).as_deref(), Ok(expected), "{text:?}");
         }
+    }
+
+    #[test]
+    fn plaintext_to_other_machines_is_allowed_by_a_flag_or_the_file_and_else_not() {
+        let combine = |insecure: bool, text: &str| {
+            let args = ClientArgs { insecure, ..ClientArgs::default() };
+            ClientSettings::combine(args, parse(text).unwrap()).unwrap().insecure
+        };
+        assert_eq!(
+            (combine(true, ""), combine(false, "insecure = true"), combine(false, "")),
+            (true, true, false)
+        );
     }
 
     #[test]

@@ -1,9 +1,8 @@
-//! A configuration file as it stands: where each key is, what no server would take, each with its line and column.
-//! What values mean is the business of whoever reads them.
+//! A configuration file: where each key is, and what is wrong with its form, each with its line and column. What values
+//! mean is the business of the tables that read them.
 
 use std::{
-    collections::BTreeMap,
-    fmt,
+    collections::{BTreeMap, BTreeSet},
     ops::Range,
     path::{Path, PathBuf},
 };
@@ -15,8 +14,10 @@ use toml::{
 };
 
 use super::{
-    keys,
+    keys::{self, Absent, Key, Shape},
+    problems::{Problem, Source},
     server::{ConfigError, File},
+    wording,
 };
 
 /// The largest file, in bytes.
@@ -24,24 +25,7 @@ const MAX_BYTES: u64 = 1024 * 1024;
 /// How alike two names must be for one to be meant by the other: of what `strsim` gives from 0 to 1.
 const ALIKE: f64 = 0.6;
 
-/// Something that is wrong with a file.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Problem {
-    /// The line, from 1.
-    pub line: usize,
-    /// The column, in characters from 1.
-    pub column: usize,
-    /// What, and what would be right.
-    pub text: String,
-}
-
-impl fmt::Display for Problem {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "line {}, column {}: {}", self.line, self.column, self.text)
-    }
-}
-
-/// A file whose keys are all known, and have values of the right type.
+/// A file as it is used: keys with a problem of their form are left out of the table.
 #[derive(Debug)]
 pub struct Document {
     /// Where it is.
@@ -49,65 +33,56 @@ pub struct Document {
     text: String,
     /// Its values.
     pub(super) table: Table,
-    /// Where each key stands: the name of a setting, and bytes of the text.
+    /// Where each key is, in bytes of the text; entries of lists are numbered: `listener[0].name`.
     places: BTreeMap<String, Range<usize>>,
+    /// What is wrong with its form.
+    pub(super) problems: Vec<Problem>,
+    /// The keys that have a problem, and those that a misspelt key probably means.
+    pub(super) broken: BTreeSet<String>,
 }
 
 impl Document {
-    /// Reads a file.
+    /// Reads a file. Problems of its form are kept, and reported together with those of its values.
     ///
     /// # Errors
-    /// When it cannot be read, or with everything that is wrong with its form.
+    /// When it cannot be read, or is no TOML.
     pub fn read(path: &Path) -> Result<Document, ConfigError> {
-        let text = text(path)
-            .map_err(|source| ConfigError::Unreadable { path: path.display().to_string(), source })?;
-        Document::parse(path, text)
-            .map_err(|problems| ConfigError::Wrong { path: path.display().to_string(), problems })
+        let shown = || path.display().to_string();
+        let text = text(path).map_err(|source| ConfigError::Unreadable { path: shown(), source })?;
+        Document::parse(path, text).map_err(|problems| ConfigError::Wrong { path: Some(shown()), problems })
     }
 
     fn parse(path: &Path, text: String) -> Result<Document, Vec<Problem>> {
         let (root, errors) = DeTable::parse_recoverable(&text);
-        let place = |span: Option<Range<usize>>, said: String| {
-            problem(&text, span.map_or(0, |span| span.start), said)
-        };
         if !errors.is_empty() {
-            return Err(errors.iter().map(|error| place(error.span(), error.message().to_owned())).collect());
+            let at = |span: Option<Range<usize>>| span.map_or(0, |span| span.start);
+            let problem =
+                |error: &toml::de::Error| problem(&text, at(error.span()), wording::plain(error.message()));
+            return Err(errors.iter().map(problem).collect());
         }
-        let (mut found, mut places, mut unknowns) = (Vec::new(), BTreeMap::new(), Vec::new());
-        walk("", root.get_ref(), &mut places, &mut |span, path| {
-            found.push((span, unknown(path)));
-            unknowns.push(path.to_owned());
-        });
-        let table: Table =
-            toml::from_str(&text).map_err(|error| vec![place(error.span(), error.message().to_owned())])?;
-        let whole =
-            toml::from_str::<File>(&text).err().map(|error| (error.span(), error.message().to_owned()));
-        if let Some((span, said)) = whole {
-            found.extend(misfits(&table, &places, &unknowns));
-            if found.is_empty() {
-                found.push((span.unwrap_or_default(), said));
-            }
-        }
-        if found.is_empty() {
-            return Ok(Document { path: path.to_owned(), table, places, text });
-        }
-        found.sort_by_key(|(span, _)| span.start);
-        Err(found.into_iter().map(|(span, said)| place(Some(span), said)).collect())
-    }
-
-    /// The settings that it holds, but without these.
-    pub(super) fn file_without(&self, left_out: &[String]) -> Result<File, ConfigError> {
-        let mut table = self.table.clone();
-        for name in left_out {
-            table.remove(name.as_str());
-        }
-        File::deserialize(table)
-            .map_err(|error| self.wrong(vec![problem(&self.text, 0, error.message().to_owned())]))
+        let table: Table = toml::from_str(&text)
+            .map_err(|error| vec![problem(&text, 0, wording::plain(error.message()))])?;
+        let mut form = Form {
+            text: &text,
+            places: BTreeMap::new(),
+            problems: Vec::new(),
+            broken: BTreeSet::new(),
+            meant: BTreeSet::new(),
+        };
+        let mut values = table;
+        form.examine("", "", root.get_ref(), &mut values);
+        let Form { places, problems, mut broken, meant, .. } = form;
+        // A key that is there is judged, also if another may have been misspelt for it.
+        broken.extend(meant.into_iter().filter(|key| !places.contains_key(key)));
+        Ok(Document { path: path.to_owned(), table: values, places, problems, broken, text })
     }
 
     /// The settings that it holds.
     pub(super) fn file(&self) -> Result<File, ConfigError> {
-        self.file_without(&[])
+        File::deserialize(self.table.clone()).map_err(|error| ConfigError::Wrong {
+            path: Some(self.path.display().to_string()),
+            problems: vec![problem(&self.text, 0, wording::plain(error.message()))],
+        })
     }
 
     /// The value of a key, if it is there.
@@ -139,13 +114,15 @@ impl Document {
         self.places.get(path).map(|span| line_and_column(&self.text, span.start).0)
     }
 
-    /// Says of a key what is wrong with it.
-    pub(super) fn problem_of(&self, path: &str, said: String) -> Problem {
-        problem(&self.text, self.places.get(path).map_or(0, |span| span.start), said)
-    }
-
-    pub(super) fn wrong(&self, problems: Vec<Problem>) -> ConfigError {
-        ConfigError::Wrong { path: self.path.display().to_string(), problems }
+    /// The line and the column of a key, or of the table that it would be in, from 1.
+    pub(super) fn position(&self, place: &str) -> Option<(usize, usize)> {
+        let mut place = place;
+        loop {
+            if let Some(span) = self.places.get(place) {
+                return Some(line_and_column(&self.text, span.start));
+            }
+            place = place.rsplit_once('.')?.0;
+        }
     }
 }
 
@@ -157,9 +134,9 @@ fn text(path: &Path) -> std::io::Result<String> {
     std::fs::read_to_string(path)
 }
 
-fn problem(text: &str, at: usize, said: String) -> Problem {
+fn problem(text: &str, at: usize, what: String) -> Problem {
     let (line, column) = line_and_column(text, at);
-    Problem { line, column, text: said }
+    Problem { source: Source::File { line, column }, text: what }
 }
 
 fn line_and_column(text: &str, at: usize) -> (usize, usize) {
@@ -169,28 +146,113 @@ fn line_and_column(text: &str, at: usize) -> (usize, usize) {
     (line, before[start..].chars().count() + 1)
 }
 
-/// Notes where keys stand, and tells of those that are unknown.
-fn walk(
-    path: &str,
-    table: &DeTable<'_>,
-    places: &mut BTreeMap<String, Range<usize>>,
-    unknown: &mut dyn FnMut(Range<usize>, &str),
-) {
-    for (name, value) in table {
-        let path =
-            if path.is_empty() { name.get_ref().to_string() } else { format!("{path}.{}", name.get_ref()) };
-        let below = |path: &str| keys::sections().iter().any(|section| section.path == path);
-        places.entry(path.clone()).or_insert_with(|| name.span());
-        match value.get_ref() {
-            DeValue::Table(table) if below(&path) => walk(&path, table, places, unknown),
-            DeValue::Array(list) if below(&format!("{path}[]")) => {
-                for entry in list.iter().filter_map(|entry| entry.get_ref().as_table()) {
-                    walk(&format!("{path}[]"), entry, places, unknown);
+fn join(table: &str, name: &str) -> String {
+    if table.is_empty() { name.to_owned() } else { format!("{table}.{name}") }
+}
+
+/// The examination of a file's form.
+struct Form<'t> {
+    text: &'t str,
+    places: BTreeMap<String, Range<usize>>,
+    problems: Vec<Problem>,
+    broken: BTreeSet<String>,
+    /// What misspelt keys probably mean.
+    meant: BTreeSet<String>,
+}
+
+impl Form<'_> {
+    /// Examines a table: `path` is its name, `place` the same with the numbers of entries. What is wrong leaves `values`.
+    fn examine(&mut self, path: &str, place: &str, table: &DeTable<'_>, values: &mut Table) {
+        for (name, value) in table {
+            let (path, place) = (join(path, name.get_ref()), join(place, name.get_ref()));
+            self.places.entry(place.clone()).or_insert_with(|| name.span());
+            self.entry(&path, &place, name, value.get_ref(), values);
+        }
+        for key in keys::section(path).into_iter().flat_map(|section| &section.keys) {
+            let name = key.path.rsplit('.').next().unwrap_or_default();
+            if key.default == Absent::Refused && !table.keys().any(|there| there.get_ref() == name) {
+                values.insert(name.to_owned(), stand_in(key));
+                // The misspelt key is reported already.
+                if self.meant.contains(&key.path) {
+                    self.broken.insert(join(place, name));
+                    continue;
                 }
+                let at = self.places.get(place).map_or(0, |span| span.start);
+                self.add(
+                    &join(place, name),
+                    at,
+                    format!("{} is missing: {}", key.path.replace("[]", ""), key.meaning),
+                );
             }
-            value if keys::find(&path).is_none() && !below(&path) => misspelt(&path, name, value, unknown),
+        }
+    }
+
+    /// Examines a key with its value.
+    fn entry(
+        &mut self,
+        path: &str,
+        place: &str,
+        name: &Spanned<std::borrow::Cow<'_, str>>,
+        value: &DeValue<'_>,
+        values: &mut Table,
+    ) {
+        let (at, key) = (name.span().start, keys::find(path));
+        let list = format!("{path}[]");
+        let name_text = name.get_ref().as_ref();
+        match (value, values.get_mut(name_text)) {
+            (DeValue::Table(table), Some(Value::Table(inner))) if keys::section(path).is_some() => {
+                return self.examine(path, place, table, inner);
+            }
+            (DeValue::Array(entries), Some(Value::Array(inner)))
+                if keys::section(&list).is_some() && inner.iter().all(Value::is_table) =>
+            {
+                for (number, (entry, inner)) in entries.iter().zip(inner).enumerate() {
+                    if let (Some(table), Value::Table(inner)) = (entry.get_ref().as_table(), inner) {
+                        let place = format!("{place}[{number}]");
+                        self.places.insert(place.clone(), entry.span());
+                        self.examine(&list, &place, table, inner);
+                    }
+                }
+                return;
+            }
             _ => {}
         }
+        let given = values.get(name_text);
+        let misfit = match key {
+            Some(key) if key.shape == Shape::Tables && given.is_some_and(Value::is_table) => {
+                Some(format!("must be a list of tables: write [[{path}]]"))
+            }
+            Some(key) => given.and_then(|value| key.shape.misfit(value, key.secret)),
+            None if keys::section(path).is_some() => Some(format!("must be a table: write [{path}]")),
+            None => {
+                values.remove(name_text);
+                return misspelt(path, name, value, &mut |span, path| {
+                    self.meant.extend(nearest(path).map(str::to_owned));
+                    let text = unknown(path);
+                    self.problems.push(problem(self.text, span.start, text));
+                });
+            }
+        };
+        if let Some(misfit) = misfit {
+            self.add(place, at, format!("{} {misfit}", path.replace("[]", "")));
+            values.remove(name_text);
+            if let Some(key) = key.filter(|key| key.default == Absent::Refused) {
+                values.insert(name_text.to_owned(), stand_in(key));
+            }
+        }
+    }
+
+    fn add(&mut self, place: &str, at: usize, text: String) {
+        self.problems.push(problem(self.text, at, text));
+        self.broken.insert(place.to_owned());
+    }
+}
+
+/// Has a table be read whose required key is wrong or missing, so that its other keys are judged.
+fn stand_in(key: &Key) -> Value {
+    match key.shape {
+        Shape::Texts | Shape::Tables => Value::Array(Vec::new()),
+        _ => Value::String(String::new()),
     }
 }
 
@@ -248,48 +310,17 @@ fn nearest(path: &str) -> Option<&'static str> {
         .or_else(|| known().find(|known| split(known).1 == name))
 }
 
-/// The keys whose values are of the wrong type, but for those that are or have something unknown. Each is tried alone, so
-/// that none hides another.
-fn misfits(
-    table: &Table,
-    places: &BTreeMap<String, Range<usize>>,
-    unknown: &[String],
-) -> Vec<(Range<usize>, String)> {
-    let mut found = Vec::new();
-    let mut try_alone = |path: &str, alone: Table| {
-        let told = unknown.iter().any(|unknown| unknown.starts_with(path));
-        if !told && let Err(error) = File::deserialize(alone) {
-            let secret = keys::find(path).is_some_and(|key| key.secret);
-            let said = if secret { "must be text" } else { error.message() };
-            found.push((places.get(path).cloned().unwrap_or_default(), format!("{path}: {said}")));
-        }
-    };
-    for (name, value) in table {
-        match value {
-            Value::Table(inner) => {
-                for (key, value) in inner {
-                    let alone = Table::from_iter([(key.clone(), value.clone())]);
-                    try_alone(
-                        &format!("{name}.{key}"),
-                        Table::from_iter([(name.clone(), Value::Table(alone))]),
-                    );
-                }
-            }
-            value => try_alone(name, Table::from_iter([(name.clone(), value.clone())])),
-        }
-    }
-    found
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn problems(text: &str) -> Vec<String> {
-        match Document::parse(Path::new("keyward.toml"), text.to_owned()) {
-            Ok(_) => Vec::new(),
-            Err(problems) => problems.iter().map(ToString::to_string).collect(),
-        }
+        let mut problems = match Document::parse(Path::new("keyward.toml"), text.to_owned()) {
+            Ok(document) => document.problems,
+            Err(problems) => problems,
+        };
+        problems.sort();
+        problems.iter().map(ToString::to_string).collect()
     }
 
     #[test]
@@ -327,8 +358,36 @@ mod tests {
         let found = problems("threads = 'x'\nretention_days = -1\n[gateway]\nreason_header = 1\nmode = 2");
         let lines: Vec<_> = found.iter().map(|problem| problem.split(',').next().unwrap()).collect();
         assert_eq!(lines, ["line 1", "line 2", "line 4", "line 5"]);
-        assert!(found[0].contains("threads: ") && found[2].contains("gateway.reason_header: "), "{found:?}");
+        assert!(found[0].ends_with("threads = \"x\" must be a whole number of 1 or more"), "{found:?}");
+        assert!(
+            found[1].ends_with("retention_days = -1 must be a whole number from 0 to 4294967295"),
+            "{found:?}"
+        );
+        assert!(
+            found[2].ends_with("gateway.reason_header = 1 must be true or false, without quotes"),
+            "{found:?}"
+        );
+        assert!(found[3].ends_with("gateway.mode = 2 must be text, in quotes"), "{found:?}");
         assert_eq!(problems("a = \nb = ").len(), 2);
+    }
+
+    #[test]
+    fn a_table_in_the_place_of_a_list_and_what_is_missing_in_an_entry_are_told_with_their_line() {
+        assert_eq!(
+            problems("[listener]\nname = 'a'"),
+            ["line 1, column 2: listener must be a list of tables: write [[listener]]"]
+        );
+        assert_eq!(problems("limits = 5"), ["line 1, column 1: limits must be a table: write [limits]"]);
+        let found = problems("[[listener]]\nname = 'a'\naddress = 5\n[listener.tls]\nkey = 'k'");
+        let starts = [
+            "line 1, column 1: listener.services is missing: ",
+            "line 3, column 1: listener.address = 5 must be text",
+            "line 4, column 11: listener.tls.certificate is missing: ",
+        ];
+        assert_eq!(found.len(), starts.len(), "{found:?}");
+        for (found, start) in found.iter().zip(starts) {
+            assert!(found.starts_with(start), "{found}");
+        }
     }
 
     #[test]

@@ -7,35 +7,41 @@ use clap::{ArgMatches, Args, FromArgMatches, parser::ValueSource};
 use toml::Value;
 
 use super::{
+    boolean,
     document::Document,
-    keys::{self, Absent, Key},
+    keys::{self, Absent, Key, Shape},
+    replicas,
     secret::SecretUrl,
+    server::Settings,
 };
 
-/// Flags, and what was said of each: the text, and whether the environment said it.
+/// Flags with the text of each, and whether it comes from the environment.
 #[derive(Clone, Debug)]
-pub struct Told<A> {
+pub struct WithSources<A> {
     /// The flags as their command takes them.
     pub args: A,
-    said: BTreeMap<String, (SecretUrl, ValueSource)>,
+    given: BTreeMap<String, (SecretUrl, ValueSource)>,
 }
 
-impl<A: Args> FromArgMatches for Told<A> {
+impl<A: Args> FromArgMatches for WithSources<A> {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
-        let said = |id: &clap::Id| {
+        let given = |id: &clap::Id| {
             let text = matches.try_get_raw(id.as_str()).ok()??.next()?.to_string_lossy().into_owned();
             Some((id.to_string(), (text.into(), matches.value_source(id.as_str())?)))
         };
-        Ok(Told { args: A::from_arg_matches(matches)?, said: matches.ids().filter_map(said).collect() })
+        Ok(WithSources {
+            args: A::from_arg_matches(matches)?,
+            given: matches.ids().filter_map(given).collect(),
+        })
     }
 
     fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
-        *self = Told::from_arg_matches(matches)?;
+        *self = WithSources::from_arg_matches(matches)?;
         Ok(())
     }
 }
 
-impl<A: Args> Args for Told<A> {
+impl<A: Args> Args for WithSources<A> {
     fn augment_args(command: clap::Command) -> clap::Command {
         A::augment_args(command)
     }
@@ -95,26 +101,41 @@ pub struct Setting {
     pub origin: Origin,
 }
 
-/// Every setting of a server with these flags and this file, tables after each other. The keys of a list of tables are
-/// shown by the list.
+/// Every setting in force of a server with these flags and this file, tables after each other. The keys of a list of
+/// tables are shown by the list.
 #[must_use]
-pub fn settings<A>(told: &Told<A>, document: Option<&Document>) -> Vec<Setting> {
+pub fn settings<A>(
+    sources: &WithSources<A>,
+    document: Option<&Document>,
+    in_force: &Settings,
+) -> Vec<Setting> {
     let shown = keys::all().filter(|key| !key.path.contains("[]"));
-    shown
-        .map(|key| said(key, told).or_else(|| written(key, document?)).unwrap_or_else(|| left(key)))
-        .collect()
+    let find = |key| {
+        given(key, sources)
+            .or_else(|| written(key, document?))
+            .unwrap_or_else(|| absent(key, document, in_force))
+    };
+    shown.map(find).collect()
 }
 
 /// By a flag or the environment.
-fn said<A>(key: &'static Key, told: &Told<A>) -> Option<Setting> {
-    let (text, source) = told.said.get(key.argument.as_ref()?)?;
+fn given<A>(key: &'static Key, sources: &WithSources<A>) -> Option<Setting> {
+    let argument = key.argument.as_ref()?;
+    let (text, source) = sources.given.get(argument)?;
     let origin = match source {
         ValueSource::CommandLine => Origin::Flag(key.flag.clone()?),
         ValueSource::EnvVariable => Origin::Environment(key.variable.clone()?),
         _ => return None,
     };
-    let plain = || text.parse().map(Value::Integer).ok().or_else(|| text.parse().map(Value::Boolean).ok());
-    let value = if key.plain { plain() } else { None };
+    let value = match key.shape {
+        Shape::Integer { .. } => text.parse().map(Value::Integer).ok(),
+        Shape::Boolean => match (boolean::parse(text).ok()?, argument.starts_with("no_")) {
+            // It says the contrary of the key, and does not undo it.
+            (false, true) => return None,
+            (value, is_contrary) => Some(Value::Boolean(value != is_contrary)),
+        },
+        _ => None,
+    };
     let value = value.unwrap_or_else(|| Value::String(text.to_string()));
     Some(Setting { key, value: hidden(key, value), origin })
 }
@@ -126,17 +147,38 @@ fn written(key: &'static Key, document: &Document) -> Option<Setting> {
     Some(Setting { key, value, origin: Origin::File { path, line: document.line(&key.path)? } })
 }
 
-/// Nowhere.
-fn left(key: &'static Key) -> Setting {
-    let value = match &key.default {
+/// Nowhere: the value that holds without the key.
+fn absent(key: &'static Key, document: Option<&Document>, in_force: &Settings) -> Setting {
+    // A table that turns something on has no values where it is left out.
+    let is_off = key.path.starts_with("decision_log.")
+        && document.is_none_or(|document| document.value("decision_log").is_none());
+    let computed = computed(key, in_force).map(Effective::Value);
+    let value = computed.unwrap_or_else(|| match &key.default {
         Absent::Value(value) => match Value::try_from(value) {
+            Ok(value) if is_off => Effective::Words(format!("without the table nothing; in it {value}")),
             Ok(value) => Effective::Value(value),
             Err(_) => Effective::Words(value.to_string()),
         },
         Absent::Words(words) => Effective::Words(words.clone()),
         Absent::Refused => Effective::Words("must be set".to_owned()),
-    };
+    });
     Setting { key, value, origin: Origin::Default }
+}
+
+/// A default that is no fixed value, but known here.
+fn computed(key: &Key, in_force: &Settings) -> Option<Value> {
+    let text = |text: &str| Some(Value::String(text.to_owned()));
+    let collector = in_force.telemetry.otlp.as_ref();
+    match key.path.as_str() {
+        "threads" => i64::try_from(in_force.threads).ok().map(Value::Integer),
+        "replica_name" => {
+            let port = in_force.listen.rsplit_once(':')?.1.parse().ok().filter(|port| *port != 0)?;
+            text(&replicas::default_name(port))
+        }
+        "telemetry.otlp_endpoint" => text(&collector?.endpoint),
+        "telemetry.service_name" => text(&collector?.service_name),
+        _ => None,
+    }
 }
 
 /// A secret is not passed on; a URL without one is none.
@@ -182,22 +224,43 @@ mod tests {
         let document = Document::read(&path).unwrap();
         let command = ServeArgs::augment_args(clap::Command::new("serve"));
         let matches = command.try_get_matches_from([&["serve"], flags].concat()).unwrap();
-        let told = Told::<ServeArgs>::from_arg_matches(&matches).unwrap();
-        let shown = settings(&told, Some(&document)).into_iter();
+        let sources = WithSources::<ServeArgs>::from_arg_matches(&matches).unwrap();
+        let in_force = Settings::of(&sources.args, Some(&document)).unwrap();
+        let shown = settings(&sources, Some(&document), &in_force).into_iter();
         let origin = |origin: Origin| origin.to_string().replace(&folder.path().display().to_string(), "");
         shown.map(|setting| (setting.key.path.clone(), (setting.value, origin(setting.origin)))).collect()
     }
 
     #[test]
     fn a_setting_tells_where_it_comes_from() {
-        let shown =
-            shown(&["--listen", "a:1", "--threads", "3"], "listen = 'b:2'\n[gateway]\nmode = 'shadow'");
+        let shown = shown(
+            &["--listen", "127.0.0.1:1", "--threads", "3"],
+            "listen = 'b:2'\n[gateway]\nmode = 'shadow'",
+        );
         let text = |text: &str| Effective::Value(Value::String(text.to_owned()));
-        assert_eq!(shown["listen"], (text("a:1"), "--listen".to_owned()));
+        assert_eq!(shown["listen"], (text("127.0.0.1:1"), "--listen".to_owned()));
         assert_eq!(shown["threads"], (Effective::Value(Value::Integer(3)), "--threads".to_owned()));
         assert_eq!(shown["gateway.mode"], (text("shadow"), "/k.toml:3".to_owned()));
         assert_eq!(shown["admin_listen"], (text("127.0.0.1:9090"), "default".to_owned()));
-        assert!(matches!(&shown["replica_name"], (Effective::Words(_), origin) if origin == "default"));
+        assert_eq!(
+            shown["overload.queued_checks"],
+            (Effective::Value(Value::Integer(4096)), "default".to_owned())
+        );
+        assert!(matches!(&shown["rules"], (Effective::Words(_), origin) if origin == "default"));
+    }
+
+    #[test]
+    fn a_truth_value_is_shown_as_the_file_has_it_whatever_the_flag_says() {
+        let shown = shown(&["--insecure", "yes", "--no-migrate"], "");
+        assert_eq!(shown["insecure"], (Effective::Value(Value::Boolean(true)), "--insecure".to_owned()));
+        assert_eq!(shown["migrate"], (Effective::Value(Value::Boolean(false)), "--no-migrate".to_owned()));
+    }
+
+    #[test]
+    fn the_decision_log_is_not_turned_on_by_what_is_shown() {
+        let denials = |text: &str| shown(&[], text)["decision_log.denials"].0.clone();
+        assert!(matches!(denials(""), Effective::Words(_)));
+        assert_eq!(denials("[decision_log]"), Effective::Value(Value::Float(1.0)));
     }
 
     #[test]
@@ -217,5 +280,38 @@ mod tests {
         let advice = advice(&Document::read(&path).unwrap());
         assert!(advice.len() == 1 && advice[0].contains("database_password_file"), "{advice:?}");
         assert!(!advice[0].contains("sesame"));
+    }
+
+    use proptest::prelude::*;
+
+    proptest! {
+        /// Neither an error about a URL nor what is shown of it holds a piece of the password, whether it is right or wrong.
+        #[test]
+        fn nothing_of_a_password_is_reported_or_shown(password in "[A-Z#/?@:%&+ .;-]{4,16}", at in 0_usize..6) {
+            let encoded = percent_encoding::utf8_percent_encode(&password, percent_encoding::NON_ALPHANUMERIC);
+            let database = [
+                format!("postgres://u:{password}@h/k"),
+                format!("postgres://u:{encoded}@h/k"),
+                format!("postgres://u@h/k?password={password}"),
+                format!("postgres://u@h/k?sslPassword={encoded}"),
+                format!("postgres:u:{password}@h"),
+                password.clone(),
+            ][at].clone();
+            let redis = format!("redis://:{password}@h");
+            let flags = [format!("--database={database}"), format!("--limits-url={redis}"), "--lease=0s".to_owned()];
+            let command = ServeArgs::augment_args(clap::Command::new("serve"));
+            let matches = command.no_binary_name(true).try_get_matches_from(flags).unwrap();
+            let sources = WithSources::<ServeArgs>::from_arg_matches(&matches).unwrap();
+            let mut output = Settings::of(&sources.args, None).unwrap_err().to_string();
+            if let Ok(in_force) = Settings::of(&ServeArgs::default(), None) {
+                output += &format!("{:?} {in_force:?}", settings(&sources, None, &in_force));
+            }
+            let letters: Vec<char> = password.chars().collect();
+            for part in letters.windows(4).map(|part| part.iter().collect::<String>()) {
+                // Four signs in a row may be ours.
+                let is_word = part.chars().filter(char::is_ascii_uppercase).count() > 1;
+                prop_assert!(!is_word || !output.contains(&part), "{}: {}", part, output);
+            }
+        }
     }
 }

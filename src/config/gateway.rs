@@ -11,7 +11,10 @@ use crate::{
     gateway::GatewaySettings,
 };
 
-use super::server::{ConfigError, invalid};
+use super::{
+    problems::Problems,
+    server::{Invalid, invalid, unshown},
+};
 
 /// The most proxies that may stand in front of the one that asks.
 const MAX_HOPS: usize = 16;
@@ -57,62 +60,63 @@ pub(super) struct File {
 }
 
 impl File {
-    /// The settings, all valid.
-    pub(super) fn read(self, environments: &Environments) -> Result<GatewaySettings, ConfigError> {
+    /// Judges the settings.
+    pub(super) fn read(self, environments: &Environments, problems: &mut Problems<'_>) -> GatewaySettings {
         let default = GatewaySettings::default();
-        let environment = self.environment.map(|name| {
+        let environment = self.environment.filter(|_| problems.is_sound("environments")).and_then(|name| {
             let found = environments.get(&name).map(|environment| environment.name.clone());
-            found.ok_or_else(|| {
+            problems.take(found.ok_or_else(|| {
                 invalid("gateway.environment", &name, format!("is none of {}", environments.names()))
-            })
+            }))
         });
-        let credential_headers = self.credential_headers.map(|list| {
-            if list.is_empty() {
-                return Err(invalid("gateway.credential_headers", "[]", "must name at least one header"));
-            }
-            let read = |name: String| {
-                header_name(&name).map_err(|error| invalid("gateway.credential_headers", &name, error))
-            };
-            list.into_iter().map(read).collect()
-        });
-        let credential_query = self.credential_query.map(|name| {
-            let good = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
-            if (1..=64).contains(&name.len()) && name.bytes().all(good) {
-                Ok(name.into_boxed_str())
-            } else {
-                Err(invalid("gateway.credential_query", &name, "must be 1-64 characters of [A-Za-z0-9_.-]"))
-            }
+        let credential_headers = self.credential_headers.and_then(|list| problems.take(read_headers(&list)));
+        let credential_query = self.credential_query.and_then(|name| {
+            let name = read_name("gateway.credential_query", &name).map(|()| name.into_boxed_str());
+            problems.take(name)
         });
         let trusted_hops = self.trusted_hops.unwrap_or(default.trusted_hops);
         if trusted_hops > MAX_HOPS {
             let problem = format!("must be 0 to {MAX_HOPS}");
-            return Err(invalid("gateway.trusted_hops", &trusted_hops.to_string(), problem));
+            problems.add(invalid("gateway.trusted_hops", &trusted_hops.to_string(), problem));
         }
-        let mode =
-            self.mode.map(|mode| Mode::parse(&mode).map_err(|error| invalid("gateway.mode", &mode, error)));
+        let mode = self.mode.and_then(|mode| {
+            problems.take(Mode::parse(&mode).map_err(|error| invalid("gateway.mode", &mode, error)))
+        });
         let publish_metadata = self.publish_metadata.unwrap_or(default.publish_metadata);
-        let good = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
-        let bad =
-            publish_metadata.iter().find(|name| !(1..=64).contains(&name.len()) || !name.bytes().all(good));
-        if let Some(name) = bad {
-            return Err(invalid(
-                "gateway.publish_metadata",
-                name,
-                "must be 1-64 characters of [A-Za-z0-9_.-]",
-            ));
+        for name in &publish_metadata {
+            problems.take(read_name("gateway.publish_metadata", name));
         }
-        Ok(GatewaySettings {
-            environment: environment.transpose()?,
-            credential_headers: credential_headers.transpose()?.unwrap_or(default.credential_headers),
-            credential_query: credential_query.transpose()?,
+        GatewaySettings {
+            environment,
+            credential_headers: credential_headers.unwrap_or(default.credential_headers),
+            credential_query,
             forward_credential: self.forward_credential.unwrap_or(default.forward_credential),
             management_keys: self.management_keys.unwrap_or(default.management_keys),
             trusted_hops,
             reason_header: self.reason_header.unwrap_or(default.reason_header),
             require_caller: self.require_caller.unwrap_or(default.require_caller),
-            mode: mode.transpose()?.unwrap_or(default.mode),
+            mode: mode.unwrap_or(default.mode),
             publish_metadata,
-        })
+        }
+    }
+}
+
+fn read_headers(list: &[String]) -> Result<Vec<Box<str>>, Invalid> {
+    if list.is_empty() {
+        return Err(unshown("gateway.credential_headers", "must name at least one header"));
+    }
+    let read =
+        |name: &String| header_name(name).map_err(|error| invalid("gateway.credential_headers", name, error));
+    list.iter().map(read).collect()
+}
+
+/// The name of a query parameter, or of an entry of metadata.
+fn read_name(setting: &'static str, name: &str) -> Result<(), Invalid> {
+    let good = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+    if (1..=64).contains(&name.len()) && name.bytes().all(good) {
+        Ok(())
+    } else {
+        Err(invalid(setting, name, "must be 1-64 characters of [A-Za-z0-9_.-]"))
     }
 }
 
@@ -122,7 +126,8 @@ mod tests {
 
     fn read(text: &str) -> Result<GatewaySettings, String> {
         let file: File = toml::from_str(text).map_err(|error| error.to_string())?;
-        file.read(&Environments::default()).map_err(|error| error.to_string())
+        let read = Problems::collect(None, |problems| Some(file.read(&Environments::default(), problems)));
+        read.map_err(|error| error.to_string())
     }
 
     #[test]

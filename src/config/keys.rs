@@ -33,8 +33,82 @@ pub struct Key {
     pub variable: Option<String>,
     /// The id of that flag's argument.
     pub(super) argument: Option<String>,
-    /// Whether a value from a flag or variable is a number or a truth value, and no text.
-    pub(super) plain: bool,
+    /// What a value must be in TOML.
+    pub(super) shape: Shape,
+}
+
+/// What a value must be in TOML.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Shape {
+    /// Text.
+    Text,
+    /// A whole number within these bounds.
+    Integer {
+        /// The smallest.
+        least: i64,
+        /// The largest; None = as large as TOML's are.
+        most: Option<i64>,
+    },
+    /// A number.
+    Number,
+    /// `true` or `false`.
+    Boolean,
+    /// A list of texts.
+    Texts,
+    /// A list of tables.
+    Tables,
+}
+
+impl Shape {
+    fn of(shape: &Value) -> Shape {
+        let kind = match &shape["type"] {
+            Value::Array(kinds) => kinds.iter().filter_map(Value::as_str).find(|kind| *kind != "null"),
+            kind => kind.as_str(),
+        };
+        match kind {
+            Some("integer") => Shape::Integer {
+                least: shape["minimum"].as_i64().unwrap_or(0),
+                most: (shape["format"] == "uint32").then_some(i64::from(u32::MAX)),
+            },
+            Some("number") => Shape::Number,
+            Some("boolean") => Shape::Boolean,
+            Some("array") if some(&shape["items"])["properties"].is_object() => Shape::Tables,
+            Some("array") => Shape::Texts,
+            _ => Shape::Text,
+        }
+    }
+
+    /// What is wrong with the form of a value, and what would be right. `is_secret` = the value is not repeated.
+    pub(super) fn misfit(self, value: &toml::Value, is_secret: bool) -> Option<String> {
+        let fits = match (self, value) {
+            (Shape::Text, toml::Value::String(_))
+            | (Shape::Number, toml::Value::Float(_) | toml::Value::Integer(_))
+            | (Shape::Boolean, toml::Value::Boolean(_)) => true,
+            (Shape::Integer { least, most }, toml::Value::Integer(number)) => {
+                *number >= least && most.is_none_or(|most| *number <= most)
+            }
+            (Shape::Texts, toml::Value::Array(list)) => list.iter().all(toml::Value::is_str),
+            (Shape::Tables, toml::Value::Array(list)) => list.iter().all(toml::Value::is_table),
+            _ => false,
+        };
+        let wanted = match self {
+            Shape::Text => "must be text, in quotes".to_owned(),
+            Shape::Integer { least, most: Some(most) } => {
+                format!("must be a whole number from {least} to {most}")
+            }
+            Shape::Integer { least, most: None } => format!("must be a whole number of {least} or more"),
+            Shape::Number => "must be a number".to_owned(),
+            Shape::Boolean => "must be true or false, without quotes".to_owned(),
+            Shape::Texts => "must be a list of texts, such as [\"one\", \"two\"]".to_owned(),
+            Shape::Tables => "must be a list of tables".to_owned(),
+        };
+        let shown = match value {
+            _ if is_secret => String::new(),
+            toml::Value::Array(_) | toml::Value::Table(_) => String::new(),
+            value => format!("= {value} "),
+        };
+        (!fits).then(|| format!("{shown}{wanted}"))
+    }
 }
 
 /// What holds without a key.
@@ -68,6 +142,18 @@ pub fn sections() -> &'static [Section] {
 /// Every key.
 pub fn all() -> impl Iterator<Item = &'static Key> {
     sections().iter().flat_map(|section| &section.keys)
+}
+
+/// The table with this path.
+#[must_use]
+pub(super) fn section(path: &str) -> Option<&'static Section> {
+    sections().iter().find(|section| section.path == path)
+}
+
+/// The key with this path; without the `[]` of lists it is found as well.
+#[must_use]
+pub(super) fn find_unlisted(path: &str) -> Option<&'static Key> {
+    all().find(|key| key.path == path || key.path.replace("[]", "") == path)
 }
 
 /// The key with this path.
@@ -147,7 +233,7 @@ fn key(path: &str, schema: &Value, required: bool, flags: &clap::Command) -> Key
     let kind = kind(schema, shape);
     Key {
         path: path.to_owned(),
-        plain: ["boolean", "integer", "number"].iter().any(|plain| kind.starts_with(plain)),
+        shape: Shape::of(shape),
         kind,
         default: absent,
         meaning,

@@ -6,7 +6,11 @@ use clap::Args;
 
 use crate::domain::time::Revision;
 
-use super::{duration, server::ConfigError};
+use super::{
+    duration,
+    problems::Problems,
+    server::{Invalid, invalid},
+};
 
 /// Balancers and proxies look for health every second or so; and with it a stop ends within 10 s.
 const SHUTDOWN_DELAY: Duration = Duration::from_secs(2);
@@ -25,11 +29,11 @@ pub struct LifecycleArgs {
     #[arg(long, env = "KEYWARD_DATABASE_WAIT", value_name = "DURATION")]
     pub database_wait: Option<String>,
     /// Do not start on an older schema: 'keyward migrate' brings it up to date
-    #[arg(long, env = "KEYWARD_NO_MIGRATE", action = clap::ArgAction::SetTrue)]
-    pub no_migrate: bool,
+    #[arg(long, env = "KEYWARD_NO_MIGRATE", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    pub no_migrate: Option<String>,
     /// Do not start on a database that is older than this revision, as a restored backup may be
     #[arg(long, env = "KEYWARD_REQUIRE_REVISION", value_name = "REVISION")]
-    pub require_revision: Option<u64>,
+    pub require_revision: Option<String>,
 }
 
 /// How a server starts and stops.
@@ -56,45 +60,38 @@ impl Default for Lifecycle {
     }
 }
 
-fn read(
-    setting: &'static str,
-    text: Option<&str>,
-    slot: &mut Duration,
-    most: Duration,
-) -> Result<(), ConfigError> {
-    let Some(text) = text else { return Ok(()) };
-    let wrong = |problem: String| ConfigError::Invalid { setting, value: text.to_owned(), problem };
-    let read = duration::parse(text).map_err(wrong)?;
+/// Reads a duration up to a bound.
+fn read(setting: &'static str, text: &str, most: Duration) -> Result<Duration, Invalid> {
+    let read = duration::parse(text).map_err(|problem| invalid(setting, text, format!("is {problem}")))?;
     if read > most {
-        return Err(wrong(format!("must be at most {}", duration::format(most))));
+        return Err(invalid(setting, text, format!("must be at most {}", duration::format(most))));
     }
-    *slot = read;
-    Ok(())
+    Ok(read)
 }
 
 impl Lifecycle {
-    /// As the file says, where it does.
-    pub(super) fn from_file(
+    /// Judges the settings.
+    pub(super) fn read(
         shutdown_delay: Option<&str>,
         database_wait: Option<&str>,
         migrate: Option<bool>,
-    ) -> Result<Lifecycle, ConfigError> {
-        let mut settings = Lifecycle { migrates: migrate.unwrap_or(true), ..Lifecycle::default() };
-        settings.durations(shutdown_delay, database_wait)?;
-        Ok(settings)
-    }
-
-    /// As the flags say, where they do.
-    pub(super) fn flags(&mut self, args: &LifecycleArgs) -> Result<(), ConfigError> {
-        self.durations(args.shutdown_delay.as_deref(), args.database_wait.as_deref())?;
-        self.migrates &= !args.no_migrate;
-        self.require_revision = args.require_revision.map(Revision);
-        Ok(())
-    }
-
-    fn durations(&mut self, delay: Option<&str>, wait: Option<&str>) -> Result<(), ConfigError> {
-        read("shutdown_delay", delay, &mut self.shutdown_delay, LONGEST_DELAY)?;
-        read("database_wait", wait, &mut self.database_wait, LONGEST_WAIT)
+        require_revision: Option<&str>,
+        problems: &mut Problems<'_>,
+    ) -> Lifecycle {
+        let mut time = |setting, text: Option<&str>, usual, most| {
+            text.and_then(|text| problems.take(read(setting, text, most))).unwrap_or(usual)
+        };
+        let shutdown_delay = time("shutdown_delay", shutdown_delay, SHUTDOWN_DELAY, LONGEST_DELAY);
+        let database_wait = time("database_wait", database_wait, DATABASE_WAIT, LONGEST_WAIT);
+        let require_revision = require_revision.and_then(|text| {
+            let read = text.parse().map(Revision).ok();
+            if read.is_none() {
+                let problem = "must be a revision: a whole number, as `keyward backup` prints it";
+                problems.add_flag("--require-revision", "KEYWARD_REQUIRE_REVISION", text, problem);
+            }
+            read
+        });
+        Lifecycle { shutdown_delay, database_wait, migrates: migrate.unwrap_or(true), require_revision }
     }
 }
 
@@ -103,16 +100,28 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_flag_beats_the_file_and_nobody_waits_for_ever() {
-        let mut settings = Lifecycle::from_file(Some("5s"), Some("0s"), Some(true)).unwrap();
-        let flags =
-            LifecycleArgs { shutdown_delay: Some("1s".to_owned()), no_migrate: true, ..Default::default() };
-        settings.flags(&flags).unwrap();
-        let wanted = (Duration::from_secs(1), Duration::ZERO, false);
-        assert_eq!((settings.shutdown_delay, settings.database_wait, settings.migrates), wanted);
-        for (delay, said) in [("1h", "at most 10m"), ("soon", "not a duration")] {
-            let error = Lifecycle::from_file(Some(delay), None, None).unwrap_err().to_string();
+    fn what_is_left_out_is_as_usual_and_nobody_waits_for_ever() {
+        let read = |delay, revision| {
+            Problems::collect(None, |problems| {
+                Some(Lifecycle::read(delay, Some("0s"), None, revision, problems))
+            })
+        };
+        let settings = read(None, Some("7")).unwrap();
+        let wanted = Lifecycle {
+            database_wait: Duration::ZERO,
+            require_revision: Some(Revision(7)),
+            ..Lifecycle::default()
+        };
+        assert_eq!(settings, wanted);
+        for (delay, said) in [("1h", "at most 10m"), ("soon", "is not a duration")] {
+            let error = read(Some(delay), None).unwrap_err().to_string();
             assert!(error.contains("shutdown_delay") && error.contains(said), "{error}");
         }
+        assert!(
+            read(None, Some("seven"))
+                .unwrap_err()
+                .to_string()
+                .contains("--require-revision: \"seven\" must be")
+        );
     }
 }

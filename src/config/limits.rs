@@ -7,8 +7,9 @@ use crate::engine::limiter::{LimitSettings, OnFailure, Prefix, RedisSettings, Re
 
 use super::{
     duration,
+    problems::Problems,
     secret::SecretUrl,
-    server::{ConfigError, invalid},
+    server::{Invalid, invalid, unshown},
 };
 
 const TIMEOUT: &str = "20ms";
@@ -39,44 +40,66 @@ pub(super) struct File {
 }
 
 impl File {
-    /// The settings, all valid. `url` stands in place of the file's.
-    pub(super) fn read(self, url: Option<&SecretUrl>) -> Result<LimitSettings, ConfigError> {
-        let redis = match self.backend.as_deref() {
+    /// Where the URL is kept: a flag or its variable goes before the file.
+    pub(super) fn url(&mut self) -> &mut Option<SecretUrl> {
+        &mut self.url
+    }
+
+    /// Judges the settings.
+    pub(super) fn read(self, problems: &mut Problems<'_>) -> LimitSettings {
+        let is_redis = match self.backend.as_deref() {
             None | Some("local") => false,
             Some("redis") => true,
-            Some(other) => return Err(invalid("limits.backend", other, "must be local or redis")),
+            Some(other) => {
+                problems.add(invalid("limits.backend", other, "must be local or redis"));
+                false
+            }
         };
         let on_failure = match self.on_backend_failure.as_deref() {
             None => OnFailure::default(),
             Some("allow") => OnFailure::Allow,
             Some("deny") => OnFailure::Deny,
             Some(other) => {
-                return Err(invalid("limits.on_backend_failure", other, "must be allow or deny"));
+                problems.add(invalid("limits.on_backend_failure", other, "must be allow or deny"));
+                OnFailure::default()
             }
         };
-        let timeout = self.timeout.as_deref().unwrap_or(TIMEOUT);
-        let waited =
-            duration::parse(timeout).ok().filter(|time| (1..=LONGEST_MS).contains(&time.as_millis()));
-        let problem = "must be 1ms to 1s, such as 20ms: a Check waits so long for Redis";
-        let waited = waited.ok_or_else(|| invalid("limits.timeout", timeout, problem))?;
+        let timeout = problems.take(read_timeout(self.timeout.as_deref().unwrap_or(TIMEOUT)));
         let prefix = self.prefix.as_deref().unwrap_or(Prefix::DEFAULT);
-        let prefix = Prefix::parse(prefix).map_err(|error| invalid("limits.prefix", prefix, error))?;
-        let hidden = |problem| invalid("limits.url", "(not shown)", problem);
-        let redis = match (redis, url.or(self.url.as_ref())) {
-            (false, None) => None,
-            (false, Some(_)) => return Err(hidden("has no effect: limits.backend is not redis")),
-            (true, None) => {
-                let problem = "needs limits.url, such as redis://127.0.0.1:6379; or KEYWARD_LIMITS_URL, \
-                               where a password is better kept";
-                return Err(invalid("limits.backend", "redis", problem));
+        let prefix =
+            problems.take(Prefix::parse(prefix).map_err(|error| invalid("limits.prefix", prefix, error)));
+        let url = self.url.as_deref().and_then(|url| {
+            problems.take(RedisUrl::parse(url).map_err(|problem| unshown("limits.url", problem)))
+        });
+        if problems.is_sound("limits.backend") {
+            match (is_redis, &self.url) {
+                (false, Some(_)) => {
+                    problems.add(unshown("limits.url", "has no effect: limits.backend is not redis"));
+                }
+                (true, None) if problems.is_sound("limits.url") => {
+                    let problem = "needs limits.url, such as redis://127.0.0.1:6379; or KEYWARD_LIMITS_URL, \
+                                   where a password is better kept";
+                    problems.add(invalid("limits.backend", "redis", problem));
+                }
+                _ => {}
             }
-            (true, Some(url)) => {
-                let url = RedisUrl::parse(url).map_err(hidden)?;
-                Some(RedisSettings { url, prefix, timeout: waited, on_failure, time: Time::OfRedis })
-            }
-        };
-        Ok(LimitSettings { shared: false, redis })
+        }
+        let redis = url.filter(|_| is_redis).zip(prefix).zip(timeout);
+        let redis = redis.map(|((url, prefix), timeout)| RedisSettings {
+            url,
+            prefix,
+            timeout,
+            on_failure,
+            time: Time::OfRedis,
+        });
+        LimitSettings { shared: false, redis }
     }
+}
+
+fn read_timeout(text: &str) -> Result<std::time::Duration, Invalid> {
+    let read = duration::parse(text).ok().filter(|time| (1..=LONGEST_MS).contains(&time.as_millis()));
+    let problem = "must be 1ms to 1s, such as 20ms: a Check waits so long for Redis";
+    read.ok_or_else(|| invalid("limits.timeout", text, problem))
 }
 
 #[cfg(test)]
@@ -85,9 +108,11 @@ mod tests {
     use std::time::Duration;
 
     fn read_with(text: &str, url: Option<&str>) -> Result<LimitSettings, String> {
-        let file: File = toml::from_str(text).map_err(|error| error.to_string())?;
-        let url = url.map(SecretUrl::from);
-        file.read(url.as_ref()).map_err(|error| error.to_string())
+        let mut file: File = toml::from_str(text).map_err(|error| error.to_string())?;
+        if let Some(url) = url {
+            file.url = Some(url.into());
+        }
+        Problems::collect(None, |problems| Some(file.read(problems))).map_err(|error| error.to_string())
     }
 
     fn read(text: &str) -> Result<LimitSettings, String> {
@@ -130,7 +155,13 @@ mod tests {
 
     #[test]
     fn a_password_is_never_shown() {
-        for url in ["redis://:sesame@", "sesame", "redis://:sesame@h:port/x", "https://u:sesame@h"] {
+        for url in [
+            "redis://:sesame@",
+            "sesame",
+            "redis://:sesame@h:port/x",
+            "https://u:sesame@h",
+            "redis://:p@h#sesame",
+        ] {
             let error = read_with("backend = 'redis'", Some(url)).unwrap_err();
             assert!(error.contains("limits.url") && !error.contains("sesame"), "{url}: {error}");
         }

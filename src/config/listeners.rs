@@ -18,8 +18,9 @@ use crate::{
 };
 
 use super::{
-    duration,
-    server::{ConfigError, ENVOY, MAIN, address, invalid},
+    duration, preflight,
+    problems::Problems,
+    server::{ENVOY, Invalid, MAIN, address, invalid, unshown},
 };
 
 const MODE: u32 = 0o660;
@@ -112,86 +113,106 @@ struct IdentityFile {
 #[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct OverloadFile {
-    /// Calls of one serving thread that wait for their turn. Default: 4096, about a tenth of a second of work.
+    /// Calls of one serving thread that wait for their turn; 4096 are about a tenth of a second of work.
+    #[schemars(extend("default" = Overload::default().queued_checks))]
     queued_checks: Option<usize>,
     /// Management calls that are worked on in the whole process; a caller or a connection may have a quarter of them,
-    /// an account half; a caller of the operator account half. Four times as many may wait for replicas. Default: 4096.
+    /// an account half; a caller of the operator account half. Four times as many may wait for replicas.
+    #[schemars(extend("default" = Overload::default().management_calls))]
     management_calls: Option<usize>,
     /// Bytes of memory that requests hold while they arrive and are worked on, over all listeners; a connection may
-    /// have a quarter of them. 33554432 or more, so that every request fits. Default: 67108864, which is 64 MiB.
+    /// have a quarter of them. 33554432 or more, so that every request fits; the default is 64 MiB.
+    #[schemars(extend("default" = Overload::default().request_bytes))]
     request_bytes: Option<usize>,
 }
 
 impl OverloadFile {
-    pub(super) fn read(self) -> Result<Overload, ConfigError> {
+    pub(super) fn read(self, problems: &mut Problems<'_>) -> Overload {
         let default = Overload::default();
-        let request_bytes = match self.request_bytes {
-            Some(bytes) if !(LEAST_REQUEST_BYTES..=1 << 40).contains(&bytes) => {
-                let problem = format!("must be {LEAST_REQUEST_BYTES} to {}", 1_u64 << 40);
-                return Err(invalid("overload.request_bytes", &bytes.to_string(), &problem));
+        let mut read = |setting, value: Option<usize>, usual, (least, most): (usize, usize)| match value {
+            Some(value) if !(least..=most).contains(&value) => {
+                problems.add(invalid(setting, &value.to_string(), format!("must be {least} to {most}")));
+                usual
             }
-            bytes => bytes.unwrap_or(default.request_bytes),
+            value => value.unwrap_or(usual),
         };
-        let read = |setting, value: Option<usize>, default| match value {
-            Some(value) if !(1..=1 << 20).contains(&value) => {
-                Err(invalid(setting, &value.to_string(), "must be 1 to 1048576"))
-            }
-            value => Ok(value.unwrap_or(default)),
-        };
-        Ok(Overload {
-            queued_checks: read("overload.queued_checks", self.queued_checks, default.queued_checks)?,
+        let calls = (1, 1 << 20);
+        let bytes = (LEAST_REQUEST_BYTES, 1 << 40);
+        Overload {
+            queued_checks: read("overload.queued_checks", self.queued_checks, default.queued_checks, calls),
             management_calls: read(
                 "overload.management_calls",
                 self.management_calls,
                 default.management_calls,
-            )?,
-            request_bytes,
-        })
+                calls,
+            ),
+            request_bytes: read("overload.request_bytes", self.request_bytes, default.request_bytes, bytes),
+        }
     }
 }
 
-/// Every listener of the file, all valid.
-pub(super) fn read(files: Vec<File>) -> Result<Vec<Listener>, ConfigError> {
+/// Every listener of the file, all valid. `insecure` = plaintext may leave this machine; `with_files` = certificates are
+/// read, and addresses looked up.
+pub(super) fn read(
+    files: Vec<File>,
+    insecure: bool,
+    with_files: bool,
+    problems: &mut Problems<'_>,
+) -> Vec<Listener> {
     let mut listeners: Vec<Listener> = Vec::with_capacity(files.len());
-    for file in files {
-        let listener = file.read()?;
-        let known = listeners.iter().map(|listener| listener.name.as_str()).chain([MAIN, ENVOY]);
-        if known.into_iter().any(|name| name == listener.name) {
-            return Err(invalid("listener.name", &listener.name, "is another listener's name"));
-        }
-        listeners.push(listener);
+    let count = files.len();
+    for (at, file) in files.into_iter().enumerate() {
+        problems.in_entry("listener", at, |problems| {
+            let known = listeners.iter().map(|listener| listener.name.as_str()).chain([MAIN, ENVOY]);
+            if known.into_iter().any(|name| name == file.name) {
+                problems.add(invalid("listener.name", &file.name, "is another listener's name"));
+            }
+            let Some(listener) = file.read(problems) else { return };
+            if with_files {
+                preflight::listener(&listener, insecure, problems);
+            }
+            listeners.push(listener);
+        });
     }
-    Ok(listeners)
+    if listeners.len() < count {
+        problems.distrust("listener");
+    }
+    listeners
 }
 
 impl File {
-    fn read(self) -> Result<Listener, ConfigError> {
-        let slug = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"_-".contains(&byte);
-        if !(1..=64).contains(&self.name.len()) || !self.name.bytes().all(slug) {
-            return Err(invalid("listener.name", &self.name, "must be 1-64 characters of [a-z0-9_-]"));
-        }
-        let services = read_services(&self.services)?;
-        let limits = self.limits(services)?;
-        let address = self.address()?;
-        let tls = self.tls.map(TlsFile::read).transpose()?;
-        if tls.is_some() && matches!(address, Address::Unix { .. }) {
+    /// Judges a listener; None = too much of it is wrong.
+    fn read(self, problems: &mut Problems<'_>) -> Option<Listener> {
+        problems.take(read_listener_name(&self.name));
+        let services = problems.take(read_services(&self.services));
+        let limits = self.limits(services.unwrap_or_default(), problems);
+        let address = problems.take(self.address());
+        if let (Some(_), Some(address @ Address::Unix { .. })) = (&self.tls, &address) {
             let problem = "is a socket file, which no network reads: leave [listener.tls] out";
-            return Err(invalid("listener.address", &address.to_string(), problem));
+            problems.add(invalid("listener.address", &address.to_string(), problem));
         }
-        let identities: Result<Vec<_>, _> = self.identities.into_iter().map(IdentityFile::read).collect();
-        let identities = identities?;
-        if !identities.is_empty() && tls.as_ref().is_none_or(|tls| tls.clients.is_none()) {
+        let has_client_ca = self.tls.as_ref().is_some_and(|tls| tls.client_ca.is_some());
+        let tls = self.tls.map(|tls| tls.read(problems));
+        let mut identities = Vec::with_capacity(self.identities.len());
+        let has_identities = !self.identities.is_empty();
+        for (at, identity) in self.identities.into_iter().enumerate() {
+            problems.in_entry("listener.identity", at, |problems| identities.extend(identity.read(problems)));
+        }
+        let tls_is_sound =
+            ["listener.tls", "listener.tls.client_ca"].iter().all(|key| problems.is_sound(key));
+        if has_identities && !has_client_ca && tls_is_sound {
             let problem = "has identities, which need [listener.tls] with client_ca";
-            return Err(invalid("listener.identity", &self.name, problem));
+            problems.add(invalid("listener.identity", &self.name, problem));
         }
-        let auth = self.auth.as_deref().map(|auth| read_auth(auth, !identities.is_empty())).transpose()?;
-        let open_to_proxies = auth.is_none() && identities.is_empty();
-        let usual = if identities.is_empty() { Auth::Token } else { Auth::Either };
+        let auth = self.auth.as_deref().and_then(|auth| problems.take(read_auth(auth, has_identities)));
+        let open_to_proxies = self.auth.is_none() && !has_identities;
+        let usual = if has_identities { Auth::Either } else { Auth::Token };
         let auth = auth.unwrap_or(usual);
-        Ok(Listener { name: self.name, address, services, auth, open_to_proxies, limits, tls, identities })
+        let (services, address) = (services?, address?);
+        Some(Listener { name: self.name, address, services, auth, open_to_proxies, limits, tls, identities })
     }
 
-    fn address(&self) -> Result<Address, ConfigError> {
+    fn address(&self) -> Result<Address, Invalid> {
         let Some(path) = self.address.strip_prefix("unix:") else {
             if let Some(mode) = &self.mode {
                 return Err(invalid("listener.mode", mode, "is for socket files: address = \"unix:/path\""));
@@ -212,13 +233,14 @@ impl File {
         Ok(Address::Unix { path, mode: mode.transpose()?.unwrap_or(MODE) })
     }
 
-    fn limits(&self, services: Services) -> Result<Limits, ConfigError> {
+    fn limits(&self, services: Services, problems: &mut Problems<'_>) -> Limits {
         let usual = Limits::of(services);
-        let time = |setting, text: &Option<String>, usual, least, most| {
-            let Some(text) = text else { return Ok(usual) };
+        let mut time = |setting, text: &Option<String>, usual, least, most| {
+            let Some(text) = text else { return usual };
             let bounds = (read_time(least), read_time(most));
             let read = duration::parse(text).ok().filter(|time| (bounds.0..=bounds.1).contains(time));
-            read.ok_or_else(|| invalid(setting, text, format!("must be {least} to {most}")))
+            let read = read.ok_or_else(|| invalid(setting, text, format!("must be {least} to {most}")));
+            problems.take(read).unwrap_or(usual)
         };
         let limits = Limits {
             connections: self.max_connections.unwrap_or(usual.connections),
@@ -231,9 +253,9 @@ impl File {
                 usual.handshake,
                 "100ms",
                 "1m",
-            )?,
-            idle: time("listener.max_connection_idle", &self.max_connection_idle, usual.idle, "1s", "1d")?,
-            age: time("listener.max_connection_age", &self.max_connection_age, usual.age, "1s", "7d")?,
+            ),
+            idle: time("listener.max_connection_idle", &self.max_connection_idle, usual.idle, "1s", "1d"),
+            age: time("listener.max_connection_age", &self.max_connection_age, usual.age, "1s", "7d"),
         };
         for (setting, value, least, most) in [
             ("listener.max_connections", limits.connections, 1, 1 << 20),
@@ -242,10 +264,19 @@ impl File {
             ("listener.max_headers", limits.header_bytes as usize, 1024, 65_536),
         ] {
             if !(least..=most).contains(&value) {
-                return Err(invalid(setting, &value.to_string(), format!("must be {least} to {most}")));
+                problems.add(invalid(setting, &value.to_string(), format!("must be {least} to {most}")));
             }
         }
-        Ok(limits)
+        limits
+    }
+}
+
+fn read_listener_name(name: &str) -> Result<(), Invalid> {
+    let slug = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"_-".contains(&byte);
+    if (1..=64).contains(&name.len()) && name.bytes().all(slug) {
+        Ok(())
+    } else {
+        Err(invalid("listener.name", name, "must be 1-64 characters of [a-z0-9_-]"))
     }
 }
 
@@ -254,10 +285,10 @@ fn read_time(text: &str) -> std::time::Duration {
     duration::parse(text).unwrap_or_default()
 }
 
-fn read_services(names: &[String]) -> Result<Services, ConfigError> {
+fn read_services(names: &[String]) -> Result<Services, Invalid> {
     let known = || Service::ALL.map(|(_, name)| name).join(", ");
     if names.is_empty() {
-        return Err(invalid("listener.services", "[]", format!("must name at least one of {}", known())));
+        return Err(unshown("listener.services", format!("must name at least one of {}", known())));
     }
     let read: Result<Services, _> = names
         .iter()
@@ -277,7 +308,7 @@ fn read_services(names: &[String]) -> Result<Services, ConfigError> {
     Ok(services)
 }
 
-fn read_auth(text: &str, has_identities: bool) -> Result<Auth, ConfigError> {
+fn read_auth(text: &str, has_identities: bool) -> Result<Auth, Invalid> {
     let auth = match text {
         "token" => Auth::Token,
         "certificate" => Auth::Certificate,
@@ -293,36 +324,40 @@ fn read_auth(text: &str, has_identities: bool) -> Result<Auth, ConfigError> {
 }
 
 impl TlsFile {
-    fn read(self) -> Result<TlsFiles, ConfigError> {
+    fn read(self, problems: &mut Problems<'_>) -> TlsFiles {
         let client_auth = match self.client_auth.as_deref() {
             None | Some("required") => ClientAuth::Required,
             Some("optional") => ClientAuth::Optional,
             Some(other) => {
-                return Err(invalid("listener.tls.client_auth", other, "must be required or optional"));
+                problems.add(invalid("listener.tls.client_auth", other, "must be required or optional"));
+                ClientAuth::Required
             }
         };
-        if let (Some(text), None) = (&self.client_auth, &self.client_ca) {
+        if let (Some(text), None) = (&self.client_auth, &self.client_ca)
+            && problems.is_sound("listener.tls.client_ca")
+        {
             let problem = "needs client_ca: the authorities whose certificates are believed";
-            return Err(invalid("listener.tls.client_auth", text, problem));
+            problems.add(invalid("listener.tls.client_auth", text, problem));
         }
         let min_version = match self.min_version.as_deref() {
             None | Some("1.2") => MinVersion::V12,
             Some("1.3") => MinVersion::V13,
             Some(other) => {
-                return Err(invalid("listener.tls.min_version", other, "must be \"1.2\" or \"1.3\""));
+                problems.add(invalid("listener.tls.min_version", other, "must be \"1.2\" or \"1.3\""));
+                MinVersion::V12
             }
         };
-        Ok(TlsFiles {
+        TlsFiles {
             certificate: self.certificate,
             key: self.key,
             clients: self.client_ca.map(|path| (path, client_auth)),
             min_version,
-        })
+        }
     }
 }
 
 impl IdentityFile {
-    fn read(self) -> Result<Identity, ConfigError> {
+    fn read(self, problems: &mut Problems<'_>) -> Option<Identity> {
         let san = match (&self.uri, &self.dns, &self.email) {
             (Some(uri), None, None) => {
                 San::uri(uri).map_err(|rule| invalid("listener.identity.uri", uri, rule))
@@ -338,26 +373,30 @@ impl IdentityFile {
                 &self.account,
                 "must have exactly one of uri, dns and email",
             )),
-        }?;
+        };
+        let names = ["listener.identity.uri", "listener.identity.dns", "listener.identity.email"];
+        // One whose form is wrong is there all the same.
+        let san =
+            if names.iter().all(|name| problems.is_sound(name)) { problems.take(san) } else { san.ok() };
         let account = AccountId::parse(&self.account)
-            .map_err(|rule| invalid("listener.identity.account", &self.account, rule))?;
+            .map_err(|rule| invalid("listener.identity.account", &self.account, rule));
+        let account = problems.take(account);
         if self.scopes.is_empty() {
-            return Err(invalid("listener.identity.scopes", "[]", "must grant at least one scope"));
+            problems.add(unshown("listener.identity.scopes", "must grant at least one scope"));
         }
-        let scopes: Result<ScopeSet, _> = self
-            .scopes
-            .iter()
-            .map(|scope| {
-                Scope::parse_grant(scope).map_err(|rule| invalid("listener.identity.scopes", scope, rule))
-            })
-            .collect();
-        Ok(Identity::new(san, account, scopes?))
+        let scope = |scope: &String| {
+            Scope::parse_grant(scope).map_err(|rule| invalid("listener.identity.scopes", scope, rule))
+        };
+        let scopes: Result<ScopeSet, _> = self.scopes.iter().map(scope).collect();
+        let scopes = problems.take(scopes);
+        Some(Identity::new(san?, account?, scopes?))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::server::ConfigError;
 
     #[derive(Deserialize)]
     struct Whole {
@@ -365,7 +404,8 @@ mod tests {
     }
 
     fn parse(text: &str) -> Result<Vec<Listener>, ConfigError> {
-        read(toml::from_str::<Whole>(text).unwrap().listener)
+        let listeners = toml::from_str::<Whole>(text).unwrap().listener;
+        Problems::collect(None, |problems| Some(read(listeners, false, false, problems)))
     }
 
     const ENVOY_MTLS: &str = "[[listener]]\nname = 'edge'\naddress = '0.0.0.0:50052'\nservices = ['ext_authz', 'health']\n\

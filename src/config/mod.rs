@@ -2,6 +2,7 @@
 //! environment, and it holds no logic of the product.
 
 mod account_limits;
+mod boolean;
 #[cfg(keyward_breakable)]
 pub mod breakage;
 pub mod client;
@@ -14,6 +15,8 @@ pub mod keys;
 pub mod lifecycle;
 pub mod limits;
 mod listeners;
+mod preflight;
+pub mod problems;
 pub mod reference;
 pub mod replicas;
 pub mod rules;
@@ -21,3 +24,4 @@ pub mod secret;
 pub mod server;
 pub mod telemetry;
 pub mod trace_parent;
+pub mod wording;

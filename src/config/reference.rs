@@ -9,8 +9,14 @@ const HEAD: &str = "\
 <!-- Made by `keyward config reference`. Change the comments of the settings in src/config, not this page. -->
 
 `keyward serve --config FILE` reads one TOML file. A flag beats an environment variable, which beats the file, which
-beats the default. The file is optional, and so is every key unless it says otherwise. An unknown key stops the start,
-and so does a value that is out of its rule; everything that is wrong with a file is told at once.
+beats the default. The file is optional, and so is every key unless it says otherwise. An empty environment variable counts
+as absent. A truth value in the environment is `1`, `true`, `yes`, `on` or `0`, `false`, `no`, `off`.
+
+What a server cannot use stops its start before anything is opened: unknown keys, wrong values, plaintext beyond this machine,
+files that cannot be read or do not fit together, folders that do not exist, host names without an address. `keyward config check`,
+`keyward config show` and `keyward serve` judge alike and report every problem at once, each with its line, variable or flag.
+What only an open database or socket shows, such as an address in use, `serve` reports alone. Commands that only open the
+database judge the values, and need none of the server's files.
 
 ```sh
 keyward config check keyward.toml   # would it be accepted? exit code 0 yes, 1 no, 2 it cannot be read
@@ -20,8 +26,9 @@ keyward config schema               # a JSON Schema of the file, for editors
 
 A *duration* is whole numbers with units, longest first: `500ms`, `20s`, `1h30m`, `90d`. An *address* is `host:port`. A
 *file* is a path from the working directory. A secret never stands in the arguments, which other processes can read, and
-better not in the file: a password has a file of its own or an environment variable. `keyward config show` shows no
-secret, only that one is set and by what.
+better not in the file: keep a password in its own file or an environment variable. In a URL it is percent-encoded: `#`
+is `%23`, `/` is `%2F`, `?` is `%3F`, `@` is `%40`. A URL that can be read in more than one way is refused, and nothing of it
+is looked up or shown. `keyward config show` shows no secret, only that one is set and by what.
 
 Not in the file: `--config` (`KEYWARD_CONFIG`), `--log` (`KEYWARD_LOG`, default `info`), `--log-format`
 (`KEYWARD_LOG_FORMAT`, default `text`), `--require-revision` (`KEYWARD_REQUIRE_REVISION`, for the start on a restored

@@ -4,7 +4,10 @@ use std::time::Duration;
 
 use crate::domain::lease::Lease;
 
-use super::{duration, server::ConfigError, server::invalid};
+use super::{
+    duration,
+    server::{Invalid, invalid},
+};
 
 const MOST_NAME: usize = 255;
 /// Longer is no lease that anybody wants: `static` says what is meant.
@@ -35,11 +38,11 @@ pub fn lease_text(lease: Lease) -> String {
     lease.length().map_or_else(|| "static (never runs out)".to_owned(), duration::format)
 }
 
-pub(super) fn read_lease(text: &str) -> Result<Lease, ConfigError> {
+pub(super) fn read_lease(text: &str) -> Result<Lease, Invalid> {
     parse_lease(text).map_err(|problem| invalid("lease", text, problem))
 }
 
-pub(super) fn read_name(name: &str) -> Result<String, ConfigError> {
+pub(super) fn read_name(name: &str) -> Result<String, Invalid> {
     let fits = (1..=MOST_NAME).contains(&name.len()) && name.bytes().all(|byte| byte.is_ascii_graphic());
     if fits {
         Ok(name.to_owned())

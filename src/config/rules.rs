@@ -6,6 +6,7 @@ use std::{fmt, path::Path};
 use serde::Deserialize;
 use toml::Spanned;
 
+use super::wording;
 use crate::domain::{
     account::Environments,
     decision::{MAX_COST, MAX_SCOPES},
@@ -154,7 +155,7 @@ fn sorted(mut problems: Vec<Problem>) -> Vec<Problem> {
 /// What is no TOML, or has a key that no rule has.
 fn unreadable(text: &str, error: &toml::de::Error) -> Problem {
     let at = error.span().map_or(0, |span| span.start);
-    Problem { line: line(text, at), text: error.message().to_owned() }
+    Problem { line: line(text, at), text: wording::plain(error.message()) }
 }
 
 fn line(text: &str, at: usize) -> usize {
@@ -452,7 +453,7 @@ methods = ["*"]
         for (text, line, said) in [
             ("[[rule]]\npath = '/'\nscop = 'a'", 3, "scop"),
             ("rules = []", 1, "rules"),
-            ("[[rule]]\npath = 1", 2, "string"),
+            ("[[rule]]\npath = 1", 2, "text is needed"),
             ("[[rule]", 1, ""),
         ] {
             let problems = read(text).unwrap_err();

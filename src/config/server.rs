@@ -1,22 +1,16 @@
 //! The server's settings. A flag beats the environment, which beats the file, which beats the default.
 
 mod flags;
+mod overlay;
+mod values;
 
-use std::{
-    num::NonZeroUsize,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{num::NonZeroUsize, path::PathBuf, time::Duration};
 
 use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::{
-    domain::{
-        account::{Environment, Environments},
-        lease::Lease,
-        name::{RoleName, TokenPrefix},
-    },
+    domain::{account::Environments, lease::Lease},
     engine::limiter::LimitSettings,
     gateway::GatewaySettings,
     keys::KeySettings,
@@ -25,9 +19,12 @@ use crate::{
 
 use super::{
     account_limits,
-    document::{Document, Problem},
+    client::environment,
+    document::Document,
     lifecycle::Lifecycle,
-    limits, listeners, replicas,
+    limits, listeners, preflight,
+    problems::{Problem, Problems},
+    replicas,
     secret::SecretUrl,
     telemetry::{self, TelemetrySettings},
 };
@@ -44,45 +41,51 @@ pub const ENVOY: &str = "envoy";
 const PREFIX: &str = "kw";
 const RETENTION_DAYS: u32 = 90;
 
-/// Why the settings cannot be used: which, and what would be right.
+/// Why the settings cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
-    #[error("the configuration file {path} cannot be read: {source}")]
+    #[error("the configuration file {path}{} cannot be read: {source}", by_variable(.path))]
     Unreadable {
         /// The file.
         path: String,
         /// The cause.
         source: std::io::Error,
     },
-    /// The file is not what it should be: everything that is wrong with it.
-    #[error("the configuration file {path} is wrong:\n  {}", .problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n  "))]
+    /// Everything that is wrong with the file, the environment and the flags.
+    #[error("{}:\n  {}", headline(.path.as_deref()), .problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n  "))]
     Wrong {
-        /// The file.
-        path: String,
-        /// Each with its place.
+        /// The file, if there is one.
+        path: Option<String>,
+        /// Each with its place, in the order of their places.
         problems: Vec<Problem>,
-    },
-    /// A value is out of its rule.
-    #[error("{setting} = {value:?} {problem}")]
-    Invalid {
-        /// The setting.
-        setting: &'static str,
-        /// Its value.
-        value: String,
-        /// The rule.
-        problem: String,
     },
 }
 
-impl ConfigError {
-    /// The setting that is wrong, and what is said of it.
-    fn in_file(&self) -> Option<(&'static str, String)> {
-        match self {
-            ConfigError::Invalid { setting, .. } => Some((setting, self.to_string())),
-            _ => None,
-        }
+/// Names the variable that names the file, if one does.
+fn by_variable(path: &str) -> &'static str {
+    if environment("KEYWARD_CONFIG").as_deref() == Some(path) { " (KEYWARD_CONFIG)" } else { "" }
+}
+
+/// The line before the problems of settings.
+#[must_use]
+pub fn headline(path: Option<&str>) -> String {
+    match path {
+        Some(path) => format!("the settings cannot be used (configuration file: {path})"),
+        None => "the settings cannot be used".to_owned(),
     }
+}
+
+/// A value that breaks its rule.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{setting}{} {problem}", .value.as_ref().map(|value| format!(" = {value:?}")).unwrap_or_default())]
+pub struct Invalid {
+    /// The setting.
+    pub setting: &'static str,
+    /// Its value; None = it is not shown.
+    value: Option<String>,
+    /// The rule.
+    problem: String,
 }
 
 /// The settings of a server.
@@ -106,16 +109,15 @@ pub(super) struct File {
     /// A new file (mode 0600) that the root key of a first start is written to.
     #[schemars(extend("x-default" = "none: the terminal, or `keyward-root.key` beside the SQLite file (PostgreSQL: in the working directory) if standard output is no terminal", "format" = "file"))]
     root_key_file: Option<PathBuf>,
-    /// How many threads serve connections.
+    /// How many threads serve connections; at most 512.
     #[schemars(extend("x-default" = "one per core"))]
     threads: Option<NonZeroUsize>,
     /// What tokens begin with: 1-16 of `[a-z0-9_]`, a letter first.
     #[schemars(extend("default" = PREFIX))]
     token_prefix: Option<String>,
     /// The environments that keys are made for, with their short names in tokens.
-    #[schemars(with = "Vec<EnvironmentFile>")]
     #[schemars(extend("default" = Environments::default().iter().collect::<Vec<_>>()))]
-    environments: Option<Vec<Environment>>,
+    environments: Option<Vec<EnvironmentFile>>,
     /// The role of keys that are made without scopes and roles.
     #[schemars(extend("x-default" = "none: such keys are refused"))]
     default_role: Option<String>,
@@ -176,21 +178,14 @@ pub(super) struct File {
     decision_log: Option<telemetry::DecisionsFile>,
 }
 
-/// An environment as the file has it; `domain` knows nothing of schemas.
-#[derive(JsonSchema)]
-#[expect(dead_code, reason = "only its description is used")]
+/// An environment.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
 struct EnvironmentFile {
     /// Its name, as requests say it.
     name: String,
     /// Its short name in tokens, of `[a-z0-9]`; may be empty.
     tag: String,
-}
-
-/// What of the file is read together with flags.
-struct Rest {
-    limits: limits::File,
-    telemetry: telemetry::File,
-    decision_log: Option<telemetry::DecisionsFile>,
 }
 
 /// The server's settings, all valid.
@@ -240,16 +235,30 @@ pub struct Settings {
     pub retention: Duration,
     /// What is told of calls and decisions.
     pub telemetry: TelemetrySettings,
+    /// What is logged: a filter of `tracing`.
+    pub log: String,
+    /// How the log is written.
+    pub log_format: LogFormat,
+}
+
+/// What settings are read for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Purpose {
+    /// To run a server here: files that it needs are looked at, and who reaches its listeners.
+    Serve,
+    /// To know a server's settings, also where its files are not.
+    Inspect,
+    /// To work on its database: the files that it alone needs are not read.
+    Database,
 }
 
 impl Settings {
     /// Reads the settings of a server.
     ///
     /// # Errors
-    /// When the file or a value is wrong; the error says which and what would be right, and of a file everything.
+    /// With everything that is wrong with them, and what would be right.
     pub fn load(args: &ServeArgs) -> Result<Settings, ConfigError> {
-        let document = args.database.config.as_deref().map(Document::read).transpose()?;
-        Settings::of(args, document.as_ref())
+        Settings::of(args, Settings::document(args)?.as_ref())
     }
 
     /// The same with the file at hand.
@@ -257,61 +266,60 @@ impl Settings {
     /// # Errors
     /// As for [`Settings::load`].
     pub fn of(args: &ServeArgs, document: Option<&Document>) -> Result<Settings, ConfigError> {
-        let Some(document) = document else { return Settings::assemble(args, File::default()) };
-        every_problem(document, |file| Settings::assemble(args, file))
+        Settings::assemble(args, document, Purpose::Inspect)
     }
 
-    fn assemble(args: &ServeArgs, file: File) -> Result<Settings, ConfigError> {
-        let (mut settings, rest) = Settings::read(&args.database, file)?;
-        settings.limits = rest.limits.read(args.limits_url.as_ref())?;
-        settings.telemetry = rest.telemetry.read(rest.decision_log, &args.telemetry)?;
-        let replace = |slot: &mut String, flag: &Option<String>| {
-            if let Some(flag) = flag {
-                slot.clone_from(flag);
+    /// Reads the settings of a server that starts here: the certificates, rules and other files that it needs are read
+    /// too, and plaintext beyond this machine is refused. Opens no socket and no database.
+    ///
+    /// # Errors
+    /// As for [`Settings::load`].
+    pub fn load_to_serve(args: &ServeArgs) -> Result<Settings, ConfigError> {
+        Settings::to_serve(args, Settings::document(args)?.as_ref())
+    }
+
+    /// The same with the file at hand.
+    ///
+    /// # Errors
+    /// As for [`Settings::load`].
+    pub fn to_serve(args: &ServeArgs, document: Option<&Document>) -> Result<Settings, ConfigError> {
+        Settings::assemble(args, document, Purpose::Serve)
+    }
+
+    /// Reads what a command needs that only opens the database.
+    ///
+    /// # Errors
+    /// As for [`Settings::load`].
+    pub fn load_database(args: &DatabaseArgs) -> Result<Settings, ConfigError> {
+        let args = ServeArgs { database: args.clone(), ..ServeArgs::default() };
+        Settings::assemble(&args, Settings::document(&args)?.as_ref(), Purpose::Database)
+    }
+
+    fn document(args: &ServeArgs) -> Result<Option<Document>, ConfigError> {
+        args.database.config.as_deref().map(Document::read).transpose()
+    }
+
+    fn assemble(
+        args: &ServeArgs,
+        document: Option<&Document>,
+        purpose: Purpose,
+    ) -> Result<Settings, ConfigError> {
+        let mut file = document.map_or_else(|| Ok(File::default()), Document::file)?;
+        if purpose == Purpose::Database {
+            file.telemetry.leave_files_out();
+        }
+        Problems::collect(document, |problems| {
+            if purpose == Purpose::Database {
+                // The environment of the servers may have it, and not that of this command.
+                problems.distrust("limits.url");
             }
-        };
-        replace(&mut settings.listen, &args.listen);
-        settings.main_listener |= args.listen.is_some();
-        settings.insecure = args.insecure.unwrap_or(settings.insecure);
-        replace(&mut settings.admin_listen, &args.admin_listen);
-        let replace_some = |slot: &mut Option<String>, flag: &Option<String>| {
-            if flag.is_some() {
-                slot.clone_from(flag);
+            file.overlay(args, problems);
+            let settings = Settings::read(args, file, purpose == Purpose::Serve, problems)?;
+            if purpose == Purpose::Serve {
+                preflight::examine(&settings, problems);
             }
-        };
-        replace_some(&mut settings.envoy_listen, &args.envoy_listen);
-        replace_some(&mut settings.forward_auth_listen, &args.forward_auth_listen);
-        if args.root_key_file.is_some() {
-            settings.root_key_file.clone_from(&args.root_key_file);
-        }
-        if args.rules.is_some() {
-            settings.rules.clone_from(&args.rules);
-        }
-        if let Some(name) = &args.replica_name {
-            settings.replica_name = Some(replicas::read_name(name)?);
-        }
-        if let Some(lease) = &args.lease {
-            settings.lease = Some(replicas::read_lease(lease)?);
-        }
-        if let Some(threads) = args.threads {
-            settings.threads = threads.get();
-        }
-        settings.lifecycle.flags(&args.lifecycle)?;
-        settings.addresses()?;
-        if settings.gateway.credential_query.is_some()
-            && let Some(address) = &settings.forward_auth_listen
-        {
-            let problem = "cannot be served with gateway.credential_query: over HTTP a proxy is not told to take it away";
-            return Err(invalid("forward_auth_listen", address, problem));
-        }
-        if settings.gateway.require_caller
-            && let Some(address) = &settings.forward_auth_listen
-        {
-            let problem =
-                "cannot be served with gateway.require_caller: over HTTP a proxy shows no key of its own";
-            return Err(invalid("forward_auth_listen", address, problem));
-        }
-        Ok(settings)
+            Some(settings)
+        })
     }
 
     /// Every gRPC listener: the main one, Envoy's, and those of the file.
@@ -326,113 +334,122 @@ impl Settings {
     }
 
     /// Each address is one, and none is given twice.
-    fn addresses(&self) -> Result<(), ConfigError> {
+    fn check_addresses(&self, problems: &mut Problems<'_>) {
         let all = [
             ("listen", Some(&self.listen).filter(|_| self.main_listener)),
             ("admin_listen", Some(&self.admin_listen)),
             ("envoy_listen", self.envoy_listen.as_ref()),
             ("forward_auth_listen", self.forward_auth_listen.as_ref()),
         ];
-        let mut taken: Vec<(&str, &str)> = Vec::new();
-        for (setting, value) in all.into_iter().filter_map(|(setting, value)| Some((setting, value?))) {
-            address(setting, value)?;
+        let mut taken: Vec<(&str, String)> = Vec::new();
+        let mut take = |setting: &'static str, value: &str, problems: &mut Problems<'_>| {
             let twice = taken.iter().find(|(_, known)| known == value && !value.ends_with(":0"));
-            if let Some((other, _)) = twice {
-                return Err(invalid(setting, value, format!("must differ from {other}")));
+            match twice {
+                Some(("listener.address", _)) => problems.add(invalid(setting, value, "is given twice")),
+                Some((other, _)) => {
+                    problems.add(invalid(setting, value, format!("must differ from {other}")))
+                }
+                None => taken.push((setting, value.to_owned())),
             }
-            taken.push((setting, value));
-        }
-        let listeners: Vec<_> = self.listeners.iter().map(|listener| listener.address.to_string()).collect();
-        for (at, address) in listeners.iter().enumerate() {
-            let among = |value: &&str| *value == address && !value.ends_with(":0");
-            let twice =
-                taken.iter().map(|(_, value)| *value).chain(listeners[..at].iter().map(String::as_str));
-            if twice.into_iter().any(|value| among(&value)) {
-                return Err(invalid("listener.address", address, "is given twice"));
-            }
-        }
-        Ok(())
-    }
-
-    /// Reads what a command needs that only opens the database.
-    ///
-    /// # Errors
-    /// As for [`Settings::load`].
-    pub fn load_database(args: &DatabaseArgs) -> Result<Settings, ConfigError> {
-        let read = |file| Settings::read(args, file).map(|(settings, _)| settings);
-        match args.config.as_deref().map(Document::read).transpose()? {
-            Some(document) => every_problem(&document, read),
-            None => read(File::default()),
-        }
-    }
-
-    /// The settings without what takes a flag too.
-    fn read(args: &DatabaseArgs, file: File) -> Result<(Settings, Rest), ConfigError> {
-        let prefix = file.token_prefix.as_deref().unwrap_or(PREFIX);
-        let prefix = TokenPrefix::parse(prefix).map_err(|error| invalid("token_prefix", prefix, error))?;
-        let environments = match file.environments {
-            Some(list) => Environments::new(list).map_err(|error| invalid("environments", "", error))?,
-            None => Environments::default(),
         };
-        let default_role = file
-            .default_role
-            .as_deref()
-            .map(|role| RoleName::parse(role).map_err(|error| invalid("default_role", role, error)));
-        let default_role = default_role.transpose()?;
-        let retention = file.retention_days.unwrap_or(RETENTION_DAYS);
-        let gateway = file.gateway.read(&environments)?;
-        let listeners = listeners::read(file.listeners)?;
-        let database = args.database.clone().or(file.database).unwrap_or_else(|| DATABASE.into());
-        let password = args.database_password_file.as_ref().or(file.database_password_file.as_ref());
-        let database =
-            password.map_or_else(|| Ok(database.clone()), |file| with_password(&database, file))?;
+        for (setting, value) in all.into_iter().filter_map(|(setting, value)| Some((setting, value?))) {
+            if problems.take(address(setting, value)).is_some() {
+                take(setting, value, problems);
+            }
+        }
+        for (at, listener) in self.listeners.iter().enumerate() {
+            let address = listener.address.to_string();
+            // Of an entry that is left out, no number is known.
+            if problems.is_sound("listener") {
+                problems.in_entry("listener", at, |problems| take("listener.address", &address, problems));
+            }
+        }
+    }
+
+    /// What a listener for proxies that ask over HTTP cannot do.
+    fn check_forward_auth(&self, problems: &mut Problems<'_>) {
+        let Some(address) = &self.forward_auth_listen else { return };
+        if self.gateway.credential_query.is_some() {
+            let problem = "cannot be served with gateway.credential_query: over HTTP a proxy is not told to take it away";
+            problems.add(invalid("forward_auth_listen", address, problem));
+        }
+        if self.gateway.require_caller {
+            let problem =
+                "cannot be served with gateway.require_caller: over HTTP a proxy shows no key of its own";
+            problems.add(invalid("forward_auth_listen", address, problem));
+        }
+    }
+
+    /// Judges what the file and the flags give together.
+    fn read(
+        args: &ServeArgs,
+        file: File,
+        for_serving: bool,
+        problems: &mut Problems<'_>,
+    ) -> Option<Settings> {
+        let insecure = file.insecure.unwrap_or(false);
+        let listeners = listeners::read(file.listeners, insecure || !for_serving, for_serving, problems);
+        let keys = values::read_keys(
+            file.token_prefix,
+            file.environments,
+            file.default_role,
+            file.account_limits,
+            problems,
+        )?;
+        let password = file.database_password_file.as_deref();
+        let database = file.database.unwrap_or_else(|| DATABASE.into());
+        let (log, log_format) = values::read_log(args, problems);
         let settings = Settings {
-            main_listener: file.listen.is_some() || listeners.is_empty(),
+            main_listener: file.listen.is_some() || listeners.is_empty() && problems.is_sound("listener"),
             listeners,
             reflection: file.reflection.unwrap_or(true),
-            insecure: file.insecure.unwrap_or(false),
-            overload: file.overload.read()?,
+            insecure,
+            overload: file.overload.read(problems),
             listen: file.listen.unwrap_or_else(|| LISTEN.to_owned()),
             admin_listen: file.admin_listen.unwrap_or_else(|| ADMIN_LISTEN.to_owned()),
-            database,
+            database: values::read_database(database, password, problems),
             root_key_file: file.root_key_file,
             shows_root_key: true,
-            threads: file
-                .threads
-                .or_else(|| std::thread::available_parallelism().ok())
-                .map_or(1, NonZeroUsize::get),
+            threads: values::read_threads(file.threads, problems),
             envoy_listen: file.envoy_listen,
             forward_auth_listen: file.forward_auth_listen,
             rules: file.rules,
-            replica_name: file.replica_name.as_deref().map(replicas::read_name).transpose()?,
-            lease: file.lease.as_deref().map(replicas::read_lease).transpose()?,
-            lifecycle: Lifecycle::from_file(
+            replica_name: file.replica_name.and_then(|name| problems.take(replicas::read_name(&name))),
+            lease: file.lease.and_then(|lease| problems.take(replicas::read_lease(&lease))),
+            lifecycle: Lifecycle::read(
                 file.shutdown_delay.as_deref(),
                 file.database_wait.as_deref(),
                 file.migrate,
-            )?,
-            gateway,
-            limits: LimitSettings::default(),
-            keys: KeySettings {
-                environments,
-                prefix,
-                default_role,
-                account_limits: file.account_limits.read(),
-            },
-            retention: Duration::from_secs(u64::from(retention) * 24 * 60 * 60),
-            telemetry: TelemetrySettings::default(),
+                args.lifecycle.require_revision.as_deref(),
+                problems,
+            ),
+            gateway: file.gateway.read(&keys.environments, problems),
+            limits: file.limits.read(problems),
+            keys,
+            retention: Duration::from_secs(
+                u64::from(file.retention_days.unwrap_or(RETENTION_DAYS)) * 24 * 60 * 60,
+            ),
+            telemetry: file.telemetry.read(file.decision_log, &args.telemetry, problems),
+            log,
+            log_format,
         };
-        let (limits, telemetry, decision_log) = (file.limits, file.telemetry, file.decision_log);
-        Ok((settings, Rest { limits, telemetry, decision_log }))
+        settings.check_addresses(problems);
+        settings.check_forward_auth(problems);
+        Some(settings)
     }
 }
 
-pub(super) fn invalid(setting: &'static str, value: &str, problem: impl ToString) -> ConfigError {
-    ConfigError::Invalid { setting, value: value.to_owned(), problem: problem.to_string() }
+pub(super) fn invalid(setting: &'static str, value: &str, problem: impl ToString) -> Invalid {
+    Invalid { setting, value: Some(value.to_owned()), problem: problem.to_string() }
+}
+
+/// The same about a value that is not repeated.
+pub(super) fn unshown(setting: &'static str, problem: impl ToString) -> Invalid {
+    Invalid { setting, value: None, problem: problem.to_string() }
 }
 
 /// `host:port`; whether the host exists shows when it is bound.
-pub(super) fn address(setting: &'static str, value: &str) -> Result<(), ConfigError> {
+pub(super) fn address(setting: &'static str, value: &str) -> Result<(), Invalid> {
     let well_formed =
         value.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok());
     if well_formed {
@@ -440,58 +457,6 @@ pub(super) fn address(setting: &'static str, value: &str) -> Result<(), ConfigEr
     } else {
         Err(invalid(setting, value, "must be host:port, such as 127.0.0.1:50051"))
     }
-}
-
-/// The database's URL with the password from a file.
-fn with_password(database: &SecretUrl, file: &Path) -> Result<SecretUrl, ConfigError> {
-    let wrong =
-        |problem: String| Err(invalid("database_password_file", &file.display().to_string(), problem));
-    if !database.starts_with("postgres") {
-        return wrong("has no effect: database is no postgres:// URL".to_owned());
-    }
-    if database.has_password() {
-        return wrong("is one password too many: take the other one out of the URL in database".to_owned());
-    }
-    match std::fs::read_to_string(file) {
-        Err(error) => wrong(format!("cannot be read: {error}")),
-        Ok(text) => match text.trim_end_matches(['\r', '\n']) {
-            "" => wrong("is empty; it must hold the password alone".to_owned()),
-            password => Ok(database.with_password(password)),
-        },
-    }
-}
-
-/// Reads a file's settings. If a value is wrong, all that are: a key that is wrong is left out, and the rest read again.
-/// Of a table only the first is told, since its other keys may be right or wrong by it.
-fn every_problem<T>(
-    document: &Document,
-    read: impl Fn(File) -> Result<T, ConfigError>,
-) -> Result<T, ConfigError> {
-    let first = match read(document.file()?) {
-        Err(error) => error,
-        good => return good,
-    };
-    let (mut problems, mut left_out) = (Vec::new(), Vec::new());
-    let mut said = Some(first.in_file());
-    while let Some(Some((setting, text))) = said {
-        let top = setting.split('.').next().unwrap_or_default().to_owned();
-        if document.line(setting).is_none() || left_out.contains(&top) {
-            break;
-        }
-        left_out.push(top);
-        let next = read(document.file_without(&left_out)?).err().map(|error| error.in_file());
-        // What is still wrong without the key came from elsewhere: a flag, the environment.
-        if next.as_ref().is_some_and(|next| next.as_ref().is_some_and(|(_, again)| *again == text)) {
-            break;
-        }
-        problems.push(document.problem_of(setting, text));
-        said = next;
-    }
-    if problems.is_empty() {
-        return Err(first);
-    }
-    problems.sort_by_key(|problem| (problem.line, problem.column));
-    Err(document.wrong(problems))
 }
 
 #[cfg(test)]
@@ -522,10 +487,10 @@ mod tests {
             ("token_prefix = 'K'", "token_prefix"),
             ("environments = []", "at least one"),
             ("environments = [{ name = 'prod', tag = 'LIVE' }]", "[a-z0-9]"),
-            ("retention_days = -1", "retention_days"),
+            ("retention_days = -1", "from 0 to 4294967295"),
             ("lease = '0s'", "strict (5s)"),
             ("replica_name = ''", "replica_name"),
-            ("[account_limits]\nkeys = 0", "nonzero"),
+            ("[account_limits]\nkeys = 0", "1 or more"),
         ] {
             let error = from_file(text).unwrap_err().to_string();
             assert!(error.contains(said), "{text}: {error}");
@@ -538,6 +503,15 @@ mod tests {
             let error = from_file(text).unwrap_err().to_string();
             assert!(error.contains("line 2") && !error.contains("sesame"), "{error}");
         }
+    }
+
+    #[test]
+    fn a_key_that_is_there_is_judged_beside_a_misspelt_one() {
+        let error = from_file("lease = '0s'\nleas = '5s'").unwrap_err().to_string();
+        assert!(error.contains("line 1, column 1: lease = \"0s\"") && error.contains("`leas`"), "{error}");
+        // One that is misspelt is not missed by others.
+        let error = from_file("[limits]\nbakend = 'redis'\nurl = 'redis://h'").unwrap_err().to_string();
+        assert!(error.contains("`limits.bakend`") && !error.contains("has no effect"), "{error}");
     }
 
     #[test]

@@ -12,9 +12,13 @@ use serde::Deserialize;
 use crate::{
     decisions::{DecisionSettings, Place},
     trace::Sampling,
+    transport::tls,
 };
 
-use super::server::{ConfigError, TelemetryArgs, invalid};
+use super::{
+    problems::Problems,
+    server::{Invalid, TelemetryArgs, invalid, unshown},
+};
 
 const SERVICE_NAME: &str = "keyward";
 const DENIALS_PER_SECOND: u32 = 100;
@@ -77,7 +81,8 @@ pub(super) struct File {
     /// A PEM file with the authority that the collector's certificate is of. Without it, the public ones.
     otlp_ca_file: Option<PathBuf>,
     /// The share of calls that are recorded though their caller does not say so: 0 to 1. A caller that sends a
-    /// `traceparent` decides for its calls. Default: 0.
+    /// `traceparent` decides for its calls.
+    #[schemars(extend("default" = 0.0))]
     sample_ratio: Option<f64>,
     /// What this program is called in traces. Default: `OTEL_SERVICE_NAME`, else "keyward".
     service_name: Option<String>,
@@ -88,13 +93,17 @@ pub(super) struct File {
 #[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct DecisionsFile {
-    /// The share of denials that are written down: 0 to 1. Default: 1.
+    /// The share of denials that are written down: 0 to 1.
+    #[schemars(extend("default" = 1.0))]
     denials: Option<f64>,
-    /// How many denials are written down in one second at the most: 1 to 100000. Default: 100.
+    /// The most denials that are written down in one second: 1 to 100000.
+    #[schemars(extend("default" = DENIALS_PER_SECOND))]
     denials_per_second: Option<u32>,
-    /// The share of allowed requests that are written down: 0 to 1. Default: 0.
+    /// The share of allowed requests that are written down: 0 to 1.
+    #[schemars(extend("default" = 0.0))]
     allowed: Option<f64>,
-    /// Whether changes that take something away are written down, all of them. Default: true.
+    /// Whether changes that take something away are written down, all of them.
+    #[schemars(extend("default" = true))]
     narrowing_changes: Option<bool>,
     /// The file that lines are added to, as JSON (mode 0600; begun anew when it is moved away). Without it they go to
     /// the log, as target `keyward::decision`.
@@ -102,51 +111,72 @@ pub(super) struct DecisionsFile {
 }
 
 impl File {
-    /// The settings, all valid. A flag or its variable stands in place of the file's.
+    /// Where the endpoint is kept: a flag or its variable goes before the file.
+    pub(super) fn endpoint(&mut self) -> &mut Option<String> {
+        &mut self.otlp_endpoint
+    }
+
+    /// Leaves out the files that a server alone needs.
+    pub(super) fn leave_files_out(&mut self) {
+        self.otlp_headers_file = None;
+        self.otlp_ca_file = None;
+    }
+
+    /// Judges the settings; the variables of all programs count where the own are absent.
     pub(super) fn read(
         self,
         decisions: Option<DecisionsFile>,
         args: &TelemetryArgs,
-    ) -> Result<TelemetrySettings, ConfigError> {
-        let share = self.sample_ratio.unwrap_or(0.0);
-        let share = ratio("telemetry.sample_ratio", share)?;
-        let TelemetryArgs { otlp_endpoint, otel_endpoint, otel_service_name } = args.clone();
-        let endpoint = otlp_endpoint.or(self.otlp_endpoint).or(otel_endpoint);
-        let endpoint = endpoint.filter(|endpoint| !endpoint.is_empty());
-        let otlp = endpoint.map(|endpoint| {
-            let headers = self.otlp_headers_file.as_deref().map(headers).transpose()?.unwrap_or_default();
-            let ca = self.otlp_ca_file.as_deref();
-            let ca =
-                ca.map(|path| std::fs::read(path).map_err(|error| unreadable(path, error))).transpose()?;
-            let service_name = self.service_name.or(otel_service_name);
+        problems: &mut Problems<'_>,
+    ) -> TelemetrySettings {
+        let share = problems.take(ratio("telemetry.sample_ratio", self.sample_ratio.unwrap_or(0.0)));
+        let present = |text: &String| !text.is_empty();
+        let common = args.otel_endpoint.clone().filter(present);
+        let is_common = self.otlp_endpoint.is_none();
+        let endpoint = self.otlp_endpoint.filter(present).or(common.filter(|_| is_common));
+        let service_name = self.service_name.or(args.otel_service_name.clone().filter(present));
+        let otlp = endpoint.and_then(|endpoint| {
+            if let Err(problem) = address(&endpoint) {
+                match is_common {
+                    true => problems.add_variable("OTEL_EXPORTER_OTLP_ENDPOINT", problem),
+                    false => problems.add(unshown("telemetry.otlp_endpoint", problem)),
+                }
+            }
+            let headers = self.otlp_headers_file.as_deref().map(headers).unwrap_or_else(|| Ok(Vec::new()));
+            let ca = self.otlp_ca_file.as_deref().map(authority).transpose();
+            let (headers, ca) = (problems.take(headers), problems.take(ca));
             let service_name = service_name.unwrap_or_else(|| SERVICE_NAME.to_owned());
-            Ok(Otlp { endpoint: address(endpoint)?, headers, ca, service_name })
+            Some(Otlp { endpoint, headers: headers?, ca: ca?, service_name })
         });
-        let otlp = otlp.transpose()?;
-        let sampling = if otlp.is_some() { Sampling::share(share) } else { Sampling::default() };
-        let decisions = decisions.map(DecisionsFile::read).transpose()?;
-        Ok(TelemetrySettings { otlp, sampling, decisions })
+        let sampling = match share {
+            Some(share) if otlp.is_some() => Sampling::share(share),
+            _ => Sampling::default(),
+        };
+        TelemetrySettings { otlp, sampling, decisions: decisions.map(|decisions| decisions.read(problems)) }
     }
 }
 
 impl DecisionsFile {
-    fn read(self) -> Result<DecisionSettings, ConfigError> {
+    fn read(self, problems: &mut Problems<'_>) -> DecisionSettings {
         let per_second = self.denials_per_second.unwrap_or(DENIALS_PER_SECOND);
         if !(1..=100_000).contains(&per_second) {
             let problem = "must be 1 to 100000; to write down no denial set denials = 0";
-            return Err(invalid("decision_log.denials_per_second", &per_second.to_string(), problem));
+            problems.add(invalid("decision_log.denials_per_second", &per_second.to_string(), problem));
         }
-        Ok(DecisionSettings {
-            denials: ratio("decision_log.denials", self.denials.unwrap_or(1.0))?,
+        let mut share = |setting, value: Option<f64>, usual: f64| {
+            problems.take(ratio(setting, value.unwrap_or(usual))).unwrap_or(usual)
+        };
+        DecisionSettings {
+            denials: share("decision_log.denials", self.denials, 1.0),
             denials_per_second: per_second,
-            allowed: ratio("decision_log.allowed", self.allowed.unwrap_or(0.0))?,
+            allowed: share("decision_log.allowed", self.allowed, 0.0),
             narrowing_changes: self.narrowing_changes.unwrap_or(true),
             place: self.file.map_or(Place::Log, Place::File),
-        })
+        }
     }
 }
 
-fn ratio(setting: &'static str, value: f64) -> Result<f64, ConfigError> {
+fn ratio(setting: &'static str, value: f64) -> Result<f64, Invalid> {
     if (0.0..=1.0).contains(&value) {
         Ok(value)
     } else {
@@ -155,7 +185,7 @@ fn ratio(setting: &'static str, value: f64) -> Result<f64, ConfigError> {
 }
 
 /// An address with nothing in it but scheme, host and port. What else it may hold, such as a password, is not shown.
-fn address(endpoint: String) -> Result<String, ConfigError> {
+fn address(endpoint: &str) -> Result<(), &'static str> {
     let uri: Option<http::Uri> = endpoint.parse().ok();
     let good = uri.is_some_and(|uri| {
         let authority = uri.authority().map(http::uri::Authority::as_str).unwrap_or_default();
@@ -165,30 +195,37 @@ fn address(endpoint: String) -> Result<String, ConfigError> {
             && matches!(uri.path(), "" | "/")
             && uri.query().is_none()
     });
-    if good {
-        Ok(endpoint)
+    // A parser of URIs drops a fragment without a word.
+    if good && !endpoint.contains('#') {
+        Ok(())
     } else {
-        let problem =
-            "must be http://host:port or https://host:port of a collector that takes OTLP over gRPC";
-        Err(invalid("telemetry.otlp_endpoint", "(not shown)", problem))
+        Err(
+            "must be http://host:port or https://host:port of a collector that takes OTLP over gRPC, without a user, a \
+             password or a path",
+        )
     }
 }
 
-fn unreadable(path: &Path, source: std::io::Error) -> ConfigError {
-    ConfigError::Unreadable { path: path.display().to_string(), source }
+/// The certificates of a file, as PEM.
+fn authority(path: &Path) -> Result<Vec<u8>, Invalid> {
+    let shown = path.display().to_string();
+    let wrong = |problem: String| invalid("telemetry.otlp_ca_file", &shown, problem);
+    let pem = std::fs::read(path).map_err(|error| wrong(format!("cannot be read: {error}")))?;
+    tls::check_authorities(path, &pem).map_err(|error| wrong(format!("cannot be used: {error}")))?;
+    Ok(pem)
 }
 
 /// Reads headers, one a line. Empty lines, and those that begin with `#`, are nothing.
-fn headers(path: &Path) -> Result<Vec<(String, Hidden)>, ConfigError> {
-    let text = std::fs::read_to_string(path).map_err(|source| unreadable(path, source))?;
+fn headers(path: &Path) -> Result<Vec<(String, Hidden)>, Invalid> {
+    let shown = path.display().to_string();
+    let wrong = |problem: String| invalid("telemetry.otlp_headers_file", &shown, problem);
+    let text = std::fs::read_to_string(path).map_err(|error| wrong(format!("cannot be read: {error}")))?;
     let lines = text.lines().enumerate().map(|(at, line)| (at + 1, line.trim()));
     let lines = lines.filter(|(_, line)| !line.is_empty() && !line.starts_with('#'));
     lines
         .map(|(number, line)| {
-            header(line).ok_or_else(|| {
-                let problem = format!("has a line {number} that is not 'name: value' in visible ASCII");
-                invalid("telemetry.otlp_headers_file", &path.display().to_string(), problem)
-            })
+            let problem = || format!("has a line {number} that is not 'name: value' in visible ASCII");
+            header(line).ok_or_else(|| wrong(problem()))
         })
         .collect()
 }
@@ -208,30 +245,26 @@ mod tests {
 
     fn read(text: &str, args: &TelemetryArgs) -> Result<TelemetrySettings, String> {
         let file: File = toml::from_str(text).map_err(|error| error.to_string())?;
-        file.read(None, args).map_err(|error| error.to_string())
+        let read = Problems::collect(None, |problems| Some(file.read(None, args, problems)));
+        read.map_err(|error| error.to_string())
     }
 
     fn decisions(text: &str) -> Result<DecisionSettings, String> {
         let file: DecisionsFile = toml::from_str(text).map_err(|error| error.to_string())?;
-        file.read().map_err(|error| error.to_string())
+        Problems::collect(None, |problems| Some(file.read(problems))).map_err(|error| error.to_string())
     }
 
-    fn endpoint(text: &str, flag: Option<&str>, otel: Option<&str>) -> Option<String> {
-        let args = TelemetryArgs {
-            otlp_endpoint: flag.map(str::to_owned),
-            otel_endpoint: otel.map(str::to_owned),
-            otel_service_name: None,
-        };
+    fn endpoint(text: &str, otel: Option<&str>) -> Option<String> {
+        let args = TelemetryArgs { otel_endpoint: otel.map(str::to_owned), ..TelemetryArgs::default() };
         read(text, &args).unwrap().otlp.map(|otlp| otlp.endpoint)
     }
 
     #[test]
     fn our_own_setting_beats_the_one_that_all_programs_share() {
         let file = "otlp_endpoint = 'http://file:4317'";
-        assert_eq!(endpoint(file, Some("http://flag:1"), Some("http://all:1")).unwrap(), "http://flag:1");
-        assert_eq!(endpoint(file, None, Some("http://all:1")).unwrap(), "http://file:4317");
-        assert_eq!(endpoint("", None, Some("http://all:1")).unwrap(), "http://all:1");
-        assert_eq!(endpoint("sample_ratio = 1.0", None, None), None);
+        assert_eq!(endpoint(file, Some("http://all:1")).unwrap(), "http://file:4317");
+        assert_eq!(endpoint("", Some("http://all:1")).unwrap(), "http://all:1");
+        assert_eq!(endpoint("sample_ratio = 1.0", None), None);
     }
 
     #[test]
@@ -248,6 +281,7 @@ mod tests {
             ("otlp_endpoint = 'collector:4317'", "http://host:port"),
             ("otlp_endpoint = 'http://u:sesame@h:1'", "telemetry.otlp_endpoint"),
             ("otlp_endpoint = 'http://h:1/v1/traces'", "over gRPC"),
+            ("otlp_endpoint = 'http://h:1#sesame'", "http://host:port"),
             ("endpoint = 'http://h:1'", "endpoint"),
         ] {
             let error = read(text, &TelemetryArgs::default()).unwrap_err();

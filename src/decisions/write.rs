@@ -36,7 +36,11 @@ impl Writing {
             Place::Log => Sink::Log,
             Place::File(path) => {
                 let open = Appended::open(path);
-                Sink::File(open.with_context(|| format!("decision_log.file {}", path.display()))?)
+                Sink::File(open.with_context(|| {
+                    format!(
+                        "decision_log.file = {path:?} cannot be opened; name a file that this user can write"
+                    )
+                })?)
             }
         };
         let (ending, ended) = oneshot::channel();

@@ -4,17 +4,23 @@
 //! about one trap, which `docs/gateway.md` and `deploy/envoy` explain.
 
 mod clusters;
+mod identity;
 mod listeners;
+mod mutations;
 mod reading;
 
 use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::config::server::Settings;
+use crate::{
+    config::server::Settings,
+    domain::header_name::{IDENTITY, METHOD_OVERRIDES},
+    pb::envoy_request::MAX_BODY,
+};
 
 use super::Findings;
-use reading::{Object as _, typed};
+use reading::{Object as _, Pattern, typed};
 
 pub(super) const ABOUT: &str = "envoy";
 const FILTER: &str = ".ext_authz.v3.ExtAuthz";
@@ -25,10 +31,17 @@ const TIMEOUT: Duration = Duration::from_millis(200);
 /// Longer, and an outage holds up every request for all of it.
 const PATIENT: Duration = Duration::from_secs(1);
 
-/// Looks at a bootstrap in YAML or JSON.
+/// Looks at a bootstrap in YAML or JSON: one document, or those of several that have an `ext_authz` filter. Bootstraps in
+/// the `data` of a Kubernetes `ConfigMap` count as documents.
 pub(super) fn examine(name: &str, text: &str, settings: Option<&Settings>, findings: &mut Findings) {
-    let root: Value = match serde_saphyr::from_str(text) {
-        Ok(root) => root,
+    let redis = settings.and_then(|settings| settings.limits.redis.as_ref()).map(|redis| redis.timeout);
+    examine_with(name, text, redis, findings);
+}
+
+/// The same. `redis` is how long a Check may wait for Redis, where it does.
+fn examine_with(name: &str, text: &str, redis: Option<Duration>, findings: &mut Findings) {
+    let documents: Vec<Value> = match serde_saphyr::from_multiple(text) {
+        Ok(documents) => documents,
         Err(error) => {
             let said = error.to_string().lines().next().unwrap_or_default().to_owned();
             findings.fail(
@@ -39,24 +52,41 @@ pub(super) fn examine(name: &str, text: &str, settings: Option<&Settings>, findi
             return;
         }
     };
-    let redis = settings.and_then(|settings| settings.limits.redis.as_ref()).map(|redis| redis.timeout);
-    examine_value(name, &root, redis, findings);
-}
-
-/// The same of what was read. `redis` is how long a Check may wait for Redis, where it does.
-fn examine_value(name: &str, root: &Value, redis: Option<Duration>, findings: &mut Findings) {
-    let filters = typed(root, FILTER);
-    if filters.is_empty() {
+    let embedded: Vec<Value> = documents.iter().flat_map(embedded).collect();
+    let mut asking =
+        documents.iter().chain(&embedded).filter(|root| !typed(root, FILTER).is_empty()).peekable();
+    if asking.peek().is_none() {
         let fix = "put envoy.filters.http.ext_authz into its http_filters, as in deploy/envoy/minimal.yaml";
         findings.fail(ABOUT, format!("{name} asks nobody: it has no ext_authz filter"), fix);
-        return;
     }
+    for root in asking {
+        examine_value(name, root, redis, findings);
+    }
+}
+
+/// The files in a `ConfigMap`, or in those of a `List`, that are YAML; nothing of any other document.
+fn embedded(document: &Value) -> Vec<Value> {
+    let maps: Vec<&Value> = match document.text("kind") {
+        "ConfigMap" => vec![document],
+        "List" => document.list("items").iter().filter(|item| item.text("kind") == "ConfigMap").collect(),
+        "ConfigMapList" => document.list("items").iter().collect(),
+        _ => Vec::new(),
+    };
+    let data = maps.into_iter().filter_map(|map| map.at("data").and_then(Value::as_object));
+    let files = data.flatten().filter_map(|(_, file)| file.as_str());
+    files.filter_map(|file| serde_saphyr::from_multiple::<Value>(file).ok()).flatten().collect()
+}
+
+/// The same of one document.
+fn examine_value(name: &str, root: &Value, redis: Option<Duration>, findings: &mut Findings) {
     let before = findings.grave();
-    for filter in filters {
+    for filter in typed(root, FILTER) {
         examine_filter(filter, redis, findings);
+        mutations::examine(filter, findings);
         clusters::examine(root, filter, findings);
     }
     listeners::examine(root, findings);
+    identity::examine(root, findings);
     if findings.grave() == before {
         findings.good(
             ABOUT,
@@ -87,9 +117,8 @@ fn examine_filter(filter: &Value, redis: Option<Duration>, findings: &mut Findin
         let said = "clear_route_cache is true: a request can change to another route after it was judged by the first";
         findings.fail(ABOUT, said, "take clear_route_cache away");
     }
-    if filter.at("with_request_body").is_some() {
-        let said = "with_request_body makes Envoy hold every body back; Keyward does not look at bodies";
-        findings.warn(ABOUT, said, "take with_request_body away");
+    if let Some(body) = filter.at("with_request_body") {
+        request_body(body, filter.at("http_service").is_some(), findings);
     }
     if filter.is_true("include_peer_certificate") {
         let said =
@@ -127,6 +156,20 @@ fn examine_filter(filter: &Value, redis: Option<Duration>, findings: &mut Findin
     }
 }
 
+/// Over HTTP a body of any length is passed over; over gRPC it is part of a message, which has a bound.
+fn request_body(body: &Value, over_http: bool, findings: &mut Findings) {
+    let most = body.at("max_request_bytes").and_then(Value::as_u64).unwrap_or_default();
+    if most > MAX_BODY as u64 && !over_http {
+        let said = format!(
+            "with_request_body sends bodies of up to {most} bytes along; Keyward answers 413 above {MAX_BODY}"
+        );
+        findings.fail(ABOUT, said, "take with_request_body away: Keyward does not look at bodies");
+    } else {
+        let said = "with_request_body makes Envoy hold every body back; Keyward does not look at bodies";
+        findings.warn(ABOUT, said, "take with_request_body away");
+    }
+}
+
 /// Which of a request's headers Keyward sees. What it does not see it does not have removed.
 fn headers(filter: &Value, findings: &mut Findings) {
     let over_http = filter.at("http_service").is_some();
@@ -134,12 +177,27 @@ fn headers(filter: &Value, findings: &mut Findings) {
     let (allowed, refused) = (lists("allowed_headers"), lists("disallowed_headers"));
     let sees = |name: &str| {
         allowed.as_ref().map_or(!over_http, |list| list.iter().any(|pattern| pattern.takes(name)))
-            && !refused.as_ref().is_some_and(|list| list.iter().any(|pattern| pattern.takes(name)))
+            && !refused.as_ref().is_some_and(|list| list.iter().any(|pattern| pattern.surely_takes(name)))
     };
-    if !["x-keyward-key-id", "x-keyward-account", "x-keyward-user", "x-keyward-scopes"].into_iter().all(&sees)
-    {
+    if !IDENTITY.into_iter().chain(["x-keyward-later"]).all(&sees) {
         let said = "Keyward does not see x-keyward-… headers of clients, so it cannot have them removed: a client can make up who it is";
         findings.fail(ABOUT, said, "allowed_headers: { patterns: [ { prefix: x-keyward- } ] }");
+    }
+    // An underscore never gets so far: see headers_with_underscores_action.
+    if !["x.keyward.user", "x!keyward|account", "x-keyward.scopes"].into_iter().all(&sees) {
+        let said = "Keyward does not see spellings such as X.Keyward.User, so it cannot have them removed: PHP takes them for X-Keyward-User";
+        findings.fail(
+            ABOUT,
+            said,
+            "allowed_headers: { patterns: [ { safe_regex: { regex: \".*[^a-z0-9:-].*\" } } ] }",
+        );
+    } else if !["x.api.key", "x.original.url", "x.http.method.override"].into_iter().all(&sees) {
+        let said = "Keyward does not see spellings such as X.Original.Url, so it cannot have them removed: a service that obeys them can be led around rules";
+        findings.warn(
+            ABOUT,
+            said,
+            "allowed_headers: { patterns: [ { safe_regex: { regex: \".*[^a-z0-9:-].*\" } } ] }",
+        );
     }
     if !(over_http || sees("authorization")) {
         findings.fail(
@@ -148,14 +206,18 @@ fn headers(filter: &Value, findings: &mut Findings) {
             "add { exact: authorization } to allowed_headers",
         );
     }
-    let overrides = ["x-http-method-override", "x-http-method", "x-method-override"];
-    if !overrides.into_iter().all(&sees) {
-        let said = "Keyward does not see x-http-method-override and the like: a service that obeys them can be led around rules by method";
+    if !METHOD_OVERRIDES.into_iter().all(&sees) {
+        let said = "Keyward does not see x-http-method-override and the like: it removes them, and cannot refuse them where rules go by method";
         findings.warn(
             ABOUT,
             said,
             "add x-http-method-override, x-http-method and x-method-override to allowed_headers",
         );
+    }
+    let uncertain = allowed.iter().chain(&refused).flatten().any(|pattern| matches!(pattern, Pattern::Other));
+    if uncertain {
+        findings
+            .unseen(ABOUT, "a pattern of allowed_headers or disallowed_headers that is not understood here");
     }
 }
 
@@ -191,10 +253,7 @@ fn http_service(service: &Value, findings: &mut Findings) {
     let passed =
         service.at("authorization_response").and_then(|answer| answer.at("allowed_upstream_headers"));
     let passed = passed.map(reading::patterns).unwrap_or_default();
-    if !["x-keyward-key-id", "x-keyward-account"]
-        .iter()
-        .all(|name| passed.iter().any(|pattern| pattern.takes(name)))
-    {
+    if !IDENTITY.iter().all(|name| passed.iter().any(|pattern| pattern.takes(name))) {
         let said = "allowed_upstream_headers lacks x-keyward-…: what a client sends under these names reaches the service as if Keyward had said it";
         findings.fail(
             ABOUT,
@@ -212,11 +271,13 @@ mod tests {
     const MINIMAL: &str = include_str!("../../deploy/envoy/minimal.yaml");
     const HTTP: &str = include_str!("../../deploy/envoy/http.yaml");
 
+    const SPELLINGS: &str = "- { safe_regex: { regex: \".*[^a-z0-9:-].*\" } }";
+
     /// What is found of a bootstrap, but for what is good.
     fn found(text: &str) -> Vec<String> {
         let mut findings = Findings::default();
         let redis = Some(Duration::from_millis(20));
-        examine_value("e.yaml", &serde_saphyr::from_str(text).unwrap(), redis, &mut findings);
+        examine_with("e.yaml", text, redis, &mut findings);
         let grave = findings.iter().filter(|found| found.level != crate::doctor::Level::Good);
         grave.map(|found| format!("{} {}", found.level.as_str(), found.said)).collect()
     }
@@ -247,6 +308,56 @@ mod tests {
             ),
             (
                 "validate_mutations: true",
+                "validate_mutations: true\n              with_request_body: { max_request_bytes: 4194305 }",
+                "fail with_request_body sends bodies of up to 4194305 bytes along",
+            ),
+            (
+                "validate_mutations: true",
+                "validate_mutations: true\n              decoder_header_mutation_rules: { disallow_all: true }",
+                "fail decoder_header_mutation_rules keep Keyward from changing x-keyward-key-id",
+            ),
+            (
+                "validate_mutations: true",
+                "validate_mutations: true\n              decoder_header_mutation_rules: { disallow_expression: { regex: \"x-.*-user\" } }",
+                "fail decoder_header_mutation_rules keep Keyward from changing x-keyward-user",
+            ),
+            (
+                "validate_mutations: true",
+                "validate_mutations: true\n              decoder_header_mutation_rules: { disallow_expression: { regex: authorization } }",
+                "fail decoder_header_mutation_rules keep Keyward from changing authorization",
+            ),
+            (
+                "validate_mutations: true",
+                "validate_mutations: true\n              decoder_header_mutation_rules: { disallow_expression: { regex: \"(\" } }",
+                "not looked at an expression of decoder_header_mutation_rules",
+            ),
+            (
+                "use_remote_address: true",
+                "use_remote_address: true\n          http_protocol_options: { enable_trailers: true }",
+                "warn a listener lets trailers of HTTP/1 in",
+            ),
+            (
+                "outlier_detection:",
+                "http_protocol_options: { enable_trailers: true }\n    outlier_detection:",
+                "fail cluster keyward passes trailers on",
+            ),
+            (
+                "use_remote_address: true",
+                "use_remote_address: true\n          request_headers_to_add: [ { header: { key: X-Keyward.User, value: \"%REQ(x-user)%\" } } ]",
+                "fail request_headers_to_add sets X-Keyward.User from the request",
+            ),
+            (
+                "use_remote_address: true",
+                "use_remote_address: true\n          request_headers_to_add: [ { header: { key: x-keyward-user, value: root } } ]",
+                "warn request_headers_to_add sets x-keyward-user",
+            ),
+            (
+                "use_remote_address: true",
+                "use_remote_address: true\n          mutations: { request_mutations: [ { append: { header: { key: x-keyward-user, value: \"%REQ(x-user)%\" } } } ] }",
+                "fail request_mutations sets x-keyward-user from the request",
+            ),
+            (
+                "validate_mutations: true",
                 "validate_mutations: true\n              include_peer_certificate: true",
                 "warn include_peer_certificate",
             ),
@@ -256,6 +367,12 @@ mod tests {
                 "warn shadow_mode",
             ),
             ("- { prefix: x-keyward- }", "", "fail Keyward does not see x-keyward-"),
+            (SPELLINGS, "", "fail Keyward does not see spellings such as X.Keyward.User"),
+            (
+                SPELLINGS,
+                "- { safe_regex: { regex: \"x[^a-z0-9]keyward[^a-z0-9].*\" } }",
+                "warn Keyward does not see spellings such as X.Original.Url",
+            ),
             ("- { exact: authorization }", "", "fail Keyward does not see authorization"),
             ("- { exact: x-method-override }", "", "warn Keyward does not see x-http-method-override"),
             (
@@ -345,9 +462,62 @@ mod tests {
     }
 
     #[test]
+    fn every_document_of_a_file_is_read() {
+        let open = MINIMAL.replace("failure_mode_allow: false", "failure_mode_allow: true");
+        let service = "kind: Service\nmetadata: { name: keyward }\n";
+        assert_eq!(found(&format!("---\n{service}---\n{MINIMAL}...\n")), Vec::<String>::new());
+        let indented = open.lines().map(|line| format!("    {line}\n")).collect::<String>();
+        let map = format!("kind: ConfigMap\ndata:\n  envoy.yaml: |\n{indented}");
+        let item: String = map.lines().map(|line| format!("  {line}\n")).collect();
+        let list = format!("kind: List\nitems:\n- kind: Service\n-{}", &item[1..]);
+        for text in [
+            format!("{service}---\n{open}"),
+            format!("{open}---\n{MINIMAL}"),
+            format!("{map}---\n{service}"),
+            list,
+        ] {
+            let found = found(&text);
+            assert!(found.len() == 1 && found[0].starts_with("fail failure_mode_allow"), "{found:?}\n{text}");
+        }
+        assert!(found(&format!("{service}---\n{service}"))[0].contains("asks nobody"));
+        assert!(found(&format!("{MINIMAL}---\na: [\n"))[0].contains("neither YAML nor JSON"));
+    }
+
+    #[test]
+    fn a_pattern_that_cannot_be_understood_is_reported() {
+        let odd = PRODUCTION.replacen(SPELLINGS, "- { safe_regex: { regex: \"(\" } }", 1);
+        assert_eq!(found(&odd).len(), 1);
+        assert!(found(&odd)[0].starts_with("not looked at a pattern"), "{:?}", found(&odd));
+    }
+
+    #[test]
     fn a_bootstrap_that_asks_nobody_is_told() {
         let found = found("static_resources: {}");
         assert!(found.len() == 1 && found[0].contains("asks nobody"), "{found:?}");
+    }
+
+    #[test]
+    fn a_body_over_http_is_only_needless() {
+        let body =
+            "validate_mutations: true\n              with_request_body: { max_request_bytes: 8388608 }";
+        let found = found(&HTTP.replacen("validate_mutations: true", body, 1));
+        assert!(found.len() == 1 && found[0].starts_with("warn with_request_body makes"), "{found:?}");
+    }
+
+    #[test]
+    fn mutation_rules_that_allow_what_keyward_changes_are_no_trap() {
+        for rules in [
+            "{ allow_all_routing: false }",
+            "{ disallow_all: true, allow_expression: { regex: \".*\" } }",
+            "{ disallow_expression: { regex: \"x-internal-.*\" } }",
+        ] {
+            let rules =
+                format!("validate_mutations: true\n              decoder_header_mutation_rules: {rules}");
+            assert_eq!(
+                found(&PRODUCTION.replacen("validate_mutations: true", &rules, 1)),
+                Vec::<String>::new()
+            );
+        }
     }
 
     #[test]

@@ -1,12 +1,13 @@
 //! What is wrong with a running deployment, and what to do about it. It looks and changes nothing: the settings, the
-//! database, the replicas on it, the servers, certificates, Envoy's bootstrap. What could not be looked at is said so,
-//! and never passes for good.
+//! database, the replicas on it, the servers, certificates, the configurations of Envoy and nginx. What could not be looked
+//! at is reported as such, and never passes for good.
 //!
 //! Each file looks at one thing and gives [`Finding`]s; what is decided from facts at hand is a pure function.
 
 mod certificates;
 mod database;
 pub mod envoy;
+mod nginx;
 mod servers;
 
 use std::time::Duration;
@@ -16,7 +17,7 @@ use crate::{
     config::{
         document::Document,
         effective,
-        server::{ServeArgs, Settings},
+        server::{ConfigError, ServeArgs, Settings},
     },
 };
 
@@ -119,6 +120,8 @@ pub struct Asked<'a> {
     pub admin: &'a [Url],
     /// Envoy's bootstrap: its name and its text.
     pub envoy: Option<(&'a str, &'a str)>,
+    /// nginx's configuration: its name and its text.
+    pub nginx: Option<(&'a str, &'a str)>,
 }
 
 /// Looks at all of it.
@@ -138,6 +141,10 @@ pub async fn examine(asked: &Asked<'_>, clock: &dyn Clock) -> Findings {
         Some((name, text)) => envoy::examine(name, text, settings.as_ref(), &mut findings),
         None => findings.unseen("envoy", "its bootstrap; name it with --envoy FILE"),
     }
+    match asked.nginx {
+        Some((name, text)) => nginx::examine(name, text, &mut findings),
+        None => findings.unseen(nginx::ABOUT, "its configuration; name it with --nginx FILE"),
+    }
     findings
 }
 
@@ -145,12 +152,14 @@ fn settings(asked: &Asked<'_>, findings: &mut Findings) -> Option<Settings> {
     const ABOUT: &str = "settings";
     let settings = match Settings::of(asked.serve, asked.document) {
         Ok(settings) => settings,
+        Err(ConfigError::Wrong { problems, .. }) => {
+            for problem in problems {
+                findings.fail(ABOUT, problem.to_string(), "no server starts with this: correct it");
+            }
+            return None;
+        }
         Err(error) => {
-            findings.fail(
-                ABOUT,
-                error.to_string(),
-                "no server starts with this; keyward config check FILE tells all of it",
-            );
+            findings.fail(ABOUT, error.to_string(), "no server starts with this: correct it");
             return None;
         }
     };

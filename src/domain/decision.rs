@@ -1,8 +1,8 @@
 //! The policy: may this token do this, here, now? One pure function, [`decide`].
 //!
 //! It is complete and says everything that fails, in a fixed order; what a caller may hear of that is decided
-//! where the answer is made. Of a revoked key it says only that. What is not known by its digest never gets here: `Malformed` and `Unknown` are
-//! said by the engine.
+//! where the answer is made. Of a revoked key it says only that. What is not known by its digest never gets here: the
+//! engine answers it with `Malformed` or `Unknown`.
 
 use std::{net::IpAddr, sync::Arc};
 

@@ -9,6 +9,7 @@ use super::{
     lease::Position,
     log::LogRow,
     name::{AccountId, KeyId, UserId},
+    text::escape_json,
     time::{Revision, Timestamp},
     token::{Hex, from_hex},
 };
@@ -45,8 +46,8 @@ struct Entry {
 }
 
 fn said(line: &Line) -> String {
-    // Text and numbers: there is nothing that JSON cannot say.
-    let mut text = serde_json::to_string(line).unwrap_or_default();
+    // Text and numbers: there is nothing that JSON cannot say. An export is often read on a terminal.
+    let mut text = escape_json(serde_json::to_string(line).unwrap_or_default());
     text.push('\n');
     text
 }
@@ -260,6 +261,17 @@ mod tests {
         assert_eq!(expect(whole.end), Some(true));
         assert_eq!(expect(Position { hash: [1; 32], ..whole.end }), Some(false));
         assert_eq!(expect(Position { revision: Revision(9), ..whole.end }), None);
+    }
+
+    #[test]
+    fn an_export_steers_no_terminal_and_verifies() {
+        let mut row = row(1, GENESIS);
+        row.payload = "{\"comment\":\"a\u{9b}2J\u{7f}\u{202e}\u{2028}\"}".to_owned();
+        row.hash = row.expected_hash();
+        let lines =
+            [begin(Position::START), line(&row), end(Position { revision: Revision(1), hash: row.hash }, 1)];
+        assert!(lines[1].contains(r"a\u009b2J\u007f\u202e\u2028"), "{}", lines[1]);
+        assert_eq!(verify(&lines, None).unwrap().entries, 1);
     }
 
     #[test]

@@ -143,6 +143,11 @@ pub enum State {
     Revoked,
 }
 
+impl State {
+    /// Every state that a key can leave.
+    pub const NOT_REVOKED: [State; 3] = [State::Active, State::Disabled, State::Expired];
+}
+
 /// What a key may do and where: the part that its maker chooses and Update changes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Terms {

@@ -7,10 +7,12 @@
 
 pub mod account;
 pub mod chain;
+pub mod connection_url;
 pub mod decision;
 pub mod entry;
 pub mod export;
 pub mod facts;
+pub mod header_name;
 pub mod identity;
 pub mod key;
 pub mod lease;
@@ -21,5 +23,6 @@ pub mod name;
 pub mod policy;
 pub mod route;
 pub mod scope;
+pub mod text;
 pub mod time;
 pub mod token;

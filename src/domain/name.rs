@@ -1,44 +1,30 @@
 //! Names and ids that come from outside: each type is parsed once, and holds only what its rule allows.
 
-use std::{fmt, sync::Arc};
+use std::{borrow::Cow, fmt, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use uuid::Uuid;
 
-use super::time::Timestamp;
+use super::{
+    text::{self, TextError},
+    time::Timestamp,
+};
 
 /// Why a name was refused: the rule, worded so that it can follow the field's name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct NameError(pub &'static str);
 
-macro_rules! name {
-    ($(#[$doc:meta])* $type:ident, $rule:literal, $ok:expr) => {
+/// A type that holds text: how it is shown, compared and serialized.
+macro_rules! text_type {
+    ($(#[$doc:meta])* $type:ident) => {
         $(#[$doc])*
         #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Deserialize)]
         #[serde(try_from = "String")]
         pub struct $type(Arc<str>);
 
         impl $type {
-            /// Reads a name.
-            ///
-            /// # Errors
-            /// When it breaks the rule; the error says the rule.
-            pub fn parse(text: &str) -> Result<Self, NameError> {
-                $type::check(text)?;
-                Ok($type(text.into()))
-            }
-
-            /// Whether a text is such a name, for whoever does not keep it.
-            ///
-            /// # Errors
-            /// When it breaks the rule; the error says the rule.
-            pub fn check(text: &str) -> Result<(), NameError> {
-                let ok: fn(&str) -> bool = $ok;
-                if ok(text) { Ok(()) } else { Err(NameError($rule)) }
-            }
-
             /// The name as text.
             #[must_use]
             pub fn as_str(&self) -> &str {
@@ -64,13 +50,6 @@ macro_rules! name {
             }
         }
 
-        impl TryFrom<String> for $type {
-            type Error = NameError;
-            fn try_from(text: String) -> Result<Self, NameError> {
-                $type::parse(&text)
-            }
-        }
-
         impl From<$type> for String {
             fn from(name: $type) -> String {
                 name.as_str().to_owned()
@@ -80,6 +59,92 @@ macro_rules! name {
         impl std::borrow::Borrow<str> for $type {
             fn borrow(&self) -> &str {
                 &self.0
+            }
+        }
+    };
+}
+
+/// A name of ASCII characters, the same wherever it comes from.
+macro_rules! name {
+    ($(#[$doc:meta])* $type:ident, $rule:literal, $ok:expr) => {
+        text_type! { $(#[$doc])* $type }
+
+        impl $type {
+            /// Reads a name.
+            ///
+            /// # Errors
+            /// When it breaks the rule; the error says the rule.
+            pub fn parse(text: &str) -> Result<Self, NameError> {
+                $type::check(text)?;
+                Ok($type(text.into()))
+            }
+
+            /// Whether a text is such a name, without keeping it.
+            ///
+            /// # Errors
+            /// When it breaks the rule; the error says the rule.
+            pub fn check(text: &str) -> Result<(), NameError> {
+                let ok: fn(&str) -> bool = $ok;
+                if ok(text) { Ok(()) } else { Err(NameError($rule)) }
+            }
+        }
+
+        impl TryFrom<String> for $type {
+            type Error = NameError;
+            fn try_from(text: String) -> Result<Self, NameError> {
+                $type::parse(&text)
+            }
+        }
+    };
+}
+
+/// A name in any language. What is read from a request follows the rules of [`text::parse_name`]; what an earlier
+/// release stored under looser rules stays readable, and is what serde reads.
+macro_rules! display_name {
+    ($(#[$doc:meta])* $type:ident) => {
+        text_type! { $(#[$doc])* $type }
+
+        impl $type {
+            /// Reads a name that a person typed, into Unicode Normalization Form C.
+            ///
+            /// # Errors
+            /// The rule that it breaks, and at which character.
+            pub fn parse(text: &str) -> Result<Self, TextError> {
+                text::parse_name(text).map(|name| $type((&*name).into()))
+            }
+
+            /// Reads a stored name as it is.
+            ///
+            /// # Errors
+            /// When no release could have stored it.
+            pub fn from_stored(text: &str) -> Result<Self, NameError> {
+                $type::check_stored(text)?;
+                Ok($type(text.into()))
+            }
+
+            /// Checks what [`Self::from_stored`] would read.
+            ///
+            /// # Errors
+            /// When no release could have stored it.
+            pub fn check_stored(text: &str) -> Result<(), NameError> {
+                let rule = NameError("must be 1-255 characters without control characters");
+                if text::is_stored_name(text) { Ok(()) } else { Err(rule) }
+            }
+
+            /// The name in Unicode Normalization Form C, in which names are compared.
+            #[must_use]
+            pub fn normalized(&self) -> Self {
+                match text::normalize(&self.0) {
+                    Cow::Borrowed(_) => self.clone(),
+                    Cow::Owned(name) => $type(name.into()),
+                }
+            }
+        }
+
+        impl TryFrom<String> for $type {
+            type Error = NameError;
+            fn try_from(text: String) -> Result<Self, NameError> {
+                $type::from_stored(&text)
             }
         }
     };
@@ -95,8 +160,9 @@ fn slug(text: &str, most: usize) -> bool {
 }
 
 name!(
-    /// An account's id.
-    AccountId, "must be 1-64 characters of [a-z0-9_-]", |t| slug(t, 64)
+    /// An account's id. Ids are compared exactly; no two accounts have ids that differ in case alone.
+    AccountId, "must be 1-64 characters of [A-Za-z0-9_-]",
+    |t| (1..=64).contains(&t.len()) && t.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-')
 );
 name!(
     /// A user's id in the product that uses Keyward; opaque here.
@@ -114,15 +180,13 @@ name!(
     /// An environment's name.
     EnvironmentName, "must be 1-32 characters of [a-z0-9_-]", |t| slug(t, 32)
 );
-name!(
+display_name!(
     /// What a person calls a key.
-    KeyName, "must be 1-255 characters without control characters",
-    |t| (1..=255).contains(&t.chars().count()) && !t.chars().any(char::is_control)
+    KeyName
 );
-name!(
+display_name!(
     /// What a person calls an account.
-    DisplayName, "must be 1-255 characters without control characters",
-    |t| (1..=255).contains(&t.chars().count()) && !t.chars().any(char::is_control)
+    DisplayName
 );
 name!(
     /// A caller's name for one request, so that it can be sent again safely.
@@ -158,6 +222,12 @@ impl AccountId {
     #[must_use]
     pub fn is_operator(&self) -> bool {
         &*self.0 == "keyward"
+    }
+
+    /// The id in lower case, in which no two accounts may be equal.
+    #[must_use]
+    pub fn case_folded(&self) -> String {
+        self.0.to_ascii_lowercase()
     }
 
     /// An id that nobody chose: `acc-` and 26 characters that sort by time.
@@ -247,18 +317,46 @@ mod tests {
 
     #[test]
     fn names_hold_only_what_their_rule_allows() {
-        assert!(AccountId::parse("acme-1_x").is_ok());
-        for bad in ["", "Acme", "a b", "é", &"a".repeat(65)] {
+        for good in ["acme-1_x", "org_2abCD", "Acme", "0", &"a".repeat(64)] {
+            assert!(AccountId::parse(good).is_ok(), "{good:?}");
+        }
+        for bad in ["", "a b", "é", "a.b", "a/b", &"a".repeat(65)] {
             assert!(AccountId::parse(bad).is_err(), "{bad:?}");
         }
-        assert!(KeyName::parse(&"é".repeat(255)).is_ok(), "characters count, not bytes");
-        assert!(KeyName::parse(&"é".repeat(256)).is_err());
-        assert!(KeyName::parse("a\nb").is_err());
+        for bad in ["", "Agent", "org:admin"] {
+            assert!(RoleName::parse(bad).is_err(), "{bad:?}");
+        }
         assert!(TokenPrefix::parse("izli_sk").is_ok());
         for bad in ["", "1a", "_a", "a-b", "abcdefghijklmnopq"] {
             assert!(TokenPrefix::parse(bad).is_err(), "{bad:?}");
         }
         assert!(TokenTag::parse("").is_ok());
+    }
+
+    #[test]
+    fn the_operator_account_has_one_spelling() {
+        assert!(AccountId::parse("keyward").unwrap().is_operator());
+        for other in ["Keyward", "KEYWARD"] {
+            let id = AccountId::parse(other).unwrap();
+            assert!(!id.is_operator() && id.case_folded() == AccountId::operator().as_str(), "{other}");
+        }
+    }
+
+    #[test]
+    fn a_name_is_normalized_when_it_is_typed_and_kept_as_it_is_when_it_is_stored() {
+        let (typed, stored) =
+            (KeyName::parse("e\u{301}").unwrap(), KeyName::from_stored("e\u{301}").unwrap());
+        assert_eq!((typed.as_str(), stored.as_str()), ("\u{e9}", "e\u{301}"));
+        assert_eq!(stored.normalized(), typed);
+        assert_eq!(
+            serde_json::from_str::<KeyName>("\"e\u{301}\"").unwrap(),
+            stored,
+            "the log holds it as it was"
+        );
+        for old in [" blank ", "a\u{202e}b", "a\u{200b}"] {
+            assert!(KeyName::parse(old).is_err() && KeyName::from_stored(old).is_ok(), "{old:?}");
+        }
+        assert!(KeyName::from_stored("a\nb").is_err());
     }
 
     #[test]

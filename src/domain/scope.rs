@@ -1,6 +1,6 @@
 //! Scopes: what a key is granted and what a request needs.
 //!
-//! A scope is one to four segments of `[A-Za-z0-9_.-]` joined by `:`, case-sensitive. A grant may end in the
+//! A scope is one to four segments of `[A-Za-z0-9_./-]` joined by `:`, case-sensitive. A grant may end in the
 //! segment `*`, which stands for one or more segments of any kind. Nothing but a grant that itself starts with
 //! `keyward` reaches the reserved `keyward` scopes: `*` does not. An empty set grants nothing.
 
@@ -15,10 +15,10 @@ pub const RESERVED: &str = "keyward";
 
 const MAX_LEN: usize = 128;
 const MAX_SEGMENTS: usize = 4;
-const RULE: &str = "must be one to four segments of [A-Za-z0-9_.-] joined by ':', at most 128 characters; \
+const RULE: &str = "must be one to four segments of [A-Za-z0-9_./-] joined by ':', at most 128 characters; \
                     only the last segment may be '*'";
 const CONCRETE_RULE: &str = "must be a concrete scope, such as monitors:read: one to four segments of \
-                             [A-Za-z0-9_.-] joined by ':', at most 128 characters, without '*'";
+                             [A-Za-z0-9_./-] joined by ':', at most 128 characters, without '*'";
 
 /// One scope. With `*` at its end it is a pattern, and can only be granted.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Deserialize)]
@@ -99,7 +99,8 @@ fn is_reserved(text: &str) -> bool {
 }
 
 fn is_segment(text: &str) -> bool {
-    !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-'))
+    !text.is_empty()
+        && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'/' | b'-'))
 }
 
 impl fmt::Display for Scope {
@@ -246,8 +247,23 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_slash_belongs_to_a_segment_and_separates_none() {
+        for scope in
+            ["repo/write", "read/orders:all", "/v1/users:read", "https://api.example.com/auth/mail.read"]
+        {
+            assert_eq!(Scope::parse_required(scope).unwrap().as_str(), scope);
+            assert!(allows(&[scope], scope) && allows(&["*"], scope));
+        }
+        assert!(allows(&["repo/a:*"], "repo/a:read"));
+        assert!(!allows(&["repo:*"], "repo/a:read"), "repo/a is another segment than repo");
+        assert!(!allows(&["repo"], "repo/a"));
+        assert!(Scope::parse_grant("repo/*").is_err(), "only a whole segment is a pattern");
+        assert!(!Scope::parse_grant("keyward/check").unwrap().is_reserved());
+    }
+
     fn segment() -> impl Strategy<Value = String> {
-        prop_oneof![Just("a".to_owned()), Just("b".to_owned()), Just("keyward".to_owned())]
+        prop::sample::select(vec!["a", "b", "a/b", "/", "keyward", "keyward/a"]).prop_map(str::to_owned)
     }
 
     fn concrete() -> impl Strategy<Value = String> {
@@ -261,6 +277,36 @@ mod tests {
             }
             segments.join(":")
         })
+    }
+
+    /// Text of the characters that matter to the parser.
+    fn near_scope() -> impl Strategy<Value = String> {
+        let piece = prop_oneof![
+            8 => prop::sample::select(vec!["a", "Z", "0", "_", ".", "/", "-", ":", ":", "*", "all"]),
+            1 => prop::sample::select(vec![" ", ",", "\\", "%2F", "é", "\0", "～"]),
+        ];
+        let most = prop_oneof![9 => Just(9usize), 1 => Just(160)];
+        most.prop_flat_map(move |most| {
+            proptest::collection::vec(piece.clone(), 0..most).prop_map(|pieces| pieces.concat())
+        })
+    }
+
+    /// Whether a text is a grant, character by character.
+    fn naive_is_grant(text: &str) -> bool {
+        const ALLOWED: &str = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_./-";
+        let (mut segments, mut segment) = (Vec::new(), String::new());
+        for character in text.chars() {
+            if character == ':' {
+                segments.push(std::mem::take(&mut segment));
+            } else {
+                segment.push(character);
+            }
+        }
+        let is_plain = |segment: &String| !segment.is_empty() && segment.chars().all(|c| ALLOWED.contains(c));
+        text.len() <= 128
+            && segments.len() <= 3
+            && segments.iter().all(is_plain)
+            && (segment == "*" || is_plain(&segment))
     }
 
     /// The rule of the module's head once more, segment by segment.
@@ -279,6 +325,13 @@ mod tests {
         #[test]
         fn matching_agrees_with_the_naive_model(granted in grant(), needed in concrete()) {
             prop_assert_eq!(allows(&[&granted], &needed), naive(&granted, &needed));
+        }
+
+        #[test]
+        fn parsing_agrees_with_the_naive_model(text in near_scope()) {
+            prop_assert_eq!(Scope::parse_grant(&text).is_ok(), naive_is_grant(&text));
+            let concrete = naive_is_grant(&text) && !text.ends_with('*') && text != "all";
+            prop_assert_eq!(Scope::parse_required(&text).is_ok(), concrete);
         }
 
         #[test]

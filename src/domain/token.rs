@@ -2,10 +2,11 @@
 //!
 //! `{prefix}_{tag}_{43 base62 digits}{6 base62 digits}`, or without the tag where it is empty. The 43 digits are
 //! 32 random bytes as one big-endian number, the 6 are the CRC-32 (IEEE) of everything before them; digits are
-//! `0-9A-Za-z`, most significant first, zero-padded. The checksum rejects typos, truncation and random floods
-//! before any look-up; it proves nothing.
+//! `0-9A-Za-z`, most significant first, zero-padded. The checksum explains why a token is unknown: it was mistyped. It
+//! proves nothing, and it is checked after the look-up, because imported tokens may have this format with another
+//! checksum.
 
-use std::fmt;
+use std::{borrow::Cow, fmt};
 
 use serde::{Deserialize, Serialize};
 use sha2::Digest as _;
@@ -18,6 +19,13 @@ pub const PATTERN: &str = "^[a-z][a-z0-9_]{0,32}_[0-9A-Za-z]{49}$";
 
 /// The longest string that is looked up, in bytes.
 pub const MAX_LEN: usize = 512;
+
+/// The fewest bits of entropy that the token of an imported digest must have: with fewer, a reader of the database can
+/// find the token.
+pub const MIN_ENTROPY_BITS: u32 = 112;
+
+/// More bits of entropy than this do not fit into [`MAX_LEN`] visible ASCII characters, of which there are 94.
+pub const MAX_ENTROPY_BITS: u32 = 3355;
 
 const DIGITS: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
 const BODY: usize = 43;
@@ -109,7 +117,7 @@ impl Serialize for Digest {
 
 impl<'de> Deserialize<'de> for Digest {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = std::borrow::Cow::<str>::deserialize(deserializer)?;
+        let text = Cow::<str>::deserialize(deserializer)?;
         from_hex(&text)
             .map(Digest)
             .ok_or_else(|| serde::de::Error::custom("a digest is 64 hexadecimal digits"))
@@ -121,7 +129,16 @@ pub(crate) struct Hex<'a>(pub(crate) &'a [u8]);
 
 impl fmt::Display for Hex<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+        const DIGITS: &[u8; 16] = b"0123456789abcdef";
+        // In pieces: to write each digit by itself takes several times as long.
+        for piece in self.0.chunks(16) {
+            let mut digits = [0; 32];
+            for (pair, byte) in digits.as_chunks_mut::<2>().0.iter_mut().zip(piece) {
+                *pair = [DIGITS[usize::from(byte >> 4)], DIGITS[usize::from(byte & 15)]];
+            }
+            f.write_str(std::str::from_utf8(&digits[..2 * piece.len()]).map_err(|_| fmt::Error)?)?;
+        }
+        Ok(())
     }
 }
 
@@ -137,32 +154,23 @@ pub(crate) fn from_hex(text: &str) -> Option<[u8; 32]> {
     Some(bytes)
 }
 
-/// What can be said of a presented string before any look-up.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Shape {
-    /// It may be a token: look it up.
-    Plausible,
-    /// It cannot be one: empty, other than visible ASCII, or of our format with a wrong checksum.
-    Malformed,
-    /// Longer than [`MAX_LEN`].
-    TooLong,
-}
-
-/// Judges a presented string by its looks alone. A string of another shape than ours is plausible: imported
-/// tokens keep the shape of the system that made them.
+/// Whether a presented string can be a token of any system: 1 to [`MAX_LEN`] visible ASCII characters. Everything else
+/// is malformed without a look-up.
 #[must_use]
-pub fn shape(presented: &str) -> Shape {
+pub fn can_be_token(presented: &str) -> bool {
     let bytes = presented.as_bytes();
-    if bytes.len() > MAX_LEN {
-        return Shape::TooLong;
-    }
-    if bytes.is_empty() || !each(bytes, |b| (0x21..=0x7e).contains(&b)) {
-        return Shape::Malformed;
-    }
-    if matches_pattern(bytes) && !checksum_holds(bytes) { Shape::Malformed } else { Shape::Plausible }
+    (1..=MAX_LEN).contains(&bytes.len()) && each(bytes, |b| (0x21..=0x7e).contains(&b))
 }
 
-/// [`PATTERN`], by hand: this runs in every Check.
+/// Whether a string has the format of a token with a wrong checksum. Of an unknown token this means that it was
+/// mistyped. A known one was imported: other systems compute other checksums.
+#[must_use]
+pub fn has_wrong_checksum(presented: &str) -> bool {
+    let bytes = presented.as_bytes();
+    matches_pattern(bytes) && !checksum_holds(bytes)
+}
+
+/// [`PATTERN`], by hand: this runs in every Check of an unknown token.
 fn matches_pattern(bytes: &[u8]) -> bool {
     let Some(start) = bytes.len().checked_sub(BODY + CHECKSUM + 1) else {
         return false;
@@ -188,6 +196,50 @@ fn checksum_holds(bytes: &[u8]) -> bool {
         sum /= 62;
         *digit == expected
     })
+}
+
+/// A text for logs: the random part of whatever looks like a token is replaced by `***`. That is every run of 32 or more
+/// base62 digits after a `_`, each plain or percent-encoded, so that a token that was cut short is replaced, too.
+#[must_use]
+pub fn redacted(text: &str) -> Cow<'_, str> {
+    const FEWEST: usize = 32;
+    let bytes = text.as_bytes();
+    let (mut out, mut copied) = (String::new(), 0);
+    // Where the digits after a `_` begin, and how many there are so far.
+    let mut run: Option<(usize, usize)> = None;
+    let mut at = 0;
+    loop {
+        let (letter, next) = letter_at(bytes, at);
+        match (&mut run, letter) {
+            (Some((_, digits)), Some(letter)) if letter.is_ascii_alphanumeric() => *digits += 1,
+            _ => {
+                if let Some((start, _)) = run.filter(|(_, digits)| *digits >= FEWEST) {
+                    out.push_str(&text[copied..start]);
+                    out.push_str("***");
+                    copied = at;
+                }
+                run = (letter == Some(b'_')).then_some((next, 0));
+            }
+        }
+        if letter.is_none() {
+            break;
+        }
+        at = next;
+    }
+    if copied == 0 {
+        return Cow::Borrowed(text);
+    }
+    out.push_str(&text[copied..]);
+    Cow::Owned(out)
+}
+
+/// The byte at a place, percent-decoded, and where the next begins; no byte at the end.
+fn letter_at(bytes: &[u8], at: usize) -> (Option<u8>, usize) {
+    let hex = |at: usize| bytes.get(at).and_then(|digit| char::from(*digit).to_digit(16));
+    match (bytes.get(at), hex(at + 1), hex(at + 2)) {
+        (Some(b'%'), Some(high), Some(low)) => (u8::try_from(high << 4 | low).ok(), at + 3),
+        (letter, ..) => (letter.copied(), at + 1),
+    }
 }
 
 /// Appends `bytes`, read as one big-endian number, as exactly `digits` base62 digits. The bytes come in fours.
@@ -265,6 +317,25 @@ mod tests {
     }
 
     #[test]
+    fn a_token_in_a_text_is_not_logged_however_it_is_written() {
+        let made = token("kw", "live", [7; 32]);
+        let (text, secret) = (made.reveal(), &made.reveal()["kw_live_".len()..]);
+        let encoded: String = text.bytes().map(|byte| format!("%{byte:02X}")).collect();
+        let (cut, odd) = (&text[..text.len() - 9], text.replace('_', "%5f"));
+        for (text, wanted) in [
+            (format!("/runs/{text}/x"), "/runs/kw_live_***/x".to_owned()),
+            (format!("{text}{text}"), "kw_live_***_live_***".to_owned()),
+            (cut.to_owned(), "kw_live_***".to_owned()),
+            (format!("/{odd}\u{e9}"), "/kw%5flive%5f***\u{e9}".to_owned()),
+            (format!("/{encoded}."), format!("/{}***.", &encoded[.."kw_live_".len() * 3])),
+            ("/v1/monitors_of/7%".to_owned(), "/v1/monitors_of/7%".to_owned()),
+            (secret.to_owned(), secret.to_owned()),
+        ] {
+            assert_eq!(redacted(&text), wanted, "{text}");
+        }
+    }
+
+    #[test]
     fn the_hint_shows_four_characters_of_the_random_part() {
         let made = token("izli_sk", "live", [7; 32]);
         assert_eq!(made.hint(), made.reveal()[.."izli_sk_live_".len() + 4]);
@@ -273,24 +344,29 @@ mod tests {
     #[test]
     fn foreign_tokens_are_looked_up_whatever_they_look_like() {
         for foreign in ["abc", "sk_live_51H", "eyJhbGciOi.J9.x-_", &"x".repeat(512)] {
-            assert_eq!(shape(foreign), Shape::Plausible, "{foreign:?}");
+            assert!(can_be_token(foreign) && !has_wrong_checksum(foreign), "{foreign:?}");
         }
     }
 
     #[test]
     fn what_cannot_be_a_token_is_malformed() {
         for bad in ["", " ", "a b", "tok\u{e9}n", "a\n", "a\0b"] {
-            assert_eq!(shape(bad), Shape::Malformed, "{bad:?}");
+            assert!(!can_be_token(bad), "{bad:?}");
         }
-        assert_eq!(shape(&"x".repeat(513)), Shape::TooLong);
+        assert!(!can_be_token(&"x".repeat(513)));
+    }
+
+    #[test]
+    fn the_most_bits_of_entropy_are_those_of_the_longest_token() {
+        assert_eq!((MAX_LEN as f64 * 94_f64.log2()).floor() as u32, MAX_ENTROPY_BITS);
     }
 
     proptest! {
         #[test]
-        fn every_token_is_plausible_and_matches_the_pattern(random: [u8; 32], prefix in "[a-z][a-z0-9_]{0,15}", tag in "[a-z0-9]{0,16}") {
+        fn every_token_matches_the_pattern_and_its_checksum_holds(random: [u8; 32], prefix in "[a-z][a-z0-9_]{0,15}", tag in "[a-z0-9]{0,16}") {
             let made = token(&prefix, &tag, random);
             prop_assert!(matches_pattern(made.reveal().as_bytes()));
-            prop_assert_eq!(shape(made.reveal()), Shape::Plausible);
+            prop_assert!(can_be_token(made.reveal()) && !has_wrong_checksum(made.reveal()));
         }
 
         #[test]
@@ -298,24 +374,35 @@ mod tests {
             let mut bytes = token("kw", "live", random).reveal().as_bytes().to_vec();
             prop_assume!(bytes[at] != DIGITS[to]);
             bytes[at] = DIGITS[to];
-            prop_assert_eq!(shape(std::str::from_utf8(&bytes).unwrap()), Shape::Malformed);
+            prop_assert!(has_wrong_checksum(std::str::from_utf8(&bytes).unwrap()));
         }
 
         #[test]
         fn a_truncated_token_is_never_taken_for_a_checksummed_one(random: [u8; 32], keep in 1usize..57) {
             let made = token("kw", "live", random);
             // Shorter than the pattern demands: it is foreign, and nobody has its digest.
-            prop_assert_eq!(shape(&made.reveal()[..keep]), Shape::Plausible);
+            prop_assert!(!has_wrong_checksum(&made.reveal()[..keep]));
         }
 
         #[test]
         fn no_string_makes_the_parser_panic(text in any::<String>()) {
-            let plausible = !text.is_empty() && text.bytes().all(|b| (0x21..=0x7e).contains(&b));
-            if text.len() > MAX_LEN {
-                prop_assert_eq!(shape(&text), Shape::TooLong);
-            } else if !plausible {
-                prop_assert_eq!(shape(&text), Shape::Malformed);
-            }
+            let visible = text.bytes().all(|b| (0x21..=0x7e).contains(&b));
+            prop_assert_eq!(can_be_token(&text), visible && (1..=MAX_LEN).contains(&text.len()));
+            prop_assert!(!has_wrong_checksum(&text) || can_be_token(&text));
+        }
+
+        #[test]
+        fn no_text_is_logged_with_a_whole_token(
+            random: [u8; 32], before in any::<String>(), after in "[^0-9A-Za-z]?.*", encode: u64
+        ) {
+            let made = token("kw", "live", random);
+            let written: String = made.reveal().bytes().enumerate().map(|(at, byte)| {
+                if encode >> (at % 64) & 1 == 1 { format!("%{byte:02x}") } else { char::from(byte).to_string() }
+            }).collect();
+            let logged = redacted(&format!("{before}{written}{after}")).into_owned();
+            let decoded = |text: &str| percent_encoding::percent_decode_str(text).decode_utf8_lossy().into_owned();
+            prop_assert!(!decoded(&logged).contains(&made.reveal()[8..]), "{}", logged);
+            prop_assert!(logged.contains("***"));
         }
 
         #[test]

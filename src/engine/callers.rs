@@ -9,7 +9,7 @@ use crate::domain::{
     name::AccountId,
     scope::ScopeSet,
     time::Timestamp,
-    token::{self, Digest, Shape},
+    token::{self, Digest},
 };
 
 use super::{
@@ -17,6 +17,7 @@ use super::{
     index::Found,
     judge,
     limiter::{self, Take},
+    reason_for_unknown,
 };
 
 /// A key that may call Keyward.
@@ -127,10 +128,14 @@ impl Engine {
         fresh: bool,
     ) -> Result<Result<CallerJudged, Reason>, CannotAnswer> {
         self.index.revision().ok_or(CannotAnswer::Starting)?;
-        if token::shape(presented) != Shape::Plausible {
+        if !token::can_be_token(presented) {
             return Ok(Err(Reason::Malformed));
         }
-        self.judge_digest(&Digest::of(presented), account, anywhere, peer, fresh)
+        let judged = self.judge_digest(&Digest::of(presented), account, anywhere, peer, fresh)?;
+        Ok(judged.map_err(|reason| match reason {
+            Reason::Unknown => reason_for_unknown(presented),
+            reason => reason,
+        }))
     }
 
     /// The same of a token that is known by its digest.
@@ -205,8 +210,8 @@ impl Engine {
     /// # Errors
     /// When the first snapshot is not loaded yet, or the lease has run out: the token may have been replaced since.
     pub fn lookup(&self, presented: &str) -> Result<Option<Holder>, CannotAnswer> {
-        let plausible = token::shape(presented) == Shape::Plausible;
-        self.holder_of(plausible.then(|| Digest::of(presented)).as_ref())
+        let digest = token::can_be_token(presented).then(|| Digest::of(presented));
+        self.holder_of(digest.as_ref())
     }
 
     pub(super) fn holder_of(&self, digest: Option<&Digest>) -> Result<Option<Holder>, CannotAnswer> {

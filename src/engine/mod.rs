@@ -1,7 +1,8 @@
 //! The engine: answers Checks from memory. Nothing here asks a database, and nothing awaits but `limiter`: a Check of
 //! a key without limits is answered the first time that it is polled.
 //!
-//! `parse → digest → look up → decide → take from the limits → note the use → answer`. The index is fed with log rows
+//! `parse → digest → look up → decide → take from the limits → note the use → answer`. An unknown token is judged by its
+//! checksum after the look-up, since imported tokens have checksums of other systems. The index is fed with log rows
 //! in revision order; uses are written behind. Who may ask, and how answers look on the wire, is `grpc`'s business.
 
 pub mod callers;
@@ -25,7 +26,7 @@ use crate::{
         name::{AccountId, CustomerId, EnvironmentName},
         scope::{Scope, ScopeSet},
         time::{Revision, Timestamp},
-        token::{self, Digest, Shape},
+        token::{self, Digest},
     },
     instruments::Counters,
 };
@@ -392,7 +393,7 @@ impl Engine {
     ) -> Result<Judged, CannotAnswer> {
         let now = self.clock.now();
         let without_key = |reason| Ok(Judged { answer: Answer::of(reason, revision), budget: None, now });
-        if token::shape(question.token) != Shape::Plausible {
+        if !token::can_be_token(question.token) {
             return without_key(Reason::Malformed);
         }
         let visible = |found: &Found| match found.key.owner() {
@@ -401,8 +402,11 @@ impl Engine {
             Owner::User(user) => self.index.member(asker, user).is_some(),
         };
         let Some(found) = self.index.find(&Digest::of(question.token)).filter(visible) else {
-            // It may have been made since.
-            return if fresh { without_key(Reason::Unknown) } else { Err(CannotAnswer::LeaseLost) };
+            if !fresh {
+                // It may have been made or imported since.
+                return Err(CannotAnswer::LeaseLost);
+            }
+            return without_key(reason_for_unknown(question.token));
         };
         let request = Request {
             purpose: Use::Service { environment: question.environment, customer: question.customer },
@@ -542,6 +546,11 @@ impl Place {
         let subject = self.subject(key, 0);
         if subject.grants_are_its_own() { Granted::Own } else { Granted::Derived(subject.grants()) }
     }
+}
+
+/// Why a token that nobody has is denied.
+fn reason_for_unknown(presented: &str) -> Reason {
+    if token::has_wrong_checksum(presented) { Reason::Malformed } else { Reason::Unknown }
 }
 
 /// Decides by the record, and by the record that may be in its place: what either refuses is refused.

@@ -9,7 +9,10 @@ use std::{
 };
 
 use super::GatewaySettings;
-use crate::trace::{Parent, RequestId};
+use crate::{
+    domain::header_name,
+    trace::{Parent, RequestId},
+};
 
 /// Who asks how.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,6 +37,8 @@ pub enum Client {
 pub struct Asked<'a> {
     /// Who asks how.
     pub via: Via,
+    /// Whether the proxy removes the headers that the reply names. If not, its configuration lists them, by name.
+    pub proxy_removes: bool,
     /// The method.
     pub method: &'a [u8],
     /// The authority.
@@ -50,7 +55,7 @@ pub struct Asked<'a> {
 
 impl fmt::Debug for Asked<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Asked").field("via", &self.via).field("path", &self.path()).finish_non_exhaustive()
+        f.debug_struct("Asked").field("via", &self.via).finish_non_exhaustive()
     }
 }
 
@@ -85,10 +90,10 @@ impl<'a> Asked<'a> {
         str::from_utf8(self.target).ok()
     }
 
-    /// The path without the query, for logs: a query may hold anything.
-    pub(super) fn path(&self) -> &'a str {
+    /// The path without the query; [`super::LoggedPath`] makes it fit for logs.
+    pub(super) fn path(&self) -> Cow<'a, str> {
         let path = self.target.split(|byte| *byte == b'?').next().unwrap_or_default();
-        str::from_utf8(path).unwrap_or("(not UTF-8)")
+        String::from_utf8_lossy(path)
     }
 
     /// What to call the request in logs: as it is called where it came from, or by the proxy's number.
@@ -154,6 +159,28 @@ impl<'a> Asked<'a> {
             found = found.and(self.parameter(name).map(|token| (token, None)));
         }
         found
+    }
+
+    /// Every text that may be a credential, in each place that is read and in each spelling of the place, however many
+    /// there are: what logs must not show.
+    pub(super) fn secrets(&self, settings: &GatewaySettings) -> Vec<String> {
+        let reads = |name: &[u8]| {
+            settings.credential_headers.iter().any(|known| header_name::alike(name, known.as_bytes()))
+        };
+        let mut secrets = Vec::new();
+        for (_, value) in self.headers.iter().filter(|(name, _)| reads(name)) {
+            for part in String::from_utf8_lossy(value).split(',') {
+                let part = part.trim_matches([' ', '\t']);
+                secrets.push(scheme(part).unwrap_or(part).to_owned());
+            }
+        }
+        if let Some(known) = &settings.credential_query {
+            let query = self.target.splitn(2, |byte| *byte == b'?').nth(1).unwrap_or_default();
+            secrets.extend(
+                form(query).filter(|(name, _)| *name == **known).map(|(_, value)| value.into_owned()),
+            );
+        }
+        secrets
     }
 
     /// A query parameter. Its name as it stands, since proxies take it away by that; so one that is encoded is as
@@ -300,6 +327,7 @@ mod tests {
     fn asked<'a>(headers: &[(&'a str, &'a str)], target: &'a str) -> Asked<'a> {
         Asked {
             via: Via::ExtAuthz,
+            proxy_removes: true,
             method: b"GET",
             host: b"api.test",
             target: target.as_bytes(),

@@ -9,13 +9,14 @@ use crate::{
 use super::{Finding, Via};
 
 /// What is found besides the engine's reasons.
-const OTHERS: [&str; 10] = [
+const OTHERS: [&str; 11] = [
     "public",
     "no_credential",
     "many_credentials",
     "no_rule",
     "management_key",
     "bad_request",
+    "too_large",
     "misconfigured",
     "not_ready",
     "limits_unavailable",

@@ -8,8 +8,10 @@
 mod asked;
 mod counts;
 mod extensions;
+mod logged_path;
 mod ratelimit;
 mod reply;
+mod reserved;
 
 use std::sync::Arc;
 
@@ -19,6 +21,7 @@ use crate::{
     decisions::{Decisions, Facts, Kind},
     domain::{
         account::Environments,
+        header_name,
         name::{AccountId, CustomerId, EnvironmentName, NameError},
         route::{
             Demand, Mode, Named, Route, RuleBook,
@@ -38,7 +41,9 @@ pub use extensions::{Said, read as read_extensions};
 pub use reply::{Finding, Reply, Value};
 
 use asked::Credential;
+use logged_path::LoggedPath;
 use reply::Judged;
+use reserved::ReservedNames;
 
 /// How requests that a proxy asks about are judged.
 #[derive(Clone, Debug)]
@@ -82,11 +87,6 @@ impl Default for GatewaySettings {
         }
     }
 }
-
-/// Headers with which a client asks a service to take its request for one of another method. Rules are by method.
-const METHOD_OVERRIDES: [&str; 3] = ["x-http-method-override", "x-http-method", "x-method-override"];
-/// How much of a path is logged, in bytes.
-const LOGGED_PATH: usize = 256;
 
 /// Judges requests.
 pub struct Gateway {
@@ -202,19 +202,53 @@ impl Gateway {
     /// the route.
     pub async fn judge(&self, asker: Asker<'_>, asked: &Asked<'_>, said: Said) -> Reply {
         let book = self.book.load_full();
-        let mut judged = Judged {
-            mode: Mode::Enforce,
-            needed: Vec::new(),
-            cost: 1,
-            named_by: Vec::new(),
-            credential: Credential::None,
-            environment: None,
-            customer: None,
+        let mut judged = Judged::new();
+        let mut finding = self.find(asker, asked, said, &book, &mut judged).await;
+        let mut reply = reply::make(&self.settings, asked, &judged, &finding);
+        if !reply.fits() {
+            // A header that is not removed must not pass, in no mode.
+            judged.mode = Mode::Enforce;
+            finding = Finding::BadRequest("there are too many x-keyward- headers to remove".to_owned());
+            reply = reply::make(&self.settings, asked, &judged, &finding);
+        }
+        self.close(asked, &judged, &finding, &mut reply);
+        reply
+    }
+
+    /// Refuses a question of Envoy's that was not read, since it has `length` bytes and at most `limit` are read. This is a
+    /// verdict: as a fault, it would let requests with large bodies pass where `failure_mode_allow` is set.
+    #[must_use]
+    pub fn refuse_too_large(&self, length: usize, limit: usize) -> Reply {
+        let asked = Asked {
+            via: Via::ExtAuthz,
+            proxy_removes: true,
+            method: b"",
+            host: b"",
+            target: b"",
+            headers: Vec::new(),
+            client: Client::Peer(None),
+            id: b"",
         };
-        let finding = self.find(asker, asked, said, &book, &mut judged).await;
-        self.note(asked, &judged, &finding);
-        let decision = self.write_down(asked, &judged, &finding);
-        reply::make(&self.settings, asked, &judged, finding, decision)
+        let (judged, finding) = (Judged::new(), Finding::TooLarge);
+        let mut reply = reply::make(&self.settings, &asked, &judged, &finding);
+        if self.complaints.may(self.engine.now()) {
+            tracing::warn!(
+                length,
+                limit,
+                "a question of Envoy is too large, and its request is refused with 413: remove with_request_body from \
+                 ext_authz, or lower its max_request_bytes"
+            );
+        }
+        self.close(&asked, &judged, &finding, &mut reply);
+        reply
+    }
+
+    /// Counts and logs what was found, and writes it to the decision log.
+    fn close(&self, asked: &Asked<'_>, judged: &Judged<'_>, finding: &Finding, reply: &mut Reply) {
+        self.note(asked, judged, finding);
+        let decision = self.write_down(asked, judged, finding);
+        // By it the proxy's own log can be compared with the decision log.
+        reply.metadata.extend(decision.map(|id| ("decision_id".to_owned(), Value::Text(id.to_string()))));
     }
 
     /// Writes the decision down, if it is one of those that are. What cannot be answered is no decision.
@@ -252,6 +286,9 @@ impl Gateway {
     ) -> Finding {
         let Said { route: said, problem } = said;
         judged.mode = said.mode.or(book.defaults.mode).unwrap_or(self.settings.mode);
+        if let Some(refusal) = self.unremovable(asked, judged) {
+            return refusal;
+        }
         if let Some(problem) = problem {
             return Finding::Misconfigured(problem);
         }
@@ -265,6 +302,10 @@ impl Gateway {
         };
         let rule = match said.demand {
             Some(_) => None,
+            None if book.rules.is_ambiguous(&host, method, &target) => {
+                judged.mode = Mode::Enforce;
+                return Finding::BadRequest(path::Misspelt::Lookalike.to_string());
+            }
             None => book.rules.find(&host, method, &target),
         };
         let (route, captures) = match &rule {
@@ -275,13 +316,38 @@ impl Gateway {
         judged.mode = route.mode.unwrap_or(self.settings.mode);
         judged.cost = route.cost.unwrap_or(1);
         judged.named_by = named_by(&route);
-        if rule.as_ref().is_some_and(|(rule, _)| rule.methods != Methods::Any) && overrides_method(asked) {
+        if let Some(refusal) = self.unremovable(asked, judged).or_else(|| self.conflict(asked, judged)) {
+            return refusal;
+        }
+        // The proxy removes the header, and the client would get another method than it asks for. A proxy that removes
+        // by its own configuration may even send it on.
+        let by_method = rule.as_ref().is_some_and(|(rule, _)| rule.methods != Methods::Any);
+        if by_method && ReservedNames::overrides_method(asked) {
             return Finding::BadRequest("overriding the method by a header is not allowed".to_owned());
         }
         match self.ready(asked, route, captures) {
             Ok(ready) => self.ask(asker, asked, &ready, judged).await,
             Err(unready) => unready.into(),
         }
+    }
+
+    /// Refuses a header that would reach the service in a spelling that no proxy was asked to remove.
+    fn unremovable(&self, asked: &Asked<'_>, judged: &mut Judged<'_>) -> Option<Finding> {
+        let name = ReservedNames::new(&self.settings, &judged.named_by).unremovable(asked)?;
+        let problem = if name == header_name::PREFIX {
+            "headers that begin with x-keyward- are not a client's to send".to_owned()
+        } else {
+            format!("the name of a header differs from {name} in its punctuation alone; rename or remove it")
+        };
+        // Let through, it would reach the service.
+        judged.mode = Mode::Enforce;
+        Some(Finding::BadRequest(problem))
+    }
+
+    fn conflict(&self, asked: &Asked<'_>, judged: &Judged<'_>) -> Option<Finding> {
+        let name = ReservedNames::new(&self.settings, &judged.named_by).conflict(asked)?;
+        let problem = format!("{name} comes in several spellings with different values; send it once");
+        Some(Finding::BadRequest(problem))
     }
 
     /// What a route needs, with the names that the request gives.
@@ -352,27 +418,22 @@ impl Gateway {
             answer.inspect(|answer| answer.record(&span));
             span.record("keyward.reason", reason);
         }
-        let (key, path) = (finding.key_id(), shortened(asked.path()));
+        let (key, path) = (finding.key_id(), LoggedPath::new(asked, &self.settings));
         let shadow = judged.mode == Mode::Shadow;
         if let Finding::Misconfigured(problem) = finding {
             if self.complaints.may(self.engine.now()) {
                 tracing::error!(
                     problem,
-                    path,
+                    %path,
                     shadow,
                     "a route is misconfigured, and is answered with 503 unless it is in shadow mode"
                 );
             }
         } else if shadow && !finding.passes() && self.shadows.may(self.engine.now()) {
-            tracing::info!(key, reason, path, "shadow: the request passes and would have been denied");
+            tracing::info!(key, reason, %path, "shadow: the request passes and would have been denied");
         }
-        tracing::debug!(key, reason, path, passes = finding.passes(), shadow, "a request was judged");
+        tracing::debug!(key, reason, %path, passes = finding.passes(), shadow, "a request was judged");
     }
-}
-
-/// The start of a path: clients choose its length.
-fn shortened(path: &str) -> &str {
-    &path[..path.floor_char_boundary(LOGGED_PATH)]
 }
 
 /// Target, host and method in the one spelling that rules see; or what is wrong with them, for the client.
@@ -395,10 +456,6 @@ fn header_of<T>(named: &Named<T>) -> Option<Box<str>> {
         Named::Header(name) => Some(name.clone()),
         Named::Is(_) | Named::Capture(_) => None,
     }
-}
-
-fn overrides_method(asked: &Asked<'_>) -> bool {
-    METHOD_OVERRIDES.iter().any(|name| asked.header(name) != Ok(None))
 }
 
 /// A name from where the route says that it stands. One that a header or path leaves out is unsaid.

@@ -8,12 +8,16 @@ use crate::{
     engine::limiter::Usage,
 };
 
+/// The longest value, in bytes: a key's limits, as many as there may be, with names as long as they may be, fit. Limits
+/// that do not are left out.
+const MAX_LEN: usize = 1024;
+
 /// The values of `RateLimit-Policy` and `RateLimit`; `None` for a key without limits.
 pub(super) fn fields(key: &impl KeyFacts, usage: &Usage) -> Option<(String, String)> {
     if usage.standings.is_empty() {
         return None;
     }
-    let (mut policies, mut states) = (Vec::new(), Vec::new());
+    let (mut policies, mut states, mut length) = (Vec::new(), Vec::new(), 0);
     for (at, (name, limit, standing)) in usage.standings.iter().enumerate() {
         let name = quoted(name);
         let window = match key.rate_limits().get(at) {
@@ -25,9 +29,15 @@ pub(super) fn fields(key: &impl KeyFacts, usage: &Usage) -> Option<(String, Stri
                 QuotaPeriod::Month | QuotaPeriod::Total => None,
             }),
         };
-        policies.push(format!("{name};q={limit}{}", parameter("w", window)));
+        let policy = format!("{name};q={limit}{}", parameter("w", window));
         let reset = parameter("t", standing.reset_after.map(seconds));
-        states.push(format!("{name};r={}{reset}", standing.remaining));
+        let state = format!("{name};r={}{reset}", standing.remaining);
+        length += policy.len().max(state.len()) + 2;
+        if length > MAX_LEN {
+            break;
+        }
+        policies.push(policy);
+        states.push(state);
     }
     Some((policies.join(", "), states.join(", ")))
 }
@@ -83,6 +93,26 @@ mod tests {
         assert_eq!(policy, r#""bu\"rst";q=10;w=60, "quota";q=1000"#);
         assert_eq!(state, r#""bu\"rst";r=3;t=42, "quota";r=7"#);
         assert_eq!(fields(&key, &Usage::default()), None);
+    }
+
+    #[test]
+    fn the_longest_limits_fit_and_more_are_left_out() {
+        let limits = |count: u8| {
+            let name = |at: u8| format!("{}{at:02}", "n".repeat(62));
+            let standings =
+                (0..count).map(|at| (name(at), u64::MAX / 2, standing(u64::MAX / 2, Some(86_400_000))));
+            let usage = Usage { standings: standings.collect(), ..Usage::default() };
+            let window = Duration::from_secs(86_400);
+            let mut key = sample();
+            key.terms.rate_limits =
+                (0..8).map(|at| RateLimit { name: name(at), limit: u64::MAX / 2, window }).collect();
+            key.terms.quota = Some(Quota { limit: u64::MAX / 2, period: QuotaPeriod::Hour });
+            fields(&key, &usage).unwrap()
+        };
+        let (policy, state) = limits(9);
+        assert_eq!((policy.matches(";q=").count(), state.matches(";r=").count()), (9, 9));
+        let (policy, state) = limits(99);
+        assert!(policy.len() <= MAX_LEN && state.len() <= MAX_LEN && policy.ends_with(";w=3600"), "{policy}");
     }
 
     #[test]

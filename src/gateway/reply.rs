@@ -16,6 +16,7 @@ use super::{
     Asked, GatewaySettings,
     asked::Credential,
     ratelimit::{fields, seconds},
+    reserved::ReservedNames,
 };
 
 /// What was found out about a request.
@@ -33,6 +34,8 @@ pub enum Finding {
     NoRule,
     /// The request can be read in two ways; the text says why, for the client.
     BadRequest(String),
+    /// The proxy's question is larger than is read: it has the body of the request.
+    TooLarge,
     /// What the route needs cannot be known; the text says why, for the log.
     Misconfigured(String),
     /// The engine cannot answer.
@@ -63,6 +66,7 @@ impl Finding {
             Finding::ManyCredentials => "many_credentials",
             Finding::NoRule => "no_rule",
             Finding::BadRequest(_) => "bad_request",
+            Finding::TooLarge => "too_large",
             Finding::Misconfigured(_) => "misconfigured",
             Finding::CannotAnswer(CannotAnswer::LimitsUnavailable | CannotAnswer::QuotaUnavailable) => {
                 "limits_unavailable"
@@ -105,6 +109,21 @@ pub(super) struct Judged<'a> {
     pub customer: Option<CustomerId>,
 }
 
+impl Judged<'_> {
+    /// Nothing is known yet.
+    pub(super) fn new() -> Self {
+        Judged {
+            mode: Mode::Enforce,
+            needed: Vec::new(),
+            cost: 1,
+            named_by: Vec::new(),
+            credential: Credential::None,
+            environment: None,
+            customer: None,
+        }
+    }
+}
+
 /// A value of the proxy's metadata.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Value {
@@ -139,35 +158,34 @@ pub struct Reply {
     pub metadata: Vec<(String, Value)>,
 }
 
-/// The names under which services learn who calls. From outside they are not believed.
-const IDENTITY: [&str; 6] = [
-    "x-keyward-key-id",
-    "x-keyward-account",
-    "x-keyward-user",
-    "x-keyward-environment",
-    "x-keyward-scopes",
-    "x-keyward-shadow",
-];
-/// Headers with which a client asks a service to take its request for one of another path.
-const PATH_OVERRIDES: [&str; 2] = ["x-original-url", "x-rewrite-url"];
-/// The longest list of scopes that is sent on: proxies and services bound their headers.
-const MAX_SCOPES_LEN: usize = 4096;
+/// The longest list of scopes that a service gets, in bytes. Proxies and services bound their headers: nginx's usual buffer
+/// is 4 KiB. A list is cut between scopes, and `x-keyward-truncated` says so.
+const MAX_SCOPES_LEN: usize = 2048;
+/// The longest list of scopes in `WWW-Authenticate`, in bytes. A longer one is left out: a part of it would mislead.
+const MAX_CHALLENGE_LEN: usize = 1024;
+/// The longest list of headers to remove, in bytes with commas. Clients choose how many there are.
+const MAX_REMOVE_LEN: usize = 2048;
 
-/// Makes the reply. `decision`: its id, where it was written down.
+impl Reply {
+    /// Whether the proxy can be told everything that it must remove.
+    pub(super) fn fits(&self) -> bool {
+        self.remove.iter().map(|name| name.len() + 1).sum::<usize>() <= MAX_REMOVE_LEN
+    }
+}
+
+/// Makes the reply. No header of it is longer than this module's bounds, and all together have at most 8 KiB, if the
+/// removals [fit](Reply::fits).
 pub(super) fn make(
     settings: &GatewaySettings,
     asked: &Asked<'_>,
     judged: &Judged<'_>,
-    finding: Finding,
-    decision: Option<uuid::Uuid>,
+    finding: &Finding,
 ) -> Reply {
-    let mut reply = Reply { metadata: metadata(settings, judged, &finding), ..Reply::default() };
-    // By it the proxy's own log can be held against the decision log.
-    reply.metadata.extend(decision.map(|id| ("decision_id".to_owned(), Value::Text(id.to_string()))));
+    let mut reply = Reply { metadata: metadata(settings, judged, finding), ..Reply::default() };
     let shadowed = judged.mode == Mode::Shadow && !finding.passes();
     if finding.passes() || shadowed {
         reply.passes = true;
-        if let Finding::Answered(answer) = &finding
+        if let Finding::Answered(answer) = finding
             && finding.passes()
         {
             reply.upstream = identity(answer);
@@ -178,7 +196,7 @@ pub(super) fn make(
         }
         hide(settings, asked, judged, &mut reply);
     } else {
-        refuse(settings, asked, judged, &finding, &mut reply);
+        refuse(settings, asked, judged, finding, &mut reply);
     }
     reply
 }
@@ -193,29 +211,34 @@ fn identity(answer: &Answer) -> Vec<(&'static str, String)> {
     ];
     identity.extend(answer.account().map(|account| ("x-keyward-account", account.to_string())));
     identity.extend(key.owner().user().map(|user| ("x-keyward-user", user.to_string())));
-    let scopes = answer.grants().map(Scope::as_str).collect::<Vec<_>>().join(" ");
-    if scopes.len() <= MAX_SCOPES_LEN {
-        identity.push(("x-keyward-scopes", scopes));
+    let (scopes, whole) = joined(answer.grants().map(Scope::as_str), MAX_SCOPES_LEN);
+    identity.push(("x-keyward-scopes", scopes));
+    if !whole {
+        identity.push(("x-keyward-truncated", "scopes".to_owned()));
     }
     identity
+}
+
+/// Words with a space between them, as many as fit into `max` bytes; and whether those are all.
+fn joined<'a>(words: impl Iterator<Item = &'a str>, max: usize) -> (String, bool) {
+    let mut list = String::new();
+    for word in words {
+        let space = usize::from(!list.is_empty());
+        if list.len() + space + word.len() > max {
+            return (list, false);
+        }
+        list.extend([&" "[..space], word]);
+    }
+    (list, true)
 }
 
 /// Takes away what the service must not see: the credential, and what passes itself off as ours.
 fn hide(settings: &GatewaySettings, asked: &Asked<'_>, judged: &Judged<'_>, reply: &mut Reply) {
     let set = |name: &str| reply.upstream.iter().any(|(known, _)| *known == name);
-    let mut remove: Vec<String> =
-        IDENTITY.iter().filter(|name| !set(name)).map(|name| (*name).to_owned()).collect();
-    for (name, _) in &asked.headers {
-        let name = String::from_utf8_lossy(name).to_ascii_lowercase();
-        // To many services `_` in a header's name is the same as `-`.
-        if name.replace('_', "-").starts_with("x-keyward-") && !set(&name) && !remove.contains(&name) {
-            remove.push(name);
-        }
-    }
+    let mut remove = ReservedNames::new(settings, &judged.named_by).removed(asked, set);
     // A proxy may keep headers from us: a name that we did not see must not reach the service either.
     let unseen = judged.named_by.iter().filter(|name| asked.header(name) == Ok(None));
     remove.extend(unseen.map(ToString::to_string));
-    remove.extend(PATH_OVERRIDES.map(str::to_owned));
     // In shadow mode the service may still judge the credential itself.
     if let Credential::One { headers, query, .. } = &judged.credential
         && !settings.forward_credential
@@ -237,6 +260,7 @@ fn refuse(
 ) {
     const UNAUTHORIZED: (u16, &str, &str) = (401, "UNAUTHORIZED", "Invalid or missing API key");
     const FORBIDDEN: (u16, &str, &str) = (403, "FORBIDDEN", "Insufficient permissions for this action");
+    const TOO_LARGE: (u16, &str, &str) = (413, "PAYLOAD_TOO_LARGE", "The body is too large to be checked");
     const LIMITED: (u16, &str, &str) = (429, "RATE_LIMITED", "Too many requests");
     const UNAVAILABLE: (u16, &str, &str) = (503, "UNAVAILABLE", "API keys cannot be checked at the moment");
     let (status, code, message) = match finding {
@@ -250,6 +274,7 @@ fn refuse(
         },
         Finding::NoCredential | Finding::ManyCredentials => UNAUTHORIZED,
         Finding::BadRequest(problem) => (400, "BAD_REQUEST", problem.as_str()),
+        Finding::TooLarge => TOO_LARGE,
         Finding::Misconfigured(_) | Finding::CannotAnswer(_) => UNAVAILABLE,
         // What passes is not refused.
         Finding::NoRule | Finding::Public => FORBIDDEN,
@@ -294,8 +319,9 @@ fn challenge(judged: &Judged<'_>, finding: &Finding, status: u16) -> String {
         Finding::NoCredential | Finding::ManyCredentials => realm.to_owned(),
         _ if status == 401 => format!(r#"{realm}, error="invalid_token""#),
         _ => {
-            let needed = judged.needed.iter().map(Scope::as_str).collect::<Vec<_>>().join(" ");
-            format!(r#"{realm}, error="insufficient_scope", scope="{needed}""#)
+            let (needed, whole) = joined(judged.needed.iter().map(Scope::as_str), MAX_CHALLENGE_LEN);
+            let scope = if whole { format!(r#", scope="{needed}""#) } else { String::new() };
+            format!(r#"{realm}, error="insufficient_scope"{scope}"#)
         }
     }
 }
@@ -334,4 +360,30 @@ fn metadata(settings: &GatewaySettings, judged: &Judged<'_>, finding: &Finding) 
         metadata.extend(value.map(|value| text(&format!("metadata_{name}"), value)));
     }
     metadata
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn a_list_is_cut_between_words(words in proptest::collection::vec("[a-z:]{1,9}", 0..20), max in 0usize..80) {
+            let (list, whole) = joined(words.iter().map(String::as_str), max);
+            // The longest list of the first words that fits.
+            let mut lists = (0..=words.len()).map(|count| words[..count].join(" "));
+            let longest = lists.rfind(|list| list.len() <= max).unwrap();
+            prop_assert_eq!(&list, &longest);
+            prop_assert_eq!(whole, list == words.join(" "));
+        }
+    }
+
+    #[test]
+    fn what_is_to_be_removed_fits_or_does_not() {
+        let reply =
+            |names: usize| Reply { remove: vec!["x-keyward-0123456".to_owned(); names], ..Reply::default() };
+        assert!(reply(MAX_REMOVE_LEN / 18).fits() && !reply(MAX_REMOVE_LEN / 18 + 1).fits());
+    }
 }

@@ -106,7 +106,7 @@ pub struct Visitor {
     /// What its requests may hold.
     pub memory_budget: Arc<ConnectionBudget>,
     /// Whether a caller has proved itself over this connection.
-    pub proven: AtomicBool,
+    pub proven: Arc<AtomicBool>,
 }
 
 /// What a call shows of its caller.

@@ -21,6 +21,7 @@ use tonic::Status;
 
 use crate::transport::budget::{ConnectionBudget, Priority, Reservation};
 
+use super::inflate::{COMPRESSED, inflate};
 use super::status::{overloaded, too_large, too_many_fields, too_slow, unreadable};
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
@@ -61,17 +62,52 @@ pub(super) fn reserve_waiting(
     budget.reserve(CALL_BYTES + header_bytes(headers), priority).ok_or_else(overloaded)
 }
 
+/// How long the rest of a body that nobody needs is still read.
+const DRAIN_TIMEOUT: Duration = Duration::from_millis(100);
+
+/// A body that is read to its end, for a short time, also when its call was answered before: a refusal overtakes the
+/// message of its call, and HTTP/2 counts a message for a stream that it has reset as an error of the peer. Enough of
+/// those end the connection, with the calls of others on it.
+struct DrainedBody(Option<Incoming>);
+
+impl DrainedBody {
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let Some(body) = &mut self.0 else { return Poll::Ready(None) };
+        Pin::new(body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.0.as_ref().is_none_or(Incoming::is_end_stream)
+    }
+}
+
+impl Drop for DrainedBody {
+    fn drop(&mut self) {
+        let Some(mut body) = self.0.take().filter(|body| !body.is_end_stream()) else { return };
+        let drain = async move {
+            let rest =
+                async { while let Some(Ok(_)) = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await {} };
+            // What comes later is an error of the peer.
+            let _ = timeout(DRAIN_TIMEOUT, rest).await;
+        };
+        // The stream counts among those of its connection until then. At the end of the process there is no runtime.
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(drain);
+        }
+    }
+}
+
 /// A request body of which some may have been read already.
 pub(super) struct Arriving {
     read: Option<Bytes>,
     /// How reading the rest failed, if it has.
     failed: Option<hyper::Error>,
-    rest: Incoming,
+    rest: DrainedBody,
 }
 
 impl From<Incoming> for Arriving {
     fn from(rest: Incoming) -> Arriving {
-        Arriving { read: None, failed: None, rest }
+        Arriving { read: None, failed: None, rest: DrainedBody(Some(rest)) }
     }
 }
 
@@ -118,7 +154,7 @@ impl Arriving {
 
     /// The next bytes; None at the end, and where reading fails.
     async fn next_data(&mut self) -> Option<Bytes> {
-        match poll_fn(|cx| Pin::new(&mut self.rest).poll_frame(cx)).await? {
+        match poll_fn(|cx| self.rest.poll_next(cx)).await? {
             // What is no data stands at the end.
             Ok(frame) => frame.into_data().ok(),
             Err(error) => {
@@ -134,7 +170,7 @@ impl Arriving {
         }
         match self.failed.take() {
             Some(error) => Poll::Ready(Some(Err(error))),
-            None => Pin::new(&mut self.rest).poll_frame(cx),
+            None => self.rest.poll_next(cx),
         }
     }
 
@@ -147,11 +183,15 @@ impl Arriving {
 pub(super) struct MessageBody {
     inner: Arriving,
     limit: usize,
+    /// Messages may be compressed. They are taken one by one then.
+    inflates: bool,
     /// Messages that are whole and not yet given.
     whole: Option<Bytes>,
     /// The beginning of a message.
     partial: Vec<u8>,
     memory: BodyMemory,
+    /// What a message announced that is larger than `limit`, in bytes.
+    oversize: Option<usize>,
     /// Set while bytes are due.
     late: Option<Pin<Box<Sleep>>>,
     kind: Kind,
@@ -197,15 +237,18 @@ impl MessageBody {
         body: impl Into<Arriving>,
         headers: &HeaderMap,
         limit: usize,
+        inflates: bool,
         budget: Arc<ConnectionBudget>,
     ) -> Self {
         let (priority, headers) = (Priority::Anonymous, header_bytes(headers));
         MessageBody {
             inner: body.into(),
             limit,
+            inflates,
             whole: None,
             partial: Vec::new(),
             memory: BodyMemory { budget, priority, headers, reservation: None },
+            oversize: None,
             late: None,
             kind: Kind::Stream,
         }
@@ -214,6 +257,16 @@ impl MessageBody {
     /// Whose memory it takes from now on.
     pub(super) fn set_priority(&mut self, priority: Priority) {
         self.memory.priority = priority;
+    }
+
+    /// The length of the message that was refused, since it is larger than the limit; and the limit. In bytes.
+    pub(super) fn oversize(&self) -> Option<(usize, usize)> {
+        self.oversize.map(|length| (length, self.limit))
+    }
+
+    fn refuse_size(&mut self, length: usize) -> Status {
+        self.oversize = Some(length);
+        too_large(length, self.limit)
     }
 
     /// Reads a unary request to its end.
@@ -242,6 +295,20 @@ impl MessageBody {
         let first = timeout(READ_TIMEOUT, self.next_messages()).await;
         self.whole = first.map_err(|_| too_slow())??;
         Ok(())
+    }
+
+    /// Requires that the message has at most `limit` bytes besides a part that is passed over when it is decoded.
+    ///
+    /// # Errors
+    /// When it has more: what is decoded costs many times its bytes.
+    pub(super) fn check_length_without(&self, part: fn(&[u8]) -> usize, limit: usize) -> Result<(), Status> {
+        let message = self.whole.as_ref().and_then(|message| message.get(PREFIX..)).unwrap_or_default();
+        match message.len() {
+            length if length > limit && length - part(message) > limit => {
+                Err(too_large(length - part(message), limit))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Reserves what the message takes when it is decoded, where that can be much more than its bytes. `nested`: its
@@ -286,7 +353,13 @@ impl MessageBody {
     /// The next whole messages, or the trailers.
     fn poll_messages(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         if let Some(length) = length(&self.partial).filter(|length| *length > self.limit) {
-            return Poll::Ready(Some(Err(too_large(length, self.limit))));
+            return Poll::Ready(Some(Err(self.refuse_size(length))));
+        }
+        // Behind a compressed message another may be whole already.
+        if self.inflates
+            && let Some(whole) = self.take_whole().transpose()
+        {
+            return Poll::Ready(Some(whole.map(Frame::data)));
         }
         loop {
             let frame = match self.inner.poll_next(cx) {
@@ -327,23 +400,37 @@ impl MessageBody {
 
     /// Takes bytes that have come; gives the messages that are whole.
     fn add(&mut self, data: Bytes) -> Result<Option<Bytes>, Status> {
-        if self.partial.is_empty() {
-            let end = whole_messages(&data, self.limit)?;
+        if self.partial.is_empty() && !self.inflates {
+            let end = whole_messages(&data, self.limit).map_err(|length| self.refuse_size(length))?;
             self.keep(&data[end..])?;
             return Ok((end > 0).then(|| data.slice(..end)));
         }
         self.keep(&data)?;
-        let end = whole_messages(&self.partial, self.limit)?;
-        if end == 0 {
-            return Ok(None);
-        }
+        self.take_whole()
+    }
+
+    /// The whole messages of those bytes that are kept.
+    fn take_whole(&mut self) -> Result<Option<Bytes>, Status> {
+        let end =
+            match whole_messages(&self.partial, self.limit).map_err(|length| self.refuse_size(length))? {
+                0 => return Ok(None),
+                _ if self.inflates => PREFIX + length(&self.partial).unwrap_or(0),
+                end => end,
+            };
         let rest = self.partial.split_off(end);
         let whole = std::mem::replace(&mut self.partial, rest);
         self.late = self.late.take().filter(|_| self.kind == Kind::Unary);
         if self.kind == Kind::Stream && self.memory.reservation.is_some() {
             self.memory.hold(self.waiting_bytes() + self.partial.capacity())?;
         }
-        Ok(Some(whole.into()))
+        // Behind the message of a unary call nothing is read.
+        let compressed = self.inflates && whole.first() == Some(&COMPRESSED) && self.whole.is_none();
+        if !compressed {
+            return Ok(Some(whole.into()));
+        }
+        let held = self.waiting_bytes() + self.partial.capacity() + whole.capacity();
+        let memory = &mut self.memory;
+        inflate(&whole, self.limit, |bytes| memory.hold(held + bytes)).map(|message| Some(message.into()))
     }
 
     /// Keeps bytes of a message that is not whole. The buffer doubles, and never exceeds what the message announces.
@@ -369,13 +456,13 @@ fn length(message: &[u8]) -> Option<usize> {
 /// How many of these bytes are whole messages.
 ///
 /// # Errors
-/// When the first message that is not whole is too large.
-fn whole_messages(data: &[u8], limit: usize) -> Result<usize, Status> {
+/// When the first message that is not whole is too large: its length.
+fn whole_messages(data: &[u8], limit: usize) -> Result<usize, usize> {
     let mut end = 0;
     while let Some(length) = data.get(end..).and_then(length) {
         // Those before it are answered first.
         if length > limit && end == 0 {
-            return Err(too_large(length, limit));
+            return Err(length);
         }
         match end + PREFIX + length {
             next if next <= data.len() && length <= limit => end = next,
@@ -444,7 +531,7 @@ mod tests {
         assert_eq!(whole_messages(&small[..7], 10).unwrap(), 0);
         assert_eq!(whole_messages(&[&small[..], &small, &small[..4]].concat(), 10).unwrap(), 16);
         assert_eq!(whole_messages(&[&small[..], &large].concat(), 10).unwrap(), 8);
-        assert_eq!(whole_messages(&large, 10).unwrap_err().code(), tonic::Code::InvalidArgument);
+        assert_eq!(whole_messages(&large, 10), Err(99));
     }
 
     #[test]

@@ -2,11 +2,13 @@
 
 use std::{
     convert::Infallible,
+    future::poll_fn,
     io,
     net::SocketAddr,
+    pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -31,11 +33,13 @@ use crate::transport::{
 
 use super::{
     admission::{Door, Visitor},
+    early_shed::EarlyShed,
     gate::Services,
     io::OneBuffer,
-    load::{Calls, Lane},
+    load::{Calls, ConnectionQueue, Lane},
     outgoing::{ConnectionSendBudget, PERIOD},
     reply::Reply,
+    rpc,
     sending::{SendBody, Streams},
     serve::stopped,
     status::overloaded,
@@ -119,7 +123,7 @@ pub(super) async fn serve(
         memory: crate::engine::known::Memory::default(),
         watches: LongCalls::default(),
         memory_budget: ConnectionBudget::new(services.memory.clone()),
-        proven: AtomicBool::new(false),
+        proven: Arc::default(),
     };
     // A certificate proves nothing beyond its end.
     let now = services.now().as_micros().div_euclid(1_000_000);
@@ -170,7 +174,7 @@ async fn enter(socket: Socket, tls: Option<&Tls>) -> io::Result<(Stream, Option<
 }
 
 async fn speak(
-    bytes: OneBuffer,
+    mut bytes: OneBuffer,
     services: Arc<Services>,
     visitor: Visitor,
     lane: Arc<Lane>,
@@ -180,6 +184,9 @@ async fn speak(
 ) {
     let (calls, peer, watches) = (Arc::new(Calls::default()), visitor.peer, visitor.watches.clone());
     let counted = calls.clone();
+    let queue = ConnectionQueue::new(lane, calls.clone(), visitor.proven.clone());
+    bytes.shed_early(EarlyShed::new(queue.clone()));
+    let queued = queue.clone();
     let unsent = ConnectionSendBudget::new(services.outgoing.clone());
     let sent = unsent.clone();
     // One count a call, on this connection's own memory, keeps all of it alive.
@@ -187,19 +194,16 @@ async fn speak(
     let service = service_fn(move |request: Request<Incoming>| {
         let (here, call, unsent) = (here.clone(), counted.begin(), sent.clone());
         let turn = if unsent.has_room() {
-            lane.queue(here.1.is_proven())
+            queued.queue(rpc::is_check(request.uri().path().as_bytes()))
         } else {
-            lane.turn_away();
+            queued.turn_away();
             None
         };
         // Moved about as a pointer: each call is a task, and is moved several times on the way there.
         Box::pin(async move {
             let (services, visitor) = &*here;
             let answer = match turn {
-                Some(turn) => {
-                    drop(turn);
-                    services.answer(request, visitor).await
-                }
+                Some(turn) => services.answer(request, visitor, turn.begin()).await,
                 None => overloaded().into_http().map(Reply::Any),
             };
             Ok::<_, Infallible>(SendBody::respond(answer, &unsent, call))
@@ -222,12 +226,12 @@ async fn speak(
     tokio::pin!(connection);
     let serving = async {
         tokio::select! {
-            ended = &mut connection => return ended,
+            ended = settled(connection.as_mut(), &queue) => return ended,
             () = over(&calls, limits.idle, age, &mut stopping) => {}
         }
         connection.as_mut().graceful_shutdown();
         watches.drain(if *stopping.borrow() { Draining::Stopping } else { Draining::Aged });
-        tokio::time::timeout(LAST_CALLS, connection.as_mut()).await.unwrap_or(Ok(()))
+        tokio::time::timeout(LAST_CALLS, settled(connection.as_mut(), &queue)).await.unwrap_or(Ok(()))
     };
     let ended = tokio::select! {
         ended = serving => ended,
@@ -241,6 +245,16 @@ async fn speak(
         let peer = peer.map(tracing::field::display);
         tracing::debug!(error = &error as &dyn std::error::Error, peer, "a connection ended with an error");
     }
+}
+
+/// Runs HTTP/2 until it ends. Whenever it waits it has given out every call that it has accepted.
+async fn settled<C: Future>(mut connection: Pin<&mut C>, queue: &ConnectionQueue) -> C::Output {
+    poll_fn(|cx| {
+        let polled = connection.as_mut().poll(cx);
+        queue.settle();
+        polled
+    })
+    .await
 }
 
 /// Waits until bytes of the connection's answers have not been taken for minutes. Streams without a window end by

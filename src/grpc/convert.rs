@@ -18,6 +18,7 @@ use crate::{
         key::{Quota, QuotaPeriod, RateLimit, RevokeReason, State, Terms},
         name::{AccountId, CustomerId, KeyId, KeyName, NameError, RoleName},
         scope::{Scope, ScopeSet},
+        text,
         time::{Revision, Timestamp},
     },
     keys::View,
@@ -31,6 +32,7 @@ const MAX_ROLES: usize = 16;
 const MAX_CUSTOMERS: usize = 64;
 const MAX_CIDRS: usize = 64;
 const MAX_METADATA: usize = 4096;
+const MAX_COMMENT: usize = 1024;
 const MAX_LIMITS: usize = 8;
 const MAX_LIMIT: u64 = 1_000_000_000;
 const MIN_WINDOW: Duration = Duration::from_secs(1);
@@ -183,12 +185,7 @@ impl RawTerms<'_> {
             violations.take_each(field("allowed_cidrs"), self.allowed_cidrs, MAX_CIDRS, read_net);
         let rate_limits = read_limits(&field("rate_limits"), self.rate_limits, violations);
         let quota = self.quota.and_then(|quota| read_quota(&field("quota"), quota, violations));
-        let size: usize = self.metadata.iter().map(|(name, value)| name.len() + value.len()).sum();
-        violations.note_if(
-            size > MAX_METADATA,
-            field("metadata"),
-            format!("has {size} bytes of names and values; at most {MAX_METADATA} are allowed"),
-        );
+        let metadata = read_metadata(&field("metadata"), self.metadata, violations);
         Terms {
             name: self.name.and_then(|name| violations.take(field("name"), KeyName::parse(name))),
             scopes: ScopeSet::from(scopes),
@@ -198,9 +195,44 @@ impl RawTerms<'_> {
             allowed_cidrs,
             rate_limits,
             quota,
-            metadata: self.metadata.clone(),
+            metadata,
         }
     }
+}
+
+/// Reads names and values that their maker chose. Names follow the rules of key names; values stay as they are.
+fn read_metadata(
+    field: &str,
+    metadata: &BTreeMap<String, String>,
+    violations: &mut Violations,
+) -> BTreeMap<String, String> {
+    let size: usize = metadata.iter().map(|(name, value)| name.len() + value.len()).sum();
+    if size > MAX_METADATA {
+        let problem = format!("has {size} bytes of names and values; at most {MAX_METADATA} are allowed");
+        violations.note(field, problem);
+        return BTreeMap::new();
+    }
+    let mut read = BTreeMap::new();
+    for (name, value) in metadata {
+        let checked = text::check_lines(value).map_err(|error| format!("value of {name:?} {error}"));
+        violations.take(field, checked);
+        let parsed = text::parse_name(name).map_err(|error| format!("name {name:?} {error}"));
+        let Some(normalized) = violations.take(field, parsed) else { continue };
+        let twice = read.insert(normalized.into_owned(), value.clone()).is_some();
+        violations.note_if(twice, field, format_args!("name {name:?} is given in two Unicode forms"));
+    }
+    read
+}
+
+/// Checks what a person says of a revocation.
+pub(super) fn check_comment(comment: &str, violations: &mut Violations) {
+    let length = comment.chars().count();
+    violations.note_if(
+        length > MAX_COMMENT,
+        "comment",
+        format_args!("has {length} characters; at most {MAX_COMMENT} are allowed"),
+    );
+    violations.take("comment", text::check_lines(comment));
 }
 
 fn read_limits(field: &str, limits: &[pb::RateLimit], violations: &mut Violations) -> Vec<RateLimit> {

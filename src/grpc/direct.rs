@@ -28,7 +28,7 @@ use super::{
     gate::{Services, allowed_time},
     question::Asked,
     reply::{self, Reply},
-    rpc::{CHECK_BYTES, CHECK_TIMEOUT, Rpc},
+    rpc::{BATCH_BYTES, CHECK_BYTES, CHECK_TIMEOUT, Rpc},
     status::deadline_exceeded,
     vigil::{may_check, plainly},
 };
@@ -40,7 +40,7 @@ pub(super) struct Said {
     /// It says what it is called, or of which trace it is a part.
     pub(super) names_itself: bool,
     /// It has a deadline.
-    hurries: bool,
+    pub(super) hurries: bool,
     /// It says what few say, and goes the long way: that it acts in an account that it names, or for somebody, or that
     /// its message is encoded.
     more: bool,
@@ -128,7 +128,8 @@ impl Services {
         let proxy = self.free(&visitor.door, request.headers())?;
         let end = begun.at() + limit(said, request.headers());
         let priority = || if proxy.trusted { Priority::Caller } else { Priority::Anonymous };
-        let most = rpc.max_request;
+        // One with a large body goes the long way.
+        let most = rpc.max_request.min(BATCH_BYTES);
         let message = match message_in_time(end, request, most, &visitor.memory_budget, priority).await {
             Ok(message) => message?,
             Err(status) => return Some(status.into_http().map(Reply::Any)),

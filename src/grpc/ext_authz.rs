@@ -64,6 +64,11 @@ impl ExtAuthz {
         Ok(self.judge(&attributes, http, proxy).await)
     }
 
+    /// Answers a question that was not read, since it has `length` bytes and at most `limit` are read.
+    pub(super) fn refuse_too_large(&self, length: usize, limit: usize) -> CheckResponse {
+        reply_of(self.gateway.refuse_too_large(length, limit))
+    }
+
     async fn judge(
         &self,
         attributes: &AttributeContext,
@@ -116,6 +121,7 @@ fn asked<'a>(attributes: &'a AttributeContext, http: &'a HttpRequest) -> Asked<'
     });
     Asked {
         via: Via::ExtAuthz,
+        proxy_removes: true,
         method: &http.method,
         host: &http.host,
         target: &http.path,
@@ -159,7 +165,7 @@ fn refuse(reply: Reply) -> CheckResponse {
     let code = match reply.status {
         400 => Code::InvalidArgument,
         401 => Code::Unauthenticated,
-        429 => Code::ResourceExhausted,
+        413 | 429 => Code::ResourceExhausted,
         503 => Code::Unavailable,
         _ => Code::PermissionDenied,
     };
@@ -209,7 +215,7 @@ mod tests {
 
     #[test]
     fn what_does_not_pass_is_never_an_ok() {
-        for status in [0, 200, 400, 401, 403, 429, 503, 999] {
+        for status in [0, 200, 400, 401, 403, 413, 429, 503, 999] {
             let reply = Reply { status, fault: status == 503, ..Reply::default() };
             let answer = reply_of(reply);
             assert_ne!(answer.status.unwrap().code, 0, "{status}");

@@ -21,7 +21,7 @@ use crate::{
     gateway::Gateway,
     pb::{
         account_service_server::AccountServiceServer, audit_service_server::AuditServiceServer,
-        envoy::service::auth::v3::authorization_server::AuthorizationServer,
+        envoy::service::auth::v3::authorization_server::AuthorizationServer, envoy_request::body_len,
         key_service_server::KeyServiceServer,
     },
     refusal::Refusal,
@@ -40,11 +40,12 @@ use super::{
     calls::{self, Begun, Calls},
     direct::Said,
     ext_authz::{ExtAuthz, Proxy},
+    inflate::{ACCEPTED, GRPC_ACCEPT_ENCODING, take_encoding},
     keys::KeyService,
     outgoing::SendBudget,
     permits::{ConcurrencyLimits, Occupant, PermitBody},
-    reply::Reply,
-    rpc::{Access, IMPORT, Kind, Plane, Rpc},
+    reply::{self, Reply},
+    rpc::{Access, BATCH_BYTES, IMPORT, Kind, Plane, Rpc},
     session::CallerSession,
     status::{deadline_exceeded, internal, no_such_rpc, with_reason},
     vigil::Vigil,
@@ -175,10 +176,20 @@ impl Services {
         &self.calls
     }
 
-    /// Answers one call of a visitor: a Check that is plainly in order at once, every other call the long way.
-    pub(super) async fn answer(&self, request: Request<Incoming>, visitor: &Visitor) -> Response<Reply> {
+    /// Answers one call of a visitor: a Check that is plainly in order at once, every other call the long way. A call
+    /// whose deadline has passed while it waited has nobody who reads its answer.
+    pub(super) async fn answer(
+        &self,
+        request: Request<Incoming>,
+        visitor: &Visitor,
+        arrived: Instant,
+    ) -> Response<Reply> {
         let begun = self.calls.begin(request.uri().path());
         let said = Said::by(request.headers());
+        let waited = || begun.at().saturating_duration_since(arrived);
+        if said.hurries && asked_time(request.headers()).is_some_and(|deadline| deadline <= waited()) {
+            return begun.replied(deadline_exceeded().into_http().map(Reply::Any));
+        }
         let names = said.names_itself.then(|| request.headers());
         let call = self.tracing.call(names, visitor.peer, self.engine.now());
         let (plain, mut call) = (!call.is_chosen(), Some(call));
@@ -193,11 +204,13 @@ impl Services {
             }
             _ => None,
         };
-        if let Some(response) = response {
-            return begun.replied(response);
-        }
-        // Apart on the heap: a future is as large as all that may go on in it, and most calls were Checks.
-        Box::pin(self.answer_at_length(begun, call, request, visitor)).await.map(Reply::Any)
+        let mut response = match response {
+            Some(response) => begun.replied(response),
+            // Apart on the heap: a future is as large as all that may go on in it, and most calls were Checks.
+            None => Box::pin(self.answer_at_length(begun, call, request, visitor)).await.map(Reply::Any),
+        };
+        response.headers_mut().insert(GRPC_ACCEPT_ENCODING, ACCEPTED);
+        response
     }
 
     async fn answer_at_length(
@@ -265,7 +278,10 @@ impl Services {
         }
         let limit = allowed_time(rpc.timeout, request.headers());
         let patience = Patience::of(asked_time(request.headers()));
-        let mut request = limited(request, rpc.max_request, visitor);
+        let mut request = match limited(request, rpc.max_request, visitor) {
+            Ok(request) => request,
+            Err(status) => return status.into_http(),
+        };
         request.extensions_mut().insert(patience);
         if let Err(status) = self.admit(rpc, &mut request, visitor).await {
             return status.into_http();
@@ -282,7 +298,10 @@ impl Services {
             if rpc.kind != Kind::BidiStream
                 && let Err(status) = read_message(rpc, request.body_mut()).await
             {
-                return status.into_http();
+                return match request.body().oversize().filter(|_| rpc.access == Access::Proxy) {
+                    Some((length, limit)) => message(&self.proxies.refuse_too_large(length, limit)),
+                    None => status.into_http(),
+                };
             }
             match rpc.plane {
                 Plane::Checks if rpc.access == Access::Proxy => {
@@ -375,7 +394,10 @@ impl Services {
             Err(status) => return status.into_http(),
         };
         let health = name == HEALTH;
-        let mut request = limited(request, OPEN_BYTES, visitor);
+        let mut request = match limited(request, OPEN_BYTES, visitor) {
+            Ok(request) => request,
+            Err(status) => return status.into_http(),
+        };
         let call = async {
             let body = request.body_mut();
             let permit = if health {
@@ -404,16 +426,28 @@ impl Services {
     }
 }
 
-/// The request with a body that is held to its limits.
-fn limited(request: Request<Arriving>, max_message: usize, visitor: &Visitor) -> Request<MessageBody> {
-    let (parts, body) = request.into_parts();
-    let body = MessageBody::new(body, &parts.headers, max_message, visitor.memory_budget.clone());
-    Request::from_parts(parts, body)
+/// The request with a body that is held to its limits, and gives messages as they were before they were compressed.
+///
+/// # Errors
+/// When its messages are encoded in an unknown way.
+fn limited(
+    request: Request<Arriving>,
+    max_message: usize,
+    visitor: &Visitor,
+) -> Result<Request<MessageBody>, Status> {
+    let (mut parts, body) = request.into_parts();
+    let inflates = take_encoding(&mut parts.headers)?;
+    let budget = visitor.memory_budget.clone();
+    let body = MessageBody::new(body, &parts.headers, max_message, inflates, budget);
+    Ok(Request::from_parts(parts, body))
 }
 
 /// Reads the message of a unary request.
 async fn read_message(rpc: &Rpc, body: &mut MessageBody) -> Result<(), Status> {
     body.read_to_end().await?;
+    if rpc.access == Access::Proxy {
+        body.check_length_without(body_len, BATCH_BYTES)?;
+    }
     body.reserve_decoded(rpc.method == IMPORT)
 }
 
@@ -464,6 +498,14 @@ fn explained(response: Response<Body>) -> Response<Body> {
         }
         _ => response,
     }
+}
+
+/// The answer to a unary call that ended well.
+fn message(message: &impl prost::Message) -> Response<Body> {
+    let mut out = reply::begin();
+    // It only fails without room, and a buffer grows.
+    let _ = message.encode(&mut out);
+    reply::ok(out).map(Body::new)
 }
 
 async fn into_service<B, S>(service: S, request: Request<B>) -> Response<Body>

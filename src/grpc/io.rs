@@ -4,11 +4,14 @@
 //! process that dies between the two leaves an answer without an end, which a proxy cannot ask for again. Without,
 //! it copies payloads of up to 1 KiB and sends headers, message and trailers together. That is a system call less, too.
 //!
+//! Checks that an overloaded thread cannot answer in time are refused here, before HTTP/2 sees them: see `early_shed`.
+//!
 //! And closed so that the last answers arrive. A socket that is closed while bytes of the peer are unread resets the
 //! connection, and a reset takes from the peer what it has not read yet: answers, and the word that the connection ends.
 
 use std::{
     io,
+    mem::MaybeUninit,
     pin::Pin,
     task::{Context, Poll, ready},
     time::Duration,
@@ -23,6 +26,8 @@ use tokio::{
 
 use crate::transport::socket::Stream;
 
+use super::early_shed::{EarlyShed, FrameBoundary, MAX_ANSWERS};
+
 /// How HTTP/2 begins (RFC 9113, section 3.4).
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
@@ -30,6 +35,9 @@ const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a peer that has been told all may take to close its side.
 const FAREWELL: Duration = Duration::from_secs(1);
+
+/// How much is read at a time, in bytes.
+const READ: usize = 16 << 10;
 
 /// A connection that is written from one buffer at a time, and has begun as HTTP/2 does.
 pub(super) struct OneBuffer {
@@ -40,6 +48,13 @@ pub(super) struct OneBuffer {
     write_timeout: Duration,
     /// The socket takes nothing, until when.
     stuck: Option<Pin<Box<Sleep>>>,
+    shed: Option<EarlyShed>,
+    /// Bytes for HTTP/2, and how many of them it has.
+    passed: Vec<u8>,
+    taken: usize,
+    /// How many bytes of the answers to refused calls are written.
+    answered: usize,
+    boundary: FrameBoundary,
     /// Our side is closed; how long the peer's may still be open.
     closed: Option<Pin<Box<Sleep>>>,
 }
@@ -59,7 +74,78 @@ impl OneBuffer {
             }
         }
         let (stream, write_timeout) = (TokioIo::new(stream), WRITE_TIMEOUT);
-        Ok(Some(OneBuffer { stream, given: 0, write_timeout, stuck: None, closed: None }))
+        let boundary = FrameBoundary::default();
+        let (shed, passed, stuck, closed) = Default::default();
+        let (given, taken, answered) = (0, 0, 0);
+        Ok(Some(OneBuffer {
+            stream,
+            given,
+            write_timeout,
+            stuck,
+            shed,
+            passed,
+            taken,
+            answered,
+            boundary,
+            closed,
+        }))
+    }
+
+    /// Refuses calls early from now on.
+    pub(super) fn shed_early(&mut self, shed: EarlyShed) {
+        self.shed = Some(shed);
+    }
+
+    /// Reads frames of the peer, and keeps those for HTTP/2; false at the end.
+    fn poll_frames(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
+        let mut bytes = [const { MaybeUninit::<u8>::uninit() }; READ];
+        let mut bytes = ReadBuf::uninit(&mut bytes);
+        ready!(Pin::new(self.stream.inner_mut()).poll_read(cx, &mut bytes))?;
+        let bytes = bytes.filled();
+        (self.passed, self.taken) = (Vec::with_capacity(bytes.len()), 0);
+        match &mut self.shed {
+            Some(shed) if bytes.is_empty() => self.passed = shed.take_held(),
+            Some(shed) => shed.filter(bytes, &mut self.passed)?,
+            None => self.passed.extend(bytes),
+        }
+        Poll::Ready(Ok(!bytes.is_empty() || !self.passed.is_empty()))
+    }
+
+    /// Writes the answers to refused calls, where HTTP/2 is not within a frame.
+    fn poll_answers(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let OneBuffer { shed: Some(shed), stream, answered, boundary, .. } = self else {
+            return Poll::Ready(Ok(()));
+        };
+        if shed.answers().is_empty() {
+            return Poll::Ready(Ok(()));
+        }
+        if !boundary.is_here() {
+            return Poll::Pending;
+        }
+        let mut written = Poll::Ready(Ok(()));
+        while let Some(rest) = shed.answers().get(*answered..).filter(|rest| !rest.is_empty()) {
+            match Pin::new(stream.inner_mut()).poll_write(cx, rest) {
+                Poll::Ready(Ok(length)) if length > 0 => *answered += length,
+                Poll::Ready(Ok(_)) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                Poll::Pending => {
+                    written = Poll::Pending;
+                    break;
+                }
+            }
+        }
+        if written.is_ready() {
+            *answered = 0;
+            *shed.answers() = Vec::new();
+            written = Pin::new(stream.inner_mut()).poll_flush(cx);
+        }
+        self.in_time(cx, written)
+    }
+
+    /// Whether the peer takes its answers, so that it is read.
+    fn poll_taken(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let waiting = self.shed.as_mut().map_or(0, |shed| shed.answers().len());
+        if waiting < MAX_ANSWERS { Poll::Ready(Ok(())) } else { self.poll_answers(cx) }
     }
 
     /// The outcome of a write, or an error when the socket has taken nothing for too long.
@@ -88,18 +174,49 @@ impl Read for OneBuffer {
             self.given += rest.len();
             return Poll::Ready(Ok(()));
         }
-        Pin::new(&mut self.stream).poll_read(cx, buffer)
+        loop {
+            if let Some(rest) = self.passed.get(self.taken..).filter(|rest| !rest.is_empty()) {
+                let rest = &rest[..rest.len().min(buffer.remaining())];
+                let length = rest.len();
+                buffer.put_slice(rest);
+                self.taken += length;
+                return Poll::Ready(Ok(()));
+            }
+            ready!(self.poll_taken(cx))?;
+            match self.poll_frames(cx) {
+                Poll::Ready(Ok(true)) => {}
+                Poll::Ready(Ok(false)) => return Poll::Ready(Ok(())),
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                Poll::Pending => {
+                    // An idle connection holds no buffer.
+                    (self.passed, self.taken) = (Vec::new(), 0);
+                    if let Poll::Ready(written) = self.poll_answers(cx) {
+                        written?;
+                    }
+                    return Poll::Pending;
+                }
+            }
+        }
     }
 }
 
 /// `is_write_vectored` is left at its default: false.
 impl Write for OneBuffer {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        if self.boundary.is_here() {
+            ready!(self.poll_answers(cx))?;
+        }
         let written = Pin::new(&mut self.stream).poll_write(cx, bytes);
+        if let Poll::Ready(Ok(length)) = &written {
+            self.boundary.advance(&bytes[..*length]);
+        }
         self.in_time(cx, written)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.boundary.is_here() {
+            ready!(self.poll_answers(cx))?;
+        }
         let flushed = Pin::new(&mut self.stream).poll_flush(cx);
         self.in_time(cx, flushed)
     }
@@ -107,6 +224,9 @@ impl Write for OneBuffer {
     /// Closes our side, and then reads, for nobody, until the peer has closed its own or has had its time.
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if self.closed.is_none() {
+            if self.boundary.is_here() {
+                ready!(self.poll_answers(cx))?;
+            }
             let closed = Pin::new(self.stream.inner_mut()).poll_shutdown(cx);
             ready!(self.in_time(cx, closed))?;
         }

@@ -46,7 +46,6 @@ use super::{
 };
 
 const MAX_OVERLAP: Duration = Duration::from_secs(7 * 24 * 60 * 60);
-const MAX_COMMENT: usize = 1024;
 
 /// The service over its use cases.
 #[derive(Clone, Debug)]
@@ -172,8 +171,7 @@ impl pb::key_service_server::KeyService for KeyService {
         let mut violations = Violations::default();
         let id = convert::read_key_id("id", &id, &mut violations);
         let reason = convert::read_revoke_reason(reason, &mut violations);
-        let long = comment.chars().count() > MAX_COMMENT;
-        violations.note_if(long, "comment", format!("must be at most {MAX_COMMENT} characters"));
+        convert::check_comment(&comment, &mut violations);
         violations.finish()?;
         let view = self.keys.revoke(&caller, filled(id)?, reason, comment).await?;
         let (key, revision, propagation) = self.changed(view, patience).await?;

@@ -8,9 +8,11 @@ use sha2::{Digest as _, Sha256};
 use crate::{
     access::Caller,
     domain::{
+        key::State,
         name::{AccountId, IdempotencyKey, KeyId, TokenPrefix, UserId},
+        text,
         time::Timestamp,
-        token::Digest,
+        token::{Digest, MAX_ENTROPY_BITS, MAX_LEN, MIN_ENTROPY_BITS},
     },
     keys::{
         Field, Keys, NewKey, Once, OwnerNamed, Patch,
@@ -25,7 +27,6 @@ use super::{convert, page};
 
 const MAX_IMPORT: usize = 1000;
 const MAX_HINT: usize = 32;
-const MAX_COMMENT: usize = 1024;
 const HOUR: u64 = 60 * 60;
 const MAX_STEP_HOURS: u64 = 90 * 24;
 
@@ -149,7 +150,7 @@ pub(super) fn read_create(
     Ok((filled(new)?, once))
 }
 
-/// Reads the rows of an import: a wrong row is a result of its own and stops no other.
+/// Reads the rows of an import: a wrong row has its own result and stops no other.
 pub(super) fn read_import(
     keys: &Keys,
     caller: &Caller,
@@ -186,6 +187,7 @@ fn read_import_row(
         metadata,
         sha256,
         hint,
+        entropy_bits,
     } = row;
     let common = Common {
         account,
@@ -217,8 +219,28 @@ fn read_import_row(
     );
     let short = hint.len() <= MAX_HINT && hint.bytes().all(|b| (0x21..=0x7e).contains(&b));
     violations.note_if(!short, "hint", format!("must be at most {MAX_HINT} visible ASCII characters"));
+    if let Some(bits) = entropy_bits {
+        check_entropy(*bits, &mut violations);
+    }
     violations.finish()?;
     Ok(ImportedKey { key: filled(key)?, digest: filled(digest)?, hint: hint.clone() })
+}
+
+/// Refuses a token that is too weak, and a strength that no token has.
+fn check_entropy(bits: u32, violations: &mut Violations) {
+    violations.note_if(
+        bits < MIN_ENTROPY_BITS,
+        "entropy_bits",
+        format!(
+            "{bits} is too few: with less than {MIN_ENTROPY_BITS} bits, a reader of the database can find the token; \
+             create a new key in its place"
+        ),
+    );
+    violations.note_if(
+        bits > MAX_ENTROPY_BITS,
+        "entropy_bits",
+        format!("{bits} is more than a token of {MAX_LEN} characters can hold, which is {MAX_ENTROPY_BITS}"),
+    );
 }
 
 /// A page that was asked for.
@@ -260,6 +282,7 @@ pub(super) fn read_filter(
         expires_before,
         page_size,
         page_token,
+        created_before,
     } = request;
     let filters = unpaged.encode_to_vec();
     let size = page::size(*page_size, v);
@@ -268,19 +291,24 @@ pub(super) fn read_filter(
     let environment = (!environment.is_empty())
         .then(|| convert::read_environment("environment", environment, keys.environments(), v))
         .flatten();
-    let states = convert::read_states(states, v);
+    let mut states = convert::read_states(states, v);
     convert::note_controls("name_prefix", name_prefix, v);
     let unused_since = convert::read_timestamp("unused_since", *unused_since, v);
     let expires_before = convert::read_timestamp("expires_before", *expires_before, v);
+    let created_before = convert::read_timestamp("created_before", *created_before, v);
     violations.finish()?;
+    // These two look for keys to revoke: one that is revoked is listed only if a request names the state.
+    if states.is_empty() && (unused_since.is_some() || expires_before.is_some()) {
+        states = State::NOT_REVOKED.to_vec();
+    }
     let filter = KeyFilter {
         owner: owner_filter(caller, owner)?,
         environment: environment.map(|environment| environment.name.clone()),
         states,
-        name_prefix: name_prefix.clone(),
+        name_prefix: text::normalize(name_prefix).into_owned(),
         unused_since,
         expires_before,
-        created_before: None,
+        created_before,
         now: keys.now(),
     };
     Ok((filter, Page { filters, before, size }))
@@ -291,7 +319,6 @@ pub(super) fn read_bulk(
     caller: &Caller,
     request: &pb::BulkRevokeKeysRequest,
 ) -> Result<BulkRevoke, Refusal> {
-    use crate::domain::key::State;
     let mut violations = Violations::default();
     let v = &mut violations;
     let pb::BulkRevokeKeysRequest {
@@ -315,8 +342,7 @@ pub(super) fn read_bulk(
     let created_before = convert::read_timestamp("created_before", *created_before, v);
     convert::note_controls("name_prefix", name_prefix, v);
     let reason = convert::read_revoke_reason(*reason, v);
-    let long = comment.chars().count() > MAX_COMMENT;
-    v.note_if(long, "comment", format!("must be at most {MAX_COMMENT} characters"));
+    convert::check_comment(comment, v);
     violations.finish()?;
     let owner = match (account, user) {
         _ if *all_accounts => OwnerFilter::AllButOperators,
@@ -327,8 +353,8 @@ pub(super) fn read_bulk(
     let filter = KeyFilter {
         owner,
         environment: environment.map(|environment| environment.name.clone()),
-        states: vec![State::Active, State::Disabled, State::Expired],
-        name_prefix: name_prefix.clone(),
+        states: State::NOT_REVOKED.to_vec(),
+        name_prefix: text::normalize(name_prefix).into_owned(),
         unused_since: None,
         expires_before: None,
         created_before,
@@ -405,7 +431,7 @@ fn read_fields(paths: &[String], violations: &mut Violations) -> Vec<Field> {
     for (at, path) in paths.iter().enumerate() {
         match Field::parse(path) {
             Some(field) => fields.push(field),
-            // What stands there is not repeated: it could be a token, put in the wrong place.
+            // The value is not repeated: it could be a token, put in the wrong place.
             None => violations.note(
                 format!("update_mask.paths[{at}]"),
                 "cannot be changed; name, scopes, roles, expires_at, customers, allowed_cidrs, rate_limits, quota \

@@ -13,8 +13,11 @@ mod connection;
 mod convert;
 mod details;
 mod direct;
+mod early_shed;
 mod ext_authz;
 pub mod gate;
+mod hpack;
+mod inflate;
 mod io;
 mod keys;
 mod keys_read;
@@ -24,6 +27,7 @@ mod page;
 mod permits;
 mod propagation;
 mod question;
+mod reflection;
 mod reply;
 pub mod rpc;
 mod sending;
@@ -51,7 +55,7 @@ use crate::{
     gateway::Gateway,
     keys::Keys,
     pb::{
-        self, account_service_server::AccountServiceServer, audit_service_server::AuditServiceServer,
+        account_service_server::AccountServiceServer, audit_service_server::AuditServiceServer,
         envoy::service::auth::v3::authorization_server::AuthorizationServer,
         key_service_server::KeyServiceServer,
     },
@@ -143,10 +147,17 @@ pub fn services(
         memory,
     } = parts;
     let health = HealthServer::new(HealthService::from_health_reporter(reporter));
+    let descriptors = reflection::Descriptors::built_in()?;
     let open: [(&'static str, Open); 3] = [
         ("grpc.health.v1.Health", BoxCloneSyncService::new(health)),
-        ("grpc.reflection.v1.ServerReflection", BoxCloneSyncService::new(reflection().build_v1()?)),
-        ("grpc.reflection.v1alpha.ServerReflection", BoxCloneSyncService::new(reflection().build_v1alpha()?)),
+        (
+            "grpc.reflection.v1.ServerReflection",
+            BoxCloneSyncService::new(reflection::v1::server(descriptors.clone())),
+        ),
+        (
+            "grpc.reflection.v1alpha.ServerReflection",
+            BoxCloneSyncService::new(reflection::v1alpha::server(descriptors)),
+        ),
     ];
     let checks = authz::AuthzService { engine: engine.clone(), environments, decisions, stopping };
 
@@ -177,12 +188,4 @@ pub fn services(
         memory,
         outgoing,
     })
-}
-
-fn reflection() -> tonic_reflection::server::Builder<'static> {
-    tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(pb::DESCRIPTORS)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        // The details of errors, so that grpcurl can show them.
-        .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
 }

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use crate::access::Permission;
+use crate::{access::Permission, pb::envoy_request::MAX_BODY};
 
 /// What a caller must show.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,6 +112,19 @@ impl Rpc {
     }
 }
 
+/// The paths of the calls that an overloaded thread refuses first: a proxy or a backend asks again, or elsewhere.
+pub(super) const CHECK_PATHS: [&str; 3] = [
+    "/keyward.v1.AuthzService/Check",
+    "/keyward.v1.AuthzService/BatchCheck",
+    "/envoy.service.auth.v3.Authorization/Check",
+];
+
+/// Whether a path, with or without a query, is that of a unary Check.
+pub(super) fn is_check(path: &[u8]) -> bool {
+    let path = path.split(|byte| *byte == b'?').next().unwrap_or_default();
+    CHECK_PATHS.iter().any(|check| check.as_bytes() == path)
+}
+
 /// The service's full name in a method's.
 #[must_use]
 pub fn service(method: &'static str) -> &'static str {
@@ -120,6 +133,8 @@ pub fn service(method: &'static str) -> &'static str {
 
 pub(super) const CHECK_BYTES: usize = 16 * 1024;
 pub(super) const BATCH_BYTES: usize = 128 * 1024;
+/// A request's head, and its body where Envoy sends that along.
+const EXT_AUTHZ_BYTES: usize = BATCH_BYTES + MAX_BODY;
 const MANAGEMENT_BYTES: usize = 4 * 1024 * 1024;
 pub(super) const CHECK_TIMEOUT: Duration = Duration::from_secs(5);
 const MANAGEMENT_TIMEOUT: Duration = Duration::from_secs(60);
@@ -158,7 +173,7 @@ use Permission::{AccountsRead, AccountsWrite, AuditRead, KeysRead, KeysWrite};
 /// Every RPC but those of health and reflection, the most frequent first.
 pub const TABLE: [Rpc; 34] = [
     checks("keyward.v1.AuthzService/Check", CHECK_BYTES, Some(CHECK_TIMEOUT)),
-    Rpc { access: Access::Proxy, ..checks(EXT_AUTHZ, BATCH_BYTES, Some(CHECK_TIMEOUT)) },
+    Rpc { access: Access::Proxy, ..checks(EXT_AUTHZ, EXT_AUTHZ_BYTES, Some(CHECK_TIMEOUT)) },
     checks(BATCH_CHECK, BATCH_BYTES, Some(CHECK_TIMEOUT)),
     Rpc { kind: Kind::BidiStream, ..checks("keyward.v1.AuthzService/StreamCheck", CHECK_BYTES, None) },
     managed("keyward.v1.KeyService/Create", Needs(KeysWrite)),

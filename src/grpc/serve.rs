@@ -127,9 +127,14 @@ fn start(
     queued: usize,
     drain: Duration,
 ) -> io::Result<Worker> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let (connections, incoming) = mpsc::unbounded_channel();
     let (load, lane) = (Arc::new(AtomicUsize::new(0)), Arc::new(Lane::new(queued)));
+    let (parked, unparked) = (lane.clone(), lane.clone());
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .on_thread_park(move || parked.park())
+        .on_thread_unpark(move || unparked.unpark())
+        .build()?;
+    let (connections, incoming) = mpsc::unbounded_channel();
     let working = Working { services, stopping, load: load.clone(), lane: lane.clone() };
     let thread = std::thread::Builder::new()
         .name(format!("keyward-serve-{at}"))

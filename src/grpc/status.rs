@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 
-use http::{HeaderMap, header::RETRY_AFTER};
+use http::{HeaderMap, HeaderName, HeaderValue, header::RETRY_AFTER};
 use tonic::{Code, Status, metadata::MetadataMap};
 use tonic_types::StatusExt as _;
 
@@ -14,12 +14,16 @@ use super::{
     details::{Details, MAX_MESSAGE, list, shorten},
 };
 use crate::{
-    domain::account::{AccountLimit, LimitReached},
+    domain::{
+        account::{AccountLimit, LimitReached},
+        name::AccountId,
+    },
     engine::CannotAnswer,
     refusal::{Refusal, Thing, Violation},
     replication::propagation::{Incomplete, Report},
 };
 
+const RETRY_PUSHBACK: HeaderName = HeaderName::from_static("grpc-retry-pushback-ms");
 /// When a call that found a full server may be sent again.
 const OVERLOADED_FOR: std::time::Duration = std::time::Duration::from_millis(100);
 
@@ -42,6 +46,11 @@ fn with_metadata(code: Code, reason: &str, message: &str, metadata: HashMap<Stri
     build(code, message, Details::new(reason, metadata))
 }
 
+fn account_exists(id: &AccountId, message: &str) -> Status {
+    let metadata = HashMap::from([("account".to_owned(), id.to_string())]);
+    with_metadata(Code::AlreadyExists, "ACCOUNT_EXISTS", message, metadata)
+}
+
 fn invalid(violations: &[Violation]) -> Status {
     let each = violations.iter().map(|violation| format!("{}: {}", violation.field, violation.problem));
     let message = format!("invalid request: {}", list(each, "; ", "violations"));
@@ -59,9 +68,14 @@ impl From<Refusal> for Status {
             Refusal::KeyNameTaken => {
                 status(Code::AlreadyExists, "KEY_NAME_TAKEN", "An API key with this name already exists")
             }
-            Refusal::AccountExists => {
-                status(Code::AlreadyExists, "ACCOUNT_EXISTS", "an account with this id already exists")
-            }
+            Refusal::AccountExists(id) => account_exists(&id, "an account with this id already exists"),
+            Refusal::AccountIdCase(id) => account_exists(
+                &id,
+                &format!(
+                    "the account {id:?} exists, whose id differs from this one only in case; use that account, or \
+                     another id"
+                ),
+            ),
             Refusal::NotFound(Thing::Role) => {
                 status(Code::NotFound, "ROLE_NOT_FOUND", "there is no such role")
             }
@@ -200,7 +214,9 @@ pub(super) fn overloaded() -> Status {
     let details = Details::new("OVERLOADED", HashMap::new()).with_retry(OVERLOADED_FOR);
     let message =
         "this server has more calls under way than it takes, and did nothing; try another one, or again";
-    build(Code::Unavailable, message, details)
+    // What clients with a retry policy wait for (gRPC's A6).
+    let pushback = (RETRY_PUSHBACK, HeaderValue::from(OVERLOADED_FOR.as_millis() as u64));
+    build_with_headers(Code::Unavailable, message, details, HeaderMap::from_iter([pushback]))
 }
 
 /// A call that lasts, on a connection that ends.
@@ -321,6 +337,23 @@ pub(super) fn no_such_rpc() -> Status {
 pub(super) fn too_large(claimed: usize, limit: usize) -> Status {
     let problem = format!("the message has {claimed} bytes; at most {limit} are allowed for this call");
     invalid(&[Violation { field: "(message)".to_owned(), problem }])
+}
+
+/// A compressed request that is larger than its limit.
+#[must_use]
+pub(super) fn inflates_too_large(limit: usize) -> Status {
+    let problem =
+        format!("the message inflates to more than the {limit} bytes that are allowed for this call");
+    invalid(&[Violation { field: "(message)".to_owned(), problem }])
+}
+
+/// A request whose messages are encoded in a way that is not spoken here.
+#[must_use]
+pub(super) fn unknown_encoding(encoding: &str) -> Status {
+    let message = format!(
+        "grpc-encoding {encoding:?} is not supported; use \"gzip\", or \"identity\" for no compression"
+    );
+    status(Code::Unimplemented, "UNKNOWN_ENCODING", &message)
 }
 
 /// A request of more fields than any has a use for.

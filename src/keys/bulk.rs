@@ -12,7 +12,7 @@ use crate::{
     access::Caller,
     domain::{
         decision::Reason,
-        key::{Key, Owner, RevokeReason, Secret},
+        key::{Key, Owner, RevokeReason, Secret, State},
         log::Action,
         name::{KeyId, UserId},
         time::{Revision, Timestamp},
@@ -258,11 +258,10 @@ impl Keys {
 
     /// The keys of an owner that are not revoked.
     fn everything_of(&self, owner: OwnerFilter) -> KeyFilter {
-        use crate::domain::key::State;
         KeyFilter {
             owner,
             environment: None,
-            states: vec![State::Active, State::Disabled, State::Expired],
+            states: State::NOT_REVOKED.to_vec(),
             name_prefix: String::new(),
             unused_since: None,
             expires_before: None,

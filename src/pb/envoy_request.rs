@@ -5,6 +5,41 @@
 use std::fmt;
 
 use bytes::Bytes;
+use prost::encoding::decode_varint;
+
+/// The largest body that Envoy may send along (`with_request_body`), in bytes: as large as what most gRPC servers read. It is
+/// passed over when the message is decoded.
+pub const MAX_BODY: usize = 4 << 20;
+
+/// How many bytes of an encoded [`CheckRequest`] are the body of the request. Of one that is malformed, as far as it can be
+/// read.
+#[must_use]
+pub fn body_len(message: &[u8]) -> usize {
+    let https = values(message, 1)
+        .flat_map(|attributes| values(attributes, 4))
+        .flat_map(|request| values(request, 2));
+    // `body`, and `raw_body` with pack_as_bytes.
+    https.flat_map(|http| values(http, 11).chain(values(http, 12))).map(<[u8]>::len).sum()
+}
+
+/// The values of a length-delimited field, up to where the message is malformed.
+fn values(message: &[u8], number: u64) -> impl Iterator<Item = &[u8]> {
+    let mut rest = message;
+    let fields = std::iter::from_fn(move || {
+        let tag = decode_varint(&mut rest).ok()?;
+        let length = match tag & 7 {
+            0 => rest.iter().position(|byte| *byte < 0x80)? + 1,
+            1 => 8,
+            2 => usize::try_from(decode_varint(&mut rest).ok()?).ok()?,
+            5 => 4,
+            _ => return None,
+        };
+        let (value, behind) = rest.split_at_checked(length)?;
+        rest = behind;
+        Some((tag, value))
+    });
+    fields.filter(move |(tag, _)| *tag == number << 3 | 2).map(|(_, value)| value)
+}
 
 /// What Envoy asks about one request.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -148,3 +183,24 @@ redacted!(
     HeaderValue,
     Pair
 );
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A length-delimited field of fewer than 128 bytes.
+    fn field(number: u8, value: &[u8]) -> Vec<u8> {
+        [&[number << 3 | 2, u8::try_from(value.len()).unwrap()], value].concat()
+    }
+
+    #[test]
+    fn the_length_of_a_body_is_found_in_either_field() {
+        let http = [field(4, b"/path"), field(11, b"body!"), field(12, b"raw"), vec![10 << 3, 5]].concat();
+        let attributes = [field(1, b"source"), field(4, &field(2, &http)), field(10, b"extensions")].concat();
+        let message = field(1, &attributes);
+        assert_eq!(body_len(&message), 8);
+        assert_eq!(body_len(&[message.clone(), message.clone()].concat()), 16, "what is merged counts");
+        assert_eq!(body_len(&message[..message.len() - 1]), 0, "malformed");
+        assert_eq!(body_len(&[]), 0);
+    }
+}

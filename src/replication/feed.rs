@@ -35,7 +35,9 @@ use crate::{
 
 use super::{
     acks::{Acks, TELLING},
-    changes, collect,
+    changes,
+    clock_offset::ClockOffset,
+    collect,
     follow::{Broken, Follow},
     regression,
 };
@@ -78,6 +80,7 @@ pub struct Sight {
     frozen: AtomicU64,
     replicas: AtomicU64,
     acks: Acks,
+    clock_offset: ClockOffset,
 }
 
 impl Sight {
@@ -103,6 +106,12 @@ impl Sight {
     #[must_use]
     pub fn replicas(&self) -> u64 {
         self.replicas.load(Ordering::Relaxed)
+    }
+
+    /// How far this machine's wall clock is from the database's.
+    #[must_use]
+    pub fn clock_offset(&self) -> &ClockOffset {
+        &self.clock_offset
     }
 
     /// What the others have told of their acknowledgments.
@@ -370,13 +379,15 @@ impl Feed {
     }
 
     fn renew(&mut self, renewal: Renewal) {
-        let fleet = self.parts.fleet.clone();
+        let Parts { fleet, clock, sight, .. } = self.parts.clone();
         let attempt = renewal.attempt;
         let told = renewal.applied.filter(|at| self.parts.follow.is_to_tell(at.revision));
         let told = told.filter(|_| self.sight.are_few());
         self.request(attempt, async move {
+            let before = clock.now();
             match fleet.renew(&renewal).await {
                 Ok(renewed) => {
+                    sight.clock_offset.note(before, renewed.reply.db_now, clock.now());
                     if let Some(at) = told.filter(|_| renewed.reply.renewed) {
                         tokio::spawn(tell(fleet, renewal.id, at.revision));
                     }

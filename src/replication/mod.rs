@@ -16,6 +16,7 @@
 
 mod acks;
 mod changes;
+pub mod clock_offset;
 mod collect;
 pub mod feed;
 pub mod follow;

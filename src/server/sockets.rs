@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use tokio::{net::TcpListener, sync::watch, task::JoinHandle};
 
 use crate::{
-    config::server::{ENVOY, Settings},
+    config::server::{ENVOY, MAIN, Settings},
     grpc::serve::Opened,
     reload,
     transport::{
@@ -153,17 +153,21 @@ fn tcp(setting: &str, taken: Taken) -> anyhow::Result<TcpListener> {
 }
 
 /// Takes an address, and lets nobody connect yet.
-async fn bind(setting: &str, address: &Address, may_be_exposed: bool) -> anyhow::Result<Taken> {
+async fn bind(listener: &str, address: &Address, may_be_exposed: bool) -> anyhow::Result<Taken> {
     let bound = Taken::bind(address, may_be_exposed).await;
-    // The listeners of the flags are known by their settings.
-    let setting = match setting {
-        "main" => "listen",
-        "envoy" => "envoy_listen",
-        other => other,
-    };
-    bound.with_context(|| format!("{setting} = \"{address}\" cannot be bound"))
+    bound.with_context(|| format!("{} = \"{address}\" cannot be bound", setting_of(listener)))
 }
 
-fn cannot_listen(setting: &str) -> String {
-    format!("{setting} cannot be listened on; is another server running there?")
+fn cannot_listen(listener: &str) -> String {
+    format!("{} cannot be listened on; is another server running there?", setting_of(listener))
+}
+
+/// The setting that has a listener's address.
+fn setting_of(listener: &str) -> String {
+    match listener {
+        MAIN => "listen".to_owned(),
+        ENVOY => "envoy_listen".to_owned(),
+        "admin_listen" | "forward_auth_listen" => listener.to_owned(),
+        name => format!("listener {name:?}: address"),
+    }
 }

@@ -11,8 +11,19 @@ use crate::{
     clock::Clock,
     config::server::Settings,
     domain::{entry::Via, log::Action, time::Timestamp},
-    store::{self, Head, Step},
+    store::{self, Head, OpenError, Step},
 };
+
+/// Fails if the settings name an SQLite file that does not exist: a misspelt path is no new database.
+///
+/// # Errors
+/// When there is no such file.
+pub fn require_database(settings: &Settings) -> anyhow::Result<()> {
+    match store::file(&settings.database) {
+        Some(path) if !path.exists() => Err(OpenError::Missing { path: path.display().to_string() }.into()),
+        _ => Ok(()),
+    }
+}
 
 /// Archives the entries of the log that were made before an instant to a new file. None = there are none.
 ///
@@ -24,7 +35,7 @@ pub async fn archive(
     to: &Path,
     clock: &dyn Clock,
 ) -> anyhow::Result<Option<Archive>> {
-    let store = store::open(&settings.database).await?;
+    let store = store::open_existing(&settings.database).await?;
     let oldest = archive::acknowledged_by_all(store.clone()).await;
     let archived = match oldest {
         Ok(oldest) => archive::archive(&*store, oldest, before, to, clock).await,

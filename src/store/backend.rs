@@ -21,8 +21,8 @@ use super::{
     fleet::Fleet,
     queries::{self, Dialect, Sql},
     records::{
-        Columns, Gather, account_at, bytes_at, checkpoint_at, count_at, head_at, log_at, member_at, role_at,
-        spent_at,
+        Columns, Gather, account_at, bytes_at, checkpoint_at, count_at, head_at, key_revision_at, log_at,
+        member_at, role_at, spent_at,
     },
     rows::damaged,
 };
@@ -50,8 +50,18 @@ pub(super) trait Backend: Send + Sync + Sized + 'static {
     /// A row of a query.
     type Row: Columns + Send + Sync;
 
-    /// The rows of one query, which are few.
+    /// The rows of one query, which are few: a page, at most.
     async fn rows(&self, query: Sql<Self::Db>) -> Result<Vec<Self::Row>, StoreError>;
+
+    /// Entries of the log: a page, at most.
+    async fn log_page(&self, query: Sql<Self::Db>) -> Result<Vec<LogRow>, StoreError> {
+        all(self, query, log_at).await
+    }
+
+    /// The keys with these ids, in no order.
+    async fn keys_by_id(&self, ids: &[KeyId]) -> Result<Vec<StoredKey>, StoreError> {
+        gathered(self, queries::keys_at(ids)).await
+    }
 
     /// Gives each entry of the log after a revision to `take`, in order, while they come in.
     async fn each_entry(&self, after: Revision, take: TakeLog<'_>) -> Result<(), StoreError>;
@@ -134,7 +144,7 @@ impl<B: Backend> Store for B {
     }
 
     async fn log_after(&self, revision: Revision, limit: u32) -> Result<Vec<LogRow>, StoreError> {
-        all(self, queries::log_after(revision, limit), log_at).await
+        self.log_page(queries::log_after(revision, limit)).await
     }
 
     async fn snapshot(&self, forget_before: Timestamp, loader: &Arc<dyn Loader>) -> Result<Head, StoreError> {
@@ -168,15 +178,23 @@ impl<B: Backend> Store for B {
         cursor: Option<Revision>,
         limit: u32,
     ) -> Result<Vec<LogRow>, StoreError> {
-        all(self, queries::log(filter, cursor, limit), log_at).await
+        self.log_page(queries::log(filter, cursor, limit)).await
     }
 
     async fn log_at(&self, revisions: &[Revision]) -> Result<Vec<LogRow>, StoreError> {
-        all(self, queries::log_at(revisions), log_at).await
+        self.log_page(queries::log_at(revisions)).await
     }
 
     async fn keys_at(&self, ids: &[KeyId]) -> Result<Vec<StoredKey>, StoreError> {
-        gathered(self, queries::keys_at(ids)).await
+        self.keys_by_id(ids).await
+    }
+
+    async fn key_revisions(
+        &self,
+        after: Option<KeyId>,
+        limit: u32,
+    ) -> Result<Vec<(KeyId, Revision)>, StoreError> {
+        all(self, queries::key_revisions(after, limit), key_revision_at).await
     }
 
     async fn checkpoint(&self) -> Result<Option<Checkpoint>, StoreError> {

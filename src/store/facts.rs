@@ -10,7 +10,7 @@ use crate::domain::{
 
 use super::{
     Hour,
-    plan::{Facts, Held, Request, RolePlace},
+    plan::{Facts, Held, NameHolder, Request, RolePlace},
     records::{Columns, bytes_at, secret_at},
     rows::revision_from_i64,
     tally::Tally,
@@ -51,13 +51,15 @@ pub(super) fn key(row: &impl Columns, facts: &mut Facts) -> Read<()> {
     Ok(())
 }
 
-/// Account or NULL, user or NULL, name, id of the key that has it.
+/// Account or NULL, user or NULL, normalized name, id of the key that has it, the name in its row.
 pub(super) fn name(row: &impl Columns, facts: &mut Facts) -> Read<()> {
     let owner = match row.text_opt(0)? {
         Some(_) => Owner::Account(name_at(row, 0, AccountId::parse)?),
         None => Owner::User(name_at(row, 1, UserId::parse)?),
     };
-    facts.names.insert((owner, name_at(row, 2, KeyName::parse)?), id_at(row, 3)?);
+    let name = name_at(row, 2, KeyName::from_stored)?;
+    let holder = NameHolder { key_id: id_at(row, 3)?, stored: name_at(row, 4, KeyName::from_stored)? };
+    facts.names.entry((owner, name)).or_default().push(holder);
     Ok(())
 }
 
@@ -81,6 +83,12 @@ pub(super) fn left(row: &impl Columns, facts: &mut Facts) -> Read<()> {
 /// Id and revision.
 pub(super) fn account(row: &impl Columns, facts: &mut Facts) -> Read<()> {
     facts.accounts.insert(name_at(row, 0, AccountId::parse)?, revision_from_i64(row.int(1)?));
+    Ok(())
+}
+
+/// Case-folded id and id.
+pub(super) fn folded_account(row: &impl Columns, facts: &mut Facts) -> Read<()> {
+    facts.folded_accounts.insert(row.text(0)?.to_owned(), name_at(row, 1, AccountId::parse)?);
     Ok(())
 }
 

@@ -78,7 +78,7 @@ impl LoadedKey<'_> {
             environment: policy.environment.clone(),
             terms: Terms {
                 // Whoever made this has found it right.
-                name: self.name.and_then(|name| KeyName::parse(name).ok()),
+                name: self.name.and_then(|name| KeyName::from_stored(name).ok()),
                 scopes: policy.scopes.clone(),
                 roles: policy.roles.to_vec(),
                 expires_at: self.expires_at,

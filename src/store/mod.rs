@@ -33,7 +33,10 @@ use async_trait::async_trait;
 use tokio::time::Instant;
 
 pub use load::{LoadedKey, Loader, Part};
-pub use open::{OpenError, Schema, Step, backup, file, migrate, open, open_with, open_without_wal, reach};
+pub use open::{
+    OpenError, Schema, Step, backup, check_url, file, migrate, open, open_existing, open_with,
+    open_without_wal, reach,
+};
 pub use reads::{ReadSet, ReadState, RecordId};
 
 use fleet::Fleet;
@@ -160,7 +163,7 @@ pub enum Outcome {
 }
 
 /// Why one write of a batch was left out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Rejection {
     /// The record is not at the revision expected, or exists already.
     Conflict,
@@ -168,6 +171,8 @@ pub enum Rejection {
     AuthorizationMoved,
     /// Another key of the owner that is not revoked has the name.
     NameTaken,
+    /// This account's id differs from the new one only in case.
+    AccountIdCase(AccountId),
     /// The digest is known already.
     DigestTaken,
     /// Another request was made under this idempotency key.
@@ -239,9 +244,9 @@ pub struct KeyFilter {
     pub environment: Option<EnvironmentName>,
     /// Only in one of these states at `now`. Empty = in any.
     pub states: Vec<State>,
-    /// Only with a name that starts so.
+    /// Only with a name that starts so: in Unicode Normalization Form C.
     pub name_prefix: String,
-    /// Only not used since then.
+    /// Only created before then, and not used since.
     pub unused_since: Option<Timestamp>,
     /// Only expiring before then.
     pub expires_before: Option<Timestamp>,
@@ -389,6 +394,14 @@ pub trait Store: Send + Sync + 'static {
 
     /// The keys with these ids, in no order; those that there are.
     async fn keys_at(&self, ids: &[KeyId]) -> Result<Vec<StoredKey>, StoreError>;
+
+    /// The id of each key after `after` with the revision of its record, in the order of ids, at most `limit`. The records
+    /// are not read otherwise, and their checksums not looked at.
+    async fn key_revisions(
+        &self,
+        after: Option<KeyId>,
+        limit: u32,
+    ) -> Result<Vec<(KeyId, Revision)>, StoreError>;
 
     /// The newest checkpoint; None = nothing was archived.
     async fn checkpoint(&self) -> Result<Option<Checkpoint>, StoreError>;

@@ -7,17 +7,18 @@ use std::{
 };
 
 use super::{Head, Store, postgres, sqlite};
+use crate::domain::connection_url::{MASK, masked};
 
 /// Why a store did not open. Each says what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// The URL names no backend.
-    #[error("the database URL {url:?} is not understood: {problem}")]
+    /// The URL names no backend, or cannot be used.
+    #[error("the database URL {shown}{problem}")]
     Url {
-        /// The URL.
-        url: String,
-        /// What is wrong with it.
-        problem: &'static str,
+        /// The URL without what may be secret, in quotes and with a blank behind it; empty if none of it may be shown.
+        shown: String,
+        /// What is wrong with it, and what would be right.
+        problem: String,
     },
     /// Another process owns the file.
     #[error(
@@ -48,6 +49,20 @@ pub enum OpenError {
     )]
     WithoutDatabase {
         /// The database file.
+        path: String,
+    },
+    /// There is no such file, and none is to be created.
+    #[error(
+        "there is no database at {path}, and none was created: name the right one with --database sqlite:PATH"
+    )]
+    Missing {
+        /// The database file.
+        path: String,
+    },
+    /// A backup is never written over a file.
+    #[error("{path} exists already and is not overwritten; nothing was copied. Name a new file with --to")]
+    BackupExists {
+        /// The file.
         path: String,
     },
     /// The WAL beside the file belongs to an older state of it.
@@ -193,8 +208,9 @@ pub async fn open_without_wal(url: &str) -> Result<Arc<dyn Store>, OpenError> {
     match named(url)? {
         Named::File(path) => {
             // A misspelt path is no new database.
-            std::fs::metadata(path)
-                .map_err(|error| OpenError::Other { path: path.to_owned(), source: error.into() })?;
+            if !Path::new(path).exists() {
+                return Err(OpenError::Missing { path: path.to_owned() });
+            }
             Ok(Arc::new(sqlite::Sqlite::open_without_wal(path).await?))
         }
         Named::Server => Err(OpenError::Unsuitable {
@@ -251,24 +267,63 @@ pub async fn backup(url: &str, to: &Path) -> Result<Head, OpenError> {
     }
 }
 
+/// Whether the text of `url` names a database that this program can open. Opens and resolves nothing.
+///
+/// # Errors
+/// [`OpenError::Url`]: what is wrong with it, and what would be right; it repeats no secret.
+pub fn check_url(url: &str) -> Result<(), OpenError> {
+    match named(url)? {
+        Named::File(_) => Ok(()),
+        Named::Server => postgres::check_url(url),
+    }
+}
+
+/// Opens the store of an SQLite file that must exist, or of a PostgreSQL server: a misspelt path is no new database.
+///
+/// # Errors
+/// As [`open`]; and [`OpenError::Missing`] if there is no such file.
+pub async fn open_existing(url: &str) -> Result<Arc<dyn Store>, OpenError> {
+    if let Named::File(path) = named(url)?
+        && !Path::new(path).exists()
+    {
+        return Err(OpenError::Missing { path: path.to_owned() });
+    }
+    open(url).await
+}
+
+/// A URL that cannot be used.
+pub(super) fn wrong_url(url: &str, problem: impl Into<String>) -> OpenError {
+    let shown = masked(url);
+    let shown = if shown == MASK { String::new() } else { format!("{shown:?} ") };
+    OpenError::Url { shown, problem: problem.into() }
+}
+
 fn named(url: &str) -> Result<Named<'_>, OpenError> {
     match url.split_once(':') {
-        Some(("sqlite", path)) if path.contains(":memory:") || path.contains('?') => Err(OpenError::Url {
-            url: url.to_owned(),
-            problem: "keys are kept in a file; say sqlite:PATH, without options",
-        }),
+        Some(("sqlite", path)) if path.contains(":memory:") || path.contains('?') => Err(wrong_url(
+            url,
+            "must name a file without options: sqlite:PATH, for example sqlite:keyward.db",
+        )),
         Some(("sqlite", path)) if !path.is_empty() => {
             Ok(Named::File(path.strip_prefix("//").unwrap_or(path)))
         }
-        Some(("sqlite", _)) => Err(OpenError::Url {
-            url: url.to_owned(),
-            problem: "the path is missing; say sqlite:PATH, for example sqlite:keyward.db",
-        }),
+        Some(("sqlite", _)) => {
+            Err(wrong_url(url, "lacks a path: write sqlite:PATH, for example sqlite:keyward.db"))
+        }
         Some(("postgres" | "postgresql", _)) => Ok(Named::Server),
-        _ => Err(OpenError::Url {
-            // What follows the first colon may be a password.
-            url: url.split(':').next().unwrap_or_default().to_owned(),
-            problem: "say sqlite:PATH, for example sqlite:keyward.db, or postgres://user:password@host/database",
-        }),
+        _ if is_file_name(url) => {
+            Err(wrong_url(url, format!("lacks its kind: for this SQLite file write sqlite:{url}")))
+        }
+        _ => Err(wrong_url(
+            url,
+            "names no known kind of database: write sqlite:PATH, for example sqlite:keyward.db, or \
+             postgres://user:password@host/database",
+        )),
     }
+}
+
+/// Whether a text is a plain path that ends as database files do, and so no password.
+fn is_file_name(text: &str) -> bool {
+    let plain = |letter: char| letter.is_ascii_alphanumeric() || "/._-~".contains(letter);
+    text.chars().all(plain) && [".db", ".sqlite", ".sqlite3"].iter().any(|end| text.ends_with(end))
 }

@@ -72,11 +72,14 @@ pub(super) fn runs(batch: &[Write]) -> Vec<&[Write]> {
 pub(super) struct Questions {
     pub(super) requests: BTreeSet<(KeyId, IdempotencyKey)>,
     pub(super) keys: BTreeSet<KeyId>,
+    /// Names in their normalized form, in which they are unique.
     pub(super) names: BTreeSet<(Owner, KeyName)>,
     pub(super) digests: BTreeSet<Digest>,
     /// Secrets that left their key's record.
     pub(super) left: BTreeSet<(KeyId, u32)>,
     pub(super) accounts: BTreeSet<AccountId>,
+    /// Case-folded ids of accounts to be created.
+    pub(super) folded_accounts: BTreeSet<String>,
     pub(super) roles: BTreeSet<RolePlace>,
     pub(super) members: BTreeSet<(AccountId, UserId)>,
     /// The role to be deleted, whose uses are to be counted.
@@ -95,6 +98,9 @@ impl Questions {
                 asked.requests.insert((request.caller, request.key.clone()));
             }
             asked.about(&write.change);
+            if let (Change::Account(account), None) = (&write.change, write.expect) {
+                asked.folded_accounts.insert(account.id.case_folded());
+            }
             write.reads.iter().for_each(|(place, _)| asked.about_read(place));
             if let Some((_, owner)) = limits_of(write) {
                 if let (Change::Role(_), None, Some(account)) = (&write.change, write.expect, owner.account())
@@ -152,7 +158,7 @@ impl Questions {
         self.digests.extend(key.secrets.iter().map(|secret| secret.digest));
         self.left.extend(left_version(key).map(|version| (key.id, version)));
         if key.revocation.is_none() {
-            self.names.extend(key.terms.name.clone().map(|name| (key.owner.clone(), name)));
+            self.names.extend(key.terms.name.as_ref().map(|name| (key.owner.clone(), name.normalized())));
             for role in &key.terms.roles {
                 self.role_of(key.owner.account(), role);
             }
@@ -196,16 +202,26 @@ impl Held {
     }
 }
 
+/// An unrevoked key that has a name, and the spelling in its row.
+#[derive(Debug)]
+pub(super) struct NameHolder {
+    pub(super) key_id: KeyId,
+    pub(super) stored: KeyName,
+}
+
 /// The answers to [`Questions`]. What is not in a map is not in the tables.
 #[derive(Debug, Default)]
 pub(super) struct Facts {
     pub(super) requests: HashMap<(KeyId, IdempotencyKey), Request>,
     pub(super) keys: HashMap<KeyId, Revision>,
-    /// Which unrevoked key has a name.
-    pub(super) names: HashMap<(Owner, KeyName), KeyId>,
+    /// Which unrevoked keys have a name, by its normalized form. Releases that did not normalize names may have left
+    /// several.
+    pub(super) names: HashMap<(Owner, KeyName), Vec<NameHolder>>,
     pub(super) digests: HashMap<Digest, Held>,
     pub(super) left: HashMap<KeyId, Secret>,
     pub(super) accounts: HashMap<AccountId, Revision>,
+    /// Accounts by their case-folded ids, as far as [`Questions::folded_accounts`] asks.
+    pub(super) folded_accounts: HashMap<String, AccountId>,
     pub(super) roles: HashMap<RolePlace, Revision>,
     pub(super) members: HashMap<(AccountId, UserId), Revision>,
     /// How many unrevoked keys and members use the role to be deleted.
@@ -254,7 +270,7 @@ pub(super) fn decide<'w>(
 }
 
 impl<'w> Plan<'w> {
-    /// Takes in a write against which nothing stands.
+    /// Records an accepted write.
     fn record(&mut self, write: &'w Write, facts: &mut Facts) -> Result<Change, serde_json::Error> {
         let change = write.change.clone().at_revision(self.head.revision.next());
         let row = write.log_row(&change, self.head)?;
@@ -314,7 +330,14 @@ impl Facts {
     fn verdict(&self, change: &Change, expect: Option<Revision>) -> Verdict {
         match change {
             Change::Key(key) => self.key_verdict(key, expect),
-            Change::Account(account) => as_expected(self.accounts.get(&account.id), expect),
+            Change::Account(account) => {
+                as_expected(self.accounts.get(&account.id), expect)?;
+                let folded = self.folded_accounts.get(&account.id.case_folded());
+                match folded.filter(|known| expect.is_none() && **known != account.id) {
+                    Some(known) => Err(Rejection::AccountIdCase(known.clone())),
+                    None => Ok(()),
+                }
+            }
             Change::Role(role) => {
                 as_expected(self.roles.get(&(role.account.clone(), role.name.clone())), expect)
             }
@@ -328,7 +351,7 @@ impl Facts {
             Change::Member(member) => {
                 let place = (member.account.clone(), member.user.clone());
                 as_expected(self.members.get(&place), expect)?;
-                self.role_stands(Some(&member.account), &member.role)
+                self.role_exists(Some(&member.account), &member.role)
             }
             Change::MemberRemoved(member) => {
                 as_expected(self.members.get(&(member.account.clone(), member.user.clone())), expect)
@@ -347,7 +370,7 @@ impl Facts {
     fn key_verdict(&self, key: &Key, expect: Option<Revision>) -> Verdict {
         if key.revocation.is_none() {
             for role in &key.terms.roles {
-                self.role_stands(key.owner.account(), role)?;
+                self.role_exists(key.owner.account(), role)?;
             }
         }
         as_expected(self.keys.get(&key.id), expect)?;
@@ -355,22 +378,25 @@ impl Facts {
             self.digests.get(&secret.digest).is_some_and(|held| !held.is(key.id, secret.version))
         };
         let newest_taken = key.secrets.first().is_some_and(taken);
-        // A new key that is there already under another id, name and all, is told by its digest.
+        // A new key that exists under another id, with the same name, is a duplicate digest.
         if self.name_taken(key) && !(expect.is_none() && newest_taken) {
             return Err(Rejection::NameTaken);
         }
         if key.secrets.iter().any(taken) { Err(Rejection::DigestTaken) } else { Ok(()) }
     }
 
-    /// Whether a role stands for an account: its own, or a global one.
-    fn role_stands(&self, account: Option<&AccountId>, role: &RoleName) -> Verdict {
-        let stands = |account: Option<&AccountId>| self.roles.contains_key(&(account.cloned(), role.clone()));
-        if stands(account) || stands(None) { Ok(()) } else { Err(Rejection::NoSuchRole) }
+    /// Whether an account has a role: its own, or a global one.
+    fn role_exists(&self, account: Option<&AccountId>, role: &RoleName) -> Verdict {
+        let exists = |account: Option<&AccountId>| self.roles.contains_key(&(account.cloned(), role.clone()));
+        if exists(account) || exists(None) { Ok(()) } else { Err(Rejection::NoSuchRole) }
     }
 
     fn name_taken(&self, key: &Key) -> bool {
         let Some(name) = key.terms.name.as_ref().filter(|_| key.revocation.is_none()) else { return false };
-        self.names.get(&(key.owner.clone(), name.clone())).is_some_and(|holder| *holder != key.id)
+        let Some(holders) = self.names.get(&(key.owner.clone(), name.normalized())) else { return false };
+        // A key that keeps its name may be changed even if another key has the name too.
+        let keeps = holders.iter().any(|holder| holder.key_id == key.id && holder.stored == *name);
+        !keeps && holders.iter().any(|holder| holder.key_id != key.id)
     }
 
     /// Whether the secret's row says the same: all else in it never changes.
@@ -395,6 +421,7 @@ impl Facts {
             Change::Key(key) => self.learn_key(key),
             Change::Account(account) => {
                 self.accounts.insert(account.id.clone(), account.revision);
+                self.folded_accounts.insert(account.id.case_folded(), account.id.clone());
             }
             Change::Role(role) => {
                 let place = (role.account.clone(), role.name.clone());
@@ -417,14 +444,53 @@ impl Facts {
 
     fn learn_key(&mut self, key: &Key) {
         if self.keys.insert(key.id, key.revision).is_some() {
-            self.names.retain(|_, holder| *holder != key.id);
+            self.names.values_mut().for_each(|holders| holders.retain(|holder| holder.key_id != key.id));
         }
         self.digests.extend(key.secrets.iter().map(|secret| {
             let held = Held { key_id: key.id, version: secret.version, row: None };
             (secret.digest, held)
         }));
-        if key.revocation.is_none() {
-            self.names.extend(key.terms.name.clone().map(|name| ((key.owner.clone(), name), key.id)));
+        if let Some(name) = key.terms.name.as_ref().filter(|_| key.revocation.is_none()) {
+            let holder = NameHolder { key_id: key.id, stored: name.clone() };
+            self.names.entry((key.owner.clone(), name.normalized())).or_default().push(holder);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key_id(number: u8) -> KeyId {
+        KeyId::from_bytes([number; 16])
+    }
+
+    fn name(text: &str) -> KeyName {
+        KeyName::from_stored(text).unwrap()
+    }
+
+    /// What the tables say of two keys that an earlier release let have one name in two forms.
+    fn collided() -> (Owner, Facts) {
+        let owner = Owner::Account(AccountId::parse("acme").unwrap());
+        let holders = [(1, "\u{e9}"), (2, "e\u{301}")]
+            .map(|(number, form)| NameHolder { key_id: key_id(number), stored: name(form) });
+        let mut facts = Facts::default();
+        facts.names.insert((owner.clone(), name("\u{e9}")), holders.into());
+        (owner, facts)
+    }
+
+    #[test]
+    fn a_key_keeps_a_name_that_another_has_in_another_form_and_gets_it_no_second_time() {
+        let (owner, facts) = collided();
+        let taken = |number, form: &str| {
+            let mut key = crate::domain::key::tests::sample();
+            (key.id, key.owner) = (key_id(number), owner.clone());
+            key.terms.name = Some(name(form));
+            facts.name_taken(&key)
+        };
+        assert!(!taken(1, "\u{e9}") && !taken(2, "e\u{301}"), "a key is rotated under the name that it has");
+        assert!(taken(1, "e\u{301}") && taken(2, "\u{e9}"), "its new name would be the other's");
+        assert!(taken(3, "\u{e9}") && taken(3, "e\u{301}"));
+        assert!(!taken(3, "e"));
     }
 }

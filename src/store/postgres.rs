@@ -142,6 +142,11 @@ impl std::fmt::Debug for Postgres {
     }
 }
 
+/// Whether the text of a URL names a server, a database and a schema. Resolves nothing.
+pub(super) fn check_url(url: &str) -> std::result::Result<(), OpenError> {
+    Place::parse(url).map(drop)
+}
+
 impl Postgres {
     /// Connects to the server that `url` names, checks it, migrates the schema and checks it.
     ///
@@ -393,7 +398,7 @@ impl Backend for Postgres {
     type Row = TextRow;
 
     async fn rows(&self, query: Sql<Db>) -> std::result::Result<Vec<TextRow>, StoreError> {
-        let sql = query.into_builder().into_string();
+        let (sql, _) = query.into_parts();
         let message = [sql, "COMMIT".to_owned()];
         let (mut session, answers) = self.begin(&self.begins.one, &message).await.map_err(store_error)?;
         session.ended = true;
@@ -532,8 +537,9 @@ impl View for PgView {
     type Db = Db;
 
     async fn each(&mut self, query: Sql<Db>, take: TakeRow<'_, Db>) -> std::result::Result<(), StoreError> {
-        let mut query = query.into_builder();
-        let mut rows = query.build().persistent(false).fetch(self.session()?.get());
+        let (sql, _) = query.into_parts();
+        let query = sqlx::query(AssertSqlSafe(sql)).persistent(false);
+        let mut rows = query.fetch(self.session()?.get());
         while let Some(row) = within(NEXT_ROW, rows.try_next()).await.map_err(store_error)? {
             take(&row)?;
         }

@@ -1,7 +1,9 @@
-//! The reading queries, written once for both databases. They differ in nothing but how a value stands in them: bound
-//! to a place, or written out (see `postgres/literal.rs`).
+//! The reading queries, written once for both databases. They differ only in how a value is passed: bound to a
+//! placeholder, or written out (see `postgres/literal.rs`).
 
-use sqlx::{Database, QueryBuilder};
+use std::marker::PhantomData;
+
+use sqlx::Database;
 
 use crate::domain::{
     key::State,
@@ -17,70 +19,80 @@ use super::{
     rows::{revision_to_i64, role_account},
 };
 
-/// How a database takes the three types of value that both keep, and where it keeps the latest uses of secrets.
+/// A value of one of the three types that both databases keep.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Value {
+    Int(i64),
+    Text(String),
+    Bytes(Vec<u8>),
+}
+
+/// How a database takes values, and where it keeps the latest uses of secrets.
 pub(super) trait Dialect: Database + Sized {
     /// The latest use of the secret `s`, whose row in `uses` is `u`.
     const LAST_USED: &'static str;
     /// Rows with the columns `key_id` and `at`, one or more of them for each secret that was used.
     const USES: &'static str;
+    /// The name of a row of `keys` in Unicode Normalization Form C.
+    const NAME_NFC: &'static str;
 
-    fn int(query: &mut QueryBuilder<Self>, value: i64);
-    fn text(query: &mut QueryBuilder<Self>, value: String);
-    fn bytes(query: &mut QueryBuilder<Self>, value: Vec<u8>);
+    /// Appends a value to a statement: a placeholder, and the value to `bound`; or the value itself.
+    fn push_value(statement: &mut String, bound: &mut Vec<Value>, value: Value);
 }
 
 impl Dialect for sqlx::Sqlite {
     const LAST_USED: &'static str = "u.at";
     const USES: &'static str = "uses";
+    const NAME_NFC: &'static str = "coalesce(name_nfc, name)";
 
-    fn int(query: &mut QueryBuilder<Self>, value: i64) {
-        query.push_bind(value);
-    }
-
-    fn text(query: &mut QueryBuilder<Self>, value: String) {
-        query.push_bind(value);
-    }
-
-    fn bytes(query: &mut QueryBuilder<Self>, value: Vec<u8>) {
-        query.push_bind(value);
+    fn push_value(statement: &mut String, bound: &mut Vec<Value>, value: Value) {
+        statement.push('?');
+        bound.push(value);
     }
 }
 
 /// A query in the making.
-pub(super) struct Sql<D: Dialect>(QueryBuilder<D>);
+pub(super) struct Sql<D: Dialect> {
+    statement: String,
+    bound: Vec<Value>,
+    dialect: PhantomData<fn() -> D>,
+}
 
 impl<D: Dialect> Sql<D> {
+    fn new(statement: String) -> Self {
+        Sql { statement, bound: Vec::new(), dialect: PhantomData }
+    }
+
     fn select(columns: &'static str, from: &'static str) -> Self {
-        let mut query = QueryBuilder::new("SELECT ");
-        query.push(columns).push(from);
-        Sql(query)
+        Sql::new(["SELECT ", columns, from].concat())
     }
 
     /// Keys joined with their secrets, and these with their latest uses.
     fn keys(condition: &'static str) -> Self {
-        let mut query = QueryBuilder::new("SELECT ");
-        query.push(KEY_COLUMNS).push(", ").push(SECRET_COLUMNS).push(", ").push(D::LAST_USED);
-        query.push(
-            " FROM keys k LEFT JOIN secrets s ON s.key_id = k.id \
-             LEFT JOIN uses u ON u.key_id = s.key_id AND u.version = s.version WHERE ",
-        );
-        query.push(condition);
-        Sql(query)
+        Sql::new(format!(
+            "SELECT {KEY_COLUMNS}, {SECRET_COLUMNS}, {} \
+             FROM keys k LEFT JOIN secrets s ON s.key_id = k.id \
+             LEFT JOIN uses u ON u.key_id = s.key_id AND u.version = s.version WHERE {condition}",
+            D::LAST_USED
+        ))
     }
 
     fn push(mut self, sql: &'static str) -> Self {
-        self.0.push(sql);
+        self.statement.push_str(sql);
         self
     }
 
-    fn int(mut self, value: impl Into<i64>) -> Self {
-        D::int(&mut self.0, value.into());
+    fn value(mut self, value: Value) -> Self {
+        D::push_value(&mut self.statement, &mut self.bound, value);
         self
     }
 
-    fn text(mut self, value: impl ToString) -> Self {
-        D::text(&mut self.0, value.to_string());
-        self
+    fn int(self, value: impl Into<i64>) -> Self {
+        self.value(Value::Int(value.into()))
+    }
+
+    fn text(self, value: impl ToString) -> Self {
+        self.value(Value::Text(value.to_string()))
     }
 
     /// A list of values with commas between; one that is empty finds nothing.
@@ -92,14 +104,13 @@ impl<D: Dialect> Sql<D> {
         if values.is_empty() { query.push("NULL") } else { query }
     }
 
-    fn id(mut self, value: KeyId) -> Self {
-        D::bytes(&mut self.0, value.as_bytes().to_vec());
-        self
+    fn id(self, value: KeyId) -> Self {
+        self.value(Value::Bytes(value.as_bytes().to_vec()))
     }
 
-    /// The query, to be built and run.
-    pub(super) fn into_builder(self) -> QueryBuilder<D> {
-        self.0
+    /// The statement, and the values of its placeholders in their order.
+    pub(super) fn into_parts(self) -> (String, Vec<Value>) {
+        (self.statement, self.bound)
     }
 }
 
@@ -243,6 +254,16 @@ pub(super) fn keys<D: Dialect>(filter: &KeyFilter, before: Option<KeyId>, limit:
     query.push(") ORDER BY k.id DESC, s.version DESC")
 }
 
+/// Ids and revisions of keys in the order of their ids.
+pub(super) fn key_revisions<D: Dialect>(after: Option<KeyId>, limit: u32) -> Sql<D> {
+    let query = Sql::select("id, revision", " FROM keys");
+    let query = match after {
+        Some(after) => query.push(" WHERE id > ").id(after),
+        None => query,
+    };
+    query.push(" ORDER BY id LIMIT ").int(limit)
+}
+
 /// The ids of a page, as a subquery: the page is cut before secrets multiply its rows.
 fn page<D: Dialect>(query: Sql<D>, filter: &KeyFilter, before: Option<KeyId>, limit: u32) -> Sql<D> {
     let mut query = match &filter.owner {
@@ -260,7 +281,7 @@ fn page<D: Dialect>(query: Sql<D>, filter: &KeyFilter, before: Option<KeyId>, li
     }
     if !filter.name_prefix.is_empty() {
         // Not LIKE: it folds case, and its wildcards would have to be escaped.
-        query = query.push(" AND substr(name, 1, length(").text(&filter.name_prefix);
+        query = query.push(" AND substr(").push(D::NAME_NFC).push(", 1, length(").text(&filter.name_prefix);
         query = query.push(")) = ").text(&filter.name_prefix);
     }
     if let Some(end) = filter.expires_before {
@@ -271,6 +292,8 @@ fn page<D: Dialect>(query: Sql<D>, filter: &KeyFilter, before: Option<KeyId>, li
     }
     if let Some(since) = filter.unused_since {
         query = query
+            .push(" AND created_at < ")
+            .int(since.as_micros())
             .push(" AND NOT EXISTS (SELECT 1 FROM ")
             .push(D::USES)
             .push(" WHERE uses.key_id = keys.id AND uses.at >= ")

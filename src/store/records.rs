@@ -12,7 +12,7 @@ use crate::domain::{
     limit::Spent,
     log::{Hash, LogRow},
     name::{AccountId, KeyId, UserId},
-    time::Timestamp,
+    time::{Revision, Timestamp},
 };
 
 use super::{
@@ -115,6 +115,13 @@ pub(super) fn head_at(row: &impl Columns) -> Result<Head, StoreError> {
     let read = || -> Read<(i64, Hash)> { Ok((row.int(0)?, bytes_at(row, 1)?)) };
     let (revision, hash) = read().map_err(unreadable)?;
     Ok(Head { revision: revision_from_i64(revision), hash })
+}
+
+/// A key's id and revision.
+pub(super) fn key_revision_at(row: &impl Columns) -> Result<(KeyId, Revision), StoreError> {
+    let read = || -> Read<_> { Ok((KeyId::from_bytes(bytes_at(row, 0)?), row.int(1)?)) };
+    let (id, revision) = read().map_err(unreadable)?;
+    Ok((id, revision_from_i64(revision)))
 }
 
 /// The columns of the checkpoint query.

@@ -9,6 +9,7 @@ use crate::domain::{
     log::{Change, GENESIS, LogRow},
     name::{AccountId, DisplayName, KeyId, KeyName, NameError, RoleName, UserId},
     scope::{Scope, ScopeSet},
+    text,
     time::{Revision, Timestamp},
     token::{Digest, Hex},
 };
@@ -189,6 +190,14 @@ impl<'r> KeyRow<'r> {
             .finish()
     }
 
+    /// The normalized name where the name is another; see `0009_names.sql`.
+    pub(super) fn name_nfc(&self) -> Option<String> {
+        match text::normalize(self.name.as_deref()?) {
+            Cow::Borrowed(_) => None,
+            Cow::Owned(name) => Some(name),
+        }
+    }
+
     /// The row, once `sum` has been found right.
     pub(super) fn checked(self, sum: i64) -> Result<Self, StoreError> {
         let id = KeyId::from_bytes(self.id);
@@ -245,7 +254,7 @@ impl<'r> KeyRow<'r> {
             _ => return Err("its revocation is incomplete".to_owned()),
         };
         let name = self.name.as_deref();
-        name.map(KeyName::check).transpose().map_err(|error| error.to_string())?;
+        name.map(KeyName::check_stored).transpose().map_err(|error| error.to_string())?;
         let metadata = self.metadata.as_deref().map(from_json::<BTreeMap<_, _>>).transpose()?;
         Ok(LoadedKey {
             id,
@@ -391,7 +400,7 @@ pub(super) fn account_from(id: &str, name: &str, tail: &AccountTail) -> Result<A
     let what = || format!("account {id:?}");
     let account = Account {
         id: AccountId::parse(id).map_err(|error| damaged(what(), error))?,
-        name: DisplayName::parse(name).map_err(|error| damaged(what(), error))?,
+        name: DisplayName::from_stored(name).map_err(|error| damaged(what(), error))?,
         suspended_at: tail.suspended_at.map(Timestamp::from_micros),
         longest_life: tail
             .longest_life

@@ -12,6 +12,7 @@ mod look;
 mod mark;
 mod migrate;
 mod owner;
+mod pages;
 mod permissions;
 mod snapshot;
 mod write;
@@ -31,13 +32,14 @@ use async_trait::async_trait;
 use futures_util::TryStreamExt as _;
 use rusqlite::{Connection, params};
 use sqlx::{
-    Connection as _, SqliteConnection, SqlitePool,
-    sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteRow, SqliteSynchronous},
+    AssertSqlSafe, Connection as _, SqliteConnection, SqlitePool,
+    sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous},
 };
 use tokio::{sync::watch::Sender, time::Instant};
 
 use crate::domain::{
     limit::Spent,
+    log::LogRow,
     name::KeyId,
     time::{Revision, Timestamp},
 };
@@ -46,11 +48,12 @@ pub(super) use self::look::look;
 use self::{
     connection::{Result as Written, Writer},
     owner::{Owner, give_up, hold, watch},
+    pages::{PageRow, Readers},
     snapshot::Reader,
 };
 use super::{
-    Checkpoint, CommitError, Committed, Head, Hour, Loader, OpenError, Schema, Step, StoreError, UsageBatch,
-    Write,
+    Checkpoint, CommitError, Committed, Head, Hour, Loader, OpenError, Schema, Step, StoreError, StoredKey,
+    UsageBatch, Write,
     backend::{self, Backend, TakeLog, TakeRow, View},
     fleet::Fleet,
     queries::Sql,
@@ -69,7 +72,10 @@ pub struct Sqlite {
     writer: Writer,
     /// How a reader opens the file.
     options: SqliteConnectOptions,
+    /// For snapshots.
     readers: SqlitePool,
+    /// For everything else.
+    pages: Readers,
     /// Whether the file is to be checked when the keys are loaded.
     unchecked: AtomicBool,
     /// Whether the file was found damaged, or is no longer this process's own.
@@ -163,8 +169,9 @@ impl Sqlite {
             .await
             .map_err(|error| other(error.into()))?;
         let unchecked = AtomicBool::new(unchecked);
+        let pages = Readers::new(options.get_filename().to_owned());
         let lost = Sender::new(false);
-        let store = Sqlite { writer, options, readers, unchecked, lost, owner: Some(owner) };
+        let store = Sqlite { writer, options, readers, pages, unchecked, lost, owner: Some(owner) };
         backend::check_log(&store).await.map_err(|error| opening_error(path, error))?;
         Ok(store)
     }
@@ -197,10 +204,18 @@ impl Sqlite {
 #[async_trait]
 impl Backend for Sqlite {
     type Db = sqlx::Sqlite;
-    type Row = SqliteRow;
+    type Row = PageRow;
 
-    async fn rows(&self, query: Sql<sqlx::Sqlite>) -> Result<Vec<SqliteRow>, StoreError> {
-        query.into_builder().build().fetch_all(&self.readers).await.map_err(store_error)
+    async fn rows(&self, query: Sql<sqlx::Sqlite>) -> Result<Vec<PageRow>, StoreError> {
+        self.pages.rows(query).await
+    }
+
+    async fn log_page(&self, query: Sql<sqlx::Sqlite>) -> Result<Vec<LogRow>, StoreError> {
+        self.pages.log(query).await
+    }
+
+    async fn keys_by_id(&self, ids: &[KeyId]) -> Result<Vec<StoredKey>, StoreError> {
+        self.pages.keys(ids).await
     }
 
     async fn each_entry(&self, after: Revision, take: TakeLog<'_>) -> Result<(), StoreError> {
@@ -296,6 +311,7 @@ impl Backend for Sqlite {
 
     async fn shut(&self) {
         self.readers.close().await;
+        self.pages.close().await;
         let Some(owner) = self.owner.clone() else { return };
         // Last of all, since that folds the WAL into the file; if it fails the next start does it.
         if let Err(error) = owner.end(&self.writer).await {
@@ -320,8 +336,9 @@ impl View for SqliteView<'_> {
         query: Sql<sqlx::Sqlite>,
         take: TakeRow<'_, sqlx::Sqlite>,
     ) -> Result<(), StoreError> {
-        let mut query = query.into_builder();
-        let mut rows = query.build().fetch(&mut *self.connection);
+        // A snapshot asks for whole tables: there is no value to bind.
+        let (statement, _) = query.into_parts();
+        let mut rows = sqlx::query(AssertSqlSafe(statement)).fetch(&mut *self.connection);
         while let Some(row) = rows.try_next().await.map_err(store_error)? {
             take(&row)?;
         }

@@ -1,29 +1,90 @@
 //! Log lines name the call that they are about: its request id, and its trace where it has one. The names come from
-//! the task that logs, not from spans: most calls have none.
+//! the task that logs, not from spans: most calls have none. What a caller sent is escaped in them: it neither steers the
+//! terminal that shows the log nor begins a line.
 
-use std::fmt;
+use std::{
+    error::Error,
+    fmt::{self, Write as _},
+};
 
-use tracing::Event;
+use tracing::{
+    Event,
+    field::{Field, Visit},
+};
 use tracing_subscriber::{
     field::RecordFields,
-    fmt::{
-        FmtContext, FormatEvent, FormatFields,
-        format::{DefaultFields, Writer},
-    },
+    fmt::{FmtContext, FormatEvent, FormatFields, format::Writer},
     registry::LookupSpan,
 };
 
-use crate::trace::{self, Call};
+use crate::{
+    domain::text::{EscapingWriter, escape_json},
+    trace::{self, Call},
+};
 
 /// Fields as people read them, the call's names last.
-#[derive(Default)]
-pub(super) struct NamingText(DefaultFields);
+pub(super) struct NamingText;
 
 impl<'writer> FormatFields<'writer> for NamingText {
     fn format_fields<R: RecordFields>(&self, mut writer: Writer<'writer>, fields: R) -> fmt::Result {
-        self.0.format_fields(writer.by_ref(), fields)?;
+        let mut visitor = EscapingVisitor { writer: writer.by_ref(), is_empty: true, result: Ok(()) };
+        fields.record(&mut visitor);
+        visitor.result?;
         let named = trace::current(|call| text(call, &mut writer));
         named.unwrap_or(Ok(()))
+    }
+}
+
+/// Writes fields as tracing-subscriber does, and escapes every value.
+struct EscapingVisitor<'w> {
+    writer: Writer<'w>,
+    is_empty: bool,
+    result: fmt::Result,
+}
+
+impl EscapingVisitor<'_> {
+    fn write(&mut self, name: &str, value: fmt::Arguments<'_>) -> fmt::Result {
+        if !std::mem::take(&mut self.is_empty) {
+            self.writer.write_char(' ')?;
+        }
+        let name = name.strip_prefix("r#").unwrap_or(name);
+        if name != "message" {
+            let (italic, dimmed, plain) =
+                if self.writer.has_ansi_escapes() { ("\x1b[3m", "\x1b[2m", "\x1b[0m") } else { ("", "", "") };
+            write!(self.writer, "{italic}{name}{plain}{dimmed}={plain}")?;
+        }
+        EscapingWriter(&mut self.writer).write_fmt(value)
+    }
+
+    fn record(&mut self, name: &str, value: fmt::Arguments<'_>) {
+        if self.result.is_ok() {
+            self.result = self.write(name, value);
+        }
+    }
+}
+
+impl Visit for EscapingVisitor<'_> {
+    fn record_str(&mut self, field: &Field, value: &str) {
+        match field.name() {
+            "message" => self.record("message", format_args!("{value}")),
+            name => self.record(name, format_args!("{value:?}")),
+        }
+    }
+
+    fn record_error(&mut self, field: &Field, value: &(dyn Error + 'static)) {
+        self.record(field.name(), format_args!("{value}"));
+        let (mut sources, mut next) = (Vec::new(), value.source());
+        while let Some(source) = next {
+            sources.push(source.to_string());
+            next = source.source();
+        }
+        if !sources.is_empty() {
+            self.record(&format!("{}.sources", field.name()), format_args!("[{}]", sources.join(", ")));
+        }
+    }
+
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        self.record(field.name(), format_args!("{value:?}"));
     }
 }
 
@@ -35,7 +96,7 @@ fn text(call: &Call, to: &mut impl fmt::Write) -> fmt::Result {
     }
 }
 
-/// A line of JSON, with the call's names beside the event's own fields.
+/// A line of JSON, escaped, with the call's names beside the event's own fields.
 pub(super) struct NamingJson<F>(pub(super) F);
 
 impl<S, N, F> FormatEvent<S, N> for NamingJson<F>
@@ -54,15 +115,13 @@ where
             let mut names = String::new();
             json(call, &mut names).map(|()| names)
         });
-        let Some(names) = names.transpose()? else {
-            return self.0.format_event(context, writer, event);
-        };
         let mut line = String::new();
         self.0.format_event(context, Writer::new(&mut line), event)?;
+        let line = escape_json(line);
         // An object is never empty: it has a time at least.
-        match line.trim_end().strip_suffix('}') {
-            Some(open) => writeln!(writer, "{open},{names}}}"),
-            None => writer.write_str(&line),
+        match (line.trim_end().strip_suffix('}'), names.transpose()?) {
+            (Some(open), Some(names)) => writeln!(writer, "{open},{names}}}"),
+            _ => writer.write_str(&line),
         }
     }
 }
@@ -73,5 +132,83 @@ fn json(call: &Call, to: &mut impl fmt::Write) -> fmt::Result {
     match call.trace() {
         Some(trace) => write!(to, ",\"trace_id\":\"{trace}\""),
         None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io,
+        sync::{Arc, Mutex},
+    };
+
+    use tracing_subscriber::{Layer as _, layer::SubscriberExt as _};
+
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Sink(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Sink {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("outer\u{1b}[2J")]
+    struct Outer(#[source] io::Error);
+
+    const NASTY: &str = "a\u{1b}]0;x\u{7}\u{9b}2J\u{7f}\u{202e}\u{200b}\nb";
+
+    /// The lines that a log in a form has of one event.
+    fn logged(json: bool, ansi: bool) -> String {
+        let sink = Sink::default();
+        let writer = sink.clone();
+        let layer = tracing_subscriber::fmt::layer().without_time().with_writer(move || writer.clone());
+        let layer = match json {
+            true => layer.json().map_event_format(NamingJson).boxed(),
+            false => layer.with_ansi(ansi).fmt_fields(NamingText).boxed(),
+        };
+        tracing::subscriber::with_default(tracing_subscriber::registry().with(layer), || {
+            let error = Outer(io::Error::other(NASTY));
+            tracing::warn!(
+                debug = ?NASTY, display = %NASTY, plain = NASTY, error = &error as &dyn Error, number = 7,
+                "message {NASTY}"
+            );
+        });
+        String::from_utf8(sink.0.lock().unwrap().clone()).unwrap()
+    }
+
+    #[test]
+    fn no_value_in_the_log_steers_a_terminal_or_begins_a_line() {
+        let is_plain =
+            |line: &str| line.strip_suffix('\n').is_some_and(|line| !line.chars().any(char::is_control));
+        let shown = r"a\u{1b}]0;x\u{7}\u{9b}2J\u{7f}\u{202e}\u{200b}\nb";
+        let text = logged(false, false);
+        assert!(is_plain(&text), "{text:?}");
+        for part in [
+            format!("message {shown} debug=\"{shown}\" display={shown} plain=\"{shown}\" "),
+            format!(r"error=outer\u{{1b}}[2J error.sources=[{shown}] number=7"),
+        ] {
+            assert!(text.contains(&part), "{part}\n{text}");
+        }
+        let json = logged(true, false);
+        assert!(is_plain(&json) && !json.contains(['\u{202e}', '\u{200b}']), "{json:?}");
+        let line: serde_json::Value = serde_json::from_str(&json).unwrap();
+        assert_eq!(line["fields"]["message"], format!("message {NASTY}"));
+        assert_eq!(line["fields"]["display"], NASTY);
+    }
+
+    #[test]
+    fn on_a_terminal_names_are_styled_and_values_still_escaped() {
+        let text = logged(false, true);
+        assert!(text.contains("\u{1b}[3mnumber\u{1b}[0m\u{1b}[2m=\u{1b}[0m7"), "{text:?}");
+        assert!(!text.contains("\u{1b}]0;") && !text.contains(['\u{7}', '\u{9b}', '\u{202e}']), "{text:?}");
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{
     fmt, io,
-    net::SocketAddr,
+    net::{SocketAddr, ToSocketAddrs as _},
     os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     pin::Pin,
@@ -24,8 +24,11 @@ const BACKLOG: u32 = 1024;
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
     /// The system refused.
-    #[error("{0}; is another server running there?")]
+    #[error("{}{}", .0, remedy(.0))]
     System(#[from] io::Error),
+    /// The host name cannot be looked up.
+    #[error("its host cannot be looked up: {0}; name an address of this machine, such as 127.0.0.1")]
+    Lookup(#[source] io::Error),
     /// The name stands for no address.
     #[error("it has no address")]
     Nowhere,
@@ -44,10 +47,28 @@ pub enum BindError {
     Plaintext(SocketAddr),
 }
 
+/// What to do about a refusal of the system, as far as its kind shows that.
+fn remedy(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::AddrInUse => "; is another server running there?",
+        io::ErrorKind::AddrNotAvailable => "; name an address of this machine",
+        io::ErrorKind::NotFound => "; create its folder, or name another path",
+        _ => "",
+    }
+}
+
 /// Whether others than this machine reach an address.
 #[must_use]
 pub fn is_exposed(address: &SocketAddr) -> bool {
     !address.ip().to_canonical().is_loopback()
+}
+
+/// The first address beyond this machine among those of `host:port`. Looks names up, which may take seconds.
+///
+/// # Errors
+/// When the name cannot be looked up.
+pub fn first_exposed(address: &str) -> io::Result<Option<SocketAddr>> {
+    Ok(address.to_socket_addrs()?.find(is_exposed))
 }
 
 /// An address that is ours, and that nobody can connect to yet.
@@ -85,7 +106,7 @@ impl Taken {
 
 async fn bind_tcp(address: &str, may_be_exposed: bool) -> Result<TcpSocket, BindError> {
     let mut last = BindError::Nowhere;
-    for address in tokio::net::lookup_host(address).await? {
+    for address in tokio::net::lookup_host(address).await.map_err(BindError::Lookup)? {
         if !may_be_exposed && is_exposed(&address) {
             return Err(BindError::Plaintext(address));
         }

@@ -161,6 +161,25 @@ impl TlsFiles {
     }
 }
 
+/// Whether files can be read and fit together.
+///
+/// # Errors
+/// When they cannot be served with; the error says which file, and why.
+pub fn check(files: &TlsFiles) -> Result<(), TlsError> {
+    files.load(&files.read()?, b"h2").map(drop)
+}
+
+/// Whether a file's bytes are certificates of authorities, in PEM.
+///
+/// # Errors
+/// When they are not; the error says why.
+pub fn check_authorities(path: &std::path::Path, pem: &[u8]) -> Result<(), TlsError> {
+    let mut roots = RootCertStore::empty();
+    TlsFiles::chain(path, pem)?
+        .into_iter()
+        .try_for_each(|authority| roots.add(authority).map_err(|error| TlsFiles::wrong(path, error)))
+}
+
 struct Loaded {
     acceptor: TlsAcceptor,
     expires: i64,

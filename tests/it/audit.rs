@@ -247,7 +247,7 @@ async fn a_page_token_belongs_to_its_filters_and_a_size_is_1_to_1000() {
     let other = pb::ListAuditEntriesRequest { account: "acme".into(), page_token, ..Default::default() };
     invalid(root.entries(other).await, &["page_token"]);
     let request = pb::ListAuditEntriesRequest {
-        account: "A".into(),
+        account: "a.b".into(),
         key_id: "x".into(),
         from: Some(prost_types::Timestamp { seconds: i64::MAX, nanos: 0 }),
         page_size: Some(1001),

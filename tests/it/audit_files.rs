@@ -77,7 +77,10 @@ async fn the_head_is_in_the_servers_log_at_the_start_and_at_the_stop() {
 /// Archives what there is, as long as that is more than nothing.
 fn archive(home: &Home, file: &Path) -> Ended {
     let (url, file) = (home.url(), file.to_str().unwrap());
-    run(home, &["audit", "archive", "--before", "2200-01-01T00:00:00Z", "--to", file, "--database", &url])
+    run(
+        home,
+        &["audit", "archive", "--before", "2200-01-01T00:00:00Z", "--yes", "--to", file, "--database", &url],
+    )
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -4,7 +4,9 @@
 use keyward::pb;
 use tonic::Code;
 
-use crate::support::{Client, invalid, named_key, refused};
+use sha2::Digest as _;
+
+use crate::support::{Client, invalid, named_key, refused, service_key};
 
 use super::Server;
 
@@ -98,6 +100,93 @@ async fn a_row_that_was_put_back_taken_out_or_planted_is_found() {
     for ((record, said), (found, problem)) in expected.iter().zip(told) {
         assert!(record == found && problem.contains(said), "{found}: {problem}");
     }
+}
+
+/// The bytes that a row's checksum is made of.
+fn summed(columns: &[Column<'_>]) -> u32 {
+    let bytes = columns.iter().flat_map(|column| match column {
+        Column::Bytes(bytes) => [&(bytes.len() as u64).to_be_bytes()[..], bytes].concat(),
+        Column::Int(number) => [8u64.to_be_bytes(), number.to_be_bytes()].concat(),
+        Column::Null => u64::MAX.to_be_bytes().to_vec(),
+    });
+    crc32fast::hash(&bytes.collect::<Vec<_>>())
+}
+
+enum Column<'a> {
+    Bytes(&'a [u8]),
+    Int(i64),
+    Null,
+}
+
+/// Statements that plant a key without a name beside one, with its revision. Its id is the start of that one's digest, and
+/// the digest of its secret the hash of the log's head.
+fn planted_twin(token: &str, revision: u64, head_hash: &[u8]) -> (String, String) {
+    use Column::{Bytes, Int, Null};
+    let digest = sha2::Sha256::digest(token.as_bytes());
+    let (id, revision) = (&digest[..16], i64::try_from(revision).unwrap());
+    let text = |text: &'static str| Bytes(text.as_bytes());
+    let key = summed(&[
+        Bytes(id),
+        text("acme"),
+        Null,
+        text("production"),
+        Null,
+        text("monitors:read"),
+        text(""),
+        Null,
+        text(""),
+        text(""),
+        Null,
+        Null,
+        Null,
+        Int(7),
+        text("system"),
+        Int(7),
+        Null,
+        Null,
+        Null,
+        Null,
+        Int(revision),
+    ]);
+    let secret = summed(&[Bytes(head_hash), Bytes(id), Int(1), text("kw_live_0000"), Int(7), Null]);
+    let hint = &token[..12];
+    let sql = format!(
+        "INSERT INTO keys (id, account, environment, scopes, roles, customers, allowed_cidrs, created_at, created_by, \
+         updated_at, revision, sum) SELECT substr(digest, 1, 16), 'acme', 'production', 'monitors:read', '', '', '', 7, \
+         'system', 7, {revision}, {key} FROM secrets WHERE hint = '{hint}'; \
+         INSERT INTO secrets (digest, key_id, version, hint, created_at, sum) SELECT (SELECT head_hash FROM meta), \
+         substr(digest, 1, 16), 1, 'kw_live_0000', 7, {secret} FROM secrets WHERE hint = '{hint}'"
+    );
+    (uuid::Uuid::from_slice(id).unwrap().to_string(), sql)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_planted_key_with_the_revision_of_another_is_found() {
+    let (server, _) = lived_in().await;
+    let root = server.root();
+    for _ in 0..4 {
+        let made = server.make(service_key("acme", &["monitors:read"])).await;
+        let head_hash = root.verify().await.head_hash;
+        let (twin, sql) = planted_twin(&made.token, made.key.revision, &head_hash);
+        server.sql(&sql);
+        let found = root.verify().await;
+        let told: Vec<_> =
+            found.mismatches.iter().map(|one| (&*one.record, one.revision, &*one.problem)).collect();
+        let said = "the tables have it, and no entry of the log is about it";
+        assert!(told.contains(&(&*format!("key {twin}"), made.key.revision, said)), "{told:?}");
+        assert!(told.iter().all(|one| one.0 != format!("key {}", made.id)), "{told:?}");
+        assert!(!found.valid && found.broken_at == 0, "{found:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_whose_row_contradicts_itself_is_found_once() {
+    let (server, id) = lived_in().await;
+    server.sql("UPDATE keys SET created_by = 'evil' WHERE name = 'CI'");
+    let found = server.root().verify().await;
+    let told: Vec<_> = found.mismatches.iter().map(|one| (&*one.record, &*one.problem)).collect();
+    assert!(!found.valid && told.len() == 1 && told[0].0 == format!("key {id}"), "{told:?}");
+    assert!(told[0].1.contains("checksum"), "{told:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

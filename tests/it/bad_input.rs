@@ -33,7 +33,7 @@ fn limit(name: &str, limit: u64, window: Option<prost_types::Duration>) -> pb::R
 async fn every_violation_of_a_request_is_told_at_once() {
     let server = Server::with_accounts().await;
     let request = pb::CreateKeyRequest {
-        account: "ACME".into(),
+        account: "ACME Ltd".into(),
         user: String::new(),
         environment: "prod".into(),
         name: Some(String::new()),
@@ -116,7 +116,11 @@ async fn a_name_has_1_to_255_characters() {
     let root = server.root();
     wrong(&root, "name", |r| r.name = Some(String::new())).await;
     wrong(&root, "name", |r| r.name = Some("é".repeat(256))).await;
-    wrong(&root, "name", |r| r.name = Some("a\nb".into())).await;
+    for name in
+        ["a\nb", " a", "a\u{a0}", "a\u{202e}b", "\u{200b}", "a\u{85}", "a\u{e000}", "a\u{378}", "a\u{2028}b"]
+    {
+        wrong(&root, "name", |r| r.name = Some(name.into())).await;
+    }
     right(&root, |r| r.name = Some("é".repeat(255))).await;
     right(&root, |r| r.name = Some("a".into())).await;
 }
@@ -133,7 +137,7 @@ async fn there_are_1_to_256_scopes_of_up_to_128_characters_and_four_segments() {
     {
         wrong(&root, "scopes[0]", |r| r.scopes = texts(&[scope])).await;
     }
-    for scope in ["a", "A.b_c-9", "a:b:c:d", "a:b:c:*", "*", "all", &"a".repeat(128)] {
+    for scope in ["a", "A.b_c-9", "repo/write", "/:/", "a:b:c:d", "a:b:c:*", "*", "all", &"a".repeat(128)] {
         right(&root, |r| r.scopes = texts(&[scope])).await;
     }
 }
@@ -268,6 +272,58 @@ async fn metadata_has_up_to_4_kib_of_names_and_values() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn metadata_has_names_as_keys_have_and_values_of_several_lines() {
+    let server = Server::with_accounts().await;
+    let root = server.root();
+    let pairs = |pairs: &[(&str, &str)]| -> BTreeMap<String, String> {
+        pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+    };
+    for bad in [
+        &[("", "v")][..],
+        &[(" team", "v")],
+        &[("te\u{200b}am", "v")],
+        &[("te\nam", "v")],
+        &[("team", "\u{1b}[2J")],
+        &[("team", "\u{9b}2J")],
+        &[("team", "a\u{202e}b")],
+        &[("é", "v"), ("e\u{301}", "w")],
+    ] {
+        wrong(&root, "metadata", |r| r.metadata = pairs(bad)).await;
+    }
+    let mut request = service_key("acme", &["monitors:read"]);
+    request.metadata = pairs(&[("e\u{301}quipe", "one\r\n\ttwo e\u{301} "), ("empty", "")]);
+    let made = root.make(request).await;
+    let kept = pairs(&[("équipe", "one\r\n\ttwo e\u{301} "), ("empty", "")]);
+    assert_eq!(made.key.metadata, kept, "names are normalized, values are kept as they are");
+    let status = root
+        .create(pb::CreateKeyRequest {
+            metadata: pairs(&[("team", "ab\u{202e}")]),
+            ..service_key("acme", &["a"])
+        })
+        .await
+        .unwrap_err();
+    assert!(status.message().contains("value of \"team\" has U+202E at character 3"), "{status:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_comment_has_up_to_1024_characters_and_no_control_but_tabs_and_line_ends() {
+    let server = Server::with_accounts().await;
+    let root = server.root();
+    let made = server.make(service_key("acme", &["monitors:read"])).await;
+    for comment in ["é".repeat(1025), "\u{1b}c".to_owned(), "a\u{2066}".to_owned()] {
+        let request =
+            pb::RevokeKeyRequest { id: made.id.clone(), comment: comment.clone(), ..Default::default() };
+        invalid(root.keys().revoke(request).await, &["comment"]);
+        let request = pb::BulkRevokeKeysRequest { account: "acme".into(), comment, ..Default::default() };
+        invalid(root.keys().bulk_revoke(request).await, &["comment"]);
+    }
+    let comment = "é\n".repeat(512);
+    let request = pb::RevokeKeyRequest { id: made.id, comment: comment.clone(), ..Default::default() };
+    let revoked = root.keys().revoke(request).await.unwrap().into_inner();
+    assert_eq!(revoked.key.unwrap().revoke_comment, comment);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_idempotency_key_has_1_to_128_visible_characters() {
     let server = Server::with_accounts().await;
     let root = server.root();
@@ -383,7 +439,7 @@ async fn a_token_to_look_up_has_1_to_512_bytes() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_header_that_names_nothing_is_told_by_its_name() {
     let server = Server::with_accounts().await;
-    for (header, value) in [("x-keyward-acting-user", "a b"), ("x-keyward-account", "A")] {
+    for (header, value) in [("x-keyward-acting-user", "a b"), ("x-keyward-account", "a.b")] {
         let caller = server.root().with_header(header, value);
         invalid(caller.who_am_i().await, &[header]);
         let twice = server.root().with_header(header, "a").with_header(header, "a");

@@ -32,6 +32,24 @@ fn every_load_is_answered_and_every_answer_is_the_right_one() {
 }
 
 #[test]
+fn an_overload_is_offered_in_shares_and_every_call_is_accounted_for() {
+    let home = Home::new();
+    let ended = bench_in(&home, &["overload"]);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    let told: Value = serde_json::from_str(&ended.out).unwrap();
+    assert!(told["capacity"].as_f64().unwrap() > 0.0);
+    let steps = told["steps"].as_array().unwrap();
+    let shares: Vec<_> = steps.iter().map(|step| step["share"].as_f64().unwrap()).collect();
+    assert_eq!(shares, [0.5, 1.0, 1.2, 1.5, 2.0]);
+    for step in steps {
+        let of = |name: &str| step[name].as_f64().unwrap();
+        assert!(of("goodput") > 0.0 && of("p50_ms") > 0.0 && of("p99_ms") >= of("p50_ms"), "{step}");
+        assert!((0.0..=1.0).contains(&of("of_peak")) && (0.0..=1.0).contains(&of("unanswered")), "{step}");
+        assert_eq!(step["wrong"], 0);
+    }
+}
+
+#[test]
 fn a_baseline_is_measured_in_turn_and_gives_ratios() {
     let figures = figures(&["check", "--baseline"]);
     assert_eq!(figures.len(), 3);

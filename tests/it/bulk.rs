@@ -215,6 +215,25 @@ async fn an_imported_key_has_every_term_of_a_created_one() {
 }
 
 #[tokio::test]
+async fn a_token_that_is_known_to_be_weak_is_refused_and_so_is_a_strength_that_no_token_has() {
+    let server = Server::with_accounts().await;
+    let bits = [None, Some(0), Some(111), Some(112), Some(3355), Some(3356), Some(u32::MAX)];
+    let rows = bits.iter().zip(1..);
+    let rows =
+        rows.map(|(bits, number)| pb::ImportKey { entropy_bits: *bits, ..row("acme", &foreign(number)) });
+    let results = server.root().import(rows.collect()).await.unwrap();
+    let wrong = "INVALID_REQUEST";
+    assert_eq!(errors(&results), ["", wrong, wrong, "", "", wrong, wrong]);
+    assert!(results[2].message.contains("entropy_bits: 111 is too few"), "{}", results[2].message);
+    assert!(results[5].message.contains("entropy_bits: 3356 is more than a token"), "{}", results[5].message);
+    for (bits, number) in bits.iter().zip(1..) {
+        let good = bits.is_none_or(|bits| (112..=3355).contains(&bits));
+        let expected = if good { Reason::Ok } else { Reason::Unknown };
+        assert_eq!(server.root().reason(&foreign(number)).await, expected, "{bits:?}");
+    }
+}
+
+#[tokio::test]
 async fn an_imported_key_rotates_to_a_token_of_our_own() {
     let server = Server::with_accounts().await;
     let key = server.root().import(vec![row("acme", &foreign(1))]).await.unwrap().remove(0).key.unwrap();

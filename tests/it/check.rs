@@ -390,7 +390,7 @@ async fn a_check_that_asks_nothing_decidable_is_an_error() {
             token: "x".repeat(513),
             client_ip: Some("here".into()),
             cost: Some(0),
-            account: Some("A".into()),
+            account: Some("a.b".into()),
             ..Default::default()
         };
     });

@@ -91,6 +91,7 @@ fn what_is_not_named_is_told_not_to_be_looked_at() {
         ("server", "--server"),
         ("tls", "certificate"),
         ("envoy", "--envoy"),
+        ("nginx", "--nginx"),
     ] {
         assert!(found.has("not looked at", about, said), "{about}: {:?}", found.all);
     }
@@ -197,7 +198,8 @@ fn a_bad_bootstrap_and_a_bad_configuration_are_told() {
     assert_eq!(unread.code, Some(2), "{unread:?}");
     std::fs::write(home.path("keyward.toml"), "lisen = 'x'\n").unwrap();
     let wrong = home.run(home.command(["doctor", "--config", "keyward.toml"]));
-    assert!(wrong.code == Some(1) && wrong.err.contains("did you mean `listen`?"), "{wrong:?}");
+    let said = "fail  settings   line 1, column 1: unknown key `lisen`: did you mean `listen`?";
+    assert!(wrong.code == Some(1) && wrong.out.contains(said), "{wrong:?}");
     drop(server);
 }
 

@@ -1,7 +1,7 @@
 //! The real Envoy with `deploy/envoy/http.yaml`: ext_authz over HTTP.
 
 use crate::{
-    forward_auth::{Front, assert_denied, key_with_a_limit},
+    forward_auth::{Front, assert_denied, key_with_a_limit, largest_key},
     http::{Connection, Request, Response},
     process::plain_key,
     proxy::{Envoy, filled},
@@ -144,4 +144,34 @@ async fn the_clients_address_arrives() {
     };
     assert_eq!(from("203.0.113.7"), 200);
     assert_eq!(from("203.0.113.8"), 403);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_with_very_many_scopes_passes_and_the_service_learns_that_the_list_was_cut() {
+    let edge = Edge::start().await;
+    let mut key = largest_key();
+    key.scopes[0] = "monitors:read".to_owned();
+    let (_, token) = edge.front.key(key).await;
+    let (_, arrived) =
+        edge.passed(&Request::get("/monitors").bearer(&token).header("x-keyward-truncated", "evil"));
+    assert!((1900..=2048).contains(&arrived.all("x-keyward-scopes")[0].len()), "{arrived:?}");
+    assert_eq!(arrived.all("x-keyward-truncated"), ["scopes"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_that_envoy_sends_along_is_passed_over_and_reaches_the_service() {
+    let edge = Edge::start_with(|yaml| {
+        let body =
+            "failure_mode_allow: false\n              with_request_body: { max_request_bytes: 4194304 }";
+        filled(&yaml, &[("failure_mode_allow: false", body), ("timeout: 0.25s }", "timeout: 10s }")])
+    })
+    .await;
+    // A rule without methods of its own is for GET alone.
+    for length in [10, 200_000, 4 << 20] {
+        let request = Request::new("GET", "/health").body("text/plain", vec![b'b'; length]);
+        let (_, arrived) = edge.passed(&request);
+        assert_eq!(arrived.body.len(), length);
+        let denied = Request::new("GET", "/monitors").body("text/plain", vec![b'b'; length]);
+        assert_denied(&edge.send(&denied), 401, "UNAUTHORIZED");
+    }
 }

@@ -26,7 +26,7 @@ use crate::support::{Client, Made, Server, fields, reason, refused, seconds, ser
 
 /// A request that Envoy asks about.
 #[derive(Clone)]
-struct Ask {
+pub(crate) struct Ask {
     http: HttpRequest,
     extensions: Vec<Pair>,
     peer: &'static str,
@@ -37,7 +37,7 @@ fn pair(key: &str, value: impl AsRef<[u8]>) -> Pair {
 }
 
 impl Ask {
-    fn get(path: &str) -> Ask {
+    pub(crate) fn get(path: &str) -> Ask {
         let http = HttpRequest {
             id: "1".into(),
             method: "GET".into(),
@@ -49,32 +49,32 @@ impl Ask {
     }
 
     /// A request to a route whose configuration says this.
-    fn route(extensions: &[(&str, &str)]) -> Ask {
+    pub(crate) fn route(extensions: &[(&str, &str)]) -> Ask {
         let mut ask = Ask::get("/v1/monitors");
         ask.extensions = extensions.iter().map(|(key, value)| pair(key, value)).collect();
         ask
     }
 
     /// A request to a route that needs `monitors:read` in production.
-    fn monitors() -> Ask {
+    pub(crate) fn monitors() -> Ask {
         Ask::route(&[("scope", "monitors:read"), ("environment", "production")])
     }
 
-    fn saying(mut self, extension: &str, value: &str) -> Ask {
+    pub(crate) fn saying(mut self, extension: &str, value: &str) -> Ask {
         self.extensions.push(pair(extension, value));
         self
     }
 
-    fn header(mut self, name: &str, value: impl AsRef<[u8]>) -> Ask {
+    pub(crate) fn header(mut self, name: &str, value: impl AsRef<[u8]>) -> Ask {
         self.http.headers.push(pair(name, value));
         self
     }
 
-    fn bearer(self, token: &str) -> Ask {
+    pub(crate) fn bearer(self, token: &str) -> Ask {
         self.header("authorization", format!("Bearer {token}"))
     }
 
-    fn method(mut self, method: &str) -> Ask {
+    pub(crate) fn method(mut self, method: &str) -> Ask {
         self.http.method = method.to_owned().into();
         self
     }
@@ -108,13 +108,13 @@ impl Ask {
 
     /// What passes, as it passes.
     #[track_caller]
-    fn passes(self, server: &Server) -> impl Future<Output = Passed> {
+    pub(crate) fn passes(self, server: &Server) -> impl Future<Output = Passed> {
         let root = server.root();
         async move { Passed::from(ask(&root, self.message()).await.unwrap()) }
     }
 
     /// What is refused, as it is refused.
-    fn refused(self, server: &Server) -> impl Future<Output = Refused> {
+    pub(crate) fn refused(self, server: &Server) -> impl Future<Output = Refused> {
         let root = server.root();
         async move { Refused::from(ask(&root, self.message()).await.unwrap()) }
     }
@@ -122,6 +122,12 @@ impl Ask {
 
 async fn ask(caller: &Client, message: CheckRequest) -> Result<CheckResponse, Status> {
     caller.ask("envoy.service.auth.v3.Authorization/Check", message).await
+}
+
+/// How a request with this token is decided, as the answer's metadata says it.
+pub(crate) async fn decision(server: &Server, token: &str) -> String {
+    let answer = Ask::monitors().bearer(token).try_of(server).await.unwrap();
+    metadata(&answer)["reason"].clone()
 }
 
 fn metadata(answer: &CheckResponse) -> BTreeMap<String, String> {
@@ -137,7 +143,7 @@ fn metadata(answer: &CheckResponse) -> BTreeMap<String, String> {
         .collect()
 }
 
-type Headers = BTreeMap<String, String>;
+pub(crate) type Headers = BTreeMap<String, String>;
 
 fn headers(list: &[pb::envoy::config::core::v3::HeaderValueOption]) -> Headers {
     list.iter()
@@ -151,9 +157,9 @@ fn headers(list: &[pb::envoy::config::core::v3::HeaderValueOption]) -> Headers {
 }
 
 #[derive(Debug)]
-struct Passed {
-    upstream: Headers,
-    removed: Vec<String>,
+pub(crate) struct Passed {
+    pub(crate) upstream: Headers,
+    pub(crate) removed: Vec<String>,
     removed_queries: Vec<String>,
     response: Headers,
     metadata: BTreeMap<String, String>,
@@ -178,13 +184,13 @@ impl From<CheckResponse> for Passed {
 }
 
 #[derive(Debug)]
-struct Refused {
-    status: i32,
+pub(crate) struct Refused {
+    pub(crate) status: i32,
     /// Whether Envoy counts it as an error, not as a denial.
     fault: bool,
     code: i32,
     headers: Headers,
-    body: String,
+    pub(crate) body: String,
     metadata: BTreeMap<String, String>,
 }
 
@@ -205,7 +211,7 @@ impl From<CheckResponse> for Refused {
 }
 
 impl Refused {
-    fn reason(&self) -> &str {
+    pub(crate) fn reason(&self) -> &str {
         &self.metadata["reason"]
     }
 }
@@ -216,14 +222,14 @@ const FORBIDDEN: &str =
     r#"{"success":false,"error":{"code":"FORBIDDEN","message":"Insufficient permissions for this action"}}"#;
 
 /// A server with `acme`, and a key of it that may `monitors:read`.
-async fn with_key() -> (Server, Made) {
+pub(crate) async fn with_key() -> (Server, Made) {
     let server = Server::with_accounts().await;
     let made = server.make(service_key("acme", &["monitors:read"])).await;
     (server, made)
 }
 
 /// A server with these rules.
-async fn with_rules(rules: &str) -> (Server, tempfile::TempDir) {
+pub(crate) async fn with_rules(rules: &str) -> (Server, tempfile::TempDir) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("rules.toml");
     std::fs::write(&path, rules).unwrap();
@@ -481,7 +487,7 @@ async fn what_the_route_says_comes_before_the_rules() {
     Ask::get("/v1/accounts/acme/monitors").bearer(&acme.token).passes(&server).await;
     let other = Ask::get("/v1/accounts/other/monitors").bearer(&acme.token).refused(&server).await;
     assert_eq!((other.status, other.reason()), (401, "wrong_account"));
-    let odd = Ask::get("/v1/accounts/NO/monitors").bearer(&acme.token).refused(&server).await;
+    let odd = Ask::get("/v1/accounts/n.o/monitors").bearer(&acme.token).refused(&server).await;
     assert_eq!((odd.status, odd.reason()), (400, "bad_request"));
 
     Ask::get("/open/a/b").passes(&server).await;
@@ -734,8 +740,10 @@ async fn rules_by_method_are_not_evaded_by_a_header_or_by_case() {
         assert_eq!(ask(method).refused(&server).await.reason(), "missing_scope", "{method}");
     }
     assert_eq!(ask("PATCH").refused(&server).await.reason(), "no_rule");
-    let tunnelled = ask("POST").header("x-http-method-override", "DELETE").refused(&server).await;
-    assert_eq!(tunnelled.reason(), "bad_request");
+    for name in ["x-http-method-override", "x_http_method_override", "x.method-override"] {
+        let tunnelled = ask("POST").header(name, "DELETE").refused(&server).await;
+        assert_eq!(tunnelled.reason(), "bad_request", "{name}");
+    }
 }
 
 #[tokio::test]

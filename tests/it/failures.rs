@@ -98,7 +98,13 @@ async fn partition_of_a_replica_from_its_database_ends_with_its_lease() {
     let there = &fleet.replicas[1];
     assert!(is_unavailable(&check(there, &token).await, "LEASE_LOST"));
     assert_eq!(check(there, &known).await.unwrap(), pb::Reason::Revoked, "a denial needs no lease");
-    assert!(is_unavailable(&check(there, "nobody").await, "LEASE_LOST"), "it may have been made since");
+    let mistyped = format!("kw_live_{}", "0".repeat(49));
+    for unknown in ["nobody", &mistyped] {
+        assert!(
+            is_unavailable(&check(there, unknown).await, "LEASE_LOST"),
+            "it may have been made or imported since"
+        );
+    }
     until_ready(there, 503);
     bouncer.resume();
     until_ready(there, 200);
@@ -382,6 +388,31 @@ async fn machine_frozen_and_thawed_is_noticed_counted_and_told_once() {
     assert_eq!(log.matches("the lease has run out").count(), 2, "{log}");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wall_clock_that_differs_from_the_databases_is_measured_and_logged_once() {
+    let fleet = Fleet::start(1, "3s").await;
+    let replica = &fleet.replicas[0];
+    let offset = || {
+        let page = replica.page("/metrics").1;
+        let line = page.lines().find_map(|line| line.strip_prefix("keyward_clock_offset_seconds "));
+        line.map(|value| value.parse::<f64>().unwrap())
+    };
+    wait_for("the first reading", || offset().filter(|offset| offset.abs() < 0.5));
+    assert!(!replica.process.stderr().contains("wall clock differs"));
+    fleet.sql(WALL);
+    cut_sessions(&fleet);
+    fleet.sql("UPDATE public.wall SET ahead = interval '90 s'");
+    wait_for("a reading of the new time", || offset().filter(|offset| (-91.0..=-89.0).contains(offset)));
+    let renewals = || fleet.sql("SELECT renew_seq FROM keyward.replicas").parse::<u64>().unwrap();
+    let begun = renewals();
+    wait_for("more readings", || (renewals() >= begun + 3).then_some(()));
+    let log = replica.process.stderr();
+    let told: Vec<_> = log.lines().filter(|line| line.contains("wall clock differs")).collect();
+    // Once an hour; the hour may end just now.
+    assert!((1..=2).contains(&told.len()), "{log}");
+    assert!(told[0].contains("WARN") && told[0].contains("offset_seconds=-"), "{told:?}");
+}
+
 /// The database goes back to what it was when `copy` was made, with the help of `change`.
 fn go_back(cluster: &mut Cluster, copy: &std::path::Path, change: impl FnOnce(&std::path::Path)) {
     cluster.restart(|data| {
@@ -405,6 +436,12 @@ async fn backup_restored_is_met_by_replicas_that_deny_and_stop_until_it_is_accep
         until_ready(replica, 200);
     }
     revoke(&fleet.replicas[0], &id, None).await.unwrap();
+    // A replica that lost its lease in the restart was not waited for.
+    wait_for("both replicas to know of the revocation", || {
+        let behind =
+            "SELECT count(*) FROM keyward.replicas WHERE applied < (SELECT max(revision) FROM keyward.keys)";
+        (fleet.sql(behind) == "0").then_some(())
+    });
     go_back(&mut fleet.cluster, &copy, |_| {});
     for replica in &fleet.replicas {
         wait_for("the replica to know", || {
@@ -418,7 +455,7 @@ async fn backup_restored_is_met_by_replicas_that_deny_and_stop_until_it_is_accep
         until_ready(replica, 503);
     }
     assert_eq!(fleet.sql("SELECT count(*) FROM keyward.keys WHERE revoked_at IS NOT NULL"), "0");
-    assert!(fleet.operator(&["accept-regression"]).starts_with("Accepted: epoch "));
+    assert!(fleet.operator(&["accept-regression", "--yes"]).starts_with("Accepted: epoch "));
     for replica in &fleet.replicas {
         until_ready(replica, 200);
         assert_eq!(check(replica, &token).await.unwrap(), pb::Reason::Revoked, "it was revoked again");

@@ -41,6 +41,11 @@ scope = "secrets:read"
 
 [[rule]]
 methods = ["GET"]
+path = "/files"
+scope = "files/read"
+
+[[rule]]
+methods = ["GET"]
 path = "/health"
 public = true
 
@@ -60,10 +65,14 @@ pub(crate) struct Front {
 
 impl Front {
     pub(crate) async fn start() -> Front {
+        Front::start_with(&[]).await
+    }
+
+    pub(crate) async fn start_with(more: &[&str]) -> Front {
         let home = Home::new();
         std::fs::write(home.path("rules.toml"), RULES).unwrap();
         let mut command = home.serve();
-        command.args(["--forward-auth-listen", "127.0.0.1:0", "--rules", "rules.toml"]);
+        command.args(["--forward-auth-listen", "127.0.0.1:0", "--rules", "rules.toml"]).args(more);
         let keyward = home.start_as(command).unwrap();
         let out = keyward.process.stdout();
         let (_, address) = out.split_once("Traefik and Envoy on http://").unwrap();
@@ -118,7 +127,7 @@ pub(crate) fn assert_denied(response: &Response, status: u16, code: &str) {
 }
 
 /// What nginx sends of `GET target`.
-fn nginx(query: &str, target: &str) -> Request {
+pub(crate) fn nginx(query: &str, target: &str) -> Request {
     Request::get(&format!("/auth/nginx?{query}"))
         .header("X-Original-Method", "GET")
         .header("X-Original-Host", "api.test")
@@ -159,6 +168,46 @@ async fn traefik_hears_who_calls_or_why_not() {
     let limited = front.send(&traefik("", "/monitors").bearer(&limited));
     assert_denied(&limited, 429, "RATE_LIMITED");
     assert_eq!(limited.header("retry-after"), Some("60"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_scope_with_a_slash_is_one_scope_on_every_way() {
+    let front = Front::start().await;
+    let scopes = vec!["repo/write".to_owned(), "/v1/users:read".to_owned()];
+    let (_, token) = front.key(pb::CreateKeyRequest { scopes, ..plain_key() }).await;
+    for scope in
+        ["repo/write", "repo%2Fwrite", "/v1/users:read,repo/write", "%2Fv1%2Fusers%3Aread+repo/write"]
+    {
+        let field = if scope.contains([',', '+']) { "scopes" } else { "scope" };
+        let query = format!("{field}={scope}&environment=production");
+        let passed = front.send(&nginx(&query, "/any").bearer(&token));
+        assert_eq!(passed.status, 200, "{query}: {passed:?}");
+        assert_eq!(passed.header("x-keyward-scopes"), Some("/v1/users:read repo/write"));
+    }
+    for scope in ["repo", "write", "repo/read", "repo/write/x", "repo/"] {
+        let query = format!("scope={scope}&environment=production");
+        let missing = front.send(&traefik(&query, "/any").bearer(&token));
+        assert_denied(&missing, 403, "FORBIDDEN");
+        let challenge = format!(r#"Bearer realm="keyward", error="insufficient_scope", scope="{scope}""#);
+        assert_eq!(missing.header("www-authenticate"), Some(&*challenge));
+    }
+    assert_denied(&front.send(&traefik("", "/files").bearer(&token)), 403, "FORBIDDEN");
+    let (_, files) =
+        front.key(pb::CreateKeyRequest { scopes: vec!["files/read".into()], ..plain_key() }).await;
+    assert_eq!(front.send(&traefik("", "/files").bearer(&files)).status, 200, "as the rule says");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_account_in_a_path_is_the_one_that_is_spelled_exactly_so() {
+    let front = Front::start().await;
+    front.keyward.root().make_account("org_2abCD").await;
+    let (_, token) = front.key(pb::CreateKeyRequest { account: "org_2abCD".into(), ..plain_key() }).await;
+    let passed = front.send(&traefik("", "/accounts/org_2abCD/monitors").bearer(&token));
+    assert_eq!((passed.status, passed.header("x-keyward-account")), (200, Some("org_2abCD")), "{passed:?}");
+    for other in ["org_2abcd", "ORG_2ABCD", "Keyward", "keyward"] {
+        let denied = front.send(&traefik("", &format!("/accounts/{other}/monitors")).bearer(&token));
+        assert_denied(&denied, 401, "UNAUTHORIZED");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -358,4 +407,115 @@ async fn rules_that_change_are_in_force_soon_after() {
             .1
             .contains("keyward_gateway_rules_reloads_total{result=\"refused\"} 1")
     );
+}
+
+/// The headers of an answer, in bytes.
+fn header_bytes(response: &Response) -> usize {
+    response.headers.iter().map(|(name, value)| name.len() + value.len() + 4).sum()
+}
+
+/// A key with as much as there may be of whatever is answered about a key.
+pub(crate) fn largest_key() -> pb::CreateKeyRequest {
+    let scopes = (0..256).map(|at| format!("{}:{}{at:03}", "s".repeat(60), "a".repeat(60))).collect();
+    let window = Some(prost_types::Duration { seconds: 86_400, nanos: 0 });
+    let limit = |at: u8| pb::RateLimit { name: format!("{}{at}", "n".repeat(63)), limit: 1_000_000, window };
+    pb::CreateKeyRequest { scopes, rate_limits: (0..8).map(limit).collect(), ..plain_key() }
+}
+
+/// A key whose list of scopes has `count` words of 31 letters, which takes 32 bytes each, but for one.
+pub(crate) fn key_with_scopes(count: usize) -> pb::CreateKeyRequest {
+    let scopes = (0..count).map(|at| format!("monitors-of-my-product-{at:03}:read")).collect();
+    pb::CreateKeyRequest { scopes, ..plain_key() }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_list_of_scopes_is_cut_between_scopes_and_says_so() {
+    let front = Front::start().await;
+    let ask = async |count| {
+        let (_, token) = front.key(key_with_scopes(count)).await;
+        let response =
+            front.send(&nginx("authenticate_only=true&environment=production", "/").bearer(&token));
+        assert_eq!(response.status, 200, "{response:?}");
+        let scopes = response.header("x-keyward-scopes").unwrap().to_owned();
+        (scopes.len(), scopes.split(' ').count(), response.header("x-keyward-truncated").map(str::to_owned))
+    };
+    assert_eq!(ask(64).await, (2047, 64, None), "just below");
+    assert_eq!(ask(65).await, (2047, 64, Some("scopes".to_owned())), "just above");
+    assert_eq!(ask(256).await, (2047, 64, Some("scopes".to_owned())));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_has_at_most_8_kib_of_headers_and_a_refusal_less_than_4() {
+    let front = Front::start().await;
+    let (_, token) = front.key(largest_key()).await;
+    let needs = "authenticate_only=true&environment=production";
+    let passed = front.send(&nginx(needs, "/").bearer(&token));
+    assert_eq!(passed.status, 200, "{passed:?}");
+    assert!((3000..=8192).contains(&header_bytes(&passed)), "{}", header_bytes(&passed));
+    let scopes: Vec<_> = (0..64).map(|at| format!("{}:{at}", "m".repeat(120))).collect();
+    let needs = format!("environment=production&scopes={}", scopes.join(","));
+    let refused = front.send(&nginx(&needs, "/").bearer(&token));
+    assert_eq!(refused.status, 403, "{refused:?}");
+    assert_eq!(
+        refused.header("www-authenticate"),
+        Some(r#"Bearer realm="keyward", error="insufficient_scope""#),
+        "a part of the list would mislead"
+    );
+    assert!(header_bytes(&refused) < 4096 && refused.body.len() <= 512, "{refused:?}");
+    let few: Vec<_> = (0..10).map(|at| format!("{}:{at}", "m".repeat(99))).collect();
+    let needs = format!("environment=production&scopes={}", few.join(","));
+    let refused = front.send(&nginx(&needs, "/").bearer(&token));
+    let challenge = refused.header("www-authenticate").unwrap();
+    assert!(challenge.ends_with(&format!(r#"scope="{}""#, few.join(" "))), "1,019 bytes fit: {challenge}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn more_made_up_names_than_a_proxy_can_be_told_are_400() {
+    let front = Front::start().await;
+    let token = front.token().await;
+    let with = |count: usize| {
+        let request = Request::get("/auth/envoy/monitors").bearer(&token);
+        let named =
+            (0..count).fold(request, |request, at| request.header(format!("x-keyward-made-up-{at:03}"), "x"));
+        front.send(&named)
+    };
+    let passed = with(60);
+    assert_eq!(passed.status, 200, "{passed:?}");
+    let removed: Vec<_> = passed.header("x-envoy-auth-headers-to-remove").unwrap().split(',').collect();
+    assert!((0..60).all(|at| removed.contains(&&*format!("x-keyward-made-up-{at:03}"))), "{removed:?}");
+    let refused = with(120);
+    assert_eq!(refused.status, 400, "{refused:?}");
+    // Nor do they pass where a denial would.
+    let shadowed = (0..120).fold(Request::get("/auth/envoy/trial"), |request, at| {
+        request.header(format!("x-keyward-{at:010}"), "x")
+    });
+    assert_eq!(front.send(&shadowed).status, 400);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_token_and_no_query_is_logged() {
+    let home = Home::new();
+    std::fs::write(home.path("rules.toml"), RULES).unwrap();
+    let mut command = home.serve();
+    command.args(["--forward-auth-listen", "127.0.0.1:0", "--rules", "rules.toml", "--log", "debug"]);
+    let keyward = home.start_as(command).unwrap();
+    let out = keyward.process.stdout();
+    let (_, address) = out.split_once("Traefik and Envoy on http://").unwrap();
+    let address: SocketAddr = address.split_once("/auth/").unwrap().0.parse().unwrap();
+    keyward.root().make_account("acme").await;
+    let (_, token) = keyward.root().create(plain_key()).await.unwrap();
+    let random = &token[token.len() - 49..];
+    for (request, logged) in [
+        (nginx("", &format!("/monitors/{token}/one?t={token}")), "/monitors/kw_live_***/one"),
+        (nginx("", &format!("/trial?x={token}")), "/trial"),
+        (nginx("", &format!("/two/{token}")), "/two/kw_live_***"),
+        (nginx("", &format!("/three%3ft={token}")), "/three"),
+        (nginx("mode=sideways", &format!("/four/{token}")), "/four/kw_live_***"),
+        (nginx("", "/monitors/legacy-token/five").bearer("legacy-token"), "/monitors/***/five"),
+    ] {
+        request.send(address);
+        wait_for(logged, || keyward.process.stderr().contains(logged).then_some(()));
+    }
+    let log = keyward.process.stderr();
+    assert!(!log.contains(random) && !log.contains("legacy-token") && !log.contains("?t="), "{log}");
 }

@@ -46,18 +46,36 @@ fn total(home: &Home) -> u64 {
     })
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_check_takes_no_more_instructions_than_are_known() {
+/// The instructions of a Check: of a key's own token, or of one with a wrong last character.
+async fn instructions(mistyped: bool) -> u64 {
     let home = Home::new();
     let server = home.start_as(counted(&home)).unwrap();
     server.root().make_account("acme").await;
-    let (_, token) = server.root().create(plain_key()).await.unwrap();
+    let (_, mut token) = server.root().create(plain_key()).await.unwrap();
+    let mut expected = pb::Reason::Ok;
+    if mistyped {
+        let last = token.pop().unwrap();
+        token.push(if last == '0' { '1' } else { '0' });
+        expected = pb::Reason::Malformed;
+    }
     let mut caller = server.root();
     for _ in 0..CHECKS {
         let answer = caller.authz.check(check(&token, "monitors:read")).await.unwrap().into_inner();
-        assert_eq!(answer.reason(), pb::Reason::Ok);
+        assert_eq!(answer.reason(), expected);
     }
-    let each = total(&server.stop()) / CHECKS;
+    total(&server.stop()) / CHECKS
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_check_takes_no_more_instructions_than_are_known() {
+    let each = instructions(false).await;
     println!("{each} instructions");
     assert!((AT_MOST / 2..=AT_MOST).contains(&each), "{each} instructions, not {AT_MOST} at the most");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mistyped_token_takes_no_more_instructions_than_a_good_one() {
+    let (good, mistyped) = (instructions(false).await, instructions(true).await);
+    println!("{good} instructions of a good token, {mistyped} of a mistyped one");
+    assert!(mistyped <= good, "{mistyped} instructions of a mistyped token, {good} of a good one");
 }

@@ -94,7 +94,7 @@ async fn a_token_has_the_published_form_with_its_prefix_and_the_tag_of_its_envir
         let made = server.make(request).await;
         let body = made.token.strip_prefix(start).unwrap_or_else(|| panic!("does not start with {start}"));
         assert!(body.len() == 49 && matches_the_published_pattern(&made.token));
-        assert_eq!(token::shape(&made.token), token::Shape::Plausible, "the checksum holds");
+        assert!(token::can_be_token(&made.token) && !token::has_wrong_checksum(&made.token));
         assert_eq!(made.key.hint, made.token[..start.len() + 4], "prefix, tag and four characters");
     }
 }

@@ -215,13 +215,16 @@ fn wrong_settings_stop_the_start_and_say_what_would_be_right() {
     let flags: [(&[&str], &[&str]); 9] = [
         (&["--listen", "nowhere"], &["listen", "nowhere", "must be host:port"]),
         (&["--admin-listen", "127.0.0.1:99999"], &["admin_listen", "must be host:port"]),
-        (&["--database", "keyward.db"], &["database URL", "keyward.db", "sqlite:PATH"]),
-        (&["--database", "sqlite:"], &["the path is missing", "sqlite:keyward.db"]),
-        (&["--database", "postgres://me:hunter2@db:port/keyward"], &["postgres://user:password@host:5432"]),
+        (&["--database", "keyward.db"], &["--database: database ", "write sqlite:keyward.db"]),
+        (&["--database", "sqlite:"], &["lacks a path", "sqlite:keyward.db"]),
+        (
+            &["--database", "postgres://me:hunter2@db:port/keyward"],
+            &["more than one way", "database_password_file"],
+        ),
         (&["--database", "postgres://me:hunter2@db/keyward?schema=a-b"], &["schema", "a-z, 0-9 and _"]),
         (&["--database", "mysql://me:hunter2@db/keyward"], &["mysql", "sqlite:PATH", "postgres://"]),
         (&["--config", "nowhere.toml"], &["nowhere.toml", "cannot be read"]),
-        (&["--log", "keyward=loud"], &["log filter", "keyward=loud"]),
+        (&["--log", "keyward=loud"], &["--log: ", "log filter", "keyward=loud"]),
     ];
     for (arguments, said) in flags {
         let message = home.refusal(home.command(["serve"].iter().chain(arguments)));
@@ -232,10 +235,10 @@ fn wrong_settings_stop_the_start_and_say_what_would_be_right() {
     }
     for (settings, said) in [
         ("lisen = '127.0.0.1:1'", ["lisen", "did you mean `listen`?"]),
-        ("listen = 50051", ["listen", "expected a string"]),
+        ("listen = 50051", ["listen = 50051", "must be text, in quotes"]),
         ("token_prefix = 'K'", ["token_prefix", "must be 1-16 characters of [a-z0-9_]"]),
         ("environments = []", ["environments", "at least one"]),
-        ("threads = 0", ["threads", "nonzero"]),
+        ("threads = 0", ["threads = 0", "must be a whole number of 1 or more"]),
         ("listen = ", ["keyward.toml", "line 1"]),
     ] {
         std::fs::write(&config, settings).unwrap();
@@ -254,13 +257,8 @@ async fn a_lost_root_key_is_replaced_once_the_server_has_stopped() {
     let home = server.home.clone();
     let old = home.root_key();
     server.root().make_account("acme").await;
-    let url = home.url();
     let new_file = home.path("new.key");
-    let reset = || {
-        let mut command = home.command(["root-key", "reset", "--database", &url]);
-        command.arg("--root-key-file").arg(&new_file);
-        command
-    };
+    let reset = || home.root_key_reset("new.key");
     let said = home.refusal(reset());
     assert!(said.contains("in use by another keyward"), "{said}");
     assert!(!new_file.exists());
@@ -284,10 +282,14 @@ async fn a_lost_root_key_is_replaced_once_the_server_has_stopped() {
 }
 
 #[test]
-fn a_root_key_reset_shows_the_key_where_no_file_is_named() {
+fn a_root_key_reset_without_a_terminal_shows_the_key_only_if_that_is_asked_for() {
     let home = Keyward::start().stop();
     let url = home.url();
-    let ended = home.run(home.command(["root-key", "reset", "--database", &url]));
+    let reset = ["root-key", "reset", "--yes", "--database", &url];
+    let refused = home.run(home.command(reset));
+    assert!(refused.code == Some(2) && refused.err.contains("--root-key-file -"), "{refused:?}");
+    assert!(refused.out.is_empty(), "{refused:?}");
+    let ended = home.run(home.command([&reset[..], &["--root-key-file", "-"]].concat()));
     assert_eq!(ended.code, Some(0), "{ended:?}");
     assert_eq!(ended.out.matches("ROOT_KEY='kw_live_").count(), 1, "{ended:?}");
 }
@@ -296,7 +298,8 @@ fn a_root_key_reset_shows_the_key_where_no_file_is_named() {
 async fn a_root_key_reset_of_a_new_database_makes_no_key() {
     let home = Home::new();
     let url = home.url();
-    let said = home.refusal(home.command(["root-key", "reset", "--database", &url]));
+    store::open(&url).await.unwrap().close().await;
+    let said = home.refusal(home.root_key_reset("-"));
     assert!(said.contains("'keyward serve' makes one"), "{said}");
     let store = store::open(&url).await.unwrap();
     assert_eq!(store.head().await.unwrap().revision, Revision(0));

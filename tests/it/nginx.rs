@@ -1,11 +1,14 @@
 //! The real nginx with `deploy/nginx/keyward.conf`, between a client and a service: what reaches either.
 
-use std::net::SocketAddr;
+use std::{
+    io::{Read as _, Write as _},
+    net::{SocketAddr, TcpListener, TcpStream},
+};
 
 use crate::{
-    forward_auth::{Front, assert_denied, key_with_a_limit},
+    forward_auth::{Front, assert_denied, key_with_a_limit, key_with_scopes, largest_key},
     http::{Connection, Request, Response},
-    process::plain_key,
+    process::{PATIENCE, plain_key, wait_for},
     proxy::{Nginx, filled},
     upstream::{Arrived, Upstream},
 };
@@ -47,13 +50,14 @@ impl Edge {
     }
 }
 
-fn conf(keyward: SocketAddr, upstream: SocketAddr) -> String {
+pub(crate) fn conf(keyward: SocketAddr, upstream: SocketAddr) -> String {
     filled(
         CONF,
         &[
             ("127.0.0.1:8000", "127.0.0.1:{port}"),
             ("127.0.0.1:50053", &keyward.to_string()),
             ("127.0.0.1:8080", &upstream.to_string()),
+            ("/var/log/nginx/access.log", "/dev/null"),
         ],
     )
 }
@@ -246,8 +250,14 @@ async fn several_credentials_and_many_headers_break_nothing() {
     let token = edge.front.token().await;
     let request = Request::get("/monitors").bearer(&token);
     assert_eq!(edge.send(&request.clone().header("x-api-key", "another")).status, 401);
-    // From 1.23 on nginx refuses two of them itself.
-    assert!(matches!(edge.send(&request.clone().bearer(&token)).status, 400 | 401));
+    // From 1.23 on nginx refuses two of them itself. Before, the first alone is judged, and no other reaches the service.
+    let two = edge.send(&request.clone().bearer("another"));
+    assert!(matches!(two.status, 200 | 400), "{two:?}");
+    if two.status == 200 {
+        assert_eq!(Arrived::from_answer(&two.body).all("authorization"), [""; 0]);
+    }
+    let second = Request::get("/monitors").bearer("another").bearer(&token);
+    assert!(matches!(edge.send(&second).status, 400 | 401));
     let many = (0..200).fold(request.clone(), |request, at| request.header(format!("x-{at}"), "v"));
     assert_eq!(edge.send(&many).status, 431, "the service itself; Keyward's own would be 503");
     assert_eq!(
@@ -269,4 +279,287 @@ async fn an_nginx_that_does_not_tell_of_the_request_opens_no_door() {
     let response = Request::get("/monitors").bearer(&front.token().await).send(nginx.address);
     assert_denied(&response, 503, "UNAVAILABLE");
     assert_eq!(upstream.take_arrived().len(), 0);
+}
+
+/// The list of what is to be removed grows with each.
+fn with_made_up_names(request: Request, count: usize) -> Request {
+    (0..count).fold(request, |request, at| request.header(format!("x-keyward-made-up-{at:03}"), "x"))
+}
+
+/// What `/monitors` needs, and so much more.
+fn may_read_monitors(mut key: keyward::pb::CreateKeyRequest) -> keyward::pb::CreateKeyRequest {
+    key.scopes.truncate(255);
+    key.scopes.push("monitors:read".to_owned());
+    key
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_with_very_many_scopes_passes_and_the_service_learns_that_the_list_was_cut() {
+    let edge = Edge::start().await;
+    // With that one more, the list is just below its bound, just above, and far above.
+    for (key, cut) in [(key_with_scopes(63), false), (key_with_scopes(64), true), (largest_key(), true)] {
+        let (_, token) = edge.front.key(may_read_monitors(key)).await;
+        let request = Request::get("/monitors").bearer(&token).header("X-Keyward-Truncated", "evil");
+        let (response, arrived) = edge.passed(&request);
+        let scopes = arrived.all("x-keyward-scopes");
+        assert!(scopes.len() == 1 && (1900..=2048).contains(&scopes[0].len()), "{scopes:?}");
+        let expected: &[&str] = if cut { &["scopes"] } else { &[] };
+        assert_eq!(arrived.all("x-keyward-truncated"), expected);
+        assert_eq!(arrived.all("x-keyward-account"), ["acme"]);
+        assert!(response.headers.len() < 20, "{response:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_largest_answer_passes() {
+    let (front, upstream) = (Front::start().await, Upstream::start());
+    let nginx = Nginx::start(&conf(front.address, upstream.address));
+    let (_, token) = front.key(may_read_monitors(largest_key())).await;
+    let request = Request::get("/monitors").bearer(&token);
+    assert_eq!(request.send(nginx.address).status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refusal_with_many_missing_scopes_and_one_with_many_made_up_names_are_whole() {
+    let (front, upstream) = (Front::start().await, Upstream::start());
+    let scopes: Vec<_> = (0..30).map(|at| format!("{}:{at}", "m".repeat(100))).collect();
+    let needs = format!("scopes={}&environment=production", scopes.join(","));
+    let conf = filled(
+        &conf(front.address, upstream.address),
+        &[("scope=beta:use&environment=production&mode=shadow", &needs)],
+    );
+    let nginx = Nginx::start(&conf);
+    let token = front.token().await;
+    let missing = Request::get("/beta/x").bearer(&token).send(nginx.address);
+    assert_denied(&missing, 403, "FORBIDDEN");
+    let challenge = r#"Bearer realm="keyward", error="insufficient_scope""#;
+    assert_eq!(missing.header("www-authenticate"), Some(challenge));
+    let named = with_made_up_names(Request::get("/monitors").bearer(&token), 120);
+    assert_denied(&named.send(nginx.address), 400, "BAD_REQUEST");
+    assert_eq!(upstream.take_arrived().len(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_preflight_passes_without_a_credential_and_nothing_else_does() {
+    let edge = Edge::start().await;
+    let preflight = |path: &str| {
+        Request::new("OPTIONS", path)
+            .header("Origin", "https://app.test:8443")
+            .header("Access-Control-Request-Method", "DELETE")
+    };
+    let (_, arrived) = edge.passed(&spoofed(preflight("/reports/7")));
+    assert_eq!((arrived.method.as_str(), arrived.target.as_str()), ("OPTIONS", "/reports/7"));
+    assert!(arrived.headers.iter().all(|(name, _)| !name.starts_with("x-keyward-")), "{arrived:?}");
+    let options = || Request::new("OPTIONS", "/reports/7");
+    for refused in [
+        options(),
+        options().header("Origin", "https://app.test"),
+        options().header("Access-Control-Request-Method", "DELETE"),
+        options().header("Origin", "").header("Access-Control-Request-Method", "DELETE"),
+        options().header("Origin", "https://app.test").header("Access-Control-Request-Method", ""),
+        preflight("/reports/7").bearer("wrong"),
+        preflight("/reports/7").header("x-api-key", "wrong"),
+        preflight("/monitors"),
+        Request::get("/reports/7").header("Origin", "a").header("Access-Control-Request-Method", "GET"),
+    ] {
+        assert_denied(&edge.send(&refused), 401, "UNAUTHORIZED");
+    }
+    let lower = Request::new("OPTIONS", "/reports/7").header("Origin", "https://app.test");
+    edge.passed(&lower.header("Access-Control-Request-Method", "patch"));
+    edge.upstream.take_arrived();
+    assert_eq!(edge.send(&preflight("/reports/../secrets")).status, 400);
+    let scopes = vec!["reports:read".to_owned()];
+    let (_, token) = edge.front.key(keyward::pb::CreateKeyRequest { scopes, ..plain_key() }).await;
+    assert_eq!(edge.send(&options().bearer(&token)).status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_of_a_listed_origin_may_read_every_refusal_and_no_other_may() {
+    let edge = Edge::start().await;
+    let token = edge.front.token().await;
+    let (origin, allows) = ("https://app.example.com", "access-control-allow-origin");
+    let report = |path: &str| Request::get(path).header("Origin", origin);
+    let limited = key_with_a_limit();
+    let scopes = vec!["reports:read".to_owned()];
+    let (_, limited) = edge.front.key(keyward::pb::CreateKeyRequest { scopes, ..limited }).await;
+    assert_eq!(edge.send(&report("/reports/7").bearer(&limited)).status, 200);
+    let stranger =
+        edge.send(&Request::get("/reports/7").header("Origin", "https://app.example.com.evil.test"));
+    assert_eq!((stranger.status, stranger.header(allows)), (401, None));
+    assert_eq!(stranger.header("vary"), Some("Origin"), "a cache must keep the two apart");
+    let elsewhere = edge.send(&report("/monitors"));
+    assert_eq!((elsewhere.status, elsewhere.header(allows)), (401, None));
+    let Edge { front, nginx, .. } = edge;
+    let refused = |request: Request, status: u16| {
+        let response = request.send(nginx.address);
+        assert_eq!((response.status, response.all(allows)), (status, vec![origin]), "{response:?}");
+        assert!(response.header("access-control-expose-headers").unwrap().contains("Retry-After"));
+        assert_eq!(response.all("vary"), ["Origin"]);
+    };
+    refused(report("/reports/7"), 401);
+    refused(report("/reports/7").bearer(&token), 403);
+    refused(report("/reports/7").bearer(&limited), 429);
+    refused(report("/reports/a;b").bearer(&token), 400);
+    front.keyward.stop();
+    refused(report("/reports/7").bearer(&token), 503);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_service_gets_the_number_of_a_request_that_the_log_has() {
+    let (front, upstream) = (Front::start().await, Upstream::start());
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("access.log");
+    let place = format!("access_log {} keyward;", log.display());
+    let conf = filled(&conf(front.address, upstream.address), &[("access_log /dev/null keyward;", &place)]);
+    let nginx = Nginx::start(&conf);
+    let request = Request::get("/monitors").bearer(&front.token().await).header("X-Request-Id", "mine");
+    let arrived = Arrived::from_answer(&request.send(nginx.address).body);
+    let [number] = arrived.all("x-request-id")[..] else { panic!("{arrived:?}") };
+    let line = wait_for("a line", || std::fs::read_to_string(&log).ok().filter(|text| text.ends_with('\n')));
+    assert!(number.len() == 32 && line.contains(&format!("id={number} ")), "{number}: {line}");
+}
+
+/// A service that takes one connection, says that the protocol changes, and sends back what it gets then. Gives the head
+/// of the request.
+fn websocket_service() -> (SocketAddr, std::thread::JoinHandle<String>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let serving = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let head = read_head(&mut stream);
+        let answer = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: upgrade\r\n\r\n";
+        stream.write_all(answer.as_bytes()).unwrap();
+        let mut frame = [0; 4];
+        stream.read_exact(&mut frame).unwrap();
+        stream.write_all(&frame).unwrap();
+        head
+    });
+    (address, serving)
+}
+
+fn read_head(stream: &mut TcpStream) -> String {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        let mut byte = [0];
+        stream.read_exact(&mut byte).unwrap();
+        head.extend(byte);
+    }
+    String::from_utf8(head).unwrap()
+}
+
+/// Begins a websocket that shows a token so, sends through it, and gives the head that reached the service.
+async fn websocket(shown: impl Fn(&str) -> String) -> String {
+    let front = Front::start().await;
+    let (service, serving) = websocket_service();
+    let nginx = Nginx::start(&conf(front.address, service));
+    let token = front.token().await;
+    let mut stream = TcpStream::connect(nginx.address).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let request = format!(
+        "GET /live HTTP/1.1\r\nhost: api.test\r\nupgrade: websocket\r\nconnection: keep-alive, Upgrade\r\n\
+         sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n{}\r\n\r\n",
+        shown(&token)
+    );
+    stream.write_all(request.as_bytes()).unwrap();
+    let answer = read_head(&mut stream);
+    assert!(answer.starts_with("HTTP/1.1 101 "), "{answer}");
+    stream.write_all(b"ping").unwrap();
+    let mut echo = [0; 4];
+    stream.read_exact(&mut echo).unwrap();
+    assert_eq!(&echo, b"ping");
+    let head = serving.join().unwrap();
+    assert!(!head.contains(&token), "{head}");
+    let head = head.to_lowercase();
+    for said in ["upgrade: websocket", "connection: upgrade", "x-keyward-account: acme", "sec-websocket-key:"]
+    {
+        assert!(head.contains(said), "{said}: {head}");
+    }
+    assert!(!head.contains("\r\nauthorization"), "{head}");
+    head
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_websocket_begins_with_a_key_and_is_open_then() {
+    websocket(|token| format!("authorization: Bearer {token}")).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_shows_its_key_for_a_websocket_in_a_subprotocol_that_the_service_does_not_see() {
+    let head = websocket(|token| format!("sec-websocket-protocol: live.v1, keyward.{token}")).await;
+    assert!(head.contains("sec-websocket-protocol: live.v1\r\n"), "{head}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_subprotocol_is_a_credential_for_a_websocket_alone_and_never_reaches_the_service() {
+    let edge = Edge::start().await;
+    let token = edge.front.token().await;
+    let offer = |path: &str, offered: String| Request::get(path).header("Sec-WebSocket-Protocol", offered);
+    let begins = |request: Request| request.header("Connection", "Upgrade").header("Upgrade", "websocket");
+    for refused in [
+        offer("/live", format!("a, keyward.{token}")),
+        begins(offer("/monitors", format!("a, keyward.{token}"))),
+        begins(offer("/live", format!("keyward.{token}"))),
+        begins(offer("/live", format!("keyward.x, a, keyward.{token}"))),
+        begins(offer("/live", "a, keyward.wrong".to_owned())),
+    ] {
+        assert_denied(&edge.send(&refused), 401, "UNAUTHORIZED");
+    }
+    edge.nothing_arrived();
+    for offered in ["keyward.a", "keyward.a, b", "keyward.a, b, keyward.c", "KEYWARD.a"] {
+        let (_, arrived) = edge.passed(&offer("/health", offered.to_owned()));
+        assert_eq!(arrived.all("sec-websocket-protocol"), [""; 0], "{offered}");
+    }
+    let (_, arrived) = edge.passed(&offer("/health", "a, b".to_owned()));
+    assert_eq!(arrived.all("sec-websocket-protocol"), ["a, b"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_other_protocol_is_begun_and_no_other_location_begins_one() {
+    let edge = Edge::start().await;
+    let token = edge.front.token().await;
+    let upgrade = |path: &str, to: &str| {
+        Request::get(path)
+            .header("Connection", "Upgrade, HTTP2-Settings")
+            .header("Upgrade", to)
+            .header("HTTP2-Settings", "AA")
+    };
+    assert_denied(&edge.send(&upgrade("/live", "websocket")), 401, "UNAUTHORIZED");
+    for (path, to) in
+        [("/live", "h2c"), ("/live", "websocket, h2c"), ("/monitors", "websocket"), ("/monitors", "h2c")]
+    {
+        let (_, arrived) = edge.passed(&upgrade(path, to).bearer(&token));
+        assert_eq!(arrived.all("upgrade"), [""; 0], "{path} {to}");
+        assert!(!arrived.all("connection").iter().any(|value| value.contains("pgrade")), "{arrived:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_log_of_nginx_has_no_query_and_no_token() {
+    let (front, upstream) = (Front::start().await, Upstream::start());
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("access.log");
+    let place = format!("access_log {} keyward;", log.display());
+    let conf = filled(&conf(front.address, upstream.address), &[("access_log /dev/null keyward;", &place)]);
+    let nginx = Nginx::start(&conf);
+    let (id, token) = front.key(plain_key()).await;
+    let target = format!("/monitors/{token}/x?api_key={token}");
+    let request = Request::get(&target).bearer(&token).header("Referer", format!("https://a/?{token}"));
+    assert_eq!(request.send(nginx.address).status, 200);
+    assert_eq!(Request::get(&target).send(nginx.address).status, 401);
+    // Two tokens, another long word after it, and a line end before it, which is refused.
+    for path in [
+        format!("/health/{token}/{token}"),
+        format!("/j/{token}/sha_{}.css", "a".repeat(40)),
+        format!("/b/x%0a{token}"),
+    ] {
+        Request::get(&path).send(nginx.address);
+    }
+    let text = wait_for("five lines", || {
+        let text = std::fs::read_to_string(&log).ok()?;
+        (text.lines().count() == 5).then_some(text)
+    });
+    assert!(!text.contains(&token[token.len() - 49..]) && !text.contains("api_key"), "{text}");
+    assert!(text.contains(r#""GET /monitors/kw_live_*** HTTP/1.1" 200"#), "{text}");
+    assert!(text.contains(&format!("key={id}")), "{text}");
 }

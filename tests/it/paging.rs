@@ -98,6 +98,7 @@ async fn a_page_token_belongs_to_its_filters() {
         pb::ListKeysRequest { name_prefix: "n".into(), ..of_acme() },
         pb::ListKeysRequest { unused_since: Some(server.at(0)), ..of_acme() },
         pb::ListKeysRequest { expires_before: Some(server.at(0)), ..of_acme() },
+        pb::ListKeysRequest { created_before: Some(server.at(0)), ..of_acme() },
     ] {
         invalid(root.list(pb::ListKeysRequest { page_token: token(), ..other }).await, &["page_token"]);
     }
@@ -209,9 +210,19 @@ async fn a_name_prefix_is_taken_letter_by_letter() {
     for name in ["ci-1", "ci-2", "CI-3", "c%i", "c_i", "é1", "ci"] {
         server.make(named_key("acme", name)).await;
     }
-    for (prefix, count) in
-        [("ci", 3), ("ci-", 2), ("CI", 1), ("c%", 1), ("c_", 1), ("é", 1), ("ci-1x", 0), ("", 7), ("*", 0)]
-    {
+    for (prefix, count) in [
+        ("ci", 3),
+        ("ci-", 2),
+        ("CI", 1),
+        ("c%", 1),
+        ("c_", 1),
+        ("é", 1),
+        ("e\u{301}", 1),
+        ("e", 0),
+        ("ci-1x", 0),
+        ("", 7),
+        ("*", 0),
+    ] {
         let request = pb::ListKeysRequest { name_prefix: prefix.into(), ..of_acme() };
         assert_eq!(names(&server.root(), request).await.len(), count, "{prefix:?}");
     }
@@ -235,8 +246,58 @@ async fn unused_keys_are_found_with_the_latest_uses_counted() {
     let mut found = names(&root, since(-3600)).await;
     found.sort();
     assert_eq!(found, ["early", "never"]);
-    assert_eq!(names(&root, since(-3 * 3600)).await, ["never"]);
+    assert!(names(&root, since(-3 * 3600)).await.is_empty(), "no key was made before then");
     assert_eq!(names(&root, since(1)).await.len(), 3);
+    server.make(named_key("acme", "new")).await;
+    let mut found = names(&root, since(0)).await;
+    found.sort();
+    assert_eq!(found, ["early", "never"], "a new key is not unused");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_that_were_made_before_an_instant_are_found() {
+    let server = Server::with_accounts().await;
+    numbered(&server, 3).await;
+    let before = |seconds| pb::ListKeysRequest { created_before: Some(server.at(seconds)), ..of_acme() };
+    assert_eq!(names(&server.root(), before(0)).await, ["n2", "n1", "n0"]);
+    assert_eq!(names(&server.root(), before(-2)).await, ["n0"], "before, not at");
+    assert!(names(&server.root(), before(-3)).await.is_empty());
+    let paged = pb::ListKeysRequest { page_size: Some(1), ..before(-1) };
+    let first = server.root().list(paged.clone()).await.unwrap();
+    let second = pb::ListKeysRequest { page_token: first.next_page_token, ..paged };
+    assert_eq!(names(&server.root(), second).await, ["n0"]);
+    let nonsense = prost_types::Timestamp { seconds: 0, nanos: -1 };
+    let request = pb::ListKeysRequest { created_before: Some(nonsense), ..of_acme() };
+    invalid(server.root().list(request).await, &["created_before"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_looks_for_keys_to_revoke_leaves_out_those_that_are_revoked_unless_asked() {
+    let server = Server::with_accounts().await;
+    let root = server.root();
+    let short = |name| pb::CreateKeyRequest { ttl: Some(seconds(60)), ..named_key("acme", name) };
+    let revoked = server.make(short("revoked")).await;
+    let disabled = server.make(short("disabled")).await;
+    server.make(short("active")).await;
+    root.revoke(&revoked.id).await.unwrap();
+    root.disable(&disabled.id).await.unwrap();
+    server.advance(HOUR);
+    let unused = pb::ListKeysRequest { unused_since: Some(server.at(0)), ..of_acme() };
+    let expired = pb::ListKeysRequest { expires_before: Some(server.at(0)), ..of_acme() };
+    let both = pb::ListKeysRequest { unused_since: Some(server.at(0)), ..expired.clone() };
+    for asked in [unused, expired, both] {
+        let in_states = async |states: &[KeyState]| {
+            let states = states.iter().map(|state| i32::from(*state)).collect();
+            let mut found = names(&root, pb::ListKeysRequest { states, ..asked.clone() }).await;
+            found.sort();
+            found
+        };
+        assert_eq!(in_states(&[]).await, ["active", "disabled"]);
+        assert_eq!(in_states(&[KeyState::Revoked]).await, ["revoked"]);
+        let every = [KeyState::Expired, KeyState::Disabled, KeyState::Revoked];
+        assert_eq!(in_states(&every).await, ["active", "disabled", "revoked"]);
+    }
+    assert_eq!(names(&root, of_acme()).await.len(), 3, "a plain list shows them");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -201,14 +201,14 @@ async fn an_own_role_that_shadows_a_global_one_can_be_deleted_while_it_is_used_b
 async fn wrong_roles_and_members_name_every_wrong_field() {
     let server = with_roles().await;
     let root = server.root();
-    invalid(root.put_role("A", "B", &[]).await, &["account", "name", "scopes"]);
+    invalid(root.put_role("a.b", "B", &[]).await, &["account", "name", "scopes"]);
     invalid(root.put_role("acme", "agent", &["ok:read", "a::b", ""]).await, &["scopes[1]", "scopes[2]"]);
     invalid(root.put_role("acme", "agent", &["a"; 257]).await, &["scopes"]);
     invalid(root.put_member("", "", "").await, &["account", "user", "role"]);
     invalid(remove(&root, "", "a b").await, &["account", "user"]);
     invalid(delete_role(&root, "acme", "").await, &["name"]);
     invalid(members(&root, of("")).await, &["account"]);
-    invalid(roles(&root, "A").await, &["account"]);
+    invalid(roles(&root, "a.b").await, &["account"]);
     refused(root.put_member("nowhere", "ann", "reader").await, Code::NotFound, "ACCOUNT_NOT_FOUND");
     refused(root.put_role("nowhere", "agent", &[READ]).await, Code::NotFound, "ACCOUNT_NOT_FOUND");
 }

@@ -116,6 +116,13 @@ impl Home {
         command
     }
 
+    /// `keyward root-key reset` on this database. The new key goes to `file`; `-` = to standard output.
+    pub(crate) fn root_key_reset(&self, file: &str) -> Command {
+        let mut command = self.command(["root-key", "reset", "--yes", "--database", &self.url()]);
+        command.args(["--root-key-file", file]);
+        command
+    }
+
     /// `keyward serve` on ports of the system's choice, on this database, the root key going to its file.
     pub(crate) fn serve(&self) -> Command {
         let mut command = self.serve_without_root_key_file();

@@ -494,8 +494,7 @@ async fn operators_hear_what_is_wrong() {
 async fn a_new_root_key_is_the_only_one_everywhere() {
     let fleet = Fleet::start(1, "1s").await;
     let mut old = fleet.replicas[0].root();
-    let url = fleet.home.url();
-    let ended = fleet.home.run(fleet.home.command(["root-key", "reset", "--database", &url]));
+    let ended = fleet.home.run(fleet.home.root_key_reset("-"));
     assert_eq!(ended.code, Some(0), "{ended:?}");
     let refused = old.check("anything").await.unwrap_err();
     assert_eq!(refused.code(), Code::Unauthenticated);

@@ -98,7 +98,7 @@ async fn id_of(caller: &mut Caller) -> String {
 
 fn reset(home: &Home, more: &[&str]) -> Ended {
     let mut command = home.command(["root-key", "reset"]);
-    command.args(["--database", &home.url()]).args(more);
+    command.args(["--yes", "--database", &home.url()]).args(more);
     home.run(command)
 }
 
@@ -206,7 +206,11 @@ async fn lists_and_then_revokes(home: Home) {
     let family = Family::on(&home).await;
     let out = good(reset(&home, &["--root-key-file", "third.key"]));
     family.assert_listed(&out);
-    let next = format!("keyward root-key reset --revoke-descendants --lost {}", family.second_root);
+    let next = format!(
+        "keyward root-key reset --revoke-descendants --lost {} --database '{}'\n",
+        family.second_root,
+        home.url()
+    );
     assert!(out.contains("Not revoked: 5 keys") && out.contains(&next), "{out}");
     family.assert_living(&home, "third.key", false).await;
 
@@ -270,17 +274,21 @@ async fn a_reset_of_what_is_no_root_key_or_into_a_file_that_exists_changes_nothi
     };
     let before = head();
     for (arguments, said) in [
-        (["--lost", no_root], &*format!("{no_root} is no root key of this database")),
-        (["--lost", "root"], "must be a UUID"),
-        (["--root-key-file", "second.key"], "exists already"),
-        (["--root-key-file", "nowhere/root.key"], "cannot be created"),
+        (
+            &["--lost", no_root, "--root-key-file", "-"][..],
+            &*format!("{no_root} is no root key of this database"),
+        ),
+        (&["--lost", "root"], "must be a UUID"),
+        (&["--root-key-file", "second.key"], "exists already"),
+        (&["--root-key-file", "nowhere/root.key"], "cannot be created"),
+        (&[], "standard output is no terminal"),
     ] {
-        let ended = reset(&home, &[&["--revoke-descendants"][..], &arguments].concat());
+        let ended = reset(&home, &[&["--revoke-descendants"][..], arguments].concat());
         assert!(ended.code.is_some_and(|code| code > 0) && ended.err.contains(said), "{said}: {ended:?}");
         assert!(!ended.out.contains("ROOT_KEY"), "{ended:?}");
     }
     assert_eq!(before, head(), "nothing was revoked");
-    let ended = reset(&home, &["--lost", no_root]);
+    let ended = reset(&home, &["--lost", no_root, "--root-key-file", "third.key"]);
     assert!(ended.err.contains(&family.first_root) && ended.err.contains(&family.second_root), "{ended:?}");
 }
 

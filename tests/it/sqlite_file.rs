@@ -473,7 +473,7 @@ fn what_is_no_database_is_refused_and_left_alone() {
 fn a_folder_that_is_not_there_is_named() {
     let home = Home::new();
     let message = home.refusal(home.command(["serve", "--database", "sqlite:nowhere/keyward.db"]));
-    assert!(message.contains("nowhere/keyward.db could not be opened"), "{message}");
+    assert!(message.contains("nowhere"), "{message}");
 }
 
 /// Stands between the server and the disk: while a file says so, writes to the database find no room, or what

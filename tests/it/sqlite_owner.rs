@@ -215,7 +215,7 @@ async fn a_killed_servers_file_starts_with_its_wal_and_not_without_until_the_los
     server.process.kill();
     let url = home.url();
     let run = |arguments: &[&str]| home.run(home.command([arguments, &["--database", &url]].concat()));
-    let accept = || run(&["accept-lost-wal"]);
+    let accept = || run(&["accept-lost-wal", "--yes"]);
     let refused = accept();
     assert!(refused.code == Some(1) && refused.err.contains("no loss to accept"), "{refused:?}");
     // What only reads leaves the WAL there.
@@ -232,7 +232,11 @@ async fn a_killed_servers_file_starts_with_its_wal_and_not_without_until_the_los
 
     std::fs::remove_file(wal(&home)).unwrap();
     refused_without_wal(&home.refusal(home.serve()));
-    for command in [&["migrate"][..], &["root-key", "reset"], &["backup", "--to", "never.db"]] {
+    for command in [
+        &["migrate"][..],
+        &["root-key", "reset", "--yes", "--root-key-file", "never.key"],
+        &["backup", "--to", "never.db"],
+    ] {
         let refused = run(command);
         assert_eq!(refused.code, Some(1), "{command:?}: {refused:?}");
         refused_without_wal(&refused.err);

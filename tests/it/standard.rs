@@ -92,6 +92,51 @@ async fn reflection_v1alpha_does_too_for_older_clients() {
     reflects!(v1alpha, ".v1alpha.");
 }
 
+/// Holds that a version of reflection answers what it does not know, and then what it knows.
+macro_rules! answers_unknown_names {
+    ($version:ident) => {{
+        use $version::{
+            ExtensionRequest, ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
+            server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
+        };
+        let server = Server::start().await;
+        let extension = ExtensionRequest { containing_type: "keyward.v1.Key".into(), extension_number: 7 };
+        let asked = [
+            Some(MessageRequest::FileContainingSymbol("no.Such".into())),
+            Some(MessageRequest::FileByFilename("no/such.proto".into())),
+            Some(MessageRequest::FileContainingExtension(extension)),
+            None,
+            Some(MessageRequest::FileContainingSymbol("keyward.v1.Key.id".into())),
+            Some(MessageRequest::AllExtensionNumbersOfType("keyward.v1.Key".into())),
+        ];
+        let requests =
+            asked.map(|message_request| ServerReflectionRequest { host: "here".to_owned(), message_request });
+        let mut client = ServerReflectionClient::new(server.channel());
+        let requests = futures_util::stream::iter(requests);
+        let mut answers = client.server_reflection_info(requests).await.unwrap().into_inner();
+        for code in [Code::NotFound, Code::NotFound, Code::NotFound, Code::InvalidArgument] {
+            let answer = answers.message().await.unwrap().unwrap();
+            assert_eq!((answer.valid_host.as_str(), answer.original_request.is_some()), ("here", true));
+            let Some(MessageResponse::ErrorResponse(error)) = answer.message_response else {
+                panic!("{code}: {answer:?}")
+            };
+            assert_eq!(error.error_code, i32::from(code), "{error:?}");
+            assert!(!error.error_message.is_empty());
+        }
+        let known = answers.message().await.unwrap().unwrap().message_response;
+        assert!(matches!(known, Some(MessageResponse::FileDescriptorResponse(_))), "{known:?}");
+        let numbers = answers.message().await.unwrap().unwrap().message_response;
+        assert!(matches!(numbers, Some(MessageResponse::AllExtensionNumbersResponse(_))), "{numbers:?}");
+        assert_eq!(answers.message().await.unwrap(), None);
+    }};
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn reflection_answers_names_that_it_does_not_know_and_keeps_the_stream() {
+    answers_unknown_names!(v1);
+    answers_unknown_names!(v1alpha);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn every_refusal_carries_a_stable_reason_of_the_domain_keyward() {
     let server = Server::with_accounts().await;
@@ -146,11 +191,12 @@ async fn bytes_that_are_no_message_are_the_callers_fault_and_told_so() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_compression_that_is_not_spoken_is_told_with_a_reason() {
     let server = Server::start().await;
-    let gzip = server.root().with_header("grpc-encoding", "gzip");
+    let brotli = server.root().with_header("grpc-encoding", "br");
     let asked = crate::support::check("kw_live_x", "monitors:read");
-    for status in [gzip.who_am_i().await.unwrap_err(), gzip.check(asked).await.unwrap_err()] {
+    for status in [brotli.who_am_i().await.unwrap_err(), brotli.check(asked).await.unwrap_err()] {
         assert_eq!(status.code(), Code::Unimplemented, "{status:?}");
-        reason(&status);
+        assert_eq!(reason(&status), "UNKNOWN_ENCODING");
+        assert_eq!(status.metadata().get("grpc-accept-encoding").unwrap(), "identity,gzip");
     }
 }
 

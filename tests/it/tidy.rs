@@ -102,7 +102,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("store", &["domain", "instruments", "private_file", "trace"]),
     ("decisions", &["clock", "domain", "engine", "private_file", "quiet", "store", "trace"]),
     ("engine", &["clock", "domain", "instruments", "store"]),
-    ("replication", &["clock", "domain", "engine", "instruments", "store", "trace"]),
+    ("replication", &["clock", "domain", "engine", "instruments", "quiet", "store", "trace"]),
     ("gateway", &["decisions", "domain", "engine", "instruments", "quiet", "trace"]),
     ("access", &["domain", "engine", "refusal", "store"]),
     ("audit", &["clock", "domain", "private_file", "refusal", "store"]),
@@ -155,9 +155,12 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("http1", &["transport"]),
     ("reload", &[]),
     ("transport", &["clock", "domain", "quiet"]),
-    ("config", &["decisions", "domain", "engine", "gateway", "keys", "trace", "transport"]),
-    ("telemetry", &["config", "trace"]),
-    ("doctor", &["clock", "config", "domain", "store"]),
+    (
+        "config",
+        &["decisions", "domain", "engine", "gateway", "keys", "private_file", "store", "trace", "transport"],
+    ),
+    ("telemetry", &["config", "domain", "trace"]),
+    ("doctor", &["clock", "config", "domain", "pb", "store"]),
     (
         "server",
         &[

@@ -2,6 +2,7 @@
 //! restore. Each with the real binary.
 
 use std::{
+    collections::BTreeMap,
     path::Path,
     sync::{
         Arc,
@@ -12,11 +13,15 @@ use std::{
 use keyward::{
     domain::{
         account::Account,
+        key::{Key, Owner, Secret, Terms},
         log::{Action, Change, Hash, LogRow},
-        name::{AccountId, DisplayName},
+        name::{AccountId, DisplayName, EnvironmentName, KeyId, KeyName},
+        scope::Scope,
         time::{Revision, Timestamp},
+        token::Digest,
     },
     pb,
+    store::Write,
 };
 use tonic::Code;
 
@@ -161,8 +166,8 @@ fn a_start_waits_for_a_database_that_is_away_and_says_that_it_is_not_ready() {
 // Migrations. --------------------------------------------------------------------------------------------------------
 
 /// The schema as an older version left it: the fifth.
-const DOWN: &str =
-    "DROP TABLE uses; DROP TRIGGER tally_log ON log; DROP FUNCTION tally_log; DROP TABLE tallies";
+const DOWN: &str = "DROP TABLE uses; DROP TRIGGER tally_log ON log; DROP FUNCTION tally_log; DROP TABLE tallies; \
+     DROP INDEX key_name_nfc_of_account, key_name_nfc_of_user, accounts_by_folded_id";
 
 fn migrates(home: &Home) {
     let url = home.url();
@@ -173,10 +178,11 @@ fn migrates(home: &Home) {
     assert!(refused.contains("schema version 5") && refused.contains("run 'keyward migrate'"), "{refused}");
     for _ in 0..2 {
         let told = good(run(&["migrate", "--dry-run", "--database", &url]));
-        let steps = "0006 uses: would be taken\n0007 owner: would be taken\n0008 tallies: would be taken\n";
+        let steps = "0006 uses: would be taken\n0007 owner: would be taken\n0008 tallies: would be taken\n\
+                     0009 names: would be taken\n";
         assert_eq!(told, steps);
     }
-    let steps = "0006 uses: taken\n0007 owner: taken\n0008 tallies: taken\n";
+    let steps = "0006 uses: taken\n0007 owner: taken\n0008 tallies: taken\n0009 names: taken\n";
     assert_eq!(good(run(&["migrate", "--database", &url])), steps);
     assert_eq!(good(run(&["migrate", "--database", &url])), "The schema is up to date.\n");
 }
@@ -187,12 +193,15 @@ async fn a_file_is_migrated_apart_from_the_start() {
     server.root().make_account("acme").await;
     let (id, _) = server.root().create(plain_key()).await.unwrap();
     let home = server.stop();
+    let named = named_by_the_version_before(&home.url()).await;
     let open = || rusqlite::Connection::open(home.database()).unwrap();
     open().execute_batch("PRAGMA application_id = 0").unwrap();
     let file = open();
     file.execute_batch(
         "ALTER TABLE secrets ADD COLUMN last_used_at INTEGER; UPDATE secrets SET last_used_at = 1; \
          DROP TABLE uses; DROP TRIGGER tally_log; DROP TABLE tallies; \
+         DROP INDEX key_name_nfc_of_account; DROP INDEX key_name_nfc_of_user; DROP INDEX accounts_by_folded_id; \
+         ALTER TABLE keys DROP COLUMN name_nfc; \
          ALTER TABLE meta DROP COLUMN term; ALTER TABLE meta DROP COLUMN owner; \
          DELETE FROM _sqlx_migrations WHERE version > 5",
     )
@@ -203,13 +212,77 @@ async fn a_file_is_migrated_apart_from_the_start() {
     migrates(&home);
     let file = rusqlite::Connection::open(home.database()).unwrap();
     let count = "SELECT keys FROM tallies WHERE account = 'acme'";
-    assert_eq!(file.query_row(count, [], |row| row.get::<_, i64>(0)).unwrap(), 1, "keys are counted");
+    assert_eq!(file.query_row(count, [], |row| row.get::<_, i64>(0)).unwrap(), 2, "keys are counted");
     drop(file);
     let mut serve = home.serve();
     serve.arg("--no-migrate");
     let server = home.start_as(serve).unwrap();
     assert!(verified(&server).await.valid);
     assert_eq!(server.root().get(&id).await.unwrap().last_used_at, Some(micro()), "uses are taken along");
+    names_and_ids_are_unique(&server, &named).await;
+    assert!(verified(&server).await.valid);
+}
+
+/// Stores a key whose name is not normalized, as a version could that did not know normal forms. Its id.
+async fn named_by_the_version_before(url: &str) -> String {
+    let at = Timestamp::from_micros(1);
+    let secret = Secret {
+        version: 1,
+        digest: Digest::of("another token"),
+        hint: String::new(),
+        created_at: at,
+        expires_at: None,
+    };
+    let key = Key {
+        id: KeyId::generate(at, [7; 10]),
+        owner: Owner::Account(AccountId::parse("acme").unwrap()),
+        environment: EnvironmentName::parse("production").unwrap(),
+        terms: Terms {
+            name: Some(KeyName::from_stored("e\u{301}quipe").unwrap()),
+            scopes: [Scope::parse_grant("monitors:read").unwrap()].into_iter().collect(),
+            roles: vec![],
+            expires_at: None,
+            customers: vec![],
+            allowed_cidrs: vec![],
+            rate_limits: vec![],
+            quota: None,
+            metadata: BTreeMap::new(),
+        },
+        created_at: at,
+        created_by: "system".to_owned(),
+        updated_at: at,
+        disabled_at: None,
+        revocation: None,
+        secrets: vec![secret],
+        revision: Revision::default(),
+    };
+    let id = key.id.to_string();
+    let store = keyward::store::open(url).await.unwrap();
+    let change = Change::Key(Arc::new(key));
+    let write = Write::by_system(change, None, Action::KeyCreated, "the version before", at);
+    let committed = store.commit(&[write]).await.unwrap();
+    assert!(committed.outcomes[0].is_ok(), "{committed:?}");
+    store.close().await;
+    id
+}
+
+/// A name is one in every form, also of a key that was there before; and so are ids of accounts in every case.
+async fn names_and_ids_are_unique(server: &Keyward, named: &str) {
+    let mut root = server.root();
+    for name in ["\u{e9}quipe", "e\u{301}quipe"] {
+        let same = pb::CreateKeyRequest { name: Some(name.to_owned()), ..plain_key() };
+        assert_eq!(root.create(same).await.unwrap_err().code(), Code::AlreadyExists);
+        let name_prefix = name[..3].to_owned();
+        let list = pb::ListKeysRequest { account: "acme".to_owned(), name_prefix, ..Default::default() };
+        let found = root.keys.list(list).await.unwrap().into_inner().keys;
+        let found: Vec<_> = found.iter().map(|key| (key.id.as_str(), key.name.as_str())).collect();
+        assert_eq!(found, [(named, "e\u{301}quipe")], "it stays as it was");
+    }
+    root.rotate(named).await.unwrap();
+    for id in ["Acme", "ACME", "Keyward"] {
+        let create = pb::CreateAccountRequest { id: id.to_owned(), ..Default::default() };
+        assert_eq!(root.accounts.create(create).await.unwrap_err().code(), Code::AlreadyExists, "{id}");
+    }
 }
 
 /// A microsecond after 1970.
@@ -284,13 +357,14 @@ async fn a_database_is_migrated_while_the_version_before_writes_and_all_of_it_ve
     server.root().make_account("acme").await;
     server.root().create(plain_key()).await.unwrap();
     server.stop();
+    let named = named_by_the_version_before(&database.url()).await;
     database.sql(&format!("SET search_path TO keyward; {DOWN}; DELETE FROM migrations WHERE version > 5"));
     written_by_the_version_before(&database, "before");
     migrates(&home);
     written_by_the_version_before(&database, "after");
     let counted = "SELECT string_agg(account || ' ' || keys || ' ' || log_rows, ', ' ORDER BY account) \
                    FROM keyward.tallies WHERE account <> 'keyward'";
-    assert_eq!(database.sql(counted), "acme 1 0, after 0 1", "what the version before writes is counted too");
+    assert_eq!(database.sql(counted), "acme 2 0, after 0 1", "what the version before writes is counted too");
     let server = home.start_as(home.serve()).unwrap();
     // While it runs too: what others of the version before commit is taken in.
     written_by_the_version_before(&database, "beside");
@@ -298,6 +372,7 @@ async fn a_database_is_migrated_while_the_version_before_writes_and_all_of_it_ve
     let (id, _) = server.root().create(plain_key()).await.unwrap();
     database.sql("UPDATE keyward.secrets SET last_used_at = 1");
     assert_eq!(server.root().get(&id).await.unwrap().last_used_at, Some(micro()));
+    names_and_ids_are_unique(&server, &named).await;
     let found = verified(&server).await;
     assert!(found.valid && found.entries == found.head, "{found:?}");
 }

@@ -1,12 +1,17 @@
 //! `keyward audit archive`: the oldest entries leave the log for a file. Like `root-key` and `replicas`, it needs the
 //! database at hand: no server's role may take anything out of the log.
 
-use std::{io::Write as _, path::PathBuf, process::ExitCode};
+use std::{path::PathBuf, process::ExitCode};
 
 use clap::Args;
 
 use crate::{
-    cli::{serve::exit, values::Past},
+    cli::{
+        console::{Console, say},
+        serve::exit,
+        table::clean,
+        values::{Past, rfc3339},
+    },
     clock::SystemClock,
     config::server::{DatabaseArgs, Settings},
     domain::time::Timestamp,
@@ -22,6 +27,9 @@ pub(in crate::cli) struct ArchiveArgs {
     /// The new file (mode 0600); 'keyward audit verify --file' verifies it
     #[arg(long, value_name = "FILE")]
     to: PathBuf,
+    /// Do not ask first
+    #[arg(long, short)]
+    yes: bool,
     #[command(flatten)]
     database: DatabaseArgs,
 }
@@ -34,24 +42,32 @@ pub(in crate::cli) fn run(args: &ArchiveArgs) -> ExitCode {
 fn archive(args: &ArchiveArgs) -> anyhow::Result<()> {
     let settings = Settings::load_database(&args.database)?;
     let before = args.before.resolve(&SystemClock);
+    upkeep::require_database(&settings)?;
+    let question = format!(
+        "Take every entry before {} out of the audit log of {}, for ever? {} has them then.",
+        rfc3339(&before),
+        settings.database.shown(),
+        args.to.display()
+    );
+    if args.to.symlink_metadata().is_ok() {
+        let exists =
+            format!("{} exists already: name a new file, since nothing is overwritten", args.to.display());
+        return Err(anyhow::anyhow!(exists));
+    }
+    Console::system().confirm(&question, args.yes)?;
     let before = Timestamp::from_micros(before.seconds * 1_000_000 + i64::from(before.nanos / 1000));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let archived = runtime.block_on(upkeep::archive(&settings, before, &args.to, &SystemClock))?;
-    let mut out = std::io::stdout().lock();
-    match archived {
-        None => {
-            writeln!(out, "There is nothing to archive: no entry is as old, or a replica still needs it.")?
-        }
+    say(&match archived {
+        None => "There is nothing to archive: no entry is as old, or a replica still needs it.\n".to_owned(),
         Some(archived) => {
-            let (first, last) = (archived.first, archived.last);
-            writeln!(out, "{} entries, {first} to {last}, are in {}.", archived.entries, args.to.display())?;
-            if archived.held_back {
-                writeln!(
-                    out,
-                    "Later ones that are as old stay: they are the newest, or a replica still needs them."
-                )?;
-            }
+            let (entries, first, last) = (archived.entries, archived.first, archived.last);
+            let to = clean(&args.to.display().to_string());
+            let done = format!("{entries} entries, {first} to {last}, are in {to}.\n");
+            let rest =
+                "Later ones that are as old stay: they are the newest, or a replica still needs them.\n";
+            done + if archived.held_back { rest } else { "" }
         }
-    }
+    })?;
     Ok(())
 }

@@ -57,7 +57,8 @@ impl Sink {
             Sink::File(file, path) => file
                 .write_all(text.as_bytes())
                 .map_err(|error| Failure::usage(format!("{} cannot be written: {error}", path.display()))),
-            Sink::Stdout => cx.console.print(text),
+            // A copy that ends early is none.
+            Sink::Stdout => cx.console.deliver(text),
         }
     }
 

@@ -152,7 +152,9 @@ impl Keys {
             (number(at), SCOPE, true)
         };
         match mode {
-            Mode::Check | Mode::Stream => call(&self.check(number, scope), Expected::First(allowed)),
+            Mode::Check | Mode::Stream | Mode::Overload => {
+                call(&self.check(number, scope), Expected::First(allowed))
+            }
             Mode::Batch => {
                 let keys = (0..batch).map(|more| at * batch + more);
                 let checks = keys.map(|at| {

@@ -22,6 +22,8 @@ use super::wire::{Frame, Target, Wire};
 
 /// How long the last answers of a round are waited for.
 const LAST_ANSWERS: Duration = Duration::from_secs(10);
+/// Waits shorter than this are too short for a timer.
+const SHORT: Duration = Duration::from_millis(3);
 /// gRPC's frame around a message: a flag and four bytes of length.
 pub(super) const PREFIX: usize = 5;
 
@@ -85,6 +87,8 @@ pub(super) struct Shape {
     pub(super) in_flight: usize,
     /// Calls per second over all; None = as fast as answers come.
     pub(super) rate: Option<f64>,
+    /// Short waits for the next call are spent busy: a timer is no finer than 1 ms. For a load with a core of its own.
+    pub(super) spins: bool,
     /// Each call is a message on one of so many long streams of a connection.
     pub(super) streams: Option<usize>,
 }
@@ -98,6 +102,8 @@ pub(super) struct Tally {
     pub(super) wrong: u64,
     /// Calls without an answer.
     pub(super) failed: u64,
+    /// Of those, calls that were refused.
+    pub(super) refused: u64,
     /// How long answers took, in nanoseconds.
     pub(super) latency: Histogram<u64>,
     /// How long the round was.
@@ -110,7 +116,7 @@ impl Tally {
         let latency = Histogram::new_with_bounds(1_000, LONGEST, 3);
         // Bounds that are constants are good or never are.
         let latency = latency.unwrap_or_else(|_| unreachable!("the bounds are in order"));
-        Tally { answered: 0, wrong: 0, failed: 0, latency, took: Duration::ZERO }
+        Tally { answered: 0, wrong: 0, failed: 0, refused: 0, latency, took: Duration::ZERO }
     }
 
     /// Adds another's.
@@ -118,6 +124,7 @@ impl Tally {
         self.answered += other.answered;
         self.wrong += other.wrong;
         self.failed += other.failed;
+        self.refused += other.refused;
         self.took = self.took.max(other.took);
         // Both have the same bounds.
         let _ = self.latency.add(&other.latency);
@@ -147,6 +154,12 @@ pub(super) struct Load {
 impl Load {
     pub(super) fn new(target: Target, shape: Shape, calls: Arc<Calls>) -> Load {
         Load { target, shape, calls, wires: Vec::new() }
+    }
+
+    /// The same calls over connections of their own, in an open loop.
+    pub(super) fn at_rate(&self, rate: f64, spins: bool) -> Load {
+        let shape = Shape { rate: Some(rate), spins, ..self.shape };
+        Load::new(self.target.clone(), shape, self.calls.clone())
     }
 
     /// One round.
@@ -200,6 +213,7 @@ struct Driver<'a> {
     every: Option<Duration>,
     /// When the next call is due.
     due: Instant,
+    spins: bool,
     exhausted: bool,
 }
 
@@ -226,6 +240,7 @@ impl<'a> Driver<'a> {
             until,
             every,
             due: begun + offset,
+            spins: shape.spins,
             exhausted: false,
         }
     }
@@ -263,7 +278,7 @@ impl<'a> Driver<'a> {
             };
             tokio::select! {
                 read = self.wire.read() => read?,
-                () = sleep_until(wake) => continue,
+                () = wait(wake, self.spins) => continue,
             }
             self.take(Instant::now());
         }
@@ -280,15 +295,10 @@ impl<'a> Driver<'a> {
 
     fn send_due(&mut self, now: Instant) {
         while self.open.len() < self.in_flight {
-            let since = match self.every {
-                Some(_) if self.due > now => return,
-                Some(every) => {
-                    let due = self.due;
-                    self.due = due + every;
-                    due
-                }
-                None => now,
-            };
+            let since = if self.every.is_some() { self.due } else { now };
+            if since > now {
+                return;
+            }
             let Some(call) = self.calls.next() else {
                 self.exhausted = true;
                 return;
@@ -296,6 +306,8 @@ impl<'a> Driver<'a> {
             if !self.wire.takes(call.message.len()) {
                 return;
             }
+            // A call that the server has no window for stays due.
+            self.due += self.every.unwrap_or_default();
             let id = self.wire.open();
             self.wire.send(id, &call.message, true);
             let said = Vec::new();
@@ -337,7 +349,10 @@ impl<'a> Driver<'a> {
             Some(_) if now > self.until => {}
             Some(right) => self.tally.note(right, open.since, now),
             // Headers alone: a refusal.
-            None => self.tally.failed += 1,
+            None => {
+                self.tally.failed += 1;
+                self.tally.refused += 1;
+            }
         }
     }
 
@@ -384,6 +399,15 @@ impl<'a> Driver<'a> {
             return Err(io::Error::other("the server ended every stream"));
         }
         Ok(())
+    }
+}
+
+/// Waits until then; `spins`: a short wait gives others their turn, and ends.
+async fn wait(until: Instant, spins: bool) {
+    if spins && until.duration_since(Instant::now()) < SHORT {
+        tokio::task::yield_now().await;
+    } else {
+        sleep_until(until).await;
     }
 }
 

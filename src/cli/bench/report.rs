@@ -23,7 +23,7 @@ pub(super) struct Round {
 
 impl Round {
     /// Answers per second of the server's processor time.
-    fn per_cpu(&self) -> Option<f64> {
+    pub(super) fn per_cpu(&self) -> Option<f64> {
         let server = self.server?.as_secs_f64();
         (server > 0.0).then(|| self.tally.answered as f64 / server)
     }

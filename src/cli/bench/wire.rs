@@ -39,6 +39,7 @@ const END_HEADERS: u8 = 4;
 const PADDED: u8 = 8;
 
 /// What is asked, and by whom.
+#[derive(Clone)]
 pub(super) struct Target {
     pub(super) address: String,
     /// `/package.Service/Method`.

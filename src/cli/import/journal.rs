@@ -1,5 +1,7 @@
-//! What an import leaves beside its file: how far it came, and the rows that were rejected. Both are written
-//! batch by batch, in the order of the file, so that an import that was interrupted goes on where it was.
+//! The two files that an import writes beside its own: its progress, and the rejected rows. Both are written
+//! batch by batch, in the order of the file, so that an import that was interrupted continues where it was.
+//!
+//! Each is checked against its digest before an import continues: edited rows are neither skipped nor overwritten.
 
 use std::{
     fs::{self, File},
@@ -13,9 +15,11 @@ use sha2::{Digest as _, Sha256};
 
 use super::{
     csv,
-    lines::Position,
+    header::Header,
     send::{Done, Rejected},
-    source::Format,
+    source::Dialect,
+    summary::rows,
+    text::Position,
 };
 use crate::{
     cli::failure::Failure,
@@ -23,8 +27,8 @@ use crate::{
     private_file::{self, with_suffix},
 };
 
-/// So much of a file's beginning tells it from another one.
-const FACE: u64 = 64 * 1024;
+/// How much of a file is read at once.
+const CHUNK: usize = 64 * 1024;
 
 /// How far an import came.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,56 +40,180 @@ pub(super) struct Progress {
     bytes: u64,
     pub(super) imported: u64,
     pub(super) there_already: u64,
+    #[serde(default)]
+    pub(super) expired: u64,
+    #[serde(default)]
+    pub(super) inactive: u64,
     pub(super) rejected: u64,
     /// The bytes of the file of rejected rows.
     rejected_bytes: u64,
-    /// SHA-256 of the beginning of what is done, up to 64 KiB.
-    face: String,
+    /// SHA-256 of the bytes that are done.
+    sha256: String,
+    /// SHA-256 of the file of rejected rows.
+    rejected_sha256: String,
 }
 
 /// The two files beside an import's file.
 #[derive(Debug)]
 pub(super) struct Journal {
     pub(super) progress: Progress,
-    /// Whether an earlier run began.
-    pub(super) resumed: bool,
+    file_path: PathBuf,
     progress_path: PathBuf,
     rejected_path: PathBuf,
+    /// What of the import's file is done.
+    done: DigestedStart,
     rejected: Option<File>,
-    /// The beginning of the import's file.
-    face: Vec<u8>,
+    rejected_digest: Sha256,
+}
+
+/// A file's beginning with its SHA-256.
+#[derive(Debug)]
+struct DigestedStart {
+    file: File,
+    bytes: u64,
+    digest: Sha256,
+}
+
+impl DigestedStart {
+    fn new(file: File) -> DigestedStart {
+        DigestedStart { file, bytes: 0, digest: Sha256::new() }
+    }
+
+    /// Extends it to this many bytes, or to the file's end if that comes first.
+    fn extend_to(&mut self, bytes: u64) -> io::Result<()> {
+        let mut chunk = vec![0; CHUNK];
+        while self.bytes < bytes {
+            let wanted = usize::try_from(bytes - self.bytes).map_or(CHUNK, |wanted| wanted.min(CHUNK));
+            let read = self.file.read(&mut chunk[..wanted])?;
+            if read == 0 {
+                break;
+            }
+            self.digest.update(&chunk[..read]);
+            self.bytes += read as u64;
+        }
+        Ok(())
+    }
+
+    /// Whether the file begins with this many bytes that have this SHA-256.
+    fn is(&mut self, bytes: u64, sha256: &str) -> io::Result<bool> {
+        self.extend_to(bytes)?;
+        Ok(self.bytes == bytes && hex(&self.digest) == sha256)
+    }
+}
+
+fn hex(digest: &Sha256) -> String {
+    Hex(&digest.clone().finalize()).to_string()
 }
 
 impl Journal {
     /// Reads how far an earlier run came, if there was one.
+    ///
+    /// # Errors
+    /// If one of the files has changed since, or a file of rejected rows is left from an earlier import.
     pub(super) fn open(file: &Path, progress_path: Option<PathBuf>) -> Result<Journal, Failure> {
         let progress_path = progress_path.unwrap_or_else(|| with_suffix(file, ".keyward-progress"));
-        let rejected_path = with_suffix(file, ".rejected");
-        let mut face = Vec::new();
-        File::open(file)
-            .and_then(|file| file.take(FACE).read_to_end(&mut face))
-            .map_err(|error| Failure::usage(format!("cannot read {}: {error}", file.display())))?;
+        let done = File::open(file).map_err(|error| unreadable(file, &error))?;
         let (progress, resumed) = match fs::read_to_string(&progress_path) {
-            Ok(text) => (understand(&text, &progress_path, &face)?, true),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => (Progress::default(), false),
-            Err(error) => {
-                return Err(Failure::usage(format!("cannot read {}: {error}", progress_path.display())));
-            }
+            Ok(text) => (understand(&text, &progress_path)?, true),
+            Err(error) if error.kind() == ErrorKind::NotFound => (Progress::default(), false),
+            Err(error) => return Err(unreadable(&progress_path, &error)),
         };
-        let mut journal = Journal { progress, resumed, progress_path, rejected_path, rejected: None, face };
-        if fs::symlink_metadata(&journal.rejected_path).is_ok() {
-            // What was written after the last progress is written again.
-            journal.open_rejected()?;
+        let mut journal = Journal {
+            progress,
+            file_path: file.to_owned(),
+            progress_path,
+            rejected_path: with_suffix(file, ".rejected"),
+            done: DigestedStart::new(done),
+            rejected: None,
+            rejected_digest: Sha256::new(),
+        };
+        if resumed {
+            journal.check_unchanged()?;
         }
-        // From now on a run that ends early, however early, is one to go on with.
+        journal.reopen_rejected(resumed)?;
+        // From now on, a run that ends early is one to continue, however early it ends.
         journal.save()?;
         Ok(journal)
     }
 
-    /// Where to go on; none at the beginning.
+    fn check_unchanged(&mut self) -> Result<(), Failure> {
+        let Progress { bytes, sha256, .. } = &self.progress;
+        if self.done.is(*bytes, sha256).map_err(|error| unreadable(&self.file_path, &error))? {
+            return Ok(());
+        }
+        let (file, progress) = (self.file_path.display(), self.progress_path.display());
+        let rejected = match fs::symlink_metadata(&self.rejected_path) {
+            Ok(_) => format!(" and {}", self.rejected_path.display()),
+            Err(_) => String::new(),
+        };
+        Err(Failure::usage(format!("{file} has changed since {progress} was written")).hint(format!(
+            "to import the changed file, remove {progress}{rejected}, and give the same command again; rows that are \
+             imported are counted as there already"
+        )))
+    }
+
+    /// Opens the file of rejected rows if there is one. What was written after the last progress is written again.
+    fn reopen_rejected(&mut self, resumed: bool) -> Result<(), Failure> {
+        let failed = |error: io::Error| unwritable(&self.rejected_path, &error);
+        let mut file = match private_file::open_existing(&self.rejected_path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                // It was moved away: the next one begins with a header.
+                self.progress.rejected_bytes = 0;
+                return Ok(());
+            }
+            opened => opened.map_err(failed)?,
+        };
+        let Progress { rejected_bytes, rejected_sha256, .. } = &self.progress;
+        if *rejected_bytes == 0 {
+            if !resumed && file.metadata().map_err(failed)?.len() > 0 {
+                return Err(self.rejected_is_kept("exists from an earlier import"));
+            }
+            // A new file has the mode and the owner of private files.
+            fs::remove_file(&self.rejected_path).map_err(failed)?;
+            return self.create_rejected().map(drop);
+        }
+        let mut written = DigestedStart::new(file.try_clone().map_err(failed)?);
+        if !written.is(*rejected_bytes, rejected_sha256).map_err(failed)? {
+            return Err(self.rejected_is_kept("has changed since it was written"));
+        }
+        file.set_len(*rejected_bytes).and_then(|()| file.seek(SeekFrom::End(0))).map_err(failed)?;
+        self.rejected_digest = written.digest;
+        self.rejected = Some(file);
+        Ok(())
+    }
+
+    fn rejected_is_kept(&self, why: &str) -> Failure {
+        let rejected = self.rejected_path.display();
+        Failure::usage(format!("{rejected} {why}; it is not overwritten")).hint(format!(
+            "import its rows (keyward keys import {rejected}); to import {} again, move or remove it first",
+            self.file_path.display()
+        ))
+    }
+
+    fn create_rejected(&mut self) -> Result<&mut File, Failure> {
+        // The rows may hold tokens: people put them in the place of digests.
+        let file = private_file::create_new(&self.rejected_path)
+            .map_err(|error| unwritable(&self.rejected_path, &error))?;
+        self.rejected_digest = Sha256::new();
+        Ok(self.rejected.insert(file))
+    }
+
+    /// Where to continue; none at the beginning.
     pub(super) fn from(&self) -> Option<Position> {
         let Progress { lines, bytes, .. } = self.progress;
-        (lines > 0).then_some(Position { bytes, lines })
+        (bytes > 0).then_some(Position { bytes, lines })
+    }
+
+    /// The rows that are done.
+    pub(super) fn rows(&self) -> u64 {
+        let Progress { imported, there_already, expired, inactive, rejected, .. } = self.progress;
+        imported + there_already + expired + inactive + rejected
+    }
+
+    /// How far the import came, for people. A file of one line is at line 0.
+    pub(super) fn place(&self) -> String {
+        let (rows, lines) = (rows(self.rows()), self.progress.lines);
+        if lines == 0 { rows } else { format!("{rows} (line {lines})") }
     }
 
     /// Where the rejected rows are.
@@ -98,54 +226,39 @@ impl Journal {
         &self.progress_path
     }
 
-    /// Notes what became of a batch.
-    pub(super) fn note(&mut self, done: &Done, format: Format, header: &str) -> Result<(), Failure> {
+    /// Records the results of a batch.
+    pub(super) fn record(&mut self, done: &Done, dialect: &Dialect) -> Result<(), Failure> {
         if !done.rejected.is_empty() {
             let mut text = String::new();
-            if format == Format::Csv && self.progress.rejected_bytes == 0 {
-                text = format!("line,error,message,{header}\n");
+            if let Dialect::Separated(Header { raw, separator, .. }) = dialect
+                && self.progress.rejected_bytes == 0
+            {
+                text = format!("line{separator}error{separator}message{separator}{raw}\n");
             }
-            done.rejected.iter().for_each(|row| text.push_str(&shown(row, format)));
+            done.rejected.iter().for_each(|row| text.push_str(&shown(row, dialect)));
             let written = match &mut self.rejected {
                 Some(file) => file.write_all(text.as_bytes()),
-                None => self.open_rejected()?.write_all(text.as_bytes()),
+                None => self.create_rejected()?.write_all(text.as_bytes()),
             };
             written.map_err(|error| unwritable(&self.rejected_path, &error))?;
+            self.rejected_digest.update(&text);
             self.progress.rejected_bytes += text.len() as u64;
         }
         self.progress.imported += done.imported;
         self.progress.there_already += done.there_already;
+        self.progress.expired += done.expired;
+        self.progress.inactive += done.inactive;
         self.progress.rejected += done.rejected.len() as u64;
         self.progress.lines = done.end.lines;
         self.progress.bytes = done.end.bytes;
         self.save()
     }
 
-    fn open_rejected(&mut self) -> Result<&mut File, Failure> {
-        // The rows may hold tokens: people put them where digests belong.
-        let open = || match private_file::open_existing(&self.rejected_path) {
-            Err(error) if error.kind() == ErrorKind::NotFound => {
-                private_file::create_new(&self.rejected_path)
-            }
-            Ok(mut file) if self.progress.rejected_bytes > 0 => {
-                file.set_len(self.progress.rejected_bytes)?;
-                file.seek(SeekFrom::End(0))?;
-                Ok(file)
-            }
-            // It is another import's: nothing of it is kept, neither its mode nor its owner.
-            Ok(_) => {
-                fs::remove_file(&self.rejected_path)?;
-                private_file::create_new(&self.rejected_path)
-            }
-            failed => failed,
-        };
-        let file = open().map_err(|error| unwritable(&self.rejected_path, &error))?;
-        Ok(self.rejected.insert(file))
-    }
-
     /// Writes the progress whole or not at all.
     fn save(&mut self) -> Result<(), Failure> {
-        self.progress.face = face(&self.face, self.progress.bytes);
+        self.done.extend_to(self.progress.bytes).map_err(|error| unreadable(&self.file_path, &error))?;
+        self.progress.sha256 = hex(&self.done.digest);
+        self.progress.rejected_sha256 = hex(&self.rejected_digest);
         let text = toml::to_string(&self.progress).unwrap_or_default();
         let text =
             format!("# How far this import came. Without this file it begins at the beginning.\n{text}");
@@ -154,37 +267,31 @@ impl Journal {
     }
 }
 
-fn understand(text: &str, path: &Path, beginning: &[u8]) -> Result<Progress, Failure> {
-    let hint = "remove it to begin at the beginning, or name another one: --progress FILE";
-    let progress: Progress = toml::from_str(text)
-        .map_err(|_| Failure::usage(format!("{} is no progress of an import", path.display())).hint(hint))?;
-    if progress.face != face(beginning, progress.bytes) {
-        return Err(Failure::usage(format!("{} belongs to another file", path.display())).hint(hint));
-    }
-    Ok(progress)
+fn understand(text: &str, path: &Path) -> Result<Progress, Failure> {
+    toml::from_str(text).map_err(|_| {
+        Failure::usage(format!("{} is no progress of an import", path.display()))
+            .hint("remove it to begin at the beginning, or name another one: --progress FILE")
+    })
 }
 
-/// What tells a file from another, by what of it is done.
-fn face(beginning: &[u8], done: u64) -> String {
-    let length = usize::try_from(done.min(FACE)).unwrap_or_default().min(beginning.len());
-    let missing = done.min(FACE) as usize - length;
-    // A file that has become shorter is another one.
-    format!("{}{}", Hex(&Sha256::digest(&beginning[..length])), if missing > 0 { " cut" } else { "" })
+fn unreadable(path: &Path, error: &io::Error) -> Failure {
+    Failure::usage(format!("cannot read {}: {error}", path.display()))
 }
 
 fn unwritable(path: &Path, error: &io::Error) -> Failure {
     Failure::usage(format!("cannot write {}: {error}", path.display()))
 }
 
-/// A rejected row with what was wrong with it, in the format of the file: put right, it can be imported.
-fn shown(row: &Rejected, format: Format) -> String {
+/// A rejected row with what was wrong with it, as the file is written: put right, it can be imported. Objects are
+/// written one a line.
+fn shown(row: &Rejected, dialect: &Dialect) -> String {
     let Rejected { line, error, message, raw } = row;
-    let raw = String::from_utf8_lossy(raw);
-    if format == Format::Csv {
-        return format!("{line},{},{},{raw}\n", csv::field(error), csv::field(message));
+    if let Dialect::Separated(Header { separator, .. }) = dialect {
+        let field = |text: &str| csv::field(text, *separator);
+        return format!("{line}{separator}{}{separator}{}{separator}{raw}\n", field(error), field(message));
     }
-    let mut fields: Map<String, Value> =
-        serde_json::from_str(&raw).unwrap_or_else(|_| Map::from_iter([("row".to_owned(), (*raw).into())]));
+    let mut fields: Map<String, Value> = serde_json::from_str(raw)
+        .unwrap_or_else(|_| Map::from_iter([("row".to_owned(), raw.as_str().into())]));
     fields.insert("line".to_owned(), (*line).into());
     fields.insert("error".to_owned(), error.as_str().into());
     fields.insert("message".to_owned(), message.as_str().into());
@@ -194,6 +301,7 @@ fn shown(row: &Rejected, format: Format) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::import::json::Layout;
 
     fn rejected(line: u64, raw: &str) -> Rejected {
         let (error, message) = ("INVALID_REQUEST".to_owned(), "scopes: \"x\", no".to_owned());
@@ -201,7 +309,11 @@ mod tests {
     }
 
     fn done(lines: u64, bytes: u64, rejected: Vec<Rejected>) -> Done {
-        Done { end: Position { bytes, lines }, imported: 1, there_already: 0, rejected }
+        Done { end: Position { bytes, lines }, imported: 1, rejected, ..Done::default() }
+    }
+
+    fn separated(separator: char, header: &str) -> Dialect {
+        Dialect::Separated(Header { separator, raw: header.to_owned(), columns: Vec::new() })
     }
 
     fn file(folder: &tempfile::TempDir, text: &str) -> PathBuf {
@@ -211,21 +323,21 @@ mod tests {
     }
 
     #[test]
-    fn an_import_goes_on_where_it_was_and_rejects_nothing_twice() {
+    fn an_import_continues_where_it_was_and_rejects_nothing_twice() {
         let folder = tempfile::tempdir().unwrap();
         let path = file(&folder, "sha256\na\nb\nc\n");
         let mut first = Journal::open(&path, None).unwrap();
-        assert!(!first.resumed && first.from().is_none());
-        first.note(&done(2, 9, vec![rejected(2, "a")]), Format::Csv, "sha256").unwrap();
+        assert!(first.from().is_none());
+        let dialect = separated(',', "sha256");
+        first.record(&done(2, 9, vec![rejected(2, "a")]), &dialect).unwrap();
         let whole = fs::read_to_string(first.rejected_path()).unwrap();
         // Killed after the rejected rows were written and before the progress was.
         first.rejected.as_mut().unwrap().write_all(b"3,half a ro").unwrap();
         drop(first);
 
         let mut second = Journal::open(&path, None).unwrap();
-        assert!(second.resumed);
         assert_eq!(second.from(), Some(Position { bytes: 9, lines: 2 }));
-        second.note(&done(3, 11, vec![rejected(3, "b")]), Format::Csv, "sha256").unwrap();
+        second.record(&done(3, 11, vec![rejected(3, "b")]), &dialect).unwrap();
         assert_eq!((second.progress.imported, second.progress.rejected), (2, 2));
         let text = fs::read_to_string(second.rejected_path()).unwrap();
         assert_eq!(text, whole + "3,INVALID_REQUEST,\"scopes: \"\"x\"\", no\",b\n");
@@ -233,24 +345,62 @@ mod tests {
     }
 
     #[test]
-    fn a_run_that_was_killed_at_once_is_one_to_go_on_with() {
+    fn a_run_that_was_killed_before_its_first_progress_begins_anew() {
         let folder = tempfile::tempdir().unwrap();
         let path = file(&folder, "sha256\na\n");
-        drop(Journal::open(&path, None).unwrap());
+        let mut first = Journal::open(&path, None).unwrap();
+        first.create_rejected().unwrap().write_all(b"line,error,half a ro").unwrap();
         let second = Journal::open(&path, None).unwrap();
-        assert!(second.resumed && second.from().is_none());
+        assert!(second.from().is_none());
+        assert_eq!(fs::read_to_string(second.rejected_path()).unwrap(), "");
     }
 
     #[test]
-    fn the_progress_of_another_file_is_refused() {
+    fn mended_rejected_rows_are_never_overwritten() {
         let folder = tempfile::tempdir().unwrap();
         let path = file(&folder, "sha256\na\nb\n");
         let mut journal = Journal::open(&path, None).unwrap();
-        journal.note(&done(2, 9, Vec::new()), Format::Csv, "sha256").unwrap();
+        journal.record(&done(2, 9, vec![rejected(2, "a")]), &separated(',', "sha256")).unwrap();
+        let (progress, kept) = (journal.progress_path().to_owned(), journal.rejected_path().to_owned());
+        for mended in ["sha256\nmended\n".to_owned(), "sha256\nmended\n".repeat(20)] {
+            fs::write(&kept, &mended).unwrap();
+            for why in ["has changed since it was written", "exists from an earlier import"] {
+                let error = Journal::open(&path, None).unwrap_err().to_string();
+                assert!(error.contains(why) && error.contains("keys import"), "{error}");
+                assert_eq!(fs::read_to_string(&kept).unwrap(), mended);
+                fs::rename(&progress, folder.path().join("away")).ok();
+            }
+            fs::rename(folder.path().join("away"), &progress).unwrap();
+        }
+        // Moved away, it is written anew, with its header.
+        fs::remove_file(&kept).unwrap();
+        let mut second = Journal::open(&path, None).unwrap();
+        second.record(&done(3, 11, vec![rejected(3, "b")]), &separated(',', "sha256")).unwrap();
+        let text = fs::read_to_string(&kept).unwrap();
+        assert!(text.starts_with("line,error,message,sha256\n3,") && text.lines().count() == 2, "{text}");
+        assert_eq!(Journal::open(&path, None).unwrap().from(), Some(Position { bytes: 11, lines: 3 }));
+    }
+
+    #[test]
+    fn a_file_that_has_changed_is_not_continued() {
+        let folder = tempfile::tempdir().unwrap();
+        let long = format!("sha256\n{}", "a\n".repeat(CHUNK));
+        let path = file(&folder, &long);
+        let mut journal = Journal::open(&path, None).unwrap();
+        let end = long.len() as u64;
+        journal.record(&done(9, end, Vec::new()), &separated(',', "sha256")).unwrap();
+        file(&folder, &(long[..long.len() - 2].to_owned() + "b\n"));
+        let error = Journal::open(&path, None).unwrap_err().to_string();
+        assert!(error.contains("has changed since"), "the last row too: {error}");
+        fs::remove_file(journal.progress_path()).unwrap();
+
+        file(&folder, "sha256\na\nb\n");
+        let mut journal = Journal::open(&path, None).unwrap();
+        journal.record(&done(2, 9, Vec::new()), &separated(',', "sha256")).unwrap();
         for other in ["sha256\nx\nb\n", "sha256\n"] {
             file(&folder, other);
             let error = Journal::open(&path, None).unwrap_err().to_string();
-            assert!(error.contains("belongs to another file") && error.contains("--progress"), "{error}");
+            assert!(error.contains("keys.csv has changed since") && error.contains("remove"), "{error}");
         }
         file(&folder, "sha256\na\nb\nc\n");
         assert!(Journal::open(&path, None).is_ok(), "a file may grow");
@@ -259,12 +409,32 @@ mod tests {
     }
 
     #[test]
-    fn rejected_json_lines_keep_their_fields() {
+    fn rejected_rows_are_separated_as_their_file_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut journal = Journal::open(&file(&folder, "sha256;name\na;b\n"), None).unwrap();
+        journal.record(&done(2, 16, vec![rejected(2, "a;b")]), &separated(';', "sha256;name")).unwrap();
+        let text = fs::read_to_string(journal.rejected_path()).unwrap();
+        let row = "2;INVALID_REQUEST;\"scopes: \"\"x\"\", no\";a;b\n";
+        assert_eq!(text, format!("line;error;message;sha256;name\n{row}"));
+    }
+
+    #[test]
+    fn an_import_of_one_line_goes_on_within_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = file(&folder, "[{},{}]");
+        let mut journal = Journal::open(&path, None).unwrap();
+        journal.record(&done(0, 3, Vec::new()), &Dialect::Json(Layout::Array)).unwrap();
+        assert_eq!(Journal::open(&path, None).unwrap().from(), Some(Position { bytes: 3, lines: 0 }));
+    }
+
+    #[test]
+    fn rejected_objects_keep_their_fields() {
+        let json = Dialect::Json(Layout::Lines);
         assert_eq!(
-            shown(&rejected(7, "{\"account\": \"acme\"}"), Format::Jsonl),
+            shown(&rejected(7, "{\"account\": \"acme\"}"), &json),
             "{\"account\":\"acme\",\"error\":\"INVALID_REQUEST\",\"line\":7,\
              \"message\":\"scopes: \\\"x\\\", no\"}\n"
         );
-        assert!(shown(&rejected(7, "nonsense"), Format::Jsonl).contains("\"row\":\"nonsense\""));
+        assert!(shown(&rejected(7, "nonsense"), &json).contains("\"row\":\"nonsense\""));
     }
 }

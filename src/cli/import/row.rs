@@ -4,19 +4,20 @@
 
 use std::collections::BTreeMap;
 
-use base64::{
-    Engine as _, alphabet,
-    engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig},
-};
 use clap::Args;
 use serde_json::Value;
 
+use super::cell::{self, Since};
 use crate::{
-    cli::values::{Expiry, pair, proto_duration, quota, rate_limit},
+    cli::{
+        failure::Failure,
+        values::{Expiry, pair, proto_duration, quota, rate_limit},
+    },
+    domain::time::Timestamp,
     pb,
 };
 
-/// A column of a CSV file or a field of a JSON line.
+/// A column of a CSV file or a field of a JSON object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Column {
     Account,
@@ -33,12 +34,21 @@ pub(super) enum Column {
     Metadata,
     Sha256,
     Hint,
-    /// Written beside a rejected row; so a file of them can be put right and imported.
-    Remark,
+    EntropyBits,
+    /// Whether the key works.
+    Active,
+    /// Whether the key does not work.
+    Inactive,
+    /// Since when the key does not work; empty if it does.
+    InactiveSince,
+    /// Left out. Rejected rows have such columns, so that a file of them can be put right and imported.
+    Ignored,
+    /// A column without a name, as spreadsheets add them: it must be empty.
+    Unnamed,
 }
 
-/// All that a file may hold, as `--help` lists it.
-const COLUMNS: [(&str, Column); 17] = [
+/// The names that a file may use, as `--help` lists them.
+const COLUMNS: [(&str, Column); 24] = [
     ("account", Column::Account),
     ("user", Column::User),
     ("environment", Column::Environment),
@@ -53,25 +63,45 @@ const COLUMNS: [(&str, Column); 17] = [
     ("metadata", Column::Metadata),
     ("sha256", Column::Sha256),
     ("hint", Column::Hint),
-    ("line", Column::Remark),
-    ("error", Column::Remark),
-    ("message", Column::Remark),
+    ("entropy_bits", Column::EntropyBits),
+    ("active", Column::Active),
+    ("enabled", Column::Active),
+    ("revoked", Column::Inactive),
+    ("disabled", Column::Inactive),
+    ("revoked_at", Column::InactiveSince),
+    ("disabled_at", Column::InactiveSince),
+    ("line", Column::Ignored),
+    ("error", Column::Ignored),
+    ("message", Column::Ignored),
 ];
 
 impl Column {
+    /// The column with this name, however it is spelt: `expires_at`, `Expires At`, `expiresAt`.
     pub(super) fn parse(name: &str) -> Option<Column> {
-        COLUMNS.iter().find(|(known, _)| *known == name).map(|(_, column)| *column)
-    }
-
-    /// Its name.
-    pub(super) fn name(self) -> &'static str {
-        COLUMNS.iter().find(|(_, column)| *column == self).map_or("", |(name, _)| *name)
+        let name = normalized(name);
+        COLUMNS.iter().find(|(known, _)| normalized(known) == name).map(|(_, column)| *column)
     }
 
     /// The names for an error message.
     pub(super) fn names() -> String {
-        let names = COLUMNS.iter().filter(|(_, column)| *column != Column::Remark).map(|(name, _)| *name);
+        let names = COLUMNS.iter().filter(|(_, column)| *column != Column::Ignored).map(|(name, _)| *name);
         names.collect::<Vec<_>>().join(", ")
+    }
+
+    /// Its first name.
+    fn name(self) -> &'static str {
+        COLUMNS.iter().find(|(_, column)| *column == self).map_or("", |(name, _)| *name)
+    }
+
+    /// Whether a file may have more than one of it.
+    pub(super) fn may_repeat(self) -> bool {
+        use Column::{Active, Ignored, Inactive, InactiveSince, Unnamed};
+        matches!(self, Active | Inactive | InactiveSince | Ignored | Unnamed)
+    }
+
+    fn may_be_number(self) -> bool {
+        use Column::{Active, EntropyBits, ExpiresAt, Inactive, InactiveSince};
+        matches!(self, ExpiresAt | EntropyBits | Active | Inactive | InactiveSince)
     }
 
     fn is_list(self) -> bool {
@@ -80,24 +110,102 @@ impl Column {
     }
 }
 
+/// A column's name without case, blanks and punctuation.
+fn normalized(name: &str) -> String {
+    name.chars().filter(|c| c.is_alphanumeric()).flat_map(char::to_lowercase).collect()
+}
+
+/// Which of the file's columns mean what, beyond what their names say.
+#[derive(Clone, Debug, Default, Args)]
+#[command(next_help_heading = "Columns with other names")]
+pub(super) struct ColumnArgs {
+    /// Read the file's column THEIRS as the column OURS (repeatable)
+    #[arg(long = "rename", value_name = "THEIRS=OURS", value_parser = renaming)]
+    renamed: Vec<(String, Column)>,
+    /// Leave out the file's column NAME (repeatable)
+    #[arg(long = "ignore", value_name = "NAME")]
+    ignored: Vec<String>,
+}
+
+impl ColumnArgs {
+    /// The flags as they are written, each with the file's column that it names.
+    pub(super) fn flags(&self) -> Vec<(String, &str)> {
+        let renamed = self.renamed.iter().map(|(theirs, _)| (format!("--rename {theirs}"), theirs.as_str()));
+        let ignored = self.ignored.iter().map(|name| (format!("--ignore {name}"), name.as_str()));
+        renamed.chain(ignored).collect()
+    }
+
+    /// What a column of the file is.
+    pub(super) fn resolve(&self, name: &str) -> Option<Column> {
+        let is = |other: &str| is_same_name(name, other);
+        if name.trim().is_empty() {
+            return Some(Column::Unnamed);
+        }
+        if self.ignored.iter().any(|ignored| is(ignored)) {
+            return Some(Column::Ignored);
+        }
+        let renamed = self.renamed.iter().find(|(theirs, _)| is(theirs)).map(|(_, ours)| *ours);
+        renamed.or_else(|| Column::parse(name))
+    }
+}
+
+/// Whether two names of columns are one, however they are spelt.
+pub(super) fn is_same_name(one: &str, other: &str) -> bool {
+    let spelt = normalized(one);
+    one.trim() == other.trim() || !spelt.is_empty() && spelt == normalized(other)
+}
+
+fn renaming(text: &str) -> Result<(String, Column), String> {
+    let (theirs, ours) = pair(text).map_err(|_| "write THEIRS=OURS, such as key_hash=sha256".to_owned())?;
+    let column = Column::parse(&ours)
+        .ok_or_else(|| format!("{ours:?} is no column; the columns are {}", Column::names()))?;
+    Ok((theirs, column))
+}
+
+/// Why a row gives no key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum NoKey {
+    /// It cannot be read: what is wrong, and where.
+    Unreadable(String),
+    /// The key has expired.
+    Expired,
+    /// The key is revoked or disabled.
+    Inactive,
+}
+
+impl From<String> for NoKey {
+    fn from(problem: String) -> NoKey {
+        NoKey::Unreadable(problem)
+    }
+}
+
+const STILL_WORKS: &str = "revoked_at or disabled_at: is in the future, so the key still works; write the instant as \
+                           expires_at";
+
 /// A row on its way to become a key.
 #[derive(Debug, Default)]
 pub(super) struct Draft {
     key: pb::ImportKey,
     /// Whether the row says when the key ends, be it never.
     says_expiry: bool,
+    /// Whether the row says that the key does not work.
+    is_inactive: bool,
+    /// The instant at which the key stops working, which may lie in the future; the latest of several.
+    inactive_since: Option<prost_types::Timestamp>,
+    /// The lists that the row says are empty.
+    empty: Vec<Column>,
 }
 
 impl Draft {
     /// Takes a field that is text. Empty means that the row says nothing.
     pub(super) fn text(&mut self, column: Column, text: &str) -> Result<(), String> {
         let text = text.trim();
-        if text.is_empty() {
+        // PostgreSQL and MySQL write NULL as \N.
+        if text.is_empty() || text == "\\N" {
             return Ok(());
         }
         if column.is_list() {
-            let words = text.split(|c: char| c.is_whitespace() || c == ';').filter(|word| !word.is_empty());
-            return self.list(column, words.map(str::to_owned).collect());
+            return self.list(column, cell::list(text)?);
         }
         let key = &mut self.key;
         match column {
@@ -106,14 +214,31 @@ impl Draft {
             Column::Environment => text.clone_into(&mut key.environment),
             Column::Name => key.name = Some(text.to_owned()),
             Column::Hint => text.clone_into(&mut key.hint),
-            Column::Sha256 => key.sha256 = digest(text)?,
+            Column::Sha256 => key.sha256 = cell::digest(text)?,
             Column::Quota => key.quota = Some(quota(text)?),
             Column::Metadata => {
                 key.metadata = serde_json::from_str::<BTreeMap<String, String>>(text).map_err(|_| {
                     "write a JSON object of texts, such as {\"team\": \"billing\"}".to_owned()
                 })?;
             }
-            Column::ExpiresAt => self.expires(Expiry::parse(text)?),
+            Column::EntropyBits => {
+                let bits =
+                    text.parse().map_err(|_| "write the bits as a whole number, such as 128".to_owned());
+                key.entropy_bits = Some(bits?);
+            }
+            Column::ExpiresAt => self.expires(cell::expiry(text)?),
+            Column::Active => self.is_inactive |= !cell::truth(text)?,
+            Column::Inactive => self.is_inactive |= cell::truth(text)?,
+            Column::InactiveSince => match cell::since(text)? {
+                Since::Never => {}
+                Since::Unknown => self.is_inactive = true,
+                Since::At(instant) => {
+                    let later =
+                        |known: prost_types::Timestamp| known.seconds.max(instant.seconds) == known.seconds;
+                    self.inactive_since = self.inactive_since.filter(|known| later(*known)).or(Some(instant));
+                }
+            },
+            Column::Unnamed => return Err("the header gives this column no name".to_owned()),
             _ => {}
         }
         Ok(())
@@ -121,6 +246,9 @@ impl Draft {
 
     /// Takes a field that is a list.
     fn list(&mut self, column: Column, values: Vec<String>) -> Result<(), String> {
+        if values.is_empty() {
+            self.empty.push(column);
+        }
         let key = &mut self.key;
         match column {
             Column::Scopes => key.scopes = values,
@@ -135,7 +263,7 @@ impl Draft {
         Ok(())
     }
 
-    /// Takes a field of a JSON line.
+    /// Takes a field of a JSON object.
     pub(super) fn json(&mut self, column: Column, value: Value) -> Result<(), String> {
         let words = |values: Vec<Value>| {
             let words = values.into_iter().map(|value| match value {
@@ -145,8 +273,14 @@ impl Draft {
             words.collect::<Result<Vec<String>, String>>()
         };
         match (value, column) {
-            (Value::Null, _) | (_, Column::Remark) => Ok(()),
+            (Value::Null, _) | (_, Column::Ignored) => Ok(()),
             (Value::String(text), column) => self.text(column, &text),
+            (Value::Number(number), column) if column.may_be_number() => {
+                self.text(column, &number.to_string())
+            }
+            (Value::Bool(value), Column::Active | Column::Inactive | Column::InactiveSince) => {
+                self.text(column, &value.to_string())
+            }
             (Value::Array(values), column) if column.is_list() => self.list(column, words(values)?),
             (object @ Value::Object(_), Column::Metadata) => self.text(column, &object.to_string()),
             (_, column) if column.is_list() => Err("write an array of texts".to_owned()),
@@ -164,11 +298,41 @@ impl Draft {
         };
     }
 
-    /// The key, with the defaults where the row says nothing.
-    pub(super) fn finish(mut self, defaults: &DefaultArgs) -> Result<pb::ImportKey, String> {
-        if self.key.sha256.is_empty() {
-            return Err("sha256: is missing".to_owned());
+    /// Refuses a list that the row says is empty and a default would fill: such a row does not say nothing.
+    fn check_empty_lists(&self, defaults: &DefaultArgs) -> Result<(), String> {
+        let grants_nothing = self.key.scopes.is_empty() && self.key.roles.is_empty();
+        let has_grants = !defaults.scopes.is_empty() || !defaults.roles.is_empty();
+        let filled = |column: &Column| match column {
+            Column::Scopes | Column::Roles => grants_nothing && has_grants,
+            Column::Customers => !defaults.customers.is_empty(),
+            Column::AllowedCidrs => !defaults.allowed_cidrs.is_empty(),
+            Column::RateLimits => !defaults.rate_limits.is_empty(),
+            _ => false,
+        };
+        match self.empty.iter().find(|column| filled(column)) {
+            Some(column) => Err(format!(
+                "{}: is an empty list, which no default replaces; leave it out or empty to take the default",
+                column.name()
+            )),
+            None => Ok(()),
         }
+    }
+
+    /// The key, with the defaults where the row says nothing.
+    pub(super) fn finish(mut self, defaults: &DefaultArgs, now: Timestamp) -> Result<pb::ImportKey, NoKey> {
+        if self.is_inactive || self.inactive_since.is_some_and(|since| is_past(&since, now)) {
+            return Err(NoKey::Inactive);
+        }
+        if self.inactive_since.is_some() {
+            return Err(NoKey::Unreadable(STILL_WORKS.to_owned()));
+        }
+        if self.key.expires_at.is_some_and(|end| is_past(&end, now)) {
+            return Err(NoKey::Expired);
+        }
+        if self.key.sha256.is_empty() {
+            return Err(NoKey::Unreadable("sha256: is missing".to_owned()));
+        }
+        self.check_empty_lists(defaults)?;
         let expires = defaults.expires.filter(|_| !self.says_expiry);
         expires.into_iter().for_each(|expiry| self.expires(expiry));
         let key = &mut self.key;
@@ -191,6 +355,7 @@ impl Draft {
             key.metadata = defaults.metadata.iter().cloned().collect();
         }
         key.quota = key.quota.or(defaults.quota);
+        key.entropy_bits = key.entropy_bits.or(defaults.entropy_bits);
         Ok(self.key)
     }
 }
@@ -201,19 +366,9 @@ fn or<T: Clone>(list: &mut Vec<T>, default: &Vec<T>) {
     }
 }
 
-/// Reads 64 hexadecimal digits, or base64 of either alphabet with or without its padding.
-fn digest(text: &str) -> Result<Vec<u8>, String> {
-    let wanted = || "write the SHA-256 of the whole token: 64 hexadecimal digits, or base64".to_owned();
-    if text.len() == 64 {
-        let pair = |pair: &[u8]| u8::from_str_radix(str::from_utf8(pair).ok()?, 16).ok();
-        let good = text.bytes().all(|byte| byte.is_ascii_hexdigit());
-        let bytes = good.then(|| text.as_bytes().chunks(2).map(pair).collect::<Option<Vec<u8>>>());
-        return bytes.flatten().ok_or_else(wanted);
-    }
-    let any_padding = GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent);
-    let text = text.replace('-', "+").replace('_', "/");
-    let bytes = GeneralPurpose::new(&alphabet::STANDARD, any_padding).decode(text).map_err(|_| wanted())?;
-    if bytes.len() == 32 { Ok(bytes) } else { Err(wanted()) }
+fn is_past(instant: &prost_types::Timestamp, now: Timestamp) -> bool {
+    let micros = i128::from(instant.seconds) * 1_000_000 + i128::from(instant.nanos) / 1_000;
+    micros <= i128::from(now.as_micros())
 }
 
 /// What a key gets where its row says nothing.
@@ -253,6 +408,21 @@ pub(super) struct DefaultArgs {
     /// Note to keep with the key, such as source=legacy (repeatable)
     #[arg(long, value_name = "NAME=VALUE", value_parser = pair)]
     metadata: Vec<(String, String)>,
+    /// How many bits of entropy a token has at least, if that is known: at least 112
+    #[arg(long, value_name = "BITS")]
+    entropy_bits: Option<u32>,
+}
+
+impl DefaultArgs {
+    /// Refuses an expiry that would skip every row.
+    pub(super) fn check(&self, now: Timestamp) -> Result<(), Failure> {
+        match self.expires {
+            Some(Expiry::At(end)) if is_past(&end, now) => {
+                Err(Failure::usage("--expires is in the past; name an instant that is yet to come, or never"))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -261,6 +431,7 @@ mod tests {
 
     use super::*;
 
+    const NOW: Timestamp = Timestamp::from_micros(10_000_000);
     const HEX: &str = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08";
 
     fn defaults() -> DefaultArgs {
@@ -280,31 +451,82 @@ mod tests {
             draft.text(*column, text).unwrap();
         }
         draft.text(Column::Sha256, HEX).unwrap();
-        draft.finish(&defaults()).unwrap()
+        draft.finish(&defaults(), NOW).unwrap()
     }
 
     #[test]
-    fn a_digest_is_hexadecimal_or_base64() {
-        let bytes = digest(HEX).unwrap();
-        let base64 = "n4bQgYhMfWWaL+qgxVrQFaO/TxsrC4Is0V1sFbDwCgg=";
-        let url_safe = base64.replace('+', "-").replace('/', "_");
-        for text in [&HEX.to_uppercase(), base64, base64.trim_end_matches('='), &url_safe] {
-            assert_eq!(digest(text).as_ref(), Ok(&bytes), "{text}");
+    fn a_list_is_read_in_every_notation_in_every_column_that_holds_one() {
+        let key =
+            drafted(&[(Column::Scopes, " a:b;c:d , e:f; "), (Column::RateLimits, "{calls=5/1m,burst=9/1s}")]);
+        assert_eq!(key.scopes, ["a:b", "c:d", "e:f"]);
+        assert_eq!(key.rate_limits.len(), 2);
+    }
+
+    #[test]
+    fn a_column_is_known_by_its_name_however_it_is_spelt_and_by_what_the_flags_say() {
+        for name in ["expires_at", " Expires At ", "EXPIRES-AT", "expiresAt"] {
+            assert_eq!(Column::parse(name), Some(Column::ExpiresAt), "{name}");
         }
-        for bad in ["", "x", &HEX[1..], &format!("{}é", &HEX[2..]), "kw_live_abc", "AAAA"] {
-            let error = digest(bad).unwrap_err();
+        let names = ColumnArgs {
+            renamed: vec![renaming("key_hash=sha256").unwrap()],
+            ignored: vec!["Created At".into(), "#".into()],
+        };
+        for (name, column) in [
+            ("Key Hash", Some(Column::Sha256)),
+            ("created_at", Some(Column::Ignored)),
+            ("#", Some(Column::Ignored)),
+            ("", Some(Column::Unnamed)),
+            ("name", Some(Column::Name)),
+            ("?", None),
+            ("id", None),
+        ] {
+            assert_eq!(names.resolve(name), column, "{name:?}");
+        }
+        assert!(renaming("key_hash").is_err() && renaming("a=b").unwrap_err().contains("account, user"));
+    }
+
+    #[test]
+    fn a_key_that_has_expired_or_does_not_work_is_skipped_and_no_error() {
+        let outcome = |column, text: &str| {
+            let mut draft = Draft::default();
+            draft.text(Column::Sha256, HEX).unwrap();
+            draft.text(column, text).unwrap();
+            draft.finish(&defaults(), NOW).err()
+        };
+        for (column, text, expected) in [
+            (Column::ExpiresAt, "1970-01-01T00:00:10Z", Some(NoKey::Expired)),
+            (Column::ExpiresAt, "1970-01-01T00:00:11Z", None),
+            (Column::Active, "f", Some(NoKey::Inactive)),
+            (Column::Active, "TRUE", None),
+            (Column::Inactive, "1", Some(NoKey::Inactive)),
+            (Column::Inactive, "no", None),
+            (Column::InactiveSince, "1970-01-01T00:00:05Z", Some(NoKey::Inactive)),
+            (Column::InactiveSince, "\\N", None),
+            (Column::InactiveSince, "true", Some(NoKey::Inactive)),
+            (Column::InactiveSince, "1801353600", Some(NoKey::Unreadable(STILL_WORKS.to_owned()))),
+        ] {
+            assert_eq!(outcome(column, text), expected, "{column:?} {text}");
+        }
+        let past = DefaultArgs { expires: Some(cell::expiry("1970-01-01").unwrap()), ..defaults() };
+        assert!(past.check(NOW).is_err() && defaults().check(NOW).is_ok());
+    }
+
+    #[test]
+    fn a_tokens_strength_is_the_rows_or_the_flags() {
+        let strong = DefaultArgs { entropy_bits: Some(256), ..defaults() };
+        let bits = |cells: &[(Column, &str)]| {
+            let mut draft = Draft::default();
+            cells.iter().for_each(|(column, text)| draft.text(*column, text).unwrap());
+            draft.text(Column::Sha256, HEX).unwrap();
+            draft.finish(&strong, NOW).unwrap().entropy_bits
+        };
+        assert_eq!((bits(&[]), bits(&[(Column::EntropyBits, "128")])), (Some(256), Some(128)));
+        for bad in ["-1", "12.5", "many", "4294967296"] {
             assert!(
-                error.contains("SHA-256") && (bad.is_empty() || bad == "x" || !error.contains(bad)),
-                "{error}"
+                Draft::default().text(Column::EntropyBits, bad).unwrap_err().contains("whole number"),
+                "{bad}"
             );
         }
-    }
-
-    #[test]
-    fn lists_in_text_are_separated_by_blanks_or_semicolons() {
-        let key = drafted(&[(Column::Scopes, " a:b;c:d  e:f; "), (Column::RateLimits, "calls=5/1m")]);
-        assert_eq!(key.scopes, ["a:b", "c:d", "e:f"]);
-        assert_eq!(key.rate_limits.len(), 1);
     }
 
     #[test]
@@ -327,19 +549,88 @@ mod tests {
     }
 
     #[test]
+    fn a_list_that_a_row_says_is_empty_is_not_filled_by_a_default() {
+        let outcome = |column: Column, value: Value, defaults: &DefaultArgs| {
+            let mut draft = Draft::default();
+            draft.text(Column::Sha256, HEX).unwrap();
+            draft.json(column, value).unwrap();
+            draft.finish(defaults, NOW)
+        };
+        let all = DefaultArgs {
+            roles: vec!["admin".into()],
+            allowed_cidrs: vec!["10.0.0.0/8".into()],
+            rate_limits: vec![rate_limit("calls=5/1m").unwrap()],
+            ..defaults()
+        };
+        for (name, column) in COLUMNS.iter().filter(|(_, column)| column.is_list()) {
+            for empty in [json!("{}"), json!("[]"), json!(" , "), json!([])] {
+                match outcome(*column, empty.clone(), &all) {
+                    Err(NoKey::Unreadable(problem)) => {
+                        assert!(problem.starts_with(&format!("{name}: is an empty list")), "{problem}");
+                    }
+                    other => panic!("{name} {empty}: {other:?}"),
+                }
+                let key = outcome(*column, empty, &DefaultArgs::default()).unwrap();
+                assert!(key.scopes.is_empty() && key.roles.is_empty(), "{name}");
+            }
+            for absent in [json!(""), json!(null), json!("\\N")] {
+                let key = outcome(*column, absent, &all).unwrap();
+                assert_eq!((key.scopes.len(), key.roles.len(), key.customers.len()), (1, 1, 1), "{name}");
+            }
+        }
+        let mut draft = Draft::default();
+        draft.json(Column::Scopes, json!([])).unwrap();
+        draft.json(Column::Roles, json!(["agent"])).unwrap();
+        draft.text(Column::Sha256, HEX).unwrap();
+        assert_eq!(draft.finish(&all, NOW).unwrap().roles, ["agent"], "it grants something");
+    }
+
+    #[test]
+    fn only_an_instant_or_a_truth_value_takes_a_key_out_of_service() {
+        let outcome = |value: Value| {
+            let mut draft = Draft::default();
+            draft.text(Column::Sha256, HEX).unwrap();
+            draft.json(Column::InactiveSince, value)?;
+            draft
+                .finish(&defaults(), Timestamp::from_micros(1_801_353_600_000_000))
+                .map_err(|no| format!("{no:?}"))
+        };
+        for live in
+            [json!(0), json!("0"), json!("NULL"), json!(null), json!(false), json!("0000-00-00 00:00:00")]
+        {
+            assert!(outcome(live.clone()).is_ok(), "{live}");
+        }
+        for dead in [json!(1), json!(true), json!(1_701_353_600), json!("2020-01-01 10:00:00")] {
+            assert_eq!(outcome(dead.clone()).unwrap_err(), "Inactive", "{dead}");
+        }
+        for unclear in [json!("gone"), json!("none"), json!("90d"), json!(7), json!("-infinity")] {
+            assert!(outcome(unclear.clone()).unwrap_err().contains("true or false"), "{unclear}");
+        }
+    }
+
+    #[test]
     fn json_says_the_same_with_arrays_and_objects() {
         let mut draft = Draft::default();
         draft.json(Column::Scopes, json!(["a:b", "c:d"])).unwrap();
         draft.json(Column::Metadata, json!({ "team": "x;y z" })).unwrap();
         draft.json(Column::Name, Value::Null).unwrap();
+        draft.json(Column::ExpiresAt, json!(1_801_353_600)).unwrap();
+        draft.json(Column::EntropyBits, json!(128)).unwrap();
+        draft.json(Column::Active, json!(true)).unwrap();
         draft.json(Column::Sha256, json!(HEX)).unwrap();
-        let key = draft.finish(&DefaultArgs::default()).unwrap();
+        let key = draft.finish(&DefaultArgs::default(), NOW).unwrap();
         assert_eq!((key.scopes.len(), key.metadata["team"].as_str(), key.name), (2, "x;y z", None));
+        assert_eq!(
+            (key.expires_at.map(|end| end.seconds), key.entropy_bits),
+            (Some(1_801_353_600), Some(128))
+        );
         for (column, bad) in [
             (Column::Scopes, json!([1])),
             (Column::Scopes, json!(true)),
             (Column::Name, json!(["a"])),
             (Column::Metadata, json!({ "a": 1 })),
+            (Column::Name, json!(7)),
+            (Column::ExpiresAt, json!(true)),
             (Column::Sha256, json!(7)),
         ] {
             assert!(Draft::default().json(column, bad).is_err(), "{column:?}");
@@ -348,6 +639,7 @@ mod tests {
 
     #[test]
     fn a_row_without_a_digest_is_no_key() {
-        assert_eq!(Draft::default().finish(&defaults()).unwrap_err(), "sha256: is missing");
+        let missing = NoKey::Unreadable("sha256: is missing".to_owned());
+        assert_eq!(Draft::default().finish(&defaults(), NOW).unwrap_err(), missing);
     }
 }

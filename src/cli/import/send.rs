@@ -1,10 +1,11 @@
-//! Sends one batch of an import, again where the server was in trouble, and tells what became of each row.
+//! Sends one batch of an import, again if the server was in trouble, and reports the result of each row.
 
 use std::{cell::Cell, time::Duration};
 
 use super::{
-    lines::Position,
+    row::NoKey,
     source::{Batch, Row},
+    text::Position,
 };
 use crate::{
     cli::failure::{Failure, UNANSWERED},
@@ -39,16 +40,20 @@ pub(super) struct Rejected {
     pub(super) line: u64,
     pub(super) error: String,
     pub(super) message: String,
-    pub(super) raw: Vec<u8>,
+    pub(super) raw: String,
 }
 
 /// What became of a batch.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Done {
     pub(super) end: Position,
     pub(super) imported: u64,
     /// Rows that an earlier attempt had imported.
     pub(super) there_already: u64,
+    /// Rows of keys that have expired.
+    pub(super) expired: u64,
+    /// Rows of keys that are revoked or disabled.
+    pub(super) inactive: u64,
     pub(super) rejected: Vec<Rejected>,
 }
 
@@ -67,30 +72,31 @@ impl Default for Attempts {
     }
 }
 
-/// Sends a batch. `repeated` says that an earlier run may have sent it.
+/// Sends a batch. A row that an earlier attempt imported is answered as `replayed`.
 pub(super) async fn send(
     batch: Batch,
-    repeated: bool,
     attempts: &Attempts,
     call: impl AsyncFn(pb::ImportKeysRequest) -> Result<pb::ImportKeysResponse, Failure>,
 ) -> Result<Done, Failure> {
-    let mut done = Done { end: batch.end, imported: 0, there_already: 0, rejected: Vec::new() };
+    let mut done = Done { end: batch.end, ..Done::default() };
     let mut pending = Vec::new();
     for Row { line, raw, key } in batch.rows {
         match key {
             Ok(key) => pending.push((line, raw, key)),
-            Err(message) => {
+            Err(NoKey::Expired) => done.expired += 1,
+            Err(NoKey::Inactive) => done.inactive += 1,
+            Err(NoKey::Unreadable(message)) => {
                 done.rejected.push(Rejected { line, error: "UNREADABLE".to_owned(), message, raw });
             }
         }
     }
-    let (mut pauses, mut repeated) = (attempts.pauses.iter(), repeated);
+    let mut pauses = attempts.pauses.iter();
     while !pending.is_empty() {
         let keys = pending.iter().map(|(_, _, key)| key.clone()).collect();
         let trouble = match call(pb::ImportKeysRequest { keys }).await {
             Ok(answer) => {
                 attempts.answered.set(true);
-                sort(&mut pending, answer, repeated, &mut done)?
+                sort(&mut pending, answer, &mut done)?
             }
             Err(failure)
                 if failure.exit() == UNANSWERED && (attempts.answered.get() || failure.is_answer()) =>
@@ -103,19 +109,17 @@ pub(super) async fn send(
             let Some(pause) = pauses.next() else { return Err(failure) };
             tokio::time::sleep(*pause).await;
         }
-        repeated = true;
     }
     done.rejected.sort_by_key(|row| row.line);
     Ok(done)
 }
 
-type Pending = Vec<(u64, Vec<u8>, pb::ImportKey)>;
+type Pending = Vec<(u64, String, pb::ImportKey)>;
 
 /// Sorts the results; what the server could not do stays pending, with why.
 fn sort(
     pending: &mut Pending,
     answer: pb::ImportKeysResponse,
-    repeated: bool,
     done: &mut Done,
 ) -> Result<Option<Failure>, Failure> {
     if answer.results.len() != pending.len() {
@@ -125,21 +129,15 @@ fn sort(
     }
     let mut trouble = None;
     for ((line, raw, key), result) in std::mem::take(pending).into_iter().zip(answer.results) {
-        let pb::ImportResult { error, mut message, replayed, .. } = result;
+        let pb::ImportResult { error, message, replayed, .. } = result;
         match error.as_str() {
             "" if replayed => done.there_already += 1,
             "" => done.imported += 1,
-            "DIGEST_TAKEN" if repeated => done.there_already += 1,
             known if TROUBLE.contains(&known) => {
                 trouble.get_or_insert_with(|| Failure::usage(format!("line {line}: {message} ({known})")));
                 pending.push((line, raw, key));
             }
-            known => {
-                if known == "KEY_NAME_TAKEN" && repeated {
-                    message.push_str("; perhaps it is this row, imported before the interruption");
-                }
-                done.rejected.push(Rejected { line, error, message, raw });
-            }
+            _ => done.rejected.push(Rejected { line, error, message, raw }),
         }
     }
     Ok(trouble)
@@ -151,12 +149,17 @@ mod tests {
 
     use super::*;
 
+    /// Plays the answer to a key that was imported before.
+    const REPLAYED: &str = "replayed";
+
     fn batch(names: &[&str]) -> Batch {
         let row = |(at, name): (usize, &&str)| Row {
             line: at as u64 + 2,
-            raw: name.as_bytes().to_vec(),
+            raw: (*name).to_owned(),
             key: match *name {
-                "" => Err("has 1 fields".to_owned()),
+                "" => Err(NoKey::Unreadable("has 1 fields".to_owned())),
+                "expired" => Err(NoKey::Expired),
+                "revoked" => Err(NoKey::Inactive),
                 name => Ok(pb::ImportKey { name: Some(name.to_owned()), ..Default::default() }),
             },
         };
@@ -166,17 +169,17 @@ mod tests {
     /// Plays a server that gives each call's keys these errors; what it was asked, and what came of it.
     async fn played(
         names: &[&str],
-        repeated: bool,
         answers: Vec<Result<Vec<&str>, Failure>>,
     ) -> (Vec<Vec<String>>, Result<Done, String>) {
         let (asked, answers) = (RefCell::new(Vec::new()), RefCell::new(answers.into_iter()));
         let attempts = Attempts { pauses: &[Duration::ZERO; 3], ..Attempts::default() };
-        let done = send(batch(names), repeated, &attempts, async |request| {
+        let done = send(batch(names), &attempts, async |request| {
             asked.borrow_mut().push(request.keys.into_iter().filter_map(|key| key.name).collect());
             let errors = answers.borrow_mut().next().unwrap_or_else(|| Err(Failure::refused("no more")))?;
             let results = errors.iter().map(|error| pb::ImportResult {
-                error: (*error).to_owned(),
+                error: error.trim_start_matches(REPLAYED).to_owned(),
                 message: format!("about {error}"),
+                replayed: *error == REPLAYED,
                 ..Default::default()
             });
             Ok(pb::ImportKeysResponse { results: results.collect() })
@@ -192,19 +195,16 @@ mod tests {
 
     #[tokio::test]
     async fn rows_that_fail_stop_no_other() {
-        let (asked, done) =
-            played(&["a", "", "b", "c"], false, vec![Ok(vec!["", "KEY_NAME_TAKEN", ""])]).await;
+        let (asked, done) = played(&["a", "", "b", "c"], vec![Ok(vec!["", "KEY_NAME_TAKEN", ""])]).await;
         assert_eq!(asked, [["a", "b", "c"]]);
         assert_eq!(told(&done.unwrap()), (2, 0, vec![(3, "UNREADABLE"), (4, "KEY_NAME_TAKEN")]));
     }
 
     #[tokio::test]
-    async fn a_digest_that_is_taken_is_a_row_done_before_only_where_it_may_have_been_sent_before() {
-        let answers = || vec![Ok(vec!["DIGEST_TAKEN", ""])];
-        let (_, first) = played(&["a", "b"], false, answers()).await;
-        assert_eq!(told(&first.unwrap()), (1, 0, vec![(2, "DIGEST_TAKEN")]));
-        let (_, again) = played(&["a", "b"], true, answers()).await;
-        assert_eq!(told(&again.unwrap()), (1, 1, vec![]));
+    async fn only_the_server_decides_whether_a_row_was_imported_before() {
+        let answers = vec![Ok(vec!["STARTING", "STARTING"]), Ok(vec!["DIGEST_TAKEN", REPLAYED])];
+        let (_, done) = played(&["a", "b"], answers).await;
+        assert_eq!(told(&done.unwrap()), (0, 1, vec![(2, "DIGEST_TAKEN")]));
     }
 
     #[tokio::test]
@@ -212,9 +212,9 @@ mod tests {
         let answers = vec![
             Ok(vec!["", "OUTCOME_UNKNOWN", "NOT_RECORDED"]),
             Err(Failure::usage("cannot reach the server")),
-            Ok(vec!["DIGEST_TAKEN", ""]),
+            Ok(vec![REPLAYED, ""]),
         ];
-        let (asked, done) = played(&["a", "b", "c"], false, answers).await;
+        let (asked, done) = played(&["a", "b", "c"], answers).await;
         assert_eq!(asked, [vec!["a", "b", "c"], vec!["b", "c"], vec!["b", "c"]]);
         assert_eq!(told(&done.unwrap()), (2, 1, vec![]));
     }
@@ -222,7 +222,7 @@ mod tests {
     #[tokio::test]
     async fn a_row_that_the_server_knows_as_imported_is_there_already() {
         let attempts = Attempts::default();
-        let done = send(batch(&["a", "b"]), false, &attempts, async |_| {
+        let done = send(batch(&["a", "b"]), &attempts, async |_| {
             let result = |replayed| pb::ImportResult { replayed, ..Default::default() };
             Ok(pb::ImportKeysResponse { results: vec![result(true), result(false)] })
         });
@@ -235,28 +235,36 @@ mod tests {
         let server = crate::config::client::ServerUrl::parse("http://localhost:1").unwrap();
         let unknown = Failure::status(&tonic::Status::unavailable("unknown"), &server);
         let answers = vec![Err(unknown), Ok(vec!["", ""])];
-        let (asked, done) = played(&["a", "b"], false, answers).await;
+        let (asked, done) = played(&["a", "b"], answers).await;
         assert_eq!(asked.len(), 2);
         assert_eq!(told(&done.unwrap()), (2, 0, vec![]));
     }
 
     #[tokio::test]
     async fn trouble_that_does_not_end_stops_the_import_and_says_where() {
-        let (asked, done) = played(&["a"], false, (0..9).map(|_| Ok(vec!["STORE_FULL"])).collect()).await;
+        let (asked, done) = played(&["a"], (0..9).map(|_| Ok(vec!["STORE_FULL"])).collect()).await;
         assert_eq!(asked.len(), 4, "once, and after each pause");
         assert!(done.unwrap_err().contains("line 2: about STORE_FULL (STORE_FULL)"));
     }
 
     #[tokio::test]
     async fn a_server_that_never_answered_is_not_waited_for() {
-        let (asked, done) = played(&["a"], false, vec![Err(Failure::usage("cannot reach it"))]).await;
+        let (asked, done) = played(&["a"], vec![Err(Failure::usage("cannot reach it"))]).await;
         assert_eq!(asked.len(), 1);
         assert!(done.unwrap_err().contains("cannot reach it"));
     }
 
     #[tokio::test]
+    async fn keys_that_have_ended_are_counted_and_not_sent() {
+        let (asked, done) = played(&["expired", "a", "revoked"], vec![Ok(vec![""])]).await;
+        assert_eq!(asked, [["a"]]);
+        let done = done.unwrap();
+        assert_eq!((done.imported, done.expired, done.inactive, done.rejected.len()), (1, 1, 1, 0));
+    }
+
+    #[tokio::test]
     async fn a_batch_of_unreadable_rows_asks_nothing() {
-        let (asked, done) = played(&["", ""], false, vec![]).await;
+        let (asked, done) = played(&["", ""], vec![]).await;
         assert!(asked.is_empty());
         assert_eq!(done.unwrap().rejected.len(), 2);
     }

@@ -1,5 +1,7 @@
 //! `keyward keys bulk-revoke`: many keys at once, as often as the server says that there are more.
 
+use std::fmt;
+
 use clap::Args;
 use comfy_table::Color;
 
@@ -10,7 +12,7 @@ use crate::{
         context::Context,
         failure::{Failure, REFUSED},
         output,
-        table::{Rows, text},
+        table::{Rows, clean, text},
         values::Past,
     },
     clock::{Clock, SystemClock},
@@ -18,7 +20,8 @@ use crate::{
 };
 
 const EXAMPLES: &str = "\
-Keys that are revoked already are left alone. On a terminal it says first how many keys are meant, and asks. \
+Keys that are revoked already are left alone. It says first how many keys are meant, and asks on the terminal, also \
+where stdin is a pipe; without a terminal it needs --yes. \
 Exit code 1: some key could not be revoked; the table says why.
 
 Example: keyward keys bulk-revoke --account acme --environment staging --created-before 90d --dry-run";
@@ -36,6 +39,17 @@ struct WhoseArgs {
     /// Keys of every account but the operator's
     #[arg(long)]
     all_accounts: bool,
+}
+
+/// Their owner in words.
+impl fmt::Display for WhoseArgs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.account, &self.user) {
+            (Some(account), _) => write!(f, "account {}", clean(account)),
+            (None, Some(user)) => write!(f, "user {}", clean(user)),
+            (None, None) => f.write_str("every account but the operator's"),
+        }
+    }
 }
 
 /// Flags of `keyward keys bulk-revoke`.
@@ -69,6 +83,10 @@ pub(in crate::cli) struct BulkRevokeArgs {
 
 impl BulkRevokeArgs {
     pub(super) async fn run(self, cx: &mut Context<'_>) -> Result<u8, Failure> {
+        if !self.dry_run {
+            // Before anything is sent: without a terminal the answer is known.
+            cx.console.must_ask(self.yes)?;
+        }
         let session = cx.session()?;
         let question = self.request(&SystemClock);
         if self.dry_run {
@@ -77,14 +95,14 @@ impl BulkRevokeArgs {
             cx.console.note(&format!("{} would be revoked; none was.\n", count(&answer)));
             return Ok(0);
         }
-        if cx.console.asks(self.yes) {
+        if cx.console.must_ask(self.yes)? {
             let meant =
                 ask(&session, pb::BulkRevokeKeysRequest { dry_run: true, ..question.clone() }).await?;
             if meant.keys.is_empty() {
                 cx.show(&meant, |_| "No keys.\n".to_owned())?;
                 return Ok(0);
             }
-            cx.console.confirm(&format!("Revoke {} for ever?", count(&meant)), false)?;
+            cx.console.confirm(&format!("Revoke {} of {} for ever?", count(&meant), self.whose), false)?;
         }
         let (all, failure) = revoke(async || ask(&session, question.clone()).await).await;
         report(cx, &all)?;
@@ -233,6 +251,17 @@ mod tests {
     fn whose_keys_must_be_said_and_only_once() {
         for bad in ["", "--account a --user u", "--account a --all-accounts", "--environment dev"] {
             assert_eq!(read(bad).unwrap_err().exit_code(), 2, "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_question_names_whose_keys_are_revoked() {
+        for (line, named) in [
+            ("--account acme", "account acme"),
+            ("--user ada", "user ada"),
+            ("--all-accounts", "every account but the operator's"),
+        ] {
+            assert_eq!(read(line).unwrap().whose.to_string(), named);
         }
     }
 

@@ -61,14 +61,44 @@ change_one!(
     finish_rotation, FinishRotationRequest
 );
 
+/// Flags of `keyward keys finish-rotation`.
+#[derive(Debug, Args)]
+pub(in crate::cli) struct FinishRotationArgs {
+    #[command(flatten)]
+    one: OneArgs,
+    /// Do not ask first
+    #[arg(long, short)]
+    yes: bool,
+}
+
+impl FinishRotationArgs {
+    pub(super) async fn run(self, cx: &mut Context<'_>) -> Result<u8, Failure> {
+        let question = format!("Stop the old token of key {} now, for ever?", clean(&self.one.id));
+        cx.console.confirm(&question, self.yes)?;
+        finish_rotation(cx, self.one.id).await
+    }
+}
+
+/// When the old token of a rotation stops. There is no default: one breaks what still uses it, the other leaves a stolen
+/// token working.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+struct StopArgs {
+    /// How long the old token keeps working, up to 7d
+    #[arg(long, value_name = "DURATION", value_parser = duration::parse)]
+    overlap: Option<Duration>,
+    /// Stop the old token at once
+    #[arg(long)]
+    now: bool,
+}
+
 /// Flags of `keyward keys rotate`.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct RotateArgs {
     #[command(flatten)]
     one: OneArgs,
-    /// How long the old token keeps working, up to 7d [default: not at all]
-    #[arg(long, value_name = "DURATION", value_parser = duration::parse)]
-    overlap: Option<Duration>,
+    #[command(flatten)]
+    stop: StopArgs,
     /// Makes it safe to send the request again: the key is rotated once
     #[arg(long, value_name = "TEXT")]
     idempotency_key: Option<String>,
@@ -82,7 +112,7 @@ impl RotateArgs {
         let delivery = Delivery::prepare(&self.issue)?;
         let question = pb::RotateKeyRequest {
             id: self.one.id,
-            overlap: self.overlap.map(proto_duration),
+            overlap: self.stop.overlap.map(proto_duration),
             idempotency_key: self.idempotency_key,
         };
         let answer = session
@@ -179,6 +209,22 @@ mod tests {
             assert_eq!(args.reason.map(pb::RevokeReason::from), Some(reason));
         }
         assert!(Revoke::try_parse_from(["revoke", "0197", "--reason", "bored"]).is_err());
+    }
+
+    #[derive(Debug, Parser)]
+    struct Rotate {
+        #[command(flatten)]
+        args: RotateArgs,
+    }
+
+    #[test]
+    fn a_rotation_says_when_the_old_token_stops() {
+        let read = |line: &str| Rotate::try_parse_from(format!("rotate 0197 {line}").split_whitespace());
+        assert_eq!(read("--overlap 1d").unwrap().args.stop.overlap, Some(Duration::from_secs(86_400)));
+        assert!(read("--now").unwrap().args.stop.now);
+        for bad in ["", "--now --overlap 1d"] {
+            assert_eq!(read(bad).unwrap_err().exit_code(), 2, "{bad}");
+        }
     }
 
     #[test]

@@ -48,18 +48,22 @@ pub(in crate::cli) struct ListArgs {
     /// Only keys of this environment
     #[arg(long, short, value_name = "NAME")]
     environment: Option<String>,
-    /// Only keys in this state (repeat, or separate by commas)
+    /// Only keys in this state (repeat, or separate by commas) [default: any; with --unused-since or --expires-before:
+    /// any but revoked]
     #[arg(long = "state", value_enum, value_name = "STATE", value_delimiter = ',')]
     states: Vec<State>,
     /// Only keys whose name starts so
     #[arg(long, value_name = "TEXT")]
     name_prefix: Option<String>,
-    /// Only keys not seen since then: a duration ago (30d) or an instant (RFC 3339); never seen counts too
+    /// Only keys created before then and not used since: a duration ago (30d) or an instant (RFC 3339)
     #[arg(long, value_name = "WHEN", value_parser = Past::parse)]
     unused_since: Option<Past>,
     /// Only keys that expire before then: a duration from now (2w) or an instant (RFC 3339)
     #[arg(long, value_name = "WHEN", value_parser = Future::parse)]
     expires_before: Option<Future>,
+    /// Only keys created before then: a duration ago (90d) or an instant (RFC 3339)
+    #[arg(long, value_name = "WHEN", value_parser = Past::parse)]
+    created_before: Option<Past>,
     #[command(flatten)]
     page: PageArgs,
 }
@@ -94,6 +98,7 @@ impl ListArgs {
             name_prefix: self.name_prefix.clone().unwrap_or_default(),
             unused_since: self.unused_since.map(|past| past.resolve(clock)),
             expires_before: self.expires_before.map(|future| future.resolve(clock)),
+            created_before: self.created_before.map(|past| past.resolve(clock)),
             ..Default::default()
         }
     }
@@ -144,13 +149,14 @@ mod tests {
     #[test]
     fn filters_become_the_request() {
         let line = "list --account acme --environment dev --state active,revoked --name-prefix ci \
-                    --unused-since 1d --expires-before 1d";
+                    --unused-since 1d --expires-before 1d --created-before 2d";
         let args = Only::try_parse_from(line.split_whitespace()).unwrap().args;
         let asked = args.request(&ManualClock::at(Timestamp::from_micros(100_000_000_000)));
         assert_eq!((asked.account.as_str(), asked.environment.as_str()), ("acme", "dev"));
         assert_eq!(asked.states, [pb::KeyState::Active as i32, pb::KeyState::Revoked as i32]);
         assert_eq!(asked.unused_since.map(|at| at.seconds), Some(100_000 - 86_400));
         assert_eq!(asked.expires_before.map(|at| at.seconds), Some(100_000 + 86_400));
+        assert_eq!(asked.created_before.map(|at| at.seconds), Some(100_000 - 2 * 86_400));
     }
 
     #[test]

@@ -1,11 +1,21 @@
 //! `keyward keys update`: the flags that are given are the update mask.
+//!
+//! The server takes no expected revision with an update. So a change of some scopes is read back after a while, and made
+//! again if somebody else, who had read the scopes before it, has overwritten it.
+
+use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 
 use super::{OneArgs, change, policy::PolicyArgs};
 use crate::{
-    cli::{client::Patience, context::Context, failure::Failure},
-    clock::{Clock, SystemClock},
+    cli::{
+        client::{Patience, Session},
+        context::Context,
+        failure::Failure,
+        table::clean,
+    },
+    clock::{Clock, SystemClock, SystemEntropy, random},
     pb,
 };
 
@@ -40,17 +50,75 @@ impl Field {
     }
 }
 
+/// Changes of the scopes that a key has.
+#[derive(Debug, Default, Args)]
+struct ScopeArgs {
+    /// Scope to grant beside those that the key has (repeat, or separate by commas)
+    #[arg(long = "add-scope", value_name = "SCOPE", value_delimiter = ',', conflicts_with = "scopes")]
+    add: Vec<String>,
+    /// Scope to take away from those that the key has (repeat, or separate by commas)
+    #[arg(long = "remove-scope", value_name = "SCOPE", value_delimiter = ',', conflicts_with = "scopes")]
+    remove: Vec<String>,
+}
+
+impl ScopeArgs {
+    fn is_given(&self) -> bool {
+        !self.add.is_empty() || !self.remove.is_empty()
+    }
+
+    /// Whether these scopes are as the change leaves them.
+    fn is_in(&self, scopes: &[String]) -> bool {
+        self.add.iter().all(|scope| scopes.contains(scope))
+            && !self.remove.iter().any(|scope| scopes.contains(scope))
+    }
+
+    /// The scopes after the change.
+    fn changed(&self, scopes: &[String]) -> Vec<String> {
+        let mut scopes = scopes.to_vec();
+        for scope in &self.add {
+            if !scopes.contains(scope) {
+                scopes.push(scope.clone());
+            }
+        }
+        scopes.retain(|scope| !self.remove.contains(scope));
+        scopes
+    }
+
+    /// The scopes of a key after the change.
+    fn apply(&self, key: &pb::Key) -> Result<Vec<String>, Failure> {
+        if let Some(both) = self.add.iter().find(|scope| self.remove.contains(scope)) {
+            return Err(Failure::usage(format!("{both} is both added and removed")));
+        }
+        if let Some(missing) = self.remove.iter().find(|scope| !key.scopes.contains(scope)) {
+            let has = if key.scopes.is_empty() { "none".to_owned() } else { key.scopes.join(", ") };
+            return Err(Failure::refused(format!(
+                "the key has no scope {missing} to take away; it has {has}"
+            )));
+        }
+        let scopes = self.changed(&key.scopes);
+        if scopes == key.scopes {
+            return Err(Failure::refused("the key has these scopes already; nothing was changed"));
+        }
+        Ok(scopes)
+    }
+}
+
 /// Flags of `keyward keys update`.
 #[derive(Debug, Args)]
 #[command(
     after_help = "A flag replaces the whole field: --scope a:b leaves the key with that scope alone, and \
-    --metadata with those notes alone. What no flag names stays as it is."
+    --metadata with those notes alone; standard error shows what --scope took away. --add-scope and --remove-scope read the \
+    scopes that the key has, write them whole, read them back, and write them again if somebody else has overwritten the \
+    change. Exit code 1: it was overwritten each time. A warning shows whose change this one may have overwritten, if the \
+    token may read the audit log. What no flag names stays as it is."
 )]
 pub(in crate::cli) struct UpdateArgs {
     #[command(flatten)]
     one: OneArgs,
     #[command(flatten)]
     policy: PolicyArgs,
+    #[command(flatten)]
+    scopes: ScopeArgs,
     /// Empty this field (repeat, or separate by commas); taking a restriction away widens what the key may do
     #[arg(long, value_name = "FIELD", value_enum, value_delimiter = ',')]
     clear: Vec<Field>,
@@ -58,20 +126,143 @@ pub(in crate::cli) struct UpdateArgs {
 
 impl UpdateArgs {
     pub(super) async fn run(self, cx: &mut Context<'_>) -> Result<u8, Failure> {
-        let question = request(self, &SystemClock)?;
-        let answer = cx
-            .session()?
-            .keys(Patience::Propagation, question, async |mut client, request| client.update(request).await)
-            .await?;
+        let mut question = request(&self, &SystemClock)?;
+        let session = cx.session()?;
+        let before = match (self.scopes.is_given(), self.policy.scopes.is_empty()) {
+            (true, _) => Some(read(&session, &self.one.id).await?),
+            // Only for the note about what is replaced: a caller may be allowed to write keys and not to read them.
+            (false, false) => read(&session, &self.one.id).await.ok(),
+            (false, true) => None,
+        };
+        if let (true, Some(before), Some(key)) = (self.scopes.is_given(), &before, &mut question.key) {
+            key.scopes = self.scopes.apply(before)?;
+        }
+        let mut answer = update(&session, question).await?;
+        // Before anything else is done: it tells of the changes since this key was read.
+        let between = match &before {
+            Some(before) => change_between(&session, before, answer.revision).await,
+            None => None,
+        };
+        if self.scopes.is_given() {
+            let keep = async || {
+                pause().await;
+                read(&session, &self.one.id).await
+            };
+            let again = async |question| update(&session, question).await;
+            answer = until_kept(&self.scopes, answer, keep, again).await?;
+        }
         cx.show(&answer, |colours| {
             change::changed(answer.key.as_ref(), answer.revision, answer.propagation.as_ref(), colours)
         })?;
+        if let (Some(before), Some(after)) = (&before, &answer.key) {
+            cx.console.note(&replaced(&before.scopes, &after.scopes));
+            between.into_iter().for_each(|between| cx.console.note(&between));
+        }
         Ok(0)
     }
 }
 
-fn request(args: UpdateArgs, clock: &dyn Clock) -> Result<pb::UpdateKeyRequest, Failure> {
-    let given = given(&args.policy);
+/// After this long, and up to twice as long, a change of scopes is read back: others who had read the scopes before it
+/// have written theirs by then.
+const SETTLES: Duration = Duration::from_millis(400);
+/// So often a change of scopes is made.
+const TRIES: u32 = 10;
+
+/// Waits until writes that others were about to make are made; not as long as they wait.
+async fn pause() {
+    let [share] = random::<1>(&SystemEntropy).unwrap_or([128]);
+    tokio::time::sleep(SETTLES + SETTLES * u32::from(share) / 256).await;
+}
+
+async fn update(session: &Session, question: pb::UpdateKeyRequest) -> Result<pb::UpdateKeyResponse, Failure> {
+    session
+        .keys(Patience::Propagation, question, async |mut client, request| client.update(request).await)
+        .await
+}
+
+/// Reads a key until a change of its scopes is in it, and makes the change again where it is not. Gives the last answer.
+async fn until_kept(
+    change: &ScopeArgs,
+    mut answer: pb::UpdateKeyResponse,
+    mut read_later: impl AsyncFnMut() -> Result<pb::Key, Failure>,
+    mut update: impl AsyncFnMut(pb::UpdateKeyRequest) -> Result<pb::UpdateKeyResponse, Failure>,
+) -> Result<pb::UpdateKeyResponse, Failure> {
+    for tried in 1..=TRIES {
+        let key =
+            read_later().await.map_err(|failure| failure.of("the scopes were changed; reading them back"))?;
+        if change.is_in(&key.scopes) {
+            return Ok(answer);
+        }
+        if tried < TRIES {
+            // The scopes alone: what else was changed with them is not written over later changes.
+            let paths = vec![Field::Scopes.path().to_owned()];
+            let key = pb::Key { scopes: change.changed(&key.scopes), id: key.id, ..Default::default() };
+            let question =
+                pb::UpdateKeyRequest { key: Some(key), update_mask: Some(prost_types::FieldMask { paths }) };
+            answer = update(question).await.map_err(|failure| {
+                failure.of("another change has overwritten this one of the scopes; making it again")
+            })?;
+        }
+    }
+    let lost = format!("other changes of this key have overwritten this one of its scopes {TRIES} times");
+    Err(Failure::refused(lost).hint("look at the key, and do it again when nobody else changes it"))
+}
+
+async fn read(session: &Session, id: &str) -> Result<pb::Key, Failure> {
+    let question = pb::GetKeyRequest { id: id.to_owned() };
+    let answer = session
+        .keys(Patience::Short, question, async |mut client, request| client.get(request).await)
+        .await?;
+    answer.key.ok_or_else(|| Failure::usage("the server's answer holds no key"))
+}
+
+/// The scopes that a key has lost, and those that it has gained.
+fn replaced(before: &[String], after: &[String]) -> String {
+    let only = |these: &[String], those: &[String]| {
+        let only: Vec<_> =
+            these.iter().filter(|scope| !those.contains(scope)).map(|scope| clean(scope)).collect();
+        if only.is_empty() { "none".to_owned() } else { only.join(", ") }
+    };
+    if before == after {
+        return String::new();
+    }
+    format!("Scopes taken away: {}; granted: {}.\n", only(before, after), only(after, before))
+}
+
+/// A warning of a change that somebody else made between the reading of a key and the change of this revision. The
+/// server takes no expected revision with an update, so the audit log is asked, if the caller may read it.
+async fn change_between(session: &Session, before: &pb::Key, revision: u64) -> Option<String> {
+    let question = pb::ListAuditEntriesRequest {
+        key_id: before.id.clone(),
+        oldest_first: true,
+        after_revision: before.revision,
+        page_size: Some(2),
+        ..Default::default()
+    };
+    let answer = session
+        .audit(Patience::Short, question, async |mut client, request| client.list(request).await)
+        .await
+        .ok()?;
+    overwritten(&answer.entries, revision)
+}
+
+/// The warning of the first of a key's entries that comes before the change of this revision.
+fn overwritten(entries: &[pb::AuditEntry], revision: u64) -> Option<String> {
+    let other = entries.iter().find(|entry| entry.revision < revision)?;
+    Some(format!(
+        "warning: {} changed this key meanwhile (revision {}, {}): what it did to the scopes may be overwritten. Look \
+         at the key\n",
+        clean(&other.actor),
+        other.revision,
+        clean(&other.action)
+    ))
+}
+
+fn request(args: &UpdateArgs, clock: &dyn Clock) -> Result<pb::UpdateKeyRequest, Failure> {
+    let mut given = given(&args.policy);
+    if args.scopes.is_given() {
+        given.push(Field::Scopes);
+    }
     if let Some(both) = args.clear.iter().find(|field| given.contains(field)) {
         return Err(Failure::usage(format!("{} is both cleared and given a value", both.path())));
     }
@@ -84,18 +275,18 @@ fn request(args: UpdateArgs, clock: &dyn Clock) -> Result<pb::UpdateKeyRequest, 
             Failure::usage("nothing to change").hint("name what to change, such as --name, or --clear FIELD")
         );
     }
-    let policy = args.policy;
+    let policy = &args.policy;
     let key = pb::Key {
-        id: args.one.id,
-        name: policy.name.unwrap_or_default(),
-        scopes: policy.scopes,
-        roles: policy.roles,
+        id: args.one.id.clone(),
+        name: policy.name.clone().unwrap_or_default(),
+        scopes: policy.scopes.clone(),
+        roles: policy.roles.clone(),
         expires_at: policy.expires.and_then(|expiry| expiry.resolve(clock)),
-        customers: policy.customers,
-        allowed_cidrs: policy.allowed_cidrs,
-        rate_limits: policy.rate_limits,
+        customers: policy.customers.clone(),
+        allowed_cidrs: policy.allowed_cidrs.clone(),
+        rate_limits: policy.rate_limits.clone(),
         quota: policy.quota,
-        metadata: policy.metadata.into_iter().collect(),
+        metadata: policy.metadata.iter().cloned().collect(),
         ..Default::default()
     };
     Ok(pb::UpdateKeyRequest { key: Some(key), update_mask: Some(prost_types::FieldMask { paths }) })
@@ -138,7 +329,7 @@ mod tests {
         let only = Only::try_parse_from(format!("update 0197 {line}").split_whitespace())
             .map_err(|e| e.to_string())?;
         let clock = ManualClock::at(Timestamp::from_micros(0));
-        let request = request(only.args, &clock).map_err(|e| e.to_string())?;
+        let request = request(&only.args, &clock).map_err(|e| e.to_string())?;
         Ok((request.key.unwrap(), request.update_mask.unwrap().paths))
     }
 
@@ -156,6 +347,89 @@ mod tests {
         let (key, paths) = asked(&format!("--clear {all}")).unwrap();
         assert_eq!(paths.len(), 9);
         assert_eq!(key, pb::Key { id: "0197".into(), ..Default::default() });
+    }
+
+    fn scopes(list: &[&str]) -> Vec<String> {
+        list.iter().map(|scope| (*scope).to_owned()).collect()
+    }
+
+    #[test]
+    fn scopes_are_added_and_removed_beside_those_that_the_key_has() {
+        let apply = |add: &[&str], remove: &[&str]| {
+            let args = ScopeArgs { add: scopes(add), remove: scopes(remove) };
+            let key = pb::Key { scopes: scopes(&["a:b", "c:d"]), ..Default::default() };
+            args.apply(&key).map_err(|failure| failure.to_string())
+        };
+        assert_eq!(apply(&["e:f"], &["a:b"]), Ok(scopes(&["c:d", "e:f"])));
+        assert_eq!(apply(&["a:b", "e:f"], &[]), Ok(scopes(&["a:b", "c:d", "e:f"])));
+        assert_eq!(apply(&[], &["a:b", "c:d"]), Ok(vec![]));
+        assert!(apply(&[], &["x:y"]).unwrap_err().contains("no scope x:y to take away; it has a:b, c:d"));
+        assert!(apply(&["a:b"], &["a:b"]).unwrap_err().contains("both added and removed"));
+        assert!(apply(&["a:b"], &[]).unwrap_err().contains("nothing was changed"));
+        for bad in ["--scope a:b --add-scope c:d", "--clear scopes --remove-scope a:b"] {
+            assert!(asked(bad).is_err(), "{bad}");
+        }
+        assert_eq!(asked("--add-scope a:b").unwrap().1, ["scopes"]);
+    }
+
+    /// Plays writers who have each read the key before another wrote: the scopes before each reading back. What comes of
+    /// adding `s:1` and removing `a:b`.
+    async fn kept(overwritten_with: &[&[&str]]) -> (Result<Vec<String>, String>, usize) {
+        let change = ScopeArgs { add: scopes(&["s:1"]), remove: scopes(&["a:b"]) };
+        let stored = std::cell::RefCell::new(scopes(&["s:1"]));
+        let (mut others, writes) = (overwritten_with.iter(), std::cell::Cell::new(0));
+        let ended = until_kept(
+            &change,
+            pb::UpdateKeyResponse::default(),
+            async || {
+                others.next().into_iter().for_each(|other| *stored.borrow_mut() = scopes(other));
+                Ok(pb::Key { scopes: stored.borrow().clone(), ..Default::default() })
+            },
+            async |question| {
+                assert_eq!(question.update_mask.unwrap().paths, ["scopes"]);
+                *stored.borrow_mut() = question.key.unwrap().scopes;
+                writes.set(writes.get() + 1);
+                Ok(pb::UpdateKeyResponse::default())
+            },
+        )
+        .await;
+        let ended = ended.map(|_| stored.borrow().clone());
+        (ended.map_err(|failure| format!("{} {failure}", failure.exit())), writes.get())
+    }
+
+    #[tokio::test]
+    async fn a_change_of_scopes_that_somebody_overwrites_is_made_again_beside_theirs_or_fails() {
+        assert_eq!(kept(&[]).await, (Ok(scopes(&["s:1"])), 0));
+        assert_eq!(kept(&[&["a:b", "s:2"]]).await, (Ok(scopes(&["s:2", "s:1"])), 1));
+        assert_eq!(kept(&[&["s:2"], &["a:b", "s:1", "s:3"]]).await, (Ok(scopes(&["s:1", "s:3"])), 2));
+        let always = [&["s:2"][..]; 20];
+        let (lost, writes) = kept(&always).await;
+        assert!(lost.unwrap_err().starts_with("1 error: other changes of this key"));
+        assert_eq!(writes, 9);
+    }
+
+    #[test]
+    fn what_a_list_of_scopes_replaces_is_said() {
+        let shown = replaced(&scopes(&["a:b", "c:d"]), &scopes(&["c:d", "e:f"]));
+        assert_eq!(shown, "Scopes taken away: a:b; granted: e:f.\n");
+        assert_eq!(replaced(&scopes(&["a:b"]), &scopes(&["a:b"])), "");
+        assert_eq!(replaced(&scopes(&["a:b"]), &[]), "Scopes taken away: a:b; granted: none.\n");
+    }
+
+    #[test]
+    fn a_change_of_somebody_else_between_reading_and_writing_is_warned_of() {
+        let entry = |revision, actor: &str| pb::AuditEntry {
+            revision,
+            actor: actor.to_owned(),
+            action: "key.updated".to_owned(),
+            ..Default::default()
+        };
+        assert_eq!(overwritten(&[entry(9, "us")], 9), None);
+        let warning = overwritten(&[entry(8, "0197-other"), entry(9, "us")], 9).unwrap();
+        assert!(
+            warning.contains("0197-other changed this key meanwhile (revision 8, key.updated)"),
+            "{warning}"
+        );
     }
 
     #[test]

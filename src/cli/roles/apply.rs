@@ -19,6 +19,7 @@ use crate::{
         json::Json,
         table::{Rows, clean, text},
     },
+    config::wording,
     pb,
 };
 
@@ -135,7 +136,7 @@ fn parse(text: &str) -> Result<Vec<Wanted>, String> {
     let roles: Roles = toml::from_str(text).map_err(|error| {
         let line =
             error.span().map_or(1, |span| 1 + text[..span.start.min(text.len())].matches('\n').count());
-        format!("line {line}: {}", error.message())
+        format!("line {line}: {}", wording::plain(error.message()))
     })?;
     if roles.role.is_empty() {
         return Err("there is no [[role]] in it".to_owned());
@@ -231,8 +232,8 @@ mod tests {
     #[test]
     fn a_mistake_in_the_file_is_told_with_its_line_before_anything_is_sent() {
         for (text, problem) in [
-            ("[[role]]\nname = 'a'\nscope = ['a:b']", "line 3: unknown field `scope`"),
-            ("[[role]]\nname = 'a'", "missing field `scopes`"),
+            ("[[role]]\nname = 'a'\nscope = ['a:b']", "line 3: unknown key `scope`"),
+            ("[[role]]\nname = 'a'", "the key `scopes` is missing"),
             ("", "no [[role]]"),
             (
                 "[[role]]\nname='a'\nscopes=['x:y']\n[[role]]\nname='a'\nscopes=[]",

@@ -1,9 +1,9 @@
 //! The flags of the commands that read the server's settings, and the environment variables that stand for them. What
 //! becomes of them is the parent's: there they meet the file and the defaults.
 
-use std::{num::NonZeroUsize, path::PathBuf};
+use std::path::PathBuf;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 
 use super::{ConfigError, Settings};
 use crate::{
@@ -28,7 +28,7 @@ pub struct ServeArgs {
     pub forward_auth_listen: Option<String>,
     /// Serve plaintext to other machines too: where something else protects the network
     #[arg(long, env = "KEYWARD_INSECURE", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
-    pub insecure: Option<bool>,
+    pub insecure: Option<String>,
     /// A TOML file that says what HTTP requests need; read again when it changes
     #[arg(long, env = "KEYWARD_RULES", value_name = "FILE")]
     pub rules: Option<PathBuf>,
@@ -49,15 +49,15 @@ pub struct ServeArgs {
     /// How it starts and stops.
     #[command(flatten)]
     pub lifecycle: LifecycleArgs,
-    /// How many threads serve connections [default: one per core]
+    /// How many threads serve connections; at most 512 [default: one per core]
     #[arg(long, env = "KEYWARD_THREADS", value_name = "N")]
-    pub threads: Option<NonZeroUsize>,
-    /// How the log on standard error is written
-    #[arg(long, env = "KEYWARD_LOG_FORMAT", value_enum, default_value = "text")]
-    pub log_format: LogFormat,
-    /// What is logged: error, warn, info, debug, or a filter such as info,keyward=debug
-    #[arg(long, env = "KEYWARD_LOG", default_value = "info", value_name = "FILTER")]
-    pub log: String,
+    pub threads: Option<String>,
+    /// How the log on standard error is written: text or json [default: text]
+    #[arg(long, env = "KEYWARD_LOG_FORMAT", value_name = "FORMAT")]
+    pub log_format: Option<String>,
+    /// What is logged: error, warn, info, debug, or a filter such as info,keyward=debug [default: info]
+    #[arg(long, env = "KEYWARD_LOG", value_name = "FILTER")]
+    pub log: Option<String>,
     /// Where traces go.
     #[command(flatten)]
     pub telemetry: TelemetryArgs,
@@ -70,10 +70,10 @@ pub struct ServeArgs {
 #[derive(Args, Clone, Debug, Default)]
 pub struct TelemetryArgs {
     /// The collector that takes traces, over OTLP/gRPC, such as http://127.0.0.1:4317 [default: none]
-    #[arg(long, env = "KEYWARD_OTLP_ENDPOINT", value_name = "URL")]
+    #[arg(long, env = "KEYWARD_OTLP_ENDPOINT", value_name = "URL", hide_env_values = true)]
     pub otlp_endpoint: Option<String>,
     /// The variable of all programs, which what is set for this one stands in place of.
-    #[arg(long, env = "OTEL_EXPORTER_OTLP_ENDPOINT", hide = true)]
+    #[arg(long, env = "OTEL_EXPORTER_OTLP_ENDPOINT", hide = true, hide_env_values = true)]
     pub otel_endpoint: Option<String>,
     /// The same.
     #[arg(long, env = "OTEL_SERVICE_NAME", hide = true)]
@@ -83,9 +83,13 @@ pub struct TelemetryArgs {
 /// `keyward root-key reset`.
 #[derive(Args, Clone, Debug, Default)]
 pub struct RootKeyArgs {
-    /// Write the new root key to this new file (mode 0600) instead of the terminal
+    /// Write the new root key to this new file (mode 0600) instead of the terminal; `-` is standard output, also where
+    /// that is no terminal
     #[arg(long, env = "KEYWARD_ROOT_KEY_FILE", value_name = "PATH")]
     pub root_key_file: Option<PathBuf>,
+    /// Do not ask first
+    #[arg(long, short)]
+    pub yes: bool,
     /// Revoke every key that the lost root key created or rotated, and every key that these did, and so on. Without it
     /// the keys are listed
     #[arg(long)]
@@ -131,7 +135,7 @@ impl ConfigArgs {
 }
 
 /// How the log is written.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum LogFormat {
     /// For people.
     #[default]

@@ -3,6 +3,8 @@
 
 use serde_json::Value;
 
+use crate::domain::header_name::IDENTITY;
+
 use super::{
     ABOUT, FILTER, Findings, MANAGER, PER_ROUTE,
     reading::{Object as _, objects, typed},
@@ -87,13 +89,11 @@ fn unguarded(manager: &Value, findings: &mut Findings) {
             .is_some_and(|config| typed(config, PER_ROUTE).iter().any(|config| config.is_true("disabled")));
         let cleans = |place: &Value| {
             let removed = place.list("request_headers_to_remove");
-            ["x-keyward-key-id", "x-keyward-account", "x-keyward-user", "x-keyward-scopes"].iter().all(
-                |name| {
-                    removed.iter().any(|removed| {
-                        removed.as_str().is_some_and(|removed| removed.eq_ignore_ascii_case(name))
-                    })
-                },
-            )
+            IDENTITY.iter().all(|name| {
+                removed
+                    .iter()
+                    .any(|removed| removed.as_str().is_some_and(|removed| removed.eq_ignore_ascii_case(name)))
+            })
         };
         if off && !cleans(place) && !cleans(routes) {
             let said = "a route is without Keyward (disabled: true), and x-keyward-… headers that a client makes up reach its service";

@@ -2,7 +2,11 @@
 
 use std::time::Duration;
 
+use regex::bytes::{Regex, RegexBuilder};
 use serde_json::Value;
+
+/// How large a compiled pattern may be, in bytes.
+const MAX_REGEX: usize = 1 << 20;
 
 /// A message.
 pub(super) trait Object {
@@ -69,32 +73,63 @@ pub(super) fn objects(root: &Value) -> Vec<&Value> {
 }
 
 /// A matcher of header names.
-pub(super) enum Pattern<'v> {
-    Exact(&'v str),
-    Prefix(&'v str),
+pub(super) enum Pattern {
+    Exact(String),
+    Prefix(String),
+    Suffix(String),
+    Contains(String),
+    /// A whole name.
+    Regex(Regex),
     /// A kind that is not told apart here; it is given the benefit of the doubt.
     Other,
 }
 
-impl Pattern<'_> {
+impl Pattern {
     /// Whether it matches a name in lower case.
     pub(super) fn takes(&self, name: &str) -> bool {
         match self {
-            Pattern::Exact(exact) => exact.eq_ignore_ascii_case(name),
-            Pattern::Prefix(prefix) => name.starts_with(&prefix.to_ascii_lowercase()),
+            Pattern::Exact(exact) => exact == name,
+            Pattern::Prefix(prefix) => name.starts_with(prefix),
+            Pattern::Suffix(suffix) => name.ends_with(suffix),
+            Pattern::Contains(part) => name.contains(part),
+            Pattern::Regex(regex) => regex.is_match(name.as_bytes()),
             Pattern::Other => true,
         }
     }
+
+    /// The same, with the doubt the other way round.
+    pub(super) fn surely_takes(&self, name: &str) -> bool {
+        !matches!(self, Pattern::Other) && self.takes(name)
+    }
+
+    /// Reads a StringMatcher. Envoy's names are in lower case, so what has other letters and does not ignore case
+    /// matches none.
+    fn read(matcher: &Value) -> Pattern {
+        let text = |name: &str| match matcher.at(name) {
+            Some(Value::String(text)) if matcher.is_true("ignore_case") => Some(text.to_ascii_lowercase()),
+            Some(Value::String(text)) => Some(text.clone()),
+            _ => None,
+        };
+        let regex = || whole_match(matcher.at("safe_regex")?.text("regex"));
+        None.or_else(|| text("exact").map(Pattern::Exact))
+            .or_else(|| text("prefix").map(Pattern::Prefix))
+            .or_else(|| text("suffix").map(Pattern::Suffix))
+            .or_else(|| text("contains").map(Pattern::Contains))
+            .or_else(|| regex().map(Pattern::Regex))
+            .unwrap_or(Pattern::Other)
+    }
+}
+
+/// An expression that has to match a whole name; `None` if it is not understood here.
+pub(super) fn whole_match(regex: &str) -> Option<Regex> {
+    let whole = format!("^(?:{regex})$");
+    // RE2's classes are of ASCII unless they say otherwise.
+    RegexBuilder::new(&whole).unicode(false).size_limit(MAX_REGEX).build().ok()
 }
 
 /// The patterns of a ListStringMatcher.
-pub(super) fn patterns(list: &Value) -> Vec<Pattern<'_>> {
-    let one = |pattern| match (Value::at(pattern, "exact"), Value::at(pattern, "prefix")) {
-        (Some(Value::String(exact)), _) => Pattern::Exact(exact),
-        (_, Some(Value::String(prefix))) => Pattern::Prefix(prefix),
-        _ => Pattern::Other,
-    };
-    list.list("patterns").iter().map(one).collect()
+pub(super) fn patterns(list: &Value) -> Vec<Pattern> {
+    list.list("patterns").iter().map(Pattern::read).collect()
 }
 
 /// A duration as protobuf's JSON has it: `0.25s`.
@@ -111,6 +146,30 @@ mod tests {
         let value = serde_json::json!({"failureModeAllow": true, "stat_prefix": "x", "none": null});
         assert!(value.is_true("failure_mode_allow") && value.text("stat_prefix") == "x");
         assert!(value.at("none").is_none());
+    }
+
+    #[test]
+    fn every_kind_of_pattern_is_told_apart() {
+        let takes = |matcher: Value, name: &str| Pattern::read(&matcher).takes(name);
+        for (matcher, taken, left) in [
+            (serde_json::json!({"exact": "x-a"}), "x-a", "x-a-b"),
+            (serde_json::json!({"exact": "X-A", "ignore_case": true}), "x-a", "x-b"),
+            (serde_json::json!({"prefix": "x-k"}), "x-keyward-user", "x.keyward"),
+            (serde_json::json!({"suffix": "-user"}), "x-user", "x-users"),
+            (serde_json::json!({"contains": "."}), "x.user", "x-user"),
+            (
+                serde_json::json!({"safe_regex": {"regex": ".*[^a-z0-9:-].*"}}),
+                "x.keyward-user",
+                "x-keyward-user",
+            ),
+            (serde_json::json!({"safeRegex": {"regex": "a|b"}}), "b", "bc"),
+        ] {
+            assert!(takes(matcher.clone(), taken) && !takes(matcher.clone(), left), "{matcher}");
+        }
+        for matcher in [serde_json::json!({"custom": {}}), serde_json::json!({"safe_regex": {"regex": "("}})]
+        {
+            assert!(matches!(Pattern::read(&matcher), Pattern::Other), "{matcher}");
+        }
     }
 
     #[test]

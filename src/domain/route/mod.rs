@@ -188,7 +188,11 @@ pub struct Hidden {
 
 /// Rules in their order.
 #[derive(Clone, Debug, Default)]
-pub struct Rules(Vec<Rule>);
+pub struct Rules {
+    rules: Vec<Rule>,
+    /// The same with paths in Unicode's form NFKC; `None` if they are in this form.
+    normalized: Option<Vec<Rule>>,
+}
 
 impl Rules {
     /// Rules to be tried in this order.
@@ -202,24 +206,30 @@ impl Rules {
                 hidden.push(Hidden { line: rule.line, by: earlier.line });
             }
         }
-        if hidden.is_empty() { Ok(Rules(rules)) } else { Err(hidden) }
+        if !hidden.is_empty() {
+            return Err(hidden);
+        }
+        let normalized = |rule: &Rule| Rule { path: rule.path.normalized(), ..rule.clone() };
+        let normalized: Vec<Rule> = rules.iter().map(normalized).collect();
+        let differ = rules.iter().zip(&normalized).any(|(rule, normalized)| rule.path != normalized.path);
+        Ok(Rules { normalized: differ.then_some(normalized), rules })
     }
 
     /// The rules in their order.
     pub fn iter(&self) -> std::slice::Iter<'_, Rule> {
-        self.0.iter()
+        self.rules.iter()
     }
 
     /// How many there are.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.0.len()
+        self.rules.len()
     }
 
     /// Whether there are none.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.rules.is_empty()
     }
 
     /// The rule that decides such a request, and what the path says by name.
@@ -230,7 +240,23 @@ impl Rules {
         method: &str,
         path: &'a Path<'_>,
     ) -> Option<(&'a Rule, Captures<'a>)> {
-        self.0.iter().find_map(|rule| rule.judge(host, method, path).ok().map(|captures| (rule, captures)))
+        self.rules
+            .iter()
+            .find_map(|rule| rule.judge(host, method, path).ok().map(|captures| (rule, captures)))
+    }
+
+    /// Whether another rule decides the path if Unicode's form NFKC makes no difference: a server that normalizes names
+    /// would then serve what the other rule protects.
+    #[must_use]
+    pub fn is_ambiguous(&self, host: &str, method: &str, path: &Path<'_>) -> bool {
+        if self.normalized.is_none() && path.is_normalized() {
+            return false;
+        }
+        let deciding = |rules: &[Rule], path: &Path<'_>| {
+            rules.iter().position(|rule| rule.judge(host, method, path).is_ok())
+        };
+        let normalized = self.normalized.as_deref().unwrap_or(&self.rules);
+        deciding(&self.rules, path) != deciding(normalized, &path.normalized())
     }
 }
 
@@ -274,6 +300,47 @@ mod tests {
         assert_eq!(line(&rules, "api.test", "GET", "/v1/monitors"), Some(2));
         assert_eq!(line(&rules, "other.test", "GET", "/v1/monitors"), Some(3));
         assert_eq!(line(&rules, "other.test", "GET", "/v2"), None);
+    }
+
+    #[test]
+    fn a_path_is_ambiguous_if_another_rule_decides_its_normalized_form() {
+        let rules =
+            Rules::new(vec![rule(1, &["*"], &["*"], "/café/**"), rule(2, &["*"], &["*"], "/files/**")])
+                .unwrap();
+        let is_ambiguous = |path: &str| rules.is_ambiguous("api.test", "GET", &Path::parse(path).unwrap());
+        assert!(is_ambiguous("/cafe%CC%81/menu"), "a server that normalizes serves /café");
+        assert!(!is_ambiguous("/caf%C3%A9/menu") && !is_ambiguous("/files/menu"));
+        assert!(!is_ambiguous("/files/cafe%CC%81"), "the same rule decides both");
+    }
+
+    #[test]
+    fn a_rule_is_found_by_its_name_in_any_script() {
+        let rules = Rules::new(vec![
+            rule(1, &["*"], &["*"], "/wiki/ทำ/**"),
+            rule(2, &["*"], &["*"], "/ｗｉｋｉ/**"),
+            rule(3, &["*"], &["*"], "/cafe\u{301}/**"),
+            rule(4, &["*"], &["*"], "/**"),
+        ])
+        .unwrap();
+        let encoded =
+            |path: &str| percent_encoding::utf8_percent_encode(path, percent_encoding::CONTROLS).to_string();
+        let decided = |path: &str| {
+            let path = encoded(path);
+            let path = Path::parse(&path).unwrap();
+            let line = rules.find("api.test", "GET", &path).map(|(rule, _)| rule.line);
+            line.filter(|_| !rules.is_ambiguous("api.test", "GET", &path))
+        };
+        assert_eq!(decided("/wiki/ทำ/a"), Some(1), "its form NFKC has other characters");
+        assert_eq!(decided("/報告書１.pdf"), Some(4), "the same rule decides both");
+        assert_eq!(decided("/ｗｉｋｉ/報告"), Some(2));
+        assert_eq!(decided("/cafe\u{301}/menu"), Some(3));
+        for protected in ["/wiki/報告", "/caf\u{e9}/menu", "/ｗiki/ทำ"] {
+            assert_eq!(
+                decided(protected),
+                None,
+                "{protected}: a server that normalizes serves what another rule protects"
+            );
+        }
     }
 
     #[test]

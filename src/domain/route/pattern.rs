@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use unicode_normalization::UnicodeNormalization as _;
+
 use super::{
     super::name::NameError,
     Captures,
@@ -34,7 +36,9 @@ impl HostPattern {
             Some(rest) => (true, rest),
             None => (false, text),
         };
-        let host = path::host(name).filter(|host| host.eq_ignore_ascii_case(name)).ok_or(RULE)?;
+        // An IPv6 address has many spellings; any of them is meant.
+        let bare = |host: &String| host.eq_ignore_ascii_case(name) || name.ends_with(']');
+        let host = path::host(name).filter(bare).ok_or(RULE)?;
         Ok(if below { HostPattern::Below(format!(".{host}").into()) } else { HostPattern::Is(host.into()) })
     }
 
@@ -144,6 +148,10 @@ impl PathPattern {
             "has a segment that is none of: a name as it stands in the decoded path, *, {name} of [a-z0-9_], \
              or ** as the last",
         );
+        const NEVER: NameError = NameError(
+            "has a segment that no request passes with: it ends in a dot or a blank, continues after a script's name such as \
+             .php, or is otherwise ambiguous (see Spelling in docs/gateway.md)",
+        );
         const TWICE: NameError = NameError("names two segments alike");
         let rest = text.strip_prefix('/').ok_or(SLASH)?;
         let (rest, open) = match rest.strip_suffix("**") {
@@ -159,6 +167,14 @@ impl PathPattern {
         }
         let segments: Vec<_> =
             rest.split('/').map(|text| segment(text).ok_or(SEGMENT)).collect::<Result<_, _>>()?;
+        let before_last = segments.split_last().map_or(&[][..], |(_, before)| before);
+        if before_last.iter().any(|segment| matches!(segment, Segment::Is(text) if path::is_script(text)))
+            || segments
+                .iter()
+                .any(|segment| matches!(segment, Segment::Is(text) if path::check(text).is_err()))
+        {
+            return Err(NEVER);
+        }
         let pattern = PathPattern { segments, open };
         let names: Vec<_> = pattern.names().collect();
         let twice = names.iter().enumerate().any(|(at, name)| names[..at].contains(name));
@@ -171,6 +187,15 @@ impl PathPattern {
             Segment::Named(name) => Some(&**name),
             _ => None,
         })
+    }
+
+    /// The pattern with its names in Unicode's form NFKC.
+    pub(super) fn normalized(&self) -> PathPattern {
+        let normalized = |segment: &Segment| match segment {
+            Segment::Is(text) => Segment::Is(text.nfkc().collect::<String>().into()),
+            Segment::Any | Segment::Named(_) => segment.clone(),
+        };
+        PathPattern { segments: self.segments.iter().map(normalized).collect(), open: self.open }
     }
 
     /// The named segments of a path that it matches.
@@ -277,6 +302,7 @@ mod tests {
                 &["/v1", "/v1/monitors/1", "/v1/Monitors"],
             ),
             ("/v1/*/runs", &["/v1/a/runs"], &["/v1/runs", "/v1/a/b/runs"]),
+            ("/全角１/**", &["/%E5%85%A8%E8%A7%92%EF%BC%91/a"], &["/%E5%85%A8%E8%A7%921/a"]),
             ("/public/**", &["/public", "/public/", "/public/a/b"], &["/publications", "/"]),
         ] {
             for path in yes {
@@ -298,12 +324,35 @@ mod tests {
     #[test]
     fn a_pattern_that_could_never_match_as_written_is_refused() {
         for bad in [
-            "", "v1", "/v1/", "//", "/a//b", "/a/**/b", "/a**", "/{", "/{}", "/{A}", "/a{b}", "/{a}/{a}",
-            "/./a", "/a%20b", "/a;b", "/a?b", "/a*", "/a#",
+            "",
+            "v1",
+            "/v1/",
+            "//",
+            "/a//b",
+            "/a/**/b",
+            "/a**",
+            "/{",
+            "/{}",
+            "/{A}",
+            "/a{b}",
+            "/{a}/{a}",
+            "/./a",
+            "/a%20b",
+            "/a;b",
+            "/a?b",
+            "/a*",
+            "/a#",
+            "/a.",
+            "/a /b",
+            "/a.php/b",
+            "/a\u{ff0f}b",
+            "/a\u{2026}",
+            "/a:$b",
+            "/a\u{ff0e}php/b",
         ] {
             assert!(PathPattern::parse(bad).is_err(), "{bad}");
         }
-        for bad in ["", "a:80", "*a.test", "*.", "a..*", "*.*.test", "a.test."] {
+        for bad in ["", "a:80", "*a.test", "*.", "a..*", "*.*.test", "a.test.", "[::1]:80", "127.1"] {
             assert!(HostPattern::parse(bad).is_err(), "{bad}");
         }
         for bad in [&[][..], &["get"], &["*", "GET"], &[""], &["GET POST"]] {
@@ -315,6 +364,7 @@ mod tests {
     fn hosts_are_exact_or_below_a_name() {
         let host = |pattern, host| HostPattern::parse(pattern).unwrap().matches(host);
         assert!(host("API.test", "api.test") && host("*", "x") && host("*.test", "a.b.test"));
+        assert!(host("[0:0:0:0:0:0:0:1]", "[::1]"), "an IPv6 address in any spelling");
         assert!(!host("api.test", "xapi.test") && !host("*.test", "test") && !host("*.test", "atest"));
     }
 

@@ -23,7 +23,12 @@ use tokio::{
     time::timeout,
 };
 
-use crate::domain::{facts::KeyFacts, limit::Level, time::Timestamp};
+use crate::domain::{
+    connection_url::{ConnectionUrl, UrlError},
+    facts::KeyFacts,
+    limit::Level,
+    time::Timestamp,
+};
 
 use super::{HeldKey, RedisSettings, Take};
 
@@ -55,9 +60,29 @@ impl RedisUrl {
     pub fn parse(url: &str) -> Result<RedisUrl, &'static str> {
         const WANTED: &str = "must be redis://[USER[:PASSWORD]@]HOST[:PORT][/DATABASE], rediss:// for TLS, or \
                               unix:///PATH; other letters than those of a URL are written as %XX";
+        const AMBIGUOUS: &str = "can be read in more than one way: percent-encode the password (# is %23, / is %2F, \
+                                 ? is %3F, @ is %40)";
         let known = ["redis", "rediss", "valkey", "valkeys", "redis+unix", "valkey+unix", "unix"];
         if !url.split_once("://").is_some_and(|(scheme, _)| known.contains(&scheme)) {
             return Err(WANTED);
+        }
+        let parts = ConnectionUrl::parse(url).map_err(|error| match error {
+            UrlError::NoScheme => WANTED,
+            UrlError::Ambiguous => AMBIGUOUS,
+        })?;
+        // With it a certificate is not verified; anything else behind a # is a piece of a password.
+        if parts.fragment.is_some_and(|fragment| fragment != "insecure") {
+            return Err(AMBIGUOUS);
+        }
+        // The client passes over an option that it does not know, such as a misspelt password.
+        let of_socket = parts.scheme.contains("unix");
+        let known: &[&str] = if of_socket { &["db", "user", "pass", "protocol"] } else { &["protocol"] };
+        if parts.options().any(|(name, _)| !known.contains(&name)) {
+            return Err(if of_socket {
+                "has an unknown option; those of a socket are db, user, pass and protocol"
+            } else {
+                "has an unknown option; the only one is protocol, and the password is written before the host"
+            });
         }
         let info = url.into_connection_info().map_err(|_| WANTED)?;
         Client::open(info).map(RedisUrl).map_err(|_| WANTED)
@@ -328,4 +353,30 @@ fn levels(key: &impl KeyFacts, numbers: &[u64], now: Timestamp) -> Option<Levels
     let pairs = limits.iter().zip(taken.chunks_exact(2));
     let before = pairs.map(|(limit, pair)| Level::owing(limit, now, pair[0], pair[1])).collect();
     Some(Levels { before, again: *again == 1 })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_option_that_the_client_would_pass_over_is_refused() {
+        for good in [
+            "redis://u:p@h:1/2?protocol=3",
+            "unix:///run/r.sock?db=1&user=u&pass=p&protocol=2",
+            "rediss://h#insecure",
+        ] {
+            assert!(RedisUrl::parse(good).is_ok(), "{good}");
+        }
+        for bad in [
+            "redis://h?password=sesame",
+            "redis://h?pass=sesame",
+            "redis://h?protocol=3&foo=bar",
+            "unix:///run/r.sock?password=sesame",
+            "unix:///run/r.sock?PASS=sesame",
+            "unix:///run/r.sock?p%61ss=sesame",
+        ] {
+            assert!(RedisUrl::parse(bad).unwrap_err().contains("unknown option"), "{bad}");
+        }
+    }
 }

@@ -101,7 +101,7 @@ pub async fn reset_root_key(
     clock: Arc<dyn Clock>,
     entropy: &dyn Entropy,
 ) -> anyhow::Result<Reset> {
-    let store = store::open(&settings.database).await?;
+    let store = store::open_existing(&settings.database).await?;
     let place = Place::on(&store, Arc::default(), clock.clone());
     let resetting = Resetting { store: &*store, clock: &*clock, place };
     let done = resetting.run(settings, args, entropy).await;

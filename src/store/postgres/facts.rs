@@ -28,6 +28,7 @@ pub(super) fn questions(asked: &Questions) -> Vec<Question> {
         digests(asked),
         left(asked),
         accounts(asked),
+        folded_accounts(asked),
         roles(asked),
         members(asked),
         tallies(asked),
@@ -76,26 +77,35 @@ fn keys(asked: &Questions) -> Option<Question> {
 }
 
 fn names(asked: &Questions) -> Option<Question> {
-    if asked.names.is_empty() {
-        return None;
-    }
-    let of_accounts = || asked.names.iter().filter_map(|(owner, name)| Some((owner.account()?, name)));
-    let of_users = || asked.names.iter().filter_map(|(owner, name)| Some((owner.user()?, name)));
-    let sql = fill(
-        "SELECT account, NULL, name, id FROM keys \
-         JOIN unnest($1::text[], $2::text[]) AS asked (account, name) USING (account, name) \
-         WHERE revoked_at IS NULL \
-         UNION ALL SELECT NULL, user_id, name, id FROM keys \
-         JOIN unnest($3::text[], $4::text[]) AS asked (user_id, name) USING (user_id, name) \
-         WHERE revoked_at IS NULL",
-        &[
-            column(of_accounts(), |(account, _)| account.to_string()),
-            column(of_accounts(), |(_, name)| name.to_string()),
-            column(of_users(), |(user, _)| user.to_string()),
-            column(of_users(), |(_, name)| name.to_string()),
-        ],
-    );
-    Some((sql, facts::name))
+    // The second part finds names that are not in their normalized form, by an index of them alone.
+    const OF_ACCOUNTS: &str = "SELECT account, NULL, asked.name, id, keys.name FROM keys \
+         JOIN unnest($1::text[], $2::text[]) AS asked (owner, name) \
+         ON account = asked.owner AND keys.name = asked.name WHERE revoked_at IS NULL \
+         UNION ALL SELECT account, NULL, asked.name, id, keys.name FROM keys \
+         JOIN unnest($1::text[], $2::text[]) AS asked (owner, name) \
+         ON account = asked.owner AND normalize(keys.name, NFC) = asked.name \
+         WHERE keys.name IS NOT NFC NORMALIZED AND revoked_at IS NULL";
+    const OF_USERS: &str = "SELECT NULL, user_id, asked.name, id, keys.name FROM keys \
+         JOIN unnest($1::text[], $2::text[]) AS asked (owner, name) \
+         ON user_id = asked.owner AND keys.name = asked.name WHERE revoked_at IS NULL \
+         UNION ALL SELECT NULL, user_id, asked.name, id, keys.name FROM keys \
+         JOIN unnest($1::text[], $2::text[]) AS asked (owner, name) \
+         ON user_id = asked.owner AND normalize(keys.name, NFC) = asked.name \
+         WHERE keys.name IS NOT NFC NORMALIZED AND revoked_at IS NULL";
+    let of_accounts: Vec<_> =
+        asked.names.iter().filter_map(|(owner, name)| Some((owner.account()?.as_str(), name))).collect();
+    let of_users: Vec<_> =
+        asked.names.iter().filter_map(|(owner, name)| Some((owner.user()?.as_str(), name))).collect();
+    let parts = [(OF_ACCOUNTS, of_accounts), (OF_USERS, of_users)];
+    let parts: Vec<_> = parts
+        .iter()
+        .filter(|(_, names)| !names.is_empty())
+        .map(|(sql, names)| {
+            let owners = column(names, |(owner, _)| (*owner).to_owned());
+            fill(sql, &[owners, column(names, |(_, name)| name.to_string())])
+        })
+        .collect();
+    (!parts.is_empty()).then(|| (parts.join(" UNION ALL "), facts::name as Take<TextRow>))
 }
 
 fn digests(asked: &Questions) -> Option<Question> {
@@ -133,6 +143,17 @@ fn accounts(asked: &Questions) -> Option<Question> {
         &[column(&asked.accounts, ToString::to_string)],
     );
     Some((sql, facts::account))
+}
+
+fn folded_accounts(asked: &Questions) -> Option<Question> {
+    if asked.folded_accounts.is_empty() {
+        return None;
+    }
+    let sql = fill(
+        "SELECT lower(id), id FROM accounts WHERE lower(id) = ANY ($1::text[])",
+        &[column(&asked.folded_accounts, ToString::to_string)],
+    );
+    Some((sql, facts::folded_account))
 }
 
 fn roles(asked: &Questions) -> Option<Question> {

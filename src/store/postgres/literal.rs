@@ -3,25 +3,20 @@
 
 use std::borrow::Cow;
 
-use sqlx::QueryBuilder;
-
-use crate::store::queries::Dialect;
+use crate::store::queries::{Dialect, Value};
 
 impl Dialect for sqlx::Postgres {
     // Replicas of the version before write the column.
     const LAST_USED: &'static str = "greatest(s.last_used_at, u.at)";
     const USES: &'static str = "(SELECT key_id, at FROM uses UNION ALL SELECT key_id, last_used_at FROM secrets) AS uses (key_id, at)";
+    const NAME_NFC: &'static str = "normalize(name, NFC)";
 
-    fn int(query: &mut QueryBuilder<Self>, value: i64) {
-        query.push(value.literal());
-    }
-
-    fn text(query: &mut QueryBuilder<Self>, value: String) {
-        query.push(value.literal());
-    }
-
-    fn bytes(query: &mut QueryBuilder<Self>, value: Vec<u8>) {
-        query.push(value.literal());
+    fn push_value(statement: &mut String, _: &mut Vec<Value>, value: Value) {
+        statement.push_str(&match value {
+            Value::Int(value) => value.literal(),
+            Value::Text(value) => value.literal(),
+            Value::Bytes(value) => value.literal(),
+        });
     }
 }
 

@@ -5,11 +5,52 @@ use std::str::FromStr as _;
 use sha2::{Digest as _, Sha256};
 use sqlx::{ConnectOptions as _, postgres::PgConnectOptions};
 
-use crate::store::OpenError;
+use crate::{
+    domain::connection_url::{ConnectionUrl, UrlError},
+    store::{OpenError, open::wrong_url},
+};
 
 /// What may stand behind the `?`. The driver would ignore others, and repeat them in the log.
 const OPTIONS: [&str; 10] =
     ["schema", "host", "port", "user", "password", "dbname", "sslmode", "sslrootcert", "sslcert", "sslkey"];
+
+const SSL_MODES: [&str; 5] = ["disable", "prefer", "require", "verify-ca", "verify-full"];
+const WANTED: &str = "postgres://user:password@host:5432/database";
+
+/// Splits a URL. Nothing in it may be read in two ways, or a part of a password could be taken for the host.
+fn read(url: &str) -> Result<ConnectionUrl<'_>, String> {
+    let parts = ConnectionUrl::parse(url).map_err(|error| match error {
+        UrlError::NoScheme => format!("is no URL: write {WANTED}"),
+        UrlError::Ambiguous => format!("{error}, or keep the password in database_password_file"),
+    })?;
+    match (parts.scheme, parts.fragment) {
+        ("postgres" | "postgresql", None) => Ok(parts),
+        ("postgres" | "postgresql", Some(_)) => {
+            Err("must not contain #: in a password, write %23".to_owned())
+        }
+        _ => Err(format!("is not understood: write {WANTED}")),
+    }
+}
+
+/// The option is one that the driver heeds, with a value that it takes.
+fn check_option(name: &str, value: &str) -> Result<(), String> {
+    if !OPTIONS.contains(&name) {
+        return Err(format!("has an unknown option after the ?; the known ones are {}", OPTIONS.join(", ")));
+    }
+    match name {
+        "sslmode" if value == "allow" => Err(
+            "has sslmode=allow, which means plaintext here: write disable, prefer, require or verify-full"
+                .to_owned(),
+        ),
+        "sslmode" if !SSL_MODES.contains(&value) => {
+            Err(format!("has an unknown sslmode: write one of {}", SSL_MODES.join(", ")))
+        }
+        "port" if value.parse::<u16>().is_err() => {
+            Err("has a wrong port: it must be a number from 0 to 65535".to_owned())
+        }
+        _ => Ok(()),
+    }
+}
 
 /// A server, a database, a schema.
 #[derive(Clone)]
@@ -23,32 +64,20 @@ pub(super) struct Place {
 impl Place {
     /// Reads `postgres://user:password@host:port/database?schema=keyward`, and whatever else libpq knows.
     pub(super) fn parse(url: &str) -> Result<Place, OpenError> {
-        // It may hold a password: it is not repeated.
-        let wrong = |problem| OpenError::Url { url: "postgres://…".to_owned(), problem };
-        if !url.starts_with("postgres://") && !url.starts_with("postgresql://") {
-            return Err(wrong("say postgres://user:password@host:5432/database"));
-        }
-        let options = url.split_once('?').map_or("", |(_, options)| options);
-        for option in options.split('&').filter(|option| !option.is_empty()) {
-            if !OPTIONS.contains(&option.split('=').next().unwrap_or_default()) {
-                return Err(wrong(
-                    "an option behind the ? is not supported; schema, host, port, user, password, dbname, sslmode, \
-                     sslrootcert, sslcert and sslkey are",
-                ));
-            }
-            if option == "sslmode=allow" {
-                return Err(wrong(
-                    "sslmode=allow means plaintext here: say disable, or prefer, require, verify-full",
-                ));
-            }
+        let wrong = |problem: String| wrong_url(url, problem);
+        let parts = read(url).map_err(wrong)?;
+        for (name, value) in parts.options() {
+            check_option(name, value).map_err(wrong)?;
         }
         let (url, schema) = without_schema(url);
         let schema = schema.unwrap_or_else(|| "keyward".to_owned());
         if !is_plain(&schema) {
-            return Err(wrong("schema must be 1-63 of a-z, 0-9 and _, and must not start with a digit"));
+            let problem =
+                "has a wrong schema: it must be 1-63 of a-z, 0-9 and _, and must not start with a digit";
+            return Err(wrong(problem.to_owned()));
         }
         let options = PgConnectOptions::from_str(&url)
-            .map_err(|_| wrong("say postgres://user:password@host:5432/database"))?
+            .map_err(|_| wrong(format!("is not understood: write {WANTED}")))?
             .application_name("keyward")
             // pgbouncer refuses what it does not know, and we have no use for it.
             .extra_float_digits(None)
@@ -126,6 +155,9 @@ mod tests {
             "postgres://u@db/keys?sslpassword=secret",
             "postgres://u@db/keys?%73chema=secret",
             "postgres://u@db/keys?sslmode=allow",
+            "postgres://u:p@ss#secret@db/keys",
+            "postgres://u:p@secret/word@db/keys",
+            "postgres://u@db/keys?password=p#secret",
             "postgres:u:secret@db/keys",
         ] {
             let Err(error) = Place::parse(url) else { panic!("{url} was understood") };

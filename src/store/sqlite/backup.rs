@@ -1,7 +1,7 @@
 //! A copy of the file as of one instant, made while a server may own it: SQLite's `VACUUM INTO` on a connection of its
 //! own reads beside the one that writes. The copy is a closed file (`mark.rs`).
 
-use std::{fs::File, path::Path, time::Duration};
+use std::{fs::File, io::ErrorKind, path::Path, time::Duration};
 
 use sqlx::{Connection as _, SqliteConnection, sqlite::SqliteConnectOptions};
 
@@ -21,7 +21,10 @@ pub(in crate::store) async fn backup(path: &str, to: &Path) -> Result<Head, Open
     let shown = to.display().to_string();
     let other = |error: std::io::Error| OpenError::Other { path: shown.clone(), source: error.into() };
     // Made first: it holds digests and names, and is for its owner alone. SQLite takes an empty file.
-    let file = private_file::create_new(to).map_err(other)?;
+    let file = private_file::create_new(to).map_err(|error| match error.kind() {
+        ErrorKind::AlreadyExists => OpenError::BackupExists { path: shown.clone() },
+        _ => other(error),
+    })?;
     let copied = copy(path, &shown).await;
     if let Err(error) = copied {
         // What is there is no backup.
@@ -49,7 +52,10 @@ async fn close(copy: &str) -> Result<(), sqlx::Error> {
 async fn copy(path: &str, to: &str) -> Result<(), OpenError> {
     let failed = |error| open_error(path, error);
     let other = |error: std::io::Error| OpenError::Other { path: path.to_owned(), source: error.into() };
-    let real = Path::new(path).canonicalize().map_err(other)?;
+    let real = Path::new(path).canonicalize().map_err(|error| match error.kind() {
+        ErrorKind::NotFound => OpenError::Missing { path: path.to_owned() },
+        _ => other(error),
+    })?;
     if mark::look(path, &real, &File::open(&real).map_err(other)?)? == WalState::Lost {
         return Err(OpenError::WithoutWal { path: path.to_owned() });
     }

@@ -20,14 +20,20 @@ use super::connection::Result;
 const REQUESTS: &str =
     "SELECT caller, key, key_id, fingerprint, created_at FROM idempotency WHERE caller = ?1 AND key = ?2";
 const KEYS: &str = "SELECT id, revision FROM keys WHERE id = ?1";
-const NAMES_OF_ACCOUNTS: &str = "SELECT account, NULL, name, id FROM keys INDEXED BY key_names_of_account \
-     WHERE account = ?1 AND name = ?2 AND revoked_at IS NULL";
-const NAMES_OF_USERS: &str = "SELECT NULL, user_id, name, id FROM keys INDEXED BY key_names_of_user \
-     WHERE user_id = ?1 AND name = ?2 AND revoked_at IS NULL";
+const NAMES_OF_ACCOUNTS: &str = "SELECT account, NULL, ?2, id, name FROM keys INDEXED BY key_names_of_account \
+     WHERE account = ?1 AND name = ?2 AND revoked_at IS NULL \
+     UNION ALL SELECT account, NULL, ?2, id, name FROM keys INDEXED BY key_name_nfc_of_account \
+     WHERE account = ?1 AND name_nfc = ?2 AND revoked_at IS NULL";
+const NAMES_OF_USERS: &str = "SELECT NULL, user_id, ?2, id, name FROM keys INDEXED BY key_names_of_user \
+     WHERE user_id = ?1 AND name = ?2 AND revoked_at IS NULL \
+     UNION ALL SELECT NULL, user_id, ?2, id, name FROM keys INDEXED BY key_name_nfc_of_user \
+     WHERE user_id = ?1 AND name_nfc = ?2 AND revoked_at IS NULL";
 const DIGESTS: &str = "SELECT digest, key_id, version, expires_at, sum FROM secrets WHERE digest = ?1";
 const LEFT: &str = "SELECT digest, version, hint, created_at, expires_at, sum, key_id FROM secrets \
      WHERE key_id = ?1 AND version = ?2";
 const ACCOUNTS: &str = "SELECT id, revision FROM accounts WHERE id = ?1";
+const FOLDED_ACCOUNTS: &str =
+    "SELECT lower(id), id FROM accounts INDEXED BY accounts_by_folded_id WHERE lower(id) = ?1";
 const ROLES: &str = "SELECT account, name, revision FROM roles WHERE account = ?1 AND name = ?2";
 const MEMBERS: &str = "SELECT account, user_id, revision FROM members WHERE account = ?1 AND user_id = ?2";
 const TALLIES: &str = "SELECT account, user_id, keys, hour, rotations, log_rows FROM tallies \
@@ -36,7 +42,7 @@ const ROLE_COUNTS: &str = "SELECT account, count(*) FROM roles WHERE account = ?
 
 /// Every statement that asks.
 #[cfg(test)]
-pub(super) const ALL: [&str; 11] = [
+pub(super) const ALL: [&str; 12] = [
     REQUESTS,
     KEYS,
     NAMES_OF_ACCOUNTS,
@@ -44,6 +50,7 @@ pub(super) const ALL: [&str; 11] = [
     DIGESTS,
     LEFT,
     ACCOUNTS,
+    FOLDED_ACCOUNTS,
     ROLES,
     MEMBERS,
     TALLIES,
@@ -59,6 +66,12 @@ pub(super) fn answers(connection: &Connection, asked: &Questions) -> Result<Fact
         &asked.accounts,
         |ask, id| ask.query([id.as_str()]),
         |row, facts| facts::account(row, facts),
+    )?;
+    asking.all(
+        FOLDED_ACCOUNTS,
+        &asked.folded_accounts,
+        |ask, id| ask.query([id.as_str()]),
+        |row, facts| facts::folded_account(row, facts),
     )?;
     asking.all(
         ROLES,

@@ -17,6 +17,7 @@ use super::{
     migrate::migrations,
     open_error,
     owner::is_owned,
+    pages::Readers,
     reading,
 };
 
@@ -54,6 +55,7 @@ pub(in crate::store) async fn look(path: &str) -> Result<Seen, OpenError> {
     if schema == Some(known) {
         let store = Arc::new(Sqlite {
             writer: Writer::none(),
+            pages: Readers::new(real),
             options,
             readers,
             unchecked: false.into(),

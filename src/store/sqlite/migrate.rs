@@ -1,16 +1,21 @@
 //! The schema of the file: which migrations there are, which it has had, and running those that it lacks.
 
+use std::borrow::Cow;
+
 use sqlx::{
-    Row as _, SqlStr, SqliteConnection,
+    Connection as _, Row as _, SqlStr, SqliteConnection,
     migrate::{MigrateError, Migration, MigrationType, Migrator},
 };
 
 use crate::{
-    domain::log::GENESIS,
+    domain::{log::GENESIS, text},
     store::{OpenError, Schema, Step},
 };
 
 use super::open_error;
+
+/// The step that adds `name_nfc`.
+const NAMES: i64 = 9;
 
 /// The migrations, oldest first. Never edited once released.
 pub(super) fn migrations() -> Vec<Migration> {
@@ -23,6 +28,7 @@ pub(super) fn migrations() -> Vec<Migration> {
         (6, "uses", SqlStr::from_static(include_str!("../migrations/sqlite/0006_uses.sql"))),
         (7, "owner", SqlStr::from_static(include_str!("../migrations/sqlite/0007_owner.sql"))),
         (8, "tallies", SqlStr::from_static(include_str!("../migrations/sqlite/0008_tallies.sql"))),
+        (NAMES, "names", SqlStr::from_static(include_str!("../migrations/sqlite/0009_names.sql"))),
     ]
     .into_iter()
     .map(|(version, name, sql)| Migration::new(version, name.into(), MigrationType::Simple, sql, false))
@@ -73,7 +79,10 @@ pub(super) async fn run(
         let found = applied(path, connection).await?.into_iter().max().unwrap_or(0);
         return Err(OpenError::OlderSchema { path: path.to_owned(), found, known: newest() });
     }
-    match Migrator::with_migrations(migrations()).run(&mut *connection).await {
+    let failed = |error| open_error(path, error);
+    // One transaction for all steps: a column is never there without what fills it.
+    let mut transaction = connection.begin().await.map_err(failed)?;
+    match Migrator::with_migrations(migrations()).run(&mut *transaction).await {
         Ok(()) => {}
         Err(MigrateError::VersionMissing(found)) => {
             return Err(OpenError::NewerSchema { path: path.to_owned(), found, known: newest() });
@@ -88,13 +97,34 @@ pub(super) async fn run(
             return Err(OpenError::Other { path: path.to_owned(), source: error.into() });
         }
     }
-    for Step { version, name } in pending {
-        tracing::info!(version, name, database = path, "migrated");
+    if pending.iter().any(|step| step.version == NAMES) {
+        normalize_names(&mut transaction).await.map_err(failed)?;
     }
     sqlx::query("INSERT OR IGNORE INTO meta (one, store_id, epoch, head, head_hash) VALUES (1, randomblob(16), 1, 0, ?1)")
         .bind(GENESIS.as_slice())
-        .execute(connection)
+        .execute(&mut *transaction)
         .await
-        .map(drop)
-        .map_err(|error| open_error(path, error))
+        .map_err(failed)?;
+    transaction.commit().await.map_err(failed)?;
+    for Step { version, name } in pending {
+        tracing::info!(version, name, database = path, "migrated");
+    }
+    Ok(())
+}
+
+/// Fills `name_nfc` for the names that are not normalized.
+async fn normalize_names(connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
+    // What is ASCII is normalized.
+    let sql = "SELECT id, name FROM keys WHERE name GLOB '*[^ -~]*'";
+    let rows = sqlx::query(sql).fetch_all(&mut *connection).await?;
+    for row in rows {
+        if let Cow::Owned(name) = text::normalize(row.try_get(1)?) {
+            sqlx::query("UPDATE keys SET name_nfc = ?1 WHERE id = ?2")
+                .bind(name)
+                .bind(row.try_get::<Vec<u8>, _>(0)?)
+                .execute(&mut *connection)
+                .await?;
+        }
+    }
+    Ok(())
 }

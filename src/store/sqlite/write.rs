@@ -38,7 +38,7 @@ const PUT_ACCOUNT: &str = "INSERT INTO accounts (id, name, suspended_at, created
      sum = excluded.sum, longest_life = excluded.longest_life";
 const PUT_ROLE: &str = "INSERT OR REPLACE INTO roles VALUES (?, ?, ?, ?, ?)";
 const PUT_MEMBER: &str = "INSERT OR REPLACE INTO members VALUES (?, ?, ?, ?, ?)";
-const PUT_KEY: &str = "INSERT INTO keys VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) \
+const PUT_KEY: &str = "INSERT INTO keys VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) \
      ON CONFLICT (id) DO UPDATE SET account = excluded.account, user_id = excluded.user_id, \
      environment = excluded.environment, name = excluded.name, scopes = excluded.scopes, \
      roles = excluded.roles, expires_at = excluded.expires_at, customers = excluded.customers, \
@@ -46,7 +46,8 @@ const PUT_KEY: &str = "INSERT INTO keys VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?,
      metadata = excluded.metadata, created_at = excluded.created_at, created_by = excluded.created_by, \
      updated_at = excluded.updated_at, disabled_at = excluded.disabled_at, \
      revoked_at = excluded.revoked_at, revoke_reason = excluded.revoke_reason, \
-     revoke_comment = excluded.revoke_comment, revision = excluded.revision, sum = excluded.sum";
+     revoke_comment = excluded.revoke_comment, revision = excluded.revision, sum = excluded.sum, \
+     name_nfc = excluded.name_nfc";
 const PUT_SECRET: &str = "INSERT INTO secrets VALUES (?, ?, ?, ?, ?, ?, ?) \
      ON CONFLICT (digest) DO UPDATE SET expires_at = excluded.expires_at, sum = excluded.sum \
      WHERE key_id = excluded.key_id AND version = excluded.version";
@@ -168,6 +169,7 @@ fn put_key(put: &mut CachedStatement<'_>, row: &KeyRow<'_>) -> Executed {
         row.revoke_comment,
         row.revision,
         row.sum(),
+        row.name_nfc(),
     ])
 }
 

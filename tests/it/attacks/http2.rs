@@ -53,6 +53,27 @@ async fn whoever_makes_the_server_reset_streams_loses_the_connection() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn messages_that_a_refusal_has_overtaken_do_not_cost_the_connection() {
+    let keyward = started("").await;
+    let mut client = Attacker::connect(keyward.address, &[]);
+    let (headers, mut answers) = (call(CHECK), 0);
+    for _ in 0..150 {
+        let streams: Vec<_> = (0..20).map(|_| client.stream()).collect();
+        let opened: Vec<_> =
+            streams.iter().flat_map(|stream| frame(HEADERS, END_HEADERS, *stream, &headers)).collect();
+        assert!(client.send(&opened));
+        // Without a credential a call is answered before its message comes.
+        answers += streams.len();
+        client.until_answered(answers);
+        let messages: Vec<_> =
+            streams.iter().flat_map(|stream| frame(DATA, END_STREAM, *stream, &[0; 5])).collect();
+        assert!(client.send(&messages), "after {answers} refusals");
+    }
+    assert_eq!(client.heard.resets.load(Ordering::Relaxed), 0);
+    keyward.stop();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn whoever_takes_every_call_back_loses_the_connection() {
     let keyward = started("").await;
     let to = keyward.address;

@@ -32,7 +32,7 @@ pub(super) async fn a_rejected_write_leaves_its_batch_alone(store: Shared) {
         create(&last),
     ];
     let committed = store.commit(&batch).await.unwrap();
-    let outcomes: Vec<_> = committed.outcomes.iter().map(|outcome| outcome.as_ref().err().copied()).collect();
+    let outcomes: Vec<_> = committed.outcomes.iter().map(|outcome| outcome.as_ref().err().cloned()).collect();
     assert_eq!(
         outcomes,
         [
@@ -86,7 +86,7 @@ pub(super) async fn a_write_sees_those_before_it_in_its_batch(store: Shared) {
         delete_role(&Role { revision: Revision(4), ..agent.clone() }),
     ];
     let outcomes = store.commit(&batch).await.unwrap().outcomes;
-    let rejections: Vec<_> = outcomes.iter().map(|outcome| outcome.as_ref().err().copied()).collect();
+    let rejections: Vec<_> = outcomes.iter().map(|outcome| outcome.as_ref().err().cloned()).collect();
     let in_use = Rejection::RoleInUse { keys: 1, members: 1 };
     let expected =
         [None, None, Some(Rejection::Conflict), None, Some(Rejection::NoSuchRole), None, Some(in_use)];
@@ -147,9 +147,9 @@ pub(super) async fn names_go_from_key_to_key_within_a_batch(store: Shared) {
         update(&renamed(&first, "b", 5)),
     ];
     let outcomes = store.commit(&batch).await.unwrap().outcomes;
-    let rejections: Vec<_> = outcomes.iter().map(|outcome| outcome.as_ref().err().copied()).collect();
+    let rejections: Vec<_> = outcomes.iter().map(|outcome| outcome.as_ref().err().cloned()).collect();
     let (taken, stale) = (Some(Rejection::NameTaken), Some(Rejection::Conflict));
-    assert_eq!(rejections, [taken, None, None, taken, stale, None, None, None]);
+    assert_eq!(rejections, [taken.clone(), None, None, taken, stale, None, None, None]);
     for (id, name) in [(first.id, "b"), (second.id, "a"), (third.id, "a")] {
         let key = read(&store, id).await.unwrap();
         assert_eq!(key.terms.name.as_ref().map(|name| name.as_str()), Some(name));

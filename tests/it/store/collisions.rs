@@ -71,6 +71,88 @@ pub(super) async fn a_name_is_free_in_another_account_and_for_a_user(store: Shar
     }
 }
 
+/// A key with a name as a release stored it that did not normalize names.
+fn named_before(owner: &Owner, name: &str) -> Key {
+    let mut key = Key { owner: owner.clone(), ..key() };
+    key.terms.name = Some(KeyName::from_stored(name).unwrap());
+    key
+}
+
+pub(super) async fn a_name_is_one_in_every_unicode_form(store: Shared) {
+    with_accounts(&store).await;
+    for owner in [Owner::Account(account_id("acme")), Owner::User(UserId::parse("u1").unwrap())] {
+        // Both have two marks, which may come in either order.
+        let forms = ["\u{1ec7}", "e\u{323}\u{302}", "e\u{302}\u{323}", "\u{1eb9}\u{302}", "\u{ea}\u{323}"];
+        for first in forms {
+            let made = put(&store, create(&named_before(&owner, first))).await;
+            for second in forms {
+                let again = create(&named_before(&owner, second));
+                assert_eq!(
+                    try_one(&store, again).await.unwrap_err(),
+                    Rejection::NameTaken,
+                    "{first:?} {second:?}"
+                );
+            }
+            assert_eq!(read(&store, made.id).await.as_ref(), Some(&made), "it stays as it was written");
+            let mut other = put(&store, create(&named_before(&owner, "e"))).await;
+            other.terms.name = Some(KeyName::parse(first).unwrap());
+            assert_eq!(
+                try_one(&store, update(&other)).await.unwrap_err(),
+                Rejection::NameTaken,
+                "by renaming"
+            );
+            other.terms.name = None;
+            put(&store, update(&other)).await;
+            // It may change, and be given its name in another form.
+            let mut made = put(&store, update(&made)).await;
+            made.terms.name = Some(KeyName::parse(first).unwrap());
+            let made = put(&store, update(&made)).await;
+            put(&store, update(&revoked(made, at(1)))).await;
+        }
+        let batch = forms.map(|form| create(&named_before(&owner, form)));
+        let outcomes = store.commit(&batch).await.unwrap().outcomes;
+        assert!(outcomes[0].is_ok(), "{outcomes:?}");
+        let taken = |outcome: &Result<Outcome, Rejection>| matches!(outcome, Err(Rejection::NameTaken));
+        assert!(outcomes[1..].iter().all(taken), "{outcomes:?}");
+    }
+}
+
+pub(super) async fn ids_of_accounts_that_differ_in_case_alone_are_taken(store: Shared) {
+    put_account(&store, &account("keyward"), None).await;
+    let made = put_account(&store, &account("org_2abCD"), None).await;
+    for (taken, existing) in [
+        ("org_2abcd", "org_2abCD"),
+        ("ORG_2ABCD", "org_2abCD"),
+        ("Org_2abCD", "org_2abCD"),
+        ("Keyward", "keyward"),
+        ("KEYWARD", "keyward"),
+    ] {
+        let create = create_account(&account(taken));
+        let rejection = Rejection::AccountIdCase(account_id(existing));
+        assert_eq!(try_one(&store, create).await.unwrap_err(), rejection, "{taken}");
+        assert_eq!(store.account(&account_id(taken)).await.unwrap(), None, "ids are compared exactly");
+    }
+    let again = create_account(&account("org_2abCD"));
+    assert_eq!(try_one(&store, again).await.unwrap_err(), Rejection::Conflict);
+    put_account(&store, &made, Some(made.revision)).await;
+    put_account(&store, &account("org-2abCD"), None).await;
+    // In one batch, and in two at once.
+    let batch = ["user_2NNe", "user_2nne", "USER_2NNE"].map(|id| create_account(&account(id)));
+    let outcomes = store.commit(&batch).await.unwrap().outcomes;
+    assert!(outcomes[0].is_ok(), "{outcomes:?}");
+    let taken = |outcome: &Result<Outcome, Rejection>| matches!(outcome, Err(Rejection::AccountIdCase(_)));
+    assert!(outcomes[1..].iter().all(taken), "{outcomes:?}");
+    let at_once = ["aB", "ab", "Ab", "AB"].map(|id| {
+        let (store, create) = (store.clone(), create_account(&account(id)));
+        tokio::spawn(async move { try_one(&store, create).await.is_ok() })
+    });
+    let mut made = 0;
+    for create in at_once {
+        made += usize::from(create.await.unwrap());
+    }
+    assert_eq!(made, 1);
+}
+
 pub(super) async fn keys_without_a_name_do_not_collide(store: Shared) {
     with_accounts(&store).await;
     put(&store, create(&key())).await;

@@ -336,6 +336,8 @@ macro_rules! every_promise {
                 a_change_from_another_revision_than_the_records_is_a_conflict,
                 a_name_is_its_keys_until_that_is_revoked,
                 a_name_is_free_in_another_account_and_for_a_user,
+                a_name_is_one_in_every_unicode_form,
+                ids_of_accounts_that_differ_in_case_alone_are_taken,
                 keys_without_a_name_do_not_collide,
                 a_digest_is_unique_for_ever,
                 a_secret_of_the_keys_own_past_is_taken_too,

@@ -1,0 +1,75 @@
+//! A store with many keys, written without a server: a server would need longer to be given them.
+
+use std::{sync::Arc, time::Instant};
+
+use keyward::{
+    clock::{Clock as _, SystemClock},
+    domain::{
+        log::{Action, Actor, Change},
+        time::Revision,
+        token::Digest,
+    },
+    store::{self, ReadSet, Store, Write},
+};
+
+use crate::sample;
+
+/// What SQLite may keep in memory while it is filled, in pages of 4 KiB; and zero, which is its default.
+const FILLING: u32 = 1 << 18;
+const USUAL: u32 = 0;
+/// Keys in one transaction; more of them write each page of an index fewer times.
+const BATCH: u64 = 20_000;
+
+/// Says in an SQLite file how many pages whoever opens it may keep in memory. With the usual 2 MB most of a million
+/// keys' time would go into reading pages again and writing them early.
+fn cache(path: &str, pages: u32) {
+    let file = rusqlite::Connection::open(path).unwrap();
+    file.execute_batch(&format!("PRAGMA default_cache_size = {pages}")).unwrap();
+}
+
+/// Puts accounts and keys into a store, unless it has some.
+pub(crate) async fn fill(url: &str, keys: u64) {
+    store::open(url).await.unwrap().close().await;
+    let cached = |pages| url.strip_prefix("sqlite:").into_iter().for_each(|path| cache(path, pages));
+    cached(FILLING);
+    add(url, keys).await;
+    cached(USUAL);
+}
+
+async fn add(url: &str, keys: u64) {
+    let store = store::open(url).await.unwrap();
+    if store.head().await.unwrap().revision == Revision(0) {
+        let began = Instant::now();
+        let now = SystemClock.now();
+        let account = |number| Change::Account(Arc::new(sample::account(number, now)));
+        commit(&*store, (0..sample::ACCOUNTS).map(account).collect()).await;
+        let sets = sample::scope_sets();
+        let key = |number| {
+            let digest = Digest::of(&format!("token {number}"));
+            Change::Key(Arc::new(sample::key(number, digest, &sets, now)))
+        };
+        for first in (0..keys).step_by(usize::try_from(BATCH).unwrap()) {
+            let batch = (first..keys.min(first + BATCH)).map(key).collect();
+            commit(&*store, batch).await;
+        }
+        println!("{keys} keys put into the store in {:.0} s", began.elapsed().as_secs_f64());
+    }
+    store.close().await;
+}
+
+async fn commit(store: &dyn Store, changes: Vec<Change>) {
+    let write = |change| Write {
+        change,
+        expect: None,
+        action: Action::KeyImported,
+        actor: Actor::SYSTEM,
+        method: "bench",
+        at: SystemClock.now(),
+        idempotency: None,
+        reads: ReadSet::default(),
+        limits: None,
+    };
+    let batch: Vec<_> = changes.into_iter().map(write).collect();
+    let committed = store.commit(&batch).await.unwrap();
+    assert!(committed.outcomes.iter().all(Result::is_ok));
+}

@@ -1,0 +1,231 @@
+//! Looks through an import's file before anything is sent, so that a file that is no text, or no JSON, is refused once and
+//! as a whole.
+
+use std::io::{self, BufReader, ErrorKind, Read, Seek, SeekFrom};
+
+use encoding_rs::{Decoder, DecoderResult, Encoding, UTF_8};
+use serde::de::IgnoredAny;
+
+use super::text::detect;
+use crate::cli::failure::Failure;
+
+const CHUNK: usize = 64 * 1024;
+/// Room for decoded text. A decoder needs a few bytes at least.
+const ROOM: usize = 16 * 1024;
+
+/// What JSON a file must be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Syntax {
+    /// None: rows are judged one by one.
+    Rows,
+    /// One JSON value.
+    JsonValue,
+    /// JSON values one after the other.
+    JsonValues,
+}
+
+/// Reads a whole file and says what makes it unusable: bytes that are no text, zeros, broken JSON.
+pub(super) fn inspect(
+    mut input: impl Read + Seek,
+    named: Option<&'static Encoding>,
+    syntax: Syntax,
+) -> Result<(), Failure> {
+    refuse_other_formats(&mut input)?;
+    let mut text = BufReader::with_capacity(ROOM, DecodedText::open(input, named)?);
+    let read = match syntax {
+        Syntax::Rows => io::copy(&mut text, &mut io::sink()).map(drop),
+        Syntax::JsonValue => {
+            serde_json::from_reader::<_, IgnoredAny>(&mut text).map(drop).map_err(io::Error::from)
+        }
+        Syntax::JsonValues => serde_json::Deserializer::from_reader(&mut text)
+            .into_iter::<IgnoredAny>()
+            .try_for_each(|value| value.map(drop))
+            .map_err(io::Error::from),
+    };
+    read.map_err(|error| match error.downcast::<NotText>() {
+        Ok(problem) => problem.into(),
+        // Of serde_json, whose messages name line and column and repeat no text.
+        Err(error) if syntax != Syntax::Rows => {
+            Failure::usage(format!("the file is not valid JSON: {error}"))
+                .hint("nothing was imported; mend the file and give the same command again")
+        }
+        Err(error) => Failure::from(error),
+    })
+}
+
+/// Refuses files that people take for text by their name.
+fn refuse_other_formats(mut input: impl Read + Seek) -> Result<(), Failure> {
+    let mut beginning = [0; 4];
+    input.seek(SeekFrom::Start(0))?;
+    let read = input.by_ref().take(4).read(&mut beginning)?;
+    input.seek(SeekFrom::Start(0))?;
+    let (what, fix) = match &beginning[..read] {
+        [b'P', b'K', 3, 4] => ("an Excel workbook or another zip archive", "save the sheet as \"CSV UTF-8\""),
+        [0xd0, 0xcf, 0x11, 0xe0] => ("an old Excel workbook", "save the sheet as \"CSV UTF-8\""),
+        [0x1f, 0x8b, ..] => ("compressed with gzip", "decompress it first, with gunzip"),
+        [0x28, 0xb5, 0x2f, 0xfd] => ("compressed with zstd", "decompress it first, with unzstd"),
+        _ => return Ok(()),
+    };
+    Err(Failure::usage(format!("the file is {what}, not CSV or JSON")).hint(fix))
+}
+
+/// Why a file is no text.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+enum NotText {
+    #[error("line {line} is not {encoding}")]
+    Undecodable { line: u64, encoding: &'static str },
+    #[error("line {line} holds a zero byte: the file is damaged, or no text")]
+    Zero { line: u64 },
+}
+
+impl From<NotText> for Failure {
+    fn from(problem: NotText) -> Failure {
+        let hint = match &problem {
+            NotText::Undecodable { encoding, .. } if *encoding == UTF_8.name() => {
+                "nothing was imported; name the file's encoding, such as --encoding windows-1252 for a file that Excel \
+                 saved as \"CSV (comma delimited)\", or save it as \"CSV UTF-8\""
+            }
+            NotText::Undecodable { .. } => "nothing was imported; name the file's encoding with --encoding",
+            NotText::Zero { .. } => "nothing was imported; export the file again",
+        };
+        Failure::usage(problem.to_string()).hint(hint)
+    }
+}
+
+/// A file as UTF-8.
+struct DecodedText<R> {
+    input: R,
+    encoding: &'static Encoding,
+    decoder: Decoder,
+    encoded: Vec<u8>,
+    start: usize,
+    ended: bool,
+    /// A decoder must not be asked again once it has finished.
+    finished: bool,
+    /// The line that is being read, from 1.
+    line: u64,
+    after_carriage_return: bool,
+}
+
+impl<R: Read + Seek> DecodedText<R> {
+    fn open(mut input: R, named: Option<&'static Encoding>) -> io::Result<DecodedText<R>> {
+        let mut beginning = Vec::new();
+        input.seek(SeekFrom::Start(0))?;
+        input.by_ref().take(3).read_to_end(&mut beginning)?;
+        let (encoding, mark) = detect(&beginning, named);
+        input.seek(SeekFrom::Start(mark as u64))?;
+        let decoder = encoding.new_decoder_without_bom_handling();
+        Ok(DecodedText {
+            input,
+            encoding,
+            decoder,
+            encoded: Vec::new(),
+            start: 0,
+            ended: false,
+            finished: false,
+            line: 1,
+            after_carriage_return: false,
+        })
+    }
+
+    fn fill(&mut self) -> io::Result<()> {
+        self.encoded.drain(..self.start);
+        self.start = 0;
+        let read = self.input.by_ref().take(CHUNK as u64).read_to_end(&mut self.encoded)?;
+        self.ended = read == 0;
+        Ok(())
+    }
+
+    /// Counts the lines of what was decoded; fails at a zero.
+    fn look_at(&mut self, text: &[u8]) -> Result<(), NotText> {
+        for byte in text {
+            match byte {
+                0 => return Err(NotText::Zero { line: self.line }),
+                b'\n' if self.after_carriage_return => {}
+                b'\n' | b'\r' => self.line += 1,
+                _ => {}
+            }
+            self.after_carriage_return = *byte == b'\r';
+        }
+        Ok(())
+    }
+}
+
+impl<R: Read + Seek> Read for DecodedText<R> {
+    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+        while !self.finished {
+            if self.start == self.encoded.len() && !self.ended {
+                self.fill()?;
+            }
+            let source = &self.encoded[self.start..];
+            let (result, read, written) =
+                self.decoder.decode_to_utf8_without_replacement(source, room, self.ended);
+            self.start += read;
+            self.look_at(&room[..written])
+                .map_err(|problem| io::Error::new(ErrorKind::InvalidData, problem))?;
+            match result {
+                DecoderResult::Malformed(..) => {
+                    let problem = NotText::Undecodable { line: self.line, encoding: self.encoding.name() };
+                    return Err(io::Error::new(ErrorKind::InvalidData, problem));
+                }
+                // A character may reach into the next chunk.
+                DecoderResult::InputEmpty if written == 0 && !self.ended => self.fill()?,
+                DecoderResult::InputEmpty => {
+                    self.finished = self.ended;
+                    return Ok(written);
+                }
+                DecoderResult::OutputFull => return Ok(written),
+            }
+        }
+        Ok(0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Cursor;
+
+    use encoding_rs::{UTF_16LE, WINDOWS_1252};
+
+    use super::{super::text::tests::encoded, *};
+
+    fn problem(file: &[u8], named: Option<&'static Encoding>, syntax: Syntax) -> Option<String> {
+        inspect(Cursor::new(file.to_vec()), named, syntax).err().map(|failure| failure.to_string())
+    }
+
+    #[test]
+    fn a_file_in_an_old_encoding_is_refused_once_with_its_line_and_the_flag_that_reads_it() {
+        let file = [b"sha256,name\r\nab,caf\xe9\r\n".to_vec(), b"ab,caf\xe9\r\n".repeat(100_000)].concat();
+        let told = problem(&file, None, Syntax::Rows).unwrap();
+        assert!(told.contains("line 2 is not UTF-8") && told.contains("--encoding windows-1252"), "{told}");
+        assert_eq!(problem(&file, Some(WINDOWS_1252), Syntax::Rows), None);
+    }
+
+    #[test]
+    fn zeros_workbooks_and_archives_are_refused_by_what_they_are() {
+        for (file, said) in [
+            (&b"sha256\nab\n\0\0\0\0"[..], "line 3 holds a zero byte"),
+            (b"PK\x03\x04rest", "Excel workbook"),
+            (b"\xd0\xcf\x11\xe0rest", "old Excel workbook"),
+            (b"\x1f\x8b\x08rest", "gunzip"),
+        ] {
+            let told = problem(file, None, Syntax::Rows).unwrap();
+            assert!(told.contains(said), "{told}");
+        }
+        for good in [&b""[..], b"a", b"PK", &encoded("a,\u{e9}\n", UTF_16LE)] {
+            assert_eq!(problem(good, None, Syntax::Rows), None, "{good:?}");
+        }
+    }
+
+    #[test]
+    fn broken_json_is_refused_once_with_its_place_and_without_its_text() {
+        let told = problem(b"[\n{\"a\": 1},\n{\"kw_secret\"}\n]", None, Syntax::JsonValue).unwrap();
+        assert!(told.contains("line 3 column") && !told.contains("kw_secret"), "{told}");
+        assert!(problem(b"[{}] x", None, Syntax::JsonValue).unwrap().contains("trailing characters"));
+        assert_eq!(problem(b"[{}]\n", None, Syntax::JsonValue), None);
+        assert_eq!(problem(b"{\n}\n{}", None, Syntax::JsonValues), None);
+        assert!(problem(b"{\n}\n{", None, Syntax::JsonValues).is_some());
+        let wide = encoded(&format!("[{}\"\u{20ac}\"]", "\"\u{e9}\",".repeat(100_000)), UTF_16LE);
+        assert_eq!(problem(&wide, None, Syntax::JsonValue), None);
+    }
+}

@@ -1,0 +1,315 @@
+//! JSON files: an object on each line, one array of objects, or objects one after the other over many lines.
+
+use std::{
+    fmt,
+    io::{self, Read, Seek},
+};
+
+use serde::{
+    Deserialize, Deserializer,
+    de::{MapAccess, Visitor},
+};
+use serde_json::Value;
+
+use super::text::{Line, MAX_ROW, Text, trim_line_end};
+
+const TOO_LONG: &str = "the object is longer than 1 MiB";
+const NOT_TEXT: &str = "the object is not text in the file's encoding";
+const NO_OBJECT: &str = "is no JSON object";
+
+/// How objects are laid out in a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Layout {
+    /// An object on each line. A line that is none costs no other.
+    Lines,
+    /// The elements of one array.
+    Array,
+    /// One after the other, each over many lines.
+    Sequence,
+}
+
+/// An object, read or not.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Object {
+    /// The line on which it begins, from 1.
+    pub(super) line: u64,
+    /// As it is in the file.
+    pub(super) raw: String,
+    /// Its fields, or why there are none.
+    pub(super) fields: Result<Fields, &'static str>,
+}
+
+/// The fields of an object in their order, those with the same name too.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct Fields(pub(super) Vec<(String, Value)>);
+
+impl<'de> Deserialize<'de> for Fields {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Fields, D::Error> {
+        struct Collect;
+        impl<'de> Visitor<'de> for Collect {
+            type Value = Fields;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<Fields, M::Error> {
+                let mut fields = Vec::new();
+                while let Some(field) = map.next_entry()? {
+                    fields.push(field);
+                }
+                Ok(Fields(fields))
+            }
+        }
+        deserializer.deserialize_map(Collect)
+    }
+}
+
+impl Layout {
+    /// The layout of a file that is at its beginning. An array's bracket is read with it.
+    pub(super) fn detect<R: Read + Seek>(text: &mut Text<R>) -> io::Result<Layout> {
+        let start = text.at();
+        skip(text, is_blank)?;
+        if text.unit()? == Some(u16::from(b'[')) {
+            text.take_unit(&mut Vec::new())?;
+            return Ok(Layout::Array);
+        }
+        let mut first = String::new();
+        text.line(&mut first)?;
+        text.go_to(start)?;
+        // Only an object that goes on in the next line ends too early.
+        let continues = serde_json::from_str::<Fields>(&first).is_err_and(|error| error.is_eof());
+        Ok(if continues && first.starts_with('{') { Layout::Sequence } else { Layout::Lines })
+    }
+
+    /// Reads the next object.
+    pub(super) fn next<R: Read + Seek>(self, text: &mut Text<R>) -> io::Result<Option<Object>> {
+        match self {
+            Layout::Lines => next_line(text),
+            Layout::Array => next_value(text, true),
+            Layout::Sequence => next_value(text, false),
+        }
+    }
+}
+
+fn parse(raw: &str) -> Result<Fields, &'static str> {
+    serde_json::from_str(raw).map_err(|_| NO_OBJECT)
+}
+
+fn next_line<R: Read + Seek>(text: &mut Text<R>) -> io::Result<Option<Object>> {
+    loop {
+        let (line, mut raw) = (text.at().lines + 1, String::new());
+        let fields = match text.line(&mut raw)? {
+            Line::End => return Ok(None),
+            Line::TooLong => Err(TOO_LONG),
+            Line::NotText => Err(NOT_TEXT),
+            Line::Whole if raw.trim().is_empty() => continue,
+            Line::Whole => parse(&raw),
+        };
+        raw.truncate(trim_line_end(&raw).len());
+        return Ok(Some(Object { line, raw, fields }));
+    }
+}
+
+/// Reads the value up to its closing bracket, or up to what separates it from the next.
+fn next_value<R: Read + Seek>(text: &mut Text<R>, in_array: bool) -> io::Result<Option<Object>> {
+    skip(text, |character| is_blank(character) || in_array && character == ',')?;
+    let line = text.at().lines + 1;
+    let (mut bytes, mut value, mut whole) = (Vec::new(), Nesting::default(), true);
+    while let Some(unit) = text.unit()? {
+        // What is not ASCII is text within a string.
+        let character = char::from_u32(unit.into()).filter(char::is_ascii).unwrap_or('\u{fffd}');
+        if value.ends_before(character) {
+            break;
+        }
+        text.take_unit(&mut bytes)?;
+        whole = whole && bytes.len() <= MAX_ROW;
+        if !whole {
+            bytes.clear();
+        }
+        if value.ends_with(character) {
+            break;
+        }
+    }
+    if whole && bytes.is_empty() {
+        return Ok(None);
+    }
+    let raw = whole.then(|| text.decode(&bytes).map(|raw| raw.trim().to_owned()));
+    let fields = match &raw {
+        None => Err(TOO_LONG),
+        Some(None) => Err(NOT_TEXT),
+        Some(Some(raw)) => parse(raw),
+    };
+    Ok(Some(Object { line, raw: raw.flatten().unwrap_or_default(), fields }))
+}
+
+/// Where in a JSON value reading is.
+#[derive(Debug, Default)]
+struct Nesting {
+    depth: usize,
+    in_string: bool,
+    escaped: bool,
+}
+
+impl Nesting {
+    /// Whether the value has ended before this character, which is none of it.
+    fn ends_before(&self, character: char) -> bool {
+        self.depth == 0 && !self.in_string && (matches!(character, ',' | ']') || is_blank(character))
+    }
+
+    /// Takes a character of the value; whether the value ends with it.
+    fn ends_with(&mut self, character: char) -> bool {
+        if self.in_string {
+            let ends = character == '"' && !self.escaped;
+            self.escaped = character == '\\' && !self.escaped;
+            self.in_string = !ends;
+            return ends && self.depth == 0;
+        }
+        match character {
+            '"' => self.in_string = true,
+            '{' | '[' => self.depth += 1,
+            '}' | ']' => {
+                self.depth = self.depth.saturating_sub(1);
+                return self.depth == 0;
+            }
+            _ => {}
+        }
+        false
+    }
+}
+
+fn is_blank(character: char) -> bool {
+    matches!(character, ' ' | '\t' | '\n' | '\r')
+}
+
+fn skip<R: Read + Seek>(text: &mut Text<R>, skipped: impl Fn(char) -> bool) -> io::Result<()> {
+    while let Some(unit) = text.unit()?
+        && char::from_u32(unit.into()).is_some_and(&skipped)
+    {
+        text.take_unit(&mut Vec::new())?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Cursor;
+
+    use encoding_rs::{UTF_8, UTF_16BE, UTF_16LE};
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::{
+        super::text::{Position, tests::encoded},
+        *,
+    };
+
+    fn open(file: &[u8]) -> (Text<Cursor<Vec<u8>>>, Layout) {
+        let mut text = Text::open(Cursor::new(file.to_vec()), None).unwrap();
+        let layout = Layout::detect(&mut text).unwrap();
+        (text, layout)
+    }
+
+    /// All objects from a position on, each with where the next one begins.
+    fn objects(file: &[u8], from: Option<Position>) -> Vec<(Object, Position)> {
+        let (mut text, layout) = open(file);
+        from.into_iter().for_each(|from| text.go_to(from).unwrap());
+        std::iter::from_fn(|| Some((layout.next(&mut text).unwrap()?, text.at()))).collect()
+    }
+
+    #[test]
+    fn the_layout_is_known_by_the_files_beginning() {
+        for (file, layout) in [
+            ("", Layout::Lines),
+            ("{\"a\":1}\n{\"b\":2}\n", Layout::Lines),
+            ("no json\n{}", Layout::Lines),
+            ("\n[\n{}\n]", Layout::Array),
+            ("[{}]", Layout::Array),
+            ("{\n  \"a\": 1\n}\n{}", Layout::Sequence),
+        ] {
+            assert_eq!(open(file.as_bytes()).1, layout, "{file:?}");
+        }
+    }
+
+    #[test]
+    fn a_line_that_is_no_object_costs_no_other() {
+        let read = objects(b"{\"a\":1}\n\n[1]\nnonsense\n{\"b\":2}", None);
+        let told: Vec<_> = read.iter().map(|(object, _)| (object.line, object.fields.is_ok())).collect();
+        assert_eq!(told, [(1, true), (3, false), (4, false), (5, true)]);
+    }
+
+    #[test]
+    fn elements_of_an_array_that_are_no_objects_cost_no_other() {
+        let read = objects(b"[1, \"],{\", [2], {\"a\": \"}\\\"]\"} ,null]", None);
+        let told: Vec<_> =
+            read.iter().map(|(object, _)| (object.raw.as_str(), object.fields.is_ok())).collect();
+        let expected = [
+            ("1", false),
+            ("\"],{\"", false),
+            ("[2]", false),
+            ("{\"a\": \"}\\\"]\"}", true),
+            ("null", false),
+        ];
+        assert_eq!(told, expected);
+        let long = format!("[{{\"a\":\"{}\"}},{{}}]", "x".repeat(MAX_ROW));
+        let read = objects(long.as_bytes(), None);
+        assert_eq!((&read[0].0.fields, read[1].0.fields.is_ok()), (&Err(TOO_LONG), true));
+    }
+
+    #[test]
+    fn fields_with_the_same_name_are_all_read() {
+        let fields = parse("{\"a\":1,\"a\":2}").unwrap();
+        assert_eq!(fields.0, [("a".to_owned(), json!(1)), ("a".to_owned(), json!(2))]);
+    }
+
+    fn text() -> impl Strategy<Value = String> {
+        "[a\"\\\\{}\\[\\],é \n]{0,8}"
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_in_any_layout_and_encoding_reads_back_from_every_position(
+            rows in proptest::collection::vec(proptest::collection::vec((text(), text()), 1..4), 0..6),
+            layout in 0..4,
+            encoding in prop_oneof![Just(UTF_8), Just(UTF_16LE), Just(UTF_16BE)],
+        ) {
+            let values: Vec<Value> = rows
+                .iter()
+                .map(|row| Value::Object(row.iter().map(|(name, text)| (name.clone(), json!(text))).collect()))
+                .collect();
+            let each = |write: fn(&Value) -> String, between: &str| {
+                values.iter().map(write).collect::<Vec<_>>().join(between)
+            };
+            let pretty = |value: &Value| serde_json::to_string_pretty(value).unwrap();
+            let file = match layout {
+                0 => each(Value::to_string, "\n"),
+                1 => format!("[{}]", each(Value::to_string, ",")),
+                2 => format!("[\r\n{}\r\n]\r\n", each(pretty, ",\r\n")),
+                _ => each(pretty, "\n"),
+            };
+            let file = encoded(&file, encoding);
+            let all = objects(&file, None);
+            let read: Vec<Value> = all
+                .iter()
+                .map(|(object, _)| Value::Object(object.fields.clone().unwrap().0.into_iter().collect()))
+                .collect();
+            prop_assert_eq!(read, values);
+            for (place, (_, end)) in all.iter().enumerate() {
+                prop_assert_eq!(&objects(&file, Some(*end))[..], &all[place + 1..]);
+            }
+        }
+
+        #[test]
+        fn any_file_is_read_to_its_end(
+            file in proptest::collection::vec(prop_oneof![
+                Just(b'"'), Just(b'{'), Just(b'}'), Just(b'['), Just(b']'), Just(b','), Just(b'\n'), any::<u8>()
+            ], 0..100),
+        ) {
+            let mut at = Position::default();
+            for (_, end) in objects(&file, None) {
+                prop_assert!(end.bytes > at.bytes && end.bytes <= file.len() as u64);
+                at = end;
+            }
+        }
+    }
+}

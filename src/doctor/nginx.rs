@@ -1,0 +1,260 @@
+//! Checks an nginx configuration that asks Keyward for traps that let requests pass unjudged. Pure: nothing is asked.
+//!
+//! It reads one file, or what `nginx -T` wrote of all. Other files are not followed, and the findings name them. `docs/gateway.md` and
+//! `deploy/nginx/keyward.conf` explain each trap.
+
+mod config;
+mod dump;
+mod locations;
+mod variables;
+
+use super::Findings;
+use config::Directive;
+
+pub(super) const ABOUT: &str = "nginx";
+
+/// Looks at a configuration: what `nginx -T` writes, a whole `nginx.conf`, or a part such as `conf.d` holds.
+pub(super) fn examine(name: &str, text: &str, findings: &mut Findings) {
+    let root = match dump::read(text) {
+        Ok(root) => root,
+        Err(problem) => {
+            findings.fail(ABOUT, format!("{name} is no nginx configuration: {problem}"), "nginx -t");
+            return;
+        }
+    };
+    let all = flat(&root);
+    let before = findings.iter().count();
+    for include in all.iter().filter(|directive| directive.name == "include") {
+        let file = format!("{}, which {name} includes in line {}", include.argument(0), include.line);
+        findings.unseen(ABOUT, format!("{file}: nginx -T writes all files into one"));
+    }
+    if !all.iter().any(|directive| directive.name == "auth_request" && directive.argument(0) != "off") {
+        let fix = "auth_request /keyward; as in deploy/nginx/keyward.conf";
+        findings.fail(ABOUT, format!("{name} asks nobody: it has no auth_request"), fix);
+        return;
+    }
+    spellings(&all, findings);
+    errors(&all, findings);
+    locations::examine(&root, findings);
+    // What was not looked at may be wrong: nothing is good then.
+    if findings.iter().count() == before {
+        let state = "asks Keyward for every location, and lets no header of a client pass for an answer";
+        findings.good(ABOUT, format!("{name}: {state}"));
+    }
+}
+
+/// Every directive at any depth.
+fn flat(block: &[Directive]) -> Vec<&Directive> {
+    block.iter().flat_map(|directive| std::iter::once(directive).chain(flat(directive.inside()))).collect()
+}
+
+/// Whether names and paths that services read otherwise reach them.
+fn spellings(all: &[&Directive], findings: &mut Findings) {
+    let line = |name: &str, value: &str| {
+        let found = all.iter().find(|directive| directive.name == name && directive.argument(0) == value);
+        found.map(|directive| directive.line)
+    };
+    for (name, value, lets) in [
+        ("underscores_in_headers", "on", "X_Keyward_User"),
+        ("ignore_invalid_headers", "off", "X.Keyward.User"),
+    ] {
+        if let Some(line) = line(name, value) {
+            let problem = format!(
+                "{name} is {value} (line {line}): {lets} passes, which many services take for X-Keyward-User"
+            );
+            findings.fail(ABOUT, problem, format!("take {name} away: nginx's default drops such headers"));
+        }
+    }
+    if let Some(line) = line("merge_slashes", "off") {
+        let problem = format!("merge_slashes is off (line {line}): //a meets another location than /a");
+        findings.warn(ABOUT, problem, "merge_slashes on");
+    }
+}
+
+/// An outage of Keyward is a 500 to `auth_request`, which clients take for a fault of the service.
+fn errors(all: &[&Directive], findings: &mut Findings) {
+    let mut pages = all.iter().filter(|directive| directive.name == "error_page");
+    if !pages.any(|page| page.arguments.iter().any(|argument| argument == "500")) {
+        let problem = "no error_page for 500: an outage of Keyward looks like a fault of the service";
+        findings.warn(
+            ABOUT,
+            problem,
+            "error_page 500 = @keyward_unavailable; as in deploy/nginx/keyward.conf",
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHIPPED: &str = include_str!("../../deploy/nginx/keyward.conf");
+
+    const GOOD: &str =
+        "ok n.conf: asks Keyward for every location, and lets no header of a client pass for an answer";
+
+    /// What is found of a configuration.
+    fn found(text: &str) -> Vec<String> {
+        let mut findings = Findings::default();
+        examine("n.conf", text, &mut findings);
+        findings.iter().map(|found| format!("{} {}", found.level.as_str(), found.said)).collect()
+    }
+
+    /// The shipped configuration with one change, which must be possible.
+    fn changed(before: &str, after: &str) -> String {
+        assert!(SHIPPED.contains(before), "{before}");
+        SHIPPED.replacen(before, after, 1)
+    }
+
+    #[test]
+    fn the_configuration_that_comes_with_keyward_has_no_trap() {
+        assert_eq!(found(SHIPPED), [GOOD]);
+        assert_eq!(found(&format!("events {{}} http {{ {SHIPPED} }}")), [GOOD]);
+        let dump = format!(
+            "# configuration file /etc/nginx/nginx.conf:\nhttp {{ include conf.d/*.conf; }}\n\n\
+             # configuration file /etc/nginx/conf.d/keyward.conf:\n{SHIPPED}\n"
+        );
+        assert_eq!(found(&dump), [GOOD]);
+    }
+
+    #[test]
+    fn nothing_is_good_while_something_is_not_looked_at() {
+        for text in [
+            "server { error_page 500 /e; auth_request /keyward; location ~ \\.php$ { fastcgi_pass unix:/a; } }",
+            &changed("server_name _;", "include more/*.conf;"),
+            &changed("proxy_pass http://service;", "fastcgi_pass unix:/run/php.sock;"),
+            &changed("proxy_pass http://service;", "content_by_lua_block { ngx.say('}') }"),
+            &changed("proxy_pass http://service;", "proxy_pass http://$backend;"),
+        ] {
+            let found = found(text);
+            let unseen = found.iter().all(|found| found.starts_with("not looked at "));
+            assert!(unseen && !found.is_empty(), "{found:?}");
+        }
+    }
+
+    #[test]
+    fn what_a_client_chooses_is_no_answer_in_any_spelling() {
+        let user = "X-Keyward-User $keyward_user";
+        let set = "auth_request_set $keyward_user $upstream_http_x_keyward_user;";
+        let pass = "proxy_pass http://service;";
+        let wrong = "sets x-keyward-user to";
+        for (before, after, problem) in [
+            (user, "X-Keyward-User ${http_x_keyward_user}", wrong),
+            (user, "X-Keyward-User $arg_user", wrong),
+            (user, "X-Keyward-User $http_x_user", wrong),
+            (user, "X-Keyward-User root", wrong),
+            (user, "X-Keyward-User $keyward_account", wrong),
+            (set, "auth_request_set $keyward_user $http_x_keyward_user;", wrong),
+            (set, "set $keyward_user $http_x_keyward_user;", wrong),
+            ("location = /health", "location ~ ^/(?<keyward_user>h)$", wrong),
+            ("X-Original-Url \"\"", "X-Original-Url $http_x_original_uri", "sends x-original-url"),
+            ("Authorization $keyward_authorization", "Authorization ${http_authorization}", "the credential"),
+            ("# Every location is asked", "satisfy any; allow 10.0.0.0/8;\n# Every", "satisfy any"),
+            ("Upgrade $keyward_upgrade", "Upgrade $http_upgrade", "choose what to upgrade to"),
+            (pass, "rewrite ^/monitors/(.*)$ /$1 break; proxy_pass http://service;", "has a rewrite"),
+            (pass, "proxy_pass http://service$1;", "proxy_pass with a path"),
+            (pass, "proxy_pass http://service/$request_uri;", "proxy_pass with a path"),
+            ("location = /keyward {", "location = /asks {", "there is no location of that path"),
+        ] {
+            let found = found(&changed(before, after));
+            assert!(found.iter().any(|found| found.contains(problem)), "{after}: {found:?}");
+            assert!(!found.contains(&GOOD.to_owned()), "{after}");
+        }
+        for (before, after) in [
+            (user, "X-Keyward-User ${keyward_user}"),
+            (user, "X-Keyward-User \"\""),
+            (pass, "proxy_pass http://service$request_uri;"),
+            (pass, "rewrite ^/old$ /new permanent; proxy_pass http://service;"),
+            ("X-Forwarded-Host \"\"", "X-Forwarded-Host $host"),
+        ] {
+            assert_eq!(found(&changed(before, after)), [GOOD], "{after}");
+        }
+    }
+
+    #[test]
+    fn a_server_that_lacks_a_header_sets_it_and_a_location_that_inherits_none_repeats_them() {
+        let fixes = |text: &str| {
+            let mut findings = Findings::default();
+            examine("n.conf", text, &mut findings);
+            findings.iter().map(|found| found.fix.clone()).collect::<Vec<_>>()
+        };
+        let lacking = fixes(&changed("proxy_set_header X-Keyward-User $keyward_user;", ""));
+        let right = "proxy_set_header x-keyward-user $keyward_user;";
+        assert!(!lacking.is_empty() && lacking.iter().all(|fix| fix == right), "{lacking:?}");
+        let own = "location /other { proxy_set_header Host $host; proxy_pass http://service; } location / {";
+        let own = fixes(&changed("location / {", own));
+        assert!(own[0].starts_with("repeat every proxy_set_header here"), "{own:?}");
+    }
+
+    #[test]
+    fn each_trap_is_found_and_nothing_else_with_it() {
+        let own_headers =
+            "location /other { proxy_set_header Host $host; proxy_pass http://service; } location / {";
+        for (before, after, problem) in [
+            ("underscores_in_headers off", "underscores_in_headers on", "fail underscores_in_headers is on"),
+            ("ignore_invalid_headers on", "ignore_invalid_headers off", "fail ignore_invalid_headers is off"),
+            ("merge_slashes on", "merge_slashes off", "warn merge_slashes is off"),
+            ("error_page 500 = @keyward_unavailable;", "", "warn no error_page for 500"),
+            ("server_name _;", "include more/*.conf;", "not looked at more/*.conf, which n.conf includes"),
+            ("location = /health {", "location = /health { auth_request off;", "warn location = /health"),
+            (
+                "location = /health {",
+                "location = /open { auth_request off; return 204; } location = /health {",
+                "",
+            ),
+            ("proxy_set_header X-Original-Method $request_method;", "", "fail location = /keyward"),
+            ("X-Original-URI $request_uri", "X-Original-URI $uri", "fail location = /keyward"),
+            ("X-Original-Host $host", "X-Original-Host $http_x_original_host", "fail location = /keyward"),
+            ("internal;", "", "warn location = /keyward"),
+            ("proxy_pass_request_body off;", "", "warn location = /keyward"),
+            ("proxy_cache off;", "proxy_cache answers;", "fail location = /keyward"),
+            ("proxy_set_header Host keyward;\n", "", ""),
+        ] {
+            let found = found(&changed(before, after));
+            let right = if problem.is_empty() {
+                found == [GOOD]
+            } else {
+                found.len() == 1 && found[0].starts_with(problem)
+            };
+            assert!(right, "{after} {problem}: {found:?}");
+        }
+        // Each location that passes on suffers from what the server lacks.
+        for (before, after, problem) in [
+            ("proxy_set_header X-Keyward-User $keyward_user;", "", "fail location / (line"),
+            ("X-Keyward-User $keyward_user", "X-Keyward-User $http_x_keyward_user", "fail location / (line"),
+            ("proxy_set_header X-Rewrite-Url \"\";", "", "warn location / (line"),
+            ("proxy_set_header Authorization $keyward_authorization;", "", "warn location / (line"),
+            ("proxy_set_header Host $host;", "proxy_set_header Host $http_host;", "warn location / (line"),
+            ("location / {", own_headers, "fail location /other (line"),
+            (
+                "proxy_pass http://service;",
+                "proxy_pass http://service/v1/;",
+                "warn location ~ ^/monitors(/|$) (line",
+            ),
+            (
+                "proxy_pass http://service;",
+                "fastcgi_pass unix:/run/php.sock;",
+                "not looked at location ~ ^/monitors",
+            ),
+        ] {
+            let found = found(&changed(before, after));
+            assert!(found.iter().any(|found| found.starts_with(problem)), "{problem}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn a_file_that_asks_nobody_or_cannot_be_read_fails() {
+        assert!(found("server { location / { proxy_pass http://a; } }")[0].contains("asks nobody"));
+        assert!(found("server { auth_request off; }")[0].contains("asks nobody"));
+        assert!(found("server {")[0].starts_with("fail n.conf is no nginx configuration: line 1"));
+    }
+
+    #[test]
+    fn who_else_is_asked_is_not_judged() {
+        let text = "server { error_page 500 /e; auth_request /sso; location = /sso { internal; \
+                    proxy_pass http://sso/check; } location / { proxy_pass http://a; } }";
+        let found = found(text);
+        assert_eq!(found.len(), 1, "{found:?}");
+        assert!(found[0].starts_with("not looked at location / (line 1)"), "{found:?}");
+    }
+}

@@ -1,0 +1,225 @@
+//! Where the values of nginx's variables come from: from Keyward's answer, from what the client sent, or from elsewhere.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::Directive;
+
+/// How deep variables are followed: nginx's own may refer to themselves.
+const MAX_DEPTH: usize = 8;
+/// Variables that are what Keyward judged, or the proxy's own.
+const JUDGED: [&str; 8] = [
+    "host",
+    "request_uri",
+    "request_method",
+    "scheme",
+    "server_name",
+    "server_port",
+    "server_addr",
+    "request_id",
+];
+
+/// One way in which a variable gets a value.
+enum Source<'c> {
+    /// From a header of the answer to `auth_request`: `x_keyward_user`.
+    Answer(&'c str),
+    /// From a text that may have variables (`set`).
+    Text(&'c str),
+    /// From one of these values, chosen by a text (`map`).
+    Map { by: &'c str, values: Vec<&'c str> },
+    /// From what is not read here: a script, a part of a path.
+    Unknown,
+}
+
+/// Every assignment of a configuration, wherever it is.
+pub(super) struct Variables<'c>(BTreeMap<String, Vec<Source<'c>>>);
+
+impl<'c> Variables<'c> {
+    /// Of every directive at any depth.
+    pub(super) fn of(all: &[&'c Directive]) -> Variables<'c> {
+        let mut variables = Variables(BTreeMap::new());
+        for directive in all {
+            variables.assigned_by(directive);
+            for argument in &directive.arguments {
+                for name in captures(argument) {
+                    variables.add(name, Source::Unknown);
+                }
+            }
+        }
+        variables
+    }
+
+    fn assigned_by(&mut self, directive: &'c Directive) {
+        let (first, second) = (directive.argument(0), directive.argument(1));
+        match directive.name.as_str() {
+            "auth_request_set" => {
+                let header = second.strip_prefix("$upstream_http_");
+                self.add(first, header.map_or(Source::Text(second), Source::Answer));
+            }
+            "set" => self.add(first, Source::Text(second)),
+            "map" => {
+                let inside = directive.inside().iter();
+                for name in inside.clone().flat_map(|entry| captures(&entry.name)) {
+                    self.add(name, Source::Unknown);
+                }
+                let values = inside.map(|entry| entry.argument(0)).collect();
+                self.add(second, Source::Map { by: first, values });
+            }
+            "geo" | "split_clients" => {
+                self.add(directive.arguments.last().map_or("", String::as_str), Source::Unknown);
+            }
+            name if name.starts_with("set_") || name.ends_with("_set") || name == "js_var" => {
+                self.add(first, Source::Unknown);
+            }
+            _ => {}
+        }
+    }
+
+    fn add(&mut self, variable: &str, source: Source<'c>) {
+        let name = variable.trim_start_matches('$').to_ascii_lowercase();
+        self.0.entry(name).or_default().push(source);
+    }
+
+    /// Whether a value is what Keyward answers in a header, and nothing else: `x-keyward-user`.
+    pub(super) fn answers(&self, value: &str, header: &str) -> bool {
+        let names = names(value);
+        let [name] = names.as_slice() else { return false };
+        if value != format!("${name}") && value != format!("${{{name}}}") {
+            return false;
+        }
+        let header = header.replace('-', "_");
+        let sources = self.0.get(&name.to_ascii_lowercase());
+        sources.is_some_and(|sources| {
+            sources
+                .iter()
+                .all(|source| matches!(source, Source::Answer(of) if of.eq_ignore_ascii_case(&header)))
+        })
+    }
+
+    /// The variables that a value comes from in the end. Nothing, where Keyward's list of what is to be removed decides.
+    pub(super) fn leaves(&self, value: &str) -> BTreeSet<String> {
+        let mut leaves = BTreeSet::new();
+        self.follow(value, 0, &mut leaves);
+        leaves
+    }
+
+    fn follow(&self, value: &str, depth: usize, leaves: &mut BTreeSet<String>) {
+        for name in names(value) {
+            let name = name.to_ascii_lowercase();
+            let Some(sources) = self.0.get(&name).filter(|_| depth < MAX_DEPTH) else {
+                leaves.insert(name);
+                continue;
+            };
+            for source in sources {
+                match source {
+                    Source::Text(text) => self.follow(text, depth + 1, leaves),
+                    Source::Map { by, .. } if self.answers(by, "x-keyward-remove") => {}
+                    Source::Map { values, .. } => {
+                        values.iter().for_each(|value| self.follow(value, depth + 1, leaves));
+                    }
+                    Source::Answer(_) | Source::Unknown => _ = leaves.insert(name.clone()),
+                }
+            }
+        }
+    }
+
+    /// Whether a client chooses any part of a value, as far as is known.
+    pub(super) fn client_chooses(&self, value: &str) -> bool {
+        self.leaves(value).iter().any(|name| chosen(name))
+    }
+
+    /// Whether all of a value is known, and no client chooses any part of it.
+    pub(super) fn is_fixed(&self, value: &str) -> bool {
+        self.leaves(value).iter().all(|name| JUDGED.contains(&name.as_str()))
+    }
+}
+
+/// Whether a variable of nginx's own is a part of what the client sent.
+fn chosen(name: &str) -> bool {
+    let starts = ["http_", "arg_", "cookie_", "sent_http_"];
+    let whole = ["args", "query_string", "uri", "document_uri", "request", "request_body", "remote_user"];
+    starts.iter().any(|start| name.starts_with(start))
+        || whole.contains(&name)
+        || name.bytes().all(|byte| byte.is_ascii_digit())
+}
+
+/// The variables of a value, without `$` and braces.
+fn names(value: &str) -> Vec<&str> {
+    let parts = value.split('$').skip(1);
+    let name = |part: &'_ str| {
+        let end = |text: &str| {
+            text.find(|letter: char| !letter.is_ascii_alphanumeric() && letter != '_').unwrap_or(text.len())
+        };
+        let start = usize::from(part.starts_with('{'));
+        (start, start + end(&part[start..]))
+    };
+    let names = parts.map(|part| {
+        let (start, end) = name(part);
+        &part[start..end]
+    });
+    names.filter(|name| !name.is_empty()).collect()
+}
+
+/// The names of the groups of a regular expression: `(?<name>…)`, `(?P<name>…)`, `(?'name'…)`.
+fn captures(text: &str) -> Vec<&str> {
+    let groups = text.split("(?").skip(1);
+    let named = groups.filter_map(|group| {
+        let group = group.strip_prefix('P').unwrap_or(group);
+        let rest = group.strip_prefix(['<', '\''])?;
+        rest.split(['>', '\'']).next()
+    });
+    named.filter(|name| name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TEXT: &str = "auth_request_set $user $upstream_http_x_keyward_user; \
+        auth_request_set $said $upstream_http_x_keyward_remove; auth_request_set $evil $http_x_user; \
+        auth_request_set $Both $upstream_http_x_keyward_user; set $both x; set $copy $http_x_user; set $loop $loop; \
+        auth_request_set $part $upstream_http_x_keyward_user; \
+        map $said $authorization { default $http_authorization; '~(^|,)authorization(,|$)' ''; } \
+        map $http_upgrade $upgrade { default ''; websocket websocket; } map $http_a $free { default $http_a; } \
+        location ~ '^/(?<part>.*)$' { }";
+
+    #[test]
+    fn only_what_auth_request_set_takes_from_the_right_header_is_an_answer() {
+        let root = super::super::config::parse(TEXT, 1).unwrap();
+        let all = super::super::flat(&root);
+        let variables = Variables::of(&all);
+        for right in ["$user", "${user}", "$USER"] {
+            assert!(variables.answers(right, "x-keyward-user"), "{right}");
+        }
+        for wrong in [
+            "",
+            "root",
+            "x$user",
+            "$user$user",
+            "$said",
+            "$evil",
+            "$both",
+            "$part",
+            "$copy",
+            "$none",
+            "$http_x_keyward_user",
+        ] {
+            assert!(!variables.answers(wrong, "x-keyward-user"), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn what_a_client_chooses_is_found_behind_other_variables() {
+        let root = super::super::config::parse(TEXT, 1).unwrap();
+        let all = super::super::flat(&root);
+        let variables = Variables::of(&all);
+        for chosen in ["$evil", "a${http_x}", "$arg_user", "$copy", "$free", "$1", "/x$uri"] {
+            assert!(variables.client_chooses(chosen) && !variables.is_fixed(chosen), "{chosen}");
+        }
+        for fixed in ["", "text", "$host:$server_port", "$authorization", "$upgrade", "$request_uri"] {
+            assert!(!variables.client_chooses(fixed) && variables.is_fixed(fixed), "{fixed}");
+        }
+        for unknown in ["$loop", "$part", "$user", "$module"] {
+            assert!(!variables.client_chooses(unknown) && !variables.is_fixed(unknown), "{unknown}");
+        }
+    }
+}

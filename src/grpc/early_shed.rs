@@ -1,0 +1,467 @@
+//! Refuses Checks before HTTP/2 sees them, while their serving thread has more of them than it answers in time.
+//!
+//! HTTP/2, a task and a status cost a refused call most of what an answered one costs, so a thread that refuses there has
+//! no time left to answer. Here a refused call costs its bytes: its frames are withheld from HTTP/2, and a prepared
+//! answer is written between the frames that HTTP/2 writes.
+//!
+//! Calls whose path is no Check pass: management has limits that know who calls, and health must be seen. Every call passes
+//! if its connection's headers cannot be followed, if its peer has shrunk its header table (the first headers after that
+//! must say so, and only HTTP/2 can), or if as many refusals as may wait do so already.
+
+use std::{io, sync::LazyLock};
+
+use tonic::body::Body;
+
+use super::{
+    hpack::{BlockSummary, HpackTable, is_plainly_indexed, write_string},
+    inflate::{ACCEPTED, GRPC_ACCEPT_ENCODING},
+    load::ConnectionQueue,
+    rpc,
+    status::overloaded,
+};
+
+/// The head of a frame: three bytes of length, type, flags, four of the stream's number (RFC 9113, section 4.1).
+const HEAD: usize = 9;
+/// The largest frame that HTTP/2 accepts here.
+const MAX_FRAME: usize = 16 << 10;
+/// Calls of a connection that are refused and still send their message.
+const MAX_UNFINISHED: usize = 128;
+/// Bytes of withheld messages before the peer may send as many again.
+const CREDIT: u32 = 16 << 10;
+/// Answers to refused calls that wait to be written, in bytes.
+pub(super) const MAX_ANSWERS: usize = 32 << 10;
+/// The largest block of headers that is collected from several frames.
+const MAX_BLOCK: usize = 64 << 10;
+/// The setting of a peer's header table, and its initial value (RFC 9113, section 6.5.2).
+const SETTINGS_HEADER_TABLE_SIZE: [u8; 2] = [0, 1];
+const INITIAL_TABLE_SIZE: u32 = 4096;
+const MAX_STREAM: u32 = (1 << 31) - 1;
+
+mod kind {
+    pub(super) const DATA: u8 = 0;
+    pub(super) const HEADERS: u8 = 1;
+    pub(super) const RST_STREAM: u8 = 3;
+    pub(super) const SETTINGS: u8 = 4;
+    pub(super) const WINDOW_UPDATE: u8 = 8;
+    pub(super) const CONTINUATION: u8 = 9;
+}
+
+const END_STREAM: u8 = 1;
+const END_HEADERS: u8 = 4;
+const PADDED: u8 = 8;
+const PRIORITY: u8 = 0x20;
+
+/// The head of a frame.
+#[derive(Clone, Copy, Debug)]
+struct FrameHead {
+    length: usize,
+    kind: u8,
+    flags: u8,
+    stream: u32,
+}
+
+impl FrameHead {
+    fn read(bytes: &[u8]) -> Option<FrameHead> {
+        let &[a, b, c, kind, flags, d, e, f, g] = bytes.first_chunk::<HEAD>()?;
+        let length = u32::from_be_bytes([0, a, b, c]) as usize;
+        Some(FrameHead { length, kind, flags, stream: u32::from_be_bytes([d, e, f, g]) & MAX_STREAM })
+    }
+
+    fn has(self, flag: u8) -> bool {
+        self.flags & flag != 0
+    }
+
+    fn write(self, out: &mut Vec<u8>) {
+        let [_, length @ ..] = u32::try_from(self.length).unwrap_or(u32::MAX).to_be_bytes();
+        out.extend(length);
+        out.extend([self.kind, self.flags]);
+        out.extend(self.stream.to_be_bytes());
+    }
+}
+
+/// The headers of the answer: they enter no table, so that HTTP/2's own encoder need not know of them.
+static ANSWER: LazyLock<Vec<u8>> = LazyLock::new(|| {
+    // `:status: 200` has a place in the static table.
+    let mut block = vec![0x88];
+    let answer: http::Response<Body> = overloaded().into_http();
+    let accepted = [(&GRPC_ACCEPT_ENCODING, &ACCEPTED)];
+    for (name, value) in answer.headers().iter().chain(accepted) {
+        block.push(0);
+        write_string(&mut block, name.as_str().as_bytes());
+        write_string(&mut block, value.as_bytes());
+    }
+    block
+});
+
+/// What becomes of the bytes that come next.
+#[derive(Clone, Copy)]
+enum Payload {
+    Passes(usize),
+    Withheld(usize),
+}
+
+/// How far the headers of a connection are followed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Tracking {
+    /// HTTP/2 has the same table as the peer.
+    Same,
+    /// HTTP/2 lacks entries of blocks that were withheld: it gets blocks without references.
+    Rewritten,
+    /// Not any more: everything passes.
+    Ended,
+}
+
+/// The frames of one connection, on their way from its peer to HTTP/2.
+pub(super) struct EarlyShed {
+    queue: ConnectionQueue,
+    table: HpackTable,
+    tracking: Tracking,
+    /// The peer's header table is as large as at first.
+    may_refuse: bool,
+    /// Headers of which more frames must come, if they are rewritten.
+    collected: Option<(FrameHead, Vec<u8>)>,
+    /// The beginning of a frame.
+    held: Vec<u8>,
+    payload: Payload,
+    /// The last call that the peer opened, and the last that HTTP/2 knows of.
+    last_opened: u32,
+    last_passed: u32,
+    /// Refused calls whose message has not ended.
+    unfinished: Vec<u32>,
+    credit: u32,
+    /// Frames for the peer.
+    answers: Vec<u8>,
+}
+
+impl EarlyShed {
+    pub(super) fn new(queue: ConnectionQueue) -> EarlyShed {
+        EarlyShed {
+            queue,
+            table: HpackTable::default(),
+            tracking: Tracking::Same,
+            may_refuse: true,
+            collected: None,
+            held: Vec::new(),
+            payload: Payload::Passes(0),
+            last_opened: 0,
+            last_passed: 0,
+            unfinished: Vec::new(),
+            credit: 0,
+            answers: Vec::new(),
+        }
+    }
+
+    /// Whole frames that are to be written to the peer.
+    pub(super) fn answers(&mut self) -> &mut Vec<u8> {
+        &mut self.answers
+    }
+
+    /// What is left when the peer has ended: the beginning of a frame.
+    pub(super) fn take_held(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.held)
+    }
+
+    /// Takes bytes of the peer; appends those for HTTP/2 to `passed`.
+    ///
+    /// # Errors
+    /// When a connection whose blocks are rewritten sends one that cannot be.
+    pub(super) fn filter(&mut self, bytes: &[u8], passed: &mut Vec<u8>) -> io::Result<()> {
+        self.queue.look();
+        let mut joined = std::mem::take(&mut self.held);
+        let mut rest = if joined.is_empty() {
+            bytes
+        } else {
+            joined.extend(bytes);
+            &joined
+        };
+        while let Some(taken) = self.step(rest, passed)? {
+            rest = &rest[taken..];
+        }
+        if !rest.is_empty() {
+            self.held = rest.to_vec();
+        }
+        Ok(())
+    }
+
+    /// Takes a frame, or a piece of one; its length. None = more bytes are needed.
+    fn step(&mut self, bytes: &[u8], passed: &mut Vec<u8>) -> io::Result<Option<usize>> {
+        match &mut self.payload {
+            _ if bytes.is_empty() => return Ok(None),
+            Payload::Passes(left) if *left > 0 => {
+                let taken = bytes.len().min(*left);
+                *left -= taken;
+                passed.extend(&bytes[..taken]);
+                return Ok(Some(taken));
+            }
+            Payload::Withheld(left) if *left > 0 => {
+                let taken = bytes.len().min(*left);
+                *left -= taken;
+                return Ok(Some(taken));
+            }
+            Payload::Passes(_) | Payload::Withheld(_) => {}
+        }
+        let Some(head) = FrameHead::read(bytes) else { return Ok(None) };
+        if self.collected.is_some() && head.kind != kind::CONTINUATION {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        if self.is_read_whole(head) {
+            let Some(payload) = bytes.get(HEAD..HEAD + head.length) else { return Ok(None) };
+            match head.kind {
+                kind::SETTINGS => self.settings(head, payload, passed),
+                kind::CONTINUATION => self.continuation(head, payload, passed)?,
+                _ => self.headers(head, payload, passed)?,
+            }
+            return Ok(Some(HEAD + head.length));
+        }
+        if self.withholds(head) {
+            self.payload = Payload::Withheld(head.length);
+            return Ok(Some(HEAD));
+        }
+        if matches!(head.kind, kind::HEADERS | kind::CONTINUATION) {
+            self.end_tracking()?;
+        }
+        passed.extend(&bytes[..HEAD]);
+        self.payload = Payload::Passes(head.length);
+        Ok(Some(HEAD))
+    }
+
+    /// Whether a frame is needed whole.
+    fn is_read_whole(&self, head: FrameHead) -> bool {
+        let is_read = match head.kind {
+            kind::HEADERS => self.tracking != Tracking::Ended,
+            kind::CONTINUATION => self.tracking == Tracking::Rewritten,
+            kind::SETTINGS => true,
+            _ => false,
+        };
+        is_read && head.length <= MAX_FRAME
+    }
+
+    /// Passes settings on, and reads the size of the peer's header table.
+    fn settings(&mut self, head: FrameHead, payload: &[u8], passed: &mut Vec<u8>) {
+        for setting in payload.chunks_exact(6) {
+            let (id, value) = setting.split_at(2);
+            if let Ok(value) = value.try_into()
+                && id == SETTINGS_HEADER_TABLE_SIZE
+            {
+                self.may_refuse &= u32::from_be_bytes(value) >= INITIAL_TABLE_SIZE;
+            }
+        }
+        head.write(passed);
+        passed.extend(payload);
+    }
+
+    /// Whether a frame belongs to a call that HTTP/2 does not know of.
+    fn withholds(&mut self, head: FrameHead) -> bool {
+        let FrameHead { length, kind, stream, .. } = head;
+        let unfinished = self.unfinished.iter().position(|refused| *refused == stream);
+        // To HTTP/2, a call beyond the last that it has seen is not open yet: a frame of it would end the connection.
+        let unknown = stream > self.last_passed && stream <= self.last_opened;
+        match kind {
+            kind::DATA => {
+                let Some(at) = unfinished else { return false };
+                if head.has(END_STREAM) {
+                    self.unfinished.swap_remove(at);
+                }
+                self.give_credit(length);
+                true
+            }
+            kind::RST_STREAM => {
+                unfinished.map(|at| self.unfinished.swap_remove(at));
+                unfinished.is_some() || unknown
+            }
+            kind::WINDOW_UPDATE => unfinished.is_some() || unknown,
+            _ => false,
+        }
+    }
+
+    /// Lets the peer send as many bytes again as were withheld.
+    fn give_credit(&mut self, bytes: usize) {
+        self.credit += u32::try_from(bytes).unwrap_or(0);
+        if self.credit >= CREDIT {
+            FrameHead { length: 4, kind: kind::WINDOW_UPDATE, flags: 0, stream: 0 }.write(&mut self.answers);
+            self.answers.extend(self.credit.to_be_bytes());
+            self.credit = 0;
+        }
+    }
+
+    fn headers(&mut self, head: FrameHead, payload: &[u8], passed: &mut Vec<u8>) -> io::Result<()> {
+        let block = block(head, payload);
+        if self.tracking == Tracking::Rewritten && !head.has(END_HEADERS) {
+            let block = block.ok_or(io::ErrorKind::InvalidData)?;
+            self.collected = Some((head, block.to_vec()));
+            return Ok(());
+        }
+        self.judge(head, block.filter(|_| head.has(END_HEADERS)), payload, passed)
+    }
+
+    /// Collects headers that come in several frames, and judges them when they are whole.
+    fn continuation(&mut self, head: FrameHead, payload: &[u8], passed: &mut Vec<u8>) -> io::Result<()> {
+        let begun = self.collected.take().filter(|(first, _)| first.stream == head.stream);
+        let (first, mut block) = begun.ok_or(io::ErrorKind::InvalidData)?;
+        if block.len() + payload.len() > MAX_BLOCK {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        block.extend(payload);
+        if head.has(END_HEADERS) {
+            return self.judge(first, Some(&block), &[], passed);
+        }
+        self.collected = Some((first, block));
+        Ok(())
+    }
+
+    /// Refuses headers or passes them on. `payload` is that of their frame, if they have only one.
+    fn judge(
+        &mut self,
+        head: FrameHead,
+        block: Option<&[u8]>,
+        payload: &[u8],
+        passed: &mut Vec<u8>,
+    ) -> io::Result<()> {
+        let opens = head.stream % 2 == 1 && head.stream > self.last_opened;
+        if opens {
+            self.last_opened = head.stream;
+        }
+        let full = opens && self.may_refuse_another() && self.queue.is_full();
+        let mut rewritten = Vec::new();
+        let read = match block {
+            // Nothing of it is needed.
+            Some(block) if !full && self.tracking == Tracking::Same && is_plainly_indexed(block) => {
+                Some(BlockSummary::default())
+            }
+            Some(block) => {
+                let out = (self.tracking == Tracking::Rewritten).then_some(&mut rewritten);
+                self.table.read(block, rpc::is_check, out).ok()
+            }
+            None => None,
+        };
+        let Some(summary) = read else {
+            self.end_tracking()?;
+            self.pass(head, payload, opens, passed);
+            return Ok(());
+        };
+        let trails = self.unfinished.iter().position(|refused| *refused == head.stream);
+        if let Some(at) = trails.filter(|_| !opens) {
+            self.unfinished.swap_remove(at);
+        } else if !opens && head.stream > self.last_passed && head.stream <= self.last_opened {
+            // A refused call has ended: its stream cannot be opened again.
+            return Err(io::ErrorKind::InvalidData.into());
+        } else if full && summary.path_matches {
+            self.refuse(head);
+        } else {
+            match self.tracking {
+                Tracking::Rewritten => self.pass_rewritten(head, &rewritten, opens, passed),
+                Tracking::Same | Tracking::Ended => self.pass(head, payload, opens, passed),
+            }
+            return Ok(());
+        }
+        if summary.changes_table {
+            self.tracking = Tracking::Rewritten;
+        }
+        Ok(())
+    }
+
+    fn may_refuse_another(&self) -> bool {
+        self.may_refuse && self.unfinished.len() < MAX_UNFINISHED && self.answers.len() < MAX_ANSWERS
+    }
+
+    /// Passes headers on as they are.
+    fn pass(&mut self, head: FrameHead, payload: &[u8], opens: bool, passed: &mut Vec<u8>) {
+        head.write(passed);
+        passed.extend(payload);
+        self.count_passed(head, opens);
+    }
+
+    /// Passes headers on in another form, in as many frames as it takes.
+    fn pass_rewritten(&mut self, head: FrameHead, block: &[u8], opens: bool, passed: &mut Vec<u8>) {
+        let (mut kind, mut flags, mut rest) = (kind::HEADERS, head.flags & END_STREAM, block);
+        loop {
+            let (piece, behind) = rest.split_at(rest.len().min(MAX_FRAME));
+            flags |= if behind.is_empty() { END_HEADERS } else { 0 };
+            FrameHead { length: piece.len(), kind, flags, stream: head.stream }.write(passed);
+            passed.extend(piece);
+            if behind.is_empty() {
+                break;
+            }
+            (kind, flags, rest) = (kind::CONTINUATION, 0, behind);
+        }
+        self.count_passed(head, opens);
+    }
+
+    fn count_passed(&mut self, head: FrameHead, opens: bool) {
+        if opens {
+            self.last_passed = head.stream;
+            self.queue.pass();
+        }
+    }
+
+    /// Answers a call that HTTP/2 never sees.
+    fn refuse(&mut self, head: FrameHead) {
+        self.queue.refuse();
+        let (length, flags) = (ANSWER.len(), END_STREAM | END_HEADERS);
+        FrameHead { length, kind: kind::HEADERS, flags, stream: head.stream }.write(&mut self.answers);
+        self.answers.extend(&*ANSWER);
+        if !head.has(END_STREAM) {
+            self.unfinished.push(head.stream);
+        }
+    }
+
+    /// Follows the headers no more.
+    fn end_tracking(&mut self) -> io::Result<()> {
+        let rewritten = self.tracking == Tracking::Rewritten;
+        self.tracking = Tracking::Ended;
+        self.table = HpackTable::default();
+        if rewritten { Err(io::ErrorKind::InvalidData.into()) } else { Ok(()) }
+    }
+}
+
+/// The block of a frame of headers, without what may stand around it.
+fn block(head: FrameHead, payload: &[u8]) -> Option<&[u8]> {
+    let (mut rest, mut padding) = (payload, 0);
+    if head.has(PADDED) {
+        let (length, behind) = rest.split_first()?;
+        (rest, padding) = (behind, usize::from(*length));
+    }
+    if head.has(PRIORITY) {
+        rest = rest.get(5..)?;
+    }
+    rest.get(..rest.len().checked_sub(padding)?)
+}
+
+/// Follows the frames that HTTP/2 writes: others may be written only between two of them, and not within headers.
+#[derive(Default)]
+pub(super) struct FrameBoundary {
+    head: Vec<u8>,
+    left: usize,
+    in_headers: bool,
+}
+
+impl FrameBoundary {
+    /// Whether the last byte ended a frame, and no headers are under way.
+    pub(super) fn is_here(&self) -> bool {
+        self.left == 0 && self.head.is_empty() && !self.in_headers
+    }
+
+    /// Takes bytes that were written.
+    pub(super) fn advance(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            if self.left > 0 {
+                let taken = bytes.len().min(self.left);
+                (bytes, self.left) = (&bytes[taken..], self.left - taken);
+                continue;
+            }
+            let taken = bytes.len().min(HEAD - self.head.len());
+            self.head.extend(&bytes[..taken]);
+            bytes = &bytes[taken..];
+            if let Some(head) = FrameHead::read(&self.head) {
+                self.head.clear();
+                self.left = head.length;
+                if matches!(head.kind, kind::HEADERS | kind::CONTINUATION) {
+                    self.in_headers = !head.has(END_HEADERS);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

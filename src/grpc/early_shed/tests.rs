@@ -1,0 +1,322 @@
+//! A real client of HTTP/2, and a real server behind the filter: what the server sees is what the client sent, whatever was
+//! refused between.
+
+use std::{
+    convert::Infallible,
+    sync::{Arc, atomic::AtomicBool},
+};
+
+use bytes::Bytes;
+use h2::client::SendRequest;
+use http::{HeaderMap, Request, Response};
+use http_body_util::{BodyExt as _, Full};
+use hyper::{body::Incoming, service::service_fn};
+use hyper_util::rt::TokioExecutor;
+use proptest::prelude::*;
+use tokio::net::{TcpListener, TcpStream};
+
+use super::*;
+use crate::{
+    grpc::{io::OneBuffer, load::Lane},
+    transport::socket::Stream,
+};
+
+const CHECK: &str = "/keyward.v1.AuthzService/Check";
+const REVOKE: &str = "/keyward.v1.KeyService/Revoke";
+
+/// A server that answers with the headers and the bytes that it got, and the way to it.
+async fn connect() -> (SendRequest<Bytes>, Arc<Lane>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+    let (accepted, _) = listener.accept().await.unwrap();
+    let lane = Arc::new(Lane::new(4096));
+    let queue = ConnectionQueue::new(lane.clone(), Arc::default(), Arc::new(AtomicBool::new(true)));
+    tokio::spawn(async move {
+        let mut bytes = OneBuffer::open(Stream::Tcp(accepted)).await.unwrap().unwrap();
+        bytes.shed_early(EarlyShed::new(queue));
+        let service = service_fn(async |request: Request<Incoming>| {
+            let (parts, body) = request.into_parts();
+            let mut response = Response::new(Full::new(body.collect().await.unwrap().to_bytes()));
+            *response.headers_mut() = parts.headers;
+            Ok::<_, Infallible>(response)
+        });
+        let server = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+        let _ = server.serve_connection(bytes, service).await;
+    });
+    let (sender, connection) = h2::client::handshake(client).await.unwrap();
+    tokio::spawn(connection);
+    (sender, lane)
+}
+
+/// One call, and what it is answered.
+async fn call(sender: &SendRequest<Bytes>, path: &str, headers: &HeaderMap, body: &[u8]) -> Response<Bytes> {
+    let mut request = Request::post(format!("http://x{path}")).body(()).unwrap();
+    *request.headers_mut() = headers.clone();
+    let mut sender = sender.clone().ready().await.unwrap();
+    let (answer, mut message) = sender.send_request(request, body.is_empty()).unwrap();
+    let half = body.len() / 2;
+    if !body.is_empty() {
+        // Where a call was refused, its message may find the stream ended.
+        let _ = message.send_data(Bytes::copy_from_slice(&body[..half]), false);
+        let _ = message.send_data(Bytes::copy_from_slice(&body[half..]), true);
+    }
+    let (parts, mut body) = answer.await.unwrap().into_parts();
+    let mut bytes = Vec::new();
+    while let Some(piece) = body.data().await {
+        let piece = piece.unwrap();
+        body.flow_control().release_capacity(piece.len()).unwrap();
+        bytes.extend(piece);
+    }
+    Response::from_parts(parts, bytes.into())
+}
+
+fn is_refused(answer: &Response<Bytes>) -> bool {
+    answer.headers().get("grpc-status").is_some_and(|status| status == "14")
+}
+
+fn headers(fields: &[(u8, u16)]) -> HeaderMap {
+    let each = fields.iter().map(|(name, value)| {
+        let value = format!("{}{value}", "v".repeat(usize::from(*value) / 64));
+        (format!("x-header-{name}").parse().unwrap(), value.parse().unwrap())
+    });
+    HeaderMap::from_iter(each)
+}
+
+#[tokio::test]
+async fn a_refused_check_says_what_a_refusal_of_the_gate_says() {
+    let (sender, lane) = connect().await;
+    lane.set_limit(0);
+    let answer = call(&sender, CHECK, &HeaderMap::new(), b"message").await;
+    let status = tonic::Status::from_header_map(answer.headers()).unwrap();
+    assert_eq!((status.code(), status.message()), (tonic::Code::Unavailable, overloaded().message()));
+    assert_eq!(status.details(), overloaded().details());
+    assert_eq!(answer.headers()["content-type"], "application/grpc");
+    assert_eq!(answer.headers()["grpc-retry-pushback-ms"], "100");
+    assert!(answer.body().is_empty());
+    assert_eq!(lane.shed(), 1);
+    assert!(!is_refused(&call(&sender, REVOKE, &HeaderMap::new(), b"message").await), "it is no Check");
+    lane.set_limit(4096);
+    assert_eq!(call(&sender, CHECK, &HeaderMap::new(), b"message").await.body(), "message");
+}
+
+#[tokio::test]
+async fn messages_of_refused_calls_take_no_window_from_others() {
+    let (sender, lane) = connect().await;
+    let large = vec![b'x'; 48 << 10];
+    for _ in 0..20 {
+        lane.set_limit(0);
+        assert!(is_refused(&call(&sender, CHECK, &HeaderMap::new(), &large).await));
+        lane.set_limit(4096);
+        assert_eq!(call(&sender, CHECK, &HeaderMap::new(), &large).await.body().len(), large.len());
+    }
+}
+
+#[tokio::test]
+async fn a_refused_call_may_be_taken_back_and_the_connection_goes_on() {
+    let (sender, lane) = connect().await;
+    lane.set_limit(0);
+    for _ in 0..300 {
+        let mut ready = sender.clone().ready().await.unwrap();
+        let request = Request::post(format!("http://x{CHECK}")).body(()).unwrap();
+        let (answer, mut message) = ready.send_request(request, false).unwrap();
+        assert_eq!(answer.await.unwrap().headers()["grpc-status"], "14");
+        message.send_reset(h2::Reason::CANCEL);
+    }
+    lane.set_limit(4096);
+    assert_eq!(call(&sender, CHECK, &HeaderMap::new(), b"message").await.body(), "message");
+    assert_eq!(lane.shed(), 300);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn what_passes_is_what_was_sent_whatever_was_refused_before(
+        calls in proptest::collection::vec(
+            (any::<bool>(), any::<bool>(), proptest::collection::vec((0u8..40, any::<u16>()), 0..6)),
+            1..60,
+        ),
+    ) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let (sender, lane) = connect().await;
+            for (full, check, fields) in calls {
+                lane.set_limit(if full { 0 } else { 4096 });
+                let sent = headers(&fields);
+                let answer = call(&sender, if check { CHECK } else { REVOKE }, &sent, b"message").await;
+                prop_assert_eq!(is_refused(&answer), full && check);
+                if !is_refused(&answer) {
+                    let mut came = answer.headers().clone();
+                    came.remove("date");
+                    came.remove("content-length");
+                    prop_assert_eq!(came, sent);
+                    prop_assert_eq!(&answer.body()[..], b"message");
+                }
+            }
+            Ok::<_, TestCaseError>(())
+        })?;
+    }
+
+    #[test]
+    fn bytes_that_are_no_frames_pass_or_end_the_connection(
+        bytes in proptest::collection::vec(any::<u8>(), 0..400),
+        cut in 0usize..400,
+        full in any::<bool>(),
+    ) {
+        let lane = Arc::new(Lane::new(4096));
+        lane.set_limit(if full { 0 } else { 4096 });
+        let whole = filtered(&lane, &[&bytes]);
+        let cut = cut.min(bytes.len());
+        prop_assert_eq!(filtered(&lane, &[&bytes[..cut], &bytes[cut..]]), whole, "it does not matter how they come");
+    }
+
+    #[test]
+    fn a_boundary_is_found_however_frames_are_cut(
+        lengths in proptest::collection::vec(0usize..40, 1..10),
+        step in 1usize..50,
+    ) {
+        let mut bytes = Vec::new();
+        let mut ends = Vec::new();
+        for length in lengths {
+            FrameHead { length, kind: kind::DATA, flags: 0, stream: 1 }.write(&mut bytes);
+            bytes.extend(vec![7; length]);
+            ends.push(bytes.len());
+        }
+        let (mut boundary, mut at) = (FrameBoundary::default(), 0);
+        for piece in bytes.chunks(step) {
+            boundary.advance(piece);
+            at += piece.len();
+            prop_assert_eq!(boundary.is_here(), ends.contains(&at));
+        }
+    }
+}
+
+/// What passes of bytes that come in these pieces.
+fn filtered(lane: &Arc<Lane>, pieces: &[&[u8]]) -> Option<Vec<u8>> {
+    let queue = ConnectionQueue::new(lane.clone(), Arc::default(), Arc::new(AtomicBool::new(true)));
+    let (mut shed, mut passed) = (EarlyShed::new(queue), Vec::new());
+    for piece in pieces {
+        shed.filter(piece, &mut passed).ok()?;
+    }
+    passed.extend(shed.take_held());
+    Some(passed)
+}
+
+#[test]
+fn nothing_is_written_between_headers_and_their_continuation() {
+    let mut bytes = Vec::new();
+    FrameHead { length: 1, kind: kind::HEADERS, flags: 0, stream: 1 }.write(&mut bytes);
+    bytes.push(0x88);
+    let mut boundary = FrameBoundary::default();
+    boundary.advance(&bytes);
+    assert!(!boundary.is_here());
+    bytes.clear();
+    FrameHead { length: 0, kind: kind::CONTINUATION, flags: END_HEADERS, stream: 1 }.write(&mut bytes);
+    boundary.advance(&bytes);
+    assert!(boundary.is_here());
+}
+
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    FrameHead { length: payload.len(), kind, flags, stream }.write(&mut bytes);
+    bytes.extend(payload);
+    bytes
+}
+
+/// Headers of a call to a path, whose place in the table the peer will use (0x44) or not (0x04).
+fn headers_of(path: &str, representation: u8) -> Vec<u8> {
+    let mut block = vec![0x83, 0x86, representation];
+    write_string(&mut block, path.as_bytes());
+    block
+}
+
+/// A filter that refuses Checks, and has refused the one on stream 1.
+fn refusing() -> EarlyShed {
+    let lane = Arc::new(Lane::new(4096));
+    lane.set_limit(0);
+    let queue = ConnectionQueue::new(lane, Arc::default(), Arc::new(AtomicBool::new(true)));
+    let mut shed = EarlyShed::new(queue);
+    assert!(passed(&mut shed, &check(1)).unwrap().is_empty() && shed.tracking == Tracking::Rewritten);
+    shed
+}
+
+fn passed(shed: &mut EarlyShed, bytes: &[u8]) -> Option<Vec<u8>> {
+    let mut passed = Vec::new();
+    shed.filter(bytes, &mut passed).ok().map(|()| passed)
+}
+
+fn check(stream: u32) -> Vec<u8> {
+    frame(kind::HEADERS, END_HEADERS | END_STREAM, stream, &headers_of(CHECK, 0x44))
+}
+
+#[test]
+fn rewritten_headers_may_come_in_several_frames() {
+    let block = headers_of(REVOKE, 0x04);
+    let (begin, end) = block.split_at(5);
+    let whole = frame(kind::HEADERS, END_STREAM | END_HEADERS, 3, &block);
+    let begun = frame(kind::HEADERS, END_STREAM, 3, begin);
+    let parts = [&begun[..], &frame(kind::CONTINUATION, END_HEADERS, 3, end)].concat();
+    assert_eq!(passed(&mut refusing(), &parts), passed(&mut refusing(), &whole));
+
+    let other = [&begun[..], &frame(kind::DATA, 0, 3, b"x")].concat();
+    assert_eq!(passed(&mut refusing(), &other), None, "nothing may come between");
+    let endless = [&begun[..], &frame(kind::CONTINUATION, 0, 3, &[0; MAX_FRAME]).repeat(4)].concat();
+    assert_eq!(passed(&mut refusing(), &endless), None, "their bytes are bounded");
+}
+
+#[test]
+fn empty_headers_end_a_call_that_is_rewritten() {
+    let mut shed = refusing();
+    let begun = frame(kind::HEADERS, END_HEADERS, 3, &headers_of(REVOKE, 0x04));
+    assert!(passed(&mut shed, &begun).is_some_and(|passed| !passed.is_empty()));
+    let end = frame(kind::HEADERS, END_HEADERS | END_STREAM, 3, &[]);
+    assert_eq!(passed(&mut shed, &end), Some(end));
+}
+
+#[test]
+fn a_peer_that_shrinks_its_header_table_has_no_call_refused_early() {
+    let mut shed = refusing();
+    let answers = shed.answers().len();
+    let settings = frame(kind::SETTINGS, 0, 0, &[0, 3, 0, 0, 0, 9, 0, 1, 0, 0, 0, 0]);
+    assert_eq!(passed(&mut shed, &settings).as_ref(), Some(&settings));
+    assert!(passed(&mut shed, &check(3)).is_some_and(|passed| !passed.is_empty()));
+    assert_eq!(shed.answers().len(), answers);
+}
+
+#[test]
+fn answers_that_wait_are_bounded_however_many_calls_come_at_once() {
+    let mut shed = refusing();
+    let calls: Vec<u8> = (1..1000).flat_map(|at| check(2 * at + 1)).collect();
+    assert!(passed(&mut shed, &calls).is_some_and(|passed| !passed.is_empty()));
+    assert!(shed.answers().len() <= MAX_ANSWERS + HEAD + ANSWER.len(), "{}", shed.answers().len());
+}
+
+#[test]
+fn the_stream_of_a_refused_call_is_not_opened_again() {
+    let again = frame(kind::HEADERS, END_HEADERS | END_STREAM, 1, &headers_of(REVOKE, 0x04));
+    assert_eq!(passed(&mut refusing(), &again), None);
+}
+
+#[test]
+fn a_query_makes_no_other_call_of_a_check() {
+    let asked = headers_of(&format!("{CHECK}?x"), 0x44);
+    let asked = frame(kind::HEADERS, END_HEADERS | END_STREAM, 3, &asked);
+    assert_eq!(passed(&mut refusing(), &asked), Some(Vec::new()));
+}
+
+#[test]
+fn headers_with_padding_and_priority_are_read() {
+    let lane = Arc::new(Lane::new(4096));
+    lane.set_limit(0);
+    let queue = ConnectionQueue::new(lane.clone(), Arc::default(), Arc::new(AtomicBool::new(true)));
+    let (mut shed, mut passed) = (EarlyShed::new(queue), Vec::new());
+    let mut block = vec![0x83, 0x86, 0x44];
+    write_string(&mut block, CHECK.as_bytes());
+    let payload = [&[3, 0, 0, 0, 0, 16], &block[..], &[0; 3]].concat();
+    let mut bytes = Vec::new();
+    let flags = PADDED | PRIORITY | END_HEADERS | END_STREAM;
+    FrameHead { length: payload.len(), kind: kind::HEADERS, flags, stream: 1 }.write(&mut bytes);
+    bytes.extend(payload);
+    shed.filter(&bytes, &mut passed).unwrap();
+    assert!(passed.is_empty() && !shed.answers().is_empty());
+}

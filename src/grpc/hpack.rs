@@ -1,0 +1,433 @@
+//! Reads HPACK header blocks (RFC 7541) as far as early load shedding needs it: the dynamic table of the peer's encoder,
+//! the path of a call, and the block again without references to that table.
+//!
+//! HTTP/2 itself decodes every block that it is given. This copy of the table exists so that a block may be withheld.
+
+use std::collections::VecDeque;
+
+/// The size of the dynamic table that HTTP/2 allows the peer: the protocol's default.
+const MAX_TABLE: usize = 4096;
+/// What an entry counts besides its bytes (RFC 7541, section 4.1).
+const ENTRY: usize = 32;
+/// The entries of the static table.
+const STATIC: usize = STATIC_NAMES.len();
+/// The places of `:path` in the static table.
+const STATIC_PATH: [usize; 2] = [4, 5];
+/// The most bytes that a block may have once it is written without references.
+const MAX_REWRITTEN: usize = 64 << 10;
+
+/// The lengths of the names in the static table (RFC 7541, appendix A).
+const STATIC_NAMES: [u8; 61] = [
+    10, 7, 7, 5, 5, 7, 7, 7, 7, 7, 7, 7, 7, 7, 14, 15, 15, 13, 6, 27, 3, 5, 13, 13, 19, 16, 16, 14, 16, 13,
+    12, 6, 4, 4, 6, 7, 4, 4, 8, 17, 13, 8, 19, 13, 4, 8, 12, 18, 19, 5, 7, 7, 11, 6, 10, 25, 17, 10, 4, 3,
+    16,
+];
+
+/// A block that no encoder writes, or that is larger than it may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Malformed;
+
+/// The name of a field.
+#[derive(Clone, PartialEq, Eq)]
+enum Name {
+    /// That of an entry of the static table.
+    Static(usize),
+    Literal(Box<[u8]>),
+}
+
+impl Name {
+    fn len(&self) -> usize {
+        match self {
+            Name::Static(at) => usize::from(STATIC_NAMES[at - 1]),
+            Name::Literal(name) => name.len(),
+        }
+    }
+
+    fn is_path(&self) -> bool {
+        match self {
+            Name::Static(at) => STATIC_PATH.contains(at),
+            Name::Literal(name) => **name == *b":path",
+        }
+    }
+}
+
+/// An entry of the dynamic table. Not `Debug`: it may be a token.
+#[derive(Clone)]
+struct Entry {
+    name: Name,
+    value: Box<[u8]>,
+}
+
+impl Entry {
+    fn size(&self) -> usize {
+        self.name.len() + self.value.len() + ENTRY
+    }
+}
+
+/// The peer's dynamic table, newest entry first.
+pub(super) struct HpackTable {
+    entries: VecDeque<Entry>,
+    size: usize,
+    limit: usize,
+}
+
+impl Default for HpackTable {
+    fn default() -> Self {
+        HpackTable { entries: VecDeque::new(), size: 0, limit: MAX_TABLE }
+    }
+}
+
+/// What a block is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct BlockSummary {
+    /// It changes the table.
+    pub(super) changes_table: bool,
+    /// Its path was accepted.
+    pub(super) path_matches: bool,
+}
+
+/// Whether a block consists of references alone, in one byte each: it changes no table.
+pub(super) fn is_plainly_indexed(block: &[u8]) -> bool {
+    block.iter().all(|byte| *byte >= 0x80)
+}
+
+impl HpackTable {
+    /// Reads a block, and changes the table as it says. `matches` decides about the path. `rewritten` receives the block
+    /// without references to the dynamic table.
+    ///
+    /// # Errors
+    /// When the block is malformed; the table is undefined then.
+    pub(super) fn read(
+        &mut self,
+        block: &[u8],
+        matches: impl Fn(&[u8]) -> bool,
+        mut rewritten: Option<&mut Vec<u8>>,
+    ) -> Result<BlockSummary, Malformed> {
+        let (mut rest, mut summary) = (block, BlockSummary::default());
+        while let Some(&first) = rest.first() {
+            if first & 0xe0 == 0x20 {
+                self.resize(integer(&mut rest, 5)?)?;
+                summary.changes_table = true;
+                continue;
+            }
+            if first & 0x80 != 0 {
+                let at = integer(&mut rest, 7)?;
+                if (1..=STATIC).contains(&at) {
+                    if let Some(out) = rewritten.as_deref_mut() {
+                        write_integer(out, 0x80, 7, at);
+                    }
+                    continue;
+                }
+                let entry = self.entry(at)?;
+                summary.path_matches |= entry.name.is_path() && matches(&entry.value);
+                if let Some(out) = rewritten.as_deref_mut() {
+                    write_literal(out, entry)?;
+                }
+                continue;
+            }
+            let inserts = first & 0x40 != 0;
+            let entry = self.literal(&mut rest, if inserts { 6 } else { 4 })?;
+            summary.path_matches |= entry.name.is_path() && matches(&entry.value);
+            if let Some(out) = rewritten.as_deref_mut() {
+                write_literal(out, &entry)?;
+            }
+            if inserts {
+                summary.changes_table = true;
+                self.insert(entry);
+            }
+        }
+        Ok(summary)
+    }
+
+    fn entry(&self, at: usize) -> Result<&Entry, Malformed> {
+        at.checked_sub(STATIC + 1).and_then(|at| self.entries.get(at)).ok_or(Malformed)
+    }
+
+    fn literal(&self, rest: &mut &[u8], prefix: u32) -> Result<Entry, Malformed> {
+        let name = match integer(rest, prefix)? {
+            0 => Name::Literal(string(rest)?),
+            at if at <= STATIC => Name::Static(at),
+            at => self.entry(at)?.name.clone(),
+        };
+        Ok(Entry { name, value: string(rest)? })
+    }
+
+    fn insert(&mut self, entry: Entry) {
+        self.size += entry.size();
+        self.entries.push_front(entry);
+        self.evict();
+    }
+
+    fn resize(&mut self, limit: usize) -> Result<(), Malformed> {
+        if limit > MAX_TABLE {
+            return Err(Malformed);
+        }
+        self.limit = limit;
+        self.evict();
+        Ok(())
+    }
+
+    fn evict(&mut self) {
+        while self.size > self.limit
+            && let Some(oldest) = self.entries.pop_back()
+        {
+            self.size -= oldest.size();
+        }
+    }
+}
+
+/// An integer with a prefix of so many bits (RFC 7541, section 5.1).
+fn integer(rest: &mut &[u8], prefix: u32) -> Result<usize, Malformed> {
+    let (first, mut behind) = rest.split_first().ok_or(Malformed)?;
+    let most = (1usize << prefix) - 1;
+    let mut value = usize::from(*first) & most;
+    if value == most {
+        // Four more bytes say more than any frame holds.
+        for shift in [0, 7, 14, 21, 28] {
+            let (byte, next) = behind.split_first().ok_or(Malformed)?;
+            behind = next;
+            value += usize::from(byte & 0x7f) << shift;
+            if byte & 0x80 == 0 {
+                break;
+            }
+            if shift == 28 {
+                return Err(Malformed);
+            }
+        }
+    }
+    *rest = behind;
+    Ok(value)
+}
+
+fn string(rest: &mut &[u8]) -> Result<Box<[u8]>, Malformed> {
+    let huffman = *rest.first().ok_or(Malformed)? & 0x80 != 0;
+    let length = integer(rest, 7)?;
+    let (text, behind) = rest.split_at_checked(length).ok_or(Malformed)?;
+    *rest = behind;
+    if huffman { huffman::decode(text) } else { Ok(text.into()) }
+}
+
+fn write_integer(out: &mut Vec<u8>, flags: u8, prefix: u32, value: usize) {
+    let most = (1usize << prefix) - 1;
+    let byte = |value: usize| u8::try_from(value).unwrap_or(u8::MAX);
+    if value < most {
+        return out.push(flags | byte(value));
+    }
+    out.push(flags | byte(most));
+    let mut left = value - most;
+    while left >= 0x80 {
+        out.push(0x80 | byte(left & 0x7f));
+        left >>= 7;
+    }
+    out.push(byte(left));
+}
+
+/// Writes a string as it is, without Huffman's code.
+pub(super) fn write_string(out: &mut Vec<u8>, text: &[u8]) {
+    write_integer(out, 0, 7, text.len());
+    out.extend(text);
+}
+
+/// Writes a field that enters no table.
+fn write_literal(out: &mut Vec<u8>, entry: &Entry) -> Result<(), Malformed> {
+    match &entry.name {
+        Name::Static(at) => write_integer(out, 0, 4, *at),
+        Name::Literal(name) => {
+            out.push(0);
+            write_string(out, name);
+        }
+    }
+    write_string(out, &entry.value);
+    if out.len() > MAX_REWRITTEN { Err(Malformed) } else { Ok(()) }
+}
+
+/// HPACK's code for strings (RFC 7541, appendix B). It is canonical: the codes of one length follow each other in the
+/// order of their symbols.
+mod huffman {
+    use super::Malformed;
+
+    /// How many symbols have a code of each length.
+    const COUNTS: [u8; 31] = [
+        0, 0, 0, 0, 0, 10, 26, 32, 6, 0, 5, 3, 2, 6, 2, 3, 0, 0, 0, 3, 8, 13, 26, 29, 12, 4, 15, 19, 29, 0, 4,
+    ];
+    /// The symbols in the order of their codes, without the one that ends a string and never occurs in it.
+    const SYMBOLS: [u8; 256] = [
+        48, 49, 50, 97, 99, 101, 105, 111, 115, 116, 32, 37, 45, 46, 47, 51, 52, 53, 54, 55, 56, 57, 61, 65,
+        95, 98, 100, 102, 103, 104, 108, 109, 110, 112, 114, 117, 58, 66, 67, 68, 69, 70, 71, 72, 73, 74, 75,
+        76, 77, 78, 79, 80, 81, 82, 83, 84, 85, 86, 87, 89, 106, 107, 113, 118, 119, 120, 121, 122, 38, 42,
+        44, 59, 88, 90, 33, 34, 40, 41, 63, 39, 43, 124, 35, 62, 0, 36, 64, 91, 93, 126, 94, 125, 60, 96,
+        123, 92, 195, 208, 128, 130, 131, 162, 184, 194, 224, 226, 153, 161, 167, 172, 176, 177, 179, 209,
+        216, 217, 227, 229, 230, 129, 132, 133, 134, 136, 146, 154, 156, 160, 163, 164, 169, 170, 173, 178,
+        181, 185, 186, 187, 189, 190, 196, 198, 228, 232, 233, 1, 135, 137, 138, 139, 140, 141, 143, 147,
+        149, 150, 151, 152, 155, 157, 158, 165, 166, 168, 174, 175, 180, 182, 183, 188, 191, 197, 231, 239,
+        9, 142, 144, 145, 148, 159, 171, 206, 215, 225, 236, 237, 199, 207, 234, 235, 192, 193, 200, 201,
+        202, 205, 210, 213, 218, 219, 238, 240, 242, 243, 255, 203, 204, 211, 212, 214, 221, 222, 223, 241,
+        244, 245, 246, 247, 248, 250, 251, 252, 253, 254, 2, 3, 4, 5, 6, 7, 8, 11, 12, 14, 15, 16, 17, 18,
+        19, 20, 21, 23, 24, 25, 26, 27, 28, 29, 30, 31, 127, 220, 249, 10, 13, 22,
+    ];
+
+    /// Decodes a string.
+    ///
+    /// # Errors
+    /// When it holds the code that ends strings, or ends with anything but less than a byte of ones.
+    pub(super) fn decode(text: &[u8]) -> Result<Box<[u8]>, Malformed> {
+        let mut out = Vec::with_capacity(text.len() * 8 / 5);
+        let mut code = Code::default();
+        for byte in text {
+            for bit in (0..8).rev() {
+                if let Some(at) = code.add(u32::from(byte >> bit) & 1)? {
+                    out.push(*SYMBOLS.get(at).ok_or(Malformed)?);
+                    code = Code::default();
+                }
+            }
+        }
+        let padding = code.length < 8 && code.bits == (1 << code.length) - 1;
+        if padding { Ok(out.into()) } else { Err(Malformed) }
+    }
+
+    /// A code of which some bits are known.
+    #[derive(Default)]
+    struct Code {
+        length: usize,
+        bits: u32,
+        /// The first code of this length, and the place of its symbol.
+        first: u32,
+        place: u32,
+    }
+
+    impl Code {
+        /// Adds a bit; the place of the symbol if that was the last one.
+        fn add(&mut self, bit: u32) -> Result<Option<usize>, Malformed> {
+            let shorter = u32::from(COUNTS[self.length]);
+            self.first = (self.first + shorter) << 1;
+            self.place += shorter;
+            self.length += 1;
+            self.bits = self.bits << 1 | bit;
+            let count = *COUNTS.get(self.length).ok_or(Malformed)?;
+            let at = self.bits.checked_sub(self.first).filter(|at| *at < u32::from(count));
+            Ok(at.and_then(|at| usize::try_from(self.place + at).ok()))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn hex(text: &str) -> Vec<u8> {
+        let digits: Vec<_> = text.bytes().filter(u8::is_ascii_hexdigit).collect();
+        let byte = |pair: &[u8]| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap();
+        digits.chunks(2).map(byte).collect()
+    }
+
+    /// The table's entries as RFC 7541 writes them.
+    fn entries(table: &HpackTable) -> Vec<(usize, String)> {
+        let text = |entry: &Entry| (entry.size(), String::from_utf8(entry.value.to_vec()).unwrap());
+        table.entries.iter().map(text).collect()
+    }
+
+    #[test]
+    fn requests_of_the_standard_fill_the_table_as_it_says() {
+        // RFC 7541, appendix C.4: requests with Huffman's code.
+        let mut table = HpackTable::default();
+        for (block, size, newest) in [
+            ("8286 8441 8cf1 e3c2 e5f2 3a6b a0ab 90f4 ff", 57, "www.example.com"),
+            ("8286 84be 5886 a8eb 1064 9cbf", 110, "no-cache"),
+            ("8287 85bf 4088 25a8 49e9 5ba9 7d7f 8925 a849 e95b b8e8 b4bf", 164, "custom-value"),
+        ] {
+            let summary = table.read(&hex(block), |_| true, None).unwrap();
+            assert!(summary.changes_table && !summary.path_matches, "the path stands in the static table");
+            assert_eq!((table.size, entries(&table)[0].1.as_str()), (size, newest));
+        }
+        let sizes: Vec<_> = entries(&table).into_iter().map(|(size, _)| size).collect();
+        assert_eq!(sizes, [54, 53, 57]);
+    }
+
+    #[test]
+    fn old_entries_leave_as_the_standard_says() {
+        // RFC 7541, appendix C.6: responses, with a table of 256 bytes.
+        let mut table = HpackTable::default();
+        table.resize(256).unwrap();
+        for (block, size) in [
+            (
+                "4882 6402 5885 aec3 771a 4b61 96d0 7abe 9410 54d4 44a8 2005 9504 0b81 66e0 82a6 2d1b ff6e 919d 29ad \
+                 1718 63c7 8f0b 97c8 e9ae 82ae 43d3",
+                222,
+            ),
+            ("4883 640e ffc1 c0bf", 222),
+            (
+                "88c1 6196 d07a be94 1054 d444 a820 0595 040b 8166 e084 a62d 1bff c05a 839b d9ab 77ad 94e7 821d d7f2 \
+                 e6c7 b335 dfdf cd5b 3960 d5af 2708 7f36 72c1 ab27 0fb5 291f 9587 3160 65c0 03ed 4ee5 b106 3d50 07",
+                215,
+            ),
+        ] {
+            table.read(&hex(block), |_| false, None).unwrap();
+            assert_eq!(table.size, size, "{block}");
+        }
+        assert_eq!(entries(&table).len(), 3);
+        assert_eq!(entries(&table)[0].1, "foo=ASDJKHQKBZXOQWEOPIUAXQWEOIU; max-age=3600; version=1");
+    }
+
+    #[test]
+    fn a_rewritten_block_refers_to_no_table() {
+        let mut table = HpackTable::default();
+        let first = [&[0x83, 0x86, 0x44, 2][..], b"/p", &[0x40, 3], b"x-a", &[1], b"1"].concat();
+        table.read(&first, |_| false, None).unwrap();
+        let mut out = Vec::new();
+        // Both entries by reference, and the name of one.
+        let again = [&[0x83, 0x86, 0xbf, 0xbe, 0x0f, 0x2f, 1][..], b"2"].concat();
+        let summary = table.read(&again, |path| path == b"/p", Some(&mut out)).unwrap();
+        assert_eq!(summary, BlockSummary { changes_table: false, path_matches: true });
+        let plain =
+            [&[0x83, 0x86, 0x04, 2][..], b"/p", &[0, 3], b"x-a", &[1], b"1", &[0, 3], b"x-a", &[1], b"2"];
+        assert_eq!(out, plain.concat());
+    }
+
+    #[test]
+    fn blocks_that_no_encoder_writes_are_malformed() {
+        for block in [
+            "80",
+            "be",
+            "ff",
+            "ffffffffffffff",
+            "40",
+            "4003 7878",
+            "0085 ffffffffff 0161",
+            "3fe2ff03",
+            "0081 00 00",
+        ] {
+            let read = HpackTable::default().read(&hex(block), |_| false, None);
+            assert_eq!(read, Err(Malformed), "{block}");
+        }
+    }
+
+    #[test]
+    fn references_to_a_large_entry_are_not_written_out_without_end() {
+        let mut table = HpackTable::default();
+        let entry = [&[0x40, 1][..], b"a", &[0x7f, 0x81, 0x1e], &vec![b'x'; 4000 - 32]].concat();
+        assert!(table.read(&entry, |_| false, None).is_ok());
+        let mut out = Vec::new();
+        assert_eq!(table.read(&[0xbe; 16_000], |_| false, Some(&mut out)), Err(Malformed));
+        assert!(out.len() < MAX_REWRITTEN + MAX_TABLE);
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_read_or_malformed(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let (mut table, mut out) = (HpackTable::default(), Vec::new());
+            let _ = table.read(&bytes, |_| false, Some(&mut out));
+            prop_assert!(table.size <= MAX_TABLE);
+        }
+
+        #[test]
+        fn integers_come_back_as_they_were(value in 0usize..(1 << 24), prefix in 4u32..8) {
+            let mut out = Vec::new();
+            write_integer(&mut out, 0, prefix, value);
+            let mut rest = &out[..];
+            prop_assert_eq!(integer(&mut rest, prefix), Ok(value));
+            prop_assert!(rest.is_empty());
+        }
+    }
+}

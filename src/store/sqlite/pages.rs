@@ -1,0 +1,303 @@
+//! Reads of pages of rows, through rusqlite on threads that may wait for a disk. sqlx sends each row from thread to thread
+//! with a copy of every column, which takes several times as long as to read it; here a page is copied at once, and what is
+//! read in great numbers, keys and the log, not at all.
+
+use std::{
+    borrow::Cow,
+    path::{Path, PathBuf},
+    str,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use rusqlite::{
+    Connection, Statement, ToSql, params_from_iter,
+    types::{ToSqlOutput, ValueRef},
+};
+use tokio::{sync::Semaphore, time::timeout};
+
+use crate::{
+    domain::{log::LogRow, name::KeyId},
+    store::{
+        StoreError, StoredKey,
+        queries::{self, Sql, Value},
+        records::{Columns, Gather, log_at},
+    },
+};
+
+use super::connection::{Result, blocking, read_only, unavailable};
+
+/// How many pages are read at once.
+const READERS: u32 = 4;
+/// The page cache of a connection, in KiB: with a million keys, the inner pages of their secrets take 2 MB, which is
+/// SQLite's usual size, and would be read again for every key.
+const CACHE_KIB: i32 = 8192;
+/// How long a read waits for its turn.
+const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Connections that read, each opened when it is first needed.
+pub(super) struct Readers {
+    path: PathBuf,
+    idle: Arc<Mutex<Vec<Connection>>>,
+    permits: Arc<Semaphore>,
+}
+
+impl Readers {
+    pub(super) fn new(path: PathBuf) -> Readers {
+        Readers { path, idle: Arc::default(), permits: Arc::new(Semaphore::new(READERS as usize)) }
+    }
+
+    /// The rows of a query. They see one committed state.
+    pub(super) async fn rows(
+        &self,
+        query: Sql<sqlx::Sqlite>,
+    ) -> std::result::Result<Vec<PageRow>, StoreError> {
+        let (statement, bound) = query.into_parts();
+        self.with(move |connection| read(&mut *connection.prepare_cached(&statement)?, &bound)).await
+    }
+
+    /// A page of the log, decoded in place.
+    pub(super) async fn log(&self, query: Sql<sqlx::Sqlite>) -> std::result::Result<Vec<LogRow>, StoreError> {
+        let (statement, bound) = query.into_parts();
+        self.with(move |connection| {
+            let mut statement = connection.prepare_cached(&statement)?;
+            let mut rows = statement.query(params_from_iter(&bound))?;
+            let mut entries = Vec::new();
+            while let Some(row) = rows.next()? {
+                entries.push(log_at(row)?);
+            }
+            Ok(entries)
+        })
+        .await
+    }
+
+    /// The keys with these ids, in their order. Each is looked up by itself: all in one statement would be sorted again,
+    /// which takes as long as to read them.
+    pub(super) async fn keys(&self, ids: &[KeyId]) -> std::result::Result<Vec<StoredKey>, StoreError> {
+        let ids = ids.to_vec();
+        // The same statement for every key.
+        let (one, _) = queries::key::<sqlx::Sqlite>(KeyId::from_bytes([0; 16])).into_parts();
+        self.with(move |connection| {
+            let (mut keys, mut gather) = (Vec::with_capacity(ids.len()), Gather::default());
+            // They see one committed state.
+            let transaction = connection.unchecked_transaction()?;
+            let mut statement = transaction.prepare_cached(&one)?;
+            for id in ids {
+                let mut rows = statement.query([id.as_bytes().as_slice()])?;
+                while let Some(row) = rows.next()? {
+                    keys.extend(gather.row(row)?);
+                }
+            }
+            keys.extend(gather.finish()?);
+            Ok(keys)
+        })
+        .await
+    }
+
+    async fn with<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Connection) -> Result<T> + Send + 'static,
+    ) -> std::result::Result<T, StoreError> {
+        let permit = timeout(ACQUIRE_TIMEOUT, self.permits.clone().acquire_owned()).await;
+        let permit = permit.map_err(|late| StoreError::Unavailable(late.into()))?;
+        let permit = permit.map_err(|closed| StoreError::Unavailable(closed.into()))?;
+        let (path, idle) = (self.path.clone(), self.idle.clone());
+        blocking(move || {
+            let _permit = permit;
+            let opened = lock(&idle).pop();
+            let connection = match opened {
+                Some(connection) => connection,
+                None => open(&path)?,
+            };
+            // After a fault, whatever state that left the connection in, the next read begins with a new one.
+            let read = work(&connection)?;
+            lock(&idle).push(connection);
+            Ok(read)
+        })
+        .await
+    }
+
+    /// Waits for the reads that have begun, and closes the connections.
+    pub(super) async fn close(&self) {
+        let _all = self.permits.acquire_many(READERS).await;
+        self.permits.close();
+        lock(&self.idle).clear();
+    }
+}
+
+fn open(path: &Path) -> Result<Connection> {
+    let connection = read_only(path)?;
+    connection.pragma_update(None, "cache_size", -CACHE_KIB)?;
+    Ok(connection)
+}
+
+fn lock(idle: &Mutex<Vec<Connection>>) -> std::sync::MutexGuard<'_, Vec<Connection>> {
+    idle.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl ToSql for Value {
+    fn to_sql(&self) -> rusqlite::Result<ToSqlOutput<'_>> {
+        Ok(ToSqlOutput::Borrowed(match self {
+            Value::Int(number) => ValueRef::Integer(*number),
+            Value::Text(text) => ValueRef::Text(text.as_bytes()),
+            Value::Bytes(bytes) => ValueRef::Blob(bytes),
+        }))
+    }
+}
+
+fn read(statement: &mut Statement<'_>, bound: &[Value]) -> Result<Vec<PageRow>> {
+    let width = statement.column_count();
+    let mut page = Page { width, ..Page::default() };
+    let mut rows = statement.query(params_from_iter(bound))?;
+    let mut count = 0;
+    while let Some(row) = rows.next()? {
+        for column in 0..width {
+            page.add(row.get_ref(column)?)?;
+        }
+        count += 1;
+    }
+    let page = Arc::new(page);
+    Ok((0..count).map(|row| PageRow { page: page.clone(), row }).collect())
+}
+
+/// Rows, one after the other.
+#[derive(Default)]
+struct Page {
+    columns: Vec<Column>,
+    /// How many columns a row has.
+    width: usize,
+    /// Texts and blobs.
+    bytes: Vec<u8>,
+}
+
+#[derive(Clone, Copy)]
+enum Column {
+    Null,
+    Int(i64),
+    /// From here to there in the page's bytes.
+    Text(usize, usize),
+    Blob(usize, usize),
+}
+
+impl Page {
+    fn add(&mut self, value: ValueRef<'_>) -> Result<()> {
+        let start = self.bytes.len();
+        let mut keep = |bytes: &[u8]| {
+            self.bytes.extend_from_slice(bytes);
+            self.bytes.len()
+        };
+        let column = match value {
+            ValueRef::Null => Column::Null,
+            ValueRef::Integer(number) => Column::Int(number),
+            ValueRef::Text(text) => Column::Text(start, keep(text)),
+            ValueRef::Blob(blob) => Column::Blob(start, keep(blob)),
+            // No table has such a column.
+            ValueRef::Real(_) => return Err(unavailable("a column is a floating-point number")),
+        };
+        self.columns.push(column);
+        Ok(())
+    }
+}
+
+/// One row of a page.
+pub(in crate::store) struct PageRow {
+    page: Arc<Page>,
+    row: usize,
+}
+
+type Read<T> = std::result::Result<T, sqlx::Error>;
+
+impl PageRow {
+    fn column(&self, at: usize) -> Read<Column> {
+        let row = self.page.columns.get(self.row * self.page.width..).unwrap_or_default();
+        let column = row.get(at).filter(|_| at < self.page.width).copied();
+        column.ok_or(sqlx::Error::ColumnIndexOutOfBounds { index: at, len: self.page.width })
+    }
+}
+
+fn wrong(at: usize, wanted: &str) -> sqlx::Error {
+    sqlx::Error::Decode(format!("column {at} is not {wanted}").into())
+}
+
+impl Columns for PageRow {
+    fn text(&self, at: usize) -> Read<&str> {
+        self.text_opt(at)?.ok_or_else(|| wrong(at, "a text"))
+    }
+
+    fn text_opt(&self, at: usize) -> Read<Option<&str>> {
+        match self.column(at)? {
+            Column::Null => Ok(None),
+            Column::Text(start, end) => {
+                let text = str::from_utf8(&self.page.bytes[start..end]);
+                text.map(Some).map_err(|error| sqlx::Error::Decode(error.into()))
+            }
+            _ => Err(wrong(at, "a text")),
+        }
+    }
+
+    fn int(&self, at: usize) -> Read<i64> {
+        self.int_opt(at)?.ok_or_else(|| wrong(at, "a number"))
+    }
+
+    fn int_opt(&self, at: usize) -> Read<Option<i64>> {
+        match self.column(at)? {
+            Column::Null => Ok(None),
+            Column::Int(number) => Ok(Some(number)),
+            _ => Err(wrong(at, "a number")),
+        }
+    }
+
+    fn bytes(&self, at: usize) -> Read<&[u8]> {
+        self.bytes_opt(at)?.ok_or_else(|| wrong(at, "a blob"))
+    }
+
+    fn bytes_opt(&self, at: usize) -> Read<Option<&[u8]>> {
+        match self.column(at)? {
+            Column::Null => Ok(None),
+            Column::Blob(start, end) => Ok(Some(&self.page.bytes[start..end])),
+            _ => Err(wrong(at, "a blob")),
+        }
+    }
+
+    fn free_text_opt(&self, at: usize) -> Read<Option<Cow<'_, str>>> {
+        Ok(self.text_opt(at)?.map(Cow::Borrowed))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_has_the_columns_that_it_was_read_with() {
+        let connection = Connection::open_in_memory().unwrap();
+        let sql = "SELECT ?, ?, ?, NULL UNION ALL SELECT 7, 'b', x'', 'it''s'";
+        let bound = [Value::Int(-1), Value::Text("\u{e9}\0".to_owned()), Value::Bytes(vec![0, 255])];
+        let rows = read(&mut connection.prepare(sql).unwrap(), &bound).unwrap();
+        let [first, second] = &*rows else { panic!("{}", rows.len()) };
+        assert_eq!((first.int(0).unwrap(), first.text(1).unwrap()), (-1, "\u{e9}\0"));
+        assert_eq!((first.bytes(2).unwrap(), first.text_opt(3).unwrap()), (&[0, 255][..], None));
+        assert_eq!((second.int_opt(0).unwrap(), second.text_opt(3).unwrap()), (Some(7), Some("it's")));
+        assert_eq!(second.bytes_opt(2).unwrap(), Some(&[][..]));
+        for wrong in [
+            second.int(1).map(drop),
+            second.text(0).map(drop),
+            second.bytes(3).map(drop),
+            second.int(4).map(drop),
+        ] {
+            assert!(wrong.is_err());
+        }
+        assert!(first.text(3).is_err(), "NULL where a text must be");
+    }
+
+    #[tokio::test]
+    async fn a_closed_reader_reads_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.db");
+        Connection::open(&path).unwrap().execute_batch("CREATE TABLE meta (head, head_hash)").unwrap();
+        let readers = Readers::new(path);
+        assert_eq!(readers.rows(crate::store::queries::head()).await.unwrap().len(), 0);
+        readers.close().await;
+        assert!(readers.rows(crate::store::queries::head()).await.is_err());
+    }
+}

@@ -10,7 +10,7 @@ use sha2::{Digest as _, Sha256};
 use tonic::Code;
 
 use crate::{
-    ext_authz,
+    ext_authz_client,
     forward_auth::{Front, nginx},
     support::{Client, Server, authenticate, check, named_key, refused, texts},
 };
@@ -85,21 +85,21 @@ async fn an_imported_token_with_another_checksum_gets_its_keys_verdict_on_every_
     let (root, token) = (server.root(), foreign(1));
     let id = import(&server, row("acme", &["monitors:read"], &token)).await;
     assert_all(&verdicts(&root, &token).await, Reason::Ok);
-    assert_eq!(ext_authz::decision(&server, &token).await, "ok");
+    assert_eq!(ext_authz_client::decision(&server, &token).await, "ok");
     assert_eq!(root.lookup(&token).await.unwrap().key.unwrap().id, id);
     root.disable(&id).await.unwrap();
     assert_all(&verdicts(&root, &token).await, Reason::Disabled);
-    assert_eq!(ext_authz::decision(&server, &token).await, "disabled");
+    assert_eq!(ext_authz_client::decision(&server, &token).await, "disabled");
     root.revoke(&id).await.unwrap();
     assert_all(&verdicts(&root, &token).await, Reason::Revoked);
-    assert_eq!(ext_authz::decision(&server, &token).await, "revoked");
+    assert_eq!(ext_authz_client::decision(&server, &token).await, "revoked");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_unknown_token_of_our_format_with_a_wrong_checksum_is_malformed_on_every_way() {
     let server = Server::with_accounts().await;
     assert_all(&verdicts(&server.root(), &foreign(1)).await, Reason::Malformed);
-    assert_eq!(ext_authz::decision(&server, &foreign(1)).await, "malformed");
+    assert_eq!(ext_authz_client::decision(&server, &foreign(1)).await, "malformed");
     refused(server.root().lookup(&foreign(1)).await, Code::NotFound, "KEY_NOT_FOUND");
     refused(server.holder(&foreign(1)).who_am_i().await, Code::Unauthenticated, "UNAUTHENTICATED");
     // One whose checksum holds is a token that nobody has.

@@ -6,7 +6,7 @@ use keyward::{
 };
 
 use crate::{
-    ext_authz::{Ask, with_key, with_rules},
+    ext_authz_client::{Ask, with_key, with_rules},
     support::{service_key, texts},
 };
 

@@ -5,6 +5,7 @@
 //! few batches, and an import that was interrupted continues where it was.
 
 mod cell;
+mod column;
 mod csv;
 mod header;
 mod inspect;
@@ -33,9 +34,10 @@ use tokio::{
 };
 
 use self::{
+    column::ColumnArgs,
     inspect::inspect,
     journal::Journal,
-    row::{ColumnArgs, DefaultArgs},
+    row::DefaultArgs,
     send::{Attempts, send},
     source::{Batch, Format, Reading, Source, encoding},
     summary::{Problems, Summary, rows},
@@ -46,6 +48,7 @@ use super::{
     console,
     context::Context,
     failure::{Failure, REFUSED},
+    values::shown_path,
 };
 use crate::{
     clock::{Clock as _, SystemClock},
@@ -107,7 +110,7 @@ pub(super) struct ImportArgs {
 impl ImportArgs {
     pub(super) async fn run(self, cx: &mut Context<'_>) -> Result<u8, Failure> {
         let session = cx.session()?.quiet();
-        let unreadable = |error| Failure::usage(format!("cannot read {}: {error}", self.file.display()));
+        let unreadable = |error| Failure::usage(format!("cannot read {}: {error}", shown_path(&self.file)));
         let file = File::open(&self.file).map_err(unreadable)?;
         let size = file.metadata().map_err(unreadable)?.len();
         let reading = self.reading(&file, SystemClock.now())?;
@@ -294,7 +297,7 @@ mod tests {
 
     #[test]
     fn the_help_names_every_column() {
-        for name in row::Column::names().split(", ") {
+        for name in column::Column::names().split(", ") {
             assert!(FORMAT.contains(name), "{name}");
         }
     }

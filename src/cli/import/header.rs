@@ -9,9 +9,9 @@ use std::{
 use serde_json::Value;
 
 use super::{
+    column::{Column, ColumnArgs, is_same_name},
     csv,
     json::Fields,
-    row::{Column, ColumnArgs, is_same_name},
     text::{Line, Text, trim_line_end},
 };
 use crate::cli::failure::Failure;

@@ -6,10 +6,9 @@ use std::io::{self, BufReader, ErrorKind, Read, Seek, SeekFrom};
 use encoding_rs::{Decoder, DecoderResult, Encoding, UTF_8};
 use serde::de::IgnoredAny;
 
-use super::text::detect;
+use super::text::Text;
 use crate::cli::failure::Failure;
 
-const CHUNK: usize = 64 * 1024;
 /// Room for decoded text. A decoder needs a few bytes at least.
 const ROOM: usize = 16 * 1024;
 
@@ -31,7 +30,7 @@ pub(super) fn inspect(
     syntax: Syntax,
 ) -> Result<(), Failure> {
     refuse_other_formats(&mut input)?;
-    let mut text = BufReader::with_capacity(ROOM, DecodedText::open(input, named)?);
+    let mut text = BufReader::with_capacity(ROOM, Utf8Reader::open(input, named)?);
     let read = match syntax {
         Syntax::Rows => io::copy(&mut text, &mut io::sink()).map(drop),
         Syntax::JsonValue => {
@@ -92,14 +91,10 @@ impl From<NotText> for Failure {
     }
 }
 
-/// A file as UTF-8.
-struct DecodedText<R> {
-    input: R,
-    encoding: &'static Encoding,
+/// Reads a file as UTF-8, whatever its encoding.
+struct Utf8Reader<R> {
+    text: Text<R>,
     decoder: Decoder,
-    encoded: Vec<u8>,
-    start: usize,
-    ended: bool,
     /// A decoder must not be asked again once it has finished.
     finished: bool,
     /// The line that is being read, from 1.
@@ -107,33 +102,11 @@ struct DecodedText<R> {
     after_carriage_return: bool,
 }
 
-impl<R: Read + Seek> DecodedText<R> {
-    fn open(mut input: R, named: Option<&'static Encoding>) -> io::Result<DecodedText<R>> {
-        let mut beginning = Vec::new();
-        input.seek(SeekFrom::Start(0))?;
-        input.by_ref().take(3).read_to_end(&mut beginning)?;
-        let (encoding, mark) = detect(&beginning, named);
-        input.seek(SeekFrom::Start(mark as u64))?;
-        let decoder = encoding.new_decoder_without_bom_handling();
-        Ok(DecodedText {
-            input,
-            encoding,
-            decoder,
-            encoded: Vec::new(),
-            start: 0,
-            ended: false,
-            finished: false,
-            line: 1,
-            after_carriage_return: false,
-        })
-    }
-
-    fn fill(&mut self) -> io::Result<()> {
-        self.encoded.drain(..self.start);
-        self.start = 0;
-        let read = self.input.by_ref().take(CHUNK as u64).read_to_end(&mut self.encoded)?;
-        self.ended = read == 0;
-        Ok(())
+impl<R: Read + Seek> Utf8Reader<R> {
+    fn open(input: R, named: Option<&'static Encoding>) -> io::Result<Utf8Reader<R>> {
+        let text = Text::open(input, named)?;
+        let decoder = text.encoding().new_decoder_without_bom_handling();
+        Ok(Utf8Reader { text, decoder, finished: false, line: 1, after_carriage_return: false })
     }
 
     /// Counts the lines of what was decoded; fails at a zero.
@@ -151,27 +124,26 @@ impl<R: Read + Seek> DecodedText<R> {
     }
 }
 
-impl<R: Read + Seek> Read for DecodedText<R> {
+impl<R: Read + Seek> Read for Utf8Reader<R> {
     fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
         while !self.finished {
-            if self.start == self.encoded.len() && !self.ended {
-                self.fill()?;
-            }
-            let source = &self.encoded[self.start..];
+            let source = self.text.peek(1)?;
+            let is_end = source.is_empty();
             let (result, read, written) =
-                self.decoder.decode_to_utf8_without_replacement(source, room, self.ended);
-            self.start += read;
+                self.decoder.decode_to_utf8_without_replacement(source, room, is_end);
+            self.text.consume(read);
             self.look_at(&room[..written])
                 .map_err(|problem| io::Error::new(ErrorKind::InvalidData, problem))?;
             match result {
                 DecoderResult::Malformed(..) => {
-                    let problem = NotText::Undecodable { line: self.line, encoding: self.encoding.name() };
+                    let encoding = self.text.encoding().name();
+                    let problem = NotText::Undecodable { line: self.line, encoding };
                     return Err(io::Error::new(ErrorKind::InvalidData, problem));
                 }
-                // A character may reach into the next chunk.
-                DecoderResult::InputEmpty if written == 0 && !self.ended => self.fill()?,
+                // A character may reach into what is not read yet.
+                DecoderResult::InputEmpty if written == 0 && !is_end => {}
                 DecoderResult::InputEmpty => {
-                    self.finished = self.ended;
+                    self.finished = is_end;
                     return Ok(written);
                 }
                 DecoderResult::OutputFull => return Ok(written),

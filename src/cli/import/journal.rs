@@ -22,7 +22,7 @@ use super::{
     text::Position,
 };
 use crate::{
-    cli::failure::Failure,
+    cli::{failure::Failure, values::shown_path},
     domain::token::Hex,
     private_file::{self, with_suffix},
 };
@@ -210,7 +210,7 @@ impl Journal {
         imported + there_already + expired + inactive + rejected
     }
 
-    /// How far the import came, for people. A file of one line is at line 0.
+    /// How far the import came, for people. Within its first line a file is at line 0.
     pub(super) fn place(&self) -> String {
         let (rows, lines) = (rows(self.rows()), self.progress.lines);
         if lines == 0 { rows } else { format!("{rows} (line {lines})") }
@@ -269,17 +269,17 @@ impl Journal {
 
 fn understand(text: &str, path: &Path) -> Result<Progress, Failure> {
     toml::from_str(text).map_err(|_| {
-        Failure::usage(format!("{} is no progress of an import", path.display()))
+        Failure::usage(format!("{} is no progress of an import", shown_path(path)))
             .hint("remove it to begin at the beginning, or name another one: --progress FILE")
     })
 }
 
 fn unreadable(path: &Path, error: &io::Error) -> Failure {
-    Failure::usage(format!("cannot read {}: {error}", path.display()))
+    Failure::usage(format!("cannot read {}: {error}", shown_path(path)))
 }
 
 fn unwritable(path: &Path, error: &io::Error) -> Failure {
-    Failure::usage(format!("cannot write {}: {error}", path.display()))
+    Failure::usage(format!("cannot write {}: {error}", shown_path(path)))
 }
 
 /// A rejected row with what was wrong with it, as the file is written: put right, it can be imported. Objects are

@@ -135,12 +135,31 @@ fn next_value<R: Read + Seek>(text: &mut Text<R>, in_array: bool) -> io::Result<
         return Ok(None);
     }
     let raw = whole.then(|| text.decode(&bytes).map(|raw| raw.trim().to_owned()));
+    take_separators(text, in_array)?;
     let fields = match &raw {
         None => Err(TOO_LONG),
         Some(None) => Err(NOT_TEXT),
         Some(Some(raw)) => parse(raw),
     };
     Ok(Some(Object { line, raw: raw.flatten().unwrap_or_default(), fields }))
+}
+
+/// Moves past what follows a value, the end of the array too, so that the lines are counted which hold nothing else. A file
+/// may end without a line end.
+fn take_separators<R: Read + Seek>(text: &mut Text<R>, in_array: bool) -> io::Result<()> {
+    let mut is_in_line = true;
+    while let Some(unit) = text.unit()? {
+        let character = char::from_u32(unit.into()).unwrap_or_default();
+        if !(is_blank(character) || in_array && matches!(character, ',' | ']')) {
+            return Ok(());
+        }
+        text.take_unit(&mut Vec::new())?;
+        is_in_line = !matches!(character, '\n' | '\r');
+    }
+    if is_in_line {
+        text.end_last_line();
+    }
+    Ok(())
 }
 
 /// Where in a JSON value reading is.
@@ -254,6 +273,22 @@ mod tests {
         let long = format!("[{{\"a\":\"{}\"}},{{}}]", "x".repeat(MAX_ROW));
         let read = objects(long.as_bytes(), None);
         assert_eq!((&read[0].0.fields, read[1].0.fields.is_ok()), (&Err(TOO_LONG), true));
+    }
+
+    #[test]
+    fn the_lines_of_a_file_are_counted_whether_or_not_a_line_end_follows_the_last_value() {
+        for (file, lines) in [
+            ("[{},{}]", 1),
+            ("[{},{}]\n", 1),
+            ("[{}, {}", 1),
+            ("[\n{},\n{}\n]", 4),
+            ("[\r\n{}\r\n]\r\n\r\n", 4),
+            ("{\n}\n{\n}", 4),
+            ("{}\n{}", 2),
+        ] {
+            let read = objects(file.as_bytes(), None);
+            assert_eq!(read.last().unwrap().1.lines, lines, "{file:?}");
+        }
     }
 
     #[test]

@@ -7,11 +7,12 @@ use encoding_rs::{Encoding, ISO_2022_JP, REPLACEMENT};
 use prost::Message as _;
 
 use super::{
+    column::{Column, ColumnArgs},
     csv::{self, Record},
     header::{Header, NameCheck, check_fields},
     inspect::Syntax,
     json::{Fields, Layout, Object},
-    row::{Column, ColumnArgs, DefaultArgs, Draft, NoKey},
+    row::{DefaultArgs, Draft, NoKey},
     text::{Position, Text},
 };
 use crate::{cli::failure::Failure, domain::time::Timestamp, pb};

@@ -51,7 +51,7 @@ pub(super) struct Text<R> {
 
 /// The encoding of a file that begins like this, and the length of its byte order mark. The mark wins over what the
 /// user named; without either, a first character of two bytes, one of them zero, is UTF-16.
-pub(super) fn detect(beginning: &[u8], named: Option<&'static Encoding>) -> (&'static Encoding, usize) {
+fn detect(beginning: &[u8], named: Option<&'static Encoding>) -> (&'static Encoding, usize) {
     if let Some(marked) = Encoding::for_bom(beginning) {
         return marked;
     }
@@ -72,6 +72,10 @@ impl<R: Read + Seek> Text<R> {
         text.encoding = encoding;
         text.consume(mark);
         Ok(text)
+    }
+
+    pub(super) fn encoding(&self) -> &'static Encoding {
+        self.encoding
     }
 
     pub(super) fn at(&self) -> Position {
@@ -153,6 +157,11 @@ impl<R: Read + Seek> Text<R> {
         Ok(())
     }
 
+    /// Counts the line that the file ends in, though no line end follows.
+    pub(super) fn end_last_line(&mut self) {
+        self.at.lines += 1;
+    }
+
     fn take_line_end(&mut self, bytes: &mut Vec<u8>) -> io::Result<()> {
         let lines = self.at.lines;
         let carriage_return = self.unit()? == Some(u16::from(b'\r'));
@@ -171,7 +180,7 @@ impl<R: Read + Seek> Text<R> {
     }
 
     /// At least so many bytes that come next, fewer only at the file's end.
-    fn peek(&mut self, wanted: usize) -> io::Result<&[u8]> {
+    pub(super) fn peek(&mut self, wanted: usize) -> io::Result<&[u8]> {
         while self.window.len() - self.start < wanted {
             self.window.drain(..self.start);
             self.start = 0;
@@ -188,7 +197,8 @@ impl<R: Read + Seek> Text<R> {
         Ok(&self.window[self.start..])
     }
 
-    fn consume(&mut self, bytes: usize) {
+    /// Moves past bytes that were read.
+    pub(super) fn consume(&mut self, bytes: usize) {
         self.start += bytes;
         self.at.bytes += bytes as u64;
     }

@@ -21,8 +21,8 @@ use tonic::Status;
 
 use crate::transport::budget::{ConnectionBudget, Priority, Reservation};
 
-use super::inflate::{COMPRESSED, inflate};
-use super::status::{overloaded, too_large, too_many_fields, too_slow, unreadable};
+use super::inflate::{COMPRESSED, InflateError, inflate};
+use super::status::{inflates_too_large, overloaded, too_large, too_many_fields, too_slow, unreadable};
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -190,7 +190,7 @@ pub(super) struct MessageBody {
     /// The beginning of a message.
     partial: Vec<u8>,
     memory: BodyMemory,
-    /// What a message announced that is larger than `limit`, in bytes.
+    /// The bytes of a message that is larger than `limit`: what it announced, or of a compressed one the least it can have.
     oversize: Option<usize>,
     /// Set while bytes are due.
     late: Option<Pin<Box<Sleep>>>,
@@ -259,7 +259,8 @@ impl MessageBody {
         self.memory.priority = priority;
     }
 
-    /// The length of the message that was refused, since it is larger than the limit; and the limit. In bytes.
+    /// The length of the message that was refused, since it is larger than the limit; and the limit. In bytes. Of a
+    /// compressed message the length is the least that it can have.
     pub(super) fn oversize(&self) -> Option<(usize, usize)> {
         self.oversize.map(|length| (length, self.limit))
     }
@@ -430,7 +431,15 @@ impl MessageBody {
         }
         let held = self.waiting_bytes() + self.partial.capacity() + whole.capacity();
         let memory = &mut self.memory;
-        inflate(&whole, self.limit, |bytes| memory.hold(held + bytes)).map(|message| Some(message.into()))
+        match inflate(&whole, self.limit, |bytes| memory.hold(held + bytes)) {
+            Ok(message) => Ok(Some(message.into())),
+            Err(InflateError::TooLarge) => {
+                // How large it is nobody knows: inflation ends at the first byte beyond the limit.
+                self.oversize = Some(self.limit + 1);
+                Err(inflates_too_large(self.limit))
+            }
+            Err(InflateError::Failed(status)) => Err(status),
+        }
     }
 
     /// Keeps bytes of a message that is not whole. The buffer doubles, and never exceeds what the message announces.

@@ -11,7 +11,7 @@ use tonic::Status;
 
 use super::{
     body::PREFIX,
-    status::{inflates_too_large, unknown_encoding, unreadable},
+    status::{unknown_encoding, unreadable},
 };
 
 /// How a request's messages are encoded.
@@ -24,6 +24,21 @@ pub(super) const ACCEPTED: HeaderValue = HeaderValue::from_static("identity,gzip
 pub(super) const COMPRESSED: u8 = 1;
 /// The first piece; each is as large as those before it together.
 const FIRST_PIECE: usize = 4 << 10;
+
+/// Why a message was not inflated.
+#[derive(Debug)]
+pub(super) enum InflateError {
+    /// It inflates to more than the limit.
+    TooLarge,
+    /// It cannot be read, or finds no memory.
+    Failed(Status),
+}
+
+impl From<Status> for InflateError {
+    fn from(status: Status) -> Self {
+        InflateError::Failed(status)
+    }
+}
 
 /// Whether a call's messages may be compressed. Removes what says so: they are not, once they are handed on.
 ///
@@ -48,14 +63,14 @@ pub(super) fn inflate(
     message: &[u8],
     limit: usize,
     mut hold: impl FnMut(usize) -> Result<(), Status>,
-) -> Result<Vec<u8>, Status> {
+) -> Result<Vec<u8>, InflateError> {
     let mut decoder = GzDecoder::new(message.get(PREFIX..).unwrap_or_default());
     let mut out = vec![0; PREFIX];
     loop {
         let filled = out.len();
         let size = (2 * filled).max(FIRST_PIECE).min(PREFIX + limit + 1);
         if filled == size {
-            return Err(inflates_too_large(limit));
+            return Err(InflateError::TooLarge);
         }
         hold(size)?;
         out.reserve_exact(size - filled);
@@ -68,9 +83,9 @@ pub(super) fn inflate(
     }
     // Nothing may follow what was compressed.
     if !decoder.into_inner().is_empty() {
-        return Err(unreadable());
+        return Err(unreadable().into());
     }
-    let length = u32::try_from(out.len() - PREFIX).map_err(|_| inflates_too_large(limit))?;
+    let length = u32::try_from(out.len() - PREFIX).map_err(|_| InflateError::TooLarge)?;
     out[1..PREFIX].copy_from_slice(&length.to_be_bytes());
     Ok(out)
 }
@@ -103,6 +118,13 @@ mod tests {
         [&[COMPRESSED], &u32::try_from(bytes.len()).unwrap().to_be_bytes()[..], &bytes].concat()
     }
 
+    fn code(error: InflateError) -> tonic::Code {
+        match error {
+            InflateError::TooLarge => panic!("too large"),
+            InflateError::Failed(status) => status.code(),
+        }
+    }
+
     #[test]
     fn a_bomb_takes_no_memory_beyond_the_limit() {
         let bomb = compressed(&vec![0; 64 << 20]);
@@ -113,10 +135,10 @@ mod tests {
             Ok(())
         };
         let refused = inflate(&bomb, 16 << 10, hold).unwrap_err();
-        assert_eq!(refused.code(), tonic::Code::InvalidArgument);
+        assert!(matches!(refused, InflateError::TooLarge), "{refused:?}");
         assert!(most <= (16 << 10) + PREFIX + 1, "{most}");
         let refused = inflate(&bomb, 16 << 10, |_| Err(crate::grpc::status::overloaded())).unwrap_err();
-        assert_eq!(refused.code(), tonic::Code::Unavailable, "without memory nothing is inflated");
+        assert_eq!(code(refused), tonic::Code::Unavailable, "without memory nothing is inflated");
     }
 
     #[test]
@@ -125,7 +147,8 @@ mod tests {
         for bad in
             [&good[..PREFIX], &good[..good.len() - 1], &[&good[..], b"x"].concat(), b"\x01\0\0\0\x02hi"]
         {
-            assert_eq!(inflate(bad, 1024, |_| Ok(())).unwrap_err().code(), tonic::Code::InvalidArgument);
+            let refused = inflate(bad, 1024, |_| Ok(())).unwrap_err();
+            assert_eq!(code(refused), tonic::Code::InvalidArgument);
         }
     }
 
@@ -155,7 +178,7 @@ mod tests {
                 prop_assert_eq!(&inflated[..PREFIX], [&[0], &u32::try_from(message.len()).unwrap().to_be_bytes()[..]].concat());
                 prop_assert_eq!(&inflated[PREFIX..], message);
             } else {
-                prop_assert!(inflated.is_err());
+                prop_assert!(matches!(inflated, Err(InflateError::TooLarge)));
             }
         }
     }

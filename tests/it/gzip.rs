@@ -5,7 +5,7 @@ use std::io::Write as _;
 use bytes::Bytes;
 use flate2::{Compression, write::GzEncoder};
 use http_body_util::{BodyExt as _, Full};
-use keyward::pb;
+use keyward::pb::{self, envoy::service::auth::v3::check_response::HttpResponse};
 use prost::Message;
 use tonic::{Code, Status, body::Body};
 use tower::ServiceExt as _;
@@ -120,6 +120,22 @@ async fn a_bomb_is_refused_by_what_it_inflates_to() {
     let many = gzip(&vec![0; 15 << 10]).repeat(1000);
     let (_, status) = call(&server, "keyward.v1.AuthzService/StreamCheck", "gzip", many).await;
     assert_eq!(status.code(), Code::InvalidArgument, "the first of them is no Check");
+}
+
+/// A gRPC error is a fault to Envoy, which `failure_mode_allow` lets pass: a client could choose it by a large body.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_question_of_envoy_that_inflates_beyond_its_bound_is_a_denial_like_a_plain_one() {
+    let server = Server::with_accounts().await;
+    let path = "envoy.service.auth.v3.Authorization/Check";
+    let body = vec![0; 16 << 20];
+    for message in [gzip(&body), framed(0, &body)] {
+        let (answers, status) = call(&server, path, "gzip", message).await;
+        assert_eq!((answers.len(), status.code()), (1, Code::Ok), "{status:?}");
+        let answer = pb::envoy::service::auth::v3::CheckResponse::decode(answers[0].clone()).unwrap();
+        let Some(HttpResponse::DeniedResponse(denied)) = answer.http_response else { panic!("{answer:?}") };
+        assert_eq!(denied.status.unwrap().code, 413);
+        assert_eq!(answer.status.unwrap().code, Code::ResourceExhausted as i32);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

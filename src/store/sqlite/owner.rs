@@ -56,7 +56,7 @@ pub(super) struct Owner {
     reader: Mutex<Option<Connection>>,
     file: File,
     inode: Inode,
-    _lock_file: File,
+    lock_file: File,
 }
 
 /// What the file has of this owner and no other.
@@ -109,7 +109,7 @@ impl Owner {
         let inode = file.metadata().map_err(other)?.into();
         let wal = mark::look(&path.display().to_string(), &real, &file)?;
         let (term, reader) = (OnceLock::new(), Mutex::new(None));
-        Ok(Owner { path, real, wal, term, reader, file, inode, _lock_file: lock_file })
+        Ok(Owner { path, real, wal, term, reader, file, inode, lock_file })
     }
 
     /// The name under which SQLite opens the file.
@@ -178,10 +178,20 @@ impl Owner {
     }
 
     /// Ends the term in order, and closes the last connection: the file holds everything afterwards, and is marked as
-    /// closed. One that is no longer this owner's, or that others read, is left as it is.
+    /// closed. One that is no longer this owner's, or that others read, is left as it is. Another may lock it then, though
+    /// a look at the file still holds this owner.
     pub(super) async fn end(self: Arc<Self>, writer: &Writer) -> std::result::Result<(), StoreError> {
-        let ended = writer.work(move |connection| self.end_term(connection)).await;
-        writer.close().await.and(ended)
+        let owner = self.clone();
+        let ended = writer.work(move |connection| owner.end_term(connection)).await;
+        writer.close().await?;
+        self.unlock();
+        ended
+    }
+
+    /// Releases the locks. To close the files is not enough: a child process has them too between its fork and its exec.
+    fn unlock(&self) {
+        // They cannot be unlocked twice, and the end of the process unlocks them.
+        let _ = (self.file.unlock(), self.lock_file.unlock());
     }
 
     fn end_term(&self, connection: &Connection) -> Result<()> {
@@ -232,6 +242,12 @@ impl Owner {
 
     fn mark(&self) -> Result<Option<Mark>> {
         Mark::in_file(&self.file).map_err(unavailable)
+    }
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        self.unlock();
     }
 }
 
@@ -340,4 +356,33 @@ pub(super) fn is_owned(real: &Path) -> bool {
             true => Err(std::io::ErrorKind::Unsupported.into()),
             false => Ok(file),
         }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_free_as_soon_as_its_owner_is_gone_though_a_child_process_still_has_the_descriptors() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("keyward.db").display().to_string();
+        let owner = Owner::lock(&path).unwrap();
+        // As a fork copies them: of the same open files.
+        let copies = (owner.file.try_clone().unwrap(), owner.lock_file.try_clone().unwrap());
+        assert!(matches!(Owner::lock(&path), Err(OpenError::Locked { .. })));
+        drop(owner);
+        assert!(Owner::lock(&path).is_ok());
+        drop(copies);
+    }
+
+    #[tokio::test]
+    async fn a_file_is_free_after_the_end_though_a_look_at_it_still_holds_the_owner() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("keyward.db").display().to_string();
+        let (owner, writer) = hold(&path, false).await.unwrap();
+        let looking = owner.clone();
+        owner.end(&writer).await.unwrap();
+        assert!(Owner::lock(&path).is_ok());
+        assert!(looking.check().is_ok());
+    }
 }

@@ -377,6 +377,53 @@ async fn a_database_is_migrated_while_the_version_before_writes_and_all_of_it_ve
     assert!(found.valid && found.entries == found.head, "{found:?}");
 }
 
+/// `keyward migrate` names the accounts whose ids differ in case alone, and migrates nothing.
+fn collision_is_refused(home: &Home, shown_ids: &str) {
+    let url = home.url();
+    let migrate = |more: &[&str]| home.run(home.command(&[&["migrate", "--database", &url], more].concat()));
+    let refused = migrate(&[]);
+    assert_eq!(refused.code, Some(1), "{refused:?}");
+    for said in [shown_ids, "differ in case alone", "Nothing was migrated", "restore a backup"] {
+        assert!(refused.err.contains(said), "{said}: {refused:?}");
+    }
+    assert!(!refused.err.contains("UNIQUE"), "{refused:?}");
+    assert!(good(migrate(&["--dry-run"])).contains("0009 names: would be taken"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_migration_of_a_file_names_the_accounts_that_differ_in_case_alone() {
+    let server = Keyward::start();
+    server.root().make_account("acme").await;
+    let home = server.stop();
+    let file = rusqlite::Connection::open(home.database()).unwrap();
+    file.execute_batch(
+        "DROP INDEX key_name_nfc_of_account; DROP INDEX key_name_nfc_of_user; DROP INDEX accounts_by_folded_id; \
+         ALTER TABLE keys DROP COLUMN name_nfc; DELETE FROM _sqlx_migrations WHERE version > 8; \
+         CREATE TEMP TABLE other AS SELECT * FROM accounts WHERE id = 'acme'; UPDATE other SET id = 'ACME'; \
+         INSERT INTO accounts SELECT * FROM other",
+    )
+    .unwrap();
+    drop(file);
+    collision_is_refused(&home, "\"ACME\", \"acme\"");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_migration_of_a_server_names_the_accounts_that_differ_in_case_alone() {
+    let database = Database::new();
+    let home = Home::on(database.url());
+    let server = home.start();
+    server.root().make_account("acme").await;
+    server.stop();
+    database.sql(
+        "SET search_path TO keyward; \
+         DROP INDEX key_name_nfc_of_account, key_name_nfc_of_user, accounts_by_folded_id; \
+         DELETE FROM migrations WHERE version > 8; \
+         CREATE TEMP TABLE other AS SELECT * FROM accounts WHERE id = 'acme'; UPDATE other SET id = 'ACME'; \
+         INSERT INTO accounts SELECT * FROM other",
+    );
+    collision_is_refused(&home, "\"ACME\", \"acme\"");
+}
+
 // Backups. -----------------------------------------------------------------------------------------------------------
 
 /// A server with a key; then another one, which no backup has. The tokens of both, and the revision between.

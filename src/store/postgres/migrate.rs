@@ -7,11 +7,17 @@ use std::{sync::Arc, time::Duration};
 
 use crate::{
     domain::log::GENESIS,
-    store::{OpenError, Schema, Step, records::Columns as _},
+    store::{
+        OpenError, Schema, Step,
+        open::{CASE_COLLISIONS, check_account_ids},
+        records::Columns as _,
+    },
 };
 
 use super::{Place, Result, begin, fleet, open_error, query, server_error, within};
 
+/// The step after which no two ids of accounts differ in case alone.
+const NAMES: i64 = 9;
 /// How long a migration may take.
 const LIMIT: Duration = Duration::from_secs(600);
 const NOT_ALLOWED: &str = "42501";
@@ -109,6 +115,11 @@ async fn migrate(
         let (path, found) = (place.shown.clone(), applied.iter().map(|(version, _)| *version).max());
         return Ok(Err(OpenError::OlderSchema { path, found: found.unwrap_or(0), known: known_newest() }));
     }
+    if pending.iter().any(|one| one.version == NAMES)
+        && let Err(refused) = check_account_ids(&place.shown, &case_collisions(connection).await?)
+    {
+        return Ok(Err(refused));
+    }
     for Migration { version, name, sql } in pending {
         sqlx::raw_sql(*sql).execute(&mut *connection).await?;
         query("INSERT INTO migrations (version, name, checksum) VALUES ($1, $2, $3)")
@@ -125,6 +136,16 @@ async fn migrate(
         .await?;
     fleet::settle_first(connection).await?;
     Ok(Ok(steps))
+}
+
+/// The ids of accounts that differ in case alone; none where there is no table of accounts yet.
+async fn case_collisions(connection: &mut PgConnection) -> Result<Vec<String>> {
+    let found = query("SELECT to_regclass('accounts')::text").fetch_one(&mut *connection).await?;
+    if found.text_opt(0)?.is_none() {
+        return Ok(Vec::new());
+    }
+    let rows = query(CASE_COLLISIONS).fetch_all(connection).await?;
+    rows.iter().map(|row| Ok(row.text(0)?.to_owned())).collect()
 }
 
 /// The schema, unless somebody made it for us: a role may well own one and not be allowed to make one.

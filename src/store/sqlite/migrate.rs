@@ -9,7 +9,10 @@ use sqlx::{
 
 use crate::{
     domain::{log::GENESIS, text},
-    store::{OpenError, Schema, Step},
+    store::{
+        OpenError, Schema, Step,
+        open::{CASE_COLLISIONS, check_account_ids},
+    },
 };
 
 use super::open_error;
@@ -82,6 +85,10 @@ pub(super) async fn run(
     let failed = |error| open_error(path, error);
     // One transaction for all steps: a column is never there without what fills it.
     let mut transaction = connection.begin().await.map_err(failed)?;
+    if pending.iter().any(|step| step.version == NAMES) {
+        let ids = case_collisions(&mut transaction).await.map_err(failed)?;
+        check_account_ids(path, &ids)?;
+    }
     match Migrator::with_migrations(migrations()).run(&mut *transaction).await {
         Ok(()) => {}
         Err(MigrateError::VersionMissing(found)) => {
@@ -110,6 +117,15 @@ pub(super) async fn run(
         tracing::info!(version, name, database = path, "migrated");
     }
     Ok(())
+}
+
+/// The ids of accounts that differ in case alone; none where there is no table of accounts yet.
+async fn case_collisions(connection: &mut SqliteConnection) -> Result<Vec<String>, sqlx::Error> {
+    let table = "SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = 'accounts'";
+    if sqlx::query(table).fetch_optional(&mut *connection).await?.is_none() {
+        return Ok(Vec::new());
+    }
+    sqlx::query_scalar(CASE_COLLISIONS).fetch_all(connection).await
 }
 
 /// Fills `name_nfc` for the names that are not normalized.

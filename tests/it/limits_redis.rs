@@ -18,7 +18,7 @@ use tonic::{Code, transport::Channel};
 
 use crate::{
     engines::{Limited, Replica, clock, denying, rate},
-    process::{Caller, Home, plain_key, question, wait_for},
+    process::{Caller, Home, plain_key, question, wait_for, wait_for_answer},
     redis_server::RedisServer,
     support::{DAY, refused, seconds},
 };
@@ -183,13 +183,11 @@ async fn a_killed_redis_leaves_each_server_to_count_by_itself_until_it_is_back()
 async fn exact_again(two: &Two, at: usize, token: &str) {
     let mut caller = two.caller(at);
     let dry = pb::CheckRequest { dry_run: true, ..question(token) };
-    loop {
+    wait_for_answer("Redis to count again", async || {
         let answer = caller.authz.check(dry.clone()).await;
-        if answer.is_ok_and(|answer| !answer.into_inner().limits_inexact) {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+        answer.is_ok_and(|answer| !answer.into_inner().limits_inexact).then_some(())
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -238,6 +236,14 @@ fn count(replica: &Replica, call: Call) -> u64 {
     replica.engine.limiter.calls().find(|(known, _)| *known == call).unwrap().1
 }
 
+/// Waits until limits are counted in Redis again.
+async fn exact_once_more(replica: &Replica) {
+    wait_for_answer("Redis to count again", async || {
+        (!replica.ask(1).await.unwrap().limits().inexact).then_some(())
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_frozen_redis_costs_a_few_checks_their_patience_and_then_none() {
     let redis = RedisServer::start();
@@ -246,18 +252,18 @@ async fn a_frozen_redis_costs_a_few_checks_their_patience_and_then_none() {
     let replica = Replica::start(&limited, &settings, clock()).await;
     redis.freeze();
     let mut asked = 0;
-    while count(&replica, Call::Unconnected) < 100 {
+    wait_for_answer("the connection to be given up", async || {
         let answer = replica.ask(1).await.unwrap();
         assert!(answer.limits().refused.is_empty());
         asked += 1;
-    }
+        (count(&replica, Call::Unconnected) >= 100).then_some(())
+    })
+    .await;
     // Those in flight, and those that found the connection before it was taken away.
     assert!(count(&replica, Call::TimedOut) < 20, "{asked} were asked");
     assert!(replica.ask(1).await.unwrap().limits().inexact);
     redis.thaw();
-    while replica.ask(1).await.unwrap().limits().inexact {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    exact_once_more(&replica).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -274,7 +280,7 @@ async fn a_connection_that_dies_while_nobody_asks_is_replaced() {
         (now.lines().count() == 2 && !now.contains(&format!("id={ours} "))).then_some(())
     });
     // Its first call may come before the replica knows of it.
-    while replica.ask(1).await.unwrap().limits().inexact {}
+    exact_once_more(&replica).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -298,9 +304,7 @@ async fn a_redis_that_refuses_to_count_is_no_verdict() {
         assert_eq!(replica.ask(1).await.unwrap_err(), CannotAnswer::LimitsUnavailable);
     }
     let _: String = redis.run(&["CONFIG", "SET", "maxmemory", "0"]);
-    while replica.ask(1).await.is_err() {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    wait_for_answer("Redis to count again", async || replica.ask(1).await.ok().map(drop)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -4,7 +4,10 @@
 use std::{
     path::Path,
     process::Command,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -369,15 +372,23 @@ async fn a_commit_that_waits_too_long_for_its_turn_is_not_recorded() {
 async fn a_start_while_others_commit_finds_the_log_whole() {
     let database = Database::new();
     let store = open(&database).await;
-    let committing = tokio::spawn(async move {
-        for number in 0.. {
-            commit(&store, &format!("a{number}")).await.unwrap();
+    let is_over = Arc::new(AtomicBool::new(false));
+    let committing = tokio::spawn({
+        let is_over = is_over.clone();
+        async move {
+            let mut committed = 0;
+            while !is_over.load(Ordering::Relaxed) {
+                commit(&store, &format!("a{committed}")).await.unwrap();
+                committed += 1;
+            }
+            committed
         }
     });
     for _ in 0..20 {
         open(&database).await.close().await;
     }
-    committing.abort();
+    is_over.store(true, Ordering::Relaxed);
+    assert!(committing.await.unwrap() > 0, "none was committed meanwhile");
 }
 
 #[tokio::test(flavor = "multi_thread")]

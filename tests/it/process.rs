@@ -28,6 +28,7 @@ use tonic::{
     service::{Interceptor, interceptor::InterceptedService},
     transport::{Channel, Endpoint},
 };
+use tonic_types::StatusExt as _;
 
 /// How long a test waits for what should take milliseconds, on a machine that has much else to do.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
@@ -41,6 +42,18 @@ pub(crate) fn wait_for<T>(what: &str, mut answer: impl FnMut() -> Option<T>) -> 
         }
         assert!(Instant::now() < end, "waited in vain for {what}");
         std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// The same, where to ask takes a call.
+pub(crate) async fn wait_for_answer<T>(what: &str, mut answer: impl AsyncFnMut() -> Option<T>) -> T {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        if let Some(answer) = answer().await {
+            return answer;
+        }
+        assert!(Instant::now() < end, "waited in vain for {what}");
+        tokio::time::sleep(Duration::from_millis(2)).await;
     }
 }
 
@@ -361,6 +374,10 @@ impl Keyward {
     }
 }
 
+fn is_starting(status: &Status) -> bool {
+    status.get_details_error_info().is_some_and(|info| info.reason == "STARTING")
+}
+
 /// Puts the token into each call, if there is one.
 #[derive(Clone)]
 pub(crate) struct Bearer(String);
@@ -405,9 +422,16 @@ impl Caller {
         }
     }
 
+    /// Makes an account, once the server has started: it announces its addresses before it has loaded its keys.
     pub(crate) async fn make_account(&mut self, id: &str) {
         let request = pb::CreateAccountRequest { id: id.to_owned(), ..Default::default() };
-        self.accounts.create(request).await.unwrap();
+        let made = wait_for_answer("the server to start", async || {
+            match self.accounts.create(request.clone()).await {
+                Err(status) if is_starting(&status) => None,
+                made => Some(made),
+            }
+        });
+        made.await.unwrap();
     }
 
     /// Makes a key: its id and its token.

@@ -14,6 +14,7 @@ use super::{
     console::Console,
     failure::{Failure, REFUSED},
     table::clean,
+    values::shown_path,
 };
 use crate::{
     clock::SystemClock,
@@ -51,6 +52,9 @@ pub(super) struct DoctorArgs {
     /// nginx's configuration, whole or in part; what it includes is not followed
     #[arg(long, value_name = "FILE")]
     nginx: Option<PathBuf>,
+    /// Traefik's dynamic configuration, YAML or TOML, or Middleware and IngressRoute resources of Kubernetes
+    #[arg(long, value_name = "FILE")]
+    traefik: Option<PathBuf>,
     /// How to print the findings [default: table]
     #[arg(long, value_enum, value_name = "FORMAT")]
     output: Option<Output>,
@@ -65,9 +69,9 @@ pub(super) fn run(args: DoctorArgs, outer: ClientArgs, console: &mut Console) ->
     let outer_server = outer.server;
     let json = ClientSettings::load(output)?.output == Output::Json;
     let document = args.serve.database.config.as_deref().map(Document::read).transpose().map_err(wrong)?;
-    let [envoy, nginx] =
-        [&args.envoy, &args.nginx].map(|path| path.as_deref().map(configuration).transpose());
-    let (envoy, nginx) = (envoy?, nginx?);
+    let [envoy, nginx, traefik] =
+        [&args.envoy, &args.nginx, &args.traefik].map(|path| path.as_deref().map(configuration).transpose());
+    let (envoy, nginx, traefik) = (envoy?, nginx?, traefik?);
     let mut servers = urls("--server", &args.servers)?;
     if servers.is_empty() {
         servers = urls("--server", outer_server.as_slice())?;
@@ -78,8 +82,9 @@ pub(super) fn run(args: DoctorArgs, outer: ClientArgs, console: &mut Console) ->
         document: document.as_ref(),
         servers: &servers,
         admin: &admin,
-        envoy: envoy.as_ref().map(|(name, text)| (name.as_str(), text.as_str())),
-        nginx: nginx.as_ref().map(|(name, text)| (name.as_str(), text.as_str())),
+        envoy: named(envoy.as_ref()),
+        nginx: named(nginx.as_ref()),
+        traefik: named(traefik.as_ref()),
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let findings = runtime.block_on(doctor::examine(&asked, &SystemClock));
@@ -95,9 +100,13 @@ fn urls(flag: &str, texts: &[String]) -> Result<Vec<Url>, Failure> {
     texts.iter().map(read).collect()
 }
 
+fn named(file: Option<&(String, String)>) -> Option<(&str, &str)> {
+    file.map(|(name, text)| (name.as_str(), text.as_str()))
+}
+
 /// The name and the text of a proxy's configuration.
 fn configuration(path: &Path) -> Result<(String, String), Failure> {
-    let name = path.display().to_string();
+    let name = shown_path(path);
     let unreadable = |error: std::io::Error| Failure::usage(format!("{name} cannot be read: {error}"));
     let length = std::fs::metadata(path).map_err(unreadable)?.len();
     if length > MAX_CONFIGURATION {

@@ -1,5 +1,5 @@
 //! What is wrong with a running deployment, and what to do about it. It looks and changes nothing: the settings, the
-//! database, the replicas on it, the servers, certificates, the configurations of Envoy and nginx. What could not be looked
+//! database, the replicas on it, the servers, certificates, the configurations of Envoy, nginx and Traefik. What could not be looked
 //! at is reported as such, and never passes for good.
 //!
 //! Each file looks at one thing and gives [`Finding`]s; what is decided from facts at hand is a pure function.
@@ -9,6 +9,7 @@ mod database;
 pub mod envoy;
 mod nginx;
 mod servers;
+mod traefik;
 
 use std::time::Duration;
 
@@ -100,6 +101,12 @@ impl Findings {
         self.0.iter()
     }
 
+    /// A line for each, for tests: how grave, and what was found.
+    #[cfg(test)]
+    fn lines(&self) -> Vec<String> {
+        self.iter().map(|found| format!("{} {}", found.level.as_str(), found.said)).collect()
+    }
+
     /// Whether there is a failure among them.
     #[must_use]
     pub fn failed(&self) -> bool {
@@ -122,6 +129,8 @@ pub struct Asked<'a> {
     pub envoy: Option<(&'a str, &'a str)>,
     /// nginx's configuration: its name and its text.
     pub nginx: Option<(&'a str, &'a str)>,
+    /// Traefik's dynamic configuration: its name and its text.
+    pub traefik: Option<(&'a str, &'a str)>,
 }
 
 /// Looks at all of it.
@@ -144,6 +153,10 @@ pub async fn examine(asked: &Asked<'_>, clock: &dyn Clock) -> Findings {
     match asked.nginx {
         Some((name, text)) => nginx::examine(name, text, &mut findings),
         None => findings.unseen(nginx::ABOUT, "its configuration; name it with --nginx FILE"),
+    }
+    match asked.traefik {
+        Some((name, text)) => traefik::examine(name, text, &mut findings),
+        None => findings.unseen(traefik::ABOUT, "its dynamic configuration; name it with --traefik FILE"),
     }
     findings
 }

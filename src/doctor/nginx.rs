@@ -97,7 +97,7 @@ mod tests {
     fn found(text: &str) -> Vec<String> {
         let mut findings = Findings::default();
         examine("n.conf", text, &mut findings);
-        findings.iter().map(|found| format!("{} {}", found.level.as_str(), found.said)).collect()
+        findings.lines()
     }
 
     /// The shipped configuration with one change, which must be possible.

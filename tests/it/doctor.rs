@@ -92,6 +92,7 @@ fn what_is_not_named_is_told_not_to_be_looked_at() {
         ("tls", "certificate"),
         ("envoy", "--envoy"),
         ("nginx", "--nginx"),
+        ("traefik", "--traefik"),
     ] {
         assert!(found.has("not looked at", about, said), "{about}: {:?}", found.all);
     }

@@ -1,0 +1,271 @@
+//! Checks a dynamic configuration of Traefik that asks Keyward for traps that let requests pass unjudged. Pure: nothing is
+//! asked.
+//!
+//! It reads one file of the file provider, or `Middleware` and `IngressRoute` resources of Kubernetes. What other providers
+//! and the static configuration say is not in it. `docs/gateway.md` and `deploy/traefik/keyward.yaml` explain each trap.
+
+mod forward_auth;
+mod reading;
+
+use crate::domain::header_name::{self, IDENTITY, OVERRIDES};
+
+use super::Findings;
+use reading::{Configuration, Middleware, Router};
+
+pub(super) const ABOUT: &str = "traefik";
+
+/// The middlewares that give the service another path than the one that is asked for.
+const REWRITES: [&str; 5] =
+    ["addPrefix", "replacePath", "replacePathRegex", "stripPrefix", "stripPrefixRegex"];
+
+/// Looks at a dynamic configuration: YAML, or TOML if the file's name says so.
+pub(super) fn examine(name: &str, text: &str, findings: &mut Findings) {
+    let configuration = match Configuration::read(name, text) {
+        Ok(configuration) => configuration,
+        Err(problem) => {
+            let problem = format!("{name} is no configuration of Traefik: {problem}");
+            return findings.fail(ABOUT, problem, "correct it; what templates in it make is not read here");
+        }
+    };
+    let before = findings.iter().count();
+    let mut asking = configuration.middlewares().filter_map(|(name, middleware)| {
+        Some((name, middleware.forward_auth().filter(|forward| forward_auth::asks_keyward(forward))?))
+    });
+    let Some(first) = asking.next() else {
+        let fix = "forwardAuth with address: http://…/auth/traefik, as in deploy/traefik/keyward.yaml";
+        return findings.fail(
+            ABOUT,
+            format!("{name} asks nobody: it has no forwardAuth that asks Keyward"),
+            fix,
+        );
+    };
+    for (name, forward) in std::iter::once(first).chain(asking) {
+        forward_auth::examine(name, forward, findings);
+    }
+    for router in configuration.routers() {
+        examine_router(router, &configuration, findings);
+    }
+    if configuration.routers().is_empty() {
+        findings.unseen(ABOUT, format!("which routers use it: {name} has none"));
+    }
+    if let Some(kind) = configuration.other_routers() {
+        findings.unseen(ABOUT, format!("the {kind} routers of {name}, about which Keyward cannot be asked"));
+    }
+    // What was not looked at may be wrong: nothing is good then.
+    if findings.iter().count() == before {
+        let state = "asks Keyward for every router, and lets no header of a client pass for an answer";
+        findings.good(ABOUT, format!("{name}: {state}"));
+    }
+}
+
+fn examine_router(router: &Router, configuration: &Configuration, findings: &mut Findings) {
+    // Traefik's own: the dashboard, its ping, redirects.
+    if router.service.ends_with("@internal") {
+        return;
+    }
+    let all = configuration.resolve(&router.middlewares);
+    let place = &router.place;
+    for name in all.iter().filter(|(_, middleware)| middleware.is_none()).map(|(name, _)| name) {
+        findings.unseen(ABOUT, format!("{place}: the middleware {name}, which the file does not have"));
+    }
+    let known: Vec<Middleware<'_>> = all.iter().filter_map(|(_, middleware)| *middleware).collect();
+    let asks = known.iter().position(|one| one.forward_auth().is_some_and(forward_auth::asks_keyward));
+    match asks {
+        Some(at) => after_keyward(place, &known, at, findings),
+        // One of those that the file does not have may ask.
+        None if known.len() < all.len() => {}
+        None if known.iter().any(|one| one.forward_auth().is_some()) => {
+            findings.unseen(ABOUT, format!("{place}: its forwardAuth asks another server than Keyward"));
+        }
+        None => not_asking(place, &known, findings),
+    }
+}
+
+/// Whether any of these middlewares removes a header of requests.
+fn removes(middlewares: &[Middleware<'_>], name: &str) -> bool {
+    middlewares
+        .iter()
+        .flat_map(Middleware::request_headers)
+        .any(|(known, value)| value.is_empty() && known.eq_ignore_ascii_case(name))
+}
+
+fn not_asking(place: &str, middlewares: &[Middleware<'_>], findings: &mut Findings) {
+    let fix =
+        "give it a forwardAuth with ?public=true instead of none: Keyward then looks at path and headers";
+    let identity: Vec<&str> = IDENTITY.into_iter().filter(|name| !removes(middlewares, name)).collect();
+    if identity.is_empty() {
+        let problem = format!("{place} does not ask Keyward: every request reaches its service");
+        findings.warn(ABOUT, problem, fix);
+    } else {
+        let names = identity.join(", ");
+        let problem = format!("{place} does not ask Keyward: {names} of a client reach its service");
+        findings.fail(ABOUT, problem, fix);
+    }
+}
+
+/// What becomes of a request that Keyward has judged: `at` is where it is asked.
+fn after_keyward(place: &str, middlewares: &[Middleware<'_>], at: usize, findings: &mut Findings) {
+    let left: Vec<&str> = OVERRIDES.into_iter().filter(|name| !removes(middlewares, name)).collect();
+    if !left.is_empty() {
+        let names = left.join(", ");
+        let problem = format!(
+            "{place} sends {names} of a client to its service, which may take the request for another one than Keyward \
+             judged"
+        );
+        let fix = "a headers middleware with customRequestHeaders that sets them to \"\", as keyward-clean in \
+                   deploy/traefik/keyward.yaml";
+        findings.warn(ABOUT, problem, fix);
+    }
+    for middleware in &middlewares[at + 1..] {
+        for (name, _) in middleware
+            .request_headers()
+            .filter(|(name, value)| !value.is_empty() && header_name::has_prefix(name.as_bytes()))
+        {
+            let problem = format!("{place} sets {name}: the service takes it for Keyward's answer");
+            findings.warn(ABOUT, problem, format!("take {name} out of customRequestHeaders"));
+        }
+        if let Some(kind) = REWRITES.into_iter().find(|kind| middleware.is(kind)) {
+            let problem =
+                format!("{place} has {kind} behind Keyward: the service gets another path than it judged");
+            findings.warn(ABOUT, problem, format!("put {kind} before the middleware that asks Keyward"));
+        }
+        if middleware.is("plugin") {
+            findings.unseen(ABOUT, format!("{place}: what its plugin does with requests"));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHIPPED: &str = include_str!("../../deploy/traefik/keyward.yaml");
+
+    const GOOD: &str =
+        "ok t.yaml: asks Keyward for every router, and lets no header of a client pass for an answer";
+
+    fn found(text: &str) -> Vec<String> {
+        let mut findings = Findings::default();
+        examine("t.yaml", text, &mut findings);
+        findings.lines()
+    }
+
+    /// The shipped configuration with one change, which must be possible.
+    fn changed(before: &str, after: &str) -> String {
+        assert!(SHIPPED.contains(before), "{before}");
+        SHIPPED.replacen(before, after, 1)
+    }
+
+    #[test]
+    fn the_configuration_that_comes_with_keyward_has_no_trap() {
+        assert_eq!(found(SHIPPED), [GOOD]);
+    }
+
+    #[test]
+    fn the_same_in_toml_and_as_resources_of_kubernetes_is_read() {
+        let value: toml::Value = serde_saphyr::from_str(SHIPPED).unwrap();
+        let mut findings = Findings::default();
+        examine("t.toml", &toml::to_string(&value).unwrap(), &mut findings);
+        assert_eq!(findings.lines(), [GOOD.replace("t.yaml", "t.toml")]);
+
+        let whole: serde_json::Value = serde_saphyr::from_str(SHIPPED).unwrap();
+        let middleware = |name: &str| {
+            let spec = &whole["http"]["middlewares"][name];
+            serde_json::json!({ "kind": "Middleware", "metadata": { "name": name }, "spec": spec })
+                .to_string()
+        };
+        let route = |middlewares: &str| {
+            format!(
+                "kind: IngressRoute\nmetadata: {{ name: api }}\nspec: {{ routes: [ {{ kind: Rule, match: a, \
+                 services: [ {{ name: service }} ], middlewares: [ {middlewares} ] }} ] }}"
+            )
+        };
+        let all = |middlewares: &str| {
+            [middleware("keyward"), middleware("keyward-clean"), route(middlewares)].join("\n---\n")
+        };
+        assert_eq!(found(&all("{ name: keyward }, { name: keyward-clean }")), [GOOD]);
+        let open = found(&all("{ name: keyward-clean }"));
+        assert!(open[0].starts_with("fail IngressRoute api does not ask Keyward"), "{open:?}");
+    }
+
+    #[test]
+    fn each_trap_is_found_and_nothing_else_with_it() {
+        let forward = "address: http://127.0.0.1:50053/auth/traefik\n";
+        let with = |more: &str| format!("{forward}        {more}\n");
+        let router = "middlewares: [keyward, keyward-clean]";
+        for (before, after, problem) in [
+            ("trustForwardHeader: false", "trustForwardHeader: true", "fail keyward-monitors trusts"),
+            (forward, &*with("authRequestHeaders: [Cookie]"), "fail keyward sends Keyward no credential"),
+            (forward, &*with("authRequestHeaders: [Authorization]"), "warn keyward sends Keyward only some"),
+            (forward, &*with("forwardBody: true"), "fail keyward sends bodies of any length"),
+            (
+                forward,
+                &*with("{ forwardBody: true, maxBodySize: 1024 }")
+                    .replace("{ ", "")
+                    .replace(" }", "")
+                    .replace(", ", "\n        "),
+                "warn keyward sends bodies",
+            ),
+            (forward, &*with("maxResponseBodySize: 100"), "warn keyward takes answers of 100 bytes"),
+            (forward, &*with("tls: { insecureSkipVerify: true }"), "fail keyward takes any certificate"),
+            (
+                "http://127.0.0.1:50053/auth/traefik\n",
+                "http://keyward:50053/auth/traefik\n",
+                "fail keyward asks keyward",
+            ),
+            (router, "middlewares: [keyward-clean]", "fail router other does not ask Keyward"),
+            (
+                router,
+                "middlewares: [keyward, keyward-clean, path]",
+                "not looked at router other: the middleware path",
+            ),
+            (router, "middlewares: [keyward]", "warn router other sends x-http-method-override"),
+            ("X-Rewrite-Url: \"\"", "X-Rewrite-Url: x", ""),
+            ("- X-Keyward-User\n", "", ""),
+            ("- X-Api-Key\n", "", ""),
+            ("\"[^A-Za-z0-9-]\"", "\"[.]\"", ""),
+        ] {
+            let found = found(&changed(before, after));
+            if problem.is_empty() {
+                // The two routers, or the two middlewares, share it.
+                assert!(found.len() == 2 && !found.contains(&GOOD.to_owned()), "{after}: {found:?}");
+            } else {
+                assert!(found.len() == 1 && found[0].starts_with(problem), "{after}: {found:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_comes_behind_keyward_is_looked_at() {
+        let with = |kind: &str, order: &str| {
+            let text = changed("middlewares: [keyward, keyward-clean]", order);
+            text.replacen("    keyward-clean:\n", &format!("    more: {{ {kind} }}\n    keyward-clean:\n"), 1)
+        };
+        let behind = "middlewares: [keyward, keyward-clean, more]";
+        for (kind, problem) in [
+            ("stripPrefix: { prefixes: [/v1] }", "warn router other has stripPrefix behind Keyward"),
+            (
+                "headers: { customRequestHeaders: { X-Keyward-User: root } }",
+                "warn router other sets X-Keyward-User",
+            ),
+            ("plugin: { odd: {} }", "not looked at router other: what its plugin does"),
+        ] {
+            let found = found(&with(kind, behind));
+            assert!(found.len() == 1 && found[0].starts_with(problem), "{kind}: {found:?}");
+        }
+        let before = with("replacePath: { path: /a }", "middlewares: [more, keyward, keyward-clean]");
+        assert_eq!(found(&before), [GOOD], "Keyward judges the path that the service gets");
+        let chain = with("chain: { middlewares: [keyward, keyward-clean] }", "middlewares: [more@file]");
+        assert_eq!(found(&chain), [GOOD]);
+        let circle = with("chain: { middlewares: [more] }", "middlewares: [more]");
+        assert!(found(&circle)[0].starts_with("not looked at router other"), "{:?}", found(&circle));
+    }
+
+    #[test]
+    fn a_file_that_asks_nobody_or_cannot_be_read_fails() {
+        assert!(found("http: { routers: {} }")[0].contains("asks nobody"));
+        assert!(found("http: [")[0].starts_with("fail t.yaml is no configuration of Traefik"));
+        let other = "http: { middlewares: { sso: { forwardAuth: { address: \"http://sso/check\" } } } }";
+        assert!(found(other)[0].contains("asks nobody"));
+    }
+}

@@ -21,7 +21,7 @@ use clap::{Args, ValueEnum};
 use tokio::signal::unix::{SignalKind, signal};
 use zeroize::Zeroizing;
 
-use super::{client::Session, console::Console, failure::Failure, token};
+use super::{client::Session, console::Console, failure::Failure, token, values::shown_path};
 use crate::{
     config::{
         client::{ClientArgs, ClientSettings, Output},
@@ -236,7 +236,7 @@ struct Asked {
 
 /// For a server, which starts elsewhere.
 fn absolute(path: &Path) -> Result<String, Failure> {
-    let told = || path.display().to_string();
+    let told = || shown_path(path);
     let absolute = path.canonicalize().map_err(|error| Failure::usage(format!("{}: {error}", told())))?;
     absolute.into_os_string().into_string().map_err(|_| Failure::usage(format!("{}: not UTF-8", told())))
 }

@@ -14,6 +14,7 @@ use super::{
     console,
     failure::{self, Failure},
     token,
+    values::shown_path,
 };
 use crate::{
     clock::{SystemEntropy, random},
@@ -229,7 +230,7 @@ fn bearer(file: &Path) -> Result<MetadataValue<Ascii>, Failure> {
 fn tls(settings: &ClientSettings) -> Result<ClientTlsConfig, Failure> {
     let read = |path: &Path| {
         std::fs::read(path)
-            .map_err(|error| Failure::usage(format!("cannot read {}: {error}", path.display())))
+            .map_err(|error| Failure::usage(format!("cannot read {}: {error}", shown_path(path))))
     };
     let config = match &settings.ca_file {
         Some(path) => ClientTlsConfig::new().ca_certificate(Certificate::from_pem(read(path)?)),

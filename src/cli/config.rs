@@ -149,6 +149,8 @@ impl Checked {
 fn as_toml(settings: &[Setting]) -> String {
     let (mut text, mut table) = (String::new(), "");
     for Setting { key, value, origin } in settings {
+        // The path of a file may hold anything.
+        let origin = clean(&origin.to_string());
         let (of, name) = key.path.rsplit_once('.').unwrap_or(("", &key.path));
         if of != table {
             table = of;
@@ -158,9 +160,9 @@ fn as_toml(settings: &[Setting]) -> String {
             let _ = writeln!(text, "\n{}[{of}]", if is_set { "" } else { "# " });
         }
         let line = match value {
-            Effective::Value(value) => format!("{name} = {value}"),
-            Effective::Hidden(shown) => format!("# {name} = {shown}  (set, from {origin})"),
-            Effective::Words(words) => format!("# {name}: {words}"),
+            Effective::Value(value) => format!("{name} = {}", effective::in_one_line(value)),
+            Effective::Hidden(shown) => format!("# {name} = {}  (set, from {origin})", clean(shown)),
+            Effective::Words(words) => format!("# {name}: {}", clean(words)),
         };
         let _ = writeln!(text, "{line:<48} # {origin}");
     }

@@ -18,6 +18,7 @@ use crate::{
         client::{ServerUrl, SettingsError},
         duration,
     },
+    domain::credential_mask::mask_message,
     pb,
 };
 
@@ -155,15 +156,16 @@ impl From<io::Error> for Failure {
     }
 }
 
-/// The lines that stderr shows.
+/// The lines that stderr shows. Messages quote what a person or a server wrote: logins and tokens in them are masked.
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "error: {}", clean(&self.message))?;
+        let shown = |text: &str| clean(&mask_message(text));
+        writeln!(f, "error: {}", shown(&self.message))?;
         for detail in &self.details {
-            writeln!(f, "  {}", clean(detail))?;
+            writeln!(f, "  {}", shown(detail))?;
         }
         match &self.hint {
-            Some(hint) if !hint.is_empty() => writeln!(f, "hint: {}", clean(hint)),
+            Some(hint) if !hint.is_empty() => writeln!(f, "hint: {}", shown(hint)),
             _ => Ok(()),
         }
     }

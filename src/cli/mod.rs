@@ -49,10 +49,13 @@ use clap::{
 };
 
 use self::{console::Console, context::Context, failure::Failure};
-use crate::config::{
-    client::{self as settings, ClientArgs, ClientSettings},
-    health::HealthArgs,
-    server::{RootKeyArgs, ServeArgs},
+use crate::{
+    config::{
+        client::{self as settings, ClientArgs, ClientSettings},
+        health::HealthArgs,
+        server::{RootKeyArgs, ServeArgs},
+    },
+    domain::credential_mask::{looks_like_credential, mask_value},
 };
 
 /// Paragraphs without line ends of their own: clap breaks them at the terminal's width.
@@ -248,7 +251,7 @@ fn parse(arguments: &[OsString]) -> Result<Cli, clap::Error> {
     }
     let matches = command
         .try_get_matches_from_mut(arguments)
-        .map_err(|error| without_logins(arguments, explain(&mut command, error)))?;
+        .map_err(|error| without_credentials(arguments, explain(&mut command, error)))?;
     if let Some(flag) = misplaced(&matches) {
         let message = format!("--{flag} is for client commands, which speak to a server");
         return Err(command.error(ErrorKind::ArgumentConflict, message));
@@ -260,15 +263,22 @@ const TOKEN_SHOWN: &str = "a token stands among the arguments, where other proce
     into a file and name that: --token-file FILE for the caller's own, --subject-token-file FILE for one to \
     ask about (keyward check, keyward keys lookup). If others use this machine too, rotate the key";
 
-/// The error without the URLs among the arguments that hold a login.
-fn without_logins(arguments: &[OsString], error: clap::Error) -> clap::Error {
+/// The error without what looks like a credential among the arguments and the value that it is about, which may come from
+/// a variable.
+fn without_credentials(arguments: &[OsString], error: clap::Error) -> clap::Error {
     let text = error.render().to_string();
     let mut shown = text.clone();
-    for argument in arguments.iter().filter_map(|argument| argument.to_str()) {
-        let Some((before, after)) = argument.split_once("://") else { continue };
-        if after.contains('@') {
-            let scheme = before.rsplit('=').next().unwrap_or_default();
-            shown = shown.replace(&argument[before.len() - scheme.len()..], &format!("{scheme}:***"));
+    let value = match error.get(ContextKind::InvalidValue) {
+        Some(ContextValue::String(value)) => Some(value.as_str()),
+        _ => None,
+    };
+    for argument in arguments.iter().filter_map(|argument| argument.to_str()).chain(value) {
+        // clap quotes the value without its flag.
+        let flag = argument.starts_with('-').then(|| argument.split_once('=')).flatten();
+        for quoted in [Some(argument), flag.map(|(_, value)| value)].into_iter().flatten() {
+            if looks_like_credential(quoted) {
+                shown = shown.replace(quoted, &mask_value(quoted));
+            }
         }
     }
     if shown == text {
@@ -452,7 +462,34 @@ mod tests {
             assert!(!text.contains("sesame1234"), "{text}");
             assert_eq!(error.exit_code(), 2);
         }
-        assert!(read("keyward migrate postgres://u:s@h").unwrap_err().to_string().contains("postgres:***"));
+        let shown = read("keyward migrate postgres://u:s@h").unwrap_err().to_string();
+        assert!(shown.contains("postgres://u:***@h"), "{shown}");
+    }
+
+    #[test]
+    fn no_message_about_an_argument_repeats_a_credential() {
+        let random = "q7RkZ2mVb9XcT4nWs8LpQ1zY";
+        for line in [
+            "keyward {}",
+            "keyward keys {}",
+            "keyward keys list --no-such={}",
+            "keyward keys list {} more",
+            "keyward keys create --expires {}",
+            "keyward keys create --expires={}",
+            "keyward --timeout={} whoami",
+            "keyward --output {} whoami",
+            "keyward root-key reset --lost={}",
+        ] {
+            for (value, secret) in [
+                (random, random),
+                ("u:sesame1234@h", "sesame1234"),
+                ("password=sesame1234", "sesame1234"),
+                ("rediss://:sesame1234@h:1/2", "sesame1234"),
+            ] {
+                let error = read(&line.replace("{}", value)).unwrap_err().to_string();
+                assert!(!error.contains(secret) && error.contains("***"), "{line} {value}: {error}");
+            }
+        }
     }
 
     #[test]

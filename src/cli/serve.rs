@@ -12,7 +12,7 @@ use super::{console::Console, failure::Failure, table::clean_lines};
 use crate::{
     clock::{SystemClock, SystemEntropy},
     config::server::{ENVOY, MAIN, ServeArgs, Settings},
-    domain::token::Token,
+    domain::{credential_mask::mask_message, token::Token},
     server::{Server, database},
     telemetry,
 };
@@ -47,7 +47,7 @@ pub(super) fn exit(result: anyhow::Result<()>) -> ExitCode {
                 return ExitCode::from(failure.exit());
             }
             // Nowhere is left to say that standard error is closed.
-            let _ = writeln!(std::io::stderr(), "keyward: {}", clean_lines(&told(&error)));
+            let _ = writeln!(std::io::stderr(), "keyward: {}", clean_lines(&mask_message(&told(&error))));
             ExitCode::FAILURE
         }
     }

@@ -15,7 +15,7 @@ use std::{
 use encoding_rs::{Encoding, UTF_8};
 use zeroize::Zeroizing;
 
-use super::{failure::Failure, table::clean};
+use super::{failure::Failure, table::clean, values::shown_path};
 use crate::private_file;
 
 /// Far above the longest token; what is longer was not meant.
@@ -118,10 +118,10 @@ impl TokenFile {
         match private_file::create_new(path) {
             Ok(file) => Ok(TokenFile { file, path: path.to_owned(), written: false }),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                Err(Failure::usage(format!("{} exists already", path.display()))
+                Err(Failure::usage(format!("{} exists already", shown_path(path)))
                     .hint("name a new file: nothing is overwritten"))
             }
-            Err(error) => Err(Failure::usage(format!("cannot make {}: {error}", path.display()))),
+            Err(error) => Err(Failure::usage(format!("cannot make {}: {error}", shown_path(path)))),
         }
     }
 

@@ -3,11 +3,11 @@
 //! A value is read here only where the request needs another shape of it. Whether it is allowed is for the
 //! server to say: it names every field that is wrong at once, and its rules are those of its version.
 
-use std::time::Duration;
+use std::{path::Path, time::Duration};
 
 use prost_types::Timestamp;
 
-use crate::{clock::Clock, config::duration, pb};
+use crate::{clock::Clock, config::duration, domain::credential_mask::mask_value, pb};
 
 /// When a key ends.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -187,6 +187,11 @@ pub(super) fn quota(text: &str) -> Result<pb::Quota, String> {
 /// A quota as [`quota`] reads it.
 pub(super) fn show_quota(quota: &pb::Quota) -> String {
     format!("{}/{}", quota.limit, word(quota.period().as_str_name(), "QUOTA_PERIOD_"))
+}
+
+/// A path for a message. A secret that was given in its place is masked.
+pub(super) fn shown_path(path: &Path) -> String {
+    mask_value(&path.to_string_lossy()).into_owned()
 }
 
 /// Reads `NAME=VALUE`; the value may hold more of `=`.

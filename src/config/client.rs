@@ -16,7 +16,7 @@ use clap::{Arg, Args, ValueEnum, builder::Resettable};
 use serde::Deserialize;
 
 use super::{duration, trace_parent::TraceParent, wording};
-use crate::transport::socket::first_exposed;
+use crate::{domain::credential_mask::mask_value, transport::socket::first_exposed};
 
 /// Where the server listens unless it is told otherwise.
 pub const DEFAULT_SERVER: &str = "http://127.0.0.1:50051";
@@ -223,8 +223,9 @@ impl ServerUrl {
         if let Some(path) = text.strip_prefix("unix:") {
             let path = path.strip_prefix("//").unwrap_or(path);
             if !path.starts_with('/') || path.len() < 2 {
+                let shown = mask_value(text);
                 return Err(SettingsError(format!(
-                    "{text:?} is no server's address: use unix:/PATH, from the root on"
+                    "{shown:?} is no server's address: use unix:/PATH, from the root on"
                 )));
             }
             return Ok(ServerUrl(format!("unix:{path}")));
@@ -239,7 +240,8 @@ impl ServerUrl {
             }
         };
         // A password may be before an @, and a part of one behind it.
-        let shown = if text.contains('@') { "what is given".to_owned() } else { format!("{text:?}") };
+        let shown =
+            if text.contains('@') { "what is given".to_owned() } else { format!("{:?}", mask_value(text)) };
         let unusable = || SettingsError(format!("{shown} is no server's address: {WANTED}"));
         let authority: http::uri::Authority =
             rest.strip_suffix('/').unwrap_or(rest).parse().map_err(|_| unusable())?;

@@ -13,6 +13,8 @@ use toml::{
     de::{DeTable, DeValue},
 };
 
+use crate::domain::credential_mask::mask_value;
+
 use super::{
     keys::{self, Absent, Key, Shape},
     problems::{Problem, Source},
@@ -274,14 +276,15 @@ fn misspelt(
 }
 
 fn unknown(path: &str) -> String {
+    let shown = mask_value(path);
     match nearest(path) {
-        Some(meant) => format!("unknown key `{path}`: did you mean `{meant}`?"),
+        Some(meant) => format!("unknown key `{shown}`: did you mean `{meant}`?"),
         None => {
             let table = path.rsplit_once('.').map_or("", |(table, _)| table);
             let known = keys::sections().iter().find(|section| section.path == table);
             let known = known.or(keys::sections().first()).into_iter().flat_map(|section| &section.keys);
             let known = known.map(|key| format!("`{}`", key.path)).collect::<Vec<_>>().join(", ");
-            format!("unknown key `{path}`; there are {known}")
+            format!("unknown key `{shown}`; there are {known}")
         }
     }
 }

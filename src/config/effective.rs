@@ -6,6 +6,8 @@ use std::{collections::BTreeMap, fmt};
 use clap::{ArgMatches, Args, FromArgMatches, parser::ValueSource};
 use toml::Value;
 
+use crate::domain::{credential_mask::mask_value, text::escape_toml};
+
 use super::{
     boolean,
     document::Document,
@@ -84,7 +86,7 @@ impl fmt::Display for Origin {
 pub enum Effective {
     /// This value.
     Value(Value),
-    /// A URL with a password, shown without it.
+    /// A URL with a password, or what looks like a credential, shown without it.
     Hidden(String),
     /// No fixed value: what happens, in words.
     Words(String),
@@ -181,12 +183,45 @@ fn computed(key: &Key, in_force: &Settings) -> Option<Value> {
     }
 }
 
-/// A secret is not passed on; a URL without one is none.
+/// A secret is not passed on; a URL without one is none. Any other setting may hold a secret by mistake.
 fn hidden(key: &Key, value: Value) -> Effective {
     let url = value.as_str().filter(|_| key.secret).map(SecretUrl::from);
     match url {
         Some(url) if url.has_password() => Effective::Hidden(url.shown()),
-        _ => Effective::Value(value),
+        Some(_) => Effective::Value(value),
+        None => {
+            let masked = without_credentials(&value);
+            if masked == value { Effective::Value(value) } else { Effective::Hidden(in_one_line(&masked)) }
+        }
+    }
+}
+
+/// The value with every text in it masked.
+fn without_credentials(value: &Value) -> Value {
+    match value {
+        Value::String(text) => Value::String(mask_value(text).into_owned()),
+        Value::Array(entries) => Value::Array(entries.iter().map(without_credentials).collect()),
+        Value::Table(table) => {
+            let entries = table.iter().map(|(name, value)| (name.clone(), without_credentials(value)));
+            Value::Table(entries.collect())
+        }
+        other => other.clone(),
+    }
+}
+
+/// A value as a file can hold it, in one line of printable characters.
+#[must_use]
+pub fn in_one_line(value: &Value) -> String {
+    match value {
+        Value::String(text) => escape_toml(text),
+        Value::Array(entries) => {
+            format!("[{}]", entries.iter().map(in_one_line).collect::<Vec<_>>().join(", "))
+        }
+        Value::Table(table) => {
+            let entries = table.iter().map(|(name, value)| format!("{name} = {}", in_one_line(value)));
+            format!("{{ {} }}", entries.collect::<Vec<_>>().join(", "))
+        }
+        other => other.to_string(),
     }
 }
 

@@ -12,6 +12,8 @@ use clap::Args as _;
 use schemars::{Schema, generate::SchemaSettings};
 use serde_json::Value;
 
+use crate::domain::credential_mask::mask_value;
+
 use super::server::{File, ServeArgs};
 
 /// A key of the file.
@@ -105,6 +107,7 @@ impl Shape {
         let shown = match value {
             _ if is_secret => String::new(),
             toml::Value::Array(_) | toml::Value::Table(_) => String::new(),
+            toml::Value::String(text) => format!("= {:?} ", mask_value(text)),
             value => format!("= {value} "),
         };
         (!fits).then(|| format!("{shown}{wanted}"))

@@ -6,6 +6,8 @@ mod boolean;
 #[cfg(keyward_breakable)]
 pub mod breakage;
 pub mod client;
+#[cfg(test)]
+mod credential_tests;
 pub mod document;
 pub mod duration;
 pub mod effective;

@@ -6,6 +6,8 @@ use std::{
     fmt,
 };
 
+use crate::domain::credential_mask::{mask_message, mask_value};
+
 use super::{
     client::environment,
     document::Document,
@@ -183,7 +185,11 @@ impl<'d> Problems<'d> {
     pub(super) fn add_all(&mut self, setting: &'static str, texts: impl IntoIterator<Item = String>) {
         let place = self.place(setting);
         let source = self.source(setting, &place);
-        self.found.extend(texts.into_iter().map(|text| Problem { source: source.clone(), text }));
+        self.found.extend(
+            texts
+                .into_iter()
+                .map(|text| Problem { source: source.clone(), text: mask_message(&text).into_owned() }),
+        );
         self.broken.insert(place);
     }
 
@@ -193,7 +199,9 @@ impl<'d> Problems<'d> {
             true => Source::Variable(variable.to_owned()),
             false => Source::Flag(flag.to_owned()),
         };
-        self.found.push(Problem { source, text: format!("{text:?} {problem}") });
+        let problem = problem.to_string();
+        let text = format!("{:?} {}", mask_value(text), mask_message(&problem));
+        self.found.push(Problem { source, text });
     }
 }
 

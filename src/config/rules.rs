@@ -7,6 +7,7 @@ use serde::Deserialize;
 use toml::Spanned;
 
 use super::wording;
+use crate::domain::credential_mask::{mask_message, mask_value};
 use crate::domain::{
     account::Environments,
     decision::{MAX_COST, MAX_SCOPES},
@@ -40,7 +41,7 @@ impl fmt::Display for Problem {
 #[derive(Debug, thiserror::Error)]
 pub enum RulesError {
     /// It cannot be read.
-    #[error("the rules file {path} cannot be read: {source}")]
+    #[error("the rules file {} cannot be read: {source}", mask_value(.path))]
     Unreadable {
         /// The file.
         path: String,
@@ -48,7 +49,7 @@ pub enum RulesError {
         source: std::io::Error,
     },
     /// It is not what it should be: everything that is wrong with it.
-    #[error("the rules file {path} is wrong:\n  {}", .problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n  "))]
+    #[error("the rules file {} is wrong:\n  {}", mask_value(.path), .problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n  "))]
     Wrong {
         /// The file.
         path: String,
@@ -171,7 +172,7 @@ struct Reader<'a> {
 impl Reader<'_> {
     fn problem(&mut self, at: usize, text: impl Into<String>) {
         let line = line(self.text, at);
-        self.problems.push(Problem { line, text: text.into() });
+        self.problems.push(Problem { line, text: mask_message(&text.into()).into_owned() });
     }
 
     fn rules(&mut self, defaults: &FileRoute, rules: &[Spanned<FileRoute>]) -> Vec<Rule> {
@@ -334,6 +335,7 @@ impl Reader<'_> {
                         Some(Named::Capture(name.into()))
                     }
                     Some(name) => {
+                        let name = mask_value(name);
                         let problem =
                             format!("{field} = \"{{{name}}}\", and the path has no segment {{{name}}}");
                         self.problem(text.span().start, problem);

@@ -4,13 +4,17 @@ mod flags;
 mod overlay;
 mod values;
 
-use std::{num::NonZeroUsize, path::PathBuf, time::Duration};
+use std::{net::Ipv6Addr, num::NonZeroUsize, path::PathBuf, time::Duration};
 
 use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::{
-    domain::{account::Environments, lease::Lease},
+    domain::{
+        account::Environments,
+        credential_mask::{looks_like_credential, mask_message, mask_value, mask_words},
+        lease::Lease,
+    },
     engine::limiter::LimitSettings,
     gateway::GatewaySettings,
     keys::KeySettings,
@@ -45,7 +49,7 @@ const RETENTION_DAYS: u32 = 90;
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
-    #[error("the configuration file {path}{} cannot be read: {source}", by_variable(.path))]
+    #[error("the configuration file {}{} cannot be read: {source}", mask_value(.path), by_variable(.path))]
     Unreadable {
         /// The file.
         path: String,
@@ -71,20 +75,20 @@ fn by_variable(path: &str) -> &'static str {
 #[must_use]
 pub fn headline(path: Option<&str>) -> String {
     match path {
-        Some(path) => format!("the settings cannot be used (configuration file: {path})"),
+        Some(path) => format!("the settings cannot be used (configuration file: {})", mask_value(path)),
         None => "the settings cannot be used".to_owned(),
     }
 }
 
-/// A value that breaks its rule.
+/// A value that breaks its rule. What looks like a credential in it is masked.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("{setting}{} {problem}", .value.as_ref().map(|value| format!(" = {value:?}")).unwrap_or_default())]
 pub struct Invalid {
     /// The setting.
     pub setting: &'static str,
-    /// Its value; None = it is not shown.
+    /// Its value, masked; None = it is not shown.
     value: Option<String>,
-    /// The rule.
+    /// The rule, which may quote pieces of the value; masked too.
     problem: String,
 }
 
@@ -440,18 +444,28 @@ impl Settings {
 }
 
 pub(super) fn invalid(setting: &'static str, value: &str, problem: impl ToString) -> Invalid {
-    Invalid { setting, value: Some(value.to_owned()), problem: problem.to_string() }
+    let problem = problem.to_string();
+    let problem = if looks_like_credential(value) { mask_words(&problem) } else { mask_message(&problem) };
+    Invalid { setting, value: Some(mask_value(value).into_owned()), problem: problem.into_owned() }
 }
 
 /// The same about a value that is not repeated.
 pub(super) fn unshown(setting: &'static str, problem: impl ToString) -> Invalid {
-    Invalid { setting, value: None, problem: problem.to_string() }
+    Invalid { setting, value: None, problem: mask_message(&problem.to_string()).into_owned() }
 }
 
 /// `host:port`; whether the host exists shows when it is bound.
 pub(super) fn address(setting: &'static str, value: &str) -> Result<(), Invalid> {
+    let is_host = |host: &str| match host.strip_prefix('[').and_then(|host| host.strip_suffix(']')) {
+        // An IPv6 address may name its zone: fe80::1%eth0.
+        Some(address) => address.split('%').next().is_some_and(|ip| ip.parse::<Ipv6Addr>().is_ok()),
+        None => {
+            !host.is_empty()
+                && host.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._".contains(&byte))
+        }
+    };
     let well_formed =
-        value.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok());
+        value.rsplit_once(':').is_some_and(|(host, port)| is_host(host) && port.parse::<u16>().is_ok());
     if well_formed {
         Ok(())
     } else {

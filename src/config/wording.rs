@@ -1,8 +1,30 @@
 //! What a parser of TOML says about a value, in words for people who know no Rust.
 
-/// Rewords a message of `serde`.
+use std::borrow::Cow;
+
+use crate::domain::credential_mask::{mask_value, mask_words};
+
+/// Rewords a message of `serde`. What looks like a credential in it is masked.
 #[must_use]
 pub fn plain(message: &str) -> String {
+    let message = masked(message);
+    reword(&message)
+}
+
+/// Masks the text in quotes, which may hold quotes and blanks itself, and then every word.
+fn masked(message: &str) -> String {
+    let quoted = message.find('"').zip(message.rfind('"')).filter(|(first, last)| first < last);
+    let message = match quoted {
+        Some((first, last)) => {
+            let value = mask_value(&message[first + 1..last]);
+            Cow::from(format!("{}{value}{}", &message[..=first], &message[last..]))
+        }
+        None => message.into(),
+    };
+    mask_words(&message).into_owned()
+}
+
+fn reword(message: &str) -> String {
     let (problem, wanted) = message.split_once(", expected ").unwrap_or((message, ""));
     let wanted = wanted.trim_start_matches("one of ");
     for (start, word) in [("unknown field ", "unknown key "), ("unknown variant ", "unknown value ")] {
@@ -73,5 +95,17 @@ mod tests {
             assert_eq!(plain(error.message()), wanted, "{text}");
         }
         assert_eq!(plain("unclosed table"), "unclosed table");
+    }
+
+    #[test]
+    fn a_value_that_looks_like_a_credential_is_not_repeated() {
+        for text in [
+            "count = 'postgres://u:ses ame@h'",
+            "name = 'n'\n'postgres://u:sesame@h' = 1",
+            "is_on = 'u:ses\"ame@h'",
+        ] {
+            let error = plain(toml::from_str::<Read>(text).unwrap_err().message());
+            assert!(!error.contains("ses") && !error.contains("ame@"), "{error}");
+        }
     }
 }

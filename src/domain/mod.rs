@@ -8,6 +8,7 @@
 pub mod account;
 pub mod chain;
 pub mod connection_url;
+pub mod credential_mask;
 pub mod decision;
 pub mod entry;
 pub mod export;

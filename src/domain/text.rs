@@ -180,6 +180,27 @@ pub fn escape_json(json: String) -> String {
     escaped
 }
 
+/// Writes text as a basic string of TOML in one line, quotes included: each unprintable character is an escape, so that
+/// the value stays the same.
+#[must_use]
+pub fn escape_toml(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len() + 2);
+    escaped.push('"');
+    for character in text.chars() {
+        match character {
+            '"' | '\\' => escaped.extend(['\\', character]),
+            '\n' => escaped.push_str("\\n"),
+            '\r' => escaped.push_str("\\r"),
+            '\t' => escaped.push_str("\\t"),
+            _ if unprintable_kind(character).is_none() => escaped.push(character),
+            '\0'..='\u{ffff}' => escaped.push_str(&format!("\\u{:04x}", u32::from(character))),
+            _ => escaped.push_str(&format!("\\U{:08x}", u32::from(character))),
+        }
+    }
+    escaped.push('"');
+    escaped
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -362,6 +383,14 @@ mod tests {
                 })
                 .collect();
             prop_assert_eq!(shown, naive);
+        }
+
+        #[test]
+        fn escaped_toml_is_the_same_value_in_printable_characters(text in nasty()) {
+            let line = format!("key = {}", escape_toml(&text));
+            prop_assert!(!line.chars().any(|character| unprintable_kind(character).is_some()), "{line:?}");
+            let table: toml::Table = toml::from_str(&line).unwrap();
+            prop_assert_eq!(table["key"].as_str(), Some(&*text));
         }
 
         #[test]

@@ -2,6 +2,7 @@
 
 use std::{os::unix::fs::PermissionsExt as _, path::PathBuf, process::Command};
 
+use keyward::domain::text::escape_toml;
 use serde_json::Value;
 
 use crate::{
@@ -65,6 +66,47 @@ fn what_show_prints_can_be_used_again() {
     assert_eq!(values(&first.out), values(&again.out));
     for said in ["retention_days = 7", "threads = 3", "trusted_hops = 2"] {
         assert!(first.out.contains(said), "{said}: {}", first.out);
+    }
+}
+
+#[test]
+fn what_show_prints_steers_no_terminal_and_is_the_same_value() {
+    let name = "a\u{202e}b\u{1b}[2J\u{e0041}\"'\\\n";
+    let (home, _) = written(&format!("[telemetry]\nservice_name = {}\n", escape_toml(name)));
+    let shown = run(&home, &["config", "show", "--config", "keyward.toml"], &[]);
+    assert_eq!(shown.code, Some(0), "{shown:?}");
+    assert!(shown.out.chars().all(|character| character == '\n' || !character.is_control()), "{shown:?}");
+    assert!(!shown.out.contains(['\u{202e}', '\u{e0041}']), "{shown:?}");
+    std::fs::write(home.path("again.toml"), &shown.out).unwrap();
+    let again = run(&home, &["config", "show", "--config", "again.toml", "--output", "json"], &[]);
+    let again: Value = serde_json::from_str(&again.out).unwrap();
+    let all = again["settings"].as_array().unwrap();
+    let one = all.iter().find(|setting| setting["key"] == "telemetry.service_name").unwrap();
+    assert_eq!(one["value"], name);
+}
+
+#[test]
+fn no_command_repeats_a_credential_that_was_pasted_into_a_setting() {
+    let random = "q7RkZ2mVb9XcT4nWs8LpQ1zY";
+    for (key, value, secret) in [
+        ("listen", "postgres://u:sesame77@h:5432", "sesame77"),
+        ("lease", "redis://:sesame77@h", "sesame77"),
+        ("database_password_file", "sesame77", "sesame77"),
+        ("rules", random, random),
+        ("token_prefix", random, random),
+        ("threads", "u:sesame77@h", "sesame77"),
+    ] {
+        let (home, _) = written(&format!("database = 'postgres://u@h/k'\n{key} = '{value}'\n"));
+        for arguments in [
+            &["config", "check", "keyward.toml"][..],
+            &["config", "show", "--config", "keyward.toml"],
+            &["serve", "--config", "keyward.toml"],
+        ] {
+            let ended = run(&home, arguments, &[]);
+            let output = format!("{}{}", ended.out, ended.err);
+            assert_eq!(ended.code, Some(1), "{key} {arguments:?}: {output}");
+            assert!(!output.contains(secret) && output.contains(key), "{key} {arguments:?}: {output}");
+        }
     }
 }
 

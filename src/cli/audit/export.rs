@@ -13,6 +13,7 @@ use crate::{
         client::{Patience, Session},
         context::Context,
         failure::Failure,
+        values::shown_path,
     },
     domain::{
         chain::Chain,
@@ -48,7 +49,7 @@ impl Sink {
     fn open(to: Option<&PathBuf>) -> Result<Sink, Failure> {
         let Some(path) = to else { return Ok(Sink::Stdout) };
         let file = private_file::create_new(path)
-            .map_err(|error| Failure::usage(format!("{} cannot be made: {error}", path.display())))?;
+            .map_err(|error| Failure::usage(format!("{} cannot be made: {error}", shown_path(path))))?;
         Ok(Sink::File(BufWriter::new(file), path.clone()))
     }
 
@@ -56,7 +57,7 @@ impl Sink {
         match self {
             Sink::File(file, path) => file
                 .write_all(text.as_bytes())
-                .map_err(|error| Failure::usage(format!("{} cannot be written: {error}", path.display()))),
+                .map_err(|error| Failure::usage(format!("{} cannot be written: {error}", shown_path(path)))),
             // A copy that ends early is none.
             Sink::Stdout => cx.console.deliver(text),
         }
@@ -66,7 +67,7 @@ impl Sink {
         let Sink::File(mut file, path) = self else { return Ok(()) };
         file.flush()
             .and_then(|()| private_file::sync(file.get_ref(), &path))
-            .map_err(|error| Failure::usage(format!("{} cannot be written: {error}", path.display())))
+            .map_err(|error| Failure::usage(format!("{} cannot be written: {error}", shown_path(&path))))
     }
 }
 

@@ -9,7 +9,7 @@ use std::{
 use clap::Args;
 
 use crate::{
-    cli::{client::Patience, context::Context, failure::Failure, table::clean},
+    cli::{client::Patience, context::Context, failure::Failure, table::clean, values::shown_path},
     domain::{
         export::{NotWhole, Verifier, Whole},
         lease::Position,
@@ -79,8 +79,8 @@ impl VerifyArgs {
 
 fn verify_file(path: &Path, expect: Option<Position>) -> Result<Whole, Failure> {
     let unreadable =
-        |error: std::io::Error| Failure::usage(format!("{} cannot be read: {error}", path.display()));
-    let wrong = |error: NotWhole| Failure::refused(format!("{} is not whole: {error}", path.display()));
+        |error: std::io::Error| Failure::usage(format!("{} cannot be read: {error}", shown_path(path)));
+    let wrong = |error: NotWhole| Failure::refused(format!("{} is not whole: {error}", shown_path(path)));
     let mut verifier = Verifier::expecting(expect);
     for line in BufReader::new(File::open(path).map_err(unreadable)?).lines() {
         verifier.take(&line.map_err(unreadable)?).map_err(wrong)?;

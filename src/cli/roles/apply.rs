@@ -18,6 +18,7 @@ use crate::{
         failure::Failure,
         json::Json,
         table::{Rows, clean, text},
+        values::shown_path,
     },
     config::wording,
     pb,
@@ -126,9 +127,9 @@ impl ApplyArgs {
 
 fn read(path: &Path) -> Result<Vec<Wanted>, Failure> {
     let text = fs::read_to_string(path)
-        .map_err(|error| Failure::usage(format!("cannot read {}: {error}", path.display())))?;
+        .map_err(|error| Failure::usage(format!("cannot read {}: {error}", shown_path(path))))?;
     parse(&text).map_err(|problem| {
-        Failure::usage(format!("{}: {problem}", path.display())).hint("--help shows what such a file holds")
+        Failure::usage(format!("{}: {problem}", shown_path(path))).hint("--help shows what such a file holds")
     })
 }
 

@@ -10,6 +10,7 @@ use crate::{
     config::{account_limits, problems::Problems, secret::SecretUrl},
     domain::{
         account::{Environment, Environments},
+        connection_url::MASK,
         name::{EnvironmentName, RoleName, TokenPrefix, TokenTag},
     },
     keys::KeySettings,
@@ -94,8 +95,10 @@ pub(super) fn read_database(
 }
 
 fn with_password(database: &SecretUrl, file: &Path) -> Result<SecretUrl, Invalid> {
-    let wrong =
-        |problem: String| Err(invalid("database_password_file", &file.display().to_string(), problem));
+    // A password in place of the file that holds it is like any word; the path of a file has more than a name.
+    let shown = file.display().to_string();
+    let shown = if shown.contains('/') || file.exists() { &shown } else { MASK };
+    let wrong = |problem: String| Err(invalid("database_password_file", shown, problem));
     if !database.starts_with("postgres") {
         return wrong("has no effect: database is no postgres:// URL".to_owned());
     }
@@ -103,7 +106,9 @@ fn with_password(database: &SecretUrl, file: &Path) -> Result<SecretUrl, Invalid
         return wrong("is one password too many: take the other one out of the URL in database".to_owned());
     }
     match std::fs::read_to_string(file) {
-        Err(error) => wrong(format!("cannot be read: {error}")),
+        Err(error) => {
+            wrong(format!("cannot be read: {error}; it must be the path of a file, not the password"))
+        }
         Ok(text) => match text.trim_end_matches(['\r', '\n']) {
             "" => wrong("is empty; it must hold the password alone".to_owned()),
             password => Ok(database.with_password(password)),

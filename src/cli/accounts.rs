@@ -8,7 +8,7 @@ use super::{
     failure::Failure,
     output,
     paging::PageArgs,
-    table::{self, Rows, text},
+    table::{Rows, shown_value, text},
     values::{Life, rfc3339},
 };
 use crate::pb;
@@ -78,7 +78,7 @@ pub(super) struct ChangeArgs {
 impl AccountsCommand {
     pub(super) async fn run(self, cx: &mut Context<'_>) -> Result<u8, Failure> {
         if let AccountsCommand::Suspend { one, yes } = &self {
-            cx.console.confirm(&format!("Refuse every key of account {}?", table::clean(&one.id)), *yes)?;
+            cx.console.confirm(&format!("Refuse every key of account {}?", shown_value(&one.id)), *yes)?;
         }
         let session = cx.session()?;
         match self {

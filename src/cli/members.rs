@@ -8,7 +8,7 @@ use super::{
     failure::Failure,
     output,
     paging::PageArgs,
-    table::{Record, Rows, clean, text},
+    table::{Record, Rows, shown_value, text},
 };
 use crate::pb;
 
@@ -55,7 +55,7 @@ pub(super) struct OneArgs {
 impl MembersCommand {
     pub(super) async fn run(self, cx: &mut Context<'_>) -> Result<u8, Failure> {
         if let MembersCommand::Remove { one, yes } = &self {
-            let (account, user) = (clean(&one.account), clean(&one.user));
+            let (account, user) = (shown_value(&one.account), shown_value(&one.user));
             let question =
                 format!("Remove {user} from {account}? With the last account, the user's keys are revoked.");
             cx.console.confirm(&question, *yes)?;

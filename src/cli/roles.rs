@@ -9,7 +9,7 @@ use super::{
     context::Context,
     failure::Failure,
     output,
-    table::{Record, Rows, clean, text},
+    table::{Record, Rows, shown_value, text},
 };
 use crate::pb;
 
@@ -64,7 +64,10 @@ impl RolesCommand {
     pub(super) async fn run(self, cx: &mut Context<'_>) -> Result<u8, Failure> {
         if let RolesCommand::Delete { one, yes } = &self {
             let home = home(one.home.account.as_deref().unwrap_or_default());
-            cx.console.confirm(&format!("Delete role {} ({})?", clean(&one.name), clean(&home)), *yes)?;
+            cx.console.confirm(
+                &format!("Delete role {} ({})?", shown_value(&one.name), shown_value(&home)),
+                *yes,
+            )?;
         }
         let session = cx.session()?;
         match self {

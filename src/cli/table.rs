@@ -6,14 +6,19 @@
 use comfy_table::{Cell, Color, ColumnConstraint, ContentArrangement, Table, presets};
 
 use super::values::rfc3339;
-use crate::domain::text::Escaped;
+use crate::domain::{credential_mask::mask_value, text::Escaped};
 
 /// Escapes what a terminal would obey, or not show.
 pub(super) fn clean(text: &str) -> String {
     Escaped(text).to_string()
 }
 
-/// The same of several lines.
+/// A value that a person gave, for a message: a secret that was given in its place is masked.
+pub(super) fn shown_value(value: &str) -> String {
+    clean(&mask_value(value))
+}
+
+/// The same as [`clean`], of several lines.
 pub(super) fn clean_lines(text: &str) -> String {
     text.split('\n').map(clean).collect::<Vec<_>>().join("\n")
 }

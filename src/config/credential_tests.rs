@@ -1,6 +1,8 @@
 //! No setting repeats a credential that was pasted into it by mistake: a table over all settings, credentials and ways to
 //! give a value.
 
+use std::path::Path;
+
 use clap::{Args as _, FromArgMatches as _};
 use toml::{Table, Value};
 
@@ -45,12 +47,9 @@ fn file_with(path: &str, value: Value) -> String {
 
 /// Everything that `config check`, `config show` and `serve` say of these flags over this file.
 fn output(flags: &[String], text: &str) -> String {
-    let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("keyward.toml");
-    std::fs::write(&file, text).unwrap();
-    let document = match Document::read(&file) {
+    let document = match Document::parse(Path::new("keyward.toml"), text.to_owned()) {
         Ok(document) => document,
-        Err(error) => return error.to_string(),
+        Err(problems) => return format!("{problems:?}"),
     };
     let command = ServeArgs::augment_args(clap::Command::new("serve")).no_binary_name(true);
     let matches = command.try_get_matches_from(flags).unwrap();

@@ -54,7 +54,8 @@ impl Document {
         Document::parse(path, text).map_err(|problems| ConfigError::Wrong { path: Some(shown()), problems })
     }
 
-    fn parse(path: &Path, text: String) -> Result<Document, Vec<Problem>> {
+    /// The same of a text at hand.
+    pub(super) fn parse(path: &Path, text: String) -> Result<Document, Vec<Problem>> {
         let (root, errors) = DeTable::parse_recoverable(&text);
         if !errors.is_empty() {
             let at = |span: Option<Range<usize>>| span.map_or(0, |span| span.start);

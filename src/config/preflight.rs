@@ -5,7 +5,7 @@ use std::{io, os::unix::fs::FileTypeExt as _, path::Path};
 
 use crate::{
     decisions::Place,
-    domain::connection_url::ConnectionUrl,
+    domain::{connection_url::ConnectionUrl, credential_mask::mask_value},
     private_file, store,
     transport::{
         Address, Listener,
@@ -165,7 +165,8 @@ fn certificates(name: &str, files: &TlsFiles, problems: &mut Problems<'_>) {
     ] {
         let Some(path) = path.filter(|_| problems.is_sound(setting)) else { continue };
         if let Err(error) = std::fs::File::open(path).and_then(|file| file.metadata()) {
-            let path = path.display();
+            let path = path.display().to_string();
+            let path = mask_value(&path);
             let problem = format!(
                 "cannot be used: the listener {name:?} cannot speak TLS: {path} cannot be read: {error}"
             );
@@ -193,6 +194,7 @@ fn database_files(settings: &Settings, problems: &mut Problems<'_>) {
     {
         let path = percent_encoding::percent_decode_str(value).decode_utf8_lossy();
         if let Err(error) = std::fs::File::open(&*path) {
+            let value = mask_value(value);
             problems.add(unshown("database", format!("has {name}={value:?}, which cannot be read: {error}")));
         }
     }

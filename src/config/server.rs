@@ -12,7 +12,7 @@ use serde::Deserialize;
 use crate::{
     domain::{
         account::Environments,
-        credential_mask::{looks_like_credential, mask_message, mask_value, mask_words},
+        credential_mask::{mask_message, mask_quoted, mask_value},
         lease::Lease,
     },
     engine::limiter::LimitSettings,
@@ -444,9 +444,8 @@ impl Settings {
 }
 
 pub(super) fn invalid(setting: &'static str, value: &str, problem: impl ToString) -> Invalid {
-    let problem = problem.to_string();
-    let problem = if looks_like_credential(value) { mask_words(&problem) } else { mask_message(&problem) };
-    Invalid { setting, value: Some(mask_value(value).into_owned()), problem: problem.into_owned() }
+    let problem = mask_quoted(&problem.to_string(), value);
+    Invalid { setting, value: Some(mask_value(value).into_owned()), problem }
 }
 
 /// The same about a value that is not repeated.

@@ -41,11 +41,25 @@ pub fn looks_like_credential(value: &str) -> bool {
 #[must_use]
 pub fn mask_message(message: &str) -> Cow<'_, str> {
     let masked = map_words(message, |word| {
-        let is_login = word.contains('@') && word.contains(':');
+        let is_login = word.contains('@') && word.contains(':') && !is_template(word);
         is_login.then(|| mask_login(word)).flatten()
     });
     let Cow::Owned(masked) = masked else { return token::redacted(message) };
     token::redacted(&masked).into_owned().into()
+}
+
+/// Masks in a message that quotes a value, or the folder of a path, what looks like a credential in the value.
+#[must_use]
+pub fn mask_quoted(message: &str, value: &str) -> String {
+    if !looks_like_credential(value) {
+        return mask_message(message).into_owned();
+    }
+    // The whole value first, then its folders.
+    let ends = value.match_indices('/').map(|(end, _)| end).rev();
+    let parts =
+        std::iter::once(value.len()).chain(ends).map(|end| &value[..end]).filter(|part| !part.is_empty());
+    let masked = parts.fold(message.to_owned(), |message, part| message.replace(part, &mask_value(part)));
+    mask_words(&masked).into_owned()
 }
 
 /// Masks every word of a message that quotes a value which looks like a credential, or pieces of it.
@@ -55,6 +69,12 @@ pub fn mask_words(message: &str) -> Cow<'_, str> {
         Cow::Owned(masked) => Some(masked),
         Cow::Borrowed(_) => None,
     })
+}
+
+/// Whether a word says how a URL is written, and is none.
+fn is_template(word: &str) -> bool {
+    let plain = word.to_ascii_lowercase().replace(['[', ']'], "");
+    plain.contains("user:password@")
 }
 
 /// Replaces words; `None` leaves one as it is.
@@ -217,9 +237,14 @@ mod tests {
             (&format!("{token}: unknown"), "kw_live_***: unknown"),
             (&format!("hash {hash}: use http://HOST:PORT, or a@b"), ""),
             ("write postgres://USER@HOST:5432/DATABASE", ""),
+            ("must be redis://[[USER]:PASSWORD@]HOST[:PORT][/DB], rediss://", ""),
         ] {
             assert_eq!(mask_message(message), if shown.is_empty() { message } else { shown });
         }
+        let value = "postgres://u:a ses#ame@h/k";
+        let quoted = mask_quoted("the folder postgres://u:a ses#ame@h is missing", value);
+        assert_eq!(quoted, "the folder postgres:*** is missing");
+        assert_eq!(mask_quoted("the folder a/b is missing", "a/b/c"), "the folder a/b is missing");
         assert_eq!(mask_words(&format!("the folder {hash} is missing")), "the folder *** is missing");
     }
 

@@ -12,7 +12,7 @@ use crate::{
         context::Context,
         failure::{Failure, REFUSED},
         output,
-        table::{Rows, clean, text},
+        table::{Rows, shown_value, text},
         values::Past,
     },
     clock::{Clock, SystemClock},
@@ -45,8 +45,8 @@ struct WhoseArgs {
 impl fmt::Display for WhoseArgs {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (&self.account, &self.user) {
-            (Some(account), _) => write!(f, "account {}", clean(account)),
-            (None, Some(user)) => write!(f, "user {}", clean(user)),
+            (Some(account), _) => write!(f, "account {}", shown_value(account)),
+            (None, Some(user)) => write!(f, "user {}", shown_value(user)),
             (None, None) => f.write_str("every account but the operator's"),
         }
     }

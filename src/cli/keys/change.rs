@@ -12,7 +12,7 @@ use crate::{
         failure::Failure,
         issue::{Delivery, IssueArgs},
         output,
-        table::clean,
+        table::shown_value,
         values::proto_duration,
     },
     config::duration,
@@ -73,7 +73,7 @@ pub(in crate::cli) struct FinishRotationArgs {
 
 impl FinishRotationArgs {
     pub(super) async fn run(self, cx: &mut Context<'_>) -> Result<u8, Failure> {
-        let question = format!("Stop the old token of key {} now, for ever?", clean(&self.one.id));
+        let question = format!("Stop the old token of key {} now, for ever?", shown_value(&self.one.id));
         cx.console.confirm(&question, self.yes)?;
         finish_rotation(cx, self.one.id).await
     }
@@ -168,7 +168,7 @@ pub(in crate::cli) struct RevokeArgs {
 
 impl RevokeArgs {
     pub(super) async fn run(self, cx: &mut Context<'_>) -> Result<u8, Failure> {
-        cx.console.confirm(&format!("Revoke key {} for ever?", clean(&self.one.id)), self.yes)?;
+        cx.console.confirm(&format!("Revoke key {} for ever?", shown_value(&self.one.id)), self.yes)?;
         let question = pb::RevokeKeyRequest {
             id: self.one.id,
             reason: self.reason.map_or(pb::RevokeReason::Unspecified, Into::into).into(),

@@ -380,7 +380,7 @@ async fn a_database_is_migrated_while_the_version_before_writes_and_all_of_it_ve
 /// `keyward migrate` names the accounts whose ids differ in case alone, and migrates nothing.
 fn collision_is_refused(home: &Home, shown_ids: &str) {
     let url = home.url();
-    let migrate = |more: &[&str]| home.run(home.command(&[&["migrate", "--database", &url], more].concat()));
+    let migrate = |more: &[&str]| home.run(home.command([&["migrate", "--database", &url], more].concat()));
     let refused = migrate(&[]);
     assert_eq!(refused.code, Some(1), "{refused:?}");
     for said in [shown_ids, "differ in case alone", "Nothing was migrated", "restore a backup"] {

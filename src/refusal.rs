@@ -54,6 +54,13 @@ pub enum Refusal {
     IdempotencyKeyReused,
     /// The account concerned, or the user, has reached a limit.
     AccountLimit(LimitReached),
+    /// Replicas of an older release could not read the change in the log.
+    ReplicaTooOld {
+        /// What they cannot read: `scope "repo/write"`.
+        value: String,
+        /// Their names.
+        replicas: Vec<String>,
+    },
     /// The caller lacks a right: a stable reason, and what to do.
     Forbidden(&'static str, String),
     /// The thing is in no state for this: a stable reason, and what to do.
@@ -162,6 +169,9 @@ impl From<WriteError> for Refusal {
             WriteError::Rejected(Rejection::Conflict | Rejection::AuthorizationMoved) => Refusal::Contended,
             WriteError::Rejected(Rejection::DigestTaken) => Refusal::DigestTaken,
             WriteError::Rejected(Rejection::AccountLimit(reached)) => Refusal::AccountLimit(reached),
+            WriteError::Rejected(Rejection::ReplicaTooOld { value, replicas }) => {
+                Refusal::ReplicaTooOld { value, replicas }
+            }
             WriteError::Rejected(Rejection::NoSuchRole) => Refusal::field(
                 "role",
                 "there is no such role in the account; ListRoles shows those there are",

@@ -248,6 +248,10 @@ fn hint_for_reason(reason: &str, metadata: &HashMap<String, String>) -> Option<C
         "ROLE_IN_USE" => {
             "keyward members list ACCOUNT shows who has it; keyward roles put changes what it grants"
         }
+        "REPLICA_TOO_OLD" => {
+            "an operator finishes the upgrade; keyward replicas list shows every replica, and keyward replicas \
+             attest-dead removes one that is gone"
+        }
         "PERMISSION_MISSING" => "grant the scope to the caller's key, or name another with --token-file",
         "STORE_FULL" => "make room for the database, then send it again",
         "OUTCOME_UNKNOWN" => {

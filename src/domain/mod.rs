@@ -20,6 +20,7 @@ pub mod lease;
 pub mod limit;
 pub mod lineage;
 pub mod log;
+pub mod log_format;
 pub mod name;
 pub mod policy;
 pub mod route;

@@ -89,6 +89,7 @@ impl From<Refusal> for Status {
                 status(Code::AlreadyExists, "DIGEST_TAKEN", "a key with this digest already exists")
             }
             Refusal::AccountLimit(reached) => account_limit(reached),
+            Refusal::ReplicaTooOld { value, replicas } => replica_too_old(&value, &replicas),
             Refusal::CallerLimited(retry_after) => caller_limited(retry_after),
             Refusal::IdempotencyKeyReused => status(
                 Code::FailedPrecondition,
@@ -184,6 +185,16 @@ fn account_limit(LimitReached { limit, value, retry_after }: LimitReached) -> St
         details = details.with_retry(after);
     }
     build(Code::ResourceExhausted, &message, details)
+}
+
+/// A change that waits for the end of a rolling upgrade.
+fn replica_too_old(value: &str, replicas: &[String]) -> Status {
+    let names = list(replicas.iter().map(|name| format!("{name:?}")), ", ", "replicas");
+    let message = format!(
+        "nothing was changed: replicas of an older release cannot read the {value}; upgrade or stop them, then retry: \
+         {names}"
+    );
+    status(Code::FailedPrecondition, "REPLICA_TOO_OLD", &message)
 }
 
 fn cannot_answer(reason: CannotAnswer) -> Status {

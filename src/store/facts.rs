@@ -3,6 +3,7 @@
 
 use crate::domain::{
     key::Owner,
+    log_format::LogFormat,
     name::{AccountId, IdempotencyKey, KeyId, KeyName, NameError, RoleName, UserId},
     time::Timestamp,
     token::Digest,
@@ -124,6 +125,15 @@ pub(super) fn tally(row: &impl Columns, facts: &mut Facts) -> Read<()> {
 pub(super) fn role_count(row: &impl Columns, facts: &mut Facts) -> Read<()> {
     let count = u64::try_from(row.int(1)?).unwrap_or(0);
     facts.role_counts.insert(name_at(row, 0, AccountId::parse)?, count);
+    Ok(())
+}
+
+/// The newest format of the log; name of a replica that does not read the run's, or NULL, and the newest that it reads.
+pub(super) fn log_fence(row: &impl Columns, facts: &mut Facts) -> Read<()> {
+    facts.fence.newest = LogFormat(version_at(row, 0)?);
+    if let Some(name) = row.text_opt(1)? {
+        facts.fence.replicas.push((name.to_owned(), LogFormat(version_at(row, 2)?)));
+    }
     Ok(())
 }
 

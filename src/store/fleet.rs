@@ -90,7 +90,10 @@ pub trait Fleet: Send + Sync + 'static {
     /// Nobody holds a longer lease than `lease` any more, which is what renewals grant. Whether they still do.
     async fn settle_lease(&self, lease: Lease) -> Result<bool, StoreError>;
 
-    /// Inserts a row, without `applied`, with a `renew_seq` of 0.
+    /// Inserts a row, without `applied`, with a `renew_seq` of 0, and with the newest log format that this release reads.
+    ///
+    /// # Errors
+    /// When the database fails, or the log contains entries of a newer format.
     async fn register(&self, id: ReplicaId, name: &str) -> Result<(), StoreError>;
 
     /// Renews: one durable transaction.

@@ -13,6 +13,7 @@ mod backend;
 mod facts;
 pub mod fleet;
 mod load;
+mod log_fence;
 pub mod look;
 mod open;
 pub mod page;
@@ -181,6 +182,13 @@ pub enum Rejection {
     NoSuchRole,
     /// The account, or the user, has reached a limit.
     AccountLimit(LimitReached),
+    /// Registered replicas of an older release could not read the log entry.
+    ReplicaTooOld {
+        /// What they cannot read: `scope "repo/write"`.
+        value: String,
+        /// Their names; at least one.
+        replicas: Vec<String>,
+    },
     /// The role to be deleted is in use.
     RoleInUse {
         /// By so many keys that are not revoked.

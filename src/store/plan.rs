@@ -6,6 +6,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use crate::domain::{
     key::{Key, Owner, Secret},
     log::Change,
+    log_format::LogFormat,
     name::{AccountId, IdempotencyKey, KeyId, KeyName, RoleName, UserId},
     time::{Revision, Timestamp},
     token::Digest,
@@ -13,6 +14,7 @@ use crate::domain::{
 
 use super::{
     Committed, Head, IDEMPOTENCY_WINDOW, Idempotency, Outcome, ReadSet, RecordId, Rejection, Write,
+    log_fence::LogFence,
     rows::secret_sum,
     tally::{Tally, counted_for, limits_of},
 };
@@ -88,11 +90,13 @@ pub(super) struct Questions {
     pub(super) tallies: BTreeSet<Owner>,
     /// Accounts that get a role, and are held to limits.
     pub(super) role_counts: BTreeSet<AccountId>,
+    /// The format of the log entries, if an older release cannot read them.
+    pub(super) log_format: Option<LogFormat>,
 }
 
 impl Questions {
     pub(super) fn of(run: &[Write]) -> Questions {
-        let mut asked = Questions::default();
+        let mut asked = Questions { log_format: LogFence::format(run), ..Questions::default() };
         for write in run {
             if let Some(request) = &write.idempotency {
                 asked.requests.insert((request.caller, request.key.clone()));
@@ -229,6 +233,7 @@ pub(super) struct Facts {
     pub(super) tallies: HashMap<Owner, Tally>,
     /// How many roles of its own an account has.
     pub(super) role_counts: HashMap<AccountId, u64>,
+    pub(super) fence: LogFence,
 }
 
 /// What a run comes to: its outcomes and log rows, and what goes with them.
@@ -241,6 +246,8 @@ pub(super) struct Plan<'w> {
     pub(super) secrets: Vec<(KeyId, Secret)>,
     /// Idempotency keys to be kept, with what was made under them.
     pub(super) requests: Vec<(&'w Idempotency, KeyId, Timestamp)>,
+    /// The newest format of the log, if the run raises it.
+    pub(super) log_format: Option<LogFormat>,
 }
 
 /// Decides a run after `head`, each write in the light of those before it.
@@ -249,7 +256,13 @@ pub(super) fn decide<'w>(
     mut facts: Facts,
     head: Head,
 ) -> Result<Plan<'w>, serde_json::Error> {
-    let mut plan = Plan { committed: Committed::default(), head, secrets: Vec::new(), requests: Vec::new() };
+    let mut plan = Plan {
+        committed: Committed::default(),
+        head,
+        secrets: Vec::new(),
+        requests: Vec::new(),
+        log_format: None,
+    };
     for write in run {
         let outcome = match facts.done_before(write) {
             Some(outcome) => outcome,
@@ -257,7 +270,8 @@ pub(super) fn decide<'w>(
                 let verdict = facts
                     .as_read(&write.reads)
                     .and_then(|()| facts.verdict(&write.change, write.expect))
-                    .and_then(|()| facts.fits(write));
+                    .and_then(|()| facts.fits(write))
+                    .and_then(|()| facts.fence.check(write));
                 match verdict {
                     Ok(()) => Ok(Outcome::Applied(plan.record(write, &mut facts)?)),
                     Err(rejection) => Err(rejection),
@@ -285,6 +299,7 @@ impl<'w> Plan<'w> {
             facts.requests.insert((request.caller, request.key.clone()), known);
             self.requests.push((request, key_id, write.at));
         }
+        self.log_format = facts.fence.raise(write).or(self.log_format);
         facts.learn(&change);
         if let Some(owner) = counted_for(&change) {
             facts.tallies.entry(owner).or_default().count(write);

@@ -74,6 +74,7 @@ mod redis_server;
 mod replicas;
 mod rest;
 mod retention;
+mod rolling_upgrade;
 mod root_key;
 mod rotation;
 mod sqlite_file;

@@ -167,7 +167,9 @@ fn a_start_waits_for_a_database_that_is_away_and_says_that_it_is_not_ready() {
 
 /// The schema as an older version left it: the fifth.
 const DOWN: &str = "DROP TABLE uses; DROP TRIGGER tally_log ON log; DROP FUNCTION tally_log; DROP TABLE tallies; \
-     DROP INDEX key_name_nfc_of_account, key_name_nfc_of_user, accounts_by_folded_id";
+     DROP INDEX key_name_nfc_of_account, key_name_nfc_of_user, accounts_by_folded_id; \
+     DROP TRIGGER check_log_format ON replicas; DROP FUNCTION check_log_format; DROP TABLE log_state; \
+     ALTER TABLE replicas DROP COLUMN log_format";
 
 fn migrates(home: &Home) {
     let url = home.url();
@@ -179,10 +181,11 @@ fn migrates(home: &Home) {
     for _ in 0..2 {
         let told = good(run(&["migrate", "--dry-run", "--database", &url]));
         let steps = "0006 uses: would be taken\n0007 owner: would be taken\n0008 tallies: would be taken\n\
-                     0009 names: would be taken\n";
+                     0009 names: would be taken\n0010 log_format: would be taken\n";
         assert_eq!(told, steps);
     }
-    let steps = "0006 uses: taken\n0007 owner: taken\n0008 tallies: taken\n0009 names: taken\n";
+    let steps = "0006 uses: taken\n0007 owner: taken\n0008 tallies: taken\n0009 names: taken\n\
+                 0010 log_format: taken\n";
     assert_eq!(good(run(&["migrate", "--database", &url])), steps);
     assert_eq!(good(run(&["migrate", "--database", &url])), "The schema is up to date.\n");
 }

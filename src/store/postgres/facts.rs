@@ -33,6 +33,7 @@ pub(super) fn questions(asked: &Questions) -> Vec<Question> {
         members(asked),
         tallies(asked),
         role_counts(asked),
+        log_fence(asked),
         asked.uses_of.as_ref().map(uses),
     ];
     questions.into_iter().flatten().collect()
@@ -212,6 +213,17 @@ fn role_counts(asked: &Questions) -> Option<Question> {
     Some((sql, facts::role_count))
 }
 
+/// The replicas that cannot read the run's entries. Nothing is asked of entries that every release reads.
+fn log_fence(asked: &Questions) -> Option<Question> {
+    let format = asked.log_format?;
+    let sql = fill(
+        "SELECT newest_log_format, name, log_format FROM log_state \
+         LEFT JOIN replicas ON log_format < $1 ORDER BY name, id",
+        &[i64::from(format.0).literal()],
+    );
+    Some((sql, facts::log_fence))
+}
+
 /// How many keys and members use a role. Of a global one, accounts with an own role of that name do not count.
 fn uses((account, name): &RolePlace) -> Question {
     let sql = fill(
@@ -224,4 +236,18 @@ fn uses((account, name): &RolePlace) -> Question {
         &[name.as_str().literal(), role_account(account.as_ref()).literal()],
     );
     (sql, facts::uses)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::log_format::LogFormat;
+
+    #[test]
+    fn the_replicas_are_asked_about_only_by_a_run_that_an_older_release_cannot_read() {
+        let asked = |log_format| questions(&Questions { log_format, ..Questions::default() });
+        assert!(asked(None).is_empty());
+        let [(sql, _)] = <[Question; 1]>::try_from(asked(Some(LogFormat::NEWEST))).unwrap();
+        assert!(sql.contains("log_format < '1'::bigint"), "{sql}");
+    }
 }

@@ -22,6 +22,7 @@ use crate::{
     domain::{
         lease::{Incarnation, Lease, Listing, Position, Renewal, ReplicaId, Reply, Row},
         log::{Hash, LogRow},
+        log_format::LogFormat,
         time::{Revision, Timestamp},
     },
     store::{
@@ -351,8 +352,9 @@ impl Fleet for Postgres {
     async fn register(&self, id: ReplicaId, name: &str) -> std::result::Result<(), StoreError> {
         let (id, name) = (id.0.as_bytes().as_slice().literal(), name.literal());
         let insert = format!(
-            "INSERT INTO replicas (id, name, applied, renew_seq, last_seen) \
-             VALUES ({id}, {name}, NULL, 0, {DB_NOW})"
+            "INSERT INTO replicas (id, name, applied, renew_seq, last_seen, log_format) \
+             VALUES ({id}, {name}, NULL, 0, {DB_NOW}, {reads})",
+            reads = LogFormat::NEWEST.0,
         );
         self.message(&self.fleet.renewals, &insert, CALL).await.map(drop).map_err(store_error)
     }

@@ -29,7 +29,7 @@ struct Migration {
 }
 
 /// The migrations, oldest first, with the numbers and names that SQLite's have. Never edited once released.
-const MIGRATIONS: [Migration; 9] = [
+const MIGRATIONS: [Migration; 10] = [
     Migration { version: 1, name: "start", sql: include_str!("../migrations/postgres/0001_start.sql") },
     Migration { version: 2, name: "people", sql: include_str!("../migrations/postgres/0002_people.sql") },
     Migration { version: 3, name: "replicas", sql: include_str!("../migrations/postgres/0003_replicas.sql") },
@@ -39,6 +39,11 @@ const MIGRATIONS: [Migration; 9] = [
     Migration { version: 7, name: "owner", sql: include_str!("../migrations/postgres/0007_owner.sql") },
     Migration { version: 8, name: "tallies", sql: include_str!("../migrations/postgres/0008_tallies.sql") },
     Migration { version: 9, name: "names", sql: include_str!("../migrations/postgres/0009_names.sql") },
+    Migration {
+        version: 10,
+        name: "log_format",
+        sql: include_str!("../migrations/postgres/0010_log_format.sql"),
+    },
 ];
 
 /// What to do with the steps that a schema lacks.

@@ -12,6 +12,7 @@ use crate::{
         key::{Key, Secret},
         limit::Drawn,
         log::{Change, LogRow},
+        log_format::LogFormat,
         name::KeyId,
         time::{Revision, Timestamp},
     },
@@ -52,6 +53,7 @@ pub(super) fn run(script: &mut Vec<String>, plan: &Plan<'_>) {
     put_secrets(script, &plan.secrets);
     let rows: Vec<_> = plan.committed.rows.iter().map(|(row, _)| row).collect();
     append(script, &rows);
+    raise_log_format(script, plan.log_format);
     remember(script, plan);
 }
 
@@ -238,6 +240,15 @@ fn append(script: &mut Vec<String>, rows: &[&LogRow]) {
         "INSERT INTO log (revision, at, action, account, key_id, user_id, actor, actor_account, acting_user, \
          method, payload, prev_hash, hash) VALUES $1",
         &[rows],
+    ));
+}
+
+/// From this commit on, replicas that do not read the format are refused.
+fn raise_log_format(script: &mut Vec<String>, format: Option<LogFormat>) {
+    let Some(LogFormat(format)) = format else { return };
+    script.push(fill(
+        "UPDATE log_state SET newest_log_format = greatest(newest_log_format, $1)",
+        &[i64::from(format).literal()],
     ));
 }
 

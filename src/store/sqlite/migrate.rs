@@ -32,6 +32,7 @@ pub(super) fn migrations() -> Vec<Migration> {
         (7, "owner", SqlStr::from_static(include_str!("../migrations/sqlite/0007_owner.sql"))),
         (8, "tallies", SqlStr::from_static(include_str!("../migrations/sqlite/0008_tallies.sql"))),
         (NAMES, "names", SqlStr::from_static(include_str!("../migrations/sqlite/0009_names.sql"))),
+        (10, "log_format", SqlStr::from_static(include_str!("../migrations/sqlite/0010_log_format.sql"))),
     ]
     .into_iter()
     .map(|(version, name, sql)| Migration::new(version, name.into(), MigrationType::Simple, sql, false))

@@ -1,0 +1,111 @@
+//! The log fence: a log entry is committed only if every registered replica can read it. Without it a replica of an older
+//! release would stop at a value that it does not know, in a rolling upgrade, whenever a tenant chose such a value.
+//!
+//! A commit asks under its lock on the head, and only if its entries have such a value. From then on the database refuses
+//! the registration of a replica that reads older formats only: see the migration `log_format`. A file has one process,
+//! which reads what it writes, and nothing is asked there.
+
+use crate::domain::log_format::{LogFormat, NewerValue};
+
+use super::{Rejection, Write};
+
+/// A newest format of the log, and the registered replicas that do not read the one asked about. The default refuses nothing.
+#[derive(Debug, Default)]
+pub(super) struct LogFence {
+    /// The newest format that the log contains.
+    pub(super) newest: LogFormat,
+    /// Names of replicas, each with the newest format that it reads.
+    pub(super) replicas: Vec<(String, LogFormat)>,
+}
+
+impl LogFence {
+    /// The format of a run's entries; `None` if every release reads them.
+    pub(super) fn format(run: &[Write]) -> Option<LogFormat> {
+        run.iter().filter_map(newer_value).map(NewerValue::format).max()
+    }
+
+    /// Checks that every registered replica can read the entry of a write.
+    pub(super) fn check(&self, write: &Write) -> Result<(), Rejection> {
+        // A change that ends rights repeats what the log contains, and nothing may keep it from being made.
+        let Some(value) = newer_value(write).filter(|_| !write.action.stops()) else { return Ok(()) };
+        if value.format() <= self.newest {
+            return Ok(());
+        }
+        let too_old = self.replicas.iter().filter(|(_, reads)| *reads < value.format());
+        let replicas: Vec<_> = too_old.map(|(name, _)| name.clone()).collect();
+        match replicas.is_empty() {
+            true => Ok(()),
+            false => Err(Rejection::ReplicaTooOld { value: value.to_string(), replicas }),
+        }
+    }
+
+    /// Records the format of an accepted write: the new one if the log did not contain it before.
+    pub(super) fn raise(&mut self, write: &Write) -> Option<LogFormat> {
+        let format = newer_value(write)?.format();
+        let raises = format > self.newest;
+        self.newest = self.newest.max(format);
+        raises.then_some(format)
+    }
+}
+
+fn newer_value(write: &Write) -> Option<NewerValue<'_>> {
+    NewerValue::find(&write.change, write.actor.account.as_ref())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::domain::{
+        account::Role,
+        log::{Action, Change},
+        name::RoleName,
+        scope::Scope,
+        time::{Revision, Timestamp},
+    };
+
+    fn write(scope: &str, action: Action) -> Write {
+        let role = Role {
+            account: None,
+            name: RoleName::parse("agent").unwrap(),
+            scopes: [Scope::parse_grant(scope).unwrap()].into_iter().collect(),
+            revision: Revision::default(),
+        };
+        let at = Timestamp::from_micros(1);
+        Write::by_system(Change::Role(Arc::new(role)), None, action, "test", at)
+    }
+
+    fn fence(newest: LogFormat) -> LogFence {
+        let replicas = [("old", LogFormat::FIRST), ("new", LogFormat::NEWEST)];
+        let replicas = replicas.map(|(name, reads)| (name.to_owned(), reads)).into();
+        LogFence { newest, replicas }
+    }
+
+    #[test]
+    fn only_what_an_older_replica_cannot_read_is_refused_and_the_replica_named() {
+        let fence = fence(LogFormat::FIRST);
+        let (value, replicas) = ("scope \"a/b\"".to_owned(), vec!["old".to_owned()]);
+        let refused = Err(Rejection::ReplicaTooOld { value, replicas });
+        assert_eq!(fence.check(&write("a/b", Action::RolePut)), refused);
+        assert_eq!(fence.check(&write("a:b", Action::RolePut)), Ok(()));
+        assert_eq!(LogFence::default().check(&write("a/b", Action::RolePut)), Ok(()), "nobody is registered");
+    }
+
+    #[test]
+    fn what_the_log_contains_already_and_what_ends_rights_is_never_refused() {
+        assert_eq!(fence(LogFormat::NEWEST).check(&write("a/b", Action::RolePut)), Ok(()));
+        assert_eq!(fence(LogFormat::FIRST).check(&write("a/b", Action::RoleDeleted)), Ok(()));
+    }
+
+    #[test]
+    fn a_run_raises_the_format_of_the_log_once_and_only_if_it_needs_to() {
+        let plain = [write("a:b", Action::RolePut), write("*", Action::RolePut)];
+        assert_eq!(LogFence::format(&plain), None, "nothing is asked for them");
+        let newer = write("a/b", Action::RolePut);
+        assert_eq!(LogFence::format(&[write("a", Action::RolePut), newer.clone()]), Some(LogFormat::NEWEST));
+        let mut fence = fence(LogFormat::FIRST);
+        let raised = [&plain[0], &newer, &newer].map(|write| fence.raise(write));
+        assert_eq!(raised, [None, Some(LogFormat::NEWEST), None]);
+    }
+}

@@ -1,0 +1,2 @@
+-- One process owns the file, and it reads what it writes. The number is PostgreSQL's.
+SELECT 1;

@@ -168,6 +168,14 @@ pub(super) fn keys_at<D: Dialect>(ids: &[KeyId]) -> Sql<D> {
     query.each(ids, |query, id| query.id(*id)).push(") ORDER BY k.id, s.version DESC")
 }
 
+/// The same in the same columns, without the latest uses.
+pub(super) fn keys_without_uses<D: Dialect>(ids: &[KeyId]) -> Sql<D> {
+    let query = Sql::new(format!(
+        "SELECT {KEY_COLUMNS}, {SECRET_COLUMNS}, NULL FROM keys k LEFT JOIN secrets s ON s.key_id = k.id WHERE k.id IN ("
+    ));
+    query.each(ids, |query, id| query.id(*id)).push(") ORDER BY k.id, s.version DESC")
+}
+
 pub(super) fn checkpoint<D: Dialect>() -> Sql<D> {
     Sql::select("revision, hash, entries, made_at", " FROM checkpoints ORDER BY revision DESC LIMIT 1")
 }

@@ -16,8 +16,9 @@ use crate::{
 pub use super::records::Mismatch;
 use super::records::Records;
 
-/// How many entries are in memory at once: so few that they stay in the processor's cache until they are compared.
-const PAGE: u32 = 256;
+/// How many entries are in memory at once, about a megabyte: fewer cost more turns from thread to thread, and more would
+/// leave the processor's cache before they are compared.
+const PAGE: u32 = 1000;
 
 /// What is to be verified.
 #[derive(Clone, Copy, Debug, Default)]

@@ -100,7 +100,7 @@ async fn within<T>(limit: Duration, work: impl Future<Output = Result<T>>) -> Re
 /// worth compiling: where the server guesses a table's size wrong, that takes longer than all of it.
 struct Begins {
     one: String,
-    /// Of the replicas' lines. What stands in functions is planned once and for any values; whatever the server knew of
+    /// Of the replicas' lines and of bulk reads. What stands in functions is planned once and for any values; whatever the server knew of
     /// the tables by then, it goes by their indices.
     line: String,
     view: String,

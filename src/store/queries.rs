@@ -168,10 +168,12 @@ pub(super) fn keys_at<D: Dialect>(ids: &[KeyId]) -> Sql<D> {
     query.each(ids, |query, id| query.id(*id)).push(") ORDER BY k.id, s.version DESC")
 }
 
-/// The same in the same columns, without the latest uses.
-pub(super) fn keys_without_uses<D: Dialect>(ids: &[KeyId]) -> Sql<D> {
+/// The same in the same columns, without the latest uses, for PostgreSQL. Its planner keeps a subquery with OFFSET as it is:
+/// a join might read all secrets for each page.
+pub(super) fn keys_without_uses(ids: &[KeyId]) -> Sql<sqlx::Postgres> {
     let query = Sql::new(format!(
-        "SELECT {KEY_COLUMNS}, {SECRET_COLUMNS}, NULL FROM keys k LEFT JOIN secrets s ON s.key_id = k.id WHERE k.id IN ("
+        "SELECT {KEY_COLUMNS}, {SECRET_COLUMNS}, NULL FROM keys k \
+         LEFT JOIN LATERAL (SELECT * FROM secrets WHERE key_id = k.id OFFSET 0) s ON true WHERE k.id IN ("
     ));
     query.each(ids, |query, id| query.id(*id)).push(") ORDER BY k.id, s.version DESC")
 }

@@ -35,7 +35,7 @@ impl<'s> PgBulkReader<'s> {
         take: &mut (dyn FnMut(&Row<'_>) -> Result<(), StoreError> + Send),
     ) -> Result<(), StoreError> {
         let (sql, _) = query.into_parts();
-        let (mut session, _) = self.store.begin(&self.store.begins.one, &[]).await.map_err(store_error)?;
+        let (mut session, _) = self.store.begin(&self.store.begins.line, &[]).await.map_err(store_error)?;
         copy(session.get(), &sql, take).await?;
         within(CALL, session.end("COMMIT")).await.map_err(store_error)
     }

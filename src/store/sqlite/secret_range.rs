@@ -3,7 +3,7 @@
 
 use std::{cmp::Reverse, ops::Range};
 
-use rusqlite::{Connection, OptionalExtension as _, Row};
+use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
 use crate::{
     domain::{key::Secret, time::Timestamp, token::Digest},
@@ -57,15 +57,19 @@ impl SecretRange {
     /// Reads the secrets of the keys from `first` on, at most `most` of them. A row that cannot be read or contradicts
     /// itself is left out.
     pub(super) fn read(connection: &Connection, first: Id, most: u64) -> Result<SecretRange> {
+        let first = first.to_be_bytes();
         let index = "SELECT key_id FROM secrets WHERE key_id >= ?1 ORDER BY key_id LIMIT 1 OFFSET ?2";
-        let most = i64::try_from(most).unwrap_or(i64::MAX);
-        let end = connection
-            .query_row(index, rusqlite::params![first.to_be_bytes(), most], |row| row.get::<_, [u8; 16]>(0))
-            .optional()?
-            .map_or(Id::MAX, Id::from_be_bytes);
-        let mut range = SecretRange { ids: first..end, ..SecretRange::default() };
+        let offset = i64::try_from(most).unwrap_or(i64::MAX);
+        let end: Option<[u8; 16]> =
+            connection.query_row(index, params![first, offset], |row| row.get(0)).optional()?;
+        let end = end.map_or(Id::MAX, Id::from_be_bytes);
+        let mut range = SecretRange { ids: Id::from_be_bytes(first)..end, ..SecretRange::default() };
+        // Room that grows is there twice for a moment.
+        let count = "SELECT count(*) FROM secrets WHERE key_id >= ?1 AND key_id < ?2";
+        let count: i64 = connection.query_row(count, [first, end.to_be_bytes()], |row| row.get(0))?;
+        range.secrets.reserve_exact(usize::try_from(count).unwrap_or(0));
         let mut statement = connection.prepare(&scan())?;
-        let mut rows = statement.query([first.to_be_bytes(), end.to_be_bytes()])?;
+        let mut rows = statement.query([first, end.to_be_bytes()])?;
         while let Some(row) = rows.next()? {
             // Its key is looked up by itself then, which says what is wrong.
             let _ = range.add(row);

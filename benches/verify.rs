@@ -29,7 +29,7 @@ mod sample;
 use std::{
     net::TcpListener,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, Command, Output, Stdio},
     time::{Duration, Instant},
 };
 
@@ -37,6 +37,8 @@ use postgres::Cluster;
 
 /// How often each build verifies.
 const ROUNDS: usize = 3;
+/// How long a start, or what a server does behind it, may take.
+const DEADLINE: Duration = Duration::from_secs(600);
 /// What a million entries took before, in seconds of a processor, on the machine of `docs/performance.md`; the goal is a
 /// tenth of it.
 const BEFORE: f64 = 163.0;
@@ -55,10 +57,12 @@ fn main() {
     } else {
         ("SQLite", format!("sqlite:{}", folder.path().join("keys.db").display()))
     };
+    let own = PathBuf::from(env!("CARGO_BIN_EXE_keyward"));
+    // A root key is made for an empty database alone.
+    drop(Server::start(&own, folder.path(), &url));
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     runtime.block_on(fill::fill(&url, keys));
     drop(runtime);
-    let own = PathBuf::from(env!("CARGO_BIN_EXE_keyward"));
     let (mut taken, mut others) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
         taken.push(verify(&own, folder.path(), &url, keys));
@@ -75,54 +79,84 @@ fn main() {
 }
 
 /// A server that ends with this value.
-struct Server(Child);
+struct Server {
+    child: Child,
+    binary: PathBuf,
+    url: String,
+    root_key: PathBuf,
+}
 
 impl Drop for Server {
     fn drop(&mut self) {
-        let _ = Command::new("kill").arg(self.0.id().to_string()).status();
-        let _ = self.0.wait();
+        let _ = Command::new("kill").arg(self.child.id().to_string()).status();
+        let _ = self.child.wait();
     }
 }
 
 impl Server {
+    /// Starts this build, and waits until it serves.
+    fn start(binary: &Path, folder: &Path, url: &str) -> Server {
+        // Free a moment ago: good enough where nobody else looks for one.
+        let free = || TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+        let (address, admin) = (free(), free());
+        let log_path = folder.join("log");
+        let log = std::fs::File::options().create(true).append(true).open(&log_path).unwrap();
+        let root_key = folder.join("root.key");
+        let child = Command::new(binary)
+            .args(["serve", "--listen", &address, "--database", url, "--root-key-file"])
+            .arg(&root_key)
+            .envs([("KEYWARD_SHUTDOWN_DELAY", "0s"), ("KEYWARD_ADMIN_LISTEN", &admin)])
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        let mut server =
+            Server { child, binary: binary.to_owned(), url: format!("http://{address}"), root_key };
+        let began = Instant::now();
+        while !server.call(&["whoami"]).status.success() {
+            let ended = server.child.try_wait().unwrap();
+            let log = || std::fs::read_to_string(&log_path).unwrap();
+            assert!(ended.is_none() && began.elapsed() < DEADLINE, "no server: {}", log());
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        server
+    }
+
+    fn call(&self, words: &[&str]) -> Output {
+        let mut command = Command::new(&self.binary);
+        command.args(words).args(["--server", &self.url, "--token-file"]).arg(&self.root_key);
+        command.output().unwrap()
+    }
+
     /// Seconds of a processor that its process has taken, to a hundredth.
     fn worked(&self) -> f64 {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.0.id())).unwrap();
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap();
         let ticks = stat.rsplit(") ").next().unwrap().split(' ').skip(11).take(2);
         ticks.map(|ticks| ticks.parse::<f64>().unwrap()).sum::<f64>() / 100.0
+    }
+
+    /// Waits until it does nothing: it checks a large SQLite file behind its start, which takes as long as a verification.
+    fn wait_until_idle(&self) {
+        let began = Instant::now();
+        let mut before = self.worked();
+        loop {
+            std::thread::sleep(Duration::from_secs(2));
+            let now = self.worked();
+            if now - before < 0.03 {
+                return;
+            }
+            assert!(began.elapsed() < DEADLINE, "the server is never idle");
+            before = now;
+        }
     }
 }
 
 /// Verifies the whole log once with this build: seconds of the server's processor for each key.
 fn verify(binary: &Path, folder: &Path, url: &str, keys: u64) -> f64 {
-    // Free a moment ago: good enough where nobody else looks for one.
-    let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
-    let log = std::fs::File::options().create(true).append(true).open(folder.join("log")).unwrap();
-    let root_key = folder.join("root.key");
-    let child = Command::new(binary)
-        .args(["serve", "--listen", &address, "--database", url, "--root-key-file"])
-        .arg(&root_key)
-        .env("KEYWARD_SHUTDOWN_DELAY", "0s")
-        .stdout(Stdio::null())
-        .stderr(log)
-        .spawn()
-        .unwrap();
-    let mut server = Server(child);
-    let server_url = format!("http://{address}");
-    let call = |words: &[&str]| {
-        let mut command = Command::new(binary);
-        command.args(words).args(["--server", &server_url, "--token-file"]).arg(&root_key);
-        command.output().unwrap()
-    };
-    let began = Instant::now();
-    while !call(&["whoami"]).status.success() {
-        let ended = server.0.try_wait().unwrap();
-        let log = || std::fs::read_to_string(folder.join("log")).unwrap();
-        assert!(ended.is_none() && began.elapsed() < Duration::from_secs(120), "no server: {}", log());
-        std::thread::sleep(Duration::from_millis(200));
-    }
+    let server = Server::start(binary, folder, url);
+    server.wait_until_idle();
     let (before, began) = (server.worked(), Instant::now());
-    let verified = call(&["audit", "verify"]);
+    let verified = server.call(&["audit", "verify"]);
     let (worked, lasted) = (server.worked() - before, began.elapsed().as_secs_f64());
     assert!(verified.status.success(), "{}", String::from_utf8_lossy(&verified.stderr));
     println!("{}: {worked:.2} s of a processor in {lasted:.2} s, {keys} keys", binary.display());

@@ -27,7 +27,7 @@ fn cache(path: &str, pages: u32) {
     file.execute_batch(&format!("PRAGMA default_cache_size = {pages}")).unwrap();
 }
 
-/// Puts accounts and keys into a store, unless it has some.
+/// Puts accounts and keys into a store, unless it has as many entries.
 pub(crate) async fn fill(url: &str, keys: u64) {
     store::open(url).await.unwrap().close().await;
     let cached = |pages| url.strip_prefix("sqlite:").into_iter().for_each(|path| cache(path, pages));
@@ -38,7 +38,7 @@ pub(crate) async fn fill(url: &str, keys: u64) {
 
 async fn add(url: &str, keys: u64) {
     let store = store::open(url).await.unwrap();
-    if store.head().await.unwrap().revision == Revision(0) {
+    if store.head().await.unwrap().revision < Revision(keys) {
         let began = Instant::now();
         let now = SystemClock.now();
         let account = |number| Change::Account(Arc::new(sample::account(number, now)));

@@ -10,7 +10,7 @@ use crate::{
         name::KeyId,
         time::Revision,
     },
-    store::{Store, StoreError, StoredKey},
+    store::{BulkReader, Store, StoreError, StoredKey},
 };
 
 use super::records::{Records, compare};
@@ -75,31 +75,56 @@ fn says(row: &LogRow, key: &Key, text: &mut Vec<u8>) -> bool {
 }
 
 impl Records {
-    /// Compares keys with the newest entry of a page about each. The page must be known to be whole.
+    /// Compares keys with the newest entry of a page about each. `entries` are those about keys in their order; the page
+    /// must be known to be whole.
     pub(super) async fn key_entries(
         &mut self,
         store: &dyn Store,
-        newest: &HashMap<KeyId, &LogRow>,
+        reader: &mut dyn BulkReader,
+        mut entries: Vec<(KeyId, &LogRow)>,
     ) -> Result<(), StoreError> {
-        let mut ids: Vec<_> = newest.keys().copied().collect();
-        ids.sort_unstable();
-        let stored = self.keys(store, &ids).await?;
-        let mut text = Vec::new();
-        for id in ids {
-            // A key whose row contradicts itself was noted already.
-            let (Some(row), Some(stored)) = (newest.get(&id), stored.get(&id)) else { continue };
-            let key = stored.as_ref().map(|stored| &stored.key);
-            match key {
-                // A later entry is about it.
-                Some(key) if key.revision > row.revision => {}
-                Some(key) if key.revision == row.revision && says(row, key, &mut text) => {
-                    self.seen += 1;
-                    self.matched.insert(row.revision);
-                }
-                _ => self.parsed(id, row, key),
+        // Of those about one key, the newest stays last, and is the one that is kept.
+        entries.sort_by_key(|(id, _)| *id);
+        entries.dedup_by(|next, kept| {
+            let is_same = next.0 == kept.0;
+            if is_same {
+                kept.1 = next.1;
             }
+            is_same
+        });
+        let ids: Vec<_> = entries.iter().map(|(id, _)| *id).collect();
+        let mut text = Vec::new();
+        match reader.keys_at(&ids).await {
+            Ok(keys) => {
+                let mut keys = keys.iter().peekable();
+                for (id, row) in entries {
+                    self.key_entry(id, row, keys.next_if(|key| key.id == id), &mut text);
+                }
+            }
+            Err(StoreError::Damaged(_)) => {
+                let stored = self.keys(store, &ids).await?;
+                for (id, row) in entries {
+                    // A key whose row contradicts itself was noted already.
+                    let Some(stored) = stored.get(&id) else { continue };
+                    self.key_entry(id, row, stored.as_ref().map(|stored| &stored.key), &mut text);
+                }
+            }
+            Err(error) => return Err(error),
         }
         Ok(())
+    }
+
+    /// Compares a key with the newest entry of a page about it. `text` is room that is used again.
+    fn key_entry(&mut self, id: KeyId, row: &LogRow, key: Option<&Key>, text: &mut Vec<u8>) {
+        match key {
+            // A later entry is about it.
+            Some(key) if key.revision > row.revision => {}
+            Some(key) if key.revision == row.revision && says(row, key, text) => {
+                self.seen += 1;
+                self.matched.insert(row.revision);
+            }
+            _ => self.parsed(id, row, key),
+        }
     }
 
     fn parsed(&mut self, id: KeyId, row: &LogRow, key: Option<&Key>) {
@@ -141,11 +166,12 @@ impl Records {
     pub(super) async fn planted_keys(
         &mut self,
         store: &dyn Store,
+        reader: &mut dyn BulkReader,
         archived: Revision,
     ) -> Result<(), StoreError> {
         let mut claimed = RevisionSet::starting_at(Revision(self.matched.first));
         let mut claimed_twice = HashSet::new();
-        self.scan(store, archived, |records, _, revision| {
+        self.scan(store, reader, archived, |records, _, revision| {
             if !records.matched.contains(revision) {
                 return true;
             }
@@ -160,19 +186,20 @@ impl Records {
             return Ok(());
         }
         // Of several rows with one revision, any may be the planted one.
-        self.scan(store, archived, |_, _, revision| claimed_twice.contains(&revision)).await
+        self.scan(store, reader, archived, |_, _, revision| claimed_twice.contains(&revision)).await
     }
 
     /// Goes through all keys, and looks closely at those that `is_suspect` names.
     async fn scan(
         &mut self,
         store: &dyn Store,
+        reader: &mut dyn BulkReader,
         archived: Revision,
         mut is_suspect: impl FnMut(&Records, KeyId, Revision) -> bool,
     ) -> Result<(), StoreError> {
         let (mut after, mut suspects) = (None, Vec::new());
         loop {
-            let page = store.key_revisions(after, SCANNED).await?;
+            let page = reader.key_revisions(after, SCANNED).await?;
             let Some((last, _)) = page.last() else { break };
             after = Some(*last);
             for (id, revision) in page {

@@ -14,7 +14,7 @@ use crate::{
         name::{AccountId, KeyId},
         time::Revision,
     },
-    store::{Store, StoreError, StoredKey},
+    store::{BulkReader, Store, StoreError, StoredKey},
 };
 
 use super::key_records::{RevisionSet, key_of};
@@ -117,13 +117,18 @@ impl Records {
     }
 
     /// Holds the tables against entries that are known to be whole.
-    pub(super) async fn entries(&mut self, store: &dyn Store, rows: &[LogRow]) -> Result<(), StoreError> {
+    pub(super) async fn entries(
+        &mut self,
+        store: &dyn Store,
+        reader: &mut dyn BulkReader,
+        rows: &[LogRow],
+    ) -> Result<(), StoreError> {
         let mut newest: BTreeMap<String, (Revision, Change)> = BTreeMap::new();
         let mut ends: BTreeSet<String> = BTreeSet::new();
-        let mut keys: HashMap<KeyId, &LogRow> = HashMap::new();
+        let mut keys = Vec::with_capacity(rows.len());
         for row in rows {
             if let Some(id) = key_of(row) {
-                keys.insert(id, row);
+                keys.push((id, row));
                 continue;
             }
             // What a newer version wrote is not held against anything by this one.
@@ -134,7 +139,7 @@ impl Records {
             }
             newest.insert(name, (row.revision, change));
         }
-        self.key_entries(store, &keys).await?;
+        self.key_entries(store, reader, keys).await?;
         self.gone.retain(|name, _| !ends.contains(name));
         let ids: Vec<_> = newest.values().filter_map(|(_, change)| change.key_id()).collect();
         let keys = self.keys(store, &ids).await?;
@@ -187,8 +192,13 @@ impl Records {
     }
 
     /// Looks for records that no entry has made. Those whose newest entry was archived are passed over.
-    pub(super) async fn planted(&mut self, store: &dyn Store, archived: Revision) -> Result<(), StoreError> {
-        match self.planted_in_tables(store, archived).await {
+    pub(super) async fn planted(
+        &mut self,
+        store: &dyn Store,
+        reader: &mut dyn BulkReader,
+        archived: Revision,
+    ) -> Result<(), StoreError> {
+        match self.planted_in_tables(store, reader, archived).await {
             Err(StoreError::Damaged(what)) => {
                 self.note("a row of the tables".to_owned(), Revision(0), what);
                 Ok(())
@@ -197,8 +207,13 @@ impl Records {
         }
     }
 
-    async fn planted_in_tables(&mut self, store: &dyn Store, archived: Revision) -> Result<(), StoreError> {
-        self.planted_keys(store, archived).await?;
+    async fn planted_in_tables(
+        &mut self,
+        store: &dyn Store,
+        reader: &mut dyn BulkReader,
+        archived: Revision,
+    ) -> Result<(), StoreError> {
+        self.planted_keys(store, reader, archived).await?;
         self.roles_logged(store, archived, None).await?;
         let mut after = None;
         loop {

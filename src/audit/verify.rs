@@ -10,14 +10,15 @@ use crate::{
         time::Revision,
     },
     refusal::{Refusal, Violations},
-    store::{Checkpoint, Store, StoreError},
+    store::{BulkReader, Checkpoint, Store, StoreError},
 };
 
 pub use super::records::Mismatch;
 use super::records::Records;
 
-/// How many entries are in memory at once: so few that they stay in the processor's cache until they are compared.
-const PAGE: u32 = 256;
+/// How many entries are in memory at once, about a megabyte: fewer cost more turns from thread to thread, and more would
+/// leave the processor's cache before they are compared.
+const PAGE: u32 = 1000;
 
 /// What is to be verified.
 #[derive(Clone, Copy, Debug, Default)]
@@ -92,6 +93,7 @@ pub async fn verify(store: &dyn Store, question: Question) -> Result<Verified, R
     let oldest = checkpoint.map_or(Position::START, |made| position(&made));
     let (from, to) = range(question, oldest.revision, head.revision)?;
     let mut walk = Walk {
+        reader: store.bulk_reader(to.next().0.saturating_sub(from.0)),
         chain: Chain::after(oldest),
         to,
         expect: question.expect,
@@ -112,7 +114,7 @@ pub async fn verify(store: &dyn Store, question: Question) -> Result<Verified, R
         Some(mut records) => {
             // Of a broken chain nothing is to be learnt about the tables.
             if whole {
-                records.planted(store, oldest.revision).await?;
+                records.planted(store, &mut *walk.reader, oldest.revision).await?;
             }
             records.finish()
         }
@@ -155,7 +157,8 @@ fn outside(expect: Position, oldest: Position, from: Revision, to: Revision, hea
     }
 }
 
-struct Walk {
+struct Walk<'s> {
+    reader: Box<dyn BulkReader + 's>,
     chain: Chain,
     to: Revision,
     expect: Option<Position>,
@@ -167,7 +170,7 @@ struct Walk {
     records: Option<Records>,
 }
 
-impl Walk {
+impl Walk<'_> {
     fn breaks(&mut self, problem: impl ToString) {
         let at = self.chain.at.revision.next();
         self.broken.get_or_insert((at, problem.to_string()));
@@ -186,7 +189,7 @@ impl Walk {
         while self.broken.is_none() && self.chain.at.revision < self.to {
             let left = self.to.0 - self.chain.at.revision.0;
             let page = u32::try_from(left).unwrap_or(PAGE).min(PAGE);
-            let rows = match store.log_after(self.chain.at.revision, page).await {
+            let rows = match self.reader.log_after(self.chain.at.revision, page).await {
                 Ok(rows) => rows,
                 Err(StoreError::Damaged(_)) => self.readable(store, page).await?,
                 Err(error) => return Err(error),
@@ -235,7 +238,7 @@ impl Walk {
             self.look_at(row);
         }
         match &mut self.records {
-            Some(records) => records.entries(store, &rows[..fitting]).await,
+            Some(records) => records.entries(store, &mut *self.reader, &rows[..fitting]).await,
             None => Ok(()),
         }
     }

@@ -16,13 +16,13 @@ use crate::domain::{
 };
 
 use super::{
-    Checkpoint, CommitError, Committed, Count, Head, Hour, KeyFilter, Loader, LogFilter, SnapshotItem, Store,
-    StoreError, StoredKey, UsageBatch, Write,
+    BulkReader, Checkpoint, CommitError, Committed, Count, Head, Hour, KeyFilter, Loader, LogFilter,
+    SnapshotItem, Store, StoreError, StoredKey, UsageBatch, Write,
     fleet::Fleet,
     queries::{self, Dialect, Sql},
     records::{
-        Columns, Gather, account_at, bytes_at, checkpoint_at, count_at, head_at, key_revision_at, log_at,
-        member_at, role_at, spent_at,
+        Columns, Gather, account_at, bytes_at, checkpoint_at, count_at, head_at, log_at, member_at, role_at,
+        spent_at,
     },
     rows::damaged,
 };
@@ -62,6 +62,9 @@ pub(super) trait Backend: Send + Sync + Sized + 'static {
     async fn keys_by_id(&self, ids: &[KeyId]) -> Result<Vec<StoredKey>, StoreError> {
         gathered(self, queries::keys_at(ids)).await
     }
+
+    /// [`Store::bulk_reader`].
+    fn bulk(&self, entries: u64) -> Box<dyn BulkReader + '_>;
 
     /// Gives each entry of the log after a revision to `take`, in order, while they come in.
     async fn each_entry(&self, after: Revision, take: TakeLog<'_>) -> Result<(), StoreError>;
@@ -189,12 +192,8 @@ impl<B: Backend> Store for B {
         self.keys_by_id(ids).await
     }
 
-    async fn key_revisions(
-        &self,
-        after: Option<KeyId>,
-        limit: u32,
-    ) -> Result<Vec<(KeyId, Revision)>, StoreError> {
-        all(self, queries::key_revisions(after, limit), key_revision_at).await
+    fn bulk_reader(&self, entries: u64) -> Box<dyn BulkReader + '_> {
+        self.bulk(entries)
     }
 
     async fn checkpoint(&self) -> Result<Option<Checkpoint>, StoreError> {

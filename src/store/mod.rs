@@ -10,6 +10,7 @@
 
 mod alike;
 mod backend;
+mod bulk;
 mod facts;
 pub mod fleet;
 mod load;
@@ -33,6 +34,7 @@ use std::{sync::Arc, time::Duration};
 use async_trait::async_trait;
 use tokio::time::Instant;
 
+pub use bulk::BulkReader;
 pub use load::{LoadedKey, Loader, Part};
 pub use open::{
     OpenError, Schema, Step, backup, check_url, file, migrate, open, open_existing, open_with,
@@ -403,13 +405,8 @@ pub trait Store: Send + Sync + 'static {
     /// The keys with these ids, in no order; those that there are.
     async fn keys_at(&self, ids: &[KeyId]) -> Result<Vec<StoredKey>, StoreError>;
 
-    /// The id of each key after `after` with the revision of its record, in the order of ids, at most `limit`. The records
-    /// are not read otherwise, and their checksums not looked at.
-    async fn key_revisions(
-        &self,
-        after: Option<KeyId>,
-        limit: u32,
-    ) -> Result<Vec<(KeyId, Revision)>, StoreError>;
+    /// A reader of the log and of the keys, for whoever is about to read this many entries.
+    fn bulk_reader(&self, entries: u64) -> Box<dyn BulkReader + '_>;
 
     /// The newest checkpoint; None = nothing was archived.
     async fn checkpoint(&self) -> Result<Option<Checkpoint>, StoreError>;

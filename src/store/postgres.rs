@@ -13,6 +13,7 @@
 //! is `fleet.rs`, over connections of its own (`line.rs`); what the server must be is `doctor.rs`, the tables come from
 //! `migrate.rs`; the reads are in `backend.rs`, those of all keys in `snapshot.rs`.
 
+mod bulk;
 mod copy;
 mod doctor;
 mod errors;
@@ -48,8 +49,8 @@ use crate::domain::{
 };
 
 use super::{
-    Checkpoint, CommitError, Committed, Head, Hour, Loader, OpenError, Schema, Step, StoreError, UsageBatch,
-    Write,
+    BulkReader, Checkpoint, CommitError, Committed, Head, Hour, Loader, OpenError, Schema, Step, StoreError,
+    UsageBatch, Write,
     backend::{self, Backend, TakeLog, TakeRow, View},
     fleet::Fleet,
     plan::{self, Questions},
@@ -58,6 +59,7 @@ use super::{
     rows::revision_to_i64,
 };
 
+use bulk::PgBulkReader;
 use copy::copy;
 use errors::{is_gone, may_pass, server_error, store_error, was_refused};
 use fleet::Lines;
@@ -98,7 +100,7 @@ async fn within<T>(limit: Duration, work: impl Future<Output = Result<T>>) -> Re
 /// worth compiling: where the server guesses a table's size wrong, that takes longer than all of it.
 struct Begins {
     one: String,
-    /// Of the replicas' lines. What stands in functions is planned once and for any values; whatever the server knew of
+    /// Of the replicas' lines and of bulk reads. What stands in functions is planned once and for any values; whatever the server knew of
     /// the tables by then, it goes by their indices.
     line: String,
     view: String,
@@ -403,6 +405,10 @@ impl Backend for Postgres {
         let (mut session, answers) = self.begin(&self.begins.one, &message).await.map_err(store_error)?;
         session.ended = true;
         Ok(answers.into_iter().next().unwrap_or_default())
+    }
+
+    fn bulk(&self, _: u64) -> Box<dyn BulkReader + '_> {
+        Box::new(PgBulkReader::new(self))
     }
 
     async fn each_entry(&self, after: Revision, take: TakeLog<'_>) -> std::result::Result<(), StoreError> {

@@ -204,6 +204,16 @@ pub(super) struct Gather {
 }
 
 impl Gather {
+    /// Begins with what was parsed before.
+    pub(super) fn with_cache(alike: Alike) -> Gather {
+        Gather { alike, ..Gather::default() }
+    }
+
+    /// What was parsed.
+    pub(super) fn into_cache(self) -> Alike {
+        self.alike
+    }
+
     /// Takes a row; gives the key before it when the row begins another.
     pub(super) fn row(&mut self, row: &impl Columns) -> Result<Option<StoredKey>, StoreError> {
         let id: [u8; 16] = bytes_at(row, 0).map_err(unreadable)?;
@@ -232,6 +242,15 @@ impl Gather {
         let last_used = used.collect();
         Ok(Some(StoredKey { key: whole(key, secrets)?, last_used }))
     }
+}
+
+/// The key of a row whose checksum has been found right, with all its secrets, the newest first.
+pub(super) fn whole_key(
+    row: &KeyRow<'_>,
+    secrets: Vec<Secret>,
+    alike: &mut Alike,
+) -> Result<Key, StoreError> {
+    whole(row.to_loaded(alike, (&[], &[]))?.to_key(), secrets)
 }
 
 /// A key with all its secrets, the newest first.

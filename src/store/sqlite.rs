@@ -6,6 +6,7 @@
 //! only. Here: opening and checking; what a transaction writes is in `sqlite/write.rs`, the reads in `backend.rs`.
 
 mod backup;
+mod bulk;
 mod connection;
 mod facts;
 mod look;
@@ -14,6 +15,7 @@ mod migrate;
 mod owner;
 mod pages;
 mod permissions;
+mod secret_range;
 mod snapshot;
 mod write;
 
@@ -46,14 +48,15 @@ use crate::domain::{
 
 pub(super) use self::look::look;
 use self::{
+    bulk::SqliteBulkReader,
     connection::{Result as Written, Writer},
     owner::{Owner, give_up, hold, watch},
     pages::{PageRow, Readers},
     snapshot::Reader,
 };
 use super::{
-    Checkpoint, CommitError, Committed, Head, Hour, Loader, OpenError, Schema, Step, StoreError, StoredKey,
-    UsageBatch, Write,
+    BulkReader, Checkpoint, CommitError, Committed, Head, Hour, Loader, OpenError, Schema, Step, StoreError,
+    StoredKey, UsageBatch, Write,
     backend::{self, Backend, TakeLog, TakeRow, View},
     fleet::Fleet,
     queries::Sql,
@@ -216,6 +219,10 @@ impl Backend for Sqlite {
 
     async fn keys_by_id(&self, ids: &[KeyId]) -> Result<Vec<StoredKey>, StoreError> {
         self.pages.keys(ids).await
+    }
+
+    fn bulk(&self, entries: u64) -> Box<dyn BulkReader + '_> {
+        Box::new(SqliteBulkReader::new(&self.pages, entries))
     }
 
     async fn each_entry(&self, after: Revision, take: TakeLog<'_>) -> Result<(), StoreError> {

@@ -94,7 +94,8 @@ impl Readers {
         .await
     }
 
-    async fn with<T: Send + 'static>(
+    /// Does `work` with one of the connections, which sees what is committed.
+    pub(super) async fn with<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Connection) -> Result<T> + Send + 'static,
     ) -> std::result::Result<T, StoreError> {

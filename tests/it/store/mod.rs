@@ -3,6 +3,7 @@
 //! with.
 
 mod batches;
+mod bulk;
 mod collisions;
 mod limits;
 mod lists;
@@ -385,6 +386,12 @@ macro_rules! every_promise {
                 an_account_has_no_more_roles_of_its_own_than_its_limit,
                 rotations_and_log_rows_are_counted_by_the_hour,
                 the_operator_account_is_held_to_no_limit,
+            }
+            bulk {
+                a_bulk_reader_finds_each_key_as_a_look_at_it_does,
+                a_bulk_reader_finds_keys_that_were_made_and_changed_after_it,
+                a_bulk_reader_reads_the_log_and_the_revisions_of_keys_in_pages,
+                a_bulk_reader_that_was_given_up_in_the_middle_goes_on,
             }
             lists {
                 every_filter_finds_what_a_look_at_each_key_finds,

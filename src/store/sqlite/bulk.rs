@@ -1,0 +1,176 @@
+//! Bulk reads of SQLite. Keys come from a walk along their table, since ids of keys that were made together are close;
+//! their secrets come from a [`SecretRange`] if most of the log is read, and are looked up otherwise.
+
+use std::mem;
+
+use async_trait::async_trait;
+use rusqlite::{Connection, Row};
+
+use crate::{
+    domain::{
+        key::{Key, Secret},
+        log::LogRow,
+        name::KeyId,
+        time::Revision,
+    },
+    store::{
+        BulkReader, StoreError,
+        alike::Alike,
+        queries,
+        records::{KEY_COLUMNS, bytes_at, in_record, key_revision_at, key_row, secret_at, whole_key},
+        unclaimed::{COLUMNS, Id},
+    },
+};
+
+use super::{connection::Result, pages::Readers, secret_range::SecretRange};
+
+/// How many secrets are in memory at once, 50 MB; or an eighth of all, so that their table is scanned at most so often.
+const SECRETS: u64 = 1 << 19;
+const MOST_SCANS: u64 = 8;
+/// How many keys nobody asked for are passed before the next one is looked up.
+const PASSED: usize = 4;
+
+/// A reader of one file.
+pub(super) struct SqliteBulkReader<'s> {
+    readers: &'s Readers,
+    state: State,
+}
+
+impl<'s> SqliteBulkReader<'s> {
+    /// A reader for about so many entries of the log.
+    pub(super) fn new(readers: &'s Readers, entries: u64) -> Self {
+        let state = State { entries, ..State::default() };
+        SqliteBulkReader { readers, state }
+    }
+}
+
+#[async_trait]
+impl BulkReader for SqliteBulkReader<'_> {
+    async fn log_after(
+        &mut self,
+        revision: Revision,
+        limit: u32,
+    ) -> std::result::Result<Vec<LogRow>, StoreError> {
+        self.readers.log(queries::log_after(revision, limit)).await
+    }
+
+    async fn keys_at(&mut self, ids: &[KeyId]) -> std::result::Result<Vec<Key>, StoreError> {
+        let (ids, mut state) = (ids.to_vec(), mem::take(&mut self.state));
+        let work = move |connection: &Connection| {
+            let keys = state.keys(connection, &ids);
+            // A fault in one key does not end the reader.
+            Ok((state, keys))
+        };
+        let (state, keys) = self.readers.with(work).await?;
+        self.state = state;
+        keys.map_err(StoreError::from)
+    }
+
+    async fn key_revisions(
+        &mut self,
+        after: Option<KeyId>,
+        limit: u32,
+    ) -> std::result::Result<Vec<(KeyId, Revision)>, StoreError> {
+        let (statement, bound) = queries::key_revisions::<sqlx::Sqlite>(after, limit).into_parts();
+        let work = move |connection: &Connection| {
+            let mut statement = connection.prepare_cached(&statement)?;
+            let mut rows = statement.query(rusqlite::params_from_iter(&bound))?;
+            let mut keys = Vec::new();
+            while let Some(row) = rows.next()? {
+                keys.push(key_revision_at(row)?);
+            }
+            Ok(keys)
+        };
+        self.readers.with(work).await
+    }
+}
+
+/// What is kept from page to page.
+#[derive(Default)]
+struct State {
+    /// How many entries of the log are read.
+    entries: u64,
+    secrets: SecretRange,
+    /// How often the secrets may still be scanned, and how many are kept; None = that is not decided yet.
+    scans: Option<(u64, u64)>,
+    alike: Alike,
+}
+
+impl State {
+    fn keys(&mut self, connection: &Connection, ids: &[KeyId]) -> Result<Vec<Key>> {
+        // They see one committed state.
+        let transaction = connection.unchecked_transaction()?;
+        self.scan(&transaction, ids)?;
+        let sql = format!("SELECT {KEY_COLUMNS} FROM keys k WHERE id >= ?1 ORDER BY id");
+        let mut statement = transaction.prepare_cached(&sql)?;
+        let mut keys = Vec::with_capacity(ids.len());
+        let mut wanted = ids.iter().map(|id| *id.as_bytes()).peekable();
+        'look_up: while let Some(first) = wanted.peek() {
+            let mut rows = statement.query([first])?;
+            let mut passed = 0;
+            while passed <= PASSED {
+                let Some(row) = rows.next()? else { break 'look_up };
+                let id: [u8; 16] = bytes_at(row, 0)?;
+                // There is no key with an id before this one.
+                while wanted.next_if(|wanted| *wanted < id).is_some() {}
+                if wanted.next_if_eq(&id).is_some() {
+                    keys.push(self.key(&transaction, row)?);
+                    passed = 0;
+                } else {
+                    passed += 1;
+                }
+                if wanted.peek().is_none() {
+                    break 'look_up;
+                }
+            }
+        }
+        Ok(keys)
+    }
+
+    /// Goes on to the next range of secrets once most of the ids lie beyond the one before, and if that is worth a scan.
+    fn scan(&mut self, connection: &Connection, ids: &[KeyId]) -> Result<()> {
+        let number = |id: &KeyId| Id::from_be_bytes(*id.as_bytes());
+        let end = self.secrets.end();
+        let beyond = &ids[ids.partition_point(|id| number(id) < end)..];
+        let Some(first) = beyond.first().filter(|_| 2 * beyond.len() > ids.len()) else { return Ok(()) };
+        let (scans, most) = match self.scans {
+            Some(decided) => decided,
+            None => {
+                // No entry makes more than one secret.
+                let head: i64 = connection.query_row("SELECT head FROM meta", [], |row| row.get(0))?;
+                let all = u64::try_from(head).unwrap_or(0);
+                let most = SECRETS.max(all / MOST_SCANS);
+                let is_worth_it = self.entries.saturating_mul(MOST_SCANS) >= all;
+                (if is_worth_it { all / most + 1 } else { 0 }, most)
+            }
+        };
+        self.scans = Some((scans.saturating_sub(1), most));
+        if scans > 0 {
+            self.secrets = SecretRange::default();
+            self.secrets = SecretRange::read(connection, number(first), most)?;
+        }
+        Ok(())
+    }
+
+    fn key(&mut self, connection: &Connection, row: &Row<'_>) -> Result<Key> {
+        let (row, sum) = key_row(row)?;
+        let (id, row) = (row.id, row.checked(sum)?);
+        let mut secrets = self.secrets.of(Id::from_be_bytes(id));
+        if in_record(&id, &secrets).is_err() {
+            secrets = look_up(connection, &id)?;
+        }
+        Ok(whole_key(&row, secrets, &mut self.alike)?)
+    }
+}
+
+/// A key's secrets, the newest first.
+fn look_up(connection: &Connection, key_id: &[u8; 16]) -> Result<Vec<Secret>> {
+    let sql = format!("SELECT {COLUMNS} FROM secrets WHERE key_id = ?1 ORDER BY version DESC");
+    let mut statement = connection.prepare_cached(&sql)?;
+    let mut rows = statement.query([key_id])?;
+    let mut secrets = Vec::new();
+    while let Some(row) = rows.next()? {
+        secrets.push(secret_at(row, key_id, 1, true)?);
+    }
+    Ok(secrets)
+}

@@ -1,0 +1,231 @@
+//! The secrets of all keys in a range of ids, read in one scan of their table. The table is in the order of digests, which
+//! are random: to look up one key's secrets reads a page of its own, and a scan reads each page once for all keys.
+
+use std::{cmp::Reverse, ops::Range};
+
+use rusqlite::{Connection, OptionalExtension as _, Row, params};
+
+use crate::{
+    domain::{key::Secret, time::Timestamp, token::Digest},
+    store::{
+        StoreError,
+        records::{bytes_at, secret_at, unreadable},
+        unclaimed::{COLUMNS, Id},
+    },
+};
+
+use super::connection::Result;
+
+/// A secret of a key. Its hint is in the range's text.
+#[derive(Debug)]
+struct CompactSecret {
+    /// In halves: as one number it would make this 96 bytes.
+    key_id: [u64; 2],
+    digest: Digest,
+    created_at: Timestamp,
+    expires_at: Option<Timestamp>,
+    version: u32,
+    hint_start: u32,
+    hint_length: u32,
+}
+
+const _: () = assert!(size_of::<CompactSecret>() == 88);
+
+impl CompactSecret {
+    fn key_id(&self) -> Id {
+        Id::from(self.key_id[0]) << 64 | Id::from(self.key_id[1])
+    }
+}
+
+/// Secrets of the keys with an id in a range.
+#[derive(Debug, Default)]
+pub(super) struct SecretRange {
+    ids: Range<Id>,
+    /// In the order of their keys, and of a key's the newest first.
+    secrets: Vec<CompactSecret>,
+    hints: String,
+    /// Where the secrets of the key before ended: keys are asked for in order.
+    next: usize,
+}
+
+/// Secrets of the keys from one id to before another. With the index on key ids, each row would be looked up by its digest.
+fn scan() -> String {
+    format!("SELECT {COLUMNS} FROM secrets NOT INDEXED WHERE +key_id >= ?1 AND +key_id < ?2")
+}
+
+impl SecretRange {
+    /// Reads the secrets of the keys from `first` on, at most `most` of them. A row that cannot be read or contradicts
+    /// itself is left out.
+    pub(super) fn read(connection: &Connection, first: Id, most: u64) -> Result<SecretRange> {
+        let first = first.to_be_bytes();
+        let index = "SELECT key_id FROM secrets WHERE key_id >= ?1 ORDER BY key_id LIMIT 1 OFFSET ?2";
+        let offset = i64::try_from(most).unwrap_or(i64::MAX);
+        let end: Option<[u8; 16]> =
+            connection.query_row(index, params![first, offset], |row| row.get(0)).optional()?;
+        let end = end.map_or(Id::MAX, Id::from_be_bytes);
+        let mut range = SecretRange { ids: Id::from_be_bytes(first)..end, ..SecretRange::default() };
+        // Room that grows is there twice for a moment.
+        let count = "SELECT count(*) FROM secrets WHERE key_id >= ?1 AND key_id < ?2";
+        let count: i64 = connection.query_row(count, [first, end.to_be_bytes()], |row| row.get(0))?;
+        range.secrets.reserve_exact(usize::try_from(count).unwrap_or(0));
+        let mut statement = connection.prepare(&scan())?;
+        let mut rows = statement.query([first, end.to_be_bytes()])?;
+        while let Some(row) = rows.next()? {
+            // Its key is looked up by itself then, which says what is wrong.
+            let _ = range.add(row);
+        }
+        range.secrets.sort_unstable_by_key(|secret| (secret.key_id, Reverse(secret.version)));
+        Ok(range)
+    }
+
+    fn add(&mut self, row: &Row<'_>) -> std::result::Result<(), StoreError> {
+        let key_id: [u8; 16] = bytes_at(row, 0).map_err(unreadable)?;
+        let secret = secret_at(row, &key_id, 1, true)?;
+        let place =
+            |length: usize| u32::try_from(length).map_err(|error| StoreError::Unavailable(error.into()));
+        let (hint_start, hint_length) = (place(self.hints.len())?, place(secret.hint.len())?);
+        self.hints.push_str(&secret.hint);
+        let id = Id::from_be_bytes(key_id);
+        self.secrets.push(CompactSecret {
+            key_id: [(id >> 64) as u64, id as u64],
+            digest: secret.digest,
+            created_at: secret.created_at,
+            expires_at: secret.expires_at,
+            version: secret.version,
+            hint_start,
+            hint_length,
+        });
+        Ok(())
+    }
+
+    /// The first id after the range.
+    pub(super) fn end(&self) -> Id {
+        self.ids.end
+    }
+
+    /// A key's secrets, the newest first; none if its id is outside the range.
+    pub(super) fn of(&mut self, id: Id) -> Vec<Secret> {
+        if !self.ids.contains(&id) {
+            return Vec::new();
+        }
+        let is_next = self.secrets.get(self.next).is_some_and(|secret| secret.key_id() == id)
+            && self.next.checked_sub(1).is_none_or(|before| self.secrets[before].key_id() != id);
+        let start =
+            if is_next { self.next } else { self.secrets.partition_point(|secret| secret.key_id() < id) };
+        let count = self.secrets[start..].iter().take_while(|secret| secret.key_id() == id).count();
+        self.next = start + count;
+        self.secrets[start..self.next].iter().map(|secret| self.secret(secret)).collect()
+    }
+
+    fn secret(&self, secret: &CompactSecret) -> Secret {
+        let start = secret.hint_start as usize;
+        Secret {
+            version: secret.version,
+            digest: secret.digest,
+            hint: self.hints[start..start + secret.hint_length as usize].to_owned(),
+            created_at: secret.created_at,
+            expires_at: secret.expires_at,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::store::rows::secret_sum;
+
+    const TABLE: &str = "CREATE TABLE secrets (digest BLOB PRIMARY KEY, key_id BLOB NOT NULL, version INTEGER NOT NULL, \
+        hint TEXT NOT NULL, created_at INTEGER NOT NULL, expires_at INTEGER, sum INTEGER NOT NULL) STRICT, WITHOUT ROWID; \
+        CREATE UNIQUE INDEX secrets_of_key ON secrets (key_id, version)";
+
+    /// The secrets of key `id`, the newest first.
+    fn secrets(id: u8, count: u32) -> Vec<Secret> {
+        let secret = |version| Secret {
+            version,
+            digest: Digest::of(&format!("{id} {version}")),
+            hint: "h".repeat(version as usize),
+            created_at: Timestamp::from_micros(i64::from(id)),
+            expires_at: (version < count).then_some(Timestamp::from_micros(-1)),
+        };
+        (1..=count).rev().map(secret).collect()
+    }
+
+    fn key_id(id: u8) -> [u8; 16] {
+        Id::from(id).to_be_bytes()
+    }
+
+    /// A table where key `id` has `counts[id]` secrets.
+    fn table(counts: &[u32]) -> Connection {
+        let connection = Connection::open_in_memory().unwrap();
+        connection.execute_batch(TABLE).unwrap();
+        for (id, count) in (0..).zip(counts) {
+            for secret in secrets(id, *count) {
+                let row = rusqlite::params![
+                    secret.digest.as_bytes(),
+                    key_id(id),
+                    secret.version,
+                    secret.hint,
+                    secret.created_at.as_micros(),
+                    secret.expires_at.map(Timestamp::as_micros),
+                    secret_sum(&key_id(id), &secret),
+                ];
+                connection.execute("INSERT INTO secrets VALUES (?, ?, ?, ?, ?, ?, ?)", row).unwrap();
+            }
+        }
+        connection
+    }
+
+    proptest! {
+        #[test]
+        fn ranges_after_each_other_have_all_secrets_and_no_more_than_they_may(
+            counts in proptest::collection::vec(0u32..4, 1..20),
+            most in 3u64..20,
+            asked in proptest::collection::vec(0u8..20, 0..20),
+        ) {
+            let connection = table(&counts);
+            let mut first = 0;
+            let mut found = vec![Vec::new(); counts.len()];
+            while first < Id::MAX {
+                let mut range = SecretRange::read(&connection, first, most).unwrap();
+                prop_assert!(range.secrets.len() as u64 <= most && range.end() > first);
+                for id in asked.iter().copied().chain(0..=19) {
+                    let has = range.of(Id::from(id));
+                    if (first..range.end()).contains(&Id::from(id)) {
+                        let count = counts.get(usize::from(id)).copied().unwrap_or(0);
+                        prop_assert_eq!(&has, &secrets(id, count));
+                        if let Some(found) = found.get_mut(usize::from(id)) {
+                            *found = has;
+                        }
+                    } else {
+                        prop_assert_eq!(has, []);
+                    }
+                }
+                first = range.end();
+            }
+            for (id, (count, found)) in (0..).zip(counts.iter().zip(found)) {
+                prop_assert_eq!(found, secrets(id, *count));
+            }
+        }
+    }
+
+    #[test]
+    fn a_secret_that_contradicts_itself_is_left_out() {
+        let connection = table(&[1, 2, 1]);
+        connection.execute("UPDATE secrets SET hint = 'x' WHERE key_id = ?1", [key_id(1)]).unwrap();
+        let mut range = SecretRange::read(&connection, 0, 100).unwrap();
+        assert_eq!(range.of(1), []);
+        assert_eq!((range.of(0), range.of(2)), (secrets(0, 1), secrets(2, 1)));
+    }
+
+    #[test]
+    fn the_table_is_scanned_and_not_looked_up_by_key() {
+        let connection = table(&[1, 1]);
+        let plan = format!("EXPLAIN QUERY PLAN {}", scan());
+        let mut statement = connection.prepare(&plan).unwrap();
+        let ids = [key_id(0), key_id(9)];
+        let steps = statement.query_map(ids, |row| row.get::<_, String>("detail")).unwrap();
+        assert_eq!(steps.map(|step| step.unwrap()).collect::<Vec<_>>(), ["SCAN secrets"]);
+    }
+}

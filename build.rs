@@ -29,7 +29,7 @@ const SECRET: [&str; 5] = [
 
 /// What Envoy asks is read by messages of our own, which leave most of it where it lies.
 const READ_BY_HAND: (&str, &str) =
-    (".envoy.service.auth.v3.CheckRequest", "crate::pb::envoy_request::CheckRequest");
+    (".envoy.service.auth.v3.CheckRequest", "crate::pb::envoy_request::EnvoyCheckRequest");
 
 /// Packages that hold options alone: notes on other protos, which no code reads.
 const NOTES: [&str; 5] =

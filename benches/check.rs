@@ -11,15 +11,18 @@ use futures_util::FutureExt as _;
 use keyward::{
     clock::{Clock as _, SystemClock},
     domain::{
-        decision::{Membership, Request, Subject, Use, decide},
-        key::{Key, Owner, RateLimit, Secret, Terms},
+        key::{ApiKey, KeyOwner, KeySecret, KeySpec, RateLimit},
         name::{AccountId, EnvironmentName, KeyId, TokenPrefix, TokenTag},
+        policy_decision::{CheckSubject, MembershipStatus, PolicyRequest, TokenPurpose, decide},
         scope::Scope,
         time::Revision,
-        token::{Digest, Token, can_be_token},
+        token::{Token, TokenDigest, can_be_token},
     },
-    engine::{Asker, Engine, Question, index::Index, lease::Lease, limiter::LimitSettings, usage::Usage},
-    store::SnapshotItem,
+    engine::{
+        CheckInput, Engine, Requester, index::Index, limiter::LimitSettings, serving_lease::ServingLease,
+        usage::UsageRecorder,
+    },
+    store::SnapshotRecord,
 };
 
 fn token(number: u32) -> Token {
@@ -28,15 +31,15 @@ fn token(number: u32) -> Token {
     Token::generate(&TokenPrefix::parse("kw").unwrap(), &TokenTag::parse("live").unwrap(), &random)
 }
 
-fn key(number: u32) -> Key {
+fn key(number: u32) -> ApiKey {
     let (now, token) = (SystemClock.now(), token(number));
     let mut random = [0; 10];
     random[..4].copy_from_slice(&number.to_be_bytes());
-    Key {
+    ApiKey {
         id: KeyId::generate(now, random),
-        owner: Owner::Account(AccountId::parse("acme").unwrap()),
+        owner: KeyOwner::Account(AccountId::parse("acme").unwrap()),
         environment: EnvironmentName::parse("production").unwrap(),
-        terms: Terms {
+        spec: KeySpec {
             name: None,
             scopes: [Scope::parse_grant("monitors:*").unwrap()].into_iter().collect(),
             roles: Vec::new(),
@@ -52,7 +55,7 @@ fn key(number: u32) -> Key {
         updated_at: now,
         disabled_at: None,
         revocation: None,
-        secrets: vec![Secret {
+        secrets: vec![KeySecret {
             version: 1,
             digest: token.digest(),
             hint: token.hint(),
@@ -67,23 +70,23 @@ fn engine(keys: u32, limited: Option<RateLimit>) -> Engine {
     let index = Arc::new(Index::default());
     for number in 0..keys {
         let mut key = key(number);
-        key.terms.rate_limits.extend(limited.clone());
-        index.load(SnapshotItem::Key(Arc::new(key), Vec::new()));
+        key.spec.rate_limits.extend(limited.clone());
+        index.load_record(SnapshotRecord::Key(Arc::new(key), Vec::new()));
     }
-    index.loaded(Revision(1));
-    let (lease, limits) = (Arc::new(Lease::sole()), LimitSettings::default());
-    Engine::new(index, Arc::new(Usage::default()), lease, &limits, Arc::new(SystemClock))
+    index.finish_load(Revision(1));
+    let (lease, limits) = (Arc::new(ServingLease::for_sole_owner()), LimitSettings::default());
+    Engine::new(index, Arc::new(UsageRecorder::default()), lease, &limits, Arc::new(SystemClock))
 }
 
 /// Asks for these tokens in turn, each time another. Uses are noted only with `dry_run` off: of many keys, to note them is
 /// another cost than to find them.
-fn ask(criterion: &mut Criterion, name: &str, engine: &Engine, tokens: &[Token], dry_run: bool) {
+fn bench_checks(criterion: &mut Criterion, name: &str, engine: &Engine, tokens: &[Token], dry_run: bool) {
     let (asker, environment) = (AccountId::operator(), EnvironmentName::parse("production").unwrap());
     let scopes = [Scope::parse_required("monitors:read").unwrap()];
     let mut tokens = tokens.iter().cycle();
     criterion.bench_function(name, |b| {
         b.iter(|| {
-            let question = Question {
+            let question = CheckInput {
                 token: tokens.next().unwrap().reveal(),
                 environment: &environment,
                 scopes: &scopes,
@@ -93,29 +96,35 @@ fn ask(criterion: &mut Criterion, name: &str, engine: &Engine, tokens: &[Token],
                 cost: 1,
                 dry_run,
                 min_revision: None,
-                charge: None,
-                bar_management: false,
+                dedup_id: None,
+                refuse_management_keys: false,
             };
             // Without Redis a Check is answered the first time that it is polled.
-            engine.check(Asker::always(&asker), black_box(&question)).now_or_never().unwrap().unwrap()
+            engine
+                .check(Requester::always_authorized(&asker), black_box(&question))
+                .now_or_never()
+                .unwrap()
+                .unwrap()
         });
     });
 }
 
 /// Tokens that lie far apart, more than a cache holds the keys of.
-fn spread(of: u32) -> Vec<Token> {
-    const ASKED: u32 = 100_000;
-    (0..ASKED).map(|number| token(number.wrapping_mul(2_654_435_761) % of)).collect()
+fn spread_tokens(of: u32) -> Vec<Token> {
+    const TOKENS_ASKED: u32 = 100_000;
+    (0..TOKENS_ASKED).map(|number| token(number.wrapping_mul(2_654_435_761) % of)).collect()
 }
 
-fn pieces(criterion: &mut Criterion) {
+fn bench_components(criterion: &mut Criterion) {
     let presented = token(1);
     criterion.bench_function("format of a token", |b| b.iter(|| can_be_token(black_box(presented.reveal()))));
-    criterion.bench_function("digest of a token", |b| b.iter(|| Digest::of(black_box(presented.reveal()))));
+    criterion.bench_function("digest of a token", |b| {
+        b.iter(|| TokenDigest::from_token(black_box(presented.reveal())))
+    });
     let (key, environment) = (key(1), EnvironmentName::parse("production").unwrap());
     let scopes = [Scope::parse_required("monitors:read").unwrap()];
-    let request = Request {
-        purpose: Use::Service { environment: &environment, customer: None },
+    let request = PolicyRequest {
+        purpose: TokenPurpose::Service { environment: &environment, customer: None },
         account: None,
         client_ip: None,
         scopes: &scopes,
@@ -123,26 +132,37 @@ fn pieces(criterion: &mut Criterion) {
     let now = SystemClock.now();
     criterion.bench_function("the policy alone", |b| {
         b.iter(|| {
-            let membership = Membership::NotAsked;
-            let subject =
-                Subject { key: black_box(&key), version: 1, suspended: false, roles: &[], membership };
+            let membership = MembershipStatus::NotApplicable;
+            let subject = CheckSubject {
+                key: black_box(&key),
+                secret_version: 1,
+                account_suspended: false,
+                roles: &[],
+                membership,
+            };
             decide(subject, black_box(request), now)
         });
     });
 }
 
-fn checks(criterion: &mut Criterion) {
+fn bench_engines(criterion: &mut Criterion) {
     let small = engine(10_000, None);
-    ask(criterion, "a Check of one key", &small, &[token(1)], false);
-    ask(criterion, "a Check of an unknown token", &small, &[token(u32::MAX)], false);
-    ask(criterion, "Checks of many of 10,000 keys", &small, &spread(10_000), true);
+    bench_checks(criterion, "a Check of one key", &small, &[token(1)], false);
+    bench_checks(criterion, "a Check of an unknown token", &small, &[token(u32::MAX)], false);
+    bench_checks(criterion, "Checks of many of 10,000 keys", &small, &spread_tokens(10_000), true);
     let rate = RateLimit { name: "fast".into(), limit: u64::from(u32::MAX), window: Duration::from_secs(1) };
-    ask(criterion, "a Check of one key with a rate limit", &engine(1, Some(rate)), &[token(0)], false);
+    bench_checks(
+        criterion,
+        "a Check of one key with a rate limit",
+        &engine(1, Some(rate)),
+        &[token(0)],
+        false,
+    );
     for keys in [1_000_000, 10_000_000] {
         let name = format!("Checks of many of {keys} keys");
-        ask(criterion, &name, &engine(keys, None), &spread(keys), true);
+        bench_checks(criterion, &name, &engine(keys, None), &spread_tokens(keys), true);
     }
 }
 
-criterion_group!(benches, pieces, checks);
+criterion_group!(benches, bench_components, bench_engines);
 criterion_main!(benches);

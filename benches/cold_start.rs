@@ -35,7 +35,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use postgres::Cluster;
+use postgres::PostgresServer;
 
 const STARTS: usize = 3;
 
@@ -49,7 +49,7 @@ fn main() {
         None => format!("sqlite:{}", folder.path().join("full.db").display()),
         Some("postgres") => {
             // Its usual settings are for a few rows, and make the filling a matter of checkpoints.
-            cluster = Cluster::start(&["shared_buffers=512MB", "max_wal_size=4GB"]);
+            cluster = PostgresServer::start(&["shared_buffers=512MB", "max_wal_size=4GB"]);
             cluster.sql("postgres", "CREATE DATABASE keys OWNER keyward TEMPLATE template0");
             postgres::url(cluster.socket(), 5432, "keys")
         }
@@ -64,11 +64,11 @@ fn main() {
     runtime.block_on(fill::fill(&url, keys));
     drop(runtime);
 
-    let bare = start(folder.path(), &empty);
+    let bare = measure_start(folder.path(), &empty);
     println!("without keys: ready in {:.2} s, {} kB resident", bare.ready.as_secs_f64(), bare.resident);
     let mut taken = Vec::new();
     for _ in 0..STARTS {
-        let full = start(folder.path(), &url);
+        let full = measure_start(folder.path(), &url);
         let each = |kilobytes: u64| kilobytes.saturating_sub(bare.resident) as f64 * 1024.0 / keys as f64;
         println!(
             "{keys} keys: ready in {:.2} s ({:.2} s of a processor), {:.0} bytes a key resident, {:.0} at the peak of \
@@ -85,7 +85,7 @@ fn main() {
 }
 
 /// What one start took; memory in kB.
-struct Start {
+struct StartMeasurement {
     ready: Duration,
     /// Seconds of a processor, of the server's process alone.
     worked: f64,
@@ -94,16 +94,16 @@ struct Start {
 }
 
 /// A child process that ends with this value.
-struct Running(Child);
+struct ChildProcess(Child);
 
-impl Drop for Running {
+impl Drop for ChildProcess {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
 }
 
-fn start(folder: &Path, url: &str) -> Start {
+fn measure_start(folder: &Path, url: &str) -> StartMeasurement {
     // Free a moment ago: good enough where nobody else looks for one.
     let admin = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let log = std::fs::File::options().create(true).append(true).open(folder.join("log")).unwrap();
@@ -118,7 +118,7 @@ fn start(folder: &Path, url: &str) -> Start {
         .stderr(log)
         .spawn()
         .unwrap();
-    let mut running = Running(child);
+    let mut running = ChildProcess(child);
     while !is_ready(admin) {
         if running.0.try_wait().unwrap().is_some() {
             panic!("it ended: {}", std::fs::read_to_string(folder.join("log")).unwrap());
@@ -135,7 +135,7 @@ fn start(folder: &Path, url: &str) -> Start {
         let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
         line.trim().trim_end_matches(" kB").parse().unwrap()
     };
-    Start { ready, worked, resident: memory("VmRSS:"), peak: memory("VmHWM:") }
+    StartMeasurement { ready, worked, resident: memory("VmRSS:"), peak: memory("VmHWM:") }
 }
 
 fn is_ready(admin: SocketAddr) -> bool {

@@ -1,8 +1,8 @@
 //! What a check costs a request through Envoy: requests per second and latency without ext_authz, with a stub that
 //! answers every check with the same bytes, and with Keyward; turn about, so that a noisy machine is noisy for all.
 //!
-//! `cargo bench --bench envoy -- [SECONDS]`, of each round of each way: 3 unless said. It needs `envoy` and `wrk`
-//! (`tools/install envoy wrk`) on the PATH. Read ratios, not rates.
+//! `cargo bench --bench start_envoy -- [SECONDS]`, of each round of each way: 3 unless said. It needs `start_envoy` and `wrk`
+//! (`tools/install start_envoy wrk`) on the PATH. Read ratios, not rates.
 
 #![allow(
     clippy::unwrap_used,
@@ -36,12 +36,12 @@ use keyward::pb::{self, account_service_client::AccountServiceClient, key_servic
 use tonic::{Request as Grpc, transport::Channel};
 
 const ROUNDS: usize = 5;
-const WAYS: [&str; 3] = ["none", "stub", "keyward"];
+const VARIANTS: [&str; 3] = ["none", "stub", "keyward"];
 
 /// A child process that ends with this value.
-struct Running(Child);
+struct ChildProcess(Child);
 
-impl Drop for Running {
+impl Drop for ChildProcess {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
@@ -54,13 +54,13 @@ fn main() {
     let seconds: u32 = words.next().map_or(3, |word| word.parse().unwrap());
     let folder = tempfile::tempdir().unwrap();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-    let (_keyward, grpc, envoy_listener) = keyward(folder.path());
+    let (_keyward, grpc, envoy_listener) = start_keyward(folder.path());
     let token =
         runtime.block_on(make_key(grpc, &std::fs::read_to_string(folder.path().join("root.key")).unwrap()));
-    let stub = runtime.block_on(stub());
-    let (_envoy, ports) = envoy(folder.path(), stub, envoy_listener);
+    let stub = runtime.block_on(start_stub());
+    let (_envoy, ports) = start_envoy(folder.path(), stub, envoy_listener);
 
-    let mut rates = WAYS.map(|_| Vec::new());
+    let mut rates = VARIANTS.map(|_| Vec::new());
     for round in 0..=ROUNDS {
         for (at, port) in ports.iter().enumerate() {
             let figures = load(*port, &token, seconds);
@@ -71,10 +71,10 @@ fn main() {
         }
     }
     println!("{:<10} {:>12} {:>10} {:>10} {:>8}", "ext_authz", "requests/s", "p50 ms", "p99 ms", "ratio");
-    let median = |at: usize, of: fn(&Figures) -> f64| goal::median(rates[at].iter().map(of));
+    let median = |at: usize, of: fn(&LoadFigures) -> f64| goal::median(rates[at].iter().map(of));
     // Round by round, since a noisy moment is noisy for both.
     let ratio = |at: usize| goal::median(rates[at].iter().zip(&rates[1]).map(|(ours, stub)| ours.0 / stub.0));
-    for (at, way) in WAYS.iter().enumerate() {
+    for (at, way) in VARIANTS.iter().enumerate() {
         let rate = median(at, |figures| figures.0);
         let (p50, p99) = (median(at, |figures| figures.1), median(at, |figures| figures.2));
         println!("{way:<10} {rate:>12.0} {p50:>10.2} {p99:>10.2} {:>8.2}", ratio(at));
@@ -84,7 +84,7 @@ fn main() {
 }
 
 /// The server: where it serves gRPC, and where Envoy.
-fn keyward(folder: &Path) -> (Running, SocketAddr, SocketAddr) {
+fn start_keyward(folder: &Path) -> (ChildProcess, SocketAddr, SocketAddr) {
     let out = folder.join("keyward.out");
     let child = Command::new(env!("CARGO_BIN_EXE_keyward"))
         .args([
@@ -101,17 +101,17 @@ fn keyward(folder: &Path) -> (Running, SocketAddr, SocketAddr) {
         .stdout(std::fs::File::create(&out).unwrap())
         .spawn()
         .unwrap();
-    let running = Running(child);
+    let running = ChildProcess(child);
     let address = |start: &str| {
         let text = std::fs::read_to_string(&out).unwrap();
         let (_, rest) = text.split_once(start)?;
         rest.split(['\n', ',']).next().filter(|_| text.ends_with('\n'))?.parse().ok()
     };
-    let grpc = wait(|| address("keyward serves gRPC on "));
+    let grpc = poll_until_some(|| address("keyward serves gRPC on "));
     (running, grpc, address("keyward serves Envoy on ").unwrap())
 }
 
-fn wait<T>(mut answer: impl FnMut() -> Option<T>) -> T {
+fn poll_until_some<T>(mut answer: impl FnMut() -> Option<T>) -> T {
     let end = Instant::now() + Duration::from_secs(30);
     loop {
         if let Some(answer) = answer() {
@@ -139,7 +139,7 @@ async fn make_key(address: SocketAddr, root: &str) -> String {
 }
 
 /// Answers every check with an empty message, which is an ALLOW.
-async fn stub() -> SocketAddr {
+async fn start_stub() -> SocketAddr {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     tokio::spawn(async move {
@@ -167,7 +167,7 @@ async fn stub() -> SocketAddr {
 }
 
 /// Envoy with a listener for each way, all of which answer 200 by themselves.
-fn envoy(folder: &Path, stub: SocketAddr, keyward: SocketAddr) -> (Running, [u16; 3]) {
+fn start_envoy(folder: &Path, stub: SocketAddr, keyward: SocketAddr) -> (ChildProcess, [u16; 3]) {
     let listener = |way: &str| {
         let none = way == "none";
         let filter = if none { String::new() } else { FILTER.replace("{way}", way) };
@@ -181,7 +181,7 @@ fn envoy(folder: &Path, stub: SocketAddr, keyward: SocketAddr) -> (Running, [u16
     };
     let yaml = format!(
         "{HEAD}static_resources:\n  listeners:\n{}  clusters:\n{}{}",
-        WAYS.map(listener).concat(),
+        VARIANTS.map(listener).concat(),
         cluster("stub", stub),
         cluster("keyward", keyward)
     );
@@ -193,9 +193,11 @@ fn envoy(folder: &Path, stub: SocketAddr, keyward: SocketAddr) -> (Running, [u16
         .stderr(Stdio::inherit())
         .spawn()
         .expect("envoy on the PATH");
-    let running = Running(child);
-    let admin = wait(|| std::fs::read_to_string(folder.join("admin")).ok().filter(|text| !text.is_empty()));
-    let ports = wait(|| ports(&admin));
+    let running = ChildProcess(child);
+    let admin = poll_until_some(|| {
+        std::fs::read_to_string(folder.join("admin")).ok().filter(|text| !text.is_empty())
+    });
+    let ports = poll_until_some(|| ports(&admin));
     (running, ports)
 }
 
@@ -213,9 +215,9 @@ fn ports(admin: &str) -> Option<[u16; 3]> {
 }
 
 /// Requests per second, and the median and the 99th percentile of their time in ms.
-type Figures = (f64, f64, f64);
+type LoadFigures = (f64, f64, f64);
 
-fn load(port: u16, token: &str, seconds: u32) -> Figures {
+fn load(port: u16, token: &str, seconds: u32) -> LoadFigures {
     let output = Command::new("wrk")
         .args(["-t1", "-c32", "--latency", "-d", &format!("{seconds}s")])
         .args([

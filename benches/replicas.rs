@@ -36,8 +36,8 @@ use std::{
 };
 
 use keyward::pb;
-use postgres::{Cluster, url};
-use process::{Caller, Home, Keyward, plain_key, wait_for};
+use postgres::{PostgresServer, url};
+use process::{AuthorizedClients, KeywardProcess, TestHome, plain_key_request, wait_for};
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
@@ -52,31 +52,31 @@ fn main() {
     }
 }
 
-struct Fleet {
-    replicas: Vec<Keyward>,
-    home: Home,
-    cluster: Cluster,
+struct BenchCluster {
+    replicas: Vec<KeywardProcess>,
+    home: TestHome,
+    cluster: PostgresServer,
 }
 
-impl Fleet {
-    async fn start(count: usize, lease: &str) -> Fleet {
-        let cluster = Cluster::start(&[]);
+impl BenchCluster {
+    async fn start(count: usize, lease: &str) -> BenchCluster {
+        let cluster = PostgresServer::start(&[]);
         cluster.sql("postgres", "CREATE DATABASE keys OWNER keyward TEMPLATE template0");
-        let home = Home::on(url(cluster.socket(), 5432, "keys"));
+        let home = TestHome::with_database_url(url(cluster.socket(), 5432, "keys"));
         let replica = |number: usize| {
-            let mut serve = home.serve();
+            let mut serve = home.serve_command();
             serve.args(["--replica-name", &format!("r{number}"), "--lease", lease, "--threads", "1"]);
-            let replica = home.start_as(serve).unwrap();
-            wait_for("a replica", || (replica.page("/readyz").0 == 200).then_some(()));
+            let replica = home.start_with(serve).unwrap();
+            wait_for("a replica", || (replica.fetch_admin_page("/readyz").0 == 200).then_some(()));
             replica
         };
         let replicas: Vec<_> = (0..count).map(replica).collect();
-        replicas[0].root().make_account("acme").await;
-        Fleet { replicas, home, cluster }
+        replicas[0].root_caller().create_account("acme").await;
+        BenchCluster { replicas, home, cluster }
     }
 
-    fn callers(&self) -> Vec<Caller> {
-        self.replicas.iter().map(Keyward::root).collect()
+    fn callers(&self) -> Vec<AuthorizedClients> {
+        self.replicas.iter().map(KeywardProcess::root_caller).collect()
     }
 }
 
@@ -97,18 +97,18 @@ fn show(what: &str, mut times: Vec<Duration>) -> (f64, f64) {
 }
 
 async fn revoke(count: u64) {
-    let fleet = Fleet::start(3, "default").await;
+    let fleet = BenchCluster::start(3, "default").await;
     let mut callers = fleet.callers();
     let (mut times, mut checks, mut refused) = (Vec::new(), 0_u64, 0_u64);
     for turn in 0..count {
         let here = (turn % 3) as usize;
-        let (id, token) = callers[here].create(plain_key()).await.unwrap();
+        let (id, token) = callers[here].create_key(plain_key_request()).await.unwrap();
         let begun = Instant::now();
-        callers[here].revoke(&id).await.unwrap();
+        callers[here].revoke_key(&id).await.unwrap();
         times.push(begun.elapsed());
         for there in (0..3).filter(|there| *there != here) {
             checks += 1;
-            refused += u64::from(callers[there].check(&token).await.unwrap() == pb::Reason::Revoked);
+            refused += u64::from(callers[there].check_token(&token).await.unwrap() == pb::Reason::Revoked);
         }
     }
     let (median, p99) = show("Revoke over three replicas", times);
@@ -120,11 +120,11 @@ async fn revoke(count: u64) {
 }
 
 async fn outage(length: Duration) {
-    let mut fleet = Fleet::start(2, "default").await;
-    let (_, token) = fleet.callers()[0].create(plain_key()).await.unwrap();
+    let mut fleet = BenchCluster::start(2, "default").await;
+    let (_, token) = fleet.callers()[0].create_key(plain_key_request()).await.unwrap();
     // A new key is known everywhere within milliseconds, and not before.
     for mut caller in fleet.callers() {
-        while !matches!(caller.check(&token).await, Ok(pb::Reason::Ok)) {}
+        while !matches!(caller.check_token(&token).await, Ok(pb::Reason::Ok)) {}
     }
     let (stop, allowed, other) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
     let shared = Arc::new((stop, allowed, other));
@@ -138,7 +138,7 @@ async fn outage(length: Duration) {
                 let mut slowest = Duration::ZERO;
                 while !stop.load(Ordering::Relaxed) {
                     let begun = Instant::now();
-                    let good = matches!(caller.check(&token).await, Ok(pb::Reason::Ok));
+                    let good = matches!(caller.check_token(&token).await, Ok(pb::Reason::Ok));
                     slowest = slowest.max(begun.elapsed());
                     if good { allowed } else { other }.fetch_add(1, Ordering::Relaxed);
                 }
@@ -166,16 +166,16 @@ async fn outage(length: Duration) {
 
 async fn writes(count: u64) {
     for replicas in [1, 3, 6] {
-        let fleet = Fleet::start(replicas, "default").await;
+        let fleet = BenchCluster::start(replicas, "default").await;
         for callers in [1, 16, 64] {
             let begun = Instant::now();
             let each = count / callers;
             let tasks: Vec<_> = (0..callers)
                 .map(|at| {
-                    let mut caller = fleet.replicas[at as usize % replicas].root();
+                    let mut caller = fleet.replicas[at as usize % replicas].root_caller();
                     tokio::spawn(async move {
                         for _ in 0..each {
-                            caller.create(plain_key()).await.unwrap();
+                            caller.create_key(plain_key_request()).await.unwrap();
                         }
                     })
                 })

@@ -10,12 +10,12 @@ use futures_util::FutureExt as _;
 use http::{HeaderMap, HeaderValue, Response};
 use keyward::{
     clock::{Clock as _, SystemClock, SystemEntropy},
-    config::{server::LogFormat, telemetry::Otlp},
-    decisions::{DecisionSettings, Decisions, Facts, Kind, Place},
-    domain::{decision::Reason, name::EnvironmentName, scope::Scope},
-    grpc::calls::Calls,
+    config::{server::LogFormat, telemetry::OtlpSettings},
+    decision_log::{DecisionInput, DecisionLog, DecisionLogSettings, DecisionLogTarget, DecisionSource},
+    domain::{name::EnvironmentName, policy_decision::Reason, scope::Scope},
+    grpc::rpc_metrics::RpcMetrics,
     telemetry,
-    trace::{self, Sampling, Tracing},
+    trace::{self, CallTracer, SamplingPolicy},
 };
 use tonic::body::Body;
 use tracing::Instrument as _;
@@ -43,28 +43,29 @@ fn headers(recorded: Option<bool>) -> HeaderMap {
 }
 
 /// All that the gate does for a call besides answering it.
-fn call(calls: &Arc<Calls>, tracing: &Tracing, headers: &HeaderMap) -> Response<Body> {
-    let begun = calls.begin(PATH);
-    let call = tracing.call(Some(headers), None, SystemClock.now());
+fn call(calls: &Arc<RpcMetrics>, tracing: &CallTracer, headers: &HeaderMap) -> Response<Body> {
+    let begun = calls.start_call(PATH);
+    let call = tracing.new_call(Some(headers), None, SystemClock.now());
     let answer = async {
         let answer = async { Response::new(Body::empty()) };
-        match tracing.span(METHOD) {
+        match tracing.start_span(METHOD) {
             Some(span) => {
                 let response = answer.instrument(span.clone()).await;
-                trace::end(&span, tonic::Code::Ok);
+                trace::finish_span(&span, tonic::Code::Ok);
                 response
             }
             None => answer.await,
         }
     };
-    let response = trace::within(call, answer).now_or_never().unwrap();
-    begun.answered(response)
+    let response = trace::scope(call, answer).now_or_never().unwrap();
+    begun.finish(response)
 }
 
 fn calls(criterion: &mut Criterion) {
-    let calls = Arc::new(Calls::default());
-    let (off, on) = (Tracing::new(1, Sampling::default()), Tracing::new(1, Sampling::share(0.0)));
-    let mut bench = |name: &str, tracing: &Tracing, headers: HeaderMap| {
+    let calls = Arc::new(RpcMetrics::default());
+    let (off, on) =
+        (CallTracer::new(1, SamplingPolicy::default()), CallTracer::new(1, SamplingPolicy::with_ratio(0.0)));
+    let mut bench = |name: &str, tracing: &CallTracer, headers: HeaderMap| {
         criterion.bench_function(name, |b| b.iter(|| call(&calls, tracing, black_box(&headers))));
     };
     bench("a call, no collector", &off, headers(None));
@@ -73,10 +74,10 @@ fn calls(criterion: &mut Criterion) {
 
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let _entered = runtime.enter();
-    let otlp = Otlp {
+    let otlp = OtlpSettings {
         endpoint: "http://127.0.0.1:9".to_owned(),
         headers: Vec::new(),
-        ca: None,
+        ca_pem: None,
         service_name: "bench".to_owned(),
     };
     let exporter = telemetry::init("off", LogFormat::Text, Some(&otlp)).unwrap();
@@ -87,28 +88,28 @@ fn calls(criterion: &mut Criterion) {
 
 fn decisions(criterion: &mut Criterion) {
     let folder = tempfile::tempdir().unwrap();
-    let settings = DecisionSettings {
-        denials: 1.0,
+    let settings = DecisionLogSettings {
+        denial_ratio: 1.0,
         denials_per_second: u32::MAX,
-        allowed: 0.0,
-        narrowing_changes: true,
-        place: Place::File(folder.path().join("decisions")),
+        allowed_ratio: 0.0,
+        log_restricting_changes: true,
+        target: DecisionLogTarget::File(folder.path().join("decisions")),
     };
-    let (log, _keeper) = Decisions::open(&settings, Arc::new(SystemClock), &SystemEntropy).unwrap();
+    let (log, _keeper) = DecisionLog::open(&settings, Arc::new(SystemClock), &SystemEntropy).unwrap();
     let environment = EnvironmentName::parse("production").unwrap();
     let needed = [Scope::parse_required("monitors:read").unwrap()];
     let note = |reason: Reason| {
-        log.note(reason, || Facts {
-            kind: Kind::Check,
+        log.record_check(reason, || DecisionInput {
+            source: DecisionSource::Check,
             allowed: false,
             reason: reason.as_str(),
-            answer: None,
+            check_outcome: None,
             environment: Some(&environment),
-            needed: &needed,
+            required_scopes: &needed,
             customer: None,
             client_ip: None,
-            http_id: None,
-            shadow: false,
+            proxy_request_id: None,
+            is_shadow: false,
         })
     };
     criterion.bench_function("a decision that is not written down", |b| b.iter(|| note(Reason::Ok)));

@@ -33,7 +33,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use postgres::Cluster;
+use postgres::PostgresServer;
 
 /// How often each build verifies.
 const ROUNDS: usize = 3;
@@ -41,7 +41,7 @@ const ROUNDS: usize = 3;
 const DEADLINE: Duration = Duration::from_secs(600);
 /// What a million entries took before, in seconds of a processor, on the machine of `docs/performance.md`; the goal is a
 /// tenth of it.
-const BEFORE: f64 = 163.0;
+const BASELINE_SECONDS: f64 = 163.0;
 
 fn main() {
     // Cargo says `--bench` to every benchmark.
@@ -51,7 +51,7 @@ fn main() {
     let folder = tempfile::tempdir().unwrap();
     let cluster;
     let (kind, url) = if words.iter().any(|word| word == "postgres") {
-        cluster = Cluster::start(&["shared_buffers=512MB", "max_wal_size=4GB"]);
+        cluster = PostgresServer::start(&["shared_buffers=512MB", "max_wal_size=4GB"]);
         cluster.sql("postgres", "CREATE DATABASE keys OWNER keyward TEMPLATE template0");
         ("PostgreSQL", postgres::url(cluster.socket(), 5432, "keys"))
     } else {
@@ -59,7 +59,7 @@ fn main() {
     };
     let own = PathBuf::from(env!("CARGO_BIN_EXE_keyward"));
     // A root key is made for an empty database alone.
-    drop(Server::start(&own, folder.path(), &url));
+    drop(ServerProcess::start(&own, folder.path(), &url));
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     runtime.block_on(fill::fill(&url, keys));
     drop(runtime);
@@ -70,7 +70,7 @@ fn main() {
     }
     let of_a_million = goal::median(taken.iter().map(|taken| taken * 1e6));
     let what = format!("seconds of a processor to verify a million entries, {kind}");
-    goal::at_most(&what, BEFORE / 10.0, of_a_million, &format!("median of {ROUNDS}, {keys} keys"));
+    goal::at_most(&what, BASELINE_SECONDS / 10.0, of_a_million, &format!("median of {ROUNDS}, {keys} keys"));
     if other.is_some() {
         let ratio = goal::median(taken.iter().zip(&others).map(|(own, other)| own / other));
         let note = format!("{:.1} us an entry there, in turns", goal::median(others) * 1e6);
@@ -79,23 +79,23 @@ fn main() {
 }
 
 /// A server that ends with this value.
-struct Server {
+struct ServerProcess {
     child: Child,
     binary: PathBuf,
     url: String,
     root_key: PathBuf,
 }
 
-impl Drop for Server {
+impl Drop for ServerProcess {
     fn drop(&mut self) {
         let _ = Command::new("kill").arg(self.child.id().to_string()).status();
         let _ = self.child.wait();
     }
 }
 
-impl Server {
+impl ServerProcess {
     /// Starts this build, and waits until it serves.
-    fn start(binary: &Path, folder: &Path, url: &str) -> Server {
+    fn start(binary: &Path, folder: &Path, url: &str) -> ServerProcess {
         // Free a moment ago: good enough where nobody else looks for one.
         let free = || TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
         let (address, admin) = (free(), free());
@@ -111,7 +111,7 @@ impl Server {
             .spawn()
             .unwrap();
         let mut server =
-            Server { child, binary: binary.to_owned(), url: format!("http://{address}"), root_key };
+            ServerProcess { child, binary: binary.to_owned(), url: format!("http://{address}"), root_key };
         let began = Instant::now();
         while !server.call(&["whoami"]).status.success() {
             let ended = server.child.try_wait().unwrap();
@@ -129,7 +129,7 @@ impl Server {
     }
 
     /// Seconds of a processor that its process has taken, to a hundredth.
-    fn worked(&self) -> f64 {
+    fn cpu_seconds(&self) -> f64 {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap();
         let ticks = stat.rsplit(") ").next().unwrap().split(' ').skip(11).take(2);
         ticks.map(|ticks| ticks.parse::<f64>().unwrap()).sum::<f64>() / 100.0
@@ -138,10 +138,10 @@ impl Server {
     /// Waits until it does nothing: it checks a large SQLite file behind its start, which takes as long as a verification.
     fn wait_until_idle(&self) {
         let began = Instant::now();
-        let mut before = self.worked();
+        let mut before = self.cpu_seconds();
         loop {
             std::thread::sleep(Duration::from_secs(2));
-            let now = self.worked();
+            let now = self.cpu_seconds();
             if now - before < 0.03 {
                 return;
             }
@@ -153,11 +153,11 @@ impl Server {
 
 /// Verifies the whole log once with this build: seconds of the server's processor for each key.
 fn verify(binary: &Path, folder: &Path, url: &str, keys: u64) -> f64 {
-    let server = Server::start(binary, folder, url);
+    let server = ServerProcess::start(binary, folder, url);
     server.wait_until_idle();
-    let (before, began) = (server.worked(), Instant::now());
+    let (before, began) = (server.cpu_seconds(), Instant::now());
     let verified = server.call(&["audit", "verify"]);
-    let (worked, lasted) = (server.worked() - before, began.elapsed().as_secs_f64());
+    let (worked, lasted) = (server.cpu_seconds() - before, began.elapsed().as_secs_f64());
     assert!(verified.status.success(), "{}", String::from_utf8_lossy(&verified.stderr));
     println!("{}: {worked:.2} s of a processor in {lasted:.2} s, {keys} keys", binary.display());
     worked / keys as f64

@@ -3,65 +3,65 @@
 use std::{sync::Arc, time::Duration};
 
 use crate::{
-    access::{ATTEMPTS, Authorization, Caller},
-    clock::{Clock, Entropy, random},
+    caller::{Authorization, Caller, MAX_AUTHORIZATION_ATTEMPTS},
+    clock::{Clock, EntropySource, random_bytes},
     domain::{
         account::Account,
-        log::{Action, Change},
+        log::{AuditAction, RecordChange},
         name::{AccountId, DisplayName, UserId},
         time::{Revision, Timestamp},
     },
     engine::Engine,
-    refusal::{Refusal, Thing},
+    service_error::{ResourceKind, ServiceError},
     store::{
-        Outcome, Rejection, Store, Write,
-        writer::{WriteError, Writer},
+        Store, WriteOutcome, WriteRejection, WriteRequest,
+        group_commit::{CommitHandle, WriteError},
     },
 };
 
 /// The use cases of accounts.
-pub struct Accounts {
+pub struct AccountOperations {
     store: Arc<dyn Store>,
-    writer: Writer,
+    commit_handle: CommitHandle,
     engine: Arc<Engine>,
     clock: Arc<dyn Clock>,
-    entropy: Arc<dyn Entropy>,
+    entropy: Arc<dyn EntropySource>,
 }
 
-impl std::fmt::Debug for Accounts {
+impl std::fmt::Debug for AccountOperations {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Accounts").finish_non_exhaustive()
+        f.debug_struct("AccountOperations").finish_non_exhaustive()
     }
 }
 
-fn write(
+fn build_write(
     asked: Authorization<'_>,
     account: Account,
     expect: Option<Revision>,
-    action: Action,
+    action: AuditAction,
     at: Timestamp,
-) -> Write {
-    asked.write(Change::Account(Arc::new(account)), expect, action, at)
+) -> WriteRequest {
+    asked.into_write(RecordChange::Account(Arc::new(account)), expect, action, at)
 }
 
-fn applied(outcome: Outcome) -> Result<Account, Refusal> {
+fn into_account(outcome: WriteOutcome) -> Result<Account, ServiceError> {
     match outcome {
-        Outcome::Applied(Change::Account(account)) => Ok(Arc::unwrap_or_clone(account)),
-        _ => Err(Refusal::Unavailable),
+        WriteOutcome::Applied(RecordChange::Account(account)) => Ok(Arc::unwrap_or_clone(account)),
+        _ => Err(ServiceError::Unavailable),
     }
 }
 
-impl Accounts {
+impl AccountOperations {
     /// The use cases over a store and its writer.
     #[must_use]
     pub fn new(
         store: Arc<dyn Store>,
-        writer: Writer,
+        writer: CommitHandle,
         engine: Arc<Engine>,
         clock: Arc<dyn Clock>,
-        entropy: Arc<dyn Entropy>,
+        entropy: Arc<dyn EntropySource>,
     ) -> Self {
-        Accounts { store, writer, engine, clock, entropy }
+        AccountOperations { store, commit_handle: writer, engine, clock, entropy }
     }
 
     /// Makes an account.
@@ -74,39 +74,41 @@ impl Accounts {
         id: Option<AccountId>,
         name: Option<DisplayName>,
         longest_life: Option<Duration>,
-    ) -> Result<Account, Refusal> {
-        caller.must_be_operator()?;
+    ) -> Result<Account, ServiceError> {
+        caller.require_operator()?;
         let now = self.clock.now();
         let id = match id {
             Some(id) => id,
-            None => AccountId::generate(now, random(&*self.entropy)?),
+            None => AccountId::generate(now, random_bytes(&*self.entropy)?),
         };
-        let account = Account { longest_life, ..new_account(id, name, now)? };
-        for attempt in 0..ATTEMPTS {
-            let _turn = self.writer.turn(Action::AccountCreated, attempt).await;
+        let account = Account { longest_life, ..build_account(id, name, now)? };
+        for attempt in 0..MAX_AUTHORIZATION_ATTEMPTS {
+            let _turn = self.commit_handle.lock_for_change(AuditAction::AccountCreated, attempt).await;
             let asked = caller.authorize(&self.engine)?;
-            let write = write(asked, account.clone(), None, Action::AccountCreated, now);
-            match self.writer.write(write).await {
-                Ok(outcome) => return applied(outcome),
-                Err(WriteError::Rejected(Rejection::Conflict)) => {
-                    return Err(Refusal::AccountExists(account.id));
+            let write = build_write(asked, account.clone(), None, AuditAction::AccountCreated, now);
+            match self.commit_handle.write(write).await {
+                Ok(outcome) => return into_account(outcome),
+                Err(WriteError::Rejected(WriteRejection::Conflict)) => {
+                    return Err(ServiceError::AccountExists(account.id));
                 }
-                Err(WriteError::Rejected(Rejection::AuthorizationMoved)) => self.writer.caught_up().await?,
+                Err(WriteError::Rejected(WriteRejection::AuthorizationChanged)) => {
+                    self.commit_handle.wait_caught_up().await?
+                }
                 Err(error) => return Err(error.into()),
             }
         }
-        Err(Refusal::Contended)
+        Err(ServiceError::Contended)
     }
 
     /// One account.
     ///
     /// # Errors
     /// When it does not exist for the caller.
-    pub async fn get(&self, caller: &Caller, id: &AccountId) -> Result<Account, Refusal> {
+    pub async fn get(&self, caller: &Caller, id: &AccountId) -> Result<Account, ServiceError> {
         let seen = caller.is_operator() || *id == caller.account;
-        let found = if seen { self.store.account(id).await? } else { None };
-        caller.authorize(&self.engine)?.may_know(id)?;
-        found.ok_or(Refusal::NotFound(Thing::Account))
+        let found = if seen { self.store.get_account(id).await? } else { None };
+        caller.authorize(&self.engine)?.check_account_visible(id)?;
+        found.ok_or(ServiceError::NotFound(ResourceKind::Account))
     }
 
     /// A page of accounts, and where the next one begins.
@@ -118,13 +120,13 @@ impl Accounts {
         caller: &Caller,
         after: Option<&AccountId>,
         size: u32,
-    ) -> Result<(Vec<Account>, Option<AccountId>), Refusal> {
+    ) -> Result<(Vec<Account>, Option<AccountId>), ServiceError> {
         if !caller.is_operator() {
-            return Ok((self.store.account(&caller.account).await?.into_iter().collect(), None));
+            return Ok((self.store.get_account(&caller.account).await?.into_iter().collect(), None));
         }
         let mut accounts = match &caller.acting_user {
-            Some(user) => self.accounts_of(user, after, size + 1).await?,
-            None => self.store.accounts(after, size + 1).await?,
+            Some(user) => self.list_accounts_of_user(user, after, size + 1).await?,
+            None => self.store.list_accounts(after, size + 1).await?,
         };
         let more = accounts.len() > size as usize;
         accounts.truncate(size as usize);
@@ -133,54 +135,60 @@ impl Accounts {
     }
 
     /// The accounts of which a user is a member, in the order of their ids.
-    async fn accounts_of(
+    async fn list_accounts_of_user(
         &self,
         user: &UserId,
         after: Option<&AccountId>,
         limit: u32,
-    ) -> Result<Vec<Account>, Refusal> {
-        let memberships = self.store.memberships(user).await?;
+    ) -> Result<Vec<Account>, ServiceError> {
+        let memberships = self.store.list_memberships(user).await?;
         let mut ids: Vec<_> = memberships.into_iter().map(|member| member.account).collect();
         ids.retain(|id| after.is_none_or(|after| id > after));
         ids.sort();
         ids.truncate(limit as usize);
         let mut accounts = Vec::with_capacity(ids.len());
         for id in &ids {
-            accounts.extend(self.store.account(id).await?);
+            accounts.extend(self.store.get_account(id).await?);
         }
         Ok(accounts)
     }
 
     /// Changes an account from its record as it stands; `edit` says whether anything changed.
-    async fn change(
+    async fn apply_edit(
         &self,
         caller: &Caller,
         id: &AccountId,
-        action: Action,
+        action: AuditAction,
         edit: impl Fn(&mut Account, Timestamp) -> bool,
-    ) -> Result<Account, Refusal> {
-        caller.must_be_operator()?;
-        for attempt in 0..ATTEMPTS {
-            let _turn = self.writer.turn(action, attempt).await;
+    ) -> Result<Account, ServiceError> {
+        caller.require_operator()?;
+        for attempt in 0..MAX_AUTHORIZATION_ATTEMPTS {
+            let _turn = self.commit_handle.lock_for_change(action, attempt).await;
             let before = self.get(caller, id).await?;
             let mut asked = caller.authorize(&self.engine)?;
-            asked.person_may_change(id)?;
+            asked.check_acting_user_change(id)?;
             let now = self.clock.now();
             let mut after = before.clone();
             if !edit(&mut after, now) {
                 // Recorded is not yet in force, while the answer to its commit is awaited.
-                self.writer.applied(before.revision).await?;
+                self.commit_handle.wait_applied(before.revision).await?;
                 return Ok(before);
             }
             after.updated_at = now;
-            match self.writer.write(write(asked, after, Some(before.revision), action, now)).await {
-                Ok(outcome) => return applied(outcome),
-                Err(WriteError::Rejected(Rejection::Conflict)) => {}
-                Err(WriteError::Rejected(Rejection::AuthorizationMoved)) => self.writer.caught_up().await?,
+            match self
+                .commit_handle
+                .write(build_write(asked, after, Some(before.revision), action, now))
+                .await
+            {
+                Ok(outcome) => return into_account(outcome),
+                Err(WriteError::Rejected(WriteRejection::Conflict)) => {}
+                Err(WriteError::Rejected(WriteRejection::AuthorizationChanged)) => {
+                    self.commit_handle.wait_caught_up().await?
+                }
                 Err(error) => return Err(error.into()),
             }
         }
-        Err(Refusal::Contended)
+        Err(ServiceError::Contended)
     }
 
     /// Changes an account's name, the longest life of its keys, or both.
@@ -193,8 +201,8 @@ impl Accounts {
         id: &AccountId,
         name: Option<DisplayName>,
         longest_life: Option<Option<Duration>>,
-    ) -> Result<Account, Refusal> {
-        self.change(caller, id, Action::AccountUpdated, |account, _| {
+    ) -> Result<Account, ServiceError> {
+        self.apply_edit(caller, id, AuditAction::AccountUpdated, |account, _| {
             let before = account.clone();
             if let Some(name) = &name {
                 account.name = name.clone();
@@ -211,13 +219,13 @@ impl Accounts {
     ///
     /// # Errors
     /// When the caller is no operator, there is no such account, or it is the operator account.
-    pub async fn suspend(&self, caller: &Caller, id: &AccountId) -> Result<Account, Refusal> {
-        caller.must_be_operator()?;
+    pub async fn suspend(&self, caller: &Caller, id: &AccountId) -> Result<Account, ServiceError> {
+        caller.require_operator()?;
         if id.is_operator() {
             let message = "the operator account cannot be suspended: nobody could resume it";
-            return Err(Refusal::Precondition("OPERATOR_ACCOUNT", message.to_owned()));
+            return Err(ServiceError::FailedPrecondition("OPERATOR_ACCOUNT", message.to_owned()));
         }
-        self.change(caller, id, Action::AccountSuspended, |account, now| {
+        self.apply_edit(caller, id, AuditAction::AccountSuspended, |account, now| {
             let changed = account.suspended_at.is_none();
             account.suspended_at.get_or_insert(now);
             changed
@@ -229,20 +237,23 @@ impl Accounts {
     ///
     /// # Errors
     /// When the caller is no operator, or there is no such account.
-    pub async fn resume(&self, caller: &Caller, id: &AccountId) -> Result<Account, Refusal> {
+    pub async fn resume(&self, caller: &Caller, id: &AccountId) -> Result<Account, ServiceError> {
         let resumed = self
-            .change(caller, id, Action::AccountResumed, |account, _| account.suspended_at.take().is_some())
+            .apply_edit(caller, id, AuditAction::AccountResumed, |account, _| {
+                account.suspended_at.take().is_some()
+            })
             .await?;
         // A suspension that was not recorded ends with this too.
-        self.engine.index.resume(id);
+        self.engine.index.clear_local_suspension(id);
         Ok(resumed)
     }
 }
 
-fn new_account(id: AccountId, name: Option<DisplayName>, now: Timestamp) -> Result<Account, Refusal> {
+fn build_account(id: AccountId, name: Option<DisplayName>, now: Timestamp) -> Result<Account, ServiceError> {
     let name = match name {
         Some(name) => name,
-        None => DisplayName::parse(id.as_str()).map_err(|error| Refusal::field("name", error.to_string()))?,
+        None => DisplayName::parse(id.as_str())
+            .map_err(|error| ServiceError::invalid_field("name", error.to_string()))?,
     };
     Ok(Account {
         id,
@@ -257,9 +268,9 @@ fn new_account(id: AccountId, name: Option<DisplayName>, now: Timestamp) -> Resu
 
 /// What records the operator account, at the first start.
 #[must_use]
-pub fn operator_account(now: Timestamp) -> Option<Write> {
+pub fn build_operator_account(now: Timestamp) -> Option<WriteRequest> {
     let account =
-        new_account(AccountId::operator(), DisplayName::parse("Keyward operators").ok(), now).ok()?;
-    let change = Change::Account(Arc::new(account));
-    Some(Write::by_system(change, None, Action::AccountCreated, "keyward serve", now))
+        build_account(AccountId::operator(), DisplayName::parse("Keyward operators").ok(), now).ok()?;
+    let change = RecordChange::Account(Arc::new(account));
+    Some(WriteRequest::from_system(change, None, AuditAction::AccountCreated, "keyward serve", now))
 }

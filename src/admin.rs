@@ -7,42 +7,42 @@ use http::{StatusCode, request::Parts};
 use tokio::{net::TcpListener, sync::watch};
 
 use crate::{
-    http1::{self, Page},
-    metrics::{self, Sources},
-    transport::budget::MemoryBudget,
+    http1::{self, PageResponse},
+    metrics::{self, MetricsSources},
+    transport::memory_budget::MemoryBudget,
 };
 
 /// Serves the pages until `stopping` turns true.
 pub async fn serve(
     listener: TcpListener,
     memory: Arc<MemoryBudget>,
-    sources: Sources,
+    sources: MetricsSources,
     stopping: watch::Receiver<bool>,
 ) {
-    let page = move |request: Parts| ready(page(request.uri.path(), &sources));
+    let page = move |request: Parts| ready(render_page(request.uri.path(), &sources));
     http1::serve(listener, memory, page, stopping).await;
 }
 
 /// Serves the pages of a server that waits for its database, until this is dropped or `stopping` turns true.
-pub async fn serve_waiting(
+pub async fn serve_not_ready(
     listener: TcpListener,
     memory: Arc<MemoryBudget>,
     stopping: watch::Receiver<bool>,
 ) {
     let page = |path: &str| match path {
-        "/healthz" => Page::text(StatusCode::OK, "ok\n"),
-        _ => Page::text(StatusCode::SERVICE_UNAVAILABLE, "not ready: the database is away\n"),
+        "/healthz" => PageResponse::from_text(StatusCode::OK, "ok\n"),
+        _ => PageResponse::from_text(StatusCode::SERVICE_UNAVAILABLE, "not ready: the database is away\n"),
     };
     http1::serve(listener, memory, move |request: Parts| ready(page(request.uri.path())), stopping).await;
 }
 
-fn page(path: &str, sources: &Sources) -> Page {
+fn render_page(path: &str, sources: &MetricsSources) -> PageResponse {
     let ready = *sources.ready.borrow();
     match path {
-        "/healthz" => Page::text(StatusCode::OK, "ok\n"),
-        "/readyz" if ready => Page::text(StatusCode::OK, "ready\n"),
-        "/readyz" => Page::text(StatusCode::SERVICE_UNAVAILABLE, "not ready\n"),
-        "/metrics" => Page::text(StatusCode::OK, metrics::page(sources)),
-        _ => Page::text(StatusCode::NOT_FOUND, "there are /healthz, /readyz and /metrics\n"),
+        "/healthz" => PageResponse::from_text(StatusCode::OK, "ok\n"),
+        "/readyz" if ready => PageResponse::from_text(StatusCode::OK, "ready\n"),
+        "/readyz" => PageResponse::from_text(StatusCode::SERVICE_UNAVAILABLE, "not ready\n"),
+        "/metrics" => PageResponse::from_text(StatusCode::OK, metrics::render_metrics(sources)),
+        _ => PageResponse::from_text(StatusCode::NOT_FOUND, "there are /healthz, /readyz and /metrics\n"),
     }
 }

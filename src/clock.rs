@@ -8,7 +8,7 @@ use std::{
 
 use rand::TryRng as _;
 
-use crate::domain::{lease::Boottime, time::Timestamp};
+use crate::domain::{lease::BootInstant, time::Timestamp};
 
 /// Tells the time.
 pub trait Clock: Send + Sync + 'static {
@@ -17,13 +17,13 @@ pub trait Clock: Send + Sync + 'static {
 
     /// The present instant of the boot clock. Leases are measured by it, and requests to a database take the time that
     /// they take: so it runs, also where the wall clock stands for a test.
-    fn boottime(&self) -> Boottime {
+    fn boottime(&self) -> BootInstant {
         boottime()
     }
 }
 
 /// `CLOCK_BOOTTIME` counts the time asleep too; other systems than Linux have the like as their monotonic clock.
-fn boottime() -> Boottime {
+fn boottime() -> BootInstant {
     #[cfg(target_os = "linux")]
     let clock = rustix::time::ClockId::Boottime;
     #[cfg(not(target_os = "linux"))]
@@ -32,18 +32,18 @@ fn boottime() -> Boottime {
     let (seconds, nanos) = (u64::try_from(now.tv_sec), u64::try_from(now.tv_nsec));
     let nanos = seconds.unwrap_or(0) * 1_000_000_000 + nanos.unwrap_or(0);
     #[cfg(keyward_breakable)]
-    let nanos = nanos / 1000 * RATE.load(Ordering::Relaxed);
-    Boottime::from_nanos(nanos)
+    let nanos = nanos / 1000 * BOOT_CLOCK_RATE.load(Ordering::Relaxed);
+    BootInstant::from_nanos(nanos)
 }
 
 /// How fast the boot clock of a breakable build runs, in thousandths.
 #[cfg(keyward_breakable)]
-static RATE: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(1000);
+static BOOT_CLOCK_RATE: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(1000);
 
 /// Lets the boot clock run faster or slower: so many thousandths of true time. To be told before anybody reads it.
 #[cfg(keyward_breakable)]
-pub fn run_at(thousandths: u64) {
-    RATE.store(thousandths, Ordering::Relaxed);
+pub fn set_boot_clock_rate(thousandths: u64) {
+    BOOT_CLOCK_RATE.store(thousandths, Ordering::Relaxed);
 }
 
 /// The machine's wall clock.
@@ -54,7 +54,7 @@ impl Clock for SystemClock {
     #[expect(clippy::disallowed_methods, reason = "this is the one place that reads the wall clock")]
     fn now(&self) -> Timestamp {
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        Timestamp::from_micros(0).plus(since_1970)
+        Timestamp::from_micros(0).saturating_add(since_1970)
     }
 }
 
@@ -65,13 +65,13 @@ pub struct ManualClock(AtomicI64);
 impl ManualClock {
     /// A clock that stands at `now`.
     #[must_use]
-    pub fn at(now: Timestamp) -> Self {
+    pub fn new(now: Timestamp) -> Self {
         ManualClock(AtomicI64::new(now.as_micros()))
     }
 
     /// Moves the clock on.
     pub fn advance(&self, by: std::time::Duration) {
-        let later = self.now().plus(by);
+        let later = self.now().saturating_add(by);
         self.0.store(later.as_micros(), Ordering::SeqCst);
     }
 }
@@ -85,24 +85,24 @@ impl Clock for ManualClock {
 /// The source of randomness failed; nothing secret can be made.
 #[derive(Debug, thiserror::Error)]
 #[error("the operating system gave no random bytes")]
-pub struct NoEntropy(#[source] pub Box<dyn std::error::Error + Send + Sync>);
+pub struct EntropyError(#[source] pub Box<dyn std::error::Error + Send + Sync>);
 
 /// Gives random bytes fit for secrets.
-pub trait Entropy: Send + Sync + 'static {
+pub trait EntropySource: Send + Sync + 'static {
     /// Fills `bytes`.
     ///
     /// # Errors
     /// When the source fails; `bytes` must not be used then.
-    fn fill(&self, bytes: &mut [u8]) -> Result<(), NoEntropy>;
+    fn fill(&self, bytes: &mut [u8]) -> Result<(), EntropyError>;
 }
 
 /// The operating system's generator.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct SystemEntropy;
 
-impl Entropy for SystemEntropy {
-    fn fill(&self, bytes: &mut [u8]) -> Result<(), NoEntropy> {
-        rand::rngs::SysRng.try_fill_bytes(bytes).map_err(|error| NoEntropy(Box::new(error)))
+impl EntropySource for SystemEntropy {
+    fn fill(&self, bytes: &mut [u8]) -> Result<(), EntropyError> {
+        rand::rngs::SysRng.try_fill_bytes(bytes).map_err(|error| EntropyError(Box::new(error)))
     }
 }
 
@@ -110,7 +110,7 @@ impl Entropy for SystemEntropy {
 ///
 /// # Errors
 /// When the source fails.
-pub fn random<const N: usize>(entropy: &dyn Entropy) -> Result<[u8; N], NoEntropy> {
+pub fn random_bytes<const N: usize>(entropy: &dyn EntropySource) -> Result<[u8; N], EntropyError> {
     let mut bytes = [0; N];
     entropy.fill(&mut bytes)?;
     Ok(bytes)

@@ -1,7 +1,7 @@
 //! Small pages over HTTP/1.1, made from memory: the admin pages, and what proxies ask over HTTP. Bodies are discarded.
 //! What the pages say, and whether they wait for it, is their module's business.
 
-mod metered;
+mod metered_stream;
 
 use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -23,27 +23,27 @@ use tokio::{
 use tokio_io_timeout::TimeoutWriter;
 
 use crate::transport::{
-    budget::{ConnectionBudget, MemoryBudget},
-    descriptors,
+    fd_limit,
+    memory_budget::{ConnectionMemoryBudget, MemoryBudget},
 };
 
-use metered::Metered;
+use metered_stream::MeteredStream;
 
-const HEADER_PATIENCE: Duration = Duration::from_secs(5);
+const HEADER_READ_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a peer may leave an answer unread when its buffers are full.
-const WRITE_PATIENCE: Duration = Duration::from_secs(10);
+const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a body may take to arrive, and how much of one is taken, in bytes. A proxy that is still sending when the
 /// connection is closed may not see the answer.
-const BODY_TIMEOUT: Duration = Duration::from_secs(5);
-const MAX_DISCARDED: usize = 16 << 20;
+const BODY_READ_TIMEOUT: Duration = Duration::from_secs(5);
+const MAX_DISCARDED_BYTES: usize = 16 << 20;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// The largest head of a request: proxies admit 60 KiB of headers.
-const MAX_HEAD: usize = 128 * 1024;
+const MAX_HEAD_BYTES: usize = 128 * 1024;
 const MAX_HEADERS: usize = 256;
 
 /// What is answered.
 #[derive(Clone, Debug)]
-pub struct Page {
+pub struct PageResponse {
     /// The status.
     pub status: StatusCode,
     /// Headers by lower-case names. A value that no header can have is left out.
@@ -52,15 +52,15 @@ pub struct Page {
     pub body: String,
 }
 
-impl Page {
+impl PageResponse {
     /// Plain text.
     #[must_use]
-    pub fn text(status: StatusCode, body: impl Into<String>) -> Page {
+    pub fn from_text(status: StatusCode, body: impl Into<String>) -> PageResponse {
         let kind = "text/plain; version=0.0.4; charset=utf-8".to_owned();
-        Page { status, headers: vec![("content-type", kind)], body: body.into() }
+        PageResponse { status, headers: vec![("content-type", kind)], body: body.into() }
     }
 
-    fn response(self) -> Response<Full<Bytes>> {
+    fn into_response(self) -> Response<Full<Bytes>> {
         let mut response = Response::new(Full::new(Bytes::from(self.body)));
         *response.status_mut() = self.status;
         for (name, value) in self.headers {
@@ -81,16 +81,16 @@ pub async fn serve<P, F>(
     mut stopping: watch::Receiver<bool>,
 ) where
     P: Fn(Parts) -> F + Send + Sync + 'static,
-    F: Future<Output = Page> + Send + 'static,
+    F: Future<Output = PageResponse> + Send + 'static,
 {
-    let most = descriptors::room_for_pages();
+    let most = fd_limit::max_http1_connections();
     let (page, room) = (Arc::new(page), Arc::new(Semaphore::new(most)));
     let mut connections = JoinSet::new();
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
             Some(_) = connections.join_next() => continue,
-            () = stopped(&mut stopping) => break,
+            () = wait_until_stopping(&mut stopping) => break,
         };
         match accepted {
             Ok((stream, peer)) => {
@@ -103,9 +103,9 @@ pub async fn serve<P, F>(
                     tracing::debug!(error = &error as &dyn std::error::Error, "TCP_NODELAY was not set");
                 }
                 let (page, stopping) = (page.clone(), stopping.clone());
-                let stream = Metered::new(stream, ConnectionBudget::new(memory.clone()));
+                let stream = MeteredStream::new(stream, ConnectionMemoryBudget::new(memory.clone()));
                 connections.spawn(async move {
-                    connection(stream, peer, page, stopping).await;
+                    serve_connection(stream, peer, page, stopping).await;
                     drop(permit);
                 });
             }
@@ -118,38 +118,38 @@ pub async fn serve<P, F>(
     while connections.join_next().await.is_some() {}
 }
 
-async fn connection<P, F>(
-    stream: Metered<TcpStream>,
+async fn serve_connection<P, F>(
+    stream: MeteredStream<TcpStream>,
     peer: SocketAddr,
     page: Arc<P>,
     mut stopping: watch::Receiver<bool>,
 ) where
     P: Fn(Parts) -> F + Send + Sync + 'static,
-    F: Future<Output = Page> + Send + 'static,
+    F: Future<Output = PageResponse> + Send + 'static,
 {
     let mut stream = TimeoutWriter::new(stream);
-    stream.set_timeout(Some(WRITE_PATIENCE));
+    stream.set_timeout(Some(WRITE_TIMEOUT));
     let service = service_fn(move |request: Request<Incoming>| {
         let (mut parts, body) = request.into_parts();
         parts.extensions.insert(peer);
         let page = page(parts);
         async move {
             if !body.is_end_stream() {
-                let _ = timeout(BODY_TIMEOUT, discard(body)).await;
+                let _ = timeout(BODY_READ_TIMEOUT, discard_body(body)).await;
             }
-            Ok::<_, Infallible>(page.await.response())
+            Ok::<_, Infallible>(page.await.into_response())
         }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(HEADER_PATIENCE)
-        .max_buf_size(MAX_HEAD)
+        .header_read_timeout(HEADER_READ_TIMEOUT)
+        .max_buf_size(MAX_HEAD_BYTES)
         .max_headers(MAX_HEADERS)
         .serve_connection(TokioIo::new(Box::pin(stream)), service);
     tokio::pin!(connection);
     let ended = tokio::select! {
         ended = &mut connection => ended,
-        () = stopped(&mut stopping) => {
+        () = wait_until_stopping(&mut stopping) => {
             connection.as_mut().graceful_shutdown();
             connection.await
         }
@@ -160,8 +160,8 @@ async fn connection<P, F>(
 }
 
 /// Reads a body and keeps nothing of it, up to a bound. Whoever breaks off gets the same answer.
-async fn discard(mut body: Incoming) {
-    let mut left = MAX_DISCARDED;
+async fn discard_body(mut body: Incoming) {
+    let mut left = MAX_DISCARDED_BYTES;
     while let Some(Ok(frame)) = body.frame().await {
         left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len));
         if left == 0 {
@@ -170,7 +170,7 @@ async fn discard(mut body: Incoming) {
     }
 }
 
-async fn stopped(stopping: &mut watch::Receiver<bool>) {
+async fn wait_until_stopping(stopping: &mut watch::Receiver<bool>) {
     // The sender is gone only when the server is.
     let _ = stopping.wait_for(|stop| *stop).await;
 }

@@ -1,68 +1,69 @@
-//! Keyward: the API-key authority of a backend. It issues API keys, keeps them through their whole life, and
-//! answers whether a token is valid for a scope, an environment and an account.
+//! Keyward: the API-key authority of a backend. It issues API keys, manages them for their whole life, and decides
+//! whether a token is valid for a scope, an environment and an account.
 //!
-//! # The map
-//! | module | holds |
+//! # Modules
+//! | module | contents |
 //! |---|---|
-//! | [`domain`] | tokens, scopes, keys, the decision, the log, leases: values and pure functions, no I/O, no clock |
-//! | [`store`] | the `Store` contract, the backends, migrations, group commit; SQL stands nowhere else |
-//! | [`engine`] | Checks from memory: the index, usage written behind |
-//! | [`replication`] | many replicas on one database: who follows, holds a lease, waits for whom |
-//! | [`access`], [`refusal`] | who calls and what they may do; why a call is not done |
-//! | [`keys`], [`accounts`], [`people`] | the use cases: what one transaction writes |
-//! | [`audit`] | the log as evidence: verified, its head told, its oldest part archived |
-//! | [`gateway`] | HTTP requests that proxies ask about: routes, credentials, replies |
-//! | [`transport`] | listeners: sockets, TLS, limits; bytes and connections, and nothing of what is said over them |
-//! | [`grpc`] | the wire: services, the gate, connections; the only place that builds a status |
-//! | [`forward`] | the gateway for proxies that ask over HTTP |
-//! | [`admin`], [`metrics`], [`http1`] | `/healthz`, `/readyz`, `/metrics`; pages made from memory |
-//! | [`instruments`] | counters, histograms and the text that tells of them; what is counted is not known here |
-//! | [`server`], [`reload`] | the composition root: ordered start and stop; files that are read again |
-//! | [`doctor`] | looks at a running deployment and says what to fix; changes nothing |
-//! | [`cli`] | commands; the client side knows the generated client only |
-//! | [`clock`], [`config`] | the only readers of clock and randomness, of the environment |
-//! | [`trace`], [`decisions`], [`telemetry`] | what a call is called and whether it is recorded; the decision log; where log and spans go |
-//! | [`quiet`] | a cap on how often something is said |
+//! | [`domain`] | tokens, scopes, keys, the decision, the log, leases: values and pure functions without I/O or a clock |
+//! | [`store`] | the `Store` contract, the backends, migrations, group commit; all SQL |
+//! | [`engine`] | Checks from memory: the index, limits, usage that is written later |
+//! | [`replication`] | replicas on one database: they apply the log, hold a lease, wait for each other |
+//! | [`caller`], [`service_error`] | who calls and what the caller may do; why a call fails |
+//! | [`keys`], [`accounts`], [`membership`] | the use cases: what one transaction writes |
+//! | [`audit`] | the log as evidence: verification, the published head, archives |
+//! | [`gateway`] | the HTTP requests that proxies ask about: routes, credentials, responses |
+//! | [`transport`] | listeners: sockets, TLS, limits on connections and bytes; no protocol above them |
+//! | [`grpc`] | the gRPC services, their router and connections; the only module that builds a status |
+//! | [`forward_auth`] | the gateway for proxies that ask over HTTP |
+//! | [`admin`], [`metrics`], [`http1`] | `/healthz`, `/readyz`, `/metrics`; HTTP/1.1 for pages made from memory |
+//! | [`metrics_core`] | counters, histograms and the Prometheus text format; no metric is defined here |
+//! | [`server`], [`file_watcher`] | the composition root: ordered start and stop; files that are read again |
+//! | [`doctor`] | inspects a running deployment and its files, and reports what to fix; changes nothing |
+//! | [`cli`] | commands; its client side uses the generated client only |
+//! | [`clock`], [`config`] | the only readers of the clock, of randomness and of the environment |
+//! | [`trace`], [`decision_log`], [`telemetry`] | trace context and sampling; the decision log; outputs for logs and spans |
+//! | [`log_throttle`] | limits how often a line is logged |
 //! | [`private_file`] | creates files that only their owner can read, and follows no symbolic link |
 //! | [`pb`] | generated from `proto/` |
 //!
-//! # Who may use whom
-//! `cli → server → {grpc, forward} → {transport, gateway, keys, accounts, people, audit} → replication → engine → store → domain`, never back; `tests/it/tidy.rs` holds it.
+//! # Imports
+//! `cli → server → {grpc, forward_auth} → {transport, gateway, keys, accounts, membership, audit} → replication → engine →
+//! store → domain`, never the other way, and never in a circle between files: `tests/it/tidy.rs` and `circles.rs` check it.
 //!
-//! # What always holds
-//! - A token is shown once and stored never; nothing prints one.
+//! # Invariants
+//! - A token is shown once and never stored; nothing prints one.
 //! - An acknowledged change is on disk, and every Check that starts afterwards sees it.
-//! - A Check waits for nothing: no lock that a writer holds, no database, no other task. Of a key with limits that
-//!   several processes share it may wait, for a bounded time, for what counts them.
-//! - A fault is never a verdict: what cannot be answered is an error, not a denial.
+//! - A Check waits for nothing: no lock that a writer holds, no database, no other task. The exception is a key with
+//!   limits that several processes share: its Check may wait, for a bounded time, for the shared counter.
+//! - A fault is never a verdict: if Keyward cannot decide, it returns an error, not a denial.
 //! - Zero, empty or missing never means "all".
 
-pub mod access;
 pub mod accounts;
 pub mod admin;
 pub mod audit;
+pub mod caller;
 pub mod cli;
 pub mod clock;
 pub mod config;
-pub mod decisions;
+pub mod decision_log;
 pub mod doctor;
 pub mod domain;
 pub mod engine;
-pub mod forward;
+pub mod file_watcher;
+pub mod forward_auth;
 pub mod gateway;
 pub mod grpc;
 pub mod http1;
-pub mod instruments;
 pub mod keys;
+pub mod log_throttle;
+pub mod membership;
 pub mod metrics;
+pub mod metrics_core;
 pub mod pb;
-pub mod people;
 pub mod private_file;
-pub mod quiet;
-pub mod refusal;
-pub mod reload;
 pub mod replication;
 pub mod server;
+pub mod service_error;
 pub mod store;
 pub mod telemetry;
 pub mod trace;

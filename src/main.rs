@@ -8,10 +8,10 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     #[cfg(keyward_breakable)]
-    match keyward::config::breakage::Breakage::read() {
+    match keyward::config::fault_injection::InjectedFaults::from_env() {
         Ok(breakage) => {
-            breakage.rule.into_iter().for_each(keyward::domain::lease::leave_out);
-            keyward::clock::run_at(breakage.clock_rate);
+            breakage.skipped_invariant.into_iter().for_each(keyward::domain::lease::disable_invariant);
+            keyward::clock::set_boot_clock_rate(breakage.clock_rate);
         }
         Err(problem) => panic!("{problem}"),
     }

@@ -11,88 +11,88 @@ use tokio::sync::watch;
 
 use crate::{
     clock::Clock,
-    decisions::Decisions,
+    decision_log::DecisionLog,
     domain::{
-        decision::Reason,
-        lease::{Boottime, replica::Standing},
+        lease::{BootInstant, replica::ReplicaState},
+        policy_decision::Reason,
     },
-    engine::{Engine, limiter::Limiter, usage::Usage},
+    engine::{Engine, limiter::Limiter, usage::UsageRecorder},
     gateway::Gateway,
-    grpc::calls::Calls,
-    instruments::{
-        Kind::{Counter, Gauge, Histogram},
-        Text,
+    grpc::rpc_metrics::RpcMetrics,
+    metrics_core::{
+        MetricKind::{Counter, Gauge, Histogram},
+        MetricsText,
     },
-    replication::{feed::Sight, propagation::Waits},
-    store::writer::Commits,
+    replication::{propagation::PropagationMetrics, replica_task::ReplicaStatus},
+    store::group_commit::CommitMetrics,
     trace,
-    transport::{budget::MemoryBudget, counts::Report},
+    transport::{listener_metrics::ListenerMetrics, memory_budget::MemoryBudget},
 };
 
 /// What the page tells of. Who counts something new adds it here, and a function below that tells it.
-pub struct Sources {
+pub struct MetricsSources {
     /// Answers Checks.
     pub engine: Arc<Engine>,
     /// Judges requests.
     pub gateway: Arc<Gateway>,
     /// The gRPC calls.
-    pub calls: Arc<Calls>,
+    pub calls: Arc<RpcMetrics>,
     /// What was committed.
-    pub commits: Arc<Commits>,
+    pub commits: Arc<CommitMetrics>,
     /// The waits for changes to be in force everywhere.
-    pub waits: Arc<Waits>,
+    pub waits: Arc<PropagationMetrics>,
     /// Writes decisions down.
-    pub decisions: Decisions,
+    pub decisions: DecisionLog,
     /// Whether Checks are answered.
     pub ready: watch::Receiver<bool>,
     /// The replica that this is, where there are others.
-    pub replica: Option<Arc<Sight>>,
+    pub replica: Option<Arc<ReplicaStatus>>,
     /// Tells the time.
     pub clock: Arc<dyn Clock>,
     /// Counts connections.
-    pub transport: Report,
+    pub transport: ListenerMetrics,
     /// What requests hold.
     pub memory: Arc<MemoryBudget>,
 }
 
-impl std::fmt::Debug for Sources {
+impl std::fmt::Debug for MetricsSources {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Sources").field("engine", &self.engine).finish_non_exhaustive()
+        f.debug_struct("MetricsSources").field("engine", &self.engine).finish_non_exhaustive()
     }
 }
 
 /// The page.
 #[must_use]
-pub fn page(sources: &Sources) -> String {
-    let mut text = Text::default();
+pub fn render_metrics(sources: &MetricsSources) -> String {
+    let mut text = MetricsText::default();
     let engine = &sources.engine;
-    checks(&mut text, engine);
-    calls(&mut text, &sources.calls);
-    connections(&mut text, &sources.transport, &sources.memory);
-    gateway(&mut text, &sources.gateway);
-    limits(&mut text, &engine.limiter);
-    usage(&mut text, &engine.usage);
-    store(&mut text, &sources.commits);
-    propagation(&mut text, &sources.waits);
-    told(&mut text, &sources.decisions);
-    state(&mut text, sources);
+    write_checks(&mut text, engine);
+    write_calls(&mut text, &sources.calls);
+    write_connections(&mut text, &sources.transport, &sources.memory);
+    write_gateway(&mut text, &sources.gateway);
+    write_limits(&mut text, &engine.limiter);
+    write_usage(&mut text, &engine.usage);
+    write_store(&mut text, &sources.commits);
+    write_propagation(&mut text, &sources.waits);
+    write_telemetry_losses(&mut text, &sources.decisions);
+    write_state(&mut text, sources);
     if let Some(replica) = &sources.replica {
-        feed(&mut text, sources, replica);
+        write_replica(&mut text, sources, replica);
     }
-    process::tell(&mut text);
+    process::write_process(&mut text);
     text.finish()
 }
 
-fn checks(text: &mut Text, engine: &Engine) {
+fn write_checks(text: &mut MetricsText, engine: &Engine) {
     text.family("keyward_checks_total", Counter, "Checks answered.");
-    for (reason, count) in engine.answered() {
+    for (reason, count) in engine.outcome_counts() {
         let result = if reason == Reason::Ok { "allowed" } else { "denied" };
         text.sample(&[("result", result), ("reason", reason.as_str())], count);
     }
 }
 
 /// The names that gRPC servers of any make have.
-fn calls(text: &mut Text, calls: &Calls) {
+fn write_calls(text: &mut MetricsText, calls: &RpcMetrics) {
     let counts: Vec<_> = calls.iter().collect();
     let labels: Vec<_> = counts
         .iter()
@@ -111,13 +111,13 @@ fn calls(text: &mut Text, calls: &Calls) {
     let help = "How long calls took from their headers to their answer; a stream, to its end.";
     text.family("grpc_server_handling_seconds", Histogram, help);
     for (of, labels) in counts.iter().zip(&labels) {
-        text.histogram(labels, &of.took);
+        text.histogram(labels, &of.durations);
     }
 }
 
 /// Connections, and calls that were turned away. A listener's name is of the settings.
-fn connections(text: &mut Text, report: &Report, memory: &MemoryBudget) {
-    let listeners: Vec<_> = report.tell().collect();
+fn write_connections(text: &mut MetricsText, report: &ListenerMetrics, memory: &MemoryBudget) {
+    let listeners: Vec<_> = report.snapshots().collect();
     text.family("keyward_connections", Gauge, "Connections that are open.");
     for told in &listeners {
         text.sample(&[("listener", &told.listener)], told.connections);
@@ -138,102 +138,112 @@ fn connections(text: &mut Text, report: &Report, memory: &MemoryBudget) {
         }
     }
     let help = "Calls that were turned away, since more were under way than the server takes.";
-    text.single("keyward_calls_shed_total", Counter, help, report.shed());
+    text.single_sample("keyward_calls_shed_total", Counter, help, report.shed_calls());
     let help = "Memory that requests hold while they arrive and are worked on, in bytes.";
-    text.single("keyward_request_memory_bytes", Gauge, help, memory.used() as u64);
+    text.single_sample("keyward_request_memory_bytes", Gauge, help, memory.used_bytes() as u64);
 }
 
-fn gateway(text: &mut Text, gateway: &Gateway) {
+fn write_gateway(text: &mut MetricsText, gateway: &Gateway) {
     text.family("keyward_gateway_requests_total", Counter, "Requests that proxies asked about.");
-    for of in gateway.counts.iter() {
+    for of in gateway.metrics.iter() {
         let labels = [("via", of.via), ("mode", of.mode), ("result", of.result), ("reason", of.reason)];
         text.sample(&labels, of.count);
     }
-    let [bad, good] = gateway.counts.reloads();
+    let [bad, good] = gateway.metrics.reloads();
     text.family("keyward_gateway_rules_reloads_total", Counter, "Changed rules files that were read.");
     text.sample(&[("result", "accepted")], good).sample(&[("result", "refused")], bad);
-    text.single("keyward_gateway_rules", Gauge, "Rules in force.", gateway.rules());
+    text.single_sample("keyward_gateway_rules", Gauge, "Rules in force.", gateway.rule_count());
 }
 
-fn limits(text: &mut Text, limiter: &Limiter) {
+fn write_limits(text: &mut MetricsText, limiter: &Limiter) {
     text.family("keyward_limits_redis_calls_total", Counter, "Checks that Redis was to count.");
-    for (call, count) in limiter.calls() {
+    for (call, count) in limiter.redis_outcome_counts() {
         text.sample(&[("result", call.as_str())], count);
     }
     let help = "Checks counted by this process alone, since Redis did not answer.";
-    text.single("keyward_limits_fallbacks_total", Counter, help, limiter.fallbacks());
+    text.single_sample("keyward_limits_fallbacks_total", Counter, help, limiter.local_fallbacks());
 }
 
-fn usage(text: &mut Text, usage: &Usage) {
+fn write_usage(text: &mut MetricsText, usage: &UsageRecorder) {
     let help = "Keys whose uses are not written yet.";
-    text.single("keyward_usage_pending", Gauge, help, usage.waiting());
+    text.single_sample("keyward_usage_pending", Gauge, help, usage.pending_keys());
     let help = "How often uses or quotas could not be written, and waited.";
-    text.single("keyward_usage_flush_failures_total", Counter, help, usage.failures());
+    text.single_sample("keyward_usage_flush_failures_total", Counter, help, usage.failures());
     let help = "Checks whose use was not noted, since too many keys waited to be written.";
-    text.single("keyward_usage_dropped_total", Counter, help, usage.dropped());
+    text.single_sample("keyward_usage_dropped_total", Counter, help, usage.dropped());
 }
 
-fn store(text: &mut Text, commits: &Commits) {
+fn write_store(text: &mut MetricsText, commits: &CommitMetrics) {
     text.family("keyward_store_commits_total", Counter, "Transactions of changes, by how they ended.");
-    for (result, count) in commits.ended() {
+    for (result, count) in commits.results() {
         text.sample(&[("result", result)], count);
     }
     let help = "How long a transaction of changes took.";
-    text.family("keyward_store_commit_seconds", Histogram, help).histogram(&[], &commits.took());
-    text.single("keyward_store_committed_changes_total", Counter, "Changes committed.", commits.changes());
+    text.family("keyward_store_commit_seconds", Histogram, help).histogram(&[], &commits.durations());
+    text.single_sample(
+        "keyward_store_committed_changes_total",
+        Counter,
+        "Changes committed.",
+        commits.committed_changes(),
+    );
 }
 
-fn propagation(text: &mut Text, waits: &Waits) {
+fn write_propagation(text: &mut MetricsText, waits: &PropagationMetrics) {
     let help = "How long changes that take something away took until no replica allowed it any more.";
-    text.family("keyward_propagation_seconds", Histogram, help).histogram(&[], &waits.took());
+    text.family("keyward_propagation_seconds", Histogram, help).histogram(&[], &waits.durations());
     let help = "Changes that were not known to be in force everywhere when their caller was answered.";
-    text.single("keyward_propagation_incomplete_total", Counter, help, waits.incomplete());
+    text.single_sample("keyward_propagation_incomplete_total", Counter, help, waits.incomplete_count());
 }
 
 /// What was to be told and got lost.
-fn told(text: &mut Text, decisions: &Decisions) {
+fn write_telemetry_losses(text: &mut MetricsText, decisions: &DecisionLog) {
     let help = "Decisions that were to be written down and were not.";
-    text.single("keyward_decision_log_dropped_total", Counter, help, decisions.dropped());
+    text.single_sample("keyward_decision_log_dropped_total", Counter, help, decisions.dropped());
     let help = "Spans that were recorded and did not arrive.";
-    text.single("keyward_traces_dropped_total", Counter, help, trace::lost());
+    text.single_sample("keyward_traces_dropped_total", Counter, help, trace::lost_spans());
 }
 
-fn state(text: &mut Text, sources: &Sources) {
+fn write_state(text: &mut MetricsText, sources: &MetricsSources) {
     let index = &sources.engine.index;
     let ready = u8::from(*sources.ready.borrow());
-    text.single("keyward_index_keys", Gauge, "Keys held in memory.", index.len());
+    text.single_sample("keyward_index_keys", Gauge, "Keys held in memory.", index.len());
     let revision = index.revision().unwrap_or_default();
-    text.single("keyward_revision", Gauge, "Newest change applied.", revision.0);
-    text.single("keyward_ready", Gauge, "1 while Checks are answered.", ready);
+    text.single_sample("keyward_revision", Gauge, "Newest change applied.", revision.0);
+    text.single_sample("keyward_ready", Gauge, "1 while Checks are answered.", ready);
     text.family("keyward_build_info", Gauge, "1; the label tells the version that runs.")
         .sample(&[("version", env!("CARGO_PKG_VERSION"))], 1);
 }
 
 /// How a replica stands with the database.
-fn feed(text: &mut Text, sources: &Sources, replica: &Sight) {
+fn write_replica(text: &mut MetricsText, sources: &MetricsSources, replica: &ReplicaStatus) {
     let clock = || sources.clock.boottime();
     let lease = &sources.engine.lease;
     let left = match lease.deadline() {
-        Boottime::FOREVER => "+Inf".to_owned(),
-        deadline => deadline.since(clock()).as_secs_f64().to_string(),
+        BootInstant::FOREVER => "+Inf".to_owned(),
+        deadline => deadline.saturating_duration_since(clock()).as_secs_f64().to_string(),
     };
     let help = "How long Checks may still allow without news from the database.";
-    text.single("keyward_lease_seconds", Gauge, help, left);
+    text.single_sample("keyward_lease_seconds", Gauge, help, left);
     let help = "How old the state in memory can be.";
-    text.single("keyward_staleness_seconds", Gauge, help, lease.staleness(clock).as_secs_f64());
-    let regressed = u8::from(replica.standing() == Some(Standing::Regressed));
+    text.single_sample("keyward_staleness_seconds", Gauge, help, lease.staleness(clock).as_secs_f64());
+    let regressed = u8::from(replica.state() == Some(ReplicaState::Regressed));
     let help = "1 while the database has another history than this replica.";
-    text.single("keyward_regressed", Gauge, help, regressed);
+    text.single_sample("keyward_regressed", Gauge, help, regressed);
     let help = "Replicas of the database, this one included.";
-    text.single("keyward_replicas", Gauge, help, replica.replicas());
+    text.single_sample("keyward_replicas", Gauge, help, replica.replica_count());
     if let Some(offset) = replica.clock_offset().seconds() {
         let help = "How far this machine's wall clock is ahead of the database's.";
-        text.single("keyward_clock_offset_seconds", Gauge, help, offset);
+        text.single_sample("keyward_clock_offset_seconds", Gauge, help, offset);
     }
-    let [renewals, failures, frozen] = replica.counts();
+    let [renewals, failures, frozen] = replica.counters();
     let help = "Renewals of the lease that the database answered.";
-    text.single("keyward_renewals_total", Counter, help, renewals);
-    text.single("keyward_feed_failures_total", Counter, "Requests of the replica that failed.", failures);
+    text.single_sample("keyward_renewals_total", Counter, help, renewals);
+    text.single_sample(
+        "keyward_feed_failures_total",
+        Counter,
+        "Requests of the replica that failed.",
+        failures,
+    );
     let help = "How often this machine's clock was found to have stood still.";
-    text.single("keyward_clock_frozen_total", Counter, help, frozen);
+    text.single_sample("keyward_clock_frozen_total", Counter, help, frozen);
 }

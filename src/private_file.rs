@@ -18,14 +18,14 @@ use std::{
 use rustix::{fs::OFlags, io::Errno};
 
 /// The owner reads and writes; others do nothing.
-const MODE: u32 = 0o600;
+const FILE_MODE: u32 = 0o600;
 
 /// Creates a file to write to.
 ///
 /// # Errors
 /// When there is a file or a symbolic link already, or the system refuses.
 pub fn create_new(path: &Path) -> io::Result<File> {
-    create(path, OpenOptions::new().write(true))
+    create_with(path, OpenOptions::new().write(true))
 }
 
 /// Opens a file to read and to change, and creates it if it is missing.
@@ -33,7 +33,7 @@ pub fn create_new(path: &Path) -> io::Result<File> {
 /// # Errors
 /// When it is a symbolic link, or the system refuses.
 pub fn open_or_create(path: &Path) -> io::Result<File> {
-    open_any(path, OpenOptions::new().read(true).write(true))
+    open_or_create_with(path, OpenOptions::new().read(true).write(true))
 }
 
 /// Opens a file to add to, and creates it if it is missing.
@@ -41,7 +41,7 @@ pub fn open_or_create(path: &Path) -> io::Result<File> {
 /// # Errors
 /// When it is a symbolic link, or the system refuses.
 pub fn append_or_create(path: &Path) -> io::Result<File> {
-    open_any(path, OpenOptions::new().append(true))
+    open_or_create_with(path, OpenOptions::new().append(true))
 }
 
 /// Opens a file that exists, to read and to change it.
@@ -49,7 +49,7 @@ pub fn append_or_create(path: &Path) -> io::Result<File> {
 /// # Errors
 /// When it is missing or a symbolic link, or the system refuses.
 pub fn open_existing(path: &Path) -> io::Result<File> {
-    open(path, OpenOptions::new().read(true).write(true))
+    open_no_follow(path, OpenOptions::new().read(true).write(true))
 }
 
 /// Creates an empty file if there is none. A symbolic link is followed: a database may be named by one, also before
@@ -60,7 +60,7 @@ pub fn open_existing(path: &Path) -> io::Result<File> {
 pub fn create_missing_target(path: &Path) -> io::Result<()> {
     match create_new(path) {
         Err(error) if error.kind() == ErrorKind::AlreadyExists => {
-            OpenOptions::new().append(true).create(true).mode(MODE).open(path).map(drop)
+            OpenOptions::new().append(true).create(true).mode(FILE_MODE).open(path).map(drop)
         }
         created => created.map(drop),
     }
@@ -70,8 +70,8 @@ pub fn create_missing_target(path: &Path) -> io::Result<()> {
 ///
 /// # Errors
 /// When the system refuses; the file then has its old content.
-pub fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
-    let new = with_suffix(path, ".new");
+pub fn replace_content(path: &Path, content: &[u8]) -> io::Result<()> {
+    let new = append_suffix(path, ".new");
     // A process that was killed may have left one.
     match fs::remove_file(&new) {
         Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
@@ -84,7 +84,7 @@ pub fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
 ///
 /// # Errors
 /// When there is one already, or the system refuses.
-pub fn create_folder(path: &Path) -> io::Result<()> {
+pub fn create_dir(path: &Path) -> io::Result<()> {
     DirBuilder::new().mode(0o700).create(path)
 }
 
@@ -92,9 +92,9 @@ pub fn create_folder(path: &Path) -> io::Result<()> {
 ///
 /// # Errors
 /// When the system reports a fault: they may not be there.
-pub fn sync(file: &File, path: &Path) -> io::Result<()> {
+pub fn sync_to_disk(file: &File, path: &Path) -> io::Result<()> {
     file.sync_all()?;
-    match File::open(folder_of(path)) {
+    match File::open(parent_dir(path)) {
         // A folder that may be written and not read cannot be waited for.
         Err(error) if error.kind() == ErrorKind::PermissionDenied => Ok(()),
         folder => folder?.sync_all(),
@@ -103,37 +103,37 @@ pub fn sync(file: &File, path: &Path) -> io::Result<()> {
 
 /// The folder of a file.
 #[must_use]
-pub fn folder_of(path: &Path) -> &Path {
+pub fn parent_dir(path: &Path) -> &Path {
     path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// The path with something added to its end.
 #[must_use]
-pub fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+pub fn append_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut name = OsString::from(path);
     name.push(suffix);
     PathBuf::from(name)
 }
 
-fn create(path: &Path, options: &OpenOptions) -> io::Result<File> {
+fn create_with(path: &Path, options: &OpenOptions) -> io::Result<File> {
     // `O_EXCL` follows no link.
-    let file = options.clone().create_new(true).mode(MODE).open(path)?;
+    let file = options.clone().create_new(true).mode(FILE_MODE).open(path)?;
     // A umask may have taken rights from the owner too.
-    file.set_permissions(Permissions::from_mode(MODE))?;
+    file.set_permissions(Permissions::from_mode(FILE_MODE))?;
     Ok(file)
 }
 
-fn open_any(path: &Path, options: &OpenOptions) -> io::Result<File> {
-    match create(path, options) {
+fn open_or_create_with(path: &Path, options: &OpenOptions) -> io::Result<File> {
+    match create_with(path, options) {
         Err(error) if error.kind() == ErrorKind::AlreadyExists => {
             // It may be moved away meanwhile, as log rotation does.
-            open(path, options.clone().create(true).mode(MODE))
+            open_no_follow(path, options.clone().create(true).mode(FILE_MODE))
         }
         created => created,
     }
 }
 
-fn open(path: &Path, options: &OpenOptions) -> io::Result<File> {
+fn open_no_follow(path: &Path, options: &OpenOptions) -> io::Result<File> {
     let flags = i32::try_from(OFlags::NOFOLLOW.bits()).unwrap_or_default();
     options.clone().custom_flags(flags).open(path).map_err(|error| {
         let is_link = error.raw_os_error() == Some(Errno::LOOP.raw_os_error());
@@ -168,7 +168,7 @@ mod tests {
         for error in opened.into_iter().skip(1) {
             assert!(error.unwrap_err().to_string().contains("symbolic link"));
         }
-        replace(&link, b"new").unwrap();
+        replace_content(&link, b"new").unwrap();
         assert_eq!(fs::read_to_string(&target).unwrap(), "precious");
         assert!(!link.is_symlink(), "the link itself was replaced");
     }
@@ -196,8 +196,8 @@ mod tests {
     #[test]
     fn what_a_killed_process_left_does_not_keep_a_file_from_being_replaced() {
         let (_folder, target, link) = linked();
-        symlink(&link, with_suffix(&target, ".new")).unwrap();
-        replace(&target, b"new").unwrap();
+        symlink(&link, append_suffix(&target, ".new")).unwrap();
+        replace_content(&target, b"new").unwrap();
         assert_eq!(fs::read_to_string(&target).unwrap(), "new");
     }
 }

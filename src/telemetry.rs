@@ -1,8 +1,8 @@
 //! Where the log goes: standard error, for people or for machines. Where recorded spans go: to a collector, over OTLP.
 //! Only commands that run a server set either up, once for the process.
 
-mod export;
-mod log;
+mod log_format;
+mod trace_export;
 
 use tracing_subscriber::{
     EnvFilter, Layer as _,
@@ -12,32 +12,34 @@ use tracing_subscriber::{
 };
 
 use crate::{
-    config::{server::LogFormat, telemetry::Otlp},
+    config::{server::LogFormat, telemetry::OtlpSettings},
     trace,
 };
 
-pub use export::Exporter;
+pub use trace_export::TraceExporter;
 
 /// Sets up logging for the process, and sends what is recorded of traces to `otlp`, if there is one. To be called
 /// within the runtime that sends.
 ///
 /// # Errors
 /// When the filter is malformed, the collector's address or certificate is, or all this is set up already.
-pub fn init(filter: &str, format: LogFormat, otlp: Option<&Otlp>) -> anyhow::Result<Exporter> {
+pub fn init(filter: &str, format: LogFormat, otlp: Option<&OtlpSettings>) -> anyhow::Result<TraceExporter> {
     let filter = EnvFilter::try_new(filter)
         .map_err(|error| anyhow::anyhow!("the log filter {filter:?} is not understood: {error}"))?;
     // The spans that are recorded are no business of the log: it names the call by itself.
-    let unrecorded = FilterFn::new(|metadata| metadata.target() != trace::TARGET);
+    let unrecorded = FilterFn::new(|metadata| metadata.target() != trace::SPAN_TARGET);
     let filter = filter.and(unrecorded.with_max_level_hint(LevelFilter::TRACE));
     let layer = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
     let log = match format {
         LogFormat::Text => {
             let ansi = std::io::IsTerminal::is_terminal(&std::io::stderr());
-            layer.with_ansi(ansi).fmt_fields(log::NamingText).with_filter(filter).boxed()
+            layer.with_ansi(ansi).fmt_fields(log_format::TextFieldsWithRequestId).with_filter(filter).boxed()
         }
-        LogFormat::Json => layer.json().map_event_format(log::NamingJson).with_filter(filter).boxed(),
+        LogFormat::Json => {
+            layer.json().map_event_format(log_format::JsonEventWithRequestId).with_filter(filter).boxed()
+        }
     };
-    let (exporter, tracer) = Exporter::start(otlp)?;
+    let (exporter, tracer) = TraceExporter::start(otlp)?;
     // A layer that is none would be interested in everything: then each span of the libraries below is made for nobody.
     let mut layers = vec![log];
     layers.extend(tracer.map(|tracer| {
@@ -51,10 +53,10 @@ pub fn init(filter: &str, format: LogFormat, otlp: Option<&Otlp>) -> anyhow::Res
             .with_context_activation(false);
         // A call's own span is made only where it is recorded; the others belong to such a one or to nothing.
         let within_call = dynamic_filter_fn(|metadata, context| {
-            metadata.name() == trace::CALL || context.lookup_current().is_some()
+            metadata.name() == trace::CALL_SPAN_NAME || context.lookup_current().is_some()
         })
         .with_max_level_hint(LevelFilter::INFO);
-        let ours = filter_fn(|metadata| metadata.is_span() && metadata.target() == trace::TARGET)
+        let ours = filter_fn(|metadata| metadata.is_span() && metadata.target() == trace::SPAN_TARGET)
             .with_max_level_hint(LevelFilter::INFO);
         layer.with_filter(ours.and(within_call)).boxed()
     }));

@@ -5,8 +5,8 @@
 //! that is decided first, by the caller's word or else by chance. Who asks for the span of a call that is not
 //! recorded gets nothing, and makes nothing. Where spans go is `telemetry`'s business.
 
-mod ids;
-mod parent;
+mod request_id;
+mod trace_context;
 
 use std::{
     cell::{Cell, RefCell},
@@ -21,48 +21,53 @@ use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 
 use crate::domain::time::Timestamp;
 
-pub use ids::{Draw, Ids, RequestId, threshold};
-pub use parent::{Parent, TraceId};
+pub use request_id::{RandomId, RandomIds, RequestId, sampling_threshold};
+pub use trace_context::{RemoteTraceContext, TraceId};
 
 /// The target of spans that are recorded. No log line has it.
-pub const TARGET: &str = "keyward::trace";
+pub const SPAN_TARGET: &str = "keyward::trace";
 /// The name under which a call's own span is made; others are recorded only within one.
-pub const CALL: &str = "call";
+pub const CALL_SPAN_NAME: &str = "call";
 
 tokio::task_local! {
-    static CURRENT: Call;
+    static CURRENT: TracedCall;
 }
 
 /// A call.
 #[derive(Clone, Debug)]
-pub struct Call {
+pub struct TracedCall {
     request_id: RefCell<RequestId>,
-    parent: RefCell<Option<Parent>>,
-    trace: Cell<Option<TraceId>>,
+    remote_context: RefCell<Option<RemoteTraceContext>>,
+    trace_id: Cell<Option<TraceId>>,
     /// Chance has it recorded, if nobody says otherwise; None = none is, whatever anybody says.
-    drawn: Option<bool>,
+    sampled: Option<bool>,
     recorded: Cell<bool>,
     peer: Option<IpAddr>,
-    caller: RefCell<Option<Caller>>,
+    caller: RefCell<Option<CallerLabels>>,
 }
 
 /// Whose call it is, once that is known.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Caller {
+pub struct CallerLabels {
     /// The id of its key, or what else it showed.
-    pub key: String,
+    pub key_id: String,
     /// The account that it acts in.
     pub account: String,
 }
 
-impl Call {
-    fn new(names: Option<&HeaderMap>, peer: Option<IpAddr>, made: RequestId, drawn: Option<bool>) -> Call {
-        let parent = names.and_then(Parent::of);
-        Call {
-            request_id: RefCell::new(names.and_then(RequestId::of).unwrap_or(made)),
-            trace: Cell::new(parent.as_ref().map(|parent| parent.trace)),
-            parent: RefCell::new(parent),
-            drawn,
+impl TracedCall {
+    fn new(
+        names: Option<&HeaderMap>,
+        peer: Option<IpAddr>,
+        made: RequestId,
+        drawn: Option<bool>,
+    ) -> TracedCall {
+        let parent = names.and_then(RemoteTraceContext::from_headers);
+        TracedCall {
+            request_id: RefCell::new(names.and_then(RequestId::from_headers).unwrap_or(made)),
+            trace_id: Cell::new(parent.as_ref().map(|parent| parent.trace_id)),
+            remote_context: RefCell::new(parent),
+            sampled: drawn,
             recorded: Cell::new(false),
             peer,
             caller: RefCell::default(),
@@ -77,8 +82,8 @@ impl Call {
 
     /// The trace that it is part of, if it is known to be part of one.
     #[must_use]
-    pub fn trace(&self) -> Option<TraceId> {
-        self.trace.get()
+    pub fn trace_id(&self) -> Option<TraceId> {
+        self.trace_id.get()
     }
 
     /// Who is connected.
@@ -89,23 +94,23 @@ impl Call {
 
     /// Whose call it is, if that is known.
     #[must_use]
-    pub fn caller(&self) -> Option<Caller> {
+    pub fn caller(&self) -> Option<CallerLabels> {
         self.caller.borrow().clone()
     }
 
     /// Notes whose call it is.
-    pub fn set_caller(&self, caller: Caller) {
+    pub fn set_caller(&self, caller: CallerLabels) {
         if self.recorded.get() {
-            Span::current().record("keyward.caller", &caller.key);
+            Span::current().record("keyward.caller", &caller.key_id);
         }
         self.caller.replace(Some(caller));
     }
 
     /// Whether it is to be recorded, by what is known of it so far: by its caller's word or else by chance.
     #[must_use]
-    pub fn is_chosen(&self) -> bool {
-        let told = || self.parent.borrow().as_ref().map(|parent| parent.recorded);
-        self.drawn.is_some_and(|drawn| told().unwrap_or(drawn))
+    pub fn should_record(&self) -> bool {
+        let told = || self.remote_context.borrow().as_ref().map(|parent| parent.is_sampled);
+        self.sampled.is_some_and(|drawn| told().unwrap_or(drawn))
     }
 
     /// Whether it is recorded.
@@ -117,55 +122,55 @@ impl Call {
 
 /// How calls are named, and which are recorded.
 #[derive(Clone, Copy, Debug)]
-pub struct Tracing {
-    ids: Ids,
-    sampling: Sampling,
+pub struct CallTracer {
+    random_ids: RandomIds,
+    sampling: SamplingPolicy,
 }
 
-impl Tracing {
+impl CallTracer {
     /// Processes with the same seed would give the same names.
     #[must_use]
-    pub const fn new(seed: u64, sampling: Sampling) -> Tracing {
-        Tracing { ids: Ids::seeded(seed), sampling }
+    pub const fn new(seed: u64, sampling: SamplingPolicy) -> CallTracer {
+        CallTracer { random_ids: RandomIds::with_seed(seed), sampling }
     }
 
     /// A call with these headers; None = they are known to name neither it nor its trace. A request id that is none is
     /// as good as missing: it is made then.
     #[must_use]
-    pub fn call(&self, headers: Option<&HeaderMap>, peer: Option<IpAddr>, now: Timestamp) -> Call {
-        let drawn = self.sampling.draws(|| self.ids.next().other());
-        Call::new(headers, peer, self.ids.next().request_id(now.as_millis()), drawn)
+    pub fn new_call(&self, headers: Option<&HeaderMap>, peer: Option<IpAddr>, now: Timestamp) -> TracedCall {
+        let drawn = self.sampling.sample(|| self.random_ids.next_id().derive_independent());
+        TracedCall::new(headers, peer, self.random_ids.next_id().request_id(now.as_millis()), drawn)
     }
 
     /// The span of this task's call, if it is recorded. To be made once, before any other.
     #[must_use]
-    pub fn span(&self, method: &'static str) -> Option<Span> {
-        current(|call| call.is_chosen().then(|| call_span(call, method)))?
+    pub fn start_span(&self, method: &'static str) -> Option<Span> {
+        with_current(|call| call.should_record().then(|| create_call_span(call, method)))?
     }
 }
 
 /// Answers a call: whatever `answer` logs, decides and records is this call's.
-pub async fn within<F: Future>(call: Call, answer: F) -> F::Output {
+pub async fn scope<F: Future>(call: TracedCall, answer: F) -> F::Output {
     CURRENT.scope(call, answer).await
 }
 
 /// The same of what does not wait.
-pub fn within_now<T>(call: Call, answer: impl FnOnce() -> T) -> T {
+pub fn sync_scope<T>(call: TracedCall, answer: impl FnOnce() -> T) -> T {
     CURRENT.sync_scope(call, answer)
 }
 
 /// The call that this task answers.
-pub fn current<T>(look: impl FnOnce(&Call) -> T) -> Option<T> {
+pub fn with_current<T>(look: impl FnOnce(&TracedCall) -> T) -> Option<T> {
     CURRENT.try_with(look).ok()
 }
 
 /// Goes on with this task's call in another task.
-pub fn carried<F: Future>(future: F) -> impl Future<Output = F::Output> {
-    let (call, span) = (current(Call::clone), recording().unwrap_or_else(Span::none));
+pub fn propagate<F: Future>(future: F) -> impl Future<Output = F::Output> {
+    let (call, span) = (with_current(TracedCall::clone), recorded_span().unwrap_or_else(Span::none));
     let future = future.instrument(span);
     async move {
         match call {
-            Some(call) => within(call, future).await,
+            Some(call) => scope(call, future).await,
             None => future.await,
         }
     }
@@ -173,45 +178,45 @@ pub fn carried<F: Future>(future: F) -> impl Future<Output = F::Output> {
 
 /// The call's request is about another one, which has a name and a trace too: what the call itself was not told, it
 /// takes from there.
-pub fn adopt(request_id: Option<RequestId>, parent: impl FnOnce() -> Option<Parent>) {
-    current(|call| {
+pub fn adopt_ids(request_id: Option<RequestId>, parent: impl FnOnce() -> Option<RemoteTraceContext>) {
+    with_current(|call| {
         if let Some(id) = request_id {
             call.request_id.replace(id);
         }
-        if call.parent.borrow().is_none() {
+        if call.remote_context.borrow().is_none() {
             let parent = parent();
-            call.trace.set(parent.as_ref().map(|parent| parent.trace));
-            call.parent.replace(parent);
+            call.trace_id.set(parent.as_ref().map(|parent| parent.trace_id));
+            call.remote_context.replace(parent);
         }
     });
 }
 
 /// Which calls are recorded.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Sampling {
+pub struct SamplingPolicy {
     /// Of those whose caller says nothing, so many in 2^64; nothing = none is, whatever anybody says.
-    share: Option<u64>,
+    threshold: Option<u64>,
 }
 
-impl Sampling {
+impl SamplingPolicy {
     /// Calls that their caller records, and this share of the others, 0 to 1.
     #[must_use]
-    pub fn share(ratio: f64) -> Sampling {
-        Sampling { share: Some(threshold(ratio)) }
+    pub fn with_ratio(ratio: f64) -> SamplingPolicy {
+        SamplingPolicy { threshold: Some(sampling_threshold(ratio)) }
     }
 
-    fn draws(self, draw: impl FnOnce() -> Draw) -> Option<bool> {
-        self.share.map(|share| share > 0 && draw().is_below(share))
+    fn sample(self, draw: impl FnOnce() -> RandomId) -> Option<bool> {
+        self.threshold.map(|share| share > 0 && draw().is_below(share))
     }
 }
 
-fn call_span(call: &Call, method: &'static str) -> Span {
+fn create_call_span(call: &TracedCall, method: &'static str) -> Span {
     // A request over HTTP/1.1 is none of gRPC's.
     let (service, name) = method.split_once('/').unzip();
     let span = tracing::info_span!(
-        target: TARGET,
+        target: SPAN_TARGET,
         parent: None,
-        CALL,
+        CALL_SPAN_NAME,
         otel.name = method,
         otel.kind = "server",
         otel.status_code = Empty,
@@ -228,21 +233,22 @@ fn call_span(call: &Call, method: &'static str) -> Span {
         keyward.checks = Empty,
         keyward.denied = Empty,
     );
-    if let Some(parent) = call.parent.borrow().as_ref() {
+    if let Some(parent) = call.remote_context.borrow().as_ref() {
         // It fails only where spans go nowhere.
-        let _ = span.set_parent(opentelemetry::Context::new().with_remote_span_context(parent.context()));
+        let _ =
+            span.set_parent(opentelemetry::Context::new().with_remote_span_context(parent.to_span_context()));
     }
     let context = span.context();
     let context = context.span().span_context().clone();
     if context.is_valid() {
-        call.trace.set(Some(TraceId::from(context.trace_id())));
+        call.trace_id.set(Some(TraceId::from(context.trace_id())));
         call.recorded.set(true);
     }
     span
 }
 
 /// Ends a call's span with the code that its caller hears. The server's own failures are errors, the caller's not.
-pub fn end(span: &Span, code: tonic::Code) {
+pub fn finish_span(span: &Span, code: tonic::Code) {
     use tonic::Code::{DataLoss, DeadlineExceeded, Internal, Unavailable, Unimplemented, Unknown};
     span.record("rpc.grpc.status_code", i32::from(code));
     let ours = [Unknown, DeadlineExceeded, Unimplemented, Internal, Unavailable, DataLoss];
@@ -253,17 +259,17 @@ pub fn end(span: &Span, code: tonic::Code) {
 
 /// The span of this task's call, if it is recorded: for what is known only later.
 #[must_use]
-pub fn recording() -> Option<Span> {
-    current(|call| call.recorded.get())?.then(Span::current)
+pub fn recorded_span() -> Option<Span> {
+    with_current(|call| call.recorded.get())?.then(Span::current)
 }
 
 /// Runs `work` in a span of its own, if the call is recorded.
-pub async fn step<F: Future>(name: Step, work: F) -> F::Output {
-    let span = match recording() {
+pub async fn in_phase_span<F: Future>(name: CallPhase, work: F) -> F::Output {
+    let span = match recorded_span() {
         None => Span::none(),
         Some(_) => match name {
-            Step::Commit => tracing::info_span!(target: TARGET, "store.commit"),
-            Step::Propagation => tracing::info_span!(target: TARGET, "propagation.wait"),
+            CallPhase::Commit => tracing::info_span!(target: SPAN_TARGET, "store.commit"),
+            CallPhase::Propagation => tracing::info_span!(target: SPAN_TARGET, "propagation.wait"),
         },
     };
     work.instrument(span).await
@@ -271,24 +277,24 @@ pub async fn step<F: Future>(name: Step, work: F) -> F::Output {
 
 /// What of a call has a span of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Step {
+pub enum CallPhase {
     /// Until a change is recorded: the wait for its turn and the transaction that it goes with.
     Commit,
     /// Until a change is in force everywhere.
     Propagation,
 }
 
-static LOST: AtomicU64 = AtomicU64::new(0);
+static LOST_SPANS: AtomicU64 = AtomicU64::new(0);
 
 /// Notes that spans were recorded and did not arrive. The exporter is the process's, as this count is.
-pub fn lose(spans: u64) {
-    LOST.fetch_add(spans, Ordering::Relaxed);
+pub fn add_lost_spans(spans: u64) {
+    LOST_SPANS.fetch_add(spans, Ordering::Relaxed);
 }
 
 /// How many spans were recorded and did not arrive.
 #[must_use]
-pub fn lost() -> u64 {
-    LOST.load(Ordering::Relaxed)
+pub fn lost_spans() -> u64 {
+    LOST_SPANS.load(Ordering::Relaxed)
 }
 
 #[cfg(test)]
@@ -297,31 +303,37 @@ mod tests {
 
     const SAMPLED: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
 
-    fn call(headers: &[(&'static str, &str)]) -> Call {
+    fn call(headers: &[(&'static str, &str)]) -> TracedCall {
         let headers = headers.iter().map(|(name, value)| {
             (http::HeaderName::from_static(name), http::HeaderValue::from_str(value).unwrap())
         });
-        Tracing::new(7, Sampling::default()).call(Some(&headers.collect()), None, Timestamp::from_micros(0))
+        CallTracer::new(7, SamplingPolicy::default()).new_call(
+            Some(&headers.collect()),
+            None,
+            Timestamp::from_micros(0),
+        )
     }
 
     #[test]
     fn a_call_has_the_callers_trace_and_id_or_an_id_of_its_own() {
         let told = call(&[("traceparent", SAMPLED), ("x-request-id", "r-1")]);
         assert_eq!(told.request_id().to_string(), "r-1");
-        assert_eq!(told.trace().unwrap().to_string(), "0af7651916cd43dd8448eb211c80319c");
+        assert_eq!(told.trace_id().unwrap().to_string(), "0af7651916cd43dd8448eb211c80319c");
         let (one, other) = (call(&[]), call(&[("x-request-id", "no id")]));
-        assert_eq!((one.trace(), one.request_id().to_string().len()), (None, 36));
+        assert_eq!((one.trace_id(), one.request_id().to_string().len()), (None, 36));
         assert_eq!(other.request_id().to_string().len(), 36);
     }
 
     #[tokio::test]
     async fn what_the_call_was_told_is_not_overwritten() {
         let other = "00-11111111111111111111111111111111-b7ad6b7169203331-01";
-        let named = |text: &str| Parent::read(text.as_bytes(), None);
+        let named = |text: &str| RemoteTraceContext::parse(text.as_bytes(), None);
         for (headers, trace) in [(&[("traceparent", SAMPLED)][..], "0af7"), (&[], "1111")] {
-            within(call(headers), async {
-                adopt(None, || named(other));
-                assert!(current(|call| call.trace().unwrap().to_string()).unwrap().starts_with(trace));
+            scope(call(headers), async {
+                adopt_ids(None, || named(other));
+                assert!(
+                    with_current(|call| call.trace_id().unwrap().to_string()).unwrap().starts_with(trace)
+                );
             })
             .await;
         }
@@ -329,11 +341,11 @@ mod tests {
 
     #[tokio::test]
     async fn nothing_is_recorded_where_spans_go_nowhere() {
-        within(call(&[("traceparent", SAMPLED)]), async {
-            assert!(Tracing::new(7, Sampling::default()).span("a.B/C").is_none());
-            assert!(recording().is_none());
+        scope(call(&[("traceparent", SAMPLED)]), async {
+            assert!(CallTracer::new(7, SamplingPolicy::default()).start_span("a.B/C").is_none());
+            assert!(recorded_span().is_none());
         })
         .await;
-        assert!(recording().is_none());
+        assert!(recorded_span().is_none());
     }
 }

@@ -5,15 +5,15 @@
 
 /// A goal that is met by so much or more.
 pub(crate) fn at_least(what: &str, wanted: f64, found: f64, note: &str) {
-    tell(found >= wanted, what, found, &format!(">= {wanted}"), note);
+    print_goal(found >= wanted, what, found, &format!(">= {wanted}"), note);
 }
 
 /// A goal that is met by so much or less.
 pub(crate) fn at_most(what: &str, wanted: f64, found: f64, note: &str) {
-    tell(found <= wanted, what, found, &format!("<= {wanted}"), note);
+    print_goal(found <= wanted, what, found, &format!("<= {wanted}"), note);
 }
 
-fn tell(met: bool, what: &str, found: f64, wanted: &str, note: &str) {
+fn print_goal(met: bool, what: &str, found: f64, wanted: &str, note: &str) {
     let verdict = if met { "met" } else { "MISSED" };
     let line = format!("{verdict:<7} {what:<60} {found:>9.2}  goal {wanted:<8}  {note}");
     println!("{}", line.trim_end());

@@ -1,4 +1,4 @@
-//! `keyward bench` as a process, and what it says.
+//! `keyward run_bench` as a process, and what it says.
 
 #![allow(dead_code, reason = "each benchmark uses its part")]
 
@@ -17,11 +17,11 @@ pub(crate) const ONE_CORE: [&str; 5] = ["--one-core", "--connections", "4", "--i
 /// The server on both cores beside its load.
 pub(crate) const BOTH_CORES: [&str; 4] = ["--connections", "16", "--in-flight", "16"];
 
-/// What `keyward bench` says of one load.
-pub(crate) struct Told(Value);
+/// What `keyward run_bench` says of one load.
+pub(crate) struct BenchFigures(Value);
 
 /// Runs a load that must succeed: every answer was right.
-pub(crate) fn bench(arguments: &[&str], more: &[&str]) -> Told {
+pub(crate) fn run_bench(arguments: &[&str], more: &[&str]) -> BenchFigures {
     let mut command = Command::new(env!("CARGO_BIN_EXE_keyward"));
     command.arg("bench").args(arguments).args(more).arg("--json");
     // Settings of whoever measures are not the goals'.
@@ -31,10 +31,10 @@ pub(crate) fn bench(arguments: &[&str], more: &[&str]) -> Told {
     }
     let output = command.output().unwrap();
     assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-    Told(serde_json::from_slice(&output.stdout).unwrap())
+    BenchFigures(serde_json::from_slice(&output.stdout).unwrap())
 }
 
-impl Told {
+impl BenchFigures {
     pub(crate) fn median(&self, of: &str) -> f64 {
         self.0["figures"][0][of]["median"].as_f64().unwrap()
     }

@@ -6,11 +6,11 @@ use std::{collections::BTreeMap, time::Duration};
 
 use keyward::domain::{
     account::Account,
-    key::{Key, Owner, Secret, Terms},
+    key::{ApiKey, KeyOwner, KeySecret, KeySpec},
     name::{AccountId, DisplayName, EnvironmentName, KeyId, KeyName},
     scope::{Scope, ScopeSet},
     time::{Revision, Timestamp},
-    token::Digest,
+    token::TokenDigest,
 };
 
 pub(crate) const ACCOUNTS: u64 = 1000;
@@ -18,7 +18,7 @@ pub(crate) const SCOPE_SETS: u64 = 20;
 pub(crate) const ENVIRONMENTS: [&str; 3] = ["production", "staging", "development"];
 
 /// SplitMix64.
-fn mixed(number: u64) -> u64 {
+fn splitmix64(number: u64) -> u64 {
     let z = number.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -45,7 +45,7 @@ pub(crate) fn scope_sets() -> Vec<ScopeSet> {
 fn scopes(number: u64) -> ScopeSet {
     let things = ["monitors", "alerts", "billing", "reports", "users"];
     let grant = |at: u64| {
-        let thing = things[usize::try_from(mixed(number * 8 + at) % 5).unwrap()];
+        let thing = things[usize::try_from(splitmix64(number * 8 + at) % 5).unwrap()];
         Scope::parse_grant(&format!("{thing}:{}", if at == 0 { "*" } else { "read" })).unwrap()
     };
     let own = Scope::parse_grant(&own_scope(number)).unwrap();
@@ -54,12 +54,12 @@ fn scopes(number: u64) -> ScopeSet {
 
 /// Which of [`ENVIRONMENTS`] a key is in.
 pub(crate) fn environment(number: u64) -> usize {
-    usize::try_from(mixed(number) % ENVIRONMENTS.len() as u64).unwrap()
+    usize::try_from(splitmix64(number) % ENVIRONMENTS.len() as u64).unwrap()
 }
 
 /// Which of the sets a key has.
 pub(crate) fn scope_set(number: u64) -> usize {
-    usize::try_from(mixed(number) / 3 % SCOPE_SETS).unwrap()
+    usize::try_from(splitmix64(number) / 3 % SCOPE_SETS).unwrap()
 }
 
 /// A scope that the keys with this set have, and no others.
@@ -68,19 +68,20 @@ pub(crate) fn own_scope(set: u64) -> String {
 }
 
 /// Every key has another name and digest.
-pub(crate) fn key(number: u64, digest: Digest, sets: &[ScopeSet], now: Timestamp) -> Key {
-    let chance = mixed(number);
+pub(crate) fn key(number: u64, digest: TokenDigest, sets: &[ScopeSet], now: Timestamp) -> ApiKey {
+    let chance = splitmix64(number);
     let mut random = [0; 10];
     random[..8].copy_from_slice(&chance.to_be_bytes());
-    Key {
-        id: KeyId::generate(now.plus(Duration::from_micros(number * 100)), random),
-        owner: Owner::Account(AccountId::parse(&format!("account-{}", chance % ACCOUNTS)).unwrap()),
+    ApiKey {
+        id: KeyId::generate(now.saturating_add(Duration::from_micros(number * 100)), random),
+        owner: KeyOwner::Account(AccountId::parse(&format!("account-{}", chance % ACCOUNTS)).unwrap()),
         environment: EnvironmentName::parse(ENVIRONMENTS[environment(number)]).unwrap(),
-        terms: Terms {
+        spec: KeySpec {
             name: Some(KeyName::parse(&format!("deploy-agent-{number:07}")).unwrap()),
             scopes: sets[scope_set(number)].clone(),
             roles: Vec::new(),
-            expires_at: (chance & 1 == 0).then(|| now.plus(Duration::from_secs(90 * 86_400 + number))),
+            expires_at: (chance & 1 == 0)
+                .then(|| now.saturating_add(Duration::from_secs(90 * 86_400 + number))),
             customers: Vec::new(),
             allowed_cidrs: Vec::new(),
             rate_limits: Vec::new(),
@@ -92,7 +93,7 @@ pub(crate) fn key(number: u64, digest: Digest, sets: &[ScopeSet], now: Timestamp
         updated_at: now,
         disabled_at: None,
         revocation: None,
-        secrets: vec![Secret {
+        secrets: vec![KeySecret {
             version: 1,
             digest,
             hint: "kw_live_a1b2".to_owned(),

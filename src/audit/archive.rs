@@ -16,19 +16,19 @@ use sha2::{Digest as _, Sha256};
 use crate::{
     clock::Clock,
     domain::{
-        chain::Chain,
-        entry::{Archived, Via},
-        export::{self, Verifier},
-        lease::Position,
-        log::Action,
+        lease::LogPosition,
+        log::AuditAction,
+        log_chain::ChainVerifier,
+        log_export::{self, LogExportVerifier},
+        log_payload::{ArchivedRange, ChangeOrigin},
         time::{Revision, Timestamp},
-        token::Hex,
+        token::HexBytes,
     },
     private_file,
-    store::{Checkpoint, CommitError, Head, Store, StoreError},
+    store::{ArchiveCheckpoint, CommitError, LogHead, Store, StoreError},
 };
 
-use super::note;
+use super::maintenance_entry;
 
 const PAGE: u32 = 1000;
 const METHOD: &str = "keyward audit archive";
@@ -66,12 +66,12 @@ pub enum ArchiveError {
         "the archive is noted, and not all of its entries were taken out of the log; keep the file, and run the \
          command again: it goes on there"
     )]
-    TakingOut(#[source] StoreError),
+    RemoveEntries(#[source] StoreError),
 }
 
 /// What was archived.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Archive {
+pub struct ArchiveSummary {
     /// The first entry in the file.
     pub first: Revision,
     /// The last.
@@ -79,64 +79,73 @@ pub struct Archive {
     /// How many.
     pub entries: u64,
     /// Some of the entries asked for had to stay: a replica has not acknowledged them.
-    pub held_back: bool,
+    pub is_held_back: bool,
 }
 
 /// Archives the entries made before an instant to a new file. None = there are none.
 ///
 /// # Errors
 /// When the file cannot be written, the log is not whole, a replica stands in the way, or the database fails.
-pub async fn archive(
+pub async fn archive_log(
     store: &dyn Store,
     oldest_acknowledged: Revision,
     before: Timestamp,
     path: &Path,
     clock: &dyn Clock,
-) -> Result<Option<Archive>, ArchiveError> {
-    let checkpoint = store.checkpoint().await?;
+) -> Result<Option<ArchiveSummary>, ArchiveError> {
+    let checkpoint = store.newest_checkpoint().await?;
     if let Some(noted) = &checkpoint {
         // What a run that was broken off has left.
-        store.archive(noted).await.map_err(ArchiveError::TakingOut)?;
+        store.archive_log(noted).await.map_err(ArchiveError::RemoveEntries)?;
     }
-    let after = checkpoint
-        .map_or(Position::START, |made| Position { revision: made.at.revision, hash: made.at.hash });
-    let head = store.head().await?.revision;
+    let after = checkpoint.map_or(LogPosition::START, |made| LogPosition {
+        revision: made.head.revision,
+        hash: made.head.hash,
+    });
+    let head = store.log_head().await?.revision;
     // The newest entry stays: the next one leads to its hash. And so does what a replica may renew against.
     let last = Revision(head.0.min(oldest_acknowledged.0).saturating_sub(1));
     let file = |source| ArchiveError::File { path: path.to_owned(), source };
-    let mut output = Output::create(path).map_err(file)?;
-    let written = output.write(store, after, last, before).await;
+    let mut output = ArchiveWriter::create(path).map_err(file)?;
+    let written = output.write_entries(store, after, last, before).await;
     let (chain, held_back) = match written {
-        Ok(written) if written.0.entries > 0 => written,
+        Ok(written) if written.0.entry_count > 0 => written,
         ended => {
             std::fs::remove_file(path).map_err(file)?;
             return ended.map(|_| None);
         }
     };
     let file_sha256 = output.finish(&chain).map_err(file)?;
-    read_back(path, after, &chain)?;
-    let archived = Archived { upto: chain.at.into(), entries: chain.entries, file_sha256 };
-    let via = Via { archived: Some(archived), ..Via::NONE };
+    verify_archive(path, after, &chain)?;
+    let archived = ArchivedRange { end: chain.position.into(), entries: chain.entry_count, file_sha256 };
+    let via = ChangeOrigin { archived: Some(archived), ..ChangeOrigin::UNKNOWN };
     // Has the chain say what was archived.
-    if !note::append_entry::<ArchiveError>(store, Action::LogArchived, via, METHOD, clock).await? {
+    if !maintenance_entry::append_entry::<ArchiveError>(store, AuditAction::LogArchived, via, METHOD, clock)
+        .await?
+    {
         return Err(ArchiveError::Damaged("the operator account is missing".to_owned()));
     }
-    let at = Head { revision: chain.at.revision, hash: chain.at.hash };
-    let entries = checkpoint.map_or(0, |made| made.entries) + chain.entries;
-    let checkpoint = Checkpoint { at, entries, made_at: clock.now() };
-    store.archive(&checkpoint).await.map_err(ArchiveError::TakingOut)?;
+    let at = LogHead { revision: chain.position.revision, hash: chain.position.hash };
+    let entries = checkpoint.map_or(0, |made| made.entry_count) + chain.entry_count;
+    let checkpoint = ArchiveCheckpoint { head: at, entry_count: entries, made_at: clock.now() };
+    store.archive_log(&checkpoint).await.map_err(ArchiveError::RemoveEntries)?;
     let first = after.revision.next();
-    Ok(Some(Archive { first, last: chain.at.revision, entries: chain.entries, held_back }))
+    Ok(Some(ArchiveSummary {
+        first,
+        last: chain.position.revision,
+        entries: chain.entry_count,
+        is_held_back: held_back,
+    }))
 }
 
 /// The newest change that every replica has acknowledged; the newest that can be, where there are none.
 ///
 /// # Errors
 /// When one is just loading, or the database may have lost the rows of some.
-pub async fn acknowledged_by_all(store: Arc<dyn Store>) -> Result<Revision, ArchiveError> {
-    let Some(fleet) = store.fleet() else { return Ok(Revision(u64::MAX)) };
-    let roster = fleet.roster(&[]).await?;
-    if !roster.listing.is_whole() {
+pub async fn min_acknowledged_revision(store: Arc<dyn Store>) -> Result<Revision, ArchiveError> {
+    let Some(fleet) = store.replica_registry() else { return Ok(Revision(u64::MAX)) };
+    let roster = fleet.list_replicas(&[]).await?;
+    if !roster.listing.is_complete() {
         let said = "after a failover of the database somebody may hold a lease that it does not know of: wait for one \
                     lease (keyward replicas list), and try again";
         return Err(ArchiveError::Replicas(said.to_owned()));
@@ -157,36 +166,36 @@ pub async fn acknowledged_by_all(store: Arc<dyn Store>) -> Result<Revision, Arch
 }
 
 /// The file in the making.
-struct Output {
+struct ArchiveWriter {
     path: PathBuf,
     file: BufWriter<File>,
-    sum: Sha256,
+    hasher: Sha256,
 }
 
-impl Output {
-    fn create(path: &Path) -> std::io::Result<Output> {
+impl ArchiveWriter {
+    fn create(path: &Path) -> std::io::Result<ArchiveWriter> {
         let file = private_file::create_new(path)?;
-        Ok(Output { path: path.to_owned(), file: BufWriter::new(file), sum: Sha256::new() })
+        Ok(ArchiveWriter { path: path.to_owned(), file: BufWriter::new(file), hasher: Sha256::new() })
     }
 
-    fn line(&mut self, line: &str) -> std::io::Result<()> {
-        self.sum.update(line);
+    fn write_line(&mut self, line: &str) -> std::io::Result<()> {
+        self.hasher.update(line);
         self.file.write_all(line.as_bytes())
     }
 
     /// Writes the entries after one, up to one, made before an instant. Where that ended, and whether `last` ended it.
-    async fn write(
+    async fn write_entries(
         &mut self,
         store: &dyn Store,
-        after: Position,
+        after: LogPosition,
         last: Revision,
         before: Timestamp,
-    ) -> Result<(Chain, bool), ArchiveError> {
+    ) -> Result<(ChainVerifier, bool), ArchiveError> {
         let failed = |path: &Path, source| ArchiveError::File { path: path.to_owned(), source };
-        self.line(&export::begin(after)).map_err(|source| failed(&self.path, source))?;
-        let mut chain = Chain::after(after);
+        self.write_line(&log_export::header_line(after)).map_err(|source| failed(&self.path, source))?;
+        let mut chain = ChainVerifier::from_position(after);
         loop {
-            let rows = store.log_after(chain.at.revision, PAGE).await?;
+            let rows = store.list_log_after(chain.position.revision, PAGE).await?;
             if rows.is_empty() {
                 return Ok((chain, false));
             }
@@ -197,36 +206,37 @@ impl Output {
                 if row.revision > last {
                     return Ok((chain, true));
                 }
-                let revision = chain.at.revision.next();
+                let revision = chain.position.revision.next();
                 chain
-                    .take(&row)
+                    .verify_next(&row)
                     .map_err(|fault| ArchiveError::Damaged(format!("entry {revision}: {fault}")))?;
-                self.line(&export::line(&row)).map_err(|source| failed(&self.path, source))?;
+                self.write_line(&log_export::entry_line(&row))
+                    .map_err(|source| failed(&self.path, source))?;
             }
         }
     }
 
     /// Ends the file and sees it on disk. Gives its SHA-256 in hex.
-    fn finish(mut self, chain: &Chain) -> std::io::Result<String> {
-        self.line(&export::end(chain.at, chain.entries))?;
+    fn finish(mut self, chain: &ChainVerifier) -> std::io::Result<String> {
+        self.write_line(&log_export::trailer_line(chain.position, chain.entry_count))?;
         self.file.flush()?;
-        private_file::sync(self.file.get_ref(), &self.path)?;
-        Ok(Hex(&self.sum.finalize()).to_string())
+        private_file::sync_to_disk(self.file.get_ref(), &self.path)?;
+        Ok(HexBytes(&self.hasher.finalize()).to_string())
     }
 }
 
 /// What is on disk is what was to be written.
-fn read_back(path: &Path, after: Position, chain: &Chain) -> Result<(), ArchiveError> {
+fn verify_archive(path: &Path, after: LogPosition, chain: &ChainVerifier) -> Result<(), ArchiveError> {
     let failed = |source: std::io::Error| ArchiveError::File { path: path.to_owned(), source };
-    let mut verifier = Verifier::default();
+    let mut verifier = LogExportVerifier::default();
     let mut verified = || -> std::io::Result<_> {
         for line in BufReader::new(File::open(path)?).lines() {
-            verifier.take(&line?).map_err(std::io::Error::other)?;
+            verifier.verify_line(&line?).map_err(std::io::Error::other)?;
         }
         std::mem::take(&mut verifier).finish().map_err(std::io::Error::other)
     };
     let whole = verified().map_err(failed)?;
-    if (whole.after, whole.end) == (after, chain.at) {
+    if (whole.after, whole.end) == (after, chain.position) {
         Ok(())
     } else {
         Err(failed(std::io::Error::other("it does not hold what was written")))

@@ -1,10 +1,10 @@
 //! The audit log as evidence: that it is whole and the tables agree with it, that its head is known outside, and
 //! that its oldest part can leave for a file. What an entry is stands in `domain`, where it is kept in `store`, how it is
-//! shown in `grpc/audit.rs`.
+//! shown in `grpc/audit_service.rs`.
 
 pub mod archive;
-pub mod head;
-mod key_records;
-pub mod note;
-mod records;
+pub mod head_publisher;
+mod key_comparison;
+pub mod maintenance_entry;
+mod table_comparison;
 pub mod verify;

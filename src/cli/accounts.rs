@@ -1,19 +1,19 @@
-//! `keyward accounts`: the organisations that own keys.
+//! `keyward call_accounts`: the organisations that own keys.
 
 use clap::{Args, Subcommand};
 
 use super::{
-    client::{Patience, Session},
-    context::Context,
-    failure::Failure,
-    output,
+    api_client::{ApiClient, DefaultTimeout},
+    context::CommandContext,
+    error::CliError,
     paging::PageArgs,
-    table::{Rows, shown_value, text},
-    values::{Life, rfc3339},
+    table::{ListTable, plain_cell, shown_value},
+    text_output,
+    value_format::{LifetimeArg, format_rfc3339},
 };
 use crate::pb;
 
-/// `keyward accounts ...`.
+/// `keyward call_accounts ...`.
 #[derive(Debug, Subcommand)]
 pub(super) enum AccountsCommand {
     /// Create an account
@@ -25,11 +25,11 @@ pub(super) enum AccountsCommand {
         #[arg(long)]
         name: Option<String>,
         /// The longest that its keys may live: a duration (90d, 1y), or never for no limit [default: never]
-        #[arg(long, value_name = "DURATION", value_parser = Life::parse)]
-        longest_life: Option<Life>,
+        #[arg(long, value_name = "DURATION", value_parser = LifetimeArg::parse)]
+        longest_life: Option<LifetimeArg>,
     },
     /// Show one account
-    Get(OneArgs),
+    Get(AccountIdArgs),
     /// List accounts in the order of their ids
     List {
         #[command(flatten)]
@@ -38,25 +38,25 @@ pub(super) enum AccountsCommand {
     /// Change an account's name, or how long its keys may live
     Update {
         #[command(flatten)]
-        one: OneArgs,
+        account: AccountIdArgs,
         #[command(flatten)]
-        change: ChangeArgs,
+        change: AccountChangeArgs,
     },
     /// Refuse every key of an account, until it is resumed
     Suspend {
         #[command(flatten)]
-        one: OneArgs,
+        account: AccountIdArgs,
         /// Do not ask first
         #[arg(long, short)]
         yes: bool,
     },
     /// End what suspend began
-    Resume(OneArgs),
+    Resume(AccountIdArgs),
 }
 
 /// Which account.
 #[derive(Debug, Args)]
-pub(super) struct OneArgs {
+pub(super) struct AccountIdArgs {
     /// The account's id
     #[arg(value_name = "ID")]
     id: String,
@@ -65,135 +65,160 @@ pub(super) struct OneArgs {
 /// What of an account to change.
 #[derive(Debug, Args)]
 #[group(required = true, multiple = true)]
-pub(super) struct ChangeArgs {
+pub(super) struct AccountChangeArgs {
     /// The new name
     #[arg(long)]
     name: Option<String>,
     /// The longest that keys may live which are made, or given another expiry, from now on: a duration (90d,
     /// 1y), or never for no limit
-    #[arg(long, value_name = "DURATION", value_parser = Life::parse)]
-    longest_life: Option<Life>,
+    #[arg(long, value_name = "DURATION", value_parser = LifetimeArg::parse)]
+    longest_life: Option<LifetimeArg>,
 }
 
 impl AccountsCommand {
-    pub(super) async fn run(self, cx: &mut Context<'_>) -> Result<u8, Failure> {
-        if let AccountsCommand::Suspend { one, yes } = &self {
+    pub(super) async fn run(self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
+        if let AccountsCommand::Suspend { account: one, yes } = &self {
             cx.console.confirm(&format!("Refuse every key of account {}?", shown_value(&one.id)), *yes)?;
         }
-        let session = cx.session()?;
+        let session = cx.connect()?;
         match self {
             AccountsCommand::Create { id, name, longest_life } => {
                 let question = pb::CreateAccountRequest {
                     id: id.unwrap_or_default(),
                     name: name.unwrap_or_default(),
-                    longest_life: longest_life.and_then(Life::at_most),
+                    longest_life: longest_life.and_then(LifetimeArg::to_proto_limit),
                 };
-                create(cx, &session, question).await
+                create_account(cx, &session, question).await
             }
-            AccountsCommand::Get(one) => get(cx, &session, one.id).await,
-            AccountsCommand::List { page } => list(cx, &session, &page).await,
-            AccountsCommand::Update { one, change } => update(cx, &session, change.request(one.id)).await,
-            AccountsCommand::Suspend { one, .. } => suspend(cx, &session, one.id).await,
-            AccountsCommand::Resume(one) => resume(cx, &session, one.id).await,
+            AccountsCommand::Get(one) => get_account(cx, &session, one.id).await,
+            AccountsCommand::List { page } => list_accounts(cx, &session, &page).await,
+            AccountsCommand::Update { account: one, change } => {
+                update_account(cx, &session, change.into_request(one.id)).await
+            }
+            AccountsCommand::Suspend { account: one, .. } => suspend_account(cx, &session, one.id).await,
+            AccountsCommand::Resume(one) => resume_account(cx, &session, one.id).await,
         }
         .map(|()| 0)
     }
 }
 
-impl ChangeArgs {
-    fn request(self, id: String) -> pb::UpdateAccountRequest {
+impl AccountChangeArgs {
+    fn into_request(self, id: String) -> pb::UpdateAccountRequest {
         pb::UpdateAccountRequest {
             id,
             name: self.name,
-            longest_life: self.longest_life.and_then(Life::at_most),
-            no_longest_life: self.longest_life == Some(Life::ForEver),
+            longest_life: self.longest_life.and_then(LifetimeArg::to_proto_limit),
+            no_longest_life: self.longest_life == Some(LifetimeArg::Unlimited),
         }
     }
 }
 
-async fn create(
-    cx: &mut Context<'_>,
-    session: &Session,
+async fn create_account(
+    cx: &mut CommandContext<'_>,
+    session: &ApiClient,
     question: pb::CreateAccountRequest,
-) -> Result<(), Failure> {
+) -> Result<(), CliError> {
     let answer = session
-        .accounts(Patience::Short, question, async |mut client, request| client.create(request).await)
+        .call_accounts(DefaultTimeout::Quick, question, async |mut client, request| {
+            client.create(request).await
+        })
         .await?;
-    cx.show(&answer, |colours| details(answer.account.as_ref(), colours))
+    cx.print_response(&answer, |colours| render_account(answer.account.as_ref(), colours))
 }
 
-async fn get(cx: &mut Context<'_>, session: &Session, id: String) -> Result<(), Failure> {
+async fn get_account(cx: &mut CommandContext<'_>, session: &ApiClient, id: String) -> Result<(), CliError> {
     let question = pb::GetAccountRequest { id };
     let answer = session
-        .accounts(Patience::Short, question, async |mut client, request| client.get(request).await)
+        .call_accounts(DefaultTimeout::Quick, question, async |mut client, request| client.get(request).await)
         .await?;
-    cx.show(&answer, |colours| details(answer.account.as_ref(), colours))
+    cx.print_response(&answer, |colours| render_account(answer.account.as_ref(), colours))
 }
 
-async fn list(cx: &mut Context<'_>, session: &Session, page: &PageArgs) -> Result<(), Failure> {
+async fn list_accounts(
+    cx: &mut CommandContext<'_>,
+    session: &ApiClient,
+    page: &PageArgs,
+) -> Result<(), CliError> {
     let fetched = page
-        .fetch(async |size, page_token| {
+        .fetch_pages(async |size, page_token| {
             let question = pb::ListAccountsRequest { page_size: Some(size), page_token };
             let answer = session
-                .accounts(Patience::Short, question, async |mut client, request| client.list(request).await)
+                .call_accounts(DefaultTimeout::Quick, question, async |mut client, request| {
+                    client.list(request).await
+                })
                 .await?;
             Ok((answer.accounts, answer.next_page_token))
         })
         .await?;
-    let note = fetched.note();
-    let answer = pb::ListAccountsResponse { accounts: fetched.items, next_page_token: fetched.next };
-    cx.show(&answer, |colours| listing(&answer.accounts, colours))?;
-    cx.console.note(&note.unwrap_or_default());
+    let note = fetched.truncation_note();
+    let answer =
+        pb::ListAccountsResponse { accounts: fetched.items, next_page_token: fetched.next_page_token };
+    cx.print_response(&answer, |colours| render_accounts(&answer.accounts, colours))?;
+    cx.console.eprint(&note.unwrap_or_default());
     Ok(())
 }
 
-async fn update(
-    cx: &mut Context<'_>,
-    session: &Session,
+async fn update_account(
+    cx: &mut CommandContext<'_>,
+    session: &ApiClient,
     question: pb::UpdateAccountRequest,
-) -> Result<(), Failure> {
+) -> Result<(), CliError> {
     let answer = session
-        .accounts(Patience::Short, question, async |mut client, request| client.update(request).await)
+        .call_accounts(DefaultTimeout::Quick, question, async |mut client, request| {
+            client.update(request).await
+        })
         .await?;
-    cx.show(&answer, |colours| details(answer.account.as_ref(), colours))
+    cx.print_response(&answer, |colours| render_account(answer.account.as_ref(), colours))
 }
 
-async fn suspend(cx: &mut Context<'_>, session: &Session, id: String) -> Result<(), Failure> {
+async fn suspend_account(
+    cx: &mut CommandContext<'_>,
+    session: &ApiClient,
+    id: String,
+) -> Result<(), CliError> {
     let question = pb::SuspendAccountRequest { id };
     let answer = session
-        .accounts(Patience::Propagation, question, async |mut client, request| client.suspend(request).await)
+        .call_accounts(DefaultTimeout::Propagation, question, async |mut client, request| {
+            client.suspend(request).await
+        })
         .await?;
-    cx.show(&answer, |colours| {
-        details(answer.account.as_ref(), colours)
+    cx.print_response(&answer, |colours| {
+        render_account(answer.account.as_ref(), colours)
             + "\n"
-            + &output::propagation(answer.revision, answer.propagation.as_ref())
+            + &text_output::format_propagation(answer.revision, answer.propagation.as_ref())
     })
 }
 
-async fn resume(cx: &mut Context<'_>, session: &Session, id: String) -> Result<(), Failure> {
+async fn resume_account(
+    cx: &mut CommandContext<'_>,
+    session: &ApiClient,
+    id: String,
+) -> Result<(), CliError> {
     let question = pb::ResumeAccountRequest { id };
     let answer = session
-        .accounts(Patience::Short, question, async |mut client, request| client.resume(request).await)
+        .call_accounts(DefaultTimeout::Quick, question, async |mut client, request| {
+            client.resume(request).await
+        })
         .await?;
-    cx.show(&answer, |colours| details(answer.account.as_ref(), colours))
+    cx.print_response(&answer, |colours| render_account(answer.account.as_ref(), colours))
 }
 
-fn details(account: Option<&pb::Account>, colours: bool) -> String {
-    account.map(|account| output::account(account).show(colours)).unwrap_or_default()
+fn render_account(account: Option<&pb::Account>, colours: bool) -> String {
+    account.map(|account| text_output::describe_account(account).render(colours)).unwrap_or_default()
 }
 
-fn listing(accounts: &[pb::Account], colours: bool) -> String {
-    let mut rows = Rows::new(&["ID", "NAME", "STATE", "LONGEST LIFE", "CREATED"], colours);
+fn render_accounts(accounts: &[pb::Account], colours: bool) -> String {
+    let mut rows = ListTable::new(&["ID", "NAME", "STATE", "LONGEST LIFE", "CREATED"], colours);
     for account in accounts {
-        rows.row([
-            text(&account.id),
-            text(&account.name),
-            output::account_state(account),
-            text(output::longest_life(account)),
-            text(account.created_at.as_ref().map(rfc3339).unwrap_or_default()),
+        rows.add_row([
+            plain_cell(&account.id),
+            plain_cell(&account.name),
+            text_output::format_account_state(account),
+            plain_cell(text_output::format_longest_life(account)),
+            plain_cell(account.created_at.as_ref().map(format_rfc3339).unwrap_or_default()),
         ]);
     }
-    rows.show("No accounts.")
+    rows.render("No accounts.")
 }
 
 #[cfg(test)]
@@ -205,14 +230,14 @@ mod tests {
     #[derive(Debug, Parser)]
     struct Only {
         #[command(flatten)]
-        change: ChangeArgs,
+        change: AccountChangeArgs,
     }
 
     #[test]
     fn a_longest_life_is_set_taken_away_or_left_as_it_is() {
         let asked = |line: &str| {
             let only = Only::try_parse_from(format!("update {line}").split_whitespace()).unwrap();
-            let request = only.change.request("acme".into());
+            let request = only.change.into_request("acme".into());
             (request.longest_life.map(|life| life.seconds), request.no_longest_life, request.name)
         };
         assert_eq!(asked("--longest-life 90d"), (Some(90 * 86_400), false, None));
@@ -225,7 +250,7 @@ mod tests {
     fn a_suspended_account_is_seen_in_the_list() {
         let accounts =
             [pb::Account { id: "acme".into(), name: "Acme".into(), suspended: true, ..Default::default() }];
-        let text = listing(&accounts, false);
+        let text = render_accounts(&accounts, false);
         assert!(
             text.lines().nth(1).is_some_and(|line| line.starts_with("acme") && line.contains("suspended"))
         );

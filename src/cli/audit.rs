@@ -1,4 +1,4 @@
-//! `keyward audit`: reading the log of every change, verifying it, and taking copies of it.
+//! `keyward call_audit`: reading the log of every change, verifying it, and taking copies of it.
 
 pub(super) mod archive;
 mod export;
@@ -7,30 +7,30 @@ mod verify;
 use clap::{Args, Subcommand};
 
 use super::{
-    client::Patience,
-    context::Context,
-    failure::Failure,
+    api_client::DefaultTimeout,
+    context::CommandContext,
+    error::CliError,
     paging::PageArgs,
-    table::{Rows, text},
-    values::{Past, rfc3339},
+    table::{ListTable, plain_cell},
+    value_format::{PastInstantArg, format_rfc3339},
 };
 use crate::{clock::SystemClock, pb};
 
-/// `keyward audit ...`.
+/// `keyward call_audit ...`.
 #[derive(Debug, Subcommand)]
 pub(super) enum AuditCommand {
     /// List changes
-    List(ListArgs),
+    List(AuditListArgs),
     /// Verify that the log is whole and that the database agrees with it; exit code 0 = it is
-    Verify(verify::VerifyArgs),
+    Verify(verify::AuditVerifyArgs),
     /// Write the log as JSON lines that anybody can verify, also without a server
-    Export(export::ExportArgs),
+    Export(export::AuditExportArgs),
     /// Move the oldest entries to a file, with the database at hand
-    Archive(archive::ArchiveArgs),
+    Archive(archive::AuditArchiveArgs),
 }
 
 impl AuditCommand {
-    pub(super) async fn run(self, cx: &mut Context<'_>) -> Result<u8, Failure> {
+    pub(super) async fn run(self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
         match self {
             AuditCommand::List(args) => args.run(cx).await,
             AuditCommand::Verify(args) => args.run(cx).await,
@@ -41,9 +41,9 @@ impl AuditCommand {
     }
 }
 
-/// Flags of `keyward audit list`.
+/// Flags of `keyward call_audit list`.
 #[derive(Debug, Args)]
-pub(super) struct ListArgs {
+pub(super) struct AuditListArgs {
     /// Only changes in this account
     #[arg(long, value_name = "ID")]
     account: Option<String>,
@@ -63,18 +63,18 @@ pub(super) struct ListArgs {
     #[arg(long)]
     oldest_first: bool,
     /// Only changes from then on: a duration ago (12h) or an instant (RFC 3339)
-    #[arg(long, value_name = "WHEN", value_parser = Past::parse)]
-    from: Option<Past>,
+    #[arg(long, value_name = "WHEN", value_parser = PastInstantArg::parse)]
+    from: Option<PastInstantArg>,
     /// Only changes before then
-    #[arg(long, value_name = "WHEN", value_parser = Past::parse)]
-    to: Option<Past>,
+    #[arg(long, value_name = "WHEN", value_parser = PastInstantArg::parse)]
+    to: Option<PastInstantArg>,
     #[command(flatten)]
     page: PageArgs,
 }
 
-impl ListArgs {
-    async fn run(self, cx: &mut Context<'_>) -> Result<u8, Failure> {
-        let session = cx.session()?;
+impl AuditListArgs {
+    async fn run(self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
+        let session = cx.connect()?;
         let question = pb::ListAuditEntriesRequest {
             account: self.account.unwrap_or_default(),
             key_id: self.key.unwrap_or_default(),
@@ -88,47 +88,50 @@ impl ListArgs {
         };
         let fetched = self
             .page
-            .fetch(async |size, page_token| {
+            .fetch_pages(async |size, page_token| {
                 let question =
                     pb::ListAuditEntriesRequest { page_size: Some(size), page_token, ..question.clone() };
                 let answer = session
-                    .audit(Patience::Short, question, async |mut client, request| client.list(request).await)
+                    .call_audit(DefaultTimeout::Quick, question, async |mut client, request| {
+                        client.list(request).await
+                    })
                     .await?;
                 Ok((answer.entries, answer.next_page_token))
             })
             .await?;
-        let note = fetched.note();
-        let answer = pb::ListAuditEntriesResponse { entries: fetched.items, next_page_token: fetched.next };
-        cx.show(&answer, |colours| table(&answer.entries, colours))?;
-        cx.console.note(&note.unwrap_or_default());
+        let note = fetched.truncation_note();
+        let answer =
+            pb::ListAuditEntriesResponse { entries: fetched.items, next_page_token: fetched.next_page_token };
+        cx.print_response(&answer, |colours| render_entries(&answer.entries, colours))?;
+        cx.console.eprint(&note.unwrap_or_default());
         Ok(0)
     }
 }
 
-fn table(entries: &[pb::AuditEntry], colours: bool) -> String {
-    let mut rows = Rows::new(
+fn render_entries(entries: &[pb::AuditEntry], colours: bool) -> String {
+    let mut rows = ListTable::new(
         &["REVISION", "AT", "ACTION", "ACCOUNT", "USER", "KEY", "ACTOR", "FOR", "METHOD", "CHANGED"],
         colours,
     );
     for entry in entries {
-        rows.row([
-            text(entry.revision.to_string()),
-            text(entry.at.as_ref().map(rfc3339).unwrap_or_default()),
-            text(&entry.action),
-            text(&entry.account),
-            text(&entry.user),
-            text(&entry.key_id),
-            text(&entry.actor),
-            text(&entry.acting_user),
-            text(entry.method.rsplit('.').next().unwrap_or_default()),
-            text(changed(entry)),
+        rows.add_row([
+            plain_cell(entry.revision.to_string()),
+            plain_cell(entry.at.as_ref().map(format_rfc3339).unwrap_or_default()),
+            plain_cell(&entry.action),
+            plain_cell(&entry.account),
+            plain_cell(&entry.user),
+            plain_cell(&entry.key_id),
+            plain_cell(&entry.actor),
+            plain_cell(&entry.acting_user),
+            plain_cell(entry.method.rsplit('.').next().unwrap_or_default()),
+            plain_cell(format_changed_fields(entry)),
         ]);
     }
-    rows.show("No changes.")
+    rows.render("No changes.")
 }
 
 /// The fields of a record that an entry changed; of a new one that would be all.
-fn changed(entry: &pb::AuditEntry) -> String {
+fn format_changed_fields(entry: &pb::AuditEntry) -> String {
     if entry.previous_revision == Some(0) {
         return "new".to_owned();
     }
@@ -151,7 +154,7 @@ mod tests {
             method: "keyward.v1.KeyService/Revoke".into(),
             ..Default::default()
         };
-        let text = table(&[entry], false);
+        let text = render_entries(&[entry], false);
         for part in ["7", "1970-01-01T00:00:00Z", "key.revoked", "system", "KeyService/Revoke"] {
             assert!(text.contains(part), "{part}: {text}");
         }

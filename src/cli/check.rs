@@ -1,17 +1,17 @@
-//! `keyward check`: asks whether a token is valid. The exit code is the verdict, for scripts.
+//! `keyward describe_check`: asks whether a token is valid. The exit code is the verdict, for scripts.
 
 use std::path::{Path, PathBuf};
 
 use clap::Args;
 
 use super::{
-    context::Context,
-    failure::{Failure, REFUSED},
-    output, token,
+    context::CommandContext,
+    error::{CliError, EXIT_REFUSED},
+    text_output, token_io,
 };
 use crate::pb;
 
-const EXAMPLES: &str = "\
+const CHECK_HELP: &str = "\
 Exit codes: 0 allowed; 1 denied; 2 could not be answered (any error, bad usage included).
 
 The token that is asked about comes from a file or stdin, never from an argument. It is another one than the \
@@ -22,7 +22,7 @@ Example: keyward check --environment production --scope monitors:read --subject-
 /// Where a token that is asked about comes from.
 #[derive(Debug, Args)]
 #[group(required = true, multiple = false)]
-pub(super) struct SubjectArgs {
+pub(super) struct SubjectTokenArgs {
     /// File that holds the token to ask about, `-` for stdin
     #[arg(long, value_name = "FILE")]
     subject_token_file: Option<PathBuf>,
@@ -31,25 +31,25 @@ pub(super) struct SubjectArgs {
     subject_stdin: bool,
 }
 
-impl SubjectArgs {
+impl SubjectTokenArgs {
     /// Reads the token.
-    pub(super) fn read(&self, cx: &mut Context<'_>) -> Result<token::Secret, Failure> {
+    pub(super) fn read_token(&self, cx: &mut CommandContext<'_>) -> Result<token_io::PlainToken, CliError> {
         let path = self.subject_token_file.as_deref().unwrap_or(Path::new("-"));
-        if token::is_stdin(path) && cx.stdin_is_taken() {
-            return Err(Failure::usage("stdin can hold one token, and the caller's own comes from there")
-                .hint("name a file in --token-file or --subject-token-file"));
+        if token_io::is_stdin(path) && cx.is_stdin_used_for_token() {
+            return Err(CliError::new("stdin can hold one token, and the caller's own comes from there")
+                .with_hint("name a file in --token-file or --subject-token-file"));
         }
-        cx.warn_of_readers(path);
-        token::read(path)
+        cx.warn_if_readable_by_others(path);
+        token_io::read_token(path)
     }
 }
 
-/// Flags of `keyward check`.
+/// Flags of `keyward describe_check`.
 #[derive(Debug, Args)]
-#[command(after_help = EXAMPLES)]
+#[command(after_help = CHECK_HELP)]
 pub(super) struct CheckArgs {
     #[command(flatten)]
-    subject: SubjectArgs,
+    subject_token: SubjectTokenArgs,
     /// The environment that is asked about
     #[arg(long, short, value_name = "NAME")]
     environment: String,
@@ -82,16 +82,17 @@ pub(super) struct CheckArgs {
 
 impl CheckArgs {
     /// Asks, and answers with the verdict's exit code.
-    pub(super) async fn run(self, cx: &mut Context<'_>) -> Result<u8, Failure> {
-        let subject = self.subject.read(cx)?;
-        let session = cx.session()?;
-        let question = self.request(&subject);
-        let answer = session.authz(question, async |mut client, request| client.check(request).await).await?;
-        cx.show(&answer, |colours| output::check(&answer).show(colours))?;
-        Ok(if answer.allowed { 0 } else { REFUSED })
+    pub(super) async fn run(self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
+        let subject = self.subject_token.read_token(cx)?;
+        let session = cx.connect()?;
+        let question = self.into_request(&subject);
+        let answer =
+            session.call_authz(question, async |mut client, request| client.check(request).await).await?;
+        cx.print_response(&answer, |colours| text_output::describe_check(&answer).render(colours))?;
+        Ok(if answer.allowed { 0 } else { EXIT_REFUSED })
     }
 
-    fn request(self, subject: &token::Secret) -> pb::CheckRequest {
+    fn into_request(self, subject: &token_io::PlainToken) -> pb::CheckRequest {
         pb::CheckRequest {
             token: subject.reveal().to_owned(),
             environment: self.environment,
@@ -127,7 +128,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("token");
         std::fs::write(&path, "kw_subject\n").unwrap();
-        read(line).unwrap().request(&token::read(&path).unwrap())
+        read(line).unwrap().into_request(&token_io::read_token(&path).unwrap())
     }
 
     #[test]

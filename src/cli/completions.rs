@@ -3,7 +3,7 @@
 use clap::{Args, CommandFactory as _};
 use clap_complete::Shell;
 
-use super::{Cli, console::Console, failure::Failure};
+use super::{Cli, console::Console, error::CliError};
 
 /// Flags of `keyward completions`.
 #[derive(Debug, Args)]
@@ -16,12 +16,12 @@ pub(super) struct CompletionsArgs {
 }
 
 /// Prints the script.
-pub(super) fn run(args: CompletionsArgs, console: &mut Console) -> Result<u8, Failure> {
-    console.print(&script(args.shell))?;
+pub(super) fn run(args: CompletionsArgs, console: &mut Console) -> Result<u8, CliError> {
+    console.print(&generate_script(args.shell))?;
     Ok(0)
 }
 
-fn script(shell: Shell) -> String {
+fn generate_script(shell: Shell) -> String {
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut Cli::command(), "keyward", &mut script);
     String::from_utf8_lossy(&script).into_owned()
@@ -36,7 +36,7 @@ mod tests {
     #[test]
     fn every_shell_completes_every_command() {
         for shell in Shell::value_variants() {
-            let script = script(*shell);
+            let script = generate_script(*shell);
             assert!(script.contains("finish-rotation") && script.contains("token-file"), "{shell}");
         }
     }

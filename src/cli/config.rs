@@ -11,28 +11,27 @@ use serde_json::json;
 
 use super::{
     console::Console,
-    failure::{Failure, REFUSED},
-    table::clean,
+    error::{CliError, EXIT_REFUSED},
+    table::escape_terminal,
 };
 use crate::config::{
-    client::{ClientArgs, ClientSettings, Output},
-    document::Document,
-    effective::{self, Effective, Origin, Setting, WithSources},
-    keys,
-    problems::Problem,
-    reference,
-    server::{ConfigError, ServeArgs, Settings, headline},
+    client::{ClientArgs, ClientSettings, OutputFormat},
+    effective::{self, EffectiveSetting, EffectiveValue, SettingOrigin, WithSources},
+    file::ConfigFile,
+    problems::ConfigProblem,
+    reference_page, schema,
+    server::{ConfigError, ServeArgs, ServerSettings, error_headline},
 };
 use crate::domain::text::escape_json;
 
 /// `keyward config ...`.
 #[derive(Debug, Args)]
-pub(super) struct ConfigArgs {
+pub(super) struct ConfigCommandArgs {
     #[command(subcommand)]
     command: ConfigCommand,
     /// How to print the answer [default: table]
     #[arg(long, global = true, value_enum, value_name = "FORMAT")]
-    output: Option<Output>,
+    output: Option<OutputFormat>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -59,128 +58,137 @@ enum ConfigCommand {
 }
 
 /// Runs the command; `outer` are flags before its name.
-pub(super) fn run(args: ConfigArgs, outer: ClientArgs, console: &mut Console) -> Result<u8, Failure> {
+pub(super) fn run(args: ConfigCommandArgs, outer: ClientArgs, console: &mut Console) -> Result<u8, CliError> {
     let output = ClientArgs { output: args.output.or(outer.output), ..ClientArgs::default() };
-    let json = ClientSettings::load(output)?.output == Output::Json;
+    let json = ClientSettings::load(output)?.output == OutputFormat::Json;
     match args.command {
         ConfigCommand::Show(sources) => {
-            let document = read(sources.args.database.config.as_deref())?;
-            let in_force = Settings::to_serve(&sources.args, document.as_ref()).map_err(wrong)?;
-            let settings = effective::settings(&sources, document.as_ref(), &in_force);
-            console.print(&if json { as_json(&settings) } else { as_toml(&settings) })?;
+            let document = read_document(sources.args.database.config.as_deref())?;
+            let in_force = ServerSettings::resolve_for_serving(&sources.args, document.as_ref())
+                .map_err(config_file_error)?;
+            let settings = effective::effective_settings(&sources, document.as_ref(), &in_force);
+            console.print(&if json { format_json(&settings) } else { format_toml(&settings) })?;
         }
         ConfigCommand::Check { file, serve } => {
-            let checked = check(file, *serve)?;
-            console.print(&if json { checked.json() } else { checked.words() })?;
-            return Ok(if checked.problems.is_empty() { 0 } else { REFUSED });
+            let checked = check_file(file, *serve)?;
+            console.print(&if json { checked.to_json() } else { checked.to_text() })?;
+            return Ok(if checked.problems.is_empty() { 0 } else { EXIT_REFUSED });
         }
-        ConfigCommand::Reference => console.print(&reference::page())?,
+        ConfigCommand::Reference => console.print(&reference_page::render_reference())?,
         ConfigCommand::Schema => {
-            console.print(&format!("{:#}\n", keys::schema().as_value()))?;
+            console.print(&format!("{:#}\n", schema::json_schema().as_value()))?;
         }
     }
     Ok(0)
 }
 
-fn read(path: Option<&Path>) -> Result<Option<Document>, Failure> {
-    path.map(|path| Document::read(path).map_err(wrong)).transpose()
+fn read_document(path: Option<&Path>) -> Result<Option<ConfigFile>, CliError> {
+    path.map(|path| ConfigFile::load(path).map_err(config_file_error)).transpose()
 }
 
 /// A file that cannot be read is no answer; one that is wrong is.
-pub(super) fn wrong(error: ConfigError) -> Failure {
+pub(super) fn config_file_error(error: ConfigError) -> CliError {
     match error {
-        ConfigError::Unreadable { .. } => Failure::usage(error.to_string()),
-        ConfigError::Wrong { path, problems } => {
-            Failure::refused(headline(path.as_deref())).details(texts(&problems))
+        ConfigError::Unreadable { .. } => CliError::new(error.to_string()),
+        ConfigError::Invalid { path, problems } => {
+            CliError::refused(error_headline(path.as_deref())).with_details(format_problems(&problems))
         }
     }
 }
 
-fn texts(problems: &[Problem]) -> Vec<String> {
+fn format_problems(problems: &[ConfigProblem]) -> Vec<String> {
     problems.iter().map(ToString::to_string).collect()
 }
 
 /// What is to be said of a file.
-struct Checked {
+struct ConfigCheckReport {
     path: String,
     problems: Vec<String>,
     warnings: Vec<String>,
 }
 
-fn check(file: Option<PathBuf>, mut serve: ServeArgs) -> Result<Checked, Failure> {
+fn check_file(file: Option<PathBuf>, mut serve: ServeArgs) -> Result<ConfigCheckReport, CliError> {
     let Some(path) = file.or(serve.database.config) else {
-        return Err(Failure::usage("which file? name it, or set KEYWARD_CONFIG"));
+        return Err(CliError::new("which file? name it, or set KEYWARD_CONFIG"));
     };
     serve.database.config = Some(path.clone());
-    let read = Document::read(&path)
-        .and_then(|document| Settings::to_serve(&serve, Some(&document)).map(|_settings| document));
+    let read = ConfigFile::load(&path).and_then(|document| {
+        ServerSettings::resolve_for_serving(&serve, Some(&document)).map(|_settings| document)
+    });
     let path = path.display().to_string();
     match read {
-        Err(error @ ConfigError::Unreadable { .. }) => Err(wrong(error)),
-        Err(ConfigError::Wrong { problems, .. }) => {
-            Ok(Checked { path, problems: texts(&problems), warnings: Vec::new() })
+        Err(error @ ConfigError::Unreadable { .. }) => Err(config_file_error(error)),
+        Err(ConfigError::Invalid { problems, .. }) => {
+            Ok(ConfigCheckReport { path, problems: format_problems(&problems), warnings: Vec::new() })
         }
-        Ok(document) => Ok(Checked { path, problems: Vec::new(), warnings: effective::advice(&document) }),
+        Ok(document) => Ok(ConfigCheckReport {
+            path,
+            problems: Vec::new(),
+            warnings: effective::password_warnings(&document),
+        }),
     }
 }
 
-impl Checked {
-    fn words(&self) -> String {
+impl ConfigCheckReport {
+    fn to_text(&self) -> String {
         let said = if self.problems.is_empty() { "accepted" } else { "refused" };
-        let mut text = format!("{}: {said}\n", clean(&self.path));
+        let mut text = format!("{}: {said}\n", escape_terminal(&self.path));
         for (level, lines) in [("", &self.problems), ("warning: ", &self.warnings)] {
             for line in lines {
                 // Writing to a String does not fail.
-                let _ = writeln!(text, "  {level}{}", clean(line));
+                let _ = writeln!(text, "  {level}{}", escape_terminal(line));
             }
         }
         text
     }
 
-    fn json(&self) -> String {
+    fn to_json(&self) -> String {
         let accepted = self.problems.is_empty();
-        let Checked { path, problems, warnings } = self;
+        let ConfigCheckReport { path, problems, warnings } = self;
         let all = json!({ "file": path, "accepted": accepted, "problems": problems, "warnings": warnings });
         escape_json(format!("{all:#}\n"))
     }
 }
 
 /// As a file that can be used again: what has no value, or must not be shown, stands in a comment.
-fn as_toml(settings: &[Setting]) -> String {
+fn format_toml(settings: &[EffectiveSetting]) -> String {
     let (mut text, mut table) = (String::new(), "");
-    for Setting { key, value, origin } in settings {
+    for EffectiveSetting { key, value, origin } in settings {
         // The path of a file may hold anything.
-        let origin = clean(&origin.to_string());
+        let origin = escape_terminal(&origin.to_string());
         let (of, name) = key.path.rsplit_once('.').unwrap_or(("", &key.path));
         if of != table {
             table = of;
             // An empty table may turn something on.
             let in_table = settings.iter().filter(|setting| setting.key.path.starts_with(&format!("{of}.")));
-            let is_set = in_table.into_iter().any(|setting| !matches!(setting.value, Effective::Words(_)));
+            let is_set =
+                in_table.into_iter().any(|setting| !matches!(setting.value, EffectiveValue::Description(_)));
             let _ = writeln!(text, "\n{}[{of}]", if is_set { "" } else { "# " });
         }
         let line = match value {
-            Effective::Value(value) => format!("{name} = {}", effective::in_one_line(value)),
-            Effective::Hidden(shown) => format!("# {name} = {}  (set, from {origin})", clean(shown)),
-            Effective::Words(words) => format!("# {name}: {}", clean(words)),
+            EffectiveValue::Value(value) => format!("{name} = {}", effective::in_one_line(value)),
+            EffectiveValue::Redacted(shown) => {
+                format!("# {name} = {}  (set, from {origin})", escape_terminal(shown))
+            }
+            EffectiveValue::Description(words) => format!("# {name}: {}", escape_terminal(words)),
         };
         let _ = writeln!(text, "{line:<48} # {origin}");
     }
     text
 }
 
-fn as_json(settings: &[Setting]) -> String {
-    let one = |Setting { key, value, origin }: &Setting| {
-        let hidden = matches!(value, Effective::Hidden(_));
+fn format_json(settings: &[EffectiveSetting]) -> String {
+    let one = |EffectiveSetting { key, value, origin }: &EffectiveSetting| {
+        let hidden = matches!(value, EffectiveValue::Redacted(_));
         let (value, said) = match value {
-            Effective::Value(value) => (json!(value), None),
-            Effective::Hidden(said) | Effective::Words(said) => (json!(null), Some(said)),
+            EffectiveValue::Value(value) => (json!(value), None),
+            EffectiveValue::Redacted(said) | EffectiveValue::Description(said) => (json!(null), Some(said)),
         };
         let origin = match origin {
-            Origin::Default => json!({ "kind": "default" }),
-            Origin::File { path, line } => json!({ "kind": "file", "file": path, "line": line }),
-            Origin::Environment(name) => json!({ "kind": "environment", "name": name }),
-            Origin::Flag(name) => json!({ "kind": "flag", "name": name }),
+            SettingOrigin::Default => json!({ "kind": "default" }),
+            SettingOrigin::File { path, line } => json!({ "kind": "file", "file": path, "line": line }),
+            SettingOrigin::Environment(name) => json!({ "kind": "environment", "name": name }),
+            SettingOrigin::Flag(name) => json!({ "kind": "flag", "name": name }),
         };
         json!({ "key": key.path, "value": value, "hidden": hidden, "said": said, "origin": origin })
     };

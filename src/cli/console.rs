@@ -11,106 +11,110 @@ use std::{
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::{
-    failure::Failure,
-    table::{clean, clean_lines},
+    error::CliError,
+    table::{escape_terminal, escape_terminal_lines},
 };
 use crate::config::client;
 
 /// A call that takes longer than this shows that it is under way.
-const PATIENCE: Duration = Duration::from_secs(1);
+const SPINNER_DELAY: Duration = Duration::from_secs(1);
 /// The most bytes that are read of an answer to a question.
-const LONGEST_ANSWER: u64 = 64;
+const MAX_ANSWER_BYTES: u64 = 64;
 
 /// Stdout and stderr, and what they can show.
 pub(super) struct Console {
-    out: Box<dyn Write>,
-    err: Box<dyn Write>,
+    stdout: Box<dyn Write>,
+    stderr: Box<dyn Write>,
     /// Whether a person would see what goes to stdout.
-    pub(super) out_is_terminal: bool,
+    pub(super) stdout_is_terminal: bool,
     /// Whether stdout takes colours.
-    pub(super) out_colours: bool,
+    pub(super) stdout_colors: bool,
     /// Whether stderr takes colours.
-    pub(super) err_colours: bool,
+    pub(super) stderr_colors: bool,
 }
 
 impl Console {
     /// The process's own.
-    pub(super) fn system() -> Console {
-        let colours = !client::colours_forbidden();
+    pub(super) fn with_stdio() -> Console {
+        let colours = !client::are_colors_disabled();
         Console {
-            out_is_terminal: io::stdout().is_terminal(),
-            out_colours: colours && io::stdout().is_terminal(),
-            err_colours: colours && io::stderr().is_terminal(),
-            out: Box::new(io::stdout()),
-            err: Box::new(io::stderr()),
+            stdout_is_terminal: io::stdout().is_terminal(),
+            stdout_colors: colours && io::stdout().is_terminal(),
+            stderr_colors: colours && io::stderr().is_terminal(),
+            stdout: Box::new(io::stdout()),
+            stderr: Box::new(io::stderr()),
         }
     }
 
     /// Prints to stdout. A reader that has gone (`| head`) has seen enough: that is no failure.
-    pub(super) fn print(&mut self, text: &str) -> Result<(), Failure> {
+    pub(super) fn print(&mut self, text: &str) -> Result<(), CliError> {
         self.print_bytes(text.as_bytes())
     }
 
     /// The same, of what is not text.
-    pub(super) fn print_bytes(&mut self, bytes: &[u8]) -> Result<(), Failure> {
-        match self.out.write_all(bytes).and_then(|()| self.out.flush()) {
+    pub(super) fn print_bytes(&mut self, bytes: &[u8]) -> Result<(), CliError> {
+        match self.stdout.write_all(bytes).and_then(|()| self.stdout.flush()) {
             Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-                Err(Failure::usage(format!("cannot write to stdout: {error}")))
+                Err(CliError::new(format!("cannot write to stdout: {error}")))
             }
             _ => Ok(()),
         }
     }
 
     /// Prints to stderr, as far as that is possible.
-    pub(super) fn note(&mut self, text: &str) {
-        let _ = self.err.write_all(text.as_bytes()).and_then(|()| self.err.flush());
+    pub(super) fn eprint(&mut self, text: &str) {
+        let _ = self.stderr.write_all(text.as_bytes()).and_then(|()| self.stderr.flush());
     }
 
     /// Prints what is lost if nobody reads it, such as a token: a reader that has gone is a failure.
-    pub(super) fn deliver(&mut self, text: &str) -> Result<(), Failure> {
-        let written = self.out.write_all(text.as_bytes()).and_then(|()| self.out.flush());
-        written.map_err(|error| Failure::usage(format!("cannot write to stdout: {error}")))
+    pub(super) fn print_required(&mut self, text: &str) -> Result<(), CliError> {
+        let written = self.stdout.write_all(text.as_bytes()).and_then(|()| self.stdout.flush());
+        written.map_err(|error| CliError::new(format!("cannot write to stdout: {error}")))
     }
 
     /// Whether [`Console::confirm`] would ask.
     ///
     /// # Errors
     /// When it would have to, and there is no terminal.
-    pub(super) fn must_ask(&self, yes: bool) -> Result<bool, Failure> {
-        if yes { Ok(false) } else { terminal().map(|_terminal| true).map_err(|_| Failure::unconfirmed()) }
+    pub(super) fn needs_confirmation(&self, yes: bool) -> Result<bool, CliError> {
+        if yes {
+            Ok(false)
+        } else {
+            open_terminal().map(|_terminal| true).map_err(|_| CliError::no_terminal())
+        }
     }
 
     /// Asks the person at the process's terminal, also where stdin is a pipe. With `yes` the answer is known.
     ///
     /// # Errors
     /// When the answer is no, or there is no terminal: what cannot be undone is not done by accident.
-    pub(super) fn confirm(&mut self, question: &str, yes: bool) -> Result<(), Failure> {
-        if !self.must_ask(yes)? {
+    pub(super) fn confirm(&mut self, question: &str, yes: bool) -> Result<(), CliError> {
+        if !self.needs_confirmation(yes)? {
             return Ok(());
         }
-        let answer = terminal().and_then(|mut terminal| {
-            write!(terminal, "{} [y/N] ", clean(question))?;
+        let answer = open_terminal().and_then(|mut terminal| {
+            write!(terminal, "{} [y/N] ", escape_terminal(question))?;
             let mut answer = String::new();
-            BufReader::new(terminal).take(LONGEST_ANSWER).read_line(&mut answer)?;
+            BufReader::new(terminal).take(MAX_ANSWER_BYTES).read_line(&mut answer)?;
             Ok(answer)
         });
-        match answer.map_err(|_| Failure::unconfirmed())?.trim().to_ascii_lowercase().as_str() {
+        match answer.map_err(|_| CliError::no_terminal())?.trim().to_ascii_lowercase().as_str() {
             "y" | "yes" => Ok(()),
-            _ => Err(Failure::declined()),
+            _ => Err(CliError::not_confirmed()),
         }
     }
 }
 
 /// The process's terminal, to write and to read.
-fn terminal() -> io::Result<File> {
+fn open_terminal() -> io::Result<File> {
     use rustix::fs::{Mode, OFlags, open};
     Ok(open("/dev/tty", OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty())?.into())
 }
 
 /// Prints what a command has done. A reader that has gone has seen enough: what was done stays done.
-pub(super) fn say(text: &str) -> io::Result<()> {
+pub(super) fn print_escaped(text: &str) -> io::Result<()> {
     let mut out = io::stdout().lock();
-    match out.write_all(clean_lines(text).as_bytes()).and_then(|()| out.flush()) {
+    match out.write_all(escape_terminal_lines(text).as_bytes()).and_then(|()| out.flush()) {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         written => written,
     }
@@ -119,28 +123,28 @@ pub(super) fn say(text: &str) -> io::Result<()> {
 /// What a test prints to.
 #[cfg(test)]
 #[derive(Clone, Default)]
-pub(super) struct Printed(std::rc::Rc<std::cell::RefCell<Vec<u8>>>);
+pub(super) struct CapturedOutput(std::rc::Rc<std::cell::RefCell<Vec<u8>>>);
 
 #[cfg(test)]
-impl Printed {
+impl CapturedOutput {
     pub(super) fn text(&self) -> String {
         String::from_utf8(self.0.borrow().clone()).unwrap()
     }
 
     /// A console that prints to `out` and `err`.
-    pub(super) fn console(out: &Printed, err: &Printed) -> Console {
+    pub(super) fn capture_console(out: &CapturedOutput, err: &CapturedOutput) -> Console {
         Console {
-            out: Box::new(out.clone()),
-            err: Box::new(err.clone()),
-            out_is_terminal: false,
-            out_colours: false,
-            err_colours: false,
+            stdout: Box::new(out.clone()),
+            stderr: Box::new(err.clone()),
+            stdout_is_terminal: false,
+            stdout_colors: false,
+            stderr_colors: false,
         }
     }
 }
 
 #[cfg(test)]
-impl Write for Printed {
+impl Write for CapturedOutput {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.0.borrow_mut().extend_from_slice(bytes);
         Ok(bytes.len())
@@ -152,11 +156,11 @@ impl Write for Printed {
 }
 
 /// Waits for `work`, and shows a spinner on a terminal when it takes long.
-pub(super) async fn watched<T>(work: impl Future<Output = T>) -> T {
+pub(super) async fn with_spinner<T>(work: impl Future<Output = T>) -> T {
     let mut work = std::pin::pin!(work);
     tokio::select! {
         done = &mut work => return done,
-        () = tokio::time::sleep(PATIENCE), if io::stderr().is_terminal() => {}
+        () = tokio::time::sleep(SPINNER_DELAY), if io::stderr().is_terminal() => {}
     }
     let spinner = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
     spinner.set_style(ProgressStyle::default_spinner());
@@ -168,7 +172,7 @@ pub(super) async fn watched<T>(work: impl Future<Output = T>) -> T {
 }
 
 /// A bar for work of `total` bytes, on a terminal; what it stands at is shown beside it as its message.
-pub(super) fn progress(total: u64) -> ProgressBar {
+pub(super) fn new_progress_bar(total: u64) -> ProgressBar {
     if !io::stderr().is_terminal() {
         return ProgressBar::hidden();
     }
@@ -195,11 +199,11 @@ mod tests {
 
     fn console(kind: io::ErrorKind) -> Console {
         Console {
-            out: Box::new(Fails(kind)),
-            err: Box::new(Fails(kind)),
-            out_is_terminal: false,
-            out_colours: false,
-            err_colours: false,
+            stdout: Box::new(Fails(kind)),
+            stderr: Box::new(Fails(kind)),
+            stdout_is_terminal: false,
+            stdout_colors: false,
+            stderr_colors: false,
         }
     }
 
@@ -207,12 +211,12 @@ mod tests {
     fn a_reader_that_has_gone_is_no_failure_but_a_full_disk_is() {
         assert!(console(io::ErrorKind::BrokenPipe).print("x").is_ok());
         assert!(console(io::ErrorKind::StorageFull).print("x").is_err());
-        assert!(console(io::ErrorKind::BrokenPipe).deliver("x").is_err(), "nobody has the token");
+        assert!(console(io::ErrorKind::BrokenPipe).print_required("x").is_err(), "nobody has the token");
     }
 
     #[test]
     fn a_stderr_that_cannot_be_written_stops_nothing() {
-        console(io::ErrorKind::BrokenPipe).note("x");
+        console(io::ErrorKind::BrokenPipe).eprint("x");
     }
 
     #[test]

@@ -5,65 +5,68 @@ use std::path::Path;
 use zeroize::Zeroizing;
 
 use super::{
-    client::Session,
+    api_client::ApiClient,
     console::Console,
-    failure::Failure,
-    json::{self, Json},
-    token,
+    error::CliError,
+    json_output::{self, ToJson},
+    token_io,
 };
-use crate::config::client::{ClientSettings, Output};
+use crate::config::client::{ClientSettings, OutputFormat};
 
 /// The settings and the terminal of one command.
-pub(super) struct Context<'a> {
+pub(super) struct CommandContext<'a> {
     settings: ClientSettings,
     pub(super) console: &'a mut Console,
 }
 
-impl<'a> Context<'a> {
-    pub(super) fn new(settings: ClientSettings, console: &'a mut Console) -> Context<'a> {
-        Context { settings, console }
+impl<'a> CommandContext<'a> {
+    pub(super) fn new(settings: ClientSettings, console: &'a mut Console) -> CommandContext<'a> {
+        CommandContext { settings, console }
     }
 
     /// Reads the caller's token and makes ready to connect. Warns if others can read the token's file.
-    pub(super) fn session(&mut self) -> Result<Session, Failure> {
+    pub(super) fn connect(&mut self) -> Result<ApiClient, CliError> {
         if let Some(file) = self.settings.token_file.clone() {
-            self.warn_of_readers(&file);
+            self.warn_if_readable_by_others(&file);
         }
-        Session::open(&self.settings)
+        ApiClient::from_settings(&self.settings)
     }
 
     /// Warns if others than its owner can read a token's file.
-    pub(super) fn warn_of_readers(&mut self, file: &Path) {
-        if let Some(warning) = token::readers_warning(file) {
-            self.console.note(&warning);
+    pub(super) fn warn_if_readable_by_others(&mut self, file: &Path) {
+        if let Some(warning) = token_io::permission_warning(file) {
+            self.console.eprint(&warning);
         }
     }
 
     /// Whether the caller's own token comes from stdin, so that nothing else can.
-    pub(super) fn stdin_is_taken(&self) -> bool {
-        self.settings.token_file.as_deref().is_some_and(token::is_stdin)
+    pub(super) fn is_stdin_used_for_token(&self) -> bool {
+        self.settings.token_file.as_deref().is_some_and(token_io::is_stdin)
     }
 
     /// Whether answers are for programs.
-    pub(super) fn json(&self) -> bool {
-        self.settings.output == Output::Json
+    pub(super) fn is_json_output(&self) -> bool {
+        self.settings.output == OutputFormat::Json
     }
 
     /// Prints an answer that holds a token, for programs: nobody reading it is a failure.
-    pub(super) fn deliver_json(&mut self, answer: &impl Json) -> Result<(), Failure> {
-        self.console.deliver(&Zeroizing::new(json::object(answer)))
+    pub(super) fn print_required_json(&mut self, answer: &impl ToJson) -> Result<(), CliError> {
+        self.console.print_required(&Zeroizing::new(json_output::to_json_object(answer)))
     }
 
     /// Prints an answer: as it is for programs, or as `people` words it, who is told whether colours are
     /// wanted.
-    pub(super) fn show(
+    pub(super) fn print_response(
         &mut self,
-        answer: &impl Json,
+        answer: &impl ToJson,
         people: impl FnOnce(bool) -> String,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), CliError> {
         // Some answers hold a token.
-        let text =
-            Zeroizing::new(if self.json() { json::object(answer) } else { people(self.console.out_colours) });
+        let text = Zeroizing::new(if self.is_json_output() {
+            json_output::to_json_object(answer)
+        } else {
+            people(self.console.stdout_colors)
+        });
         self.console.print(&text)
     }
 }

@@ -7,52 +7,52 @@ use std::{
     time::Duration,
 };
 
-use super::{console::Console, failure::Failure};
+use super::{console::Console, error::CliError};
 use crate::config::health::HealthArgs;
 
 /// The longest answer that is read: a page of one line.
-const LONGEST: u64 = 4096;
+const MAX_READYZ_BYTES: u64 = 4096;
 
 /// Asks `/readyz`: 0 ready, 1 not ready, 2 no answer.
-pub(super) fn run(args: &HealthArgs, console: &mut Console) -> Result<u8, Failure> {
+pub(super) fn run(args: &HealthArgs, console: &mut Console) -> Result<u8, CliError> {
     let address = &args.admin_listen;
-    let answer = ask(address, args.timeout).map_err(|error| {
-        Failure::usage(format!("no answer from http://{address}/readyz: {error}")).hint(
+    let answer = request_readyz(address, args.timeout).map_err(|error| {
+        CliError::new(format!("no answer from http://{address}/readyz: {error}")).with_hint(
             "is the server running? --admin-listen or KEYWARD_ADMIN_LISTEN says where its admin pages are",
         )
     })?;
-    match status(&answer) {
+    match parse_status_code(&answer) {
         Some("200") => {
             console.print("ready\n")?;
             Ok(0)
         }
-        Some("503") => Err(Failure::refused("not ready: the server lives and answers no Checks")),
-        _ => Err(Failure::usage(format!("http://{address}/readyz is not an admin page of Keyward"))),
+        Some("503") => Err(CliError::refused("not ready: the server lives and answers no Checks")),
+        _ => Err(CliError::new(format!("http://{address}/readyz is not an admin page of Keyward"))),
     }
 }
 
-fn ask(address: &str, patience: Duration) -> io::Result<String> {
+fn request_readyz(address: &str, patience: Duration) -> io::Result<String> {
     let mut last = io::Error::new(io::ErrorKind::NotFound, "it has no address");
     for address in address.to_socket_addrs()? {
         match TcpStream::connect_timeout(&address, patience) {
-            Ok(stream) => return exchange(stream, patience),
+            Ok(stream) => return send_readyz_request(stream, patience),
             Err(error) => last = error,
         }
     }
     Err(last)
 }
 
-fn exchange(mut stream: TcpStream, patience: Duration) -> io::Result<String> {
+fn send_readyz_request(mut stream: TcpStream, patience: Duration) -> io::Result<String> {
     stream.set_read_timeout(Some(patience))?;
     stream.set_write_timeout(Some(patience))?;
     stream.write_all(b"GET /readyz HTTP/1.1\r\nhost: keyward\r\nconnection: close\r\n\r\n")?;
     let mut answer = Vec::new();
-    stream.take(LONGEST).read_to_end(&mut answer)?;
+    stream.take(MAX_READYZ_BYTES).read_to_end(&mut answer)?;
     Ok(String::from_utf8_lossy(&answer).into_owned())
 }
 
 /// The status code of an HTTP/1.1 answer.
-fn status(answer: &str) -> Option<&str> {
+fn parse_status_code(answer: &str) -> Option<&str> {
     answer.strip_prefix("HTTP/1.1 ")?.get(..3)
 }
 
@@ -60,7 +60,7 @@ fn status(answer: &str) -> Option<&str> {
 mod tests {
     use std::net::TcpListener;
 
-    use super::{super::console::Printed, *};
+    use super::{super::console::CapturedOutput, *};
 
     /// Asks a server that says this to everybody: the exit code, and what was printed.
     fn told(answer: &'static str) -> (u8, String) {
@@ -72,13 +72,13 @@ mod tests {
             assert!(stream.read(&mut asked).unwrap() > 0);
             stream.write_all(answer.as_bytes()).unwrap();
         });
-        let (out, err) = (Printed::default(), Printed::default());
+        let (out, err) = (CapturedOutput::default(), CapturedOutput::default());
         let args = HealthArgs { admin_listen, timeout: Duration::from_secs(20) };
-        let result = run(&args, &mut Printed::console(&out, &err));
+        let result = run(&args, &mut CapturedOutput::capture_console(&out, &err));
         server.join().unwrap();
         match result {
             Ok(code) => (code, out.text()),
-            Err(failure) => (failure.exit(), failure.to_string()),
+            Err(failure) => (failure.exit_code(), failure.to_string()),
         }
     }
 
@@ -100,9 +100,9 @@ mod tests {
     fn nobody_there_is_no_answer_and_says_how_to_name_another() {
         let gone = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let args = HealthArgs { admin_listen: gone.to_string(), timeout: Duration::from_secs(20) };
-        let (out, err) = (Printed::default(), Printed::default());
-        let failure = run(&args, &mut Printed::console(&out, &err)).unwrap_err();
-        assert_eq!(failure.exit(), 2);
+        let (out, err) = (CapturedOutput::default(), CapturedOutput::default());
+        let failure = run(&args, &mut CapturedOutput::capture_console(&out, &err)).unwrap_err();
+        assert_eq!(failure.exit_code(), 2);
         assert!(failure.to_string().contains("KEYWARD_ADMIN_LISTEN"), "{failure}");
     }
 }

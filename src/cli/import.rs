@@ -1,21 +1,21 @@
-//! `keyward keys import`: takes in keys made elsewhere, from a file of any size.
+//! `keyward call_keys import`: takes in keys made elsewhere, from a file of any size.
 //!
 //! The file is looked through first, so that one that cannot be read leaves nothing behind. Then one thread reads it in
 //! batches; several calls are under way at once; their results are recorded in the order of the file. So memory holds a
 //! few batches, and an import that was interrupted continues where it was.
 
 mod cell;
+mod checkpoint;
 mod column;
-mod csv;
+mod csv_rows;
 mod header;
-mod inspect;
-mod journal;
-mod json;
+mod json_rows;
+mod precheck;
 mod row;
 mod send;
 mod source;
 mod summary;
-mod text;
+mod text_reader;
 
 use std::{
     fs::File,
@@ -34,21 +34,21 @@ use tokio::{
 };
 
 use self::{
-    column::ColumnArgs,
-    inspect::inspect,
-    journal::Journal,
-    row::DefaultArgs,
-    send::{Attempts, send},
-    source::{Batch, Format, Reading, Source, encoding},
-    summary::{Problems, Summary, rows},
-    text::Text,
+    checkpoint::ImportCheckpoint,
+    column::ColumnNameArgs,
+    precheck::precheck_file,
+    row::RowDefaultArgs,
+    send::{RetryState, send_batch},
+    source::{ImportBatch, ImportFormat, ReadOptions, RowSource, parse_encoding},
+    summary::{ImportSummary, RowProblems, format_row_count},
+    text_reader::TextReader,
 };
 use super::{
-    client::{Patience, Session},
+    api_client::{ApiClient, DefaultTimeout},
     console,
-    context::Context,
-    failure::{Failure, REFUSED},
-    values::shown_path,
+    context::CommandContext,
+    error::{CliError, EXIT_REFUSED},
+    value_format::shown_path,
 };
 use crate::{
     clock::{Clock as _, SystemClock},
@@ -57,9 +57,9 @@ use crate::{
 };
 
 /// How many calls are under way at once.
-const AT_ONCE: usize = 4;
+const MAX_CALLS_IN_FLIGHT: usize = 4;
 
-const FORMAT: &str = "\
+const FORMAT_HELP: &str = "\
 CSV begins with a row that names its columns, in any order and spelling (expires_at, Expires At, expiresAt): account, \
 user, environment, name, scopes, roles, expires_at, customers, allowed_cidrs, rate_limits, quota, metadata, sha256, \
 hint, entropy_bits. Only sha256 is needed: the SHA-256 of the whole token, 64 hexadecimal digits or base64. Commas, \
@@ -85,143 +85,156 @@ Exit codes: 0 every row is there or skipped; 1 some were rejected; 2 the import 
 
 Example: keyward keys import keys.csv --account acme --environment production --role agent";
 
-/// Flags of `keyward keys import`.
+/// Flags of `keyward call_keys import`.
 #[derive(Debug, Args)]
-#[command(after_help = FORMAT)]
-pub(super) struct ImportArgs {
+#[command(after_help = FORMAT_HELP)]
+pub(super) struct KeyImportArgs {
     /// The file of keys
     #[arg(value_name = "FILE")]
     file: PathBuf,
     /// What the file holds [default: json if it begins with { or [, or is called .json or .jsonl; else csv]
     #[arg(long, value_enum, value_name = "FORMAT")]
-    format: Option<Format>,
+    format: Option<ImportFormat>,
     /// Encoding of a file that is neither UTF-8 nor UTF-16, such as windows-1252
-    #[arg(long, value_name = "NAME", value_parser = encoding)]
+    #[arg(long, value_name = "NAME", value_parser = parse_encoding)]
     encoding: Option<&'static Encoding>,
     /// File that keeps how far the import came [default: FILE.keyward-progress]
     #[arg(long, value_name = "FILE")]
     progress: Option<PathBuf>,
     #[command(flatten)]
-    columns: ColumnArgs,
+    columns: ColumnNameArgs,
     #[command(flatten)]
-    defaults: DefaultArgs,
+    defaults: RowDefaultArgs,
 }
 
-impl ImportArgs {
-    pub(super) async fn run(self, cx: &mut Context<'_>) -> Result<u8, Failure> {
-        let session = cx.session()?.quiet();
-        let unreadable = |error| Failure::usage(format!("cannot read {}: {error}", shown_path(&self.file)));
+impl KeyImportArgs {
+    pub(super) async fn run(self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
+        let session = cx.connect()?.without_spinner();
+        let unreadable = |error| CliError::new(format!("cannot read {}: {error}", shown_path(&self.file)));
         let file = File::open(&self.file).map_err(unreadable)?;
         let size = file.metadata().map_err(unreadable)?.len();
-        let reading = self.reading(&file, SystemClock.now())?;
-        reading.defaults.check(reading.now)?;
+        let reading = self.read_options(&file, SystemClock.now())?;
+        reading.defaults.check_expiry(reading.now)?;
         // The whole file first: one that is not understood leaves nothing behind.
-        inspect(&file, reading.encoding, reading.syntax(&file)?)?;
-        let unused = Source::open(&file, reading.clone(), None)?.check_columns()?;
+        precheck_file(&file, reading.encoding, reading.required_syntax(&file)?)?;
+        let unused = RowSource::open(&file, reading.clone(), None)?.check_columns()?;
         for flag in unused {
-            cx.console.note(&format!("No object has the field of {flag}.\n"));
+            cx.console.eprint(&format!("No object has the field of {flag}.\n"));
         }
-        let mut journal = Journal::open(&self.file, self.progress)?;
-        let source = Source::open(file, reading, journal.from())?;
-        if journal.from().is_some_and(|from| from.bytes < size) {
-            cx.console.note(&format!("Resuming after {}.\n", journal.place()));
+        let mut journal = ImportCheckpoint::open(&self.file, self.progress)?;
+        let source = RowSource::open(file, reading, journal.resume_position())?;
+        if journal.resume_position().is_some_and(|from| from.bytes < size) {
+            cx.console.eprint(&format!("Resuming after {}.\n", journal.describe_progress()));
         }
-        let bar = console::progress(size);
-        let (began, before, mut problems) = (Instant::now(), journal.rows(), Problems::default());
-        let end = run(source, &session, &mut journal, &mut problems, &bar).await;
+        let bar = console::new_progress_bar(size);
+        let (began, before, mut problems) = (Instant::now(), journal.rows_done(), RowProblems::default());
+        let end = import_rows(source, &session, &mut journal, &mut problems, &bar).await;
         bar.finish_and_clear();
-        let rows_now = journal.rows() - before;
-        let summary = Summary::new(&journal, &problems, end.is_ok(), rows_now, began.elapsed());
-        if summary.complete || journal.rows() > 0 {
-            cx.show(&summary, |colours| summary.for_people(&journal).show(colours))?;
+        let rows_now = journal.rows_done() - before;
+        let summary = ImportSummary::new(&journal, &problems, end.is_ok(), rows_now, began.elapsed());
+        if summary.complete || journal.rows_done() > 0 {
+            cx.print_response(&summary, |colours| summary.to_table(&journal).render(colours))?;
         }
         let progress = journal.progress_path().display();
-        end.map_err(|failure| failure.of(&format!("stopped after {}", journal.place())))
-            .map_err(|failure| failure.hint(format!("the same command continues from there ({progress})")))?;
-        Ok(if summary.rejected > 0 { REFUSED } else { 0 })
+        end.map_err(|failure| {
+            failure.with_context(&format!("stopped after {}", journal.describe_progress()))
+        })
+        .map_err(|failure| {
+            failure.with_hint(format!("the same command continues from there ({progress})"))
+        })?;
+        Ok(if summary.rejected > 0 { EXIT_REFUSED } else { 0 })
     }
 
-    fn reading(&self, file: &File, now: Timestamp) -> Result<Reading, Failure> {
+    fn read_options(&self, file: &File, now: Timestamp) -> Result<ReadOptions, CliError> {
         let format = match self.format {
             Some(format) => format,
-            None => format_of(&mut Text::open(file, self.encoding)?, &self.file)?,
+            None => detect_format(&mut TextReader::open(file, self.encoding)?, &self.file)?,
         };
         let (columns, defaults) = (self.columns.clone(), self.defaults.clone());
-        Ok(Reading { format, encoding: self.encoding, columns, defaults, now })
+        Ok(ReadOptions { format, encoding: self.encoding, columns, defaults, now })
     }
 }
 
 /// What a file holds, by its first character, or by its name if that says nothing.
-fn format_of(text: &mut Text<impl Read + Seek>, path: &Path) -> io::Result<Format> {
+fn detect_format(text: &mut TextReader<impl Read + Seek>, path: &Path) -> io::Result<ImportFormat> {
     let blank = |unit: &u16| [b' ', b'\t', b'\r', b'\n'].map(u16::from).contains(unit);
-    while text.unit()?.is_some_and(|unit| blank(&unit)) {
-        text.take_unit(&mut Vec::new())?;
+    while text.peek_unit()?.is_some_and(|unit| blank(&unit)) {
+        text.consume_unit(&mut Vec::new())?;
     }
-    let first = text.unit()?.and_then(|unit| char::from_u32(unit.into()));
+    let first = text.peek_unit()?.and_then(|unit| char::from_u32(unit.into()));
     Ok(match first {
-        Some('{' | '[') => Format::Json,
+        Some('{' | '[') => ImportFormat::Json,
         _ => format_by_name(path),
     })
 }
 
 /// A file of rejected rows holds what its origin held.
-fn format_by_name(path: &Path) -> Format {
+fn format_by_name(path: &Path) -> ImportFormat {
     let name = path.to_string_lossy().to_ascii_lowercase();
     let mut name = name.as_str();
     while let Some(origin) = name.strip_suffix(".rejected") {
         name = origin;
     }
     let json = [".jsonl", ".ndjson", ".json"].iter().any(|ending| name.ends_with(ending));
-    if json { Format::Json } else { Format::Csv }
+    if json { ImportFormat::Json } else { ImportFormat::Csv }
 }
 
 /// Sends the file's batches and records their results, until the file ends or Ctrl-C stops it.
-async fn run(
-    source: Source<File>,
-    session: &Session,
-    journal: &mut Journal,
-    problems: &mut Problems,
+async fn import_rows(
+    source: RowSource<File>,
+    session: &ApiClient,
+    journal: &mut ImportCheckpoint,
+    problems: &mut RowProblems,
     bar: &ProgressBar,
-) -> Result<(), Failure> {
+) -> Result<(), CliError> {
     let dialect = source.dialect().clone();
-    let mut stop = interruptions();
-    let batches = read(source, stop.clone());
-    let attempts = Attempts::default();
+    let mut stop = watch_ctrl_c();
+    let batches = spawn_reader(source, stop.clone());
+    let attempts = RetryState::default();
     let import = async |request: pb::ImportKeysRequest| {
         session
-            .keys(Patience::Propagation, request, async |mut client, request| client.import(request).await)
+            .call_keys(DefaultTimeout::Propagation, request, async |mut client, request| {
+                client.import(request).await
+            })
             .await
     };
     let sent = stream::unfold(batches, async |mut batches| Some((batches.recv().await?, batches)))
         .map(|batch| {
             let (attempts, import) = (&attempts, &import);
-            async move { send(batch?, attempts, import).await }
+            async move { send_batch(batch?, attempts, import).await }
         })
-        .buffered(AT_ONCE);
+        .buffered(MAX_CALLS_IN_FLIGHT);
     let mut sent = pin!(sent);
     loop {
         let done = tokio::select! {
             done = sent.next() => done,
-            _ = stop.wait_for(|asked| *asked > 1) => return Err(Failure::usage("interrupted")),
+            _ = stop.wait_for(|asked| *asked > 1) => return Err(CliError::new("interrupted")),
         };
         let Some(done) = done else { break };
         let done = done?;
-        problems.add(&done.rejected);
-        journal.record(&done, &dialect)?;
-        if let Some(from) = journal.from() {
+        problems.add_rejected(&done.rejected);
+        journal.record_batch(&done, &dialect)?;
+        if let Some(from) = journal.resume_position() {
             bar.set_position(from.bytes);
-            bar.set_message(format!("{}, {} rejected", rows(journal.rows()), journal.progress.rejected));
+            bar.set_message(format!(
+                "{}, {} rejected",
+                format_row_count(journal.rows_done()),
+                journal.progress.rejected
+            ));
         }
     }
-    if *stop.borrow() > 0 { Err(Failure::usage("interrupted")) } else { Ok(()) }
+    if *stop.borrow() > 0 { Err(CliError::new("interrupted")) } else { Ok(()) }
 }
 
 /// Reads batches on a thread of their own until the file ends or Ctrl-C stops it.
-fn read(mut source: Source<File>, stop: watch::Receiver<u32>) -> mpsc::Receiver<Result<Batch, Failure>> {
+fn spawn_reader(
+    mut source: RowSource<File>,
+    stop: watch::Receiver<u32>,
+) -> mpsc::Receiver<Result<ImportBatch, CliError>> {
     let (sender, batches) = mpsc::channel(1);
     tokio::task::spawn_blocking(move || {
         while *stop.borrow() == 0
-            && let Some(batch) = source.batch().map_err(Failure::from).transpose()
+            && let Some(batch) = source.next_batch().map_err(CliError::from).transpose()
         {
             let last = batch.is_err();
             // The receiver is dropped once a call has failed.
@@ -234,7 +247,7 @@ fn read(mut source: Source<File>, stop: watch::Receiver<u32>) -> mpsc::Receiver<
 }
 
 /// Counts how often Ctrl-C was pressed: the first ends the import in order, the second at once.
-fn interruptions() -> watch::Receiver<u32> {
+fn watch_ctrl_c() -> watch::Receiver<u32> {
     let (sender, receiver) = watch::channel(0);
     tokio::spawn(async move {
         while tokio::signal::ctrl_c().await.is_ok() {
@@ -257,18 +270,18 @@ mod tests {
     #[derive(Debug, Parser)]
     struct Only {
         #[command(flatten)]
-        args: ImportArgs,
+        args: KeyImportArgs,
     }
 
     #[test]
     fn the_format_is_known_by_the_files_name() {
         for (name, format) in [
-            ("keys.csv", Format::Csv),
-            ("keys", Format::Csv),
-            ("keys.JSONL", Format::Json),
-            ("keys.ndjson", Format::Json),
-            ("keys.jsonl.rejected", Format::Json),
-            ("keys.csv.rejected.rejected", Format::Csv),
+            ("keys.csv", ImportFormat::Csv),
+            ("keys", ImportFormat::Csv),
+            ("keys.JSONL", ImportFormat::Json),
+            ("keys.ndjson", ImportFormat::Json),
+            ("keys.jsonl.rejected", ImportFormat::Json),
+            ("keys.csv.rejected.rejected", ImportFormat::Csv),
         ] {
             assert_eq!(format_by_name(Path::new(name)), format, "{name}");
         }
@@ -277,13 +290,16 @@ mod tests {
     #[test]
     fn the_format_is_known_by_the_files_first_character() {
         let format = |text: &[u8], name: &str| {
-            let mut text = Text::open(Cursor::new(text.to_vec()), None).unwrap();
-            format_of(&mut text, Path::new(name)).unwrap()
+            let mut text = TextReader::open(Cursor::new(text.to_vec()), None).unwrap();
+            detect_format(&mut text, Path::new(name)).unwrap()
         };
         for json in [&b"[]"[..], b"\xef\xbb\xbf\r\n {", b"\xff\xfe[\0"] {
-            assert_eq!(format(json, "keys.csv"), Format::Json, "{json:?}");
+            assert_eq!(format(json, "keys.csv"), ImportFormat::Json, "{json:?}");
         }
-        assert_eq!((format(b"sha256", "keys.tsv"), format(b"", "keys.json")), (Format::Csv, Format::Json));
+        assert_eq!(
+            (format(b"sha256", "keys.tsv"), format(b"", "keys.json")),
+            (ImportFormat::Csv, ImportFormat::Json)
+        );
     }
 
     #[test]
@@ -297,8 +313,8 @@ mod tests {
 
     #[test]
     fn the_help_names_every_column() {
-        for name in column::Column::names().split(", ") {
-            assert!(FORMAT.contains(name), "{name}");
+        for name in column::ImportColumn::list_names().split(", ") {
+            assert!(FORMAT_HELP.contains(name), "{name}");
         }
     }
 }

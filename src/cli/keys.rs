@@ -1,108 +1,111 @@
-//! `keyward keys`: the life of a key, from create to revoke.
+//! `keyward call_keys`: the life of a key, from create to revoke.
 
-mod bulk;
-mod change;
+mod bulk_revoke;
 mod create;
 mod list;
-mod policy;
+mod policy_args;
+mod state_change;
 mod update;
 mod usage;
 
 use clap::{Args, Subcommand};
 
 use super::{
-    check::SubjectArgs, client::Patience, context::Context, failure::Failure, import, output, table::Record,
+    api_client::DefaultTimeout, check::SubjectTokenArgs, context::CommandContext, error::CliError, import,
+    table::DetailTable, text_output,
 };
 use crate::pb;
 
-/// `keyward keys ...`.
+/// `keyward call_keys ...`.
 #[derive(Debug, Subcommand)]
 pub(super) enum KeysCommand {
     /// Create a key; its token is shown once
-    Create(create::CreateArgs),
+    Create(create::KeyCreateArgs),
     /// Show one key
-    Get(OneArgs),
+    Get(KeyIdArgs),
     /// List the keys of an account or user, newest first
-    List(list::ListArgs),
+    List(list::KeyListArgs),
     /// Change what a key is called, may do and is limited to
-    Update(update::UpdateArgs),
+    Update(update::KeyUpdateArgs),
     /// Refuse a key until it is enabled again
-    Disable(OneArgs),
+    Disable(KeyIdArgs),
     /// End what disable began
-    Enable(OneArgs),
+    Enable(KeyIdArgs),
     /// Give a key a new token, shown once; the old one stops at once (--now) or after an overlap (--overlap)
-    Rotate(change::RotateArgs),
+    Rotate(state_change::KeyRotateArgs),
     /// End a rotation's overlap now: the old token stops
-    FinishRotation(change::FinishRotationArgs),
+    FinishRotation(state_change::FinishRotationArgs),
     /// Refuse a key for ever
-    Revoke(change::RevokeArgs),
+    Revoke(state_change::KeyRevokeArgs),
     /// Refuse many keys for ever: those of an account, a user, or everyone
-    BulkRevoke(bulk::BulkRevokeArgs),
+    BulkRevoke(bulk_revoke::BulkRevokeArgs),
     /// Take in keys made elsewhere, by the SHA-256 of their tokens, from a file of any size
-    Import(import::ImportArgs),
+    Import(import::KeyImportArgs),
     /// Draw how often a key was allowed and denied, step by step
-    Usage(usage::UsageArgs),
+    Usage(usage::KeyUsageArgs),
     /// Show the key that a token belongs to
-    Lookup(LookupArgs),
+    Lookup(KeyLookupArgs),
 }
 
 /// Which key.
 #[derive(Debug, Args)]
-pub(super) struct OneArgs {
+pub(super) struct KeyIdArgs {
     /// The key's id
     #[arg(value_name = "ID")]
     id: String,
 }
 
-/// Flags of `keyward keys lookup`.
+/// Flags of `keyward call_keys lookup_key`.
 #[derive(Debug, Args)]
-pub(super) struct LookupArgs {
+pub(super) struct KeyLookupArgs {
     #[command(flatten)]
-    subject: SubjectArgs,
+    subject_token: SubjectTokenArgs,
 }
 
 impl KeysCommand {
-    pub(super) async fn run(self, cx: &mut Context<'_>) -> Result<u8, Failure> {
+    pub(super) async fn run(self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
         match self {
             KeysCommand::Create(args) => args.run(cx).await,
-            KeysCommand::Get(one) => get(cx, one.id).await,
+            KeysCommand::Get(one) => get_key(cx, one.id).await,
             KeysCommand::List(args) => args.run(cx).await,
             KeysCommand::Update(args) => args.run(cx).await,
-            KeysCommand::Disable(one) => change::disable(cx, one.id).await,
-            KeysCommand::Enable(one) => change::enable(cx, one.id).await,
+            KeysCommand::Disable(one) => state_change::disable(cx, one.id).await,
+            KeysCommand::Enable(one) => state_change::enable(cx, one.id).await,
             KeysCommand::Rotate(args) => args.run(cx).await,
             KeysCommand::FinishRotation(args) => args.run(cx).await,
             KeysCommand::Revoke(args) => args.run(cx).await,
             KeysCommand::BulkRevoke(args) => args.run(cx).await,
             KeysCommand::Import(args) => args.run(cx).await,
             KeysCommand::Usage(args) => args.run(cx).await,
-            KeysCommand::Lookup(args) => lookup(cx, &args.subject).await,
+            KeysCommand::Lookup(args) => lookup_key(cx, &args.subject_token).await,
         }
     }
 }
 
-async fn get(cx: &mut Context<'_>, id: String) -> Result<u8, Failure> {
+async fn get_key(cx: &mut CommandContext<'_>, id: String) -> Result<u8, CliError> {
     let question = pb::GetKeyRequest { id };
     let answer = cx
-        .session()?
-        .keys(Patience::Short, question, async |mut client, request| client.get(request).await)
+        .connect()?
+        .call_keys(DefaultTimeout::Quick, question, async |mut client, request| client.get(request).await)
         .await?;
-    cx.show(&answer, |colours| details(answer.key.as_ref()).show(colours))?;
+    cx.print_response(&answer, |colours| describe_key_or_empty(answer.key.as_ref()).render(colours))?;
     Ok(0)
 }
 
-async fn lookup(cx: &mut Context<'_>, subject: &SubjectArgs) -> Result<u8, Failure> {
-    let question = pb::LookupKeyRequest { token: subject.read(cx)?.reveal().to_owned() };
+async fn lookup_key(cx: &mut CommandContext<'_>, subject: &SubjectTokenArgs) -> Result<u8, CliError> {
+    let question = pb::LookupKeyRequest { token: subject.read_token(cx)?.reveal().to_owned() };
     let answer = cx
-        .session()?
-        .keys(Patience::Short, question, async |mut client, request| client.lookup(request).await)
+        .connect()?
+        .call_keys(DefaultTimeout::Quick, question, async |mut client, request| client.lookup(request).await)
         .await?;
-    cx.show(&answer, |colours| {
-        details(answer.key.as_ref()).field("secret version", answer.secret_version.to_string()).show(colours)
+    cx.print_response(&answer, |colours| {
+        describe_key_or_empty(answer.key.as_ref())
+            .field("secret version", answer.secret_version.to_string())
+            .render(colours)
     })?;
     Ok(0)
 }
 
-fn details(key: Option<&pb::Key>) -> Record {
-    key.map_or_else(Record::new, output::key)
+fn describe_key_or_empty(key: Option<&pb::Key>) -> DetailTable {
+    key.map_or_else(DetailTable::new, text_output::describe_key)
 }

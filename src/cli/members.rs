@@ -3,12 +3,12 @@
 use clap::{Args, Subcommand};
 
 use super::{
-    client::{Patience, Session},
-    context::Context,
-    failure::Failure,
-    output,
+    api_client::{ApiClient, DefaultTimeout},
+    context::CommandContext,
+    error::CliError,
     paging::PageArgs,
-    table::{Record, Rows, shown_value, text},
+    table::{DetailTable, ListTable, plain_cell, shown_value},
+    text_output,
 };
 use crate::pb;
 
@@ -18,7 +18,7 @@ pub(super) enum MembersCommand {
     /// Make a user a member of an account, or give the member another role
     Put {
         #[command(flatten)]
-        one: OneArgs,
+        member: MemberIdArgs,
         /// A role of the account, or a global one; the user's keys may do here what it grants
         #[arg(long)]
         role: String,
@@ -34,7 +34,7 @@ pub(super) enum MembersCommand {
     /// End a membership: the user's keys stop working in the account, and after the last one for ever
     Remove {
         #[command(flatten)]
-        one: OneArgs,
+        member: MemberIdArgs,
         /// Do not ask first
         #[arg(long, short)]
         yes: bool,
@@ -43,7 +43,7 @@ pub(super) enum MembersCommand {
 
 /// Which member.
 #[derive(Debug, Args)]
-pub(super) struct OneArgs {
+pub(super) struct MemberIdArgs {
     /// The account's id
     #[arg(value_name = "ACCOUNT")]
     account: String,
@@ -53,85 +53,100 @@ pub(super) struct OneArgs {
 }
 
 impl MembersCommand {
-    pub(super) async fn run(self, cx: &mut Context<'_>) -> Result<u8, Failure> {
-        if let MembersCommand::Remove { one, yes } = &self {
+    pub(super) async fn run(self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
+        if let MembersCommand::Remove { member: one, yes } = &self {
             let (account, user) = (shown_value(&one.account), shown_value(&one.user));
             let question =
                 format!("Remove {user} from {account}? With the last account, the user's keys are revoked.");
             cx.console.confirm(&question, *yes)?;
         }
-        let session = cx.session()?;
+        let session = cx.connect()?;
         match self {
-            MembersCommand::Put { one, role } => put(cx, &session, one, role).await,
-            MembersCommand::List { account, page } => list(cx, &session, account, &page).await,
-            MembersCommand::Remove { one, .. } => remove(cx, &session, one).await,
+            MembersCommand::Put { member: one, role } => put_member(cx, &session, one, role).await,
+            MembersCommand::List { account, page } => list_members(cx, &session, account, &page).await,
+            MembersCommand::Remove { member: one, .. } => remove_member(cx, &session, one).await,
         }
         .map(|()| 0)
     }
 }
 
-async fn put(cx: &mut Context<'_>, session: &Session, one: OneArgs, role: String) -> Result<(), Failure> {
+async fn put_member(
+    cx: &mut CommandContext<'_>,
+    session: &ApiClient,
+    one: MemberIdArgs,
+    role: String,
+) -> Result<(), CliError> {
     let question = pb::PutMemberRequest { account: one.account, user: one.user, role };
     let answer = session
-        .accounts(Patience::Propagation, question, async |mut client, request| {
+        .call_accounts(DefaultTimeout::Propagation, question, async |mut client, request| {
             client.put_member(request).await
         })
         .await?;
-    cx.show(&answer, |colours| {
-        let member = answer.member.as_ref().map_or_else(Record::new, details).show(colours);
-        member + "\n" + &output::propagation(answer.revision, answer.propagation.as_ref())
+    cx.print_response(&answer, |colours| {
+        let member = answer.member.as_ref().map_or_else(DetailTable::new, describe_member).render(colours);
+        member + "\n" + &text_output::format_propagation(answer.revision, answer.propagation.as_ref())
     })
 }
 
-async fn list(
-    cx: &mut Context<'_>,
-    session: &Session,
+async fn list_members(
+    cx: &mut CommandContext<'_>,
+    session: &ApiClient,
     account: String,
     page: &PageArgs,
-) -> Result<(), Failure> {
+) -> Result<(), CliError> {
     let fetched = page
-        .fetch(async |size, page_token| {
+        .fetch_pages(async |size, page_token| {
             let account = account.clone();
             let question = pb::ListMembersRequest { account, page_size: Some(size), page_token };
             let answer = session
-                .accounts(Patience::Short, question, async |mut client, request| {
+                .call_accounts(DefaultTimeout::Quick, question, async |mut client, request| {
                     client.list_members(request).await
                 })
                 .await?;
             Ok((answer.members, answer.next_page_token))
         })
         .await?;
-    let note = fetched.note();
-    let answer = pb::ListMembersResponse { members: fetched.items, next_page_token: fetched.next };
-    cx.show(&answer, |colours| listing(&answer.members, colours))?;
-    cx.console.note(&note.unwrap_or_default());
+    let note = fetched.truncation_note();
+    let answer = pb::ListMembersResponse { members: fetched.items, next_page_token: fetched.next_page_token };
+    cx.print_response(&answer, |colours| render_members(&answer.members, colours))?;
+    cx.console.eprint(&note.unwrap_or_default());
     Ok(())
 }
 
-async fn remove(cx: &mut Context<'_>, session: &Session, one: OneArgs) -> Result<(), Failure> {
+async fn remove_member(
+    cx: &mut CommandContext<'_>,
+    session: &ApiClient,
+    one: MemberIdArgs,
+) -> Result<(), CliError> {
     let question = pb::RemoveMemberRequest { account: one.account, user: one.user };
     let answer = session
-        .accounts(Patience::Propagation, question, async |mut client, request| {
+        .call_accounts(DefaultTimeout::Propagation, question, async |mut client, request| {
             client.remove_member(request).await
         })
         .await?;
-    cx.show(&answer, |_| output::propagation(answer.revision, answer.propagation.as_ref()))
+    cx.print_response(&answer, |_| {
+        text_output::format_propagation(answer.revision, answer.propagation.as_ref())
+    })
 }
 
-fn details(member: &pb::Member) -> Record {
-    Record::new()
+fn describe_member(member: &pb::Member) -> DetailTable {
+    DetailTable::new()
         .field("account", &member.account)
         .field("user", &member.user)
         .field("role", &member.role)
         .field("revision", member.revision.to_string())
 }
 
-fn listing(members: &[pb::Member], colours: bool) -> String {
-    let mut rows = Rows::new(&["USER", "ROLE", "REVISION"], colours);
+fn render_members(members: &[pb::Member], colours: bool) -> String {
+    let mut rows = ListTable::new(&["USER", "ROLE", "REVISION"], colours);
     for member in members {
-        rows.row([text(&member.user), text(&member.role), text(member.revision.to_string())]);
+        rows.add_row([
+            plain_cell(&member.user),
+            plain_cell(&member.role),
+            plain_cell(member.revision.to_string()),
+        ]);
     }
-    rows.show("No members.")
+    rows.render("No members.")
 }
 
 #[cfg(test)]
@@ -149,7 +164,8 @@ mod tests {
     #[test]
     fn a_member_is_named_by_account_and_user_and_never_without_a_role() {
         let read = |line: &str| Only::try_parse_from(format!("members {line}").split_whitespace());
-        let MembersCommand::Put { one, role } = read("put acme ada --role admin").unwrap().command else {
+        let MembersCommand::Put { member: one, role } = read("put acme ada --role admin").unwrap().command
+        else {
             panic!("another command");
         };
         assert_eq!((one.account.as_str(), one.user.as_str(), role.as_str()), ("acme", "ada", "admin"));
@@ -161,7 +177,7 @@ mod tests {
     #[test]
     fn a_list_says_who_has_which_role() {
         let member = pb::Member { user: "ada".into(), role: "owner".into(), ..Default::default() };
-        assert_eq!(listing(&[member], false), "USER  ROLE   REVISION\nada   owner  0\n");
-        assert_eq!(listing(&[], false), "No members.\n");
+        assert_eq!(render_members(&[member], false), "USER  ROLE   REVISION\nada   owner  0\n");
+        assert_eq!(render_members(&[], false), "No members.\n");
     }
 }

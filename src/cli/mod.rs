@@ -9,35 +9,35 @@
 //! A token is never an argument: arguments are shown to every process of the machine.
 
 mod accounts;
+mod api_client;
 mod audit;
 mod bench;
 mod check;
-mod client;
 mod completions;
 mod config;
 mod console;
 mod context;
 mod descriptors;
 mod doctor;
-mod failure;
+mod error;
 mod health;
 mod import;
-mod issue;
-mod json;
+mod json_output;
 mod keys;
+mod maintenance;
 mod members;
-mod output;
 mod paging;
 mod replicas;
 mod roles;
 pub mod root_key;
 mod rules;
+mod rules_explain;
 pub mod serve;
 mod table;
-mod token;
-mod upkeep;
-mod values;
-mod verdict;
+mod text_output;
+mod token_io;
+mod token_output;
+mod value_format;
 mod whoami;
 
 use std::{ffi::OsString, process::ExitCode};
@@ -48,7 +48,7 @@ use clap::{
     parser::ValueSource,
 };
 
-use self::{console::Console, context::Context, failure::Failure};
+use self::{console::Console, context::CommandContext, error::CliError};
 use crate::{
     config::{
         client::{self as settings, ClientArgs, ClientSettings},
@@ -59,7 +59,7 @@ use crate::{
 };
 
 /// Paragraphs without line ends of their own: clap breaks them at the terminal's width.
-const GENERAL: &str = "\
+const LONG_HELP: &str = "\
 Settings: a flag wins over the environment (KEYWARD_SERVER, KEYWARD_TOKEN_FILE), which wins over \
 ~/.config/keyward/config.toml (below XDG_CONFIG_HOME where that is set) with the keys server, token_file, ca_file, \
 client_certificate, client_key, insecure and output. There is no flag for a token: other processes could read it.
@@ -81,16 +81,16 @@ the file is good; 1 no rule decides; 2 the file cannot be used. `keyward config`
 
 /// Issues API keys, and answers whether a token is valid for a scope, an environment and an account
 #[derive(Debug, Parser)]
-#[command(name = "keyward", version, after_long_help = GENERAL, max_term_width = 100)]
+#[command(name = "keyward", version, after_long_help = LONG_HELP, max_term_width = 100)]
 struct Cli {
     #[command(subcommand)]
-    command: Command,
+    command: CliCommand,
     #[command(flatten)]
     client: ClientArgs,
 }
 
 #[derive(Debug, Subcommand)]
-enum Command {
+enum CliCommand {
     /// Run the server
     Serve(ServeArgs),
     /// Manage the root key, with the database at hand
@@ -104,13 +104,13 @@ enum Command {
         command: replicas::ReplicasCommand,
     },
     /// Bring the database's schema up to date, also while servers of the version before run on it
-    Migrate(upkeep::MigrateArgs),
+    Migrate(maintenance::MigrateArgs),
     /// Copy an SQLite database to a new file, also while a server runs on it
-    Backup(upkeep::BackupArgs),
+    Backup(maintenance::BackupArgs),
     /// Accept that an SQLite database has lost its -wal file, so that it starts again without the changes in that file
-    AcceptLostWal(upkeep::AcceptLostWalArgs),
+    AcceptLostWal(maintenance::AcceptLostWalArgs),
     /// Create, find, change and revoke keys
-    #[command(mut_args = settings::below_top)]
+    #[command(mut_args = settings::for_subcommand)]
     Keys {
         #[command(subcommand)]
         command: keys::KeysCommand,
@@ -118,7 +118,7 @@ enum Command {
         client: ClientArgs,
     },
     /// Create, find and suspend accounts
-    #[command(mut_args = settings::below_top)]
+    #[command(mut_args = settings::for_subcommand)]
     Accounts {
         #[command(subcommand)]
         command: accounts::AccountsCommand,
@@ -126,7 +126,7 @@ enum Command {
         client: ClientArgs,
     },
     /// Make, change and delete roles: named sets of scopes
-    #[command(mut_args = settings::below_top)]
+    #[command(mut_args = settings::for_subcommand)]
     Roles {
         #[command(subcommand)]
         command: roles::RolesCommand,
@@ -134,7 +134,7 @@ enum Command {
         client: ClientArgs,
     },
     /// Say which users belong to an account, and with what role
-    #[command(mut_args = settings::below_top)]
+    #[command(mut_args = settings::for_subcommand)]
     Members {
         #[command(subcommand)]
         command: members::MembersCommand,
@@ -142,7 +142,7 @@ enum Command {
         client: ClientArgs,
     },
     /// Ask whether a token is valid; exit code 0 allowed, 1 denied, 2 could not be answered
-    #[command(mut_args = settings::below_top)]
+    #[command(mut_args = settings::for_subcommand)]
     Check {
         #[command(flatten)]
         args: check::CheckArgs,
@@ -150,13 +150,13 @@ enum Command {
         client: ClientArgs,
     },
     /// Show what the caller's own token is
-    #[command(mut_args = settings::below_top)]
+    #[command(mut_args = settings::for_subcommand)]
     Whoami {
         #[command(flatten)]
         client: ClientArgs,
     },
     /// Revoke the caller's own key, for ever
-    #[command(mut_args = settings::below_top)]
+    #[command(mut_args = settings::for_subcommand)]
     RevokeSelf {
         #[command(flatten)]
         args: whoami::RevokeSelfArgs,
@@ -164,7 +164,7 @@ enum Command {
         client: ClientArgs,
     },
     /// Read the log of every change
-    #[command(mut_args = settings::below_top)]
+    #[command(mut_args = settings::for_subcommand)]
     Audit {
         #[command(subcommand)]
         command: audit::AuditCommand,
@@ -172,13 +172,13 @@ enum Command {
         client: ClientArgs,
     },
     /// Show a server's settings and where they come from, and check a configuration file
-    Config(config::ConfigArgs),
+    Config(config::ConfigCommandArgs),
     /// Look at a running deployment, and say what to fix
     Doctor(Box<doctor::DoctorArgs>),
     /// Ask a server's admin pages whether it answers Checks; exit code 0 yes, 1 not now, 2 no answer
     Health(HealthArgs),
     /// Put a server under load, and say what it carries
-    #[command(mut_args = settings::below_top)]
+    #[command(mut_args = settings::for_subcommand)]
     Bench {
         #[command(flatten)]
         args: bench::BenchArgs,
@@ -205,61 +205,65 @@ enum RootKeyCommand {
 /// Runs the command that the program's arguments name.
 #[must_use]
 pub fn main() -> ExitCode {
-    let cli = match parse(&settings::arguments()) {
+    let cli = match parse_arguments(&settings::process_args()) {
         Ok(cli) => cli,
         Err(error) => {
             // Help is no error: it goes to stdout. Whoever reads neither has seen enough.
             let _ = error.print();
-            return exit(u8::try_from(error.exit_code()).unwrap_or(failure::UNANSWERED));
+            return exit_code(u8::try_from(error.exit_code()).unwrap_or(error::EXIT_UNANSWERED));
         }
     };
     match cli.command {
-        Command::Serve(args) => serve::run(args),
-        Command::RootKey { command: RootKeyCommand::Reset(args) } => root_key::run(args),
-        Command::Replicas { command } => replicas::run(&command),
-        Command::Audit { command: audit::AuditCommand::Archive(args), .. } => audit::archive::run(&args),
-        Command::Migrate(args) => upkeep::migrate(&args),
-        Command::Backup(args) => upkeep::backup(&args),
-        Command::AcceptLostWal(args) => upkeep::accept_lost_wal(&args),
-        Command::Completions(args) => {
-            finish(&mut Console::system(), |console| completions::run(args, console))
+        CliCommand::Serve(args) => serve::run(args),
+        CliCommand::RootKey { command: RootKeyCommand::Reset(args) } => root_key::run(args),
+        CliCommand::Replicas { command } => replicas::run(&command),
+        CliCommand::Audit { command: audit::AuditCommand::Archive(args), .. } => audit::archive::run(&args),
+        CliCommand::Migrate(args) => maintenance::migrate(&args),
+        CliCommand::Backup(args) => maintenance::backup(&args),
+        CliCommand::AcceptLostWal(args) => maintenance::accept_lost_wal(&args),
+        CliCommand::Completions(args) => {
+            run_and_report(&mut Console::with_stdio(), |console| completions::run(args, console))
         }
-        Command::Descriptors => finish(&mut Console::system(), descriptors::run),
-        Command::Config(args) => {
-            finish(&mut Console::system(), |console| config::run(args, cli.client, console))
+        CliCommand::Descriptors => run_and_report(&mut Console::with_stdio(), descriptors::run),
+        CliCommand::Config(args) => {
+            run_and_report(&mut Console::with_stdio(), |console| config::run(args, cli.client, console))
         }
-        Command::Doctor(args) => {
-            finish(&mut Console::system(), |console| doctor::run(*args, cli.client, console))
+        CliCommand::Doctor(args) => {
+            run_and_report(&mut Console::with_stdio(), |console| doctor::run(*args, cli.client, console))
         }
-        Command::Health(args) => finish(&mut Console::system(), |console| health::run(&args, console)),
-        Command::Bench { args, client } => finish(&mut Console::system(), |console| {
+        CliCommand::Health(args) => {
+            run_and_report(&mut Console::with_stdio(), |console| health::run(&args, console))
+        }
+        CliCommand::Bench { args, client } => run_and_report(&mut Console::with_stdio(), |console| {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-            runtime.block_on(bench::unless_terminated(args.run(client.or(cli.client), console)))
+            runtime.block_on(bench::run_until_sigterm(args.run(client.or(cli.client), console)))
         }),
-        Command::BenchBaseline(args) => finish(&mut Console::system(), |_| args.run()),
-        Command::Rules(args) => {
-            finish(&mut Console::system(), |console| rules::run(args, cli.client, console))
+        CliCommand::BenchBaseline(args) => run_and_report(&mut Console::with_stdio(), |_| args.run()),
+        CliCommand::Rules(args) => {
+            run_and_report(&mut Console::with_stdio(), |console| rules::run(args, cli.client, console))
         }
-        command => finish(&mut Console::system(), |console| run_client(command, cli.client, console)),
+        command => {
+            run_and_report(&mut Console::with_stdio(), |console| run_client(command, cli.client, console))
+        }
     }
 }
 
-fn parse(arguments: &[OsString]) -> Result<Cli, clap::Error> {
-    let mut command = settings::without_empty_variables(Cli::command());
-    if token::among(arguments) {
-        return Err(command.error(ErrorKind::InvalidValue, TOKEN_SHOWN));
+fn parse_arguments(arguments: &[OsString]) -> Result<Cli, clap::Error> {
+    let mut command = settings::ignore_empty_env_vars(Cli::command());
+    if token_io::contains_token(arguments) {
+        return Err(command.error(ErrorKind::InvalidValue, TOKEN_ARGUMENT_ERROR));
     }
     let matches = command
         .try_get_matches_from_mut(arguments)
-        .map_err(|error| without_credentials(arguments, explain(&mut command, error)))?;
-    if let Some(flag) = misplaced(&matches) {
+        .map_err(|error| without_credentials(arguments, explain_token_flag(&mut command, error)))?;
+    if let Some(flag) = find_misplaced_client_flag(&matches) {
         let message = format!("--{flag} is for client commands, which speak to a server");
         return Err(command.error(ErrorKind::ArgumentConflict, message));
     }
     Cli::from_arg_matches(&matches)
 }
 
-const TOKEN_SHOWN: &str = "a token stands among the arguments, where other processes can read it. Put it \
+const TOKEN_ARGUMENT_ERROR: &str = "a token stands among the arguments, where other processes can read it. Put it \
     into a file and name that: --token-file FILE for the caller's own, --subject-token-file FILE for one to \
     ask about (keyward check, keyward keys lookup). If others use this machine too, rotate the key";
 
@@ -288,7 +292,7 @@ fn without_credentials(arguments: &[OsString], error: clap::Error) -> clap::Erro
 }
 
 /// Whoever looks for a flag that takes the token is told where it goes instead.
-fn explain(command: &mut clap::Command, error: clap::Error) -> clap::Error {
+fn explain_token_flag(command: &mut clap::Command, error: clap::Error) -> clap::Error {
     match error.get(ContextKind::InvalidArg) {
         Some(ContextValue::String(flag))
             if error.kind() == ErrorKind::UnknownArgument && flag.split('=').next() == Some("--token") =>
@@ -302,7 +306,7 @@ fn explain(command: &mut clap::Command, error: clap::Error) -> clap::Error {
 }
 
 /// A client flag that was given to a command which would ignore it.
-fn misplaced(matches: &ArgMatches) -> Option<String> {
+fn find_misplaced_client_flag(matches: &ArgMatches) -> Option<String> {
     let taken: &[&str] = match matches.subcommand_name() {
         Some(
             "serve" | "root-key" | "migrate" | "backup" | "health" | "completions" | "descriptors"
@@ -311,76 +315,79 @@ fn misplaced(matches: &ArgMatches) -> Option<String> {
         // It speaks to no server, and prints as client commands do.
         Some("config" | "rules") => &["output"],
         Some("doctor") => &["output", "server"],
-        Some("audit") if is_archive(matches) => &[],
+        Some("audit") if is_audit_archive(matches) => &[],
         _ => return None,
     };
-    ClientArgs::IDS
+    ClientArgs::ARG_IDS
         .into_iter()
         .filter(|id| !taken.contains(id))
-        .find(|id| is_given(matches, id))
+        .find(|id| is_flag_given(matches, id))
         // `serve` has an --insecure of another meaning, and so another id.
         .map(|id| if id == "client_insecure" { "insecure".to_owned() } else { id.replace('_', "-") })
 }
 
 /// Whether a flag stands before the command, or anywhere behind it.
-fn is_given(matches: &ArgMatches, id: &str) -> bool {
+fn is_flag_given(matches: &ArgMatches, id: &str) -> bool {
     let here =
         matches.try_contains_id(id).is_ok() && matches.value_source(id) == Some(ValueSource::CommandLine);
-    here || matches.subcommand().is_some_and(|(_, below)| is_given(below, id))
+    here || matches.subcommand().is_some_and(|(_, below)| is_flag_given(below, id))
 }
 
 /// `audit archive` opens the database, and speaks to no server.
-fn is_archive(matches: &ArgMatches) -> bool {
+fn is_audit_archive(matches: &ArgMatches) -> bool {
     let below = matches.subcommand_matches("audit").and_then(ArgMatches::subcommand_name);
     below == Some("archive")
 }
 
-fn run_client(command: Command, outer: ClientArgs, console: &mut Console) -> Result<u8, Failure> {
+fn run_client(command: CliCommand, outer: ClientArgs, console: &mut Console) -> Result<u8, CliError> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let context = |client: ClientArgs| {
-        ClientSettings::load(client.or(outer)).map(|settings| Context::new(settings, console))
+        ClientSettings::load(client.or(outer)).map(|settings| CommandContext::new(settings, console))
     };
     match command {
-        Command::Keys { command, client } => runtime.block_on(command.run(&mut context(client)?)),
-        Command::Accounts { command, client } => runtime.block_on(command.run(&mut context(client)?)),
-        Command::Roles { command, client } => runtime.block_on(command.run(&mut context(client)?)),
-        Command::Members { command, client } => runtime.block_on(command.run(&mut context(client)?)),
-        Command::Audit { command, client } => runtime.block_on(command.run(&mut context(client)?)),
-        Command::Whoami { client } => runtime.block_on(whoami::whoami(&mut context(client)?)),
-        Command::RevokeSelf { args, client } => runtime.block_on(args.run(&mut context(client)?)),
-        Command::Check { args, client } => {
-            let verdict = context(client).map_err(Failure::from);
+        CliCommand::Keys { command, client } => runtime.block_on(command.run(&mut context(client)?)),
+        CliCommand::Accounts { command, client } => runtime.block_on(command.run(&mut context(client)?)),
+        CliCommand::Roles { command, client } => runtime.block_on(command.run(&mut context(client)?)),
+        CliCommand::Members { command, client } => runtime.block_on(command.run(&mut context(client)?)),
+        CliCommand::Audit { command, client } => runtime.block_on(command.run(&mut context(client)?)),
+        CliCommand::Whoami { client } => runtime.block_on(whoami::whoami(&mut context(client)?)),
+        CliCommand::RevokeSelf { args, client } => runtime.block_on(args.run(&mut context(client)?)),
+        CliCommand::Check { args, client } => {
+            let verdict = context(client).map_err(CliError::from);
             // 1 means denied here, so no failure may end with it.
-            verdict.and_then(|mut cx| runtime.block_on(args.run(&mut cx))).map_err(Failure::unanswered)
+            verdict.and_then(|mut cx| runtime.block_on(args.run(&mut cx))).map_err(CliError::into_unanswered)
         }
-        Command::Serve(_)
-        | Command::RootKey { .. }
-        | Command::Replicas { .. }
-        | Command::Config(_)
-        | Command::Doctor(_)
-        | Command::Migrate(_)
-        | Command::Backup(_)
-        | Command::AcceptLostWal(_)
-        | Command::Health(_)
-        | Command::Rules(_)
-        | Command::Bench { .. }
-        | Command::BenchBaseline(_)
-        | Command::Completions(_)
-        | Command::Descriptors => Ok(0),
+        CliCommand::Serve(_)
+        | CliCommand::RootKey { .. }
+        | CliCommand::Replicas { .. }
+        | CliCommand::Config(_)
+        | CliCommand::Doctor(_)
+        | CliCommand::Migrate(_)
+        | CliCommand::Backup(_)
+        | CliCommand::AcceptLostWal(_)
+        | CliCommand::Health(_)
+        | CliCommand::Rules(_)
+        | CliCommand::Bench { .. }
+        | CliCommand::BenchBaseline(_)
+        | CliCommand::Completions(_)
+        | CliCommand::Descriptors => Ok(0),
     }
 }
 
-fn finish(console: &mut Console, work: impl FnOnce(&mut Console) -> Result<u8, Failure>) -> ExitCode {
+fn run_and_report(
+    console: &mut Console,
+    work: impl FnOnce(&mut Console) -> Result<u8, CliError>,
+) -> ExitCode {
     match work(console) {
-        Ok(code) => exit(code),
+        Ok(code) => exit_code(code),
         Err(failure) => {
-            console.note(&failure.to_string());
-            exit(failure.exit())
+            console.eprint(&failure.to_string());
+            exit_code(failure.exit_code())
         }
     }
 }
 
-fn exit(code: u8) -> ExitCode {
+fn exit_code(code: u8) -> ExitCode {
     ExitCode::from(code)
 }
 
@@ -389,13 +396,13 @@ mod tests {
     use super::*;
 
     fn read(line: &str) -> Result<Cli, clap::Error> {
-        parse(&line.split_whitespace().map(OsString::from).collect::<Vec<_>>())
+        parse_arguments(&line.split_whitespace().map(OsString::from).collect::<Vec<_>>())
     }
 
     fn servers(line: &str) -> Option<String> {
         let cli = read(line).unwrap();
         match cli.command {
-            Command::Keys { client, .. } | Command::Whoami { client } => client.or(cli.client).server,
+            CliCommand::Keys { client, .. } | CliCommand::Whoami { client } => client.or(cli.client).server,
             _ => None,
         }
     }

@@ -2,10 +2,10 @@
 
 use clap::Args;
 
-use super::failure::Failure;
+use super::error::CliError;
 
 /// Small enough for an answer that arrives at once, large enough for few of them.
-const PAGE: usize = 500;
+const MAX_PAGE_SIZE: usize = 500;
 
 /// How much of a list to fetch.
 #[derive(Debug, Args)]
@@ -20,16 +20,16 @@ pub(super) struct PageArgs {
 
 /// What was fetched.
 #[derive(Debug)]
-pub(super) struct Fetched<T> {
+pub(super) struct FetchedList<T> {
     pub(super) items: Vec<T>,
     /// Where the rest begins; empty when there is none.
-    pub(super) next: String,
+    pub(super) next_page_token: String,
 }
 
-impl<T> Fetched<T> {
+impl<T> FetchedList<T> {
     /// What to tell people when this is not all.
-    pub(super) fn note(&self) -> Option<String> {
-        (!self.next.is_empty()).then(|| {
+    pub(super) fn truncation_note(&self) -> Option<String> {
+        (!self.next_page_token.is_empty()).then(|| {
             format!("There are more than these {}: --all shows all, --limit N more.\n", self.items.len())
         })
     }
@@ -37,21 +37,21 @@ impl<T> Fetched<T> {
 
 impl PageArgs {
     /// Fetches pages. `page` is given a page's size and the token it starts from.
-    pub(super) async fn fetch<T>(
+    pub(super) async fn fetch_pages<T>(
         &self,
-        mut page: impl AsyncFnMut(u32, String) -> Result<(Vec<T>, String), Failure>,
-    ) -> Result<Fetched<T>, Failure> {
+        mut page: impl AsyncFnMut(u32, String) -> Result<(Vec<T>, String), CliError>,
+    ) -> Result<FetchedList<T>, CliError> {
         let most = if self.all { usize::MAX } else { self.limit as usize };
-        let mut fetched = Fetched { items: Vec::new(), next: String::new() };
+        let mut fetched = FetchedList { items: Vec::new(), next_page_token: String::new() };
         loop {
-            let size = PAGE.min(most - fetched.items.len());
-            let (items, next) = page(size as u32, fetched.next.clone()).await?;
+            let size = MAX_PAGE_SIZE.min(most - fetched.items.len());
+            let (items, next) = page(size as u32, fetched.next_page_token.clone()).await?;
             fetched.items.extend(items);
-            if next == fetched.next && !next.is_empty() {
-                return Err(Failure::usage("the server repeats the same page for ever"));
+            if next == fetched.next_page_token && !next.is_empty() {
+                return Err(CliError::new("the server repeats the same page for ever"));
             }
-            fetched.next = next;
-            if fetched.next.is_empty() || fetched.items.len() >= most {
+            fetched.next_page_token = next;
+            if fetched.next_page_token.is_empty() || fetched.items.len() >= most {
                 return Ok(fetched);
             }
         }
@@ -66,7 +66,7 @@ mod tests {
     async fn fetch(limit: u32, all: bool) -> (usize, String, Vec<u32>) {
         let mut sizes = Vec::new();
         let fetched = PageArgs { limit, all }
-            .fetch(async |size, token: String| {
+            .fetch_pages(async |size, token: String| {
                 sizes.push(size);
                 let start: u32 = token.parse().unwrap_or(0);
                 let end = (start + size).min(1_200);
@@ -78,7 +78,7 @@ mod tests {
             fetched.items.iter().copied().eq(0..fetched.items.len() as u32),
             "nothing twice, nothing missed"
         );
-        (fetched.items.len(), fetched.next, sizes)
+        (fetched.items.len(), fetched.next_page_token, sizes)
     }
 
     #[tokio::test]
@@ -96,7 +96,7 @@ mod tests {
     #[tokio::test]
     async fn a_server_that_repeats_a_page_is_left() {
         let error = PageArgs { limit: 1, all: true }
-            .fetch(async |_, _| Ok((vec![0u8], "same".to_owned())))
+            .fetch_pages(async |_, _| Ok((vec![0u8], "same".to_owned())))
             .await
             .unwrap_err();
         assert!(error.to_string().contains("repeats"), "{error}");

@@ -8,18 +8,18 @@ use clap::Subcommand;
 use crate::{
     config::{
         duration,
-        replicas::{lease_text, parse_lease},
-        server::{DatabaseArgs, Settings},
+        replicas::{format_lease, parse_lease},
+        server::{DatabaseArgs, ServerSettings},
     },
-    domain::{lease::Lease, time::Timestamp},
-    server::replicas::{Fleetwide, Operators},
+    domain::{lease::LeaseDuration, time::Timestamp},
+    server::replicas::{ClusterStatus, ReplicaAdmin},
 };
 
 use super::{
-    console::{Console, say},
-    serve::exit,
-    table::{Rows, clean, text},
-    values,
+    console::{Console, print_escaped},
+    serve::to_exit_code,
+    table::{ListTable, escape_terminal, plain_cell},
+    value_format,
 };
 
 #[derive(Clone, Debug, Subcommand)]
@@ -53,14 +53,14 @@ pub(super) enum ReplicasCommand {
     Lease {
         /// strict (5s), default (60s), static (never runs out), or a duration
         #[arg(value_parser = parse_lease)]
-        lease: Option<Lease>,
+        lease: Option<LeaseDuration>,
         #[command(flatten)]
         database: DatabaseArgs,
     },
 }
 
 impl ReplicasCommand {
-    fn database(&self) -> &DatabaseArgs {
+    fn database_args(&self) -> &DatabaseArgs {
         match self {
             ReplicasCommand::List { database }
             | ReplicasCommand::AttestDead { database, .. }
@@ -72,65 +72,68 @@ impl ReplicasCommand {
 
 /// Runs the command.
 pub(super) fn run(command: &ReplicasCommand) -> ExitCode {
-    exit(run_on_database(command))
+    to_exit_code(run_on_database(command))
 }
 
 fn run_on_database(command: &ReplicasCommand) -> anyhow::Result<()> {
-    let settings = Settings::load_database(command.database())?;
+    let settings = ServerSettings::load_for_database(command.database_args())?;
     if let ReplicasCommand::AcceptRegression { yes, .. } = command {
-        let shown = settings.database.shown();
+        let shown = settings.database.redacted();
         let question =
             format!("Accept for ever that {shown} has lost changes? What nobody remembers stays lost.");
-        Console::system().confirm(&question, *yes)?;
+        Console::with_stdio().confirm(&question, *yes)?;
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        let operators = Operators::open(&settings).await?;
-        let said = told(command, &operators).await;
+        let operators = ReplicaAdmin::open(&settings).await?;
+        let said = run_command(command, &operators).await;
         operators.close().await;
-        say(&said?)?;
+        print_escaped(&said?)?;
         Ok(())
     })
 }
 
-async fn told(command: &ReplicasCommand, operators: &Operators) -> anyhow::Result<String> {
+async fn run_command(command: &ReplicasCommand, operators: &ReplicaAdmin) -> anyhow::Result<String> {
     Ok(match command {
-        ReplicasCommand::List { .. } => list(&operators.list().await?),
+        ReplicasCommand::List { .. } => render_replicas(&operators.cluster_status().await?),
         ReplicasCommand::AttestDead { replica, .. } => {
             let gone = operators.attest_dead(replica).await?;
-            format!("{} ({}) is no longer waited for.\n", clean(&gone.name), gone.id)
+            format!("{} ({}) is no longer waited for.\n", escape_terminal(&gone.name), gone.id)
         }
         ReplicasCommand::AcceptRegression { .. } => {
             let epoch = operators.accept_regression().await?;
             format!("Accepted: epoch {epoch}. Replicas that know more go on within seconds.\n")
         }
         ReplicasCommand::Lease { lease: None, .. } => {
-            let (lease, longest) = operators.list().await?.leases;
-            format!("{}; nobody holds one longer than {}.\n", lease_text(lease), lease_text(longest))
+            let (lease, longest) = operators.cluster_status().await?.leases;
+            format!("{}; nobody holds one longer than {}.\n", format_lease(lease), format_lease(longest))
         }
         ReplicasCommand::Lease { lease: Some(lease), .. } => {
             operators.set_lease(*lease).await?;
-            format!("The lease is {}.\n", lease_text(*lease))
+            format!("The lease is {}.\n", format_lease(*lease))
         }
     })
 }
 
-fn list(fleet: &Fleetwide) -> String {
-    let mut table = Rows::new(&["NAME", "ID", "ACKNOWLEDGED", "LAST SEEN", "SILENT FOR"], false);
+fn render_replicas(fleet: &ClusterStatus) -> String {
+    let mut table = ListTable::new(&["NAME", "ID", "ACKNOWLEDGED", "LAST SEEN", "SILENT FOR"], false);
     for replica in &fleet.replicas {
-        let applied = replica.applied.map_or_else(|| "starting".to_owned(), |revision| revision.to_string());
-        let silent = Duration::from_millis(u64::try_from(replica.silent_for.as_millis()).unwrap_or(u64::MAX));
-        table.row([
-            text(replica.name.as_str()),
-            text(replica.id.to_string()),
-            text(applied),
-            text(instant(replica.last_seen)),
-            text(duration::format(silent)),
+        let applied = replica
+            .acknowledged_revision
+            .map_or_else(|| "starting".to_owned(), |revision| revision.to_string());
+        let silent =
+            Duration::from_millis(u64::try_from(replica.since_last_renewal.as_millis()).unwrap_or(u64::MAX));
+        table.add_row([
+            plain_cell(replica.name.as_str()),
+            plain_cell(replica.id.to_string()),
+            plain_cell(applied),
+            plain_cell(format_instant(replica.last_seen)),
+            plain_cell(duration::format_duration(silent)),
         ]);
     }
-    let table = table.show("No replica serves the database.");
+    let table = table.render("No replica serves the database.");
     let (lease, longest) = fleet.leases;
-    let whole = if fleet.is_whole {
+    let whole = if fleet.is_complete {
         ""
     } else {
         "The database may have lost rows: narrowing changes wait for every lease to run out.\n"
@@ -140,13 +143,13 @@ fn list(fleet: &Fleetwide) -> String {
         "{table}\nNewest revision {}; lease {}, nobody holds one longer than {}; commits wait for {sync} synchronous \
          standby.\n{whole}",
         fleet.head,
-        lease_text(lease),
-        lease_text(longest),
+        format_lease(lease),
+        format_lease(longest),
     )
 }
 
-pub(super) fn instant(at: Timestamp) -> String {
+pub(super) fn format_instant(at: Timestamp) -> String {
     let micros = at.as_micros();
     let nanos = i32::try_from(micros.rem_euclid(1_000_000) * 1000).unwrap_or(0);
-    values::rfc3339(&prost_types::Timestamp { seconds: micros.div_euclid(1_000_000), nanos })
+    value_format::format_rfc3339(&prost_types::Timestamp { seconds: micros.div_euclid(1_000_000), nanos })
 }

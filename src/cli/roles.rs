@@ -5,11 +5,11 @@ mod apply;
 use clap::{Args, Subcommand};
 
 use super::{
-    client::{Patience, Session},
-    context::Context,
-    failure::Failure,
-    output,
-    table::{Record, Rows, shown_value, text},
+    api_client::{ApiClient, DefaultTimeout},
+    context::CommandContext,
+    error::CliError,
+    table::{DetailTable, ListTable, plain_cell, shown_value},
+    text_output,
 };
 use crate::pb;
 
@@ -19,7 +19,7 @@ pub(super) enum RolesCommand {
     /// Make a role, or change what it grants
     Put {
         #[command(flatten)]
-        one: OneArgs,
+        role: RoleIdArgs,
         /// Scope that the role grants: monitors:read, monitors:*, or all (repeat, or separate by commas); they
         /// replace what it granted before
         #[arg(long = "scope", short, value_name = "SCOPE", value_delimiter = ',', required = true)]
@@ -28,23 +28,23 @@ pub(super) enum RolesCommand {
     /// List the global roles, or those of an account with the global ones
     List {
         #[command(flatten)]
-        home: HomeArgs,
+        owner: RoleOwnerArgs,
     },
     /// Delete a role that no key and no member uses
     Delete {
         #[command(flatten)]
-        one: OneArgs,
+        role: RoleIdArgs,
         /// Do not ask first
         #[arg(long, short)]
         yes: bool,
     },
     /// Make or change all roles of a TOML file; doing it again changes nothing
-    Apply(apply::ApplyArgs),
+    Apply(apply::RoleApplyArgs),
 }
 
 /// Whose role.
 #[derive(Debug, Args)]
-pub(super) struct HomeArgs {
+pub(super) struct RoleOwnerArgs {
     /// The account whose role it is [default: a global role]
     #[arg(long, value_name = "ID")]
     account: Option<String>,
@@ -52,61 +52,66 @@ pub(super) struct HomeArgs {
 
 /// Which role.
 #[derive(Debug, Args)]
-pub(super) struct OneArgs {
+pub(super) struct RoleIdArgs {
     /// The role's name: 1-64 characters of [a-z0-9_-]
     #[arg(value_name = "NAME")]
     name: String,
     #[command(flatten)]
-    home: HomeArgs,
+    owner: RoleOwnerArgs,
 }
 
 impl RolesCommand {
-    pub(super) async fn run(self, cx: &mut Context<'_>) -> Result<u8, Failure> {
-        if let RolesCommand::Delete { one, yes } = &self {
-            let home = home(one.home.account.as_deref().unwrap_or_default());
+    pub(super) async fn run(self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
+        if let RolesCommand::Delete { role: one, yes } = &self {
+            let home = format_role_owner(one.owner.account.as_deref().unwrap_or_default());
             cx.console.confirm(
                 &format!("Delete role {} ({})?", shown_value(&one.name), shown_value(&home)),
                 *yes,
             )?;
         }
-        let session = cx.session()?;
+        let session = cx.connect()?;
         match self {
-            RolesCommand::Put { one, scopes } => put(cx, &session, one, scopes).await,
-            RolesCommand::List { home } => list(cx, &session, home).await,
-            RolesCommand::Delete { one, .. } => delete(cx, &session, one).await,
+            RolesCommand::Put { role: one, scopes } => put_and_show_role(cx, &session, one, scopes).await,
+            RolesCommand::List { owner: home } => list_and_show_roles(cx, &session, home).await,
+            RolesCommand::Delete { role: one, .. } => delete_role(cx, &session, one).await,
             RolesCommand::Apply(args) => args.run(cx, &session).await,
         }
         .map(|()| 0)
     }
 }
 
-async fn put(
-    cx: &mut Context<'_>,
-    session: &Session,
-    one: OneArgs,
+async fn put_and_show_role(
+    cx: &mut CommandContext<'_>,
+    session: &ApiClient,
+    one: RoleIdArgs,
     scopes: Vec<String>,
-) -> Result<(), Failure> {
-    let account = one.home.account.unwrap_or_default();
+) -> Result<(), CliError> {
+    let account = one.owner.account.unwrap_or_default();
     let answer = put_role(session, pb::PutRoleRequest { account, name: one.name, scopes }).await?;
-    cx.show(&answer, |colours| {
-        let role = answer.role.as_ref().map_or_else(Record::new, details).show(colours);
-        role + "\n" + &output::propagation(answer.revision, answer.propagation.as_ref())
+    cx.print_response(&answer, |colours| {
+        let role = answer.role.as_ref().map_or_else(DetailTable::new, describe_role).render(colours);
+        role + "\n" + &text_output::format_propagation(answer.revision, answer.propagation.as_ref())
     })
 }
 
-async fn put_role(session: &Session, question: pb::PutRoleRequest) -> Result<pb::PutRoleResponse, Failure> {
+async fn put_role(
+    session: &ApiClient,
+    question: pb::PutRoleRequest,
+) -> Result<pb::PutRoleResponse, CliError> {
     session
-        .accounts(Patience::Propagation, question, async |mut client, request| client.put_role(request).await)
+        .call_accounts(DefaultTimeout::Propagation, question, async |mut client, request| {
+            client.put_role(request).await
+        })
         .await
 }
 
 /// All roles of an account, page by page.
-async fn list_roles(session: &Session, account: String) -> Result<pb::ListRolesResponse, Failure> {
+async fn fetch_all_roles(session: &ApiClient, account: String) -> Result<pb::ListRolesResponse, CliError> {
     let mut all = pb::ListRolesResponse::default();
     let mut question = pb::ListRolesRequest { account, ..Default::default() };
     loop {
         let page = session
-            .accounts(Patience::Short, question.clone(), async |mut client, request| {
+            .call_accounts(DefaultTimeout::Quick, question.clone(), async |mut client, request| {
                 client.list_roles(request).await
             })
             .await?;
@@ -118,40 +123,54 @@ async fn list_roles(session: &Session, account: String) -> Result<pb::ListRolesR
     }
 }
 
-async fn list(cx: &mut Context<'_>, session: &Session, home: HomeArgs) -> Result<(), Failure> {
-    let answer = list_roles(session, home.account.unwrap_or_default()).await?;
-    cx.show(&answer, |colours| listing(&answer.roles, colours))
+async fn list_and_show_roles(
+    cx: &mut CommandContext<'_>,
+    session: &ApiClient,
+    home: RoleOwnerArgs,
+) -> Result<(), CliError> {
+    let answer = fetch_all_roles(session, home.account.unwrap_or_default()).await?;
+    cx.print_response(&answer, |colours| render_roles(&answer.roles, colours))
 }
 
-async fn delete(cx: &mut Context<'_>, session: &Session, one: OneArgs) -> Result<(), Failure> {
-    let question = pb::DeleteRoleRequest { account: one.home.account.unwrap_or_default(), name: one.name };
+async fn delete_role(
+    cx: &mut CommandContext<'_>,
+    session: &ApiClient,
+    one: RoleIdArgs,
+) -> Result<(), CliError> {
+    let question = pb::DeleteRoleRequest { account: one.owner.account.unwrap_or_default(), name: one.name };
     let answer = session
-        .accounts(Patience::Propagation, question, async |mut client, request| {
+        .call_accounts(DefaultTimeout::Propagation, question, async |mut client, request| {
             client.delete_role(request).await
         })
         .await?;
-    cx.show(&answer, |_| output::propagation(answer.revision, answer.propagation.as_ref()))
+    cx.print_response(&answer, |_| {
+        text_output::format_propagation(answer.revision, answer.propagation.as_ref())
+    })
 }
 
 /// Where a role holds, for people.
-fn home(account: &str) -> String {
+fn format_role_owner(account: &str) -> String {
     if account.is_empty() { "global".to_owned() } else { account.to_owned() }
 }
 
-fn details(role: &pb::Role) -> Record {
-    Record::new()
+fn describe_role(role: &pb::Role) -> DetailTable {
+    DetailTable::new()
         .field("name", &role.name)
-        .field("account", home(&role.account))
-        .list("scopes", &role.scopes)
+        .field("account", format_role_owner(&role.account))
+        .list_field("scopes", &role.scopes)
         .field("revision", role.revision.to_string())
 }
 
-fn listing(roles: &[pb::Role], colours: bool) -> String {
-    let mut rows = Rows::new(&["NAME", "ACCOUNT", "SCOPES"], colours);
+fn render_roles(roles: &[pb::Role], colours: bool) -> String {
+    let mut rows = ListTable::new(&["NAME", "ACCOUNT", "SCOPES"], colours);
     for role in roles {
-        rows.row([text(&role.name), text(home(&role.account)), text(role.scopes.join(", "))]);
+        rows.add_row([
+            plain_cell(&role.name),
+            plain_cell(format_role_owner(&role.account)),
+            plain_cell(role.scopes.join(", ")),
+        ]);
     }
-    rows.show("No roles.")
+    rows.render("No roles.")
 }
 
 #[cfg(test)]
@@ -169,12 +188,12 @@ mod tests {
     #[test]
     fn a_role_is_never_put_without_scopes() {
         let read = |line: &str| Only::try_parse_from(format!("roles {line}").split_whitespace());
-        let RolesCommand::Put { one, scopes } =
+        let RolesCommand::Put { role: one, scopes } =
             read("put ci --scope a:b,c:d -s e:f --account acme").unwrap().command
         else {
             panic!("another command");
         };
-        assert_eq!((one.name.as_str(), one.home.account.as_deref()), ("ci", Some("acme")));
+        assert_eq!((one.name.as_str(), one.owner.account.as_deref()), ("ci", Some("acme")));
         assert_eq!(scopes, ["a:b", "c:d", "e:f"]);
         for bad in ["put ci", "put --scope a:b", "delete", "apply"] {
             assert_eq!(read(bad).unwrap_err().exit_code(), 2, "{bad}");
@@ -190,7 +209,7 @@ mod tests {
             revision: 1,
         };
         assert_eq!(
-            listing(&[role(""), role("acme")], false),
+            render_roles(&[role(""), role("acme")], false),
             "NAME   ACCOUNT  SCOPES\nagent  global   a:b, c:*\nagent  acme     a:b, c:*\n"
         );
     }

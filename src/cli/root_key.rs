@@ -10,37 +10,37 @@ use anyhow::{Context as _, bail};
 
 use crate::{
     clock::{SystemClock, SystemEntropy},
-    config::server::{RootKeyArgs, Settings},
-    domain::{connection_url::MASK, key::Owner, lineage::LinkKind, name::KeyId},
-    server::{Descendant, Reset, RightsChange, reset_root_key, upkeep},
+    config::server::{RootKeyArgs, ServerSettings},
+    domain::{connection_url::SECRET_MASK, key::KeyOwner, lineage::LineageLinkKind, name::KeyId},
+    server::{DescendantKey, RightsChange, RootKeyReset, maintenance, reset_root_key},
 };
 
 use super::{
     console::Console,
-    failure::Failure,
-    replicas::instant,
-    serve::{exit, write_root_key},
-    table::{Rows, text},
+    error::CliError,
+    replicas::format_instant,
+    serve::{to_exit_code, write_root_key},
+    table::{ListTable, plain_cell},
 };
 
 /// Runs the command.
 pub fn run(args: RootKeyArgs) -> ExitCode {
-    exit(reset(&args))
+    to_exit_code(reset(&args))
 }
 
 fn reset(args: &RootKeyArgs) -> anyhow::Result<()> {
-    let mut settings = Settings::load_database(&args.database)?;
-    settings.root_key_file = token_file(args)?.map(Path::to_owned);
-    upkeep::require_database(&settings)?;
+    let mut settings = ServerSettings::load_for_database(&args.database)?;
+    settings.root_key_file = token_destination(args)?.map(Path::to_owned);
+    maintenance::require_existing_database(&settings)?;
     let more = if args.revoke_descendants { ", and every key that descends from it" } else { "" };
-    let question = format!("Revoke the root key of {}{more}, for ever?", settings.database.shown());
-    Console::system().confirm(&question, args.yes)?;
+    let question = format!("Revoke the root key of {}{more}, for ever?", settings.database.redacted());
+    Console::with_stdio().confirm(&question, args.yes)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let clock = std::sync::Arc::new(SystemClock);
     let reset = runtime.block_on(reset_root_key(&settings, args, clock, &SystemEntropy))?;
     let mut out = std::io::stdout().lock();
     // The token comes last, where it is not scrolled away, and comes also when the rest cannot be written.
-    let reported = out.write_all(report(&reset, &database_flag(args, &settings)).as_bytes());
+    let reported = out.write_all(format_report(&reset, &format_database_flag(args, &settings)).as_bytes());
     match (&reset.token, &settings.root_key_file) {
         (Some(token), _) => write_root_key(&mut out, token).and_then(|()| out.flush()).context(
             "the old root key is revoked, and the token of the new one could not be written to standard output: run the \
@@ -57,7 +57,7 @@ fn reset(args: &RootKeyArgs) -> anyhow::Result<()> {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => return Err(error.into()),
         _ => {}
     }
-    if let Some(unconfirmed) = reset.unconfirmed {
+    if let Some(unconfirmed) = reset.unconfirmed_reason {
         bail!(
             "the new root key works and the revocations are recorded, but a replica may not refuse the old keys yet \
              ({unconfirmed}): see 'keyward replicas list'"
@@ -67,28 +67,28 @@ fn reset(args: &RootKeyArgs) -> anyhow::Result<()> {
 }
 
 /// Where the new token goes; None = standard output, which is a terminal or was asked for.
-fn token_file(args: &RootKeyArgs) -> Result<Option<&Path>, Failure> {
+fn token_destination(args: &RootKeyArgs) -> Result<Option<&Path>, CliError> {
     match args.root_key_file.as_deref() {
         Some(file) if file == Path::new("-") => Ok(None),
         Some(file) => Ok(Some(file)),
         None if std::io::stdout().is_terminal() => Ok(None),
-        None => Err(Failure::usage(
+        None => Err(CliError::new(
             "standard output is no terminal, so the new root key is not written to it",
         )
-        .hint(
+        .with_hint(
             "name a new file with --root-key-file FILE, or ask for standard output with --root-key-file -",
         )),
     }
 }
 
 /// The flag that names the same database in the next command; no secret is in it.
-fn database_flag(args: &RootKeyArgs, settings: &Settings) -> String {
+fn format_database_flag(args: &RootKeyArgs, settings: &ServerSettings) -> String {
     let quoted = |text: &str| format!("'{}'", text.replace('\'', "'\\''"));
     let given = args.database.database.as_ref();
     let database = match (given, &args.database.config) {
         (None, Some(config)) => format!("--config {}", quoted(&config.display().to_string())),
         // Its password is shown as ***, and is to be put back.
-        _ => format!("--database {}", quoted(&given.unwrap_or(&settings.database).shown())),
+        _ => format!("--database {}", quoted(&given.unwrap_or(&settings.database).redacted())),
     };
     match &args.database.database_password_file {
         Some(file) => format!("{database} --database-password-file {}", quoted(&file.display().to_string())),
@@ -97,58 +97,60 @@ fn database_flag(args: &RootKeyArgs, settings: &Settings) -> String {
 }
 
 /// What descends from the lost key, and what to do about it.
-fn report(reset: &Reset, database: &str) -> String {
-    let Reset { lost, descendants, changes, .. } = reset;
+fn format_report(reset: &RootKeyReset, database: &str) -> String {
+    let RootKeyReset { lost, descendants, rights_changes: changes, .. } = reset;
     let mut report = String::new();
     let count = match descendants.len() {
         1 => "1 key".to_owned(),
         count => format!("{count} keys"),
     };
     if !descendants.is_empty() {
-        report += &(keys(descendants) + "\n");
+        report += &(render_descendants(descendants) + "\n");
     }
-    report += &match (reset.revoked, descendants.is_empty()) {
+    report += &match (reset.descendants_revoked, descendants.is_empty()) {
         (_, true) => format!("No living key descends from the root key {lost}.\n"),
         (true, false) => format!("Revoked: {count} that descended from the root key {lost}.\n"),
         (false, false) => format!(
             "Not revoked: {count} that descended from the root key {lost}. To revoke them too:\n  \
              keyward root-key reset --revoke-descendants --lost {lost} {database}\n{}",
-            if database.contains(MASK) { "Put the password in the place of ***.\n" } else { "" }
+            if database.contains(SECRET_MASK) { "Put the password in the place of ***.\n" } else { "" }
         ),
     };
-    if descendants.is_empty() && !reset.earlier.is_empty() {
-        let earlier: Vec<_> = reset.earlier.iter().map(KeyId::to_string).collect();
+    if descendants.is_empty() && !reset.earlier_root_keys.is_empty() {
+        let earlier: Vec<_> = reset.earlier_root_keys.iter().map(KeyId::to_string).collect();
         report += &format!("Earlier root keys, for --lost: {}.\n", earlier.join(", "));
     }
     if !changes.is_empty() {
         report += &format!(
             "\nThe root key and its descendants also made these changes, which stay. Check each:\n{}",
-            rights(changes)
+            render_rights_changes(changes)
         );
     }
     report + "\n"
 }
 
-fn keys(descendants: &[Descendant]) -> String {
-    let mut table = Rows::new(&["KEY", "OWNER", "ENVIRONMENT", "NAME", "CREATED", "BY"], false);
-    for Descendant { owner, environment, name, created_at, link } in descendants {
+fn render_descendants(descendants: &[DescendantKey]) -> String {
+    let mut table = ListTable::new(&["KEY", "OWNER", "ENVIRONMENT", "NAME", "CREATED", "BY"], false);
+    for DescendantKey { owner, environment, name, created_at, link } in descendants {
         let owner = match owner {
-            Owner::Account(account) => format!("account {account}"),
-            Owner::User(user) => format!("user {user}"),
+            KeyOwner::Account(account) => format!("account {account}"),
+            KeyOwner::User(user) => format!("user {user}"),
         };
         let by = match link.kind {
-            LinkKind::Created => link.by.to_string(),
-            LinkKind::Rotated => format!("{}, which rotated it on {}", link.by, instant(link.at)),
+            LineageLinkKind::Created => link.parent.to_string(),
+            LineageLinkKind::Rotated => {
+                format!("{}, which rotated it on {}", link.parent, format_instant(link.at))
+            }
         };
         let name = name.as_ref().map(ToString::to_string).unwrap_or_default();
         let (key, environment) = (link.child.to_string(), environment.to_string());
-        table.row([key, owner, environment, name, instant(*created_at), by].map(text));
+        table.add_row([key, owner, environment, name, format_instant(*created_at), by].map(plain_cell));
     }
-    table.show("")
+    table.render("")
 }
 
-fn rights(changes: &[RightsChange]) -> String {
-    let mut table = Rows::new(&["REVISION", "WHEN", "ACTION", "ACCOUNT", "ABOUT", "BY"], false);
+fn render_rights_changes(changes: &[RightsChange]) -> String {
+    let mut table = ListTable::new(&["REVISION", "WHEN", "ACTION", "ACCOUNT", "ABOUT", "BY"], false);
     for RightsChange { entry, role } in changes {
         let key = entry.key_id.map(|key| format!("key {key}"));
         let user = entry.user.as_ref().map(|user| format!("user {user}"));
@@ -156,9 +158,10 @@ fn rights(changes: &[RightsChange]) -> String {
         let about: Vec<_> = [key, user, role].into_iter().flatten().collect();
         let account = entry.account.as_ref().map(ToString::to_string).unwrap_or_default();
         let (revision, action) = (entry.revision.to_string(), entry.action.clone());
-        table.row(
-            [revision, instant(entry.at), action, account, about.join(", "), entry.actor.clone()].map(text),
+        table.add_row(
+            [revision, format_instant(entry.at), action, account, about.join(", "), entry.actor.clone()]
+                .map(plain_cell),
         );
     }
-    table.show("")
+    table.render("")
 }

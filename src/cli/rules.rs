@@ -6,22 +6,22 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 
 use super::{
-    config::wrong,
+    config::config_file_error,
     console::Console,
-    failure::{Failure, REFUSED},
-    json,
-    verdict::{self, Around, Asked, Checked},
+    error::{CliError, EXIT_REFUSED},
+    json_output,
+    rules_explain::{self, GatewayDefaults, RulesCheckReport, RulesTestRequest},
 };
 use crate::{
     config::{
-        client::{ClientArgs, ClientSettings, Output},
-        rules::{self, RulesError},
-        server::{ConfigArgs, Settings},
+        client::{ClientArgs, ClientSettings, OutputFormat},
+        rules::{self, RulesFileError},
+        server::{ConfigFileArgs, ServerSettings},
     },
     domain::route::RuleBook,
 };
 
-const CODES: &str = "\
+const EXIT_CODES_HELP: &str = "\
 Exit codes: 0 a rule decides; 1 the request is denied, since no rule is for it, or refused for its spelling; \
 2 the file cannot be used.
 
@@ -35,19 +35,19 @@ pub(super) struct RulesArgs {
     command: RulesCommand,
     /// How to print the answer [default: table]
     #[arg(long, global = true, value_enum, value_name = "FORMAT")]
-    output: Option<Output>,
+    output: Option<OutputFormat>,
 }
 
 #[derive(Debug, Subcommand)]
 enum RulesCommand {
     /// Say whether a rules file is good, and everything that is wrong with it
     #[command(after_help = "Exit codes: 0 the file is good; 2 it cannot be used.")]
-    Check(FileArgs),
+    Check(RulesFileArgs),
     /// Say which rule decides a request, and why the rules before it do not
-    #[command(after_help = CODES)]
+    #[command(after_help = EXIT_CODES_HELP)]
     Test {
         #[command(flatten)]
-        file: FileArgs,
+        file: RulesFileArgs,
         /// The request's method, such as GET
         method: String,
         /// The request's path, as the proxy sends it on; a query is left out of account
@@ -60,52 +60,56 @@ enum RulesCommand {
 
 /// Which file.
 #[derive(Debug, Args)]
-struct FileArgs {
+struct RulesFileArgs {
     /// The rules file
     file: PathBuf,
     /// What the server is started with: its settings say which environments there are.
     #[command(flatten)]
-    config: ConfigArgs,
+    config: ConfigFileArgs,
 }
 
-impl FileArgs {
-    fn read(&self) -> Result<(RuleBook, Around), Failure> {
-        let settings = self.config.load().map_err(|error| wrong(error).unanswered())?;
-        let Settings { keys, gateway, .. } = settings;
-        let (_, book) = rules::read(&self.file, &keys.environments).map_err(unusable)?;
-        Ok((book, Around { environment: gateway.environment, mode: gateway.mode }))
+impl RulesFileArgs {
+    fn load(&self) -> Result<(RuleBook, GatewayDefaults), CliError> {
+        let settings = self.config.load().map_err(|error| config_file_error(error).into_unanswered())?;
+        let ServerSettings { key_settings: keys, gateway, .. } = settings;
+        let (_, book) = rules::load_rules(&self.file, &keys.environments).map_err(rules_file_error)?;
+        Ok((book, GatewayDefaults { environment: gateway.environment, mode: gateway.mode }))
     }
 }
 
-fn unusable(error: RulesError) -> Failure {
+fn rules_file_error(error: RulesFileError) -> CliError {
     match error {
-        RulesError::Unreadable { .. } => Failure::usage(error.to_string()),
-        RulesError::Wrong { path, problems } => {
+        RulesFileError::Unreadable { .. } => CliError::new(error.to_string()),
+        RulesFileError::Invalid { path, problems } => {
             let problems = problems.iter().map(ToString::to_string).collect();
-            Failure::usage(format!("the rules file {path} is wrong")).details(problems)
+            CliError::new(format!("the rules file {path} is wrong")).with_details(problems)
         }
     }
 }
 
 /// Runs the command; `outer` are flags before its name.
-pub(super) fn run(args: RulesArgs, outer: ClientArgs, console: &mut Console) -> Result<u8, Failure> {
+pub(super) fn run(args: RulesArgs, outer: ClientArgs, console: &mut Console) -> Result<u8, CliError> {
     let RulesArgs { command, output } = args;
     let args = ClientArgs { output: output.or(outer.output), ..ClientArgs::default() };
-    let json = ClientSettings::load(args)?.output == Output::Json;
-    let colours = console.out_colours;
+    let json = ClientSettings::load(args)?.output == OutputFormat::Json;
+    let colours = console.stdout_colors;
     match command {
         RulesCommand::Check(file) => {
-            let (book, around) = file.read()?;
-            let checked = Checked::of(&file.file.display().to_string(), &book, &around);
-            console.print(&if json { json::object(&checked) } else { checked.words() })?;
+            let (book, around) = file.load()?;
+            let checked = RulesCheckReport::new(&file.file.display().to_string(), &book, &around);
+            console.print(&if json { json_output::to_json_object(&checked) } else { checked.to_text() })?;
             Ok(0)
         }
         RulesCommand::Test { file, method, path, host } => {
-            let (book, around) = file.read()?;
-            let asked = Asked { method: &method, path: &path, host: host.as_deref() };
-            let verdict = verdict::of(&book, &around, &asked);
-            console.print(&if json { json::object(&verdict) } else { verdict.words(colours) })?;
-            Ok(if verdict.decided() { 0 } else { REFUSED })
+            let (book, around) = file.load()?;
+            let asked = RulesTestRequest { method: &method, path: &path, host: host.as_deref() };
+            let verdict = rules_explain::explain(&book, &around, &asked);
+            console.print(&if json {
+                json_output::to_json_object(&verdict)
+            } else {
+                verdict.to_text(colours)
+            })?;
+            Ok(if verdict.is_decided() { 0 } else { EXIT_REFUSED })
         }
     }
 }
@@ -115,7 +119,7 @@ mod tests {
     use clap::Parser as _;
 
     use super::*;
-    use crate::cli::{Cli, Command, console::Printed};
+    use crate::cli::{Cli, CliCommand, console::CapturedOutput};
 
     const RULES: &str = r#"
 [defaults]
@@ -129,7 +133,7 @@ scope = "monitors:read"
 "#;
 
     /// What `keyward rules` with these arguments answers, on stdout, and its exit code; `FILE` is the rules.
-    fn rules(rules: &str, line: &str) -> (Result<u8, Failure>, String) {
+    fn rules(rules: &str, line: &str) -> (Result<u8, CliError>, String) {
         let folder = tempfile::tempdir().unwrap();
         let (file, config) = (folder.path().join("rules.toml"), folder.path().join("keyward.toml"));
         std::fs::write(&file, rules).unwrap();
@@ -140,9 +144,9 @@ scope = "monitors:read"
             word => word.to_owned(),
         });
         let cli = Cli::try_parse_from(["keyward".to_owned()].into_iter().chain(words)).unwrap();
-        let Command::Rules(args) = cli.command else { panic!("{line}") };
-        let (out, err) = (Printed::default(), Printed::default());
-        let ended = run(args, cli.client, &mut Printed::console(&out, &err));
+        let CliCommand::Rules(args) = cli.command else { panic!("{line}") };
+        let (out, err) = (CapturedOutput::default(), CapturedOutput::default());
+        let ended = run(args, cli.client, &mut CapturedOutput::capture_console(&out, &err));
         (ended, out.text())
     }
 
@@ -181,11 +185,11 @@ scope = "monitors:read"
             let failure = rules(wrong, line).0.unwrap_err();
             let text = failure.to_string();
             assert!(text.contains("\n  line 2: path ") && text.contains("\n  line 4: methods "), "{text}");
-            assert_eq!(failure.exit(), 2);
+            assert_eq!(failure.exit_code(), 2);
         }
         let failure = rules("", "rules check FILE.not").0.unwrap_err();
         assert!(failure.to_string().contains("cannot be read"), "{failure}");
-        assert_eq!(failure.exit(), 2);
+        assert_eq!(failure.exit_code(), 2);
     }
 
     #[test]
@@ -196,17 +200,18 @@ scope = "monitors:read"
         std::fs::write(&config, "lease = '0s'\nlisen = 'x'").unwrap();
         let words =
             ["keyward", "rules", "check", file.to_str().unwrap(), "--config", config.to_str().unwrap()];
-        let Command::Rules(args) = Cli::try_parse_from(words).unwrap().command else {
+        let CliCommand::Rules(args) = Cli::try_parse_from(words).unwrap().command else {
             panic!("another command")
         };
-        let (out, err) = (Printed::default(), Printed::default());
-        let failure = run(args, ClientArgs::default(), &mut Printed::console(&out, &err)).unwrap_err();
+        let (out, err) = (CapturedOutput::default(), CapturedOutput::default());
+        let failure =
+            run(args, ClientArgs::default(), &mut CapturedOutput::capture_console(&out, &err)).unwrap_err();
         let text = failure.to_string();
         assert!(
             text.contains("\n  line 1, column 1: lease") && text.contains("\n  line 2, column 1: unknown"),
             "{text}"
         );
-        assert_eq!(failure.exit(), 2);
+        assert_eq!(failure.exit_code(), 2);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! `keyward serve`: runs a server until it is told to stop.
+//! `keyward serve_until_signal`: runs a server until it is told to stop.
 
 use std::{
     io::{IsTerminal as _, Write as _},
@@ -8,27 +8,28 @@ use std::{
 
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::{console::Console, failure::Failure, table::clean_lines};
+use super::{console::Console, error::CliError, table::escape_terminal_lines};
 use crate::{
     clock::{SystemClock, SystemEntropy},
-    config::server::{ENVOY, MAIN, ServeArgs, Settings},
+    config::server::{ENVOY_LISTENER, MAIN_LISTENER, ServeArgs, ServerSettings},
     domain::{credential_mask::mask_message, token::Token},
-    server::{Server, database},
+    server::{Server, database_startup},
     telemetry,
 };
 
 /// Runs the command.
 pub fn run(args: ServeArgs) -> ExitCode {
-    exit(run_to_end(&args))
+    to_exit_code(load_and_serve(&args))
 }
 
-fn run_to_end(args: &ServeArgs) -> anyhow::Result<()> {
-    let mut settings = Settings::load_to_serve(args)?;
-    settings.shows_root_key = std::io::stdout().is_terminal();
+fn load_and_serve(args: &ServeArgs) -> anyhow::Result<()> {
+    let mut settings = ServerSettings::load_for_serving(args)?;
+    settings.may_print_root_key = std::io::stdout().is_terminal();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let result = runtime.block_on(async {
-        let exporter = telemetry::init(&settings.log, settings.log_format, settings.telemetry.otlp.as_ref())?;
-        let result = serve(settings).await;
+        let exporter =
+            telemetry::init(&settings.log_filter, settings.log_format, settings.telemetry.otlp.as_ref())?;
+        let result = serve_until_signal(settings).await;
         exporter.stop().await;
         result
     });
@@ -38,47 +39,51 @@ fn run_to_end(args: &ServeArgs) -> anyhow::Result<()> {
 }
 
 /// The exit code of a command that opens the database itself; what went wrong goes to standard error.
-pub(super) fn exit(result: anyhow::Result<()>) -> ExitCode {
+pub(super) fn to_exit_code(result: anyhow::Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            if let Some(failure) = error.downcast_ref::<Failure>() {
-                Console::system().note(&failure.to_string());
-                return ExitCode::from(failure.exit());
+            if let Some(failure) = error.downcast_ref::<CliError>() {
+                Console::with_stdio().eprint(&failure.to_string());
+                return ExitCode::from(failure.exit_code());
             }
             // Nowhere is left to say that standard error is closed.
-            let _ = writeln!(std::io::stderr(), "keyward: {}", clean_lines(&mask_message(&told(&error))));
+            let _ = writeln!(
+                std::io::stderr(),
+                "keyward: {}",
+                escape_terminal_lines(&mask_message(&format_error_chain(&error)))
+            );
             ExitCode::FAILURE
         }
     }
 }
 
 /// An error with its causes, each said once: some errors name their cause themselves.
-fn told(error: &anyhow::Error) -> String {
+fn format_error_chain(error: &anyhow::Error) -> String {
     error.chain().skip(1).fold(error.to_string(), |said, cause| {
         let cause = cause.to_string();
         if said.contains(&cause) { said } else { format!("{said}: {cause}") }
     })
 }
 
-async fn serve(settings: Settings) -> anyhow::Result<()> {
+async fn serve_until_signal(settings: ServerSettings) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut hangup = signal(SignalKind::hangup())?;
     tokio::select! {
-        waited = database::wait(&settings) => waited?,
+        waited = database_startup::wait_for_database(&settings) => waited?,
         _ = terminate.recv() => return Ok(()),
         _ = interrupt.recv() => return Ok(()),
     }
     let mut server = Server::start(settings, Arc::new(SystemClock), Arc::new(SystemEntropy)).await?;
-    announce(&mut server)?;
+    print_addresses(&mut server)?;
     tracing::info!(grpc = %server.address, admin = %server.admin_address, "serving");
     let failed = loop {
         tokio::select! {
             _ = terminate.recv() => break false,
             _ = interrupt.recv() => break false,
-            () = server.failed() => break true,
-            Some(()) = hangup.recv() => server.reread(),
+            () = server.wait_for_failure() => break true,
+            Some(()) = hangup.recv() => server.reload_files(),
         }
     };
     tracing::info!("stopping");
@@ -91,7 +96,7 @@ async fn serve(settings: Settings) -> anyhow::Result<()> {
 }
 
 /// Says where the server is, and shows the root key of a first start: this once.
-fn announce(server: &mut Server) -> std::io::Result<()> {
+fn print_addresses(server: &mut Server) -> std::io::Result<()> {
     let mut out = std::io::stdout().lock();
     if let Some(token) = server.root_token.take() {
         write_root_key(&mut out, &token)?;
@@ -104,7 +109,7 @@ fn announce(server: &mut Server) -> std::io::Result<()> {
         writeln!(out, "keyward serves nginx, Traefik and Envoy on http://{address}/auth/…")?;
     }
     for (name, address, tls) in &server.listeners {
-        if ![MAIN, ENVOY].contains(&name.as_str()) {
+        if ![MAIN_LISTENER, ENVOY_LISTENER].contains(&name.as_str()) {
             let tls = if *tls { " with TLS" } else { "" };
             writeln!(out, "keyward serves {name} on {address}{tls}")?;
         }
@@ -147,13 +152,13 @@ fn write_first_steps(out: &mut impl std::io::Write, address: &str) -> std::io::R
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::rules::RulesError;
+    use crate::config::rules::RulesFileError;
 
     #[test]
     fn each_cause_of_an_error_is_told_once() {
         let source = std::io::Error::other("gone");
-        let error = anyhow::Error::from(RulesError::Unreadable { path: "r.toml".to_owned(), source });
-        assert_eq!(told(&error), "the rules file r.toml cannot be read: gone");
-        assert_eq!(told(&anyhow::anyhow!("inner").context("outer")), "outer: inner");
+        let error = anyhow::Error::from(RulesFileError::Unreadable { path: "r.toml".to_owned(), source });
+        assert_eq!(format_error_chain(&error), "the rules file r.toml cannot be read: gone");
+        assert_eq!(format_error_chain(&anyhow::anyhow!("inner").context("outer")), "outer: inner");
     }
 }

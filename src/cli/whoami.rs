@@ -2,25 +2,27 @@
 
 use clap::Args;
 
-use super::{client::Patience, context::Context, failure::Failure, output, table::Record};
+use super::{
+    api_client::DefaultTimeout, context::CommandContext, error::CliError, table::DetailTable, text_output,
+};
 use crate::pb;
 
 /// Shows what the caller's own token is.
-pub(super) async fn whoami(cx: &mut Context<'_>) -> Result<u8, Failure> {
+pub(super) async fn whoami(cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
     let answer = cx
-        .session()?
-        .keys(Patience::Short, pb::WhoAmIRequest {}, async |mut client, request| {
+        .connect()?
+        .call_keys(DefaultTimeout::Quick, pb::WhoAmIRequest {}, async |mut client, request| {
             client.who_am_i(request).await
         })
         .await?;
-    cx.show(&answer, |colours| {
+    cx.print_response(&answer, |colours| {
         let account =
-            answer.account.as_ref().map(|account| Record::new().field("account name", &account.name));
+            answer.account.as_ref().map(|account| DetailTable::new().field("account name", &account.name));
         let key = match &answer.key {
-            Some(key) => output::key(key),
-            None => Record::new().field("caller", &answer.actor),
+            Some(key) => text_output::describe_key(key),
+            None => DetailTable::new().field("caller", &answer.actor),
         };
-        std::iter::once(key).chain(account).fold(Record::new(), Record::and).show(colours)
+        std::iter::once(key).chain(account).fold(DetailTable::new(), DetailTable::merge).render(colours)
     })?;
     Ok(0)
 }
@@ -35,15 +37,17 @@ pub(super) struct RevokeSelfArgs {
 
 impl RevokeSelfArgs {
     /// Revokes the caller's own key.
-    pub(super) async fn run(self, cx: &mut Context<'_>) -> Result<u8, Failure> {
+    pub(super) async fn run(self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
         cx.console.confirm("Revoke the key of the token you call with, for ever?", self.yes)?;
         let answer = cx
-            .session()?
-            .keys(Patience::Propagation, pb::RevokeSelfRequest {}, async |mut client, request| {
+            .connect()?
+            .call_keys(DefaultTimeout::Propagation, pb::RevokeSelfRequest {}, async |mut client, request| {
                 client.revoke_self(request).await
             })
             .await?;
-        cx.show(&answer, |_| output::propagation(answer.revision, answer.propagation.as_ref()))?;
+        cx.print_response(&answer, |_| {
+            text_output::format_propagation(answer.revision, answer.propagation.as_ref())
+        })?;
         Ok(0)
     }
 }

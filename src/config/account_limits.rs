@@ -13,7 +13,7 @@ const DEFAULT: AccountLimits = AccountLimits::DEFAULT;
 // Unknown keys are refused: a typo must not be a default.
 #[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub(super) struct File {
+pub(super) struct RawAccountLimits {
     /// How many keys that are not revoked an account may have; the same for a user's own keys.
     #[schemars(extend("default" = DEFAULT.keys))]
     keys: Option<NonZeroU64>,
@@ -28,8 +28,8 @@ pub(super) struct File {
     log_rows_per_hour: Option<NonZeroU64>,
 }
 
-impl File {
-    pub(super) fn read(self) -> AccountLimits {
+impl RawAccountLimits {
+    pub(super) fn into_account_limits(self) -> AccountLimits {
         let or = |limit: Option<NonZeroU64>, default| limit.map_or(default, NonZeroU64::get);
         AccountLimits {
             keys: or(self.keys, DEFAULT.keys),
@@ -46,8 +46,11 @@ mod tests {
 
     #[test]
     fn each_limit_is_read_and_none_of_them_is_zero() {
-        let read =
-            |text: &str| toml::from_str::<File>(text).map(File::read).map_err(|error| error.to_string());
+        let read = |text: &str| {
+            toml::from_str::<RawAccountLimits>(text)
+                .map(RawAccountLimits::into_account_limits)
+                .map_err(|error| error.to_string())
+        };
         assert_eq!(read(""), Ok(AccountLimits::DEFAULT));
         let all = "keys = 1\nroles = 2\nrotations_per_hour = 3\nlog_rows_per_hour = 4";
         let expected = AccountLimits { keys: 1, roles: 2, rotations_per_hour: 3, log_rows_per_hour: 4 };

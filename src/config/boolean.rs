@@ -4,7 +4,7 @@
 ///
 /// # Errors
 /// When it is neither; the error says what would be right.
-pub(super) fn parse(text: &str) -> Result<bool, &'static str> {
+pub(super) fn parse_boolean(text: &str) -> Result<bool, &'static str> {
     let is = |words: [&str; 4]| words.iter().any(|word| text.eq_ignore_ascii_case(word));
     if is(["1", "true", "yes", "on"]) {
         Ok(true)
@@ -35,7 +35,7 @@ mod tests {
             ("y", None),
             (" true", None),
         ] {
-            assert_eq!(parse(text).ok(), value, "{text:?}");
+            assert_eq!(parse_boolean(text).ok(), value, "{text:?}");
         }
     }
 }

@@ -15,8 +15,8 @@ use std::{
 use clap::{Arg, Args, ValueEnum, builder::Resettable};
 use serde::Deserialize;
 
-use super::{duration, trace_parent::TraceParent, wording};
-use crate::{domain::credential_mask::mask_value, transport::socket::first_exposed};
+use super::{duration, toml_messages, trace_parent::InheritedTraceContext};
+use crate::{domain::credential_mask::mask_value, transport::socket::find_exposed_address};
 
 /// Where the server listens unless it is told otherwise.
 pub const DEFAULT_SERVER: &str = "http://127.0.0.1:50051";
@@ -26,7 +26,7 @@ const DEFAULT_PORT: u16 = 50051;
 /// How answers are printed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Output {
+pub enum OutputFormat {
     /// For people: tables, with colours on a terminal
     #[default]
     Table,
@@ -61,7 +61,7 @@ pub struct ClientArgs {
     pub insecure: bool,
     /// How to print the answer [default: table]
     #[arg(long, value_enum, value_name = "FORMAT")]
-    pub output: Option<Output>,
+    pub output: Option<OutputFormat>,
     /// How long to wait for an answer [default: 10s; 90s for changes that wait until every replica knows
     /// them]
     #[arg(long, value_name = "DURATION", value_parser = duration::parse_timeout)]
@@ -70,7 +70,7 @@ pub struct ClientArgs {
 
 impl ClientArgs {
     /// The ids of these flags.
-    pub const IDS: [&str; 8] = [
+    pub const ARG_IDS: [&str; 8] = [
         "server",
         "token_file",
         "ca_file",
@@ -100,7 +100,7 @@ impl ClientArgs {
 /// Fits the flags of [`ClientArgs`] for a command below the top level, which reads the environment already:
 /// were it read here again, it would win over a flag given before the command's name.
 #[must_use]
-pub fn below_top(arg: Arg) -> Arg {
+pub fn for_subcommand(arg: Arg) -> Arg {
     match arg.get_id().as_str() {
         "server" | "token_file" | "ca_file" | "client_certificate" | "client_key" => {
             arg.global(true).env(Resettable::Reset)
@@ -112,20 +112,20 @@ pub fn below_top(arg: Arg) -> Arg {
 
 /// The arguments that the program was started with.
 #[must_use]
-pub fn arguments() -> Vec<OsString> {
+pub fn process_args() -> Vec<OsString> {
     std::env::args_os().collect()
 }
 
 /// Where files go that nobody is to keep.
 #[must_use]
-pub fn temporary_folder() -> PathBuf {
+pub fn temp_dir() -> PathBuf {
     std::env::temp_dir()
 }
 
 /// Whether the surroundings forbid colours (<https://no-color.org>).
 #[must_use]
-pub fn colours_forbidden() -> bool {
-    variable("NO_COLOR").is_some() || variable("TERM").is_some_and(|term| term == "dumb")
+pub fn are_colors_disabled() -> bool {
+    env_var_os("NO_COLOR").is_some() || env_var_os("TERM").is_some_and(|term| term == "dumb")
 }
 
 /// What a client command needs to know.
@@ -142,11 +142,11 @@ pub struct ClientSettings {
     /// Whether tokens may be sent in plaintext to another machine.
     pub insecure: bool,
     /// How to print.
-    pub output: Output,
+    pub output: OutputFormat,
     /// How long to wait, when it was said.
     pub timeout: Option<Duration>,
     /// The trace that calls are part of; None = none is known.
-    pub trace: Option<TraceParent>,
+    pub trace_parent: Option<InheritedTraceContext>,
 }
 
 impl ClientSettings {
@@ -154,21 +154,26 @@ impl ClientSettings {
     ///
     /// # Errors
     /// When the file cannot be read or understood, or the server's address is not one.
-    pub fn load(args: ClientArgs) -> Result<ClientSettings, SettingsError> {
-        let file = match file_path(variable) {
-            Some(path) => File::read(&path, variable("HOME"))?,
-            None => File::default(),
+    pub fn load(args: ClientArgs) -> Result<ClientSettings, ClientSettingsError> {
+        let file = match config_file_path(env_var_os) {
+            Some(path) => RawClientSettings::load(&path, env_var_os("HOME"))?,
+            None => RawClientSettings::default(),
         };
-        Ok(ClientSettings { trace: TraceParent::of(variable), ..ClientSettings::combine(args, file)? })
+        Ok(ClientSettings {
+            trace_parent: InheritedTraceContext::from_env(env_var_os),
+            ..ClientSettings::merge(args, file)?
+        })
     }
 
-    fn combine(args: ClientArgs, file: File) -> Result<ClientSettings, SettingsError> {
+    fn merge(args: ClientArgs, file: RawClientSettings) -> Result<ClientSettings, ClientSettingsError> {
         let server = match (args.server, file.server) {
             (Some(given), _) => ServerUrl::parse(&given).map_err(|error| {
-                let by_variable = environment("KEYWARD_SERVER").as_deref() == Some(&given);
-                error.within(if by_variable { "KEYWARD_SERVER" } else { "--server" })
+                let by_variable = env_var("KEYWARD_SERVER").as_deref() == Some(&given);
+                error.with_setting_name(if by_variable { "KEYWARD_SERVER" } else { "--server" })
             })?,
-            (None, Some(given)) => ServerUrl::parse(&given).map_err(|error| error.within("server"))?,
+            (None, Some(given)) => {
+                ServerUrl::parse(&given).map_err(|error| error.with_setting_name("server"))?
+            }
             (None, None) => ServerUrl::parse(DEFAULT_SERVER)?,
         };
         let given = |path: Option<PathBuf>| path.filter(|path| !path.as_os_str().is_empty());
@@ -177,12 +182,12 @@ impl ClientSettings {
         let client_certificate = match (certificate, given(args.client_key.or(file.client_key))) {
             (Some(certificate), Some(key)) => Some((certificate, key)),
             (None, None) => None,
-            _ => return Err(SettingsError("a client certificate and its key go together".to_owned())),
+            _ => return Err(ClientSettingsError("a client certificate and its key go together".to_owned())),
         };
         if client_certificate.is_some() && !server.is_tls() {
             let problem =
                 "a client certificate is shown over TLS alone: the server's address must start with https://";
-            return Err(SettingsError(problem.to_owned()));
+            return Err(ClientSettingsError(problem.to_owned()));
         }
         Ok(ClientSettings {
             server,
@@ -192,7 +197,7 @@ impl ClientSettings {
             insecure: args.insecure || file.insecure.unwrap_or(false),
             output: args.output.or(file.output).unwrap_or_default(),
             timeout: args.timeout,
-            trace: None,
+            trace_parent: None,
         })
     }
 }
@@ -200,12 +205,12 @@ impl ClientSettings {
 /// Settings that cannot be used: what is wrong, and what would be right.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
-pub struct SettingsError(String);
+pub struct ClientSettingsError(String);
 
-impl SettingsError {
+impl ClientSettingsError {
     /// The same with the setting, flag or variable that it is about.
-    fn within(self, setting: &str) -> SettingsError {
-        SettingsError(format!("{setting}: {}", self.0))
+    fn with_setting_name(self, setting: &str) -> ClientSettingsError {
+        ClientSettingsError(format!("{setting}: {}", self.0))
     }
 }
 
@@ -219,12 +224,12 @@ impl ServerUrl {
     ///
     /// # Errors
     /// When it is none of them; the error says what would be right.
-    pub fn parse(text: &str) -> Result<ServerUrl, SettingsError> {
+    pub fn parse(text: &str) -> Result<ServerUrl, ClientSettingsError> {
         if let Some(path) = text.strip_prefix("unix:") {
             let path = path.strip_prefix("//").unwrap_or(path);
             if !path.starts_with('/') || path.len() < 2 {
                 let shown = mask_value(text);
-                return Err(SettingsError(format!(
+                return Err(ClientSettingsError(format!(
                     "{shown:?} is no server's address: use unix:/PATH, from the root on"
                 )));
             }
@@ -236,13 +241,13 @@ impl ServerUrl {
             "https" => "https",
             _ => {
                 let problem = "the server's address does not start with https://, unix:/ or http://";
-                return Err(SettingsError(format!("{problem}: {WANTED}")));
+                return Err(ClientSettingsError(format!("{problem}: {ADDRESS_FORMATS}")));
             }
         };
         // A password may be before an @, and a part of one behind it.
         let shown =
             if text.contains('@') { "what is given".to_owned() } else { format!("{:?}", mask_value(text)) };
-        let unusable = || SettingsError(format!("{shown} is no server's address: {WANTED}"));
+        let unusable = || ClientSettingsError(format!("{shown} is no server's address: {ADDRESS_FORMATS}"));
         let authority: http::uri::Authority =
             rest.strip_suffix('/').unwrap_or(rest).parse().map_err(|_| unusable())?;
         // A password in the address would end up in logs and error messages.
@@ -273,7 +278,7 @@ impl ServerUrl {
         let has_port =
             authority.parse().is_ok_and(|authority: http::uri::Authority| authority.port().is_some());
         let port = if has_port { "" } else { ":80" };
-        first_exposed(&format!("{authority}{port}"))
+        find_exposed_address(&format!("{authority}{port}"))
     }
 
     /// The address with its scheme.
@@ -289,57 +294,63 @@ impl fmt::Display for ServerUrl {
     }
 }
 
-const WANTED: &str = "use https://HOST:PORT, unix:/PATH, http://HOST:PORT or HOST:PORT, such as 127.0.0.1:50051, \
+const ADDRESS_FORMATS: &str = "use https://HOST:PORT, unix:/PATH, http://HOST:PORT or HOST:PORT, such as 127.0.0.1:50051, \
                       without a path or user";
 
 /// The configuration file.
 #[derive(Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct File {
+struct RawClientSettings {
     server: Option<String>,
     token_file: Option<PathBuf>,
     ca_file: Option<PathBuf>,
     client_certificate: Option<PathBuf>,
     client_key: Option<PathBuf>,
     insecure: Option<bool>,
-    output: Option<Output>,
+    output: Option<OutputFormat>,
 }
 
-impl File {
-    fn read(path: &Path, home: Option<OsString>) -> Result<File, SettingsError> {
+impl RawClientSettings {
+    fn load(path: &Path, home: Option<OsString>) -> Result<RawClientSettings, ClientSettingsError> {
         let text = match fs::read_to_string(path) {
             Ok(text) => text,
             Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
-                return Ok(File::default());
+                return Ok(RawClientSettings::default());
             }
-            Err(error) => return Err(SettingsError(format!("cannot read {}: {error}", path.display()))),
+            Err(error) => {
+                return Err(ClientSettingsError(format!("cannot read {}: {error}", path.display())));
+            }
         };
-        File::parse(&text, path, home.as_deref())
+        RawClientSettings::parse(&text, path, home.as_deref())
     }
 
-    fn parse(text: &str, path: &Path, home: Option<&OsStr>) -> Result<File, SettingsError> {
-        let mut file: File = toml::from_str(text).map_err(|error| {
+    fn parse(
+        text: &str,
+        path: &Path,
+        home: Option<&OsStr>,
+    ) -> Result<RawClientSettings, ClientSettingsError> {
+        let mut file: RawClientSettings = toml::from_str(text).map_err(|error| {
             // Not the error's own text: it quotes the line, which may hold what belongs in no message.
             let line = error.span().map_or(1, |span| {
                 1 + text.as_bytes()[..span.start.min(text.len())].iter().filter(|b| **b == b'\n').count()
             });
-            SettingsError(format!(
+            ClientSettingsError(format!(
                 "{}, line {line}: {} (a token itself never stands here)",
                 path.display(),
-                wording::plain(error.message())
+                toml_messages::rephrase_serde_error(error.message())
             ))
         })?;
         for named in
             [&mut file.token_file, &mut file.ca_file, &mut file.client_certificate, &mut file.client_key]
         {
-            *named = named.take().map(|named| resolve(named, path, home));
+            *named = named.take().map(|named| resolve_path(named, path, home));
         }
         Ok(file)
     }
 }
 
 /// A path in the configuration file: `~/` is the home folder, a relative path starts beside the file.
-fn resolve(token: PathBuf, file: &Path, home: Option<&OsStr>) -> PathBuf {
+fn resolve_path(token: PathBuf, file: &Path, home: Option<&OsStr>) -> PathBuf {
     if token.as_os_str() == "-" {
         return token;
     }
@@ -350,7 +361,7 @@ fn resolve(token: PathBuf, file: &Path, home: Option<&OsStr>) -> PathBuf {
 }
 
 /// `$XDG_CONFIG_HOME/keyward/config.toml`, by default below `~/.config`.
-fn file_path(variable: impl Fn(&'static str) -> Option<OsString>) -> Option<PathBuf> {
+fn config_file_path(variable: impl Fn(&'static str) -> Option<OsString>) -> Option<PathBuf> {
     let base = match variable("XDG_CONFIG_HOME").map(PathBuf::from) {
         // The specification has relative paths ignored.
         Some(base) if base.is_absolute() => base,
@@ -361,26 +372,26 @@ fn file_path(variable: impl Fn(&'static str) -> Option<OsString>) -> Option<Path
 
 /// An environment variable; empty counts as unset.
 #[expect(clippy::disallowed_methods, reason = "config reads the environment, and nothing else does")]
-fn variable(name: &'static str) -> Option<OsString> {
+fn env_var_os(name: &'static str) -> Option<OsString> {
     std::env::var_os(name).filter(|value| !value.is_empty())
 }
 
 /// An environment variable as text; empty counts as absent.
 #[expect(clippy::disallowed_methods, reason = "config reads the environment, and nothing else does")]
-pub(super) fn environment(name: &str) -> Option<String> {
+pub(super) fn env_var(name: &str) -> Option<String> {
     std::env::var(name).ok().filter(|value| !value.is_empty())
 }
 
 /// Has the flags of a command and of those below it take an empty environment variable for an absent one.
 #[must_use]
-pub fn without_empty_variables(command: clap::Command) -> clap::Command {
+pub fn ignore_empty_env_vars(command: clap::Command) -> clap::Command {
     command
-        .mut_args(|arg| if has_empty_variable(&arg) { arg.env(Resettable::Reset) } else { arg })
-        .mut_subcommands(without_empty_variables)
+        .mut_args(|arg| if has_empty_env_var(&arg) { arg.env(Resettable::Reset) } else { arg })
+        .mut_subcommands(ignore_empty_env_vars)
 }
 
 #[expect(clippy::disallowed_methods, reason = "config reads the environment, and nothing else does")]
-fn has_empty_variable(arg: &Arg) -> bool {
+fn has_empty_env_var(arg: &Arg) -> bool {
     arg.get_env().and_then(std::env::var_os).is_some_and(|value| value.is_empty())
 }
 
@@ -392,8 +403,8 @@ mod tests {
         ServerUrl::parse(text).map(|url| url.to_string()).map_err(|error| error.to_string())
     }
 
-    fn parse(text: &str) -> Result<File, String> {
-        File::parse(text, Path::new("/etc/kw/config.toml"), Some(OsStr::new("/home/ada")))
+    fn parse(text: &str) -> Result<RawClientSettings, String> {
+        RawClientSettings::parse(text, Path::new("/etc/kw/config.toml"), Some(OsStr::new("/home/ada")))
             .map_err(|e| e.to_string())
     }
 
@@ -419,7 +430,7 @@ mod tests {
     fn plaintext_to_other_machines_is_allowed_by_a_flag_or_the_file_and_else_not() {
         let combine = |insecure: bool, text: &str| {
             let args = ClientArgs { insecure, ..ClientArgs::default() };
-            ClientSettings::combine(args, parse(text).unwrap()).unwrap().insecure
+            ClientSettings::merge(args, parse(text).unwrap()).unwrap().insecure
         };
         assert_eq!(
             (combine(true, ""), combine(false, "insecure = true"), combine(false, "")),
@@ -436,7 +447,8 @@ mod tests {
                 client_key: key.map(Into::into),
                 ..ClientArgs::default()
             };
-            ClientSettings::combine(args, File::default()).map(|settings| settings.client_certificate)
+            ClientSettings::merge(args, RawClientSettings::default())
+                .map(|settings| settings.client_certificate)
         };
         assert_eq!(combine("https://a:1", Some("c"), Some("k")), Ok(Some(("c".into(), "k".into()))));
         assert!(combine("https://a:1", Some("c"), None).is_err());
@@ -459,7 +471,10 @@ mod tests {
             "http://ada:pw@a:1",
         ] {
             let error = url(text).unwrap_err();
-            assert!(error.contains("no server's address") || error.contains(WANTED), "{text:?}: {error}");
+            assert!(
+                error.contains("no server's address") || error.contains(ADDRESS_FORMATS),
+                "{text:?}: {error}"
+            );
             assert!(!error.contains("pw"), "{error}");
         }
     }
@@ -467,23 +482,23 @@ mod tests {
     #[test]
     fn a_flag_wins_over_the_file_and_the_file_over_the_default() {
         let file = || parse("server = 'file:1'\noutput = 'json'\ntoken_file = '/t'").unwrap();
-        let silent = ClientSettings::combine(ClientArgs::default(), file()).unwrap();
+        let silent = ClientSettings::merge(ClientArgs::default(), file()).unwrap();
         assert_eq!(silent.server.as_str(), "http://file:1");
-        assert_eq!((silent.output, silent.token_file), (Output::Json, Some("/t".into())));
+        assert_eq!((silent.output, silent.token_file), (OutputFormat::Json, Some("/t".into())));
 
         let flags = ClientArgs {
             server: Some("flag:2".into()),
             token_file: Some("-".into()),
-            output: Some(Output::Table),
+            output: Some(OutputFormat::Table),
             ..ClientArgs::default()
         };
-        let said = ClientSettings::combine(flags, file()).unwrap();
+        let said = ClientSettings::merge(flags, file()).unwrap();
         assert_eq!(said.server.as_str(), "http://flag:2");
-        assert_eq!((said.output, said.token_file), (Output::Table, Some("-".into())));
+        assert_eq!((said.output, said.token_file), (OutputFormat::Table, Some("-".into())));
 
-        let nothing = ClientSettings::combine(ClientArgs::default(), File::default()).unwrap();
+        let nothing = ClientSettings::merge(ClientArgs::default(), RawClientSettings::default()).unwrap();
         assert_eq!(nothing.server.as_str(), DEFAULT_SERVER);
-        assert_eq!((nothing.output, nothing.token_file), (Output::Table, None));
+        assert_eq!((nothing.output, nothing.token_file), (OutputFormat::Table, None));
     }
 
     #[test]
@@ -512,14 +527,17 @@ mod tests {
     #[test]
     fn a_missing_file_is_an_empty_one() {
         let folder = tempfile::tempdir().unwrap();
-        assert_eq!(File::read(&folder.path().join("config.toml"), None), Ok(File::default()));
-        assert!(File::read(folder.path(), None).is_err(), "a folder is no file");
+        assert_eq!(
+            RawClientSettings::load(&folder.path().join("config.toml"), None),
+            Ok(RawClientSettings::default())
+        );
+        assert!(RawClientSettings::load(folder.path(), None).is_err(), "a folder is no file");
     }
 
     #[test]
     fn the_file_is_where_xdg_says() {
         let from = |xdg: Option<&str>, home: Option<&str>| {
-            file_path(|name| if name == "HOME" { home } else { xdg }.map(OsString::from))
+            config_file_path(|name| if name == "HOME" { home } else { xdg }.map(OsString::from))
         };
         let at = |path: &str| Some(PathBuf::from(path));
         assert_eq!(from(Some("/x"), Some("/h")), at("/x/keyward/config.toml"));

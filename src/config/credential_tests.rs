@@ -7,10 +7,10 @@ use clap::{Args as _, FromArgMatches as _};
 use toml::{Table, Value};
 
 use super::{
-    document::Document,
     effective::{self, WithSources},
-    keys::{self, Key, Shape},
-    server::{ServeArgs, Settings},
+    file::ConfigFile,
+    schema::{self, SettingKey, ValueType},
+    server::{ServeArgs, ServerSettings},
 };
 
 const SECRET: &str = "q7RkZ2mVb9XcT4nWs8LpQ1zY";
@@ -47,7 +47,7 @@ fn file_with(path: &str, value: Value) -> String {
 
 /// Everything that `config check`, `config show` and `serve` say of these flags over this file.
 fn output(flags: &[String], text: &str) -> String {
-    let document = match Document::parse(Path::new("keyward.toml"), text.to_owned()) {
+    let document = match ConfigFile::parse(Path::new("keyward.toml"), text.to_owned()) {
         Ok(document) => document,
         Err(problems) => return format!("{problems:?}"),
     };
@@ -55,26 +55,30 @@ fn output(flags: &[String], text: &str) -> String {
     let matches = command.try_get_matches_from(flags).unwrap();
     let sources = WithSources::<ServeArgs>::from_arg_matches(&matches).unwrap();
     let mut output = String::new();
-    if let Err(error) = Settings::to_serve(&sources.args, Some(&document)) {
+    if let Err(error) = ServerSettings::resolve_for_serving(&sources.args, Some(&document)) {
         output += &error.to_string();
     }
-    let in_force = Settings::of(&sources.args, Some(&document));
-    let in_force = in_force.or_else(|_| Settings::of(&ServeArgs::default(), None)).unwrap();
-    output + &format!("{:?}", effective::settings(&sources, Some(&document), &in_force))
+    let in_force = ServerSettings::resolve(&sources.args, Some(&document));
+    let in_force = in_force.or_else(|_| ServerSettings::resolve(&ServeArgs::default(), None)).unwrap();
+    output + &format!("{:?}", effective::effective_settings(&sources, Some(&document), &in_force))
 }
 
 fn assert_kept(output: &str, secret: &str, place: &str) {
     assert!(!output.contains(secret), "{place}: {output}");
 }
 
-fn value(key: &Key, text: &str) -> Value {
+fn value(key: &SettingKey, text: &str) -> Value {
     let text = Value::String(text.to_owned());
-    if matches!(key.shape, Shape::Texts | Shape::Tables) { Value::Array(vec![text]) } else { text }
+    if matches!(key.value_type, ValueType::TextList | ValueType::TableList) {
+        Value::Array(vec![text])
+    } else {
+        text
+    }
 }
 
 #[test]
 fn no_setting_repeats_a_credential_that_the_file_has_in_its_place() {
-    for key in keys::all() {
+    for key in schema::all_keys() {
         for (text, secret) in pasted() {
             let output = output(&[], &file_with(&key.path, value(key, &text)));
             assert_kept(&output, &secret, &key.path);
@@ -84,7 +88,7 @@ fn no_setting_repeats_a_credential_that_the_file_has_in_its_place() {
 
 #[test]
 fn no_setting_repeats_a_credential_that_a_flag_has_in_its_place() {
-    for key in keys::all() {
+    for key in schema::all_keys() {
         let Some(flag) = &key.flag else { continue };
         for (text, secret) in pasted() {
             assert_kept(&output(&[format!("{flag}={text}")], ""), &secret, flag);
@@ -99,7 +103,7 @@ fn no_setting_repeats_a_credential_that_a_flag_has_in_its_place() {
 
 #[test]
 fn no_table_repeats_a_credential_in_place_of_a_key() {
-    for section in keys::sections() {
+    for section in schema::all_tables() {
         for (text, secret) in pasted() {
             let path = if section.path.is_empty() { String::new() } else { format!("{}.", section.path) };
             // A dot would make it a key in a table.

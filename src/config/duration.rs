@@ -14,15 +14,15 @@ const UNITS: [(&str, u64); 7] = [
     ("ms", 1),
 ];
 
-const WANTED: &str = "write whole numbers with units, longest first: 30d, 12h, 1h30m, 2w, 1y (365 days); \
+const EXPECTED_FORMAT: &str = "write whole numbers with units, longest first: 30d, 12h, 1h30m, 2w, 1y (365 days); \
                       the units are y, w, d, h, m (minutes), s, ms";
 
 /// Reads a duration.
 ///
 /// # Errors
 /// When it is not one; the error says what would be right.
-pub fn parse(text: &str) -> Result<Duration, String> {
-    sum(text).map(Duration::from_millis).ok_or_else(|| format!("not a duration: {WANTED}"))
+pub fn parse_duration(text: &str) -> Result<Duration, String> {
+    parse_millis(text).map(Duration::from_millis).ok_or_else(|| format!("not a duration: {EXPECTED_FORMAT}"))
 }
 
 /// Reads how long to wait: longer than nothing, at most a day.
@@ -30,14 +30,14 @@ pub fn parse(text: &str) -> Result<Duration, String> {
 /// # Errors
 /// When it is not that; the error says what would be right.
 pub fn parse_timeout(text: &str) -> Result<Duration, String> {
-    let timeout = parse(text)?;
+    let timeout = parse_duration(text)?;
     if timeout.is_zero() || timeout > Duration::from_secs(86_400) {
         return Err("must be between 1ms and 1d".to_owned());
     }
     Ok(timeout)
 }
 
-fn sum(text: &str) -> Option<u64> {
+fn parse_millis(text: &str) -> Option<u64> {
     if text.is_empty() {
         return None;
     }
@@ -55,9 +55,9 @@ fn sum(text: &str) -> Option<u64> {
     Some(total)
 }
 
-/// Writes a duration so that [`parse`] reads it back: whole milliseconds in days and smaller units.
+/// Writes a duration so that [`parse_duration`] reads it back: whole milliseconds in days and smaller units.
 #[must_use]
-pub fn format(duration: Duration) -> String {
+pub fn format_duration(duration: Duration) -> String {
     let mut rest = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
     let mut text = String::new();
     for (name, length) in &UNITS[2..] {
@@ -86,9 +86,9 @@ mod tests {
             ("0s", 0),
             ("1y2w3d4h5m6s7000ms", 382 * 86_400 + 14_713),
         ] {
-            assert_eq!(parse(text), Ok(Duration::from_secs(seconds)), "{text:?}");
+            assert_eq!(parse_duration(text), Ok(Duration::from_secs(seconds)), "{text:?}");
         }
-        assert_eq!(parse("500ms"), Ok(Duration::from_millis(500)));
+        assert_eq!(parse_duration("500ms"), Ok(Duration::from_millis(500)));
     }
 
     #[test]
@@ -112,7 +112,10 @@ mod tests {
             "18446744073709551615y",
             "99999999999999999999s",
         ] {
-            assert!(parse(bad).unwrap_err().contains("30d, 12h, 1h30m, 2w, 1y (365 days)"), "{bad:?}");
+            assert!(
+                parse_duration(bad).unwrap_err().contains("30d, 12h, 1h30m, 2w, 1y (365 days)"),
+                "{bad:?}"
+            );
         }
     }
 
@@ -126,25 +129,25 @@ mod tests {
 
     #[test]
     fn durations_are_written_in_days_and_less() {
-        assert_eq!(format(Duration::from_secs(365 * 86_400 + 5_400)), "365d1h30m");
-        assert_eq!(format(Duration::ZERO), "0s");
+        assert_eq!(format_duration(Duration::from_secs(365 * 86_400 + 5_400)), "365d1h30m");
+        assert_eq!(format_duration(Duration::ZERO), "0s");
     }
 
     proptest! {
         #[test]
         fn no_string_makes_the_parser_panic(text in any::<String>()) {
-            let _ = parse(&text);
+            let _ = parse_duration(&text);
         }
 
         #[test]
         fn nor_does_what_is_almost_a_duration(text in "([0-9]{0,20}(y|w|d|h|m|s|ms|é)?){0,8}") {
-            let _ = parse(&text);
+            let _ = parse_duration(&text);
         }
 
         #[test]
         fn what_is_written_reads_back(millis: u64) {
             let duration = Duration::from_millis(millis);
-            prop_assert_eq!(parse(&format(duration)), Ok(duration));
+            prop_assert_eq!(parse_duration(&format_duration(duration)), Ok(duration));
         }
     }
 }

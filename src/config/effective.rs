@@ -10,11 +10,11 @@ use crate::domain::{credential_mask::mask_value, text::escape_toml};
 
 use super::{
     boolean,
-    document::Document,
-    keys::{self, Absent, Key, Shape},
+    file::ConfigFile,
     replicas,
-    secret::SecretUrl,
-    server::Settings,
+    schema::{self, DefaultValue, SettingKey, ValueType},
+    secret_url::SecretUrl,
+    server::ServerSettings,
 };
 
 /// Flags with the text of each, and whether it comes from the environment.
@@ -22,7 +22,7 @@ use super::{
 pub struct WithSources<A> {
     /// The flags as their command takes them.
     pub args: A,
-    given: BTreeMap<String, (SecretUrl, ValueSource)>,
+    raw_values: BTreeMap<String, (SecretUrl, ValueSource)>,
 }
 
 impl<A: Args> FromArgMatches for WithSources<A> {
@@ -33,7 +33,7 @@ impl<A: Args> FromArgMatches for WithSources<A> {
         };
         Ok(WithSources {
             args: A::from_arg_matches(matches)?,
-            given: matches.ids().filter_map(given).collect(),
+            raw_values: matches.ids().filter_map(given).collect(),
         })
     }
 
@@ -55,7 +55,7 @@ impl<A: Args> Args for WithSources<A> {
 
 /// Where a setting comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Origin {
+pub enum SettingOrigin {
     /// Nobody has set it.
     Default,
     /// A line of the file.
@@ -71,67 +71,67 @@ pub enum Origin {
     Flag(String),
 }
 
-impl fmt::Display for Origin {
+impl fmt::Display for SettingOrigin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Origin::Default => f.write_str("default"),
-            Origin::File { path, line } => write!(f, "{path}:{line}"),
-            Origin::Environment(name) | Origin::Flag(name) => f.write_str(name),
+            SettingOrigin::Default => f.write_str("default"),
+            SettingOrigin::File { path, line } => write!(f, "{path}:{line}"),
+            SettingOrigin::Environment(name) | SettingOrigin::Flag(name) => f.write_str(name),
         }
     }
 }
 
 /// What a setting is.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Effective {
+pub enum EffectiveValue {
     /// This value.
     Value(Value),
     /// A URL with a password, or what looks like a credential, shown without it.
-    Hidden(String),
+    Redacted(String),
     /// No fixed value: what happens, in words.
-    Words(String),
+    Description(String),
 }
 
 /// A setting that is in force.
 #[derive(Clone, Debug)]
-pub struct Setting {
+pub struct EffectiveSetting {
     /// The key.
-    pub key: &'static Key,
+    pub key: &'static SettingKey,
     /// Its value.
-    pub value: Effective,
+    pub value: EffectiveValue,
     /// Where that comes from.
-    pub origin: Origin,
+    pub origin: SettingOrigin,
 }
 
 /// Every setting in force of a server with these flags and this file, tables after each other. The keys of a list of
 /// tables are shown by the list.
 #[must_use]
-pub fn settings<A>(
+pub fn effective_settings<A>(
     sources: &WithSources<A>,
-    document: Option<&Document>,
-    in_force: &Settings,
-) -> Vec<Setting> {
-    let shown = keys::all().filter(|key| !key.path.contains("[]"));
+    document: Option<&ConfigFile>,
+    in_force: &ServerSettings,
+) -> Vec<EffectiveSetting> {
+    let shown = schema::all_keys().filter(|key| !key.path.contains("[]"));
     let find = |key| {
-        given(key, sources)
-            .or_else(|| written(key, document?))
-            .unwrap_or_else(|| absent(key, document, in_force))
+        from_flag_or_env(key, sources)
+            .or_else(|| from_file(key, document?))
+            .unwrap_or_else(|| from_default(key, document, in_force))
     };
     shown.map(find).collect()
 }
 
 /// By a flag or the environment.
-fn given<A>(key: &'static Key, sources: &WithSources<A>) -> Option<Setting> {
-    let argument = key.argument.as_ref()?;
-    let (text, source) = sources.given.get(argument)?;
+fn from_flag_or_env<A>(key: &'static SettingKey, sources: &WithSources<A>) -> Option<EffectiveSetting> {
+    let argument = key.arg_id.as_ref()?;
+    let (text, source) = sources.raw_values.get(argument)?;
     let origin = match source {
-        ValueSource::CommandLine => Origin::Flag(key.flag.clone()?),
-        ValueSource::EnvVariable => Origin::Environment(key.variable.clone()?),
+        ValueSource::CommandLine => SettingOrigin::Flag(key.flag.clone()?),
+        ValueSource::EnvVariable => SettingOrigin::Environment(key.env_var.clone()?),
         _ => return None,
     };
-    let value = match key.shape {
-        Shape::Integer { .. } => text.parse().map(Value::Integer).ok(),
-        Shape::Boolean => match (boolean::parse(text).ok()?, argument.starts_with("no_")) {
+    let value = match key.value_type {
+        ValueType::Integer { .. } => text.parse().map(Value::Integer).ok(),
+        ValueType::Boolean => match (boolean::parse_boolean(text).ok()?, argument.starts_with("no_")) {
             // It says the contrary of the key, and does not undo it.
             (false, true) => return None,
             (value, is_contrary) => Some(Value::Boolean(value != is_contrary)),
@@ -139,43 +139,53 @@ fn given<A>(key: &'static Key, sources: &WithSources<A>) -> Option<Setting> {
         _ => None,
     };
     let value = value.unwrap_or_else(|| Value::String(text.to_string()));
-    Some(Setting { key, value: hidden(key, value), origin })
+    Some(EffectiveSetting { key, value: redact_secret(key, value), origin })
 }
 
 /// In the file.
-fn written(key: &'static Key, document: &Document) -> Option<Setting> {
-    let value = hidden(key, document.value(&key.path)?.clone());
+fn from_file(key: &'static SettingKey, document: &ConfigFile) -> Option<EffectiveSetting> {
+    let value = redact_secret(key, document.value(&key.path)?.clone());
     let path = document.path.display().to_string();
-    Some(Setting { key, value, origin: Origin::File { path, line: document.line(&key.path)? } })
+    Some(EffectiveSetting {
+        key,
+        value,
+        origin: SettingOrigin::File { path, line: document.line_number(&key.path)? },
+    })
 }
 
 /// Nowhere: the value that holds without the key.
-fn absent(key: &'static Key, document: Option<&Document>, in_force: &Settings) -> Setting {
+fn from_default(
+    key: &'static SettingKey,
+    document: Option<&ConfigFile>,
+    in_force: &ServerSettings,
+) -> EffectiveSetting {
     // A table that turns something on has no values where it is left out.
     let is_off = key.path.starts_with("decision_log.")
         && document.is_none_or(|document| document.value("decision_log").is_none());
-    let computed = computed(key, in_force).map(Effective::Value);
+    let computed = computed_default(key, in_force).map(EffectiveValue::Value);
     let value = computed.unwrap_or_else(|| match &key.default {
-        Absent::Value(value) => match Value::try_from(value) {
-            Ok(value) if is_off => Effective::Words(format!("without the table nothing; in it {value}")),
-            Ok(value) => Effective::Value(value),
-            Err(_) => Effective::Words(value.to_string()),
+        DefaultValue::Value(value) => match Value::try_from(value) {
+            Ok(value) if is_off => {
+                EffectiveValue::Description(format!("without the table nothing; in it {value}"))
+            }
+            Ok(value) => EffectiveValue::Value(value),
+            Err(_) => EffectiveValue::Description(value.to_string()),
         },
-        Absent::Words(words) => Effective::Words(words.clone()),
-        Absent::Refused => Effective::Words("must be set".to_owned()),
+        DefaultValue::Description(words) => EffectiveValue::Description(words.clone()),
+        DefaultValue::Required => EffectiveValue::Description("must be set".to_owned()),
     });
-    Setting { key, value, origin: Origin::Default }
+    EffectiveSetting { key, value, origin: SettingOrigin::Default }
 }
 
 /// A default that is no fixed value, but known here.
-fn computed(key: &Key, in_force: &Settings) -> Option<Value> {
+fn computed_default(key: &SettingKey, in_force: &ServerSettings) -> Option<Value> {
     let text = |text: &str| Some(Value::String(text.to_owned()));
     let collector = in_force.telemetry.otlp.as_ref();
     match key.path.as_str() {
         "threads" => i64::try_from(in_force.threads).ok().map(Value::Integer),
         "replica_name" => {
             let port = in_force.listen.rsplit_once(':')?.1.parse().ok().filter(|port| *port != 0)?;
-            text(&replicas::default_name(port))
+            text(&replicas::default_replica_name(port))
         }
         "telemetry.otlp_endpoint" => text(&collector?.endpoint),
         "telemetry.service_name" => text(&collector?.service_name),
@@ -184,14 +194,18 @@ fn computed(key: &Key, in_force: &Settings) -> Option<Value> {
 }
 
 /// A secret is not passed on; a URL without one is none. Any other setting may hold a secret by mistake.
-fn hidden(key: &Key, value: Value) -> Effective {
-    let url = value.as_str().filter(|_| key.secret).map(SecretUrl::from);
+fn redact_secret(key: &SettingKey, value: Value) -> EffectiveValue {
+    let url = value.as_str().filter(|_| key.is_secret).map(SecretUrl::from);
     match url {
-        Some(url) if url.has_password() => Effective::Hidden(url.shown()),
-        Some(_) => Effective::Value(value),
+        Some(url) if url.has_password() => EffectiveValue::Redacted(url.redacted()),
+        Some(_) => EffectiveValue::Value(value),
         None => {
             let masked = without_credentials(&value);
-            if masked == value { Effective::Value(value) } else { Effective::Hidden(in_one_line(&masked)) }
+            if masked == value {
+                EffectiveValue::Value(value)
+            } else {
+                EffectiveValue::Redacted(in_one_line(&masked))
+            }
         }
     }
 }
@@ -227,23 +241,23 @@ pub fn in_one_line(value: &Value) -> String {
 
 /// What is accepted and not advised: secrets that whoever reads the file has too.
 #[must_use]
-pub fn advice(document: &Document) -> Vec<String> {
-    let holds = |key: &&Key| {
+pub fn password_warnings(document: &ConfigFile) -> Vec<String> {
+    let holds = |key: &&SettingKey| {
         let url = document.value(&key.path).and_then(Value::as_str).map(SecretUrl::from);
-        key.secret && url.is_some_and(|url| url.has_password())
+        key.is_secret && url.is_some_and(|url| url.has_password())
     };
-    let told = |key: &'static Key| {
-        let instead = match (key.path.as_str(), &key.variable) {
+    let told = |key: &'static SettingKey| {
+        let instead = match (key.path.as_str(), &key.env_var) {
             ("database", Some(variable)) => {
                 format!("database_password_file names a file for it, or {variable} holds it")
             }
             (_, Some(variable)) => format!("let {variable} hold it"),
             (_, None) => "keep it elsewhere".to_owned(),
         };
-        let line = document.line(&key.path).unwrap_or(1);
+        let line = document.line_number(&key.path).unwrap_or(1);
         format!("line {line}: {} holds a password, which whoever reads the file learns: {instead}", key.path)
     };
-    keys::all().filter(holds).map(told).collect()
+    schema::all_keys().filter(holds).map(told).collect()
 }
 
 #[cfg(test)]
@@ -252,57 +266,61 @@ mod tests {
     use crate::config::server::ServeArgs;
 
     /// The settings of these flags over this file: `key`, its value and its origin.
-    fn shown(flags: &[&str], text: &str) -> BTreeMap<String, (Effective, String)> {
+    fn effective_values(flags: &[&str], text: &str) -> BTreeMap<String, (EffectiveValue, String)> {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("k.toml");
         std::fs::write(&path, text).unwrap();
-        let document = Document::read(&path).unwrap();
+        let document = ConfigFile::load(&path).unwrap();
         let command = ServeArgs::augment_args(clap::Command::new("serve"));
         let matches = command.try_get_matches_from([&["serve"], flags].concat()).unwrap();
         let sources = WithSources::<ServeArgs>::from_arg_matches(&matches).unwrap();
-        let in_force = Settings::of(&sources.args, Some(&document)).unwrap();
-        let shown = settings(&sources, Some(&document), &in_force).into_iter();
-        let origin = |origin: Origin| origin.to_string().replace(&folder.path().display().to_string(), "");
+        let in_force = ServerSettings::resolve(&sources.args, Some(&document)).unwrap();
+        let shown = effective_settings(&sources, Some(&document), &in_force).into_iter();
+        let origin =
+            |origin: SettingOrigin| origin.to_string().replace(&folder.path().display().to_string(), "");
         shown.map(|setting| (setting.key.path.clone(), (setting.value, origin(setting.origin)))).collect()
     }
 
     #[test]
     fn a_setting_tells_where_it_comes_from() {
-        let shown = shown(
+        let shown = effective_values(
             &["--listen", "127.0.0.1:1", "--threads", "3"],
             "listen = 'b:2'\n[gateway]\nmode = 'shadow'",
         );
-        let text = |text: &str| Effective::Value(Value::String(text.to_owned()));
+        let text = |text: &str| EffectiveValue::Value(Value::String(text.to_owned()));
         assert_eq!(shown["listen"], (text("127.0.0.1:1"), "--listen".to_owned()));
-        assert_eq!(shown["threads"], (Effective::Value(Value::Integer(3)), "--threads".to_owned()));
+        assert_eq!(shown["threads"], (EffectiveValue::Value(Value::Integer(3)), "--threads".to_owned()));
         assert_eq!(shown["gateway.mode"], (text("shadow"), "/k.toml:3".to_owned()));
         assert_eq!(shown["admin_listen"], (text("127.0.0.1:9090"), "default".to_owned()));
         assert_eq!(
             shown["overload.queued_checks"],
-            (Effective::Value(Value::Integer(4096)), "default".to_owned())
+            (EffectiveValue::Value(Value::Integer(4096)), "default".to_owned())
         );
-        assert!(matches!(&shown["rules"], (Effective::Words(_), origin) if origin == "default"));
+        assert!(matches!(&shown["rules"], (EffectiveValue::Description(_), origin) if origin == "default"));
     }
 
     #[test]
     fn a_truth_value_is_shown_as_the_file_has_it_whatever_the_flag_says() {
-        let shown = shown(&["--insecure", "yes", "--no-migrate"], "");
-        assert_eq!(shown["insecure"], (Effective::Value(Value::Boolean(true)), "--insecure".to_owned()));
-        assert_eq!(shown["migrate"], (Effective::Value(Value::Boolean(false)), "--no-migrate".to_owned()));
+        let shown = effective_values(&["--insecure", "yes", "--no-migrate"], "");
+        assert_eq!(shown["insecure"], (EffectiveValue::Value(Value::Boolean(true)), "--insecure".to_owned()));
+        assert_eq!(
+            shown["migrate"],
+            (EffectiveValue::Value(Value::Boolean(false)), "--no-migrate".to_owned())
+        );
     }
 
     #[test]
     fn the_decision_log_is_not_turned_on_by_what_is_shown() {
-        let denials = |text: &str| shown(&[], text)["decision_log.denials"].0.clone();
-        assert!(matches!(denials(""), Effective::Words(_)));
-        assert_eq!(denials("[decision_log]"), Effective::Value(Value::Float(1.0)));
+        let denials = |text: &str| effective_values(&[], text)["decision_log.denials"].0.clone();
+        assert!(matches!(denials(""), EffectiveValue::Description(_)));
+        assert_eq!(denials("[decision_log]"), EffectiveValue::Value(Value::Float(1.0)));
     }
 
     #[test]
     fn a_secret_is_not_passed_on() {
         let flags = ["--limits-url", "redis://:sesame@h", "--database", "postgres://u:sesame@h/k"];
-        let all = shown(&flags, "[limits]\nbackend = 'redis'");
-        assert_eq!(all["limits.url"].0, Effective::Hidden("redis://:***@h".to_owned()));
+        let all = effective_values(&flags, "[limits]\nbackend = 'redis'");
+        assert_eq!(all["limits.url"].0, EffectiveValue::Redacted("redis://:***@h".to_owned()));
         assert!(!format!("{all:?}").contains("sesame"));
     }
 
@@ -312,7 +330,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("k.toml");
         std::fs::write(&path, text).unwrap();
-        let advice = advice(&Document::read(&path).unwrap());
+        let advice = password_warnings(&ConfigFile::load(&path).unwrap());
         assert!(advice.len() == 1 && advice[0].contains("database_password_file"), "{advice:?}");
         assert!(!advice[0].contains("sesame"));
     }
@@ -337,9 +355,9 @@ mod tests {
             let command = ServeArgs::augment_args(clap::Command::new("serve"));
             let matches = command.no_binary_name(true).try_get_matches_from(flags).unwrap();
             let sources = WithSources::<ServeArgs>::from_arg_matches(&matches).unwrap();
-            let mut output = Settings::of(&sources.args, None).unwrap_err().to_string();
-            if let Ok(in_force) = Settings::of(&ServeArgs::default(), None) {
-                output += &format!("{:?} {in_force:?}", settings(&sources, None, &in_force));
+            let mut output = ServerSettings::resolve(&sources.args, None).unwrap_err().to_string();
+            if let Ok(in_force) = ServerSettings::resolve(&ServeArgs::default(), None) {
+                output += &format!("{:?} {in_force:?}", effective_settings(&sources, None, &in_force));
             }
             let letters: Vec<char> = password.chars().collect();
             for part in letters.windows(4).map(|part| part.iter().collect::<String>()) {

@@ -5,25 +5,25 @@ use serde::Deserialize;
 
 use crate::{
     domain::{
-        account::Environments,
-        route::{Mode, header_name},
+        account::EnvironmentSet,
+        route::{EnforcementMode, parse_header_name},
     },
     gateway::GatewaySettings,
 };
 
 use super::{
-    problems::Problems,
-    server::{Invalid, invalid, unshown},
+    problems::ProblemCollector,
+    server::{InvalidSetting, invalid_redacted_setting, invalid_setting},
 };
 
 /// The most proxies that may stand in front of the one that asks.
-const MAX_HOPS: usize = 16;
+const MAX_TRUSTED_HOPS: usize = 16;
 
 /// How HTTP requests that proxies ask about are judged.
 // Unknown keys are refused: a typo must not be a default.
 #[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub(super) struct File {
+pub(super) struct RawGatewaySettings {
     /// The environment of requests whose route or rule names none.
     #[schemars(extend("x-default" = "none: a route or rule must name one"))]
     environment: Option<String>,
@@ -59,32 +59,39 @@ pub(super) struct File {
     publish_metadata: Option<Vec<String>>,
 }
 
-impl File {
+impl RawGatewaySettings {
     /// Judges the settings.
-    pub(super) fn read(self, environments: &Environments, problems: &mut Problems<'_>) -> GatewaySettings {
+    pub(super) fn validate(
+        self,
+        environments: &EnvironmentSet,
+        problems: &mut ProblemCollector<'_>,
+    ) -> GatewaySettings {
         let default = GatewaySettings::default();
-        let environment = self.environment.filter(|_| problems.is_sound("environments")).and_then(|name| {
+        let environment = self.environment.filter(|_| problems.is_valid("environments")).and_then(|name| {
             let found = environments.get(&name).map(|environment| environment.name.clone());
-            problems.take(found.ok_or_else(|| {
-                invalid("gateway.environment", &name, format!("is none of {}", environments.names()))
+            problems.ok_or_add(found.ok_or_else(|| {
+                invalid_setting("gateway.environment", &name, format!("is none of {}", environments.names()))
             }))
         });
-        let credential_headers = self.credential_headers.and_then(|list| problems.take(read_headers(&list)));
+        let credential_headers =
+            self.credential_headers.and_then(|list| problems.ok_or_add(validate_header_names(&list)));
         let credential_query = self.credential_query.and_then(|name| {
-            let name = read_name("gateway.credential_query", &name).map(|()| name.into_boxed_str());
-            problems.take(name)
+            let name = validate_name("gateway.credential_query", &name).map(|()| name.into_boxed_str());
+            problems.ok_or_add(name)
         });
         let trusted_hops = self.trusted_hops.unwrap_or(default.trusted_hops);
-        if trusted_hops > MAX_HOPS {
-            let problem = format!("must be 0 to {MAX_HOPS}");
-            problems.add(invalid("gateway.trusted_hops", &trusted_hops.to_string(), problem));
+        if trusted_hops > MAX_TRUSTED_HOPS {
+            let problem = format!("must be 0 to {MAX_TRUSTED_HOPS}");
+            problems.add(invalid_setting("gateway.trusted_hops", &trusted_hops.to_string(), problem));
         }
         let mode = self.mode.and_then(|mode| {
-            problems.take(Mode::parse(&mode).map_err(|error| invalid("gateway.mode", &mode, error)))
+            problems.ok_or_add(
+                EnforcementMode::parse(&mode).map_err(|error| invalid_setting("gateway.mode", &mode, error)),
+            )
         });
         let publish_metadata = self.publish_metadata.unwrap_or(default.publish_metadata);
         for name in &publish_metadata {
-            problems.take(read_name("gateway.publish_metadata", name));
+            problems.ok_or_add(validate_name("gateway.publish_metadata", name));
         }
         GatewaySettings {
             environment,
@@ -101,22 +108,23 @@ impl File {
     }
 }
 
-fn read_headers(list: &[String]) -> Result<Vec<Box<str>>, Invalid> {
+fn validate_header_names(list: &[String]) -> Result<Vec<Box<str>>, InvalidSetting> {
     if list.is_empty() {
-        return Err(unshown("gateway.credential_headers", "must name at least one header"));
+        return Err(invalid_redacted_setting("gateway.credential_headers", "must name at least one header"));
     }
-    let read =
-        |name: &String| header_name(name).map_err(|error| invalid("gateway.credential_headers", name, error));
+    let read = |name: &String| {
+        parse_header_name(name).map_err(|error| invalid_setting("gateway.credential_headers", name, error))
+    };
     list.iter().map(read).collect()
 }
 
 /// The name of a query parameter, or of an entry of metadata.
-fn read_name(setting: &'static str, name: &str) -> Result<(), Invalid> {
+fn validate_name(setting: &'static str, name: &str) -> Result<(), InvalidSetting> {
     let good = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
     if (1..=64).contains(&name.len()) && name.bytes().all(good) {
         Ok(())
     } else {
-        Err(invalid(setting, name, "must be 1-64 characters of [A-Za-z0-9_.-]"))
+        Err(invalid_setting(setting, name, "must be 1-64 characters of [A-Za-z0-9_.-]"))
     }
 }
 
@@ -125,8 +133,10 @@ mod tests {
     use super::*;
 
     fn read(text: &str) -> Result<GatewaySettings, String> {
-        let file: File = toml::from_str(text).map_err(|error| error.to_string())?;
-        let read = Problems::collect(None, |problems| Some(file.read(&Environments::default(), problems)));
+        let file: RawGatewaySettings = toml::from_str(text).map_err(|error| error.to_string())?;
+        let read = ProblemCollector::collect(None, |problems| {
+            Some(file.validate(&EnvironmentSet::default(), problems))
+        });
         read.map_err(|error| error.to_string())
     }
 
@@ -139,7 +149,7 @@ mod tests {
         .unwrap();
         assert_eq!(settings.environment.unwrap().as_str(), "staging");
         assert_eq!(settings.credential_headers, [Box::<str>::from("x-key")]);
-        assert_eq!((settings.trusted_hops, settings.mode), (2, Mode::Shadow));
+        assert_eq!((settings.trusted_hops, settings.mode), (2, EnforcementMode::Shadow));
         assert!(settings.require_caller && !settings.management_keys);
     }
 

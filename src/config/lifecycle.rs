@@ -8,16 +8,16 @@ use crate::domain::time::Revision;
 
 use super::{
     duration,
-    problems::Problems,
-    server::{Invalid, invalid},
+    problems::ProblemCollector,
+    server::{InvalidSetting, invalid_setting},
 };
 
 /// Balancers and proxies look for health every second or so; and with it a stop ends within 10 s.
-const SHUTDOWN_DELAY: Duration = Duration::from_secs(2);
-const LONGEST_DELAY: Duration = Duration::from_secs(10 * 60);
+const DEFAULT_SHUTDOWN_DELAY: Duration = Duration::from_secs(2);
+const MAX_SHUTDOWN_DELAY: Duration = Duration::from_secs(10 * 60);
 /// After that whoever started the process may know better what to do.
-const DATABASE_WAIT: Duration = Duration::from_secs(60);
-const LONGEST_WAIT: Duration = Duration::from_secs(24 * 60 * 60);
+const DEFAULT_DATABASE_WAIT: Duration = Duration::from_secs(60);
+const MAX_DATABASE_WAIT: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// The flags.
 #[derive(Args, Clone, Debug, Default)]
@@ -38,51 +38,62 @@ pub struct LifecycleArgs {
 
 /// How a server starts and stops.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Lifecycle {
+pub struct LifecycleSettings {
     /// How long it serves on while health says NOT_SERVING.
     pub shutdown_delay: Duration,
     /// How long a start waits for a database that is away.
     pub database_wait: Duration,
     /// Whether a start migrates an older schema.
-    pub migrates: bool,
+    pub auto_migrate: bool,
     /// What the database must have at least.
     pub require_revision: Option<Revision>,
 }
 
-impl Default for Lifecycle {
+impl Default for LifecycleSettings {
     fn default() -> Self {
-        Lifecycle {
-            shutdown_delay: SHUTDOWN_DELAY,
-            database_wait: DATABASE_WAIT,
-            migrates: true,
+        LifecycleSettings {
+            shutdown_delay: DEFAULT_SHUTDOWN_DELAY,
+            database_wait: DEFAULT_DATABASE_WAIT,
+            auto_migrate: true,
             require_revision: None,
         }
     }
 }
 
 /// Reads a duration up to a bound.
-fn read(setting: &'static str, text: &str, most: Duration) -> Result<Duration, Invalid> {
-    let read = duration::parse(text).map_err(|problem| invalid(setting, text, format!("is {problem}")))?;
+fn parse_bounded_duration(
+    setting: &'static str,
+    text: &str,
+    most: Duration,
+) -> Result<Duration, InvalidSetting> {
+    let read = duration::parse_duration(text)
+        .map_err(|problem| invalid_setting(setting, text, format!("is {problem}")))?;
     if read > most {
-        return Err(invalid(setting, text, format!("must be at most {}", duration::format(most))));
+        return Err(invalid_setting(
+            setting,
+            text,
+            format!("must be at most {}", duration::format_duration(most)),
+        ));
     }
     Ok(read)
 }
 
-impl Lifecycle {
+impl LifecycleSettings {
     /// Judges the settings.
-    pub(super) fn read(
+    pub(super) fn validate(
         shutdown_delay: Option<&str>,
         database_wait: Option<&str>,
         migrate: Option<bool>,
         require_revision: Option<&str>,
-        problems: &mut Problems<'_>,
-    ) -> Lifecycle {
+        problems: &mut ProblemCollector<'_>,
+    ) -> LifecycleSettings {
         let mut time = |setting, text: Option<&str>, usual, most| {
-            text.and_then(|text| problems.take(read(setting, text, most))).unwrap_or(usual)
+            text.and_then(|text| problems.ok_or_add(parse_bounded_duration(setting, text, most)))
+                .unwrap_or(usual)
         };
-        let shutdown_delay = time("shutdown_delay", shutdown_delay, SHUTDOWN_DELAY, LONGEST_DELAY);
-        let database_wait = time("database_wait", database_wait, DATABASE_WAIT, LONGEST_WAIT);
+        let shutdown_delay =
+            time("shutdown_delay", shutdown_delay, DEFAULT_SHUTDOWN_DELAY, MAX_SHUTDOWN_DELAY);
+        let database_wait = time("database_wait", database_wait, DEFAULT_DATABASE_WAIT, MAX_DATABASE_WAIT);
         let require_revision = require_revision.and_then(|text| {
             let read = text.parse().map(Revision).ok();
             if read.is_none() {
@@ -91,7 +102,12 @@ impl Lifecycle {
             }
             read
         });
-        Lifecycle { shutdown_delay, database_wait, migrates: migrate.unwrap_or(true), require_revision }
+        LifecycleSettings {
+            shutdown_delay,
+            database_wait,
+            auto_migrate: migrate.unwrap_or(true),
+            require_revision,
+        }
     }
 }
 
@@ -102,15 +118,15 @@ mod tests {
     #[test]
     fn what_is_left_out_is_as_usual_and_nobody_waits_for_ever() {
         let read = |delay, revision| {
-            Problems::collect(None, |problems| {
-                Some(Lifecycle::read(delay, Some("0s"), None, revision, problems))
+            ProblemCollector::collect(None, |problems| {
+                Some(LifecycleSettings::validate(delay, Some("0s"), None, revision, problems))
             })
         };
         let settings = read(None, Some("7")).unwrap();
-        let wanted = Lifecycle {
+        let wanted = LifecycleSettings {
             database_wait: Duration::ZERO,
             require_revision: Some(Revision(7)),
-            ..Lifecycle::default()
+            ..LifecycleSettings::default()
         };
         assert_eq!(settings, wanted);
         for (delay, said) in [("1h", "at most 10m"), ("soon", "is not a duration")] {

@@ -3,24 +3,26 @@
 use schemars::JsonSchema;
 use serde::Deserialize;
 
-use crate::engine::limiter::{LimitSettings, OnFailure, Prefix, RedisSettings, RedisUrl, Time};
+use crate::engine::limiter::{
+    ClockSource, LimitSettings, RedisFailurePolicy, RedisKeyPrefix, RedisSettings, RedisUrl,
+};
 
 use super::{
     duration,
-    problems::Problems,
-    secret::SecretUrl,
-    server::{Invalid, invalid, unshown},
+    problems::ProblemCollector,
+    secret_url::SecretUrl,
+    server::{InvalidSetting, invalid_redacted_setting, invalid_setting},
 };
 
-const TIMEOUT: &str = "20ms";
+const DEFAULT_TIMEOUT: &str = "20ms";
 /// The longest that a Check may be made to wait, in milliseconds.
-const LONGEST_MS: u128 = 1000;
+const MAX_TIMEOUT_MS: u128 = 1000;
 
 /// Where rate limits are counted when several processes serve one database.
 // Unknown keys are refused: a typo must not be a default.
 #[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub(super) struct File {
+pub(super) struct RawLimitSettings {
     /// Where limits are counted: `local` in each process, `redis` in one Redis for all.
     #[schemars(extend("default" = "local", "format" = "`local`, `redis`"))]
     backend: Option<String>,
@@ -32,54 +34,61 @@ pub(super) struct File {
     #[schemars(extend("default" = "allow", "format" = "`allow`, `deny`"))]
     on_backend_failure: Option<String>,
     /// How long a Check waits for Redis, 1ms to 1s.
-    #[schemars(extend("default" = TIMEOUT, "format" = "duration"))]
+    #[schemars(extend("default" = DEFAULT_TIMEOUT, "format" = "duration"))]
     timeout: Option<String>,
     /// What the names of Keyward's entries in Redis begin with.
-    #[schemars(extend("default" = Prefix::DEFAULT))]
+    #[schemars(extend("default" = RedisKeyPrefix::DEFAULT))]
     prefix: Option<String>,
 }
 
-impl File {
+impl RawLimitSettings {
     /// Where the URL is kept: a flag or its variable goes before the file.
-    pub(super) fn url(&mut self) -> &mut Option<SecretUrl> {
+    pub(super) fn url_mut(&mut self) -> &mut Option<SecretUrl> {
         &mut self.url
     }
 
     /// Judges the settings.
-    pub(super) fn read(self, problems: &mut Problems<'_>) -> LimitSettings {
+    pub(super) fn validate(self, problems: &mut ProblemCollector<'_>) -> LimitSettings {
         let is_redis = match self.backend.as_deref() {
             None | Some("local") => false,
             Some("redis") => true,
             Some(other) => {
-                problems.add(invalid("limits.backend", other, "must be local or redis"));
+                problems.add(invalid_setting("limits.backend", other, "must be local or redis"));
                 false
             }
         };
         let on_failure = match self.on_backend_failure.as_deref() {
-            None => OnFailure::default(),
-            Some("allow") => OnFailure::Allow,
-            Some("deny") => OnFailure::Deny,
+            None => RedisFailurePolicy::default(),
+            Some("allow") => RedisFailurePolicy::Allow,
+            Some("deny") => RedisFailurePolicy::Deny,
             Some(other) => {
-                problems.add(invalid("limits.on_backend_failure", other, "must be allow or deny"));
-                OnFailure::default()
+                problems.add(invalid_setting("limits.on_backend_failure", other, "must be allow or deny"));
+                RedisFailurePolicy::default()
             }
         };
-        let timeout = problems.take(read_timeout(self.timeout.as_deref().unwrap_or(TIMEOUT)));
-        let prefix = self.prefix.as_deref().unwrap_or(Prefix::DEFAULT);
-        let prefix =
-            problems.take(Prefix::parse(prefix).map_err(|error| invalid("limits.prefix", prefix, error)));
+        let timeout =
+            problems.ok_or_add(parse_redis_timeout(self.timeout.as_deref().unwrap_or(DEFAULT_TIMEOUT)));
+        let prefix = self.prefix.as_deref().unwrap_or(RedisKeyPrefix::DEFAULT);
+        let prefix = problems.ok_or_add(
+            RedisKeyPrefix::parse(prefix).map_err(|error| invalid_setting("limits.prefix", prefix, error)),
+        );
         let url = self.url.as_deref().and_then(|url| {
-            problems.take(RedisUrl::parse(url).map_err(|problem| unshown("limits.url", problem)))
+            problems.ok_or_add(
+                RedisUrl::parse(url).map_err(|problem| invalid_redacted_setting("limits.url", problem)),
+            )
         });
-        if problems.is_sound("limits.backend") {
+        if problems.is_valid("limits.backend") {
             match (is_redis, &self.url) {
                 (false, Some(_)) => {
-                    problems.add(unshown("limits.url", "has no effect: limits.backend is not redis"));
+                    problems.add(invalid_redacted_setting(
+                        "limits.url",
+                        "has no effect: limits.backend is not redis",
+                    ));
                 }
-                (true, None) if problems.is_sound("limits.url") => {
+                (true, None) if problems.is_valid("limits.url") => {
                     let problem = "needs limits.url, such as redis://127.0.0.1:6379; or KEYWARD_LIMITS_URL, \
                                    where a password is better kept";
-                    problems.add(invalid("limits.backend", "redis", problem));
+                    problems.add(invalid_setting("limits.backend", "redis", problem));
                 }
                 _ => {}
             }
@@ -87,19 +96,20 @@ impl File {
         let redis = url.filter(|_| is_redis).zip(prefix).zip(timeout);
         let redis = redis.map(|((url, prefix), timeout)| RedisSettings {
             url,
-            prefix,
+            key_prefix: prefix,
             timeout,
             on_failure,
-            time: Time::OfRedis,
+            clock_source: ClockSource::Redis,
         });
         LimitSettings { shared: false, redis }
     }
 }
 
-fn read_timeout(text: &str) -> Result<std::time::Duration, Invalid> {
-    let read = duration::parse(text).ok().filter(|time| (1..=LONGEST_MS).contains(&time.as_millis()));
+fn parse_redis_timeout(text: &str) -> Result<std::time::Duration, InvalidSetting> {
+    let read =
+        duration::parse_duration(text).ok().filter(|time| (1..=MAX_TIMEOUT_MS).contains(&time.as_millis()));
     let problem = "must be 1ms to 1s, such as 20ms: a Check waits so long for Redis";
-    read.ok_or_else(|| invalid("limits.timeout", text, problem))
+    read.ok_or_else(|| invalid_setting("limits.timeout", text, problem))
 }
 
 #[cfg(test)]
@@ -108,11 +118,12 @@ mod tests {
     use std::time::Duration;
 
     fn read_with(text: &str, url: Option<&str>) -> Result<LimitSettings, String> {
-        let mut file: File = toml::from_str(text).map_err(|error| error.to_string())?;
+        let mut file: RawLimitSettings = toml::from_str(text).map_err(|error| error.to_string())?;
         if let Some(url) = url {
             file.url = Some(url.into());
         }
-        Problems::collect(None, |problems| Some(file.read(problems))).map_err(|error| error.to_string())
+        ProblemCollector::collect(None, |problems| Some(file.validate(problems)))
+            .map_err(|error| error.to_string())
     }
 
     fn read(text: &str) -> Result<LimitSettings, String> {
@@ -123,14 +134,17 @@ mod tests {
     fn the_table_is_read() {
         assert!(read("").unwrap().redis.is_none());
         let redis = read("backend = 'redis'\nurl = 'redis://localhost'").unwrap().redis.unwrap();
-        assert_eq!((redis.timeout, redis.on_failure), (Duration::from_millis(20), OnFailure::Allow));
-        assert_eq!((redis.prefix, redis.time), (Prefix::parse("keyward:").unwrap(), Time::OfRedis));
+        assert_eq!((redis.timeout, redis.on_failure), (Duration::from_millis(20), RedisFailurePolicy::Allow));
+        assert_eq!(
+            (redis.key_prefix, redis.clock_source),
+            (RedisKeyPrefix::parse("keyward:").unwrap(), ClockSource::Redis)
+        );
         let redis = read(
             "backend = 'redis'\nurl = 'unix:///run/redis.sock'\ntimeout = '5ms'\nprefix = 'kw2:'\n\
              on_backend_failure = 'deny'",
         );
         let redis = redis.unwrap().redis.unwrap();
-        assert_eq!((redis.timeout, redis.on_failure), (Duration::from_millis(5), OnFailure::Deny));
+        assert_eq!((redis.timeout, redis.on_failure), (Duration::from_millis(5), RedisFailurePolicy::Deny));
         assert!(read_with("backend = 'redis'", Some("rediss://u:p@h:1/2")).unwrap().redis.is_some());
     }
 
@@ -166,7 +180,7 @@ mod tests {
             assert!(error.contains("limits.url") && !error.contains("sesame"), "{url}: {error}");
         }
         let settings = read_with("backend = 'redis'", Some("redis://u:sesame@h")).unwrap();
-        let file: File = toml::from_str("url = 'redis://u:sesame@h'").unwrap();
+        let file: RawLimitSettings = toml::from_str("url = 'redis://u:sesame@h'").unwrap();
         assert!(!format!("{settings:?} {file:?}").contains("sesame"));
     }
 }

@@ -1,4 +1,4 @@
-//! The tables `[[listener]]` and `[overload]` of the settings file: where gRPC is served, what, to whom, and how much.
+//! The tables `[[check_listener]]` and `[overload]` of the settings file: where gRPC is served, what, to whom, and how much.
 
 use std::path::PathBuf;
 
@@ -7,32 +7,36 @@ use serde::Deserialize;
 
 use crate::{
     domain::{
-        identity::{Identity, San},
+        certificate_identity::{CertificateIdentity, CertificateName},
         name::AccountId,
         scope::{Scope, ScopeSet},
     },
     transport::{
-        Address, Auth, Limits, Listener, Overload, Service, Services,
-        tls::{ClientAuth, MinVersion, TlsFiles},
+        CallerAuth, ConnectionLimits, ListenAddress, ListenerSettings, OverloadLimits, ServiceKind,
+        ServiceSet,
+        tls::{ClientAuth, MinTlsVersion, TlsFiles},
     },
 };
 
 use super::{
     duration, preflight,
-    problems::Problems,
-    server::{ENVOY, Invalid, MAIN, address, invalid, unshown},
+    problems::ProblemCollector,
+    server::{
+        ENVOY_LISTENER, InvalidSetting, MAIN_LISTENER, check_address_format, invalid_redacted_setting,
+        invalid_setting,
+    },
 };
 
-const MODE: u32 = 0o660;
+const DEFAULT_SOCKET_MODE: u32 = 0o660;
 /// A quarter is a connection's, and a request of 4 MiB must fit into what any caller may fill of that.
-const LEAST_REQUEST_BYTES: usize = 32 << 20;
+const MIN_REQUEST_BYTES: usize = 32 << 20;
 
-/// A `[[listener]]`: an address with services, limits and callers of its own.
+/// A `[[check_listener]]`: an address with services, limits and callers of its own.
 // Unknown keys are refused: a typo must not be a default.
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub(super) struct File {
-    /// What logs and metrics call it: 1-64 characters of [a-z0-9_-], its own among the listeners. `main` and `envoy`
+pub(super) struct RawListener {
+    /// What logs and metrics call it: 1-64 characters of [a-z0-9_-], its own among the listeners. `main` and `for_envoy`
     /// are the listeners of `listen` and `envoy_listen`.
     name: String,
     /// Where it listens: `host:port`, or `unix:/path` for a socket file. Beyond this machine it needs
@@ -66,16 +70,16 @@ pub(super) struct File {
     /// Calls in flight end first. Default: "1h".
     max_connection_age: Option<String>,
     /// TLS. Without it the listener speaks plaintext.
-    tls: Option<TlsFile>,
+    tls: Option<RawTlsFiles>,
     /// What is granted to whom by a client certificate. Without it, certificates grant nothing.
     #[serde(default, rename = "identity")]
-    identities: Vec<IdentityFile>,
+    identities: Vec<RawIdentity>,
 }
 
-/// A `[listener.tls]`. The files are read again when they change; connections that are open keep what they have.
+/// A `[check_listener.tls]`. The files are read again when they change; connections that are open keep what they have.
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-struct TlsFile {
+struct RawTlsFiles {
     /// The file with the certificate chain in PEM, the server's own first.
     certificate: PathBuf,
     /// The file with its private key in PEM.
@@ -89,18 +93,18 @@ struct TlsFile {
     min_version: Option<String>,
 }
 
-/// A `[[listener.identity]]`: whoever shows a certificate with this name, signed by `client_ca`, is a caller with these
-/// scopes. Exactly one of `uri`, `dns` and `email` is given. Taking the table away takes the access away at the next
+/// A `[[check_listener.identity]]`: whoever shows a certificate with this name, signed by `client_ca`, is a caller with these
+/// scopes. Exactly one of `parse_uri`, `parse_dns` and `parse_email` is given. Taking the table away takes the access away at the next
 /// start.
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-struct IdentityFile {
-    /// A URI among the certificate's alternative names, such as "spiffe://example.org/envoy". Without it, `dns` or
-    /// `email` is given.
+struct RawIdentity {
+    /// A URI among the certificate's alternative names, such as "spiffe://example.org/envoy". Without it, `parse_dns` or
+    /// `parse_email` is given.
     uri: Option<String>,
-    /// A DNS name among them, such as "envoy.internal". Patterns match nothing. Without it, `uri` or `email` is given.
+    /// A DNS name among them, such as "envoy.internal". Patterns match nothing. Without it, `parse_uri` or `parse_email` is given.
     dns: Option<String>,
-    /// An e-mail address among them. Without it, `uri` or `dns` is given.
+    /// An e-mail address among them. Without it, `parse_uri` or `parse_dns` is given.
     email: Option<String>,
     /// The account that the caller acts in; `keyward` acts on every account.
     account: String,
@@ -112,33 +116,37 @@ struct IdentityFile {
 /// once.
 #[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub(super) struct OverloadFile {
+pub(super) struct RawOverload {
     /// Calls of one serving thread that wait for their turn; 4096 are about a tenth of a second of work.
-    #[schemars(extend("default" = Overload::default().queued_checks))]
+    #[schemars(extend("default" = OverloadLimits::default().queued_checks))]
     queued_checks: Option<usize>,
     /// Management calls that are worked on in the whole process; a caller or a connection may have a quarter of them,
     /// an account half; a caller of the operator account half. Four times as many may wait for replicas.
-    #[schemars(extend("default" = Overload::default().management_calls))]
+    #[schemars(extend("default" = OverloadLimits::default().management_calls))]
     management_calls: Option<usize>,
     /// Bytes of memory that requests hold while they arrive and are worked on, over all listeners; a connection may
     /// have a quarter of them. 33554432 or more, so that every request fits; the default is 64 MiB.
-    #[schemars(extend("default" = Overload::default().request_bytes))]
+    #[schemars(extend("default" = OverloadLimits::default().request_bytes))]
     request_bytes: Option<usize>,
 }
 
-impl OverloadFile {
-    pub(super) fn read(self, problems: &mut Problems<'_>) -> Overload {
-        let default = Overload::default();
+impl RawOverload {
+    pub(super) fn validate(self, problems: &mut ProblemCollector<'_>) -> OverloadLimits {
+        let default = OverloadLimits::default();
         let mut read = |setting, value: Option<usize>, usual, (least, most): (usize, usize)| match value {
             Some(value) if !(least..=most).contains(&value) => {
-                problems.add(invalid(setting, &value.to_string(), format!("must be {least} to {most}")));
+                problems.add(invalid_setting(
+                    setting,
+                    &value.to_string(),
+                    format!("must be {least} to {most}"),
+                ));
                 usual
             }
             value => value.unwrap_or(usual),
         };
         let calls = (1, 1 << 20);
-        let bytes = (LEAST_REQUEST_BYTES, 1 << 40);
-        Overload {
+        let bytes = (MIN_REQUEST_BYTES, 1 << 40);
+        OverloadLimits {
             queued_checks: read("overload.queued_checks", self.queued_checks, default.queued_checks, calls),
             management_calls: read(
                 "overload.management_calls",
@@ -153,222 +161,267 @@ impl OverloadFile {
 
 /// Every listener of the file, all valid. `insecure` = plaintext may leave this machine; `with_files` = certificates are
 /// read, and addresses looked up.
-pub(super) fn read(
-    files: Vec<File>,
+pub(super) fn validate_listeners(
+    files: Vec<RawListener>,
     insecure: bool,
     with_files: bool,
-    problems: &mut Problems<'_>,
-) -> Vec<Listener> {
-    let mut listeners: Vec<Listener> = Vec::with_capacity(files.len());
+    problems: &mut ProblemCollector<'_>,
+) -> Vec<ListenerSettings> {
+    let mut listeners: Vec<ListenerSettings> = Vec::with_capacity(files.len());
     let count = files.len();
     for (at, file) in files.into_iter().enumerate() {
-        problems.in_entry("listener", at, |problems| {
-            let known = listeners.iter().map(|listener| listener.name.as_str()).chain([MAIN, ENVOY]);
+        problems.with_list_entry("listener", at, |problems| {
+            let known = listeners
+                .iter()
+                .map(|listener| listener.name.as_str())
+                .chain([MAIN_LISTENER, ENVOY_LISTENER]);
             if known.into_iter().any(|name| name == file.name) {
-                problems.add(invalid("listener.name", &file.name, "is another listener's name"));
+                problems.add(invalid_setting("listener.name", &file.name, "is another listener's name"));
             }
-            let Some(listener) = file.read(problems) else { return };
+            let Some(listener) = file.validate(problems) else { return };
             if with_files {
-                preflight::listener(&listener, insecure, problems);
+                preflight::check_listener(&listener, insecure, problems);
             }
             listeners.push(listener);
         });
     }
     if listeners.len() < count {
-        problems.distrust("listener");
+        problems.mark_invalid("listener");
     }
     listeners
 }
 
-impl File {
+impl RawListener {
     /// Judges a listener; None = too much of it is wrong.
-    fn read(self, problems: &mut Problems<'_>) -> Option<Listener> {
-        problems.take(read_listener_name(&self.name));
-        let services = problems.take(read_services(&self.services));
-        let limits = self.limits(services.unwrap_or_default(), problems);
-        let address = problems.take(self.address());
-        if let (Some(_), Some(address @ Address::Unix { .. })) = (&self.tls, &address) {
+    fn validate(self, problems: &mut ProblemCollector<'_>) -> Option<ListenerSettings> {
+        problems.ok_or_add(validate_listener_name(&self.name));
+        let services = problems.ok_or_add(parse_services(&self.services));
+        let limits = self.validate_limits(services.unwrap_or_default(), problems);
+        let address = problems.ok_or_add(self.parse_address());
+        if let (Some(_), Some(address @ ListenAddress::Unix { .. })) = (&self.tls, &address) {
             let problem = "is a socket file, which no network reads: leave [listener.tls] out";
-            problems.add(invalid("listener.address", &address.to_string(), problem));
+            problems.add(invalid_setting("listener.address", &address.to_string(), problem));
         }
         let has_client_ca = self.tls.as_ref().is_some_and(|tls| tls.client_ca.is_some());
-        let tls = self.tls.map(|tls| tls.read(problems));
+        let tls = self.tls.map(|tls| tls.validate(problems));
         let mut identities = Vec::with_capacity(self.identities.len());
         let has_identities = !self.identities.is_empty();
         for (at, identity) in self.identities.into_iter().enumerate() {
-            problems.in_entry("listener.identity", at, |problems| identities.extend(identity.read(problems)));
+            problems.with_list_entry("listener.identity", at, |problems| {
+                identities.extend(identity.validate(problems))
+            });
         }
         let tls_is_sound =
-            ["listener.tls", "listener.tls.client_ca"].iter().all(|key| problems.is_sound(key));
+            ["listener.tls", "listener.tls.client_ca"].iter().all(|key| problems.is_valid(key));
         if has_identities && !has_client_ca && tls_is_sound {
             let problem = "has identities, which need [listener.tls] with client_ca";
-            problems.add(invalid("listener.identity", &self.name, problem));
+            problems.add(invalid_setting("listener.identity", &self.name, problem));
         }
-        let auth = self.auth.as_deref().and_then(|auth| problems.take(read_auth(auth, has_identities)));
+        let auth =
+            self.auth.as_deref().and_then(|auth| problems.ok_or_add(parse_auth_mode(auth, has_identities)));
         let open_to_proxies = self.auth.is_none() && !has_identities;
-        let usual = if has_identities { Auth::Either } else { Auth::Token };
+        let usual = if has_identities { CallerAuth::TokenOrCertificate } else { CallerAuth::Token };
         let auth = auth.unwrap_or(usual);
         let (services, address) = (services?, address?);
-        Some(Listener { name: self.name, address, services, auth, open_to_proxies, limits, tls, identities })
+        Some(ListenerSettings {
+            name: self.name,
+            address,
+            services,
+            auth,
+            allows_anonymous_proxies: open_to_proxies,
+            limits,
+            tls,
+            identities,
+        })
     }
 
-    fn address(&self) -> Result<Address, Invalid> {
+    fn parse_address(&self) -> Result<ListenAddress, InvalidSetting> {
         let Some(path) = self.address.strip_prefix("unix:") else {
             if let Some(mode) = &self.mode {
-                return Err(invalid("listener.mode", mode, "is for socket files: address = \"unix:/path\""));
+                return Err(invalid_setting(
+                    "listener.mode",
+                    mode,
+                    "is for socket files: address = \"unix:/path\"",
+                ));
             }
-            address("listener.address", &self.address)?;
-            return Ok(Address::Tcp(self.address.clone()));
+            check_address_format("listener.address", &self.address)?;
+            return Ok(ListenAddress::Tcp(self.address.clone()));
         };
         let path = PathBuf::from(path);
         if !path.is_absolute() {
-            return Err(invalid("listener.address", &self.address, "must be unix:/path, from the root on"));
+            return Err(invalid_setting(
+                "listener.address",
+                &self.address,
+                "must be unix:/path, from the root on",
+            ));
         }
         let mode = self.mode.as_ref().map(|mode| {
             let read = u32::from_str_radix(mode, 8).ok().filter(|mode| *mode <= 0o777);
             read.ok_or_else(|| {
-                invalid("listener.mode", mode, "must be permissions in octal, such as \"0660\"")
+                invalid_setting("listener.mode", mode, "must be permissions in octal, such as \"0660\"")
             })
         });
-        Ok(Address::Unix { path, mode: mode.transpose()?.unwrap_or(MODE) })
+        Ok(ListenAddress::Unix { path, mode: mode.transpose()?.unwrap_or(DEFAULT_SOCKET_MODE) })
     }
 
-    fn limits(&self, services: Services, problems: &mut Problems<'_>) -> Limits {
-        let usual = Limits::of(services);
+    fn validate_limits(&self, services: ServiceSet, problems: &mut ProblemCollector<'_>) -> ConnectionLimits {
+        let usual = ConnectionLimits::for_services(services);
         let mut time = |setting, text: &Option<String>, usual, least, most| {
             let Some(text) = text else { return usual };
-            let bounds = (read_time(least), read_time(most));
-            let read = duration::parse(text).ok().filter(|time| (bounds.0..=bounds.1).contains(time));
-            let read = read.ok_or_else(|| invalid(setting, text, format!("must be {least} to {most}")));
-            problems.take(read).unwrap_or(usual)
+            let bounds = (parse_bound(least), parse_bound(most));
+            let read =
+                duration::parse_duration(text).ok().filter(|time| (bounds.0..=bounds.1).contains(time));
+            let read =
+                read.ok_or_else(|| invalid_setting(setting, text, format!("must be {least} to {most}")));
+            problems.ok_or_add(read).unwrap_or(usual)
         };
-        let limits = Limits {
-            connections: self.max_connections.unwrap_or(usual.connections),
-            streams: self.max_streams.unwrap_or(usual.streams),
-            pending_resets: self.pending_resets.unwrap_or(usual.pending_resets),
-            header_bytes: self.max_headers.unwrap_or(usual.header_bytes),
-            handshake: time(
+        let limits = ConnectionLimits {
+            max_connections: self.max_connections.unwrap_or(usual.max_connections),
+            max_streams: self.max_streams.unwrap_or(usual.max_streams),
+            max_pending_resets: self.pending_resets.unwrap_or(usual.max_pending_resets),
+            max_header_bytes: self.max_headers.unwrap_or(usual.max_header_bytes),
+            handshake_timeout: time(
                 "listener.handshake_timeout",
                 &self.handshake_timeout,
-                usual.handshake,
+                usual.handshake_timeout,
                 "100ms",
                 "1m",
             ),
-            idle: time("listener.max_connection_idle", &self.max_connection_idle, usual.idle, "1s", "1d"),
-            age: time("listener.max_connection_age", &self.max_connection_age, usual.age, "1s", "7d"),
+            max_idle: time(
+                "listener.max_connection_idle",
+                &self.max_connection_idle,
+                usual.max_idle,
+                "1s",
+                "1d",
+            ),
+            max_age: time("listener.max_connection_age", &self.max_connection_age, usual.max_age, "1s", "7d"),
         };
         for (setting, value, least, most) in [
-            ("listener.max_connections", limits.connections, 1, 1 << 20),
-            ("listener.max_streams", limits.streams as usize, 1, 65_535),
-            ("listener.pending_resets", limits.pending_resets, 1, 65_535),
-            ("listener.max_headers", limits.header_bytes as usize, 1024, 65_536),
+            ("listener.max_connections", limits.max_connections, 1, 1 << 20),
+            ("listener.max_streams", limits.max_streams as usize, 1, 65_535),
+            ("listener.pending_resets", limits.max_pending_resets, 1, 65_535),
+            ("listener.max_headers", limits.max_header_bytes as usize, 1024, 65_536),
         ] {
             if !(least..=most).contains(&value) {
-                problems.add(invalid(setting, &value.to_string(), format!("must be {least} to {most}")));
+                problems.add(invalid_setting(
+                    setting,
+                    &value.to_string(),
+                    format!("must be {least} to {most}"),
+                ));
             }
         }
         limits
     }
 }
 
-fn read_listener_name(name: &str) -> Result<(), Invalid> {
+fn validate_listener_name(name: &str) -> Result<(), InvalidSetting> {
     let slug = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"_-".contains(&byte);
     if (1..=64).contains(&name.len()) && name.bytes().all(slug) {
         Ok(())
     } else {
-        Err(invalid("listener.name", name, "must be 1-64 characters of [a-z0-9_-]"))
+        Err(invalid_setting("listener.name", name, "must be 1-64 characters of [a-z0-9_-]"))
     }
 }
 
 /// A bound of ours.
-fn read_time(text: &str) -> std::time::Duration {
-    duration::parse(text).unwrap_or_default()
+fn parse_bound(text: &str) -> std::time::Duration {
+    duration::parse_duration(text).unwrap_or_default()
 }
 
-fn read_services(names: &[String]) -> Result<Services, Invalid> {
-    let known = || Service::ALL.map(|(_, name)| name).join(", ");
+fn parse_services(names: &[String]) -> Result<ServiceSet, InvalidSetting> {
+    let known = || ServiceKind::ALL.map(|(_, name)| name).join(", ");
     if names.is_empty() {
-        return Err(unshown("listener.services", format!("must name at least one of {}", known())));
+        return Err(invalid_redacted_setting(
+            "listener.services",
+            format!("must name at least one of {}", known()),
+        ));
     }
-    let read: Result<Services, _> = names
+    let read: Result<ServiceSet, _> = names
         .iter()
         .map(|name| {
             let problem = || format!("is none of {}", known());
-            Service::parse(name).ok_or_else(|| invalid("listener.services", name, problem()))
+            ServiceKind::parse(name).ok_or_else(|| invalid_setting("listener.services", name, problem()))
         })
         .collect();
     let services = read?;
-    if services.has(Service::Reflection)
-        && !services.has(Service::Check)
-        && !services.has(Service::Management)
+    if services.contains(ServiceKind::Reflection)
+        && !services.contains(ServiceKind::Check)
+        && !services.contains(ServiceKind::Management)
     {
         let problem = "is only for listeners that serve check or management";
-        return Err(invalid("listener.services", "reflection", problem));
+        return Err(invalid_setting("listener.services", "reflection", problem));
     }
     Ok(services)
 }
 
-fn read_auth(text: &str, has_identities: bool) -> Result<Auth, Invalid> {
+fn parse_auth_mode(text: &str, has_identities: bool) -> Result<CallerAuth, InvalidSetting> {
     let auth = match text {
-        "token" => Auth::Token,
-        "certificate" => Auth::Certificate,
-        "either" => Auth::Either,
-        "both" => Auth::Both,
-        _ => return Err(invalid("listener.auth", text, "must be token, certificate, either or both")),
+        "token" => CallerAuth::Token,
+        "certificate" => CallerAuth::Certificate,
+        "either" => CallerAuth::TokenOrCertificate,
+        "both" => CallerAuth::TokenAndCertificate,
+        _ => {
+            return Err(invalid_setting("listener.auth", text, "must be token, certificate, either or both"));
+        }
     };
-    if auth != Auth::Token && !has_identities {
+    if auth != CallerAuth::Token && !has_identities {
         let problem = "lets nobody in by a certificate without a [[listener.identity]]";
-        return Err(invalid("listener.auth", text, problem));
+        return Err(invalid_setting("listener.auth", text, problem));
     }
     Ok(auth)
 }
 
-impl TlsFile {
-    fn read(self, problems: &mut Problems<'_>) -> TlsFiles {
+impl RawTlsFiles {
+    fn validate(self, problems: &mut ProblemCollector<'_>) -> TlsFiles {
         let client_auth = match self.client_auth.as_deref() {
             None | Some("required") => ClientAuth::Required,
             Some("optional") => ClientAuth::Optional,
             Some(other) => {
-                problems.add(invalid("listener.tls.client_auth", other, "must be required or optional"));
+                problems.add(invalid_setting(
+                    "listener.tls.client_auth",
+                    other,
+                    "must be required or optional",
+                ));
                 ClientAuth::Required
             }
         };
         if let (Some(text), None) = (&self.client_auth, &self.client_ca)
-            && problems.is_sound("listener.tls.client_ca")
+            && problems.is_valid("listener.tls.client_ca")
         {
             let problem = "needs client_ca: the authorities whose certificates are believed";
-            problems.add(invalid("listener.tls.client_auth", text, problem));
+            problems.add(invalid_setting("listener.tls.client_auth", text, problem));
         }
         let min_version = match self.min_version.as_deref() {
-            None | Some("1.2") => MinVersion::V12,
-            Some("1.3") => MinVersion::V13,
+            None | Some("1.2") => MinTlsVersion::V12,
+            Some("1.3") => MinTlsVersion::V13,
             Some(other) => {
-                problems.add(invalid("listener.tls.min_version", other, "must be \"1.2\" or \"1.3\""));
-                MinVersion::V12
+                problems.add(invalid_setting(
+                    "listener.tls.min_version",
+                    other,
+                    "must be \"1.2\" or \"1.3\"",
+                ));
+                MinTlsVersion::V12
             }
         };
         TlsFiles {
             certificate: self.certificate,
             key: self.key,
-            clients: self.client_ca.map(|path| (path, client_auth)),
+            client_ca: self.client_ca.map(|path| (path, client_auth)),
             min_version,
         }
     }
 }
 
-impl IdentityFile {
-    fn read(self, problems: &mut Problems<'_>) -> Option<Identity> {
+impl RawIdentity {
+    fn validate(self, problems: &mut ProblemCollector<'_>) -> Option<CertificateIdentity> {
         let san = match (&self.uri, &self.dns, &self.email) {
-            (Some(uri), None, None) => {
-                San::uri(uri).map_err(|rule| invalid("listener.identity.uri", uri, rule))
-            }
-            (None, Some(dns), None) => {
-                San::dns(dns).map_err(|rule| invalid("listener.identity.dns", dns, rule))
-            }
-            (None, None, Some(email)) => {
-                San::email(email).map_err(|rule| invalid("listener.identity.email", email, rule))
-            }
-            _ => Err(invalid(
+            (Some(uri), None, None) => CertificateName::parse_uri(uri)
+                .map_err(|rule| invalid_setting("listener.identity.uri", uri, rule)),
+            (None, Some(dns), None) => CertificateName::parse_dns(dns)
+                .map_err(|rule| invalid_setting("listener.identity.dns", dns, rule)),
+            (None, None, Some(email)) => CertificateName::parse_email(email)
+                .map_err(|rule| invalid_setting("listener.identity.email", email, rule)),
+            _ => Err(invalid_setting(
                 "listener.identity",
                 &self.account,
                 "must have exactly one of uri, dns and email",
@@ -377,19 +430,20 @@ impl IdentityFile {
         let names = ["listener.identity.uri", "listener.identity.dns", "listener.identity.email"];
         // One whose form is wrong is there all the same.
         let san =
-            if names.iter().all(|name| problems.is_sound(name)) { problems.take(san) } else { san.ok() };
+            if names.iter().all(|name| problems.is_valid(name)) { problems.ok_or_add(san) } else { san.ok() };
         let account = AccountId::parse(&self.account)
-            .map_err(|rule| invalid("listener.identity.account", &self.account, rule));
-        let account = problems.take(account);
+            .map_err(|rule| invalid_setting("listener.identity.account", &self.account, rule));
+        let account = problems.ok_or_add(account);
         if self.scopes.is_empty() {
-            problems.add(unshown("listener.identity.scopes", "must grant at least one scope"));
+            problems
+                .add(invalid_redacted_setting("listener.identity.scopes", "must grant at least one scope"));
         }
         let scope = |scope: &String| {
-            Scope::parse_grant(scope).map_err(|rule| invalid("listener.identity.scopes", scope, rule))
+            Scope::parse_grant(scope).map_err(|rule| invalid_setting("listener.identity.scopes", scope, rule))
         };
         let scopes: Result<ScopeSet, _> = self.scopes.iter().map(scope).collect();
-        let scopes = problems.take(scopes);
-        Some(Identity::new(san?, account?, scopes?))
+        let scopes = problems.ok_or_add(scopes);
+        Some(CertificateIdentity::new(san?, account?, scopes?))
     }
 }
 
@@ -399,13 +453,15 @@ mod tests {
     use crate::config::server::ConfigError;
 
     #[derive(Deserialize)]
-    struct Whole {
-        listener: Vec<File>,
+    struct ListenersDocument {
+        listener: Vec<RawListener>,
     }
 
-    fn parse(text: &str) -> Result<Vec<Listener>, ConfigError> {
-        let listeners = toml::from_str::<Whole>(text).unwrap().listener;
-        Problems::collect(None, |problems| Some(read(listeners, false, false, problems)))
+    fn parse(text: &str) -> Result<Vec<ListenerSettings>, ConfigError> {
+        let listeners = toml::from_str::<ListenersDocument>(text).unwrap().listener;
+        ProblemCollector::collect(None, |problems| {
+            Some(validate_listeners(listeners, false, false, problems))
+        })
     }
 
     const ENVOY_MTLS: &str = "[[listener]]\nname = 'edge'\naddress = '0.0.0.0:50052'\nservices = ['ext_authz', 'health']\n\
@@ -415,18 +471,18 @@ mod tests {
     #[test]
     fn a_listener_is_what_its_table_says_and_usual_otherwise() {
         let [edge] = &parse(ENVOY_MTLS).unwrap()[..] else { panic!() };
-        assert_eq!(edge.services, Services::envoy());
-        assert_eq!((edge.auth, edge.open_to_proxies), (Auth::Either, false));
-        assert_eq!(edge.limits, Limits::of(Services::envoy()));
+        assert_eq!(edge.services, ServiceSet::for_envoy());
+        assert_eq!((edge.auth, edge.allows_anonymous_proxies), (CallerAuth::TokenOrCertificate, false));
+        assert_eq!(edge.limits, ConnectionLimits::for_services(ServiceSet::for_envoy()));
         let tls = edge.tls.as_ref().unwrap();
-        assert_eq!(tls.clients, Some((PathBuf::from("ca.pem"), ClientAuth::Required)));
-        assert_eq!(tls.min_version, MinVersion::V12);
-        assert_eq!(edge.identities[0].name(), "cert:spiffe://example.org/envoy");
+        assert_eq!(tls.client_ca, Some((PathBuf::from("ca.pem"), ClientAuth::Required)));
+        assert_eq!(tls.min_version, MinTlsVersion::V12);
+        assert_eq!(edge.identities[0].actor_name(), "cert:spiffe://example.org/envoy");
 
         let side = "[[listener]]\nname = 'side'\naddress = 'unix:/run/k.sock'\nservices = ['check', 'health']\nmax_streams = 9";
         let [side] = &parse(side).unwrap()[..] else { panic!() };
-        assert_eq!(side.address, Address::Unix { path: "/run/k.sock".into(), mode: 0o660 });
-        assert_eq!((side.auth, side.limits.streams), (Auth::Token, 9));
+        assert_eq!(side.address, ListenAddress::Unix { path: "/run/k.sock".into(), mode: 0o660 });
+        assert_eq!((side.auth, side.limits.max_streams), (CallerAuth::Token, 9));
     }
 
     #[test]

@@ -3,27 +3,27 @@
 
 mod account_limits;
 mod boolean;
-#[cfg(keyward_breakable)]
-pub mod breakage;
 pub mod client;
 #[cfg(test)]
 mod credential_tests;
-pub mod document;
 pub mod duration;
 pub mod effective;
+#[cfg(keyward_breakable)]
+pub mod fault_injection;
+pub mod file;
 mod gateway;
 pub mod health;
-pub mod keys;
 pub mod lifecycle;
 pub mod limits;
 mod listeners;
 mod preflight;
 pub mod problems;
-pub mod reference;
+pub mod reference_page;
 pub mod replicas;
 pub mod rules;
-pub mod secret;
+pub mod schema;
+pub mod secret_url;
 pub mod server;
 pub mod telemetry;
+pub mod toml_messages;
 pub mod trace_parent;
-pub mod wording;

@@ -2,28 +2,31 @@
 
 use std::time::Duration;
 
-use crate::domain::lease::Lease;
+use crate::domain::lease::LeaseDuration;
 
 use super::{
     duration,
-    server::{Invalid, invalid},
+    server::{InvalidSetting, invalid_setting},
 };
 
-const MOST_NAME: usize = 255;
+const MAX_NAME_LEN: usize = 255;
 /// Longer is no lease that anybody wants: `static` says what is meant.
-const LONGEST: Duration = Duration::from_secs(24 * 60 * 60);
+const MAX_LEASE: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Reads a lease: `strict`, `default`, `static`, or a duration.
 ///
 /// # Errors
 /// When it is none of them; the error says what would be right.
-pub fn parse_lease(text: &str) -> Result<Lease, String> {
+pub fn parse_lease(text: &str) -> Result<LeaseDuration, String> {
     match text {
-        "strict" => Ok(Lease::STRICT),
-        "default" => Ok(Lease::DEFAULT),
-        "static" => Ok(Lease::STATIC),
+        "strict" => Ok(LeaseDuration::STRICT),
+        "default" => Ok(LeaseDuration::DEFAULT),
+        "static" => Ok(LeaseDuration::INFINITE),
         _ => {
-            let lease = duration::parse(text).ok().filter(|length| *length <= LONGEST).and_then(Lease::of);
+            let lease = duration::parse_duration(text)
+                .ok()
+                .filter(|length| *length <= MAX_LEASE)
+                .and_then(LeaseDuration::from_duration);
             lease.ok_or_else(|| {
                 "must be strict (5s), default (60s), static (never runs out), or a duration of 1s to 1d"
                     .to_owned()
@@ -34,28 +37,28 @@ pub fn parse_lease(text: &str) -> Result<Lease, String> {
 
 /// Writes a lease as people read it.
 #[must_use]
-pub fn lease_text(lease: Lease) -> String {
-    lease.length().map_or_else(|| "static (never runs out)".to_owned(), duration::format)
+pub fn format_lease(lease: LeaseDuration) -> String {
+    lease.length().map_or_else(|| "static (never runs out)".to_owned(), duration::format_duration)
 }
 
-pub(super) fn read_lease(text: &str) -> Result<Lease, Invalid> {
-    parse_lease(text).map_err(|problem| invalid("lease", text, problem))
+pub(super) fn validate_lease(text: &str) -> Result<LeaseDuration, InvalidSetting> {
+    parse_lease(text).map_err(|problem| invalid_setting("lease", text, problem))
 }
 
-pub(super) fn read_name(name: &str) -> Result<String, Invalid> {
-    let fits = (1..=MOST_NAME).contains(&name.len()) && name.bytes().all(|byte| byte.is_ascii_graphic());
+pub(super) fn validate_replica_name(name: &str) -> Result<String, InvalidSetting> {
+    let fits = (1..=MAX_NAME_LEN).contains(&name.len()) && name.bytes().all(|byte| byte.is_ascii_graphic());
     if fits {
         Ok(name.to_owned())
     } else {
-        Err(invalid("replica_name", name, "must be 1-255 visible characters"))
+        Err(invalid_setting("replica_name", name, "must be 1-255 visible characters"))
     }
 }
 
 /// What a replica is called that nobody has named: its machine and its port.
 #[must_use]
-pub fn default_name(port: u16) -> String {
+pub fn default_replica_name(port: u16) -> String {
     let machine = rustix::system::uname().nodename().to_string_lossy().into_owned();
-    let machine: String = machine.chars().filter(char::is_ascii_graphic).take(MOST_NAME - 6).collect();
+    let machine: String = machine.chars().filter(char::is_ascii_graphic).take(MAX_NAME_LEN - 6).collect();
     format!("{machine}:{port}")
 }
 
@@ -65,9 +68,9 @@ mod tests {
 
     #[test]
     fn a_lease_is_a_preset_or_a_duration_that_is_long_enough() {
-        assert_eq!(parse_lease("strict"), Ok(Lease::STRICT));
-        assert_eq!(parse_lease("5s"), Ok(Lease::STRICT));
-        assert_eq!(parse_lease("static"), Ok(Lease::STATIC));
+        assert_eq!(parse_lease("strict"), Ok(LeaseDuration::STRICT));
+        assert_eq!(parse_lease("5s"), Ok(LeaseDuration::STRICT));
+        assert_eq!(parse_lease("static"), Ok(LeaseDuration::INFINITE));
         for bad in ["", "0s", "999ms", "2d", "forever", "-1s"] {
             assert!(parse_lease(bad).is_err(), "{bad:?}");
         }
@@ -75,10 +78,10 @@ mod tests {
 
     #[test]
     fn a_name_is_visible_and_there_is_always_one() {
-        assert!(read_name("eu-1").is_ok());
+        assert!(validate_replica_name("eu-1").is_ok());
         for bad in ["", "a b", "é", &"a".repeat(256)] {
-            assert!(read_name(bad).is_err(), "{bad:?}");
+            assert!(validate_replica_name(bad).is_err(), "{bad:?}");
         }
-        assert!(read_name(&default_name(50051)).is_ok());
+        assert!(validate_replica_name(&default_replica_name(50051)).is_ok());
     }
 }

@@ -1,37 +1,38 @@
 //! The rules file: TOML becomes rules that are valid already, or a list of everything that is wrong with it, each
-//! with its line. What the rules mean is `domain::route`'s business.
+//! with its line. What the rules mean is `domain::parse_route`'s business.
 
 use std::{fmt, path::Path};
 
 use serde::Deserialize;
 use toml::Spanned;
 
-use super::wording;
+use super::toml_messages;
 use crate::domain::credential_mask::{mask_message, mask_value};
 use crate::domain::{
-    account::Environments,
-    decision::{MAX_COST, MAX_SCOPES},
+    account::EnvironmentSet,
     name::{AccountId, CustomerId, EnvironmentName, NameError},
+    policy_decision::{MAX_REQUEST_COST, MAX_REQUIRED_SCOPES},
     route::{
-        Demand, MAX_RULES, Mode, Named, Route, Rule, RuleBook, Rules, header_name,
-        pattern::{HostPattern, Methods, PathPattern},
+        EnforcementMode, MAX_ROUTE_RULES, NameSource, RouteRequirement, RouteRule, RouteRules, RouteSpec,
+        RuleBook, parse_header_name,
+        pattern::{HostPattern, MethodSet, PathPattern},
     },
     scope::Scope,
 };
 
 /// The largest file, in bytes.
-pub const MAX_BYTES: u64 = 1024 * 1024;
+pub const MAX_RULES_FILE_BYTES: u64 = 1024 * 1024;
 
 /// Something that is wrong with a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Problem {
+pub struct RuleProblem {
     /// Where, from 1.
     pub line: usize,
     /// What, and what would be right.
     pub text: String,
 }
 
-impl fmt::Display for Problem {
+impl fmt::Display for RuleProblem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "line {}: {}", self.line, self.text)
     }
@@ -39,7 +40,7 @@ impl fmt::Display for Problem {
 
 /// Why a rules file cannot be used.
 #[derive(Debug, thiserror::Error)]
-pub enum RulesError {
+pub enum RulesFileError {
     /// It cannot be read.
     #[error("the rules file {} cannot be read: {source}", mask_value(.path))]
     Unreadable {
@@ -50,27 +51,27 @@ pub enum RulesError {
     },
     /// It is not what it should be: everything that is wrong with it.
     #[error("the rules file {} is wrong:\n  {}", mask_value(.path), .problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n  "))]
-    Wrong {
+    Invalid {
         /// The file.
         path: String,
         /// Each with its line.
-        problems: Vec<Problem>,
+        problems: Vec<RuleProblem>,
     },
 }
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct File {
+struct RawRules {
     #[serde(default)]
-    defaults: FileRoute,
+    defaults: RawRoute,
     #[serde(default)]
-    rule: Vec<Spanned<FileRoute>>,
+    rule: Vec<Spanned<RawRoute>>,
 }
 
 /// A rule, and the defaults, which have no path.
 #[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct FileRoute {
+struct RawRoute {
     path: Option<Spanned<String>>,
     hosts: Option<Spanned<Vec<String>>>,
     methods: Option<Spanned<Vec<String>>>,
@@ -91,10 +92,10 @@ struct FileRoute {
 ///
 /// # Errors
 /// When it cannot be read or is wrong; every problem has its line.
-pub fn read(path: &Path, environments: &Environments) -> Result<(String, RuleBook), RulesError> {
-    let unreadable = |source| RulesError::Unreadable { path: path.display().to_string(), source };
-    let text = text(path).map_err(unreadable)?;
-    let book = parse_named(path, &text, environments)?;
+pub fn load_rules(path: &Path, environments: &EnvironmentSet) -> Result<(String, RuleBook), RulesFileError> {
+    let unreadable = |source| RulesFileError::Unreadable { path: path.display().to_string(), source };
+    let text = read_rules_text(path).map_err(unreadable)?;
+    let book = parse_rules_file(path, &text, environments)?;
     Ok((text, book))
 }
 
@@ -102,19 +103,23 @@ pub fn read(path: &Path, environments: &Environments) -> Result<(String, RuleBoo
 ///
 /// # Errors
 /// When it is wrong; every problem has its line.
-pub fn parse_named(path: &Path, text: &str, environments: &Environments) -> Result<RuleBook, RulesError> {
-    let wrong = |problems| RulesError::Wrong { path: path.display().to_string(), problems };
-    parse(text, environments).map_err(wrong)
+pub fn parse_rules_file(
+    path: &Path,
+    text: &str,
+    environments: &EnvironmentSet,
+) -> Result<RuleBook, RulesFileError> {
+    let wrong = |problems| RulesFileError::Invalid { path: path.display().to_string(), problems };
+    parse_rules(text, environments).map_err(wrong)
 }
 
 /// The text of a file that is not too large.
 ///
 /// # Errors
 /// When it cannot be read, or is no rules file by its size.
-pub fn text(path: &Path) -> std::io::Result<String> {
+pub fn read_rules_text(path: &Path) -> std::io::Result<String> {
     let length = std::fs::metadata(path)?.len();
-    if length > MAX_BYTES {
-        let problem = format!("it has {length} bytes; at most {MAX_BYTES} are allowed");
+    if length > MAX_RULES_FILE_BYTES {
+        let problem = format!("it has {length} bytes; at most {MAX_RULES_FILE_BYTES} are allowed");
         return Err(std::io::Error::other(problem));
     }
     std::fs::read_to_string(path)
@@ -124,99 +129,107 @@ pub fn text(path: &Path) -> std::io::Result<String> {
 ///
 /// # Errors
 /// Everything that is wrong with it.
-pub fn parse(text: &str, environments: &Environments) -> Result<RuleBook, Vec<Problem>> {
-    let file: File = toml::from_str(text).map_err(|error| vec![unreadable(text, &error)])?;
-    let mut reader = Reader { text, environments, problems: Vec::new() };
-    let File { defaults, rule } = file;
-    let rules = reader.rules(&defaults, &rule);
-    let defaults = reader.defaults(&defaults);
-    let Reader { mut problems, .. } = reader;
-    match Rules::new(rules) {
+pub fn parse_rules(text: &str, environments: &EnvironmentSet) -> Result<RuleBook, Vec<RuleProblem>> {
+    let file: RawRules = toml::from_str(text).map_err(|error| vec![toml_problem(text, &error)])?;
+    let mut reader = RulesValidator { text, environments, problems: Vec::new() };
+    let RawRules { defaults, rule } = file;
+    let rules = reader.validate_rules(&defaults, &rule);
+    let defaults = reader.validate_defaults(&defaults);
+    let RulesValidator { mut problems, .. } = reader;
+    match RouteRules::new(rules) {
         Ok(rules) if problems.is_empty() => Ok(RuleBook { rules, defaults }),
-        Ok(_) => Err(sorted(problems)),
+        Ok(_) => Err(sort_by_line(problems)),
         Err(hidden) => {
-            problems.extend(hidden.into_iter().map(|hidden| Problem {
+            problems.extend(hidden.into_iter().map(|hidden| RuleProblem {
                 line: hidden.line,
                 text: format!(
                     "this rule never matches: the rule in line {} comes first and covers all of it; put the \
                      narrower rule before the wider one",
-                    hidden.by
+                    hidden.hidden_by
                 ),
             }));
-            Err(sorted(problems))
+            Err(sort_by_line(problems))
         }
     }
 }
 
-fn sorted(mut problems: Vec<Problem>) -> Vec<Problem> {
+fn sort_by_line(mut problems: Vec<RuleProblem>) -> Vec<RuleProblem> {
     problems.sort_by_key(|problem| problem.line);
     problems
 }
 
 /// What is no TOML, or has a key that no rule has.
-fn unreadable(text: &str, error: &toml::de::Error) -> Problem {
+fn toml_problem(text: &str, error: &toml::de::Error) -> RuleProblem {
     let at = error.span().map_or(0, |span| span.start);
-    Problem { line: line(text, at), text: wording::plain(error.message()) }
+    RuleProblem { line: line_number(text, at), text: toml_messages::rephrase_serde_error(error.message()) }
 }
 
-fn line(text: &str, at: usize) -> usize {
+fn line_number(text: &str, at: usize) -> usize {
     1 + text.bytes().take(at).filter(|byte| *byte == b'\n').count()
 }
 
-struct Reader<'a> {
+struct RulesValidator<'a> {
     text: &'a str,
-    environments: &'a Environments,
-    problems: Vec<Problem>,
+    environments: &'a EnvironmentSet,
+    problems: Vec<RuleProblem>,
 }
 
-impl Reader<'_> {
-    fn problem(&mut self, at: usize, text: impl Into<String>) {
-        let line = line(self.text, at);
-        self.problems.push(Problem { line, text: mask_message(&text.into()).into_owned() });
+impl RulesValidator<'_> {
+    fn add_problem(&mut self, at: usize, text: impl Into<String>) {
+        let line = line_number(self.text, at);
+        self.problems.push(RuleProblem { line, text: mask_message(&text.into()).into_owned() });
     }
 
-    fn rules(&mut self, defaults: &FileRoute, rules: &[Spanned<FileRoute>]) -> Vec<Rule> {
-        if rules.len() > MAX_RULES {
-            let last = &rules[MAX_RULES];
-            self.problem(last.span().start, format!("at most {MAX_RULES} rules are allowed"));
+    fn validate_rules(&mut self, defaults: &RawRoute, rules: &[Spanned<RawRoute>]) -> Vec<RouteRule> {
+        if rules.len() > MAX_ROUTE_RULES {
+            let last = &rules[MAX_ROUTE_RULES];
+            self.add_problem(last.span().start, format!("at most {MAX_ROUTE_RULES} rules are allowed"));
             return Vec::new();
         }
-        rules.iter().filter_map(|rule| self.rule(defaults, rule.get_ref(), rule.span().start)).collect()
+        rules
+            .iter()
+            .filter_map(|rule| self.validate_rule(defaults, rule.get_ref(), rule.span().start))
+            .collect()
     }
 
     /// One rule, unless something is wrong with it.
-    fn rule(&mut self, defaults: &FileRoute, rule: &FileRoute, at: usize) -> Option<Rule> {
+    fn validate_rule(&mut self, defaults: &RawRoute, rule: &RawRoute, at: usize) -> Option<RouteRule> {
         let before = self.problems.len();
         let path = match &rule.path {
-            Some(text) => self.take("path", text, |text| PathPattern::parse(text)),
+            Some(text) => self.parse_or_add("path", text, |text| PathPattern::parse(text)),
             None => {
-                self.problem(at, "path is required");
+                self.add_problem(at, "path is required");
                 None
             }
         };
         let hosts = match rule.hosts.as_ref().or(defaults.hosts.as_ref()) {
-            Some(list) => self.hosts(list),
+            Some(list) => self.parse_hosts(list),
             None => {
-                self.problem(at, "hosts is required, here or under [defaults]; [\"*\"] is every host");
+                self.add_problem(at, "hosts is required, here or under [defaults]; [\"*\"] is every host");
                 None
             }
         };
         let methods = match rule.methods.as_ref().or(defaults.methods.as_ref()) {
-            Some(list) => self.take("methods", list, |list| Methods::parse(list.iter().map(String::as_str))),
+            Some(list) => {
+                self.parse_or_add("methods", list, |list| MethodSet::parse(list.iter().map(String::as_str)))
+            }
             None => {
-                self.problem(at, "methods is required, here or under [defaults]; [\"*\"] is every method");
+                self.add_problem(
+                    at,
+                    "methods is required, here or under [defaults]; [\"*\"] is every method",
+                );
                 None
             }
         };
-        let demand = self.demand(rule, at);
-        let route = self.route(rule, path.as_ref());
-        let route = Route { demand, ..route };
+        let demand = self.parse_requirement(rule, at);
+        let route = self.parse_route(rule, path.as_ref());
+        let route = RouteSpec { requirement: demand, ..route };
         let (path, hosts, methods) = (path?, hosts?, methods?);
-        let line = line(self.text, at);
-        (self.problems.len() == before).then_some(Rule { line, hosts, methods, path, route })
+        let line = line_number(self.text, at);
+        (self.problems.len() == before).then_some(RouteRule { line, hosts, methods, path, route })
     }
 
-    fn defaults(&mut self, defaults: &FileRoute) -> Route {
+    fn validate_defaults(&mut self, defaults: &RawRoute) -> RouteSpec {
         let no_default = [
             ("path", defaults.path.as_ref().map(Spanned::span)),
             ("scope", defaults.scope.as_ref().map(Spanned::span)),
@@ -226,22 +239,22 @@ impl Reader<'_> {
         ];
         for (field, span) in no_default {
             if let Some(span) = span {
-                self.problem(span.start, format!("{field} has no default: each rule says its own"));
+                self.add_problem(span.start, format!("{field} has no default: each rule says its own"));
             }
         }
-        self.route(defaults, None)
+        self.parse_route(defaults, None)
     }
 
-    fn hosts(&mut self, list: &Spanned<Vec<String>>) -> Option<Vec<HostPattern>> {
+    fn parse_hosts(&mut self, list: &Spanned<Vec<String>>) -> Option<Vec<HostPattern>> {
         if list.get_ref().is_empty() {
-            self.problem(list.span().start, "hosts is empty; [\"*\"] is every host");
+            self.add_problem(list.span().start, "hosts is empty; [\"*\"] is every host");
             return None;
         }
-        self.take("hosts", list, |list| list.iter().map(|host| HostPattern::parse(host)).collect())
+        self.parse_or_add("hosts", list, |list| list.iter().map(|host| HostPattern::parse(host)).collect())
     }
 
     /// What a rule demands: exactly one of four ways to say it.
-    fn demand(&mut self, rule: &FileRoute, at: usize) -> Option<Demand> {
+    fn parse_requirement(&mut self, rule: &RawRoute, at: usize) -> Option<RouteRequirement> {
         let said = [
             rule.scope.is_some(),
             rule.scopes.is_some(),
@@ -249,7 +262,7 @@ impl Reader<'_> {
             rule.public.is_some(),
         ];
         if said.into_iter().filter(|said| *said).count() != 1 {
-            self.problem(
+            self.add_problem(
                 at,
                 "exactly one of scope, scopes, authenticate_only = true and public = true is needed",
             );
@@ -259,89 +272,105 @@ impl Reader<'_> {
             if let Some(said) = said
                 && !*said.get_ref()
             {
-                self.problem(said.span().start, format!("{field} = false says nothing: leave it out"));
+                self.add_problem(said.span().start, format!("{field} = false says nothing: leave it out"));
             }
         }
         if rule.public.is_some() {
-            return Some(Demand::Public);
+            return Some(RouteRequirement::Public);
         }
         if rule.authenticate_only.is_some() {
-            return Some(Demand::Authenticated);
+            return Some(RouteRequirement::Authenticated);
         }
         let scopes = match (&rule.scope, &rule.scopes) {
-            (Some(scope), _) => self.take("scope", scope, |scope| Ok(vec![Scope::parse_required(scope)?])),
-            (None, Some(scopes)) if (1..=MAX_SCOPES).contains(&scopes.get_ref().len()) => {
-                self.take("scopes", scopes, |list| {
-                    list.iter().map(|scope| Scope::parse_required(scope)).collect()
-                })
+            (Some(scope), _) => {
+                self.parse_or_add("scope", scope, |scope| Ok(vec![Scope::parse_required(scope)?]))
             }
+            (None, Some(scopes)) if (1..=MAX_REQUIRED_SCOPES).contains(&scopes.get_ref().len()) => self
+                .parse_or_add("scopes", scopes, |list| {
+                    list.iter().map(|scope| Scope::parse_required(scope)).collect()
+                }),
             (None, Some(scopes)) => {
-                let problem =
-                    format!("scopes must be 1 to {MAX_SCOPES}; for none say authenticate_only = true");
-                self.problem(scopes.span().start, problem);
+                let problem = format!(
+                    "scopes must be 1 to {MAX_REQUIRED_SCOPES}; for none say authenticate_only = true"
+                );
+                self.add_problem(scopes.span().start, problem);
                 None
             }
             (None, None) => None,
         };
-        scopes.map(Demand::Scopes)
+        scopes.map(RouteRequirement::Scopes)
     }
 
     /// What both rules and defaults may say.
-    fn route(&mut self, route: &FileRoute, path: Option<&PathPattern>) -> Route {
-        let environment = route.environment.as_ref().and_then(|name| self.environment(name));
+    fn parse_route(&mut self, route: &RawRoute, path: Option<&PathPattern>) -> RouteSpec {
+        let environment = route.environment.as_ref().and_then(|name| self.resolve_environment(name));
         let cost = route.cost.as_ref().and_then(|cost| {
-            let good = (1..=MAX_COST).contains(cost.get_ref());
+            let good = (1..=MAX_REQUEST_COST).contains(cost.get_ref());
             if !good {
-                self.problem(cost.span().start, format!("cost must be 1 to {MAX_COST}"));
+                self.add_problem(cost.span().start, format!("cost must be 1 to {MAX_REQUEST_COST}"));
             }
             good.then_some(*cost.get_ref())
         });
-        let mode = route.mode.as_ref().and_then(|mode| self.take("mode", mode, |mode| Mode::parse(mode)));
-        let account = self.named("account", &route.account, &route.account_header, path, AccountId::parse);
-        let customer =
-            self.named("customer", &route.customer, &route.customer_header, path, CustomerId::parse);
-        Route { demand: None, environment, account, customer, cost, mode }
+        let mode = route
+            .mode
+            .as_ref()
+            .and_then(|mode| self.parse_or_add("mode", mode, |mode| EnforcementMode::parse(mode)));
+        let account =
+            self.parse_name_source("account", &route.account, &route.account_header, path, AccountId::parse);
+        let customer = self.parse_name_source(
+            "customer",
+            &route.customer,
+            &route.customer_header,
+            path,
+            CustomerId::parse,
+        );
+        RouteSpec { requirement: None, environment, account, customer, cost, mode }
     }
 
-    fn environment(&mut self, name: &Spanned<String>) -> Option<EnvironmentName> {
+    fn resolve_environment(&mut self, name: &Spanned<String>) -> Option<EnvironmentName> {
         let found = self.environments.get(name.get_ref()).map(|environment| environment.name.clone());
         if found.is_none() {
             let problem = format!("environment is none of {}", self.environments.names());
-            self.problem(name.span().start, problem);
+            self.add_problem(name.span().start, problem);
         }
         found
     }
 
     /// A name that stands here, in a header, or in the path.
-    fn named<T>(
+    fn parse_name_source<T>(
         &mut self,
         field: &str,
         fixed: &Option<Spanned<String>>,
         header: &Option<Spanned<String>>,
         path: Option<&PathPattern>,
         parse: fn(&str) -> Result<T, NameError>,
-    ) -> Option<Named<T>> {
+    ) -> Option<NameSource<T>> {
         match (fixed, header) {
             (Some(_), Some(header)) => {
-                self.problem(header.span().start, format!("{field} and {field}_header cannot both be given"));
+                self.add_problem(
+                    header.span().start,
+                    format!("{field} and {field}_header cannot both be given"),
+                );
                 None
             }
-            (None, Some(header)) => {
-                self.take(&format!("{field}_header"), header, |name| header_name(name)).map(Named::Header)
-            }
+            (None, Some(header)) => self
+                .parse_or_add(&format!("{field}_header"), header, |name| parse_header_name(name))
+                .map(NameSource::Header),
             (Some(text), None) => {
                 match text.get_ref().strip_prefix('{').and_then(|name| name.strip_suffix('}')) {
-                    Some(name) if path.is_some_and(|path| path.names().any(|known| known == name)) => {
-                        Some(Named::Capture(name.into()))
+                    Some(name)
+                        if path.is_some_and(|path| path.capture_names().any(|known| known == name)) =>
+                    {
+                        Some(NameSource::PathCapture(name.into()))
                     }
                     Some(name) => {
                         let name = mask_value(name);
                         let problem =
                             format!("{field} = \"{{{name}}}\", and the path has no segment {{{name}}}");
-                        self.problem(text.span().start, problem);
+                        self.add_problem(text.span().start, problem);
                         None
                     }
-                    None => self.take(field, text, |text| parse(text)).map(Named::Is),
+                    None => self.parse_or_add(field, text, |text| parse(text)).map(NameSource::Fixed),
                 }
             }
             (None, None) => None,
@@ -349,7 +378,7 @@ impl Reader<'_> {
     }
 
     /// Reads a value, or notes what is wrong with it.
-    fn take<T, U>(
+    fn parse_or_add<T, U>(
         &mut self,
         field: &str,
         value: &Spanned<T>,
@@ -358,7 +387,7 @@ impl Reader<'_> {
         match parse(value.get_ref()) {
             Ok(value) => Some(value),
             Err(error) => {
-                self.problem(value.span().start, format!("{field} {error}"));
+                self.add_problem(value.span().start, format!("{field} {error}"));
                 None
             }
         }
@@ -370,8 +399,8 @@ mod tests {
     use super::*;
     use crate::domain::route::path;
 
-    fn read(text: &str) -> Result<RuleBook, Vec<Problem>> {
-        parse(text, &Environments::default())
+    fn read(text: &str) -> Result<RuleBook, Vec<RuleProblem>> {
+        parse_rules(text, &EnvironmentSet::default())
     }
 
     #[test]
@@ -400,12 +429,12 @@ mod tests {
         .unwrap();
         assert_eq!(file.rules.len(), 2);
         assert_eq!(file.defaults.environment.as_ref().unwrap().as_str(), "production");
-        let target = path::Path::parse("/accounts/acme/runs").unwrap();
-        let (rule, captures) = file.rules.find("x", "POST", &target).unwrap();
+        let target = path::CanonicalPath::parse("/accounts/acme/runs").unwrap();
+        let (rule, captures) = file.rules.find_match("x", "POST", &target).unwrap();
         assert_eq!((rule.line, captures), (6, vec![("account", "acme")]));
-        assert_eq!(rule.route.account, Some(Named::Capture("account".into())));
-        assert_eq!(rule.route.customer, Some(Named::Header("x-customer".into())));
-        assert_eq!((rule.route.cost, rule.route.mode), (Some(5), Some(Mode::Shadow)));
+        assert_eq!(rule.route.account, Some(NameSource::PathCapture("account".into())));
+        assert_eq!(rule.route.customer, Some(NameSource::Header("x-customer".into())));
+        assert_eq!((rule.route.cost, rule.route.mode), (Some(5), Some(EnforcementMode::Shadow)));
     }
 
     #[test]

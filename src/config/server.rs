@@ -11,45 +11,45 @@ use serde::Deserialize;
 
 use crate::{
     domain::{
-        account::Environments,
+        account::EnvironmentSet,
         credential_mask::{mask_message, mask_quoted, mask_value},
-        lease::Lease,
+        lease::LeaseDuration,
     },
     engine::limiter::LimitSettings,
     gateway::GatewaySettings,
     keys::KeySettings,
-    transport::{Listener, Overload, Service, Services},
+    transport::{ListenerSettings, OverloadLimits, ServiceKind, ServiceSet},
 };
 
 use super::{
     account_limits,
-    client::environment,
-    document::Document,
-    lifecycle::Lifecycle,
+    client::env_var,
+    file::ConfigFile,
+    lifecycle::LifecycleSettings,
     limits, listeners, preflight,
-    problems::{Problem, Problems},
+    problems::{ConfigProblem, ProblemCollector},
     replicas,
-    secret::SecretUrl,
+    secret_url::SecretUrl,
     telemetry::{self, TelemetrySettings},
 };
 
-pub use flags::{ConfigArgs, DatabaseArgs, LogFormat, RootKeyArgs, ServeArgs, TelemetryArgs};
+pub use flags::{ConfigFileArgs, DatabaseArgs, LogFormat, RootKeyArgs, ServeArgs, TelemetryArgs};
 
-const LISTEN: &str = "127.0.0.1:50051";
-pub(super) const ADMIN_LISTEN: &str = "127.0.0.1:9090";
-const DATABASE: &str = "sqlite:keyward.db";
+const DEFAULT_LISTEN: &str = "127.0.0.1:50051";
+pub(super) const DEFAULT_ADMIN_LISTEN: &str = "127.0.0.1:9090";
+const DEFAULT_DATABASE: &str = "sqlite:keyward.db";
 /// What the listeners of the flags are called.
-pub const MAIN: &str = "main";
-/// See [`MAIN`].
-pub const ENVOY: &str = "envoy";
-const PREFIX: &str = "kw";
-const RETENTION_DAYS: u32 = 90;
+pub const MAIN_LISTENER: &str = "main";
+/// See [`MAIN_LISTENER`].
+pub const ENVOY_LISTENER: &str = "envoy";
+const DEFAULT_TOKEN_PREFIX: &str = "kw";
+const DEFAULT_RETENTION_DAYS: u32 = 90;
 
 /// Why the settings cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
-    #[error("the configuration file {}{} cannot be read: {source}", mask_value(.path), by_variable(.path))]
+    #[error("the configuration file {}{} cannot be read: {source}", mask_value(.path), env_source_suffix(.path))]
     Unreadable {
         /// The file.
         path: String,
@@ -57,23 +57,23 @@ pub enum ConfigError {
         source: std::io::Error,
     },
     /// Everything that is wrong with the file, the environment and the flags.
-    #[error("{}:\n  {}", headline(.path.as_deref()), .problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n  "))]
-    Wrong {
+    #[error("{}:\n  {}", error_headline(.path.as_deref()), .problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n  "))]
+    Invalid {
         /// The file, if there is one.
         path: Option<String>,
         /// Each with its place, in the order of their places.
-        problems: Vec<Problem>,
+        problems: Vec<ConfigProblem>,
     },
 }
 
 /// Names the variable that names the file, if one does.
-fn by_variable(path: &str) -> &'static str {
-    if environment("KEYWARD_CONFIG").as_deref() == Some(path) { " (KEYWARD_CONFIG)" } else { "" }
+fn env_source_suffix(path: &str) -> &'static str {
+    if env_var("KEYWARD_CONFIG").as_deref() == Some(path) { " (KEYWARD_CONFIG)" } else { "" }
 }
 
 /// The line before the problems of settings.
 #[must_use]
-pub fn headline(path: Option<&str>) -> String {
+pub fn error_headline(path: Option<&str>) -> String {
     match path {
         Some(path) => format!("the settings cannot be used (configuration file: {})", mask_value(path)),
         None => "the settings cannot be used".to_owned(),
@@ -83,7 +83,7 @@ pub fn headline(path: Option<&str>) -> String {
 /// A value that breaks its rule. What looks like a credential in it is masked.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("{setting}{} {problem}", .value.as_ref().map(|value| format!(" = {value:?}")).unwrap_or_default())]
-pub struct Invalid {
+pub struct InvalidSetting {
     /// The setting.
     pub setting: &'static str,
     /// Its value, masked; None = it is not shown.
@@ -96,16 +96,17 @@ pub struct Invalid {
 // Unknown keys are refused: a typo must not be a default. What people read of a key is made from the comment here.
 #[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub(super) struct File {
+#[schemars(title = "Keyward server settings")]
+pub(super) struct RawServerSettings {
     /// Where gRPC is served.
-    #[schemars(extend("default" = LISTEN, "format" = "address"))]
+    #[schemars(extend("default" = DEFAULT_LISTEN, "format" = "address"))]
     listen: Option<String>,
     /// Where `/healthz`, `/readyz` and `/metrics` are served over HTTP.
-    #[schemars(extend("default" = ADMIN_LISTEN, "format" = "address"))]
+    #[schemars(extend("default" = DEFAULT_ADMIN_LISTEN, "format" = "address"))]
     admin_listen: Option<String>,
-    /// Where keys are kept: `sqlite:PATH`, or `postgres://USER@HOST:5432/DATABASE`. A password is better kept in
+    /// Where keys are kept: `sqlite:PATH`, or `postgres://USER@HOST:5432/DEFAULT_DATABASE`. A password is better kept in
     /// `database_password_file` or the environment.
-    #[schemars(extend("default" = DATABASE, "format" = "URL", "x-secret" = true))]
+    #[schemars(extend("default" = DEFAULT_DATABASE, "format" = "URL", "x-secret" = true))]
     database: Option<SecretUrl>,
     /// A file that holds the password of the PostgreSQL role, and nothing else; an end of line is no part of it.
     #[schemars(extend("x-default" = "none: as libpq does it, `PGPASSWORD` or `~/.pgpass`", "format" = "file"))]
@@ -117,16 +118,16 @@ pub(super) struct File {
     #[schemars(extend("x-default" = "one per core"))]
     threads: Option<NonZeroUsize>,
     /// What tokens begin with: 1-16 of `[a-z0-9_]`, a letter first.
-    #[schemars(extend("default" = PREFIX))]
+    #[schemars(extend("default" = DEFAULT_TOKEN_PREFIX))]
     token_prefix: Option<String>,
     /// The environments that keys are made for, with their short names in tokens.
-    #[schemars(extend("default" = Environments::default().iter().collect::<Vec<_>>()))]
-    environments: Option<Vec<EnvironmentFile>>,
+    #[schemars(extend("default" = EnvironmentSet::default().iter().collect::<Vec<_>>()))]
+    environments: Option<Vec<RawEnvironment>>,
     /// The role of keys that are made without scopes and roles.
     #[schemars(extend("x-default" = "none: such keys are refused"))]
     default_role: Option<String>,
     /// How long revoked keys and rotated tokens are told apart from unknown ones.
-    #[schemars(extend("default" = RETENTION_DAYS, "x-unit" = "days"))]
+    #[schemars(extend("default" = DEFAULT_RETENTION_DAYS, "x-unit" = "days"))]
     retention_days: Option<u32>,
     /// Where Envoy's ext_authz and health are served alone, with limits made for Envoy.
     #[schemars(extend("x-default" = "nowhere", "format" = "address"))]
@@ -155,17 +156,17 @@ pub(super) struct File {
     migrate: Option<bool>,
     /// How HTTP requests that proxies ask about are judged ([gateway.md](gateway.md)).
     #[serde(default)]
-    gateway: super::gateway::File,
+    gateway: super::gateway::RawGatewaySettings,
     /// How much one account may hold and do ([limits.md](limits.md#account-limits)).
     #[serde(default)]
-    account_limits: account_limits::File,
+    account_limits: account_limits::RawAccountLimits,
     /// Where rate limits are counted when several processes serve one database ([limits.md](limits.md)).
     #[serde(default)]
-    limits: limits::File,
+    limits: limits::RawLimitSettings,
     /// Where to serve, each with its own services, limits and TLS ([transport.md](transport.md)).
     #[serde(default, rename = "listener")]
     #[schemars(extend("x-default" = "none: those of `listen` and `envoy_listen`"))]
-    listeners: Vec<listeners::File>,
+    listeners: Vec<listeners::RawListener>,
     /// Whether listeners with management services answer gRPC reflection.
     #[schemars(extend("default" = true))]
     reflection: Option<bool>,
@@ -174,18 +175,18 @@ pub(super) struct File {
     insecure: Option<bool>,
     /// How many calls there may be at once ([transport.md](transport.md)).
     #[serde(default)]
-    overload: listeners::OverloadFile,
+    overload: listeners::RawOverload,
     /// Traces and what they are told of ([telemetry.md](telemetry.md)).
     #[serde(default)]
-    telemetry: telemetry::File,
+    telemetry: telemetry::RawTelemetrySettings,
     /// What becomes of decisions that are written down ([telemetry.md](telemetry.md)).
-    decision_log: Option<telemetry::DecisionsFile>,
+    decision_log: Option<telemetry::RawDecisionLogSettings>,
 }
 
 /// An environment.
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-struct EnvironmentFile {
+struct RawEnvironment {
     /// Its name, as requests say it.
     name: String,
     /// Its short name in tokens, of `[a-z0-9]`; may be empty.
@@ -194,19 +195,19 @@ struct EnvironmentFile {
 
 /// The server's settings, all valid.
 #[derive(Clone, Debug)]
-pub struct Settings {
+pub struct ServerSettings {
     /// Where to serve gRPC: `host:port`.
     pub listen: String,
     /// Whether everything is served at `listen`; not where the file has listeners and nobody has said `listen`.
-    pub main_listener: bool,
+    pub has_main_listener: bool,
     /// The listeners of the file.
-    pub listeners: Vec<Listener>,
+    pub listeners: Vec<ListenerSettings>,
     /// Whether the main listener describes its services to whoever asks.
     pub reflection: bool,
     /// Whether plaintext may leave this machine.
     pub insecure: bool,
     /// How much may be under way at once.
-    pub overload: Overload,
+    pub overload: OverloadLimits,
     /// Where to serve the admin pages: `host:port`.
     pub admin_listen: String,
     /// Where keys are kept.
@@ -214,7 +215,7 @@ pub struct Settings {
     /// Where the root key of a first start goes, if not to the terminal.
     pub root_key_file: Option<PathBuf>,
     /// Whether it may go to standard output, which is a terminal then.
-    pub shows_root_key: bool,
+    pub may_print_root_key: bool,
     /// How many threads serve connections.
     pub threads: usize,
     /// Where to serve Envoy alone: `host:port`.
@@ -222,32 +223,32 @@ pub struct Settings {
     /// Where to serve proxies that ask over HTTP: `host:port`.
     pub forward_auth_listen: Option<String>,
     /// The file with rules for HTTP requests.
-    pub rules: Option<PathBuf>,
+    pub rules_file: Option<PathBuf>,
     /// What this replica is called; None = by its machine and port.
     pub replica_name: Option<String>,
     /// The lease of a new database; None = the usual one.
-    pub lease: Option<Lease>,
+    pub lease: Option<LeaseDuration>,
     /// How it starts and stops.
-    pub lifecycle: Lifecycle,
+    pub lifecycle: LifecycleSettings,
     /// How HTTP requests that proxies ask about are judged.
     pub gateway: GatewaySettings,
     /// How rate limits and quotas are counted.
     pub limits: LimitSettings,
     /// What keys look like.
-    pub keys: KeySettings,
+    pub key_settings: KeySettings,
     /// How long revoked keys and superseded tokens are told apart from unknown ones.
     pub retention: Duration,
     /// What is told of calls and decisions.
     pub telemetry: TelemetrySettings,
     /// What is logged: a filter of `tracing`.
-    pub log: String,
+    pub log_filter: String,
     /// How the log is written.
     pub log_format: LogFormat,
 }
 
 /// What settings are read for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Purpose {
+enum LoadPurpose {
     /// To run a server here: files that it needs are looked at, and who reaches its listeners.
     Serve,
     /// To know a server's settings, also where its files are not.
@@ -256,71 +257,75 @@ enum Purpose {
     Database,
 }
 
-impl Settings {
+impl ServerSettings {
     /// Reads the settings of a server.
     ///
     /// # Errors
     /// With everything that is wrong with them, and what would be right.
-    pub fn load(args: &ServeArgs) -> Result<Settings, ConfigError> {
-        Settings::of(args, Settings::document(args)?.as_ref())
+    pub fn load(args: &ServeArgs) -> Result<ServerSettings, ConfigError> {
+        ServerSettings::resolve(args, ServerSettings::load_file(args)?.as_ref())
     }
 
     /// The same with the file at hand.
     ///
     /// # Errors
-    /// As for [`Settings::load`].
-    pub fn of(args: &ServeArgs, document: Option<&Document>) -> Result<Settings, ConfigError> {
-        Settings::assemble(args, document, Purpose::Inspect)
+    /// As for [`ServerSettings::load`].
+    pub fn resolve(args: &ServeArgs, document: Option<&ConfigFile>) -> Result<ServerSettings, ConfigError> {
+        ServerSettings::resolve_for(args, document, LoadPurpose::Inspect)
     }
 
     /// Reads the settings of a server that starts here: the certificates, rules and other files that it needs are read
     /// too, and plaintext beyond this machine is refused. Opens no socket and no database.
     ///
     /// # Errors
-    /// As for [`Settings::load`].
-    pub fn load_to_serve(args: &ServeArgs) -> Result<Settings, ConfigError> {
-        Settings::to_serve(args, Settings::document(args)?.as_ref())
+    /// As for [`ServerSettings::load`].
+    pub fn load_for_serving(args: &ServeArgs) -> Result<ServerSettings, ConfigError> {
+        ServerSettings::resolve_for_serving(args, ServerSettings::load_file(args)?.as_ref())
     }
 
     /// The same with the file at hand.
     ///
     /// # Errors
-    /// As for [`Settings::load`].
-    pub fn to_serve(args: &ServeArgs, document: Option<&Document>) -> Result<Settings, ConfigError> {
-        Settings::assemble(args, document, Purpose::Serve)
+    /// As for [`ServerSettings::load`].
+    pub fn resolve_for_serving(
+        args: &ServeArgs,
+        document: Option<&ConfigFile>,
+    ) -> Result<ServerSettings, ConfigError> {
+        ServerSettings::resolve_for(args, document, LoadPurpose::Serve)
     }
 
     /// Reads what a command needs that only opens the database.
     ///
     /// # Errors
-    /// As for [`Settings::load`].
-    pub fn load_database(args: &DatabaseArgs) -> Result<Settings, ConfigError> {
+    /// As for [`ServerSettings::load`].
+    pub fn load_for_database(args: &DatabaseArgs) -> Result<ServerSettings, ConfigError> {
         let args = ServeArgs { database: args.clone(), ..ServeArgs::default() };
-        Settings::assemble(&args, Settings::document(&args)?.as_ref(), Purpose::Database)
+        ServerSettings::resolve_for(&args, ServerSettings::load_file(&args)?.as_ref(), LoadPurpose::Database)
     }
 
-    fn document(args: &ServeArgs) -> Result<Option<Document>, ConfigError> {
-        args.database.config.as_deref().map(Document::read).transpose()
+    fn load_file(args: &ServeArgs) -> Result<Option<ConfigFile>, ConfigError> {
+        args.database.config.as_deref().map(ConfigFile::load).transpose()
     }
 
-    fn assemble(
+    fn resolve_for(
         args: &ServeArgs,
-        document: Option<&Document>,
-        purpose: Purpose,
-    ) -> Result<Settings, ConfigError> {
-        let mut file = document.map_or_else(|| Ok(File::default()), Document::file)?;
-        if purpose == Purpose::Database {
-            file.telemetry.leave_files_out();
+        document: Option<&ConfigFile>,
+        purpose: LoadPurpose,
+    ) -> Result<ServerSettings, ConfigError> {
+        let mut file =
+            document.map_or_else(|| Ok(RawServerSettings::default()), ConfigFile::deserialize_settings)?;
+        if purpose == LoadPurpose::Database {
+            file.telemetry.ignore_server_files();
         }
-        Problems::collect(document, |problems| {
-            if purpose == Purpose::Database {
+        ProblemCollector::collect(document, |problems| {
+            if purpose == LoadPurpose::Database {
                 // The environment of the servers may have it, and not that of this command.
-                problems.distrust("limits.url");
+                problems.mark_invalid("limits.url");
             }
             file.overlay(args, problems);
-            let settings = Settings::read(args, file, purpose == Purpose::Serve, problems)?;
-            if purpose == Purpose::Serve {
-                preflight::examine(&settings, problems);
+            let settings = ServerSettings::validate(args, file, purpose == LoadPurpose::Serve, problems)?;
+            if purpose == LoadPurpose::Serve {
+                preflight::check_settings(&settings, problems);
             }
             Some(settings)
         })
@@ -328,72 +333,81 @@ impl Settings {
 
     /// Every gRPC listener: the main one, Envoy's, and those of the file.
     #[must_use]
-    pub fn grpc_listeners(&self) -> Vec<Listener> {
-        let all =
-            if self.reflection { Services::all() } else { Services::all().without(Service::Reflection) };
-        let main = self.main_listener.then(|| Listener::plain(MAIN, &self.listen, all));
+    pub fn grpc_listeners(&self) -> Vec<ListenerSettings> {
+        let all = if self.reflection {
+            ServiceSet::all()
+        } else {
+            ServiceSet::all().without(ServiceKind::Reflection)
+        };
+        let main =
+            self.has_main_listener.then(|| ListenerSettings::new_plaintext(MAIN_LISTENER, &self.listen, all));
         let envoy = self.envoy_listen.as_ref();
-        let envoy = envoy.map(|address| Listener::plain(ENVOY, address, Services::envoy()));
+        let envoy = envoy
+            .map(|address| ListenerSettings::new_plaintext(ENVOY_LISTENER, address, ServiceSet::for_envoy()));
         main.into_iter().chain(envoy).chain(self.listeners.iter().cloned()).collect()
     }
 
     /// Each address is one, and none is given twice.
-    fn check_addresses(&self, problems: &mut Problems<'_>) {
+    fn check_addresses(&self, problems: &mut ProblemCollector<'_>) {
         let all = [
-            ("listen", Some(&self.listen).filter(|_| self.main_listener)),
+            ("listen", Some(&self.listen).filter(|_| self.has_main_listener)),
             ("admin_listen", Some(&self.admin_listen)),
             ("envoy_listen", self.envoy_listen.as_ref()),
             ("forward_auth_listen", self.forward_auth_listen.as_ref()),
         ];
         let mut taken: Vec<(&str, String)> = Vec::new();
-        let mut take = |setting: &'static str, value: &str, problems: &mut Problems<'_>| {
+        let mut take = |setting: &'static str, value: &str, problems: &mut ProblemCollector<'_>| {
             let twice = taken.iter().find(|(_, known)| known == value && !value.ends_with(":0"));
             match twice {
-                Some(("listener.address", _)) => problems.add(invalid(setting, value, "is given twice")),
+                Some(("listener.address", _)) => {
+                    problems.add(invalid_setting(setting, value, "is given twice"))
+                }
                 Some((other, _)) => {
-                    problems.add(invalid(setting, value, format!("must differ from {other}")))
+                    problems.add(invalid_setting(setting, value, format!("must differ from {other}")))
                 }
                 None => taken.push((setting, value.to_owned())),
             }
         };
         for (setting, value) in all.into_iter().filter_map(|(setting, value)| Some((setting, value?))) {
-            if problems.take(address(setting, value)).is_some() {
+            if problems.ok_or_add(check_address_format(setting, value)).is_some() {
                 take(setting, value, problems);
             }
         }
         for (at, listener) in self.listeners.iter().enumerate() {
             let address = listener.address.to_string();
             // Of an entry that is left out, no number is known.
-            if problems.is_sound("listener") {
-                problems.in_entry("listener", at, |problems| take("listener.address", &address, problems));
+            if problems.is_valid("listener") {
+                problems
+                    .with_list_entry("listener", at, |problems| take("listener.address", &address, problems));
             }
         }
     }
 
     /// What a listener for proxies that ask over HTTP cannot do.
-    fn check_forward_auth(&self, problems: &mut Problems<'_>) {
+    fn check_forward_auth(&self, problems: &mut ProblemCollector<'_>) {
         let Some(address) = &self.forward_auth_listen else { return };
         if self.gateway.credential_query.is_some() {
             let problem = "cannot be served with gateway.credential_query: over HTTP a proxy is not told to take it away";
-            problems.add(invalid("forward_auth_listen", address, problem));
+            problems.add(invalid_setting("forward_auth_listen", address, problem));
         }
         if self.gateway.require_caller {
             let problem =
                 "cannot be served with gateway.require_caller: over HTTP a proxy shows no key of its own";
-            problems.add(invalid("forward_auth_listen", address, problem));
+            problems.add(invalid_setting("forward_auth_listen", address, problem));
         }
     }
 
     /// Judges what the file and the flags give together.
-    fn read(
+    fn validate(
         args: &ServeArgs,
-        file: File,
+        file: RawServerSettings,
         for_serving: bool,
-        problems: &mut Problems<'_>,
-    ) -> Option<Settings> {
+        problems: &mut ProblemCollector<'_>,
+    ) -> Option<ServerSettings> {
         let insecure = file.insecure.unwrap_or(false);
-        let listeners = listeners::read(file.listeners, insecure || !for_serving, for_serving, problems);
-        let keys = values::read_keys(
+        let listeners =
+            listeners::validate_listeners(file.listeners, insecure || !for_serving, for_serving, problems);
+        let keys = values::validate_key_settings(
             file.token_prefix,
             file.environments,
             file.default_role,
@@ -401,40 +415,42 @@ impl Settings {
             problems,
         )?;
         let password = file.database_password_file.as_deref();
-        let database = file.database.unwrap_or_else(|| DATABASE.into());
-        let (log, log_format) = values::read_log(args, problems);
-        let settings = Settings {
-            main_listener: file.listen.is_some() || listeners.is_empty() && problems.is_sound("listener"),
+        let database = file.database.unwrap_or_else(|| DEFAULT_DATABASE.into());
+        let (log, log_format) = values::validate_log_settings(args, problems);
+        let settings = ServerSettings {
+            has_main_listener: file.listen.is_some() || listeners.is_empty() && problems.is_valid("listener"),
             listeners,
             reflection: file.reflection.unwrap_or(true),
             insecure,
-            overload: file.overload.read(problems),
-            listen: file.listen.unwrap_or_else(|| LISTEN.to_owned()),
-            admin_listen: file.admin_listen.unwrap_or_else(|| ADMIN_LISTEN.to_owned()),
-            database: values::read_database(database, password, problems),
+            overload: file.overload.validate(problems),
+            listen: file.listen.unwrap_or_else(|| DEFAULT_LISTEN.to_owned()),
+            admin_listen: file.admin_listen.unwrap_or_else(|| DEFAULT_ADMIN_LISTEN.to_owned()),
+            database: values::resolve_database_url(database, password, problems),
             root_key_file: file.root_key_file,
-            shows_root_key: true,
-            threads: values::read_threads(file.threads, problems),
+            may_print_root_key: true,
+            threads: values::validate_threads(file.threads, problems),
             envoy_listen: file.envoy_listen,
             forward_auth_listen: file.forward_auth_listen,
-            rules: file.rules,
-            replica_name: file.replica_name.and_then(|name| problems.take(replicas::read_name(&name))),
-            lease: file.lease.and_then(|lease| problems.take(replicas::read_lease(&lease))),
-            lifecycle: Lifecycle::read(
+            rules_file: file.rules,
+            replica_name: file
+                .replica_name
+                .and_then(|name| problems.ok_or_add(replicas::validate_replica_name(&name))),
+            lease: file.lease.and_then(|lease| problems.ok_or_add(replicas::validate_lease(&lease))),
+            lifecycle: LifecycleSettings::validate(
                 file.shutdown_delay.as_deref(),
                 file.database_wait.as_deref(),
                 file.migrate,
                 args.lifecycle.require_revision.as_deref(),
                 problems,
             ),
-            gateway: file.gateway.read(&keys.environments, problems),
-            limits: file.limits.read(problems),
-            keys,
+            gateway: file.gateway.validate(&keys.environments, problems),
+            limits: file.limits.validate(problems),
+            key_settings: keys,
             retention: Duration::from_secs(
-                u64::from(file.retention_days.unwrap_or(RETENTION_DAYS)) * 24 * 60 * 60,
+                u64::from(file.retention_days.unwrap_or(DEFAULT_RETENTION_DAYS)) * 24 * 60 * 60,
             ),
-            telemetry: file.telemetry.read(file.decision_log, &args.telemetry, problems),
-            log,
+            telemetry: file.telemetry.validate(file.decision_log, &args.telemetry, problems),
+            log_filter: log,
             log_format,
         };
         settings.check_addresses(problems);
@@ -443,18 +459,18 @@ impl Settings {
     }
 }
 
-pub(super) fn invalid(setting: &'static str, value: &str, problem: impl ToString) -> Invalid {
+pub(super) fn invalid_setting(setting: &'static str, value: &str, problem: impl ToString) -> InvalidSetting {
     let problem = mask_quoted(&problem.to_string(), value);
-    Invalid { setting, value: Some(mask_value(value).into_owned()), problem }
+    InvalidSetting { setting, value: Some(mask_value(value).into_owned()), problem }
 }
 
 /// The same about a value that is not repeated.
-pub(super) fn unshown(setting: &'static str, problem: impl ToString) -> Invalid {
-    Invalid { setting, value: None, problem: mask_message(&problem.to_string()).into_owned() }
+pub(super) fn invalid_redacted_setting(setting: &'static str, problem: impl ToString) -> InvalidSetting {
+    InvalidSetting { setting, value: None, problem: mask_message(&problem.to_string()).into_owned() }
 }
 
 /// `host:port`; whether the host exists shows when it is bound.
-pub(super) fn address(setting: &'static str, value: &str) -> Result<(), Invalid> {
+pub(super) fn check_address_format(setting: &'static str, value: &str) -> Result<(), InvalidSetting> {
     let is_host = |host: &str| match host.strip_prefix('[').and_then(|host| host.strip_suffix(']')) {
         // An IPv6 address may name its zone: fe80::1%eth0.
         Some(address) => address.split('%').next().is_some_and(|ip| ip.parse::<Ipv6Addr>().is_ok()),
@@ -468,7 +484,7 @@ pub(super) fn address(setting: &'static str, value: &str) -> Result<(), Invalid>
     if well_formed {
         Ok(())
     } else {
-        Err(invalid(setting, value, "must be host:port, such as 127.0.0.1:50051"))
+        Err(invalid_setting(setting, value, "must be host:port, such as 127.0.0.1:50051"))
     }
 }
 
@@ -476,17 +492,21 @@ pub(super) fn address(setting: &'static str, value: &str) -> Result<(), Invalid>
 mod tests {
     use super::*;
 
-    fn from_file(text: &str) -> Result<Settings, ConfigError> {
+    fn settings_from_toml(text: &str) -> Result<ServerSettings, ConfigError> {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("keyward.toml");
         std::fs::write(&path, text).unwrap();
         let database = DatabaseArgs { config: Some(path), ..DatabaseArgs::default() };
-        Settings::load(&ServeArgs { listen: Some("127.0.0.1:1".into()), database, ..ServeArgs::default() })
+        ServerSettings::load(&ServeArgs {
+            listen: Some("127.0.0.1:1".into()),
+            database,
+            ..ServeArgs::default()
+        })
     }
 
     #[test]
     fn a_flag_beats_the_file_and_the_file_the_default() {
-        let settings = from_file("listen = '127.0.0.1:2'\nadmin_listen = '127.0.0.1:3'").unwrap();
+        let settings = settings_from_toml("listen = '127.0.0.1:2'\nadmin_listen = '127.0.0.1:3'").unwrap();
         assert_eq!(settings.listen, "127.0.0.1:1");
         assert_eq!(settings.admin_listen, "127.0.0.1:3");
         assert_eq!(&*settings.database, "sqlite:keyward.db");
@@ -505,7 +525,7 @@ mod tests {
             ("replica_name = ''", "replica_name"),
             ("[account_limits]\nkeys = 0", "1 or more"),
         ] {
-            let error = from_file(text).unwrap_err().to_string();
+            let error = settings_from_toml(text).unwrap_err().to_string();
             assert!(error.contains(said), "{text}: {error}");
         }
     }
@@ -513,25 +533,27 @@ mod tests {
     #[test]
     fn a_line_that_may_hold_a_password_is_not_shown() {
         for text in ["[limits]\nulr = 'redis://:sesame@h'", "[limits]\nurl = 'redis://:sesame@h"] {
-            let error = from_file(text).unwrap_err().to_string();
+            let error = settings_from_toml(text).unwrap_err().to_string();
             assert!(error.contains("line 2") && !error.contains("sesame"), "{error}");
         }
     }
 
     #[test]
     fn a_key_that_is_there_is_judged_beside_a_misspelt_one() {
-        let error = from_file("lease = '0s'\nleas = '5s'").unwrap_err().to_string();
+        let error = settings_from_toml("lease = '0s'\nleas = '5s'").unwrap_err().to_string();
         assert!(error.contains("line 1, column 1: lease = \"0s\"") && error.contains("`leas`"), "{error}");
         // One that is misspelt is not missed by others.
-        let error = from_file("[limits]\nbakend = 'redis'\nurl = 'redis://h'").unwrap_err().to_string();
+        let error =
+            settings_from_toml("[limits]\nbakend = 'redis'\nurl = 'redis://h'").unwrap_err().to_string();
         assert!(error.contains("`limits.bakend`") && !error.contains("has no effect"), "{error}");
     }
 
     #[test]
     fn environments_and_their_tags_come_from_the_file() {
         let settings =
-            from_file("environments = [{ name = 'prod', tag = '' }]\ntoken_prefix = 'izli_agent'").unwrap();
-        assert_eq!(settings.keys.environments.names(), "prod");
-        assert_eq!(settings.keys.prefix.as_str(), "izli_agent");
+            settings_from_toml("environments = [{ name = 'prod', tag = '' }]\ntoken_prefix = 'izli_agent'")
+                .unwrap();
+        assert_eq!(settings.key_settings.environments.names(), "prod");
+        assert_eq!(settings.key_settings.prefix.as_str(), "izli_agent");
     }
 }

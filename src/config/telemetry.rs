@@ -10,26 +10,26 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::{
-    decisions::{DecisionSettings, Place},
-    trace::Sampling,
+    decision_log::{DecisionLogSettings, DecisionLogTarget},
+    trace::SamplingPolicy,
     transport::tls,
 };
 
 use super::{
-    problems::Problems,
-    server::{Invalid, TelemetryArgs, invalid, unshown},
+    problems::ProblemCollector,
+    server::{InvalidSetting, TelemetryArgs, invalid_redacted_setting, invalid_setting},
 };
 
-const SERVICE_NAME: &str = "keyward";
-const DENIALS_PER_SECOND: u32 = 100;
+const DEFAULT_SERVICE_NAME: &str = "keyward";
+const DEFAULT_DENIALS_PER_SECOND: u32 = 100;
 /// The longest value of a header to the collector, in bytes.
-const MAX_HEADER: usize = 4096;
+const MAX_HEADER_VALUE_LEN: usize = 4096;
 
 /// A value that is never shown.
 #[derive(Clone)]
-pub struct Hidden(String);
+pub struct SecretString(String);
 
-impl Hidden {
+impl SecretString {
     /// The value.
     #[must_use]
     pub fn reveal(&self) -> &str {
@@ -37,21 +37,21 @@ impl Hidden {
     }
 }
 
-impl fmt::Debug for Hidden {
+impl fmt::Debug for SecretString {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Hidden")
+        f.write_str("SecretString")
     }
 }
 
 /// A collector of spans.
 #[derive(Clone, Debug)]
-pub struct Otlp {
+pub struct OtlpSettings {
     /// Where it is: `http://host:port` or `https://host:port`.
     pub endpoint: String,
     /// Headers that go with every request, by lower-case names.
-    pub headers: Vec<(String, Hidden)>,
+    pub headers: Vec<(String, SecretString)>,
     /// The authority that its certificate is of, as PEM; nothing = those that browsers know.
-    pub ca: Option<Vec<u8>>,
+    pub ca_pem: Option<Vec<u8>>,
     /// What this program is called there.
     pub service_name: String,
 }
@@ -60,18 +60,18 @@ pub struct Otlp {
 #[derive(Clone, Debug, Default)]
 pub struct TelemetrySettings {
     /// Where spans go; nothing = none are made.
-    pub otlp: Option<Otlp>,
+    pub otlp: Option<OtlpSettings>,
     /// Which calls are recorded.
-    pub sampling: Sampling,
+    pub sampling: SamplingPolicy,
     /// Which decisions are written down; nothing = none.
-    pub decisions: Option<DecisionSettings>,
+    pub decision_log: Option<DecisionLogSettings>,
 }
 
 /// The table `[telemetry]`: traces.
 // Unknown keys are refused: a typo must not be a default.
 #[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub(super) struct File {
+pub(super) struct RawTelemetrySettings {
     /// Where spans are sent, over OTLP/gRPC: `http://host:4317` or `https://host:4317`. Without it, and without
     /// `OTEL_EXPORTER_OTLP_ENDPOINT` in the environment, no span is made.
     #[schemars(extend("x-flag" = "otlp_endpoint"))]
@@ -92,12 +92,12 @@ pub(super) struct File {
 // Unknown keys are refused: a typo must not be a default.
 #[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub(super) struct DecisionsFile {
+pub(super) struct RawDecisionLogSettings {
     /// The share of denials that are written down: 0 to 1.
     #[schemars(extend("default" = 1.0))]
     denials: Option<f64>,
     /// The most denials that are written down in one second: 1 to 100000.
-    #[schemars(extend("default" = DENIALS_PER_SECOND))]
+    #[schemars(extend("default" = DEFAULT_DENIALS_PER_SECOND))]
     denials_per_second: Option<u32>,
     /// The share of allowed requests that are written down: 0 to 1.
     #[schemars(extend("default" = 0.0))]
@@ -110,82 +110,92 @@ pub(super) struct DecisionsFile {
     file: Option<PathBuf>,
 }
 
-impl File {
+impl RawTelemetrySettings {
     /// Where the endpoint is kept: a flag or its variable goes before the file.
-    pub(super) fn endpoint(&mut self) -> &mut Option<String> {
+    pub(super) fn endpoint_mut(&mut self) -> &mut Option<String> {
         &mut self.otlp_endpoint
     }
 
     /// Leaves out the files that a server alone needs.
-    pub(super) fn leave_files_out(&mut self) {
+    pub(super) fn ignore_server_files(&mut self) {
         self.otlp_headers_file = None;
         self.otlp_ca_file = None;
     }
 
     /// Judges the settings; the variables of all programs count where the own are absent.
-    pub(super) fn read(
+    pub(super) fn validate(
         self,
-        decisions: Option<DecisionsFile>,
+        decisions: Option<RawDecisionLogSettings>,
         args: &TelemetryArgs,
-        problems: &mut Problems<'_>,
+        problems: &mut ProblemCollector<'_>,
     ) -> TelemetrySettings {
-        let share = problems.take(ratio("telemetry.sample_ratio", self.sample_ratio.unwrap_or(0.0)));
+        let share =
+            problems.ok_or_add(validate_ratio("telemetry.sample_ratio", self.sample_ratio.unwrap_or(0.0)));
         let present = |text: &String| !text.is_empty();
         let common = args.otel_endpoint.clone().filter(present);
         let is_common = self.otlp_endpoint.is_none();
         let endpoint = self.otlp_endpoint.filter(present).or(common.filter(|_| is_common));
         let service_name = self.service_name.or(args.otel_service_name.clone().filter(present));
         let otlp = endpoint.and_then(|endpoint| {
-            if let Err(problem) = address(&endpoint) {
+            if let Err(problem) = check_collector_address(&endpoint) {
                 match is_common {
                     true => problems.add_variable("OTEL_EXPORTER_OTLP_ENDPOINT", problem),
-                    false => problems.add(unshown("telemetry.otlp_endpoint", problem)),
+                    false => problems.add(invalid_redacted_setting("telemetry.otlp_endpoint", problem)),
                 }
             }
-            let headers = self.otlp_headers_file.as_deref().map(headers).unwrap_or_else(|| Ok(Vec::new()));
-            let ca = self.otlp_ca_file.as_deref().map(authority).transpose();
-            let (headers, ca) = (problems.take(headers), problems.take(ca));
-            let service_name = service_name.unwrap_or_else(|| SERVICE_NAME.to_owned());
-            Some(Otlp { endpoint, headers: headers?, ca: ca?, service_name })
+            let headers =
+                self.otlp_headers_file.as_deref().map(read_headers_file).unwrap_or_else(|| Ok(Vec::new()));
+            let ca = self.otlp_ca_file.as_deref().map(read_ca_file).transpose();
+            let (headers, ca) = (problems.ok_or_add(headers), problems.ok_or_add(ca));
+            let service_name = service_name.unwrap_or_else(|| DEFAULT_SERVICE_NAME.to_owned());
+            Some(OtlpSettings { endpoint, headers: headers?, ca_pem: ca?, service_name })
         });
         let sampling = match share {
-            Some(share) if otlp.is_some() => Sampling::share(share),
-            _ => Sampling::default(),
+            Some(share) if otlp.is_some() => SamplingPolicy::with_ratio(share),
+            _ => SamplingPolicy::default(),
         };
-        TelemetrySettings { otlp, sampling, decisions: decisions.map(|decisions| decisions.read(problems)) }
+        TelemetrySettings {
+            otlp,
+            sampling,
+            decision_log: decisions.map(|decisions| decisions.validate(problems)),
+        }
     }
 }
 
-impl DecisionsFile {
-    fn read(self, problems: &mut Problems<'_>) -> DecisionSettings {
-        let per_second = self.denials_per_second.unwrap_or(DENIALS_PER_SECOND);
+impl RawDecisionLogSettings {
+    fn validate(self, problems: &mut ProblemCollector<'_>) -> DecisionLogSettings {
+        let per_second = self.denials_per_second.unwrap_or(DEFAULT_DENIALS_PER_SECOND);
         if !(1..=100_000).contains(&per_second) {
             let problem = "must be 1 to 100000; to write down no denial set denials = 0";
-            problems.add(invalid("decision_log.denials_per_second", &per_second.to_string(), problem));
+            problems.add(invalid_setting(
+                "decision_log.denials_per_second",
+                &per_second.to_string(),
+                problem,
+            ));
         }
         let mut share = |setting, value: Option<f64>, usual: f64| {
-            problems.take(ratio(setting, value.unwrap_or(usual))).unwrap_or(usual)
+            problems.ok_or_add(validate_ratio(setting, value.unwrap_or(usual))).unwrap_or(usual)
         };
-        DecisionSettings {
-            denials: share("decision_log.denials", self.denials, 1.0),
+        DecisionLogSettings {
+            denial_ratio: share("decision_log.denials", self.denials, 1.0),
             denials_per_second: per_second,
-            allowed: share("decision_log.allowed", self.allowed, 0.0),
-            narrowing_changes: self.narrowing_changes.unwrap_or(true),
-            place: self.file.map_or(Place::Log, Place::File),
+            allowed_ratio: share("decision_log.allowed", self.allowed, 0.0),
+            log_restricting_changes: self.narrowing_changes.unwrap_or(true),
+            target: self.file.map_or(DecisionLogTarget::Log, DecisionLogTarget::File),
         }
     }
 }
 
-fn ratio(setting: &'static str, value: f64) -> Result<f64, Invalid> {
+fn validate_ratio(setting: &'static str, value: f64) -> Result<f64, InvalidSetting> {
     if (0.0..=1.0).contains(&value) {
         Ok(value)
     } else {
-        Err(invalid(setting, &value.to_string(), "must be 0 to 1, such as 0.01 for one in a hundred"))
+        Err(invalid_setting(setting, &value.to_string(), "must be 0 to 1, such as 0.01 for one in a hundred"))
     }
 }
 
 /// An address with nothing in it but scheme, host and port. What else it may hold, such as a password, is not shown.
-fn address(endpoint: &str) -> Result<(), &'static str> {
+fn check_collector_address(endpoint: &str) -> Result<(), &'static str> {
     let uri: Option<http::Uri> = endpoint.parse().ok();
     let good = uri.is_some_and(|uri| {
         let authority = uri.authority().map(http::uri::Authority::as_str).unwrap_or_default();
@@ -207,36 +217,36 @@ fn address(endpoint: &str) -> Result<(), &'static str> {
 }
 
 /// The certificates of a file, as PEM.
-fn authority(path: &Path) -> Result<Vec<u8>, Invalid> {
+fn read_ca_file(path: &Path) -> Result<Vec<u8>, InvalidSetting> {
     let shown = path.display().to_string();
-    let wrong = |problem: String| invalid("telemetry.otlp_ca_file", &shown, problem);
+    let wrong = |problem: String| invalid_setting("telemetry.otlp_ca_file", &shown, problem);
     let pem = std::fs::read(path).map_err(|error| wrong(format!("cannot be read: {error}")))?;
     tls::check_authorities(path, &pem).map_err(|error| wrong(format!("cannot be used: {error}")))?;
     Ok(pem)
 }
 
 /// Reads headers, one a line. Empty lines, and those that begin with `#`, are nothing.
-fn headers(path: &Path) -> Result<Vec<(String, Hidden)>, Invalid> {
+fn read_headers_file(path: &Path) -> Result<Vec<(String, SecretString)>, InvalidSetting> {
     let shown = path.display().to_string();
-    let wrong = |problem: String| invalid("telemetry.otlp_headers_file", &shown, problem);
+    let wrong = |problem: String| invalid_setting("telemetry.otlp_headers_file", &shown, problem);
     let text = std::fs::read_to_string(path).map_err(|error| wrong(format!("cannot be read: {error}")))?;
     let lines = text.lines().enumerate().map(|(at, line)| (at + 1, line.trim()));
     let lines = lines.filter(|(_, line)| !line.is_empty() && !line.starts_with('#'));
     lines
         .map(|(number, line)| {
             let problem = || format!("has a line {number} that is not 'name: value' in visible ASCII");
-            header(line).ok_or_else(|| wrong(problem()))
+            parse_header(line).ok_or_else(|| wrong(problem()))
         })
         .collect()
 }
 
-fn header(line: &str) -> Option<(String, Hidden)> {
+fn parse_header(line: &str) -> Option<(String, SecretString)> {
     let (name, value) = line.split_once(':')?;
     let (name, value) = (name.trim().to_ascii_lowercase(), value.trim());
     let name_is_good = http::HeaderName::from_bytes(name.as_bytes()).is_ok() && !name.ends_with("-bin");
     let visible = value.bytes().all(|byte| byte == b' ' || byte.is_ascii_graphic());
-    let value_is_good = (1..=MAX_HEADER).contains(&value.len()) && visible;
-    (name_is_good && value_is_good).then(|| (name, Hidden(value.to_owned())))
+    let value_is_good = (1..=MAX_HEADER_VALUE_LEN).contains(&value.len()) && visible;
+    (name_is_good && value_is_good).then(|| (name, SecretString(value.to_owned())))
 }
 
 #[cfg(test)]
@@ -244,14 +254,15 @@ mod tests {
     use super::*;
 
     fn read(text: &str, args: &TelemetryArgs) -> Result<TelemetrySettings, String> {
-        let file: File = toml::from_str(text).map_err(|error| error.to_string())?;
-        let read = Problems::collect(None, |problems| Some(file.read(None, args, problems)));
+        let file: RawTelemetrySettings = toml::from_str(text).map_err(|error| error.to_string())?;
+        let read = ProblemCollector::collect(None, |problems| Some(file.validate(None, args, problems)));
         read.map_err(|error| error.to_string())
     }
 
-    fn decisions(text: &str) -> Result<DecisionSettings, String> {
-        let file: DecisionsFile = toml::from_str(text).map_err(|error| error.to_string())?;
-        Problems::collect(None, |problems| Some(file.read(problems))).map_err(|error| error.to_string())
+    fn decisions(text: &str) -> Result<DecisionLogSettings, String> {
+        let file: RawDecisionLogSettings = toml::from_str(text).map_err(|error| error.to_string())?;
+        ProblemCollector::collect(None, |problems| Some(file.validate(problems)))
+            .map_err(|error| error.to_string())
     }
 
     fn endpoint(text: &str, otel: Option<&str>) -> Option<String> {
@@ -270,7 +281,7 @@ mod tests {
     #[test]
     fn nothing_is_recorded_without_a_collector() {
         let settings = read("sample_ratio = 1.0", &TelemetryArgs::default()).unwrap();
-        assert_eq!(settings.sampling, Sampling::default());
+        assert_eq!(settings.sampling, SamplingPolicy::default());
     }
 
     #[test]
@@ -316,7 +327,10 @@ mod tests {
     #[test]
     fn an_empty_table_writes_down_denials_and_what_is_taken_away() {
         let settings = decisions("").unwrap();
-        assert_eq!((settings.denials, settings.allowed, settings.narrowing_changes), (1.0, 0.0, true));
-        assert!(matches!(settings.place, Place::Log));
+        assert_eq!(
+            (settings.denial_ratio, settings.allowed_ratio, settings.log_restricting_changes),
+            (1.0, 0.0, true)
+        );
+        assert!(matches!(settings.target, DecisionLogTarget::Log));
     }
 }

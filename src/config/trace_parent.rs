@@ -6,29 +6,31 @@
 
 use std::ffi::OsString;
 
-use crate::trace::Parent;
+use crate::trace::RemoteTraceContext;
 
 /// The span that a command was started in.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TraceParent {
-    parent: String,
-    state: Option<String>,
+pub struct InheritedTraceContext {
+    traceparent: String,
+    tracestate: Option<String>,
 }
 
-impl TraceParent {
+impl InheritedTraceContext {
     /// The one that the environment tells of.
-    pub(super) fn of(variable: impl Fn(&'static str) -> Option<OsString>) -> Option<TraceParent> {
+    pub(super) fn from_env(
+        variable: impl Fn(&'static str) -> Option<OsString>,
+    ) -> Option<InheritedTraceContext> {
         let text = |name| variable(name)?.into_string().ok();
         let (parent, state) = (text("TRACEPARENT")?, text("TRACESTATE"));
-        let read = Parent::read(parent.as_bytes(), state.as_deref().map(str::as_bytes))?;
-        let state = read.state().map(str::to_owned);
-        Some(TraceParent { parent, state })
+        let read = RemoteTraceContext::parse(parent.as_bytes(), state.as_deref().map(str::as_bytes))?;
+        let state = read.trace_state().map(str::to_owned);
+        Some(InheritedTraceContext { traceparent: parent, tracestate: state })
     }
 
     /// The headers that a call made in it has, in visible ASCII.
     pub fn headers(&self) -> impl Iterator<Item = (&'static str, &str)> {
-        let state = self.state.as_deref().map(|state| ("tracestate", state));
-        std::iter::once(("traceparent", &*self.parent)).chain(state)
+        let state = self.tracestate.as_deref().map(|state| ("tracestate", state));
+        std::iter::once(("traceparent", &*self.traceparent)).chain(state)
     }
 }
 
@@ -40,15 +42,21 @@ mod tests {
 
     fn headers(parent: &str, state: &str) -> Vec<(&'static str, String)> {
         let variable = |name| Some(if name == "TRACEPARENT" { parent } else { state }.into());
-        let told = TraceParent::of(variable);
-        told.iter().flat_map(TraceParent::headers).map(|(name, value)| (name, value.to_owned())).collect()
+        let told = InheritedTraceContext::from_env(variable);
+        told.iter()
+            .flat_map(InheritedTraceContext::headers)
+            .map(|(name, value)| (name, value.to_owned()))
+            .collect()
     }
 
     #[test]
     fn what_the_environment_says_is_sent_as_it_is() {
         let both = [("traceparent", PARENT.to_owned()), ("tracestate", "a=1, b=2".to_owned())];
         assert_eq!(headers(PARENT, "a=1, b=2"), both);
-        assert_eq!(TraceParent::of(|name| (name == "TRACESTATE").then(|| "a=1".into())), None);
+        assert_eq!(
+            InheritedTraceContext::from_env(|name| (name == "TRACESTATE").then(|| "a=1".into())),
+            None
+        );
     }
 
     #[test]

@@ -15,36 +15,40 @@ use x509_cert::{Certificate, der::Decode as _};
 
 use crate::{
     clock::Clock,
-    config::{document::Document, keys},
+    config::{file::ConfigFile, schema},
     domain::time::Timestamp,
 };
 
-use super::{Findings, PATIENCE};
+use super::{CHECK_TIMEOUT, DoctorReport};
 
-const ABOUT: &str = "tls";
+const TOPIC: &str = "tls";
 const DAY: Duration = Duration::from_secs(86_400);
 /// How long before its end a certificate should have been replaced.
-const SOON: Duration = Duration::from_secs(21 * 86_400);
+const EXPIRY_WARNING_PERIOD: Duration = Duration::from_secs(21 * 86_400);
 
 /// Looks at every certificate file that the settings name.
-pub(super) fn examine_files(document: Option<&Document>, clock: &dyn Clock, findings: &mut Findings) {
-    let named = document.map(files).unwrap_or_default();
+pub(super) fn check_certificate_files(
+    document: Option<&ConfigFile>,
+    clock: &dyn Clock,
+    findings: &mut DoctorReport,
+) {
+    let named = document.map(certificate_files).unwrap_or_default();
     if named.is_empty() {
-        findings.unseen(ABOUT, "certificate files: the configuration names none");
+        findings.skip(TOPIC, "certificate files: the configuration names none");
     }
     for (key, path) in named {
         let shown = format!("{key} ({path})");
         let read =
             CertificateDer::pem_file_iter(Path::new(&path)).and_then(Iterator::collect::<Result<Vec<_>, _>>);
         match read {
-            Ok(chain) if !chain.is_empty() => examine_chain(&shown, &chain, clock, findings),
+            Ok(chain) if !chain.is_empty() => check_certificate_chain(&shown, &chain, clock, findings),
             Ok(_) => findings.fail(
-                ABOUT,
+                TOPIC,
                 format!("{shown} holds no certificate"),
                 "it must hold PEM blocks, the server's own first",
             ),
             Err(error) => findings.fail(
-                ABOUT,
+                TOPIC,
                 format!("{shown} cannot be read: {error}"),
                 "name a PEM file that the server may read",
             ),
@@ -53,64 +57,71 @@ pub(super) fn examine_files(document: Option<&Document>, clock: &dyn Clock, find
 }
 
 /// The files that the document names for certificates: the key, and the path.
-fn files(document: &Document) -> Vec<(String, String)> {
+fn certificate_files(document: &ConfigFile) -> Vec<(String, String)> {
     let holds = |path: &str| {
         let name = path.rsplit('.').next().unwrap_or_default();
         matches!(name, "certificate" | "client_ca" | "ca" | "ca_file" | "certificate_file")
     };
-    let keys = keys::all().filter(|key| holds(&key.path));
-    keys.flat_map(|key| document.texts(&key.path).into_iter().map(|path| (key.path.clone(), path))).collect()
+    let keys = schema::all_keys().filter(|key| holds(&key.path));
+    keys.flat_map(|key| document.strings(&key.path).into_iter().map(|path| (key.path.clone(), path)))
+        .collect()
 }
 
 /// Looks at the certificates that somebody shows, the own one first.
-pub(super) fn examine_chain(
+pub(super) fn check_certificate_chain(
     whose: &str,
     chain: &[CertificateDer<'_>],
     clock: &dyn Clock,
-    findings: &mut Findings,
+    findings: &mut DoctorReport,
 ) {
-    let ends: Option<Vec<_>> = chain.iter().map(|certificate| validity(certificate)).collect();
+    let ends: Option<Vec<_>> = chain.iter().map(|certificate| validity_period(certificate)).collect();
     match ends.and_then(|ends| ends.into_iter().reduce(|one, other| (one.0.max(other.0), one.1.min(other.1))))
     {
-        Some((from, until)) => judge(whose, from, until, clock.now(), findings),
+        Some((from, until)) => check_validity_period(whose, from, until, clock.now(), findings),
         None => {
-            findings.fail(ABOUT, format!("{whose}: its certificate cannot be understood"), "make it anew")
+            findings.fail(TOPIC, format!("{whose}: its certificate cannot be understood"), "make it anew")
         }
     }
 }
 
-fn judge(whose: &str, from: Timestamp, until: Timestamp, now: Timestamp, findings: &mut Findings) {
-    let days = until.since(now).as_secs() / DAY.as_secs();
+fn check_validity_period(
+    whose: &str,
+    from: Timestamp,
+    until: Timestamp,
+    now: Timestamp,
+    findings: &mut DoctorReport,
+) {
+    let days = until.saturating_duration_since(now).as_secs() / DAY.as_secs();
     if until <= now {
-        let days = now.since(until).as_secs() / DAY.as_secs();
+        let days = now.saturating_duration_since(until).as_secs() / DAY.as_secs();
         findings.fail(
-            ABOUT,
+            TOPIC,
             format!("{whose} has expired, {days} days ago"),
             "replace it; a server reads its files again by itself",
         );
     } else if from > now {
-        findings.fail(ABOUT, format!("{whose} is not valid yet"), "look at the clocks, or at who made it");
-    } else if until.since(now) < SOON {
+        findings.fail(TOPIC, format!("{whose} is not valid yet"), "look at the clocks, or at who made it");
+    } else if until.saturating_duration_since(now) < EXPIRY_WARNING_PERIOD {
         findings.warn(
-            ABOUT,
+            TOPIC,
             format!("{whose} expires in {days} days"),
             "renew it; a server reads its files again by itself",
         );
     } else {
-        findings.good(ABOUT, format!("{whose} is valid for {days} more days"));
+        findings.pass(TOPIC, format!("{whose} is valid for {days} more days"));
     }
 }
 
 /// From when until when a certificate is valid.
-fn validity(der: &CertificateDer<'_>) -> Option<(Timestamp, Timestamp)> {
+fn validity_period(der: &CertificateDer<'_>) -> Option<(Timestamp, Timestamp)> {
     let certificate = Certificate::from_der(der).ok()?;
     let validity = certificate.tbs_certificate().validity();
-    let at = |time: Duration| Timestamp::from_micros(0).plus(time);
+    let at = |time: Duration| Timestamp::from_micros(0).saturating_add(time);
     Some((at(validity.not_before.to_unix_duration()), at(validity.not_after.to_unix_duration())))
 }
 
 /// Shakes hands with a TLS server, and gives the connection with the certificates that it showed.
-pub(super) async fn shown(
+pub(super) async fn tls_handshake(
     connecting: impl Future<Output = Result<TcpStream, String>>,
     host: &str,
 ) -> Result<(TlsStream<TcpStream>, Vec<CertificateDer<'static>>), String> {
@@ -121,12 +132,13 @@ pub(super) async fn shown(
         .with_safe_default_protocol_versions()
         .map_err(|error| error.to_string())?
         .dangerous()
-        .with_custom_certificate_verifier(Arc::new(Onlooker(provider)))
+        .with_custom_certificate_verifier(Arc::new(AcceptAnyCertificate(provider)))
         .with_no_client_auth();
     config.alpn_protocols = vec![b"h2".to_vec()];
     let handshake = TlsConnector::from(Arc::new(config)).connect(name, stream);
-    let stream =
-        tokio::time::timeout(PATIENCE, handshake).await.map_err(|_| "no TLS handshake in time".to_owned())?;
+    let stream = tokio::time::timeout(CHECK_TIMEOUT, handshake)
+        .await
+        .map_err(|_| "no TLS handshake in time".to_owned())?;
     let stream = stream.map_err(|error| format!("TLS: {error}"))?;
     let chain = stream.get_ref().1.peer_certificates().unwrap_or_default();
     let chain = chain.iter().map(|certificate| certificate.clone().into_owned()).collect();
@@ -135,9 +147,9 @@ pub(super) async fn shown(
 
 /// Takes any certificate: it is to be looked at, not to be believed. Signatures are checked all the same.
 #[derive(Debug)]
-struct Onlooker(Arc<CryptoProvider>);
+struct AcceptAnyCertificate(Arc<CryptoProvider>);
 
-impl ServerCertVerifier for Onlooker {
+impl ServerCertVerifier for AcceptAnyCertificate {
     fn verify_server_cert(
         &self,
         _: &CertificateDer<'_>,
@@ -175,21 +187,21 @@ impl ServerCertVerifier for Onlooker {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::doctor::Level;
+    use crate::doctor::Severity;
 
     #[test]
     fn a_certificate_is_judged_by_the_days_it_has_left() {
-        let at = |days: u64| Timestamp::from_micros(0).plus(DAY * u32::try_from(days).unwrap());
+        let at = |days: u64| Timestamp::from_micros(0).saturating_add(DAY * u32::try_from(days).unwrap());
         for (from, until, level) in [
-            (0, 200, Level::Good),
-            (0, 120, Level::Warning),
-            (0, 100, Level::Failure),
-            (0, 90, Level::Failure),
-            (101, 300, Level::Failure),
+            (0, 200, Severity::Ok),
+            (0, 120, Severity::Warning),
+            (0, 100, Severity::Failure),
+            (0, 90, Severity::Failure),
+            (101, 300, Severity::Failure),
         ] {
-            let mut findings = Findings::default();
-            judge("a.pem", at(from), at(until), at(100), &mut findings);
-            assert_eq!(findings.iter().next().unwrap().level, level, "{from} {until}");
+            let mut findings = DoctorReport::default();
+            check_validity_period("a.pem", at(from), at(until), at(100), &mut findings);
+            assert_eq!(findings.iter().next().unwrap().severity, level, "{from} {until}");
         }
     }
 }

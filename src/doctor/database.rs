@@ -4,162 +4,165 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use crate::{
     clock::Clock,
-    config::{replicas::lease_text, server::Settings},
+    config::{replicas::format_lease, server::ServerSettings},
     domain::{
-        lease::{Lease, Row},
+        lease::{LeaseDuration, ReplicaRow},
         time::{Revision, Timestamp},
     },
     store::{
         OpenError,
-        fleet::{Fleet, Roster},
-        look::{self, FileFacts, Kind, Seen, ServerFacts},
+        inspect::{self, DatabaseInspection, DatabaseKind, PostgresServerInfo, SqliteFileInfo},
+        replica_registry::{ReplicaRegistry, ReplicaSnapshot},
     },
 };
 
-use super::{Findings, PATIENCE, spoken};
+use super::{CHECK_TIMEOUT, DoctorReport, format_rounded};
 
 /// Expiry goes by wall clocks: what people would notice.
-const CLOCK_WARNS: Duration = Duration::from_secs(1);
+const CLOCK_WARN_THRESHOLD: Duration = Duration::from_secs(1);
 /// Keys live and die visibly at the wrong time.
-const CLOCK_FAILS: Duration = Duration::from_secs(60);
+const CLOCK_FAIL_THRESHOLD: Duration = Duration::from_secs(60);
 /// What should be free on the disk of a file, beside as much as the file has.
-const FREE: u64 = 1 << 30;
+const MIN_FREE_BYTES: u64 = 1 << 30;
 /// How long a replica is given to acknowledge what was committed before it was asked about.
-const CATCH_UP: Duration = Duration::from_secs(4);
+const CATCH_UP_TIMEOUT: Duration = Duration::from_secs(4);
 
 /// Looks at the settings' database. Gives its newest revision.
-pub(super) async fn examine(
-    settings: &Settings,
+pub(super) async fn check_database(
+    settings: &ServerSettings,
     clock: &dyn Clock,
-    findings: &mut Findings,
+    findings: &mut DoctorReport,
 ) -> Option<Revision> {
-    let seen = match look::look(&settings.database).await {
+    let seen = match inspect::inspect(&settings.database).await {
         Ok(seen) => seen,
         Err(error) => {
             let advice = match error {
-                OpenError::WithoutWal { .. }
-                | OpenError::WithoutDatabase { .. }
+                OpenError::WalMissing { .. }
+                | OpenError::DatabaseFileMissing { .. }
                 | OpenError::ForeignWal { .. }
                 | OpenError::Unsuitable { .. } => "see docs/operations.md, The SQLite file",
                 _ => "start it, or name the right one with --database",
             };
             findings.fail("store", error.to_string(), advice);
-            findings.unseen("replicas", "the database does not answer");
+            findings.skip("replicas", "the database does not answer");
             return None;
         }
     };
-    findings.good("store", format!("{} is reachable", seen.shown));
-    schema(&seen, findings);
+    findings.pass("store", format!("{} is reachable", seen.display_name));
+    check_schema(&seen, findings);
     match &seen.kind {
-        Kind::Sqlite(facts) => file(facts, findings),
-        Kind::Postgres(facts) => server(facts, findings),
+        DatabaseKind::Sqlite(facts) => check_sqlite_file(facts, findings),
+        DatabaseKind::Postgres(facts) => check_postgres_server(facts, findings),
     }
-    let head = log(&seen, findings);
+    let head = check_log(&seen, findings);
     let store = seen.store?;
-    match store.clone().fleet() {
-        Some(fleet) => fleet_of(&fleet, clock, findings).await,
-        None => findings.good("replicas", "an SQLite file has one owner: no lease, no other replicas"),
+    match store.clone().replica_registry() {
+        Some(fleet) => check_fleet(&fleet, clock, findings).await,
+        None => findings.pass("replicas", "an SQLite file has one owner: no lease, no other replicas"),
     }
     store.close().await;
     head
 }
 
-fn schema(seen: &Seen, findings: &mut Findings) {
-    const ABOUT: &str = "schema";
-    let known = seen.known;
-    match seen.schema {
-        Some(found) if found == known => findings.good(ABOUT, format!("version {found}, the newest that this keyward knows")),
+fn check_schema(seen: &DatabaseInspection, findings: &mut DoctorReport) {
+    const TOPIC: &str = "schema";
+    let known = seen.newest_schema_version;
+    match seen.schema_version {
+        Some(found) if found == known => findings.pass(TOPIC, format!("version {found}, the newest that this keyward knows")),
         Some(found) if found < known => findings.warn(
-            ABOUT,
+            TOPIC,
             format!("version {found}; this keyward knows {known}: servers of an older version run on it, or none has started"),
             "start a server of this version, which migrates it; the log was not looked at",
         ),
         Some(found) => findings.fail(
-            ABOUT,
+            TOPIC,
             format!("version {found}, and this keyward knows versions up to {known}"),
             "use the keyward that migrated it",
         ),
-        None => findings.fail(ABOUT, "no keyward has ever used this database", "is it the right one? keyward serve makes the tables"),
+        None => findings.fail(TOPIC, "no keyward has ever used this database", "is it the right one? keyward serve makes the tables"),
     }
 }
 
-fn file(facts: &FileFacts, findings: &mut Findings) {
-    const ABOUT: &str = "file";
+fn check_sqlite_file(facts: &SqliteFileInfo, findings: &mut DoctorReport) {
+    const TOPIC: &str = "file";
     let fix = "chmod 600 for the file, its -wal and its -shm: it holds digests and names";
     match facts.mode & 0o077 {
-        0 => findings.good(ABOUT, "only its owner can read it"),
+        0 => findings.pass(TOPIC, "only its owner can read it"),
         _ => {
-            findings.fail(ABOUT, format!("others than its owner may open it (mode {:03o})", facts.mode), fix)
+            findings.fail(TOPIC, format!("others than its owner may open it (mode {:03o})", facts.mode), fix)
         }
     }
-    let (free, wanted) = (facts.free >> 20, FREE.max(facts.bytes) >> 20);
+    let (free, wanted) = (facts.free_bytes >> 20, MIN_FREE_BYTES.max(facts.size_bytes) >> 20);
     if free < wanted {
         let said = format!(
             "{free} MiB are free on its disk, and {wanted} should be: a full disk refuses every change"
         );
-        findings.warn(ABOUT, said, "make room");
+        findings.warn(TOPIC, said, "make room");
     } else {
-        findings.good(ABOUT, format!("{free} MiB are free on its disk"));
+        findings.pass(TOPIC, format!("{free} MiB are free on its disk"));
     }
-    match &facts.structure {
-        Some(Ok(())) => findings.good(ABOUT, "its structure is whole"),
+    match &facts.integrity_check {
+        Some(Ok(())) => findings.pass(TOPIC, "its structure is whole"),
         Some(Err(what)) => findings.fail(
-            ABOUT,
+            TOPIC,
             format!("it is damaged: {what}"),
             "restore the newest backup; keep this one for a look",
         ),
-        None => findings.unseen(ABOUT, "its structure: it is large, and a server checks it when it starts"),
+        None => findings.skip(TOPIC, "its structure: it is large, and a server checks it when it starts"),
     }
-    if !facts.owned {
-        findings.warn(ABOUT, "no server has it open", "start one, or name another file with --database");
+    if !facts.is_owned {
+        findings.warn(TOPIC, "no server has it open", "start one, or name another file with --database");
     }
 }
 
-fn server(facts: &ServerFacts, findings: &mut Findings) {
-    const ABOUT: &str = "postgresql";
-    match &facts.objection {
-        Some((what, fix)) => findings.fail(ABOUT, what.clone(), *fix),
-        None => findings.good(ABOUT, format!("version {}, a primary, fsync on", facts.version / 10_000)),
+fn check_postgres_server(facts: &PostgresServerInfo, findings: &mut DoctorReport) {
+    const TOPIC: &str = "postgresql";
+    match &facts.unsuitable_reason {
+        Some((what, fix)) => findings.fail(TOPIC, what.clone(), *fix),
+        None => {
+            findings.pass(TOPIC, format!("version {}, a primary, fsync on", facts.version_number / 10_000))
+        }
     }
     if facts.full_page_writes != "on" {
         let said = format!("full_page_writes is {}: a power cut may tear pages", facts.full_page_writes);
-        findings.warn(ABOUT, said, "set full_page_writes = on, unless its file system writes whole pages");
+        findings.warn(TOPIC, said, "set full_page_writes = on, unless its file system writes whole pages");
     }
-    if facts.standbys.is_empty() {
+    if facts.synchronous_standbys.is_empty() {
         let said = "it has no synchronous standbys: should its disk be lost, so are the newest changes, revocations included";
-        findings.warn(ABOUT, said, "set synchronous_standby_names, or accept it");
+        findings.warn(TOPIC, said, "set synchronous_standby_names, or accept it");
     } else {
-        findings.good(ABOUT, format!("commits wait for synchronous standbys ({})", facts.standbys));
+        findings
+            .pass(TOPIC, format!("commits wait for synchronous standbys ({})", facts.synchronous_standbys));
     }
     match facts.synchronous_commit.as_str() {
         "on" | "remote_apply" => {
-            findings.good(ABOUT, format!("synchronous_commit is {}", facts.synchronous_commit))
+            findings.pass(TOPIC, format!("synchronous_commit is {}", facts.synchronous_commit))
         }
-        weak => findings.good(
-            ABOUT,
+        weak => findings.pass(
+            TOPIC,
             format!("synchronous_commit is {weak} by default; Keyward's transactions set it to on"),
         ),
     }
 }
 
-fn log(seen: &Seen, findings: &mut Findings) -> Option<Revision> {
-    const ABOUT: &str = "log";
-    match seen.log.as_ref() {
+fn check_log(seen: &DatabaseInspection, findings: &mut DoctorReport) -> Option<Revision> {
+    const TOPIC: &str = "log";
+    match seen.log_check.as_ref() {
         None => {
-            findings.unseen(ABOUT, "its hash chain");
+            findings.skip(TOPIC, "its hash chain");
             None
         }
         Some(Ok(head)) => {
             let start: String = head.hash.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
-            findings.good(
-                ABOUT,
+            findings.pass(
+                TOPIC,
                 format!("its newest part is whole; it ends at revision {}, hash {start}…", head.revision),
             );
             Some(head.revision)
         }
         Some(Err(error)) => {
             findings.fail(
-                ABOUT,
+                TOPIC,
                 error.to_string(),
                 "restore the newest backup; keep this database for a look",
             );
@@ -168,107 +171,122 @@ fn log(seen: &Seen, findings: &mut Findings) -> Option<Revision> {
     }
 }
 
-async fn fleet_of(fleet: &Arc<dyn Fleet>, clock: &dyn Clock, findings: &mut Findings) {
+async fn check_fleet(fleet: &Arc<dyn ReplicaRegistry>, clock: &dyn Clock, findings: &mut DoctorReport) {
     let before = clock.now();
-    let first = tokio::time::timeout(PATIENCE, fleet.roster(&[])).await;
+    let first = tokio::time::timeout(CHECK_TIMEOUT, fleet.list_replicas(&[])).await;
     let after = clock.now();
-    let terms = tokio::time::timeout(PATIENCE, fleet.terms()).await;
+    let terms = tokio::time::timeout(CHECK_TIMEOUT, fleet.lease_config()).await;
     let (Ok(Ok(roster)), Ok(Ok(terms))) = (first, terms) else {
         findings.fail("replicas", "the database did not say who serves it", "look at its log");
         return;
     };
-    clocks(before, after, roster.listing.db_now, findings);
-    let roster = settled(fleet, roster).await;
-    leases(terms.lease, terms.longest, &roster, findings);
-    replicas(terms.longest, &roster, findings);
+    check_clocks(before, after, roster.listing.database_time, findings);
+    let roster = wait_until_caught_up(fleet, roster).await;
+    check_leases(terms.lease, terms.longest_lease, &roster, findings);
+    check_replica_rows(terms.longest_lease, &roster, findings);
 }
 
 /// The same a little later, if a replica has not acknowledged yet what was committed when it was first looked at.
-async fn settled(fleet: &Arc<dyn Fleet>, first: Roster) -> Roster {
+async fn wait_until_caught_up(fleet: &Arc<dyn ReplicaRegistry>, first: ReplicaSnapshot) -> ReplicaSnapshot {
     let head = first.head;
-    let behind = |roster: &Roster| {
+    let behind = |roster: &ReplicaSnapshot| {
         roster.listing.rows.iter().any(|row| row.applied.is_some_and(|applied| applied < head))
     };
     let mut newest = first;
     let waiting = async {
         while behind(&newest) {
             tokio::time::sleep(Duration::from_millis(200)).await;
-            match fleet.roster(&[]).await {
-                Ok(roster) => newest = Roster { head, ..roster },
+            match fleet.list_replicas(&[]).await {
+                Ok(roster) => newest = ReplicaSnapshot { head, ..roster },
                 Err(_) => return,
             }
         }
     };
     // What is still behind then is told as it is.
-    let _ = tokio::time::timeout(CATCH_UP, waiting).await;
+    let _ = tokio::time::timeout(CATCH_UP_TIMEOUT, waiting).await;
     newest
 }
 
 /// The database's clock, which was read between two readings of ours.
-fn clocks(before: Timestamp, after: Timestamp, database: Timestamp, findings: &mut Findings) {
-    const ABOUT: &str = "clocks";
-    let apart = before.since(database).max(database.since(after));
-    let said = format!("the database's clock and this machine's are at least {} apart", spoken(apart));
+fn check_clocks(before: Timestamp, after: Timestamp, database: Timestamp, findings: &mut DoctorReport) {
+    const TOPIC: &str = "clocks";
+    let apart = before.saturating_duration_since(database).max(database.saturating_duration_since(after));
+    let said =
+        format!("the database's clock and this machine's are at least {} apart", format_rounded(apart));
     let fix = "synchronise clocks (NTP) on every host: keys expire by each replica's own";
-    if apart >= CLOCK_FAILS {
-        findings.fail(ABOUT, said, fix);
-    } else if apart >= CLOCK_WARNS {
-        findings.warn(ABOUT, said, fix);
+    if apart >= CLOCK_FAIL_THRESHOLD {
+        findings.fail(TOPIC, said, fix);
+    } else if apart >= CLOCK_WARN_THRESHOLD {
+        findings.warn(TOPIC, said, fix);
     } else {
-        findings.good(
-            ABOUT,
-            format!("the database's clock and this machine's agree to within {}", spoken(CLOCK_WARNS)),
+        findings.pass(
+            TOPIC,
+            format!(
+                "the database's clock and this machine's agree to within {}",
+                format_rounded(CLOCK_WARN_THRESHOLD)
+            ),
         );
     }
 }
 
-fn leases(lease: Lease, longest: Lease, roster: &Roster, findings: &mut Findings) {
-    const ABOUT: &str = "lease";
-    let said = format!("{}, nobody holds one longer than {}", lease_text(lease), lease_text(longest));
+fn check_leases(
+    lease: LeaseDuration,
+    longest: LeaseDuration,
+    roster: &ReplicaSnapshot,
+    findings: &mut DoctorReport,
+) {
+    const TOPIC: &str = "lease";
+    let said = format!("{}, nobody holds one longer than {}", format_lease(lease), format_lease(longest));
     if lease.length().is_none() {
         let fix =
             "keyward replicas lease 60s, unless answering through any outage matters more than revocation";
         findings.warn(
-            ABOUT,
+            TOPIC,
             format!("{said}: a replica that is cut off allows what was revoked, for ever"),
             fix,
         );
     } else {
-        findings.good(ABOUT, said);
+        findings.pass(TOPIC, said);
     }
-    if !roster.listing.is_whole() {
+    if !roster.listing.is_complete() {
         let said = "the database may have lost rows (a failover, a restored backup): narrowing changes wait for every lease to run out";
-        findings.warn(ABOUT, said, "wait that long; with a static lease set a finite one");
+        findings.warn(TOPIC, said, "wait that long; with a static lease set a finite one");
     }
 }
 
-fn replicas(longest: Lease, roster: &Roster, findings: &mut Findings) {
-    const ABOUT: &str = "replicas";
+fn check_replica_rows(longest: LeaseDuration, roster: &ReplicaSnapshot, findings: &mut DoctorReport) {
+    const TOPIC: &str = "replicas";
     let rows = &roster.listing.rows;
     if rows.is_empty() {
-        findings.fail(ABOUT, "none serves the database", "start keyward serve");
+        findings.fail(TOPIC, "none serves the database", "start keyward serve");
         return;
     }
-    let name = |row: &Row| roster.names.get(&row.id).cloned().unwrap_or_default();
+    let name = |row: &ReplicaRow| roster.names.get(&row.id).cloned().unwrap_or_default();
     let mut names = BTreeMap::<String, usize>::new();
     for row in rows {
         *names.entry(name(row)).or_default() += 1;
-        replica(&name(row), row, longest, roster, findings);
+        check_replica_row(&name(row), row, longest, roster, findings);
     }
     for (name, count) in names.into_iter().filter(|(_, count)| *count > 1) {
         let said = format!("{count} replicas are called {name}: reports cannot tell them apart");
         findings.warn(
-            ABOUT,
+            TOPIC,
             said,
             "give each its own --replica-name; if one was killed, its row goes when its lease is over",
         );
     }
 }
 
-fn replica(name: &str, row: &Row, longest: Lease, roster: &Roster, findings: &mut Findings) {
-    const ABOUT: &str = "replicas";
-    let silent = roster.listing.db_now.since(row.last_seen);
-    let seen = format!("{name} renewed {} ago", spoken(silent));
+fn check_replica_row(
+    name: &str,
+    row: &ReplicaRow,
+    longest: LeaseDuration,
+    roster: &ReplicaSnapshot,
+    findings: &mut DoctorReport,
+) {
+    const TOPIC: &str = "replicas";
+    let silent = roster.listing.database_time.saturating_duration_since(row.last_seen);
+    let seen = format!("{name} renewed {} ago", format_rounded(silent));
     let late = longest.length().map_or(Duration::from_secs(60), |length| length / 2);
     let dead = longest.length().is_some_and(|length| silent > length);
     let fix = format!("look at the process; if it is gone: keyward replicas attest-dead {name} --seen-gone");
@@ -277,27 +295,27 @@ fn replica(name: &str, row: &Row, longest: Lease, roster: &Roster, findings: &mu
             let said = format!(
                 "{seen}, longer than any lease: it answers no Check if it runs, and narrowing changes may wait for it"
             );
-            findings.fail(ABOUT, said, fix);
+            findings.fail(TOPIC, said, fix);
         }
         _ if silent > late => {
-            findings.warn(ABOUT, format!("{seen}: its way to the database is slow or broken"), fix)
+            findings.warn(TOPIC, format!("{seen}: its way to the database is slow or broken"), fix)
         }
         None => {
-            findings.warn(ABOUT, format!("{name} is starting: it holds no lease yet"), "wait for its /readyz")
+            findings.warn(TOPIC, format!("{name} is starting: it holds no lease yet"), "wait for its /readyz")
         }
         Some(applied) if applied < roster.head => {
             let said =
                 format!("{seen}, and has not acknowledged revision {} yet, only {applied}", roster.head);
-            findings.warn(ABOUT, said, "look at its log: it does not follow");
+            findings.warn(TOPIC, said, "look at its log: it does not follow");
         }
-        Some(applied) => findings.good(ABOUT, format!("{seen}, revision {applied}")),
+        Some(applied) => findings.pass(TOPIC, format!("{seen}, revision {applied}")),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::doctor::Level;
+    use crate::doctor::Severity;
 
     fn seconds(count: u64) -> Duration {
         Duration::from_secs(count)
@@ -305,38 +323,46 @@ mod tests {
 
     #[test]
     fn clocks_are_judged_by_what_must_lie_between_them() {
-        let at = |count| Timestamp::from_micros(0).plus(seconds(count));
+        let at = |count| Timestamp::from_micros(0).saturating_add(seconds(count));
         for (database, level) in [
-            (100, Level::Good),
-            (104, Level::Good),
-            (110, Level::Warning),
-            (98, Level::Warning),
-            (200, Level::Failure),
+            (100, Severity::Ok),
+            (104, Severity::Ok),
+            (110, Severity::Warning),
+            (98, Severity::Warning),
+            (200, Severity::Failure),
         ] {
-            let mut findings = Findings::default();
-            clocks(at(100), at(104), at(database), &mut findings);
-            assert_eq!(findings.iter().next().unwrap().level, level, "{database}");
+            let mut findings = DoctorReport::default();
+            check_clocks(at(100), at(104), at(database), &mut findings);
+            assert_eq!(findings.iter().next().unwrap().severity, level, "{database}");
         }
     }
 
     #[test]
     fn a_file_is_for_its_owner_and_needs_room() {
-        let good =
-            FileFacts { mode: 0o600, bytes: 1 << 20, free: 2 << 30, owned: true, structure: Some(Ok(())) };
-        let grave = |facts: FileFacts| {
-            let mut findings = Findings::default();
-            file(&facts, &mut findings);
+        let good = SqliteFileInfo {
+            mode: 0o600,
+            size_bytes: 1 << 20,
+            free_bytes: 2 << 30,
+            is_owned: true,
+            integrity_check: Some(Ok(())),
+        };
+        let grave = |facts: SqliteFileInfo| {
+            let mut findings = DoctorReport::default();
+            check_sqlite_file(&facts, &mut findings);
             findings
                 .iter()
-                .filter(|found| found.level != Level::Good)
-                .map(|found| found.level)
+                .filter(|found| found.severity != Severity::Ok)
+                .map(|found| found.severity)
                 .collect::<Vec<_>>()
         };
         assert_eq!(grave(good.clone()), []);
-        assert_eq!(grave(FileFacts { mode: 0o644, ..good.clone() }), [Level::Failure]);
-        assert_eq!(grave(FileFacts { free: 1 << 20, ..good.clone() }), [Level::Warning]);
-        assert_eq!(grave(FileFacts { owned: false, ..good.clone() }), [Level::Warning]);
-        assert_eq!(grave(FileFacts { structure: None, ..good.clone() }), [Level::Unseen]);
-        assert_eq!(grave(FileFacts { structure: Some(Err("torn".into())), ..good }), [Level::Failure]);
+        assert_eq!(grave(SqliteFileInfo { mode: 0o644, ..good.clone() }), [Severity::Failure]);
+        assert_eq!(grave(SqliteFileInfo { free_bytes: 1 << 20, ..good.clone() }), [Severity::Warning]);
+        assert_eq!(grave(SqliteFileInfo { is_owned: false, ..good.clone() }), [Severity::Warning]);
+        assert_eq!(grave(SqliteFileInfo { integrity_check: None, ..good.clone() }), [Severity::Skipped]);
+        assert_eq!(
+            grave(SqliteFileInfo { integrity_check: Some(Err("torn".into())), ..good }),
+            [Severity::Failure]
+        );
     }
 }

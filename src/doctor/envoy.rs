@@ -4,92 +4,109 @@
 //! about one trap, which `docs/gateway.md` and `deploy/envoy` explain.
 
 mod clusters;
-mod identity;
+mod header_mutations;
+mod identity_headers;
 mod listeners;
-mod mutations;
-mod reading;
+mod message;
 
 use std::time::Duration;
 
 use serde_json::Value;
 
 use crate::{
-    config::server::Settings,
-    domain::header_name::{IDENTITY, METHOD_OVERRIDES},
-    pb::envoy_request::MAX_BODY,
+    config::server::ServerSettings,
+    domain::header_name::{IDENTITY_HEADERS, METHOD_OVERRIDE_HEADERS},
+    pb::envoy_request::MAX_BODY_BYTES,
 };
 
-use super::Findings;
-use reading::{Object as _, Pattern, typed};
+use super::DoctorReport;
+use message::{JsonMessage as _, StringMatcher, messages_with_type};
 
-pub(super) const ABOUT: &str = "envoy";
-const FILTER: &str = ".ext_authz.v3.ExtAuthz";
-const PER_ROUTE: &str = ".ext_authz.v3.ExtAuthzPerRoute";
-const MANAGER: &str = ".http_connection_manager.v3.HttpConnectionManager";
+pub(super) const TOPIC: &str = "envoy";
+const EXT_AUTHZ_TYPE: &str = ".ext_authz.v3.ExtAuthz";
+const EXT_AUTHZ_PER_ROUTE_TYPE: &str = ".ext_authz.v3.ExtAuthzPerRoute";
+const HTTP_CONNECTION_MANAGER_TYPE: &str = ".http_connection_manager.v3.HttpConnectionManager";
 /// What Envoy waits for when nobody says how long.
-const TIMEOUT: Duration = Duration::from_millis(200);
+const ENVOY_DEFAULT_TIMEOUT: Duration = Duration::from_millis(200);
 /// Longer, and an outage holds up every request for all of it.
-const PATIENT: Duration = Duration::from_secs(1);
+const MAX_RECOMMENDED_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Looks at a bootstrap in YAML or JSON: one document, or those of several that have an `ext_authz` filter. Bootstraps in
 /// the `data` of a Kubernetes `ConfigMap` count as documents.
-pub(super) fn examine(name: &str, text: &str, settings: Option<&Settings>, findings: &mut Findings) {
+pub(super) fn check_bootstrap(
+    name: &str,
+    text: &str,
+    settings: Option<&ServerSettings>,
+    findings: &mut DoctorReport,
+) {
     let redis = settings.and_then(|settings| settings.limits.redis.as_ref()).map(|redis| redis.timeout);
-    examine_with(name, text, redis, findings);
+    check_bootstrap_with_redis_timeout(name, text, redis, findings);
 }
 
 /// The same. `redis` is how long a Check may wait for Redis, where it does.
-fn examine_with(name: &str, text: &str, redis: Option<Duration>, findings: &mut Findings) {
+fn check_bootstrap_with_redis_timeout(
+    name: &str,
+    text: &str,
+    redis: Option<Duration>,
+    findings: &mut DoctorReport,
+) {
     let documents: Vec<Value> = match serde_saphyr::from_multiple(text) {
         Ok(documents) => documents,
         Err(error) => {
             let said = error.to_string().lines().next().unwrap_or_default().to_owned();
             findings.fail(
-                ABOUT,
+                TOPIC,
                 format!("{name} is neither YAML nor JSON: {said}"),
                 "envoy --mode validate -c FILE",
             );
             return;
         }
     };
-    let embedded: Vec<Value> = documents.iter().flat_map(embedded).collect();
-    let mut asking =
-        documents.iter().chain(&embedded).filter(|root| !typed(root, FILTER).is_empty()).peekable();
+    let embedded: Vec<Value> = documents.iter().flat_map(config_map_documents).collect();
+    let mut asking = documents
+        .iter()
+        .chain(&embedded)
+        .filter(|root| !messages_with_type(root, EXT_AUTHZ_TYPE).is_empty())
+        .peekable();
     if asking.peek().is_none() {
         let fix = "put envoy.filters.http.ext_authz into its http_filters, as in deploy/envoy/minimal.yaml";
-        findings.fail(ABOUT, format!("{name} asks nobody: it has no ext_authz filter"), fix);
+        findings.fail(TOPIC, format!("{name} asks nobody: it has no ext_authz filter"), fix);
     }
     for root in asking {
-        examine_value(name, root, redis, findings);
+        check_document(name, root, redis, findings);
     }
 }
 
 /// The files in a `ConfigMap`, or in those of a `List`, that are YAML; nothing of any other document.
-fn embedded(document: &Value) -> Vec<Value> {
-    let maps: Vec<&Value> = match document.text("kind") {
+fn config_map_documents(document: &Value) -> Vec<Value> {
+    let maps: Vec<&Value> = match document.text_field("kind") {
         "ConfigMap" => vec![document],
-        "List" => document.list("items").iter().filter(|item| item.text("kind") == "ConfigMap").collect(),
-        "ConfigMapList" => document.list("items").iter().collect(),
+        "List" => document
+            .list_field("items")
+            .iter()
+            .filter(|item| item.text_field("kind") == "ConfigMap")
+            .collect(),
+        "ConfigMapList" => document.list_field("items").iter().collect(),
         _ => Vec::new(),
     };
-    let data = maps.into_iter().filter_map(|map| map.at("data").and_then(Value::as_object));
+    let data = maps.into_iter().filter_map(|map| map.field("data").and_then(Value::as_object));
     let files = data.flatten().filter_map(|(_, file)| file.as_str());
     files.filter_map(|file| serde_saphyr::from_multiple::<Value>(file).ok()).flatten().collect()
 }
 
 /// The same of one document.
-fn examine_value(name: &str, root: &Value, redis: Option<Duration>, findings: &mut Findings) {
-    let before = findings.grave();
-    for filter in typed(root, FILTER) {
-        examine_filter(filter, redis, findings);
-        mutations::examine(filter, findings);
-        clusters::examine(root, filter, findings);
+fn check_document(name: &str, root: &Value, redis: Option<Duration>, findings: &mut DoctorReport) {
+    let before = findings.problem_count();
+    for filter in messages_with_type(root, EXT_AUTHZ_TYPE) {
+        check_filter(filter, redis, findings);
+        header_mutations::check_header_mutation_rules(filter, findings);
+        clusters::check_cluster(root, filter, findings);
     }
-    listeners::examine(root, findings);
-    identity::examine(root, findings);
-    if findings.grave() == before {
-        findings.good(
-            ABOUT,
+    listeners::check_listeners(root, findings);
+    identity_headers::check_identity_headers(root, findings);
+    if findings.problem_count() == before {
+        findings.pass(
+            TOPIC,
             format!(
                 "{name}: fails closed, says 503 when Keyward is away, and lets no header or path pass unseen"
             ),
@@ -97,59 +114,59 @@ fn examine_value(name: &str, root: &Value, redis: Option<Duration>, findings: &m
     }
 }
 
-fn examine_filter(filter: &Value, redis: Option<Duration>, findings: &mut Findings) {
+fn check_filter(filter: &Value, redis: Option<Duration>, findings: &mut DoctorReport) {
     if filter.is_true("failure_mode_allow") {
         let said = "failure_mode_allow is true: an outage of Keyward opens every door";
-        findings.fail(ABOUT, said, "failure_mode_allow: false");
+        findings.fail(TOPIC, said, "failure_mode_allow: false");
     }
     let code = filter
-        .at("status_on_error")
-        .map_or(Value::Null, |status| status.at("code").cloned().unwrap_or_default());
+        .field("status_on_error")
+        .map_or(Value::Null, |status| status.field("code").cloned().unwrap_or_default());
     if code != "ServiceUnavailable" && code != 503 {
         let said = "status_on_error is not 503 (Envoy's default is 403): an outage looks like a bad key, and clients throw good keys away";
-        findings.warn(ABOUT, said, "status_on_error: { code: ServiceUnavailable }");
+        findings.warn(TOPIC, said, "status_on_error: { code: ServiceUnavailable }");
     }
     if !filter.is_true("validate_mutations") {
         let said = "validate_mutations is off: a header value with a line end would be passed on";
-        findings.warn(ABOUT, said, "validate_mutations: true");
+        findings.warn(TOPIC, said, "validate_mutations: true");
     }
     if filter.is_true("clear_route_cache") {
         let said = "clear_route_cache is true: a request can change to another route after it was judged by the first";
-        findings.fail(ABOUT, said, "take clear_route_cache away");
+        findings.fail(TOPIC, said, "take clear_route_cache away");
     }
-    if let Some(body) = filter.at("with_request_body") {
-        request_body(body, filter.at("http_service").is_some(), findings);
+    if let Some(body) = filter.field("with_request_body") {
+        check_request_body(body, filter.field("http_service").is_some(), findings);
     }
     if filter.is_true("include_peer_certificate") {
         let said =
             "include_peer_certificate sends a whole certificate with each question; Keyward does not read it";
-        findings.warn(ABOUT, said, "take include_peer_certificate away");
+        findings.warn(TOPIC, said, "take include_peer_certificate away");
     }
     if filter.is_true("shadow_mode") {
         findings.warn(
-            ABOUT,
+            TOPIC,
             "shadow_mode is on: nothing is ever refused",
             "take shadow_mode away when the trial is over",
         );
     }
-    if filter.at("filter_enabled").is_some() && !filter.is_true("deny_at_disable") {
+    if filter.field("filter_enabled").is_some() && !filter.is_true("deny_at_disable") {
         let said = "filter_enabled: requests outside its share pass unasked";
-        findings.warn(ABOUT, said, "take filter_enabled away when the trial is over");
+        findings.warn(TOPIC, said, "take filter_enabled away when the trial is over");
     }
-    headers(filter, findings);
-    match (filter.at("grpc_service"), filter.at("http_service")) {
-        (Some(service), _) => timeout(service, "grpc_service.timeout", redis, findings),
+    check_header_visibility(filter, findings);
+    match (filter.field("grpc_service"), filter.field("http_service")) {
+        (Some(service), _) => check_timeout(service, "grpc_service.timeout", redis, findings),
         (None, Some(service)) => {
-            timeout(
-                service.at("server_uri").unwrap_or(&Value::Null),
+            check_timeout(
+                service.field("server_uri").unwrap_or(&Value::Null),
                 "http_service.server_uri.timeout",
                 redis,
                 findings,
             );
-            http_service(service, findings);
+            check_http_service(service, findings);
         }
         (None, None) => findings.fail(
-            ABOUT,
+            TOPIC,
             "ext_authz has no service to ask",
             "grpc_service with envoy_grpc, as in deploy/envoy",
         ),
@@ -157,106 +174,111 @@ fn examine_filter(filter: &Value, redis: Option<Duration>, findings: &mut Findin
 }
 
 /// Over HTTP a body of any length is passed over; over gRPC it is part of a message, which has a bound.
-fn request_body(body: &Value, over_http: bool, findings: &mut Findings) {
-    let most = body.at("max_request_bytes").and_then(Value::as_u64).unwrap_or_default();
-    if most > MAX_BODY as u64 && !over_http {
+fn check_request_body(body: &Value, over_http: bool, findings: &mut DoctorReport) {
+    let most = body.field("max_request_bytes").and_then(Value::as_u64).unwrap_or_default();
+    if most > MAX_BODY_BYTES as u64 && !over_http {
         let said = format!(
-            "with_request_body sends bodies of up to {most} bytes along; Keyward answers 413 above {MAX_BODY}"
+            "with_request_body sends bodies of up to {most} bytes along; Keyward answers 413 above {MAX_BODY_BYTES}"
         );
-        findings.fail(ABOUT, said, "take with_request_body away: Keyward does not look at bodies");
+        findings.fail(TOPIC, said, "take with_request_body away: Keyward does not look at bodies");
     } else {
         let said = "with_request_body makes Envoy hold every body back; Keyward does not look at bodies";
-        findings.warn(ABOUT, said, "take with_request_body away");
+        findings.warn(TOPIC, said, "take with_request_body away");
     }
 }
 
 /// Which of a request's headers Keyward sees. What it does not see it does not have removed.
-fn headers(filter: &Value, findings: &mut Findings) {
-    let over_http = filter.at("http_service").is_some();
-    let lists = |name: &str| filter.at(name).map(reading::patterns);
+fn check_header_visibility(filter: &Value, findings: &mut DoctorReport) {
+    let over_http = filter.field("http_service").is_some();
+    let lists = |name: &str| filter.field(name).map(message::string_matchers);
     let (allowed, refused) = (lists("allowed_headers"), lists("disallowed_headers"));
     let sees = |name: &str| {
-        allowed.as_ref().map_or(!over_http, |list| list.iter().any(|pattern| pattern.takes(name)))
-            && !refused.as_ref().is_some_and(|list| list.iter().any(|pattern| pattern.surely_takes(name)))
+        allowed.as_ref().map_or(!over_http, |list| list.iter().any(|pattern| pattern.may_match(name)))
+            && !refused
+                .as_ref()
+                .is_some_and(|list| list.iter().any(|pattern| pattern.definitely_matches(name)))
     };
-    if !IDENTITY.into_iter().chain(["x-keyward-later"]).all(&sees) {
+    if !IDENTITY_HEADERS.into_iter().chain(["x-keyward-later"]).all(&sees) {
         let said = "Keyward does not see x-keyward-… headers of clients, so it cannot have them removed: a client can make up who it is";
-        findings.fail(ABOUT, said, "allowed_headers: { patterns: [ { prefix: x-keyward- } ] }");
+        findings.fail(TOPIC, said, "allowed_headers: { patterns: [ { prefix: x-keyward- } ] }");
     }
     // An underscore never gets so far: see headers_with_underscores_action.
     if !["x.keyward.user", "x!keyward|account", "x-keyward.scopes"].into_iter().all(&sees) {
         let said = "Keyward does not see spellings such as X.Keyward.User, so it cannot have them removed: PHP takes them for X-Keyward-User";
         findings.fail(
-            ABOUT,
+            TOPIC,
             said,
             "allowed_headers: { patterns: [ { safe_regex: { regex: \".*[^a-z0-9:-].*\" } } ] }",
         );
     } else if !["x.api.key", "x.original.url", "x.http.method.override"].into_iter().all(&sees) {
         let said = "Keyward does not see spellings such as X.Original.Url, so it cannot have them removed: a service that obeys them can be led around rules";
         findings.warn(
-            ABOUT,
+            TOPIC,
             said,
             "allowed_headers: { patterns: [ { safe_regex: { regex: \".*[^a-z0-9:-].*\" } } ] }",
         );
     }
     if !(over_http || sees("authorization")) {
         findings.fail(
-            ABOUT,
+            TOPIC,
             "Keyward does not see authorization: every request is denied",
             "add { exact: authorization } to allowed_headers",
         );
     }
-    if !METHOD_OVERRIDES.into_iter().all(&sees) {
+    if !METHOD_OVERRIDE_HEADERS.into_iter().all(&sees) {
         let said = "Keyward does not see x-http-method-override and the like: it removes them, and cannot refuse them where rules go by method";
         findings.warn(
-            ABOUT,
+            TOPIC,
             said,
             "add x-http-method-override, x-http-method and x-method-override to allowed_headers",
         );
     }
-    let uncertain = allowed.iter().chain(&refused).flatten().any(|pattern| matches!(pattern, Pattern::Other));
+    let uncertain =
+        allowed.iter().chain(&refused).flatten().any(|pattern| matches!(pattern, StringMatcher::Unsupported));
     if uncertain {
         findings
-            .unseen(ABOUT, "a pattern of allowed_headers or disallowed_headers that is not understood here");
+            .skip(TOPIC, "a pattern of allowed_headers or disallowed_headers that is not understood here");
     }
 }
 
-fn timeout(service: &Value, name: &str, redis: Option<Duration>, findings: &mut Findings) {
-    let given = service.at("timeout").and_then(Value::as_str).and_then(reading::duration);
-    let timeout = given.unwrap_or(TIMEOUT);
+fn check_timeout(service: &Value, name: &str, redis: Option<Duration>, findings: &mut DoctorReport) {
+    let given = service.field("timeout").and_then(Value::as_str).and_then(message::parse_proto_duration);
+    let timeout = given.unwrap_or(ENVOY_DEFAULT_TIMEOUT);
     if given.is_none() {
         findings.warn(
-            ABOUT,
+            TOPIC,
             format!("{name} is not set: Envoy waits 200 ms"),
             format!("{name}: 0.25s says what is meant"),
         );
     }
-    if timeout.is_zero() || timeout > PATIENT {
-        let said =
-            format!("{name} is {}: an outage of Keyward holds every request up for so long", spoken(timeout));
-        findings.warn(ABOUT, said, "0.25s is much for an answer from memory");
+    if timeout.is_zero() || timeout > MAX_RECOMMENDED_TIMEOUT {
+        let said = format!(
+            "{name} is {}: an outage of Keyward holds every request up for so long",
+            format_timeout(timeout)
+        );
+        findings.warn(TOPIC, said, "0.25s is much for an answer from memory");
     }
     if redis.is_some_and(|redis| timeout <= redis) && !timeout.is_zero() {
         let said = format!(
             "{name} is no longer than limits.timeout: when Redis is slow, Envoy gives up before Keyward can answer without it"
         );
-        findings.warn(ABOUT, said, "make it longer, or limits.timeout shorter");
+        findings.warn(TOPIC, said, "make it longer, or limits.timeout shorter");
     }
 }
 
-fn spoken(timeout: Duration) -> String {
-    if timeout.is_zero() { "0, without an end".to_owned() } else { super::spoken(timeout) }
+fn format_timeout(timeout: Duration) -> String {
+    if timeout.is_zero() { "0, without an end".to_owned() } else { super::format_rounded(timeout) }
 }
 
 /// What an answer over HTTP may bring to the service.
-fn http_service(service: &Value, findings: &mut Findings) {
+fn check_http_service(service: &Value, findings: &mut DoctorReport) {
     let passed =
-        service.at("authorization_response").and_then(|answer| answer.at("allowed_upstream_headers"));
-    let passed = passed.map(reading::patterns).unwrap_or_default();
-    if !IDENTITY.iter().all(|name| passed.iter().any(|pattern| pattern.takes(name))) {
+        service.field("authorization_response").and_then(|answer| answer.field("allowed_upstream_headers"));
+    let passed = passed.map(message::string_matchers).unwrap_or_default();
+    if !IDENTITY_HEADERS.iter().all(|name| passed.iter().any(|pattern| pattern.may_match(name))) {
         let said = "allowed_upstream_headers lacks x-keyward-…: what a client sends under these names reaches the service as if Keyward had said it";
         findings.fail(
-            ABOUT,
+            TOPIC,
             said,
             "authorization_response: { allowed_upstream_headers: { patterns: [ { prefix: x-keyward- } ] } }",
         );
@@ -274,17 +296,17 @@ mod tests {
     const SPELLINGS: &str = "- { safe_regex: { regex: \".*[^a-z0-9:-].*\" } }";
 
     /// What is found of a bootstrap, but for what is good.
-    fn found(text: &str) -> Vec<String> {
-        let mut findings = Findings::default();
+    fn finding_messages(text: &str) -> Vec<String> {
+        let mut findings = DoctorReport::default();
         let redis = Some(Duration::from_millis(20));
-        examine_with("e.yaml", text, redis, &mut findings);
+        check_bootstrap_with_redis_timeout("e.yaml", text, redis, &mut findings);
         findings.lines().into_iter().filter(|found| !found.starts_with("ok ")).collect()
     }
 
     #[test]
     fn the_bootstraps_that_come_with_keyward_have_no_trap() {
         for text in [PRODUCTION, MINIMAL, HTTP] {
-            assert_eq!(found(text), Vec::<String>::new());
+            assert_eq!(finding_messages(text), Vec::<String>::new());
         }
     }
 
@@ -438,7 +460,7 @@ mod tests {
             ),
         ] {
             assert!(PRODUCTION.contains(before), "{before}");
-            let found = found(&PRODUCTION.replacen(before, after, 1));
+            let found = finding_messages(&PRODUCTION.replacen(before, after, 1));
             assert!(found.len() == 1 && found[0].starts_with(said), "{said}: {found:?}");
         }
     }
@@ -449,14 +471,14 @@ mod tests {
             "socket_address: { address: 127.0.0.1, port_value: 50052 }",
             "pipe: { path: /run/keyward.sock }",
         );
-        assert_eq!(found(&pipe), Vec::<String>::new());
+        assert_eq!(finding_messages(&pipe), Vec::<String>::new());
     }
 
     #[test]
     fn json_and_its_names_are_understood() {
         let text = r#"{"staticResources": {"listeners": [{"name": "x", "filter": {
             "@type": "type.googleapis.com/envoy.extensions.filters.http.ext_authz.v3.ExtAuthz", "failureModeAllow": true}}]}}"#;
-        let found = found(text);
+        let found = finding_messages(text);
         assert!(found.iter().any(|said| said.starts_with("fail failure_mode_allow")), "{found:?}");
     }
 
@@ -464,7 +486,7 @@ mod tests {
     fn every_document_of_a_file_is_read() {
         let open = MINIMAL.replace("failure_mode_allow: false", "failure_mode_allow: true");
         let service = "kind: Service\nmetadata: { name: keyward }\n";
-        assert_eq!(found(&format!("---\n{service}---\n{MINIMAL}...\n")), Vec::<String>::new());
+        assert_eq!(finding_messages(&format!("---\n{service}---\n{MINIMAL}...\n")), Vec::<String>::new());
         let indented = open.lines().map(|line| format!("    {line}\n")).collect::<String>();
         let map = format!("kind: ConfigMap\ndata:\n  envoy.yaml: |\n{indented}");
         let item: String = map.lines().map(|line| format!("  {line}\n")).collect();
@@ -475,23 +497,27 @@ mod tests {
             format!("{map}---\n{service}"),
             list,
         ] {
-            let found = found(&text);
+            let found = finding_messages(&text);
             assert!(found.len() == 1 && found[0].starts_with("fail failure_mode_allow"), "{found:?}\n{text}");
         }
-        assert!(found(&format!("{service}---\n{service}"))[0].contains("asks nobody"));
-        assert!(found(&format!("{MINIMAL}---\na: [\n"))[0].contains("neither YAML nor JSON"));
+        assert!(finding_messages(&format!("{service}---\n{service}"))[0].contains("asks nobody"));
+        assert!(finding_messages(&format!("{MINIMAL}---\na: [\n"))[0].contains("neither YAML nor JSON"));
     }
 
     #[test]
     fn a_pattern_that_cannot_be_understood_is_reported() {
         let odd = PRODUCTION.replacen(SPELLINGS, "- { safe_regex: { regex: \"(\" } }", 1);
-        assert_eq!(found(&odd).len(), 1);
-        assert!(found(&odd)[0].starts_with("not looked at a pattern"), "{:?}", found(&odd));
+        assert_eq!(finding_messages(&odd).len(), 1);
+        assert!(
+            finding_messages(&odd)[0].starts_with("not looked at a pattern"),
+            "{:?}",
+            finding_messages(&odd)
+        );
     }
 
     #[test]
     fn a_bootstrap_that_asks_nobody_is_told() {
-        let found = found("static_resources: {}");
+        let found = finding_messages("static_resources: {}");
         assert!(found.len() == 1 && found[0].contains("asks nobody"), "{found:?}");
     }
 
@@ -499,7 +525,7 @@ mod tests {
     fn a_body_over_http_is_only_needless() {
         let body =
             "validate_mutations: true\n              with_request_body: { max_request_bytes: 8388608 }";
-        let found = found(&HTTP.replacen("validate_mutations: true", body, 1));
+        let found = finding_messages(&HTTP.replacen("validate_mutations: true", body, 1));
         assert!(found.len() == 1 && found[0].starts_with("warn with_request_body makes"), "{found:?}");
     }
 
@@ -513,7 +539,7 @@ mod tests {
             let rules =
                 format!("validate_mutations: true\n              decoder_header_mutation_rules: {rules}");
             assert_eq!(
-                found(&PRODUCTION.replacen("validate_mutations: true", &rules, 1)),
+                finding_messages(&PRODUCTION.replacen("validate_mutations: true", &rules, 1)),
                 Vec::<String>::new()
             );
         }
@@ -522,7 +548,7 @@ mod tests {
     #[test]
     fn an_answer_over_http_replaces_what_the_client_made_up() {
         let bare = HTTP.replacen("allowed_upstream_headers: { patterns: [ { prefix: x-keyward- } ] }", "", 1);
-        let found = found(&bare);
+        let found = finding_messages(&bare);
         assert!(found.len() == 1 && found[0].starts_with("fail allowed_upstream_headers lacks"), "{found:?}");
     }
 }

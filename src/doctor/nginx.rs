@@ -3,53 +3,56 @@
 //! It reads one file, or what `nginx -T` wrote of all. Other files are not followed, and the findings name them. `docs/gateway.md` and
 //! `deploy/nginx/keyward.conf` explain each trap.
 
-mod config;
-mod dump;
+mod config_dump;
 mod locations;
+mod syntax;
 mod variables;
 
-use super::Findings;
-use config::Directive;
+use super::DoctorReport;
+use syntax::NginxDirective;
 
-pub(super) const ABOUT: &str = "nginx";
+pub(super) const TOPIC: &str = "nginx";
 
 /// Looks at a configuration: what `nginx -T` writes, a whole `nginx.conf`, or a part such as `conf.d` holds.
-pub(super) fn examine(name: &str, text: &str, findings: &mut Findings) {
-    let root = match dump::read(text) {
+pub(super) fn check_configuration(name: &str, text: &str, findings: &mut DoctorReport) {
+    let root = match config_dump::parse_dump(text) {
         Ok(root) => root,
         Err(problem) => {
-            findings.fail(ABOUT, format!("{name} is no nginx configuration: {problem}"), "nginx -t");
+            findings.fail(TOPIC, format!("{name} is no nginx configuration: {problem}"), "nginx -t");
             return;
         }
     };
-    let all = flat(&root);
+    let all = flatten(&root);
     let before = findings.iter().count();
     for include in all.iter().filter(|directive| directive.name == "include") {
         let file = format!("{}, which {name} includes in line {}", include.argument(0), include.line);
-        findings.unseen(ABOUT, format!("{file}: nginx -T writes all files into one"));
+        findings.skip(TOPIC, format!("{file}: nginx -T writes all files into one"));
     }
     if !all.iter().any(|directive| directive.name == "auth_request" && directive.argument(0) != "off") {
         let fix = "auth_request /keyward; as in deploy/nginx/keyward.conf";
-        findings.fail(ABOUT, format!("{name} asks nobody: it has no auth_request"), fix);
+        findings.fail(TOPIC, format!("{name} asks nobody: it has no auth_request"), fix);
         return;
     }
-    spellings(&all, findings);
-    errors(&all, findings);
-    locations::examine(&root, findings);
+    check_name_normalization(&all, findings);
+    check_error_pages(&all, findings);
+    locations::check_locations(&root, findings);
     // What was not looked at may be wrong: nothing is good then.
     if findings.iter().count() == before {
         let state = "asks Keyward for every location, and lets no header of a client pass for an answer";
-        findings.good(ABOUT, format!("{name}: {state}"));
+        findings.pass(TOPIC, format!("{name}: {state}"));
     }
 }
 
 /// Every directive at any depth.
-fn flat(block: &[Directive]) -> Vec<&Directive> {
-    block.iter().flat_map(|directive| std::iter::once(directive).chain(flat(directive.inside()))).collect()
+fn flatten(block: &[NginxDirective]) -> Vec<&NginxDirective> {
+    block
+        .iter()
+        .flat_map(|directive| std::iter::once(directive).chain(flatten(directive.children())))
+        .collect()
 }
 
 /// Whether names and paths that services read otherwise reach them.
-fn spellings(all: &[&Directive], findings: &mut Findings) {
+fn check_name_normalization(all: &[&NginxDirective], findings: &mut DoctorReport) {
     let line = |name: &str, value: &str| {
         let found = all.iter().find(|directive| directive.name == name && directive.argument(0) == value);
         found.map(|directive| directive.line)
@@ -62,22 +65,22 @@ fn spellings(all: &[&Directive], findings: &mut Findings) {
             let problem = format!(
                 "{name} is {value} (line {line}): {lets} passes, which many services take for X-Keyward-User"
             );
-            findings.fail(ABOUT, problem, format!("take {name} away: nginx's default drops such headers"));
+            findings.fail(TOPIC, problem, format!("take {name} away: nginx's default drops such headers"));
         }
     }
     if let Some(line) = line("merge_slashes", "off") {
         let problem = format!("merge_slashes is off (line {line}): //a meets another location than /a");
-        findings.warn(ABOUT, problem, "merge_slashes on");
+        findings.warn(TOPIC, problem, "merge_slashes on");
     }
 }
 
 /// An outage of Keyward is a 500 to `auth_request`, which clients take for a fault of the service.
-fn errors(all: &[&Directive], findings: &mut Findings) {
+fn check_error_pages(all: &[&NginxDirective], findings: &mut DoctorReport) {
     let mut pages = all.iter().filter(|directive| directive.name == "error_page");
     if !pages.any(|page| page.arguments.iter().any(|argument| argument == "500")) {
         let problem = "no error_page for 500: an outage of Keyward looks like a fault of the service";
         findings.warn(
-            ABOUT,
+            TOPIC,
             problem,
             "error_page 500 = @keyward_unavailable; as in deploy/nginx/keyward.conf",
         );
@@ -94,9 +97,9 @@ mod tests {
         "ok n.conf: asks Keyward for every location, and lets no header of a client pass for an answer";
 
     /// What is found of a configuration.
-    fn found(text: &str) -> Vec<String> {
-        let mut findings = Findings::default();
-        examine("n.conf", text, &mut findings);
+    fn finding_messages(text: &str) -> Vec<String> {
+        let mut findings = DoctorReport::default();
+        check_configuration("n.conf", text, &mut findings);
         findings.lines()
     }
 
@@ -108,13 +111,13 @@ mod tests {
 
     #[test]
     fn the_configuration_that_comes_with_keyward_has_no_trap() {
-        assert_eq!(found(SHIPPED), [GOOD]);
-        assert_eq!(found(&format!("events {{}} http {{ {SHIPPED} }}")), [GOOD]);
+        assert_eq!(finding_messages(SHIPPED), [GOOD]);
+        assert_eq!(finding_messages(&format!("events {{}} http {{ {SHIPPED} }}")), [GOOD]);
         let dump = format!(
             "# configuration file /etc/nginx/nginx.conf:\nhttp {{ include conf.d/*.conf; }}\n\n\
              # configuration file /etc/nginx/conf.d/keyward.conf:\n{SHIPPED}\n"
         );
-        assert_eq!(found(&dump), [GOOD]);
+        assert_eq!(finding_messages(&dump), [GOOD]);
     }
 
     #[test]
@@ -126,7 +129,7 @@ mod tests {
             &changed("proxy_pass http://service;", "content_by_lua_block { ngx.say('}') }"),
             &changed("proxy_pass http://service;", "proxy_pass http://$backend;"),
         ] {
-            let found = found(text);
+            let found = finding_messages(text);
             let unseen = found.iter().all(|found| found.starts_with("not looked at "));
             assert!(unseen && !found.is_empty(), "{found:?}");
         }
@@ -156,7 +159,7 @@ mod tests {
             (pass, "proxy_pass http://service/$request_uri;", "proxy_pass with a path"),
             ("location = /keyward {", "location = /asks {", "there is no location of that path"),
         ] {
-            let found = found(&changed(before, after));
+            let found = finding_messages(&changed(before, after));
             assert!(found.iter().any(|found| found.contains(problem)), "{after}: {found:?}");
             assert!(!found.contains(&GOOD.to_owned()), "{after}");
         }
@@ -167,15 +170,15 @@ mod tests {
             (pass, "rewrite ^/old$ /new permanent; proxy_pass http://service;"),
             ("X-Forwarded-Host \"\"", "X-Forwarded-Host $host"),
         ] {
-            assert_eq!(found(&changed(before, after)), [GOOD], "{after}");
+            assert_eq!(finding_messages(&changed(before, after)), [GOOD], "{after}");
         }
     }
 
     #[test]
     fn a_server_that_lacks_a_header_sets_it_and_a_location_that_inherits_none_repeats_them() {
         let fixes = |text: &str| {
-            let mut findings = Findings::default();
-            examine("n.conf", text, &mut findings);
+            let mut findings = DoctorReport::default();
+            check_configuration("n.conf", text, &mut findings);
             findings.iter().map(|found| found.fix.clone()).collect::<Vec<_>>()
         };
         let lacking = fixes(&changed("proxy_set_header X-Keyward-User $keyward_user;", ""));
@@ -210,7 +213,7 @@ mod tests {
             ("proxy_cache off;", "proxy_cache answers;", "fail location = /keyward"),
             ("proxy_set_header Host keyward;\n", "", ""),
         ] {
-            let found = found(&changed(before, after));
+            let found = finding_messages(&changed(before, after));
             let right = if problem.is_empty() {
                 found == [GOOD]
             } else {
@@ -237,23 +240,25 @@ mod tests {
                 "not looked at location ~ ^/monitors",
             ),
         ] {
-            let found = found(&changed(before, after));
+            let found = finding_messages(&changed(before, after));
             assert!(found.iter().any(|found| found.starts_with(problem)), "{problem}: {found:?}");
         }
     }
 
     #[test]
     fn a_file_that_asks_nobody_or_cannot_be_read_fails() {
-        assert!(found("server { location / { proxy_pass http://a; } }")[0].contains("asks nobody"));
-        assert!(found("server { auth_request off; }")[0].contains("asks nobody"));
-        assert!(found("server {")[0].starts_with("fail n.conf is no nginx configuration: line 1"));
+        assert!(
+            finding_messages("server { location / { proxy_pass http://a; } }")[0].contains("asks nobody")
+        );
+        assert!(finding_messages("server { auth_request off; }")[0].contains("asks nobody"));
+        assert!(finding_messages("server {")[0].starts_with("fail n.conf is no nginx configuration: line 1"));
     }
 
     #[test]
     fn who_else_is_asked_is_not_judged() {
         let text = "server { error_page 500 /e; auth_request /sso; location = /sso { internal; \
                     proxy_pass http://sso/check; } location / { proxy_pass http://a; } }";
-        let found = found(text);
+        let found = finding_messages(text);
         assert_eq!(found.len(), 1, "{found:?}");
         assert!(found[0].starts_with("not looked at location / (line 1)"), "{found:?}");
     }

@@ -7,9 +7,9 @@
 mod forward_auth;
 mod reading;
 
-use crate::domain::header_name::{self, IDENTITY, OVERRIDES};
+use crate::domain::header_name::{self, IDENTITY_HEADERS, OVERRIDE_HEADERS};
 
-use super::Findings;
+use super::DoctorReport;
 use reading::{Configuration, Middleware, Router};
 
 pub(super) const ABOUT: &str = "traefik";
@@ -19,7 +19,7 @@ const REWRITES: [&str; 5] =
     ["addPrefix", "replacePath", "replacePathRegex", "stripPrefix", "stripPrefixRegex"];
 
 /// Looks at a dynamic configuration: YAML, or TOML if the file's name says so.
-pub(super) fn examine(name: &str, text: &str, findings: &mut Findings) {
+pub(super) fn examine(name: &str, text: &str, findings: &mut DoctorReport) {
     let configuration = match Configuration::read(name, text) {
         Ok(configuration) => configuration,
         Err(problem) => {
@@ -46,19 +46,19 @@ pub(super) fn examine(name: &str, text: &str, findings: &mut Findings) {
         examine_router(router, &configuration, findings);
     }
     if configuration.routers().is_empty() {
-        findings.unseen(ABOUT, format!("which routers use it: {name} has none"));
+        findings.skip(ABOUT, format!("which routers use it: {name} has none"));
     }
     if let Some(kind) = configuration.other_routers() {
-        findings.unseen(ABOUT, format!("the {kind} routers of {name}, about which Keyward cannot be asked"));
+        findings.skip(ABOUT, format!("the {kind} routers of {name}, about which Keyward cannot be asked"));
     }
     // What was not looked at may be wrong: nothing is good then.
     if findings.iter().count() == before {
         let state = "asks Keyward for every router, and lets no header of a client pass for an answer";
-        findings.good(ABOUT, format!("{name}: {state}"));
+        findings.pass(ABOUT, format!("{name}: {state}"));
     }
 }
 
-fn examine_router(router: &Router, configuration: &Configuration, findings: &mut Findings) {
+fn examine_router(router: &Router, configuration: &Configuration, findings: &mut DoctorReport) {
     // Traefik's own: the dashboard, its ping, redirects.
     if router.service.ends_with("@internal") {
         return;
@@ -66,7 +66,7 @@ fn examine_router(router: &Router, configuration: &Configuration, findings: &mut
     let all = configuration.resolve(&router.middlewares);
     let place = &router.place;
     for name in all.iter().filter(|(_, middleware)| middleware.is_none()).map(|(name, _)| name) {
-        findings.unseen(ABOUT, format!("{place}: the middleware {name}, which the file does not have"));
+        findings.skip(ABOUT, format!("{place}: the middleware {name}, which the file does not have"));
     }
     let known: Vec<Middleware<'_>> = all.iter().filter_map(|(_, middleware)| *middleware).collect();
     let asks = known.iter().position(|one| one.forward_auth().is_some_and(forward_auth::asks_keyward));
@@ -75,7 +75,7 @@ fn examine_router(router: &Router, configuration: &Configuration, findings: &mut
         // One of those that the file does not have may ask.
         None if known.len() < all.len() => {}
         None if known.iter().any(|one| one.forward_auth().is_some()) => {
-            findings.unseen(ABOUT, format!("{place}: its forwardAuth asks another server than Keyward"));
+            findings.skip(ABOUT, format!("{place}: its forwardAuth asks another server than Keyward"));
         }
         None => not_asking(place, &known, findings),
     }
@@ -89,10 +89,11 @@ fn removes(middlewares: &[Middleware<'_>], name: &str) -> bool {
         .any(|(known, value)| value.is_empty() && known.eq_ignore_ascii_case(name))
 }
 
-fn not_asking(place: &str, middlewares: &[Middleware<'_>], findings: &mut Findings) {
+fn not_asking(place: &str, middlewares: &[Middleware<'_>], findings: &mut DoctorReport) {
     let fix =
         "give it a forwardAuth with ?public=true instead of none: Keyward then looks at path and headers";
-    let identity: Vec<&str> = IDENTITY.into_iter().filter(|name| !removes(middlewares, name)).collect();
+    let identity: Vec<&str> =
+        IDENTITY_HEADERS.into_iter().filter(|name| !removes(middlewares, name)).collect();
     if identity.is_empty() {
         let problem = format!("{place} does not ask Keyward: every request reaches its service");
         findings.warn(ABOUT, problem, fix);
@@ -104,8 +105,8 @@ fn not_asking(place: &str, middlewares: &[Middleware<'_>], findings: &mut Findin
 }
 
 /// What becomes of a request that Keyward has judged: `at` is where it is asked.
-fn after_keyward(place: &str, middlewares: &[Middleware<'_>], at: usize, findings: &mut Findings) {
-    let left: Vec<&str> = OVERRIDES.into_iter().filter(|name| !removes(middlewares, name)).collect();
+fn after_keyward(place: &str, middlewares: &[Middleware<'_>], at: usize, findings: &mut DoctorReport) {
+    let left: Vec<&str> = OVERRIDE_HEADERS.into_iter().filter(|name| !removes(middlewares, name)).collect();
     if !left.is_empty() {
         let names = left.join(", ");
         let problem = format!(
@@ -119,7 +120,7 @@ fn after_keyward(place: &str, middlewares: &[Middleware<'_>], at: usize, finding
     for middleware in &middlewares[at + 1..] {
         for (name, _) in middleware
             .request_headers()
-            .filter(|(name, value)| !value.is_empty() && header_name::has_prefix(name.as_bytes()))
+            .filter(|(name, value)| !value.is_empty() && header_name::has_keyward_prefix(name.as_bytes()))
         {
             let problem = format!("{place} sets {name}: the service takes it for Keyward's answer");
             findings.warn(ABOUT, problem, format!("take {name} out of customRequestHeaders"));
@@ -130,7 +131,7 @@ fn after_keyward(place: &str, middlewares: &[Middleware<'_>], at: usize, finding
             findings.warn(ABOUT, problem, format!("put {kind} before the middleware that asks Keyward"));
         }
         if middleware.is("plugin") {
-            findings.unseen(ABOUT, format!("{place}: what its plugin does with requests"));
+            findings.skip(ABOUT, format!("{place}: what its plugin does with requests"));
         }
     }
 }
@@ -145,7 +146,7 @@ mod tests {
         "ok t.yaml: asks Keyward for every router, and lets no header of a client pass for an answer";
 
     fn found(text: &str) -> Vec<String> {
-        let mut findings = Findings::default();
+        let mut findings = DoctorReport::default();
         examine("t.yaml", text, &mut findings);
         findings.lines()
     }
@@ -164,7 +165,7 @@ mod tests {
     #[test]
     fn the_same_in_toml_and_as_resources_of_kubernetes_is_read() {
         let value: toml::Value = serde_saphyr::from_str(SHIPPED).unwrap();
-        let mut findings = Findings::default();
+        let mut findings = DoctorReport::default();
         examine("t.toml", &toml::to_string(&value).unwrap(), &mut findings);
         assert_eq!(findings.lines(), [GOOD.replace("t.yaml", "t.toml")]);
 

@@ -32,7 +32,7 @@ pub struct Account {
 impl Account {
     /// Whether going from `before` to `self` can refuse a Check that was allowed.
     #[must_use]
-    pub fn narrows(&self, before: &Account) -> bool {
+    pub fn restricts(&self, before: &Account) -> bool {
         self.suspended_at.is_some() && before.suspended_at.is_none()
     }
 }
@@ -58,7 +58,7 @@ impl AccountLimits {
 
 /// One of [`AccountLimits`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum AccountLimit {
+pub enum AccountLimitKind {
     /// See [`AccountLimits::keys`].
     Keys,
     /// See [`AccountLimits::roles`].
@@ -69,24 +69,24 @@ pub enum AccountLimit {
     LogRowsPerHour,
 }
 
-impl AccountLimit {
+impl AccountLimitKind {
     /// Its name in the settings.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
-            AccountLimit::Keys => "keys",
-            AccountLimit::Roles => "roles",
-            AccountLimit::RotationsPerHour => "rotations_per_hour",
-            AccountLimit::LogRowsPerHour => "log_rows_per_hour",
+            AccountLimitKind::Keys => "keys",
+            AccountLimitKind::Roles => "roles",
+            AccountLimitKind::RotationsPerHour => "rotations_per_hour",
+            AccountLimitKind::LogRowsPerHour => "log_rows_per_hour",
         }
     }
 }
 
 /// A limit that a change would exceed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LimitReached {
+pub struct AccountLimitReached {
     /// Which.
-    pub limit: AccountLimit,
+    pub limit: AccountLimitKind,
     /// Its value.
     pub value: u64,
     /// How long until there is room again; `None` = not by waiting.
@@ -108,7 +108,7 @@ pub struct Role {
 
 /// A user's place in an account.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Member {
+pub struct AccountMember {
     /// The account.
     pub account: AccountId,
     /// The user.
@@ -131,9 +131,9 @@ pub struct Environment {
 
 /// The environments of a deployment: at least one, with different names.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Environments(Vec<Environment>);
+pub struct EnvironmentSet(Vec<Environment>);
 
-impl Environments {
+impl EnvironmentSet {
     /// Takes a list of environments.
     ///
     /// # Errors
@@ -147,7 +147,7 @@ impl Environments {
                 return Err(format!("environment {:?} is named twice", environment.name.as_str()));
             }
         }
-        Ok(Environments(list))
+        Ok(EnvironmentSet(list))
     }
 
     /// Each of them, in the order of the list.
@@ -174,10 +174,10 @@ impl Environments {
     }
 }
 
-impl Default for Environments {
+impl Default for EnvironmentSet {
     fn default() -> Self {
         let list = [("production", "live"), ("staging", "staging"), ("development", "dev")];
-        Environments(
+        EnvironmentSet(
             list.into_iter()
                 .filter_map(|(name, tag)| {
                     Some(Environment {
@@ -196,7 +196,7 @@ mod tests {
 
     #[test]
     fn the_default_environments_are_three() {
-        let environments = Environments::default();
+        let environments = EnvironmentSet::default();
         assert_eq!(environments.names(), "production, staging, development");
         assert_eq!(environments.get("production").unwrap().tag.as_str(), "live");
         assert_eq!(environments.get("prod"), None);
@@ -204,8 +204,8 @@ mod tests {
 
     #[test]
     fn an_empty_or_repeated_list_is_refused() {
-        let one = Environments::default().first().clone();
-        assert!(Environments::new(vec![]).is_err());
-        assert!(Environments::new(vec![one.clone(), one]).unwrap_err().contains("twice"));
+        let one = EnvironmentSet::default().first().clone();
+        assert!(EnvironmentSet::new(vec![]).is_err());
+        assert!(EnvironmentSet::new(vec![one.clone(), one]).unwrap_err().contains("twice"));
     }
 }

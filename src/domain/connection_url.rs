@@ -6,10 +6,10 @@
 use std::fmt::Write as _;
 
 /// The text in place of a secret.
-pub const MASK: &str = "***";
+pub const SECRET_MASK: &str = "***";
 
 /// The schemes that are repeated in messages; any other text may be a piece of a password.
-const SCHEMES: [&str; 19] = [
+const KNOWN_SCHEMES: [&str; 19] = [
     "postgres",
     "postgresql",
     "sqlite",
@@ -32,7 +32,7 @@ const SCHEMES: [&str; 19] = [
 ];
 
 /// The options whose values are no secrets, whatever they are.
-const OPEN_OPTIONS: [&str; 13] = [
+const NON_SECRET_OPTIONS: [&str; 13] = [
     "schema",
     "host",
     "port",
@@ -72,7 +72,7 @@ pub struct ConnectionUrl<'u> {
 
 /// Why a URL was not split. Holds nothing of the URL.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum UrlError {
+pub enum ConnectionUrlError {
     /// There is no `scheme://`.
     #[error("is no URL: it must start with a scheme such as postgres://")]
     NoScheme,
@@ -89,11 +89,11 @@ impl<'u> ConnectionUrl<'u> {
     ///
     /// # Errors
     /// When it is none, or a password in it could end at two places.
-    pub fn parse(url: &'u str) -> Result<ConnectionUrl<'u>, UrlError> {
-        let (scheme, rest) = url.split_once("://").ok_or(UrlError::NoScheme)?;
+    pub fn parse(url: &'u str) -> Result<ConnectionUrl<'u>, ConnectionUrlError> {
+        let (scheme, rest) = url.split_once("://").ok_or(ConnectionUrlError::NoScheme)?;
         let is_scheme = |letter: char| letter.is_ascii_alphanumeric() || "+-.".contains(letter);
         if scheme.is_empty() || !scheme.chars().all(is_scheme) {
-            return Err(UrlError::NoScheme);
+            return Err(ConnectionUrlError::NoScheme);
         }
         let (authority, tail) = rest.split_at(rest.find(['/', '?', '#']).unwrap_or(rest.len()));
         let (login, host) = match authority.rsplit_once('@') {
@@ -103,9 +103,9 @@ impl<'u> ConnectionUrl<'u> {
         // A host is looked up by other machines, so nothing else may pass for one.
         if tail.contains('@')
             || rest.contains(|c: char| c.is_control() || c.is_whitespace())
-            || !is_host(host)
+            || !is_host_and_port(host)
         {
-            return Err(UrlError::Ambiguous);
+            return Err(ConnectionUrlError::Ambiguous);
         }
         let (user, password) = match login.map(|login| login.split_once(':').ok_or(login)) {
             Some(Ok((user, password))) => (Some(user), Some(password)),
@@ -129,7 +129,7 @@ fn split_optional(text: &str, at: char) -> (&str, Option<&str>) {
 }
 
 /// A name, an address or a percent-encoded socket path, each with or without a port; or nothing.
-fn is_host(text: &str) -> bool {
+fn is_host_and_port(text: &str) -> bool {
     let (name, port) = match text.strip_prefix('[').and_then(|text| text.split_once(']')) {
         Some((address, rest)) if address.parse::<std::net::Ipv6Addr>().is_ok() => {
             match rest.strip_prefix(':') {
@@ -148,8 +148,8 @@ fn is_host(text: &str) -> bool {
 /// Shows a URL: secrets in it are replaced by `***`, and so is whatever could be one. What is no URL is not shown, but for
 /// a known scheme at its start.
 #[must_use]
-pub fn masked(url: &str) -> String {
-    let scheme = SCHEMES.iter().find(|scheme| {
+pub fn mask_url(url: &str) -> String {
+    let scheme = KNOWN_SCHEMES.iter().find(|scheme| {
         let (start, rest) = url.split_at_checked(scheme.len()).unwrap_or_default();
         start.eq_ignore_ascii_case(scheme) && rest.starts_with(':')
     });
@@ -158,59 +158,59 @@ pub fn masked(url: &str) -> String {
         (Some(&"sqlite"), _)
             if url[7..].starts_with("//") && !url.starts_with("sqlite:///") && url.contains('@') =>
         {
-            format!("sqlite:{MASK}")
+            format!("sqlite:{SECRET_MASK}")
         }
         (Some(&"sqlite"), _) => match url.split_once('?') {
-            Some((file, _)) => format!("{file}?{MASK}"),
+            Some((file, _)) => format!("{file}?{SECRET_MASK}"),
             None => url.to_owned(),
         },
-        (Some(scheme), Ok(parts)) => show(scheme, &parts),
-        (Some(scheme), Err(_)) => format!("{scheme}:{MASK}"),
-        (None, _) => MASK.to_owned(),
+        (Some(scheme), Ok(parts)) => format_masked(scheme, &parts),
+        (Some(scheme), Err(_)) => format!("{scheme}:{SECRET_MASK}"),
+        (None, _) => SECRET_MASK.to_owned(),
     }
 }
 
-/// Whether [`masked`] hides something of it.
+/// Whether [`mask_url`] hides something of it.
 #[must_use]
-pub fn holds_secret(url: &str) -> bool {
-    masked(url) != url
+pub fn has_secret(url: &str) -> bool {
+    mask_url(url) != url
 }
 
-fn show(scheme: &str, parts: &ConnectionUrl<'_>) -> String {
+fn format_masked(scheme: &str, parts: &ConnectionUrl<'_>) -> String {
     let mut shown = format!("{scheme}://");
     // Writing to a String does not fail.
     match (parts.user, parts.password) {
         // What is meant for a password is often written so.
         (Some(_), None) if scheme.contains("redis") || scheme.contains("valkey") => {
-            let _ = write!(shown, "{MASK}@");
+            let _ = write!(shown, "{SECRET_MASK}@");
         }
         (Some(user), None) => drop(write!(shown, "{user}@")),
-        (Some(user), Some(_)) => drop(write!(shown, "{user}:{MASK}@")),
+        (Some(user), Some(_)) => drop(write!(shown, "{user}:{SECRET_MASK}@")),
         (None, _) => {}
     }
     shown += parts.host;
     shown += parts.path;
     if parts.query.is_some() {
-        let options: Vec<_> = parts.options().map(|(name, value)| option(name, value)).collect();
+        let options: Vec<_> = parts.options().map(|(name, value)| mask_option(name, value)).collect();
         let _ = write!(shown, "?{}", options.join("&"));
     }
     match parts.fragment {
         Some("insecure") => shown += "#insecure",
-        Some(_) => drop(write!(shown, "#{MASK}")),
+        Some(_) => drop(write!(shown, "#{SECRET_MASK}")),
         None => {}
     }
     shown
 }
 
 /// An option: a secret by what it is, however its name is spelt; an open one only as its name is usually spelt.
-fn option(name: &str, value: &str) -> String {
+fn mask_option(name: &str, value: &str) -> String {
     let decoded = percent_encoding::percent_decode_str(name).decode_utf8_lossy().to_ascii_lowercase();
-    if OPEN_OPTIONS.contains(&name) {
+    if NON_SECRET_OPTIONS.contains(&name) {
         format!("{name}={value}")
     } else if SECRET_OPTIONS.contains(&&*decoded) {
-        format!("{name}={MASK}")
+        format!("{name}={SECRET_MASK}")
     } else {
-        MASK.to_owned()
+        SECRET_MASK.to_owned()
     }
 }
 
@@ -250,8 +250,8 @@ mod tests {
             ("sqlite://u:sesame@h", "sqlite:***"),
             ("sqlite:keyward.db?key=sesame", "sqlite:keyward.db?***"),
         ] {
-            assert_eq!(masked(url), shown, "{url}");
-            assert!(holds_secret(url), "{url}");
+            assert_eq!(mask_url(url), shown, "{url}");
+            assert!(has_secret(url), "{url}");
         }
     }
 
@@ -266,8 +266,8 @@ mod tests {
             "sqlite:///var/lib/keyward.db",
             "redis://127.0.0.1:6379",
         ] {
-            assert_eq!(masked(url), url);
-            assert!(!holds_secret(url));
+            assert_eq!(mask_url(url), url);
+            assert!(!has_secret(url));
         }
     }
 
@@ -284,7 +284,7 @@ mod tests {
             "postgres://h,i/db",
             "postgres://[sesame]/db",
         ] {
-            assert_eq!(ConnectionUrl::parse(url).err(), Some(UrlError::Ambiguous), "{url}");
+            assert_eq!(ConnectionUrl::parse(url).err(), Some(ConnectionUrlError::Ambiguous), "{url}");
         }
     }
 
@@ -315,11 +315,11 @@ mod tests {
                 // A user's name is shown; a password in its place ends before the first ':'.
                 let is_user = url.starts_with(&format!("postgres://{password}@"));
                 // These words are the same for every URL, and may hold a password such as ", ? " by chance.
-                let fixed = [UrlError::NoScheme.to_string(), UrlError::Ambiguous.to_string()];
+                let fixed = [ConnectionUrlError::NoScheme.to_string(), ConnectionUrlError::Ambiguous.to_string()];
                 let error = ConnectionUrl::parse(&url).err().map(|error| error.to_string());
                 let error = error.filter(|error| !fixed.contains(error)).unwrap_or_default();
-                prop_assert!(is_user || !leaks(&masked(&url), &password), "{} {}", url, masked(&url));
-                prop_assert!(is_user || !leaks(&masked(&url), &encoded.to_string()) || password == encoded.to_string());
+                prop_assert!(is_user || !leaks(&mask_url(&url), &password), "{} {}", url, mask_url(&url));
+                prop_assert!(is_user || !leaks(&mask_url(&url), &encoded.to_string()) || password == encoded.to_string());
                 prop_assert!(!leaks(&error, &password));
             }
         }
@@ -336,7 +336,7 @@ mod tests {
 
         #[test]
         fn no_text_makes_it_panic(text in any::<String>()) {
-            let _ = (masked(&text), ConnectionUrl::parse(&text).is_ok());
+            let _ = (mask_url(&text), ConnectionUrl::parse(&text).is_ok());
         }
     }
 }

@@ -6,7 +6,7 @@
 use std::borrow::Cow;
 
 use super::{
-    connection_url::{self, ConnectionUrl, MASK},
+    connection_url::{self, ConnectionUrl, SECRET_MASK},
     token,
 };
 
@@ -24,7 +24,7 @@ const SECRET_NAMES: [&str; 8] = ["password", "passwd", "pwd", "pass", "secret", 
 #[must_use]
 pub fn mask_value(value: &str) -> Cow<'_, str> {
     let login = mask_login(value);
-    let masked = token::redacted(login.as_deref().unwrap_or(value));
+    let masked = token::redact_tokens(login.as_deref().unwrap_or(value));
     match mask_secret(&masked) {
         masked if masked == value => value.into(),
         masked => masked.into_owned().into(),
@@ -44,8 +44,8 @@ pub fn mask_message(message: &str) -> Cow<'_, str> {
         let is_login = word.contains('@') && word.contains(':') && !is_template(word);
         is_login.then(|| mask_login(word)).flatten()
     });
-    let Cow::Owned(masked) = masked else { return token::redacted(message) };
-    token::redacted(&masked).into_owned().into()
+    let Cow::Owned(masked) = masked else { return token::redact_tokens(message) };
+    token::redact_tokens(&masked).into_owned().into()
 }
 
 /// Masks in a message that quotes a value, or the folder of a path, what looks like a credential in the value.
@@ -99,7 +99,7 @@ fn map_words(message: &str, replacement: impl Fn(&str) -> Option<String>) -> Cow
 /// The value without its login; `None` if it holds none.
 fn mask_login(value: &str) -> Option<String> {
     if value.contains("://") {
-        let masked = connection_url::masked(value);
+        let masked = connection_url::mask_url(value);
         if masked == value {
             return None;
         }
@@ -109,20 +109,20 @@ fn mask_login(value: &str) -> Option<String> {
         return (!is_plain).then_some(masked);
     }
     let (login, _) = value.rsplit_once('@')?;
-    login.contains(':').then(|| connection_url::masked(value))
+    login.contains(':').then(|| connection_url::mask_url(value))
 }
 
 /// The value without what follows the name of a secret, and without random strings.
 fn mask_secret(value: &str) -> Cow<'_, str> {
     if let Some(start) = secret_start(value) {
-        return format!("{}{MASK}", &value[..start]).into();
+        return format!("{}{SECRET_MASK}", &value[..start]).into();
     }
     let mut masked = String::new();
     let mut copied = 0;
     for (start, run) in runs(value) {
         if is_random(run) {
             masked += &value[copied..start];
-            masked += MASK;
+            masked += SECRET_MASK;
             copied = start + run.len();
         }
     }

@@ -5,10 +5,10 @@
 //! same. Which headers a request has, and what becomes of them, is `gateway`'s business.
 
 /// The start of every name that is Keyward's to set.
-pub const PREFIX: &str = "x-keyward-";
+pub const KEYWARD_PREFIX: &str = "x-keyward-";
 
 /// The names under which services learn who calls.
-pub const IDENTITY: [&str; 7] = [
+pub const IDENTITY_HEADERS: [&str; 7] = [
     "x-keyward-key-id",
     "x-keyward-account",
     "x-keyward-user",
@@ -19,13 +19,14 @@ pub const IDENTITY: [&str; 7] = [
 ];
 
 /// Headers with which a client asks a service to take its request for one of another method.
-pub const METHOD_OVERRIDES: [&str; 3] = ["x-http-method-override", "x-http-method", "x-method-override"];
+pub const METHOD_OVERRIDE_HEADERS: [&str; 3] =
+    ["x-http-method-override", "x-http-method", "x-method-override"];
 
 /// Headers with which a client asks a service to take its request for one of another method, path or host.
-pub const OVERRIDES: [&str; 9] = [
-    METHOD_OVERRIDES[0],
-    METHOD_OVERRIDES[1],
-    METHOD_OVERRIDES[2],
+pub const OVERRIDE_HEADERS: [&str; 9] = [
+    METHOD_OVERRIDE_HEADERS[0],
+    METHOD_OVERRIDE_HEADERS[1],
+    METHOD_OVERRIDE_HEADERS[2],
     "x-original-url",
     "x-rewrite-url",
     "x-override-url",
@@ -35,7 +36,7 @@ pub const OVERRIDES: [&str; 9] = [
 ];
 
 /// Each byte as it counts: letters in lower case, digits, and `-` for all others.
-const FOLDED: [u8; 256] = {
+const FOLDED_BYTES: [u8; 256] = {
     let mut folded = [b'-'; 256];
     let mut byte = 0;
     while byte < 128_u8 {
@@ -49,20 +50,20 @@ const FOLDED: [u8; 256] = {
 
 /// Whether a lenient service takes one name for the other.
 #[must_use]
-pub fn alike(name: &[u8], other: &[u8]) -> bool {
-    let fold = |byte: &u8| FOLDED[usize::from(*byte)];
+pub fn is_equivalent(name: &[u8], other: &[u8]) -> bool {
+    let fold = |byte: &u8| FOLDED_BYTES[usize::from(*byte)];
     name.len() == other.len() && name.iter().zip(other).all(|(one, other)| fold(one) == fold(other))
 }
 
-/// Whether a lenient service takes a name for one that begins with [`PREFIX`].
+/// Whether a lenient service takes a name for one that begins with [`KEYWARD_PREFIX`].
 #[must_use]
-pub fn has_prefix(name: &[u8]) -> bool {
-    name.get(..PREFIX.len()).is_some_and(|start| alike(start, PREFIX.as_bytes()))
+pub fn has_keyward_prefix(name: &[u8]) -> bool {
+    name.get(..KEYWARD_PREFIX.len()).is_some_and(|start| is_equivalent(start, KEYWARD_PREFIX.as_bytes()))
 }
 
 /// Whether a text is a field name of RFC 9110: a proxy can be asked to remove it.
 #[must_use]
-pub fn is_token(name: &[u8]) -> bool {
+pub fn is_field_name(name: &[u8]) -> bool {
     !name.is_empty()
         && name.iter().all(|byte| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(byte))
 }
@@ -83,8 +84,9 @@ mod tests {
 
     /// A name, and a spelling that is alike or nearly so.
     fn spellings() -> impl Strategy<Value = (Vec<u8>, Vec<u8>)> {
-        let known =
-            proptest::sample::select([&IDENTITY[..], &OVERRIDES[..], &["x-api-key", "a", ""]].concat());
+        let known = proptest::sample::select(
+            [&IDENTITY_HEADERS[..], &OVERRIDE_HEADERS[..], &["x-api-key", "a", ""]].concat(),
+        );
         let change = (any::<proptest::sample::Index>(), any::<u8>());
         (known, proptest::collection::vec(change, 0..4), any::<bool>()).prop_map(|(name, changes, upper)| {
             let name = name.as_bytes().to_vec();
@@ -99,14 +101,14 @@ mod tests {
     proptest! {
         #[test]
         fn names_are_alike_if_a_cgi_program_cannot_tell_them_apart((name, other) in spellings()) {
-            prop_assert_eq!(alike(&name, &other), as_cgi(&name) == as_cgi(&other));
-            prop_assert_eq!(has_prefix(&other), as_cgi(&other).starts_with(&as_cgi(PREFIX.as_bytes())));
+            prop_assert_eq!(is_equivalent(&name, &other), as_cgi(&name) == as_cgi(&other));
+            prop_assert_eq!(has_keyward_prefix(&other), as_cgi(&other).starts_with(&as_cgi(KEYWARD_PREFIX.as_bytes())));
         }
 
         #[test]
         fn any_two_names_are_compared_as_the_model_compares_them(name: Vec<u8>, other: Vec<u8>) {
-            prop_assert_eq!(alike(&name, &other), as_cgi(&name) == as_cgi(&other));
-            prop_assert_eq!(has_prefix(&name), as_cgi(&name).starts_with(&as_cgi(PREFIX.as_bytes())));
+            prop_assert_eq!(is_equivalent(&name, &other), as_cgi(&name) == as_cgi(&other));
+            prop_assert_eq!(has_keyward_prefix(&name), as_cgi(&name).starts_with(&as_cgi(KEYWARD_PREFIX.as_bytes())));
         }
     }
 
@@ -115,22 +117,25 @@ mod tests {
         for name in
             ["X-Keyward-User", "x_keyward_user", "X.Keyward.User", "x~keyward|USER", "x-keyward\u{7f}user"]
         {
-            assert!(alike(name.as_bytes(), b"x-keyward-user") && has_prefix(name.as_bytes()), "{name}");
+            assert!(
+                is_equivalent(name.as_bytes(), b"x-keyward-user") && has_keyward_prefix(name.as_bytes()),
+                "{name}"
+            );
         }
         for name in
             ["xkeyward-user", "x--keyward-user", "-x-keyward-user", "x-keyward-user-", "x-keywarduser"]
         {
-            assert!(!alike(name.as_bytes(), b"x-keyward-user"), "{name}");
+            assert!(!is_equivalent(name.as_bytes(), b"x-keyward-user"), "{name}");
         }
     }
 
     #[test]
     fn only_field_names_are_tokens() {
         for name in ["a", "X_Keyward.User", "!#$%&'*+-.^_`|~09azAZ"] {
-            assert!(is_token(name.as_bytes()), "{name}");
+            assert!(is_field_name(name.as_bytes()), "{name}");
         }
         for name in ["", "a b", "a,b", "a:b", "é", "a\"", "a/b", "a\0"] {
-            assert!(!is_token(name.as_bytes()), "{name}");
+            assert!(!is_field_name(name.as_bytes()), "{name}");
         }
     }
 }

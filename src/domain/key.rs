@@ -9,30 +9,30 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    facts::KeyFacts,
+    key_attributes::KeyAttributes,
     name::{AccountId, CustomerId, EnvironmentName, KeyId, KeyName, RoleName, UserId},
     scope::ScopeSet,
     time::{Revision, Timestamp},
-    token::Digest,
+    token::TokenDigest,
 };
 
 /// Who a key belongs to.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Owner {
+pub enum KeyOwner {
     /// A service key: it works in this account and outlives whoever made it.
     Account(AccountId),
     /// A user key: it works wherever the user is a member, with the member's rights.
     User(UserId),
 }
 
-impl Owner {
+impl KeyOwner {
     /// The account, of a service key.
     #[must_use]
     pub fn account(&self) -> Option<&AccountId> {
         match self {
-            Owner::Account(account) => Some(account),
-            Owner::User(_) => None,
+            KeyOwner::Account(account) => Some(account),
+            KeyOwner::User(_) => None,
         }
     }
 
@@ -40,8 +40,8 @@ impl Owner {
     #[must_use]
     pub fn user(&self) -> Option<&UserId> {
         match self {
-            Owner::User(user) => Some(user),
-            Owner::Account(_) => None,
+            KeyOwner::User(user) => Some(user),
+            KeyOwner::Account(_) => None,
         }
     }
 }
@@ -82,11 +82,11 @@ pub struct Quota {
 
 /// One version of a key's token.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Secret {
+pub struct KeySecret {
     /// Counts from 1.
     pub version: u32,
     /// Digest of the token.
-    pub digest: Digest,
+    pub digest: TokenDigest,
     /// What lists may show of the token.
     pub hint: String,
     /// When it was made.
@@ -95,10 +95,10 @@ pub struct Secret {
     pub expires_at: Option<Timestamp>,
 }
 
-impl Secret {
+impl KeySecret {
     /// Whether a later secret has taken this one's place by `now`.
     #[must_use]
-    pub fn superseded(&self, now: Timestamp) -> bool {
+    pub fn is_superseded(&self, now: Timestamp) -> bool {
         self.expires_at.is_some_and(|end| now >= end)
     }
 }
@@ -132,7 +132,7 @@ pub struct Revocation {
 
 /// The state of a key, the first that holds in the order Revoked, Disabled, Expired, Active.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum State {
+pub enum ApiKeyState {
     /// Usable.
     Active,
     /// Refused until enabled.
@@ -143,14 +143,15 @@ pub enum State {
     Revoked,
 }
 
-impl State {
+impl ApiKeyState {
     /// Every state that a key can leave.
-    pub const NOT_REVOKED: [State; 3] = [State::Active, State::Disabled, State::Expired];
+    pub const UNREVOKED: [ApiKeyState; 3] =
+        [ApiKeyState::Active, ApiKeyState::Disabled, ApiKeyState::Expired];
 }
 
 /// What a key may do and where: the part that its maker chooses and Update changes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Terms {
+pub struct KeySpec {
     /// Name for people, unique within the owner while the key is not revoked.
     pub name: Option<KeyName>,
     /// Granted scopes.
@@ -173,16 +174,16 @@ pub struct Terms {
 
 /// An API key: the record that survives rotation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Key {
+pub struct ApiKey {
     /// Its id.
     pub id: KeyId,
     /// Who it belongs to.
-    pub owner: Owner,
+    pub owner: KeyOwner,
     /// The one environment in which it works.
     pub environment: EnvironmentName,
     /// What it may do and where.
     #[serde(flatten)]
-    pub terms: Terms,
+    pub spec: KeySpec,
     /// When it was created.
     pub created_at: Timestamp,
     /// What created it: a key's id, `cert:` and a certificate's name, or `system`.
@@ -195,37 +196,43 @@ pub struct Key {
     pub revocation: Option<Revocation>,
     /// The newest secret and the one before it, newest first. Older ones are superseded, and known to the
     /// store and the index by digest alone.
-    pub secrets: Vec<Secret>,
+    pub secrets: Vec<KeySecret>,
     /// The revision of its last change; the store sets it at commit.
     pub revision: Revision,
 }
 
-impl Key {
+impl ApiKey {
     /// The state at `now`.
     #[must_use]
-    pub fn state(&self, now: Timestamp) -> State {
+    pub fn state(&self, now: Timestamp) -> ApiKeyState {
         if self.revocation.is_some() {
-            State::Revoked
+            ApiKeyState::Revoked
         } else if self.disabled_at.is_some() {
-            State::Disabled
-        } else if self.expired(now) {
-            State::Expired
+            ApiKeyState::Disabled
+        } else if self.is_expired(now) {
+            ApiKeyState::Expired
         } else {
-            State::Active
+            ApiKeyState::Active
         }
     }
 
     /// Its newest secret's hint.
     #[must_use]
-    pub fn hint(&self) -> &str {
+    pub fn newest_hint(&self) -> &str {
         self.secrets.first().map_or("", |secret| &secret.hint)
     }
 
     /// Gives the key a new secret. The newest so far stays for `overlap`, but never beyond the key's own
     /// expiry; any older one ends now. Returns when the newest so far stops.
-    pub fn rotate(&mut self, digest: Digest, hint: String, overlap: Duration, now: Timestamp) -> Timestamp {
-        let end = now.plus(overlap);
-        let end = self.terms.expires_at.map_or(end, |expiry| end.min(expiry));
+    pub fn rotate(
+        &mut self,
+        digest: TokenDigest,
+        hint: String,
+        overlap: Duration,
+        now: Timestamp,
+    ) -> Timestamp {
+        let end = now.saturating_add(overlap);
+        let end = self.spec.expires_at.map_or(end, |expiry| end.min(expiry));
         self.secrets.truncate(1);
         let mut version = 0;
         for secret in &mut self.secrets {
@@ -233,15 +240,15 @@ impl Key {
             version = secret.version;
         }
         self.secrets
-            .insert(0, Secret { version: version + 1, digest, hint, created_at: now, expires_at: None });
+            .insert(0, KeySecret { version: version + 1, digest, hint, created_at: now, expires_at: None });
         self.updated_at = now;
         end
     }
 
     /// Whether a secret before the newest is still alive at `now`.
     #[must_use]
-    pub fn overlapping(&self, now: Timestamp) -> bool {
-        self.secrets.iter().skip(1).any(|secret| !secret.superseded(now))
+    pub fn has_overlapping_secret(&self, now: Timestamp) -> bool {
+        self.secrets.iter().skip(1).any(|secret| !secret.is_superseded(now))
     }
 
     /// Ends a rotation's overlap at `now`.
@@ -255,13 +262,13 @@ impl Key {
     /// Whether going from `before` to `self` can refuse a Check that was allowed. Where it is not sure it
     /// says yes: a change that waits for nothing is the worse mistake.
     #[must_use]
-    pub fn narrows(&self, before: &impl KeyFacts) -> bool {
+    pub fn restricts(&self, before: &impl KeyAttributes) -> bool {
         let earlier = |new: Option<Timestamp>, old: Option<Timestamp>| match (new, old) {
             (Some(new), Some(old)) => new < old,
             (new, old) => new.is_some() && old.is_none(),
         };
         let tighter_set = |new: usize, old: usize, kept: bool| new > 0 && (old == 0 || !kept);
-        let (new, old) = (&self.terms, before);
+        let (new, old) = (&self.spec, before);
         self.revocation.is_some() && !old.is_revoked()
             || self.disabled_at.is_some() && !old.is_disabled()
             || earlier(new.expires_at, old.expires_at())
@@ -279,7 +286,7 @@ impl Key {
             )
             || (new.rate_limits != old.rate_limits() && !new.rate_limits.is_empty())
             || (new.quota.as_ref() != old.quota() && new.quota.is_some())
-            || old.secret_ends().any(|(version, end)| {
+            || old.secret_expiries().any(|(version, end)| {
                 let kept = self.secrets.iter().find(|other| other.version == version);
                 kept.is_none_or(|kept| earlier(kept.expires_at, end))
             })
@@ -291,17 +298,17 @@ pub(crate) mod tests {
     use super::*;
     use crate::domain::scope::Scope;
 
-    pub(crate) fn at(seconds: i64) -> Timestamp {
+    pub(crate) fn at_seconds(seconds: i64) -> Timestamp {
         Timestamp::from_micros(seconds * 1_000_000)
     }
 
     /// A service key of `acme` in production that may `monitors:read`, made at second 0.
-    pub(crate) fn sample() -> Key {
-        Key {
-            id: KeyId::generate(at(0), [0; 10]),
-            owner: Owner::Account(AccountId::parse("acme").unwrap()),
+    pub(crate) fn sample_key() -> ApiKey {
+        ApiKey {
+            id: KeyId::generate(at_seconds(0), [0; 10]),
+            owner: KeyOwner::Account(AccountId::parse("acme").unwrap()),
             environment: EnvironmentName::parse("production").unwrap(),
-            terms: Terms {
+            spec: KeySpec {
                 name: None,
                 scopes: [Scope::parse_grant("monitors:read").unwrap()].into_iter().collect(),
                 roles: vec![],
@@ -312,102 +319,109 @@ pub(crate) mod tests {
                 quota: None,
                 metadata: BTreeMap::new(),
             },
-            created_at: at(0),
+            created_at: at_seconds(0),
             created_by: "system".to_owned(),
-            updated_at: at(0),
+            updated_at: at_seconds(0),
             disabled_at: None,
             revocation: None,
-            secrets: vec![Secret {
+            secrets: vec![KeySecret {
                 version: 1,
-                digest: Digest::of("one"),
+                digest: TokenDigest::from_token("one"),
                 hint: "kw_live_1111".to_owned(),
-                created_at: at(0),
+                created_at: at_seconds(0),
                 expires_at: None,
             }],
             revision: Revision(1),
         }
     }
 
-    fn revoked(key: &Key) -> Key {
-        let revocation = Revocation { at: at(1), reason: RevokeReason::Unspecified, comment: String::new() };
-        Key { revocation: Some(revocation), ..key.clone() }
+    fn revoked_key(key: &ApiKey) -> ApiKey {
+        let revocation =
+            Revocation { at: at_seconds(1), reason: RevokeReason::Unspecified, comment: String::new() };
+        ApiKey { revocation: Some(revocation), ..key.clone() }
     }
 
     #[test]
     fn the_state_is_the_first_that_holds() {
-        let mut key = sample();
-        assert_eq!(key.state(at(1)), State::Active);
-        key.terms.expires_at = Some(at(5));
-        assert_eq!(key.state(Timestamp::from_micros(4_999_999)), State::Active);
-        assert_eq!(key.state(at(5)), State::Expired, "expired from the very instant on");
-        key.disabled_at = Some(at(1));
-        assert_eq!(key.state(at(5)), State::Disabled);
-        assert_eq!(revoked(&key).state(at(5)), State::Revoked);
+        let mut key = sample_key();
+        assert_eq!(key.state(at_seconds(1)), ApiKeyState::Active);
+        key.spec.expires_at = Some(at_seconds(5));
+        assert_eq!(key.state(Timestamp::from_micros(4_999_999)), ApiKeyState::Active);
+        assert_eq!(key.state(at_seconds(5)), ApiKeyState::Expired, "expired from the very instant on");
+        key.disabled_at = Some(at_seconds(1));
+        assert_eq!(key.state(at_seconds(5)), ApiKeyState::Disabled);
+        assert_eq!(revoked_key(&key).state(at_seconds(5)), ApiKeyState::Revoked);
     }
 
     #[test]
     fn rotating_without_overlap_ends_the_old_secret_at_once() {
-        let mut key = sample();
-        assert_eq!(key.rotate(Digest::of("two"), "h2".into(), Duration::ZERO, at(10)), at(10));
-        assert!(key.superseded(1, at(10)));
-        assert!(!key.superseded(2, at(10)));
-        assert_eq!(key.hint(), "h2");
+        let mut key = sample_key();
+        assert_eq!(
+            key.rotate(TokenDigest::from_token("two"), "h2".into(), Duration::ZERO, at_seconds(10)),
+            at_seconds(10)
+        );
+        assert!(key.is_secret_superseded(1, at_seconds(10)));
+        assert!(!key.is_secret_superseded(2, at_seconds(10)));
+        assert_eq!(key.newest_hint(), "h2");
     }
 
     #[test]
     fn an_overlap_never_outlives_the_key() {
-        let mut key = sample();
-        key.terms.expires_at = Some(at(15));
-        assert_eq!(key.rotate(Digest::of("two"), "h2".into(), Duration::from_secs(10), at(10)), at(15));
+        let mut key = sample_key();
+        key.spec.expires_at = Some(at_seconds(15));
+        assert_eq!(
+            key.rotate(TokenDigest::from_token("two"), "h2".into(), Duration::from_secs(10), at_seconds(10)),
+            at_seconds(15)
+        );
     }
 
     #[test]
     fn a_second_rotation_ends_the_oldest_secret() {
-        let mut key = sample();
-        key.rotate(Digest::of("two"), "h2".into(), Duration::from_secs(100), at(10));
-        assert!(!key.superseded(1, at(11)));
-        assert!(key.overlapping(at(11)));
-        key.rotate(Digest::of("three"), "h3".into(), Duration::from_secs(100), at(12));
-        assert!(key.superseded(1, at(12)), "at most two are alive");
-        assert!(!key.superseded(2, at(12)));
+        let mut key = sample_key();
+        key.rotate(TokenDigest::from_token("two"), "h2".into(), Duration::from_secs(100), at_seconds(10));
+        assert!(!key.is_secret_superseded(1, at_seconds(11)));
+        assert!(key.has_overlapping_secret(at_seconds(11)));
+        key.rotate(TokenDigest::from_token("three"), "h3".into(), Duration::from_secs(100), at_seconds(12));
+        assert!(key.is_secret_superseded(1, at_seconds(12)), "at most two are alive");
+        assert!(!key.is_secret_superseded(2, at_seconds(12)));
         assert_eq!(key.secrets.iter().map(|secret| secret.version).collect::<Vec<_>>(), [3, 2]);
-        key.finish_rotation(at(13));
-        assert!(key.superseded(2, at(13)));
-        assert!(!key.overlapping(at(13)));
+        key.finish_rotation(at_seconds(13));
+        assert!(key.is_secret_superseded(2, at_seconds(13)));
+        assert!(!key.has_overlapping_secret(at_seconds(13)));
     }
 
     #[test]
     fn what_takes_something_away_narrows() {
-        let key = sample();
-        let with = |change: &dyn Fn(&mut Key)| {
+        let key = sample_key();
+        let with = |change: &dyn Fn(&mut ApiKey)| {
             let mut other = key.clone();
             change(&mut other);
             other
         };
-        let narrowing: [&dyn Fn(&mut Key); 7] = [
-            &|k| k.disabled_at = Some(at(1)),
-            &|k| k.terms.expires_at = Some(at(9)),
-            &|k| k.terms.scopes = [Scope::parse_grant("monitors:write").unwrap()].into_iter().collect(),
-            &|k| k.terms.customers = vec![CustomerId::parse("c1").unwrap()],
-            &|k| k.terms.allowed_cidrs = vec!["10.0.0.0/8".parse().unwrap()],
+        let narrowing: [&dyn Fn(&mut ApiKey); 7] = [
+            &|k| k.disabled_at = Some(at_seconds(1)),
+            &|k| k.spec.expires_at = Some(at_seconds(9)),
+            &|k| k.spec.scopes = [Scope::parse_grant("monitors:write").unwrap()].into_iter().collect(),
+            &|k| k.spec.customers = vec![CustomerId::parse("c1").unwrap()],
+            &|k| k.spec.allowed_cidrs = vec!["10.0.0.0/8".parse().unwrap()],
             &|k| {
-                k.rotate(Digest::of("two"), "h2".into(), Duration::ZERO, at(1));
+                k.rotate(TokenDigest::from_token("two"), "h2".into(), Duration::ZERO, at_seconds(1));
             },
-            &|k| k.terms.quota = Some(Quota { limit: 1, period: QuotaPeriod::Day }),
+            &|k| k.spec.quota = Some(Quota { limit: 1, period: QuotaPeriod::Day }),
         ];
         for change in narrowing {
             let after = with(change);
-            assert!(after.narrows(&key), "{after:?}");
+            assert!(after.restricts(&key), "{after:?}");
         }
-        assert!(revoked(&key).narrows(&key));
-        let widening: [&dyn Fn(&mut Key); 2] =
-            [&|k| k.terms.scopes = [Scope::parse_grant("*").unwrap()].into_iter().collect(), &|k| {
-                k.terms.name = Some(KeyName::parse("n").unwrap())
+        assert!(revoked_key(&key).restricts(&key));
+        let widening: [&dyn Fn(&mut ApiKey); 2] =
+            [&|k| k.spec.scopes = [Scope::parse_grant("*").unwrap()].into_iter().collect(), &|k| {
+                k.spec.name = Some(KeyName::parse("n").unwrap())
             }];
         for change in widening {
             let after = with(change);
-            assert!(!after.narrows(&key), "{after:?}");
+            assert!(!after.restricts(&key), "{after:?}");
         }
-        assert!(!key.narrows(&with(narrowing[3])), "taking a restriction away is widening");
+        assert!(!key.restricts(&with(narrowing[3])), "taking a restriction away is widening");
     }
 }

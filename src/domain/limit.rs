@@ -11,11 +11,11 @@ use super::{
 /// What is known of a rate limit after a request: the GCRA's "theoretical arrival time", the instant at which
 /// every unit is there again, in microseconds since 1970 times the limit (so that nothing is ever rounded).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Level(u128);
+pub struct GcraState(u128);
 
 /// What a limit says of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Standing {
+pub struct LimitStatus {
     /// Units left, after the request if it was allowed.
     pub remaining: u64,
     /// When all units are there again; `None` = never.
@@ -26,44 +26,50 @@ pub struct Standing {
     pub allowed: bool,
 }
 
-impl Level {
+impl GcraState {
     /// The level of a limit of which at `now` so many units are taken, and in addition `part` of the window's
     /// microseconds of one more.
     #[must_use]
-    pub fn owing(limit: &RateLimit, now: Timestamp, units: u64, part: u64) -> Level {
+    pub fn from_used_units(limit: &RateLimit, now: Timestamp, units: u64, part: u64) -> GcraState {
         let (all, window) = (u128::from(limit.limit.max(1)), limit.window.as_micros().max(1));
-        Level(micros(now) * all + u128::from(units) * window + u128::from(part))
+        GcraState(epoch_micros(now) * all + u128::from(units) * window + u128::from(part))
     }
 }
 
-fn micros(at: Timestamp) -> u128 {
+fn epoch_micros(at: Timestamp) -> u128 {
     u128::try_from(at.as_micros()).unwrap_or(0)
 }
 
 /// Time in the unit of a level, as time; rounded up, so that whoever waits so long has waited long enough.
-fn time(scaled: u128, limit: u128) -> Duration {
+fn scaled_to_duration(scaled: u128, limit: u128) -> Duration {
     Duration::from_micros(u64::try_from(scaled.div_ceil(limit)).unwrap_or(u64::MAX))
 }
 
 /// Judges a request of `cost` units by the Generic Cell Rate Algorithm (ITU-T I.371): `limit` units in any
 /// `window`, burst equal to `limit`. Gives the level after the request, were it allowed.
 #[must_use]
-pub fn gcra(limit: &RateLimit, level: Level, cost: u64, now: Timestamp) -> (Level, Standing) {
+pub fn apply_gcra(
+    limit: &RateLimit,
+    level: GcraState,
+    cost: u64,
+    now: Timestamp,
+) -> (GcraState, LimitStatus) {
     let (units, window) = (u128::from(limit.limit.max(1)), limit.window.as_micros().max(1));
-    let now = micros(now) * units;
+    let now = epoch_micros(now) * units;
     let full = window * units;
     // A clock that was set back must not lock a key out for longer than a window.
     let level_now = level.0.clamp(now, now + full);
     let after = level_now + u128::from(cost) * window;
     let allowed = after - now <= full;
     let counted = if allowed { after } else { level_now };
-    let standing = Standing {
+    let standing = LimitStatus {
         remaining: u64::try_from((full - (counted - now)) / window).unwrap_or(u64::MAX),
-        reset_after: Some(time(counted - now, units)),
-        retry_after: (!allowed && u128::from(cost) <= units).then(|| time(after - now - full, units)),
+        reset_after: Some(scaled_to_duration(counted - now, units)),
+        retry_after: (!allowed && u128::from(cost) <= units)
+            .then(|| scaled_to_duration(after - now - full, units)),
         allowed,
     };
-    (Level(after), standing)
+    (GcraState(after), standing)
 }
 
 /// Whether a rate limit is at least as tight as `bound`: its burst is no larger, and its units come back no faster. Then
@@ -83,30 +89,32 @@ pub fn is_quota_within(quota: &Quota, bound: &Quota) -> bool {
 
 /// What was used of a quota, and in which period.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Spent {
+pub struct QuotaUsage {
     /// Start of the period.
-    pub period: Timestamp,
+    pub period_start: Timestamp,
     /// Units used in it.
-    pub used: u64,
+    pub used_units: u64,
 }
 
 /// Units of a quota that were used in one process and that the store does not count yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Drawn {
+pub struct PendingQuotaUnits {
     /// Start of the period.
-    pub period: Timestamp,
+    pub period_start: Timestamp,
     /// Its end; `None` = it has none.
-    pub until: Option<Timestamp>,
+    pub period_end: Option<Timestamp>,
     /// Units used in it.
     pub units: u64,
 }
 
-impl Drawn {
+impl PendingQuotaUnits {
     /// These units and those. Of different periods the later one counts: nothing asks about a period that is over.
     #[must_use]
-    pub fn and(self, other: Drawn) -> Drawn {
-        match self.period.cmp(&other.period) {
-            std::cmp::Ordering::Equal => Drawn { units: self.units.saturating_add(other.units), ..self },
+    pub fn merge(self, other: PendingQuotaUnits) -> PendingQuotaUnits {
+        match self.period_start.cmp(&other.period_start) {
+            std::cmp::Ordering::Equal => {
+                PendingQuotaUnits { units: self.units.saturating_add(other.units), ..self }
+            }
             std::cmp::Ordering::Less => other,
             std::cmp::Ordering::Greater => self,
         }
@@ -116,13 +124,13 @@ impl Drawn {
 /// How many units of a quota a process may use before the store counts them, where several share the store: a
 /// hundredth of it, at least 50 and at most 10,000.
 #[must_use]
-pub fn block(quota: &Quota) -> u64 {
+pub fn quota_block_size(quota: &Quota) -> u64 {
     (quota.limit / 100).clamp(50, 10_000)
 }
 
 /// The start of the period that `now` lies in, and of the next one. `Total` has one period, from 1970 on.
 #[must_use]
-pub fn period(of: QuotaPeriod, now: Timestamp) -> (Timestamp, Option<Timestamp>) {
+pub fn quota_period_bounds(of: QuotaPeriod, now: Timestamp) -> (Timestamp, Option<Timestamp>) {
     const HOUR: i64 = 3_600_000_000;
     let slice = |length: i64| {
         let start = now.as_micros().div_euclid(length) * length;
@@ -131,14 +139,14 @@ pub fn period(of: QuotaPeriod, now: Timestamp) -> (Timestamp, Option<Timestamp>)
     match of {
         QuotaPeriod::Hour => slice(HOUR),
         QuotaPeriod::Day => slice(24 * HOUR),
-        QuotaPeriod::Month => month(now),
+        QuotaPeriod::Month => month_bounds(now),
         QuotaPeriod::Total => (Timestamp::from_micros(0), None),
     }
 }
 
 /// The calendar month of an instant, by the civil-from-days algorithm of the proleptic Gregorian calendar
 /// (jiff does it; only the instants are ours).
-fn month(now: Timestamp) -> (Timestamp, Option<Timestamp>) {
+fn month_bounds(now: Timestamp) -> (Timestamp, Option<Timestamp>) {
     let start_of = |date: jiff::civil::Date| {
         let zoned = date.to_zoned(jiff::tz::TimeZone::UTC).ok()?;
         Some(Timestamp::from_micros(zoned.timestamp().as_microsecond()))
@@ -155,19 +163,24 @@ fn month(now: Timestamp) -> (Timestamp, Option<Timestamp>) {
 
 /// Judges a request of `cost` units by a quota. Gives what is spent after the request, were it allowed.
 #[must_use]
-pub fn spend(quota: &Quota, spent: Option<Spent>, cost: u64, now: Timestamp) -> (Spent, Standing) {
-    let (start, next) = period(quota.period, now);
-    let used = spent.filter(|spent| spent.period == start).map_or(0, |spent| spent.used);
+pub fn apply_quota(
+    quota: &Quota,
+    spent: Option<QuotaUsage>,
+    cost: u64,
+    now: Timestamp,
+) -> (QuotaUsage, LimitStatus) {
+    let (start, next) = quota_period_bounds(quota.period, now);
+    let used = spent.filter(|spent| spent.period_start == start).map_or(0, |spent| spent.used_units);
     let allowed = used.checked_add(cost).is_some_and(|after| after <= quota.limit);
     let counted = if allowed { used + cost } else { used };
-    let until_next = next.map(|next| next.since(now));
-    let standing = Standing {
+    let until_next = next.map(|next| next.saturating_duration_since(now));
+    let standing = LimitStatus {
         remaining: quota.limit.saturating_sub(counted),
         reset_after: until_next,
         retry_after: if allowed || cost > quota.limit { None } else { until_next },
         allowed,
     };
-    (Spent { period: start, used: used.saturating_add(cost) }, standing)
+    (QuotaUsage { period_start: start, used_units: used.saturating_add(cost) }, standing)
 }
 
 #[cfg(test)]
@@ -186,23 +199,23 @@ mod tests {
     #[test]
     fn a_burst_of_the_whole_limit_is_allowed_and_then_one_by_one() {
         let limit = limit(3, 3000);
-        let mut level = Level::default();
+        let mut level = GcraState::default();
         for left in [2, 1, 0] {
-            let (after, standing) = gcra(&limit, level, 1, at(0));
+            let (after, standing) = apply_gcra(&limit, level, 1, at(0));
             assert_eq!((standing.allowed, standing.remaining), (true, left));
             level = after;
         }
-        let (_, standing) = gcra(&limit, level, 1, at(0));
+        let (_, standing) = apply_gcra(&limit, level, 1, at(0));
         assert!(!standing.allowed);
         assert_eq!(standing.retry_after, Some(Duration::from_secs(1)));
         assert_eq!(standing.reset_after, Some(Duration::from_secs(3)));
-        assert!(!gcra(&limit, level, 1, at(999_999)).1.allowed);
-        assert!(gcra(&limit, level, 1, at(1_000_000)).1.allowed);
+        assert!(!apply_gcra(&limit, level, 1, at(999_999)).1.allowed);
+        assert!(apply_gcra(&limit, level, 1, at(1_000_000)).1.allowed);
     }
 
     #[test]
     fn a_cost_above_the_limit_never_fits() {
-        let (_, standing) = gcra(&limit(3, 1000), Level::default(), 4, at(0));
+        let (_, standing) = apply_gcra(&limit(3, 1000), GcraState::default(), 4, at(0));
         assert_eq!((standing.allowed, standing.retry_after), (false, None));
     }
 
@@ -234,8 +247,8 @@ mod tests {
     #[test]
     fn a_clock_set_back_locks_nobody_out_for_longer_than_a_window() {
         let limit = limit(1, 1000);
-        let (level, _) = gcra(&limit, Level::default(), 1, at(3_600_000_000));
-        let (_, standing) = gcra(&limit, level, 1, at(0));
+        let (level, _) = apply_gcra(&limit, GcraState::default(), 1, at(3_600_000_000));
+        let (_, standing) = apply_gcra(&limit, level, 1, at(0));
         assert_eq!(standing.retry_after, Some(Duration::from_secs(1)));
     }
 
@@ -249,47 +262,48 @@ mod tests {
             (QuotaPeriod::Day, "2024-02-29T00:00:00Z", "2024-03-01T00:00:00Z"),
             (QuotaPeriod::Month, "2024-02-01T00:00:00Z", "2024-03-01T00:00:00Z"),
         ] {
-            assert_eq!(period(of, now), (read(start), Some(read(next))), "{of:?}");
+            assert_eq!(quota_period_bounds(of, now), (read(start), Some(read(next))), "{of:?}");
         }
-        assert_eq!(period(QuotaPeriod::Total, now).1, None);
+        assert_eq!(quota_period_bounds(QuotaPeriod::Total, now).1, None);
     }
 
     #[test]
     fn a_quota_is_full_again_in_the_next_period_and_credits_never() {
         let day = Quota { limit: 2, period: QuotaPeriod::Day };
-        let (spent, standing) = spend(&day, None, 2, at(0));
+        let (spent, standing) = apply_quota(&day, None, 2, at(0));
         assert_eq!((standing.allowed, standing.remaining), (true, 0));
-        let (_, standing) = spend(&day, Some(spent), 1, at(0));
+        let (_, standing) = apply_quota(&day, Some(spent), 1, at(0));
         assert!(!standing.allowed);
-        let tomorrow = at(0).plus(standing.retry_after.unwrap());
-        assert!(spend(&day, Some(spent), 1, tomorrow).1.allowed);
+        let tomorrow = at(0).saturating_add(standing.retry_after.unwrap());
+        assert!(apply_quota(&day, Some(spent), 1, tomorrow).1.allowed);
         let total = Quota { limit: 2, period: QuotaPeriod::Total };
-        let (spent, _) = spend(&total, None, 2, at(0));
-        let (_, standing) = spend(&total, Some(spent), 1, tomorrow.plus(Duration::from_secs(1 << 30)));
+        let (spent, _) = apply_quota(&total, None, 2, at(0));
+        let (_, standing) =
+            apply_quota(&total, Some(spent), 1, tomorrow.saturating_add(Duration::from_secs(1 << 30)));
         assert_eq!((standing.allowed, standing.retry_after), (false, None));
     }
 
     #[test]
     fn a_level_is_told_by_the_units_that_are_taken() {
         let limit = limit(3, 3000);
-        let (level, _) = gcra(&limit, Level::default(), 2, at(0));
-        assert_eq!(level, Level::owing(&limit, at(0), 2, 0));
+        let (level, _) = apply_gcra(&limit, GcraState::default(), 2, at(0));
+        assert_eq!(level, GcraState::from_used_units(&limit, at(0), 2, 0));
         // A microsecond gives three microseconds of a unit back.
-        let later = Level::owing(&limit, at(1), 1, 3_000_000 - 3);
-        assert_eq!(gcra(&limit, level, 0, at(1)).1, gcra(&limit, later, 0, at(1)).1);
+        let later = GcraState::from_used_units(&limit, at(1), 1, 3_000_000 - 3);
+        assert_eq!(apply_gcra(&limit, level, 0, at(1)).1, apply_gcra(&limit, later, 0, at(1)).1);
     }
 
     #[test]
     fn units_add_up_within_a_period_and_a_later_one_starts_afresh() {
-        let drawn = |period, units| Drawn { period: at(period), until: None, units };
-        assert_eq!(drawn(0, 2).and(drawn(0, 3)), drawn(0, 5));
-        assert_eq!(drawn(0, 2).and(drawn(9, 3)), drawn(9, 3));
-        assert_eq!(drawn(9, 2).and(drawn(0, 3)), drawn(9, 2));
+        let drawn = |period, units| PendingQuotaUnits { period_start: at(period), period_end: None, units };
+        assert_eq!(drawn(0, 2).merge(drawn(0, 3)), drawn(0, 5));
+        assert_eq!(drawn(0, 2).merge(drawn(9, 3)), drawn(9, 3));
+        assert_eq!(drawn(9, 2).merge(drawn(0, 3)), drawn(9, 2));
     }
 
     #[test]
     fn a_block_is_a_hundredth_within_bounds() {
-        let block = |limit| block(&Quota { limit, period: QuotaPeriod::Day });
+        let block = |limit| quota_block_size(&Quota { limit, period: QuotaPeriod::Day });
         assert_eq!([1, 10_000, 100_000, 1_000_000_000].map(block), [50, 100, 1000, 10_000]);
     }
 
@@ -301,13 +315,13 @@ mod tests {
         ) {
             let (tight, wide) = (limit(units, window_ms), limit(wide, wide_ms));
             prop_assume!(is_rate_within(&tight, &wide));
-            let (mut inner, mut outer, mut now) = (Level::default(), Level::default(), 0i64);
+            let (mut inner, mut outer, mut now) = (GcraState::default(), GcraState::default(), 0i64);
             for (wait, cost) in steps {
                 now += wait;
-                let (after, standing) = gcra(&tight, inner, cost, at(now));
+                let (after, standing) = apply_gcra(&tight, inner, cost, at(now));
                 if standing.allowed {
                     inner = after;
-                    let (after, standing) = gcra(&wide, outer, cost, at(now));
+                    let (after, standing) = apply_gcra(&wide, outer, cost, at(now));
                     prop_assert!(standing.allowed);
                     outer = after;
                 }
@@ -324,12 +338,12 @@ mod tests {
             let window = i128::from(window_ms) * 1000;
             // The bucket in units times the window, so that one microsecond adds `units`.
             let full = i128::from(units) * window;
-            let (mut level, mut bucket, mut now) = (Level::default(), full, 0i64);
+            let (mut level, mut bucket, mut now) = (GcraState::default(), full, 0i64);
             for (wait, cost) in steps {
                 now += wait;
                 bucket = full.min(bucket + i128::from(wait) * i128::from(units));
                 let fits = bucket >= i128::from(cost) * window;
-                let (after, standing) = gcra(&limit, level, cost, at(now));
+                let (after, standing) = apply_gcra(&limit, level, cost, at(now));
                 prop_assert_eq!(standing.allowed, fits);
                 if fits {
                     bucket -= i128::from(cost) * window;

@@ -11,11 +11,11 @@ use std::{
 use super::{name::KeyId, time::Timestamp};
 
 /// How far the clocks of two servers may differ: times of different servers are compared.
-const CLOCK_SKEW: Duration = Duration::from_secs(60);
+const MAX_CLOCK_SKEW: Duration = Duration::from_secs(60);
 
 /// What a key did to another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LinkKind {
+pub enum LineageLinkKind {
     /// Created or imported it.
     Created,
     /// Gave it a new secret.
@@ -24,13 +24,13 @@ pub enum LinkKind {
 
 /// A key that received a secret from another key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Link {
+pub struct LineageLink {
     /// The key that received the secret.
     pub child: KeyId,
     /// The key that called.
-    pub by: KeyId,
+    pub parent: KeyId,
     /// What the caller did.
-    pub kind: LinkKind,
+    pub kind: LineageLinkKind,
     /// When.
     pub at: Timestamp,
 }
@@ -38,17 +38,17 @@ pub struct Link {
 /// The descendants of some keys, each with the link that makes it one: a creation if there is one, otherwise the
 /// earliest rotation. The keys themselves are not among them.
 #[must_use]
-pub fn descendants(of: &[KeyId], links: &[Link]) -> HashMap<KeyId, Link> {
-    let mut by = HashMap::<KeyId, Vec<&Link>>::new();
+pub fn find_descendants(of: &[KeyId], links: &[LineageLink]) -> HashMap<KeyId, LineageLink> {
+    let mut by = HashMap::<KeyId, Vec<&LineageLink>>::new();
     for link in links {
-        by.entry(link.by).or_default().push(link);
+        by.entry(link.parent).or_default().push(link);
     }
     let start: HashSet<_> = of.iter().copied().collect();
-    let mut found = HashMap::<KeyId, Link>::new();
-    let mut open: Vec<_> = start.iter().map(|key| (*key, Timestamp::PASSED)).collect();
+    let mut found = HashMap::<KeyId, LineageLink>::new();
+    let mut open: Vec<_> = start.iter().map(|key| (*key, Timestamp::MIN)).collect();
     while let Some((key, since)) = open.pop() {
         for link in by.get(&key).into_iter().flatten().filter(|link| link.at >= since) {
-            let is_earlier = |known: &Link| suspect_since(link) < suspect_since(known);
+            let is_earlier = |known: &LineageLink| suspect_since(link) < suspect_since(known);
             if !start.contains(&link.child) && found.get(&link.child).is_none_or(is_earlier) {
                 found.insert(link.child, **link);
                 open.push((link.child, suspect_since(link)));
@@ -60,10 +60,10 @@ pub fn descendants(of: &[KeyId], links: &[Link]) -> HashMap<KeyId, Link> {
 
 /// From when on what the child does is suspect.
 #[must_use]
-pub fn suspect_since(link: &Link) -> Timestamp {
+pub fn suspect_since(link: &LineageLink) -> Timestamp {
     match link.kind {
-        LinkKind::Created => Timestamp::PASSED,
-        LinkKind::Rotated => link.at.minus(CLOCK_SKEW),
+        LineageLinkKind::Created => Timestamp::MIN,
+        LineageLinkKind::Rotated => link.at.saturating_sub(MAX_CLOCK_SKEW),
     }
 }
 
@@ -76,22 +76,22 @@ mod tests {
     const MINUTE: i64 = 60_000_000;
 
     fn key(number: u8) -> KeyId {
-        KeyId::custom([number; 16])
+        KeyId::from_custom_bytes([number; 16])
     }
 
-    fn link(by: u8, child: u8, kind: LinkKind, minute: i64) -> Link {
-        Link { child: key(child), by: key(by), kind, at: Timestamp::from_micros(minute * MINUTE) }
+    fn link(by: u8, child: u8, kind: LineageLinkKind, minute: i64) -> LineageLink {
+        LineageLink { child: key(child), parent: key(by), kind, at: Timestamp::from_micros(minute * MINUTE) }
     }
 
     #[track_caller]
-    fn descend(of: u8, links: &[Link], expected: &[u8]) {
-        let found: BTreeSet<_> = descendants(&[key(of)], links).into_keys().collect();
+    fn descend(of: u8, links: &[LineageLink], expected: &[u8]) {
+        let found: BTreeSet<_> = find_descendants(&[key(of)], links).into_keys().collect();
         assert_eq!(found, expected.iter().copied().map(key).collect());
     }
 
     #[test]
     fn every_generation_descends_and_nobody_elses_children_do() {
-        use LinkKind::Created;
+        use LineageLinkKind::Created;
         let links =
             [link(1, 2, Created, 1), link(2, 3, Created, 2), link(3, 4, Created, 3), link(9, 5, Created, 4)];
         descend(1, &links, &[2, 3, 4]);
@@ -101,7 +101,7 @@ mod tests {
 
     #[test]
     fn a_rotated_key_descends_with_what_it_made_from_then_on() {
-        use LinkKind::{Created, Rotated};
+        use LineageLinkKind::{Created, Rotated};
         let links = [
             link(9, 2, Created, 1),
             link(2, 3, Created, 2),
@@ -114,16 +114,17 @@ mod tests {
 
     #[test]
     fn clocks_that_differ_hide_no_descendant() {
-        use LinkKind::{Created, Rotated};
+        use LineageLinkKind::{Created, Rotated};
         // The child was created on a server whose clock is behind.
         descend(1, &[link(1, 2, Created, 10), link(2, 3, Created, 7)], &[2, 3]);
-        let seconds = |link: Link| Link { at: link.at.minus(Duration::from_secs(59)), ..link };
+        let seconds =
+            |link: LineageLink| LineageLink { at: link.at.saturating_sub(Duration::from_secs(59)), ..link };
         descend(1, &[link(1, 2, Rotated, 10), seconds(link(2, 3, Created, 10))], &[2, 3]);
     }
 
     #[test]
     fn a_creation_found_after_a_rotation_makes_all_that_the_key_did_suspect() {
-        use LinkKind::{Created, Rotated};
+        use LineageLinkKind::{Created, Rotated};
         // 1 rotates 3 late, and 2, which 1 created, created 3 early.
         let links =
             [link(1, 3, Rotated, 50), link(1, 2, Created, 1), link(2, 3, Created, 2), link(3, 4, Created, 3)];
@@ -132,7 +133,7 @@ mod tests {
 
     #[test]
     fn a_circle_of_rotations_ends() {
-        use LinkKind::Rotated;
+        use LineageLinkKind::Rotated;
         let links =
             [link(1, 2, Rotated, 1), link(2, 3, Rotated, 2), link(3, 2, Rotated, 3), link(3, 1, Rotated, 4)];
         descend(1, &links, &[2, 3]);

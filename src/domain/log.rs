@@ -8,25 +8,25 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use super::{
-    account::{Account, Member, Role},
-    entry::Via,
-    key::{Key, Owner},
+    account::{Account, AccountMember, Role},
+    key::{ApiKey, KeyOwner},
+    log_payload::ChangeOrigin,
     name::{AccountId, KeyId, UserId},
     time::{Revision, Timestamp},
 };
 
 /// A link of the chain: SHA-256.
-pub type Hash = [u8; 32];
+pub type ChainHash = [u8; 32];
 
 /// The link before the first.
-pub const GENESIS: Hash = [0; 32];
+pub const GENESIS_HASH: ChainHash = [0; 32];
 
 /// What changed: the whole record after the change, as a follower needs it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Change {
+pub enum RecordChange {
     /// A key was created or changed.
-    Key(Arc<Key>),
+    Key(Arc<ApiKey>),
     /// An account was created or changed.
     Account(Arc<Account>),
     /// A role was made or changed.
@@ -34,20 +34,20 @@ pub enum Change {
     /// A role was deleted; the record is its last.
     RoleDeleted(Arc<Role>),
     /// A user became a member, or a member's role changed.
-    Member(Arc<Member>),
+    Member(Arc<AccountMember>),
     /// A membership ended; the record is its last.
-    MemberRemoved(Arc<Member>),
+    MemberRemoved(Arc<AccountMember>),
 }
 
-impl Change {
+impl RecordChange {
     /// The account concerned.
     #[must_use]
-    pub fn account(&self) -> Option<&AccountId> {
+    pub fn account_id(&self) -> Option<&AccountId> {
         match self {
-            Change::Key(key) => key.owner.account(),
-            Change::Account(account) => Some(&account.id),
-            Change::Role(role) | Change::RoleDeleted(role) => role.account.as_ref(),
-            Change::Member(member) | Change::MemberRemoved(member) => Some(&member.account),
+            RecordChange::Key(key) => key.owner.account(),
+            RecordChange::Account(account) => Some(&account.id),
+            RecordChange::Role(role) | RecordChange::RoleDeleted(role) => role.account.as_ref(),
+            RecordChange::Member(member) | RecordChange::MemberRemoved(member) => Some(&member.account),
         }
     }
 
@@ -55,21 +55,21 @@ impl Change {
     #[must_use]
     pub fn key_id(&self) -> Option<KeyId> {
         match self {
-            Change::Key(key) => Some(key.id),
+            RecordChange::Key(key) => Some(key.id),
             _ => None,
         }
     }
 
     /// The user concerned.
     #[must_use]
-    pub fn user(&self) -> Option<&UserId> {
+    pub fn user_id(&self) -> Option<&UserId> {
         match self {
-            Change::Key(key) => match &key.owner {
-                Owner::User(user) => Some(user),
-                Owner::Account(_) => None,
+            RecordChange::Key(key) => match &key.owner {
+                KeyOwner::User(user) => Some(user),
+                KeyOwner::Account(_) => None,
             },
-            Change::Member(member) | Change::MemberRemoved(member) => Some(&member.user),
-            Change::Account(_) | Change::Role(_) | Change::RoleDeleted(_) => None,
+            RecordChange::Member(member) | RecordChange::MemberRemoved(member) => Some(&member.user),
+            RecordChange::Account(_) | RecordChange::Role(_) | RecordChange::RoleDeleted(_) => None,
         }
     }
 
@@ -77,21 +77,23 @@ impl Change {
     #[must_use]
     pub fn revision(&self) -> Revision {
         match self {
-            Change::Key(key) => key.revision,
-            Change::Account(account) => account.revision,
-            Change::Role(role) | Change::RoleDeleted(role) => role.revision,
-            Change::Member(member) | Change::MemberRemoved(member) => member.revision,
+            RecordChange::Key(key) => key.revision,
+            RecordChange::Account(account) => account.revision,
+            RecordChange::Role(role) | RecordChange::RoleDeleted(role) => role.revision,
+            RecordChange::Member(member) | RecordChange::MemberRemoved(member) => member.revision,
         }
     }
 
     /// The same change with its record at `revision`.
     #[must_use]
-    pub fn at_revision(mut self, revision: Revision) -> Change {
+    pub fn with_revision(mut self, revision: Revision) -> RecordChange {
         match &mut self {
-            Change::Key(key) => Arc::make_mut(key).revision = revision,
-            Change::Account(account) => Arc::make_mut(account).revision = revision,
-            Change::Role(role) | Change::RoleDeleted(role) => Arc::make_mut(role).revision = revision,
-            Change::Member(member) | Change::MemberRemoved(member) => {
+            RecordChange::Key(key) => Arc::make_mut(key).revision = revision,
+            RecordChange::Account(account) => Arc::make_mut(account).revision = revision,
+            RecordChange::Role(role) | RecordChange::RoleDeleted(role) => {
+                Arc::make_mut(role).revision = revision
+            }
+            RecordChange::Member(member) | RecordChange::MemberRemoved(member) => {
                 Arc::make_mut(member).revision = revision
             }
         }
@@ -99,29 +101,29 @@ impl Change {
     }
 }
 
-macro_rules! actions {
+macro_rules! define_actions {
     ($($(#[$doc:meta])* $variant:ident = $text:literal,)*) => {
         /// What happened, in the words of the audit log.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        pub enum Action { $($(#[$doc])* $variant,)* }
+        pub enum AuditAction { $($(#[$doc])* $variant,)* }
 
-        impl Action {
+        impl AuditAction {
             /// The stable name.
             #[must_use]
             pub const fn as_str(self) -> &'static str {
-                match self { $(Action::$variant => $text,)* }
+                match self { $(AuditAction::$variant => $text,)* }
             }
 
             /// Reads a stable name.
             #[must_use]
-            pub fn parse(text: &str) -> Option<Action> {
-                match text { $($text => Some(Action::$variant),)* _ => None }
+            pub fn parse(text: &str) -> Option<AuditAction> {
+                match text { $($text => Some(AuditAction::$variant),)* _ => None }
             }
         }
     };
 }
 
-actions! {
+define_actions! {
     /// A key was created.
     KeyCreated = "key.created",
     /// A key's terms were changed.
@@ -163,11 +165,11 @@ actions! {
     DatabaseLossAccepted = "database.loss_accepted",
 }
 
-impl Action {
+impl AuditAction {
     /// Whether it ends rights and gives none, whatever the record was: nothing keeps such a change from being made.
     #[must_use]
-    pub const fn stops(self) -> bool {
-        use Action::{
+    pub const fn is_restriction(self) -> bool {
+        use AuditAction::{
             AccountSuspended, KeyDisabled, KeyRevoked, KeyRotationFinished, MemberRemoved, RoleDeleted,
         };
         matches!(
@@ -179,7 +181,7 @@ impl Action {
 
 /// What called.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Who {
+pub enum ActorId {
     /// Keyward itself.
     System,
     /// A management key.
@@ -189,12 +191,12 @@ pub enum Who {
 }
 
 /// A key's id, `cert:…`, or `system`.
-impl fmt::Display for Who {
+impl fmt::Display for ActorId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Who::System => f.write_str("system"),
-            Who::Key(key) => key.fmt(f),
-            Who::Certificate(name) => f.write_str(name),
+            ActorId::System => f.write_str("system"),
+            ActorId::Key(key) => key.fmt(f),
+            ActorId::Certificate(name) => f.write_str(name),
         }
     }
 }
@@ -203,35 +205,36 @@ impl fmt::Display for Who {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Actor {
     /// What called.
-    pub who: Who,
+    pub id: ActorId,
     /// The account that it acted in.
     pub account: Option<AccountId>,
     /// The person it called for.
     pub acting_user: Option<UserId>,
     /// By which call.
-    pub via: Via,
+    pub origin: ChangeOrigin,
 }
 
 impl Actor {
     /// Keyward itself.
-    pub const SYSTEM: Actor = Actor { who: Who::System, account: None, acting_user: None, via: Via::NONE };
+    pub const SYSTEM: Actor =
+        Actor { id: ActorId::System, account: None, acting_user: None, origin: ChangeOrigin::UNKNOWN };
 }
 
 /// What called.
 impl fmt::Display for Actor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.who.fmt(f)
+        self.id.fmt(f)
     }
 }
 
 /// One entry as it is stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LogRow {
+pub struct LogEntry {
     /// Its place in the order.
     pub revision: Revision,
     /// When the change was made.
     pub at: Timestamp,
-    /// What happened: [`Action::as_str`]; text, since a newer version may know more.
+    /// What happened: [`AuditAction::as_str`]; text, since a newer version may know more.
     pub action: String,
     /// The account concerned.
     pub account: Option<AccountId>,
@@ -247,49 +250,49 @@ pub struct LogRow {
     pub acting_user: Option<UserId>,
     /// The RPC or command.
     pub method: String,
-    /// The [`Change`] as JSON, and how it came about: see `entry.rs`.
+    /// The [`RecordChange`] as JSON, and how it came about: see `entry.rs`.
     pub payload: String,
     /// The hash of the entry before.
-    pub prev_hash: Hash,
+    pub prev_hash: ChainHash,
     /// The hash of this entry.
-    pub hash: Hash,
+    pub hash: ChainHash,
 }
 
 /// An entry whose payload cannot be read.
 #[derive(Debug, thiserror::Error)]
 #[error("log entry {revision}: {source}")]
-pub struct Unreadable {
+pub struct PayloadDecodeError {
     /// Its place.
     pub revision: Revision,
     /// What is wrong.
     pub source: serde_json::Error,
 }
 
-impl LogRow {
+impl LogEntry {
     /// The entry with its change, read from the payload.
     ///
     /// # Errors
     /// When that is no change that this version knows.
-    pub fn with_change(self) -> Result<(LogRow, Change), Unreadable> {
+    pub fn decode_change(self) -> Result<(LogEntry, RecordChange), PayloadDecodeError> {
         match serde_json::from_str(&self.payload) {
             Ok(change) => Ok((self, change)),
-            Err(source) => Err(Unreadable { revision: self.revision, source }),
+            Err(source) => Err(PayloadDecodeError { revision: self.revision, source }),
         }
     }
 
     /// Whether its change may take something away. What this version does not know may.
     #[must_use]
-    pub fn may_narrow(&self) -> bool {
+    pub fn may_restrict(&self) -> bool {
         !matches!(
-            Action::parse(&self.action),
+            AuditAction::parse(&self.action),
             Some(
-                Action::KeyCreated
-                    | Action::KeyImported
-                    | Action::KeyEnabled
-                    | Action::AccountCreated
-                    | Action::AccountResumed
-                    | Action::LogArchived
-                    | Action::DatabaseLossAccepted
+                AuditAction::KeyCreated
+                    | AuditAction::KeyImported
+                    | AuditAction::KeyEnabled
+                    | AuditAction::AccountCreated
+                    | AuditAction::AccountResumed
+                    | AuditAction::LogArchived
+                    | AuditAction::DatabaseLossAccepted
             )
         )
     }
@@ -298,7 +301,7 @@ impl LogRow {
     /// 8 bytes big-endian, and every text with its length as 8 bytes big-endian before it. An absent value
     /// has the length 2^64-1, so that it differs from an empty one.
     #[must_use]
-    pub fn expected_hash(&self) -> Hash {
+    pub fn compute_hash(&self) -> ChainHash {
         let mut sha = Sha256::new();
         sha.update(b"keyward-log-1");
         sha.update(self.prev_hash);
@@ -329,23 +332,23 @@ impl LogRow {
 
     /// Whether the entry follows one with `revision` and `hash`, and is unchanged.
     #[must_use]
-    pub fn follows(&self, revision: Revision, hash: &Hash) -> bool {
-        self.revision == revision.next() && self.prev_hash == *hash && self.hash == self.expected_hash()
+    pub fn follows(&self, revision: Revision, hash: &ChainHash) -> bool {
+        self.revision == revision.next() && self.prev_hash == *hash && self.hash == self.compute_hash()
     }
 }
 
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::domain::key::tests::{at, sample};
+    use crate::domain::key::tests::{at_seconds, sample_key};
 
-    pub(crate) fn row(revision: u64, prev_hash: Hash) -> LogRow {
-        let change = Change::Key(Arc::new(sample()));
-        let mut row = LogRow {
+    pub(crate) fn sample_entry(revision: u64, prev_hash: ChainHash) -> LogEntry {
+        let change = RecordChange::Key(Arc::new(sample_key()));
+        let mut row = LogEntry {
             revision: Revision(revision),
-            at: at(1),
-            action: Action::KeyCreated.as_str().to_owned(),
-            account: change.account().cloned(),
+            at: at_seconds(1),
+            action: AuditAction::KeyCreated.as_str().to_owned(),
+            account: change.account_id().cloned(),
             key_id: change.key_id(),
             user: None,
             actor: Actor::SYSTEM.to_string(),
@@ -354,27 +357,27 @@ pub(crate) mod tests {
             method: "test".to_owned(),
             payload: serde_json::to_string(&change).unwrap(),
             prev_hash,
-            hash: GENESIS,
+            hash: GENESIS_HASH,
         };
-        row.hash = row.expected_hash();
+        row.hash = row.compute_hash();
         row
     }
 
     #[test]
     fn a_chain_follows_link_by_link() {
-        let first = row(1, GENESIS);
-        let second = row(2, first.hash);
-        assert!(first.follows(Revision(0), &GENESIS));
+        let first = sample_entry(1, GENESIS_HASH);
+        let second = sample_entry(2, first.hash);
+        assert!(first.follows(Revision(0), &GENESIS_HASH));
         assert!(second.follows(Revision(1), &first.hash));
         assert!(!second.follows(Revision(0), &first.hash), "a gap");
-        assert!(!second.follows(Revision(1), &GENESIS), "another history");
+        assert!(!second.follows(Revision(1), &GENESIS_HASH), "another history");
     }
 
     #[test]
     fn every_field_is_under_the_hash() {
-        let whole = row(1, GENESIS);
-        let turns: [fn(&mut LogRow); 10] = [
-            |r| r.at = at(2),
+        let whole = sample_entry(1, GENESIS_HASH);
+        let turns: [fn(&mut LogEntry); 10] = [
+            |r| r.at = at_seconds(2),
             |r| r.action.push('x'),
             |r| r.account = None,
             |r| r.key_id = None,
@@ -388,20 +391,20 @@ pub(crate) mod tests {
         for turn in turns {
             let mut changed = whole.clone();
             turn(&mut changed);
-            assert!(!changed.follows(Revision(0), &GENESIS), "{changed:?}");
+            assert!(!changed.follows(Revision(0), &GENESIS_HASH), "{changed:?}");
         }
     }
 
     #[test]
     fn a_change_reads_back_from_the_log() {
-        let change = Change::Key(Arc::new(sample())).at_revision(Revision(7));
+        let change = RecordChange::Key(Arc::new(sample_key())).with_revision(Revision(7));
         let text = serde_json::to_string(&change).unwrap();
-        assert_eq!(serde_json::from_str::<Change>(&text).unwrap(), change);
+        assert_eq!(serde_json::from_str::<RecordChange>(&text).unwrap(), change);
     }
 
     #[test]
     fn actions_read_back() {
-        assert_eq!(Action::parse(Action::KeyRotated.as_str()), Some(Action::KeyRotated));
-        assert_eq!(Action::parse("nope"), None);
+        assert_eq!(AuditAction::parse(AuditAction::KeyRotated.as_str()), Some(AuditAction::KeyRotated));
+        assert_eq!(AuditAction::parse("nope"), None);
     }
 }

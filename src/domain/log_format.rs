@@ -4,7 +4,7 @@
 
 use std::fmt;
 
-use super::{log::Change, name::AccountId, scope::Scope};
+use super::{log::RecordChange, name::AccountId, scope::Scope};
 
 /// A generation of log entries. A release that reads one reads all before it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -31,15 +31,15 @@ pub enum NewerValue<'e> {
 impl<'e> NewerValue<'e> {
     /// Finds one in the entry of a change that a caller of `actor_account` makes.
     #[must_use]
-    pub fn find(change: &'e Change, actor_account: Option<&'e AccountId>) -> Option<NewerValue<'e>> {
+    pub fn find(change: &'e RecordChange, actor_account: Option<&'e AccountId>) -> Option<NewerValue<'e>> {
         let scopes = match change {
-            Change::Key(key) => Some(&key.terms.scopes),
-            Change::Role(role) | Change::RoleDeleted(role) => Some(&role.scopes),
-            Change::Account(_) | Change::Member(_) | Change::MemberRemoved(_) => None,
+            RecordChange::Key(key) => Some(&key.spec.scopes),
+            RecordChange::Role(role) | RecordChange::RoleDeleted(role) => Some(&role.scopes),
+            RecordChange::Account(_) | RecordChange::Member(_) | RecordChange::MemberRemoved(_) => None,
         };
         let scope = scopes.into_iter().flatten().find(|scope| scope.as_str().contains('/'));
         let has_capitals = |id: &&AccountId| id.as_str().bytes().any(|byte| byte.is_ascii_uppercase());
-        let account_id = || change.account().into_iter().chain(actor_account).find(has_capitals);
+        let account_id = || change.account_id().into_iter().chain(actor_account).find(has_capitals);
         scope.map(NewerValue::Scope).or_else(|| account_id().map(NewerValue::AccountId))
     }
 
@@ -70,8 +70,8 @@ mod tests {
 
     use super::*;
     use crate::domain::{
-        account::{Account, Member, Role},
-        key::{Owner, tests::sample},
+        account::{Account, AccountMember, Role},
+        key::{KeyOwner, tests::sample_key},
         name::{DisplayName, RoleName, UserId},
         time::{Revision, Timestamp},
     };
@@ -81,20 +81,20 @@ mod tests {
     }
 
     /// One change of each kind, about an account and with scopes.
-    fn changes(account: &str, scopes: &[String]) -> Vec<Change> {
+    fn changes(account: &str, scopes: &[String]) -> Vec<RecordChange> {
         let id = account_id(account);
         let scopes = || scopes.iter().map(|scope| Scope::parse_grant(scope).unwrap()).collect();
         let key = |owner| {
-            let mut key = sample();
-            (key.owner, key.terms.scopes) = (owner, scopes());
-            Change::Key(Arc::new(key))
+            let mut key = sample_key();
+            (key.owner, key.spec.scopes) = (owner, scopes());
+            RecordChange::Key(Arc::new(key))
         };
         let (revision, at) = (Revision::default(), Timestamp::from_micros(1));
         let name = RoleName::parse("agent").unwrap();
         let role = |account| Arc::new(Role { account, name: name.clone(), scopes: scopes(), revision });
         let user = UserId::parse("Anna/1").unwrap();
         let member =
-            Arc::new(Member { account: id.clone(), user: user.clone(), role: name.clone(), revision });
+            Arc::new(AccountMember { account: id.clone(), user: user.clone(), role: name.clone(), revision });
         let account = Account {
             id: id.clone(),
             name: DisplayName::parse("A/B").unwrap(),
@@ -105,19 +105,19 @@ mod tests {
             revision,
         };
         vec![
-            key(Owner::Account(id.clone())),
-            key(Owner::User(user)),
-            Change::Role(role(Some(id.clone()))),
-            Change::Role(role(None)),
-            Change::RoleDeleted(role(Some(id))),
-            Change::Member(member.clone()),
-            Change::MemberRemoved(member),
-            Change::Account(Arc::new(account)),
+            key(KeyOwner::Account(id.clone())),
+            key(KeyOwner::User(user)),
+            RecordChange::Role(role(Some(id.clone()))),
+            RecordChange::Role(role(None)),
+            RecordChange::RoleDeleted(role(Some(id))),
+            RecordChange::Member(member.clone()),
+            RecordChange::MemberRemoved(member),
+            RecordChange::Account(Arc::new(account)),
         ]
     }
 
     /// Whether the release before would read an entry's record: its own two rules, on the record as JSON.
-    fn release_before_reads(change: &Change, actor_account: Option<&AccountId>) -> bool {
+    fn release_before_reads(change: &RecordChange, actor_account: Option<&AccountId>) -> bool {
         let reads_scope = |scope: &str| {
             scope.split(':').all(|segment| {
                 segment == "*"

@@ -6,23 +6,23 @@
 //! that every rule can be tested at its exact instant, and the same rules serve gRPC, Envoy and simulations.
 
 pub mod account;
-pub mod chain;
+pub mod certificate_identity;
 pub mod connection_url;
 pub mod credential_mask;
-pub mod decision;
-pub mod entry;
-pub mod export;
-pub mod facts;
 pub mod header_name;
-pub mod identity;
 pub mod key;
+pub mod key_attributes;
+pub mod key_policy;
 pub mod lease;
 pub mod limit;
 pub mod lineage;
 pub mod log;
+pub mod log_chain;
+pub mod log_export;
 pub mod log_format;
+pub mod log_payload;
 pub mod name;
-pub mod policy;
+pub mod policy_decision;
 pub mod route;
 pub mod scope;
 pub mod text;

@@ -65,7 +65,7 @@ macro_rules! text_type {
 }
 
 /// A name of ASCII characters, the same wherever it comes from.
-macro_rules! name {
+macro_rules! ascii_name {
     ($(#[$doc:meta])* $type:ident, $rule:literal, $ok:expr) => {
         text_type! { $(#[$doc])* $type }
 
@@ -134,7 +134,7 @@ macro_rules! display_name {
             /// The name in Unicode Normalization Form C, in which names are compared.
             #[must_use]
             pub fn normalized(&self) -> Self {
-                match text::normalize(&self.0) {
+                match text::normalize_nfc(&self.0) {
                     Cow::Borrowed(_) => self.clone(),
                     Cow::Owned(name) => $type(name.into()),
                 }
@@ -150,35 +150,35 @@ macro_rules! display_name {
     };
 }
 
-fn visible(text: &str, most: usize) -> bool {
+fn is_visible_ascii(text: &str, most: usize) -> bool {
     (1..=most).contains(&text.len()) && text.bytes().all(|b| (0x21..=0x7e).contains(&b))
 }
 
-fn slug(text: &str, most: usize) -> bool {
+fn is_slug(text: &str, most: usize) -> bool {
     (1..=most).contains(&text.len())
         && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_' || b == b'-')
 }
 
-name!(
+ascii_name!(
     /// An account's id. Ids are compared exactly; no two accounts have ids that differ in case alone.
     AccountId, "must be 1-64 characters of [A-Za-z0-9_-]",
     |t| (1..=64).contains(&t.len()) && t.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-')
 );
-name!(
+ascii_name!(
     /// A user's id in the product that uses Keyward; opaque here.
-    UserId, "must be 1-128 visible ASCII characters", |t| visible(t, 128)
+    UserId, "must be 1-128 visible ASCII characters", |t| is_visible_ascii(t, 128)
 );
-name!(
+ascii_name!(
     /// A customer's id in the product that uses Keyward; opaque here.
-    CustomerId, "must be 1-128 visible ASCII characters", |t| visible(t, 128)
+    CustomerId, "must be 1-128 visible ASCII characters", |t| is_visible_ascii(t, 128)
 );
-name!(
+ascii_name!(
     /// A role's name.
-    RoleName, "must be 1-64 characters of [a-z0-9_-]", |t| slug(t, 64)
+    RoleName, "must be 1-64 characters of [a-z0-9_-]", |t| is_slug(t, 64)
 );
-name!(
+ascii_name!(
     /// An environment's name.
-    EnvironmentName, "must be 1-32 characters of [a-z0-9_-]", |t| slug(t, 32)
+    EnvironmentName, "must be 1-32 characters of [a-z0-9_-]", |t| is_slug(t, 32)
 );
 display_name!(
     /// What a person calls a key.
@@ -188,18 +188,18 @@ display_name!(
     /// What a person calls an account.
     DisplayName
 );
-name!(
+ascii_name!(
     /// A caller's name for one request, so that it can be sent again safely.
-    IdempotencyKey, "must be 1-128 visible ASCII characters", |t| visible(t, 128)
+    IdempotencyKey, "must be 1-128 visible ASCII characters", |t| is_visible_ascii(t, 128)
 );
-name!(
+ascii_name!(
     /// The start of a token.
     TokenPrefix, "must be 1-16 characters of [a-z0-9_], starting with a letter",
     |t| (1..=16).contains(&t.len())
         && t.as_bytes()[0].is_ascii_lowercase()
         && t.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_')
 );
-name!(
+ascii_name!(
     /// An environment's short name inside a token; may be empty.
     TokenTag, "must be 0-16 characters of [a-z0-9]",
     |t| t.len() <= 16 && t.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit())
@@ -214,7 +214,7 @@ impl AccountId {
 
     /// No account: what the holder of a user key acts in when it names none. No account can have this id.
     #[must_use]
-    pub fn nowhere() -> Self {
+    pub fn unspecified() -> Self {
         AccountId("".into())
     }
 
@@ -226,7 +226,7 @@ impl AccountId {
 
     /// The id in lower case, in which no two accounts may be equal.
     #[must_use]
-    pub fn case_folded(&self) -> String {
+    pub fn to_case_folded(&self) -> String {
         self.0.to_ascii_lowercase()
     }
 
@@ -252,14 +252,14 @@ impl KeyId {
 
     /// An id that no key has (RFC 9562, section 5.8), for a caller that is none.
     #[must_use]
-    pub fn custom(bytes: [u8; 16]) -> Self {
+    pub fn from_custom_bytes(bytes: [u8; 16]) -> Self {
         KeyId(uuid::Builder::from_custom_bytes(bytes).into_uuid())
     }
 
     /// An id that no key has, the same in every process and release for the same purpose and parts. No part may hold a
     /// zero byte.
     #[must_use]
-    pub fn derived(purpose: &str, parts: &[&str]) -> Self {
+    pub fn from_purpose(purpose: &str, parts: &[&str]) -> Self {
         let mut sha = Sha256::new();
         sha.update(purpose);
         for part in parts {
@@ -269,7 +269,7 @@ impl KeyId {
         let digest: [u8; 32] = sha.finalize().into();
         let mut bytes = [0; 16];
         bytes.copy_from_slice(&digest[..16]);
-        KeyId::custom(bytes)
+        KeyId::from_custom_bytes(bytes)
     }
 
     /// Reads an id in the hyphenated form.
@@ -282,7 +282,7 @@ impl KeyId {
 
     /// Writes the id in the hyphenated form.
     #[must_use]
-    pub fn write(self, text: &mut [u8; 36]) -> &str {
+    pub fn encode_hyphenated(self, text: &mut [u8; 36]) -> &str {
         self.0.hyphenated().encode_lower(text)
     }
 
@@ -338,7 +338,7 @@ mod tests {
         assert!(AccountId::parse("keyward").unwrap().is_operator());
         for other in ["Keyward", "KEYWARD"] {
             let id = AccountId::parse(other).unwrap();
-            assert!(!id.is_operator() && id.case_folded() == AccountId::operator().as_str(), "{other}");
+            assert!(!id.is_operator() && id.to_case_folded() == AccountId::operator().as_str(), "{other}");
         }
     }
 

@@ -11,13 +11,13 @@ use serde::{Deserialize, Serialize};
 use super::name::NameError;
 
 /// The first segment of the scopes that Keyward keeps for itself.
-pub const RESERVED: &str = "keyward";
+pub const RESERVED_SEGMENT: &str = "keyward";
 
-const MAX_LEN: usize = 128;
+const MAX_SCOPE_LEN: usize = 128;
 const MAX_SEGMENTS: usize = 4;
-const RULE: &str = "must be one to four segments of [A-Za-z0-9_./-] joined by ':', at most 128 characters; \
+const GRANT_RULE: &str = "must be one to four segments of [A-Za-z0-9_./-] joined by ':', at most 128 characters; \
                     only the last segment may be '*'";
-const CONCRETE_RULE: &str = "must be a concrete scope, such as monitors:read: one to four segments of \
+const REQUIRED_RULE: &str = "must be a concrete scope, such as monitors:read: one to four segments of \
                              [A-Za-z0-9_./-] joined by ':', at most 128 characters, without '*'";
 
 /// One scope. With `*` at its end it is a pattern, and can only be granted.
@@ -40,11 +40,11 @@ impl Scope {
         let text = if text == "all" { "*" } else { text };
         let mut segments = text.split(':');
         let last = segments.next_back().unwrap_or_default();
-        let well_formed = text.len() <= MAX_LEN
+        let well_formed = text.len() <= MAX_SCOPE_LEN
             && text.split(':').count() <= MAX_SEGMENTS
             && (last == "*" || is_segment(last))
             && segments.all(is_segment);
-        if well_formed { Ok(Scope(text.into())) } else { Err(NameError(RULE)) }
+        if well_formed { Ok(Scope(text.into())) } else { Err(NameError(GRANT_RULE)) }
     }
 
     /// Reads a scope that a request needs: always concrete.
@@ -53,8 +53,8 @@ impl Scope {
     /// When it breaks the rule in this module's head, or is a pattern.
     pub fn parse_required(text: &str) -> Result<Scope, NameError> {
         match Scope::parse_grant(text) {
-            Ok(scope) if scope.pattern().is_none() => Ok(scope),
-            _ => Err(NameError(CONCRETE_RULE)),
+            Ok(scope) if scope.pattern_prefix().is_none() => Ok(scope),
+            _ => Err(NameError(REQUIRED_RULE)),
         }
     }
 
@@ -67,11 +67,11 @@ impl Scope {
     /// Whether the scope is one that Keyward keeps for itself.
     #[must_use]
     pub fn is_reserved(&self) -> bool {
-        is_reserved(&self.0)
+        has_reserved_segment(&self.0)
     }
 
     /// What stands before the `*`: empty, or ending in `:`. `None` for a concrete scope.
-    fn pattern(&self) -> Option<&str> {
+    fn pattern_prefix(&self) -> Option<&str> {
         self.0.strip_suffix('*')
     }
 
@@ -82,20 +82,20 @@ impl Scope {
     }
 
     fn covers_text(&self, other: &str) -> bool {
-        match self.pattern() {
+        match self.pattern_prefix() {
             None => *self.0 == *other,
             // A longer pattern under the same start is part of this one; `a:*` does not cover `a`.
             Some(start) => {
                 other.len() > start.len()
                     && other.starts_with(start)
-                    && is_reserved(&self.0) == is_reserved(other)
+                    && has_reserved_segment(&self.0) == has_reserved_segment(other)
             }
         }
     }
 }
 
-fn is_reserved(text: &str) -> bool {
-    text.split(':').next() == Some(RESERVED)
+fn has_reserved_segment(text: &str) -> bool {
+    text.split(':').next() == Some(RESERVED_SEGMENT)
 }
 
 fn is_segment(text: &str) -> bool {

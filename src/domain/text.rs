@@ -9,26 +9,26 @@ use unicode_normalization::{UnicodeNormalization as _, is_nfc};
 use unicode_properties::{GeneralCategory, UnicodeGeneralCategory as _};
 
 /// The most characters of a name.
-const MAX_NAME: usize = 255;
+const MAX_NAME_CHARS: usize = 255;
 
 /// Why text was refused, worded so that it can follow the field's name. Places are counted in characters, from 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TextError {
     /// The name is empty or too long; its length in characters.
-    Length(usize),
+    InvalidLength(usize),
     /// The name begins or ends with a blank.
-    Blank {
+    SurroundingBlank {
         /// The blank.
         character: char,
         /// Its place.
-        at: usize,
+        position: usize,
     },
     /// A character is none that people can see and type.
-    Character {
+    Unprintable {
         /// The character.
         character: char,
         /// Its place.
-        at: usize,
+        position: usize,
         /// What kind of character it is.
         kind: &'static str,
     },
@@ -39,12 +39,14 @@ impl std::error::Error for TextError {}
 impl fmt::Display for TextError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
-            TextError::Length(length) => write!(f, "has {length} characters; 1 to {MAX_NAME} are allowed"),
-            TextError::Blank { character, at } => {
+            TextError::InvalidLength(length) => {
+                write!(f, "has {length} characters; 1 to {MAX_NAME_CHARS} are allowed")
+            }
+            TextError::SurroundingBlank { character, position: at } => {
                 let code = u32::from(character);
                 write!(f, "must not begin or end with a blank (U+{code:04X} at character {at}); remove it")
             }
-            TextError::Character { character, at, kind } => {
+            TextError::Unprintable { character, position: at, kind } => {
                 let code = u32::from(character);
                 write!(f, "has U+{code:04X} at character {at}: {kind} is not allowed; remove it")
             }
@@ -68,11 +70,11 @@ fn unprintable_kind(character: char) -> Option<&'static str> {
     }
 }
 
-fn check(text: &str, is_allowed: impl Fn(char) -> bool) -> Result<(), TextError> {
+fn check_characters(text: &str, is_allowed: impl Fn(char) -> bool) -> Result<(), TextError> {
     let mut characters = (1..).zip(text.chars()).filter(|(_, character)| !is_allowed(*character));
     let found = characters.find_map(|(at, character)| Some((at, character, unprintable_kind(character)?)));
     match found {
-        Some((at, character, kind)) => Err(TextError::Character { character, at, kind }),
+        Some((at, character, kind)) => Err(TextError::Unprintable { character, position: at, kind }),
         None => Ok(()),
     }
 }
@@ -81,21 +83,21 @@ fn check(text: &str, is_allowed: impl Fn(char) -> bool) -> Result<(), TextError>
 ///
 /// # Errors
 /// The first character that is none of these, and its place.
-pub fn check_lines(text: &str) -> Result<(), TextError> {
-    check(text, |character| matches!(character, '\t' | '\n' | '\r'))
+pub fn check_multiline(text: &str) -> Result<(), TextError> {
+    check_characters(text, |character| matches!(character, '\t' | '\n' | '\r'))
 }
 
 /// Checks a line of text without regard to its length.
 ///
 /// # Errors
 /// The first character that is not printable, and its place.
-fn check_line(text: &str) -> Result<(), TextError> {
-    check(text, |_| false)
+fn check_single_line(text: &str) -> Result<(), TextError> {
+    check_characters(text, |_| false)
 }
 
 /// The text in Unicode Normalization Form C.
 #[must_use]
-pub fn normalize(text: &str) -> Cow<'_, str> {
+pub fn normalize_nfc(text: &str) -> Cow<'_, str> {
     if text.is_ascii() || is_nfc(text) { Cow::Borrowed(text) } else { Cow::Owned(text.nfc().collect()) }
 }
 
@@ -105,38 +107,38 @@ pub fn normalize(text: &str) -> Cow<'_, str> {
 /// # Errors
 /// The first rule that the text breaks, and where.
 pub fn parse_name(text: &str) -> Result<Cow<'_, str>, TextError> {
-    check_line(text)?;
+    check_single_line(text)?;
     let blank = |character: &char| character.is_whitespace();
     if let Some(character) = text.chars().next().filter(blank) {
-        return Err(TextError::Blank { character, at: 1 });
+        return Err(TextError::SurroundingBlank { character, position: 1 });
     }
     if let Some(character) = text.chars().next_back().filter(blank) {
-        return Err(TextError::Blank { character, at: text.chars().count() });
+        return Err(TextError::SurroundingBlank { character, position: text.chars().count() });
     }
-    let name = normalize(text);
+    let name = normalize_nfc(text);
     match name.chars().count() {
-        1..=MAX_NAME => Ok(name),
-        length => Err(TextError::Length(length)),
+        1..=MAX_NAME_CHARS => Ok(name),
+        length => Err(TextError::InvalidLength(length)),
     }
 }
 
 /// Checks a name as it is stored: releases before names were normalized allowed everything but control characters.
 pub(super) fn is_stored_name(text: &str) -> bool {
-    (1..=MAX_NAME).contains(&text.chars().count()) && !text.chars().any(char::is_control)
+    (1..=MAX_NAME_CHARS).contains(&text.chars().count()) && !text.chars().any(char::is_control)
 }
 
 /// Shows text as one line that cannot steer a terminal: each character that is not printable is written as an escape
 /// such as `\n` or `\u{202e}`.
 #[derive(Clone, Copy, Debug)]
-pub struct Escaped<'a>(pub &'a str);
+pub struct EscapedText<'a>(pub &'a str);
 
-impl fmt::Display for Escaped<'_> {
+impl fmt::Display for EscapedText<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Write::write_str(&mut EscapingWriter(f), self.0)
     }
 }
 
-/// Passes text on as [`Escaped`] shows it.
+/// Passes text on as [`EscapedText`] shows it.
 pub struct EscapingWriter<W>(pub W);
 
 impl<W: fmt::Write> fmt::Write for EscapingWriter<W> {
@@ -250,11 +252,11 @@ mod tests {
 
     #[test]
     fn lines_hold_tabs_and_line_ends_and_no_other_control() {
-        assert_eq!(check_lines("{\r\n\t\"a\": 1\n}"), Ok(()));
+        assert_eq!(check_multiline("{\r\n\t\"a\": 1\n}"), Ok(()));
         for bad in ["\u{1b}[2J", "a\u{85}b", "\u{2066}a", "\0"] {
-            assert!(check_lines(bad).is_err(), "{bad:?}");
+            assert!(check_multiline(bad).is_err(), "{bad:?}");
         }
-        assert!(check_line("a\nb").is_err());
+        assert!(check_single_line("a\nb").is_err());
     }
 
     /// The standard library's own tables decide the same, but for characters that one of both does not know yet.
@@ -342,8 +344,8 @@ mod tests {
 
         #[test]
         fn two_spellings_are_one_name_exactly_when_they_decompose_alike(one in spelling(), other in spelling()) {
-            prop_assert_eq!(normalize(&one) == normalize(&other), canonical(&one) == canonical(&other));
-            prop_assert_eq!(canonical(&normalize(&one)), canonical(&one));
+            prop_assert_eq!(normalize_nfc(&one) == normalize_nfc(&other), canonical(&one) == canonical(&other));
+            prop_assert_eq!(canonical(&normalize_nfc(&one)), canonical(&one));
         }
 
         #[test]
@@ -354,23 +356,23 @@ mod tests {
                     prop_assert_eq!(name.trim(), &*name);
                     prop_assert_eq!(parse_name(&name), Ok(Cow::Borrowed(&*name)));
                     prop_assert!(is_stored_name(&name));
-                    prop_assert_eq!(Escaped(&name).to_string(), name);
+                    prop_assert_eq!(EscapedText(&name).to_string(), name);
                 }
-                Err(TextError::Character { character, at, .. }) => {
+                Err(TextError::Unprintable { character, position: at, .. }) => {
                     prop_assert_eq!(text.chars().nth(at - 1), Some(character));
                     let before = text.chars().take(at - 1);
                     prop_assert!(before.into_iter().all(|character| unprintable_kind(character).is_none()));
                 }
-                Err(TextError::Blank { character, at }) => {
+                Err(TextError::SurroundingBlank { character, position: at }) => {
                     prop_assert!(character.is_whitespace() && (at == 1 || at == text.chars().count()));
                 }
-                Err(TextError::Length(length)) => prop_assert_eq!(length, 0),
+                Err(TextError::InvalidLength(length)) => prop_assert_eq!(length, 0),
             }
         }
 
         #[test]
         fn nothing_unprintable_is_left_by_an_escape(text in nasty()) {
-            let shown = Escaped(&text).to_string();
+            let shown = EscapedText(&text).to_string();
             prop_assert!(!shown.chars().any(|character| unprintable_kind(character).is_some()), "{shown:?}");
             let naive: String = text
                 .chars()

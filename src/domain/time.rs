@@ -32,25 +32,25 @@ impl Timestamp {
     }
 
     /// Before every instant that there is: what ended then has ended, whatever a clock says.
-    pub const PASSED: Timestamp = Timestamp(i64::MIN);
+    pub const MIN: Timestamp = Timestamp(i64::MIN);
 
     /// The instant `by` later, at most [`Timestamp::MAX`].
     #[must_use]
-    pub fn plus(self, by: Duration) -> Self {
+    pub fn saturating_add(self, by: Duration) -> Self {
         let micros = i64::try_from(by.as_micros()).unwrap_or(i64::MAX);
         Timestamp(self.0.saturating_add(micros).min(Self::MAX.0))
     }
 
     /// The instant `by` earlier.
     #[must_use]
-    pub fn minus(self, by: Duration) -> Self {
+    pub fn saturating_sub(self, by: Duration) -> Self {
         let micros = i64::try_from(by.as_micros()).unwrap_or(i64::MAX);
         Timestamp(self.0.saturating_sub(micros))
     }
 
     /// How long after `earlier` this is; zero if it is not.
     #[must_use]
-    pub fn since(self, earlier: Timestamp) -> Duration {
+    pub fn saturating_duration_since(self, earlier: Timestamp) -> Duration {
         Duration::from_micros(u64::try_from(self.0.saturating_sub(earlier.0)).unwrap_or(0))
     }
 }

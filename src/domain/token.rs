@@ -15,22 +15,22 @@ use zeroize::Zeroizing;
 use super::name::{TokenPrefix, TokenTag};
 
 /// What every token of ours matches; for secret scanners.
-pub const PATTERN: &str = "^[a-z][a-z0-9_]{0,32}_[0-9A-Za-z]{49}$";
+pub const TOKEN_PATTERN: &str = "^[a-z][a-z0-9_]{0,32}_[0-9A-Za-z]{49}$";
 
 /// The longest string that is looked up, in bytes.
-pub const MAX_LEN: usize = 512;
+pub const MAX_TOKEN_LEN: usize = 512;
 
 /// The fewest bits of entropy that the token of an imported digest must have: with fewer, a reader of the database can
 /// find the token.
 pub const MIN_ENTROPY_BITS: u32 = 112;
 
-/// More bits of entropy than this do not fit into [`MAX_LEN`] visible ASCII characters, of which there are 94.
+/// More bits of entropy than this do not fit into [`MAX_TOKEN_LEN`] visible ASCII characters, of which there are 94.
 pub const MAX_ENTROPY_BITS: u32 = 3355;
 
-const DIGITS: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
-const BODY: usize = 43;
-const CHECKSUM: usize = 6;
-const HINT: usize = 4;
+const BASE62_DIGITS: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
+const BODY_DIGITS: usize = 43;
+const CHECKSUM_DIGITS: usize = 6;
+const HINT_DIGITS: usize = 4;
 
 /// A token in the clear. It cannot be printed; [`Token::reveal`] is the one way out, for the one answer that
 /// shows it. Its memory is wiped when it is dropped (copies inside the HTTP stack are not).
@@ -47,9 +47,9 @@ impl Token {
             text.push_str(tag.as_str());
             text.push('_');
         }
-        push_base62(&mut text, random, BODY);
+        push_base62(&mut text, random, BODY_DIGITS);
         let sum = crc32fast::hash(text.as_bytes()).to_be_bytes();
-        push_base62(&mut text, &sum, CHECKSUM);
+        push_base62(&mut text, &sum, CHECKSUM_DIGITS);
         Token(text)
     }
 
@@ -61,14 +61,14 @@ impl Token {
 
     /// Its digest.
     #[must_use]
-    pub fn digest(&self) -> Digest {
-        Digest::of(&self.0)
+    pub fn digest(&self) -> TokenDigest {
+        TokenDigest::from_token(&self.0)
     }
 
     /// What lists may show of it: prefix, tag and the first four characters of the random part.
     #[must_use]
     pub fn hint(&self) -> String {
-        self.0[..self.0.len() - BODY - CHECKSUM + HINT].to_owned()
+        self.0[..self.0.len() - BODY_DIGITS - CHECKSUM_DIGITS + HINT_DIGITS].to_owned()
     }
 }
 
@@ -80,19 +80,19 @@ impl fmt::Debug for Token {
 
 /// SHA-256 of a whole token: what is stored, and what keys are found by.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Digest([u8; 32]);
+pub struct TokenDigest([u8; 32]);
 
-impl Digest {
+impl TokenDigest {
     /// The digest of a token's text.
     #[must_use]
-    pub fn of(token: &str) -> Digest {
-        Digest(sha2::Sha256::digest(token.as_bytes()).into())
+    pub fn from_token(token: &str) -> TokenDigest {
+        TokenDigest(sha2::Sha256::digest(token.as_bytes()).into())
     }
 
     /// The digest from its 32 bytes.
     #[must_use]
-    pub const fn from_bytes(bytes: [u8; 32]) -> Digest {
-        Digest(bytes)
+    pub const fn from_bytes(bytes: [u8; 32]) -> TokenDigest {
+        TokenDigest(bytes)
     }
 
     /// Its 32 bytes.
@@ -102,32 +102,32 @@ impl Digest {
     }
 }
 
-impl fmt::Debug for Digest {
+impl fmt::Debug for TokenDigest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Digest(..)")
     }
 }
 
 /// In the log a digest is 64 hexadecimal digits.
-impl Serialize for Digest {
+impl Serialize for TokenDigest {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(&Hex(&self.0))
+        serializer.collect_str(&HexBytes(&self.0))
     }
 }
 
-impl<'de> Deserialize<'de> for Digest {
+impl<'de> Deserialize<'de> for TokenDigest {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = Cow::<str>::deserialize(deserializer)?;
-        from_hex(&text)
-            .map(Digest)
+        parse_hex_bytes(&text)
+            .map(TokenDigest)
             .ok_or_else(|| serde::de::Error::custom("a digest is 64 hexadecimal digits"))
     }
 }
 
 /// Bytes as hexadecimal digits.
-pub(crate) struct Hex<'a>(pub(crate) &'a [u8]);
+pub(crate) struct HexBytes<'a>(pub(crate) &'a [u8]);
 
-impl fmt::Display for Hex<'_> {
+impl fmt::Display for HexBytes<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const DIGITS: &[u8; 16] = b"0123456789abcdef";
         // In pieces: to write each digit by itself takes several times as long.
@@ -143,7 +143,7 @@ impl fmt::Display for Hex<'_> {
 }
 
 /// 32 bytes from 64 hexadecimal digits.
-pub(crate) fn from_hex(text: &str) -> Option<[u8; 32]> {
+pub(crate) fn parse_hex_bytes(text: &str) -> Option<[u8; 32]> {
     let mut bytes = [0; 32];
     if text.len() != 64 || !text.is_ascii() {
         return None;
@@ -154,12 +154,12 @@ pub(crate) fn from_hex(text: &str) -> Option<[u8; 32]> {
     Some(bytes)
 }
 
-/// Whether a presented string can be a token of any system: 1 to [`MAX_LEN`] visible ASCII characters. Everything else
+/// Whether a presented string can be a token of any system: 1 to [`MAX_TOKEN_LEN`] visible ASCII characters. Everything else
 /// is malformed without a look-up.
 #[must_use]
 pub fn can_be_token(presented: &str) -> bool {
     let bytes = presented.as_bytes();
-    (1..=MAX_LEN).contains(&bytes.len()) && each(bytes, |b| (0x21..=0x7e).contains(&b))
+    (1..=MAX_TOKEN_LEN).contains(&bytes.len()) && all_bytes(bytes, |b| (0x21..=0x7e).contains(&b))
 }
 
 /// Whether a string has the format of a token with a wrong checksum. Of an unknown token this means that it was
@@ -167,32 +167,32 @@ pub fn can_be_token(presented: &str) -> bool {
 #[must_use]
 pub fn has_wrong_checksum(presented: &str) -> bool {
     let bytes = presented.as_bytes();
-    matches_pattern(bytes) && !checksum_holds(bytes)
+    matches_pattern(bytes) && !has_valid_checksum(bytes)
 }
 
-/// [`PATTERN`], by hand: this runs in every Check of an unknown token.
+/// [`TOKEN_PATTERN`], by hand: this runs in every Check of an unknown token.
 fn matches_pattern(bytes: &[u8]) -> bool {
-    let Some(start) = bytes.len().checked_sub(BODY + CHECKSUM + 1) else {
+    let Some(start) = bytes.len().checked_sub(BODY_DIGITS + CHECKSUM_DIGITS + 1) else {
         return false;
     };
     let (head, rest) = bytes.split_at(start);
     (1..=33).contains(&head.len())
         && head[0].is_ascii_lowercase()
-        && each(head, |b| b.is_ascii_lowercase() | b.is_ascii_digit() | (b == b'_'))
+        && all_bytes(head, |b| b.is_ascii_lowercase() | b.is_ascii_digit() | (b == b'_'))
         && rest[0] == b'_'
-        && each(&rest[1..], |b| b.is_ascii_digit() | (b | 0x20).is_ascii_lowercase())
+        && all_bytes(&rest[1..], |b| b.is_ascii_digit() | (b | 0x20).is_ascii_lowercase())
 }
 
 /// Whether all bytes are as they must be. It does not stop at the first that is not, so that many are looked at at once.
-fn each(bytes: &[u8], is: impl Fn(u8) -> bool) -> bool {
+fn all_bytes(bytes: &[u8], is: impl Fn(u8) -> bool) -> bool {
     bytes.iter().fold(true, |all, byte| all & is(*byte))
 }
 
-fn checksum_holds(bytes: &[u8]) -> bool {
-    let (text, given) = bytes.split_at(bytes.len() - CHECKSUM);
+fn has_valid_checksum(bytes: &[u8]) -> bool {
+    let (text, given) = bytes.split_at(bytes.len() - CHECKSUM_DIGITS);
     let mut sum = u64::from(crc32fast::hash(text));
     given.iter().rev().all(|digit| {
-        let expected = DIGITS[(sum % 62) as usize];
+        let expected = BASE62_DIGITS[(sum % 62) as usize];
         sum /= 62;
         *digit == expected
     })
@@ -201,19 +201,19 @@ fn checksum_holds(bytes: &[u8]) -> bool {
 /// A text for logs: the random part of whatever looks like a token is replaced by `***`. That is every run of 32 or more
 /// base62 digits after a `_`, each plain or percent-encoded, so that a token that was cut short is replaced, too.
 #[must_use]
-pub fn redacted(text: &str) -> Cow<'_, str> {
-    const FEWEST: usize = 32;
+pub fn redact_tokens(text: &str) -> Cow<'_, str> {
+    const MIN_RUN: usize = 32;
     let bytes = text.as_bytes();
     let (mut out, mut copied) = (String::new(), 0);
     // Where the digits after a `_` begin, and how many there are so far.
     let mut run: Option<(usize, usize)> = None;
     let mut at = 0;
     loop {
-        let (letter, next) = letter_at(bytes, at);
+        let (letter, next) = decoded_byte_at(bytes, at);
         match (&mut run, letter) {
             (Some((_, digits)), Some(letter)) if letter.is_ascii_alphanumeric() => *digits += 1,
             _ => {
-                if let Some((start, _)) = run.filter(|(_, digits)| *digits >= FEWEST) {
+                if let Some((start, _)) = run.filter(|(_, digits)| *digits >= MIN_RUN) {
                     out.push_str(&text[copied..start]);
                     out.push_str("***");
                     copied = at;
@@ -234,7 +234,7 @@ pub fn redacted(text: &str) -> Cow<'_, str> {
 }
 
 /// The byte at a place, percent-decoded, and where the next begins; no byte at the end.
-fn letter_at(bytes: &[u8], at: usize) -> (Option<u8>, usize) {
+fn decoded_byte_at(bytes: &[u8], at: usize) -> (Option<u8>, usize) {
     let hex = |at: usize| bytes.get(at).and_then(|digit| char::from(*digit).to_digit(16));
     match (bytes.get(at), hex(at + 1), hex(at + 2)) {
         (Some(b'%'), Some(high), Some(low)) => (u8::try_from(high << 4 | low).ok(), at + 3),
@@ -245,15 +245,15 @@ fn letter_at(bytes: &[u8], at: usize) -> (Option<u8>, usize) {
 /// Appends `bytes`, read as one big-endian number, as exactly `digits` base62 digits. The bytes come in fours.
 fn push_base62(text: &mut String, bytes: &[u8], digits: usize) {
     /// One division gives so many digits: 62^5 fits into 32 bits.
-    const AT_ONCE: usize = 5;
-    const DIVISOR: u64 = 62u64.pow(AT_ONCE as u32);
+    const DIGITS_PER_DIVISION: usize = 5;
+    const DIVISOR: u64 = 62u64.pow(DIGITS_PER_DIVISION as u32);
     let mut number = Zeroizing::new([0u32; 8]);
     let number = &mut number[..bytes.len() / 4];
     for (limb, [a, b, c, d]) in number.iter_mut().zip(bytes.as_chunks::<4>().0) {
         *limb = u32::from_be_bytes([*a, *b, *c, *d]);
     }
-    let mut reversed = Zeroizing::new([0u8; BODY]);
-    for part in reversed[..digits].chunks_mut(AT_ONCE) {
+    let mut reversed = Zeroizing::new([0u8; BODY_DIGITS]);
+    for part in reversed[..digits].chunks_mut(DIGITS_PER_DIVISION) {
         let mut remainder = 0;
         for limb in number.iter_mut() {
             let value = remainder << 32 | u64::from(*limb);
@@ -261,7 +261,7 @@ fn push_base62(text: &mut String, bytes: &[u8], digits: usize) {
             remainder = value % DIVISOR;
         }
         for digit in part {
-            *digit = DIGITS[(remainder % 62) as usize];
+            *digit = BASE62_DIGITS[(remainder % 62) as usize];
             remainder /= 62;
         }
     }
@@ -306,7 +306,7 @@ mod tests {
         ] {
             let made = token(prefix, tag, random);
             assert_eq!(made.reveal(), text);
-            assert_eq!(Hex(made.digest().as_bytes()).to_string(), digest);
+            assert_eq!(HexBytes(made.digest().as_bytes()).to_string(), digest);
         }
     }
 
@@ -331,7 +331,7 @@ mod tests {
             ("/v1/monitors_of/7%".to_owned(), "/v1/monitors_of/7%".to_owned()),
             (secret.to_owned(), secret.to_owned()),
         ] {
-            assert_eq!(redacted(&text), wanted, "{text}");
+            assert_eq!(redact_tokens(&text), wanted, "{text}");
         }
     }
 
@@ -358,7 +358,7 @@ mod tests {
 
     #[test]
     fn the_most_bits_of_entropy_are_those_of_the_longest_token() {
-        assert_eq!((MAX_LEN as f64 * 94_f64.log2()).floor() as u32, MAX_ENTROPY_BITS);
+        assert_eq!((MAX_TOKEN_LEN as f64 * 94_f64.log2()).floor() as u32, MAX_ENTROPY_BITS);
     }
 
     proptest! {
@@ -372,8 +372,8 @@ mod tests {
         #[test]
         fn one_changed_character_is_always_noticed(random: [u8; 32], at in 8usize..57, to in 0usize..62) {
             let mut bytes = token("kw", "live", random).reveal().as_bytes().to_vec();
-            prop_assume!(bytes[at] != DIGITS[to]);
-            bytes[at] = DIGITS[to];
+            prop_assume!(bytes[at] != BASE62_DIGITS[to]);
+            bytes[at] = BASE62_DIGITS[to];
             prop_assert!(has_wrong_checksum(std::str::from_utf8(&bytes).unwrap()));
         }
 
@@ -387,7 +387,7 @@ mod tests {
         #[test]
         fn no_string_makes_the_parser_panic(text in any::<String>()) {
             let visible = text.bytes().all(|b| (0x21..=0x7e).contains(&b));
-            prop_assert_eq!(can_be_token(&text), visible && (1..=MAX_LEN).contains(&text.len()));
+            prop_assert_eq!(can_be_token(&text), visible && (1..=MAX_TOKEN_LEN).contains(&text.len()));
             prop_assert!(!has_wrong_checksum(&text) || can_be_token(&text));
         }
 
@@ -399,7 +399,7 @@ mod tests {
             let written: String = made.reveal().bytes().enumerate().map(|(at, byte)| {
                 if encode >> (at % 64) & 1 == 1 { format!("%{byte:02x}") } else { char::from(byte).to_string() }
             }).collect();
-            let logged = redacted(&format!("{before}{written}{after}")).into_owned();
+            let logged = redact_tokens(&format!("{before}{written}{after}")).into_owned();
             let decoded = |text: &str| percent_encoding::percent_decode_str(text).decode_utf8_lossy().into_owned();
             prop_assert!(!decoded(&logged).contains(&made.reveal()[8..]), "{}", logged);
             prop_assert!(logged.contains("***"));
@@ -407,9 +407,9 @@ mod tests {
 
         #[test]
         fn a_digest_survives_the_log(bytes: [u8; 32]) {
-            let digest = Digest::from_bytes(bytes);
+            let digest = TokenDigest::from_bytes(bytes);
             let text = serde_json::to_string(&digest).unwrap();
-            prop_assert_eq!(serde_json::from_str::<Digest>(&text).unwrap(), digest);
+            prop_assert_eq!(serde_json::from_str::<TokenDigest>(&text).unwrap(), digest);
         }
     }
 }

@@ -11,13 +11,13 @@
 //! A revoked key keeps only what a Check needs to answer REVOKED. Keys revoked and secrets superseded longer ago than the
 //! retention leave the index and are unknown then.
 
-mod held;
-mod keys;
-mod part;
-mod pool;
-mod shelf;
-mod sparse;
-mod table;
+mod block_array;
+mod bulk_load;
+mod digest_table;
+mod interner;
+mod key_block;
+mod key_table;
+mod sparse_column;
 
 use std::{
     collections::HashMap,
@@ -29,88 +29,88 @@ use std::{
 
 use arc_swap::ArcSwap;
 
-pub use held::HeldKey;
+pub use key_block::KeyRef;
 
-use self::keys::Keys;
-use super::limiter::Budget;
+use self::key_table::KeyTable;
+use super::limiter::KeyLimitState;
 
 use crate::{
     domain::{
-        account::{Account, Member, Role},
-        decision::Reason,
-        facts::KeyFacts as _,
-        key::Key,
-        log::{Change, LogRow},
+        account::{Account, AccountMember, Role},
+        key::ApiKey,
+        key_attributes::KeyAttributes as _,
+        log::{LogEntry, RecordChange},
         name::{AccountId, KeyId, RoleName, UserId},
+        policy_decision::Reason,
         scope::ScopeSet,
         time::{Revision, Timestamp},
-        token::Digest,
+        token::TokenDigest,
     },
-    store::{Loader, Part, SnapshotItem, Write, writer::Follower},
+    store::{SnapshotLoader, SnapshotPart, SnapshotRecord, WriteRequest, group_commit::ChangeListener},
 };
 
 /// A found key with everything that a decision needs.
 #[derive(Clone, Debug)]
-pub struct Found {
+pub struct FoundKey {
     /// The key.
-    pub key: HeldKey,
+    pub key: KeyRef,
     /// Which version of its secret was presented.
-    pub version: u32,
+    pub secret_version: u32,
     /// What is used of its limits, where it has any.
-    pub budget: Option<Arc<Budget>>,
+    pub limit_state: Option<Arc<KeyLimitState>>,
     /// A record that may have been committed in place of `key`, and is narrower.
-    pub doubt: Option<Arc<Key>>,
+    pub uncertain_record: Option<Arc<ApiKey>>,
     /// Somebody wanted it stopped when the store could not be asked: `Revoked` or `Disabled`.
-    pub stopped: Option<Reason>,
+    pub local_denial: Option<Reason>,
 }
 
 /// Its hash is seeded anew in each process: nobody outside can choose ids that collide.
-type Map<K, V> = papaya::HashMap<K, V, foldhash::fast::RandomState>;
+type ConcurrentMap<K, V> = papaya::HashMap<K, V, foldhash::fast::RandomState>;
 
 /// Every key and account.
 #[derive(Default)]
 pub struct Index {
-    keys: ArcSwap<Keys>,
+    keys: ArcSwap<KeyTable>,
     /// What is used of the limits of keys that have any, and were used or had used some of a quota before.
-    budgets: Map<KeyId, Arc<Budget>>,
-    accounts: Map<AccountId, Arc<Account>>,
+    limit_states: ConcurrentMap<KeyId, Arc<KeyLimitState>>,
+    accounts: ConcurrentMap<AccountId, Arc<Account>>,
     /// A global role has no account.
-    roles: Map<(Option<AccountId>, RoleName), Arc<Role>>,
-    members: Map<(AccountId, UserId), Arc<Member>>,
-    doubts: Mutex<Doubts>,
+    roles: ConcurrentMap<(Option<AccountId>, RoleName), Arc<Role>>,
+    members: ConcurrentMap<(AccountId, UserId), Arc<AccountMember>>,
+    uncertain_changes: Mutex<UncertainChanges>,
     /// How many doubts there are; almost always none, and then nobody looks.
-    doubtful: AtomicUsize,
+    uncertain_count: AtomicUsize,
     /// The newest revision applied, plus one; 0 = the first snapshot is not loaded.
-    applied: AtomicU64,
+    next_revision: AtomicU64,
     /// How often anything happened that revisions do not tell of: everything was forgotten, and what was loaded after may
     /// be another history under the same numbers; or something came in doubt. It moves after what it tells of: whoever
     /// reads it moved finds that too.
-    turns: AtomicU64,
+    generation: AtomicU64,
 }
 
 /// What the index held when it was read: two that are equal are one and the same state, but for keys and secrets that
 /// have left after their retention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct State {
-    applied: u64,
-    turns: u64,
+pub struct IndexVersion {
+    next_revision: u64,
+    generation: u64,
 }
 
 /// Changes that may have been committed. Each carries the revision of the record that it was made from; zero = there
 /// was none. Only a newer record settles it: an older one may still be on its way from another replica.
 #[derive(Default)]
-struct Doubts {
-    keys: HashMap<KeyId, Arc<Key>>,
-    stopped: HashMap<KeyId, Reason>,
+struct UncertainChanges {
+    keys: HashMap<KeyId, Arc<ApiKey>>,
+    local_denials: HashMap<KeyId, Reason>,
     accounts: HashMap<AccountId, Arc<Account>>,
     roles: HashMap<(Option<AccountId>, RoleName), Revision>,
     members: HashMap<(AccountId, UserId), Revision>,
 }
 
-impl Doubts {
+impl UncertainChanges {
     fn len(&self) -> usize {
         let records = self.keys.len() + self.accounts.len() + self.roles.len() + self.members.len();
-        records + self.stopped.len()
+        records + self.local_denials.len()
     }
 }
 
@@ -118,7 +118,7 @@ fn role_id(role: &Role) -> (Option<AccountId>, RoleName) {
     (role.account.clone(), role.name.clone())
 }
 
-fn member_id(member: &Member) -> (AccountId, UserId) {
+fn member_id(member: &AccountMember) -> (AccountId, UserId) {
     (member.account.clone(), member.user.clone())
 }
 
@@ -137,17 +137,17 @@ impl Index {
     /// The newest revision applied; `None` until the first snapshot is loaded.
     #[must_use]
     pub fn revision(&self) -> Option<Revision> {
-        self.applied.load(Ordering::Acquire).checked_sub(1).map(Revision)
+        self.next_revision.load(Ordering::Acquire).checked_sub(1).map(Revision)
     }
 
     /// What it holds now; None while it is not loaded, or anything is in doubt. Whoever reads this first and then finds
     /// a key has found it in that state or a later one.
     #[must_use]
-    pub fn state(&self) -> Option<State> {
-        let turns = self.turns.load(Ordering::Acquire);
-        let applied = self.applied.load(Ordering::Acquire);
-        let certain = applied > 0 && self.doubtful.load(Ordering::Acquire) == 0;
-        certain.then_some(State { applied, turns })
+    pub fn version(&self) -> Option<IndexVersion> {
+        let turns = self.generation.load(Ordering::Acquire);
+        let applied = self.next_revision.load(Ordering::Acquire);
+        let certain = applied > 0 && self.uncertain_count.load(Ordering::Acquire) == 0;
+        certain.then_some(IndexVersion { next_revision: applied, generation: turns })
     }
 
     /// How many keys it holds.
@@ -164,74 +164,84 @@ impl Index {
 
     /// The key with this digest.
     #[must_use]
-    pub fn find(&self, digest: &Digest) -> Option<Found> {
-        let find = || self.keys.load().find(digest);
+    pub fn find_by_digest(&self, digest: &TokenDigest) -> Option<FoundKey> {
+        let find = || self.keys.load().find_by_digest(digest);
         // The record is read under the lock: a doubt that is settled concurrently shows either as doubt or as its record.
-        let in_doubt = |doubts: &Doubts| {
+        let in_doubt = |doubts: &UncertainChanges| {
             let found = find();
             let id = found.as_ref().map(|(key, _)| key.id());
             let doubt = id.and_then(|id| doubts.keys.get(&id).cloned());
-            let stopped = id.and_then(|id| doubts.stopped.get(&id).copied());
+            let stopped = id.and_then(|id| doubts.local_denials.get(&id).copied());
             Some((found, doubt, stopped))
         };
-        let (found, doubt, stopped) = self.doubted(in_doubt).unwrap_or_else(|| (find(), None, None));
+        let (found, doubt, stopped) = self.lookup_uncertain(in_doubt).unwrap_or_else(|| (find(), None, None));
         let (key, version) = found?;
-        let budget = key.is_limited().then(|| self.budget(key.id()));
-        Some(Found { key, version, budget, doubt, stopped })
+        let budget = key.is_limited().then(|| self.limit_state(key.id()));
+        Some(FoundKey {
+            key,
+            secret_version: version,
+            limit_state: budget,
+            uncertain_record: doubt,
+            local_denial: stopped,
+        })
     }
 
     /// What is used of a key's limits; its secrets share it, and it stays while the key's record changes.
-    fn budget(&self, id: KeyId) -> Arc<Budget> {
-        self.budgets.pin().get_or_insert_with(id, Arc::default).clone()
+    fn limit_state(&self, id: KeyId) -> Arc<KeyLimitState> {
+        self.limit_states.pin().get_or_insert_with(id, Arc::default).clone()
     }
 
     /// The key with this id. It is looked for among all of them: for what is rare.
     #[must_use]
-    pub fn with_id(&self, id: KeyId) -> Option<HeldKey> {
-        self.keys.load().each().find(|key| key.id() == id)
+    pub fn find_by_id(&self, id: KeyId) -> Option<KeyRef> {
+        self.keys.load().iter_keys().find(|key| key.id() == id)
     }
 
     /// Refuses a key that the store could not be asked about, as `Revoked` or as `Disabled`, until a record says so or
     /// it is enabled.
-    pub fn stop(&self, id: KeyId, reason: Reason) {
-        let mut doubts = lock(&self.doubts);
-        let stopped = doubts.stopped.entry(id).or_insert(reason);
+    pub fn deny_locally(&self, id: KeyId, reason: Reason) {
+        let mut doubts = lock(&self.uncertain_changes);
+        let stopped = doubts.local_denials.entry(id).or_insert(reason);
         // Nothing lifts a revocation.
         *stopped = (*stopped).min(reason);
-        self.doubtful.store(doubts.len(), Ordering::Release);
-        self.turns.fetch_add(1, Ordering::AcqRel);
+        self.uncertain_count.store(doubts.len(), Ordering::Release);
+        self.generation.fetch_add(1, Ordering::AcqRel);
     }
 
-    fn doubted<T>(&self, find: impl FnOnce(&Doubts) -> Option<T>) -> Option<T> {
-        if self.doubtful.load(Ordering::Acquire) == 0 { None } else { find(&lock(&self.doubts)) }
+    fn lookup_uncertain<T>(&self, find: impl FnOnce(&UncertainChanges) -> Option<T>) -> Option<T> {
+        if self.uncertain_count.load(Ordering::Acquire) == 0 {
+            None
+        } else {
+            find(&lock(&self.uncertain_changes))
+        }
     }
 
     /// The account with this id; in doubt, as narrow as it may be.
     #[must_use]
     pub fn account(&self, id: &AccountId) -> Option<Arc<Account>> {
-        self.doubted(|doubts| doubts.accounts.get(id).cloned())
+        self.lookup_uncertain(|doubts| doubts.accounts.get(id).cloned())
             .or_else(|| self.accounts.pin().get(id).cloned())
     }
 
     /// Whether the account with this id is suspended; None = there is none. Of what all Checks ask, no count of
     /// references is kept, which every core would have to write to.
     #[must_use]
-    pub fn suspended(&self, id: &AccountId) -> Option<bool> {
+    pub fn account_suspension(&self, id: &AccountId) -> Option<bool> {
         let suspended = |account: &Arc<Account>| account.suspended_at.is_some();
-        self.doubted(|doubts| doubts.accounts.get(id).map(suspended))
+        self.lookup_uncertain(|doubts| doubts.accounts.get(id).map(suspended))
             .or_else(|| self.accounts.pin().get(id).map(suspended))
     }
 
     /// The role that a name means in an account: its own before the global one. None while a change is in doubt at one of
     /// the places that the look-up depends on, also if no record exists there yet.
     #[must_use]
-    pub fn role(&self, account: Option<&AccountId>, name: &RoleName) -> Option<Arc<Role>> {
+    pub fn resolve_role(&self, account: Option<&AccountId>, name: &RoleName) -> Option<Arc<Role>> {
         let roles = self.roles.pin();
         // The map's keys own what they hold; a service key with roles pays for the look-up.
         let place = |account: Option<&AccountId>| (account.cloned(), name.clone());
         // Doubts come before records: a doubt that is settled meanwhile has put its record there first.
         let in_doubt = |account| {
-            let found = self.doubted(|doubts| doubts.roles.get(&place(account)).copied());
+            let found = self.lookup_uncertain(|doubts| doubts.roles.get(&place(account)).copied());
             found.is_some()
         };
         if let Some(account) = account {
@@ -247,9 +257,9 @@ impl Index {
 
     /// A user's place in an account. None while its end or change is in doubt.
     #[must_use]
-    pub fn member(&self, account: &AccountId, user: &UserId) -> Option<Arc<Member>> {
+    pub fn member(&self, account: &AccountId, user: &UserId) -> Option<Arc<AccountMember>> {
         let id = (account.clone(), user.clone());
-        let doubted = self.doubted(|doubts| doubts.members.get(&id).map(drop));
+        let doubted = self.lookup_uncertain(|doubts| doubts.members.get(&id).map(drop));
         if doubted.is_some() { None } else { self.members.pin().get(&id).cloned() }
     }
 
@@ -261,7 +271,7 @@ impl Index {
 
     /// The record of a member, whatever is in doubt.
     #[must_use]
-    pub fn member_record(&self, account: &AccountId, user: &UserId) -> Option<Arc<Member>> {
+    pub fn member_record(&self, account: &AccountId, user: &UserId) -> Option<Arc<AccountMember>> {
         self.members.pin().get(&(account.clone(), user.clone())).cloned()
     }
 
@@ -273,71 +283,71 @@ impl Index {
 
     /// Every key that is known to be revoked, and since when.
     #[must_use]
-    pub fn revoked(&self) -> Vec<(KeyId, Timestamp)> {
+    pub fn revoked_keys(&self) -> Vec<(KeyId, Timestamp)> {
         let keys = self.keys.load();
-        let revoked = keys.each().filter_map(|key| Some((key.id(), key.revoked_at()?)));
+        let revoked = keys.iter_keys().filter_map(|key| Some((key.id(), key.revoked_at()?)));
         revoked.collect()
     }
 
-    /// Takes a record of the first snapshot. All of a store's keys come faster in parts: see [`Loader`].
-    pub fn load(&self, item: SnapshotItem) {
+    /// Takes a record of the first snapshot. All of a store's keys come faster in parts: see [`SnapshotLoader`].
+    pub fn load_record(&self, item: SnapshotRecord) {
         match item {
-            SnapshotItem::Account(account) => self.put_account(Arc::new(account)),
-            SnapshotItem::Key(key, left) => self.keys.load().load(&key, &left),
-            SnapshotItem::Role(role) => self.put_role(Arc::new(role)),
-            SnapshotItem::Member(member) => self.put_member(Arc::new(member)),
-            SnapshotItem::Spent(key, spent) => self.budget(key).restore(spent),
+            SnapshotRecord::Account(account) => self.upsert_account(Arc::new(account)),
+            SnapshotRecord::Key(key, left) => self.keys.load().load_key(&key, &left),
+            SnapshotRecord::Role(role) => self.upsert_role(Arc::new(role)),
+            SnapshotRecord::Member(member) => self.upsert_member(Arc::new(member)),
+            SnapshotRecord::QuotaUsage(key, spent) => self.limit_state(key).restore_usage(spent),
         }
     }
 
     /// Forgets everything: another snapshot is to be loaded. What is in doubt stays so.
     pub fn clear(&self) {
-        self.applied.store(0, Ordering::Release);
-        self.turns.fetch_add(1, Ordering::AcqRel);
+        self.next_revision.store(0, Ordering::Release);
+        self.generation.fetch_add(1, Ordering::AcqRel);
         self.keys.store(Arc::default());
-        self.budgets.pin().clear();
+        self.limit_states.pin().clear();
         self.accounts.pin().clear();
         self.roles.pin().clear();
         self.members.pin().clear();
     }
 
-    /// Says that the snapshot is complete, as of `revision`.
-    pub fn loaded(&self, revision: Revision) {
-        self.keys.load().show();
-        self.applied.store(revision.0 + 1, Ordering::Release);
+    /// Says that the snapshot is complete, as of `applied_revision`.
+    pub fn finish_load(&self, revision: Revision) {
+        self.keys.load().publish();
+        self.next_revision.store(revision.0 + 1, Ordering::Release);
     }
 
     /// Ends a disabling that was not recorded: somebody wants the key enabled.
-    pub fn enable(&self, id: KeyId) {
-        self.settle(|doubts| {
+    pub fn clear_local_disable(&self, id: KeyId) {
+        self.update_uncertain(|doubts| {
             if doubts.keys.get(&id).is_some_and(|doubt| doubt.revocation.is_none()) {
                 doubts.keys.remove(&id);
             }
-            doubts.stopped.retain(|of, reason| *of != id || *reason == Reason::Revoked);
+            doubts.local_denials.retain(|of, reason| *of != id || *reason == Reason::Revoked);
         });
     }
 
     /// Ends a suspension that was not recorded: somebody wants the account resumed.
-    pub fn resume(&self, id: &AccountId) {
-        self.settle(|doubts| {
+    pub fn clear_local_suspension(&self, id: &AccountId) {
+        self.update_uncertain(|doubts| {
             doubts.accounts.remove(id);
         });
     }
 
     /// Ends a doubt, after the record that settles it has come.
-    fn settle(&self, end: impl FnOnce(&mut Doubts)) {
-        if self.doubtful.load(Ordering::Acquire) > 0 {
-            let mut doubts = lock(&self.doubts);
+    fn update_uncertain(&self, end: impl FnOnce(&mut UncertainChanges)) {
+        if self.uncertain_count.load(Ordering::Acquire) > 0 {
+            let mut doubts = lock(&self.uncertain_changes);
             end(&mut doubts);
-            self.doubtful.store(doubts.len(), Ordering::Release);
+            self.uncertain_count.store(doubts.len(), Ordering::Release);
         }
     }
 
-    fn put_account(&self, account: Arc<Account>) {
+    fn upsert_account(&self, account: Arc<Account>) {
         let id = account.id.clone();
         let suspended = account.suspended_at.map(|_| account.revision);
         self.accounts.pin().insert(id.clone(), account);
-        self.settle(|doubts| {
+        self.update_uncertain(|doubts| {
             // A suspension that was not recorded stays until one is, or until Resume.
             let doubt = doubts.accounts.get(&id);
             if doubt.is_some_and(|doubt| suspended > Some(doubt.revision)) {
@@ -346,61 +356,61 @@ impl Index {
         });
     }
 
-    fn put_role(&self, role: Arc<Role>) {
+    fn upsert_role(&self, role: Arc<Role>) {
         let (id, revision) = (role_id(&role), role.revision);
         self.roles.pin().insert(id.clone(), role);
-        self.settle_role(&id, revision);
+        self.resolve_uncertain_role(&id, revision);
     }
 
     fn delete_role(&self, role: &Role) {
         let id = role_id(role);
         self.roles.pin().remove(&id);
-        self.settle_role(&id, role.revision);
+        self.resolve_uncertain_role(&id, role.revision);
     }
 
-    fn settle_role(&self, id: &(Option<AccountId>, RoleName), revision: Revision) {
-        self.settle(|doubts| {
+    fn resolve_uncertain_role(&self, id: &(Option<AccountId>, RoleName), revision: Revision) {
+        self.update_uncertain(|doubts| {
             if doubts.roles.get(id).is_some_and(|made_from| *made_from < revision) {
                 doubts.roles.remove(id);
             }
         });
     }
 
-    fn put_member(&self, member: Arc<Member>) {
+    fn upsert_member(&self, member: Arc<AccountMember>) {
         let (id, revision) = (member_id(&member), member.revision);
         self.members.pin().insert(id.clone(), member);
-        self.settle_member(&id, revision);
+        self.resolve_uncertain_member(&id, revision);
     }
 
-    fn remove_member(&self, member: &Member) {
+    fn remove_member(&self, member: &AccountMember) {
         let id = member_id(member);
         self.members.pin().remove(&id);
-        self.settle_member(&id, member.revision);
+        self.resolve_uncertain_member(&id, member.revision);
     }
 
-    fn settle_member(&self, id: &(AccountId, UserId), revision: Revision) {
-        self.settle(|doubts| {
+    fn resolve_uncertain_member(&self, id: &(AccountId, UserId), revision: Revision) {
+        self.update_uncertain(|doubts| {
             if doubts.members.get(id).is_some_and(|made_from| *made_from < revision) {
                 doubts.members.remove(id);
             }
         });
     }
 
-    fn put_keys<'k>(&self, keys: impl Iterator<Item = &'k Key> + Clone) {
-        self.keys.load().put(keys.clone());
+    fn upsert_keys<'k>(&self, keys: impl Iterator<Item = &'k ApiKey> + Clone) {
+        self.keys.load().upsert(keys.clone());
         keys.for_each(|key| {
             if key.is_revoked() {
-                self.budgets.pin().remove(&key.id);
+                self.limit_states.pin().remove(&key.id);
             }
-            self.settle_key(key);
+            self.resolve_uncertain_key(key);
         });
     }
 
     /// Ends doubts about a key, whose record has come.
-    fn settle_key(&self, key: &Key) {
-        self.settle(|doubts| {
+    fn resolve_uncertain_key(&self, key: &ApiKey) {
+        self.update_uncertain(|doubts| {
             // A stop that was not recorded stays until one is, or until Enable.
-            let settled = |doubt: &Arc<Key>| {
+            let settled = |doubt: &Arc<ApiKey>| {
                 doubt.revision < key.revision
                     && (doubt.revocation.is_none() || key.revocation.is_some())
                     && (doubt.disabled_at.is_none() || key.disabled_at.is_some() || key.revocation.is_some())
@@ -408,144 +418,147 @@ impl Index {
             if doubts.keys.get(&key.id).is_some_and(settled) {
                 doubts.keys.remove(&key.id);
             }
-            let said = match doubts.stopped.get(&key.id) {
+            let said = match doubts.local_denials.get(&key.id) {
                 Some(Reason::Revoked) => key.revocation.is_some(),
                 Some(_) => key.disabled_at.is_some() || key.revocation.is_some(),
                 None => false,
             };
             if said {
-                doubts.stopped.remove(&key.id);
+                doubts.local_denials.remove(&key.id);
             }
         });
     }
 
-    fn apply(&self, change: &Change) {
+    fn apply_change(&self, change: &RecordChange) {
         match change {
-            Change::Key(key) => self.put_keys(std::iter::once(&**key)),
-            Change::Account(account) => self.put_account(account.clone()),
-            Change::Role(role) => self.put_role(role.clone()),
-            Change::RoleDeleted(role) => self.delete_role(role),
-            Change::Member(member) => self.put_member(member.clone()),
-            Change::MemberRemoved(member) => self.remove_member(member),
+            RecordChange::Key(key) => self.upsert_keys(std::iter::once(&**key)),
+            RecordChange::Account(account) => self.upsert_account(account.clone()),
+            RecordChange::Role(role) => self.upsert_role(role.clone()),
+            RecordChange::RoleDeleted(role) => self.delete_role(role),
+            RecordChange::Member(member) => self.upsert_member(member.clone()),
+            RecordChange::MemberRemoved(member) => self.remove_member(member),
         }
     }
 
     /// Whether a change that has not come in here takes something away: some Check may be refused after it that is
     /// allowed by what is held here.
     #[must_use]
-    pub fn narrows(&self, change: &Change) -> bool {
+    pub fn is_restriction(&self, change: &RecordChange) -> bool {
         match change {
-            Change::Key(after) => self.keys.load().before(after).is_some_and(|before| after.narrows(&before)),
-            Change::Account(after) => {
-                self.accounts.pin().get(&after.id).is_some_and(|before| after.narrows(before))
+            RecordChange::Key(after) => {
+                self.keys.load().find_previous(after).is_some_and(|before| after.restricts(&before))
+            }
+            RecordChange::Account(after) => {
+                self.accounts.pin().get(&after.id).is_some_and(|before| after.restricts(before))
             }
             // A new role may stand before a global one of its name.
-            Change::Role(after) => {
-                !after.scopes.covers_all(&self.granted_by(after.account.as_ref(), &after.name))
+            RecordChange::Role(after) => {
+                !after.scopes.covers_all(&self.recorded_role_scopes(after.account.as_ref(), &after.name))
             }
-            Change::Member(after) => {
-                let grants = |member: &Member| self.granted_by(Some(&member.account), &member.role);
+            RecordChange::Member(after) => {
+                let grants =
+                    |member: &AccountMember| self.recorded_role_scopes(Some(&member.account), &member.role);
                 let before = self.member_record(&after.account, &after.user);
                 before.is_some_and(|before| !grants(after).covers_all(&grants(&before)))
             }
-            Change::RoleDeleted(_) | Change::MemberRemoved(_) => true,
+            RecordChange::RoleDeleted(_) | RecordChange::MemberRemoved(_) => true,
         }
     }
 
     /// What a role's name grants by the records, whatever is in doubt.
-    pub(crate) fn granted_by(&self, account: Option<&AccountId>, name: &RoleName) -> ScopeSet {
+    pub(crate) fn recorded_role_scopes(&self, account: Option<&AccountId>, name: &RoleName) -> ScopeSet {
         let own = account.and_then(|account| self.role_record(Some(account), name));
         let role = own.or_else(|| self.role_record(None, name));
         role.map(|role| role.scopes.clone()).unwrap_or_default()
     }
 
     /// Forgets keys revoked and secrets superseded before `forget_before`. Returns how many digests left.
-    pub fn forget(&self, forget_before: Timestamp) -> usize {
-        let budgets = self.budgets.pin();
-        self.keys.load().forget(forget_before, |id| {
+    pub fn evict(&self, forget_before: Timestamp) -> usize {
+        let budgets = self.limit_states.pin();
+        self.keys.load().evict(forget_before, |id| {
             budgets.remove(&id);
         })
     }
 }
 
-impl Loader for Index {
-    fn item(&self, item: SnapshotItem) {
-        self.load(item);
+impl SnapshotLoader for Index {
+    fn add_record(&self, item: SnapshotRecord) {
+        self.load_record(item);
     }
 
-    fn expect(&self, secrets: usize) {
-        self.keys.load().expect(secrets);
+    fn reserve_secrets(&self, secrets: usize) {
+        self.keys.load().reserve(secrets);
     }
 
     /// If everything is forgotten meanwhile, what comes in parts that were begun before is too.
-    fn part(&self) -> Box<dyn Part> {
-        Box::new(part::Part::of(self.keys.load_full()))
+    fn begin_part(&self) -> Box<dyn SnapshotPart> {
+        Box::new(bulk_load::IndexSnapshotPart::new(self.keys.load_full()))
     }
 }
 
-impl Follower for Index {
-    fn revision(&self) -> Revision {
+impl ChangeListener for Index {
+    fn applied_revision(&self) -> Revision {
         self.revision().unwrap_or_default()
     }
 
-    fn applied(&self, rows: &[(LogRow, Change)]) {
+    fn apply_local(&self, rows: &[(LogEntry, RecordChange)]) {
         let seen = self.revision();
         let new = rows.partition_point(|(row, _)| seen.is_some_and(|seen| row.revision <= seen));
-        let key = |change: &Change| matches!(change, Change::Key(_));
+        let key = |change: &RecordChange| matches!(change, RecordChange::Key(_));
         for run in rows[new..].chunk_by(|(_, one), (_, next)| key(one) && key(next)) {
             match run {
-                [(_, change)] => self.apply(change),
-                keys => self.put_keys(keys.iter().filter_map(|(_, change)| match change {
-                    Change::Key(key) => Some(&**key),
+                [(_, change)] => self.apply_change(change),
+                keys => self.upsert_keys(keys.iter().filter_map(|(_, change)| match change {
+                    RecordChange::Key(key) => Some(&**key),
                     _ => None,
                 })),
             }
             if let Some((last, _)) = run.last() {
-                self.applied.store(last.revision.0 + 1, Ordering::Release);
+                self.next_revision.store(last.revision.0 + 1, Ordering::Release);
             }
         }
     }
 
-    fn in_doubt(&self, write: &Write) {
-        let made_from = write.expect.unwrap_or_default();
+    fn mark_uncertain(&self, write: &WriteRequest) {
+        let made_from = write.expected_revision.unwrap_or_default();
         // The record that it was made from may not have come in here yet: the change may narrow that one.
-        let narrows = write.expect > self.revision() || self.narrows(&write.change);
-        let mut doubts = lock(&self.doubts);
-        match write.change.clone().at_revision(made_from) {
-            Change::Key(after) if narrows => {
+        let narrows = write.expected_revision > self.revision() || self.is_restriction(&write.change);
+        let mut doubts = lock(&self.uncertain_changes);
+        match write.change.clone().with_revision(made_from) {
+            RecordChange::Key(after) if narrows => {
                 // A weaker change does not end what a stronger one refuses.
-                let strength = |key: &Key| (key.revocation.is_some(), key.disabled_at.is_some());
+                let strength = |key: &ApiKey| (key.revocation.is_some(), key.disabled_at.is_some());
                 let known = doubts.keys.get(&after.id);
                 if known.is_none_or(|known| strength(known) <= strength(&after)) {
                     doubts.keys.insert(after.id, after);
                 }
             }
-            Change::Account(after) if narrows => {
+            RecordChange::Account(after) if narrows => {
                 doubts.accounts.insert(after.id.clone(), after);
             }
-            Change::Key(_) | Change::Account(_) => {}
+            RecordChange::Key(_) | RecordChange::Account(_) => {}
             // Whatever the change is, until it is settled the role grants nothing and the user is no member.
-            Change::Role(role) | Change::RoleDeleted(role) => {
+            RecordChange::Role(role) | RecordChange::RoleDeleted(role) => {
                 doubts.roles.insert(role_id(&role), made_from);
             }
-            Change::Member(member) | Change::MemberRemoved(member) => {
+            RecordChange::Member(member) | RecordChange::MemberRemoved(member) => {
                 let _ = doubts.members.insert(member_id(&member), made_from);
             }
         }
-        self.doubtful.store(doubts.len(), Ordering::Release);
-        self.turns.fetch_add(1, Ordering::AcqRel);
+        self.uncertain_count.store(doubts.len(), Ordering::Release);
+        self.generation.fetch_add(1, Ordering::AcqRel);
     }
 
-    fn decided(&self) {
-        let mut doubts = lock(&self.doubts);
+    fn resolve_uncertain(&self) {
+        let mut doubts = lock(&self.uncertain_changes);
         doubts.keys.retain(|_, key| key.revocation.is_some() || key.disabled_at.is_some());
         doubts.roles.clear();
         doubts.members.clear();
-        self.doubtful.store(doubts.len(), Ordering::Release);
+        self.uncertain_count.store(doubts.len(), Ordering::Release);
     }
 }
 
 #[cfg(test)]
-mod size;
+mod memory_tests;
 #[cfg(test)]
 mod tests;

@@ -9,8 +9,8 @@
 //! have rate limits that are counted there; and for the store, if a block is used up in less time than the store takes
 //! to count it.
 
-mod budget;
-mod remote;
+mod key_limits;
+mod redis_limits;
 
 use std::{
     pin::pin,
@@ -21,18 +21,20 @@ use std::{
     time::Duration,
 };
 
-pub use budget::{BlockUsed, Budget, Charge, Held, Take, Usage};
-pub use remote::{Call, Prefix, RedisUrl, Time};
+pub use key_limits::{
+    Consumption, KeyLimitState, LimitOutcome, QuotaBlockExhausted, QuotaReservation, RequestDedupId,
+};
+pub use redis_limits::{ClockSource, RedisKeyPrefix, RedisOutcome, RedisUrl};
 
-use crate::domain::{facts::KeyFacts as _, time::Timestamp};
+use crate::domain::{key_attributes::KeyAttributes as _, time::Timestamp};
 
-use super::{CannotAnswer, HeldKey, lease::Lease, usage};
-use remote::Redis;
+use super::{CheckError, KeyRef, serving_lease::ServingLease, usage};
+use redis_limits::RedisLimiter;
 
 /// How long a Check waits at the most for the store to count a block.
-const BLOCK_PATIENCE: Duration = Duration::from_millis(100);
+const QUOTA_BLOCK_WAIT: Duration = Duration::from_millis(100);
 /// How often it tries again meanwhile: what others only kept may have come back.
-const BLOCK_PAUSE: Duration = Duration::from_millis(5);
+const QUOTA_BLOCK_RETRY_INTERVAL: Duration = Duration::from_millis(5);
 
 /// How limits are counted.
 #[derive(Clone, Debug, Default)]
@@ -49,18 +51,18 @@ pub struct RedisSettings {
     /// Where it is.
     pub url: RedisUrl,
     /// What the names of all keys in it start with.
-    pub prefix: Prefix,
+    pub key_prefix: RedisKeyPrefix,
     /// How long a Check waits for it.
     pub timeout: Duration,
     /// What becomes of a Check that it does not answer.
-    pub on_failure: OnFailure,
+    pub on_failure: RedisFailurePolicy,
     /// By whose clock units come back.
-    pub time: Time,
+    pub clock_source: ClockSource,
 }
 
 /// What becomes of a limited Check when Redis does not answer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum OnFailure {
+pub enum RedisFailurePolicy {
     /// This process counts by itself; the answer says so.
     #[default]
     Allow,
@@ -71,31 +73,35 @@ pub enum OnFailure {
 /// Counts limits.
 #[derive(Debug)]
 pub struct Limiter {
-    shared: bool,
-    lease: Arc<Lease>,
-    redis: Option<(Redis, OnFailure)>,
-    usage: Arc<usage::Usage>,
-    fallbacks: AtomicU64,
+    is_shared: bool,
+    lease: Arc<ServingLease>,
+    redis: Option<(RedisLimiter, RedisFailurePolicy)>,
+    usage: Arc<usage::UsageRecorder>,
+    local_fallbacks: AtomicU64,
 }
 
 impl Limiter {
     /// A limiter whose quotas are written by `usage`.
     #[must_use]
-    pub fn new(settings: &LimitSettings, lease: Arc<Lease>, usage: Arc<usage::Usage>) -> Limiter {
-        let redis = settings.redis.as_ref().map(|redis| (Redis::new(redis), redis.on_failure));
-        Limiter { shared: settings.shared, lease, redis, usage, fallbacks: AtomicU64::new(0) }
+    pub fn new(
+        settings: &LimitSettings,
+        lease: Arc<ServingLease>,
+        usage: Arc<usage::UsageRecorder>,
+    ) -> Limiter {
+        let redis = settings.redis.as_ref().map(|redis| (RedisLimiter::new(redis), redis.on_failure));
+        Limiter { is_shared: settings.shared, lease, redis, usage, local_fallbacks: AtomicU64::new(0) }
     }
 
     /// Whether other processes serve the same keys.
-    fn shared(&self) -> bool {
-        self.shared || self.lease.shared()
+    fn is_shared(&self) -> bool {
+        self.is_shared || self.lease.is_shared()
     }
 
     /// Connects to Redis, if limits are counted there, and connects again whenever the connection is lost. Tells
     /// `tried` when it has tried for the first time.
-    pub async fn keep_connected(&self, tried: tokio::sync::oneshot::Sender<()>) {
+    pub async fn maintain_connection(&self, tried: tokio::sync::oneshot::Sender<()>) {
         match &self.redis {
-            Some((redis, _)) => redis.keep_connected(tried).await,
+            Some((redis, _)) => redis.maintain_connection(tried).await,
             // The receiver may be gone.
             None => drop(tried.send(())),
         }
@@ -105,97 +111,107 @@ impl Limiter {
     ///
     /// # Errors
     /// When whether there is room cannot be known.
-    pub(super) async fn take(
+    pub(super) async fn consume(
         &self,
-        key: &HeldKey,
-        budget: &Arc<Budget>,
-        take: Take,
+        key: &KeyRef,
+        budget: &Arc<KeyLimitState>,
+        take: Consumption,
         now: Timestamp,
-    ) -> Result<Usage, CannotAnswer> {
+    ) -> Result<LimitOutcome, CheckError> {
         let usage = match &self.redis {
             Some((redis, on_failure)) if !key.rate_limits().is_empty() => {
-                self.take_by(redis, *on_failure, key, budget, take, now).await?
+                self.consume_with_redis(redis, *on_failure, key, budget, take, now).await?
             }
             _ => {
-                let mut usage =
-                    self.in_block(key, budget, || budget.take(key, take, self.shared(), now)).await?;
-                usage.inexact = self.shared() && !key.rate_limits().is_empty();
+                let mut usage = self
+                    .retry_until_block_counted(key, budget, || {
+                        budget.consume(key, take, self.is_shared(), now)
+                    })
+                    .await?;
+                usage.is_inexact = self.is_shared() && !key.rate_limits().is_empty();
                 usage
             }
         };
-        if usage.hurry {
-            self.usage.hurry(key.id(), budget);
+        if usage.needs_flush {
+            self.usage.request_quota_flush(key.id(), budget);
         }
         Ok(usage)
     }
 
     /// Keeps what the request takes of the quota, asks Redis, and uses it or gives it back.
-    async fn take_by(
+    async fn consume_with_redis(
         &self,
-        redis: &Redis,
-        on_failure: OnFailure,
-        key: &HeldKey,
-        budget: &Arc<Budget>,
-        take: Take,
+        redis: &RedisLimiter,
+        on_failure: RedisFailurePolicy,
+        key: &KeyRef,
+        budget: &Arc<KeyLimitState>,
+        take: Consumption,
         now: Timestamp,
-    ) -> Result<Usage, CannotAnswer> {
-        let held = self.in_block(key, budget, || budget.hold(key, take, self.shared(), now)).await?;
-        let asked = Take { dry_run: take.dry_run || held.refuses(), ..take };
-        match redis.take(key, asked, now).await {
-            Ok(levels) => Ok(held.settle(key, take, &levels.before, levels.again, now)),
+    ) -> Result<LimitOutcome, CheckError> {
+        let held = self
+            .retry_until_block_counted(key, budget, || budget.reserve(key, take, self.is_shared(), now))
+            .await?;
+        let asked = Consumption { dry_run: take.dry_run || held.is_refused(), ..take };
+        match redis.consume(key, asked, now).await {
+            Ok(levels) => {
+                Ok(held.commit_if_allowed(key, take, &levels.before_request, levels.is_repeated_request, now))
+            }
             // What the quota refuses is refused, whatever Redis would say.
-            Err(_) if on_failure == OnFailure::Deny && !held.refuses() => {
-                Err(CannotAnswer::LimitsUnavailable)
+            Err(_) if on_failure == RedisFailurePolicy::Deny && !held.is_refused() => {
+                Err(CheckError::LimitsUnavailable)
             }
             Err(_) => {
                 drop(held);
-                self.fallbacks.fetch_add(1, Ordering::Relaxed);
-                let mut usage =
-                    self.in_block(key, budget, || budget.take(key, take, self.shared(), now)).await?;
-                usage.inexact = true;
+                self.local_fallbacks.fetch_add(1, Ordering::Relaxed);
+                let mut usage = self
+                    .retry_until_block_counted(key, budget, || {
+                        budget.consume(key, take, self.is_shared(), now)
+                    })
+                    .await?;
+                usage.is_inexact = true;
                 Ok(usage)
             }
         }
     }
 
     /// Tries what may find its block used up; then it waits until the store has counted it.
-    async fn in_block<T>(
+    async fn retry_until_block_counted<T>(
         &self,
-        key: &HeldKey,
-        budget: &Arc<Budget>,
-        attempt: impl Fn() -> Result<T, BlockUsed>,
-    ) -> Result<T, CannotAnswer> {
+        key: &KeyRef,
+        budget: &Arc<KeyLimitState>,
+        attempt: impl Fn() -> Result<T, QuotaBlockExhausted>,
+    ) -> Result<T, CheckError> {
         if let Ok(done) = attempt() {
             return Ok(done);
         }
         let waiting = async {
             loop {
                 // Whatever is counted from here on is heard of.
-                let mut drawn = pin!(self.usage.drawn());
+                let mut drawn = pin!(self.usage.quotas_flushed());
                 drawn.as_mut().enable();
                 if let Ok(done) = attempt() {
                     return Ok(done);
                 }
-                if budget.hurry() {
-                    self.usage.hurry(key.id(), budget);
+                if budget.request_flush() {
+                    self.usage.request_quota_flush(key.id(), budget);
                 }
-                if self.usage.failing() {
-                    return Err(CannotAnswer::QuotaUnavailable);
+                if self.usage.is_failing() {
+                    return Err(CheckError::QuotaUnavailable);
                 }
-                let _ = tokio::time::timeout(BLOCK_PAUSE, drawn).await;
+                let _ = tokio::time::timeout(QUOTA_BLOCK_RETRY_INTERVAL, drawn).await;
             }
         };
-        tokio::time::timeout(BLOCK_PATIENCE, waiting).await.unwrap_or(Err(CannotAnswer::QuotaUnavailable))
+        tokio::time::timeout(QUOTA_BLOCK_WAIT, waiting).await.unwrap_or(Err(CheckError::QuotaUnavailable))
     }
 
     /// How often Redis was asked and how that ended, since the start. Nothing, where it is not used.
-    pub fn calls(&self) -> impl Iterator<Item = (Call, u64)> {
-        self.redis.iter().flat_map(|(redis, _)| redis.calls())
+    pub fn redis_outcome_counts(&self) -> impl Iterator<Item = (RedisOutcome, u64)> {
+        self.redis.iter().flat_map(|(redis, _)| redis.outcome_counts())
     }
 
     /// How many Checks were counted by this process alone, since Redis did not answer.
     #[must_use]
-    pub fn fallbacks(&self) -> u64 {
-        self.fallbacks.load(Ordering::Relaxed)
+    pub fn local_fallbacks(&self) -> u64 {
+        self.local_fallbacks.load(Ordering::Relaxed)
     }
 }

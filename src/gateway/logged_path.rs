@@ -3,14 +3,14 @@
 
 use std::fmt;
 
-use crate::domain::token::redacted;
+use crate::domain::token::redact_tokens;
 
-use super::{Asked, GatewaySettings};
+use super::{GatewaySettings, ProxyRequest};
 
 /// How much of a path is logged, in bytes.
-const MAX_LEN: usize = 256;
+const MAX_LOGGED_BYTES: usize = 256;
 /// A credential of fewer characters is not looked for: it would be found by chance.
-const SHORTEST_CREDENTIAL: usize = 8;
+const MIN_CREDENTIAL_LEN: usize = 8;
 /// What a query or parameters may follow. Some servers decode the path before they cut those off.
 const DELIMITERS: [u8; 3] = *b"?#;";
 /// How many times a path is decoded in search of a credential; each time costs a pass over the path.
@@ -18,37 +18,37 @@ const MAX_DECODINGS: usize = 3;
 
 /// A path, to be displayed in a log line. Nothing is computed until then.
 pub(super) struct LoggedPath<'a> {
-    asked: &'a Asked<'a>,
+    request: &'a ProxyRequest<'a>,
     settings: &'a GatewaySettings,
 }
 
 impl<'a> LoggedPath<'a> {
     /// The path of a request. Its credential is looked for whether or not the request gets far enough to be asked for it.
-    pub(super) fn new(asked: &'a Asked<'_>, settings: &'a GatewaySettings) -> LoggedPath<'a> {
-        LoggedPath { asked, settings }
+    pub(super) fn new(asked: &'a ProxyRequest<'_>, settings: &'a GatewaySettings) -> LoggedPath<'a> {
+        LoggedPath { request: asked, settings }
     }
 }
 
 impl fmt::Display for LoggedPath<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // An imported token has any format: it is known only by what the request shows.
-        let mut secrets = self.asked.secrets(self.settings);
-        secrets.retain(|secret| secret.len() >= SHORTEST_CREDENTIAL);
+        let mut secrets = self.request.possible_credentials(self.settings);
+        secrets.retain(|secret| secret.len() >= MIN_CREDENTIAL_LEN);
         // Redacted before it is cut: a part of a token is as bad as all of it.
-        let path = without(&self.asked.path(), &secrets);
-        let path = redacted(&path);
-        f.write_str(&path[..path.floor_char_boundary(MAX_LEN)])
+        let path = redact_secrets(&self.request.path(), &secrets);
+        let path = redact_tokens(&path);
+        f.write_str(&path[..path.floor_char_boundary(MAX_LOGGED_BYTES)])
     }
 }
 
 /// A path up to its query or parameters, with `***` for each secret, plain or percent-encoded in part or more than once.
-fn without(path: &str, secrets: &[String]) -> String {
-    let mut decoded = Decoded::new(path);
+fn redact_secrets(path: &str, secrets: &[String]) -> String {
+    let mut decoded = DecodedPath::new(path);
     let mut end = path.len();
     let mut hidden: Vec<(usize, usize)> = Vec::new();
     for _ in 0..=MAX_DECODINGS {
-        end = end.min(decoded.end());
-        hidden.extend(secrets.iter().flat_map(|secret| decoded.find(secret.as_bytes())));
+        end = end.min(decoded.path_end());
+        hidden.extend(secrets.iter().flat_map(|secret| decoded.find_spans(secret.as_bytes())));
         if !decoded.decode() {
             break;
         }
@@ -67,15 +67,15 @@ fn without(path: &str, secrets: &[String]) -> String {
 }
 
 /// A path, decoded some times, with the place in the path where each byte begins.
-struct Decoded {
+struct DecodedPath {
     bytes: Vec<u8>,
     /// One more than bytes: the last is the path's length.
-    starts: Vec<usize>,
+    source_offsets: Vec<usize>,
 }
 
-impl Decoded {
-    fn new(path: &str) -> Decoded {
-        Decoded { bytes: path.as_bytes().to_vec(), starts: (0..=path.len()).collect() }
+impl DecodedPath {
+    fn new(path: &str) -> DecodedPath {
+        DecodedPath { bytes: path.as_bytes().to_vec(), source_offsets: (0..=path.len()).collect() }
     }
 
     /// Decodes it once more; says whether that changes it.
@@ -83,7 +83,7 @@ impl Decoded {
         let hex = |at: usize| self.bytes.get(at).and_then(|digit| char::from(*digit).to_digit(16));
         let (mut bytes, mut starts, mut at) = (Vec::new(), Vec::new(), 0);
         while let Some(byte) = self.bytes.get(at) {
-            starts.push(self.starts[at]);
+            starts.push(self.source_offsets[at]);
             match (byte, hex(at + 1), hex(at + 2)) {
                 (b'%', Some(high), Some(low)) => {
                     bytes.push(u8::try_from(high << 4 | low).unwrap_or_default());
@@ -95,41 +95,41 @@ impl Decoded {
                 }
             }
         }
-        starts.push(self.starts[self.bytes.len()]);
+        starts.push(self.source_offsets[self.bytes.len()]);
         let changed = bytes.len() != self.bytes.len();
-        *self = Decoded { bytes, starts };
+        *self = DecodedPath { bytes, source_offsets: starts };
         changed
     }
 
     /// Where a query or parameters begin, in the path.
-    fn end(&self) -> usize {
+    fn path_end(&self) -> usize {
         let at = self.bytes.iter().position(|byte| DELIMITERS.contains(byte));
-        self.starts[at.unwrap_or(self.bytes.len())]
+        self.source_offsets[at.unwrap_or(self.bytes.len())]
     }
 
     /// Every place of a text, from and to, in the path.
-    fn find(&self, text: &[u8]) -> Vec<(usize, usize)> {
+    fn find_spans(&self, text: &[u8]) -> Vec<(usize, usize)> {
         let windows = self.bytes.windows(text.len()).enumerate().filter(|(_, window)| *window == text);
-        windows.map(|(at, _)| (self.starts[at], self.starts[at + text.len()])).collect()
+        windows.map(|(at, _)| (self.source_offsets[at], self.source_offsets[at + text.len()])).collect()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gateway::{Client, Via};
+    use crate::gateway::{ClientSource, ProxyProtocol};
     use proptest::prelude::*;
 
     fn logged_with(path: &str, headers: &[(&str, &str)], settings: &GatewaySettings) -> String {
-        let asked = Asked {
-            via: Via::ExtAuthz,
-            proxy_removes: true,
+        let asked = ProxyRequest {
+            protocol: ProxyProtocol::ExtAuthz,
+            proxy_removes_headers: true,
             method: b"GET",
             host: b"api.test",
             target: path.as_bytes(),
             headers: headers.iter().map(|(name, value)| (name.as_bytes(), value.as_bytes())).collect(),
-            client: Client::Peer(None),
-            id: b"",
+            client_source: ClientSource::Peer(None),
+            proxy_request_id: b"",
         };
         LoggedPath::new(&asked, settings).to_string()
     }
@@ -149,9 +149,9 @@ mod tests {
         }
         assert_eq!(logged("/a/b", Some("a")), "/a/b", "a word of the path by chance");
         // A token that lies across the end leaves nothing of itself.
-        let long = format!("/{}{token}", "x".repeat(MAX_LEN - 20));
+        let long = format!("/{}{token}", "x".repeat(MAX_LOGGED_BYTES - 20));
         assert!(logged(&long, None).ends_with("kw_live_***"), "{}", logged(&long, None));
-        assert_eq!(logged(&"\u{e9}".repeat(200), None).len(), MAX_LEN);
+        assert_eq!(logged(&"\u{e9}".repeat(200), None).len(), MAX_LOGGED_BYTES);
     }
 
     #[test]

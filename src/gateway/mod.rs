@@ -2,48 +2,48 @@
 //! for Envoy's gRPC and for the HTTP endpoint of other proxies; the decision itself is the engine's, and no second
 //! policy stands here.
 //!
-//! `target and host in one spelling → route → credential → the engine → reply`. How a reply looks in a protocol
+//! `target and normalize_host in one spelling → route → find_credential → the engine → reply`. How a reply looks in a protocol
 //! is `grpc::ext_authz`' and `forward`'s business. Nothing here awaits but the engine.
 
-mod asked;
-mod counts;
-mod extensions;
 mod logged_path;
-mod ratelimit;
-mod reply;
-mod reserved;
+mod metrics;
+mod ratelimit_headers;
+mod request;
+mod reserved_headers;
+mod response;
+mod route_overrides;
 
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 
 use crate::{
-    decisions::{Decisions, Facts, Kind},
+    decision_log::{DecisionInput, DecisionLog, DecisionSource},
     domain::{
-        account::Environments,
+        account::EnvironmentSet,
         header_name,
         name::{AccountId, CustomerId, EnvironmentName, NameError},
         route::{
-            Demand, Mode, Named, Route, RuleBook,
-            path::{self, Path},
-            pattern::Methods,
+            EnforcementMode, NameSource, RouteRequirement, RouteSpec, RuleBook,
+            path::{self, CanonicalPath},
+            pattern::MethodSet,
         },
     },
-    engine::{Engine, Question, limiter::Charge},
-    quiet::Quiet,
+    engine::{CheckInput, Engine, limiter::RequestDedupId},
+    log_throttle::LogThrottle,
     trace,
 };
 
-pub use crate::engine::Asker;
-pub use asked::{Asked, Client, Via, form as read_form};
-pub use counts::Counts;
-pub use extensions::{Said, read as read_extensions};
-pub use reply::{Finding, Reply, Value};
+pub use crate::engine::Requester;
+pub use metrics::GatewayMetrics;
+pub use request::{ClientSource, ProxyProtocol, ProxyRequest, parse_form as read_form};
+pub use response::{GatewayOutcome, ProxyMetadataValue, ProxyResponse};
+pub use route_overrides::{RouteOverrides, parse_route_overrides as read_extensions};
 
-use asked::Credential;
 use logged_path::LoggedPath;
-use reply::Judged;
-use reserved::ReservedNames;
+use request::RequestCredential;
+use reserved_headers::ReservedHeaders;
+use response::EvaluationContext;
 
 /// How requests that a proxy asks about are judged.
 #[derive(Clone, Debug)]
@@ -66,7 +66,7 @@ pub struct GatewaySettings {
     /// Whether a proxy must show a key with `keyward:check`, and hears of that key's accounts alone.
     pub require_caller: bool,
     /// What holds where neither a route nor a rule says it.
-    pub mode: Mode,
+    pub mode: EnforcementMode,
     /// The entries of a key's metadata that go into the proxy's dynamic metadata.
     pub publish_metadata: Vec<String>,
 }
@@ -82,7 +82,7 @@ impl Default for GatewaySettings {
             trusted_hops: 0,
             reason_header: false,
             require_caller: false,
-            mode: Mode::Enforce,
+            mode: EnforcementMode::Enforce,
             publish_metadata: Vec::new(),
         }
     }
@@ -91,16 +91,16 @@ impl Default for GatewaySettings {
 /// Judges requests.
 pub struct Gateway {
     engine: Arc<Engine>,
-    environments: Arc<Environments>,
+    environments: Arc<EnvironmentSet>,
     settings: GatewaySettings,
-    book: ArcSwap<RuleBook>,
+    rule_book: ArcSwap<RuleBook>,
     /// How many requests were judged how.
-    pub counts: Counts,
+    pub metrics: GatewayMetrics,
     /// Misconfigured routes, for the log.
-    complaints: Quiet,
+    misconfiguration_throttle: LogThrottle,
     /// Denials in shadow mode, for the log.
-    shadows: Quiet,
-    decisions: Decisions,
+    shadow_denial_throttle: LogThrottle,
+    decisions: DecisionLog,
 }
 
 impl std::fmt::Debug for Gateway {
@@ -110,25 +110,25 @@ impl std::fmt::Debug for Gateway {
 }
 
 /// Why a route cannot be asked about.
-enum Unready {
+enum RouteError {
     NoRule,
     BadRequest(String),
     Misconfigured(String),
 }
 
-impl From<Unready> for Finding {
-    fn from(unready: Unready) -> Finding {
+impl From<RouteError> for GatewayOutcome {
+    fn from(unready: RouteError) -> GatewayOutcome {
         match unready {
-            Unready::NoRule => Finding::NoRule,
-            Unready::BadRequest(problem) => Finding::BadRequest(problem),
-            Unready::Misconfigured(problem) => Finding::Misconfigured(problem),
+            RouteError::NoRule => GatewayOutcome::NoRule,
+            RouteError::BadRequest(problem) => GatewayOutcome::BadRequest(problem),
+            RouteError::Misconfigured(problem) => GatewayOutcome::Misconfigured(problem),
         }
     }
 }
 
 /// A route that can be asked about, with all that the request says for it.
-struct Ready {
-    demand: Demand,
+struct ResolvedRoute {
+    requirement: RouteRequirement,
     environment: Option<EnvironmentName>,
     account: Option<AccountId>,
     customer: Option<CustomerId>,
@@ -140,19 +140,19 @@ impl Gateway {
     #[must_use]
     pub fn new(
         engine: Arc<Engine>,
-        environments: Arc<Environments>,
+        environments: Arc<EnvironmentSet>,
         settings: GatewaySettings,
-        decisions: Decisions,
+        decisions: DecisionLog,
     ) -> Gateway {
         let book = ArcSwap::from_pointee(RuleBook::default());
         Gateway {
             engine,
             environments,
             settings,
-            book,
-            counts: Counts::default(),
-            complaints: Quiet::new(5),
-            shadows: Quiet::new(20),
+            rule_book: book,
+            metrics: GatewayMetrics::default(),
+            misconfiguration_throttle: LogThrottle::per_second(5),
+            shadow_denial_throttle: LogThrottle::per_second(20),
             decisions,
         }
     }
@@ -171,18 +171,18 @@ impl Gateway {
 
     /// The environments there are.
     #[must_use]
-    pub fn environments(&self) -> &Environments {
+    pub fn environments(&self) -> &EnvironmentSet {
         &self.environments
     }
 
     /// Takes other rules. Requests that are being judged end under the old ones.
     pub fn set_rules(&self, book: RuleBook) {
-        self.book.store(Arc::new(book));
+        self.rule_book.store(Arc::new(book));
     }
 
     /// Reads rules that have changed; wrong ones leave the old in force.
-    pub fn reload<E: std::fmt::Display>(&self, rules: Result<RuleBook, E>) {
-        self.counts.note_reload(rules.is_ok());
+    pub fn reload_rules<E: std::fmt::Display>(&self, rules: Result<RuleBook, E>) {
+        self.metrics.record_reload(rules.is_ok());
         match rules {
             Ok(book) => {
                 tracing::info!(rules = book.rules.len(), "the rules have changed");
@@ -194,44 +194,50 @@ impl Gateway {
 
     /// How many rules there are.
     #[must_use]
-    pub fn rules(&self) -> usize {
-        self.book.load().rules.len()
+    pub fn rule_count(&self) -> usize {
+        self.rule_book.load().rules.len()
     }
 
     /// Judges a request for a proxy of `asker`'s account; `said` is what the proxy's own configuration says of
     /// the route.
-    pub async fn judge(&self, asker: Asker<'_>, asked: &Asked<'_>, said: Said) -> Reply {
-        let book = self.book.load_full();
-        let mut judged = Judged::new();
-        let mut finding = self.find(asker, asked, said, &book, &mut judged).await;
-        let mut reply = reply::make(&self.settings, asked, &judged, &finding);
-        if !reply.fits() {
+    pub async fn authorize(
+        &self,
+        asker: Requester<'_>,
+        asked: &ProxyRequest<'_>,
+        said: RouteOverrides,
+    ) -> ProxyResponse {
+        let book = self.rule_book.load_full();
+        let mut judged = EvaluationContext::new();
+        let mut finding = self.evaluate(asker, asked, said, &book, &mut judged).await;
+        let mut reply = response::build_response(&self.settings, asked, &judged, &finding);
+        if !reply.can_list_removals() {
             // A header that is not removed must not pass, in no mode.
-            judged.mode = Mode::Enforce;
-            finding = Finding::BadRequest("there are too many x-keyward- headers to remove".to_owned());
-            reply = reply::make(&self.settings, asked, &judged, &finding);
+            judged.mode = EnforcementMode::Enforce;
+            finding =
+                GatewayOutcome::BadRequest("there are too many x-keyward- headers to remove".to_owned());
+            reply = response::build_response(&self.settings, asked, &judged, &finding);
         }
-        self.close(asked, &judged, &finding, &mut reply);
+        self.record_outcome(asked, &judged, &finding, &mut reply);
         reply
     }
 
     /// Refuses a question of Envoy's that was not read, since it has `length` bytes and at most `limit` are read. This is a
     /// verdict: as a fault, it would let requests with large bodies pass where `failure_mode_allow` is set.
     #[must_use]
-    pub fn refuse_too_large(&self, length: usize, limit: usize) -> Reply {
-        let asked = Asked {
-            via: Via::ExtAuthz,
-            proxy_removes: true,
+    pub fn deny_too_large(&self, length: usize, limit: usize) -> ProxyResponse {
+        let asked = ProxyRequest {
+            protocol: ProxyProtocol::ExtAuthz,
+            proxy_removes_headers: true,
             method: b"",
             host: b"",
             target: b"",
             headers: Vec::new(),
-            client: Client::Peer(None),
-            id: b"",
+            client_source: ClientSource::Peer(None),
+            proxy_request_id: b"",
         };
-        let (judged, finding) = (Judged::new(), Finding::TooLarge);
-        let mut reply = reply::make(&self.settings, &asked, &judged, &finding);
-        if self.complaints.may(self.engine.now()) {
+        let (judged, finding) = (EvaluationContext::new(), GatewayOutcome::TooLarge);
+        let mut reply = response::build_response(&self.settings, &asked, &judged, &finding);
+        if self.misconfiguration_throttle.allow(self.engine.now()) {
             tracing::warn!(
                 length,
                 limit,
@@ -239,156 +245,186 @@ impl Gateway {
                  ext_authz, or lower its max_request_bytes"
             );
         }
-        self.close(&asked, &judged, &finding, &mut reply);
+        self.record_outcome(&asked, &judged, &finding, &mut reply);
         reply
     }
 
     /// Counts and logs what was found, and writes it to the decision log.
-    fn close(&self, asked: &Asked<'_>, judged: &Judged<'_>, finding: &Finding, reply: &mut Reply) {
-        self.note(asked, judged, finding);
-        let decision = self.write_down(asked, judged, finding);
+    fn record_outcome(
+        &self,
+        asked: &ProxyRequest<'_>,
+        judged: &EvaluationContext<'_>,
+        finding: &GatewayOutcome,
+        reply: &mut ProxyResponse,
+    ) {
+        self.observe_outcome(asked, judged, finding);
+        let decision = self.log_decision(asked, judged, finding);
         // By it the proxy's own log can be compared with the decision log.
-        reply.metadata.extend(decision.map(|id| ("decision_id".to_owned(), Value::Text(id.to_string()))));
+        reply
+            .metadata
+            .extend(decision.map(|id| ("decision_id".to_owned(), ProxyMetadataValue::Text(id.to_string()))));
     }
 
     /// Writes the decision down, if it is one of those that are. What cannot be answered is no decision.
-    fn write_down(&self, asked: &Asked<'_>, judged: &Judged<'_>, finding: &Finding) -> Option<uuid::Uuid> {
-        if matches!(finding, Finding::Misconfigured(_) | Finding::CannotAnswer(_)) {
+    fn log_decision(
+        &self,
+        asked: &ProxyRequest<'_>,
+        judged: &EvaluationContext<'_>,
+        finding: &GatewayOutcome,
+    ) -> Option<uuid::Uuid> {
+        if matches!(finding, GatewayOutcome::Misconfigured(_) | GatewayOutcome::CheckFailed(_)) {
             return None;
         }
-        self.decisions.note_if(finding.passes(), || Facts {
-            kind: match asked.via {
-                Via::ExtAuthz => Kind::ExtAuthz,
-                Via::Forward => Kind::ForwardAuth,
+        self.decisions.record_if_sampled(finding.is_allowed(), || DecisionInput {
+            source: match asked.protocol {
+                ProxyProtocol::ExtAuthz => DecisionSource::ExtAuthz,
+                ProxyProtocol::ForwardAuth => DecisionSource::ForwardAuth,
             },
-            allowed: finding.passes(),
-            reason: finding.label(),
-            answer: match finding {
-                Finding::Answered(answer) => Some(answer),
+            allowed: finding.is_allowed(),
+            reason: finding.reason_label(),
+            check_outcome: match finding {
+                GatewayOutcome::Checked(answer) => Some(answer),
                 _ => None,
             },
             environment: judged.environment.as_ref(),
-            needed: &judged.needed,
+            required_scopes: &judged.required_scopes,
             customer: judged.customer.as_ref(),
             client_ip: asked.client_ip(self.settings.trusted_hops),
-            http_id: asked.number(),
-            shadow: judged.mode == Mode::Shadow,
+            proxy_request_id: asked.valid_proxy_request_id(),
+            is_shadow: judged.mode == EnforcementMode::Shadow,
         })
     }
 
-    async fn find<'a>(
+    async fn evaluate<'a>(
         &self,
-        asker: Asker<'_>,
-        asked: &Asked<'a>,
-        said: Said,
+        asker: Requester<'_>,
+        asked: &ProxyRequest<'a>,
+        said: RouteOverrides,
         book: &RuleBook,
-        judged: &mut Judged<'a>,
-    ) -> Finding {
-        let Said { route: said, problem } = said;
+        judged: &mut EvaluationContext<'a>,
+    ) -> GatewayOutcome {
+        let RouteOverrides { route: said, problem } = said;
         judged.mode = said.mode.or(book.defaults.mode).unwrap_or(self.settings.mode);
-        if let Some(refusal) = self.unremovable(asked, judged) {
+        if let Some(refusal) = self.deny_unremovable_header(asked, judged) {
             return refusal;
         }
         if let Some(problem) = problem {
-            return Finding::Misconfigured(problem);
+            return GatewayOutcome::Misconfigured(problem);
         }
-        let (target, host, method) = match spelled(asked) {
+        let (target, host, method) = match normalize_target(asked) {
             Ok(spelled) => spelled,
             Err(problem) => {
                 // Whose request it is cannot be known: let through, it might reach a route that is enforced.
-                judged.mode = Mode::Enforce;
-                return Finding::BadRequest(problem);
+                judged.mode = EnforcementMode::Enforce;
+                return GatewayOutcome::BadRequest(problem);
             }
         };
-        let rule = match said.demand {
+        let rule = match said.requirement {
             Some(_) => None,
             None if book.rules.is_ambiguous(&host, method, &target) => {
-                judged.mode = Mode::Enforce;
-                return Finding::BadRequest(path::Misspelt::Lookalike.to_string());
+                judged.mode = EnforcementMode::Enforce;
+                return GatewayOutcome::BadRequest(path::PathError::Lookalike.to_string());
             }
-            None => book.rules.find(&host, method, &target),
+            None => book.rules.find_match(&host, method, &target),
         };
         let (route, captures) = match &rule {
-            Some((rule, captures)) => (rule.route.clone().or(&said), captures.as_slice()),
+            Some((rule, captures)) => (rule.route.clone().or_defaults(&said), captures.as_slice()),
             None => (said, &[][..]),
         };
-        let route = route.or(&book.defaults);
+        let route = route.or_defaults(&book.defaults);
         judged.mode = route.mode.unwrap_or(self.settings.mode);
         judged.cost = route.cost.unwrap_or(1);
-        judged.named_by = named_by(&route);
-        if let Some(refusal) = self.unremovable(asked, judged).or_else(|| self.conflict(asked, judged)) {
+        judged.identifier_headers = identifier_headers(&route);
+        if let Some(refusal) = self
+            .deny_unremovable_header(asked, judged)
+            .or_else(|| self.deny_conflicting_headers(asked, judged))
+        {
             return refusal;
         }
         // The proxy removes the header, and the client would get another method than it asks for. A proxy that removes
         // by its own configuration may even send it on.
-        let by_method = rule.as_ref().is_some_and(|(rule, _)| rule.methods != Methods::Any);
-        if by_method && ReservedNames::overrides_method(asked) {
-            return Finding::BadRequest("overriding the method by a header is not allowed".to_owned());
+        let by_method = rule.as_ref().is_some_and(|(rule, _)| rule.methods != MethodSet::Any);
+        if by_method && ReservedHeaders::overrides_method(asked) {
+            return GatewayOutcome::BadRequest("overriding the method by a header is not allowed".to_owned());
         }
-        match self.ready(asked, route, captures) {
-            Ok(ready) => self.ask(asker, asked, &ready, judged).await,
+        match self.resolve_route(asked, route, captures) {
+            Ok(ready) => self.check_credential(asker, asked, &ready, judged).await,
             Err(unready) => unready.into(),
         }
     }
 
     /// Refuses a header that would reach the service in a spelling that no proxy was asked to remove.
-    fn unremovable(&self, asked: &Asked<'_>, judged: &mut Judged<'_>) -> Option<Finding> {
-        let name = ReservedNames::new(&self.settings, &judged.named_by).unremovable(asked)?;
-        let problem = if name == header_name::PREFIX {
+    fn deny_unremovable_header(
+        &self,
+        asked: &ProxyRequest<'_>,
+        judged: &mut EvaluationContext<'_>,
+    ) -> Option<GatewayOutcome> {
+        let name =
+            ReservedHeaders::new(&self.settings, &judged.identifier_headers).find_unremovable(asked)?;
+        let problem = if name == header_name::KEYWARD_PREFIX {
             "headers that begin with x-keyward- are not a client's to send".to_owned()
         } else {
             format!("the name of a header differs from {name} in its punctuation alone; rename or remove it")
         };
         // Let through, it would reach the service.
-        judged.mode = Mode::Enforce;
-        Some(Finding::BadRequest(problem))
+        judged.mode = EnforcementMode::Enforce;
+        Some(GatewayOutcome::BadRequest(problem))
     }
 
-    fn conflict(&self, asked: &Asked<'_>, judged: &Judged<'_>) -> Option<Finding> {
-        let name = ReservedNames::new(&self.settings, &judged.named_by).conflict(asked)?;
+    fn deny_conflicting_headers(
+        &self,
+        asked: &ProxyRequest<'_>,
+        judged: &EvaluationContext<'_>,
+    ) -> Option<GatewayOutcome> {
+        let name = ReservedHeaders::new(&self.settings, &judged.identifier_headers).find_conflict(asked)?;
         let problem = format!("{name} comes in several spellings with different values; send it once");
-        Some(Finding::BadRequest(problem))
+        Some(GatewayOutcome::BadRequest(problem))
     }
 
     /// What a route needs, with the names that the request gives.
-    fn ready(&self, asked: &Asked<'_>, route: Route, captures: &[(&str, &str)]) -> Result<Ready, Unready> {
-        let demand = route.demand.ok_or(Unready::NoRule)?;
-        Ok(Ready {
-            demand,
+    fn resolve_route(
+        &self,
+        asked: &ProxyRequest<'_>,
+        route: RouteSpec,
+        captures: &[(&str, &str)],
+    ) -> Result<ResolvedRoute, RouteError> {
+        let demand = route.requirement.ok_or(RouteError::NoRule)?;
+        Ok(ResolvedRoute {
+            requirement: demand,
             environment: route.environment.or_else(|| self.settings.environment.clone()),
-            account: named("account", route.account, asked, captures, AccountId::parse)?,
-            customer: named("customer", route.customer, asked, captures, CustomerId::parse)?,
+            account: resolve_identifier("account", route.account, asked, captures, AccountId::parse)?,
+            customer: resolve_identifier("customer", route.customer, asked, captures, CustomerId::parse)?,
             cost: route.cost.unwrap_or(1),
         })
     }
 
     /// Puts the question that the route asks.
-    async fn ask<'a>(
+    async fn check_credential<'a>(
         &self,
-        asker: Asker<'_>,
-        asked: &Asked<'a>,
-        ready: &Ready,
-        judged: &mut Judged<'a>,
-    ) -> Finding {
-        let scopes = match &ready.demand {
-            Demand::Public => return Finding::Public,
-            Demand::Authenticated => &[][..],
-            Demand::Scopes(scopes) => scopes,
+        asker: Requester<'_>,
+        asked: &ProxyRequest<'a>,
+        ready: &ResolvedRoute,
+        judged: &mut EvaluationContext<'a>,
+    ) -> GatewayOutcome {
+        let scopes = match &ready.requirement {
+            RouteRequirement::Public => return GatewayOutcome::Public,
+            RouteRequirement::Authenticated => &[][..],
+            RouteRequirement::Scopes(scopes) => scopes,
         };
-        judged.needed = scopes.to_vec();
+        judged.required_scopes = scopes.to_vec();
         judged.environment.clone_from(&ready.environment);
         judged.customer.clone_from(&ready.customer);
         let Some(environment) = &ready.environment else {
             let problem = "the route names no environment, and [gateway] has none for such routes";
-            return Finding::Misconfigured(problem.to_owned());
+            return GatewayOutcome::Misconfigured(problem.to_owned());
         };
-        judged.credential = asked.credential(&self.settings);
+        judged.credential = asked.find_credential(&self.settings);
         let token = match &judged.credential {
-            Credential::None => return Finding::NoCredential,
-            Credential::Many => return Finding::ManyCredentials,
-            Credential::One { token, .. } => token,
+            RequestCredential::None => return GatewayOutcome::NoCredential,
+            RequestCredential::Multiple => return GatewayOutcome::ManyCredentials,
+            RequestCredential::Single { token, .. } => token,
         };
-        let question = Question {
+        let question = CheckInput {
             token,
             environment,
             scopes,
@@ -398,30 +434,36 @@ impl Gateway {
             cost: ready.cost,
             dry_run: false,
             min_revision: None,
-            charge: (!asked.id.is_empty()).then(|| Charge::of(asked.id)),
-            bar_management: !self.settings.management_keys,
+            dedup_id: (!asked.proxy_request_id.is_empty())
+                .then(|| RequestDedupId::from_request_id(asked.proxy_request_id)),
+            refuse_management_keys: !self.settings.management_keys,
         };
         match self.engine.check(asker, &question).await {
-            Ok(answer) => Finding::Answered(answer),
-            Err(error) => Finding::CannotAnswer(error),
+            Ok(answer) => GatewayOutcome::Checked(answer),
+            Err(error) => GatewayOutcome::CheckFailed(error),
         }
     }
 
-    fn note(&self, asked: &Asked<'_>, judged: &Judged<'_>, finding: &Finding) {
-        let reason = finding.label();
-        self.counts.note(asked.via, judged.mode, finding);
-        if let Some(span) = trace::recording() {
+    fn observe_outcome(
+        &self,
+        asked: &ProxyRequest<'_>,
+        judged: &EvaluationContext<'_>,
+        finding: &GatewayOutcome,
+    ) {
+        let reason = finding.reason_label();
+        self.metrics.record(asked.protocol, judged.mode, finding);
+        if let Some(span) = trace::recorded_span() {
             let answer = match finding {
-                Finding::Answered(answer) => Some(answer),
+                GatewayOutcome::Checked(answer) => Some(answer),
                 _ => None,
             };
-            answer.inspect(|answer| answer.record(&span));
+            answer.inspect(|answer| answer.record_in_span(&span));
             span.record("keyward.reason", reason);
         }
         let (key, path) = (finding.key_id(), LoggedPath::new(asked, &self.settings));
-        let shadow = judged.mode == Mode::Shadow;
-        if let Finding::Misconfigured(problem) = finding {
-            if self.complaints.may(self.engine.now()) {
+        let shadow = judged.mode == EnforcementMode::Shadow;
+        if let GatewayOutcome::Misconfigured(problem) = finding {
+            if self.misconfiguration_throttle.allow(self.engine.now()) {
                 tracing::error!(
                     problem,
                     %path,
@@ -429,64 +471,64 @@ impl Gateway {
                     "a route is misconfigured, and is answered with 503 unless it is in shadow mode"
                 );
             }
-        } else if shadow && !finding.passes() && self.shadows.may(self.engine.now()) {
+        } else if shadow && !finding.is_allowed() && self.shadow_denial_throttle.allow(self.engine.now()) {
             tracing::info!(key, reason, %path, "shadow: the request passes and would have been denied");
         }
-        tracing::debug!(key, reason, %path, passes = finding.passes(), shadow, "a request was judged");
+        tracing::debug!(key, reason, %path, passes = finding.is_allowed(), shadow, "a request was judged");
     }
 }
 
 /// Target, host and method in the one spelling that rules see; or what is wrong with them, for the client.
-fn spelled<'a>(asked: &Asked<'a>) -> Result<(Path<'a>, String, &'a str), String> {
-    let target = asked.target().ok_or(path::Misspelt::Character).and_then(Path::parse);
+fn normalize_target<'a>(asked: &ProxyRequest<'a>) -> Result<(CanonicalPath<'a>, String, &'a str), String> {
+    let target = asked.target().ok_or(path::PathError::Character).and_then(CanonicalPath::parse);
     let target = target.map_err(|misspelt| misspelt.to_string())?;
-    let host = asked.host().and_then(path::host).ok_or("the host is none")?;
+    let host = asked.host().and_then(path::normalize_host).ok_or("the host is none")?;
     let method = asked.method().ok_or("the method is none")?;
     Ok((target, host, method))
 }
 
 /// The headers that a route takes names from.
-fn named_by(route: &Route) -> Vec<Box<str>> {
-    let account = route.account.as_ref().and_then(header_of);
-    account.into_iter().chain(route.customer.as_ref().and_then(header_of)).collect()
+fn identifier_headers(route: &RouteSpec) -> Vec<Box<str>> {
+    let account = route.account.as_ref().and_then(source_header);
+    account.into_iter().chain(route.customer.as_ref().and_then(source_header)).collect()
 }
 
-fn header_of<T>(named: &Named<T>) -> Option<Box<str>> {
+fn source_header<T>(named: &NameSource<T>) -> Option<Box<str>> {
     match named {
-        Named::Header(name) => Some(name.clone()),
-        Named::Is(_) | Named::Capture(_) => None,
+        NameSource::Header(name) => Some(name.clone()),
+        NameSource::Fixed(_) | NameSource::PathCapture(_) => None,
     }
 }
 
 /// A name from where the route says that it stands. One that a header or path leaves out is unsaid.
-fn named<T>(
+fn resolve_identifier<T>(
     what: &str,
-    from: Option<Named<T>>,
-    asked: &Asked<'_>,
+    from: Option<NameSource<T>>,
+    asked: &ProxyRequest<'_>,
     captures: &[(&str, &str)],
     parse: fn(&str) -> Result<T, NameError>,
-) -> Result<Option<T>, Unready> {
+) -> Result<Option<T>, RouteError> {
     let text = match &from {
         None => return Ok(None),
-        Some(Named::Is(_)) => return Ok(from.and_then(fixed)),
-        Some(Named::Header(name)) => match asked.header(name) {
+        Some(NameSource::Fixed(_)) => return Ok(from.and_then(fixed_value)),
+        Some(NameSource::Header(name)) => match asked.single_header(name) {
             Ok(None) => return Ok(None),
             Ok(Some(text)) => text,
             Err(()) => {
-                return Err(Unready::BadRequest(format!("{name} must be given once, in visible ASCII")));
+                return Err(RouteError::BadRequest(format!("{name} must be given once, in visible ASCII")));
             }
         },
-        Some(Named::Capture(name)) => {
+        Some(NameSource::PathCapture(name)) => {
             let found = captures.iter().find(|(known, _)| *known == &**name).map(|(_, text)| *text);
-            found.ok_or_else(|| Unready::Misconfigured(format!("the path has no segment {{{name}}}")))?
+            found.ok_or_else(|| RouteError::Misconfigured(format!("the path has no segment {{{name}}}")))?
         }
     };
-    parse(text).map(Some).map_err(|error| Unready::BadRequest(format!("the {what} named {error}")))
+    parse(text).map(Some).map_err(|error| RouteError::BadRequest(format!("the {what} named {error}")))
 }
 
-fn fixed<T>(named: Named<T>) -> Option<T> {
+fn fixed_value<T>(named: NameSource<T>) -> Option<T> {
     match named {
-        Named::Is(value) => Some(value),
-        Named::Header(_) | Named::Capture(_) => None,
+        NameSource::Fixed(value) => Some(value),
+        NameSource::Header(_) | NameSource::PathCapture(_) => None,
     }
 }

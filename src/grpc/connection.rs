@@ -23,121 +23,126 @@ use tokio::{
 };
 
 use crate::transport::{
-    Limits,
-    budget::ConnectionBudget,
-    certificate::Certificate,
-    counts::{Connected, Counts, Refused},
-    socket::{Socket, Stream},
-    tls::{self, Tls},
+    ConnectionLimits,
+    certificate::CertificateInfo,
+    listener_metrics::{ConnectionRefusal, ListenerCounters, OpenConnectionGuard},
+    memory_budget::ConnectionMemoryBudget,
+    socket::{AcceptedSocket, TransportStream},
+    tls::{self, ListenerTls},
 };
 
 use super::{
-    admission::{Door, Visitor},
+    auth::{ConnectionContext, ListenerPolicy},
+    connection_io::SingleWriteIo,
     early_shed::EarlyShed,
-    gate::Services,
-    io::OneBuffer,
-    load::{Calls, ConnectionQueue, Lane},
-    outgoing::{ConnectionSendBudget, PERIOD},
-    reply::Reply,
+    load_shed::{ConnectionCalls, ConnectionQueue, WorkerQueue},
+    long_calls::{DrainReason, LongCalls},
+    response_body::ResponseBody,
+    response_sender::{SendBody, StreamExecutor},
+    router::Router,
     rpc,
-    sending::{SendBody, Streams},
-    serve::stopped,
+    send_budget::{CHARGE_PERIOD, ConnectionSendBudget},
+    serve::wait_until_stopping,
     status::overloaded,
-    watches::{Draining, LongCalls},
 };
 
 /// Streams that the server had to reset for the peer's errors, before the connection goes (CVE-2025-8671).
 const MAX_ERROR_RESETS: usize = 1024;
-const KEEPALIVE_EVERY: Duration = Duration::from_secs(10);
-const KEEPALIVE_PATIENCE: Duration = Duration::from_secs(5);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 /// What HTTP/2 may hold of the answers of one stream, beyond what its peer has taken.
 const MAX_STREAM_BUFFER: usize = 64 << 10;
 /// What a peer may send of a message, and of all messages, before it is read: HTTP/2 keeps so much for each connection.
 /// A message of 4 MiB takes 32 round trips.
-const WINDOW: u32 = 128 << 10;
+const FLOW_CONTROL_WINDOW: u32 = 128 << 10;
 /// How long a handshake may take once the server stops. Whoever connected just before has a call on its way.
-const LAST_HANDSHAKE: Duration = Duration::from_secs(1);
+const SHUTDOWN_HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long calls may go on after their connection has said that it ends: as long as the longest of them may take.
-const LAST_CALLS: Duration = Duration::from_secs(600);
+const CONNECTION_DRAIN_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// A listener, as its connections know it.
 #[derive(Debug)]
-pub(super) struct Entrance {
-    pub(super) door: Arc<Door>,
-    pub(super) limits: Limits,
-    pub(super) tls: Option<Arc<Tls>>,
-    pub(super) counts: Arc<Counts>,
+pub(super) struct ListenerState {
+    pub(super) policy: Arc<ListenerPolicy>,
+    pub(super) limits: ConnectionLimits,
+    pub(super) tls: Option<Arc<ListenerTls>>,
+    pub(super) counters: Arc<ListenerCounters>,
     /// How many connections there were: the age of each is spread by it.
-    pub(super) ever: AtomicU64,
+    pub(super) accepted_total: AtomicU64,
 }
 
-impl Entrance {
+impl ListenerState {
     /// How old the next connection may become. The golden ratio spreads the ages evenly however many there are.
-    fn age(&self) -> Duration {
+    fn next_max_age(&self) -> Duration {
         #[expect(clippy::cast_precision_loss, reason = "a rounded age does as well")]
-        let number = self.ever.fetch_add(1, Ordering::Relaxed) as f64;
+        let number = self.accepted_total.fetch_add(1, Ordering::Relaxed) as f64;
         let spread = (number * 0.618_033_988_749_895).fract();
-        self.limits.age.mul_f64(0.9 + 0.2 * spread)
+        self.limits.max_age.mul_f64(0.9 + 0.2 * spread)
     }
 }
 
 /// A connection, and its places among those of its listener and of the process.
-pub(super) struct Arrived {
-    pub(super) socket: Socket,
+pub(super) struct AcceptedConnection {
+    pub(super) socket: AcceptedSocket,
     pub(super) peer: Option<SocketAddr>,
-    pub(super) entrance: Arc<Entrance>,
-    pub(super) _places: [OwnedSemaphorePermit; 2],
-    pub(super) _counted: Connected,
+    pub(super) listener: Arc<ListenerState>,
+    pub(super) _permits: [OwnedSemaphorePermit; 2],
+    pub(super) _open_guard: OpenConnectionGuard,
 }
 
 /// What the first bytes have shown.
-struct Greeted {
-    bytes: OneBuffer,
-    certificate: Option<Certificate>,
+struct HandshakenConnection {
+    io: SingleWriteIo,
+    certificate: Option<CertificateInfo>,
 }
 
 /// Serves a connection until it ends, or until `stopping` turns true and its calls have ended.
-pub(super) async fn serve(
-    arrived: Arrived,
-    services: Arc<Services>,
-    lane: Arc<Lane>,
+pub(super) async fn serve_connection(
+    arrived: AcceptedConnection,
+    services: Arc<Router>,
+    lane: Arc<WorkerQueue>,
     mut stopping: watch::Receiver<bool>,
 ) {
-    let Arrived { socket, peer, entrance, _places, _counted } = arrived;
+    let AcceptedConnection { socket, peer, listener: entrance, _permits: _places, _open_guard: _counted } =
+        arrived;
     let greeted = tokio::select! {
-        greeted = greet(socket, entrance.tls.as_deref()) => greeted,
-        () = patience(entrance.limits.handshake, &mut stopping) => Err(Refused::Timeout),
+        greeted = handshake(socket, entrance.tls.as_deref()) => greeted,
+        () = wait_for_handshake_timeout(entrance.limits.handshake_timeout, &mut stopping) => Err(ConnectionRefusal::HandshakeTimeout),
     };
-    let Greeted { bytes, certificate } = match greeted {
+    let HandshakenConnection { io: bytes, certificate } = match greeted {
         Ok(greeted) => greeted,
         Err(why) => {
-            entrance.counts.refuse(why);
-            return tracing::debug!(peer = shown(peer), why = why.as_str(), "a connection was not served");
+            entrance.counters.count_refusal(why);
+            return tracing::debug!(
+                peer = display_peer(peer),
+                why = why.as_str(),
+                "a connection was not served"
+            );
         }
     };
-    let ends = certificate.as_ref().map(|certificate| certificate.ends);
-    let visitor = Visitor {
-        door: entrance.door.clone(),
+    let ends = certificate.as_ref().map(|certificate| certificate.expires_at);
+    let visitor = ConnectionContext {
+        policy: entrance.policy.clone(),
         peer: peer.map(|peer| peer.ip().to_canonical()),
-        identity: certificate.and_then(|certificate| entrance.door.identify(&certificate)),
-        memory: crate::engine::known::Memory::default(),
-        watches: LongCalls::default(),
-        memory_budget: ConnectionBudget::new(services.memory.clone()),
-        proven: Arc::default(),
+        identity: certificate.and_then(|certificate| entrance.policy.identify_certificate(&certificate)),
+        caller_cache: crate::engine::caller_cache::CallerCache::default(),
+        long_calls: LongCalls::default(),
+        memory_budget: ConnectionMemoryBudget::new(services.memory_budget.clone()),
+        has_proven_caller: Arc::default(),
     };
     // A certificate proves nothing beyond its end.
     let now = services.now().as_micros().div_euclid(1_000_000);
     let left = ends.map(|ends| Duration::from_secs(u64::try_from(ends - now).unwrap_or(0)));
-    let age = entrance.age();
+    let age = entrance.next_max_age();
     let age = left.map_or(age, |left| age.min(left));
-    speak(bytes, services, visitor, lane, &entrance.limits, age, stopping).await;
+    serve_http2(bytes, services, visitor, lane, &entrance.limits, age, stopping).await;
 }
 
 /// Waits until a connection should have said who it is.
-async fn patience(handshake: Duration, stopping: &mut watch::Receiver<bool>) {
+async fn wait_for_handshake_timeout(handshake: Duration, stopping: &mut watch::Receiver<bool>) {
     let last = async {
-        stopped(stopping).await;
-        tokio::time::sleep(LAST_HANDSHAKE).await;
+        wait_until_stopping(stopping).await;
+        tokio::time::sleep(SHUTDOWN_HANDSHAKE_TIMEOUT).await;
     };
     tokio::select! {
         () = tokio::time::sleep(handshake) => {}
@@ -145,97 +150,106 @@ async fn patience(handshake: Duration, stopping: &mut watch::Receiver<bool>) {
     }
 }
 
-fn shown(peer: Option<SocketAddr>) -> Option<tracing::field::DisplayValue<SocketAddr>> {
+fn display_peer(peer: Option<SocketAddr>) -> Option<tracing::field::DisplayValue<SocketAddr>> {
     peer.map(tracing::field::display)
 }
 
 /// TLS, where there is any, and the preface of HTTP/2.
-async fn greet(socket: Socket, tls: Option<&Tls>) -> Result<Greeted, Refused> {
-    let (stream, certificate) = enter(socket, tls).await.map_err(|error| {
+async fn handshake(
+    socket: AcceptedSocket,
+    tls: Option<&ListenerTls>,
+) -> Result<HandshakenConnection, ConnectionRefusal> {
+    let (stream, certificate) = accept_tls(socket, tls).await.map_err(|error| {
         tracing::debug!(error = &error as &dyn std::error::Error, "a connection was not agreed on");
-        Refused::Tls
+        ConnectionRefusal::TlsHandshake
     })?;
-    match OneBuffer::open(stream).await {
-        Ok(Some(bytes)) => Ok(Greeted { bytes, certificate }),
-        Ok(None) | Err(_) => Err(Refused::Protocol),
+    match SingleWriteIo::read_preface(stream).await {
+        Ok(Some(bytes)) => Ok(HandshakenConnection { io: bytes, certificate }),
+        Ok(None) | Err(_) => Err(ConnectionRefusal::Protocol),
     }
 }
 
-async fn enter(socket: Socket, tls: Option<&Tls>) -> io::Result<(Stream, Option<Certificate>)> {
+async fn accept_tls(
+    socket: AcceptedSocket,
+    tls: Option<&ListenerTls>,
+) -> io::Result<(TransportStream, Option<CertificateInfo>)> {
     Ok(match (socket, tls) {
-        (Socket::Unix(stream), _) => (Stream::Unix(UnixStream::from_std(stream)?), None),
-        (Socket::Tcp(stream), None) => (Stream::Tcp(TcpStream::from_std(stream)?), None),
-        (Socket::Tcp(stream), Some(tls)) => {
+        (AcceptedSocket::Unix(stream), _) => (TransportStream::Unix(UnixStream::from_std(stream)?), None),
+        (AcceptedSocket::Tcp(stream), None) => (TransportStream::Tcp(TcpStream::from_std(stream)?), None),
+        (AcceptedSocket::Tcp(stream), Some(tls)) => {
             let stream = tls.accept(TcpStream::from_std(stream)?).await?;
-            let certificate = tls::shown(&stream);
-            (Stream::Tls(Box::new(stream)), certificate)
+            let certificate = tls::client_certificate(&stream);
+            (TransportStream::Tls(Box::new(stream)), certificate)
         }
     })
 }
 
-async fn speak(
-    mut bytes: OneBuffer,
-    services: Arc<Services>,
-    visitor: Visitor,
-    lane: Arc<Lane>,
-    limits: &Limits,
+async fn serve_http2(
+    mut bytes: SingleWriteIo,
+    services: Arc<Router>,
+    visitor: ConnectionContext,
+    lane: Arc<WorkerQueue>,
+    limits: &ConnectionLimits,
     age: Duration,
     mut stopping: watch::Receiver<bool>,
 ) {
-    let (calls, peer, watches) = (Arc::new(Calls::default()), visitor.peer, visitor.watches.clone());
+    let (calls, peer, watches) =
+        (Arc::new(ConnectionCalls::default()), visitor.peer, visitor.long_calls.clone());
     let counted = calls.clone();
-    let queue = ConnectionQueue::new(lane, calls.clone(), visitor.proven.clone());
-    bytes.shed_early(EarlyShed::new(queue.clone()));
+    let queue = ConnectionQueue::new(lane, calls.clone(), visitor.has_proven_caller.clone());
+    bytes.enable_early_shed(EarlyShed::new(queue.clone()));
     let queued = queue.clone();
-    let unsent = ConnectionSendBudget::new(services.outgoing.clone());
+    let unsent = ConnectionSendBudget::new(services.send_budget.clone());
     let sent = unsent.clone();
     // One count a call, on this connection's own memory, keeps all of it alive.
     let here = Arc::new((services, visitor));
     let service = service_fn(move |request: Request<Incoming>| {
-        let (here, call, unsent) = (here.clone(), counted.begin(), sent.clone());
+        let (here, call, unsent) = (here.clone(), counted.track_call(), sent.clone());
         let turn = if unsent.has_room() {
-            queued.queue(rpc::is_check(request.uri().path().as_bytes()))
+            queued.try_enqueue(rpc::is_check_path(request.uri().path().as_bytes()))
         } else {
-            queued.turn_away();
+            queued.reject();
             None
         };
         // Moved about as a pointer: each call is a task, and is moved several times on the way there.
         Box::pin(async move {
             let (services, visitor) = &*here;
             let answer = match turn {
-                Some(turn) => services.answer(request, visitor, turn.begin()).await,
-                None => overloaded().into_http().map(Reply::Any),
+                Some(turn) => services.serve_call(request, visitor, turn.start_call()).await,
+                None => overloaded().into_http().map(ResponseBody::Tonic),
             };
-            Ok::<_, Infallible>(SendBody::respond(answer, &unsent, call))
+            Ok::<_, Infallible>(SendBody::wrap_response(answer, &unsent, call))
         })
     });
-    let connection = http2::Builder::new(Streams(unsent.clone()))
+    let connection = http2::Builder::new(StreamExecutor(unsent.clone()))
         .timer(TokioTimer::new())
-        .max_concurrent_streams(limits.streams)
-        .max_pending_accept_reset_streams(limits.pending_resets)
+        .max_concurrent_streams(limits.max_streams)
+        .max_pending_accept_reset_streams(limits.max_pending_resets)
         .max_local_error_reset_streams(MAX_ERROR_RESETS)
-        .max_header_list_size(limits.header_bytes)
+        .max_header_list_size(limits.max_header_bytes)
         .max_send_buf_size(MAX_STREAM_BUFFER)
-        .initial_stream_window_size(WINDOW)
-        .initial_connection_window_size(WINDOW)
-        .keep_alive_interval(KEEPALIVE_EVERY)
-        .keep_alive_timeout(KEEPALIVE_PATIENCE)
+        .initial_stream_window_size(FLOW_CONTROL_WINDOW)
+        .initial_connection_window_size(FLOW_CONTROL_WINDOW)
+        .keep_alive_interval(KEEPALIVE_INTERVAL)
+        .keep_alive_timeout(KEEPALIVE_TIMEOUT)
         // No client of gRPC reads it, and every answer would pay for it.
         .auto_date_header(false)
         .serve_connection(bytes, service);
     tokio::pin!(connection);
     let serving = async {
         tokio::select! {
-            ended = settled(connection.as_mut(), &queue) => return ended,
-            () = over(&calls, limits.idle, age, &mut stopping) => {}
+            ended = run_http2(connection.as_mut(), &queue) => return ended,
+            () = wait_until_expired(&calls, limits.max_idle, age, &mut stopping) => {}
         }
         connection.as_mut().graceful_shutdown();
-        watches.drain(if *stopping.borrow() { Draining::Stopping } else { Draining::Aged });
-        tokio::time::timeout(LAST_CALLS, settled(connection.as_mut(), &queue)).await.unwrap_or(Ok(()))
+        watches.drain(if *stopping.borrow() { DrainReason::Stopping } else { DrainReason::Aged });
+        tokio::time::timeout(CONNECTION_DRAIN_TIMEOUT, run_http2(connection.as_mut(), &queue))
+            .await
+            .unwrap_or(Ok(()))
     };
     let ended = tokio::select! {
         ended = serving => ended,
-        () = overdue(&unsent) => {
+        () = wait_until_send_stalled(&unsent) => {
             let peer = peer.map(tracing::field::display);
             return tracing::debug!(peer, "connection closed: peer does not read its answers");
         }
@@ -248,10 +262,10 @@ async fn speak(
 }
 
 /// Runs HTTP/2 until it ends. Whenever it waits it has given out every call that it has accepted.
-async fn settled<C: Future>(mut connection: Pin<&mut C>, queue: &ConnectionQueue) -> C::Output {
+async fn run_http2<C: Future>(mut connection: Pin<&mut C>, queue: &ConnectionQueue) -> C::Output {
     poll_fn(|cx| {
         let polled = connection.as_mut().poll(cx);
-        queue.settle();
+        queue.forget_undelivered();
         polled
     })
     .await
@@ -259,9 +273,9 @@ async fn settled<C: Future>(mut connection: Pin<&mut C>, queue: &ConnectionQueue
 
 /// Waits until bytes of the connection's answers have not been taken for minutes. Streams without a window end by
 /// themselves long before that.
-async fn overdue(unsent: &ConnectionSendBudget) {
+async fn wait_until_send_stalled(unsent: &ConnectionSendBudget) {
     loop {
-        tokio::time::sleep(PERIOD).await;
+        tokio::time::sleep(CHARGE_PERIOD).await;
         if unsent.begin_period() {
             return;
         }
@@ -269,12 +283,17 @@ async fn overdue(unsent: &ConnectionSendBudget) {
 }
 
 /// Waits until a connection has had its time: it is old, or idle, or the server stops.
-async fn over(calls: &Calls, idle: Duration, age: Duration, stopping: &mut watch::Receiver<bool>) {
+async fn wait_until_expired(
+    calls: &ConnectionCalls,
+    idle: Duration,
+    age: Duration,
+    stopping: &mut watch::Receiver<bool>,
+) {
     let end = Instant::now() + age;
     let idling = async {
         let mut before = None;
         loop {
-            let now = calls.idle_after();
+            let now = calls.total_if_idle();
             if now.is_some() && now == before {
                 return;
             }
@@ -285,42 +304,40 @@ async fn over(calls: &Calls, idle: Duration, age: Duration, stopping: &mut watch
     tokio::select! {
         () = idling => {}
         () = tokio::time::sleep_until(end) => {}
-        () = stopped(stopping) => {}
+        () = wait_until_stopping(stopping) => {}
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::transport::Services as Served;
+    use crate::transport::ServiceSet as Served;
 
     #[tokio::test]
     async fn a_connection_without_calls_ends_and_one_with_calls_goes_on_until_it_is_old() {
         let (_sender, mut stopping) = watch::channel(false);
         let (idle, age) = (Duration::from_millis(1), Duration::from_millis(50));
-        let calls = Arc::new(Calls::default());
-        over(&calls, idle, Duration::from_secs(3600), &mut stopping).await;
-        let _call = calls.begin();
+        let calls = Arc::new(ConnectionCalls::default());
+        wait_until_expired(&calls, idle, Duration::from_secs(3600), &mut stopping).await;
+        let _call = calls.track_call();
         let begun = Instant::now();
-        over(&calls, idle, age, &mut stopping).await;
+        wait_until_expired(&calls, idle, age, &mut stopping).await;
         assert!(Instant::now() - begun >= age);
     }
 
     #[test]
     fn ages_differ_by_up_to_a_tenth_either_way() {
-        let limits = Limits::of(Served::all());
-        let entrance = Entrance {
-            door: Arc::new(Door::of(&crate::transport::Listener::plain(
-                "main",
-                "127.0.0.1:0",
-                Served::all(),
-            ))),
+        let limits = ConnectionLimits::for_services(Served::all());
+        let entrance = ListenerState {
+            policy: Arc::new(ListenerPolicy::from_settings(
+                &crate::transport::ListenerSettings::new_plaintext("main", "127.0.0.1:0", Served::all()),
+            )),
             limits,
             tls: None,
-            counts: Arc::default(),
-            ever: AtomicU64::new(0),
+            counters: Arc::default(),
+            accepted_total: AtomicU64::new(0),
         };
-        let mut ages: Vec<_> = (0..100).map(|_| entrance.age().as_secs()).collect();
+        let mut ages: Vec<_> = (0..100).map(|_| entrance.next_max_age().as_secs()).collect();
         ages.sort_unstable();
         assert!(ages[0] >= 3240 && ages[99] <= 3960 && ages[99] - ages[0] > 600, "{ages:?}");
         assert!(ages.windows(2).all(|pair| pair[1] - pair[0] < 30), "no crowd, and no gap: {ages:?}");

@@ -13,38 +13,38 @@ use prost_types::{Duration as PbDuration, Timestamp as PbTimestamp};
 
 use crate::{
     domain::{
-        account::{Account, Environment, Environments},
-        decision::Reason,
-        key::{Quota, QuotaPeriod, RateLimit, RevokeReason, State, Terms},
+        account::{Account, Environment, EnvironmentSet},
+        key::{ApiKeyState, KeySpec, Quota, QuotaPeriod, RateLimit, RevokeReason},
         name::{AccountId, CustomerId, KeyId, KeyName, NameError, RoleName},
+        policy_decision::Reason,
         scope::{Scope, ScopeSet},
         text,
         time::{Revision, Timestamp},
     },
-    keys::View,
+    keys::KeyDetails,
     pb,
-    refusal::Violations,
-    replication::propagation::{Report, Unconfirmed},
+    replication::propagation::{LaggingReplica, PropagationReport},
+    service_error::InvalidFields,
 };
 
-const MAX_SCOPES: usize = 256;
+const MAX_KEY_SCOPES: usize = 256;
 const MAX_ROLES: usize = 16;
 const MAX_CUSTOMERS: usize = 64;
 const MAX_CIDRS: usize = 64;
-const MAX_METADATA: usize = 4096;
-const MAX_COMMENT: usize = 1024;
-const MAX_LIMITS: usize = 8;
-const MAX_LIMIT: u64 = 1_000_000_000;
+const MAX_METADATA_BYTES: usize = 4096;
+const MAX_COMMENT_CHARS: usize = 1024;
+const MAX_RATE_LIMITS: usize = 8;
+const MAX_RATE_LIMIT: u64 = 1_000_000_000;
 const MIN_WINDOW: Duration = Duration::from_secs(1);
 const MAX_WINDOW: Duration = Duration::from_secs(24 * 60 * 60);
 const MAX_QUOTA: u64 = 1_000_000_000_000;
-const MIN_LIFE: Duration = Duration::from_secs(24 * 60 * 60);
+const MIN_KEY_LIFETIME: Duration = Duration::from_secs(24 * 60 * 60);
 const MIN_TTL: Duration = Duration::from_secs(1);
 const MAX_TTL: Duration = Duration::from_secs(100 * 366 * 24 * 60 * 60);
 
 /// An instant as protobuf says it.
 #[must_use]
-pub(super) fn timestamp(at: Timestamp) -> PbTimestamp {
+pub(super) fn timestamp_to_proto(at: Timestamp) -> PbTimestamp {
     let micros = at.as_micros();
     PbTimestamp {
         seconds: micros.div_euclid(1_000_000),
@@ -55,7 +55,7 @@ pub(super) fn timestamp(at: Timestamp) -> PbTimestamp {
 
 /// A duration as protobuf says it.
 #[must_use]
-pub(super) fn duration(length: Duration) -> PbDuration {
+pub(super) fn duration_to_proto(length: Duration) -> PbDuration {
     PbDuration {
         seconds: i64::try_from(length.as_secs()).unwrap_or(i64::MAX),
         nanos: i32::try_from(length.subsec_nanos()).unwrap_or(0),
@@ -63,19 +63,19 @@ pub(super) fn duration(length: Duration) -> PbDuration {
 }
 
 /// Text to look for in names and methods, none of which has control characters.
-pub(super) fn note_controls(field: &str, text: &str, v: &mut Violations) {
-    v.note_if(text.chars().any(char::is_control), field, "must not contain control characters");
+pub(super) fn check_no_controls(field: &str, text: &str, v: &mut InvalidFields) {
+    v.add_if(text.chars().any(char::is_control), field, "must not contain control characters");
 }
 
 /// Reads an instant between the years 1 and 9999.
 pub(super) fn read_timestamp(
     field: &str,
     at: Option<PbTimestamp>,
-    violations: &mut Violations,
+    violations: &mut InvalidFields,
 ) -> Option<Timestamp> {
     let PbTimestamp { seconds, nanos } = at?;
     let good = (-62_135_596_800..=253_402_300_799).contains(&seconds) && (0..1_000_000_000).contains(&nanos);
-    violations.note_if(!good, field, "must be a valid timestamp between the years 1 and 9999");
+    violations.add_if(!good, field, "must be a valid timestamp between the years 1 and 9999");
     good.then(|| Timestamp::from_micros(seconds * 1_000_000 + i64::from(nanos / 1000)))
 }
 
@@ -83,39 +83,39 @@ pub(super) fn read_timestamp(
 pub(super) fn read_duration(
     field: &str,
     length: Option<PbDuration>,
-    violations: &mut Violations,
+    violations: &mut InvalidFields,
 ) -> Option<Duration> {
     let PbDuration { seconds, nanos } = length?;
     match (u64::try_from(seconds), u32::try_from(nanos)) {
         (Ok(seconds), Ok(nanos)) if nanos < 1_000_000_000 => Some(Duration::new(seconds, nanos)),
         _ => {
-            violations.note(field, "must not be negative");
+            violations.add(field, "must not be negative");
             None
         }
     }
 }
 
 /// Reads a key's id.
-pub(super) fn read_key_id(field: &str, id: &str, violations: &mut Violations) -> Option<KeyId> {
-    violations.take(field, KeyId::parse(id))
+pub(super) fn read_key_id(field: &str, id: &str, violations: &mut InvalidFields) -> Option<KeyId> {
+    violations.ok_or_add(field, KeyId::parse(id))
 }
 
 /// Reads an environment that exists here.
 pub(super) fn read_environment<'e>(
     field: impl Display,
     name: &str,
-    environments: &'e Environments,
-    violations: &mut Violations,
+    environments: &'e EnvironmentSet,
+    violations: &mut InvalidFields,
 ) -> Option<&'e Environment> {
     let found = environments.get(name);
     let one_of = fmt::from_fn(|f| write!(f, "must be one of: {}", environments.names()));
-    violations.note_if(found.is_none(), field, one_of);
+    violations.add_if(found.is_none(), field, one_of);
     found
 }
 
 /// Reads an account's id, if there is one.
-pub(super) fn read_account(field: &str, id: &str, violations: &mut Violations) -> Option<AccountId> {
-    if id.is_empty() { None } else { violations.take(field, AccountId::parse(id)) }
+pub(super) fn read_account(field: &str, id: &str, violations: &mut InvalidFields) -> Option<AccountId> {
+    if id.is_empty() { None } else { violations.ok_or_add(field, AccountId::parse(id)) }
 }
 
 /// Reads an expiry: an instant in the future, or a life from now.
@@ -123,36 +123,36 @@ pub(super) fn read_expiry(
     expires_at: Option<PbTimestamp>,
     ttl: Option<PbDuration>,
     now: Timestamp,
-    violations: &mut Violations,
+    violations: &mut InvalidFields,
 ) -> Option<Timestamp> {
-    violations.note_if(
+    violations.add_if(
         expires_at.is_some() && ttl.is_some(),
         "ttl",
         "must not be given together with expires_at",
     );
     let ttl = read_duration("ttl", ttl, violations);
     let long = ttl.is_some_and(|ttl| !(MIN_TTL..=MAX_TTL).contains(&ttl));
-    violations.note_if(long, "ttl", "must be one second to 100 years");
-    let at = read_future("expires_at", expires_at, now, violations);
-    at.or_else(|| ttl.map(|ttl| now.plus(ttl)))
+    violations.add_if(long, "ttl", "must be one second to 100 years");
+    let at = read_future_timestamp("expires_at", expires_at, now, violations);
+    at.or_else(|| ttl.map(|ttl| now.saturating_add(ttl)))
 }
 
-fn read_future(
+fn read_future_timestamp(
     field: &str,
     at: Option<PbTimestamp>,
     now: Timestamp,
-    violations: &mut Violations,
+    violations: &mut InvalidFields,
 ) -> Option<Timestamp> {
     let at = read_timestamp(field, at, violations)?;
-    violations.note_if(at <= now, field, "must be in the future");
+    violations.add_if(at <= now, field, "must be in the future");
     Some(at)
 }
 
 /// The grants and bindings of a request, not read yet. `prefix` stands before each field's name in violations.
 #[derive(Debug)]
-pub(super) struct RawTerms<'a> {
+pub(super) struct KeySpecInput<'a> {
     /// Stands before each field's name.
-    pub prefix: &'static str,
+    pub field_prefix: &'static str,
     /// `name`
     pub name: Option<&'a str>,
     /// `scopes`
@@ -165,7 +165,7 @@ pub(super) struct RawTerms<'a> {
     pub allowed_cidrs: &'a [String],
     /// `rate_limits`
     pub rate_limits: &'a [pb::RateLimit],
-    /// `quota`
+    /// `quota_to_proto`
     pub quota: Option<&'a pb::Quota>,
     /// `metadata`
     pub metadata: &'a BTreeMap<String, String>,
@@ -173,21 +173,21 @@ pub(super) struct RawTerms<'a> {
     pub expires_at: Option<Timestamp>,
 }
 
-impl RawTerms<'_> {
+impl KeySpecInput<'_> {
     /// Reads the terms.
-    pub(super) fn read(&self, violations: &mut Violations) -> Terms {
-        let field = |name: &str| format!("{}{name}", self.prefix);
-        let scopes = violations.take_each(field("scopes"), self.scopes, MAX_SCOPES, Scope::parse_grant);
-        let roles = violations.take_each(field("roles"), self.roles, MAX_ROLES, RoleName::parse);
+    pub(super) fn read_spec(&self, violations: &mut InvalidFields) -> KeySpec {
+        let field = |name: &str| format!("{}{name}", self.field_prefix);
+        let scopes = violations.parse_list(field("scopes"), self.scopes, MAX_KEY_SCOPES, Scope::parse_grant);
+        let roles = violations.parse_list(field("roles"), self.roles, MAX_ROLES, RoleName::parse);
         let customers =
-            violations.take_each(field("customers"), self.customers, MAX_CUSTOMERS, CustomerId::parse);
+            violations.parse_list(field("customers"), self.customers, MAX_CUSTOMERS, CustomerId::parse);
         let allowed_cidrs =
-            violations.take_each(field("allowed_cidrs"), self.allowed_cidrs, MAX_CIDRS, read_net);
-        let rate_limits = read_limits(&field("rate_limits"), self.rate_limits, violations);
+            violations.parse_list(field("allowed_cidrs"), self.allowed_cidrs, MAX_CIDRS, parse_network);
+        let rate_limits = read_rate_limits(&field("rate_limits"), self.rate_limits, violations);
         let quota = self.quota.and_then(|quota| read_quota(&field("quota"), quota, violations));
         let metadata = read_metadata(&field("metadata"), self.metadata, violations);
-        Terms {
-            name: self.name.and_then(|name| violations.take(field("name"), KeyName::parse(name))),
+        KeySpec {
+            name: self.name.and_then(|name| violations.ok_or_add(field("name"), KeyName::parse(name))),
             scopes: ScopeSet::from(scopes),
             roles,
             expires_at: self.expires_at,
@@ -204,66 +204,67 @@ impl RawTerms<'_> {
 fn read_metadata(
     field: &str,
     metadata: &BTreeMap<String, String>,
-    violations: &mut Violations,
+    violations: &mut InvalidFields,
 ) -> BTreeMap<String, String> {
     let size: usize = metadata.iter().map(|(name, value)| name.len() + value.len()).sum();
-    if size > MAX_METADATA {
-        let problem = format!("has {size} bytes of names and values; at most {MAX_METADATA} are allowed");
-        violations.note(field, problem);
+    if size > MAX_METADATA_BYTES {
+        let problem =
+            format!("has {size} bytes of names and values; at most {MAX_METADATA_BYTES} are allowed");
+        violations.add(field, problem);
         return BTreeMap::new();
     }
     let mut read = BTreeMap::new();
     for (name, value) in metadata {
-        let checked = text::check_lines(value).map_err(|error| format!("value of {name:?} {error}"));
-        violations.take(field, checked);
+        let checked = text::check_multiline(value).map_err(|error| format!("value of {name:?} {error}"));
+        violations.ok_or_add(field, checked);
         let parsed = text::parse_name(name).map_err(|error| format!("name {name:?} {error}"));
-        let Some(normalized) = violations.take(field, parsed) else { continue };
+        let Some(normalized) = violations.ok_or_add(field, parsed) else { continue };
         let twice = read.insert(normalized.into_owned(), value.clone()).is_some();
-        violations.note_if(twice, field, format_args!("name {name:?} is given in two Unicode forms"));
+        violations.add_if(twice, field, format_args!("name {name:?} is given in two Unicode forms"));
     }
     read
 }
 
 /// Checks what a person says of a revocation.
-pub(super) fn check_comment(comment: &str, violations: &mut Violations) {
+pub(super) fn check_comment(comment: &str, violations: &mut InvalidFields) {
     let length = comment.chars().count();
-    violations.note_if(
-        length > MAX_COMMENT,
+    violations.add_if(
+        length > MAX_COMMENT_CHARS,
         "comment",
-        format_args!("has {length} characters; at most {MAX_COMMENT} are allowed"),
+        format_args!("has {length} characters; at most {MAX_COMMENT_CHARS} are allowed"),
     );
-    violations.take("comment", text::check_lines(comment));
+    violations.ok_or_add("comment", text::check_multiline(comment));
 }
 
-fn read_limits(field: &str, limits: &[pb::RateLimit], violations: &mut Violations) -> Vec<RateLimit> {
-    let most = limits.len() > MAX_LIMITS;
-    violations.note_if(
+fn read_rate_limits(field: &str, limits: &[pb::RateLimit], violations: &mut InvalidFields) -> Vec<RateLimit> {
+    let most = limits.len() > MAX_RATE_LIMITS;
+    violations.add_if(
         most,
         field,
-        format!("has {} entries; at most {MAX_LIMITS} are allowed", limits.len()),
+        format!("has {} entries; at most {MAX_RATE_LIMITS} are allowed", limits.len()),
     );
     let mut read: Vec<RateLimit> = Vec::new();
-    for (at, pb::RateLimit { name, limit, window }) in limits.iter().take(MAX_LIMITS).enumerate() {
+    for (at, pb::RateLimit { name, limit, window }) in limits.iter().take(MAX_RATE_LIMITS).enumerate() {
         let field = |name: &str| format!("{field}[{at}].{name}");
-        // `quota` is how the answer of a Check names the quota.
+        // `quota_to_proto` is how the answer of a Check names the quota.
         let named = RoleName::parse(name).is_ok() && name != "quota";
-        violations.note_if(!named, field("name"), "must be 1-64 characters of [a-z0-9_-], and not \"quota\"");
+        violations.add_if(!named, field("name"), "must be 1-64 characters of [a-z0-9_-], and not \"quota\"");
         let twice = read.iter().any(|other| other.name == *name);
-        violations.note_if(twice, field("name"), format!("{name:?} is given twice"));
-        let in_range = (1..=MAX_LIMIT).contains(limit);
-        violations.note_if(!in_range, field("limit"), format!("must be 1 to {MAX_LIMIT}"));
-        violations.note_if(window.is_none(), field("window"), "is required: one second to one day");
+        violations.add_if(twice, field("name"), format!("{name:?} is given twice"));
+        let in_range = (1..=MAX_RATE_LIMIT).contains(limit);
+        violations.add_if(!in_range, field("limit"), format!("must be 1 to {MAX_RATE_LIMIT}"));
+        violations.add_if(window.is_none(), field("window"), "is required: one second to one day");
         let window = read_duration(&field("window"), *window, violations).unwrap_or(MIN_WINDOW);
         let good = (MIN_WINDOW..=MAX_WINDOW).contains(&window);
-        violations.note_if(!good, field("window"), "must be one second to one day");
+        violations.add_if(!good, field("window"), "must be one second to one day");
         read.push(RateLimit { name: name.clone(), limit: *limit, window });
     }
     read
 }
 
-fn read_quota(field: &str, quota: &pb::Quota, violations: &mut Violations) -> Option<Quota> {
+fn read_quota(field: &str, quota: &pb::Quota, violations: &mut InvalidFields) -> Option<Quota> {
     let in_range = (1..=MAX_QUOTA).contains(&quota.limit);
-    violations.note_if(!in_range, format_args!("{field}.limit"), format!("must be 1 to {MAX_QUOTA}"));
+    violations.add_if(!in_range, format_args!("{field}.limit"), format!("must be 1 to {MAX_QUOTA}"));
     let period = match pb::QuotaPeriod::try_from(quota.period) {
         Ok(pb::QuotaPeriod::Hour) => QuotaPeriod::Hour,
         Ok(pb::QuotaPeriod::Day) => QuotaPeriod::Day,
@@ -272,7 +273,7 @@ fn read_quota(field: &str, quota: &pb::Quota, violations: &mut Violations) -> Op
         Ok(pb::QuotaPeriod::Unspecified) | Err(_) => {
             let periods =
                 "must be QUOTA_PERIOD_HOUR, QUOTA_PERIOD_DAY, QUOTA_PERIOD_MONTH or QUOTA_PERIOD_TOTAL";
-            violations.note(format!("{field}.period"), periods);
+            violations.add(format!("{field}.period"), periods);
             return None;
         }
     };
@@ -280,18 +281,18 @@ fn read_quota(field: &str, quota: &pb::Quota, violations: &mut Violations) -> Op
 }
 
 /// Reads the longest life of an account's keys.
-pub(super) fn read_life(
+pub(super) fn read_max_lifetime(
     field: &str,
     life: Option<PbDuration>,
-    violations: &mut Violations,
+    violations: &mut InvalidFields,
 ) -> Option<Duration> {
     let life = read_duration(field, life, violations)?;
-    violations.note_if(!(MIN_LIFE..=MAX_TTL).contains(&life), field, "must be one day to 100 years");
+    violations.add_if(!(MIN_KEY_LIFETIME..=MAX_TTL).contains(&life), field, "must be one day to 100 years");
     Some(life)
 }
 
 /// Reads a network, or a single address as the network of it alone.
-fn read_net(text: &str) -> Result<IpNet, NameError> {
+fn parse_network(text: &str) -> Result<IpNet, NameError> {
     const RULE: NameError = NameError("must be a network such as 10.0.0.0/8 or 2001:db8::/32, or an address");
     let net = text.parse::<IpNet>().or_else(|_| text.parse::<IpAddr>().map(IpNet::from)).map_err(|_| RULE)?;
     match net {
@@ -303,25 +304,25 @@ fn read_net(text: &str) -> Result<IpNet, NameError> {
 }
 
 /// Reads a client address.
-pub(super) fn read_ip(
+pub(super) fn read_client_ip(
     field: impl Display,
     text: Option<&str>,
-    violations: &mut Violations,
+    violations: &mut InvalidFields,
 ) -> Option<IpAddr> {
     let parsed = text?.parse::<IpAddr>().map_err(|_| "must be an IPv4 or IPv6 address");
-    violations.take(field, parsed)
+    violations.ok_or_add(field, parsed)
 }
 
 /// Reads states to filter by.
-pub(super) fn read_states(states: &[i32], violations: &mut Violations) -> Vec<State> {
+pub(super) fn read_states(states: &[i32], violations: &mut InvalidFields) -> Vec<ApiKeyState> {
     let mut read = Vec::new();
     for (at, state) in states.iter().enumerate() {
         match pb::KeyState::try_from(*state) {
-            Ok(pb::KeyState::Active) => read.push(State::Active),
-            Ok(pb::KeyState::Disabled) => read.push(State::Disabled),
-            Ok(pb::KeyState::Expired) => read.push(State::Expired),
-            Ok(pb::KeyState::Revoked) => read.push(State::Revoked),
-            Ok(pb::KeyState::Unspecified) | Err(_) => violations.note(
+            Ok(pb::KeyState::Active) => read.push(ApiKeyState::Active),
+            Ok(pb::KeyState::Disabled) => read.push(ApiKeyState::Disabled),
+            Ok(pb::KeyState::Expired) => read.push(ApiKeyState::Expired),
+            Ok(pb::KeyState::Revoked) => read.push(ApiKeyState::Revoked),
+            Ok(pb::KeyState::Unspecified) | Err(_) => violations.add(
                 format!("states[{at}]"),
                 "must be KEY_STATE_ACTIVE, KEY_STATE_DISABLED, KEY_STATE_EXPIRED or KEY_STATE_REVOKED",
             ),
@@ -331,7 +332,7 @@ pub(super) fn read_states(states: &[i32], violations: &mut Violations) -> Vec<St
 }
 
 /// Reads why a key is revoked.
-pub(super) fn read_revoke_reason(reason: i32, violations: &mut Violations) -> RevokeReason {
+pub(super) fn read_revoke_reason(reason: i32, violations: &mut InvalidFields) -> RevokeReason {
     match pb::RevokeReason::try_from(reason) {
         Ok(pb::RevokeReason::Unspecified) => RevokeReason::Unspecified,
         Ok(pb::RevokeReason::Compromised) => RevokeReason::Compromised,
@@ -339,13 +340,13 @@ pub(super) fn read_revoke_reason(reason: i32, violations: &mut Violations) -> Re
         Ok(pb::RevokeReason::NoLongerNeeded) => RevokeReason::NoLongerNeeded,
         Ok(pb::RevokeReason::OwnerLeft) => RevokeReason::OwnerLeft,
         Err(_) => {
-            violations.note("reason", "is not a RevokeReason");
+            violations.add("reason", "is not a RevokeReason");
             RevokeReason::Unspecified
         }
     }
 }
 
-fn revoke_reason(reason: RevokeReason) -> pb::RevokeReason {
+fn revoke_reason_to_proto(reason: RevokeReason) -> pb::RevokeReason {
     match reason {
         RevokeReason::Unspecified => pb::RevokeReason::Unspecified,
         RevokeReason::Compromised => pb::RevokeReason::Compromised,
@@ -355,20 +356,20 @@ fn revoke_reason(reason: RevokeReason) -> pb::RevokeReason {
     }
 }
 
-fn state(state: State) -> pb::KeyState {
+fn key_state_to_proto(state: ApiKeyState) -> pb::KeyState {
     match state {
-        State::Active => pb::KeyState::Active,
-        State::Disabled => pb::KeyState::Disabled,
-        State::Expired => pb::KeyState::Expired,
-        State::Revoked => pb::KeyState::Revoked,
+        ApiKeyState::Active => pb::KeyState::Active,
+        ApiKeyState::Disabled => pb::KeyState::Disabled,
+        ApiKeyState::Expired => pb::KeyState::Expired,
+        ApiKeyState::Revoked => pb::KeyState::Revoked,
     }
 }
 
-fn rate_limit(RateLimit { name, limit, window }: RateLimit) -> pb::RateLimit {
-    pb::RateLimit { name, limit, window: Some(duration(window)) }
+fn rate_limit_to_proto(RateLimit { name, limit, window }: RateLimit) -> pb::RateLimit {
+    pb::RateLimit { name, limit, window: Some(duration_to_proto(window)) }
 }
 
-fn quota(Quota { limit, period }: &Quota) -> pb::Quota {
+fn quota_to_proto(Quota { limit, period }: &Quota) -> pb::Quota {
     let period = match period {
         QuotaPeriod::Hour => pb::QuotaPeriod::Hour,
         QuotaPeriod::Day => pb::QuotaPeriod::Day,
@@ -379,32 +380,33 @@ fn quota(Quota { limit, period }: &Quota) -> pb::Quota {
 }
 
 /// Texts as messages hold them.
-pub(super) fn texts<T: ToString>(list: impl IntoIterator<Item = T>) -> Vec<String> {
+pub(super) fn to_strings<T: ToString>(list: impl IntoIterator<Item = T>) -> Vec<String> {
     list.into_iter().map(|item| item.to_string()).collect()
 }
 
 /// The wire's number of a reason.
 #[must_use]
-pub(super) fn reason(reason: Reason) -> i32 {
+pub(super) fn reason_to_proto(reason: Reason) -> i32 {
     // The domain's numbers are the wire's; a test holds them together.
     i32::from(reason as u8)
 }
 
 /// A key as it is shown.
 #[must_use]
-pub(super) fn key(view: View) -> pb::Key {
-    let View { key, last_used, now, reach: _ } = view;
+pub(super) fn key_to_proto(view: KeyDetails) -> pb::Key {
+    let KeyDetails { key, last_used, as_of: now, effect: _ } = view;
     let key_state = key.state(now);
-    let used = |version| last_used.iter().find(|(of, _)| *of == version).map(|(_, at)| timestamp(*at));
-    let living = key.secrets.iter().filter(|secret| !secret.superseded(now));
+    let used =
+        |version| last_used.iter().find(|(of, _)| *of == version).map(|(_, at)| timestamp_to_proto(*at));
+    let living = key.secrets.iter().filter(|secret| !secret.is_superseded(now));
     let secrets = living.map(|secret| pb::Secret {
         version: secret.version,
         hint: secret.hint.clone(),
-        created_at: Some(timestamp(secret.created_at)),
-        expires_at: secret.expires_at.map(timestamp),
+        created_at: Some(timestamp_to_proto(secret.created_at)),
+        expires_at: secret.expires_at.map(timestamp_to_proto),
         last_used_at: used(secret.version),
     });
-    let terms = &key.terms;
+    let terms = &key.spec;
     pb::Key {
         secrets: secrets.collect(),
         id: key.id.to_string(),
@@ -412,25 +414,25 @@ pub(super) fn key(view: View) -> pb::Key {
         user: key.owner.user().map(ToString::to_string).unwrap_or_default(),
         environment: key.environment.to_string(),
         name: terms.name.as_ref().map(ToString::to_string).unwrap_or_default(),
-        hint: key.hint().to_owned(),
-        scopes: texts(&terms.scopes),
-        roles: texts(&terms.roles),
-        customers: texts(&terms.customers),
-        allowed_cidrs: texts(&terms.allowed_cidrs),
-        rate_limits: terms.rate_limits.iter().cloned().map(rate_limit).collect(),
-        quota: terms.quota.as_ref().map(quota),
+        hint: key.newest_hint().to_owned(),
+        scopes: to_strings(&terms.scopes),
+        roles: to_strings(&terms.roles),
+        customers: to_strings(&terms.customers),
+        allowed_cidrs: to_strings(&terms.allowed_cidrs),
+        rate_limits: terms.rate_limits.iter().cloned().map(rate_limit_to_proto).collect(),
+        quota: terms.quota.as_ref().map(quota_to_proto),
         metadata: terms.metadata.clone(),
-        state: state(key_state).into(),
-        created_at: Some(timestamp(key.created_at)),
+        state: key_state_to_proto(key_state).into(),
+        created_at: Some(timestamp_to_proto(key.created_at)),
         created_by: key.created_by,
-        updated_at: Some(timestamp(key.updated_at)),
-        expires_at: terms.expires_at.map(timestamp),
-        last_used_at: last_used.iter().map(|(_, at)| *at).max().map(timestamp),
-        revoked_at: key.revocation.as_ref().map(|revocation| timestamp(revocation.at)),
+        updated_at: Some(timestamp_to_proto(key.updated_at)),
+        expires_at: terms.expires_at.map(timestamp_to_proto),
+        last_used_at: last_used.iter().map(|(_, at)| *at).max().map(timestamp_to_proto),
+        revoked_at: key.revocation.as_ref().map(|revocation| timestamp_to_proto(revocation.at)),
         revoke_reason: key
             .revocation
             .as_ref()
-            .map_or(pb::RevokeReason::Unspecified, |revocation| revoke_reason(revocation.reason))
+            .map_or(pb::RevokeReason::Unspecified, |revocation| revoke_reason_to_proto(revocation.reason))
             .into(),
         revision: key.revision.0,
         revoke_comment: key.revocation.map(|revocation| revocation.comment).unwrap_or_default(),
@@ -439,35 +441,36 @@ pub(super) fn key(view: View) -> pb::Key {
 
 /// An account as it is shown.
 #[must_use]
-pub(super) fn account(account: &Account) -> pb::Account {
+pub(super) fn account_to_proto(account: &Account) -> pb::Account {
     let Account { id, name, suspended_at, longest_life, created_at, updated_at, revision } = account;
     pb::Account {
         id: id.to_string(),
         name: name.to_string(),
         suspended: suspended_at.is_some(),
-        created_at: Some(timestamp(*created_at)),
-        updated_at: Some(timestamp(*updated_at)),
+        created_at: Some(timestamp_to_proto(*created_at)),
+        updated_at: Some(timestamp_to_proto(*updated_at)),
         revision: revision.0,
-        longest_life: longest_life.map(duration),
+        longest_life: longest_life.map(duration_to_proto),
     }
 }
 
 /// How far a change has come.
 #[must_use]
-pub(super) fn propagation(report: Report) -> pb::Propagation {
-    let Report { revision: _, complete, confirmed, unconfirmed, complete_by, sync_replicated } = report;
-    let unconfirmed = unconfirmed.into_iter().map(|Unconfirmed { replica, last_seen, lease_ends_by }| {
+pub(super) fn propagation_to_proto(report: PropagationReport) -> pb::Propagation {
+    let PropagationReport { revision: _, complete, confirmed, unconfirmed, complete_by, sync_replicated } =
+        report;
+    let unconfirmed = unconfirmed.into_iter().map(|LaggingReplica { replica, last_seen, lease_ends_by }| {
         pb::UnconfirmedReplica {
             replica,
-            last_seen: Some(timestamp(last_seen)),
-            lease_ends_by: lease_ends_by.map(timestamp),
+            last_seen: Some(timestamp_to_proto(last_seen)),
+            lease_ends_by: lease_ends_by.map(timestamp_to_proto),
         }
     });
     pb::Propagation {
         complete,
         confirmed,
         unconfirmed: unconfirmed.collect(),
-        complete_by: complete_by.map(timestamp),
+        complete_by: complete_by.map(timestamp_to_proto),
         sync_replicated,
     }
 }
@@ -486,19 +489,19 @@ mod tests {
     #[test]
     fn the_wire_and_the_domain_number_reasons_alike() {
         for domain in Reason::ALL {
-            let wire = pb::Reason::try_from(reason(domain)).unwrap();
+            let wire = pb::Reason::try_from(reason_to_proto(domain)).unwrap();
             assert_eq!(wire.as_str_name().to_lowercase(), format!("reason_{}", domain.as_str()));
         }
     }
 
     #[test]
     fn networks_are_read_in_their_shortest_form() {
-        let read = |text| read_net(text).map(|net| net.to_string());
+        let read = |text| parse_network(text).map(|net| net.to_string());
         assert_eq!(read("10.1.2.3/8").as_deref(), Ok("10.0.0.0/8"));
         assert_eq!(read("10.1.2.3").as_deref(), Ok("10.1.2.3/32"));
         assert_eq!(read("2001:db8::1/32").as_deref(), Ok("2001:db8::/32"));
         for bad in ["", "10.0.0.0/33", "10.0.0/8", "::ffff:10.0.0.0/104", "example.org"] {
-            assert!(read_net(bad).is_err(), "{bad}");
+            assert!(parse_network(bad).is_err(), "{bad}");
         }
     }
 
@@ -506,13 +509,13 @@ mod tests {
         #[test]
         fn instants_read_back(micros in -62_135_596_800_000_000i64..=253_402_300_799_999_999) {
             let at = Timestamp::from_micros(micros);
-            let mut violations = Violations::default();
-            prop_assert_eq!(read_timestamp("f", Some(timestamp(at)), &mut violations), Some(at));
+            let mut violations = InvalidFields::default();
+            prop_assert_eq!(read_timestamp("f", Some(timestamp_to_proto(at)), &mut violations), Some(at));
         }
 
         #[test]
         fn no_instant_or_duration_makes_the_reader_panic(seconds: i64, nanos: i32) {
-            let mut violations = Violations::default();
+            let mut violations = InvalidFields::default();
             let _ = read_timestamp("f", Some(PbTimestamp { seconds, nanos }), &mut violations);
             let _ = read_duration("f", Some(PbDuration { seconds, nanos }), &mut violations);
         }

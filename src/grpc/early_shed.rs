@@ -13,29 +13,29 @@ use std::{io, sync::LazyLock};
 use tonic::body::Body;
 
 use super::{
-    hpack::{BlockSummary, HpackTable, is_plainly_indexed, write_string},
-    inflate::{ACCEPTED, GRPC_ACCEPT_ENCODING},
-    load::ConnectionQueue,
+    gzip::{ACCEPTED_ENCODINGS, GRPC_ACCEPT_ENCODING},
+    hpack::{BlockSummary, HpackTable, is_fully_indexed, write_string},
+    load_shed::ConnectionQueue,
     rpc,
     status::overloaded,
 };
 
 /// The head of a frame: three bytes of length, type, flags, four of the stream's number (RFC 9113, section 4.1).
-const HEAD: usize = 9;
+const FRAME_HEAD_LEN: usize = 9;
 /// The largest frame that HTTP/2 accepts here.
-const MAX_FRAME: usize = 16 << 10;
+const MAX_FRAME_LEN: usize = 16 << 10;
 /// Calls of a connection that are refused and still send their message.
-const MAX_UNFINISHED: usize = 128;
+const MAX_REFUSED_STREAMS: usize = 128;
 /// Bytes of withheld messages before the peer may send as many again.
-const CREDIT: u32 = 16 << 10;
+const WINDOW_UPDATE_THRESHOLD: u32 = 16 << 10;
 /// Answers to refused calls that wait to be written, in bytes.
-pub(super) const MAX_ANSWERS: usize = 32 << 10;
+pub(super) const MAX_REFUSAL_BYTES: usize = 32 << 10;
 /// The largest block of headers that is collected from several frames.
-const MAX_BLOCK: usize = 64 << 10;
+const MAX_HEADER_BLOCK: usize = 64 << 10;
 /// The setting of a peer's header table, and its initial value (RFC 9113, section 6.5.2).
 const SETTINGS_HEADER_TABLE_SIZE: [u8; 2] = [0, 1];
 const INITIAL_TABLE_SIZE: u32 = 4096;
-const MAX_STREAM: u32 = (1 << 31) - 1;
+const MAX_STREAM_ID: u32 = (1 << 31) - 1;
 
 mod kind {
     pub(super) const DATA: u8 = 0;
@@ -62,12 +62,12 @@ struct FrameHead {
 
 impl FrameHead {
     fn read(bytes: &[u8]) -> Option<FrameHead> {
-        let &[a, b, c, kind, flags, d, e, f, g] = bytes.first_chunk::<HEAD>()?;
+        let &[a, b, c, kind, flags, d, e, f, g] = bytes.first_chunk::<FRAME_HEAD_LEN>()?;
         let length = u32::from_be_bytes([0, a, b, c]) as usize;
-        Some(FrameHead { length, kind, flags, stream: u32::from_be_bytes([d, e, f, g]) & MAX_STREAM })
+        Some(FrameHead { length, kind, flags, stream: u32::from_be_bytes([d, e, f, g]) & MAX_STREAM_ID })
     }
 
-    fn has(self, flag: u8) -> bool {
+    fn has_flag(self, flag: u8) -> bool {
         self.flags & flag != 0
     }
 
@@ -80,11 +80,11 @@ impl FrameHead {
 }
 
 /// The headers of the answer: they enter no table, so that HTTP/2's own encoder need not know of them.
-static ANSWER: LazyLock<Vec<u8>> = LazyLock::new(|| {
+static REFUSAL_HEADERS: LazyLock<Vec<u8>> = LazyLock::new(|| {
     // `:status: 200` has a place in the static table.
     let mut block = vec![0x88];
     let answer: http::Response<Body> = overloaded().into_http();
-    let accepted = [(&GRPC_ACCEPT_ENCODING, &ACCEPTED)];
+    let accepted = [(&GRPC_ACCEPT_ENCODING, &ACCEPTED_ENCODINGS)];
     for (name, value) in answer.headers().iter().chain(accepted) {
         block.push(0);
         write_string(&mut block, name.as_str().as_bytes());
@@ -95,16 +95,16 @@ static ANSWER: LazyLock<Vec<u8>> = LazyLock::new(|| {
 
 /// What becomes of the bytes that come next.
 #[derive(Clone, Copy)]
-enum Payload {
-    Passes(usize),
-    Withheld(usize),
+enum PayloadAction {
+    Pass(usize),
+    Withhold(usize),
 }
 
 /// How far the headers of a connection are followed.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Tracking {
+enum HeaderTracking {
     /// HTTP/2 has the same table as the peer.
-    Same,
+    InSync,
     /// HTTP/2 lacks entries of blocks that were withheld: it gets blocks without references.
     Rewritten,
     /// Not any more: everything passes.
@@ -115,22 +115,22 @@ enum Tracking {
 pub(super) struct EarlyShed {
     queue: ConnectionQueue,
     table: HpackTable,
-    tracking: Tracking,
+    tracking: HeaderTracking,
     /// The peer's header table is as large as at first.
     may_refuse: bool,
     /// Headers of which more frames must come, if they are rewritten.
-    collected: Option<(FrameHead, Vec<u8>)>,
+    pending_headers: Option<(FrameHead, Vec<u8>)>,
     /// The beginning of a frame.
-    held: Vec<u8>,
-    payload: Payload,
+    partial_frame: Vec<u8>,
+    payload: PayloadAction,
     /// The last call that the peer opened, and the last that HTTP/2 knows of.
     last_opened: u32,
     last_passed: u32,
     /// Refused calls whose message has not ended.
-    unfinished: Vec<u32>,
-    credit: u32,
+    refused_streams: Vec<u32>,
+    withheld_bytes: u32,
     /// Frames for the peer.
-    answers: Vec<u8>,
+    refusals: Vec<u8>,
 }
 
 impl EarlyShed {
@@ -138,27 +138,27 @@ impl EarlyShed {
         EarlyShed {
             queue,
             table: HpackTable::default(),
-            tracking: Tracking::Same,
+            tracking: HeaderTracking::InSync,
             may_refuse: true,
-            collected: None,
-            held: Vec::new(),
-            payload: Payload::Passes(0),
+            pending_headers: None,
+            partial_frame: Vec::new(),
+            payload: PayloadAction::Pass(0),
             last_opened: 0,
             last_passed: 0,
-            unfinished: Vec::new(),
-            credit: 0,
-            answers: Vec::new(),
+            refused_streams: Vec::new(),
+            withheld_bytes: 0,
+            refusals: Vec::new(),
         }
     }
 
     /// Whole frames that are to be written to the peer.
-    pub(super) fn answers(&mut self) -> &mut Vec<u8> {
-        &mut self.answers
+    pub(super) fn refusals(&mut self) -> &mut Vec<u8> {
+        &mut self.refusals
     }
 
     /// What is left when the peer has ended: the beginning of a frame.
-    pub(super) fn take_held(&mut self) -> Vec<u8> {
-        std::mem::take(&mut self.held)
+    pub(super) fn take_partial_frame(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.partial_frame)
     }
 
     /// Takes bytes of the peer; appends those for HTTP/2 to `passed`.
@@ -166,78 +166,80 @@ impl EarlyShed {
     /// # Errors
     /// When a connection whose blocks are rewritten sends one that cannot be.
     pub(super) fn filter(&mut self, bytes: &[u8], passed: &mut Vec<u8>) -> io::Result<()> {
-        self.queue.look();
-        let mut joined = std::mem::take(&mut self.held);
+        self.queue.mark_read();
+        let mut joined = std::mem::take(&mut self.partial_frame);
         let mut rest = if joined.is_empty() {
             bytes
         } else {
             joined.extend(bytes);
             &joined
         };
-        while let Some(taken) = self.step(rest, passed)? {
+        while let Some(taken) = self.process_frame(rest, passed)? {
             rest = &rest[taken..];
         }
         if !rest.is_empty() {
-            self.held = rest.to_vec();
+            self.partial_frame = rest.to_vec();
         }
         Ok(())
     }
 
     /// Takes a frame, or a piece of one; its length. None = more bytes are needed.
-    fn step(&mut self, bytes: &[u8], passed: &mut Vec<u8>) -> io::Result<Option<usize>> {
+    fn process_frame(&mut self, bytes: &[u8], passed: &mut Vec<u8>) -> io::Result<Option<usize>> {
         match &mut self.payload {
             _ if bytes.is_empty() => return Ok(None),
-            Payload::Passes(left) if *left > 0 => {
+            PayloadAction::Pass(left) if *left > 0 => {
                 let taken = bytes.len().min(*left);
                 *left -= taken;
                 passed.extend(&bytes[..taken]);
                 return Ok(Some(taken));
             }
-            Payload::Withheld(left) if *left > 0 => {
+            PayloadAction::Withhold(left) if *left > 0 => {
                 let taken = bytes.len().min(*left);
                 *left -= taken;
                 return Ok(Some(taken));
             }
-            Payload::Passes(_) | Payload::Withheld(_) => {}
+            PayloadAction::Pass(_) | PayloadAction::Withhold(_) => {}
         }
         let Some(head) = FrameHead::read(bytes) else { return Ok(None) };
-        if self.collected.is_some() && head.kind != kind::CONTINUATION {
+        if self.pending_headers.is_some() && head.kind != kind::CONTINUATION {
             return Err(io::ErrorKind::InvalidData.into());
         }
-        if self.is_read_whole(head) {
-            let Some(payload) = bytes.get(HEAD..HEAD + head.length) else { return Ok(None) };
+        if self.is_buffered(head) {
+            let Some(payload) = bytes.get(FRAME_HEAD_LEN..FRAME_HEAD_LEN + head.length) else {
+                return Ok(None);
+            };
             match head.kind {
-                kind::SETTINGS => self.settings(head, payload, passed),
-                kind::CONTINUATION => self.continuation(head, payload, passed)?,
-                _ => self.headers(head, payload, passed)?,
+                kind::SETTINGS => self.pass_settings(head, payload, passed),
+                kind::CONTINUATION => self.process_continuation(head, payload, passed)?,
+                _ => self.process_headers(head, payload, passed)?,
             }
-            return Ok(Some(HEAD + head.length));
+            return Ok(Some(FRAME_HEAD_LEN + head.length));
         }
-        if self.withholds(head) {
-            self.payload = Payload::Withheld(head.length);
-            return Ok(Some(HEAD));
+        if self.should_withhold(head) {
+            self.payload = PayloadAction::Withhold(head.length);
+            return Ok(Some(FRAME_HEAD_LEN));
         }
         if matches!(head.kind, kind::HEADERS | kind::CONTINUATION) {
-            self.end_tracking()?;
+            self.stop_tracking()?;
         }
-        passed.extend(&bytes[..HEAD]);
-        self.payload = Payload::Passes(head.length);
-        Ok(Some(HEAD))
+        passed.extend(&bytes[..FRAME_HEAD_LEN]);
+        self.payload = PayloadAction::Pass(head.length);
+        Ok(Some(FRAME_HEAD_LEN))
     }
 
     /// Whether a frame is needed whole.
-    fn is_read_whole(&self, head: FrameHead) -> bool {
+    fn is_buffered(&self, head: FrameHead) -> bool {
         let is_read = match head.kind {
-            kind::HEADERS => self.tracking != Tracking::Ended,
-            kind::CONTINUATION => self.tracking == Tracking::Rewritten,
+            kind::HEADERS => self.tracking != HeaderTracking::Ended,
+            kind::CONTINUATION => self.tracking == HeaderTracking::Rewritten,
             kind::SETTINGS => true,
             _ => false,
         };
-        is_read && head.length <= MAX_FRAME
+        is_read && head.length <= MAX_FRAME_LEN
     }
 
     /// Passes settings on, and reads the size of the peer's header table.
-    fn settings(&mut self, head: FrameHead, payload: &[u8], passed: &mut Vec<u8>) {
+    fn pass_settings(&mut self, head: FrameHead, payload: &[u8], passed: &mut Vec<u8>) {
         for setting in payload.chunks_exact(6) {
             let (id, value) = setting.split_at(2);
             if let Ok(value) = value.try_into()
@@ -251,22 +253,22 @@ impl EarlyShed {
     }
 
     /// Whether a frame belongs to a call that HTTP/2 does not know of.
-    fn withholds(&mut self, head: FrameHead) -> bool {
+    fn should_withhold(&mut self, head: FrameHead) -> bool {
         let FrameHead { length, kind, stream, .. } = head;
-        let unfinished = self.unfinished.iter().position(|refused| *refused == stream);
+        let unfinished = self.refused_streams.iter().position(|refused| *refused == stream);
         // To HTTP/2, a call beyond the last that it has seen is not open yet: a frame of it would end the connection.
         let unknown = stream > self.last_passed && stream <= self.last_opened;
         match kind {
             kind::DATA => {
                 let Some(at) = unfinished else { return false };
-                if head.has(END_STREAM) {
-                    self.unfinished.swap_remove(at);
+                if head.has_flag(END_STREAM) {
+                    self.refused_streams.swap_remove(at);
                 }
-                self.give_credit(length);
+                self.return_credit(length);
                 true
             }
             kind::RST_STREAM => {
-                unfinished.map(|at| self.unfinished.swap_remove(at));
+                unfinished.map(|at| self.refused_streams.swap_remove(at));
                 unfinished.is_some() || unknown
             }
             kind::WINDOW_UPDATE => unfinished.is_some() || unknown,
@@ -275,42 +277,47 @@ impl EarlyShed {
     }
 
     /// Lets the peer send as many bytes again as were withheld.
-    fn give_credit(&mut self, bytes: usize) {
-        self.credit += u32::try_from(bytes).unwrap_or(0);
-        if self.credit >= CREDIT {
-            FrameHead { length: 4, kind: kind::WINDOW_UPDATE, flags: 0, stream: 0 }.write(&mut self.answers);
-            self.answers.extend(self.credit.to_be_bytes());
-            self.credit = 0;
+    fn return_credit(&mut self, bytes: usize) {
+        self.withheld_bytes += u32::try_from(bytes).unwrap_or(0);
+        if self.withheld_bytes >= WINDOW_UPDATE_THRESHOLD {
+            FrameHead { length: 4, kind: kind::WINDOW_UPDATE, flags: 0, stream: 0 }.write(&mut self.refusals);
+            self.refusals.extend(self.withheld_bytes.to_be_bytes());
+            self.withheld_bytes = 0;
         }
     }
 
-    fn headers(&mut self, head: FrameHead, payload: &[u8], passed: &mut Vec<u8>) -> io::Result<()> {
-        let block = block(head, payload);
-        if self.tracking == Tracking::Rewritten && !head.has(END_HEADERS) {
+    fn process_headers(&mut self, head: FrameHead, payload: &[u8], passed: &mut Vec<u8>) -> io::Result<()> {
+        let block = header_block(head, payload);
+        if self.tracking == HeaderTracking::Rewritten && !head.has_flag(END_HEADERS) {
             let block = block.ok_or(io::ErrorKind::InvalidData)?;
-            self.collected = Some((head, block.to_vec()));
+            self.pending_headers = Some((head, block.to_vec()));
             return Ok(());
         }
-        self.judge(head, block.filter(|_| head.has(END_HEADERS)), payload, passed)
+        self.pass_or_refuse(head, block.filter(|_| head.has_flag(END_HEADERS)), payload, passed)
     }
 
     /// Collects headers that come in several frames, and judges them when they are whole.
-    fn continuation(&mut self, head: FrameHead, payload: &[u8], passed: &mut Vec<u8>) -> io::Result<()> {
-        let begun = self.collected.take().filter(|(first, _)| first.stream == head.stream);
+    fn process_continuation(
+        &mut self,
+        head: FrameHead,
+        payload: &[u8],
+        passed: &mut Vec<u8>,
+    ) -> io::Result<()> {
+        let begun = self.pending_headers.take().filter(|(first, _)| first.stream == head.stream);
         let (first, mut block) = begun.ok_or(io::ErrorKind::InvalidData)?;
-        if block.len() + payload.len() > MAX_BLOCK {
+        if block.len() + payload.len() > MAX_HEADER_BLOCK {
             return Err(io::ErrorKind::InvalidData.into());
         }
         block.extend(payload);
-        if head.has(END_HEADERS) {
-            return self.judge(first, Some(&block), &[], passed);
+        if head.has_flag(END_HEADERS) {
+            return self.pass_or_refuse(first, Some(&block), &[], passed);
         }
-        self.collected = Some((first, block));
+        self.pending_headers = Some((first, block));
         Ok(())
     }
 
     /// Refuses headers or passes them on. `payload` is that of their frame, if they have only one.
-    fn judge(
+    fn pass_or_refuse(
         &mut self,
         head: FrameHead,
         block: Option<&[u8]>,
@@ -321,27 +328,27 @@ impl EarlyShed {
         if opens {
             self.last_opened = head.stream;
         }
-        let full = opens && self.may_refuse_another() && self.queue.is_full();
+        let full = opens && self.can_refuse_another() && self.queue.is_full();
         let mut rewritten = Vec::new();
         let read = match block {
             // Nothing of it is needed.
-            Some(block) if !full && self.tracking == Tracking::Same && is_plainly_indexed(block) => {
+            Some(block) if !full && self.tracking == HeaderTracking::InSync && is_fully_indexed(block) => {
                 Some(BlockSummary::default())
             }
             Some(block) => {
-                let out = (self.tracking == Tracking::Rewritten).then_some(&mut rewritten);
-                self.table.read(block, rpc::is_check, out).ok()
+                let out = (self.tracking == HeaderTracking::Rewritten).then_some(&mut rewritten);
+                self.table.decode_block(block, rpc::is_check_path, out).ok()
             }
             None => None,
         };
         let Some(summary) = read else {
-            self.end_tracking()?;
+            self.stop_tracking()?;
             self.pass(head, payload, opens, passed);
             return Ok(());
         };
-        let trails = self.unfinished.iter().position(|refused| *refused == head.stream);
+        let trails = self.refused_streams.iter().position(|refused| *refused == head.stream);
         if let Some(at) = trails.filter(|_| !opens) {
-            self.unfinished.swap_remove(at);
+            self.refused_streams.swap_remove(at);
         } else if !opens && head.stream > self.last_passed && head.stream <= self.last_opened {
             // A refused call has ended: its stream cannot be opened again.
             return Err(io::ErrorKind::InvalidData.into());
@@ -349,19 +356,21 @@ impl EarlyShed {
             self.refuse(head);
         } else {
             match self.tracking {
-                Tracking::Rewritten => self.pass_rewritten(head, &rewritten, opens, passed),
-                Tracking::Same | Tracking::Ended => self.pass(head, payload, opens, passed),
+                HeaderTracking::Rewritten => self.pass_rewritten(head, &rewritten, opens, passed),
+                HeaderTracking::InSync | HeaderTracking::Ended => self.pass(head, payload, opens, passed),
             }
             return Ok(());
         }
         if summary.changes_table {
-            self.tracking = Tracking::Rewritten;
+            self.tracking = HeaderTracking::Rewritten;
         }
         Ok(())
     }
 
-    fn may_refuse_another(&self) -> bool {
-        self.may_refuse && self.unfinished.len() < MAX_UNFINISHED && self.answers.len() < MAX_ANSWERS
+    fn can_refuse_another(&self) -> bool {
+        self.may_refuse
+            && self.refused_streams.len() < MAX_REFUSED_STREAMS
+            && self.refusals.len() < MAX_REFUSAL_BYTES
     }
 
     /// Passes headers on as they are.
@@ -375,7 +384,7 @@ impl EarlyShed {
     fn pass_rewritten(&mut self, head: FrameHead, block: &[u8], opens: bool, passed: &mut Vec<u8>) {
         let (mut kind, mut flags, mut rest) = (kind::HEADERS, head.flags & END_STREAM, block);
         loop {
-            let (piece, behind) = rest.split_at(rest.len().min(MAX_FRAME));
+            let (piece, behind) = rest.split_at(rest.len().min(MAX_FRAME_LEN));
             flags |= if behind.is_empty() { END_HEADERS } else { 0 };
             FrameHead { length: piece.len(), kind, flags, stream: head.stream }.write(passed);
             passed.extend(piece);
@@ -390,38 +399,38 @@ impl EarlyShed {
     fn count_passed(&mut self, head: FrameHead, opens: bool) {
         if opens {
             self.last_passed = head.stream;
-            self.queue.pass();
+            self.queue.count_passed();
         }
     }
 
     /// Answers a call that HTTP/2 never sees.
     fn refuse(&mut self, head: FrameHead) {
-        self.queue.refuse();
-        let (length, flags) = (ANSWER.len(), END_STREAM | END_HEADERS);
-        FrameHead { length, kind: kind::HEADERS, flags, stream: head.stream }.write(&mut self.answers);
-        self.answers.extend(&*ANSWER);
-        if !head.has(END_STREAM) {
-            self.unfinished.push(head.stream);
+        self.queue.count_refused();
+        let (length, flags) = (REFUSAL_HEADERS.len(), END_STREAM | END_HEADERS);
+        FrameHead { length, kind: kind::HEADERS, flags, stream: head.stream }.write(&mut self.refusals);
+        self.refusals.extend(&*REFUSAL_HEADERS);
+        if !head.has_flag(END_STREAM) {
+            self.refused_streams.push(head.stream);
         }
     }
 
     /// Follows the headers no more.
-    fn end_tracking(&mut self) -> io::Result<()> {
-        let rewritten = self.tracking == Tracking::Rewritten;
-        self.tracking = Tracking::Ended;
+    fn stop_tracking(&mut self) -> io::Result<()> {
+        let rewritten = self.tracking == HeaderTracking::Rewritten;
+        self.tracking = HeaderTracking::Ended;
         self.table = HpackTable::default();
         if rewritten { Err(io::ErrorKind::InvalidData.into()) } else { Ok(()) }
     }
 }
 
 /// The block of a frame of headers, without what may stand around it.
-fn block(head: FrameHead, payload: &[u8]) -> Option<&[u8]> {
+fn header_block(head: FrameHead, payload: &[u8]) -> Option<&[u8]> {
     let (mut rest, mut padding) = (payload, 0);
-    if head.has(PADDED) {
+    if head.has_flag(PADDED) {
         let (length, behind) = rest.split_first()?;
         (rest, padding) = (behind, usize::from(*length));
     }
-    if head.has(PRIORITY) {
+    if head.has_flag(PRIORITY) {
         rest = rest.get(5..)?;
     }
     rest.get(..rest.len().checked_sub(padding)?)
@@ -431,32 +440,32 @@ fn block(head: FrameHead, payload: &[u8]) -> Option<&[u8]> {
 #[derive(Default)]
 pub(super) struct FrameBoundary {
     head: Vec<u8>,
-    left: usize,
+    payload_left: usize,
     in_headers: bool,
 }
 
 impl FrameBoundary {
     /// Whether the last byte ended a frame, and no headers are under way.
-    pub(super) fn is_here(&self) -> bool {
-        self.left == 0 && self.head.is_empty() && !self.in_headers
+    pub(super) fn is_at_boundary(&self) -> bool {
+        self.payload_left == 0 && self.head.is_empty() && !self.in_headers
     }
 
     /// Takes bytes that were written.
     pub(super) fn advance(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
-            if self.left > 0 {
-                let taken = bytes.len().min(self.left);
-                (bytes, self.left) = (&bytes[taken..], self.left - taken);
+            if self.payload_left > 0 {
+                let taken = bytes.len().min(self.payload_left);
+                (bytes, self.payload_left) = (&bytes[taken..], self.payload_left - taken);
                 continue;
             }
-            let taken = bytes.len().min(HEAD - self.head.len());
+            let taken = bytes.len().min(FRAME_HEAD_LEN - self.head.len());
             self.head.extend(&bytes[..taken]);
             bytes = &bytes[taken..];
             if let Some(head) = FrameHead::read(&self.head) {
                 self.head.clear();
-                self.left = head.length;
+                self.payload_left = head.length;
                 if matches!(head.kind, kind::HEADERS | kind::CONTINUATION) {
-                    self.in_headers = !head.has(END_HEADERS);
+                    self.in_headers = !head.has_flag(END_HEADERS);
                 }
             }
         }

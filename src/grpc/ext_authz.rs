@@ -10,8 +10,11 @@ use tracing::Instrument as _;
 
 use crate::{
     domain::name::AccountId,
-    engine::Asker,
-    gateway::{Asked, Client, Gateway, Reply, Value, Via, read_extensions},
+    engine::Requester,
+    gateway::{
+        ClientSource, Gateway, ProxyMetadataValue, ProxyProtocol, ProxyRequest, ProxyResponse,
+        read_extensions,
+    },
     pb::{
         envoy::{
             config::core::v3::{HeaderValue, HeaderValueOption, header_value_option::HeaderAppendAction},
@@ -21,147 +24,155 @@ use crate::{
             },
             r#type::v3::HttpStatus,
         },
-        envoy_request::{AttributeContext, CheckRequest, HttpRequest, Pair},
-        google_status,
+        envoy_request::{EnvoyAttributeContext, EnvoyCheckRequest, EnvoyHttpRequest, EnvoyMapEntry},
+        google_rpc_status,
     },
-    refusal::Refusal,
-    trace::{self, Tracing},
+    service_error::ServiceError,
+    trace::{self, CallTracer},
 };
 
-use super::{gate::shown, rpc, vigil::Vigil};
+use super::{check_session::CheckSession, router::take_extension, rpc};
 
 /// Who asks.
 #[derive(Clone, Debug)]
-pub(super) struct Proxy {
+pub(super) struct ProxyCaller {
     /// Whose tokens it may ask about; the operator account's caller, about all.
     pub account: AccountId,
     /// Whether it hears why: who came by Envoy's own listener, or showed a key with `keyward:check`. A stranger
     /// hears what a client would.
     pub trusted: bool,
     /// What it has shown, if anything.
-    pub vigil: Option<Vigil>,
+    pub session: Option<CheckSession>,
 }
 
 /// The service over the gateway.
 #[derive(Clone, Debug)]
-pub(super) struct ExtAuthz {
+pub(super) struct ExtAuthzService {
     /// Judges.
     pub gateway: Arc<Gateway>,
     /// Which calls are recorded.
-    pub tracing: Tracing,
+    pub tracing: CallTracer,
 }
 
-impl ExtAuthz {
+impl ExtAuthzService {
     /// Answers what this proxy asks.
     ///
     /// # Errors
     /// When it asks about no request.
-    pub(super) async fn answer(&self, asked: CheckRequest, proxy: &Proxy) -> Result<CheckResponse, Status> {
+    pub(super) async fn handle_check(
+        &self,
+        asked: EnvoyCheckRequest,
+        proxy: &ProxyCaller,
+    ) -> Result<CheckResponse, Status> {
         let attributes = asked.attributes.unwrap_or_default();
         let Some(http) = attributes.request.as_ref().and_then(|request| request.http.as_ref()) else {
-            return Err(Refusal::field("attributes.request.http", "is required").into());
+            return Err(ServiceError::invalid_field("attributes.request.http", "is required").into());
         };
-        Ok(self.judge(&attributes, http, proxy).await)
+        Ok(self.evaluate(&attributes, http, proxy).await)
     }
 
     /// Answers a question that was not read, since it has `length` bytes and at most `limit` are read.
     pub(super) fn refuse_too_large(&self, length: usize, limit: usize) -> CheckResponse {
-        reply_of(self.gateway.refuse_too_large(length, limit))
+        reply_to_proto(self.gateway.deny_too_large(length, limit))
     }
 
-    async fn judge(
+    async fn evaluate(
         &self,
-        attributes: &AttributeContext,
-        http: &HttpRequest,
-        Proxy { account, trusted, vigil }: &Proxy,
+        attributes: &EnvoyAttributeContext,
+        http: &EnvoyHttpRequest,
+        ProxyCaller { account, trusted, session: vigil }: &ProxyCaller,
     ) -> CheckResponse {
-        let extensions = attributes.context_extensions.iter().filter_map(text_pair);
+        let extensions = attributes.context_extensions.iter().filter_map(utf8_pair);
         let said = read_extensions(extensions, self.gateway.environments(), false);
-        let asked = asked(attributes, http);
-        trace::adopt(asked.request_id(), || asked.parent());
+        let asked = proxy_request(attributes, http);
+        trace::adopt_ids(asked.request_id(), || asked.trace_context());
         let stands = || match vigil {
-            Some(vigil) => vigil.stands(self.gateway.engine()),
+            Some(vigil) => vigil.is_still_authorized(self.gateway.engine()),
             None => Ok(true),
         };
-        let judged = self.gateway.judge(Asker { account, stands: &stands }, &asked, said);
-        let mut reply = match self.tracing.span(rpc::EXT_AUTHZ) {
+        let judged =
+            self.gateway.authorize(Requester { account, is_still_authorized: &stands }, &asked, said);
+        let mut reply = match self.tracing.start_span(rpc::EXT_AUTHZ_METHOD) {
             Some(span) => {
                 let reply = judged.instrument(span.clone()).await;
                 // Whatever the verdict, it is an answer.
-                trace::end(&span, Code::Ok);
+                trace::finish_span(&span, Code::Ok);
                 reply
             }
             None => judged.await,
         };
-        if !trusted && !reply.passes {
-            reply.metadata = vec![("allowed".to_owned(), Value::Flag(false))];
+        if !trusted && !reply.is_allowed {
+            reply.metadata = vec![("allowed".to_owned(), ProxyMetadataValue::Flag(false))];
         }
-        reply_of(reply)
+        reply_to_proto(reply)
     }
 }
 
 #[tonic::async_trait]
-impl Authorization for ExtAuthz {
-    async fn check(&self, mut request: Request<CheckRequest>) -> Result<Response<CheckResponse>, Status> {
-        let asker = shown(&mut request)?;
-        self.answer(request.into_inner(), &asker).await.map(Response::new)
+impl Authorization for ExtAuthzService {
+    async fn check(
+        &self,
+        mut request: Request<EnvoyCheckRequest>,
+    ) -> Result<Response<CheckResponse>, Status> {
+        let asker = take_extension(&mut request)?;
+        self.handle_check(request.into_inner(), &asker).await.map(Response::new)
     }
 }
 
 /// Another filter's fields may be anything; ours are text.
-fn text_pair(pair: &Pair) -> Option<(&str, &str)> {
+fn utf8_pair(pair: &EnvoyMapEntry) -> Option<(&str, &str)> {
     Some((str::from_utf8(&pair.key).ok()?, str::from_utf8(&pair.value).unwrap_or("(not UTF-8)")))
 }
 
-fn asked<'a>(attributes: &'a AttributeContext, http: &'a HttpRequest) -> Asked<'a> {
+fn proxy_request<'a>(attributes: &'a EnvoyAttributeContext, http: &'a EnvoyHttpRequest) -> ProxyRequest<'a> {
     let joined = http.headers.iter().map(|pair| (&*pair.key, &*pair.value));
     let raw = http.header_map.iter().flat_map(|map| &map.headers).map(|header| {
         let value = if header.raw_value.is_empty() { &header.value } else { &header.raw_value };
         (&*header.key, &**value)
     });
-    Asked {
-        via: Via::ExtAuthz,
-        proxy_removes: true,
+    ProxyRequest {
+        protocol: ProxyProtocol::ExtAuthz,
+        proxy_removes_headers: true,
         method: &http.method,
         host: &http.host,
         target: &http.path,
         headers: joined.chain(raw).collect(),
-        client: Client::Peer(peer(attributes)),
-        id: &http.id,
+        client_source: ClientSource::Peer(peer_address(attributes)),
+        proxy_request_id: &http.id,
     }
 }
 
-fn peer(attributes: &AttributeContext) -> Option<IpAddr> {
+fn peer_address(attributes: &EnvoyAttributeContext) -> Option<IpAddr> {
     let address = attributes.source.as_ref()?.address.as_ref()?.socket_address.as_ref()?;
     let ip: IpAddr = str::from_utf8(&address.address).ok()?.parse().ok()?;
     Some(ip.to_canonical())
 }
 
-fn reply_of(reply: Reply) -> CheckResponse {
-    let metadata = struct_of(&reply.metadata);
-    let mut answer = if reply.passes { pass(reply) } else { refuse(reply) };
+fn reply_to_proto(reply: ProxyResponse) -> CheckResponse {
+    let metadata = metadata_to_struct(&reply.metadata);
+    let mut answer = if reply.is_allowed { allow_response(reply) } else { deny_response(reply) };
     answer.dynamic_metadata = Some(metadata);
     answer
 }
 
 /// The only place that makes an answer which lets a request pass.
-fn pass(reply: Reply) -> CheckResponse {
+fn allow_response(reply: ProxyResponse) -> CheckResponse {
     let ok = OkHttpResponse {
-        headers: headers(reply.upstream),
-        headers_to_remove: reply.remove,
-        response_headers_to_add: headers(reply.headers),
+        headers: overwrite_headers(reply.upstream_headers),
+        headers_to_remove: reply.remove_headers,
+        response_headers_to_add: overwrite_headers(reply.client_headers),
         // Envoy writes the whole query anew when anything is to be removed.
-        query_parameters_to_remove: reply.remove_query.into_iter().collect(),
+        query_parameters_to_remove: reply.remove_query_parameter.into_iter().collect(),
         ..OkHttpResponse::default()
     };
     CheckResponse {
-        status: Some(google_status(Code::Ok as i32)),
+        status: Some(google_rpc_status(Code::Ok as i32)),
         http_response: Some(HttpResponse::OkResponse(ok)),
         dynamic_metadata: None,
     }
 }
 
-fn refuse(reply: Reply) -> CheckResponse {
+fn deny_response(reply: ProxyResponse) -> CheckResponse {
     let code = match reply.status {
         400 => Code::InvalidArgument,
         401 => Code::Unauthenticated,
@@ -171,20 +182,23 @@ fn refuse(reply: Reply) -> CheckResponse {
     };
     let denied = DeniedHttpResponse {
         status: Some(HttpStatus { code: i32::from(reply.status) }),
-        headers: headers(reply.headers),
+        headers: overwrite_headers(reply.client_headers),
         body: reply.body,
     };
-    let response =
-        if reply.fault { HttpResponse::ErrorResponse(denied) } else { HttpResponse::DeniedResponse(denied) };
+    let response = if reply.is_error {
+        HttpResponse::ErrorResponse(denied)
+    } else {
+        HttpResponse::DeniedResponse(denied)
+    };
     CheckResponse {
-        status: Some(google_status(code as i32)),
+        status: Some(google_rpc_status(code as i32)),
         http_response: Some(response),
         dynamic_metadata: None,
     }
 }
 
 /// Headers that take the place of any by their name. Envoys differ in what they make of the default.
-fn headers(list: Vec<(&'static str, String)>) -> Vec<HeaderValueOption> {
+fn overwrite_headers(list: Vec<(&'static str, String)>) -> Vec<HeaderValueOption> {
     list.into_iter()
         .map(|(key, value)| HeaderValueOption {
             header: Some(HeaderValue { key: key.to_owned(), value, ..HeaderValue::default() }),
@@ -194,13 +208,13 @@ fn headers(list: Vec<(&'static str, String)>) -> Vec<HeaderValueOption> {
         .collect()
 }
 
-fn struct_of(metadata: &[(String, Value)]) -> prost_types::Struct {
+fn metadata_to_struct(metadata: &[(String, ProxyMetadataValue)]) -> prost_types::Struct {
     use prost_types::value::Kind;
-    let value = |value: &Value| match value {
-        Value::Text(text) => Kind::StringValue(text.clone()),
+    let value = |value: &ProxyMetadataValue| match value {
+        ProxyMetadataValue::Text(text) => Kind::StringValue(text.clone()),
         #[expect(clippy::cast_precision_loss, reason = "costs and versions are far below 2^53")]
-        Value::Number(number) => Kind::NumberValue(*number as f64),
-        Value::Flag(flag) => Kind::BoolValue(*flag),
+        ProxyMetadataValue::Number(number) => Kind::NumberValue(*number as f64),
+        ProxyMetadataValue::Flag(flag) => Kind::BoolValue(*flag),
     };
     let fields = metadata
         .iter()
@@ -216,8 +230,8 @@ mod tests {
     #[test]
     fn what_does_not_pass_is_never_an_ok() {
         for status in [0, 200, 400, 401, 403, 413, 429, 503, 999] {
-            let reply = Reply { status, fault: status == 503, ..Reply::default() };
-            let answer = reply_of(reply);
+            let reply = ProxyResponse { status, is_error: status == 503, ..ProxyResponse::default() };
+            let answer = reply_to_proto(reply);
             assert_ne!(answer.status.unwrap().code, 0, "{status}");
             assert!(!matches!(answer.http_response, None | Some(HttpResponse::OkResponse(_))), "{status}");
         }
@@ -225,17 +239,17 @@ mod tests {
 
     #[test]
     fn raw_headers_and_joined_ones_are_both_read() {
-        use crate::pb::envoy_request::{HeaderMap, HeaderValue};
-        let pair = Pair { key: "a".into(), value: "1".into() };
-        let raw = |raw: &'static str, value: &'static str| HeaderValue {
+        use crate::pb::envoy_request::{EnvoyHeaderMap, EnvoyHeaderValue};
+        let pair = EnvoyMapEntry { key: "a".into(), value: "1".into() };
+        let raw = |raw: &'static str, value: &'static str| EnvoyHeaderValue {
             key: "b".into(),
             value: value.into(),
             raw_value: raw.into(),
         };
-        let header_map = Some(HeaderMap { headers: vec![raw("2", ""), raw("", "3")] });
-        let http = HttpRequest { headers: vec![pair], header_map, ..HttpRequest::default() };
-        let attributes = AttributeContext::default();
-        let read: Vec<_> = asked(&attributes, &http).headers;
+        let header_map = Some(EnvoyHeaderMap { headers: vec![raw("2", ""), raw("", "3")] });
+        let http = EnvoyHttpRequest { headers: vec![pair], header_map, ..EnvoyHttpRequest::default() };
+        let attributes = EnvoyAttributeContext::default();
+        let read: Vec<_> = proxy_request(&attributes, &http).headers;
         assert_eq!(read, [(&b"a"[..], &b"1"[..]), (b"b", b"2"), (b"b", b"3")]);
     }
 }

@@ -6,18 +6,18 @@
 use std::collections::VecDeque;
 
 /// The size of the dynamic table that HTTP/2 allows the peer: the protocol's default.
-const MAX_TABLE: usize = 4096;
+const MAX_TABLE_SIZE: usize = 4096;
 /// What an entry counts besides its bytes (RFC 7541, section 4.1).
-const ENTRY: usize = 32;
+const ENTRY_OVERHEAD: usize = 32;
 /// The entries of the static table.
-const STATIC: usize = STATIC_NAMES.len();
+const STATIC_ENTRIES: usize = STATIC_NAME_LENGTHS.len();
 /// The places of `:path` in the static table.
-const STATIC_PATH: [usize; 2] = [4, 5];
+const STATIC_PATH_INDEXES: [usize; 2] = [4, 5];
 /// The most bytes that a block may have once it is written without references.
 const MAX_REWRITTEN: usize = 64 << 10;
 
 /// The lengths of the names in the static table (RFC 7541, appendix A).
-const STATIC_NAMES: [u8; 61] = [
+const STATIC_NAME_LENGTHS: [u8; 61] = [
     10, 7, 7, 5, 5, 7, 7, 7, 7, 7, 7, 7, 7, 7, 14, 15, 15, 13, 6, 27, 3, 5, 13, 13, 19, 16, 16, 14, 16, 13,
     12, 6, 4, 4, 6, 7, 4, 4, 8, 17, 13, 8, 19, 13, 4, 8, 12, 18, 19, 5, 7, 7, 11, 6, 10, 25, 17, 10, 4, 3,
     16,
@@ -25,55 +25,55 @@ const STATIC_NAMES: [u8; 61] = [
 
 /// A block that no encoder writes, or that is larger than it may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Malformed;
+pub(super) struct MalformedBlock;
 
 /// The name of a field.
 #[derive(Clone, PartialEq, Eq)]
-enum Name {
+enum FieldName {
     /// That of an entry of the static table.
     Static(usize),
     Literal(Box<[u8]>),
 }
 
-impl Name {
+impl FieldName {
     fn len(&self) -> usize {
         match self {
-            Name::Static(at) => usize::from(STATIC_NAMES[at - 1]),
-            Name::Literal(name) => name.len(),
+            FieldName::Static(at) => usize::from(STATIC_NAME_LENGTHS[at - 1]),
+            FieldName::Literal(name) => name.len(),
         }
     }
 
     fn is_path(&self) -> bool {
         match self {
-            Name::Static(at) => STATIC_PATH.contains(at),
-            Name::Literal(name) => **name == *b":path",
+            FieldName::Static(at) => STATIC_PATH_INDEXES.contains(at),
+            FieldName::Literal(name) => **name == *b":path",
         }
     }
 }
 
 /// An entry of the dynamic table. Not `Debug`: it may be a token.
 #[derive(Clone)]
-struct Entry {
-    name: Name,
+struct TableEntry {
+    name: FieldName,
     value: Box<[u8]>,
 }
 
-impl Entry {
+impl TableEntry {
     fn size(&self) -> usize {
-        self.name.len() + self.value.len() + ENTRY
+        self.name.len() + self.value.len() + ENTRY_OVERHEAD
     }
 }
 
 /// The peer's dynamic table, newest entry first.
 pub(super) struct HpackTable {
-    entries: VecDeque<Entry>,
+    entries: VecDeque<TableEntry>,
     size: usize,
-    limit: usize,
+    max_size: usize,
 }
 
 impl Default for HpackTable {
     fn default() -> Self {
-        HpackTable { entries: VecDeque::new(), size: 0, limit: MAX_TABLE }
+        HpackTable { entries: VecDeque::new(), size: 0, max_size: MAX_TABLE_SIZE }
     }
 }
 
@@ -87,7 +87,7 @@ pub(super) struct BlockSummary {
 }
 
 /// Whether a block consists of references alone, in one byte each: it changes no table.
-pub(super) fn is_plainly_indexed(block: &[u8]) -> bool {
+pub(super) fn is_fully_indexed(block: &[u8]) -> bool {
     block.iter().all(|byte| *byte >= 0x80)
 }
 
@@ -97,28 +97,28 @@ impl HpackTable {
     ///
     /// # Errors
     /// When the block is malformed; the table is undefined then.
-    pub(super) fn read(
+    pub(super) fn decode_block(
         &mut self,
         block: &[u8],
         matches: impl Fn(&[u8]) -> bool,
         mut rewritten: Option<&mut Vec<u8>>,
-    ) -> Result<BlockSummary, Malformed> {
+    ) -> Result<BlockSummary, MalformedBlock> {
         let (mut rest, mut summary) = (block, BlockSummary::default());
         while let Some(&first) = rest.first() {
             if first & 0xe0 == 0x20 {
-                self.resize(integer(&mut rest, 5)?)?;
+                self.resize(read_integer(&mut rest, 5)?)?;
                 summary.changes_table = true;
                 continue;
             }
             if first & 0x80 != 0 {
-                let at = integer(&mut rest, 7)?;
-                if (1..=STATIC).contains(&at) {
+                let at = read_integer(&mut rest, 7)?;
+                if (1..=STATIC_ENTRIES).contains(&at) {
                     if let Some(out) = rewritten.as_deref_mut() {
                         write_integer(out, 0x80, 7, at);
                     }
                     continue;
                 }
-                let entry = self.entry(at)?;
+                let entry = self.get_entry(at)?;
                 summary.path_matches |= entry.name.is_path() && matches(&entry.value);
                 if let Some(out) = rewritten.as_deref_mut() {
                     write_literal(out, entry)?;
@@ -126,7 +126,7 @@ impl HpackTable {
                 continue;
             }
             let inserts = first & 0x40 != 0;
-            let entry = self.literal(&mut rest, if inserts { 6 } else { 4 })?;
+            let entry = self.read_literal(&mut rest, if inserts { 6 } else { 4 })?;
             summary.path_matches |= entry.name.is_path() && matches(&entry.value);
             if let Some(out) = rewritten.as_deref_mut() {
                 write_literal(out, &entry)?;
@@ -139,36 +139,36 @@ impl HpackTable {
         Ok(summary)
     }
 
-    fn entry(&self, at: usize) -> Result<&Entry, Malformed> {
-        at.checked_sub(STATIC + 1).and_then(|at| self.entries.get(at)).ok_or(Malformed)
+    fn get_entry(&self, at: usize) -> Result<&TableEntry, MalformedBlock> {
+        at.checked_sub(STATIC_ENTRIES + 1).and_then(|at| self.entries.get(at)).ok_or(MalformedBlock)
     }
 
-    fn literal(&self, rest: &mut &[u8], prefix: u32) -> Result<Entry, Malformed> {
-        let name = match integer(rest, prefix)? {
-            0 => Name::Literal(string(rest)?),
-            at if at <= STATIC => Name::Static(at),
-            at => self.entry(at)?.name.clone(),
+    fn read_literal(&self, rest: &mut &[u8], prefix: u32) -> Result<TableEntry, MalformedBlock> {
+        let name = match read_integer(rest, prefix)? {
+            0 => FieldName::Literal(read_string(rest)?),
+            at if at <= STATIC_ENTRIES => FieldName::Static(at),
+            at => self.get_entry(at)?.name.clone(),
         };
-        Ok(Entry { name, value: string(rest)? })
+        Ok(TableEntry { name, value: read_string(rest)? })
     }
 
-    fn insert(&mut self, entry: Entry) {
+    fn insert(&mut self, entry: TableEntry) {
         self.size += entry.size();
         self.entries.push_front(entry);
         self.evict();
     }
 
-    fn resize(&mut self, limit: usize) -> Result<(), Malformed> {
-        if limit > MAX_TABLE {
-            return Err(Malformed);
+    fn resize(&mut self, limit: usize) -> Result<(), MalformedBlock> {
+        if limit > MAX_TABLE_SIZE {
+            return Err(MalformedBlock);
         }
-        self.limit = limit;
+        self.max_size = limit;
         self.evict();
         Ok(())
     }
 
     fn evict(&mut self) {
-        while self.size > self.limit
+        while self.size > self.max_size
             && let Some(oldest) = self.entries.pop_back()
         {
             self.size -= oldest.size();
@@ -177,21 +177,21 @@ impl HpackTable {
 }
 
 /// An integer with a prefix of so many bits (RFC 7541, section 5.1).
-fn integer(rest: &mut &[u8], prefix: u32) -> Result<usize, Malformed> {
-    let (first, mut behind) = rest.split_first().ok_or(Malformed)?;
+fn read_integer(rest: &mut &[u8], prefix: u32) -> Result<usize, MalformedBlock> {
+    let (first, mut behind) = rest.split_first().ok_or(MalformedBlock)?;
     let most = (1usize << prefix) - 1;
     let mut value = usize::from(*first) & most;
     if value == most {
         // Four more bytes say more than any frame holds.
         for shift in [0, 7, 14, 21, 28] {
-            let (byte, next) = behind.split_first().ok_or(Malformed)?;
+            let (byte, next) = behind.split_first().ok_or(MalformedBlock)?;
             behind = next;
             value += usize::from(byte & 0x7f) << shift;
             if byte & 0x80 == 0 {
                 break;
             }
             if shift == 28 {
-                return Err(Malformed);
+                return Err(MalformedBlock);
             }
         }
     }
@@ -199,10 +199,10 @@ fn integer(rest: &mut &[u8], prefix: u32) -> Result<usize, Malformed> {
     Ok(value)
 }
 
-fn string(rest: &mut &[u8]) -> Result<Box<[u8]>, Malformed> {
-    let huffman = *rest.first().ok_or(Malformed)? & 0x80 != 0;
-    let length = integer(rest, 7)?;
-    let (text, behind) = rest.split_at_checked(length).ok_or(Malformed)?;
+fn read_string(rest: &mut &[u8]) -> Result<Box<[u8]>, MalformedBlock> {
+    let huffman = *rest.first().ok_or(MalformedBlock)? & 0x80 != 0;
+    let length = read_integer(rest, 7)?;
+    let (text, behind) = rest.split_at_checked(length).ok_or(MalformedBlock)?;
     *rest = behind;
     if huffman { huffman::decode(text) } else { Ok(text.into()) }
 }
@@ -229,25 +229,25 @@ pub(super) fn write_string(out: &mut Vec<u8>, text: &[u8]) {
 }
 
 /// Writes a field that enters no table.
-fn write_literal(out: &mut Vec<u8>, entry: &Entry) -> Result<(), Malformed> {
+fn write_literal(out: &mut Vec<u8>, entry: &TableEntry) -> Result<(), MalformedBlock> {
     match &entry.name {
-        Name::Static(at) => write_integer(out, 0, 4, *at),
-        Name::Literal(name) => {
+        FieldName::Static(at) => write_integer(out, 0, 4, *at),
+        FieldName::Literal(name) => {
             out.push(0);
             write_string(out, name);
         }
     }
     write_string(out, &entry.value);
-    if out.len() > MAX_REWRITTEN { Err(Malformed) } else { Ok(()) }
+    if out.len() > MAX_REWRITTEN { Err(MalformedBlock) } else { Ok(()) }
 }
 
 /// HPACK's code for strings (RFC 7541, appendix B). It is canonical: the codes of one length follow each other in the
 /// order of their symbols.
 mod huffman {
-    use super::Malformed;
+    use super::MalformedBlock;
 
     /// How many symbols have a code of each length.
-    const COUNTS: [u8; 31] = [
+    const CODES_PER_LENGTH: [u8; 31] = [
         0, 0, 0, 0, 0, 10, 26, 32, 6, 0, 5, 3, 2, 6, 2, 3, 0, 0, 0, 3, 8, 13, 26, 29, 12, 4, 15, 19, 29, 0, 4,
     ];
     /// The symbols in the order of their codes, without the one that ends a string and never occurs in it.
@@ -270,42 +270,42 @@ mod huffman {
     ///
     /// # Errors
     /// When it holds the code that ends strings, or ends with anything but less than a byte of ones.
-    pub(super) fn decode(text: &[u8]) -> Result<Box<[u8]>, Malformed> {
+    pub(super) fn decode(text: &[u8]) -> Result<Box<[u8]>, MalformedBlock> {
         let mut out = Vec::with_capacity(text.len() * 8 / 5);
-        let mut code = Code::default();
+        let mut code = PartialCode::default();
         for byte in text {
             for bit in (0..8).rev() {
-                if let Some(at) = code.add(u32::from(byte >> bit) & 1)? {
-                    out.push(*SYMBOLS.get(at).ok_or(Malformed)?);
-                    code = Code::default();
+                if let Some(at) = code.push_bit(u32::from(byte >> bit) & 1)? {
+                    out.push(*SYMBOLS.get(at).ok_or(MalformedBlock)?);
+                    code = PartialCode::default();
                 }
             }
         }
         let padding = code.length < 8 && code.bits == (1 << code.length) - 1;
-        if padding { Ok(out.into()) } else { Err(Malformed) }
+        if padding { Ok(out.into()) } else { Err(MalformedBlock) }
     }
 
     /// A code of which some bits are known.
     #[derive(Default)]
-    struct Code {
+    struct PartialCode {
         length: usize,
         bits: u32,
         /// The first code of this length, and the place of its symbol.
-        first: u32,
-        place: u32,
+        first_code: u32,
+        symbol_index: u32,
     }
 
-    impl Code {
+    impl PartialCode {
         /// Adds a bit; the place of the symbol if that was the last one.
-        fn add(&mut self, bit: u32) -> Result<Option<usize>, Malformed> {
-            let shorter = u32::from(COUNTS[self.length]);
-            self.first = (self.first + shorter) << 1;
-            self.place += shorter;
+        fn push_bit(&mut self, bit: u32) -> Result<Option<usize>, MalformedBlock> {
+            let shorter = u32::from(CODES_PER_LENGTH[self.length]);
+            self.first_code = (self.first_code + shorter) << 1;
+            self.symbol_index += shorter;
             self.length += 1;
             self.bits = self.bits << 1 | bit;
-            let count = *COUNTS.get(self.length).ok_or(Malformed)?;
-            let at = self.bits.checked_sub(self.first).filter(|at| *at < u32::from(count));
-            Ok(at.and_then(|at| usize::try_from(self.place + at).ok()))
+            let count = *CODES_PER_LENGTH.get(self.length).ok_or(MalformedBlock)?;
+            let at = self.bits.checked_sub(self.first_code).filter(|at| *at < u32::from(count));
+            Ok(at.and_then(|at| usize::try_from(self.symbol_index + at).ok()))
         }
     }
 }
@@ -324,7 +324,7 @@ mod tests {
 
     /// The table's entries as RFC 7541 writes them.
     fn entries(table: &HpackTable) -> Vec<(usize, String)> {
-        let text = |entry: &Entry| (entry.size(), String::from_utf8(entry.value.to_vec()).unwrap());
+        let text = |entry: &TableEntry| (entry.size(), String::from_utf8(entry.value.to_vec()).unwrap());
         table.entries.iter().map(text).collect()
     }
 
@@ -337,7 +337,7 @@ mod tests {
             ("8286 84be 5886 a8eb 1064 9cbf", 110, "no-cache"),
             ("8287 85bf 4088 25a8 49e9 5ba9 7d7f 8925 a849 e95b b8e8 b4bf", 164, "custom-value"),
         ] {
-            let summary = table.read(&hex(block), |_| true, None).unwrap();
+            let summary = table.decode_block(&hex(block), |_| true, None).unwrap();
             assert!(summary.changes_table && !summary.path_matches, "the path stands in the static table");
             assert_eq!((table.size, entries(&table)[0].1.as_str()), (size, newest));
         }
@@ -363,7 +363,7 @@ mod tests {
                 215,
             ),
         ] {
-            table.read(&hex(block), |_| false, None).unwrap();
+            table.decode_block(&hex(block), |_| false, None).unwrap();
             assert_eq!(table.size, size, "{block}");
         }
         assert_eq!(entries(&table).len(), 3);
@@ -374,11 +374,11 @@ mod tests {
     fn a_rewritten_block_refers_to_no_table() {
         let mut table = HpackTable::default();
         let first = [&[0x83, 0x86, 0x44, 2][..], b"/p", &[0x40, 3], b"x-a", &[1], b"1"].concat();
-        table.read(&first, |_| false, None).unwrap();
+        table.decode_block(&first, |_| false, None).unwrap();
         let mut out = Vec::new();
         // Both entries by reference, and the name of one.
         let again = [&[0x83, 0x86, 0xbf, 0xbe, 0x0f, 0x2f, 1][..], b"2"].concat();
-        let summary = table.read(&again, |path| path == b"/p", Some(&mut out)).unwrap();
+        let summary = table.decode_block(&again, |path| path == b"/p", Some(&mut out)).unwrap();
         assert_eq!(summary, BlockSummary { changes_table: false, path_matches: true });
         let plain =
             [&[0x83, 0x86, 0x04, 2][..], b"/p", &[0, 3], b"x-a", &[1], b"1", &[0, 3], b"x-a", &[1], b"2"];
@@ -398,8 +398,8 @@ mod tests {
             "3fe2ff03",
             "0081 00 00",
         ] {
-            let read = HpackTable::default().read(&hex(block), |_| false, None);
-            assert_eq!(read, Err(Malformed), "{block}");
+            let read = HpackTable::default().decode_block(&hex(block), |_| false, None);
+            assert_eq!(read, Err(MalformedBlock), "{block}");
         }
     }
 
@@ -407,18 +407,18 @@ mod tests {
     fn references_to_a_large_entry_are_not_written_out_without_end() {
         let mut table = HpackTable::default();
         let entry = [&[0x40, 1][..], b"a", &[0x7f, 0x81, 0x1e], &vec![b'x'; 4000 - 32]].concat();
-        assert!(table.read(&entry, |_| false, None).is_ok());
+        assert!(table.decode_block(&entry, |_| false, None).is_ok());
         let mut out = Vec::new();
-        assert_eq!(table.read(&[0xbe; 16_000], |_| false, Some(&mut out)), Err(Malformed));
-        assert!(out.len() < MAX_REWRITTEN + MAX_TABLE);
+        assert_eq!(table.decode_block(&[0xbe; 16_000], |_| false, Some(&mut out)), Err(MalformedBlock));
+        assert!(out.len() < MAX_REWRITTEN + MAX_TABLE_SIZE);
     }
 
     proptest! {
         #[test]
         fn any_bytes_are_read_or_malformed(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             let (mut table, mut out) = (HpackTable::default(), Vec::new());
-            let _ = table.read(&bytes, |_| false, Some(&mut out));
-            prop_assert!(table.size <= MAX_TABLE);
+            let _ = table.decode_block(&bytes, |_| false, Some(&mut out));
+            prop_assert!(table.size <= MAX_TABLE_SIZE);
         }
 
         #[test]
@@ -426,7 +426,7 @@ mod tests {
             let mut out = Vec::new();
             write_integer(&mut out, 0, prefix, value);
             let mut rest = &out[..];
-            prop_assert_eq!(integer(&mut rest, prefix), Ok(value));
+            prop_assert_eq!(read_integer(&mut rest, prefix), Ok(value));
             prop_assert!(rest.is_empty());
         }
     }

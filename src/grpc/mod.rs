@@ -1,42 +1,42 @@
 //! gRPC: the wire's side of everything. Services read messages and write answers; the gate decides who gets in;
 //! `serve` owns the connections. No rule of the product stands here, and only `status` builds a status.
 
-mod accounts;
-pub mod admission;
-mod answer;
-mod audit;
-mod authz;
-mod body;
-pub mod calls;
-mod codec;
+mod account_service;
+mod audit_service;
+pub mod auth;
+mod authz_service;
+mod check_decoder;
+mod check_encoder;
+mod check_fast_path;
+mod check_session;
+mod check_stream;
+mod concurrency;
 mod connection;
+mod connection_io;
 mod convert;
-mod details;
-mod direct;
 mod early_shed;
 mod ext_authz;
-pub mod gate;
+mod gzip;
 mod hpack;
-mod inflate;
-mod io;
-mod keys;
-mod keys_read;
-mod load;
-mod outgoing;
-mod page;
-mod permits;
-mod propagation;
-mod question;
+mod key_requests;
+mod key_service;
+mod load_shed;
+mod long_calls;
+mod management_session;
+mod page_token;
+mod propagation_stream;
+mod raw_codec;
 mod reflection;
-mod reply;
+mod request_body;
+mod response_body;
+mod response_sender;
+pub mod router;
 pub mod rpc;
-mod sending;
+pub mod rpc_metrics;
+mod send_budget;
 pub mod serve;
-mod session;
 mod status;
-mod stream;
-mod vigil;
-mod watches;
+mod status_details;
 
 use std::sync::Arc;
 
@@ -48,63 +48,63 @@ use tonic_health::{
 use tower::util::BoxCloneSyncService;
 
 use crate::{
-    accounts::Accounts,
-    decisions::Decisions,
-    domain::account::Environments,
+    accounts::AccountOperations,
+    decision_log::DecisionLog,
+    domain::account::EnvironmentSet,
     engine::Engine,
     gateway::Gateway,
-    keys::Keys,
+    keys::KeyOperations,
+    membership::MembershipOperations,
     pb::{
         account_service_server::AccountServiceServer, audit_service_server::AuditServiceServer,
         envoy::service::auth::v3::authorization_server::AuthorizationServer,
         key_service_server::KeyServiceServer,
     },
-    people::People,
-    replication::{news::News, propagation::Propagation},
+    replication::{freshness::FreshnessBarrier, propagation::PropagationWaiter},
     store::Store,
-    trace::Tracing,
-    transport::{Overload, budget::MemoryBudget},
+    trace::CallTracer,
+    transport::{OverloadLimits, memory_budget::MemoryBudget},
 };
 
-use gate::{Open, Services};
+use router::{PublicService, Router};
 
 /// What the services are made of.
 #[derive(Clone)]
-pub struct Parts {
+pub struct ServiceParts {
     /// Answers Checks.
     pub engine: Arc<Engine>,
     /// The use cases of keys.
-    pub keys: Arc<Keys>,
+    pub keys: Arc<KeyOperations>,
     /// The use cases of accounts.
-    pub accounts: Arc<Accounts>,
+    pub accounts: Arc<AccountOperations>,
     /// The use cases of roles and members.
-    pub people: Arc<People>,
+    pub membership: Arc<MembershipOperations>,
     /// Judges the requests that proxies ask about.
     pub gateway: Arc<Gateway>,
     /// What the audit log is read from.
     pub store: Arc<dyn Store>,
     /// Waits until a change is in force everywhere.
-    pub propagation: Propagation,
+    pub propagation: PropagationWaiter,
     /// Hears what other replicas have committed.
-    pub news: News,
+    pub freshness: FreshnessBarrier,
     /// The environments there are.
-    pub environments: Arc<Environments>,
+    pub environments: Arc<EnvironmentSet>,
     /// Writes decisions down.
-    pub decisions: Decisions,
+    pub decisions: DecisionLog,
     /// How calls are named, and which are recorded.
-    pub tracing: Tracing,
+    pub tracing: CallTracer,
     /// What requests may hold.
-    pub memory: Arc<MemoryBudget>,
+    pub memory_budget: Arc<MemoryBudget>,
 }
 
-impl std::fmt::Debug for Parts {
+impl std::fmt::Debug for ServiceParts {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Parts")
+        f.write_str("ServiceParts")
     }
 }
 
 /// The names under which health is told: the server's own, and one for each service.
-pub const HEALTH_NAMES: [&str; 6] = [
+pub const HEALTH_SERVICE_NAMES: [&str; 6] = [
     "",
     "keyward.v1.AuthzService",
     "keyward.v1.KeyService",
@@ -117,7 +117,7 @@ pub const HEALTH_NAMES: [&str; 6] = [
 pub async fn report_health(reporter: &HealthReporter, serving: bool) {
     let status =
         if serving { tonic_health::ServingStatus::Serving } else { tonic_health::ServingStatus::NotServing };
-    for name in HEALTH_NAMES {
+    for name in HEALTH_SERVICE_NAMES {
         reporter.set_service_status(name, status).await;
     }
 }
@@ -126,29 +126,29 @@ pub async fn report_health(reporter: &HealthReporter, serving: bool) {
 ///
 /// # Errors
 /// When the built-in descriptors cannot be read: a fault of the build.
-pub fn services(
-    parts: Parts,
+pub fn build_router(
+    parts: ServiceParts,
     reporter: HealthReporter,
-    overload: Overload,
+    overload: OverloadLimits,
     stopping: watch::Receiver<bool>,
-) -> anyhow::Result<Services> {
-    let Parts {
+) -> anyhow::Result<Router> {
+    let ServiceParts {
         engine,
         keys,
         accounts,
-        people,
+        membership: people,
         gateway,
         store,
         propagation,
-        news,
+        freshness: news,
         environments,
         decisions,
         tracing,
-        memory,
+        memory_budget: memory,
     } = parts;
     let health = HealthServer::new(HealthService::from_health_reporter(reporter));
-    let descriptors = reflection::Descriptors::built_in()?;
-    let open: [(&'static str, Open); 3] = [
+    let descriptors = reflection::DescriptorIndex::from_built_in()?;
+    let open: [(&'static str, PublicService); 3] = [
         ("grpc.health.v1.Health", BoxCloneSyncService::new(health)),
         (
             "grpc.reflection.v1.ServerReflection",
@@ -159,33 +159,37 @@ pub fn services(
             BoxCloneSyncService::new(reflection::v1alpha::server(descriptors)),
         ),
     ];
-    let checks = authz::AuthzService { engine: engine.clone(), environments, decisions, stopping };
+    let checks = authz_service::AuthzService { engine: engine.clone(), environments, decisions, stopping };
 
-    let proxies = Arc::new(ext_authz::ExtAuthz { gateway: gateway.clone(), tracing });
-    let outgoing = Arc::new(outgoing::SendBudget::default());
-    let lists = || outgoing.lists().clone();
-    let audit = audit::AuditService::over(store, engine.clone(), lists());
-    let accounts =
-        accounts::AccountService { accounts, people, propagation: propagation.clone(), lists: lists() };
-    let keys = keys::KeyService { keys, engine: engine.clone(), propagation, lists: lists() };
-    Ok(Services {
-        calls: Arc::default(),
+    let proxies = Arc::new(ext_authz::ExtAuthzService { gateway: gateway.clone(), tracing });
+    let outgoing = Arc::new(send_budget::SendBudget::default());
+    let lists = || outgoing.list_permits().clone();
+    let audit = audit_service::AuditService::new(store, engine.clone(), lists());
+    let accounts = account_service::AccountService {
+        accounts,
+        membership: people,
+        propagation: propagation.clone(),
+        list_permits: lists(),
+    };
+    let keys = key_service::KeyService { keys, engine: engine.clone(), propagation, list_permits: lists() };
+    Ok(Router {
+        rpc_metrics: Arc::default(),
         engine,
         tracing,
-        ext_authz: AuthorizationServer::from_arc(proxies.clone())
-            .max_decoding_message_size(rpc::largest(rpc::service(rpc::EXT_AUTHZ))),
-        proxies,
+        ext_authz_server: AuthorizationServer::from_arc(proxies.clone())
+            .max_decoding_message_size(rpc::max_request_of_service(rpc::service_name(rpc::EXT_AUTHZ_METHOD))),
+        ext_authz_service: proxies,
         gateway,
         // The gate holds each RPC to its own limit; here the largest must pass.
-        checks: Arc::new(checks),
-        keys: KeyServiceServer::new(keys),
-        accounts: AccountServiceServer::new(accounts),
-        audit: AuditServiceServer::new(audit),
-        news,
-        open: open.into(),
-        management: tokio::runtime::Handle::current(),
-        limits: Arc::new(permits::ConcurrencyLimits::new(overload)),
-        memory,
-        outgoing,
+        authz_service: Arc::new(checks),
+        key_server: KeyServiceServer::new(keys),
+        account_server: AccountServiceServer::new(accounts),
+        audit_server: AuditServiceServer::new(audit),
+        freshness: news,
+        public_services: open.into(),
+        management_runtime: tokio::runtime::Handle::current(),
+        concurrency_limits: Arc::new(concurrency::ConcurrencyLimits::new(overload)),
+        memory_budget: memory,
+        send_budget: outgoing,
     })
 }

@@ -15,35 +15,35 @@ use crate::pb;
 
 /// An encoded `google.protobuf.FileDescriptorSet`, whose files stay encoded: options of others would be lost otherwise.
 #[derive(Clone, PartialEq, prost::Message)]
-struct EncodedFiles {
+struct EncodedFileSet {
     #[prost(bytes = "bytes", repeated, tag = "1")]
     file: Vec<Bytes>,
 }
 
 /// What there is to know, by name. Shared by both versions.
 #[derive(Debug, Default)]
-pub(super) struct Descriptors {
+pub(super) struct DescriptorIndex {
     files: HashMap<String, Bytes>,
     /// The file of each symbol.
     symbols: HashMap<String, Bytes>,
     services: Vec<String>,
 }
 
-impl Descriptors {
+impl DescriptorIndex {
     /// Everything that is served, and the details of errors, so that grpcurl can show them.
     ///
     /// # Errors
     /// When the built-in descriptors cannot be read: a fault of the build.
-    pub(super) fn built_in() -> Result<Arc<Descriptors>, prost::DecodeError> {
-        let mut descriptors = Descriptors::default();
+    pub(super) fn from_built_in() -> Result<Arc<DescriptorIndex>, prost::DecodeError> {
+        let mut descriptors = DescriptorIndex::default();
         for set in [
-            pb::DESCRIPTORS,
+            pb::FILE_DESCRIPTOR_SET,
             tonic_health::pb::FILE_DESCRIPTOR_SET,
             tonic_types::pb::FILE_DESCRIPTOR_SET,
             tonic_reflection::pb::v1::FILE_DESCRIPTOR_SET,
             tonic_reflection::pb::v1alpha::FILE_DESCRIPTOR_SET,
         ] {
-            for file in EncodedFiles::decode(set)?.file {
+            for file in EncodedFileSet::decode(set)?.file {
                 descriptors.add_file(file)?;
             }
         }
@@ -104,16 +104,16 @@ impl Descriptors {
 }
 
 /// What a request cannot be answered with: a code, and a message for people.
-type Refused = (Code, String);
+type ReflectionError = (Code, String);
 
-fn not_found(what: &str, name: &str) -> Refused {
+fn not_found(what: &str, name: &str) -> ReflectionError {
     // Clients choose how long a name is.
     let shown: String = name.chars().take(200).collect();
     (Code::NotFound, format!("there is no {what} \"{shown}\"; list_services shows what there is"))
 }
 
 /// The service of one version; the two differ in their package alone.
-macro_rules! service {
+macro_rules! reflection_service {
     ($version:ident) => {
         pub(super) mod $version {
             use tonic_reflection::pb::$version::{
@@ -128,11 +128,11 @@ macro_rules! service {
 
             /// Answers from the descriptors.
             #[derive(Debug)]
-            pub(in crate::grpc) struct Reflection(Arc<Descriptors>);
+            pub(in crate::grpc) struct Reflection(Arc<DescriptorIndex>);
 
             /// The service over these descriptors.
             pub(in crate::grpc) fn server(
-                descriptors: Arc<Descriptors>,
+                descriptors: Arc<DescriptorIndex>,
             ) -> ServerReflectionServer<Reflection> {
                 ServerReflectionServer::new(Reflection(descriptors))
             }
@@ -154,7 +154,7 @@ macro_rules! service {
             }
 
             fn answer(
-                descriptors: &Descriptors,
+                descriptors: &DescriptorIndex,
                 request: ServerReflectionRequest,
             ) -> ServerReflectionResponse {
                 let found = find(descriptors, request.message_request.as_ref());
@@ -169,9 +169,9 @@ macro_rules! service {
             }
 
             fn find(
-                descriptors: &Descriptors,
+                descriptors: &DescriptorIndex,
                 request: Option<&MessageRequest>,
-            ) -> Result<MessageResponse, Refused> {
+            ) -> Result<MessageResponse, ReflectionError> {
                 let file = |found: Option<&Bytes>, what: &str, name: &str| {
                     let file = found.ok_or_else(|| not_found(what, name))?;
                     let file_descriptor_proto = vec![file.to_vec()];
@@ -209,5 +209,5 @@ macro_rules! service {
     };
 }
 
-service!(v1);
-service!(v1alpha);
+reflection_service!(v1);
+reflection_service!(v1alpha);

@@ -20,94 +20,103 @@ use tokio::{
 };
 
 use crate::transport::{
-    Listener,
-    counts::{Counts, Refused},
-    socket::{Open, Socket},
-    tls::Tls,
+    ListenerSettings,
+    listener_metrics::{ConnectionRefusal, ListenerCounters},
+    socket::{AcceptedSocket, OpenListener},
+    tls::ListenerTls,
 };
 
 use super::{
-    admission::Door,
-    connection::{self, Arrived, Entrance},
-    gate::Services,
-    load::Lane,
+    auth::ListenerPolicy,
+    connection::{self, AcceptedConnection, ListenerState},
+    load_shed::WorkerQueue,
+    router::Router,
 };
 
 /// How long to leave a listener alone when accepting failed: mostly the process has no file descriptor left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// How often the log is told of what may happen many times a second.
-const TELL_EVERY: Duration = Duration::from_secs(10);
+const LOG_INTERVAL: Duration = Duration::from_secs(10);
 
-struct Worker {
-    connections: mpsc::UnboundedSender<Arrived>,
-    load: Arc<AtomicUsize>,
-    lane: Arc<Lane>,
+struct WorkerThread {
+    connections: mpsc::UnboundedSender<AcceptedConnection>,
+    open_connections: Arc<AtomicUsize>,
+    queue: Arc<WorkerQueue>,
     thread: JoinHandle<()>,
 }
 
 /// The threads that serve connections.
-pub struct Workers {
-    workers: Vec<Worker>,
+pub struct WorkerPool {
+    workers: Vec<WorkerThread>,
     /// Places for the connections of every listener together.
-    room: Arc<Semaphore>,
+    connection_permits: Arc<Semaphore>,
     /// Tells connections that they end.
-    ending: watch::Sender<bool>,
+    stopping: watch::Sender<bool>,
 }
 
-impl std::fmt::Debug for Workers {
+impl std::fmt::Debug for WorkerPool {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Workers").field("threads", &self.workers.len()).finish_non_exhaustive()
+        f.debug_struct("WorkerPool").field("threads", &self.workers.len()).finish_non_exhaustive()
     }
 }
 
 /// How much the workers take.
 #[derive(Clone, Copy, Debug)]
-pub struct Capacity {
+pub struct WorkerCapacity {
     /// How many threads there are.
     pub threads: usize,
     /// How many connections there may be, over all listeners.
-    pub connections: usize,
+    pub max_connections: usize,
     /// How many calls of a thread may wait for their turn.
-    pub queued: usize,
+    pub max_queued: usize,
     /// How long calls in flight may take to end, at a stop.
-    pub drain: Duration,
+    pub drain_timeout: Duration,
 }
 
-impl Workers {
+impl WorkerPool {
     /// Starts the threads.
     ///
     /// # Errors
     /// When the operating system gives no thread.
-    pub fn start(capacity: Capacity, services: &Arc<Services>) -> io::Result<Workers> {
-        let Capacity { threads, connections, queued, drain } = capacity;
+    pub fn start(capacity: WorkerCapacity, services: &Arc<Router>) -> io::Result<WorkerPool> {
+        let WorkerCapacity {
+            threads,
+            max_connections: connections,
+            max_queued: queued,
+            drain_timeout: drain,
+        } = capacity;
         let (ending, stopping) = watch::channel(false);
         let workers =
-            (0..threads.max(1)).map(|at| start(at, services.clone(), stopping.clone(), queued, drain));
+            (0..threads.max(1)).map(|at| start_worker(at, services.clone(), stopping.clone(), queued, drain));
         let room = Arc::new(Semaphore::new(connections));
-        Ok(Workers { workers: workers.collect::<Result<_, _>>()?, room, ending })
+        Ok(WorkerPool {
+            workers: workers.collect::<Result<_, _>>()?,
+            connection_permits: room,
+            stopping: ending,
+        })
     }
 
     /// Tells how many calls the threads have turned away, whenever it is asked.
-    pub fn shed(&self) -> impl Fn() -> u64 + Send + Sync + 'static {
-        let lanes: Vec<_> = self.workers.iter().map(|worker| worker.lane.clone()).collect();
-        move || lanes.iter().map(|lane| lane.shed()).sum()
+    pub fn shed_counter(&self) -> impl Fn() -> u64 + Send + Sync + 'static {
+        let lanes: Vec<_> = self.workers.iter().map(|worker| worker.queue.clone()).collect();
+        move || lanes.iter().map(|lane| lane.shed_calls()).sum()
     }
 
     /// Gives a connection to the thread with the fewest.
-    fn serve(&self, arrived: Arrived) {
-        let idlest = self.workers.iter().min_by_key(|worker| worker.load.load(Ordering::Relaxed));
+    fn assign(&self, arrived: AcceptedConnection) {
+        let idlest = self.workers.iter().min_by_key(|worker| worker.open_connections.load(Ordering::Relaxed));
         let Some(worker) = idlest else { return };
-        worker.load.fetch_add(1, Ordering::Relaxed);
+        worker.open_connections.fetch_add(1, Ordering::Relaxed);
         // A worker that has ended takes no more; the connection closes.
         let _ = worker.connections.send(arrived);
     }
 
     /// Has the threads finish the calls in flight, as long as they may, and end; waits for that. Listeners close before:
     /// a client that is told to go connects again at once, and a listener that closes just then would reset it.
-    pub fn finish(self) {
-        self.ending.send_replace(true);
+    pub fn drain_and_join(self) {
+        self.stopping.send_replace(true);
         // All of them, before any is waited for: the time to drain begins with that.
-        let ends = |Worker { connections, thread, .. }| {
+        let ends = |WorkerThread { connections, thread, .. }| {
             drop(connections);
             thread
         };
@@ -120,48 +129,48 @@ impl Workers {
     }
 }
 
-fn start(
+fn start_worker(
     at: usize,
-    services: Arc<Services>,
+    services: Arc<Router>,
     stopping: watch::Receiver<bool>,
     queued: usize,
     drain: Duration,
-) -> io::Result<Worker> {
-    let (load, lane) = (Arc::new(AtomicUsize::new(0)), Arc::new(Lane::new(queued)));
+) -> io::Result<WorkerThread> {
+    let (load, lane) = (Arc::new(AtomicUsize::new(0)), Arc::new(WorkerQueue::new(queued)));
     let (parked, unparked) = (lane.clone(), lane.clone());
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        .on_thread_park(move || parked.park())
-        .on_thread_unpark(move || unparked.unpark())
+        .on_thread_park(move || parked.on_park())
+        .on_thread_unpark(move || unparked.on_unpark())
         .build()?;
     let (connections, incoming) = mpsc::unbounded_channel();
-    let working = Working { services, stopping, load: load.clone(), lane: lane.clone() };
+    let working = WorkerLoop { services, stopping, open_connections: load.clone(), queue: lane.clone() };
     let thread = std::thread::Builder::new()
         .name(format!("keyward-serve-{at}"))
         .spawn(move || runtime.block_on(working.run(incoming, drain)))?;
-    Ok(Worker { connections, load, lane, thread })
+    Ok(WorkerThread { connections, open_connections: load, queue: lane, thread })
 }
 
 /// What a thread works with.
-struct Working {
-    services: Arc<Services>,
+struct WorkerLoop {
+    services: Arc<Router>,
     stopping: watch::Receiver<bool>,
-    load: Arc<AtomicUsize>,
-    lane: Arc<Lane>,
+    open_connections: Arc<AtomicUsize>,
+    queue: Arc<WorkerQueue>,
 }
 
-impl Working {
+impl WorkerLoop {
     /// Serves connections until there are no more to come: the listeners are closed.
-    async fn run(self, mut incoming: mpsc::UnboundedReceiver<Arrived>, drain: Duration) {
+    async fn run(self, mut incoming: mpsc::UnboundedReceiver<AcceptedConnection>, drain: Duration) {
         let mut connections = tokio::task::JoinSet::new();
         loop {
             tokio::select! {
                 next = incoming.recv() => {
                     let Some(arrived) = next else { break };
-                    let (services, lane) = (self.services.clone(), self.lane.clone());
-                    let (stopping, load) = (self.stopping.clone(), self.load.clone());
+                    let (services, lane) = (self.services.clone(), self.queue.clone());
+                    let (stopping, load) = (self.stopping.clone(), self.open_connections.clone());
                     connections.spawn(async move {
-                        connection::serve(arrived, services, lane, stopping).await;
+                        connection::serve_connection(arrived, services, lane, stopping).await;
                         load.fetch_sub(1, Ordering::Relaxed);
                     });
                 }
@@ -176,47 +185,57 @@ impl Working {
 }
 
 /// Waits until `stopping` turns true.
-pub(super) async fn stopped(stopping: &mut watch::Receiver<bool>) {
+pub(super) async fn wait_until_stopping(stopping: &mut watch::Receiver<bool>) {
     // The sender is gone only when the server is.
     let _ = stopping.wait_for(|stop| *stop).await;
 }
 
 /// A listener that is to be served.
 #[derive(Debug)]
-pub struct Opened {
+pub struct BoundListener {
     /// What it is to be.
-    pub listener: Listener,
+    pub settings: ListenerSettings,
     /// Where connections come from.
-    pub open: Open,
+    pub socket: OpenListener,
     /// Its TLS.
-    pub tls: Option<Arc<Tls>>,
+    pub tls: Option<Arc<ListenerTls>>,
     /// What it counts.
-    pub counts: Arc<Counts>,
+    pub counters: Arc<ListenerCounters>,
 }
 
 /// Accepts the connections of one listener until `stopping` turns true, and those that wait then: who has connected is
 /// answered.
-pub async fn accept(opened: Opened, workers: &Workers, mut stopping: watch::Receiver<bool>) {
-    let Opened { listener, open, tls, counts } = opened;
-    let door = Arc::new(Door::of(&listener));
-    let mut told = Quiet::default();
-    let mut entry = Entry {
+pub async fn accept_connections(
+    opened: BoundListener,
+    workers: &WorkerPool,
+    mut stopping: watch::Receiver<bool>,
+) {
+    let BoundListener { settings: listener, socket: open, tls, counters: counts } = opened;
+    let door = Arc::new(ListenerPolicy::from_settings(&listener));
+    let mut told = AcceptLogThrottle::default();
+    let mut entry = ConnectionAcceptor {
         name: listener.name,
-        places: Arc::new(Semaphore::new(listener.limits.connections)),
-        entrance: Arc::new(Entrance { door, limits: listener.limits, tls, counts, ever: AtomicU64::new(0) }),
+        permits: Arc::new(Semaphore::new(listener.limits.max_connections)),
+        listener: Arc::new(ListenerState {
+            policy: door,
+            limits: listener.limits,
+            tls,
+            counters: counts,
+            accepted_total: AtomicU64::new(0),
+        }),
         workers,
-        told: Quiet::default(),
+        log_throttle: AcceptLogThrottle::default(),
     };
     loop {
         let accepted = tokio::select! {
             accepted = open.accept() => accepted,
-            () = stopped(&mut stopping) => break,
+            () = wait_until_stopping(&mut stopping) => break,
         };
         match accepted {
-            Ok((socket, peer)) => entry.admit(socket, peer),
+            Ok((socket, peer)) => entry.accept_connection(socket, peer),
             Err(error) => {
-                entry.entrance.counts.refuse(Refused::Failed);
-                told.say(|more| {
+                entry.listener.counters.count_refusal(ConnectionRefusal::AcceptFailed);
+                told.log(|more| {
                     let error = &error as &dyn std::error::Error;
                     tracing::warn!(error, listener = entry.name, more, "accepting failed");
                 });
@@ -224,24 +243,24 @@ pub async fn accept(opened: Opened, workers: &Workers, mut stopping: watch::Rece
             }
         }
     }
-    open.close(|socket, peer| entry.admit(socket, peer));
+    open.accept_pending_and_close(|socket, peer| entry.accept_connection(socket, peer));
 }
 
 /// Where the connections of a listener come in.
-struct Entry<'a> {
+struct ConnectionAcceptor<'a> {
     name: String,
-    places: Arc<Semaphore>,
-    entrance: Arc<Entrance>,
-    workers: &'a Workers,
-    told: Quiet,
+    permits: Arc<Semaphore>,
+    listener: Arc<ListenerState>,
+    workers: &'a WorkerPool,
+    log_throttle: AcceptLogThrottle,
 }
 
-impl Entry<'_> {
+impl ConnectionAcceptor<'_> {
     /// Gives a connection to a worker, where there is room for it.
-    fn admit(&mut self, socket: Socket, peer: Option<SocketAddr>) {
-        let Some(places) = place(&self.workers.room, &self.places) else {
-            self.entrance.counts.refuse(Refused::Full);
-            return self.told.say(|more| {
+    fn accept_connection(&mut self, socket: AcceptedSocket, peer: Option<SocketAddr>) {
+        let Some(places) = acquire_permits(&self.workers.connection_permits, &self.permits) else {
+            self.listener.counters.count_refusal(ConnectionRefusal::LimitReached);
+            return self.log_throttle.log(|more| {
                 tracing::warn!(
                     listener = self.name,
                     ?peer,
@@ -250,30 +269,36 @@ impl Entry<'_> {
                 );
             });
         };
-        let (entrance, counted) = (self.entrance.clone(), self.entrance.counts.connected());
-        self.workers.serve(Arrived { socket, peer, entrance, _places: places, _counted: counted });
+        let (entrance, counted) = (self.listener.clone(), self.listener.counters.track_connection());
+        self.workers.assign(AcceptedConnection {
+            socket,
+            peer,
+            listener: entrance,
+            _permits: places,
+            _open_guard: counted,
+        });
     }
 }
 
-fn place(room: &Arc<Semaphore>, places: &Arc<Semaphore>) -> Option<[OwnedSemaphorePermit; 2]> {
+fn acquire_permits(room: &Arc<Semaphore>, places: &Arc<Semaphore>) -> Option<[OwnedSemaphorePermit; 2]> {
     Some([places.clone().try_acquire_owned().ok()?, room.clone().try_acquire_owned().ok()?])
 }
 
 /// Says a thing now and then, and how often it was left unsaid.
 #[derive(Default)]
-struct Quiet {
-    said: Option<Instant>,
-    unsaid: u64,
+struct AcceptLogThrottle {
+    last_logged: Option<Instant>,
+    suppressed: u64,
 }
 
-impl Quiet {
-    fn say(&mut self, say: impl FnOnce(u64)) {
+impl AcceptLogThrottle {
+    fn log(&mut self, say: impl FnOnce(u64)) {
         let now = Instant::now();
-        if self.said.is_some_and(|said| now - said < TELL_EVERY) {
-            self.unsaid += 1;
+        if self.last_logged.is_some_and(|said| now - said < LOG_INTERVAL) {
+            self.suppressed += 1;
             return;
         }
-        self.said = Some(now);
-        say(std::mem::take(&mut self.unsaid));
+        self.last_logged = Some(now);
+        say(std::mem::take(&mut self.suppressed));
     }
 }

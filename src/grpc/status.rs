@@ -11,121 +11,147 @@ use tonic_types::StatusExt as _;
 
 use super::{
     convert,
-    details::{Details, MAX_MESSAGE, list, shorten},
+    status_details::{MAX_MESSAGE_LEN, StatusDetails, join_truncated, truncate_encoded},
 };
 use crate::{
     domain::{
-        account::{AccountLimit, LimitReached},
+        account::{AccountLimitKind, AccountLimitReached},
         name::AccountId,
     },
-    engine::CannotAnswer,
-    refusal::{Refusal, Thing, Violation},
-    replication::propagation::{Incomplete, Report},
+    engine::CheckError,
+    replication::propagation::{PropagationError, PropagationReport},
+    service_error::{InvalidField, ResourceKind, ServiceError},
 };
 
-const RETRY_PUSHBACK: HeaderName = HeaderName::from_static("grpc-retry-pushback-ms");
+const RETRY_PUSHBACK_HEADER: HeaderName = HeaderName::from_static("grpc-retry-pushback-ms");
 /// When a call that found a full server may be sent again.
-const OVERLOADED_FOR: std::time::Duration = std::time::Duration::from_millis(100);
+const OVERLOAD_RETRY_DELAY: std::time::Duration = std::time::Duration::from_millis(100);
 
 /// Every status of this server: its message and its details have sizes that clients accept.
-fn build(code: Code, message: &str, details: Details) -> Status {
-    build_with_headers(code, message, details, HeaderMap::new())
+fn build_status(code: Code, message: &str, details: StatusDetails) -> Status {
+    build_status_with_headers(code, message, details, HeaderMap::new())
 }
 
-fn build_with_headers(code: Code, message: &str, details: Details, headers: HeaderMap) -> Status {
-    let message = shorten(message, MAX_MESSAGE);
+fn build_status_with_headers(
+    code: Code,
+    message: &str,
+    details: StatusDetails,
+    headers: HeaderMap,
+) -> Status {
+    let message = truncate_encoded(message, MAX_MESSAGE_LEN);
     let details = details.encode(code, &message);
     Status::with_details_and_metadata(code, message, details, MetadataMap::from_headers(headers))
 }
 
-fn status(code: Code, reason: &str, message: &str) -> Status {
-    with_metadata(code, reason, message, HashMap::new())
+fn status_with_reason(code: Code, reason: &str, message: &str) -> Status {
+    status_with_metadata(code, reason, message, HashMap::new())
 }
 
-fn with_metadata(code: Code, reason: &str, message: &str, metadata: HashMap<String, String>) -> Status {
-    build(code, message, Details::new(reason, metadata))
+fn status_with_metadata(
+    code: Code,
+    reason: &str,
+    message: &str,
+    metadata: HashMap<String, String>,
+) -> Status {
+    build_status(code, message, StatusDetails::new(reason, metadata))
 }
 
 fn account_exists(id: &AccountId, message: &str) -> Status {
     let metadata = HashMap::from([("account".to_owned(), id.to_string())]);
-    with_metadata(Code::AlreadyExists, "ACCOUNT_EXISTS", message, metadata)
+    status_with_metadata(Code::AlreadyExists, "ACCOUNT_EXISTS", message, metadata)
 }
 
-fn invalid(violations: &[Violation]) -> Status {
+fn invalid_request(violations: &[InvalidField]) -> Status {
     let each = violations.iter().map(|violation| format!("{}: {}", violation.field, violation.problem));
-    let message = format!("invalid request: {}", list(each, "; ", "violations"));
-    build(Code::InvalidArgument, &message, Details::of_violations(violations))
+    let message = format!("invalid request: {}", join_truncated(each, "; ", "violations"));
+    build_status(Code::InvalidArgument, &message, StatusDetails::from_violations(violations))
 }
 
-impl From<Refusal> for Status {
-    fn from(refusal: Refusal) -> Status {
+impl From<ServiceError> for Status {
+    fn from(refusal: ServiceError) -> Status {
         match refusal {
-            Refusal::Invalid(violations) => invalid(&violations),
-            Refusal::NotFound(Thing::Key) => status(Code::NotFound, "KEY_NOT_FOUND", "there is no such key"),
-            Refusal::NotFound(Thing::Account) => {
-                status(Code::NotFound, "ACCOUNT_NOT_FOUND", "there is no such account")
+            ServiceError::Invalid(violations) => invalid_request(&violations),
+            ServiceError::NotFound(ResourceKind::Key) => {
+                status_with_reason(Code::NotFound, "KEY_NOT_FOUND", "there is no such key")
             }
-            Refusal::KeyNameTaken => {
-                status(Code::AlreadyExists, "KEY_NAME_TAKEN", "An API key with this name already exists")
+            ServiceError::NotFound(ResourceKind::Account) => {
+                status_with_reason(Code::NotFound, "ACCOUNT_NOT_FOUND", "there is no such account")
             }
-            Refusal::AccountExists(id) => account_exists(&id, "an account with this id already exists"),
-            Refusal::AccountIdCase(id) => account_exists(
+            ServiceError::KeyNameTaken => status_with_reason(
+                Code::AlreadyExists,
+                "KEY_NAME_TAKEN",
+                "An API key with this name already exists",
+            ),
+            ServiceError::AccountExists(id) => account_exists(&id, "an account with this id already exists"),
+            ServiceError::AccountIdDiffersInCase(id) => account_exists(
                 &id,
                 &format!(
                     "the account {id:?} exists, whose id differs from this one only in case; use that account, or \
                      another id"
                 ),
             ),
-            Refusal::NotFound(Thing::Role) => {
-                status(Code::NotFound, "ROLE_NOT_FOUND", "there is no such role")
+            ServiceError::NotFound(ResourceKind::Role) => {
+                status_with_reason(Code::NotFound, "ROLE_NOT_FOUND", "there is no such role")
             }
-            Refusal::NotFound(Thing::Member) => {
-                status(Code::NotFound, "MEMBER_NOT_FOUND", "the user is no member of the account")
+            ServiceError::NotFound(ResourceKind::Member) => {
+                status_with_reason(Code::NotFound, "MEMBER_NOT_FOUND", "the user is no member of the account")
             }
-            Refusal::NotFound(Thing::Revision) => {
-                status(Code::NotFound, "REVISION_NOT_FOUND", "there is no change of this revision")
-            }
-            Refusal::DigestTaken => {
-                status(Code::AlreadyExists, "DIGEST_TAKEN", "a key with this digest already exists")
-            }
-            Refusal::AccountLimit(reached) => account_limit(reached),
-            Refusal::ReplicaTooOld { value, replicas } => replica_too_old(&value, &replicas),
-            Refusal::CallerLimited(retry_after) => caller_limited(retry_after),
-            Refusal::IdempotencyKeyReused => status(
+            ServiceError::NotFound(ResourceKind::Revision) => status_with_reason(
+                Code::NotFound,
+                "REVISION_NOT_FOUND",
+                "there is no change of this revision",
+            ),
+            ServiceError::DigestTaken => status_with_reason(
+                Code::AlreadyExists,
+                "DIGEST_TAKEN",
+                "a key with this digest already exists",
+            ),
+            ServiceError::AccountLimitReached(reached) => account_limit_reached(reached),
+            ServiceError::ReplicaTooOld { value, replicas } => replica_too_old(&value, &replicas),
+            ServiceError::CallerRateLimited(retry_after) => caller_limited(retry_after),
+            ServiceError::IdempotencyKeyReused => status_with_reason(
                 Code::FailedPrecondition,
                 "IDEMPOTENCY_KEY_REUSED",
                 "another request was made under this idempotency_key within 24 hours; use a new one",
             ),
-            Refusal::Forbidden(reason, message) => status(Code::PermissionDenied, reason, &message),
-            Refusal::Precondition(reason, message) => status(Code::FailedPrecondition, reason, &message),
-            Refusal::Unauthenticated => status(
+            ServiceError::Forbidden(reason, message) => {
+                status_with_reason(Code::PermissionDenied, reason, &message)
+            }
+            ServiceError::FailedPrecondition(reason, message) => {
+                status_with_reason(Code::FailedPrecondition, reason, &message)
+            }
+            ServiceError::Unauthenticated => status_with_reason(
                 Code::Unauthenticated,
                 "UNAUTHENTICATED",
                 "missing or invalid credentials; send 'authorization: Bearer <management key>'",
             ),
-            Refusal::CallerRevoked => status(
+            ServiceError::CallerRevoked => status_with_reason(
                 Code::Unauthenticated,
                 "CALLER_REVOKED",
                 "the calling key was revoked or restricted during the call; a change that was made before that stays",
             ),
-            Refusal::PermissionMissing(scope) => lacks_permission(scope),
-            Refusal::CannotAnswer(reason) => cannot_answer(reason),
-            Refusal::NotRecorded { full } => not_recorded(full),
-            Refusal::OutcomeUnknown => status(
+            ServiceError::MissingPermission(scope) => permission_missing(scope),
+            ServiceError::CheckFailed(reason) => check_error(reason),
+            ServiceError::NotRecorded { is_database_full: full } => not_recorded(full),
+            ServiceError::OutcomeUnknown => status_with_reason(
                 Code::Unavailable,
                 "OUTCOME_UNKNOWN",
                 "whether the change was recorded is unknown; until that is settled this server refuses what the \
                  change refuses. Send it again: every change can be repeated",
             ),
-            Refusal::SomeUnknown { unknown, changes } => some_unknown(unknown, changes),
-            Refusal::Unavailable => {
-                status(Code::Unavailable, "STORE_UNAVAILABLE", "the database did not answer; try again")
-            }
-            Refusal::Stopping => {
-                status(Code::Unavailable, "STOPPING", "this server is stopping; try another one, or again")
-            }
-            Refusal::Incomplete(incomplete) => not_complete(incomplete),
-            Refusal::Contended => status(
+            ServiceError::SomeOutcomesUnknown { unknown, changes } => some_outcomes_unknown(unknown, changes),
+            ServiceError::Unavailable => status_with_reason(
+                Code::Unavailable,
+                "STORE_UNAVAILABLE",
+                "the database did not answer; try again",
+            ),
+            ServiceError::Stopping => status_with_reason(
+                Code::Unavailable,
+                "STOPPING",
+                "this server is stopping; try another one, or again",
+            ),
+            ServiceError::PropagationIncomplete(incomplete) => propagation_incomplete(incomplete),
+            ServiceError::Contended => status_with_reason(
                 Code::Aborted,
                 "CONTENDED",
                 "the record was changed again and again meanwhile, and nothing was done; try again",
@@ -136,7 +162,7 @@ impl From<Refusal> for Status {
 
 /// A refusal's stable reason and its message, for an item of a bulk answer.
 #[must_use]
-pub(super) fn reason(refusal: Refusal) -> (String, String) {
+pub(super) fn reason_and_message(refusal: ServiceError) -> (String, String) {
     let status = Status::from(refusal);
     let info = status.get_details_error_info();
     (info.map(|info| info.reason).unwrap_or_default(), status.message().to_owned())
@@ -146,33 +172,33 @@ fn caller_limited(retry_after: Option<std::time::Duration>) -> Status {
     // For gateways that speak HTTP: whole seconds, never too few.
     let seconds = retry_after.map(|after| after.as_secs() + u64::from(after.subsec_nanos() > 0));
     let headers = seconds.map(|seconds| (RETRY_AFTER, seconds.into()));
-    let details = Details::new("CALLER_LIMITED", HashMap::new());
+    let details = StatusDetails::new("CALLER_LIMITED", HashMap::new());
     let details = match retry_after {
         Some(after) => details.with_retry(after),
         None => details,
     };
     let message = "a rate limit or the quota of the caller's own key is used up";
-    build_with_headers(Code::ResourceExhausted, message, details, HeaderMap::from_iter(headers))
+    build_status_with_headers(Code::ResourceExhausted, message, details, HeaderMap::from_iter(headers))
 }
 
 /// A batch that the limits of its caller's own key never let through, however long it waits.
 #[must_use]
-pub(super) fn batch_never_fits(checks: u64, most: u64) -> Status {
+pub(super) fn batch_exceeds_limit(checks: u64, most: u64) -> Status {
     let message = format!(
         "the batch has {checks} checks, and a limit of the caller's own key lets at most {most} through at once; \
          send smaller batches"
     );
     let metadata = HashMap::from([("limit".to_owned(), most.to_string())]);
-    with_metadata(Code::ResourceExhausted, "CALLER_LIMITED", &message, metadata)
+    status_with_metadata(Code::ResourceExhausted, "CALLER_LIMITED", &message, metadata)
 }
 
 /// The account has as much as its limit allows.
-fn account_limit(LimitReached { limit, value, retry_after }: LimitReached) -> Status {
+fn account_limit_reached(AccountLimitReached { limit, value, retry_after }: AccountLimitReached) -> Status {
     let (name, number) = (limit.as_str(), value.to_string());
     let what_to_do = match limit {
-        AccountLimit::Keys => "revoke keys that are no longer needed",
-        AccountLimit::Roles => "delete roles that are no longer needed",
-        AccountLimit::RotationsPerHour | AccountLimit::LogRowsPerHour => "try again in the next hour",
+        AccountLimitKind::Keys => "revoke keys that are no longer needed",
+        AccountLimitKind::Roles => "delete roles that are no longer needed",
+        AccountLimitKind::RotationsPerHour | AccountLimitKind::LogRowsPerHour => "try again in the next hour",
     };
     let message = format!(
         "the account has reached its limit {name} = {value}; {what_to_do}, or raise account_limits.{name} in the \
@@ -180,89 +206,91 @@ fn account_limit(LimitReached { limit, value, retry_after }: LimitReached) -> St
     );
     let metadata = [("limit", name.to_owned()), ("value", number)];
     let metadata = metadata.map(|(key, value)| (key.to_owned(), value)).into();
-    let mut details = Details::new("ACCOUNT_LIMIT", metadata);
+    let mut details = StatusDetails::new("ACCOUNT_LIMIT", metadata);
     if let Some(after) = retry_after {
         details = details.with_retry(after);
     }
-    build(Code::ResourceExhausted, &message, details)
+    build_status(Code::ResourceExhausted, &message, details)
 }
 
 /// A change that waits for the end of a rolling upgrade.
 fn replica_too_old(value: &str, replicas: &[String]) -> Status {
-    let names = list(replicas.iter().map(|name| format!("{name:?}")), ", ", "replicas");
+    let names = join_truncated(replicas.iter().map(|name| format!("{name:?}")), ", ", "replicas");
     let message = format!(
         "nothing was changed: replicas of an older release cannot read the {value}; upgrade or stop them, then retry: \
          {names}"
     );
-    status(Code::FailedPrecondition, "REPLICA_TOO_OLD", &message)
+    status_with_reason(Code::FailedPrecondition, "REPLICA_TOO_OLD", &message)
 }
 
-fn cannot_answer(reason: CannotAnswer) -> Status {
+fn check_error(reason: CheckError) -> Status {
     match reason {
-        CannotAnswer::Starting => status(Code::Unavailable, "STARTING", &reason.to_string()),
-        CannotAnswer::AskerGone => Refusal::Unauthenticated.into(),
-        CannotAnswer::LeaseLost => status(Code::Unavailable, "LEASE_LOST", &reason.to_string()),
-        CannotAnswer::LimitsUnavailable => {
-            status(Code::Unavailable, "LIMITS_UNAVAILABLE", &reason.to_string())
+        CheckError::Starting => status_with_reason(Code::Unavailable, "STARTING", &reason.to_string()),
+        CheckError::RequesterRevoked => ServiceError::Unauthenticated.into(),
+        CheckError::LeaseLost => status_with_reason(Code::Unavailable, "LEASE_LOST", &reason.to_string()),
+        CheckError::LimitsUnavailable => {
+            status_with_reason(Code::Unavailable, "LIMITS_UNAVAILABLE", &reason.to_string())
         }
-        CannotAnswer::QuotaUnavailable => status(Code::Unavailable, "QUOTA_UNAVAILABLE", &reason.to_string()),
-        CannotAnswer::Stale { have, want } => {
+        CheckError::QuotaUnavailable => {
+            status_with_reason(Code::Unavailable, "QUOTA_UNAVAILABLE", &reason.to_string())
+        }
+        CheckError::Stale { have, want } => {
             let numbers = [("revision", have.to_string()), ("min_revision", want.to_string())];
             let metadata = numbers.map(|(name, number)| (name.to_owned(), number)).into();
-            with_metadata(Code::Unavailable, "STALE", &reason.to_string(), metadata)
+            status_with_metadata(Code::Unavailable, "STALE", &reason.to_string(), metadata)
         }
     }
 }
 
 /// Bytes that are no message `M`, as tonic words it.
-pub(super) fn malformed<M: prost::Message + Default>(bytes: &[u8]) -> Status {
+pub(super) fn malformed_message<M: prost::Message + Default>(bytes: &[u8]) -> Status {
     Status::internal(M::decode(bytes).err().map(|error| error.to_string()).unwrap_or_default())
 }
 
 /// More is under way than this server can do in time.
 #[must_use]
 pub(super) fn overloaded() -> Status {
-    let details = Details::new("OVERLOADED", HashMap::new()).with_retry(OVERLOADED_FOR);
+    let details = StatusDetails::new("OVERLOADED", HashMap::new()).with_retry(OVERLOAD_RETRY_DELAY);
     let message =
         "this server has more calls under way than it takes, and did nothing; try another one, or again";
     // What clients with a retry policy wait for (gRPC's A6).
-    let pushback = (RETRY_PUSHBACK, HeaderValue::from(OVERLOADED_FOR.as_millis() as u64));
-    build_with_headers(Code::Unavailable, message, details, HeaderMap::from_iter([pushback]))
+    let pushback = (RETRY_PUSHBACK_HEADER, HeaderValue::from(OVERLOAD_RETRY_DELAY.as_millis() as u64));
+    build_status_with_headers(Code::Unavailable, message, details, HeaderMap::from_iter([pushback]))
 }
 
 /// A call that lasts, on a connection that ends.
 #[must_use]
-pub(super) fn connection_ends() -> Status {
+pub(super) fn connection_too_old() -> Status {
     let message = "the connection has reached its maximum age, which ends long-running calls; call again over a new one";
-    status(Code::Unavailable, "CONNECTION_ENDS", message)
+    status_with_reason(Code::Unavailable, "CONNECTION_ENDS", message)
 }
 
 /// A connection has as many calls that last as it may have.
 #[must_use]
-pub(super) fn too_many_watches(most: usize) -> Status {
+pub(super) fn too_many_long_calls(most: usize) -> Status {
     let message =
         format!("the connection already has {most} such calls; end one of them, or open another connection");
-    status(Code::ResourceExhausted, "TOO_MANY_WATCHES", &message)
+    status_with_reason(Code::ResourceExhausted, "TOO_MANY_WATCHES", &message)
 }
 
 /// Holds the end of a stream to the size of a status, and to having a reason.
-pub(super) fn hold_to_size(trailers: &mut HeaderMap) {
+pub(super) fn normalize_trailers(trailers: &mut HeaderMap) {
     let Some(plain) = Status::from_header_map(trailers) else { return };
     if plain.code() != Code::Ok && plain.details().is_empty() {
         // Only a value that no header can have is refused, and there is none.
-        let _ = with_reason(&plain).add_header(trailers);
+        let _ = add_missing_reason(&plain).add_header(trailers);
     }
 }
 
 /// Of a call that makes many changes, and whose answer would hold for all of them.
-fn some_unknown(unknown: usize, changes: usize) -> Status {
+fn some_outcomes_unknown(unknown: usize, changes: usize) -> Status {
     let numbers = [("unknown", unknown), ("changes", changes)];
     let metadata = numbers.map(|(name, number)| (name.to_owned(), number.to_string())).into();
     let message = format!(
         "whether {unknown} of the call's {changes} changes were recorded is unknown; until this is settled, \
          this server denies what they would deny. Send the same call again: it finishes what is left"
     );
-    with_metadata(Code::Unavailable, "OUTCOME_UNKNOWN", &message, metadata)
+    status_with_metadata(Code::Unavailable, "OUTCOME_UNKNOWN", &message, metadata)
 }
 
 /// What was to be stopped is refused by this server until it restarts or the change succeeds.
@@ -273,32 +301,32 @@ fn not_recorded(full: bool) -> Status {
     if full {
         let message = "the database is full and the change was not recorded. A revocation, a disabling or a \
                        suspension is in force on this server until it restarts; make room and send it again";
-        with_metadata(Code::ResourceExhausted, "STORE_FULL", message, metadata)
+        status_with_metadata(Code::ResourceExhausted, "STORE_FULL", message, metadata)
     } else {
         let message = "the database failed and the change was not recorded. A revocation, a disabling or a \
                        suspension is in force on this server until it restarts; send it again, to another server if there is \
                        one";
-        with_metadata(Code::Unavailable, "NOT_RECORDED", message, metadata)
+        status_with_metadata(Code::Unavailable, "NOT_RECORDED", message, metadata)
     }
 }
 
 /// A change that is recorded, and may not be in force everywhere yet.
-fn not_complete(incomplete: Incomplete) -> Status {
+fn propagation_incomplete(incomplete: PropagationError) -> Status {
     match incomplete {
-        Incomplete::InTime(report) => not_in_time(*report),
-        Incomplete::Lost(revision) => {
+        PropagationError::TimedOut(report) => propagation_timed_out(*report),
+        PropagationError::Lost(revision) => {
             let metadata = HashMap::from([("revision".to_owned(), revision.to_string())]);
             let message = "the database has lost the change: a backup was restored, or a standby took over that \
                            lacked it. Send it again";
-            with_metadata(Code::Unavailable, "CHANGE_LOST", message, metadata)
+            status_with_metadata(Code::Unavailable, "CHANGE_LOST", message, metadata)
         }
-        Incomplete::Stopping(revision) => {
+        PropagationError::Stopping(revision) => {
             let metadata = HashMap::from([("revision".to_owned(), revision.to_string())]);
             let message = "the change is recorded, and this server stops before it is known to be in force \
                            everywhere. Send it to another one, or follow it there with WatchPropagation";
-            with_metadata(Code::Unavailable, "STOPPING", message, metadata)
+            status_with_metadata(Code::Unavailable, "STOPPING", message, metadata)
         }
-        Incomplete::Unanswered => status(
+        PropagationError::DatabaseUnavailable => status_with_reason(
             Code::Unavailable,
             "PROPAGATION_UNKNOWN",
             "the change is recorded; whether every replica knows of it could not be found out, since the database \
@@ -308,12 +336,12 @@ fn not_complete(incomplete: Incomplete) -> Status {
 }
 
 /// The report goes with the status, as `keyward.v1.Propagation`.
-fn not_in_time(report: Report) -> Status {
+fn propagation_timed_out(report: PropagationReport) -> Status {
     let silent: Vec<_> = report.unconfirmed.iter().map(|silent| silent.replica.clone()).collect();
     let silent = if silent.is_empty() {
         "the database".to_owned()
     } else {
-        list(silent.into_iter(), ", ", "replicas")
+        join_truncated(silent.into_iter(), ", ", "replicas")
     };
     let revision = report.revision;
     let message = format!(
@@ -321,22 +349,23 @@ fn not_in_time(report: Report) -> Status {
          {silent}. Follow it with WatchPropagation; most calls can be sent again too, and wait again"
     );
     let metadata = HashMap::from([("revision".to_owned(), revision.to_string())]);
-    let details = Details::of_propagation("NOT_PROPAGATED", metadata, convert::propagation(report));
-    build(Code::DeadlineExceeded, &message, details)
+    let details =
+        StatusDetails::from_propagation("NOT_PROPAGATED", metadata, convert::propagation_to_proto(report));
+    build_status(Code::DeadlineExceeded, &message, details)
 }
 
 /// The caller lacks the permission that the RPC needs.
 #[must_use]
-pub(super) fn lacks_permission(scope: &str) -> Status {
+pub(super) fn permission_missing(scope: &str) -> Status {
     let message = format!("the caller is not granted {scope}, which this call needs");
     let metadata = HashMap::from([("scope".to_owned(), scope.to_owned())]);
-    with_metadata(Code::PermissionDenied, "PERMISSION_MISSING", &message, metadata)
+    status_with_metadata(Code::PermissionDenied, "PERMISSION_MISSING", &message, metadata)
 }
 
 /// A path that is no RPC of this server.
 #[must_use]
-pub(super) fn no_such_rpc() -> Status {
-    status(
+pub(super) fn unknown_rpc() -> Status {
+    status_with_reason(
         Code::Unimplemented,
         "NO_SUCH_RPC",
         "there is no such call here; 'grpcurl … list' shows those that are",
@@ -345,39 +374,39 @@ pub(super) fn no_such_rpc() -> Status {
 
 /// A request larger than its limit.
 #[must_use]
-pub(super) fn too_large(claimed: usize, limit: usize) -> Status {
+pub(super) fn message_too_large(claimed: usize, limit: usize) -> Status {
     let problem = format!("the message has {claimed} bytes; at most {limit} are allowed for this call");
-    invalid(&[Violation { field: "(message)".to_owned(), problem }])
+    invalid_request(&[InvalidField { field: "(message)".to_owned(), problem }])
 }
 
 /// A compressed request that is larger than its limit.
 #[must_use]
-pub(super) fn inflates_too_large(limit: usize) -> Status {
+pub(super) fn inflated_message_too_large(limit: usize) -> Status {
     let problem =
         format!("the message inflates to more than the {limit} bytes that are allowed for this call");
-    invalid(&[Violation { field: "(message)".to_owned(), problem }])
+    invalid_request(&[InvalidField { field: "(message)".to_owned(), problem }])
 }
 
 /// A request whose messages are encoded in a way that is not spoken here.
 #[must_use]
-pub(super) fn unknown_encoding(encoding: &str) -> Status {
+pub(super) fn unsupported_encoding(encoding: &str) -> Status {
     let message = format!(
         "grpc-encoding {encoding:?} is not supported; use \"gzip\", or \"identity\" for no compression"
     );
-    status(Code::Unimplemented, "UNKNOWN_ENCODING", &message)
+    status_with_reason(Code::Unimplemented, "UNKNOWN_ENCODING", &message)
 }
 
 /// A request of more fields than any has a use for.
 #[must_use]
 pub(super) fn too_many_fields(count: usize, limit: usize) -> Status {
     let problem = format!("the message has {count} fields; at most {limit} are allowed");
-    invalid(&[Violation { field: "(message)".to_owned(), problem }])
+    invalid_request(&[InvalidField { field: "(message)".to_owned(), problem }])
 }
 
 /// A request that is no message of its call's type, or breaks off.
 #[must_use]
-pub(super) fn unreadable() -> Status {
-    status(
+pub(super) fn unreadable_request() -> Status {
+    status_with_reason(
         Code::InvalidArgument,
         "UNREADABLE_REQUEST",
         "the request could not be read: is it a protobuf message of this call's type?",
@@ -386,14 +415,18 @@ pub(super) fn unreadable() -> Status {
 
 /// A request whose bytes did not come.
 #[must_use]
-pub(super) fn too_slow() -> Status {
-    status(Code::DeadlineExceeded, "REQUEST_TOO_SLOW", "the request did not arrive in time; nothing was done")
+pub(super) fn request_too_slow() -> Status {
+    status_with_reason(
+        Code::DeadlineExceeded,
+        "REQUEST_TOO_SLOW",
+        "the request did not arrive in time; nothing was done",
+    )
 }
 
 /// A call that took too long.
 #[must_use]
 pub(super) fn deadline_exceeded() -> Status {
-    status(
+    status_with_reason(
         Code::DeadlineExceeded,
         "DEADLINE_EXCEEDED",
         "the call took too long and was given up; a change may still have been made, and can be sent again",
@@ -402,16 +435,16 @@ pub(super) fn deadline_exceeded() -> Status {
 
 /// A refusal of tonic's own, with a reason. A message that cannot be read is the caller's fault.
 #[must_use]
-pub(super) fn with_reason(plain: &Status) -> Status {
+pub(super) fn add_missing_reason(plain: &Status) -> Status {
     match plain.code() {
-        Code::Internal => unreadable(),
-        Code::Unimplemented => status(Code::Unimplemented, "UNSUPPORTED", plain.message()),
-        code => status(code, "REFUSED", plain.message()),
+        Code::Internal => unreadable_request(),
+        Code::Unimplemented => status_with_reason(Code::Unimplemented, "UNSUPPORTED", plain.message()),
+        code => status_with_reason(code, "REFUSED", plain.message()),
     }
 }
 
 /// A handler that ended without an answer: a bug.
 #[must_use]
-pub(super) fn internal() -> Status {
-    status(Code::Internal, "INTERNAL", "the call failed inside the server; its log says more")
+pub(super) fn internal_error() -> Status {
+    status_with_reason(Code::Internal, "INTERNAL", "the call failed inside the server; its log says more")
 }

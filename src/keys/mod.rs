@@ -1,43 +1,44 @@
 //! What can be done with keys: each function is one use case, and writes what one transaction holds.
 //!
 //! A change is made from the record as it stands, committed only if the record still stands so, and tried again
-//! if not. Effects on Checks come with the commit (see `store/writer.rs`). Parsing and statuses are `grpc`'s.
+//! if not. Effects on Checks come with the commit (see `store/group_commit.rs`). Parsing and statuses are `grpc`'s.
 
+mod access_rules;
 pub mod bulk;
-mod change;
+mod lifecycle;
 mod patch;
-mod rights;
-pub mod root;
+pub mod root_key;
 
 use std::sync::Arc;
 
 use crate::{
-    access::{ATTEMPTS, Authorization, Caller},
-    clock::{Clock, Entropy, random},
+    caller::{Authorization, Caller, MAX_AUTHORIZATION_ATTEMPTS},
+    clock::{Clock, EntropySource, random_bytes},
     domain::{
-        account::{Account, AccountLimits, Environment, Environments},
-        key::{Key, Owner, Secret, Terms},
-        log::{Action, Change},
+        account::{Account, AccountLimits, Environment, EnvironmentSet},
+        key::{ApiKey, KeyOwner, KeySecret, KeySpec},
+        log::{AuditAction, RecordChange},
         name::{AccountId, IdempotencyKey, KeyId, RoleName, TokenPrefix, UserId},
         time::{Revision, Timestamp},
         token::Token,
     },
-    engine::{Engine, usage::Pace},
-    refusal::{Refusal, Thing},
-    replication::propagation::Reach,
+    engine::{Engine, usage::FlushMode},
+    replication::propagation::ChangeEffect,
+    service_error::{ResourceKind, ServiceError},
     store::{
-        IDEMPOTENCY_WINDOW, Idempotency, KeyFilter, Outcome, OwnerFilter, Rejection, Store, StoredKey, Write,
-        writer::{WriteError, Writer},
+        IDEMPOTENCY_WINDOW, IdempotentRequest, KeyFilter, OwnerFilter, Store, StoredKey, WriteOutcome,
+        WriteRejection, WriteRequest,
+        group_commit::{CommitHandle, WriteError},
     },
 };
 
-pub use patch::{Field, Patch};
+pub use patch::{KeyField, KeyPatch};
 
 /// What this deployment has decided about keys.
 #[derive(Clone, Debug)]
 pub struct KeySettings {
     /// The environments there are.
-    pub environments: Environments,
+    pub environments: EnvironmentSet,
     /// How tokens start.
     pub prefix: TokenPrefix,
     /// The role of keys made without scopes and roles. `None` = such a key is refused.
@@ -48,22 +49,22 @@ pub struct KeySettings {
 
 /// A key as it is shown: the record, its uses, and the instant at which its state is told.
 #[derive(Clone, Debug)]
-pub struct View {
+pub struct KeyDetails {
     /// The record.
-    pub key: Key,
+    pub key: ApiKey,
     /// When each secret version was last used.
     pub last_used: Vec<(u32, Timestamp)>,
     /// The instant of the answer.
-    pub now: Timestamp,
+    pub as_of: Timestamp,
     /// What the change that was asked for takes away.
-    pub reach: Reach,
+    pub effect: ChangeEffect,
 }
 
 /// Who a new key is for, as the request names it.
 #[derive(Clone, Debug)]
-pub enum OwnerNamed {
+pub enum RequestedOwner {
     /// An account's caller means its own account.
-    Nobody,
+    Unspecified,
     /// This account.
     Account(AccountId),
     /// This user.
@@ -74,68 +75,68 @@ pub enum OwnerNamed {
 #[derive(Clone, Debug)]
 pub struct NewKey {
     /// Who it is for.
-    pub owner: OwnerNamed,
+    pub owner: RequestedOwner,
     /// When it is made; its expiry was counted from here.
-    pub now: Timestamp,
+    pub created_at: Timestamp,
     /// Where it works.
     pub environment: Environment,
     /// What it may do.
-    pub terms: Terms,
+    pub spec: KeySpec,
     /// How its token starts, if not as usual.
-    pub prefix: Option<TokenPrefix>,
+    pub token_prefix: Option<TokenPrefix>,
 }
 
 /// The caller's name for a request, with a digest of all that it asks.
 #[derive(Clone, Debug)]
-pub struct Once {
+pub struct ReplayKey {
     /// The name.
-    pub key: IdempotencyKey,
+    pub idempotency_key: IdempotencyKey,
     /// SHA-256 over the whole request.
     pub fingerprint: [u8; 32],
 }
 
 /// A key with a new token.
 #[derive(Debug)]
-pub struct Issued {
+pub struct IssuedKey {
     /// The key.
-    pub view: View,
+    pub details: KeyDetails,
     /// The token; none when the request was done before.
     pub token: Option<Token>,
 }
 
 /// The use cases of keys.
-pub struct Keys {
+pub struct KeyOperations {
     store: Arc<dyn Store>,
-    writer: Writer,
+    commit_handle: CommitHandle,
     engine: Arc<Engine>,
     clock: Arc<dyn Clock>,
-    entropy: Arc<dyn Entropy>,
+    entropy: Arc<dyn EntropySource>,
     settings: KeySettings,
 }
 
-impl std::fmt::Debug for Keys {
+impl std::fmt::Debug for KeyOperations {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Keys").field("settings", &self.settings).finish_non_exhaustive()
+        f.debug_struct("KeyOperations").field("settings", &self.settings).finish_non_exhaustive()
     }
 }
 
-impl Keys {
+impl KeyOperations {
     /// The use cases over a store, its writer and the engine that follows it.
     #[must_use]
     pub fn new(
         store: Arc<dyn Store>,
-        writer: Writer,
+        writer: CommitHandle,
         engine: Arc<Engine>,
         clock: Arc<dyn Clock>,
-        entropy: Arc<dyn Entropy>,
+        entropy: Arc<dyn EntropySource>,
         settings: KeySettings,
     ) -> Self {
-        Keys { store, writer, engine, clock, entropy, settings }
+        KeyOperations { store, commit_handle: writer, engine, clock, entropy, settings }
     }
 
     /// The environments there are.
     #[must_use]
-    pub fn environments(&self) -> &Environments {
+    pub fn environments(&self) -> &EnvironmentSet {
         &self.settings.environments
     }
 
@@ -147,12 +148,12 @@ impl Keys {
 
     /// The limits of an account to which a change is held. `only_takes`: it gives nothing to anybody.
     #[must_use]
-    pub fn limits_of(&self, action: Action, only_takes: bool) -> Option<AccountLimits> {
+    pub fn limits_for_action(&self, action: AuditAction, only_takes: bool) -> Option<AccountLimits> {
         let limits = self.settings.account_limits;
         match action {
-            _ if action.stops() => None,
+            _ if action.is_restriction() => None,
             // What takes rights away has as much again, so that the log is bounded all the same.
-            _ if only_takes && action != Action::KeyRotated => {
+            _ if only_takes && action != AuditAction::KeyRotated => {
                 let log_rows_per_hour = limits.log_rows_per_hour.saturating_mul(2);
                 Some(AccountLimits { log_rows_per_hour, ..limits })
             }
@@ -166,47 +167,52 @@ impl Keys {
         self.clock.now()
     }
 
-    fn view(&self, key: Key, stored: &[(u32, Timestamp)]) -> View {
+    fn key_details(&self, key: ApiKey, stored: &[(u32, Timestamp)]) -> KeyDetails {
         let mut last_used = stored.to_vec();
         for secret in &key.secrets {
-            last_used
-                .extend(self.engine.usage.pending(key.id, secret.version).map(|at| (secret.version, at)));
+            last_used.extend(
+                self.engine.usage.last_pending_use(key.id, secret.version).map(|at| (secret.version, at)),
+            );
         }
-        View { last_used, now: self.clock.now(), key, reach: Reach::Widens }
+        KeyDetails { last_used, as_of: self.clock.now(), key, effect: ChangeEffect::Grants }
     }
 
-    fn view_stored(&self, stored: StoredKey) -> View {
-        self.view(stored.key, &stored.last_used)
+    fn stored_key_details(&self, stored: StoredKey) -> KeyDetails {
+        self.key_details(stored.key, &stored.last_used)
     }
 
     /// The answer to a request that was done before, if it was.
     ///
     /// # Errors
     /// When another request was made under the same idempotency key, or the store fails.
-    pub async fn done_before(
+    pub async fn find_replay(
         &self,
         caller: &Caller,
-        once: Option<&Once>,
-    ) -> Result<Option<(Issued, Revision)>, Refusal> {
+        once: Option<&ReplayKey>,
+    ) -> Result<Option<(IssuedKey, Revision)>, ServiceError> {
         let Some(once) = once else { return Ok(None) };
-        let since = self.clock.now().minus(IDEMPOTENCY_WINDOW);
-        match self.store.idempotent(caller.request_scope(), &once.key, since).await? {
+        let since = self.clock.now().saturating_sub(IDEMPOTENCY_WINDOW);
+        match self
+            .store
+            .find_idempotent_request(caller.idempotency_scope(), &once.idempotency_key, since)
+            .await?
+        {
             Some((id, fingerprint)) if fingerprint == once.fingerprint => {
                 self.replay(caller, id).await.map(Some)
             }
-            Some(_) => Err(Refusal::IdempotencyKeyReused),
+            Some(_) => Err(ServiceError::IdempotencyKeyReused),
             None => Ok(None),
         }
     }
 
-    async fn replay(&self, caller: &Caller, id: KeyId) -> Result<(Issued, Revision), Refusal> {
+    async fn replay(&self, caller: &Caller, id: KeyId) -> Result<(IssuedKey, Revision), ServiceError> {
         // What was made is shown as Get shows it: the person who asked may be no member any more.
         let view = self.get(caller, id).await?;
         // What is done again is waited for again: the first may not have ended.
-        let view = View { reach: Reach::Narrows { again: true }, ..view };
+        let view = KeyDetails { effect: ChangeEffect::Restricts { is_repeat: true }, ..view };
         let revision = view.key.revision;
-        self.writer.applied(revision).await?;
-        Ok((Issued { view, token: None }, revision))
+        self.commit_handle.wait_applied(revision).await?;
+        Ok((IssuedKey { details: view, token: None }, revision))
     }
 
     /// Makes a key.
@@ -217,55 +223,65 @@ impl Keys {
         &self,
         caller: &Caller,
         new: NewKey,
-        once: Option<Once>,
-    ) -> Result<(Issued, Revision), Refusal> {
-        let now = new.now;
-        let prefix = new.prefix.as_ref().unwrap_or(&self.settings.prefix);
-        let token = Token::generate(prefix, &new.environment.tag, &random(&*self.entropy)?);
+        once: Option<ReplayKey>,
+    ) -> Result<(IssuedKey, Revision), ServiceError> {
+        let now = new.created_at;
+        let prefix = new.token_prefix.as_ref().unwrap_or(&self.settings.prefix);
+        let token = Token::generate(prefix, &new.environment.tag, &random_bytes(&*self.entropy)?);
         let secret = first_secret(&token, now);
-        match self.make(caller, &new, &secret, Action::KeyCreated, once).await? {
-            Outcome::Applied(change) => {
+        match self.record_new_key(caller, &new, &secret, AuditAction::KeyCreated, once).await? {
+            WriteOutcome::Applied(change) => {
                 let key = into_key(change)?;
                 let revision = key.revision;
                 // Nobody has its token yet: it has no use that could be told.
-                let view = View { key, last_used: Vec::new(), now: self.clock.now(), reach: Reach::Widens };
-                Ok((Issued { view, token: Some(token) }, revision))
+                let view = KeyDetails {
+                    key,
+                    last_used: Vec::new(),
+                    as_of: self.clock.now(),
+                    effect: ChangeEffect::Grants,
+                };
+                Ok((IssuedKey { details: view, token: Some(token) }, revision))
             }
-            Outcome::Replayed(id) => self.replay(caller, id).await,
+            WriteOutcome::Replayed(id) => self.replay(caller, id).await,
         }
     }
 
     /// Records a new key with this secret, once the caller may make it.
-    async fn make(
+    async fn record_new_key(
         &self,
         caller: &Caller,
         new: &NewKey,
-        secret: &Secret,
-        action: Action,
-        once: Option<Once>,
-    ) -> Result<Outcome, Refusal> {
-        for attempt in 0..ATTEMPTS {
-            let _turn = self.writer.turn(action, attempt).await;
+        secret: &KeySecret,
+        action: AuditAction,
+        once: Option<ReplayKey>,
+    ) -> Result<WriteOutcome, ServiceError> {
+        for attempt in 0..MAX_AUTHORIZATION_ATTEMPTS {
+            let _turn = self.commit_handle.lock_for_change(action, attempt).await;
             let mut asked = caller.authorize(&self.engine)?;
-            let key = self.new_key(&mut asked, new, secret.clone())?;
-            let limits = self.limits_of(action, false);
-            let write = Write { limits, ..write(asked, key, None, action, new.now, once.clone()) };
-            match self.writer.write(write).await {
-                Err(WriteError::Rejected(Rejection::AuthorizationMoved)) => self.writer.caught_up().await?,
+            let key = self.build_key(&mut asked, new, secret.clone())?;
+            let limits = self.limits_for_action(action, false);
+            let write = WriteRequest {
+                limits,
+                ..build_write(asked, key, None, action, new.created_at, once.clone())
+            };
+            match self.commit_handle.write(write).await {
+                Err(WriteError::Rejected(WriteRejection::AuthorizationChanged)) => {
+                    self.commit_handle.wait_caught_up().await?
+                }
                 outcome => return Ok(outcome?),
             }
         }
-        Err(Refusal::Contended)
+        Err(ServiceError::Contended)
     }
 
     /// One key.
     ///
     /// # Errors
     /// When it does not exist for the caller.
-    pub async fn get(&self, caller: &Caller, id: KeyId) -> Result<View, Refusal> {
-        let stored = self.visible(caller, id).await?;
-        self.may_read(caller, &stored.key.owner)?;
-        Ok(self.view_stored(stored))
+    pub async fn get(&self, caller: &Caller, id: KeyId) -> Result<KeyDetails, ServiceError> {
+        let stored = self.find_visible(caller, id).await?;
+        self.check_read(caller, &stored.key.owner)?;
+        Ok(self.stored_key_details(stored))
     }
 
     /// A page of keys, and where the next one begins.
@@ -278,28 +294,33 @@ impl Keys {
         filter: &KeyFilter,
         before: Option<KeyId>,
         size: u32,
-    ) -> Result<(Vec<View>, Option<KeyId>), Refusal> {
+    ) -> Result<(Vec<KeyDetails>, Option<KeyId>), ServiceError> {
         if filter.unused_since.is_some() {
             // The filter runs in the store: it must know the latest uses.
-            self.engine.usage.flush(&*self.store, Pace::AtOnce).await?;
+            self.engine.usage.flush(&*self.store, FlushMode::Immediate).await?;
         }
         let (stored, more) = self.read_page(filter, before, size).await?;
         if let OwnerFilter::Account(account) = &filter.owner {
             // Judged after the reading: a person who left meanwhile reads nothing.
-            self.may_read(caller, &Owner::Account(account.clone()))?;
+            self.check_read(caller, &KeyOwner::Account(account.clone()))?;
         }
         let next = stored.last().filter(|_| more).map(|last| last.key.id);
-        Ok((stored.into_iter().map(|stored| self.view_stored(stored)).collect(), next))
+        Ok((stored.into_iter().map(|stored| self.stored_key_details(stored)).collect(), next))
     }
 
     /// The key that a token belongs to, and which version of its secret it is.
     ///
     /// # Errors
     /// When none exists for the caller.
-    pub async fn lookup(&self, caller: &Caller, presented: &str) -> Result<(View, u32), Refusal> {
-        let holder = self.engine.lookup(presented)?.ok_or(Refusal::NotFound(Thing::Key))?;
+    pub async fn find_by_token(
+        &self,
+        caller: &Caller,
+        presented: &str,
+    ) -> Result<(KeyDetails, u32), ServiceError> {
+        let holder =
+            self.engine.find_key_by_token(presented)?.ok_or(ServiceError::NotFound(ResourceKind::Key))?;
         let view = self.get(caller, holder.key.id()).await?;
-        Ok((view, holder.version))
+        Ok((view, holder.secret_version))
     }
 
     /// The caller's own key, where it called with one, and the account that it acts in; a user key that names none
@@ -307,37 +328,40 @@ impl Keys {
     ///
     /// # Errors
     /// When the store fails.
-    pub async fn who_am_i(&self, caller: &Caller) -> Result<(Option<View>, Option<Arc<Account>>), Refusal> {
+    pub async fn whoami(
+        &self,
+        caller: &Caller,
+    ) -> Result<(Option<KeyDetails>, Option<Arc<Account>>), ServiceError> {
         let account = self.engine.index.account(&caller.account);
         let Some(key) = caller.key() else { return Ok((None, account)) };
-        let stored = self.store.key(key.id()).await?.ok_or(Refusal::Unauthenticated)?;
-        Ok((Some(self.view_stored(stored)), account))
+        let stored = self.store.get_key(key.id()).await?.ok_or(ServiceError::Unauthenticated)?;
+        Ok((Some(self.stored_key_details(stored)), account))
     }
 }
 
-fn first_secret(token: &Token, now: Timestamp) -> Secret {
-    Secret { version: 1, digest: token.digest(), hint: token.hint(), created_at: now, expires_at: None }
+fn first_secret(token: &Token, now: Timestamp) -> KeySecret {
+    KeySecret { version: 1, digest: token.digest(), hint: token.hint(), created_at: now, expires_at: None }
 }
 
-fn write(
+fn build_write(
     asked: Authorization<'_>,
-    key: Key,
+    key: ApiKey,
     expect: Option<Revision>,
-    action: Action,
+    action: AuditAction,
     at: Timestamp,
-    once: Option<Once>,
-) -> Write {
-    let idempotency = once.map(|once| Idempotency {
-        caller: asked.caller.request_scope(),
-        key: once.key,
+    once: Option<ReplayKey>,
+) -> WriteRequest {
+    let idempotency = once.map(|once| IdempotentRequest {
+        caller: asked.caller.idempotency_scope(),
+        key: once.idempotency_key,
         fingerprint: once.fingerprint,
     });
-    Write { idempotency, ..asked.write(Change::Key(Arc::new(key)), expect, action, at) }
+    WriteRequest { idempotency, ..asked.into_write(RecordChange::Key(Arc::new(key)), expect, action, at) }
 }
 
-fn into_key(change: Change) -> Result<Key, Refusal> {
+fn into_key(change: RecordChange) -> Result<ApiKey, ServiceError> {
     match change {
-        Change::Key(key) => Ok(Arc::unwrap_or_clone(key)),
-        _ => Err(Refusal::Unavailable),
+        RecordChange::Key(key) => Ok(Arc::unwrap_or_clone(key)),
+        _ => Err(ServiceError::Unavailable),
     }
 }

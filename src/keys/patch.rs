@@ -1,10 +1,10 @@
 //! What Update changes: which fields, and to which values.
 
-use crate::domain::key::Terms;
+use crate::domain::key::KeySpec;
 
 /// The fields that Update changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Field {
+pub enum KeyField {
     /// `name`
     Name,
     /// `scopes`
@@ -25,20 +25,20 @@ pub enum Field {
     Metadata,
 }
 
-impl Field {
+impl KeyField {
     /// The field that an update mask's path names.
     #[must_use]
-    pub fn parse(path: &str) -> Option<Field> {
+    pub fn from_path(path: &str) -> Option<KeyField> {
         Some(match path {
-            "name" => Field::Name,
-            "scopes" => Field::Scopes,
-            "roles" => Field::Roles,
-            "expires_at" => Field::ExpiresAt,
-            "customers" => Field::Customers,
-            "allowed_cidrs" => Field::AllowedCidrs,
-            "rate_limits" => Field::RateLimits,
-            "quota" => Field::Quota,
-            "metadata" => Field::Metadata,
+            "name" => KeyField::Name,
+            "scopes" => KeyField::Scopes,
+            "roles" => KeyField::Roles,
+            "expires_at" => KeyField::ExpiresAt,
+            "customers" => KeyField::Customers,
+            "allowed_cidrs" => KeyField::AllowedCidrs,
+            "rate_limits" => KeyField::RateLimits,
+            "quota" => KeyField::Quota,
+            "metadata" => KeyField::Metadata,
             _ => return None,
         })
     }
@@ -46,36 +46,36 @@ impl Field {
 
 /// New values for some of a key's terms.
 #[derive(Clone, Debug)]
-pub struct Patch {
+pub struct KeyPatch {
     /// Which.
-    pub fields: Vec<Field>,
+    pub fields: Vec<KeyField>,
     /// The values; those of other fields are not looked at.
-    pub terms: Terms,
+    pub new_spec: KeySpec,
 }
 
-impl Patch {
+impl KeyPatch {
     /// Whether any of the new values is the old one.
-    pub(super) fn repeats(&self, terms: &Terms) -> bool {
+    pub(super) fn has_unchanged_value(&self, terms: &KeySpec) -> bool {
         self.fields.iter().any(|field| {
             let mut after = terms.clone();
-            Patch { fields: vec![*field], terms: self.terms.clone() }.apply(&mut after);
+            KeyPatch { fields: vec![*field], new_spec: self.new_spec.clone() }.apply(&mut after);
             after == *terms
         })
     }
 
-    pub(super) fn apply(&self, terms: &mut Terms) {
-        let new = self.terms.clone();
+    pub(super) fn apply(&self, terms: &mut KeySpec) {
+        let new = self.new_spec.clone();
         for field in &self.fields {
             match field {
-                Field::Name => terms.name.clone_from(&new.name),
-                Field::Scopes => terms.scopes = new.scopes.clone(),
-                Field::Roles => terms.roles.clone_from(&new.roles),
-                Field::ExpiresAt => terms.expires_at = new.expires_at,
-                Field::Customers => terms.customers.clone_from(&new.customers),
-                Field::AllowedCidrs => terms.allowed_cidrs.clone_from(&new.allowed_cidrs),
-                Field::RateLimits => terms.rate_limits.clone_from(&new.rate_limits),
-                Field::Quota => terms.quota.clone_from(&new.quota),
-                Field::Metadata => terms.metadata.clone_from(&new.metadata),
+                KeyField::Name => terms.name.clone_from(&new.name),
+                KeyField::Scopes => terms.scopes = new.scopes.clone(),
+                KeyField::Roles => terms.roles.clone_from(&new.roles),
+                KeyField::ExpiresAt => terms.expires_at = new.expires_at,
+                KeyField::Customers => terms.customers.clone_from(&new.customers),
+                KeyField::AllowedCidrs => terms.allowed_cidrs.clone_from(&new.allowed_cidrs),
+                KeyField::RateLimits => terms.rate_limits.clone_from(&new.rate_limits),
+                KeyField::Quota => terms.quota.clone_from(&new.quota),
+                KeyField::Metadata => terms.metadata.clone_from(&new.metadata),
             }
         }
     }

@@ -3,66 +3,80 @@
 
 use std::fs;
 
-use crate::instruments::{
-    Kind::{Counter, Gauge},
-    Text,
+use crate::metrics_core::{
+    MetricKind::{Counter, Gauge},
+    MetricsText,
 };
 
 /// The figures.
-pub(super) fn tell(text: &mut Text) {
+pub(super) fn write_process(text: &mut MetricsText) {
     let stat = fs::read_to_string("/proc/self/stat").ok();
-    let stat = stat.as_deref().and_then(Stat::read);
+    let stat = stat.as_deref().and_then(ProcessStat::parse);
     if let Some(stat) = &stat {
         let help = "Processor time spent, by the kernel for the process too.";
-        text.single("process_cpu_seconds_total", Counter, help, ticks(stat.spent));
+        text.single_sample("process_cpu_seconds_total", Counter, help, ticks_to_seconds(stat.cpu_ticks));
         let resident = stat.resident_pages * rustix::param::page_size() as u64;
-        text.single("process_resident_memory_bytes", Gauge, "Memory held.", resident);
+        text.single_sample("process_resident_memory_bytes", Gauge, "Memory held.", resident);
     }
     // The process begins so long after the machine did.
-    if let Some((stat, boot)) = stat.zip(boot()) {
+    if let Some((stat, boot)) = stat.zip(boot_time()) {
         let help = "When the process began, as a Unix time.";
-        text.single("process_start_time_seconds", Gauge, help, boot + ticks(stat.begun));
+        text.single_sample(
+            "process_start_time_seconds",
+            Gauge,
+            help,
+            boot + ticks_to_seconds(stat.start_ticks),
+        );
     }
     if let Ok(open) = fs::read_dir("/proc/self/fd") {
         // Reading the folder holds one open.
-        text.single("process_open_fds", Gauge, "File descriptors open.", open.count().saturating_sub(1));
+        text.single_sample(
+            "process_open_fds",
+            Gauge,
+            "File descriptors open.",
+            open.count().saturating_sub(1),
+        );
     }
-    if let Some(most) = most_fds() {
-        text.single("process_max_fds", Gauge, "File descriptors that may be open.", most);
+    if let Some(most) = max_open_fds() {
+        text.single_sample("process_max_fds", Gauge, "File descriptors that may be open.", most);
     }
 }
 
-struct Stat {
+struct ProcessStat {
     /// In user and kernel mode, in ticks.
-    spent: u64,
+    cpu_ticks: u64,
     /// After the machine's start, in ticks.
-    begun: u64,
+    start_ticks: u64,
     resident_pages: u64,
 }
 
-impl Stat {
+impl ProcessStat {
     /// Reads proc(5)'s `stat`. The second field may hold anything, and ends with the last parenthesis.
-    fn read(text: &str) -> Option<Stat> {
+    fn parse(text: &str) -> Option<ProcessStat> {
         let (_, rest) = text.rsplit_once(") ")?;
         // From the third field on.
         let fields: Vec<_> = rest.split_ascii_whitespace().collect();
         let number = |field: usize| fields.get(field - 3)?.parse::<u64>().ok();
-        Some(Stat { spent: number(14)? + number(15)?, begun: number(22)?, resident_pages: number(24)? })
+        Some(ProcessStat {
+            cpu_ticks: number(14)? + number(15)?,
+            start_ticks: number(22)?,
+            resident_pages: number(24)?,
+        })
     }
 }
 
 #[expect(clippy::cast_precision_loss, reason = "ticks are hundredths of a second")]
-fn ticks(count: u64) -> f64 {
+fn ticks_to_seconds(count: u64) -> f64 {
     count as f64 / rustix::param::clock_ticks_per_second() as f64
 }
 
 /// When the machine started, as a Unix time.
-fn boot() -> Option<f64> {
+fn boot_time() -> Option<f64> {
     let stat = fs::read_to_string("/proc/stat").ok()?;
     stat.lines().find_map(|line| line.strip_prefix("btime "))?.trim().parse().ok()
 }
 
-fn most_fds() -> Option<u64> {
+fn max_open_fds() -> Option<u64> {
     let limits = fs::read_to_string("/proc/self/limits").ok()?;
     let soft = limits.lines().find_map(|line| line.strip_prefix("Max open files"))?;
     soft.split_ascii_whitespace().next()?.parse().ok()
@@ -75,7 +89,7 @@ mod tests {
     #[test]
     fn a_name_may_look_like_the_rest_of_its_line() {
         let after = "S 1 1 1 0 -1 4 10 0 0 0 250 50 0 0 20 0 9 0 1234 99 77 1 2";
-        let stat = Stat::read(&format!("42 (a) S 1 (b) {after}")).unwrap();
-        assert_eq!((stat.spent, stat.begun, stat.resident_pages), (300, 1234, 77));
+        let stat = ProcessStat::parse(&format!("42 (a) S 1 (b) {after}")).unwrap();
+        assert_eq!((stat.cpu_ticks, stat.start_ticks, stat.resident_pages), (300, 1234, 77));
     }
 }

@@ -9,21 +9,24 @@ use prost::encoding::decode_varint;
 
 /// The largest body that Envoy may send along (`with_request_body`), in bytes: as large as what most gRPC servers read. It is
 /// passed over when the message is decoded.
-pub const MAX_BODY: usize = 4 << 20;
+pub const MAX_BODY_BYTES: usize = 4 << 20;
 
-/// How many bytes of an encoded [`CheckRequest`] are the body of the request. Of one that is malformed, as far as it can be
+/// How many bytes of an encoded [`EnvoyCheckRequest`] are the body of the request. Of one that is malformed, as far as it can be
 /// read.
 #[must_use]
-pub fn body_len(message: &[u8]) -> usize {
-    let https = values(message, 1)
-        .flat_map(|attributes| values(attributes, 4))
-        .flat_map(|request| values(request, 2));
+pub fn request_body_len(message: &[u8]) -> usize {
+    let https = length_delimited_values(message, 1)
+        .flat_map(|attributes| length_delimited_values(attributes, 4))
+        .flat_map(|request| length_delimited_values(request, 2));
     // `body`, and `raw_body` with pack_as_bytes.
-    https.flat_map(|http| values(http, 11).chain(values(http, 12))).map(<[u8]>::len).sum()
+    https
+        .flat_map(|http| length_delimited_values(http, 11).chain(length_delimited_values(http, 12)))
+        .map(<[u8]>::len)
+        .sum()
 }
 
 /// The values of a length-delimited field, up to where the message is malformed.
-fn values(message: &[u8], number: u64) -> impl Iterator<Item = &[u8]> {
+fn length_delimited_values(message: &[u8], number: u64) -> impl Iterator<Item = &[u8]> {
     let mut rest = message;
     let fields = std::iter::from_fn(move || {
         let tag = decode_varint(&mut rest).ok()?;
@@ -44,49 +47,49 @@ fn values(message: &[u8], number: u64) -> impl Iterator<Item = &[u8]> {
 /// What Envoy asks about one request.
 #[derive(Clone, PartialEq, prost::Message)]
 #[prost(skip_debug)]
-pub struct CheckRequest {
+pub struct EnvoyCheckRequest {
     /// What is asked about.
     #[prost(message, optional, tag = "1")]
-    pub attributes: Option<AttributeContext>,
+    pub attributes: Option<EnvoyAttributeContext>,
 }
 
 /// The request and its surroundings.
 #[derive(Clone, PartialEq, prost::Message)]
 #[prost(skip_debug)]
-pub struct AttributeContext {
+pub struct EnvoyAttributeContext {
     /// Who sent it.
     #[prost(message, optional, tag = "1")]
-    pub source: Option<Peer>,
+    pub source: Option<EnvoyPeer>,
     /// The request.
     #[prost(message, optional, tag = "4")]
-    pub request: Option<Request>,
+    pub request: Option<EnvoyRequest>,
     /// What the route's configuration says: virtual host and route merged.
     #[prost(message, repeated, tag = "10")]
-    pub context_extensions: Vec<Pair>,
+    pub context_extensions: Vec<EnvoyMapEntry>,
 }
 
 /// One end of the connection.
 #[derive(Clone, PartialEq, prost::Message)]
 #[prost(skip_debug)]
-pub struct Peer {
+pub struct EnvoyPeer {
     /// Its address.
     #[prost(message, optional, tag = "1")]
-    pub address: Option<Address>,
+    pub address: Option<EnvoyAddress>,
 }
 
 /// An address; a pipe has none that is of use here.
 #[derive(Clone, PartialEq, prost::Message)]
 #[prost(skip_debug)]
-pub struct Address {
+pub struct EnvoyAddress {
     /// An IP address and port.
     #[prost(message, optional, tag = "1")]
-    pub socket_address: Option<SocketAddress>,
+    pub socket_address: Option<EnvoySocketAddress>,
 }
 
 /// An IP address; the port does not matter.
 #[derive(Clone, PartialEq, prost::Message)]
 #[prost(skip_debug)]
-pub struct SocketAddress {
+pub struct EnvoySocketAddress {
     /// The IP address.
     #[prost(bytes = "bytes", tag = "2")]
     pub address: Bytes,
@@ -95,16 +98,16 @@ pub struct SocketAddress {
 /// The request.
 #[derive(Clone, PartialEq, prost::Message)]
 #[prost(skip_debug)]
-pub struct Request {
+pub struct EnvoyRequest {
     /// The HTTP request.
     #[prost(message, optional, tag = "2")]
-    pub http: Option<HttpRequest>,
+    pub http: Option<EnvoyHttpRequest>,
 }
 
 /// An HTTP request.
 #[derive(Clone, PartialEq, prost::Message)]
 #[prost(skip_debug)]
-pub struct HttpRequest {
+pub struct EnvoyHttpRequest {
     /// Envoy's number of the stream, the same when Envoy asks again.
     #[prost(bytes = "bytes", tag = "1")]
     pub id: Bytes,
@@ -113,7 +116,7 @@ pub struct HttpRequest {
     pub method: Bytes,
     /// Headers with lower-case names, repeated ones joined by commas. Empty with `encode_raw_headers`.
     #[prost(message, repeated, tag = "3")]
-    pub headers: Vec<Pair>,
+    pub headers: Vec<EnvoyMapEntry>,
     /// Path and query as they came.
     #[prost(bytes = "bytes", tag = "4")]
     pub path: Bytes,
@@ -122,22 +125,22 @@ pub struct HttpRequest {
     pub host: Bytes,
     /// Headers as they came, with `encode_raw_headers`.
     #[prost(message, optional, tag = "13")]
-    pub header_map: Option<HeaderMap>,
+    pub header_map: Option<EnvoyHeaderMap>,
 }
 
 /// Headers as they came.
 #[derive(Clone, PartialEq, prost::Message)]
 #[prost(skip_debug)]
-pub struct HeaderMap {
+pub struct EnvoyHeaderMap {
     /// In order.
     #[prost(message, repeated, tag = "1")]
-    pub headers: Vec<HeaderValue>,
+    pub headers: Vec<EnvoyHeaderValue>,
 }
 
 /// One header.
 #[derive(Clone, PartialEq, prost::Message)]
 #[prost(skip_debug)]
-pub struct HeaderValue {
+pub struct EnvoyHeaderValue {
     /// Its name.
     #[prost(bytes = "bytes", tag = "1")]
     pub key: Bytes,
@@ -152,7 +155,7 @@ pub struct HeaderValue {
 /// An entry of a map: on the wire a map of strings is a repeated message of two.
 #[derive(Clone, PartialEq, prost::Message)]
 #[prost(skip_debug)]
-pub struct Pair {
+pub struct EnvoyMapEntry {
     /// The key.
     #[prost(bytes = "bytes", tag = "1")]
     pub key: Bytes,
@@ -161,7 +164,7 @@ pub struct Pair {
     pub value: Bytes,
 }
 
-macro_rules! redacted {
+macro_rules! impl_redacted_debug {
     ($($message:ident),*) => {
         $(impl fmt::Debug for $message {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -171,17 +174,17 @@ macro_rules! redacted {
     };
 }
 
-redacted!(
-    CheckRequest,
-    AttributeContext,
-    Peer,
-    Address,
-    SocketAddress,
-    Request,
-    HttpRequest,
-    HeaderMap,
-    HeaderValue,
-    Pair
+impl_redacted_debug!(
+    EnvoyCheckRequest,
+    EnvoyAttributeContext,
+    EnvoyPeer,
+    EnvoyAddress,
+    EnvoySocketAddress,
+    EnvoyRequest,
+    EnvoyHttpRequest,
+    EnvoyHeaderMap,
+    EnvoyHeaderValue,
+    EnvoyMapEntry
 );
 
 #[cfg(test)]
@@ -198,9 +201,13 @@ mod tests {
         let http = [field(4, b"/path"), field(11, b"body!"), field(12, b"raw"), vec![10 << 3, 5]].concat();
         let attributes = [field(1, b"source"), field(4, &field(2, &http)), field(10, b"extensions")].concat();
         let message = field(1, &attributes);
-        assert_eq!(body_len(&message), 8);
-        assert_eq!(body_len(&[message.clone(), message.clone()].concat()), 16, "what is merged counts");
-        assert_eq!(body_len(&message[..message.len() - 1]), 0, "malformed");
-        assert_eq!(body_len(&[]), 0);
+        assert_eq!(request_body_len(&message), 8);
+        assert_eq!(
+            request_body_len(&[message.clone(), message.clone()].concat()),
+            16,
+            "what is merged counts"
+        );
+        assert_eq!(request_body_len(&message[..message.len() - 1]), 0, "malformed");
+        assert_eq!(request_body_len(&[]), 0);
     }
 }

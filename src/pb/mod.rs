@@ -24,15 +24,15 @@ pub mod bench {
 
 /// A bare `google.rpc.Status`: the code alone.
 #[must_use]
-pub fn google_status(code: i32) -> generated::google::rpc::Status {
+pub fn google_rpc_status(code: i32) -> generated::google::rpc::Status {
     generated::google::rpc::Status { code, ..Default::default() }
 }
 
 /// The encoded `google.protobuf.FileDescriptorSet` of everything in `proto/`.
-pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 
 /// Messages with a token in them print their name alone.
-macro_rules! redacted {
+macro_rules! impl_redacted_debug {
     ($($message:ident),*) => {
         $(impl fmt::Debug for $message {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -42,4 +42,4 @@ macro_rules! redacted {
     };
 }
 
-redacted!(CheckRequest, BatchCheckRequest, LookupKeyRequest, CreateKeyResponse, RotateKeyResponse);
+impl_redacted_debug!(CheckRequest, BatchCheckRequest, LookupKeyRequest, CreateKeyResponse, RotateKeyResponse);

@@ -14,12 +14,12 @@
 //! Not here: the rules (they are pure, in the domain, and simulated), SQL, and statuses. A process that owns its
 //! database alone (SQLite) has a [`follow::Follow`] and a [`propagation::Propagation`] that waits for nobody.
 
-mod acks;
-mod changes;
+mod ack_tracker;
 pub mod clock_offset;
-mod collect;
-pub mod feed;
-pub mod follow;
-pub mod news;
+pub mod freshness;
+pub mod log_applier;
+mod log_tailer;
 pub mod propagation;
+mod reaper;
 mod regression;
+pub mod replica_task;

@@ -15,34 +15,36 @@ use crate::{
     clock::Clock,
     domain::{
         lease::{
-            Attempt, Boottime, Position, ReplicaId, Revoker,
-            revoker::{Action, Event, Outcome, Propagation as Progress},
+            AttemptId, BootInstant, LogPosition, PropagationTracker, ReplicaId,
+            propagation_tracker::{
+                PropagationAction, PropagationEvent, PropagationOutcome, PropagationStatus as Progress,
+            },
         },
-        log::Hash,
+        log::ChainHash,
         time::{Revision, Timestamp},
     },
-    instruments::{Counters, Distribution, Histograms},
+    metrics_core::{HistogramSnapshot, ShardedCounters, ShardedHistograms},
     store::{
         StoreError,
-        fleet::{Fleet, Roster},
+        replica_registry::{ReplicaRegistry, ReplicaSnapshot},
     },
-    trace::{self, Step},
+    trace::{self, CallPhase},
 };
 
-use super::{feed::Sight, follow::Follow};
+use super::{log_applier::LogApplier, replica_task::ReplicaStatus};
 
 /// The longest that anybody waits where no lease ever runs out.
-const LONGEST: Duration = Duration::from_secs(300);
+const MAX_WAIT: Duration = Duration::from_secs(300);
 /// How long after a commit others are asked about it at the earliest.
-const FIRST_LOOK: Duration = Duration::from_millis(1);
+const FIRST_POLL_DELAY: Duration = Duration::from_millis(1);
 /// The same where they tell that they have acknowledged it, and that is heard: then only if it is not.
-const UNTOLD_LOOK: Duration = Duration::from_millis(10);
+const NOTIFIED_POLL_DELAY: Duration = Duration::from_millis(10);
 /// How many changes may wait for a reading; those beyond wait for a place.
-const QUEUE: usize = 1024;
+const MAX_WAITING_READS: usize = 1024;
 
 /// How far a change has come, in words for people.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Report {
+pub struct PropagationReport {
     /// The change.
     pub revision: Revision,
     /// Whether no replica can allow any more what it narrowed.
@@ -50,7 +52,7 @@ pub struct Report {
     /// The names of the replicas that have acknowledged it.
     pub confirmed: Vec<String>,
     /// Those that have not.
-    pub unconfirmed: Vec<Unconfirmed>,
+    pub unconfirmed: Vec<LaggingReplica>,
     /// When it will be complete at the latest. None = not before all of them have spoken, or it is not known yet.
     pub complete_by: Option<Timestamp>,
     /// Whether the change is on a synchronous standby of the database too.
@@ -59,20 +61,20 @@ pub struct Report {
 
 /// What a change means to Checks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Reach {
+pub enum ChangeEffect {
     /// It takes nothing away: there is nothing to wait for.
     #[default]
-    Widens,
+    Grants,
     /// Some Check that was allowed before it could be refused after it.
-    Narrows {
+    Restricts {
         /// It had been made before: a call that makes it again waits as the first did.
-        again: bool,
+        is_repeat: bool,
     },
 }
 
 /// A replica that has not acknowledged a change.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Unconfirmed {
+pub struct LaggingReplica {
     /// Its name.
     pub replica: String,
     /// When it renewed last, by the database's clock.
@@ -83,25 +85,25 @@ pub struct Unconfirmed {
 
 /// Why a change is not known to be in force everywhere.
 #[derive(Clone, Debug)]
-pub enum Incomplete {
+pub enum PropagationError {
     /// Not in the time that there was.
-    InTime(Box<Report>),
+    TimedOut(Box<PropagationReport>),
     /// The database has lost the change.
     Lost(Revision),
     /// The database did not answer.
-    Unanswered,
+    DatabaseUnavailable,
     /// The server stops, and waits for nothing any more.
     Stopping(Revision),
 }
 
 /// What of the waits is counted.
 #[derive(Debug)]
-pub struct Waits {
-    took: Histograms<11>,
-    incomplete: Counters,
+pub struct PropagationMetrics {
+    durations: ShardedHistograms<11>,
+    incomplete_count: ShardedCounters,
 }
 
-impl Waits {
+impl PropagationMetrics {
     /// From 1 ms, a change in one process, to 2 min, beyond the usual lease. In nanoseconds.
     const BOUNDS: [u64; 11] = [
         1_000_000,
@@ -119,79 +121,99 @@ impl Waits {
 
     /// How long changes that take something away took until they were in force everywhere.
     #[must_use]
-    pub fn took(&self) -> Distribution {
-        self.took.get(0)
+    pub fn durations(&self) -> HistogramSnapshot {
+        self.durations.snapshot(0)
     }
 
     /// How many were not known to be so when their caller was answered.
     #[must_use]
-    pub fn incomplete(&self) -> u64 {
-        self.incomplete.get(0)
+    pub fn incomplete_count(&self) -> u64 {
+        self.incomplete_count.get(0)
     }
 }
 
-impl Default for Waits {
+impl Default for PropagationMetrics {
     fn default() -> Self {
-        Waits { took: Histograms::new(1, &Self::BOUNDS), incomplete: Counters::new(1) }
+        PropagationMetrics {
+            durations: ShardedHistograms::new(1, &Self::BOUNDS),
+            incomplete_count: ShardedCounters::new(1),
+        }
     }
 }
 
 /// Waits for changes to be in force on every replica.
 #[derive(Clone)]
-pub struct Propagation {
+pub struct PropagationWaiter {
     clock: Arc<dyn Clock>,
-    replicas: Option<Replicas>,
+    replica_access: Option<ReplicaAccess>,
     stopping: watch::Sender<bool>,
-    waits: Arc<Waits>,
+    metrics: Arc<PropagationMetrics>,
 }
 
 #[derive(Clone)]
-struct Replicas {
-    fleet: Arc<dyn Fleet>,
-    follow: Arc<Follow>,
-    sight: Arc<Sight>,
-    readings: mpsc::Sender<Wanted>,
+struct ReplicaAccess {
+    registry: Arc<dyn ReplicaRegistry>,
+    log_applier: Arc<LogApplier>,
+    status: Arc<ReplicaStatus>,
+    read_requests: mpsc::Sender<SnapshotRequest>,
 }
 
-type Wanted = (Revision, oneshot::Sender<Result<Arc<Roster>, Arc<StoreError>>>);
+type SnapshotRequest = (Revision, oneshot::Sender<Result<Arc<ReplicaSnapshot>, Arc<StoreError>>>);
 
-impl std::fmt::Debug for Propagation {
+impl std::fmt::Debug for PropagationWaiter {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Propagation").field("alone", &self.replicas.is_none()).finish_non_exhaustive()
+        f.debug_struct("PropagationWaiter")
+            .field("alone", &self.replica_access.is_none())
+            .finish_non_exhaustive()
     }
 }
 
-impl Propagation {
+impl PropagationWaiter {
     /// Where one process owns the database: a change that is in force here is in force everywhere.
     #[must_use]
-    pub fn alone(clock: Arc<dyn Clock>) -> Propagation {
-        Propagation { clock, replicas: None, stopping: watch::Sender::new(false), waits: Arc::default() }
+    pub fn for_single_process(clock: Arc<dyn Clock>) -> PropagationWaiter {
+        PropagationWaiter {
+            clock,
+            replica_access: None,
+            stopping: watch::Sender::new(false),
+            metrics: Arc::default(),
+        }
     }
 
     /// Where there are replicas. Readings run on the current runtime for as long as anybody may wait.
     #[must_use]
-    pub fn over(
-        fleet: Arc<dyn Fleet>,
-        follow: Arc<Follow>,
-        sight: Arc<Sight>,
+    pub fn for_replicas(
+        fleet: Arc<dyn ReplicaRegistry>,
+        follow: Arc<LogApplier>,
+        sight: Arc<ReplicaStatus>,
         clock: Arc<dyn Clock>,
-    ) -> Propagation {
-        let (readings, wanted) = mpsc::channel(QUEUE);
-        tokio::spawn(read(fleet.clone(), sight.clone(), wanted));
-        let replicas = Some(Replicas { fleet, follow, sight, readings });
-        Propagation { clock, replicas, stopping: watch::Sender::new(false), waits: Arc::default() }
+    ) -> PropagationWaiter {
+        let (readings, wanted) = mpsc::channel(MAX_WAITING_READS);
+        tokio::spawn(serve_snapshot_reads(fleet.clone(), sight.clone(), wanted));
+        let replicas = Some(ReplicaAccess {
+            registry: fleet,
+            log_applier: follow,
+            status: sight,
+            read_requests: readings,
+        });
+        PropagationWaiter {
+            clock,
+            replica_access: replicas,
+            stopping: watch::Sender::new(false),
+            metrics: Arc::default(),
+        }
     }
 
     /// What was waited for, and how that went.
     #[must_use]
-    pub fn waits(&self) -> &Arc<Waits> {
-        &self.waits
+    pub fn metrics(&self) -> &Arc<PropagationMetrics> {
+        &self.metrics
     }
 
     /// What is said of a change that takes nothing away: there is nothing to wait for.
     #[must_use]
-    pub fn in_force(&self, revision: Revision) -> Report {
-        Report {
+    pub fn complete_report(&self, revision: Revision) -> PropagationReport {
+        PropagationReport {
             revision,
             complete: true,
             confirmed: Vec::new(),
@@ -206,11 +228,11 @@ impl Propagation {
     ///
     /// # Errors
     /// When the database does not answer.
-    pub async fn is_recorded(&self, revision: Revision, newest: Revision) -> Result<bool, Incomplete> {
+    pub async fn is_recorded(&self, revision: Revision, newest: Revision) -> Result<bool, PropagationError> {
         let known = revision <= newest;
-        match &self.replicas {
-            Some(replicas) if !known => match replicas.link(revision).await {
-                Err(Incomplete::Lost(_)) => Ok(false),
+        match &self.replica_access {
+            Some(replicas) if !known => match replicas.fetch_entry_hash(revision).await {
+                Err(PropagationError::Lost(_)) => Ok(false),
                 found => found.map(|_| true),
             },
             _ => Ok(known),
@@ -227,14 +249,14 @@ impl Propagation {
         revision: Revision,
         again: bool,
         until: Option<Instant>,
-    ) -> Result<Report, Incomplete> {
+    ) -> Result<PropagationReport, PropagationError> {
         let (committed, begun) = (self.clock.boottime(), Instant::now());
         let each = &mut |_| ();
-        let followed = self.follow_up(revision, again, committed, until, each);
-        let ended = trace::step(Step::Propagation, followed).await;
+        let followed = self.observe_propagation(revision, again, committed, until, each);
+        let ended = trace::in_phase_span(CallPhase::Propagation, followed).await;
         match &ended {
-            Ok(_) => self.waits.took.note(0, begun.elapsed()),
-            Err(_) => self.waits.incomplete.add(0, 1),
+            Ok(_) => self.metrics.durations.record(0, begun.elapsed()),
+            Err(_) => self.metrics.incomplete_count.add(0, 1),
         }
         ended
     }
@@ -243,15 +265,15 @@ impl Propagation {
     ///
     /// # Errors
     /// As [`Propagation::wait`].
-    pub async fn reached(
+    pub async fn wait_if_restricting(
         &self,
         revision: Revision,
-        reach: Reach,
+        reach: ChangeEffect,
         until: Option<Instant>,
-    ) -> Result<Report, Incomplete> {
+    ) -> Result<PropagationReport, PropagationError> {
         match reach {
-            Reach::Widens => Ok(self.in_force(revision)),
-            Reach::Narrows { again } => self.wait(revision, again, until).await,
+            ChangeEffect::Grants => Ok(self.complete_report(revision)),
+            ChangeEffect::Restricts { is_repeat: again } => self.wait(revision, again, until).await,
         }
     }
 
@@ -262,55 +284,56 @@ impl Propagation {
     pub async fn watch(
         &self,
         revision: Revision,
-        each: &mut (dyn FnMut(Report) + Send),
-    ) -> Result<Report, Incomplete> {
-        self.follow_up(revision, true, self.clock.boottime(), None, each).await
+        each: &mut (dyn FnMut(PropagationReport) + Send),
+    ) -> Result<PropagationReport, PropagationError> {
+        self.observe_propagation(revision, true, self.clock.boottime(), None, each).await
     }
 
-    async fn follow_up(
+    async fn observe_propagation(
         &self,
         revision: Revision,
         again: bool,
-        committed: Boottime,
+        committed: BootInstant,
         until: Option<Instant>,
-        each: &mut (dyn FnMut(Report) + Send),
-    ) -> Result<Report, Incomplete> {
-        let Some(replicas) = &self.replicas else { return Ok(self.in_force(revision)) };
-        let hash = match replicas.follow.link(revision) {
+        each: &mut (dyn FnMut(PropagationReport) + Send),
+    ) -> Result<PropagationReport, PropagationError> {
+        let Some(replicas) = &self.replica_access else { return Ok(self.complete_report(revision)) };
+        let hash = match replicas.log_applier.entry_hash(revision) {
             Some(hash) => hash,
-            None => match replicas.link(revision).await? {
+            None => match replicas.fetch_entry_hash(revision).await? {
                 Some(hash) => hash,
                 // Archived: every replica had acknowledged it.
-                None => return Ok(self.in_force(revision)),
+                None => return Ok(self.complete_report(revision)),
             },
         };
-        let change = Position { revision, hash };
-        let mut wait = Wait {
+        let change = LogPosition { revision, hash };
+        let mut wait = PropagationWait {
             clock: &*self.clock,
-            replicas,
-            revoker: Revoker::after(change, again, committed),
+            replica_access: replicas,
+            tracker: PropagationTracker::with_unknown_lease(change, again, committed),
             hash,
-            names: HashMap::new(),
+            replica_names: HashMap::new(),
             sync_replicated: false,
-            until,
-            give_up: committed.plus(LONGEST),
-            told: false,
+            deadline: until,
+            give_up_at: committed.saturating_add(MAX_WAIT),
+            has_seen_acks: false,
         };
         let mut stopping = self.stopping.subscribe();
         let ended = async {
             // Others have not heard of it yet: who asks at once takes time from those who are to acknowledge.
-            if !again && replicas.sight.replicas() > 1 {
-                let told = replicas.sight.are_few() && replicas.sight.acks().hears();
+            if !again && replicas.status.replica_count() > 1 {
+                let told =
+                    replicas.status.has_ack_notifications() && replicas.status.ack_tracker().is_receiving();
                 tokio::select! {
-                    () = sleep(if told { UNTOLD_LOOK } else { FIRST_LOOK }) => {}
-                    () = wait.until_told() => {}
+                    () = sleep(if told { NOTIFIED_POLL_DELAY } else { FIRST_POLL_DELAY }) => {}
+                    () = wait.wait_for_acks() => {}
                 }
             }
             wait.run(each).await
         };
         tokio::select! {
             ended = ended => ended,
-            _ = stopping.wait_for(|stop| *stop) => Err(Incomplete::Stopping(revision)),
+            _ = stopping.wait_for(|stop| *stop) => Err(PropagationError::Stopping(revision)),
         }
     }
 
@@ -320,130 +343,139 @@ impl Propagation {
     }
 }
 
-impl Replicas {
-    async fn roster(&self, revision: Revision) -> Result<Arc<Roster>, ()> {
+impl ReplicaAccess {
+    async fn read_snapshot(&self, revision: Revision) -> Result<Arc<ReplicaSnapshot>, ()> {
         let (answer, read) = oneshot::channel();
-        self.readings.send((revision, answer)).await.map_err(drop)?;
+        self.read_requests.send((revision, answer)).await.map_err(drop)?;
         read.await.map_err(drop)?.map_err(|error| {
             tracing::debug!(error = &*error as &dyn std::error::Error, "the replicas' rows were not read");
         })
     }
 
     /// The log's link at a revision; None = it was archived.
-    async fn link(&self, revision: Revision) -> Result<Option<Hash>, Incomplete> {
-        let roster = self.fleet.roster(&[revision]).await.map_err(|error| {
+    async fn fetch_entry_hash(&self, revision: Revision) -> Result<Option<ChainHash>, PropagationError> {
+        let roster = self.registry.list_replicas(&[revision]).await.map_err(|error| {
             tracing::error!(error = &error as &dyn std::error::Error, "the log was not read");
-            Incomplete::Unanswered
+            PropagationError::DatabaseUnavailable
         })?;
-        match roster.links.get(&revision) {
+        match roster.entry_hashes.get(&revision) {
             Some(hash) => Ok(Some(*hash)),
-            None if revision <= roster.archived => Ok(None),
-            None => Err(Incomplete::Lost(revision)),
+            None if revision <= roster.archived_up_to => Ok(None),
+            None => Err(PropagationError::Lost(revision)),
         }
     }
 }
 
 /// One change's wait.
-struct Wait<'a> {
+struct PropagationWait<'a> {
     clock: &'a dyn Clock,
-    replicas: &'a Replicas,
-    revoker: Revoker,
-    hash: Hash,
-    names: HashMap<ReplicaId, String>,
+    replica_access: &'a ReplicaAccess,
+    tracker: PropagationTracker,
+    hash: ChainHash,
+    replica_names: HashMap<ReplicaId, String>,
     sync_replicated: bool,
-    until: Option<Instant>,
-    give_up: Boottime,
+    deadline: Option<Instant>,
+    give_up_at: BootInstant,
     /// All that are known seemed to have acknowledged it. That is listened to once.
-    told: bool,
+    has_seen_acks: bool,
 }
 
-impl Wait<'_> {
-    async fn until_told(&mut self) {
-        if self.told {
+impl PropagationWait<'_> {
+    async fn wait_for_acks(&mut self) {
+        if self.has_seen_acks {
             return std::future::pending().await;
         }
-        let (own, revision) = (self.replicas.sight.id(), self.revoker.propagation().revision);
-        self.replicas.sight.acks().all(own, revision).await;
-        self.told = true;
+        let (own, revision) = (self.replica_access.status.replica_id(), self.tracker.status().revision);
+        self.replica_access.status.ack_tracker().wait_for_all(own, revision).await;
+        self.has_seen_acks = true;
     }
 
-    async fn run(&mut self, each: &mut (dyn FnMut(Report) + Send)) -> Result<Report, Incomplete> {
-        let mut event = Event::Tick;
+    async fn run(
+        &mut self,
+        each: &mut (dyn FnMut(PropagationReport) + Send),
+    ) -> Result<PropagationReport, PropagationError> {
+        let mut event = PropagationEvent::Tick;
         loop {
             let now = self.clock.boottime();
-            let read = matches!(event, Event::Listed { .. });
-            let actions = self.revoker.on(event, now);
+            let read = matches!(event, PropagationEvent::Listed { .. });
+            let actions = self.tracker.handle(event, now);
             if read {
-                each(self.report(self.revoker.propagation()));
+                each(self.report(self.tracker.status()));
             }
             let wake = match actions.into_iter().next() {
-                Some(Action::Return(Outcome::Complete(progress))) => return Ok(self.report(progress)),
-                Some(Action::Return(Outcome::Lost)) => {
-                    return Err(Incomplete::Lost(self.revoker.propagation().revision));
+                Some(PropagationAction::Finish(PropagationOutcome::Complete(progress))) => {
+                    return Ok(self.report(progress));
                 }
-                Some(Action::List { attempt }) => {
-                    event = self.list(attempt).await?;
+                Some(PropagationAction::Finish(PropagationOutcome::Lost)) => {
+                    return Err(PropagationError::Lost(self.tracker.status().revision));
+                }
+                Some(PropagationAction::ListRows { attempt }) => {
+                    event = self.read_listing(attempt).await?;
                     continue;
                 }
-                None => self.revoker.wake_at().unwrap_or(self.give_up),
+                None => self.tracker.wake_at().unwrap_or(self.give_up_at),
             };
-            if now >= self.give_up && self.revoker.propagation().complete_by.is_none() {
-                return Err(self.in_time());
+            if now >= self.give_up_at && self.tracker.status().completes_by.is_none() {
+                return Err(self.timeout_error());
             }
-            let until = self.until;
+            let until = self.deadline;
             event = tokio::select! {
-                () = sleep(wake.since(now)) => Event::Tick,
-                () = self.until_told() => Event::Hint,
-                () = patience(until) => return Err(self.in_time()),
+                () = sleep(wake.saturating_duration_since(now)) => PropagationEvent::Tick,
+                () = self.wait_for_acks() => PropagationEvent::Hint,
+                () = sleep_until_deadline(until) => return Err(self.timeout_error()),
             };
         }
     }
 
     /// Reads the rows, unless time is up before.
-    async fn list(&mut self, attempt: Attempt) -> Result<Event, Incomplete> {
-        let progress = self.revoker.propagation();
+    async fn read_listing(&mut self, attempt: AttemptId) -> Result<PropagationEvent, PropagationError> {
+        let progress = self.tracker.status();
         // Whatever the list says, by then it is complete; and a database that is away need not be waited for.
-        let by = progress.complete_by.unwrap_or(self.give_up);
-        let left = by.since(self.clock.boottime());
+        let by = progress.completes_by.unwrap_or(self.give_up_at);
+        let left = by.saturating_duration_since(self.clock.boottime());
         let roster = tokio::select! {
-            roster = self.replicas.roster(progress.revision) => roster,
-            () = sleep(left) => return Ok(Event::Failed { attempt }),
-            () = patience(self.until) => return Err(self.in_time()),
+            roster = self.replica_access.read_snapshot(progress.revision) => roster,
+            () = sleep(left) => return Ok(PropagationEvent::Failed { attempt }),
+            () = sleep_until_deadline(self.deadline) => return Err(self.timeout_error()),
         };
-        let Ok(roster) = roster else { return Ok(Event::Failed { attempt }) };
-        self.names.clone_from(&roster.names);
+        let Ok(roster) = roster else { return Ok(PropagationEvent::Failed { attempt }) };
+        self.replica_names.clone_from(&roster.names);
         self.sync_replicated = roster.sync_replicated;
         let mut listing = roster.listing.clone();
         // What is in force here needs no acknowledgment: the change itself, not another of the same number.
-        if self.replicas.follow.link(progress.revision) == Some(self.hash) {
-            let own = self.replicas.sight.id();
+        if self.replica_access.log_applier.entry_hash(progress.revision) == Some(self.hash) {
+            let own = self.replica_access.status.replica_id();
             for row in listing.rows.iter_mut().filter(|row| Some(row.id) == own && row.applied.is_some()) {
                 row.applied = row.applied.max(Some(progress.revision));
             }
         }
-        let archived = (progress.revision <= roster.archived).then_some(self.hash);
-        let link = roster.links.get(&progress.revision).copied().or(archived);
-        Ok(Event::Listed { attempt, listing, link })
+        let archived = (progress.revision <= roster.archived_up_to).then_some(self.hash);
+        let link = roster.entry_hashes.get(&progress.revision).copied().or(archived);
+        Ok(PropagationEvent::Listed { attempt, listing, change_hash: link })
     }
 
-    fn in_time(&self) -> Incomplete {
-        Incomplete::InTime(Box::new(self.report(self.revoker.propagation())))
+    fn timeout_error(&self) -> PropagationError {
+        PropagationError::TimedOut(Box::new(self.report(self.tracker.status())))
     }
 
-    fn report(&self, progress: Progress) -> Report {
+    fn report(&self, progress: Progress) -> PropagationReport {
         let now = (self.clock.boottime(), self.clock.now());
-        let wall = |at: Boottime| now.1.plus(at.since(now.0)).minus(now.0.since(at));
-        let name = |id: &ReplicaId| self.names.get(id).cloned().unwrap_or_else(|| id.0.to_string());
-        let unconfirmed = progress.unconfirmed.iter().map(|silent| Unconfirmed {
-            replica: name(&silent.replica),
+        let wall = |at: BootInstant| {
+            now.1
+                .saturating_add(at.saturating_duration_since(now.0))
+                .saturating_sub(now.0.saturating_duration_since(at))
+        };
+        let name = |id: &ReplicaId| self.replica_names.get(id).cloned().unwrap_or_else(|| id.0.to_string());
+        let unconfirmed = progress.unacknowledged.iter().map(|silent| LaggingReplica {
+            replica: name(&silent.id),
             last_seen: silent.last_seen,
-            lease_ends_by: silent.lease_ends_by.map(wall),
+            lease_ends_by: silent.lease_expires_by.map(wall),
         });
-        let complete_by = if progress.complete { Some(now.1) } else { progress.complete_by.map(wall) };
-        Report {
+        let complete_by = if progress.is_complete { Some(now.1) } else { progress.completes_by.map(wall) };
+        PropagationReport {
             revision: progress.revision,
-            complete: progress.complete,
-            confirmed: progress.confirmed.iter().map(name).collect(),
+            complete: progress.is_complete,
+            confirmed: progress.acknowledged.iter().map(name).collect(),
             unconfirmed: unconfirmed.collect(),
             complete_by,
             sync_replicated: self.sync_replicated,
@@ -451,7 +483,7 @@ impl Wait<'_> {
     }
 }
 
-async fn patience(until: Option<Instant>) {
+async fn sleep_until_deadline(until: Option<Instant>) {
     match until {
         Some(until) => sleep_until(until).await,
         None => std::future::pending().await,
@@ -459,13 +491,17 @@ async fn patience(until: Option<Instant>) {
 }
 
 /// Reads the rows for whoever waits: one reading for all who asked before it.
-async fn read(fleet: Arc<dyn Fleet>, sight: Arc<Sight>, mut wanted: mpsc::Receiver<Wanted>) {
+async fn serve_snapshot_reads(
+    fleet: Arc<dyn ReplicaRegistry>,
+    sight: Arc<ReplicaStatus>,
+    mut wanted: mpsc::Receiver<SnapshotRequest>,
+) {
     let mut waiting = Vec::new();
-    while wanted.recv_many(&mut waiting, QUEUE).await > 0 {
+    while wanted.recv_many(&mut waiting, MAX_WAITING_READS).await > 0 {
         let revisions: Vec<_> = waiting.iter().map(|(revision, _)| *revision).collect();
-        let read = fleet.roster(&revisions).await.map(Arc::new).map_err(Arc::new);
+        let read = fleet.list_replicas(&revisions).await.map(Arc::new).map_err(Arc::new);
         if let Ok(roster) = &read {
-            sight.acks().listed(roster);
+            sight.ack_tracker().update_replicas(roster);
         }
         for (_, answer) in waiting.drain(..) {
             // Whoever has given up does not hear of it.

@@ -8,29 +8,29 @@ use tokio::time::sleep;
 
 use crate::{
     domain::{
-        key::{Key, Revocation, RevokeReason},
-        log::{Action, Change},
+        key::{ApiKey, Revocation, RevokeReason},
+        log::{AuditAction, RecordChange},
         name::KeyId,
     },
-    store::{CommitError, StoreError, Write},
+    store::{CommitError, StoreError, WriteRequest},
 };
 
-use super::feed::Parts;
+use super::replica_task::ReplicaDependencies;
 
 /// How often it looks whether the loss was accepted.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
 const METHOD: &str = "keyward replicas accept-regression";
 
 /// Returns when people have accepted the loss and everything known to be revoked is revoked again. `known` is the
 /// epoch of the history that this replica holds.
-pub(super) async fn wait(parts: Parts, known: u64) {
-    let accepted = async || matches!(parts.fleet.terms().await, Ok(terms) if terms.epoch > known);
+pub(super) async fn wait_for_acceptance(parts: ReplicaDependencies, known: u64) {
+    let accepted = async || matches!(parts.registry.lease_config().await, Ok(terms) if terms.epoch > known);
     while !accepted().await {
-        sleep(LOOK_EVERY).await;
+        sleep(POLL_INTERVAL).await;
     }
-    parts.fleet.start_over();
+    parts.registry.forget_known_head();
     loop {
-        match revoke_again(&parts).await {
+        match reapply_revocations(&parts).await {
             Ok(count) => {
                 tracing::warn!(count, "the loss was accepted; keys known to be revoked were revoked again");
                 return;
@@ -40,34 +40,44 @@ pub(super) async fn wait(parts: Parts, known: u64) {
                     error = &error as &dyn std::error::Error,
                     "what is known to be revoked could not be revoked again; it is tried again"
                 );
-                sleep(LOOK_EVERY).await;
+                sleep(POLL_INTERVAL).await;
             }
         }
     }
 }
 
 /// How many keys were revoked that the database held for alive.
-async fn revoke_again(parts: &Parts) -> Result<u64, StoreError> {
+async fn reapply_revocations(parts: &ReplicaDependencies) -> Result<u64, StoreError> {
     let mut count = 0;
-    for (id, at) in parts.follow.index().revoked() {
+    for (id, at) in parts.log_applier.index().revoked_keys() {
         let comment = "revoked again: the database had lost it".to_owned();
         let revocation = Revocation { at, reason: RevokeReason::Unspecified, comment };
-        count += u64::from(revoke(parts, id, revocation).await?);
+        count += u64::from(reapply_revocation(parts, id, revocation).await?);
     }
     Ok(count)
 }
 
-async fn revoke(parts: &Parts, id: KeyId, revocation: Revocation) -> Result<bool, StoreError> {
+async fn reapply_revocation(
+    parts: &ReplicaDependencies,
+    id: KeyId,
+    revocation: Revocation,
+) -> Result<bool, StoreError> {
     loop {
         // Made after the state that the database went back to: it is gone, and its token with it.
-        let Some(stored) = parts.store.key(id).await? else { return Ok(false) };
+        let Some(stored) = parts.store.get_key(id).await? else { return Ok(false) };
         if stored.key.revocation.is_some() {
             return Ok(false);
         }
         let now = parts.clock.now();
         let expect = Some(stored.key.revision);
-        let key = Key { revocation: Some(revocation.clone()), updated_at: now, ..stored.key };
-        let write = Write::by_system(Change::Key(Arc::new(key)), expect, Action::KeyRevoked, METHOD, now);
+        let key = ApiKey { revocation: Some(revocation.clone()), updated_at: now, ..stored.key };
+        let write = WriteRequest::from_system(
+            RecordChange::Key(Arc::new(key)),
+            expect,
+            AuditAction::KeyRevoked,
+            METHOD,
+            now,
+        );
         let committed = parts.store.commit(&[write]).await.map_err(|error| match error {
             CommitError::NotRecorded(error) | CommitError::Unknown(error) => error,
         })?;

@@ -7,7 +7,7 @@
 
 use crate::domain::log_format::{LogFormat, NewerValue};
 
-use super::{Rejection, Write};
+use super::{WriteRejection, WriteRequest};
 
 /// A newest format of the log, and the registered replicas that do not read the one asked about. The default refuses nothing.
 #[derive(Debug, Default)]
@@ -20,14 +20,16 @@ pub(super) struct LogFence {
 
 impl LogFence {
     /// The format of a run's entries; `None` if every release reads them.
-    pub(super) fn format(run: &[Write]) -> Option<LogFormat> {
+    pub(super) fn format(run: &[WriteRequest]) -> Option<LogFormat> {
         run.iter().filter_map(newer_value).map(NewerValue::format).max()
     }
 
     /// Checks that every registered replica can read the entry of a write.
-    pub(super) fn check(&self, write: &Write) -> Result<(), Rejection> {
+    pub(super) fn check(&self, write: &WriteRequest) -> Result<(), WriteRejection> {
         // A change that ends rights repeats what the log contains, and nothing may keep it from being made.
-        let Some(value) = newer_value(write).filter(|_| !write.action.stops()) else { return Ok(()) };
+        let Some(value) = newer_value(write).filter(|_| !write.action.is_restriction()) else {
+            return Ok(());
+        };
         if value.format() <= self.newest {
             return Ok(());
         }
@@ -35,12 +37,12 @@ impl LogFence {
         let replicas: Vec<_> = too_old.map(|(name, _)| name.clone()).collect();
         match replicas.is_empty() {
             true => Ok(()),
-            false => Err(Rejection::ReplicaTooOld { value: value.to_string(), replicas }),
+            false => Err(WriteRejection::ReplicaTooOld { value: value.to_string(), replicas }),
         }
     }
 
     /// Records the format of an accepted write: the new one if the log did not contain it before.
-    pub(super) fn raise(&mut self, write: &Write) -> Option<LogFormat> {
+    pub(super) fn raise(&mut self, write: &WriteRequest) -> Option<LogFormat> {
         let format = newer_value(write)?.format();
         let raises = format > self.newest;
         self.newest = self.newest.max(format);
@@ -48,7 +50,7 @@ impl LogFence {
     }
 }
 
-fn newer_value(write: &Write) -> Option<NewerValue<'_>> {
+fn newer_value(write: &WriteRequest) -> Option<NewerValue<'_>> {
     NewerValue::find(&write.change, write.actor.account.as_ref())
 }
 
@@ -59,13 +61,13 @@ mod tests {
     use super::*;
     use crate::domain::{
         account::Role,
-        log::{Action, Change},
+        log::{AuditAction, RecordChange},
         name::RoleName,
         scope::Scope,
         time::{Revision, Timestamp},
     };
 
-    fn write(scope: &str, action: Action) -> Write {
+    fn write(scope: &str, action: AuditAction) -> WriteRequest {
         let role = Role {
             account: None,
             name: RoleName::parse("agent").unwrap(),
@@ -73,7 +75,7 @@ mod tests {
             revision: Revision::default(),
         };
         let at = Timestamp::from_micros(1);
-        Write::by_system(Change::Role(Arc::new(role)), None, action, "test", at)
+        WriteRequest::from_system(RecordChange::Role(Arc::new(role)), None, action, "test", at)
     }
 
     fn fence(newest: LogFormat) -> LogFence {
@@ -86,24 +88,31 @@ mod tests {
     fn only_what_an_older_replica_cannot_read_is_refused_and_the_replica_named() {
         let fence = fence(LogFormat::FIRST);
         let (value, replicas) = ("scope \"a/b\"".to_owned(), vec!["old".to_owned()]);
-        let refused = Err(Rejection::ReplicaTooOld { value, replicas });
-        assert_eq!(fence.check(&write("a/b", Action::RolePut)), refused);
-        assert_eq!(fence.check(&write("a:b", Action::RolePut)), Ok(()));
-        assert_eq!(LogFence::default().check(&write("a/b", Action::RolePut)), Ok(()), "nobody is registered");
+        let refused = Err(WriteRejection::ReplicaTooOld { value, replicas });
+        assert_eq!(fence.check(&write("a/b", AuditAction::RolePut)), refused);
+        assert_eq!(fence.check(&write("a:b", AuditAction::RolePut)), Ok(()));
+        assert_eq!(
+            LogFence::default().check(&write("a/b", AuditAction::RolePut)),
+            Ok(()),
+            "nobody is registered"
+        );
     }
 
     #[test]
     fn what_the_log_contains_already_and_what_ends_rights_is_never_refused() {
-        assert_eq!(fence(LogFormat::NEWEST).check(&write("a/b", Action::RolePut)), Ok(()));
-        assert_eq!(fence(LogFormat::FIRST).check(&write("a/b", Action::RoleDeleted)), Ok(()));
+        assert_eq!(fence(LogFormat::NEWEST).check(&write("a/b", AuditAction::RolePut)), Ok(()));
+        assert_eq!(fence(LogFormat::FIRST).check(&write("a/b", AuditAction::RoleDeleted)), Ok(()));
     }
 
     #[test]
     fn a_run_raises_the_format_of_the_log_once_and_only_if_it_needs_to() {
-        let plain = [write("a:b", Action::RolePut), write("*", Action::RolePut)];
+        let plain = [write("a:b", AuditAction::RolePut), write("*", AuditAction::RolePut)];
         assert_eq!(LogFence::format(&plain), None, "nothing is asked for them");
-        let newer = write("a/b", Action::RolePut);
-        assert_eq!(LogFence::format(&[write("a", Action::RolePut), newer.clone()]), Some(LogFormat::NEWEST));
+        let newer = write("a/b", AuditAction::RolePut);
+        assert_eq!(
+            LogFence::format(&[write("a", AuditAction::RolePut), newer.clone()]),
+            Some(LogFormat::NEWEST)
+        );
         let mut fence = fence(LogFormat::FIRST);
         let raised = [&plain[0], &newer, &newer].map(|write| fence.raise(write));
         assert_eq!(raised, [None, Some(LogFormat::NEWEST), None]);

@@ -4,30 +4,30 @@
 //! A store takes digests and instants, never tokens or clocks. It knows what may not collide (names, digests,
 //! idempotency keys, revisions) and what must not have moved, and nothing of who may do what.
 //!
-//! Every change is one [`Write`]: a whole record, the revision that the caller saw, what was read to authorize it, and the log entry. Writes
+//! Every change is one [`WriteRequest`]: a whole record, the revision that the caller saw, what was read to authorize it, and the log entry. Writes
 //! are committed in batches; inside a batch each stands or falls alone, and revisions count in commit order
 //! without gaps. A follower that has applied revision `n` has seen every change up to `n`.
 
-mod alike;
 mod backend;
 mod bulk;
-mod facts;
-pub mod fleet;
-mod load;
+pub mod group_commit;
+pub mod inspect;
 mod log_fence;
-pub mod look;
 mod open;
-pub mod page;
-mod plan;
+mod owner_tally;
+pub mod page_budget;
+mod parse_cache;
 mod postgres;
+mod pre_state;
 mod queries;
-mod reads;
-mod records;
-mod rows;
+mod read_set;
+pub mod replica_registry;
+mod row_decoding;
+mod row_format;
+mod secret_join;
+mod snapshot_loader;
 pub mod sqlite;
-mod tally;
-mod unclaimed;
-pub mod writer;
+mod write_plan;
 
 use std::{sync::Arc, time::Duration};
 
@@ -35,22 +35,22 @@ use async_trait::async_trait;
 use tokio::time::Instant;
 
 pub use bulk::BulkReader;
-pub use load::{LoadedKey, Loader, Part};
 pub use open::{
-    OpenError, Schema, Step, backup, check_url, file, migrate, open, open_existing, open_with,
-    open_without_wal, reach,
+    MigrationStep, OpenError, SchemaPolicy, backup, check_reachable, check_url, migrate, open, open_existing,
+    open_with_schema, open_without_wal, sqlite_file,
 };
-pub use reads::{ReadSet, ReadState, RecordId};
+pub use read_set::{ReadSet, ReadState, RecordId};
+pub use snapshot_loader::{LoadedKey, SnapshotLoader, SnapshotPart};
 
-use fleet::Fleet;
+use replica_registry::ReplicaRegistry;
 
 use crate::domain::{
-    account::{Account, AccountLimits, LimitReached, Member, Role},
-    decision::Reason,
-    key::{Key, Secret, State},
-    limit::{Drawn, Spent},
-    log::{Action, Actor, Change, Hash, LogRow},
+    account::{Account, AccountLimitReached, AccountLimits, AccountMember, Role},
+    key::{ApiKey, ApiKeyState, KeySecret},
+    limit::{PendingQuotaUnits, QuotaUsage},
+    log::{Actor, AuditAction, ChainHash, LogEntry, RecordChange},
     name::{AccountId, EnvironmentName, IdempotencyKey, KeyId, UserId},
+    policy_decision::Reason,
     time::{Revision, Timestamp},
 };
 
@@ -68,7 +68,7 @@ pub enum StoreError {
     Full(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// This process no longer owns the database file. It ends.
     #[error("this process no longer owns the database file: {0}")]
-    Lost(&'static str),
+    OwnershipLost(&'static str),
     /// A row contradicts itself.
     #[error(
         "the database is damaged: {0}. Restore the newest backup (with its -wal file, if it has one); keep the \
@@ -90,16 +90,16 @@ pub enum CommitError {
 
 /// Where the log ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Head {
+pub struct LogHead {
     /// The newest revision.
     pub revision: Revision,
     /// Its hash.
-    pub hash: Hash,
+    pub hash: ChainHash,
 }
 
 /// A request that may be sent again.
 #[derive(Clone, Debug)]
-pub struct Idempotency {
+pub struct IdempotentRequest {
     /// Who sends it.
     pub caller: KeyId,
     /// The caller's name for it.
@@ -110,13 +110,13 @@ pub struct Idempotency {
 
 /// One change on its way.
 #[derive(Clone, Debug)]
-pub struct Write {
+pub struct WriteRequest {
     /// The record after the change; its own revision is set at commit.
-    pub change: Change,
+    pub change: RecordChange,
     /// The record's revision that the change is made from; `None` = the record must not exist.
-    pub expect: Option<Revision>,
+    pub expected_revision: Option<Revision>,
     /// What happens.
-    pub action: Action,
+    pub action: AuditAction,
     /// Who does it.
     pub actor: Actor,
     /// The RPC or command.
@@ -124,33 +124,33 @@ pub struct Write {
     /// When.
     pub at: Timestamp,
     /// The name under which the same request is done once.
-    pub idempotency: Option<Idempotency>,
+    pub idempotency: Option<IdempotentRequest>,
     /// What was read to authorize it; empty if nobody had to be authorized.
-    pub reads: ReadSet,
+    pub read_set: ReadSet,
     /// The limits of the account concerned, to which the transaction holds it; `None` = it is held to none. What takes
     /// something away never is.
     pub limits: Option<AccountLimits>,
 }
 
-impl Write {
+impl WriteRequest {
     /// A change that Keyward makes itself: nobody has to be authorized for it, and no limit holds it.
     #[must_use]
-    pub fn by_system(
-        change: Change,
+    pub fn from_system(
+        change: RecordChange,
         expect: Option<Revision>,
-        action: Action,
+        action: AuditAction,
         method: &'static str,
         at: Timestamp,
-    ) -> Write {
-        Write {
+    ) -> WriteRequest {
+        WriteRequest {
             change,
-            expect,
+            expected_revision: expect,
             action,
             actor: Actor::SYSTEM,
             method,
             at,
             idempotency: None,
-            reads: ReadSet::default(),
+            read_set: ReadSet::default(),
             limits: None,
         }
     }
@@ -158,32 +158,32 @@ impl Write {
 
 /// What became of one write of a committed batch.
 #[derive(Clone, Debug)]
-pub enum Outcome {
+pub enum WriteOutcome {
     /// Recorded.
-    Applied(Change),
+    Applied(RecordChange),
     /// Done before, for this key; nothing was recorded now.
     Replayed(KeyId),
 }
 
 /// Why one write of a batch was left out.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Rejection {
+pub enum WriteRejection {
     /// The record is not at the revision expected, or exists already.
     Conflict,
     /// A record that the authorization has read is no longer as it was, or its time is over: authorize again.
-    AuthorizationMoved,
+    AuthorizationChanged,
     /// Another key of the owner that is not revoked has the name.
     NameTaken,
     /// This account's id differs from the new one only in case.
-    AccountIdCase(AccountId),
+    AccountIdDiffersInCase(AccountId),
     /// The digest is known already.
     DigestTaken,
     /// Another request was made under this idempotency key.
     IdempotencyReused,
     /// A role that the record names does not exist in its account, nor globally.
-    NoSuchRole,
+    RoleNotFound,
     /// The account, or the user, has reached a limit.
-    AccountLimit(LimitReached),
+    AccountLimitReached(AccountLimitReached),
     /// Registered replicas of an older release could not read the log entry.
     ReplicaTooOld {
         /// What they cannot read: `scope "repo/write"`.
@@ -202,34 +202,34 @@ pub enum Rejection {
 
 /// A committed batch.
 #[derive(Debug, Default)]
-pub struct Committed {
+pub struct CommittedBatch {
     /// One for each write, in order.
-    pub outcomes: Vec<Result<Outcome, Rejection>>,
+    pub outcomes: Vec<Result<WriteOutcome, WriteRejection>>,
     /// The new log rows with their changes, in revision order.
-    pub rows: Vec<(LogRow, Change)>,
+    pub entries: Vec<(LogEntry, RecordChange)>,
 }
 
 /// A record of the snapshot.
 #[derive(Debug)]
-pub enum SnapshotItem {
+pub enum SnapshotRecord {
     /// An account.
     Account(Account),
     /// A key, with the superseded secrets that left its record. Hints are left out of either, and of a revoked key all that
     /// it granted: see [`LoadedKey`].
-    Key(Arc<Key>, Vec<Secret>),
+    Key(Arc<ApiKey>, Vec<KeySecret>),
     /// A role.
     Role(Role),
     /// A member.
-    Member(Member),
+    Member(AccountMember),
     /// What is spent of the quota of a key that is not revoked; after its key.
-    Spent(KeyId, Spent),
+    QuotaUsage(KeyId, QuotaUsage),
 }
 
 /// A key with what is known of its use.
 #[derive(Clone, Debug)]
 pub struct StoredKey {
     /// The record.
-    pub key: Key,
+    pub key: ApiKey,
     /// When each secret version was last used, those that left the record included.
     pub last_used: Vec<(u32, Timestamp)>,
 }
@@ -242,7 +242,7 @@ pub enum OwnerFilter {
     /// User keys of this user.
     User(UserId),
     /// Every key but those of the operator account.
-    AllButOperators,
+    ExceptOperator,
 }
 
 /// Which keys of an owner.
@@ -253,7 +253,7 @@ pub struct KeyFilter {
     /// Only of this environment.
     pub environment: Option<EnvironmentName>,
     /// Only in one of these states at `now`. Empty = in any.
-    pub states: Vec<State>,
+    pub states: Vec<ApiKeyState>,
     /// Only with a name that starts so: in Unicode Normalization Form C.
     pub name_prefix: String,
     /// Only created before then, and not used since.
@@ -291,18 +291,18 @@ pub struct LogFilter {
 
 /// Up to where the log was archived.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Checkpoint {
+pub struct ArchiveCheckpoint {
     /// The last entry that is not in the log any more; the next one leads to its hash.
-    pub at: Head,
+    pub head: LogHead,
     /// How many entries are in files, all archives together.
-    pub entries: u64,
+    pub entry_count: u64,
     /// When it was made.
     pub made_at: Timestamp,
 }
 
 /// A use of one secret, to be kept as the latest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct UsedSecret {
+pub struct SecretUse {
     /// The key.
     pub key_id: KeyId,
     /// The secret's version.
@@ -313,31 +313,31 @@ pub struct UsedSecret {
 
 /// An hour, counted from 1970 (UTC).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Hour(pub i64);
+pub struct UsageHour(pub i64);
 
-impl Hour {
-    const MICROS: i64 = 3_600_000_000;
+impl UsageHour {
+    const MICROS_PER_HOUR: i64 = 3_600_000_000;
 
     /// The hour that an instant lies in.
     #[must_use]
-    pub fn of(at: Timestamp) -> Hour {
-        Hour(at.as_micros().div_euclid(Self::MICROS))
+    pub fn from_timestamp(at: Timestamp) -> UsageHour {
+        UsageHour(at.as_micros().div_euclid(Self::MICROS_PER_HOUR))
     }
 
     /// Its first instant.
     #[must_use]
     pub fn start(self) -> Timestamp {
-        Timestamp::from_micros(self.0.saturating_mul(Self::MICROS))
+        Timestamp::from_micros(self.0.saturating_mul(Self::MICROS_PER_HOUR))
     }
 }
 
 /// Checks of a key in an hour with one reason.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Count {
+pub struct UsageCount {
     /// The key.
     pub key_id: KeyId,
     /// The hour.
-    pub hour: Hour,
+    pub hour: UsageHour,
     /// The reason.
     pub reason: Reason,
     /// How many.
@@ -348,36 +348,40 @@ pub struct Count {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct UsageBatch {
     /// The latest use of each secret.
-    pub used: Vec<UsedSecret>,
+    pub secret_uses: Vec<SecretUse>,
     /// Counts to be added.
-    pub counts: Vec<Count>,
+    pub counts: Vec<UsageCount>,
     /// Units of quotas to be added to what is spent of them.
-    pub spent: Vec<(KeyId, Drawn)>,
+    pub quota_units: Vec<(KeyId, PendingQuotaUnits)>,
 }
 
 /// The contract of a backend. Reads see everything that was committed before they began.
 #[async_trait]
 pub trait Store: Send + Sync + 'static {
     /// Where the log ends.
-    async fn head(&self) -> Result<Head, StoreError>;
+    async fn log_head(&self) -> Result<LogHead, StoreError>;
 
     /// Commits a batch in one transaction; it is durable when this returns. A write that is rejected leaves
     /// the others alone.
-    async fn commit(&self, batch: &[Write]) -> Result<Committed, CommitError>;
+    async fn commit(&self, batch: &[WriteRequest]) -> Result<CommittedBatch, CommitError>;
 
     /// The log after `revision`, in order, at most `limit` rows.
-    async fn log_after(&self, revision: Revision, limit: u32) -> Result<Vec<LogRow>, StoreError>;
+    async fn list_log_after(&self, revision: Revision, limit: u32) -> Result<Vec<LogEntry>, StoreError>;
 
     /// Everything that a Check needs, as of one revision, which is returned. Keys revoked and secrets
     /// superseded before `forget_before` are left out. After a fault, or when this is given up, `loader` may still hear of
     /// keys for a moment.
-    async fn snapshot(&self, forget_before: Timestamp, loader: &Arc<dyn Loader>) -> Result<Head, StoreError>;
+    async fn stream_snapshot(
+        &self,
+        forget_before: Timestamp,
+        loader: &Arc<dyn SnapshotLoader>,
+    ) -> Result<LogHead, StoreError>;
 
     /// One key.
-    async fn key(&self, id: KeyId) -> Result<Option<StoredKey>, StoreError>;
+    async fn get_key(&self, id: KeyId) -> Result<Option<StoredKey>, StoreError>;
 
     /// Keys before `before` in the order of falling ids, at most `limit`.
-    async fn keys(
+    async fn list_keys(
         &self,
         filter: &KeyFilter,
         before: Option<KeyId>,
@@ -385,38 +389,38 @@ pub trait Store: Send + Sync + 'static {
     ) -> Result<Vec<StoredKey>, StoreError>;
 
     /// One account.
-    async fn account(&self, id: &AccountId) -> Result<Option<Account>, StoreError>;
+    async fn get_account(&self, id: &AccountId) -> Result<Option<Account>, StoreError>;
 
     /// Accounts after `after` in the order of their ids, at most `limit`.
-    async fn accounts(&self, after: Option<&AccountId>, limit: u32) -> Result<Vec<Account>, StoreError>;
+    async fn list_accounts(&self, after: Option<&AccountId>, limit: u32) -> Result<Vec<Account>, StoreError>;
 
     /// Log entries in the order of the filter, at most `limit`: those that come behind `cursor`, which is the last one
     /// of the page before.
-    async fn log(
+    async fn list_log(
         &self,
         filter: &LogFilter,
         cursor: Option<Revision>,
         limit: u32,
-    ) -> Result<Vec<LogRow>, StoreError>;
+    ) -> Result<Vec<LogEntry>, StoreError>;
 
     /// The entries at these revisions, in no order; those that there are.
-    async fn log_at(&self, revisions: &[Revision]) -> Result<Vec<LogRow>, StoreError>;
+    async fn get_log_entries(&self, revisions: &[Revision]) -> Result<Vec<LogEntry>, StoreError>;
 
     /// The keys with these ids, in no order; those that there are.
-    async fn keys_at(&self, ids: &[KeyId]) -> Result<Vec<StoredKey>, StoreError>;
+    async fn get_keys(&self, ids: &[KeyId]) -> Result<Vec<StoredKey>, StoreError>;
 
     /// A reader of the log and of the keys, for whoever is about to read this many entries.
     fn bulk_reader(&self, entries: u64) -> Box<dyn BulkReader + '_>;
 
     /// The newest checkpoint; None = nothing was archived.
-    async fn checkpoint(&self) -> Result<Option<Checkpoint>, StoreError>;
+    async fn newest_checkpoint(&self) -> Result<Option<ArchiveCheckpoint>, StoreError>;
 
     /// Notes a checkpoint, and takes the entries up to it out of the log, a few at a time. Called again with the same one
     /// it goes on where it was broken off.
-    async fn archive(&self, checkpoint: &Checkpoint) -> Result<(), StoreError>;
+    async fn archive_log(&self, checkpoint: &ArchiveCheckpoint) -> Result<(), StoreError>;
 
     /// The key that was made or rotated under an idempotency key at or after `since`, and the fingerprint.
-    async fn idempotent(
+    async fn find_idempotent_request(
         &self,
         caller: KeyId,
         key: &IdempotencyKey,
@@ -424,18 +428,18 @@ pub trait Store: Send + Sync + 'static {
     ) -> Result<Option<(KeyId, [u8; 32])>, StoreError>;
 
     /// The roles of an account, global ones included; or the global ones alone. In the order of their names.
-    async fn roles(&self, account: Option<&AccountId>) -> Result<Vec<Role>, StoreError>;
+    async fn list_roles(&self, account: Option<&AccountId>) -> Result<Vec<Role>, StoreError>;
 
     /// Members of an account after `after` in the order of their users, at most `limit`.
-    async fn members(
+    async fn list_members(
         &self,
         account: &AccountId,
         after: Option<&UserId>,
         limit: u32,
-    ) -> Result<Vec<Member>, StoreError>;
+    ) -> Result<Vec<AccountMember>, StoreError>;
 
     /// Every membership of a user.
-    async fn memberships(&self, user: &UserId) -> Result<Vec<Member>, StoreError>;
+    async fn list_memberships(&self, user: &UserId) -> Result<Vec<AccountMember>, StoreError>;
 
     /// Writes what Checks have left, in one transaction. A key or secret that is gone is skipped.
     ///
@@ -444,28 +448,33 @@ pub trait Store: Send + Sync + 'static {
     /// are dropped. Gives what is spent now of each quota that the batch has units of, by all who write.
     ///
     /// An answer that is lost leaves open whether the units were added: sent again, they may count twice.
-    async fn note_usage(&self, batch: &UsageBatch) -> Result<Vec<(KeyId, Spent)>, StoreError>;
+    async fn record_usage(&self, batch: &UsageBatch) -> Result<Vec<(KeyId, QuotaUsage)>, StoreError>;
 
     /// The counts of a key from one hour to before another, in the order of hours.
-    async fn usage(&self, key: KeyId, from: Hour, to: Hour) -> Result<Vec<Count>, StoreError>;
+    async fn list_usage(
+        &self,
+        key: KeyId,
+        from: UsageHour,
+        to: UsageHour,
+    ) -> Result<Vec<UsageCount>, StoreError>;
 
     /// Drops counts of hours before `before`.
-    async fn forget_usage(&self, before: Hour) -> Result<(), StoreError>;
+    async fn prune_usage(&self, before: UsageHour) -> Result<(), StoreError>;
 
     /// Waits until no commit of this process is under way any more, one whose answer was lost included, and sees that
     /// the database goes on from what this process knows of it. What the log does not hold then was not recorded.
-    async fn settle(&self) -> Result<(), StoreError>;
+    async fn settle_pending_commits(&self) -> Result<(), StoreError>;
 
     /// What replicas need of the database; `None` where one process owns it.
-    fn fleet(self: Arc<Self>) -> Option<Arc<dyn Fleet>>;
+    fn replica_registry(self: Arc<Self>) -> Option<Arc<dyn ReplicaRegistry>>;
 
     /// Whether all that was read and committed since then came from one server. A primary that was replaced answers reads,
     /// and commits nothing: what a commit follows was the newest there was, if both were on the same server.
-    fn read_from_one(&self, since: Instant) -> bool;
+    fn is_single_server_since(&self, since: Instant) -> bool;
 
     /// Waits until the database is found damaged or owned by another process. Never returns for a backend that does not
     /// check this.
-    async fn lost(&self);
+    async fn wait_until_unusable(&self);
 
     /// Ends all work and lets go of the database.
     async fn close(&self);

@@ -6,8 +6,8 @@ use std::{
     sync::Arc,
 };
 
-use super::{Head, Store, postgres, sqlite};
-use crate::domain::connection_url::{MASK, masked};
+use super::{LogHead, Store, postgres, sqlite};
+use crate::domain::connection_url::{SECRET_MASK, mask_url};
 
 /// Why a store did not open. Each says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -38,7 +38,7 @@ pub enum OpenError {
          newest backup. If both are lost, 'keyward accept-lost-wal' says up to which change the file goes, and has it \
          start from there"
     )]
-    WithoutWal {
+    WalMissing {
         /// The database file.
         path: String,
     },
@@ -47,7 +47,7 @@ pub enum OpenError {
         "{path} is missing or empty, and {path}-wal is there: its newest changes are in that file alone. Nothing was \
          changed. Put the database file back; to start with a new database, move {path}-wal away"
     )]
-    WithoutDatabase {
+    DatabaseFileMissing {
         /// The database file.
         path: String,
     },
@@ -55,7 +55,7 @@ pub enum OpenError {
     #[error(
         "there is no database at {path}, and none was created: name the right one with --database sqlite:PATH"
     )]
-    Missing {
+    FileNotFound {
         /// The database file.
         path: String,
     },
@@ -76,7 +76,7 @@ pub enum OpenError {
     },
     /// A lost WAL is to be accepted, and none is.
     #[error("nothing of {path} is lost, so there is no loss to accept; start the server as usual")]
-    NothingLost {
+    WalNotLost {
         /// The database file.
         path: String,
     },
@@ -118,7 +118,7 @@ pub enum OpenError {
     },
     /// The database server does not answer, or not yet.
     #[error("{path} could not be opened: {source}")]
-    Away {
+    Unreachable {
         /// The database.
         path: String,
         /// The cause.
@@ -128,7 +128,7 @@ pub enum OpenError {
     #[error(
         "SQLite {found} is linked, and 3.51.3 is the first without the WAL-reset corruption: rebuild with it"
     )]
-    OldSqlite {
+    SqliteTooOld {
         /// The version linked.
         found: String,
     },
@@ -155,17 +155,17 @@ pub enum OpenError {
 
 /// What to do where the schema is older than this program.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Schema {
+pub enum SchemaPolicy {
     /// Bring it up to date.
     #[default]
     Migrate,
     /// Do not open the store.
-    Require,
+    RequireCurrent,
 }
 
 /// One step of the schema.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Step {
+pub struct MigrationStep {
     /// Its number.
     pub version: i64,
     /// Its name.
@@ -203,11 +203,11 @@ pub(super) fn check_account_ids(database: &str, found: &[String]) -> Result<(), 
 }
 
 /// A database, as a URL names it.
-enum Named<'u> {
+enum DatabaseUrl<'u> {
     /// An SQLite file.
-    File(&'u str),
+    SqliteFile(&'u str),
     /// A PostgreSQL server.
-    Server,
+    PostgresServer,
 }
 
 /// Opens the store that `url` names, migrates it, and checks that it is whole.
@@ -215,17 +215,17 @@ enum Named<'u> {
 /// # Errors
 /// When it cannot be opened, is damaged, or belongs to another process or a newer version.
 pub async fn open(url: &str) -> Result<Arc<dyn Store>, OpenError> {
-    open_with(url, Schema::Migrate).await
+    open_with_schema(url, SchemaPolicy::Migrate).await
 }
 
 /// The same, and says what to do where the schema is older.
 ///
 /// # Errors
 /// As [`open`]; and where the schema is older and is to stay so.
-pub async fn open_with(url: &str, schema: Schema) -> Result<Arc<dyn Store>, OpenError> {
-    Ok(match named(url)? {
-        Named::File(path) => Arc::new(sqlite::Sqlite::open(path, schema).await?),
-        Named::Server => Arc::new(postgres::Postgres::open(url, schema).await?),
+pub async fn open_with_schema(url: &str, schema: SchemaPolicy) -> Result<Arc<dyn Store>, OpenError> {
+    Ok(match parse_database_url(url)? {
+        DatabaseUrl::SqliteFile(path) => Arc::new(sqlite::SqliteStore::open(path, schema).await?),
+        DatabaseUrl::PostgresServer => Arc::new(postgres::PostgresStore::open(url, schema).await?),
     })
 }
 
@@ -235,15 +235,15 @@ pub async fn open_with(url: &str, schema: Schema) -> Result<Arc<dyn Store>, Open
 /// # Errors
 /// When its WAL is not lost, it cannot be opened, or the database is none of SQLite.
 pub async fn open_without_wal(url: &str) -> Result<Arc<dyn Store>, OpenError> {
-    match named(url)? {
-        Named::File(path) => {
+    match parse_database_url(url)? {
+        DatabaseUrl::SqliteFile(path) => {
             // A misspelt path is no new database.
             if !Path::new(path).exists() {
-                return Err(OpenError::Missing { path: path.to_owned() });
+                return Err(OpenError::FileNotFound { path: path.to_owned() });
             }
-            Ok(Arc::new(sqlite::Sqlite::open_without_wal(path).await?))
+            Ok(Arc::new(sqlite::SqliteStore::open_without_wal(path).await?))
         }
-        Named::Server => Err(OpenError::Unsuitable {
+        DatabaseUrl::PostgresServer => Err(OpenError::Unsuitable {
             database: "a PostgreSQL server".to_owned(),
             what: "it looks after its WAL itself".to_owned(),
             fix: "After a restored backup use 'keyward replicas accept-regression' (see docs/operations.md)",
@@ -255,29 +255,31 @@ pub async fn open_without_wal(url: &str) -> Result<Arc<dyn Store>, OpenError> {
 ///
 /// # Errors
 /// When it cannot be opened, is damaged, or belongs to another process or a newer version.
-pub async fn migrate(url: &str, dry_run: bool) -> Result<Vec<Step>, OpenError> {
-    match named(url)? {
-        Named::File(path) => sqlite::Sqlite::migrate(path, dry_run).await,
-        Named::Server => postgres::Postgres::migrate(url, dry_run).await,
+pub async fn migrate(url: &str, dry_run: bool) -> Result<Vec<MigrationStep>, OpenError> {
+    match parse_database_url(url)? {
+        DatabaseUrl::SqliteFile(path) => sqlite::SqliteStore::migrate(path, dry_run).await,
+        DatabaseUrl::PostgresServer => postgres::PostgresStore::migrate(url, dry_run).await,
     }
 }
 
 /// Whether the database can be reached. A file always can.
 ///
 /// # Errors
-/// When it cannot: [`OpenError::Away`] where that may pass.
-pub async fn reach(url: &str) -> Result<(), OpenError> {
-    match named(url)? {
-        Named::File(_) => Ok(()),
-        Named::Server => postgres::Postgres::reach(url).await,
+/// When it cannot: [`OpenError::Unreachable`] where that may pass.
+pub async fn check_reachable(url: &str) -> Result<(), OpenError> {
+    match parse_database_url(url)? {
+        DatabaseUrl::SqliteFile(_) => Ok(()),
+        DatabaseUrl::PostgresServer => postgres::PostgresStore::check_reachable(url).await,
     }
 }
 
 /// The SQLite file that `url` names, where its path leads through symbolic links. None = a server has the database.
 #[must_use]
-pub fn file(url: &str) -> Option<PathBuf> {
-    match named(url) {
-        Ok(Named::File(path)) => Some(Path::new(path).canonicalize().unwrap_or_else(|_| path.into())),
+pub fn sqlite_file(url: &str) -> Option<PathBuf> {
+    match parse_database_url(url) {
+        Ok(DatabaseUrl::SqliteFile(path)) => {
+            Some(Path::new(path).canonicalize().unwrap_or_else(|_| path.into()))
+        }
         _ => None,
     }
 }
@@ -286,10 +288,10 @@ pub fn file(url: &str) -> Option<PathBuf> {
 ///
 /// # Errors
 /// When it cannot be copied, or the database is none of SQLite: its own tools copy a PostgreSQL server.
-pub async fn backup(url: &str, to: &Path) -> Result<Head, OpenError> {
-    match named(url)? {
-        Named::File(path) => sqlite::backup(path, to).await,
-        Named::Server => Err(OpenError::Unsuitable {
+pub async fn backup(url: &str, to: &Path) -> Result<LogHead, OpenError> {
+    match parse_database_url(url)? {
+        DatabaseUrl::SqliteFile(path) => sqlite::backup(path, to).await,
+        DatabaseUrl::PostgresServer => Err(OpenError::Unsuitable {
             database: "a PostgreSQL server".to_owned(),
             what: "its own tools make its backups".to_owned(),
             fix: "Use pg_dump --format=custom --schema=keyward, or back up the whole server (see docs/operations.md)",
@@ -302,49 +304,49 @@ pub async fn backup(url: &str, to: &Path) -> Result<Head, OpenError> {
 /// # Errors
 /// [`OpenError::Url`]: what is wrong with it, and what would be right; it repeats no secret.
 pub fn check_url(url: &str) -> Result<(), OpenError> {
-    match named(url)? {
-        Named::File(_) => Ok(()),
-        Named::Server => postgres::check_url(url),
+    match parse_database_url(url)? {
+        DatabaseUrl::SqliteFile(_) => Ok(()),
+        DatabaseUrl::PostgresServer => postgres::check_url(url),
     }
 }
 
 /// Opens the store of an SQLite file that must exist, or of a PostgreSQL server: a misspelt path is no new database.
 ///
 /// # Errors
-/// As [`open`]; and [`OpenError::Missing`] if there is no such file.
+/// As [`open`]; and [`OpenError::FileNotFound`] if there is no such file.
 pub async fn open_existing(url: &str) -> Result<Arc<dyn Store>, OpenError> {
-    if let Named::File(path) = named(url)?
+    if let DatabaseUrl::SqliteFile(path) = parse_database_url(url)?
         && !Path::new(path).exists()
     {
-        return Err(OpenError::Missing { path: path.to_owned() });
+        return Err(OpenError::FileNotFound { path: path.to_owned() });
     }
     open(url).await
 }
 
 /// A URL that cannot be used.
-pub(super) fn wrong_url(url: &str, problem: impl Into<String>) -> OpenError {
-    let shown = masked(url);
-    let shown = if shown == MASK { String::new() } else { format!("{shown:?} ") };
+pub(super) fn url_error(url: &str, problem: impl Into<String>) -> OpenError {
+    let shown = mask_url(url);
+    let shown = if shown == SECRET_MASK { String::new() } else { format!("{shown:?} ") };
     OpenError::Url { shown, problem: problem.into() }
 }
 
-fn named(url: &str) -> Result<Named<'_>, OpenError> {
+fn parse_database_url(url: &str) -> Result<DatabaseUrl<'_>, OpenError> {
     match url.split_once(':') {
-        Some(("sqlite", path)) if path.contains(":memory:") || path.contains('?') => Err(wrong_url(
+        Some(("sqlite", path)) if path.contains(":memory:") || path.contains('?') => Err(url_error(
             url,
             "must name a file without options: sqlite:PATH, for example sqlite:keyward.db",
         )),
         Some(("sqlite", path)) if !path.is_empty() => {
-            Ok(Named::File(path.strip_prefix("//").unwrap_or(path)))
+            Ok(DatabaseUrl::SqliteFile(path.strip_prefix("//").unwrap_or(path)))
         }
         Some(("sqlite", _)) => {
-            Err(wrong_url(url, "lacks a path: write sqlite:PATH, for example sqlite:keyward.db"))
+            Err(url_error(url, "lacks a path: write sqlite:PATH, for example sqlite:keyward.db"))
         }
-        Some(("postgres" | "postgresql", _)) => Ok(Named::Server),
-        _ if is_file_name(url) => {
-            Err(wrong_url(url, format!("lacks its kind: for this SQLite file write sqlite:{url}")))
+        Some(("postgres" | "postgresql", _)) => Ok(DatabaseUrl::PostgresServer),
+        _ if is_database_file_name(url) => {
+            Err(url_error(url, format!("lacks its kind: for this SQLite file write sqlite:{url}")))
         }
-        _ => Err(wrong_url(
+        _ => Err(url_error(
             url,
             "names no known kind of database: write sqlite:PATH, for example sqlite:keyward.db, or \
              postgres://user:password@host/database",
@@ -353,7 +355,7 @@ fn named(url: &str) -> Result<Named<'_>, OpenError> {
 }
 
 /// Whether a text is a plain path that ends as database files do, and so no password.
-fn is_file_name(text: &str) -> bool {
+fn is_database_file_name(text: &str) -> bool {
     let plain = |letter: char| letter.is_ascii_alphanumeric() || "/._-~".contains(letter);
     text.chars().all(plain) && [".db", ".sqlite", ".sqlite3"].iter().any(|end| text.ends_with(end))
 }

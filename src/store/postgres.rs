@@ -2,7 +2,7 @@
 //!
 //! Everything is a transaction, a single read too, and no transaction leaves anything behind in its session: so it
 //! works through pgbouncer in transaction mode, where the next transaction may meet another session. A read is one
-//! message, its transaction around it, with its values written out (`literal.rs`). Where sqlx binds values it sends a
+//! message, its transaction around it, with its values written out (`to_sql_literal.rs`). Where sqlx binds values it sends a
 //! statement in two steps (parse, then execute), which only a transaction keeps in one session; a statement with a name
 //! would stay in a session after it, so statements have none. What a session would be told once (the schema, time
 //! limits, durability) is told with `BEGIN`, in the same round trip, which also says what server it is (`sources.rs`).
@@ -11,21 +11,21 @@
 //! is decided in `plan.rs` from what `facts.rs` asks in the message that locks, and written by `write.rs` in the message
 //! that commits. What makes many processes one service
 //! is `fleet.rs`, over connections of its own (`line.rs`); what the server must be is `doctor.rs`, the tables come from
-//! `migrate.rs`; the reads are in `backend.rs`, those of all keys in `snapshot.rs`.
+//! `migrate.rs`; the reads are in `backend.rs`, those of all keys in `read_snapshot.rs`.
 
 mod bulk;
-mod copy;
-mod doctor;
+mod copy_reader;
+mod dedicated_connection;
 mod errors;
-mod facts;
-mod fleet;
-mod line;
-mod literal;
-mod look;
+mod inspect;
 mod migrate;
-mod place;
+mod pre_state;
+mod replica_registry;
+mod server_check;
+mod server_identity;
 mod snapshot;
-mod sources;
+mod sql_literal;
+mod target;
 mod write;
 
 use std::{
@@ -43,53 +43,53 @@ use sqlx::{
 use tokio::{task::JoinSet, time::Instant};
 
 use crate::domain::{
-    limit::Spent,
+    limit::QuotaUsage,
     name::KeyId,
     time::{Revision, Timestamp},
 };
 
 use super::{
-    BulkReader, Checkpoint, CommitError, Committed, Head, Hour, Loader, OpenError, Schema, Step, StoreError,
-    UsageBatch, Write,
-    backend::{self, Backend, TakeLog, TakeRow, View},
-    fleet::Fleet,
-    plan::{self, Questions},
-    queries::Sql,
-    records::{Columns as _, LOG_COLUMNS, head_at, log_at, spent_at},
-    rows::revision_to_i64,
+    ArchiveCheckpoint, BulkReader, CommitError, CommittedBatch, LogHead, MigrationStep, OpenError,
+    SchemaPolicy, SnapshotLoader, StoreError, UsageBatch, UsageHour, WriteRequest,
+    backend::{self, EntryVisitor, RowVisitor, SnapshotView, StoreBackend},
+    queries::SqlQuery,
+    replica_registry::ReplicaRegistry,
+    row_decoding::{LOG_COLUMNS, RowColumns as _, decode_head, decode_log_entry, decode_quota_usage},
+    row_format::revision_to_i64,
+    write_plan::{self, PreStateQuery},
 };
 
 use bulk::PgBulkReader;
-use copy::copy;
-use errors::{is_gone, may_pass, server_error, store_error, was_refused};
-use fleet::Lines;
-use line::TextRow;
-use literal::Literal as _;
-pub(super) use look::look;
-use place::Place;
-use snapshot::{From, Rest};
-use sources::{Sources, WHICH};
+use copy_reader::copy_rows;
+use dedicated_connection::TextRow;
+use errors::{as_server_error, is_commit_refused, is_connection_lost, is_transient, store_error};
+pub(super) use inspect::inspect;
+use replica_registry::ReplicaConnections;
+use server_identity::{SERVER_START_TIME, SeenServers};
+use snapshot::{ScanDirection, UnreadKeyRange};
+use sql_literal::SqlLiteral as _;
+use target::PgTarget;
 
-type Result<T> = std::result::Result<T, sqlx::Error>;
+type PgResult<T> = std::result::Result<T, sqlx::Error>;
 
 /// How long one transaction may take, waiting for the lock included. The server is told the same, so that it does
 /// not go on without us.
-const CALL: Duration = Duration::from_secs(10);
+const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a second session may take to be had for reading the keys: they can be read by one.
-const SAME: Duration = Duration::from_secs(3);
+const SECOND_SESSION_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long a free connection may take to be had.
-const ACQUIRE: Duration = Duration::from_secs(5);
+const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a snapshot may wait for its next row.
-const NEXT_ROW: Duration = Duration::from_secs(30);
-const CONNECTIONS: u32 = 6;
+const NEXT_ROW_TIMEOUT: Duration = Duration::from_secs(30);
+const MAX_CONNECTIONS: u32 = 6;
 
 /// A statement without a name: one with a name would stay in the session.
-fn query(sql: &'static str) -> sqlx::query::Query<'static, Db, PgArguments> {
+fn unnamed_query(sql: &'static str) -> sqlx::query::Query<'static, Db, PgArguments> {
     sqlx::query(sql).persistent(false)
 }
 
 /// Runs `work` for so long at the most: a server that has vanished says nothing.
-async fn within<T>(limit: Duration, work: impl Future<Output = Result<T>>) -> Result<T> {
+async fn with_timeout<T>(limit: Duration, work: impl Future<Output = PgResult<T>>) -> PgResult<T> {
     tokio::time::timeout(limit, work).await.unwrap_or_else(|_| {
         let said = format!("the database did not answer within {} s", limit.as_secs());
         Err(sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, said)))
@@ -98,99 +98,119 @@ async fn within<T>(limit: Duration, work: impl Future<Output = Result<T>>) -> Re
 
 /// How transactions begin. All of them may write: a standby refuses those, and what it says may be old. Nothing here is
 /// worth compiling: where the server guesses a table's size wrong, that takes longer than all of it.
-struct Begins {
-    one: String,
+struct BeginStatements {
+    read_committed: String,
     /// Of the replicas' lines and of bulk reads. What stands in functions is planned once and for any values; whatever the server knew of
     /// the tables by then, it goes by their indices.
-    line: String,
-    view: String,
+    dedicated: String,
+    repeatable_read: String,
 }
 
-impl Begins {
+impl BeginStatements {
     fn new(schema: &str, durable: &str) -> Self {
         let begin = |isolation: &str, limit: Duration| {
             let limit = limit.as_millis();
-            let path = format!("\"{schema}\"").literal();
+            let path = format!("\"{schema}\"").to_sql_literal();
             format!(
-                "BEGIN ISOLATION LEVEL {isolation} READ WRITE; SELECT {WHICH}, set_config('search_path', {path}, true), \
+                "BEGIN ISOLATION LEVEL {isolation} READ WRITE; SELECT {SERVER_START_TIME}, set_config('search_path', {path}, true), \
                  set_config('synchronous_commit', '{durable}', true), set_config('statement_timeout', '{limit}', true), \
                  set_config('idle_in_transaction_session_timeout', '{limit}', true), set_config('jit', 'off', true)"
             )
         };
-        let one = begin("READ COMMITTED", CALL);
+        let one = begin("READ COMMITTED", CALL_TIMEOUT);
         let line = format!(
             "{one}, set_config('plan_cache_mode', 'force_generic_plan', true), \
              set_config('enable_seqscan', 'off', true)"
         );
-        Begins { one, line, view: begin("REPEATABLE READ", 4 * NEXT_ROW) }
+        BeginStatements {
+            read_committed: one,
+            dedicated: line,
+            repeatable_read: begin("REPEATABLE READ", 4 * NEXT_ROW_TIMEOUT),
+        }
     }
 }
 
 /// The store in a schema of a PostgreSQL database.
-pub(super) struct Postgres {
-    place: Place,
+pub(super) struct PostgresStore {
+    target: PgTarget,
     pool: PgPool,
-    begins: Begins,
-    fleet: Lines,
+    begin_statements: BeginStatements,
+    replica_connections: ReplicaConnections,
     /// Where the log ended when this process last saw it. Whoever finds another end without having moved it has
     /// another history before it: a standby that lacked commits, or a backup.
-    known: Mutex<Option<Head>>,
-    sources: Sources,
+    known_head: Mutex<Option<LogHead>>,
+    seen_servers: SeenServers,
 }
 
-impl std::fmt::Debug for Postgres {
+impl std::fmt::Debug for PostgresStore {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Postgres").field("database", &self.place.shown).finish_non_exhaustive()
+        f.debug_struct("PostgresStore").field("database", &self.target.display_name).finish_non_exhaustive()
     }
 }
 
 /// Whether the text of a URL names a server, a database and a schema. Resolves nothing.
 pub(super) fn check_url(url: &str) -> std::result::Result<(), OpenError> {
-    Place::parse(url).map(drop)
+    PgTarget::parse(url).map(drop)
 }
 
-impl Postgres {
+impl PostgresStore {
     /// Connects to the server that `url` names, checks it, migrates the schema and checks it.
     ///
     /// # Errors
     /// When it cannot be reached or trusted, is damaged or newer than this program.
-    pub(super) async fn open(url: &str, schema: Schema) -> std::result::Result<Postgres, OpenError> {
-        let place = Place::parse(url)?;
-        let pool = pool(&place);
-        let durable = Postgres::checked(&place).await?;
-        let begins = Begins::new(&place.schema, durable);
-        migrate::run(&place, &pool, schema.into()).await?;
-        let fleet = Lines::to(&place);
-        let store =
-            Postgres { place, pool, begins, fleet, known: Mutex::default(), sources: Sources::default() };
-        match backend::check_log(&store).await {
+    pub(super) async fn open(
+        url: &str,
+        schema: SchemaPolicy,
+    ) -> std::result::Result<PostgresStore, OpenError> {
+        let place = PgTarget::parse(url)?;
+        let pool = build_pool(&place);
+        let durable = PostgresStore::check_connection(&place).await?;
+        let begins = BeginStatements::new(&place.schema, durable);
+        migrate::run_migrations(&place, &pool, schema.into()).await?;
+        let fleet = ReplicaConnections::new(&place);
+        let store = PostgresStore {
+            target: place,
+            pool,
+            begin_statements: begins,
+            replica_connections: fleet,
+            known_head: Mutex::default(),
+            seen_servers: SeenServers::default(),
+        };
+        match backend::verify_newest_log(&store).await {
             Ok(()) => Ok(store),
-            Err(StoreError::Damaged(what)) => Err(OpenError::Damaged { path: store.place.shown, what }),
-            Err(error) => Err(OpenError::Away { path: store.place.shown, source: error.into() }),
+            Err(StoreError::Damaged(what)) => {
+                Err(OpenError::Damaged { path: store.target.display_name, what })
+            }
+            Err(error) => {
+                Err(OpenError::Unreachable { path: store.target.display_name, source: error.into() })
+            }
         }
     }
 
     /// Connects to the server, and sees that it can be trusted. Gives the durability that its transactions need.
-    async fn checked(place: &Place) -> std::result::Result<&'static str, OpenError> {
+    async fn check_connection(place: &PgTarget) -> std::result::Result<&'static str, OpenError> {
         // Not from the pool, which would try again until its time is over and forget why it failed.
         let connecting = PgConnection::connect_with(&place.options);
-        let connected = within(ACQUIRE, connecting).await;
+        let connected = with_timeout(ACQUIRE_TIMEOUT, connecting).await;
         let mut connection = connected.map_err(|error| open_error(place, error))?;
-        let durable = doctor::check(place, &mut connection).await?;
-        let _ = within(CALL, connection.close()).await;
+        let durable = server_check::check_server(place, &mut connection).await?;
+        let _ = with_timeout(CALL_TIMEOUT, connection.close()).await;
         Ok(durable)
     }
 
     /// Brings the schema up to date, or only says what that would do. Gives the steps.
     ///
     /// # Errors
-    /// As [`Postgres::open`].
-    pub(super) async fn migrate(url: &str, dry_run: bool) -> std::result::Result<Vec<Step>, OpenError> {
-        let place = Place::parse(url)?;
-        Postgres::checked(&place).await?;
-        let pool = pool(&place);
-        let what = if dry_run { migrate::Pending::Tell } else { migrate::Pending::Take };
-        let steps = migrate::run(&place, &pool, what).await;
+    /// As [`PostgresStore::open`].
+    pub(super) async fn migrate(
+        url: &str,
+        dry_run: bool,
+    ) -> std::result::Result<Vec<MigrationStep>, OpenError> {
+        let place = PgTarget::parse(url)?;
+        PostgresStore::check_connection(&place).await?;
+        let pool = build_pool(&place);
+        let what = if dry_run { migrate::PendingAction::Report } else { migrate::PendingAction::Apply };
+        let steps = migrate::run_migrations(&place, &pool, what).await;
         pool.close().await;
         steps
     }
@@ -198,54 +218,64 @@ impl Postgres {
     /// Whether the server can be reached.
     ///
     /// # Errors
-    /// When it cannot: [`OpenError::Away`] where that may pass.
-    pub(super) async fn reach(url: &str) -> std::result::Result<(), OpenError> {
-        let place = Place::parse(url)?;
+    /// When it cannot: [`OpenError::Unreachable`] where that may pass.
+    pub(super) async fn check_reachable(url: &str) -> std::result::Result<(), OpenError> {
+        let place = PgTarget::parse(url)?;
         let connecting = PgConnection::connect_with(&place.options);
-        let connection = within(ACQUIRE, connecting).await.map_err(|error| open_error(&place, error))?;
-        let _ = within(CALL, connection.close()).await;
+        let connection =
+            with_timeout(ACQUIRE_TIMEOUT, connecting).await.map_err(|error| open_error(&place, error))?;
+        let _ = with_timeout(CALL_TIMEOUT, connection.close()).await;
         Ok(())
     }
 
     /// Runs `work` in a transaction. It is ended by what `work` says, `COMMIT` or `ROLLBACK`.
     async fn transaction<T>(
         &self,
-        work: impl AsyncFnOnce(&mut PgConnection) -> Result<(T, &'static str)>,
-    ) -> Result<T> {
-        let (mut session, _) = self.begin(&self.begins.one, &[]).await?;
-        within(CALL, async {
-            let (value, ending) = work(session.get()).await?;
-            session.end(ending).await?;
+        work: impl AsyncFnOnce(&mut PgConnection) -> PgResult<(T, &'static str)>,
+    ) -> PgResult<T> {
+        let (mut session, _) = self.begin_with(&self.begin_statements.read_committed, &[]).await?;
+        with_timeout(CALL_TIMEOUT, async {
+            let (value, ending) = work(session.connection()).await?;
+            session.finish(ending).await?;
             Ok(value)
         })
         .await
     }
 
     /// Begins a transaction, with `statements` in the same message; gives their rows.
-    async fn begin(&self, begins: &str, statements: &[String]) -> Result<(Session, Vec<Vec<TextRow>>)> {
+    async fn begin_with(
+        &self,
+        begins: &str,
+        statements: &[String],
+    ) -> PgResult<(PgTransaction, Vec<Vec<TextRow>>)> {
         // What begins is two statements, of which the second says which server it is.
-        const OWN: usize = 2;
+        const BEGIN_ANSWERS: usize = 2;
         let message =
             statements.iter().fold(begins.to_owned(), |message, statement| message + "; " + statement);
-        let (session, mut answers) = begin(&self.pool, &message).await?;
-        let rest = answers.split_off(OWN.min(answers.len()));
+        let (session, mut answers) = begin_transaction(&self.pool, &message).await?;
+        let rest = answers.split_off(BEGIN_ANSWERS.min(answers.len()));
         let row = answers.get(1).and_then(|rows| rows.first()).ok_or(sqlx::Error::RowNotFound)?;
-        self.sources.saw(row.int(0)?, Instant::now());
+        self.seen_servers.record(row.int(0)?, Instant::now());
         Ok((session, rest))
     }
 
     /// Another transaction on the same server that sees what one does that is open. None where that cannot be: all
     /// connections are in use, or another server answers this time. It only saves time.
-    async fn begin_same(&self, snapshot: &str, server: i64) -> Option<Session> {
+    async fn begin_same_snapshot(&self, snapshot: &str, server: i64) -> Option<PgTransaction> {
         // Which server it is is said by the statement after the two that begin.
-        const SAYS: usize = 2;
+        const SERVER_ANSWER: usize = 2;
         // This statement takes nothing but plain text between its quotes.
         let plain = snapshot.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-');
         let same = plain.then(|| format!("; SET TRANSACTION SNAPSHOT '{snapshot}'; "))?;
-        match within(SAME, begin(&self.pool, &self.begins.view.replacen("; ", &same, 1))).await {
+        match with_timeout(
+            SECOND_SESSION_TIMEOUT,
+            begin_transaction(&self.pool, &self.begin_statements.repeatable_read.replacen("; ", &same, 1)),
+        )
+        .await
+        {
             // The number of a snapshot says nothing on another server.
             Ok((session, answers)) => {
-                let says = answers.get(SAYS).and_then(|rows| rows.first()?.int(0).ok());
+                let says = answers.get(SERVER_ANSWER).and_then(|rows| rows.first()?.int(0).ok());
                 (says == Some(server)).then_some(session)
             }
             Err(error) => {
@@ -256,16 +286,16 @@ impl Postgres {
     }
 
     /// Where the log ended when this process last saw it.
-    fn known(&self) -> MutexGuard<'_, Option<Head>> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    fn known_head(&self) -> MutexGuard<'_, Option<LogHead>> {
+        self.known_head.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Holds that the database's log is what this process has seen of it, or goes on from there. `locked` are the answers
-    /// to [`lock_head`].
-    fn goes_on(&self, known: Option<Head>, locked: &[Vec<TextRow>]) -> Result<Head> {
+    /// to [`lock_head_statements`].
+    fn verify_continuity(&self, known: Option<LogHead>, locked: &[Vec<TextRow>]) -> PgResult<LogHead> {
         let [heads, links] = locked else { return Err(sqlx::Error::RowNotFound) };
         let head = heads.first().ok_or(sqlx::Error::RowNotFound)?;
-        let head = head_at(head).map_err(|error| sqlx::Error::Decode(Box::new(error)))?;
+        let head = decode_head(head).map_err(|error| sqlx::Error::Decode(Box::new(error)))?;
         let Some(known) = known else { return Ok(head) };
         let linked = match links.first() {
             Some(row) => row.bytes(0)? == known.hash.as_slice(),
@@ -285,65 +315,71 @@ impl Postgres {
     }
 
     /// Writes what of the batch can be written. `committing` turns true before the message with the COMMIT.
-    async fn write_batch(&self, batch: &[Write], committing: &mut bool) -> Result<Committed> {
-        let mut committed = Committed::default();
-        let mut runs = plan::runs(batch).into_iter();
+    async fn write_batch(&self, batch: &[WriteRequest], committing: &mut bool) -> PgResult<CommittedBatch> {
+        let mut committed = CommittedBatch::default();
+        let mut runs = write_plan::split_into_runs(batch).into_iter();
         let Some(mut run) = runs.next() else { return Ok(committed) };
-        let mut questions = facts::questions(&Questions::of(run));
-        let known = *self.known();
-        let asked: Vec<_> = lock_head(known).into_iter().chain(texts(&questions)).collect();
-        let (mut session, mut locked) = self.begin(&self.begins.one, &asked).await?;
+        let mut questions = pre_state::pre_state_statements(&PreStateQuery::from_writes(run));
+        let known = *self.known_head();
+        let asked: Vec<_> =
+            lock_head_statements(known).into_iter().chain(statement_texts(&questions)).collect();
+        let (mut session, mut locked) =
+            self.begin_with(&self.begin_statements.read_committed, &asked).await?;
         let mut answers = locked.split_off(2.min(locked.len()));
         // Others write too; but nothing is built on another history.
-        let mut head = self.goes_on(known, &locked)?;
+        let mut head = self.verify_continuity(known, &locked)?;
         let mut script = Vec::new();
         loop {
-            let facts = facts::read(&questions, &answers)?;
-            let plan =
-                plan::decide(run, facts, head).map_err(|error| sqlx::Error::Encode(Box::new(error)))?;
-            write::run(&mut script, &plan);
+            let facts = pre_state::read_pre_state(&questions, &answers)?;
+            let plan = write_plan::plan_run(run, facts, head)
+                .map_err(|error| sqlx::Error::Encode(Box::new(error)))?;
+            write::write_run(&mut script, &plan);
             head = plan.head;
             committed.outcomes.extend(plan.committed.outcomes);
-            committed.rows.extend(plan.committed.rows);
+            committed.entries.extend(plan.committed.entries);
             let Some(next) = runs.next() else { break };
             run = next;
-            questions = facts::questions(&Questions::of(run));
+            questions = pre_state::pre_state_statements(&PreStateQuery::from_writes(run));
             let written = script.len();
-            script.extend(texts(&questions));
-            answers = line::ask(session.get(), std::mem::take(&mut script).join("; ")).await?;
+            script.extend(statement_texts(&questions));
+            answers = dedicated_connection::fetch_statement_rows(
+                session.connection(),
+                std::mem::take(&mut script).join("; "),
+            )
+            .await?;
             answers.drain(..written.min(answers.len()));
         }
-        if committed.rows.is_empty() {
-            session.end("ROLLBACK").await?;
+        if committed.entries.is_empty() {
+            session.finish("ROLLBACK").await?;
             return Ok(committed);
         }
-        write::head(&mut script, head, self.place.commits());
+        write::update_head(&mut script, head, self.target.commit_channel());
         script.push("COMMIT".to_owned());
         *committing = true;
-        self.fleet.commits(Some(head.revision));
-        session.end(script.join("; ")).await?;
+        self.replica_connections.set_own_commit(Some(head.revision));
+        session.finish(script.join("; ")).await?;
         Ok(committed)
     }
 }
 
 /// Locks the head, so that batches come one after the other; and asks for the hash where this process knows it.
-fn lock_head(known: Option<Head>) -> [String; 2] {
+fn lock_head_statements(known: Option<LogHead>) -> [String; 2] {
     let known = known.map_or(0, |known| revision_to_i64(known.revision));
     [
         "SELECT head, head_hash FROM meta FOR UPDATE".to_owned(),
-        format!("SELECT hash FROM log WHERE revision = {}", known.literal()),
+        format!("SELECT hash FROM log WHERE revision = {}", known.to_sql_literal()),
     ]
 }
 
-fn texts(questions: &[facts::Question]) -> impl Iterator<Item = String> {
+fn statement_texts(questions: &[pre_state::PreStateStatement]) -> impl Iterator<Item = String> {
     questions.iter().map(|(text, _)| text.clone())
 }
 
 /// Connections for all but the replicas' own lines. None is made yet.
-fn pool(place: &Place) -> PgPool {
+fn build_pool(place: &PgTarget) -> PgPool {
     PgPoolOptions::new()
-        .max_connections(CONNECTIONS)
-        .acquire_timeout(ACQUIRE)
+        .max_connections(MAX_CONNECTIONS)
+        .acquire_timeout(ACQUIRE_TIMEOUT)
         // `begin` finds out for less.
         .test_before_acquire(false)
         .connect_lazy_with(place.options.clone())
@@ -351,27 +387,27 @@ fn pool(place: &Place) -> PgPool {
 
 /// A connection with a transaction. Whoever fails or is given up in the middle leaves it in an unknown state: then it
 /// is closed, and the server ends the transaction.
-struct Session {
+struct PgTransaction {
     connection: PoolConnection<Db>,
-    ended: bool,
+    finished: bool,
 }
 
-impl Session {
-    fn get(&mut self) -> &mut PgConnection {
+impl PgTransaction {
+    fn connection(&mut self) -> &mut PgConnection {
         &mut self.connection
     }
 
     /// Ends the transaction with a message that ends with `COMMIT` or `ROLLBACK`; others may have the connection then.
-    async fn end(mut self, ending: impl Into<String>) -> Result<()> {
-        sqlx::raw_sql(AssertSqlSafe(ending.into())).execute(self.get()).await?;
-        self.ended = true;
+    async fn finish(mut self, ending: impl Into<String>) -> PgResult<()> {
+        sqlx::raw_sql(AssertSqlSafe(ending.into())).execute(self.connection()).await?;
+        self.finished = true;
         Ok(())
     }
 }
 
-impl Drop for Session {
+impl Drop for PgTransaction {
     fn drop(&mut self) {
-        if !self.ended {
+        if !self.finished {
             self.connection.close_on_drop();
         }
     }
@@ -379,31 +415,37 @@ impl Drop for Session {
 
 /// Begins a transaction with this message; gives the rows of its statements, which change nothing. A connection that died
 /// while it was idle shows here, before anything was changed, and another takes its place.
-async fn begin(pool: &PgPool, message: &str) -> Result<(Session, Vec<Vec<TextRow>>)> {
-    let mut tries = CONNECTIONS + 1;
+async fn begin_transaction(pool: &PgPool, message: &str) -> PgResult<(PgTransaction, Vec<Vec<TextRow>>)> {
+    let mut tries = MAX_CONNECTIONS + 1;
     loop {
-        let mut session = Session { connection: pool.acquire().await?, ended: false };
-        let error = match within(CALL, line::ask(session.get(), message.to_owned())).await {
+        let mut session = PgTransaction { connection: pool.acquire().await?, finished: false };
+        let error = match with_timeout(
+            CALL_TIMEOUT,
+            dedicated_connection::fetch_statement_rows(session.connection(), message.to_owned()),
+        )
+        .await
+        {
             Ok(answers) => return Ok((session, answers)),
             Err(error) => error,
         };
         tries -= 1;
-        if tries == 0 || !is_gone(&error) {
+        if tries == 0 || !is_connection_lost(&error) {
             return Err(error);
         }
     }
 }
 
 #[async_trait]
-impl Backend for Postgres {
-    type Db = Db;
-    type Row = TextRow;
+impl StoreBackend for PostgresStore {
+    type QueryDatabase = Db;
+    type QueryRow = TextRow;
 
-    async fn rows(&self, query: Sql<Db>) -> std::result::Result<Vec<TextRow>, StoreError> {
+    async fn fetch_rows(&self, query: SqlQuery<Db>) -> std::result::Result<Vec<TextRow>, StoreError> {
         let (sql, _) = query.into_parts();
         let message = [sql, "COMMIT".to_owned()];
-        let (mut session, answers) = self.begin(&self.begins.one, &message).await.map_err(store_error)?;
-        session.ended = true;
+        let (mut session, answers) =
+            self.begin_with(&self.begin_statements.read_committed, &message).await.map_err(store_error)?;
+        session.finished = true;
         Ok(answers.into_iter().next().unwrap_or_default())
     }
 
@@ -411,26 +453,31 @@ impl Backend for Postgres {
         Box::new(PgBulkReader::new(self))
     }
 
-    async fn each_entry(&self, after: Revision, take: TakeLog<'_>) -> std::result::Result<(), StoreError> {
-        let (mut session, _) = self.begin(&self.begins.view, &[]).await.map_err(store_error)?;
+    async fn for_each_entry(
+        &self,
+        after: Revision,
+        take: EntryVisitor<'_>,
+    ) -> std::result::Result<(), StoreError> {
+        let (mut session, _) =
+            self.begin_with(&self.begin_statements.repeatable_read, &[]).await.map_err(store_error)?;
         let after = revision_to_i64(after);
         let sql = format!("SELECT {LOG_COLUMNS} FROM log WHERE revision > {after} ORDER BY revision");
-        copy(session.get(), &sql, &mut |row| take(log_at(row)?)).await?;
-        within(CALL, session.end("COMMIT")).await.map_err(store_error)
+        copy_rows(session.connection(), &sql, &mut |row| take(decode_log_entry(row)?)).await?;
+        with_timeout(CALL_TIMEOUT, session.finish("COMMIT")).await.map_err(store_error)
     }
 
-    async fn commit_batch(&self, batch: &[Write]) -> std::result::Result<Committed, CommitError> {
+    async fn commit_batch(&self, batch: &[WriteRequest]) -> std::result::Result<CommittedBatch, CommitError> {
         let mut committing = false;
-        let result = within(CALL, self.write_batch(batch, &mut committing)).await;
+        let result = with_timeout(CALL_TIMEOUT, self.write_batch(batch, &mut committing)).await;
         if let Ok(committed) = &result
-            && let Some((row, _)) = committed.rows.last()
+            && let Some((row, _)) = committed.entries.last()
         {
-            *self.known() = Some(Head { revision: row.revision, hash: row.hash });
+            *self.known_head() = Some(LogHead { revision: row.revision, hash: row.hash });
         }
         result.map_err(|error| {
             // Another may commit this revision.
-            self.fleet.commits(None);
-            if committing && !was_refused(&error) {
+            self.replica_connections.set_own_commit(None);
+            if committing && !is_commit_refused(&error) {
                 CommitError::Unknown(store_error(error))
             } else {
                 CommitError::NotRecorded(store_error(error))
@@ -438,59 +485,70 @@ impl Backend for Postgres {
         })
     }
 
-    async fn view(
+    async fn load_snapshot(
         &self,
         forget_before: Timestamp,
-        loader: &Arc<dyn Loader>,
-    ) -> std::result::Result<Head, StoreError> {
+        loader: &Arc<dyn SnapshotLoader>,
+    ) -> std::result::Result<LogHead, StoreError> {
         let export = [format!(
-            "SELECT pg_export_snapshot(), reltuples::bigint, {WHICH} FROM pg_class WHERE oid = 'secrets'::regclass"
+            "SELECT pg_export_snapshot(), reltuples::bigint, {SERVER_START_TIME} FROM pg_class WHERE oid = 'secrets'::regclass"
         )];
-        let (session, answers) = self.begin(&self.begins.view, &export).await.map_err(store_error)?;
+        let (session, answers) =
+            self.begin_with(&self.begin_statements.repeatable_read, &export).await.map_err(store_error)?;
         let mut second = None;
         if let Some(row) = answers.first().and_then(|rows| rows.first()) {
             let server = row.int(2).map_err(store_error)?;
-            second = self.begin_same(row.text(0).map_err(store_error)?, server).await;
+            second = self.begin_same_snapshot(row.text(0).map_err(store_error)?, server).await;
             // What the server last counted, if it ever did.
-            loader.expect(row.int(1).ok().and_then(|count| usize::try_from(count).ok()).unwrap_or_default());
+            loader.reserve_secrets(
+                row.int(1).ok().and_then(|count| usize::try_from(count).ok()).unwrap_or_default(),
+            );
         }
-        let mut view = PgView { session: Some(session), second };
-        let head = backend::snapshot(&mut view, forget_before, loader).await?;
+        let mut view = PgSnapshotView { session: Some(session), second_session: second };
+        let head = backend::read_snapshot(&mut view, forget_before, loader).await?;
         if let Some(session) = view.session {
-            within(CALL, session.end("COMMIT")).await.map_err(store_error)?;
+            with_timeout(CALL_TIMEOUT, session.finish("COMMIT")).await.map_err(store_error)?;
         }
-        self.known().get_or_insert(head);
+        self.known_head().get_or_insert(head);
         Ok(head)
     }
 
-    async fn write_usage(&self, batch: &UsageBatch) -> std::result::Result<Vec<(KeyId, Spent)>, StoreError> {
+    async fn write_usage(
+        &self,
+        batch: &UsageBatch,
+    ) -> std::result::Result<Vec<(KeyId, QuotaUsage)>, StoreError> {
         let rows =
-            self.transaction(async |connection| Ok((write::usage(connection, batch).await?, "COMMIT")));
-        rows.await.map_err(store_error)?.iter().map(spent_at).collect()
+            self.transaction(async |connection| Ok((write::write_usage(connection, batch).await?, "COMMIT")));
+        rows.await.map_err(store_error)?.iter().map(decode_quota_usage).collect()
     }
 
-    async fn drop_usage(&self, before: Hour) -> std::result::Result<(), StoreError> {
+    async fn delete_usage_rows(&self, before: UsageHour) -> std::result::Result<(), StoreError> {
         self.transaction(async |connection| {
-            let dropped = query("DELETE FROM usage WHERE hour < $1").bind(before.0).execute(connection);
+            let dropped =
+                unnamed_query("DELETE FROM usage WHERE hour < $1").bind(before.0).execute(connection);
             Ok((dropped.await.map(drop)?, "COMMIT"))
         })
         .await
         .map_err(store_error)
     }
 
-    async fn note_checkpoint(&self, checkpoint: &Checkpoint) -> std::result::Result<(), StoreError> {
-        self.transaction(async |connection| Ok((write::checkpoint(connection, checkpoint).await?, "COMMIT")))
-            .await
-            .map_err(store_error)
+    async fn insert_checkpoint(&self, checkpoint: &ArchiveCheckpoint) -> std::result::Result<(), StoreError> {
+        self.transaction(async |connection| {
+            Ok((write::insert_checkpoint(connection, checkpoint).await?, "COMMIT"))
+        })
+        .await
+        .map_err(store_error)
     }
 
-    async fn take_out(&self, upto: Revision, most: u32) -> std::result::Result<u64, StoreError> {
-        self.transaction(async |connection| Ok((write::take_out(connection, upto, most).await?, "COMMIT")))
-            .await
-            .map_err(store_error)
+    async fn delete_log_entries(&self, upto: Revision, most: u32) -> std::result::Result<u64, StoreError> {
+        self.transaction(async |connection| {
+            Ok((write::delete_log_entries(connection, upto, most).await?, "COMMIT"))
+        })
+        .await
+        .map_err(store_error)
     }
 
-    fn as_fleet(self: Arc<Self>) -> Option<Arc<dyn Fleet>> {
+    fn as_replica_registry(self: Arc<Self>) -> Option<Arc<dyn ReplicaRegistry>> {
         Some(self)
     }
 
@@ -500,90 +558,101 @@ impl Backend for Postgres {
     }
 
     /// A commit whose answer was lost holds the lock on the head until it is decided.
-    async fn settled(&self) -> std::result::Result<(), StoreError> {
-        let known = *self.known();
+    async fn resolve_pending_commits(&self) -> std::result::Result<(), StoreError> {
+        let known = *self.known_head();
         let head = self
             .transaction(async |connection| {
-                let locked = line::ask(connection, lock_head(known).join("; ")).await?;
-                let head = self.goes_on(known, &locked)?;
+                let locked = dedicated_connection::fetch_statement_rows(
+                    connection,
+                    lock_head_statements(known).join("; "),
+                )
+                .await?;
+                let head = self.verify_continuity(known, &locked)?;
                 Ok((head, "ROLLBACK"))
             })
             .await
             .map_err(store_error)?;
-        *self.known() = Some(head);
+        *self.known_head() = Some(head);
         Ok(())
     }
 
-    fn one_source(&self, since: Instant) -> bool {
-        self.sources.one_since(since)
+    fn has_single_server_since(&self, since: Instant) -> bool {
+        self.seen_servers.is_single_since(since)
     }
 
-    async fn shut(&self) {
-        self.fleet.close().await;
+    async fn shutdown(&self) {
+        self.replica_connections.close().await;
         self.pool.close().await;
     }
 }
 
 /// One transaction's view.
-struct PgView {
+struct PgSnapshotView {
     /// None while the keys are read, and after that has failed.
-    session: Option<Session>,
+    session: Option<PgTransaction>,
     /// Another transaction that sees the same, until the keys have been read.
-    second: Option<Session>,
+    second_session: Option<PgTransaction>,
 }
 
-impl PgView {
-    fn session(&mut self) -> std::result::Result<&mut Session, StoreError> {
+impl PgSnapshotView {
+    fn session(&mut self) -> std::result::Result<&mut PgTransaction, StoreError> {
         self.session.as_mut().ok_or_else(|| store_error(sqlx::Error::WorkerCrashed))
     }
 }
 
 #[async_trait]
-impl View for PgView {
-    type Db = Db;
+impl SnapshotView for PgSnapshotView {
+    type ViewDatabase = Db;
 
-    async fn each(&mut self, query: Sql<Db>, take: TakeRow<'_, Db>) -> std::result::Result<(), StoreError> {
+    async fn for_each_row(
+        &mut self,
+        query: SqlQuery<Db>,
+        take: RowVisitor<'_, Db>,
+    ) -> std::result::Result<(), StoreError> {
         let (sql, _) = query.into_parts();
         let query = sqlx::query(AssertSqlSafe(sql)).persistent(false);
-        let mut rows = query.fetch(self.session()?.get());
-        while let Some(row) = within(NEXT_ROW, rows.try_next()).await.map_err(store_error)? {
+        let mut rows = query.fetch(self.session()?.connection());
+        while let Some(row) = with_timeout(NEXT_ROW_TIMEOUT, rows.try_next()).await.map_err(store_error)? {
             take(&row)?;
         }
         Ok(())
     }
 
     /// Reads on tasks of its own, which end if this is given up; their connections are closed then.
-    async fn keys(
+    async fn load_keys(
         &mut self,
         forget_before: Timestamp,
-        loader: &Arc<dyn Loader>,
+        loader: &Arc<dyn SnapshotLoader>,
     ) -> std::result::Result<(), StoreError> {
         self.session()?;
-        let (mut tasks, rest) = (JoinSet::new(), Arc::new(Rest::all()));
-        let sessions = [(self.session.take(), From::First), (self.second.take(), From::Last)];
+        let (mut tasks, rest) = (JoinSet::new(), Arc::new(UnreadKeyRange::full()));
+        let sessions = [
+            (self.session.take(), ScanDirection::Ascending),
+            (self.second_session.take(), ScanDirection::Descending),
+        ];
         for (mut session, from) in sessions.into_iter().filter_map(|(session, from)| Some((session?, from))) {
             let (rest, loader) = (rest.clone(), loader.clone());
             tasks.spawn(async move {
-                snapshot::keys(session.get(), &rest, from, forget_before, &loader).await?;
+                snapshot::load_keys(session.connection(), &rest, from, forget_before, &loader).await?;
                 Ok::<_, StoreError>((session, from))
             });
         }
         while let Some(read) = tasks.join_next().await {
             let (session, from) = read.map_err(|error| StoreError::Unavailable(error.into()))??;
             match from {
-                From::First => self.session = Some(session),
+                ScanDirection::Ascending => self.session = Some(session),
                 // It has nothing to commit.
-                From::Last => drop(within(CALL, session.end("COMMIT")).await),
+                ScanDirection::Descending => drop(with_timeout(CALL_TIMEOUT, session.finish("COMMIT")).await),
             }
         }
         Ok(())
     }
 }
 
-fn open_error(place: &Place, error: sqlx::Error) -> OpenError {
-    let path = place.shown.clone();
-    if may_pass(&error) {
-        OpenError::Away { path, source: error.into() }
+fn open_error(place: &PgTarget, error: sqlx::Error) -> OpenError {
+    let path = place.display_name.clone();
+    if is_transient(&error) {
+        OpenError::Unreachable { path, source: error.into() }
     } else {
         OpenError::Other { path, source: error.into() }
     }

@@ -7,45 +7,45 @@ use x509_cert::{
     ext::pkix::{SubjectAltName, name::GeneralName},
 };
 
-use crate::domain::identity::San;
+use crate::domain::certificate_identity::CertificateName;
 
 /// A certificate's names and end.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Certificate {
+pub struct CertificateInfo {
     /// Its subject alternative names: URIs, DNS names, e-mail addresses. Patterns are no names.
-    pub names: Vec<San>,
+    pub names: Vec<CertificateName>,
     /// From when it is no longer valid, in seconds since 1970.
-    pub ends: i64,
+    pub expires_at: i64,
 }
 
 /// A certificate that cannot be read.
 #[derive(Debug, thiserror::Error)]
 #[error("the certificate cannot be read: {0}")]
-pub struct Unreadable(x509_cert::der::Error);
+pub struct CertificateError(x509_cert::der::Error);
 
-impl Certificate {
+impl CertificateInfo {
     /// Reads a certificate in DER.
     ///
     /// # Errors
     /// When it is none.
-    pub fn read(der: &[u8]) -> Result<Certificate, Unreadable> {
-        let certificate = X509::from_der(der).map_err(Unreadable)?;
+    pub fn from_der(der: &[u8]) -> Result<CertificateInfo, CertificateError> {
+        let certificate = X509::from_der(der).map_err(CertificateError)?;
         let body = certificate.tbs_certificate();
-        let names = body.get_extension::<SubjectAltName>().map_err(Unreadable)?;
+        let names = body.get_extension::<SubjectAltName>().map_err(CertificateError)?;
         let names = names.map(|(_, SubjectAltName(names))| names).unwrap_or_default();
         let ends = body.validity().not_after.to_unix_duration().as_secs();
-        Ok(Certificate {
-            names: names.iter().filter_map(san).collect(),
-            ends: i64::try_from(ends).unwrap_or(i64::MAX),
+        Ok(CertificateInfo {
+            names: names.iter().filter_map(read_san).collect(),
+            expires_at: i64::try_from(ends).unwrap_or(i64::MAX),
         })
     }
 }
 
-fn san(name: &GeneralName) -> Option<San> {
+fn read_san(name: &GeneralName) -> Option<CertificateName> {
     match name {
-        GeneralName::UniformResourceIdentifier(text) => San::uri(text.as_str()).ok(),
-        GeneralName::DnsName(text) => San::dns(text.as_str()).ok(),
-        GeneralName::Rfc822Name(text) => San::email(text.as_str()).ok(),
+        GeneralName::UniformResourceIdentifier(text) => CertificateName::parse_uri(text.as_str()).ok(),
+        GeneralName::DnsName(text) => CertificateName::parse_dns(text.as_str()).ok(),
+        GeneralName::Rfc822Name(text) => CertificateName::parse_email(text.as_str()).ok(),
         _ => None,
     }
 }
@@ -69,14 +69,14 @@ mod tests {
         params.not_after = rcgen::date_time_ymd(2030, 1, 2);
         let key = rcgen::KeyPair::generate().unwrap();
         let certificate = params.self_signed(&key).unwrap();
-        let read = Certificate::read(certificate.der()).unwrap();
+        let read = CertificateInfo::from_der(certificate.der()).unwrap();
         let expected = [
-            San::dns("envoy.internal"),
-            San::uri("spiffe://example.org/envoy"),
-            San::email("ops@example.org"),
+            CertificateName::parse_dns("envoy.internal"),
+            CertificateName::parse_uri("spiffe://example.org/envoy"),
+            CertificateName::parse_email("ops@example.org"),
         ];
         assert_eq!(read.names, expected.map(Result::unwrap));
-        assert_eq!(read.ends, 1_893_542_400, "2030-01-02T00:00:00Z");
-        assert!(Certificate::read(b"nothing").is_err());
+        assert_eq!(read.expires_at, 1_893_542_400, "2030-01-02T00:00:00Z");
+        assert!(CertificateInfo::from_der(b"nothing").is_err());
     }
 }

@@ -15,7 +15,7 @@ use tokio::{
 };
 use tokio_rustls::server::TlsStream;
 
-use super::Address;
+use super::ListenAddress;
 
 /// How many connections may wait to be accepted.
 const BACKLOG: u32 = 1024;
@@ -24,31 +24,31 @@ const BACKLOG: u32 = 1024;
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
     /// The system refused.
-    #[error("{}{}", .0, remedy(.0))]
+    #[error("{}{}", .0, suggest_remedy(.0))]
     System(#[from] io::Error),
     /// The host name cannot be looked up.
     #[error("its host cannot be looked up: {0}; name an address of this machine, such as 127.0.0.1")]
     Lookup(#[source] io::Error),
     /// The name stands for no address.
     #[error("it has no address")]
-    Nowhere,
+    NoAddress,
     /// Another process answers on the socket file.
     #[error("another server answers there")]
-    Taken,
+    InUse,
     /// Where the socket should be there is something else.
     #[error("there is a file that is no socket; move it away, or name another path")]
-    NoSocket,
+    NotASocket,
     /// Plaintext would leave the machine.
     #[error(
         "{0} is not this machine alone, and without TLS tokens would be readable on the way: give the listener \
          [listener.tls], or allow it with --insecure (KEYWARD_INSECURE=true, insecure = true) where something else \
          protects the network"
     )]
-    Plaintext(SocketAddr),
+    PlaintextExposed(SocketAddr),
 }
 
 /// What to do about a refusal of the system, as far as its kind shows that.
-fn remedy(error: &io::Error) -> &'static str {
+fn suggest_remedy(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::AddrInUse => "; is another server running there?",
         io::ErrorKind::AddrNotAvailable => "; name an address of this machine",
@@ -59,7 +59,7 @@ fn remedy(error: &io::Error) -> &'static str {
 
 /// Whether others than this machine reach an address.
 #[must_use]
-pub fn is_exposed(address: &SocketAddr) -> bool {
+pub fn is_exposed_address(address: &SocketAddr) -> bool {
     !address.ip().to_canonical().is_loopback()
 }
 
@@ -67,28 +67,28 @@ pub fn is_exposed(address: &SocketAddr) -> bool {
 ///
 /// # Errors
 /// When the name cannot be looked up.
-pub fn first_exposed(address: &str) -> io::Result<Option<SocketAddr>> {
-    Ok(address.to_socket_addrs()?.find(is_exposed))
+pub fn find_exposed_address(address: &str) -> io::Result<Option<SocketAddr>> {
+    Ok(address.to_socket_addrs()?.find(is_exposed_address))
 }
 
 /// An address that is ours, and that nobody can connect to yet.
 #[derive(Debug)]
-pub enum Taken {
+pub enum BoundSocket {
     /// `host:port`.
     Tcp(TcpSocket),
     /// A socket file.
     Unix(UnixSocket, SocketFile),
 }
 
-impl Taken {
+impl BoundSocket {
     /// Takes an address. Unless plaintext may leave the machine, one that others reach is refused.
     ///
     /// # Errors
     /// When it cannot be had, or must not.
-    pub async fn bind(address: &Address, may_be_exposed: bool) -> Result<Taken, BindError> {
+    pub async fn bind(address: &ListenAddress, may_be_exposed: bool) -> Result<BoundSocket, BindError> {
         match address {
-            Address::Tcp(address) => bind_tcp(address, may_be_exposed).await.map(Taken::Tcp),
-            Address::Unix { path, mode } => bind_unix(path, *mode).await,
+            ListenAddress::Tcp(address) => bind_tcp(address, may_be_exposed).await.map(BoundSocket::Tcp),
+            ListenAddress::Unix { path, mode } => bind_unix(path, *mode).await,
         }
     }
 
@@ -96,19 +96,19 @@ impl Taken {
     ///
     /// # Errors
     /// When the system refuses.
-    pub fn listen(self) -> io::Result<Open> {
+    pub fn listen(self) -> io::Result<OpenListener> {
         Ok(match self {
-            Taken::Tcp(socket) => Open::Tcp(socket.listen(BACKLOG)?),
-            Taken::Unix(socket, file) => Open::Unix(socket.listen(BACKLOG)?, file),
+            BoundSocket::Tcp(socket) => OpenListener::Tcp(socket.listen(BACKLOG)?),
+            BoundSocket::Unix(socket, file) => OpenListener::Unix(socket.listen(BACKLOG)?, file),
         })
     }
 }
 
 async fn bind_tcp(address: &str, may_be_exposed: bool) -> Result<TcpSocket, BindError> {
-    let mut last = BindError::Nowhere;
+    let mut last = BindError::NoAddress;
     for address in tokio::net::lookup_host(address).await.map_err(BindError::Lookup)? {
-        if !may_be_exposed && is_exposed(&address) {
-            return Err(BindError::Plaintext(address));
+        if !may_be_exposed && is_exposed_address(&address) {
+            return Err(BindError::PlaintextExposed(address));
         }
         let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
         socket.set_reuseaddr(true)?;
@@ -120,12 +120,12 @@ async fn bind_tcp(address: &str, may_be_exposed: bool) -> Result<TcpSocket, Bind
     Err(last)
 }
 
-async fn bind_unix(path: &Path, mode: u32) -> Result<Taken, BindError> {
+async fn bind_unix(path: &Path, mode: u32) -> Result<BoundSocket, BindError> {
     match std::fs::symlink_metadata(path) {
-        Ok(found) if !found.file_type().is_socket() => return Err(BindError::NoSocket),
+        Ok(found) if !found.file_type().is_socket() => return Err(BindError::NotASocket),
         // Left by a server that was killed, unless somebody answers.
         Ok(_) => match UnixStream::connect(path).await {
-            Ok(_) => return Err(BindError::Taken),
+            Ok(_) => return Err(BindError::InUse),
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path)?,
             Err(error) => return Err(error.into()),
         },
@@ -135,9 +135,9 @@ async fn bind_unix(path: &Path, mode: u32) -> Result<Taken, BindError> {
     let socket = UnixSocket::new_stream()?;
     socket.bind(path)?;
     // Nobody can connect before it listens, so nobody gets in before these hold.
-    let file = SocketFile::made(path)?;
+    let file = SocketFile::from_path(path)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
-    Ok(Taken::Unix(socket, file))
+    Ok(BoundSocket::Unix(socket, file))
 }
 
 /// A socket file; it is taken away with this value, unless it is another's by then.
@@ -145,20 +145,20 @@ async fn bind_unix(path: &Path, mode: u32) -> Result<Taken, BindError> {
 pub struct SocketFile {
     path: PathBuf,
     /// Device and inode.
-    is: (u64, u64),
+    device_and_inode: (u64, u64),
 }
 
 impl SocketFile {
-    fn made(path: &Path) -> io::Result<SocketFile> {
+    fn from_path(path: &Path) -> io::Result<SocketFile> {
         let found = std::fs::symlink_metadata(path)?;
-        Ok(SocketFile { path: path.to_owned(), is: (found.dev(), found.ino()) })
+        Ok(SocketFile { path: path.to_owned(), device_and_inode: (found.dev(), found.ino()) })
     }
 }
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        let ours =
-            std::fs::symlink_metadata(&self.path).is_ok_and(|found| (found.dev(), found.ino()) == self.is);
+        let ours = std::fs::symlink_metadata(&self.path)
+            .is_ok_and(|found| (found.dev(), found.ino()) == self.device_and_inode);
         if ours && let Err(error) = std::fs::remove_file(&self.path) {
             let error = &error as &dyn std::error::Error;
             tracing::warn!(error, path = %self.path.display(), "a socket file was left");
@@ -168,51 +168,51 @@ impl Drop for SocketFile {
 
 /// Where a listener turned out to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Bound {
+pub enum LocalAddress {
     /// An address with its port.
     Tcp(SocketAddr),
     /// A socket file.
     Unix(PathBuf),
 }
 
-impl Bound {
+impl LocalAddress {
     /// The address, of TCP.
     #[must_use]
-    pub fn tcp(&self) -> Option<SocketAddr> {
+    pub fn as_tcp(&self) -> Option<SocketAddr> {
         match self {
-            Bound::Tcp(address) => Some(*address),
-            Bound::Unix(_) => None,
+            LocalAddress::Tcp(address) => Some(*address),
+            LocalAddress::Unix(_) => None,
         }
     }
 }
 
-impl fmt::Display for Bound {
+impl fmt::Display for LocalAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Bound::Tcp(address) => address.fmt(f),
-            Bound::Unix(path) => write!(f, "unix:{}", path.display()),
+            LocalAddress::Tcp(address) => address.fmt(f),
+            LocalAddress::Unix(path) => write!(f, "unix:{}", path.display()),
         }
     }
 }
 
 /// An open listener.
 #[derive(Debug)]
-pub enum Open {
+pub enum OpenListener {
     /// TCP.
     Tcp(TcpListener),
     /// A socket file.
     Unix(UnixListener, SocketFile),
 }
 
-impl Open {
+impl OpenListener {
     /// Where it is.
     ///
     /// # Errors
     /// When the system does not say.
-    pub fn bound(&self) -> io::Result<Bound> {
+    pub fn local_address(&self) -> io::Result<LocalAddress> {
         Ok(match self {
-            Open::Tcp(listener) => Bound::Tcp(listener.local_addr()?),
-            Open::Unix(_, file) => Bound::Unix(file.path.clone()),
+            OpenListener::Tcp(listener) => LocalAddress::Tcp(listener.local_addr()?),
+            OpenListener::Unix(_, file) => LocalAddress::Unix(file.path.clone()),
         })
     }
 
@@ -221,33 +221,35 @@ impl Open {
     ///
     /// # Errors
     /// When accepting fails; the next may succeed.
-    pub async fn accept(&self) -> io::Result<(Socket, Option<SocketAddr>)> {
+    pub async fn accept(&self) -> io::Result<(AcceptedSocket, Option<SocketAddr>)> {
         match self {
-            Open::Tcp(listener) => {
+            OpenListener::Tcp(listener) => {
                 let (stream, peer) = listener.accept().await?;
-                Ok((Socket::tcp(stream.into_std()?), Some(peer)))
+                Ok((AcceptedSocket::from_tcp(stream.into_std()?), Some(peer)))
             }
-            Open::Unix(listener, _) => Ok((Socket::Unix(listener.accept().await?.0.into_std()?), None)),
+            OpenListener::Unix(listener, _) => {
+                Ok((AcceptedSocket::Unix(listener.accept().await?.0.into_std()?), None))
+            }
         }
     }
 
     /// Accepts what has connected already, and closes: connections that nobody has accepted are reset when their
     /// listener closes, and their callers cannot know that their calls were not heard.
-    pub fn close(self, mut take: impl FnMut(Socket, Option<SocketAddr>)) {
+    pub fn accept_pending_and_close(self, mut take: impl FnMut(AcceptedSocket, Option<SocketAddr>)) {
         let ended = match self {
-            Open::Tcp(listener) => listener.into_std().map(|listener| {
-                waiting(|| {
+            OpenListener::Tcp(listener) => listener.into_std().map(|listener| {
+                accept_pending(|| {
                     let (stream, peer) = listener.accept()?;
                     stream.set_nonblocking(true)?;
-                    take(Socket::tcp(stream), Some(peer));
+                    take(AcceptedSocket::from_tcp(stream), Some(peer));
                     Ok(())
                 })
             }),
-            Open::Unix(listener, _file) => listener.into_std().map(|listener| {
-                waiting(|| {
+            OpenListener::Unix(listener, _file) => listener.into_std().map(|listener| {
+                accept_pending(|| {
                     let (stream, _) = listener.accept()?;
                     stream.set_nonblocking(true)?;
-                    take(Socket::Unix(stream), None);
+                    take(AcceptedSocket::Unix(stream), None);
                     Ok(())
                 })
             }),
@@ -263,7 +265,7 @@ impl Open {
 
 /// Accepts until nobody waits. Who comes meanwhile is not waited for without an end, and of one who went away the others
 /// know nothing.
-fn waiting(mut accept: impl FnMut() -> io::Result<()>) {
+fn accept_pending(mut accept: impl FnMut() -> io::Result<()>) {
     for _ in 0..BACKLOG {
         match accept() {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
@@ -278,25 +280,25 @@ fn waiting(mut accept: impl FnMut() -> io::Result<()>) {
 
 /// A connection that belongs to no runtime.
 #[derive(Debug)]
-pub enum Socket {
+pub enum AcceptedSocket {
     /// TCP.
     Tcp(std::net::TcpStream),
     /// A Unix socket.
     Unix(std::os::unix::net::UnixStream),
 }
 
-impl Socket {
+impl AcceptedSocket {
     /// Small answers must not wait to be joined by others.
-    fn tcp(stream: std::net::TcpStream) -> Socket {
+    fn from_tcp(stream: std::net::TcpStream) -> AcceptedSocket {
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(error = &error as &dyn std::error::Error, "TCP_NODELAY was not set");
         }
-        Socket::Tcp(stream)
+        AcceptedSocket::Tcp(stream)
     }
 }
 
 /// A connection's bytes.
-pub enum Stream {
+pub enum TransportStream {
     /// TCP in plaintext.
     Tcp(TcpStream),
     /// TCP with TLS.
@@ -305,43 +307,43 @@ pub enum Stream {
     Unix(UnixStream),
 }
 
-impl fmt::Debug for Stream {
+impl fmt::Debug for TransportStream {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Stream")
+        f.write_str("TransportStream")
     }
 }
 
-macro_rules! each {
+macro_rules! delegate_poll {
     ($self:ident, $poll:ident($($argument:ident),*)) => {
         match $self.get_mut() {
-            Stream::Tcp(stream) => Pin::new(stream).$poll($($argument),*),
-            Stream::Tls(stream) => Pin::new(stream).$poll($($argument),*),
-            Stream::Unix(stream) => Pin::new(stream).$poll($($argument),*),
+            TransportStream::Tcp(stream) => Pin::new(stream).$poll($($argument),*),
+            TransportStream::Tls(stream) => Pin::new(stream).$poll($($argument),*),
+            TransportStream::Unix(stream) => Pin::new(stream).$poll($($argument),*),
         }
     };
 }
 
-impl AsyncRead for Stream {
+impl AsyncRead for TransportStream {
     fn poll_read(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        each!(self, poll_read(cx, buffer))
+        delegate_poll!(self, poll_read(cx, buffer))
     }
 }
 
-impl AsyncWrite for Stream {
+impl AsyncWrite for TransportStream {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        each!(self, poll_write(cx, bytes))
+        delegate_poll!(self, poll_write(cx, bytes))
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        each!(self, poll_flush(cx))
+        delegate_poll!(self, poll_flush(cx))
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        each!(self, poll_shutdown(cx))
+        delegate_poll!(self, poll_shutdown(cx))
     }
 }
 
@@ -349,18 +351,18 @@ impl AsyncWrite for Stream {
 mod tests {
     use super::*;
 
-    fn unix(path: &Path) -> Address {
-        Address::Unix { path: path.to_owned(), mode: 0o600 }
+    fn unix(path: &Path) -> ListenAddress {
+        ListenAddress::Unix { path: path.to_owned(), mode: 0o600 }
     }
 
     #[tokio::test]
     async fn a_socket_file_has_its_mode_and_goes_with_its_listener() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("socket");
-        let open = Taken::bind(&unix(&path), false).await.unwrap().listen().unwrap();
+        let open = BoundSocket::bind(&unix(&path), false).await.unwrap().listen().unwrap();
         assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
-        assert_eq!(open.bound().unwrap().to_string(), format!("unix:{}", path.display()));
-        assert!(matches!(Taken::bind(&unix(&path), false).await, Err(BindError::Taken)));
+        assert_eq!(open.local_address().unwrap().to_string(), format!("unix:{}", path.display()));
+        assert!(matches!(BoundSocket::bind(&unix(&path), false).await, Err(BindError::InUse)));
         drop(open);
         assert!(!path.exists());
     }
@@ -369,18 +371,18 @@ mod tests {
     async fn who_has_connected_is_accepted_by_a_listener_that_closes() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("socket");
-        let open = Taken::bind(&unix(&path), false).await.unwrap().listen().unwrap();
+        let open = BoundSocket::bind(&unix(&path), false).await.unwrap().listen().unwrap();
         let _unix = [(); 2].map(|()| std::os::unix::net::UnixStream::connect(&path).unwrap());
         let mut taken = 0;
-        open.close(|_, _| taken += 1);
+        open.accept_pending_and_close(|_, _| taken += 1);
         assert_eq!(taken, 2);
         assert!(!path.exists());
-        let address = Address::Tcp("127.0.0.1:0".to_owned());
-        let open = Taken::bind(&address, false).await.unwrap().listen().unwrap();
-        let at = open.bound().unwrap().tcp().unwrap();
+        let address = ListenAddress::Tcp("127.0.0.1:0".to_owned());
+        let open = BoundSocket::bind(&address, false).await.unwrap().listen().unwrap();
+        let at = open.local_address().unwrap().as_tcp().unwrap();
         let clients = [(); 3].map(|()| std::net::TcpStream::connect(at).unwrap());
         let mut peers = Vec::new();
-        open.close(|_, peer| peers.extend(peer));
+        open.accept_pending_and_close(|_, peer| peers.extend(peer));
         assert_eq!(peers, clients.map(|client| client.local_addr().unwrap()));
         assert!(std::net::TcpStream::connect(at).is_err());
     }
@@ -391,7 +393,7 @@ mod tests {
         let path = folder.path().join("socket");
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
         assert!(path.exists());
-        let taken = Taken::bind(&unix(&path), false).await.unwrap();
+        let taken = BoundSocket::bind(&unix(&path), false).await.unwrap();
         // Another server has made its own meanwhile.
         std::fs::remove_file(&path).unwrap();
         let _others = std::os::unix::net::UnixListener::bind(&path).unwrap();
@@ -399,20 +401,23 @@ mod tests {
         assert!(path.exists(), "another's socket stays");
         let file = folder.path().join("file");
         std::fs::write(&file, "precious").unwrap();
-        assert!(matches!(Taken::bind(&unix(&file), false).await, Err(BindError::NoSocket)));
+        assert!(matches!(BoundSocket::bind(&unix(&file), false).await, Err(BindError::NotASocket)));
         assert!(file.exists());
     }
 
     #[tokio::test]
     async fn plaintext_stays_on_this_machine_unless_it_may_leave() {
         for inside in ["127.0.0.1:0", "[::1]:0", "localhost:0"] {
-            let taken = Taken::bind(&Address::Tcp(inside.to_owned()), false).await;
-            assert!(!matches!(taken, Err(BindError::Plaintext(_))), "{inside}");
+            let taken = BoundSocket::bind(&ListenAddress::Tcp(inside.to_owned()), false).await;
+            assert!(!matches!(taken, Err(BindError::PlaintextExposed(_))), "{inside}");
         }
         for outside in ["0.0.0.0:0", "[::]:0", "192.0.2.1:0"] {
-            let address = Address::Tcp(outside.to_owned());
-            assert!(matches!(Taken::bind(&address, false).await, Err(BindError::Plaintext(_))), "{outside}");
+            let address = ListenAddress::Tcp(outside.to_owned());
+            assert!(
+                matches!(BoundSocket::bind(&address, false).await, Err(BindError::PlaintextExposed(_))),
+                "{outside}"
+            );
         }
-        assert!(Taken::bind(&Address::Tcp("0.0.0.0:0".to_owned()), true).await.is_ok());
+        assert!(BoundSocket::bind(&ListenAddress::Tcp("0.0.0.0:0".to_owned()), true).await.is_ok());
     }
 }

@@ -17,7 +17,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use zeroize::Zeroizing;
 
-use super::certificate::Certificate;
+use super::certificate::CertificateInfo;
 
 /// Whether clients must show a certificate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,7 +30,7 @@ pub enum ClientAuth {
 
 /// The oldest version that is spoken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum MinVersion {
+pub enum MinTlsVersion {
     /// TLS 1.2.
     V12,
     /// TLS 1.3.
@@ -46,9 +46,9 @@ pub struct TlsFiles {
     pub key: PathBuf,
     /// The authorities in PEM whose client certificates are believed, and whether one must be shown. None = no client
     /// certificate is asked for.
-    pub clients: Option<(PathBuf, ClientAuth)>,
+    pub client_ca: Option<(PathBuf, ClientAuth)>,
     /// The oldest version that is spoken.
-    pub min_version: MinVersion,
+    pub min_version: MinTlsVersion,
 }
 
 /// Why TLS cannot be served: which file, and what is wrong.
@@ -64,7 +64,7 @@ pub enum TlsError {
     },
     /// A file is not what it should be.
     #[error("{path} {problem}")]
-    Wrong {
+    Invalid {
         /// The file.
         path: String,
         /// What is wrong with it.
@@ -74,15 +74,15 @@ pub enum TlsError {
 
 /// The files' bytes.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Material {
+pub struct TlsMaterial {
     certificate: Vec<u8>,
     key: Zeroizing<Vec<u8>>,
     client_ca: Option<Vec<u8>>,
 }
 
-impl std::fmt::Debug for Material {
+impl std::fmt::Debug for TlsMaterial {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Material")
+        f.write_str("TlsMaterial")
     }
 }
 
@@ -91,73 +91,83 @@ impl TlsFiles {
     ///
     /// # Errors
     /// When one cannot be read.
-    pub fn read(&self) -> Result<Material, TlsError> {
+    pub fn read(&self) -> Result<TlsMaterial, TlsError> {
         let read = |path: &PathBuf| {
             let path_shown = || path.display().to_string();
             std::fs::read(path).map_err(|source| TlsError::Unreadable { path: path_shown(), source })
         };
-        Ok(Material {
+        Ok(TlsMaterial {
             certificate: read(&self.certificate)?,
             key: Zeroizing::new(read(&self.key)?),
-            client_ca: self.clients.as_ref().map(|(path, _)| read(path)).transpose()?,
+            client_ca: self.client_ca.as_ref().map(|(path, _)| read(path)).transpose()?,
         })
     }
 
-    fn wrong(path: &std::path::Path, problem: impl std::fmt::Display) -> TlsError {
-        TlsError::Wrong { path: path.display().to_string(), problem: problem.to_string() }
+    fn invalid_file(path: &std::path::Path, problem: impl std::fmt::Display) -> TlsError {
+        TlsError::Invalid { path: path.display().to_string(), problem: problem.to_string() }
     }
 
     /// The certificates of a file, at least one.
-    fn chain(path: &std::path::Path, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    fn parse_certificates(
+        path: &std::path::Path,
+        pem: &[u8],
+    ) -> Result<Vec<CertificateDer<'static>>, TlsError> {
         let read: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
-        let chain = read.map_err(|error| TlsFiles::wrong(path, format!("is no PEM: {error}")))?;
+        let chain = read.map_err(|error| TlsFiles::invalid_file(path, format!("is no PEM: {error}")))?;
         if chain.is_empty() {
-            return Err(TlsFiles::wrong(path, "holds no certificate in PEM (-----BEGIN CERTIFICATE-----)"));
+            return Err(TlsFiles::invalid_file(
+                path,
+                "holds no certificate in PEM (-----BEGIN CERTIFICATE-----)",
+            ));
         }
         Ok(chain)
     }
 
-    fn verifier(
+    fn build_client_verifier(
         &self,
-        material: &Material,
+        material: &TlsMaterial,
         provider: &Arc<CryptoProvider>,
     ) -> Result<Arc<dyn ClientCertVerifier>, TlsError> {
-        let (Some((path, auth)), Some(pem)) = (&self.clients, &material.client_ca) else {
+        let (Some((path, auth)), Some(pem)) = (&self.client_ca, &material.client_ca) else {
             return Ok(WebPkiClientVerifier::no_client_auth());
         };
         let mut roots = RootCertStore::empty();
-        for authority in TlsFiles::chain(path, pem)? {
-            roots.add(authority).map_err(|error| TlsFiles::wrong(path, error))?;
+        for authority in TlsFiles::parse_certificates(path, pem)? {
+            roots.add(authority).map_err(|error| TlsFiles::invalid_file(path, error))?;
         }
         let builder = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone());
         let builder = match auth {
             ClientAuth::Optional => builder.allow_unauthenticated(),
             ClientAuth::Required => builder,
         };
-        builder.build().map_err(|error| TlsFiles::wrong(path, error))
+        builder.build().map_err(|error| TlsFiles::invalid_file(path, error))
     }
 
-    fn load(&self, material: &Material, protocol: &[u8]) -> Result<Loaded, TlsError> {
+    fn build_acceptor(&self, material: &TlsMaterial, protocol: &[u8]) -> Result<LoadedTls, TlsError> {
         let provider = Arc::new(ring::default_provider());
         let versions = match self.min_version {
-            MinVersion::V12 => &[&TLS13, &TLS12][..],
-            MinVersion::V13 => &[&TLS13],
+            MinTlsVersion::V12 => &[&TLS13, &TLS12][..],
+            MinTlsVersion::V13 => &[&TLS13],
         };
-        let chain = TlsFiles::chain(&self.certificate, &material.certificate)?;
-        let own = Certificate::read(&chain[0]).map_err(|error| TlsFiles::wrong(&self.certificate, error))?;
-        let key = PrivateKeyDer::from_pem_slice(&material.key)
-            .map_err(|error| TlsFiles::wrong(&self.key, format!("holds no private key in PEM: {error}")))?;
-        let verifier = self.verifier(material, &provider)?;
+        let chain = TlsFiles::parse_certificates(&self.certificate, &material.certificate)?;
+        let own = CertificateInfo::from_der(&chain[0])
+            .map_err(|error| TlsFiles::invalid_file(&self.certificate, error))?;
+        let key = PrivateKeyDer::from_pem_slice(&material.key).map_err(|error| {
+            TlsFiles::invalid_file(&self.key, format!("holds no private key in PEM: {error}"))
+        })?;
+        let verifier = self.build_client_verifier(material, &provider)?;
         let mut config = ServerConfig::builder_with_provider(provider)
             .with_protocol_versions(versions)
-            .map_err(|error| TlsFiles::wrong(&self.certificate, error))?
+            .map_err(|error| TlsFiles::invalid_file(&self.certificate, error))?
             .with_client_cert_verifier(verifier)
             .with_single_cert(chain, key)
-            .map_err(|error| TlsFiles::wrong(&self.key, format!("does not fit the certificate: {error}")))?;
+            .map_err(|error| {
+                TlsFiles::invalid_file(&self.key, format!("does not fit the certificate: {error}"))
+            })?;
         config.alpn_protocols = vec![protocol.to_owned()];
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
-        Ok(Loaded { acceptor: TlsAcceptor::from(Arc::new(config)), expires: own.ends })
+        Ok(LoadedTls { acceptor: TlsAcceptor::from(Arc::new(config)), expires_at: own.expires_at })
     }
 }
 
@@ -165,8 +175,8 @@ impl TlsFiles {
 ///
 /// # Errors
 /// When they cannot be served with; the error says which file, and why.
-pub fn check(files: &TlsFiles) -> Result<(), TlsError> {
-    files.load(&files.read()?, b"h2").map(drop)
+pub fn check_files(files: &TlsFiles) -> Result<(), TlsError> {
+    files.build_acceptor(&files.read()?, b"h2").map(drop)
 }
 
 /// Whether a file's bytes are certificates of authorities, in PEM.
@@ -175,38 +185,41 @@ pub fn check(files: &TlsFiles) -> Result<(), TlsError> {
 /// When they are not; the error says why.
 pub fn check_authorities(path: &std::path::Path, pem: &[u8]) -> Result<(), TlsError> {
     let mut roots = RootCertStore::empty();
-    TlsFiles::chain(path, pem)?
+    TlsFiles::parse_certificates(path, pem)?
         .into_iter()
-        .try_for_each(|authority| roots.add(authority).map_err(|error| TlsFiles::wrong(path, error)))
+        .try_for_each(|authority| roots.add(authority).map_err(|error| TlsFiles::invalid_file(path, error)))
 }
 
-struct Loaded {
+struct LoadedTls {
     acceptor: TlsAcceptor,
-    expires: i64,
+    expires_at: i64,
 }
 
 /// The TLS of one listener.
-pub struct Tls {
+pub struct ListenerTls {
     files: TlsFiles,
-    protocol: &'static [u8],
-    now: ArcSwap<Loaded>,
+    alpn_protocol: &'static [u8],
+    current: ArcSwap<LoadedTls>,
 }
 
-impl std::fmt::Debug for Tls {
+impl std::fmt::Debug for ListenerTls {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Tls").field("files", &self.files).finish_non_exhaustive()
+        f.debug_struct("ListenerTls").field("files", &self.files).finish_non_exhaustive()
     }
 }
 
-impl Tls {
+impl ListenerTls {
     /// Reads the files for the first time. `protocol` is what is spoken, as ALPN names it.
     ///
     /// # Errors
     /// When a file cannot be read, or they do not fit together.
-    pub fn open(files: TlsFiles, protocol: &'static [u8]) -> Result<(Arc<Tls>, Material), TlsError> {
+    pub fn load(
+        files: TlsFiles,
+        protocol: &'static [u8],
+    ) -> Result<(Arc<ListenerTls>, TlsMaterial), TlsError> {
         let material = files.read()?;
-        let now = ArcSwap::from_pointee(files.load(&material, protocol)?);
-        Ok((Arc::new(Tls { files, protocol, now }), material))
+        let now = ArcSwap::from_pointee(files.build_acceptor(&material, protocol)?);
+        Ok((Arc::new(ListenerTls { files, alpn_protocol: protocol, current: now }), material))
     }
 
     /// What the files are.
@@ -219,15 +232,15 @@ impl Tls {
     ///
     /// # Errors
     /// When they cannot be used; then the ones before stay in force.
-    pub fn renew(&self, material: &Material) -> Result<(), TlsError> {
-        self.now.store(Arc::new(self.files.load(material, self.protocol)?));
+    pub fn reload(&self, material: &TlsMaterial) -> Result<(), TlsError> {
+        self.current.store(Arc::new(self.files.build_acceptor(material, self.alpn_protocol)?));
         Ok(())
     }
 
     /// Until when the certificate is valid, in seconds since 1970.
     #[must_use]
-    pub fn expires(&self) -> i64 {
-        self.now.load().expires
+    pub fn certificate_expiry(&self) -> i64 {
+        self.current.load().expires_at
     }
 
     /// Agrees on TLS with a client.
@@ -235,16 +248,16 @@ impl Tls {
     /// # Errors
     /// When that fails; the client was told why.
     pub async fn accept(&self, stream: TcpStream) -> io::Result<TlsStream<TcpStream>> {
-        let acceptor = self.now.load().acceptor.clone();
+        let acceptor = self.current.load().acceptor.clone();
         acceptor.accept(stream).await
     }
 }
 
 /// The client's certificate, if it showed one that is believed.
 #[must_use]
-pub fn shown(stream: &TlsStream<TcpStream>) -> Option<Certificate> {
+pub fn client_certificate(stream: &TlsStream<TcpStream>) -> Option<CertificateInfo> {
     let der = stream.get_ref().1.peer_certificates()?.first()?;
-    match Certificate::read(der) {
+    match CertificateInfo::from_der(der) {
         Ok(certificate) => Some(certificate),
         Err(error) => {
             let error = &error as &dyn std::error::Error;

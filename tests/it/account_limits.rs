@@ -6,14 +6,17 @@ use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
 
 use super::Server;
-use crate::support::{Client, HOUR, named_key, reason, refused, service_key, texts, user_key};
+use crate::support::{
+    Client, HOUR, assert_refused, error_reason, named_key_request, service_key_request, to_strings,
+    user_key_request,
+};
 
 const MANY: u64 = 1_000;
 
 async fn limited(limits: AccountLimits) -> Server {
-    let server = Server::start_with(|settings| settings.keys.account_limits = limits).await;
-    server.account("acme").await;
-    server.account("other").await;
+    let server = Server::start_with(|settings| settings.key_settings.account_limits = limits).await;
+    server.create_account("acme").await;
+    server.create_account("other").await;
     server
 }
 
@@ -24,7 +27,7 @@ fn limits() -> AccountLimits {
 /// Holds that a call was refused by this limit, and that the refusal says its value and what to do.
 #[track_caller]
 fn past<T>(result: Result<T, Status>, limit: &str, value: u64) -> Status {
-    let status = refused(result, Code::ResourceExhausted, "ACCOUNT_LIMIT");
+    let status = assert_refused(result, Code::ResourceExhausted, "ACCOUNT_LIMIT");
     let metadata = status.get_details_error_info().unwrap().metadata;
     assert_eq!((metadata["limit"].as_str(), metadata["value"].as_str()), (limit, &*value.to_string()));
     assert!(status.message().contains(&format!("account_limits.{limit}")), "{status:?}");
@@ -42,19 +45,20 @@ async fn delete_role(client: &Client, name: &str) -> Result<(), Status> {
 }
 
 async fn newest_revision(server: &Server) -> u64 {
-    server.root().entries(pb::ListAuditEntriesRequest::default()).await.unwrap().entries[0].revision
+    server.root_client().list_audit_entries(pb::ListAuditEntriesRequest::default()).await.unwrap().entries[0]
+        .revision
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn past_its_limit_of_keys_an_account_makes_none_until_one_is_revoked() {
     let server = limited(AccountLimits { keys: 3, ..limits() }).await;
-    let manager = server.caller("acme", &["keyward:keys:write", "monitors:read"]).await;
-    let key = || service_key("acme", &["monitors:read"]);
-    let first = manager.make(key()).await;
+    let manager = server.client_with_scopes("acme", &["keyward:keys:write", "monitors:read"]).await;
+    let key = || service_key_request("acme", &["monitors:read"]);
+    let first = manager.create_key(key()).await;
     let import = |number: u8| pb::ImportKey {
         account: "acme".to_owned(),
         environment: "production".to_owned(),
-        scopes: texts(&["monitors:read"]),
+        scopes: to_strings(&["monitors:read"]),
         sha256: vec![number; 32],
         hint: "sk".to_owned(),
         ..Default::default()
@@ -63,23 +67,23 @@ async fn past_its_limit_of_keys_an_account_makes_none_until_one_is_revoked() {
     let errors: Vec<_> = results.iter().map(|result| result.error.as_str()).collect();
     assert_eq!(errors, ["", "ACCOUNT_LIMIT", "ACCOUNT_LIMIT"]);
     past(manager.create(key()).await, "keys", 3);
-    past(server.root().create(key()).await, "keys", 3);
-    server.make(service_key("other", &["monitors:read"])).await;
-    server.make(user_key("ann", &["monitors:read"])).await;
+    past(server.root_client().create(key()).await, "keys", 3);
+    server.create_key(service_key_request("other", &["monitors:read"])).await;
+    server.create_key(user_key_request("ann", &["monitors:read"])).await;
     manager.disable(&first.id).await.unwrap();
     past(manager.create(key()).await, "keys", 3);
     manager.revoke(&first.id).await.unwrap();
-    manager.make(key()).await;
+    manager.create_key(key()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn past_its_other_limits_an_account_makes_no_role_rotates_no_key_and_fills_no_log() {
     let server = limited(AccountLimits { roles: 1, rotations_per_hour: 1, ..limits() }).await;
-    let root = server.root();
+    let root = server.root_client();
     root.put_role("acme", "one", &["monitors:read"]).await.unwrap();
     past(root.put_role("acme", "two", &["monitors:read"]).await, "roles", 1);
     root.put_role("", "global", &["monitors:read"]).await.unwrap();
-    let made = server.make(named_key("acme", "a")).await;
+    let made = server.create_key(named_key_request("acme", "a")).await;
     root.rotate(&made.id, 0).await.unwrap();
     let status = past(root.rotate(&made.id, 0).await, "rotations_per_hour", 1);
     assert!(status.get_details_retry_info().unwrap().retry_delay.is_some());
@@ -87,17 +91,17 @@ async fn past_its_other_limits_an_account_makes_no_role_rotates_no_key_and_fills
     root.rotate(&made.id, 0).await.unwrap();
 
     let server = limited(AccountLimits { log_rows_per_hour: 2, ..limits() }).await;
-    server.make(named_key("acme", "a")).await;
-    past(server.root().create(named_key("acme", "b")).await, "log_rows_per_hour", 2);
-    past(server.root().put_role("acme", "one", &["monitors:read"]).await, "log_rows_per_hour", 2);
+    server.create_key(named_key_request("acme", "a")).await;
+    past(server.root_client().create(named_key_request("acme", "b")).await, "log_rows_per_hour", 2);
+    past(server.root_client().put_role("acme", "one", &["monitors:read"]).await, "log_rows_per_hour", 2);
     server.advance(HOUR);
-    server.make(named_key("acme", "b")).await;
+    server.create_key(named_key_request("acme", "b")).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_limit_keeps_anybody_from_taking_rights_away() {
     let server = limited(AccountLimits { log_rows_per_hour: 12, ..limits() }).await;
-    let root = server.root();
+    let root = server.root_client();
     root.put_role("acme", "agent", &["monitors:read", "monitors:write"]).await.unwrap();
     root.put_role("acme", "unused", &["monitors:read"]).await.unwrap();
     for user in ["ann", "bob"] {
@@ -105,16 +109,16 @@ async fn no_limit_keeps_anybody_from_taking_rights_away() {
     }
     let mut keys = Vec::new();
     for name in ["a", "b", "c", "d", "e"] {
-        keys.push(server.make(named_key("acme", name)).await);
+        keys.push(server.create_key(named_key_request("acme", name)).await);
     }
     root.rotate(&keys[0].id, HOUR).await.unwrap();
     root.put_role("acme", "narrow", &["monitors:read"]).await.unwrap();
     past(root.enable(&{ root.disable(&keys[4].id).await.unwrap().id }).await, "log_rows_per_hour", 12);
 
     root.finish_rotation(&keys[0].id).await.unwrap();
-    let narrower = pb::Key { expires_at: Some(server.at(60)), ..keys[0].key.clone() };
+    let narrower = pb::Key { expires_at: Some(server.timestamp_after(60)), ..keys[0].key.clone() };
     root.update(&narrower, &["expires_at"]).await.unwrap();
-    let wider = pb::Key { scopes: texts(&["monitors:*"]), ..narrower };
+    let wider = pb::Key { scopes: to_strings(&["monitors:*"]), ..narrower };
     past(root.update(&wider, &["scopes"]).await, "log_rows_per_hour", 12);
     root.put_role("acme", "agent", &["monitors:read"]).await.unwrap();
     past(root.put_role("acme", "agent", &["monitors:*"]).await, "log_rows_per_hour", 12);
@@ -122,7 +126,7 @@ async fn no_limit_keeps_anybody_from_taking_rights_away() {
     remove(&root, "ann").await.unwrap();
     past(root.put_member("acme", "ann", "agent").await, "log_rows_per_hour", 12);
     root.revoke(&keys[1].id).await.unwrap();
-    server.holder(&keys[2].token).revoke_self().await.unwrap();
+    server.client_with_token(&keys[2].token).revoke_self().await.unwrap();
     let bulk = pb::BulkRevokeKeysRequest { account: "acme".to_owned(), ..Default::default() };
     let revoked = root.keys().bulk_revoke(bulk).await.unwrap().into_inner().keys;
     assert!(revoked.len() == 3 && revoked.iter().all(|key| key.revoked), "{revoked:?}");
@@ -133,20 +137,20 @@ async fn no_limit_keeps_anybody_from_taking_rights_away() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_change_that_also_takes_something_away_is_held_to_the_limits_like_others() {
     let server = limited(AccountLimits { log_rows_per_hour: 12, ..limits() }).await;
-    let root = server.root();
+    let root = server.root_client();
     root.put_role("acme", "agent", &["monitors:read"]).await.unwrap();
-    let made = server.make(named_key("acme", "a")).await;
-    let scopes = |scope: &str| pb::Key { scopes: texts(&[scope]), ..made.key.clone() };
+    let made = server.create_key(named_key_request("acme", "a")).await;
+    let scopes = |scope: &str| pb::Key { scopes: to_strings(&[scope]), ..made.key.clone() };
     for scope in ["a", "b"].iter().cycle().take(9) {
         root.update(&scopes(scope), &["scopes"]).await.unwrap();
     }
     past(root.update(&scopes("c"), &["scopes"]).await, "log_rows_per_hour", 12);
     past(root.put_role("acme", "agent", &["other:read"]).await, "log_rows_per_hour", 12);
     for end in (0..12).rev() {
-        let earlier = pb::Key { expires_at: Some(server.at(60 + end)), ..made.key.clone() };
+        let earlier = pb::Key { expires_at: Some(server.timestamp_after(60 + end)), ..made.key.clone() };
         root.update(&earlier, &["expires_at"]).await.unwrap();
     }
-    let earlier = pb::Key { expires_at: Some(server.at(50)), ..made.key.clone() };
+    let earlier = pb::Key { expires_at: Some(server.timestamp_after(50)), ..made.key.clone() };
     past(root.update(&earlier, &["expires_at"]).await, "log_rows_per_hour", 24);
     root.revoke(&made.id).await.unwrap();
 }
@@ -154,11 +158,11 @@ async fn a_change_that_also_takes_something_away_is_held_to_the_limits_like_othe
 #[tokio::test(flavor = "multi_thread")]
 async fn a_change_that_changes_nothing_writes_no_log_row() {
     let server = limited(limits()).await;
-    let root = server.root();
+    let root = server.root_client();
     root.put_role("acme", "agent", &["monitors:read"]).await.unwrap();
     root.put_role("", "agent", &["monitors:*"]).await.unwrap();
     root.put_member("acme", "ann", "agent").await.unwrap();
-    let made = server.make(named_key("acme", "a")).await;
+    let made = server.create_key(named_key_request("acme", "a")).await;
     root.disable(&made.id).await.unwrap();
     let changed = root.get(&made.id).await.unwrap();
     root.suspend("other").await.unwrap();
@@ -186,13 +190,13 @@ async fn a_change_that_changes_nothing_writes_no_log_row() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_others_have_changed_meanwhile_is_no_change_that_changes_nothing() {
     let server = limited(limits()).await;
-    let root = server.root();
-    let made = server.make(named_key("acme", "a")).await;
+    let root = server.root_client();
+    let made = server.create_key(named_key_request("acme", "a")).await;
     let renamed =
         root.update(&pb::Key { name: "b".to_owned(), ..made.key.clone() }, &["name"]).await.unwrap();
     let back = root.update(&made.key, &["name"]).await.unwrap();
     assert!(renamed.revision > made.revision && back.revision > renamed.revision);
     let gone = root.revoke(&made.id).await.unwrap();
     let refused = root.update(&made.key, &["name"]).await.unwrap_err();
-    assert_eq!(reason(&refused), "KEY_REVOKED", "{gone:?}");
+    assert_eq!(error_reason(&refused), "KEY_REVOKED", "{gone:?}");
 }

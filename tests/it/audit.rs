@@ -2,15 +2,18 @@
 
 use std::collections::BTreeMap;
 
-use keyward::{domain::token::Digest, pb};
+use keyward::{domain::token::TokenDigest, pb};
 use tonic::Code;
 
-use crate::support::{Client, invalid, named_key, refused, service_key, texts, user_key};
+use crate::support::{
+    Client, assert_invalid, assert_refused, named_key_request, service_key_request, to_strings,
+    user_key_request,
+};
 
 use super::Server;
 
 async fn entries(caller: &Client, request: pb::ListAuditEntriesRequest) -> Vec<pb::AuditEntry> {
-    caller.entries(request).await.unwrap().entries
+    caller.list_audit_entries(request).await.unwrap().entries
 }
 
 async fn all(caller: &Client) -> Vec<pb::AuditEntry> {
@@ -24,14 +27,14 @@ fn actions(entries: &[pb::AuditEntry]) -> Vec<&str> {
 
 /// Makes one of every kind of change; gives every token that there was.
 async fn everything(server: &Server) -> Vec<String> {
-    let root = server.root();
-    server.account("acme").await;
+    let root = server.root_client();
+    server.create_account("acme").await;
     let name = Some("Acme".to_owned());
     let renamed = pb::UpdateAccountRequest { id: "acme".into(), name, ..Default::default() };
     root.accounts().update(renamed).await.unwrap();
     root.suspend("acme").await.unwrap();
     root.resume("acme").await.unwrap();
-    let made = server.make(named_key("acme", "CI")).await;
+    let made = server.create_key(named_key_request("acme", "CI")).await;
     root.update(&pb::Key { name: "new".into(), ..made.key.clone() }, &["name"]).await.unwrap();
     root.disable(&made.id).await.unwrap();
     root.enable(&made.id).await.unwrap();
@@ -42,20 +45,20 @@ async fn everything(server: &Server) -> Vec<String> {
     let import = pb::ImportKey {
         account: "acme".into(),
         environment: "production".into(),
-        scopes: texts(&["monitors:read"]),
-        sha256: Digest::of(&foreign).as_bytes().to_vec(),
+        scopes: to_strings(&["monitors:read"]),
+        sha256: TokenDigest::from_token(&foreign).as_bytes().to_vec(),
         ..Default::default()
     };
     assert_eq!(root.import(vec![import]).await.unwrap()[0].error, "");
     root.put_role("acme", "agent", &["monitors:read"]).await.unwrap();
     root.put_member("acme", "ann", "agent").await.unwrap();
-    let anns = server.make(user_key("ann", &["all"])).await;
+    let anns = server.create_key(user_key_request("ann", &["all"])).await;
     let leaves = pb::RemoveMemberRequest { account: "acme".into(), user: "ann".into() };
     root.accounts().remove_member(leaves).await.unwrap();
     let role = pb::DeleteRoleRequest { account: "acme".into(), name: "agent".into() };
     root.accounts().delete_role(role).await.unwrap();
-    let own = server.make(named_key("acme", "own")).await;
-    server.holder(&own.token).revoke_self().await.unwrap();
+    let own = server.create_key(named_key_request("acme", "own")).await;
+    server.client_with_token(&own.token).revoke_self().await.unwrap();
     vec![server.root_token.clone(), made.token, new.token, foreign, anns.token, own.token]
 }
 
@@ -63,9 +66,9 @@ async fn everything(server: &Server) -> Vec<String> {
 async fn every_kind_of_change_leaves_an_entry_with_its_actor_and_method() {
     let server = Server::start().await;
     everything(&server).await;
-    let root = server.root().who_am_i().await.unwrap().key.unwrap().id;
+    let root = server.root_client().who_am_i().await.unwrap().key.unwrap().id;
     let mut found = BTreeMap::new();
-    for entry in all(&server.root()).await {
+    for entry in all(&server.root_client()).await {
         let by = if entry.actor == root { "root" } else { &entry.actor };
         if by == "root" {
             assert_eq!(entry.actor_account, "keyward");
@@ -103,7 +106,7 @@ async fn every_kind_of_change_leaves_an_entry_with_its_actor_and_method() {
 async fn entries_are_the_newest_first_without_a_gap_and_each_with_a_hash_of_its_own() {
     let server = Server::start().await;
     everything(&server).await;
-    let entries = all(&server.root()).await;
+    let entries = all(&server.root_client()).await;
     let revisions: Vec<_> = entries.iter().map(|entry| entry.revision).collect();
     let expected: Vec<_> = (1..=entries.len() as u64).rev().collect();
     assert_eq!(revisions, expected);
@@ -115,10 +118,10 @@ async fn entries_are_the_newest_first_without_a_gap_and_each_with_a_hash_of_its_
 async fn no_entry_shows_a_token_or_a_digest() {
     let server = Server::start().await;
     let tokens = everything(&server).await;
-    for entry in all(&server.root()).await {
+    for entry in all(&server.root_client()).await {
         let shown = format!("{entry:?}");
         for token in &tokens {
-            let digest = serde_json::to_string(&Digest::of(token)).unwrap();
+            let digest = serde_json::to_string(&TokenDigest::from_token(token)).unwrap();
             assert!(!shown.contains(token.as_str()) && !shown.contains(digest.trim_matches('"')), "{shown}");
         }
         assert!(!entry.detail.contains("digest"), "{shown}");
@@ -128,15 +131,15 @@ async fn no_entry_shows_a_token_or_a_digest() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_entry_shows_the_record_after_the_change() {
     let server = Server::with_accounts().await;
-    let root = server.root();
-    let made = server.make(named_key("acme", "CI")).await;
+    let root = server.root_client();
+    let made = server.create_key(named_key_request("acme", "CI")).await;
     server.advance(5);
     let comment = "found in a repository".to_owned();
     let reason = pb::RevokeReason::Compromised.into();
     let revoke = pb::RevokeKeyRequest { id: made.id.clone(), reason, comment };
     let revoked = root.keys().revoke(revoke).await.unwrap().into_inner();
     let entry = all(&root).await.remove(0);
-    assert_eq!((entry.revision, entry.at), (revoked.revision, Some(server.at(0))));
+    assert_eq!((entry.revision, entry.at), (revoked.revision, Some(server.timestamp_after(0))));
     assert_eq!((entry.account.as_str(), &entry.key_id, entry.user.as_str()), ("acme", &made.id, ""));
     let detail: serde_json::Value = serde_json::from_str(&entry.detail).unwrap();
     let key = &detail["key"];
@@ -148,27 +151,28 @@ async fn an_entry_shows_the_record_after_the_change() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_changes_nothing_leaves_no_entry() {
     let server = Server::with_accounts().await;
-    let root = server.root();
-    let made = server.make(named_key("acme", "CI")).await;
+    let root = server.root_client();
+    let made = server.create_key(named_key_request("acme", "CI")).await;
     root.revoke(&made.id).await.unwrap();
     let before = all(&root).await;
     root.revoke(&made.id).await.unwrap();
     root.resume("acme").await.unwrap();
     root.enable(&made.id).await.unwrap_err();
-    root.create(service_key("nowhere", &["a"])).await.unwrap_err();
+    root.create(service_key_request("nowhere", &["a"])).await.unwrap_err();
     root.get(&made.id).await.unwrap();
-    root.reason(&made.token).await;
+    root.check_reason(&made.token).await;
     assert_eq!(all(&root).await, before);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn entries_are_found_by_account_key_actor_and_time() {
     let server = Server::with_accounts().await;
-    let root = server.root();
-    let acmes = server.make(service_key("acme", &["keyward:keys:*", "monitors:*"])).await;
-    server.make(named_key("other", "CI")).await;
+    let root = server.root_client();
+    let acmes = server.create_key(service_key_request("acme", &["keyward:keys:*", "monitors:*"])).await;
+    server.create_key(named_key_request("other", "CI")).await;
     server.advance(10);
-    let own = server.holder(&acmes.token).make(service_key("", &["monitors:read"])).await;
+    let own =
+        server.client_with_token(&acmes.token).create_key(service_key_request("", &["monitors:read"])).await;
     root.disable(&own.id).await.unwrap();
     server.advance(10);
     root.enable(&own.id).await.unwrap();
@@ -191,8 +195,8 @@ async fn entries_are_found_by_account_key_actor_and_time() {
     assert_eq!(actions(&of(by_system).await), ["root_key.created", "account.created"]);
 
     let between = |from, to| pb::ListAuditEntriesRequest {
-        from: Some(server.at(from)),
-        to: Some(server.at(to)),
+        from: Some(server.timestamp_after(from)),
+        to: Some(server.timestamp_after(to)),
         ..Default::default()
     };
     assert_eq!(actions(&of(between(-10, 0)).await), ["key.disabled", "key.created"], "from is in, to is out");
@@ -205,15 +209,15 @@ async fn entries_are_found_by_account_key_actor_and_time() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_account_caller_reads_its_own_account_alone() {
     let server = Server::with_accounts().await;
-    let reader = server.caller("acme", &["keyward:audit:read"]).await;
-    server.make(named_key("other", "CI")).await;
-    server.make(user_key("ann", &["all"])).await;
+    let reader = server.client_with_scopes("acme", &["keyward:audit:read"]).await;
+    server.create_key(named_key_request("other", "CI")).await;
+    server.create_key(user_key_request("ann", &["all"])).await;
     let found = all(&reader).await;
     assert!(found.iter().all(|entry| entry.account == "acme"));
     assert_eq!(actions(&found), ["key.created", "account.created"]);
     for account in ["other", "keyward", "nowhere"] {
         let request = pb::ListAuditEntriesRequest { account: account.into(), ..Default::default() };
-        refused(reader.entries(request).await, Code::NotFound, "ACCOUNT_NOT_FOUND");
+        assert_refused(reader.list_audit_entries(request).await, Code::NotFound, "ACCOUNT_NOT_FOUND");
     }
 }
 
@@ -221,19 +225,19 @@ async fn an_account_caller_reads_its_own_account_alone() {
 async fn pages_give_every_entry_once_whatever_is_written_meanwhile() {
     let server = Server::start().await;
     everything(&server).await;
-    let root = server.root();
+    let root = server.root_client();
     let expected: Vec<_> = all(&root).await.iter().map(|entry| entry.revision).collect();
     let (mut seen, mut page_token) = (Vec::new(), String::new());
     loop {
         let request = pb::ListAuditEntriesRequest { page_size: Some(4), page_token, ..Default::default() };
-        let page = root.entries(request).await.unwrap();
+        let page = root.list_audit_entries(request).await.unwrap();
         assert!(page.entries.len() <= 4);
         seen.extend(page.entries.iter().map(|entry| entry.revision));
         page_token = page.next_page_token;
         if page_token.is_empty() {
             break;
         }
-        server.make(service_key("acme", &["a"])).await;
+        server.create_key(service_key_request("acme", &["a"])).await;
     }
     assert_eq!(seen, expected);
 }
@@ -241,11 +245,11 @@ async fn pages_give_every_entry_once_whatever_is_written_meanwhile() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_page_token_belongs_to_its_filters_and_a_size_is_1_to_1000() {
     let server = Server::with_accounts().await;
-    let root = server.root();
+    let root = server.root_client();
     let one = pb::ListAuditEntriesRequest { page_size: Some(1), ..Default::default() };
-    let page_token = root.entries(one).await.unwrap().next_page_token;
+    let page_token = root.list_audit_entries(one).await.unwrap().next_page_token;
     let other = pb::ListAuditEntriesRequest { account: "acme".into(), page_token, ..Default::default() };
-    invalid(root.entries(other).await, &["page_token"]);
+    assert_invalid(root.list_audit_entries(other).await, &["page_token"]);
     let request = pb::ListAuditEntriesRequest {
         account: "a.b".into(),
         key_id: "x".into(),
@@ -254,5 +258,8 @@ async fn a_page_token_belongs_to_its_filters_and_a_size_is_1_to_1000() {
         page_token: "x".into(),
         ..Default::default()
     };
-    invalid(root.entries(request).await, &["page_size", "page_token", "account", "key_id", "from"]);
+    assert_invalid(
+        root.list_audit_entries(request).await,
+        &["page_size", "page_token", "account", "key_id", "from"],
+    );
 }

@@ -6,13 +6,13 @@ use tonic::Code;
 
 use sha2::Digest as _;
 
-use crate::support::{Client, invalid, named_key, refused, service_key};
+use crate::support::{Client, assert_invalid, assert_refused, named_key_request, service_key_request};
 
 use super::Server;
 
 async fn newest(caller: &Client) -> pb::AuditEntry {
     let request = pb::ListAuditEntriesRequest { page_size: Some(1), ..Default::default() };
-    caller.entries(request).await.unwrap().entries.remove(0)
+    caller.list_audit_entries(request).await.unwrap().entries.remove(0)
 }
 
 fn changes(entry: &pb::AuditEntry) -> Vec<(&str, &str, &str)> {
@@ -21,10 +21,10 @@ fn changes(entry: &pb::AuditEntry) -> Vec<(&str, &str, &str)> {
 }
 
 /// A server with a little of everything; the key's id.
-async fn lived_in() -> (Server, String) {
+async fn populated_server() -> (Server, String) {
     let server = Server::with_accounts().await;
-    let root = server.root();
-    let made = server.make(named_key("acme", "CI")).await;
+    let root = server.root_client();
+    let made = server.create_key(named_key_request("acme", "CI")).await;
     root.disable(&made.id).await.unwrap();
     root.enable(&made.id).await.unwrap();
     root.rotate(&made.id, 60).await.unwrap();
@@ -38,9 +38,9 @@ async fn lived_in() -> (Server, String) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_log_that_nobody_touched_is_whole_and_the_tables_agree() {
-    let (server, _) = lived_in().await;
-    let found = server.root().verify().await;
-    let head = newest(&server.root()).await;
+    let (server, _) = populated_server().await;
+    let found = server.root_client().verify_audit_log().await;
+    let head = newest(&server.root_client()).await;
     assert!(found.valid, "{found:?}");
     assert_eq!((found.head, &found.head_hash, found.broken_at), (head.revision, &head.hash, 0));
     assert_eq!((found.entries, found.first_revision, found.last_revision), (head.revision, 1, head.revision));
@@ -58,10 +58,10 @@ async fn an_entry_that_was_changed_or_taken_out_is_found() {
         ("DELETE FROM log WHERE revision > 9", 10, "should go on to"),
         ("UPDATE meta SET head_hash = (SELECT hash FROM log WHERE revision = 2)", 0, "calls its head"),
     ] {
-        let (server, _) = lived_in().await;
-        let head = newest(&server.root()).await.revision;
+        let (server, _) = populated_server().await;
+        let head = newest(&server.root_client()).await.revision;
         server.sql(touch);
-        let found = server.root().verify().await;
+        let found = server.root_client().verify_audit_log().await;
         let at = if at == 0 { head } else { at };
         assert!(!found.valid && found.broken_at == at && found.problem.contains(said), "{touch}: {found:?}");
     }
@@ -77,8 +77,8 @@ fn planted_member(user: &str) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_row_that_was_put_back_taken_out_or_planted_is_found() {
-    let (server, id) = lived_in().await;
-    let root = server.root();
+    let (server, id) = populated_server().await;
+    let root = server.root_client();
     server.sql("CREATE TABLE saved AS SELECT * FROM keys");
     root.revoke(&id).await.unwrap();
     server.sql(
@@ -88,7 +88,7 @@ async fn a_row_that_was_put_back_taken_out_or_planted_is_found() {
          sum = (SELECT sum FROM saved WHERE saved.id = keys.id); DELETE FROM members WHERE user_id = 'ann'",
     );
     server.sql(&planted_member("eve"));
-    let found = root.verify().await;
+    let found = root.verify_audit_log().await;
     assert!(!found.valid && found.broken_at == 0, "{found:?}");
     let told: Vec<_> = found.mismatches.iter().map(|one| (&*one.record, &*one.problem)).collect();
     let expected = [
@@ -103,16 +103,16 @@ async fn a_row_that_was_put_back_taken_out_or_planted_is_found() {
 }
 
 /// The bytes that a row's checksum is made of.
-fn summed(columns: &[Column<'_>]) -> u32 {
+fn checksum_of(columns: &[RowColumn<'_>]) -> u32 {
     let bytes = columns.iter().flat_map(|column| match column {
-        Column::Bytes(bytes) => [&(bytes.len() as u64).to_be_bytes()[..], bytes].concat(),
-        Column::Int(number) => [8u64.to_be_bytes(), number.to_be_bytes()].concat(),
-        Column::Null => u64::MAX.to_be_bytes().to_vec(),
+        RowColumn::Bytes(bytes) => [&(bytes.len() as u64).to_be_bytes()[..], bytes].concat(),
+        RowColumn::Int(number) => [8u64.to_be_bytes(), number.to_be_bytes()].concat(),
+        RowColumn::Null => u64::MAX.to_be_bytes().to_vec(),
     });
     crc32fast::hash(&bytes.collect::<Vec<_>>())
 }
 
-enum Column<'a> {
+enum RowColumn<'a> {
     Bytes(&'a [u8]),
     Int(i64),
     Null,
@@ -121,11 +121,11 @@ enum Column<'a> {
 /// Statements that plant a key without a name beside one, with its revision. Its id is the start of that one's digest, and
 /// the digest of its secret the hash of the log's head.
 fn planted_twin(token: &str, revision: u64, head_hash: &[u8]) -> (String, String) {
-    use Column::{Bytes, Int, Null};
+    use RowColumn::{Bytes, Int, Null};
     let digest = sha2::Sha256::digest(token.as_bytes());
     let (id, revision) = (&digest[..16], i64::try_from(revision).unwrap());
     let text = |text: &'static str| Bytes(text.as_bytes());
-    let key = summed(&[
+    let key = checksum_of(&[
         Bytes(id),
         text("acme"),
         Null,
@@ -148,7 +148,7 @@ fn planted_twin(token: &str, revision: u64, head_hash: &[u8]) -> (String, String
         Null,
         Int(revision),
     ]);
-    let secret = summed(&[Bytes(head_hash), Bytes(id), Int(1), text("kw_live_0000"), Int(7), Null]);
+    let secret = checksum_of(&[Bytes(head_hash), Bytes(id), Int(1), text("kw_live_0000"), Int(7), Null]);
     let hint = &token[..12];
     let sql = format!(
         "INSERT INTO keys (id, account, environment, scopes, roles, customers, allowed_cidrs, created_at, created_by, \
@@ -162,14 +162,14 @@ fn planted_twin(token: &str, revision: u64, head_hash: &[u8]) -> (String, String
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_planted_key_with_the_revision_of_another_is_found() {
-    let (server, _) = lived_in().await;
-    let root = server.root();
+    let (server, _) = populated_server().await;
+    let root = server.root_client();
     for _ in 0..4 {
-        let made = server.make(service_key("acme", &["monitors:read"])).await;
-        let head_hash = root.verify().await.head_hash;
+        let made = server.create_key(service_key_request("acme", &["monitors:read"])).await;
+        let head_hash = root.verify_audit_log().await.head_hash;
         let (twin, sql) = planted_twin(&made.token, made.key.revision, &head_hash);
         server.sql(&sql);
-        let found = root.verify().await;
+        let found = root.verify_audit_log().await;
         let told: Vec<_> =
             found.mismatches.iter().map(|one| (&*one.record, one.revision, &*one.problem)).collect();
         let said = "the tables have it, and no entry of the log is about it";
@@ -181,9 +181,9 @@ async fn a_planted_key_with_the_revision_of_another_is_found() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_key_whose_row_contradicts_itself_is_found_once() {
-    let (server, id) = lived_in().await;
+    let (server, id) = populated_server().await;
     server.sql("UPDATE keys SET created_by = 'evil' WHERE name = 'CI'");
-    let found = server.root().verify().await;
+    let found = server.root_client().verify_audit_log().await;
     let told: Vec<_> = found.mismatches.iter().map(|one| (&*one.record, &*one.problem)).collect();
     assert!(!found.valid && told.len() == 1 && told[0].0 == format!("key {id}"), "{told:?}");
     assert!(told[0].1.contains("checksum"), "{told:?}");
@@ -191,8 +191,8 @@ async fn a_key_whose_row_contradicts_itself_is_found_once() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_head_that_is_known_from_elsewhere_is_held_against_the_chain() {
-    let (server, _) = lived_in().await;
-    let root = server.root();
+    let (server, _) = populated_server().await;
+    let root = server.root_client();
     let known = newest(&root).await;
     root.put_role("", "other", &["a"]).await.unwrap();
     let ask = async |expect_revision, expect_hash: &[u8]| {
@@ -211,25 +211,25 @@ async fn a_head_that_is_known_from_elsewhere_is_held_against_the_chain() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_part_can_be_verified_and_a_question_must_make_sense() {
-    let (server, _) = lived_in().await;
-    let root = server.root();
+    let (server, _) = populated_server().await;
+    let root = server.root_client();
     let ask = async |request| root.audit().verify(request).await.map(tonic::Response::into_inner);
     let part = pb::VerifyAuditLogRequest { from_revision: 3, to_revision: Some(5), ..Default::default() };
     let found = ask(part).await.unwrap();
     assert_eq!((found.valid, found.entries, found.first_revision, found.last_revision), (true, 3, 3, 5));
     let beyond = pb::VerifyAuditLogRequest { from_revision: 99, to_revision: Some(99), ..Default::default() };
-    invalid(ask(beyond).await, &["from_revision", "to_revision"]);
+    assert_invalid(ask(beyond).await, &["from_revision", "to_revision"]);
     let short = pb::VerifyAuditLogRequest { expect_revision: Some(1), ..Default::default() };
-    invalid(ask(short).await, &["expect_hash"]);
-    let reader = server.caller("acme", &["keyward:audit:read"]).await;
+    assert_invalid(ask(short).await, &["expect_hash"]);
+    let reader = server.client_with_scopes("acme", &["keyward:audit:read"]).await;
     let asked = reader.audit().verify(pb::VerifyAuditLogRequest::default()).await;
-    refused(asked, Code::PermissionDenied, "OPERATOR_ONLY");
+    assert_refused(asked, Code::PermissionDenied, "OPERATOR_ONLY");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_entry_tells_what_was_changed_before_and_after() {
     let server = Server::with_accounts().await;
-    let root = server.root();
+    let root = server.root_client();
     root.put_role("acme", "agent", &["a"]).await.unwrap();
     let made = newest(&root).await;
     assert_eq!(made.previous_revision, Some(0));
@@ -239,7 +239,7 @@ async fn an_entry_tells_what_was_changed_before_and_after() {
     assert_eq!(put.previous_revision, Some(made.revision));
     assert_eq!(changes(&put), [("scopes", r#"["a"]"#, r#"["a","b"]"#)]);
 
-    let key = server.make(named_key("acme", "CI")).await;
+    let key = server.create_key(named_key_request("acme", "CI")).await;
     root.update(&pb::Key { name: "CD".into(), ..key.key.clone() }, &["name"]).await.unwrap();
     assert_eq!(changes(&newest(&root).await), [("name", r#""CI""#, r#""CD""#)]);
     root.rotate(&key.id, 60).await.unwrap();
@@ -251,31 +251,32 @@ async fn an_entry_tells_what_was_changed_before_and_after() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_entry_names_the_call_to_whom_that_concerns() {
     let server = Server::with_accounts().await;
-    server.root().put_role("acme", "reader", &["a", "keyward:accounts:write"]).await.unwrap();
-    server.root().put_member("acme", "ann", "reader").await.unwrap();
-    let root = server.root().with_header("x-request-id", "r-17").with_header("x-keyward-acting-user", "ann");
+    server.root_client().put_role("acme", "reader", &["a", "keyward:accounts:write"]).await.unwrap();
+    server.root_client().put_member("acme", "ann", "reader").await.unwrap();
+    let root =
+        server.root_client().with_header("x-request-id", "r-17").with_header("x-keyward-acting-user", "ann");
     root.put_role("acme", "agent", &["a"]).await.unwrap();
-    let seen = newest(&server.root()).await;
+    let seen = newest(&server.root_client()).await;
     assert_eq!((&*seen.request_id, &*seen.peer, &*seen.acting_user), ("r-17", "127.0.0.1", "ann"));
-    let reader = server.caller("acme", &["keyward:audit:read"]).await;
+    let reader = server.client_with_scopes("acme", &["keyward:audit:read"]).await;
     let request = pb::ListAuditEntriesRequest { action: "role.put".into(), ..Default::default() };
-    let seen = reader.entries(request).await.unwrap().entries.remove(0);
+    let seen = reader.list_audit_entries(request).await.unwrap().entries.remove(0);
     assert_eq!(
         (&*seen.request_id, &*seen.peer),
         ("", ""),
         "an account does not learn where its operator works"
     );
     let by_ann = pb::ListAuditEntriesRequest { acting_user: "ann".into(), ..Default::default() };
-    assert_eq!(server.root().entries(by_ann).await.unwrap().entries.len(), 1);
+    assert_eq!(server.root_client().list_audit_entries(by_ann).await.unwrap().entries.len(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn entries_as_they_were_hashed_are_for_operators() {
-    let (server, _) = lived_in().await;
+    let (server, _) = populated_server().await;
     let request = pb::ListAuditEntriesRequest { full: true, oldest_first: true, ..Default::default() };
-    let entries = server.root().entries(request.clone()).await.unwrap().entries;
+    let entries = server.root_client().list_audit_entries(request.clone()).await.unwrap().entries;
     assert!(entries.iter().all(|entry| !entry.payload.is_empty()));
     assert!(entries.windows(2).all(|pair| pair[1].prev_hash == pair[0].hash), "the oldest first");
-    let reader = server.caller("acme", &["keyward:audit:read"]).await;
-    refused(reader.entries(request).await, Code::PermissionDenied, "OPERATOR_ONLY");
+    let reader = server.client_with_scopes("acme", &["keyward:audit:read"]).await;
+    assert_refused(reader.list_audit_entries(request).await, Code::PermissionDenied, "OPERATOR_ONLY");
 }

@@ -9,15 +9,18 @@ use std::{
 use bytes::Bytes;
 use futures_util::stream;
 use keyward::{
-    grpc::rpc::{Access, Plane, TABLE},
+    grpc::rpc::{AccessRequirement, ExecutionPlane, RPC_TABLE},
     pb,
 };
 use tokio::{sync::oneshot, task::JoinHandle};
 use tonic::{Code, Status};
 
 use crate::{
-    process::{PATIENCE, wait_for},
-    support::{Client, HOUR, Made, check, reason, refused, seconds, service_key, texts, user_key},
+    process::{WAIT_TIMEOUT, wait_for},
+    support::{
+        Client, CreatedKey, HOUR, assert_refused, error_reason, proto_seconds, scope_check_request,
+        service_key_request, to_strings, user_key_request,
+    },
 };
 
 use super::Server;
@@ -27,7 +30,7 @@ use super::Server;
 const ROUNDS: u32 = 25;
 
 fn with_role(role: &str) -> pb::CreateKeyRequest {
-    pb::CreateKeyRequest { roles: texts(&[role]), ..service_key("acme", &[]) }
+    pb::CreateKeyRequest { roles: to_strings(&[role]), ..service_key_request("acme", &[]) }
 }
 
 async fn delete_role(client: &Client, role: &str) -> Result<(), Status> {
@@ -37,21 +40,22 @@ async fn delete_role(client: &Client, role: &str) -> Result<(), Status> {
 
 /// Whether a token may do what only the global roles of these tests allow, in acme.
 async fn is_wide(server: &Server, token: &str) -> bool {
-    let question = pb::CheckRequest { account: Some("acme".to_owned()), ..check(token, "billing:write") };
-    server.root().check(question).await.unwrap().allowed
+    let question =
+        pb::CheckRequest { account: Some("acme".to_owned()), ..scope_check_request(token, "billing:write") };
+    server.root_client().check(question).await.unwrap().allowed
 }
 
 /// A manager of acme that holds monitors, and a role of acme with its name taken before the global one is made, which
 /// is wider.
-async fn squatting(server: &Server, manager: &Client, round: u32) -> String {
+async fn take_manager_role_name(server: &Server, manager: &Client, round: u32) -> String {
     let role = format!("admin-{round}");
     manager.put_role("acme", &role, &["monitors:read"]).await.unwrap();
-    server.root().put_role("", &role, &["*", "keyward:*"]).await.unwrap();
+    server.root_client().put_role("", &role, &["*", "keyward:*"]).await.unwrap();
     role
 }
 
 async fn manager_of(server: &Server) -> Client {
-    server.caller("acme", &["monitors:*", "keyward:keys:*", "keyward:accounts:*"]).await
+    server.client_with_scopes("acme", &["monitors:*", "keyward:keys:*", "keyward:accounts:*"]).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -59,14 +63,14 @@ async fn a_role_that_a_deletion_reveals_gives_a_new_key_nothing_beyond_its_maker
     let server = Server::with_accounts().await;
     let manager = manager_of(&server).await;
     for round in 0..ROUNDS {
-        let role = squatting(&server, &manager, round).await;
+        let role = take_manager_role_name(&server, &manager, round).await;
         let (deleted, made) = tokio::join!(delete_role(&manager, &role), manager.create(with_role(&role)));
         match (deleted, made) {
             (Ok(()), Err(status)) => {
-                drop(refused(Err::<(), _>(status), Code::PermissionDenied, "GRANT_BEYOND_CALLER"))
+                drop(assert_refused(Err::<(), _>(status), Code::PermissionDenied, "GRANT_BEYOND_CALLER"))
             }
             (Err(status), Ok(made)) => {
-                refused(Err::<(), _>(status), Code::FailedPrecondition, "ROLE_IN_USE");
+                assert_refused(Err::<(), _>(status), Code::FailedPrecondition, "ROLE_IN_USE");
                 assert!(!is_wide(&server, &made.token).await, "round {round}");
             }
             (deleted, made) => panic!("round {round}: {deleted:?} {:?}", made.map(|made| made.key)),
@@ -78,10 +82,10 @@ async fn a_role_that_a_deletion_reveals_gives_a_new_key_nothing_beyond_its_maker
 async fn a_role_that_a_deletion_reveals_gives_a_member_nothing_beyond_the_manager() {
     let server = Server::with_accounts().await;
     let manager = manager_of(&server).await;
-    let anns = server.make(user_key("ann", &["all"])).await;
-    server.root().put_role("acme", "reader", &["monitors:read"]).await.unwrap();
+    let anns = server.create_key(user_key_request("ann", &["all"])).await;
+    server.root_client().put_role("acme", "reader", &["monitors:read"]).await.unwrap();
     for round in 0..ROUNDS {
-        let role = squatting(&server, &manager, round).await;
+        let role = take_manager_role_name(&server, &manager, round).await;
         let (deleted, put) =
             tokio::join!(delete_role(&manager, &role), manager.put_member("acme", "ann", &role));
         assert!(deleted.is_err() || put.is_err(), "round {round}: the role is gone and given");
@@ -94,10 +98,10 @@ async fn a_role_that_a_deletion_reveals_gives_a_member_nothing_beyond_the_manage
 async fn a_role_that_a_deletion_reveals_gives_a_changed_key_nothing_beyond_its_manager() {
     let server = Server::with_accounts().await;
     let manager = manager_of(&server).await;
-    let made = manager.make(service_key("acme", &["monitors:read"])).await;
+    let made = manager.create_key(service_key_request("acme", &["monitors:read"])).await;
     for round in 0..ROUNDS {
-        let role = squatting(&server, &manager, round).await;
-        let wanted = pb::Key { roles: texts(&[&role]), ..made.key.clone() };
+        let role = take_manager_role_name(&server, &manager, round).await;
+        let wanted = pb::Key { roles: to_strings(&[&role]), ..made.key.clone() };
         let (deleted, changed) =
             tokio::join!(delete_role(&manager, &role), manager.update(&wanted, &["roles"]));
         assert!(deleted.is_err() || changed.is_err(), "round {round}: the role is gone and given");
@@ -109,7 +113,7 @@ async fn a_role_that_a_deletion_reveals_gives_a_changed_key_nothing_beyond_its_m
 #[tokio::test(flavor = "multi_thread")]
 async fn a_change_whose_authorization_moved_and_still_holds_is_made() {
     let server = Server::with_accounts().await;
-    let (root, manager) = (server.root(), manager_of(&server).await);
+    let (root, manager) = (server.root_client(), manager_of(&server).await);
     for round in 0..ROUNDS {
         let rename = pb::UpdateAccountRequest {
             id: "acme".to_owned(),
@@ -120,7 +124,7 @@ async fn a_change_whose_authorization_moved_and_still_holds_is_made() {
         let (renamed, put, made) = tokio::join!(
             accounts.update(rename),
             manager.put_role("acme", &role, &["monitors:read"]),
-            manager.create(service_key("acme", &["monitors:read"])),
+            manager.create(service_key_request("acme", &["monitors:read"])),
         );
         renamed.unwrap();
         put.unwrap();
@@ -131,18 +135,18 @@ async fn a_change_whose_authorization_moved_and_still_holds_is_made() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_key_that_is_revoked_makes_nothing_after_that_has_returned() {
     let server = Server::with_accounts().await;
-    let root = server.root();
+    let root = server.root_client();
     for round in 0..ROUNDS {
-        let made = server.make(service_key("acme", &["monitors:*", "keyward:keys:*"])).await;
-        let (thief, racing) = (server.holder(&made.token), server.holder(&made.token));
+        let made = server.create_key(service_key_request("acme", &["monitors:*", "keyward:keys:*"])).await;
+        let (thief, racing) = (server.client_with_token(&made.token), server.client_with_token(&made.token));
         let making = tokio::spawn(async move {
             let mut newest = 0;
-            while let Ok(made) = thief.create(service_key("acme", &["monitors:read"])).await {
+            while let Ok(made) = thief.create(service_key_request("acme", &["monitors:read"])).await {
                 newest = newest.max(made.revision);
             }
             newest
         });
-        racing.make(service_key("acme", &["monitors:read"])).await;
+        racing.create_key(service_key_request("acme", &["monitors:read"])).await;
         let revoked = root.revoke(&made.id).await.unwrap().revision;
         assert!(making.await.unwrap() < revoked, "round {round}");
     }
@@ -151,13 +155,13 @@ async fn a_key_that_is_revoked_makes_nothing_after_that_has_returned() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bulk_revocation_ends_the_callers_own_key_after_all_others() {
     let server = Server::with_accounts().await;
-    let before = server.make(service_key("acme", &["a"])).await;
+    let before = server.create_key(service_key_request("acme", &["a"])).await;
     server.advance(1);
-    let made = server.make(service_key("acme", &["keyward:keys:*"])).await;
+    let made = server.create_key(service_key_request("acme", &["keyward:keys:*"])).await;
     server.advance(1);
-    let after = server.make(service_key("acme", &["a"])).await;
+    let after = server.create_key(service_key_request("acme", &["a"])).await;
     let all = pb::BulkRevokeKeysRequest { account: "acme".to_owned(), ..Default::default() };
-    let answer = server.holder(&made.token).keys().bulk_revoke(all).await.unwrap().into_inner();
+    let answer = server.client_with_token(&made.token).keys().bulk_revoke(all).await.unwrap().into_inner();
     let ids: Vec<_> =
         answer.keys.iter().map(|key| (key.key.as_ref().unwrap().id.as_str(), key.revoked)).collect();
     assert_eq!(ids, [(&*after.id, true), (&*made.id, true), (&*before.id, true)]);
@@ -168,22 +172,22 @@ async fn a_bulk_revocation_ends_the_callers_own_key_after_all_others() {
 // ---- requests that arrive slowly ----
 
 /// A call whose headers have come, and its body not.
-struct Waiting {
+struct BegunCall {
     body: oneshot::Sender<Bytes>,
     answer: JoinHandle<Result<Bytes, Status>>,
 }
 
-impl Waiting {
+impl BegunCall {
     async fn finish(self, message: impl prost::Message) -> Result<Bytes, Status> {
         self.body.send(message.encode_to_vec().into()).unwrap();
-        tokio::time::timeout(PATIENCE, self.answer).await.unwrap().unwrap()
+        tokio::time::timeout(WAIT_TIMEOUT, self.answer).await.unwrap().unwrap()
     }
 }
 
 /// How many calls of management the server has begun.
-fn begun(server: &Server) -> u64 {
-    let mut stream = TcpStream::connect(server.running().admin_address).unwrap();
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+fn count_begun_calls(server: &Server) -> u64 {
+    let mut stream = TcpStream::connect(server.inner().admin_address).unwrap();
+    stream.set_read_timeout(Some(WAIT_TIMEOUT)).unwrap();
     write!(stream, "GET /metrics HTTP/1.1\r\nhost: keyward\r\nconnection: close\r\n\r\n").unwrap();
     let mut page = String::new();
     stream.read_to_string(&mut page).unwrap();
@@ -194,8 +198,8 @@ fn begun(server: &Server) -> u64 {
 }
 
 /// Begins calls by these methods, and returns when the server has let all of them in.
-async fn begin(server: &Server, caller: &Client, methods: &[&str]) -> Vec<Waiting> {
-    let before = begun(server);
+async fn begin(server: &Server, caller: &Client, methods: &[&str]) -> Vec<BegunCall> {
+    let before = count_begun_calls(server);
     let calls: Vec<_> = methods
         .iter()
         .map(|method| {
@@ -203,22 +207,22 @@ async fn begin(server: &Server, caller: &Client, methods: &[&str]) -> Vec<Waitin
             let message = stream::unfold(Some(message), async |message| Some((message?.await.ok()?, None)));
             let (caller, method) = (caller.clone(), (*method).to_owned());
             let answer = tokio::spawn(async move { caller.call_slowly(&method, Box::pin(message)).await });
-            Waiting { body, answer }
+            BegunCall { body, answer }
         })
         .collect();
     let wanted = before + methods.len() as u64;
     tokio::task::block_in_place(|| {
-        wait_for("the calls to be begun", || (begun(server) >= wanted).then_some(()));
+        wait_for("the calls to be begun", || (count_begun_calls(server) >= wanted).then_some(()));
     });
     // Calls of one connection are let in on one thread, in the order in which they come.
-    server.root().who_am_i().await.unwrap();
+    server.root_client().who_am_i().await.unwrap();
     calls
 }
 
 /// What may happen to a caller while its request arrives.
-type End = (&'static str, Code);
+type CallerEnd = (&'static str, Code);
 
-const ENDS: [End; 7] = [
+const ENDS: [CallerEnd; 7] = [
     ("revoked", Code::Unauthenticated),
     ("disabled", Code::Unauthenticated),
     ("expired", Code::Unauthenticated),
@@ -229,22 +233,22 @@ const ENDS: [End; 7] = [
 ];
 
 /// A caller that can make and list keys in acme: a service key, or, where its membership is to end, a user's.
-async fn caller_to_end(server: &Server, end: &str) -> (Made, Client) {
+async fn caller_to_end(server: &Server, end: &str) -> (CreatedKey, Client) {
     let scopes = ["monitors:*", "keyward:keys:*"];
     if end == "removed" {
-        server.root().put_member("acme", "ann", "owner").await.unwrap();
-        let made = server.make(user_key("ann", &scopes)).await;
-        let caller = server.holder(&made.token).with_header("x-keyward-account", "acme");
+        server.root_client().put_member("acme", "ann", "owner").await.unwrap();
+        let made = server.create_key(user_key_request("ann", &scopes)).await;
+        let caller = server.client_with_token(&made.token).with_header("x-keyward-account", "acme");
         return (made, caller);
     }
-    let ttl = (end == "expired").then(|| seconds(HOUR));
-    let made = server.make(pb::CreateKeyRequest { ttl, ..service_key("acme", &scopes) }).await;
-    let caller = server.holder(&made.token);
+    let ttl = (end == "expired").then(|| proto_seconds(HOUR));
+    let made = server.create_key(pb::CreateKeyRequest { ttl, ..service_key_request("acme", &scopes) }).await;
+    let caller = server.client_with_token(&made.token);
     (made, caller)
 }
 
-async fn end_rights(server: &Server, end: &str, made: &Made) {
-    let root = server.root();
+async fn end_rights(server: &Server, end: &str, made: &CreatedKey) {
+    let root = server.root_client();
     match end {
         "revoked" => drop(root.revoke(&made.id).await.unwrap()),
         "disabled" => drop(root.disable(&made.id).await.unwrap()),
@@ -256,7 +260,7 @@ async fn end_rights(server: &Server, end: &str, made: &Made) {
             root.accounts().remove_member(request).await.unwrap();
         }
         _ => {
-            let narrowed = pb::Key { scopes: texts(&["monitors:read"]), ..made.key.clone() };
+            let narrowed = pb::Key { scopes: to_strings(&["monitors:read"]), ..made.key.clone() };
             root.update(&narrowed, &["scopes"]).await.unwrap();
         }
     }
@@ -265,22 +269,22 @@ async fn end_rights(server: &Server, end: &str, made: &Made) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_caller_whose_rights_end_while_its_request_arrives_changes_and_reads_nothing() {
     let server = Server::with_accounts().await;
-    let root = server.root();
+    let root = server.root_client();
     root.put_role("acme", "owner", &["all", "keyward:keys:*"]).await.unwrap();
     for (end, code) in ENDS {
         let (made, caller) = caller_to_end(&server, end).await;
         let methods = ["keyward.v1.KeyService/Create", "keyward.v1.KeyService/List"];
         let [create, list] = begin(&server, &caller, &methods).await.try_into().ok().unwrap();
         end_rights(&server, end, &made).await;
-        let head = root.verify().await.head;
-        let request = service_key("acme", &["monitors:read"]);
+        let head = root.verify_audit_log().await.head;
+        let request = service_key_request("acme", &["monitors:read"]);
         for refusal in [create.finish(request).await, list.finish(pb::ListKeysRequest::default()).await] {
             let status = refusal.expect_err(end);
             let expected =
                 if code == Code::PermissionDenied { "PERMISSION_MISSING" } else { "CALLER_REVOKED" };
-            assert_eq!((status.code(), reason(&status).as_str()), (code, expected), "{end}");
+            assert_eq!((status.code(), error_reason(&status).as_str()), (code, expected), "{end}");
         }
-        assert_eq!(root.verify().await.head, head, "{end}: nothing is recorded");
+        assert_eq!(root.verify_audit_log().await.head, head, "{end}: nothing is recorded");
         root.resume("acme").await.unwrap();
     }
 }
@@ -288,18 +292,20 @@ async fn a_caller_whose_rights_end_while_its_request_arrives_changes_and_reads_n
 #[tokio::test(flavor = "multi_thread")]
 async fn every_management_call_is_refused_whose_caller_is_revoked_while_its_request_arrives() {
     let server = Server::with_accounts().await;
-    let methods: Vec<_> = TABLE
+    let methods: Vec<_> = RPC_TABLE
         .iter()
-        .filter(|rpc| rpc.plane == Plane::Management && rpc.access != Access::Possession)
+        .filter(|rpc| {
+            rpc.plane == ExecutionPlane::Management && rpc.access != AccessRequirement::TokenPossession
+        })
         .map(|rpc| rpc.method)
         .collect();
-    let made = server.make(service_key("keyward", &["keyward:*"])).await;
-    let calls = begin(&server, &server.holder(&made.token), &methods).await;
-    server.root().revoke(&made.id).await.unwrap();
+    let made = server.create_key(service_key_request("keyward", &["keyward:*"])).await;
+    let calls = begin(&server, &server.client_with_token(&made.token), &methods).await;
+    server.root_client().revoke(&made.id).await.unwrap();
     for (method, call) in methods.iter().zip(calls) {
         let status = call.finish(()).await.expect_err(method);
         assert_eq!(
-            (status.code(), reason(&status).as_str()),
+            (status.code(), error_reason(&status).as_str()),
             (Code::Unauthenticated, "CALLER_REVOKED"),
             "{method}"
         );
@@ -309,20 +315,24 @@ async fn every_management_call_is_refused_whose_caller_is_revoked_while_its_requ
 #[tokio::test(flavor = "multi_thread")]
 async fn a_revocation_is_not_kept_out_by_changes_of_the_same_key() {
     let server = Server::with_accounts().await;
-    let made = server.make(service_key("acme", &["monitors:read"])).await;
+    let made = server.create_key(service_key_request("acme", &["monitors:read"])).await;
     let changes = (0..200).map(|number| {
-        let (client, key) = (server.root(), made.key.clone());
+        let (client, key) = (server.root_client(), made.key.clone());
         tokio::spawn(async move {
             for count in 0.. {
                 let key = pb::Key { name: format!("{number} {count}"), ..key.clone() };
-                if client.update(&key, &["name"]).await.is_err_and(|error| reason(&error) == "KEY_REVOKED") {
+                if client
+                    .update(&key, &["name"])
+                    .await
+                    .is_err_and(|error| error_reason(&error) == "KEY_REVOKED")
+                {
                     return;
                 }
             }
         })
     });
     let changes: Vec<_> = changes.collect();
-    let root = server.root();
+    let root = server.root_client();
     while root.get(&made.id).await.unwrap().revision < made.revision + 20 {}
     root.revoke(&made.id).await.unwrap();
     for change in changes {
@@ -333,27 +343,28 @@ async fn a_revocation_is_not_kept_out_by_changes_of_the_same_key() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_token_that_is_replaced_while_its_request_arrives_revokes_nothing() {
     let server = Server::with_accounts().await;
-    let made = server.make(service_key("acme", &["monitors:read"])).await;
-    let [call] = begin(&server, &server.holder(&made.token), &["keyward.v1.KeyService/RevokeSelf"])
-        .await
-        .try_into()
-        .ok()
-        .unwrap();
-    let new = server.root().rotate(&made.id, 0).await.unwrap().token;
-    refused(call.finish(()).await, Code::Unauthenticated, "CALLER_REVOKED");
-    assert_eq!(server.root().reason(&new).await, pb::Reason::Ok);
+    let made = server.create_key(service_key_request("acme", &["monitors:read"])).await;
+    let [call] =
+        begin(&server, &server.client_with_token(&made.token), &["keyward.v1.KeyService/RevokeSelf"])
+            .await
+            .try_into()
+            .ok()
+            .unwrap();
+    let new = server.root_client().rotate(&made.id, 0).await.unwrap().token;
+    assert_refused(call.finish(()).await, Code::Unauthenticated, "CALLER_REVOKED");
+    assert_eq!(server.root_client().check_reason(&new).await, pb::Reason::Ok);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_call_that_is_judged_again_is_charged_once() {
     let server = Server::with_accounts().await;
     let limited = pb::CreateKeyRequest {
-        rate_limits: vec![pb::RateLimit { name: "calls".into(), limit: 3, window: Some(seconds(60)) }],
-        ..service_key("acme", &["keyward:keys:read"])
+        rate_limits: vec![pb::RateLimit { name: "calls".into(), limit: 3, window: Some(proto_seconds(60)) }],
+        ..service_key_request("acme", &["keyward:keys:read"])
     };
-    let caller = server.holder(&server.make(limited).await.token);
+    let caller = server.client_with_token(&server.create_key(limited).await.token);
     for _ in 0..3 {
         caller.list(pb::ListKeysRequest::default()).await.unwrap();
     }
-    refused(caller.who_am_i().await, Code::ResourceExhausted, "CALLER_LIMITED");
+    assert_refused(caller.who_am_i().await, Code::ResourceExhausted, "CALLER_LIMITED");
 }

@@ -10,26 +10,26 @@ use tokio::sync::oneshot;
 use tonic::{Code, Status};
 
 use crate::{
-    process::{Caller, call_raw, plain_key, question, wait_for},
-    replicas::{Fleet, revoke},
-    support::reason,
+    process::{AuthorizedClients, call_raw, check_request, plain_key_request, wait_for},
+    replicas::{ReplicaCluster, revoke_with_deadline},
+    support::error_reason,
 };
 
 fn texts(list: &[&str]) -> Vec<String> {
     list.iter().map(|&text| text.to_owned()).collect()
 }
 
-async fn put_role(caller: &mut Caller, account: &str, name: &str, scopes: &[&str]) {
+async fn put_role(caller: &mut AuthorizedClients, account: &str, name: &str, scopes: &[&str]) {
     let (account, name, scopes) = (account.to_owned(), name.to_owned(), texts(scopes));
     caller.accounts.put_role(pb::PutRoleRequest { account, name, scopes }).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_role_deleted_on_one_replica_gives_nothing_beyond_its_maker_on_another() {
-    let fleet = Fleet::start(2, "default").await;
-    let mut root = fleet.replicas[0].root();
+    let fleet = ReplicaCluster::start(2, "default").await;
+    let mut root = fleet.replicas[0].root_caller();
     let scopes = texts(&["monitors:*", "keyward:keys:*", "keyward:accounts:*"]);
-    let (_, token) = root.create(pb::CreateKeyRequest { scopes, ..plain_key() }).await.unwrap();
+    let (_, token) = root.create_key(pb::CreateKeyRequest { scopes, ..plain_key_request() }).await.unwrap();
     let managers = fleet.replicas.iter().map(|replica| replica.caller(&token));
     let [mut here, mut there] = managers.collect::<Vec<_>>().try_into().ok().unwrap();
     for round in 0..40 {
@@ -37,23 +37,23 @@ async fn a_role_deleted_on_one_replica_gives_nothing_beyond_its_maker_on_another
         put_role(&mut here, "acme", &role, &["monitors:read"]).await;
         put_role(&mut root, "", &role, &["*"]).await;
         let delete = pb::DeleteRoleRequest { account: "acme".to_owned(), name: role.clone() };
-        let create = pb::CreateKeyRequest { scopes: vec![], roles: vec![role], ..plain_key() };
-        let (deleted, made) = tokio::join!(here.accounts.delete_role(delete), there.create(create));
+        let create = pb::CreateKeyRequest { scopes: vec![], roles: vec![role], ..plain_key_request() };
+        let (deleted, made) = tokio::join!(here.accounts.delete_role(delete), there.create_key(create));
         assert!(deleted.is_err() || made.is_err(), "round {round}: the role is gone and given");
         let Ok((_, token)) = made else { continue };
-        let wide = pb::CheckRequest { scopes: texts(&["billing:write"]), ..question(&token) };
+        let wide = pb::CheckRequest { scopes: texts(&["billing:write"]), ..check_request(&token) };
         assert!(!root.authz.check(wide).await.unwrap().into_inner().allowed, "round {round}");
     }
 }
 
 /// A caller that may do everything with keys, known to every replica: its id and its token.
-async fn operator(fleet: &Fleet) -> (String, String) {
+async fn operator(fleet: &ReplicaCluster) -> (String, String) {
     let request = pb::CreateKeyRequest {
         account: "keyward".to_owned(),
         scopes: texts(&["keyward:keys:*"]),
-        ..plain_key()
+        ..plain_key_request()
     };
-    let (id, token) = fleet.replicas[0].root().create(request).await.unwrap();
+    let (id, token) = fleet.replicas[0].root_caller().create_key(request).await.unwrap();
     for replica in &fleet.replicas {
         wait_for("a replica to know of the key", || {
             let known = async { replica.caller(&token).keys.who_am_i(pb::WhoAmIRequest {}).await.is_ok() };
@@ -64,14 +64,14 @@ async fn operator(fleet: &Fleet) -> (String, String) {
 }
 
 fn is_revoked(status: &Status) -> bool {
-    status.code() == Code::Unauthenticated && reason(status) == "CALLER_REVOKED"
+    status.code() == Code::Unauthenticated && error_reason(status) == "CALLER_REVOKED"
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_caller_revoked_on_one_replica_while_its_request_arrives_at_another_makes_and_reads_nothing() {
-    let fleet = Fleet::start(2, "default").await;
+    let fleet = ReplicaCluster::start(2, "default").await;
     for (method, message) in [
-        ("Create", plain_key().encode_to_vec()),
+        ("Create", plain_key_request().encode_to_vec()),
         ("List", pb::ListKeysRequest { account: "acme".to_owned(), ..Default::default() }.encode_to_vec()),
     ] {
         let (id, token) = operator(&fleet).await;
@@ -81,12 +81,12 @@ async fn a_caller_revoked_on_one_replica_while_its_request_arrives_at_another_ma
         let call = tokio::spawn(async move { call_raw(channel, &token, &path, Box::pin(body)).await });
         let started = format!("grpc_method=\"{method}\"");
         wait_for("the call to be begun", || {
-            let page = fleet.replicas[1].page("/metrics").1;
+            let page = fleet.replicas[1].fetch_admin_page("/metrics").1;
             page.lines()
                 .any(|line| line.starts_with("grpc_server_started_total") && line.contains(&started))
                 .then_some(())
         });
-        revoke(&fleet.replicas[0], &id, None).await.unwrap();
+        revoke_with_deadline(&fleet.replicas[0], &id, None).await.unwrap();
         send.send(message.into()).unwrap();
         let refusal = call.await.unwrap().expect_err(method);
         assert_eq!(refusal.code(), Code::Unauthenticated, "{refusal:?}");
@@ -95,8 +95,8 @@ async fn a_caller_revoked_on_one_replica_while_its_request_arrives_at_another_ma
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_caller_was_reading_when_it_was_revoked_is_not_answered() {
-    let fleet = Fleet::start(1, "default").await;
-    let (key, _) = fleet.key().await;
+    let fleet = ReplicaCluster::start(1, "default").await;
+    let (key, _) = fleet.create_key().await;
     let (id, token) = operator(&fleet).await;
     let mut lock = sqlx::PgConnection::connect(&fleet.home.url()).await.unwrap();
     let begin = "BEGIN; LOCK TABLE keyward.usage IN ACCESS EXCLUSIVE MODE";
@@ -106,7 +106,7 @@ async fn what_a_caller_was_reading_when_it_was_revoked_is_not_answered() {
     let reading = tokio::spawn(async move { caller.keys.usage(request).await });
     let waits = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'keyward.usage'::regclass";
     wait_for("the reading to wait", || (fleet.sql(waits) != "0").then_some(()));
-    revoke(&fleet.replicas[0], &id, None).await.unwrap();
+    revoke_with_deadline(&fleet.replicas[0], &id, None).await.unwrap();
     sqlx::raw_sql("ROLLBACK").execute(&mut lock).await.unwrap();
     let refusal = reading.await.unwrap().unwrap_err();
     assert!(is_revoked(&refusal), "{refusal:?}");

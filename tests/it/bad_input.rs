@@ -6,19 +6,22 @@ use std::collections::BTreeMap;
 use keyward::pb;
 use tonic::Code;
 
-use crate::support::{Client, DAY, Server, fields, invalid, named_key, seconds, service_key, texts};
+use crate::support::{
+    Client, DAY, Server, assert_invalid, named_key_request, proto_seconds, service_key_request, to_strings,
+    violated_fields,
+};
 
 /// Holds that Create refuses the request for this field alone; it is good otherwise.
 async fn wrong(root: &Client, field: &str, change: impl FnOnce(&mut pb::CreateKeyRequest)) {
-    let mut request = service_key("acme", &["monitors:read"]);
+    let mut request = service_key_request("acme", &["monitors:read"]);
     change(&mut request);
-    invalid(root.create(request).await, &[field]);
+    assert_invalid(root.create(request).await, &[field]);
 }
 
 async fn right(root: &Client, change: impl FnOnce(&mut pb::CreateKeyRequest)) {
-    let mut request = service_key("acme", &["monitors:read"]);
+    let mut request = service_key_request("acme", &["monitors:read"]);
     change(&mut request);
-    root.make(request).await;
+    root.create_key(request).await;
 }
 
 fn numbered(count: usize) -> Vec<String> {
@@ -37,21 +40,21 @@ async fn every_violation_of_a_request_is_told_at_once() {
         user: String::new(),
         environment: "prod".into(),
         name: Some(String::new()),
-        scopes: texts(&["good", "bad scope", "*:bad"]),
-        roles: texts(&["A"]),
-        expires_at: Some(server.at(0)),
-        ttl: Some(seconds(1)),
+        scopes: to_strings(&["good", "bad scope", "*:bad"]),
+        roles: to_strings(&["A"]),
+        expires_at: Some(server.timestamp_after(0)),
+        ttl: Some(proto_seconds(1)),
         prefix: Some("9".into()),
-        customers: texts(&[""]),
-        allowed_cidrs: texts(&["10.0.0.0/33"]),
+        customers: to_strings(&[""]),
+        allowed_cidrs: to_strings(&["10.0.0.0/33"]),
         rate_limits: vec![limit("", 0, None)],
         quota: Some(pb::Quota { limit: 0, period: 0 }),
         metadata: BTreeMap::from([("a".to_owned(), "b".repeat(4096))]),
         idempotency_key: Some("with space".into()),
     };
-    let status = server.root().create(request).await.unwrap_err();
+    let status = server.root_client().create(request).await.unwrap_err();
     assert_eq!(status.code(), Code::InvalidArgument);
-    let mut told = fields(&status);
+    let mut told = violated_fields(&status);
     told.sort();
     let expected = [
         "account",
@@ -84,17 +87,19 @@ async fn every_violation_of_a_request_is_told_at_once() {
 async fn a_wrong_request_changes_nothing() {
     let server = Server::with_accounts().await;
     let head = || async {
-        server.root().entries(pb::ListAuditEntriesRequest::default()).await.unwrap().entries[0].revision
+        server.root_client().list_audit_entries(pb::ListAuditEntriesRequest::default()).await.unwrap().entries
+            [0]
+        .revision
     };
     let before = head().await;
-    wrong(&server.root(), "environment", |r| r.environment.clear()).await;
+    wrong(&server.root_client(), "environment", |r| r.environment.clear()).await;
     assert_eq!(head().await, before);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_key_belongs_to_an_account_or_a_user() {
     let server = Server::with_accounts().await;
-    let root = server.root();
+    let root = server.root_client();
     wrong(&root, "user", |r| r.user = "ann".into()).await;
     wrong(&root, "account", |r| r.account.clear()).await;
     wrong(&root, "account", |r| r.account = "a".repeat(65)).await;
@@ -106,14 +111,14 @@ async fn a_key_belongs_to_an_account_or_a_user() {
 async fn an_environment_is_one_of_those_that_are_configured() {
     let server = Server::with_accounts().await;
     for environment in ["", "prod", "Production", "production "] {
-        wrong(&server.root(), "environment", |r| r.environment = environment.into()).await;
+        wrong(&server.root_client(), "environment", |r| r.environment = environment.into()).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_name_has_1_to_255_characters() {
     let server = Server::with_accounts().await;
-    let root = server.root();
+    let root = server.root_client();
     wrong(&root, "name", |r| r.name = Some(String::new())).await;
     wrong(&root, "name", |r| r.name = Some("é".repeat(256))).await;
     for name in
@@ -128,38 +133,38 @@ async fn a_name_has_1_to_255_characters() {
 #[tokio::test(flavor = "multi_thread")]
 async fn there_are_1_to_256_scopes_of_up_to_128_characters_and_four_segments() {
     let server = Server::with_accounts().await;
-    let root = server.root();
+    let root = server.root_client();
     wrong(&root, "scopes", |r| r.scopes.clear()).await;
     wrong(&root, "scopes", |r| r.scopes = numbered(257)).await;
     right(&root, |r| r.scopes = numbered(256)).await;
     for scope in
         ["", ":", "a:", ":a", "a::b", "a:b:c:d:e", "a b", "é", "a:*:b", "**", "a*", "a:*b", &"a".repeat(129)]
     {
-        wrong(&root, "scopes[0]", |r| r.scopes = texts(&[scope])).await;
+        wrong(&root, "scopes[0]", |r| r.scopes = to_strings(&[scope])).await;
     }
     for scope in ["a", "A.b_c-9", "repo/write", "/:/", "a:b:c:d", "a:b:c:*", "*", "all", &"a".repeat(128)] {
-        right(&root, |r| r.scopes = texts(&[scope])).await;
+        right(&root, |r| r.scopes = to_strings(&[scope])).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn there_are_at_most_16_roles() {
     let server = Server::with_accounts().await;
-    let root = server.root();
+    let root = server.root_client();
     for name in numbered(17) {
         root.put_role("acme", &name, &["monitors:read"]).await.unwrap();
     }
     wrong(&root, "roles", |r| r.roles = numbered(17)).await;
-    wrong(&root, "roles[0]", |r| r.roles = texts(&["Not A Role"])).await;
+    wrong(&root, "roles[0]", |r| r.roles = to_strings(&["Not A Role"])).await;
     right(&root, |r| r.roles = numbered(16)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_expiry_lies_in_the_future() {
     let server = Server::with_accounts().await;
-    let root = server.root();
+    let root = server.root_client();
     for at in [-1, 0] {
-        wrong(&root, "expires_at", |r| r.expires_at = Some(server.at(at))).await;
+        wrong(&root, "expires_at", |r| r.expires_at = Some(server.timestamp_after(at))).await;
     }
     let nonsense = [(253_402_300_800, 0), (0, -1), (0, 1_000_000_000), (i64::MAX, 0), (i64::MIN, 0)];
     for (seconds, nanos) in nonsense {
@@ -167,41 +172,44 @@ async fn an_expiry_lies_in_the_future() {
     }
     let last = prost_types::Timestamp { seconds: 253_402_300_799, nanos: 999_999_999 };
     right(&root, |r| r.expires_at = Some(last)).await;
-    right(&root, |r| r.expires_at = Some(server.at(1))).await;
+    right(&root, |r| r.expires_at = Some(server.timestamp_after(1))).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_ttl_is_one_second_to_100_years_and_stands_alone() {
     let server = Server::with_accounts().await;
-    let root = server.root();
+    let root = server.root_client();
     let nanos = |seconds, nanos| Some(prost_types::Duration { seconds, nanos });
     for ttl in [nanos(0, 0), nanos(0, 999_999_999), nanos(-1, 0), nanos(i64::MAX, 0), nanos(1, -1)] {
         wrong(&root, "ttl", |r| r.ttl = ttl).await;
     }
-    wrong(&root, "ttl", |r| r.ttl = Some(seconds(101 * 366 * DAY))).await;
-    wrong(&root, "ttl", |r| (r.ttl, r.expires_at) = (Some(seconds(60)), Some(server.at(60)))).await;
-    right(&root, |r| r.ttl = Some(seconds(1))).await;
-    right(&root, |r| r.ttl = Some(seconds(100 * 365 * DAY))).await;
+    wrong(&root, "ttl", |r| r.ttl = Some(proto_seconds(101 * 366 * DAY))).await;
+    wrong(&root, "ttl", |r| {
+        (r.ttl, r.expires_at) = (Some(proto_seconds(60)), Some(server.timestamp_after(60)))
+    })
+    .await;
+    right(&root, |r| r.ttl = Some(proto_seconds(1))).await;
+    right(&root, |r| r.ttl = Some(proto_seconds(100 * 365 * DAY))).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_prefix_is_1_to_16_of_a_z_0_9_and_underscore_and_starts_with_a_letter() {
     let server = Server::with_accounts().await;
     for prefix in ["", "9a", "_a", "A", "a-b", "abcdefghijklmnopq"] {
-        wrong(&server.root(), "prefix", |r| r.prefix = Some(prefix.into())).await;
+        wrong(&server.root_client(), "prefix", |r| r.prefix = Some(prefix.into())).await;
     }
     for prefix in ["a", "a_9", "abcdefghijklmnop"] {
-        right(&server.root(), |r| r.prefix = Some(prefix.into())).await;
+        right(&server.root_client(), |r| r.prefix = Some(prefix.into())).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn there_are_at_most_64_customers_of_up_to_128_visible_characters() {
     let server = Server::with_accounts().await;
-    let root = server.root();
+    let root = server.root_client();
     wrong(&root, "customers", |r| r.customers = numbered(65)).await;
     for customer in ["", "a b", "é", &"a".repeat(129)] {
-        wrong(&root, "customers[1]", |r| r.customers = texts(&["c", customer])).await;
+        wrong(&root, "customers[1]", |r| r.customers = to_strings(&["c", customer])).await;
     }
     right(&root, |r| r.customers = numbered(64)).await;
     right(&root, |r| r.customers = vec!["~".repeat(128)]).await;
@@ -210,21 +218,21 @@ async fn there_are_at_most_64_customers_of_up_to_128_visible_characters() {
 #[tokio::test(flavor = "multi_thread")]
 async fn there_are_at_most_64_networks() {
     let server = Server::with_accounts().await;
-    let root = server.root();
+    let root = server.root_client();
     let nets = |count: u8| (0..count).map(|at| format!("10.{at}.0.0/16")).collect::<Vec<_>>();
     wrong(&root, "allowed_cidrs", |r| r.allowed_cidrs = nets(65)).await;
     for net in ["", "10.0.0.0/33", "10.0.0/8", "2001:db8::/129", "localhost", "::ffff:10.0.0.0/104"] {
-        wrong(&root, "allowed_cidrs[0]", |r| r.allowed_cidrs = texts(&[net])).await;
+        wrong(&root, "allowed_cidrs[0]", |r| r.allowed_cidrs = to_strings(&[net])).await;
     }
     right(&root, |r| r.allowed_cidrs = nets(64)).await;
-    right(&root, |r| r.allowed_cidrs = texts(&["10.0.0.1", "2001:db8::/32", "0.0.0.0/0"])).await;
+    right(&root, |r| r.allowed_cidrs = to_strings(&["10.0.0.1", "2001:db8::/32", "0.0.0.0/0"])).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn there_are_at_most_8_rate_limits_with_different_names() {
     let server = Server::with_accounts().await;
-    let root = server.root();
-    let minute = Some(seconds(60));
+    let root = server.root_client();
+    let minute = Some(proto_seconds(60));
     let many = |count: usize| numbered(count).iter().map(|name| limit(name, 1, minute)).collect::<Vec<_>>();
     wrong(&root, "rate_limits", |r| r.rate_limits = many(9)).await;
     right(&root, |r| r.rate_limits = many(8)).await;
@@ -239,19 +247,21 @@ async fn there_are_at_most_8_rate_limits_with_different_names() {
         wrong(&root, "rate_limits[0].limit", |r| r.rate_limits = vec![limit("a", units, minute)]).await;
     }
     for window in [0, DAY + 1] {
-        let window = Some(seconds(window));
+        let window = Some(proto_seconds(window));
         wrong(&root, "rate_limits[0].window", |r| r.rate_limits = vec![limit("a", 1, window)]).await;
     }
     wrong(&root, "rate_limits[0].window", |r| r.rate_limits = vec![limit("a", 1, None)]).await;
-    let bounds =
-        vec![limit(&"a".repeat(64), 1_000_000_000, Some(seconds(DAY))), limit("b", 1, Some(seconds(1)))];
+    let bounds = vec![
+        limit(&"a".repeat(64), 1_000_000_000, Some(proto_seconds(DAY))),
+        limit("b", 1, Some(proto_seconds(1))),
+    ];
     right(&root, |r| r.rate_limits = bounds).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_quota_is_1_to_10_to_the_12_units_of_a_known_period() {
     let server = Server::with_accounts().await;
-    let root = server.root();
+    let root = server.root_client();
     let quota = |limit, period| Some(pb::Quota { limit, period });
     for limit in [0, 1_000_000_000_001, u64::MAX] {
         wrong(&root, "quota.limit", |r| r.quota = quota(limit, 1)).await;
@@ -265,7 +275,7 @@ async fn a_quota_is_1_to_10_to_the_12_units_of_a_known_period() {
 #[tokio::test(flavor = "multi_thread")]
 async fn metadata_has_up_to_4_kib_of_names_and_values() {
     let server = Server::with_accounts().await;
-    let root = server.root();
+    let root = server.root_client();
     let metadata = |size: usize| BTreeMap::from([("name".to_owned(), "v".repeat(size - 4))]);
     wrong(&root, "metadata", |r| r.metadata = metadata(4097)).await;
     right(&root, |r| r.metadata = metadata(4096)).await;
@@ -274,7 +284,7 @@ async fn metadata_has_up_to_4_kib_of_names_and_values() {
 #[tokio::test(flavor = "multi_thread")]
 async fn metadata_has_names_as_keys_have_and_values_of_several_lines() {
     let server = Server::with_accounts().await;
-    let root = server.root();
+    let root = server.root_client();
     let pairs = |pairs: &[(&str, &str)]| -> BTreeMap<String, String> {
         pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
     };
@@ -290,15 +300,15 @@ async fn metadata_has_names_as_keys_have_and_values_of_several_lines() {
     ] {
         wrong(&root, "metadata", |r| r.metadata = pairs(bad)).await;
     }
-    let mut request = service_key("acme", &["monitors:read"]);
+    let mut request = service_key_request("acme", &["monitors:read"]);
     request.metadata = pairs(&[("e\u{301}quipe", "one\r\n\ttwo e\u{301} "), ("empty", "")]);
-    let made = root.make(request).await;
+    let made = root.create_key(request).await;
     let kept = pairs(&[("équipe", "one\r\n\ttwo e\u{301} "), ("empty", "")]);
     assert_eq!(made.key.metadata, kept, "names are normalized, values are kept as they are");
     let status = root
         .create(pb::CreateKeyRequest {
             metadata: pairs(&[("team", "ab\u{202e}")]),
-            ..service_key("acme", &["a"])
+            ..service_key_request("acme", &["a"])
         })
         .await
         .unwrap_err();
@@ -308,14 +318,14 @@ async fn metadata_has_names_as_keys_have_and_values_of_several_lines() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_comment_has_up_to_1024_characters_and_no_control_but_tabs_and_line_ends() {
     let server = Server::with_accounts().await;
-    let root = server.root();
-    let made = server.make(service_key("acme", &["monitors:read"])).await;
+    let root = server.root_client();
+    let made = server.create_key(service_key_request("acme", &["monitors:read"])).await;
     for comment in ["é".repeat(1025), "\u{1b}c".to_owned(), "a\u{2066}".to_owned()] {
         let request =
             pb::RevokeKeyRequest { id: made.id.clone(), comment: comment.clone(), ..Default::default() };
-        invalid(root.keys().revoke(request).await, &["comment"]);
+        assert_invalid(root.keys().revoke(request).await, &["comment"]);
         let request = pb::BulkRevokeKeysRequest { account: "acme".into(), comment, ..Default::default() };
-        invalid(root.keys().bulk_revoke(request).await, &["comment"]);
+        assert_invalid(root.keys().bulk_revoke(request).await, &["comment"]);
     }
     let comment = "é\n".repeat(512);
     let request = pb::RevokeKeyRequest { id: made.id, comment: comment.clone(), ..Default::default() };
@@ -326,44 +336,44 @@ async fn a_comment_has_up_to_1024_characters_and_no_control_but_tabs_and_line_en
 #[tokio::test(flavor = "multi_thread")]
 async fn an_idempotency_key_has_1_to_128_visible_characters() {
     let server = Server::with_accounts().await;
-    let root = server.root();
+    let root = server.root_client();
     for key in ["", "a b", "é", &"a".repeat(129)] {
         wrong(&root, "idempotency_key", |r| r.idempotency_key = Some(key.into())).await;
     }
     right(&root, |r| r.idempotency_key = Some("~".repeat(128))).await;
-    let made = root.make(named_key("acme", "CI")).await;
+    let made = root.create_key(named_key_request("acme", "CI")).await;
     let rotate =
         pb::RotateKeyRequest { id: made.id, idempotency_key: Some(String::new()), ..Default::default() };
-    invalid(root.keys().rotate(rotate).await, &["idempotency_key"]);
+    assert_invalid(root.keys().rotate(rotate).await, &["idempotency_key"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_comment_has_up_to_1024_characters_and_a_reason_is_a_known_one() {
     let server = Server::with_accounts().await;
-    let root = server.root();
-    let made = root.make(named_key("acme", "CI")).await;
+    let root = server.root_client();
+    let made = root.create_key(named_key_request("acme", "CI")).await;
     let revoke = |reason, comment: String| {
         let (root, id) = (root.clone(), made.id.clone());
         async move { root.keys().revoke(pb::RevokeKeyRequest { id, reason, comment }).await }
     };
-    invalid(revoke(99, "x".repeat(1025)).await, &["reason", "comment"]);
+    assert_invalid(revoke(99, "x".repeat(1025)).await, &["reason", "comment"]);
     revoke(0, "é".repeat(1024)).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn update_names_fields_as_they_lie_in_its_request() {
     let server = Server::with_accounts().await;
-    let root = server.root();
-    let made = root.make(named_key("acme", "CI")).await;
+    let root = server.root_client();
+    let made = root.create_key(named_key_request("acme", "CI")).await;
     let key = pb::Key {
         id: made.id.clone(),
         name: "a\nb".into(),
-        scopes: texts(&["a b"]),
-        roles: texts(&["A"]),
-        expires_at: Some(server.at(0)),
-        customers: texts(&[""]),
-        allowed_cidrs: texts(&["x"]),
-        rate_limits: vec![limit("a", 0, Some(seconds(1)))],
+        scopes: to_strings(&["a b"]),
+        roles: to_strings(&["A"]),
+        expires_at: Some(server.timestamp_after(0)),
+        customers: to_strings(&[""]),
+        allowed_cidrs: to_strings(&["x"]),
+        rate_limits: vec![limit("a", 0, Some(proto_seconds(1)))],
         quota: Some(pb::Quota { limit: 0, period: 1 }),
         metadata: BTreeMap::from([("a".to_owned(), "b".repeat(4096))]),
         ..pb::Key::default()
@@ -379,7 +389,7 @@ async fn update_names_fields_as_they_lie_in_its_request() {
         "quota",
         "metadata",
     ];
-    let mut told = fields(&root.update(&key, &all).await.unwrap_err());
+    let mut told = violated_fields(&root.update(&key, &all).await.unwrap_err());
     told.sort();
     let expected = [
         "key.allowed_cidrs[0]",
@@ -401,7 +411,7 @@ async fn update_names_fields_as_they_lie_in_its_request() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_list_is_asked_in_words_that_exist() {
     let server = Server::with_accounts().await;
-    let root = server.root();
+    let root = server.root_client();
     let odd = prost_types::Timestamp { seconds: i64::MAX, nanos: 0 };
     let request = pb::ListKeysRequest {
         account: "acme".into(),
@@ -413,7 +423,7 @@ async fn a_list_is_asked_in_words_that_exist() {
         page_token: "x".into(),
         ..Default::default()
     };
-    let mut told = fields(&root.list(request).await.unwrap_err());
+    let mut told = violated_fields(&root.list(request).await.unwrap_err());
     told.sort();
     let expected = [
         "environment",
@@ -430,9 +440,9 @@ async fn a_list_is_asked_in_words_that_exist() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_token_to_look_up_has_1_to_512_bytes() {
     let server = Server::start().await;
-    let root = server.root();
-    invalid(root.lookup("").await, &["token"]);
-    invalid(root.lookup(&"x".repeat(513)).await, &["token"]);
+    let root = server.root_client();
+    assert_invalid(root.lookup("").await, &["token"]);
+    assert_invalid(root.lookup(&"x".repeat(513)).await, &["token"]);
     assert_eq!(root.lookup(&"x".repeat(512)).await.unwrap_err().code(), Code::NotFound);
 }
 
@@ -440,9 +450,9 @@ async fn a_token_to_look_up_has_1_to_512_bytes() {
 async fn a_header_that_names_nothing_is_told_by_its_name() {
     let server = Server::with_accounts().await;
     for (header, value) in [("x-keyward-acting-user", "a b"), ("x-keyward-account", "a.b")] {
-        let caller = server.root().with_header(header, value);
-        invalid(caller.who_am_i().await, &[header]);
-        let twice = server.root().with_header(header, "a").with_header(header, "a");
-        invalid(twice.who_am_i().await, &[header]);
+        let caller = server.root_client().with_header(header, value);
+        assert_invalid(caller.who_am_i().await, &[header]);
+        let twice = server.root_client().with_header(header, "a").with_header(header, "a");
+        assert_invalid(twice.who_am_i().await, &[header]);
     }
 }

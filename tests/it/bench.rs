@@ -2,19 +2,19 @@
 
 use serde_json::Value;
 
-use crate::process::{Ended, Home, text, wait_for};
+use crate::process::{FinishedProcess, TestHome, read_text, wait_for};
 
-fn bench_in(home: &Home, arguments: &[&str]) -> Ended {
+fn bench_in(home: &TestHome, arguments: &[&str]) -> FinishedProcess {
     let few = ["--keys", "50", "--connections", "2", "--in-flight", "8", "--rounds", "2"];
     let short = ["--duration", "100ms", "--warm-up", "50ms", "--json"];
-    home.run(home.command([&["bench"], arguments, &few, &short].concat()))
+    home.run_to_end(home.command([&["bench"], arguments, &few, &short].concat()))
 }
 
 fn figures(arguments: &[&str]) -> Vec<Value> {
-    figures_in(&Home::new(), arguments)
+    figures_in(&TestHome::new(), arguments)
 }
 
-fn figures_in(home: &Home, arguments: &[&str]) -> Vec<Value> {
+fn figures_in(home: &TestHome, arguments: &[&str]) -> Vec<Value> {
     let ended = bench_in(home, arguments);
     assert_eq!(ended.code, Some(0), "{arguments:?}: {ended:?}");
     let told: Value = serde_json::from_str(&ended.out).unwrap();
@@ -33,7 +33,7 @@ fn every_load_is_answered_and_every_answer_is_the_right_one() {
 
 #[test]
 fn an_overload_is_offered_in_shares_and_every_call_is_accounted_for() {
-    let home = Home::new();
+    let home = TestHome::new();
     let ended = bench_in(&home, &["overload"]);
     assert_eq!(ended.code, Some(0), "{ended:?}");
     let told: Value = serde_json::from_str(&ended.out).unwrap();
@@ -62,21 +62,21 @@ fn a_baseline_is_measured_in_turn_and_gives_ratios() {
 
 #[test]
 fn a_load_that_is_told_to_end_takes_its_server_along() {
-    let home = Home::new();
+    let home = TestHome::new();
     let bench = home.spawn(home.command(["bench", "check", "--keys", "50", "--duration", "10m"]));
     let id = bench.id();
     let server = wait_for("the load's server", || {
-        let children = text(format!("/proc/{id}/task/{id}/children").as_ref());
+        let children = read_text(format!("/proc/{id}/task/{id}/children").as_ref());
         children.split_whitespace().next().map(str::to_owned)
     });
     bench.terminate();
-    assert_eq!(bench.ended().code, Some(143));
+    assert_eq!(bench.wait_until_ended().code, Some(143));
     assert!(!std::path::Path::new(&format!("/proc/{server}")).exists());
 }
 
 #[test]
 fn two_settings_files_are_measured_in_turn_and_each_server_has_its_own() {
-    let home = Home::new();
+    let home = TestHome::new();
     for name in ["first", "second"] {
         let log = home.path(&format!("{name}.jsonl"));
         let settings = format!("[decision_log]\nfile = {:?}\nallowed = 1\n", log.display().to_string());
@@ -88,13 +88,13 @@ fn two_settings_files_are_measured_in_turn_and_each_server_has_its_own() {
     assert_eq!(figures[0]["ratios"][0]["to"], figures[1]["name"]);
     assert!(figures[1]["name"].as_str().unwrap().ends_with(" with second.toml"), "{figures:?}");
     for name in ["first.jsonl", "second.jsonl"] {
-        assert!(text(&home.path(name)).contains("\"allowed\":true"), "{name}");
+        assert!(read_text(&home.path(name)).contains("\"allowed\":true"), "{name}");
     }
 }
 
 #[test]
 fn a_settings_file_that_a_server_refuses_ends_the_load_with_what_the_server_says() {
-    let home = Home::new();
+    let home = TestHome::new();
     std::fs::write(home.path("wrong.toml"), "[decision_log]\nallowed = 2\n").unwrap();
     for flag in ["--config", "--against"] {
         let ended = bench_in(&home, &["check", flag, "wrong.toml"]);
@@ -113,7 +113,7 @@ fn calls_at_a_rate_are_as_many_as_the_rate_says() {
 
 #[test]
 fn a_load_that_can_measure_nothing_is_refused_with_what_would_be_right() {
-    let home = Home::new();
+    let home = TestHome::new();
     for (flag, value, said) in [
         ("--in-flight", "5000", "1 to 256"),
         ("--connections", "0", "1 to 1000"),
@@ -122,7 +122,7 @@ fn a_load_that_can_measure_nothing_is_refused_with_what_would_be_right() {
         ("--rate", "0", "0.1 to"),
         ("--unknown", "101", "0 to 100"),
     ] {
-        let ended = home.run(home.command(["bench", "check", flag, value]));
+        let ended = home.run_to_end(home.command(["bench", "check", flag, value]));
         assert_eq!(ended.code, Some(2), "{ended:?}");
         assert!(ended.err.contains(flag) && ended.err.contains(said), "{ended:?}");
     }

@@ -7,14 +7,17 @@ use keyward::pb;
 use prost::Message as _;
 use tonic::{Code, Status};
 
-use crate::support::{Client, HOUR, Server, named_key, refused, seconds, service_key, texts, user_key};
+use crate::support::{
+    Client, HOUR, Server, assert_refused, named_key_request, proto_seconds, service_key_request, to_strings,
+    user_key_request,
+};
 
 const REVIEWED: &str = include_str!("../snapshots/callers.txt");
 
 /// Every RPC with the fields of its request, in the order of the protos; RevokeSelf last, since it ends its
 /// caller.
 fn rpcs() -> Vec<(String, Vec<String>)> {
-    let set = prost_types::FileDescriptorSet::decode(pb::DESCRIPTORS).unwrap();
+    let set = prost_types::FileDescriptorSet::decode(pb::FILE_DESCRIPTOR_SET).unwrap();
     let ours: Vec<_> = set.file.into_iter().filter(|file| file.package() == "keyward.v1").collect();
     let fields = |message: &str| {
         let message = message.strip_prefix(".keyward.v1.").unwrap();
@@ -35,34 +38,35 @@ fn rpcs() -> Vec<(String, Vec<String>)> {
 
 /// One of each kind, with what the table calls it; the one that every other depends on last.
 async fn every_kind(server: &Server) -> Vec<(&'static str, Client)> {
-    let root = server.root();
-    let manager = |account: &str| service_key(account, &["keyward:*"]);
-    let revoked = server.make(manager("acme")).await;
+    let root = server.root_client();
+    let manager = |account: &str| service_key_request(account, &["keyward:*"]);
+    let revoked = server.create_key(manager("acme")).await;
     root.revoke(&revoked.id).await.unwrap();
-    let disabled = server.make(manager("acme")).await;
+    let disabled = server.create_key(manager("acme")).await;
     root.disable(&disabled.id).await.unwrap();
-    let expired = server.make(pb::CreateKeyRequest { ttl: Some(seconds(1)), ..manager("acme") }).await;
-    let rotated = server.make(manager("acme")).await;
+    let expired =
+        server.create_key(pb::CreateKeyRequest { ttl: Some(proto_seconds(1)), ..manager("acme") }).await;
+    let rotated = server.create_key(manager("acme")).await;
     root.rotate(&rotated.id, 0).await.unwrap();
-    let elsewhere = pb::CreateKeyRequest { allowed_cidrs: texts(&["10.0.0.0/8"]), ..manager("acme") };
-    let elsewhere = server.make(elsewhere).await;
-    server.account("asleep").await;
-    let suspended = server.make(manager("asleep")).await;
+    let elsewhere = pb::CreateKeyRequest { allowed_cidrs: to_strings(&["10.0.0.0/8"]), ..manager("acme") };
+    let elsewhere = server.create_key(elsewhere).await;
+    server.create_account("asleep").await;
+    let suspended = server.create_key(manager("asleep")).await;
     root.suspend("asleep").await.unwrap();
     server.advance(1);
     let mut kinds = vec![
-        ("anonymous", server.anonymous()),
-        ("garbage", server.holder("kw_live_garbage")),
-        ("revoked", server.holder(&revoked.token)),
-        ("disabled", server.holder(&disabled.token)),
-        ("expired", server.holder(&expired.token)),
-        ("rotated", server.holder(&rotated.token)),
-        ("suspended", server.holder(&suspended.token)),
-        ("elsewhere", server.holder(&elsewhere.token)),
-        ("no scope", server.caller("acme", &["*"]).await),
-        ("checker", server.caller("acme", &["keyward:check"]).await),
-        ("manager", server.caller("acme", &["keyward:*"]).await),
-        ("other's", server.caller("other", &["keyward:*"]).await),
+        ("anonymous", server.client_without_token()),
+        ("garbage", server.client_with_token("kw_live_garbage")),
+        ("revoked", server.client_with_token(&revoked.token)),
+        ("disabled", server.client_with_token(&disabled.token)),
+        ("expired", server.client_with_token(&expired.token)),
+        ("rotated", server.client_with_token(&rotated.token)),
+        ("suspended", server.client_with_token(&suspended.token)),
+        ("elsewhere", server.client_with_token(&elsewhere.token)),
+        ("no scope", server.client_with_scopes("acme", &["*"]).await),
+        ("checker", server.client_with_scopes("acme", &["keyward:check"]).await),
+        ("manager", server.client_with_scopes("acme", &["keyward:*"]).await),
+        ("other's", server.client_with_scopes("other", &["keyward:*"]).await),
     ];
     for (name, scope) in [
         ("op check", "keyward:check"),
@@ -72,7 +76,7 @@ async fn every_kind(server: &Server) -> Vec<(&'static str, Client)> {
         ("op acc:w", "keyward:accounts:write"),
         ("op audit", "keyward:audit:read"),
     ] {
-        kinds.push((name, server.caller("keyward", &[scope]).await));
+        kinds.push((name, server.client_with_scopes("keyward", &[scope]).await));
     }
     kinds.push(("root", root));
     kinds
@@ -102,7 +106,7 @@ async fn every_rpc_answers_every_kind_of_caller_as_reviewed() {
     for (_, caller) in &kinds {
         let mut column = Vec::new();
         for (method, _) in &rpcs {
-            let code = caller.call(method, ()).await.err().map_or(Code::Ok, |status| status.code());
+            let code = caller.call_rpc(method, ()).await.err().map_or(Code::Ok, |status| status.code());
             column.push(word(code));
         }
         columns.push(column);
@@ -130,14 +134,14 @@ async fn every_rpc_answers_every_kind_of_caller_as_reviewed() {
 #[tokio::test(flavor = "multi_thread")]
 async fn every_rpc_is_served() {
     let server = Server::start().await;
-    let root = server.root();
+    let root = server.root_client();
     for (method, _) in rpcs() {
-        let answer = root.call(&method, ()).await;
+        let answer = root.call_rpc(&method, ()).await;
         assert!(answer.err().is_none_or(|status| status.code() != Code::Unimplemented), "{method}");
     }
 }
 
-/// Calls every RPC that takes an id, an account or a token, as if of `account` with this key and role.
+/// Calls every RPC that takes an id, an account or a token, as if of `create_account` with this key and role.
 async fn probe(caller: &Client, account: &str, key: &str, token: &str, user: &str) -> Vec<(String, Status)> {
     let id = || key.to_owned();
     let account = || account.to_owned();
@@ -145,7 +149,7 @@ async fn probe(caller: &Client, account: &str, key: &str, token: &str, user: &st
     let create = |request: pb::CreateKeyRequest| pb::CreateKeyRequest { name: Some("CI".into()), ..request };
     let update = pb::UpdateKeyRequest {
         key: Some(pb::Key { id: id(), name: "mine".into(), ..pb::Key::default() }),
-        update_mask: Some(prost_types::FieldMask { paths: texts(&["name"]) }),
+        update_mask: Some(prost_types::FieldMask { paths: to_strings(&["name"]) }),
     };
     let rotate =
         pb::RotateKeyRequest { id: id(), idempotency_key: Some("once".into()), ..Default::default() };
@@ -155,14 +159,14 @@ async fn probe(caller: &Client, account: &str, key: &str, token: &str, user: &st
         ($($method:literal $message:expr),* $(,)?) => {
             $(
                 let method = concat!("keyward.v1.", $method);
-                let status = caller.call(method, $message).await.expect_err(method);
+                let status = caller.call_rpc(method, $message).await.expect_err(method);
                 answers.push((method.to_owned(), status));
             )*
         };
     }
     probe! {
-        "KeyService/Create" create(service_key(&account(), &["keyward:keys:read"])),
-        "KeyService/Create" create(user_key(&user(), &["keyward:keys:read"])),
+        "KeyService/Create" create(service_key_request(&account(), &["keyward:keys:read"])),
+        "KeyService/Create" create(user_key_request(&user(), &["keyward:keys:read"])),
         "KeyService/Get" pb::GetKeyRequest { id: id() },
         "KeyService/List" pb::ListKeysRequest { account: account(), ..Default::default() },
         "KeyService/List" pb::ListKeysRequest { user: user(), ..Default::default() },
@@ -184,7 +188,7 @@ async fn probe(caller: &Client, account: &str, key: &str, token: &str, user: &st
         "AccountService/PutMember" pb::PutMemberRequest { account: account(), user: user(), role: role() },
         "AccountService/RemoveMember" pb::RemoveMemberRequest { account: account(), user: user() },
         "AccountService/ListMembers" pb::ListMembersRequest { account: account(), ..Default::default() },
-        "AccountService/PutRole" pb::PutRoleRequest { account: account(), name: role(), scopes: texts(&["keyward:check"]) },
+        "AccountService/PutRole" pb::PutRoleRequest { account: account(), name: role(), scopes: to_strings(&["keyward:check"]) },
         "AccountService/DeleteRole" pb::DeleteRoleRequest { account: account(), name: role() },
         "AccountService/ListRoles" pb::ListRolesRequest { account: account(), ..Default::default() },
         "AuditService/List" pb::ListAuditEntriesRequest { account: account(), ..Default::default() },
@@ -195,12 +199,12 @@ async fn probe(caller: &Client, account: &str, key: &str, token: &str, user: &st
 #[tokio::test(flavor = "multi_thread")]
 async fn what_belongs_to_another_account_looks_like_what_does_not_exist() {
     let server = Server::with_accounts().await;
-    let root = server.root();
-    let theirs = server.make(named_key("other", "CI")).await;
+    let root = server.root_client();
+    let theirs = server.create_key(named_key_request("other", "CI")).await;
     root.put_role("other", "agent", &["monitors:read"]).await.unwrap();
     root.put_member("other", "ann", "agent").await.unwrap();
-    server.make(user_key("ann", &["all"])).await;
-    let manager = server.caller("acme", &["*", "keyward:*"]).await;
+    server.create_key(user_key_request("ann", &["all"])).await;
+    let manager = server.client_with_scopes("acme", &["*", "keyward:*"]).await;
 
     let nobodys = "00000000-0000-7000-8000-000000000000";
     let of_other = probe(&manager, "other", &theirs.id, &theirs.token, "ann").await;
@@ -225,13 +229,13 @@ async fn what_belongs_to_another_account_looks_like_what_does_not_exist() {
     }
     let list = |key_id: &str| pb::ListAuditEntriesRequest { key_id: key_id.into(), ..Default::default() };
     assert_eq!(
-        manager.entries(list(&theirs.id)).await.unwrap(),
-        manager.entries(list(nobodys)).await.unwrap()
+        manager.list_audit_entries(list(&theirs.id)).await.unwrap(),
+        manager.list_audit_entries(list(nobodys)).await.unwrap()
     );
     let row = |account: &str| pb::ImportKey {
         account: account.into(),
         environment: "production".into(),
-        scopes: texts(&["monitors:read"]),
+        scopes: to_strings(&["monitors:read"]),
         sha256: vec![1; 32],
         ..Default::default()
     };
@@ -245,23 +249,25 @@ async fn a_stranger_hears_the_same_whatever_is_wrong_with_its_credential() {
     let server = Server::with_accounts().await;
     let mut said = BTreeSet::new();
     for (kind, caller) in every_kind(&server).await.into_iter().take(8) {
-        let status = refused(caller.get("x").await, Code::Unauthenticated, "UNAUTHENTICATED");
+        let status = assert_refused(caller.get("x").await, Code::Unauthenticated, "UNAUTHENTICATED");
         said.insert((status.message().to_owned(), status.details().to_vec()));
         assert_eq!(said.len(), 1, "{kind}");
     }
     for header in ["", "Bearer", "Bearer ", "Basic dTpw", "bearer\u{a0}x"] {
         let Ok(value) = header.parse::<tonic::metadata::AsciiMetadataValue>() else { continue };
-        let caller = server.anonymous().with_header("authorization", value.to_str().unwrap_or_default());
-        refused(caller.who_am_i().await, Code::Unauthenticated, "UNAUTHENTICATED");
+        let caller =
+            server.client_without_token().with_header("authorization", value.to_str().unwrap_or_default());
+        assert_refused(caller.who_am_i().await, Code::Unauthenticated, "UNAUTHENTICATED");
     }
-    let twice = server.root().with_header("authorization", &format!("Bearer {}", server.root_token));
-    refused(twice.who_am_i().await, Code::Unauthenticated, "UNAUTHENTICATED");
+    let twice = server.root_client().with_header("authorization", &format!("Bearer {}", server.root_token));
+    assert_refused(twice.who_am_i().await, Code::Unauthenticated, "UNAUTHENTICATED");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_scheme_of_the_credential_is_read_in_any_case() {
     let server = Server::start().await;
-    let lower = server.anonymous().with_header("authorization", &format!("bearer {}", server.root_token));
+    let lower =
+        server.client_without_token().with_header("authorization", &format!("bearer {}", server.root_token));
     lower.who_am_i().await.unwrap();
 }
 
@@ -269,14 +275,14 @@ async fn the_scheme_of_the_credential_is_read_in_any_case() {
 async fn a_management_key_is_held_to_its_own_limits() {
     let server = Server::with_accounts().await;
     let limited = pb::CreateKeyRequest {
-        rate_limits: vec![pb::RateLimit { name: "calls".into(), limit: 2, window: Some(seconds(60)) }],
-        ..service_key("acme", &["keyward:keys:read"])
+        rate_limits: vec![pb::RateLimit { name: "calls".into(), limit: 2, window: Some(proto_seconds(60)) }],
+        ..service_key_request("acme", &["keyward:keys:read"])
     };
-    let caller = server.holder(&server.make(limited).await.token);
+    let caller = server.client_with_token(&server.create_key(limited).await.token);
     for _ in 0..2 {
         caller.who_am_i().await.unwrap();
     }
-    refused(caller.who_am_i().await, Code::ResourceExhausted, "CALLER_LIMITED");
+    assert_refused(caller.who_am_i().await, Code::ResourceExhausted, "CALLER_LIMITED");
     server.advance(30);
     caller.who_am_i().await.unwrap();
 }
@@ -284,33 +290,40 @@ async fn a_management_key_is_held_to_its_own_limits() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_callers_rights_end_at_the_call_after_they_are_taken() {
     let server = Server::with_accounts().await;
-    let root = server.root();
-    let made = server.make(service_key("acme", &["keyward:keys:*"])).await;
-    let caller = server.holder(&made.token);
+    let root = server.root_client();
+    let made = server.create_key(service_key_request("acme", &["keyward:keys:*"])).await;
+    let caller = server.client_with_token(&made.token);
     let own = || pb::ListKeysRequest::default();
     caller.list(own()).await.unwrap();
-    let narrowed = pb::Key { scopes: texts(&["keyward:keys:write"]), ..made.key.clone() };
+    let narrowed = pb::Key { scopes: to_strings(&["keyward:keys:write"]), ..made.key.clone() };
     root.update(&narrowed, &["scopes"]).await.unwrap();
-    refused(caller.list(own()).await, Code::PermissionDenied, "PERMISSION_MISSING");
+    assert_refused(caller.list(own()).await, Code::PermissionDenied, "PERMISSION_MISSING");
     let new = root.rotate(&made.id, HOUR).await.unwrap();
-    server.holder(&new.token).who_am_i().await.unwrap();
+    server.client_with_token(&new.token).who_am_i().await.unwrap();
     caller.who_am_i().await.unwrap();
     root.revoke(&made.id).await.unwrap();
-    refused(caller.who_am_i().await, Code::Unauthenticated, "UNAUTHENTICATED");
+    assert_refused(caller.who_am_i().await, Code::Unauthenticated, "UNAUTHENTICATED");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_management_key_works_whatever_its_environment() {
     let server = Server::with_accounts().await;
-    let staging =
-        pb::CreateKeyRequest { environment: "staging".into(), ..service_key("acme", &["keyward:keys:read"]) };
-    let caller = server.holder(&server.make(staging).await.token);
+    let staging = pb::CreateKeyRequest {
+        environment: "staging".into(),
+        ..service_key_request("acme", &["keyward:keys:read"])
+    };
+    let caller = server.client_with_token(&server.create_key(staging).await.token);
     caller.list(pb::ListKeysRequest::default()).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn to_act_for_a_person_is_for_operators() {
     let server = Server::with_accounts().await;
-    let acting = server.caller("acme", &["keyward:*"]).await.with_header("x-keyward-acting-user", "ann");
-    refused(acting.list(pb::ListKeysRequest::default()).await, Code::PermissionDenied, "OPERATOR_ONLY");
+    let acting =
+        server.client_with_scopes("acme", &["keyward:*"]).await.with_header("x-keyward-acting-user", "ann");
+    assert_refused(
+        acting.list(pb::ListKeysRequest::default()).await,
+        Code::PermissionDenied,
+        "OPERATOR_ONLY",
+    );
 }

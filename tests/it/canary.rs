@@ -8,26 +8,26 @@ use keyward::pb;
 use prost::Message as _;
 use tonic::Status;
 
-use crate::process::{Home, Keyward, call_raw, plain_key, question, text};
+use crate::process::{KeywardProcess, TestHome, call_raw, check_request, plain_key_request, read_text};
 
 /// What of a token's random part is looked for: any run of so many characters. Hints show four.
-const RUN: usize = 8;
+const RUN_LENGTH: usize = 8;
 /// The random part and the checksum.
 const BODY: usize = 49;
 
 /// Tokens that were used, by all their runs.
 #[derive(Default)]
-struct Canaries(HashMap<[u8; RUN], &'static str>);
+struct TokenCanaries(HashMap<[u8; RUN_LENGTH], &'static str>);
 
-impl Canaries {
+impl TokenCanaries {
     fn add(&mut self, what: &'static str, token: &str) {
         let body = &token.as_bytes()[token.len() - BODY..];
-        self.0.extend(body.windows(RUN).map(|run| (run.try_into().unwrap(), what)));
+        self.0.extend(body.windows(RUN_LENGTH).map(|run| (run.try_into().unwrap(), what)));
     }
 
     /// The names of the tokens that show in `bytes`.
     fn found(&self, bytes: &[u8]) -> HashSet<&'static str> {
-        let runs = bytes.windows(RUN).map(|run| <[u8; RUN]>::try_from(run).unwrap());
+        let runs = bytes.windows(RUN_LENGTH).map(|run| <[u8; RUN_LENGTH]>::try_from(run).unwrap());
         runs.filter_map(|run| self.0.get(&run).copied()).collect()
     }
 }
@@ -39,24 +39,24 @@ fn typo(token: &str) -> String {
 }
 
 /// Calls with tokens in every place where one may go, by right or by mistake. Returns every error.
-async fn use_tokens(server: &Keyward, root: &str, canaries: &mut Canaries) -> Vec<Status> {
+async fn use_tokens(server: &KeywardProcess, root: &str, canaries: &mut TokenCanaries) -> Vec<Status> {
     let mut errors = Vec::new();
     let mut caller = server.caller(root);
-    caller.make_account("acme").await;
+    caller.create_account("acme").await;
     canaries.add("root", root);
 
     // By right: made, rotated twice, checked, looked up, as credential, given up.
     let named = pb::CreateKeyRequest {
         name: Some("first".to_owned()),
         idempotency_key: Some("once".to_owned()),
-        ..plain_key()
+        ..plain_key_request()
     };
-    let (id, created) = caller.create(named.clone()).await.unwrap();
+    let (id, created) = caller.create_key(named.clone()).await.unwrap();
     caller.keys.create(named.clone()).await.unwrap();
-    let rotated = caller.rotate(&id).await.unwrap();
-    let kept = caller.rotate(&id).await.unwrap();
+    let rotated = caller.rotate_key(&id).await.unwrap();
+    let kept = caller.rotate_key(&id).await.unwrap();
     let (manager_id, manager) = caller
-        .create(pb::CreateKeyRequest { scopes: vec!["keyward:*".to_owned()], ..plain_key() })
+        .create_key(pb::CreateKeyRequest { scopes: vec!["keyward:*".to_owned()], ..plain_key_request() })
         .await
         .unwrap();
     let all = [("created", &created), ("rotated", &rotated), ("kept", &kept), ("manager", &manager)];
@@ -65,33 +65,33 @@ async fn use_tokens(server: &Keyward, root: &str, canaries: &mut Canaries) -> Ve
     }
     let bad = typo(&kept);
     for token in [&created, &rotated, &kept, &manager, &bad] {
-        caller.check(token).await.unwrap();
+        caller.check_token(token).await.unwrap();
         let lookup = pb::LookupKeyRequest { token: token.clone() };
         errors.extend(caller.keys.lookup(lookup).await.err());
         let mut holder = server.caller(token);
-        errors.extend(holder.check(&created).await.err());
+        errors.extend(holder.check_token(&created).await.err());
         errors.extend(holder.keys.who_am_i(pb::WhoAmIRequest {}).await.err());
         errors.extend(holder.keys.list(pb::ListKeysRequest::default()).await.err());
     }
     let mut manager_caller = server.caller(&manager);
-    manager_caller.get(&id).await.unwrap();
-    caller.revoke(&id).await.unwrap();
+    manager_caller.get_key(&id).await.unwrap();
+    caller.revoke_key(&id).await.unwrap();
     manager_caller.keys.revoke_self(pb::RevokeSelfRequest {}).await.unwrap();
     errors.extend(manager_caller.keys.revoke_self(pb::RevokeSelfRequest {}).await.err());
-    errors.extend(manager_caller.get(&manager_id).await.err());
+    errors.extend(manager_caller.get_key(&manager_id).await.err());
     errors.extend(caller.keys.create(pb::CreateKeyRequest { name: None, ..named }).await.err());
 
     // By mistake: in fields that hold something else.
     for token in [&kept, &bad] {
         let text = || token.clone();
-        errors.extend(caller.get(token).await.err());
-        errors.extend(caller.revoke(token).await.err());
-        errors.extend(caller.rotate(token).await.err());
+        errors.extend(caller.get_key(token).await.err());
+        errors.extend(caller.revoke_key(token).await.err());
+        errors.extend(caller.rotate_key(token).await.err());
         let check = pb::CheckRequest {
             environment: text(),
             account: Some(text()),
             client_ip: Some(text()),
-            ..question(token)
+            ..check_request(token)
         };
         errors.extend(caller.authz.check(check).await.err());
         let create = pb::CreateKeyRequest {
@@ -123,17 +123,17 @@ async fn use_tokens(server: &Keyward, root: &str, canaries: &mut Canaries) -> Ve
 
     // In headers that hold something else.
     for name in ["x-request-id", "traceparent", "x-keyward-account"] {
-        let mut request = tonic::Request::new(question(&bad));
+        let mut request = tonic::Request::new(check_request(&bad));
         request.metadata_mut().insert(name, kept.parse().unwrap());
         errors.extend(caller.authz.check(request).await.err());
-        let create = pb::CreateKeyRequest { name: Some(format!("by-{name}")), ..plain_key() };
+        let create = pb::CreateKeyRequest { name: Some(format!("by-{name}")), ..plain_key_request() };
         let mut request = tonic::Request::new(create);
         request.metadata_mut().insert(name, kept.parse().unwrap());
         errors.extend(caller.keys.create(request).await.err());
     }
 
     // In what is no message at all: cut off, and not UTF-8.
-    let mut message = question(&kept).encode_to_vec();
+    let mut message = check_request(&kept).encode_to_vec();
     message.push(0xff);
     let cut = message[..message.len() / 2].to_vec();
     let mut garbled = message.clone();
@@ -151,16 +151,16 @@ async fn use_tokens(server: &Keyward, root: &str, canaries: &mut Canaries) -> Ve
 }
 
 async fn no_token_leaves(format: &str) {
-    let home = Home::new();
-    let mut command = home.serve_without_root_key_file();
+    let home = TestHome::new();
+    let mut command = home.serve_command_without_root_key_file();
     // Everything that is decided is written down.
     std::fs::write(home.path("keyward.toml"), "[decision_log]\nallowed = 1.0\nfile = 'decisions'").unwrap();
     command.args(["--log", "trace", "--log-format", format, "--config", "keyward.toml"]);
-    let server = home.start_as(command).unwrap();
+    let server = home.start_with(command).unwrap();
     let root_file = home.path("keyward-root.key");
-    let root = &text(&root_file);
+    let root = &read_text(&root_file);
 
-    let mut canaries = Canaries::default();
+    let mut canaries = TokenCanaries::default();
     let errors = use_tokens(&server, root, &mut canaries).await;
     assert!(errors.len() > 30, "too little went wrong: {}", errors.len());
     // While it runs the -wal and -shm files are there, too.
@@ -199,7 +199,7 @@ async fn no_token_leaves_with_the_log_for_machines_a_file_or_an_error() {
 #[test]
 fn a_token_that_shows_is_found() {
     let token = "kw_live_00000000000000000000000000000000000000000000AwA6B";
-    let mut canaries = Canaries::default();
+    let mut canaries = TokenCanaries::default();
     canaries.add("planted", token);
     for shown in [token, &token[20..40], "x AwA6Bkw 00000000"] {
         assert_eq!(canaries.found(shown.as_bytes()).len(), 1, "{shown}");

@@ -6,37 +6,37 @@ use keyward::pb::{self, Reason};
 use tonic::Code;
 
 use crate::support::{
-    Client, DAY, Made, Server, authenticate, check, invalid, named_key, reason, refused, seconds,
-    service_key, texts, user_key,
+    Client, CreatedKey, DAY, Server, assert_invalid, assert_refused, authenticate_request, error_reason,
+    named_key_request, proto_seconds, scope_check_request, service_key_request, to_strings, user_key_request,
 };
 
 /// A key of `acme` with one of each restriction, and a Check that satisfies them all.
 fn restricted() -> pb::CreateKeyRequest {
     pb::CreateKeyRequest {
-        scopes: texts(&["monitors:read", "alerts:*"]),
-        customers: texts(&["c1"]),
-        allowed_cidrs: texts(&["10.0.0.0/8", "2001:db8::/32"]),
-        rate_limits: vec![pb::RateLimit { name: "fast".into(), limit: 2, window: Some(seconds(60)) }],
+        scopes: to_strings(&["monitors:read", "alerts:*"]),
+        customers: to_strings(&["c1"]),
+        allowed_cidrs: to_strings(&["10.0.0.0/8", "2001:db8::/32"]),
+        rate_limits: vec![pb::RateLimit { name: "fast".into(), limit: 2, window: Some(proto_seconds(60)) }],
         quota: Some(pb::Quota { limit: 3, period: pb::QuotaPeriod::Total.into() }),
-        ttl: Some(seconds(DAY)),
-        ..named_key("acme", "restricted")
+        ttl: Some(proto_seconds(DAY)),
+        ..named_key_request("acme", "restricted")
     }
 }
 
 fn allowed(token: &str) -> pb::CheckRequest {
     pb::CheckRequest {
-        scopes: texts(&["monitors:read", "alerts:write"]),
+        scopes: to_strings(&["monitors:read", "alerts:write"]),
         account: Some("acme".into()),
         customer: Some("c1".into()),
         client_ip: Some("10.1.2.3".into()),
-        ..check(token, "monitors:read")
+        ..scope_check_request(token, "monitors:read")
     }
 }
 
 /// One server for a row: the key as `restricted` makes it.
-async fn row() -> (Server, Client, Made) {
+async fn row() -> (Server, Client, CreatedKey) {
     let server = Server::with_accounts().await;
-    let (root, made) = (server.root(), server.make(restricted()).await);
+    let (root, made) = (server.root_client(), server.create_key(restricted()).await);
     (server, root, made)
 }
 
@@ -161,7 +161,7 @@ async fn an_address_outside_the_networks_or_none_is_refused_where_the_key_has_ne
 #[tokio::test(flavor = "multi_thread")]
 async fn a_scope_that_is_not_granted_is_refused_and_named() {
     let (_server, root, made) = row().await;
-    let scopes = texts(&["monitors:read", "monitors:write", "alerts:a:b", "alerts", "Monitors:read"]);
+    let scopes = to_strings(&["monitors:read", "monitors:write", "alerts:a:b", "alerts", "Monitors:read"]);
     let request = pb::CheckRequest { scopes, ..allowed(&made.token) };
     let answer = denied(&root, request, &[Reason::MissingScope]).await;
     assert_eq!(answer.missing_scopes, ["monitors:write", "alerts", "Monitors:read"]);
@@ -175,7 +175,7 @@ async fn a_used_up_rate_limit_is_refused_until_there_is_room() {
         assert!(root.check(allowed(&made.token)).await.unwrap().allowed);
     }
     let answer = denied(&root, allowed(&made.token), &[Reason::RateLimited]).await;
-    assert_eq!(answer.retry_after, Some(seconds(30)));
+    assert_eq!(answer.retry_after, Some(proto_seconds(30)));
     server.advance(30);
     assert!(root.check(allowed(&made.token)).await.unwrap().allowed);
 }
@@ -204,7 +204,7 @@ async fn every_condition_that_fails_is_told_in_order_and_of_a_revoked_key_that_a
         account: Some("other".into()),
         customer: Some("c2".into()),
         client_ip: Some("1.1.1.1".into()),
-        ..check(&made.token, "billing:read")
+        ..scope_check_request(&made.token, "billing:read")
     };
     let all = [
         Reason::Disabled,
@@ -230,15 +230,15 @@ async fn every_condition_that_fails_is_told_in_order_and_of_a_revoked_key_that_a
 #[tokio::test(flavor = "multi_thread")]
 async fn an_answer_says_whose_key_it_is_and_what_it_holds() {
     let server = Server::with_accounts().await;
-    let root = server.root();
+    let root = server.root_client();
     let metadata = BTreeMap::from([("team".to_owned(), "core".to_owned())]);
     let request = pb::CreateKeyRequest {
         metadata: metadata.clone(),
-        ttl: Some(seconds(60)),
-        ..named_key("acme", "CI")
+        ttl: Some(proto_seconds(60)),
+        ..named_key_request("acme", "CI")
     };
-    let made = server.make(request).await;
-    let answer = root.check(check(&made.token, "monitors:read")).await.unwrap();
+    let made = server.create_key(request).await;
+    let answer = root.check(scope_check_request(&made.token, "monitors:read")).await.unwrap();
     let expected = pb::CheckResponse {
         allowed: true,
         reason: Reason::Ok.into(),
@@ -247,13 +247,13 @@ async fn an_answer_says_whose_key_it_is_and_what_it_holds() {
         key_name: "CI".into(),
         account: "acme".into(),
         environment: "production".into(),
-        scopes: texts(&["monitors:read"]),
+        scopes: to_strings(&["monitors:read"]),
         secret_version: 1,
         metadata,
-        expires_at: Some(server.at(60)),
+        expires_at: Some(server.timestamp_after(60)),
         revision: made.revision,
-        staleness: Some(seconds(0)),
-        max_age: Some(seconds(0)),
+        staleness: Some(proto_seconds(0)),
+        max_age: Some(proto_seconds(0)),
         ..Default::default()
     };
     assert_eq!(answer, expected);
@@ -262,14 +262,14 @@ async fn an_answer_says_whose_key_it_is_and_what_it_holds() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_unknown_token_is_answered_with_nothing_but_that() {
     let server = Server::with_accounts().await;
-    let answer = server.root().check(check("sk-123", "monitors:read")).await.unwrap();
+    let answer = server.root_client().check(scope_check_request("sk-123", "monitors:read")).await.unwrap();
     let expected = pb::CheckResponse {
         reason: Reason::Unknown.into(),
         failures: vec![Reason::Unknown.into()],
         message: answer.message.clone(),
         revision: answer.revision,
-        staleness: Some(seconds(0)),
-        max_age: Some(seconds(0)),
+        staleness: Some(proto_seconds(0)),
+        max_age: Some(proto_seconds(0)),
         ..Default::default()
     };
     assert_eq!(answer, expected);
@@ -278,27 +278,27 @@ async fn an_unknown_token_is_answered_with_nothing_but_that() {
 #[tokio::test(flavor = "multi_thread")]
 async fn to_an_account_caller_another_accounts_token_is_unknown() {
     let server = Server::with_accounts().await;
-    let made = server.make(named_key("other", "CI")).await;
-    let acme = server.caller("acme", &["keyward:check"]).await;
-    let theirs = acme.check(check(&made.token, "monitors:read")).await.unwrap();
-    let nobodys = acme.check(check("sk-123", "monitors:read")).await.unwrap();
+    let made = server.create_key(named_key_request("other", "CI")).await;
+    let acme = server.client_with_scopes("acme", &["keyward:check"]).await;
+    let theirs = acme.check(scope_check_request(&made.token, "monitors:read")).await.unwrap();
+    let nobodys = acme.check(scope_check_request("sk-123", "monitors:read")).await.unwrap();
     assert_eq!(theirs, nobodys, "not a trace of it");
-    let root = server.root().check(check(&made.token, "monitors:read")).await.unwrap();
+    let root = server.root_client().check(scope_check_request(&made.token, "monitors:read")).await.unwrap();
     assert!(root.allowed);
-    let other = server.caller("other", &["keyward:check"]).await;
-    assert!(other.check(check(&made.token, "monitors:read")).await.unwrap().allowed);
+    let other = server.client_with_scopes("other", &["keyward:check"]).await;
+    assert!(other.check(scope_check_request(&made.token, "monitors:read")).await.unwrap().allowed);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_user_key_must_be_asked_for_an_account_of_its_user() {
     let server = Server::with_accounts().await;
-    let root = server.root();
+    let root = server.root_client();
     root.put_role("acme", "agent", &["monitors:read"]).await.unwrap();
     root.put_member("acme", "ann", "agent").await.unwrap();
-    let made = server.make(user_key("ann", &["all"])).await;
+    let made = server.create_key(user_key_request("ann", &["all"])).await;
     let ask = |account: Option<&str>| pb::CheckRequest {
         account: account.map(str::to_owned),
-        ..check(&made.token, "monitors:read")
+        ..scope_check_request(&made.token, "monitors:read")
     };
     denied(&root, ask(None), &[Reason::WrongAccount, Reason::MissingScope]).await;
     denied(&root, ask(Some("other")), &[Reason::WrongAccount, Reason::MissingScope]).await;
@@ -310,25 +310,27 @@ async fn a_user_key_must_be_asked_for_an_account_of_its_user() {
 #[tokio::test(flavor = "multi_thread")]
 async fn no_answer_comes_from_a_state_older_than_asked_for() {
     let server = Server::with_accounts().await;
-    let made = server.make(named_key("acme", "CI")).await;
-    let ask =
-        |revision| pb::CheckRequest { min_revision: Some(revision), ..check(&made.token, "monitors:read") };
-    let current = server.root().check(ask(made.revision)).await.unwrap();
+    let made = server.create_key(named_key_request("acme", "CI")).await;
+    let ask = |revision| pb::CheckRequest {
+        min_revision: Some(revision),
+        ..scope_check_request(&made.token, "monitors:read")
+    };
+    let current = server.root_client().check(ask(made.revision)).await.unwrap();
     assert!(current.allowed && current.revision >= made.revision);
-    refused(server.root().check(ask(made.revision + 1)).await, Code::Unavailable, "STALE");
-    refused(server.root().check(ask(u64::MAX)).await, Code::Unavailable, "STALE");
+    assert_refused(server.root_client().check(ask(made.revision + 1)).await, Code::Unavailable, "STALE");
+    assert_refused(server.root_client().check(ask(u64::MAX)).await, Code::Unavailable, "STALE");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_check_after_an_answered_change_sees_it_every_time() {
     let server = Server::with_accounts().await;
-    let root = server.root();
+    let root = server.root_client();
     for round in 0..100 {
-        let made = server.make(service_key("acme", &["monitors:read"])).await;
-        let answer = root.check(check(&made.token, "monitors:read")).await.unwrap();
+        let made = server.create_key(service_key_request("acme", &["monitors:read"])).await;
+        let answer = root.check(scope_check_request(&made.token, "monitors:read")).await.unwrap();
         assert!(answer.allowed && answer.revision >= made.revision, "round {round}: created");
         let revoked = root.revoke(&made.id).await.unwrap();
-        let answer = root.check(check(&made.token, "monitors:read")).await.unwrap();
+        let answer = root.check(scope_check_request(&made.token, "monitors:read")).await.unwrap();
         assert_eq!(answer.reason(), Reason::Revoked, "round {round}: revoked");
         assert!(answer.revision >= revoked.revision, "round {round}");
     }
@@ -339,17 +341,17 @@ async fn concurrent_checkers_never_see_a_revoked_key_alive() {
     let server = Server::with_accounts().await;
     let workers: Vec<_> = (0..8)
         .map(|_| {
-            let root = server.root();
+            let root = server.root_client();
             tokio::spawn(async move {
                 for _ in 0..15 {
-                    let made = root.make(service_key("acme", &["monitors:read"])).await;
-                    assert_eq!(root.reason(&made.token).await, Reason::Ok);
+                    let made = root.create_key(service_key_request("acme", &["monitors:read"])).await;
+                    assert_eq!(root.check_reason(&made.token).await, Reason::Ok);
                     root.disable(&made.id).await.unwrap();
-                    assert_eq!(root.reason(&made.token).await, Reason::Disabled);
+                    assert_eq!(root.check_reason(&made.token).await, Reason::Disabled);
                     root.enable(&made.id).await.unwrap();
-                    assert_eq!(root.reason(&made.token).await, Reason::Ok);
+                    assert_eq!(root.check_reason(&made.token).await, Reason::Ok);
                     root.revoke(&made.id).await.unwrap();
-                    assert_eq!(root.reason(&made.token).await, Reason::Revoked);
+                    assert_eq!(root.check_reason(&made.token).await, Reason::Revoked);
                 }
             })
         })
@@ -362,29 +364,29 @@ async fn concurrent_checkers_never_see_a_revoked_key_alive() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_check_that_asks_nothing_decidable_is_an_error() {
     let server = Server::with_accounts().await;
-    let root = server.root();
-    let good = check("sk-123", "monitors:read");
+    let root = server.root_client();
+    let good = scope_check_request("sk-123", "monitors:read");
     let ask = |change: fn(&mut pb::CheckRequest)| {
         let mut request = good.clone();
         change(&mut request);
         let root = root.clone();
         async move { root.check(request).await }
     };
-    invalid(ask(|r| r.environment = String::new()).await, &["environment"]);
-    let status = invalid(ask(|r| r.environment = "prod".into()).await, &["environment"]);
+    assert_invalid(ask(|r| r.environment = String::new()).await, &["environment"]);
+    let status = assert_invalid(ask(|r| r.environment = "prod".into()).await, &["environment"]);
     assert!(status.message().contains("production, staging, development"), "{status:?}");
-    invalid(ask(|r| r.scopes.clear()).await, &["scopes"]);
-    invalid(
-        ask(|r| r.scopes = texts(&["a", "monitors:*", "*", "a b"])).await,
+    assert_invalid(ask(|r| r.scopes.clear()).await, &["scopes"]);
+    assert_invalid(
+        ask(|r| r.scopes = to_strings(&["a", "monitors:*", "*", "a b"])).await,
         &["scopes[1]", "scopes[2]", "scopes[3]"],
     );
-    invalid(ask(|r| r.scopes = vec!["a".into(); 65]).await, &["scopes"]);
-    invalid(ask(|r| r.account = Some(String::new())).await, &["account"]);
-    invalid(ask(|r| r.customer = Some(String::new())).await, &["customer"]);
-    invalid(ask(|r| r.client_ip = Some("10.0.0.0/8".into())).await, &["client_ip"]);
-    invalid(ask(|r| r.cost = Some(0)).await, &["cost"]);
-    invalid(ask(|r| r.cost = Some(1_000_001)).await, &["cost"]);
-    invalid(ask(|r| r.token = "x".repeat(513)).await, &["token"]);
+    assert_invalid(ask(|r| r.scopes = vec!["a".into(); 65]).await, &["scopes"]);
+    assert_invalid(ask(|r| r.account = Some(String::new())).await, &["account"]);
+    assert_invalid(ask(|r| r.customer = Some(String::new())).await, &["customer"]);
+    assert_invalid(ask(|r| r.client_ip = Some("10.0.0.0/8".into())).await, &["client_ip"]);
+    assert_invalid(ask(|r| r.cost = Some(0)).await, &["cost"]);
+    assert_invalid(ask(|r| r.cost = Some(1_000_001)).await, &["cost"]);
+    assert_invalid(ask(|r| r.token = "x".repeat(513)).await, &["token"]);
     let all = ask(|r| {
         *r = pb::CheckRequest {
             token: "x".repeat(513),
@@ -394,7 +396,7 @@ async fn a_check_that_asks_nothing_decidable_is_an_error() {
             ..Default::default()
         };
     });
-    invalid(all.await, &["token", "environment", "scopes", "account", "client_ip", "cost"]);
+    assert_invalid(all.await, &["token", "environment", "scopes", "account", "client_ip", "cost"]);
     assert!(ask(|r| r.token = "x".repeat(512)).await.is_ok());
     assert!(ask(|r| r.scopes = vec!["a".into(); 64]).await.is_ok());
     assert!(ask(|r| r.cost = Some(1_000_000)).await.is_ok());
@@ -403,22 +405,29 @@ async fn a_check_that_asks_nothing_decidable_is_an_error() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_wildcard_grants_what_lies_under_it_and_never_what_is_reserved() {
     let server = Server::with_accounts().await;
-    let root = server.root();
-    let made = server.make(service_key("acme", &["all"])).await;
+    let root = server.root_client();
+    let made = server.create_key(service_key_request("acme", &["all"])).await;
     for (scope, granted) in
         [("monitors:read", true), ("a:b:c:d", true), ("keyward:check", false), ("keyward", false)]
     {
-        assert_eq!(root.check(check(&made.token, scope)).await.unwrap().allowed, granted, "{scope}");
+        assert_eq!(
+            root.check(scope_check_request(&made.token, scope)).await.unwrap().allowed,
+            granted,
+            "{scope}"
+        );
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_check_consumes_its_cost_and_a_dry_run_nothing() {
     let server = Server::with_accounts().await;
-    let root = server.root();
+    let root = server.root_client();
     let quota = Some(pb::Quota { limit: 10, period: pb::QuotaPeriod::Total.into() });
-    let made = server.make(pb::CreateKeyRequest { quota, ..service_key("acme", &["monitors:read"]) }).await;
-    let ask = |cost, dry_run| pb::CheckRequest { cost: Some(cost), dry_run, ..authenticate(&made.token) };
+    let made = server
+        .create_key(pb::CreateKeyRequest { quota, ..service_key_request("acme", &["monitors:read"]) })
+        .await;
+    let ask =
+        |cost, dry_run| pb::CheckRequest { cost: Some(cost), dry_run, ..authenticate_request(&made.token) };
     let left = |answer: &pb::CheckResponse| answer.rate_limits[0].remaining;
     let answer = root.check(ask(4, false)).await.unwrap();
     assert_eq!((answer.rate_limits[0].name.as_str(), left(&answer)), ("quota", 6));
@@ -441,22 +450,26 @@ async fn a_denied_check_takes_nothing_from_the_limits() {
 #[tokio::test(flavor = "multi_thread")]
 async fn superseded_and_revoked_tokens_are_told_apart_across_time() {
     let server = Server::with_accounts().await;
-    let root = server.root();
-    let made = server.make(named_key("acme", "CI")).await;
+    let root = server.root_client();
+    let made = server.create_key(named_key_request("acme", "CI")).await;
     root.rotate(&made.id, 0).await.unwrap();
     server.advance_by(Duration::from_secs(80 * DAY));
-    assert_eq!(root.reason(&made.token).await, Reason::Rotated);
+    assert_eq!(root.check_reason(&made.token).await, Reason::Rotated);
     root.revoke(&made.id).await.unwrap();
-    assert_eq!(root.reason(&made.token).await, Reason::Revoked);
+    assert_eq!(root.check_reason(&made.token).await, Reason::Revoked);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_callers_own_trouble_is_an_error_and_never_a_verdict() {
     let server = Server::with_accounts().await;
-    let made = server.make(named_key("acme", "CI")).await;
-    let ask = || check(&made.token, "monitors:read");
-    refused(server.anonymous().check(ask()).await, Code::Unauthenticated, "UNAUTHENTICATED");
-    let without = server.holder(&made.token).check(ask()).await;
-    let status = refused(without, Code::PermissionDenied, "PERMISSION_MISSING");
-    assert!(status.message().contains("keyward:check") && reason(&status) == "PERMISSION_MISSING");
+    let made = server.create_key(named_key_request("acme", "CI")).await;
+    let ask = || scope_check_request(&made.token, "monitors:read");
+    assert_refused(
+        server.client_without_token().check(ask()).await,
+        Code::Unauthenticated,
+        "UNAUTHENTICATED",
+    );
+    let without = server.client_with_token(&made.token).check(ask()).await;
+    let status = assert_refused(without, Code::PermissionDenied, "PERMISSION_MISSING");
+    assert!(status.message().contains("keyward:check") && error_reason(&status) == "PERMISSION_MISSING");
 }

@@ -25,7 +25,7 @@ use crate::process::wait_for;
 
 /// A span that arrived.
 #[derive(Clone, Debug)]
-pub(crate) struct Span {
+pub(crate) struct ReceivedSpan {
     pub(crate) name: String,
     pub(crate) trace: String,
     pub(crate) id: String,
@@ -39,19 +39,19 @@ pub(crate) struct Span {
 }
 
 #[derive(Clone, Default)]
-struct Kept {
-    spans: Arc<Mutex<Vec<Span>>>,
+struct FakeTraceService {
+    spans: Arc<Mutex<Vec<ReceivedSpan>>>,
     headers: Arc<Mutex<Vec<http::HeaderMap>>>,
     hangs: bool,
 }
 
 /// A running collector; it ends with the test's runtime.
-pub(crate) struct Collector {
+pub(crate) struct SpanCollector {
     pub(crate) address: SocketAddr,
-    kept: Kept,
+    kept: FakeTraceService,
 }
 
-fn texts(list: &[KeyValue]) -> BTreeMap<String, String> {
+fn attributes_to_map(list: &[KeyValue]) -> BTreeMap<String, String> {
     let text = |value: &KeyValue| match value.value.as_ref().and_then(|value| value.value.as_ref()) {
         Some(Value::StringValue(text)) => text.clone(),
         Some(Value::IntValue(number)) => number.to_string(),
@@ -64,21 +64,21 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn read(span: &Wire, resource: &BTreeMap<String, String>) -> Span {
-    Span {
+fn to_received_span(span: &Wire, resource: &BTreeMap<String, String>) -> ReceivedSpan {
+    ReceivedSpan {
         name: span.name.clone(),
         trace: hex(&span.trace_id),
         id: hex(&span.span_id),
         parent: hex(&span.parent_span_id),
         state: span.trace_state.clone(),
-        attributes: texts(&span.attributes),
+        attributes: attributes_to_map(&span.attributes),
         resource: resource.clone(),
         printed: format!("{span:?}"),
     }
 }
 
 #[tonic::async_trait]
-impl TraceService for Kept {
+impl TraceService for FakeTraceService {
     async fn export(
         &self,
         request: Request<ExportTraceServiceRequest>,
@@ -88,26 +88,27 @@ impl TraceService for Kept {
         }
         self.headers.lock().unwrap().push(request.metadata().clone().into_headers());
         for of in request.into_inner().resource_spans {
-            let resource = of.resource.map(|resource| texts(&resource.attributes)).unwrap_or_default();
+            let resource =
+                of.resource.map(|resource| attributes_to_map(&resource.attributes)).unwrap_or_default();
             let spans = of.scope_spans.iter().flat_map(|scope| &scope.spans);
-            self.spans.lock().unwrap().extend(spans.map(|span| read(span, &resource)));
+            self.spans.lock().unwrap().extend(spans.map(|span| to_received_span(span, &resource)));
         }
         Ok(Response::new(ExportTraceServiceResponse::default()))
     }
 }
 
-impl Collector {
+impl SpanCollector {
     /// One that takes spans.
-    pub(crate) async fn start() -> Collector {
-        Collector::with(Kept::default()).await
+    pub(crate) async fn start() -> SpanCollector {
+        SpanCollector::start_with(FakeTraceService::default()).await
     }
 
     /// One that takes connections and requests, and answers nothing.
-    pub(crate) async fn hanging() -> Collector {
-        Collector::with(Kept { hangs: true, ..Kept::default() }).await
+    pub(crate) async fn start_hanging() -> SpanCollector {
+        SpanCollector::start_with(FakeTraceService { hangs: true, ..FakeTraceService::default() }).await
     }
 
-    async fn with(kept: Kept) -> Collector {
+    async fn start_with(kept: FakeTraceService) -> SpanCollector {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let service = TowerToHyperService::new(TraceServiceServer::new(kept.clone()));
@@ -118,7 +119,7 @@ impl Collector {
                 tokio::spawn(http2.serve_connection(TokioIo::new(stream), service.clone()));
             }
         });
-        Collector { address, kept }
+        SpanCollector { address, kept }
     }
 
     pub(crate) fn url(&self) -> String {
@@ -126,7 +127,7 @@ impl Collector {
     }
 
     /// Everything that has arrived.
-    pub(crate) fn spans(&self) -> Vec<Span> {
+    pub(crate) fn spans(&self) -> Vec<ReceivedSpan> {
         self.kept.spans.lock().unwrap().clone()
     }
 
@@ -136,7 +137,7 @@ impl Collector {
     }
 
     /// The span of this name in a trace, once it has arrived.
-    pub(crate) async fn span(&self, trace: &str, name: &str) -> Span {
+    pub(crate) async fn wait_for_span(&self, trace: &str, name: &str) -> ReceivedSpan {
         let (kept, trace, name) = (self.kept.clone(), trace.to_owned(), name.to_owned());
         // The collector itself runs on the test's runtime.
         let waited = tokio::task::spawn_blocking(move || {

@@ -6,28 +6,28 @@ use keyward::domain::text::escape_toml;
 use serde_json::Value;
 
 use crate::{
-    authority::{Authority, Pair},
-    postgres::Cluster,
-    process::{Ended, Home, Keyward},
+    postgres::PostgresServer,
+    process::{FinishedProcess, KeywardProcess, TestHome},
+    test_ca::{PemCertificate, TestCa},
 };
 
 /// A folder with a settings file of this text.
-fn written(text: &str) -> (Home, PathBuf) {
-    let home = Home::new();
+fn write_settings(text: &str) -> (TestHome, PathBuf) {
+    let home = TestHome::new();
     let file = home.path("keyward.toml");
     std::fs::write(&file, text).unwrap();
     (home, file)
 }
 
-fn run(home: &Home, arguments: &[&str], environment: &[(&str, &str)]) -> Ended {
+fn run(home: &TestHome, arguments: &[&str], environment: &[(&str, &str)]) -> FinishedProcess {
     let mut command: Command = home.command(arguments);
     command.envs(environment.iter().copied());
-    home.run(command)
+    home.run_to_end(command)
 }
 
 #[test]
 fn show_tells_each_setting_and_where_it_comes_from() {
-    let (home, file) = written("listen = \"127.0.0.1:2\"\n\n[limits]\ntimeout = \"30ms\"\n");
+    let (home, file) = write_settings("listen = \"127.0.0.1:2\"\n\n[limits]\ntimeout = \"30ms\"\n");
     let ended = run(
         &home,
         &["config", "show", "--config", "keyward.toml", "--listen", "127.0.0.1:1", "--output", "json"],
@@ -51,7 +51,7 @@ fn show_tells_each_setting_and_where_it_comes_from() {
 
 #[test]
 fn what_show_prints_can_be_used_again() {
-    let (home, _) = written(
+    let (home, _) = write_settings(
         "retention_days = 7\nenvironments = [{ name = 'moon', tag = 'm' }]\n[gateway]\ntrusted_hops = 2\n",
     );
     let first = run(&home, &["config", "show", "--config", "keyward.toml", "--threads", "3"], &[]);
@@ -72,7 +72,7 @@ fn what_show_prints_can_be_used_again() {
 #[test]
 fn what_show_prints_steers_no_terminal_and_is_the_same_value() {
     let name = "a\u{202e}b\u{1b}[2J\u{e0041}\"'\\\n";
-    let (home, _) = written(&format!("[telemetry]\nservice_name = {}\n", escape_toml(name)));
+    let (home, _) = write_settings(&format!("[telemetry]\nservice_name = {}\n", escape_toml(name)));
     let shown = run(&home, &["config", "show", "--config", "keyward.toml"], &[]);
     assert_eq!(shown.code, Some(0), "{shown:?}");
     assert!(shown.out.chars().all(|character| character == '\n' || !character.is_control()), "{shown:?}");
@@ -96,7 +96,7 @@ fn no_command_repeats_a_credential_that_was_pasted_into_a_setting() {
         ("token_prefix", random, random),
         ("threads", "u:sesame77@h", "sesame77"),
     ] {
-        let (home, _) = written(&format!("database = 'postgres://u@h/k'\n{key} = '{value}'\n"));
+        let (home, _) = write_settings(&format!("database = 'postgres://u@h/k'\n{key} = '{value}'\n"));
         for arguments in [
             &["config", "check", "keyward.toml"][..],
             &["config", "show", "--config", "keyward.toml"],
@@ -112,7 +112,7 @@ fn no_command_repeats_a_credential_that_was_pasted_into_a_setting() {
 
 #[test]
 fn no_secret_is_ever_shown() {
-    let (home, _) = written("database = \"postgres://u:sesame@h/k\"\n[limits]\nbackend = \"redis\"\n");
+    let (home, _) = write_settings("database = \"postgres://u:sesame@h/k\"\n[limits]\nbackend = \"redis\"\n");
     let redis = [("KEYWARD_LIMITS_URL", "redis://:sesame@h")];
     for arguments in [
         vec!["config", "show", "--config", "keyward.toml"],
@@ -134,7 +134,7 @@ fn no_secret_is_ever_shown() {
 
 #[test]
 fn check_says_everything_that_is_wrong_and_its_exit_code_says_whether() {
-    let (home, _) = written("lisen = \"x\"\nthreads = \"two\"\n[limts]\nbackend = \"redis\"\n");
+    let (home, _) = write_settings("lisen = \"x\"\nthreads = \"two\"\n[limts]\nbackend = \"redis\"\n");
     let refused = run(&home, &["config", "check", "keyward.toml"], &[]);
     assert_eq!(refused.code, Some(1), "{refused:?}");
     for said in [
@@ -170,7 +170,7 @@ fn indented(text: &str) -> Vec<String> {
 }
 
 /// Settings that no server starts with: the file, the environment, and a piece of each problem's text.
-type Wrong = (&'static str, &'static [(&'static str, &'static str)], &'static [&'static str]);
+type InvalidSettings = (&'static str, &'static [(&'static str, &'static str)], &'static [&'static str]);
 
 const PLAIN: &str = "[[listener]]\nname = 'a'\naddress = '0.0.0.0:0'\nservices = ['check']\n";
 const SECURE: &str = "[[listener]]\nname = 'a'\naddress = '127.0.0.1:0'\nservices = ['check']\n[listener.tls]\n\
@@ -181,7 +181,7 @@ const SOCKET: &str = "[[listener]]\nname = 'a'\naddress = 'unix:/nowhere/a.sock'
 const UNRESOLVED: &str = "listen = 'a..b:1'\nadmin_listen = 'a..b:2'\nenvoy_listen = 'a..b:3'\n\
                           forward_auth_listen = 'a..b:4'\ninsecure = true";
 
-const WRONG: &[Wrong] = &[
+const WRONG: &[InvalidSettings] = &[
     (
         "database = 'sqlite:/nowhere/dir/k.db'",
         &[],
@@ -306,7 +306,7 @@ const WRONG: &[Wrong] = &[
 #[test]
 fn check_show_and_serve_refuse_the_same_settings_with_the_same_problems_all_at_once() {
     for (settings, environment, expected) in WRONG {
-        let (home, _) = written(settings);
+        let (home, _) = write_settings(settings);
         let rule = "[[rule]]\npath = '/a'\nhosts = ['*']\nmethods = ['get']\npublic = true\n";
         std::fs::write(home.path("wrong.toml"), rule).unwrap();
         let checked = run(&home, &["config", "check", "keyward.toml"], environment);
@@ -323,7 +323,7 @@ fn check_show_and_serve_refuse_the_same_settings_with_the_same_problems_all_at_o
         assert_eq!((shown.code, indented(&shown.err)), (Some(1), problems.clone()), "{settings}");
         let mut serve = home.command(["serve", "--config", "keyward.toml"]);
         serve.envs(environment.iter().copied());
-        let refused = home.refusal(serve);
+        let refused = home.run_expecting_failure(serve);
         assert_eq!(indented(&refused), problems, "{settings}");
         let all = format!("{checked:?}{shown:?}{refused}");
         assert!(!all.contains("sesame"), "{all}");
@@ -337,13 +337,13 @@ fn check_show_and_serve_refuse_the_same_settings_with_the_same_problems_all_at_o
 
 #[test]
 fn a_later_start_needs_no_folder_for_the_root_key() {
-    let home = Keyward::start().stop();
+    let home = KeywardProcess::start().stop();
     std::fs::write(home.path("keyward.toml"), "root_key_file = 'nowhere/root.key'").unwrap();
     let checked = run(&home, &["config", "check", "keyward.toml"], &[]);
     assert_eq!(checked.code, Some(0), "{checked:?}");
-    let mut serve = home.serve_without_root_key_file();
+    let mut serve = home.serve_command_without_root_key_file();
     serve.args(["--config", "keyward.toml"]);
-    home.start_as(serve).unwrap().stop();
+    home.start_with(serve).unwrap().stop();
 }
 
 #[test]
@@ -355,10 +355,10 @@ fn an_address_that_cannot_be_had_is_named_by_its_setting_with_what_to_do() {
         ("192.0.2.1:1".to_owned(), "true", "name an address of this machine"),
     ] {
         let listener = format!("[[listener]]\nname = 'a'\naddress = '{address}'\nservices = ['check']\n");
-        let (home, file) = written(&format!("insecure = {insecure}\n{listener}"));
+        let (home, file) = write_settings(&format!("insecure = {insecure}\n{listener}"));
         let mut serve = home.command(["serve", "--admin-listen", "127.0.0.1:0", "--config"]);
         serve.arg(&file);
-        let refused = home.refusal(serve);
+        let refused = home.run_expecting_failure(serve);
         let setting = format!("listener \"a\": address = \"{address}\" cannot be bound");
         assert!(refused.contains(&setting) && refused.contains(remedy), "{refused}");
     }
@@ -366,26 +366,29 @@ fn an_address_that_cannot_be_had_is_named_by_its_setting_with_what_to_do() {
 
 #[test]
 fn certificates_that_do_not_fit_are_refused_alike() {
-    let (home, _) = written(SECURE);
-    let authority = Authority::new("ours");
-    let pair = authority.server(2040);
-    let wrong = |pair: &Pair, said: &str| {
-        pair.write(&home.path("cert.pem"), &home.path("key.pem"));
+    let (home, _) = write_settings(SECURE);
+    let authority = TestCa::new("ours");
+    let pair = authority.issue_server_certificate(2040);
+    let wrong = |pair: &PemCertificate, said: &str| {
+        pair.write_files(&home.path("cert.pem"), &home.path("key.pem"));
         let checked = run(&home, &["config", "check", "keyward.toml"], &[]);
         assert!(checked.code == Some(1) && checked.out.contains(said), "{checked:?}");
-        let refused = home.refusal(home.command(["serve", "--config", "keyward.toml"]));
+        let refused = home.run_expecting_failure(home.command(["serve", "--config", "keyward.toml"]));
         assert_eq!(indented(&refused), indented(&checked.out));
     };
-    wrong(&Pair { certificate: "nothing".into(), ..pair.clone() }, "holds no certificate");
-    wrong(&Pair { key: "nothing".into(), ..pair.clone() }, "holds no private key");
-    wrong(&Pair { key: authority.server(2040).key, ..pair.clone() }, "does not fit the certificate");
-    pair.write(&home.path("cert.pem"), &home.path("key.pem"));
+    wrong(&PemCertificate { certificate: "nothing".into(), ..pair.clone() }, "holds no certificate");
+    wrong(&PemCertificate { key: "nothing".into(), ..pair.clone() }, "holds no private key");
+    wrong(
+        &PemCertificate { key: authority.issue_server_certificate(2040).key, ..pair.clone() },
+        "does not fit the certificate",
+    );
+    pair.write_files(&home.path("cert.pem"), &home.path("key.pem"));
     assert_eq!(run(&home, &["config", "check", "keyward.toml"], &[]).code, Some(0));
 }
 
 #[test]
 fn a_command_that_only_opens_the_database_needs_no_file_of_the_server() {
-    let (home, _) = written(&format!("database = 'sqlite:k.db'\nrules = 'nowhere.toml'\n{SECURE}"));
+    let (home, _) = write_settings(&format!("database = 'sqlite:k.db'\nrules = 'nowhere.toml'\n{SECURE}"));
     std::fs::write(home.path("k.db"), "").unwrap();
     let migrated = run(&home, &["migrate", "--config", "keyward.toml"], &[]);
     assert_eq!(migrated.code, Some(0), "{migrated:?}");
@@ -396,7 +399,7 @@ fn a_command_that_only_opens_the_database_needs_no_file_of_the_server() {
 
 #[test]
 fn empty_environment_variables_count_as_absent() {
-    let home = Home::new();
+    let home = TestHome::new();
     let page = run(&home, &["config", "reference"], &[]).out;
     let word =
         |text: &str| text.chars().take_while(|c| c.is_ascii_uppercase() || *c == '_').collect::<String>();
@@ -417,7 +420,7 @@ fn empty_environment_variables_count_as_absent() {
 
 #[test]
 fn a_truth_value_in_the_environment_is_said_in_eight_ways() {
-    let home = Home::new();
+    let home = TestHome::new();
     for (value, is_true) in [
         ("1", true),
         ("true", true),
@@ -441,24 +444,24 @@ fn a_truth_value_in_the_environment_is_said_in_eight_ways() {
 
 #[test]
 fn a_server_tells_every_problem_of_its_file_and_does_not_start() {
-    let (home, file) = written("token_prefix = 'K'\nretention_days = 1\nlease = '0s'\n");
-    let mut serve = home.serve();
+    let (home, file) = write_settings("token_prefix = 'K'\nretention_days = 1\nlease = '0s'\n");
+    let mut serve = home.serve_command();
     serve.arg("--config").arg(&file);
-    let said = home.refusal(serve);
+    let said = home.run_expecting_failure(serve);
     assert!(
         said.contains("line 1, column 1: token_prefix") && said.contains("line 3, column 1: lease"),
         "{said}"
     );
     std::fs::write(&file, "reteintion_days = 1\n").unwrap();
-    let mut serve = home.serve();
+    let mut serve = home.serve_command();
     serve.arg("--config").arg(&file);
-    let said = home.refusal(serve);
+    let said = home.run_expecting_failure(serve);
     assert!(said.contains("unknown key `reteintion_days`: did you mean `retention_days`?"), "{said}");
 }
 
 #[test]
 fn the_databases_password_can_have_a_file_of_its_own() {
-    let mut cluster = Cluster::start(&[]);
+    let mut cluster = PostgresServer::start(&[]);
     cluster.sql("postgres", "ALTER ROLE keyward PASSWORD 'open & ses@me'");
     cluster.sql("postgres", "CREATE DATABASE keys OWNER keyward TEMPLATE template0");
     // The superuser keeps his way in.
@@ -466,19 +469,19 @@ fn the_databases_password_can_have_a_file_of_its_own() {
         std::fs::write(data.join("pg_hba.conf"), "local all postgres trust\nlocal all all scram-sha-256\n")
             .unwrap();
     });
-    let home = Home::on(crate::postgres::url(cluster.socket(), 5432, "keys"));
+    let home = TestHome::with_database_url(crate::postgres::url(cluster.socket(), 5432, "keys"));
     let password = home.path("password");
     std::fs::write(&password, "wrong\n").unwrap();
     std::fs::set_permissions(&password, std::fs::Permissions::from_mode(0o600)).unwrap();
     let serve = || {
-        let mut serve = home.serve();
+        let mut serve = home.serve_command();
         serve.arg("--database-password-file").arg(&password);
         serve
     };
-    let said = home.refusal(serve());
+    let said = home.run_expecting_failure(serve());
     assert!(said.contains("password authentication failed"), "{said}");
     std::fs::write(&password, "open & ses@me\n").unwrap();
-    home.start_as(serve()).unwrap().stop();
+    home.start_with(serve()).unwrap().stop();
     assert!(
         !home
             .files()
@@ -489,7 +492,7 @@ fn the_databases_password_can_have_a_file_of_its_own() {
 
 #[test]
 fn a_password_file_that_is_of_no_use_is_refused() {
-    let (home, _) = written("");
+    let (home, _) = write_settings("");
     std::fs::write(home.path("password"), "sesame").unwrap();
     std::fs::write(home.path("empty"), "\n").unwrap();
     for (database, file, said) in [
@@ -507,7 +510,7 @@ fn a_password_file_that_is_of_no_use_is_refused() {
 
 #[test]
 fn the_reference_page_and_the_schema_are_printed() {
-    let home = Home::new();
+    let home = TestHome::new();
     let page = run(&home, &["config", "reference"], &[]);
     assert!(page.code == Some(0) && page.out.starts_with("# Configuration\n"), "{page:?}");
     let schema = run(&home, &["config", "schema"], &[]);

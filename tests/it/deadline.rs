@@ -10,26 +10,27 @@ use std::sync::atomic::Ordering;
 use keyward::{
     domain::{
         lease::{
-            Attempt, Boottime, Incarnation, Lease, Position, Replica, ReplicaId, Rule, Rules,
-            replica::{Action, Event, Reply},
+            AttemptId, BootInstant, Incarnation, InvariantSet, LeaseDuration, LeaseInvariant, LogPosition,
+            Replica, ReplicaId,
+            replica::{RenewalReply, ReplicaAction, ReplicaEvent},
         },
         time::{Revision, Timestamp},
     },
-    engine::deadline::{Deadline, Word},
+    engine::lease_deadline::{AtomicWord, LeaseDeadline},
 };
 use loom::{
     sync::{Arc, atomic::AtomicU64},
     thread,
 };
 
-const NOW: Boottime = Boottime::from_nanos(1_000);
+const NOW: BootInstant = BootInstant::from_nanos(1_000);
 const LIVE: u64 = 0;
 const REVOKED: u64 = 1;
 
 /// A word of the model checker, used as the code says.
-struct Checked(AtomicU64);
+struct OrderedWord(AtomicU64);
 
-impl Word for Checked {
+impl AtomicWord for OrderedWord {
     fn load(&self, order: Ordering) -> u64 {
         self.0.load(order)
     }
@@ -40,9 +41,9 @@ impl Word for Checked {
 }
 
 /// The same, but without any order between threads.
-struct Unordered(AtomicU64);
+struct RelaxedWord(AtomicU64);
 
-impl Word for Unordered {
+impl AtomicWord for RelaxedWord {
     fn load(&self, _: Ordering) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
@@ -54,54 +55,56 @@ impl Word for Unordered {
 
 /// All rules but perhaps one.
 #[derive(Clone, Copy)]
-struct AllBut(Option<Rule>);
+struct RulesExcept(Option<LeaseInvariant>);
 
-impl Rules for AllBut {
-    fn keep(&self, rule: Rule) -> bool {
+impl InvariantSet for RulesExcept {
+    fn enforces(&self, rule: LeaseInvariant) -> bool {
         self.0 != Some(rule)
     }
 }
 
-fn position(revision: u64) -> Position {
-    Position { revision: Revision(revision), hash: [u8::try_from(revision).unwrap(); 32] }
+fn position(revision: u64) -> LogPosition {
+    LogPosition { revision: Revision(revision), hash: [u8::try_from(revision).unwrap(); 32] }
 }
 
 /// The answer to a renewal that acknowledged revision 1.
-fn reply(upto: u64) -> Reply {
-    Reply {
-        renewed: true,
-        link: Some(position(1).hash),
-        upto: position(upto),
+fn reply(upto: u64) -> RenewalReply {
+    RenewalReply {
+        was_renewed: true,
+        acknowledged_hash: Some(position(1).hash),
+        changes_end: position(upto),
         head: Revision(upto),
-        lease: Lease::STRICT,
-        longest: Lease::STRICT,
+        lease: LeaseDuration::STRICT,
+        longest_lease: LeaseDuration::STRICT,
         incarnation: Incarnation(1),
-        settled: Some(Incarnation(1)),
-        db_now: Timestamp::from_micros(0),
+        settled_incarnation: Some(Incarnation(1)),
+        database_time: Timestamp::from_micros(0),
     }
 }
 
 /// What a replica wants done when a renewal has brought a change.
-fn actions_of_a_renewal(rules: AllBut) -> Vec<Action> {
-    let mut replica = Replica::with_rules(rules, Lease::STRICT);
-    replica.on(Event::Tick, NOW);
-    replica.on(Event::Registered { attempt: Attempt(1), id: ReplicaId(uuid::Uuid::nil()) }, NOW);
-    let loaded = replica.on(Event::Loaded { attempt: Attempt(2), at: position(1) }, NOW);
-    let [Action::Adopt { .. }, Action::Renew(first)] = loaded[..] else { panic!("{loaded:?}") };
-    let listed = replica.on(Event::Renewed { attempt: first.attempt, reply: reply(1) }, NOW);
-    let [Action::Renew(second)] = listed[..] else { panic!("{listed:?}") };
-    replica.on(Event::Renewed { attempt: second.attempt, reply: reply(2) }, NOW)
+fn actions_of_a_renewal(rules: RulesExcept) -> Vec<ReplicaAction> {
+    let mut replica = Replica::with_invariants(rules, LeaseDuration::STRICT);
+    replica.handle(ReplicaEvent::Tick, NOW);
+    replica.handle(ReplicaEvent::Registered { attempt: AttemptId(1), id: ReplicaId(uuid::Uuid::nil()) }, NOW);
+    let loaded = replica.handle(ReplicaEvent::Loaded { attempt: AttemptId(2), at: position(1) }, NOW);
+    let [ReplicaAction::InstallSnapshot { .. }, ReplicaAction::Renew(first)] = loaded[..] else {
+        panic!("{loaded:?}")
+    };
+    let listed = replica.handle(ReplicaEvent::Renewed { attempt: first.attempt, reply: reply(1) }, NOW);
+    let [ReplicaAction::Renew(second)] = listed[..] else { panic!("{listed:?}") };
+    replica.handle(ReplicaEvent::Renewed { attempt: second.attempt, reply: reply(2) }, NOW)
 }
 
 /// Runs a Check beside the renewal, in every way there is.
-fn model<W: Word + Send + Sync + 'static>(
-    rules: AllBut,
+fn model_check<W: AtomicWord + Send + Sync + 'static>(
+    rules: RulesExcept,
     word: fn(AtomicU64) -> W,
-    check: fn(&Deadline<W>, &AtomicU64) -> (u64, bool),
+    check: fn(&LeaseDeadline<W>, &AtomicU64) -> (u64, bool),
 ) {
     let actions = actions_of_a_renewal(rules);
     loom::model(move || {
-        let deadline = Arc::new(Deadline::in_word(word(AtomicU64::new(0))));
+        let deadline = Arc::new(LeaseDeadline::from_word(word(AtomicU64::new(0))));
         let map = Arc::new(AtomicU64::new(LIVE));
         let publisher = thread::spawn({
             let (deadline, map, actions) = (deadline.clone(), map.clone(), actions.clone());
@@ -109,8 +112,8 @@ fn model<W: Word + Send + Sync + 'static>(
                 for action in actions {
                     match action {
                         // The map has orders of its own; none is relied on.
-                        Action::Apply { .. } => map.store(REVOKED, Ordering::Relaxed),
-                        Action::Publish { deadline: until, .. } => deadline.set(until),
+                        ReplicaAction::ApplyChanges { .. } => map.store(REVOKED, Ordering::Relaxed),
+                        ReplicaAction::PublishDeadline { deadline: until, .. } => deadline.set(until),
                         _ => {}
                     }
                 }
@@ -122,44 +125,44 @@ fn model<W: Word + Send + Sync + 'static>(
     });
 }
 
-fn as_the_engine_does<W: Word>(deadline: &Deadline<W>, map: &AtomicU64) -> (u64, bool) {
-    deadline.check(|| NOW, |fresh| (map.load(Ordering::Relaxed), fresh))
+fn check_as_engine<W: AtomicWord>(deadline: &LeaseDeadline<W>, map: &AtomicU64) -> (u64, bool) {
+    deadline.with_validity(|| NOW, |fresh| (map.load(Ordering::Relaxed), fresh))
 }
 
-fn look_up_first<W: Word>(deadline: &Deadline<W>, map: &AtomicU64) -> (u64, bool) {
+fn check_lookup_first<W: AtomicWord>(deadline: &LeaseDeadline<W>, map: &AtomicU64) -> (u64, bool) {
     let found = map.load(Ordering::Relaxed);
-    deadline.check(|| NOW, |fresh| (found, fresh))
+    deadline.with_validity(|| NOW, |fresh| (found, fresh))
 }
 
 #[test]
 fn whoever_sees_the_new_deadline_sees_the_new_map() {
-    model(AllBut(None), Checked, as_the_engine_does);
+    model_check(RulesExcept(None), OrderedWord, check_as_engine);
 }
 
 #[test]
 #[should_panic(expected = "a stale ALLOW")]
 fn a_look_up_before_the_deadline_is_read_would_be_found() {
-    model(AllBut(None), Checked, look_up_first);
+    model_check(RulesExcept(None), OrderedWord, check_lookup_first);
 }
 
 #[test]
 #[should_panic(expected = "a stale ALLOW")]
 fn a_deadline_set_before_the_map_would_be_found() {
-    model(AllBut(Some(Rule::MapBeforeDeadline)), Checked, as_the_engine_does);
+    model_check(RulesExcept(Some(LeaseInvariant::MapBeforeDeadline)), OrderedWord, check_as_engine);
 }
 
 #[test]
 #[should_panic(expected = "a stale ALLOW")]
 fn a_deadline_without_order_between_threads_would_be_found() {
-    model(AllBut(None), Unordered, as_the_engine_does);
+    model_check(RulesExcept(None), RelaxedWord, check_as_engine);
 }
 
 /// Without it the tests above would show nothing.
 #[test]
 fn a_renewal_that_brings_a_change_applies_it_and_publishes_a_lease() {
-    let actions = actions_of_a_renewal(AllBut(None));
+    let actions = actions_of_a_renewal(RulesExcept(None));
     assert!(
-        matches!(actions[..], [Action::Apply { .. }, Action::Publish { deadline, .. }, Action::Renew(_)] if NOW < deadline),
+        matches!(actions[..], [ReplicaAction::ApplyChanges { .. }, ReplicaAction::PublishDeadline { deadline, .. }, ReplicaAction::Renew(_)] if NOW < deadline),
         "{actions:?}"
     );
 }

@@ -1,5 +1,5 @@
 //! What `deploy/` and its documents say of the program, held against the program: metrics, alerts and their runbooks,
-//! settings, the compose file. Its Envoy file runs in `walk`. What needs no program is `tools/check-deploy`'s.
+//! settings, the compose file. Its Envoy file runs in `walk`. What needs no program is `tools/check_token-deploy`'s.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -7,12 +7,12 @@ use std::{
     process::Command,
 };
 
-use keyward::config::server::{DatabaseArgs, ServeArgs, Settings};
+use keyward::config::server::{DatabaseArgs, ServeArgs, ServerSettings};
 use serde_json::Value;
 
 use crate::{
-    postgres::{self, Database, printed},
-    process::{Home, Keyward, plain_key},
+    postgres::{self, PostgresDatabase, stdout_text},
+    process::{KeywardProcess, TestHome, plain_key_request},
 };
 
 fn path(file: &str) -> PathBuf {
@@ -36,7 +36,7 @@ fn values<'a>(json: &'a Value, key: &str, found: &mut Vec<&'a str>) {
 }
 
 /// What the dashboard asks Prometheus, with Grafana's own variables filled in.
-fn dashboard() -> Vec<String> {
+fn dashboard_queries() -> Vec<String> {
     let json: Value = serde_json::from_str(&read("deploy/grafana/keyward.json")).unwrap();
     let mut found = Vec::new();
     values(&json, "expr", &mut found);
@@ -48,13 +48,13 @@ fn dashboard() -> Vec<String> {
 // Metrics. -----------------------------------------------------------------------------------------------------------
 
 /// The labels that samples of a metric have, with their values.
-type Labels = BTreeMap<String, BTreeSet<String>>;
+type LabelValues = BTreeMap<String, BTreeSet<String>>;
 
 /// What a server exports: each metric, with its labels if there is a sample of it yet.
-struct Exported(BTreeMap<String, Option<Labels>>);
+struct ExportedMetrics(BTreeMap<String, Option<LabelValues>>);
 
-impl Exported {
-    fn read(page: &str) -> Exported {
+impl ExportedMetrics {
+    fn read(page: &str) -> ExportedMetrics {
         let mut families = BTreeMap::new();
         for line in page.lines() {
             if let Some(family) = line.strip_prefix("# TYPE ") {
@@ -62,18 +62,18 @@ impl Exported {
                 let parts: &[&str] = if kind == "histogram" { &["_bucket", "_sum", "_count"] } else { &[""] };
                 families.extend(parts.iter().map(|part| (format!("{name}{part}"), None)));
             } else if !line.starts_with('#') && !line.is_empty() {
-                let [named] = &named(line)[..] else { panic!("{line}") };
-                let labels = families.get_mut(&named.metric).unwrap().get_or_insert_with(Labels::new);
+                let [named] = &find_metric_references(line)[..] else { panic!("{line}") };
+                let labels = families.get_mut(&named.metric).unwrap().get_or_insert_with(LabelValues::new);
                 for (label, _, value) in &named.labels {
                     labels.entry(label.clone()).or_default().insert(value.clone());
                 }
             }
         }
-        Exported(families)
+        ExportedMetrics(families)
     }
 
     /// What is wrong with how somebody names a metric.
-    fn problem(&self, named: &Named) -> Option<String> {
+    fn problem(&self, named: &MetricReference) -> Option<String> {
         let Some(sampled) = self.0.get(&named.metric) else { return Some("is not exported".to_owned()) };
         let labels = sampled.as_ref()?;
         // Prometheus adds these.
@@ -90,7 +90,7 @@ impl Exported {
 
 /// A metric that some text names, with what it says of its labels: label, operator, value.
 #[derive(Debug)]
-struct Named {
+struct MetricReference {
     metric: String,
     labels: Vec<(String, String, String)>,
 }
@@ -100,7 +100,7 @@ fn is_name(letter: char) -> bool {
 }
 
 /// The metrics of ours that an expression names.
-fn named(expression: &str) -> Vec<Named> {
+fn find_metric_references(expression: &str) -> Vec<MetricReference> {
     let mut found = Vec::new();
     let mut rest = expression;
     while let Some(at) = rest.find(is_name) {
@@ -110,14 +110,14 @@ fn named(expression: &str) -> Vec<Named> {
         rest = after;
         if ["keyward_", "grpc_server_", "process_"].iter().any(|ours| word.starts_with(ours)) {
             let selector = after.strip_prefix('{').and_then(|after| after.split_once('}'));
-            let labels = selector.map(|(labels, _)| labels.split(',').map(matcher).collect());
-            found.push(Named { metric: word.to_owned(), labels: labels.unwrap_or_default() });
+            let labels = selector.map(|(labels, _)| labels.split(',').map(parse_matcher).collect());
+            found.push(MetricReference { metric: word.to_owned(), labels: labels.unwrap_or_default() });
         }
     }
     found
 }
 
-fn matcher(text: &str) -> (String, String, String) {
+fn parse_matcher(text: &str) -> (String, String, String) {
     let (label, rest) =
         text.trim().split_at(text.trim().find(['=', '!']).unwrap_or_else(|| panic!("{text}")));
     let (operator, value) = rest.split_at(rest.find('"').unwrap());
@@ -125,30 +125,31 @@ fn matcher(text: &str) -> (String, String, String) {
 }
 
 /// A server with all that has metrics of its own: a database with replicas, a listener with TLS.
-fn server_on(database: &Database) -> Keyward {
-    let home = Home::on(database.url());
+fn server_on(database: &PostgresDatabase) -> KeywardProcess {
+    let home = TestHome::with_database_url(database.url());
     let mut certificates = Command::new(path("deploy/examples/certificates.sh"));
-    postgres::done(certificates.arg(home.path("")));
+    postgres::run_checked(certificates.arg(home.path("")));
     let settings = "[[listener]]\nname = 'api'\naddress = '127.0.0.1:0'\nservices = ['check']\n\
         tls = { certificate = 'keyward.crt', key = 'keyward.key' }\n";
     std::fs::write(home.path("keyward.toml"), settings).unwrap();
-    let mut command = home.serve();
+    let mut command = home.serve_command();
     command.args(["--config", "keyward.toml"]);
-    home.start_as(command).unwrap()
+    home.start_with(command).unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_metric_that_alerts_and_the_dashboard_name_is_exported_with_those_labels() {
-    let database = Database::new();
+    let database = PostgresDatabase::new();
     let server = server_on(&database);
-    server.root().make_account("acme").await;
-    let (_, token) = server.root().create(plain_key()).await.unwrap();
-    server.root().check(&token).await.unwrap();
-    let (code, page) = server.page("/metrics");
+    server.root_caller().create_account("acme").await;
+    let (_, token) = server.root_caller().create_key(plain_key_request()).await.unwrap();
+    server.root_caller().check_token(&token).await.unwrap();
+    let (code, page) = server.fetch_admin_page("/metrics");
     assert_eq!(code, 200);
-    let exported = Exported::read(&page);
+    let exported = ExportedMetrics::read(&page);
     let alerts = read("deploy/prometheus/alerts.yaml");
-    let asked: Vec<_> = dashboard().iter().chain([&alerts]).flat_map(|text| named(text)).collect();
+    let asked: Vec<_> =
+        dashboard_queries().iter().chain([&alerts]).flat_map(|text| find_metric_references(text)).collect();
     assert!(asked.len() > 80, "{}", asked.len());
     let problems: BTreeSet<_> = asked
         .iter()
@@ -161,7 +162,7 @@ async fn every_metric_that_alerts_and_the_dashboard_name_is_exported_with_those_
 fn a_metric_or_label_that_is_not_there_is_noticed() {
     let page = "# TYPE keyward_a_total counter\nkeyward_a_total{result=\"ok\"} 1\n\
         # TYPE keyward_b histogram\n# TYPE keyward_d gauge\nkeyward_d 1\n";
-    let exported = Exported::read(page);
+    let exported = ExportedMetrics::read(page);
     for (expression, said) in [
         ("rate(keyward_a_total{job=\"x\", result=\"ok\"}[5m])", None),
         ("keyward_a_total{result=~\"ok|no\"} + rate(keyward_b_bucket[1m])", None),
@@ -172,7 +173,7 @@ fn a_metric_or_label_that_is_not_there_is_noticed() {
         ("keyward_b", Some("keyward_b is not exported")),
         ("keyward_c", Some("keyward_c is not exported")),
     ] {
-        let problem = named(expression)
+        let problem = find_metric_references(expression)
             .iter()
             .find_map(|named| Some(format!("{} {}", named.metric, exported.problem(named)?)));
         assert_eq!(problem.as_deref(), said, "{expression}");
@@ -181,16 +182,17 @@ fn a_metric_or_label_that_is_not_there_is_noticed() {
 
 #[test]
 fn the_dashboard_asks_what_prometheus_understands() {
-    let home = Home::new();
+    let home = TestHome::new();
     let mut rules = "groups:\n- name: dashboard\n  rules:\n".to_owned();
-    for (at, expr) in dashboard().iter().filter(|expr| !expr.starts_with("label_values")).enumerate() {
+    for (at, expr) in dashboard_queries().iter().filter(|expr| !expr.starts_with("label_values")).enumerate()
+    {
         rules += &format!("  - record: panel_{at}\n    expr: {}\n", serde_json::to_string(expr).unwrap());
     }
     let file = home.path("rules.yaml");
     std::fs::write(&file, rules).unwrap();
     let mut promtool = Command::new("promtool");
     promtool.args(["check", "rules"]).arg(&file);
-    postgres::done(&mut promtool);
+    postgres::run_checked(&mut promtool);
 }
 
 // Alerts. ------------------------------------------------------------------------------------------------------------
@@ -235,7 +237,7 @@ fn the_settings_that_are_deployed_are_settings_of_this_version() {
     ];
     for file in files {
         let database = DatabaseArgs { config: Some(path(file)), ..DatabaseArgs::default() };
-        let settings = Settings::load(&ServeArgs { database, ..ServeArgs::default() });
+        let settings = ServerSettings::load(&ServeArgs { database, ..ServeArgs::default() });
         assert!(settings.is_ok(), "{file}: {}", settings.unwrap_err());
     }
 }
@@ -244,7 +246,7 @@ fn the_settings_that_are_deployed_are_settings_of_this_version() {
 fn compose() -> Value {
     let mut loader = Command::new("compose-go");
     loader.args(["-format", "json", "compose.yaml"]).current_dir(path("deploy/compose"));
-    serde_json::from_str(&printed(&postgres::done(&mut loader))).unwrap()
+    serde_json::from_str(&stdout_text(&postgres::run_checked(&mut loader))).unwrap()
 }
 
 fn keys(json: &Value) -> BTreeSet<&str> {

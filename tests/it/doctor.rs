@@ -12,27 +12,30 @@ use rustls::{ServerConfig, ServerConnection, crypto::ring, pki_types::PrivateKey
 use serde_json::Value;
 
 use crate::{
-    postgres::{Cluster, url},
-    process::{Ended, Home, Keyward},
+    postgres::{PostgresServer, url},
+    process::{FinishedProcess, KeywardProcess, TestHome},
 };
 
 /// What is found, but for what is good: `level about: said`.
-struct Found {
+struct DoctorFindings {
     code: Option<i32>,
     all: Vec<(String, String, String)>,
 }
 
-impl Found {
-    fn of(ended: &Ended) -> Found {
+impl DoctorFindings {
+    fn from_output(ended: &FinishedProcess) -> DoctorFindings {
         let whole: Value =
             serde_json::from_str(&ended.out).unwrap_or_else(|error| panic!("{error}: {ended:?}"));
         let text = |value: &Value| value.as_str().unwrap().to_owned();
         let one = |found: &Value| (text(&found["level"]), text(&found["about"]), text(&found["said"]));
-        Found { code: ended.code, all: whole["findings"].as_array().unwrap().iter().map(one).collect() }
+        DoctorFindings {
+            code: ended.code,
+            all: whole["findings"].as_array().unwrap().iter().map(one).collect(),
+        }
     }
 
     /// Whether there is a finding of this level about this that says this.
-    fn has(&self, level: &str, about: &str, said: &str) -> bool {
+    fn has_finding(&self, level: &str, about: &str, said: &str) -> bool {
         self.all.iter().any(|found| found.0 == level && found.1 == about && found.2.contains(said))
     }
 
@@ -41,14 +44,14 @@ impl Found {
     }
 }
 
-fn doctor(home: &Home, more: &[&str]) -> Found {
+fn doctor(home: &TestHome, more: &[&str]) -> DoctorFindings {
     let url = home.url();
     let arguments = ["doctor", "--output", "json", "--database", &url];
-    Found::of(&home.run(home.command(arguments.iter().chain(more))))
+    DoctorFindings::from_output(&home.run_to_end(home.command(arguments.iter().chain(more))))
 }
 
-fn beside(server: &Keyward, home: &Home, more: &[&str]) -> Found {
-    let (grpc, admin) = (server.address.to_string(), format!("http://{}", server.admin));
+fn doctor_for_server(server: &KeywardProcess, home: &TestHome, more: &[&str]) -> DoctorFindings {
+    let (grpc, admin) = (server.address.to_string(), format!("http://{}", server.admin_address));
     doctor(home, &[&["--server", &grpc, "--admin", &admin], more].concat())
 }
 
@@ -58,9 +61,9 @@ fn bootstrap(name: &str) -> String {
 
 #[test]
 fn a_server_on_a_file_that_is_well_has_no_failure() {
-    let home = Home::new();
+    let home = TestHome::new();
     let server = home.start();
-    let found = beside(&server, &home, &["--envoy", &bootstrap("production.yaml")]);
+    let found = doctor_for_server(&server, &home, &["--envoy", &bootstrap("production.yaml")]);
     assert_eq!((found.code, found.failures()), (Some(0), vec![]));
     for (about, said) in [
         ("store", "is reachable"),
@@ -73,16 +76,16 @@ fn a_server_on_a_file_that_is_well_has_no_failure() {
         ("server", "is SERVING"),
         ("envoy", "fails closed"),
     ] {
-        assert!(found.has("ok", about, said), "{about} {said}: {:?}", found.all);
+        assert!(found.has_finding("ok", about, said), "{about} {said}: {:?}", found.all);
     }
     // The server goes on: nothing was taken from it.
-    let again = beside(&server, &home, &[]);
+    let again = doctor_for_server(&server, &home, &[]);
     assert_eq!(again.code, Some(0));
 }
 
 #[test]
 fn what_is_not_named_is_told_not_to_be_looked_at() {
-    let home = Home::new();
+    let home = TestHome::new();
     let server = home.start();
     let found = doctor(&home, &[]);
     for (about, said) in [
@@ -94,45 +97,49 @@ fn what_is_not_named_is_told_not_to_be_looked_at() {
         ("nginx", "--nginx"),
         ("traefik", "--traefik"),
     ] {
-        assert!(found.has("not looked at", about, said), "{about}: {:?}", found.all);
+        assert!(found.has_finding("not looked at", about, said), "{about}: {:?}", found.all);
     }
     drop(server);
 }
 
 #[test]
 fn a_file_that_others_may_read_or_that_is_missing_fails() {
-    let home = Home::new();
+    let home = TestHome::new();
     let server = home.start();
     std::fs::set_permissions(home.database(), std::fs::Permissions::from_mode(0o644)).unwrap();
-    let found = beside(&server, &home, &[]);
-    assert!(found.code == Some(1) && found.has("fail", "file", "mode 644"), "{:?}", found.all);
-    let admin = format!("http://{}", server.admin);
+    let found = doctor_for_server(&server, &home, &[]);
+    assert!(found.code == Some(1) && found.has_finding("fail", "file", "mode 644"), "{:?}", found.all);
+    let admin = format!("http://{}", server.admin_address);
     server.stop();
     let found = doctor(&home, &["--admin", &admin]);
-    assert!(found.has("warn", "file", "no server has it open"), "{:?}", found.all);
-    assert!(found.has("fail", "server", &admin), "{:?}", found.all);
+    assert!(found.has_finding("warn", "file", "no server has it open"), "{:?}", found.all);
+    assert!(found.has_finding("fail", "server", &admin), "{:?}", found.all);
     std::fs::remove_file(home.database()).unwrap();
     let found = doctor(&home, &[]);
-    assert!(found.code == Some(1) && found.has("fail", "store", "could not be opened"), "{:?}", found.all);
+    assert!(
+        found.code == Some(1) && found.has_finding("fail", "store", "could not be opened"),
+        "{:?}",
+        found.all
+    );
     assert!(!home.database().exists(), "looking makes nothing");
 }
 
 #[test]
 fn replicas_on_postgresql_are_looked_at_without_a_change() {
-    let cluster = Cluster::start(&[]);
+    let cluster = PostgresServer::start(&[]);
     cluster.sql("postgres", "CREATE DATABASE keys OWNER keyward TEMPLATE template0");
-    let home = Home::on(url(cluster.socket(), 5432, "keys"));
+    let home = TestHome::with_database_url(url(cluster.socket(), 5432, "keys"));
     let empty = doctor(&home, &[]);
-    assert!(empty.code == Some(1) && empty.has("fail", "schema", "no keyward"), "{:?}", empty.all);
+    assert!(empty.code == Some(1) && empty.has_finding("fail", "schema", "no keyward"), "{:?}", empty.all);
     assert_eq!(cluster.sql("keys", "SELECT count(*) FROM pg_namespace WHERE nspname = 'keyward'"), "0");
     let named = |name: &str, key: &str| {
         let mut serve = home.command(["serve", "--database", &home.url(), "--replica-name", name]);
         serve.args(["--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0", "--root-key-file"]);
         serve.arg(home.path(key));
-        home.start_as(serve).unwrap()
+        home.start_with(serve).unwrap()
     };
     let (first, second) = (named("eu-1", "root.key"), named("eu-1", "second.key"));
-    let found = beside(&first, &home, &[]);
+    let found = doctor_for_server(&first, &home, &[]);
     assert_eq!((found.code, found.failures()), (Some(0), vec![]));
     for (level, about, said) in [
         ("ok", "postgresql", "fsync on"),
@@ -144,13 +151,13 @@ fn replicas_on_postgresql_are_looked_at_without_a_change() {
         ("ok", "server", "newest revision"),
         ("ok", "server", "clock has not stood still"),
     ] {
-        assert!(found.has(level, about, said), "{about} {said}: {:?}", found.all);
+        assert!(found.has_finding(level, about, said), "{about} {said}: {:?}", found.all);
     }
     second.process.kill();
     cluster.sql("keys", "UPDATE keyward.replicas SET last_seen = last_seen - 3600000000");
     let found = doctor(&home, &[]);
     assert!(
-        found.code == Some(1) && found.has("fail", "replicas", "longer than any lease"),
+        found.code == Some(1) && found.has_finding("fail", "replicas", "longer than any lease"),
         "{:?}",
         found.all
     );
@@ -158,29 +165,29 @@ fn replicas_on_postgresql_are_looked_at_without_a_change() {
 
 #[test]
 fn a_broken_hash_chain_is_found() {
-    let cluster = Cluster::start(&[]);
+    let cluster = PostgresServer::start(&[]);
     cluster.sql("postgres", "CREATE DATABASE keys OWNER keyward TEMPLATE template0");
-    let home = Home::on(url(cluster.socket(), 5432, "keys"));
+    let home = TestHome::with_database_url(url(cluster.socket(), 5432, "keys"));
     home.start().stop();
     cluster.sql("keys", "UPDATE keyward.log SET actor = 'somebody' WHERE revision = 1");
     let found = doctor(&home, &[]);
-    assert!(found.code == Some(1) && found.has("fail", "log", "hash chain"), "{:?}", found.all);
-    assert!(found.has("fail", "replicas", "none serves"), "{:?}", found.all);
+    assert!(found.code == Some(1) && found.has_finding("fail", "log", "hash chain"), "{:?}", found.all);
+    assert!(found.has_finding("fail", "replicas", "none serves"), "{:?}", found.all);
 }
 
 #[test]
 fn a_server_with_fsync_off_fails_though_none_would_start_on_it() {
-    let cluster = Cluster::start(&["fsync=off"]);
+    let cluster = PostgresServer::start(&["fsync=off"]);
     cluster.sql("postgres", "CREATE DATABASE keys OWNER keyward TEMPLATE template0");
-    let home = Home::on(url(cluster.socket(), 5432, "keys"));
+    let home = TestHome::with_database_url(url(cluster.socket(), 5432, "keys"));
     let found = doctor(&home, &[]);
-    assert!(found.has("fail", "postgresql", "fsync is off"), "{:?}", found.all);
+    assert!(found.has_finding("fail", "postgresql", "fsync is off"), "{:?}", found.all);
 }
 
 #[test]
 fn a_database_that_is_away_fails_and_its_password_is_not_told() {
-    let home = Home::on("postgres://u:sesame@127.0.0.1:1/keys".to_owned());
-    let ended = home.run(home.command(["doctor", "--database", &home.url()]));
+    let home = TestHome::with_database_url("postgres://u:sesame@127.0.0.1:1/keys".to_owned());
+    let ended = home.run_to_end(home.command(["doctor", "--database", &home.url()]));
     assert_eq!(ended.code, Some(1), "{ended:?}");
     assert!(ended.out.contains("fail  store") && ended.out.contains("not looked at: "), "{ended:?}");
     assert!(!format!("{ended:?}").contains("sesame"), "{ended:?}");
@@ -188,24 +195,28 @@ fn a_database_that_is_away_fails_and_its_password_is_not_told() {
 
 #[test]
 fn a_bad_bootstrap_and_a_bad_configuration_are_told() {
-    let home = Home::new();
+    let home = TestHome::new();
     let server = home.start();
     let text = std::fs::read_to_string(bootstrap("minimal.yaml")).unwrap();
     let bad = home.path("envoy.yaml");
     std::fs::write(&bad, text.replace("failure_mode_allow: false", "failure_mode_allow: true")).unwrap();
     let found = doctor(&home, &["--envoy", bad.to_str().unwrap()]);
-    assert!(found.code == Some(1) && found.has("fail", "envoy", "opens every door"), "{:?}", found.all);
-    let unread = home.run(home.command(["doctor", "--envoy", "nowhere.yaml"]));
+    assert!(
+        found.code == Some(1) && found.has_finding("fail", "envoy", "opens every door"),
+        "{:?}",
+        found.all
+    );
+    let unread = home.run_to_end(home.command(["doctor", "--envoy", "nowhere.yaml"]));
     assert_eq!(unread.code, Some(2), "{unread:?}");
     std::fs::write(home.path("keyward.toml"), "lisen = 'x'\n").unwrap();
-    let wrong = home.run(home.command(["doctor", "--config", "keyward.toml"]));
+    let wrong = home.run_to_end(home.command(["doctor", "--config", "keyward.toml"]));
     let said = "fail  settings   line 1, column 1: unknown key `lisen`: did you mean `listen`?";
     assert!(wrong.code == Some(1) && wrong.out.contains(said), "{wrong:?}");
     drop(server);
 }
 
 /// A server that shows a certificate of long ago to whoever shakes hands first, and hangs up then.
-fn outdated() -> SocketAddr {
+fn serve_outdated_certificate() -> SocketAddr {
     let key = rcgen::KeyPair::generate().unwrap();
     let mut params = rcgen::CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
     params.not_before = rcgen::date_time_ymd(2019, 1, 1);
@@ -231,10 +242,10 @@ fn outdated() -> SocketAddr {
 
 #[test]
 fn a_certificate_that_a_server_shows_is_looked_at() {
-    let home = Home::new();
+    let home = TestHome::new();
     let server = home.start();
-    let url = format!("https://{}", outdated());
+    let url = format!("https://{}", serve_outdated_certificate());
     let found = doctor(&home, &["--server", &url]);
-    assert!(found.code == Some(1) && found.has("fail", "tls", "has expired"), "{:?}", found.all);
+    assert!(found.code == Some(1) && found.has_finding("fail", "tls", "has expired"), "{:?}", found.all);
     drop(server);
 }

@@ -5,8 +5,8 @@ use std::time::Instant;
 use keyward::pb::{self, Reason};
 
 use crate::{
-    process::{PATIENCE, plain_key},
-    replicas::{Fleet, check},
+    process::{WAIT_TIMEOUT, plain_key_request},
+    replicas::{ReplicaCluster, check_token},
 };
 
 fn admin(account: &str, scope: &str) -> pb::PutRoleRequest {
@@ -16,26 +16,26 @@ fn admin(account: &str, scope: &str) -> pb::PutRoleRequest {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn keys_that_a_pending_account_role_would_narrow_are_refused_until_the_log_decides() {
-    let mut fleet = Fleet::start(1, "default").await;
-    let mut root = fleet.replicas[0].root();
+    let mut fleet = ReplicaCluster::start(1, "default").await;
+    let mut root = fleet.replicas[0].root_caller();
     root.accounts.put_role(admin("", "monitors:read")).await.unwrap();
-    let key = pb::CreateKeyRequest { scopes: vec![], roles: vec!["admin".to_owned()], ..plain_key() };
-    let (_, token) = root.create(key).await.unwrap();
-    assert_eq!(check(&fleet.replicas[0], &token).await.unwrap(), Reason::Ok, "by the global role");
+    let key = pb::CreateKeyRequest { scopes: vec![], roles: vec!["admin".to_owned()], ..plain_key_request() };
+    let (_, token) = root.create_key(key).await.unwrap();
+    assert_eq!(check_token(&fleet.replicas[0], &token).await.unwrap(), Reason::Ok, "by the global role");
     let (cluster, replicas) = (&mut fleet.cluster, &fleet.replicas);
     let handle = tokio::runtime::Handle::current();
     tokio::task::block_in_place(|| {
         cluster.crash(|| {
             handle.block_on(async {
-                let pending = replicas[0].root().accounts.put_role(admin("acme", "other:read")).await;
+                let pending = replicas[0].root_caller().accounts.put_role(admin("acme", "other:read")).await;
                 assert_eq!(pending.unwrap_err().code(), tonic::Code::Unavailable);
-                assert_eq!(check(&replicas[0], &token).await.unwrap(), Reason::MissingScope);
+                assert_eq!(check_token(&replicas[0], &token).await.unwrap(), Reason::MissingScope);
             });
         });
     });
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + WAIT_TIMEOUT;
     while root.accounts.put_role(admin("", "monitors:read")).await.is_err() {
         assert!(Instant::now() < end, "the database is there again");
     }
-    assert_eq!(check(&fleet.replicas[0], &token).await.unwrap(), Reason::Ok, "it was not recorded");
+    assert_eq!(check_token(&fleet.replicas[0], &token).await.unwrap(), Reason::Ok, "it was not recorded");
 }

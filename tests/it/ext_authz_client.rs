@@ -3,124 +3,125 @@
 use std::collections::BTreeMap;
 
 use keyward::{
-    config::server::Settings,
+    config::server::ServerSettings,
     pb::{
         self,
         envoy::service::auth::v3::{
             CheckResponse, DeniedHttpResponse, OkHttpResponse, check_response::HttpResponse,
         },
         envoy_request::{
-            Address, AttributeContext, CheckRequest, HttpRequest, Pair, Peer, Request, SocketAddress,
+            EnvoyAddress, EnvoyAttributeContext, EnvoyCheckRequest, EnvoyHttpRequest, EnvoyMapEntry,
+            EnvoyPeer, EnvoyRequest, EnvoySocketAddress,
         },
     },
 };
 use tonic::Status;
 
-use crate::support::{Client, Made, Server, service_key};
+use crate::support::{Client, CreatedKey, Server, service_key_request};
 
 /// A request that Envoy asks about.
 #[derive(Clone)]
-pub(crate) struct Ask {
-    pub(crate) http: HttpRequest,
-    pub(crate) extensions: Vec<Pair>,
+pub(crate) struct EnvoyCheck {
+    pub(crate) http: EnvoyHttpRequest,
+    pub(crate) extensions: Vec<EnvoyMapEntry>,
     pub(crate) peer: &'static str,
 }
 
-pub(crate) fn pair(key: &str, value: impl AsRef<[u8]>) -> Pair {
-    Pair { key: key.to_owned().into(), value: value.as_ref().to_vec().into() }
+pub(crate) fn pair(key: &str, value: impl AsRef<[u8]>) -> EnvoyMapEntry {
+    EnvoyMapEntry { key: key.to_owned().into(), value: value.as_ref().to_vec().into() }
 }
 
-impl Ask {
-    pub(crate) fn get(path: &str) -> Ask {
-        let http = HttpRequest {
+impl EnvoyCheck {
+    pub(crate) fn get(path: &str) -> EnvoyCheck {
+        let http = EnvoyHttpRequest {
             id: "1".into(),
             method: "GET".into(),
             path: path.to_owned().into(),
             host: "api.test".into(),
-            ..HttpRequest::default()
+            ..EnvoyHttpRequest::default()
         };
-        Ask { http, extensions: Vec::new(), peer: "192.0.2.1" }
+        EnvoyCheck { http, extensions: Vec::new(), peer: "192.0.2.1" }
     }
 
     /// A request to a route whose configuration says this.
-    pub(crate) fn route(extensions: &[(&str, &str)]) -> Ask {
-        let mut ask = Ask::get("/v1/monitors");
+    pub(crate) fn with_route_extensions(extensions: &[(&str, &str)]) -> EnvoyCheck {
+        let mut ask = EnvoyCheck::get("/v1/monitors");
         ask.extensions = extensions.iter().map(|(key, value)| pair(key, value)).collect();
         ask
     }
 
-    /// A request to a route that needs `monitors:read` in production.
-    pub(crate) fn monitors() -> Ask {
-        Ask::route(&[("scope", "monitors:read"), ("environment", "production")])
+    /// A request to a route that needs `monitors_request:read` in production.
+    pub(crate) fn monitors_request() -> EnvoyCheck {
+        EnvoyCheck::with_route_extensions(&[("scope", "monitors:read"), ("environment", "production")])
     }
 
-    pub(crate) fn saying(mut self, extension: &str, value: &str) -> Ask {
+    pub(crate) fn with_extension(mut self, extension: &str, value: &str) -> EnvoyCheck {
         self.extensions.push(pair(extension, value));
         self
     }
 
-    pub(crate) fn header(mut self, name: &str, value: impl AsRef<[u8]>) -> Ask {
+    pub(crate) fn with_header(mut self, name: &str, value: impl AsRef<[u8]>) -> EnvoyCheck {
         self.http.headers.push(pair(name, value));
         self
     }
 
-    pub(crate) fn bearer(self, token: &str) -> Ask {
-        self.header("authorization", format!("Bearer {token}"))
+    pub(crate) fn with_bearer(self, token: &str) -> EnvoyCheck {
+        self.with_header("authorization", format!("Bearer {token}"))
     }
 
-    pub(crate) fn method(mut self, method: &str) -> Ask {
+    pub(crate) fn with_method(mut self, method: &str) -> EnvoyCheck {
         self.http.method = method.to_owned().into();
         self
     }
 
-    pub(crate) fn host(mut self, host: &str) -> Ask {
+    pub(crate) fn with_host(mut self, host: &str) -> EnvoyCheck {
         self.http.host = host.to_owned().into();
         self
     }
 
-    pub(crate) fn path(mut self, path: &str) -> Ask {
+    pub(crate) fn with_path(mut self, path: &str) -> EnvoyCheck {
         self.http.path = path.to_owned().into();
         self
     }
 
-    pub(crate) fn id(mut self, id: &str) -> Ask {
+    pub(crate) fn with_request_id(mut self, id: &str) -> EnvoyCheck {
         self.http.id = id.to_owned().into();
         self
     }
 
-    pub(crate) fn message(self) -> CheckRequest {
-        let socket_address = Some(SocketAddress { address: self.peer.into() });
-        let source = Some(Peer { address: Some(Address { socket_address }) });
-        let request = Some(Request { http: Some(self.http) });
-        let attributes = AttributeContext { source, request, context_extensions: self.extensions };
-        CheckRequest { attributes: Some(attributes) }
+    pub(crate) fn into_message(self) -> EnvoyCheckRequest {
+        let socket_address = Some(EnvoySocketAddress { address: self.peer.into() });
+        let source = Some(EnvoyPeer { address: Some(EnvoyAddress { socket_address }) });
+        let request = Some(EnvoyRequest { http: Some(self.http) });
+        let attributes = EnvoyAttributeContext { source, request, context_extensions: self.extensions };
+        EnvoyCheckRequest { attributes: Some(attributes) }
     }
 
-    pub(crate) async fn try_of(self, server: &Server) -> Result<CheckResponse, Status> {
-        ask(&server.root(), self.message()).await
+    pub(crate) async fn try_send(self, server: &Server) -> Result<CheckResponse, Status> {
+        send_check(&server.root_client(), self.into_message()).await
     }
 
     /// What passes, as it passes.
     #[track_caller]
-    pub(crate) fn passes(self, server: &Server) -> impl Future<Output = Passed> {
-        let root = server.root();
-        async move { Passed::from(ask(&root, self.message()).await.unwrap()) }
+    pub(crate) fn expect_allowed(self, server: &Server) -> impl Future<Output = AllowedAnswer> {
+        let root = server.root_client();
+        async move { AllowedAnswer::from(send_check(&root, self.into_message()).await.unwrap()) }
     }
 
     /// What is refused, as it is refused.
-    pub(crate) fn refused(self, server: &Server) -> impl Future<Output = Refused> {
-        let root = server.root();
-        async move { Refused::from(ask(&root, self.message()).await.unwrap()) }
+    pub(crate) fn expect_denied(self, server: &Server) -> impl Future<Output = DeniedAnswer> {
+        let root = server.root_client();
+        async move { DeniedAnswer::from(send_check(&root, self.into_message()).await.unwrap()) }
     }
 }
 
-pub(crate) async fn ask(caller: &Client, message: CheckRequest) -> Result<CheckResponse, Status> {
-    caller.ask("envoy.service.auth.v3.Authorization/Check", message).await
+pub(crate) async fn send_check(caller: &Client, message: EnvoyCheckRequest) -> Result<CheckResponse, Status> {
+    caller.call_rpc_for_answer("envoy.service.auth.v3.Authorization/Check", message).await
 }
 
 /// How a request with this token is decided, as the answer's metadata says it.
-pub(crate) async fn decision(server: &Server, token: &str) -> String {
-    let answer = Ask::monitors().bearer(token).try_of(server).await.unwrap();
+pub(crate) async fn decision_reason(server: &Server, token: &str) -> String {
+    let answer = EnvoyCheck::monitors_request().with_bearer(token).try_send(server).await.unwrap();
     metadata(&answer)["reason"].clone()
 }
 
@@ -137,9 +138,9 @@ pub(crate) fn metadata(answer: &CheckResponse) -> BTreeMap<String, String> {
         .collect()
 }
 
-pub(crate) type Headers = BTreeMap<String, String>;
+pub(crate) type HeaderValues = BTreeMap<String, String>;
 
-pub(crate) fn headers(list: &[pb::envoy::config::core::v3::HeaderValueOption]) -> Headers {
+pub(crate) fn headers(list: &[pb::envoy::config::core::v3::HeaderValueOption]) -> HeaderValues {
     list.iter()
         .map(|option| {
             // Envoys differ in what they make of anything else.
@@ -151,17 +152,17 @@ pub(crate) fn headers(list: &[pb::envoy::config::core::v3::HeaderValueOption]) -
 }
 
 #[derive(Debug)]
-pub(crate) struct Passed {
-    pub(crate) upstream: Headers,
+pub(crate) struct AllowedAnswer {
+    pub(crate) upstream: HeaderValues,
     pub(crate) removed: Vec<String>,
     pub(crate) removed_queries: Vec<String>,
-    pub(crate) response: Headers,
+    pub(crate) response: HeaderValues,
     pub(crate) metadata: BTreeMap<String, String>,
 }
 
-impl From<CheckResponse> for Passed {
+impl From<CheckResponse> for AllowedAnswer {
     #[track_caller]
-    fn from(answer: CheckResponse) -> Passed {
+    fn from(answer: CheckResponse) -> AllowedAnswer {
         let metadata = metadata(&answer);
         assert_eq!(answer.status.unwrap().code, 0, "{metadata:?}");
         let Some(HttpResponse::OkResponse(ok)) = answer.http_response else { panic!("{metadata:?}") };
@@ -173,24 +174,24 @@ impl From<CheckResponse> for Passed {
             ..
         } = ok;
         let (upstream, response) = (headers(&upstream), headers(&response_headers_to_add));
-        Passed { upstream, removed, removed_queries, response, metadata }
+        AllowedAnswer { upstream, removed, removed_queries, response, metadata }
     }
 }
 
 #[derive(Debug)]
-pub(crate) struct Refused {
+pub(crate) struct DeniedAnswer {
     pub(crate) status: i32,
     /// Whether Envoy counts it as an error, not as a denial.
     pub(crate) fault: bool,
     pub(crate) code: i32,
-    pub(crate) headers: Headers,
+    pub(crate) headers: HeaderValues,
     pub(crate) body: String,
     pub(crate) metadata: BTreeMap<String, String>,
 }
 
-impl From<CheckResponse> for Refused {
+impl From<CheckResponse> for DeniedAnswer {
     #[track_caller]
-    fn from(answer: CheckResponse) -> Refused {
+    fn from(answer: CheckResponse) -> DeniedAnswer {
         let metadata = metadata(&answer);
         let code = answer.status.unwrap().code;
         assert_ne!(code, 0, "{metadata:?}");
@@ -200,11 +201,11 @@ impl From<CheckResponse> for Refused {
             other => panic!("{other:?}"),
         };
         let DeniedHttpResponse { status, headers: sent, body } = denied;
-        Refused { status: status.unwrap().code, fault, code, headers: headers(&sent), body, metadata }
+        DeniedAnswer { status: status.unwrap().code, fault, code, headers: headers(&sent), body, metadata }
     }
 }
 
-impl Refused {
+impl DeniedAnswer {
     pub(crate) fn reason(&self) -> &str {
         &self.metadata["reason"]
     }
@@ -215,26 +216,28 @@ pub(crate) const UNAUTHORIZED: &str =
 pub(crate) const FORBIDDEN: &str =
     r#"{"success":false,"error":{"code":"FORBIDDEN","message":"Insufficient permissions for this action"}}"#;
 
-/// A server with `acme`, and a key of it that may `monitors:read`.
-pub(crate) async fn with_key() -> (Server, Made) {
+/// A server with `acme`, and a key of it that may `monitors_request:read`.
+pub(crate) async fn server_with_key() -> (Server, CreatedKey) {
     let server = Server::with_accounts().await;
-    let made = server.make(service_key("acme", &["monitors:read"])).await;
+    let made = server.create_key(service_key_request("acme", &["monitors:read"])).await;
     (server, made)
 }
 
 /// A server with these rules.
-pub(crate) async fn with_rules(rules: &str) -> (Server, tempfile::TempDir) {
+pub(crate) async fn server_with_rules(rules: &str) -> (Server, tempfile::TempDir) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("rules.toml");
     std::fs::write(&path, rules).unwrap();
-    let server = Server::start_with(|settings| settings.rules = Some(path)).await;
-    server.account("acme").await;
+    let server = Server::start_with(|settings| settings.rules_file = Some(path)).await;
+    server.create_account("acme").await;
     (server, folder)
 }
 
-pub(crate) async fn configured(configure: impl FnOnce(&mut Settings)) -> (Server, Made) {
+pub(crate) async fn server_with_settings(
+    configure: impl FnOnce(&mut ServerSettings),
+) -> (Server, CreatedKey) {
     let server = Server::start_with(configure).await;
-    server.account("acme").await;
-    let made = server.make(service_key("acme", &["monitors:read"])).await;
+    server.create_account("acme").await;
+    let made = server.create_key(service_key_request("acme", &["monitors:read"])).await;
     (server, made)
 }

@@ -5,23 +5,29 @@ use std::collections::BTreeMap;
 
 use keyward::pb::{
     self,
-    envoy_request::{AttributeContext, CheckRequest, HeaderMap, HeaderValue, HttpRequest, Request},
+    envoy_request::{
+        EnvoyAttributeContext, EnvoyCheckRequest, EnvoyHeaderMap, EnvoyHeaderValue, EnvoyHttpRequest,
+        EnvoyRequest,
+    },
 };
 use prost::Message as _;
 use tonic::Code;
 
 use crate::{
-    ext_authz_client::{Ask, Refused, ask, configured, with_key, with_rules},
-    support::{fields, refused, service_key, texts},
+    ext_authz_client::{
+        DeniedAnswer, EnvoyCheck, send_check, server_with_key, server_with_rules, server_with_settings,
+    },
+    support::{assert_refused, service_key_request, to_strings, violated_fields},
 };
 
 #[tokio::test]
 async fn a_name_that_was_not_seen_does_not_reach_the_service() {
-    let (server, made) = with_key().await;
-    let ask = || Ask::monitors().saying("account_header", "X-Acct").bearer(&made.token);
-    let passed = ask().passes(&server).await;
+    let (server, made) = server_with_key().await;
+    let ask =
+        || EnvoyCheck::monitors_request().with_extension("account_header", "X-Acct").with_bearer(&made.token);
+    let passed = ask().expect_allowed(&server).await;
     assert!(passed.removed.contains(&"x-acct".to_owned()), "a proxy may have kept it from us");
-    let passed = ask().header("x-acct", "acme").passes(&server).await;
+    let passed = ask().with_header("x-acct", "acme").expect_allowed(&server).await;
     assert!(!passed.removed.contains(&"x-acct".to_owned()));
     assert!(passed.removed.contains(&"x-original-url".to_owned()), "nor does another path");
 }
@@ -29,25 +35,32 @@ async fn a_name_that_was_not_seen_does_not_reach_the_service() {
 #[tokio::test]
 async fn the_client_is_so_many_hops_away_as_the_settings_say() {
     let bound = pb::CreateKeyRequest {
-        allowed_cidrs: texts(&["10.0.0.0/8"]),
-        ..service_key("acme", &["monitors:read"])
+        allowed_cidrs: to_strings(&["10.0.0.0/8"]),
+        ..service_key_request("acme", &["monitors:read"])
     };
-    let (server, _) = configured(|settings| settings.gateway.trusted_hops = 1).await;
-    let made = server.make(bound.clone()).await;
-    let ask = |forwarded: &str| Ask::monitors().bearer(&made.token).header("x-forwarded-for", forwarded);
-    ask("6.6.6.6, 10.0.0.1").passes(&server).await;
-    ask("6.6.6.6,10.0.0.1,192.0.2.1").passes(&server).await;
-    assert_eq!(ask("10.0.0.1, 6.6.6.6").refused(&server).await.reason(), "address_not_allowed");
-    assert_eq!(ask("").refused(&server).await.reason(), "address_not_allowed");
-    let (server, _) = configured(|_| {}).await;
-    let made = server.make(bound).await;
-    let spoofed = Ask::monitors().bearer(&made.token).header("x-forwarded-for", "10.0.0.1");
-    assert_eq!(spoofed.refused(&server).await.reason(), "address_not_allowed", "nobody in front is believed");
+    let (server, _) = server_with_settings(|settings| settings.gateway.trusted_hops = 1).await;
+    let made = server.create_key(bound.clone()).await;
+    let ask = |forwarded: &str| {
+        EnvoyCheck::monitors_request().with_bearer(&made.token).with_header("x-forwarded-for", forwarded)
+    };
+    ask("6.6.6.6, 10.0.0.1").expect_allowed(&server).await;
+    ask("6.6.6.6,10.0.0.1,192.0.2.1").expect_allowed(&server).await;
+    assert_eq!(ask("10.0.0.1, 6.6.6.6").expect_denied(&server).await.reason(), "address_not_allowed");
+    assert_eq!(ask("").expect_denied(&server).await.reason(), "address_not_allowed");
+    let (server, _) = server_with_settings(|_| {}).await;
+    let made = server.create_key(bound).await;
+    let spoofed =
+        EnvoyCheck::monitors_request().with_bearer(&made.token).with_header("x-forwarded-for", "10.0.0.1");
+    assert_eq!(
+        spoofed.expect_denied(&server).await.reason(),
+        "address_not_allowed",
+        "nobody in front is believed"
+    );
 }
 
 #[tokio::test]
 async fn a_route_that_cannot_be_understood_answers_503_not_a_verdict() {
-    let (server, made) = with_key().await;
+    let (server, made) = server_with_key().await;
     for extensions in [
         &[("scope", "monitors:read"), ("environment", "moon")][..],
         &[("scope", "monitors:read")],
@@ -55,7 +68,10 @@ async fn a_route_that_cannot_be_understood_answers_503_not_a_verdict() {
         &[("scope", "monitors:read"), ("public", "true")],
         &[("scope", "monitors:read"), ("environment", "production"), ("mode", "of")],
     ] {
-        let refused = Ask::route(extensions).bearer(&made.token).refused(&server).await;
+        let refused = EnvoyCheck::with_route_extensions(extensions)
+            .with_bearer(&made.token)
+            .expect_denied(&server)
+            .await;
         assert_eq!((refused.status, refused.code, refused.fault), (503, 14, true), "{extensions:?}");
         assert_eq!((refused.reason(), refused.headers["retry-after"].as_str()), ("misconfigured", "1"));
         assert!(refused.body.contains("UNAVAILABLE"), "{}", refused.body);
@@ -64,7 +80,7 @@ async fn a_route_that_cannot_be_understood_answers_503_not_a_verdict() {
 
 #[tokio::test]
 async fn a_path_that_can_be_read_in_two_ways_is_refused_whatever_the_route() {
-    let (server, made) = with_key().await;
+    let (server, made) = server_with_key().await;
     for path in [
         "/a//b",
         "/public/../admin",
@@ -77,18 +93,23 @@ async fn a_path_that_can_be_read_in_two_ways_is_refused_whatever_the_route() {
         "a",
         "/a%00",
     ] {
-        for ask in [Ask::monitors(), Ask::route(&[("public", "true")])] {
-            let refused = ask.path(path).bearer(&made.token).refused(&server).await;
+        for ask in [EnvoyCheck::monitors_request(), EnvoyCheck::with_route_extensions(&[("public", "true")])]
+        {
+            let refused = ask.with_path(path).with_bearer(&made.token).expect_denied(&server).await;
             assert_eq!((refused.status, refused.code, refused.reason()), (400, 3, "bad_request"), "{path}");
             assert!(refused.body.contains(r#""code":"BAD_REQUEST""#), "{}", refused.body);
         }
     }
     for host in ["", "a b", "user@host", "api.test:x"] {
-        assert_eq!(Ask::monitors().host(host).refused(&server).await.status, 400, "{host}");
+        assert_eq!(
+            EnvoyCheck::monitors_request().with_host(host).expect_denied(&server).await.status,
+            400,
+            "{host}"
+        );
     }
-    let mut raw = Ask::monitors();
+    let mut raw = EnvoyCheck::monitors_request();
     raw.http.path = b"/caf\xe9".as_slice().into();
-    assert_eq!(raw.refused(&server).await.status, 400);
+    assert_eq!(raw.expect_denied(&server).await.status, 400);
 }
 
 #[tokio::test]
@@ -106,81 +127,87 @@ async fn rules_by_method_are_not_evaded_by_a_header_or_by_case() {
         path = "/v1/**"
         scope = "monitors:read"
     "#;
-    let (server, _folder) = with_rules(rules).await;
-    let made = server.make(service_key("acme", &["monitors:read"])).await;
-    let ask = |method: &str| Ask::get("/v1/monitors").method(method).bearer(&made.token);
-    ask("GET").passes(&server).await;
-    ask("HEAD").passes(&server).await;
+    let (server, _folder) = server_with_rules(rules).await;
+    let made = server.create_key(service_key_request("acme", &["monitors:read"])).await;
+    let ask = |method: &str| EnvoyCheck::get("/v1/monitors").with_method(method).with_bearer(&made.token);
+    ask("GET").expect_allowed(&server).await;
+    ask("HEAD").expect_allowed(&server).await;
     for method in ["DELETE", "delete"] {
-        assert_eq!(ask(method).refused(&server).await.reason(), "missing_scope", "{method}");
+        assert_eq!(ask(method).expect_denied(&server).await.reason(), "missing_scope", "{method}");
     }
-    assert_eq!(ask("PATCH").refused(&server).await.reason(), "no_rule");
+    assert_eq!(ask("PATCH").expect_denied(&server).await.reason(), "no_rule");
     for name in ["x-http-method-override", "x_http_method_override", "x.method-override"] {
-        let tunnelled = ask("POST").header(name, "DELETE").refused(&server).await;
+        let tunnelled = ask("POST").with_header(name, "DELETE").expect_denied(&server).await;
         assert_eq!(tunnelled.reason(), "bad_request", "{name}");
     }
 }
 
 #[tokio::test]
 async fn raw_headers_are_read_like_joined_ones() {
-    let (server, made) = with_key().await;
+    let (server, made) = server_with_key().await;
     let raw = |values: &[(&str, &[u8])]| {
-        let mut ask = Ask::monitors();
-        let headers = values.iter().map(|(name, value)| HeaderValue {
+        let mut ask = EnvoyCheck::monitors_request();
+        let headers = values.iter().map(|(name, value)| EnvoyHeaderValue {
             key: (*name).to_owned().into(),
             raw_value: value.to_vec().into(),
-            ..HeaderValue::default()
+            ..EnvoyHeaderValue::default()
         });
-        ask.http.header_map = Some(HeaderMap { headers: headers.collect() });
+        ask.http.header_map = Some(EnvoyHeaderMap { headers: headers.collect() });
         ask
     };
     let bearer = format!("Bearer {}", made.token);
-    raw(&[("authorization", bearer.as_bytes())]).passes(&server).await;
+    raw(&[("authorization", bearer.as_bytes())]).expect_allowed(&server).await;
     let twice = raw(&[("authorization", bearer.as_bytes()), ("authorization", b"Bearer x")]);
-    assert_eq!(twice.refused(&server).await.reason(), "many_credentials");
-    let odd = raw(&[("authorization", b"Bearer caf\xe9")]).refused(&server).await;
+    assert_eq!(twice.expect_denied(&server).await.reason(), "many_credentials");
+    let odd = raw(&[("authorization", b"Bearer caf\xe9")]).expect_denied(&server).await;
     assert_eq!((odd.status, odd.reason()), (401, "malformed"));
 }
 
 #[tokio::test]
 async fn heaps_of_headers_are_read_and_too_much_is_refused_before_it_is_read() {
-    let (server, made) = with_key().await;
-    let mut heap = Ask::monitors().bearer(&made.token);
+    let (server, made) = server_with_key().await;
+    let mut heap = EnvoyCheck::monitors_request().with_bearer(&made.token);
     for number in 0..100 {
-        heap = heap.header(&format!("x-{number}"), vec![b'a'; 600]);
+        heap = heap.with_header(&format!("x-{number}"), vec![b'a'; 600]);
     }
-    heap.clone().passes(&server).await;
-    let bomb = heap.clone().header("authorization", vec![b'a'; 60 * 1024]).header("x", vec![b'a'; 10 * 1024]);
-    refused(bomb.try_of(&server).await, Code::InvalidArgument, "INVALID_REQUEST");
-    let long = Ask::monitors().bearer(&"a".repeat(10_000)).refused(&server).await;
+    heap.clone().expect_allowed(&server).await;
+    let bomb = heap
+        .clone()
+        .with_header("authorization", vec![b'a'; 60 * 1024])
+        .with_header("x", vec![b'a'; 10 * 1024]);
+    assert_refused(bomb.try_send(&server).await, Code::InvalidArgument, "INVALID_REQUEST");
+    let long = EnvoyCheck::monitors_request().with_bearer(&"a".repeat(10_000)).expect_denied(&server).await;
     assert_eq!((long.status, long.reason()), (401, "malformed"));
 }
 
 #[tokio::test]
 async fn a_question_about_nothing_is_no_denial() {
-    let (server, _) = with_key().await;
-    let without_http =
-        AttributeContext { request: Some(Request { http: None }), ..AttributeContext::default() };
-    for attributes in [None, Some(AttributeContext::default()), Some(without_http)] {
-        let status = refused(
-            ask(&server.root(), CheckRequest { attributes }).await,
+    let (server, _) = server_with_key().await;
+    let without_http = EnvoyAttributeContext {
+        request: Some(EnvoyRequest { http: None }),
+        ..EnvoyAttributeContext::default()
+    };
+    for attributes in [None, Some(EnvoyAttributeContext::default()), Some(without_http)] {
+        let status = assert_refused(
+            send_check(&server.root_client(), EnvoyCheckRequest { attributes }).await,
             Code::InvalidArgument,
             "INVALID_REQUEST",
         );
-        assert_eq!(fields(&status), ["attributes.request.http"]);
+        assert_eq!(violated_fields(&status), ["attributes.request.http"]);
     }
-    let empty = AttributeContext {
-        request: Some(Request { http: Some(HttpRequest::default()) }),
-        ..AttributeContext::default()
+    let empty = EnvoyAttributeContext {
+        request: Some(EnvoyRequest { http: Some(EnvoyHttpRequest::default()) }),
+        ..EnvoyAttributeContext::default()
     };
-    let answer = ask(&server.root(), CheckRequest { attributes: Some(empty) }).await.unwrap();
-    assert_eq!(Refused::from(answer).status, 400);
+    let answer =
+        send_check(&server.root_client(), EnvoyCheckRequest { attributes: Some(empty) }).await.unwrap();
+    assert_eq!(DeniedAnswer::from(answer).status, 400);
 }
 
 /// The messages that we read by hand are the proto's.
 #[test]
 fn what_is_read_by_hand_has_the_numbers_and_types_of_the_proto() {
-    let set = prost_types::FileDescriptorSet::decode(pb::DESCRIPTORS).unwrap();
+    let set = prost_types::FileDescriptorSet::decode(pb::FILE_DESCRIPTOR_SET).unwrap();
     let mut numbers = BTreeMap::new();
     for file in &set.file {
         let mut waiting: Vec<_> =

@@ -8,7 +8,7 @@ use std::{
 
 use serde_json::{Value, json};
 
-use crate::process::{Home, Keyward, wait_for};
+use crate::process::{KeywardProcess, TestHome, wait_for};
 
 fn grpcurl() -> PathBuf {
     let path = std::env::var_os("KEYWARD_GRPCURL").map_or_else(|| "grpcurl".into(), PathBuf::from);
@@ -23,17 +23,17 @@ fn grpcurl() -> PathBuf {
 }
 
 /// A shell in front of a server.
-struct Shell {
-    server: Keyward,
+struct GrpcurlShell {
+    server: KeywardProcess,
     root: String,
 }
 
-impl Shell {
+impl GrpcurlShell {
     /// A server with the account `acme`.
-    fn new() -> Shell {
-        let server = Keyward::start();
+    fn new() -> GrpcurlShell {
+        let server = KeywardProcess::start();
         let root = server.home.root_key();
-        let shell = Shell { server, root };
+        let shell = GrpcurlShell { server, root };
         shell.call("AccountService/Create", json!({"id": "acme"}));
         shell
     }
@@ -50,7 +50,7 @@ impl Shell {
 
     /// What is printed without a credential.
     #[track_caller]
-    fn stranger(&self, arguments: &[&str]) -> String {
+    fn run_without_token(&self, arguments: &[&str]) -> String {
         printed(&self.run(None, &[], arguments)).unwrap()
     }
 
@@ -105,8 +105,8 @@ fn printed(output: &Output) -> Result<String, String> {
 
 #[test]
 fn reflection_tells_strangers_the_services_and_their_comments() {
-    let shell = Shell::new();
-    let services = shell.stranger(&["list"]);
+    let shell = GrpcurlShell::new();
+    let services = shell.run_without_token(&["list"]);
     for service in [
         "grpc.health.v1.Health",
         "keyward.v1.AccountService",
@@ -116,14 +116,16 @@ fn reflection_tells_strangers_the_services_and_their_comments() {
     ] {
         assert!(services.lines().any(|line| line == service), "{services}");
     }
-    assert!(shell.stranger(&["list", "keyward.v1.KeyService"]).contains("keyward.v1.KeyService.Rotate"));
-    let described = shell.stranger(&["describe", "keyward.v1.CheckRequest"]);
+    assert!(
+        shell.run_without_token(&["list", "keyward.v1.KeyService"]).contains("keyward.v1.KeyService.Rotate")
+    );
+    let described = shell.run_without_token(&["describe", "keyward.v1.CheckRequest"]);
     assert!(described.contains("The presented token, of at most 512 bytes."), "{described}");
 }
 
 #[test]
 fn a_token_is_made_and_checked() {
-    let shell = Shell::new();
+    let shell = GrpcurlShell::new();
     let (id, token) = shell.create(json!({"name": "first"}));
     let answer = shell.check(&token, json!({"account": "acme"}));
     assert_eq!(answer["allowed"], true);
@@ -133,7 +135,7 @@ fn a_token_is_made_and_checked() {
 
 #[test]
 fn what_is_not_allowed_says_why() {
-    let shell = Shell::new();
+    let shell = GrpcurlShell::new();
     let denied = |token: &str, with: Value, reason: &str| {
         let answer = shell.check(token, with);
         assert_eq!(answer["reason"], reason, "{answer}");
@@ -175,7 +177,7 @@ fn what_is_not_allowed_says_why() {
 
 #[test]
 fn both_tokens_live_until_the_rotation_is_finished() {
-    let shell = Shell::new();
+    let shell = GrpcurlShell::new();
     let (id, old) = shell.create(json!({}));
     let rotated = shell.call("KeyService/Rotate", json!({"id": id, "overlap": "10s"}));
     let new = text(&rotated["token"]);
@@ -186,7 +188,7 @@ fn both_tokens_live_until_the_rotation_is_finished() {
 
 #[test]
 fn an_overlap_ends_by_itself() {
-    let shell = Shell::new();
+    let shell = GrpcurlShell::new();
     let (id, old) = shell.create(json!({}));
     shell.call("KeyService/Rotate", json!({"id": id, "overlap": "1s"}));
     let ended =
@@ -196,7 +198,7 @@ fn an_overlap_ends_by_itself() {
 
 #[test]
 fn a_list_comes_in_pages() {
-    let shell = Shell::new();
+    let shell = GrpcurlShell::new();
     let made: Vec<String> = (0..3).map(|_| shell.create(json!({})).0).collect();
     let ids = |page: &Value| -> Vec<String> {
         page["keys"].as_array().unwrap().iter().map(|key| text(&key["id"])).collect()
@@ -212,7 +214,7 @@ fn a_list_comes_in_pages() {
 
 #[test]
 fn an_error_shows_its_details() {
-    let shell = Shell::new();
+    let shell = GrpcurlShell::new();
     let error = shell.try_call("KeyService/Create", json!({"account": "acme"})).unwrap_err();
     for said in ["Code: InvalidArgument", "environment: must be one of", "INVALID_REQUEST", "fieldViolations"]
     {
@@ -223,8 +225,8 @@ fn an_error_shows_its_details() {
 /// The lines that a first start prints are pasted into a shell as they stand.
 #[test]
 fn the_first_steps_that_are_printed_work_when_pasted() {
-    let home = Home::new();
-    let server = home.start_as(home.on_terminal(&home.serve_without_root_key_file())).unwrap();
+    let home = TestHome::new();
+    let server = home.start_with(home.with_terminal(&home.serve_command_without_root_key_file())).unwrap();
     let printed_lines = server.process.stdout();
     let pasted = printed_lines.lines().filter(|line| line.starts_with("  ")).collect::<Vec<_>>().join("\n");
     let script = format!("set -euo pipefail\ngrpcurl() {{ command \"$GRPCURL\" \"$@\"; }}\n{pasted}\n");

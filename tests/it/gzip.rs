@@ -10,7 +10,7 @@ use prost::Message;
 use tonic::{Code, Status, body::Body};
 use tower::ServiceExt as _;
 
-use crate::support::{Server, check, named_key, reason, service_key};
+use crate::support::{Server, error_reason, named_key_request, scope_check_request, service_key_request};
 
 /// A message as gRPC frames it.
 fn framed(flag: u8, message: &[u8]) -> Vec<u8> {
@@ -50,10 +50,10 @@ async fn call(server: &Server, path: &str, encoding: &str, bytes: Vec<u8>) -> (V
 #[tokio::test(flavor = "multi_thread")]
 async fn every_call_takes_compressed_requests() {
     let server = Server::with_accounts().await;
-    let key = server.make(service_key("acme", &["monitors:read"])).await;
-    let asked = check(&key.token, "monitors:read");
+    let key = server.create_key(service_key_request("acme", &["monitors:read"])).await;
+    let asked = scope_check_request(&key.token, "monitors:read");
     let batch = pb::BatchCheckRequest { checks: vec![asked.clone(); 3] };
-    let made = named_key("acme", "compressed");
+    let made = named_key_request("acme", "compressed");
     let health = tonic_health::pb::HealthCheckRequest::default();
     for (path, message) in [
         ("keyward.v1.AuthzService/Check", asked.encode_to_vec()),
@@ -82,8 +82,8 @@ async fn every_call_takes_compressed_requests() {
 #[tokio::test(flavor = "multi_thread")]
 async fn messages_of_a_stream_may_be_compressed_each_for_itself() {
     let server = Server::with_accounts().await;
-    let key = server.make(service_key("acme", &["monitors:read"])).await;
-    let asked = check(&key.token, "monitors:read").encode_to_vec();
+    let key = server.create_key(service_key_request("acme", &["monitors:read"])).await;
+    let asked = scope_check_request(&key.token, "monitors:read").encode_to_vec();
     let three = [gzip(&asked), framed(0, &asked), gzip(&asked)].concat();
     let (answers, status) = call(&server, "keyward.v1.AuthzService/StreamCheck", "gzip", three).await;
     assert_eq!(status.code(), Code::Ok, "{status:?}");
@@ -111,7 +111,7 @@ async fn a_bomb_is_refused_by_what_it_inflates_to() {
         assert!(bomb.len() < limit / 20, "{path}");
         let (_, status) = call(&server, path, "gzip", bomb).await;
         assert_eq!(
-            (status.code(), reason(&status).as_str()),
+            (status.code(), error_reason(&status).as_str()),
             (Code::InvalidArgument, "INVALID_REQUEST"),
             "{path}"
         );
@@ -143,9 +143,12 @@ async fn what_is_not_what_it_says_is_unreadable() {
     let server = Server::start().await;
     let path = "keyward.v1.KeyService/WhoAmI";
     let (_, status) = call(&server, path, "gzip", framed(1, b"no gzip")).await;
-    assert_eq!((status.code(), reason(&status).as_str()), (Code::InvalidArgument, "UNREADABLE_REQUEST"));
+    assert_eq!(
+        (status.code(), error_reason(&status).as_str()),
+        (Code::InvalidArgument, "UNREADABLE_REQUEST")
+    );
     let (_, status) = call(&server, path, "identity", gzip(b"")).await;
     assert_eq!(status.code(), Code::InvalidArgument, "compressed, and no word of how: {status:?}");
     let (_, status) = call(&server, path, "br", framed(1, b"x")).await;
-    assert_eq!((status.code(), reason(&status).as_str()), (Code::Unimplemented, "UNKNOWN_ENCODING"));
+    assert_eq!((status.code(), error_reason(&status).as_str()), (Code::Unimplemented, "UNKNOWN_ENCODING"));
 }

@@ -6,15 +6,15 @@ use std::{
     net::SocketAddr,
 };
 
-use keyward::domain::header_name::{IDENTITY, OVERRIDES, PREFIX};
+use keyward::domain::header_name::{IDENTITY_HEADERS, KEYWARD_PREFIX, OVERRIDE_HEADERS};
 
 use crate::{
-    envoy::{deployed, port},
-    forward_auth::Front,
-    http::{Connection, Request},
-    lenient::{Lenient, seen},
-    process::{Home, plain_key},
-    proxy::{Envoy, Nginx, filled},
+    envoy::{port_placeholder, read_deployed_file},
+    forward_auth::ForwardAuthServer,
+    header_folding_service::{HeaderFoldingService, parse_seen_headers},
+    process::{TestHome, plain_key_request},
+    proxy::{EnvoyProcess, NginxProcess, fill_placeholders},
+    raw_http::{RawConnection, RawRequest},
 };
 
 /// Every character of a field name that is neither a letter nor a digit.
@@ -62,22 +62,22 @@ fn spellings_of(name: &str) -> BTreeSet<String> {
 }
 
 fn identity_spellings() -> BTreeSet<String> {
-    let later = format!("{PREFIX}later");
-    IDENTITY.into_iter().chain([&*later]).flat_map(spellings_of).collect()
+    let later = format!("{KEYWARD_PREFIX}later");
+    IDENTITY_HEADERS.into_iter().chain([&*later]).flat_map(spellings_of).collect()
 }
 
 /// Those, and the same of each override.
 fn all_spellings() -> Vec<String> {
-    let overrides = OVERRIDES.into_iter().flat_map(spellings_of);
+    let overrides = OVERRIDE_HEADERS.into_iter().flat_map(spellings_of);
     identity_spellings().into_iter().chain(overrides).collect()
 }
 
 /// What a service sees under names that are Keyward's, or that override: by name as a CGI program sees it.
 fn reserved(body: &[u8]) -> BTreeMap<String, BTreeSet<String>> {
     let mut found = BTreeMap::<String, BTreeSet<String>>::new();
-    for (name, value) in seen(body) {
+    for (name, value) in parse_seen_headers(body) {
         let name = folded(&name);
-        if name.starts_with(PREFIX) || OVERRIDES.contains(&&*name) {
+        if name.starts_with(KEYWARD_PREFIX) || OVERRIDE_HEADERS.contains(&&*name) {
             found.entry(name).or_default().insert(value);
         }
     }
@@ -87,8 +87,8 @@ fn reserved(body: &[u8]) -> BTreeMap<String, BTreeSet<String>> {
 /// Sends each spelling through a proxy over a connection that is kept; how many requests passed.
 #[track_caller]
 fn send_all(proxy: SocketAddr, token: &str) -> usize {
-    let request = Request::get("/monitors/7").bearer(token);
-    let mut connection = Connection::open(proxy).unwrap();
+    let request = RawRequest::get("/monitors/7").bearer(token);
+    let mut connection = RawConnection::open(proxy).unwrap();
     let honest = connection.send(&request).unwrap();
     assert_eq!(honest.status, 200, "{honest:?}");
     let identity = reserved(&honest.body);
@@ -107,20 +107,20 @@ fn send_all(proxy: SocketAddr, token: &str) -> usize {
             status => assert_eq!(status, 400, "{spelling}: {response:?}"),
         }
         if response.header("connection") == Some("close") {
-            connection = Connection::open(proxy).unwrap();
+            connection = RawConnection::open(proxy).unwrap();
         }
     }
     passed
 }
 
 /// A proxy in front of a service; dropped, it ends.
-type Proxy = (SocketAddr, Box<dyn std::any::Any>);
+type ProxyUnderTest = (SocketAddr, Box<dyn std::any::Any>);
 
 /// Sends each spelling through a proxy to PHP, and to a WSGI program.
-async fn nothing_made_up_arrives(start: impl Fn(&Front, SocketAddr) -> Proxy) {
-    let front = Front::start_with(&["--envoy-listen", "127.0.0.1:0"]).await;
-    let (_, token) = front.key(plain_key()).await;
-    let (php, wsgi) = (Lenient::php(), Lenient::wsgi());
+async fn nothing_made_up_arrives(start: impl Fn(&ForwardAuthServer, SocketAddr) -> ProxyUnderTest) {
+    let front = ForwardAuthServer::start_with(&["--envoy-listen", "127.0.0.1:0"]).await;
+    let (_, token) = front.create_key(plain_key_request()).await;
+    let (php, wsgi) = (HeaderFoldingService::start_php(), HeaderFoldingService::start_wsgi());
     let (before_php, before_wsgi) = (start(&front, php.address), start(&front, wsgi.address));
     let passed = std::thread::scope(|scope| {
         let sends = [before_php.0, before_wsgi.0].map(|proxy| {
@@ -132,25 +132,25 @@ async fn nothing_made_up_arrives(start: impl Fn(&Front, SocketAddr) -> Proxy) {
     assert!(passed.iter().all(|passed| *passed > 300), "{passed:?}: too many were refused to say anything");
 }
 
-fn envoy(yaml: &str) -> Proxy {
-    let envoy = Envoy::start(yaml);
-    (envoy.listener("edge"), Box::new(envoy))
+fn envoy(yaml: &str) -> ProxyUnderTest {
+    let envoy = EnvoyProcess::start(yaml);
+    (envoy.listener_address("edge"), Box::new(envoy))
 }
 
 #[test]
 fn there_are_five_hundred_spellings_and_the_services_take_them_for_the_names() {
     let spellings = identity_spellings();
     assert!(spellings.len() >= 500, "{}", spellings.len());
-    let takes_for_user = |service: &Lenient, spelling: &str| {
-        let answer = Request::get("/").header(spelling, ROOT).send(service.address);
+    let takes_for_user = |service: &HeaderFoldingService, spelling: &str| {
+        let answer = RawRequest::get("/").header(spelling, ROOT).send(service.address);
         let user = |(name, _): &(String, String)| name == "X_KEYWARD_USER";
-        seen(&answer.body).iter().any(user)
+        parse_seen_headers(&answer.body).iter().any(user)
     };
-    let php = Lenient::php();
+    let php = HeaderFoldingService::start_php();
     for spelling in ["x-keyward-user", "X_Keyward_User", "X.Keyward.User", "x.keyward_user"] {
         assert!(takes_for_user(&php, spelling), "{spelling}");
     }
-    let wsgi = Lenient::wsgi();
+    let wsgi = HeaderFoldingService::start_wsgi();
     for spelling in ["x-keyward-user", "X_Keyward_User", "x-keyward_USER"] {
         assert!(takes_for_user(&wsgi, spelling), "{spelling}");
     }
@@ -159,11 +159,11 @@ fn there_are_five_hundred_spellings_and_the_services_take_them_for_the_names() {
 #[tokio::test(flavor = "multi_thread")]
 async fn no_spelling_gets_through_envoy_over_grpc() {
     nothing_made_up_arrives(|front, service| {
-        let keyward = front.keyward.process.envoy().unwrap().port();
-        let ports =
-            [(10000, 0), (50052, keyward), (8080, service.port())].map(|(of, is)| (port(of), port(is)));
+        let keyward = front.keyward.process.envoy_address().unwrap().port();
+        let ports = [(10000, 0), (50052, keyward), (8080, service.port())]
+            .map(|(of, is)| (port_placeholder(of), port_placeholder(is)));
         let ports = ports.each_ref().map(|(of, is)| (of.as_str(), is.as_str()));
-        envoy(&filled(&deployed("minimal.yaml"), &ports))
+        envoy(&fill_placeholders(&read_deployed_file("minimal.yaml"), &ports))
     })
     .await;
 }
@@ -171,12 +171,12 @@ async fn no_spelling_gets_through_envoy_over_grpc() {
 #[tokio::test(flavor = "multi_thread")]
 async fn no_spelling_gets_through_an_envoy_that_shows_few_headers() {
     nothing_made_up_arrives(|front, service| {
-        let keyward = front.keyward.process.envoy().unwrap().port();
+        let keyward = front.keyward.process.envoy_address().unwrap().port();
         let ports = [(10000, 0), (9901, 0), (50052, keyward), (50062, keyward), (8080, service.port())];
-        let ports = ports.map(|(of, is)| (port(of), port(is)));
+        let ports = ports.map(|(of, is)| (port_placeholder(of), port_placeholder(is)));
         let mut values: Vec<_> = ports.iter().map(|(of, is)| (of.as_str(), is.as_str())).collect();
         values.push(("{ max_tokens: 1000, tokens", "{ max_tokens: 1000000, tokens"));
-        envoy(&filled(&deployed("production.yaml"), &values))
+        envoy(&fill_placeholders(&read_deployed_file("production.yaml"), &values))
     })
     .await;
 }
@@ -185,9 +185,9 @@ async fn no_spelling_gets_through_an_envoy_that_shows_few_headers() {
 async fn no_spelling_gets_through_envoy_over_http() {
     nothing_made_up_arrives(|front, service| {
         let ports = [(10000, 0), (50053, front.address.port()), (8080, service.port())];
-        let ports = ports.map(|(of, is)| (port(of), port(is)));
+        let ports = ports.map(|(of, is)| (port_placeholder(of), port_placeholder(is)));
         let ports = ports.each_ref().map(|(of, is)| (of.as_str(), is.as_str()));
-        envoy(&filled(&deployed("http.yaml"), &ports))
+        envoy(&fill_placeholders(&read_deployed_file("http.yaml"), &ports))
     })
     .await;
 }
@@ -195,7 +195,7 @@ async fn no_spelling_gets_through_envoy_over_http() {
 #[tokio::test(flavor = "multi_thread")]
 async fn no_spelling_gets_through_nginx() {
     nothing_made_up_arrives(|front, service| {
-        let nginx = Nginx::start(&crate::nginx::conf(front.address, service));
+        let nginx = NginxProcess::start(&crate::nginx::nginx_config(front.address, service));
         (nginx.address, Box::new(nginx))
     })
     .await;
@@ -217,7 +217,7 @@ fn traefik_replaces_or_removes_every_name_by_its_file() {
         assert_eq!(asks["trustForwardHeader"], false, "{name}");
         let replaced: Vec<_> = asks["authResponseHeaders"].as_array().unwrap().iter().collect();
         let replaced: BTreeSet<_> = replaced.iter().map(|header| folded(header.as_str().unwrap())).collect();
-        for header in IDENTITY.into_iter().chain(["authorization", "x-api-key"]) {
+        for header in IDENTITY_HEADERS.into_iter().chain(["authorization", "x-api-key"]) {
             assert!(replaced.contains(header), "{name}: {header}");
         }
         let odd = regex::Regex::new(asks["authResponseHeadersRegex"].as_str().unwrap()).unwrap();
@@ -229,7 +229,7 @@ fn traefik_replaces_or_removes_every_name_by_its_file() {
     let cleaned = middlewares["keyward-clean"]["headers"]["customRequestHeaders"].as_object().unwrap();
     let cleaned: BTreeSet<_> =
         cleaned.iter().map(|(name, value)| (folded(name), value.as_str().unwrap())).collect();
-    assert_eq!(cleaned, OVERRIDES.into_iter().map(|name| (name.to_owned(), "")).collect());
+    assert_eq!(cleaned, OVERRIDE_HEADERS.into_iter().map(|name| (name.to_owned(), "")).collect());
     for (name, router) in file["http"]["routers"].as_object().unwrap() {
         let chain: Vec<_> =
             router["middlewares"].as_array().unwrap().iter().filter_map(|one| one.as_str()).collect();
@@ -239,10 +239,10 @@ fn traefik_replaces_or_removes_every_name_by_its_file() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn traefik_gets_400_for_what_its_file_does_not_name() {
-    let front = Front::start_with(&[]).await;
-    let (_, token) = front.key(plain_key()).await;
-    let mut connection = Connection::open(front.address).unwrap();
-    let request = Request::get("/auth/traefik")
+    let front = ForwardAuthServer::start_with(&[]).await;
+    let (_, token) = front.create_key(plain_key_request()).await;
+    let mut connection = RawConnection::open(front.address).unwrap();
+    let request = RawRequest::get("/auth/traefik")
         .header("X-Forwarded-Method", "GET")
         .header("X-Forwarded-Host", "api.test")
         .header("X-Forwarded-Uri", "/monitors/7")
@@ -250,8 +250,9 @@ async fn traefik_gets_400_for_what_its_file_does_not_name() {
     assert_eq!(connection.send(&request).unwrap().status, 200);
     for spelling in all_spellings() {
         let name = folded(&spelling);
-        let reserved = name.starts_with(PREFIX) || OVERRIDES.contains(&&*name);
-        let named = IDENTITY.iter().chain(&OVERRIDES).any(|name| spelling.eq_ignore_ascii_case(name));
+        let reserved = name.starts_with(KEYWARD_PREFIX) || OVERRIDE_HEADERS.contains(&&*name);
+        let named =
+            IDENTITY_HEADERS.iter().chain(&OVERRIDE_HEADERS).any(|name| spelling.eq_ignore_ascii_case(name));
         let status = connection.send(&request.clone().header(&spelling, ROOT)).unwrap().status;
         let refused = reserved && !named || spelling.eq_ignore_ascii_case("x-forwarded-host");
         if refused {
@@ -268,14 +269,19 @@ async fn traefik_gets_400_for_what_its_file_does_not_name() {
 
 #[test]
 fn doctor_finds_no_fault_with_the_shipped_nginx_file_and_sees_one_that_sends_a_header_on() {
-    let home = Home::new();
+    let home = TestHome::new();
     let shipped = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/nginx/keyward.conf");
-    let ended = home.run(home.command(["doctor", "--database", &home.url(), "--nginx", shipped]));
+    let ended = home.run_to_end(home.command(["doctor", "--database", &home.url(), "--nginx", shipped]));
     assert!(ended.out.contains("ok    nginx"), "{ended:?}");
     let text = std::fs::read_to_string(shipped).unwrap();
     let bad = home.path("bad.conf");
-    std::fs::write(&bad, filled(&text, &[("proxy_set_header X-Original-Url \"\";", "")])).unwrap();
-    let ended =
-        home.run(home.command(["doctor", "--database", &home.url(), "--nginx", bad.to_str().unwrap()]));
+    std::fs::write(&bad, fill_placeholders(&text, &[("proxy_set_header X-Original-Url \"\";", "")])).unwrap();
+    let ended = home.run_to_end(home.command([
+        "doctor",
+        "--database",
+        &home.url(),
+        "--nginx",
+        bad.to_str().unwrap(),
+    ]));
     assert!(ended.out.contains("warn  nginx") && ended.out.contains("x-original-url"), "{ended:?}");
 }

@@ -7,7 +7,7 @@ use keyward::pb::{self, Reason};
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
-use crate::process::{Ended, Keyward, wait_for};
+use crate::process::{FinishedProcess, KeywardProcess, wait_for};
 
 /// The token whose digest the samples hold under this number.
 fn token(number: u32) -> String {
@@ -23,13 +23,13 @@ fn sample(name: &str) -> Vec<u8> {
     std::fs::read(std::path::Path::new(folder).join(name)).unwrap()
 }
 
-async fn server() -> Keyward {
-    let server = Keyward::start();
-    server.root().make_account("acme").await;
+async fn server() -> KeywardProcess {
+    let server = KeywardProcess::start();
+    server.root_caller().create_account("acme").await;
     server
 }
 
-fn import(server: &Keyward, file: &str, flags: &[&str]) -> Command {
+fn import(server: &KeywardProcess, file: &str, flags: &[&str]) -> Command {
     let mut command = server.home.command(["keys", "import", file, "--environment", "production"]);
     command.args(["--server", &server.address.to_string(), "--token-file"]);
     command.arg(server.home.root_key_file()).args(["--output", "json"]).args(flags);
@@ -37,46 +37,50 @@ fn import(server: &Keyward, file: &str, flags: &[&str]) -> Command {
 }
 
 /// Imports these bytes as a file of this name.
-fn run(server: &Keyward, name: &str, file: &[u8], flags: &[&str]) -> Ended {
+fn run(server: &KeywardProcess, name: &str, file: &[u8], flags: &[&str]) -> FinishedProcess {
     std::fs::write(server.home.path(name), file).unwrap();
-    server.home.run(import(server, name, flags))
+    server.home.run_to_end(import(server, name, flags))
 }
 
 /// The summary of an import that came to the file's end.
 #[track_caller]
-fn summary(ended: &Ended) -> Value {
+fn summary(ended: &FinishedProcess) -> Value {
     assert!(ended.code.is_some_and(|code| code < 2), "{ended:?}");
     serde_json::from_str(&ended.out).unwrap_or_else(|error| panic!("{error}: {ended:?}"))
 }
 
 #[track_caller]
-fn assert_counts(ended: &Ended, imported: u32, expired: u32, inactive: u32, rejected: u32) {
+fn assert_counts(ended: &FinishedProcess, imported: u32, expired: u32, inactive: u32, rejected: u32) {
     let counts = summary(ended);
     let counts = ["imported", "expired", "inactive", "rejected"].map(|count| counts[count].clone());
     assert_eq!(counts, [imported, expired, inactive, rejected].map(Value::from), "{ended:?}");
     assert_eq!(ended.code, Some(i32::from(rejected > 0)), "{ended:?}");
 }
 
-async fn assert_live(server: &Keyward, numbers: &[u32]) {
+async fn assert_live(server: &KeywardProcess, numbers: &[u32]) {
     for number in numbers {
-        assert_eq!(server.root().check(&token(*number)).await.unwrap(), Reason::Ok, "{number}");
+        assert_eq!(server.root_caller().check_token(&token(*number)).await.unwrap(), Reason::Ok, "{number}");
     }
 }
 
-async fn assert_unknown(server: &Keyward, numbers: &[u32]) {
+async fn assert_unknown(server: &KeywardProcess, numbers: &[u32]) {
     for number in numbers {
-        assert_eq!(server.root().check(&token(*number)).await.unwrap(), Reason::Unknown, "{number}");
+        assert_eq!(
+            server.root_caller().check_token(&token(*number)).await.unwrap(),
+            Reason::Unknown,
+            "{number}"
+        );
     }
 }
 
 /// The names of all keys of the account.
-async fn names(server: &Keyward) -> Vec<String> {
+async fn names(server: &KeywardProcess) -> Vec<String> {
     let (mut names, mut page_token) = (Vec::new(), String::new());
     loop {
         let account = "acme".to_owned();
         let request =
             pb::ListKeysRequest { account, page_size: Some(1000), page_token, ..Default::default() };
-        let page = server.root().keys.list(request).await.unwrap().into_inner();
+        let page = server.root_caller().keys.list(request).await.unwrap().into_inner();
         names.extend(page.keys.into_iter().map(|key| key.name));
         page_token = page.next_page_token;
         if page_token.is_empty() {
@@ -159,7 +163,7 @@ async fn a_copy_of_a_table_of_postgresql_is_imported() {
     assert_counts(&run(&server, "keys.csv", &sample("postgres-copy.csv"), &flags), 2, 1, 1, 0);
     assert_unknown(&server, &[53, 54]).await;
     // The first is bound to its networks, of which this test's address is none.
-    assert_eq!(server.root().check(&token(51)).await.unwrap(), Reason::AddressNotAllowed);
+    assert_eq!(server.root_caller().check_token(&token(51)).await.unwrap(), Reason::AddressNotAllowed);
     assert_live(&server, &[52]).await;
 }
 
@@ -196,7 +200,7 @@ async fn an_import_of_one_json_array_that_was_killed_continues_where_it_was() {
         (bytes != "0").then_some(())
     });
     running.kill();
-    let ended = server.home.run(import(&server, "keys.json", &[]));
+    let ended = server.home.run_to_end(import(&server, "keys.json", &[]));
     let done = summary(&ended);
     let count = |name: &str| done[name].as_u64().unwrap();
     assert_eq!(count("imported") + count("there_already"), 12_000, "{done}");

@@ -6,8 +6,8 @@ use std::process::Command;
 use keyward::pb;
 
 use crate::{
-    process::{Home, plain_key, wait_for},
-    support::check,
+    process::{TestHome, plain_key_request, wait_for},
+    support::scope_check_request,
 };
 
 /// Instructions of a Check from its headers to its written answer, in the profile of the tests, where our own code is not
@@ -16,8 +16,8 @@ const AT_MOST: u64 = 95_000;
 const CHECKS: u64 = 200;
 
 /// The server in callgrind, which counts within the short way of a Check alone.
-fn counted(home: &Home) -> Command {
-    let serve = home.serve();
+fn counted(home: &TestHome) -> Command {
+    let serve = home.serve_command();
     let mut valgrind = Command::new("valgrind");
     valgrind
         .args(["--tool=callgrind", "--callgrind-out-file=callgrind.out"])
@@ -38,7 +38,7 @@ fn counted(home: &Home) -> Command {
 }
 
 /// What callgrind has counted in all, once it has written that down.
-fn total(home: &Home) -> u64 {
+fn total(home: &TestHome) -> u64 {
     wait_for("callgrind's count", || {
         let text = std::fs::read_to_string(home.path("callgrind.out")).ok()?;
         let line = text.lines().find_map(|line| line.strip_prefix("totals: "))?;
@@ -48,19 +48,20 @@ fn total(home: &Home) -> u64 {
 
 /// The instructions of a Check: of a key's own token, or of one with a wrong last character.
 async fn instructions(mistyped: bool) -> u64 {
-    let home = Home::new();
-    let server = home.start_as(counted(&home)).unwrap();
-    server.root().make_account("acme").await;
-    let (_, mut token) = server.root().create(plain_key()).await.unwrap();
+    let home = TestHome::new();
+    let server = home.start_with(counted(&home)).unwrap();
+    server.root_caller().create_account("acme").await;
+    let (_, mut token) = server.root_caller().create_key(plain_key_request()).await.unwrap();
     let mut expected = pb::Reason::Ok;
     if mistyped {
         let last = token.pop().unwrap();
         token.push(if last == '0' { '1' } else { '0' });
         expected = pb::Reason::Malformed;
     }
-    let mut caller = server.root();
+    let mut caller = server.root_caller();
     for _ in 0..CHECKS {
-        let answer = caller.authz.check(check(&token, "monitors:read")).await.unwrap().into_inner();
+        let answer =
+            caller.authz.check(scope_check_request(&token, "monitors:read")).await.unwrap().into_inner();
         assert_eq!(answer.reason(), expected);
     }
     total(&server.stop()) / CHECKS

@@ -5,18 +5,22 @@ use std::collections::BTreeMap;
 use keyward::pb::{self, KeyState, Reason, RevokeReason};
 use tonic::Code;
 
-use crate::support::{DAY, Server, check, invalid, named_key, refused, seconds, texts};
+use crate::support::{
+    DAY, Server, assert_invalid, assert_refused, named_key_request, proto_seconds, scope_check_request,
+    to_strings,
+};
 
 const PERSONAL: [&str; 2] = ["monitors:read", "monitors:write"];
 
 #[tokio::test(flavor = "multi_thread")]
 async fn update_cannot_take_a_name_that_is_taken_nor_revive_one() {
     let server = Server::with_accounts().await;
-    let root = server.root();
-    server.make(named_key("acme", "one")).await;
-    let two = server.make(named_key("acme", "two")).await;
+    let root = server.root_client();
+    server.create_key(named_key_request("acme", "one")).await;
+    let two = server.create_key(named_key_request("acme", "two")).await;
     let renamed = pb::Key { name: "one".into(), ..two.key.clone() };
-    let status = refused(root.update(&renamed, &["name"]).await, Code::AlreadyExists, "KEY_NAME_TAKEN");
+    let status =
+        assert_refused(root.update(&renamed, &["name"]).await, Code::AlreadyExists, "KEY_NAME_TAKEN");
     assert_eq!(status.message(), "An API key with this name already exists");
     assert_eq!(root.get(&two.id).await.unwrap().name, "two");
     root.update(&two.key, &["name"]).await.unwrap();
@@ -25,56 +29,56 @@ async fn update_cannot_take_a_name_that_is_taken_nor_revive_one() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_key_is_expired_from_its_expirys_very_instant_on() {
     let server = Server::with_accounts().await;
-    let root = server.root();
-    let request = pb::CreateKeyRequest { ttl: Some(seconds(60)), ..named_key("acme", "CI") };
-    let made = server.make(request).await;
+    let root = server.root_client();
+    let request = pb::CreateKeyRequest { ttl: Some(proto_seconds(60)), ..named_key_request("acme", "CI") };
+    let made = server.create_key(request).await;
     server.advance_by(std::time::Duration::from_micros(59_999_999));
     assert_eq!(root.get(&made.id).await.unwrap().state(), KeyState::Active);
-    assert_eq!(root.reason(&made.token).await, Reason::Ok);
+    assert_eq!(root.check_reason(&made.token).await, Reason::Ok);
     server.advance_by(std::time::Duration::from_micros(1));
     assert_eq!(root.get(&made.id).await.unwrap().state(), KeyState::Expired);
-    assert_eq!(root.reason(&made.token).await, Reason::Expired);
+    assert_eq!(root.check_reason(&made.token).await, Reason::Expired);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_expired_key_lives_again_with_a_later_expiry() {
     let server = Server::with_accounts().await;
-    let root = server.root();
-    let request = pb::CreateKeyRequest { ttl: Some(seconds(60)), ..named_key("acme", "CI") };
-    let made = server.make(request).await;
+    let root = server.root_client();
+    let request = pb::CreateKeyRequest { ttl: Some(proto_seconds(60)), ..named_key_request("acme", "CI") };
+    let made = server.create_key(request).await;
     server.advance(2 * DAY);
-    let later = pb::Key { expires_at: Some(server.at(60)), ..made.key.clone() };
+    let later = pb::Key { expires_at: Some(server.timestamp_after(60)), ..made.key.clone() };
     assert_eq!(root.update(&later, &["expires_at"]).await.unwrap().state(), KeyState::Active);
-    assert_eq!(root.reason(&made.token).await, Reason::Ok);
+    assert_eq!(root.check_reason(&made.token).await, Reason::Ok);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_expiry_that_is_cleared_means_never() {
     let server = Server::with_accounts().await;
-    let root = server.root();
-    let request = pb::CreateKeyRequest { ttl: Some(seconds(60)), ..named_key("acme", "CI") };
-    let made = server.make(request).await;
+    let root = server.root_client();
+    let request = pb::CreateKeyRequest { ttl: Some(proto_seconds(60)), ..named_key_request("acme", "CI") };
+    let made = server.create_key(request).await;
     let cleared = pb::Key { expires_at: None, ..made.key.clone() };
     assert_eq!(root.update(&cleared, &["expires_at"]).await.unwrap().expires_at, None);
     server.advance(100 * 365 * DAY);
-    assert_eq!(root.reason(&made.token).await, Reason::Ok);
+    assert_eq!(root.check_reason(&made.token).await, Reason::Ok);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn update_changes_the_field_in_its_mask_and_no_other() {
     let server = Server::with_accounts().await;
-    let root = server.root();
-    server.root().put_role("acme", "agent", &["monitors:read"]).await.unwrap();
-    let made = server.make(named_key("acme", "CI")).await;
+    let root = server.root_client();
+    server.root_client().put_role("acme", "agent", &["monitors:read"]).await.unwrap();
+    let made = server.create_key(named_key_request("acme", "CI")).await;
     server.advance(5);
     let all_new = pb::Key {
         name: "new".into(),
-        scopes: texts(&PERSONAL),
-        roles: texts(&["agent"]),
-        expires_at: Some(server.at(60)),
-        customers: texts(&["c1"]),
-        allowed_cidrs: texts(&["10.0.0.0/8"]),
-        rate_limits: vec![pb::RateLimit { name: "fast".into(), limit: 5, window: Some(seconds(60)) }],
+        scopes: to_strings(&PERSONAL),
+        roles: to_strings(&["agent"]),
+        expires_at: Some(server.timestamp_after(60)),
+        customers: to_strings(&["c1"]),
+        allowed_cidrs: to_strings(&["10.0.0.0/8"]),
+        rate_limits: vec![pb::RateLimit { name: "fast".into(), limit: 5, window: Some(proto_seconds(60)) }],
         quota: Some(pb::Quota { limit: 9, period: pb::QuotaPeriod::Day.into() }),
         metadata: BTreeMap::from([("a".to_owned(), "b".to_owned())]),
         ..made.key.clone()
@@ -105,7 +109,8 @@ async fn update_changes_the_field_in_its_mask_and_no_other() {
         }
         let changed = root.update(&all_new, &[path]).await.unwrap();
         assert!(changed.revision > expected.revision, "{path}");
-        expected = pb::Key { revision: changed.revision, updated_at: Some(server.at(0)), ..expected };
+        expected =
+            pb::Key { revision: changed.revision, updated_at: Some(server.timestamp_after(0)), ..expected };
         assert_eq!(changed, expected, "{path}");
         assert_eq!(root.get(&made.id).await.unwrap(), expected, "{path}");
     }
@@ -115,16 +120,16 @@ async fn update_changes_the_field_in_its_mask_and_no_other() {
 async fn update_clears_what_is_in_the_mask_without_a_value() {
     let server = Server::with_accounts().await;
     let request = pb::CreateKeyRequest {
-        customers: texts(&["c1"]),
-        allowed_cidrs: texts(&["10.0.0.0/8"]),
+        customers: to_strings(&["c1"]),
+        allowed_cidrs: to_strings(&["10.0.0.0/8"]),
         quota: Some(pb::Quota { limit: 9, period: pb::QuotaPeriod::Day.into() }),
         metadata: BTreeMap::from([("a".to_owned(), "b".to_owned())]),
-        ..named_key("acme", "CI")
+        ..named_key_request("acme", "CI")
     };
-    let made = server.make(request).await;
+    let made = server.create_key(request).await;
     let empty = pb::Key { id: made.id.clone(), ..pb::Key::default() };
     let paths = ["name", "customers", "allowed_cidrs", "quota", "metadata"];
-    let cleared = server.root().update(&empty, &paths).await.unwrap();
+    let cleared = server.root_client().update(&empty, &paths).await.unwrap();
     let expected = pb::Key {
         name: String::new(),
         customers: vec![],
@@ -140,58 +145,58 @@ async fn update_clears_what_is_in_the_mask_without_a_value() {
 #[tokio::test(flavor = "multi_thread")]
 async fn update_cannot_take_the_last_grant() {
     let server = Server::with_accounts().await;
-    let made = server.make(named_key("acme", "CI")).await;
+    let made = server.create_key(named_key_request("acme", "CI")).await;
     let empty = pb::Key { id: made.id.clone(), ..pb::Key::default() };
-    invalid(server.root().update(&empty, &["scopes"]).await, &["key.scopes"]);
-    assert_eq!(server.root().get(&made.id).await.unwrap(), made.key);
+    assert_invalid(server.root_client().update(&empty, &["scopes"]).await, &["key.scopes"]);
+    assert_eq!(server.root_client().get(&made.id).await.unwrap(), made.key);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn update_takes_no_unknown_or_unchangeable_path_and_no_empty_mask() {
     let server = Server::with_accounts().await;
-    let root = server.root();
-    let made = server.make(named_key("acme", "CI")).await;
+    let root = server.root_client();
+    let made = server.create_key(named_key_request("acme", "CI")).await;
     for path in
         ["id", "account", "environment", "state", "hint", "secrets", "created_at", "nonsense", "*", ""]
     {
-        invalid(root.update(&made.key, &[path]).await, &["update_mask.paths[0]"]);
+        assert_invalid(root.update(&made.key, &[path]).await, &["update_mask.paths[0]"]);
     }
     let both = root.update(&made.key, &["name", "state", "what"]).await;
-    invalid(both, &["update_mask.paths[1]", "update_mask.paths[2]"]);
-    invalid(root.update(&made.key, &[]).await, &["update_mask"]);
+    assert_invalid(both, &["update_mask.paths[1]", "update_mask.paths[2]"]);
+    assert_invalid(root.update(&made.key, &[]).await, &["update_mask"]);
     let bare = pb::UpdateKeyRequest { key: None, update_mask: None };
-    invalid(root.keys().update(bare).await, &["key"]);
+    assert_invalid(root.keys().update(bare).await, &["key"]);
     assert_eq!(root.get(&made.id).await.unwrap(), made.key, "nothing has changed");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_check_sees_an_update_as_soon_as_it_is_answered() {
     let server = Server::with_accounts().await;
-    let root = server.root();
-    let made = server.make(named_key("acme", "CI")).await;
-    assert!(!root.check(check(&made.token, "alerts:read")).await.unwrap().allowed);
-    let wider = pb::Key { scopes: texts(&["alerts:read"]), ..made.key.clone() };
+    let root = server.root_client();
+    let made = server.create_key(named_key_request("acme", "CI")).await;
+    assert!(!root.check(scope_check_request(&made.token, "alerts:read")).await.unwrap().allowed);
+    let wider = pb::Key { scopes: to_strings(&["alerts:read"]), ..made.key.clone() };
     root.update(&wider, &["scopes"]).await.unwrap();
-    assert!(root.check(check(&made.token, "alerts:read")).await.unwrap().allowed);
-    assert!(!root.check(check(&made.token, "monitors:read")).await.unwrap().allowed);
+    assert!(root.check(scope_check_request(&made.token, "alerts:read")).await.unwrap().allowed);
+    assert!(!root.check(scope_check_request(&made.token, "monitors:read")).await.unwrap().allowed);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_disabled_key_is_refused_until_it_is_enabled() {
     let server = Server::with_accounts().await;
-    let root = server.root();
-    let made = server.make(named_key("acme", "CI")).await;
+    let root = server.root_client();
+    let made = server.create_key(named_key_request("acme", "CI")).await;
     assert_eq!(root.disable(&made.id).await.unwrap().state(), KeyState::Disabled);
-    assert_eq!(root.reason(&made.token).await, Reason::Disabled);
+    assert_eq!(root.check_reason(&made.token).await, Reason::Disabled);
     assert_eq!(root.enable(&made.id).await.unwrap().state(), KeyState::Active);
-    assert_eq!(root.reason(&made.token).await, Reason::Ok);
+    assert_eq!(root.check_reason(&made.token).await, Reason::Ok);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn disabling_and_enabling_again_change_nothing() {
     let server = Server::with_accounts().await;
-    let root = server.root();
-    let made = server.make(named_key("acme", "CI")).await;
+    let root = server.root_client();
+    let made = server.create_key(named_key_request("acme", "CI")).await;
     assert_eq!(root.enable(&made.id).await.unwrap(), made.key);
     let disabled = root.disable(&made.id).await.unwrap();
     server.advance(5);
@@ -201,8 +206,8 @@ async fn disabling_and_enabling_again_change_nothing() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_revocation_is_final_and_keeps_its_first_reason_and_revision() {
     let server = Server::with_accounts().await;
-    let root = server.root();
-    let made = server.make(named_key("acme", "CI")).await;
+    let root = server.root_client();
+    let made = server.create_key(named_key_request("acme", "CI")).await;
     let revoke = |reason: RevokeReason, comment: &str| {
         let (id, comment) = (made.id.clone(), comment.to_owned());
         let request = pb::RevokeKeyRequest { id, reason: reason.into(), comment };
@@ -213,8 +218,8 @@ async fn a_revocation_is_final_and_keeps_its_first_reason_and_revision() {
     assert_eq!(key.state(), KeyState::Revoked);
     assert_eq!(key.revoke_reason(), RevokeReason::Compromised);
     assert_eq!(key.revoke_comment, "found in a repository");
-    assert_eq!(key.revoked_at, Some(server.at(0)));
-    assert_eq!(root.reason(&made.token).await, Reason::Revoked);
+    assert_eq!(key.revoked_at, Some(server.timestamp_after(0)));
+    assert_eq!(root.check_reason(&made.token).await, Reason::Revoked);
     server.advance(5);
     let second = revoke(RevokeReason::OwnerLeft, "again").await;
     assert_eq!((second.key, second.revision), (first.key, first.revision));
@@ -225,24 +230,25 @@ async fn a_revocation_is_final_and_keeps_its_first_reason_and_revision() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_revoked_key_takes_no_change() {
     let server = Server::with_accounts().await;
-    let root = server.root();
-    let made = server.make(named_key("acme", "CI")).await;
+    let root = server.root_client();
+    let made = server.create_key(named_key_request("acme", "CI")).await;
     let revoked = root.revoke(&made.id).await.unwrap().key.unwrap();
-    refused(root.enable(&made.id).await, Code::FailedPrecondition, "KEY_REVOKED");
-    refused(root.disable(&made.id).await, Code::FailedPrecondition, "KEY_REVOKED");
-    refused(root.update(&made.key, &["name"]).await, Code::FailedPrecondition, "KEY_REVOKED");
-    refused(root.finish_rotation(&made.id).await, Code::FailedPrecondition, "KEY_REVOKED");
-    refused(root.rotate(&made.id, 0).await, Code::FailedPrecondition, "KEY_NOT_ACTIVE");
+    assert_refused(root.enable(&made.id).await, Code::FailedPrecondition, "KEY_REVOKED");
+    assert_refused(root.disable(&made.id).await, Code::FailedPrecondition, "KEY_REVOKED");
+    assert_refused(root.update(&made.key, &["name"]).await, Code::FailedPrecondition, "KEY_REVOKED");
+    assert_refused(root.finish_rotation(&made.id).await, Code::FailedPrecondition, "KEY_REVOKED");
+    assert_refused(root.rotate(&made.id, 0).await, Code::FailedPrecondition, "KEY_NOT_ACTIVE");
     assert_eq!(root.get(&made.id).await.unwrap(), revoked);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_state_is_the_first_of_revoked_disabled_expired_and_active() {
     let server = Server::with_accounts().await;
-    let root = server.root();
-    let request = pb::CreateKeyRequest { ttl: Some(seconds(60)), ..named_key("acme", "CI") };
-    let made = server.make(request).await;
-    let state = || async { (root.get(&made.id).await.unwrap().state(), root.reason(&made.token).await) };
+    let root = server.root_client();
+    let request = pb::CreateKeyRequest { ttl: Some(proto_seconds(60)), ..named_key_request("acme", "CI") };
+    let made = server.create_key(request).await;
+    let state =
+        || async { (root.get(&made.id).await.unwrap().state(), root.check_reason(&made.token).await) };
     assert_eq!(state().await, (KeyState::Active, Reason::Ok));
     server.advance(60);
     assert_eq!(state().await, (KeyState::Expired, Reason::Expired));
@@ -255,26 +261,27 @@ async fn the_state_is_the_first_of_revoked_disabled_expired_and_active() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bearer_can_revoke_its_own_key_and_send_it_again() {
     let server = Server::with_accounts().await;
-    let made = server.make(named_key("acme", "CI")).await;
-    let bearer = server.holder(&made.token);
+    let made = server.create_key(named_key_request("acme", "CI")).await;
+    let bearer = server.client_with_token(&made.token);
     let first = bearer.revoke_self().await.unwrap();
-    assert_eq!(server.root().reason(&made.token).await, Reason::Revoked);
+    assert_eq!(server.root_client().check_reason(&made.token).await, Reason::Revoked);
     assert_eq!(bearer.revoke_self().await.unwrap().revision, first.revision, "a retry is no failure");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn disabled_and_expired_keys_and_those_of_suspended_accounts_can_revoke_themselves() {
     let server = Server::with_accounts().await;
-    let root = server.root();
-    let disabled = server.make(named_key("acme", "disabled")).await;
+    let root = server.root_client();
+    let disabled = server.create_key(named_key_request("acme", "disabled")).await;
     root.disable(&disabled.id).await.unwrap();
-    let request = pb::CreateKeyRequest { ttl: Some(seconds(1)), ..named_key("acme", "expired") };
-    let expired = server.make(request).await;
+    let request =
+        pb::CreateKeyRequest { ttl: Some(proto_seconds(1)), ..named_key_request("acme", "expired") };
+    let expired = server.create_key(request).await;
     server.advance(1);
-    let suspended = server.make(named_key("other", "suspended")).await;
+    let suspended = server.create_key(named_key_request("other", "suspended")).await;
     root.suspend("other").await.unwrap();
     for made in [disabled, expired, suspended] {
-        server.holder(&made.token).revoke_self().await.unwrap();
+        server.client_with_token(&made.token).revoke_self().await.unwrap();
         assert_eq!(root.get(&made.id).await.unwrap().state(), KeyState::Revoked, "{}", made.key.name);
     }
 }
@@ -282,27 +289,27 @@ async fn disabled_and_expired_keys_and_those_of_suspended_accounts_can_revoke_th
 #[tokio::test(flavor = "multi_thread")]
 async fn both_tokens_of_an_overlap_can_revoke_the_key_and_a_superseded_one_cannot() {
     let server = Server::with_accounts().await;
-    let root = server.root();
-    let made = server.make(named_key("acme", "CI")).await;
+    let root = server.root_client();
+    let made = server.create_key(named_key_request("acme", "CI")).await;
     root.rotate(&made.id, 10).await.unwrap();
-    let old = server.holder(&made.token);
+    let old = server.client_with_token(&made.token);
     server.advance(10);
-    refused(old.revoke_self().await, Code::Unauthenticated, "UNAUTHENTICATED");
+    assert_refused(old.revoke_self().await, Code::Unauthenticated, "UNAUTHENTICATED");
     assert_eq!(root.get(&made.id).await.unwrap().state(), KeyState::Active);
 
-    let other = server.make(named_key("acme", "other")).await;
+    let other = server.create_key(named_key_request("acme", "other")).await;
     root.rotate(&other.id, 10).await.unwrap();
-    server.holder(&other.token).revoke_self().await.unwrap();
+    server.client_with_token(&other.token).revoke_self().await.unwrap();
     assert_eq!(root.get(&other.id).await.unwrap().state(), KeyState::Revoked);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn narrowing_changes_answer_that_they_are_in_force() {
     let server = Server::with_accounts().await;
-    let root = server.root();
-    let made = server.make(named_key("acme", "CI")).await;
+    let root = server.root_client();
+    let made = server.create_key(named_key_request("acme", "CI")).await;
     let id = || made.id.clone();
-    let now = Some(server.at(0));
+    let now = Some(server.timestamp_after(0));
     let in_force = |propagation: Option<pb::Propagation>| {
         let propagation = propagation.unwrap();
         propagation.complete && propagation.unconfirmed.is_empty() && propagation.complete_by == now
@@ -314,22 +321,22 @@ async fn narrowing_changes_answer_that_they_are_in_force() {
     assert!(in_force(root.rotate(&made.id, 0).await.unwrap().propagation));
     assert!(in_force(root.finish_rotation(&made.id).await.unwrap().propagation));
     assert!(in_force(root.revoke(&made.id).await.unwrap().propagation));
-    let own = server.make(named_key("acme", "own")).await;
-    assert!(in_force(server.holder(&own.token).revoke_self().await.unwrap().propagation));
+    let own = server.create_key(named_key_request("acme", "own")).await;
+    assert!(in_force(server.client_with_token(&own.token).revoke_self().await.unwrap().propagation));
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn of_two_changes_at_once_none_is_lost() {
     let server = Server::with_accounts().await;
-    let root = server.root();
-    let made = server.make(named_key("acme", "CI")).await;
+    let root = server.root_client();
+    let made = server.create_key(named_key_request("acme", "CI")).await;
     let changes = (0..20).map(|at| {
         let (root, key) = (root.clone(), made.key.clone());
         tokio::spawn(async move {
             let (changed, path) = if at % 2 == 0 {
                 (pb::Key { name: "renamed".into(), ..key }, "name")
             } else {
-                (pb::Key { customers: texts(&["c1"]), ..key }, "customers")
+                (pb::Key { customers: to_strings(&["c1"]), ..key }, "customers")
             };
             root.update(&changed, &[path]).await.map(drop)
         })
@@ -341,5 +348,5 @@ async fn of_two_changes_at_once_none_is_lost() {
         }
     }
     let key = root.get(&made.id).await.unwrap();
-    assert_eq!((key.name.as_str(), key.customers), ("renamed", texts(&["c1"])));
+    assert_eq!((key.name.as_str(), key.customers), ("renamed", to_strings(&["c1"])));
 }

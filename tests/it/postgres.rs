@@ -20,7 +20,7 @@ const ROLE: &str = "keyward";
 
 /// A wall clock that can be set without setting the machine's: the one that SQL asks is another function,
 /// which adds what stands in `public.wall`. Sessions that are there already may go on by the true one.
-pub(crate) const WALL: &str = "\
+pub(crate) const WALL_CLOCK_SQL: &str = "\
     CREATE TABLE public.wall (ahead interval NOT NULL); INSERT INTO public.wall VALUES ('0'); \
     GRANT SELECT ON public.wall TO PUBLIC; \
     ALTER FUNCTION pg_catalog.clock_timestamp() RENAME TO true_clock_timestamp; \
@@ -28,7 +28,7 @@ pub(crate) const WALL: &str = "\
     'SELECT pg_catalog.true_clock_timestamp() + (SELECT ahead FROM public.wall)'";
 
 /// Where the server's programs are: those on PATH, or the newest that Debian has installed.
-pub(crate) fn programs() -> &'static Path {
+pub(crate) fn program_folder() -> &'static Path {
     static FOUND: OnceLock<PathBuf> = OnceLock::new();
     FOUND.get_or_init(|| {
         let path = std::env::var_os("PATH").unwrap_or_default();
@@ -60,7 +60,7 @@ pub(crate) fn pgbouncer() -> PathBuf {
 }
 
 /// PostgreSQL does not run as root: then its programs run as another user.
-fn stand_in() -> Option<&'static str> {
+fn unprivileged_user() -> Option<&'static str> {
     static USER: OnceLock<Option<&'static str>> = OnceLock::new();
     *USER.get_or_init(|| {
         if id("-u", None) != Some(0) {
@@ -78,7 +78,7 @@ fn id(kind: &str, user: Option<&str>) -> Option<u32> {
 
 /// A program as the user who may run it.
 pub(crate) fn command(program: impl AsRef<OsStr>) -> Command {
-    match stand_in() {
+    match unprivileged_user() {
         None => Command::new(program),
         Some(user) => {
             let mut command = Command::new("setpriv");
@@ -91,7 +91,7 @@ pub(crate) fn command(program: impl AsRef<OsStr>) -> Command {
 
 /// Runs a program that must succeed.
 #[track_caller]
-pub(crate) fn done(command: &mut Command) -> Output {
+pub(crate) fn run_checked(command: &mut Command) -> Output {
     let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
     assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
     output
@@ -99,21 +99,21 @@ pub(crate) fn done(command: &mut Command) -> Output {
 
 /// `psql` with these statements, as the superuser.
 pub(crate) fn psql(socket: &Path, database: &str, sql: &str) -> Command {
-    let mut psql = command(programs().join("psql"));
+    let mut psql = command(program_folder().join("psql"));
     psql.args(["-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-U", "postgres", "-d", database]);
     psql.arg("-h").arg(socket).args(["-c", sql]);
     psql
 }
 
 /// What a program printed.
-pub(crate) fn printed(output: &Output) -> String {
+pub(crate) fn stdout_text(output: &Output) -> String {
     String::from_utf8_lossy(&output.stdout).trim().to_owned()
 }
 
 /// A folder for the user who runs the servers. Its name is short: a socket's path is at most 107 bytes.
-pub(crate) fn folder() -> tempfile::TempDir {
+pub(crate) fn short_temp_folder() -> tempfile::TempDir {
     let folder = tempfile::Builder::new().prefix("kw").tempdir().unwrap();
-    if let Some(user) = stand_in() {
+    if let Some(user) = unprivileged_user() {
         chown(folder.path(), id("-u", Some(user)), id("-g", Some(user))).unwrap();
     }
     std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
@@ -121,12 +121,12 @@ pub(crate) fn folder() -> tempfile::TempDir {
 }
 
 /// Runs a server until this value is dropped or this process ends.
-struct Guarded(Child);
+struct GuardedProcess(Child);
 
-impl Guarded {
+impl GuardedProcess {
     /// `program` runs in the background of a shell that reads until its input ends, and takes it down then. What is
     /// shared by the tests is never dropped: the shell removes its folder.
-    fn start(program: &Path, arguments: &[&str], folder: &Path, shared: bool) -> Guarded {
+    fn start(program: &Path, arguments: &[&str], folder: &Path, shared: bool) -> GuardedProcess {
         const SCRIPT: &str = "folder=$1; shift; \"$@\" & server=$!; cat >/dev/null; kill -INT $server; \
              wait $server; test -z \"$folder\" || rm -rf \"$folder\"";
         let log = std::fs::File::create(folder.join("log")).unwrap();
@@ -141,18 +141,18 @@ impl Guarded {
             .stderr(log)
             .spawn()
             .unwrap();
-        Guarded(child)
+        GuardedProcess(child)
     }
 }
 
-impl Guarded {
+impl GuardedProcess {
     /// Sends a signal to the server itself, not to the shell that guards it.
     fn signal(&self, name: &str) {
-        done(Command::new("pkill").args([name, "-P", &self.0.id().to_string(), "-f", "."]));
+        run_checked(Command::new("pkill").args([name, "-P", &self.0.id().to_string(), "-f", "."]));
     }
 }
 
-impl Drop for Guarded {
+impl Drop for GuardedProcess {
     fn drop(&mut self) {
         drop(self.0.stdin.take());
         let _ = self.0.wait();
@@ -160,45 +160,46 @@ impl Drop for Guarded {
 }
 
 /// A running PostgreSQL server.
-pub(crate) struct Cluster {
-    server: Option<Guarded>,
+pub(crate) struct PostgresServer {
+    server: Option<GuardedProcess>,
     settings: Vec<String>,
     shared: bool,
     folder: tempfile::TempDir,
 }
 
-impl Cluster {
+impl PostgresServer {
     /// The server that the tests share. It stays until the process ends; nobody would drop it earlier.
-    pub(crate) fn shared() -> &'static Cluster {
-        static SHARED: OnceLock<Cluster> = OnceLock::new();
-        SHARED.get_or_init(|| Cluster::make(&[], true))
+    pub(crate) fn shared() -> &'static PostgresServer {
+        static SHARED: OnceLock<PostgresServer> = OnceLock::new();
+        SHARED.get_or_init(|| PostgresServer::new_server(&[], true))
     }
 
     /// A new server with these settings besides the usual.
-    pub(crate) fn start(settings: &[&str]) -> Cluster {
-        Cluster::make(settings, false)
+    pub(crate) fn start(settings: &[&str]) -> PostgresServer {
+        PostgresServer::new_server(settings, false)
     }
 
-    fn make(settings: &[&str], shared: bool) -> Cluster {
-        let folder = folder();
+    fn new_server(settings: &[&str], shared: bool) -> PostgresServer {
+        let folder = short_temp_folder();
         let data = folder.path().join("data");
-        let mut initdb = command(programs().join("initdb"));
+        let mut initdb = command(program_folder().join("initdb"));
         initdb.args(["--username=postgres", "--auth=trust", "--encoding=UTF8", "--locale=C.UTF-8"]);
-        done(initdb.arg("--no-sync").arg("--pgdata").arg(&data));
+        run_checked(initdb.arg("--no-sync").arg("--pgdata").arg(&data));
         let settings = settings.iter().map(|&setting| setting.to_owned()).collect();
-        let mut cluster = Cluster { server: None, settings, shared, folder };
+        let mut cluster = PostgresServer { server: None, settings, shared, folder };
         cluster.run();
         cluster.sql("postgres", &format!("CREATE ROLE {ROLE} LOGIN"));
         cluster
     }
 
     /// Another server, which follows this one as its hot standby.
-    pub(crate) fn standby(&self) -> Cluster {
-        let folder = folder();
-        let mut copy = command(programs().join("pg_basebackup"));
+    pub(crate) fn standby(&self) -> PostgresServer {
+        let folder = short_temp_folder();
+        let mut copy = command(program_folder().join("pg_basebackup"));
         copy.args(["-U", "postgres", "-c", "fast", "--no-sync", "-R", "-D"]).arg(folder.path().join("data"));
-        done(copy.arg("-d").arg(format!("host={}", self.socket().display())));
-        let mut standby = Cluster { server: None, settings: self.settings.clone(), shared: false, folder };
+        run_checked(copy.arg("-d").arg(format!("host={}", self.socket().display())));
+        let mut standby =
+            PostgresServer { server: None, settings: self.settings.clone(), shared: false, folder };
         standby.run();
         standby
     }
@@ -212,10 +213,10 @@ impl Cluster {
         for setting in usual.into_iter().chain(self.settings.iter().map(String::as_str)) {
             arguments.extend(["-c", setting]);
         }
-        let program = programs().join("postgres");
-        self.server = Some(Guarded::start(&program, &arguments, self.folder.path(), self.shared));
+        let program = program_folder().join("postgres");
+        self.server = Some(GuardedProcess::start(&program, &arguments, self.folder.path(), self.shared));
         wait_for("PostgreSQL to start", || {
-            let mut ready = command(programs().join("pg_isready"));
+            let mut ready = command(program_folder().join("pg_isready"));
             ready.arg("-h").arg(self.socket()).output().unwrap().status.success().then_some(())
         });
     }
@@ -245,29 +246,29 @@ impl Cluster {
     /// Runs statements as the superuser: what they print, a line for each row.
     #[track_caller]
     pub(crate) fn sql(&self, database: &str, sql: &str) -> String {
-        printed(&done(&mut psql(self.socket(), database, sql)))
+        stdout_text(&run_checked(&mut psql(self.socket(), database, sql)))
     }
 
     /// A new database that belongs to Keyward's role, with an order of text that is not that of its bytes.
-    pub(crate) fn database(&'static self) -> Database {
+    pub(crate) fn database(&'static self) -> PostgresDatabase {
         static NEXT: AtomicU32 = AtomicU32::new(1);
         let name = format!("t{}", NEXT.fetch_add(1, Ordering::Relaxed));
         let version: u32 = self.sql("postgres", "SHOW server_version_num").parse().unwrap();
         let order = if version < 150_000 { "" } else { "LOCALE_PROVIDER icu ICU_LOCALE 'en'" };
         self.sql("postgres", &format!("CREATE DATABASE {name} OWNER {ROLE} TEMPLATE template0 {order}"));
-        Database { name, cluster: self }
+        PostgresDatabase { name, cluster: self }
     }
 }
 
 /// A database of the shared server. It is gone when this value is dropped.
-pub(crate) struct Database {
+pub(crate) struct PostgresDatabase {
     pub(crate) name: String,
-    cluster: &'static Cluster,
+    cluster: &'static PostgresServer,
 }
 
-impl Database {
-    pub(crate) fn new() -> Database {
-        Cluster::shared().database()
+impl PostgresDatabase {
+    pub(crate) fn new() -> PostgresDatabase {
+        PostgresServer::shared().database()
     }
 
     pub(crate) fn url(&self) -> String {
@@ -275,8 +276,8 @@ impl Database {
     }
 
     /// The same database through pgbouncer.
-    pub(crate) fn bounced_url(&self) -> String {
-        bouncer().url(&self.name)
+    pub(crate) fn pgbouncer_url(&self) -> String {
+        shared_bouncer().url(&self.name)
     }
 
     /// Runs statements in this database as the superuser.
@@ -286,7 +287,7 @@ impl Database {
     }
 }
 
-impl Drop for Database {
+impl Drop for PostgresDatabase {
     fn drop(&mut self) {
         self.cluster.sql("postgres", &format!("DROP DATABASE {} WITH (FORCE)", self.name));
     }
@@ -297,19 +298,19 @@ pub(crate) fn url(socket: &Path, port: u16, database: &str) -> String {
 }
 
 /// A pgbouncer in transaction mode before a server. So few sessions that each is used by many.
-pub(crate) struct Bouncer {
-    server: Guarded,
+pub(crate) struct PgBouncer {
+    server: GuardedProcess,
     folder: tempfile::TempDir,
 }
 
-impl Bouncer {
+impl PgBouncer {
     /// One that ends with this value; a replica needs several sessions at once.
-    pub(crate) fn start(cluster: &Cluster) -> Bouncer {
-        Bouncer::make(cluster, 10, false)
+    pub(crate) fn start(cluster: &PostgresServer) -> PgBouncer {
+        PgBouncer::new_bouncer(cluster, 10, false)
     }
 
-    fn make(cluster: &Cluster, sessions: u32, shared: bool) -> Bouncer {
-        let (folder, cluster) = (folder(), cluster.socket().display());
+    fn new_bouncer(cluster: &PostgresServer, sessions: u32, shared: bool) -> PgBouncer {
+        let (folder, cluster) = (short_temp_folder(), cluster.socket().display());
         let (config, socket) = (folder.path().join("pgbouncer.ini"), folder.path().display());
         let text = format!(
             "[databases]\n* = host={cluster} port=5432 user={ROLE}\n[pgbouncer]\npool_mode = transaction\n\
@@ -317,11 +318,11 @@ impl Bouncer {
              listen_port = 6432\nunix_socket_dir = {socket}\n"
         );
         std::fs::write(&config, text).unwrap();
-        let server = Guarded::start(&pgbouncer(), &[config.to_str().unwrap()], folder.path(), shared);
+        let server = GuardedProcess::start(&pgbouncer(), &[config.to_str().unwrap()], folder.path(), shared);
         // The file is there before anybody listens.
         let path = folder.path().join(".s.PGSQL.6432");
         wait_for("pgbouncer to start", || std::os::unix::net::UnixStream::connect(&path).ok());
-        Bouncer { server, folder }
+        PgBouncer { server, folder }
     }
 
     /// A database of the server, through it.
@@ -340,14 +341,14 @@ impl Bouncer {
     }
 }
 
-impl Drop for Bouncer {
+impl Drop for PgBouncer {
     fn drop(&mut self) {
         self.resume();
     }
 }
 
 /// The one before the shared server. A replica's purposes take turns on so few sessions.
-fn bouncer() -> &'static Bouncer {
-    static BOUNCER: OnceLock<Bouncer> = OnceLock::new();
-    BOUNCER.get_or_init(|| Bouncer::make(Cluster::shared(), 3, true))
+fn shared_bouncer() -> &'static PgBouncer {
+    static BOUNCER: OnceLock<PgBouncer> = OnceLock::new();
+    BOUNCER.get_or_init(|| PgBouncer::new_bouncer(PostgresServer::shared(), 3, true))
 }

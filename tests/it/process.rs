@@ -1,6 +1,6 @@
 //! The real binary as a child process: what signals, files, exit codes and other programs see of Keyward.
 //!
-//! A [`Home`] is a folder with a database and everything that servers on it have printed; a [`Keyward`] is one
+//! A [`TestHome`] is a folder with a database and everything that servers on it have printed; a [`KeywardProcess`] is one
 //! running server. Both are gone when they are dropped, whatever becomes of the test.
 
 use std::{
@@ -31,11 +31,11 @@ use tonic::{
 use tonic_types::StatusExt as _;
 
 /// How long a test waits for what should take milliseconds, on a machine that has much else to do.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const WAIT_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Asks again and again until there is an answer.
 pub(crate) fn wait_for<T>(what: &str, mut answer: impl FnMut() -> Option<T>) -> T {
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + WAIT_TIMEOUT;
     loop {
         if let Some(answer) = answer() {
             return answer;
@@ -47,7 +47,7 @@ pub(crate) fn wait_for<T>(what: &str, mut answer: impl FnMut() -> Option<T>) -> 
 
 /// The same, where to ask takes a call.
 pub(crate) async fn wait_for_answer<T>(what: &str, mut answer: impl AsyncFnMut() -> Option<T>) -> T {
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + WAIT_TIMEOUT;
     loop {
         if let Some(answer) = answer().await {
             return answer;
@@ -59,26 +59,26 @@ pub(crate) async fn wait_for_answer<T>(what: &str, mut answer: impl AsyncFnMut()
 
 /// A folder with a database, and all that was printed by the processes that ran on it.
 #[derive(Clone)]
-pub(crate) struct Home {
+pub(crate) struct TestHome {
     folder: Arc<TempDir>,
     /// Where the database is, if not in the folder.
-    elsewhere: Option<String>,
+    external_url: Option<String>,
     runs: Arc<AtomicU32>,
 }
 
-impl Home {
-    pub(crate) fn new() -> Home {
-        Home { folder: Arc::new(tempfile::tempdir().unwrap()), elsewhere: None, runs: Arc::default() }
+impl TestHome {
+    pub(crate) fn new() -> TestHome {
+        TestHome { folder: Arc::new(tempfile::tempdir().unwrap()), external_url: None, runs: Arc::default() }
     }
 
     /// A folder for servers whose database is somewhere else.
-    pub(crate) fn on(url: String) -> Home {
-        Home { elsewhere: Some(url), ..Home::new() }
+    pub(crate) fn with_database_url(url: String) -> TestHome {
+        TestHome { external_url: Some(url), ..TestHome::new() }
     }
 
     /// The same folder, for a server that reaches the database by another way.
-    pub(crate) fn over(&self, url: &str) -> Home {
-        Home { elsewhere: Some(url.to_owned()), ..self.clone() }
+    pub(crate) fn with_url(&self, url: &str) -> TestHome {
+        TestHome { external_url: Some(url.to_owned()), ..self.clone() }
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -90,7 +90,7 @@ impl Home {
     }
 
     pub(crate) fn url(&self) -> String {
-        self.elsewhere.clone().unwrap_or_else(|| format!("sqlite:{}", self.database().display()))
+        self.external_url.clone().unwrap_or_else(|| format!("sqlite:{}", self.database().display()))
     }
 
     pub(crate) fn root_key_file(&self) -> PathBuf {
@@ -129,22 +129,22 @@ impl Home {
         command
     }
 
-    /// `keyward root-key reset` on this database. The new key goes to `file`; `-` = to standard output.
-    pub(crate) fn root_key_reset(&self, file: &str) -> Command {
+    /// `keyward root_caller-key reset` on this database. The new key goes to `file`; `-` = to standard output.
+    pub(crate) fn root_key_reset_command(&self, file: &str) -> Command {
         let mut command = self.command(["root-key", "reset", "--yes", "--database", &self.url()]);
         command.args(["--root-key-file", file]);
         command
     }
 
-    /// `keyward serve` on ports of the system's choice, on this database, the root key going to its file.
-    pub(crate) fn serve(&self) -> Command {
-        let mut command = self.serve_without_root_key_file();
+    /// `keyward serve_command` on ports of the system's choice, on this database, the root key going to its file.
+    pub(crate) fn serve_command(&self) -> Command {
+        let mut command = self.serve_command_without_root_key_file();
         command.arg("--root-key-file").arg(self.root_key_file());
         command
     }
 
-    /// The same without `--root-key-file`; standard output is no terminal.
-    pub(crate) fn serve_without_root_key_file(&self) -> Command {
+    /// The same without `--root_caller-key-file`; standard output is no terminal.
+    pub(crate) fn serve_command_without_root_key_file(&self) -> Command {
         let url = self.url();
         let ports = ["--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"];
         let mut command = self.command(["serve", "--database", &url]);
@@ -153,7 +153,7 @@ impl Home {
     }
 
     /// The command with a terminal as its standard output.
-    pub(crate) fn on_terminal(&self, command: &Command) -> Command {
+    pub(crate) fn with_terminal(&self, command: &Command) -> Command {
         let words = [command.get_program()].into_iter().chain(command.get_args());
         let words: Vec<_> = words.map(|word| format!("'{}'", word.to_str().unwrap())).collect();
         // It ends with the terminal, which a server by itself does not.
@@ -162,12 +162,12 @@ impl Home {
             words.join(" "),
             self.path("on-terminal.log").display()
         );
-        let mut script = like("script", command);
+        let mut script = same_environment_command("script", command);
         script.args(["-q", "-e", "-f", "-c", &line, "/dev/null"]);
         script
     }
 
-    pub(crate) fn spawn(&self, mut command: Command) -> Process {
+    pub(crate) fn spawn(&self, mut command: Command) -> TestProcess {
         let run = self.runs.fetch_add(1, Ordering::Relaxed);
         let (out, err) = (self.path(&format!("stdout.{run}")), self.path(&format!("stderr.{run}")));
         let child = command
@@ -176,43 +176,45 @@ impl Home {
             .stderr(File::create(&err).unwrap())
             .spawn()
             .unwrap();
-        Process { child, out, err }
+        TestProcess { child, out, err }
     }
 
     /// Runs a command that ends by itself.
-    pub(crate) fn run(&self, command: Command) -> Ended {
-        self.spawn(command).ended()
+    pub(crate) fn run_to_end(&self, command: Command) -> FinishedProcess {
+        self.spawn(command).wait_until_ended()
     }
 
     /// Runs a command that must not succeed, and gives what it says of that.
     #[track_caller]
-    pub(crate) fn refusal(&self, command: Command) -> String {
-        let Err(ended) = self.start_as(command) else { panic!("it serves") };
+    pub(crate) fn run_expecting_failure(&self, command: Command) -> String {
+        let Err(ended) = self.start_with(command) else { panic!("it serves") };
         assert_eq!(ended.code, Some(1), "{ended:?}");
         assert!(!ended.err.contains("panicked"), "{ended:?}");
         ended.err
     }
 
-    pub(crate) fn start(&self) -> Keyward {
-        self.start_as(self.serve()).unwrap()
+    pub(crate) fn start(&self) -> KeywardProcess {
+        self.start_with(self.serve_command()).unwrap()
     }
 
     /// Starts a server, unless it ends by itself.
-    pub(crate) fn start_as(&self, command: Command) -> Result<Keyward, Ended> {
+    pub(crate) fn start_with(&self, command: Command) -> Result<KeywardProcess, FinishedProcess> {
         let mut process = self.spawn(command);
         let ended = wait_for("a server's addresses", || match process.addresses() {
             Some(addresses) => Some(Ok(addresses)),
             None => process.child.try_wait().unwrap().map(Err),
         });
         match ended {
-            Ok((address, admin)) => Ok(Keyward { home: self.clone(), process, address, admin }),
-            Err(status) => Err(process.end(status)),
+            Ok((address, admin)) => {
+                Ok(KeywardProcess { home: self.clone(), process, address, admin_address: admin })
+            }
+            Err(status) => Err(process.finish(status)),
         }
     }
 }
 
 /// Another program in the folder and the environment of a command.
-pub(crate) fn like(program: impl AsRef<std::ffi::OsStr>, command: &Command) -> Command {
+pub(crate) fn same_environment_command(program: impl AsRef<std::ffi::OsStr>, command: &Command) -> Command {
     let mut other = Command::new(program);
     other.current_dir(command.get_current_dir().unwrap());
     for (name, value) in command.get_envs() {
@@ -226,20 +228,20 @@ pub(crate) fn like(program: impl AsRef<std::ffi::OsStr>, command: &Command) -> C
 
 /// How a process ended.
 #[derive(Debug)]
-pub(crate) struct Ended {
+pub(crate) struct FinishedProcess {
     pub(crate) code: Option<i32>,
     pub(crate) out: String,
     pub(crate) err: String,
 }
 
 /// A child process; it does not outlive this value.
-pub(crate) struct Process {
+pub(crate) struct TestProcess {
     child: Child,
     out: PathBuf,
     err: PathBuf,
 }
 
-impl Process {
+impl TestProcess {
     pub(crate) fn stdout(&self) -> String {
         std::fs::read_to_string(&self.out).unwrap()
     }
@@ -266,14 +268,14 @@ impl Process {
     }
 
     /// Where it serves Envoy, if it was told to.
-    pub(crate) fn envoy(&self) -> Option<SocketAddr> {
+    pub(crate) fn envoy_address(&self) -> Option<SocketAddr> {
         let out = self.stdout();
         let (_, rest) = out.split_once("keyward serves Envoy on ")?;
         Some(rest.lines().next()?.parse().unwrap())
     }
 
     /// Where a listener of the settings file is, as the server says.
-    pub(crate) fn listener(&self, name: &str) -> Option<String> {
+    pub(crate) fn listener_address(&self, name: &str) -> Option<String> {
         let out = self.stdout();
         let (_, rest) = out.split_once(&format!("keyward serves {name} on "))?;
         Some(rest.lines().next()?.trim_end_matches(" with TLS").to_owned())
@@ -285,7 +287,7 @@ impl Process {
     }
 
     /// Asks it to read its files again.
-    pub(crate) fn hang_up(&self) {
+    pub(crate) fn send_sighup(&self) {
         self.signal("HUP");
     }
 
@@ -296,23 +298,23 @@ impl Process {
     }
 
     /// Ends it as a power cut does: it learns nothing of it.
-    pub(crate) fn kill(mut self) -> Ended {
+    pub(crate) fn kill(mut self) -> FinishedProcess {
         self.child.kill().unwrap();
-        self.ended()
+        self.wait_until_ended()
     }
 
     /// Waits until it has ended.
-    pub(crate) fn ended(mut self) -> Ended {
+    pub(crate) fn wait_until_ended(mut self) -> FinishedProcess {
         let status = wait_for("a process to end", || self.child.try_wait().unwrap());
-        self.end(status)
+        self.finish(status)
     }
 
-    fn end(&self, status: ExitStatus) -> Ended {
-        Ended { code: status.code(), out: self.stdout(), err: self.stderr() }
+    fn finish(&self, status: ExitStatus) -> FinishedProcess {
+        FinishedProcess { code: status.code(), out: self.stdout(), err: self.stderr() }
     }
 }
 
-impl Drop for Process {
+impl Drop for TestProcess {
     fn drop(&mut self) {
         // It may have ended long ago.
         let _ = self.child.kill();
@@ -321,24 +323,24 @@ impl Drop for Process {
 }
 
 /// A running server.
-pub(crate) struct Keyward {
-    pub(crate) home: Home,
-    pub(crate) process: Process,
+pub(crate) struct KeywardProcess {
+    pub(crate) home: TestHome,
+    pub(crate) process: TestProcess,
     pub(crate) address: SocketAddr,
-    pub(crate) admin: SocketAddr,
+    pub(crate) admin_address: SocketAddr,
 }
 
-impl Keyward {
+impl KeywardProcess {
     /// A server on a new database.
-    pub(crate) fn start() -> Keyward {
-        Home::new().start()
+    pub(crate) fn start() -> KeywardProcess {
+        TestHome::new().start()
     }
 
     /// Stops it as an operator does, and sees that it ended well.
     #[track_caller]
-    pub(crate) fn stop(self) -> Home {
+    pub(crate) fn stop(self) -> TestHome {
         self.process.terminate();
-        let ended = self.process.ended();
+        let ended = self.process.wait_until_ended();
         assert_eq!(ended.code, Some(0), "{ended:?}");
         assert!(!ended.err.contains("panicked"), "{ended:?}");
         self.home
@@ -348,23 +350,23 @@ impl Keyward {
     pub(crate) fn channel(&self) -> Channel {
         Endpoint::from_shared(format!("http://{}", self.address))
             .unwrap()
-            .connect_timeout(PATIENCE)
+            .connect_timeout(WAIT_TIMEOUT)
             .connect_lazy()
     }
 
     /// Calls with this token.
-    pub(crate) fn caller(&self, token: &str) -> Caller {
-        Caller::on(self.channel(), token)
+    pub(crate) fn caller(&self, token: &str) -> AuthorizedClients {
+        AuthorizedClients::with_token(self.channel(), token)
     }
 
-    pub(crate) fn root(&self) -> Caller {
+    pub(crate) fn root_caller(&self) -> AuthorizedClients {
         self.caller(&self.home.root_key())
     }
 
     /// An admin page: the status line's code, and the text.
-    pub(crate) fn page(&self, path: &str) -> (u16, String) {
-        let mut stream = std::net::TcpStream::connect(self.admin).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    pub(crate) fn fetch_admin_page(&self, path: &str) -> (u16, String) {
+        let mut stream = std::net::TcpStream::connect(self.admin_address).unwrap();
+        stream.set_read_timeout(Some(WAIT_TIMEOUT)).unwrap();
         write!(stream, "GET {path} HTTP/1.1\r\nhost: keyward\r\nconnection: close\r\n\r\n").unwrap();
         let mut response = String::new();
         stream.read_to_string(&mut response).unwrap();
@@ -380,9 +382,9 @@ fn is_starting(status: &Status) -> bool {
 
 /// Puts the token into each call, if there is one.
 #[derive(Clone)]
-pub(crate) struct Bearer(String);
+pub(crate) struct BearerInterceptor(String);
 
-impl Interceptor for Bearer {
+impl Interceptor for BearerInterceptor {
     fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
         if !self.0.is_empty() {
             request.metadata_mut().insert("authorization", self.0.parse().unwrap());
@@ -391,30 +393,30 @@ impl Interceptor for Bearer {
     }
 }
 
-pub(crate) type Authorized = InterceptedService<Channel, Bearer>;
+pub(crate) type AuthorizedChannel = InterceptedService<Channel, BearerInterceptor>;
 
 /// Clients of every service, with one token, over one connection.
 #[derive(Clone)]
-pub(crate) struct Caller {
-    pub(crate) keys: KeyServiceClient<Authorized>,
-    pub(crate) authz: AuthzServiceClient<Authorized>,
-    pub(crate) accounts: AccountServiceClient<Authorized>,
-    pub(crate) audit: AuditServiceClient<Authorized>,
+pub(crate) struct AuthorizedClients {
+    pub(crate) keys: KeyServiceClient<AuthorizedChannel>,
+    pub(crate) authz: AuthzServiceClient<AuthorizedChannel>,
+    pub(crate) accounts: AccountServiceClient<AuthorizedChannel>,
+    pub(crate) audit: AuditServiceClient<AuthorizedChannel>,
 }
 
-impl Caller {
-    pub(crate) fn on(channel: Channel, token: &str) -> Caller {
-        Caller::with(channel, format!("Bearer {token}"))
+impl AuthorizedClients {
+    pub(crate) fn with_token(channel: Channel, token: &str) -> AuthorizedClients {
+        AuthorizedClients::with_authorization(channel, format!("Bearer {token}"))
     }
 
     /// Calls without a token.
-    pub(crate) fn anonymous(channel: Channel) -> Caller {
-        Caller::with(channel, String::new())
+    pub(crate) fn without_token(channel: Channel) -> AuthorizedClients {
+        AuthorizedClients::with_authorization(channel, String::new())
     }
 
-    fn with(channel: Channel, authorization: String) -> Caller {
-        let bearer = InterceptedService::new(channel, Bearer(authorization));
-        Caller {
+    fn with_authorization(channel: Channel, authorization: String) -> AuthorizedClients {
+        let bearer = InterceptedService::new(channel, BearerInterceptor(authorization));
+        AuthorizedClients {
             keys: KeyServiceClient::new(bearer.clone()),
             authz: AuthzServiceClient::new(bearer.clone()),
             accounts: AccountServiceClient::new(bearer.clone()),
@@ -423,7 +425,7 @@ impl Caller {
     }
 
     /// Makes an account, once the server has started: it announces its addresses before it has loaded its keys.
-    pub(crate) async fn make_account(&mut self, id: &str) {
+    pub(crate) async fn create_account(&mut self, id: &str) {
         let request = pb::CreateAccountRequest { id: id.to_owned(), ..Default::default() };
         let made = wait_for_answer("the server to start", async || {
             match self.accounts.create(request.clone()).await {
@@ -435,17 +437,20 @@ impl Caller {
     }
 
     /// Makes a key: its id and its token.
-    pub(crate) async fn create(&mut self, request: pb::CreateKeyRequest) -> Result<(String, String), Status> {
+    pub(crate) async fn create_key(
+        &mut self,
+        request: pb::CreateKeyRequest,
+    ) -> Result<(String, String), Status> {
         let response = self.keys.create(request).await?.into_inner();
         Ok((response.key.unwrap().id, response.token))
     }
 
     /// Checks a token for `monitors:read` in production.
-    pub(crate) async fn check(&mut self, token: &str) -> Result<pb::Reason, Status> {
-        self.authz.check(question(token)).await.map(|response| response.into_inner().reason())
+    pub(crate) async fn check_token(&mut self, token: &str) -> Result<pb::Reason, Status> {
+        self.authz.check(check_request(token)).await.map(|response| response.into_inner().reason())
     }
 
-    pub(crate) async fn revoke(&mut self, id: &str) -> Result<pb::Key, Status> {
+    pub(crate) async fn revoke_key(&mut self, id: &str) -> Result<pb::Key, Status> {
         let request = pb::RevokeKeyRequest {
             id: id.to_owned(),
             reason: pb::RevokeReason::Compromised.into(),
@@ -455,19 +460,19 @@ impl Caller {
     }
 
     /// Rotates a key without overlap: the new token.
-    pub(crate) async fn rotate(&mut self, id: &str) -> Result<String, Status> {
+    pub(crate) async fn rotate_key(&mut self, id: &str) -> Result<String, Status> {
         let request = pb::RotateKeyRequest { id: id.to_owned(), ..Default::default() };
         self.keys.rotate(request).await.map(|response| response.into_inner().token)
     }
 
-    pub(crate) async fn get(&mut self, id: &str) -> Result<pb::Key, Status> {
+    pub(crate) async fn get_key(&mut self, id: &str) -> Result<pb::Key, Status> {
         let request = pb::GetKeyRequest { id: id.to_owned() };
         self.keys.get(request).await.map(|response| response.into_inner().key.unwrap())
     }
 }
 
 /// A key of `acme` that may `monitors:read` in production.
-pub(crate) fn plain_key() -> pb::CreateKeyRequest {
+pub(crate) fn plain_key_request() -> pb::CreateKeyRequest {
     pb::CreateKeyRequest {
         account: "acme".to_owned(),
         environment: "production".to_owned(),
@@ -477,7 +482,7 @@ pub(crate) fn plain_key() -> pb::CreateKeyRequest {
 }
 
 /// Whether a token may `monitors:read` in production.
-pub(crate) fn question(token: &str) -> pb::CheckRequest {
+pub(crate) fn check_request(token: &str) -> pb::CheckRequest {
     pb::CheckRequest {
         token: token.to_owned(),
         environment: "production".to_owned(),
@@ -488,24 +493,24 @@ pub(crate) fn question(token: &str) -> pb::CheckRequest {
 
 /// Messages as bytes: for what no generated client would send.
 #[derive(Default)]
-pub(crate) struct Raw;
+pub(crate) struct BytesCodec;
 
-impl Codec for Raw {
+impl Codec for BytesCodec {
     type Encode = Bytes;
     type Decode = Bytes;
-    type Encoder = Raw;
-    type Decoder = Raw;
+    type Encoder = BytesCodec;
+    type Decoder = BytesCodec;
 
-    fn encoder(&mut self) -> Raw {
-        Raw
+    fn encoder(&mut self) -> BytesCodec {
+        BytesCodec
     }
 
-    fn decoder(&mut self) -> Raw {
-        Raw
+    fn decoder(&mut self) -> BytesCodec {
+        BytesCodec
     }
 }
 
-impl Encoder for Raw {
+impl Encoder for BytesCodec {
     type Item = Bytes;
     type Error = Status;
 
@@ -515,7 +520,7 @@ impl Encoder for Raw {
     }
 }
 
-impl Decoder for Raw {
+impl Decoder for BytesCodec {
     type Item = Bytes;
     type Error = Status;
 
@@ -531,14 +536,17 @@ pub(crate) async fn call_raw(
     method: &str,
     messages: impl futures_util::Stream<Item = Bytes> + Send + 'static,
 ) -> Result<Bytes, Status> {
-    let bearer = InterceptedService::new(channel, Bearer(format!("Bearer {token}")));
+    let bearer = InterceptedService::new(channel, BearerInterceptor(format!("Bearer {token}")));
     let mut client = tonic::client::Grpc::new(bearer);
     client.ready().await.map_err(|error| Status::unavailable(error.to_string()))?;
     let path = format!("/{method}").parse().unwrap();
-    client.client_streaming(Request::new(messages), path, Raw).await.map(|response| response.into_inner())
+    client
+        .client_streaming(Request::new(messages), path, BytesCodec)
+        .await
+        .map(|response| response.into_inner())
 }
 
 /// What stands in a file, for tests that look for text in it.
-pub(crate) fn text(path: &Path) -> String {
+pub(crate) fn read_text(path: &Path) -> String {
     std::fs::read_to_string(path).unwrap()
 }

@@ -6,11 +6,11 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
-use keyward::engine::limiter::{OnFailure, Prefix, RedisSettings, RedisUrl, Time};
+use keyward::engine::limiter::{ClockSource, RedisFailurePolicy, RedisKeyPrefix, RedisSettings, RedisUrl};
 
-use crate::process::{PATIENCE, wait_for};
+use crate::process::{WAIT_TIMEOUT, wait_for};
 
-fn program() -> PathBuf {
+fn redis_program() -> PathBuf {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let names = ["redis-server", "valkey-server"];
     std::env::split_paths(&path)
@@ -30,9 +30,9 @@ pub(crate) struct RedisServer {
 impl RedisServer {
     pub(crate) fn start() -> RedisServer {
         let folder = tempfile::Builder::new().prefix("kw").tempdir().unwrap();
-        let guard = run(&folder);
+        let guard = spawn_server(&folder);
         let server = RedisServer { guard, folder };
-        server.wait();
+        server.wait_until_ready();
         server
     }
 
@@ -40,7 +40,7 @@ impl RedisServer {
         self.folder.path().join("socket")
     }
 
-    fn wait(&self) {
+    fn wait_until_ready(&self) {
         let client = redis::Client::open(self.url()).unwrap();
         wait_for("Redis to start", || {
             let mut connection = client.get_connection().ok()?;
@@ -56,16 +56,16 @@ impl RedisServer {
     pub(crate) fn settings(&self) -> RedisSettings {
         RedisSettings {
             url: RedisUrl::parse(&self.url()).unwrap(),
-            prefix: Prefix::parse("test:").unwrap(),
-            timeout: PATIENCE,
-            on_failure: OnFailure::Allow,
-            time: Time::OfRedis,
+            key_prefix: RedisKeyPrefix::parse("test:").unwrap(),
+            timeout: WAIT_TIMEOUT,
+            on_failure: RedisFailurePolicy::Allow,
+            clock_source: ClockSource::Redis,
         }
     }
 
     /// Runs a command.
     #[track_caller]
-    pub(crate) fn run<T: redis::FromRedisValue>(&self, words: &[&str]) -> T {
+    pub(crate) fn run_command<T: redis::FromRedisValue>(&self, words: &[&str]) -> T {
         let mut connection = redis::Client::open(self.url()).unwrap().get_connection().unwrap();
         let mut command = redis::cmd(words[0]);
         command.arg(&words[1..]);
@@ -79,12 +79,12 @@ impl RedisServer {
     }
 
     /// Stops its time: it takes connections and answers nothing.
-    pub(crate) fn freeze(&self) {
+    pub(crate) fn pause(&self) {
         self.signal("STOP");
     }
 
     /// Lets it go on.
-    pub(crate) fn thaw(&self) {
+    pub(crate) fn resume(&self) {
         self.signal("CONT");
     }
 
@@ -97,19 +97,19 @@ impl RedisServer {
 
     /// Starts it again after a kill. It has forgotten everything.
     pub(crate) fn restart(&mut self) {
-        self.guard = run(&self.folder);
-        self.wait();
+        self.guard = spawn_server(&self.folder);
+        self.wait_until_ready();
     }
 }
 
-fn run(folder: &tempfile::TempDir) -> Child {
+fn spawn_server(folder: &tempfile::TempDir) -> Child {
     const SCRIPT: &str =
         "\"$@\" & server=$!; echo $server >\"$0\"; cat >/dev/null; kill -KILL $server; wait $server";
     let log = std::fs::File::create(folder.path().join("log")).unwrap();
     Command::new("/bin/sh")
         .args(["-c", SCRIPT])
         .arg(folder.path().join("pid"))
-        .arg(program())
+        .arg(redis_program())
         .args(["--port", "0", "--save", "", "--appendonly", "no", "--unixsocket"])
         .arg(folder.path().join("socket"))
         .arg("--dir")

@@ -4,34 +4,34 @@ use keyward::pb;
 use sha2::{Digest as _, Sha256};
 
 use crate::{
-    postgres::Database,
-    process::{Home, Keyward, plain_key},
+    postgres::PostgresDatabase,
+    process::{KeywardProcess, TestHome, plain_key_request},
 };
 
 /// A server that tells a revoked key from an unknown one for no time at all.
-fn forgetful(home: &Home) -> Keyward {
+fn forgetful(home: &TestHome) -> KeywardProcess {
     std::fs::write(home.path("keyward.toml"), "retention_days = 0").unwrap();
-    let mut command = home.serve();
+    let mut command = home.serve_command();
     command.args(["--config", "keyward.toml"]);
-    home.start_as(command).unwrap_or_else(|ended| panic!("{ended:?}"))
+    home.start_with(command).unwrap_or_else(|ended| panic!("{ended:?}"))
 }
 
 /// A key that ended before the server was started again: revoked, and rotated before that.
-async fn stays_on_record(home: Home) {
+async fn stays_on_record(home: TestHome) {
     let before = forgetful(&home);
-    let mut root = before.root();
-    root.make_account("acme").await;
-    let (id, first) = root.create(plain_key()).await.unwrap();
-    let second = root.rotate(&id).await.unwrap();
-    root.revoke(&id).await.unwrap();
+    let mut root = before.root_caller();
+    root.create_account("acme").await;
+    let (id, first) = root.create_key(plain_key_request()).await.unwrap();
+    let second = root.rotate_key(&id).await.unwrap();
+    root.revoke_key(&id).await.unwrap();
     before.stop();
 
     let after = forgetful(&home);
-    let mut root = after.root();
+    let mut root = after.root_caller();
     for token in [&first, &second] {
-        assert_eq!(root.check(token).await.unwrap(), pb::Reason::Unknown);
+        assert_eq!(root.check_token(token).await.unwrap(), pb::Reason::Unknown);
     }
-    assert_eq!(root.get(&id).await.unwrap().state(), pb::KeyState::Revoked);
+    assert_eq!(root.get_key(&id).await.unwrap().state(), pb::KeyState::Revoked);
     let rows = [&first, &second].map(|token| pb::ImportKey {
         account: "acme".to_owned(),
         environment: "production".to_owned(),
@@ -50,11 +50,11 @@ async fn stays_on_record(home: Home) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_revoked_key_past_its_retention_is_unknown_to_checks_and_stays_on_record_in_sqlite() {
-    stays_on_record(Home::new()).await;
+    stays_on_record(TestHome::new()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_revoked_key_past_its_retention_is_unknown_to_checks_and_stays_on_record_in_postgresql() {
-    let database = Database::new();
-    stays_on_record(Home::on(database.url())).await;
+    let database = PostgresDatabase::new();
+    stays_on_record(TestHome::with_database_url(database.url())).await;
 }

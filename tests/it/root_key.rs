@@ -7,19 +7,21 @@ use keyward::pb::{self, KeyState, Reason};
 use sha2::{Digest as _, Sha256};
 
 use crate::{
-    postgres::Database,
-    process::{Caller, Ended, Home, Keyward, plain_key, text, wait_for},
+    postgres::PostgresDatabase,
+    process::{
+        AuthorizedClients, FinishedProcess, KeywardProcess, TestHome, plain_key_request, read_text, wait_for,
+    },
 };
 
 // The first start. ---------------------------------------------------------------------------------------------------
 
 /// The token in the file, which is its owner's alone and holds nothing else.
 #[track_caller]
-fn kept(server: &Keyward, file: &std::path::Path) -> String {
+fn read_root_key_file(server: &KeywardProcess, file: &std::path::Path) -> String {
     assert_eq!(file.metadata().unwrap().permissions().mode() & 0o777, 0o600);
     let (out, err) = (server.process.stdout(), server.process.stderr());
     assert!(err.contains(&*file.canonicalize().unwrap().to_string_lossy()), "the log names it: {err}");
-    let token = text(file);
+    let token = read_text(file);
     assert!(token.starts_with("kw_live_") && token.len() == 57, "it holds the token alone: {token:?}");
     assert!(!out.contains(&token) && !err.contains(&token), "the token is in one place");
     token
@@ -27,53 +29,53 @@ fn kept(server: &Keyward, file: &std::path::Path) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_first_start_without_a_terminal_writes_the_root_key_beside_the_database_and_serves() {
-    let home = Home::new();
+    let home = TestHome::new();
     std::fs::create_dir(home.path("data")).unwrap();
     symlink(home.path("data/keys.db"), home.path("link.db")).unwrap();
-    let home = home.over(&format!("sqlite:{}", home.path("link.db").display()));
-    let server = home.start_as(home.serve_without_root_key_file()).unwrap();
-    let token = kept(&server, &home.path("data/keyward-root.key"));
-    server.caller(&token).make_account("acme").await;
+    let home = home.with_url(&format!("sqlite:{}", home.path("link.db").display()));
+    let server = home.start_with(home.serve_command_without_root_key_file()).unwrap();
+    let token = read_root_key_file(&server, &home.path("data/keyward-root.key"));
+    server.caller(&token).create_account("acme").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_first_start_on_postgresql_without_a_terminal_writes_the_root_key_into_its_working_directory() {
-    let database = Database::new();
-    let home = Home::on(database.url());
-    let server = home.start_as(home.serve_without_root_key_file()).unwrap();
-    let token = kept(&server, &home.path("keyward-root.key"));
-    server.caller(&token).make_account("acme").await;
+    let database = PostgresDatabase::new();
+    let home = TestHome::with_database_url(database.url());
+    let server = home.start_with(home.serve_command_without_root_key_file()).unwrap();
+    let token = read_root_key_file(&server, &home.path("keyward-root.key"));
+    server.caller(&token).create_account("acme").await;
     server.stop();
-    let other = Home::on(database.url());
-    other.start_as(other.serve_without_root_key_file()).unwrap();
+    let other = TestHome::with_database_url(database.url());
+    other.start_with(other.serve_command_without_root_key_file()).unwrap();
     assert!(!other.path("keyward-root.key").exists(), "it is not the first start");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_root_key_file_of_the_usual_name_is_not_overwritten_and_no_key_is_created() {
-    let home = Home::new();
+    let home = TestHome::new();
     let file = home.path("keyward-root.key");
     std::fs::write(&file, "mine").unwrap();
-    let said = home.refusal(home.serve_without_root_key_file());
+    let said = home.run_expecting_failure(home.serve_command_without_root_key_file());
     for part in
         ["keyward-root.key exists already", "no root key was created", "move it away", "--root-key-file"]
     {
         assert!(said.contains(part), "{part}: {said}");
     }
-    assert_eq!(text(&file), "mine");
+    assert_eq!(read_text(&file), "mine");
     std::fs::rename(&file, home.path("moved")).unwrap();
-    let server = home.start_as(home.serve_without_root_key_file()).unwrap();
-    kept(&server, &file);
+    let server = home.start_with(home.serve_command_without_root_key_file()).unwrap();
+    read_root_key_file(&server, &file);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_first_start_on_a_terminal_shows_the_root_key_once_and_writes_no_file() {
-    let home = Home::new();
-    let server = home.start_as(home.on_terminal(&home.serve_without_root_key_file())).unwrap();
+    let home = TestHome::new();
+    let server = home.start_with(home.with_terminal(&home.serve_command_without_root_key_file())).unwrap();
     let out = server.process.stdout();
     let (_, token) = out.split_once("ROOT_KEY='").unwrap();
     let (token, _) = token.split_once('\'').unwrap();
-    server.caller(token).make_account("acme").await;
+    server.caller(token).create_account("acme").await;
     assert_eq!(out.matches(token).count(), 1, "{out}");
     assert!(!home.path("keyward-root.key").exists());
 }
@@ -85,25 +87,25 @@ fn scopes(scopes: &[&str]) -> Vec<String> {
 }
 
 fn key_of(account: &str, granted: &[&str]) -> pb::CreateKeyRequest {
-    pb::CreateKeyRequest { account: account.to_owned(), scopes: scopes(granted), ..plain_key() }
+    pb::CreateKeyRequest { account: account.to_owned(), scopes: scopes(granted), ..plain_key_request() }
 }
 
 /// A key: its id and its token.
-type Made = (String, String);
+type KeyAndToken = (String, String);
 
 /// The id of the caller's key.
-async fn id_of(caller: &mut Caller) -> String {
+async fn id_of(caller: &mut AuthorizedClients) -> String {
     caller.keys.who_am_i(pb::WhoAmIRequest {}).await.unwrap().into_inner().key.unwrap().id
 }
 
-fn reset(home: &Home, more: &[&str]) -> Ended {
+fn reset(home: &TestHome, more: &[&str]) -> FinishedProcess {
     let mut command = home.command(["root-key", "reset"]);
     command.args(["--yes", "--database", &home.url()]).args(more);
-    home.run(command)
+    home.run_to_end(command)
 }
 
 #[track_caller]
-fn good(ended: Ended) -> String {
+fn assert_success(ended: FinishedProcess) -> String {
     assert_eq!(ended.code, Some(0), "{ended:?}");
     ended.out
 }
@@ -111,35 +113,35 @@ fn good(ended: Ended) -> String {
 const MANAGER: [&str; 3] = ["monitors:read", "keyward:keys:write", "keyward:keys:read"];
 
 /// What two root keys have made. The second one descends from nothing, and the first has been replaced by it.
-struct Family {
+struct RootKeyFamily {
     first_root: String,
     second_root: String,
     /// A manager that the first root key has made, and a key of that manager.
-    strangers: [Made; 2],
+    strangers: [KeyAndToken; 2],
     /// An operator's key of the second root key; a manager of the operator's; the manager's key; a user key of the
     /// operator's; and a key of the stranger's that the second root key has rotated.
-    descendants: [Made; 5],
+    descendants: [KeyAndToken; 5],
 }
 
-impl Family {
+impl RootKeyFamily {
     /// Makes them; the newest root key is in the file `second.key`.
-    async fn on(home: &Home) -> Family {
+    async fn on(home: &TestHome) -> RootKeyFamily {
         let server = home.start();
-        let mut root = server.root();
+        let mut root = server.root_caller();
         let first_root = id_of(&mut root).await;
-        root.make_account("acme").await;
-        let manager = root.create(key_of("acme", &MANAGER)).await.unwrap();
+        root.create_account("acme").await;
+        let manager = root.create_key(key_of("acme", &MANAGER)).await.unwrap();
         let mut stranger = server.caller(&manager.1);
-        let strangers = [manager, stranger.create(plain_key()).await.unwrap()];
-        let (rotated, _) = stranger.create(plain_key()).await.unwrap();
+        let strangers = [manager, stranger.create_key(plain_key_request()).await.unwrap()];
+        let (rotated, _) = stranger.create_key(plain_key_request()).await.unwrap();
         server.stop();
-        good(reset(home, &["--root-key-file", "second.key"]));
+        assert_success(reset(home, &["--root-key-file", "second.key"]));
 
-        let server = home.start_as(home.serve()).unwrap();
-        let mut root = server.caller(&text(&home.path("second.key")));
+        let server = home.start_with(home.serve_command()).unwrap();
+        let mut root = server.caller(&read_text(&home.path("second.key")));
         let second_root = id_of(&mut root).await;
-        root.make_account("globex").await;
-        let operator = root.create(key_of("keyward", &["keyward:*"])).await.unwrap();
+        root.create_account("globex").await;
+        let operator = root.create_key(key_of("keyward", &["keyward:*"])).await.unwrap();
         let mut operators = server.caller(&operator.1);
         let role = pb::PutRoleRequest {
             account: "acme".into(),
@@ -150,13 +152,13 @@ impl Family {
         let member =
             pb::PutMemberRequest { account: "acme".into(), user: "ann".into(), role: "reader".into() };
         operators.accounts.put_member(member).await.unwrap();
-        let manager = operators.create(key_of("globex", &MANAGER)).await.unwrap();
-        let leaf = server.caller(&manager.1).create(key_of("globex", &["monitors:read"])).await.unwrap();
+        let manager = operators.create_key(key_of("globex", &MANAGER)).await.unwrap();
+        let leaf = server.caller(&manager.1).create_key(key_of("globex", &["monitors:read"])).await.unwrap();
         let of_user = pb::CreateKeyRequest { user: "ann".to_owned(), ..key_of("", &["all"]) };
-        let of_user = operators.create(of_user).await.unwrap();
-        let rotated = (rotated.clone(), root.rotate(&rotated).await.unwrap());
+        let of_user = operators.create_key(of_user).await.unwrap();
+        let rotated = (rotated.clone(), root.rotate_key(&rotated).await.unwrap());
         server.stop();
-        Family {
+        RootKeyFamily {
             first_root,
             second_root,
             strangers,
@@ -165,21 +167,25 @@ impl Family {
     }
 
     /// Sees that the strangers' keys work, and of the descendants those from `revoked` on.
-    async fn assert_living(&self, home: &Home, root_key: &str, revoked: bool) {
-        let server = home.start_as(home.serve()).unwrap();
-        let mut root = server.caller(&text(&home.path(root_key)));
+    async fn assert_living(&self, home: &TestHome, root_key: &str, revoked: bool) {
+        let server = home.start_with(home.serve_command()).unwrap();
+        let mut root = server.caller(&read_text(&home.path(root_key)));
         let expected = if revoked { KeyState::Revoked } else { KeyState::Active };
         for (id, _) in &self.descendants {
-            assert_eq!(root.get(id).await.unwrap().state(), expected, "{id}");
+            assert_eq!(root.get_key(id).await.unwrap().state(), expected, "{id}");
         }
         let leaf = pb::CheckRequest {
             account: Some("globex".into()),
-            ..crate::process::question(&self.descendants[2].1)
+            ..crate::process::check_request(&self.descendants[2].1)
         };
         let leaf = root.authz.check(leaf).await.unwrap().into_inner().reason();
         assert_eq!(leaf, if revoked { Reason::Revoked } else { Reason::Ok });
         for (id, token) in &self.strangers {
-            assert_eq!(root.check(token).await.unwrap(), Reason::Ok, "{id} descends from another root key");
+            assert_eq!(
+                root.check_token(token).await.unwrap(),
+                Reason::Ok,
+                "{id} descends from another root key"
+            );
         }
         let found = root.audit.verify(pb::VerifyAuditLogRequest::default()).await.unwrap().into_inner();
         assert!(found.valid, "{found:?}");
@@ -202,9 +208,9 @@ impl Family {
     }
 }
 
-async fn lists_and_then_revokes(home: Home) {
-    let family = Family::on(&home).await;
-    let out = good(reset(&home, &["--root-key-file", "third.key"]));
+async fn lists_and_then_revokes(home: TestHome) {
+    let family = RootKeyFamily::on(&home).await;
+    let out = assert_success(reset(&home, &["--root-key-file", "third.key"]));
     family.assert_listed(&out);
     let next = format!(
         "keyward root-key reset --revoke-descendants --lost {} --database '{}'\n",
@@ -215,38 +221,42 @@ async fn lists_and_then_revokes(home: Home) {
     family.assert_living(&home, "third.key", false).await;
 
     // What the key after it has made stays, although that key is replaced too.
-    let server = home.start_as(home.serve()).unwrap();
-    let (id, token) = server.caller(&text(&home.path("third.key"))).create(plain_key()).await.unwrap();
+    let server = home.start_with(home.serve_command()).unwrap();
+    let (id, token) =
+        server.caller(&read_text(&home.path("third.key"))).create_key(plain_key_request()).await.unwrap();
     server.stop();
     let again = ["--revoke-descendants", "--lost", &family.second_root, "--root-key-file", "fourth.key"];
-    let out = good(reset(&home, &again));
+    let out = assert_success(reset(&home, &again));
     family.assert_listed(&out);
     assert!(out.contains("Revoked: 5 keys") && !out.contains(&id), "{out}");
     family.assert_living(&home, "fourth.key", true).await;
-    let server = home.start_as(home.serve()).unwrap();
-    assert_eq!(server.caller(&text(&home.path("fourth.key"))).check(&token).await.unwrap(), Reason::Ok);
+    let server = home.start_with(home.serve_command()).unwrap();
+    assert_eq!(
+        server.caller(&read_text(&home.path("fourth.key"))).check_token(&token).await.unwrap(),
+        Reason::Ok
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reset_lists_what_the_lost_root_key_has_made_and_a_later_one_revokes_it_in_sqlite() {
-    lists_and_then_revokes(Home::new()).await;
+    lists_and_then_revokes(TestHome::new()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reset_lists_what_the_lost_root_key_has_made_and_a_later_one_revokes_it_in_postgresql() {
-    let database = Database::new();
-    lists_and_then_revokes(Home::on(database.url())).await;
+    let database = PostgresDatabase::new();
+    lists_and_then_revokes(TestHome::with_database_url(database.url())).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reset_that_revokes_descendants_leaves_none_of_any_generation_and_says_so_in_the_log() {
-    let home = Home::new();
-    let family = Family::on(&home).await;
-    let out = good(reset(&home, &["--revoke-descendants", "--root-key-file", "third.key"]));
+    let home = TestHome::new();
+    let family = RootKeyFamily::on(&home).await;
+    let out = assert_success(reset(&home, &["--revoke-descendants", "--root-key-file", "third.key"]));
     family.assert_listed(&out);
     family.assert_living(&home, "third.key", true).await;
-    let server = home.start_as(home.serve()).unwrap();
-    let mut root = server.caller(&text(&home.path("third.key")));
+    let server = home.start_with(home.serve_command()).unwrap();
+    let mut root = server.caller(&read_text(&home.path("third.key")));
     for (id, _) in &family.descendants {
         let about = pb::ListAuditEntriesRequest { key_id: id.clone(), ..Default::default() };
         let newest = root.audit.list(about).await.unwrap().into_inner().entries.remove(0);
@@ -254,19 +264,19 @@ async fn a_reset_that_revokes_descendants_leaves_none_of_any_generation_and_says
             (&*newest.action, &*newest.actor, &*newest.method),
             ("key.revoked", "system", "keyward root-key reset")
         );
-        let key = root.get(id).await.unwrap();
+        let key = root.get_key(id).await.unwrap();
         assert_eq!(key.revoke_reason(), pb::RevokeReason::Compromised);
     }
     server.stop();
     // Nothing is left, and what was lost long ago can still be named.
-    let out = good(reset(&home, &["--root-key-file", "fourth.key"]));
+    let out = assert_success(reset(&home, &["--root-key-file", "fourth.key"]));
     assert!(out.contains("No living key descends") && out.contains(&family.first_root), "{out}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reset_of_what_is_no_root_key_or_into_a_file_that_exists_changes_nothing() {
-    let home = Home::new();
-    let family = Family::on(&home).await;
+    let home = TestHome::new();
+    let family = RootKeyFamily::on(&home).await;
     let no_root = &family.descendants[0].0;
     let head = || {
         let file = rusqlite::Connection::open(home.database()).unwrap();
@@ -293,14 +303,14 @@ async fn a_reset_of_what_is_no_root_key_or_into_a_file_that_exists_changes_nothi
 }
 
 /// Runs SQL on the database of a server that has stopped.
-type Sql<'a> = &'a dyn Fn(&str);
+type RunSql<'a> = &'a dyn Fn(&str);
 
 /// Ends a reset in the middle: the database refuses to revoke one of many descendants.
-async fn is_finished_by_the_same_command(home: Home, sql: Sql<'_>, stop: &str, go_on: &str) {
+async fn is_finished_by_the_same_command(home: TestHome, sql: RunSql<'_>, stop: &str, go_on: &str) {
     const KEYS: usize = 1100;
     let server = home.start();
-    let mut root = server.root();
-    root.make_account("acme").await;
+    let mut root = server.root_caller();
+    root.create_account("acme").await;
     let row = |number: usize| pb::ImportKey {
         account: "acme".to_owned(),
         environment: "production".to_owned(),
@@ -320,12 +330,12 @@ async fn is_finished_by_the_same_command(home: Home, sql: Sql<'_>, stop: &str, g
     let ended = reset(&home, &command);
     assert!(ended.code == Some(1) && !home.path("new.key").exists(), "{ended:?}");
     sql(go_on);
-    let out = good(reset(&home, &command));
+    let out = assert_success(reset(&home, &command));
     let left = out.lines().filter(|line| line.contains("key ")).count();
     assert!((1..KEYS).contains(&left), "some were revoked by the first run, and some by the second: {left}");
 
-    let server = home.start_as(home.serve()).unwrap();
-    let mut root = server.caller(&text(&home.path("new.key")));
+    let server = home.start_with(home.serve_command()).unwrap();
+    let mut root = server.caller(&read_text(&home.path("new.key")));
     let living = pb::ListKeysRequest {
         account: "acme".to_owned(),
         states: vec![KeyState::Active.into()],
@@ -333,7 +343,7 @@ async fn is_finished_by_the_same_command(home: Home, sql: Sql<'_>, stop: &str, g
     };
     assert_eq!(root.keys.list(living).await.unwrap().into_inner().keys.len(), 0);
     for number in [0, KEYS - 1] {
-        assert_eq!(root.check(&format!("elsewhere_{number}")).await.unwrap(), Reason::Revoked);
+        assert_eq!(root.check_token(&format!("elsewhere_{number}")).await.unwrap(), Reason::Revoked);
     }
     let found = root.audit.verify(pb::VerifyAuditLogRequest::default()).await.unwrap().into_inner();
     assert!(found.valid && found.entries == found.head, "{found:?}");
@@ -341,7 +351,7 @@ async fn is_finished_by_the_same_command(home: Home, sql: Sql<'_>, stop: &str, g
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reset_that_is_broken_off_is_finished_by_the_same_command_in_sqlite() {
-    let home = Home::new();
+    let home = TestHome::new();
     let file = home.database();
     let sql = |sql: &str| rusqlite::Connection::open(&file).unwrap().execute_batch(sql).unwrap();
     let stop = "CREATE TRIGGER stop BEFORE UPDATE ON keys \
@@ -352,26 +362,26 @@ async fn a_reset_that_is_broken_off_is_finished_by_the_same_command_in_sqlite() 
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reset_that_is_broken_off_is_finished_by_the_same_command_in_postgresql() {
-    let database = Database::new();
+    let database = PostgresDatabase::new();
     let stop = "CREATE FUNCTION keyward.stop() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN \
                 IF NEW.id = (SELECT id FROM keyward.keys ORDER BY id DESC LIMIT 1) THEN \
                 RAISE EXCEPTION 'the disk is on fire'; END IF; RETURN NEW; END$$; \
                 CREATE TRIGGER stop BEFORE UPDATE ON keyward.keys FOR EACH ROW \
                 WHEN (NEW.revoked_at IS NOT NULL) EXECUTE FUNCTION keyward.stop()";
     let sql = |sql: &str| drop(database.sql(sql));
-    let home = Home::on(database.url());
+    let home = TestHome::with_database_url(database.url());
     is_finished_by_the_same_command(home, &sql, stop, "DROP TRIGGER stop ON keyward.keys").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn when_a_reset_ends_no_replica_that_runs_allows_a_descendant() {
-    let database = Database::new();
-    let home = Home::on(database.url());
+    let database = PostgresDatabase::new();
+    let home = TestHome::with_database_url(database.url());
     let server = home.start();
-    let other = Home::on(database.url());
-    let other = other.start_as(other.serve()).unwrap();
-    let mut root = server.root();
-    root.make_account("acme").await;
+    let other = TestHome::with_database_url(database.url());
+    let other = other.start_with(other.serve_command()).unwrap();
+    let mut root = server.root_caller();
+    root.create_account("acme").await;
     let known_to_both = |id: &str| {
         let sql = format!(
             "SELECT count(*) FROM keyward.replicas WHERE applied >= (SELECT revision FROM keyward.keys WHERE id = '\\x{}')",
@@ -379,39 +389,39 @@ async fn when_a_reset_ends_no_replica_that_runs_allows_a_descendant() {
         );
         wait_for("both replicas to know the key", || (database.sql(&sql) == "2").then_some(()));
     };
-    let (id, manager) = root.create(key_of("acme", &MANAGER)).await.unwrap();
+    let (id, manager) = root.create_key(key_of("acme", &MANAGER)).await.unwrap();
     known_to_both(&id);
-    let (_, leaf) = other.caller(&manager).create(plain_key()).await.unwrap();
-    let (checks_id, checker) = root.create(key_of("keyward", &["keyward:check"])).await.unwrap();
+    let (_, leaf) = other.caller(&manager).create_key(plain_key_request()).await.unwrap();
+    let (checks_id, checker) = root.create_key(key_of("keyward", &["keyward:check"])).await.unwrap();
     known_to_both(&checks_id);
     let file = home.path("new.key");
-    good(reset(&home, &["--revoke-descendants", "--root-key-file", file.to_str().unwrap()]));
+    assert_success(reset(&home, &["--revoke-descendants", "--root-key-file", file.to_str().unwrap()]));
     for server in [&server, &other] {
-        let mut root = server.caller(&text(&file));
+        let mut root = server.caller(&read_text(&file));
         for token in [&manager, &leaf, &checker] {
-            assert_eq!(root.check(token).await.unwrap(), Reason::Revoked);
+            assert_eq!(root.check_token(token).await.unwrap(), Reason::Revoked);
         }
-        let refused = server.caller(&manager).get(&id).await.unwrap_err();
+        let refused = server.caller(&manager).get_key(&id).await.unwrap_err();
         assert_eq!(refused.code(), tonic::Code::Unauthenticated);
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_key_that_took_the_root_keys_name_does_not_keep_a_reset_from_ending() {
-    let server = Keyward::start();
-    let mut root = server.root();
+    let server = KeywardProcess::start();
+    let mut root = server.root_caller();
     let id = id_of(&mut root).await;
     let key = pb::Key { id, name: "another".to_owned(), ..Default::default() };
     let update_mask = Some(prost_types::FieldMask { paths: vec!["name".to_owned()] });
     root.keys.update(pb::UpdateKeyRequest { key: Some(key), update_mask }).await.unwrap();
-    root.create(pb::CreateKeyRequest {
+    root.create_key(pb::CreateKeyRequest {
         name: Some("root".to_owned()),
         ..key_of("keyward", &["keyward:check"])
     })
     .await
     .unwrap();
     let home = server.stop();
-    good(reset(&home, &["--root-key-file", "new.key"]));
-    let server = home.start_as(home.serve()).unwrap();
-    server.caller(&text(&home.path("new.key"))).make_account("acme").await;
+    assert_success(reset(&home, &["--root-key-file", "new.key"]));
+    let server = home.start_with(home.serve_command()).unwrap();
+    server.caller(&read_text(&home.path("new.key"))).create_account("acme").await;
 }

@@ -12,32 +12,34 @@ use std::{
 use keyward::{
     domain::{
         account::Account,
-        key::{Key, Owner, Revocation, RevokeReason, Secret, Terms},
-        log::{Action, Actor, Change, GENESIS, LogRow},
+        key::{ApiKey, KeyOwner, KeySecret, KeySpec, Revocation, RevokeReason},
+        log::{Actor, AuditAction, GENESIS_HASH, LogEntry, RecordChange},
         name::{AccountId, DisplayName, EnvironmentName, KeyId, KeyName},
         scope::{Scope, ScopeSet},
         time::{Revision, Timestamp},
-        token::Digest,
+        token::TokenDigest,
     },
     pb::Reason,
-    store::{self, KeyFilter, LogFilter, Outcome, OwnerFilter, ReadSet, SnapshotItem, Store, Write},
+    store::{
+        self, KeyFilter, LogFilter, OwnerFilter, ReadSet, SnapshotRecord, Store, WriteOutcome, WriteRequest,
+    },
 };
 use sqlx::{Connection as _, SqliteConnection};
 use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
 
 use crate::{
-    crash::Chance,
-    loaded,
-    process::{Home, plain_key},
+    crash::SplitMix64,
+    process::{TestHome, plain_key_request},
+    snapshot_loader,
 };
 
 fn at(seconds: i64) -> Timestamp {
     Timestamp::from_micros((1_800_000_000 + seconds) * 1_000_000)
 }
 
-fn account() -> Change {
-    Change::Account(Arc::new(Account {
+fn account() -> RecordChange {
+    RecordChange::Account(Arc::new(Account {
         id: AccountId::parse("acme").unwrap(),
         name: DisplayName::parse("Acme Inc").unwrap(),
         suspended_at: None,
@@ -48,12 +50,12 @@ fn account() -> Change {
     }))
 }
 
-fn key(number: u8) -> Key {
-    Key {
+fn key(number: u8) -> ApiKey {
+    ApiKey {
         id: KeyId::generate(at(i64::from(number)), [number; 10]),
-        owner: Owner::Account(AccountId::parse("acme").unwrap()),
+        owner: KeyOwner::Account(AccountId::parse("acme").unwrap()),
         environment: EnvironmentName::parse("production").unwrap(),
-        terms: Terms {
+        spec: KeySpec {
             name: Some(KeyName::parse(&format!("key number {number}")).unwrap()),
             scopes: [Scope::parse_grant("monitors:read").unwrap()].into_iter().collect(),
             roles: vec![],
@@ -69,9 +71,9 @@ fn key(number: u8) -> Key {
         updated_at: at(0),
         disabled_at: None,
         revocation: None,
-        secrets: vec![Secret {
+        secrets: vec![KeySecret {
             version: 1,
-            digest: Digest::of(&format!("token {number}")),
+            digest: TokenDigest::from_token(&format!("token {number}")),
             hint: "kw_live_0000".to_owned(),
             created_at: at(0),
             expires_at: None,
@@ -80,20 +82,20 @@ fn key(number: u8) -> Key {
     }
 }
 
-async fn commit(store: &Arc<dyn Store>, change: Change, expect: Option<Revision>) -> Change {
-    let write = Write {
+async fn commit(store: &Arc<dyn Store>, change: RecordChange, expect: Option<Revision>) -> RecordChange {
+    let write = WriteRequest {
         change,
-        expect,
-        action: Action::KeyUpdated,
+        expected_revision: expect,
+        action: AuditAction::KeyUpdated,
         actor: Actor::SYSTEM,
         method: "test",
         at: at(0),
         idempotency: None,
-        reads: ReadSet::default(),
+        read_set: ReadSet::default(),
         limits: None,
     };
     match store.commit(&[write]).await.unwrap().outcomes.pop() {
-        Some(Ok(Outcome::Applied(change))) => change,
+        Some(Ok(WriteOutcome::Applied(change))) => change,
         outcome => panic!("{outcome:?}"),
     }
 }
@@ -101,13 +103,13 @@ async fn commit(store: &Arc<dyn Store>, change: Change, expect: Option<Revision>
 /// Makes keys; every third is rotated, every fifth revoked.
 async fn fill(store: &Arc<dyn Store>, numbers: std::ops::Range<u8>) {
     for number in numbers {
-        let made = commit(store, Change::Key(Arc::new(key(number))), None).await;
-        let Change::Key(mut made) = made else { unreachable!() };
+        let made = commit(store, RecordChange::Key(Arc::new(key(number))), None).await;
+        let RecordChange::Key(mut made) = made else { unreachable!() };
         let revision = made.revision;
         let changed = Arc::make_mut(&mut made);
         if number % 3 == 0 {
             changed.rotate(
-                Digest::of(&format!("new {number}")),
+                TokenDigest::from_token(&format!("new {number}")),
                 "kw_live_1111".to_owned(),
                 Duration::ZERO,
                 at(5),
@@ -118,26 +120,26 @@ async fn fill(store: &Arc<dyn Store>, numbers: std::ops::Range<u8>) {
         } else {
             continue;
         }
-        commit(store, Change::Key(made), Some(revision)).await;
+        commit(store, RecordChange::Key(made), Some(revision)).await;
     }
 }
 
 /// All that a database holds and a server may serve.
 #[derive(Debug, PartialEq)]
-struct Content {
-    log: Vec<LogRow>,
+struct DatabaseContent {
+    log: Vec<LogEntry>,
     accounts: Vec<Account>,
-    keys: Vec<Key>,
+    keys: Vec<ApiKey>,
     /// The ids that a List tells, which come by way of an index.
     listed: Vec<KeyId>,
     /// The revisions that the audit log tells of the account.
     audited: Vec<Revision>,
 }
 
-impl Content {
+impl DatabaseContent {
     /// A difference is named, not shown with everything around it.
     #[track_caller]
-    fn assert_is(&self, expected: &Content, when: &str) {
+    fn assert_equals(&self, expected: &DatabaseContent, when: &str) {
         assert_eq!(self.log.len(), expected.log.len(), "{when}");
         assert_eq!(self.keys.len(), expected.keys.len(), "{when}");
         for (found, expected) in self.keys.iter().zip(&expected.keys) {
@@ -149,24 +151,26 @@ impl Content {
     }
 
     /// What stands after the first rows of a log.
-    fn of(log: &[LogRow]) -> Content {
+    fn from_log(log: &[LogEntry]) -> DatabaseContent {
         let (mut accounts, mut keys) = (BTreeMap::new(), BTreeMap::new());
         for row in log {
             match serde_json::from_str(&row.payload).unwrap() {
-                Change::Account(account) => drop(accounts.insert(account.id.clone(), (*account).clone())),
-                Change::Key(key) => {
+                RecordChange::Account(account) => {
+                    drop(accounts.insert(account.id.clone(), (*account).clone()))
+                }
+                RecordChange::Key(key) => {
                     let mut key = Arc::unwrap_or_clone(key);
                     // A start has no use for them.
                     key.secrets.iter_mut().for_each(|secret| secret.hint.clear());
                     if key.revocation.is_some() {
-                        key.terms = nothing();
+                        key.spec = nothing();
                     }
                     keys.insert(key.id, key);
                 }
                 other => panic!("{other:?}"),
             }
         }
-        Content {
+        DatabaseContent {
             log: log.to_vec(),
             accounts: accounts.into_values().collect(),
             listed: keys.keys().rev().copied().collect(),
@@ -177,8 +181,8 @@ impl Content {
 }
 
 /// What a start reads of the terms of a revoked key.
-fn nothing() -> Terms {
-    Terms {
+fn nothing() -> KeySpec {
+    KeySpec {
         name: None,
         scopes: ScopeSet::default(),
         roles: Vec::new(),
@@ -192,7 +196,7 @@ fn nothing() -> Terms {
 }
 
 /// Opens a database and reads it as a start does; or what the start would say.
-async fn served(path: &Path) -> Result<Content, String> {
+async fn serve_content(path: &Path) -> Result<DatabaseContent, String> {
     let store =
         store::open(&format!("sqlite:{}", path.display())).await.map_err(|error| error.to_string())?;
     let content = read(&store).await;
@@ -200,24 +204,25 @@ async fn served(path: &Path) -> Result<Content, String> {
     content
 }
 
-async fn read(store: &Arc<dyn Store>) -> Result<Content, String> {
+async fn read(store: &Arc<dyn Store>) -> Result<DatabaseContent, String> {
     let (mut accounts, mut keys) = (Vec::new(), Vec::new());
-    let (head, items) = loaded::snapshot(store, at(0)).await.map_err(|error| error.to_string())?;
+    let (head, items) =
+        snapshot_loader::load_snapshot(store, at(0)).await.map_err(|error| error.to_string())?;
     for item in items {
         match item {
-            SnapshotItem::Account(account) => accounts.push(account),
-            SnapshotItem::Key(key, _) => keys.push(Arc::unwrap_or_clone(key)),
+            SnapshotRecord::Account(account) => accounts.push(account),
+            SnapshotRecord::Key(key, _) => keys.push(Arc::unwrap_or_clone(key)),
             _ => {}
         }
     }
     keys.sort_by_key(|key| key.id);
-    let log = store.log_after(Revision(0), u32::MAX).await.map_err(|error| error.to_string())?;
-    let (mut revision, mut hash) = (Revision(0), GENESIS);
+    let log = store.list_log_after(Revision(0), u32::MAX).await.map_err(|error| error.to_string())?;
+    let (mut revision, mut hash) = (Revision(0), GENESIS_HASH);
     for row in &log {
         assert!(row.follows(revision, &hash), "a broken chain is served");
         (revision, hash) = (row.revision, row.hash);
     }
-    assert_eq!(head, store::Head { revision, hash });
+    assert_eq!(head, store::LogHead { revision, hash });
     let acme = AccountId::parse("acme").unwrap();
     let filter = KeyFilter {
         owner: OwnerFilter::Account(acme.clone()),
@@ -229,10 +234,10 @@ async fn read(store: &Arc<dyn Store>) -> Result<Content, String> {
         created_before: None,
         now: at(0),
     };
-    let listed = store.keys(&filter, None, 1000).await.map_err(|error| error.to_string())?;
+    let listed = store.list_keys(&filter, None, 1000).await.map_err(|error| error.to_string())?;
     let of_acme = LogFilter { account: Some(acme), ..LogFilter::default() };
-    let audited = store.log(&of_acme, None, 1000).await.map_err(|error| error.to_string())?;
-    Ok(Content {
+    let audited = store.list_log(&of_acme, None, 1000).await.map_err(|error| error.to_string())?;
+    Ok(DatabaseContent {
         log,
         accounts,
         keys,
@@ -243,12 +248,12 @@ async fn read(store: &Arc<dyn Store>) -> Result<Content, String> {
 
 /// What a start says of damage must help.
 #[track_caller]
-fn helps(message: &str) {
+fn assert_helpful(message: &str) {
     assert!(message.contains("Restore the newest backup"), "{message}");
 }
 
 /// A database after a clean stop.
-async fn whole() -> (Vec<u8>, Content) {
+async fn stopped_database() -> (Vec<u8>, DatabaseContent) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("keyward.db");
     let store = store::open(&format!("sqlite:{}", path.display())).await.unwrap();
@@ -257,12 +262,15 @@ async fn whole() -> (Vec<u8>, Content) {
     let content = read(&store).await.unwrap();
     store.close().await;
     assert!(!folder.path().join("keyward.db-wal").exists(), "a clean stop leaves one file");
-    assert_eq!(content, Content::of(&content.log));
+    assert_eq!(content, DatabaseContent::from_log(&content.log));
     (std::fs::read(&path).unwrap(), content)
 }
 
 /// Runs each case on a file of its own, a few at a time: SQLite works on threads of its own.
-async fn each<T, F: Future<Output = ()>>(cases: impl IntoIterator<Item = T>, run: impl Fn(PathBuf, T) -> F) {
+async fn run_each_case<T, F: Future<Output = ()>>(
+    cases: impl IntoIterator<Item = T>,
+    run: impl Fn(PathBuf, T) -> F,
+) {
     let cases = std::cell::RefCell::new(cases.into_iter());
     let worker = async || {
         loop {
@@ -279,18 +287,18 @@ async fn each<T, F: Future<Output = ()>>(cases: impl IntoIterator<Item = T>, run
 #[tokio::test(flavor = "multi_thread")]
 async fn a_flipped_byte_is_noticed_or_changes_nothing() {
     const FLIPS: usize = 1000;
-    let mut chance = Chance::seeded();
-    let (bytes, content) = whole().await;
+    let mut chance = SplitMix64::from_environment();
+    let (bytes, content) = stopped_database().await;
     let content = Arc::new(content);
     let step = bytes.len() / FLIPS;
     let cases: Vec<_> = (0..FLIPS).map(|at| (at * step + chance.below(step), 1 << chance.below(8))).collect();
-    each(cases, move |path, (place, bit)| {
+    run_each_case(cases, move |path, (place, bit)| {
         let (mut bytes, content) = (bytes.clone(), content.clone());
         async move {
             bytes[place] ^= bit;
             std::fs::write(&path, &bytes).unwrap();
-            match served(&path).await {
-                Ok(found) => found.assert_is(&content, &format!("bit {bit} of byte {place}")),
+            match serve_content(&path).await {
+                Ok(found) => found.assert_equals(&content, &format!("bit {bit} of byte {place}")),
                 Err(message) => assert!(!message.is_empty()),
             }
         }
@@ -300,23 +308,23 @@ async fn a_flipped_byte_is_noticed_or_changes_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cut_file_is_refused_with_the_way_out() {
-    let (bytes, _) = whole().await;
+    let (bytes, _) = stopped_database().await;
     // SQLite takes a file of one byte for an empty one.
     let cuts: Vec<_> = (2..bytes.len()).step_by(bytes.len() / 150).collect();
-    each(cuts, move |path, length| {
+    run_each_case(cuts, move |path, length| {
         let bytes = bytes.clone();
         async move {
             std::fs::write(&path, &bytes[..length]).unwrap();
-            let message = served(&path).await.expect_err("half a database is served");
+            let message = serve_content(&path).await.expect_err("half a database is served");
             assert!(message.contains("is damaged"), "{length}: {message}");
-            helps(&message);
+            assert_helpful(&message);
         }
     })
     .await;
 }
 
 /// A database with a write-ahead log that holds its last changes, as a power cut leaves them.
-async fn with_wal() -> (Vec<u8>, Vec<u8>, Vec<LogRow>) {
+async fn with_wal() -> (Vec<u8>, Vec<u8>, Vec<LogEntry>) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("keyward.db");
     let url = format!("sqlite:{}", path.display());
@@ -327,15 +335,15 @@ async fn with_wal() -> (Vec<u8>, Vec<u8>, Vec<LogRow>) {
     drop(store);
     let store = store::open(&url).await.unwrap();
     fill(&store, 4..10).await;
-    let log = store.log_after(Revision(0), u32::MAX).await.unwrap();
+    let log = store.list_log_after(Revision(0), u32::MAX).await.unwrap();
     (std::fs::read(&path).unwrap(), std::fs::read(folder.path().join("keyward.db-wal")).unwrap(), log)
 }
 
 /// Sees that what is served is what stood after some number of changes; returns how many.
-async fn served_prefix(path: &Path, log: &[LogRow]) -> usize {
-    let found = served(path).await.unwrap();
+async fn served_prefix(path: &Path, log: &[LogEntry]) -> usize {
+    let found = serve_content(path).await.unwrap();
     let length = found.log.len();
-    found.assert_is(&Content::of(&log[..length]), &format!("after {length} changes"));
+    found.assert_equals(&DatabaseContent::from_log(&log[..length]), &format!("after {length} changes"));
     length
 }
 
@@ -345,14 +353,14 @@ async fn a_write_ahead_log_cut_anywhere_leaves_whole_changes() {
     let lengths = Arc::new(std::sync::Mutex::new(BTreeMap::new()));
     let (seen, all) = (lengths.clone(), log.len());
     let cuts: Vec<_> = (0..wal.len()).step_by(512).chain([wal.len()]).collect();
-    each(cuts, move |path, cut| {
+    run_each_case(cuts, move |path, cut| {
         let (bytes, wal, log, seen) = (bytes.clone(), wal[..cut].to_vec(), log.clone(), seen.clone());
         async move {
             std::fs::write(&path, &bytes).unwrap();
             std::fs::write(path.with_extension("db-wal"), &wal).unwrap();
             // A header and no frame is no more than nothing.
             if wal.len() < 32 + 24 + 512 {
-                let message = served(&path).await.expect_err("an older state is served");
+                let message = serve_content(&path).await.expect_err("an older state is served");
                 assert!(
                     message.contains("was not closed") && message.contains("restore the newest"),
                     "{message}"
@@ -373,10 +381,10 @@ async fn a_write_ahead_log_cut_anywhere_leaves_whole_changes() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_flipped_byte_of_the_write_ahead_log_leaves_whole_changes() {
-    let mut chance = Chance::seeded();
+    let mut chance = SplitMix64::from_environment();
     let (bytes, wal, log) = with_wal().await;
     let places: Vec<_> = (0..200).map(|_| (chance.below(wal.len()), 1 << chance.below(8))).collect();
-    each(places, move |path, (place, bit)| {
+    run_each_case(places, move |path, (place, bit)| {
         let (bytes, mut wal, log) = (bytes.clone(), wal.clone(), log.clone());
         async move {
             wal[place] ^= bit;
@@ -396,7 +404,7 @@ async fn a_flipped_byte_of_the_write_ahead_log_leaves_whole_changes() {
 }
 
 /// Changes a stopped server's database behind its back.
-async fn tamper(home: &Home, sql: &'static str) {
+async fn tamper(home: &TestHome, sql: &'static str) {
     let url = format!("sqlite://{}", home.database().display());
     let mut connection = SqliteConnection::connect(&url).await.unwrap();
     let done = sqlx::query(sql).execute(&mut connection).await.unwrap();
@@ -405,11 +413,11 @@ async fn tamper(home: &Home, sql: &'static str) {
 }
 
 /// A stopped server's database, with a key in it.
-async fn stopped() -> Home {
-    let server = crate::process::Keyward::start();
-    let mut root = server.root();
-    root.make_account("acme").await;
-    root.create(plain_key()).await.unwrap();
+async fn stopped() -> TestHome {
+    let server = crate::process::KeywardProcess::start();
+    let mut root = server.root_caller();
+    root.create_account("acme").await;
+    root.create_key(plain_key_request()).await.unwrap();
     server.stop()
 }
 
@@ -430,9 +438,9 @@ async fn a_changed_record_stops_the_start_and_the_message_says_what_to_do() {
     ] {
         let home = stopped().await;
         tamper(&home, sql).await;
-        let message = home.refusal(home.serve());
+        let message = home.run_expecting_failure(home.serve_command());
         assert!(message.contains(said), "{sql}: {message}");
-        helps(&message);
+        assert_helpful(&message);
     }
 }
 
@@ -440,7 +448,7 @@ async fn a_changed_record_stops_the_start_and_the_message_says_what_to_do() {
 async fn a_key_without_its_secret_stops_the_start() {
     let home = stopped().await;
     tamper(&home, "DELETE FROM secrets WHERE digest = (SELECT max(digest) FROM secrets)").await;
-    helps(&home.refusal(home.serve()));
+    assert_helpful(&home.run_expecting_failure(home.serve_command()));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -449,7 +457,7 @@ async fn a_database_of_a_newer_version_is_refused_and_left_alone() {
     let sql = "INSERT INTO _sqlx_migrations VALUES (9999, 'later', CURRENT_TIMESTAMP, 1, x'00', 1)";
     tamper(&home, sql).await;
     let before = std::fs::read(home.database()).unwrap();
-    let message = home.refusal(home.serve());
+    let message = home.run_expecting_failure(home.serve_command());
     for said in ["schema version 9999", "versions up to", "start the newer keyward"] {
         assert!(message.contains(said), "{said}: {message}");
     }
@@ -458,12 +466,12 @@ async fn a_database_of_a_newer_version_is_refused_and_left_alone() {
 
 #[test]
 fn what_is_no_database_is_refused_and_left_alone() {
-    let mut chance = Chance::seeded();
-    let noise: Vec<u8> = (0..16_384).map(|_| chance.next().to_le_bytes()[0]).collect();
+    let mut chance = SplitMix64::from_environment();
+    let noise: Vec<u8> = (0..16_384).map(|_| chance.next_u64().to_le_bytes()[0]).collect();
     for content in [noise, b"Dear diary,\n".repeat(100)] {
-        let home = Home::new();
+        let home = TestHome::new();
         std::fs::write(home.database(), &content).unwrap();
-        helps(&home.refusal(home.serve()));
+        assert_helpful(&home.run_expecting_failure(home.serve_command()));
         assert!(std::fs::read(home.database()).unwrap() == content);
         assert!(!home.root_key_file().exists());
     }
@@ -471,14 +479,15 @@ fn what_is_no_database_is_refused_and_left_alone() {
 
 #[test]
 fn a_folder_that_is_not_there_is_named() {
-    let home = Home::new();
-    let message = home.refusal(home.command(["serve", "--database", "sqlite:nowhere/keyward.db"]));
+    let home = TestHome::new();
+    let message =
+        home.run_expecting_failure(home.command(["serve", "--database", "sqlite:nowhere/keyward.db"]));
     assert!(message.contains("nowhere"), "{message}");
 }
 
 /// Stands between the server and the disk: while a file says so, writes to the database find no room, or what
 /// was written cannot be made durable.
-const BAD_DISK: &str = r#"
+const FAILING_DISK_C: &str = r#"
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -509,7 +518,7 @@ int fdatasync(int fd) { FAULT(fd) return REAL(fdatasync)(fd); }
 "#;
 
 /// Puts a library before the C library of a command. The linker's own compiler builds it: where Rust links, it is there.
-pub(crate) fn preload(home: &Home, source: &str, command: &mut Command) {
+pub(crate) fn preload_library(home: &TestHome, source: &str, command: &mut Command) {
     let (file, library) = (home.path("preload.c"), home.path("preload.so"));
     std::fs::write(&file, source).unwrap();
     let mut compile = Command::new("cc");
@@ -518,10 +527,10 @@ pub(crate) fn preload(home: &Home, source: &str, command: &mut Command) {
     command.env("LD_PRELOAD", &library);
 }
 
-/// `keyward serve` on such a disk.
-fn serve_on_bad_disk(home: &Home) -> Command {
-    let mut serve = home.serve();
-    preload(home, BAD_DISK, &mut serve);
+/// `keyward serve_command` on such a disk.
+fn serve_on_bad_disk(home: &TestHome) -> Command {
+    let mut serve = home.serve_command();
+    preload_library(home, FAILING_DISK_C, &mut serve);
     serve.env("BAD_DISK_FULL", home.path("full")).env("BAD_DISK_FAULT", home.path("fault"));
     serve
 }
@@ -533,58 +542,58 @@ fn reason(status: &Status) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn on_a_full_disk_a_revocation_is_in_force_here_and_a_retry_makes_it_last() {
-    let home = Home::new();
-    let server = home.start_as(serve_on_bad_disk(&home)).unwrap();
-    let mut root = server.root();
-    root.make_account("acme").await;
-    let (id, token) = root.create(plain_key()).await.unwrap();
-    let (_, other) = root.create(plain_key()).await.unwrap();
+    let home = TestHome::new();
+    let server = home.start_with(serve_on_bad_disk(&home)).unwrap();
+    let mut root = server.root_caller();
+    root.create_account("acme").await;
+    let (id, token) = root.create_key(plain_key_request()).await.unwrap();
+    let (_, other) = root.create_key(plain_key_request()).await.unwrap();
     let full = home.path("full");
     std::fs::write(&full, "").unwrap();
     for _ in 0..2 {
-        let refused = root.revoke(&id).await.unwrap_err();
+        let refused = root.revoke_key(&id).await.unwrap_err();
         assert_eq!(
             (refused.code(), &*reason(&refused)),
             (Code::ResourceExhausted, "STORE_FULL"),
             "{refused:?}"
         );
-        assert_eq!(root.check(&token).await.unwrap(), Reason::Revoked, "refused here at once");
-        assert_eq!(root.check(&other).await.unwrap(), Reason::Ok, "Checks go on");
+        assert_eq!(root.check_token(&token).await.unwrap(), Reason::Revoked, "refused here at once");
+        assert_eq!(root.check_token(&other).await.unwrap(), Reason::Ok, "Checks go on");
     }
-    assert_eq!(root.create(plain_key()).await.unwrap_err().code(), Code::ResourceExhausted);
+    assert_eq!(root.create_key(plain_key_request()).await.unwrap_err().code(), Code::ResourceExhausted);
     std::fs::remove_file(full).unwrap();
-    root.revoke(&id).await.unwrap();
-    root.create(plain_key()).await.unwrap();
-    assert_eq!(root.check(&token).await.unwrap(), Reason::Revoked);
+    root.revoke_key(&id).await.unwrap();
+    root.create_key(plain_key_request()).await.unwrap();
+    assert_eq!(root.check_token(&token).await.unwrap(), Reason::Revoked);
     server.stop();
 
     let server = home.start();
-    assert_eq!(server.root().check(&token).await.unwrap(), Reason::Revoked, "it lasts");
+    assert_eq!(server.root_caller().check_token(&token).await.unwrap(), Reason::Revoked, "it lasts");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn when_a_commit_may_have_failed_a_revocation_is_in_force_and_a_retry_makes_it_last() {
-    let home = Home::new();
-    let server = home.start_as(serve_on_bad_disk(&home)).unwrap();
-    let mut root = server.root();
-    root.make_account("acme").await;
-    let (id, token) = root.create(plain_key()).await.unwrap();
-    let (rotated_id, old) = root.create(plain_key()).await.unwrap();
+    let home = TestHome::new();
+    let server = home.start_with(serve_on_bad_disk(&home)).unwrap();
+    let mut root = server.root_caller();
+    root.create_account("acme").await;
+    let (id, token) = root.create_key(plain_key_request()).await.unwrap();
+    let (rotated_id, old) = root.create_key(plain_key_request()).await.unwrap();
     let fault = home.path("fault");
     std::fs::write(&fault, "").unwrap();
-    let refused = root.revoke(&id).await.unwrap_err();
+    let refused = root.revoke_key(&id).await.unwrap_err();
     assert_eq!(refused.code(), Code::Unavailable, "{refused:?}");
-    assert_eq!(root.check(&token).await.unwrap(), Reason::Revoked);
-    assert_eq!(root.rotate(&rotated_id).await.unwrap_err().code(), Code::Unavailable);
+    assert_eq!(root.check_token(&token).await.unwrap(), Reason::Revoked);
+    assert_eq!(root.rotate_key(&rotated_id).await.unwrap_err().code(), Code::Unavailable);
     std::fs::remove_file(fault).unwrap();
-    root.revoke(&id).await.unwrap();
-    let new = root.rotate(&rotated_id).await.unwrap();
-    assert_eq!(root.check(&token).await.unwrap(), Reason::Revoked);
+    root.revoke_key(&id).await.unwrap();
+    let new = root.rotate_key(&rotated_id).await.unwrap();
+    assert_eq!(root.check_token(&token).await.unwrap(), Reason::Revoked);
     server.stop();
 
     let server = home.start();
-    let mut root = server.root();
+    let mut root = server.root_caller();
     for (token, reason) in [(&token, Reason::Revoked), (&old, Reason::Rotated), (&new, Reason::Ok)] {
-        assert_eq!(root.check(token).await.unwrap(), reason);
+        assert_eq!(root.check_token(token).await.unwrap(), reason);
     }
 }

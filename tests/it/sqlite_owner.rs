@@ -13,22 +13,22 @@ use keyward::{
 use tonic::Code;
 
 use crate::{
-    crash::Chance,
-    process::{Caller, Ended, Home, Keyward, plain_key, wait_for},
-    sqlite_file::preload,
+    crash::SplitMix64,
+    process::{AuthorizedClients, FinishedProcess, KeywardProcess, TestHome, plain_key_request, wait_for},
+    sqlite_file::preload_library,
 };
 
-fn wal(home: &Home) -> PathBuf {
+fn wal(home: &TestHome) -> PathBuf {
     home.path("keyward.db-wal")
 }
 
 /// A server with a key of `acme`: its id and token.
-async fn with_key(server: &Keyward) -> (String, String) {
-    server.root().make_account("acme").await;
-    server.root().create(plain_key()).await.unwrap()
+async fn with_key(server: &KeywardProcess) -> (String, String) {
+    server.root_caller().create_account("acme").await;
+    server.root_caller().create_key(plain_key_request()).await.unwrap()
 }
 
-fn serve_on(home: &Home, database: &Path) -> Command {
+fn serve_on(home: &TestHome, database: &Path) -> Command {
     let url = format!("sqlite:{}", database.display());
     let ports = ["--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"];
     let mut serve = home.command(["serve", "--database", &url]);
@@ -37,10 +37,10 @@ fn serve_on(home: &Home, database: &Path) -> Command {
 }
 
 /// A file system whose locks do nothing.
-const NO_LOCKS: &str = "int flock(int fd, int operation) { (void)fd; (void)operation; return 0; }";
+const FLOCK_STUB_C: &str = "int flock(int fd, int operation) { (void)fd; (void)operation; return 0; }";
 
-fn without_locks(home: &Home, mut serve: Command) -> Command {
-    preload(home, NO_LOCKS, &mut serve);
+fn without_locks(home: &TestHome, mut serve: Command) -> Command {
+    preload_library(home, FLOCK_STUB_C, &mut serve);
     serve
 }
 
@@ -48,14 +48,14 @@ fn without_locks(home: &Home, mut serve: Command) -> Command {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_server_is_refused_under_every_name_of_the_file() {
-    let server = Keyward::start();
+    let server = KeywardProcess::start();
     let home = server.home.clone();
-    let elsewhere = Home::new();
+    let elsewhere = TestHome::new();
     std::fs::hard_link(home.database(), elsewhere.database()).unwrap();
     std::os::unix::fs::symlink(home.database(), home.path("link.db")).unwrap();
     std::fs::remove_file(home.path("keyward.db-lock")).unwrap();
     for name in [home.database(), elsewhere.database(), home.path("link.db")] {
-        let refused = home.refusal(serve_on(&home, &name));
+        let refused = home.run_expecting_failure(serve_on(&home, &name));
         assert!(refused.contains("in use by another keyward"), "{}: {refused}", name.display());
     }
     with_key(&server).await;
@@ -63,15 +63,15 @@ async fn a_second_server_is_refused_under_every_name_of_the_file() {
 
 #[test]
 fn a_second_server_is_refused_on_another_mount_of_the_file() {
-    let server = Keyward::start();
-    let elsewhere = Home::new();
-    let serve = elsewhere.serve();
+    let server = KeywardProcess::start();
+    let elsewhere = TestHome::new();
+    let serve = elsewhere.serve_command();
     let mut mounted = Command::new("unshare");
     mounted.args(["--mount", "--map-root-user", "sh", "-c"]);
     mounted.arg("touch \"$1\" && mount --bind \"$0\" \"$1\" || exit 77; shift; exec \"$@\"");
     mounted.arg(server.home.database()).arg(elsewhere.database());
     mounted.arg(serve.get_program()).args(serve.get_args());
-    let Err(ended) = elsewhere.start_as(mounted) else { panic!("it serves") };
+    let Err(ended) = elsewhere.start_with(mounted) else { panic!("it serves") };
     if ended.code == Some(77) || ended.err.contains("unshare") {
         println!("this machine mounts nothing; other names of the file stand for it: {ended:?}");
         return;
@@ -81,38 +81,39 @@ fn a_second_server_is_refused_on_another_mount_of_the_file() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_another_has_displaced_acknowledges_and_allows_nothing_more_and_ends() {
-    let home = Home::new();
-    let mut first = home.start_as(without_locks(&home, home.serve())).unwrap();
+    let home = TestHome::new();
+    let mut first = home.start_with(without_locks(&home, home.serve_command())).unwrap();
     let (id, token) = with_key(&first).await;
-    assert_eq!(first.root().check(&token).await.unwrap(), Reason::Ok);
-    let second = home.start_as(without_locks(&home, home.serve())).unwrap();
-    let refused = first.root().create(plain_key()).await.unwrap_err();
+    assert_eq!(first.root_caller().check_token(&token).await.unwrap(), Reason::Ok);
+    let second = home.start_with(without_locks(&home, home.serve_command())).unwrap();
+    let refused = first.root_caller().create_key(plain_key_request()).await.unwrap_err();
     assert_eq!(refused.code(), Code::Unavailable, "{refused:?}");
-    second.root().revoke(&id).await.unwrap();
-    let mut caller = first.root();
-    while let Ok(reason) = caller.check(&token).await {
+    second.root_caller().revoke_key(&id).await.unwrap();
+    let mut caller = first.root_caller();
+    while let Ok(reason) = caller.check_token(&token).await {
         assert!([Reason::Ok, Reason::Revoked].contains(&reason));
     }
     wait_for("the first one to end", || first.process.has_ended().then_some(()));
-    let ended = first.process.ended();
+    let ended = first.process.wait_until_ended();
     assert_eq!(ended.code, Some(1), "{ended:?}");
     assert!(ended.err.contains("no longer owns the database file"), "{ended:?}");
-    assert_eq!(second.root().check(&token).await.unwrap(), Reason::Revoked);
-    second.root().create(plain_key()).await.unwrap();
+    assert_eq!(second.root_caller().check_token(&token).await.unwrap(), Reason::Revoked);
+    second.root_caller().create_key(plain_key_request()).await.unwrap();
     second.stop();
     let again = home.start();
-    assert_eq!(again.root().check(&token).await.unwrap(), Reason::Revoked);
-    let found = again.root().audit.verify(pb::VerifyAuditLogRequest::default()).await.unwrap().into_inner();
+    assert_eq!(again.root_caller().check_token(&token).await.unwrap(), Reason::Revoked);
+    let found =
+        again.root_caller().audit.verify(pb::VerifyAuditLogRequest::default()).await.unwrap().into_inner();
     assert!(found.valid && found.entries == found.head, "{found:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn another_name_of_an_open_file_has_not_its_wal_and_is_refused_where_locks_do_nothing() {
-    let home = Home::new();
-    let server = home.start_as(without_locks(&home, home.serve())).unwrap();
-    let elsewhere = Home::new();
+    let home = TestHome::new();
+    let server = home.start_with(without_locks(&home, home.serve_command())).unwrap();
+    let elsewhere = TestHome::new();
     std::fs::hard_link(home.database(), elsewhere.database()).unwrap();
-    let refused = elsewhere.refusal(without_locks(&elsewhere, elsewhere.serve()));
+    let refused = elsewhere.run_expecting_failure(without_locks(&elsewhere, elsewhere.serve_command()));
     assert!(refused.contains("was not closed"), "{refused}");
     with_key(&server).await;
 }
@@ -124,17 +125,17 @@ async fn no_transaction_is_committed_in_a_term_that_is_over() {
     let store = store::open(&format!("sqlite:{}", path.display())).await.unwrap();
     let other = rusqlite::Connection::open(&path).unwrap();
     other.execute_batch("UPDATE meta SET owner = randomblob(16)").unwrap();
-    let lost = store.forget_usage(store::Hour(0)).await;
-    assert!(matches!(lost, Err(StoreError::Lost(_))), "{lost:?}");
+    let lost = store.prune_usage(store::UsageHour(0)).await;
+    assert!(matches!(lost, Err(StoreError::OwnershipLost(_))), "{lost:?}");
     let lost = store.commit(&[]).await;
-    assert!(matches!(lost, Err(CommitError::NotRecorded(StoreError::Lost(_)))), "{lost:?}");
-    store.lost().await;
+    assert!(matches!(lost, Err(CommitError::NotRecorded(StoreError::OwnershipLost(_)))), "{lost:?}");
+    store.wait_until_unusable().await;
 }
 
 /// What takes a file away from its server.
-type Taken = fn(&Home);
+type TakeFileAway = fn(&TestHome);
 
-const TAKEN: [(&str, Taken); 5] = [
+const TAKEN: [(&str, TakeFileAway); 5] = [
     ("removed", |home| std::fs::remove_file(home.database()).unwrap()),
     ("renamed", |home| std::fs::rename(home.database(), home.path("old.db")).unwrap()),
     ("replaced", |home| std::fs::rename(home.path("backup.db"), home.database()).unwrap()),
@@ -144,24 +145,24 @@ const TAKEN: [(&str, Taken); 5] = [
     ("its WAL removed", |home| std::fs::remove_file(wal(home)).unwrap()),
 ];
 
-fn backup(home: &Home, to: &Path) -> Ended {
-    home.run(home.command(["backup", "--database", &home.url(), "--to", to.to_str().unwrap()]))
+fn backup(home: &TestHome, to: &Path) -> FinishedProcess {
+    home.run_to_end(home.command(["backup", "--database", &home.url(), "--to", to.to_str().unwrap()]))
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_whose_file_is_taken_away_acknowledges_nothing_more_and_ends() {
     for (how, take) in TAKEN {
-        let mut server = Keyward::start();
+        let mut server = KeywardProcess::start();
         let (_, token) = with_key(&server).await;
         let home = server.home.clone();
         let copied = backup(&home, &home.path("backup.db"));
         assert_eq!(copied.code, Some(0), "{copied:?}");
-        let (_, newest) = server.root().create(plain_key()).await.unwrap();
+        let (_, newest) = server.root_caller().create_key(plain_key_request()).await.unwrap();
         take(&home);
-        let refused = server.root().create(plain_key()).await.unwrap_err();
+        let refused = server.root_caller().create_key(plain_key_request()).await.unwrap_err();
         assert!(matches!(refused.code(), Code::Unavailable | Code::Internal), "{how}: {refused:?}");
         wait_for("the server to end", || server.process.has_ended().then_some(()));
-        let ended = server.process.ended();
+        let ended = server.process.wait_until_ended();
         assert_eq!(ended.code, Some(1), "{how}: {ended:?}");
         assert!(ended.err.contains("no longer owns the database file"), "{how}: {ended:?}");
         if how == "renamed" {
@@ -170,7 +171,7 @@ async fn a_server_whose_file_is_taken_away_acknowledges_nothing_more_and_ends() 
         if ["renamed", "its WAL removed"].contains(&how) {
             let again = home.start();
             for token in [&token, &newest] {
-                assert_eq!(again.root().check(token).await.unwrap(), Reason::Ok, "{how}");
+                assert_eq!(again.root_caller().check_token(token).await.unwrap(), Reason::Ok, "{how}");
             }
         }
     }
@@ -192,46 +193,51 @@ fn refused_without_wal(refused: &str) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_copy_of_a_running_servers_file_alone_is_refused_and_with_its_wal_it_starts() {
-    let server = Keyward::start();
+    let server = KeywardProcess::start();
     let (_, token) = with_key(&server).await;
-    let (root_key, copy) = (server.home.root_key(), Home::new());
+    let (root_key, copy) = (server.home.root_key(), TestHome::new());
     std::fs::copy(server.home.database(), copy.database()).unwrap();
     let before = std::fs::read(copy.database()).unwrap();
-    refused_without_wal(&copy.refusal(copy.serve()));
+    refused_without_wal(&copy.run_expecting_failure(copy.serve_command()));
     assert!(std::fs::read(copy.database()).unwrap() == before, "it is left alone");
     assert!(!copy.root_key_file().exists(), "it is no new database");
     std::fs::copy(wal(&server.home), wal(&copy)).unwrap();
-    let copied = copy.start_as(copy.serve()).unwrap_or_else(|ended| panic!("{ended:?}"));
-    assert_eq!(copied.caller(&root_key).check(&token).await.unwrap(), Reason::Ok);
+    let copied = copy.start_with(copy.serve_command()).unwrap_or_else(|ended| panic!("{ended:?}"));
+    assert_eq!(copied.caller(&root_key).check_token(&token).await.unwrap(), Reason::Ok);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_servers_file_starts_with_its_wal_and_not_without_until_the_loss_is_accepted_and_logged() {
-    let server = Keyward::start();
+    let server = KeywardProcess::start();
     let (_, kept) = with_key(&server).await;
     let home = server.stop();
     let server = home.start();
-    let (_, lost) = server.root().create(plain_key()).await.unwrap();
+    let (_, lost) = server.root_caller().create_key(plain_key_request()).await.unwrap();
     server.process.kill();
     let url = home.url();
-    let run = |arguments: &[&str]| home.run(home.command([arguments, &["--database", &url]].concat()));
+    let run = |arguments: &[&str]| home.run_to_end(home.command([arguments, &["--database", &url]].concat()));
     let accept = || run(&["accept-lost-wal", "--yes"]);
     let refused = accept();
     assert!(refused.code == Some(1) && refused.err.contains("no loss to accept"), "{refused:?}");
     // What only reads leaves the WAL there.
     let copied = backup(&home, &home.path("backup.db"));
     assert_eq!(copied.code, Some(0), "{copied:?}");
-    let restored = Home::new();
+    let restored = TestHome::new();
     std::fs::rename(home.path("backup.db"), restored.database()).unwrap();
-    let restored =
-        restored.start_as(restored.serve_without_root_key_file()).unwrap_or_else(|e| panic!("{e:?}"));
-    assert_eq!(restored.caller(&home.root_key()).check(&lost).await.unwrap(), Reason::Ok);
+    let restored = restored
+        .start_with(restored.serve_command_without_root_key_file())
+        .unwrap_or_else(|e| panic!("{e:?}"));
+    assert_eq!(restored.caller(&home.root_key()).check_token(&lost).await.unwrap(), Reason::Ok);
     let server = home.start();
-    assert_eq!(server.root().check(&lost).await.unwrap(), Reason::Ok, "with its WAL it is whole");
+    assert_eq!(
+        server.root_caller().check_token(&lost).await.unwrap(),
+        Reason::Ok,
+        "with its WAL it is whole"
+    );
     server.process.kill();
 
     std::fs::remove_file(wal(&home)).unwrap();
-    refused_without_wal(&home.refusal(home.serve()));
+    refused_without_wal(&home.run_expecting_failure(home.serve_command()));
     for command in [
         &["migrate"][..],
         &["root-key", "reset", "--yes", "--root-key-file", "never.key"],
@@ -245,8 +251,8 @@ async fn a_killed_servers_file_starts_with_its_wal_and_not_without_until_the_los
     assert_eq!(accepted.code, Some(0), "{accepted:?}");
     assert!(accepted.out.contains("revoke again what was revoked"), "{accepted:?}");
     let server = home.start();
-    let mut root = server.root();
-    assert_eq!(root.check(&kept).await.unwrap(), Reason::Ok);
+    let mut root = server.root_caller();
+    assert_eq!(root.check_token(&kept).await.unwrap(), Reason::Ok);
     let log = root.audit.list(pb::ListAuditEntriesRequest::default()).await.unwrap().into_inner();
     let newest = &log.entries[0];
     assert_eq!((&*newest.action, &*newest.method), ("database.loss_accepted", "keyward accept-lost-wal"));
@@ -254,21 +260,21 @@ async fn a_killed_servers_file_starts_with_its_wal_and_not_without_until_the_los
 
 #[test]
 fn a_first_start_that_is_killed_and_loses_its_wal_is_not_taken_for_a_new_database() {
-    let server = Keyward::start();
+    let server = KeywardProcess::start();
     let home = server.home.clone();
     server.process.kill();
     std::fs::remove_file(wal(&home)).unwrap();
-    refused_without_wal(&home.refusal(home.serve_without_root_key_file()));
+    refused_without_wal(&home.run_expecting_failure(home.serve_command_without_root_key_file()));
 }
 
 #[test]
 fn a_wal_whose_database_is_gone_is_not_taken_for_a_new_one() {
-    let server = Keyward::start();
+    let server = KeywardProcess::start();
     let home = server.home.clone();
     server.process.kill();
     std::fs::remove_file(home.database()).unwrap();
     let before = std::fs::read(wal(&home)).unwrap();
-    let refused = home.refusal(home.serve_without_root_key_file());
+    let refused = home.run_expecting_failure(home.serve_command_without_root_key_file());
     assert!(
         refused.contains("is missing or empty") && refused.contains("Put the database file back"),
         "{refused}"
@@ -278,7 +284,7 @@ fn a_wal_whose_database_is_gone_is_not_taken_for_a_new_one() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_wal_that_cannot_be_read_is_a_lost_one() {
-    let server = Keyward::start();
+    let server = KeywardProcess::start();
     with_key(&server).await;
     let home = server.home.clone();
     server.process.kill();
@@ -288,7 +294,7 @@ async fn a_wal_that_cannot_be_read_is_a_lost_one() {
     flipped[20] ^= 1;
     for damaged in [&zeros[..], &whole[..32], &flipped[..]] {
         std::fs::write(wal(&home), damaged).unwrap();
-        refused_without_wal(&home.refusal(home.serve()));
+        refused_without_wal(&home.run_expecting_failure(home.serve_command()));
     }
     std::fs::write(wal(&home), whole).unwrap();
     home.start();
@@ -296,41 +302,41 @@ async fn a_wal_that_cannot_be_read_is_a_lost_one() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_older_closed_file_is_not_mixed_with_the_wal_of_its_later_life() {
-    let server = Keyward::start();
+    let server = KeywardProcess::start();
     let (id, _) = with_key(&server).await;
     let home = server.stop();
     std::fs::copy(home.database(), home.path("copy.db")).unwrap();
     let server = home.start();
-    server.root().keys.disable(pb::DisableKeyRequest { id }).await.unwrap();
+    server.root_caller().keys.disable(pb::DisableKeyRequest { id }).await.unwrap();
     let home = server.stop();
     let server = home.start();
-    server.root().create(plain_key()).await.unwrap();
+    server.root_caller().create_key(plain_key_request()).await.unwrap();
     let home = server.home.clone();
     server.process.kill();
     std::fs::copy(home.path("copy.db"), home.database()).unwrap();
-    let refused = home.refusal(home.serve());
+    let refused = home.run_expecting_failure(home.serve_command());
     assert!(refused.contains("keyward.db-wal does not belong to"), "{refused}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restored_backup_is_not_mixed_with_the_wal_of_the_file_before() {
-    let server = Keyward::start();
+    let server = KeywardProcess::start();
     let (_, token) = with_key(&server).await;
     let home = server.home.clone();
     backup(&home, &home.path("backup.db"));
     for _ in 0..50 {
-        server.root().create(plain_key()).await.unwrap();
+        server.root_caller().create_key(plain_key_request()).await.unwrap();
     }
     server.process.kill();
     std::fs::rename(home.path("backup.db"), home.database()).unwrap();
-    let refused = home.refusal(home.serve());
+    let refused = home.run_expecting_failure(home.serve_command());
     assert!(refused.contains("keyward.db-wal does not belong to"), "{refused}");
     std::fs::remove_file(wal(&home)).unwrap();
-    assert_eq!(home.start().root().check(&token).await.unwrap(), Reason::Ok);
+    assert_eq!(home.start().root_caller().check_token(&token).await.unwrap(), Reason::Ok);
 }
 
 /// Kills the process before its nth change of a database file, or of the files beside it.
-const KILLS: &str = r#"
+const KILL_AT_STEP_C: &str = r#"
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <signal.h>
@@ -364,11 +370,11 @@ int ftruncate64(int fd, off64_t n) { of(fd); return REAL(ftruncate64)(fd, n); }
 int unlink(const char *name) { step(name); return REAL(unlink)(name); }
 "#;
 
-async fn all_hold(server: &Keyward, root_key: &str, tokens: &[String], when: &str) {
-    let mut root: Caller = server.caller(root_key);
+async fn assert_all_tokens_work(server: &KeywardProcess, root_key: &str, tokens: &[String], when: &str) {
+    let mut root: AuthorizedClients = server.caller(root_key);
     root.keys.who_am_i(pb::WhoAmIRequest {}).await.unwrap_or_else(|status| panic!("{when}: {status:?}"));
     for token in tokens {
-        assert_eq!(root.check(token).await.unwrap(), Reason::Ok, "{when}");
+        assert_eq!(root.check_token(token).await.unwrap(), Reason::Ok, "{when}");
     }
 }
 
@@ -380,36 +386,45 @@ async fn killed_at(
     database: Option<&[u8]>,
     known: Option<(&str, &str)>,
 ) -> bool {
-    let (home, when) = (Home::new(), format!("killed at step {step}"));
+    let (home, when) = (TestHome::new(), format!("killed at step {step}"));
     if let Some(database) = database {
         std::fs::write(home.database(), database).unwrap();
     }
-    let mut serve = home.serve_without_root_key_file();
+    let mut serve = home.serve_command_without_root_key_file();
     serve.env("LD_PRELOAD", library).env("KILL_AT", step.to_string());
     let mut tokens: Vec<_> = known.iter().map(|(_, token)| (*token).to_owned()).collect();
-    let ended = match home.start_as(serve) {
+    let ended = match home.start_with(serve) {
         Err(ended) => ended,
         Ok(server) => {
             if let Some((root_key, _)) = known {
-                tokens.extend(server.caller(root_key).create(plain_key()).await.ok().map(|(_, token)| token));
+                tokens.extend(
+                    server
+                        .caller(root_key)
+                        .create_key(plain_key_request())
+                        .await
+                        .ok()
+                        .map(|(_, token)| token),
+                );
             }
             server.process.terminate();
-            server.process.ended()
+            server.process.wait_until_ended()
         }
     };
-    let alone = Home::new();
+    let alone = TestHome::new();
     if home.database().exists() {
         std::fs::copy(home.database(), alone.database()).unwrap();
     }
-    let again = home.start_as(home.serve_without_root_key_file());
+    let again = home.start_with(home.serve_command_without_root_key_file());
     let again = again.unwrap_or_else(|refused| panic!("{when}: {refused:?}"));
-    let of_first_start = |home: &Home| std::fs::read_to_string(home.path("keyward-root.key"));
+    let of_first_start = |home: &TestHome| std::fs::read_to_string(home.path("keyward-root.key"));
     let root_key = known.map_or_else(|| of_first_start(&home).unwrap(), |(root_key, _)| root_key.to_owned());
-    all_hold(&again, &root_key, &tokens, &when).await;
-    match alone.start_as(alone.serve_without_root_key_file()) {
+    assert_all_tokens_work(&again, &root_key, &tokens, &when).await;
+    match alone.start_with(alone.serve_command_without_root_key_file()) {
         // Nothing was in the file: it is new.
         Ok(_) if of_first_start(&alone).is_ok() => assert!(tokens.is_empty(), "{when}"),
-        Ok(server) => all_hold(&server, &root_key, &tokens, &format!("{when}, without its WAL")).await,
+        Ok(server) => {
+            assert_all_tokens_work(&server, &root_key, &tokens, &format!("{when}, without its WAL")).await
+        }
         Err(refused) => refused_without_wal(&refused.err),
     }
     ended.code != Some(0)
@@ -417,13 +432,13 @@ async fn killed_at(
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_killed_at_any_step_starts_again_and_its_file_alone_is_whole_or_refused() {
-    let server = Keyward::start();
+    let server = KeywardProcess::start();
     let (_, token) = with_key(&server).await;
     let home = server.stop();
-    preload(&home, KILLS, &mut Command::new("true"));
+    preload_library(&home, KILL_AT_STEP_C, &mut Command::new("true"));
     let (library, root_key) = (home.path("preload.so"), home.root_key());
     let database = std::fs::read(home.database()).unwrap();
-    let mut chance = Chance::seeded();
+    let mut chance = SplitMix64::from_environment();
     let cases = [(None, None), (Some(&*database), Some((&*root_key, &*token)))];
     for (database, known) in cases {
         let (mut step, mut kills) = (1, 0);

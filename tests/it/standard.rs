@@ -7,7 +7,9 @@ use tonic_health::pb::{
 };
 use tonic_reflection::pb::{v1, v1alpha};
 
-use crate::support::{Server, check, named_key, reason, refused, service_key};
+use crate::support::{
+    Server, assert_refused, error_reason, named_key_request, scope_check_request, service_key_request,
+};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn health_is_told_of_the_server_and_each_of_its_services_without_a_credential() {
@@ -140,37 +142,49 @@ async fn reflection_answers_names_that_it_does_not_know_and_keeps_the_stream() {
 #[tokio::test(flavor = "multi_thread")]
 async fn every_refusal_carries_a_stable_reason_of_the_domain_keyward() {
     let server = Server::with_accounts().await;
-    let root = server.root();
-    let made = server.make(named_key("acme", "CI")).await;
-    let manager = server.caller("acme", &["keyward:*"]).await;
+    let root = server.root_client();
+    let made = server.create_key(named_key_request("acme", "CI")).await;
+    let manager = server.client_with_scopes("acme", &["keyward:*"]).await;
     root.revoke(&made.id).await.unwrap();
-    server.make(named_key("acme", "taken")).await;
-    let fresh = pb::CheckRequest { min_revision: Some(u64::MAX), ..check("x", "a") };
-    refused(root.get("x").await, Code::InvalidArgument, "INVALID_REQUEST");
-    refused(root.get(&made.id.replace('0', "1")).await, Code::NotFound, "KEY_NOT_FOUND");
-    refused(root.suspend("nowhere").await, Code::NotFound, "ACCOUNT_NOT_FOUND");
-    refused(root.create(named_key("acme", "taken")).await, Code::AlreadyExists, "KEY_NAME_TAKEN");
-    refused(root.enable(&made.id).await, Code::FailedPrecondition, "KEY_REVOKED");
-    refused(root.suspend("keyward").await, Code::FailedPrecondition, "OPERATOR_ACCOUNT");
-    refused(manager.suspend("acme").await, Code::PermissionDenied, "OPERATOR_ONLY");
-    refused(manager.create(service_key("acme", &["*"])).await, Code::PermissionDenied, "GRANT_BEYOND_CALLER");
-    refused(server.anonymous().get("x").await, Code::Unauthenticated, "UNAUTHENTICATED");
-    refused(root.check(fresh).await, Code::Unavailable, "STALE");
+    server.create_key(named_key_request("acme", "taken")).await;
+    let fresh = pb::CheckRequest { min_revision: Some(u64::MAX), ..scope_check_request("x", "a") };
+    assert_refused(root.get("x").await, Code::InvalidArgument, "INVALID_REQUEST");
+    assert_refused(root.get(&made.id.replace('0', "1")).await, Code::NotFound, "KEY_NOT_FOUND");
+    assert_refused(root.suspend("nowhere").await, Code::NotFound, "ACCOUNT_NOT_FOUND");
+    assert_refused(
+        root.create(named_key_request("acme", "taken")).await,
+        Code::AlreadyExists,
+        "KEY_NAME_TAKEN",
+    );
+    assert_refused(root.enable(&made.id).await, Code::FailedPrecondition, "KEY_REVOKED");
+    assert_refused(root.suspend("keyward").await, Code::FailedPrecondition, "OPERATOR_ACCOUNT");
+    assert_refused(manager.suspend("acme").await, Code::PermissionDenied, "OPERATOR_ONLY");
+    assert_refused(
+        manager.create(service_key_request("acme", &["*"])).await,
+        Code::PermissionDenied,
+        "GRANT_BEYOND_CALLER",
+    );
+    assert_refused(server.client_without_token().get("x").await, Code::Unauthenticated, "UNAUTHENTICATED");
+    assert_refused(root.check(fresh).await, Code::Unavailable, "STALE");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_path_that_is_no_rpc_says_so() {
     let server = Server::start().await;
-    let root = server.root();
+    let root = server.root_client();
     for path in ["keyward.v1.KeyService/Nothing", "keyward.v1.Nothing/Get", "keyward.v2.KeyService/Get"] {
-        refused(root.call(path, ()).await, Code::Unimplemented, "NO_SUCH_RPC");
-        refused(server.anonymous().call(path, ()).await, Code::Unimplemented, "NO_SUCH_RPC");
+        assert_refused(root.call_rpc(path, ()).await, Code::Unimplemented, "NO_SUCH_RPC");
+        assert_refused(
+            server.client_without_token().call_rpc(path, ()).await,
+            Code::Unimplemented,
+            "NO_SUCH_RPC",
+        );
     }
 }
 
 /// A message whose first field is a number, where every one of ours has a text or a message.
 #[derive(Clone, PartialEq, prost::Message)]
-struct Nonsense {
+struct WrongTypeMessage {
     #[prost(uint64, tag = "1")]
     number: u64,
 }
@@ -178,24 +192,24 @@ struct Nonsense {
 #[tokio::test(flavor = "multi_thread")]
 async fn bytes_that_are_no_message_are_the_callers_fault_and_told_so() {
     let server = Server::start().await;
-    let root = server.root();
+    let root = server.root_client();
     for method in
         ["keyward.v1.KeyService/Get", "keyward.v1.AuthzService/Check", "keyward.v1.AuditService/List"]
     {
-        let status = root.call(method, Nonsense { number: 1 }).await.unwrap_err();
+        let status = root.call_rpc(method, WrongTypeMessage { number: 1 }).await.unwrap_err();
         assert_eq!(status.code(), Code::InvalidArgument, "{method}: {status:?}");
-        assert_eq!(reason(&status), "UNREADABLE_REQUEST", "{method}");
+        assert_eq!(error_reason(&status), "UNREADABLE_REQUEST", "{method}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_compression_that_is_not_spoken_is_told_with_a_reason() {
     let server = Server::start().await;
-    let brotli = server.root().with_header("grpc-encoding", "br");
-    let asked = crate::support::check("kw_live_x", "monitors:read");
+    let brotli = server.root_client().with_header("grpc-encoding", "br");
+    let asked = crate::support::scope_check_request("kw_live_x", "monitors:read");
     for status in [brotli.who_am_i().await.unwrap_err(), brotli.check(asked).await.unwrap_err()] {
         assert_eq!(status.code(), Code::Unimplemented, "{status:?}");
-        assert_eq!(reason(&status), "UNKNOWN_ENCODING");
+        assert_eq!(error_reason(&status), "UNKNOWN_ENCODING");
         assert_eq!(status.metadata().get("grpc-accept-encoding").unwrap(), "identity,gzip");
     }
 }
@@ -209,5 +223,5 @@ async fn fields_of_newer_clients_are_passed_over() {
     }
     let server = Server::start().await;
     let newer = Newer { text: "x".into() };
-    server.root().call("keyward.v1.KeyService/WhoAmI", newer).await.unwrap();
+    server.root_client().call_rpc("keyward.v1.KeyService/WhoAmI", newer).await.unwrap();
 }

@@ -8,8 +8,8 @@ use std::{
 };
 
 use keyward::{
-    clock::{Clock as _, Entropy, ManualClock, NoEntropy},
-    config::server::{DatabaseArgs, Settings},
+    clock::{Clock as _, EntropyError, EntropySource, ManualClock},
+    config::server::{DatabaseArgs, ServerSettings},
     domain::time::Timestamp,
     pb::{
         self, account_service_client::AccountServiceClient, audit_service_client::AuditServiceClient,
@@ -31,21 +31,21 @@ pub(crate) const HOUR: u64 = 60 * 60;
 pub(crate) const DAY: u64 = 24 * HOUR;
 
 /// Randomness that is the same in every run.
-struct Seeded(Mutex<ChaCha8Rng>);
+struct SeededEntropy(Mutex<ChaCha8Rng>);
 
-impl Entropy for Seeded {
-    fn fill(&self, bytes: &mut [u8]) -> Result<(), NoEntropy> {
+impl EntropySource for SeededEntropy {
+    fn fill(&self, bytes: &mut [u8]) -> Result<(), EntropyError> {
         self.0.lock().unwrap().fill_bytes(bytes);
         Ok(())
     }
 }
 
 /// Where a server of the tests keeps its keys; gone when it is dropped.
-pub(crate) trait Place {
+pub(crate) trait TestStorage {
     /// How many servers it can be shared by in a test of several.
     const REPLICAS: u64;
 
-    fn make() -> Self;
+    fn create() -> Self;
     fn url(&self) -> String;
     /// Runs statements behind the server's back.
     fn sql(&self, sql: &str);
@@ -54,10 +54,10 @@ pub(crate) trait Place {
 /// A file in a folder of its own.
 pub(crate) struct SqliteFile(tempfile::TempDir);
 
-impl Place for SqliteFile {
+impl TestStorage for SqliteFile {
     const REPLICAS: u64 = 1;
 
-    fn make() -> Self {
+    fn create() -> Self {
         SqliteFile(tempfile::tempdir().unwrap())
     }
 
@@ -72,95 +72,99 @@ impl Place for SqliteFile {
     }
 }
 
-impl Place for crate::postgres::Database {
+impl TestStorage for crate::postgres::PostgresDatabase {
     const REPLICAS: u64 = 2;
 
-    fn make() -> Self {
-        crate::postgres::Database::new()
+    fn create() -> Self {
+        crate::postgres::PostgresDatabase::new()
     }
 
     fn url(&self) -> String {
-        crate::postgres::Database::url(self)
+        crate::postgres::PostgresDatabase::url(self)
     }
 
     fn sql(&self, sql: &str) {
-        crate::postgres::Database::sql(self, &format!("SET search_path TO keyward; {sql}"));
+        crate::postgres::PostgresDatabase::sql(self, &format!("SET search_path TO keyward; {sql}"));
     }
 }
 
 /// The servers of the tests that any store would do for.
-pub(crate) type Server = ServerOn<SqliteFile>;
+pub(crate) type Server = TestServer<SqliteFile>;
 
 /// A server with an empty database. It ends with the test's runtime.
-pub(crate) struct ServerOn<P> {
+pub(crate) struct TestServer<P> {
     pub(crate) root_token: String,
     clock: Arc<ManualClock>,
     channel: Channel,
     server: keyward::server::Server,
     replicas: Mutex<Vec<keyward::server::Server>>,
-    place: P,
+    storage: P,
 }
 
 /// Starts a server with this seed, and gives the way to it.
-async fn serve(
-    place: &impl Place,
+async fn start_server(
+    place: &impl TestStorage,
     clock: &Arc<ManualClock>,
     seed: u64,
-    configure: impl FnOnce(&mut Settings),
+    configure: impl FnOnce(&mut ServerSettings),
 ) -> (keyward::server::Server, Channel) {
-    let mut settings = Settings::load_database(&DatabaseArgs::default()).unwrap();
+    let mut settings = ServerSettings::load_for_database(&DatabaseArgs::default()).unwrap();
     settings.listen = "127.0.0.1:0".to_owned();
     settings.admin_listen = "127.0.0.1:0".to_owned();
     settings.database = place.url().into();
     settings.threads = 2;
     configure(&mut settings);
-    let entropy = Arc::new(Seeded(Mutex::new(ChaCha8Rng::seed_from_u64(seed))));
+    let entropy = Arc::new(SeededEntropy(Mutex::new(ChaCha8Rng::seed_from_u64(seed))));
     let server = keyward::server::Server::start(settings, clock.clone(), entropy).await.unwrap();
     let channel = Channel::from_shared(format!("http://{}", server.address)).unwrap().connect_lazy();
     (server, channel)
 }
 
-impl<P: Place> ServerOn<P> {
+impl<P: TestStorage> TestServer<P> {
     pub(crate) async fn start() -> Self {
         Self::start_with(|_| {}).await
     }
 
     /// A server with other settings than usual.
-    pub(crate) async fn start_with(configure: impl FnOnce(&mut Settings)) -> Self {
-        let place = P::make();
-        let clock = Arc::new(ManualClock::at(Timestamp::from_micros(START * 1_000_000)));
-        let (server, channel) = serve(&place, &clock, 7, configure).await;
+    pub(crate) async fn start_with(configure: impl FnOnce(&mut ServerSettings)) -> Self {
+        let place = P::create();
+        let clock = Arc::new(ManualClock::new(Timestamp::from_micros(START * 1_000_000)));
+        let (server, channel) = start_server(&place, &clock, 7, configure).await;
         let root_token = server.root_token.as_ref().unwrap().reveal().to_owned();
-        ServerOn { root_token, clock, channel, server, replicas: Mutex::default(), place }
+        TestServer { root_token, clock, channel, server, replicas: Mutex::default(), storage: place }
     }
 
     /// Starts another replica on the same database, with the same clock; the way to it, without any header. Each has a
     /// number of its own.
-    pub(crate) async fn join(&self, number: u64, configure: impl FnOnce(&mut Settings)) -> Client {
-        let named = |settings: &mut Settings| {
+    pub(crate) async fn start_replica(
+        &self,
+        number: u64,
+        configure: impl FnOnce(&mut ServerSettings),
+    ) -> Client {
+        let named = |settings: &mut ServerSettings| {
             settings.replica_name = Some(format!("replica-{number}"));
             configure(settings);
         };
-        let (server, channel) = serve(&self.place, &self.clock, 7 + number, named).await;
+        let (server, channel) = start_server(&self.storage, &self.clock, 7 + number, named).await;
         self.replicas.lock().unwrap().push(server);
-        Client { channel, headers: Headers::default() }
+        Client { channel, headers: ExtraHeaders::default() }
     }
 
     /// A server with an account `acme`, and one `other`.
     pub(crate) async fn with_accounts() -> Self {
         let server = Self::start().await;
-        server.account("acme").await;
-        server.account("other").await;
+        server.create_account("acme").await;
+        server.create_account("other").await;
         server
     }
 
     /// Runs statements behind its back.
     pub(crate) fn sql(&self, sql: &str) {
-        self.place.sql(sql);
+        self.storage.sql(sql);
     }
 
     /// The server itself.
-    pub(crate) fn running(&self) -> &keyward::server::Server {
+    pub(crate) fn inner(&self) -> &keyward::server::Server {
         &self.server
     }
 
@@ -170,35 +174,35 @@ impl<P: Place> ServerOn<P> {
     }
 
     /// Whoever sends no credential.
-    pub(crate) fn anonymous(&self) -> Client {
-        Client { channel: self.channel(), headers: Headers::default() }
+    pub(crate) fn client_without_token(&self) -> Client {
+        Client { channel: self.channel(), headers: ExtraHeaders::default() }
     }
 
     /// Whoever holds this token.
-    pub(crate) fn holder(&self, token: &str) -> Client {
-        self.anonymous().with_header("authorization", &format!("Bearer {token}"))
+    pub(crate) fn client_with_token(&self, token: &str) -> Client {
+        self.client_without_token().with_header("authorization", &format!("Bearer {token}"))
     }
 
     /// The holder of the root key.
-    pub(crate) fn root(&self) -> Client {
-        self.holder(&self.root_token)
+    pub(crate) fn root_client(&self) -> Client {
+        self.client_with_token(&self.root_token)
     }
 
     /// Makes an account.
-    pub(crate) async fn account(&self, id: &str) {
+    pub(crate) async fn create_account(&self, id: &str) {
         let request = pb::CreateAccountRequest { id: id.to_owned(), ..Default::default() };
-        self.root().accounts().create(request).await.unwrap();
+        self.root_client().accounts().create(request).await.unwrap();
     }
 
     /// Makes a key as root.
-    pub(crate) async fn make(&self, request: pb::CreateKeyRequest) -> Made {
-        self.root().make(request).await
+    pub(crate) async fn create_key(&self, request: pb::CreateKeyRequest) -> CreatedKey {
+        self.root_client().create_key(request).await
     }
 
     /// The holder of a new key of this account with these scopes.
-    pub(crate) async fn caller(&self, account: &str, scopes: &[&str]) -> Client {
-        let made = self.make(service_key(account, scopes)).await;
-        self.holder(&made.token)
+    pub(crate) async fn client_with_scopes(&self, account: &str, scopes: &[&str]) -> Client {
+        let made = self.create_key(service_key_request(account, scopes)).await;
+        self.client_with_token(&made.token)
     }
 
     /// Moves the clock on.
@@ -212,7 +216,7 @@ impl<P: Place> ServerOn<P> {
     }
 
     /// The instant so many seconds from now.
-    pub(crate) fn at(&self, seconds: i64) -> prost_types::Timestamp {
+    pub(crate) fn timestamp_after(&self, seconds: i64) -> prost_types::Timestamp {
         let micros = self.clock.now().as_micros();
         prost_types::Timestamp {
             seconds: micros.div_euclid(1_000_000) + seconds,
@@ -223,9 +227,9 @@ impl<P: Place> ServerOn<P> {
 
 /// Headers that go with every call.
 #[derive(Clone, Default)]
-pub(crate) struct Headers(Vec<(AsciiMetadataKey, AsciiMetadataValue)>);
+pub(crate) struct ExtraHeaders(Vec<(AsciiMetadataKey, AsciiMetadataValue)>);
 
-impl Interceptor for Headers {
+impl Interceptor for ExtraHeaders {
     fn call(&mut self, mut request: tonic::Request<()>) -> Result<tonic::Request<()>, Status> {
         for (name, value) in &self.0 {
             request.metadata_mut().append(name.clone(), value.clone());
@@ -234,11 +238,11 @@ impl Interceptor for Headers {
     }
 }
 
-type Wire = InterceptedService<Channel, Headers>;
+type ChannelWithHeaders = InterceptedService<Channel, ExtraHeaders>;
 
 /// A key and its token.
 #[derive(Clone)]
-pub(crate) struct Made {
+pub(crate) struct CreatedKey {
     pub(crate) id: String,
     pub(crate) token: String,
     pub(crate) key: pb::Key,
@@ -249,7 +253,7 @@ pub(crate) struct Made {
 #[derive(Clone)]
 pub(crate) struct Client {
     channel: Channel,
-    headers: Headers,
+    headers: ExtraHeaders,
 }
 
 impl Client {
@@ -260,37 +264,37 @@ impl Client {
         client
     }
 
-    fn wire(&self) -> Wire {
+    fn channel_with_headers(&self) -> ChannelWithHeaders {
         InterceptedService::new(self.channel.clone(), self.headers.clone())
     }
 
-    pub(crate) fn keys(&self) -> KeyServiceClient<Wire> {
-        KeyServiceClient::new(self.wire())
+    pub(crate) fn keys(&self) -> KeyServiceClient<ChannelWithHeaders> {
+        KeyServiceClient::new(self.channel_with_headers())
     }
 
-    pub(crate) fn authz(&self) -> AuthzServiceClient<Wire> {
-        AuthzServiceClient::new(self.wire())
+    pub(crate) fn authz(&self) -> AuthzServiceClient<ChannelWithHeaders> {
+        AuthzServiceClient::new(self.channel_with_headers())
     }
 
-    pub(crate) fn accounts(&self) -> AccountServiceClient<Wire> {
-        AccountServiceClient::new(self.wire())
+    pub(crate) fn accounts(&self) -> AccountServiceClient<ChannelWithHeaders> {
+        AccountServiceClient::new(self.channel_with_headers())
     }
 
-    pub(crate) fn audit(&self) -> AuditServiceClient<Wire> {
-        AuditServiceClient::new(self.wire())
+    pub(crate) fn audit(&self) -> AuditServiceClient<ChannelWithHeaders> {
+        AuditServiceClient::new(self.channel_with_headers())
     }
 
     /// Calls any unary RPC by its path, `package.Service/Method`; what it answers is not read.
-    pub(crate) async fn call(
+    pub(crate) async fn call_rpc(
         &self,
         method: &str,
         message: impl prost::Message + 'static,
     ) -> Result<(), Status> {
-        self.ask(method, message).await
+        self.call_rpc_for_answer(method, message).await
     }
 
     /// Calls any unary RPC by its path, `package.Service/Method`.
-    pub(crate) async fn ask<A>(
+    pub(crate) async fn call_rpc_for_answer<A>(
         &self,
         method: &str,
         message: impl prost::Message + 'static,
@@ -298,7 +302,7 @@ impl Client {
     where
         A: prost::Message + Default + 'static,
     {
-        let mut grpc = tonic::client::Grpc::new(self.wire());
+        let mut grpc = tonic::client::Grpc::new(self.channel_with_headers());
         grpc.ready().await.unwrap();
         let path = format!("/{method}").parse().unwrap();
         let codec = tonic_prost::ProstCodec::default();
@@ -311,18 +315,19 @@ impl Client {
         method: &str,
         messages: impl futures_util::Stream<Item = bytes::Bytes> + Send + 'static,
     ) -> Result<bytes::Bytes, Status> {
-        let mut grpc = tonic::client::Grpc::new(self.wire());
+        let mut grpc = tonic::client::Grpc::new(self.channel_with_headers());
         grpc.ready().await.unwrap();
         let path = format!("/{method}").parse().unwrap();
-        let answer = grpc.client_streaming(tonic::Request::new(messages), path, crate::process::Raw).await;
+        let answer =
+            grpc.client_streaming(tonic::Request::new(messages), path, crate::process::BytesCodec).await;
         answer.map(tonic::Response::into_inner)
     }
 
     /// Makes a key that may be made.
-    pub(crate) async fn make(&self, request: pb::CreateKeyRequest) -> Made {
+    pub(crate) async fn create_key(&self, request: pb::CreateKeyRequest) -> CreatedKey {
         let pb::CreateKeyResponse { key, token, revision, replayed: _ } = self.create(request).await.unwrap();
         let key = key.unwrap();
-        Made { id: key.id.clone(), token, key, revision }
+        CreatedKey { id: key.id.clone(), token, key, revision }
     }
 
     pub(crate) async fn create(
@@ -343,7 +348,7 @@ impl Client {
 
     /// Changes the fields that `paths` name to what they are in `key`.
     pub(crate) async fn update(&self, key: &pb::Key, paths: &[&str]) -> Result<pb::Key, Status> {
-        let update_mask = Some(prost_types::FieldMask { paths: texts(paths) });
+        let update_mask = Some(prost_types::FieldMask { paths: to_strings(paths) });
         let request = pb::UpdateKeyRequest { key: Some(key.clone()), update_mask };
         Ok(self.keys().update(request).await?.into_inner().key.unwrap())
     }
@@ -368,7 +373,7 @@ impl Client {
         id: &str,
         overlap_seconds: u64,
     ) -> Result<pb::RotateKeyResponse, Status> {
-        let overlap = Some(seconds(overlap_seconds));
+        let overlap = Some(proto_seconds(overlap_seconds));
         let request = pb::RotateKeyRequest { id: id.to_owned(), overlap, idempotency_key: None };
         Ok(self.keys().rotate(request).await?.into_inner())
     }
@@ -400,8 +405,8 @@ impl Client {
     }
 
     /// What a Check of this token says that asks nothing else.
-    pub(crate) async fn reason(&self, token: &str) -> pb::Reason {
-        self.check(authenticate(token)).await.unwrap().reason()
+    pub(crate) async fn check_reason(&self, token: &str) -> pb::Reason {
+        self.check(authenticate_request(token)).await.unwrap().reason()
     }
 
     pub(crate) async fn suspend(&self, account: &str) -> Result<pb::SuspendAccountResponse, Status> {
@@ -416,7 +421,7 @@ impl Client {
 
     pub(crate) async fn put_role(&self, account: &str, name: &str, scopes: &[&str]) -> Result<u64, Status> {
         let (account, name) = (account.to_owned(), name.to_owned());
-        let request = pb::PutRoleRequest { account, name, scopes: texts(scopes) };
+        let request = pb::PutRoleRequest { account, name, scopes: to_strings(scopes) };
         Ok(self.accounts().put_role(request).await?.into_inner().revision)
     }
 
@@ -426,11 +431,11 @@ impl Client {
         Ok(self.accounts().put_member(request).await?.into_inner().revision)
     }
 
-    pub(crate) async fn verify(&self) -> pb::VerifyAuditLogResponse {
+    pub(crate) async fn verify_audit_log(&self) -> pb::VerifyAuditLogResponse {
         self.audit().verify(pb::VerifyAuditLogRequest::default()).await.unwrap().into_inner()
     }
 
-    pub(crate) async fn entries(
+    pub(crate) async fn list_audit_entries(
         &self,
         request: pb::ListAuditEntriesRequest,
     ) -> Result<pb::ListAuditEntriesResponse, Status> {
@@ -439,32 +444,32 @@ impl Client {
 }
 
 /// A key of an account in production.
-pub(crate) fn service_key(account: &str, scopes: &[&str]) -> pb::CreateKeyRequest {
+pub(crate) fn service_key_request(account: &str, scopes: &[&str]) -> pb::CreateKeyRequest {
     pb::CreateKeyRequest {
         account: account.to_owned(),
         environment: "production".to_owned(),
-        scopes: texts(scopes),
+        scopes: to_strings(scopes),
         ..Default::default()
     }
 }
 
 /// A key of a user in production.
-pub(crate) fn user_key(user: &str, scopes: &[&str]) -> pb::CreateKeyRequest {
-    pb::CreateKeyRequest { user: user.to_owned(), ..service_key("", scopes) }
+pub(crate) fn user_key_request(user: &str, scopes: &[&str]) -> pb::CreateKeyRequest {
+    pb::CreateKeyRequest { user: user.to_owned(), ..service_key_request("", scopes) }
 }
 
 /// A key of an account in production with a name.
-pub(crate) fn named_key(account: &str, name: &str) -> pb::CreateKeyRequest {
-    pb::CreateKeyRequest { name: Some(name.to_owned()), ..service_key(account, &["monitors:read"]) }
+pub(crate) fn named_key_request(account: &str, name: &str) -> pb::CreateKeyRequest {
+    pb::CreateKeyRequest { name: Some(name.to_owned()), ..service_key_request(account, &["monitors:read"]) }
 }
 
 /// Whether a token has a scope in production.
-pub(crate) fn check(token: &str, scope: &str) -> pb::CheckRequest {
-    pb::CheckRequest { authenticate_only: false, scopes: texts(&[scope]), ..authenticate(token) }
+pub(crate) fn scope_check_request(token: &str, scope: &str) -> pb::CheckRequest {
+    pb::CheckRequest { authenticate_only: false, scopes: to_strings(&[scope]), ..authenticate_request(token) }
 }
 
 /// Whether a token is valid in production.
-pub(crate) fn authenticate(token: &str) -> pb::CheckRequest {
+pub(crate) fn authenticate_request(token: &str) -> pb::CheckRequest {
     pb::CheckRequest {
         token: token.to_owned(),
         environment: "production".to_owned(),
@@ -473,40 +478,40 @@ pub(crate) fn authenticate(token: &str) -> pb::CheckRequest {
     }
 }
 
-pub(crate) fn texts(list: &[&str]) -> Vec<String> {
+pub(crate) fn to_strings(list: &[&str]) -> Vec<String> {
     list.iter().map(|&text| text.to_owned()).collect()
 }
 
-pub(crate) fn seconds(seconds: u64) -> prost_types::Duration {
+pub(crate) fn proto_seconds(seconds: u64) -> prost_types::Duration {
     prost_types::Duration { seconds: i64::try_from(seconds).unwrap(), nanos: 0 }
 }
 
 /// The reason in a refusal's ErrorInfo, which is always ours.
 #[track_caller]
-pub(crate) fn reason(status: &Status) -> String {
+pub(crate) fn error_reason(status: &Status) -> String {
     let info = status.get_details_error_info().unwrap_or_else(|| panic!("no ErrorInfo: {status:?}"));
     assert_eq!(info.domain, "keyward", "{status:?}");
     info.reason
 }
 
 /// The fields that a refusal calls wrong, in its order.
-pub(crate) fn fields(status: &Status) -> Vec<String> {
+pub(crate) fn violated_fields(status: &Status) -> Vec<String> {
     let violations = status.get_details_bad_request().map(|wrong| wrong.field_violations).unwrap_or_default();
     violations.into_iter().map(|violation| violation.field).collect()
 }
 
 /// Holds that a call was refused so, and gives the status.
 #[track_caller]
-pub(crate) fn refused<T>(result: Result<T, Status>, code: Code, with_reason: &str) -> Status {
+pub(crate) fn assert_refused<T>(result: Result<T, Status>, code: Code, with_reason: &str) -> Status {
     let Err(status) = result else { panic!("was not refused; {code:?} {with_reason} was expected") };
-    assert_eq!((status.code(), reason(&status).as_str()), (code, with_reason), "{status:?}");
+    assert_eq!((status.code(), error_reason(&status).as_str()), (code, with_reason), "{status:?}");
     status
 }
 
 /// Holds that a call was refused for these fields, and for no others.
 #[track_caller]
-pub(crate) fn invalid<T>(result: Result<T, Status>, wrong: &[&str]) -> Status {
-    let status = refused(result, Code::InvalidArgument, "INVALID_REQUEST");
-    assert_eq!(fields(&status), wrong, "{status:?}");
+pub(crate) fn assert_invalid<T>(result: Result<T, Status>, wrong: &[&str]) -> Status {
+    let status = assert_refused(result, Code::InvalidArgument, "INVALID_REQUEST");
+    assert_eq!(violated_fields(&status), wrong, "{status:?}");
     status
 }

@@ -10,19 +10,24 @@ use std::{
 use keyward::pb::{
     self,
     envoy::service::auth::v3::{CheckResponse, check_response::HttpResponse},
-    envoy_request::{AttributeContext, CheckRequest, HttpRequest, Pair, Request as Asked},
+    envoy_request::{
+        EnvoyAttributeContext, EnvoyCheckRequest, EnvoyHttpRequest, EnvoyMapEntry, EnvoyRequest as Asked,
+    },
 };
 use prost::Message as _;
 use serde_json::Value;
 use tonic::Request;
 
 use crate::{
-    collector::Collector,
-    envoy::minimal,
-    http,
-    process::{Caller, Ended, Home, Keyward, call_raw, plain_key, question, text, wait_for},
-    proxy::Envoy,
-    upstream::{Arrived, Upstream},
+    collector::SpanCollector,
+    envoy::minimal_config,
+    process::{
+        AuthorizedClients, FinishedProcess, KeywardProcess, TestHome, call_raw, check_request,
+        plain_key_request, read_text, wait_for,
+    },
+    proxy::EnvoyProcess,
+    raw_http,
+    upstream::{EchoUpstream, ReceivedRequest},
 };
 
 const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
@@ -43,20 +48,20 @@ fn told<T>(message: T, headers: &[(&'static str, &str)]) -> Request<T> {
 }
 
 /// A server with the account `acme` and these settings and arguments.
-async fn start(settings: &str, more: &[&str]) -> (Keyward, Caller) {
-    let home = Home::new();
+async fn start(settings: &str, more: &[&str]) -> (KeywardProcess, AuthorizedClients) {
+    let home = TestHome::new();
     std::fs::write(home.path("keyward.toml"), settings).unwrap();
-    let mut command = home.serve();
+    let mut command = home.serve_command();
     command.args(["--config", "keyward.toml"]).args(more);
-    let keyward = home.start_as(command).unwrap_or_else(|ended| panic!("{ended:?}"));
-    let mut root = keyward.root();
-    root.make_account("acme").await;
+    let keyward = home.start_with(command).unwrap_or_else(|ended| panic!("{ended:?}"));
+    let mut root = keyward.root_caller();
+    root.create_account("acme").await;
     (keyward, root)
 }
 
 /// The same, sending spans to a collector.
-async fn traced(settings: &str) -> (Collector, Keyward, Caller) {
-    let collector = Collector::start().await;
+async fn traced(settings: &str) -> (SpanCollector, KeywardProcess, AuthorizedClients) {
+    let collector = SpanCollector::start().await;
     let (keyward, root) = start(settings, &["--otlp-endpoint", &collector.url()]).await;
     (collector, keyward, root)
 }
@@ -64,11 +69,11 @@ async fn traced(settings: &str) -> (Collector, Keyward, Caller) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_checks_span_is_a_child_of_its_callers_and_never_holds_the_token() {
     let (collector, keyward, mut root) = traced("").await;
-    let (id, token) = root.create(plain_key()).await.unwrap();
+    let (id, token) = root.create_key(plain_key_request()).await.unwrap();
     let (parent, other) = (parent(TRACE, true), "1af7651916cd43dd8448eb211c80319c");
     let headers = [("traceparent", parent.as_str()), ("tracestate", "vendor=1"), ("x-request-id", "r-7")];
-    root.authz.check(told(question(&token), &headers)).await.unwrap();
-    let span = collector.span(TRACE, CHECK).await;
+    root.authz.check(told(check_request(&token), &headers)).await.unwrap();
+    let span = collector.wait_for_span(TRACE, CHECK).await;
     assert_eq!((span.parent.as_str(), span.state.as_str()), ("b7ad6b7169203331", "vendor=1"));
     let holds = |name: &str| span.attributes.get(name).map(String::as_str);
     for (name, value) in [
@@ -88,20 +93,20 @@ async fn a_checks_span_is_a_child_of_its_callers_and_never_holds_the_token() {
 
     // A refusal of the caller is a call as well.
     let headers = [("traceparent", &*parent.replace(TRACE, other))];
-    let refused = keyward.caller("unknown").authz.check(told(question(&token), &headers)).await;
+    let refused = keyward.caller("unknown").authz.check(told(check_request(&token), &headers)).await;
     assert_eq!(refused.unwrap_err().code(), tonic::Code::Unauthenticated);
-    assert_eq!(collector.span(other, CHECK).await.attributes["rpc.grpc.status_code"], "16");
+    assert_eq!(collector.wait_for_span(other, CHECK).await.attributes["rpc.grpc.status_code"], "16");
     assert!(collector.spans().iter().all(|span| !span.printed.contains(&token[10..])));
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_call_that_nobody_records_makes_no_span() {
     let (collector, keyward, mut root) = traced("").await;
-    let (_, token) = root.create(plain_key()).await.unwrap();
+    let (_, token) = root.create_key(plain_key_request()).await.unwrap();
     let other = "1af7651916cd43dd8448eb211c80319c";
-    root.authz.check(question(&token)).await.unwrap();
-    root.authz.check(told(question(&token), &[("traceparent", &parent(other, false))])).await.unwrap();
-    root.authz.check(told(question(&token), &[("traceparent", &parent(TRACE, true))])).await.unwrap();
+    root.authz.check(check_request(&token)).await.unwrap();
+    root.authz.check(told(check_request(&token), &[("traceparent", &parent(other, false))])).await.unwrap();
+    root.authz.check(told(check_request(&token), &[("traceparent", &parent(TRACE, true))])).await.unwrap();
     keyward.stop();
     let spans = collector.spans();
     assert_eq!(spans.iter().map(|span| &*span.trace).collect::<Vec<_>>(), [TRACE], "{spans:?}");
@@ -110,10 +115,10 @@ async fn a_call_that_nobody_records_makes_no_span() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_share_of_the_calls_is_recorded_though_nobody_asks_for_it() {
     let (collector, keyward, mut root) = traced("[telemetry]\nsample_ratio = 1.0").await;
-    let (_, token) = root.create(plain_key()).await.unwrap();
-    root.check(&token).await.unwrap();
+    let (_, token) = root.create_key(plain_key_request()).await.unwrap();
+    root.check_token(&token).await.unwrap();
     let unrecorded = parent(TRACE, false);
-    root.authz.check(told(question(&token), &[("traceparent", &unrecorded)])).await.unwrap();
+    root.authz.check(told(check_request(&token), &[("traceparent", &unrecorded)])).await.unwrap();
     keyward.stop();
     let spans = collector.spans();
     let checks: Vec<_> = spans.iter().filter(|span| span.name == CHECK).collect();
@@ -124,53 +129,58 @@ async fn a_share_of_the_calls_is_recorded_though_nobody_asks_for_it() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_change_shows_how_long_it_waited_for_what() {
     let (collector, keyward, mut root) = traced("").await;
-    let (id, _) = root.create(plain_key()).await.unwrap();
+    let (id, _) = root.create_key(plain_key_request()).await.unwrap();
     let revoke = pb::RevokeKeyRequest { id, ..Default::default() };
     root.keys.revoke(told(revoke, &[("traceparent", &parent(TRACE, true))])).await.unwrap();
-    let call = collector.span(TRACE, "keyward.v1.KeyService/Revoke").await;
+    let call = collector.wait_for_span(TRACE, "keyward.v1.KeyService/Revoke").await;
     for step in ["store.commit", "propagation.wait"] {
-        assert_eq!(collector.span(TRACE, step).await.parent, call.id, "{step}");
+        assert_eq!(collector.wait_for_span(TRACE, step).await.parent, call.id, "{step}");
     }
     keyward.stop();
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn headers_for_the_collector_come_from_a_file() {
-    let collector = Collector::start().await;
-    let home = Home::new();
+    let collector = SpanCollector::start().await;
+    let home = TestHome::new();
     std::fs::write(home.path("headers"), "x-collector-token: sesame\n").unwrap();
     let settings =
         format!("[telemetry]\notlp_endpoint = '{}'\notlp_headers_file = 'headers'", collector.url());
     std::fs::write(home.path("keyward.toml"), settings).unwrap();
-    let mut command = home.serve();
+    let mut command = home.serve_command();
     command.args(["--config", "keyward.toml", "--log", "trace"]).env("OTEL_SERVICE_NAME", "keys");
-    let keyward = home.start_as(command).unwrap();
+    let keyward = home.start_with(command).unwrap();
     let account = pb::ListAccountsRequest::default();
-    keyward.root().accounts.list(told(account, &[("traceparent", &parent(TRACE, true))])).await.unwrap();
-    let span = collector.span(TRACE, "keyward.v1.AccountService/List").await;
+    keyward
+        .root_caller()
+        .accounts
+        .list(told(account, &[("traceparent", &parent(TRACE, true))]))
+        .await
+        .unwrap();
+    let span = collector.wait_for_span(TRACE, "keyward.v1.AccountService/List").await;
     assert_eq!(span.resource["service.name"], "keys");
     assert_eq!(collector.headers()[0]["x-collector-token"], "sesame");
     assert!(!keyward.process.stderr().contains("sesame"));
 }
 
-fn pair(key: &str, value: &str) -> Pair {
-    Pair { key: key.to_owned().into(), value: value.to_owned().into() }
+fn pair(key: &str, value: &str) -> EnvoyMapEntry {
+    EnvoyMapEntry { key: key.to_owned().into(), value: value.to_owned().into() }
 }
 
 /// What Envoy asks about a request with these headers to a route that needs `monitors:read` in production.
-async fn envoy_asks(keyward: &Keyward, headers: &[(&str, &str)]) -> CheckResponse {
-    let http = HttpRequest {
+async fn envoy_asks(keyward: &KeywardProcess, headers: &[(&str, &str)]) -> CheckResponse {
+    let http = EnvoyHttpRequest {
         id: "1234".into(),
         method: "GET".into(),
         path: "/v1/monitors".into(),
         host: "api.test".into(),
         headers: headers.iter().map(|(name, value)| pair(name, value)).collect(),
-        ..HttpRequest::default()
+        ..EnvoyHttpRequest::default()
     };
     let extensions = vec![pair("scope", "monitors:read"), pair("environment", "production")];
     let request = Some(Asked { http: Some(http) });
-    let attributes = AttributeContext { request, context_extensions: extensions, ..Default::default() };
-    let message = CheckRequest { attributes: Some(attributes) }.encode_to_vec();
+    let attributes = EnvoyAttributeContext { request, context_extensions: extensions, ..Default::default() };
+    let message = EnvoyCheckRequest { attributes: Some(attributes) }.encode_to_vec();
     let once = futures_util::stream::iter([bytes::Bytes::from(message)]);
     let method = "envoy.service.auth.v3.Authorization/Check";
     let answer = call_raw(keyward.channel(), &keyward.home.root_key(), method, once).await.unwrap();
@@ -180,10 +190,10 @@ async fn envoy_asks(keyward: &Keyward, headers: &[(&str, &str)]) -> CheckRespons
 #[tokio::test(flavor = "multi_thread")]
 async fn what_envoy_asks_is_part_of_the_trace_of_the_request_that_it_asks_about() {
     let (collector, keyward, mut root) = traced("").await;
-    let (id, token) = root.create(plain_key()).await.unwrap();
+    let (id, token) = root.create_key(plain_key_request()).await.unwrap();
     let (bearer, parent) = (format!("Bearer {token}"), parent(TRACE, true));
     envoy_asks(&keyward, &[("authorization", &bearer), ("traceparent", &parent)]).await;
-    let span = collector.span(TRACE, "envoy.service.auth.v3.Authorization/Check").await;
+    let span = collector.wait_for_span(TRACE, "envoy.service.auth.v3.Authorization/Check").await;
     assert_eq!(span.parent, "b7ad6b7169203331");
     assert_eq!((&*span.attributes["keyward.key_id"], &*span.attributes["keyward.reason"]), (&*id, "ok"));
     assert!(!span.printed.contains(&token[10..]));
@@ -192,11 +202,11 @@ async fn what_envoy_asks_is_part_of_the_trace_of_the_request_that_it_asks_about(
 #[tokio::test(flavor = "multi_thread")]
 async fn what_becomes_of_a_requests_trace_behind_envoy_is_left_to_envoy() {
     let (collector, keyward, mut root) = traced("").await;
-    let (_, token) = root.create(plain_key()).await.unwrap();
+    let (_, token) = root.create_key(plain_key_request()).await.unwrap();
     let (bearer, parent) = (format!("Bearer {token}"), parent(TRACE, true));
     let headers = [("authorization", &*bearer), ("traceparent", &*parent), ("tracestate", "vendor=1")];
     let answer = envoy_asks(&keyward, &headers).await;
-    collector.span(TRACE, "envoy.service.auth.v3.Authorization/Check").await;
+    collector.wait_for_span(TRACE, "envoy.service.auth.v3.Authorization/Check").await;
     let Some(HttpResponse::OkResponse(ok)) = answer.http_response else { panic!("{answer:?}") };
     let set = ok.headers.into_iter().chain(ok.response_headers_to_add);
     let touched = set.filter_map(|option| Some(option.header?.key)).chain(ok.headers_to_remove);
@@ -207,31 +217,34 @@ async fn what_becomes_of_a_requests_trace_behind_envoy_is_left_to_envoy() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_service_behind_envoy_gets_the_trace_that_the_client_sent() {
-    let (collector, home, upstream) = (Collector::start().await, Home::new(), Upstream::start());
-    let mut command = home.serve();
+    let (collector, home, upstream) = (SpanCollector::start().await, TestHome::new(), EchoUpstream::start());
+    let mut command = home.serve_command();
     command.args(["--envoy-listen", "127.0.0.1:0", "--otlp-endpoint", &collector.url()]);
-    let keyward = home.start_as(command).unwrap();
-    let mut root = keyward.root();
-    root.make_account("acme").await;
-    let (_, token) = root.create(plain_key()).await.unwrap();
-    let envoy = Envoy::start(&minimal(keyward.process.envoy().unwrap(), &upstream));
+    let keyward = home.start_with(command).unwrap();
+    let mut root = keyward.root_caller();
+    root.create_account("acme").await;
+    let (_, token) = root.create_key(plain_key_request()).await.unwrap();
+    let envoy = EnvoyProcess::start(&minimal_config(keyward.process.envoy_address().unwrap(), &upstream));
     let sent = parent(TRACE, true);
-    let request = http::Request::get("/v1/monitors").bearer(&token);
+    let request = raw_http::RawRequest::get("/v1/monitors").bearer(&token);
     let request = request.header("traceparent", &sent).header("tracestate", "vendor=1");
-    let arrived = Arrived::from_answer(&request.send(envoy.listener("edge")).body);
-    assert_eq!((arrived.all("traceparent"), arrived.all("tracestate")), (vec![&*sent], vec!["vendor=1"]));
-    let span = collector.span(TRACE, "envoy.service.auth.v3.Authorization/Check").await;
+    let arrived = ReceivedRequest::from_answer(&request.send(envoy.listener_address("edge")).body);
+    assert_eq!(
+        (arrived.header_values("traceparent"), arrived.header_values("tracestate")),
+        (vec![&*sent], vec!["vendor=1"])
+    );
+    let span = collector.wait_for_span(TRACE, "envoy.service.auth.v3.Authorization/Check").await;
     assert_eq!((span.parent.as_str(), span.state.as_str()), ("b7ad6b7169203331", "vendor=1"));
 }
 
 /// Runs a client command as root in this trace.
-fn client(keyward: &Keyward, arguments: &[&str], trace: [&str; 2]) -> Ended {
+fn client(keyward: &KeywardProcess, arguments: &[&str], trace: [&str; 2]) -> FinishedProcess {
     let mut command = keyward.home.command(arguments);
     command
         .args(["--server", &keyward.address.to_string(), "--token-file"])
         .arg(keyward.home.root_key_file());
     command.env("TRACEPARENT", trace[0]).env("TRACESTATE", trace[1]);
-    keyward.home.run(command)
+    keyward.home.run_to_end(command)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -240,12 +253,12 @@ async fn what_the_cli_calls_is_part_of_the_trace_that_it_was_started_in() {
     let trace = [&*parent(TRACE, true), "vendor=1"];
     let listed = client(&keyward, &["accounts", "list"], trace);
     assert_eq!(listed.code, Some(0), "{listed:?}");
-    let span = collector.span(TRACE, "keyward.v1.AccountService/List").await;
+    let span = collector.wait_for_span(TRACE, "keyward.v1.AccountService/List").await;
     assert_eq!((span.parent.as_str(), span.state.as_str()), ("b7ad6b7169203331", "vendor=1"));
 
     // Who reads the refusal finds the call.
     let refused = client(&keyward, &["keys", "get", "0197f0c0-0000-7000-8000-000000000000"], trace);
-    let span = collector.span(TRACE, "keyward.v1.KeyService/Get").await;
+    let span = collector.wait_for_span(TRACE, "keyward.v1.KeyService/Get").await;
     let id = &span.attributes["keyward.request_id"];
     assert!(uuid::Uuid::parse_str(id).is_ok(), "{span:?}");
     assert!(refused.code == Some(1) && refused.err.contains(&format!("request id: {id}\n")), "{refused:?}");
@@ -263,18 +276,18 @@ async fn the_cli_calls_all_the_same_where_the_environment_names_no_trace() {
 }
 
 /// A figure of the page, by the start of its line.
-fn figure(keyward: &Keyward, start: &str) -> f64 {
-    let page = keyward.page("/metrics").1;
+fn figure(keyward: &KeywardProcess, start: &str) -> f64 {
+    let page = keyward.fetch_admin_page("/metrics").1;
     let line = page.lines().find(|line| line.starts_with(start)).unwrap_or_else(|| panic!("{start}: {page}"));
     line.rsplit_once(' ').unwrap().1.parse().unwrap()
 }
 
 async fn answers_and_stops(endpoint: &str) {
     let (keyward, mut root) = start("[telemetry]\nsample_ratio = 1.0", &["--otlp-endpoint", endpoint]).await;
-    let (_, token) = root.create(plain_key()).await.unwrap();
+    let (_, token) = root.create_key(plain_key_request()).await.unwrap();
     // More than the queue holds.
     for _ in 0..6000 {
-        assert_eq!(root.check(&token).await.unwrap(), pb::Reason::Ok);
+        assert_eq!(root.check_token(&token).await.unwrap(), pb::Reason::Ok);
     }
     wait_for("spans to be counted as lost", || {
         (figure(&keyward, "keyward_traces_dropped_total") > 0.0).then_some(())
@@ -290,7 +303,7 @@ async fn calls_are_answered_and_the_server_stops_while_the_collector_is_away() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn calls_are_answered_and_the_server_stops_while_the_collector_hangs() {
-    let collector = Collector::hanging().await;
+    let collector = SpanCollector::start_hanging().await;
     answers_and_stops(&collector.url()).await;
 }
 
@@ -302,9 +315,10 @@ async fn log_lines_name_their_call() {
         ("json", format!("\"request_id\":\"r-7\",\"trace_id\":\"{TRACE}\"}}\n")),
     ] {
         let (keyward, mut root) = start("", &["--log-format", format]).await;
-        let create = root.keys.create(told(plain_key(), &headers)).await.unwrap();
+        let create = root.keys.create(told(plain_key_request(), &headers)).await.unwrap();
         assert_eq!(create.metadata().get("x-request-id").unwrap(), "r-7");
-        let made = root.keys.create(told(plain_key(), &[("x-request-id", "kw_live_x")])).await.unwrap();
+        let made =
+            root.keys.create(told(plain_key_request(), &[("x-request-id", "kw_live_x")])).await.unwrap();
         let made = made.metadata().get("x-request-id").unwrap().to_str().unwrap().to_owned();
         assert_eq!(uuid::Uuid::parse_str(&made).unwrap().get_version_num(), 7);
         let log = wait_for("both lines", || {
@@ -318,7 +332,7 @@ async fn log_lines_name_their_call() {
     }
 }
 
-/// Runs `promtool check metrics` on a page: what it complains of.
+/// Runs `promtool check_token metrics` on a page: what it complains of.
 fn complaints(page: &str) -> String {
     let program = std::env::var_os("KEYWARD_PROMTOOL").unwrap_or_else(|| "promtool".into());
     let mut child = Command::new(&program)
@@ -359,7 +373,7 @@ fn samples(page: &str) -> Vec<(&str, BTreeMap<&str, &str>)> {
 
 /// The rows of the table under a heading of a page in `docs`: first and second column, without quotes.
 fn documented(heading: &str) -> Vec<(String, String)> {
-    let page = text(&Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/telemetry.md"));
+    let page = read_text(&Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/telemetry.md"));
     let (_, rest) = page.split_once(&format!("## {heading}\n")).unwrap();
     let section = rest.split("\n## ").next().unwrap();
     let rows = section.lines().filter(|line| line.starts_with("| `"));
@@ -373,11 +387,11 @@ fn documented(heading: &str) -> Vec<(String, String)> {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_page_of_metrics_is_as_documented_whatever_is_asked() {
     let (keyward, mut root) = start("[decision_log]\nfile = 'decisions'", &[]).await;
-    let (id, token) = root.create(plain_key()).await.unwrap();
-    root.check(&token).await.unwrap();
-    root.check("\"} 1\nkeyward_forged 1").await.unwrap();
+    let (id, token) = root.create_key(plain_key_request()).await.unwrap();
+    root.check_token(&token).await.unwrap();
+    root.check_token("\"} 1\nkeyward_forged 1").await.unwrap();
     envoy_asks(&keyward, &[("x-evil", "\"} 1")]).await;
-    root.revoke(&id).await.unwrap();
+    root.revoke_key(&id).await.unwrap();
     for method in ["keyward.v1.AuthzService/Evil", "evil{a=\"b\"}/x", "a/b/c/d", "grpc.health.v1.Health/Nope"]
     {
         let none = futures_util::stream::iter([bytes::Bytes::new()]);
@@ -385,7 +399,7 @@ async fn the_page_of_metrics_is_as_documented_whatever_is_asked() {
             call_raw(keyward.channel(), "evil", &path.as_str()[1..], none).await.unwrap_err();
         }
     }
-    let page = keyward.page("/metrics").1;
+    let page = keyward.fetch_admin_page("/metrics").1;
     assert_eq!(complaints(&page), "", "{page}");
 
     let table = documented("Metrics");
@@ -416,8 +430,8 @@ async fn the_page_of_metrics_is_as_documented_whatever_is_asked() {
 #[tokio::test(flavor = "multi_thread")]
 async fn calls_are_counted_by_method_and_code() {
     let (keyward, mut root) = start("", &[]).await;
-    root.get("no id").await.unwrap_err();
-    root.check("unknown").await.unwrap();
+    root.get_key("no id").await.unwrap_err();
+    root.check_token("unknown").await.unwrap();
     let labels = |service: &str, method: &str| {
         format!("{{grpc_type=\"unary\",grpc_service=\"keyward.v1.{service}\",grpc_method=\"{method}\"")
     };
@@ -431,7 +445,7 @@ async fn calls_are_counted_by_method_and_code() {
 }
 
 /// The lines of a decision log, once there are so many.
-fn decisions(keyward: &Keyward, count: usize) -> Vec<Value> {
+fn decisions(keyward: &KeywardProcess, count: usize) -> Vec<Value> {
     wait_for("decisions", || {
         let text = std::fs::read_to_string(keyward.home.path("decisions")).ok()?;
         let lines: Vec<_> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
@@ -442,14 +456,14 @@ fn decisions(keyward: &Keyward, count: usize) -> Vec<Value> {
 #[tokio::test(flavor = "multi_thread")]
 async fn denials_and_what_is_taken_away_are_written_down_by_an_id_that_their_askers_hear() {
     let (keyward, mut root) = start("[decision_log]\nfile = 'decisions'", &[]).await;
-    let (id, token) = root.create(plain_key()).await.unwrap();
-    let allowed = root.authz.check(question(&token)).await.unwrap();
+    let (id, token) = root.create_key(plain_key_request()).await.unwrap();
+    let allowed = root.authz.check(check_request(&token)).await.unwrap();
     assert!(allowed.metadata().get("x-keyward-decision-id").is_none(), "it is not written down");
     let denied = pb::CheckRequest {
         scopes: vec!["monitors:read".to_owned(), "monitors:write".to_owned()],
         customer: Some("c-1".to_owned()),
         client_ip: Some("192.0.2.9".to_owned()),
-        ..question(&token)
+        ..check_request(&token)
     };
     let headers = [("traceparent", &*parent(TRACE, false)), ("x-request-id", "r-7")];
     let denied = root.authz.check(told(denied, &headers)).await.unwrap();
@@ -459,7 +473,7 @@ async fn denials_and_what_is_taken_away_are_written_down_by_an_id_that_their_ask
     let fields = answer.dynamic_metadata.unwrap().fields;
     let kind = fields["decision_id"].kind.clone().unwrap();
     let prost_types::value::Kind::StringValue(to_envoy) = kind else { panic!("{kind:?}") };
-    root.revoke(&id).await.unwrap();
+    root.revoke_key(&id).await.unwrap();
 
     let lines = decisions(&keyward, 3);
     assert_eq!(lines.len(), 3, "{lines:?}");
@@ -480,14 +494,14 @@ async fn denials_and_what_is_taken_away_are_written_down_by_an_id_that_their_ask
     let said = ["kind", "action", "key_id", "account", "method"].map(|field| change[field].as_str().unwrap());
     assert_eq!(said, ["change", "key.revoked", &id, "acme", "keyward.v1.KeyService/Revoke"]);
     let home = keyward.stop();
-    assert!(!text(&home.path("decisions")).contains(&token[10..]));
+    assert!(!read_text(&home.path("decisions")).contains(&token[10..]));
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_way_of_taking_away_is_written_down_and_no_other_change() {
     let (keyward, mut root) = start("[decision_log]\nfile = 'decisions'\ndenials = 0.0", &[]).await;
-    let (id, _) = root.create(plain_key()).await.unwrap();
-    root.check("unknown").await.unwrap();
+    let (id, _) = root.create_key(plain_key_request()).await.unwrap();
+    root.check_token("unknown").await.unwrap();
     let id = || id.clone();
     let update = |scopes: &[&str]| pb::UpdateKeyRequest {
         key: Some(pb::Key {
@@ -501,7 +515,7 @@ async fn every_way_of_taking_away_is_written_down_and_no_other_change() {
     root.keys.update(update(&["monitors:read"])).await.unwrap();
     root.keys.disable(pb::DisableKeyRequest { id: id() }).await.unwrap();
     root.keys.enable(pb::EnableKeyRequest { id: id() }).await.unwrap();
-    root.rotate(&id()).await.unwrap();
+    root.rotate_key(&id()).await.unwrap();
     root.accounts.suspend(pb::SuspendAccountRequest { id: "acme".to_owned() }).await.unwrap();
     root.accounts.resume(pb::ResumeAccountRequest { id: "acme".to_owned() }).await.unwrap();
     let role = |scopes: &[&str]| pb::PutRoleRequest {
@@ -513,10 +527,10 @@ async fn every_way_of_taking_away_is_written_down_and_no_other_change() {
     root.accounts.put_role(role(&["a:read"])).await.unwrap();
     let delete = pb::DeleteRoleRequest { account: "acme".to_owned(), name: "reader".to_owned() };
     root.accounts.delete_role(delete).await.unwrap();
-    root.revoke(&id()).await.unwrap();
-    root.revoke(&id()).await.unwrap();
+    root.revoke_key(&id()).await.unwrap();
+    root.revoke_key(&id()).await.unwrap();
     let home = keyward.stop();
-    let text = text(&home.path("decisions"));
+    let text = read_text(&home.path("decisions"));
     let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
     let actions: Vec<_> = lines.map(|line| line["action"].as_str().unwrap().to_owned()).collect();
     let expected = [
@@ -534,8 +548,8 @@ async fn every_way_of_taking_away_is_written_down_and_no_other_change() {
 #[tokio::test(flavor = "multi_thread")]
 async fn without_a_file_decisions_go_to_the_log() {
     let (keyward, mut root) = start("[decision_log]\nallowed = 1.0", &["--log-format", "json"]).await;
-    let (id, token) = root.create(plain_key()).await.unwrap();
-    let allowed = root.authz.check(question(&token)).await.unwrap();
+    let (id, token) = root.create_key(plain_key_request()).await.unwrap();
+    let allowed = root.authz.check(check_request(&token)).await.unwrap();
     let heard = allowed.metadata().get("x-keyward-decision-id").unwrap().to_str().unwrap().to_owned();
     let line = wait_for("the decision", || {
         let log = keyward.process.stderr();
@@ -547,16 +561,16 @@ async fn without_a_file_decisions_go_to_the_log() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_proxy_that_asks_over_http_is_told_of_as_well() {
-    let collector = Collector::start().await;
-    let home = Home::new();
+    let collector = SpanCollector::start().await;
+    let home = TestHome::new();
     std::fs::write(home.path("keyward.toml"), "[decision_log]\nfile = 'decisions'").unwrap();
-    let mut command = home.serve();
+    let mut command = home.serve_command();
     command.args(["--config", "keyward.toml", "--forward-auth-listen", "127.0.0.1:0"]);
     command.args(["--otlp-endpoint", &collector.url()]);
-    let keyward = home.start_as(command).unwrap();
+    let keyward = home.start_with(command).unwrap();
     let out = keyward.process.stdout();
     let address = out.split_once("Traefik and Envoy on http://").unwrap().1.split('/').next().unwrap();
-    let request = http::Request::get("/auth/nginx?scope=monitors:read&environment=production")
+    let request = raw_http::RawRequest::get("/auth/nginx?scope=monitors:read&environment=production")
         .header("x-original-method", "GET")
         .header("x-original-host", "api.test")
         .header("x-original-uri", "/v1/monitors")
@@ -569,5 +583,8 @@ async fn a_proxy_that_asks_over_http_is_told_of_as_well() {
     let said =
         ["kind", "reason", "request_id", "trace_id", "peer"].map(|field| line[field].as_str().unwrap());
     assert_eq!(said, ["forward_auth", "no_credential", "r-9", TRACE, "127.0.0.1"]);
-    assert_eq!(collector.span(TRACE, "forward_auth").await.attributes["keyward.reason"], "no_credential");
+    assert_eq!(
+        collector.wait_for_span(TRACE, "forward_auth").await.attributes["keyward.reason"],
+        "no_credential"
+    );
 }

@@ -10,10 +10,13 @@ use std::{
 
 use keyward::pb::{self, KeyState, Reason};
 
-use crate::process::{Ended, Home, Keyward, like, plain_key, text, wait_for};
+use crate::process::{
+    FinishedProcess, KeywardProcess, TestHome, plain_key_request, read_text, same_environment_command,
+    wait_for,
+};
 
 /// `keyward` as a client of a server, with its root key.
-fn client(server: &Keyward, arguments: &[&str]) -> Command {
+fn client(server: &KeywardProcess, arguments: &[&str]) -> Command {
     let mut command = server.home.command(arguments);
     command.env("KEYWARD_SERVER", server.address.to_string());
     command.env("KEYWARD_TOKEN_FILE", server.home.root_key_file());
@@ -23,7 +26,7 @@ fn client(server: &Keyward, arguments: &[&str]) -> Command {
 
 /// The command without a terminal, whatever the tests were started from.
 fn without_terminal(command: &Command) -> Command {
-    let mut setsid = like("setsid", command);
+    let mut setsid = same_environment_command("setsid", command);
     setsid.arg("--wait").arg(command.get_program()).args(command.get_args());
     setsid
 }
@@ -33,7 +36,7 @@ fn without_terminal(command: &Command) -> Command {
 fn answered(like_this: &Command, line: &str, answer: &str) -> (Option<i32>, String) {
     let folder = like_this.get_current_dir().unwrap();
     let shown = folder.join("terminal");
-    let mut script = like("script", like_this);
+    let mut script = same_environment_command("script", like_this);
     script.args(["-q", "-e", "-f", "-c", line]).arg(&shown);
     script.env("KEYWARD", like_this.get_program());
     let mut script =
@@ -49,14 +52,14 @@ fn answered(like_this: &Command, line: &str, answer: &str) -> (Option<i32>, Stri
     (ended.code(), on_screen())
 }
 
-async fn state(server: &Keyward, id: &str) -> KeyState {
-    server.root().get(id).await.unwrap().state()
+async fn state(server: &KeywardProcess, id: &str) -> KeyState {
+    server.root_caller().get_key(id).await.unwrap().state()
 }
 
-async fn with_key() -> (Keyward, String, String) {
-    let server = Keyward::start();
-    server.root().make_account("acme").await;
-    let (id, token) = server.root().create(plain_key()).await.unwrap();
+async fn with_key() -> (KeywardProcess, String, String) {
+    let server = KeywardProcess::start();
+    server.root_caller().create_account("acme").await;
+    let (id, token) = server.root_caller().create_key(plain_key_request()).await.unwrap();
     (server, id, token)
 }
 
@@ -92,16 +95,16 @@ async fn what_cannot_be_undone_is_refused_without_a_terminal_and_without_yes() {
         &["roles", "delete", "reader"],
         &["revoke-self"],
     ] {
-        let ended = server.home.run(without_terminal(&client(&server, arguments)));
+        let ended = server.home.run_to_end(without_terminal(&client(&server, arguments)));
         assert!(
             ended.code == Some(2) && ended.err.contains("repeat it with --yes"),
             "{arguments:?} {ended:?}"
         );
     }
-    assert_eq!(server.root().check(&token).await.unwrap(), Reason::Ok);
-    let done = server.home.run(without_terminal(&client(&server, &["keys", "revoke", &id, "--yes"])));
+    assert_eq!(server.root_caller().check_token(&token).await.unwrap(), Reason::Ok);
+    let done = server.home.run_to_end(without_terminal(&client(&server, &["keys", "revoke", &id, "--yes"])));
     assert_eq!(done.code, Some(0), "{done:?}");
-    assert_eq!(server.root().check(&token).await.unwrap(), Reason::Revoked);
+    assert_eq!(server.root_caller().check_token(&token).await.unwrap(), Reason::Revoked);
     let home = server.stop();
     let url = home.url();
     for arguments in [
@@ -110,7 +113,7 @@ async fn what_cannot_be_undone_is_refused_without_a_terminal_and_without_yes() {
         &["accept-lost-wal", "--database", &url],
         &["replicas", "accept-regression", "--database", "postgres://u@127.0.0.1:1/k"],
     ] {
-        let ended = home.run(without_terminal(&home.command(arguments)));
+        let ended = home.run_to_end(without_terminal(&home.command(arguments)));
         assert!(
             ended.code == Some(2) && ended.err.contains("repeat it with --yes"),
             "{arguments:?} {ended:?}"
@@ -118,12 +121,12 @@ async fn what_cannot_be_undone_is_refused_without_a_terminal_and_without_yes() {
     }
     assert!(!home.path("new.key").exists() && !home.path("archive").exists());
     let server = home.start();
-    server.root().get(&id).await.unwrap();
+    server.root_caller().get_key(&id).await.unwrap();
 }
 
 #[test]
 fn a_misspelt_path_creates_no_database() {
-    let home = Home::new();
+    let home = TestHome::new();
     for arguments in [
         &["root-key", "reset", "--yes", "--root-key-file", "new.key"][..],
         &["audit", "archive", "--yes", "--before", "1d", "--to", "archive"],
@@ -132,7 +135,7 @@ fn a_misspelt_path_creates_no_database() {
         &["migrate", "--dry-run"],
         &["migrate"],
     ] {
-        let ended = home.run(home.command([arguments, &["--database", "sqlite:mispelt.db"]].concat()));
+        let ended = home.run_to_end(home.command([arguments, &["--database", "sqlite:mispelt.db"]].concat()));
         let said = "there is no database at mispelt.db, and none was created";
         assert!(ended.code == Some(1) && ended.err.contains(said), "{arguments:?} {ended:?}");
         let left: Vec<_> = home.files().into_iter().map(|(path, _)| path).collect();
@@ -144,24 +147,24 @@ fn a_misspelt_path_creates_no_database() {
 
 #[test]
 fn a_backup_is_not_written_over_a_file() {
-    let home = Keyward::start().stop();
+    let home = KeywardProcess::start().stop();
     std::fs::write(home.path("backup.db"), "mine").unwrap();
-    let ended = home.run(home.command(["backup", "--to", "backup.db", "--database", &home.url()]));
+    let ended = home.run_to_end(home.command(["backup", "--to", "backup.db", "--database", &home.url()]));
     let said =
         "backup.db exists already and is not overwritten; nothing was copied. Name a new file with --to";
     assert!(ended.code == Some(1) && ended.err.contains(said), "{ended:?}");
-    assert_eq!(text(&home.path("backup.db")), "mine");
+    assert_eq!(read_text(&home.path("backup.db")), "mine");
 }
 
 /// Runs a command whose standard output nobody reads any more.
-fn without_reader(home: &Home, mut command: Command) -> Ended {
+fn without_reader(home: &TestHome, mut command: Command) -> FinishedProcess {
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
     let output = command.stdin(Stdio::null()).stdout(writer).stderr(Stdio::piped()).output().unwrap();
     assert!(home.path("").exists());
     let err = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(!err.contains("panicked"), "{err}");
-    Ended { code: output.status.code(), out: String::new(), err }
+    FinishedProcess { code: output.status.code(), out: String::new(), err }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -193,15 +196,16 @@ async fn a_reader_that_has_gone_makes_neither_a_panic_nor_a_false_success() {
         );
     }
     let home = server.stop();
-    let ended = without_reader(&home, home.root_key_reset("-"));
+    let ended = without_reader(&home, home.root_key_reset_command("-"));
     assert!(ended.code == Some(1) && ended.err.contains("run the command again"), "{ended:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn scopes_are_added_and_removed_and_what_is_replaced_is_said() {
     let (server, id, _) = with_key().await;
-    let update = |more: &[&str]| server.home.run(client(&server, &[&["keys", "update", &id], more].concat()));
-    let scopes = async || server.root().get(&id).await.unwrap().scopes;
+    let update =
+        |more: &[&str]| server.home.run_to_end(client(&server, &[&["keys", "update", &id], more].concat()));
+    let scopes = async || server.root_caller().get_key(&id).await.unwrap().scopes;
     let added = update(&["--add-scope", "jobs:run,jobs:read"]);
     assert!(
         added.code == Some(0) && added.err.contains("taken away: none; granted: jobs:read, jobs:run"),
@@ -229,50 +233,51 @@ async fn scopes_that_are_added_at_the_same_time_are_all_added() {
     let add = |number: u32| client(&server, &["keys", "update", &id, "--add-scope", &format!("s:n{number}")]);
     let ended: Vec<_> = std::thread::scope(|threads| {
         let started: Vec<_> =
-            (0..6).map(add).map(|command| threads.spawn(|| server.home.run(command))).collect();
+            (0..6).map(add).map(|command| threads.spawn(|| server.home.run_to_end(command))).collect();
         started.into_iter().map(|thread| thread.join().unwrap()).collect()
     });
     for ended in &ended {
         assert_eq!(ended.code, Some(0), "{ended:?}");
     }
-    let scopes = server.root().get(&id).await.unwrap().scopes;
+    let scopes = server.root_caller().get_key(&id).await.unwrap().scopes;
     assert_eq!(scopes, ["monitors:read", "s:n0", "s:n1", "s:n2", "s:n3", "s:n4", "s:n5"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_rotation_needs_to_be_told_when_the_old_token_stops() {
     let (server, id, token) = with_key().await;
-    let rotate = |more: &[&str]| server.home.run(client(&server, &[&["keys", "rotate", &id], more].concat()));
+    let rotate =
+        |more: &[&str]| server.home.run_to_end(client(&server, &[&["keys", "rotate", &id], more].concat()));
     let vague = rotate(&[]);
     assert!(
         vague.code == Some(2) && vague.err.contains("--overlap") && vague.err.contains("--now"),
         "{vague:?}"
     );
     assert_eq!(rotate(&["--overlap", "1h", "--token-only"]).code, Some(0));
-    assert_eq!(server.root().check(&token).await.unwrap(), Reason::Ok);
+    assert_eq!(server.root_caller().check_token(&token).await.unwrap(), Reason::Ok);
     assert_eq!(rotate(&["--now", "--token-only"]).code, Some(0));
-    assert_eq!(server.root().check(&token).await.unwrap(), Reason::Rotated);
+    assert_eq!(server.root_caller().check_token(&token).await.unwrap(), Reason::Rotated);
 }
 
 #[test]
 fn a_token_goes_to_no_other_machine_in_plaintext_and_its_file_is_for_its_owner() {
-    let server = Keyward::start();
+    let server = KeywardProcess::start();
     let mut elsewhere = client(&server, &["whoami"]);
     elsewhere.env("KEYWARD_SERVER", "http://192.0.2.1:50051");
-    let refused = server.home.run(elsewhere);
+    let refused = server.home.run_to_end(elsewhere);
     assert!(refused.code == Some(2) && refused.err.contains("is another machine"), "{refused:?}");
-    let quiet = server.home.run(client(&server, &["whoami"]));
+    let quiet = server.home.run_to_end(client(&server, &["whoami"]));
     assert!(quiet.code == Some(0) && quiet.err.is_empty(), "{quiet:?}");
     let file = server.home.root_key_file();
     std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o644)).unwrap();
-    let warned = server.home.run(client(&server, &["whoami"]));
+    let warned = server.home.run_to_end(client(&server, &["whoami"]));
     assert!(
         warned.code == Some(0) && warned.err.starts_with("warning: everybody can read the token"),
         "{warned:?}"
     );
     let mut wrong = client(&server, &["whoami"]);
     wrong.env("KEYWARD_SERVER", "http://u:sesame@h/x@y");
-    let wrong = server.home.run(wrong);
+    let wrong = server.home.run_to_end(wrong);
     assert!(wrong.code == Some(2) && wrong.err.contains("KEYWARD_SERVER: "), "{wrong:?}");
     assert!(!wrong.err.contains("sesame") && !wrong.err.contains("x@y"), "{wrong:?}");
 }
@@ -280,10 +285,11 @@ fn a_token_goes_to_no_other_machine_in_plaintext_and_its_file_is_for_its_owner()
 #[tokio::test(flavor = "multi_thread")]
 async fn the_answers_of_a_client_name_no_request_that_was_not_sent() {
     let (server, ..) = with_key().await;
-    let ended =
-        server.home.run(without_terminal(&client(&server, &["keys", "bulk-revoke", "--all-accounts"])));
+    let ended = server
+        .home
+        .run_to_end(without_terminal(&client(&server, &["keys", "bulk-revoke", "--all-accounts"])));
     assert!(ended.code == Some(2) && !ended.err.contains("request id"), "{ended:?}");
     let entries =
-        server.root().audit.list(pb::ListAuditEntriesRequest::default()).await.unwrap().into_inner();
+        server.root_caller().audit.list(pb::ListAuditEntriesRequest::default()).await.unwrap().into_inner();
     assert!(entries.entries.iter().all(|entry| entry.action != "key.revoked"));
 }

@@ -18,38 +18,40 @@ use tonic::{
 };
 
 use crate::{
-    authority::{Authority, Pair, replace},
-    process::{Caller, Home, Keyward, PATIENCE, plain_key, question, wait_for},
-    support::refused,
+    process::{
+        AuthorizedClients, KeywardProcess, TestHome, WAIT_TIMEOUT, check_request, plain_key_request, wait_for,
+    },
+    support::assert_refused,
+    test_ca::{PemCertificate, TestCa, replace_file},
 };
 
 const ENVOY: &str = "spiffe://example.org/envoy";
 
 /// A server with a TLS listener besides its plain one.
-struct Secure {
-    keyward: Keyward,
-    authority: Authority,
+struct TlsServer {
+    keyward: KeywardProcess,
+    authority: TestCa,
     tls: SocketAddr,
 }
 
-impl Secure {
+impl TlsServer {
     /// With these lines more in the listener's table, and these tables after it.
-    async fn start(lines: &str, tls: &str, tables: &str) -> Secure {
-        let (home, authority) = (Home::new(), Authority::new("ours"));
-        authority.server(2040).write(&home.path("cert.pem"), &home.path("key.pem"));
-        replace(&home.path("clients.pem"), &authority.pem);
+    async fn start(lines: &str, tls: &str, tables: &str) -> TlsServer {
+        let (home, authority) = (TestHome::new(), TestCa::new("ours"));
+        authority.issue_server_certificate(2040).write_files(&home.path("cert.pem"), &home.path("key.pem"));
+        replace_file(&home.path("clients.pem"), &authority.pem);
         let text = format!(
             "[[listener]]\nname = 'secure'\naddress = '127.0.0.1:0'\n\
              services = ['check', 'management', 'health', 'reflection']\n{lines}\n\
              [listener.tls]\ncertificate = 'cert.pem'\nkey = 'key.pem'\n{tls}\n{tables}"
         );
         std::fs::write(home.path("keyward.toml"), text).unwrap();
-        let mut command = home.serve();
+        let mut command = home.serve_command();
         command.args(["--config", "keyward.toml"]);
-        let keyward = home.start_as(command).unwrap_or_else(|ended| panic!("{ended:?}"));
-        keyward.root().make_account("acme").await;
-        let tls = keyward.process.listener("secure").unwrap().parse().unwrap();
-        Secure { keyward, authority, tls }
+        let keyward = home.start_with(command).unwrap_or_else(|ended| panic!("{ended:?}"));
+        keyward.root_caller().create_account("acme").await;
+        let tls = keyward.process.listener_address("secure").unwrap().parse().unwrap();
+        TlsServer { keyward, authority, tls }
     }
 
     fn file(&self, name: &str) -> std::path::PathBuf {
@@ -61,31 +63,33 @@ impl Secure {
     }
 
     /// A caller that shows a certificate and no token.
-    async fn shows(&self, pair: &Pair) -> Caller {
-        let channel = self.connect(self.authority.believed().identity(pair.identity())).await.unwrap();
-        Caller::anonymous(channel)
+    async fn caller_with_certificate(&self, pair: &PemCertificate) -> AuthorizedClients {
+        let channel =
+            self.connect(self.authority.trusting_client_config().identity(pair.identity())).await.unwrap();
+        AuthorizedClients::without_token(channel)
     }
 }
 
 async fn connect(address: SocketAddr, tls: ClientTlsConfig) -> Result<Channel, tonic::transport::Error> {
     let endpoint = Endpoint::from_shared(format!("https://{address}")).unwrap();
-    endpoint.tls_config(tls).unwrap().connect_timeout(PATIENCE).connect().await
+    endpoint.tls_config(tls).unwrap().connect_timeout(WAIT_TIMEOUT).connect().await
 }
 
 #[tokio::test]
 async fn a_client_that_believes_the_authority_is_served_and_no_other() {
-    let secure = Secure::start("", "", "").await;
-    let channel = secure.connect(secure.authority.believed()).await.unwrap();
-    let mut root = Caller::on(channel, &secure.keyward.home.root_key());
-    let (_, token) = root.create(plain_key()).await.unwrap();
-    assert_eq!(root.check(&token).await.unwrap(), pb::Reason::Ok);
+    let secure = TlsServer::start("", "", "").await;
+    let channel = secure.connect(secure.authority.trusting_client_config()).await.unwrap();
+    let mut root = AuthorizedClients::with_token(channel, &secure.keyward.home.root_key());
+    let (_, token) = root.create_key(plain_key_request()).await.unwrap();
+    assert_eq!(root.check_token(&token).await.unwrap(), pb::Reason::Ok);
 
-    let stranger = Authority::new("another");
-    assert!(secure.connect(stranger.believed()).await.is_err());
+    let stranger = TestCa::new("another");
+    assert!(secure.connect(stranger.trusting_client_config()).await.is_err());
     let plain = Endpoint::from_shared(format!("http://{}", secure.tls)).unwrap().connect_lazy();
-    let answer = Caller::on(plain, &secure.keyward.home.root_key()).check(&token).await;
+    let answer =
+        AuthorizedClients::with_token(plain, &secure.keyward.home.root_key()).check_token(&token).await;
     assert!(answer.is_err(), "{answer:?}");
-    let (_, metrics) = secure.keyward.page("/metrics");
+    let (_, metrics) = secure.keyward.fetch_admin_page("/metrics");
     assert!(
         metrics.contains("keyward_tls_certificate_expiry_seconds{listener=\"secure\"} 2208988800"),
         "{metrics}"
@@ -112,16 +116,16 @@ fn answer_to_hello(address: SocketAddr, version: [u8; 2]) -> Vec<u8> {
     let mut record = vec![22, 3, 1, 0, u8::try_from(hello.len()).unwrap()];
     record.extend(hello);
     let mut stream = TcpStream::connect(address).unwrap();
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_read_timeout(Some(WAIT_TIMEOUT)).unwrap();
     stream.write_all(&record).unwrap();
     let mut answer = vec![0; 7];
     stream.read_exact(&mut answer).unwrap();
     answer
 }
 
-async fn speaks(secure: &Secure, tls12: bool) -> bool {
+async fn speaks(secure: &TlsServer, tls12: bool) -> bool {
     let stream = tokio::net::TcpStream::connect(secure.tls).await.unwrap();
-    let connector = TlsConnector::from(secure.authority.believed_in(tls12));
+    let connector = TlsConnector::from(secure.authority.trusting_rustls_config(tls12));
     connector.connect(ServerName::try_from("localhost").unwrap(), stream).await.is_ok()
 }
 
@@ -130,14 +134,14 @@ async fn old_versions_of_tls_are_refused() {
     const ALERT: u8 = 21;
     const HANDSHAKE: u8 = 22;
     const PROTOCOL_VERSION: u8 = 70;
-    let usual = Secure::start("", "", "").await;
+    let usual = TlsServer::start("", "", "").await;
     for old in [[3, 1], [3, 2]] {
         let answer = answer_to_hello(usual.tls, old);
         assert_eq!((answer[0], answer[6]), (ALERT, PROTOCOL_VERSION), "{old:?}: {answer:?}");
     }
     assert_eq!(answer_to_hello(usual.tls, [3, 3])[0], HANDSHAKE, "the same with 1.2");
     assert!(speaks(&usual, true).await && speaks(&usual, false).await);
-    let strict = Secure::start("", "min_version = '1.3'", "").await;
+    let strict = TlsServer::start("", "min_version = '1.3'", "").await;
     assert!(!speaks(&strict, true).await && speaks(&strict, false).await);
 }
 
@@ -152,9 +156,11 @@ async fn a_client_certificate_is_a_caller_with_the_scopes_of_its_identity() {
         identity("spiffe://example.org/ci", "acme", "'keyward:keys:*', 'keyward:check', 'monitors:read'"),
         identity("spiffe://example.org/ops", "keyward", "'keyward:*'"),
     ];
-    let secure = Secure::start("", "client_ca = 'clients.pem'", &tables.concat()).await;
-    let mut ci = secure.shows(&secure.authority.client("spiffe://example.org/ci")).await;
-    let create = pb::CreateKeyRequest { idempotency_key: Some("one".into()), ..plain_key() };
+    let secure = TlsServer::start("", "client_ca = 'clients.pem'", &tables.concat()).await;
+    let mut ci = secure
+        .caller_with_certificate(&secure.authority.issue_client_certificate("spiffe://example.org/ci"))
+        .await;
+    let create = pb::CreateKeyRequest { idempotency_key: Some("one".into()), ..plain_key_request() };
     let first = ci.keys.create(create.clone()).await.unwrap().into_inner();
     let key = first.key.unwrap();
     assert_eq!(key.created_by, "cert:spiffe://example.org/ci");
@@ -166,48 +172,53 @@ async fn a_client_certificate_is_a_caller_with_the_scopes_of_its_identity() {
         ("acme", None, "cert:spiffe://example.org/ci")
     );
 
-    let wide = pb::CreateKeyRequest { scopes: vec!["monitors:*".into()], ..plain_key() };
-    refused(ci.create(wide).await, Code::PermissionDenied, "GRANT_BEYOND_CALLER");
-    let unsaid = pb::CreateKeyRequest { environment: String::new(), ..plain_key() };
-    refused(ci.create(unsaid).await, Code::InvalidArgument, "INVALID_REQUEST");
-    let elsewhere = pb::CreateKeyRequest { account: "keyward".into(), ..plain_key() };
-    refused(ci.create(elsewhere).await, Code::NotFound, "ACCOUNT_NOT_FOUND");
-    let users = pb::CreateKeyRequest { account: String::new(), user: "ann".into(), ..plain_key() };
-    refused(ci.create(users).await, Code::NotFound, "KEY_NOT_FOUND");
+    let wide = pb::CreateKeyRequest { scopes: vec!["monitors:*".into()], ..plain_key_request() };
+    assert_refused(ci.create_key(wide).await, Code::PermissionDenied, "GRANT_BEYOND_CALLER");
+    let unsaid = pb::CreateKeyRequest { environment: String::new(), ..plain_key_request() };
+    assert_refused(ci.create_key(unsaid).await, Code::InvalidArgument, "INVALID_REQUEST");
+    let elsewhere = pb::CreateKeyRequest { account: "keyward".into(), ..plain_key_request() };
+    assert_refused(ci.create_key(elsewhere).await, Code::NotFound, "ACCOUNT_NOT_FOUND");
+    let users = pb::CreateKeyRequest { account: String::new(), user: "ann".into(), ..plain_key_request() };
+    assert_refused(ci.create_key(users).await, Code::NotFound, "KEY_NOT_FOUND");
     let entries = ci.audit.list(pb::ListAuditEntriesRequest::default()).await;
-    refused(entries, Code::PermissionDenied, "PERMISSION_MISSING");
+    assert_refused(entries, Code::PermissionDenied, "PERMISSION_MISSING");
 
-    let mut envoy = secure.shows(&secure.authority.client(ENVOY)).await;
-    assert_eq!(envoy.check(&first.token).await.unwrap(), pb::Reason::Ok);
-    refused(envoy.create(plain_key()).await, Code::PermissionDenied, "PERMISSION_MISSING");
+    let mut envoy = secure.caller_with_certificate(&secure.authority.issue_client_certificate(ENVOY)).await;
+    assert_eq!(envoy.check_token(&first.token).await.unwrap(), pb::Reason::Ok);
+    assert_refused(envoy.create_key(plain_key_request()).await, Code::PermissionDenied, "PERMISSION_MISSING");
 
-    let mut ops = secure.shows(&secure.authority.client("spiffe://example.org/ops")).await;
+    let mut ops = secure
+        .caller_with_certificate(&secure.authority.issue_client_certificate("spiffe://example.org/ops"))
+        .await;
     let by =
         pb::ListAuditEntriesRequest { actor: "cert:spiffe://example.org/ci".into(), ..Default::default() };
     let entries = ops.audit.list(by).await.unwrap().into_inner().entries;
     assert_eq!((entries.len(), entries[0].actor_account.as_str()), (1, "acme"));
     let suspend = pb::SuspendAccountRequest { id: "acme".into() };
     ops.accounts.suspend(suspend).await.unwrap();
-    refused(ci.get(&key.id).await, Code::Unauthenticated, "UNAUTHENTICATED");
+    assert_refused(ci.get_key(&key.id).await, Code::Unauthenticated, "UNAUTHENTICATED");
 }
 
 #[tokio::test]
 async fn a_certificate_that_nobody_knows_lets_nobody_in() {
     let tables = identity(ENVOY, "keyward", "'keyward:check'");
-    let required = Secure::start("", "client_ca = 'clients.pem'", &tables).await;
-    let other = required.authority.client("spiffe://example.org/other");
-    let mut unknown = required.shows(&other).await;
-    refused(unknown.check("x").await, Code::Unauthenticated, "UNAUTHENTICATED");
+    let required = TlsServer::start("", "client_ca = 'clients.pem'", &tables).await;
+    let other = required.authority.issue_client_certificate("spiffe://example.org/other");
+    let mut unknown = required.caller_with_certificate(&other).await;
+    assert_refused(unknown.check_token("x").await, Code::Unauthenticated, "UNAUTHENTICATED");
     let token = required.keyward.home.root_key();
-    let known = required.authority.believed().identity(other.identity());
-    let mut with_token = Caller::on(required.connect(known).await.unwrap(), &token);
-    assert!(with_token.check("x").await.is_ok(), "a token is enough where either is");
+    let known = required.authority.trusting_client_config().identity(other.identity());
+    let mut with_token = AuthorizedClients::with_token(required.connect(known).await.unwrap(), &token);
+    assert!(with_token.check_token("x").await.is_ok(), "a token is enough where either is");
 
-    let forged = Authority::new("ours").client(ENVOY);
-    for tls in [required.authority.believed(), required.authority.believed().identity(forged.identity())] {
+    let forged = TestCa::new("ours").issue_client_certificate(ENVOY);
+    for tls in [
+        required.authority.trusting_client_config(),
+        required.authority.trusting_client_config().identity(forged.identity()),
+    ] {
         // TLS 1.3 tells a client so only when it speaks.
         let answer = match required.connect(tls).await {
-            Ok(channel) => Caller::on(channel, &token).check("x").await,
+            Ok(channel) => AuthorizedClients::with_token(channel, &token).check_token("x").await,
             Err(_) => continue,
         };
         assert!(matches!(&answer, Err(status) if status.code() != Code::Unauthenticated), "{answer:?}");
@@ -226,8 +237,11 @@ async fn a_listener_asks_for_what_it_was_told_to() {
         ("either", false, true, true, true),
         ("both", false, false, false, true),
     ] {
-        let secure = Secure::start(&format!("auth = '{auth}'"), optional, &tables).await;
-        let (anonymous, known) = (secure.authority.believed(), secure.authority.client(ENVOY).identity());
+        let secure = TlsServer::start(&format!("auth = '{auth}'"), optional, &tables).await;
+        let (anonymous, known) = (
+            secure.authority.trusting_client_config(),
+            secure.authority.issue_client_certificate(ENVOY).identity(),
+        );
         let known = anonymous.clone().identity(known);
         let token = secure.keyward.home.root_key();
         for (tls, with_token, expected) in [
@@ -237,24 +251,27 @@ async fn a_listener_asks_for_what_it_was_told_to() {
             (&known, true, both),
         ] {
             let channel = secure.connect(tls.clone()).await.unwrap();
-            let mut caller =
-                if with_token { Caller::on(channel, &token) } else { Caller::anonymous(channel) };
-            let answer = caller.check("x").await;
+            let mut caller = if with_token {
+                AuthorizedClients::with_token(channel, &token)
+            } else {
+                AuthorizedClients::without_token(channel)
+            };
+            let answer = caller.check_token("x").await;
             assert_eq!(answer.is_ok(), expected, "{auth}, token {with_token}: {answer:?}");
         }
     }
 }
 
 /// Which certificate the server shows to a new connection.
-async fn shown(address: SocketAddr, authority: &Authority) -> Option<Vec<u8>> {
+async fn shown(address: SocketAddr, authority: &TestCa) -> Option<Vec<u8>> {
     let stream = tokio::net::TcpStream::connect(address).await.unwrap();
-    let connector = TlsConnector::from(authority.believed_in(false));
+    let connector = TlsConnector::from(authority.trusting_rustls_config(false));
     let stream = connector.connect(ServerName::try_from("localhost").unwrap(), stream).await.ok()?;
     Some(stream.get_ref().1.peer_certificates()?.first()?.to_vec())
 }
 
-async fn until_shown(secure: &Secure, pair: &Pair) {
-    let end = tokio::time::Instant::now() + PATIENCE;
+async fn wait_until_shown(secure: &TlsServer, pair: &PemCertificate) {
+    let end = tokio::time::Instant::now() + WAIT_TIMEOUT;
     while shown(secure.tls, &secure.authority).await.as_deref() != Some(&pair.der()[..]) {
         assert!(tokio::time::Instant::now() < end, "the new certificate is not shown");
     }
@@ -262,48 +279,56 @@ async fn until_shown(secure: &Secure, pair: &Pair) {
 
 /// Checks one after the other, over one connection or over a new one each time, until it is told to stop.
 async fn keep_checking(
-    secure: Arc<Secure>,
+    secure: Arc<TlsServer>,
     token: String,
     fresh: bool,
     stop: Arc<AtomicBool>,
     done: Arc<AtomicUsize>,
 ) {
     let key = secure.keyward.home.root_key();
-    let connected = || async { Caller::on(secure.connect(secure.authority.believed()).await.unwrap(), &key) };
+    let connected = || async {
+        AuthorizedClients::with_token(
+            secure.connect(secure.authority.trusting_client_config()).await.unwrap(),
+            &key,
+        )
+    };
     let mut caller = connected().await;
     while !stop.load(Ordering::Relaxed) {
         if fresh {
             caller = connected().await;
         }
-        assert_eq!(caller.authz.check(question(&token)).await.unwrap().into_inner().reason(), pb::Reason::Ok);
+        assert_eq!(
+            caller.authz.check(check_request(&token)).await.unwrap().into_inner().reason(),
+            pb::Reason::Ok
+        );
         done.fetch_add(1, Ordering::Relaxed);
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn certificates_are_replaced_under_load_and_no_call_fails() {
-    let secure = Arc::new(Secure::start("", "", "").await);
-    let (_, token) = secure.keyward.root().create(plain_key()).await.unwrap();
+    let secure = Arc::new(TlsServer::start("", "", "").await);
+    let (_, token) = secure.keyward.root_caller().create_key(plain_key_request()).await.unwrap();
     let (stop, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
     let loads = [false, true, false, true].map(|fresh| {
         tokio::spawn(keep_checking(secure.clone(), token.clone(), fresh, stop.clone(), done.clone()))
     });
     let (certificate, key) = (secure.file("cert.pem"), secure.file("key.pem"));
-    let mut newest = secure.authority.server(2041);
+    let mut newest = secure.authority.issue_server_certificate(2041);
     for year in 2042..2045 {
-        newest.write(&certificate, &key);
-        until_shown(&secure, &newest).await;
-        newest = secure.authority.server(year);
+        newest.write_files(&certificate, &key);
+        wait_until_shown(&secure, &newest).await;
+        newest = secure.authority.issue_server_certificate(year);
     }
-    newest.write(&certificate, &key);
-    until_shown(&secure, &newest).await;
+    newest.write_files(&certificate, &key);
+    wait_until_shown(&secure, &newest).await;
     // A key of another certificate, and then no certificate at all: what there was goes on.
-    replace(&key, &secure.authority.server(2050).key);
+    replace_file(&key, &secure.authority.issue_server_certificate(2050).key);
     let said = || secure.keyward.process.stderr().matches("the one before stays in force").count();
     wait_for("a wrong key to be told", || (said() == 1).then_some(()));
-    replace(&certificate, "nothing");
+    replace_file(&certificate, "nothing");
     wait_for("a wrong certificate to be told", || (said() == 2).then_some(()));
-    secure.keyward.process.hang_up();
+    secure.keyward.process.send_sighup();
     wait_for("who asks to be told again", || (said() == 3).then_some(()));
     assert_eq!(shown(secure.tls, &secure.authority).await.as_deref(), Some(&newest.der()[..]));
     let checked = done.load(Ordering::Relaxed);
@@ -316,25 +341,26 @@ async fn certificates_are_replaced_under_load_and_no_call_fails() {
 
 #[test]
 fn certificates_that_cannot_be_used_stop_the_start_and_are_named() {
-    let (home, authority) = (Home::new(), Authority::new("ours"));
+    let (home, authority) = (TestHome::new(), TestCa::new("ours"));
     let (certificate, key) = (home.path("cert.pem"), home.path("key.pem"));
     let text = "[[listener]]\nname = 'secure'\naddress = '127.0.0.1:0'\nservices = ['check']\n\
                 [listener.tls]\ncertificate = 'cert.pem'\nkey = 'key.pem'\n";
     std::fs::write(home.path("keyward.toml"), text).unwrap();
     let refusal = || {
-        let mut command = home.serve();
+        let mut command = home.serve_command();
         command.args(["--config", "keyward.toml"]);
-        home.refusal(command)
+        home.run_expecting_failure(command)
     };
     let said = refusal();
     assert!(
         said.contains("\"secure\" cannot speak TLS") && said.contains("cert.pem cannot be read"),
         "{said}"
     );
-    let pair = authority.server(2040);
-    Pair { certificate: "nothing".into(), ..pair.clone() }.write(&certificate, &key);
+    let pair = authority.issue_server_certificate(2040);
+    PemCertificate { certificate: "nothing".into(), ..pair.clone() }.write_files(&certificate, &key);
     assert!(refusal().contains("cert.pem holds no certificate"), "{}", refusal());
-    Pair { key: authority.server(2040).key, ..pair }.write(&certificate, &key);
+    PemCertificate { key: authority.issue_server_certificate(2040).key, ..pair }
+        .write_files(&certificate, &key);
     assert!(refusal().contains("key.pem does not fit the certificate"), "{}", refusal());
     assert!(!home.root_key_file().exists(), "nothing was begun");
 }

@@ -9,8 +9,8 @@ use tonic_types::StatusExt as _;
 
 use crate::{
     process::wait_for,
-    replicas::{Fleet, check},
-    support::reason,
+    replicas::{ReplicaCluster, check_token},
+    support::error_reason,
 };
 
 const KEYS: u16 = 300;
@@ -32,19 +32,19 @@ fn token(number: u16) -> String {
     format!("sk-Legacy.{number:05}+dGhpcyBpcyBhIGxvbmcgc2VjcmV0/~==")
 }
 
-async fn import(fleet: &Fleet, replica: usize) -> Result<Vec<pb::ImportResult>, Status> {
+async fn import(fleet: &ReplicaCluster, replica: usize) -> Result<Vec<pb::ImportResult>, Status> {
     let keys = (0..KEYS).map(row).collect();
     let request = pb::ImportKeysRequest { keys };
-    Ok(fleet.replicas[replica].root().keys.import(request).await?.into_inner().results)
+    Ok(fleet.replicas[replica].root_caller().keys.import(request).await?.into_inner().results)
 }
 
-async fn bulk_revoke(fleet: &Fleet) -> Result<pb::BulkRevokeKeysResponse, Status> {
+async fn bulk_revoke(fleet: &ReplicaCluster) -> Result<pb::BulkRevokeKeysResponse, Status> {
     let request = pb::BulkRevokeKeysRequest { account: "acme".to_owned(), ..Default::default() };
-    Ok(fleet.replicas[0].root().keys.bulk_revoke(request).await?.into_inner())
+    Ok(fleet.replicas[0].root_caller().keys.bulk_revoke(request).await?.into_inner())
 }
 
 /// The first commit that writes a key that `when` holds for ends its own session, and is not recorded.
-fn cut_a_commit(fleet: &Fleet, when: &str) {
+fn fail_first_commit(fleet: &ReplicaCluster, when: &str) {
     fleet.sql(&format!(
         "CREATE SEQUENCE public.cuts; GRANT USAGE ON SEQUENCE public.cuts TO PUBLIC; \
          CREATE FUNCTION public.cut() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN \
@@ -59,7 +59,11 @@ fn cut_a_commit(fleet: &Fleet, when: &str) {
 #[track_caller]
 fn unknown<T: std::fmt::Debug>(answer: Result<T, Status>) -> u64 {
     let status = answer.unwrap_err();
-    assert_eq!((status.code(), &*reason(&status)), (Code::Unavailable, "OUTCOME_UNKNOWN"), "{status:?}");
+    assert_eq!(
+        (status.code(), &*error_reason(&status)),
+        (Code::Unavailable, "OUTCOME_UNKNOWN"),
+        "{status:?}"
+    );
     let metadata = status.get_details_error_info().unwrap().metadata;
     assert_eq!(metadata["changes"], KEYS.to_string());
     metadata["unknown"].parse().unwrap()
@@ -67,9 +71,9 @@ fn unknown<T: std::fmt::Debug>(answer: Result<T, Status>) -> u64 {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bulk_revoke_with_unknown_outcomes_says_how_many_and_the_same_call_again_finishes_it() {
-    let fleet = Fleet::start(2, "2s").await;
+    let fleet = ReplicaCluster::start(2, "2s").await;
     assert!(import(&fleet, 0).await.unwrap().iter().all(|result| result.error.is_empty()));
-    cut_a_commit(&fleet, "new.name = 'key 7' AND new.revoked_at IS NOT NULL");
+    fail_first_commit(&fleet, "new.name = 'key 7' AND new.revoked_at IS NOT NULL");
     let first = bulk_revoke(&fleet).await;
     assert!((1..=u64::from(KEYS)).contains(&unknown(first)));
     let again = bulk_revoke(&fleet).await.unwrap();
@@ -77,7 +81,7 @@ async fn a_bulk_revoke_with_unknown_outcomes_says_how_many_and_the_same_call_aga
     assert!(again.propagation.unwrap().complete);
     for replica in &fleet.replicas {
         for number in [0, 7, 150, KEYS - 1] {
-            assert_eq!(check(replica, &token(number)).await.unwrap(), pb::Reason::Revoked, "{number}");
+            assert_eq!(check_token(replica, &token(number)).await.unwrap(), pb::Reason::Revoked, "{number}");
         }
     }
     assert_eq!(fleet.sql("SELECT count(*) FROM keyward.keys WHERE revoked_at IS NOT NULL"), "300");
@@ -85,8 +89,8 @@ async fn a_bulk_revoke_with_unknown_outcomes_says_how_many_and_the_same_call_aga
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_import_with_unknown_outcomes_says_how_many_and_the_same_call_again_finishes_it() {
-    let fleet = Fleet::start(1, "default").await;
-    cut_a_commit(&fleet, "new.name = 'key 7'");
+    let fleet = ReplicaCluster::start(1, "default").await;
+    fail_first_commit(&fleet, "new.name = 'key 7'");
     assert!((1..=u64::from(KEYS)).contains(&unknown(import(&fleet, 0).await)));
     let again = import(&fleet, 0).await.unwrap();
     assert!(again.iter().all(|result| result.error.is_empty() && result.key.is_some()), "{again:?}");
@@ -97,13 +101,13 @@ async fn an_import_with_unknown_outcomes_says_how_many_and_the_same_call_again_f
 /// A commit is recorded and waits for a standby that there is not, and its session ends meanwhile.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_import_that_was_recorded_and_not_answered_is_known_as_done_by_another_replica() {
-    let fleet = Fleet::start(2, "default").await;
+    let fleet = ReplicaCluster::start(2, "default").await;
     let standby = |names: &str| {
         fleet.cluster.sql("postgres", &format!("ALTER SYSTEM SET synchronous_standby_names = '{names}'"));
         fleet.cluster.sql("postgres", "SELECT pg_reload_conf()");
     };
     standby("nobody");
-    let root = fleet.replicas[0].root();
+    let root = fleet.replicas[0].root_caller();
     let importing = tokio::spawn(async move {
         let request = pb::ImportKeysRequest { keys: (0..KEYS).map(row).collect() };
         let mut root = root;
@@ -129,8 +133,8 @@ async fn an_import_that_was_recorded_and_not_answered_is_known_as_done_by_anothe
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_member_whose_keys_were_revoked_with_unknown_outcome_is_removed_by_the_same_call_again() {
-    let fleet = Fleet::start(2, "2s").await;
-    let mut root = fleet.replicas[0].root();
+    let fleet = ReplicaCluster::start(2, "2s").await;
+    let mut root = fleet.replicas[0].root_caller();
     let (role, account, user) = ("agent".to_owned(), "acme".to_owned(), "ann".to_owned());
     let scopes = vec!["monitors:read".to_owned()];
     let put = pb::PutRoleRequest { account: account.clone(), name: role.clone(), scopes: scopes.clone() };
@@ -144,10 +148,10 @@ async fn a_member_whose_keys_were_revoked_with_unknown_outcome_is_removed_by_the
         ..Default::default()
     };
     root.keys.create(key).await.unwrap();
-    cut_a_commit(&fleet, "new.revoked_at IS NOT NULL");
+    fail_first_commit(&fleet, "new.revoked_at IS NOT NULL");
     let remove = || pb::RemoveMemberRequest { account: account.clone(), user: user.clone() };
     let status = root.accounts.remove_member(remove()).await.unwrap_err();
-    assert_eq!(reason(&status), "OUTCOME_UNKNOWN", "{status:?}");
+    assert_eq!(error_reason(&status), "OUTCOME_UNKNOWN", "{status:?}");
     let done = root.accounts.remove_member(remove()).await.unwrap().into_inner();
     assert!(done.propagation.unwrap().complete);
     assert_eq!(
@@ -155,5 +159,5 @@ async fn a_member_whose_keys_were_revoked_with_unknown_outcome_is_removed_by_the
         "0"
     );
     let status = root.accounts.remove_member(remove()).await.unwrap_err();
-    assert_eq!(reason(&status), "MEMBER_NOT_FOUND");
+    assert_eq!(error_reason(&status), "MEMBER_NOT_FOUND");
 }

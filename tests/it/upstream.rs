@@ -24,7 +24,7 @@ use tokio::{
 
 /// A request as it arrived.
 #[derive(Clone, Debug)]
-pub(crate) struct Arrived {
+pub(crate) struct ReceivedRequest {
     pub(crate) method: String,
     /// Path and query.
     pub(crate) target: String,
@@ -33,18 +33,18 @@ pub(crate) struct Arrived {
     pub(crate) body: String,
 }
 
-impl Arrived {
+impl ReceivedRequest {
     /// All values of a header.
-    pub(crate) fn all(&self, name: &str) -> Vec<&str> {
+    pub(crate) fn header_values(&self, name: &str) -> Vec<&str> {
         self.headers.iter().filter(|(found, _)| found == name).map(|(_, value)| value.as_str()).collect()
     }
 
-    async fn read(request: Request<Incoming>) -> Result<Arrived, hyper::Error> {
+    async fn read(request: Request<Incoming>) -> Result<ReceivedRequest, hyper::Error> {
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         let (head, body) = request.into_parts();
         let host = head.uri.authority().map(|host| ("host".to_owned(), host.to_string()));
         let headers = head.headers.iter().map(|(name, value)| (name.to_string(), text(value.as_bytes())));
-        Ok(Arrived {
+        Ok(ReceivedRequest {
             method: head.method.to_string(),
             target: head.uri.path_and_query().map_or_else(|| head.uri.to_string(), ToString::to_string),
             headers: host.into_iter().chain(headers).collect(),
@@ -58,12 +58,12 @@ impl Arrived {
 
     /// Reads what the upstream answered.
     #[track_caller]
-    pub(crate) fn from_answer(answer: &[u8]) -> Arrived {
+    pub(crate) fn from_answer(answer: &[u8]) -> ReceivedRequest {
         let text = String::from_utf8_lossy(answer);
         let value: Value = serde_json::from_slice(answer).unwrap_or_else(|error| panic!("{error}: {text}"));
         let word = |value: &Value| value.as_str().unwrap().to_owned();
         let headers = value["headers"].as_array().unwrap();
-        Arrived {
+        ReceivedRequest {
             method: word(&value["method"]),
             target: word(&value["target"]),
             headers: headers.iter().map(|pair| (word(&pair[0]), word(&pair[1]))).collect(),
@@ -73,18 +73,18 @@ impl Arrived {
 }
 
 /// The service, on a thread of its own; it ends with this value.
-pub(crate) struct Upstream {
+pub(crate) struct EchoUpstream {
     pub(crate) address: SocketAddr,
-    arrived: Arc<Mutex<Vec<Arrived>>>,
+    received: Arc<Mutex<Vec<ReceivedRequest>>>,
     _stop: oneshot::Sender<()>,
 }
 
-impl Upstream {
-    pub(crate) fn start() -> Upstream {
+impl EchoUpstream {
+    pub(crate) fn start() -> EchoUpstream {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         listener.set_nonblocking(true).unwrap();
         let address = listener.local_addr().unwrap();
-        let arrived = Arc::<Mutex<Vec<Arrived>>>::default();
+        let arrived = Arc::<Mutex<Vec<ReceivedRequest>>>::default();
         let (stop, stopped) = oneshot::channel::<()>();
         let noted = arrived.clone();
         std::thread::spawn(move || {
@@ -94,24 +94,24 @@ impl Upstream {
                 tokio::select! { () = accept(listener, noted) => {}, _ = stopped => {} }
             });
         });
-        Upstream { address, arrived, _stop: stop }
+        EchoUpstream { address, received: arrived, _stop: stop }
     }
 
     /// Takes all that has arrived so far, in order.
-    pub(crate) fn take_arrived(&self) -> Vec<Arrived> {
-        std::mem::take(&mut self.arrived.lock().unwrap())
+    pub(crate) fn take_received(&self) -> Vec<ReceivedRequest> {
+        std::mem::take(&mut self.received.lock().unwrap())
     }
 }
 
-async fn accept(listener: TcpListener, arrived: Arc<Mutex<Vec<Arrived>>>) {
+async fn accept(listener: TcpListener, arrived: Arc<Mutex<Vec<ReceivedRequest>>>) {
     loop {
         let Ok((stream, _)) = listener.accept().await else { continue };
         tokio::spawn(serve(stream, arrived.clone()));
     }
 }
 
-async fn serve(stream: TcpStream, arrived: Arc<Mutex<Vec<Arrived>>>) {
-    let service = service_fn(move |request: Request<Incoming>| answer(request, arrived.clone()));
+async fn serve(stream: TcpStream, arrived: Arc<Mutex<Vec<ReceivedRequest>>>) {
+    let service = service_fn(move |request: Request<Incoming>| echo_request(request, arrived.clone()));
     // No method of HTTP/1.1 starts as HTTP/2's first bytes do; both write them in one go.
     let mut start = [0; 3];
     let _ = stream.peek(&mut start).await;
@@ -124,23 +124,26 @@ async fn serve(stream: TcpStream, arrived: Arc<Mutex<Vec<Arrived>>>) {
     }
 }
 
-type Answer = Response<BoxBody<Bytes, Infallible>>;
+type UpstreamResponse = Response<BoxBody<Bytes, Infallible>>;
 
-async fn answer(request: Request<Incoming>, noted: Arc<Mutex<Vec<Arrived>>>) -> Result<Answer, hyper::Error> {
-    let arrived = Arrived::read(request).await?;
+async fn echo_request(
+    request: Request<Incoming>,
+    noted: Arc<Mutex<Vec<ReceivedRequest>>>,
+) -> Result<UpstreamResponse, hyper::Error> {
+    let arrived = ReceivedRequest::read(request).await?;
     let text = arrived.json().to_string();
-    let grpc = arrived.all("content-type").iter().any(|kind| kind.starts_with("application/grpc"));
+    let grpc = arrived.header_values("content-type").iter().any(|kind| kind.starts_with("application/grpc"));
     noted.lock().unwrap().push(arrived);
-    Ok(if grpc { grpc_answer(&text) } else { plain_answer(text) })
+    Ok(if grpc { grpc_response(&text) } else { plain_response(text) })
 }
 
-fn plain_answer(text: String) -> Answer {
+fn plain_response(text: String) -> UpstreamResponse {
     let body = Full::new(Bytes::from(text)).boxed();
     Response::builder().header("content-type", "application/json").body(body).unwrap()
 }
 
 /// The text as the one message of a gRPC answer, whatever method was called.
-fn grpc_answer(text: &str) -> Answer {
+fn grpc_response(text: &str) -> UpstreamResponse {
     let mut message = BytesMut::new();
     message.put_u8(0);
     message.put_u32(u32::try_from(text.len()).unwrap());

@@ -9,7 +9,7 @@ use std::{
 
 use crate::{
     postgres,
-    process::{Home, wait_for},
+    process::{TestHome, wait_for},
 };
 
 const START: &str = "## From nothing to two replicas";
@@ -41,7 +41,7 @@ fn walk() -> String {
 fn stand_ins(folder: &Path) {
     std::fs::create_dir(folder.join("bin")).unwrap();
     for name in ["initdb", "pg_ctl"] {
-        let real = postgres::command(postgres::programs().join(name));
+        let real = postgres::command(postgres::program_folder().join(name));
         let words = [real.get_program()].into_iter().chain(real.get_args());
         let words: Vec<_> = words.map(|word| word.to_str().unwrap()).collect();
         let script = format!(
@@ -57,7 +57,7 @@ fn stand_ins(folder: &Path) {
 
 #[test]
 fn the_walk_of_the_docs_leads_from_nothing_to_a_key_that_is_allowed_and_then_revoked() {
-    let folder = postgres::folder();
+    let folder = postgres::short_temp_folder();
     symlink(Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy"), folder.path().join("deploy")).unwrap();
     stand_ins(folder.path());
     let script = folder.path().join("walk.sh");
@@ -66,7 +66,7 @@ fn the_walk_of_the_docs_leads_from_nothing_to_a_key_that_is_allowed_and_then_rev
         trap 'kill $(jobs -p) 2>/dev/null || true; wait; pg_ctl -D pg -m immediate stop >/dev/null 2>&1 || true' EXIT\n";
     std::fs::write(&script, format!("{start}{}", walk())).unwrap();
 
-    let home = Home::new();
+    let home = TestHome::new();
     let binary = Path::new(env!("CARGO_BIN_EXE_keyward")).parent().unwrap();
     let path = std::env::var("PATH").unwrap();
     let ours = folder.path().join("bin");
@@ -78,7 +78,7 @@ fn the_walk_of_the_docs_leads_from_nothing_to_a_key_that_is_allowed_and_then_rev
     {
         bash.env_remove(name);
     }
-    let ended = home.run(bash);
+    let ended = home.run_to_end(bash);
     let log = |name: &str| std::fs::read_to_string(folder.path().join("walk").join(name)).unwrap_or_default();
     let told = format!("{ended:?}\n{}\n{}\n{}", log("one.log"), log("two.log"), log("envoy.log"));
     assert_eq!(ended.code, Some(0), "{told}");

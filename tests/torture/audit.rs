@@ -10,29 +10,29 @@ use keyward::pb;
 use tonic::{Request, Status};
 
 use crate::{
-    field::Field,
     judge::{Entry, lost},
-    lives::ACCOUNT,
+    key_lives::ACCOUNT,
     process::Caller,
+    shared_state::SharedState,
 };
 
 const PAGE: u32 = 1000;
 /// How long the database may take to come back.
-const PATIENCE: Duration = Duration::from_secs(90);
+const RECOVERY_TIMEOUT: Duration = Duration::from_secs(90);
 
 /// What is known of the log.
 #[derive(Default)]
-pub(crate) struct Audit {
+pub(crate) struct LogAudit {
     callers: Vec<Caller>,
     log: BTreeMap<u64, Entry>,
     /// So many acknowledged changes were found in it.
     found: usize,
 }
 
-impl Audit {
+impl LogAudit {
     /// Reads what the log has gained; what was acknowledged before that it lacks.
-    pub(crate) async fn newest(&mut self, field: &Field) -> Vec<String> {
-        let acknowledged = field.books().acknowledged[self.found..].to_vec();
+    pub(crate) async fn newest(&mut self, field: &SharedState) -> Vec<String> {
+        let acknowledged = field.records().acknowledged[self.found..].to_vec();
         let known = self.log.last_key_value().map_or(0, |(revision, _)| *revision);
         let newest = acknowledged.iter().map(|change| change.revision).max();
         let Some(mut entries) = self.entries_up_to(field, known, newest).await else {
@@ -54,11 +54,11 @@ impl Audit {
     }
 
     /// Reads the whole log and every key.
-    pub(crate) async fn everything(&mut self, field: &Field) -> Vec<String> {
+    pub(crate) async fn everything(&mut self, field: &SharedState) -> Vec<String> {
         self.log.clear();
         self.found = 0;
         let mut stories = self.newest(field).await;
-        let expected = field.books().keys.clone();
+        let expected = field.records().keys.clone();
         let Some(keys) = self.keys(field).await else {
             stories.push("the keys cannot be read".to_owned());
             return stories;
@@ -79,11 +79,11 @@ impl Audit {
     /// not heard of it yet, reads less than the new one has acknowledged.
     async fn entries_up_to(
         &mut self,
-        field: &Field,
+        field: &SharedState,
         after: u64,
         newest: Option<u64>,
     ) -> Option<BTreeMap<u64, Entry>> {
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + RECOVERY_TIMEOUT;
         loop {
             let entries = self.entries(field, after).await?;
             let reached = entries.last_key_value().map_or(after, |(revision, _)| *revision);
@@ -96,7 +96,7 @@ impl Audit {
     }
 
     /// The entries after this revision, and the page that it stands on.
-    async fn entries(&mut self, field: &Field, after: u64) -> Option<BTreeMap<u64, Entry>> {
+    async fn entries(&mut self, field: &SharedState, after: u64) -> Option<BTreeMap<u64, Entry>> {
         let mut entries = BTreeMap::new();
         let mut page_token = String::new();
         loop {
@@ -121,7 +121,7 @@ impl Audit {
     }
 
     /// The account's keys and their states.
-    async fn keys(&mut self, field: &Field) -> Option<BTreeMap<String, pb::KeyState>> {
+    async fn keys(&mut self, field: &SharedState) -> Option<BTreeMap<String, pb::KeyState>> {
         let mut keys = BTreeMap::new();
         let mut page_token = String::new();
         loop {
@@ -145,7 +145,7 @@ impl Audit {
     /// Asks one replica after the other until one answers.
     async fn ask<T>(
         &mut self,
-        field: &Field,
+        field: &SharedState,
         call: impl AsyncFn(Caller) -> Result<tonic::Response<T>, Status>,
     ) -> Option<T> {
         if self.callers.is_empty() {
@@ -155,13 +155,13 @@ impl Audit {
             for at in (0..self.callers.len()).cycle() {
                 match call(self.callers[at].clone()).await {
                     Ok(response) => return Some(response.into_inner()),
-                    Err(status) => field.books().failed("List", &status),
+                    Err(status) => field.records().record_failure("List", &status),
                 }
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
             None
         };
-        tokio::time::timeout(PATIENCE, asking).await.ok().flatten()
+        tokio::time::timeout(RECOVERY_TIMEOUT, asking).await.ok().flatten()
     }
 }
 

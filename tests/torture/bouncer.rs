@@ -4,20 +4,20 @@
 use std::{net::SocketAddr, os::unix::net::UnixStream, path::PathBuf};
 
 use crate::{
-    guard::Guarded,
+    guard::GuardedProcess,
     postgres::{command, folder, pgbouncer},
     process::wait_for,
 };
 
 /// A pgbouncer.
-pub(crate) struct Bouncer {
+pub(crate) struct PgBouncer {
     folder: tempfile::TempDir,
-    server: Option<Guarded>,
+    server: Option<GuardedProcess>,
 }
 
-impl Bouncer {
+impl PgBouncer {
     /// Starts one before the server at this address.
-    pub(crate) fn start(server: SocketAddr) -> Bouncer {
+    pub(crate) fn start(server: SocketAddr) -> PgBouncer {
         let folder = folder();
         let text = format!(
             "[databases]\n* = host={} port={} user=keyward\n[pgbouncer]\npool_mode = transaction\n\
@@ -28,7 +28,7 @@ impl Bouncer {
             folder.path().display()
         );
         std::fs::write(folder.path().join("pgbouncer.ini"), text).unwrap();
-        let mut bouncer = Bouncer { folder, server: None };
+        let mut bouncer = PgBouncer { folder, server: None };
         bouncer.run();
         bouncer
     }
@@ -42,7 +42,7 @@ impl Bouncer {
         let mut program = std::process::Command::new(pgbouncer());
         program.arg(self.folder.path().join("pgbouncer.ini"));
         let log = self.folder.path().join("log");
-        self.server = Some(Guarded::start(command("/bin/sh"), &log, &log, &program));
+        self.server = Some(GuardedProcess::start(command("/bin/sh"), &log, &log, &program));
         // The file is there before anybody listens.
         wait_for("pgbouncer to start", || UnixStream::connect(self.socket()).ok());
     }

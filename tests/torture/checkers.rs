@@ -14,63 +14,73 @@ use tonic::Request;
 
 use crate::{
     dice::Dice,
-    field::{Asked, Field, Recorder, answer},
     judge::Check,
     process::Caller,
+    shared_state::{CheckRecorder, CheckTarget, SharedState, parse_answer},
 };
 
 /// How long a question is waited for: most, and some that outlive a replica that stands still.
-const PATIENCE: [Duration; 5] = [SOON, SOON, SOON, Duration::from_secs(3), Duration::from_secs(9)];
-const SOON: Duration = Duration::from_secs(1);
+const CHECK_TIMEOUTS: [Duration; 5] = [
+    DEFAULT_CHECK_TIMEOUT,
+    DEFAULT_CHECK_TIMEOUT,
+    DEFAULT_CHECK_TIMEOUT,
+    Duration::from_secs(3),
+    Duration::from_secs(9),
+];
+const DEFAULT_CHECK_TIMEOUT: Duration = Duration::from_secs(1);
 /// After so long without an answer, the next is asked.
-const IMPATIENT: Duration = Duration::from_millis(25);
+const NEXT_CHECK_AFTER: Duration = Duration::from_millis(25);
 /// So many questions of one checker are under way at the most.
-const AT_ONCE: usize = 48;
+const MAX_CHECKS_IN_FLIGHT: usize = 48;
 /// So many dead keys are remembered.
-const GRAVES: usize = 4_000;
+const MAX_RETIRED: usize = 4_000;
 /// So many of them are fresh.
-const FRESH: usize = 16;
+const RECENTLY_RETIRED: usize = 16;
 
 /// What there is to ask.
-pub(crate) struct Board {
+pub(crate) struct CheckTargets {
     /// What each squad works on.
-    pub(crate) hot: Vec<ArcSwapOption<Asked>>,
+    pub(crate) hot: Vec<ArcSwapOption<CheckTarget>>,
     /// Live keys that nobody changes.
-    pub(crate) stock: Vec<Arc<Asked>>,
+    pub(crate) stock: Vec<Arc<CheckTarget>>,
     /// What must never be allowed.
-    pub(crate) never: Vec<Arc<Asked>>,
-    graves: Mutex<VecDeque<Arc<Asked>>>,
+    pub(crate) never: Vec<Arc<CheckTarget>>,
+    retired: Mutex<VecDeque<Arc<CheckTarget>>>,
 }
 
-impl Board {
-    pub(crate) fn new(squads: usize, stock: Vec<Arc<Asked>>, never: Vec<Arc<Asked>>) -> Board {
+impl CheckTargets {
+    pub(crate) fn new(
+        squads: usize,
+        stock: Vec<Arc<CheckTarget>>,
+        never: Vec<Arc<CheckTarget>>,
+    ) -> CheckTargets {
         let hot = (0..squads).map(|_| ArcSwapOption::empty()).collect();
-        Board { hot, stock, never, graves: Mutex::default() }
+        CheckTargets { hot, stock, never, retired: Mutex::default() }
     }
 
     /// A key that is dead, to be asked about for long.
-    pub(crate) fn bury(&self, asked: Arc<Asked>) {
-        let mut graves = self.graves.lock().unwrap_or_else(PoisonError::into_inner);
-        if graves.len() == GRAVES {
+    pub(crate) fn retire(&self, asked: Arc<CheckTarget>) {
+        let mut graves = self.retired.lock().unwrap_or_else(PoisonError::into_inner);
+        if graves.len() == MAX_RETIRED {
             graves.pop_front();
         }
         graves.push_back(asked);
     }
 
     /// One of the dead; every other time a fresh one, which a replica that was silent may not know to be dead.
-    fn grave(&self, dice: &mut Dice) -> Option<Arc<Asked>> {
-        let graves = self.graves.lock().unwrap_or_else(PoisonError::into_inner);
-        let among = if dice.one_in(2) { graves.len().min(FRESH) } else { graves.len() };
+    fn pick_retired(&self, dice: &mut Dice) -> Option<Arc<CheckTarget>> {
+        let graves = self.retired.lock().unwrap_or_else(PoisonError::into_inner);
+        let among = if dice.one_in(2) { graves.len().min(RECENTLY_RETIRED) } else { graves.len() };
         let at = graves.len().checked_sub(1 + dice.below(among as u64) as usize)?;
         graves.get(at).cloned()
     }
 
-    fn pick(&self, squad: usize, dice: &mut Dice) -> Arc<Asked> {
+    fn pick(&self, squad: usize, dice: &mut Dice) -> Arc<CheckTarget> {
         let pick =
-            |from: &[Arc<Asked>], dice: &mut Dice| from[dice.below(from.len() as u64) as usize].clone();
+            |from: &[Arc<CheckTarget>], dice: &mut Dice| from[dice.below(from.len() as u64) as usize].clone();
         let asked = match dice.below(100) {
             0..70 => self.hot[squad].load_full(),
-            70..88 => self.grave(dice),
+            70..88 => self.pick_retired(dice),
             88..90 => Some(pick(&self.never, dice)),
             _ => None,
         };
@@ -80,8 +90,8 @@ impl Board {
 
 /// One of them.
 pub(crate) struct Checker {
-    pub(crate) field: Arc<Field>,
-    pub(crate) board: Arc<Board>,
+    pub(crate) field: Arc<SharedState>,
+    pub(crate) board: Arc<CheckTargets>,
     pub(crate) squad: usize,
     pub(crate) replica: usize,
     pub(crate) dice: Dice,
@@ -94,8 +104,9 @@ impl Checker {
         let recorder = self.field.recorder();
         let mut asking = FuturesUnordered::new();
         while !self.field.is_stopping() {
-            let waited = !asking.is_empty() && tokio::time::timeout(IMPATIENT, asking.next()).await.is_err();
-            if asking.is_empty() || waited && asking.len() < AT_ONCE {
+            let waited =
+                !asking.is_empty() && tokio::time::timeout(NEXT_CHECK_AFTER, asking.next()).await.is_err();
+            if asking.is_empty() || waited && asking.len() < MAX_CHECKS_IN_FLIGHT {
                 asking.push(self.ask(caller.clone(), recorder.clone()));
             }
         }
@@ -103,10 +114,10 @@ impl Checker {
     }
 
     /// One Check.
-    fn ask(&mut self, mut caller: Caller, recorder: Arc<Recorder>) -> impl Future<Output = ()> + use<> {
+    fn ask(&mut self, mut caller: Caller, recorder: Arc<CheckRecorder>) -> impl Future<Output = ()> + use<> {
         let asked = self.board.pick(self.squad, &mut self.dice);
         let fresh = self.dice.one_in(4);
-        let patience = self.dice.pick(&PATIENCE);
+        let patience = self.dice.pick(&CHECK_TIMEOUTS);
         let (field, replica) = (self.field.clone(), self.replica);
         async move {
             let mut request = Request::new(asked.request(fresh));
@@ -117,8 +128,8 @@ impl Checker {
             let result = caller.authz.check(request).await.map(tonic::Response::into_inner);
             let returned = field.now();
             let life = life.filter(|life| field.replicas[replica].life() == Some(*life));
-            let (answer, revision) = answer(&asked, &result);
-            recorder.note(Check {
+            let (answer, revision) = parse_answer(&asked, &result);
+            recorder.record(Check {
                 token: asked.id,
                 replica: u8::try_from(replica).unwrap(),
                 epoch: life.unwrap_or_default(),
@@ -129,7 +140,7 @@ impl Checker {
                 min_revision: if fresh { asked.since } else { 0 },
             });
             if let Err(status) = result {
-                field.books().failed("Check", &status);
+                field.records().record_failure("Check", &status);
                 // Nobody there: asking faster helps nobody.
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }

@@ -12,7 +12,7 @@ use std::{
 use rustix::process::Signal;
 
 use crate::{
-    guard::Guarded,
+    guard::GuardedProcess,
     postgres::{WALL, command, done, folder, printed, programs, psql},
     process::wait_for,
 };
@@ -22,14 +22,14 @@ const ROLE: &str = "keyward";
 /// What the standby calls itself, whichever node it is.
 const STANDBY: &str = "standby";
 
-struct Node {
+struct PostgresNode {
     folder: tempfile::TempDir,
-    server: Option<Guarded>,
+    server: Option<GuardedProcess>,
 }
 
-impl Node {
-    fn new() -> Node {
-        Node { folder: folder(), server: None }
+impl PostgresNode {
+    fn new() -> PostgresNode {
+        PostgresNode { folder: folder(), server: None }
     }
 
     fn data(&self) -> PathBuf {
@@ -56,10 +56,10 @@ impl Node {
         ] {
             postgres.args(["-c", setting]);
         }
-        self.server = Some(Guarded::start(command("/bin/sh"), &self.log(), &self.log(), &postgres));
+        self.server = Some(GuardedProcess::start(command("/bin/sh"), &self.log(), &self.log(), &postgres));
     }
 
-    fn server(&self) -> &Guarded {
+    fn server(&self) -> &GuardedProcess {
         self.server.as_ref().expect("this node runs")
     }
 
@@ -88,29 +88,29 @@ impl Node {
     }
 
     fn sql(&self, sql: &str) -> Option<String> {
-        asked(self.folder.path(), DATABASE, sql)
+        query(self.folder.path(), DATABASE, sql)
     }
 }
 
 /// The two servers.
-pub(crate) struct Cluster {
-    nodes: [Node; 2],
+pub(crate) struct PrimaryAndStandby {
+    nodes: [PostgresNode; 2],
     primary: usize,
 }
 
-impl Cluster {
+impl PrimaryAndStandby {
     /// Makes both, with an empty database for Keyward.
-    pub(crate) fn start() -> Cluster {
-        let mut cluster = Cluster { nodes: [Node::new(), Node::new()], primary: 0 };
+    pub(crate) fn start() -> PrimaryAndStandby {
+        let mut cluster = PrimaryAndStandby { nodes: [PostgresNode::new(), PostgresNode::new()], primary: 0 };
         let mut initdb = command(programs().join("initdb"));
         initdb.args(["--username=postgres", "--auth=trust", "--encoding=UTF8", "--locale=C.UTF-8"]);
         done(initdb.arg("--no-sync").arg("--pgdata").arg(cluster.nodes[0].data()));
         cluster.nodes[0].start();
         let folder = cluster.primary().folder.path();
         for sql in [format!("CREATE ROLE {ROLE} LOGIN"), format!("CREATE DATABASE {DATABASE} OWNER {ROLE}")] {
-            asked(folder, "postgres", &sql).expect("a new server takes it");
+            query(folder, "postgres", &sql).expect("a new server takes it");
         }
-        cluster.must(WALL);
+        cluster.run_sql(WALL);
         cluster.make_standby();
         cluster
     }
@@ -127,24 +127,24 @@ impl Cluster {
 
     /// The logs of both servers.
     pub(crate) fn logs(&self) -> Vec<PathBuf> {
-        self.nodes.iter().map(Node::log).collect()
+        self.nodes.iter().map(PostgresNode::log).collect()
     }
 
     /// Runs statements on the primary as the superuser, in Keyward's database; again, where it does not take them yet.
-    pub(crate) fn must(&self, sql: &str) -> String {
+    pub(crate) fn run_sql(&self, sql: &str) -> String {
         wait_for(sql, || self.primary().sql(sql))
     }
 
     /// Sets the wall clock that Keyward's database shows, so many seconds on or back.
     pub(crate) fn step_wall(&self, seconds: i64) {
-        self.must(&format!("UPDATE public.wall SET ahead = ahead + interval '{seconds} s'"));
+        self.run_sql(&format!("UPDATE public.wall SET ahead = ahead + interval '{seconds} s'"));
     }
 
-    fn primary(&self) -> &Node {
+    fn primary(&self) -> &PostgresNode {
         &self.nodes[self.primary]
     }
 
-    fn standby(&self) -> &Node {
+    fn standby(&self) -> &PostgresNode {
         &self.nodes[1 - self.primary]
     }
 
@@ -168,8 +168,8 @@ impl Cluster {
     }
 
     fn commits_wait_for(&self, standbys: &str) {
-        self.must(&format!("ALTER SYSTEM SET synchronous_standby_names = '{standbys}'"));
-        self.must("SELECT pg_reload_conf()");
+        self.run_sql(&format!("ALTER SYSTEM SET synchronous_standby_names = '{standbys}'"));
+        self.run_sql("SELECT pg_reload_conf()");
     }
 
     /// Waits until the standby has everything that can be seen on the primary now; later commits wait for it.
@@ -193,7 +193,7 @@ impl Cluster {
     pub(crate) fn stop_primary_at_once(&mut self) {
         let node = &mut self.nodes[self.primary];
         node.server().signal(Signal::QUIT);
-        node.server.take().expect("it ran").ended();
+        node.server.take().expect("it ran").wait_until_ended();
         node.start();
         self.wait_for_standby();
     }
@@ -235,7 +235,7 @@ impl Cluster {
 }
 
 /// What the statements print; None = the server does not take them now.
-fn asked(socket: &Path, database: &str, sql: &str) -> Option<String> {
+fn query(socket: &Path, database: &str, sql: &str) -> Option<String> {
     let output = psql(socket, database, sql).output().unwrap();
     output.status.success().then(|| printed(&output))
 }

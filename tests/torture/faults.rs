@@ -6,15 +6,15 @@ use std::{sync::Arc, time::Duration};
 use rustix::process::Signal;
 
 use crate::{
+    breakable_proxy::NetworkCondition,
     dice::Dice,
     judge::{Nanos, ms},
-    link::Weather,
-    world::World,
+    test_bed::TestBed,
 };
 
 /// A kind of fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Fault {
+pub(crate) enum FaultKind {
     /// A replica is killed, and started again.
     Kill,
     /// A replica is told to end, and started again.
@@ -55,62 +55,62 @@ pub(crate) enum Fault {
     RestartBouncer,
 }
 
-impl Fault {
-    pub(crate) const AT_REPLICAS: [Fault; 10] = [
-        Fault::Kill,
-        Fault::Restart,
-        Fault::Pause,
-        Fault::Cut,
-        Fault::CutThere,
-        Fault::CutBack,
-        Fault::Refuse,
-        Fault::Slow,
-        Fault::SlowPause,
-        Fault::CutClients,
+impl FaultKind {
+    pub(crate) const AT_REPLICAS: [FaultKind; 10] = [
+        FaultKind::Kill,
+        FaultKind::Restart,
+        FaultKind::Pause,
+        FaultKind::Cut,
+        FaultKind::CutThere,
+        FaultKind::CutBack,
+        FaultKind::Refuse,
+        FaultKind::Slow,
+        FaultKind::SlowPause,
+        FaultKind::CutClients,
     ];
 
-    pub(crate) const AT_DATABASE: [Fault; 9] = [
-        Fault::KillPrimary,
-        Fault::StopPrimary,
-        Fault::FailOver,
-        Fault::Isolate,
-        Fault::LoseRows,
-        Fault::StepWall,
-        Fault::PausePrimary,
-        Fault::PauseStandby,
-        Fault::RestartBouncer,
+    pub(crate) const AT_DATABASE: [FaultKind; 9] = [
+        FaultKind::KillPrimary,
+        FaultKind::StopPrimary,
+        FaultKind::FailOver,
+        FaultKind::Isolate,
+        FaultKind::LoseRows,
+        FaultKind::StepWall,
+        FaultKind::PausePrimary,
+        FaultKind::PauseStandby,
+        FaultKind::RestartBouncer,
     ];
 
     /// For people.
-    pub(crate) fn words(self) -> &'static str {
+    pub(crate) fn description(self) -> &'static str {
         match self {
-            Fault::Kill => "replica killed",
-            Fault::Restart => "replica restarted",
-            Fault::Pause => "replica stood still",
-            Fault::Cut => "replica cut off, both ways",
-            Fault::CutThere => "replica cut off, to the database",
-            Fault::CutBack => "replica cut off, from the database",
-            Fault::Refuse => "replica's connections refused",
-            Fault::Slow => "replica's link slow",
-            Fault::SlowPause => "replica stood still, its link slow",
-            Fault::CutClients => "replica cut off from clients",
-            Fault::KillPrimary => "primary killed",
-            Fault::StopPrimary => "primary stopped at once",
-            Fault::FailOver => "failover",
-            Fault::Isolate => "failover, old primary goes on",
-            Fault::LoseRows => "the same, replicas' rows lost",
-            Fault::StepWall => "database's wall clock set",
-            Fault::PausePrimary => "primary stood still",
-            Fault::PauseStandby => "standby stood still",
-            Fault::RestartBouncer => "pgbouncer restarted",
+            FaultKind::Kill => "replica killed",
+            FaultKind::Restart => "replica restarted",
+            FaultKind::Pause => "replica stood still",
+            FaultKind::Cut => "replica cut off, both ways",
+            FaultKind::CutThere => "replica cut off, to the database",
+            FaultKind::CutBack => "replica cut off, from the database",
+            FaultKind::Refuse => "replica's connections refused",
+            FaultKind::Slow => "replica's link slow",
+            FaultKind::SlowPause => "replica stood still, its link slow",
+            FaultKind::CutClients => "replica cut off from clients",
+            FaultKind::KillPrimary => "primary killed",
+            FaultKind::StopPrimary => "primary stopped at once",
+            FaultKind::FailOver => "failover",
+            FaultKind::Isolate => "failover, old primary goes on",
+            FaultKind::LoseRows => "the same, replicas' rows lost",
+            FaultKind::StepWall => "database's wall clock set",
+            FaultKind::PausePrimary => "primary stood still",
+            FaultKind::PauseStandby => "standby stood still",
+            FaultKind::RestartBouncer => "pgbouncer restarted",
         }
     }
 }
 
 /// A fault that happened.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Strike {
-    pub(crate) fault: Fault,
+pub(crate) struct FaultRecord {
+    pub(crate) fault: FaultKind,
     /// Which replica it struck; None = the database, and so all of them.
     pub(crate) replica: Option<u8>,
     pub(crate) from: Nanos,
@@ -118,74 +118,76 @@ pub(crate) struct Strike {
 }
 
 /// One of the two sources of faults.
-pub(crate) struct Lane {
-    pub(crate) world: Arc<World>,
+pub(crate) struct FaultInjector {
+    pub(crate) world: Arc<TestBed>,
     pub(crate) dice: Dice,
-    pub(crate) faults: Vec<Fault>,
+    pub(crate) faults: Vec<FaultKind>,
     /// The one replica that is struck; None = any.
     pub(crate) victim: Option<usize>,
 }
 
-impl Lane {
+impl FaultInjector {
     /// Strikes until the run is over.
-    pub(crate) fn work(mut self) {
-        while !self.faults.is_empty() && !self.world.is_calm() {
+    pub(crate) fn inject_until_stopped(mut self) {
+        while !self.faults.is_empty() && !self.world.are_faults_stopped() {
             self.wait(1, 20);
-            if self.world.is_calm() {
+            if self.world.are_faults_stopped() {
                 break;
             }
             let fault = self.dice.pick(&self.faults);
             let any = self.dice.below(self.world.field.replicas.len() as u64) as usize;
-            self.strike(fault, self.victim.unwrap_or(any));
+            self.inject(fault, self.victim.unwrap_or(any));
         }
     }
 
-    fn strike(&mut self, fault: Fault, replica: usize) {
+    fn inject(&mut self, fault: FaultKind, replica: usize) {
         let world = self.world.clone();
-        let at_replica = Fault::AT_REPLICAS.contains(&fault);
+        let at_replica = FaultKind::AT_REPLICAS.contains(&fault);
         let from = world.field.now();
         if at_replica {
-            self.at_replica(fault, replica);
+            self.inject_at_replica(fault, replica);
         } else {
-            self.at_database(fault, replica);
+            self.inject_at_database(fault, replica);
         }
         let replica = at_replica.then(|| u8::try_from(replica).unwrap());
-        world.note(Strike { fault, replica, from, to: world.field.now() });
+        world.record_fault(FaultRecord { fault, replica, from, to: world.field.now() });
         // Whatever was acknowledged by now has survived it.
-        if !matches!(fault, Fault::Slow | Fault::Refuse) {
+        if !matches!(fault, FaultKind::Slow | FaultKind::Refuse) {
             world.audit_newest();
         }
     }
 
-    fn at_replica(&mut self, fault: Fault, at: usize) {
+    fn inject_at_replica(&mut self, fault: FaultKind, at: usize) {
         let world = self.world.clone();
         let replica = &world.field.replicas[at];
-        let calm = Weather::default();
+        let calm = NetworkCondition::default();
         match fault {
-            Fault::Kill => replica.kill(self.tenths(0, 5)),
-            Fault::Restart => {
+            FaultKind::Kill => replica.kill(self.tenths(0, 5)),
+            FaultKind::Restart => {
                 let code = replica.restart();
                 if code != 0 {
                     world.remark(format!("{} was told to end, and ended with {code}", replica.name));
                 }
             }
-            Fault::Pause => replica.pause(self.tenths(1, 30)),
-            Fault::Cut => self.weather(at, Weather { cut_there: true, cut_back: true, ..calm }),
-            Fault::CutThere => self.weather(at, Weather { cut_there: true, ..calm }),
-            Fault::CutBack => self.weather(at, Weather { cut_back: true, ..calm }),
-            Fault::Refuse => self.weather(at, Weather { refuse: true, ..calm }),
-            Fault::SlowPause => {
+            FaultKind::Pause => replica.pause(self.tenths(1, 30)),
+            FaultKind::Cut => {
+                self.set_network(at, NetworkCondition { cut_there: true, cut_back: true, ..calm })
+            }
+            FaultKind::CutThere => self.set_network(at, NetworkCondition { cut_there: true, ..calm }),
+            FaultKind::CutBack => self.set_network(at, NetworkCondition { cut_back: true, ..calm }),
+            FaultKind::Refuse => self.set_network(at, NetworkCondition { refuse: true, ..calm }),
+            FaultKind::SlowPause => {
                 // Slow, and not too slow for a renewal to be answered in time: so one is under way most of the time. What
                 // was begun when it stood still is OK before it goes on.
                 let twentieth = u64::try_from(self.world.lease.as_millis()).unwrap() / 20;
                 let delay = Duration::from_millis(self.dice.between(twentieth, twentieth * 7 / 5));
-                world.cut(at, Weather { delay, ..calm });
+                world.cut(at, NetworkCondition { delay, ..calm });
                 self.wait(2, 8);
                 replica.pause(self.tenths(13, 22));
                 self.wait(1, 4);
                 world.cut(at, calm);
             }
-            Fault::CutClients => {
+            FaultKind::CutClients => {
                 if let Some(cables) = &world.cables {
                     cables[at].unplug_clients(true);
                     self.wait(1, 20);
@@ -194,46 +196,46 @@ impl Lane {
             }
             _ => {
                 let delay = Duration::from_millis(self.dice.between(2, 300));
-                self.weather(at, Weather { delay, ..calm });
+                self.set_network(at, NetworkCondition { delay, ..calm });
             }
         }
     }
 
-    fn weather(&mut self, at: usize, weather: Weather) {
+    fn set_network(&mut self, at: usize, weather: NetworkCondition) {
         self.world.cut(at, weather);
         self.wait(1, 30);
-        self.world.cut(at, Weather::default());
+        self.world.cut(at, NetworkCondition::default());
     }
 
-    fn at_database(&mut self, fault: Fault, at: usize) {
+    fn inject_at_database(&mut self, fault: FaultKind, at: usize) {
         let world = self.world.clone();
         let mut cluster = world.cluster();
         match fault {
-            Fault::KillPrimary => cluster.kill_primary(),
-            Fault::StopPrimary => cluster.stop_primary_at_once(),
-            Fault::FailOver => {
+            FaultKind::KillPrimary => cluster.kill_primary(),
+            FaultKind::StopPrimary => cluster.stop_primary_at_once(),
+            FaultKind::FailOver => {
                 cluster.promote(false);
-                world.lead_all_to(&cluster.socket(), None);
+                world.retarget_all(&cluster.socket(), None);
                 cluster.rebuild();
             }
-            Fault::Isolate | Fault::LoseRows => {
+            FaultKind::Isolate | FaultKind::LoseRows => {
                 cluster.promote(true);
-                if fault == Fault::LoseRows {
-                    cluster.must("DELETE FROM keyward.replicas");
+                if fault == FaultKind::LoseRows {
+                    cluster.run_sql("DELETE FROM keyward.replicas");
                 }
-                world.lead_all_to(&cluster.socket(), Some(at));
+                world.retarget_all(&cluster.socket(), Some(at));
                 self.wait(1, 20);
                 cluster.kill_old();
-                world.lead_all_to(&cluster.socket(), None);
+                world.retarget_all(&cluster.socket(), None);
                 cluster.rebuild();
             }
-            Fault::StepWall => cluster.step_wall(self.dice.between(0, 40) as i64 - 15),
-            Fault::PausePrimary => {
+            FaultKind::StepWall => cluster.step_wall(self.dice.between(0, 40) as i64 - 15),
+            FaultKind::PausePrimary => {
                 cluster.signal_primary(Signal::STOP);
                 self.wait(1, 30);
                 cluster.signal_primary(Signal::CONT);
             }
-            Fault::PauseStandby => {
+            FaultKind::PauseStandby => {
                 cluster.signal_standby(Signal::STOP);
                 self.wait(1, 30);
                 cluster.signal_standby(Signal::CONT);
@@ -253,17 +255,17 @@ impl Lane {
     }
 }
 
-impl Strike {
+impl FaultRecord {
     /// For people.
-    pub(crate) fn tell(&self) -> String {
+    pub(crate) fn describe(&self) -> String {
         let replica = self.replica.map(|replica| format!(" (replica {replica})")).unwrap_or_default();
-        format!("{}{replica} from {} to {}", self.fault.words(), ms(self.from), ms(self.to))
+        format!("{}{replica} from {} to {}", self.fault.description(), ms(self.from), ms(self.to))
     }
 }
 
 /// A rule's violation is told with the faults around it.
-pub(crate) fn around(strikes: &[Strike], at: Nanos, lease: Duration) -> Vec<String> {
+pub(crate) fn faults_around(strikes: &[FaultRecord], at: Nanos, lease: Duration) -> Vec<String> {
     let lease = Nanos::try_from(lease.as_nanos()).unwrap();
     let near = strikes.iter().filter(|strike| strike.from <= at && at <= strike.to + 3 * lease);
-    near.map(Strike::tell).collect()
+    near.map(FaultRecord::describe).collect()
 }

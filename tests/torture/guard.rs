@@ -32,21 +32,21 @@ exit $?
 "#;
 
 /// A running program, and the shell that guards it.
-pub(crate) struct Guarded {
+pub(crate) struct GuardedProcess {
     shell: Child,
     pid: Pid,
 }
 
-impl Guarded {
+impl GuardedProcess {
     /// Starts a program under a guard that runs as `shell` does; the program's output is appended to two files.
-    pub(crate) fn start(mut shell: Command, out: &Path, err: &Path, program: &Command) -> Guarded {
+    pub(crate) fn start(mut shell: Command, out: &Path, err: &Path, program: &Command) -> GuardedProcess {
         shell.args(["-c", SCRIPT, "sh"]).arg(out).arg(err);
         shell.arg(program.get_program()).args(program.get_args());
         let mut shell = shell.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let mut line = String::new();
         BufReader::new(shell.stdout.take().unwrap()).read_line(&mut line).unwrap();
         let pid = line.trim().parse().ok().and_then(Pid::from_raw).expect("the id of a process");
-        Guarded { shell, pid }
+        GuardedProcess { shell, pid }
     }
 
     /// Whether the program has ended, whoever ended it.
@@ -74,7 +74,7 @@ impl Guarded {
     }
 
     /// Waits until it ends by itself.
-    pub(crate) fn ended(self) -> i32 {
+    pub(crate) fn wait_until_ended(self) -> i32 {
         wait_for("a process to end", || self.has_ended().then_some(()));
         self.kill()
     }
@@ -85,7 +85,7 @@ impl Guarded {
     }
 }
 
-impl Drop for Guarded {
+impl Drop for GuardedProcess {
     fn drop(&mut self) {
         self.end();
     }

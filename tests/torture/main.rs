@@ -15,20 +15,20 @@
 
 mod audit;
 mod bouncer;
-mod cables;
+mod breakable_proxy;
+mod change_driver;
 mod checkers;
 mod cluster;
 #[allow(dead_code, reason = "the simulator's, which has clocks too")]
 #[path = "../it/lease/dice.rs"]
 mod dice;
 mod faults;
-mod field;
 mod guard;
+mod initial_keys;
 mod judge;
-mod link;
-mod lives;
+mod key_lives;
 mod mutants;
-mod owner;
+mod namespaces;
 #[allow(dead_code, reason = "the tests', which have one server and many databases")]
 #[path = "../it/postgres.rs"]
 mod postgres;
@@ -37,10 +37,10 @@ mod postgres;
 mod process;
 mod replicas;
 mod report;
+mod reversible_changes;
 mod run;
-mod stock;
-mod toggles;
-mod world;
+mod shared_state;
+mod test_bed;
 
 use std::{
     path::PathBuf,
@@ -50,11 +50,11 @@ use std::{
 
 use clap::Parser;
 
-use crate::{faults::Fault, replicas::Setup, run::Run, world::Plan};
+use crate::{faults::FaultKind, replicas::ReplicaConfig, run::TortureRun, test_bed::TestBedConfig};
 
 /// Tortures replicas over PostgreSQL, and judges every answer.
 #[derive(Parser, Clone, Debug)]
-struct Arguments {
+struct TortureArguments {
     /// How long there are to be faults
     #[arg(long, default_value_t = 2.0)]
     minutes: f64,
@@ -79,9 +79,9 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    let arguments = TortureArguments::parse();
     if !arguments.no_namespaces {
-        cables::enter();
+        namespaces::enter();
     }
     let seed = arguments.seed.unwrap_or_else(|| {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
@@ -91,13 +91,13 @@ fn main() -> ExitCode {
     let program =
         std::env::var_os("KEYWARD_BIN").map_or_else(|| env!("CARGO_BIN_EXE_keyward").into(), PathBuf::from);
     let lease = Duration::from_millis(arguments.lease);
-    let setup = Setup { program, lease, environment: Vec::new(), wrapper: Vec::new() };
-    let run = Run {
+    let setup = ReplicaConfig { program, lease, environment: Vec::new(), wrapper: Vec::new() };
+    let run = TortureRun {
         seed,
         length: Duration::from_secs_f64(arguments.minutes * 60.0),
         squads: arguments.squads,
-        plan: Plan { replicas: arguments.replicas, setup, clocks: Vec::new() },
-        faults: Fault::AT_REPLICAS.into_iter().chain(Fault::AT_DATABASE).collect(),
+        plan: TestBedConfig { replicas: arguments.replicas, setup, clocks: Vec::new() },
+        faults: FaultKind::AT_REPLICAS.into_iter().chain(FaultKind::AT_DATABASE).collect(),
         victim: None,
         until_allowed: false,
     };

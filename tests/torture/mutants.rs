@@ -7,15 +7,15 @@
 use std::{path::Path, process::Command, time::Duration};
 
 use comfy_table::{Table, presets};
-use keyward::domain::lease::Rule;
+use keyward::domain::lease::LeaseInvariant;
 
-use crate::{faults::Fault, run::Run};
+use crate::{faults::FaultKind, run::TortureRun};
 
 /// One breakage, and what brings it to light.
-struct Mutant {
-    rule: Rule,
+struct PlantedBreakage {
+    rule: LeaseInvariant,
     /// The faults that are needed; others would only be in the way.
-    faults: &'static [Fault],
+    faults: &'static [FaultKind],
     /// How fast each replica's clock runs, in thousandths, where that matters.
     clocks: &'static [u32],
     /// Why these.
@@ -23,74 +23,74 @@ struct Mutant {
 }
 
 /// Clocks at the ends of what the promise allows.
-const APART: &[u32] = &[900, 1100, 1100];
-const SILENT: &[Fault] = &[Fault::Cut, Fault::CutThere, Fault::CutBack];
+const EXTREME_CLOCKS: &[u32] = &[900, 1100, 1100];
+const SILENT_FAULTS: &[FaultKind] = &[FaultKind::Cut, FaultKind::CutThere, FaultKind::CutBack];
 
 /// The eleven of the protocol's design.
-const MUTANTS: [Mutant; 11] = [
-    Mutant {
-        rule: Rule::RevokeWaits,
-        faults: &[Fault::Slow, Fault::Cut],
+const MUTANTS: [PlantedBreakage; 11] = [
+    PlantedBreakage {
+        rule: LeaseInvariant::RevokeWaits,
+        faults: &[FaultKind::Slow, FaultKind::Cut],
         clocks: &[],
         why: "a replica that hears late still allows",
     },
-    Mutant {
-        rule: Rule::RetryWaits,
-        faults: SILENT,
+    PlantedBreakage {
+        rule: LeaseInvariant::RetryWaits,
+        faults: SILENT_FAULTS,
         clocks: &[],
         why: "a Revoke that timed out on a silent replica is sent again",
     },
-    Mutant {
-        rule: Rule::DriftIsCovered,
-        faults: SILENT,
-        clocks: APART,
+    PlantedBreakage {
+        rule: LeaseInvariant::DriftIsCovered,
+        faults: SILENT_FAULTS,
+        clocks: EXTREME_CLOCKS,
         why: "a slow clock holds a lease for longer than a fast one waits",
     },
-    Mutant {
-        rule: Rule::LostRowsAreWaitedOut,
-        faults: &[Fault::LoseRows],
+    PlantedBreakage {
+        rule: LeaseInvariant::LostRowsAreWaitedOut,
+        faults: &[FaultKind::LoseRows],
         clocks: &[],
         why: "a replica that is left with the old primary is on no list",
     },
-    Mutant {
-        rule: Rule::LeaseEnds,
-        faults: &[Fault::Cut, Fault::CutThere, Fault::CutBack, Fault::Pause],
+    PlantedBreakage {
+        rule: LeaseInvariant::LeaseEnds,
+        faults: &[FaultKind::Cut, FaultKind::CutThere, FaultKind::CutBack, FaultKind::Pause],
         clocks: &[],
         why: "a replica that is cut off for longer than its lease",
     },
-    Mutant {
-        rule: Rule::LeaseCountsFromSending,
-        faults: &[Fault::SlowPause],
+    PlantedBreakage {
+        rule: LeaseInvariant::LeaseCountsFromSending,
+        faults: &[FaultKind::SlowPause],
         clocks: &[],
         why: "an answer that waits while the process stands still",
     },
-    Mutant {
-        rule: Rule::MapBeforeDeadline,
-        faults: SILENT,
+    PlantedBreakage {
+        rule: LeaseInvariant::MapBeforeDeadline,
+        faults: SILENT_FAULTS,
         clocks: &[],
         why: "the renewal after a long silence brings changes and a lease at once",
     },
-    Mutant {
-        rule: Rule::DeadlineBeforeLookUp,
-        faults: SILENT,
+    PlantedBreakage {
+        rule: LeaseInvariant::DeadlineBeforeLookUp,
+        faults: SILENT_FAULTS,
         clocks: &[],
         why: "the lease comes back while a Check is between its two steps",
     },
-    Mutant {
-        rule: Rule::RegisterBeforeSnapshot,
-        faults: &[Fault::Restart],
+    PlantedBreakage {
+        rule: LeaseInvariant::RegisterBeforeSnapshot,
+        faults: &[FaultKind::Restart],
         clocks: &[],
         why: "a Revoke between a new process's snapshot and its row",
     },
-    Mutant {
-        rule: Rule::ApplyBeforeAck,
-        faults: &[Fault::Refuse],
+    PlantedBreakage {
+        rule: LeaseInvariant::ApplyBeforeAck,
+        faults: &[FaultKind::Refuse],
         clocks: &[],
         why: "a renewal that brings changes acknowledges them before they are applied",
     },
-    Mutant {
-        rule: Rule::DeadAreWatched,
-        faults: &[Fault::Cut, Fault::CutThere, Fault::CutBack, Fault::StepWall],
+    PlantedBreakage {
+        rule: LeaseInvariant::DeadAreWatched,
+        faults: &[FaultKind::Cut, FaultKind::CutThere, FaultKind::CutBack, FaultKind::StepWall],
         clocks: &[],
         why: "the database's wall clock is set on while a replica is silent",
     },
@@ -98,7 +98,7 @@ const MUTANTS: [Mutant; 11] = [
 
 /// Runs each until it is noticed, at most for as long as `usual` lasts, and before them the same build with nothing
 /// left out, which must hold; or only those named. Whether all were noticed.
-pub(crate) fn run(usual: &Run, named: &[String]) -> bool {
+pub(crate) fn run(usual: &TortureRun, named: &[String]) -> bool {
     assert!(
         is_breakable(&usual.plan.setup.program),
         "KEYWARD_BIN is no breakable build: run 'make torture-mutants'"
@@ -111,14 +111,15 @@ pub(crate) fn run(usual: &Run, named: &[String]) -> bool {
     ]);
     let mut all = true;
     if named.is_empty() {
-        all = control(usual).run().held;
+        all = unbroken_run(usual).run().held;
         let said = if all { "nothing to notice" } else { "NOT HELD" };
         table.add_row(["nothing", said, "clocks at the ends of what is allowed"]);
     }
-    let wanted = |mutant: &&Mutant| named.is_empty() || named.contains(&format!("{:?}", mutant.rule));
+    let wanted =
+        |mutant: &&PlantedBreakage| named.is_empty() || named.contains(&format!("{:?}", mutant.rule));
     for mutant in MUTANTS.iter().filter(wanted) {
         println!("\n==== left out: {:?}", mutant.rule);
-        let ran = broken(usual, mutant).run();
+        let ran = broken_run(usual, mutant).run();
         all &= ran.noticed.is_some();
         let noticed = ran.noticed.map(|after| format!("after {:.0} s", after.as_secs_f64()));
         let noticed = noticed.unwrap_or_else(|| "NOT NOTICED".to_owned());
@@ -129,15 +130,15 @@ pub(crate) fn run(usual: &Run, named: &[String]) -> bool {
 }
 
 /// Nothing left out: what the others are held against.
-fn control(usual: &Run) -> Run {
+fn unbroken_run(usual: &TortureRun) -> TortureRun {
     println!("\n==== nothing left out, clocks 10 % apart");
     let mut run = usual.clone();
-    run.plan.clocks = APART.to_vec();
+    run.plan.clocks = EXTREME_CLOCKS.to_vec();
     run.length = usual.length.min(Duration::from_secs(60));
     run
 }
 
-fn broken(usual: &Run, mutant: &Mutant) -> Run {
+fn broken_run(usual: &TortureRun, mutant: &PlantedBreakage) -> TortureRun {
     let mut run = usual.clone();
     run.plan.setup.environment.push(("KEYWARD_BREAK".to_owned(), format!("{:?}", mutant.rule)));
     run.plan.clocks = mutant.clocks.to_vec();

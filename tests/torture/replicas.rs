@@ -13,11 +13,11 @@ use std::{
 
 use rustix::process::Signal;
 
-use crate::{guard::Guarded, process::wait_for};
+use crate::{guard::GuardedProcess, process::wait_for};
 
 /// How a replica is started.
 #[derive(Clone, Debug)]
-pub(crate) struct Setup {
+pub(crate) struct ReplicaConfig {
     /// The program; it may be another build.
     pub(crate) program: PathBuf,
     pub(crate) lease: Duration,
@@ -28,30 +28,30 @@ pub(crate) struct Setup {
 }
 
 /// One of them.
-pub(crate) struct Replica {
+pub(crate) struct ReplicaProcess {
     pub(crate) name: String,
     pub(crate) address: SocketAddr,
     admin: SocketAddr,
     database: String,
-    setup: Setup,
+    setup: ReplicaConfig,
     folder: tempfile::TempDir,
-    process: Mutex<Option<Guarded>>,
+    process: Mutex<Option<GuardedProcess>>,
     /// Counts the changes of process: odd while one serves, and none begins or ends.
     life: AtomicU32,
     /// How often it ended by itself.
     pub(crate) ended: AtomicU32,
 }
 
-impl Replica {
+impl ReplicaProcess {
     /// One that does not run yet.
     pub(crate) fn new(
         name: &str,
         address: SocketAddr,
         admin: SocketAddr,
         database: String,
-        setup: Setup,
+        setup: ReplicaConfig,
     ) -> Self {
-        Replica {
+        ReplicaProcess {
             name: name.to_owned(),
             address,
             admin,
@@ -64,7 +64,7 @@ impl Replica {
         }
     }
 
-    fn process(&self) -> MutexGuard<'_, Option<Guarded>> {
+    fn process(&self) -> MutexGuard<'_, Option<GuardedProcess>> {
         self.process.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -104,7 +104,7 @@ impl Replica {
     }
 
     /// Starts the process, and leaves it to itself.
-    fn launch(&self, process: &mut Option<Guarded>) {
+    fn launch(&self, process: &mut Option<GuardedProcess>) {
         let mut shell = Command::new("/bin/sh");
         let ours = |name: &str| name.starts_with("KEYWARD_");
         for (name, _) in std::env::vars_os().filter(|(name, _)| ours(&name.to_string_lossy())) {
@@ -112,27 +112,28 @@ impl Replica {
         }
         shell.envs(self.setup.environment.iter().cloned()).current_dir(self.folder.path());
         let (out, err) = (self.folder.path().join("stdout"), self.log());
-        *process = Some(Guarded::start(shell, &out, &err, &self.command()));
+        *process = Some(GuardedProcess::start(shell, &out, &err, &self.command()));
     }
 
     /// Starts it, and waits until it listens.
     pub(crate) fn start(&self) {
         self.launch(&mut self.process());
         wait_for(&format!("{} to listen", self.name), || {
-            self.tend();
+            self.restart_if_ended();
             self.life()
         });
     }
 
     /// Sees whether it has ended, and then starts it again; or whether it listens by now.
-    pub(crate) fn tend(&self) {
+    pub(crate) fn restart_if_ended(&self) {
         let mut process = self.process();
         let Some(running) = process.as_ref() else { return };
         if running.has_ended() {
             self.ended.fetch_add(1, Ordering::Relaxed);
             self.change(false);
             self.launch(&mut process);
-        } else if self.life().is_none() && TcpStream::connect_timeout(&self.address, CONNECT).is_ok() {
+        } else if self.life().is_none() && TcpStream::connect_timeout(&self.address, CONNECT_TIMEOUT).is_ok()
+        {
             self.change(true);
         }
     }
@@ -159,7 +160,7 @@ impl Replica {
         self.change(false);
         let code = process.take().map_or(0, |running| {
             running.signal(Signal::TERM);
-            running.ended()
+            running.wait_until_ended()
         });
         self.launch(&mut process);
         code
@@ -179,22 +180,22 @@ impl Replica {
         self.change(false);
         self.process().take().map_or(0, |running| {
             running.signal(Signal::TERM);
-            running.ended()
+            running.wait_until_ended()
         })
     }
 
     /// What its log says that no fault explains: a panic, or damage, which nobody has done to the database.
-    pub(crate) fn bugs(&self) -> Vec<String> {
+    pub(crate) fn find_log_errors(&self) -> Vec<String> {
         let is_bug = |line: &String| line.contains("panicked") || line.contains("is damaged");
-        lines(&self.log()).into_iter().filter(is_bug).collect()
+        read_log_lines(&self.log()).into_iter().filter(is_bug).collect()
     }
 }
 
 /// How long a connection to a process that listens may take.
-const CONNECT: Duration = Duration::from_millis(200);
+const CONNECT_TIMEOUT: Duration = Duration::from_millis(200);
 
 /// The lines of a log.
-pub(crate) fn lines(path: &Path) -> Vec<String> {
+pub(crate) fn read_log_lines(path: &Path) -> Vec<String> {
     let text = std::fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
     text.unwrap_or_default().lines().map(str::to_owned).collect()
 }

@@ -5,10 +5,10 @@ use std::{collections::BTreeSet, time::Duration};
 use comfy_table::{CellAlignment, Table, presets};
 
 use crate::{
-    faults::{Fault, Strike, around},
-    field::Books,
+    faults::{FaultKind, FaultRecord, faults_around},
     judge::{Gap, Judge, Nanos, Rule, ms},
-    world::World,
+    shared_state::RunRecords,
+    test_bed::TestBed,
 };
 
 /// A gap belongs to a fault that it begins in, or so soon after.
@@ -16,7 +16,7 @@ const AFTERMATH: Nanos = 500_000_000;
 
 /// Less than this in a minute shows nothing.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Least {
+pub(crate) struct MinimumActivity {
     pub(crate) checks: u64,
     pub(crate) allowed: u64,
     pub(crate) revokes: u64,
@@ -26,22 +26,23 @@ pub(crate) struct Least {
 }
 
 /// A run of the usual kind, on a slow machine.
-pub(crate) const LEAST: Least = Least { checks: 4_000, allowed: 1_000, revokes: 10, faults: 5, near: 10 };
+pub(crate) const MINIMUM_ACTIVITY: MinimumActivity =
+    MinimumActivity { checks: 4_000, allowed: 1_000, revokes: 10, faults: 5, near: 10 };
 
 /// A run that is over.
-pub(crate) struct Outcome<'r> {
+pub(crate) struct FinishedRun<'r> {
     pub(crate) seed: u64,
     pub(crate) judge: &'r Judge,
-    pub(crate) world: &'r World,
+    pub(crate) world: &'r TestBed,
     /// How long there were faults.
     pub(crate) length: Duration,
 }
 
-impl Outcome<'_> {
+impl FinishedRun<'_> {
     /// Prints all of it; whether nothing is wrong.
     pub(crate) fn print(&self) -> bool {
         let strikes = self.world.strikes();
-        let books = self.world.field.books();
+        let books = self.world.field.records();
         println!("\n{}", self.figures(&books, &strikes));
         println!("\n{}", self.faults(&strikes));
         println!("\n{}", self.rules());
@@ -54,11 +55,11 @@ impl Outcome<'_> {
         for violation in &self.judge.violations {
             println!("\nVIOLATION of rule {} at {}", violation.rule.words(), ms(violation.at));
             println!("    {}", violation.story);
-            for fault in around(&strikes, violation.at, self.world.lease) {
+            for fault in faults_around(&strikes, violation.at, self.world.lease) {
                 println!("    fault: {fault}");
             }
         }
-        let missing = self.shows_too_little(&books, strikes.len());
+        let missing = self.too_little_activity(&books, strikes.len());
         for little in &missing {
             println!("\nTOO LITTLE: {little}; such a run shows nothing");
         }
@@ -68,7 +69,7 @@ impl Outcome<'_> {
         broken == 0 && missing.is_empty()
     }
 
-    fn figures(&self, books: &Books, strikes: &[Strike]) -> Table {
+    fn figures(&self, books: &RunRecords, strikes: &[FaultRecord]) -> Table {
         let judged = self.judge.judged;
         let narrowings = &books.narrowings;
         let mut table = table(&["", "number"]);
@@ -99,9 +100,9 @@ impl Outcome<'_> {
         table
     }
 
-    fn faults(&self, strikes: &[Strike]) -> Table {
+    fn faults(&self, strikes: &[FaultRecord]) -> Table {
         let mut table = table(&["fault", "times", "longest gap of one replica", "of all replicas"]);
-        let kinds: BTreeSet<Fault> = strikes.iter().map(|strike| strike.fault).collect();
+        let kinds: BTreeSet<FaultKind> = strikes.iter().map(|strike| strike.fault).collect();
         for kind in kinds {
             let of_kind: Vec<_> = strikes.iter().filter(|strike| strike.fault == kind).collect();
             let during = |found: &Gap| {
@@ -115,7 +116,7 @@ impl Outcome<'_> {
             let gaps = &self.judge.gaps;
             let one = gaps.longest(|gap| gap.replica.is_some() && during(gap));
             let all = gaps.longest(|gap| gap.replica.is_none() && during(gap));
-            table.add_row([kind.words().to_owned(), of_kind.len().to_string(), gap(one), gap(all)]);
+            table.add_row([kind.description().to_owned(), of_kind.len().to_string(), gap(one), gap(all)]);
         }
         table
     }
@@ -129,21 +130,22 @@ impl Outcome<'_> {
     }
 
     fn ended_by_themselves(&self) -> u32 {
-        let ended =
-            |replica: &crate::replicas::Replica| replica.ended.load(std::sync::atomic::Ordering::Relaxed);
+        let ended = |replica: &crate::replicas::ReplicaProcess| {
+            replica.ended.load(std::sync::atomic::Ordering::Relaxed)
+        };
         self.world.field.replicas.iter().map(ended).sum()
     }
 
-    fn shows_too_little(&self, books: &Books, faults: usize) -> Vec<String> {
+    fn too_little_activity(&self, books: &RunRecords, faults: usize) -> Vec<String> {
         let judged = self.judge.judged;
         let seconds = self.length.as_secs();
         let revokes = books.narrowings.revokes.len() as u64;
         let mut missing = Vec::new();
         for (what, have, a_minute) in [
-            ("Checks", judged.checks, LEAST.checks),
-            ("allowed Checks", judged.allowed, LEAST.allowed),
-            ("Revokes", revokes, LEAST.revokes),
-            ("faults", faults as u64, LEAST.faults),
+            ("Checks", judged.checks, MINIMUM_ACTIVITY.checks),
+            ("allowed Checks", judged.allowed, MINIMUM_ACTIVITY.allowed),
+            ("Revokes", revokes, MINIMUM_ACTIVITY.revokes),
+            ("faults", faults as u64, MINIMUM_ACTIVITY.faults),
         ] {
             let want = a_minute * seconds / 60;
             if have < want {
@@ -151,8 +153,11 @@ impl Outcome<'_> {
             }
         }
         let near = percent(judged.near, judged.checks);
-        if near < LEAST.near {
-            missing.push(format!("{near} % of the Checks near a narrowing change, and not {} %", LEAST.near));
+        if near < MINIMUM_ACTIVITY.near {
+            missing.push(format!(
+                "{near} % of the Checks near a narrowing change, and not {} %",
+                MINIMUM_ACTIVITY.near
+            ));
         }
         missing
     }

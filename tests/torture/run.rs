@@ -7,34 +7,34 @@ use std::{
 };
 
 use crate::{
+    change_driver::ChangeDriver,
     checkers::Checker,
     dice::Dice,
-    faults::{Fault, Lane},
-    field::Field,
+    faults::{FaultInjector, FaultKind},
+    initial_keys,
     judge::{Judge, Nanos, Rule},
-    lives::Squad,
-    owner::Owner,
-    report::Outcome,
-    stock,
-    world::{Plan, World},
+    key_lives::KeyOwnerWorker,
+    report::FinishedRun,
+    shared_state::SharedState,
+    test_bed::{TestBed, TestBedConfig},
 };
 
 /// How often what was recorded is judged.
 const JUDGE_EVERY: Duration = Duration::from_millis(500);
 /// Judged when so old: by then what came soon after it is known as well.
-const SETTLED: Nanos = 1_200_000_000;
+const JUDGE_DELAY: Nanos = 1_200_000_000;
 /// How soon each replica must answer again when nothing is wrong any more.
 const RECOVERY: Duration = Duration::from_secs(30);
 
 /// What a run is to be.
 #[derive(Clone, Debug)]
-pub(crate) struct Run {
+pub(crate) struct TortureRun {
     pub(crate) seed: u64,
     pub(crate) length: Duration,
     pub(crate) squads: usize,
-    pub(crate) plan: Plan,
+    pub(crate) plan: TestBedConfig,
     /// What may go wrong.
-    pub(crate) faults: Vec<Fault>,
+    pub(crate) faults: Vec<FaultKind>,
     /// The one replica that is struck; None = any.
     pub(crate) victim: Option<usize>,
     /// Whether it ends when the first rule is broken: the one that all others are for.
@@ -42,20 +42,20 @@ pub(crate) struct Run {
 }
 
 /// What came of it.
-pub(crate) struct Ran {
+pub(crate) struct RunResult {
     pub(crate) held: bool,
     /// When it was noticed that the first rule was broken.
     pub(crate) noticed: Option<Duration>,
 }
 
-impl Run {
+impl TortureRun {
     /// Does it all.
-    pub(crate) fn run(&self) -> Ran {
+    pub(crate) fn run(&self) -> RunResult {
         let mut dice = Dice::new(self.seed);
-        let world = Arc::new(World::start(&self.plan));
+        let world = Arc::new(TestBed::start(&self.plan));
         let clients = self.clients(&world, &mut dice);
         let lanes = self.lanes(&world, &mut dice);
-        let tender = tend(world.clone());
+        let tender = start_restarter(world.clone());
         let mut judge = Judge::default();
         let began = Instant::now();
         let mut noticed = None;
@@ -65,10 +65,13 @@ impl Run {
             if judge.count(Rule::AllowedAfterNarrowing) > 0 {
                 noticed.get_or_insert_with(|| began.elapsed());
             }
-            assert!(!lanes.iter().any(JoinHandle::is_finished) || world.is_calm(), "the faults have ended");
+            assert!(
+                !lanes.iter().any(JoinHandle::is_finished) || world.are_faults_stopped(),
+                "the faults have ended"
+            );
         }
         let length = began.elapsed();
-        world.calm_down();
+        world.stop_faults();
         for lane in lanes {
             lane.join().unwrap();
         }
@@ -86,16 +89,16 @@ impl Run {
         }
         tender.stop();
         self.end(&world, &mut judge);
-        let held = Outcome { seed: self.seed, judge: &judge, world: &world, length }.print();
+        let held = FinishedRun { seed: self.seed, judge: &judge, world: &world, length }.print();
         if !held && !self.until_allowed {
             self.keep_logs(&world);
         }
-        Ran { held, noticed }
+        RunResult { held, noticed }
     }
 
-    fn clients(&self, world: &World, dice: &mut Dice) -> Vec<tokio::task::JoinHandle<()>> {
+    fn clients(&self, world: &TestBed, dice: &mut Dice) -> Vec<tokio::task::JoinHandle<()>> {
         let field = &world.field;
-        let board = Arc::new(world.runtime.block_on(stock::prepare(field, self.squads, dice)));
+        let board = Arc::new(world.runtime.block_on(initial_keys::create_targets(field, self.squads, dice)));
         let mut clients = Vec::new();
         let _context = world.runtime.enter();
         let callers = field.operator();
@@ -105,44 +108,47 @@ impl Run {
                 let checker = Checker { field, board, squad: number, replica, dice };
                 clients.push(tokio::spawn(checker.work()));
             }
-            let owner = Owner { field: field.clone(), callers: callers.clone(), dice: dice.fork() };
-            clients.push(tokio::spawn(Squad { owner, board: board.clone(), number, lives: 0 }.work()));
+            let owner = ChangeDriver { field: field.clone(), callers: callers.clone(), dice: dice.fork() };
+            clients.push(tokio::spawn(
+                KeyOwnerWorker { owner, board: board.clone(), number, lives: 0 }.run_lives(),
+            ));
         }
         clients
     }
 
-    fn lanes(&self, world: &Arc<World>, dice: &mut Dice) -> Vec<JoinHandle<()>> {
+    fn lanes(&self, world: &Arc<TestBed>, dice: &mut Dice) -> Vec<JoinHandle<()>> {
         let of =
-            |kinds: &[Fault]| self.faults.iter().copied().filter(|fault| kinds.contains(fault)).collect();
-        [of(&Fault::AT_REPLICAS), of(&Fault::AT_DATABASE)]
+            |kinds: &[FaultKind]| self.faults.iter().copied().filter(|fault| kinds.contains(fault)).collect();
+        [of(&FaultKind::AT_REPLICAS), of(&FaultKind::AT_DATABASE)]
             .into_iter()
             .filter(|faults: &Vec<_>| !faults.is_empty())
             .map(|faults| {
-                let lane = Lane { world: world.clone(), dice: dice.fork(), faults, victim: self.victim };
-                std::thread::spawn(move || lane.work())
+                let lane =
+                    FaultInjector { world: world.clone(), dice: dice.fork(), faults, victim: self.victim };
+                std::thread::spawn(move || lane.inject_until_stopped())
             })
             .collect()
     }
 
     /// Judges what has settled by now, or all there is.
-    fn judge(&self, world: &World, judge: &mut Judge, all: bool) {
+    fn judge(&self, world: &TestBed, judge: &mut Judge, all: bool) {
         let now = world.field.now();
-        let until = if all { Nanos::MAX } else { now.saturating_sub(SETTLED) };
+        let until = if all { Nanos::MAX } else { now.saturating_sub(JUDGE_DELAY) };
         let mut checks = world.field.take_checks(until);
         judge.checks(&world.field.history(), &mut checks);
         for violation in world.take_found() {
             judge.violation(violation.rule, violation.at, || violation.story);
         }
-        for (at, story) in std::mem::take(&mut world.field.books().refusals) {
+        for (at, story) in std::mem::take(&mut world.field.records().refusals) {
             judge.violation(Rule::WrongDenial, at, || story);
         }
-        for (at, story) in std::mem::take(&mut world.field.books().false_reports) {
+        for (at, story) in std::mem::take(&mut world.field.records().false_reports) {
             judge.violation(Rule::FalseReport, at, || story);
         }
     }
 
     /// Waits until each replica allows again.
-    fn recover(&self, world: &World, judge: &mut Judge) {
+    fn recover(&self, world: &TestBed, judge: &mut Judge) {
         let healed = world.field.now();
         let end = Instant::now() + RECOVERY;
         for at in 0..world.field.replicas.len() {
@@ -160,7 +166,7 @@ impl Run {
     }
 
     /// Ends the replicas in order, and reads what they have to say.
-    fn end(&self, world: &World, judge: &mut Judge) {
+    fn end(&self, world: &TestBed, judge: &mut Judge) {
         for replica in &world.field.replicas {
             let code = replica.stop();
             if code != 0 {
@@ -168,14 +174,14 @@ impl Run {
                     format!("{} was told to end, and ended with {code}", replica.name)
                 });
             }
-            for bug in replica.bugs() {
+            for bug in replica.find_log_errors() {
                 judge.violation(Rule::NoAnswer, world.field.now(), || format!("{}: {bug}", replica.name));
             }
         }
     }
 
     /// The logs of a run that did not hold stay, for whoever wants to know why.
-    fn keep_logs(&self, world: &World) {
+    fn keep_logs(&self, world: &TestBed) {
         let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("torture-{}", self.seed));
         std::fs::create_dir_all(&folder).unwrap();
         for replica in &world.field.replicas {
@@ -189,28 +195,28 @@ impl Run {
 }
 
 /// A thread that starts replicas again that have ended.
-struct Tender {
+struct ReplicaRestarter {
     thread: JoinHandle<()>,
-    world: Arc<World>,
+    world: Arc<TestBed>,
     stop: Arc<std::sync::atomic::AtomicBool>,
 }
 
-fn tend(world: Arc<World>) -> Tender {
+fn start_restarter(world: Arc<TestBed>) -> ReplicaRestarter {
     let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
     let thread = std::thread::spawn({
         let (world, stop) = (world.clone(), stop.clone());
         move || {
             while !stop.load(std::sync::atomic::Ordering::Relaxed) {
-                let field: &Field = &world.field;
-                field.replicas.iter().for_each(crate::replicas::Replica::tend);
+                let field: &SharedState = &world.field;
+                field.replicas.iter().for_each(crate::replicas::ReplicaProcess::restart_if_ended);
                 std::thread::sleep(Duration::from_millis(20));
             }
         }
     });
-    Tender { thread, world, stop }
+    ReplicaRestarter { thread, world, stop }
 }
 
-impl Tender {
+impl ReplicaRestarter {
     fn stop(self) {
         self.stop.store(true, std::sync::atomic::Ordering::Relaxed);
         self.thread.join().unwrap();

@@ -7,23 +7,23 @@ use clap::Args;
 
 use crate::{
     cli::{
-        console::{Console, say},
-        serve::exit,
-        table::clean,
-        values::{Past, rfc3339},
+        console::{Console, print_escaped},
+        serve::to_exit_code,
+        table::escape_terminal,
+        value_format::{PastInstantArg, format_rfc3339},
     },
     clock::SystemClock,
-    config::server::{DatabaseArgs, Settings},
+    config::server::{DatabaseArgs, ServerSettings},
     domain::time::Timestamp,
-    server::upkeep,
+    server::maintenance,
 };
 
 /// Flags of `keyward audit archive`.
 #[derive(Debug, Args)]
-pub(in crate::cli) struct ArchiveArgs {
+pub(in crate::cli) struct AuditArchiveArgs {
     /// Archive what was done before then: an instant (RFC 3339), or a duration ago (365d)
-    #[arg(long, value_name = "WHEN", value_parser = Past::parse)]
-    before: Past,
+    #[arg(long, value_name = "WHEN", value_parser = PastInstantArg::parse)]
+    before: PastInstantArg,
     /// The new file (mode 0600); 'keyward audit verify --file' verifies it
     #[arg(long, value_name = "FILE")]
     to: PathBuf,
@@ -35,18 +35,18 @@ pub(in crate::cli) struct ArchiveArgs {
 }
 
 /// Runs the command.
-pub(in crate::cli) fn run(args: &ArchiveArgs) -> ExitCode {
-    exit(archive(args))
+pub(in crate::cli) fn run(args: &AuditArchiveArgs) -> ExitCode {
+    to_exit_code(archive_log(args))
 }
 
-fn archive(args: &ArchiveArgs) -> anyhow::Result<()> {
-    let settings = Settings::load_database(&args.database)?;
+fn archive_log(args: &AuditArchiveArgs) -> anyhow::Result<()> {
+    let settings = ServerSettings::load_for_database(&args.database)?;
     let before = args.before.resolve(&SystemClock);
-    upkeep::require_database(&settings)?;
+    maintenance::require_existing_database(&settings)?;
     let question = format!(
         "Take every entry before {} out of the audit log of {}, for ever? {} has them then.",
-        rfc3339(&before),
-        settings.database.shown(),
+        format_rfc3339(&before),
+        settings.database.redacted(),
         args.to.display()
     );
     if args.to.symlink_metadata().is_ok() {
@@ -54,19 +54,19 @@ fn archive(args: &ArchiveArgs) -> anyhow::Result<()> {
             format!("{} exists already: name a new file, since nothing is overwritten", args.to.display());
         return Err(anyhow::anyhow!(exists));
     }
-    Console::system().confirm(&question, args.yes)?;
+    Console::with_stdio().confirm(&question, args.yes)?;
     let before = Timestamp::from_micros(before.seconds * 1_000_000 + i64::from(before.nanos / 1000));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let archived = runtime.block_on(upkeep::archive(&settings, before, &args.to, &SystemClock))?;
-    say(&match archived {
+    let archived = runtime.block_on(maintenance::archive_log(&settings, before, &args.to, &SystemClock))?;
+    print_escaped(&match archived {
         None => "There is nothing to archive: no entry is as old, or a replica still needs it.\n".to_owned(),
         Some(archived) => {
             let (entries, first, last) = (archived.entries, archived.first, archived.last);
-            let to = clean(&args.to.display().to_string());
+            let to = escape_terminal(&args.to.display().to_string());
             let done = format!("{entries} entries, {first} to {last}, are in {to}.\n");
             let rest =
                 "Later ones that are as old stay: they are the newest, or a replica still needs them.\n";
-            done + if archived.held_back { rest } else { "" }
+            done + if archived.is_held_back { rest } else { "" }
         }
     })?;
     Ok(())

@@ -1,4 +1,4 @@
-//! `keyward audit export`: the log as a file that anybody can verify. Each entry is verified as it comes.
+//! `keyward call_audit export`: the log as a file that anybody can verify. Each entry is verified as it comes.
 
 use std::{
     fs::File,
@@ -10,27 +10,27 @@ use clap::Args;
 
 use crate::{
     cli::{
-        client::{Patience, Session},
-        context::Context,
-        failure::Failure,
-        values::shown_path,
+        api_client::{ApiClient, DefaultTimeout},
+        context::CommandContext,
+        error::CliError,
+        value_format::shown_path,
     },
     domain::{
-        chain::Chain,
-        export,
-        lease::Position,
-        log::{Hash, LogRow},
+        lease::LogPosition,
+        log::{ChainHash, LogEntry},
+        log_chain::ChainVerifier,
+        log_export,
         name::{AccountId, KeyId, UserId},
         time::{Revision, Timestamp},
     },
     pb, private_file,
 };
 
-const PAGE: u32 = 1000;
+const EXPORT_PAGE_SIZE: u32 = 1000;
 
-/// Flags of `keyward audit export`.
+/// Flags of `keyward call_audit export`.
 #[derive(Debug, Args)]
-pub(in crate::cli) struct ExportArgs {
+pub(in crate::cli) struct AuditExportArgs {
     /// Write to this new file (mode 0600) instead of standard output
     #[arg(long, value_name = "FILE")]
     to: Option<PathBuf>,
@@ -40,56 +40,58 @@ pub(in crate::cli) struct ExportArgs {
 }
 
 /// Where the lines go.
-enum Sink {
+enum ExportTarget {
     File(BufWriter<File>, PathBuf),
     Stdout,
 }
 
-impl Sink {
-    fn open(to: Option<&PathBuf>) -> Result<Sink, Failure> {
-        let Some(path) = to else { return Ok(Sink::Stdout) };
+impl ExportTarget {
+    fn open(to: Option<&PathBuf>) -> Result<ExportTarget, CliError> {
+        let Some(path) = to else { return Ok(ExportTarget::Stdout) };
         let file = private_file::create_new(path)
-            .map_err(|error| Failure::usage(format!("{} cannot be made: {error}", shown_path(path))))?;
-        Ok(Sink::File(BufWriter::new(file), path.clone()))
+            .map_err(|error| CliError::new(format!("{} cannot be made: {error}", shown_path(path))))?;
+        Ok(ExportTarget::File(BufWriter::new(file), path.clone()))
     }
 
-    fn write(&mut self, cx: &mut Context<'_>, text: &str) -> Result<(), Failure> {
+    fn write(&mut self, cx: &mut CommandContext<'_>, text: &str) -> Result<(), CliError> {
         match self {
-            Sink::File(file, path) => file
+            ExportTarget::File(file, path) => file
                 .write_all(text.as_bytes())
-                .map_err(|error| Failure::usage(format!("{} cannot be written: {error}", shown_path(path)))),
+                .map_err(|error| CliError::new(format!("{} cannot be written: {error}", shown_path(path)))),
             // A copy that ends early is none.
-            Sink::Stdout => cx.console.deliver(text),
+            ExportTarget::Stdout => cx.console.print_required(text),
         }
     }
 
-    fn finish(self) -> Result<(), Failure> {
-        let Sink::File(mut file, path) = self else { return Ok(()) };
+    fn finish(self) -> Result<(), CliError> {
+        let ExportTarget::File(mut file, path) = self else { return Ok(()) };
         file.flush()
-            .and_then(|()| private_file::sync(file.get_ref(), &path))
-            .map_err(|error| Failure::usage(format!("{} cannot be written: {error}", shown_path(&path))))
+            .and_then(|()| private_file::sync_to_disk(file.get_ref(), &path))
+            .map_err(|error| CliError::new(format!("{} cannot be written: {error}", shown_path(&path))))
     }
 }
 
-impl ExportArgs {
-    pub(in crate::cli) async fn run(self, cx: &mut Context<'_>) -> Result<u8, Failure> {
-        let session = cx.session()?.quiet();
-        let mut sink = Sink::open(self.to.as_ref())?;
-        let mut chain: Option<Chain> = None;
+impl AuditExportArgs {
+    pub(in crate::cli) async fn run(self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
+        let session = cx.connect()?.without_spinner();
+        let mut sink = ExportTarget::open(self.to.as_ref())?;
+        let mut chain: Option<ChainVerifier> = None;
         let mut page_token = String::new();
         loop {
-            let (rows, next) = page(&session, self.after, page_token).await?;
+            let (rows, next) = fetch_page(&session, self.after, page_token).await?;
             for row in &rows {
                 let begun = chain.is_some();
                 let before =
-                    Position { revision: Revision(row.revision.0.saturating_sub(1)), hash: row.prev_hash };
-                let chain = chain.get_or_insert(Chain::after(before));
+                    LogPosition { revision: Revision(row.revision.0.saturating_sub(1)), hash: row.prev_hash };
+                let chain = chain.get_or_insert(ChainVerifier::from_position(before));
                 if !begun {
-                    sink.write(cx, &export::begin(before))?;
+                    sink.write(cx, &log_export::header_line(before))?;
                 }
-                let revision = chain.at.revision.next();
-                chain.take(row).map_err(|fault| Failure::refused(format!("entry {revision}: {fault}")))?;
-                sink.write(cx, &export::line(row))?;
+                let revision = chain.position.revision.next();
+                chain
+                    .verify_next(row)
+                    .map_err(|fault| CliError::refused(format!("entry {revision}: {fault}")))?;
+                sink.write(cx, &log_export::entry_line(row))?;
             }
             page_token = next;
             if page_token.is_empty() {
@@ -98,22 +100,30 @@ impl ExportArgs {
         }
         let Some(chain) = chain else {
             let none = format!("there is no entry after {}: nothing was exported", self.after);
-            return Err(Failure::refused(none));
+            return Err(CliError::refused(none));
         };
-        sink.write(cx, &export::end(chain.at, chain.entries))?;
+        sink.write(cx, &log_export::trailer_line(chain.position, chain.entry_count))?;
         sink.finish()?;
         if let Some(path) = &self.to {
-            let told =
-                format!("{} entries up to {} are in {}.\n", chain.entries, chain.at.revision, path.display());
-            cx.console.note(&told);
+            let told = format!(
+                "{} entries up to {} are in {}.\n",
+                chain.entry_count,
+                chain.position.revision,
+                path.display()
+            );
+            cx.console.eprint(&told);
         }
         Ok(0)
     }
 }
 
-async fn page(session: &Session, after: u64, page_token: String) -> Result<(Vec<LogRow>, String), Failure> {
+async fn fetch_page(
+    session: &ApiClient,
+    after: u64,
+    page_token: String,
+) -> Result<(Vec<LogEntry>, String), CliError> {
     let question = pb::ListAuditEntriesRequest {
-        page_size: Some(PAGE),
+        page_size: Some(EXPORT_PAGE_SIZE),
         page_token,
         oldest_first: true,
         full: true,
@@ -121,22 +131,23 @@ async fn page(session: &Session, after: u64, page_token: String) -> Result<(Vec<
         ..Default::default()
     };
     let answer = session
-        .audit(Patience::Short, question, async |mut client, request| client.list(request).await)
+        .call_audit(DefaultTimeout::Quick, question, async |mut client, request| client.list(request).await)
         .await?;
     let rows = answer.entries.into_iter().map(|entry| {
         let revision = entry.revision;
-        row(entry).ok_or_else(|| Failure::usage(format!("the server's entry {revision} cannot be read")))
+        to_log_row(entry)
+            .ok_or_else(|| CliError::new(format!("the server's entry {revision} cannot be read")))
     });
     Ok((rows.collect::<Result<_, _>>()?, answer.next_page_token))
 }
 
 /// The entry as it was hashed. None = some of it cannot be read.
-fn row(entry: pb::AuditEntry) -> Option<LogRow> {
+fn to_log_row(entry: pb::AuditEntry) -> Option<LogEntry> {
     let account = |text: &str| (!text.is_empty()).then(|| AccountId::parse(text)).transpose().ok();
     let user = |text: &str| (!text.is_empty()).then(|| UserId::parse(text)).transpose().ok();
-    let hash = |bytes: Vec<u8>| Hash::try_from(bytes).ok();
+    let hash = |bytes: Vec<u8>| ChainHash::try_from(bytes).ok();
     let at = entry.at?;
-    Some(LogRow {
+    Some(LogEntry {
         revision: Revision(entry.revision),
         at: Timestamp::from_micros(at.seconds * 1_000_000 + i64::from(at.nanos / 1000)),
         action: entry.action,

@@ -1,4 +1,4 @@
-//! `keyward audit verify`: of the log as a server has it, or of a file that was exported or archived.
+//! `keyward call_audit verify`: of the log as a server has it, or of a file that was exported or archived.
 
 use std::{
     fs::File,
@@ -9,25 +9,28 @@ use std::{
 use clap::Args;
 
 use crate::{
-    cli::{client::Patience, context::Context, failure::Failure, table::clean, values::shown_path},
+    cli::{
+        api_client::DefaultTimeout, context::CommandContext, error::CliError, table::escape_terminal,
+        value_format::shown_path,
+    },
     domain::{
-        export::{NotWhole, Verifier, Whole},
-        lease::Position,
+        lease::LogPosition,
+        log_export::{LogExportError, LogExportSummary, LogExportVerifier},
         time::Revision,
-        token::{Hex, from_hex},
+        token::{HexBytes, parse_hex_bytes},
     },
     pb,
 };
 
-/// Flags of `keyward audit verify`.
+/// Flags of `keyward call_audit verify`.
 #[derive(Debug, Args)]
-pub(in crate::cli) struct VerifyArgs {
+pub(in crate::cli) struct AuditVerifyArgs {
     /// Verify an exported or archived file; no server is asked
     #[arg(long, value_name = "FILE", conflicts_with_all = ["from", "to", "chain_only"])]
     file: Option<PathBuf>,
     /// An entry whose hash is known from elsewhere, such as the heads that servers log every minute
-    #[arg(long, value_name = "REVISION:HASH", value_parser = expected)]
-    expect: Option<Position>,
+    #[arg(long, value_name = "REVISION:HASH", value_parser = parse_position)]
+    expect: Option<LogPosition>,
     /// The first entry to verify [default: the oldest there is]
     #[arg(long, value_name = "REVISION", default_value_t = 0, hide_default_value = true)]
     from: u64,
@@ -39,28 +42,28 @@ pub(in crate::cli) struct VerifyArgs {
     chain_only: bool,
 }
 
-fn expected(text: &str) -> Result<Position, String> {
+fn parse_position(text: &str) -> Result<LogPosition, String> {
     let read = |(revision, hash): (&str, &str)| {
-        Some(Position { revision: Revision(revision.parse().ok()?), hash: from_hex(hash)? })
+        Some(LogPosition { revision: Revision(revision.parse().ok()?), hash: parse_hex_bytes(hash)? })
     };
     let wrong =
         "write the revision, a colon, and the hash in 64 hexadecimal digits, as the log of a server has them";
     text.split_once(':').and_then(read).ok_or_else(|| wrong.to_owned())
 }
 
-impl VerifyArgs {
-    pub(in crate::cli) async fn run(self, cx: &mut Context<'_>) -> Result<u8, Failure> {
+impl AuditVerifyArgs {
+    pub(in crate::cli) async fn run(self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
         match &self.file {
             Some(path) => {
                 let whole = verify_file(path, self.expect)?;
-                cx.console.print(&told_of_file(path, &whole))?;
-                judge_file(self.expect, &whole)
+                cx.console.print(&format_file_summary(path, &whole))?;
+                check_expected_entry(self.expect, &whole)
             }
-            None => self.ask(cx).await,
+            None => self.verify_on_server(cx).await,
         }
     }
 
-    async fn ask(&self, cx: &mut Context<'_>) -> Result<u8, Failure> {
+    async fn verify_on_server(&self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
         let question = pb::VerifyAuditLogRequest {
             from_revision: self.from,
             to_revision: self.to,
@@ -69,80 +72,89 @@ impl VerifyArgs {
             chain_only: self.chain_only,
         };
         let answer = cx
-            .session()?
-            .audit(Patience::Reading, question, async |mut client, request| client.verify(request).await)
+            .connect()?
+            .call_audit(DefaultTimeout::FullScan, question, async |mut client, request| {
+                client.verify(request).await
+            })
             .await?;
-        cx.show(&answer, |_| told(&answer))?;
+        cx.print_response(&answer, |_| format_report(&answer))?;
         Ok(u8::from(!answer.valid))
     }
 }
 
-fn verify_file(path: &Path, expect: Option<Position>) -> Result<Whole, Failure> {
+fn verify_file(path: &Path, expect: Option<LogPosition>) -> Result<LogExportSummary, CliError> {
     let unreadable =
-        |error: std::io::Error| Failure::usage(format!("{} cannot be read: {error}", shown_path(path)));
-    let wrong = |error: NotWhole| Failure::refused(format!("{} is not whole: {error}", shown_path(path)));
-    let mut verifier = Verifier::expecting(expect);
+        |error: std::io::Error| CliError::new(format!("{} cannot be read: {error}", shown_path(path)));
+    let wrong =
+        |error: LogExportError| CliError::refused(format!("{} is not whole: {error}", shown_path(path)));
+    let mut verifier = LogExportVerifier::with_expected(expect);
     for line in BufReader::new(File::open(path).map_err(unreadable)?).lines() {
-        verifier.take(&line.map_err(unreadable)?).map_err(wrong)?;
+        verifier.verify_line(&line.map_err(unreadable)?).map_err(wrong)?;
     }
     verifier.finish().map_err(wrong)
 }
 
-fn told_of_file(path: &Path, whole: &Whole) -> String {
+fn format_file_summary(path: &Path, whole: &LogExportSummary) -> String {
     format!(
         "{} is whole: {} entries, after {}:{} up to {}:{}.\n",
         path.display(),
-        whole.entries,
+        whole.entry_count,
         whole.after.revision,
-        Hex(&whole.after.hash),
+        HexBytes(&whole.after.hash),
         whole.end.revision,
-        Hex(&whole.end.hash)
+        HexBytes(&whole.end.hash)
     )
 }
 
-fn judge_file(expect: Option<Position>, whole: &Whole) -> Result<u8, Failure> {
-    match (expect, whole.expected) {
+fn check_expected_entry(expect: Option<LogPosition>, whole: &LogExportSummary) -> Result<u8, CliError> {
+    match (expect, whole.matches_expected) {
         (None, _) | (Some(_), Some(true)) => Ok(0),
-        (Some(expect), Some(false)) => Err(Failure::refused(format!(
+        (Some(expect), Some(false)) => Err(CliError::refused(format!(
             "entry {} has another hash: this is another history",
             expect.revision
         ))),
         (Some(expect), None) => {
-            Err(Failure::refused(format!("entry {} is not in the file", expect.revision)))
+            Err(CliError::refused(format!("entry {} is not in the file", expect.revision)))
         }
     }
 }
 
-fn told(answer: &pb::VerifyAuditLogResponse) -> String {
+fn format_report(answer: &pb::VerifyAuditLogResponse) -> String {
     let mut lines = vec![if answer.valid {
         "The log is whole.".to_owned()
     } else {
         "THE LOG IS NOT WHOLE, OR THE DATABASE DOES NOT AGREE WITH IT.".to_owned()
     }];
     if answer.broken_at > 0 || !answer.problem.is_empty() {
-        lines.push(format!("entry {}: {}", answer.broken_at, clean(&answer.problem)));
+        lines.push(format!("entry {}: {}", answer.broken_at, escape_terminal(&answer.problem)));
     }
     lines.push(format!(
         "verified: {} entries, from {} to {}:{}",
         answer.entries,
         answer.first_revision,
         answer.last_revision,
-        Hex(&answer.last_hash)
+        HexBytes(&answer.last_hash)
     ));
-    lines.push(format!("head: {}:{}", answer.head, Hex(&answer.head_hash)));
+    lines.push(format!("head: {}:{}", answer.head, HexBytes(&answer.head_hash)));
     if let Some(made) = &answer.checkpoint {
-        let told = format!("archived: {} entries, up to {}:{}", made.entries, made.revision, Hex(&made.hash));
+        let told =
+            format!("archived: {} entries, up to {}:{}", made.entries, made.revision, HexBytes(&made.hash));
         lines.push(told);
     }
     lines.push(format!("records of the database that agree with it: {}", answer.records));
     for one in &answer.mismatches {
-        lines.push(format!("{}, entry {}: {}", clean(&one.record), one.revision, clean(&one.problem)));
+        lines.push(format!(
+            "{}, entry {}: {}",
+            escape_terminal(&one.record),
+            one.revision,
+            escape_terminal(&one.problem)
+        ));
     }
-    lines.extend(told_expected(answer.expected()).map(str::to_owned));
+    lines.extend(format_expected_entry(answer.expected()).map(str::to_owned));
     lines.join("\n") + "\n"
 }
 
-fn told_expected(expected: pb::ExpectedEntry) -> Option<&'static str> {
+fn format_expected_entry(expected: pb::ExpectedEntry) -> Option<&'static str> {
     Some(match expected {
         pb::ExpectedEntry::Unspecified => return None,
         pb::ExpectedEntry::Found => "expected: the log has that entry",
@@ -167,11 +179,11 @@ mod tests {
     fn a_known_head_is_read_as_a_server_logs_it() {
         let hash = "ab".repeat(32);
         assert_eq!(
-            expected(&format!("7:{hash}")).unwrap(),
-            Position { revision: Revision(7), hash: [0xab; 32] }
+            parse_position(&format!("7:{hash}")).unwrap(),
+            LogPosition { revision: Revision(7), hash: [0xab; 32] }
         );
         for bad in ["7", "7:", "x:00", &format!("7:{hash}0")] {
-            assert!(expected(bad).is_err(), "{bad}");
+            assert!(parse_position(bad).is_err(), "{bad}");
         }
     }
 
@@ -183,7 +195,7 @@ mod tests {
             expected: pb::ExpectedEntry::Lost.into(),
             ..Default::default()
         };
-        let text = told(&answer);
+        let text = format_report(&answer);
         assert!(text.starts_with("THE LOG IS NOT WHOLE"), "{text}");
         assert!(text.contains("entry 3: it was changed") && text.contains("ENDS BEFORE"), "{text}");
     }

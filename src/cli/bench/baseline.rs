@@ -20,35 +20,35 @@ use crate::pb::bench::{
 
 /// What a baseline is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(super) enum Baseline {
+pub(super) enum BaselineKind {
     /// tonic's hello-world as everybody writes it: on the work-stealing runtime
     Hello,
     /// An echo on one thread
     Echo,
 }
 
-impl Baseline {
+impl BaselineKind {
     /// The method that is asked.
-    pub(super) fn path(self) -> &'static str {
+    pub(super) fn method_path(self) -> &'static str {
         match self {
-            Baseline::Hello => "/keyward.bench.v1.BaselineService/SayHello",
-            Baseline::Echo => "/keyward.bench.v1.BaselineService/Echo",
+            BaselineKind::Hello => "/keyward.bench.v1.BaselineService/SayHello",
+            BaselineKind::Echo => "/keyward.bench.v1.BaselineService/Echo",
         }
     }
 
     /// What it is called in tables.
-    pub(super) fn name(self) -> &'static str {
+    pub(super) fn label(self) -> &'static str {
         match self {
-            Baseline::Hello => "tonic hello-world",
-            Baseline::Echo => "tonic echo, one thread",
+            BaselineKind::Hello => "tonic hello-world",
+            BaselineKind::Echo => "tonic echo, one thread",
         }
     }
 }
 
-struct Nothing;
+struct BaselineServer;
 
 #[tonic::async_trait]
-impl BaselineService for Nothing {
+impl BaselineService for BaselineServer {
     async fn say_hello(
         &self,
         request: Request<SayHelloRequest>,
@@ -66,23 +66,23 @@ impl BaselineService for Nothing {
 ///
 /// # Errors
 /// When there is no port to be had.
-pub(super) fn serve(baseline: Baseline) -> anyhow::Result<()> {
+pub(super) fn serve(baseline: BaselineKind) -> anyhow::Result<()> {
     let runtime = match baseline {
-        Baseline::Hello => Builder::new_multi_thread().enable_all().build()?,
-        Baseline::Echo => Builder::new_current_thread().enable_all().build()?,
+        BaselineKind::Hello => Builder::new_multi_thread().enable_all().build()?,
+        BaselineKind::Echo => Builder::new_current_thread().enable_all().build()?,
     };
     let served = async {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
-        said(&format!("baseline on {}\n", listener.local_addr()?))?;
+        print_line(&format!("baseline on {}\n", listener.local_addr()?))?;
         let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-        let service = BaselineServiceServer::new(Nothing);
+        let service = BaselineServiceServer::new(BaselineServer);
         Ok(Server::builder().add_service(service).serve_with_incoming(incoming).await?)
     };
     // As `#[tokio::main]` does: the accepting runs beside the workers.
     runtime.block_on(served)
 }
 
-fn said(line: &str) -> io::Result<()> {
+fn print_line(line: &str) -> io::Result<()> {
     let mut out = io::stdout().lock();
     out.write_all(line.as_bytes())?;
     out.flush()

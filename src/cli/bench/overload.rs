@@ -8,20 +8,20 @@ use hdrhistogram::Histogram;
 use serde::Serialize;
 
 use super::{
-    Subject,
-    load::Tally,
-    report::{Round, Spread},
+    LoadSubject,
+    load_generator::RoundTally,
+    report::{MedianAndQuartiles, RoundResult},
 };
-use crate::cli::failure::Failure;
+use crate::cli::error::CliError;
 
 /// The shares of the capacity that are offered.
-const SHARES: [f64; 5] = [0.5, 1.0, 1.2, 1.5, 2.0];
+const OFFERED_SHARES: [f64; 5] = [0.5, 1.0, 1.2, 1.5, 2.0];
 /// The largest part of a step that its beginning takes, which is not measured.
-const LEAD_IN: Duration = Duration::from_secs(1);
+const UNMEASURED_START: Duration = Duration::from_secs(1);
 
 /// What became of the calls at one share of the capacity.
 #[derive(Debug, Serialize)]
-pub(super) struct Step {
+pub(super) struct OverloadStep {
     /// Calls offered, to those that the server can answer.
     share: f64,
     /// Calls offered per second.
@@ -45,51 +45,51 @@ pub(super) struct Step {
 
 /// What a server does under overload.
 #[derive(Debug, Serialize)]
-pub(super) struct Overload {
+pub(super) struct OverloadReport {
     /// Answers per second of a closed loop.
     capacity: f64,
     /// Answers of the closed loop per second of the server's processor time.
     per_server_cpu_second: Option<f64>,
-    steps: Vec<Step>,
+    steps: Vec<OverloadStep>,
 }
 
-impl Overload {
+impl OverloadReport {
     /// Measures the capacity with `closed` loops, then offers shares of it in open loops, each for as long as all rounds.
     pub(super) async fn measure(
-        closed: &mut Subject,
+        closed: &mut LoadSubject,
         rounds: usize,
         duration: Duration,
         spins: bool,
-    ) -> Result<Overload, Failure> {
+    ) -> Result<OverloadReport, CliError> {
         let (mut rates, mut per_cpu) = (Vec::new(), Vec::new());
-        closed.round(duration).await?;
+        closed.run_round(duration).await?;
         for _ in 0..rounds {
-            let round = closed.round(duration).await?;
-            rates.push(round.tally.rate());
-            per_cpu.extend(round.per_cpu());
+            let round = closed.run_round(duration).await?;
+            rates.push(round.tally.answers_per_second());
+            per_cpu.extend(round.answers_per_cpu_second());
         }
-        let capacity = Spread::of(rates).map_or(0.0, |rate| rate.median);
-        let per_server_cpu_second = Spread::of(per_cpu).map(|rate| rate.median);
+        let capacity = MedianAndQuartiles::from_values(rates).map_or(0.0, |rate| rate.median);
+        let per_server_cpu_second = MedianAndQuartiles::from_values(per_cpu).map(|rate| rate.median);
         let each = duration.saturating_mul(u32::try_from(rounds).unwrap_or(u32::MAX));
         let mut steps = Vec::new();
-        for share in SHARES {
-            let mut subject = closed.at_rate(share * capacity, spins);
-            subject.round(duration.min(LEAD_IN)).await?;
-            let round = subject.round(each).await?;
-            steps.push(Step::new(share, share * capacity, each, &round));
+        for share in OFFERED_SHARES {
+            let mut subject = closed.with_rate(share * capacity, spins);
+            subject.run_round(duration.min(UNMEASURED_START)).await?;
+            let round = subject.run_round(each).await?;
+            steps.push(OverloadStep::new(share, share * capacity, each, &round));
         }
         let peak = steps.iter().map(|step| step.goodput).fold(capacity, f64::max);
         steps.iter_mut().for_each(|step| step.of_peak = step.goodput / peak.max(1.0));
-        Ok(Overload { capacity, per_server_cpu_second, steps })
+        Ok(OverloadReport { capacity, per_server_cpu_second, steps })
     }
 
     /// Answers that were wrong.
-    pub(super) fn wrong(&self) -> u64 {
+    pub(super) fn wrong_answers(&self) -> u64 {
         self.steps.iter().map(|step| step.wrong).sum()
     }
 
     /// A table for people.
-    pub(super) fn show(&self) -> String {
+    pub(super) fn to_text(&self) -> String {
         let rate = |rate: Option<f64>| rate.map_or("unknown".to_owned(), |rate| format!("{rate:.0}"));
         let mut text = format!(
             "capacity, closed loop: {:.0} Checks per second, {} per second of server CPU\n",
@@ -129,25 +129,25 @@ impl Overload {
     }
 }
 
-impl Step {
-    fn new(share: f64, offered: f64, duration: Duration, round: &Round) -> Step {
-        let Tally { answered, wrong, refused, latency, .. } = &round.tally;
+impl OverloadStep {
+    fn new(share: f64, offered: f64, duration: Duration, round: &RoundResult) -> OverloadStep {
+        let RoundTally { answered, wrong, refused, latency, .. } = &round.tally;
         let seconds = duration.as_secs_f64();
         let calls = (offered * seconds).max(1.0);
         let millis = |histogram: &Histogram<u64>, part: f64| histogram.value_at_quantile(part) as f64 / 1e6;
         let refused = *refused as f64;
-        Step {
+        OverloadStep {
             share,
             offered,
             goodput: (answered - wrong) as f64 / seconds,
             of_peak: 0.0,
-            per_server_cpu_second: round.per_cpu(),
+            per_server_cpu_second: round.answers_per_cpu_second(),
             refused: refused / calls,
             unanswered: ((calls - refused - *answered as f64) / calls).max(0.0),
             p50_ms: millis(latency, 0.5),
             p99_ms: millis(latency, 0.99),
-            server_cores: round.server.map(|cpu| cpu.as_secs_f64() / seconds),
-            client_cores: round.client.as_secs_f64() / seconds,
+            server_cores: round.server_cpu.map(|cpu| cpu.as_secs_f64() / seconds),
+            client_cores: round.client_cpu.as_secs_f64() / seconds,
             wrong: *wrong,
         }
     }

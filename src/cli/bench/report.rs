@@ -6,48 +6,48 @@ use std::{fmt::Write as _, time::Duration};
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
-use super::load::Tally;
+use super::load_generator::RoundTally;
 
 /// How wide a full bar is, in characters.
-const BAR: f64 = 50.0;
+const BAR_WIDTH: f64 = 50.0;
 
 /// One round of one server.
 #[derive(Clone, Debug)]
-pub(super) struct Round {
-    pub(super) tally: Tally,
+pub(super) struct RoundResult {
+    pub(super) tally: RoundTally,
     /// The server's processor time; None = it is not a child of ours.
-    pub(super) server: Option<Duration>,
+    pub(super) server_cpu: Option<Duration>,
     /// Ours.
-    pub(super) client: Duration,
+    pub(super) client_cpu: Duration,
 }
 
-impl Round {
+impl RoundResult {
     /// Answers per second of the server's processor time.
-    pub(super) fn per_cpu(&self) -> Option<f64> {
-        let server = self.server?.as_secs_f64();
+    pub(super) fn answers_per_cpu_second(&self) -> Option<f64> {
+        let server = self.server_cpu?.as_secs_f64();
         (server > 0.0).then(|| self.tally.answered as f64 / server)
     }
 }
 
 /// The rounds of one server.
-pub(super) struct Measured {
+pub(super) struct ServerMeasurement {
     pub(super) name: String,
     /// How many items an answer stands for.
-    pub(super) items: u64,
-    pub(super) rounds: Vec<Round>,
+    pub(super) items_per_answer: u64,
+    pub(super) rounds: Vec<RoundResult>,
 }
 
 /// A median with its quartiles.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub(super) struct Spread {
+pub(super) struct MedianAndQuartiles {
     pub(super) median: f64,
     pub(super) lower: f64,
     pub(super) upper: f64,
 }
 
-impl Spread {
+impl MedianAndQuartiles {
     /// Of these values; None = there are none.
-    pub(super) fn of(values: impl IntoIterator<Item = f64>) -> Option<Spread> {
+    pub(super) fn from_values(values: impl IntoIterator<Item = f64>) -> Option<MedianAndQuartiles> {
         let mut values: Vec<_> = values.into_iter().collect();
         values.sort_by(f64::total_cmp);
         let last = values.len().checked_sub(1)?;
@@ -56,18 +56,18 @@ impl Spread {
             let (below, above) = (values[place.floor() as usize], values[place.ceil() as usize]);
             below + (above - below) * place.fract()
         };
-        Some(Spread { median: at(0.5), lower: at(0.25), upper: at(0.75) })
+        Some(MedianAndQuartiles { median: at(0.5), lower: at(0.25), upper: at(0.75) })
     }
 }
 
 /// One server's figures, as programs read them.
 #[derive(Debug, Serialize)]
-pub(super) struct Figures {
+pub(super) struct ServerFigures {
     name: String,
     /// Items per second.
-    rate: Option<Spread>,
+    rate: Option<MedianAndQuartiles>,
     /// Items per second of the server's processor time.
-    per_server_cpu_second: Option<Spread>,
+    per_server_cpu_second: Option<MedianAndQuartiles>,
     /// Milliseconds.
     p50_ms: f64,
     p99_ms: f64,
@@ -80,54 +80,56 @@ pub(super) struct Figures {
     wrong: u64,
     failed: u64,
     /// To the baselines, round by round: by rate, and by the server's processor time.
-    ratios: Vec<Ratio>,
+    ratios: Vec<BaselineRatio>,
 }
 
 /// A ratio to a baseline.
 #[derive(Debug, Serialize)]
-pub(super) struct Ratio {
+pub(super) struct BaselineRatio {
     to: String,
-    rate: Option<Spread>,
-    per_server_cpu_second: Option<Spread>,
+    rate: Option<MedianAndQuartiles>,
+    per_server_cpu_second: Option<MedianAndQuartiles>,
 }
 
-fn millis(latency: &Histogram<u64>, quantile: f64) -> f64 {
+fn quantile_millis(latency: &Histogram<u64>, quantile: f64) -> f64 {
     latency.value_at_quantile(quantile) as f64 / 1e6
 }
 
-impl Measured {
+impl ServerMeasurement {
     /// All rounds as one.
-    pub(super) fn total(&self) -> Option<Tally> {
+    pub(super) fn merge_rounds(&self) -> Option<RoundTally> {
         let (first, rest) = self.rounds.split_first()?;
         let mut total = first.tally.clone();
-        rest.iter().for_each(|round| total.add(&round.tally));
+        rest.iter().for_each(|round| total.merge(&round.tally));
         Some(total)
     }
 
     /// The figures, with the ratios to these.
-    pub(super) fn figures(&self, baselines: &[&Measured]) -> Option<Figures> {
-        let total = self.total()?;
-        let items = self.items as f64;
-        let seconds: f64 = self.rounds.iter().map(|round| round.tally.took.as_secs_f64()).sum();
+    pub(super) fn to_figures(&self, baselines: &[&ServerMeasurement]) -> Option<ServerFigures> {
+        let total = self.merge_rounds()?;
+        let items = self.items_per_answer as f64;
+        let seconds: f64 = self.rounds.iter().map(|round| round.tally.duration.as_secs_f64()).sum();
         let cores = |time: Duration| time.as_secs_f64() / seconds.max(f64::MIN_POSITIVE);
-        let server: Option<Duration> = self.rounds.iter().map(|round| round.server).sum();
-        let ratios = baselines.iter().map(|baseline| Ratio {
+        let server: Option<Duration> = self.rounds.iter().map(|round| round.server_cpu).sum();
+        let ratios = baselines.iter().map(|baseline| BaselineRatio {
             to: baseline.name.clone(),
-            rate: self.ratio(baseline, |round| Some(round.tally.rate())),
-            per_server_cpu_second: self.ratio(baseline, Round::per_cpu),
+            rate: self.ratio_to(baseline, |round| Some(round.tally.answers_per_second())),
+            per_server_cpu_second: self.ratio_to(baseline, RoundResult::answers_per_cpu_second),
         });
-        Some(Figures {
+        Some(ServerFigures {
             name: self.name.clone(),
-            rate: Spread::of(self.rounds.iter().map(|round| items * round.tally.rate())),
-            per_server_cpu_second: Spread::of(
-                self.rounds.iter().filter_map(Round::per_cpu).map(|rate| items * rate),
+            rate: MedianAndQuartiles::from_values(
+                self.rounds.iter().map(|round| items * round.tally.answers_per_second()),
             ),
-            p50_ms: millis(&total.latency, 0.5),
-            p99_ms: millis(&total.latency, 0.99),
-            p999_ms: millis(&total.latency, 0.999),
+            per_server_cpu_second: MedianAndQuartiles::from_values(
+                self.rounds.iter().filter_map(RoundResult::answers_per_cpu_second).map(|rate| items * rate),
+            ),
+            p50_ms: quantile_millis(&total.latency, 0.5),
+            p99_ms: quantile_millis(&total.latency, 0.99),
+            p999_ms: quantile_millis(&total.latency, 0.999),
             max_ms: total.latency.max() as f64 / 1e6,
             server_cores: server.map(cores),
-            client_cores: cores(self.rounds.iter().map(|round| round.client).sum()),
+            client_cores: cores(self.rounds.iter().map(|round| round.client_cpu).sum()),
             answered: total.answered,
             wrong: total.wrong,
             failed: total.failed,
@@ -136,18 +138,26 @@ impl Measured {
     }
 
     /// Round by round, since a noisy moment is noisy for both.
-    fn ratio(&self, baseline: &Measured, of: impl Fn(&Round) -> Option<f64>) -> Option<Spread> {
-        let scale = self.items as f64 / baseline.items as f64;
+    fn ratio_to(
+        &self,
+        baseline: &ServerMeasurement,
+        of: impl Fn(&RoundResult) -> Option<f64>,
+    ) -> Option<MedianAndQuartiles> {
+        let scale = self.items_per_answer as f64 / baseline.items_per_answer as f64;
         let pairs = self.rounds.iter().zip(&baseline.rounds);
-        Spread::of(pairs.filter_map(|(ours, theirs)| Some(scale * of(ours)? / of(theirs)?)))
+        MedianAndQuartiles::from_values(
+            pairs.filter_map(|(ours, theirs)| Some(scale * of(ours)? / of(theirs)?)),
+        )
     }
 }
 
-impl Figures {
+impl ServerFigures {
     /// A few lines for people.
-    pub(super) fn show(&self) -> String {
-        let spread = |spread: &Option<Spread>| match spread {
-            Some(Spread { median, lower, upper }) => format!("{median:.0} ({lower:.0} to {upper:.0})"),
+    pub(super) fn to_text(&self) -> String {
+        let spread = |spread: &Option<MedianAndQuartiles>| match spread {
+            Some(MedianAndQuartiles { median, lower, upper }) => {
+                format!("{median:.0} ({lower:.0} to {upper:.0})")
+            }
             None => "unknown".to_owned(),
         };
         let mut text = format!("{}\n", self.name);
@@ -163,8 +173,8 @@ impl Figures {
         line("busy cores: server, client", format!("{server}, {:.2}", self.client_cores));
         line("answered, wrong, failed", format!("{}, {}, {}", self.answered, self.wrong, self.failed));
         for ratio in &self.ratios {
-            let shown = |spread: &Option<Spread>| {
-                spread.map_or("unknown".to_owned(), |Spread { median, lower, upper }| {
+            let shown = |spread: &Option<MedianAndQuartiles>| {
+                spread.map_or("unknown".to_owned(), |MedianAndQuartiles { median, lower, upper }| {
                     format!("{median:.2} ({lower:.2} to {upper:.2})")
                 })
             };
@@ -176,7 +186,7 @@ impl Figures {
 }
 
 /// The distribution of latency: a bar for each step of a tenth of a decade that something fell into.
-pub(super) fn distribution(latency: &Histogram<u64>) -> String {
+pub(super) fn render_distribution(latency: &Histogram<u64>) -> String {
     let total = latency.len();
     if total == 0 {
         return "  nothing was answered\n".to_owned();
@@ -195,16 +205,16 @@ pub(super) fn distribution(latency: &Histogram<u64>) -> String {
     let last = counts.iter().rposition(shown).unwrap_or(0);
     let mut text = String::new();
     for (to, count) in &counts[first..=last] {
-        let bar = "█".repeat((*count as f64 / most as f64 * BAR).ceil() as usize);
+        let bar = "█".repeat((*count as f64 / most as f64 * BAR_WIDTH).ceil() as usize);
         let share = *count as f64 / total as f64 * 100.0;
         // Writing to a String does not fail.
-        let _ = writeln!(text, "  {:>9} {share:>6.2} % {bar}", length(*to));
+        let _ = writeln!(text, "  {:>9} {share:>6.2} % {bar}", format_nanos(*to));
     }
     text
 }
 
 /// A time in nanoseconds, for people.
-fn length(nanos: f64) -> String {
+fn format_nanos(nanos: f64) -> String {
     match nanos {
         nanos if nanos < 1e6 => format!("{:.0} µs", nanos / 1e3),
         nanos if nanos < 1e9 => format!("{:.1} ms", nanos / 1e6),
@@ -219,11 +229,14 @@ mod tests {
     #[test]
     fn a_spread_is_the_median_with_its_quartiles() {
         assert_eq!(
-            Spread::of([4.0, 1.0, 2.0, 3.0, 5.0]),
-            Some(Spread { median: 3.0, lower: 2.0, upper: 4.0 })
+            MedianAndQuartiles::from_values([4.0, 1.0, 2.0, 3.0, 5.0]),
+            Some(MedianAndQuartiles { median: 3.0, lower: 2.0, upper: 4.0 })
         );
-        assert_eq!(Spread::of([1.0, 2.0]), Some(Spread { median: 1.5, lower: 1.25, upper: 1.75 }));
-        assert_eq!(Spread::of([]), None);
+        assert_eq!(
+            MedianAndQuartiles::from_values([1.0, 2.0]),
+            Some(MedianAndQuartiles { median: 1.5, lower: 1.25, upper: 1.75 })
+        );
+        assert_eq!(MedianAndQuartiles::from_values([]), None);
     }
 
     #[test]
@@ -231,10 +244,10 @@ mod tests {
         let mut latency = Histogram::new_with_bounds(1_000, 60_000_000_000, 3).unwrap();
         (0..99).for_each(|_| latency.saturating_record(100_000));
         latency.saturating_record(10_000_000);
-        let shown = distribution(&latency);
+        let shown = render_distribution(&latency);
         assert_eq!(shown.lines().filter(|line| line.contains('█')).count(), 2, "{shown}");
         assert!(shown.contains("99.00 %") && shown.contains("1.00 %"), "{shown}");
         latency.clear();
-        assert_eq!(distribution(&latency), "  nothing was answered\n");
+        assert_eq!(render_distribution(&latency), "  nothing was answered\n");
     }
 }

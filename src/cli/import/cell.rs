@@ -9,13 +9,13 @@ use base64::{
 };
 use jiff::{Timestamp, civil, tz::TimeZone};
 
-use crate::cli::values::{Expiry, from_micros};
+use crate::cli::value_format::{ExpiryArg, timestamp_from_micros};
 
 /// Reads a list: words separated by blanks, commas or semicolons, a JSON array, or an array of PostgreSQL.
-pub(super) fn list(text: &str) -> Result<Vec<String>, String> {
+pub(super) fn parse_list(text: &str) -> Result<Vec<String>, String> {
     match text.as_bytes().first() {
         Some(b'[') => serde_json::from_str(text).map_err(|_| "write a JSON array of texts".to_owned()),
-        Some(b'{') => postgres_array(text)
+        Some(b'{') => parse_postgres_array(text)
             .ok_or_else(|| "write an array of texts as PostgreSQL does, such as {a,b}".to_owned()),
         _ => {
             let separates = |c: char| c.is_whitespace() || matches!(c, ',' | ';');
@@ -25,7 +25,7 @@ pub(super) fn list(text: &str) -> Result<Vec<String>, String> {
 }
 
 /// Reads `{a,"b c","d\"e"}`. An element that is NULL, or an array, is none.
-fn postgres_array(text: &str) -> Option<Vec<String>> {
+fn parse_postgres_array(text: &str) -> Option<Vec<String>> {
     let inner = text.strip_prefix('{')?.strip_suffix('}')?;
     if inner.trim().is_empty() {
         return Some(Vec::new());
@@ -33,8 +33,8 @@ fn postgres_array(text: &str) -> Option<Vec<String>> {
     let (mut elements, mut rest) = (Vec::new(), inner);
     loop {
         let (element, after) = match rest.trim_start().strip_prefix('"') {
-            Some(quoted) => quoted_element(quoted)?,
-            None => bare_element(rest)?,
+            Some(quoted) => parse_quoted_element(quoted)?,
+            None => parse_bare_element(rest)?,
         };
         elements.push(element);
         match after.trim_start() {
@@ -44,7 +44,7 @@ fn postgres_array(text: &str) -> Option<Vec<String>> {
     }
 }
 
-fn bare_element(text: &str) -> Option<(String, &str)> {
+fn parse_bare_element(text: &str) -> Option<(String, &str)> {
     let (element, after) = text.split_at(text.find(',').unwrap_or(text.len()));
     let element = element.trim();
     let is_text = !element.is_empty()
@@ -54,7 +54,7 @@ fn bare_element(text: &str) -> Option<(String, &str)> {
 }
 
 /// The element up to its closing quote. A backslash takes the next character as it is.
-fn quoted_element(text: &str) -> Option<(String, &str)> {
+fn parse_quoted_element(text: &str) -> Option<(String, &str)> {
     let mut element = String::new();
     let mut characters = text.char_indices();
     while let Some((at, character)) = characters.next() {
@@ -69,14 +69,14 @@ fn quoted_element(text: &str) -> Option<(String, &str)> {
 
 /// Reads when a key ends: never, a duration from now, or an instant. A date without a time is its first instant; an
 /// instant without a zone is in UTC.
-pub(super) fn expiry(text: &str) -> Result<Expiry, String> {
+pub(super) fn parse_expiry(text: &str) -> Result<ExpiryArg, String> {
     if ["never", "infinity"].iter().any(|never| text.eq_ignore_ascii_case(never)) {
-        return Ok(Expiry::Never);
+        return Ok(ExpiryArg::Never);
     }
-    if let Some(instant) = unix_time(text).or_else(|| civil_time(text)) {
-        return Ok(Expiry::At(from_micros(instant.as_microsecond())));
+    if let Some(instant) = parse_unix_time(text).or_else(|| parse_iso8601(text)) {
+        return Ok(ExpiryArg::At(timestamp_from_micros(instant.as_microsecond())));
     }
-    Expiry::parse(text).map_err(|_| {
+    ExpiryArg::parse(text).map_err(|_| {
         "write never, a duration such as 90d, or an instant such as 2027-01-31T00:00:00Z, 2027-01-31 (UTC) or \
          1801353600 (Unix seconds or milliseconds)"
             .to_owned()
@@ -85,9 +85,9 @@ pub(super) fn expiry(text: &str) -> Result<Expiry, String> {
 
 /// Since when a key does not work.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) enum Since {
+pub(super) enum DeactivatedAt {
     /// It works.
-    Never,
+    NotDeactivated,
     /// It does not, and nothing says since when.
     Unknown,
     /// This instant, which may lie in the future.
@@ -96,19 +96,19 @@ pub(super) enum Since {
 
 /// Reads since when a key does not work. Zero, NULL and the zero dates of MySQL, .NET and Go mean that it works; some
 /// exports hold a truth value instead of an instant.
-pub(super) fn since(text: &str) -> Result<Since, String> {
+pub(super) fn parse_deactivated_at(text: &str) -> Result<DeactivatedAt, String> {
     let digits: String = text.chars().filter(char::is_ascii_digit).collect();
     let is_zero = !digits.is_empty()
         && text.bytes().all(|byte| byte.is_ascii_digit() || b"-:. TZ+".contains(&byte))
         && (digits.bytes().all(|byte| byte == b'0') && !text.starts_with(['-', '+'])
             || text.starts_with("0001-01-01") && digits[8..].bytes().all(|byte| byte == b'0'));
     if is_zero || ["null", "never", "infinity"].iter().any(|none| text.eq_ignore_ascii_case(none)) {
-        return Ok(Since::Never);
+        return Ok(DeactivatedAt::NotDeactivated);
     }
-    if let Ok(is_inactive) = truth(text) {
-        return Ok(if is_inactive { Since::Unknown } else { Since::Never });
+    if let Ok(is_inactive) = parse_bool(text) {
+        return Ok(if is_inactive { DeactivatedAt::Unknown } else { DeactivatedAt::NotDeactivated });
     }
-    let instant = unix_time(text).or_else(|| civil_time(text)).ok_or_else(|| {
+    let instant = parse_unix_time(text).or_else(|| parse_iso8601(text)).ok_or_else(|| {
         "write the instant since when the key does not work, such as 2027-01-31T00:00:00Z, 2027-01-31 (UTC) or \
          1801353600, or true or false; leave it empty if the key works"
             .to_owned()
@@ -117,11 +117,11 @@ pub(super) fn since(text: &str) -> Result<Since, String> {
     if instant.as_microsecond() == 0 {
         return Err("1970-01-01 may mean either; write true, or leave it empty if the key works".to_owned());
     }
-    Ok(Since::At(from_micros(instant.as_microsecond())))
+    Ok(DeactivatedAt::At(timestamp_from_micros(instant.as_microsecond())))
 }
 
 /// Seconds or milliseconds since 1970, distinguished by their number of digits: both for instants from 2001 to 5138.
-fn unix_time(text: &str) -> Option<Timestamp> {
+fn parse_unix_time(text: &str) -> Option<Timestamp> {
     let (whole, fraction) = text.split_once('.').unwrap_or((text, "0"));
     let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     if !digits(whole) || !digits(fraction) {
@@ -136,7 +136,7 @@ fn unix_time(text: &str) -> Option<Timestamp> {
 }
 
 /// An instant in ISO 8601, with or without time and zone.
-fn civil_time(text: &str) -> Option<Timestamp> {
+fn parse_iso8601(text: &str) -> Option<Timestamp> {
     let text =
         text.strip_suffix("UTC").or_else(|| text.strip_suffix("GMT")).map(str::trim_end).unwrap_or(text);
     // Ruby writes a blank before the offset.
@@ -151,7 +151,7 @@ fn civil_time(text: &str) -> Option<Timestamp> {
 }
 
 /// Reads a truth value, as databases, spreadsheets and people write it.
-pub(super) fn truth(text: &str) -> Result<bool, String> {
+pub(super) fn parse_bool(text: &str) -> Result<bool, String> {
     match text.to_ascii_lowercase().as_str() {
         "true" | "t" | "yes" | "y" | "1" | "on" => Ok(true),
         "false" | "f" | "no" | "n" | "0" | "off" => Ok(false),
@@ -161,7 +161,7 @@ pub(super) fn truth(text: &str) -> Result<bool, String> {
 
 /// Reads 64 hexadecimal digits, also as PostgreSQL writes `bytea`, or base64 of either alphabet with or without its
 /// padding.
-pub(super) fn digest(text: &str) -> Result<Vec<u8>, String> {
+pub(super) fn parse_sha256(text: &str) -> Result<Vec<u8>, String> {
     let wanted = || "write the SHA-256 of the whole token: 64 hexadecimal digits, or base64".to_owned();
     let text = text.strip_prefix("\\x").unwrap_or(text);
     if text.len() == 64 {
@@ -186,15 +186,15 @@ mod tests {
 
     #[test]
     fn a_digest_is_hexadecimal_or_base64() {
-        let bytes = digest(HEX).unwrap();
+        let bytes = parse_sha256(HEX).unwrap();
         let base64 = "n4bQgYhMfWWaL+qgxVrQFaO/TxsrC4Is0V1sFbDwCgg=";
         let url_safe = base64.replace('+', "-").replace('/', "_");
         let bytea = format!("\\x{HEX}");
         for text in [&HEX.to_uppercase(), base64, base64.trim_end_matches('='), &url_safe, &bytea] {
-            assert_eq!(digest(text).as_ref(), Ok(&bytes), "{text}");
+            assert_eq!(parse_sha256(text).as_ref(), Ok(&bytes), "{text}");
         }
         for bad in ["", "x", &HEX[1..], &format!("{}é", &HEX[2..]), "kw_live_abc", "AAAA"] {
-            let error = digest(bad).unwrap_err();
+            let error = parse_sha256(bad).unwrap_err();
             assert!(
                 error.contains("SHA-256") && (bad.is_empty() || bad == "x" || !error.contains(bad)),
                 "{error}"
@@ -205,21 +205,21 @@ mod tests {
     #[test]
     fn a_list_is_separated_by_blanks_commas_or_semicolons_or_is_an_array() {
         for text in ["a:b c:d", "a:b,c:d", " a:b; c:d ;", "a:b,\n c:d", "[\"a:b\",\"c:d\"]", "{a:b,c:d}"] {
-            assert_eq!(list(text.trim()).unwrap(), ["a:b", "c:d"], "{text:?}");
+            assert_eq!(parse_list(text.trim()).unwrap(), ["a:b", "c:d"], "{text:?}");
         }
-        assert_eq!(list("{ \"a b\" , \"c\\\"d\" }").unwrap(), ["a b", "c\"d"]);
-        assert_eq!((list("{}").unwrap(), list("[]").unwrap()), (vec![], vec![]));
+        assert_eq!(parse_list("{ \"a b\" , \"c\\\"d\" }").unwrap(), ["a b", "c\"d"]);
+        assert_eq!((parse_list("{}").unwrap(), parse_list("[]").unwrap()), (vec![], vec![]));
         for bad in
             ["{a", "{a}b", "{NULL}", "{{a},{b}}", "{\"a}", "{a,}", "{a\"b}", "[1]", "[\"a\"", "{\"a\" b}"]
         {
-            assert!(list(bad).is_err(), "{bad:?}");
+            assert!(parse_list(bad).is_err(), "{bad:?}");
         }
     }
 
     #[test]
     fn an_instant_is_read_in_every_notation_that_names_one() {
-        let seconds = |text: &str| match expiry(text) {
-            Ok(Expiry::At(instant)) => Some(instant.seconds),
+        let seconds = |text: &str| match parse_expiry(text) {
+            Ok(ExpiryArg::At(instant)) => Some(instant.seconds),
             _ => None,
         };
         let (day, time) = (1_801_353_600, 1_801_353_600 + 13 * 3600 + 5 * 60);
@@ -240,13 +240,14 @@ mod tests {
             assert_eq!(seconds(text), Some(expected), "{text}");
         }
         assert!(
-            matches!(expiry("infinity"), Ok(Expiry::Never)) && matches!(expiry("Never"), Ok(Expiry::Never))
+            matches!(parse_expiry("infinity"), Ok(ExpiryArg::Never))
+                && matches!(parse_expiry("Never"), Ok(ExpiryArg::Never))
         );
-        assert!(matches!(expiry("90d"), Ok(Expiry::In(_))));
+        assert!(matches!(parse_expiry("90d"), Ok(ExpiryArg::In(_))));
         for unclear in
             ["01/31/2027", "31.01.2027", "46053", "2027-13-01", "1.80135E+12", "tomorrow", "2027", "-5"]
         {
-            assert!(expiry(unclear).is_err_and(|error| error.contains("2027-01-31")), "{unclear}");
+            assert!(parse_expiry(unclear).is_err_and(|error| error.contains("2027-01-31")), "{unclear}");
         }
     }
 
@@ -255,9 +256,9 @@ mod tests {
         for (text, value) in
             [("TRUE", true), ("t", true), ("1", true), ("Yes", true), ("f", false), ("0", false)]
         {
-            assert_eq!(truth(text), Ok(value), "{text}");
+            assert_eq!(parse_bool(text), Ok(value), "{text}");
         }
-        assert!(truth("maybe").is_err() && truth("2").is_err());
+        assert!(parse_bool("maybe").is_err() && parse_bool("2").is_err());
     }
 
     #[test]
@@ -277,21 +278,21 @@ mod tests {
             "0001-01-01 00:00:00+00",
             "0001-01-01",
         ] {
-            assert_eq!(since(none), Ok(Since::Never), "{none}");
+            assert_eq!(parse_deactivated_at(none), Ok(DeactivatedAt::NotDeactivated), "{none}");
         }
         for (text, seconds) in [
             ("2027-01-31", 1_801_353_600),
             ("1801353600000", 1_801_353_600),
             ("0001-01-01 00:00:01", -62_135_596_799),
         ] {
-            let at = Since::At(prost_types::Timestamp { seconds, nanos: 0 });
-            assert_eq!(since(text), Ok(at), "{text}");
+            let at = DeactivatedAt::At(prost_types::Timestamp { seconds, nanos: 0 });
+            assert_eq!(parse_deactivated_at(text), Ok(at), "{text}");
         }
-        assert_eq!(since("t"), Ok(Since::Unknown));
+        assert_eq!(parse_deactivated_at("t"), Ok(DeactivatedAt::Unknown));
         for unclear in
             ["gone", "-", "-0", "none", "90d", "46053", "31.01.2027", "1970-01-01T00:00:00Z", "-infinity"]
         {
-            assert!(since(unclear).unwrap_err().contains("if the key works"), "{unclear}");
+            assert!(parse_deactivated_at(unclear).unwrap_err().contains("if the key works"), "{unclear}");
         }
     }
 
@@ -306,12 +307,12 @@ mod tests {
                 if bare { word.clone() } else { format!("\"{}\"", word.replace('\\', "\\\\").replace('"', "\\\"")) }
             });
             let written = format!("{{{}}}", written.collect::<Vec<_>>().join(","));
-            prop_assert_eq!(list(&written).unwrap(), words);
+            prop_assert_eq!(parse_list(&written).unwrap(), words);
         }
 
         #[test]
         fn no_cell_makes_a_reader_panic(text in any::<String>()) {
-            let _ = (list(&text), expiry(&text), since(&text), truth(&text), digest(&text));
+            let _ = (parse_list(&text), parse_expiry(&text), parse_deactivated_at(&text), parse_bool(&text), parse_sha256(&text));
         }
     }
 }

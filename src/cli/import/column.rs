@@ -2,11 +2,11 @@
 
 use clap::Args;
 
-use crate::cli::values::pair;
+use crate::cli::value_format::parse_name_value;
 
 /// A column of a CSV file or a field of a JSON object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Column {
+pub(super) enum ImportColumn {
     Account,
     User,
     Environment,
@@ -35,86 +35,87 @@ pub(super) enum Column {
 }
 
 /// The names that a file may use, as `--help` lists them.
-pub(super) const COLUMNS: [(&str, Column); 24] = [
-    ("account", Column::Account),
-    ("user", Column::User),
-    ("environment", Column::Environment),
-    ("name", Column::Name),
-    ("scopes", Column::Scopes),
-    ("roles", Column::Roles),
-    ("expires_at", Column::ExpiresAt),
-    ("customers", Column::Customers),
-    ("allowed_cidrs", Column::AllowedCidrs),
-    ("rate_limits", Column::RateLimits),
-    ("quota", Column::Quota),
-    ("metadata", Column::Metadata),
-    ("sha256", Column::Sha256),
-    ("hint", Column::Hint),
-    ("entropy_bits", Column::EntropyBits),
-    ("active", Column::Active),
-    ("enabled", Column::Active),
-    ("revoked", Column::Inactive),
-    ("disabled", Column::Inactive),
-    ("revoked_at", Column::InactiveSince),
-    ("disabled_at", Column::InactiveSince),
-    ("line", Column::Ignored),
-    ("error", Column::Ignored),
-    ("message", Column::Ignored),
+pub(super) const COLUMN_NAMES: [(&str, ImportColumn); 24] = [
+    ("account", ImportColumn::Account),
+    ("user", ImportColumn::User),
+    ("environment", ImportColumn::Environment),
+    ("name", ImportColumn::Name),
+    ("scopes", ImportColumn::Scopes),
+    ("roles", ImportColumn::Roles),
+    ("expires_at", ImportColumn::ExpiresAt),
+    ("customers", ImportColumn::Customers),
+    ("allowed_cidrs", ImportColumn::AllowedCidrs),
+    ("rate_limits", ImportColumn::RateLimits),
+    ("quota", ImportColumn::Quota),
+    ("metadata", ImportColumn::Metadata),
+    ("sha256", ImportColumn::Sha256),
+    ("hint", ImportColumn::Hint),
+    ("entropy_bits", ImportColumn::EntropyBits),
+    ("active", ImportColumn::Active),
+    ("enabled", ImportColumn::Active),
+    ("revoked", ImportColumn::Inactive),
+    ("disabled", ImportColumn::Inactive),
+    ("revoked_at", ImportColumn::InactiveSince),
+    ("disabled_at", ImportColumn::InactiveSince),
+    ("line", ImportColumn::Ignored),
+    ("error", ImportColumn::Ignored),
+    ("message", ImportColumn::Ignored),
 ];
 
-impl Column {
+impl ImportColumn {
     /// The column with this name, however it is spelt: `expires_at`, `Expires At`, `expiresAt`.
-    pub(super) fn parse(name: &str) -> Option<Column> {
-        let name = normalized(name);
-        COLUMNS.iter().find(|(known, _)| normalized(known) == name).map(|(_, column)| *column)
+    pub(super) fn parse(name: &str) -> Option<ImportColumn> {
+        let name = normalize_name(name);
+        COLUMN_NAMES.iter().find(|(known, _)| normalize_name(known) == name).map(|(_, column)| *column)
     }
 
     /// The names for an error message.
-    pub(super) fn names() -> String {
-        let names = COLUMNS.iter().filter(|(_, column)| *column != Column::Ignored).map(|(name, _)| *name);
+    pub(super) fn list_names() -> String {
+        let names =
+            COLUMN_NAMES.iter().filter(|(_, column)| *column != ImportColumn::Ignored).map(|(name, _)| *name);
         names.collect::<Vec<_>>().join(", ")
     }
 
     /// Its first name.
-    pub(super) fn name(self) -> &'static str {
-        COLUMNS.iter().find(|(_, column)| *column == self).map_or("", |(name, _)| *name)
+    pub(super) fn first_name(self) -> &'static str {
+        COLUMN_NAMES.iter().find(|(_, column)| *column == self).map_or("", |(name, _)| *name)
     }
 
     /// Whether a file may have more than one of it.
     pub(super) fn may_repeat(self) -> bool {
-        use Column::{Active, Ignored, Inactive, InactiveSince, Unnamed};
+        use ImportColumn::{Active, Ignored, Inactive, InactiveSince, Unnamed};
         matches!(self, Active | Inactive | InactiveSince | Ignored | Unnamed)
     }
 
     pub(super) fn may_be_number(self) -> bool {
-        use Column::{Active, EntropyBits, ExpiresAt, Inactive, InactiveSince};
+        use ImportColumn::{Active, EntropyBits, ExpiresAt, Inactive, InactiveSince};
         matches!(self, ExpiresAt | EntropyBits | Active | Inactive | InactiveSince)
     }
 
     pub(super) fn is_list(self) -> bool {
-        use Column::{AllowedCidrs, Customers, RateLimits, Roles, Scopes};
+        use ImportColumn::{AllowedCidrs, Customers, RateLimits, Roles, Scopes};
         matches!(self, Scopes | Roles | Customers | AllowedCidrs | RateLimits)
     }
 }
 
 /// A column's name without case, blanks and punctuation.
-fn normalized(name: &str) -> String {
+fn normalize_name(name: &str) -> String {
     name.chars().filter(|c| c.is_alphanumeric()).flat_map(char::to_lowercase).collect()
 }
 
 /// Which of the file's columns mean what, beyond what their names say.
 #[derive(Clone, Debug, Default, Args)]
 #[command(next_help_heading = "Columns with other names")]
-pub(super) struct ColumnArgs {
+pub(super) struct ColumnNameArgs {
     /// Read the file's column THEIRS as the column OURS (repeatable)
-    #[arg(long = "rename", value_name = "THEIRS=OURS", value_parser = renaming)]
-    renamed: Vec<(String, Column)>,
+    #[arg(long = "rename", value_name = "THEIRS=OURS", value_parser = parse_renaming)]
+    renamed: Vec<(String, ImportColumn)>,
     /// Leave out the file's column NAME (repeatable)
     #[arg(long = "ignore", value_name = "NAME")]
     ignored: Vec<String>,
 }
 
-impl ColumnArgs {
+impl ColumnNameArgs {
     /// The flags as they are written, each with the file's column that it names.
     pub(super) fn flags(&self) -> Vec<(String, &str)> {
         let renamed = self.renamed.iter().map(|(theirs, _)| (format!("--rename {theirs}"), theirs.as_str()));
@@ -123,29 +124,30 @@ impl ColumnArgs {
     }
 
     /// What a column of the file is.
-    pub(super) fn resolve(&self, name: &str) -> Option<Column> {
+    pub(super) fn resolve(&self, name: &str) -> Option<ImportColumn> {
         let is = |other: &str| is_same_name(name, other);
         if name.trim().is_empty() {
-            return Some(Column::Unnamed);
+            return Some(ImportColumn::Unnamed);
         }
         if self.ignored.iter().any(|ignored| is(ignored)) {
-            return Some(Column::Ignored);
+            return Some(ImportColumn::Ignored);
         }
         let renamed = self.renamed.iter().find(|(theirs, _)| is(theirs)).map(|(_, ours)| *ours);
-        renamed.or_else(|| Column::parse(name))
+        renamed.or_else(|| ImportColumn::parse(name))
     }
 }
 
 /// Whether two names of columns are one, however they are spelt.
 pub(super) fn is_same_name(one: &str, other: &str) -> bool {
-    let spelt = normalized(one);
-    one.trim() == other.trim() || !spelt.is_empty() && spelt == normalized(other)
+    let spelt = normalize_name(one);
+    one.trim() == other.trim() || !spelt.is_empty() && spelt == normalize_name(other)
 }
 
-fn renaming(text: &str) -> Result<(String, Column), String> {
-    let (theirs, ours) = pair(text).map_err(|_| "write THEIRS=OURS, such as key_hash=sha256".to_owned())?;
-    let column = Column::parse(&ours)
-        .ok_or_else(|| format!("{ours:?} is no column; the columns are {}", Column::names()))?;
+fn parse_renaming(text: &str) -> Result<(String, ImportColumn), String> {
+    let (theirs, ours) =
+        parse_name_value(text).map_err(|_| "write THEIRS=OURS, such as key_hash=sha256".to_owned())?;
+    let column = ImportColumn::parse(&ours)
+        .ok_or_else(|| format!("{ours:?} is no column; the columns are {}", ImportColumn::list_names()))?;
     Ok((theirs, column))
 }
 
@@ -156,23 +158,26 @@ mod tests {
     #[test]
     fn a_column_is_known_by_its_name_however_it_is_spelt_and_by_what_the_flags_say() {
         for name in ["expires_at", " Expires At ", "EXPIRES-AT", "expiresAt"] {
-            assert_eq!(Column::parse(name), Some(Column::ExpiresAt), "{name}");
+            assert_eq!(ImportColumn::parse(name), Some(ImportColumn::ExpiresAt), "{name}");
         }
-        let names = ColumnArgs {
-            renamed: vec![renaming("key_hash=sha256").unwrap()],
+        let names = ColumnNameArgs {
+            renamed: vec![parse_renaming("key_hash=sha256").unwrap()],
             ignored: vec!["Created At".into(), "#".into()],
         };
         for (name, column) in [
-            ("Key Hash", Some(Column::Sha256)),
-            ("created_at", Some(Column::Ignored)),
-            ("#", Some(Column::Ignored)),
-            ("", Some(Column::Unnamed)),
-            ("name", Some(Column::Name)),
+            ("Key Hash", Some(ImportColumn::Sha256)),
+            ("created_at", Some(ImportColumn::Ignored)),
+            ("#", Some(ImportColumn::Ignored)),
+            ("", Some(ImportColumn::Unnamed)),
+            ("name", Some(ImportColumn::Name)),
             ("?", None),
             ("id", None),
         ] {
             assert_eq!(names.resolve(name), column, "{name:?}");
         }
-        assert!(renaming("key_hash").is_err() && renaming("a=b").unwrap_err().contains("account, user"));
+        assert!(
+            parse_renaming("key_hash").is_err()
+                && parse_renaming("a=b").unwrap_err().contains("account, user")
+        );
     }
 }

@@ -9,99 +9,108 @@ use std::{
 use serde_json::Value;
 
 use super::{
-    column::{Column, ColumnArgs, is_same_name},
-    csv,
-    json::Fields,
-    text::{Line, Text, trim_line_end},
+    column::{ColumnNameArgs, ImportColumn, is_same_name},
+    csv_rows,
+    json_rows::JsonFields,
+    text_reader::{LineOutcome, TextReader, trim_line_end},
 };
-use crate::cli::failure::Failure;
+use crate::cli::error::CliError;
 
 /// What may separate fields; the first under which the most names are understood does.
 const SEPARATORS: [char; 4] = [',', ';', '\t', '|'];
 /// A longer name is no name.
-const MAX_NAME: usize = 64;
+const MAX_NAME_BYTES: usize = 64;
 /// How many checked names are remembered, and how many unknown ones are reported.
-const MAX_SEEN: usize = 1_000;
-const MAX_UNKNOWN: usize = 20;
+const MAX_REMEMBERED_NAMES: usize = 1_000;
+const MAX_REPORTED_NAMES: usize = 20;
 
 /// The header of a CSV file.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Header {
+pub(super) struct CsvHeader {
     /// As it is in the file.
     pub(super) raw: String,
     pub(super) separator: char,
     /// The columns, with their names in the file.
-    pub(super) columns: Vec<(String, Column)>,
+    pub(super) columns: Vec<(String, ImportColumn)>,
 }
 
-impl Header {
+impl CsvHeader {
     /// Reads the header. The rows come next.
-    pub(super) fn read<R: Read + Seek>(text: &mut Text<R>, names: &ColumnArgs) -> Result<Header, Failure> {
-        let candidates = match separator_line(text)? {
+    pub(super) fn read_from<R: Read + Seek>(
+        text: &mut TextReader<R>,
+        names: &ColumnNameArgs,
+    ) -> Result<CsvHeader, CliError> {
+        let candidates = match read_separator_line(text)? {
             Some(separator) => vec![separator],
             None => SEPARATORS.to_vec(),
         };
-        let start = text.at();
+        let start = text.position();
         let mut best: Option<(usize, char)> = None;
         for separator in candidates {
-            text.go_to(start)?;
-            let record = csv::next(text, separator)?;
+            text.seek_to(start)?;
+            let record = csv_rows::next_record(text, separator)?;
             let fields = record.and_then(|record| record.fields.ok()).unwrap_or_default();
-            let known = fields.iter().filter(|name| is_known(name, names)).count();
+            let known = fields.iter().filter(|name| is_known_column(name, names)).count();
             if best.is_none_or(|(most, _)| known > most) {
                 best = Some((known, separator));
             }
         }
         let separator = best.map_or(',', |(_, separator)| separator);
-        text.go_to(start)?;
-        let record = csv::next(text, separator)?.ok_or_else(|| Failure::usage("the file is empty"))?;
-        let fields = record.fields.map_err(wrong)?;
-        let columns = resolve(fields, names)?;
-        Ok(Header { raw: record.raw, separator, columns })
+        text.seek_to(start)?;
+        let record =
+            csv_rows::next_record(text, separator)?.ok_or_else(|| CliError::new("the file is empty"))?;
+        let fields = record.fields.map_err(columns_error)?;
+        let columns = resolve_columns(fields, names)?;
+        Ok(CsvHeader { raw: record.raw, separator, columns })
     }
 }
 
 /// The separator that the line `sep=;` names, which Excel writes and reads before the header.
-fn separator_line<R: Read + Seek>(text: &mut Text<R>) -> io::Result<Option<char>> {
-    let (start, mut first) = (text.at(), String::new());
-    let read = text.line(&mut first)?;
+fn read_separator_line<R: Read + Seek>(text: &mut TextReader<R>) -> io::Result<Option<char>> {
+    let (start, mut first) = (text.position(), String::new());
+    let read = text.read_line(&mut first)?;
     let line = trim_line_end(&first).trim_matches('"');
     let named = line.get(..4).filter(|start| start.eq_ignore_ascii_case("sep=")).map(|_| line[4..].chars());
     let mut named = named.into_iter().flatten();
     match (read, named.next(), named.next()) {
-        (Line::Whole, Some(separator), None) => Ok(Some(separator)),
+        (LineOutcome::Whole, Some(separator), None) => Ok(Some(separator)),
         _ => {
-            text.go_to(start)?;
+            text.seek_to(start)?;
             Ok(None)
         }
     }
 }
 
 /// Checks the names of a file's columns, and that the flags name some of them.
-pub(super) struct NameCheck<'a> {
-    columns: &'a ColumnArgs,
-    seen: HashSet<String>,
-    unknown: Vec<String>,
+pub(super) struct ColumnNameCheck<'a> {
+    columns: &'a ColumnNameArgs,
+    seen_names: HashSet<String>,
+    unknown_names: Vec<String>,
     /// The flags that name none of the columns so far, each with its name.
-    unused: Vec<(String, &'a str)>,
+    unused_flags: Vec<(String, &'a str)>,
 }
 
-impl<'a> NameCheck<'a> {
-    pub(super) fn new(columns: &'a ColumnArgs) -> NameCheck<'a> {
-        NameCheck { columns, seen: HashSet::new(), unknown: Vec::new(), unused: columns.flags() }
+impl<'a> ColumnNameCheck<'a> {
+    pub(super) fn new(columns: &'a ColumnNameArgs) -> ColumnNameCheck<'a> {
+        ColumnNameCheck {
+            columns,
+            seen_names: HashSet::new(),
+            unknown_names: Vec::new(),
+            unused_flags: columns.flags(),
+        }
     }
 
-    pub(super) fn add(&mut self, name: &str) {
-        if self.seen.contains(name) {
+    pub(super) fn add_name(&mut self, name: &str) {
+        if self.seen_names.contains(name) {
             return;
         }
-        if self.seen.len() < MAX_SEEN && name.len() <= MAX_NAME {
-            self.seen.insert(name.to_owned());
+        if self.seen_names.len() < MAX_REMEMBERED_NAMES && name.len() <= MAX_NAME_BYTES {
+            self.seen_names.insert(name.to_owned());
         }
-        self.unused.retain(|(_, flagged)| !is_same_name(flagged, name));
-        let is_new = || !self.unknown.iter().any(|unknown| unknown == name);
-        if self.columns.resolve(name).is_none() && self.unknown.len() < MAX_UNKNOWN && is_new() {
-            self.unknown.push(name.to_owned());
+        self.unused_flags.retain(|(_, flagged)| !is_same_name(flagged, name));
+        let is_new = || !self.unknown_names.iter().any(|unknown| unknown == name);
+        if self.columns.resolve(name).is_none() && self.unknown_names.len() < MAX_REPORTED_NAMES && is_new() {
+            self.unknown_names.push(name.to_owned());
         }
     }
 
@@ -109,86 +118,89 @@ impl<'a> NameCheck<'a> {
     ///
     /// # Errors
     /// If a column is unknown.
-    pub(super) fn unused(self) -> Result<Vec<String>, Failure> {
-        if !self.unknown.is_empty() {
-            return Err(unknown_names(&self.unknown.iter().collect::<Vec<_>>()));
+    pub(super) fn unused_flags(self) -> Result<Vec<String>, CliError> {
+        if !self.unknown_names.is_empty() {
+            return Err(unknown_columns_error(&self.unknown_names.iter().collect::<Vec<_>>()));
         }
-        Ok(self.unused.into_iter().map(|(flag, _)| flag).collect())
+        Ok(self.unused_flags.into_iter().map(|(flag, _)| flag).collect())
     }
 
     /// Refuses flags that name no column, too.
-    pub(super) fn all_used(self) -> Result<(), Failure> {
-        let unused = self.unused()?;
+    pub(super) fn require_all_used(self) -> Result<(), CliError> {
+        let unused = self.unused_flags()?;
         if unused.is_empty() {
             return Ok(());
         }
-        Err(Failure::usage(format!("the file has no column of {}", unused.join(" and ")))
-            .hint("look for typos; nothing was imported"))
+        Err(CliError::new(format!("the file has no column of {}", unused.join(" and ")))
+            .with_hint("look for typos; nothing was imported"))
     }
 }
 
 /// Refuses a JSON file whose first object cannot be a key.
-pub(super) fn check_fields(fields: &Fields, names: &ColumnArgs) -> Result<(), Failure> {
+pub(super) fn check_json_fields(fields: &JsonFields, names: &ColumnNameArgs) -> Result<(), CliError> {
     let holds_objects = |value: &Value| {
         value.as_array().is_some_and(|elements| elements.first().is_some_and(Value::is_object))
     };
     if fields.0.iter().any(|(_, value)| holds_objects(value)) {
-        return Err(Failure::usage("the file is an object around the array of keys, not the array")
-            .hint("take the array out of it first, such as with jq .data keys.json"));
+        return Err(CliError::new("the file is an object around the array of keys, not the array")
+            .with_hint("take the array out of it first, such as with jq .data keys.json"));
     }
     let names_in_file = fields.0.iter().map(|(name, _)| name.clone()).collect();
-    resolve(names_in_file, names).map(drop)
+    resolve_columns(names_in_file, names).map(drop)
 }
 
-fn is_known(name: &str, names: &ColumnArgs) -> bool {
-    names.resolve(name).is_some_and(|column| column != Column::Unnamed)
+fn is_known_column(name: &str, names: &ColumnNameArgs) -> bool {
+    names.resolve(name).is_some_and(|column| column != ImportColumn::Unnamed)
 }
 
-fn resolve(names_in_file: Vec<String>, names: &ColumnArgs) -> Result<Vec<(String, Column)>, Failure> {
-    if !names_in_file.iter().any(|name| is_known(name, names)) {
+fn resolve_columns(
+    names_in_file: Vec<String>,
+    names: &ColumnNameArgs,
+) -> Result<Vec<(String, ImportColumn)>, CliError> {
+    if !names_in_file.iter().any(|name| is_known_column(name, names)) {
         // Not the names themselves: a file without a header begins with a row.
-        return Err(wrong("it names no columns"));
+        return Err(columns_error("it names no columns"));
     }
     let unknown: Vec<&String> = names_in_file.iter().filter(|name| names.resolve(name).is_none()).collect();
     if !unknown.is_empty() {
-        return Err(unknown_names(&unknown));
+        return Err(unknown_columns_error(&unknown));
     }
-    let mut columns: Vec<(String, Column)> = Vec::new();
+    let mut columns: Vec<(String, ImportColumn)> = Vec::new();
     for (name, number) in names_in_file.into_iter().zip(1..) {
-        let column = names.resolve(&name).unwrap_or(Column::Unnamed);
+        let column = names.resolve(&name).unwrap_or(ImportColumn::Unnamed);
         if !column.may_repeat()
             && let Some((other, _)) = columns.iter().find(|(_, other)| *other == column)
         {
-            return Err(wrong(&format!(
+            return Err(columns_error(&format!(
                 "the columns {other:?} and {name:?} are the same; --ignore one of them"
             )));
         }
         let shown =
-            if column == Column::Unnamed { format!("column {number}") } else { name.trim().to_owned() };
+            if column == ImportColumn::Unnamed { format!("column {number}") } else { name.trim().to_owned() };
         columns.push((shown, column));
     }
-    if !columns.iter().any(|(_, column)| *column == Column::Sha256) {
-        return Err(wrong("the column sha256 is missing"));
+    if !columns.iter().any(|(_, column)| *column == ImportColumn::Sha256) {
+        return Err(columns_error("the column sha256 is missing"));
     }
     Ok(columns)
 }
 
-fn unknown_names(unknown: &[&String]) -> Failure {
-    if unknown.iter().any(|name| name.len() > MAX_NAME || name.chars().any(char::is_control)) {
-        return wrong("some names are unknown");
+fn unknown_columns_error(unknown: &[&String]) -> CliError {
+    if unknown.iter().any(|name| name.len() > MAX_NAME_BYTES || name.chars().any(char::is_control)) {
+        return columns_error("some names are unknown");
     }
     let listed = unknown.iter().map(|name| format!("{:?}", name.trim())).collect::<Vec<_>>().join(", ");
     let what = if unknown.len() == 1 { "unknown column" } else { "unknown columns" };
     let hint = format!(
         "--ignore NAME leaves a column out, --rename THEIRS=OURS gives it its name; the columns are {}",
-        Column::names()
+        ImportColumn::list_names()
     );
-    wrong(&format!("{what} {listed}")).hint(hint)
+    columns_error(&format!("{what} {listed}")).with_hint(hint)
 }
 
-fn wrong(problem: &str) -> Failure {
-    Failure::usage(format!("the file's columns: {problem}"))
-        .hint(format!("the first row names the columns: {}", Column::names()))
+fn columns_error(problem: &str) -> CliError {
+    CliError::new(format!("the file's columns: {problem}"))
+        .with_hint(format!("the first row names the columns: {}", ImportColumn::list_names()))
 }
 
 #[cfg(test)]
@@ -203,16 +215,16 @@ mod tests {
     #[derive(Debug, Parser)]
     struct Only {
         #[command(flatten)]
-        names: ColumnArgs,
+        names: ColumnNameArgs,
     }
 
-    fn names(flags: &[&str]) -> ColumnArgs {
+    fn names(flags: &[&str]) -> ColumnNameArgs {
         Only::try_parse_from(["import"].iter().chain(flags)).unwrap().names
     }
 
-    fn read(file: &str, flags: &[&str]) -> Result<Header, String> {
-        let mut text = Text::open(Cursor::new(file.as_bytes().to_vec()), None).unwrap();
-        Header::read(&mut text, &names(flags)).map_err(|failure| failure.to_string())
+    fn read(file: &str, flags: &[&str]) -> Result<CsvHeader, String> {
+        let mut text = TextReader::open(Cursor::new(file.as_bytes().to_vec()), None).unwrap();
+        CsvHeader::read_from(&mut text, &names(flags)).map_err(|failure| failure.to_string())
     }
 
     #[test]
@@ -248,7 +260,11 @@ mod tests {
             ("\"sep=\t\"\nsha256\tname\n", '\t'),
         ] {
             let header = read(file, &["--ignore", "a,b"]).unwrap();
-            assert_eq!((header.separator, header.columns[0].1), (separator, Column::Sha256), "{file:?}");
+            assert_eq!(
+                (header.separator, header.columns[0].1),
+                (separator, ImportColumn::Sha256),
+                "{file:?}"
+            );
         }
         let error = read("sep=;\nsha256,name\n", &[]).unwrap_err();
         assert!(error.contains("it names no columns"), "{error}");
@@ -260,17 +276,21 @@ mod tests {
             "Id,Key Hash,Label,\n",
             &["--rename", "key_hash=sha256", "--rename", "label=name", "--ignore", "id"],
         );
-        let columns: Vec<Column> = header.unwrap().columns.into_iter().map(|(_, column)| column).collect();
-        assert_eq!(columns, [Column::Ignored, Column::Sha256, Column::Name, Column::Unnamed]);
+        let columns: Vec<ImportColumn> =
+            header.unwrap().columns.into_iter().map(|(_, column)| column).collect();
+        assert_eq!(
+            columns,
+            [ImportColumn::Ignored, ImportColumn::Sha256, ImportColumn::Name, ImportColumn::Unnamed]
+        );
     }
 
     #[test]
     fn a_flag_that_names_no_column_is_refused() {
         let check = |flags: &[&str]| {
             let columns = names(flags);
-            let mut check = NameCheck::new(&columns);
-            ["sha256", "Key Hash", ""].iter().for_each(|name| check.add(name));
-            check.all_used().map_err(|failure| failure.to_string())
+            let mut check = ColumnNameCheck::new(&columns);
+            ["sha256", "Key Hash", ""].iter().for_each(|name| check.add_name(name));
+            check.require_all_used().map_err(|failure| failure.to_string())
         };
         assert_eq!(check(&["--rename", "key_hash=hint"]), Ok(()));
         let error =
@@ -281,22 +301,25 @@ mod tests {
     #[test]
     fn the_names_that_are_remembered_and_reported_are_bounded() {
         let columns = names(&[]);
-        let mut check = NameCheck::new(&columns);
-        (0..10_000).for_each(|number| check.add(&format!("x{number}")));
-        assert_eq!((check.seen.len(), check.unknown.len()), (MAX_SEEN, MAX_UNKNOWN));
-        check.add(&"y".repeat(1 << 20));
-        assert!(check.unused().unwrap_err().to_string().contains("\"x0\", \"x1\""));
+        let mut check = ColumnNameCheck::new(&columns);
+        (0..10_000).for_each(|number| check.add_name(&format!("x{number}")));
+        assert_eq!(
+            (check.seen_names.len(), check.unknown_names.len()),
+            (MAX_REMEMBERED_NAMES, MAX_REPORTED_NAMES)
+        );
+        check.add_name(&"y".repeat(1 << 20));
+        assert!(check.unused_flags().unwrap_err().to_string().contains("\"x0\", \"x1\""));
     }
 
     #[test]
     fn the_first_object_of_a_json_file_must_be_a_key() {
         let fields =
-            |names: &[&str]| Fields(names.iter().map(|name| ((*name).to_owned(), json!(1))).collect());
-        assert!(check_fields(&fields(&["sha256", "expiresAt"]), &names(&[])).is_ok());
-        let error = check_fields(&fields(&["sha256", "id"]), &names(&[])).unwrap_err().to_string();
+            |names: &[&str]| JsonFields(names.iter().map(|name| ((*name).to_owned(), json!(1))).collect());
+        assert!(check_json_fields(&fields(&["sha256", "expiresAt"]), &names(&[])).is_ok());
+        let error = check_json_fields(&fields(&["sha256", "id"]), &names(&[])).unwrap_err().to_string();
         assert!(error.contains("unknown column \"id\"") && error.contains("--ignore"), "{error}");
-        let wrapped = Fields(vec![("data".to_owned(), json!([{ "sha256": "ab" }]))]);
-        let error = check_fields(&wrapped, &names(&[])).unwrap_err().to_string();
+        let wrapped = JsonFields(vec![("data".to_owned(), json!([{ "sha256": "ab" }]))]);
+        let error = check_json_fields(&wrapped, &names(&[])).unwrap_err().to_string();
         assert!(error.contains("an object around the array") && error.contains("jq"), "{error}");
     }
 }

@@ -3,17 +3,17 @@
 use std::{cell::Cell, time::Duration};
 
 use super::{
-    row::NoKey,
-    source::{Batch, Row},
-    text::Position,
+    row::RowSkipReason,
+    source::{ImportBatch, ImportRow},
+    text_reader::FilePosition,
 };
 use crate::{
-    cli::failure::{Failure, UNANSWERED},
+    cli::error::{CliError, EXIT_UNANSWERED},
     pb,
 };
 
 /// How long to wait before each new attempt. A server that restarts is back within them.
-const PAUSES: [Duration; 5] = [
+const RETRY_DELAYS: [Duration; 5] = [
     Duration::from_millis(250),
     Duration::from_secs(1),
     Duration::from_secs(2),
@@ -22,7 +22,7 @@ const PAUSES: [Duration; 5] = [
 ];
 
 /// Results that say nothing about the row: it may go well another time.
-const TROUBLE: [&str; 9] = [
+const TRANSIENT_ERRORS: [&str; 9] = [
     "ACCOUNT_LIMIT",
     "CONTENDED",
     "DEADLINE_EXCEEDED",
@@ -36,7 +36,7 @@ const TROUBLE: [&str; 9] = [
 
 /// A row that is not imported.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Rejected {
+pub(super) struct RejectedRow {
     pub(super) line: u64,
     pub(super) error: String,
     pub(super) message: String,
@@ -45,8 +45,8 @@ pub(super) struct Rejected {
 
 /// What became of a batch.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct Done {
-    pub(super) end: Position,
+pub(super) struct BatchResult {
+    pub(super) end: FilePosition,
     pub(super) imported: u64,
     /// Rows that an earlier attempt had imported.
     pub(super) there_already: u64,
@@ -54,52 +54,53 @@ pub(super) struct Done {
     pub(super) expired: u64,
     /// Rows of keys that are revoked or disabled.
     pub(super) inactive: u64,
-    pub(super) rejected: Vec<Rejected>,
+    pub(super) rejected: Vec<RejectedRow>,
 }
 
 /// What the batches of an import share.
 #[derive(Debug)]
-pub(super) struct Attempts {
+pub(super) struct RetryState {
     /// The waits before new ones.
-    pauses: &'static [Duration],
+    retry_delays: &'static [Duration],
     /// The server has answered: if it is gone now, it may come back.
-    answered: Cell<bool>,
+    server_answered: Cell<bool>,
 }
 
-impl Default for Attempts {
-    fn default() -> Attempts {
-        Attempts { pauses: &PAUSES, answered: Cell::new(false) }
+impl Default for RetryState {
+    fn default() -> RetryState {
+        RetryState { retry_delays: &RETRY_DELAYS, server_answered: Cell::new(false) }
     }
 }
 
 /// Sends a batch. A row that an earlier attempt imported is answered as `replayed`.
-pub(super) async fn send(
-    batch: Batch,
-    attempts: &Attempts,
-    call: impl AsyncFn(pb::ImportKeysRequest) -> Result<pb::ImportKeysResponse, Failure>,
-) -> Result<Done, Failure> {
-    let mut done = Done { end: batch.end, ..Done::default() };
+pub(super) async fn send_batch(
+    batch: ImportBatch,
+    attempts: &RetryState,
+    call: impl AsyncFn(pb::ImportKeysRequest) -> Result<pb::ImportKeysResponse, CliError>,
+) -> Result<BatchResult, CliError> {
+    let mut done = BatchResult { end: batch.end, ..BatchResult::default() };
     let mut pending = Vec::new();
-    for Row { line, raw, key } in batch.rows {
+    for ImportRow { line, raw, key } in batch.rows {
         match key {
             Ok(key) => pending.push((line, raw, key)),
-            Err(NoKey::Expired) => done.expired += 1,
-            Err(NoKey::Inactive) => done.inactive += 1,
-            Err(NoKey::Unreadable(message)) => {
-                done.rejected.push(Rejected { line, error: "UNREADABLE".to_owned(), message, raw });
+            Err(RowSkipReason::Expired) => done.expired += 1,
+            Err(RowSkipReason::Inactive) => done.inactive += 1,
+            Err(RowSkipReason::Unreadable(message)) => {
+                done.rejected.push(RejectedRow { line, error: "UNREADABLE".to_owned(), message, raw });
             }
         }
     }
-    let mut pauses = attempts.pauses.iter();
+    let mut pauses = attempts.retry_delays.iter();
     while !pending.is_empty() {
         let keys = pending.iter().map(|(_, _, key)| key.clone()).collect();
         let trouble = match call(pb::ImportKeysRequest { keys }).await {
             Ok(answer) => {
-                attempts.answered.set(true);
-                sort(&mut pending, answer, &mut done)?
+                attempts.server_answered.set(true);
+                apply_results(&mut pending, answer, &mut done)?
             }
             Err(failure)
-                if failure.exit() == UNANSWERED && (attempts.answered.get() || failure.is_answer()) =>
+                if failure.exit_code() == EXIT_UNANSWERED
+                    && (attempts.server_answered.get() || failure.is_from_server()) =>
             {
                 Some(failure)
             }
@@ -114,18 +115,16 @@ pub(super) async fn send(
     Ok(done)
 }
 
-type Pending = Vec<(u64, String, pb::ImportKey)>;
+type PendingRows = Vec<(u64, String, pb::ImportKey)>;
 
 /// Sorts the results; what the server could not do stays pending, with why.
-fn sort(
-    pending: &mut Pending,
+fn apply_results(
+    pending: &mut PendingRows,
     answer: pb::ImportKeysResponse,
-    done: &mut Done,
-) -> Result<Option<Failure>, Failure> {
+    done: &mut BatchResult,
+) -> Result<Option<CliError>, CliError> {
     if answer.results.len() != pending.len() {
-        return Err(Failure::usage(
-            "the server answered with another number of results than there were rows",
-        ));
+        return Err(CliError::new("the server answered with another number of results than there were rows"));
     }
     let mut trouble = None;
     for ((line, raw, key), result) in std::mem::take(pending).into_iter().zip(answer.results) {
@@ -133,11 +132,11 @@ fn sort(
         match error.as_str() {
             "" if replayed => done.there_already += 1,
             "" => done.imported += 1,
-            known if TROUBLE.contains(&known) => {
-                trouble.get_or_insert_with(|| Failure::usage(format!("line {line}: {message} ({known})")));
+            known if TRANSIENT_ERRORS.contains(&known) => {
+                trouble.get_or_insert_with(|| CliError::new(format!("line {line}: {message} ({known})")));
                 pending.push((line, raw, key));
             }
-            _ => done.rejected.push(Rejected { line, error, message, raw }),
+            _ => done.rejected.push(RejectedRow { line, error, message, raw }),
         }
     }
     Ok(trouble)
@@ -152,30 +151,33 @@ mod tests {
     /// Plays the answer to a key that was imported before.
     const REPLAYED: &str = "replayed";
 
-    fn batch(names: &[&str]) -> Batch {
-        let row = |(at, name): (usize, &&str)| Row {
+    fn batch(names: &[&str]) -> ImportBatch {
+        let row = |(at, name): (usize, &&str)| ImportRow {
             line: at as u64 + 2,
             raw: (*name).to_owned(),
             key: match *name {
-                "" => Err(NoKey::Unreadable("has 1 fields".to_owned())),
-                "expired" => Err(NoKey::Expired),
-                "revoked" => Err(NoKey::Inactive),
+                "" => Err(RowSkipReason::Unreadable("has 1 fields".to_owned())),
+                "expired" => Err(RowSkipReason::Expired),
+                "revoked" => Err(RowSkipReason::Inactive),
                 name => Ok(pb::ImportKey { name: Some(name.to_owned()), ..Default::default() }),
             },
         };
-        Batch { rows: names.iter().enumerate().map(row).collect(), end: Position { bytes: 9, lines: 9 } }
+        ImportBatch {
+            rows: names.iter().enumerate().map(row).collect(),
+            end: FilePosition { bytes: 9, lines: 9 },
+        }
     }
 
     /// Plays a server that gives each call's keys these errors; what it was asked, and what came of it.
     async fn played(
         names: &[&str],
-        answers: Vec<Result<Vec<&str>, Failure>>,
-    ) -> (Vec<Vec<String>>, Result<Done, String>) {
+        answers: Vec<Result<Vec<&str>, CliError>>,
+    ) -> (Vec<Vec<String>>, Result<BatchResult, String>) {
         let (asked, answers) = (RefCell::new(Vec::new()), RefCell::new(answers.into_iter()));
-        let attempts = Attempts { pauses: &[Duration::ZERO; 3], ..Attempts::default() };
-        let done = send(batch(names), &attempts, async |request| {
+        let attempts = RetryState { retry_delays: &[Duration::ZERO; 3], ..RetryState::default() };
+        let done = send_batch(batch(names), &attempts, async |request| {
             asked.borrow_mut().push(request.keys.into_iter().filter_map(|key| key.name).collect());
-            let errors = answers.borrow_mut().next().unwrap_or_else(|| Err(Failure::refused("no more")))?;
+            let errors = answers.borrow_mut().next().unwrap_or_else(|| Err(CliError::refused("no more")))?;
             let results = errors.iter().map(|error| pb::ImportResult {
                 error: error.trim_start_matches(REPLAYED).to_owned(),
                 message: format!("about {error}"),
@@ -188,7 +190,7 @@ mod tests {
         (asked.into_inner(), done.map_err(|failure| failure.to_string()))
     }
 
-    fn told(done: &Done) -> (u64, u64, Vec<(u64, &str)>) {
+    fn told(done: &BatchResult) -> (u64, u64, Vec<(u64, &str)>) {
         let rejected = done.rejected.iter().map(|row| (row.line, row.error.as_str())).collect();
         (done.imported, done.there_already, rejected)
     }
@@ -211,7 +213,7 @@ mod tests {
     async fn what_the_server_could_not_do_is_sent_again_alone() {
         let answers = vec![
             Ok(vec!["", "OUTCOME_UNKNOWN", "NOT_RECORDED"]),
-            Err(Failure::usage("cannot reach the server")),
+            Err(CliError::new("cannot reach the server")),
             Ok(vec![REPLAYED, ""]),
         ];
         let (asked, done) = played(&["a", "b", "c"], answers).await;
@@ -221,8 +223,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_row_that_the_server_knows_as_imported_is_there_already() {
-        let attempts = Attempts::default();
-        let done = send(batch(&["a", "b"]), &attempts, async |_| {
+        let attempts = RetryState::default();
+        let done = send_batch(batch(&["a", "b"]), &attempts, async |_| {
             let result = |replayed| pb::ImportResult { replayed, ..Default::default() };
             Ok(pb::ImportKeysResponse { results: vec![result(true), result(false)] })
         });
@@ -233,7 +235,7 @@ mod tests {
     #[expect(clippy::disallowed_methods, reason = "a server's answer is made here")]
     async fn a_batch_whose_outcome_is_unknown_is_sent_again_though_the_server_answered_nothing_before() {
         let server = crate::config::client::ServerUrl::parse("http://localhost:1").unwrap();
-        let unknown = Failure::status(&tonic::Status::unavailable("unknown"), &server);
+        let unknown = CliError::from_status(&tonic::Status::unavailable("unknown"), &server);
         let answers = vec![Err(unknown), Ok(vec!["", ""])];
         let (asked, done) = played(&["a", "b"], answers).await;
         assert_eq!(asked.len(), 2);
@@ -249,7 +251,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_server_that_never_answered_is_not_waited_for() {
-        let (asked, done) = played(&["a"], vec![Err(Failure::usage("cannot reach it"))]).await;
+        let (asked, done) = played(&["a"], vec![Err(CliError::new("cannot reach it"))]).await;
         assert_eq!(asked.len(), 1);
         assert!(done.unwrap_err().contains("cannot reach it"));
     }

@@ -7,24 +7,24 @@ use encoding_rs::{Encoding, ISO_2022_JP, REPLACEMENT};
 use prost::Message as _;
 
 use super::{
-    column::{Column, ColumnArgs},
-    csv::{self, Record},
-    header::{Header, NameCheck, check_fields},
-    inspect::Syntax,
-    json::{Fields, Layout, Object},
-    row::{DefaultArgs, Draft, NoKey},
-    text::{Position, Text},
+    column::{ColumnNameArgs, ImportColumn},
+    csv_rows::{self, CsvRecord},
+    header::{ColumnNameCheck, CsvHeader, check_json_fields},
+    json_rows::{JsonFields, JsonLayout, JsonObject},
+    precheck::WholeFileSyntax,
+    row::{KeyDraft, RowDefaultArgs, RowSkipReason},
+    text_reader::{FilePosition, TextReader},
 };
-use crate::{cli::failure::Failure, domain::time::Timestamp, pb};
+use crate::{cli::error::CliError, domain::time::Timestamp, pb};
 
 /// The most keys of one call.
-pub(super) const MOST: usize = 1_000;
+pub(super) const MAX_KEYS_PER_CALL: usize = 1_000;
 /// A call holds at most 4 MiB; so much of it is for keys.
-const BYTES: usize = 3_500_000;
+const MAX_BATCH_BYTES: usize = 3_500_000;
 
 /// How rows are written in a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(super) enum Format {
+pub(super) enum ImportFormat {
     /// Values separated by commas, semicolons, tabs or |, with a header line
     Csv,
     /// JSON objects: one on each line, or in one array
@@ -34,106 +34,114 @@ pub(super) enum Format {
 
 /// How a file is read.
 #[derive(Clone, Debug)]
-pub(super) struct Reading {
-    pub(super) format: Format,
+pub(super) struct ReadOptions {
+    pub(super) format: ImportFormat,
     /// What the user names; a byte order mark wins.
     pub(super) encoding: Option<&'static Encoding>,
-    pub(super) columns: ColumnArgs,
-    pub(super) defaults: DefaultArgs,
+    pub(super) columns: ColumnNameArgs,
+    pub(super) defaults: RowDefaultArgs,
     /// Keys that have expired by now are skipped.
     pub(super) now: Timestamp,
 }
 
 /// A row, read or not.
 #[derive(Debug)]
-pub(super) struct Row {
+pub(super) struct ImportRow {
     /// The line on which it begins, from 1.
     pub(super) line: u64,
     /// As it is in the file.
     pub(super) raw: String,
     /// The key, or why there is none.
-    pub(super) key: Result<pb::ImportKey, NoKey>,
+    pub(super) key: Result<pb::ImportKey, RowSkipReason>,
 }
 
 /// Rows for one call.
 #[derive(Debug)]
-pub(super) struct Batch {
-    pub(super) rows: Vec<Row>,
+pub(super) struct ImportBatch {
+    pub(super) rows: Vec<ImportRow>,
     /// Where the next batch begins.
-    pub(super) end: Position,
+    pub(super) end: FilePosition,
 }
 
 /// How the rows of a file, and their fields, are separated.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Dialect {
-    Separated(Header),
-    Json(Layout),
+pub(super) enum RowDialect {
+    Separated(CsvHeader),
+    Json(JsonLayout),
 }
 
 /// A file of rows.
-pub(super) struct Source<R> {
-    text: Text<R>,
-    dialect: Dialect,
-    reading: Reading,
+pub(super) struct RowSource<R> {
+    text: TextReader<R>,
+    dialect: RowDialect,
+    options: ReadOptions,
     /// A row that was read and had no place in its batch.
-    waiting: Option<Row>,
+    deferred_row: Option<ImportRow>,
     /// Where that row begins.
-    before: Position,
+    next_row_start: FilePosition,
 }
 
 /// Reads the name of an encoding.
-pub(super) fn encoding(label: &str) -> Result<&'static Encoding, String> {
+pub(super) fn parse_encoding(label: &str) -> Result<&'static Encoding, String> {
     // ISO-2022-JP has bytes that look like line ends and quotes.
     Encoding::for_label(label.as_bytes())
         .filter(|encoding| *encoding != ISO_2022_JP && *encoding != REPLACEMENT)
         .ok_or_else(|| "write an encoding such as utf-8, utf-16le, windows-1252 or shift_jis".to_owned())
 }
 
-impl Reading {
+impl ReadOptions {
     /// What a file that begins like this must be as a whole.
-    pub(super) fn syntax(&self, input: impl Read + Seek) -> io::Result<Syntax> {
-        if self.format == Format::Csv {
-            return Ok(Syntax::Rows);
+    pub(super) fn required_syntax(&self, input: impl Read + Seek) -> io::Result<WholeFileSyntax> {
+        if self.format == ImportFormat::Csv {
+            return Ok(WholeFileSyntax::Rows);
         }
-        Ok(match Layout::detect(&mut Text::open(input, self.encoding)?)? {
-            Layout::Lines => Syntax::Rows,
-            Layout::Array => Syntax::JsonValue,
-            Layout::Sequence => Syntax::JsonValues,
+        Ok(match JsonLayout::detect(&mut TextReader::open(input, self.encoding)?)? {
+            JsonLayout::Lines => WholeFileSyntax::Rows,
+            JsonLayout::Array => WholeFileSyntax::JsonValue,
+            JsonLayout::Sequence => WholeFileSyntax::JsonValues,
         })
     }
 }
 
-impl Dialect {
-    fn detect<R: Read + Seek>(text: &mut Text<R>, reading: &Reading) -> Result<Dialect, Failure> {
-        if reading.format == Format::Csv {
-            return Ok(Dialect::Separated(Header::read(text, &reading.columns)?));
+impl RowDialect {
+    fn detect<R: Read + Seek>(
+        text: &mut TextReader<R>,
+        reading: &ReadOptions,
+    ) -> Result<RowDialect, CliError> {
+        if reading.format == ImportFormat::Csv {
+            return Ok(RowDialect::Separated(CsvHeader::read_from(text, &reading.columns)?));
         }
-        let layout = Layout::detect(text)?;
-        let start = text.at();
-        if let Some(Object { fields: Ok(fields), .. }) = layout.next(text)? {
-            check_fields(&fields, &reading.columns)?;
+        let layout = JsonLayout::detect(text)?;
+        let start = text.position();
+        if let Some(JsonObject { fields: Ok(fields), .. }) = layout.next_object(text)? {
+            check_json_fields(&fields, &reading.columns)?;
         }
-        text.go_to(start)?;
-        Ok(Dialect::Json(layout))
+        text.seek_to(start)?;
+        Ok(RowDialect::Json(layout))
     }
 }
 
-impl<R: Read + Seek> Source<R> {
+impl<R: Read + Seek> RowSource<R> {
     /// Reads the header, if there is one, and goes to where the rows begin or continue.
-    pub(super) fn open(input: R, reading: Reading, from: Option<Position>) -> Result<Source<R>, Failure> {
+    pub(super) fn open(
+        input: R,
+        reading: ReadOptions,
+        from: Option<FilePosition>,
+    ) -> Result<RowSource<R>, CliError> {
         let is_simple =
             |encoding: &&'static Encoding| encoding.is_single_byte() || encoding.name().starts_with("UTF-");
-        if reading.format == Format::Json && reading.encoding.as_ref().is_some_and(|named| !is_simple(named))
+        if reading.format == ImportFormat::Json
+            && reading.encoding.as_ref().is_some_and(|named| !is_simple(named))
         {
-            return Err(Failure::usage("JSON is UTF-8, UTF-16 or in an encoding of one byte a character"));
+            return Err(CliError::new("JSON is UTF-8, UTF-16 or in an encoding of one byte a character"));
         }
-        let mut text = Text::open(input, reading.encoding)?;
-        let dialect = Dialect::detect(&mut text, &reading)?;
-        if let Some(from) = from.filter(|from| from.bytes > text.at().bytes) {
-            text.go_to(from)?;
+        let mut text = TextReader::open(input, reading.encoding)?;
+        let dialect = RowDialect::detect(&mut text, &reading)?;
+        if let Some(from) = from.filter(|from| from.bytes > text.position().bytes) {
+            text.seek_to(from)?;
         }
-        let before = text.at();
-        Ok(Source { text, dialect, reading, waiting: None, before })
+        let before = text.position();
+        Ok(RowSource { text, dialect, options: reading, deferred_row: None, next_row_start: before })
     }
 
     /// Checks the names of all columns, those of every JSON object too. Gives the flags that name no field of a JSON
@@ -141,104 +149,105 @@ impl<R: Read + Seek> Source<R> {
     ///
     /// # Errors
     /// If a column is unknown, or a flag names none of a CSV file.
-    pub(super) fn check_columns(mut self) -> Result<Vec<String>, Failure> {
-        let mut check = NameCheck::new(&self.reading.columns);
+    pub(super) fn check_columns(mut self) -> Result<Vec<String>, CliError> {
+        let mut check = ColumnNameCheck::new(&self.options.columns);
         let layout = match &self.dialect {
-            Dialect::Separated(header) => {
-                header.columns.iter().for_each(|(name, _)| check.add(name));
-                return check.all_used().map(|()| Vec::new());
+            RowDialect::Separated(header) => {
+                header.columns.iter().for_each(|(name, _)| check.add_name(name));
+                return check.require_all_used().map(|()| Vec::new());
             }
-            Dialect::Json(layout) => *layout,
+            RowDialect::Json(layout) => *layout,
         };
-        while let Some(object) = layout.next(&mut self.text)? {
+        while let Some(object) = layout.next_object(&mut self.text)? {
             let fields = object.fields.unwrap_or_default();
-            fields.0.iter().for_each(|(name, _)| check.add(name));
+            fields.0.iter().for_each(|(name, _)| check.add_name(name));
         }
-        check.unused()
+        check.unused_flags()
     }
 
-    pub(super) fn dialect(&self) -> &Dialect {
+    pub(super) fn dialect(&self) -> &RowDialect {
         &self.dialect
     }
 
     /// The next batch; none at the file's end.
-    pub(super) fn batch(&mut self) -> io::Result<Option<Batch>> {
+    pub(super) fn next_batch(&mut self) -> io::Result<Option<ImportBatch>> {
         let (mut rows, mut bytes) = (Vec::new(), 0);
-        while rows.len() < MOST {
-            let before = self.before;
-            let Some(row) = self.next()? else { break };
+        while rows.len() < MAX_KEYS_PER_CALL {
+            let before = self.next_row_start;
+            let Some(row) = self.next_row()? else { break };
             let size = row.raw.len().max(row.key.as_ref().map_or(0, |key| key.encoded_len() + 8));
-            if !rows.is_empty() && bytes + size > BYTES {
-                self.waiting = Some(row);
-                return Ok(Some(Batch { rows, end: before }));
+            if !rows.is_empty() && bytes + size > MAX_BATCH_BYTES {
+                self.deferred_row = Some(row);
+                return Ok(Some(ImportBatch { rows, end: before }));
             }
             bytes += size;
-            self.before = self.text.at();
+            self.next_row_start = self.text.position();
             rows.push(row);
         }
-        Ok((!rows.is_empty()).then_some(Batch { rows, end: self.before }))
+        Ok((!rows.is_empty()).then_some(ImportBatch { rows, end: self.next_row_start }))
     }
 
-    fn next(&mut self) -> io::Result<Option<Row>> {
-        if let Some(row) = self.waiting.take() {
+    fn next_row(&mut self) -> io::Result<Option<ImportRow>> {
+        if let Some(row) = self.deferred_row.take() {
             return Ok(Some(row));
         }
         let (line, raw, key) = match &self.dialect {
-            Dialect::Separated(header) => {
-                let Some(Record { line, raw, fields }) = csv::next(&mut self.text, header.separator)? else {
+            RowDialect::Separated(header) => {
+                let Some(CsvRecord { line, raw, fields }) =
+                    csv_rows::next_record(&mut self.text, header.separator)?
+                else {
                     return Ok(None);
                 };
-                let read = |fields: Vec<String>| read_cells(&fields, &header.columns, &self.reading);
-                (line, raw, fields.map_err(unreadable).and_then(read))
+                let read = |fields: Vec<String>| read_cells(&fields, &header.columns, &self.options);
+                (line, raw, fields.map_err(unreadable_row).and_then(read))
             }
-            Dialect::Json(layout) => {
-                let Some(Object { line, raw, fields }) = layout.next(&mut self.text)? else {
+            RowDialect::Json(layout) => {
+                let Some(JsonObject { line, raw, fields }) = layout.next_object(&mut self.text)? else {
                     return Ok(None);
                 };
-                let read = |fields: Fields| read_fields(fields, &self.reading);
-                (line, raw, fields.map_err(unreadable).and_then(read))
+                let read = |fields: JsonFields| read_fields(fields, &self.options);
+                (line, raw, fields.map_err(unreadable_row).and_then(read))
             }
         };
-        Ok(Some(Row { line, raw, key }))
+        Ok(Some(ImportRow { line, raw, key }))
     }
 }
 
-fn unreadable(problem: &str) -> NoKey {
-    NoKey::Unreadable(problem.to_owned())
+fn unreadable_row(problem: &str) -> RowSkipReason {
+    RowSkipReason::Unreadable(problem.to_owned())
 }
 
 /// Reads a row of a CSV file. It may have more fields than the header if those are blank: spreadsheets add them.
 fn read_cells(
     cells: &[String],
-    columns: &[(String, Column)],
-    reading: &Reading,
-) -> Result<pb::ImportKey, NoKey> {
+    columns: &[(String, ImportColumn)],
+    reading: &ReadOptions,
+) -> Result<pb::ImportKey, RowSkipReason> {
     let surplus = cells.get(columns.len()..).unwrap_or_default();
     if cells.len() < columns.len() || surplus.iter().any(|cell| !cell.trim().is_empty()) {
         return Err(format!("has {} fields; the header has {}", cells.len(), columns.len()).into());
     }
-    let mut draft = Draft::default();
+    let mut draft = KeyDraft::default();
     for ((name, column), cell) in columns.iter().zip(cells) {
-        draft.text(*column, cell).map_err(|problem| format!("{name}: {problem}"))?;
+        draft.set_text(*column, cell).map_err(|problem| format!("{name}: {problem}"))?;
     }
-    draft.finish(&reading.defaults, reading.now)
+    draft.into_key(&reading.defaults, reading.now)
 }
 
 /// Reads an object of a JSON file.
-fn read_fields(fields: Fields, reading: &Reading) -> Result<pb::ImportKey, NoKey> {
-    let (mut draft, mut seen) = (Draft::default(), Vec::new());
+fn read_fields(fields: JsonFields, reading: &ReadOptions) -> Result<pb::ImportKey, RowSkipReason> {
+    let (mut draft, mut seen) = (KeyDraft::default(), Vec::new());
     for (name, value) in fields.0 {
-        let column = reading
-            .columns
-            .resolve(&name)
-            .ok_or_else(|| format!("unknown field {name:?}; the fields are {}", Column::names()))?;
+        let column = reading.columns.resolve(&name).ok_or_else(|| {
+            format!("unknown field {name:?}; the fields are {}", ImportColumn::list_names())
+        })?;
         if !column.may_repeat() && seen.contains(&column) {
             return Err(format!("{name}: is there twice").into());
         }
         seen.push(column);
-        draft.json(column, value).map_err(|problem| format!("{name}: {problem}"))?;
+        draft.set_json(column, value).map_err(|problem| format!("{name}: {problem}"))?;
     }
-    draft.finish(&reading.defaults, reading.now)
+    draft.into_key(&reading.defaults, reading.now)
 }
 
 #[cfg(test)]
@@ -249,33 +258,37 @@ mod tests {
 
     const HEX: &str = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08";
 
-    fn open(file: &str, format: Format, from: Option<Position>) -> Result<Source<Cursor<Vec<u8>>>, String> {
-        let reading = Reading {
+    fn open(
+        file: &str,
+        format: ImportFormat,
+        from: Option<FilePosition>,
+    ) -> Result<RowSource<Cursor<Vec<u8>>>, String> {
+        let reading = ReadOptions {
             format,
             encoding: None,
-            columns: ColumnArgs::default(),
-            defaults: DefaultArgs::default(),
+            columns: ColumnNameArgs::default(),
+            defaults: RowDefaultArgs::default(),
             now: Timestamp::from_micros(0),
         };
         let input = Cursor::new(file.as_bytes().to_vec());
-        Source::open(input, reading, from).map_err(|failure| failure.to_string())
+        RowSource::open(input, reading, from).map_err(|failure| failure.to_string())
     }
 
-    fn problem(row: &Row) -> &str {
+    fn problem(row: &ImportRow) -> &str {
         match &row.key {
-            Err(NoKey::Unreadable(problem)) => problem,
+            Err(RowSkipReason::Unreadable(problem)) => problem,
             other => panic!("{other:?}"),
         }
     }
 
-    fn rows(file: &str, format: Format) -> Vec<Row> {
-        open(file, format, None).unwrap().batch().unwrap().map(|batch| batch.rows).unwrap_or_default()
+    fn rows(file: &str, format: ImportFormat) -> Vec<ImportRow> {
+        open(file, format, None).unwrap().next_batch().unwrap().map(|batch| batch.rows).unwrap_or_default()
     }
 
     #[test]
     fn a_wrong_row_does_not_stop_the_others() {
         let file = format!("account,sha256\nacme,{HEX}\nacme\nacme,kw_x\n\nacme,{HEX}\n");
-        let rows = rows(&file, Format::Csv);
+        let rows = rows(&file, ImportFormat::Csv);
         let told: Vec<_> = rows.iter().map(|row| (row.line, row.key.is_ok())).collect();
         assert_eq!(told, [(2, true), (3, false), (4, false), (6, true)]);
         assert_eq!(problem(&rows[1]), "has 1 fields; the header has 2");
@@ -289,7 +302,7 @@ mod tests {
             "{{\"account\":\"acme\",\"sha256\":\"{HEX}\"}}\n[1]\n{{\"token\":\"kw_x\"}}\n{{\"name\":[\"kw_x\"]}}\n\
              {{\"expiresAt\":\"never\",\"expires_at\":null}}\n"
         );
-        let rows = rows(&file, Format::Json);
+        let rows = rows(&file, ImportFormat::Json);
         assert!(rows[0].key.is_ok());
         assert_eq!(problem(&rows[1]), "is no JSON object");
         assert!(problem(&rows[2]).contains("unknown field \"token\"") && !problem(&rows[2]).contains("kw_x"));
@@ -300,7 +313,7 @@ mod tests {
     #[test]
     fn blank_cells_beyond_the_header_are_no_error_and_others_are() {
         let file = format!("sha256,,\n{HEX},,\n{HEX},,,,\n{HEX},x,\n{HEX},,,x\n{HEX}\n");
-        let rows = rows(&file, Format::Csv);
+        let rows = rows(&file, ImportFormat::Csv);
         assert!(rows[0].key.is_ok() && rows[1].key.is_ok());
         assert_eq!(problem(&rows[2]), "column 2: the header gives this column no name");
         assert_eq!(problem(&rows[3]), "has 4 fields; the header has 3");
@@ -312,10 +325,10 @@ mod tests {
         for (label, name) in
             [("windows-1252", "windows-1252"), ("CP1252", "windows-1252"), ("utf-16", "UTF-16LE")]
         {
-            assert_eq!(encoding(label).unwrap().name(), name);
+            assert_eq!(parse_encoding(label).unwrap().name(), name);
         }
         for bad in ["", "klingon", "iso-2022-jp"] {
-            assert!(encoding(bad).unwrap_err().contains("windows-1252"), "{bad}");
+            assert!(parse_encoding(bad).unwrap_err().contains("windows-1252"), "{bad}");
         }
     }
 
@@ -330,21 +343,21 @@ mod tests {
         let object = |n: usize| format!("{{\"name\":\"n{n}\",\"sha256\":\"{HEX}\",\"scopes\":\"{wide}\"}}");
         let objects = |between: &str| (0..100).map(object).collect::<Vec<_>>().join(between);
         let files = [
-            (Format::Csv, table(',', "\n", "")),
-            (Format::Csv, table(';', "\r\n", "\u{feff}sep=;\r\n")),
-            (Format::Csv, table('\t', "\r", "")),
-            (Format::Json, objects("\n")),
-            (Format::Json, format!("[{}]", objects(","))),
-            (Format::Json, objects("\n").replace('{', "{\n")),
+            (ImportFormat::Csv, table(',', "\n", "")),
+            (ImportFormat::Csv, table(';', "\r\n", "\u{feff}sep=;\r\n")),
+            (ImportFormat::Csv, table('\t', "\r", "")),
+            (ImportFormat::Json, objects("\n")),
+            (ImportFormat::Json, format!("[{}]", objects(","))),
+            (ImportFormat::Json, objects("\n").replace('{', "{\n")),
         ];
         for (format, file) in files {
-            let names = |from: Option<Position>| {
+            let names = |from: Option<FilePosition>| {
                 let mut source = open(&file, format, from).unwrap();
                 let (mut names, mut ends) = (Vec::new(), Vec::new());
-                while let Some(batch) = source.batch().unwrap() {
+                while let Some(batch) = source.next_batch().unwrap() {
                     let size: usize =
                         batch.rows.iter().map(|row| row.key.as_ref().unwrap().encoded_len()).sum();
-                    assert!(size <= BYTES, "{size}");
+                    assert!(size <= MAX_BATCH_BYTES, "{size}");
                     names.extend(batch.rows.into_iter().map(|row| row.key.unwrap().name.unwrap()));
                     ends.push((batch.end, names.len()));
                 }
@@ -352,7 +365,7 @@ mod tests {
             };
             let (all, ends) = names(None);
             assert_eq!(all, (0..100).map(|n| format!("n{n}")).collect::<Vec<_>>());
-            assert!(ends.len() > 2, "a batch has room for {BYTES} bytes: {ends:?}");
+            assert!(ends.len() > 2, "a batch has room for {MAX_BATCH_BYTES} bytes: {ends:?}");
             for (end, count) in ends {
                 assert_eq!(names(Some(end)).0, all[count..]);
             }
@@ -361,10 +374,10 @@ mod tests {
 
     #[test]
     fn a_batch_has_as_many_rows_as_a_call_may() {
-        let file = format!("sha256\n{}", format!("{HEX}\n").repeat(MOST + 1));
-        let mut source = open(&file, Format::Csv, None).unwrap();
+        let file = format!("sha256\n{}", format!("{HEX}\n").repeat(MAX_KEYS_PER_CALL + 1));
+        let mut source = open(&file, ImportFormat::Csv, None).unwrap();
         let sizes: Vec<usize> =
-            std::iter::from_fn(|| source.batch().unwrap()).map(|batch| batch.rows.len()).collect();
-        assert_eq!(sizes, [MOST, 1]);
+            std::iter::from_fn(|| source.next_batch().unwrap()).map(|batch| batch.rows.len()).collect();
+        assert_eq!(sizes, [MAX_KEYS_PER_CALL, 1]);
     }
 }

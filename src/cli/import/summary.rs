@@ -4,16 +4,16 @@ use std::{collections::BTreeMap, time::Duration};
 
 use serde::{Serialize, Serializer};
 
-use super::{journal::Journal, send::Rejected};
-use crate::cli::{json::Json, table::Record};
+use super::{checkpoint::ImportCheckpoint, send::RejectedRow};
+use crate::cli::{json_output::ToJson, table::DetailTable};
 
 /// How many different problems are kept, and how many of them people see.
 const MAX_PROBLEMS: usize = 100;
-const MAX_SHOWN: usize = 5;
+const MAX_SHOWN_PROBLEMS: usize = 5;
 
 /// What an import came to.
 #[derive(Debug, Serialize)]
-pub(super) struct Summary {
+pub(super) struct ImportSummary {
     /// Whether the file's end was reached.
     pub(super) complete: bool,
     lines: u64,
@@ -26,7 +26,7 @@ pub(super) struct Summary {
     pub(super) rejected: u64,
     rejected_file: Option<String>,
     /// Why this run has rejected rows, the most frequent problem first.
-    problems: Vec<Problem>,
+    problems: Vec<RowProblem>,
     /// Rows that this run has sent, skipped or rejected.
     rows_now: u64,
     seconds: f64,
@@ -35,7 +35,7 @@ pub(super) struct Summary {
 
 /// What was wrong with some rows.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub(super) struct Problem {
+pub(super) struct RowProblem {
     error: String,
     message: String,
     rows: u64,
@@ -45,11 +45,11 @@ pub(super) struct Problem {
 
 /// The problems of rejected rows, each once.
 #[derive(Debug, Default)]
-pub(super) struct Problems(BTreeMap<(String, String), (u64, u64)>);
+pub(super) struct RowProblems(BTreeMap<(String, String), (u64, u64)>);
 
-impl Problems {
-    pub(super) fn add(&mut self, rejected: &[Rejected]) {
-        for Rejected { line, error, message, .. } in rejected {
+impl RowProblems {
+    pub(super) fn add_rejected(&mut self, rejected: &[RejectedRow]) {
+        for RejectedRow { line, error, message, .. } in rejected {
             let problem = (error.clone(), message.clone());
             if self.0.len() < MAX_PROBLEMS || self.0.contains_key(&problem) {
                 self.0.entry(problem).or_insert((0, *line)).0 += 1;
@@ -57,44 +57,44 @@ impl Problems {
         }
     }
 
-    fn most_frequent_first(&self) -> Vec<Problem> {
-        let problem = |((error, message), (rows, first_line)): (&(String, String), &(u64, u64))| Problem {
+    fn most_frequent_first(&self) -> Vec<RowProblem> {
+        let problem = |((error, message), (rows, first_line)): (&(String, String), &(u64, u64))| RowProblem {
             error: error.clone(),
             message: message.clone(),
             rows: *rows,
             first_line: *first_line,
         };
-        let mut problems: Vec<Problem> = self.0.iter().map(problem).collect();
+        let mut problems: Vec<RowProblem> = self.0.iter().map(problem).collect();
         problems.sort_by_key(|problem| (std::cmp::Reverse(problem.rows), problem.first_line));
         problems
     }
 }
 
 /// A number of rows.
-pub(super) fn rows(count: u64) -> String {
+pub(super) fn format_row_count(count: u64) -> String {
     format!("{count} row{}", if count == 1 { "" } else { "s" })
 }
 
-impl Json for Summary {
-    fn write<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+impl ToJson for ImportSummary {
+    fn serialize_json<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         self.serialize(serializer)
     }
 }
 
-impl Summary {
+impl ImportSummary {
     pub(super) fn new(
-        journal: &Journal,
-        problems: &Problems,
+        journal: &ImportCheckpoint,
+        problems: &RowProblems,
         complete: bool,
         rows_now: u64,
         duration: Duration,
-    ) -> Summary {
+    ) -> ImportSummary {
         let progress = &journal.progress;
         let path = journal.rejected_path().display().to_string();
-        Summary {
+        ImportSummary {
             complete,
             lines: progress.lines,
-            rows: journal.rows(),
+            rows: journal.rows_done(),
             imported: progress.imported,
             there_already: progress.there_already,
             expired: progress.expired,
@@ -108,34 +108,37 @@ impl Summary {
         }
     }
 
-    pub(super) fn for_people(&self, journal: &Journal) -> Record {
+    pub(super) fn to_table(&self, journal: &ImportCheckpoint) -> DetailTable {
         let file = self.rejected_file.as_ref();
         let rejected = file.map_or_else(|| "0".to_owned(), |file| format!("{}, see {file}", self.rejected));
         let some = |count: u64, what: &str| {
             if count == 0 { String::new() } else { format!("{count}{what}") }
         };
-        let mut record = Record::new()
+        let mut record = DetailTable::new()
             .field("imported", self.imported.to_string())
             .field("there already", some(self.there_already, ", imported by an earlier attempt"))
             .field("expired", some(self.expired, ", not imported: such keys have ended"))
             .field("inactive", some(self.inactive, ", not imported: revoked or disabled"))
             .field("rejected", rejected);
-        for Problem { error, message, rows, first_line } in self.problems.iter().take(MAX_SHOWN) {
+        for RowProblem { error, message, rows, first_line } in self.problems.iter().take(MAX_SHOWN_PROBLEMS) {
             let first = if *rows == 1 { "" } else { ", the first" };
-            let count = self::rows(*rows);
+            let count = self::format_row_count(*rows);
             record = record.field("", format!("{count}{first} on line {first_line}: {message} ({error})"));
         }
-        if self.problems.len() > MAX_SHOWN {
-            record = record.field("", format!("and {} other problems", self.problems.len() - MAX_SHOWN));
+        if self.problems.len() > MAX_SHOWN_PROBLEMS {
+            record =
+                record.field("", format!("and {} other problems", self.problems.len() - MAX_SHOWN_PROBLEMS));
         }
         let record = record.field("rows done", self.rows.to_string());
         if self.rows_now == 0 && self.complete {
             let hint = format!("nothing; {} says that all is done", journal.progress_path().display());
             return record.field("this time", hint);
         }
-        let Summary { rows_now, seconds, rows_per_second, .. } = self;
-        record
-            .field("this time", format!("{} in {seconds:.1}s, {rows_per_second:.0} rows/s", rows(*rows_now)))
+        let ImportSummary { rows_now, seconds, rows_per_second, .. } = self;
+        record.field(
+            "this time",
+            format!("{} in {seconds:.1}s, {rows_per_second:.0} rows/s", format_row_count(*rows_now)),
+        )
     }
 }
 
@@ -143,15 +146,15 @@ impl Summary {
 mod tests {
     use super::*;
 
-    fn rejected(line: u64, message: &str) -> Rejected {
-        Rejected { line, error: "UNREADABLE".to_owned(), message: message.to_owned(), raw: String::new() }
+    fn rejected(line: u64, message: &str) -> RejectedRow {
+        RejectedRow { line, error: "UNREADABLE".to_owned(), message: message.to_owned(), raw: String::new() }
     }
 
     #[test]
     fn the_same_problem_of_many_rows_is_listed_once() {
-        let mut problems = Problems::default();
-        problems.add(&[rejected(2, "rare")]);
-        problems.add(&(3..1003).map(|line| rejected(line, "frequent")).collect::<Vec<_>>());
+        let mut problems = RowProblems::default();
+        problems.add_rejected(&[rejected(2, "rare")]);
+        problems.add_rejected(&(3..1003).map(|line| rejected(line, "frequent")).collect::<Vec<_>>());
         let told = problems.most_frequent_first();
         let told: Vec<_> = told.iter().map(|p| (p.message.as_str(), p.rows, p.first_line)).collect();
         assert_eq!(told, [("frequent", 1000, 3), ("rare", 1, 2)]);
@@ -159,13 +162,13 @@ mod tests {
 
     #[test]
     fn one_row_is_not_rows() {
-        assert_eq!([0, 1, 2].map(rows), ["0 rows", "1 row", "2 rows"]);
+        assert_eq!([0, 1, 2].map(format_row_count), ["0 rows", "1 row", "2 rows"]);
     }
 
     #[test]
     fn different_problems_without_end_are_not_kept() {
-        let mut problems = Problems::default();
-        problems.add(&(0..1000).map(|line| rejected(line, &line.to_string())).collect::<Vec<_>>());
+        let mut problems = RowProblems::default();
+        problems.add_rejected(&(0..1000).map(|line| rejected(line, &line.to_string())).collect::<Vec<_>>());
         assert_eq!(problems.most_frequent_first().len(), MAX_PROBLEMS);
     }
 }

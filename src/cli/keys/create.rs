@@ -1,29 +1,29 @@
-//! `keyward keys create`.
+//! `keyward call_keys create`.
 
 use clap::Args;
 
-use super::policy::PolicyArgs;
+use super::policy_args::KeyPolicyArgs;
 use crate::{
     cli::{
-        client::Patience,
-        context::Context,
-        failure::Failure,
-        issue::{Delivery, IssueArgs},
-        values::{Expiry, proto_duration},
+        api_client::DefaultTimeout,
+        context::CommandContext,
+        error::CliError,
+        token_output::{TokenDestination, TokenOutputArgs},
+        value_format::{ExpiryArg, duration_to_proto},
     },
     pb,
 };
 
-const EXAMPLES: &str = "\
+const CREATE_HELP: &str = "\
 Without --expires the key never ends. The token is shown once and stored nowhere: it alone goes to stdout, \
 what else there is to say to stderr; with --output json it is the field `token` (null with --write-token).
 
 Example: keyward keys create --account acme --environment production --scope monitors:read --expires 90d";
 
-/// Flags of `keyward keys create`.
+/// Flags of `keyward call_keys create`.
 #[derive(Debug, Args)]
-#[command(after_help = EXAMPLES)]
-pub(in crate::cli) struct CreateArgs {
+#[command(after_help = CREATE_HELP)]
+pub(in crate::cli) struct KeyCreateArgs {
     /// The account that owns the key; an account's own callers may leave it out
     #[arg(long, value_name = "ID", conflicts_with = "user")]
     account: Option<String>,
@@ -34,7 +34,7 @@ pub(in crate::cli) struct CreateArgs {
     #[arg(long, short, value_name = "NAME")]
     environment: Option<String>,
     #[command(flatten)]
-    policy: PolicyArgs,
+    policy: KeyPolicyArgs,
     /// Start of the token, instead of the configured one
     #[arg(long)]
     prefix: Option<String>,
@@ -42,34 +42,36 @@ pub(in crate::cli) struct CreateArgs {
     #[arg(long, value_name = "TEXT")]
     idempotency_key: Option<String>,
     #[command(flatten)]
-    issue: IssueArgs,
+    token_output: TokenOutputArgs,
 }
 
-impl CreateArgs {
-    pub(super) async fn run(self, cx: &mut Context<'_>) -> Result<u8, Failure> {
-        let session = cx.session()?;
-        let delivery = Delivery::prepare(&self.issue)?;
-        let question = request(self.account, self.user, self.environment, self.policy);
+impl KeyCreateArgs {
+    pub(super) async fn run(self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
+        let session = cx.connect()?;
+        let delivery = TokenDestination::prepare(&self.token_output)?;
+        let question = build_request(self.account, self.user, self.environment, self.policy);
         let question =
             pb::CreateKeyRequest { prefix: self.prefix, idempotency_key: self.idempotency_key, ..question };
         let answer = session
-            .keys(Patience::Short, question, async |mut client, request| client.create(request).await)
+            .call_keys(DefaultTimeout::Quick, question, async |mut client, request| {
+                client.create(request).await
+            })
             .await?;
-        delivery.hand_over(cx, answer)
+        delivery.deliver(cx, answer)
     }
 }
 
-fn request(
+fn build_request(
     account: Option<String>,
     user: Option<String>,
     environment: Option<String>,
-    policy: PolicyArgs,
+    policy: KeyPolicyArgs,
 ) -> pb::CreateKeyRequest {
     // A life is told as its length: the server's clock decides, not this machine's.
     let (expires_at, ttl) = match policy.expires {
-        None | Some(Expiry::Never) => (None, None),
-        Some(Expiry::In(life)) => (None, Some(proto_duration(life))),
-        Some(Expiry::At(instant)) => (Some(instant), None),
+        None | Some(ExpiryArg::Never) => (None, None),
+        Some(ExpiryArg::In(life)) => (None, Some(duration_to_proto(life))),
+        Some(ExpiryArg::At(instant)) => (Some(instant), None),
     };
     pb::CreateKeyRequest {
         account: account.unwrap_or_default(),
@@ -98,16 +100,16 @@ mod tests {
     #[derive(Debug, Parser)]
     struct Only {
         #[command(flatten)]
-        args: CreateArgs,
+        args: KeyCreateArgs,
     }
 
-    fn read(line: &str) -> Result<CreateArgs, clap::Error> {
+    fn read(line: &str) -> Result<KeyCreateArgs, clap::Error> {
         Only::try_parse_from(format!("create {line}").split_whitespace()).map(|only| only.args)
     }
 
     fn asked(line: &str) -> pb::CreateKeyRequest {
         let args = read(line).unwrap();
-        request(args.account, args.user, args.environment, args.policy)
+        build_request(args.account, args.user, args.environment, args.policy)
     }
 
     #[test]

@@ -1,16 +1,16 @@
-//! `keyward keys list`.
+//! `keyward call_keys list`.
 
 use clap::{Args, ValueEnum};
 
 use crate::{
     cli::{
-        client::Patience,
-        context::Context,
-        failure::Failure,
-        output,
+        api_client::DefaultTimeout,
+        context::CommandContext,
+        error::CliError,
         paging::PageArgs,
-        table::{Rows, text},
-        values::{Future, Past, rfc3339},
+        table::{ListTable, plain_cell},
+        text_output,
+        value_format::{FutureInstantArg, PastInstantArg, format_rfc3339},
     },
     clock::{Clock, SystemClock},
     pb,
@@ -18,27 +18,27 @@ use crate::{
 
 /// A key's state, as a filter.
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum State {
+enum KeyStateArg {
     Active,
     Disabled,
     Expired,
     Revoked,
 }
 
-impl From<State> for pb::KeyState {
-    fn from(state: State) -> pb::KeyState {
+impl From<KeyStateArg> for pb::KeyState {
+    fn from(state: KeyStateArg) -> pb::KeyState {
         match state {
-            State::Active => pb::KeyState::Active,
-            State::Disabled => pb::KeyState::Disabled,
-            State::Expired => pb::KeyState::Expired,
-            State::Revoked => pb::KeyState::Revoked,
+            KeyStateArg::Active => pb::KeyState::Active,
+            KeyStateArg::Disabled => pb::KeyState::Disabled,
+            KeyStateArg::Expired => pb::KeyState::Expired,
+            KeyStateArg::Revoked => pb::KeyState::Revoked,
         }
     }
 }
 
-/// Flags of `keyward keys list`.
+/// Flags of `keyward call_keys list`.
 #[derive(Debug, Args)]
-pub(in crate::cli) struct ListArgs {
+pub(in crate::cli) struct KeyListArgs {
     /// Service keys of this account; an account's own callers may leave it out
     #[arg(long, value_name = "ID", conflicts_with = "user")]
     account: Option<String>,
@@ -51,45 +51,47 @@ pub(in crate::cli) struct ListArgs {
     /// Only keys in this state (repeat, or separate by commas) [default: any; with --unused-since or --expires-before:
     /// any but revoked]
     #[arg(long = "state", value_enum, value_name = "STATE", value_delimiter = ',')]
-    states: Vec<State>,
+    states: Vec<KeyStateArg>,
     /// Only keys whose name starts so
     #[arg(long, value_name = "TEXT")]
     name_prefix: Option<String>,
     /// Only keys created before then and not used since: a duration ago (30d) or an instant (RFC 3339)
-    #[arg(long, value_name = "WHEN", value_parser = Past::parse)]
-    unused_since: Option<Past>,
+    #[arg(long, value_name = "WHEN", value_parser = PastInstantArg::parse)]
+    unused_since: Option<PastInstantArg>,
     /// Only keys that expire before then: a duration from now (2w) or an instant (RFC 3339)
-    #[arg(long, value_name = "WHEN", value_parser = Future::parse)]
-    expires_before: Option<Future>,
+    #[arg(long, value_name = "WHEN", value_parser = FutureInstantArg::parse)]
+    expires_before: Option<FutureInstantArg>,
     /// Only keys created before then: a duration ago (90d) or an instant (RFC 3339)
-    #[arg(long, value_name = "WHEN", value_parser = Past::parse)]
-    created_before: Option<Past>,
+    #[arg(long, value_name = "WHEN", value_parser = PastInstantArg::parse)]
+    created_before: Option<PastInstantArg>,
     #[command(flatten)]
     page: PageArgs,
 }
 
-impl ListArgs {
-    pub(super) async fn run(self, cx: &mut Context<'_>) -> Result<u8, Failure> {
-        let session = cx.session()?;
-        let question = self.request(&SystemClock);
+impl KeyListArgs {
+    pub(super) async fn run(self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
+        let session = cx.connect()?;
+        let question = self.build_request(&SystemClock);
         let fetched = self
             .page
-            .fetch(async |size, page_token| {
+            .fetch_pages(async |size, page_token| {
                 let question = pb::ListKeysRequest { page_size: Some(size), page_token, ..question.clone() };
                 let answer = session
-                    .keys(Patience::Short, question, async |mut client, request| client.list(request).await)
+                    .call_keys(DefaultTimeout::Quick, question, async |mut client, request| {
+                        client.list(request).await
+                    })
                     .await?;
                 Ok((answer.keys, answer.next_page_token))
             })
             .await?;
-        let note = fetched.note();
-        let answer = pb::ListKeysResponse { keys: fetched.items, next_page_token: fetched.next };
-        cx.show(&answer, |colours| table(&answer.keys, colours))?;
-        cx.console.note(&note.unwrap_or_default());
+        let note = fetched.truncation_note();
+        let answer = pb::ListKeysResponse { keys: fetched.items, next_page_token: fetched.next_page_token };
+        cx.print_response(&answer, |colours| render_keys(&answer.keys, colours))?;
+        cx.console.eprint(&note.unwrap_or_default());
         Ok(0)
     }
 
-    fn request(&self, clock: &dyn Clock) -> pb::ListKeysRequest {
+    fn build_request(&self, clock: &dyn Clock) -> pb::ListKeysRequest {
         pb::ListKeysRequest {
             account: self.account.clone().unwrap_or_default(),
             user: self.user.clone().unwrap_or_default(),
@@ -104,27 +106,27 @@ impl ListArgs {
     }
 }
 
-fn table(keys: &[pb::Key], colours: bool) -> String {
+fn render_keys(keys: &[pb::Key], colours: bool) -> String {
     let header = ["ID", "NAME", "OWNER", "ENVIRONMENT", "STATE", "HINT", "GRANTS", "EXPIRES", "LAST USED"];
-    let mut rows = Rows::new(&header, colours);
+    let mut rows = ListTable::new(&header, colours);
     for key in keys {
-        rows.row([
-            text(&key.id),
-            text(&key.name),
-            text(output::owner(key)),
-            text(&key.environment),
-            output::state(key),
-            text(&key.hint),
-            text(grants(key)),
-            text(key.expires_at.as_ref().map_or_else(|| "never".to_owned(), rfc3339)),
-            text(key.last_used_at.as_ref().map_or_else(|| "never".to_owned(), rfc3339)),
+        rows.add_row([
+            plain_cell(&key.id),
+            plain_cell(&key.name),
+            plain_cell(text_output::format_key_owner(key)),
+            plain_cell(&key.environment),
+            text_output::format_key_state(key),
+            plain_cell(&key.hint),
+            plain_cell(format_grants(key)),
+            plain_cell(key.expires_at.as_ref().map_or_else(|| "never".to_owned(), format_rfc3339)),
+            plain_cell(key.last_used_at.as_ref().map_or_else(|| "never".to_owned(), format_rfc3339)),
         ]);
     }
-    rows.show("No keys.")
+    rows.render("No keys.")
 }
 
 /// The first grants; a list has no room for 256.
-fn grants(key: &pb::Key) -> String {
+fn format_grants(key: &pb::Key) -> String {
     let roles = key.roles.iter().map(|role| format!("role {role}"));
     let all: Vec<String> = key.scopes.iter().cloned().chain(roles).collect();
     match all.len() {
@@ -143,7 +145,7 @@ mod tests {
     #[derive(Debug, Parser)]
     struct Only {
         #[command(flatten)]
-        args: ListArgs,
+        args: KeyListArgs,
     }
 
     #[test]
@@ -151,7 +153,7 @@ mod tests {
         let line = "list --account acme --environment dev --state active,revoked --name-prefix ci \
                     --unused-since 1d --expires-before 1d --created-before 2d";
         let args = Only::try_parse_from(line.split_whitespace()).unwrap().args;
-        let asked = args.request(&ManualClock::at(Timestamp::from_micros(100_000_000_000)));
+        let asked = args.build_request(&ManualClock::new(Timestamp::from_micros(100_000_000_000)));
         assert_eq!((asked.account.as_str(), asked.environment.as_str()), ("acme", "dev"));
         assert_eq!(asked.states, [pb::KeyState::Active as i32, pb::KeyState::Revoked as i32]);
         assert_eq!(asked.unused_since.map(|at| at.seconds), Some(100_000 - 86_400));
@@ -166,15 +168,15 @@ mod tests {
             roles: vec!["agent".into()],
             ..Default::default()
         };
-        assert_eq!(grants(&key(&["a", "b"])), "a, b, role agent");
-        assert_eq!(grants(&key(&["a", "b", "c"])), "a, b, and 2 more");
+        assert_eq!(format_grants(&key(&["a", "b"])), "a, b, role agent");
+        assert_eq!(format_grants(&key(&["a", "b", "c"])), "a, b, and 2 more");
     }
 
     #[test]
     fn a_list_shows_a_key_on_one_line_off_the_terminal() {
         let key =
             pb::Key { id: "0197".into(), user: "ada".into(), name: "x".repeat(200), ..Default::default() };
-        let text = table(&[key], false);
+        let text = render_keys(&[key], false);
         assert_eq!(text.lines().count(), 2, "{text}");
         assert!(text.contains("user ada"), "{text}");
     }

@@ -1,4 +1,4 @@
-//! `keyward keys update`: the flags that are given are the update mask.
+//! `keyward call_keys call_update`: the flags that are given are the update mask.
 //!
 //! The server takes no expected revision with an update. So a change of some scopes is read back after a while, and made
 //! again if somebody else, who had read the scopes before it, has overwritten it.
@@ -7,21 +7,21 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 
-use super::{OneArgs, change, policy::PolicyArgs};
+use super::{KeyIdArgs, policy_args::KeyPolicyArgs, state_change};
 use crate::{
     cli::{
-        client::{Patience, Session},
-        context::Context,
-        failure::Failure,
-        table::clean,
+        api_client::{ApiClient, DefaultTimeout},
+        context::CommandContext,
+        error::CliError,
+        table::escape_terminal,
     },
-    clock::{Clock, SystemClock, SystemEntropy, random},
+    clock::{Clock, SystemClock, SystemEntropy, random_bytes},
     pb,
 };
 
 /// A field that can be emptied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Field {
+enum ClearableField {
     Name,
     Scopes,
     Roles,
@@ -33,26 +33,26 @@ enum Field {
     Metadata,
 }
 
-impl Field {
+impl ClearableField {
     /// Its path in the update mask.
-    fn path(self) -> &'static str {
+    fn mask_path(self) -> &'static str {
         match self {
-            Field::Name => "name",
-            Field::Scopes => "scopes",
-            Field::Roles => "roles",
-            Field::ExpiresAt => "expires_at",
-            Field::Customers => "customers",
-            Field::AllowedCidrs => "allowed_cidrs",
-            Field::RateLimits => "rate_limits",
-            Field::Quota => "quota",
-            Field::Metadata => "metadata",
+            ClearableField::Name => "name",
+            ClearableField::Scopes => "scopes",
+            ClearableField::Roles => "roles",
+            ClearableField::ExpiresAt => "expires_at",
+            ClearableField::Customers => "customers",
+            ClearableField::AllowedCidrs => "allowed_cidrs",
+            ClearableField::RateLimits => "rate_limits",
+            ClearableField::Quota => "quota",
+            ClearableField::Metadata => "metadata",
         }
     }
 }
 
 /// Changes of the scopes that a key has.
 #[derive(Debug, Default, Args)]
-struct ScopeArgs {
+struct ScopeChangeArgs {
     /// Scope to grant beside those that the key has (repeat, or separate by commas)
     #[arg(long = "add-scope", value_name = "SCOPE", value_delimiter = ',', conflicts_with = "scopes")]
     add: Vec<String>,
@@ -61,19 +61,19 @@ struct ScopeArgs {
     remove: Vec<String>,
 }
 
-impl ScopeArgs {
-    fn is_given(&self) -> bool {
+impl ScopeChangeArgs {
+    fn has_changes(&self) -> bool {
         !self.add.is_empty() || !self.remove.is_empty()
     }
 
     /// Whether these scopes are as the change leaves them.
-    fn is_in(&self, scopes: &[String]) -> bool {
+    fn is_applied_to(&self, scopes: &[String]) -> bool {
         self.add.iter().all(|scope| scopes.contains(scope))
             && !self.remove.iter().any(|scope| scopes.contains(scope))
     }
 
     /// The scopes after the change.
-    fn changed(&self, scopes: &[String]) -> Vec<String> {
+    fn apply_to(&self, scopes: &[String]) -> Vec<String> {
         let mut scopes = scopes.to_vec();
         for scope in &self.add {
             if !scopes.contains(scope) {
@@ -85,25 +85,25 @@ impl ScopeArgs {
     }
 
     /// The scopes of a key after the change.
-    fn apply(&self, key: &pb::Key) -> Result<Vec<String>, Failure> {
+    fn apply_checked(&self, key: &pb::Key) -> Result<Vec<String>, CliError> {
         if let Some(both) = self.add.iter().find(|scope| self.remove.contains(scope)) {
-            return Err(Failure::usage(format!("{both} is both added and removed")));
+            return Err(CliError::new(format!("{both} is both added and removed")));
         }
         if let Some(missing) = self.remove.iter().find(|scope| !key.scopes.contains(scope)) {
             let has = if key.scopes.is_empty() { "none".to_owned() } else { key.scopes.join(", ") };
-            return Err(Failure::refused(format!(
+            return Err(CliError::refused(format!(
                 "the key has no scope {missing} to take away; it has {has}"
             )));
         }
-        let scopes = self.changed(&key.scopes);
+        let scopes = self.apply_to(&key.scopes);
         if scopes == key.scopes {
-            return Err(Failure::refused("the key has these scopes already; nothing was changed"));
+            return Err(CliError::refused("the key has these scopes already; nothing was changed"));
         }
         Ok(scopes)
     }
 }
 
-/// Flags of `keyward keys update`.
+/// Flags of `keyward call_keys call_update`.
 #[derive(Debug, Args)]
 #[command(
     after_help = "A flag replaces the whole field: --scope a:b leaves the key with that scope alone, and \
@@ -112,51 +112,58 @@ impl ScopeArgs {
     change. Exit code 1: it was overwritten each time. A warning shows whose change this one may have overwritten, if the \
     token may read the audit log. What no flag names stays as it is."
 )]
-pub(in crate::cli) struct UpdateArgs {
+pub(in crate::cli) struct KeyUpdateArgs {
     #[command(flatten)]
-    one: OneArgs,
+    key: KeyIdArgs,
     #[command(flatten)]
-    policy: PolicyArgs,
+    policy: KeyPolicyArgs,
     #[command(flatten)]
-    scopes: ScopeArgs,
+    scope_changes: ScopeChangeArgs,
     /// Empty this field (repeat, or separate by commas); taking a restriction away widens what the key may do
     #[arg(long, value_name = "FIELD", value_enum, value_delimiter = ',')]
-    clear: Vec<Field>,
+    clear: Vec<ClearableField>,
 }
 
-impl UpdateArgs {
-    pub(super) async fn run(self, cx: &mut Context<'_>) -> Result<u8, Failure> {
-        let mut question = request(&self, &SystemClock)?;
-        let session = cx.session()?;
-        let before = match (self.scopes.is_given(), self.policy.scopes.is_empty()) {
-            (true, _) => Some(read(&session, &self.one.id).await?),
+impl KeyUpdateArgs {
+    pub(super) async fn run(self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
+        let mut question = build_request(&self, &SystemClock)?;
+        let session = cx.connect()?;
+        let before = match (self.scope_changes.has_changes(), self.policy.scopes.is_empty()) {
+            (true, _) => Some(read_key(&session, &self.key.id).await?),
             // Only for the note about what is replaced: a caller may be allowed to write keys and not to read them.
-            (false, false) => read(&session, &self.one.id).await.ok(),
+            (false, false) => read_key(&session, &self.key.id).await.ok(),
             (false, true) => None,
         };
-        if let (true, Some(before), Some(key)) = (self.scopes.is_given(), &before, &mut question.key) {
-            key.scopes = self.scopes.apply(before)?;
+        if let (true, Some(before), Some(key)) =
+            (self.scope_changes.has_changes(), &before, &mut question.key)
+        {
+            key.scopes = self.scope_changes.apply_checked(before)?;
         }
-        let mut answer = update(&session, question).await?;
+        let mut answer = call_update(&session, question).await?;
         // Before anything else is done: it tells of the changes since this key was read.
         let between = match &before {
-            Some(before) => change_between(&session, before, answer.revision).await,
+            Some(before) => find_concurrent_change(&session, before, answer.revision).await,
             None => None,
         };
-        if self.scopes.is_given() {
+        if self.scope_changes.has_changes() {
             let keep = async || {
-                pause().await;
-                read(&session, &self.one.id).await
+                wait_for_other_writers().await;
+                read_key(&session, &self.key.id).await
             };
-            let again = async |question| update(&session, question).await;
-            answer = until_kept(&self.scopes, answer, keep, again).await?;
+            let again = async |question| call_update(&session, question).await;
+            answer = reapply_until_kept(&self.scope_changes, answer, keep, again).await?;
         }
-        cx.show(&answer, |colours| {
-            change::changed(answer.key.as_ref(), answer.revision, answer.propagation.as_ref(), colours)
+        cx.print_response(&answer, |colours| {
+            state_change::render_changed_key(
+                answer.key.as_ref(),
+                answer.revision,
+                answer.propagation.as_ref(),
+                colours,
+            )
         })?;
         if let (Some(before), Some(after)) = (&before, &answer.key) {
-            cx.console.note(&replaced(&before.scopes, &after.scopes));
-            between.into_iter().for_each(|between| cx.console.note(&between));
+            cx.console.eprint(&describe_scope_diff(&before.scopes, &after.scopes));
+            between.into_iter().for_each(|between| cx.console.eprint(&between));
         }
         Ok(0)
     }
@@ -164,63 +171,70 @@ impl UpdateArgs {
 
 /// After this long, and up to twice as long, a change of scopes is read back: others who had read the scopes before it
 /// have written theirs by then.
-const SETTLES: Duration = Duration::from_millis(400);
+const READ_BACK_DELAY: Duration = Duration::from_millis(400);
 /// So often a change of scopes is made.
-const TRIES: u32 = 10;
+const MAX_ATTEMPTS: u32 = 10;
 
 /// Waits until writes that others were about to make are made; not as long as they wait.
-async fn pause() {
-    let [share] = random::<1>(&SystemEntropy).unwrap_or([128]);
-    tokio::time::sleep(SETTLES + SETTLES * u32::from(share) / 256).await;
+async fn wait_for_other_writers() {
+    let [share] = random_bytes::<1>(&SystemEntropy).unwrap_or([128]);
+    tokio::time::sleep(READ_BACK_DELAY + READ_BACK_DELAY * u32::from(share) / 256).await;
 }
 
-async fn update(session: &Session, question: pb::UpdateKeyRequest) -> Result<pb::UpdateKeyResponse, Failure> {
+async fn call_update(
+    session: &ApiClient,
+    question: pb::UpdateKeyRequest,
+) -> Result<pb::UpdateKeyResponse, CliError> {
     session
-        .keys(Patience::Propagation, question, async |mut client, request| client.update(request).await)
+        .call_keys(DefaultTimeout::Propagation, question, async |mut client, request| {
+            client.update(request).await
+        })
         .await
 }
 
 /// Reads a key until a change of its scopes is in it, and makes the change again where it is not. Gives the last answer.
-async fn until_kept(
-    change: &ScopeArgs,
+async fn reapply_until_kept(
+    change: &ScopeChangeArgs,
     mut answer: pb::UpdateKeyResponse,
-    mut read_later: impl AsyncFnMut() -> Result<pb::Key, Failure>,
-    mut update: impl AsyncFnMut(pb::UpdateKeyRequest) -> Result<pb::UpdateKeyResponse, Failure>,
-) -> Result<pb::UpdateKeyResponse, Failure> {
-    for tried in 1..=TRIES {
-        let key =
-            read_later().await.map_err(|failure| failure.of("the scopes were changed; reading them back"))?;
-        if change.is_in(&key.scopes) {
+    mut read_later: impl AsyncFnMut() -> Result<pb::Key, CliError>,
+    mut update: impl AsyncFnMut(pb::UpdateKeyRequest) -> Result<pb::UpdateKeyResponse, CliError>,
+) -> Result<pb::UpdateKeyResponse, CliError> {
+    for tried in 1..=MAX_ATTEMPTS {
+        let key = read_later()
+            .await
+            .map_err(|failure| failure.with_context("the scopes were changed; reading them back"))?;
+        if change.is_applied_to(&key.scopes) {
             return Ok(answer);
         }
-        if tried < TRIES {
+        if tried < MAX_ATTEMPTS {
             // The scopes alone: what else was changed with them is not written over later changes.
-            let paths = vec![Field::Scopes.path().to_owned()];
-            let key = pb::Key { scopes: change.changed(&key.scopes), id: key.id, ..Default::default() };
+            let paths = vec![ClearableField::Scopes.mask_path().to_owned()];
+            let key = pb::Key { scopes: change.apply_to(&key.scopes), id: key.id, ..Default::default() };
             let question =
                 pb::UpdateKeyRequest { key: Some(key), update_mask: Some(prost_types::FieldMask { paths }) };
             answer = update(question).await.map_err(|failure| {
-                failure.of("another change has overwritten this one of the scopes; making it again")
+                failure.with_context("another change has overwritten this one of the scopes; making it again")
             })?;
         }
     }
-    let lost = format!("other changes of this key have overwritten this one of its scopes {TRIES} times");
-    Err(Failure::refused(lost).hint("look at the key, and do it again when nobody else changes it"))
+    let lost =
+        format!("other changes of this key have overwritten this one of its scopes {MAX_ATTEMPTS} times");
+    Err(CliError::refused(lost).with_hint("look at the key, and do it again when nobody else changes it"))
 }
 
-async fn read(session: &Session, id: &str) -> Result<pb::Key, Failure> {
+async fn read_key(session: &ApiClient, id: &str) -> Result<pb::Key, CliError> {
     let question = pb::GetKeyRequest { id: id.to_owned() };
     let answer = session
-        .keys(Patience::Short, question, async |mut client, request| client.get(request).await)
+        .call_keys(DefaultTimeout::Quick, question, async |mut client, request| client.get(request).await)
         .await?;
-    answer.key.ok_or_else(|| Failure::usage("the server's answer holds no key"))
+    answer.key.ok_or_else(|| CliError::new("the server's answer holds no key"))
 }
 
 /// The scopes that a key has lost, and those that it has gained.
-fn replaced(before: &[String], after: &[String]) -> String {
+fn describe_scope_diff(before: &[String], after: &[String]) -> String {
     let only = |these: &[String], those: &[String]| {
         let only: Vec<_> =
-            these.iter().filter(|scope| !those.contains(scope)).map(|scope| clean(scope)).collect();
+            these.iter().filter(|scope| !those.contains(scope)).map(|scope| escape_terminal(scope)).collect();
         if only.is_empty() { "none".to_owned() } else { only.join(", ") }
     };
     if before == after {
@@ -231,7 +245,7 @@ fn replaced(before: &[String], after: &[String]) -> String {
 
 /// A warning of a change that somebody else made between the reading of a key and the change of this revision. The
 /// server takes no expected revision with an update, so the audit log is asked, if the caller may read it.
-async fn change_between(session: &Session, before: &pb::Key, revision: u64) -> Option<String> {
+async fn find_concurrent_change(session: &ApiClient, before: &pb::Key, revision: u64) -> Option<String> {
     let question = pb::ListAuditEntriesRequest {
         key_id: before.id.clone(),
         oldest_first: true,
@@ -240,44 +254,43 @@ async fn change_between(session: &Session, before: &pb::Key, revision: u64) -> O
         ..Default::default()
     };
     let answer = session
-        .audit(Patience::Short, question, async |mut client, request| client.list(request).await)
+        .call_audit(DefaultTimeout::Quick, question, async |mut client, request| client.list(request).await)
         .await
         .ok()?;
-    overwritten(&answer.entries, revision)
+    format_overwrite_warning(&answer.entries, revision)
 }
 
 /// The warning of the first of a key's entries that comes before the change of this revision.
-fn overwritten(entries: &[pb::AuditEntry], revision: u64) -> Option<String> {
+fn format_overwrite_warning(entries: &[pb::AuditEntry], revision: u64) -> Option<String> {
     let other = entries.iter().find(|entry| entry.revision < revision)?;
     Some(format!(
         "warning: {} changed this key meanwhile (revision {}, {}): what it did to the scopes may be overwritten. Look \
          at the key\n",
-        clean(&other.actor),
+        escape_terminal(&other.actor),
         other.revision,
-        clean(&other.action)
+        escape_terminal(&other.action)
     ))
 }
 
-fn request(args: &UpdateArgs, clock: &dyn Clock) -> Result<pb::UpdateKeyRequest, Failure> {
-    let mut given = given(&args.policy);
-    if args.scopes.is_given() {
-        given.push(Field::Scopes);
+fn build_request(args: &KeyUpdateArgs, clock: &dyn Clock) -> Result<pb::UpdateKeyRequest, CliError> {
+    let mut given = given_fields(&args.policy);
+    if args.scope_changes.has_changes() {
+        given.push(ClearableField::Scopes);
     }
     if let Some(both) = args.clear.iter().find(|field| given.contains(field)) {
-        return Err(Failure::usage(format!("{} is both cleared and given a value", both.path())));
+        return Err(CliError::new(format!("{} is both cleared and given a value", both.mask_path())));
     }
     let mut paths: Vec<String> =
-        given.iter().chain(&args.clear).map(|field| field.path().to_owned()).collect();
+        given.iter().chain(&args.clear).map(|field| field.mask_path().to_owned()).collect();
     paths.sort();
     paths.dedup();
     if paths.is_empty() {
-        return Err(
-            Failure::usage("nothing to change").hint("name what to change, such as --name, or --clear FIELD")
-        );
+        return Err(CliError::new("nothing to change")
+            .with_hint("name what to change, such as --name, or --clear FIELD"));
     }
     let policy = &args.policy;
     let key = pb::Key {
-        id: args.one.id.clone(),
+        id: args.key.id.clone(),
         name: policy.name.clone().unwrap_or_default(),
         scopes: policy.scopes.clone(),
         roles: policy.roles.clone(),
@@ -293,19 +306,28 @@ fn request(args: &UpdateArgs, clock: &dyn Clock) -> Result<pb::UpdateKeyRequest,
 }
 
 /// The fields that flags give a value.
-fn given(policy: &PolicyArgs) -> Vec<Field> {
-    let PolicyArgs { name, scopes, roles, expires, customers, allowed_cidrs, rate_limits, quota, metadata } =
-        policy;
+fn given_fields(policy: &KeyPolicyArgs) -> Vec<ClearableField> {
+    let KeyPolicyArgs {
+        name,
+        scopes,
+        roles,
+        expires,
+        customers,
+        allowed_cidrs,
+        rate_limits,
+        quota,
+        metadata,
+    } = policy;
     [
-        (name.is_some(), Field::Name),
-        (!scopes.is_empty(), Field::Scopes),
-        (!roles.is_empty(), Field::Roles),
-        (expires.is_some(), Field::ExpiresAt),
-        (!customers.is_empty(), Field::Customers),
-        (!allowed_cidrs.is_empty(), Field::AllowedCidrs),
-        (!rate_limits.is_empty(), Field::RateLimits),
-        (quota.is_some(), Field::Quota),
-        (!metadata.is_empty(), Field::Metadata),
+        (name.is_some(), ClearableField::Name),
+        (!scopes.is_empty(), ClearableField::Scopes),
+        (!roles.is_empty(), ClearableField::Roles),
+        (expires.is_some(), ClearableField::ExpiresAt),
+        (!customers.is_empty(), ClearableField::Customers),
+        (!allowed_cidrs.is_empty(), ClearableField::AllowedCidrs),
+        (!rate_limits.is_empty(), ClearableField::RateLimits),
+        (quota.is_some(), ClearableField::Quota),
+        (!metadata.is_empty(), ClearableField::Metadata),
     ]
     .into_iter()
     .filter_map(|(given, field)| given.then_some(field))
@@ -322,14 +344,14 @@ mod tests {
     #[derive(Debug, Parser)]
     struct Only {
         #[command(flatten)]
-        args: UpdateArgs,
+        args: KeyUpdateArgs,
     }
 
     fn asked(line: &str) -> Result<(pb::Key, Vec<String>), String> {
         let only = Only::try_parse_from(format!("update 0197 {line}").split_whitespace())
             .map_err(|e| e.to_string())?;
-        let clock = ManualClock::at(Timestamp::from_micros(0));
-        let request = request(&only.args, &clock).map_err(|e| e.to_string())?;
+        let clock = ManualClock::new(Timestamp::from_micros(0));
+        let request = build_request(&only.args, &clock).map_err(|e| e.to_string())?;
         Ok((request.key.unwrap(), request.update_mask.unwrap().paths))
     }
 
@@ -356,9 +378,9 @@ mod tests {
     #[test]
     fn scopes_are_added_and_removed_beside_those_that_the_key_has() {
         let apply = |add: &[&str], remove: &[&str]| {
-            let args = ScopeArgs { add: scopes(add), remove: scopes(remove) };
+            let args = ScopeChangeArgs { add: scopes(add), remove: scopes(remove) };
             let key = pb::Key { scopes: scopes(&["a:b", "c:d"]), ..Default::default() };
-            args.apply(&key).map_err(|failure| failure.to_string())
+            args.apply_checked(&key).map_err(|failure| failure.to_string())
         };
         assert_eq!(apply(&["e:f"], &["a:b"]), Ok(scopes(&["c:d", "e:f"])));
         assert_eq!(apply(&["a:b", "e:f"], &[]), Ok(scopes(&["a:b", "c:d", "e:f"])));
@@ -375,10 +397,10 @@ mod tests {
     /// Plays writers who have each read the key before another wrote: the scopes before each reading back. What comes of
     /// adding `s:1` and removing `a:b`.
     async fn kept(overwritten_with: &[&[&str]]) -> (Result<Vec<String>, String>, usize) {
-        let change = ScopeArgs { add: scopes(&["s:1"]), remove: scopes(&["a:b"]) };
+        let change = ScopeChangeArgs { add: scopes(&["s:1"]), remove: scopes(&["a:b"]) };
         let stored = std::cell::RefCell::new(scopes(&["s:1"]));
         let (mut others, writes) = (overwritten_with.iter(), std::cell::Cell::new(0));
-        let ended = until_kept(
+        let ended = reapply_until_kept(
             &change,
             pb::UpdateKeyResponse::default(),
             async || {
@@ -394,7 +416,7 @@ mod tests {
         )
         .await;
         let ended = ended.map(|_| stored.borrow().clone());
-        (ended.map_err(|failure| format!("{} {failure}", failure.exit())), writes.get())
+        (ended.map_err(|failure| format!("{} {failure}", failure.exit_code())), writes.get())
     }
 
     #[tokio::test]
@@ -410,10 +432,10 @@ mod tests {
 
     #[test]
     fn what_a_list_of_scopes_replaces_is_said() {
-        let shown = replaced(&scopes(&["a:b", "c:d"]), &scopes(&["c:d", "e:f"]));
+        let shown = describe_scope_diff(&scopes(&["a:b", "c:d"]), &scopes(&["c:d", "e:f"]));
         assert_eq!(shown, "Scopes taken away: a:b; granted: e:f.\n");
-        assert_eq!(replaced(&scopes(&["a:b"]), &scopes(&["a:b"])), "");
-        assert_eq!(replaced(&scopes(&["a:b"]), &[]), "Scopes taken away: a:b; granted: none.\n");
+        assert_eq!(describe_scope_diff(&scopes(&["a:b"]), &scopes(&["a:b"])), "");
+        assert_eq!(describe_scope_diff(&scopes(&["a:b"]), &[]), "Scopes taken away: a:b; granted: none.\n");
     }
 
     #[test]
@@ -424,8 +446,8 @@ mod tests {
             action: "key.updated".to_owned(),
             ..Default::default()
         };
-        assert_eq!(overwritten(&[entry(9, "us")], 9), None);
-        let warning = overwritten(&[entry(8, "0197-other"), entry(9, "us")], 9).unwrap();
+        assert_eq!(format_overwrite_warning(&[entry(9, "us")], 9), None);
+        let warning = format_overwrite_warning(&[entry(8, "0197-other"), entry(9, "us")], 9).unwrap();
         assert!(
             warning.contains("0197-other changed this key meanwhile (revision 8, key.updated)"),
             "{warning}"

@@ -1,4 +1,4 @@
-//! `keyward keys usage`: how often a key was allowed and denied, as bars.
+//! `keyward call_keys usage`: how often a key was allowed and denied, as bars.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -7,48 +7,48 @@ use prost_types::Timestamp;
 
 use crate::{
     cli::{
-        client::Patience,
-        context::Context,
-        failure::Failure,
-        output::reason_word,
-        values::{Past, from_micros, proto_duration, rfc3339},
+        api_client::DefaultTimeout,
+        context::CommandContext,
+        error::CliError,
+        text_output::format_reason,
+        value_format::{PastInstantArg, duration_to_proto, format_rfc3339, timestamp_from_micros},
     },
     clock::{Clock, SystemClock},
     config::duration,
     pb,
 };
 
-const HOUR: i64 = 3_600;
-const DAY: i64 = 86_400;
+const SECONDS_PER_HOUR: i64 = 3_600;
+const SECONDS_PER_DAY: i64 = 86_400;
 /// How many characters the longest bar has.
-const WIDTH: u64 = 40;
+const BAR_WIDTH: u64 = 40;
 /// Bars grow by eighths of a character.
 const EIGHTHS: [char; 8] = [' ', '▏', '▎', '▍', '▌', '▋', '▊', '▉'];
 /// So many steps without a Check are told in one line.
-const GAP: i64 = 4;
+const MIN_COLLAPSED_STEPS: i64 = 4;
 
-/// Flags of `keyward keys usage`.
+/// Flags of `keyward call_keys usage`.
 #[derive(Debug, Args)]
 #[command(after_help = "Counts are kept by the hour for 90 days. Times are UTC.
 
 Example: keyward keys usage 0197c0de-0000-7000-8000-000000000000 --from 14d --step 1d")]
-pub(in crate::cli) struct UsageArgs {
+pub(in crate::cli) struct KeyUsageArgs {
     #[command(flatten)]
-    one: super::OneArgs,
+    key: super::KeyIdArgs,
     /// From the step that holds this instant: a duration ago (12h) or an instant (RFC 3339) [default: 24 steps
     /// of less than a day, or 30 days]
-    #[arg(long, value_name = "WHEN", value_parser = Past::parse)]
-    from: Option<Past>,
+    #[arg(long, value_name = "WHEN", value_parser = PastInstantArg::parse)]
+    from: Option<PastInstantArg>,
     /// To the end of the hour of this instant [default: now]
-    #[arg(long, value_name = "WHEN", value_parser = Past::parse)]
-    to: Option<Past>,
+    #[arg(long, value_name = "WHEN", value_parser = PastInstantArg::parse)]
+    to: Option<PastInstantArg>,
     /// Length of a step, in full hours: 1h, 6h, 1d; steps of full days begin at midnight UTC
-    #[arg(long, value_name = "DURATION", value_parser = step, default_value = "1h")]
+    #[arg(long, value_name = "DURATION", value_parser = parse_step, default_value = "1h")]
     step: Duration,
 }
 
-fn step(text: &str) -> Result<Duration, String> {
-    let step = duration::parse(text)?;
+fn parse_step(text: &str) -> Result<Duration, String> {
+    let step = duration::parse_duration(text)?;
     let hours = step.as_secs() / 3_600;
     let full = step.as_secs().is_multiple_of(3_600) && step.subsec_nanos() == 0;
     if full && (1..=90 * 24).contains(&hours) {
@@ -57,43 +57,53 @@ fn step(text: &str) -> Result<Duration, String> {
     Err("write full hours or days, up to 90d: 1h, 6h, 1d".to_owned())
 }
 
-impl UsageArgs {
-    pub(super) async fn run(self, cx: &mut Context<'_>) -> Result<u8, Failure> {
-        let (step, question) = (seconds(self.step), self.request(&SystemClock));
+impl KeyUsageArgs {
+    pub(super) async fn run(self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
+        let (step, question) = (step_seconds(self.step), self.build_request(&SystemClock));
         let from = question.from.map_or(0, |from| from.seconds);
         let answer = cx
-            .session()?
-            .keys(Patience::Short, question, async |mut client, request| client.usage(request).await)
+            .connect()?
+            .call_keys(DefaultTimeout::Quick, question, async |mut client, request| {
+                client.usage(request).await
+            })
             .await?;
-        cx.show(&answer, |colours| draw(&answer, from, step, colours))?;
+        cx.print_response(&answer, |colours| render_usage(&answer, from, step, colours))?;
         Ok(0)
     }
 
     /// The server counts steps from `from` on, so it is put where a step begins.
-    fn request(&self, clock: &dyn Clock) -> pb::KeyUsageRequest {
-        let step = seconds(self.step);
-        let grid = if step % DAY == 0 { DAY } else { HOUR };
-        let end = self.to.map_or_else(|| from_micros(clock.now().as_micros()), |to| to.resolve(clock));
+    fn build_request(&self, clock: &dyn Clock) -> pb::KeyUsageRequest {
+        let step = step_seconds(self.step);
+        let grid = if step % SECONDS_PER_DAY == 0 { SECONDS_PER_DAY } else { SECONDS_PER_HOUR };
+        let end =
+            self.to.map_or_else(|| timestamp_from_micros(clock.now().as_micros()), |to| to.resolve(clock));
         let from = self.from.map_or_else(
-            || end.seconds - if grid == DAY { step.max(30 * DAY) - DAY } else { 23 * step },
+            || {
+                end.seconds
+                    - if grid == SECONDS_PER_DAY {
+                        step.max(30 * SECONDS_PER_DAY) - SECONDS_PER_DAY
+                    } else {
+                        23 * step
+                    }
+            },
             |from| from.resolve(clock).seconds,
         );
         let from = from.div_euclid(grid) * grid;
         pb::KeyUsageRequest {
-            id: self.one.id.clone(),
+            id: self.key.id.clone(),
             from: Some(Timestamp { seconds: from, nanos: 0 }),
             to: self.to.map(|_| end),
-            step: Some(proto_duration(self.step)),
+            step: Some(duration_to_proto(self.step)),
         }
     }
 }
 
-fn seconds(step: Duration) -> i64 {
-    i64::try_from(step.as_secs()).unwrap_or(i64::MAX).max(HOUR)
+fn step_seconds(step: Duration) -> i64 {
+    i64::try_from(step.as_secs()).unwrap_or(i64::MAX).max(SECONDS_PER_HOUR)
 }
 
 /// The bars, the sums, and the reasons of the denials.
-fn draw(answer: &pb::KeyUsageResponse, from: i64, step: i64, colours: bool) -> String {
+fn render_usage(answer: &pb::KeyUsageResponse, from: i64, step: i64, colours: bool) -> String {
     if answer.buckets.is_empty() {
         return "No checks.\n".to_owned();
     }
@@ -101,71 +111,71 @@ fn draw(answer: &pb::KeyUsageResponse, from: i64, step: i64, colours: bool) -> S
     let (scale, mut at, mut text) = (most.unwrap_or(0).max(1), from, String::new());
     for bucket in &answer.buckets {
         let start = bucket.start.map_or(at, |start| start.seconds);
-        text.push_str(&silence(at, start, step));
-        text.push_str(&line(start, step, bucket, scale, colours));
+        text.push_str(&render_idle_steps(at, start, step));
+        text.push_str(&render_step(start, step, bucket, scale, colours));
         at = start.saturating_add(step);
     }
-    text + "\n" + &sums(answer, colours)
+    text + "\n" + &render_totals(answer, colours)
 }
 
 /// The steps from `at` up to `start`, in which nothing was asked.
-fn silence(at: i64, start: i64, step: i64) -> String {
+fn render_idle_steps(at: i64, start: i64, step: i64) -> String {
     let steps = start.saturating_sub(at).max(0) / step;
-    if steps >= GAP {
+    if steps >= MIN_COLLAPSED_STEPS {
         return format!("{:16}  {steps} steps without a check\n", "");
     }
-    (0..steps).map(|n| format!("{}  0\n", label(at + n * step, step))).collect()
+    (0..steps).map(|n| format!("{}  0\n", format_step_start(at + n * step, step))).collect()
 }
 
 /// When a step begins: `2026-01-31 14:00`, or the day alone.
-fn label(start: i64, step: i64) -> String {
-    let instant = rfc3339(&Timestamp { seconds: start, nanos: 0 });
-    let length = if step % DAY == 0 { 10 } else { 16 };
+fn format_step_start(start: i64, step: i64) -> String {
+    let instant = format_rfc3339(&Timestamp { seconds: start, nanos: 0 });
+    let length = if step % SECONDS_PER_DAY == 0 { 10 } else { 16 };
     format!("{:16}", instant.get(..length).unwrap_or(&instant).replace('T', " "))
 }
 
-fn line(start: i64, step: i64, bucket: &pb::UsageBucket, scale: u64, colours: bool) -> String {
-    let allowed = coloured(&solid(bucket.allowed, scale), "32", colours);
-    let denied = coloured(&shaded(bucket.denied, scale), "31", colours);
+fn render_step(start: i64, step: i64, bucket: &pb::UsageBucket, scale: u64, colours: bool) -> String {
+    let allowed = colorize(&render_allowed_bar(bucket.allowed, scale), "32", colours);
+    let denied = colorize(&render_denied_bar(bucket.denied, scale), "31", colours);
     let mut counts = bucket.allowed.to_string();
     if bucket.denied > 0 {
         counts.push_str(&format!(" + {} denied", bucket.denied));
     }
-    format!("{}  {allowed}{denied} {counts}\n", label(start, step))
+    format!("{}  {allowed}{denied} {counts}\n", format_step_start(start, step))
 }
 
 /// A bar of full and partial blocks; what is not nothing is seen.
-fn solid(count: u64, scale: u64) -> String {
-    let eighths = scaled(count, WIDTH * 8, scale);
+fn render_allowed_bar(count: u64, scale: u64) -> String {
+    let eighths = scale_to_width(count, BAR_WIDTH * 8, scale);
     let mut bar = "█".repeat((eighths / 8) as usize);
     bar.extend(EIGHTHS.get((eighths % 8) as usize).filter(|part| **part != ' '));
     bar
 }
 
 /// A bar that is told from the other one without colours too.
-fn shaded(count: u64, scale: u64) -> String {
-    "░".repeat(scaled(count, WIDTH, scale) as usize)
+fn render_denied_bar(count: u64, scale: u64) -> String {
+    "░".repeat(scale_to_width(count, BAR_WIDTH, scale) as usize)
 }
 
 /// The share of `width`, rounded down, and 1 at least for what is not nothing.
-fn scaled(count: u64, width: u64, scale: u64) -> u64 {
+fn scale_to_width(count: u64, width: u64, scale: u64) -> u64 {
     let share = u128::from(count) * u128::from(width) / u128::from(scale.max(1));
     u64::try_from(share).unwrap_or(width).clamp(u64::from(count > 0), width)
 }
 
-fn coloured(text: &str, code: &str, colours: bool) -> String {
+fn colorize(text: &str, code: &str, colours: bool) -> String {
     if colours && !text.is_empty() { format!("\u{1b}[{code}m{text}\u{1b}[0m") } else { text.to_owned() }
 }
 
-fn sums(answer: &pb::KeyUsageResponse, colours: bool) -> String {
+fn render_totals(answer: &pb::KeyUsageResponse, colours: bool) -> String {
     let mut reasons: BTreeMap<i32, u64> = BTreeMap::new();
     for count in answer.buckets.iter().flat_map(|bucket| &bucket.denied_by_reason) {
         *reasons.entry(count.reason).or_default() += count.count;
     }
-    let mut text = format!("{}  {}\n", coloured("allowed", "32", colours), answer.allowed);
-    text.push_str(&format!("{}   {}\n", coloured("denied", "31", colours), answer.denied));
+    let mut text = format!("{}  {}\n", colorize("allowed", "32", colours), answer.allowed);
+    text.push_str(&format!("{}   {}\n", colorize("denied", "31", colours), answer.denied));
     for (reason, count) in reasons {
-        let word = pb::Reason::try_from(reason).map_or_else(|_| format!("reason {reason}"), reason_word);
+        let word = pb::Reason::try_from(reason).map_or_else(|_| format!("reason {reason}"), format_reason);
         text.push_str(&format!("  {word}: {count}\n"));
     }
     text
@@ -182,14 +192,14 @@ mod tests {
     #[derive(Debug, Parser)]
     struct Only {
         #[command(flatten)]
-        args: UsageArgs,
+        args: KeyUsageArgs,
     }
 
     /// The request at 2026-01-01T12:30:00Z.
     fn asked(line: &str) -> pb::KeyUsageRequest {
         let line = format!("usage 0197 {line}");
         let args = Only::try_parse_from(line.split_whitespace()).unwrap().args;
-        args.request(&ManualClock::at(time::Timestamp::from_micros(1_767_270_600_000_000)))
+        args.build_request(&ManualClock::new(time::Timestamp::from_micros(1_767_270_600_000_000)))
     }
 
     fn bucket(start: i64, allowed: u64, denied: u64) -> pb::UsageBucket {
@@ -207,7 +217,7 @@ mod tests {
 
     #[test]
     fn steps_begin_at_full_hours_and_days_at_midnight() {
-        let from = |line: &str| asked(line).from.map(|from| rfc3339(&from)).unwrap();
+        let from = |line: &str| asked(line).from.map(|from| format_rfc3339(&from)).unwrap();
         assert_eq!(from(""), "2025-12-31T13:00:00Z");
         assert_eq!(from("--from 1h30m --step 1h"), "2026-01-01T11:00:00Z");
         assert_eq!(from("--step 1d"), "2025-12-03T00:00:00Z");
@@ -220,16 +230,21 @@ mod tests {
     #[test]
     fn a_step_is_full_hours() {
         for good in ["1h", "6h", "1d", "1w", "90d"] {
-            assert!(step(good).is_ok(), "{good}");
+            assert!(parse_step(good).is_ok(), "{good}");
         }
         for bad in ["30m", "1h30m", "0h", "91d", "x", "1h1ms"] {
-            assert!(step(bad).is_err(), "{bad}");
+            assert!(parse_step(bad).is_err(), "{bad}");
         }
     }
 
     #[test]
     fn the_longest_bar_is_full_and_the_least_is_seen() {
-        let text = draw(&answer(vec![bucket(0, 1_000_000, 0), bucket(HOUR, 1, 1)]), 0, HOUR, false);
+        let text = render_usage(
+            &answer(vec![bucket(0, 1_000_000, 0), bucket(SECONDS_PER_HOUR, 1, 1)]),
+            0,
+            SECONDS_PER_HOUR,
+            false,
+        );
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines[0], format!("1970-01-01 00:00  {} 1000000", "█".repeat(40)));
         assert_eq!(lines[1], "1970-01-01 01:00  ▏░ 1 + 1 denied");
@@ -237,24 +252,35 @@ mod tests {
 
     #[test]
     fn steps_without_a_check_are_shown_and_many_of_them_in_one_line() {
-        let text = draw(&answer(vec![bucket(2 * DAY, 1, 0), bucket(10 * DAY, 1, 0)]), 0, DAY, false);
+        let text = render_usage(
+            &answer(vec![bucket(2 * SECONDS_PER_DAY, 1, 0), bucket(10 * SECONDS_PER_DAY, 1, 0)]),
+            0,
+            SECONDS_PER_DAY,
+            false,
+        );
         assert!(text.starts_with("1970-01-01        0\n1970-01-02        0\n1970-01-03        █"), "{text}");
         assert!(text.contains("7 steps without a check\n1970-01-11"), "{text}");
-        assert_eq!(draw(&answer(vec![]), 0, DAY, false), "No checks.\n");
+        assert_eq!(render_usage(&answer(vec![]), 0, SECONDS_PER_DAY, false), "No checks.\n");
     }
 
     #[test]
     fn denials_are_summed_by_reason() {
-        let text = draw(&answer(vec![bucket(0, 5, 2), bucket(HOUR, 1, 3)]), 0, HOUR, false);
+        let text = render_usage(
+            &answer(vec![bucket(0, 5, 2), bucket(SECONDS_PER_HOUR, 1, 3)]),
+            0,
+            SECONDS_PER_HOUR,
+            false,
+        );
         assert!(text.ends_with("\nallowed  6\ndenied   5\n  expired: 5\n"), "{text}");
     }
 
     #[test]
     fn colours_come_only_where_they_are_wanted() {
         let usage = answer(vec![bucket(0, 5, 2)]);
-        assert!(!draw(&usage, 0, HOUR, false).contains('\u{1b}'));
+        assert!(!render_usage(&usage, 0, SECONDS_PER_HOUR, false).contains('\u{1b}'));
         assert!(
-            draw(&usage, 0, HOUR, true).contains("\u{1b}[32m") && draw(&usage, 0, HOUR, true).contains("31m")
+            render_usage(&usage, 0, SECONDS_PER_HOUR, true).contains("\u{1b}[32m")
+                && render_usage(&usage, 0, SECONDS_PER_HOUR, true).contains("31m")
         );
     }
 
@@ -265,7 +291,7 @@ mod tests {
             from: i64,
         ) {
             let buckets = starts.iter().map(|(at, a, d)| bucket(*at, u64::from(*a), u64::from(*d))).collect();
-            for line in draw(&answer(buckets), from, HOUR, false).lines() {
+            for line in render_usage(&answer(buckets), from, SECONDS_PER_HOUR, false).lines() {
                 prop_assert!(line.chars().count() < 120, "{line}");
             }
         }

@@ -10,21 +10,21 @@ use clap::Args;
 use comfy_table::Color;
 use serde::{Deserialize, Serialize, Serializer};
 
-use super::{home, list_roles, put_role};
+use super::{fetch_all_roles, format_role_owner, put_role};
 use crate::{
     cli::{
-        client::Session,
-        context::Context,
-        failure::Failure,
-        json::Json,
-        table::{Rows, clean, text},
-        values::shown_path,
+        api_client::ApiClient,
+        context::CommandContext,
+        error::CliError,
+        json_output::ToJson,
+        table::{ListTable, escape_terminal, plain_cell},
+        value_format::shown_path,
     },
-    config::wording,
+    config::toml_messages,
     pb,
 };
 
-const FORMAT: &str = "\
+const FILE_FORMAT_HELP: &str = "\
 The file holds a table for each role:
 
   [[role]]
@@ -36,8 +36,8 @@ Roles of the server that the file does not name stay as they are.";
 
 /// Flags of `keyward roles apply`.
 #[derive(Debug, Args)]
-#[command(after_help = FORMAT)]
-pub(in crate::cli) struct ApplyArgs {
+#[command(after_help = FILE_FORMAT_HELP)]
+pub(in crate::cli) struct RoleApplyArgs {
     /// The TOML file
     #[arg(value_name = "FILE")]
     file: PathBuf,
@@ -49,15 +49,15 @@ pub(in crate::cli) struct ApplyArgs {
 /// A file of roles.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Roles {
+struct RolesFile {
     #[serde(default)]
-    role: Vec<Wanted>,
+    role: Vec<DesiredRole>,
 }
 
 /// A role as the file wants it.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Wanted {
+struct DesiredRole {
     name: String,
     #[serde(default)]
     account: String,
@@ -66,7 +66,7 @@ struct Wanted {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-enum What {
+enum RoleChangeKind {
     Created,
     Changed,
     Unchanged,
@@ -74,70 +74,71 @@ enum What {
 
 /// What applying does to one role.
 #[derive(Debug, PartialEq, Eq, Serialize)]
-struct Change {
+struct RoleChange {
     account: Option<String>,
     name: String,
-    change: What,
+    change: RoleChangeKind,
     added: Vec<String>,
     removed: Vec<String>,
 }
 
 /// What applying did.
 #[derive(Debug, Serialize)]
-struct Report {
+struct RoleApplyReport {
     dry_run: bool,
-    roles: Vec<Change>,
+    roles: Vec<RoleChange>,
 }
 
-impl Json for Report {
-    fn write<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+impl ToJson for RoleApplyReport {
+    fn serialize_json<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         self.serialize(serializer)
     }
 }
 
-impl ApplyArgs {
-    pub(super) async fn run(self, cx: &mut Context<'_>, session: &Session) -> Result<(), Failure> {
-        let wanted = read(&self.file)?;
+impl RoleApplyArgs {
+    pub(super) async fn run(self, cx: &mut CommandContext<'_>, session: &ApiClient) -> Result<(), CliError> {
+        let wanted = read_roles_file(&self.file)?;
         let accounts: BTreeSet<&String> = wanted.iter().map(|role| &role.account).collect();
         let mut there = BTreeMap::new();
         for account in accounts {
-            for role in list_roles(session, account.clone()).await?.roles {
+            for role in fetch_all_roles(session, account.clone()).await?.roles {
                 there.insert((role.account.clone(), role.name.clone()), role.scopes);
             }
         }
-        let mut report = Report { dry_run: self.dry_run, roles: Vec::new() };
+        let mut report = RoleApplyReport { dry_run: self.dry_run, roles: Vec::new() };
         let mut failed = None;
         for role in wanted {
-            let change = compare(&role, there.get(&(role.account.clone(), role.name.clone())));
-            let Wanted { name, account, scopes } = role;
-            if change.change != What::Unchanged && !self.dry_run {
+            let change = diff_role(&role, there.get(&(role.account.clone(), role.name.clone())));
+            let DesiredRole { name, account, scopes } = role;
+            if change.change != RoleChangeKind::Unchanged && !self.dry_run {
                 let question = pb::PutRoleRequest { account, name, scopes };
                 if let Err(failure) = put_role(session, question).await {
-                    failed = Some(failure.of(&format!("role {}", change.name)));
+                    failed = Some(failure.with_context(&format!("role {}", change.name)));
                     break;
                 }
             }
             report.roles.push(change);
         }
         // What was done is told even when the rest was not.
-        cx.show(&report, |colours| table(&report, colours))?;
+        cx.print_response(&report, |colours| render_report(&report, colours))?;
         failed.map_or(Ok(()), Err)
     }
 }
 
-fn read(path: &Path) -> Result<Vec<Wanted>, Failure> {
+fn read_roles_file(path: &Path) -> Result<Vec<DesiredRole>, CliError> {
     let text = fs::read_to_string(path)
-        .map_err(|error| Failure::usage(format!("cannot read {}: {error}", shown_path(path))))?;
-    parse(&text).map_err(|problem| {
-        Failure::usage(format!("{}: {problem}", shown_path(path))).hint("--help shows what such a file holds")
+        .map_err(|error| CliError::new(format!("cannot read {}: {error}", shown_path(path))))?;
+    parse_roles(&text).map_err(|problem| {
+        CliError::new(format!("{}: {problem}", shown_path(path)))
+            .with_hint("--help shows what such a file holds")
     })
 }
 
-fn parse(text: &str) -> Result<Vec<Wanted>, String> {
-    let roles: Roles = toml::from_str(text).map_err(|error| {
+fn parse_roles(text: &str) -> Result<Vec<DesiredRole>, String> {
+    let roles: RolesFile = toml::from_str(text).map_err(|error| {
         let line =
             error.span().map_or(1, |span| 1 + text[..span.start.min(text.len())].matches('\n').count());
-        format!("line {line}: {}", wording::plain(error.message()))
+        format!("line {line}: {}", toml_messages::rephrase_serde_error(error.message()))
     })?;
     if roles.role.is_empty() {
         return Err("there is no [[role]] in it".to_owned());
@@ -145,14 +146,18 @@ fn parse(text: &str) -> Result<Vec<Wanted>, String> {
     let mut seen = BTreeSet::new();
     for role in &roles.role {
         if !seen.insert((&role.account, &role.name)) {
-            return Err(format!("role {} ({}) stands there twice", role.name, home(&role.account)));
+            return Err(format!(
+                "role {} ({}) stands there twice",
+                role.name,
+                format_role_owner(&role.account)
+            ));
         }
     }
     Ok(roles.role)
 }
 
 /// What a role has to become, given what it grants now. `all` is how people write `*`.
-fn compare(wanted: &Wanted, there: Option<&Vec<String>>) -> Change {
+fn diff_role(wanted: &DesiredRole, there: Option<&Vec<String>>) -> RoleChange {
     let set = |scopes: &[String]| -> BTreeSet<String> {
         scopes.iter().map(|scope| if scope == "all" { "*".to_owned() } else { scope.clone() }).collect()
     };
@@ -161,35 +166,35 @@ fn compare(wanted: &Wanted, there: Option<&Vec<String>>) -> Change {
     let added: Vec<String> = new.difference(&old).cloned().collect();
     let removed: Vec<String> = old.difference(&new).cloned().collect();
     let change = match there {
-        None => What::Created,
-        Some(_) if added.is_empty() && removed.is_empty() => What::Unchanged,
-        Some(_) => What::Changed,
+        None => RoleChangeKind::Created,
+        Some(_) if added.is_empty() && removed.is_empty() => RoleChangeKind::Unchanged,
+        Some(_) => RoleChangeKind::Changed,
     };
     let account = Some(wanted.account.clone()).filter(|account| !account.is_empty());
-    Change { account, name: wanted.name.clone(), change, added, removed }
+    RoleChange { account, name: wanted.name.clone(), change, added, removed }
 }
 
-fn table(report: &Report, colours: bool) -> String {
-    let mut rows = Rows::new(&["NAME", "ACCOUNT", "CHANGE", "SCOPES"], colours);
+fn render_report(report: &RoleApplyReport, colours: bool) -> String {
+    let mut rows = ListTable::new(&["NAME", "ACCOUNT", "CHANGE", "SCOPES"], colours);
     for change in &report.roles {
         let (word, colour) = match (change.change, report.dry_run) {
-            (What::Created, false) => ("created", Some(Color::Green)),
-            (What::Created, true) => ("would be created", Some(Color::Green)),
-            (What::Changed, false) => ("changed", Some(Color::Yellow)),
-            (What::Changed, true) => ("would be changed", Some(Color::Yellow)),
-            (What::Unchanged, _) => ("unchanged", None),
+            (RoleChangeKind::Created, false) => ("created", Some(Color::Green)),
+            (RoleChangeKind::Created, true) => ("would be created", Some(Color::Green)),
+            (RoleChangeKind::Changed, false) => ("changed", Some(Color::Yellow)),
+            (RoleChangeKind::Changed, true) => ("would be changed", Some(Color::Yellow)),
+            (RoleChangeKind::Unchanged, _) => ("unchanged", None),
         };
         let added = change.added.iter().map(|scope| format!("+{scope}"));
         let scopes: Vec<String> =
             added.chain(change.removed.iter().map(|scope| format!("-{scope}"))).collect();
-        rows.row([
-            text(&change.name),
-            text(home(change.account.as_deref().unwrap_or_default())),
+        rows.add_row([
+            plain_cell(&change.name),
+            plain_cell(format_role_owner(change.account.as_deref().unwrap_or_default())),
             (word.to_owned(), colour),
-            text(clean(&scopes.join(" "))),
+            plain_cell(escape_terminal(&scopes.join(" "))),
         ]);
     }
-    rows.show("Nothing was changed.")
+    rows.render("Nothing was changed.")
 }
 
 #[cfg(test)]
@@ -197,9 +202,9 @@ mod tests {
     use super::*;
     use crate::domain::scope::Scope;
 
-    fn wanted(scopes: &[&str]) -> Wanted {
+    fn wanted(scopes: &[&str]) -> DesiredRole {
         let scopes = scopes.iter().map(|scope| (*scope).to_owned()).collect();
-        Wanted { name: "agent".into(), account: String::new(), scopes }
+        DesiredRole { name: "agent".into(), account: String::new(), scopes }
     }
 
     fn scopes(scopes: &[&str]) -> Vec<String> {
@@ -208,7 +213,7 @@ mod tests {
 
     #[test]
     fn the_shipped_example_holds_roles_that_the_server_takes() {
-        let roles = parse(include_str!("../../../deploy/examples/roles.toml")).unwrap();
+        let roles = parse_roles(include_str!("../../../deploy/examples/roles.toml")).unwrap();
         let names: Vec<&str> = roles.iter().map(|role| role.name.as_str()).collect();
         assert_eq!(names, ["agent", "read-only", "admin", "owner"]);
         for scope in roles.iter().flat_map(|role| &role.scopes) {
@@ -219,15 +224,18 @@ mod tests {
     #[test]
     fn a_role_that_is_as_the_file_says_is_left_alone_in_whatever_order_it_stands() {
         let there = scopes(&["*", "a:b"]);
-        assert_eq!(compare(&wanted(&["a:b", "all", "a:b"]), Some(&there)).change, What::Unchanged);
+        assert_eq!(
+            diff_role(&wanted(&["a:b", "all", "a:b"]), Some(&there)).change,
+            RoleChangeKind::Unchanged
+        );
     }
 
     #[test]
     fn a_change_says_what_is_gained_and_what_is_lost() {
-        let change = compare(&wanted(&["a:b", "c:d"]), Some(&scopes(&["a:b", "x:y"])));
+        let change = diff_role(&wanted(&["a:b", "c:d"]), Some(&scopes(&["a:b", "x:y"])));
         assert_eq!((change.added, change.removed), (scopes(&["c:d"]), scopes(&["x:y"])));
-        assert_eq!(change.change, What::Changed);
-        assert_eq!(compare(&wanted(&["a:b"]), None).change, What::Created);
+        assert_eq!(change.change, RoleChangeKind::Changed);
+        assert_eq!(diff_role(&wanted(&["a:b"]), None).change, RoleChangeKind::Created);
     }
 
     #[test]
@@ -241,15 +249,15 @@ mod tests {
                 "role a (global) stands there twice",
             ),
         ] {
-            let error = parse(text).unwrap_err();
+            let error = parse_roles(text).unwrap_err();
             assert!(error.contains(problem), "{error}");
         }
     }
 
     #[test]
     fn the_report_tells_what_would_be_from_what_was_done() {
-        let report = |dry_run| Report { dry_run, roles: vec![compare(&wanted(&["a:b"]), None)] };
-        assert!(table(&report(false), false).contains("agent  global   created  +a:b"));
-        assert!(table(&report(true), false).contains("would be created"));
+        let report = |dry_run| RoleApplyReport { dry_run, roles: vec![diff_role(&wanted(&["a:b"]), None)] };
+        assert!(render_report(&report(false), false).contains("agent  global   created  +a:b"));
+        assert!(render_report(&report(true), false).contains("would be created"));
     }
 }

@@ -5,9 +5,9 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{ConfigError, Settings};
+use super::{ConfigError, ServerSettings};
 use crate::{
-    config::{lifecycle::LifecycleArgs, secret::SecretUrl},
+    config::{lifecycle::LifecycleArgs, secret_url::SecretUrl},
     domain::name::KeyId,
 };
 
@@ -118,19 +118,22 @@ pub struct DatabaseArgs {
 
 /// What a command takes that reads the server's settings and no more.
 #[derive(Args, Clone, Debug, Default)]
-pub struct ConfigArgs {
+pub struct ConfigFileArgs {
     /// The TOML file with settings that the server is started with
     #[arg(long, env = "KEYWARD_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
 }
 
-impl ConfigArgs {
+impl ConfigFileArgs {
     /// Reads the settings.
     ///
     /// # Errors
-    /// As for [`Settings::load`].
-    pub fn load(&self) -> Result<Settings, ConfigError> {
-        Settings::load_database(&DatabaseArgs { config: self.config.clone(), ..DatabaseArgs::default() })
+    /// As for [`ServerSettings::load`].
+    pub fn load(&self) -> Result<ServerSettings, ConfigError> {
+        ServerSettings::load_for_database(&DatabaseArgs {
+            config: self.config.clone(),
+            ..DatabaseArgs::default()
+        })
     }
 }
 

@@ -3,26 +3,26 @@
 
 use std::{ops::Deref, path::PathBuf};
 
-use super::{File, ServeArgs, invalid};
-use crate::config::{boolean, lifecycle::LifecycleArgs, problems::Problems};
+use super::{RawServerSettings, ServeArgs, invalid_setting};
+use crate::config::{boolean, lifecycle::LifecycleArgs, problems::ProblemCollector};
 
-impl File {
+impl RawServerSettings {
     /// Puts flags and environment variables in place of what the file says.
-    pub(super) fn overlay(&mut self, args: &ServeArgs, problems: &mut Problems<'_>) {
-        overlay(&mut self.listen, "listen", args.listen.as_ref(), problems);
-        overlay(&mut self.admin_listen, "admin_listen", args.admin_listen.as_ref(), problems);
-        overlay(&mut self.envoy_listen, "envoy_listen", args.envoy_listen.as_ref(), problems);
-        overlay(
+    pub(super) fn overlay(&mut self, args: &ServeArgs, problems: &mut ProblemCollector<'_>) {
+        overlay_value(&mut self.listen, "listen", args.listen.as_ref(), problems);
+        overlay_value(&mut self.admin_listen, "admin_listen", args.admin_listen.as_ref(), problems);
+        overlay_value(&mut self.envoy_listen, "envoy_listen", args.envoy_listen.as_ref(), problems);
+        overlay_value(
             &mut self.forward_auth_listen,
             "forward_auth_listen",
             args.forward_auth_listen.as_ref(),
             problems,
         );
-        overlay(&mut self.replica_name, "replica_name", args.replica_name.as_ref(), problems);
-        overlay(&mut self.lease, "lease", args.lease.as_ref(), problems);
+        overlay_value(&mut self.replica_name, "replica_name", args.replica_name.as_ref(), problems);
+        overlay_value(&mut self.lease, "lease", args.lease.as_ref(), problems);
         let LifecycleArgs { shutdown_delay, database_wait, no_migrate, .. } = &args.lifecycle;
-        overlay(&mut self.shutdown_delay, "shutdown_delay", shutdown_delay.as_ref(), problems);
-        overlay(&mut self.database_wait, "database_wait", database_wait.as_ref(), problems);
+        overlay_value(&mut self.shutdown_delay, "shutdown_delay", shutdown_delay.as_ref(), problems);
+        overlay_value(&mut self.database_wait, "database_wait", database_wait.as_ref(), problems);
         overlay_path(&mut self.rules, "rules", args.rules.as_ref(), problems);
         overlay_path(&mut self.root_key_file, "root_key_file", args.root_key_file.as_ref(), problems);
         let database = &args.database;
@@ -32,33 +32,34 @@ impl File {
             database.database_password_file.as_ref(),
             problems,
         );
-        overlay(&mut self.database, "database", database.database.as_ref(), problems);
-        overlay(self.limits.url(), "limits.url", args.limits_url.as_ref(), problems);
+        overlay_value(&mut self.database, "database", database.database.as_ref(), problems);
+        overlay_value(self.limits.url_mut(), "limits.url", args.limits_url.as_ref(), problems);
         let endpoint = args.telemetry.otlp_endpoint.as_ref();
-        overlay(self.telemetry.endpoint(), "telemetry.otlp_endpoint", endpoint, problems);
-        if let Some(insecure) = given_boolean("insecure", args.insecure.as_deref(), problems) {
+        overlay_value(self.telemetry.endpoint_mut(), "telemetry.otlp_endpoint", endpoint, problems);
+        if let Some(insecure) = overlay_boolean("insecure", args.insecure.as_deref(), problems) {
             self.insecure = Some(insecure);
         }
         // The flag says the contrary of the key, and does not undo it.
-        if given_boolean("migrate", no_migrate.as_deref(), problems) == Some(true) {
+        if overlay_boolean("migrate", no_migrate.as_deref(), problems) == Some(true) {
             self.migrate = Some(false);
         }
         if let Some(text) = &args.threads {
-            problems.give("threads", text);
+            problems.set_override("threads", text);
             let problem = "must be a whole number of 1 or more";
-            self.threads = problems.take(text.parse().map_err(|_| invalid("threads", text, problem)));
+            self.threads =
+                problems.ok_or_add(text.parse().map_err(|_| invalid_setting("threads", text, problem)));
         }
     }
 }
 
-fn overlay<T: Clone + Deref<Target = str>>(
+fn overlay_value<T: Clone + Deref<Target = str>>(
     slot: &mut Option<T>,
     setting: &str,
     given: Option<&T>,
-    problems: &mut Problems<'_>,
+    problems: &mut ProblemCollector<'_>,
 ) {
     if let Some(given) = given {
-        problems.give(setting, given);
+        problems.set_override(setting, given);
         *slot = Some(given.clone());
     }
 }
@@ -67,16 +68,21 @@ fn overlay_path(
     slot: &mut Option<PathBuf>,
     setting: &str,
     given: Option<&PathBuf>,
-    problems: &mut Problems<'_>,
+    problems: &mut ProblemCollector<'_>,
 ) {
     if let Some(given) = given {
-        problems.give(setting, &given.to_string_lossy());
+        problems.set_override(setting, &given.to_string_lossy());
         *slot = Some(given.clone());
     }
 }
 
-fn given_boolean(setting: &'static str, given: Option<&str>, problems: &mut Problems<'_>) -> Option<bool> {
+fn overlay_boolean(
+    setting: &'static str,
+    given: Option<&str>,
+    problems: &mut ProblemCollector<'_>,
+) -> Option<bool> {
     let text = given?;
-    problems.give(setting, text);
-    problems.take(boolean::parse(text).map_err(|problem| invalid(setting, text, problem)))
+    problems.set_override(setting, text);
+    problems
+        .ok_or_add(boolean::parse_boolean(text).map_err(|problem| invalid_setting(setting, text, problem)))
 }

@@ -5,12 +5,15 @@ use std::{num::NonZeroUsize, path::Path};
 
 use tracing_subscriber::EnvFilter;
 
-use super::{EnvironmentFile, Invalid, LogFormat, PREFIX, ServeArgs, invalid, unshown};
+use super::{
+    DEFAULT_TOKEN_PREFIX, InvalidSetting, LogFormat, RawEnvironment, ServeArgs, invalid_redacted_setting,
+    invalid_setting,
+};
 use crate::{
-    config::{account_limits, problems::Problems, secret::SecretUrl},
+    config::{account_limits, problems::ProblemCollector, secret_url::SecretUrl},
     domain::{
-        account::{Environment, Environments},
-        connection_url::MASK,
+        account::{Environment, EnvironmentSet},
+        connection_url::SECRET_MASK,
         name::{EnvironmentName, RoleName, TokenPrefix, TokenTag},
     },
     keys::KeySettings,
@@ -21,65 +24,71 @@ use crate::{
 const MAX_THREADS: usize = 512;
 
 /// How many threads serve connections.
-pub(super) fn read_threads(given: Option<NonZeroUsize>, problems: &mut Problems<'_>) -> usize {
+pub(super) fn validate_threads(given: Option<NonZeroUsize>, problems: &mut ProblemCollector<'_>) -> usize {
     if let Some(threads) = given.filter(|threads| threads.get() > MAX_THREADS) {
         let problem = format!("must be 1 to {MAX_THREADS}; leave it out for one per core");
-        problems.add(invalid("threads", &threads.to_string(), problem));
+        problems.add(invalid_setting("threads", &threads.to_string(), problem));
     }
     let threads = given.or_else(|| std::thread::available_parallelism().ok());
     threads.map_or(1, NonZeroUsize::get).min(MAX_THREADS)
 }
 
 /// What keys look like.
-pub(super) fn read_keys(
+pub(super) fn validate_key_settings(
     prefix: Option<String>,
-    environments: Option<Vec<EnvironmentFile>>,
+    environments: Option<Vec<RawEnvironment>>,
     default_role: Option<String>,
-    account_limits: account_limits::File,
-    problems: &mut Problems<'_>,
+    account_limits: account_limits::RawAccountLimits,
+    problems: &mut ProblemCollector<'_>,
 ) -> Option<KeySettings> {
-    let text = prefix.as_deref().unwrap_or(PREFIX);
-    let prefix = TokenPrefix::parse(text).map_err(|error| invalid("token_prefix", text, error));
-    let prefix = problems.take(prefix).or_else(|| TokenPrefix::parse(PREFIX).ok())?;
-    let environments = environments.and_then(|list| read_environments(list, problems));
+    let text = prefix.as_deref().unwrap_or(DEFAULT_TOKEN_PREFIX);
+    let prefix = TokenPrefix::parse(text).map_err(|error| invalid_setting("token_prefix", text, error));
+    let prefix = problems.ok_or_add(prefix).or_else(|| TokenPrefix::parse(DEFAULT_TOKEN_PREFIX).ok())?;
+    let environments = environments.and_then(|list| validate_environments(list, problems));
     let default_role = default_role.and_then(|role| {
-        let read = RoleName::parse(&role).map_err(|error| invalid("default_role", &role, error));
-        problems.take(read)
+        let read = RoleName::parse(&role).map_err(|error| invalid_setting("default_role", &role, error));
+        problems.ok_or_add(read)
     });
     Some(KeySettings {
         environments: environments.unwrap_or_default(),
         prefix,
         default_role,
-        account_limits: account_limits.read(),
+        account_limits: account_limits.into_account_limits(),
     })
 }
 
-fn read_environments(list: Vec<EnvironmentFile>, problems: &mut Problems<'_>) -> Option<Environments> {
+fn validate_environments(
+    list: Vec<RawEnvironment>,
+    problems: &mut ProblemCollector<'_>,
+) -> Option<EnvironmentSet> {
     let count = list.len();
     let mut read = Vec::with_capacity(count);
-    for (at, EnvironmentFile { name, tag }) in list.into_iter().enumerate() {
-        problems.in_entry("environments", at, |problems| {
-            let parsed =
-                EnvironmentName::parse(&name).map_err(|rule| invalid("environments.name", &name, rule));
-            let parsed_tag = TokenTag::parse(&tag).map_err(|rule| invalid("environments.tag", &tag, rule));
-            let (name, tag) = (problems.take(parsed), problems.take(parsed_tag));
+    for (at, RawEnvironment { name, tag }) in list.into_iter().enumerate() {
+        problems.with_list_entry("environments", at, |problems| {
+            let parsed = EnvironmentName::parse(&name)
+                .map_err(|rule| invalid_setting("environments.name", &name, rule));
+            let parsed_tag =
+                TokenTag::parse(&tag).map_err(|rule| invalid_setting("environments.tag", &tag, rule));
+            let (name, tag) = (problems.ok_or_add(parsed), problems.ok_or_add(parsed_tag));
             read.extend(name.zip(tag).map(|(name, tag)| Environment { name, tag }));
         });
     }
     // What names an environment is not judged by a list that lacks some.
     if read.len() < count {
-        problems.distrust("environments");
+        problems.mark_invalid("environments");
         return None;
     }
-    problems
-        .take(Environments::new(read).map_err(|error| unshown("environments", format!("are wrong: {error}"))))
+    problems.ok_or_add(
+        EnvironmentSet::new(read)
+            .map_err(|error| invalid_redacted_setting("environments", format!("are wrong: {error}"))),
+    )
 }
 
 /// The database's URL, with the password from its file.
-pub(super) fn read_database(
+pub(super) fn resolve_database_url(
     database: SecretUrl,
     file: Option<&Path>,
-    problems: &mut Problems<'_>,
+    problems: &mut ProblemCollector<'_>,
 ) -> SecretUrl {
     if let Err(error) = store::check_url(&database) {
         let (shown, problem) = match &error {
@@ -87,18 +96,18 @@ pub(super) fn read_database(
             other => ("", other.to_string()),
         };
         let shown = if shown.is_empty() { String::new() } else { format!("= {shown}") };
-        problems.add(unshown("database", format!("{shown}{problem}")));
+        problems.add(invalid_redacted_setting("database", format!("{shown}{problem}")));
         return database;
     }
     let Some(file) = file else { return database };
-    problems.take(with_password(&database, file)).unwrap_or(database)
+    problems.ok_or_add(add_password_from_file(&database, file)).unwrap_or(database)
 }
 
-fn with_password(database: &SecretUrl, file: &Path) -> Result<SecretUrl, Invalid> {
+fn add_password_from_file(database: &SecretUrl, file: &Path) -> Result<SecretUrl, InvalidSetting> {
     // A password in place of the file that holds it is like any word; the path of a file has more than a name.
     let shown = file.display().to_string();
-    let shown = if shown.contains('/') || file.exists() { &shown } else { MASK };
-    let wrong = |problem: String| Err(invalid("database_password_file", shown, problem));
+    let shown = if shown.contains('/') || file.exists() { &shown } else { SECRET_MASK };
+    let wrong = |problem: String| Err(invalid_setting("database_password_file", shown, problem));
     if !database.starts_with("postgres") {
         return wrong("has no effect: database is no postgres:// URL".to_owned());
     }
@@ -117,7 +126,10 @@ fn with_password(database: &SecretUrl, file: &Path) -> Result<SecretUrl, Invalid
 }
 
 /// What is logged, and how.
-pub(super) fn read_log(args: &ServeArgs, problems: &mut Problems<'_>) -> (String, LogFormat) {
+pub(super) fn validate_log_settings(
+    args: &ServeArgs,
+    problems: &mut ProblemCollector<'_>,
+) -> (String, LogFormat) {
     let filter = args.log.as_deref().unwrap_or("info");
     if EnvFilter::try_new(filter).is_err() {
         let problem = "is no log filter: write off, error, warn, info, debug or trace, or a filter such as \

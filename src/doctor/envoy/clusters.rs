@@ -5,29 +5,30 @@ use std::net::IpAddr;
 use serde_json::Value;
 
 use super::{
-    ABOUT, Findings,
-    reading::{Object as _, objects},
+    DoctorReport, TOPIC,
+    message::{JsonMessage as _, all_objects},
 };
 
 /// Looks at the cluster of a filter, and at how the filter uses several hosts.
-pub(super) fn examine(root: &Value, filter: &Value, findings: &mut Findings) {
-    let grpc = filter.at("grpc_service");
-    let over_grpc = grpc.and_then(|service| service.at("envoy_grpc"));
-    let over_http = filter.at("http_service").and_then(|service| service.at("server_uri"));
+pub(super) fn check_cluster(root: &Value, filter: &Value, findings: &mut DoctorReport) {
+    let grpc = filter.field("grpc_service");
+    let over_grpc = grpc.and_then(|service| service.field("envoy_grpc"));
+    let over_http = filter.field("http_service").and_then(|service| service.field("server_uri"));
     let name = match (over_grpc, over_http) {
-        (Some(grpc), _) => grpc.text("cluster_name"),
-        (None, Some(uri)) => uri.text("cluster"),
+        (Some(grpc), _) => grpc.text_field("cluster_name"),
+        (None, Some(uri)) => uri.text_field("cluster"),
         (None, None) => {
             if grpc.is_some() {
-                findings.unseen(ABOUT, "how Keyward is reached: its grpc_service is not envoy_grpc");
+                findings.skip(TOPIC, "how Keyward is reached: its grpc_service is not envoy_grpc");
             }
             return;
         }
     };
-    let clusters = root.at("static_resources").map_or(&[][..], |resources| resources.list("clusters"));
-    let Some(cluster) = clusters.iter().find(|cluster| cluster.text("name") == name) else {
+    let clusters =
+        root.field("static_resources").map_or(&[][..], |resources| resources.list_field("clusters"));
+    let Some(cluster) = clusters.iter().find(|cluster| cluster.text_field("name") == name) else {
         findings.fail(
-            ABOUT,
+            TOPIC,
             format!("its cluster {name} is not among static_resources.clusters"),
             "name the cluster of the Keywards",
         );
@@ -36,24 +37,24 @@ pub(super) fn examine(root: &Value, filter: &Value, findings: &mut Findings) {
     if over_grpc.is_some() && !speaks_http2(cluster) {
         let fix = "explicit_http_config: { http2_protocol_options: {} } in typed_extension_protocol_options";
         findings.fail(
-            ABOUT,
+            TOPIC,
             format!("its cluster {name} does not speak HTTP/2, and gRPC is nothing else"),
             fix,
         );
     }
-    private(name, cluster, findings);
-    let several = hosts(cluster).len() > 1;
+    check_cluster_tls(name, cluster, findings);
+    let several = host_addresses(cluster).len() > 1;
     if let (Some(service), Some(grpc)) = (grpc, over_grpc) {
-        retries(service, grpc, name, cluster, several, findings);
+        check_retry_policy(service, grpc, name, cluster, several, findings);
     }
     if several {
-        replicas(name, cluster, findings);
+        check_failover(name, cluster, findings);
     }
 }
 
 fn speaks_http2(cluster: &Value) -> bool {
-    objects(cluster).iter().any(|object| {
-        let config = object.at("explicit_http_config").or_else(|| object.at("auto_config"));
+    all_objects(cluster).iter().any(|object| {
+        let config = object.field("explicit_http_config").or_else(|| object.field("auto_config"));
         config.is_some_and(|config| {
             config.get("http2_protocol_options").or_else(|| config.get("http2ProtocolOptions")).is_some()
         })
@@ -61,30 +62,33 @@ fn speaks_http2(cluster: &Value) -> bool {
 }
 
 /// Where the hosts of a cluster are; a pipe has no address.
-fn hosts(cluster: &Value) -> Vec<Option<&str>> {
-    let endpoints = cluster.at("load_assignment").map_or(&[][..], |assignment| assignment.list("endpoints"));
-    let all = endpoints.iter().flat_map(|locality| locality.list("lb_endpoints"));
-    all.map(|host| host.at("endpoint")?.at("address")?.at("socket_address")?.at("address")?.as_str())
-        .collect()
+fn host_addresses(cluster: &Value) -> Vec<Option<&str>> {
+    let endpoints =
+        cluster.field("load_assignment").map_or(&[][..], |assignment| assignment.list_field("endpoints"));
+    let all = endpoints.iter().flat_map(|locality| locality.list_field("lb_endpoints"));
+    all.map(|host| {
+        host.field("endpoint")?.field("address")?.field("socket_address")?.field("address")?.as_str()
+    })
+    .collect()
 }
 
-fn private(name: &str, cluster: &Value, findings: &mut Findings) {
+fn check_cluster_tls(name: &str, cluster: &Value, findings: &mut DoctorReport) {
     let local =
         |host: &str| host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback());
-    let far = hosts(cluster).into_iter().flatten().find(|host| !local(host));
-    match (far, cluster.at("transport_socket")) {
+    let far = host_addresses(cluster).into_iter().flatten().find(|host| !local(host));
+    match (far, cluster.field("transport_socket")) {
         (Some(host), None) => findings.fail(
-            ABOUT,
+            TOPIC,
             format!("its cluster {name} reaches {host} without TLS: tokens cross the network readable"),
             "transport_socket with an UpstreamTlsContext, as in deploy/envoy/production.yaml",
         ),
         (_, Some(socket))
-            if socket.text("name").contains("tls")
-                && objects(socket).iter().all(|object| object.at("trusted_ca").is_none()) =>
+            if socket.text_field("name").contains("tls")
+                && all_objects(socket).iter().all(|object| object.field("trusted_ca").is_none()) =>
         {
             let said = format!("its cluster {name} takes any certificate: its TLS has no trusted_ca");
             findings.fail(
-                ABOUT,
+                TOPIC,
                 said,
                 "validation_context: { trusted_ca: …, match_typed_subject_alt_names: … }",
             );
@@ -93,60 +97,61 @@ fn private(name: &str, cluster: &Value, findings: &mut Findings) {
     }
 }
 
-fn retries(
+fn check_retry_policy(
     service: &Value,
     grpc: &Value,
     name: &str,
     cluster: &Value,
     several: bool,
-    findings: &mut Findings,
+    findings: &mut DoctorReport,
 ) {
-    if grpc.at("retry_policy").is_some() {
+    if grpc.field("retry_policy").is_some() {
         let said = "envoy_grpc.retry_policy is for configuration streams: it does nothing here";
-        findings.warn(ABOUT, said, "put retry_policy beside timeout, into grpc_service");
+        findings.warn(TOPIC, said, "put retry_policy beside timeout, into grpc_service");
     }
     if !several {
         return;
     }
-    let policy = service.at("retry_policy");
-    if policy.and_then(|policy| policy.at("num_retries")).is_none() {
+    let policy = service.field("retry_policy");
+    if policy.and_then(|policy| policy.field("num_retries")).is_none() {
         let said = "grpc_service.retry_policy gives no second try: what a dying replica had taken fails";
-        findings.warn(ABOUT, said, "retry_policy with num_retries: 3, as in deploy/envoy/production.yaml");
+        findings.warn(TOPIC, said, "retry_policy with num_retries: 3, as in deploy/envoy/production.yaml");
         return;
     }
-    let predicates = policy.map_or(&[][..], |policy| policy.list("retry_host_predicate"));
-    if !predicates.iter().any(|predicate| predicate.text("name").ends_with("previous_hosts")) {
+    let predicates = policy.map_or(&[][..], |policy| policy.list_field("retry_host_predicate"));
+    if !predicates.iter().any(|predicate| predicate.text_field("name").ends_with("previous_hosts")) {
         let said =
             "grpc_service.retry_policy has no previous_hosts: a second try may go to the same dead replica";
-        findings.warn(ABOUT, said, "retry_host_predicate: envoy.retry_host_predicates.previous_hosts");
+        findings.warn(TOPIC, said, "retry_host_predicate: envoy.retry_host_predicates.previous_hosts");
     }
-    let thresholds = cluster.at("circuit_breakers").map_or(&[][..], |breakers| breakers.list("thresholds"));
-    if !thresholds.iter().any(|threshold| threshold.at("max_retries").is_some()) {
+    let thresholds =
+        cluster.field("circuit_breakers").map_or(&[][..], |breakers| breakers.list_field("thresholds"));
+    if !thresholds.iter().any(|threshold| threshold.field("max_retries").is_some()) {
         let said = format!("its cluster {name} allows 3 retries at once, and a dying replica needs more");
-        findings.warn(ABOUT, said, "circuit_breakers: { thresholds: [ { max_retries: 1024 } ] }");
+        findings.warn(TOPIC, said, "circuit_breakers: { thresholds: [ { max_retries: 1024 } ] }");
     }
 }
 
 /// What several hosts need so that one may die.
-fn replicas(name: &str, cluster: &Value, findings: &mut Findings) {
-    let checks = cluster.list("health_checks");
+fn check_failover(name: &str, cluster: &Value, findings: &mut DoctorReport) {
+    let checks = cluster.list_field("health_checks");
     if checks.is_empty() {
         let said =
             format!("its cluster {name} has no health_checks: a dead replica keeps its share of requests");
         findings.warn(
-            ABOUT,
+            TOPIC,
             said,
             "health_checks with grpc_health_check, as in deploy/envoy/production.yaml",
         );
-    } else if checks.iter().any(|check| check.at("no_traffic_interval").is_none()) {
+    } else if checks.iter().any(|check| check.field("no_traffic_interval").is_none()) {
         let said =
             format!("its cluster {name} looks at idle hosts once a minute: no_traffic_interval is not set");
-        findings.warn(ABOUT, said, "no_traffic_interval: 1s");
+        findings.warn(TOPIC, said, "no_traffic_interval: 1s");
     }
-    if cluster.at("outlier_detection").is_none() {
+    if cluster.field("outlier_detection").is_none() {
         let said = format!(
             "its cluster {name} has no outlier_detection: a replica that dies fails requests until its next health check"
         );
-        findings.warn(ABOUT, said, "outlier_detection, as in deploy/envoy/production.yaml");
+        findings.warn(TOPIC, said, "outlier_detection, as in deploy/envoy/production.yaml");
     }
 }

@@ -3,93 +3,97 @@
 
 use serde_json::Value;
 
-use crate::domain::header_name::IDENTITY;
+use crate::domain::header_name::IDENTITY_HEADERS;
 
 use super::{
-    ABOUT, FILTER, Findings, MANAGER, PER_ROUTE,
-    reading::{Object as _, objects, typed},
+    DoctorReport, EXT_AUTHZ_PER_ROUTE_TYPE, EXT_AUTHZ_TYPE, HTTP_CONNECTION_MANAGER_TYPE, TOPIC,
+    message::{JsonMessage as _, all_objects, messages_with_type},
 };
 
 /// Looks at every listener.
-pub(super) fn examine(root: &Value, findings: &mut Findings) {
-    let listeners = root.at("static_resources").map_or(&[][..], |resources| resources.list("listeners"));
+pub(super) fn check_listeners(root: &Value, findings: &mut DoctorReport) {
+    let listeners =
+        root.field("static_resources").map_or(&[][..], |resources| resources.list_field("listeners"));
     for listener in listeners {
-        for manager in typed(listener, MANAGER) {
-            if typed(manager, FILTER).is_empty() {
-                let said = format!("listener {} does not ask Keyward", listener.text("name"));
+        for manager in messages_with_type(listener, HTTP_CONNECTION_MANAGER_TYPE) {
+            if messages_with_type(manager, EXT_AUTHZ_TYPE).is_empty() {
+                let said = format!("listener {} does not ask Keyward", listener.text_field("name"));
                 findings.warn(
-                    ABOUT,
+                    TOPIC,
                     said,
                     "put ext_authz into its http_filters, unless nothing behind it needs a key",
                 );
             } else {
-                examine_manager(listener.text("name"), manager, findings);
+                check_connection_manager(listener.text_field("name"), manager, findings);
             }
         }
     }
 }
 
-fn examine_manager(name: &str, manager: &Value, findings: &mut Findings) {
+fn check_connection_manager(name: &str, manager: &Value, findings: &mut DoctorReport) {
     let around = "otherwise routes and rules can be walked around, as by /public/../admin";
     for setting in ["normalize_path", "merge_slashes"] {
         if !manager.is_true(setting) {
             findings.fail(
-                ABOUT,
+                TOPIC,
                 format!("listener {name}: {setting} is off: {around}"),
                 format!("{setting}: true"),
             );
         }
     }
-    let slashes = manager.text("path_with_escaped_slashes_action");
+    let slashes = manager.text_field("path_with_escaped_slashes_action");
     if !["REJECT_REQUEST", "UNESCAPE_AND_REDIRECT"].contains(&slashes) {
         let said = format!("listener {name}: path_with_escaped_slashes_action lets %2F through: {around}");
-        findings.fail(ABOUT, said, "path_with_escaped_slashes_action: REJECT_REQUEST");
+        findings.fail(TOPIC, said, "path_with_escaped_slashes_action: REJECT_REQUEST");
     }
-    let common = manager.at("common_http_protocol_options").unwrap_or(&Value::Null);
-    if !["REJECT_REQUEST", "DROP_HEADER"].contains(&common.text("headers_with_underscores_action")) {
+    let common = manager.field("common_http_protocol_options").unwrap_or(&Value::Null);
+    if !["REJECT_REQUEST", "DROP_HEADER"].contains(&common.text_field("headers_with_underscores_action")) {
         let said = format!(
             "listener {name}: headers_with_underscores_action lets X_Keyward_Account through, which many services take for X-Keyward-Account"
         );
         let fix = "common_http_protocol_options: { headers_with_underscores_action: REJECT_REQUEST }";
-        findings.fail(ABOUT, said, fix);
+        findings.fail(TOPIC, said, fix);
     }
     if !manager.is_true("use_remote_address") {
         let said = format!(
             "listener {name}: use_remote_address is off: a client can make up its address in x-forwarded-for"
         );
         findings.warn(
-            ABOUT,
+            TOPIC,
             said,
             "use_remote_address: true at the edge; behind other proxies set gateway.trusted_hops",
         );
     }
-    order(name, manager.list("http_filters"), findings);
-    unguarded(manager, findings);
+    check_filter_order(name, manager.list_field("http_filters"), findings);
+    check_disabled_routes(manager, findings);
 }
 
 /// A preflight has no key: it must be answered before Keyward is asked.
-fn order(name: &str, filters: &[Value], findings: &mut Findings) {
-    let at = |ending: &str| filters.iter().position(|filter| !typed(filter, ending).is_empty());
-    if let (Some(cors), Some(authz)) = (at(".cors.v3.Cors"), at(FILTER))
+fn check_filter_order(name: &str, filters: &[Value], findings: &mut DoctorReport) {
+    let at = |ending: &str| filters.iter().position(|filter| !messages_with_type(filter, ending).is_empty());
+    if let (Some(cors), Some(authz)) = (at(".cors.v3.Cors"), at(EXT_AUTHZ_TYPE))
         && cors > authz
     {
         let said = format!(
             "listener {name}: cors comes after ext_authz: browsers' preflights, which have no key, are denied"
         );
-        findings.warn(ABOUT, said, "put envoy.filters.http.cors before ext_authz");
+        findings.warn(TOPIC, said, "put envoy.filters.http.cors before ext_authz");
     }
 }
 
 /// Routes that Keyward is not asked about: whatever a client sends reaches their service.
-fn unguarded(manager: &Value, findings: &mut Findings) {
-    let routes = manager.at("route_config").unwrap_or(&Value::Null);
-    for place in objects(routes) {
-        let per_filter = place.at("typed_per_filter_config");
-        let off = per_filter
-            .is_some_and(|config| typed(config, PER_ROUTE).iter().any(|config| config.is_true("disabled")));
+fn check_disabled_routes(manager: &Value, findings: &mut DoctorReport) {
+    let routes = manager.field("route_config").unwrap_or(&Value::Null);
+    for place in all_objects(routes) {
+        let per_filter = place.field("typed_per_filter_config");
+        let off = per_filter.is_some_and(|config| {
+            messages_with_type(config, EXT_AUTHZ_PER_ROUTE_TYPE)
+                .iter()
+                .any(|config| config.is_true("disabled"))
+        });
         let cleans = |place: &Value| {
-            let removed = place.list("request_headers_to_remove");
-            IDENTITY.iter().all(|name| {
+            let removed = place.list_field("request_headers_to_remove");
+            IDENTITY_HEADERS.iter().all(|name| {
                 removed
                     .iter()
                     .any(|removed| removed.as_str().is_some_and(|removed| removed.eq_ignore_ascii_case(name)))
@@ -98,7 +102,7 @@ fn unguarded(manager: &Value, findings: &mut Findings) {
         if off && !cleans(place) && !cleans(routes) {
             let said = "a route is without Keyward (disabled: true), and x-keyward-… headers that a client makes up reach its service";
             let fix = "check_settings: { context_extensions: { public: \"true\" } } instead: Keyward lets it pass and cleans its headers";
-            findings.fail(ABOUT, said, fix);
+            findings.fail(TOPIC, said, fix);
         }
     }
 }

@@ -3,37 +3,37 @@
 
 use std::collections::BTreeMap;
 
-use crate::domain::header_name::{IDENTITY, OVERRIDES};
+use crate::domain::header_name::{IDENTITY_HEADERS, OVERRIDE_HEADERS};
 
-use super::{ABOUT, Directive, Findings, variables::Variables};
+use super::{DoctorReport, NginxDirective, TOPIC, variables::NginxVariables};
 
 /// The blocks that inherit from the one around them.
-const LEVELS: [&str; 5] = ["http", "server", "location", "if", "limit_except"];
+const INHERITING_BLOCKS: [&str; 5] = ["http", "server", "location", "if", "limit_except"];
 /// Ways to pass a request on that send other parameters than headers.
-const OTHER_PASSES: [&str; 3] = ["fastcgi_pass", "uwsgi_pass", "scgi_pass"];
+const NON_HTTP_PASSES: [&str; 3] = ["fastcgi_pass", "uwsgi_pass", "scgi_pass"];
 
 /// What holds at a level, its own directives and the inherited ones.
 #[derive(Clone, Default)]
-struct Level<'c> {
+struct BlockContext<'c> {
     /// What to call it in a finding.
-    place: String,
+    label: String,
     /// The path of its location; empty = none.
-    path: &'c str,
+    location_path: &'c str,
     /// The path that `auth_request` asks; empty = none.
-    asks: &'c str,
+    auth_request: &'c str,
     /// The headers that are set for what it passes on, by name in lower case.
     headers: BTreeMap<String, &'c str>,
     /// The same of `grpc_set_header`.
     grpc_headers: BTreeMap<String, &'c str>,
     /// Whether headers of the block around it were lost, because it sets some.
-    lost: bool,
-    cache: &'c str,
+    loses_inherited_headers: bool,
+    proxy_cache: &'c str,
     satisfy: &'c str,
 }
 
-impl<'c> Level<'c> {
+impl<'c> BlockContext<'c> {
     /// The level of a block inside this one.
-    fn enter(&self, block: &'c [Directive]) -> Level<'c> {
+    fn enter_block(&self, block: &'c [NginxDirective]) -> BlockContext<'c> {
         let last = |name: &str| {
             let found = block.iter().rev().find(|directive| directive.name == name);
             found.map(|directive| directive.argument(0)).map(|value| if value == "off" { "" } else { value })
@@ -49,37 +49,38 @@ impl<'c> Level<'c> {
         let sets = |name: &str| block.iter().any(|directive| directive.name == name);
         let lost = sets("proxy_set_header") && !self.headers.is_empty()
             || sets("grpc_set_header") && !self.grpc_headers.is_empty();
-        Level {
-            place: self.place.clone(),
-            path: self.path,
-            asks: last("auth_request").unwrap_or(self.asks),
+        BlockContext {
+            label: self.label.clone(),
+            location_path: self.location_path,
+            auth_request: last("auth_request").unwrap_or(self.auth_request),
             headers: headers("proxy_set_header", &self.headers),
             grpc_headers: headers("grpc_set_header", &self.grpc_headers),
-            lost: lost || self.lost && !sets("proxy_set_header") && !sets("grpc_set_header"),
-            cache: last("proxy_cache").unwrap_or(self.cache),
+            loses_inherited_headers: lost
+                || self.loses_inherited_headers && !sets("proxy_set_header") && !sets("grpc_set_header"),
+            proxy_cache: last("proxy_cache").unwrap_or(self.proxy_cache),
             satisfy: last("satisfy").unwrap_or(self.satisfy),
         }
     }
 }
 
 /// What the whole configuration says.
-struct Whole<'c> {
-    variables: Variables<'c>,
+struct LocationIndex<'c> {
+    variables: NginxVariables<'c>,
     /// The paths of the locations that ask Keyward; another's answer says nothing of its headers.
-    keyward: Vec<&'c str>,
+    keyward_paths: Vec<&'c str>,
     /// The paths of all locations that are no patterns.
-    exact: Vec<&'c str>,
+    literal_paths: Vec<&'c str>,
     /// Whether a location may be missing here: files are not read, or a pattern leads to Keyward.
-    open: bool,
+    is_incomplete: bool,
 }
 
 /// Looks at every location.
-pub(super) fn examine(root: &[Directive], findings: &mut Findings) {
-    let all = super::flat(root);
-    let locations: Vec<&Directive> =
+pub(super) fn check_locations(root: &[NginxDirective], findings: &mut DoctorReport) {
+    let all = super::flatten(root);
+    let locations: Vec<&NginxDirective> =
         all.iter().copied().filter(|directive| directive.name == "location").collect();
-    let asks_keyward = |location: &Directive| {
-        let mut passes = location.inside().iter().filter(|inside| inside.name == "proxy_pass");
+    let asks_keyward = |location: &NginxDirective| {
+        let mut passes = location.children().iter().filter(|inside| inside.name == "proxy_pass");
         passes.any(|pass| pass.argument(0).contains("/auth/nginx"))
     };
     let (mut keyward, mut exact) = (Vec::new(), Vec::new());
@@ -95,37 +96,47 @@ pub(super) fn examine(root: &[Directive], findings: &mut Findings) {
             exact.push(path);
         }
     }
-    let whole = Whole { variables: Variables::of(&all), keyward, exact, open };
-    walk(root, &Level::default(), &whole, findings);
+    let whole = LocationIndex {
+        variables: NginxVariables::from_directives(&all),
+        keyward_paths: keyward,
+        literal_paths: exact,
+        is_incomplete: open,
+    };
+    check_block(root, &BlockContext::default(), &whole, findings);
 }
 
-fn walk<'c>(block: &'c [Directive], around: &Level<'c>, whole: &Whole<'_>, findings: &mut Findings) {
-    let level = around.enter(block);
+fn check_block<'c>(
+    block: &'c [NginxDirective],
+    around: &BlockContext<'c>,
+    whole: &LocationIndex<'_>,
+    findings: &mut DoctorReport,
+) {
+    let level = around.enter_block(block);
     for directive in block {
         match directive.name.as_str() {
             "proxy_pass" if directive.argument(0).contains("/auth/nginx") => {
-                question(block, &level, findings)
+                check_auth_location(block, &level, findings)
             }
             "proxy_pass" => {
-                passes_on(directive, &level, &level.headers, whole, findings);
+                check_proxy_pass(directive, &level, &level.headers, whole, findings);
             }
-            "grpc_pass" => passes_on(directive, &level, &level.grpc_headers, whole, findings),
-            "rewrite" => rewrite(directive, &level, findings),
-            name if OTHER_PASSES.contains(&name) => other_pass(name, &level, findings),
-            name if is_script(name) => {
-                findings.unseen(ABOUT, format!("{}: what {name} does with requests", level.place));
+            "grpc_pass" => check_proxy_pass(directive, &level, &level.grpc_headers, whole, findings),
+            "rewrite" => check_rewrite(directive, &level, findings),
+            name if NON_HTTP_PASSES.contains(&name) => check_non_http_pass(name, &level, findings),
+            name if runs_unchecked_code(name) => {
+                findings.skip(TOPIC, format!("{}: what {name} does with requests", level.label));
             }
-            name if LEVELS.contains(&name) => {
+            name if INHERITING_BLOCKS.contains(&name) => {
                 let mut level = level.clone();
-                if name == "location" || level.place.is_empty() || level.place.starts_with("http ") {
+                if name == "location" || level.label.is_empty() || level.label.starts_with("http ") {
                     let words =
                         [std::slice::from_ref(&directive.name), directive.arguments.as_slice()].concat();
-                    level.place = format!("{} (line {})", words.join(" "), directive.line);
+                    level.label = format!("{} (line {})", words.join(" "), directive.line);
                 }
                 if name == "location" {
-                    level.path = directive.arguments.last().map_or("", String::as_str);
+                    level.location_path = directive.arguments.last().map_or("", String::as_str);
                 }
-                walk(directive.inside(), &level, whole, findings);
+                check_block(directive.children(), &level, whole, findings);
             }
             _ => {}
         }
@@ -133,38 +144,38 @@ fn walk<'c>(block: &'c [Directive], around: &Level<'c>, whole: &Whole<'_>, findi
 }
 
 /// Whether a directive runs what is not read here, or takes a request to another place.
-fn is_script(name: &str) -> bool {
+fn runs_unchecked_code(name: &str) -> bool {
     let harmless = ["init_", "exit_", "log_", "ssl_"].iter().any(|start| name.starts_with(start));
     name.contains("_by_lua") && !harmless || ["js_content", "perl", "try_files", "mirror"].contains(&name)
 }
 
 /// A place that passes requests on by another protocol.
-fn other_pass(name: &str, level: &Level<'_>, findings: &mut Findings) {
-    let place = &level.place;
-    if level.asks.is_empty() {
+fn check_non_http_pass(name: &str, level: &BlockContext<'_>, findings: &mut DoctorReport) {
+    let place = &level.label;
+    if level.auth_request.is_empty() {
         let problem = format!("{place} does not ask Keyward: every request reaches its service by {name}");
-        findings.warn(ABOUT, problem, "auth_request /keyward; as in deploy/nginx/keyward.conf");
+        findings.warn(TOPIC, problem, "auth_request /keyward; as in deploy/nginx/keyward.conf");
     } else {
-        findings.unseen(ABOUT, format!("{place}: which HTTP_… parameters {name} sends"));
+        findings.skip(TOPIC, format!("{place}: which HTTP_… parameters {name} sends"));
     }
 }
 
 /// A change of the path after Keyward has judged it. A redirect to the client is none.
-fn rewrite(directive: &Directive, level: &Level<'_>, findings: &mut Findings) {
+fn check_rewrite(directive: &NginxDirective, level: &BlockContext<'_>, findings: &mut DoctorReport) {
     let target = directive.argument(1);
     let redirects = ["redirect", "permanent"].contains(&directive.argument(2))
         || ["http://", "https://", "$scheme"].iter().any(|start| target.starts_with(start));
-    if redirects || level.asks.is_empty() && !level.path.is_empty() {
+    if redirects || level.auth_request.is_empty() && !level.location_path.is_empty() {
         return;
     }
-    let place = &level.place;
+    let place = &level.label;
     let problem =
         format!("{place} has a rewrite to {target}: the service gets another path than Keyward judged");
-    findings.warn(ABOUT, problem, "let the service do it, or send clients there: rewrite … redirect;");
+    findings.warn(TOPIC, problem, "let the service do it, or send clients there: rewrite … redirect;");
 }
 
 /// The names that would pass as the client sends them, or with a value that is not right.
-fn unset<'n>(
+fn unprotected_headers<'n>(
     headers: &BTreeMap<String, &str>,
     names: &[&'n str],
     right: impl Fn(&str, &str) -> bool,
@@ -174,80 +185,85 @@ fn unset<'n>(
 }
 
 /// A place that sends requests to a service.
-fn passes_on(
-    pass: &Directive,
-    level: &Level<'_>,
+fn check_proxy_pass(
+    pass: &NginxDirective,
+    level: &BlockContext<'_>,
     headers: &BTreeMap<String, &str>,
-    whole: &Whole<'_>,
-    findings: &mut Findings,
+    whole: &LocationIndex<'_>,
+    findings: &mut DoctorReport,
 ) {
-    let (place, variables) = (&level.place, &whole.variables);
-    let is_answer = |name: &str, value: &str| value.is_empty() || variables.answers(value, name);
-    let identity = unset(headers, &IDENTITY, is_answer);
-    if level.asks.is_empty() {
-        not_asking(place, &identity, findings);
+    let (place, variables) = (&level.label, &whole.variables);
+    let is_answer =
+        |name: &str, value: &str| value.is_empty() || variables.is_auth_response_header(value, name);
+    let identity = unprotected_headers(headers, &IDENTITY_HEADERS, is_answer);
+    if level.auth_request.is_empty() {
+        report_missing_auth_request(place, &identity, findings);
         return;
     }
     // nginx asks nobody about the request to the location that answers.
-    if level.asks == level.path {
+    if level.auth_request == level.location_path {
         return;
     }
-    if !whole.keyward.contains(&level.asks) {
-        asks_another(level, whole, findings);
+    if !whole.keyward_paths.contains(&level.auth_request) {
+        report_other_auth_target(level, whole, findings);
         return;
     }
     let directive = if pass.name == "grpc_pass" { "grpc_set_header" } else { "proxy_set_header" };
     if !identity.is_empty() {
-        who_calls(level, directive, &identity, headers, findings);
+        report_identity_headers(level, directive, &identity, headers, findings);
     }
     if level.satisfy == "any" {
         let problem = format!(
             "{place} has satisfy any: Keyward is not asked about what an address or a password lets pass"
         );
-        findings.fail(ABOUT, problem, "satisfy all; and a location of its own for what passes without a key");
+        findings.fail(TOPIC, problem, "satisfy all; and a location of its own for what passes without a key");
     }
-    other_headers(place, directive, headers, variables, findings);
+    check_other_headers(place, directive, headers, variables, findings);
     if pass.name == "proxy_pass" {
-        path_of(pass.argument(0), place, variables, findings);
+        check_target_path(pass.argument(0), place, variables, findings);
     }
 }
 
-fn not_asking(place: &str, identity: &[&str], findings: &mut Findings) {
+fn report_missing_auth_request(place: &str, identity: &[&str], findings: &mut DoctorReport) {
     let fix = "set $keyward_needs \"public=true\"; instead of auth_request off: Keyward then looks at path and headers";
     if identity.is_empty() {
         let problem = format!("{place} does not ask Keyward: every request reaches its service");
-        findings.warn(ABOUT, problem, fix);
+        findings.warn(TOPIC, problem, fix);
     } else {
         let names = identity.join(", ");
         let problem = format!("{place} does not ask Keyward: {names} of a client reach its service");
-        findings.fail(ABOUT, problem, fix);
+        findings.fail(TOPIC, problem, fix);
     }
 }
 
 /// A place whose `auth_request` leads to no location that asks Keyward.
-fn asks_another(level: &Level<'_>, whole: &Whole<'_>, findings: &mut Findings) {
-    let (place, asks) = (&level.place, level.asks);
-    if whole.exact.contains(&asks) {
-        findings.unseen(ABOUT, format!("{place}: {asks} asks another server than Keyward"));
-    } else if whole.open {
-        findings.unseen(ABOUT, format!("{place}: which location {asks} leads to"));
+fn report_other_auth_target(
+    level: &BlockContext<'_>,
+    whole: &LocationIndex<'_>,
+    findings: &mut DoctorReport,
+) {
+    let (place, asks) = (&level.label, level.auth_request);
+    if whole.literal_paths.contains(&asks) {
+        findings.skip(TOPIC, format!("{place}: {asks} asks another server than Keyward"));
+    } else if whole.is_incomplete {
+        findings.skip(TOPIC, format!("{place}: which location {asks} leads to"));
     } else {
         let problem =
             format!("{place} asks {asks}, and there is no location of that path: another one answers");
         let fix = format!("location = {asks} {{ … }} as in deploy/nginx/keyward.conf");
-        findings.fail(ABOUT, problem, fix);
+        findings.fail(TOPIC, problem, fix);
     }
 }
 
 /// Headers that say who calls, and are not what Keyward answers.
-fn who_calls(
-    level: &Level<'_>,
+fn report_identity_headers(
+    level: &BlockContext<'_>,
     directive: &str,
     names: &[&str],
     headers: &BTreeMap<String, &str>,
-    findings: &mut Findings,
+    findings: &mut DoctorReport,
 ) {
-    let place = &level.place;
+    let place = &level.label;
     let variable = |name: &str| format!("${}", name.trim_start_matches("x-").replace('-', "_"));
     let (wrong, missing): (Vec<&str>, Vec<&str>) =
         names.iter().copied().partition(|name| headers.contains_key(*name));
@@ -256,89 +272,89 @@ fn who_calls(
         let problem = format!("{place} sets {name} to {}, which is not Keyward's answer", headers[name]);
         let fix =
             format!("{directive} {name} {variable}; auth_request_set {variable} $upstream_http_{answer};");
-        findings.fail(ABOUT, problem, fix);
+        findings.fail(TOPIC, problem, fix);
     }
     if missing.is_empty() {
         return;
     }
     let problem = format!("{place} sends {} as a client makes them up", missing.join(", "));
-    let fix = if level.lost {
+    let fix = if level.loses_inherited_headers {
         format!("repeat every {directive} here: a location with any {directive} inherits none")
     } else {
         let one = |name: &&str| format!("{directive} {name} {};", variable(name));
         missing.iter().map(one).collect::<Vec<_>>().join(" ")
     };
-    findings.fail(ABOUT, problem, fix);
+    findings.fail(TOPIC, problem, fix);
 }
 
 /// Headers that say something else than who calls.
-fn other_headers(
+fn check_other_headers(
     place: &str,
     directive: &str,
     headers: &BTreeMap<String, &str>,
-    variables: &Variables<'_>,
-    findings: &mut Findings,
+    variables: &NginxVariables<'_>,
+    findings: &mut DoctorReport,
 ) {
-    let overrides = unset(headers, &OVERRIDES, |_, value| variables.is_fixed(value));
+    let overrides = unprotected_headers(headers, &OVERRIDE_HEADERS, |_, value| variables.is_trusted(value));
     if !overrides.is_empty() {
         let names = overrides.join(", ");
         let problem = format!("{place} sends {names}: a service that obeys them can be led around rules");
-        findings.warn(ABOUT, problem, format!("{directive} NAME \"\"; for each of them"));
+        findings.warn(TOPIC, problem, format!("{directive} NAME \"\"; for each of them"));
     }
-    let shows = |value: &str| variables.leaves(value).iter().any(|name| name.starts_with("http_"));
-    let credentials = unset(headers, &["authorization", "x-api-key"], |_, value| !shows(value));
+    let shows = |value: &str| variables.resolve_sources(value).iter().any(|name| name.starts_with("http_"));
+    let credentials = unprotected_headers(headers, &["authorization", "x-api-key"], |_, value| !shows(value));
     if !credentials.is_empty() {
         let problem = format!("{place} sends {}: the service sees the credential", credentials.join(", "));
         let fix = format!("{directive} from X-Keyward-Remove, as in deploy/nginx/keyward.conf");
-        findings.warn(ABOUT, problem, fix);
+        findings.warn(TOPIC, problem, fix);
     }
-    if headers.get("host").is_some_and(|host| variables.client_chooses(host)) {
+    if headers.get("host").is_some_and(|host| variables.is_client_controlled(host)) {
         let problem = format!("{place} sends Host as the client wrote it: Keyward judged the host in $host");
-        findings.warn(ABOUT, problem, format!("{directive} Host $host;"));
+        findings.warn(TOPIC, problem, format!("{directive} Host $host;"));
     }
-    upgrades(place, directive, headers, variables, findings);
+    check_upgrade(place, directive, headers, variables, findings);
 }
 
 /// Whether a client chooses which protocol a connection changes to.
-fn upgrades(
+fn check_upgrade(
     place: &str,
     directive: &str,
     headers: &BTreeMap<String, &str>,
-    variables: &Variables<'_>,
-    findings: &mut Findings,
+    variables: &NginxVariables<'_>,
+    findings: &mut DoctorReport,
 ) {
     let upgrade = headers.get("upgrade").copied().unwrap_or_default();
-    if variables.client_chooses(upgrade) {
+    if variables.is_client_controlled(upgrade) {
         let problem = format!(
             "{place} lets clients choose what to upgrade to: h2c is a tunnel for requests that nobody judges"
         );
         let fix = format!("{directive} Upgrade $keyward_upgrade; with its map of deploy/nginx/keyward.conf");
-        findings.fail(ABOUT, problem, fix);
-    } else if !variables.is_fixed(upgrade) {
-        findings.unseen(ABOUT, format!("{place}: where {upgrade}, its Upgrade, comes from"));
+        findings.fail(TOPIC, problem, fix);
+    } else if !variables.is_trusted(upgrade) {
+        findings.skip(TOPIC, format!("{place}: where {upgrade}, its Upgrade, comes from"));
     }
 }
 
 /// Whether the service gets the path that Keyward judged. A target of `proxy_pass` without a path hands it on.
-fn path_of(target: &str, place: &str, variables: &Variables<'_>, findings: &mut Findings) {
+fn check_target_path(target: &str, place: &str, variables: &NginxVariables<'_>, findings: &mut DoctorReport) {
     let (_, rest) = target.split_once("://").unwrap_or(("", target));
     let server = rest.strip_suffix("$request_uri").unwrap_or(rest);
     if server.starts_with("unix:") && !server.contains('$') {
         return;
     }
-    if server.contains('/') || variables.client_chooses(server) {
+    if server.contains('/') || variables.is_client_controlled(server) {
         let problem = format!(
             "{place} has a proxy_pass with a path: the service gets another path than Keyward judged"
         );
-        findings.warn(ABOUT, problem, "proxy_pass without a path, not even /");
+        findings.warn(TOPIC, problem, "proxy_pass without a path, not even /");
     } else if server.contains('$') {
-        findings.unseen(ABOUT, format!("{place}: whether {target} has a path"));
+        findings.skip(TOPIC, format!("{place}: whether {target} has a path"));
     }
 }
 
 /// The place that asks Keyward.
-fn question(block: &[Directive], level: &Level<'_>, findings: &mut Findings) {
-    let place = &level.place;
+fn check_auth_location(block: &[NginxDirective], level: &BlockContext<'_>, findings: &mut DoctorReport) {
+    let place = &level.label;
     for (name, right) in [
         ("X-Original-Method", "$request_method"),
         ("X-Original-Host", "$host"),
@@ -351,29 +367,29 @@ fn question(block: &[Directive], level: &Level<'_>, findings: &mut Findings) {
             ),
             None => format!("{place} does not set {name}: a client can, and so chooses what Keyward judges"),
         };
-        findings.fail(ABOUT, problem, format!("proxy_set_header {name} {right};"));
+        findings.fail(TOPIC, problem, format!("proxy_set_header {name} {right};"));
     }
     let forwarded = level.headers.get("x-forwarded-for").copied().unwrap_or_default();
     if !["$proxy_add_x_forwarded_for", "$remote_addr"].contains(&forwarded) {
         let problem = format!("{place} does not set X-Forwarded-For: a client can make up its address");
-        findings.warn(ABOUT, problem, "proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;");
+        findings.warn(TOPIC, problem, "proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;");
     }
     let says = |name: &str, value: &str| {
         block.iter().any(|directive| directive.name == name && directive.argument(0) == value)
     };
     if !says("internal", "") {
         findings.warn(
-            ABOUT,
+            TOPIC,
             format!("{place} is not internal: clients can ask Keyward about tokens"),
             "internal;",
         );
     }
     if !says("proxy_pass_request_body", "off") {
         let problem = format!("{place} sends bodies to Keyward, which does not look at them");
-        findings.warn(ABOUT, problem, "proxy_pass_request_body off; proxy_set_header Content-Length \"\";");
+        findings.warn(TOPIC, problem, "proxy_pass_request_body off; proxy_set_header Content-Length \"\";");
     }
-    if !level.cache.is_empty() {
+    if !level.proxy_cache.is_empty() {
         let problem = format!("{place} caches answers: what is revoked passes until they are old");
-        findings.fail(ABOUT, problem, "proxy_cache off;");
+        findings.fail(TOPIC, problem, "proxy_cache off;");
     }
 }

@@ -2,12 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::Directive;
+use super::NginxDirective;
 
 /// How deep variables are followed: nginx's own may refer to themselves.
-const MAX_DEPTH: usize = 8;
+const MAX_RESOLUTION_DEPTH: usize = 8;
 /// Variables that are what Keyward judged, or the proxy's own.
-const JUDGED: [&str; 8] = [
+const TRUSTED_VARIABLES: [&str; 8] = [
     "host",
     "request_uri",
     "request_method",
@@ -19,9 +19,9 @@ const JUDGED: [&str; 8] = [
 ];
 
 /// One way in which a variable gets a value.
-enum Source<'c> {
+enum VariableSource<'c> {
     /// From a header of the answer to `auth_request`: `x_keyward_user`.
-    Answer(&'c str),
+    AuthResponseHeader(&'c str),
     /// From a text that may have variables (`set`).
     Text(&'c str),
     /// From one of these values, chosen by a text (`map`).
@@ -31,57 +31,60 @@ enum Source<'c> {
 }
 
 /// Every assignment of a configuration, wherever it is.
-pub(super) struct Variables<'c>(BTreeMap<String, Vec<Source<'c>>>);
+pub(super) struct NginxVariables<'c>(BTreeMap<String, Vec<VariableSource<'c>>>);
 
-impl<'c> Variables<'c> {
+impl<'c> NginxVariables<'c> {
     /// Of every directive at any depth.
-    pub(super) fn of(all: &[&'c Directive]) -> Variables<'c> {
-        let mut variables = Variables(BTreeMap::new());
+    pub(super) fn from_directives(all: &[&'c NginxDirective]) -> NginxVariables<'c> {
+        let mut variables = NginxVariables(BTreeMap::new());
         for directive in all {
-            variables.assigned_by(directive);
+            variables.add_assignments(directive);
             for argument in &directive.arguments {
-                for name in captures(argument) {
-                    variables.add(name, Source::Unknown);
+                for name in capture_group_names(argument) {
+                    variables.add(name, VariableSource::Unknown);
                 }
             }
         }
         variables
     }
 
-    fn assigned_by(&mut self, directive: &'c Directive) {
+    fn add_assignments(&mut self, directive: &'c NginxDirective) {
         let (first, second) = (directive.argument(0), directive.argument(1));
         match directive.name.as_str() {
             "auth_request_set" => {
                 let header = second.strip_prefix("$upstream_http_");
-                self.add(first, header.map_or(Source::Text(second), Source::Answer));
+                self.add(
+                    first,
+                    header.map_or(VariableSource::Text(second), VariableSource::AuthResponseHeader),
+                );
             }
-            "set" => self.add(first, Source::Text(second)),
+            "set" => self.add(first, VariableSource::Text(second)),
             "map" => {
-                let inside = directive.inside().iter();
-                for name in inside.clone().flat_map(|entry| captures(&entry.name)) {
-                    self.add(name, Source::Unknown);
+                let inside = directive.children().iter();
+                for name in inside.clone().flat_map(|entry| capture_group_names(&entry.name)) {
+                    self.add(name, VariableSource::Unknown);
                 }
                 let values = inside.map(|entry| entry.argument(0)).collect();
-                self.add(second, Source::Map { by: first, values });
+                self.add(second, VariableSource::Map { by: first, values });
             }
             "geo" | "split_clients" => {
-                self.add(directive.arguments.last().map_or("", String::as_str), Source::Unknown);
+                self.add(directive.arguments.last().map_or("", String::as_str), VariableSource::Unknown);
             }
             name if name.starts_with("set_") || name.ends_with("_set") || name == "js_var" => {
-                self.add(first, Source::Unknown);
+                self.add(first, VariableSource::Unknown);
             }
             _ => {}
         }
     }
 
-    fn add(&mut self, variable: &str, source: Source<'c>) {
+    fn add(&mut self, variable: &str, source: VariableSource<'c>) {
         let name = variable.trim_start_matches('$').to_ascii_lowercase();
         self.0.entry(name).or_default().push(source);
     }
 
     /// Whether a value is what Keyward answers in a header, and nothing else: `x-keyward-user`.
-    pub(super) fn answers(&self, value: &str, header: &str) -> bool {
-        let names = names(value);
+    pub(super) fn is_auth_response_header(&self, value: &str, header: &str) -> bool {
+        let names = referenced_variables(value);
         let [name] = names.as_slice() else { return false };
         if value != format!("${name}") && value != format!("${{{name}}}") {
             return false;
@@ -91,50 +94,53 @@ impl<'c> Variables<'c> {
         sources.is_some_and(|sources| {
             sources
                 .iter()
-                .all(|source| matches!(source, Source::Answer(of) if of.eq_ignore_ascii_case(&header)))
+                .all(|source| matches!(source, VariableSource::AuthResponseHeader(of) if of.eq_ignore_ascii_case(&header)))
         })
     }
 
     /// The variables that a value comes from in the end. Nothing, where Keyward's list of what is to be removed decides.
-    pub(super) fn leaves(&self, value: &str) -> BTreeSet<String> {
+    pub(super) fn resolve_sources(&self, value: &str) -> BTreeSet<String> {
         let mut leaves = BTreeSet::new();
-        self.follow(value, 0, &mut leaves);
+        self.collect_sources(value, 0, &mut leaves);
         leaves
     }
 
-    fn follow(&self, value: &str, depth: usize, leaves: &mut BTreeSet<String>) {
-        for name in names(value) {
+    fn collect_sources(&self, value: &str, depth: usize, leaves: &mut BTreeSet<String>) {
+        for name in referenced_variables(value) {
             let name = name.to_ascii_lowercase();
-            let Some(sources) = self.0.get(&name).filter(|_| depth < MAX_DEPTH) else {
+            let Some(sources) = self.0.get(&name).filter(|_| depth < MAX_RESOLUTION_DEPTH) else {
                 leaves.insert(name);
                 continue;
             };
             for source in sources {
                 match source {
-                    Source::Text(text) => self.follow(text, depth + 1, leaves),
-                    Source::Map { by, .. } if self.answers(by, "x-keyward-remove") => {}
-                    Source::Map { values, .. } => {
-                        values.iter().for_each(|value| self.follow(value, depth + 1, leaves));
+                    VariableSource::Text(text) => self.collect_sources(text, depth + 1, leaves),
+                    VariableSource::Map { by, .. }
+                        if self.is_auth_response_header(by, "x-keyward-remove") => {}
+                    VariableSource::Map { values, .. } => {
+                        values.iter().for_each(|value| self.collect_sources(value, depth + 1, leaves));
                     }
-                    Source::Answer(_) | Source::Unknown => _ = leaves.insert(name.clone()),
+                    VariableSource::AuthResponseHeader(_) | VariableSource::Unknown => {
+                        _ = leaves.insert(name.clone())
+                    }
                 }
             }
         }
     }
 
     /// Whether a client chooses any part of a value, as far as is known.
-    pub(super) fn client_chooses(&self, value: &str) -> bool {
-        self.leaves(value).iter().any(|name| chosen(name))
+    pub(super) fn is_client_controlled(&self, value: &str) -> bool {
+        self.resolve_sources(value).iter().any(|name| is_client_variable(name))
     }
 
     /// Whether all of a value is known, and no client chooses any part of it.
-    pub(super) fn is_fixed(&self, value: &str) -> bool {
-        self.leaves(value).iter().all(|name| JUDGED.contains(&name.as_str()))
+    pub(super) fn is_trusted(&self, value: &str) -> bool {
+        self.resolve_sources(value).iter().all(|name| TRUSTED_VARIABLES.contains(&name.as_str()))
     }
 }
 
 /// Whether a variable of nginx's own is a part of what the client sent.
-fn chosen(name: &str) -> bool {
+fn is_client_variable(name: &str) -> bool {
     let starts = ["http_", "arg_", "cookie_", "sent_http_"];
     let whole = ["args", "query_string", "uri", "document_uri", "request", "request_body", "remote_user"];
     starts.iter().any(|start| name.starts_with(start))
@@ -143,7 +149,7 @@ fn chosen(name: &str) -> bool {
 }
 
 /// The variables of a value, without `$` and braces.
-fn names(value: &str) -> Vec<&str> {
+fn referenced_variables(value: &str) -> Vec<&str> {
     let parts = value.split('$').skip(1);
     let name = |part: &'_ str| {
         let end = |text: &str| {
@@ -160,7 +166,7 @@ fn names(value: &str) -> Vec<&str> {
 }
 
 /// The names of the groups of a regular expression: `(?<name>…)`, `(?P<name>…)`, `(?'name'…)`.
-fn captures(text: &str) -> Vec<&str> {
+fn capture_group_names(text: &str) -> Vec<&str> {
     let groups = text.split("(?").skip(1);
     let named = groups.filter_map(|group| {
         let group = group.strip_prefix('P').unwrap_or(group);
@@ -184,11 +190,11 @@ mod tests {
 
     #[test]
     fn only_what_auth_request_set_takes_from_the_right_header_is_an_answer() {
-        let root = super::super::config::parse(TEXT, 1).unwrap();
-        let all = super::super::flat(&root);
-        let variables = Variables::of(&all);
+        let root = super::super::syntax::parse_directives(TEXT, 1).unwrap();
+        let all = super::super::flatten(&root);
+        let variables = NginxVariables::from_directives(&all);
         for right in ["$user", "${user}", "$USER"] {
-            assert!(variables.answers(right, "x-keyward-user"), "{right}");
+            assert!(variables.is_auth_response_header(right, "x-keyward-user"), "{right}");
         }
         for wrong in [
             "",
@@ -203,23 +209,23 @@ mod tests {
             "$none",
             "$http_x_keyward_user",
         ] {
-            assert!(!variables.answers(wrong, "x-keyward-user"), "{wrong}");
+            assert!(!variables.is_auth_response_header(wrong, "x-keyward-user"), "{wrong}");
         }
     }
 
     #[test]
     fn what_a_client_chooses_is_found_behind_other_variables() {
-        let root = super::super::config::parse(TEXT, 1).unwrap();
-        let all = super::super::flat(&root);
-        let variables = Variables::of(&all);
+        let root = super::super::syntax::parse_directives(TEXT, 1).unwrap();
+        let all = super::super::flatten(&root);
+        let variables = NginxVariables::from_directives(&all);
         for chosen in ["$evil", "a${http_x}", "$arg_user", "$copy", "$free", "$1", "/x$uri"] {
-            assert!(variables.client_chooses(chosen) && !variables.is_fixed(chosen), "{chosen}");
+            assert!(variables.is_client_controlled(chosen) && !variables.is_trusted(chosen), "{chosen}");
         }
         for fixed in ["", "text", "$host:$server_port", "$authorization", "$upgrade", "$request_uri"] {
-            assert!(!variables.client_chooses(fixed) && variables.is_fixed(fixed), "{fixed}");
+            assert!(!variables.is_client_controlled(fixed) && variables.is_trusted(fixed), "{fixed}");
         }
         for unknown in ["$loop", "$part", "$user", "$module"] {
-            assert!(!variables.client_chooses(unknown) && !variables.is_fixed(unknown), "{unknown}");
+            assert!(!variables.is_client_controlled(unknown) && !variables.is_trusted(unknown), "{unknown}");
         }
     }
 }

@@ -5,9 +5,9 @@ use std::net::IpAddr;
 use regex::Regex;
 use serde_json::Value;
 
-use crate::domain::header_name::IDENTITY;
+use crate::domain::header_name::IDENTITY_HEADERS;
 
-use super::{ABOUT, Findings, reading::Object as _};
+use super::{ABOUT, DoctorReport, reading::Object as _};
 
 /// The most bytes that the body of an answer has.
 const ANSWER_BYTES: i64 = 512;
@@ -21,7 +21,7 @@ pub(super) fn asks_keyward(forward: &Value) -> bool {
 }
 
 /// Looks at a `forwardAuth` that asks Keyward.
-pub(super) fn examine(name: &str, forward: &Value, findings: &mut Findings) {
+pub(super) fn examine(name: &str, forward: &Value, findings: &mut DoctorReport) {
     if forward.is_true("trustForwardHeader") {
         let problem =
             format!("{name} trusts X-Forwarded-… of clients: a client chooses which path Keyward judges");
@@ -35,10 +35,10 @@ pub(super) fn examine(name: &str, forward: &Value, findings: &mut Findings) {
 }
 
 /// The headers that Traefik replaces by Keyward's answer, or removes.
-fn replaced_headers(name: &str, forward: &Value, findings: &mut Findings) {
+fn replaced_headers(name: &str, forward: &Value, findings: &mut DoctorReport) {
     let replaced = forward.texts("authResponseHeaders");
     let passes = |wanted: &&str| !replaced.iter().any(|known| known.eq_ignore_ascii_case(wanted));
-    let identity: Vec<&str> = IDENTITY.into_iter().filter(passes).collect();
+    let identity: Vec<&str> = IDENTITY_HEADERS.into_iter().filter(passes).collect();
     if !identity.is_empty() {
         let names = identity.join(", ");
         let problem = format!(
@@ -55,7 +55,7 @@ fn replaced_headers(name: &str, forward: &Value, findings: &mut Findings) {
 }
 
 /// The headers that Keyward sees. Gives whether it sees all.
-fn sent_headers(name: &str, forward: &Value, findings: &mut Findings) -> bool {
+fn sent_headers(name: &str, forward: &Value, findings: &mut DoctorReport) -> bool {
     let sent = forward.texts("authRequestHeaders");
     if sent.is_empty() {
         return true;
@@ -74,13 +74,13 @@ fn sent_headers(name: &str, forward: &Value, findings: &mut Findings) -> bool {
 }
 
 /// Other spellings of Keyward's names. Keyward answers them 400, if it sees them.
-fn spellings(name: &str, forward: &Value, sees_all: bool, findings: &mut Findings) {
+fn spellings(name: &str, forward: &Value, sees_all: bool, findings: &mut DoctorReport) {
     let pattern = forward.text("authResponseHeadersRegex");
     let fix = "authResponseHeadersRegex: \"[^A-Za-z0-9-]\"";
     let regex = match Regex::new(pattern) {
         Ok(regex) => regex,
         Err(_) => {
-            return findings.unseen(ABOUT, format!("{name}: which names authResponseHeadersRegex matches"));
+            return findings.skip(ABOUT, format!("{name}: which names authResponseHeadersRegex matches"));
         }
     };
     if !pattern.is_empty() && SPELLINGS.iter().all(|spelling| regex.is_match(spelling)) {
@@ -96,7 +96,7 @@ fn spellings(name: &str, forward: &Value, sees_all: bool, findings: &mut Finding
     }
 }
 
-fn bodies(name: &str, forward: &Value, findings: &mut Findings) {
+fn bodies(name: &str, forward: &Value, findings: &mut DoctorReport) {
     let number = |field: &str| forward.get_any(field).and_then(Value::as_i64);
     if forward.is_true("forwardBody") {
         match number("maxBodySize") {
@@ -119,11 +119,11 @@ fn bodies(name: &str, forward: &Value, findings: &mut Findings) {
 }
 
 /// Whether others on the network can read tokens, or answer in place of Keyward.
-fn connection(name: &str, forward: &Value, findings: &mut Findings) {
+fn connection(name: &str, forward: &Value, findings: &mut DoctorReport) {
     let address = forward.text("address");
     let uri: Option<http::Uri> = address.parse().ok();
     let Some((scheme, host)) = uri.as_ref().and_then(|uri| Some((uri.scheme_str()?, uri.host()?))) else {
-        return findings.unseen(ABOUT, format!("{name}: where its address leads to"));
+        return findings.skip(ABOUT, format!("{name}: where its address leads to"));
     };
     let ip = host.trim_matches(['[', ']']).parse::<IpAddr>();
     let is_local = host == "localhost" || ip.is_ok_and(|address| address.is_loopback());

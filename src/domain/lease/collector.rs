@@ -4,37 +4,40 @@
 //! renewed, so it has been without a lease for at least two and a half. No wall clock is asked: a step of it
 //! would make the living look dead.
 
-use super::{Attempt, Boottime, Incarnation, Kept, Lease, Listing, ReplicaId, Row, Rule, Rules};
+use super::{
+    AllInvariants, AttemptId, BootInstant, Incarnation, InvariantSet, LeaseDuration, LeaseInvariant,
+    ReplicaId, ReplicaListing, ReplicaRow,
+};
 
 /// What happens to a collector.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Event {
+pub enum CollectorEvent {
     /// It is time: also the first event of all.
     Tick,
     /// The replicas' rows were read.
     Listed {
         /// Of the request.
-        attempt: Attempt,
+        attempt: AttemptId,
         /// What was read.
-        listing: Listing,
+        listing: ReplicaListing,
     },
     /// The reading failed.
     Failed {
         /// Of the request.
-        attempt: Attempt,
+        attempt: AttemptId,
     },
 }
 
 /// What a collector wants done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Action {
+pub enum CollectorAction {
     /// Read the replicas' rows. Answer: `Listed` or `Failed`.
-    List {
+    ListRows {
         /// To name in the answer.
-        attempt: Attempt,
+        attempt: AttemptId,
     },
     /// Delete this row if its count still is `renew_seq`, and log who was removed. There is no answer.
-    Remove {
+    RemoveRow {
         /// The row.
         id: ReplicaId,
         /// Its count.
@@ -43,104 +46,109 @@ pub enum Action {
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Watched {
+struct WatchedReplica {
     id: ReplicaId,
     renew_seq: u64,
-    since: Boottime,
+    unchanged_since: BootInstant,
 }
 
-/// One process's watch over the rows. It begins with a [`Event::Tick`].
+/// One process's watch over the rows. It begins with a [`CollectorEvent::Tick`].
 #[derive(Debug)]
-pub struct Collector<R = Kept> {
-    rules: R,
-    lease: Lease,
+pub struct ReplicaCollector<R = AllInvariants> {
+    invariants: R,
+    lease: LeaseDuration,
     incarnation: Option<Incarnation>,
-    watched: Vec<Watched>,
-    request: Option<Attempt>,
+    watched: Vec<WatchedReplica>,
+    pending_list: Option<AttemptId>,
     attempts: u64,
-    list_at: Boottime,
+    next_list_at: BootInstant,
 }
 
-impl Collector {
+impl ReplicaCollector {
     /// A process that has read `lease` from the database.
     #[must_use]
-    pub fn new(lease: Lease) -> Self {
-        Collector::with_rules(Kept, lease)
+    pub fn new(lease: LeaseDuration) -> Self {
+        ReplicaCollector::with_invariants(AllInvariants, lease)
     }
 }
 
-impl<R: Rules> Collector<R> {
+impl<R: InvariantSet> ReplicaCollector<R> {
     /// One that keeps these rules only.
     #[must_use]
-    pub fn with_rules(rules: R, lease: Lease) -> Self {
-        Collector {
-            rules,
+    pub fn with_invariants(rules: R, lease: LeaseDuration) -> Self {
+        ReplicaCollector {
+            invariants: rules,
             lease,
             incarnation: None,
             watched: Vec::new(),
-            request: None,
+            pending_list: None,
             attempts: 0,
-            list_at: Boottime::PASSED,
+            next_list_at: BootInstant::EXPIRED,
         }
     }
 
-    /// When it wants a [`Event::Tick`] at the latest.
+    /// When it wants a [`CollectorEvent::Tick`] at the latest.
     #[must_use]
-    pub fn wake_at(&self) -> Option<Boottime> {
-        Some(self.list_at)
+    pub fn wake_at(&self) -> Option<BootInstant> {
+        Some(self.next_list_at)
     }
 
     /// Takes an event that was at hand at `now`; gives what is to be done.
-    pub fn on(&mut self, event: Event, now: Boottime) -> Vec<Action> {
+    pub fn handle(&mut self, event: CollectorEvent, now: BootInstant) -> Vec<CollectorAction> {
         match event {
-            Event::Tick if now >= self.list_at => {
+            CollectorEvent::Tick if now >= self.next_list_at => {
                 // An answer that has not come by now is not waited for: the next reading is as good.
                 self.attempts += 1;
-                self.request = Some(Attempt(self.attempts));
-                self.list_at = now.plus(self.lease.collect_every());
-                vec![Action::List { attempt: Attempt(self.attempts) }]
+                self.pending_list = Some(AttemptId(self.attempts));
+                self.next_list_at = now.saturating_add(self.lease.collect_interval());
+                vec![CollectorAction::ListRows { attempt: AttemptId(self.attempts) }]
             }
-            Event::Listed { attempt, listing } if self.request == Some(attempt) => {
-                self.request = None;
-                self.listed(&listing, now)
+            CollectorEvent::Listed { attempt, listing } if self.pending_list == Some(attempt) => {
+                self.pending_list = None;
+                self.handle_listing(&listing, now)
             }
-            Event::Failed { attempt } if self.request == Some(attempt) => {
-                self.request = None;
+            CollectorEvent::Failed { attempt } if self.pending_list == Some(attempt) => {
+                self.pending_list = None;
                 Vec::new()
             }
-            Event::Tick | Event::Listed { .. } | Event::Failed { .. } => Vec::new(),
+            CollectorEvent::Tick | CollectorEvent::Listed { .. } | CollectorEvent::Failed { .. } => {
+                Vec::new()
+            }
         }
     }
 
-    fn listed(&mut self, listing: &Listing, now: Boottime) -> Vec<Action> {
-        self.lease = listing.longest;
+    fn handle_listing(&mut self, listing: &ReplicaListing, now: BootInstant) -> Vec<CollectorAction> {
+        self.lease = listing.longest_lease;
         if self.incarnation != Some(listing.incarnation) {
             // Counts of another life of the database say nothing.
             self.incarnation = Some(listing.incarnation);
             self.watched.clear();
         }
         let watched = std::mem::take(&mut self.watched);
-        self.watched = listing.rows.iter().map(|row| watch(&watched, row, now)).collect();
+        self.watched = listing.rows.iter().map(|row| continue_watching(&watched, row, now)).collect();
         let dead = self.watched.iter().zip(&listing.rows).filter(|(watched, row)| {
-            if self.rules.keep(Rule::DeadAreWatched) {
+            if self.invariants.enforces(LeaseInvariant::DeadAreWatched) {
                 self.is_dead(watched, now)
             } else {
-                let silent = listing.db_now.since(row.last_seen);
+                let silent = listing.database_time.saturating_duration_since(row.last_seen);
                 self.lease.dead_after().is_some_and(|wait| silent >= wait)
             }
         });
-        dead.map(|(watched, _)| Action::Remove { id: watched.id, renew_seq: watched.renew_seq }).collect()
+        dead.map(|(watched, _)| CollectorAction::RemoveRow { id: watched.id, renew_seq: watched.renew_seq })
+            .collect()
     }
 
-    fn is_dead(&self, watched: &Watched, now: Boottime) -> bool {
-        self.lease.dead_after().is_some_and(|wait| now.since(watched.since) >= wait)
+    fn is_dead(&self, watched: &WatchedReplica, now: BootInstant) -> bool {
+        self.lease
+            .dead_after()
+            .is_some_and(|wait| now.saturating_duration_since(watched.unchanged_since) >= wait)
     }
 }
 
 /// Goes on watching a row, from its last change.
-fn watch(watched: &[Watched], row: &Row, now: Boottime) -> Watched {
+fn continue_watching(watched: &[WatchedReplica], row: &ReplicaRow, now: BootInstant) -> WatchedReplica {
     let same = watched.iter().find(|watched| watched.id == row.id && watched.renew_seq == row.renew_seq);
-    same.copied().unwrap_or(Watched { id: row.id, renew_seq: row.renew_seq, since: now })
+    same.copied().unwrap_or(WatchedReplica { id: row.id, renew_seq: row.renew_seq, unchanged_since: now })
 }
 
 #[cfg(test)]
@@ -150,80 +158,93 @@ mod tests {
 
     const ID: ReplicaId = ReplicaId(uuid::Uuid::nil());
 
-    fn at(seconds: u64) -> Boottime {
-        Boottime::from_nanos(seconds * 1_000_000_000)
+    fn at(seconds: u64) -> BootInstant {
+        BootInstant::from_nanos(seconds * 1_000_000_000)
     }
 
-    fn listing(renew_seq: u64, incarnation: u128, longest: Lease) -> Listing {
+    fn listing(renew_seq: u64, incarnation: u128, longest: LeaseDuration) -> ReplicaListing {
         let last_seen = Timestamp::from_micros(0);
         // By the wall clock, the row is as old as can be.
         let db_now = Timestamp::MAX;
-        let rows = vec![Row { id: ID, applied: Some(Revision(3)), renew_seq, last_seen }];
+        let rows = vec![ReplicaRow { id: ID, applied: Some(Revision(3)), renew_seq, last_seen }];
         let incarnation = Incarnation(incarnation);
-        Listing { rows, longest, incarnation, settled: Some(incarnation), db_now }
+        ReplicaListing {
+            rows,
+            longest_lease: longest,
+            incarnation,
+            settled_incarnation: Some(incarnation),
+            database_time: db_now,
+        }
     }
 
     /// Lets it read this, at this time.
-    fn read(collector: &mut Collector, seconds: u64, listing: Listing) -> Vec<Action> {
-        let asked = collector.on(Event::Tick, at(seconds));
-        let [Action::List { attempt }] = asked[..] else { panic!("{asked:?}") };
-        collector.on(Event::Listed { attempt, listing }, at(seconds))
+    fn read(collector: &mut ReplicaCollector, seconds: u64, listing: ReplicaListing) -> Vec<CollectorAction> {
+        let asked = collector.handle(CollectorEvent::Tick, at(seconds));
+        let [CollectorAction::ListRows { attempt }] = asked[..] else { panic!("{asked:?}") };
+        collector.handle(CollectorEvent::Listed { attempt, listing }, at(seconds))
     }
 
     #[test]
     fn a_row_is_removed_after_having_stood_still_for_four_leases() {
-        let mut collector = Collector::new(Lease::STRICT);
+        let mut collector = ReplicaCollector::new(LeaseDuration::STRICT);
         for seconds in [100, 103, 107, 119] {
-            assert_eq!(read(&mut collector, seconds, listing(5, 1, Lease::STRICT)), []);
+            assert_eq!(read(&mut collector, seconds, listing(5, 1, LeaseDuration::STRICT)), []);
         }
-        let removed = read(&mut collector, 122, listing(5, 1, Lease::STRICT));
-        assert_eq!(removed, [Action::Remove { id: ID, renew_seq: 5 }]);
+        let removed = read(&mut collector, 122, listing(5, 1, LeaseDuration::STRICT));
+        assert_eq!(removed, [CollectorAction::RemoveRow { id: ID, renew_seq: 5 }]);
     }
 
     #[test]
     fn a_renewal_starts_the_watch_again() {
-        let mut collector = Collector::new(Lease::STRICT);
-        read(&mut collector, 100, listing(5, 1, Lease::STRICT));
-        assert_eq!(read(&mut collector, 119, listing(6, 1, Lease::STRICT)), []);
-        assert_eq!(read(&mut collector, 138, listing(6, 1, Lease::STRICT)), []);
-        assert_eq!(read(&mut collector, 141, listing(6, 1, Lease::STRICT)).len(), 1);
+        let mut collector = ReplicaCollector::new(LeaseDuration::STRICT);
+        read(&mut collector, 100, listing(5, 1, LeaseDuration::STRICT));
+        assert_eq!(read(&mut collector, 119, listing(6, 1, LeaseDuration::STRICT)), []);
+        assert_eq!(read(&mut collector, 138, listing(6, 1, LeaseDuration::STRICT)), []);
+        assert_eq!(read(&mut collector, 141, listing(6, 1, LeaseDuration::STRICT)).len(), 1);
     }
 
     #[test]
     fn rows_with_the_same_count_are_not_taken_for_each_other() {
-        let mut collector = Collector::new(Lease::STRICT);
-        read(&mut collector, 100, listing(0, 1, Lease::STRICT));
-        let mut other = listing(0, 1, Lease::STRICT);
+        let mut collector = ReplicaCollector::new(LeaseDuration::STRICT);
+        read(&mut collector, 100, listing(0, 1, LeaseDuration::STRICT));
+        let mut other = listing(0, 1, LeaseDuration::STRICT);
         other.rows[0].id = ReplicaId(uuid::Uuid::max());
         assert_eq!(read(&mut collector, 122, other), []);
     }
 
     #[test]
     fn another_life_of_the_database_starts_the_watch_again() {
-        let mut collector = Collector::new(Lease::STRICT);
-        read(&mut collector, 100, listing(5, 1, Lease::STRICT));
-        assert_eq!(read(&mut collector, 200, listing(5, 2, Lease::STRICT)), []);
+        let mut collector = ReplicaCollector::new(LeaseDuration::STRICT);
+        read(&mut collector, 100, listing(5, 1, LeaseDuration::STRICT));
+        assert_eq!(read(&mut collector, 200, listing(5, 2, LeaseDuration::STRICT)), []);
     }
 
     #[test]
     fn nobody_is_dead_who_may_hold_an_infinite_lease() {
-        let mut collector = Collector::new(Lease::STRICT);
-        read(&mut collector, 100, listing(5, 1, Lease::STRICT));
-        assert_eq!(read(&mut collector, 100_000, listing(5, 1, Lease::STATIC)), []);
+        let mut collector = ReplicaCollector::new(LeaseDuration::STRICT);
+        read(&mut collector, 100, listing(5, 1, LeaseDuration::STRICT));
+        assert_eq!(read(&mut collector, 100_000, listing(5, 1, LeaseDuration::INFINITE)), []);
     }
 
     #[test]
     fn it_reads_now_and_then_and_only_the_newest_answer_counts() {
-        let mut collector = Collector::new(Lease::DEFAULT);
-        assert_eq!(collector.on(Event::Tick, at(100)), [Action::List { attempt: Attempt(1) }]);
-        assert_eq!(collector.on(Event::Tick, at(114)), []);
+        let mut collector = ReplicaCollector::new(LeaseDuration::DEFAULT);
+        assert_eq!(
+            collector.handle(CollectorEvent::Tick, at(100)),
+            [CollectorAction::ListRows { attempt: AttemptId(1) }]
+        );
+        assert_eq!(collector.handle(CollectorEvent::Tick, at(114)), []);
         assert_eq!(collector.wake_at(), Some(at(115)));
-        assert_eq!(collector.on(Event::Tick, at(115)), [Action::List { attempt: Attempt(2) }]);
-        let listed = |attempt| Event::Listed { attempt, listing: listing(5, 1, Lease::STRICT) };
-        assert_eq!(collector.on(listed(Attempt(1)), at(116)), [], "late");
-        assert_eq!(collector.on(listed(Attempt(2)), at(117)), []);
-        assert_eq!(read(&mut collector, 136, listing(5, 1, Lease::STRICT)), [], "watched since 117");
-        assert_eq!(read(&mut collector, 139, listing(5, 1, Lease::STRICT)).len(), 1);
-        assert_eq!(collector.on(Event::Failed { attempt: Attempt(4) }, at(140)), []);
+        assert_eq!(
+            collector.handle(CollectorEvent::Tick, at(115)),
+            [CollectorAction::ListRows { attempt: AttemptId(2) }]
+        );
+        let listed =
+            |attempt| CollectorEvent::Listed { attempt, listing: listing(5, 1, LeaseDuration::STRICT) };
+        assert_eq!(collector.handle(listed(AttemptId(1)), at(116)), [], "late");
+        assert_eq!(collector.handle(listed(AttemptId(2)), at(117)), []);
+        assert_eq!(read(&mut collector, 136, listing(5, 1, LeaseDuration::STRICT)), [], "watched since 117");
+        assert_eq!(read(&mut collector, 139, listing(5, 1, LeaseDuration::STRICT)).len(), 1);
+        assert_eq!(collector.handle(CollectorEvent::Failed { attempt: AttemptId(4) }, at(140)), []);
     }
 }

@@ -9,23 +9,23 @@
 use std::time::Duration;
 
 use super::{
-    Attempt, Boottime, Counts, Incarnation, Kept, Lease, Position, ReplicaId, Rule, Rules,
-    freeze::FreezeWatch,
+    AllInvariants, AttemptId, BootInstant, Incarnation, InvariantSet, LeaseDuration, LeaseInvariant,
+    LogPosition, RenewalSequence, ReplicaId, clock_stall::ClockStallDetector,
 };
-use crate::domain::{log::Hash, time::Revision};
+use crate::domain::{log::ChainHash, time::Revision};
 
-mod message;
+mod messages;
 #[cfg(test)]
 mod tests;
 
-pub use message::{Action, Event, Renewal, Reply};
+pub use messages::{RenewalReply, RenewalRequest, ReplicaAction, ReplicaEvent};
 
 /// The wait after a first failure; it doubles with each that follows, up to the pace of renewals.
 const FIRST_BACKOFF: Duration = Duration::from_millis(50);
 
 /// How a replica stands with the database.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Standing {
+pub enum ReplicaState {
     /// It has no row or no map yet.
     Joining,
     /// It follows.
@@ -37,321 +37,337 @@ pub enum Standing {
 }
 
 #[derive(Clone, Copy, Debug)]
-enum Map {
-    Empty { load_at: Boottime },
-    Loading { attempt: Attempt, sent: Boottime },
-    Holds(Position),
+enum ReplicaMapState {
+    Empty { load_at: BootInstant },
+    Loading { attempt: AttemptId, sent: BootInstant },
+    Loaded(LogPosition),
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Sent {
-    attempt: Attempt,
-    at: Boottime,
-    renewal: Option<Renewal>,
+struct PendingReplicaRequest {
+    attempt: AttemptId,
+    sent_at: BootInstant,
+    renewal: Option<RenewalRequest>,
 }
 
 /// The row that the process holds, and the counts of its renewals.
 #[derive(Clone, Copy, Debug)]
-struct OwnRow {
+struct OwnReplicaRow {
     id: ReplicaId,
-    seen: u64,
-    sent: u64,
+    confirmed_seq: u64,
+    sent_seq: u64,
     /// It is known to say what is applied, so that revokers wait for it.
-    listed: bool,
+    is_listed: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Mode {
+enum ReplicaMode {
     Running,
     Regressed,
     Stopped,
 }
 
-/// One process's part in the protocol. It begins with a [`Event::Tick`].
+/// One process's part in the protocol. It begins with a [`ReplicaEvent::Tick`].
 #[derive(Debug)]
-pub struct Replica<R = Kept> {
-    rules: R,
-    mode: Mode,
-    lease: Lease,
-    longest: Lease,
-    row: Option<OwnRow>,
-    map: Map,
-    request: Option<Sent>,
+pub struct Replica<R = AllInvariants> {
+    invariants: R,
+    mode: ReplicaMode,
+    lease: LeaseDuration,
+    longest_lease: LeaseDuration,
+    row: Option<OwnReplicaRow>,
+    map: ReplicaMapState,
+    pending_request: Option<PendingReplicaRequest>,
     attempts: u64,
     failures: u32,
     /// When the next request is due, if none is under way.
-    send_at: Boottime,
+    next_send_at: BootInstant,
     /// A renewal is wanted as soon as the one under way has ended.
-    again: bool,
-    deadline: Boottime,
-    as_of: Boottime,
-    clock: FreezeWatch,
+    renew_again: bool,
+    deadline: BootInstant,
+    valid_as_of: BootInstant,
+    stall_detector: ClockStallDetector,
     /// A life of the database that is not settled, and since when it has been known here.
-    unsettled: Option<(Incarnation, Boottime)>,
+    unsettled: Option<(Incarnation, BootInstant)>,
 }
 
 impl Replica {
     /// A process that has read `lease` from the database, and nothing else yet.
     #[must_use]
-    pub fn new(lease: Lease) -> Self {
-        Replica::with_rules(Kept, lease)
+    pub fn new(lease: LeaseDuration) -> Self {
+        Replica::with_invariants(AllInvariants, lease)
     }
 }
 
-impl<R: Rules> Replica<R> {
+impl<R: InvariantSet> Replica<R> {
     /// One that keeps these rules only.
     #[must_use]
-    pub fn with_rules(rules: R, lease: Lease) -> Self {
+    pub fn with_invariants(rules: R, lease: LeaseDuration) -> Self {
         Replica {
-            rules,
-            mode: Mode::Running,
+            invariants: rules,
+            mode: ReplicaMode::Running,
             lease,
-            longest: lease,
+            longest_lease: lease,
             row: None,
-            map: Map::Empty { load_at: Boottime::PASSED },
-            request: None,
+            map: ReplicaMapState::Empty { load_at: BootInstant::EXPIRED },
+            pending_request: None,
             attempts: 0,
             failures: 0,
-            send_at: Boottime::PASSED,
-            again: false,
-            deadline: Boottime::PASSED,
-            as_of: Boottime::PASSED,
-            clock: FreezeWatch::default(),
+            next_send_at: BootInstant::EXPIRED,
+            renew_again: false,
+            deadline: BootInstant::EXPIRED,
+            valid_as_of: BootInstant::EXPIRED,
+            stall_detector: ClockStallDetector::default(),
             unsettled: None,
         }
     }
 
-    /// When it wants a [`Event::Tick`] at the latest.
+    /// When it wants a [`ReplicaEvent::Tick`] at the latest.
     #[must_use]
-    pub fn wake_at(&self) -> Option<Boottime> {
-        if self.mode != Mode::Running {
+    pub fn wake_at(&self) -> Option<BootInstant> {
+        if self.mode != ReplicaMode::Running {
             return None;
         }
-        let request = match &self.request {
-            Some(sent) => sent.at.plus(self.lease.timeout()),
-            None => self.send_at,
+        let request = match &self.pending_request {
+            Some(sent) => sent.sent_at.saturating_add(self.lease.request_timeout()),
+            None => self.next_send_at,
         };
         match self.map {
-            Map::Empty { load_at } if self.row.is_some() => Some(request.min(load_at)),
+            ReplicaMapState::Empty { load_at } if self.row.is_some() => Some(request.min(load_at)),
             _ => Some(request),
         }
     }
 
     /// The row that it holds.
     #[must_use]
-    pub fn row(&self) -> Option<ReplicaId> {
+    pub fn row_id(&self) -> Option<ReplicaId> {
         self.row.map(|row| row.id)
     }
 
     /// How it stands.
     #[must_use]
-    pub fn standing(&self) -> Standing {
+    pub fn state(&self) -> ReplicaState {
         match (self.mode, self.row, self.map) {
-            (Mode::Stopped, ..) => Standing::Stopped,
-            (Mode::Regressed, ..) => Standing::Regressed,
-            (Mode::Running, Some(_), Map::Holds(_)) => Standing::Following,
-            (Mode::Running, ..) => Standing::Joining,
+            (ReplicaMode::Stopped, ..) => ReplicaState::Stopped,
+            (ReplicaMode::Regressed, ..) => ReplicaState::Regressed,
+            (ReplicaMode::Running, Some(_), ReplicaMapState::Loaded(_)) => ReplicaState::Following,
+            (ReplicaMode::Running, ..) => ReplicaState::Joining,
         }
     }
 
     /// Takes an event that was at hand at `now`; gives what is to be done, in order.
-    pub fn on(&mut self, event: Event, now: Boottime) -> Vec<Action> {
+    pub fn handle(&mut self, event: ReplicaEvent, now: BootInstant) -> Vec<ReplicaAction> {
         let mut out = Vec::new();
         match (self.mode, event) {
-            (Mode::Stopped, _) => {}
-            (_, Event::Stop) => self.stop(&mut out),
-            (Mode::Regressed, Event::RegressionAccepted) => self.start_over(now, &mut out),
-            (Mode::Running, event) => {
-                self.take(event, now, &mut out);
-                self.proceed(now, &mut out);
+            (ReplicaMode::Stopped, _) => {}
+            (_, ReplicaEvent::Stop) => self.stop(&mut out),
+            (ReplicaMode::Regressed, ReplicaEvent::RegressionAccepted) => self.restart(now, &mut out),
+            (ReplicaMode::Running, event) => {
+                self.handle_running(event, now, &mut out);
+                self.start_due_requests(now, &mut out);
             }
-            (Mode::Regressed, _) => {}
+            (ReplicaMode::Regressed, _) => {}
         }
         out
     }
 
-    fn take(&mut self, event: Event, now: Boottime, out: &mut Vec<Action>) {
+    fn handle_running(&mut self, event: ReplicaEvent, now: BootInstant, out: &mut Vec<ReplicaAction>) {
         match event {
-            Event::Tick => self.time_out(now, out),
-            Event::Registered { attempt, id } => {
-                if self.answered(attempt).is_some() {
-                    self.row = Some(OwnRow { id, seen: 0, sent: 0, listed: false });
+            ReplicaEvent::Tick => self.expire_request(now, out),
+            ReplicaEvent::Registered { attempt, id } => {
+                if self.take_pending(attempt).is_some() {
+                    self.row = Some(OwnReplicaRow { id, confirmed_seq: 0, sent_seq: 0, is_listed: false });
                     // A map that is there already can be renewed at once; else this only keeps the row alive.
-                    let wait = if self.holds() { Duration::ZERO } else { self.lease.renew_every() };
-                    self.send_at = now.plus(wait);
+                    let wait = if self.has_map() { Duration::ZERO } else { self.lease.renew_interval() };
+                    self.next_send_at = now.saturating_add(wait);
                 }
             }
-            Event::Loaded { attempt, at } => self.loaded(attempt, at, out),
-            Event::Renewed { attempt, reply } => {
-                if let Some(sent) = self.answered(attempt)
+            ReplicaEvent::Loaded { attempt, at } => self.handle_loaded(attempt, at, out),
+            ReplicaEvent::Renewed { attempt, reply } => {
+                if let Some(sent) = self.take_pending(attempt)
                     && let Some(renewal) = sent.renewal
                 {
-                    self.renewed(sent.at, renewal, &reply, now, out);
+                    self.handle_renewed(sent.sent_at, renewal, &reply, now, out);
                 }
             }
-            Event::Failed { attempt } => self.failed(attempt, now),
-            Event::Hint => self.again |= self.holds(),
-            Event::Advanced { to } => self.advance(to),
+            ReplicaEvent::Failed { attempt } => self.handle_failed(attempt, now),
+            ReplicaEvent::Hint => self.renew_again |= self.has_map(),
+            ReplicaEvent::Advanced { to } => self.advance_map(to),
             // Of a map that is given up already, it says nothing new.
-            Event::Diverged { ours, head } if self.holds() => self.regress(ours, None, head, out),
-            Event::Diverged { .. } => {}
-            Event::RegressionAccepted | Event::Stop => {}
+            ReplicaEvent::Diverged { local_position: ours, head } if self.has_map() => {
+                self.enter_regressed(ours, None, head, out)
+            }
+            ReplicaEvent::Diverged { .. } => {}
+            ReplicaEvent::RegressionAccepted | ReplicaEvent::Stop => {}
         }
     }
 
     /// Starts whatever is due and not under way.
-    fn proceed(&mut self, now: Boottime, out: &mut Vec<Action>) {
-        if self.mode != Mode::Running {
+    fn start_due_requests(&mut self, now: BootInstant, out: &mut Vec<ReplicaAction>) {
+        if self.mode != ReplicaMode::Running {
             return;
         }
-        let may_load = self.row.is_some() || !self.rules.keep(Rule::RegisterBeforeSnapshot);
-        if let Map::Empty { load_at } = self.map
+        let may_load =
+            self.row.is_some() || !self.invariants.enforces(LeaseInvariant::RegisterBeforeSnapshot);
+        if let ReplicaMapState::Empty { load_at } = self.map
             && now >= load_at
             && may_load
         {
             let attempt = self.next_attempt();
-            self.map = Map::Loading { attempt, sent: now };
-            out.push(Action::Load { attempt });
+            self.map = ReplicaMapState::Loading { attempt, sent: now };
+            out.push(ReplicaAction::Load { attempt });
         }
-        let may_register = self.holds() || self.rules.keep(Rule::RegisterBeforeSnapshot);
-        let due = now >= self.send_at || self.again && self.row.is_some();
-        if self.request.is_none() && due && (self.row.is_some() || may_register) {
-            self.send(now, out);
+        let may_register = self.has_map() || self.invariants.enforces(LeaseInvariant::RegisterBeforeSnapshot);
+        let due = now >= self.next_send_at || self.renew_again && self.row.is_some();
+        if self.pending_request.is_none() && due && (self.row.is_some() || may_register) {
+            self.send_next_request(now, out);
         }
     }
 
     /// Sends the next request. `now` is an instant before the sending: a lease may count from it.
-    fn send(&mut self, now: Boottime, out: &mut Vec<Action>) {
+    fn send_next_request(&mut self, now: BootInstant, out: &mut Vec<ReplicaAction>) {
         let attempt = self.next_attempt();
         let renewal = self.row.as_mut().map(|row| {
-            row.sent += 1;
-            let counts = Counts { seen: row.seen, next: row.sent };
+            row.sent_seq += 1;
+            let counts = RenewalSequence { confirmed: row.confirmed_seq, next: row.sent_seq };
             let applied = match self.map {
-                Map::Holds(position) => Some(position),
-                Map::Empty { .. } | Map::Loading { .. } => None,
+                ReplicaMapState::Loaded(position) => Some(position),
+                ReplicaMapState::Empty { .. } | ReplicaMapState::Loading { .. } => None,
             };
-            Renewal { attempt, id: row.id, counts, applied, settle: None }
+            RenewalRequest { attempt, id: row.id, sequence: counts, applied, settle_incarnation: None }
         });
-        let renewal = renewal.map(|renewal| Renewal { settle: self.settled_by(now), ..renewal });
-        out.push(renewal.map_or(Action::Register { attempt }, Action::Renew));
-        self.request = Some(Sent { attempt, at: now, renewal });
-        self.again = false;
+        let renewal = renewal
+            .map(|renewal| RenewalRequest { settle_incarnation: self.incarnation_to_settle(now), ..renewal });
+        out.push(renewal.map_or(ReplicaAction::Register { attempt }, ReplicaAction::Renew));
+        self.pending_request = Some(PendingReplicaRequest { attempt, sent_at: now, renewal });
+        self.renew_again = false;
     }
 
     /// The unsettled life of the database, once every lease from before it has run out.
-    fn settled_by(&self, now: Boottime) -> Option<Incarnation> {
+    fn incarnation_to_settle(&self, now: BootInstant) -> Option<Incarnation> {
         let (incarnation, since) = self.unsettled?;
-        let wait = match self.rules.keep(Rule::SettlingTakesTime) {
-            true => self.longest.outlived_after()?,
+        let wait = match self.invariants.enforces(LeaseInvariant::SettlingTakesTime) {
+            true => self.longest_lease.expiry_wait()?,
             false => Duration::ZERO,
         };
-        (now >= since.plus(wait)).then_some(incarnation)
+        (now >= since.saturating_add(wait)).then_some(incarnation)
     }
 
-    fn loaded(&mut self, attempt: Attempt, at: Position, out: &mut Vec<Action>) {
-        let Map::Loading { attempt: awaited, sent } = self.map else { return };
+    fn handle_loaded(&mut self, attempt: AttemptId, at: LogPosition, out: &mut Vec<ReplicaAction>) {
+        let ReplicaMapState::Loading { attempt: awaited, sent } = self.map else { return };
         if awaited != attempt {
             return;
         }
-        self.map = Map::Holds(at);
-        self.again = true;
-        out.push(Action::Adopt { attempt });
-        if !self.rules.keep(Rule::RegisterBeforeSnapshot) {
-            self.publish(self.lease.ends(sent), sent, out);
+        self.map = ReplicaMapState::Loaded(at);
+        self.renew_again = true;
+        out.push(ReplicaAction::InstallSnapshot { attempt });
+        if !self.invariants.enforces(LeaseInvariant::RegisterBeforeSnapshot) {
+            self.publish_deadline(self.lease.expires_at(sent), sent, out);
         }
     }
 
-    fn renewed(
+    fn handle_renewed(
         &mut self,
-        sent: Boottime,
-        renewal: Renewal,
-        reply: &Reply,
-        now: Boottime,
-        out: &mut Vec<Action>,
+        sent: BootInstant,
+        renewal: RenewalRequest,
+        reply: &RenewalReply,
+        now: BootInstant,
+        out: &mut Vec<ReplicaAction>,
     ) {
         self.failures = 0;
-        (self.lease, self.longest) = (reply.lease, reply.longest);
-        self.send_at = sent.plus(self.lease.renew_every());
+        (self.lease, self.longest_lease) = (reply.lease, reply.longest_lease);
+        self.next_send_at = sent.saturating_add(self.lease.renew_interval());
         self.watch_incarnation(reply, now);
-        let missing = self.clock.compare(sent, now, reply.db_now, reply.incarnation);
+        let missing = self.stall_detector.detect_stall(sent, now, reply.database_time, reply.incarnation);
         if let Some(missing) = missing {
-            out.push(Action::ReportFrozenClock { missing });
-            self.publish(self.deadline.minus(missing), self.as_of, out);
+            out.push(ReplicaAction::ReportClockStall { stall: missing });
+            self.publish_deadline(self.deadline.saturating_sub(missing), self.valid_as_of, out);
         }
         if let Some(position) = renewal.applied
-            && self.is_elsewhere(position, reply)
+            && self.has_diverged(position, reply)
         {
-            self.regress(position, reply.link, reply.head, out);
+            self.enter_regressed(position, reply.acknowledged_hash, reply.head, out);
             return;
         }
-        if !reply.renewed {
-            self.lose_row(now, out);
+        if !reply.was_renewed {
+            self.handle_lost_row(now, out);
             return;
         }
-        let mut listed = !self.rules.keep(Rule::ListedBeforeLease);
+        let mut listed = !self.invariants.enforces(LeaseInvariant::ListedBeforeLease);
         if let Some(row) = &mut self.row {
-            row.seen = renewal.counts.next;
-            listed |= std::mem::replace(&mut row.listed, renewal.applied.is_some());
+            row.confirmed_seq = renewal.sequence.next;
+            listed |= std::mem::replace(&mut row.is_listed, renewal.applied.is_some());
         }
         if let Some(position) = renewal.applied {
-            let since = if self.rules.keep(Rule::LeaseCountsFromSending) { sent } else { now };
-            let until = self.lease.ends(since).minus(missing.unwrap_or_default());
+            let since =
+                if self.invariants.enforces(LeaseInvariant::LeaseCountsFromSending) { sent } else { now };
+            let until = self.lease.expires_at(since).saturating_sub(missing.unwrap_or_default());
             // The first renewal only asks: whoever lists the rows while it is committed may not see it yet.
             let lease = listed.then_some((since, until));
-            self.follow(renewal.attempt, position, reply, lease, now, out);
+            self.apply_renewal(renewal.attempt, position, reply, lease, now, out);
         }
     }
 
     /// Takes the changes of a renewal, and then the lease that was granted with them.
-    fn follow(
+    fn apply_renewal(
         &mut self,
-        attempt: Attempt,
-        from: Position,
-        reply: &Reply,
-        lease: Option<(Boottime, Boottime)>,
-        now: Boottime,
-        out: &mut Vec<Action>,
+        attempt: AttemptId,
+        from: LogPosition,
+        reply: &RenewalReply,
+        lease: Option<(BootInstant, BootInstant)>,
+        now: BootInstant,
+        out: &mut Vec<ReplicaAction>,
     ) {
-        let at_head = reply.upto.revision == reply.head || !self.rules.keep(Rule::LeaseNeedsHead);
-        let changed = reply.upto.revision > from.revision;
+        let at_head = reply.changes_end.revision == reply.head
+            || !self.invariants.enforces(LeaseInvariant::LeaseNeedsHead);
+        let changed = reply.changes_end.revision > from.revision;
         // To renew again is to acknowledge.
-        self.again |= changed || lease.is_none();
+        self.renew_again |= changed || lease.is_none();
         if changed {
-            self.advance(reply.upto);
-            if !self.rules.keep(Rule::ApplyBeforeAck) {
-                self.send(now, out);
+            self.advance_map(reply.changes_end);
+            if !self.invariants.enforces(LeaseInvariant::ApplyBeforeAck) {
+                self.send_next_request(now, out);
             }
         }
-        let map_first = self.rules.keep(Rule::MapBeforeDeadline);
+        let map_first = self.invariants.enforces(LeaseInvariant::MapBeforeDeadline);
         if changed && map_first {
-            out.push(Action::Apply { attempt });
+            out.push(ReplicaAction::ApplyChanges { attempt });
         }
         if at_head && let Some((since, until)) = lease {
-            let until = if self.rules.keep(Rule::LeaseEnds) { until } else { Boottime::FOREVER };
-            self.publish(until, since, out);
+            let until = if self.invariants.enforces(LeaseInvariant::LeaseEnds) {
+                until
+            } else {
+                BootInstant::FOREVER
+            };
+            self.publish_deadline(until, since, out);
         }
         if changed && !map_first {
-            out.push(Action::Apply { attempt });
+            out.push(ReplicaAction::ApplyChanges { attempt });
         }
     }
 
     /// Whether the database's history is another one than the map's.
-    fn is_elsewhere(&self, ours: Position, reply: &Reply) -> bool {
-        if self.rules.keep(Rule::HistoryIsCompared) {
-            reply.link != Some(ours.hash)
+    fn has_diverged(&self, ours: LogPosition, reply: &RenewalReply) -> bool {
+        if self.invariants.enforces(LeaseInvariant::HistoryIsCompared) {
+            reply.acknowledged_hash != Some(ours.hash)
         } else {
             reply.head < ours.revision
         }
     }
 
-    fn regress(&mut self, ours: Position, link: Option<Hash>, head: Revision, out: &mut Vec<Action>) {
-        self.mode = Mode::Regressed;
-        out.push(Action::EnterRegressed { ours, link, head });
+    fn enter_regressed(
+        &mut self,
+        ours: LogPosition,
+        link: Option<ChainHash>,
+        head: Revision,
+        out: &mut Vec<ReplicaAction>,
+    ) {
+        self.mode = ReplicaMode::Regressed;
+        out.push(ReplicaAction::EnterRegressed { local_position: ours, database_hash: link, head });
     }
 
     /// The map holds this, if not more already.
-    fn advance(&mut self, to: Position) {
-        if let Map::Holds(at) = &mut self.map
+    fn advance_map(&mut self, to: LogPosition) {
+        if let ReplicaMapState::Loaded(at) = &mut self.map
             && to.revision > at.revision
         {
             *at = to;
@@ -360,84 +376,86 @@ impl<R: Rules> Replica<R> {
 
     /// The row is gone, or is another process's: nobody waits for this one any more. The map is still good: the
     /// first renewal under the new row brings what it lacks, or finds that the history is another one.
-    fn lose_row(&mut self, now: Boottime, out: &mut Vec<Action>) {
-        let worked = self.row.take().is_some_and(|row| row.listed);
+    fn handle_lost_row(&mut self, now: BootInstant, out: &mut Vec<ReplicaAction>) {
+        let worked = self.row.take().is_some_and(|row| row.is_listed);
         // Where rows vanish as soon as they are made, there is no hurry to make more.
-        self.send_at = now.plus(if worked { Duration::ZERO } else { self.lease.renew_every() });
-        self.stop_allowing(out);
+        self.next_send_at =
+            now.saturating_add(if worked { Duration::ZERO } else { self.lease.renew_interval() });
+        self.deny_all(out);
     }
 
-    fn start_over(&mut self, now: Boottime, out: &mut Vec<Action>) {
-        self.mode = Mode::Running;
-        self.map = Map::Empty { load_at: now };
-        self.send_at = now;
-        out.extend(self.request.take().map(|sent| Action::Abandon { attempt: sent.attempt }));
-        self.leave(out);
-        self.proceed(now, out);
+    fn restart(&mut self, now: BootInstant, out: &mut Vec<ReplicaAction>) {
+        self.mode = ReplicaMode::Running;
+        self.map = ReplicaMapState::Empty { load_at: now };
+        self.next_send_at = now;
+        out.extend(self.pending_request.take().map(|sent| ReplicaAction::Abandon { attempt: sent.attempt }));
+        self.deregister(out);
+        self.start_due_requests(now, out);
     }
 
-    fn stop(&mut self, out: &mut Vec<Action>) {
-        self.mode = Mode::Stopped;
-        self.leave(out);
+    fn stop(&mut self, out: &mut Vec<ReplicaAction>) {
+        self.mode = ReplicaMode::Stopped;
+        self.deregister(out);
     }
 
     /// Gives up the lease first, and then the row.
-    fn leave(&mut self, out: &mut Vec<Action>) {
-        self.stop_allowing(out);
-        out.extend(self.row.take().map(|row| Action::Leave { id: row.id }));
+    fn deregister(&mut self, out: &mut Vec<ReplicaAction>) {
+        self.deny_all(out);
+        out.extend(self.row.take().map(|row| ReplicaAction::Deregister { id: row.id }));
     }
 
-    fn publish(&mut self, deadline: Boottime, as_of: Boottime, out: &mut Vec<Action>) {
-        (self.deadline, self.as_of) = (deadline, as_of);
-        out.push(Action::Publish { deadline, as_of });
+    fn publish_deadline(&mut self, deadline: BootInstant, as_of: BootInstant, out: &mut Vec<ReplicaAction>) {
+        (self.deadline, self.valid_as_of) = (deadline, as_of);
+        out.push(ReplicaAction::PublishDeadline { deadline, as_of });
     }
 
-    fn stop_allowing(&mut self, out: &mut Vec<Action>) {
-        self.deadline = Boottime::PASSED;
-        out.push(Action::StopAllowing);
+    fn deny_all(&mut self, out: &mut Vec<ReplicaAction>) {
+        self.deadline = BootInstant::EXPIRED;
+        out.push(ReplicaAction::DenyAll);
     }
 
-    fn watch_incarnation(&mut self, reply: &Reply, now: Boottime) {
-        if reply.settled == Some(reply.incarnation) {
+    fn watch_incarnation(&mut self, reply: &RenewalReply, now: BootInstant) {
+        if reply.settled_incarnation == Some(reply.incarnation) {
             self.unsettled = None;
         } else if self.unsettled.is_none_or(|(known, _)| known != reply.incarnation) {
             self.unsettled = Some((reply.incarnation, now));
         }
     }
 
-    fn time_out(&mut self, now: Boottime, out: &mut Vec<Action>) {
-        if let Some(sent) = self.request
-            && now >= sent.at.plus(self.lease.timeout())
+    fn expire_request(&mut self, now: BootInstant, out: &mut Vec<ReplicaAction>) {
+        if let Some(sent) = self.pending_request
+            && now >= sent.sent_at.saturating_add(self.lease.request_timeout())
         {
-            out.push(Action::Abandon { attempt: sent.attempt });
-            self.failed(sent.attempt, now);
+            out.push(ReplicaAction::Abandon { attempt: sent.attempt });
+            self.handle_failed(sent.attempt, now);
         }
     }
 
-    fn failed(&mut self, attempt: Attempt, now: Boottime) {
-        let backoff = FIRST_BACKOFF.saturating_mul(1 << self.failures.min(10)).min(self.lease.renew_every());
-        if self.answered(attempt).is_some() {
+    fn handle_failed(&mut self, attempt: AttemptId, now: BootInstant) {
+        let backoff =
+            FIRST_BACKOFF.saturating_mul(1 << self.failures.min(10)).min(self.lease.renew_interval());
+        if self.take_pending(attempt).is_some() {
             self.failures += 1;
-            self.again = false;
-            self.send_at = now.plus(backoff);
+            self.renew_again = false;
+            self.next_send_at = now.saturating_add(backoff);
         }
-        if matches!(self.map, Map::Loading { attempt: awaited, .. } if awaited == attempt) {
+        if matches!(self.map, ReplicaMapState::Loading { attempt: awaited, .. } if awaited == attempt) {
             self.failures += 1;
-            self.map = Map::Empty { load_at: now.plus(backoff) };
+            self.map = ReplicaMapState::Empty { load_at: now.saturating_add(backoff) };
         }
     }
 
     /// The request that this attempt answers, if it is the one under way.
-    fn answered(&mut self, attempt: Attempt) -> Option<Sent> {
-        self.request.take_if(|sent| sent.attempt == attempt)
+    fn take_pending(&mut self, attempt: AttemptId) -> Option<PendingReplicaRequest> {
+        self.pending_request.take_if(|sent| sent.attempt == attempt)
     }
 
-    fn next_attempt(&mut self) -> Attempt {
+    fn next_attempt(&mut self) -> AttemptId {
         self.attempts += 1;
-        Attempt(self.attempts)
+        AttemptId(self.attempts)
     }
 
-    fn holds(&self) -> bool {
-        matches!(self.map, Map::Holds(_))
+    fn has_map(&self) -> bool {
+        matches!(self.map, ReplicaMapState::Loaded(_))
     }
 }

@@ -14,15 +14,15 @@ use super::{
     name::{AccountId, CustomerId, EnvironmentName, NameError},
     scope::Scope,
 };
-use path::Path;
-use pattern::{HostPattern, Methods, PathPattern};
+use path::CanonicalPath;
+use pattern::{HostPattern, MethodSet, PathPattern};
 
 /// The most rules that there may be: each request may try all of them.
-pub const MAX_RULES: usize = 1000;
+pub const MAX_ROUTE_RULES: usize = 1000;
 
 /// What must be shown.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Demand {
+pub enum RouteRequirement {
     /// Nothing: the route is open to everybody.
     Public,
     /// A valid token, whatever it is granted.
@@ -33,18 +33,18 @@ pub enum Demand {
 
 /// Where a name comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Named<T> {
+pub enum NameSource<T> {
     /// It stands in the configuration.
-    Is(T),
+    Fixed(T),
     /// The request says it in this header (lower-case).
     Header(Box<str>),
     /// The path says it in the part that the pattern calls so.
-    Capture(Box<str>),
+    PathCapture(Box<str>),
 }
 
 /// Whether a denial stops the request.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Mode {
+pub enum EnforcementMode {
     /// It does.
     #[default]
     Enforce,
@@ -52,15 +52,15 @@ pub enum Mode {
     Shadow,
 }
 
-impl Mode {
+impl EnforcementMode {
     /// Reads `enforce` or `shadow`.
     ///
     /// # Errors
     /// When it is neither.
-    pub fn parse(text: &str) -> Result<Mode, NameError> {
+    pub fn parse(text: &str) -> Result<EnforcementMode, NameError> {
         match text {
-            "enforce" => Ok(Mode::Enforce),
-            "shadow" => Ok(Mode::Shadow),
+            "enforce" => Ok(EnforcementMode::Enforce),
+            "shadow" => Ok(EnforcementMode::Shadow),
             _ => Err(NameError("must be enforce or shadow")),
         }
     }
@@ -70,7 +70,7 @@ impl Mode {
 ///
 /// # Errors
 /// When it is none.
-pub fn header_name(text: &str) -> Result<Box<str>, NameError> {
+pub fn parse_header_name(text: &str) -> Result<Box<str>, NameError> {
     let good = |byte: u8| byte.is_ascii_alphanumeric() || b"-_".contains(&byte);
     if (1..=64).contains(&text.len()) && text.bytes().all(good) {
         Ok(text.to_ascii_lowercase().into())
@@ -81,27 +81,27 @@ pub fn header_name(text: &str) -> Result<Box<str>, NameError> {
 
 /// What a route says. `None` = nothing: a default says it, or nobody.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Route {
+pub struct RouteSpec {
     /// What must be shown. Where nobody says it, everything is denied.
-    pub demand: Option<Demand>,
+    pub requirement: Option<RouteRequirement>,
     /// Where the call is made.
     pub environment: Option<EnvironmentName>,
     /// The account that is acted on. Unsaid = a service key's own.
-    pub account: Option<Named<AccountId>>,
+    pub account: Option<NameSource<AccountId>>,
     /// Whom the call is about.
-    pub customer: Option<Named<CustomerId>>,
+    pub customer: Option<NameSource<CustomerId>>,
     /// Units to take of limits and quota. Unsaid = 1.
     pub cost: Option<u64>,
-    /// Unsaid = [`Mode::Enforce`].
-    pub mode: Option<Mode>,
+    /// Unsaid = [`EnforcementMode::Enforce`].
+    pub mode: Option<EnforcementMode>,
 }
 
-impl Route {
+impl RouteSpec {
     /// The same, with `other` for what it leaves unsaid.
     #[must_use]
-    pub fn or(self, other: &Route) -> Route {
-        Route {
-            demand: self.demand.or_else(|| other.demand.clone()),
+    pub fn or_defaults(self, other: &RouteSpec) -> RouteSpec {
+        RouteSpec {
+            requirement: self.requirement.or_else(|| other.requirement.clone()),
             environment: self.environment.or_else(|| other.environment.clone()),
             account: self.account.or_else(|| other.account.clone()),
             customer: self.customer.or_else(|| other.customer.clone()),
@@ -113,22 +113,22 @@ impl Route {
 
 /// Which requests, and what they must show.
 #[derive(Clone, Debug)]
-pub struct Rule {
+pub struct RouteRule {
     /// Where it stands in its file, from 1.
     pub line: usize,
     /// Any of these hosts.
     pub hosts: Vec<HostPattern>,
     /// Any of these methods.
-    pub methods: Methods,
+    pub methods: MethodSet,
     /// This path.
     pub path: PathPattern,
     /// What they must show.
-    pub route: Route,
+    pub route: RouteSpec,
 }
 
 /// Why a rule does not match.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mismatch {
+pub enum RuleMismatch {
     /// It is for other hosts.
     Host,
     /// It is for other methods.
@@ -137,41 +137,41 @@ pub enum Mismatch {
     Path,
 }
 
-impl fmt::Display for Mismatch {
+impl fmt::Display for RuleMismatch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Mismatch::Host => "another host",
-            Mismatch::Method => "another method",
-            Mismatch::Path => "another path",
+            RuleMismatch::Host => "another host",
+            RuleMismatch::Method => "another method",
+            RuleMismatch::Path => "another path",
         })
     }
 }
 
 /// What the parts of a path are that a pattern has names for.
-pub type Captures<'a> = Vec<(&'a str, &'a str)>;
+pub type PathCaptures<'a> = Vec<(&'a str, &'a str)>;
 
-impl Rule {
+impl RouteRule {
     /// Whether the rule is for such a request: what the path says by name, or what does not fit.
     ///
     /// # Errors
     /// When it is not; the first thing that does not fit.
-    pub fn judge<'a>(
+    pub fn match_request<'a>(
         &'a self,
         host: &str,
         method: &str,
-        path: &'a Path<'_>,
-    ) -> Result<Captures<'a>, Mismatch> {
+        path: &'a CanonicalPath<'_>,
+    ) -> Result<PathCaptures<'a>, RuleMismatch> {
         if !self.hosts.iter().any(|pattern| pattern.matches(host)) {
-            return Err(Mismatch::Host);
+            return Err(RuleMismatch::Host);
         }
-        if !self.methods.has(method) {
-            return Err(Mismatch::Method);
+        if !self.methods.contains(method) {
+            return Err(RuleMismatch::Method);
         }
-        self.path.captures(path).ok_or(Mismatch::Path)
+        self.path.match_path(path).ok_or(RuleMismatch::Path)
     }
 
     /// Whether every request that `other` matches is one that this matches.
-    fn covers(&self, other: &Rule) -> bool {
+    fn covers(&self, other: &RouteRule) -> bool {
         let host = |theirs: &HostPattern| self.hosts.iter().any(|ours| ours.covers(theirs));
         other.hosts.iter().all(host) && self.methods.covers(&other.methods) && self.path.covers(&other.path)
     }
@@ -179,44 +179,44 @@ impl Rule {
 
 /// A rule that can never match.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Hidden {
+pub struct UnreachableRule {
     /// The line of the rule.
     pub line: usize,
     /// The line of the earlier rule that takes all its requests.
-    pub by: usize,
+    pub hidden_by: usize,
 }
 
 /// Rules in their order.
 #[derive(Clone, Debug, Default)]
-pub struct Rules {
-    rules: Vec<Rule>,
+pub struct RouteRules {
+    rules: Vec<RouteRule>,
     /// The same with paths in Unicode's form NFKC; `None` if they are in this form.
-    normalized: Option<Vec<Rule>>,
+    normalized: Option<Vec<RouteRule>>,
 }
 
-impl Rules {
+impl RouteRules {
     /// Rules to be tried in this order.
     ///
     /// # Errors
     /// Every rule that could never match.
-    pub fn new(rules: Vec<Rule>) -> Result<Rules, Vec<Hidden>> {
+    pub fn new(rules: Vec<RouteRule>) -> Result<RouteRules, Vec<UnreachableRule>> {
         let mut hidden = Vec::new();
         for (at, rule) in rules.iter().enumerate() {
             if let Some(earlier) = rules[..at].iter().find(|earlier| earlier.covers(rule)) {
-                hidden.push(Hidden { line: rule.line, by: earlier.line });
+                hidden.push(UnreachableRule { line: rule.line, hidden_by: earlier.line });
             }
         }
         if !hidden.is_empty() {
             return Err(hidden);
         }
-        let normalized = |rule: &Rule| Rule { path: rule.path.normalized(), ..rule.clone() };
-        let normalized: Vec<Rule> = rules.iter().map(normalized).collect();
+        let normalized = |rule: &RouteRule| RouteRule { path: rule.path.to_nfkc(), ..rule.clone() };
+        let normalized: Vec<RouteRule> = rules.iter().map(normalized).collect();
         let differ = rules.iter().zip(&normalized).any(|(rule, normalized)| rule.path != normalized.path);
-        Ok(Rules { normalized: differ.then_some(normalized), rules })
+        Ok(RouteRules { normalized: differ.then_some(normalized), rules })
     }
 
     /// The rules in their order.
-    pub fn iter(&self) -> std::slice::Iter<'_, Rule> {
+    pub fn iter(&self) -> std::slice::Iter<'_, RouteRule> {
         self.rules.iter()
     }
 
@@ -234,29 +234,29 @@ impl Rules {
 
     /// The rule that decides such a request, and what the path says by name.
     #[must_use]
-    pub fn find<'a>(
+    pub fn find_match<'a>(
         &'a self,
         host: &str,
         method: &str,
-        path: &'a Path<'_>,
-    ) -> Option<(&'a Rule, Captures<'a>)> {
+        path: &'a CanonicalPath<'_>,
+    ) -> Option<(&'a RouteRule, PathCaptures<'a>)> {
         self.rules
             .iter()
-            .find_map(|rule| rule.judge(host, method, path).ok().map(|captures| (rule, captures)))
+            .find_map(|rule| rule.match_request(host, method, path).ok().map(|captures| (rule, captures)))
     }
 
     /// Whether another rule decides the path if Unicode's form NFKC makes no difference: a server that normalizes names
     /// would then serve what the other rule protects.
     #[must_use]
-    pub fn is_ambiguous(&self, host: &str, method: &str, path: &Path<'_>) -> bool {
-        if self.normalized.is_none() && path.is_normalized() {
+    pub fn is_ambiguous(&self, host: &str, method: &str, path: &CanonicalPath<'_>) -> bool {
+        if self.normalized.is_none() && path.is_nfkc_normalized() {
             return false;
         }
-        let deciding = |rules: &[Rule], path: &Path<'_>| {
-            rules.iter().position(|rule| rule.judge(host, method, path).is_ok())
+        let deciding = |rules: &[RouteRule], path: &CanonicalPath<'_>| {
+            rules.iter().position(|rule| rule.match_request(host, method, path).is_ok())
         };
         let normalized = self.normalized.as_deref().unwrap_or(&self.rules);
-        deciding(&self.rules, path) != deciding(normalized, &path.normalized())
+        deciding(&self.rules, path) != deciding(normalized, &path.to_nfkc())
     }
 }
 
@@ -264,32 +264,32 @@ impl Rules {
 #[derive(Clone, Debug, Default)]
 pub struct RuleBook {
     /// The rules.
-    pub rules: Rules,
+    pub rules: RouteRules,
     /// What holds where neither a rule nor the proxy's route says otherwise, requests that no rule covers included.
-    pub defaults: Route,
+    pub defaults: RouteSpec,
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn rule(line: usize, hosts: &[&str], methods: &[&str], path: &str) -> Rule {
-        Rule {
+    fn rule(line: usize, hosts: &[&str], methods: &[&str], path: &str) -> RouteRule {
+        RouteRule {
             line,
             hosts: hosts.iter().map(|host| HostPattern::parse(host).unwrap()).collect(),
-            methods: Methods::parse(methods.iter().copied()).unwrap(),
+            methods: MethodSet::parse(methods.iter().copied()).unwrap(),
             path: PathPattern::parse(path).unwrap(),
-            route: Route::default(),
+            route: RouteSpec::default(),
         }
     }
 
-    fn line(rules: &Rules, host: &str, method: &str, path: &str) -> Option<usize> {
-        rules.find(host, method, &Path::parse(path).unwrap()).map(|(rule, _)| rule.line)
+    fn line(rules: &RouteRules, host: &str, method: &str, path: &str) -> Option<usize> {
+        rules.find_match(host, method, &CanonicalPath::parse(path).unwrap()).map(|(rule, _)| rule.line)
     }
 
     #[test]
     fn the_first_rule_that_matches_decides() {
-        let rules = Rules::new(vec![
+        let rules = RouteRules::new(vec![
             rule(1, &["*"], &["GET"], "/v1/monitors/{id}"),
             rule(2, &["api.test"], &["*"], "/v1/**"),
             rule(3, &["*"], &["*"], "/v1/monitors"),
@@ -305,9 +305,10 @@ mod tests {
     #[test]
     fn a_path_is_ambiguous_if_another_rule_decides_its_normalized_form() {
         let rules =
-            Rules::new(vec![rule(1, &["*"], &["*"], "/café/**"), rule(2, &["*"], &["*"], "/files/**")])
+            RouteRules::new(vec![rule(1, &["*"], &["*"], "/café/**"), rule(2, &["*"], &["*"], "/files/**")])
                 .unwrap();
-        let is_ambiguous = |path: &str| rules.is_ambiguous("api.test", "GET", &Path::parse(path).unwrap());
+        let is_ambiguous =
+            |path: &str| rules.is_ambiguous("api.test", "GET", &CanonicalPath::parse(path).unwrap());
         assert!(is_ambiguous("/cafe%CC%81/menu"), "a server that normalizes serves /café");
         assert!(!is_ambiguous("/caf%C3%A9/menu") && !is_ambiguous("/files/menu"));
         assert!(!is_ambiguous("/files/cafe%CC%81"), "the same rule decides both");
@@ -315,7 +316,7 @@ mod tests {
 
     #[test]
     fn a_rule_is_found_by_its_name_in_any_script() {
-        let rules = Rules::new(vec![
+        let rules = RouteRules::new(vec![
             rule(1, &["*"], &["*"], "/wiki/ทำ/**"),
             rule(2, &["*"], &["*"], "/ｗｉｋｉ/**"),
             rule(3, &["*"], &["*"], "/cafe\u{301}/**"),
@@ -326,8 +327,8 @@ mod tests {
             |path: &str| percent_encoding::utf8_percent_encode(path, percent_encoding::CONTROLS).to_string();
         let decided = |path: &str| {
             let path = encoded(path);
-            let path = Path::parse(&path).unwrap();
-            let line = rules.find("api.test", "GET", &path).map(|(rule, _)| rule.line);
+            let path = CanonicalPath::parse(&path).unwrap();
+            let line = rules.find_match("api.test", "GET", &path).map(|(rule, _)| rule.line);
             line.filter(|_| !rules.is_ambiguous("api.test", "GET", &path))
         };
         assert_eq!(decided("/wiki/ทำ/a"), Some(1), "its form NFKC has other characters");
@@ -345,18 +346,22 @@ mod tests {
 
     #[test]
     fn a_rule_that_can_never_match_is_refused() {
-        let hidden = Rules::new(vec![
+        let hidden = RouteRules::new(vec![
             rule(3, &["*"], &["*"], "/public/**"),
             rule(9, &["api.test"], &["GET"], "/public/{name}"),
             rule(12, &["*"], &["*"], "/publications/{id}"),
         ]);
-        assert_eq!(hidden.unwrap_err(), [Hidden { line: 9, by: 3 }]);
+        assert_eq!(hidden.unwrap_err(), [UnreachableRule { line: 9, hidden_by: 3 }]);
     }
 
     #[test]
     fn what_a_route_leaves_unsaid_a_default_says() {
-        let route = Route { cost: Some(2), ..Route::default() };
-        let default = Route { cost: Some(3), mode: Some(Mode::Shadow), ..Route::default() };
-        assert_eq!(route.or(&default), Route { cost: Some(2), mode: Some(Mode::Shadow), ..Route::default() });
+        let route = RouteSpec { cost: Some(2), ..RouteSpec::default() };
+        let default =
+            RouteSpec { cost: Some(3), mode: Some(EnforcementMode::Shadow), ..RouteSpec::default() };
+        assert_eq!(
+            route.or_defaults(&default),
+            RouteSpec { cost: Some(2), mode: Some(EnforcementMode::Shadow), ..RouteSpec::default() }
+        );
     }
 }

@@ -6,8 +6,8 @@ use unicode_normalization::UnicodeNormalization as _;
 
 use super::{
     super::name::NameError,
-    Captures,
-    path::{self, Path},
+    PathCaptures,
+    path::{self, CanonicalPath},
 };
 
 /// Which hosts: `*`, `api.example.com`, or `*.example.com` (any name below, at any depth).
@@ -16,9 +16,9 @@ pub enum HostPattern {
     /// Every host.
     Any,
     /// This one.
-    Is(Box<str>),
+    Exact(Box<str>),
     /// Those that end so; the text begins with a dot.
-    Below(Box<str>),
+    Subdomains(Box<str>),
 }
 
 impl HostPattern {
@@ -38,45 +38,49 @@ impl HostPattern {
         };
         // An IPv6 address has many spellings; any of them is meant.
         let bare = |host: &String| host.eq_ignore_ascii_case(name) || name.ends_with(']');
-        let host = path::host(name).filter(bare).ok_or(RULE)?;
-        Ok(if below { HostPattern::Below(format!(".{host}").into()) } else { HostPattern::Is(host.into()) })
+        let host = path::normalize_host(name).filter(bare).ok_or(RULE)?;
+        Ok(if below {
+            HostPattern::Subdomains(format!(".{host}").into())
+        } else {
+            HostPattern::Exact(host.into())
+        })
     }
 
-    /// Whether a host, in the spelling of [`path::host`], is one of them.
+    /// Whether a host, in the spelling of [`path::normalize_host`], is one of them.
     #[must_use]
     pub fn matches(&self, host: &str) -> bool {
         match self {
             HostPattern::Any => true,
-            HostPattern::Is(name) => **name == *host,
-            HostPattern::Below(end) => host.len() > end.len() && host.ends_with(&**end),
+            HostPattern::Exact(name) => **name == *host,
+            HostPattern::Subdomains(end) => host.len() > end.len() && host.ends_with(&**end),
         }
     }
 
     pub(super) fn covers(&self, other: &HostPattern) -> bool {
         match (self, other) {
             (HostPattern::Any, _) => true,
-            (_, HostPattern::Any) | (HostPattern::Is(_), HostPattern::Below(_)) => false,
-            (_, HostPattern::Is(name)) => self.matches(name),
-            (HostPattern::Below(wide), HostPattern::Below(end)) => end.ends_with(&**wide),
+            (_, HostPattern::Any) | (HostPattern::Exact(_), HostPattern::Subdomains(_)) => false,
+            (_, HostPattern::Exact(name)) => self.matches(name),
+            (HostPattern::Subdomains(wide), HostPattern::Subdomains(end)) => end.ends_with(&**wide),
         }
     }
 }
 
 /// Which methods.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Methods {
+pub enum MethodSet {
     /// Every method.
     Any,
     /// These, in upper case. `GET` stands for `HEAD` too.
-    Are(Vec<Box<str>>),
+    Only(Vec<Box<str>>),
 }
 
-impl Methods {
+impl MethodSet {
     /// Reads a list of methods; `*` alone stands for every one.
     ///
     /// # Errors
     /// When it is none; the error says what would be right.
-    pub fn parse<'a>(list: impl IntoIterator<Item = &'a str>) -> Result<Methods, NameError> {
+    pub fn parse<'a>(list: impl IntoIterator<Item = &'a str>) -> Result<MethodSet, NameError> {
         const RULE: NameError = NameError(
             "must be methods in upper case, such as \"GET\" and \"POST\", or \"*\" alone for every one",
         );
@@ -85,10 +89,10 @@ impl Methods {
             (1..=32).contains(&method.len()) && method.bytes().all(|b| b.is_ascii_uppercase() || b == b'-')
         };
         match &*list {
-            ["*"] => Ok(Methods::Any),
+            ["*"] => Ok(MethodSet::Any),
             [] => Err(RULE),
             _ if list.iter().all(|method| good(method)) => {
-                Ok(Methods::Are(list.into_iter().map(Box::from).collect()))
+                Ok(MethodSet::Only(list.into_iter().map(Box::from).collect()))
             }
             _ => Err(RULE),
         }
@@ -96,44 +100,44 @@ impl Methods {
 
     /// Whether a method is one of them. Case does not matter, since to some services it does not.
     #[must_use]
-    pub fn has(&self, method: &str) -> bool {
+    pub fn contains(&self, method: &str) -> bool {
         let is = |name: &str| name.eq_ignore_ascii_case(method);
         match self {
-            Methods::Any => true,
-            Methods::Are(list) => {
+            MethodSet::Any => true,
+            MethodSet::Only(list) => {
                 list.iter().any(|name| is(name))
                     || method.eq_ignore_ascii_case("HEAD") && list.iter().any(|name| **name == *"GET")
             }
         }
     }
 
-    pub(super) fn covers(&self, other: &Methods) -> bool {
+    pub(super) fn covers(&self, other: &MethodSet) -> bool {
         match (self, other) {
-            (Methods::Any, _) => true,
-            (_, Methods::Any) => false,
-            (_, Methods::Are(list)) => list.iter().all(|method| self.has(method)),
+            (MethodSet::Any, _) => true,
+            (_, MethodSet::Any) => false,
+            (_, MethodSet::Only(list)) => list.iter().all(|method| self.contains(method)),
         }
     }
 }
 
 /// One segment of a path pattern.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Segment {
+enum PatternSegment {
     /// This text.
-    Is(Box<str>),
+    Literal(Box<str>),
     /// Any one segment.
-    Any,
+    Wildcard,
     /// Any one segment, by this name.
-    Named(Box<str>),
+    Capture(Box<str>),
 }
 
 /// Which paths: `/v1/monitors`, `/v1/accounts/{account}/monitors`, `/v1/*/runs`, `/public/**` (the path before it,
 /// and everything below). A last slash in a request does not matter.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PathPattern {
-    segments: Vec<Segment>,
+    segments: Vec<PatternSegment>,
     /// Whether anything may follow.
-    open: bool,
+    is_open_ended: bool,
 }
 
 impl PathPattern {
@@ -142,118 +146,123 @@ impl PathPattern {
     /// # Errors
     /// When it is none; the error says what would be right.
     pub fn parse(text: &str) -> Result<PathPattern, NameError> {
-        const SLASH: NameError =
+        const SLASH_RULE: NameError =
             NameError("must begin with / and end in none: it covers the path with and without");
-        const SEGMENT: NameError = NameError(
+        const SEGMENT_RULE: NameError = NameError(
             "has a segment that is none of: a name as it stands in the decoded path, *, {name} of [a-z0-9_], \
              or ** as the last",
         );
-        const NEVER: NameError = NameError(
+        const UNMATCHABLE_SEGMENT: NameError = NameError(
             "has a segment that no request passes with: it ends in a dot or a blank, continues after a script's name such as \
              .php, or is otherwise ambiguous (see Spelling in docs/gateway.md)",
         );
-        const TWICE: NameError = NameError("names two segments alike");
-        let rest = text.strip_prefix('/').ok_or(SLASH)?;
+        const DUPLICATE_NAME: NameError = NameError("names two segments alike");
+        let rest = text.strip_prefix('/').ok_or(SLASH_RULE)?;
         let (rest, open) = match rest.strip_suffix("**") {
             Some("") => ("", true),
-            Some(before) => (before.strip_suffix('/').ok_or(SEGMENT)?, true),
+            Some(before) => (before.strip_suffix('/').ok_or(SEGMENT_RULE)?, true),
             None => (rest, false),
         };
         if rest.is_empty() {
-            return Ok(PathPattern { segments: Vec::new(), open });
+            return Ok(PathPattern { segments: Vec::new(), is_open_ended: open });
         }
         if rest.ends_with('/') {
-            return Err(SLASH);
+            return Err(SLASH_RULE);
         }
-        let segments: Vec<_> =
-            rest.split('/').map(|text| segment(text).ok_or(SEGMENT)).collect::<Result<_, _>>()?;
+        let segments: Vec<_> = rest
+            .split('/')
+            .map(|text| parse_pattern_segment(text).ok_or(SEGMENT_RULE))
+            .collect::<Result<_, _>>()?;
         let before_last = segments.split_last().map_or(&[][..], |(_, before)| before);
-        if before_last.iter().any(|segment| matches!(segment, Segment::Is(text) if path::is_script(text)))
+        if before_last.iter().any(|segment| matches!(segment, PatternSegment::Literal(text) if path::is_script(text)))
             || segments
                 .iter()
-                .any(|segment| matches!(segment, Segment::Is(text) if path::check(text).is_err()))
+                .any(|segment| matches!(segment, PatternSegment::Literal(text) if path::check_segment(text).is_err()))
         {
-            return Err(NEVER);
+            return Err(UNMATCHABLE_SEGMENT);
         }
-        let pattern = PathPattern { segments, open };
-        let names: Vec<_> = pattern.names().collect();
+        let pattern = PathPattern { segments, is_open_ended: open };
+        let names: Vec<_> = pattern.capture_names().collect();
         let twice = names.iter().enumerate().any(|(at, name)| names[..at].contains(name));
-        if twice { Err(TWICE) } else { Ok(pattern) }
+        if twice { Err(DUPLICATE_NAME) } else { Ok(pattern) }
     }
 
     /// The names that it gives to segments.
-    pub fn names(&self) -> impl Iterator<Item = &str> {
+    pub fn capture_names(&self) -> impl Iterator<Item = &str> {
         self.segments.iter().filter_map(|segment| match segment {
-            Segment::Named(name) => Some(&**name),
+            PatternSegment::Capture(name) => Some(&**name),
             _ => None,
         })
     }
 
     /// The pattern with its names in Unicode's form NFKC.
-    pub(super) fn normalized(&self) -> PathPattern {
-        let normalized = |segment: &Segment| match segment {
-            Segment::Is(text) => Segment::Is(text.nfkc().collect::<String>().into()),
-            Segment::Any | Segment::Named(_) => segment.clone(),
+    pub(super) fn to_nfkc(&self) -> PathPattern {
+        let normalized = |segment: &PatternSegment| match segment {
+            PatternSegment::Literal(text) => PatternSegment::Literal(text.nfkc().collect::<String>().into()),
+            PatternSegment::Wildcard | PatternSegment::Capture(_) => segment.clone(),
         };
-        PathPattern { segments: self.segments.iter().map(normalized).collect(), open: self.open }
+        PathPattern {
+            segments: self.segments.iter().map(normalized).collect(),
+            is_open_ended: self.is_open_ended,
+        }
     }
 
     /// The named segments of a path that it matches.
-    pub(super) fn captures<'a>(&'a self, path: &'a Path<'_>) -> Option<Captures<'a>> {
+    pub(super) fn match_path<'a>(&'a self, path: &'a CanonicalPath<'_>) -> Option<PathCaptures<'a>> {
         let given = path.segments();
-        if given.len() < self.segments.len() || given.len() > self.segments.len() && !self.open {
+        if given.len() < self.segments.len() || given.len() > self.segments.len() && !self.is_open_ended {
             return None;
         }
         let mut captures = Vec::new();
         for (wanted, given) in self.segments.iter().zip(given) {
             match wanted {
-                Segment::Is(text) if **text != **given => return None,
-                Segment::Named(name) => captures.push((&**name, &**given)),
-                Segment::Is(_) | Segment::Any => {}
+                PatternSegment::Literal(text) if **text != **given => return None,
+                PatternSegment::Capture(name) => captures.push((&**name, &**given)),
+                PatternSegment::Literal(_) | PatternSegment::Wildcard => {}
             }
         }
         Some(captures)
     }
 
     pub(super) fn covers(&self, other: &PathPattern) -> bool {
-        let fits = match (self.open, other.open) {
+        let fits = match (self.is_open_ended, other.is_open_ended) {
             (true, _) => other.segments.len() >= self.segments.len(),
             (false, open) => !open && other.segments.len() == self.segments.len(),
         };
         fits && self.segments.iter().zip(&other.segments).all(|pair| match pair {
-            (Segment::Is(ours), Segment::Is(theirs)) => ours == theirs,
-            (Segment::Is(_), _) => false,
+            (PatternSegment::Literal(ours), PatternSegment::Literal(theirs)) => ours == theirs,
+            (PatternSegment::Literal(_), _) => false,
             _ => true,
         })
     }
 }
 
-fn segment(text: &str) -> Option<Segment> {
+fn parse_pattern_segment(text: &str) -> Option<PatternSegment> {
     if text == "*" {
-        return Some(Segment::Any);
+        return Some(PatternSegment::Wildcard);
     }
     if let Some(name) = text.strip_prefix('{') {
         let name = name.strip_suffix('}')?;
         let good = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_';
-        return (!name.is_empty() && name.bytes().all(good)).then(|| Segment::Named(name.into()));
+        return (!name.is_empty() && name.bytes().all(good)).then(|| PatternSegment::Capture(name.into()));
     }
     // What no decoded segment can be would never match.
     let never = text.is_empty()
         || matches!(text, "." | "..")
         || text.contains(['*', '{', '}', '\\', ';', '%', '?', '#']);
-    (!never && !text.chars().any(char::is_control)).then(|| Segment::Is(text.into()))
+    (!never && !text.chars().any(char::is_control)).then(|| PatternSegment::Literal(text.into()))
 }
 
 impl fmt::Display for PathPattern {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for segment in &self.segments {
             match segment {
-                Segment::Is(text) => write!(f, "/{text}")?,
-                Segment::Any => f.write_str("/*")?,
-                Segment::Named(name) => write!(f, "/{{{name}}}")?,
+                PatternSegment::Literal(text) => write!(f, "/{text}")?,
+                PatternSegment::Wildcard => f.write_str("/*")?,
+                PatternSegment::Capture(name) => write!(f, "/{{{name}}}")?,
             }
         }
-        match (self.open, self.segments.is_empty()) {
+        match (self.is_open_ended, self.segments.is_empty()) {
             (true, _) => f.write_str("/**"),
             (false, true) => f.write_str("/"),
             (false, false) => Ok(()),
@@ -265,17 +274,17 @@ impl fmt::Display for HostPattern {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             HostPattern::Any => f.write_str("*"),
-            HostPattern::Is(name) => f.write_str(name),
-            HostPattern::Below(end) => write!(f, "*{end}"),
+            HostPattern::Exact(name) => f.write_str(name),
+            HostPattern::Subdomains(end) => write!(f, "*{end}"),
         }
     }
 }
 
-impl fmt::Display for Methods {
+impl fmt::Display for MethodSet {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Methods::Any => f.write_str("*"),
-            Methods::Are(list) => f.write_str(&list.join(",")),
+            MethodSet::Any => f.write_str("*"),
+            MethodSet::Only(list) => f.write_str(&list.join(",")),
         }
     }
 }
@@ -286,8 +295,8 @@ mod tests {
     use proptest::prelude::*;
 
     fn captured(pattern: &str, path: &str) -> Option<Vec<(String, String)>> {
-        let (pattern, path) = (PathPattern::parse(pattern).unwrap(), Path::parse(path).unwrap());
-        let captures = pattern.captures(&path)?;
+        let (pattern, path) = (PathPattern::parse(pattern).unwrap(), CanonicalPath::parse(path).unwrap());
+        let captures = pattern.match_path(&path)?;
         Some(captures.into_iter().map(|(name, text)| (name.to_owned(), text.to_owned())).collect())
     }
 
@@ -356,7 +365,7 @@ mod tests {
             assert!(HostPattern::parse(bad).is_err(), "{bad}");
         }
         for bad in [&[][..], &["get"], &["*", "GET"], &[""], &["GET POST"]] {
-            assert!(Methods::parse(bad.iter().copied()).is_err(), "{bad:?}");
+            assert!(MethodSet::parse(bad.iter().copied()).is_err(), "{bad:?}");
         }
     }
 
@@ -370,9 +379,9 @@ mod tests {
 
     #[test]
     fn get_stands_for_head_and_case_evades_nothing() {
-        let methods = Methods::parse(["GET", "DELETE"]).unwrap();
-        assert!(["GET", "HEAD", "head", "delete"].into_iter().all(|method| methods.has(method)));
-        assert!(!methods.has("POST"));
+        let methods = MethodSet::parse(["GET", "DELETE"]).unwrap();
+        assert!(["GET", "HEAD", "head", "delete"].into_iter().all(|method| methods.contains(method)));
+        assert!(!methods.contains("POST"));
     }
 
     fn pattern() -> impl Strategy<Value = String> {
@@ -394,9 +403,9 @@ mod tests {
             let parsed = (PathPattern::parse(&one), PathPattern::parse(&other));
             if let (Ok(one), Ok(other)) = parsed {
                 let path = if path.is_empty() { "/" } else { &path };
-                let path = Path::parse(path).unwrap();
-                if one.covers(&other) && other.captures(&path).is_some() {
-                    prop_assert!(one.captures(&path).is_some(), "{one} {other} {path:?}");
+                let path = CanonicalPath::parse(path).unwrap();
+                if one.covers(&other) && other.match_path(&path).is_some() {
+                    prop_assert!(one.match_path(&path).is_some(), "{one} {other} {path:?}");
                 }
                 prop_assert_eq!(PathPattern::parse(&one.to_string()), Ok(one));
             }
@@ -404,7 +413,7 @@ mod tests {
 
         #[test]
         fn no_string_makes_a_pattern_panic(text in any::<String>()) {
-            let _ = (PathPattern::parse(&text), HostPattern::parse(&text), Methods::parse([&*text]));
+            let _ = (PathPattern::parse(&text), HostPattern::parse(&text), MethodSet::parse([&*text]));
         }
     }
 }

@@ -1,43 +1,43 @@
 //! What the index promises, and that it answers as a plain map of whole records would.
 
 use super::{
-    held::{BLOCK, Block, Packed, Shared},
+    key_block::{BlockInterners, KeyBlock, OwnedBlockEntry, RECORDS_PER_BLOCK},
     *,
 };
 use crate::{
     domain::{
         key::{
-            Owner, Quota, QuotaPeriod, RateLimit, Revocation, RevokeReason, Secret, Terms,
-            tests::{at, sample},
+            KeyOwner, KeySecret, KeySpec, Quota, QuotaPeriod, RateLimit, Revocation, RevokeReason,
+            tests::{at_seconds, sample_key},
         },
-        limit::Spent,
-        log::{Action, Actor, GENESIS},
+        key_policy::KeyPolicy,
+        limit::QuotaUsage,
+        log::{Actor, AuditAction, GENESIS_HASH},
         name::{CustomerId, EnvironmentName, KeyName},
-        policy::Policy,
         scope::{Scope, ScopeSet},
     },
-    engine::limiter::Take,
+    engine::limiter::Consumption,
     store::{LoadedKey, ReadSet},
 };
 use proptest::prelude::*;
 use std::{sync::atomic::AtomicBool, time::Duration};
 
-fn loaded(key: &Key) -> Index {
+fn loaded(key: &ApiKey) -> Index {
     let index = Index::default();
-    index.load(SnapshotItem::Key(Arc::new(key.clone()), vec![]));
-    index.loaded(Revision(1));
+    index.load_record(SnapshotRecord::Key(Arc::new(key.clone()), vec![]));
+    index.finish_load(Revision(1));
     index
 }
 
 /// Gives a key to a part as a store does, which knows nothing of what came in other parts.
-fn came(part: &mut dyn Part, key: &Key, left: &[Secret]) {
-    part.key(&LoadedKey {
+fn add_to_part(part: &mut dyn SnapshotPart, key: &ApiKey, left: &[KeySecret]) {
+    part.add_key(&LoadedKey {
         id: key.id,
         owner: &Arc::new(key.owner.clone()),
-        policy: &Arc::new(Policy::of(key)),
-        name: key.terms.name.as_ref().map(KeyName::as_str),
-        expires_at: key.terms.expires_at,
-        metadata: key.terms.metadata.clone(),
+        policy: &Arc::new(KeyPolicy::from_key(key)),
+        name: key.spec.name.as_ref().map(KeyName::as_str),
+        expires_at: key.spec.expires_at,
+        metadata: key.spec.metadata.clone(),
         created_at: key.created_at,
         created_by: &key.created_by,
         updated_at: key.updated_at,
@@ -45,114 +45,123 @@ fn came(part: &mut dyn Part, key: &Key, left: &[Secret]) {
         revocation: key.revocation.clone(),
         revision: key.revision,
         secrets: &key.secrets,
-        left,
+        retired_secrets: left,
     });
 }
 
 impl Index {
-    fn put_key(&self, key: &Key) {
-        self.put_keys(std::iter::once(key));
+    fn put_key(&self, key: &ApiKey) {
+        self.upsert_keys(std::iter::once(key));
     }
 
     /// A change whose outcome is unknown, made from the record at this revision.
-    pub(in crate::engine) fn doubt(&self, change: Change, made_from: Option<Revision>) {
-        self.in_doubt(&Write {
+    pub(in crate::engine) fn doubt(&self, change: RecordChange, made_from: Option<Revision>) {
+        self.mark_uncertain(&WriteRequest {
             change,
-            expect: made_from,
-            action: Action::KeyUpdated,
+            expected_revision: made_from,
+            action: AuditAction::KeyUpdated,
             actor: Actor::SYSTEM,
             method: "test",
-            at: at(0),
+            at: at_seconds(0),
             idempotency: None,
-            reads: ReadSet::default(),
+            read_set: ReadSet::default(),
             limits: None,
         });
     }
 }
 
-fn rotated(key: &Key, token: &str, seconds: i64) -> Key {
+fn rotated(key: &ApiKey, token: &str, seconds: i64) -> ApiKey {
     let mut key = key.clone();
-    key.rotate(Digest::of(token), String::new(), Duration::from_secs(5), at(seconds));
+    key.rotate(TokenDigest::from_token(token), String::new(), Duration::from_secs(5), at_seconds(seconds));
     key
 }
 
-fn revoked(key: &Key, seconds: i64) -> Key {
+fn revoked(key: &ApiKey, seconds: i64) -> ApiKey {
     let revocation =
-        Revocation { at: at(seconds), reason: RevokeReason::Unspecified, comment: String::new() };
-    Key { revocation: Some(revocation), ..key.clone() }
+        Revocation { at: at_seconds(seconds), reason: RevokeReason::Unspecified, comment: String::new() };
+    ApiKey { revocation: Some(revocation), ..key.clone() }
 }
 
 #[test]
 fn nothing_is_known_before_the_snapshot() {
     assert_eq!(Index::default().revision(), None);
-    assert_eq!(loaded(&sample()).revision(), Some(Revision(1)));
+    assert_eq!(loaded(&sample_key()).revision(), Some(Revision(1)));
 }
 
 #[test]
 fn every_secret_of_a_key_finds_its_newest_record() {
-    let first = sample();
+    let first = sample_key();
     let index = loaded(&first);
     let second = rotated(&first, "two", 10);
     let third = rotated(&second, "three", 20);
     index.put_key(&second);
     index.put_key(&third);
     for (token, version) in [("one", 1), ("two", 2), ("three", 3)] {
-        let found = index.find(&Digest::of(token)).unwrap();
-        assert_eq!(found.version, version, "{token}");
-        same(&found.key, &third);
+        let found = index.find_by_digest(&TokenDigest::from_token(token)).unwrap();
+        assert_eq!(found.secret_version, version, "{token}");
+        assert_same_key(&found.key, &third);
     }
-    assert!(index.find(&Digest::of("four")).is_none());
+    assert!(index.find_by_digest(&TokenDigest::from_token("four")).is_none());
 }
 
 #[test]
 fn a_token_rotated_longer_ago_than_the_retention_is_forgotten() {
-    let index = loaded(&sample());
-    index.put_key(&rotated(&sample(), "two", 10));
-    assert_eq!(index.forget(at(15)), 0, "superseded at 15: not longer ago");
-    assert_eq!(index.forget(at(16)), 1);
-    assert!(index.find(&Digest::of("one")).is_none());
-    assert!(index.find(&Digest::of("two")).is_some());
+    let index = loaded(&sample_key());
+    index.put_key(&rotated(&sample_key(), "two", 10));
+    assert_eq!(index.evict(at_seconds(15)), 0, "superseded at 15: not longer ago");
+    assert_eq!(index.evict(at_seconds(16)), 1);
+    assert!(index.find_by_digest(&TokenDigest::from_token("one")).is_none());
+    assert!(index.find_by_digest(&TokenDigest::from_token("two")).is_some());
 }
 
 #[test]
 fn what_is_dead_for_longer_than_the_retention_is_forgotten() {
-    let first = sample();
+    let first = sample_key();
     let index = loaded(&first);
     let third = rotated(&rotated(&first, "two", 10), "three", 20);
     index.put_key(&rotated(&first, "two", 10));
     index.put_key(&third);
-    assert_eq!(index.forget(at(15)), 0, "superseded at 15: not longer ago");
-    assert_eq!(index.forget(at(16)), 1);
-    assert!(index.find(&Digest::of("one")).is_none());
+    assert_eq!(index.evict(at_seconds(15)), 0, "superseded at 15: not longer ago");
+    assert_eq!(index.evict(at_seconds(16)), 1);
+    assert!(index.find_by_digest(&TokenDigest::from_token("one")).is_none());
     index.put_key(&revoked(&third, 30));
-    assert_eq!(index.forget(at(30)), 1, "the one superseded at 25; the key was revoked at 30");
-    assert_eq!(index.forget(at(31)), 1);
+    assert_eq!(index.evict(at_seconds(30)), 1, "the one superseded at 25; the key was revoked at 30");
+    assert_eq!(index.evict(at_seconds(31)), 1);
     assert!(index.is_empty());
 }
 
 #[test]
 fn a_revocation_in_doubt_is_in_force_until_a_record_settles_it() {
-    let key = sample();
+    let key = sample_key();
     let index = loaded(&key);
     let dead = revoked(&key, 5);
-    index.doubt(Change::Key(Arc::new(dead.clone())), Some(key.revision));
-    assert_eq!(index.find(&Digest::of("one")).unwrap().doubt.as_deref(), Some(&dead));
-    index.decided();
-    assert!(index.find(&Digest::of("one")).unwrap().doubt.is_some(), "somebody wanted it stopped");
+    index.doubt(RecordChange::Key(Arc::new(dead.clone())), Some(key.revision));
+    assert_eq!(
+        index.find_by_digest(&TokenDigest::from_token("one")).unwrap().uncertain_record.as_deref(),
+        Some(&dead)
+    );
+    index.resolve_uncertain();
+    assert!(
+        index.find_by_digest(&TokenDigest::from_token("one")).unwrap().uncertain_record.is_some(),
+        "somebody wanted it stopped"
+    );
     index.put_key(&key);
-    assert!(index.find(&Digest::of("one")).unwrap().doubt.is_some(), "another change does not settle it");
-    index.put_key(&Key { revision: Revision(2), ..dead });
-    assert!(index.find(&Digest::of("one")).unwrap().doubt.is_none());
+    assert!(
+        index.find_by_digest(&TokenDigest::from_token("one")).unwrap().uncertain_record.is_some(),
+        "another change does not settle it"
+    );
+    index.put_key(&ApiKey { revision: Revision(2), ..dead });
+    assert!(index.find_by_digest(&TokenDigest::from_token("one")).unwrap().uncertain_record.is_none());
 }
 
 #[test]
 fn other_doubts_end_when_the_log_has_decided() {
-    let key = sample();
+    let key = sample_key();
     let index = loaded(&key);
-    index.doubt(Change::Key(Arc::new(rotated(&key, "two", 5))), Some(key.revision));
-    assert!(index.find(&Digest::of("one")).unwrap().doubt.is_some());
-    index.decided();
-    assert!(index.find(&Digest::of("one")).unwrap().doubt.is_none());
+    index.doubt(RecordChange::Key(Arc::new(rotated(&key, "two", 5))), Some(key.revision));
+    assert!(index.find_by_digest(&TokenDigest::from_token("one")).unwrap().uncertain_record.is_some());
+    index.resolve_uncertain();
+    assert!(index.find_by_digest(&TokenDigest::from_token("one")).unwrap().uncertain_record.is_none());
 }
 
 fn role(account: Option<&str>, scope: &str, revision: u64) -> Arc<Role> {
@@ -165,168 +174,186 @@ fn role(account: Option<&str>, scope: &str, revision: u64) -> Arc<Role> {
 }
 
 /// The scope that the role `admin` grants in an account.
-fn granted(index: &Index, account: &str) -> Option<String> {
-    let role = index.role(Some(&AccountId::parse(account).unwrap()), &RoleName::parse("admin").unwrap())?;
+fn effective_grant(index: &Index, account: &str) -> Option<String> {
+    let role =
+        index.resolve_role(Some(&AccountId::parse(account).unwrap()), &RoleName::parse("admin").unwrap())?;
     Some(role.scopes.iter().next().unwrap().to_string())
 }
 
 #[test]
 fn a_new_account_role_in_doubt_hides_the_global_one_in_its_account_alone() {
-    let index = loaded(&sample());
-    index.put_role(role(None, "*", 1));
-    index.doubt(Change::Role(role(Some("acme"), "monitors:read", 0)), None);
-    assert_eq!(granted(&index, "acme"), None);
-    assert_eq!(granted(&index, "other").as_deref(), Some("*"));
-    index.decided();
-    assert_eq!(granted(&index, "acme").as_deref(), Some("*"), "it was not recorded");
-    index.doubt(Change::Role(role(Some("acme"), "monitors:read", 0)), None);
-    index.put_role(role(Some("acme"), "monitors:read", 2));
-    assert_eq!(granted(&index, "acme").as_deref(), Some("monitors:read"), "it was recorded");
+    let index = loaded(&sample_key());
+    index.upsert_role(role(None, "*", 1));
+    index.doubt(RecordChange::Role(role(Some("acme"), "monitors:read", 0)), None);
+    assert_eq!(effective_grant(&index, "acme"), None);
+    assert_eq!(effective_grant(&index, "other").as_deref(), Some("*"));
+    index.resolve_uncertain();
+    assert_eq!(effective_grant(&index, "acme").as_deref(), Some("*"), "it was not recorded");
+    index.doubt(RecordChange::Role(role(Some("acme"), "monitors:read", 0)), None);
+    index.upsert_role(role(Some("acme"), "monitors:read", 2));
+    assert_eq!(effective_grant(&index, "acme").as_deref(), Some("monitors:read"), "it was recorded");
 }
 
 #[test]
 fn a_global_role_in_doubt_grants_nothing_where_no_account_role_hides_it() {
-    let index = loaded(&sample());
-    index.put_role(role(Some("acme"), "monitors:read", 1));
-    for change in [Change::Role(role(None, "alerts:read", 0)), Change::RoleDeleted(role(None, "*", 2))] {
-        index.put_role(role(None, "*", 2));
+    let index = loaded(&sample_key());
+    index.upsert_role(role(Some("acme"), "monitors:read", 1));
+    for change in
+        [RecordChange::Role(role(None, "alerts:read", 0)), RecordChange::RoleDeleted(role(None, "*", 2))]
+    {
+        index.upsert_role(role(None, "*", 2));
         index.doubt(change, Some(Revision(2)));
-        assert_eq!(granted(&index, "acme").as_deref(), Some("monitors:read"));
-        assert_eq!(granted(&index, "other"), None);
-        index.decided();
+        assert_eq!(effective_grant(&index, "acme").as_deref(), Some("monitors:read"));
+        assert_eq!(effective_grant(&index, "other"), None);
+        index.resolve_uncertain();
     }
 }
 
 #[test]
 fn a_role_or_member_in_doubt_is_not_settled_by_an_older_record() {
-    let index = loaded(&sample());
+    let index = loaded(&sample_key());
     let (account, user) = (AccountId::parse("acme").unwrap(), UserId::parse("ann").unwrap());
     let member = |revision| {
         let (account, user, role) = (account.clone(), user.clone(), RoleName::parse("admin").unwrap());
-        Arc::new(Member { account, user, role, revision: Revision(revision) })
+        Arc::new(AccountMember { account, user, role, revision: Revision(revision) })
     };
-    index.doubt(Change::RoleDeleted(role(Some("acme"), "*", 5)), Some(Revision(5)));
-    index.doubt(Change::MemberRemoved(member(5)), Some(Revision(5)));
+    index.doubt(RecordChange::RoleDeleted(role(Some("acme"), "*", 5)), Some(Revision(5)));
+    index.doubt(RecordChange::MemberRemoved(member(5)), Some(Revision(5)));
     // As a snapshot or another replica's changes bring them.
     for revision in [4, 5] {
-        index.put_role(role(Some("acme"), "*", revision));
-        index.put_member(member(revision));
-        assert_eq!(granted(&index, "acme"), None);
+        index.upsert_role(role(Some("acme"), "*", revision));
+        index.upsert_member(member(revision));
+        assert_eq!(effective_grant(&index, "acme"), None);
         assert!(index.member(&account, &user).is_none());
     }
-    index.put_role(role(Some("acme"), "*", 6));
-    index.put_member(member(6));
-    assert!(granted(&index, "acme").is_some() && index.member(&account, &user).is_some());
+    index.upsert_role(role(Some("acme"), "*", 6));
+    index.upsert_member(member(6));
+    assert!(effective_grant(&index, "acme").is_some() && index.member(&account, &user).is_some());
 }
 
 #[test]
 fn a_weaker_change_in_doubt_does_not_end_what_a_stronger_one_refuses() {
-    let key = sample();
+    let key = sample_key();
     let index = loaded(&key);
-    let narrower = Key { terms: Terms { scopes: Default::default(), ..key.terms.clone() }, ..key.clone() };
-    index.doubt(Change::Key(Arc::new(revoked(&key, 6))), Some(key.revision));
-    index.doubt(Change::Key(Arc::new(narrower)), Some(key.revision));
-    index.decided();
-    let found = index.find(&key.secrets[0].digest).unwrap();
-    assert!(found.doubt.is_some_and(|doubt| doubt.revocation.is_some()));
+    let narrower = ApiKey { spec: KeySpec { scopes: Default::default(), ..key.spec.clone() }, ..key.clone() };
+    index.doubt(RecordChange::Key(Arc::new(revoked(&key, 6))), Some(key.revision));
+    index.doubt(RecordChange::Key(Arc::new(narrower)), Some(key.revision));
+    index.resolve_uncertain();
+    let found = index.find_by_digest(&key.secrets[0].digest).unwrap();
+    assert!(found.uncertain_record.is_some_and(|doubt| doubt.revocation.is_some()));
 }
 
 #[test]
 fn a_stop_in_doubt_holds_for_a_record_that_comes_after_the_doubt() {
-    let index = loaded(&sample());
-    let elsewhere = Key { revision: Revision(5), ..rotated(&numbered(7), "two", 5) };
+    let index = loaded(&sample_key());
+    let elsewhere = ApiKey { revision: Revision(5), ..rotated(&numbered(7), "two", 5) };
     let account = |suspended: Option<i64>, revision| {
         Arc::new(Account {
             id: AccountId::parse("new").unwrap(),
             name: crate::domain::name::DisplayName::parse("New").unwrap(),
-            suspended_at: suspended.map(at),
+            suspended_at: suspended.map(at_seconds),
             longest_life: None,
-            created_at: at(0),
-            updated_at: at(0),
+            created_at: at_seconds(0),
+            updated_at: at_seconds(0),
             revision: Revision(revision),
         })
     };
-    index.doubt(Change::Key(Arc::new(revoked(&elsewhere, 6))), Some(Revision(5)));
-    index.doubt(Change::Account(account(Some(6), 0)), Some(Revision(5)));
+    index.doubt(RecordChange::Key(Arc::new(revoked(&elsewhere, 6))), Some(Revision(5)));
+    index.doubt(RecordChange::Account(account(Some(6), 0)), Some(Revision(5)));
     index.put_key(&elsewhere);
     for (suspended, revision) in [(Some(3), 3), (None, 5)] {
-        index.put_account(account(suspended, revision));
-        assert_eq!(index.suspended(&account(None, 0).id), Some(true), "revision {revision}");
+        index.upsert_account(account(suspended, revision));
+        assert_eq!(index.account_suspension(&account(None, 0).id), Some(true), "revision {revision}");
     }
-    assert!(index.find(&Digest::of("two")).unwrap().doubt.is_some_and(|doubt| doubt.revocation.is_some()));
+    assert!(
+        index
+            .find_by_digest(&TokenDigest::from_token("two"))
+            .unwrap()
+            .uncertain_record
+            .is_some_and(|doubt| doubt.revocation.is_some())
+    );
 }
 
 #[test]
 fn what_is_spent_of_a_quota_outlives_every_change_but_the_end() {
-    let mut key = sample();
-    key.terms.quota = Some(Quota { limit: 5, period: QuotaPeriod::Total });
+    let mut key = sample_key();
+    key.spec.quota = Some(Quota { limit: 5, period: QuotaPeriod::Total });
     let index = loaded(&key);
-    index.load(SnapshotItem::Spent(key.id, Spent { period: at(0), used: 4 }));
+    index.load_record(SnapshotRecord::QuotaUsage(
+        key.id,
+        QuotaUsage { period_start: at_seconds(0), used_units: 4 },
+    ));
     let take = |cost| {
-        let found = index.find(&Digest::of("one")).unwrap();
-        let take = Take { cost, charge: None, dry_run: false };
-        found.budget.unwrap().take(&found.key, take, false, at(1)).unwrap().refused.is_empty()
+        let found = index.find_by_digest(&TokenDigest::from_token("one")).unwrap();
+        let take = Consumption { cost, dedup_id: None, dry_run: false };
+        found
+            .limit_state
+            .unwrap()
+            .consume(&found.key, take, false, at_seconds(1))
+            .unwrap()
+            .refusal_reasons
+            .is_empty()
     };
     assert!(!take(2));
     index.put_key(&rotated(&key, "two", 2));
     assert!(take(1));
     assert!(!take(1));
-    key.terms.quota = None;
+    key.spec.quota = None;
     index.put_key(&key);
-    assert!(index.find(&Digest::of("one")).unwrap().budget.is_none());
+    assert!(index.find_by_digest(&TokenDigest::from_token("one")).unwrap().limit_state.is_none());
 }
 
 /// Key number `number`, with the token `number.1`.
-fn numbered(number: u16) -> Key {
+fn numbered(number: u16) -> ApiKey {
     let mut random = [0; 10];
     random[..2].copy_from_slice(&number.to_be_bytes());
-    let mut key = sample();
-    key.id = KeyId::generate(at(0), random);
+    let mut key = sample_key();
+    key.id = KeyId::generate(at_seconds(0), random);
     key.secrets[0].digest = digest(number, 1);
     key
 }
 
-fn digest(number: u16, version: u32) -> Digest {
-    Digest::of(&format!("{number}.{version}"))
+fn digest(number: u16, version: u32) -> TokenDigest {
+    TokenDigest::from_token(&format!("{number}.{version}"))
 }
 
 /// What is held of a key: all of it, or, once it is revoked, nothing that it granted.
-fn kept(key: &Key) -> Key {
+fn key_without_details(key: &ApiKey) -> ApiKey {
     let mut key = key.clone();
     if key.is_revoked() {
         key.disabled_at = None;
-        key.terms = Terms { scopes: ScopeSet::default(), ..sample().terms };
+        key.spec = KeySpec { scopes: ScopeSet::default(), ..sample_key().spec };
     }
     key
 }
 
 /// That a key is held as its record is.
 #[track_caller]
-fn same(held: &HeldKey, key: &Key) {
-    let key = &kept(key);
+fn assert_same_key(held: &KeyRef, key: &ApiKey) {
+    let key = &key_without_details(key);
     assert_eq!(held.id(), key.id);
-    assert_eq!(held.name(), key.terms.name.as_ref().map(KeyName::as_str));
-    assert_eq!(held.metadata(), &key.terms.metadata);
+    assert_eq!(held.name(), key.spec.name.as_ref().map(KeyName::as_str));
+    assert_eq!(held.metadata(), &key.spec.metadata);
     assert_eq!((held.owner(), held.environment()), (&key.owner, &key.environment));
     assert_eq!((held.scopes(), held.roles()), (key.scopes(), key.roles()));
     assert_eq!((held.customers(), held.allowed_cidrs()), (key.customers(), key.allowed_cidrs()));
     assert_eq!((held.rate_limits(), held.quota()), (key.rate_limits(), key.quota()));
     assert_eq!(held.expires_at(), key.expires_at());
     assert_eq!((held.is_disabled(), held.is_revoked()), (key.is_disabled(), key.is_revoked()));
-    assert!(held.secret_ends().eq(key.secret_ends()));
+    assert!(held.secret_expiries().eq(key.secret_expiries()));
 }
 
 /// Whole records in plain maps: what the index answers, said as simply as can be.
 #[derive(Default)]
-struct Model {
-    keys: HashMap<KeyId, Key>,
+struct ReferenceIndex {
+    keys: HashMap<KeyId, ApiKey>,
     /// Secrets that left the record: digest and when it was superseded.
-    left: HashMap<KeyId, Vec<(Digest, Timestamp)>>,
-    digests: HashMap<Digest, (KeyId, u32)>,
+    left: HashMap<KeyId, Vec<(TokenDigest, Timestamp)>>,
+    digests: HashMap<TokenDigest, (KeyId, u32)>,
 }
 
-impl Model {
-    fn put(&mut self, key: &Key, left: &[Secret]) {
+impl ReferenceIndex {
+    fn put(&mut self, key: &ApiKey, left: &[KeySecret]) {
         let gone = self.left.entry(key.id).or_default();
         gone.extend(left.iter().map(|old| (old.digest, old.expires_at.unwrap_or(key.updated_at))));
         for old in self.keys.get(&key.id).map_or(&[][..], |before| &before.secrets) {
@@ -341,7 +368,7 @@ impl Model {
     }
 
     fn forget(&mut self, then: Timestamp) {
-        let Model { keys, left, digests } = self;
+        let ReferenceIndex { keys, left, digests } = self;
         keys.retain(|id, key| {
             let gone = left.entry(*id).or_default();
             let revoked = key.revocation.as_ref().is_some_and(|revocation| revocation.at < then);
@@ -360,15 +387,18 @@ impl Model {
     }
 
     #[track_caller]
-    fn agrees(&self, index: &Index, digest: &Digest, now: Timestamp) {
-        match (index.find(digest), self.digests.get(digest)) {
+    fn assert_agrees(&self, index: &Index, digest: &TokenDigest, now: Timestamp) {
+        match (index.find_by_digest(digest), self.digests.get(digest)) {
             (None, None) => {}
             (Some(found), Some((id, version))) => {
                 let key = &self.keys[id];
-                same(&found.key, key);
-                assert_eq!(found.version, *version);
-                assert_eq!(found.key.superseded(*version, now), key.superseded(*version, now));
-                assert_eq!(found.budget.is_some(), kept(key).is_limited());
+                assert_same_key(&found.key, key);
+                assert_eq!(found.secret_version, *version);
+                assert_eq!(
+                    found.key.is_secret_superseded(*version, now),
+                    key.is_secret_superseded(*version, now)
+                );
+                assert_eq!(found.limit_state.is_some(), key_without_details(key).is_limited());
             }
             (found, known) => panic!("{found:?}, and should be {known:?}"),
         }
@@ -377,7 +407,7 @@ impl Model {
 
 /// What happens to a key.
 #[derive(Clone, Copy, Debug)]
-enum Event {
+enum KeyEvent {
     /// It is made, or loaded with a secret that left it long ago.
     Made {
         loaded: bool,
@@ -391,22 +421,22 @@ enum Event {
     Forgotten(u8),
 }
 
-fn event() -> impl Strategy<Value = (u16, Event)> {
+fn event() -> impl Strategy<Value = (u16, KeyEvent)> {
     let kind = prop_oneof![
-        4 => any::<bool>().prop_map(|loaded| Event::Made { loaded }),
-        4 => any::<u8>().prop_map(Event::Updated),
-        1 => any::<bool>().prop_map(Event::Disabled),
-        4 => (0..20_u8).prop_map(Event::Rotated),
-        2 => Just(Event::Revoked),
-        1 => (0..30_u8).prop_map(Event::Forgotten),
+        4 => any::<bool>().prop_map(|loaded| KeyEvent::Made { loaded }),
+        4 => any::<u8>().prop_map(KeyEvent::Updated),
+        1 => any::<bool>().prop_map(KeyEvent::Disabled),
+        4 => (0..20_u8).prop_map(KeyEvent::Rotated),
+        2 => Just(KeyEvent::Revoked),
+        1 => (0..30_u8).prop_map(KeyEvent::Forgotten),
     ];
     (0..150_u16, kind)
 }
 
 /// The same key with other terms, more or less of them.
-fn updated(mut key: Key, choice: u8) -> Key {
+fn updated(mut key: ApiKey, choice: u8) -> ApiKey {
     let bit = |at: u8| choice & (1 << at) != 0;
-    let terms = &mut key.terms;
+    let terms = &mut key.spec;
     terms.name = bit(0).then(|| KeyName::parse(&"n\u{e9}".repeat(usize::from(choice % 9) + 1)).unwrap());
     let scope = if bit(1) { "alerts:*" } else { "monitors:read" };
     terms.scopes = [Scope::parse_grant(scope).unwrap()].into_iter().collect::<ScopeSet>();
@@ -416,13 +446,13 @@ fn updated(mut key: Key, choice: u8) -> Key {
     let limit = || RateLimit { name: "l".to_owned(), limit: choice.into(), window: Duration::from_secs(1) };
     terms.rate_limits = if bit(5) { vec![limit()] } else { vec![] };
     terms.quota = bit(6).then_some(Quota { limit: choice.into(), period: QuotaPeriod::Day });
-    terms.expires_at = bit(7).then(|| at(choice.into()));
+    terms.expires_at = bit(7).then(|| at_seconds(choice.into()));
     terms.metadata =
         choice.is_multiple_of(7).then(|| ("team".to_owned(), choice.to_string())).into_iter().collect();
     key.environment =
         EnvironmentName::parse(if choice.is_multiple_of(5) { "staging" } else { "production" }).unwrap();
     if choice.is_multiple_of(3) {
-        key.owner = Owner::User(UserId::parse("ann").unwrap());
+        key.owner = KeyOwner::User(UserId::parse("ann").unwrap());
     }
     key
 }
@@ -432,61 +462,61 @@ proptest! {
 
     #[test]
     fn it_answers_like_a_map_of_whole_records(events in proptest::collection::vec(event(), 1..400)) {
-        let (index, mut model) = (Index::default(), Model::default());
+        let (index, mut model) = (Index::default(), ReferenceIndex::default());
         let mut made = HashMap::new();
         let mut all = Vec::new();
         for (seconds, (number, event)) in (1_i64..).zip(events) {
-            let now = at(seconds);
-            let known: Option<Key> = made.get(&number).cloned();
+            let now = at_seconds(seconds);
+            let known: Option<ApiKey> = made.get(&number).cloned();
             let (key, left) = match (known, event) {
-                (_, Event::Forgotten(age)) => {
-                    let then = now.minus(Duration::from_secs(age.into()));
+                (_, KeyEvent::Forgotten(age)) => {
+                    let then = now.saturating_sub(Duration::from_secs(age.into()));
                     let before = model.digests.len();
                     model.forget(then);
-                    prop_assert_eq!(index.forget(then), before - model.digests.len());
+                    prop_assert_eq!(index.evict(then), before - model.digests.len());
                     prop_assert_eq!(index.len(), model.keys.len());
                     continue;
                 }
-                (None, Event::Made { loaded: false }) => (numbered(number), vec![]),
-                (None, Event::Made { loaded: true }) => {
+                (None, KeyEvent::Made { loaded: false }) => (numbered(number), vec![]),
+                (None, KeyEvent::Made { loaded: true }) => {
                     let mut key = rotated(&numbered(number), &format!("{number}.2"), seconds);
                     key.rotate(digest(number, 3), String::new(), Duration::ZERO, now);
-                    let first = Secret { expires_at: Some(now), ..numbered(number).secrets.remove(0) };
+                    let first = KeySecret { expires_at: Some(now), ..numbered(number).secrets.remove(0) };
                     (key, vec![first])
                 }
                 (Some(key), _) if key.is_revoked() => continue,
-                (Some(key), Event::Updated(choice)) => (updated(key, choice), vec![]),
-                (Some(key), Event::Disabled(on)) => (Key { disabled_at: on.then_some(now), ..key }, vec![]),
-                (Some(mut key), Event::Rotated(overlap)) => {
+                (Some(key), KeyEvent::Updated(choice)) => (updated(key, choice), vec![]),
+                (Some(key), KeyEvent::Disabled(on)) => (ApiKey { disabled_at: on.then_some(now), ..key }, vec![]),
+                (Some(mut key), KeyEvent::Rotated(overlap)) => {
                     let next = digest(number, key.secrets[0].version + 1);
                     key.rotate(next, String::new(), Duration::from_secs(overlap.into()), now);
                     (key, vec![])
                 }
-                (Some(key), Event::Revoked) => (revoked(&key, seconds), vec![]),
+                (Some(key), KeyEvent::Revoked) => (revoked(&key, seconds), vec![]),
                 _ => continue,
             };
-            let key = Key { updated_at: now, ..key };
+            let key = ApiKey { updated_at: now, ..key };
             model.put(&key, &left);
-            if matches!(event, Event::Made { loaded: true }) {
-                let mut part = index.part();
-                came(&mut *part, &key, &left);
-                part.end();
-                index.keys.load().show();
+            if matches!(event, KeyEvent::Made { loaded: true }) {
+                let mut part = index.begin_part();
+                add_to_part(&mut *part, &key, &left);
+                part.finish();
+                index.keys.load().publish();
             } else {
                 index.put_key(&key);
             }
             all.extend(key.secrets.iter().chain(&left).map(|secret| secret.digest));
-            key.secrets.iter().for_each(|secret| model.agrees(&index, &secret.digest, now));
+            key.secrets.iter().for_each(|secret| model.assert_agrees(&index, &secret.digest, now));
             made.insert(number, key);
         }
         prop_assert_eq!(index.len(), model.keys.len());
-        all.iter().for_each(|digest| model.agrees(&index, digest, at(1000)));
+        all.iter().for_each(|digest| model.assert_agrees(&index, digest, at_seconds(1000)));
     }
 }
 
 /// What happens to a block.
 #[derive(Clone, Debug)]
-enum Remade {
+enum BlockEdit {
     /// So many keys come.
     And(u8),
     /// The key at a place is given other terms, rotated so often, and belongs to another account.
@@ -499,12 +529,12 @@ enum Remade {
     Without(u8),
 }
 
-fn remade() -> impl Strategy<Value = Remade> {
+fn block_edit() -> impl Strategy<Value = BlockEdit> {
     prop_oneof![
-        2 => (0..20_u8).prop_map(Remade::And),
+        2 => (0..20_u8).prop_map(BlockEdit::And),
         6 => (0..64_u8, any::<u8>(), 0..4_u8, any::<u8>())
-            .prop_map(|(at, choice, rotations, account)| Remade::With { at, choice, rotations, account }),
-        1 => (0..64_u8).prop_map(Remade::Without),
+            .prop_map(|(at, choice, rotations, account)| BlockEdit::With { at, choice, rotations, account }),
+        1 => (0..64_u8).prop_map(BlockEdit::Without),
     ]
 }
 
@@ -512,50 +542,50 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
-    fn every_record_of_a_block_is_as_it_was_put_in(events in proptest::collection::vec(remade(), 1..60)) {
-        let (mut shared, mut block) = (Shared::default(), Arc::new(Block::default()));
-        let mut keys: Vec<Option<Key>> = Vec::new();
+    fn every_record_of_a_block_is_as_it_was_put_in(events in proptest::collection::vec(block_edit(), 1..60)) {
+        let (mut shared, mut block) = (BlockInterners::default(), Arc::new(KeyBlock::default()));
+        let mut keys: Vec<Option<ApiKey>> = Vec::new();
         let mut earlier = Vec::new();
         for (seconds, event) in (1_i64..).zip(events) {
             let next = match event {
-                Remade::And(count) => {
+                BlockEdit::And(count) => {
                     let first = u8::try_from(keys.len()).unwrap();
-                    let more: Vec<_> = (first..BLOCK as u8).take(count.into())
+                    let more: Vec<_> = (first..RECORDS_PER_BLOCK as u8).take(count.into())
                         .map(|at| updated(numbered(at.into()), at.wrapping_mul(37)))
                         .collect();
                     let packed: Vec<_> =
-                        more.iter().filter_map(|key| Packed::new(key, &[], &mut shared)).collect();
+                        more.iter().filter_map(|key| OwnedBlockEntry::new(key, &[], &mut shared)).collect();
                     keys.extend(more.into_iter().map(Some));
-                    block.and(&packed, &mut shared)
+                    block.with_appended(&packed, &mut shared)
                 }
-                Remade::With { at: place, choice, rotations, account } if usize::from(place) < keys.len() => {
+                BlockEdit::With { at: place, choice, rotations, account } if usize::from(place) < keys.len() => {
                     let mut key = updated(numbered(place.into()), choice);
                     for rotation in 0..rotations {
                         let overlap = Duration::from_secs(choice.into());
-                        key.rotate(digest(place.into(), rotation.into()), String::new(), overlap, at(seconds));
+                        key.rotate(digest(place.into(), rotation.into()), String::new(), overlap, at_seconds(seconds));
                     }
-                    key.owner = Owner::Account(AccountId::parse(&format!("account-{account}")).unwrap());
-                    let packed = Packed::new(&key, &[], &mut shared).unwrap();
+                    key.owner = KeyOwner::Account(AccountId::parse(&format!("account-{account}")).unwrap());
+                    let packed = OwnedBlockEntry::new(&key, &[], &mut shared).unwrap();
                     keys[usize::from(place)] = Some(key);
-                    block.with(place.into(), &packed, &mut shared)
+                    block.with_replaced(place.into(), &packed, &mut shared)
                 }
-                Remade::Without(place) if usize::from(place) < keys.len() => {
+                BlockEdit::Without(place) if usize::from(place) < keys.len() => {
                     keys[usize::from(place)] = None;
-                    block.without(place.into(), &mut shared)
+                    block.with_removed(place.into(), &mut shared)
                 }
                 _ => continue,
             };
             block = Arc::new(next);
             earlier.push((block.clone(), keys.clone()));
-            shared.sweep();
+            shared.collect_unused();
         }
         // Whoever reads an earlier block finds what was there then.
         for (block, keys) in earlier {
             prop_assert_eq!(block.len(), keys.len());
             for (at, key) in keys.iter().enumerate() {
-                let held = HeldKey::at(block.clone(), at);
+                let held = KeyRef::from_block(block.clone(), at);
                 prop_assert_eq!(held.is_some(), key.is_some());
-                held.iter().zip(key).for_each(|(held, key)| same(held, key));
+                held.iter().zip(key).for_each(|(held, key)| assert_same_key(held, key));
             }
         }
     }
@@ -568,49 +598,49 @@ fn versions_may_be_as_large_as_32_bits_let_them() {
         let mut key = numbered(0);
         key.secrets[0].version = version;
         let index = loaded(&key);
-        let found = |version| index.find(&digest(0, version)).unwrap();
-        assert_eq!(found(1).version, version);
-        key.rotate(digest(0, 2), String::new(), Duration::from_secs(5), at(10));
+        let found = |version| index.find_by_digest(&digest(0, version)).unwrap();
+        assert_eq!(found(1).secret_version, version);
+        key.rotate(digest(0, 2), String::new(), Duration::from_secs(5), at_seconds(10));
         index.put_key(&key);
-        assert_eq!((found(1).version, found(2).version), (version, version + 1));
-        same(&found(2).key, &key);
-        index.forget(at(16));
-        assert_eq!(found(2).version, version + 1);
+        assert_eq!((found(1).secret_version, found(2).secret_version), (version, version + 1));
+        assert_same_key(&found(2).key, &key);
+        index.evict(at_seconds(16));
+        assert_eq!(found(2).secret_version, version + 1);
     }
 }
 
 #[test]
 fn keys_that_come_in_parts_at_once_are_all_found_as_they_are() {
-    const PART: u16 = 3 * BLOCK as u16 + 7;
+    const PART: u16 = 3 * RECORDS_PER_BLOCK as u16 + 7;
     let key = |number: u16| {
         let mut key = numbered(number);
-        key.terms.name =
+        key.spec.name =
             (!number.is_multiple_of(3)).then(|| KeyName::parse(&format!("key {number}")).unwrap());
-        key.terms.expires_at = (!number.is_multiple_of(2)).then(|| at(number.into()));
-        key.owner = Owner::Account(AccountId::parse(&format!("account-{}", number % 5)).unwrap());
+        key.spec.expires_at = (!number.is_multiple_of(2)).then(|| at_seconds(number.into()));
+        key.owner = KeyOwner::Account(AccountId::parse(&format!("account-{}", number % 5)).unwrap());
         if number.is_multiple_of(7) {
-            key.rotate(digest(number, 2), String::new(), Duration::from_secs(5), at(9));
+            key.rotate(digest(number, 2), String::new(), Duration::from_secs(5), at_seconds(9));
         }
         key
     };
     let index = Index::default();
-    index.expect(2 * usize::from(PART));
+    index.reserve_secrets(2 * usize::from(PART));
     std::thread::scope(|scope| {
         for numbers in [0..PART, PART..2 * PART] {
-            let mut part = index.part();
+            let mut part = index.begin_part();
             scope.spawn(move || {
-                numbers.for_each(|number| came(&mut *part, &key(number), &[]));
-                part.end();
+                numbers.for_each(|number| add_to_part(&mut *part, &key(number), &[]));
+                part.finish();
             });
         }
     });
-    index.loaded(Revision(1));
+    index.finish_load(Revision(1));
     assert_eq!(index.len(), usize::from(2 * PART));
     for key in (0..2 * PART).map(key) {
         for secret in &key.secrets {
-            let found = index.find(&secret.digest).unwrap();
-            assert_eq!(found.version, secret.version);
-            same(&found.key, &key);
+            let found = index.find_by_digest(&secret.digest).unwrap();
+            assert_eq!(found.secret_version, secret.version);
+            assert_same_key(&found.key, &key);
         }
     }
 }
@@ -619,14 +649,14 @@ fn keys_that_come_in_parts_at_once_are_all_found_as_they_are() {
 fn while_it_grows_no_reader_misses_a_key_that_was_there() {
     const OLD: u16 = 700;
     let index = Index::default();
-    (0..OLD).for_each(|number| index.load(SnapshotItem::Key(Arc::new(numbered(number)), vec![])));
-    index.loaded(Revision(1));
+    (0..OLD).for_each(|number| index.load_record(SnapshotRecord::Key(Arc::new(numbered(number)), vec![])));
+    index.finish_load(Revision(1));
     let grown = AtomicBool::new(false);
     let read = || {
         let mut rounds = 0;
         while !grown.load(Ordering::Acquire) || rounds == 0 {
             (0..OLD).for_each(|number| {
-                let found = index.find(&digest(number, 1)).unwrap();
+                let found = index.find_by_digest(&digest(number, 1)).unwrap();
                 assert_eq!(found.key.id(), numbered(number).id);
             });
             rounds += 1;
@@ -645,10 +675,10 @@ fn a_record_is_seen_before_the_revision_that_says_so_and_by_all_digests_at_once(
     let before = rotated(&numbered(0), "0.2", 1);
     let index = loaded(&before);
     const LAST: u64 = 5000;
-    let row = |revision| LogRow {
+    let row = |revision| LogEntry {
         revision: Revision(revision),
-        at: at(0),
-        action: Action::KeyUpdated.as_str().to_owned(),
+        at: at_seconds(0),
+        action: AuditAction::KeyUpdated.as_str().to_owned(),
         account: None,
         key_id: Some(before.id),
         user: None,
@@ -657,11 +687,11 @@ fn a_record_is_seen_before_the_revision_that_says_so_and_by_all_digests_at_once(
         acting_user: None,
         method: "test".to_owned(),
         payload: String::new(),
-        prev_hash: GENESIS,
-        hash: GENESIS,
+        prev_hash: GENESIS_HASH,
+        hash: GENESIS_HASH,
     };
     let written = |version| {
-        let found = index.find(&digest(0, version)).unwrap();
+        let found = index.find_by_digest(&digest(0, version)).unwrap();
         found.key.expires_at().map_or(0, |at| at.as_micros() as u64 / 1_000_000)
     };
     let read = || {
@@ -678,8 +708,8 @@ fn a_record_is_seen_before_the_revision_that_says_so_and_by_all_digests_at_once(
         (0..3).for_each(|_| drop(scope.spawn(read)));
         for revision in 2..=LAST {
             let mut key = before.clone();
-            key.terms.expires_at = Some(at(revision as i64));
-            index.applied(&[(row(revision), Change::Key(Arc::new(key)))]);
+            key.spec.expires_at = Some(at_seconds(revision as i64));
+            index.apply_local(&[(row(revision), RecordChange::Key(Arc::new(key)))]);
         }
     });
 }
@@ -693,7 +723,7 @@ fn keys_that_come_together_are_as_if_they_had_come_one_by_one() {
             let change = before.map(|before| match before % 4 {
                 0 => rotated(&numbered(before), &format!("{before}.2"), 1),
                 1 => revoked(&numbered(before), 1),
-                _ => Key { disabled_at: Some(at(1)), ..numbered(before) },
+                _ => ApiKey { disabled_at: Some(at_seconds(1)), ..numbered(before) },
             });
             [Some(numbered(number)), change]
         })
@@ -703,17 +733,17 @@ fn keys_that_come_together_are_as_if_they_had_come_one_by_one() {
     changes.iter().for_each(|key| alone.put_key(key));
     for together in [1, 2, 7, 64, 100, 1000] {
         let index = Index::default();
-        changes.chunks(together).for_each(|keys| index.put_keys(keys.iter()));
+        changes.chunks(together).for_each(|keys| index.upsert_keys(keys.iter()));
         assert_eq!(index.len(), alone.len());
         for (number, version) in (0..400).flat_map(|number| [(number, 1), (number, 2)]) {
             let [one, other] = [&index, &alone].map(|index| {
-                index.find(&digest(number, version)).map(|found| {
+                index.find_by_digest(&digest(number, version)).map(|found| {
                     let facts = (
                         found.key.is_disabled(),
                         found.key.is_revoked(),
                         found.key.name().map(str::to_owned),
                     );
-                    (found.version, found.key.id(), facts, found.key.digests())
+                    (found.secret_version, found.key.id(), facts, found.key.digests())
                 })
             });
             assert_eq!(one, other, "{number}.{version} of {together} together");

@@ -17,23 +17,23 @@ use tokio::net::{TcpListener, TcpStream};
 
 use super::*;
 use crate::{
-    grpc::{io::OneBuffer, load::Lane},
-    transport::socket::Stream,
+    grpc::{connection_io::SingleWriteIo, load_shed::WorkerQueue},
+    transport::socket::TransportStream,
 };
 
 const CHECK: &str = "/keyward.v1.AuthzService/Check";
 const REVOKE: &str = "/keyward.v1.KeyService/Revoke";
 
 /// A server that answers with the headers and the bytes that it got, and the way to it.
-async fn connect() -> (SendRequest<Bytes>, Arc<Lane>) {
+async fn connect() -> (SendRequest<Bytes>, Arc<WorkerQueue>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
     let (accepted, _) = listener.accept().await.unwrap();
-    let lane = Arc::new(Lane::new(4096));
+    let lane = Arc::new(WorkerQueue::new(4096));
     let queue = ConnectionQueue::new(lane.clone(), Arc::default(), Arc::new(AtomicBool::new(true)));
     tokio::spawn(async move {
-        let mut bytes = OneBuffer::open(Stream::Tcp(accepted)).await.unwrap().unwrap();
-        bytes.shed_early(EarlyShed::new(queue));
+        let mut bytes = SingleWriteIo::read_preface(TransportStream::Tcp(accepted)).await.unwrap().unwrap();
+        bytes.enable_early_shed(EarlyShed::new(queue));
         let service = service_fn(async |request: Request<Incoming>| {
             let (parts, body) = request.into_parts();
             let mut response = Response::new(Full::new(body.collect().await.unwrap().to_bytes()));
@@ -93,7 +93,7 @@ async fn a_refused_check_says_what_a_refusal_of_the_gate_says() {
     assert_eq!(answer.headers()["content-type"], "application/grpc");
     assert_eq!(answer.headers()["grpc-retry-pushback-ms"], "100");
     assert!(answer.body().is_empty());
-    assert_eq!(lane.shed(), 1);
+    assert_eq!(lane.shed_calls(), 1);
     assert!(!is_refused(&call(&sender, REVOKE, &HeaderMap::new(), b"message").await), "it is no Check");
     lane.set_limit(4096);
     assert_eq!(call(&sender, CHECK, &HeaderMap::new(), b"message").await.body(), "message");
@@ -124,7 +124,7 @@ async fn a_refused_call_may_be_taken_back_and_the_connection_goes_on() {
     }
     lane.set_limit(4096);
     assert_eq!(call(&sender, CHECK, &HeaderMap::new(), b"message").await.body(), "message");
-    assert_eq!(lane.shed(), 300);
+    assert_eq!(lane.shed_calls(), 300);
 }
 
 proptest! {
@@ -163,7 +163,7 @@ proptest! {
         cut in 0usize..400,
         full in any::<bool>(),
     ) {
-        let lane = Arc::new(Lane::new(4096));
+        let lane = Arc::new(WorkerQueue::new(4096));
         lane.set_limit(if full { 0 } else { 4096 });
         let whole = filtered(&lane, &[&bytes]);
         let cut = cut.min(bytes.len());
@@ -186,19 +186,19 @@ proptest! {
         for piece in bytes.chunks(step) {
             boundary.advance(piece);
             at += piece.len();
-            prop_assert_eq!(boundary.is_here(), ends.contains(&at));
+            prop_assert_eq!(boundary.is_at_boundary(), ends.contains(&at));
         }
     }
 }
 
 /// What passes of bytes that come in these pieces.
-fn filtered(lane: &Arc<Lane>, pieces: &[&[u8]]) -> Option<Vec<u8>> {
+fn filtered(lane: &Arc<WorkerQueue>, pieces: &[&[u8]]) -> Option<Vec<u8>> {
     let queue = ConnectionQueue::new(lane.clone(), Arc::default(), Arc::new(AtomicBool::new(true)));
     let (mut shed, mut passed) = (EarlyShed::new(queue), Vec::new());
     for piece in pieces {
         shed.filter(piece, &mut passed).ok()?;
     }
-    passed.extend(shed.take_held());
+    passed.extend(shed.take_partial_frame());
     Some(passed)
 }
 
@@ -209,11 +209,11 @@ fn nothing_is_written_between_headers_and_their_continuation() {
     bytes.push(0x88);
     let mut boundary = FrameBoundary::default();
     boundary.advance(&bytes);
-    assert!(!boundary.is_here());
+    assert!(!boundary.is_at_boundary());
     bytes.clear();
     FrameHead { length: 0, kind: kind::CONTINUATION, flags: END_HEADERS, stream: 1 }.write(&mut bytes);
     boundary.advance(&bytes);
-    assert!(boundary.is_here());
+    assert!(boundary.is_at_boundary());
 }
 
 fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
@@ -232,11 +232,11 @@ fn headers_of(path: &str, representation: u8) -> Vec<u8> {
 
 /// A filter that refuses Checks, and has refused the one on stream 1.
 fn refusing() -> EarlyShed {
-    let lane = Arc::new(Lane::new(4096));
+    let lane = Arc::new(WorkerQueue::new(4096));
     lane.set_limit(0);
     let queue = ConnectionQueue::new(lane, Arc::default(), Arc::new(AtomicBool::new(true)));
     let mut shed = EarlyShed::new(queue);
-    assert!(passed(&mut shed, &check(1)).unwrap().is_empty() && shed.tracking == Tracking::Rewritten);
+    assert!(passed(&mut shed, &check(1)).unwrap().is_empty() && shed.tracking == HeaderTracking::Rewritten);
     shed
 }
 
@@ -260,7 +260,7 @@ fn rewritten_headers_may_come_in_several_frames() {
 
     let other = [&begun[..], &frame(kind::DATA, 0, 3, b"x")].concat();
     assert_eq!(passed(&mut refusing(), &other), None, "nothing may come between");
-    let endless = [&begun[..], &frame(kind::CONTINUATION, 0, 3, &[0; MAX_FRAME]).repeat(4)].concat();
+    let endless = [&begun[..], &frame(kind::CONTINUATION, 0, 3, &[0; MAX_FRAME_LEN]).repeat(4)].concat();
     assert_eq!(passed(&mut refusing(), &endless), None, "their bytes are bounded");
 }
 
@@ -276,11 +276,11 @@ fn empty_headers_end_a_call_that_is_rewritten() {
 #[test]
 fn a_peer_that_shrinks_its_header_table_has_no_call_refused_early() {
     let mut shed = refusing();
-    let answers = shed.answers().len();
+    let answers = shed.refusals().len();
     let settings = frame(kind::SETTINGS, 0, 0, &[0, 3, 0, 0, 0, 9, 0, 1, 0, 0, 0, 0]);
     assert_eq!(passed(&mut shed, &settings).as_ref(), Some(&settings));
     assert!(passed(&mut shed, &check(3)).is_some_and(|passed| !passed.is_empty()));
-    assert_eq!(shed.answers().len(), answers);
+    assert_eq!(shed.refusals().len(), answers);
 }
 
 #[test]
@@ -288,7 +288,11 @@ fn answers_that_wait_are_bounded_however_many_calls_come_at_once() {
     let mut shed = refusing();
     let calls: Vec<u8> = (1..1000).flat_map(|at| check(2 * at + 1)).collect();
     assert!(passed(&mut shed, &calls).is_some_and(|passed| !passed.is_empty()));
-    assert!(shed.answers().len() <= MAX_ANSWERS + HEAD + ANSWER.len(), "{}", shed.answers().len());
+    assert!(
+        shed.refusals().len() <= MAX_REFUSAL_BYTES + FRAME_HEAD_LEN + REFUSAL_HEADERS.len(),
+        "{}",
+        shed.refusals().len()
+    );
 }
 
 #[test]
@@ -306,7 +310,7 @@ fn a_query_makes_no_other_call_of_a_check() {
 
 #[test]
 fn headers_with_padding_and_priority_are_read() {
-    let lane = Arc::new(Lane::new(4096));
+    let lane = Arc::new(WorkerQueue::new(4096));
     lane.set_limit(0);
     let queue = ConnectionQueue::new(lane.clone(), Arc::default(), Arc::new(AtomicBool::new(true)));
     let (mut shed, mut passed) = (EarlyShed::new(queue), Vec::new());
@@ -318,5 +322,5 @@ fn headers_with_padding_and_priority_are_read() {
     FrameHead { length: payload.len(), kind: kind::HEADERS, flags, stream: 1 }.write(&mut bytes);
     bytes.extend(payload);
     shed.filter(&bytes, &mut passed).unwrap();
-    assert!(passed.is_empty() && !shed.answers().is_empty());
+    assert!(passed.is_empty() && !shed.refusals().is_empty());
 }

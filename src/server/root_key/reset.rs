@@ -10,66 +10,66 @@ use std::{
 
 use anyhow::bail;
 
-use super::{KeptToken, Pending};
+use super::{PendingTokenFile, RootKeyFile};
 use crate::{
-    clock::{Clock, Entropy},
-    config::server::{RootKeyArgs, Settings},
+    clock::{Clock, EntropySource},
+    config::server::{RootKeyArgs, ServerSettings},
     domain::{
-        key::{Key, Owner, Revocation, RevokeReason, State},
-        lineage::{Link, LinkKind, descendants, suspect_since},
-        log::{Action, Actor, Change, LogRow},
+        key::{ApiKey, ApiKeyState, KeyOwner, Revocation, RevokeReason},
+        lineage::{LineageLink, LineageLinkKind, find_descendants, suspect_since},
+        log::{Actor, AuditAction, LogEntry, RecordChange},
         name::{AccountId, EnvironmentName, KeyId, KeyName},
         time::Timestamp,
         token::Token,
     },
     keys,
-    replication::propagation::Incomplete,
-    server::replicas::Place,
-    store::{self, KeyFilter, LogFilter, OwnerFilter, Rejection, Store, Write},
+    replication::propagation::PropagationError,
+    server::replicas::ReplicationRuntime,
+    store::{self, KeyFilter, LogFilter, OwnerFilter, Store, WriteRejection, WriteRequest},
 };
 
 const METHOD: &str = "keyward root-key reset";
-const PAGE: u32 = 1000;
+const PAGE_SIZE: u32 = 1000;
 /// How often the descendants are looked for. On PostgreSQL servers run, and a descendant may create another key before
 /// its own revocation is in force.
-const ROUNDS: u32 = 16;
+const MAX_ROUNDS: u32 = 16;
 
 /// What gives rights to somebody, except for creating and rotating keys.
-const GIVES_RIGHTS: [Action; 8] = [
-    Action::KeyUpdated,
-    Action::KeyEnabled,
-    Action::RolePut,
-    Action::RoleDeleted,
-    Action::MemberPut,
-    Action::AccountCreated,
-    Action::AccountUpdated,
-    Action::AccountResumed,
+const RIGHTS_GRANTING_ACTIONS: [AuditAction; 8] = [
+    AuditAction::KeyUpdated,
+    AuditAction::KeyEnabled,
+    AuditAction::RolePut,
+    AuditAction::RoleDeleted,
+    AuditAction::MemberPut,
+    AuditAction::AccountCreated,
+    AuditAction::AccountUpdated,
+    AuditAction::AccountResumed,
 ];
 
 /// What a reset has done, and what it has found.
 #[derive(Debug)]
-pub struct Reset {
+pub struct RootKeyReset {
     /// The new root key's token, unless it went to a file.
     pub token: Option<Token>,
     /// The lost root key.
     pub lost: KeyId,
     /// The root keys from before it.
-    pub earlier: Vec<KeyId>,
+    pub earlier_root_keys: Vec<KeyId>,
     /// The keys that descend from the lost one and were not revoked before.
-    pub descendants: Vec<Descendant>,
+    pub descendants: Vec<DescendantKey>,
     /// Whether the descendants are revoked now.
-    pub revoked: bool,
+    pub descendants_revoked: bool,
     /// What else the lost key and its descendants have given, oldest first.
-    pub changes: Vec<RightsChange>,
+    pub rights_changes: Vec<RightsChange>,
     /// Why the revocations may not be in force on every replica yet.
-    pub unconfirmed: Option<String>,
+    pub unconfirmed_reason: Option<String>,
 }
 
 /// A key that descends from the lost root key.
 #[derive(Clone, Debug)]
-pub struct Descendant {
+pub struct DescendantKey {
     /// Its owner.
-    pub owner: Owner,
+    pub owner: KeyOwner,
     /// Its environment.
     pub environment: EnvironmentName,
     /// Its name.
@@ -77,14 +77,14 @@ pub struct Descendant {
     /// When it was created.
     pub created_at: Timestamp,
     /// How it descends.
-    pub link: Link,
+    pub link: LineageLink,
 }
 
 /// A change that the lost key or a descendant has made, and that a revocation does not undo.
 #[derive(Clone, Debug)]
 pub struct RightsChange {
     /// Its entry in the log.
-    pub entry: LogRow,
+    pub entry: LogEntry,
     /// The role that was changed or given.
     pub role: Option<String>,
 }
@@ -96,32 +96,32 @@ pub struct RightsChange {
 /// When the store does not open or is new, `--lost` names no root key, or the new token cannot be written. What was
 /// revoked stays so; the same call finishes.
 pub async fn reset_root_key(
-    settings: &Settings,
+    settings: &ServerSettings,
     args: &RootKeyArgs,
     clock: Arc<dyn Clock>,
-    entropy: &dyn Entropy,
-) -> anyhow::Result<Reset> {
+    entropy: &dyn EntropySource,
+) -> anyhow::Result<RootKeyReset> {
     let store = store::open_existing(&settings.database).await?;
-    let place = Place::on(&store, Arc::default(), clock.clone());
-    let resetting = Resetting { store: &*store, clock: &*clock, place };
+    let place = ReplicationRuntime::new(&store, Arc::default(), clock.clone());
+    let resetting = RootKeyResetter { store: &*store, clock: &*clock, replication: place };
     let done = resetting.run(settings, args, entropy).await;
     store.close().await;
     done
 }
 
-struct Resetting<'a> {
+struct RootKeyResetter<'a> {
     store: &'a dyn Store,
     clock: &'a dyn Clock,
-    place: Place,
+    replication: ReplicationRuntime,
 }
 
-impl Resetting<'_> {
+impl RootKeyResetter<'_> {
     async fn run(
         &self,
-        settings: &Settings,
+        settings: &ServerSettings,
         args: &RootKeyArgs,
-        entropy: &dyn Entropy,
-    ) -> anyhow::Result<Reset> {
+        entropy: &dyn EntropySource,
+    ) -> anyhow::Result<RootKeyReset> {
         let mut roots: Vec<_> = self.root_keys().await?.iter().map(|key| key.id).collect();
         roots.sort();
         let Some(newest) = roots.pop() else {
@@ -136,62 +136,72 @@ impl Resetting<'_> {
         }
         if let Some(file) = &settings.root_key_file {
             // A file that cannot be created must show before anything is revoked.
-            KeptToken(Some(Pending::create(file)?)).discard();
+            RootKeyFile(Some(PendingTokenFile::create(file)?)).discard();
         }
-        self.revoke_roots(None).await?;
+        self.revoke_root_keys(None).await?;
         let revoked = args.revoke_descendants;
         let (family, descendants) = if revoked {
             self.revoke_descendants(lost).await?
         } else {
-            let family = self.family(lost).await?;
-            let living = self.living(&family).await?;
+            let family = self.find_descendants(lost).await?;
+            let living = self.find_unrevoked(&family).await?;
             (family, living)
         };
-        let changes = self.changes(lost, &family).await?;
-        let (new, token) = self.create_root(settings, entropy).await?;
+        let changes = self.find_rights_changes(lost, &family).await?;
+        let (new, token) = self.create_root_key(settings, entropy).await?;
         // From here on nothing may keep the token from its reader.
-        let unconfirmed = self.confirm(new).await.unwrap_or_else(|error| Some(format!("{error:#}")));
+        let unconfirmed =
+            self.confirm_revocations(new).await.unwrap_or_else(|error| Some(format!("{error:#}")));
         let earlier = roots.into_iter().filter(|root| *root != lost).collect();
-        Ok(Reset { token, lost, earlier, descendants, revoked, changes, unconfirmed })
+        Ok(RootKeyReset {
+            token,
+            lost,
+            earlier_root_keys: earlier,
+            descendants,
+            descendants_revoked: revoked,
+            rights_changes: changes,
+            unconfirmed_reason: unconfirmed,
+        })
     }
 
     /// Creates and records the new root key. Gives its id, and its token unless that went to a file.
-    async fn create_root(
+    async fn create_root_key(
         &self,
-        settings: &Settings,
-        entropy: &dyn Entropy,
+        settings: &ServerSettings,
+        entropy: &dyn EntropySource,
     ) -> anyhow::Result<(Option<KeyId>, Option<Token>)> {
-        let mut root = keys::root::root_key(self.clock, entropy, &settings.keys, METHOD)?;
-        let kept = KeptToken::keep(settings.root_key_file.as_deref(), &root.token)?;
+        let mut root = keys::root_key::create_root_key(self.clock, entropy, &settings.key_settings, METHOD)?;
+        let kept = RootKeyFile::write(settings.root_key_file.as_deref(), &root.token)?;
         loop {
             let write = std::slice::from_ref(&root.write);
-            let committed = self.store.commit(write).await.inspect_err(|error| kept.discard_after(error))?;
+            let committed =
+                self.store.commit(write).await.inspect_err(|error| kept.discard_unless_recorded(error))?;
             match committed.outcomes.first() {
                 Some(Ok(_)) => break,
                 // Another key of the operator account is called "root".
-                Some(Err(Rejection::NameTaken)) if root.take_name() => {}
+                Some(Err(WriteRejection::NameTaken)) if root.clear_name() => {}
                 other => {
                     kept.discard();
                     bail!("the root key was not recorded: {other:?}; run the command again");
                 }
             }
         }
-        kept.finish()?;
+        kept.commit()?;
         let token = settings.root_key_file.is_none().then_some(root.token);
         Ok((root.write.change.key_id(), token))
     }
 
     /// Revokes all older root keys, and waits until every replica refuses them. Returns the reason if that is not confirmed.
-    async fn confirm(&self, new: Option<KeyId>) -> anyhow::Result<Option<String>> {
+    async fn confirm_revocations(&self, new: Option<KeyId>) -> anyhow::Result<Option<String>> {
         // Of two resets that ran side by side, the newest root key stays.
-        self.revoke_roots(new).await?;
-        Ok(self.in_force().await?.err().map(words))
+        self.revoke_root_keys(new).await?;
+        Ok(self.wait_until_in_force().await?.err().map(describe_incomplete))
     }
 
     /// Every root key, revoked ones included.
-    async fn root_keys(&self) -> anyhow::Result<Vec<Key>> {
+    async fn root_keys(&self) -> anyhow::Result<Vec<ApiKey>> {
         let mut roots = Vec::new();
-        self.each_key(OwnerFilter::Account(AccountId::operator()), |key| {
+        self.for_each_key(OwnerFilter::Account(AccountId::operator()), |key| {
             // Whatever it is called by now: nothing else is made by the system.
             if key.created_by == Actor::SYSTEM.to_string() {
                 roots.push(key);
@@ -202,14 +212,14 @@ impl Resetting<'_> {
     }
 
     /// Revokes every root key, or those that are older than one.
-    async fn revoke_roots(&self, older_than: Option<KeyId>) -> anyhow::Result<()> {
+    async fn revoke_root_keys(&self, older_than: Option<KeyId>) -> anyhow::Result<()> {
         loop {
             let roots = self.root_keys().await?;
-            let is_older = |key: &Key| older_than.is_none_or(|new| key.id < new);
+            let is_older = |key: &ApiKey| older_than.is_none_or(|new| key.id < new);
             let living = roots.into_iter().filter(|key| is_older(key) && key.revocation.is_none());
             let comment = "replaced by root-key reset";
             let batch: Vec<_> =
-                living.map(|key| self.revocation(key, RevokeReason::Superseded, comment)).collect();
+                living.map(|key| self.build_revocation(key, RevokeReason::Superseded, comment)).collect();
             // A running server may change one meanwhile.
             if batch.is_empty() || self.store.commit(&batch).await?.outcomes.iter().all(Result::is_ok) {
                 return Ok(());
@@ -218,34 +228,34 @@ impl Resetting<'_> {
     }
 
     /// The descendants of a key, revoked ones included.
-    async fn family(&self, lost: KeyId) -> anyhow::Result<HashMap<KeyId, Link>> {
-        Ok(descendants(&[lost], &self.links().await?))
+    async fn find_descendants(&self, lost: KeyId) -> anyhow::Result<HashMap<KeyId, LineageLink>> {
+        Ok(find_descendants(&[lost], &self.load_links().await?))
     }
 
     /// Revokes the descendants of a key until none is left. Gives all of them, and those that it has revoked.
     async fn revoke_descendants(
         &self,
         lost: KeyId,
-    ) -> anyhow::Result<(HashMap<KeyId, Link>, Vec<Descendant>)> {
+    ) -> anyhow::Result<(HashMap<KeyId, LineageLink>, Vec<DescendantKey>)> {
         let comment = format!("descends from the root key {lost}, which root-key reset replaced");
         let mut revoked = BTreeMap::new();
-        for _ in 0..ROUNDS {
-            let family = self.family(lost).await?;
-            let living = self.living(&family).await?;
+        for _ in 0..MAX_ROUNDS {
+            let family = self.find_descendants(lost).await?;
+            let living = self.find_unrevoked(&family).await?;
             if living.is_empty() {
                 return Ok((family, revoked.into_values().collect()));
             }
-            for part in living.chunks(PAGE as usize) {
+            for part in living.chunks(PAGE_SIZE as usize) {
                 let ids: Vec<_> = part.iter().map(|found| found.link.child).collect();
-                let keys = self.living_keys(&ids).await?;
+                let keys = self.load_unrevoked_keys(&ids).await?;
                 let batch: Vec<_> =
-                    keys.map(|key| self.revocation(key, RevokeReason::Compromised, &comment)).collect();
+                    keys.map(|key| self.build_revocation(key, RevokeReason::Compromised, &comment)).collect();
                 // A key that a running server changes meanwhile is found again in the next round.
                 self.store.commit(&batch).await?;
             }
             revoked.extend(living.into_iter().map(|found| (found.link.child, found)));
             // From then on these create nothing. If that is not certain, the report of the reset has the reason.
-            let _ = self.in_force().await?;
+            let _ = self.wait_until_in_force().await?;
         }
         bail!(
             "{} descendants of the root key {lost} are revoked, and others are created all the time: stop the servers, \
@@ -255,19 +265,25 @@ impl Resetting<'_> {
     }
 
     /// Every creation and every rotation of a key by a key.
-    async fn links(&self) -> anyhow::Result<Vec<Link>> {
+    async fn load_links(&self) -> anyhow::Result<Vec<LineageLink>> {
         let mut links = Vec::new();
-        for owner in [OwnerFilter::AllButOperators, OwnerFilter::Account(AccountId::operator())] {
-            self.each_key(owner, |key| {
+        for owner in [OwnerFilter::ExceptOperator, OwnerFilter::Account(AccountId::operator())] {
+            self.for_each_key(owner, |key| {
                 let by = KeyId::parse(&key.created_by).ok();
-                let link = |by| Link { child: key.id, by, kind: LinkKind::Created, at: key.created_at };
+                let link = |by| LineageLink {
+                    child: key.id,
+                    parent: by,
+                    kind: LineageLinkKind::Created,
+                    at: key.created_at,
+                };
                 links.extend(by.map(link));
             })
             .await?;
         }
-        self.each_entry(Action::KeyRotated, |row| {
+        self.for_each_entry(AuditAction::KeyRotated, |row| {
             let by = KeyId::parse(&row.actor).ok();
-            let link = |(child, by)| Link { child, by, kind: LinkKind::Rotated, at: row.at };
+            let link =
+                |(child, by)| LineageLink { child, parent: by, kind: LineageLinkKind::Rotated, at: row.at };
             // A key that rotates itself gets no new ancestor.
             links.extend(row.key_id.zip(by).filter(|(child, by)| child != by).map(link));
         })
@@ -276,17 +292,20 @@ impl Resetting<'_> {
     }
 
     /// Those that are not revoked.
-    async fn living(&self, family: &HashMap<KeyId, Link>) -> anyhow::Result<Vec<Descendant>> {
+    async fn find_unrevoked(
+        &self,
+        family: &HashMap<KeyId, LineageLink>,
+    ) -> anyhow::Result<Vec<DescendantKey>> {
         let mut ids: Vec<_> = family.keys().copied().collect();
         ids.sort();
         let mut living = Vec::new();
-        for part in ids.chunks(PAGE as usize) {
-            living.extend(self.living_keys(part).await?.filter_map(|key| {
-                let Key { owner, environment, created_at, .. } = key;
-                Some(Descendant {
+        for part in ids.chunks(PAGE_SIZE as usize) {
+            living.extend(self.load_unrevoked_keys(part).await?.filter_map(|key| {
+                let ApiKey { owner, environment, created_at, .. } = key;
+                Some(DescendantKey {
                     owner,
                     environment,
-                    name: key.terms.name,
+                    name: key.spec.name,
                     created_at,
                     link: *family.get(&key.id)?,
                 })
@@ -295,24 +314,31 @@ impl Resetting<'_> {
         Ok(living)
     }
 
-    async fn living_keys(&self, ids: &[KeyId]) -> anyhow::Result<impl Iterator<Item = Key> + use<>> {
-        let keys = self.store.keys_at(ids).await?.into_iter().map(|stored| stored.key);
+    async fn load_unrevoked_keys(
+        &self,
+        ids: &[KeyId],
+    ) -> anyhow::Result<impl Iterator<Item = ApiKey> + use<>> {
+        let keys = self.store.get_keys(ids).await?.into_iter().map(|stored| stored.key);
         Ok(keys.filter(|key| key.revocation.is_none()))
     }
 
     /// What the lost key and its descendants have given to others than each other.
-    async fn changes(&self, lost: KeyId, links: &HashMap<KeyId, Link>) -> anyhow::Result<Vec<RightsChange>> {
+    async fn find_rights_changes(
+        &self,
+        lost: KeyId,
+        links: &HashMap<KeyId, LineageLink>,
+    ) -> anyhow::Result<Vec<RightsChange>> {
         let lost = lost.to_string();
         let since: HashMap<String, Timestamp> =
             links.iter().map(|(id, link)| (id.to_string(), suspect_since(link))).collect();
         let family: HashSet<_> = links.keys().copied().collect();
         let mut changes = Vec::new();
-        for action in GIVES_RIGHTS {
-            self.each_entry(action, |entry| {
+        for action in RIGHTS_GRANTING_ACTIONS {
+            self.for_each_entry(action, |entry| {
                 let by_family =
                     entry.actor == lost || since.get(&entry.actor).is_some_and(|since| entry.at >= *since);
                 if by_family && entry.key_id.is_none_or(|about| !family.contains(&about)) {
-                    changes.push(RightsChange { role: role(&entry), entry });
+                    changes.push(RightsChange { role: affected_role(&entry), entry });
                 }
             })
             .await?;
@@ -321,11 +347,11 @@ impl Resetting<'_> {
         Ok(changes)
     }
 
-    async fn each_key(&self, owner: OwnerFilter, mut take: impl FnMut(Key)) -> anyhow::Result<()> {
+    async fn for_each_key(&self, owner: OwnerFilter, mut take: impl FnMut(ApiKey)) -> anyhow::Result<()> {
         let filter = KeyFilter {
             owner,
             environment: None,
-            states: Vec::<State>::new(),
+            states: Vec::<ApiKeyState>::new(),
             name_prefix: String::new(),
             unused_since: None,
             expires_before: None,
@@ -334,56 +360,68 @@ impl Resetting<'_> {
         };
         let mut before = None;
         loop {
-            let page = self.store.keys(&filter, before, PAGE).await?;
+            let page = self.store.list_keys(&filter, before, PAGE_SIZE).await?;
             let Some(last) = page.last() else { return Ok(()) };
             before = Some(last.key.id);
             page.into_iter().for_each(|stored| take(stored.key));
         }
     }
 
-    async fn each_entry(&self, action: Action, mut take: impl FnMut(LogRow)) -> anyhow::Result<()> {
+    async fn for_each_entry(
+        &self,
+        action: AuditAction,
+        mut take: impl FnMut(LogEntry),
+    ) -> anyhow::Result<()> {
         let action = Some(action.as_str().to_owned());
         let filter = LogFilter { action, oldest_first: true, ..LogFilter::default() };
         let mut cursor = None;
         loop {
-            let page = self.store.log(&filter, cursor, PAGE).await?;
+            let page = self.store.list_log(&filter, cursor, PAGE_SIZE).await?;
             let Some(last) = page.last() else { return Ok(()) };
             cursor = Some(last.revision);
             page.into_iter().for_each(&mut take);
         }
     }
 
-    fn revocation(&self, mut key: Key, reason: RevokeReason, comment: &str) -> Write {
+    fn build_revocation(&self, mut key: ApiKey, reason: RevokeReason, comment: &str) -> WriteRequest {
         let now = self.clock.now();
         let expect = Some(key.revision);
         key.revocation = Some(Revocation { at: now, reason, comment: comment.to_owned() });
         key.updated_at = now;
-        Write::by_system(Change::Key(Arc::new(key)), expect, Action::KeyRevoked, METHOD, now)
+        WriteRequest::from_system(
+            RecordChange::Key(Arc::new(key)),
+            expect,
+            AuditAction::KeyRevoked,
+            METHOD,
+            now,
+        )
     }
 
     /// Waits until no running replica can allow what was revoked so far, or gives the reason why that is not known.
-    async fn in_force(&self) -> anyhow::Result<Result<(), Incomplete>> {
-        let revision = self.store.head().await?.revision;
-        Ok(self.place.propagation.wait(revision, false, None).await.map(drop))
+    async fn wait_until_in_force(&self) -> anyhow::Result<Result<(), PropagationError>> {
+        let revision = self.store.log_head().await?.revision;
+        Ok(self.replication.propagation.wait(revision, false, None).await.map(drop))
     }
 }
 
-fn words(incomplete: Incomplete) -> String {
+fn describe_incomplete(incomplete: PropagationError) -> String {
     match incomplete {
-        Incomplete::InTime(report) => {
+        PropagationError::TimedOut(report) => {
             let silent: Vec<_> = report.unconfirmed.into_iter().map(|replica| replica.replica).collect();
             format!("not confirmed by {}", silent.join(", "))
         }
-        Incomplete::Lost(revision) => format!("the database has lost revision {revision}"),
-        Incomplete::Unanswered | Incomplete::Stopping(_) => "the database did not answer".to_owned(),
+        PropagationError::Lost(revision) => format!("the database has lost revision {revision}"),
+        PropagationError::DatabaseUnavailable | PropagationError::Stopping(_) => {
+            "the database did not answer".to_owned()
+        }
     }
 }
 
 /// The role that an entry is about, or that it gives to a member.
-fn role(entry: &LogRow) -> Option<String> {
+fn affected_role(entry: &LogEntry) -> Option<String> {
     match serde_json::from_str(&entry.payload).ok()? {
-        Change::Role(role) | Change::RoleDeleted(role) => Some(role.name.to_string()),
-        Change::Member(member) | Change::MemberRemoved(member) => Some(member.role.to_string()),
-        Change::Key(_) | Change::Account(_) => None,
+        RecordChange::Role(role) | RecordChange::RoleDeleted(role) => Some(role.name.to_string()),
+        RecordChange::Member(member) | RecordChange::MemberRemoved(member) => Some(member.role.to_string()),
+        RecordChange::Key(_) | RecordChange::Account(_) => None,
     }
 }

@@ -3,61 +3,62 @@
 use async_trait::async_trait;
 
 use crate::{
-    domain::{key::Key, log::LogRow, name::KeyId, time::Revision},
+    domain::{key::ApiKey, log::LogEntry, name::KeyId, time::Revision},
     store::{
         BulkReader, StoreError,
-        alike::Alike,
-        queries::{self, Sql},
-        records::{Gather, key_revision_at, log_at},
+        parse_cache::KeyParseCache,
+        queries::{self, SqlQuery},
+        row_decoding::{KeyAssembler, decode_key_revision, decode_log_entry},
     },
 };
 
 use super::{
-    CALL, Db, Postgres,
-    copy::{Row, copy},
-    store_error, within,
+    CALL_TIMEOUT, Db, PostgresStore,
+    copy_reader::{CopyRow, copy_rows},
+    store_error, with_timeout,
 };
 
 /// A reader of one database. Each page is a transaction of its own, which any session may have.
 pub(super) struct PgBulkReader<'s> {
-    store: &'s Postgres,
-    alike: Alike,
+    store: &'s PostgresStore,
+    alike: KeyParseCache,
 }
 
 impl<'s> PgBulkReader<'s> {
-    pub(super) fn new(store: &'s Postgres) -> Self {
-        PgBulkReader { store, alike: Alike::default() }
+    pub(super) fn new(store: &'s PostgresStore) -> Self {
+        PgBulkReader { store, alike: KeyParseCache::default() }
     }
 
     async fn each(
         &self,
-        query: Sql<Db>,
-        take: &mut (dyn FnMut(&Row<'_>) -> Result<(), StoreError> + Send),
+        query: SqlQuery<Db>,
+        take: &mut (dyn FnMut(&CopyRow<'_>) -> Result<(), StoreError> + Send),
     ) -> Result<(), StoreError> {
         let (sql, _) = query.into_parts();
-        let (mut session, _) = self.store.begin(&self.store.begins.line, &[]).await.map_err(store_error)?;
-        copy(session.get(), &sql, take).await?;
-        within(CALL, session.end("COMMIT")).await.map_err(store_error)
+        let (mut session, _) =
+            self.store.begin_with(&self.store.begin_statements.dedicated, &[]).await.map_err(store_error)?;
+        copy_rows(session.connection(), &sql, take).await?;
+        with_timeout(CALL_TIMEOUT, session.finish("COMMIT")).await.map_err(store_error)
     }
 }
 
 #[async_trait]
 impl BulkReader for PgBulkReader<'_> {
-    async fn log_after(&mut self, revision: Revision, limit: u32) -> Result<Vec<LogRow>, StoreError> {
+    async fn log_after(&mut self, revision: Revision, limit: u32) -> Result<Vec<LogEntry>, StoreError> {
         let mut entries = Vec::new();
-        let mut take = |row: &Row<'_>| {
-            entries.push(log_at(row)?);
+        let mut take = |row: &CopyRow<'_>| {
+            entries.push(decode_log_entry(row)?);
             Ok(())
         };
         self.each(queries::log_after(revision, limit), &mut take).await?;
         Ok(entries)
     }
 
-    async fn keys_at(&mut self, ids: &[KeyId]) -> Result<Vec<Key>, StoreError> {
+    async fn keys_at(&mut self, ids: &[KeyId]) -> Result<Vec<ApiKey>, StoreError> {
         let mut keys = Vec::with_capacity(ids.len());
-        let mut gather = Gather::with_cache(std::mem::take(&mut self.alike));
-        let mut take = |row: &Row<'_>| {
-            keys.extend(gather.row(row)?.map(|stored| stored.key));
+        let mut gather = KeyAssembler::with_cache(std::mem::take(&mut self.alike));
+        let mut take = |row: &CopyRow<'_>| {
+            keys.extend(gather.push_row(row)?.map(|stored| stored.key));
             Ok(())
         };
         self.each(queries::keys_without_uses(ids), &mut take).await?;
@@ -72,8 +73,8 @@ impl BulkReader for PgBulkReader<'_> {
         limit: u32,
     ) -> Result<Vec<(KeyId, Revision)>, StoreError> {
         let mut keys = Vec::new();
-        let mut take = |row: &Row<'_>| {
-            keys.push(key_revision_at(row)?);
+        let mut take = |row: &CopyRow<'_>| {
+            keys.push(decode_key_revision(row)?);
             Ok(())
         };
         self.each(queries::key_revisions(after, limit), &mut take).await?;

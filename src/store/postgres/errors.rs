@@ -2,17 +2,17 @@
 
 use sqlx::postgres::{PgDatabaseError, PgSeverity};
 
-use crate::store::{StoreError, rows::damaged};
+use crate::store::{StoreError, row_format::damaged_error};
 
-pub(super) fn server_error(error: &sqlx::Error) -> Option<&PgDatabaseError> {
+pub(super) fn as_server_error(error: &sqlx::Error) -> Option<&PgDatabaseError> {
     error.as_database_error()?.try_downcast_ref::<PgDatabaseError>()
 }
 
 /// Whether the connection is of no more use: a fault on the way, or a server that ends its sessions.
-pub(super) fn is_gone(error: &sqlx::Error) -> bool {
+pub(super) fn is_connection_lost(error: &sqlx::Error) -> bool {
     match error {
         sqlx::Error::Io(error) => error.kind() != std::io::ErrorKind::TimedOut,
-        error => server_error(error)
+        error => as_server_error(error)
             .is_some_and(|error| matches!(error.severity(), PgSeverity::Fatal | PgSeverity::Panic)),
     }
 }
@@ -20,9 +20,9 @@ pub(super) fn is_gone(error: &sqlx::Error) -> bool {
 /// Whether the server refused to commit, so that certainly nothing was. Whatever ends the session leaves it open:
 /// the commit may be on disk already. Poolers report a lost server as an error of a connection (08), and servers
 /// that stop or break as such (57P, 58, XX); CockroachDB says 40003 where it does not know.
-pub(super) fn was_refused(error: &sqlx::Error) -> bool {
+pub(super) fn is_commit_refused(error: &sqlx::Error) -> bool {
     const UNDECIDED: [&str; 5] = ["08", "57P", "58", "XX", "40003"];
-    server_error(error).is_some_and(|error| {
+    as_server_error(error).is_some_and(|error| {
         let undecided = UNDECIDED.iter().any(|class| error.code().starts_with(class));
         error.severity() == PgSeverity::Error && !undecided
     })
@@ -32,11 +32,11 @@ pub(super) fn was_refused(error: &sqlx::Error) -> bool {
 /// down, since what it says may be old; the log is to tell what is wrong all the same.
 #[derive(Debug, thiserror::Error)]
 #[error("the server takes no changes: it is a standby, or read-only. Its address must lead to the primary")]
-struct TakesNoChanges(#[source] sqlx::Error);
+struct ReadOnlyServerError(#[source] sqlx::Error);
 
 /// Whether the server takes no changes at all. One in recovery says so of `BEGIN … READ WRITE`, under a code that others
 /// use for much else: but of what we send, by this check alone.
-fn takes_no_changes(said: &PgDatabaseError) -> bool {
+fn is_read_only_server(said: &PgDatabaseError) -> bool {
     const READ_ONLY: &str = "25006";
     const NOT_SUPPORTED: &str = "0A000";
     said.code() == READ_ONLY || said.code() == NOT_SUPPORTED && said.routine() == Some("call_bool_check_hook")
@@ -47,25 +47,24 @@ const DATA_CORRUPTED: &str = "XX001";
 const INDEX_CORRUPTED: &str = "XX002";
 
 pub(super) fn store_error(error: sqlx::Error) -> StoreError {
-    let said = server_error(&error);
+    let said = as_server_error(&error);
     match said.map(PgDatabaseError::code) {
         Some(DISK_FULL) => StoreError::Full(error.into()),
-        Some(_) if said.is_some_and(takes_no_changes) => {
-            StoreError::Unavailable(TakesNoChanges(error).into())
+        Some(_) if said.is_some_and(is_read_only_server) => {
+            StoreError::Unavailable(ReadOnlyServerError(error).into())
         }
-        Some(DATA_CORRUPTED | INDEX_CORRUPTED) => damaged("the PostgreSQL server's data", error),
+        Some(DATA_CORRUPTED | INDEX_CORRUPTED) => damaged_error("the PostgreSQL server's data", error),
         _ => StoreError::Unavailable(error.into()),
     }
 }
 
 /// Whether an error may be gone by itself: a server that does not answer, is starting or stopping, or has no room for
 /// another session.
-pub(super) fn may_pass(error: &sqlx::Error) -> bool {
+pub(super) fn is_transient(error: &sqlx::Error) -> bool {
     const PASSING: [&str; 3] = ["57P", "08", "53"];
     match error {
         sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut => true,
-        error => {
-            server_error(error).is_some_and(|said| PASSING.iter().any(|class| said.code().starts_with(class)))
-        }
+        error => as_server_error(error)
+            .is_some_and(|said| PASSING.iter().any(|class| said.code().starts_with(class))),
     }
 }

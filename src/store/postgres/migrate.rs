@@ -6,40 +6,47 @@ use sqlx::{AssertSqlSafe, PgConnection, PgPool};
 use std::{sync::Arc, time::Duration};
 
 use crate::{
-    domain::log::GENESIS,
+    domain::log::GENESIS_HASH,
     store::{
-        OpenError, Schema, Step,
+        MigrationStep, OpenError, SchemaPolicy,
         open::{CASE_COLLISIONS, check_account_ids},
-        records::Columns as _,
+        row_decoding::RowColumns as _,
     },
 };
 
-use super::{Place, Result, begin, fleet, open_error, query, server_error, within};
+use super::{
+    PgResult, PgTarget, as_server_error, begin_transaction, open_error, replica_registry, unnamed_query,
+    with_timeout,
+};
 
 /// The step after which no two ids of accounts differ in case alone.
 const NAMES: i64 = 9;
 /// How long a migration may take.
-const LIMIT: Duration = Duration::from_secs(600);
-const NOT_ALLOWED: &str = "42501";
+const MIGRATION_TIMEOUT: Duration = Duration::from_secs(600);
+const INSUFFICIENT_PRIVILEGE: &str = "42501";
 
-struct Migration {
+struct PgMigration {
     version: i64,
     name: &'static str,
     sql: &'static str,
 }
 
 /// The migrations, oldest first, with the numbers and names that SQLite's have. Never edited once released.
-const MIGRATIONS: [Migration; 10] = [
-    Migration { version: 1, name: "start", sql: include_str!("../migrations/postgres/0001_start.sql") },
-    Migration { version: 2, name: "people", sql: include_str!("../migrations/postgres/0002_people.sql") },
-    Migration { version: 3, name: "replicas", sql: include_str!("../migrations/postgres/0003_replicas.sql") },
-    Migration { version: 4, name: "archive", sql: include_str!("../migrations/postgres/0004_archive.sql") },
-    Migration { version: 5, name: "plans", sql: include_str!("../migrations/postgres/0005_plans.sql") },
-    Migration { version: 6, name: "uses", sql: include_str!("../migrations/postgres/0006_uses.sql") },
-    Migration { version: 7, name: "owner", sql: include_str!("../migrations/postgres/0007_owner.sql") },
-    Migration { version: 8, name: "tallies", sql: include_str!("../migrations/postgres/0008_tallies.sql") },
-    Migration { version: 9, name: "names", sql: include_str!("../migrations/postgres/0009_names.sql") },
-    Migration {
+const MIGRATIONS: [PgMigration; 10] = [
+    PgMigration { version: 1, name: "start", sql: include_str!("../migrations/postgres/0001_start.sql") },
+    PgMigration { version: 2, name: "people", sql: include_str!("../migrations/postgres/0002_people.sql") },
+    PgMigration {
+        version: 3,
+        name: "replicas",
+        sql: include_str!("../migrations/postgres/0003_replicas.sql"),
+    },
+    PgMigration { version: 4, name: "archive", sql: include_str!("../migrations/postgres/0004_archive.sql") },
+    PgMigration { version: 5, name: "plans", sql: include_str!("../migrations/postgres/0005_plans.sql") },
+    PgMigration { version: 6, name: "uses", sql: include_str!("../migrations/postgres/0006_uses.sql") },
+    PgMigration { version: 7, name: "owner", sql: include_str!("../migrations/postgres/0007_owner.sql") },
+    PgMigration { version: 8, name: "tallies", sql: include_str!("../migrations/postgres/0008_tallies.sql") },
+    PgMigration { version: 9, name: "names", sql: include_str!("../migrations/postgres/0009_names.sql") },
+    PgMigration {
         version: 10,
         name: "log_format",
         sql: include_str!("../migrations/postgres/0010_log_format.sql"),
@@ -48,34 +55,34 @@ const MIGRATIONS: [Migration; 10] = [
 
 /// What to do with the steps that a schema lacks.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Pending {
+pub(super) enum PendingAction {
     /// Take them.
-    Take,
+    Apply,
     /// Tell of them.
-    Tell,
+    Report,
     /// Refuse to go on.
     Refuse,
 }
 
-impl From<Schema> for Pending {
-    fn from(schema: Schema) -> Self {
+impl From<SchemaPolicy> for PendingAction {
+    fn from(schema: SchemaPolicy) -> Self {
         match schema {
-            Schema::Migrate => Pending::Take,
-            Schema::Require => Pending::Refuse,
+            SchemaPolicy::Migrate => PendingAction::Apply,
+            SchemaPolicy::RequireCurrent => PendingAction::Refuse,
         }
     }
 }
 
 /// Brings the schema to what this program knows, or does what else is to be done; or says why it cannot. Gives the steps
 /// that it lacked.
-pub(super) async fn run(
-    place: &Place,
+pub(super) async fn run_migrations(
+    place: &PgTarget,
     pool: &PgPool,
-    what: Pending,
-) -> std::result::Result<Vec<Step>, OpenError> {
-    let failed = |error: sqlx::Error| match server_error(&error) {
-        Some(said) if said.code() == NOT_ALLOWED => OpenError::Unsuitable {
-            database: place.shown.clone(),
+    what: PendingAction,
+) -> std::result::Result<Vec<MigrationStep>, OpenError> {
+    let failed = |error: sqlx::Error| match as_server_error(&error) {
+        Some(said) if said.code() == INSUFFICIENT_PRIVILEGE => OpenError::Unsuitable {
+            database: place.display_name.clone(),
             what: format!("its role may not do what a start needs ({})", said.message()),
             fix: "Let a superuser make the schema for it: CREATE SCHEMA … AUTHORIZATION … (see README)",
         },
@@ -85,77 +92,83 @@ pub(super) async fn run(
         "BEGIN READ WRITE; SET LOCAL search_path TO \"{}\"; SET LOCAL statement_timeout TO {}; \
          SET LOCAL synchronous_commit TO on",
         place.schema,
-        LIMIT.as_millis()
+        MIGRATION_TIMEOUT.as_millis()
     ));
-    let (mut session, _) = begin(pool, &begun).await.map_err(failed)?;
+    let (mut session, _) = begin_transaction(pool, &begun).await.map_err(failed)?;
     let migrated = async {
-        let steps = match migrate(place, session.get(), what).await? {
+        let steps = match migrate_in_transaction(place, session.connection(), what).await? {
             Ok(steps) => steps,
             Err(refused) => return Ok(Err(refused)),
         };
-        session.end(if what == Pending::Tell { "ROLLBACK" } else { "COMMIT" }).await?;
+        session.finish(if what == PendingAction::Report { "ROLLBACK" } else { "COMMIT" }).await?;
         Ok(Ok(steps))
     };
-    within(LIMIT, migrated).await.map_err(failed)?
+    with_timeout(MIGRATION_TIMEOUT, migrated).await.map_err(failed)?
 }
 
-async fn migrate(
-    place: &Place,
+async fn migrate_in_transaction(
+    place: &PgTarget,
     connection: &mut PgConnection,
-    what: Pending,
-) -> Result<std::result::Result<Vec<Step>, OpenError>> {
-    query("SELECT pg_advisory_xact_lock($1)").bind(place.lock("migrate")).execute(&mut *connection).await?;
-    make_schema(place, connection).await?;
-    let applied = applied(connection).await?;
-    if let Err(refused) = known(place, &applied) {
+    what: PendingAction,
+) -> PgResult<std::result::Result<Vec<MigrationStep>, OpenError>> {
+    unnamed_query("SELECT pg_advisory_xact_lock($1)")
+        .bind(place.advisory_lock_key("migrate"))
+        .execute(&mut *connection)
+        .await?;
+    create_schema(place, connection).await?;
+    let applied = applied_migrations(connection).await?;
+    if let Err(refused) = check_known(place, &applied) {
         return Ok(Err(refused));
     }
-    let is_pending = |one: &&Migration| !applied.iter().any(|(done, _)| *done == one.version);
+    let is_pending = |one: &&PgMigration| !applied.iter().any(|(done, _)| *done == one.version);
     let pending: Vec<_> = MIGRATIONS.iter().filter(is_pending).collect();
-    let steps = pending.iter().map(|one| Step { version: one.version, name: one.name.to_owned() }).collect();
-    if what == Pending::Tell {
+    let steps =
+        pending.iter().map(|one| MigrationStep { version: one.version, name: one.name.to_owned() }).collect();
+    if what == PendingAction::Report {
         return Ok(Ok(steps));
     }
-    if what == Pending::Refuse && !pending.is_empty() {
-        let (path, found) = (place.shown.clone(), applied.iter().map(|(version, _)| *version).max());
-        return Ok(Err(OpenError::OlderSchema { path, found: found.unwrap_or(0), known: known_newest() }));
+    if what == PendingAction::Refuse && !pending.is_empty() {
+        let (path, found) = (place.display_name.clone(), applied.iter().map(|(version, _)| *version).max());
+        return Ok(Err(OpenError::OlderSchema { path, found: found.unwrap_or(0), known: newest_known() }));
     }
     if pending.iter().any(|one| one.version == NAMES)
-        && let Err(refused) = check_account_ids(&place.shown, &case_collisions(connection).await?)
+        && let Err(refused) = check_account_ids(&place.display_name, &case_collisions(connection).await?)
     {
         return Ok(Err(refused));
     }
-    for Migration { version, name, sql } in pending {
+    for PgMigration { version, name, sql } in pending {
         sqlx::raw_sql(*sql).execute(&mut *connection).await?;
-        query("INSERT INTO migrations (version, name, checksum) VALUES ($1, $2, $3)")
+        unnamed_query("INSERT INTO migrations (version, name, checksum) VALUES ($1, $2, $3)")
             .bind(*version)
             .bind(*name)
             .bind(Sha256::digest(sql).to_vec())
             .execute(&mut *connection)
             .await?;
-        tracing::info!(version, name, database = place.shown, "migrated");
+        tracing::info!(version, name, database = place.display_name, "migrated");
     }
-    query("INSERT INTO meta VALUES (1, uuid_send(gen_random_uuid()), 1, 0, $1, 0) ON CONFLICT DO NOTHING")
-        .bind(GENESIS.to_vec())
-        .execute(&mut *connection)
-        .await?;
-    fleet::settle_first(connection).await?;
+    unnamed_query(
+        "INSERT INTO meta VALUES (1, uuid_send(gen_random_uuid()), 1, 0, $1, 0) ON CONFLICT DO NOTHING",
+    )
+    .bind(GENESIS_HASH.to_vec())
+    .execute(&mut *connection)
+    .await?;
+    replica_registry::settle_first_incarnation(connection).await?;
     Ok(Ok(steps))
 }
 
 /// The ids of accounts that differ in case alone; none where there is no table of accounts yet.
-async fn case_collisions(connection: &mut PgConnection) -> Result<Vec<String>> {
-    let found = query("SELECT to_regclass('accounts')::text").fetch_one(&mut *connection).await?;
+async fn case_collisions(connection: &mut PgConnection) -> PgResult<Vec<String>> {
+    let found = unnamed_query("SELECT to_regclass('accounts')::text").fetch_one(&mut *connection).await?;
     if found.text_opt(0)?.is_none() {
         return Ok(Vec::new());
     }
-    let rows = query(CASE_COLLISIONS).fetch_all(connection).await?;
+    let rows = unnamed_query(CASE_COLLISIONS).fetch_all(connection).await?;
     rows.iter().map(|row| Ok(row.text(0)?.to_owned())).collect()
 }
 
 /// The schema, unless somebody made it for us: a role may well own one and not be allowed to make one.
-async fn make_schema(place: &Place, connection: &mut PgConnection) -> Result<()> {
-    let found = query("SELECT 1 FROM pg_namespace WHERE nspname = $1")
+async fn create_schema(place: &PgTarget, connection: &mut PgConnection) -> PgResult<()> {
+    let found = unnamed_query("SELECT 1 FROM pg_namespace WHERE nspname = $1")
         .bind(place.schema.clone())
         .fetch_optional(&mut *connection)
         .await?;
@@ -167,50 +180,51 @@ async fn make_schema(place: &Place, connection: &mut PgConnection) -> Result<()>
 }
 
 /// Which migrations the schema has had, and the checksum of each.
-async fn applied(connection: &mut PgConnection) -> Result<Vec<(i64, Vec<u8>)>> {
-    let found = query("SELECT to_regclass('migrations')::text").fetch_one(&mut *connection).await?;
+async fn applied_migrations(connection: &mut PgConnection) -> PgResult<Vec<(i64, Vec<u8>)>> {
+    let found = unnamed_query("SELECT to_regclass('migrations')::text").fetch_one(&mut *connection).await?;
     if found.text_opt(0)?.is_none() {
         let sql = "CREATE TABLE migrations (version BIGINT PRIMARY KEY, name TEXT NOT NULL, \
                    checksum BYTEA NOT NULL)";
         sqlx::raw_sql(sql).execute(connection).await?;
         return Ok(Vec::new());
     }
-    let rows = query("SELECT version, checksum FROM migrations").fetch_all(connection).await?;
+    let rows = unnamed_query("SELECT version, checksum FROM migrations").fetch_all(connection).await?;
     rows.iter().map(|row| Ok((row.int(0)?, row.bytes(1)?.to_vec()))).collect()
 }
 
 /// The newest migration that the schema of a place has had, if it has had any. Nothing is made.
-pub(super) async fn newest(place: &Place, connection: &mut PgConnection) -> Result<Option<i64>> {
+pub(super) async fn newest_applied(place: &PgTarget, connection: &mut PgConnection) -> PgResult<Option<i64>> {
     let begin = format!("BEGIN READ ONLY; SET LOCAL search_path TO \"{}\"", place.schema);
     sqlx::raw_sql(AssertSqlSafe(begin)).execute(&mut *connection).await?;
-    let found = query("SELECT to_regclass('migrations')::text").fetch_one(&mut *connection).await?;
+    let found = unnamed_query("SELECT to_regclass('migrations')::text").fetch_one(&mut *connection).await?;
     let newest = match found.text_opt(0)? {
         None => None,
-        Some(_) => {
-            query("SELECT max(version) FROM migrations").fetch_one(&mut *connection).await?.int_opt(0)?
-        }
+        Some(_) => unnamed_query("SELECT max(version) FROM migrations")
+            .fetch_one(&mut *connection)
+            .await?
+            .int_opt(0)?,
     };
     sqlx::raw_sql("COMMIT").execute(connection).await?;
     Ok(newest)
 }
 
 /// The newest migration that this program knows.
-pub(super) fn known_newest() -> i64 {
+pub(super) fn newest_known() -> i64 {
     MIGRATIONS.iter().map(|migration| migration.version).max().unwrap_or(0)
 }
 
 /// Whether this program knows all that the schema has had.
-fn known(place: &Place, applied: &[(i64, Vec<u8>)]) -> std::result::Result<(), OpenError> {
-    let newest = known_newest();
+fn check_known(place: &PgTarget, applied: &[(i64, Vec<u8>)]) -> std::result::Result<(), OpenError> {
+    let newest = newest_known();
     for (version, checksum) in applied {
         match MIGRATIONS.iter().find(|migration| migration.version == *version) {
             None => {
-                let (path, found) = (place.shown.clone(), *version);
+                let (path, found) = (place.display_name.clone(), *version);
                 return Err(OpenError::NewerSchema { path, found, known: newest });
             }
             Some(known) if Sha256::digest(known.sql).as_slice() != checksum.as_slice() => {
                 return Err(OpenError::Damaged {
-                    path: place.shown.clone(),
+                    path: place.display_name.clone(),
                     what: format!("migration {version} is not the one that this keyward knows"),
                 });
             }

@@ -8,42 +8,42 @@ use sqlx::{PgConnection, postgres::PgRow};
 
 use crate::{
     domain::{
-        account::{Account, Member, Role},
-        key::{Key, Secret},
-        limit::Drawn,
-        log::{Change, LogRow},
+        account::{Account, AccountMember, Role},
+        key::{ApiKey, KeySecret},
+        limit::PendingQuotaUnits,
+        log::{LogEntry, RecordChange},
         log_format::LogFormat,
         name::KeyId,
         time::{Revision, Timestamp},
     },
     store::{
-        Checkpoint, Head, IDEMPOTENCY_WINDOW, UsageBatch,
-        plan::Plan,
-        rows::{
-            KeyRow, account_sum, longest_life, member_sum, revision_to_i64, role_account, role_scopes,
-            role_sum, secret_sum,
+        ArchiveCheckpoint, IDEMPOTENCY_WINDOW, LogHead, UsageBatch,
+        row_format::{
+            KeyRow, account_checksum, longest_life_micros, member_checksum, revision_to_i64,
+            role_account_column, role_checksum, role_scopes_column, secret_checksum,
         },
+        write_plan::WritePlan,
     },
 };
 
 use super::{
-    literal::{Literal as _, fill, rows as values},
-    query,
+    sql_literal::{SqlLiteral as _, fill_placeholders, values_list as values},
+    unnamed_query,
 };
 
-type Result<T> = std::result::Result<T, sqlx::Error>;
+type PgWriteResult<T> = std::result::Result<T, sqlx::Error>;
 
 /// Brings the tables to what a run was decided to be.
-pub(super) fn run(script: &mut Vec<String>, plan: &Plan<'_>) {
+pub(super) fn write_run(script: &mut Vec<String>, plan: &WritePlan<'_>) {
     let (mut accounts, mut roles, mut members, mut keys) = (vec![], vec![], vec![], vec![]);
-    for (_, change) in &plan.committed.rows {
+    for (_, change) in &plan.committed.entries {
         match change {
-            Change::Account(account) => accounts.push(&**account),
-            Change::Role(role) => roles.push(&**role),
-            Change::Member(member) => members.push(&**member),
-            Change::Key(key) => keys.push(&**key),
-            Change::RoleDeleted(role) => delete_role(script, role),
-            Change::MemberRemoved(member) => remove_member(script, member),
+            RecordChange::Account(account) => accounts.push(&**account),
+            RecordChange::Role(role) => roles.push(&**role),
+            RecordChange::Member(member) => members.push(&**member),
+            RecordChange::Key(key) => keys.push(&**key),
+            RecordChange::RoleDeleted(role) => delete_role(script, role),
+            RecordChange::MemberRemoved(member) => remove_member(script, member),
         }
     }
     put_accounts(script, &accounts);
@@ -51,10 +51,10 @@ pub(super) fn run(script: &mut Vec<String>, plan: &Plan<'_>) {
     put_members(script, &members);
     put_keys(script, &keys);
     put_secrets(script, &plan.secrets);
-    let rows: Vec<_> = plan.committed.rows.iter().map(|(row, _)| row).collect();
-    append(script, &rows);
+    let rows: Vec<_> = plan.committed.entries.iter().map(|(row, _)| row).collect();
+    append_log(script, &rows);
     raise_log_format(script, plan.log_format);
-    remember(script, plan);
+    store_idempotency_keys(script, plan);
 }
 
 fn put_accounts(script: &mut Vec<String>, rows: &[&Account]) {
@@ -63,17 +63,17 @@ fn put_accounts(script: &mut Vec<String>, rows: &[&Account]) {
     }
     let rows = values(rows, |row| {
         [
-            row.id.as_str().literal(),
-            row.name.as_str().literal(),
-            row.suspended_at.map(|at| at.as_micros()).literal(),
-            row.created_at.as_micros().literal(),
-            row.updated_at.as_micros().literal(),
-            revision_to_i64(row.revision).literal(),
-            account_sum(row).literal(),
-            longest_life(row).literal(),
+            row.id.as_str().to_sql_literal(),
+            row.name.as_str().to_sql_literal(),
+            row.suspended_at.map(|at| at.as_micros()).to_sql_literal(),
+            row.created_at.as_micros().to_sql_literal(),
+            row.updated_at.as_micros().to_sql_literal(),
+            revision_to_i64(row.revision).to_sql_literal(),
+            account_checksum(row).to_sql_literal(),
+            longest_life_micros(row).to_sql_literal(),
         ]
     });
-    script.push(fill(
+    script.push(fill_placeholders(
         "INSERT INTO accounts (id, name, suspended_at, created_at, updated_at, revision, sum, longest_life) \
          VALUES $1 ON CONFLICT (id) DO UPDATE SET name = excluded.name, suspended_at = excluded.suspended_at, \
          updated_at = excluded.updated_at, revision = excluded.revision, sum = excluded.sum, \
@@ -88,34 +88,34 @@ fn put_roles(script: &mut Vec<String>, rows: &[&Role]) {
     }
     let rows = values(rows, |row| {
         [
-            role_account(row.account.as_ref()).literal(),
-            row.name.as_str().literal(),
-            role_scopes(row).literal(),
-            revision_to_i64(row.revision).literal(),
-            role_sum(row).literal(),
+            role_account_column(row.account.as_ref()).to_sql_literal(),
+            row.name.as_str().to_sql_literal(),
+            role_scopes_column(row).to_sql_literal(),
+            revision_to_i64(row.revision).to_sql_literal(),
+            role_checksum(row).to_sql_literal(),
         ]
     });
-    script.push(fill(
+    script.push(fill_placeholders(
         "INSERT INTO roles (account, name, scopes, revision, sum) VALUES $1 ON CONFLICT (account, name) \
          DO UPDATE SET scopes = excluded.scopes, revision = excluded.revision, sum = excluded.sum",
         &[rows],
     ));
 }
 
-fn put_members(script: &mut Vec<String>, rows: &[&Member]) {
+fn put_members(script: &mut Vec<String>, rows: &[&AccountMember]) {
     if rows.is_empty() {
         return;
     }
     let rows = values(rows, |row| {
         [
-            row.account.as_str().literal(),
-            row.user.as_str().literal(),
-            row.role.as_str().literal(),
-            revision_to_i64(row.revision).literal(),
-            member_sum(row).literal(),
+            row.account.as_str().to_sql_literal(),
+            row.user.as_str().to_sql_literal(),
+            row.role.as_str().to_sql_literal(),
+            revision_to_i64(row.revision).to_sql_literal(),
+            member_checksum(row).to_sql_literal(),
         ]
     });
-    script.push(fill(
+    script.push(fill_placeholders(
         "INSERT INTO members (account, user_id, role, revision, sum) VALUES $1 ON CONFLICT (account, user_id) \
          DO UPDATE SET role = excluded.role, revision = excluded.revision, sum = excluded.sum",
         &[rows],
@@ -123,52 +123,52 @@ fn put_members(script: &mut Vec<String>, rows: &[&Member]) {
 }
 
 fn delete_role(script: &mut Vec<String>, role: &Role) {
-    script.push(fill(
+    script.push(fill_placeholders(
         "DELETE FROM roles WHERE account = $1 AND name = $2",
-        &[role_account(role.account.as_ref()).literal(), role.name.as_str().literal()],
+        &[role_account_column(role.account.as_ref()).to_sql_literal(), role.name.as_str().to_sql_literal()],
     ));
 }
 
-fn remove_member(script: &mut Vec<String>, member: &Member) {
-    script.push(fill(
+fn remove_member(script: &mut Vec<String>, member: &AccountMember) {
+    script.push(fill_placeholders(
         "DELETE FROM members WHERE account = $1 AND user_id = $2",
-        &[member.account.as_str().literal(), member.user.as_str().literal()],
+        &[member.account.as_str().to_sql_literal(), member.user.as_str().to_sql_literal()],
     ));
 }
 
 /// The rows go in the order of their revisions: a name that one lets go is free for those after it.
-fn put_keys(script: &mut Vec<String>, keys: &[&Key]) {
+fn put_keys(script: &mut Vec<String>, keys: &[&ApiKey]) {
     if keys.is_empty() {
         return;
     }
     let rows = values(keys, |key| {
-        let row = KeyRow::of(key);
+        let row = KeyRow::from_key(key);
         [
-            row.id.as_slice().literal(),
-            row.account.literal(),
-            row.user_id.literal(),
-            row.environment.literal(),
-            row.name.literal(),
-            row.scopes.literal(),
-            row.roles.literal(),
-            row.expires_at.literal(),
-            row.customers.literal(),
-            row.allowed_cidrs.literal(),
-            row.rate_limits.literal(),
-            row.quota.literal(),
-            row.metadata.literal(),
-            row.created_at.literal(),
-            row.created_by.literal(),
-            row.updated_at.literal(),
-            row.disabled_at.literal(),
-            row.revoked_at.literal(),
-            row.revoke_reason.literal(),
-            row.revoke_comment.as_deref().map(|comment| comment.as_bytes().to_vec()).literal(),
-            row.revision.literal(),
-            row.sum().literal(),
+            row.id.as_slice().to_sql_literal(),
+            row.account.to_sql_literal(),
+            row.user_id.to_sql_literal(),
+            row.environment.to_sql_literal(),
+            row.name.to_sql_literal(),
+            row.scopes.to_sql_literal(),
+            row.roles.to_sql_literal(),
+            row.expires_at.to_sql_literal(),
+            row.customers.to_sql_literal(),
+            row.allowed_cidrs.to_sql_literal(),
+            row.rate_limits.to_sql_literal(),
+            row.quota.to_sql_literal(),
+            row.metadata.to_sql_literal(),
+            row.created_at.to_sql_literal(),
+            row.created_by.to_sql_literal(),
+            row.updated_at.to_sql_literal(),
+            row.disabled_at.to_sql_literal(),
+            row.revoked_at.to_sql_literal(),
+            row.revoke_reason.to_sql_literal(),
+            row.revoke_comment.as_deref().map(|comment| comment.as_bytes().to_vec()).to_sql_literal(),
+            row.revision.to_sql_literal(),
+            row.checksum().to_sql_literal(),
         ]
     });
-    script.push(fill(
+    script.push(fill_placeholders(
         "INSERT INTO keys (id, account, user_id, environment, name, scopes, roles, expires_at, customers, \
          allowed_cidrs, rate_limits, quota, metadata, created_at, created_by, updated_at, disabled_at, \
          revoked_at, revoke_reason, revoke_comment, revision, sum) VALUES $1 \
@@ -185,7 +185,7 @@ fn put_keys(script: &mut Vec<String>, keys: &[&Key]) {
 }
 
 /// Brings the secrets' rows to where the plan says; only a record's newest can be new.
-fn put_secrets(script: &mut Vec<String>, secrets: &[(KeyId, Secret)]) {
+fn put_secrets(script: &mut Vec<String>, secrets: &[(KeyId, KeySecret)]) {
     if secrets.is_empty() {
         return;
     }
@@ -193,19 +193,19 @@ fn put_secrets(script: &mut Vec<String>, secrets: &[(KeyId, Secret)]) {
     secrets.sort_by_key(|(id, secret)| (*id, secret.version));
     let rows = values(&secrets, |(id, secret)| {
         [
-            secret.digest.as_bytes().as_slice().literal(),
-            id.as_bytes().as_slice().literal(),
-            i64::from(secret.version).literal(),
-            secret.hint.literal(),
-            secret.created_at.as_micros().literal(),
-            secret.expires_at.map(|end| end.as_micros()).literal(),
-            secret_sum(id.as_bytes(), secret).literal(),
+            secret.digest.as_bytes().as_slice().to_sql_literal(),
+            id.as_bytes().as_slice().to_sql_literal(),
+            i64::from(secret.version).to_sql_literal(),
+            secret.hint.to_sql_literal(),
+            secret.created_at.as_micros().to_sql_literal(),
+            secret.expires_at.map(|end| end.as_micros()).to_sql_literal(),
+            secret_checksum(id.as_bytes(), secret).to_sql_literal(),
         ]
     });
-    let count = i64::try_from(secrets.len()).unwrap_or(i64::MAX).literal();
+    let count = i64::try_from(secrets.len()).unwrap_or(i64::MAX).to_sql_literal();
     // A digest that is another secret's was found out before; here nothing may be overwritten: what it divides by then is
     // zero, which ends the transaction.
-    script.push(fill(
+    script.push(fill_placeholders(
         "WITH written AS (INSERT INTO secrets (digest, key_id, version, hint, created_at, expires_at, sum) \
          VALUES $1 ON CONFLICT (digest) DO UPDATE SET expires_at = excluded.expires_at, \
          sum = excluded.sum WHERE secrets.key_id = excluded.key_id AND secrets.version = excluded.version \
@@ -214,29 +214,29 @@ fn put_secrets(script: &mut Vec<String>, secrets: &[(KeyId, Secret)]) {
     ));
 }
 
-fn append(script: &mut Vec<String>, rows: &[&LogRow]) {
+fn append_log(script: &mut Vec<String>, rows: &[&LogEntry]) {
     if rows.is_empty() {
         return;
     }
-    let text = |text: Option<String>| text.literal();
+    let text = |text: Option<String>| text.to_sql_literal();
     let rows = values(rows, |row| {
         [
-            revision_to_i64(row.revision).literal(),
-            row.at.as_micros().literal(),
-            row.action.literal(),
+            revision_to_i64(row.revision).to_sql_literal(),
+            row.at.as_micros().to_sql_literal(),
+            row.action.to_sql_literal(),
             text(row.account.as_ref().map(ToString::to_string)),
-            row.key_id.map(|id| id.as_bytes().to_vec()).literal(),
+            row.key_id.map(|id| id.as_bytes().to_vec()).to_sql_literal(),
             text(row.user.as_ref().map(ToString::to_string)),
-            row.actor.literal(),
+            row.actor.to_sql_literal(),
             text(row.actor_account.as_ref().map(ToString::to_string)),
             text(row.acting_user.as_ref().map(ToString::to_string)),
-            row.method.literal(),
-            row.payload.literal(),
-            row.prev_hash.as_slice().literal(),
-            row.hash.as_slice().literal(),
+            row.method.to_sql_literal(),
+            row.payload.to_sql_literal(),
+            row.prev_hash.as_slice().to_sql_literal(),
+            row.hash.as_slice().to_sql_literal(),
         ]
     });
-    script.push(fill(
+    script.push(fill_placeholders(
         "INSERT INTO log (revision, at, action, account, key_id, user_id, actor, actor_account, acting_user, \
          method, payload, prev_hash, hash) VALUES $1",
         &[rows],
@@ -246,18 +246,21 @@ fn append(script: &mut Vec<String>, rows: &[&LogRow]) {
 /// From this commit on, replicas that do not read the format are refused.
 fn raise_log_format(script: &mut Vec<String>, format: Option<LogFormat>) {
     let Some(LogFormat(format)) = format else { return };
-    script.push(fill(
+    script.push(fill_placeholders(
         "UPDATE log_state SET newest_log_format = greatest(newest_log_format, $1)",
-        &[i64::from(format).literal()],
+        &[i64::from(format).to_sql_literal()],
     ));
 }
 
 /// Notes up to where the log was archived, unless it is noted.
-pub(super) async fn checkpoint(connection: &mut PgConnection, checkpoint: &Checkpoint) -> Result<()> {
-    query("INSERT INTO checkpoints VALUES ($1, $2, $3, $4) ON CONFLICT DO NOTHING")
-        .bind(revision_to_i64(checkpoint.at.revision))
-        .bind(checkpoint.at.hash.to_vec())
-        .bind(i64::try_from(checkpoint.entries).unwrap_or(i64::MAX))
+pub(super) async fn insert_checkpoint(
+    connection: &mut PgConnection,
+    checkpoint: &ArchiveCheckpoint,
+) -> PgWriteResult<()> {
+    unnamed_query("INSERT INTO checkpoints VALUES ($1, $2, $3, $4) ON CONFLICT DO NOTHING")
+        .bind(revision_to_i64(checkpoint.head.revision))
+        .bind(checkpoint.head.hash.to_vec())
+        .bind(i64::try_from(checkpoint.entry_count).unwrap_or(i64::MAX))
         .bind(checkpoint.made_at.as_micros())
         .execute(connection)
         .await
@@ -265,19 +268,26 @@ pub(super) async fn checkpoint(connection: &mut PgConnection, checkpoint: &Check
 }
 
 /// Takes the oldest entries up to a revision out of the log. The role has the right for this transaction alone.
-pub(super) async fn take_out(connection: &mut PgConnection, upto: Revision, most: u32) -> Result<u64> {
+pub(super) async fn delete_log_entries(
+    connection: &mut PgConnection,
+    upto: Revision,
+    most: u32,
+) -> PgWriteResult<u64> {
     sqlx::raw_sql("GRANT DELETE ON log TO CURRENT_USER").execute(&mut *connection).await?;
     let sql = "DELETE FROM log WHERE revision IN \
                (SELECT revision FROM log WHERE revision <= $1 ORDER BY revision LIMIT $2)";
-    let taken =
-        query(sql).bind(revision_to_i64(upto)).bind(i64::from(most)).execute(&mut *connection).await?;
+    let taken = unnamed_query(sql)
+        .bind(revision_to_i64(upto))
+        .bind(i64::from(most))
+        .execute(&mut *connection)
+        .await?;
     sqlx::raw_sql("REVOKE DELETE ON log FROM CURRENT_USER").execute(connection).await?;
     Ok(taken.rows_affected())
 }
 
 /// Keeps the idempotency keys. Each insert takes away a few that no longer count, so the table stays small without
 /// a sweeper.
-fn remember(script: &mut Vec<String>, plan: &Plan<'_>) {
+fn store_idempotency_keys(script: &mut Vec<String>, plan: &WritePlan<'_>) {
     // The last under a name counts; a row is written once in a statement.
     let newest: BTreeMap<_, _> = plan
         .requests
@@ -288,85 +298,95 @@ fn remember(script: &mut Vec<String>, plan: &Plan<'_>) {
     let Some(oldest) = rows.iter().map(|(_, (_, _, at))| *at).min() else { return };
     let remembered = values(&rows, |((caller, key), (fingerprint, key_id, at))| {
         [
-            caller.as_bytes().as_slice().literal(),
-            key.as_str().literal(),
-            fingerprint.as_slice().literal(),
-            key_id.as_bytes().as_slice().literal(),
-            at.as_micros().literal(),
+            caller.as_bytes().as_slice().to_sql_literal(),
+            key.as_str().to_sql_literal(),
+            fingerprint.as_slice().to_sql_literal(),
+            key_id.as_bytes().as_slice().to_sql_literal(),
+            at.as_micros().to_sql_literal(),
         ]
     });
-    script.push(fill(
+    script.push(fill_placeholders(
         "INSERT INTO idempotency (caller, key, fingerprint, key_id, created_at) VALUES $1 \
          ON CONFLICT (caller, key) DO UPDATE SET fingerprint = excluded.fingerprint, \
          key_id = excluded.key_id, created_at = excluded.created_at",
         &[remembered],
     ));
-    script.push(fill(
+    script.push(fill_placeholders(
         "DELETE FROM idempotency WHERE (caller, key) IN (SELECT caller, key FROM idempotency \
          WHERE created_at < $1 ORDER BY created_at LIMIT $2)",
         &[
-            oldest.minus(IDEMPOTENCY_WINDOW).as_micros().literal(),
-            (4 * i64::try_from(rows.len()).unwrap_or(i64::MAX / 4)).literal(),
+            oldest.saturating_sub(IDEMPOTENCY_WINDOW).as_micros().to_sql_literal(),
+            (4 * i64::try_from(rows.len()).unwrap_or(i64::MAX / 4)).to_sql_literal(),
         ],
     ));
 }
 
 /// Moves the head, and tells whoever listens on `channel` where it is now. That is a hint, and may get lost.
-pub(super) fn head(script: &mut Vec<String>, head: Head, channel: &str) {
-    script.push(fill(
+pub(super) fn update_head(script: &mut Vec<String>, head: LogHead, channel: &str) {
+    script.push(fill_placeholders(
         "WITH moved AS (UPDATE meta SET head = $1, head_hash = $2 RETURNING head) \
          SELECT pg_notify($3, head::text) FROM moved",
-        &[revision_to_i64(head.revision).literal(), head.hash.as_slice().literal(), channel.literal()],
+        &[
+            revision_to_i64(head.revision).to_sql_literal(),
+            head.hash.as_slice().to_sql_literal(),
+            channel.to_sql_literal(),
+        ],
     ));
 }
 
 /// One column of rows that are written together, as an argument.
-fn arg<R, T>(rows: &[R], of: impl Fn(&R) -> T) -> Vec<T> {
+fn column_values<R, T>(rows: &[R], of: impl Fn(&R) -> T) -> Vec<T> {
     rows.iter().map(of).collect()
 }
 
 /// Writes what Checks have left. Gives the rows of the quotas that were drawn from.
-pub(super) async fn usage(connection: &mut PgConnection, batch: &UsageBatch) -> Result<Vec<PgRow>> {
-    let UsageBatch { used, counts, spent } = batch;
+pub(super) async fn write_usage(
+    connection: &mut PgConnection,
+    batch: &UsageBatch,
+) -> PgWriteResult<Vec<PgRow>> {
+    let UsageBatch { secret_uses: used, counts, quota_units: spent } = batch;
     if !used.is_empty() {
-        query(
+        unnamed_query(
             "INSERT INTO uses (key_id, version, at) SELECT key_id, version, max(at) \
              FROM unnest($1::bytea[], $2::bigint[], $3::bigint[]) AS used (key_id, version, at) \
              GROUP BY 1, 2 ORDER BY 1, 2 \
              ON CONFLICT (key_id, version) DO UPDATE SET at = greatest(uses.at, excluded.at)",
         )
-        .bind(arg(used, |used| used.key_id.as_bytes().to_vec()))
-        .bind(arg(used, |used| i64::from(used.version)))
-        .bind(arg(used, |used| used.at.as_micros()))
+        .bind(column_values(used, |used| used.key_id.as_bytes().to_vec()))
+        .bind(column_values(used, |used| i64::from(used.version)))
+        .bind(column_values(used, |used| used.at.as_micros()))
         .execute(&mut *connection)
         .await?;
     }
     if !counts.is_empty() {
-        query(
+        unnamed_query(
             "INSERT INTO usage (key_id, hour, reason, count) SELECT key_id, hour, reason, sum(count)::bigint \
              FROM unnest($1::bytea[], $2::bigint[], $3::bigint[], $4::bigint[]) \
              AS more (key_id, hour, reason, count) GROUP BY 1, 2, 3 ORDER BY 1, 2, 3 \
              ON CONFLICT (key_id, hour, reason) DO UPDATE SET count = usage.count + excluded.count",
         )
-        .bind(arg(counts, |count| count.key_id.as_bytes().to_vec()))
-        .bind(arg(counts, |count| count.hour.0))
-        .bind(arg(counts, |count| i64::from(count.reason as u8)))
-        .bind(arg(counts, |count| i64::try_from(count.count).unwrap_or(i64::MAX)))
+        .bind(column_values(counts, |count| count.key_id.as_bytes().to_vec()))
+        .bind(column_values(counts, |count| count.hour.0))
+        .bind(column_values(counts, |count| i64::from(count.reason as u8)))
+        .bind(column_values(counts, |count| i64::try_from(count.count).unwrap_or(i64::MAX)))
         .execute(&mut *connection)
         .await?;
     }
-    if spent.is_empty() { Ok(Vec::new()) } else { draw(connection, spent).await }
+    if spent.is_empty() { Ok(Vec::new()) } else { add_quota_units(connection, spent).await }
 }
 
 /// Adds units to quotas. The rows there are are locked in the order of their keys, and seen as they are then.
-async fn draw(connection: &mut PgConnection, spent: &[(KeyId, Drawn)]) -> Result<Vec<PgRow>> {
-    let mut by_key = BTreeMap::<KeyId, Drawn>::new();
+async fn add_quota_units(
+    connection: &mut PgConnection,
+    spent: &[(KeyId, PendingQuotaUnits)],
+) -> PgWriteResult<Vec<PgRow>> {
+    let mut by_key = BTreeMap::<KeyId, PendingQuotaUnits>::new();
     for (id, drawn) in spent {
-        by_key.entry(*id).and_modify(|known| *known = known.and(*drawn)).or_insert(*drawn);
+        by_key.entry(*id).and_modify(|known| *known = known.merge(*drawn)).or_insert(*drawn);
     }
     let rows: Vec<_> = by_key.into_iter().collect();
-    let ids = || arg(&rows, |(id, _)| id.as_bytes().to_vec());
-    query(
+    let ids = || column_values(&rows, |(id, _)| id.as_bytes().to_vec());
+    unnamed_query(
         "WITH more AS (SELECT * FROM unnest($1::bytea[], $2::bigint[], $3::bigint[], $4::bigint[]) \
          AS more (key_id, period, until, units)), \
          known AS (SELECT q.key_id, q.period FROM quotas q JOIN more USING (key_id) \
@@ -378,12 +398,12 @@ async fn draw(connection: &mut PgConnection, spent: &[(KeyId, Drawn)]) -> Result
          CASE WHEN quotas.period = excluded.period THEN quotas.used ELSE 0 END",
     )
     .bind(ids())
-    .bind(arg(&rows, |(_, drawn)| drawn.period.as_micros()))
-    .bind(arg(&rows, |(_, drawn)| drawn.until.map_or(i64::MAX, Timestamp::as_micros)))
-    .bind(arg(&rows, |(_, drawn)| i64::try_from(drawn.units).unwrap_or(i64::MAX)))
+    .bind(column_values(&rows, |(_, drawn)| drawn.period_start.as_micros()))
+    .bind(column_values(&rows, |(_, drawn)| drawn.period_end.map_or(i64::MAX, Timestamp::as_micros)))
+    .bind(column_values(&rows, |(_, drawn)| i64::try_from(drawn.units).unwrap_or(i64::MAX)))
     .execute(&mut *connection)
     .await?;
-    query("SELECT key_id, period, used FROM quotas WHERE key_id = ANY($1)")
+    unnamed_query("SELECT key_id, period, used FROM quotas WHERE key_id = ANY($1)")
         .bind(ids())
         .fetch_all(connection)
         .await

@@ -7,17 +7,16 @@ use sqlx::{Connection as _, SqliteConnection, sqlite::SqliteConnectOptions};
 
 use crate::{
     private_file,
-    store::{Head, OpenError, records::head_at},
+    store::{LogHead, OpenError, row_decoding::decode_head},
 };
 
 use super::{
-    check_whole,
-    mark::{self, WalState},
-    open_error,
+    check_integrity, open_error,
+    open_mark::{self, WalState},
 };
 
 /// Copies a file to a new one, and checks the copy. Gives where its log ends.
-pub(in crate::store) async fn backup(path: &str, to: &Path) -> Result<Head, OpenError> {
+pub(in crate::store) async fn backup(path: &str, to: &Path) -> Result<LogHead, OpenError> {
     let shown = to.display().to_string();
     let other = |error: std::io::Error| OpenError::Other { path: shown.clone(), source: error.into() };
     // Made first: it holds digests and names, and is for its owner alone. SQLite takes an empty file.
@@ -25,39 +24,39 @@ pub(in crate::store) async fn backup(path: &str, to: &Path) -> Result<Head, Open
         ErrorKind::AlreadyExists => OpenError::BackupExists { path: shown.clone() },
         _ => other(error),
     })?;
-    let copied = copy(path, &shown).await;
+    let copied = vacuum_into(path, &shown).await;
     if let Err(error) = copied {
         // What is there is no backup.
         let _ = std::fs::remove_file(to);
         return Err(error);
     }
-    private_file::sync(&file, to).map_err(other)?;
+    private_file::sync_to_disk(&file, to).map_err(other)?;
     let reading = SqliteConnectOptions::new().filename(to).read_only(true);
     let mut copy =
         SqliteConnection::connect_with(&reading).await.map_err(|error| open_error(&shown, error))?;
-    check_whole(&shown, &mut copy).await?;
+    check_integrity(&shown, &mut copy).await?;
     let head = sqlx::query("SELECT head, head_hash FROM meta").fetch_one(&mut copy).await;
     let head = head.map_err(|error| open_error(&shown, error))?;
     let _ = copy.close().await;
-    head_at(&head).map_err(|error| OpenError::Other { path: shown, source: error.into() })
+    decode_head(&head).map_err(|error| OpenError::Other { path: shown, source: error.into() })
 }
 
 /// Marks a copy as closed: it is whole, and has no WAL.
-async fn close(copy: &str) -> Result<(), sqlx::Error> {
+async fn mark_closed(copy: &str) -> Result<(), sqlx::Error> {
     let mut connection = SqliteConnection::connect_with(&SqliteConnectOptions::new().filename(copy)).await?;
     sqlx::query("PRAGMA user_version = 0").execute(&mut connection).await?;
     connection.close().await
 }
 
-async fn copy(path: &str, to: &str) -> Result<(), OpenError> {
+async fn vacuum_into(path: &str, to: &str) -> Result<(), OpenError> {
     let failed = |error| open_error(path, error);
     let other = |error: std::io::Error| OpenError::Other { path: path.to_owned(), source: error.into() };
     let real = Path::new(path).canonicalize().map_err(|error| match error.kind() {
-        ErrorKind::NotFound => OpenError::Missing { path: path.to_owned() },
+        ErrorKind::NotFound => OpenError::FileNotFound { path: path.to_owned() },
         _ => other(error),
     })?;
-    if mark::look(path, &real, &File::open(&real).map_err(other)?)? == WalState::Lost {
-        return Err(OpenError::WithoutWal { path: path.to_owned() });
+    if open_mark::check_wal(path, &real, &File::open(&real).map_err(other)?)? == WalState::Missing {
+        return Err(OpenError::WalMissing { path: path.to_owned() });
     }
     // One that can write would remove the WAL of a server that was killed, when it is closed.
     let reading = SqliteConnectOptions::new().filename(&real).read_only(true);
@@ -66,5 +65,5 @@ async fn copy(path: &str, to: &str) -> Result<(), OpenError> {
     let copied = sqlx::query("VACUUM INTO ?1").bind(to).execute(&mut connection).await;
     let _ = connection.close().await;
     copied.map_err(failed)?;
-    close(to).await.map_err(|error| open_error(to, error))
+    mark_closed(to).await.map_err(|error| open_error(to, error))
 }

@@ -8,21 +8,24 @@ use rusqlite::{Connection, Row};
 
 use crate::{
     domain::{
-        key::{Key, Secret},
-        log::LogRow,
+        key::{ApiKey, KeySecret},
+        log::LogEntry,
         name::KeyId,
         time::Revision,
     },
     store::{
         BulkReader, StoreError,
-        alike::Alike,
+        parse_cache::KeyParseCache,
         queries,
-        records::{KEY_COLUMNS, bytes_at, in_record, key_revision_at, key_row, secret_at, whole_key},
-        unclaimed::{COLUMNS, Id},
+        row_decoding::{
+            KEY_COLUMNS, count_record_secrets, decode_key_revision, decode_key_row, decode_secret,
+            fixed_bytes, whole_key,
+        },
+        secret_join::{KeyIdNumber, SECRET_ROW_COLUMNS},
     },
 };
 
-use super::{connection::Result, pages::Readers, secret_range::SecretRange};
+use super::{connection::SqliteResult, page_readers::PageReaders, secret_range::SecretRange};
 
 /// How many secrets are in memory at once, 50 MB; or an eighth of all, so that their table is scanned at most so often.
 const SECRETS: u64 = 1 << 19;
@@ -32,13 +35,13 @@ const PASSED: usize = 4;
 
 /// A reader of one file.
 pub(super) struct SqliteBulkReader<'s> {
-    readers: &'s Readers,
+    readers: &'s PageReaders,
     state: State,
 }
 
 impl<'s> SqliteBulkReader<'s> {
     /// A reader for about so many entries of the log.
-    pub(super) fn new(readers: &'s Readers, entries: u64) -> Self {
+    pub(super) fn new(readers: &'s PageReaders, entries: u64) -> Self {
         let state = State { entries, ..State::default() };
         SqliteBulkReader { readers, state }
     }
@@ -50,18 +53,18 @@ impl BulkReader for SqliteBulkReader<'_> {
         &mut self,
         revision: Revision,
         limit: u32,
-    ) -> std::result::Result<Vec<LogRow>, StoreError> {
-        self.readers.log(queries::log_after(revision, limit)).await
+    ) -> std::result::Result<Vec<LogEntry>, StoreError> {
+        self.readers.fetch_log(queries::log_after(revision, limit)).await
     }
 
-    async fn keys_at(&mut self, ids: &[KeyId]) -> std::result::Result<Vec<Key>, StoreError> {
+    async fn keys_at(&mut self, ids: &[KeyId]) -> std::result::Result<Vec<ApiKey>, StoreError> {
         let (ids, mut state) = (ids.to_vec(), mem::take(&mut self.state));
         let work = move |connection: &Connection| {
             let keys = state.keys(connection, &ids);
             // A fault in one key does not end the reader.
             Ok((state, keys))
         };
-        let (state, keys) = self.readers.with(work).await?;
+        let (state, keys) = self.readers.run_on_connection(work).await?;
         self.state = state;
         keys.map_err(StoreError::from)
     }
@@ -77,11 +80,11 @@ impl BulkReader for SqliteBulkReader<'_> {
             let mut rows = statement.query(rusqlite::params_from_iter(&bound))?;
             let mut keys = Vec::new();
             while let Some(row) = rows.next()? {
-                keys.push(key_revision_at(row)?);
+                keys.push(decode_key_revision(row)?);
             }
             Ok(keys)
         };
-        self.readers.with(work).await
+        self.readers.run_on_connection(work).await
     }
 }
 
@@ -93,11 +96,11 @@ struct State {
     secrets: SecretRange,
     /// How often the secrets may still be scanned, and how many are kept; None = that is not decided yet.
     scans: Option<(u64, u64)>,
-    alike: Alike,
+    alike: KeyParseCache,
 }
 
 impl State {
-    fn keys(&mut self, connection: &Connection, ids: &[KeyId]) -> Result<Vec<Key>> {
+    fn keys(&mut self, connection: &Connection, ids: &[KeyId]) -> SqliteResult<Vec<ApiKey>> {
         // They see one committed state.
         let transaction = connection.unchecked_transaction()?;
         self.scan(&transaction, ids)?;
@@ -110,7 +113,7 @@ impl State {
             let mut passed = 0;
             while passed <= PASSED {
                 let Some(row) = rows.next()? else { break 'look_up };
-                let id: [u8; 16] = bytes_at(row, 0)?;
+                let id: [u8; 16] = fixed_bytes(row, 0)?;
                 // There is no key with an id before this one.
                 while wanted.next_if(|wanted| *wanted < id).is_some() {}
                 if wanted.next_if_eq(&id).is_some() {
@@ -128,8 +131,8 @@ impl State {
     }
 
     /// Goes on to the next range of secrets once most of the ids lie beyond the one before, and if that is worth a scan.
-    fn scan(&mut self, connection: &Connection, ids: &[KeyId]) -> Result<()> {
-        let number = |id: &KeyId| Id::from_be_bytes(*id.as_bytes());
+    fn scan(&mut self, connection: &Connection, ids: &[KeyId]) -> SqliteResult<()> {
+        let number = |id: &KeyId| KeyIdNumber::from_be_bytes(*id.as_bytes());
         let end = self.secrets.end();
         let beyond = &ids[ids.partition_point(|id| number(id) < end)..];
         let Some(first) = beyond.first().filter(|_| 2 * beyond.len() > ids.len()) else { return Ok(()) };
@@ -152,11 +155,11 @@ impl State {
         Ok(())
     }
 
-    fn key(&mut self, connection: &Connection, row: &Row<'_>) -> Result<Key> {
-        let (row, sum) = key_row(row)?;
-        let (id, row) = (row.id, row.checked(sum)?);
-        let mut secrets = self.secrets.of(Id::from_be_bytes(id));
-        if in_record(&id, &secrets).is_err() {
+    fn key(&mut self, connection: &Connection, row: &Row<'_>) -> SqliteResult<ApiKey> {
+        let (row, sum) = decode_key_row(row)?;
+        let (id, row) = (row.id, row.verify_checksum(sum)?);
+        let mut secrets = self.secrets.of(KeyIdNumber::from_be_bytes(id));
+        if count_record_secrets(&id, &secrets).is_err() {
             secrets = look_up(connection, &id)?;
         }
         Ok(whole_key(&row, secrets, &mut self.alike)?)
@@ -164,13 +167,13 @@ impl State {
 }
 
 /// A key's secrets, the newest first.
-fn look_up(connection: &Connection, key_id: &[u8; 16]) -> Result<Vec<Secret>> {
-    let sql = format!("SELECT {COLUMNS} FROM secrets WHERE key_id = ?1 ORDER BY version DESC");
+fn look_up(connection: &Connection, key_id: &[u8; 16]) -> SqliteResult<Vec<KeySecret>> {
+    let sql = format!("SELECT {SECRET_ROW_COLUMNS} FROM secrets WHERE key_id = ?1 ORDER BY version DESC");
     let mut statement = connection.prepare_cached(&sql)?;
     let mut rows = statement.query([key_id])?;
     let mut secrets = Vec::new();
     while let Some(row) = rows.next()? {
-        secrets.push(secret_at(row, key_id, 1, true)?);
+        secrets.push(decode_secret(row, key_id, 1, true)?);
     }
     Ok(secrets)
 }

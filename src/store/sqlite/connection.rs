@@ -13,10 +13,10 @@ use std::{
 use rusqlite::{CachedStatement, Connection, ErrorCode, OpenFlags, config::DbConfig};
 use tokio::{sync::oneshot, task::spawn_blocking};
 
-use crate::store::{StoreError, rows::damaged};
+use crate::store::{StoreError, row_format::damaged_error};
 
 /// How many statements the connection keeps prepared: all that write or ask what is to be written.
-const STATEMENTS: usize = 64;
+const STATEMENT_CACHE_SIZE: usize = 64;
 
 /// SQLite's pages in memory. Digests lie anywhere in their table: with SQLite's own 2 MB, a batch of imports writes pages
 /// before its commit, and reads them again.
@@ -26,44 +26,44 @@ const CACHE_KIB: i64 = 8 * 1024;
 const WAL_PAGES: i64 = 4000;
 
 /// How long a statement waits for a lock that another process has.
-const BUSY: Duration = Duration::from_secs(5);
+const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Why something ended early.
 #[derive(Debug)]
-pub(super) enum Failure {
+pub(super) enum SqliteFailure {
     Sqlite(rusqlite::Error),
     Store(StoreError),
 }
 
-pub(super) type Result<T> = std::result::Result<T, Failure>;
+pub(super) type SqliteResult<T> = std::result::Result<T, SqliteFailure>;
 
-impl From<rusqlite::Error> for Failure {
+impl From<rusqlite::Error> for SqliteFailure {
     fn from(error: rusqlite::Error) -> Self {
-        Failure::Sqlite(error)
+        SqliteFailure::Sqlite(error)
     }
 }
 
-impl From<StoreError> for Failure {
+impl From<StoreError> for SqliteFailure {
     fn from(error: StoreError) -> Self {
-        Failure::Store(error)
+        SqliteFailure::Store(error)
     }
 }
 
 /// A column that cannot be read as what it should be.
-impl From<sqlx::Error> for Failure {
+impl From<sqlx::Error> for SqliteFailure {
     fn from(error: sqlx::Error) -> Self {
-        Failure::Store(StoreError::Unavailable(error.into()))
+        SqliteFailure::Store(StoreError::Unavailable(error.into()))
     }
 }
 
-impl From<Failure> for StoreError {
-    fn from(failure: Failure) -> Self {
+impl From<SqliteFailure> for StoreError {
+    fn from(failure: SqliteFailure) -> Self {
         match failure {
-            Failure::Store(error) => error,
-            Failure::Sqlite(error) => match error.sqlite_error_code() {
+            SqliteFailure::Store(error) => error,
+            SqliteFailure::Sqlite(error) => match error.sqlite_error_code() {
                 Some(ErrorCode::DiskFull) => StoreError::Full(error.into()),
                 Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => {
-                    damaged("the database file", error)
+                    damaged_error("the database file", error)
                 }
                 _ => StoreError::Unavailable(error.into()),
             },
@@ -72,52 +72,54 @@ impl From<Failure> for StoreError {
 }
 
 /// What the file system, or the state of the file, does not allow now.
-pub(super) fn unavailable(cause: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Failure {
+pub(super) fn unavailable_failure(
+    cause: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+) -> SqliteFailure {
     StoreError::Unavailable(cause.into()).into()
 }
 
 /// Does what may wait for a disk on a thread that may.
-pub(super) async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T> + Send + 'static,
+pub(super) async fn run_blocking<T: Send + 'static>(
+    work: impl FnOnce() -> SqliteResult<T> + Send + 'static,
 ) -> std::result::Result<T, StoreError> {
     let done = spawn_blocking(work).await.map_err(|error| StoreError::Unavailable(error.into()))?;
     done.map_err(StoreError::from)
 }
 
-type Job = Box<dyn FnOnce(&mut Slot) + Send>;
+type ConnectionJob = Box<dyn FnOnce(&mut ConnectionSlot) + Send>;
 
 /// The connection to a file.
-struct Slot {
+struct ConnectionSlot {
     path: PathBuf,
-    state: State,
+    state: ConnectionState,
 }
 
-enum State {
+enum ConnectionState {
     Open(Connection),
     /// Not yet; or not any more, after a fault: whatever state that left the connection in, a new one begins afresh. The
     /// old one is kept until then, so that the file is never without a connection.
-    Fresh(Option<Connection>),
+    NeedsOpen(Option<Connection>),
     Closed,
 }
 
 /// The writing connection of a file, on a thread of its own. Work that has begun is done to its end, also when nobody
 /// waits for it any more.
 #[derive(Debug)]
-pub(super) struct Writer {
+pub(super) struct SqliteWriter {
     /// None = the file is only looked at.
-    jobs: Option<mpsc::Sender<Job>>,
+    jobs: Option<mpsc::Sender<ConnectionJob>>,
 }
 
 /// While this lives the thread waits, and nobody writes.
-pub(super) struct Pause {
-    _held: Option<mpsc::Sender<()>>,
+pub(super) struct WriterPause {
+    _release: Option<mpsc::Sender<()>>,
 }
 
-impl Writer {
+impl SqliteWriter {
     /// Opens the file at `path`, which is there.
-    pub(super) async fn open(path: &Path) -> std::result::Result<Writer, StoreError> {
-        let mut slot = Slot { path: path.to_owned(), state: State::Fresh(None) };
-        let (jobs, received) = mpsc::channel::<Job>();
+    pub(super) async fn open(path: &Path) -> std::result::Result<SqliteWriter, StoreError> {
+        let mut slot = ConnectionSlot { path: path.to_owned(), state: ConnectionState::NeedsOpen(None) };
+        let (jobs, received) = mpsc::channel::<ConnectionJob>();
         let thread = std::thread::Builder::new().name("keyward-sqlite".to_owned()).spawn(move || {
             // It ends with the last who could send.
             for job in received {
@@ -125,35 +127,35 @@ impl Writer {
             }
         });
         thread.map_err(|error| StoreError::Unavailable(error.into()))?;
-        let writer = Writer { jobs: Some(jobs) };
-        writer.work(|_| Ok(())).await?;
+        let writer = SqliteWriter { jobs: Some(jobs) };
+        writer.run(|_| Ok(())).await?;
         Ok(writer)
     }
 
     /// Of a file that is only looked at.
-    pub(super) const fn none() -> Writer {
-        Writer { jobs: None }
+    pub(super) const fn disabled() -> SqliteWriter {
+        SqliteWriter { jobs: None }
     }
 
-    /// Does `work` once that before it has ended. It begins and ends its transaction itself; what it leaves open when
+    /// Does `run` once that before it has ended. It begins and ends its transaction itself; what it leaves open when
     /// it fails is undone.
-    pub(super) async fn work<T: Send + 'static>(
+    pub(super) async fn run<T: Send + 'static>(
         &self,
-        work: impl FnOnce(&Connection) -> Result<T> + Send + 'static,
+        work: impl FnOnce(&Connection) -> SqliteResult<T> + Send + 'static,
     ) -> std::result::Result<T, StoreError> {
-        let done = self.with(|slot| {
-            let connection = match std::mem::replace(&mut slot.state, State::Closed) {
-                State::Open(connection) => connection,
-                State::Fresh(failed) => match connect(&slot.path) {
+        let done = self.run_on_slot(|slot| {
+            let connection = match std::mem::replace(&mut slot.state, ConnectionState::Closed) {
+                ConnectionState::Open(connection) => connection,
+                ConnectionState::NeedsOpen(failed) => match connect_writer(&slot.path) {
                     Ok(connection) => connection,
                     Err(error) => {
-                        slot.state = State::Fresh(failed);
+                        slot.state = ConnectionState::NeedsOpen(failed);
                         return Err(error);
                     }
                 },
-                State::Closed => {
-                    slot.state = State::Closed;
-                    return Err(closed().into());
+                ConnectionState::Closed => {
+                    slot.state = ConnectionState::Closed;
+                    return Err(closed_error().into());
                 }
             };
             let panicked = |_| Err(StoreError::Unavailable("writing panicked".into()).into());
@@ -163,8 +165,10 @@ impl Writer {
             }
             slot.state = match &done {
                 // Only this connection still has the WAL, if that was removed.
-                Ok(_) | Err(Failure::Store(StoreError::Lost(_))) => State::Open(connection),
-                Err(_) => State::Fresh(Some(connection)),
+                Ok(_) | Err(SqliteFailure::Store(StoreError::OwnershipLost(_))) => {
+                    ConnectionState::Open(connection)
+                }
+                Err(_) => ConnectionState::NeedsOpen(Some(connection)),
             };
             done
         });
@@ -172,19 +176,19 @@ impl Writer {
     }
 
     /// Waits until what was begun has ended, and holds back what comes next.
-    pub(super) async fn pause(&self) -> std::result::Result<Pause, StoreError> {
+    pub(super) async fn pause(&self) -> std::result::Result<WriterPause, StoreError> {
         if self.jobs.is_none() {
-            return Ok(Pause { _held: None });
+            return Ok(WriterPause { _release: None });
         }
         let (pause, over) = mpsc::channel();
         let (tell, begun) = oneshot::channel();
-        self.send(Box::new(move |_| {
+        self.send_job(Box::new(move |_| {
             let _ = tell.send(());
             // It ends when the other end is dropped.
             let _ = over.recv();
         }))?;
-        begun.await.map_err(|_| closed())?;
-        Ok(Pause { _held: Some(pause) })
+        begun.await.map_err(|_| closed_error())?;
+        Ok(WriterPause { _release: Some(pause) })
     }
 
     /// Closes the connection for good.
@@ -192,71 +196,74 @@ impl Writer {
         if self.jobs.is_none() {
             return Ok(());
         }
-        let closed = self.with(|slot| match std::mem::replace(&mut slot.state, State::Closed) {
-            State::Open(connection) => connection.close().map_err(|(_, error)| Failure::from(error)),
-            State::Fresh(_) | State::Closed => Ok(()),
-        });
+        let closed =
+            self.run_on_slot(|slot| match std::mem::replace(&mut slot.state, ConnectionState::Closed) {
+                ConnectionState::Open(connection) => {
+                    connection.close().map_err(|(_, error)| SqliteFailure::from(error))
+                }
+                ConnectionState::NeedsOpen(_) | ConnectionState::Closed => Ok(()),
+            });
         closed.await?.map_err(StoreError::from)
     }
 
-    async fn with<T: Send + 'static>(
+    async fn run_on_slot<T: Send + 'static>(
         &self,
-        work: impl FnOnce(&mut Slot) -> T + Send + 'static,
+        work: impl FnOnce(&mut ConnectionSlot) -> T + Send + 'static,
     ) -> std::result::Result<T, StoreError> {
         let (answer, done) = oneshot::channel();
-        self.send(Box::new(move |slot| {
+        self.send_job(Box::new(move |slot| {
             // Whoever asked may have gone.
             let _ = answer.send(work(slot));
         }))?;
-        done.await.map_err(|_| closed())
+        done.await.map_err(|_| closed_error())
     }
 
-    fn send(&self, job: Job) -> std::result::Result<(), StoreError> {
-        self.jobs.as_ref().ok_or_else(closed)?.send(job).map_err(|_| closed())
+    fn send_job(&self, job: ConnectionJob) -> std::result::Result<(), StoreError> {
+        self.jobs.as_ref().ok_or_else(closed_error)?.send(job).map_err(|_| closed_error())
     }
 }
 
-fn closed() -> StoreError {
+fn closed_error() -> StoreError {
     StoreError::Unavailable("the database is closed".into())
 }
 
 /// A file that was removed meanwhile is not made anew, and a connection that is closed leaves the WAL as it is: only the
 /// end of a term copies all of it and removes it (`mark.rs`).
-fn connect(path: &Path) -> Result<Connection> {
+fn connect_writer(path: &Path) -> SqliteResult<Connection> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let connection = Connection::open_with_flags(path, flags)?;
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
-    connection.busy_timeout(BUSY)?;
+    connection.busy_timeout(BUSY_TIMEOUT)?;
     connection
         .execute_batch("PRAGMA journal_mode = wal; PRAGMA synchronous = full; PRAGMA foreign_keys = on")?;
     connection.pragma_update(None, "cache_size", -CACHE_KIB)?;
     connection.pragma_update(None, "wal_autocheckpoint", WAL_PAGES)?;
-    connection.set_prepared_statement_cache_capacity(STATEMENTS);
+    connection.set_prepared_statement_cache_capacity(STATEMENT_CACHE_SIZE);
     Ok(connection)
 }
 
 /// A connection that reads. It cannot change the file, and so leaves the WAL as it is when it is closed.
-pub(super) fn read_only(path: &Path) -> Result<Connection> {
+pub(super) fn connect_reader(path: &Path) -> SqliteResult<Connection> {
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let connection = Connection::open_with_flags(path, flags)?;
-    connection.busy_timeout(BUSY)?;
+    connection.busy_timeout(BUSY_TIMEOUT)?;
     connection.execute_batch("PRAGMA query_only = on")?;
     Ok(connection)
 }
 
 /// Runs a statement without values.
-pub(super) fn run(connection: &Connection, sql: &'static str) -> Result<()> {
+pub(super) fn execute(connection: &Connection, sql: &'static str) -> SqliteResult<()> {
     connection.prepare_cached(sql)?.execute([])?;
     Ok(())
 }
 
 /// Runs a statement for each row, in their order. How many rows of the table it changed.
-pub(super) fn each<T>(
+pub(super) fn execute_each<T>(
     connection: &Connection,
     sql: &'static str,
     rows: impl IntoIterator<Item = T>,
     execute: impl Fn(&mut CachedStatement<'_>, T) -> rusqlite::Result<usize>,
-) -> Result<usize> {
+) -> SqliteResult<usize> {
     let mut rows = rows.into_iter().peekable();
     if rows.peek().is_none() {
         return Ok(0);

@@ -8,9 +8,9 @@ use sqlx::{
 };
 
 use crate::{
-    domain::{log::GENESIS, text},
+    domain::{log::GENESIS_HASH, text},
     store::{
-        OpenError, Schema, Step,
+        MigrationStep, OpenError, SchemaPolicy,
         open::{CASE_COLLISIONS, check_account_ids},
     },
 };
@@ -18,7 +18,7 @@ use crate::{
 use super::open_error;
 
 /// The step that adds `name_nfc`.
-const NAMES: i64 = 9;
+const NAMES_VERSION: i64 = 9;
 
 /// The migrations, oldest first. Never edited once released.
 pub(super) fn migrations() -> Vec<Migration> {
@@ -31,7 +31,7 @@ pub(super) fn migrations() -> Vec<Migration> {
         (6, "uses", SqlStr::from_static(include_str!("../migrations/sqlite/0006_uses.sql"))),
         (7, "owner", SqlStr::from_static(include_str!("../migrations/sqlite/0007_owner.sql"))),
         (8, "tallies", SqlStr::from_static(include_str!("../migrations/sqlite/0008_tallies.sql"))),
-        (NAMES, "names", SqlStr::from_static(include_str!("../migrations/sqlite/0009_names.sql"))),
+        (NAMES_VERSION, "names", SqlStr::from_static(include_str!("../migrations/sqlite/0009_names.sql"))),
         (10, "log_format", SqlStr::from_static(include_str!("../migrations/sqlite/0010_log_format.sql"))),
     ]
     .into_iter()
@@ -40,19 +40,21 @@ pub(super) fn migrations() -> Vec<Migration> {
 }
 
 /// The newest version that this program knows.
-fn newest() -> i64 {
+fn newest_known() -> i64 {
     migrations().iter().map(|migration| migration.version).max().unwrap_or(0)
 }
 
 /// Every step that there is.
-pub(super) fn all() -> Vec<Step> {
-    let step =
-        |migration: Migration| Step { version: migration.version, name: migration.description.into_owned() };
+pub(super) fn all_steps() -> Vec<MigrationStep> {
+    let step = |migration: Migration| MigrationStep {
+        version: migration.version,
+        name: migration.description.into_owned(),
+    };
     migrations().into_iter().map(step).collect()
 }
 
 /// Which versions a file has had.
-async fn applied(path: &str, connection: &mut SqliteConnection) -> Result<Vec<i64>, OpenError> {
+async fn applied_versions(path: &str, connection: &mut SqliteConnection) -> Result<Vec<i64>, OpenError> {
     let failed = |error| open_error(path, error);
     let table = "SELECT 1 FROM sqlite_schema WHERE name = '_sqlx_migrations'";
     if sqlx::query(table).fetch_optional(&mut *connection).await.map_err(failed)?.is_none() {
@@ -64,36 +66,39 @@ async fn applied(path: &str, connection: &mut SqliteConnection) -> Result<Vec<i6
 }
 
 /// The steps that a file lacks.
-pub(super) async fn pending(path: &str, connection: &mut SqliteConnection) -> Result<Vec<Step>, OpenError> {
-    let applied = applied(path, connection).await?;
-    if let Some(found) = applied.iter().copied().find(|version| *version > newest()) {
-        return Err(OpenError::NewerSchema { path: path.to_owned(), found, known: newest() });
+pub(super) async fn pending_steps(
+    path: &str,
+    connection: &mut SqliteConnection,
+) -> Result<Vec<MigrationStep>, OpenError> {
+    let applied = applied_versions(path, connection).await?;
+    if let Some(found) = applied.iter().copied().find(|version| *version > newest_known()) {
+        return Err(OpenError::NewerSchema { path: path.to_owned(), found, known: newest_known() });
     }
-    Ok(all().into_iter().filter(|step| !applied.contains(&step.version)).collect())
+    Ok(all_steps().into_iter().filter(|step| !applied.contains(&step.version)).collect())
 }
 
 /// Brings a file to what this program knows, unless that is not to be done now; or says why it cannot.
-pub(super) async fn run(
+pub(super) async fn run_migrations(
     path: &str,
     connection: &mut SqliteConnection,
-    schema: Schema,
+    schema: SchemaPolicy,
 ) -> Result<(), OpenError> {
-    let pending = pending(path, connection).await?;
-    if schema == Schema::Require && !pending.is_empty() {
-        let found = applied(path, connection).await?.into_iter().max().unwrap_or(0);
-        return Err(OpenError::OlderSchema { path: path.to_owned(), found, known: newest() });
+    let pending = pending_steps(path, connection).await?;
+    if schema == SchemaPolicy::RequireCurrent && !pending.is_empty() {
+        let found = applied_versions(path, connection).await?.into_iter().max().unwrap_or(0);
+        return Err(OpenError::OlderSchema { path: path.to_owned(), found, known: newest_known() });
     }
     let failed = |error| open_error(path, error);
     // One transaction for all steps: a column is never there without what fills it.
     let mut transaction = connection.begin().await.map_err(failed)?;
-    if pending.iter().any(|step| step.version == NAMES) {
+    if pending.iter().any(|step| step.version == NAMES_VERSION) {
         let ids = case_collisions(&mut transaction).await.map_err(failed)?;
         check_account_ids(path, &ids)?;
     }
     match Migrator::with_migrations(migrations()).run(&mut *transaction).await {
         Ok(()) => {}
         Err(MigrateError::VersionMissing(found)) => {
-            return Err(OpenError::NewerSchema { path: path.to_owned(), found, known: newest() });
+            return Err(OpenError::NewerSchema { path: path.to_owned(), found, known: newest_known() });
         }
         Err(MigrateError::VersionMismatch(version) | MigrateError::Dirty(version)) => {
             return Err(OpenError::Damaged {
@@ -105,16 +110,16 @@ pub(super) async fn run(
             return Err(OpenError::Other { path: path.to_owned(), source: error.into() });
         }
     }
-    if pending.iter().any(|step| step.version == NAMES) {
+    if pending.iter().any(|step| step.version == NAMES_VERSION) {
         normalize_names(&mut transaction).await.map_err(failed)?;
     }
     sqlx::query("INSERT OR IGNORE INTO meta (one, store_id, epoch, head, head_hash) VALUES (1, randomblob(16), 1, 0, ?1)")
-        .bind(GENESIS.as_slice())
+        .bind(GENESIS_HASH.as_slice())
         .execute(&mut *transaction)
         .await
         .map_err(failed)?;
     transaction.commit().await.map_err(failed)?;
-    for Step { version, name } in pending {
+    for MigrationStep { version, name } in pending {
         tracing::info!(version, name, database = path, "migrated");
     }
     Ok(())
@@ -135,7 +140,7 @@ async fn normalize_names(connection: &mut SqliteConnection) -> Result<(), sqlx::
     let sql = "SELECT id, name FROM keys WHERE name GLOB '*[^ -~]*'";
     let rows = sqlx::query(sql).fetch_all(&mut *connection).await?;
     for row in rows {
-        if let Cow::Owned(name) = text::normalize(row.try_get(1)?) {
+        if let Cow::Owned(name) = text::normalize_nfc(row.try_get(1)?) {
             sqlx::query("UPDATE keys SET name_nfc = ?1 WHERE id = ?2")
                 .bind(name)
                 .bind(row.try_get::<Vec<u8>, _>(0)?)

@@ -10,24 +10,24 @@ use std::{
 };
 
 use crate::{
-    private_file::{folder_of, with_suffix},
+    private_file::{append_suffix, parent_dir},
     store::OpenError,
 };
 
-const ALL_WRITE: u32 = 0o002;
-const GROUP_WRITES: u32 = 0o020;
+const OTHERS_WRITE: u32 = 0o002;
+const GROUP_WRITE: u32 = 0o020;
 /// In such a folder, users can rename and remove only what belongs to them.
 const STICKY: u32 = 0o1000;
 
 /// Checks the file at `real`, which is no symbolic link, the files that SQLite keeps beside it, and its folder.
-pub(super) fn check(real: &Path) -> Result<(), OpenError> {
+pub(super) fn check_permissions(real: &Path) -> Result<(), OpenError> {
     let refusal =
         |what: String, fix| OpenError::Unsuitable { database: real.display().to_string(), what, fix };
     let other =
         |error: io::Error| OpenError::Other { path: real.display().to_string(), source: error.into() };
     let database = fs::metadata(real).map_err(other)?;
-    let folder = fs::metadata(folder_of(real)).map_err(other)?;
-    let beside = ["-wal", "-shm", "-journal"].map(|suffix| with_suffix(real, suffix));
+    let folder = fs::metadata(parent_dir(real)).map_err(other)?;
+    let beside = ["-wal", "-shm", "-journal"].map(|suffix| append_suffix(real, suffix));
     for file in [real].into_iter().chain(beside.iter().map(AsRef::as_ref)) {
         let found = match fs::symlink_metadata(file) {
             Err(error) if error.kind() == ErrorKind::NotFound => continue,
@@ -37,8 +37,9 @@ pub(super) fn check(real: &Path) -> Result<(), OpenError> {
             let what = format!("{} is a symbolic link", file.display());
             return Err(refusal(what, "Remove the link: SQLite keeps a regular file there"));
         }
-        if has(&found, ALL_WRITE) {
-            let what = format!("every user of this machine can change {} ({})", file.display(), mode(&found));
+        if has_mode_bit(&found, OTHERS_WRITE) {
+            let what =
+                format!("every user of this machine can change {} ({})", file.display(), format_mode(&found));
             return Err(refusal(
                 what,
                 "Run chmod 600 on it, start, and run 'keyward audit verify': a key may be planted",
@@ -52,15 +53,16 @@ pub(super) fn check(real: &Path) -> Result<(), OpenError> {
             ));
         }
     }
-    if has(&folder, ALL_WRITE) && !has(&folder, STICKY) {
-        let what = format!("every user of this machine can replace it: its folder has {}", mode(&folder));
+    if has_mode_bit(&folder, OTHERS_WRITE) && !has_mode_bit(&folder, STICKY) {
+        let what =
+            format!("every user of this machine can replace it: its folder has {}", format_mode(&folder));
         return Err(refusal(
             what,
             "Run chmod o-w on the folder, or move the database into a separate folder with mode 0700",
         ));
     }
     if database.uid() != rustix::process::geteuid().as_raw() {
-        if has(&folder, ALL_WRITE) {
+        if has_mode_bit(&folder, OTHERS_WRITE) {
             let what = "it belongs to another user, in a folder where each user can create files".to_owned();
             return Err(refusal(
                 what,
@@ -70,11 +72,11 @@ pub(super) fn check(real: &Path) -> Result<(), OpenError> {
         tracing::warn!(path = %real.display(), "another user owns the database, and can change its keys");
     }
     for (found, what) in [(&database, "file"), (&folder, "folder")] {
-        if has(found, GROUP_WRITES) && !has(found, STICKY) {
+        if has_mode_bit(found, GROUP_WRITE) && !has_mode_bit(found, STICKY) {
             tracing::warn!(
                 path = %real.display(),
                 what,
-                mode = mode(found),
+                mode = format_mode(found),
                 "a group can change the database: run chmod g-w unless each of its members may plant keys"
             );
         }
@@ -82,10 +84,10 @@ pub(super) fn check(real: &Path) -> Result<(), OpenError> {
     Ok(())
 }
 
-fn has(found: &Metadata, right: u32) -> bool {
+fn has_mode_bit(found: &Metadata, right: u32) -> bool {
     found.permissions().mode() & right != 0
 }
 
-fn mode(found: &Metadata) -> String {
+fn format_mode(found: &Metadata) -> String {
     format!("mode {:04o}", found.permissions().mode() & 0o7777)
 }

@@ -6,22 +6,22 @@ use std::{cmp::Reverse, ops::Range};
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
 use crate::{
-    domain::{key::Secret, time::Timestamp, token::Digest},
+    domain::{key::KeySecret, time::Timestamp, token::TokenDigest},
     store::{
         StoreError,
-        records::{bytes_at, secret_at, unreadable},
-        unclaimed::{COLUMNS, Id},
+        row_decoding::{decode_secret, fixed_bytes, unreadable_column},
+        secret_join::{KeyIdNumber, SECRET_ROW_COLUMNS},
     },
 };
 
-use super::connection::Result;
+use super::connection::SqliteResult;
 
 /// A secret of a key. Its hint is in the range's text.
 #[derive(Debug)]
 struct CompactSecret {
     /// In halves: as one number it would make this 96 bytes.
     key_id: [u64; 2],
-    digest: Digest,
+    digest: TokenDigest,
     created_at: Timestamp,
     expires_at: Option<Timestamp>,
     version: u32,
@@ -32,15 +32,15 @@ struct CompactSecret {
 const _: () = assert!(size_of::<CompactSecret>() == 88);
 
 impl CompactSecret {
-    fn key_id(&self) -> Id {
-        Id::from(self.key_id[0]) << 64 | Id::from(self.key_id[1])
+    fn key_id(&self) -> KeyIdNumber {
+        KeyIdNumber::from(self.key_id[0]) << 64 | KeyIdNumber::from(self.key_id[1])
     }
 }
 
 /// Secrets of the keys with an id in a range.
 #[derive(Debug, Default)]
 pub(super) struct SecretRange {
-    ids: Range<Id>,
+    ids: Range<KeyIdNumber>,
     /// In the order of their keys, and of a key's the newest first.
     secrets: Vec<CompactSecret>,
     hints: String,
@@ -50,20 +50,20 @@ pub(super) struct SecretRange {
 
 /// Secrets of the keys from one id to before another. With the index on key ids, each row would be looked up by its digest.
 fn scan() -> String {
-    format!("SELECT {COLUMNS} FROM secrets NOT INDEXED WHERE +key_id >= ?1 AND +key_id < ?2")
+    format!("SELECT {SECRET_ROW_COLUMNS} FROM secrets NOT INDEXED WHERE +key_id >= ?1 AND +key_id < ?2")
 }
 
 impl SecretRange {
     /// Reads the secrets of the keys from `first` on, at most `most` of them. A row that cannot be read or contradicts
     /// itself is left out.
-    pub(super) fn read(connection: &Connection, first: Id, most: u64) -> Result<SecretRange> {
+    pub(super) fn read(connection: &Connection, first: KeyIdNumber, most: u64) -> SqliteResult<SecretRange> {
         let first = first.to_be_bytes();
         let index = "SELECT key_id FROM secrets WHERE key_id >= ?1 ORDER BY key_id LIMIT 1 OFFSET ?2";
         let offset = i64::try_from(most).unwrap_or(i64::MAX);
         let end: Option<[u8; 16]> =
             connection.query_row(index, params![first, offset], |row| row.get(0)).optional()?;
-        let end = end.map_or(Id::MAX, Id::from_be_bytes);
-        let mut range = SecretRange { ids: Id::from_be_bytes(first)..end, ..SecretRange::default() };
+        let end = end.map_or(KeyIdNumber::MAX, KeyIdNumber::from_be_bytes);
+        let mut range = SecretRange { ids: KeyIdNumber::from_be_bytes(first)..end, ..SecretRange::default() };
         // Room that grows is there twice for a moment.
         let count = "SELECT count(*) FROM secrets WHERE key_id >= ?1 AND key_id < ?2";
         let count: i64 = connection.query_row(count, [first, end.to_be_bytes()], |row| row.get(0))?;
@@ -79,13 +79,13 @@ impl SecretRange {
     }
 
     fn add(&mut self, row: &Row<'_>) -> std::result::Result<(), StoreError> {
-        let key_id: [u8; 16] = bytes_at(row, 0).map_err(unreadable)?;
-        let secret = secret_at(row, &key_id, 1, true)?;
+        let key_id: [u8; 16] = fixed_bytes(row, 0).map_err(unreadable_column)?;
+        let secret = decode_secret(row, &key_id, 1, true)?;
         let place =
             |length: usize| u32::try_from(length).map_err(|error| StoreError::Unavailable(error.into()));
         let (hint_start, hint_length) = (place(self.hints.len())?, place(secret.hint.len())?);
         self.hints.push_str(&secret.hint);
-        let id = Id::from_be_bytes(key_id);
+        let id = KeyIdNumber::from_be_bytes(key_id);
         self.secrets.push(CompactSecret {
             key_id: [(id >> 64) as u64, id as u64],
             digest: secret.digest,
@@ -99,12 +99,12 @@ impl SecretRange {
     }
 
     /// The first id after the range.
-    pub(super) fn end(&self) -> Id {
+    pub(super) fn end(&self) -> KeyIdNumber {
         self.ids.end
     }
 
     /// A key's secrets, the newest first; none if its id is outside the range.
-    pub(super) fn of(&mut self, id: Id) -> Vec<Secret> {
+    pub(super) fn of(&mut self, id: KeyIdNumber) -> Vec<KeySecret> {
         if !self.ids.contains(&id) {
             return Vec::new();
         }
@@ -117,9 +117,9 @@ impl SecretRange {
         self.secrets[start..self.next].iter().map(|secret| self.secret(secret)).collect()
     }
 
-    fn secret(&self, secret: &CompactSecret) -> Secret {
+    fn secret(&self, secret: &CompactSecret) -> KeySecret {
         let start = secret.hint_start as usize;
-        Secret {
+        KeySecret {
             version: secret.version,
             digest: secret.digest,
             hint: self.hints[start..start + secret.hint_length as usize].to_owned(),
@@ -134,17 +134,17 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::store::rows::secret_sum;
+    use crate::store::row_format::secret_checksum;
 
     const TABLE: &str = "CREATE TABLE secrets (digest BLOB PRIMARY KEY, key_id BLOB NOT NULL, version INTEGER NOT NULL, \
         hint TEXT NOT NULL, created_at INTEGER NOT NULL, expires_at INTEGER, sum INTEGER NOT NULL) STRICT, WITHOUT ROWID; \
         CREATE UNIQUE INDEX secrets_of_key ON secrets (key_id, version)";
 
     /// The secrets of key `id`, the newest first.
-    fn secrets(id: u8, count: u32) -> Vec<Secret> {
-        let secret = |version| Secret {
+    fn secrets(id: u8, count: u32) -> Vec<KeySecret> {
+        let secret = |version| KeySecret {
             version,
-            digest: Digest::of(&format!("{id} {version}")),
+            digest: TokenDigest::from_token(&format!("{id} {version}")),
             hint: "h".repeat(version as usize),
             created_at: Timestamp::from_micros(i64::from(id)),
             expires_at: (version < count).then_some(Timestamp::from_micros(-1)),
@@ -153,7 +153,7 @@ mod tests {
     }
 
     fn key_id(id: u8) -> [u8; 16] {
-        Id::from(id).to_be_bytes()
+        KeyIdNumber::from(id).to_be_bytes()
     }
 
     /// A table where key `id` has `counts[id]` secrets.
@@ -169,7 +169,7 @@ mod tests {
                     secret.hint,
                     secret.created_at.as_micros(),
                     secret.expires_at.map(Timestamp::as_micros),
-                    secret_sum(&key_id(id), &secret),
+                    secret_checksum(&key_id(id), &secret),
                 ];
                 connection.execute("INSERT INTO secrets VALUES (?, ?, ?, ?, ?, ?, ?)", row).unwrap();
             }
@@ -187,12 +187,12 @@ mod tests {
             let connection = table(&counts);
             let mut first = 0;
             let mut found = vec![Vec::new(); counts.len()];
-            while first < Id::MAX {
+            while first < KeyIdNumber::MAX {
                 let mut range = SecretRange::read(&connection, first, most).unwrap();
                 prop_assert!(range.secrets.len() as u64 <= most && range.end() > first);
                 for id in asked.iter().copied().chain(0..=19) {
-                    let has = range.of(Id::from(id));
-                    if (first..range.end()).contains(&Id::from(id)) {
+                    let has = range.of(KeyIdNumber::from(id));
+                    if (first..range.end()).contains(&KeyIdNumber::from(id)) {
                         let count = counts.get(usize::from(id)).copied().unwrap_or(0);
                         prop_assert_eq!(&has, &secrets(id, count));
                         if let Some(found) = found.get_mut(usize::from(id)) {

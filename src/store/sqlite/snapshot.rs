@@ -17,88 +17,99 @@ use tokio::sync::mpsc;
 
 use crate::{
     domain::{
-        log::LogRow,
+        log::LogEntry,
         time::{Revision, Timestamp},
     },
     store::{
-        Loader, Part, StoreError,
-        alike::Alike,
-        backend::TakeLog,
-        records::{Columns, KEY_COLUMNS, LOG_COLUMNS, log_at},
-        rows::revision_to_i64,
-        unclaimed::{COLUMNS, Claims, Unclaimed},
+        SnapshotLoader, SnapshotPart, StoreError,
+        backend::EntryVisitor,
+        parse_cache::KeyParseCache,
+        row_decoding::{KEY_COLUMNS, LOG_COLUMNS, RowColumns, decode_log_entry},
+        row_format::revision_to_i64,
+        secret_join::{SECRET_ROW_COLUMNS, SecretBuffer, SecretJoin},
     },
 };
 
-use super::connection::{Failure, blocking, read_only};
+use super::connection::{SqliteFailure, connect_reader, run_blocking};
 
 /// How many rows are handed over at once.
-const BATCH: usize = 256;
+const BATCH_ROWS: usize = 256;
 /// How many batches may wait.
-const BATCHES: usize = 4;
+const MAX_WAITING_BATCHES: usize = 4;
 /// Where the second half of the digests begins.
-const MIDDLE: [u8; 32] = {
+const MIDDLE_DIGEST: [u8; 32] = {
     let mut middle = [0; 32];
     middle[0] = 0x80;
     middle
 };
 
 /// A read transaction on two connections, which see the same if nobody writes while it begins.
-pub(super) struct Reader([Connection; 2]);
+pub(super) struct SnapshotReader([Connection; 2]);
 
-impl Reader {
+impl SnapshotReader {
     /// A transaction that sees what is committed now.
-    pub(super) async fn begin(path: PathBuf) -> Result<Reader, StoreError> {
-        blocking(move || Ok(Reader([begin(&path)?, begin(&path)?]))).await
+    pub(super) async fn begin(path: PathBuf) -> Result<SnapshotReader, StoreError> {
+        run_blocking(move || Ok(SnapshotReader([begin_read(&path)?, begin_read(&path)?]))).await
     }
 
     /// Gives every key that was not revoked before `forget_before` to `loader`, in two parts.
-    pub(super) async fn keys(
+    pub(super) async fn load_keys(
         self,
         forget_before: Timestamp,
-        loader: &Arc<dyn Loader>,
+        loader: &Arc<dyn SnapshotLoader>,
     ) -> Result<(), StoreError> {
-        let Reader([one, other]) = self;
+        let SnapshotReader([one, other]) = self;
         let ((one, first), (other, second)) = tokio::try_join!(
-            blocking(move || secrets(&one, "digest < ?1").map(|half| (one, half))),
-            blocking(move || secrets(&other, "digest >= ?1").map(|half| (other, half))),
+            run_blocking(move || read_half_of_secrets(&one, "digest < ?1").map(|half| (one, half))),
+            run_blocking(move || read_half_of_secrets(&other, "digest >= ?1").map(|half| (other, half))),
         )?;
-        loader.expect(first.len() + second.len());
+        loader.reserve_secrets(first.len() + second.len());
         // Digests are by chance: the keys of those in a half are spread like all keys.
-        let middle = first.middle().unwrap_or_default().to_be_bytes();
+        let middle = first.middle_id().unwrap_or_default().to_be_bytes();
         let secrets = Arc::new([first, second]);
         let same = secrets.clone();
-        let (part, another) = (loader.part(), loader.part());
+        let (part, another) = (loader.begin_part(), loader.begin_part());
         let (read, read_too) = tokio::join!(
-            blocking(move || keys(&one, "id < ?2", middle, forget_before, &secrets, part)),
-            blocking(move || keys(&other, "id >= ?2", middle, forget_before, &same, another)),
+            run_blocking(move || read_half_of_keys(&one, "id < ?2", middle, forget_before, &secrets, part)),
+            run_blocking(move || read_half_of_keys(
+                &other,
+                "id >= ?2",
+                middle,
+                forget_before,
+                &same,
+                another
+            )),
         );
         read.and(read_too)
     }
 }
 
-fn begin(path: &Path) -> Result<Connection, Failure> {
-    let connection = read_only(path)?;
+fn begin_read(path: &Path) -> Result<Connection, SqliteFailure> {
+    let connection = connect_reader(path)?;
     // It begins with its first read.
     connection.execute_batch("BEGIN; SELECT head FROM meta")?;
     Ok(connection)
 }
 
 /// Gives each entry of the log after a revision to `take`, in order.
-pub(super) async fn log(path: PathBuf, after: Revision, take: TakeLog<'_>) -> Result<(), StoreError> {
-    let (sender, mut batches) = mpsc::channel::<Vec<LogRow>>(BATCHES);
-    let reading = blocking(move || {
-        let connection = begin(&path)?;
+pub(super) async fn stream_log(
+    path: PathBuf,
+    after: Revision,
+    take: EntryVisitor<'_>,
+) -> Result<(), StoreError> {
+    let (sender, mut batches) = mpsc::channel::<Vec<LogEntry>>(MAX_WAITING_BATCHES);
+    let reading = run_blocking(move || {
+        let connection = begin_read(&path)?;
         let sql = format!("SELECT {LOG_COLUMNS} FROM log WHERE revision > ?1 ORDER BY revision");
         let mut statement = connection.prepare(&sql)?;
         let mut rows = statement.query([revision_to_i64(after)])?;
-        let mut batch = Batch::to(&sender);
+        let mut batch = BatchSender::new(&sender);
         while let Some(row) = rows.next()? {
-            if !batch.push(log_at(row)?) {
+            if !batch.push(decode_log_entry(row)?) {
                 return Ok(());
             }
         }
-        batch.end();
+        batch.flush();
         Ok(())
     });
     // The channel ends with the one who takes.
@@ -114,100 +125,101 @@ pub(super) async fn log(path: PathBuf, after: Revision, take: TakeLog<'_>) -> Re
 }
 
 /// Rows on their way to another thread.
-struct Batch<'s, T> {
+struct BatchSender<'s, T> {
     rows: Vec<T>,
     sender: &'s mpsc::Sender<Vec<T>>,
 }
 
-impl<'s, T> Batch<'s, T> {
-    fn to(sender: &'s mpsc::Sender<Vec<T>>) -> Self {
-        Batch { rows: Vec::with_capacity(BATCH), sender }
+impl<'s, T> BatchSender<'s, T> {
+    fn new(sender: &'s mpsc::Sender<Vec<T>>) -> Self {
+        BatchSender { rows: Vec::with_capacity(BATCH_ROWS), sender }
     }
 
     /// Whether anybody waits for more.
     fn push(&mut self, row: T) -> bool {
         self.rows.push(row);
-        if self.rows.len() < BATCH {
+        if self.rows.len() < BATCH_ROWS {
             return true;
         }
-        let full = std::mem::replace(&mut self.rows, Vec::with_capacity(BATCH));
+        let full = std::mem::replace(&mut self.rows, Vec::with_capacity(BATCH_ROWS));
         self.sender.blocking_send(full).is_ok()
     }
 
-    fn end(self) {
+    fn flush(self) {
         let _ = self.sender.blocking_send(self.rows);
     }
 }
 
 /// Half of the secrets, in the order of their keys.
-fn secrets(connection: &Connection, which: &str) -> Result<Unclaimed, Failure> {
-    let mut statement = connection.prepare(&format!("SELECT {COLUMNS} FROM secrets WHERE {which}"))?;
-    let mut rows = statement.query([MIDDLE])?;
-    let mut secrets = Unclaimed::default();
+fn read_half_of_secrets(connection: &Connection, which: &str) -> Result<SecretBuffer, SqliteFailure> {
+    let mut statement =
+        connection.prepare(&format!("SELECT {SECRET_ROW_COLUMNS} FROM secrets WHERE {which}"))?;
+    let mut rows = statement.query([MIDDLE_DIGEST])?;
+    let mut secrets = SecretBuffer::default();
     while let Some(row) = rows.next()? {
-        secrets.add(row)?;
+        secrets.push_row(row)?;
     }
     secrets.sort();
     Ok(secrets)
 }
 
-/// Gives the keys on one side of `middle` to `part`.
-fn keys(
+/// Gives the keys on one side of `middle_id` to `begin_part`.
+fn read_half_of_keys(
     connection: &Connection,
     which: &str,
     middle: [u8; 16],
     forget_before: Timestamp,
-    secrets: &[Unclaimed; 2],
-    mut part: Box<dyn Part>,
-) -> Result<(), Failure> {
+    secrets: &[SecretBuffer; 2],
+    mut part: Box<dyn SnapshotPart>,
+) -> Result<(), SqliteFailure> {
     let sql = format!(
         "SELECT {KEY_COLUMNS} FROM keys k WHERE (revoked_at IS NULL OR revoked_at >= ?1) AND {which} ORDER BY id"
     );
     let mut statement = connection.prepare(&sql)?;
     let mut rows = statement.query(rusqlite::params![forget_before.as_micros(), middle])?;
-    let mut alike = Alike::default();
-    let mut claims = Claims::of(secrets, forget_before, &mut alike);
+    let mut alike = KeyParseCache::default();
+    let mut claims = SecretJoin::new(secrets, forget_before, &mut alike);
     while let Some(row) = rows.next()? {
-        claims.key(row, &mut *part)?;
+        claims.join_key(row, &mut *part)?;
     }
-    part.end();
+    part.finish();
     Ok(())
 }
 
-fn read<T>(value: FromSqlResult<T>) -> Result<T, sqlx::Error> {
+fn decode_value<T>(value: FromSqlResult<T>) -> Result<T, sqlx::Error> {
     value.map_err(|error| sqlx::Error::Decode(error.into()))
 }
 
-fn unread(error: rusqlite::Error) -> sqlx::Error {
+fn decode_error(error: rusqlite::Error) -> sqlx::Error {
     sqlx::Error::Decode(error.into())
 }
 
-impl Columns for Row<'_> {
+impl RowColumns for Row<'_> {
     fn text(&self, at: usize) -> Result<&str, sqlx::Error> {
-        read(self.get_ref(at).map_err(unread)?.as_str())
+        decode_value(self.get_ref(at).map_err(decode_error)?.as_str())
     }
 
     fn text_opt(&self, at: usize) -> Result<Option<&str>, sqlx::Error> {
-        read(self.get_ref(at).map_err(unread)?.as_str_or_null())
+        decode_value(self.get_ref(at).map_err(decode_error)?.as_str_or_null())
     }
 
     fn int(&self, at: usize) -> Result<i64, sqlx::Error> {
-        read(self.get_ref(at).map_err(unread)?.as_i64())
+        decode_value(self.get_ref(at).map_err(decode_error)?.as_i64())
     }
 
     fn int_opt(&self, at: usize) -> Result<Option<i64>, sqlx::Error> {
-        read(self.get_ref(at).map_err(unread)?.as_i64_or_null())
+        decode_value(self.get_ref(at).map_err(decode_error)?.as_i64_or_null())
     }
 
     fn bytes(&self, at: usize) -> Result<&[u8], sqlx::Error> {
-        read(self.get_ref(at).map_err(unread)?.as_blob())
+        decode_value(self.get_ref(at).map_err(decode_error)?.as_blob())
     }
 
     fn bytes_opt(&self, at: usize) -> Result<Option<&[u8]>, sqlx::Error> {
-        read(self.get_ref(at).map_err(unread)?.as_blob_or_null())
+        decode_value(self.get_ref(at).map_err(decode_error)?.as_blob_or_null())
     }
 
-    fn free_text_opt(&self, at: usize) -> Result<Option<Cow<'_, str>>, sqlx::Error> {
+    fn arbitrary_text_opt(&self, at: usize) -> Result<Option<Cow<'_, str>>, sqlx::Error> {
         Ok(self.text_opt(at)?.map(Cow::Borrowed))
     }
 }

@@ -7,30 +7,30 @@ use rusqlite::{CachedStatement, Connection, params};
 
 use crate::{
     domain::{
-        account::{Account, Member, Role},
-        key::Secret,
-        limit::{Drawn, Spent},
-        log::{Change, LogRow},
+        account::{Account, AccountMember, Role},
+        key::KeySecret,
+        limit::{PendingQuotaUnits, QuotaUsage},
+        log::{LogEntry, RecordChange},
         name::{AccountId, KeyId, UserId},
         time::Timestamp,
     },
     store::{
-        Committed, Head, IDEMPOTENCY_WINDOW, StoreError, UsageBatch, Write,
-        plan::{self, Plan, Questions},
-        records::{head_at, spent_at},
-        rows::{
-            KeyRow, account_sum, longest_life, member_sum, revision_to_i64, role_account, role_scopes,
-            role_sum, secret_sum,
+        CommittedBatch, IDEMPOTENCY_WINDOW, LogHead, StoreError, UsageBatch, WriteRequest,
+        row_decoding::{decode_head, decode_quota_usage},
+        row_format::{
+            KeyRow, account_checksum, longest_life_micros, member_checksum, revision_to_i64,
+            role_account_column, role_checksum, role_scopes_column, secret_checksum,
         },
+        write_plan::{self, PreStateQuery, WritePlan},
     },
 };
 
 use super::{
-    connection::{Result, each},
-    facts,
+    connection::{SqliteResult, execute_each},
+    pre_state,
 };
 
-type Executed = rusqlite::Result<usize>;
+type ExecuteResult = rusqlite::Result<usize>;
 
 const PUT_ACCOUNT: &str = "INSERT INTO accounts (id, name, suspended_at, created_at, updated_at, revision, sum, longest_life) \
      VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET name = excluded.name, \
@@ -51,32 +51,33 @@ const PUT_KEY: &str = "INSERT INTO keys VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?,
 const PUT_SECRET: &str = "INSERT INTO secrets VALUES (?, ?, ?, ?, ?, ?, ?) \
      ON CONFLICT (digest) DO UPDATE SET expires_at = excluded.expires_at, sum = excluded.sum \
      WHERE key_id = excluded.key_id AND version = excluded.version";
-const APPEND: &str = "INSERT INTO log VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)";
-const REMEMBER: &str = "INSERT OR REPLACE INTO idempotency VALUES (?, ?, ?, ?, ?)";
-const NOTE_USED: &str = "INSERT INTO uses VALUES (?, ?, ?) \
+const APPEND_LOG_ENTRY: &str = "INSERT INTO log VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)";
+const PUT_IDEMPOTENCY_KEY: &str = "INSERT OR REPLACE INTO idempotency VALUES (?, ?, ?, ?, ?)";
+const PUT_SECRET_USE: &str = "INSERT INTO uses VALUES (?, ?, ?) \
      ON CONFLICT (key_id, version) DO UPDATE SET at = max(at, excluded.at)";
-const COUNT: &str = "INSERT INTO usage VALUES (?, ?, ?, ?) \
+const ADD_USAGE_COUNT: &str = "INSERT INTO usage VALUES (?, ?, ?, ?) \
      ON CONFLICT (key_id, hour, reason) DO UPDATE SET count = count + excluded.count";
 /// A later period starts afresh, and one that is over is dropped.
-const DRAW: &str = "INSERT INTO quotas SELECT ?1, ?2, ?3 \
+const ADD_QUOTA_UNITS: &str = "INSERT INTO quotas SELECT ?1, ?2, ?3 \
      WHERE NOT EXISTS (SELECT 1 FROM quotas known WHERE known.key_id = ?1 AND known.period >= ?4) \
      ON CONFLICT (key_id) DO UPDATE SET period = excluded.period, \
      used = excluded.used + iif(quotas.period = excluded.period, quotas.used, 0)";
-const SPENT: &str = "SELECT key_id, period, used FROM quotas WHERE key_id = ?1";
+const SELECT_QUOTA_USAGE: &str = "SELECT key_id, period, used FROM quotas WHERE key_id = ?1";
 
 /// Writes what of the batch can be written.
-pub(super) fn batch(connection: &Connection, batch: &[Write]) -> Result<Committed> {
+pub(super) fn write_batch(connection: &Connection, batch: &[WriteRequest]) -> SqliteResult<CommittedBatch> {
     let mut head = read_head(connection)?;
-    let mut committed = Committed::default();
-    for run in plan::runs(batch) {
-        let facts = facts::answers(connection, &Questions::of(run))?;
-        let plan = plan::decide(run, facts, head).map_err(|error| StoreError::Unavailable(error.into()))?;
-        write(connection, &plan)?;
+    let mut committed = CommittedBatch::default();
+    for run in write_plan::split_into_runs(batch) {
+        let facts = pre_state::read_pre_state(connection, &PreStateQuery::from_writes(run))?;
+        let plan =
+            write_plan::plan_run(run, facts, head).map_err(|error| StoreError::Unavailable(error.into()))?;
+        write_run(connection, &plan)?;
         head = plan.head;
         committed.outcomes.extend(plan.committed.outcomes);
-        committed.rows.extend(plan.committed.rows);
+        committed.entries.extend(plan.committed.entries);
     }
-    if !committed.rows.is_empty() {
+    if !committed.entries.is_empty() {
         connection
             .prepare_cached("UPDATE meta SET head = ?1, head_hash = ?2")?
             .execute(params![revision_to_i64(head.revision), head.hash])?;
@@ -84,35 +85,37 @@ pub(super) fn batch(connection: &Connection, batch: &[Write]) -> Result<Committe
     Ok(committed)
 }
 
-fn read_head(connection: &Connection) -> Result<Head> {
+fn read_head(connection: &Connection) -> SqliteResult<LogHead> {
     let mut statement = connection.prepare_cached("SELECT head, head_hash FROM meta")?;
-    Ok(statement.query_row([], |row| Ok(head_at(row)))??)
+    Ok(statement.query_row([], |row| Ok(decode_head(row)))??)
 }
 
 /// Brings the tables to what a run was decided to be.
-fn write(connection: &Connection, plan: &Plan<'_>) -> Result<()> {
+fn write_run(connection: &Connection, plan: &WritePlan<'_>) -> SqliteResult<()> {
     let (mut accounts, mut roles, mut members, mut keys) = (vec![], vec![], vec![], vec![]);
-    for (_, change) in &plan.committed.rows {
+    for (_, change) in &plan.committed.entries {
         match change {
-            Change::Account(account) => accounts.push(&**account),
-            Change::Role(role) => roles.push(&**role),
-            Change::Member(member) => members.push(&**member),
-            Change::Key(key) => keys.push(&**key),
-            Change::RoleDeleted(role) => delete_role(connection, role)?,
-            Change::MemberRemoved(member) => remove_member(connection, member)?,
+            RecordChange::Account(account) => accounts.push(&**account),
+            RecordChange::Role(role) => roles.push(&**role),
+            RecordChange::Member(member) => members.push(&**member),
+            RecordChange::Key(key) => keys.push(&**key),
+            RecordChange::RoleDeleted(role) => delete_role(connection, role)?,
+            RecordChange::MemberRemoved(member) => remove_member(connection, member)?,
         }
     }
-    each(connection, PUT_ACCOUNT, accounts, put_account)?;
-    each(connection, PUT_ROLE, roles, put_role)?;
-    each(connection, PUT_MEMBER, members, put_member)?;
+    execute_each(connection, PUT_ACCOUNT, accounts, put_account)?;
+    execute_each(connection, PUT_ROLE, roles, put_role)?;
+    execute_each(connection, PUT_MEMBER, members, put_member)?;
     // In the order of their revisions: a name that one lets go is free for those after it.
-    each(connection, PUT_KEY, keys, |put, key| put_key(put, &KeyRow::of(key)))?;
+    execute_each(connection, PUT_KEY, keys, |put, key| put_key(put, &KeyRow::from_key(key)))?;
     put_secrets(connection, &plan.secrets)?;
-    each(connection, APPEND, &plan.committed.rows, |append, (row, _)| append_row(append, row))?;
-    remember(connection, plan)
+    execute_each(connection, APPEND_LOG_ENTRY, &plan.committed.entries, |append, (row, _)| {
+        append_log_entry(append, row)
+    })?;
+    store_idempotency_keys(connection, plan)
 }
 
-fn put_account(put: &mut CachedStatement<'_>, account: &Account) -> Executed {
+fn put_account(put: &mut CachedStatement<'_>, account: &Account) -> ExecuteResult {
     put.execute(params![
         account.id.as_str(),
         account.name.as_str(),
@@ -120,32 +123,32 @@ fn put_account(put: &mut CachedStatement<'_>, account: &Account) -> Executed {
         account.created_at.as_micros(),
         account.updated_at.as_micros(),
         revision_to_i64(account.revision),
-        account_sum(account),
-        longest_life(account),
+        account_checksum(account),
+        longest_life_micros(account),
     ])
 }
 
-fn put_role(put: &mut CachedStatement<'_>, role: &Role) -> Executed {
+fn put_role(put: &mut CachedStatement<'_>, role: &Role) -> ExecuteResult {
     put.execute(params![
-        role_account(role.account.as_ref()),
+        role_account_column(role.account.as_ref()),
         role.name.as_str(),
-        role_scopes(role),
+        role_scopes_column(role),
         revision_to_i64(role.revision),
-        role_sum(role),
+        role_checksum(role),
     ])
 }
 
-fn put_member(put: &mut CachedStatement<'_>, member: &Member) -> Executed {
+fn put_member(put: &mut CachedStatement<'_>, member: &AccountMember) -> ExecuteResult {
     put.execute(params![
         member.account.as_str(),
         member.user.as_str(),
         member.role.as_str(),
         revision_to_i64(member.revision),
-        member_sum(member),
+        member_checksum(member),
     ])
 }
 
-fn put_key(put: &mut CachedStatement<'_>, row: &KeyRow<'_>) -> Executed {
+fn put_key(put: &mut CachedStatement<'_>, row: &KeyRow<'_>) -> ExecuteResult {
     put.execute(params![
         row.id,
         row.account,
@@ -168,12 +171,12 @@ fn put_key(put: &mut CachedStatement<'_>, row: &KeyRow<'_>) -> Executed {
         row.revoke_reason,
         row.revoke_comment,
         row.revision,
-        row.sum(),
+        row.checksum(),
         row.name_nfc(),
     ])
 }
 
-fn put_secret(put: &mut CachedStatement<'_>, (id, secret): &(KeyId, Secret)) -> Executed {
+fn put_secret(put: &mut CachedStatement<'_>, (id, secret): &(KeyId, KeySecret)) -> ExecuteResult {
     put.execute(params![
         secret.digest.as_bytes(),
         id.as_bytes(),
@@ -181,11 +184,11 @@ fn put_secret(put: &mut CachedStatement<'_>, (id, secret): &(KeyId, Secret)) -> 
         secret.hint,
         secret.created_at.as_micros(),
         secret.expires_at.map(Timestamp::as_micros),
-        secret_sum(id.as_bytes(), secret),
+        secret_checksum(id.as_bytes(), secret),
     ])
 }
 
-fn append_row(append: &mut CachedStatement<'_>, row: &LogRow) -> Executed {
+fn append_log_entry(append: &mut CachedStatement<'_>, row: &LogEntry) -> ExecuteResult {
     append.execute(params![
         revision_to_i64(row.revision),
         row.at.as_micros(),
@@ -204,9 +207,9 @@ fn append_row(append: &mut CachedStatement<'_>, row: &LogRow) -> Executed {
 }
 
 /// Brings the secrets' rows to where the records say; only a record's newest can be new.
-fn put_secrets(connection: &Connection, rows: &[(KeyId, Secret)]) -> Result<()> {
+fn put_secrets(connection: &Connection, rows: &[(KeyId, KeySecret)]) -> SqliteResult<()> {
     // A digest that is another secret's was found out before: here nothing may be left out.
-    match each(connection, PUT_SECRET, rows, put_secret)? {
+    match execute_each(connection, PUT_SECRET, rows, put_secret)? {
         written if written == rows.len() => Ok(()),
         written => {
             let problem = format!("{written} of {} secrets were written", rows.len());
@@ -215,13 +218,13 @@ fn put_secrets(connection: &Connection, rows: &[(KeyId, Secret)]) -> Result<()> 
     }
 }
 
-fn delete_role(connection: &Connection, role: &Role) -> Result<()> {
-    let place = [role_account(role.account.as_ref()), role.name.as_str()];
+fn delete_role(connection: &Connection, role: &Role) -> SqliteResult<()> {
+    let place = [role_account_column(role.account.as_ref()), role.name.as_str()];
     connection.execute("DELETE FROM roles WHERE account = ?1 AND name = ?2", place)?;
     Ok(())
 }
 
-fn remove_member(connection: &Connection, member: &Member) -> Result<()> {
+fn remove_member(connection: &Connection, member: &AccountMember) -> SqliteResult<()> {
     let place = [member.account.as_str(), member.user.as_str()];
     connection.execute("DELETE FROM members WHERE account = ?1 AND user_id = ?2", place)?;
     Ok(())
@@ -229,9 +232,9 @@ fn remove_member(connection: &Connection, member: &Member) -> Result<()> {
 
 /// Keeps the idempotency keys. Each insert takes away a few that no longer count, so the table stays small without
 /// a sweeper.
-fn remember(connection: &Connection, plan: &Plan<'_>) -> Result<()> {
+fn store_idempotency_keys(connection: &Connection, plan: &WritePlan<'_>) -> SqliteResult<()> {
     let Some(oldest) = plan.requests.iter().map(|(_, _, at)| *at).min() else { return Ok(()) };
-    each(connection, REMEMBER, &plan.requests, |remember, (request, key_id, at)| {
+    execute_each(connection, PUT_IDEMPOTENCY_KEY, &plan.requests, |remember, (request, key_id, at)| {
         remember.execute(params![
             request.caller.as_bytes(),
             request.key.as_str(),
@@ -243,45 +246,51 @@ fn remember(connection: &Connection, plan: &Plan<'_>) -> Result<()> {
     let sql = "DELETE FROM idempotency WHERE (caller, key) IN (SELECT caller, key FROM idempotency \
                WHERE created_at < ?1 ORDER BY created_at LIMIT ?2)";
     let most = 4 * i64::try_from(plan.requests.len()).unwrap_or(i64::MAX / 4);
-    connection.prepare_cached(sql)?.execute([oldest.minus(IDEMPOTENCY_WINDOW).as_micros(), most])?;
+    connection.prepare_cached(sql)?.execute([oldest.saturating_sub(IDEMPOTENCY_WINDOW).as_micros(), most])?;
     Ok(())
 }
 
 /// Writes what Checks have left. Gives what is spent now of the quotas that were drawn from.
-pub(super) fn usage(connection: &Connection, batch: &UsageBatch) -> Result<Vec<(KeyId, Spent)>> {
-    each(connection, NOTE_USED, &batch.used, |note, used| {
+pub(super) fn write_usage(
+    connection: &Connection,
+    batch: &UsageBatch,
+) -> SqliteResult<Vec<(KeyId, QuotaUsage)>> {
+    execute_each(connection, PUT_SECRET_USE, &batch.secret_uses, |note, used| {
         note.execute(params![used.key_id.as_bytes(), used.version, used.at.as_micros()])
     })?;
-    each(connection, COUNT, &batch.counts, |add, count| {
+    execute_each(connection, ADD_USAGE_COUNT, &batch.counts, |add, count| {
         let (reason, number) = (count.reason as u8, i64::try_from(count.count).unwrap_or(i64::MAX));
         add.execute(params![count.key_id.as_bytes(), count.hour.0, reason, number])
     })?;
-    draw(connection, &batch.spent)
+    add_quota_units(connection, &batch.quota_units)
 }
 
 /// Adds units to quotas.
-fn draw(connection: &Connection, spent: &[(KeyId, Drawn)]) -> Result<Vec<(KeyId, Spent)>> {
-    let mut by_key = BTreeMap::<KeyId, Drawn>::new();
+fn add_quota_units(
+    connection: &Connection,
+    spent: &[(KeyId, PendingQuotaUnits)],
+) -> SqliteResult<Vec<(KeyId, QuotaUsage)>> {
+    let mut by_key = BTreeMap::<KeyId, PendingQuotaUnits>::new();
     for (id, drawn) in spent {
-        by_key.entry(*id).and_modify(|known| *known = known.and(*drawn)).or_insert(*drawn);
+        by_key.entry(*id).and_modify(|known| *known = known.merge(*drawn)).or_insert(*drawn);
     }
-    each(connection, DRAW, &by_key, |draw, (key_id, drawn)| {
+    execute_each(connection, ADD_QUOTA_UNITS, &by_key, |draw, (key_id, drawn)| {
         draw.execute(params![
             key_id.as_bytes(),
-            drawn.period.as_micros(),
+            drawn.period_start.as_micros(),
             i64::try_from(drawn.units).unwrap_or(i64::MAX),
-            drawn.until.map_or(i64::MAX, Timestamp::as_micros),
+            drawn.period_end.map_or(i64::MAX, Timestamp::as_micros),
         ])
     })?;
     let mut found = Vec::with_capacity(by_key.len());
     if by_key.is_empty() {
         return Ok(found);
     }
-    let mut statement = connection.prepare_cached(SPENT)?;
+    let mut statement = connection.prepare_cached(SELECT_QUOTA_USAGE)?;
     for key_id in by_key.keys() {
         let mut rows = statement.query([key_id.as_bytes()])?;
         while let Some(row) = rows.next()? {
-            found.push(spent_at(row)?);
+            found.push(decode_quota_usage(row)?);
         }
     }
     Ok(found)
@@ -290,17 +299,17 @@ fn draw(connection: &Connection, spent: &[(KeyId, Drawn)]) -> Result<Vec<(KeyId,
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::{Schema, sqlite::Sqlite};
+    use crate::store::{SchemaPolicy, sqlite::SqliteStore};
 
     #[tokio::test(flavor = "multi_thread")]
     async fn what_is_asked_or_changed_is_found_by_an_index() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("keyward.db").display().to_string();
-        let store = Sqlite::open(&path, Schema::Migrate).await.unwrap();
-        for statement in facts::ALL.into_iter().chain([DRAW, SPENT]) {
+        let store = SqliteStore::open(&path, SchemaPolicy::Migrate).await.unwrap();
+        for statement in pre_state::ALL_STATEMENTS.into_iter().chain([ADD_QUOTA_UNITS, SELECT_QUOTA_USAGE]) {
             let steps = store
                 .writer
-                .work(move |connection| {
+                .run(move |connection| {
                     let mut statement = connection.prepare(&format!("EXPLAIN QUERY PLAN {statement}"))?;
                     let mut rows = statement.raw_query();
                     let mut steps = Vec::<String>::new();

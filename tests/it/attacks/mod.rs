@@ -22,10 +22,12 @@ use std::{
 
 use keyward::pb;
 
-use crate::process::{Caller, Home, Keyward, PATIENCE, plain_key, question, wait_for};
+use crate::process::{
+    AuthorizedClients, KeywardProcess, TestHome, WAIT_TIMEOUT, check_request, plain_key_request, wait_for,
+};
 
 /// How much more memory an attack may cost, in KiB. The worst of them cost a default server 830 MB.
-const MOST_MEMORY: u64 = 64 * 1024;
+const MAX_MEMORY_KIB: u64 = 64 * 1024;
 
 /// How HTTP/2 begins.
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -49,19 +51,19 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
 }
 
 /// A header field that no table holds (RFC 7541, section 6.2.2).
-fn field(name: &str, value: &str) -> Vec<u8> {
+fn encode_header(name: &str, value: &str) -> Vec<u8> {
     let text = |text: &str| [&[u8::try_from(text.len()).unwrap()], text.as_bytes()].concat();
     [&[0], &text(name)[..], &text(value)].concat()
 }
 
 /// The headers of a call, of somebody without a credential.
-fn call(path: &str) -> Vec<u8> {
+fn encode_call_headers(path: &str) -> Vec<u8> {
     // `:method: POST` and `:scheme: http` are in the static table.
     let mut block = vec![0x83, 0x86];
     for (name, value) in
         [(":path", path), (":authority", "x"), ("content-type", "application/grpc"), ("te", "trailers")]
     {
-        block.extend(field(name, value));
+        block.extend(encode_header(name, value));
     }
     block
 }
@@ -73,66 +75,66 @@ const REFLECTION: &str = "/grpc.reflection.v1.ServerReflection/ServerReflectionI
 
 /// A connection of somebody who means harm. What comes back is read and counted by a thread of its own, which answers
 /// pings and settings so that the server takes it for alive.
-struct Attacker {
+struct AttackConnection {
     stream: TcpStream,
-    heard: Arc<Heard>,
+    counters: Arc<ReceivedCounters>,
     next: u32,
 }
 
 #[derive(Default)]
-struct Heard {
+struct ReceivedCounters {
     resets: AtomicUsize,
     answers: AtomicUsize,
     closed: AtomicBool,
 }
 
-impl Attacker {
-    fn connect(to: SocketAddr, settings: &[u8]) -> Attacker {
+impl AttackConnection {
+    fn connect(to: SocketAddr, settings: &[u8]) -> AttackConnection {
         let mut stream = TcpStream::connect(to).unwrap();
-        stream.set_write_timeout(Some(PATIENCE)).unwrap();
+        stream.set_write_timeout(Some(WAIT_TIMEOUT)).unwrap();
         stream.write_all(PREFACE).unwrap();
         stream.write_all(&frame(SETTINGS, 0, 0, settings)).unwrap();
-        let heard = Arc::new(Heard::default());
+        let heard = Arc::new(ReceivedCounters::default());
         let (reader, told) = (stream.try_clone().unwrap(), heard.clone());
         std::thread::spawn(move || {
-            let _ = listen(reader, &told);
+            let _ = count_frames(reader, &told);
             told.closed.store(true, Ordering::Relaxed);
         });
-        Attacker { stream, heard, next: 1 }
+        AttackConnection { stream, counters: heard, next: 1 }
     }
 
     /// Sends, until the server has had enough.
     fn send(&mut self, bytes: &[u8]) -> bool {
-        !self.closed() && self.stream.write_all(bytes).is_ok()
+        !self.is_closed() && self.stream.write_all(bytes).is_ok()
     }
 
-    fn closed(&self) -> bool {
-        self.heard.closed.load(Ordering::Relaxed)
+    fn is_closed(&self) -> bool {
+        self.counters.closed.load(Ordering::Relaxed)
     }
 
     /// The id of a stream that was never used.
-    fn stream(&mut self) -> u32 {
+    fn next_stream_id(&mut self) -> u32 {
         self.next += 2;
         self.next - 2
     }
 
-    fn until_answered(&self, calls: usize) {
-        let answered = || self.heard.answers.load(Ordering::Relaxed) >= calls;
+    fn wait_until_answered(&self, calls: usize) {
+        let answered = || self.counters.answers.load(Ordering::Relaxed) >= calls;
         wait_for("the calls to be answered", || answered().then_some(()));
     }
 
-    fn until_closed(&self) {
-        wait_for("the server to close the connection", || self.closed().then_some(()));
+    fn wait_until_closed(&self) {
+        wait_for("the server to close the connection", || self.is_closed().then_some(()));
     }
 }
 
-impl Drop for Attacker {
+impl Drop for AttackConnection {
     fn drop(&mut self) {
         let _ = self.stream.shutdown(Shutdown::Both);
     }
 }
 
-fn listen(mut stream: TcpStream, heard: &Heard) -> io::Result<()> {
+fn count_frames(mut stream: TcpStream, heard: &ReceivedCounters) -> io::Result<()> {
     let mut head = [0; 9];
     loop {
         stream.read_exact(&mut head)?;
@@ -151,8 +153,8 @@ fn listen(mut stream: TcpStream, heard: &Heard) -> io::Result<()> {
 
 /// Reads until the server closes the connection. One that it leaves open is no closed one.
 #[track_caller]
-fn until_let_go(mut stream: &TcpStream) {
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+fn read_until_closed(mut stream: &TcpStream) {
+    stream.set_read_timeout(Some(WAIT_TIMEOUT)).unwrap();
     loop {
         match stream.read(&mut [0; 4096]) {
             Ok(0) => return,
@@ -164,28 +166,28 @@ fn until_let_go(mut stream: &TcpStream) {
 }
 
 /// Callers who ask and ask, and hold every answer to be right.
-struct Victims {
+struct RegularCallers {
     stop: Arc<AtomicBool>,
     answered: Arc<AtomicU64>,
     callers: Vec<tokio::task::JoinHandle<Vec<Duration>>>,
 }
 
-impl Victims {
-    async fn start(keyward: &Keyward) -> Victims {
-        let mut root = keyward.root();
-        let (_, token) = root.create(plain_key()).await.unwrap();
-        let (revoked, dead) = root.create(plain_key()).await.unwrap();
-        root.revoke(&revoked).await.unwrap();
+impl RegularCallers {
+    async fn start(keyward: &KeywardProcess) -> RegularCallers {
+        let mut root = keyward.root_caller();
+        let (_, token) = root.create_key(plain_key_request()).await.unwrap();
+        let (revoked, dead) = root.create_key(plain_key_request()).await.unwrap();
+        root.revoke_key(&revoked).await.unwrap();
         let (stop, answered) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let callers = (0..4).map(|_| {
-            let (token, dead, caller) = (token.clone(), dead.clone(), keyward.root());
-            tokio::spawn(ask(caller, token, dead, stop.clone(), answered.clone()))
+            let (token, dead, caller) = (token.clone(), dead.clone(), keyward.root_caller());
+            tokio::spawn(check_until_stopped(caller, token, dead, stop.clone(), answered.clone()))
         });
-        Victims { callers: callers.collect(), stop, answered }
+        RegularCallers { callers: callers.collect(), stop, answered }
     }
 
     /// Waits until so many more calls were answered.
-    fn go_on_for(&self, calls: u64) {
+    fn wait_for_answers(&self, calls: u64) {
         let end = self.answered.load(Ordering::Relaxed) + calls;
         wait_for("the callers to go on", || (self.answered.load(Ordering::Relaxed) >= end).then_some(()));
     }
@@ -202,8 +204,8 @@ impl Victims {
     }
 }
 
-async fn ask(
-    mut caller: Caller,
+async fn check_until_stopped(
+    mut caller: AuthorizedClients,
     token: String,
     dead: String,
     stop: Arc<AtomicBool>,
@@ -213,7 +215,7 @@ async fn ask(
     while !stop.load(Ordering::Relaxed) {
         for (token, expected) in [(&token, pb::Reason::Ok), (&dead, pb::Reason::Revoked)] {
             let begun = Instant::now();
-            let answer = caller.authz.check(question(token)).await.unwrap().into_inner();
+            let answer = caller.authz.check(check_request(token)).await.unwrap().into_inner();
             times.push(begun.elapsed());
             assert_eq!((answer.reason(), answer.allowed), (expected, expected == pb::Reason::Ok));
         }
@@ -223,28 +225,33 @@ async fn ask(
 }
 
 /// A figure of the process's status, in KiB.
-fn memory(process: u32, what: &str) -> u64 {
+fn memory_kib(process: u32, what: &str) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap();
     let line = status.lines().find(|line| line.starts_with(what)).unwrap();
     line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
 /// Runs an attack beside callers. It must not cost much memory, nor any answer.
-async fn withstand(name: &str, keyward: &Keyward, attack: impl FnOnce() + Send + 'static) {
-    withstand_within(MOST_MEMORY, name, keyward, attack).await;
+async fn assert_withstands(name: &str, keyward: &KeywardProcess, attack: impl FnOnce() + Send + 'static) {
+    assert_withstands_within(MAX_MEMORY_KIB, name, keyward, attack).await;
 }
 
 /// The same for so many KiB at the most.
-async fn withstand_within(most: u64, name: &str, keyward: &Keyward, attack: impl FnOnce() + Send + 'static) {
+async fn assert_withstands_within(
+    most: u64,
+    name: &str,
+    keyward: &KeywardProcess,
+    attack: impl FnOnce() + Send + 'static,
+) {
     let process = keyward.process.id();
-    let victims = Victims::start(keyward).await;
-    victims.go_on_for(50);
-    let before = memory(process, "VmRSS:");
+    let victims = RegularCallers::start(keyward).await;
+    victims.wait_for_answers(50);
+    let before = memory_kib(process, "VmRSS:");
     // The highest from now on.
     std::fs::write(format!("/proc/{process}/clear_refs"), "5").unwrap();
     tokio::task::spawn_blocking(attack).await.unwrap();
-    victims.go_on_for(50);
-    let (during, after) = (memory(process, "VmHWM:"), memory(process, "VmRSS:"));
+    victims.wait_for_answers(50);
+    let (during, after) = (memory_kib(process, "VmHWM:"), memory_kib(process, "VmRSS:"));
     let (calls, p99) = victims.stop().await;
     let mb = |kib: u64| format!("{:.1}", kib as f64 / 1024.0);
     println!(
@@ -257,12 +264,12 @@ async fn withstand_within(most: u64, name: &str, keyward: &Keyward, attack: impl
     assert!(during < before + most, "{name}: {before} KiB before, {during} KiB at most");
 }
 
-async fn started(tables: &str) -> Keyward {
-    let home = Home::new();
+async fn start_server(tables: &str) -> KeywardProcess {
+    let home = TestHome::new();
     std::fs::write(home.path("keyward.toml"), tables).unwrap();
-    let mut command = home.serve();
+    let mut command = home.serve_command();
     command.args(["--config", "keyward.toml"]);
-    let keyward = home.start_as(command).unwrap_or_else(|ended| panic!("{ended:?}"));
-    keyward.root().make_account("acme").await;
+    let keyward = home.start_with(command).unwrap_or_else(|ended| panic!("{ended:?}"));
+    keyward.root_caller().create_account("acme").await;
     keyward
 }

@@ -6,30 +6,30 @@ use std::{
 };
 
 use super::*;
-use crate::authority::Authority;
+use crate::test_ca::TestCa;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn who_says_nothing_or_little_is_let_go() {
-    let keyward = started(
+    let keyward = start_server(
         "[[listener]]\nname = 'brief'\naddress = '127.0.0.1:0'\nservices = ['check', 'health']\n\
          handshake_timeout = '500ms'\nmax_connection_idle = '1s'\n",
     )
     .await;
-    let to = keyward.process.listener("brief").unwrap().parse().unwrap();
-    withstand("400 silent connections, 50 that only answer pings", &keyward, move || {
+    let to = keyward.process.listener_address("brief").unwrap().parse().unwrap();
+    assert_withstands("400 silent connections, 50 that only answer pings", &keyward, move || {
         let silent: Vec<_> = (0..200).map(|_| TcpStream::connect::<SocketAddr>(to).unwrap()).collect();
         let begun = (0..200).map(|_| {
             let mut stream = TcpStream::connect(to).unwrap();
             stream.write_all(b"PRI * HT").unwrap();
             stream
         });
-        silent.iter().chain(&begun.collect::<Vec<_>>()).for_each(until_let_go);
+        silent.iter().chain(&begun.collect::<Vec<_>>()).for_each(read_until_closed);
         // These answer pings, and ask nothing.
-        let alive: Vec<_> = (0..50).map(|_| Attacker::connect(to, &[])).collect();
-        alive.iter().for_each(Attacker::until_closed);
+        let alive: Vec<_> = (0..50).map(|_| AttackConnection::connect(to, &[])).collect();
+        alive.iter().for_each(AttackConnection::wait_until_closed);
     })
     .await;
-    let (_, metrics) = keyward.page("/metrics");
+    let (_, metrics) = keyward.fetch_admin_page("/metrics");
     let refused = "keyward_connections_refused_total{listener=\"brief\",reason=\"timeout\"} 400";
     assert!(metrics.contains(refused), "{metrics}");
     keyward.stop();
@@ -37,17 +37,17 @@ async fn who_says_nothing_or_little_is_let_go() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_tls_handshake_that_does_not_go_on_is_let_go() {
-    let (home, authority) = (Home::new(), Authority::new("ours"));
-    authority.server(2040).write(&home.path("cert.pem"), &home.path("key.pem"));
+    let (home, authority) = (TestHome::new(), TestCa::new("ours"));
+    authority.issue_server_certificate(2040).write_files(&home.path("cert.pem"), &home.path("key.pem"));
     let table = "[[listener]]\nname = 'secure'\naddress = '127.0.0.1:0'\nservices = ['check']\nhandshake_timeout = '500ms'\n\
                  [listener.tls]\ncertificate = 'cert.pem'\nkey = 'key.pem'\n";
     std::fs::write(home.path("keyward.toml"), table).unwrap();
-    let mut command = home.serve();
+    let mut command = home.serve_command();
     command.args(["--config", "keyward.toml"]);
-    let keyward = home.start_as(command).unwrap_or_else(|ended| panic!("{ended:?}"));
-    keyward.root().make_account("acme").await;
-    let to: SocketAddr = keyward.process.listener("secure").unwrap().parse().unwrap();
-    withstand("400 unfinished TLS handshakes", &keyward, move || {
+    let keyward = home.start_with(command).unwrap_or_else(|ended| panic!("{ended:?}"));
+    keyward.root_caller().create_account("acme").await;
+    let to: SocketAddr = keyward.process.listener_address("secure").unwrap().parse().unwrap();
+    assert_withstands("400 unfinished TLS handshakes", &keyward, move || {
         let begun: Vec<_> = (0..400)
             .map(|_| {
                 let mut stream = TcpStream::connect(to).unwrap();
@@ -56,7 +56,7 @@ async fn a_tls_handshake_that_does_not_go_on_is_let_go() {
                 stream
             })
             .collect();
-        begun.iter().for_each(until_let_go);
+        begun.iter().for_each(read_until_closed);
     })
     .await;
     keyward.stop();
@@ -65,9 +65,9 @@ async fn a_tls_handshake_that_does_not_go_on_is_let_go() {
 #[tokio::test(flavor = "multi_thread")]
 async fn who_answers_no_ping_is_let_go() {
     // Without calls it could stay for minutes.
-    let keyward = started("").await;
+    let keyward = start_server("").await;
     let to = keyward.address;
-    withstand("200 connections that fell silent", &keyward, move || {
+    assert_withstands("200 connections that fell silent", &keyward, move || {
         let silent: Vec<_> = (0..200)
             .map(|_| {
                 let mut stream = TcpStream::connect(to).unwrap();
@@ -76,7 +76,7 @@ async fn who_answers_no_ping_is_let_go() {
                 stream
             })
             .collect();
-        silent.iter().for_each(until_let_go);
+        silent.iter().for_each(read_until_closed);
     })
     .await;
     keyward.stop();
@@ -84,20 +84,22 @@ async fn who_answers_no_ping_is_let_go() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_request_to_management_that_does_not_arrive_is_given_up() {
-    let keyward = started("").await;
+    let keyward = start_server("").await;
     let to = keyward.address;
     let bearer = format!("Bearer {}", keyward.home.root_key().trim());
-    withstand("256 requests to management that stop in the middle", &keyward, move || {
-        let mut attacker = Attacker::connect(to, &[]);
-        let headers = [call("/keyward.v1.KeyService/Create"), field("authorization", &bearer)].concat();
+    assert_withstands("256 requests to management that stop in the middle", &keyward, move || {
+        let mut attacker = AttackConnection::connect(to, &[]);
+        let headers =
+            [encode_call_headers("/keyward.v1.KeyService/Create"), encode_header("authorization", &bearer)]
+                .concat();
         for _ in 0..256 {
-            let stream = attacker.stream();
+            let stream = attacker.next_stream_id();
             let begun = [0, 0, 0, 0, 100, 1];
             let frames =
                 [frame(HEADERS, END_HEADERS, stream, &headers), frame(DATA, 0, stream, &begun)].concat();
             assert!(attacker.send(&frames));
         }
-        attacker.until_answered(256);
+        attacker.wait_until_answered(256);
     })
     .await;
     keyward.stop();

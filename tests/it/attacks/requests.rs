@@ -12,19 +12,19 @@ use keyward::pb;
 use prost::Message as _;
 
 use super::*;
-use crate::{forward_auth::Front, http::Request, support::reason};
+use crate::{forward_auth::ForwardAuthServer, raw_http::RawRequest, support::error_reason};
 
 /// How much more memory all of them together may cost, in KiB: the budget of 64 MiB, and what each connection has.
-const MOST: u64 = 144 * 1024;
+const MAX_MEMORY_KIB: u64 = 144 * 1024;
 /// The memory of the shipped pod.
 const POD: u64 = 512 << 20;
 
 /// A kind of call: its path, the largest message that it takes, and a message that it takes.
-type Kind = (&'static str, u32, Vec<u8>);
+type CallKind = (&'static str, u32, Vec<u8>);
 
-fn kinds() -> Vec<Kind> {
-    let check = question("kw_live_x").encode_to_vec();
-    let batch = pb::BatchCheckRequest { checks: vec![question("kw_live_x")] }.encode_to_vec();
+fn kinds() -> Vec<CallKind> {
+    let check = check_request("kw_live_x").encode_to_vec();
+    let batch = pb::BatchCheckRequest { checks: vec![check_request("kw_live_x")] }.encode_to_vec();
     // `list_services`.
     let services = vec![0x3a, 1, b'*'];
     vec![
@@ -32,7 +32,7 @@ fn kinds() -> Vec<Kind> {
         ("/keyward.v1.AuthzService/BatchCheck", 128 << 10, batch),
         ("/keyward.v1.AuthzService/StreamCheck", 16 << 10, check),
         (EXT_AUTHZ, 128 << 10, Vec::new()),
-        ("/keyward.v1.KeyService/Create", 4 << 20, plain_key().encode_to_vec()),
+        ("/keyward.v1.KeyService/Create", 4 << 20, plain_key_request().encode_to_vec()),
         ("/keyward.v1.KeyService/Import", 4 << 20, Vec::new()),
         ("/keyward.v1.KeyService/Revoke", 4 << 20, Vec::new()),
         ("/keyward.v1.KeyService/WatchPropagation", 4 << 20, Vec::new()),
@@ -48,44 +48,44 @@ fn kinds() -> Vec<Kind> {
 }
 
 /// The start of a message: its prefix, which announces so many bytes.
-fn announced(bytes: u32) -> Vec<u8> {
+fn message_prefix(bytes: u32) -> Vec<u8> {
     [&[0], &bytes.to_be_bytes()[..]].concat()
 }
 
-fn whole(message: &[u8]) -> Vec<u8> {
-    [&announced(u32::try_from(message.len()).unwrap()), message].concat()
+fn framed_message(message: &[u8]) -> Vec<u8> {
+    [&message_prefix(u32::try_from(message.len()).unwrap()), message].concat()
 }
 
 /// Tokens to attack with: none, a tenant's that may do much, and one that is revoked.
-async fn tokens(keyward: &Keyward) -> Vec<Option<String>> {
-    let mut root = keyward.root();
+async fn tokens(keyward: &KeywardProcess) -> Vec<Option<String>> {
+    let mut root = keyward.root_caller();
     let scopes = ["keyward:check", "keyward:keys:read", "keyward:keys:write", "keyward:audit:read"];
-    let manager = pb::CreateKeyRequest { scopes: scopes.map(str::to_owned).to_vec(), ..plain_key() };
-    let (_, living) = root.create(manager).await.unwrap();
-    let (id, dead) = root.create(plain_key()).await.unwrap();
-    root.revoke(&id).await.unwrap();
+    let manager = pb::CreateKeyRequest { scopes: scopes.map(str::to_owned).to_vec(), ..plain_key_request() };
+    let (_, living) = root.create_key(manager).await.unwrap();
+    let (id, dead) = root.create_key(plain_key_request()).await.unwrap();
+    root.revoke_key(&id).await.unwrap();
     vec![None, Some(living), Some(dead)]
 }
 
 fn headers(path: &str, token: Option<&str>) -> Vec<u8> {
-    let bearer = token.map(|token| field("authorization", &format!("Bearer {token}")));
-    [call(path), bearer.unwrap_or_default()].concat()
+    let bearer = token.map(|token| encode_header("authorization", &format!("Bearer {token}")));
+    [encode_call_headers(path), bearer.unwrap_or_default()].concat()
 }
 
 /// Every kind of call with every credential, `streams` of each over a connection of its own, which have sent `begin`.
-fn begun(
+fn begin_calls(
     to: SocketAddr,
     tokens: &[Option<String>],
     streams: usize,
-    begin: impl Fn(&Kind) -> Vec<u8>,
-) -> Vec<(Attacker, &'static str)> {
+    begin: impl Fn(&CallKind) -> Vec<u8>,
+) -> Vec<(AttackConnection, &'static str)> {
     let mut crowd = Vec::new();
     for kind in kinds() {
         for token in tokens {
-            let mut attacker = Attacker::connect(to, &[]);
+            let mut attacker = AttackConnection::connect(to, &[]);
             let headers = headers(kind.0, token.as_deref());
             for _ in 0..streams {
-                let stream = attacker.stream();
+                let stream = attacker.next_stream_id();
                 let frames =
                     [frame(HEADERS, END_HEADERS, stream, &headers), frame(DATA, 0, stream, &begin(&kind))];
                 attacker.send(&frames.concat());
@@ -115,24 +115,24 @@ fn cgroup() -> Option<PathBuf> {
 }
 
 /// Holds a process to the memory of a pod, if the machine can.
-struct Pod {
+struct MemoryLimit {
     group: Option<PathBuf>,
     process: u32,
 }
 
-impl Pod {
-    fn around(keyward: &Keyward) -> Pod {
+impl MemoryLimit {
+    fn apply_to(keyward: &KeywardProcess) -> MemoryLimit {
         let process = keyward.process.id();
         let group =
             cgroup().filter(|group| std::fs::write(group.join("cgroup.procs"), process.to_string()).is_ok());
         if group.is_none() {
             println!("this machine holds no process to {POD} bytes; its memory is looked at alone");
         }
-        Pod { group, process }
+        MemoryLimit { group, process }
     }
 }
 
-impl Drop for Pod {
+impl Drop for MemoryLimit {
     fn drop(&mut self) {
         let Some(group) = &self.group else { return };
         // A group goes when it is empty: the process has ended, or goes back where it was.
@@ -142,61 +142,66 @@ impl Drop for Pod {
 }
 
 /// An operator who connects now makes a key and stops it. A new connection may have to ask again, as its status says.
-async fn operate(mut root: Caller) {
-    let end = Instant::now() + PATIENCE;
+async fn operate(mut root: AuthorizedClients) {
+    let end = Instant::now() + WAIT_TIMEOUT;
     let id = loop {
-        match root.create(plain_key()).await {
+        match root.create_key(plain_key_request()).await {
             Ok((id, _)) => break id,
             Err(status) => {
-                assert!(reason(&status) == "OVERLOADED" && Instant::now() < end, "{status:?}");
+                assert!(error_reason(&status) == "OVERLOADED" && Instant::now() < end, "{status:?}");
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }
     };
-    root.revoke(&id).await.unwrap();
+    root.revoke_key(&id).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_announced_and_not_sent_costs_no_memory_and_keeps_nobody_out() {
-    let keyward = started("").await;
-    let (to, tokens, _pod) = (keyward.address, tokens(&keyward).await, Pod::around(&keyward));
-    let (runtime, root) = (tokio::runtime::Handle::current(), keyward.root());
-    withstand_within(MOST, "12,000 messages announced", &keyward, move || {
-        let _crowd = begun(to, &tokens, 250, |kind| announced(kind.1));
+    let keyward = start_server("").await;
+    let (to, tokens, _pod) = (keyward.address, tokens(&keyward).await, MemoryLimit::apply_to(&keyward));
+    let (runtime, root) = (tokio::runtime::Handle::current(), keyward.root_caller());
+    assert_withstands_within(MAX_MEMORY_KIB, "12,000 messages announced", &keyward, move || {
+        let _crowd = begin_calls(to, &tokens, 250, |kind| message_prefix(kind.1));
         runtime.block_on(operate(root));
     })
     .await;
-    operate(keyward.root()).await;
+    operate(keyward.root_caller()).await;
     keyward.stop();
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_request_that_does_not_end_in_time_is_answered_whatever_it_calls() {
-    let keyward = started("").await;
-    let (to, tokens, _pod) = (keyward.address, tokens(&keyward).await, Pod::around(&keyward));
-    withstand_within(MOST, "960 requests a byte at a time, 960 without an end", &keyward, move || {
-        let slow = begun(to, &tokens, 20, |_| announced(4096));
-        let endless = begun(to, &tokens, 20, |kind| whole(&kind.2));
-        let mut crowd: Vec<_> = slow.into_iter().chain(endless).collect();
-        wait_for("every request to be answered", || {
-            crowd.retain_mut(|(attacker, _)| {
-                let bytes: Vec<_> = (0..20).flat_map(|at| frame(DATA, 0, 2 * at + 1, &[0])).collect();
-                attacker.heard.answers.load(Ordering::Relaxed) < 20 && attacker.send(&bytes)
+    let keyward = start_server("").await;
+    let (to, tokens, _pod) = (keyward.address, tokens(&keyward).await, MemoryLimit::apply_to(&keyward));
+    assert_withstands_within(
+        MAX_MEMORY_KIB,
+        "960 requests a byte at a time, 960 without an end",
+        &keyward,
+        move || {
+            let slow = begin_calls(to, &tokens, 20, |_| message_prefix(4096));
+            let endless = begin_calls(to, &tokens, 20, |kind| framed_message(&kind.2));
+            let mut crowd: Vec<_> = slow.into_iter().chain(endless).collect();
+            wait_for("every request to be answered", || {
+                crowd.retain_mut(|(attacker, _)| {
+                    let bytes: Vec<_> = (0..20).flat_map(|at| frame(DATA, 0, 2 * at + 1, &[0])).collect();
+                    attacker.counters.answers.load(Ordering::Relaxed) < 20 && attacker.send(&bytes)
+                });
+                std::thread::sleep(Duration::from_millis(50));
+                crowd.is_empty().then_some(())
             });
-            std::thread::sleep(Duration::from_millis(50));
-            crowd.is_empty().then_some(())
-        });
-    })
+        },
+    )
     .await;
-    operate(keyward.root()).await;
+    operate(keyward.root_caller()).await;
     keyward.stop();
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_connection_took_goes_back_when_it_closes() {
-    let keyward = started("[overload]\nrequest_bytes = 33554432\n").await;
+    let keyward = start_server("[overload]\nrequest_bytes = 33554432\n").await;
     let held = || -> u64 {
-        let page = keyward.page("/metrics").1;
+        let page = keyward.fetch_admin_page("/metrics").1;
         page.lines()
             .find_map(|line| line.strip_prefix("keyward_request_memory_bytes "))
             .unwrap()
@@ -205,11 +210,11 @@ async fn what_a_connection_took_goes_back_when_it_closes() {
     };
     let crowd: Vec<_> = (0..8)
         .map(|_| {
-            let mut attacker = Attacker::connect(keyward.address, &[]);
+            let mut attacker = AttackConnection::connect(keyward.address, &[]);
             for _ in 0..40 {
-                let stream = attacker.stream();
-                attacker.send(&frame(HEADERS, END_HEADERS, stream, &call(EXT_AUTHZ)));
-                attacker.send(&frame(DATA, 0, stream, &announced(128 << 10)));
+                let stream = attacker.next_stream_id();
+                attacker.send(&frame(HEADERS, END_HEADERS, stream, &encode_call_headers(EXT_AUTHZ)));
+                attacker.send(&frame(DATA, 0, stream, &message_prefix(128 << 10)));
                 attacker.send(&frame(DATA, 0, stream, &[0; 1 << 10]));
             }
             attacker
@@ -224,9 +229,9 @@ async fn what_a_connection_took_goes_back_when_it_closes() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn heads_without_an_end_take_no_more_than_the_budget_and_pages_are_served() {
-    let Front { keyward, address: forward } = Front::start().await;
-    let (_pod, admin) = (Pod::around(&keyward), keyward.admin);
-    withstand_within(MOST, "1,600 large heads over HTTP/1.1", &keyward, move || {
+    let ForwardAuthServer { keyward, address: forward } = ForwardAuthServer::start().await;
+    let (_pod, admin) = (MemoryLimit::apply_to(&keyward), keyward.admin_address);
+    assert_withstands_within(MAX_MEMORY_KIB, "1,600 large heads over HTTP/1.1", &keyward, move || {
         let head = [&b"GET /auth/nginx HTTP/1.1\r\nhost: x\r\n"[..], &[b'x'; 100 << 10]].concat();
         let crowd: Vec<_> = [forward, admin]
             .iter()
@@ -237,8 +242,8 @@ async fn heads_without_an_end_take_no_more_than_the_budget_and_pages_are_served(
                 stream
             })
             .collect();
-        assert_eq!(Request::get("/healthz").send(admin).status, 200);
-        crowd.iter().for_each(until_let_go);
+        assert_eq!(RawRequest::get("/healthz").send(admin).status, 200);
+        crowd.iter().for_each(read_until_closed);
     })
     .await;
     keyward.stop();

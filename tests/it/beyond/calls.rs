@@ -8,7 +8,7 @@ use tonic::Status;
 
 use crate::{
     escalation::as_import,
-    support::{Client, service_key, texts, user_key},
+    support::{Client, service_key_request, to_strings, user_key_request},
 };
 
 const ACCOUNTS: [&str; 2] = ["acme", "other"];
@@ -17,66 +17,66 @@ const PATHS: [&[&str]; 3] = [&["scopes", "roles"], &["rate_limits"], &["metadata
 const GRANTS: [&str; 8] = ["a", "a", "a:x", "a:*", "b", "*", "keyward:keys:write", "keyward:*"];
 
 /// The ids of the keys that a call made.
-pub(super) type Done = Result<Vec<String>, Status>;
-pub(super) type Call = BoxFuture<'static, Done>;
+pub(super) type CallResult = Result<Vec<String>, Status>;
+pub(super) type PendingCall = BoxFuture<'static, CallResult>;
 
 /// Runs a call and drops what it answers.
-fn plain<T: Send + 'static>(call: impl Future<Output = Result<T, Status>> + Send + 'static) -> Call {
+fn plain<T: Send + 'static>(call: impl Future<Output = Result<T, Status>> + Send + 'static) -> PendingCall {
     Box::pin(async { call.await.map(|_| Vec::new()) })
 }
 
 /// A caller that may manage an account.
 #[derive(Clone)]
-pub(super) struct Manager {
+pub(super) struct RandomManager {
     pub(super) id: String,
     account: String,
     token: String,
     /// The headers that go with its calls.
     headers: Vec<(&'static str, String)>,
     /// What it is bound to: keys like itself have these terms.
-    like: pb::CreateKeyRequest,
+    template: pb::CreateKeyRequest,
     /// The role that its rights come from.
     role: Option<String>,
     user: Option<String>,
 }
 
-impl Manager {
+impl RandomManager {
     /// Its way to a replica.
-    fn at(&self, replica: &Client) -> Client {
+    fn client_for(&self, replica: &Client) -> Client {
         let client = replica.with_header("authorization", &format!("Bearer {}", self.token));
         self.headers.iter().fold(client, |client, (name, value)| client.with_header(name, value))
     }
 }
 
 /// What a round is about.
-pub(super) struct Stage {
+pub(super) struct RoundSetup {
     pub(super) account: String,
     pub(super) role: String,
-    pub(super) managers: Vec<Manager>,
+    pub(super) managers: Vec<RandomManager>,
     /// Keys of the account.
     pub(super) targets: Vec<String>,
 }
 
 /// Chooses everything, from a seed.
-pub(super) struct Chooser {
-    pub(super) dice: ChaCha8Rng,
+pub(super) struct RandomChooser {
+    pub(super) rng: ChaCha8Rng,
     /// One client without a credential for each replica.
     pub(super) replicas: Vec<Client>,
     pub(super) root_token: String,
     serial: u64,
 }
 
-impl Chooser {
-    pub(super) fn new(dice: ChaCha8Rng, replicas: Vec<Client>, root_token: String) -> Chooser {
-        Chooser { dice, replicas, root_token, serial: 0 }
+impl RandomChooser {
+    pub(super) fn new(dice: ChaCha8Rng, replicas: Vec<Client>, root_token: String) -> RandomChooser {
+        RandomChooser { rng: dice, replicas, root_token, serial: 0 }
     }
 
     fn one_in(&mut self, number: u32) -> bool {
-        self.dice.random_range(0..number) == 0
+        self.rng.random_range(0..number) == 0
     }
 
     fn pick<T: Clone>(&mut self, of: &[T]) -> T {
-        of.choose(&mut self.dice).unwrap().clone()
+        of.choose(&mut self.rng).unwrap().clone()
     }
 
     fn replica(&mut self) -> Client {
@@ -99,7 +99,7 @@ impl Chooser {
     pub(super) async fn role(&mut self, account: &str) -> String {
         self.serial += 1;
         let (role, root) = (format!("r{}", self.serial), self.root());
-        let arrangement = self.dice.random_range(0..5);
+        let arrangement = self.rng.random_range(0..5);
         if arrangement > 0 {
             root.put_role(account, &role, &["a"]).await.unwrap();
         }
@@ -111,14 +111,17 @@ impl Chooser {
     }
 
     /// Bounds of every kind, or none.
-    fn bound(&mut self, now: &prost_types::Timestamp, request: &mut pb::CreateKeyRequest) {
-        match self.dice.random_range(0..14) {
+    fn add_random_limits(&mut self, now: &prost_types::Timestamp, request: &mut pb::CreateKeyRequest) {
+        match self.rng.random_range(0..14) {
             0 => {
-                let seconds = now.seconds + self.dice.random_range(1..4);
+                let seconds = now.seconds + self.rng.random_range(1..4);
                 request.expires_at = Some(prost_types::Timestamp { seconds, nanos: 0 });
             }
-            1 => request.customers = self.pick(&[texts(&["c1"]), texts(&["c1", "c2"])]),
-            2 => request.allowed_cidrs = self.pick(&[texts(&["127.0.0.0/8"]), texts(&["127.0.0.1/32"])]),
+            1 => request.customers = self.pick(&[to_strings(&["c1"]), to_strings(&["c1", "c2"])]),
+            2 => {
+                request.allowed_cidrs =
+                    self.pick(&[to_strings(&["127.0.0.0/8"]), to_strings(&["127.0.0.1/32"])])
+            }
             3 => {
                 let window = Some(prost_types::Duration { seconds: self.pick(&[60, 120]), nanos: 0 });
                 let limit = self.pick(&[1000, 2000]);
@@ -134,7 +137,7 @@ impl Chooser {
     }
 
     /// A new manager that acts in this account.
-    pub(super) async fn manager(&mut self, account: &str, now: &prost_types::Timestamp) -> Manager {
+    pub(super) async fn manager(&mut self, account: &str, now: &prost_types::Timestamp) -> RandomManager {
         const RIGHTS: [&[&str]; 5] = [
             &["a", "keyward:keys:write", "keyward:accounts:write"],
             &["a", "keyward:keys:write", "keyward:accounts:write"],
@@ -149,56 +152,61 @@ impl Chooser {
             let (root, account, user) = (root.clone(), account.to_owned(), user.clone());
             async move { root.put_member(&account, &user, role).await.unwrap() }
         };
-        let mut manager = Manager {
+        let mut manager = RandomManager {
             id: String::new(),
             account: account.to_owned(),
             token: String::new(),
             headers: Vec::new(),
-            like: service_key(account, &[]),
+            template: service_key_request(account, &[]),
             role: None,
             user: None,
         };
-        let mut request = match self.dice.random_range(0..10) {
+        let mut request = match self.rng.random_range(0..10) {
             0 => {
                 member("boss").await;
                 manager.headers.push(("x-keyward-account", account.to_owned()));
                 manager.user = Some(user.clone());
-                user_key(&user, rights)
+                user_key_request(&user, rights)
             }
-            1 => service_key("keyward", &["keyward:keys:write", "keyward:accounts:write"]),
+            1 => service_key_request("keyward", &["keyward:keys:write", "keyward:accounts:write"]),
             2 => {
                 member("boss").await;
                 manager.headers.push(("x-keyward-acting-user", user.clone()));
                 manager.user = Some(user.clone());
-                service_key("keyward", &["keyward:keys:*", "keyward:accounts:write"])
+                service_key_request("keyward", &["keyward:keys:*", "keyward:accounts:write"])
             }
             3..6 => {
                 let role = format!("m{}", self.serial);
                 root.put_role(account, &role, rights).await.unwrap();
                 manager.role = Some(role.clone());
-                pb::CreateKeyRequest { roles: vec![role], ..service_key(account, &[]) }
+                pb::CreateKeyRequest { roles: vec![role], ..service_key_request(account, &[]) }
             }
-            _ => service_key(account, rights),
+            _ => service_key_request(account, rights),
         };
-        self.bound(now, &mut request);
-        manager.like = pb::CreateKeyRequest {
+        self.add_random_limits(now, &mut request);
+        manager.template = pb::CreateKeyRequest {
             account: account.to_owned(),
             user: String::new(),
             scopes: Vec::new(),
             roles: Vec::new(),
             ..request.clone()
         };
-        let made = root.make(request).await;
-        Manager { id: made.id, token: made.token, ..manager }
+        let made = root.create_key(request).await;
+        RandomManager { id: made.id, token: made.token, ..manager }
     }
 
     /// A key that a manager may want to make.
-    fn wanted(&mut self, stage: &Stage, by: &Manager, now: &prost_types::Timestamp) -> pb::CreateKeyRequest {
-        let mut request = by.like.clone();
-        match self.dice.random_range(0..4) {
-            0 => request.scopes = texts(&[self.pick(&GRANTS)]),
+    fn random_key_request(
+        &mut self,
+        stage: &RoundSetup,
+        by: &RandomManager,
+        now: &prost_types::Timestamp,
+    ) -> pb::CreateKeyRequest {
+        let mut request = by.template.clone();
+        match self.rng.random_range(0..4) {
+            0 => request.scopes = to_strings(&[self.pick(&GRANTS)]),
             1 => {
-                request.scopes = texts(&[self.pick(&GRANTS)]);
+                request.scopes = to_strings(&[self.pick(&GRANTS)]);
                 request.roles = vec![stage.role.clone()];
             }
             _ => request.roles = vec![stage.role.clone()],
@@ -207,29 +215,33 @@ impl Chooser {
             request = pb::CreateKeyRequest {
                 scopes: request.scopes,
                 roles: request.roles,
-                ..service_key(&stage.account, &[])
+                ..service_key_request(&stage.account, &[])
             };
-            self.bound(now, &mut request);
+            self.add_random_limits(now, &mut request);
         }
         request
     }
 
     /// A random call of a round, and the manager whose rights it takes away, if it does so.
-    pub(super) fn call(&mut self, stage: &Stage, now: &prost_types::Timestamp) -> (Call, Option<String>) {
+    pub(super) fn random_call(
+        &mut self,
+        stage: &RoundSetup,
+        now: &prost_types::Timestamp,
+    ) -> (PendingCall, Option<String>) {
         if self.one_in(5) {
-            return self.against(stage);
+            return self.random_restriction(stage);
         }
         let manager = self.pick(&stage.managers);
-        let client = manager.at(&self.replica());
+        let client = manager.client_for(&self.replica());
         let (account, role) = (stage.account.clone(), stage.role.clone());
         let user = self.pick(&USERS).to_owned();
         let target = self.pick(&[stage.targets.as_slice(), std::slice::from_ref(&manager.id)].concat());
-        let request = self.wanted(stage, &manager, now);
+        let request = self.random_key_request(stage, &manager, now);
         let grant = self.pick(&GRANTS);
-        let call: Call = match self.dice.random_range(0..24) {
+        let call: PendingCall = match self.rng.random_range(0..24) {
             0..5 => Box::pin(async move { Ok(vec![client.create(request).await?.key.unwrap().id]) }),
             5 | 6 => {
-                let sha256 = (0..32).map(|_| self.dice.random::<u8>()).collect();
+                let sha256 = (0..32).map(|_| self.rng.random::<u8>()).collect();
                 let row = pb::ImportKey { sha256, ..as_import(&request, 0) };
                 Box::pin(async move {
                     let results = client.import(vec![row]).await?;
@@ -266,16 +278,16 @@ impl Chooser {
     }
 
     /// A call by which the root key takes something from a manager or from its account, or changes what a role means.
-    fn against(&mut self, stage: &Stage) -> (Call, Option<String>) {
+    fn random_restriction(&mut self, stage: &RoundSetup) -> (PendingCall, Option<String>) {
         let (manager, root) = (self.pick(&stage.managers), self.root());
         let (account, role) = (stage.account.clone(), stage.role.clone());
         let id = manager.id.clone();
         let grant = self.pick(&GRANTS);
-        let call: Call = match self.dice.random_range(0..9) {
+        let call: PendingCall = match self.rng.random_range(0..9) {
             0 => plain(async move { root.revoke(&id).await }),
             1 => plain(async move { root.disable(&id).await }),
             2 => {
-                let scopes = texts(&["keyward:keys:write"]);
+                let scopes = to_strings(&["keyward:keys:write"]);
                 let key = pb::Key { id, scopes, ..Default::default() };
                 plain(async move { root.update(&key, &["scopes", "roles"]).await })
             }

@@ -1,23 +1,23 @@
 //! Chance from a seed, and clocks that are not quite right.
 
-use keyward::domain::lease::Boottime;
+use keyward::domain::lease::BootInstant;
 use rand::{Rng as _, SeedableRng as _, rngs::ChaCha8Rng};
 
 /// Microseconds of true time since the schedule began.
 pub(super) type Micros = u64;
 
 /// Everything that is left to chance in a schedule.
-pub(super) struct Dice(ChaCha8Rng);
+pub(super) struct ScheduleRng(ChaCha8Rng);
 
-impl Dice {
-    pub(super) fn new(seed: u64) -> Dice {
-        Dice(ChaCha8Rng::seed_from_u64(seed))
+impl ScheduleRng {
+    pub(super) fn new(seed: u64) -> ScheduleRng {
+        ScheduleRng(ChaCha8Rng::seed_from_u64(seed))
     }
 
     /// Chance of its own for somebody else.
     #[allow(dead_code, reason = "the torture forks it")]
-    pub(super) fn fork(&mut self) -> Dice {
-        Dice::new(self.0.next_u64())
+    pub(super) fn split(&mut self) -> ScheduleRng {
+        ScheduleRng::new(self.0.next_u64())
     }
 
     /// A number less than `end`.
@@ -32,7 +32,7 @@ impl Dice {
     }
 
     /// Yes once in `of`.
-    pub(super) fn one_in(&mut self, of: u64) -> bool {
+    pub(super) fn one_chance_in(&mut self, of: u64) -> bool {
         self.below(of) == 0
     }
 
@@ -59,16 +59,16 @@ impl HostClock {
     pub(super) const SLOWEST: u64 = 900;
     pub(super) const FASTEST: u64 = 1100;
 
-    pub(super) fn new(dice: &mut Dice, rate: u64) -> HostClock {
+    pub(super) fn new(dice: &mut ScheduleRng, rate: u64) -> HostClock {
         HostClock { origin: dice.between(1, 1 << 50), rate }
     }
 
-    pub(super) fn read(self, at: Micros) -> Boottime {
-        Boottime::from_nanos(self.origin + at * self.rate)
+    pub(super) fn read(self, at: Micros) -> BootInstant {
+        BootInstant::from_nanos(self.origin + at * self.rate)
     }
 
     /// When, in true time, it shows this instant or a later one.
-    pub(super) fn shows(self, local: Boottime) -> Micros {
+    pub(super) fn time_when_reading(self, local: BootInstant) -> Micros {
         local.as_nanos().saturating_sub(self.origin).div_ceil(self.rate)
     }
 }

@@ -3,20 +3,20 @@
 use std::time::Duration;
 
 use keyward::domain::lease::{
-    Incarnation, Lease, Row,
-    replica::{self, Renewal},
+    Incarnation, LeaseDuration, ReplicaRow,
+    replica::{self, RenewalRequest},
 };
 
 use super::{
-    database::{Database, Keys, Kind},
-    dice::{Dice, Micros},
-    node::{Baggage, Message},
-    world::{What, World, note},
+    database::{KeyChangeKind, KeySets, SimDatabase},
+    dice::{Micros, ScheduleRng},
+    sim_node::{AnswerPayload, NodeMessage},
+    simulation::{SimEvent, Simulation, trace_line},
 };
 
 /// An accident.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Fault {
+pub(super) enum FaultKind {
     /// Nothing gets through between a node and the database: to it, back, or both ways.
     Cut,
     /// A process stands still (SIGSTOP, swapping).
@@ -47,155 +47,167 @@ pub(super) enum Fault {
     AttestDead,
 }
 
-const ALL: [Fault; 14] = [
-    Fault::Cut,
-    Fault::Pause,
-    Fault::Crash,
-    Fault::Stop,
-    Fault::Down,
-    Fault::FailOver,
-    Fault::LoseRows,
-    Fault::Backup,
-    Fault::Restore,
-    Fault::StepWall,
-    Fault::Slow,
-    Fault::ChangeLease,
-    Fault::Accept,
-    Fault::AttestDead,
+const ALL: [FaultKind; 14] = [
+    FaultKind::Cut,
+    FaultKind::Pause,
+    FaultKind::Crash,
+    FaultKind::Stop,
+    FaultKind::Down,
+    FaultKind::FailOver,
+    FaultKind::LoseRows,
+    FaultKind::Backup,
+    FaultKind::Restore,
+    FaultKind::StepWall,
+    FaultKind::Slow,
+    FaultKind::ChangeLease,
+    FaultKind::Accept,
+    FaultKind::AttestDead,
 ];
 
-pub(super) struct Faults {
+pub(super) struct FaultPlan {
     /// About a lease: what is long and what is short in this schedule.
-    pub(super) beat: Micros,
+    pub(super) mean_interval: Micros,
     /// When the faults and the changes end.
     pub(super) until: Micros,
-    kinds: Vec<Fault>,
+    kinds: Vec<FaultKind>,
     /// Whether faults also strike when it hurts most.
     aims: bool,
     /// One message in so many is lost.
     loss: u64,
     /// The nodes that no notification reaches, as bits.
-    deaf: u64,
+    deaf_nodes: u64,
     slow_until: Micros,
-    backup: Option<Box<Database>>,
+    backup: Option<Box<SimDatabase>>,
     lives: u128,
     /// The time between two changes, about.
-    pace: Micros,
+    message_delay: Micros,
 }
 
-impl Faults {
+impl FaultPlan {
     /// Some of the faults, as the dice fall.
-    pub(super) fn some(dice: &mut Dice, beat: Micros, until: Micros) -> Faults {
-        let mut kinds: Vec<_> = ALL.into_iter().filter(|_| dice.one_in(2)).collect();
+    pub(super) fn random(dice: &mut ScheduleRng, beat: Micros, until: Micros) -> FaultPlan {
+        let mut kinds: Vec<_> = ALL.into_iter().filter(|_| dice.one_chance_in(2)).collect();
         // The two that most schedules should have, so that leases run out and revokes wait.
-        kinds.extend([Fault::Cut, Fault::Pause]);
-        if kinds.contains(&Fault::Restore) {
-            kinds.push(Fault::Backup);
+        kinds.extend([FaultKind::Cut, FaultKind::Pause]);
+        if kinds.contains(&FaultKind::Restore) {
+            kinds.push(FaultKind::Backup);
         }
-        let aims = dice.one_in(2);
+        let aims = dice.one_chance_in(2);
         let loss = dice.pick(&[20, 100, 100, 1000]);
         let deaf = dice.below(1 << 8) & dice.below(1 << 8);
-        Faults { kinds, aims, loss, deaf, ..Faults::none(beat, until) }
+        FaultPlan { kinds, aims, loss, deaf_nodes: deaf, ..FaultPlan::without_faults(beat, until) }
     }
 
     /// None at all; changes are made until then.
-    pub(super) fn none(beat: Micros, until: Micros) -> Faults {
+    pub(super) fn without_faults(beat: Micros, until: Micros) -> FaultPlan {
         let kinds = Vec::new();
         let (loss, deaf, slow_until) = (u64::MAX, 0, 0);
         let (aims, backup, lives, pace) = (false, None, 1, beat / 4);
-        Faults { beat, until, kinds, aims, loss, deaf, slow_until, backup, lives, pace }
+        FaultPlan {
+            mean_interval: beat,
+            until,
+            kinds,
+            aims,
+            loss,
+            deaf_nodes: deaf,
+            slow_until,
+            backup,
+            lives,
+            message_delay: pace,
+        }
     }
 
     /// Whether this is among them.
-    pub(super) fn include(&self, fault: Fault) -> bool {
+    pub(super) fn include(&self, fault: FaultKind) -> bool {
         self.kinds.contains(&fault)
     }
 
     /// Whether things go wrong at this time.
-    pub(super) fn now(&self, at: Micros) -> bool {
+    pub(super) fn is_active(&self, at: Micros) -> bool {
         at < self.until && !self.kinds.is_empty()
     }
 
     pub(super) fn is_deaf(&self, node: usize) -> bool {
-        self.deaf >> node & 1 == 1
+        self.deaf_nodes >> node & 1 == 1
     }
 
-    pub(super) fn loses(&self, at: Micros, dice: &mut Dice) -> bool {
-        self.now(at) && dice.one_in(self.loss)
+    pub(super) fn loses(&self, at: Micros, dice: &mut ScheduleRng) -> bool {
+        self.is_active(at) && dice.one_chance_in(self.loss)
     }
 
     /// How long a message takes.
-    pub(super) fn delay(&self, at: Micros, dice: &mut Dice) -> Micros {
-        if !self.now(at) {
+    pub(super) fn delay(&self, at: Micros, dice: &mut ScheduleRng) -> Micros {
+        if !self.is_active(at) {
             return dice.between(150, 900);
         }
         let longest = match dice.below(100) {
             0..70 => 2_000,
             70..90 => 20_000,
-            90..98 => self.beat / 6,
-            _ => self.beat * 2,
+            90..98 => self.mean_interval / 6,
+            _ => self.mean_interval * 2,
         };
         let slower = if at < self.slow_until { 8 } else { 1 };
         dice.between(150, longest) * slower
     }
 
     /// How long the database takes to commit what it has read for.
-    pub(super) fn commit_takes(&self, at: Micros, dice: &mut Dice) -> Micros {
-        match if self.now(at) { dice.below(20) } else { 1 } {
-            0 => dice.between(0, self.beat / 3),
+    pub(super) fn commit_takes(&self, at: Micros, dice: &mut ScheduleRng) -> Micros {
+        match if self.is_active(at) { dice.below(20) } else { 1 } {
+            0 => dice.between(0, self.mean_interval / 3),
             1..10 => dice.between(0, 400),
             _ => dice.between(0, 8_000),
         }
     }
 
-    pub(super) fn next_create(&self, at: Micros, dice: &mut Dice) -> Option<Micros> {
-        (at < self.until).then(|| dice.between(self.pace / 8, self.pace))
+    pub(super) fn next_create(&self, at: Micros, dice: &mut ScheduleRng) -> Option<Micros> {
+        (at < self.until).then(|| dice.between(self.message_delay / 8, self.message_delay))
     }
 
-    pub(super) fn next_revoke(&self, at: Micros, dice: &mut Dice) -> Option<Micros> {
-        (at < self.until).then(|| dice.between(self.pace / 8, self.pace * 3 / 2))
+    pub(super) fn next_revoke(&self, at: Micros, dice: &mut ScheduleRng) -> Option<Micros> {
+        (at < self.until).then(|| dice.between(self.message_delay / 8, self.message_delay * 3 / 2))
     }
 }
 
-impl World {
+impl Simulation {
     pub(super) fn fault(&mut self) {
-        if !self.faults.now(self.now) {
+        if !self.faults.is_active(self.now) {
             return;
         }
-        let beat = self.faults.beat;
+        let beat = self.faults.mean_interval;
         let next = self.dice.between(beat / 40, beat / 2);
-        self.after(next, What::Fault);
+        self.schedule_after(next, SimEvent::Fault);
         let fault = self.dice.pick(&self.faults.kinds);
         let node = self.dice.below(self.nodes.len() as u64) as usize;
-        note!(self, "fault: {fault:?} (node {node})");
+        trace_line!(self, "fault: {fault:?} (node {node})");
         match fault {
-            Fault::Cut => self.cut(node),
-            Fault::Pause => self.pause(node),
-            Fault::Crash => self.crash(node),
-            Fault::Stop => self.stop(node),
-            Fault::Down => self.down_until = self.now + self.dice.between(beat / 100, beat * 3 / 2),
-            Fault::FailOver => self.fail_over(),
-            Fault::LoseRows => {
+            FaultKind::Cut => self.cut(node),
+            FaultKind::Pause => self.pause(node),
+            FaultKind::Crash => self.crash(node),
+            FaultKind::Stop => self.stop(node),
+            FaultKind::Down => self.down_until = self.now + self.dice.between(beat / 100, beat * 3 / 2),
+            FaultKind::FailOver => self.fail_over(),
+            FaultKind::LoseRows => {
                 self.fail_over();
                 let lost = self.dice.pick(&[1, 2]);
                 let dice = &mut self.dice;
-                self.db.rows.retain(|_| !dice.one_in(lost));
+                self.db.rows.retain(|_| !dice.one_chance_in(lost));
             }
-            Fault::Backup => self.faults.backup = Some(Box::new(self.db.clone())),
-            Fault::Restore => self.restore(),
-            Fault::StepWall => {
+            FaultKind::Backup => self.faults.backup = Some(Box::new(self.db.clone())),
+            FaultKind::Restore => self.restore(),
+            FaultKind::StepWall => {
                 let by = self.dice.between(0, 20 * beat) as i64;
                 self.db.step_wall(by - 5 * beat as i64);
             }
-            Fault::Slow => self.faults.slow_until = self.now + self.dice.between(0, beat),
-            Fault::ChangeLease => self.change_lease(),
-            Fault::Accept => (0..self.nodes.len()).for_each(|node| self.accept_regression(node)),
-            Fault::AttestDead => self.attest_dead(),
+            FaultKind::Slow => self.faults.slow_until = self.now + self.dice.between(0, beat),
+            FaultKind::ChangeLease => self.change_lease(),
+            FaultKind::Accept => (0..self.nodes.len()).for_each(|node| self.accept_regression(node)),
+            FaultKind::AttestDead => self.attest_dead(),
         }
     }
 
     fn cut(&mut self, node: usize) {
-        let until = self.now + self.dice.between(self.faults.beat / 20, self.faults.beat * 3);
+        let until =
+            self.now + self.dice.between(self.faults.mean_interval / 20, self.faults.mean_interval * 3);
         let cut = &mut self.nodes[node].cut;
         match self.dice.below(4) {
             0 => cut.0 = until,
@@ -207,23 +219,23 @@ impl World {
     fn pause(&mut self, node: usize) {
         if self.nodes[node].runs() {
             self.nodes[node].paused = true;
-            let wait = self.dice.between(self.faults.beat / 100, self.faults.beat * 5 / 2);
-            self.after(wait, What::Resume(self.process(node)));
+            let wait = self.dice.between(self.faults.mean_interval / 100, self.faults.mean_interval * 5 / 2);
+            self.schedule_after(wait, SimEvent::Resume(self.process(node)));
         }
     }
 
     fn crash(&mut self, node: usize) {
         if self.nodes[node].up {
             // A process reads the lease when it starts; here, a little earlier.
-            self.nodes[node].die(self.broken, self.db.lease);
-            let wait = self.dice.between(1_000, self.faults.beat / 2);
-            self.after(wait, What::Start(node));
+            self.nodes[node].die(self.rules, self.db.lease);
+            let wait = self.dice.between(1_000, self.faults.mean_interval / 2);
+            self.schedule_after(wait, SimEvent::Start(node));
         }
     }
 
     fn stop(&mut self, node: usize) {
         if self.nodes[node].runs() && self.nodes[node].todo.is_empty() {
-            let stop = Message::Replica(replica::Event::Stop, Baggage::None);
+            let stop = NodeMessage::Replica(replica::ReplicaEvent::Stop, AnswerPayload::None);
             self.happen_at_once(node, stop);
             self.crash(node);
         }
@@ -232,7 +244,7 @@ impl World {
     /// One life of the database ends and another begins.
     fn next_life(&mut self) -> Incarnation {
         self.faults.lives += 1;
-        self.down_until = self.now + self.dice.between(1_000, self.faults.beat);
+        self.down_until = self.now + self.dice.between(1_000, self.faults.mean_interval);
         Incarnation(self.faults.lives)
     }
 
@@ -259,24 +271,25 @@ impl World {
         // A restored lease that is shorter than one already granted would have to be waited out by hand.
         self.faults.backup = None;
         let factor = self.dice.pick(&[2, 3]);
-        if length.as_micros() as Micros <= self.faults.beat {
-            let longer = Lease::of(length * factor).unwrap();
+        if length.as_micros() as Micros <= self.faults.mean_interval {
+            let longer = LeaseDuration::from_duration(length * factor).unwrap();
             (self.db.lease, self.db.longest) = (longer, longer);
-        } else if let Some(shorter) = Lease::of(length / factor) {
-            let wait = self.db.lease.outlived_after().unwrap();
+        } else if let Some(shorter) = LeaseDuration::from_duration(length / factor) {
+            let wait = self.db.lease.expiry_wait().unwrap();
             self.db.lease = shorter;
             // By a clock that runs 10 % fast.
-            self.after(wait.as_micros() as u64 * 10 / 11, What::FinishLeaseChange(shorter));
+            self.schedule_after(wait.as_micros() as u64 * 10 / 11, SimEvent::FinishLeaseChange(shorter));
         }
     }
 
     /// What `accept-regression` does: the tombstones that a replica has kept go into the log again.
     fn accept_regression(&mut self, node: usize) {
-        if self.nodes[node].runs() && self.nodes[node].replica.standing() == replica::Standing::Regressed {
+        if self.nodes[node].runs() && self.nodes[node].replica.state() == replica::ReplicaState::Regressed {
             while let Some(key) = self.dice.bit(self.db.keys.live & self.nodes[node].keys.revoked) {
-                self.db.append(key, Kind::Revoked);
+                self.db.append(key, KeyChangeKind::Revoked);
             }
-            let accepted = Message::Replica(replica::Event::RegressionAccepted, Baggage::None);
+            let accepted =
+                NodeMessage::Replica(replica::ReplicaEvent::RegressionAccepted, AnswerPayload::None);
             self.happen_at_once(node, accepted);
         }
     }
@@ -292,31 +305,33 @@ impl World {
 
     /// A process stands still between a renewal's sending and its answer.
     pub(super) fn aim_at_sender(&mut self, node: usize) {
-        if self.faults.aims && self.faults.now(self.now) && self.dice.one_in(40) {
+        if self.faults.aims && self.faults.is_active(self.now) && self.dice.one_chance_in(40) {
             self.pause(node);
         }
     }
 
     /// A replica falls silent just when it has got a lease, and just then a key is revoked elsewhere.
     pub(super) fn aim_at_renewed(&mut self, node: usize) {
-        if self.faults.aims && self.faults.now(self.now) && self.dice.one_in(40) {
-            note!(self, "fault: node {node} is cut off after this");
-            let until = self.now + self.dice.between(self.faults.beat / 2, self.faults.beat * 3);
+        if self.faults.aims && self.faults.is_active(self.now) && self.dice.one_chance_in(40) {
+            trace_line!(self, "fault: node {node} is cut off after this");
+            let until =
+                self.now + self.dice.between(self.faults.mean_interval / 2, self.faults.mean_interval * 3);
             self.nodes[node].cut = (until, until);
             if let Some(key) = self.dice.bit(self.db.keys.live) {
                 let wait = self.dice.between(0, 10_000);
-                self.after(wait, What::RevokeAgain(key));
+                self.schedule_after(wait, SimEvent::RevokeAgain(key));
             }
         }
     }
 
     /// A key is revoked just when a replica asks for its first lease; whether so.
-    pub(super) fn aim_at_joining(&mut self, renewal: &Renewal) -> bool {
-        let asks = |row: &Row| row.id == renewal.id && row.applied.is_none() && renewal.applied.is_some();
-        let aims = self.faults.aims && self.faults.now(self.now) && self.db.rows.iter().any(asks);
+    pub(super) fn aim_at_joining(&mut self, renewal: &RenewalRequest) -> bool {
+        let asks =
+            |row: &ReplicaRow| row.id == renewal.id && row.applied.is_none() && renewal.applied.is_some();
+        let aims = self.faults.aims && self.faults.is_active(self.now) && self.db.rows.iter().any(asks);
         let Some(key) = self.dice.bit(self.db.keys.live) else { return false };
-        if aims && self.dice.one_in(2) {
-            self.after(200, What::RevokeAgain(key));
+        if aims && self.dice.one_chance_in(2) {
+            self.schedule_after(200, SimEvent::RevokeAgain(key));
             return true;
         }
         false
@@ -324,22 +339,22 @@ impl World {
 
     /// The faults are over: everything works again, and the operator does what is due. Gives the keys as every
     /// replica must know them by the end.
-    pub(super) fn heal(&mut self) -> Keys {
-        note!(self, "the faults are over");
+    pub(super) fn heal(&mut self) -> KeySets {
+        trace_line!(self, "the faults are over");
         self.down_until = 0;
         self.attest_dead();
         for node in 0..self.nodes.len() {
             self.nodes[node].cut = (0, 0);
-            self.after(0, What::Resume(self.process(node)));
-            self.after(0, What::Start(node));
+            self.schedule_after(0, SimEvent::Resume(self.process(node)));
+            self.schedule_after(0, SimEvent::Start(node));
         }
         // Until whoever waits for a lost answer has given up, and has heard what the database is now.
         let longest = self.db.longest;
-        let patience = longest.timeout() + longest.renew_every() + Duration::from_millis(300);
-        self.run_until(self.now + patience.as_micros() as Micros * 10 / 9 + self.faults.beat / 2);
+        let patience = longest.request_timeout() + longest.renew_interval() + Duration::from_millis(300);
+        self.run_until(self.now + patience.as_micros() as Micros * 10 / 9 + self.faults.mean_interval / 2);
         (0..self.nodes.len()).for_each(|node| self.accept_regression(node));
         let keys = self.db.keys;
-        self.run_until(self.now + longest.renew_every().as_micros() as Micros * 10 / 9 + 300_000);
+        self.run_until(self.now + longest.renew_interval().as_micros() as Micros * 10 / 9 + 300_000);
         keys
     }
 }

@@ -8,36 +8,36 @@ mod calm;
 mod clients;
 mod database;
 mod dice;
+mod event_counts;
 mod faults;
 mod network;
-mod node;
-mod process;
-mod schedule;
-mod tally;
-mod world;
+mod process_steps;
+mod schedule_run;
+mod sim_node;
+mod simulation;
 
 use std::{ops::Range, time::Instant};
 
-use keyward::domain::lease::{Rule, Rules};
+use keyward::domain::lease::{InvariantSet, LeaseInvariant};
 
-use schedule::run;
-use tally::Tally;
+use event_counts::Tally;
+use schedule_run::run;
 
 /// What `make test` has time for.
-const FEW: u64 = 2_000;
+const DEFAULT_SCHEDULES: u64 = 2_000;
 
 /// All rules but perhaps one. The server has `Kept` in its place.
 #[derive(Clone, Copy, Debug)]
-struct Broken(Option<Rule>);
+struct RulesWithout(Option<LeaseInvariant>);
 
-impl Rules for Broken {
-    fn keep(&self, rule: Rule) -> bool {
+impl InvariantSet for RulesWithout {
+    fn enforces(&self, rule: LeaseInvariant) -> bool {
         self.0 != Some(rule)
     }
 }
 
 /// The story of a schedule: its end, or all of it.
-fn story(seed: u64, without: Option<Rule>, lines: usize) -> String {
+fn trace_schedule(seed: u64, without: Option<LeaseInvariant>, lines: usize) -> String {
     let ran = run(seed, without, true);
     let told = &ran.trace[ran.trace.len().saturating_sub(lines)..];
     let end = ran.went_wrong().unwrap_or("nothing went wrong");
@@ -45,12 +45,12 @@ fn story(seed: u64, without: Option<Rule>, lines: usize) -> String {
 }
 
 /// Runs schedules with every rule kept. Stops at one that goes wrong.
-fn hold(seeds: Range<u64>) -> Tally {
+fn run_schedules(seeds: Range<u64>) -> Tally {
     let mut total = Tally::default();
     for seed in seeds {
         let ran = run(seed, None, false);
         if ran.went_wrong().is_some() {
-            panic!("{}", story(seed, None, 60));
+            panic!("{}", trace_schedule(seed, None, 60));
         }
         total.add(&ran.tally);
     }
@@ -58,28 +58,28 @@ fn hold(seeds: Range<u64>) -> Tally {
 }
 
 /// The first schedule that notices that a rule is left out.
-fn first_to_notice(without: Rule, seeds: Range<u64>) -> Option<u64> {
+fn first_to_notice(without: LeaseInvariant, seeds: Range<u64>) -> Option<u64> {
     seeds.into_iter().find(|seed| run(*seed, Some(without), false).violation.is_some())
 }
 
 #[test]
 fn no_check_that_starts_after_a_revoke_returned_ok_allows() {
-    let seen = hold(0..FEW);
+    let seen = run_schedules(0..DEFAULT_SCHEDULES);
     assert_eq!(seen.never(), [""; 0], "schedules in which these never happen show little");
-    assert!(seen.fast > 5 * FEW && seen.slow > FEW, "{seen:?}");
+    assert!(seen.fast > 5 * DEFAULT_SCHEDULES && seen.slow > DEFAULT_SCHEDULES, "{seen:?}");
 }
 
 macro_rules! noticed {
     ($($rule:ident = $name:ident,)*) => {
         $(#[test]
         fn $name() {
-            let seed = first_to_notice(Rule::$rule, 0..FEW);
-            assert!(seed.is_some(), "no schedule misses {:?}", Rule::$rule);
+            let seed = first_to_notice(LeaseInvariant::$rule, 0..DEFAULT_SCHEDULES);
+            assert!(seed.is_some(), "no schedule misses {:?}", LeaseInvariant::$rule);
         })*
 
         #[test]
         fn every_rule_has_its_test() {
-            assert_eq!([$(Rule::$rule),*], Rule::ALL);
+            assert_eq!([$(LeaseInvariant::$rule),*], LeaseInvariant::ALL);
         }
     };
 }
@@ -104,16 +104,18 @@ noticed! {
 
 #[test]
 fn a_seed_gives_the_same_schedule_every_time() {
-    for (seed, without) in [(1, None), (2, Some(Rule::RevokeWaits)), (3, Some(Rule::LeaseEnds))] {
-        assert_eq!(story(seed, without, usize::MAX), story(seed, without, usize::MAX));
+    for (seed, without) in
+        [(1, None), (2, Some(LeaseInvariant::RevokeWaits)), (3, Some(LeaseInvariant::LeaseEnds))]
+    {
+        assert_eq!(trace_schedule(seed, without, usize::MAX), trace_schedule(seed, without, usize::MAX));
     }
     assert_ne!(run(1, None, true).trace, run(2, None, true).trace);
 }
 
 #[test]
 fn a_schedule_that_fails_tells_its_seed_and_its_end() {
-    let seed = first_to_notice(Rule::RevokeWaits, 0..FEW).unwrap();
-    let story = story(seed, Some(Rule::RevokeWaits), 5);
+    let seed = first_to_notice(LeaseInvariant::RevokeWaits, 0..DEFAULT_SCHEDULES).unwrap();
+    let story = trace_schedule(seed, Some(LeaseInvariant::RevokeWaits), 5);
     assert!(story.contains(&format!("SEED={seed}")) && story.contains("allows key"), "{story}");
     assert!(story.contains("returns OK"), "{story}");
 }
@@ -128,7 +130,7 @@ fn number(variable: &str) -> Option<u64> {
 #[ignore = "make simulate runs it"]
 fn very_many_schedules() {
     if let Some(seed) = number("SEED") {
-        println!("{}", story(seed, None, usize::MAX));
+        println!("{}", trace_schedule(seed, None, usize::MAX));
         return;
     }
     let schedules = number("SCHEDULES").unwrap_or(1_000_000);
@@ -136,16 +138,17 @@ fn very_many_schedules() {
     let threads = std::thread::available_parallelism().unwrap().get() as u64;
     let total = std::thread::scope(|scope| {
         let share = |thread| schedules * thread / threads..schedules * (thread + 1) / threads;
-        let workers: Vec<_> = (0..threads).map(|thread| scope.spawn(move || hold(share(thread)))).collect();
+        let workers: Vec<_> =
+            (0..threads).map(|thread| scope.spawn(move || run_schedules(share(thread)))).collect();
         let mut total = Tally::default();
         workers.into_iter().for_each(|worker| total.add(&worker.join().unwrap()));
         total
     });
     let rate = schedules as f64 / started.elapsed().as_secs_f64();
     println!("{schedules} schedules, {rate:.0} a second, 0 stale ALLOWs\n{total:#?}");
-    for rule in Rule::ALL {
-        let few = 0..FEW;
+    for rule in LeaseInvariant::ALL {
+        let few = 0..DEFAULT_SCHEDULES;
         let missed = few.filter(|seed| run(*seed, Some(rule), false).violation.is_some()).count();
-        println!("without {rule:?}: {missed} of {FEW} schedules allow what they must not");
+        println!("without {rule:?}: {missed} of {DEFAULT_SCHEDULES} schedules allow what they must not");
     }
 }

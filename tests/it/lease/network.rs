@@ -1,42 +1,46 @@
 //! What is between the processes and the database, and what the database answers: late, twice, or never.
 
 use keyward::domain::lease::{
-    Incarnation, collector,
-    replica::{self, Renewal, Reply},
-    revoker,
+    Incarnation, collector, propagation_tracker,
+    replica::{self, RenewalReply, RenewalRequest},
 };
 
 use super::{
-    database::Entry,
-    node::{Baggage, Message, Process, Request},
-    world::{What, World, note},
+    database::SimLogEntry,
+    sim_node::{AnswerPayload, DatabaseRequest, NodeMessage, ProcessId},
+    simulation::{SimEvent, Simulation, trace_line},
 };
 
-impl World {
-    pub(super) fn send(&mut self, from: Process, request: Request) {
-        let copies = if self.faults.now(self.now) && self.dice.one_in(100) { 2 } else { 1 };
+impl Simulation {
+    pub(super) fn send(&mut self, from: ProcessId, request: DatabaseRequest) {
+        let copies = if self.faults.is_active(self.now) && self.dice.one_chance_in(100) { 2 } else { 1 };
         for _ in 0..copies {
             let wait = self.faults.delay(self.now, &mut self.dice);
             let lost = self.nodes[from.node].cut.0 > self.now || self.faults.loses(self.now, &mut self.dice);
             // What is held up by a cut may still arrive when it heals.
             let wait = match lost {
-                true if self.dice.one_in(3) => self.nodes[from.node].cut.0.saturating_sub(self.now) + wait,
+                true if self.dice.one_chance_in(3) => {
+                    self.nodes[from.node].cut.0.saturating_sub(self.now) + wait
+                }
                 true => continue,
                 false => wait,
             };
-            self.after(wait, What::Arrive(from, request.clone(), self.db.incarnation));
+            self.schedule_after(wait, SimEvent::Arrive(from, request.clone(), self.db.incarnation));
         }
     }
 
-    pub(super) fn answer(&mut self, to: Process, message: Message) {
-        let copies = if self.faults.now(self.now) && self.dice.one_in(100) { 2 } else { 1 };
+    pub(super) fn answer(&mut self, to: ProcessId, message: NodeMessage) {
+        let copies = if self.faults.is_active(self.now) && self.dice.one_chance_in(100) { 2 } else { 1 };
         for _ in 0..copies {
             let wait = self.faults.delay(self.now, &mut self.dice);
             let cut = self.nodes[to.node].cut.1;
             if cut <= self.now && !self.faults.loses(self.now, &mut self.dice) {
-                self.after(wait, What::Deliver(to, message.clone()));
-            } else if self.dice.one_in(3) {
-                self.after(cut.saturating_sub(self.now) + wait, What::Deliver(to, message.clone()));
+                self.schedule_after(wait, SimEvent::Deliver(to, message.clone()));
+            } else if self.dice.one_chance_in(3) {
+                self.schedule_after(
+                    cut.saturating_sub(self.now) + wait,
+                    SimEvent::Deliver(to, message.clone()),
+                );
             }
         }
     }
@@ -47,134 +51,141 @@ impl World {
             let deaf = self.nodes[node].cut.1 > self.now || self.faults.is_deaf(node);
             if self.nodes[node].up && !deaf && !self.faults.loses(self.now, &mut self.dice) {
                 let wait = self.faults.delay(self.now, &mut self.dice);
-                let hint = Message::Replica(replica::Event::Hint, Baggage::None);
-                self.after(wait, What::Deliver(self.process(node), hint));
+                let hint = NodeMessage::Replica(replica::ReplicaEvent::Hint, AnswerPayload::None);
+                self.schedule_after(wait, SimEvent::Deliver(self.process(node), hint));
             }
         }
     }
 
     /// Tells who waits that replicas seem to have acknowledged it. It is a hint: it may be lost, and mostly it is not true.
-    fn tell_revokers(&mut self) {
+    fn notify_revokers(&mut self) {
         for node in 0..self.nodes.len() {
             for wait in 0..self.nodes[node].waits.len() {
                 let waits =
                     self.nodes[node].waits[wait].revoker.as_ref().and_then(|revoker| revoker.wake_at());
                 if waits.is_some() && self.nodes[node].up && !self.faults.loses(self.now, &mut self.dice) {
                     let delay = self.faults.delay(self.now, &mut self.dice);
-                    let hint = Message::Revoker { wait, event: revoker::Event::Hint };
-                    self.after(delay, What::Deliver(self.process(node), hint));
+                    let hint =
+                        NodeMessage::Revoker { wait, event: propagation_tracker::PropagationEvent::Hint };
+                    self.schedule_after(delay, SimEvent::Deliver(self.process(node), hint));
                 }
             }
         }
     }
 
-    pub(super) fn arrive(&mut self, from: Process, request: Request, sent_in: Incarnation) {
+    pub(super) fn handle_request(&mut self, from: ProcessId, request: DatabaseRequest, sent_in: Incarnation) {
         // A pooler may hand a request to the next primary; a connection of its own breaks.
-        let broken_off = sent_in != self.db.incarnation && self.dice.one_in(2);
+        let broken_off = sent_in != self.db.incarnation && self.dice.one_chance_in(2);
         if self.now < self.down_until || broken_off {
             if let Some(message) = refused(&request)
-                && self.dice.one_in(2)
+                && self.dice.one_chance_in(2)
             {
                 self.answer(from, message);
             }
             return;
         }
         match request {
-            Request::Replica(action) => self.arrive_from_replica(from, action),
-            Request::Revoke { wait, key } => {
+            DatabaseRequest::Replica(action) => self.handle_replica_request(from, action),
+            DatabaseRequest::Revoke { wait, key } => {
                 let committed = self.db.revoke(key);
-                note!(self, "database: revoke key {key}: {committed:?}");
+                trace_line!(self, "database: revoke key {key}: {committed:?}");
                 if committed.is_some_and(|committed| !committed.again) {
                     self.notify();
                 }
-                self.answer(from, Message::Committed { wait, committed });
+                self.answer(from, NodeMessage::Committed { wait, committed });
             }
-            Request::List { wait, attempt, change } => {
+            DatabaseRequest::List { wait, attempt, change } => {
                 let (listing, link) = (self.db.list(self.now), self.db.link(change.revision));
-                let event = revoker::Event::Listed { attempt, listing, link };
-                self.answer(from, Message::Revoker { wait, event });
+                let event =
+                    propagation_tracker::PropagationEvent::Listed { attempt, listing, change_hash: link };
+                self.answer(from, NodeMessage::Revoker { wait, event });
             }
-            Request::Collector(collector::Action::List { attempt }) => {
-                let event = collector::Event::Listed { attempt, listing: self.db.list(self.now) };
-                self.answer(from, Message::Collector(event));
+            DatabaseRequest::Collector(collector::CollectorAction::ListRows { attempt }) => {
+                let event = collector::CollectorEvent::Listed { attempt, listing: self.db.list(self.now) };
+                self.answer(from, NodeMessage::Collector(event));
             }
-            Request::Collector(collector::Action::Remove { id, renew_seq }) => {
+            DatabaseRequest::Collector(collector::CollectorAction::RemoveRow { id, renew_seq }) => {
                 if self.db.remove(id, renew_seq) {
-                    note!(self, "database: node {} removes {id:?} at {renew_seq}", from.node);
+                    trace_line!(self, "database: node {} removes {id:?} at {renew_seq}", from.node);
                     self.tally.collected += 1;
                 }
             }
         }
     }
 
-    fn arrive_from_replica(&mut self, from: Process, action: replica::Action) {
+    fn handle_replica_request(&mut self, from: ProcessId, action: replica::ReplicaAction) {
         let (event, baggage) = match action {
-            replica::Action::Register { attempt } => {
+            replica::ReplicaAction::Register { attempt } => {
                 self.ids += 1;
                 let id = self.db.register(self.ids, self.now);
                 self.nodes[from.node].rows.push((from.life, id));
-                note!(self, "database: node {} registers as {id:?}", from.node);
-                (replica::Event::Registered { attempt, id }, Baggage::None)
+                trace_line!(self, "database: node {} registers as {id:?}", from.node);
+                (replica::ReplicaEvent::Registered { attempt, id }, AnswerPayload::None)
             }
-            replica::Action::Load { attempt } => {
-                let snapshot = Baggage::Snapshot(attempt, self.db.keys);
-                (replica::Event::Loaded { attempt, at: self.db.head() }, snapshot)
+            replica::ReplicaAction::Load { attempt } => {
+                let snapshot = AnswerPayload::Snapshot(attempt, self.db.keys);
+                (replica::ReplicaEvent::Loaded { attempt, at: self.db.head() }, snapshot)
             }
-            replica::Action::Renew(renewal) => {
+            replica::ReplicaAction::Renew(renewal) => {
                 let (reply, changes) = self.db.read(&renewal, self.now);
                 let wait = match self.aim_at_joining(&renewal) {
                     true => self.dice.between(5_000, 50_000),
                     false => self.faults.commit_takes(self.now, &mut self.dice),
                 };
-                self.after(wait, What::CommitRenewal(from, renewal, reply, changes));
+                self.schedule_after(wait, SimEvent::CommitRenewal(from, renewal, reply, changes));
                 return;
             }
-            replica::Action::Leave { id } => {
+            replica::ReplicaAction::Deregister { id } => {
                 self.db.rows.retain(|row| row.id != id);
                 return;
             }
             other => panic!("{other:?} is not for the database"),
         };
-        self.answer(from, Message::Replica(event, baggage));
+        self.answer(from, NodeMessage::Replica(event, baggage));
     }
 
     pub(super) fn commit_renewal(
         &mut self,
-        from: Process,
-        renewal: Renewal,
-        read: Reply,
-        changes: Vec<Entry>,
+        from: ProcessId,
+        renewal: RenewalRequest,
+        read: RenewalReply,
+        changes: Vec<SimLogEntry>,
     ) {
         let attempt = renewal.attempt;
         if self.now < self.down_until || read.incarnation != self.db.incarnation {
             // It died with the database that it ran in.
-            self.answer(from, Message::Replica(replica::Event::Failed { attempt }, Baggage::None));
+            self.answer(
+                from,
+                NodeMessage::Replica(replica::ReplicaEvent::Failed { attempt }, AnswerPayload::None),
+            );
             return;
         }
-        let reply = Reply { renewed: self.db.commit(&renewal, self.broken, self.now), ..read };
-        note!(self, "database: node {} has renewed {renewal:?}: {reply:?}", from.node);
-        let baggage = Baggage::Changes(attempt, changes);
-        self.answer(from, Message::Replica(replica::Event::Renewed { attempt, reply }, baggage));
-        self.tell_revokers();
+        let reply = RenewalReply { was_renewed: self.db.commit(&renewal, self.rules, self.now), ..read };
+        trace_line!(self, "database: node {} has renewed {renewal:?}: {reply:?}", from.node);
+        let baggage = AnswerPayload::Changes(attempt, changes);
+        self.answer(from, NodeMessage::Replica(replica::ReplicaEvent::Renewed { attempt, reply }, baggage));
+        self.notify_revokers();
         self.aim_at_renewed(from.node);
     }
 }
 
 /// What a client hears that was refused a connection.
-fn refused(request: &Request) -> Option<Message> {
+fn refused(request: &DatabaseRequest) -> Option<NodeMessage> {
     let message = match *request {
-        Request::Replica(
-            replica::Action::Register { attempt }
-            | replica::Action::Load { attempt }
-            | replica::Action::Renew(replica::Renewal { attempt, .. }),
-        ) => Message::Replica(replica::Event::Failed { attempt }, Baggage::None),
-        Request::List { wait, attempt, .. } => {
-            Message::Revoker { wait, event: revoker::Event::Failed { attempt } }
+        DatabaseRequest::Replica(
+            replica::ReplicaAction::Register { attempt }
+            | replica::ReplicaAction::Load { attempt }
+            | replica::ReplicaAction::Renew(replica::RenewalRequest { attempt, .. }),
+        ) => NodeMessage::Replica(replica::ReplicaEvent::Failed { attempt }, AnswerPayload::None),
+        DatabaseRequest::List { wait, attempt, .. } => {
+            NodeMessage::Revoker { wait, event: propagation_tracker::PropagationEvent::Failed { attempt } }
         }
-        Request::Collector(collector::Action::List { attempt }) => {
-            Message::Collector(collector::Event::Failed { attempt })
+        DatabaseRequest::Collector(collector::CollectorAction::ListRows { attempt }) => {
+            NodeMessage::Collector(collector::CollectorEvent::Failed { attempt })
         }
-        Request::Replica(_) | Request::Revoke { .. } | Request::Collector(_) => return None,
+        DatabaseRequest::Replica(_) | DatabaseRequest::Revoke { .. } | DatabaseRequest::Collector(_) => {
+            return None;
+        }
     };
     Some(message)
 }

@@ -5,16 +5,16 @@ use std::time::Duration;
 use super::*;
 
 /// Keys of two instants, with one to five secrets each.
-async fn rotated(store: &Shared) -> Vec<Key> {
+async fn rotated(store: &SharedStore) -> Vec<ApiKey> {
     with_accounts(store).await;
     let mut keys = Vec::new();
     for number in 0..40 {
         let mut made = key();
-        made.id = fresh_id(at(number / 20));
-        let mut made = put(store, create(&made)).await;
+        made.id = new_key_id(timestamp(number / 20));
+        let mut made = commit_key(store, create(&made)).await;
         for rotation in 0..number % 5 {
-            made.rotate(fresh_digest(), format!("hint {number}"), Duration::from_secs(60), at(rotation));
-            made = put(store, update(&made)).await;
+            made.rotate(new_digest(), format!("hint {number}"), Duration::from_secs(60), timestamp(rotation));
+            made = commit_key(store, update(&made)).await;
         }
         keys.push(made);
     }
@@ -23,10 +23,10 @@ async fn rotated(store: &Shared) -> Vec<Key> {
 }
 
 /// The keys with these ids, found one by one.
-async fn one_by_one(store: &Shared, ids: &[KeyId]) -> Vec<Key> {
+async fn one_by_one(store: &SharedStore, ids: &[KeyId]) -> Vec<ApiKey> {
     let mut keys = Vec::new();
     for id in ids {
-        keys.extend(read(store, *id).await);
+        keys.extend(read_key(store, *id).await);
     }
     keys
 }
@@ -34,9 +34,9 @@ async fn one_by_one(store: &Shared, ids: &[KeyId]) -> Vec<Key> {
 /// How many entries a reader is made for: it reads secrets together if they are many.
 const FEW_AND_MANY: [u64; 2] = [1, 1000];
 
-pub(super) async fn a_bulk_reader_finds_each_key_as_a_look_at_it_does(store: Shared) {
+pub(super) async fn a_bulk_reader_finds_each_key_as_a_look_at_it_does(store: SharedStore) {
     let mut ids: Vec<_> = rotated(&store).await.iter().map(|key| key.id).collect();
-    ids.extend((0..10).map(|number| fresh_id(at(number))));
+    ids.extend((0..10).map(|number| new_key_id(timestamp(number))));
     ids.sort_unstable();
     for entries in FEW_AND_MANY {
         let mut reader = store.bulk_reader(entries);
@@ -52,29 +52,29 @@ pub(super) async fn a_bulk_reader_finds_each_key_as_a_look_at_it_does(store: Sha
     }
 }
 
-pub(super) async fn a_bulk_reader_finds_keys_that_were_made_and_changed_after_it(store: Shared) {
+pub(super) async fn a_bulk_reader_finds_keys_that_were_made_and_changed_after_it(store: SharedStore) {
     let keys = rotated(&store).await;
     for entries in FEW_AND_MANY {
         let mut reader = store.bulk_reader(entries);
         let ids: Vec<_> = keys.iter().map(|key| key.id).collect();
         reader.keys_at(&ids).await.unwrap();
-        let made = put(&store, create(&key())).await;
+        let made = commit_key(&store, create(&key())).await;
         assert_eq!(reader.keys_at(&[made.id]).await.unwrap(), [made]);
-        let mut changed = read(&store, ids[3]).await.unwrap();
-        changed.disabled_at = Some(at(9));
-        let changed = put(&store, update(&changed)).await;
+        let mut changed = read_key(&store, ids[3]).await.unwrap();
+        changed.disabled_at = Some(timestamp(9));
+        let changed = commit_key(&store, update(&changed)).await;
         assert_eq!(reader.keys_at(&[ids[3]]).await.unwrap(), [changed]);
     }
 }
 
-pub(super) async fn a_bulk_reader_reads_the_log_and_the_revisions_of_keys_in_pages(store: Shared) {
+pub(super) async fn a_bulk_reader_reads_the_log_and_the_revisions_of_keys_in_pages(store: SharedStore) {
     let keys = rotated(&store).await;
     let mut reader = store.bulk_reader(1000);
     let mut log = Vec::new();
     loop {
         let after = Revision(log.len() as u64);
         let page = reader.log_after(after, 7).await.unwrap();
-        assert_eq!(page, store.log_after(after, 7).await.unwrap());
+        assert_eq!(page, store.list_log_after(after, 7).await.unwrap());
         if page.is_empty() {
             break;
         }
@@ -91,7 +91,7 @@ pub(super) async fn a_bulk_reader_reads_the_log_and_the_revisions_of_keys_in_pag
     assert_eq!(found, keys.iter().map(|key| (key.id, key.revision)).collect::<Vec<_>>());
 }
 
-pub(super) async fn a_bulk_reader_that_was_given_up_in_the_middle_goes_on(store: Shared) {
+pub(super) async fn a_bulk_reader_that_was_given_up_in_the_middle_goes_on(store: SharedStore) {
     let keys = rotated(&store).await;
     let mut reader = store.bulk_reader(1000);
     let ids: Vec<_> = keys.iter().map(|key| key.id).collect();

@@ -4,32 +4,32 @@ use std::time::Duration;
 
 use keyward::{
     domain::{
-        key::{Key, Owner, State},
+        key::{ApiKey, ApiKeyState, KeyOwner},
         name::{AccountId, EnvironmentName, KeyId, KeyName, UserId},
     },
-    store::{KeyFilter, OwnerFilter, StoredKey, UsedSecret},
+    store::{KeyFilter, OwnerFilter, SecretUse, StoredKey},
 };
 use proptest::{prelude::*, strategy::ValueTree as _, test_runner::TestRunner};
 
 use super::{records::for_all, *};
 
 /// A key's place in the model: the record and its uses.
-type Model = Vec<StoredKey>;
+type StoredKeys = Vec<StoredKey>;
 
 fn matches(stored: &StoredKey, filter: &KeyFilter) -> bool {
     let key = &stored.key;
     let owner = match &filter.owner {
         OwnerFilter::Account(account) => key.owner.account() == Some(account),
         OwnerFilter::User(user) => key.owner.user() == Some(user),
-        OwnerFilter::AllButOperators => key.owner.account().is_none_or(|account| !account.is_operator()),
+        OwnerFilter::ExceptOperator => key.owner.account().is_none_or(|account| !account.is_operator()),
     };
     owner
         && filter.environment.as_ref().is_none_or(|environment| key.environment == *environment)
         && (filter.states.is_empty() || filter.states.contains(&key.state(filter.now)))
-        && composed(key.terms.name.as_ref().map_or("", |name| name.as_str())).starts_with(&filter.name_prefix)
+        && composed(key.spec.name.as_ref().map_or("", |name| name.as_str())).starts_with(&filter.name_prefix)
         && filter.unused_since.is_none_or(|since| last_sign_of_life(stored) < since)
         && filter.created_before.is_none_or(|end| key.created_at < end)
-        && filter.expires_before.is_none_or(|end| key.terms.expires_at.is_some_and(|expiry| expiry < end))
+        && filter.expires_before.is_none_or(|end| key.spec.expires_at.is_some_and(|expiry| expiry < end))
 }
 
 /// A name in the form in which prefixes are compared. Of the names here only `é` has two forms.
@@ -43,12 +43,12 @@ fn last_sign_of_life(stored: &StoredKey) -> Timestamp {
 }
 
 /// Keys that differ in what filters look at, few enough values that filters meet.
-fn filterable() -> impl Strategy<Value = (Key, Option<i64>)> {
+fn filterable() -> impl Strategy<Value = (ApiKey, Option<i64>)> {
     let owner = prop::sample::select(vec![
-        Owner::Account(account_id("acme")),
-        Owner::Account(account_id("globex")),
-        Owner::Account(AccountId::operator()),
-        Owner::User(UserId::parse("u1").unwrap()),
+        KeyOwner::Account(account_id("acme")),
+        KeyOwner::Account(account_id("globex")),
+        KeyOwner::Account(AccountId::operator()),
+        KeyOwner::User(UserId::parse("u1").unwrap()),
     ]);
     let environment = prop::sample::select(vec!["production", "staging"]);
     let name = prop::option::of(prop::sample::select(vec![
@@ -67,17 +67,18 @@ fn filterable() -> impl Strategy<Value = (Key, Option<i64>)> {
     let seconds = || prop::option::of(0i64..5);
     (owner, environment, name, seconds(), any::<(bool, bool)>(), (seconds(), 0i64..5)).prop_map(
         |(owner, environment, name, expires, (disabled, dead), (used, created))| {
-            let mut key = Key {
+            let mut key = ApiKey {
                 owner,
                 environment: EnvironmentName::parse(environment).unwrap(),
-                created_at: at(created),
+                created_at: timestamp(created),
                 ..key()
             };
             // Only the start of a name is looked at; the rest keeps it from colliding.
-            key.terms.name = name.map(|name| KeyName::from_stored(&format!("{name}{}", fresh())).unwrap());
-            key.terms.expires_at = expires.map(at);
-            key.disabled_at = disabled.then(|| at(0));
-            (if dead { revoked(key, at(1)) } else { key }, used)
+            key.spec.name =
+                name.map(|name| KeyName::from_stored(&format!("{name}{}", next_number())).unwrap());
+            key.spec.expires_at = expires.map(timestamp);
+            key.disabled_at = disabled.then(|| timestamp(0));
+            (if dead { revoked(key, timestamp(1)) } else { key }, used)
         },
     )
 }
@@ -88,10 +89,10 @@ fn filters() -> impl Strategy<Value = KeyFilter> {
         OwnerFilter::Account(account_id("globex")),
         OwnerFilter::Account(account_id("nobody")),
         OwnerFilter::User(UserId::parse("u1").unwrap()),
-        OwnerFilter::AllButOperators,
+        OwnerFilter::ExceptOperator,
     ]);
     let environment = prop::option::of(prop::sample::select(vec!["production", "staging", "moon"]));
-    let all = vec![State::Active, State::Disabled, State::Expired, State::Revoked];
+    let all = vec![ApiKeyState::Active, ApiKeyState::Disabled, ApiKeyState::Expired, ApiKeyState::Revoked];
     let states = prop::sample::subsequence(all, 0..=4);
     let prefix = prop::sample::select(vec!["", "", "a", "A", "a%", "a_", "é", "éa", "e", "zz"]);
     let seconds = || prop::option::of(0i64..6);
@@ -102,27 +103,29 @@ fn filters() -> impl Strategy<Value = KeyFilter> {
                 environment: environment.map(|name| EnvironmentName::parse(name).unwrap()),
                 states,
                 name_prefix: prefix.to_owned(),
-                unused_since: unused_since.map(at),
-                expires_before: expires_before.map(at),
-                created_before: created_before.map(at),
-                now: at(now),
+                unused_since: unused_since.map(timestamp),
+                expires_before: expires_before.map(timestamp),
+                created_before: created_before.map(timestamp),
+                now: timestamp(now),
             }
         },
     )
 }
 
 /// Eighty filterable keys, and what was written.
-async fn modelled(store: &Shared) -> Model {
+async fn modelled(store: &SharedStore) -> StoredKeys {
     with_accounts(store).await;
-    put_account(store, &account("keyward"), None).await;
+    commit_account(store, &account("keyward"), None).await;
     let mut runner = TestRunner::deterministic();
-    let mut model = Model::new();
+    let mut model = StoredKeys::new();
     for _ in 0..80 {
         let (record, used) = filterable().new_tree(&mut runner).unwrap().current();
-        let key = put(store, create(&record)).await;
-        let last_used: Vec<_> = used.map(|seconds| (1, at(seconds))).into_iter().collect();
+        let key = commit_key(store, create(&record)).await;
+        let last_used: Vec<_> = used.map(|seconds| (1, timestamp(seconds))).into_iter().collect();
         for (version, at) in &last_used {
-            note_used(store, &[UsedSecret { key_id: key.id, version: *version, at: *at }]).await.unwrap();
+            write_used_secrets(store, &[SecretUse { key_id: key.id, version: *version, at: *at }])
+                .await
+                .unwrap();
         }
         model.push(StoredKey { key, last_used });
     }
@@ -134,12 +137,12 @@ fn ids<'k>(keys: impl IntoIterator<Item = &'k StoredKey>) -> Vec<KeyId> {
     keys.into_iter().map(|stored| stored.key.id).collect()
 }
 
-pub(super) async fn every_filter_finds_what_a_look_at_each_key_finds(store: Shared) {
+pub(super) async fn every_filter_finds_what_a_look_at_each_key_finds(store: SharedStore) {
     let model = modelled(&store).await;
     for_all(400, filters(), |filter| {
         let (store, model) = (store.clone(), &model);
         async move {
-            let found = store.keys(&filter, None, 1000).await.unwrap();
+            let found = store.list_keys(&filter, None, 1000).await.unwrap();
             let expected = model.iter().filter(|stored| matches(stored, &filter));
             assert_eq!(ids(&found), ids(expected), "{filter:?}");
             for stored in &found {
@@ -151,47 +154,48 @@ pub(super) async fn every_filter_finds_what_a_look_at_each_key_finds(store: Shar
     .await;
 }
 
-pub(super) async fn pages_of_keys_join_to_the_whole_whatever_comes_between(store: Shared) {
+pub(super) async fn pages_of_keys_join_to_the_whole_whatever_comes_between(store: SharedStore) {
     let model = modelled(&store).await;
     let filter = KeyFilter {
-        states: vec![State::Active, State::Revoked],
-        ..everything(OwnerFilter::Account(account_id("acme")))
+        states: vec![ApiKeyState::Active, ApiKeyState::Revoked],
+        ..unfiltered_keys(OwnerFilter::Account(account_id("acme")))
     };
     let expected = ids(model.iter().filter(|stored| matches(stored, &filter)));
     let (mut found, mut before) = (Vec::new(), None);
     loop {
-        let page = store.keys(&filter, before, 3).await.unwrap();
+        let page = store.list_keys(&filter, before, 3).await.unwrap();
         assert!(page.len() <= 3);
         let Some(last) = page.last() else { break };
         before = Some(last.key.id);
         found.extend(ids(&page));
         // Newer than all: it belongs before the first page.
-        put(&store, create(&key())).await;
+        commit_key(&store, create(&key())).await;
     }
     assert_eq!(found, expected);
 }
 
-pub(super) async fn a_page_counts_keys_and_not_their_secrets(store: Shared) {
+pub(super) async fn a_page_counts_keys_and_not_their_secrets(store: SharedStore) {
     with_accounts(&store).await;
     for _ in 0..5 {
-        let mut made = put(&store, create(&key())).await;
+        let mut made = commit_key(&store, create(&key())).await;
         for second in 0..3 {
-            made.rotate(fresh_digest(), String::new(), Duration::from_secs(9), at(second));
-            made = put(&store, update(&made)).await;
+            made.rotate(new_digest(), String::new(), Duration::from_secs(9), timestamp(second));
+            made = commit_key(&store, update(&made)).await;
         }
     }
-    let page = store.keys(&everything(OwnerFilter::Account(account_id("acme"))), None, 3).await.unwrap();
+    let page =
+        store.list_keys(&unfiltered_keys(OwnerFilter::Account(account_id("acme"))), None, 3).await.unwrap();
     assert_eq!(page.len(), 3);
     assert!(page.iter().all(|stored| stored.key.secrets.len() == 2));
 }
 
-pub(super) async fn accounts_come_in_pages_in_the_order_of_their_ids(store: Shared) {
+pub(super) async fn accounts_come_in_pages_in_the_order_of_their_ids(store: SharedStore) {
     for id in ["b", "a", "a-", "a_", "z", "0", "keyward"] {
-        put_account(&store, &account(id), None).await;
+        commit_account(&store, &account(id), None).await;
     }
     let (mut found, mut after) = (Vec::new(), None);
     loop {
-        let page = store.accounts(after.as_ref(), 2).await.unwrap();
+        let page = store.list_accounts(after.as_ref(), 2).await.unwrap();
         assert!(page.len() <= 2);
         let Some(last) = page.last() else { break };
         after = Some(last.id.clone());

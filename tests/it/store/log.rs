@@ -2,48 +2,51 @@
 
 use keyward::{
     domain::{
-        key::{Key, Owner},
-        log::{Actor, Change, LogRow, Who},
+        key::{ApiKey, KeyOwner},
+        log::{Actor, ActorId, LogEntry, RecordChange},
         name::UserId,
         time::Revision,
     },
-    store::{LogFilter, Write},
+    store::{LogFilter, WriteRequest},
 };
 use proptest::prelude::*;
 
 use super::{records::for_all, *};
 
-pub(super) async fn the_log_says_who_did_what_and_holds_the_record(store: Shared) {
+pub(super) async fn the_log_says_who_did_what_and_holds_the_record(store: SharedStore) {
     with_accounts(&store).await;
-    let actor = fresh_id(at(0));
+    let actor = new_key_id(timestamp(0));
     let record = named("first");
-    let made = put(
+    let made = commit_key(
         &store,
-        Write {
-            actor: Actor { who: Who::Key(actor), account: Some(account_id("globex")), ..Actor::SYSTEM },
+        WriteRequest {
+            actor: Actor { id: ActorId::Key(actor), account: Some(account_id("globex")), ..Actor::SYSTEM },
             method: "keyward.v1.KeyService/Create",
-            at: at(7),
+            at: timestamp(7),
             ..create(&record)
         },
     )
     .await;
     let row = whole_chain(&store).await.pop().unwrap();
-    assert_eq!((row.revision, row.at, &*row.action), (made.revision, at(7), "key.created"));
+    assert_eq!((row.revision, row.at, &*row.action), (made.revision, timestamp(7), "key.created"));
     assert_eq!((row.account, row.key_id, row.user), (Some(account_id("acme")), Some(made.id), None));
     assert_eq!((row.actor, row.actor_account), (actor.to_string(), Some(account_id("globex"))));
     assert_eq!(row.method, "keyward.v1.KeyService/Create");
-    assert_eq!(serde_json::from_str::<Change>(&row.payload).unwrap(), Change::Key(Arc::new(made)));
+    assert_eq!(
+        serde_json::from_str::<RecordChange>(&row.payload).unwrap(),
+        RecordChange::Key(Arc::new(made))
+    );
 }
 
-pub(super) async fn the_log_is_read_in_pages(store: Shared) {
+pub(super) async fn the_log_is_read_in_pages(store: SharedStore) {
     with_accounts(&store).await;
     for _ in 0..8 {
-        put(&store, create(&key())).await;
+        commit_key(&store, create(&key())).await;
     }
     let whole = whole_log(&store).await;
     assert_eq!(whole.len(), 10);
     let mut paged = Vec::new();
-    while let Some(page) = Some(store.log_after(Revision(paged.len() as u64), 3).await.unwrap()) {
+    while let Some(page) = Some(store.list_log_after(Revision(paged.len() as u64), 3).await.unwrap()) {
         assert!(page.len() <= 3);
         if page.is_empty() {
             break;
@@ -51,28 +54,30 @@ pub(super) async fn the_log_is_read_in_pages(store: Shared) {
         paged.extend(page);
     }
     assert_eq!(paged, whole);
-    assert_eq!(store.log_after(Revision(10), 3).await.unwrap(), []);
-    assert_eq!(store.log_after(Revision(99), 3).await.unwrap(), []);
+    assert_eq!(store.list_log_after(Revision(10), 3).await.unwrap(), []);
+    assert_eq!(store.list_log_after(Revision(99), 3).await.unwrap(), []);
 }
 
-pub(super) async fn every_filter_of_the_log_finds_what_a_look_at_each_row_finds(store: Shared) {
-    let actors: Vec<_> = (0..2).map(|_| fresh_id(at(0))).collect();
+pub(super) async fn every_filter_of_the_log_finds_what_a_look_at_each_row_finds(store: SharedStore) {
+    let actors: Vec<_> = (0..2).map(|_| new_key_id(timestamp(0))).collect();
     for id in ["acme", "globex"] {
-        put_account(&store, &account(id), None).await;
+        commit_account(&store, &account(id), None).await;
     }
     let mut keys = Vec::new();
     for count in 0..30usize {
         let owner = match count % 3 {
-            0 => Owner::Account(account_id("acme")),
-            1 => Owner::Account(account_id("globex")),
-            _ => Owner::User(UserId::parse("u1").unwrap()),
+            0 => KeyOwner::Account(account_id("acme")),
+            1 => KeyOwner::Account(account_id("globex")),
+            _ => KeyOwner::User(UserId::parse("u1").unwrap()),
         };
-        let who = actors.get(count % 4).map_or(Who::System, |key| Who::Key(*key));
+        let who = actors.get(count % 4).map_or(ActorId::System, |key| ActorId::Key(*key));
         let acting_user = (count % 5 == 0).then(|| UserId::parse("ann").unwrap());
-        let actor = Actor { who, acting_user, ..Actor::SYSTEM };
-        let seconds = at(i64::try_from(count % 7).unwrap());
-        let made = put(&store, Write { actor, at: seconds, ..create(&Key { owner, ..key() }) }).await;
-        keys.push(put(&store, Write { at: seconds, ..update(&made) }).await.id);
+        let actor = Actor { id: who, acting_user, ..Actor::SYSTEM };
+        let seconds = timestamp(i64::try_from(count % 7).unwrap());
+        let made =
+            commit_key(&store, WriteRequest { actor, at: seconds, ..create(&ApiKey { owner, ..key() }) })
+                .await;
+        keys.push(commit_key(&store, WriteRequest { at: seconds, ..update(&made) }).await.id);
     }
     let rows = whole_log(&store).await;
     let filters = (
@@ -104,15 +109,15 @@ pub(super) async fn every_filter_of_the_log_finds_what_a_look_at_each_row_finds(
                     account: account.map(account_id),
                     key_id,
                     actor,
-                    from: from.map(at),
-                    to: to.map(at),
+                    from: from.map(timestamp),
+                    to: to.map(timestamp),
                     acting_user: person.map(|user| UserId::parse(user).unwrap()),
                     action: action.map(str::to_owned),
                     after: Revision(after),
                     oldest_first,
                 };
                 let cursor = cursor.map(Revision);
-                let hit = |row: &&LogRow| {
+                let hit = |row: &&LogEntry| {
                     filter.account.as_ref().is_none_or(|account| row.account.as_ref() == Some(account))
                         && filter.key_id.is_none_or(|key| row.key_id == Some(key))
                         && filter.actor.as_ref().is_none_or(|actor| row.actor == *actor)
@@ -133,7 +138,11 @@ pub(super) async fn every_filter_of_the_log_finds_what_a_look_at_each_row_finds(
                     expected.reverse();
                 }
                 expected.truncate(5);
-                assert_eq!(store.log(&filter, cursor, 5).await.unwrap(), expected, "{filter:?} {cursor:?}");
+                assert_eq!(
+                    store.list_log(&filter, cursor, 5).await.unwrap(),
+                    expected,
+                    "{filter:?} {cursor:?}"
+                );
             }
         },
     )

@@ -26,26 +26,26 @@ use std::{
 
 use keyward::{
     domain::{
-        account::{Account, Member, Role},
-        key::{Key, Owner, Revocation, RevokeReason, Secret, Terms},
-        log::{Action, Actor, Change, GENESIS, LogRow},
+        account::{Account, AccountMember, Role},
+        key::{ApiKey, KeyOwner, KeySecret, KeySpec, Revocation, RevokeReason},
+        log::{Actor, AuditAction, GENESIS_HASH, LogEntry, RecordChange},
         name::{AccountId, DisplayName, EnvironmentName, KeyId, KeyName, RoleName, UserId},
         scope::Scope,
         time::{Revision, Timestamp},
-        token::Digest,
+        token::TokenDigest,
     },
     store::{
-        Head, KeyFilter, Outcome, OwnerFilter, ReadSet, Rejection, Store, StoreError, UsageBatch, UsedSecret,
-        Write,
+        KeyFilter, LogHead, OwnerFilter, ReadSet, SecretUse, Store, StoreError, UsageBatch, WriteOutcome,
+        WriteRejection, WriteRequest,
     },
 };
 
-type Shared = Arc<dyn Store>;
+type SharedStore = Arc<dyn Store>;
 
 /// The present of these tests.
 const NOW: i64 = 1_800_000_000;
 
-fn at(seconds: i64) -> Timestamp {
+fn timestamp(seconds: i64) -> Timestamp {
     Timestamp::from_micros((NOW + seconds) * 1_000_000)
 }
 
@@ -54,25 +54,25 @@ fn account_id(id: &str) -> AccountId {
 }
 
 /// A number that no other call of this process gets.
-fn fresh() -> u64 {
+fn next_number() -> u64 {
     static NEXT: AtomicU64 = AtomicU64::new(1);
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
-fn fresh_digest() -> Digest {
-    Digest::of(&format!("token {}", fresh()))
+fn new_digest() -> TokenDigest {
+    TokenDigest::from_token(&format!("token {}", next_number()))
 }
 
-fn fresh_id(created: Timestamp) -> KeyId {
+fn new_key_id(created: Timestamp) -> KeyId {
     let mut random = [0; 10];
-    random[2..].copy_from_slice(&fresh().to_be_bytes());
+    random[2..].copy_from_slice(&next_number().to_be_bytes());
     KeyId::generate(created, random)
 }
 
-fn secret(version: u32, created: Timestamp) -> Secret {
-    Secret {
+fn secret(version: u32, created: Timestamp) -> KeySecret {
+    KeySecret {
         version,
-        digest: fresh_digest(),
+        digest: new_digest(),
         hint: format!("kw_live_{version:04}"),
         created_at: created,
         expires_at: None,
@@ -80,13 +80,13 @@ fn secret(version: u32, created: Timestamp) -> Secret {
 }
 
 /// A key of `acme` that no other is like.
-fn key() -> Key {
-    let created = at(0);
-    Key {
-        id: fresh_id(created),
-        owner: Owner::Account(account_id("acme")),
+fn key() -> ApiKey {
+    let created = timestamp(0);
+    ApiKey {
+        id: new_key_id(created),
+        owner: KeyOwner::Account(account_id("acme")),
         environment: EnvironmentName::parse("production").unwrap(),
-        terms: Terms {
+        spec: KeySpec {
             name: None,
             scopes: [Scope::parse_grant("monitors:read").unwrap()].into_iter().collect(),
             roles: vec![],
@@ -107,13 +107,13 @@ fn key() -> Key {
     }
 }
 
-fn named(name: &str) -> Key {
+fn named(name: &str) -> ApiKey {
     let mut key = key();
-    key.terms.name = Some(KeyName::parse(name).unwrap());
+    key.spec.name = Some(KeyName::parse(name).unwrap());
     key
 }
 
-fn revoked(mut key: Key, when: Timestamp) -> Key {
+fn revoked(mut key: ApiKey, when: Timestamp) -> ApiKey {
     key.revocation = Some(Revocation {
         at: when,
         reason: RevokeReason::Compromised,
@@ -128,84 +128,84 @@ fn account(id: &str) -> Account {
         name: DisplayName::parse(&format!("{id} Inc")).unwrap(),
         suspended_at: None,
         longest_life: None,
-        created_at: at(0),
-        updated_at: at(0),
+        created_at: timestamp(0),
+        updated_at: timestamp(0),
         revision: Revision::default(),
     }
 }
 
-fn write(change: Change, expect: Option<Revision>, action: Action) -> Write {
-    Write {
+fn write(change: RecordChange, expect: Option<Revision>, action: AuditAction) -> WriteRequest {
+    WriteRequest {
         change,
-        expect,
+        expected_revision: expect,
         action,
         actor: Actor::SYSTEM,
         method: "test",
-        at: at(0),
+        at: timestamp(0),
         idempotency: None,
-        reads: ReadSet::default(),
+        read_set: ReadSet::default(),
         limits: None,
     }
 }
 
-fn create(key: &Key) -> Write {
-    write(Change::Key(Arc::new(key.clone())), None, Action::KeyCreated)
+fn create(key: &ApiKey) -> WriteRequest {
+    write(RecordChange::Key(Arc::new(key.clone())), None, AuditAction::KeyCreated)
 }
 
 /// Replaces the record that stands at `key`'s revision.
-fn update(key: &Key) -> Write {
-    write(Change::Key(Arc::new(key.clone())), Some(key.revision), Action::KeyUpdated)
+fn update(key: &ApiKey) -> WriteRequest {
+    write(RecordChange::Key(Arc::new(key.clone())), Some(key.revision), AuditAction::KeyUpdated)
 }
 
-fn create_account(account: &Account) -> Write {
-    write(Change::Account(Arc::new(account.clone())), None, Action::AccountCreated)
+fn create_account(account: &Account) -> WriteRequest {
+    write(RecordChange::Account(Arc::new(account.clone())), None, AuditAction::AccountCreated)
 }
 
-async fn try_one(store: &Shared, write: Write) -> Result<Outcome, Rejection> {
+async fn try_commit(store: &SharedStore, write: WriteRequest) -> Result<WriteOutcome, WriteRejection> {
     let committed = store.commit(&[write]).await.unwrap();
     let [outcome] = <[_; 1]>::try_from(committed.outcomes).unwrap();
     outcome
 }
 
 /// Commits a key's write: the key as it is recorded.
-async fn put(store: &Shared, write: Write) -> Key {
-    match try_one(store, write).await.unwrap() {
-        Outcome::Applied(Change::Key(key)) => Arc::unwrap_or_clone(key),
+async fn commit_key(store: &SharedStore, write: WriteRequest) -> ApiKey {
+    match try_commit(store, write).await.unwrap() {
+        WriteOutcome::Applied(RecordChange::Key(key)) => Arc::unwrap_or_clone(key),
         other => panic!("{other:?}"),
     }
 }
 
-async fn put_account(store: &Shared, account: &Account, expect: Option<Revision>) -> Account {
-    let write = write(Change::Account(Arc::new(account.clone())), expect, Action::AccountUpdated);
-    match try_one(store, write).await.unwrap() {
-        Outcome::Applied(Change::Account(account)) => Arc::unwrap_or_clone(account),
+async fn commit_account(store: &SharedStore, account: &Account, expect: Option<Revision>) -> Account {
+    let write = write(RecordChange::Account(Arc::new(account.clone())), expect, AuditAction::AccountUpdated);
+    match try_commit(store, write).await.unwrap() {
+        WriteOutcome::Applied(RecordChange::Account(account)) => Arc::unwrap_or_clone(account),
         other => panic!("{other:?}"),
     }
 }
 
 /// The accounts that keys of these tests belong to.
-async fn with_accounts(store: &Shared) {
+async fn with_accounts(store: &SharedStore) {
     for id in ["acme", "globex"] {
-        put_account(store, &account(id), None).await;
+        commit_account(store, &account(id), None).await;
     }
 }
 
 /// The roles that generated records have.
-async fn with_roles(store: &Shared) {
+async fn with_roles(store: &SharedStore) {
     for name in ["agent", "read-only", "admin"] {
-        made_role(store, put_role(&role(None, name))).await;
+        commit_role(store, put_role(&role(None, name))).await;
     }
 }
 
-async fn read(store: &Shared, id: KeyId) -> Option<Key> {
-    store.key(id).await.unwrap().map(|stored| stored.key)
+async fn read_key(store: &SharedStore, id: KeyId) -> Option<ApiKey> {
+    store.get_key(id).await.unwrap().map(|stored| stored.key)
 }
 
-async fn note_used(store: &Shared, used: &[UsedSecret]) -> Result<(), StoreError> {
-    store.note_usage(&UsageBatch { used: used.to_vec(), ..UsageBatch::default() }).await.map(drop)
+async fn write_used_secrets(store: &SharedStore, used: &[SecretUse]) -> Result<(), StoreError> {
+    store.record_usage(&UsageBatch { secret_uses: used.to_vec(), ..UsageBatch::default() }).await.map(drop)
 }
 
-fn everything(owner: OwnerFilter) -> KeyFilter {
+fn unfiltered_keys(owner: OwnerFilter) -> KeyFilter {
     KeyFilter {
         owner,
         environment: None,
@@ -214,23 +214,23 @@ fn everything(owner: OwnerFilter) -> KeyFilter {
         unused_since: None,
         expires_before: None,
         created_before: None,
-        now: at(0),
+        now: timestamp(0),
     }
 }
 
-async fn whole_log(store: &Shared) -> Vec<LogRow> {
-    store.log_after(Revision(0), u32::MAX).await.unwrap()
+async fn whole_log(store: &SharedStore) -> Vec<LogEntry> {
+    store.list_log_after(Revision(0), u32::MAX).await.unwrap()
 }
 
 /// Sees that the log is one chain that ends at the head, and returns it.
-async fn whole_chain(store: &Shared) -> Vec<LogRow> {
+async fn whole_chain(store: &SharedStore) -> Vec<LogEntry> {
     let rows = whole_log(store).await;
-    let mut last = Head { revision: Revision(0), hash: GENESIS };
+    let mut last = LogHead { revision: Revision(0), hash: GENESIS_HASH };
     for row in &rows {
         assert!(row.follows(last.revision, &last.hash), "{row:?} does not follow {last:?}");
-        last = Head { revision: row.revision, hash: row.hash };
+        last = LogHead { revision: row.revision, hash: row.hash };
     }
-    assert_eq!(store.head().await.unwrap(), last);
+    assert_eq!(store.log_head().await.unwrap(), last);
     rows
 }
 
@@ -243,8 +243,8 @@ fn role(account: Option<&str>, name: &str) -> Role {
     }
 }
 
-fn member(account: &str, user: &str, role: &str) -> Member {
-    Member {
+fn member(account: &str, user: &str, role: &str) -> AccountMember {
+    AccountMember {
         account: account_id(account),
         user: UserId::parse(user).unwrap(),
         role: RoleName::parse(role).unwrap(),
@@ -253,38 +253,52 @@ fn member(account: &str, user: &str, role: &str) -> Member {
 }
 
 /// A new role, or one in the place of what stands at its revision; so too for members.
-fn put_role(role: &Role) -> Write {
-    write(Change::Role(Arc::new(role.clone())), standing(role.revision), Action::RolePut)
+fn put_role(role: &Role) -> WriteRequest {
+    write(RecordChange::Role(Arc::new(role.clone())), expected_revision(role.revision), AuditAction::RolePut)
 }
 
-fn delete_role(role: &Role) -> Write {
-    write(Change::RoleDeleted(Arc::new(role.clone())), standing(role.revision), Action::RoleDeleted)
+fn delete_role(role: &Role) -> WriteRequest {
+    write(
+        RecordChange::RoleDeleted(Arc::new(role.clone())),
+        expected_revision(role.revision),
+        AuditAction::RoleDeleted,
+    )
 }
 
-fn put_member(member: &Member) -> Write {
-    write(Change::Member(Arc::new(member.clone())), standing(member.revision), Action::MemberPut)
+fn put_member(member: &AccountMember) -> WriteRequest {
+    write(
+        RecordChange::Member(Arc::new(member.clone())),
+        expected_revision(member.revision),
+        AuditAction::MemberPut,
+    )
 }
 
-fn remove_member(member: &Member) -> Write {
-    write(Change::MemberRemoved(Arc::new(member.clone())), standing(member.revision), Action::MemberRemoved)
+fn remove_member(member: &AccountMember) -> WriteRequest {
+    write(
+        RecordChange::MemberRemoved(Arc::new(member.clone())),
+        expected_revision(member.revision),
+        AuditAction::MemberRemoved,
+    )
 }
 
-fn standing(revision: Revision) -> Option<Revision> {
+fn expected_revision(revision: Revision) -> Option<Revision> {
     (revision != Revision::default()).then_some(revision)
 }
 
 /// Commits a role's write: the role as it is recorded.
-async fn made_role(store: &Shared, write: Write) -> Role {
-    match try_one(store, write).await.unwrap() {
-        Outcome::Applied(Change::Role(role) | Change::RoleDeleted(role)) => Arc::unwrap_or_clone(role),
+async fn commit_role(store: &SharedStore, write: WriteRequest) -> Role {
+    match try_commit(store, write).await.unwrap() {
+        WriteOutcome::Applied(RecordChange::Role(role) | RecordChange::RoleDeleted(role)) => {
+            Arc::unwrap_or_clone(role)
+        }
         other => panic!("{other:?}"),
     }
 }
 
 /// Commits a member's write: the member as it is recorded.
-async fn made_member(store: &Shared, write: Write) -> Member {
-    match try_one(store, write).await.unwrap() {
-        Outcome::Applied(Change::Member(member) | Change::MemberRemoved(member)) => {
+async fn commit_member(store: &SharedStore, write: WriteRequest) -> AccountMember {
+    match try_commit(store, write).await.unwrap() {
+        WriteOutcome::Applied(RecordChange::Member(member) | RecordChange::MemberRemoved(member)) => {
             Arc::unwrap_or_clone(member)
         }
         other => panic!("{other:?}"),
@@ -416,7 +430,7 @@ macro_rules! every_promise {
     };
 }
 
-async fn open_sqlite() -> (Shared, tempfile::TempDir) {
+async fn open_sqlite() -> (SharedStore, tempfile::TempDir) {
     let folder = tempfile::tempdir().unwrap();
     let url = format!("sqlite:{}", folder.path().join("keyward.db").display());
     (keyward::store::open(&url).await.unwrap(), folder)
@@ -424,17 +438,17 @@ async fn open_sqlite() -> (Shared, tempfile::TempDir) {
 
 every_promise!(sqlite, crate::store::open_sqlite());
 
-async fn open_postgres() -> (Shared, crate::postgres::Database) {
-    let database = crate::postgres::Database::new();
+async fn open_postgres() -> (SharedStore, crate::postgres::PostgresDatabase) {
+    let database = crate::postgres::PostgresDatabase::new();
     (keyward::store::open(&database.url()).await.unwrap(), database)
 }
 
 every_promise!(postgres, crate::store::open_postgres());
 
 /// The same, where each transaction may meet another session.
-async fn open_pgbouncer() -> (Shared, crate::postgres::Database) {
-    let database = crate::postgres::Database::new();
-    (keyward::store::open(&database.bounced_url()).await.unwrap(), database)
+async fn open_pgbouncer() -> (SharedStore, crate::postgres::PostgresDatabase) {
+    let database = crate::postgres::PostgresDatabase::new();
+    (keyward::store::open(&database.pgbouncer_url()).await.unwrap(), database)
 }
 
 every_promise!(pgbouncer, crate::store::open_pgbouncer());

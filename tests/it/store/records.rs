@@ -5,21 +5,24 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use keyward::{
     domain::{
         account::Account,
-        key::{Key, Owner, Quota, QuotaPeriod, RateLimit, Revocation, RevokeReason, Secret, Terms},
-        log::{Change, GENESIS},
+        key::{
+            ApiKey, KeyOwner, KeySecret, KeySpec, Quota, QuotaPeriod, RateLimit, Revocation, RevokeReason,
+        },
+        log::{GENESIS_HASH, RecordChange},
         name::{CustomerId, DisplayName, EnvironmentName, KeyName, RoleName, UserId},
         scope::Scope,
         time::{Revision, Timestamp},
     },
-    store::{LogFilter, OwnerFilter, UsedSecret},
+    store::{LogFilter, OwnerFilter, SecretUse},
 };
 use proptest::{prelude::*, strategy::ValueTree as _, test_runner::TestRunner};
 
-use crate::loaded;
+use crate::snapshot_loader;
 
 use super::{
-    Shared, account, account_id, at, create, everything, fresh, fresh_id, key, note_used, put, put_account,
-    read, secret, update, whole_chain, with_accounts, with_roles,
+    SharedStore, account, account_id, commit_account, commit_key, create, key, new_key_id, next_number,
+    read_key, secret, timestamp, unfiltered_keys, update, whole_chain, with_accounts, with_roles,
+    write_used_secrets,
 };
 
 fn instants() -> impl Strategy<Value = Timestamp> {
@@ -46,7 +49,7 @@ fn nets() -> impl Strategy<Value = ipnet::IpNet> {
     prop_oneof![v4, v6]
 }
 
-fn terms() -> impl Strategy<Value = Terms> {
+fn terms() -> impl Strategy<Value = KeySpec> {
     let period = prop::sample::select(vec![
         QuotaPeriod::Hour,
         QuotaPeriod::Day,
@@ -76,7 +79,7 @@ fn terms() -> impl Strategy<Value = Terms> {
     )
         .prop_map(
             |(name, scopes, expires_at, (roles, customers, allowed_cidrs, rate_limits), quota, metadata)| {
-                Terms {
+                KeySpec {
                     name: name.map(|name| KeyName::from_stored(&name).unwrap()),
                     scopes: scopes.into_iter().collect(),
                     roles,
@@ -92,10 +95,10 @@ fn terms() -> impl Strategy<Value = Terms> {
 }
 
 /// Keys of `acme`, `globex` or a user, in whatever state, with one secret or two.
-pub(super) fn records() -> impl Strategy<Value = Key> {
+pub(super) fn records() -> impl Strategy<Value = ApiKey> {
     let owner = prop_oneof![
-        prop::sample::select(vec!["acme", "globex"]).prop_map(|id| Owner::Account(account_id(id))),
-        "[!-~]{1,20}".prop_map(|id| Owner::User(UserId::parse(&id).unwrap())),
+        prop::sample::select(vec!["acme", "globex"]).prop_map(|id| KeyOwner::Account(account_id(id))),
+        "[!-~]{1,20}".prop_map(|id| KeyOwner::User(UserId::parse(&id).unwrap())),
     ];
     let reason = prop::sample::select(vec![
         RevokeReason::Unspecified,
@@ -116,16 +119,16 @@ pub(super) fn records() -> impl Strategy<Value = Key> {
     )
         .prop_map(|((owner, environment, terms), times, revocation, (before, hint, created_by))| {
             let (created_at, updated_at, disabled_at) = times;
-            let mut secrets = vec![Secret { hint, ..secret(1, created_at) }];
+            let mut secrets = vec![KeySecret { hint, ..secret(1, created_at) }];
             if let Some(end) = before {
                 secrets[0].expires_at = Some(end);
                 secrets.insert(0, secret(2, updated_at));
             }
-            Key {
-                id: fresh_id(at(0)),
+            ApiKey {
+                id: new_key_id(timestamp(0)),
                 owner,
                 environment,
-                terms,
+                spec: terms,
                 created_at,
                 created_by,
                 updated_at,
@@ -149,14 +152,14 @@ pub(super) async fn for_all<T: Clone + std::fmt::Debug, F: Future<Output = ()>>(
     }
 }
 
-pub(super) async fn a_new_store_is_empty(store: Shared) {
+pub(super) async fn a_new_store_is_empty(store: SharedStore) {
     assert_eq!(whole_chain(&store).await, []);
-    assert_eq!(store.head().await.unwrap().hash, GENESIS);
-    assert!(read(&store, fresh_id(at(0))).await.is_none());
-    assert!(store.account(&account_id("acme")).await.unwrap().is_none());
+    assert_eq!(store.log_head().await.unwrap().hash, GENESIS_HASH);
+    assert!(read_key(&store, new_key_id(timestamp(0))).await.is_none());
+    assert!(store.get_account(&account_id("acme")).await.unwrap().is_none());
 }
 
-pub(super) async fn every_field_of_a_key_reads_back(store: Shared) {
+pub(super) async fn every_field_of_a_key_reads_back(store: SharedStore) {
     with_accounts(&store).await;
     with_roles(&store).await;
     for_all(200, (records(), terms()), |(record, later)| {
@@ -164,64 +167,66 @@ pub(super) async fn every_field_of_a_key_reads_back(store: Shared) {
         async move {
             let mut record = record;
             // Names are another test's: here none may collide.
-            if let Some(name) = &mut record.terms.name {
-                *name = KeyName::from_stored(&format!("{name} {}", fresh())).unwrap();
+            if let Some(name) = &mut record.spec.name {
+                *name = KeyName::from_stored(&format!("{name} {}", next_number())).unwrap();
             }
-            let made = put(&store, create(&record)).await;
-            assert_eq!(Key { revision: Revision(0), ..made.clone() }, record);
-            assert_eq!(read(&store, made.id).await.as_ref(), Some(&made));
+            let made = commit_key(&store, create(&record)).await;
+            assert_eq!(ApiKey { revision: Revision(0), ..made.clone() }, record);
+            assert_eq!(read_key(&store, made.id).await.as_ref(), Some(&made));
             let mut changed = made;
-            changed.terms = Terms { name: changed.terms.name.clone(), ..later };
-            let changed = put(&store, update(&changed)).await;
-            assert_eq!(read(&store, changed.id).await, Some(changed));
+            changed.spec = KeySpec { name: changed.spec.name.clone(), ..later };
+            let changed = commit_key(&store, update(&changed)).await;
+            assert_eq!(read_key(&store, changed.id).await, Some(changed));
         }
     })
     .await;
 }
 
-pub(super) async fn every_field_of_an_account_reads_back(store: Shared) {
-    let made = put_account(&store, &account("acme"), None).await;
+pub(super) async fn every_field_of_an_account_reads_back(store: SharedStore) {
+    let made = commit_account(&store, &account("acme"), None).await;
     assert_eq!(made.revision, Revision(1));
-    assert_eq!(store.account(&made.id).await.unwrap().as_ref(), Some(&made));
+    assert_eq!(store.get_account(&made.id).await.unwrap().as_ref(), Some(&made));
     let changed = Account {
         name: DisplayName::parse("Äcme \u{1f680}").unwrap(),
-        suspended_at: Some(at(5)),
+        suspended_at: Some(timestamp(5)),
         longest_life: Some(Duration::from_micros(1_234_567)),
-        updated_at: at(6),
+        updated_at: timestamp(6),
         ..made.clone()
     };
-    let changed = put_account(&store, &changed, Some(made.revision)).await;
+    let changed = commit_account(&store, &changed, Some(made.revision)).await;
     assert_eq!(changed.revision, Revision(2));
-    assert_eq!(store.account(&made.id).await.unwrap(), Some(changed));
+    assert_eq!(store.get_account(&made.id).await.unwrap(), Some(changed));
 }
 
-pub(super) async fn a_closed_store_fails_and_says_so(store: Shared) {
+pub(super) async fn a_closed_store_fails_and_says_so(store: SharedStore) {
     with_accounts(&store).await;
-    let made = put(&store, create(&key())).await;
+    let made = commit_key(&store, create(&key())).await;
     store.close().await;
-    assert!(store.head().await.is_err());
-    assert!(store.key(made.id).await.is_err());
-    assert!(store.account(&account_id("acme")).await.is_err());
-    assert!(store.accounts(None, 1).await.is_err());
-    assert!(store.keys(&everything(OwnerFilter::Account(account_id("acme"))), None, 1).await.is_err());
-    assert!(store.log_after(Revision(0), 1).await.is_err());
-    assert!(store.log(&LogFilter::default(), None, 1).await.is_err());
-    assert!(loaded::snapshot(&store, at(0)).await.is_err());
+    assert!(store.log_head().await.is_err());
+    assert!(store.get_key(made.id).await.is_err());
+    assert!(store.get_account(&account_id("acme")).await.is_err());
+    assert!(store.list_accounts(None, 1).await.is_err());
+    assert!(
+        store.list_keys(&unfiltered_keys(OwnerFilter::Account(account_id("acme"))), None, 1).await.is_err()
+    );
+    assert!(store.list_log_after(Revision(0), 1).await.is_err());
+    assert!(store.list_log(&LogFilter::default(), None, 1).await.is_err());
+    assert!(snapshot_loader::load_snapshot(&store, timestamp(0)).await.is_err());
     assert!(store.commit(&[create(&key())]).await.is_err(), "what is closed takes no change");
-    let used = UsedSecret { key_id: made.id, version: 1, at: at(0) };
-    assert!(note_used(&store, &[used]).await.is_err());
+    let used = SecretUse { key_id: made.id, version: 1, at: timestamp(0) };
+    assert!(write_used_secrets(&store, &[used]).await.is_err());
 }
 
 /// Text in which any character may stand, zero too, which some databases cannot keep in text.
-pub(super) async fn what_people_wrote_reads_back_whatever_it_is(store: Shared) {
+pub(super) async fn what_people_wrote_reads_back_whatever_it_is(store: SharedStore) {
     with_accounts(&store).await;
     let odd = "a\0b \u{1} \u{7f} \n\t\\ ' \" $1 ? % _ \u{202e} \u{1f680} \u{10ffff}";
-    let mut made = put(&store, create(&key())).await;
-    made.terms.metadata = BTreeMap::from([(odd.to_owned(), odd.to_owned())]);
+    let mut made = commit_key(&store, create(&key())).await;
+    made.spec.metadata = BTreeMap::from([(odd.to_owned(), odd.to_owned())]);
     made.revocation =
-        Some(Revocation { at: at(1), reason: RevokeReason::Compromised, comment: odd.to_owned() });
-    let made = put(&store, update(&made)).await;
-    assert_eq!(read(&store, made.id).await.as_ref(), Some(&made));
+        Some(Revocation { at: timestamp(1), reason: RevokeReason::Compromised, comment: odd.to_owned() });
+    let made = commit_key(&store, update(&made)).await;
+    assert_eq!(read_key(&store, made.id).await.as_ref(), Some(&made));
     let payload = whole_chain(&store).await.pop().unwrap().payload;
-    assert_eq!(serde_json::from_str::<Change>(&payload).unwrap(), Change::Key(Arc::new(made)));
+    assert_eq!(serde_json::from_str::<RecordChange>(&payload).unwrap(), RecordChange::Key(Arc::new(made)));
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 /// A change that returned OK.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Acknowledged {
+pub(crate) struct AcknowledgedChange {
     pub(crate) revision: u64,
     /// As the log calls it, such as `key.revoked`.
     pub(crate) action: &'static str,
@@ -14,7 +14,7 @@ pub(crate) struct Acknowledged {
 
 /// An entry of the log.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Entry {
+pub(crate) struct LogEntry {
     pub(crate) action: String,
     pub(crate) key: String,
     pub(crate) account: String,
@@ -22,8 +22,11 @@ pub(crate) struct Entry {
 }
 
 /// The acknowledged changes that the log does not hold, or holds as something else.
-pub(crate) fn lost(acknowledged: &[Acknowledged], log: &BTreeMap<u64, Entry>) -> Vec<Acknowledged> {
-    let holds = |change: &&Acknowledged| {
+pub(crate) fn find_lost(
+    acknowledged: &[AcknowledgedChange],
+    log: &BTreeMap<u64, LogEntry>,
+) -> Vec<AcknowledgedChange> {
+    let holds = |change: &&AcknowledgedChange| {
         log.get(&change.revision).is_some_and(|entry| {
             entry.action == change.action
                 && [&entry.key, &entry.account, &entry.user].contains(&&change.subject)
@@ -34,14 +37,14 @@ pub(crate) fn lost(acknowledged: &[Acknowledged], log: &BTreeMap<u64, Entry>) ->
 
 /// What an OK said of how far the change had come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Report {
+pub(crate) struct PropagationClaim {
     pub(crate) complete: bool,
     pub(crate) unconfirmed: usize,
     /// Microseconds since 1970; None = it does not say.
     pub(crate) complete_by: Option<i64>,
 }
 
-impl Report {
+impl PropagationClaim {
     /// Whether it may come with OK at this instant of the same clock: all have confirmed, or the leases of
     /// those that have not have run out.
     pub(crate) fn is_sound(&self, now: i64) -> bool {

@@ -3,21 +3,21 @@
 
 use std::collections::BTreeMap;
 
-use super::{Answer, Check, Nanos};
+use super::{CheckAnswer, Nanos, ObservedCheck};
 
 /// Shorter ones are the machine's.
 const SHORTEST: Nanos = 20_000_000;
 
 /// A time without a definite answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Gap {
+pub(crate) struct AnswerGap {
     /// Of this replica; None = of all of them.
     pub(crate) replica: Option<u8>,
     pub(crate) from: Nanos,
     pub(crate) to: Nanos,
 }
 
-impl Gap {
+impl AnswerGap {
     pub(crate) fn length(self) -> Nanos {
         self.to - self.from
     }
@@ -25,18 +25,18 @@ impl Gap {
 
 /// All that were longer than the shortest.
 #[derive(Debug, Default)]
-pub(crate) struct Gaps {
+pub(crate) struct AnswerGaps {
     last: BTreeMap<Option<u8>, Nanos>,
-    pub(crate) seen: Vec<Gap>,
+    pub(crate) seen: Vec<AnswerGap>,
 }
 
-impl Gaps {
+impl AnswerGaps {
     /// Takes the next Check, in the order of their returns.
-    pub(super) fn hear(&mut self, check: &Check) {
-        if check.answer == Answer::Allowed {
+    pub(super) fn observe(&mut self, check: &ObservedCheck) {
+        if check.answer == CheckAnswer::Allowed {
             for replica in [None, Some(check.replica)] {
                 let from = self.last.insert(replica, check.returned).unwrap_or(check.returned);
-                let gap = Gap { replica, from, to: check.returned };
+                let gap = AnswerGap { replica, from, to: check.returned };
                 self.seen.extend((gap.length() >= SHORTEST).then_some(gap));
             }
         }
@@ -48,7 +48,7 @@ impl Gaps {
     }
 
     /// The longest of those that match.
-    pub(crate) fn longest(&self, matches: impl Fn(&Gap) -> bool) -> Option<Gap> {
+    pub(crate) fn longest(&self, matches: impl Fn(&AnswerGap) -> bool) -> Option<AnswerGap> {
         self.seen.iter().filter(|gap| matches(gap)).max_by_key(|gap| gap.length()).copied()
     }
 }

@@ -26,7 +26,7 @@ pub(crate) struct ChangeId(GateId, u32);
 
 /// What a Check was told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Answer {
+pub(crate) enum CheckAnswer {
     /// Yes.
     Allowed,
     /// Yes, but with the id of another key than the token's.
@@ -41,31 +41,34 @@ pub(crate) enum Answer {
 
 /// One Check.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Check {
+pub(crate) struct ObservedCheck {
     pub(crate) token: TokenId,
     pub(crate) replica: u8,
     /// Which process of this replica answered; 0 = that is not certain.
     pub(crate) epoch: u32,
     pub(crate) invoked: Nanos,
     pub(crate) returned: Nanos,
-    pub(crate) answer: Answer,
+    pub(crate) answer: CheckAnswer,
     /// The state that it was answered from, as the answer says; 0 = it says nothing.
     pub(crate) revision: u64,
     /// The state that was asked for; 0 = any.
     pub(crate) min_revision: u64,
 }
 
-impl Check {
+impl ObservedCheck {
     /// Whether it says from which state which process answered.
-    pub(super) fn tells_state(&self) -> bool {
-        let verdict = matches!(self.answer, Answer::Allowed | Answer::AllowedAnother | Answer::Denied(_));
+    pub(super) fn has_state(&self) -> bool {
+        let verdict = matches!(
+            self.answer,
+            CheckAnswer::Allowed | CheckAnswer::AllowedAnother | CheckAnswer::Denied(_)
+        );
         verdict && self.epoch > 0
     }
 }
 
 /// How a change ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Outcome {
+pub(crate) enum ChangeOutcome {
     /// It has not ended.
     Pending,
     /// OK, with this revision.
@@ -75,24 +78,24 @@ pub(crate) enum Outcome {
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Change {
+struct GateChange {
     closes: bool,
     replica: u8,
     invoked: Nanos,
     returned: Nanos,
-    outcome: Outcome,
+    outcome: ChangeOutcome,
 }
 
 #[derive(Debug)]
-struct Gate {
+struct AuthorizationGate {
     what: &'static str,
-    changes: Vec<Change>,
+    changes: Vec<GateChange>,
     /// A change that nobody can see in `changes` may yet close it.
     doubtful: bool,
 }
 
 #[derive(Debug)]
-struct Token {
+struct TrackedToken {
     /// The key's id, or what it is.
     name: String,
     /// The revision from which on it is granted; None = never.
@@ -102,45 +105,51 @@ struct Token {
 
 /// Every change of a run, and what depends on it.
 #[derive(Debug, Default)]
-pub(crate) struct History {
-    gates: Vec<Gate>,
-    tokens: Vec<Token>,
+pub(crate) struct ChangeHistory {
+    gates: Vec<AuthorizationGate>,
+    tokens: Vec<TrackedToken>,
 }
 
-impl History {
+impl ChangeHistory {
     /// A new gate, open.
-    pub(crate) fn gate(&mut self, what: &'static str) -> GateId {
-        self.gates.push(Gate { what, changes: Vec::new(), doubtful: false });
+    pub(crate) fn new_gate(&mut self, what: &'static str) -> GateId {
+        self.gates.push(AuthorizationGate { what, changes: Vec::new(), doubtful: false });
         GateId(index(self.gates.len() - 1))
     }
 
     /// Something may yet close this gate that is not one of its own changes.
-    pub(crate) fn doubt(&mut self, gate: GateId) {
+    pub(crate) fn mark_doubtful(&mut self, gate: GateId) {
         self.gates[gate.0 as usize].doubtful = true;
     }
 
     /// A token that is granted what it is asked about from this revision on, through these gates.
-    pub(crate) fn token(&mut self, name: &str, since: u64, gates: &[GateId]) -> TokenId {
-        self.tokens.push(Token { name: name.to_owned(), since: Some(since), gates: gates.to_vec() });
+    pub(crate) fn new_token(&mut self, name: &str, since: u64, gates: &[GateId]) -> TokenId {
+        self.tokens.push(TrackedToken { name: name.to_owned(), since: Some(since), gates: gates.to_vec() });
         TokenId(index(self.tokens.len() - 1))
     }
 
     /// A question that must never be allowed.
-    pub(crate) fn never(&mut self, name: &str) -> TokenId {
-        self.tokens.push(Token { name: name.to_owned(), since: None, gates: Vec::new() });
+    pub(crate) fn new_forbidden_token(&mut self, name: &str) -> TokenId {
+        self.tokens.push(TrackedToken { name: name.to_owned(), since: None, gates: Vec::new() });
         TokenId(index(self.tokens.len() - 1))
     }
 
     /// A change is about to be sent.
-    pub(crate) fn begin(&mut self, gate: GateId, closes: bool, replica: u8, now: Nanos) -> ChangeId {
+    pub(crate) fn begin_change(&mut self, gate: GateId, closes: bool, replica: u8, now: Nanos) -> ChangeId {
         let changes = &mut self.gates[gate.0 as usize].changes;
-        debug_assert!(changes.last().is_none_or(|last| last.outcome != Outcome::Pending));
-        changes.push(Change { closes, replica, invoked: now, returned: 0, outcome: Outcome::Pending });
+        debug_assert!(changes.last().is_none_or(|last| last.outcome != ChangeOutcome::Pending));
+        changes.push(GateChange {
+            closes,
+            replica,
+            invoked: now,
+            returned: 0,
+            outcome: ChangeOutcome::Pending,
+        });
         ChangeId(gate, index(changes.len() - 1))
     }
 
     /// It has ended.
-    pub(crate) fn end(&mut self, change: ChangeId, outcome: Outcome, now: Nanos) {
+    pub(crate) fn end_change(&mut self, change: ChangeId, outcome: ChangeOutcome, now: Nanos) {
         let change = &mut self.gates[change.0.0 as usize].changes[change.1 as usize];
         (change.returned, change.outcome) = (now, outcome);
     }
@@ -150,19 +159,19 @@ impl History {
     }
 
     /// Whether a gate that the token depends on was certainly closed during all of this Check.
-    pub(super) fn must_be_refused(&self, check: &Check) -> bool {
+    pub(super) fn must_be_refused(&self, check: &ObservedCheck) -> bool {
         self.gates_of(check.token).any(|gate| gate.is_certainly_closed(check.invoked, check.returned))
     }
 
     /// Whether every gate was certainly open, in every state that this Check may have been answered from.
-    pub(super) fn must_be_allowed(&self, check: &Check) -> bool {
+    pub(super) fn must_be_allowed(&self, check: &ObservedCheck) -> bool {
         let state = check.revision.max(check.min_revision);
         let known = self.tokens[check.token.0 as usize].since.is_some_and(|since| since <= state);
         known && self.gates_of(check.token).all(|gate| gate.is_certainly_open(check.returned, state))
     }
 
     /// Whether a change that closes what was asked about was under way within `within` of it.
-    pub(super) fn is_near(&self, check: &Check, within: Nanos) -> bool {
+    pub(super) fn is_near(&self, check: &ObservedCheck, within: Nanos) -> bool {
         let closing = self.gates_of(check.token).flat_map(|gate| gate.changes.iter().rev());
         closing.filter(|change| change.closes).any(|change| {
             let until = change.returned.max(change.invoked) + within;
@@ -171,8 +180,8 @@ impl History {
     }
 
     /// A Check and the changes of all that it depends on, for people.
-    pub(super) fn tell(&self, check: &Check) -> String {
-        let Check { replica, epoch, answer, revision, min_revision, .. } = check;
+    pub(super) fn describe(&self, check: &ObservedCheck) -> String {
+        let ObservedCheck { replica, epoch, answer, revision, min_revision, .. } = check;
         let mut story = format!(
             "{}: Check on replica {replica} (life {epoch}) from {} to {} was told {answer:?}, revision {revision}, \
              min_revision {min_revision}",
@@ -199,22 +208,22 @@ impl History {
         story
     }
 
-    fn gates_of(&self, token: TokenId) -> impl Iterator<Item = &Gate> {
+    fn gates_of(&self, token: TokenId) -> impl Iterator<Item = &AuthorizationGate> {
         self.tokens[token.0 as usize].gates.iter().map(|gate| &self.gates[gate.0 as usize])
     }
 }
 
-impl Gate {
+impl AuthorizationGate {
     /// From `from` to `to`: a change that closes had returned OK before, and none that may open it again had been
     /// begun.
     fn is_certainly_closed(&self, from: Nanos, to: Nanos) -> bool {
-        let closed = |change: &Change| {
-            change.closes && matches!(change.outcome, Outcome::Done(_)) && change.returned < from
+        let closed = |change: &GateChange| {
+            change.closes && matches!(change.outcome, ChangeOutcome::Done(_)) && change.returned < from
         };
         let Some(last) = self.changes.iter().rposition(closed) else { return false };
         // What ended before the closing began has had its effect, unless it may yet come.
-        let may_open = |(at, change): (usize, &Change)| {
-            let late = at > last || change.outcome == Outcome::Unknown;
+        let may_open = |(at, change): (usize, &GateChange)| {
+            let late = at > last || change.outcome == ChangeOutcome::Unknown;
             !change.closes && late && change.invoked < to
         };
         !self.changes.iter().enumerate().any(may_open)
@@ -225,10 +234,12 @@ impl Gate {
     fn is_certainly_open(&self, to: Nanos, state: u64) -> bool {
         let begun = || self.changes.iter().filter(|change| change.invoked < to);
         let in_doubt =
-            self.doubtful || begun().any(|change| change.closes && change.outcome == Outcome::Unknown);
+            self.doubtful || begun().any(|change| change.closes && change.outcome == ChangeOutcome::Unknown);
         let open = match begun().next_back() {
             None => true,
-            Some(Change { closes: false, outcome: Outcome::Done(revision), .. }) => *revision <= state,
+            Some(GateChange { closes: false, outcome: ChangeOutcome::Done(revision), .. }) => {
+                *revision <= state
+            }
             Some(_) => false,
         };
         open && !in_doubt

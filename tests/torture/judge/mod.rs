@@ -9,22 +9,22 @@ mod books;
 mod gaps;
 mod history;
 
-pub(crate) use books::{Acknowledged, Entry, Report, lost};
+pub(crate) use books::{AcknowledgedChange, LogEntry, PropagationClaim, find_lost};
 #[allow(unused_imports, reason = "the harness names them")]
-pub(crate) use gaps::{Gap, Gaps};
-pub(crate) use history::{Answer, Check, GateId, History, Nanos, Outcome, TokenId};
+pub(crate) use gaps::{AnswerGap, AnswerGaps};
+pub(crate) use history::{ChangeHistory, ChangeOutcome, CheckAnswer, GateId, Nanos, ObservedCheck, TokenId};
 
 use std::collections::BTreeMap;
 
 const SECOND: Nanos = 1_000_000_000;
 /// A Check so close to a narrowing change of what it asks about is one that shows something.
-const NEAR: Nanos = SECOND;
+const NEAR_CHANGE: Nanos = SECOND;
 /// So many violations are told in full; all are counted.
-const TOLD: usize = 20;
+const MAX_DETAILED_VIOLATIONS: usize = 20;
 
 /// What may never happen. The numbers are those of the table that a run prints.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Rule {
+pub(crate) enum JudgeRule {
     /// 1: allowed by a Check that was invoked after a narrowing change had returned OK.
     AllowedAfterNarrowing,
     /// 2: allowed what was never granted, or in the name of another key.
@@ -41,27 +41,27 @@ pub(crate) enum Rule {
     NoAnswer,
 }
 
-impl Rule {
-    pub(crate) const ALL: [Rule; 7] = [
-        Rule::AllowedAfterNarrowing,
-        Rule::NeverGranted,
-        Rule::WrongDenial,
-        Rule::WentBack,
-        Rule::Lost,
-        Rule::FalseReport,
-        Rule::NoAnswer,
+impl JudgeRule {
+    pub(crate) const ALL: [JudgeRule; 7] = [
+        JudgeRule::AllowedAfterNarrowing,
+        JudgeRule::NeverGranted,
+        JudgeRule::WrongDenial,
+        JudgeRule::WentBack,
+        JudgeRule::Lost,
+        JudgeRule::FalseReport,
+        JudgeRule::NoAnswer,
     ];
 
     /// For people.
-    pub(crate) fn words(self) -> &'static str {
+    pub(crate) fn description(self) -> &'static str {
         match self {
-            Rule::AllowedAfterNarrowing => "1 allowed after a narrowing change was OK",
-            Rule::NeverGranted => "2 allowed what was never granted",
-            Rule::WrongDenial => "3 denied a live key, or did not know it",
-            Rule::WentBack => "4 a replica's state went back",
-            Rule::Lost => "5 an acknowledged change is lost",
-            Rule::FalseReport => "6 OK with a report that is not complete",
-            Rule::NoAnswer => "7 no answer after every fault had ended",
+            JudgeRule::AllowedAfterNarrowing => "1 allowed after a narrowing change was OK",
+            JudgeRule::NeverGranted => "2 allowed what was never granted",
+            JudgeRule::WrongDenial => "3 denied a live key, or did not know it",
+            JudgeRule::WentBack => "4 a replica's state went back",
+            JudgeRule::Lost => "5 an acknowledged change is lost",
+            JudgeRule::FalseReport => "6 OK with a report that is not complete",
+            JudgeRule::NoAnswer => "7 no answer after every fault had ended",
         }
     }
 }
@@ -69,7 +69,7 @@ impl Rule {
 /// One case of it.
 #[derive(Clone, Debug)]
 pub(crate) struct Violation {
-    pub(crate) rule: Rule,
+    pub(crate) rule: JudgeRule,
     pub(crate) at: Nanos,
     /// What happened.
     pub(crate) story: String,
@@ -77,7 +77,7 @@ pub(crate) struct Violation {
 
 /// How much was judged.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Judged {
+pub(crate) struct JudgedCounts {
     pub(crate) checks: u64,
     pub(crate) allowed: u64,
     pub(crate) denied: u64,
@@ -90,18 +90,18 @@ pub(crate) struct Judged {
 /// Hears of everything, in stretches of time.
 #[derive(Debug, Default)]
 pub(crate) struct Judge {
-    pub(crate) judged: Judged,
-    pub(crate) gaps: Gaps,
+    pub(crate) judged: JudgedCounts,
+    pub(crate) gaps: AnswerGaps,
     /// The first of them, in full.
     pub(crate) violations: Vec<Violation>,
-    counts: BTreeMap<Rule, u64>,
+    counts: BTreeMap<JudgeRule, u64>,
     /// Of each process: when it had answered from which state, the newest so far, in order.
     newest: BTreeMap<(u8, u32), Vec<(Nanos, u64)>>,
 }
 
 impl Judge {
     /// How often a rule was broken.
-    pub(crate) fn count(&self, rule: Rule) -> u64 {
+    pub(crate) fn count(&self, rule: JudgeRule) -> u64 {
         self.counts.get(&rule).copied().unwrap_or_default()
     }
 
@@ -111,80 +111,82 @@ impl Judge {
     }
 
     /// Notes a violation.
-    pub(crate) fn violation(&mut self, rule: Rule, at: Nanos, story: impl FnOnce() -> String) {
+    pub(crate) fn report_violation(&mut self, rule: JudgeRule, at: Nanos, story: impl FnOnce() -> String) {
         *self.counts.entry(rule).or_default() += 1;
-        if self.violations.len() < TOLD {
+        if self.violations.len() < MAX_DETAILED_VIOLATIONS {
             self.violations.push(Violation { rule, at, story: story() });
         }
     }
 
     /// Judges the Checks of a stretch of time: all that returned in it. Stretches follow each other, and
     /// `history` knows every change that was begun before the end of this one.
-    pub(crate) fn checks(&mut self, history: &History, checks: &mut [Check]) {
+    pub(crate) fn judge_checks(&mut self, history: &ChangeHistory, checks: &mut [ObservedCheck]) {
         checks.sort_unstable_by_key(|check| check.returned);
         for check in checks.iter() {
             self.count_in(history, check);
-            self.allowed_rightly(history, check);
-            self.denied_rightly(history, check);
-            self.gaps.hear(check);
+            self.judge_allowed(history, check);
+            self.judge_denied(history, check);
+            self.gaps.observe(check);
         }
-        for check in checks.iter().filter(|check| check.tells_state()) {
+        for check in checks.iter().filter(|check| check.has_state()) {
             let newest = self.newest.entry((check.replica, check.epoch)).or_default();
             if newest.last().is_none_or(|(_, revision)| *revision < check.revision) {
                 newest.push((check.returned, check.revision));
             }
         }
-        for check in checks.iter().filter(|check| check.tells_state()) {
-            self.goes_on(history, check);
+        for check in checks.iter().filter(|check| check.has_state()) {
+            self.judge_monotonic(history, check);
         }
     }
 
-    fn count_in(&mut self, history: &History, check: &Check) {
+    fn count_in(&mut self, history: &ChangeHistory, check: &ObservedCheck) {
         let judged = &mut self.judged;
         judged.checks += 1;
         match check.answer {
-            Answer::Allowed | Answer::AllowedAnother => judged.allowed += 1,
-            Answer::Denied(_) | Answer::Stranger => judged.denied += 1,
-            Answer::None => judged.unanswered += 1,
+            CheckAnswer::Allowed | CheckAnswer::AllowedAnother => judged.allowed += 1,
+            CheckAnswer::Denied(_) | CheckAnswer::Stranger => judged.denied += 1,
+            CheckAnswer::None => judged.unanswered += 1,
         }
-        judged.near += u64::from(history.is_near(check, NEAR));
+        judged.near += u64::from(history.is_near(check, NEAR_CHANGE));
     }
 
-    fn allowed_rightly(&mut self, history: &History, check: &Check) {
+    fn judge_allowed(&mut self, history: &ChangeHistory, check: &ObservedCheck) {
         match check.answer {
-            Answer::Allowed => {}
-            Answer::AllowedAnother => {
-                self.violation(Rule::NeverGranted, check.returned, || {
-                    format!("{}, in the name of another key", history.tell(check))
+            CheckAnswer::Allowed => {}
+            CheckAnswer::AllowedAnother => {
+                self.report_violation(JudgeRule::NeverGranted, check.returned, || {
+                    format!("{}, in the name of another key", history.describe(check))
                 });
                 return;
             }
             _ => return,
         }
         if !history.is_granted(check.token) {
-            self.violation(Rule::NeverGranted, check.returned, || history.tell(check));
+            self.report_violation(JudgeRule::NeverGranted, check.returned, || history.describe(check));
         }
         if history.must_be_refused(check) {
-            self.violation(Rule::AllowedAfterNarrowing, check.returned, || history.tell(check));
+            self.report_violation(JudgeRule::AllowedAfterNarrowing, check.returned, || {
+                history.describe(check)
+            });
         }
     }
 
-    fn denied_rightly(&mut self, history: &History, check: &Check) {
-        let denied = matches!(check.answer, Answer::Denied(_)) && history.must_be_allowed(check);
+    fn judge_denied(&mut self, history: &ChangeHistory, check: &ObservedCheck) {
+        let denied = matches!(check.answer, CheckAnswer::Denied(_)) && history.must_be_allowed(check);
         // The callers' own key is live for ever.
-        if denied || check.answer == Answer::Stranger {
-            self.violation(Rule::WrongDenial, check.returned, || history.tell(check));
+        if denied || check.answer == CheckAnswer::Stranger {
+            self.report_violation(JudgeRule::WrongDenial, check.returned, || history.describe(check));
         }
     }
 
-    fn goes_on(&mut self, history: &History, check: &Check) {
+    fn judge_monotonic(&mut self, history: &ChangeHistory, check: &ObservedCheck) {
         let newest = &self.newest[&(check.replica, check.epoch)];
         let before = newest.partition_point(|(returned, _)| *returned < check.invoked);
         if let Some((at, revision)) = before.checked_sub(1).map(|last| newest[last])
             && check.revision < revision
         {
-            self.violation(Rule::WentBack, check.returned, || {
-                format!("{}; at {} it had answered from revision {revision}", history.tell(check), ms(at))
+            self.report_violation(JudgeRule::WentBack, check.returned, || {
+                format!("{}; at {} it had answered from revision {revision}", history.describe(check), ms(at))
             });
         }
     }

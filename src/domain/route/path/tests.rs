@@ -5,7 +5,7 @@ use percent_encoding::NON_ALPHANUMERIC;
 use proptest::prelude::*;
 
 fn segments(target: &str) -> Vec<String> {
-    Path::parse(target).unwrap().segments().iter().map(ToString::to_string).collect()
+    CanonicalPath::parse(target).unwrap().segments().iter().map(ToString::to_string).collect()
 }
 
 #[test]
@@ -38,7 +38,7 @@ fn a_path_is_its_decoded_segments() {
 
 #[test]
 fn a_path_that_can_be_read_in_two_ways_is_refused() {
-    use Misspelt::*;
+    use PathError::*;
     for (target, why) in [
         ("", NotAbsolute),
         ("*", NotAbsolute),
@@ -102,7 +102,7 @@ fn a_path_that_can_be_read_in_two_ways_is_refused() {
         ("/%E2%80%8Badmin/x", Stripped),
         ("/a%C2%A5b", Lookalike),
     ] {
-        assert_eq!(Path::parse(target), Err(why), "{target}");
+        assert_eq!(CanonicalPath::parse(target), Err(why), "{target}");
     }
 }
 
@@ -148,7 +148,7 @@ fn a_host_is_lower_case_without_port_and_last_dot() {
         ("[2001:0db8:0:0::1]:443", "[2001:db8::1]"),
         ("[::ffff:7f00:1]", "[::ffff:127.0.0.1]"),
     ] {
-        assert_eq!(host(authority).as_deref(), Some(wanted), "{authority}");
+        assert_eq!(normalize_host(authority).as_deref(), Some(wanted), "{authority}");
     }
     for bad in [
         "",
@@ -178,14 +178,14 @@ fn a_host_is_lower_case_without_port_and_last_dot() {
         ".a",
         "a..b",
     ] {
-        assert_eq!(host(bad), None, "{bad}");
+        assert_eq!(normalize_host(bad), None, "{bad}");
     }
 }
 
 proptest! {
     #[test]
     fn no_string_makes_the_parsers_panic(text in any::<String>(), odd in "[/.%2eEfF5cC;a\\\\]{0,20}") {
-        let _ = (Path::parse(&text), host(&text), Path::parse(&odd));
+        let _ = (CanonicalPath::parse(&text), normalize_host(&text), CanonicalPath::parse(&odd));
     }
 
     /// A path is accepted if and only if it is well-formed and every server reads it alike.
@@ -194,7 +194,7 @@ proptest! {
         pieces in proptest::collection::vec(proptest::sample::select(model::PIECES), 0..10)
     ) {
         let target = format!("/{}", pieces.concat());
-        let ours = Path::parse(&target).ok();
+        let ours = CanonicalPath::parse(&target).ok();
         let ours = ours.as_ref().map(|path| path.segments().iter().map(|segment| segment.to_string()).collect());
         prop_assert_eq!(ours, model::one_reading(&target), "{}", target);
     }
@@ -204,15 +204,15 @@ proptest! {
         let port = port.map(|port| format!(":{port}")).unwrap_or_default();
         let address = address.map(|group| group & if group % 3 == 0 { 0 } else { 0xffff });
         let long = address.map(|group| format!("{group:04X}")).join(":");
-        let short = host(&format!("[{}]", Ipv6Addr::from(address)));
+        let short = normalize_host(&format!("[{}]", Ipv6Addr::from(address)));
         prop_assert!(short.is_some());
-        prop_assert_eq!(host(&format!("[{long}]{port}")), short);
+        prop_assert_eq!(normalize_host(&format!("[{long}]{port}")), short);
     }
 }
 
 /// How servers read paths, each in the most obvious way.
 mod model {
-    use crate::domain::route::path::{BEST_FIT, SCRIPTS};
+    use crate::domain::route::path::{BEST_FIT_SEPARATORS, SCRIPT_EXTENSIONS};
     use percent_encoding::percent_decode;
     use unicode_normalization::UnicodeNormalization as _;
 
@@ -344,8 +344,9 @@ mod model {
             each(&decoded(target), |name| name.trim_matches(nothing).to_owned())
         },
         |target| {
-            let fit =
-                |letter| BEST_FIT.iter().find(|(from, _)| *from == letter).map_or(letter, |(_, to)| *to);
+            let fit = |letter| {
+                BEST_FIT_SEPARATORS.iter().find(|(from, _)| *from == letter).map_or(letter, |(_, to)| *to)
+            };
             each(&decoded(target).chars().map(fit).collect::<String>(), str::to_owned)
         },
         // Runs a script with what comes after its name.
@@ -353,7 +354,7 @@ mod model {
             let path = each(&decoded(target), str::to_owned);
             let lower = path.to_ascii_lowercase();
             let versions = (0..10).map(|version| format!(".php{version}"));
-            let names = SCRIPTS.iter().map(|name| (*name).to_owned()).chain(versions);
+            let names = SCRIPT_EXTENSIONS.iter().map(|name| (*name).to_owned()).chain(versions);
             let ends = names.filter_map(|name| Some(lower.find(&format!("{name}/"))? + name.len()));
             path[..ends.min().unwrap_or(path.len())].to_owned()
         },

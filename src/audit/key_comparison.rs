@@ -1,0 +1,278 @@
+//! Keys of the tables compared with the log. There are many more of them than of all other records, so a key whose row says
+//! exactly what its newest entry says is compared as text, and is not looked up again when planted rows are searched.
+
+use std::collections::{HashMap, HashSet};
+
+use crate::{
+    domain::{
+        key::ApiKey,
+        log::{LogEntry, RecordChange},
+        name::KeyId,
+        time::Revision,
+    },
+    store::{BulkReader, Store, StoreError, StoredKey},
+};
+
+use super::table_comparison::{TableComparison, compare};
+
+/// How many keys are in memory at once.
+const PAGE: usize = 500;
+/// How many ids are read at once.
+const SCANNED: u32 = 5000;
+
+/// Revisions from a first one on, a bit each.
+#[derive(Debug)]
+pub(super) struct RevisionSet {
+    first: u64,
+    words: Vec<u64>,
+}
+
+impl RevisionSet {
+    pub(super) fn starting_at(first: Revision) -> RevisionSet {
+        RevisionSet { first: first.0, words: Vec::new() }
+    }
+
+    /// Adds a revision; whether it was not in the set. One before the first is never in it.
+    fn insert(&mut self, revision: Revision) -> bool {
+        let Some((word, bit)) = self.word_and_bit(revision) else { return true };
+        if word >= self.words.len() {
+            self.words.resize(word + 1, 0);
+        }
+        let is_new = self.words[word] & bit == 0;
+        self.words[word] |= bit;
+        is_new
+    }
+
+    fn contains(&self, revision: Revision) -> bool {
+        let place = self.word_and_bit(revision);
+        place.is_some_and(|(word, bit)| self.words.get(word).is_some_and(|word| word & bit != 0))
+    }
+
+    fn word_and_bit(&self, revision: Revision) -> Option<(usize, u64)> {
+        let offset = revision.0.checked_sub(self.first)?;
+        Some((usize::try_from(offset / 64).ok()?, 1 << (offset % 64)))
+    }
+}
+
+/// The key that an entry is about, where its column and its payload agree on it.
+pub(super) fn entry_key_id(row: &LogEntry) -> Option<KeyId> {
+    let id = row.key_id?;
+    let record = row.payload.strip_prefix(r#"{"key":{"id":""#)?;
+    record.starts_with(&id.to_string()).then_some(id)
+}
+
+/// Whether an entry says exactly this of a key, as this version writes it. Another version may write the same differently.
+fn entry_matches_key(row: &LogEntry, key: &ApiKey, text: &mut Vec<u8>) -> bool {
+    text.clear();
+    text.extend_from_slice(br#"{"key":"#);
+    if serde_json::to_writer(&mut *text, key).is_err() {
+        return false;
+    }
+    // The origin of the change is the last field of the record, before its brace.
+    text.pop();
+    let rest = row.payload.as_bytes().strip_prefix(text.as_slice());
+    rest.is_some_and(|rest| rest == b"}}" || rest.starts_with(br#","via":{"#))
+}
+
+impl TableComparison {
+    /// Compares keys with the newest entry of a page about each. `entries` are those about keys in their order; the page
+    /// must be known to be whole.
+    pub(super) async fn compare_key_entries(
+        &mut self,
+        store: &dyn Store,
+        reader: &mut dyn BulkReader,
+        mut entries: Vec<(KeyId, &LogEntry)>,
+    ) -> Result<(), StoreError> {
+        // Of those about one key, the newest stays last, and is the one that is kept.
+        entries.sort_by_key(|(id, _)| *id);
+        entries.dedup_by(|next, kept| {
+            let is_same = next.0 == kept.0;
+            if is_same {
+                kept.1 = next.1;
+            }
+            is_same
+        });
+        let ids: Vec<_> = entries.iter().map(|(id, _)| *id).collect();
+        let mut text = Vec::new();
+        match reader.keys_at(&ids).await {
+            Ok(keys) => {
+                let mut keys = keys.iter().peekable();
+                for (id, row) in entries {
+                    self.key_entry(id, row, keys.next_if(|key| key.id == id), &mut text);
+                }
+            }
+            Err(StoreError::Damaged(_)) => {
+                let stored = self.load_keys(store, &ids).await?;
+                for (id, row) in entries {
+                    // A key whose row contradicts itself was noted already.
+                    let Some(stored) = stored.get(&id) else { continue };
+                    self.key_entry(id, row, stored.as_ref().map(|stored| &stored.key), &mut text);
+                }
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    /// Compares a key with the newest entry of a page about it. `text` is room that is used again.
+    fn key_entry(&mut self, id: KeyId, row: &LogEntry, key: Option<&ApiKey>, text: &mut Vec<u8>) {
+        match key {
+            // A later entry is about it.
+            Some(key) if key.revision > row.revision => {}
+            Some(key) if key.revision == row.revision && entry_matches_key(row, key, text) => {
+                self.compared_records += 1;
+                self.matched_revisions.insert(row.revision);
+            }
+            _ => self.compare_parsed(id, row, key),
+        }
+    }
+
+    fn compare_parsed(&mut self, id: KeyId, row: &LogEntry, key: Option<&ApiKey>) {
+        // What a newer version wrote is not compared by this one.
+        if let Ok(RecordChange::Key(logged)) = serde_json::from_str(&row.payload) {
+            let found = compare(key, &*logged, |key| key.revision);
+            self.add_comparison(format!("key {id}"), row.revision, &found);
+        }
+    }
+
+    /// The keys with these ids; those whose rows contradict themselves are noted and left out.
+    pub(super) async fn load_keys(
+        &mut self,
+        store: &dyn Store,
+        ids: &[KeyId],
+    ) -> Result<HashMap<KeyId, Option<StoredKey>>, StoreError> {
+        let mut keys: HashMap<_, _> = ids.iter().map(|id| (*id, None)).collect();
+        match store.get_keys(ids).await {
+            Ok(found) => keys.extend(found.into_iter().map(|stored| (stored.key.id, Some(stored)))),
+            Err(StoreError::Damaged(_)) => {
+                for id in ids {
+                    match store.get_key(*id).await {
+                        Ok(found) => drop(keys.insert(*id, found)),
+                        Err(StoreError::Damaged(what)) => {
+                            keys.remove(id);
+                            self.add_mismatch(format!("key {id}"), Revision(0), what);
+                        }
+                        Err(error) => return Err(error),
+                    }
+                }
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(keys)
+    }
+
+    /// Looks for keys that no entry has made. A row is believed without another look if it alone has the revision of an
+    /// entry that was found to say what the row says.
+    pub(super) async fn find_planted_keys(
+        &mut self,
+        store: &dyn Store,
+        reader: &mut dyn BulkReader,
+        archived: Revision,
+    ) -> Result<(), StoreError> {
+        let mut claimed = RevisionSet::starting_at(Revision(self.matched_revisions.first));
+        let mut claimed_twice = HashSet::new();
+        self.scan_keys(store, reader, archived, |records, _, revision| {
+            if !records.matched_revisions.contains(revision) {
+                return true;
+            }
+            let is_first = claimed.insert(revision);
+            if !is_first {
+                claimed_twice.insert(revision);
+            }
+            !is_first
+        })
+        .await?;
+        if claimed_twice.is_empty() {
+            return Ok(());
+        }
+        // Of several rows with one revision, any may be the planted one.
+        self.scan_keys(store, reader, archived, |_, _, revision| claimed_twice.contains(&revision)).await
+    }
+
+    /// Goes through all keys, and looks closely at those that `is_suspect` names.
+    async fn scan_keys(
+        &mut self,
+        store: &dyn Store,
+        reader: &mut dyn BulkReader,
+        archived: Revision,
+        mut is_suspect: impl FnMut(&TableComparison, KeyId, Revision) -> bool,
+    ) -> Result<(), StoreError> {
+        let (mut after, mut suspects) = (None, Vec::new());
+        loop {
+            let page = reader.key_revisions(after, SCANNED).await?;
+            let Some((last, _)) = page.last() else { break };
+            after = Some(*last);
+            for (id, revision) in page {
+                if is_suspect(self, id, revision) {
+                    suspects.push(id);
+                }
+            }
+            let whole = suspects.len() - suspects.len() % PAGE;
+            for ids in suspects[..whole].chunks(PAGE) {
+                self.check_keys_logged(store, archived, ids).await?;
+            }
+            suspects.drain(..whole);
+        }
+        self.check_keys_logged(store, archived, &suspects).await
+    }
+
+    /// Reads keys whole, and requires an entry about each.
+    async fn check_keys_logged(
+        &mut self,
+        store: &dyn Store,
+        archived: Revision,
+        ids: &[KeyId],
+    ) -> Result<(), StoreError> {
+        if ids.is_empty() {
+            return Ok(());
+        }
+        let keys = self.load_keys(store, ids).await?;
+        let found = keys.into_values().flatten().map(|stored| RecordChange::Key(stored.key.into()));
+        self.check_logged(store, archived, found).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeSet, sync::Arc};
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::domain::{
+        key::tests::sample_key,
+        log::{GENESIS_HASH, tests::sample_entry},
+        log_payload::{self, ChangeOrigin},
+    };
+
+    proptest! {
+        #[test]
+        fn a_set_of_revisions_holds_what_was_added(first in 0u64..300, offsets in proptest::collection::vec(0u64..300, 0..40)) {
+            let (mut set, mut model) = (RevisionSet::starting_at(Revision(first)), BTreeSet::new());
+            prop_assert!(first == 0 || set.insert(Revision(first - 1)), "it is never in it");
+            for revision in offsets.iter().map(|offset| first + offset) {
+                prop_assert_eq!(set.insert(Revision(revision)), model.insert(revision));
+            }
+            for revision in 0..700 {
+                prop_assert_eq!(set.contains(Revision(revision)), model.contains(&revision));
+            }
+        }
+    }
+
+    #[test]
+    fn an_entry_says_a_key_with_and_without_how_it_came_about() {
+        let key = sample_key();
+        let mut entry = sample_entry(1, GENESIS_HASH);
+        let mut buffer = Vec::new();
+        assert_eq!(entry_key_id(&entry), Some(key.id));
+        assert!(entry_matches_key(&entry, &key, &mut buffer));
+        let via = ChangeOrigin { previous: Some(Revision(3)), ..ChangeOrigin::UNKNOWN };
+        entry.payload = log_payload::encode_payload(&RecordChange::Key(Arc::new(key.clone())), &via).unwrap();
+        assert!(entry_matches_key(&entry, &key, &mut buffer) && entry_key_id(&entry) == Some(key.id));
+        let other = ApiKey { created_by: "another".to_owned(), ..key.clone() };
+        assert!(!entry_matches_key(&entry, &other, &mut buffer));
+        entry.payload = entry.payload.replacen("}}", ",\"x\":1}}", 1);
+        entry.key_id = Some(KeyId::from_bytes([9; 16]));
+        assert_eq!(entry_key_id(&entry), None, "column and payload disagree");
+    }
+}

@@ -1,0 +1,173 @@
+//! Authorizes a change: evaluates the caller again, and records each role, member, account and key that it looks up in a
+//! read set. The change carries the read set into its transaction, which rejects it with
+//! [`Rejection::AuthorizationMoved`](crate::store::Rejection) if any record has moved; the use case then authorizes
+//! again from the start.
+//!
+//! A rule about a change looks up roles, members and accounts through [`Authorization`] and nowhere else: so no rule can
+//! leave a record out of the read set.
+
+use std::sync::Arc;
+
+use crate::{
+    domain::{
+        account::{Account, Role},
+        key::KeyOwner,
+        log::{AuditAction, RecordChange},
+        name::{AccountId, RoleName, UserId},
+        scope::ScopeSet,
+        time::{Revision, Timestamp},
+    },
+    engine::Engine,
+    service_error::{ResourceKind, ServiceError},
+    store::{ReadSet, WriteRequest},
+};
+
+use super::{Caller, CallerIdentity};
+
+/// How often a change is authorized again after records that it rests on have moved.
+pub const MAX_AUTHORIZATION_ATTEMPTS: u32 = 16;
+
+/// A caller with the read set of what it was judged by.
+#[derive(Debug)]
+pub struct Authorization<'e> {
+    /// The caller as it is now.
+    pub caller: Caller,
+    engine: &'e Engine,
+    read_set: ReadSet,
+}
+
+impl Caller {
+    /// Judges the caller again, and begins an authorization with what that has read. Nothing is charged.
+    ///
+    /// # Errors
+    /// When the caller may not make its call any more, or that cannot be known.
+    pub fn authorize<'e>(&self, engine: &'e Engine) -> Result<Authorization<'e>, ServiceError> {
+        let mut reads = ReadSet::default();
+        let caller = match &self.identity {
+            CallerIdentity::Key(_, digest) => {
+                let account = Some(&self.account).filter(|account| **account != AccountId::unspecified());
+                let anywhere = self.required_permission.is_none();
+                let judged =
+                    engine.reauthenticate_tracked(digest, account, anywhere, self.peer, &mut reads)?;
+                let (key, grants) = judged.map_err(|_| ServiceError::CallerRevoked)?;
+                Caller { identity: CallerIdentity::Key(key, *digest), granted_scopes: grants, ..self.clone() }
+            }
+            CallerIdentity::Possession(_, digest) => {
+                let holder = engine.find_possessed_key(digest)?.ok_or(ServiceError::CallerRevoked)?;
+                Caller { identity: CallerIdentity::Possession(holder.key, *digest), ..self.clone() }
+            }
+            CallerIdentity::Certificate(identity)
+                if engine.is_certificate_account_active_tracked(identity, &mut reads)? =>
+            {
+                self.clone()
+            }
+            CallerIdentity::Certificate(_) => return Err(ServiceError::CallerRevoked),
+        };
+        match caller.required_permission.filter(|permission| !caller.has_permission(*permission)) {
+            Some(permission) => Err(ServiceError::MissingPermission(permission.as_str())),
+            None => Ok(Authorization { caller, engine, read_set: reads }),
+        }
+    }
+}
+
+impl Authorization<'_> {
+    /// The role that a name stands for in an account, as it is recorded: its own before the global one.
+    pub fn resolve_role(&mut self, account: Option<&AccountId>, name: &RoleName) -> Option<Arc<Role>> {
+        self.engine.index.resolve_role_tracked(account, name, &mut self.read_set)
+    }
+
+    /// What a role's name grants in an account, as it is recorded; nothing if there is no such role.
+    pub fn role_scopes(&mut self, account: Option<&AccountId>, name: &RoleName) -> ScopeSet {
+        self.resolve_role(account, name).map(|role| role.scopes.clone()).unwrap_or_default()
+    }
+
+    /// An account, as it is recorded.
+    pub fn account(&mut self, id: &AccountId) -> Option<Arc<Account>> {
+        self.engine.index.account_record_tracked(id, &mut self.read_set)
+    }
+
+    /// What the person that the caller acts for holds in the account that owns a service key. `None` if the caller acts
+    /// for nobody, or the key is a user's; `Some(None)` if the person is no member.
+    pub fn acting_user_scopes(&mut self, owner: &KeyOwner) -> Option<Option<ScopeSet>> {
+        let (user, account) = (self.caller.acting_user.clone()?, owner.account()?);
+        Some(self.member_scopes(account, &user))
+    }
+
+    /// Whether the person that the caller acts for may know of an account: only a member may.
+    ///
+    /// # Errors
+    /// When the person is no member. For them the account does not exist.
+    pub fn check_account_visible(&mut self, account: &AccountId) -> Result<(), ServiceError> {
+        let Some(user) = self.caller.acting_user.clone() else { return Ok(()) };
+        self.member_scopes(account, &user).map(drop).ok_or(ServiceError::NotFound(ResourceKind::Account))
+    }
+
+    /// Whether the person that the caller acts for may change an account: only a member may whose role holds the
+    /// permission that the call needs.
+    ///
+    /// # Errors
+    /// When the person is no member, and the account does not exist for them; or when the role lacks the permission.
+    pub fn check_acting_user_change(&mut self, account: &AccountId) -> Result<(), ServiceError> {
+        let Some(user) = self.caller.acting_user.clone() else { return Ok(()) };
+        let held = self.member_scopes(account, &user).ok_or(ServiceError::NotFound(ResourceKind::Account))?;
+        match self.caller.required_permission.filter(|permission| !permission.is_granted_by(&held)) {
+            None => Ok(()),
+            Some(permission) => Err(ServiceError::role_lacks_permission(permission.as_str())),
+        }
+    }
+
+    /// Whether the person that the caller acts for may give or take these scopes in an account: rights over Keyward only
+    /// within the person's own role.
+    ///
+    /// # Errors
+    /// When one goes beyond that; the message names it.
+    pub fn check_acting_user_grant(
+        &mut self,
+        account: Option<&AccountId>,
+        scopes: &ScopeSet,
+    ) -> Result<(), ServiceError> {
+        let (Some(user), Some(account)) = (self.caller.acting_user.clone(), account) else { return Ok(()) };
+        let held = self.member_scopes(account, &user).unwrap_or_default();
+        match scopes.iter().find(|scope| scope.is_reserved() && !held.covers(scope)) {
+            None => Ok(()),
+            Some(scope) => {
+                let message = format!("a scope goes beyond the acting user's role: {scope}");
+                Err(ServiceError::Forbidden("GRANT_BEYOND_CALLER", message))
+            }
+        }
+    }
+
+    /// A membership or role with a change in doubt gives nothing.
+    fn member_scopes(&mut self, account: &AccountId, user: &UserId) -> Option<ScopeSet> {
+        let index = &self.engine.index;
+        if let Some(member) = index.member_record_tracked(account, user, &mut self.read_set) {
+            index.resolve_role_tracked(Some(account), &member.role, &mut self.read_set);
+        }
+        let member = index.member(account, user)?;
+        let role = index.resolve_role(Some(account), &member.role);
+        Some(role.map(|role| role.scopes.clone()).unwrap_or_default())
+    }
+
+    /// The write of a change that was authorized so.
+    #[must_use]
+    pub fn into_write(
+        self,
+        change: RecordChange,
+        expect: Option<Revision>,
+        action: AuditAction,
+        at: Timestamp,
+    ) -> WriteRequest {
+        let (actor, method) = (self.caller.actor(), self.caller.method);
+        WriteRequest {
+            change,
+            expected_revision: expect,
+            action,
+            actor,
+            method,
+            at,
+            idempotency: None,
+            read_set: self.read_set,
+            limits: None,
+        }
+    }
+}

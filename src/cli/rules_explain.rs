@@ -1,0 +1,485 @@
+//! What a rules file says of a request: which rule decides and why, in words and as JSON. It follows
+//! `gateway::Gateway::match_request` step by step for what can be known without a server and without a proxy.
+
+mod text;
+
+use std::collections::BTreeMap;
+
+use serde::{Serialize, Serializer};
+
+use super::{json_output::ToJson, table::escape_terminal};
+use crate::domain::{
+    name::{AccountId, CustomerId, EnvironmentName, NameError},
+    route::{
+        EnforcementMode, NameSource, PathCaptures, RouteRequirement, RouteRule, RouteSpec, RuleBook,
+        path::{self, CanonicalPath, PathError},
+    },
+    token::redact_tokens,
+};
+
+/// What `[gateway]` of the server's settings says.
+pub(super) struct GatewayDefaults {
+    pub(super) environment: Option<EnvironmentName>,
+    pub(super) mode: EnforcementMode,
+}
+
+/// A request.
+pub(super) struct RulesTestRequest<'a> {
+    pub(super) method: &'a str,
+    pub(super) path: &'a str,
+    pub(super) host: Option<&'a str>,
+}
+
+/// What `keyward rules check` found.
+#[derive(Debug, Serialize)]
+pub(super) struct RulesCheckReport {
+    file: String,
+    rules: usize,
+    /// Nothing wrong, and worth knowing.
+    notes: Vec<RuleNote>,
+}
+
+#[derive(Debug, Serialize)]
+struct RuleNote {
+    line: usize,
+    text: &'static str,
+}
+
+/// Which way a request goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum RulesOutcome {
+    /// A rule decides.
+    Decided,
+    /// No rule is for it.
+    Denied,
+    /// It is refused for how it is spelt.
+    Refused,
+}
+
+/// A value, and where it comes from.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+struct SourcedValue {
+    value: Option<String>,
+    from: String,
+}
+
+/// A request's verdict.
+#[derive(Debug, Serialize)]
+pub(super) struct RulesExplanation {
+    outcome: RulesOutcome,
+    /// Why it is refused.
+    problem: Option<String>,
+    mode: SourcedValue,
+    rule: Option<DecidingRule>,
+    passed_over: Vec<SkippedRule>,
+}
+
+/// The rule that decides.
+#[derive(Debug, Serialize)]
+struct DecidingRule {
+    #[serde(flatten)]
+    rule: RuleSummary,
+    captures: BTreeMap<String, String>,
+    public: bool,
+    authenticate_only: bool,
+    scopes: Vec<String>,
+    environment: SourcedValue,
+    account: SourcedValue,
+    customer: SourcedValue,
+    cost: SourcedValue,
+}
+
+/// A rule that comes earlier and does not match.
+#[derive(Debug, Serialize)]
+struct SkippedRule {
+    #[serde(flatten)]
+    rule: RuleSummary,
+    mismatch: String,
+}
+
+/// What a rule is for.
+#[derive(Debug, Serialize)]
+struct RuleSummary {
+    line: usize,
+    hosts: Vec<String>,
+    methods: String,
+    path: String,
+}
+
+impl ToJson for RulesCheckReport {
+    fn serialize_json<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        self.serialize(serializer)
+    }
+}
+
+impl ToJson for RulesExplanation {
+    fn serialize_json<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        self.serialize(serializer)
+    }
+}
+
+impl RuleSummary {
+    fn from_rule(rule: &RouteRule) -> RuleSummary {
+        RuleSummary {
+            line: rule.line,
+            hosts: rule.hosts.iter().map(ToString::to_string).collect(),
+            methods: rule.methods.to_string(),
+            path: rule.path.to_string(),
+        }
+    }
+}
+
+const NO_ENVIRONMENT_SOURCE: &str = "nobody: its requests hear 503, unless the proxy's own configuration says one, or \
+                              [gateway] of the server's settings (--config FILE)";
+
+impl RulesCheckReport {
+    /// What there is to say of rules that are right.
+    pub(super) fn new(file: &str, book: &RuleBook, around: &GatewayDefaults) -> RulesCheckReport {
+        let nowhere = |rule: &&RouteRule| {
+            rule.route.requirement != Some(RouteRequirement::Public)
+                && rule.route.environment.is_none()
+                && book.defaults.environment.is_none()
+                && around.environment.is_none()
+        };
+        let note =
+            |rule: &RouteRule| RuleNote { line: rule.line, text: "no environment is said by anyone here" };
+        RulesCheckReport {
+            file: file.to_owned(),
+            rules: book.rules.len(),
+            notes: book.rules.iter().filter(nowhere).map(note).collect(),
+        }
+    }
+
+    /// For people.
+    pub(super) fn to_text(&self) -> String {
+        let rules = if self.rules == 1 { "rule" } else { "rules" };
+        let head = format!("{}: {} {rules}, nothing wrong.\n", escape_terminal(&self.file), self.rules);
+        self.notes.iter().fold(head, |text, note| {
+            let RuleNote { line, text: said } = note;
+            text + &format!("note: line {line}: {said}; without one, its requests hear 503\n")
+        })
+    }
+}
+
+/// What the rules say of a request.
+pub(super) fn explain(
+    book: &RuleBook,
+    around: &GatewayDefaults,
+    asked: &RulesTestRequest<'_>,
+) -> RulesExplanation {
+    let mut verdict = RulesExplanation {
+        outcome: RulesOutcome::Denied,
+        problem: None,
+        mode: effective_mode(None, book, around),
+        rule: None,
+        passed_over: Vec::new(),
+    };
+    let (target, host) = match parse_path_and_host(asked) {
+        Ok(spelled) => spelled,
+        Err(problem) => {
+            verdict.set_refused(problem);
+            return verdict;
+        }
+    };
+    if book.rules.is_ambiguous(&host, asked.method, &target) {
+        verdict.set_refused(PathError::Lookalike.to_string());
+        return verdict;
+    }
+    for rule in book.rules.iter() {
+        match rule.match_request(&host, asked.method, &target) {
+            Ok(captures) => {
+                verdict.set_deciding_rule(rule, &captures, book, around);
+                break;
+            }
+            Err(mismatch) => {
+                let mismatch = mismatch.to_string();
+                verdict.passed_over.push(SkippedRule { rule: RuleSummary::from_rule(rule), mismatch });
+            }
+        }
+    }
+    verdict
+}
+
+/// Path and host in the one spelling that rules see. No host is one that no rule names.
+fn parse_path_and_host<'a>(asked: &RulesTestRequest<'a>) -> Result<(CanonicalPath<'a>, String), String> {
+    let target = CanonicalPath::parse(asked.path).map_err(|misspelt| misspelt.to_string())?;
+    let host = asked.host.map(|host| path::normalize_host(host).ok_or("the host is none")).transpose()?;
+    if asked.method.is_empty() {
+        return Err("the method is none".to_owned());
+    }
+    Ok((target, host.unwrap_or_default()))
+}
+
+fn effective_mode(rule: Option<&RouteSpec>, book: &RuleBook, around: &GatewayDefaults) -> SourcedValue {
+    let word = |mode: &EnforcementMode| match mode {
+        EnforcementMode::Enforce => "enforce".to_owned(),
+        EnforcementMode::Shadow => "shadow".to_owned(),
+    };
+    let said = rule.and_then(|route| route.mode);
+    effective_value(&said, &book.defaults.mode, word).unwrap_or_else(|| SourcedValue {
+        value: Some(word(&around.mode)),
+        from: "the server's settings".to_owned(),
+    })
+}
+
+/// What the rule says, or else the file's defaults.
+fn effective_value<T>(
+    rule: &Option<T>,
+    defaults: &Option<T>,
+    word: impl Fn(&T) -> String,
+) -> Option<SourcedValue> {
+    let (value, from) = match (rule, defaults) {
+        (Some(value), _) => (value, "the rule"),
+        (None, Some(value)) => (value, "[defaults]"),
+        (None, None) => return None,
+    };
+    Some(SourcedValue { value: Some(word(value)), from: from.to_owned() })
+}
+
+impl RulesExplanation {
+    /// Whether a rule decides.
+    pub(super) fn is_decided(&self) -> bool {
+        self.outcome == RulesOutcome::Decided
+    }
+
+    fn set_refused(&mut self, problem: String) {
+        self.outcome = RulesOutcome::Refused;
+        self.problem = Some(problem);
+    }
+
+    fn set_deciding_rule(
+        &mut self,
+        rule: &RouteRule,
+        captures: &PathCaptures<'_>,
+        book: &RuleBook,
+        around: &GatewayDefaults,
+    ) {
+        self.outcome = RulesOutcome::Decided;
+        self.mode = effective_mode(Some(&rule.route), book, around);
+        let defaults = &book.defaults;
+        let scopes = match &rule.route.requirement {
+            Some(RouteRequirement::Scopes(scopes)) => {
+                scopes.iter().map(|scope| scope.as_str().to_owned()).collect()
+            }
+            _ => Vec::new(),
+        };
+        let word = |name: &EnvironmentName| name.to_string();
+        let environment = effective_value(&rule.route.environment, &defaults.environment, word)
+            .or_else(|| {
+                effective_value(&None, &around.environment, word)
+                    .map(|said| SourcedValue { from: "[gateway]".into(), ..said })
+            })
+            .unwrap_or_else(|| SourcedValue { value: None, from: NO_ENVIRONMENT_SOURCE.to_owned() });
+        let account = self.resolve_name(
+            "account",
+            (&rule.route.account, &defaults.account),
+            captures,
+            AccountId::parse,
+        );
+        let customer = self.resolve_name(
+            "customer",
+            (&rule.route.customer, &defaults.customer),
+            captures,
+            CustomerId::parse,
+        );
+        let cost = effective_value(&rule.route.cost, &defaults.cost, u64::to_string)
+            .unwrap_or_else(|| SourcedValue { value: Some("1".to_owned()), from: "nobody".to_owned() });
+        self.rule = Some(DecidingRule {
+            rule: RuleSummary::from_rule(rule),
+            captures: captures
+                .iter()
+                .map(|(name, text)| ((*name).to_owned(), redact_tokens(text).into_owned()))
+                .collect(),
+            public: rule.route.requirement == Some(RouteRequirement::Public),
+            authenticate_only: rule.route.requirement == Some(RouteRequirement::Authenticated),
+            scopes,
+            environment,
+            account,
+            customer,
+            cost,
+        });
+    }
+
+    /// An account or customer: what is known of it from here.
+    fn resolve_name<T: ToString>(
+        &mut self,
+        what: &str,
+        (rule, defaults): (&Option<NameSource<T>>, &Option<NameSource<T>>),
+        captures: &PathCaptures<'_>,
+        parse: fn(&str) -> Result<T, NameError>,
+    ) -> SourcedValue {
+        let by = if rule.is_some() { "the rule" } else { "[defaults]" };
+        match rule.as_ref().or(defaults.as_ref()) {
+            None => SourcedValue { value: None, from: "nobody".to_owned() },
+            Some(NameSource::Fixed(name)) => {
+                SourcedValue { value: Some(name.to_string()), from: by.to_owned() }
+            }
+            Some(NameSource::Header(name)) => {
+                SourcedValue { value: None, from: format!("{by}: the request's header {name}") }
+            }
+            Some(NameSource::PathCapture(name)) => {
+                let text = captures.iter().find(|(known, _)| *known == &**name).map_or("", |(_, text)| *text);
+                if let Err(error) = parse(text) {
+                    self.set_refused(format!("the {what} named {error}"));
+                }
+                SourcedValue {
+                    value: Some(redact_tokens(text).into_owned()),
+                    from: format!("{by}: the path's {{{name}}}"),
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::{config::rules::parse_rules, domain::account::EnvironmentSet};
+
+    const RULES: &str = r#"
+[defaults]
+hosts = ["*"]
+environment = "staging"
+
+[[rule]]
+hosts = ["admin.test"]
+methods = ["*"]
+path = "/**"
+scope = "admin:use"
+
+[[rule]]
+methods = ["GET"]
+path = "/status"
+public = true
+
+[[rule]]
+methods = ["POST"]
+path = "/accounts/{account}/runs"
+scopes = ["runs:write", "runs:read"]
+account = "{account}"
+customer_header = "X-Customer"
+cost = 5
+mode = "shadow"
+"#;
+
+    fn verdict(
+        rules: &str,
+        mode: EnforcementMode,
+        method: &str,
+        path: &str,
+        host: Option<&str>,
+    ) -> RulesExplanation {
+        let book = parse_rules(rules, &EnvironmentSet::default()).unwrap();
+        explain(&book, &GatewayDefaults { environment: None, mode }, &RulesTestRequest { method, path, host })
+    }
+
+    fn told(method: &str, path: &str) -> String {
+        verdict(RULES, EnforcementMode::Enforce, method, path, None).to_text(false)
+    }
+
+    #[test]
+    fn everything_that_a_rule_demands_is_told_with_where_it_comes_from() {
+        let text = told("POST", "/accounts/acme/runs");
+        for line in [
+            "verdict      the rule in line 17 decides",
+            "path         /accounts/{account}/runs",
+            "methods      POST",
+            "captures     account = acme",
+            "needs        a valid token that is granted runs:write, runs:read",
+            "environment  staging (said by [defaults])",
+            "account      acme (said by the rule: the path's {account})",
+            "customer     said by the rule: the request's header x-customer",
+            "cost         5 (said by the rule)",
+            "mode         shadow (said by the rule)",
+            "6     another host    *        /**      admin.test",
+            "12    another method  GET      /status  *",
+        ] {
+            assert!(text.lines().any(|told| told == line), "{line}\n{text}");
+        }
+        assert!(told("GET", "/status").contains("nothing: it is open to everybody"));
+    }
+
+    #[test]
+    fn a_token_in_the_path_is_not_shown() {
+        let path = format!("/accounts/kw_live_{}/runs", "0".repeat(49));
+        let verdict = verdict(RULES, EnforcementMode::Enforce, "POST", &path, None);
+        let all = verdict.to_text(false) + &crate::cli::json_output::to_json_object(&verdict);
+        assert!(all.contains("kw_live_***") && !all.contains("kw_live_0"), "{all}");
+    }
+
+    #[test]
+    fn every_rule_is_passed_over_for_what_does_not_fit_first() {
+        let verdict = verdict(RULES, EnforcementMode::Enforce, "GET", "/runs", Some("API.test:443"));
+        let why: Vec<_> = verdict.passed_over.iter().map(|over| (over.rule.line, &*over.mismatch)).collect();
+        assert_eq!(why, [(6, "another host"), (12, "another path"), (17, "another method")]);
+        assert!(!verdict.is_decided());
+    }
+
+    #[test]
+    fn a_host_is_read_as_the_gateway_reads_it() {
+        let line = |host| {
+            let verdict = verdict(RULES, EnforcementMode::Enforce, "GET", "/status", host);
+            verdict.rule.map(|rule| rule.rule.line)
+        };
+        assert_eq!(line(Some("ADMIN.test.:8443")), Some(6));
+        assert_eq!(line(Some("other.test")), Some(12));
+        assert_eq!(line(None), Some(12));
+        assert_eq!(line(Some("a b")), None);
+    }
+
+    #[test]
+    fn what_the_gateway_answers_with_400_is_refused_and_why() {
+        for (path, why) in [
+            ("/a//b", "empty segment"),
+            ("/a/%2e%2E/b", "'..'"),
+            ("/a%2Fb", "encoded slash"),
+            ("a", "begin with '/'"),
+            ("/accounts/A%20B/runs", "the account named"),
+        ] {
+            let text = told("POST", path);
+            assert!(text.starts_with("verdict") && text.contains("refused with 400"), "{path}: {text}");
+            assert!(text.contains(why), "{path}: {text}");
+        }
+    }
+
+    #[test]
+    fn shadow_mode_says_that_a_denied_request_passes() {
+        let shadow = verdict(RULES, EnforcementMode::Shadow, "GET", "/", None);
+        assert!(!shadow.is_decided());
+        assert!(shadow.to_text(false).contains("shadow (said by the server's settings); so it passes"));
+        assert!(!told("GET", "/").contains("passes"));
+    }
+
+    #[test]
+    fn a_rule_without_an_environment_is_noted() {
+        let nowhere = RULES.replace("environment = \"staging\"", "");
+        let text =
+            verdict(&nowhere, EnforcementMode::Enforce, "POST", "/accounts/acme/runs", None).to_text(false);
+        assert!(text.contains("hear 503"), "{text}");
+        let book = parse_rules(&nowhere, &EnvironmentSet::default()).unwrap();
+        let around = |environment| GatewayDefaults { environment, mode: EnforcementMode::Enforce };
+        let checked = RulesCheckReport::new("rules.toml", &book, &around(None));
+        assert_eq!(
+            checked.notes.iter().map(|note| note.line).collect::<Vec<_>>(),
+            [6, 17],
+            "not the public one"
+        );
+        assert!(checked.to_text().starts_with("rules.toml: 3 rules, nothing wrong.\nnote: line 6: "));
+        let production = EnvironmentName::parse("production").unwrap();
+        assert!(RulesCheckReport::new("", &book, &around(Some(production))).notes.is_empty());
+    }
+
+    #[test]
+    fn programs_read_the_same() {
+        let verdict = verdict(RULES, EnforcementMode::Enforce, "POST", "/accounts/acme/runs", None);
+        let value: Value = serde_json::from_str(&crate::cli::json_output::to_json_object(&verdict)).unwrap();
+        assert_eq!((&value["outcome"], &value["problem"]), (&json!("decided"), &Value::Null));
+        assert_eq!(value["rule"]["line"], 17);
+        assert_eq!(value["rule"]["captures"], json!({ "account": "acme" }));
+        assert_eq!(value["rule"]["customer"]["value"], Value::Null);
+        assert_eq!(value["passed_over"][1]["mismatch"], "another method");
+    }
+}

@@ -1,0 +1,81 @@
+//! A verdict in words, for people.
+
+use comfy_table::Color;
+
+use super::{DecidingRule, RuleSummary, RulesExplanation, RulesOutcome, SkippedRule, SourcedValue};
+use crate::cli::table::{DetailTable, ListTable, plain_cell};
+
+impl RulesExplanation {
+    /// For people.
+    pub(in crate::cli) fn to_text(&self, colours: bool) -> String {
+        let line = self.rule.as_ref().map_or(0, |rule| rule.rule.line);
+        let (verdict, colour) = match self.outcome {
+            RulesOutcome::Decided => (format!("the rule in line {line} decides"), Color::Green),
+            RulesOutcome::Denied => ("denied with 403: no rule is for such a request".to_owned(), Color::Red),
+            RulesOutcome::Refused => {
+                let problem = self.problem.as_deref().unwrap_or_default();
+                (format!("refused with 400: {problem}"), Color::Red)
+            }
+        };
+        let record = DetailTable::new().colored_field("verdict", verdict, Some(colour));
+        let record = self.rule.iter().fold(record, |record, rule| record.merge(rule.to_table()));
+        // What can be read in two ways is refused before any rule is looked at, in every mode.
+        let ruled = self.outcome == RulesOutcome::Denied
+            || self.outcome == RulesOutcome::Refused && self.rule.is_some();
+        let mode = match self.mode.value.as_deref() {
+            Some("shadow") if ruled => {
+                format!("{}; so it passes all the same, and is marked", self.mode.to_text())
+            }
+            _ => self.mode.to_text(),
+        };
+        let text = record.field("mode", mode).render(colours);
+        if self.passed_over.is_empty() { text } else { text + "\n" + &self.render_skipped_rules(colours) }
+    }
+
+    fn render_skipped_rules(&self, colours: bool) -> String {
+        let mut rows = ListTable::new(&["LINE", "IS FOR", "METHODS", "PATH", "HOSTS"], colours);
+        for SkippedRule { rule, mismatch } in &self.passed_over {
+            let RuleSummary { line, hosts, methods, path } = rule;
+            let cells = [&line.to_string(), mismatch, methods, path, &hosts.join(", ")];
+            rows.add_row(cells.map(plain_cell));
+        }
+        rows.render("")
+    }
+}
+
+impl DecidingRule {
+    fn to_table(&self) -> DetailTable {
+        let DecidingRule { rule, captures, scopes, environment, account, customer, cost, .. } = self;
+        let captures: Vec<String> = captures.iter().map(|(name, text)| format!("{name} = {text}")).collect();
+        let record = DetailTable::new()
+            .field("path", &rule.path)
+            .field("methods", &rule.methods)
+            .list_field("hosts", &rule.hosts)
+            .list_field("captures", &captures);
+        if self.public {
+            return record.field("needs", "nothing: it is open to everybody");
+        }
+        let needs = if self.authenticate_only {
+            "a valid token, whatever it is granted".to_owned()
+        } else {
+            format!("a valid token that is granted {}", scopes.join(", "))
+        };
+        record
+            .field("needs", needs)
+            .field("environment", environment.to_text())
+            .field("account", account.to_text())
+            .field("customer", customer.to_text())
+            .field("cost", cost.to_text())
+    }
+}
+
+impl SourcedValue {
+    fn to_text(&self) -> String {
+        match (&self.value, self.from.as_str()) {
+            (Some(value), "nobody") => value.clone(),
+            (Some(value), from) => format!("{value} (said by {from})"),
+            (None, "nobody") => String::new(),
+            (None, from) => format!("said by {from}"),
+        }
+    }
+}

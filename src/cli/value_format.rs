@@ -1,0 +1,312 @@
+//! What flags hold besides text and numbers: instants, expiries, rate limits, quotas, pairs.
+//!
+//! A value is read here only where the request needs another shape of it. Whether it is allowed is for the
+//! server to say: it names every field that is wrong at once, and its rules are those of its version.
+
+use std::{path::Path, time::Duration};
+
+use prost_types::Timestamp;
+
+use crate::{clock::Clock, config::duration, domain::credential_mask::mask_value, pb};
+
+/// When a key ends.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum ExpiryArg {
+    Never,
+    In(Duration),
+    At(Timestamp),
+}
+
+impl ExpiryArg {
+    /// Reads `never`, a duration from now, or an instant.
+    pub(super) fn parse(text: &str) -> Result<ExpiryArg, String> {
+        if text == "never" {
+            return Ok(ExpiryArg::Never);
+        }
+        parse_instant_or_duration(text, "never, ")
+            .map(|either| either.map_or_else(ExpiryArg::In, ExpiryArg::At))
+    }
+
+    /// The instant, for a request that has no other way to say it.
+    pub(super) fn resolve(self, clock: &dyn Clock) -> Option<Timestamp> {
+        match self {
+            ExpiryArg::Never => None,
+            ExpiryArg::In(life) => Some(timestamp_to_proto(clock.now().saturating_add(life))),
+            ExpiryArg::At(instant) => Some(instant),
+        }
+    }
+}
+
+/// How long keys may live.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum LifetimeArg {
+    Unlimited,
+    AtMost(Duration),
+}
+
+impl LifetimeArg {
+    /// Reads `never` (they never have to end) or a duration.
+    pub(super) fn parse(text: &str) -> Result<LifetimeArg, String> {
+        match text {
+            "never" => Ok(LifetimeArg::Unlimited),
+            _ => duration::parse_duration(text)
+                .map(LifetimeArg::AtMost)
+                .map_err(|_| "write never, or a duration such as 90d, 2w or 1y (365 days)".to_owned()),
+        }
+    }
+
+    /// The duration, where there is one.
+    pub(super) fn to_proto_limit(self) -> Option<prost_types::Duration> {
+        match self {
+            LifetimeArg::Unlimited => None,
+            LifetimeArg::AtMost(duration) => Some(duration_to_proto(duration)),
+        }
+    }
+}
+
+/// An instant, told as itself or by how long ago it is.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum PastInstantArg {
+    Ago(Duration),
+    At(Timestamp),
+}
+
+impl PastInstantArg {
+    /// Reads a duration back from now, or an instant.
+    pub(super) fn parse(text: &str) -> Result<PastInstantArg, String> {
+        parse_instant_or_duration(text, "")
+            .map(|either| either.map_or_else(PastInstantArg::Ago, PastInstantArg::At))
+    }
+
+    /// The instant.
+    pub(super) fn resolve(self, clock: &dyn Clock) -> Timestamp {
+        match self {
+            PastInstantArg::Ago(ago) => timestamp_to_proto(clock.now().saturating_sub(ago)),
+            PastInstantArg::At(instant) => instant,
+        }
+    }
+}
+
+/// An instant that lies ahead, told as itself or by how far away it is.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum FutureInstantArg {
+    In(Duration),
+    At(Timestamp),
+}
+
+impl FutureInstantArg {
+    /// Reads a duration from now, or an instant.
+    pub(super) fn parse(text: &str) -> Result<FutureInstantArg, String> {
+        parse_instant_or_duration(text, "")
+            .map(|either| either.map_or_else(FutureInstantArg::In, FutureInstantArg::At))
+    }
+
+    /// The instant.
+    pub(super) fn resolve(self, clock: &dyn Clock) -> Timestamp {
+        match self {
+            FutureInstantArg::In(wait) => timestamp_to_proto(clock.now().saturating_add(wait)),
+            FutureInstantArg::At(instant) => instant,
+        }
+    }
+}
+
+/// `Ok(Ok)` is an instant, `Ok(Err)` a duration.
+fn parse_instant_or_duration(text: &str, also: &str) -> Result<Result<Timestamp, Duration>, String> {
+    if let Ok(duration) = duration::parse_duration(text) {
+        return Ok(Err(duration));
+    }
+    match text.parse::<jiff::Timestamp>() {
+        Ok(instant) => Ok(Ok(timestamp_from_micros(instant.as_microsecond()))),
+        Err(_) => Err(format!(
+            "write {also}a duration such as 90d, 12h, 1h30m, 2w or 1y (365 days), or an instant such as \
+             2027-01-31T00:00:00Z"
+        )),
+    }
+}
+
+fn timestamp_to_proto(instant: crate::domain::time::Timestamp) -> Timestamp {
+    timestamp_from_micros(instant.as_micros())
+}
+
+pub(super) fn timestamp_from_micros(micros: i64) -> Timestamp {
+    Timestamp {
+        seconds: micros.div_euclid(1_000_000),
+        // Below a thousand million: the remainder is less than a million.
+        nanos: (micros.rem_euclid(1_000_000) * 1_000) as i32,
+    }
+}
+
+/// An instant in RFC 3339, UTC.
+pub(super) fn format_rfc3339(instant: &Timestamp) -> String {
+    jiff::Timestamp::new(instant.seconds, instant.nanos)
+        .map_or_else(|_| format!("{}s since 1970", instant.seconds), |instant| instant.to_string())
+}
+
+/// A length of time as the protocol has it.
+pub(super) fn duration_to_proto(duration: Duration) -> prost_types::Duration {
+    prost_types::Duration {
+        seconds: i64::try_from(duration.as_secs()).unwrap_or(i64::MAX),
+        nanos: i32::try_from(duration.subsec_nanos()).unwrap_or_default(),
+    }
+}
+
+/// A length of time as people write it.
+pub(super) fn format_proto_duration(duration: &prost_types::Duration) -> String {
+    Duration::try_from(*duration).map_or_else(|_| "negative".to_owned(), duration::format_duration)
+}
+
+/// Reads `NAME=LIMIT/WINDOW`.
+pub(super) fn parse_rate_limit(text: &str) -> Result<pb::RateLimit, String> {
+    let parts = text.split_once('=').and_then(|(name, rest)| Some((name, rest.split_once('/')?)));
+    let Some((name, (limit, window))) = parts.filter(|(name, _)| !name.is_empty()) else {
+        return Err("write NAME=LIMIT/WINDOW, such as calls=100/1m".to_owned());
+    };
+    Ok(pb::RateLimit {
+        name: name.to_owned(),
+        limit: limit.parse().map_err(|_| "the limit must be a whole number: calls=100/1m".to_owned())?,
+        window: Some(duration_to_proto(duration::parse_duration(window)?)),
+    })
+}
+
+/// A rate limit as [`parse_rate_limit`] reads it.
+pub(super) fn format_rate_limit(limit: &pb::RateLimit) -> String {
+    format!(
+        "{}={}/{}",
+        limit.name,
+        limit.limit,
+        limit.window.as_ref().map(format_proto_duration).unwrap_or_default()
+    )
+}
+
+/// Reads `LIMIT/PERIOD`.
+pub(super) fn parse_quota(text: &str) -> Result<pb::Quota, String> {
+    let wanted = || "write LIMIT/PERIOD with a period of hour, day, month or total: 1000/month".to_owned();
+    let (limit, period) = text.split_once('/').ok_or_else(wanted)?;
+    let period = match period {
+        "hour" => pb::QuotaPeriod::Hour,
+        "day" => pb::QuotaPeriod::Day,
+        "month" => pb::QuotaPeriod::Month,
+        "total" => pb::QuotaPeriod::Total,
+        _ => return Err(wanted()),
+    };
+    Ok(pb::Quota { limit: limit.parse().map_err(|_| wanted())?, period: period.into() })
+}
+
+/// A quota as [`parse_quota`] reads it.
+pub(super) fn format_quota(quota: &pb::Quota) -> String {
+    format!("{}/{}", quota.limit, format_enum_name(quota.period().as_str_name(), "QUOTA_PERIOD_"))
+}
+
+/// A path for a message. A secret that was given in its place is masked.
+pub(super) fn shown_path(path: &Path) -> String {
+    mask_value(&path.to_string_lossy()).into_owned()
+}
+
+/// Reads `NAME=VALUE`; the value may hold more of `=`.
+pub(super) fn parse_name_value(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
+        _ => Err("write NAME=VALUE, such as team=billing".to_owned()),
+    }
+}
+
+/// An enum's value for people: `KEY_STATE_ACTIVE` is `active`.
+pub(super) fn format_enum_name(name: &str, prefix: &str) -> String {
+    name.strip_prefix(prefix).unwrap_or(name).to_ascii_lowercase().replace('_', "-")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{clock::ManualClock, domain::time};
+    use proptest::prelude::*;
+
+    fn noon() -> ManualClock {
+        ManualClock::new(time::Timestamp::from_micros(1_767_268_800_000_000)) // 2026-01-01T12:00:00Z
+    }
+
+    #[test]
+    fn an_expiry_is_never_a_duration_or_an_instant() {
+        let at = |text: &str| ExpiryArg::parse(text).unwrap().resolve(&noon()).map(|t| format_rfc3339(&t));
+        assert_eq!(at("never"), None);
+        assert_eq!(at("90d").unwrap(), "2026-04-01T12:00:00Z");
+        assert_eq!(at("2027-01-31T00:00:00+01:00").unwrap(), "2027-01-30T23:00:00Z");
+        for bad in ["", "tomorrow", "2027-01-31", "90", "Never"] {
+            let error = ExpiryArg::parse(bad).unwrap_err();
+            assert!(
+                error.contains("never, a duration such as 90d") && error.contains("2027-01-31T"),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_longest_life_is_never_or_a_duration() {
+        assert_eq!(LifetimeArg::parse("never").unwrap().to_proto_limit(), None);
+        assert_eq!(
+            LifetimeArg::parse("90d").unwrap().to_proto_limit().map(|life| life.seconds),
+            Some(90 * 86_400)
+        );
+        for bad in ["", "Never", "90", "2027-01-31T00:00:00Z"] {
+            assert!(
+                LifetimeArg::parse(bad).unwrap_err().contains("never, or a duration such as 90d"),
+                "{bad:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn durations_count_back_for_the_past_and_on_for_the_future() {
+        assert_eq!(
+            format_rfc3339(&PastInstantArg::parse("12h").unwrap().resolve(&noon())),
+            "2026-01-01T00:00:00Z"
+        );
+        assert_eq!(
+            format_rfc3339(&FutureInstantArg::parse("12h").unwrap().resolve(&noon())),
+            "2026-01-02T00:00:00Z"
+        );
+        let instant = "2025-06-01T00:00:00.25Z";
+        assert_eq!(format_rfc3339(&PastInstantArg::parse(instant).unwrap().resolve(&noon())), instant);
+        assert!(PastInstantArg::parse("never").is_err());
+    }
+
+    #[test]
+    fn instants_before_1970_and_beyond_all_years_are_shown_too() {
+        assert_eq!(format_rfc3339(&timestamp_from_micros(-1)), "1969-12-31T23:59:59.999999Z");
+        assert_eq!(
+            format_rfc3339(&Timestamp { seconds: i64::MAX, nanos: -5 }),
+            format!("{}s since 1970", i64::MAX)
+        );
+    }
+
+    #[test]
+    fn rate_limits_quotas_and_pairs_are_read_and_shown_alike() {
+        for text in ["calls=100/1m", "burst=5/1s", "a=1/1d"] {
+            assert_eq!(format_rate_limit(&parse_rate_limit(text).unwrap()), text);
+        }
+        for text in ["1000/month", "1/total", "5/hour", "7/day"] {
+            assert_eq!(format_quota(&parse_quota(text).unwrap()), text);
+        }
+        assert_eq!(parse_name_value("a=b=c"), Ok(("a".to_owned(), "b=c".to_owned())));
+        for bad in ["", "calls", "=1/1m", "calls=1", "calls=x/1m", "calls=1/m", "calls=-1/1m"] {
+            assert!(parse_rate_limit(bad).is_err(), "{bad:?}");
+        }
+        for bad in ["", "1000", "1000/year", "x/day", "-1/day"] {
+            assert!(parse_quota(bad).unwrap_err().contains("1000/month"), "{bad:?}");
+        }
+        assert!(parse_name_value("team").is_err() && parse_name_value("=x").is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn no_string_makes_a_parser_panic(text in any::<String>()) {
+            let _ = (ExpiryArg::parse(&text), parse_rate_limit(&text), parse_quota(&text), parse_name_value(&text));
+        }
+
+        #[test]
+        fn no_instant_or_duration_makes_the_printer_panic(seconds: i64, nanos: i32) {
+            let _ = format_rfc3339(&Timestamp { seconds, nanos });
+            let _ = format_proto_duration(&prost_types::Duration { seconds, nanos });
+        }
+    }
+}

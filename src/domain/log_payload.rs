@@ -1,0 +1,242 @@
+//! An entry's payload: the record after the change, and beside it how the change came about. And what its readers see of
+//! it: which fields changed, without digests.
+//!
+//! What is beside the record stands inside it, under `via`: whoever does not know that name reads the record and
+//! passes over the rest, and the hash covers the whole text. So processes of different versions read and verify each
+//! other's entries, and what is new here needs no column.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::{lease::LogPosition, log::RecordChange, time::Revision};
+
+/// Where in the record's JSON it says how the change came about. No record has a field of this name.
+const ORIGIN_FIELD: &str = "via";
+
+/// How a change came about.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChangeOrigin {
+    /// The call's id, as its caller or the gate named it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub request_id: Option<String>,
+    /// The address that the call came from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peer: Option<String>,
+    /// The entry before about the same record; 0 = it did not exist. None in entries of before this was kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub previous: Option<Revision>,
+    /// What was archived, in the entry that says so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub archived: Option<ArchivedRange>,
+}
+
+impl ChangeOrigin {
+    /// Nothing is known.
+    pub const UNKNOWN: ChangeOrigin =
+        ChangeOrigin { request_id: None, peer: None, previous: None, archived: None };
+}
+
+/// Entries that left the log for a file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ArchivedRange {
+    /// The last of them: the chain goes on from its hash.
+    #[serde(flatten)]
+    pub end: HexPosition,
+    /// How many this file took.
+    pub entries: u64,
+    /// SHA-256 of the file, in hex.
+    pub file_sha256: String,
+}
+
+/// A place in the chain, as JSON says it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HexPosition {
+    /// The entry's revision.
+    pub revision: Revision,
+    /// Its hash, in hex.
+    pub hash: String,
+}
+
+impl From<LogPosition> for HexPosition {
+    fn from(at: LogPosition) -> Self {
+        HexPosition { revision: at.revision, hash: super::token::HexBytes(&at.hash).to_string() }
+    }
+}
+
+impl HexPosition {
+    /// The place, if the hash is one.
+    #[must_use]
+    pub fn to_position(&self) -> Option<LogPosition> {
+        Some(LogPosition { revision: self.revision, hash: super::token::parse_hex_bytes(&self.hash)? })
+    }
+}
+
+/// The payload of an entry.
+///
+/// # Errors
+/// When the record cannot be said in JSON: no record is so.
+pub fn encode_payload(change: &RecordChange, via: &ChangeOrigin) -> Result<String, serde_json::Error> {
+    let mut text = serde_json::to_string(change)?;
+    // A change is an object with one field, the record: it ends with the record's brace and its own. Every record has
+    // fields, so that another one follows.
+    if *via != ChangeOrigin::UNKNOWN && text.ends_with("}}") {
+        text.truncate(text.len() - 2);
+        text.push_str(",\"");
+        text.push_str(ORIGIN_FIELD);
+        text.push_str("\":");
+        text.push_str(&serde_json::to_string(via)?);
+        text.push_str("}}");
+    }
+    Ok(text)
+}
+
+/// A payload, read for people.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RedactedPayload {
+    /// What kind of change, as [`RecordChange`] names it.
+    pub kind: String,
+    /// The record, without digests.
+    pub record: Map<String, Value>,
+    /// How it came about.
+    pub origin: ChangeOrigin,
+}
+
+/// One field that a change changed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FieldChange {
+    /// Its name.
+    pub field: String,
+    /// Its value before, as JSON; None = it had none.
+    pub before: Option<String>,
+    /// Its value after.
+    pub after: Option<String>,
+}
+
+impl RedactedPayload {
+    /// Reads a payload, also one of a newer version. None = it is none.
+    #[must_use]
+    pub fn parse(payload: &str) -> Option<RedactedPayload> {
+        let Value::Object(kinds) = serde_json::from_str(payload).ok()? else { return None };
+        let (kind, Value::Object(mut record)) = kinds.into_iter().next()? else { return None };
+        let via =
+            record.remove(ORIGIN_FIELD).and_then(|via| serde_json::from_value(via).ok()).unwrap_or_default();
+        record.values_mut().for_each(remove_digests);
+        Some(RedactedPayload { kind, record, origin: via })
+    }
+
+    /// The record as JSON under its kind.
+    #[must_use]
+    pub fn to_json(&self) -> String {
+        let mut kinds = Map::new();
+        kinds.insert(self.kind.clone(), Value::Object(self.record.clone()));
+        Value::Object(kinds).to_string()
+    }
+
+    /// Whether the record is gone after the change.
+    fn removes_record(&self) -> bool {
+        matches!(self.kind.as_str(), "role_deleted" | "member_removed")
+    }
+
+    /// What the change changed, given the entry before about the same record; none = the record did not exist.
+    #[must_use]
+    pub fn changes_since(&self, before: Option<&RedactedPayload>) -> Vec<FieldChange> {
+        let none = Map::new();
+        let before = before.filter(|before| !before.removes_record()).map_or(&none, |before| &before.record);
+        let after = if self.removes_record() { &none } else { &self.record };
+        let mut names: Vec<_> = before.keys().chain(after.keys()).collect();
+        names.sort();
+        names.dedup();
+        let text = |value: Option<&Value>| value.filter(|value| !is_empty_value(value)).map(Value::to_string);
+        names
+            .into_iter()
+            .filter(|name| name.as_str() != "revision")
+            .map(|name| FieldChange {
+                field: name.clone(),
+                before: text(before.get(name)),
+                after: text(after.get(name)),
+            })
+            .filter(|change| change.before != change.after)
+            .collect()
+    }
+}
+
+/// What a record says of a field that it has not.
+fn is_empty_value(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::Array(items) => items.is_empty(),
+        Value::Object(fields) => fields.is_empty(),
+        _ => false,
+    }
+}
+
+fn remove_digests(value: &mut Value) {
+    match value {
+        Value::Object(fields) => {
+            fields.remove("digest");
+            fields.values_mut().for_each(remove_digests);
+        }
+        Value::Array(items) => items.iter_mut().for_each(remove_digests),
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::domain::key::tests::sample_key;
+
+    fn via() -> ChangeOrigin {
+        ChangeOrigin {
+            request_id: Some("r-1".to_owned()),
+            peer: Some("::1".to_owned()),
+            previous: Some(Revision(3)),
+            archived: None,
+        }
+    }
+
+    #[test]
+    fn who_does_not_know_how_a_change_came_about_reads_the_record_all_the_same() {
+        let change = RecordChange::Key(Arc::new(sample_key()));
+        let text = encode_payload(&change, &via()).unwrap();
+        assert_eq!(serde_json::from_str::<RecordChange>(&text).unwrap(), change);
+        assert_eq!(RedactedPayload::parse(&text).unwrap().origin, via());
+        let plain = serde_json::to_string(&change).unwrap();
+        assert_eq!(
+            RedactedPayload::parse(&plain).unwrap().origin,
+            ChangeOrigin::UNKNOWN,
+            "an entry of before"
+        );
+    }
+
+    #[test]
+    fn no_digest_is_told() {
+        let text = r#"{"key":{"id":"x","secrets":[{"version":1,"digest":"ab"},{"digest":"cd"}]}}"#;
+        assert_eq!(
+            RedactedPayload::parse(text).unwrap().to_json(),
+            r#"{"key":{"id":"x","secrets":[{"version":1},{}]}}"#
+        );
+    }
+
+    #[test]
+    fn a_change_is_told_field_by_field() {
+        let told = |text: &str| RedactedPayload::parse(text).unwrap();
+        let change = |field: &str, before: Option<&str>, after: Option<&str>| FieldChange {
+            field: field.to_owned(),
+            before: before.map(str::to_owned),
+            after: after.map(str::to_owned),
+        };
+        let first = told(r#"{"role":{"name":"a","scopes":["x"],"revision":1}}"#);
+        let second = told(r#"{"role":{"name":"a","scopes":["x","y"],"revision":2}}"#);
+        let gone = told(r#"{"role_deleted":{"name":"a","scopes":["x","y"],"revision":3}}"#);
+        assert_eq!(
+            second.changes_since(Some(&first)),
+            [change("scopes", Some(r#"["x"]"#), Some(r#"["x","y"]"#))]
+        );
+        assert_eq!(first.changes_since(None).len(), 2, "all that it has");
+        assert_eq!(gone.changes_since(Some(&second))[0], change("name", Some(r#""a""#), None));
+        assert_eq!(first.changes_since(Some(&gone)).len(), 2, "made anew");
+    }
+}

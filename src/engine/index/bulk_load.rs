@@ -1,0 +1,164 @@
+//! Keys of a snapshot on their way into the index: one thread's, which packs them by itself. It meets the others only
+//! when it has a block full, and when it meets something for the first time.
+
+use std::{collections::HashMap, sync::Arc};
+
+use foldhash::quality::RandomState;
+
+use crate::{
+    domain::{key::KeyOwner, key_policy::KeyPolicy, name::KeyId, time::Timestamp, token::TokenDigest},
+    store::{self, LoadedKey},
+};
+
+use super::{
+    key_block::{BlockEntryRef, ColdFields, ColdFieldsView, RECORDS_PER_BLOCK},
+    key_table::KeyTable,
+};
+
+/// How many things are remembered at the most.
+const MAX_INTERNED: usize = 65_536;
+
+/// A part of a snapshot.
+pub(super) struct IndexSnapshotPart {
+    keys: Arc<KeyTable>,
+    owners: LocalInterner<KeyOwner>,
+    policies: LocalInterner<KeyPolicy>,
+    /// Of one block at the most.
+    pending_keys: Vec<PendingKey>,
+    /// Their names, one after the other.
+    names: String,
+}
+
+/// A key that waits for the others of its block.
+struct PendingKey {
+    id: KeyId,
+    digest: TokenDigest,
+    version: u32,
+    /// Where its name ends.
+    name_end: usize,
+    expires_at: Option<Timestamp>,
+    revoked_at: Option<Timestamp>,
+    /// Their numbers among what this part has met.
+    owner_number: usize,
+    policy_number: usize,
+    cold_fields: Option<Arc<ColdFields>>,
+}
+
+impl IndexSnapshotPart {
+    pub(super) fn new(keys: Arc<KeyTable>) -> IndexSnapshotPart {
+        let (owners, policies) = (LocalInterner::default(), LocalInterner::default());
+        IndexSnapshotPart {
+            keys,
+            owners,
+            policies,
+            pending_keys: Vec::with_capacity(RECORDS_PER_BLOCK),
+            names: String::new(),
+        }
+    }
+
+    /// Places what has come.
+    fn flush_block(&mut self) {
+        let mut start = 0;
+        let placed: Vec<_> = self
+            .pending_keys
+            .iter()
+            .map(|coming| {
+                let name = &self.names[start..coming.name_end];
+                start = coming.name_end;
+                Some(BlockEntryRef {
+                    id: coming.id,
+                    digest: coming.digest,
+                    version: coming.version,
+                    name,
+                    expires_at: coming.expires_at,
+                    revoked_at: coming.revoked_at,
+                    owner: self.owners.get(coming.owner_number),
+                    policy: self.policies.get(coming.policy_number),
+                    cold_fields: coming.cold_fields.as_ref(),
+                })
+            })
+            .collect();
+        self.keys.load_block(&placed);
+        drop(placed);
+        self.pending_keys.clear();
+        self.names.clear();
+        self.owners.reset_if_full();
+        self.policies.reset_if_full();
+    }
+}
+
+impl store::SnapshotPart for IndexSnapshotPart {
+    fn add_key(&mut self, key: &LoadedKey<'_>) {
+        let Some(newest) = key.secrets.first() else { return };
+        if key.secrets.iter().any(|secret| self.keys.find_by_digest(&secret.digest).is_some()) {
+            // It came some other way.
+            return self.keys.load_key(&key.to_key(), key.retired_secrets);
+        }
+        let revoked_at = key.revocation.as_ref().map(|revocation| revocation.at);
+        let uncommon = ColdFieldsView {
+            secrets: key.secrets,
+            updated_at: key.updated_at,
+            disabled_at: key.disabled_at,
+            revoked_at,
+            metadata: &key.metadata,
+        };
+        let (keys, names) = (&self.keys, &mut self.names);
+        names.push_str(key.name.unwrap_or_default());
+        self.pending_keys.push(PendingKey {
+            id: key.id,
+            digest: newest.digest,
+            version: newest.version,
+            name_end: names.len(),
+            expires_at: key.expires_at,
+            revoked_at,
+            owner_number: self.owners.intern(key.owner, |owner| keys.intern_owner(owner)),
+            policy_number: self.policies.intern(key.policy, |policy| keys.intern_policy(policy)),
+            cold_fields: uncommon.with_retired_secrets(key.retired_secrets),
+        });
+        if self.pending_keys.len() == RECORDS_PER_BLOCK {
+            self.flush_block();
+        }
+    }
+
+    fn finish(mut self: Box<Self>) {
+        self.flush_block();
+    }
+}
+
+/// Things as they came, and as the index keeps them.
+struct LocalInterner<T> {
+    /// By the address of what came, which is kept so that nothing else has it.
+    numbers: HashMap<usize, usize, RandomState>,
+    sources: Vec<Arc<T>>,
+    interned: Vec<Arc<T>>,
+}
+
+impl<T> Default for LocalInterner<T> {
+    fn default() -> Self {
+        LocalInterner { numbers: HashMap::default(), sources: Vec::new(), interned: Vec::new() }
+    }
+}
+
+impl<T> LocalInterner<T> {
+    fn intern(&mut self, came: &Arc<T>, keep: impl FnOnce(&Arc<T>) -> Arc<T>) -> usize {
+        let address = Arc::as_ptr(came).addr();
+        if let Some(number) = self.numbers.get(&address) {
+            return *number;
+        }
+        self.numbers.insert(address, self.sources.len());
+        self.interned.push(keep(came));
+        self.sources.push(came.clone());
+        self.sources.len() - 1
+    }
+
+    fn get(&self, number: usize) -> &Arc<T> {
+        &self.interned[number]
+    }
+
+    /// Begins again, once there is too much. Nothing may wait then.
+    fn reset_if_full(&mut self) {
+        if self.sources.len() > MAX_INTERNED {
+            *self = LocalInterner::default();
+        }
+    }
+}

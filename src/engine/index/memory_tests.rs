@@ -1,0 +1,135 @@
+//! How many bytes of memory the index takes, counted as the allocator is asked for them.
+
+#![expect(unsafe_code, reason = "an allocator is unsafe to write; this one only counts")]
+
+use std::{
+    alloc::{GlobalAlloc, Layout, System},
+    cell::Cell,
+    collections::BTreeMap,
+    sync::Arc,
+};
+
+use super::*;
+use crate::{
+    domain::{
+        key::{
+            Quota, QuotaPeriod, RateLimit, Revocation, RevokeReason,
+            tests::{at_seconds, sample_key},
+        },
+        name::{CustomerId, KeyName},
+        scope::Scope,
+    },
+    engine::limiter::Consumption,
+};
+
+thread_local! {
+    static LIVE: Cell<isize> = const { Cell::new(0) };
+}
+
+struct CountingAllocator;
+
+#[global_allocator]
+static ALLOCATOR: CountingAllocator = CountingAllocator;
+
+/// A thread that ends is not counted any more.
+fn count(bytes: isize) {
+    let _ = LIVE.try_with(|live| live.set(live.get() + bytes));
+}
+
+// SAFETY: what the system's allocator gives and takes is passed on as it is.
+unsafe impl GlobalAlloc for CountingAllocator {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count(layout.size().cast_signed());
+        // SAFETY: the caller's promise is the same.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+        count(-layout.size().cast_signed());
+        // SAFETY: the caller's promise is the same.
+        unsafe { System.dealloc(memory, layout) }
+    }
+}
+
+/// What this thread has allocated and not freed.
+fn live() -> usize {
+    LIVE.with(Cell::get).try_into().unwrap()
+}
+
+/// As large as a key may be, and in all of it like no other.
+fn largest(number: u32) -> ApiKey {
+    let text = |length: usize| format!("{number:0length$}");
+    let mut random = [0; 10];
+    random[..4].copy_from_slice(&number.to_be_bytes());
+    let mut key = sample_key();
+    key.id = KeyId::generate(at_seconds(0), random);
+    key.secrets[0].digest = TokenDigest::from_token(&number.to_string());
+    let terms = &mut key.spec;
+    terms.name = Some(KeyName::parse(&text(255)).unwrap());
+    terms.scopes =
+        (0..32).map(|at| Scope::parse_grant(&format!("s{at}:{}", text(100))).unwrap()).collect::<ScopeSet>();
+    terms.roles = vec![RoleName::parse(&text(64)).unwrap(); 16];
+    terms.customers = (0..16).map(|at| CustomerId::parse(&format!("{at}{}", text(100))).unwrap()).collect();
+    terms.allowed_cidrs = vec!["2001:db8::/32".parse().unwrap(); 16];
+    let limit = |name| RateLimit { name, limit: number.into(), window: std::time::Duration::from_secs(1) };
+    terms.rate_limits = (0..8).map(|_| limit(text(64))).collect();
+    terms.quota = Some(Quota { limit: number.into(), period: QuotaPeriod::Total });
+    terms.expires_at = Some(at_seconds(number.into()));
+    terms.metadata = BTreeMap::from([("note".to_owned(), text(4000))]);
+    key.disabled_at = Some(at_seconds(1));
+    key
+}
+
+fn revoked(key: &ApiKey) -> ApiKey {
+    let comment = "as long as it may be".repeat(50);
+    ApiKey {
+        revocation: Some(Revocation { at: at_seconds(5), reason: RevokeReason::Compromised, comment }),
+        ..key.clone()
+    }
+}
+
+const KEYS: u32 = 2048;
+const LIMIT: usize = 200;
+
+/// How many bytes a key takes in an index that `fill` has filled with [`KEYS`] of them.
+fn bytes_per_key(fill: impl FnOnce(&Index)) -> usize {
+    let empty = live();
+    let index = Index::default();
+    let before = live();
+    fill(&index);
+    assert_eq!(index.len(), KEYS as usize);
+    // Deferred reclamation keeps nothing of it: nobody reads meanwhile.
+    let bytes = (live() - before) / KEYS as usize;
+    drop(index);
+    assert!(live() - empty < 1024 * 1024, "what is dropped is free again");
+    bytes
+}
+
+#[test]
+fn a_revoked_key_takes_at_most_200_bytes_whatever_it_granted() {
+    let lived = bytes_per_key(|index| {
+        for number in 0..KEYS {
+            let key = largest(number);
+            index.upsert_keys(std::iter::once(&key));
+            // Its limits were used, and what is used of them is forgotten too.
+            let found = index.find_by_digest(&key.secrets[0].digest).unwrap();
+            let take = Consumption { cost: 1, dedup_id: None, dry_run: false };
+            found.limit_state.unwrap().consume(&found.key, take, false, at_seconds(1)).unwrap();
+        }
+        let alive = live();
+        for number in 0..KEYS {
+            index.upsert_keys(std::iter::once(&revoked(&largest(number))));
+        }
+        // Policies that no key has any more leave with the hourly sweep.
+        index.evict(at_seconds(0));
+        assert!(alive > live());
+    });
+    assert!(lived <= LIMIT, "{lived} bytes of a key that was revoked here");
+    let loaded = bytes_per_key(|index| {
+        for number in 0..KEYS {
+            index.load_record(SnapshotRecord::Key(Arc::new(revoked(&largest(number))), vec![]));
+        }
+        index.finish_load(Revision(1));
+    });
+    assert!(loaded <= LIMIT, "{loaded} bytes of a key that was loaded");
+}

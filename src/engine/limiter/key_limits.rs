@@ -1,0 +1,677 @@
+//! What is used of one key's limits, in this process: the arithmetic of `domain::limit` between Checks. Nothing here
+//! waits; one lock for each limited key, held for the arithmetic alone.
+//!
+//! A rate limit is counted here where the process is alone, or is to count by itself. A quota is the store's: what
+//! the store says that all have used, and what was used here since and it does not count yet. Where several
+//! processes share the store, that may not grow beyond a block ([`quota_block_size`]) before the store has counted it.
+
+use std::{
+    collections::VecDeque,
+    hash::{DefaultHasher, Hasher as _},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use crate::domain::{
+    key::{Quota, RateLimit},
+    key_attributes::KeyAttributes,
+    limit::{
+        GcraState, LimitStatus, PendingQuotaUnits, QuotaUsage, apply_gcra, apply_quota, quota_block_size,
+        quota_period_bounds,
+    },
+    policy_decision::Reason,
+    time::Timestamp,
+};
+
+/// What is used of one key's limits.
+#[derive(Debug, Default)]
+pub struct KeyLimitState(Mutex<KeyLimitCounters>);
+
+#[derive(Debug, Default)]
+struct KeyLimitCounters {
+    /// The limits that the levels are of; a limit that changed starts full.
+    gcra_states: Vec<(RateLimit, GcraState)>,
+    /// What the store says that all have used.
+    recorded_usage: Option<QuotaUsage>,
+    /// What was used here and the store does not count yet.
+    pending_units: Option<PendingQuotaUnits>,
+    /// Units that are kept for requests of which it is not known yet whether they take them.
+    reserved_units: u64,
+    /// Whether somebody was told to have the store count.
+    is_flush_requested: bool,
+    /// What was taken lately under a number, oldest first.
+    recent_requests: VecDeque<(RequestDedupId, Timestamp)>,
+}
+
+/// An asker's number for a request. Envoy asks again under the same one when an answer does not come in time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RequestDedupId(u64);
+
+impl RequestDedupId {
+    /// The number of a request with this id; ids are the asker's, not a client's.
+    #[must_use]
+    pub fn from_request_id(id: &[u8]) -> RequestDedupId {
+        let mut hasher = DefaultHasher::new();
+        hasher.write(id);
+        RequestDedupId(hasher.finish())
+    }
+
+    /// The number itself.
+    #[must_use]
+    pub fn to_u64(self) -> u64 {
+        self.0
+    }
+}
+
+/// What a request takes.
+#[derive(Clone, Copy, Debug)]
+pub struct Consumption {
+    /// Units of every limit.
+    pub cost: u64,
+    /// Under which number.
+    pub dedup_id: Option<RequestDedupId>,
+    /// Judge, and take nothing.
+    pub dry_run: bool,
+}
+
+impl Consumption {
+    /// What one call takes.
+    pub const ONE: Consumption = Consumption::with_cost(1);
+
+    /// So many units.
+    #[must_use]
+    pub const fn with_cost(cost: u64) -> Consumption {
+        Consumption { cost, dedup_id: None, dry_run: false }
+    }
+
+    /// The same without taking anything.
+    #[must_use]
+    pub const fn into_dry_run(self) -> Consumption {
+        Consumption { dry_run: true, ..self }
+    }
+}
+
+/// How long an asker may take to ask again.
+const DEDUP_WINDOW: Duration = Duration::from_secs(2);
+/// The most numbers to remember of one key.
+const MAX_DEDUP_IDS: usize = 1024;
+
+/// How a limited request stands.
+#[derive(Clone, Debug, Default)]
+pub struct LimitOutcome {
+    /// Each limit by name, the quota last under the name `quota`; with its units per window or period.
+    pub statuses: Vec<(String, u64, LimitStatus)>,
+    /// What refuses it.
+    pub refusal_reasons: Vec<Reason>,
+    /// Whether units of the quota were used, which the store is to count.
+    pub consumed_quota: bool,
+    /// Whether the store is to count them at once.
+    pub needs_flush: bool,
+    /// Whether the rate limits were counted by this process alone although several share them.
+    pub is_inexact: bool,
+}
+
+impl LimitOutcome {
+    /// Of what has no limits, or was not asked.
+    pub(crate) const fn empty() -> LimitOutcome {
+        LimitOutcome {
+            statuses: Vec::new(),
+            refusal_reasons: Vec::new(),
+            consumed_quota: false,
+            needs_flush: false,
+            is_inexact: false,
+        }
+    }
+
+    /// How long until everything that refuses the request would let it through; `None` where nothing refuses
+    /// it, or something always will.
+    #[must_use]
+    pub fn retry_after(&self) -> Option<Duration> {
+        let refusing = self.statuses.iter().filter(|(_, _, standing)| !standing.allowed);
+        let waits: Option<Vec<Duration>> = refusing.map(|(_, _, standing)| standing.retry_after).collect();
+        waits?.into_iter().max()
+    }
+
+    /// The smallest limit that refuses a request because it is never so large; `None` if there is none.
+    #[must_use]
+    pub fn smallest_exceeded_limit(&self, cost: u64) -> Option<u64> {
+        let refusing = self.statuses.iter().filter(|(_, _, standing)| !standing.allowed);
+        refusing.map(|(_, limit, _)| *limit).filter(|limit| *limit < cost).min()
+    }
+
+    /// From how each limit stands without the request and with it, and the quota likewise.
+    fn from_evaluations(
+        rates: &[RateEvaluation<'_>],
+        quota: Option<&QuotaEvaluation>,
+        dry_run: bool,
+    ) -> LimitOutcome {
+        let mut usage = LimitOutcome::default();
+        if rates.iter().any(|rate| !rate.with_request.allowed) {
+            usage.refusal_reasons.push(Reason::RateLimited);
+        }
+        if quota.is_some_and(|share| !share.with_request.allowed) {
+            usage.refusal_reasons.push(Reason::QuotaExceeded);
+        }
+        let taken = usage.refusal_reasons.is_empty() && !dry_run;
+        // Where nothing is taken, what is left is told as it is.
+        let told = |asked, idle| if taken { asked } else { status_without_request(asked, idle) };
+        usage.statuses = rates
+            .iter()
+            .map(|rate| {
+                (rate.limit.name.clone(), rate.limit.limit, told(rate.with_request, rate.without_request))
+            })
+            .collect();
+        usage.statuses.extend(quota.map(|share| {
+            ("quota".to_owned(), share.quota.limit, told(share.with_request, share.without_request))
+        }));
+        usage
+    }
+}
+
+/// The verdict on the request, with what is left without it.
+fn status_without_request(asked: LimitStatus, now: LimitStatus) -> LimitStatus {
+    LimitStatus { remaining: now.remaining, reset_after: now.reset_after, ..asked }
+}
+
+/// A rate limit, judged.
+struct RateEvaluation<'k> {
+    limit: &'k RateLimit,
+    with_request: LimitStatus,
+    without_request: LimitStatus,
+    /// The level after the request.
+    state_after: GcraState,
+}
+
+impl RateEvaluation<'_> {
+    fn evaluate(limit: &RateLimit, level: GcraState, cost: u64, now: Timestamp) -> RateEvaluation<'_> {
+        let (after, asked) = apply_gcra(limit, level, cost, now);
+        RateEvaluation {
+            limit,
+            with_request: asked,
+            without_request: apply_gcra(limit, level, 0, now).1,
+            state_after: after,
+        }
+    }
+}
+
+/// A quota, judged.
+#[derive(Clone, Debug)]
+struct QuotaEvaluation {
+    quota: Quota,
+    with_request: LimitStatus,
+    without_request: LimitStatus,
+    /// What the request takes of it.
+    requested_units: PendingQuotaUnits,
+}
+
+/// A block is used up, and the store has not counted it yet: whether the quota has room cannot be known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QuotaBlockExhausted;
+
+impl KeyLimitState {
+    fn lock(&self) -> MutexGuard<'_, KeyLimitCounters> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes up what the store says that all have used of the quota.
+    pub fn restore_usage(&self, spent: QuotaUsage) {
+        self.lock().recorded_usage = Some(spent);
+    }
+
+    /// Takes the units from every limit of the key, or, if any refuses, from none. What was taken already under
+    /// the same number is not taken again. `shared`: others use the quota too.
+    ///
+    /// # Errors
+    /// When nothing refuses, and a block is used up.
+    pub fn consume(
+        &self,
+        key: &impl KeyAttributes,
+        take: Consumption,
+        shared: bool,
+        now: Timestamp,
+    ) -> Result<LimitOutcome, QuotaBlockExhausted> {
+        let mut state = self.lock();
+        let again = take.dedup_id.is_some_and(|charge| state.is_repeated_request(charge, now));
+        // Judged again at no cost, it is let through as it was.
+        let cost = if again { 0 } else { take.cost };
+        let limits = key.rate_limits();
+        let rates: Vec<_> = limits
+            .iter()
+            .map(|limit| RateEvaluation::evaluate(limit, state.gcra_state(limit), cost, now))
+            .collect();
+        let share = key.quota().map(|quota| state.evaluate_quota(quota, cost, now));
+        let mut usage = LimitOutcome::from_evaluations(&rates, share.as_ref(), take.dry_run);
+        if take.dry_run || !usage.refusal_reasons.is_empty() {
+            return Ok(usage);
+        }
+        if let Some(share) = share.filter(|share| share.requested_units.units > 0) {
+            state.check_quota_block(&share, shared)?;
+            usage.consumed_quota = true;
+            usage.needs_flush = state.consume_quota(&share, shared);
+        }
+        state.gcra_states = rates.iter().map(|rate| (rate.limit.clone(), rate.state_after)).collect();
+        if let Some(charge) = take.dedup_id.filter(|_| !again) {
+            state.remember_request(charge, now);
+        }
+        Ok(usage)
+    }
+
+    /// Keeps the units of the quota that a request takes if its rate limits, which are counted elsewhere, let it
+    /// through. Dropped, it gives them back. A number that the request has is not looked at.
+    ///
+    /// # Errors
+    /// When the quota does not refuse, and a block is used up.
+    pub fn reserve(
+        self: &Arc<Self>,
+        key: &impl KeyAttributes,
+        take: Consumption,
+        shared: bool,
+        now: Timestamp,
+    ) -> Result<QuotaReservation, QuotaBlockExhausted> {
+        let mut state = self.lock();
+        let share = key.quota().map(|quota| state.evaluate_quota(quota, take.cost, now));
+        let keeps = share.as_ref().filter(|share| share.with_request.allowed && !take.dry_run);
+        let mut units = 0;
+        if let Some(share) = keeps {
+            state.check_quota_block(share, shared)?;
+            units = share.requested_units.units;
+            state.reserved_units += units;
+        }
+        Ok(QuotaReservation {
+            limit_state: self.clone(),
+            evaluation: share,
+            reserved_units: units,
+            is_shared: shared,
+        })
+    }
+
+    /// What the store is to count, if anything. Nobody needs to be told again of what was used so far.
+    #[must_use]
+    pub fn take_pending_units(&self) -> Option<PendingQuotaUnits> {
+        let mut state = self.lock();
+        state.is_flush_requested = false;
+        state.pending_units
+    }
+
+    /// Takes up that the store has counted `drawn`, and what it says that all have used now.
+    pub fn confirm_flush(&self, drawn: PendingQuotaUnits, total: QuotaUsage) {
+        let mut state = self.lock();
+        if let Some(pending) = &mut state.pending_units
+            && pending.period_start == drawn.period_start
+        {
+            pending.units = pending.units.saturating_sub(drawn.units);
+        }
+        state.pending_units = state.pending_units.filter(|pending| pending.units > 0);
+        // The row may be of a later period, where this process' clock is behind: then it counts by itself.
+        let known = state
+            .recorded_usage
+            .filter(|spent| spent.period_start == drawn.period_start)
+            .map_or(0, |spent| spent.used_units);
+        let alone =
+            QuotaUsage { period_start: drawn.period_start, used_units: known.saturating_add(drawn.units) };
+        state.recorded_usage = Some(if total.period_start == drawn.period_start { total } else { alone });
+    }
+
+    /// Has the store count at once what waits for it. Whether somebody must be told.
+    #[must_use]
+    pub fn request_flush(&self) -> bool {
+        let mut state = self.lock();
+        state.pending_units.is_some() && !std::mem::replace(&mut state.is_flush_requested, true)
+    }
+}
+
+/// Units of a quota that are kept for a request.
+#[derive(Debug)]
+pub struct QuotaReservation {
+    limit_state: Arc<KeyLimitState>,
+    evaluation: Option<QuotaEvaluation>,
+    reserved_units: u64,
+    is_shared: bool,
+}
+
+impl QuotaReservation {
+    /// Whether the quota refuses the request.
+    #[must_use]
+    pub fn is_refused(&self) -> bool {
+        self.evaluation.as_ref().is_some_and(|share| !share.with_request.allowed)
+    }
+
+    /// Uses the units if the rate limits at these levels let the request through, and gives them back otherwise, or
+    /// if it was let through before (`again`).
+    #[must_use]
+    pub fn commit_if_allowed(
+        mut self,
+        key: &impl KeyAttributes,
+        take: Consumption,
+        levels: &[GcraState],
+        again: bool,
+        now: Timestamp,
+    ) -> LimitOutcome {
+        let cost = if again { 0 } else { take.cost };
+        let limits = key.rate_limits().iter().zip(levels);
+        let rates: Vec<_> =
+            limits.map(|(limit, level)| RateEvaluation::evaluate(limit, *level, cost, now)).collect();
+        if again && let Some(share) = &mut self.evaluation {
+            share.with_request = LimitStatus { allowed: true, retry_after: None, ..share.without_request };
+        }
+        let mut usage = LimitOutcome::from_evaluations(&rates, self.evaluation.as_ref(), take.dry_run);
+        if let Some(share) = self.evaluation.as_ref().filter(|_| self.reserved_units > 0 && !again)
+            && usage.refusal_reasons.is_empty()
+        {
+            let mut state = self.limit_state.lock();
+            state.reserved_units =
+                state.reserved_units.saturating_sub(std::mem::take(&mut self.reserved_units));
+            usage.consumed_quota = true;
+            usage.needs_flush = state.consume_quota(share, self.is_shared);
+        }
+        usage
+    }
+}
+
+impl Drop for QuotaReservation {
+    fn drop(&mut self) {
+        if self.reserved_units > 0 {
+            let mut state = self.limit_state.lock();
+            state.reserved_units = state.reserved_units.saturating_sub(self.reserved_units);
+        }
+    }
+}
+
+impl KeyLimitCounters {
+    fn gcra_state(&self, limit: &RateLimit) -> GcraState {
+        let known = self.gcra_states.iter().find(|(of, _)| of == limit);
+        known.map_or_else(GcraState::default, |(_, level)| *level)
+    }
+
+    fn unrecorded_units(&self, period: Timestamp) -> u64 {
+        let here = self.pending_units.filter(|pending| pending.period_start == period);
+        here.map_or(0, |pending| pending.units).saturating_add(self.reserved_units)
+    }
+
+    /// How a request stands with a quota. A changed limit of the same period keeps what is used of it.
+    fn evaluate_quota(&self, quota: &Quota, cost: u64, now: Timestamp) -> QuotaEvaluation {
+        let (start, until) = quota_period_bounds(quota.period, now);
+        let told = self
+            .recorded_usage
+            .filter(|spent| spent.period_start == start)
+            .map_or(0, |spent| spent.used_units);
+        let spent = Some(QuotaUsage {
+            period_start: start,
+            used_units: told.saturating_add(self.unrecorded_units(start)),
+        });
+        QuotaEvaluation {
+            quota: quota.clone(),
+            with_request: apply_quota(quota, spent, cost, now).1,
+            without_request: apply_quota(quota, spent, 0, now).1,
+            requested_units: PendingQuotaUnits { period_start: start, period_end: until, units: cost },
+        }
+    }
+
+    /// Whether the units fit into the block. A request that is larger than one goes alone.
+    fn check_quota_block(&self, share: &QuotaEvaluation, shared: bool) -> Result<(), QuotaBlockExhausted> {
+        let waiting = self.unrecorded_units(share.requested_units.period_start);
+        let fits = waiting == 0
+            || waiting.saturating_add(share.requested_units.units) <= quota_block_size(&share.quota);
+        if fits || !shared { Ok(()) } else { Err(QuotaBlockExhausted) }
+    }
+
+    /// Uses the units. Whether somebody must be told to have the store count them at once: when half a block waits
+    /// for it, or when so little is left that others must know of each unit.
+    fn consume_quota(&mut self, share: &QuotaEvaluation, shared: bool) -> bool {
+        // Units of another period are of no use any more.
+        let pending =
+            self.pending_units.filter(|pending| pending.period_start == share.requested_units.period_start);
+        self.pending_units =
+            Some(pending.map_or(share.requested_units, |pending| pending.merge(share.requested_units)));
+        let block = quota_block_size(&share.quota);
+        let soon = self.unrecorded_units(share.requested_units.period_start) >= block / 2
+            || share.with_request.remaining < block;
+        shared && soon && !std::mem::replace(&mut self.is_flush_requested, true)
+    }
+
+    fn is_repeated_request(&self, charge: RequestDedupId, now: Timestamp) -> bool {
+        let fresh = now.saturating_sub(DEDUP_WINDOW);
+        self.recent_requests
+            .iter()
+            .rev()
+            .take_while(|(_, at)| *at >= fresh)
+            .any(|(known, _)| *known == charge)
+    }
+
+    fn remember_request(&mut self, charge: RequestDedupId, now: Timestamp) {
+        let fresh = now.saturating_sub(DEDUP_WINDOW);
+        while self.recent_requests.len() >= MAX_DEDUP_IDS
+            || self.recent_requests.front().is_some_and(|(_, at)| *at < fresh)
+        {
+            self.recent_requests.pop_front();
+        }
+        self.recent_requests.push_back((charge, now));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::key::{
+        ApiKey, QuotaPeriod,
+        tests::{at_seconds, sample_key},
+    };
+
+    fn limited(limits: &[(&str, u64)], quota: Option<u64>) -> ApiKey {
+        let mut key = sample_key();
+        key.spec.rate_limits = limits
+            .iter()
+            .map(|(name, limit)| RateLimit {
+                name: (*name).to_owned(),
+                limit: *limit,
+                window: Duration::from_secs(60),
+            })
+            .collect();
+        key.spec.quota = quota.map(|limit| Quota { limit, period: QuotaPeriod::Day });
+        key
+    }
+
+    fn consume_unshared(
+        budget: &KeyLimitState,
+        key: &ApiKey,
+        take: Consumption,
+        now: Timestamp,
+    ) -> LimitOutcome {
+        budget.consume(key, take, false, now).unwrap()
+    }
+
+    /// Used in the period of the tests' first instant.
+    fn used_today(used: u64) -> QuotaUsage {
+        QuotaUsage { period_start: quota_period_bounds(QuotaPeriod::Day, at_seconds(0)).0, used_units: used }
+    }
+
+    fn remaining_units(budget: &KeyLimitState, key: &ApiKey, now: Timestamp) -> u64 {
+        let usage = consume_unshared(budget, key, Consumption { dry_run: true, ..units(1) }, now);
+        usage.statuses.last().unwrap().2.remaining
+    }
+
+    fn units(cost: u64) -> Consumption {
+        Consumption { cost, dedup_id: None, dry_run: false }
+    }
+
+    #[test]
+    fn what_is_asked_again_under_the_same_number_is_taken_once() {
+        let (key, budget) = (limited(&[("l", 2)], Some(2)), KeyLimitState::default());
+        let numbered = |id: &str| Consumption {
+            dedup_id: Some(RequestDedupId::from_request_id(id.as_bytes())),
+            ..units(2)
+        };
+        for _ in 0..3 {
+            let usage = consume_unshared(&budget, &key, numbered("7"), at_seconds(0));
+            assert!(usage.refusal_reasons.is_empty());
+            assert_eq!(usage.statuses[0].2.remaining, 0);
+        }
+        assert_eq!(consume_unshared(&budget, &key, numbered("8"), at_seconds(0)).refusal_reasons.len(), 2);
+        assert_eq!(
+            consume_unshared(&budget, &key, numbered("8"), at_seconds(0)).refusal_reasons.len(),
+            2,
+            "what was refused took nothing"
+        );
+        let later = at_seconds(0).saturating_add(DEDUP_WINDOW).saturating_add(Duration::from_micros(1));
+        assert!(
+            !consume_unshared(&budget, &key, numbered("7"), later).refusal_reasons.is_empty(),
+            "a number is not for ever"
+        );
+    }
+
+    #[test]
+    fn all_limits_are_taken_from_or_none() {
+        let (key, budget) = (limited(&[("wide", 10), ("tight", 2)], Some(5)), KeyLimitState::default());
+        assert!(consume_unshared(&budget, &key, units(2), at_seconds(0)).refusal_reasons.is_empty());
+        let refused = consume_unshared(&budget, &key, units(1), at_seconds(0));
+        assert_eq!(refused.refusal_reasons, [Reason::RateLimited]);
+        let left: Vec<_> = refused.statuses.iter().map(|(name, _, s)| (name.as_str(), s.remaining)).collect();
+        assert_eq!(left, [("wide", 8), ("tight", 0), ("quota", 3)], "the refused request took nothing");
+    }
+
+    #[test]
+    fn a_dry_run_takes_nothing() {
+        let (key, budget) = (limited(&[("l", 1)], Some(1)), KeyLimitState::default());
+        for _ in 0..3 {
+            let usage =
+                consume_unshared(&budget, &key, Consumption { dry_run: true, ..units(1) }, at_seconds(0));
+            assert!(usage.refusal_reasons.is_empty());
+            assert_eq!(usage.statuses[0].2.remaining, 1);
+        }
+    }
+
+    #[test]
+    fn a_quota_goes_on_where_it_was_before_a_restart() {
+        let key = limited(&[], Some(3));
+        let restarted = KeyLimitState::default();
+        restarted.restore_usage(used_today(2));
+        assert_eq!(
+            consume_unshared(&restarted, &key, units(2), at_seconds(1)).refusal_reasons,
+            [Reason::QuotaExceeded]
+        );
+        assert!(consume_unshared(&restarted, &key, units(1), at_seconds(1)).refusal_reasons.is_empty());
+    }
+
+    #[test]
+    fn exactly_the_limit_is_allowed_to_many_at_once() {
+        let (key, budget) = (Arc::new(limited(&[("l", 100)], Some(70))), Arc::new(KeyLimitState::default()));
+        let callers: Vec<_> = (0..64)
+            .map(|_| {
+                let (key, budget) = (key.clone(), budget.clone());
+                std::thread::spawn(move || {
+                    (0..5)
+                        .filter(|_| {
+                            consume_unshared(&budget, &key, units(1), at_seconds(0))
+                                .refusal_reasons
+                                .is_empty()
+                        })
+                        .count()
+                })
+            })
+            .collect();
+        let allowed: usize = callers.into_iter().map(|caller| caller.join().unwrap()).sum();
+        assert_eq!(allowed, 70);
+    }
+
+    #[test]
+    fn what_the_store_has_counted_is_counted_once() {
+        let (key, budget) = (limited(&[], Some(100)), KeyLimitState::default());
+        consume_unshared(&budget, &key, units(5), at_seconds(0));
+        let drawn = budget.take_pending_units().unwrap();
+        consume_unshared(&budget, &key, units(2), at_seconds(0));
+        budget.confirm_flush(drawn, used_today(30));
+        assert_eq!(remaining_units(&budget, &key, at_seconds(0)), 100 - 30 - 2, "others have used 25");
+        assert_eq!(budget.take_pending_units().unwrap().units, 2);
+        budget.confirm_flush(budget.take_pending_units().unwrap(), used_today(32));
+        assert_eq!((remaining_units(&budget, &key, at_seconds(0)), budget.take_pending_units()), (68, None));
+    }
+
+    #[test]
+    fn a_process_whose_clock_is_behind_goes_on_counting_by_itself() {
+        let (key, budget) = (limited(&[], Some(10)), KeyLimitState::default());
+        for _ in 0..2 {
+            consume_unshared(&budget, &key, units(3), at_seconds(0));
+            let tomorrow = quota_period_bounds(QuotaPeriod::Day, at_seconds(0)).1.unwrap();
+            budget.confirm_flush(
+                budget.take_pending_units().unwrap(),
+                QuotaUsage { period_start: tomorrow, used_units: 1 },
+            );
+        }
+        assert_eq!(remaining_units(&budget, &key, at_seconds(0)), 4);
+    }
+
+    #[test]
+    fn a_shared_quota_is_used_by_a_block_at_the_most_until_the_store_has_counted_it() {
+        let (key, budget) = (limited(&[], Some(10_000)), KeyLimitState::default());
+        let mut hurried = 0;
+        for _ in 0..100 {
+            hurried += usize::from(budget.consume(&key, units(1), true, at_seconds(0)).unwrap().needs_flush);
+        }
+        assert_eq!(hurried, 1, "when half of it is used up");
+        assert_eq!(budget.consume(&key, units(1), true, at_seconds(0)).unwrap_err(), QuotaBlockExhausted);
+        let dry =
+            budget.consume(&key, Consumption { dry_run: true, ..units(1) }, true, at_seconds(0)).unwrap();
+        assert!(dry.refusal_reasons.is_empty());
+        let drawn = budget.take_pending_units().unwrap();
+        assert_eq!(
+            budget.consume(&key, units(1), true, at_seconds(0)).unwrap_err(),
+            QuotaBlockExhausted,
+            "it is being written"
+        );
+        budget.confirm_flush(drawn, used_today(100));
+        budget.consume(&key, units(1), true, at_seconds(0)).unwrap();
+    }
+
+    #[test]
+    fn what_is_certainly_exceeded_is_refused_though_a_block_is_used_up() {
+        let (key, budget) = (limited(&[("l", 60)], Some(60)), KeyLimitState::default());
+        budget.consume(&key, units(50), true, at_seconds(0)).unwrap();
+        assert_eq!(budget.consume(&key, units(1), true, at_seconds(0)).unwrap_err(), QuotaBlockExhausted);
+        let refused = budget.consume(&key, units(11), true, at_seconds(0)).unwrap().refusal_reasons;
+        assert_eq!(refused, [Reason::RateLimited, Reason::QuotaExceeded]);
+        assert!(
+            KeyLimitState::default().consume(&key, units(60), true, at_seconds(0)).is_ok(),
+            "more than a block goes alone"
+        );
+    }
+
+    #[test]
+    fn near_the_end_of_a_shared_quota_each_use_is_to_be_counted_at_once() {
+        let (key, budget) = (limited(&[], Some(10_000)), KeyLimitState::default());
+        assert!(!budget.consume(&key, units(1), true, at_seconds(0)).unwrap().needs_flush);
+        budget.restore_usage(used_today(9_950));
+        assert!(budget.consume(&key, units(1), true, at_seconds(0)).unwrap().needs_flush);
+        assert!(
+            !budget.consume(&key, units(1), true, at_seconds(0)).unwrap().needs_flush,
+            "somebody was told already"
+        );
+        assert!(budget.take_pending_units().is_some());
+        assert!(budget.consume(&key, units(1), true, at_seconds(0)).unwrap().needs_flush);
+    }
+
+    #[test]
+    fn units_held_for_a_request_come_back_unless_it_takes_them() {
+        let (key, budget) = (limited(&[("l", 1)], Some(3)), Arc::new(KeyLimitState::default()));
+        let free = [GcraState::default()];
+        let held = budget.reserve(&key, units(2), false, at_seconds(0)).unwrap();
+        assert_eq!(remaining_units(&budget, &key, at_seconds(0)), 1, "nobody else has them meanwhile");
+        assert!(budget.reserve(&key, units(2), false, at_seconds(0)).unwrap().is_refused());
+        drop(held);
+        let held = budget.reserve(&key, units(1), false, at_seconds(0)).unwrap();
+        let full = [apply_gcra(&key.spec.rate_limits[0], GcraState::default(), 1, at_seconds(0)).0];
+        let usage = held.commit_if_allowed(&key, units(1), &full, false, at_seconds(0));
+        assert_eq!((usage.refusal_reasons, usage.consumed_quota), (vec![Reason::RateLimited], false));
+        let held = budget.reserve(&key, units(1), false, at_seconds(0)).unwrap();
+        let usage = held.commit_if_allowed(&key, units(1), &full, true, at_seconds(0));
+        assert_eq!(
+            (usage.refusal_reasons, usage.consumed_quota),
+            (vec![], false),
+            "it was let through before"
+        );
+        assert_eq!((remaining_units(&budget, &key, at_seconds(0)), budget.take_pending_units()), (3, None));
+        let held = budget.reserve(&key, units(1), false, at_seconds(0)).unwrap();
+        let usage = held.commit_if_allowed(&key, units(1), &free, false, at_seconds(0));
+        assert_eq!((usage.statuses[1].2.remaining, usage.consumed_quota), (2, true));
+        assert_eq!(budget.take_pending_units().unwrap().units, 1);
+    }
+}

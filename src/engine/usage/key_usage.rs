@@ -1,0 +1,184 @@
+//! What one key's Checks have left. Where and for how long it is kept is `notes.rs`'s.
+
+use crate::{
+    domain::{policy_decision::Reason, time::Timestamp},
+    store::UsageHour,
+};
+
+use super::buffer::UsageEvent;
+
+/// What one key's Checks have left. Most keys have one secret in use and one answer in an hour: these stand here, in 24
+/// bytes, and others apart, since there may be a million of them.
+#[derive(Clone, Debug)]
+pub(super) struct KeyUsage {
+    /// The latest of the Checks that are counted here, and a use of the secret's version, if there is one.
+    last_at: Timestamp,
+    extra: Option<Box<ExtraUsage>>,
+    /// How many Checks in that hour had the reason.
+    count: u32,
+    /// Versions count from 1: 0 = no secret was used. One that has no room here stands apart.
+    secret_version: u16,
+    reason: Reason,
+}
+
+/// What else they have left.
+#[derive(Clone, Debug, Default)]
+struct ExtraUsage {
+    secret_uses: Vec<(u32, Timestamp)>,
+    counts: Vec<(UsageHour, Reason, u64)>,
+}
+
+impl Default for KeyUsage {
+    fn default() -> KeyUsage {
+        KeyUsage {
+            last_at: Timestamp::from_micros(0),
+            extra: None,
+            count: 0,
+            secret_version: 0,
+            reason: Reason::Ok,
+        }
+    }
+}
+
+impl KeyUsage {
+    pub(super) fn record(&mut self, note: &UsageEvent) {
+        let version = if note.reason == Reason::Ok { note.secret_version } else { 0 };
+        self.add_inline(note.at, note.reason, version, 1);
+    }
+
+    /// Adds what came later.
+    pub(super) fn merge(&mut self, later: KeyUsage) {
+        let KeyUsage { last_at: at, extra: more, count: counted, secret_version: version, reason } = later;
+        if counted > 0 {
+            self.add_inline(at, reason, version.into(), counted);
+        }
+        let Some(more) = more else { return };
+        more.secret_uses.iter().for_each(|(version, at)| self.add_extra_use(*version, *at));
+        more.counts.iter().for_each(|(hour, reason, count)| self.add_extra_count(*hour, *reason, *count));
+    }
+
+    /// Adds Checks of one hour and one answer, the latest of them at `at`: here, if they are like those that are.
+    fn add_inline(&mut self, at: Timestamp, reason: Reason, version: u32, count: u32) {
+        let short = u16::try_from(version);
+        if self.count == 0
+            && let Ok(version) = short
+        {
+            (self.last_at, self.reason, self.secret_version, self.count) = (at, reason, version, count);
+            return;
+        }
+        let alike =
+            (self.reason, UsageHour::from_timestamp(self.last_at)) == (reason, UsageHour::from_timestamp(at));
+        if alike
+            && short == Ok(self.secret_version)
+            && let Some(counted) = self.count.checked_add(count)
+        {
+            (self.last_at, self.count) = (self.last_at.max(at), counted);
+            return;
+        }
+        self.add_extra_count(UsageHour::from_timestamp(at), reason, count.into());
+        if version > 0 {
+            self.add_extra_use(version, at);
+        }
+    }
+
+    fn extra_mut(&mut self) -> &mut ExtraUsage {
+        self.extra.get_or_insert_default()
+    }
+
+    fn add_extra_use(&mut self, version: u32, at: Timestamp) {
+        let used = &mut self.extra_mut().secret_uses;
+        match used.iter_mut().find(|(of, _)| *of == version) {
+            Some((_, last)) => *last = at.max(*last),
+            None => used.push((version, at)),
+        }
+    }
+
+    fn add_extra_count(&mut self, hour: UsageHour, reason: Reason, more: u64) {
+        let counts = &mut self.extra_mut().counts;
+        match counts.iter_mut().find(|(of, why, _)| (*of, *why) == (hour, reason)) {
+            Some((_, _, count)) => *count += more,
+            None => counts.push((hour, reason, more)),
+        }
+    }
+
+    /// The versions of secrets, each with its latest use; one may come twice.
+    pub(super) fn secret_uses(&self) -> impl Iterator<Item = (u32, Timestamp)> {
+        let here = (self.secret_version > 0).then_some((self.secret_version.into(), self.last_at));
+        here.into_iter().chain(self.extra.iter().flat_map(|more| more.secret_uses.iter().copied()))
+    }
+
+    /// The answers, by hour and reason; a pair may come twice, and both count.
+    pub(super) fn counts(&self) -> impl Iterator<Item = (UsageHour, Reason, u64)> {
+        let here = (self.count > 0).then_some((
+            UsageHour::from_timestamp(self.last_at),
+            self.reason,
+            self.count.into(),
+        ));
+        here.into_iter().chain(self.extra.iter().flat_map(|more| more.counts.iter().copied()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::domain::{name::KeyId, time::Timestamp};
+
+    const HOUR: i64 = 3_600_000_000;
+
+    fn note() -> impl Strategy<Value = UsageEvent> {
+        let reason =
+            prop_oneof![4 => Just(Reason::Ok), 1 => Just(Reason::Revoked), 1 => Just(Reason::Expired)];
+        let version = prop_oneof![4 => 1..3u32, 1 => Just(70_000)];
+        (0..3 * HOUR, reason, version).prop_map(|(at, reason, version)| UsageEvent {
+            key_id: KeyId::generate(Timestamp::from_micros(0), [3; 10]),
+            at: Timestamp::from_micros(at),
+            secret_version: version,
+            reason,
+        })
+    }
+
+    type UsageTotals = (BTreeMap<u32, Timestamp>, BTreeMap<(UsageHour, u8), u64>);
+
+    fn usage_totals(
+        used: impl Iterator<Item = (u32, Timestamp)>,
+        counts: impl Iterator<Item = (UsageHour, Reason, u64)>,
+    ) -> UsageTotals {
+        let mut told = UsageTotals::default();
+        for (version, at) in used {
+            let last = told.0.entry(version).or_insert(at);
+            *last = at.max(*last);
+        }
+        counts.for_each(|(hour, reason, count)| *told.1.entry((hour, reason as u8)).or_default() += count);
+        told
+    }
+
+    proptest! {
+        #[test]
+        fn a_trace_tells_every_check_wherever_notes_of_it_were_put_together(
+            notes in prop::collection::vec(note(), 0..20), cut in 0..20usize,
+        ) {
+            let (one, other) = notes.split_at(cut.min(notes.len()));
+            let [mut trace, later] = [one, other].map(|notes| {
+                let mut trace = KeyUsage::default();
+                notes.iter().for_each(|note| trace.record(note));
+                trace
+            });
+            trace.merge(later);
+            let allowed = notes.iter().filter(|note| note.reason == Reason::Ok);
+            let noted = usage_totals(
+                allowed.map(|note| (note.secret_version, note.at)),
+                notes.iter().map(|note| (UsageHour::from_timestamp(note.at), note.reason, 1)),
+            );
+            prop_assert_eq!(usage_totals(trace.secret_uses(), trace.counts()), noted);
+        }
+    }
+
+    #[test]
+    fn a_trace_is_small() {
+        assert_eq!(size_of::<KeyUsage>(), 24);
+    }
+}

@@ -1,0 +1,126 @@
+//! How many requests were judged how: one counter for each way of asking, mode and reason. The labels are a closed
+//! set: nothing that a client sends becomes one.
+
+use crate::{
+    domain::{policy_decision::Reason, route::EnforcementMode},
+    metrics_core::ShardedCounters,
+};
+
+use super::{GatewayOutcome, ProxyProtocol};
+
+/// What is found besides the engine's reasons.
+const GATEWAY_REASONS: [&str; 11] = [
+    "public",
+    "no_credential",
+    "many_credentials",
+    "no_rule",
+    "management_key",
+    "bad_request",
+    "too_large",
+    "misconfigured",
+    "not_ready",
+    "limits_unavailable",
+    "lease_lost",
+];
+const REASON_COUNT: usize = Reason::ALL.len() + GATEWAY_REASONS.len();
+
+/// Counters since the start.
+#[derive(Debug)]
+pub struct GatewayMetrics {
+    requests: ShardedCounters,
+    /// Changed rules that were wrong, and that were right.
+    reloads: ShardedCounters,
+}
+
+impl Default for GatewayMetrics {
+    fn default() -> Self {
+        GatewayMetrics {
+            requests: ShardedCounters::new(2 * 2 * REASON_COUNT),
+            reloads: ShardedCounters::new(2),
+        }
+    }
+}
+
+/// One counter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GatewayRequestCount {
+    /// `ext_authz` or `forward`.
+    pub via: &'static str,
+    /// `enforce` or `shadow`.
+    pub mode: &'static str,
+    /// `allowed`, `denied`, `error`: what was found, whether it was enforced or not.
+    pub result: &'static str,
+    /// Why.
+    pub reason: &'static str,
+    /// How many.
+    pub count: u64,
+}
+
+/// The place of the first counter of a way of asking in a mode.
+const fn counter_offset(via: usize, mode: usize) -> usize {
+    (via * 2 + mode) * REASON_COUNT
+}
+
+fn reason_labels() -> impl Iterator<Item = &'static str> {
+    Reason::ALL.into_iter().map(Reason::as_str).chain(GATEWAY_REASONS)
+}
+
+impl GatewayMetrics {
+    pub(super) fn record(&self, via: ProxyProtocol, mode: EnforcementMode, finding: &GatewayOutcome) {
+        let label = finding.reason_label();
+        if let Some(at) = reason_labels().position(|known| known == label) {
+            self.requests.add(counter_offset(via as usize, mode as usize) + at, 1);
+        }
+    }
+
+    pub(super) fn record_reload(&self, good: bool) {
+        self.reloads.add(usize::from(good), 1);
+    }
+
+    /// How often changed rules were wrong, and how often right.
+    #[must_use]
+    pub fn reloads(&self) -> [u64; 2] {
+        [0, 1].map(|good| self.reloads.get(good))
+    }
+
+    /// Every counter that counted something.
+    pub fn iter(&self) -> impl Iterator<Item = GatewayRequestCount> {
+        ["ext_authz", "forward"].into_iter().enumerate().flat_map(move |(asked, via)| {
+            ["enforce", "shadow"].into_iter().enumerate().flat_map(move |(at, mode)| {
+                reason_labels().zip(counter_offset(asked, at)..).filter_map(move |(reason, at)| {
+                    let result = match reason {
+                        "ok" | "public" => "allowed",
+                        "misconfigured" | "not_ready" | "limits_unavailable" | "lease_lost" => "error",
+                        _ => "denied",
+                    };
+                    let count = self.requests.get(at);
+                    (count > 0).then_some(GatewayRequestCount { via, mode, result, reason, count })
+                })
+            })
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_finding_has_a_counter_of_its_own() {
+        let counts = GatewayMetrics::default();
+        counts.record(ProxyProtocol::ForwardAuth, EnforcementMode::Shadow, &GatewayOutcome::NoRule);
+        counts.record(ProxyProtocol::ForwardAuth, EnforcementMode::Shadow, &GatewayOutcome::NoRule);
+        counts.record(ProxyProtocol::ExtAuthz, EnforcementMode::Enforce, &GatewayOutcome::Public);
+        let told: Vec<_> = counts.iter().collect();
+        let count =
+            |via, mode, result, reason, count| GatewayRequestCount { via, mode, result, reason, count };
+        assert_eq!(
+            told,
+            [
+                count("ext_authz", "enforce", "allowed", "public", 1),
+                count("forward", "shadow", "denied", "no_rule", 2)
+            ]
+        );
+        assert_eq!(reason_labels().count(), REASON_COUNT);
+    }
+}

@@ -1,0 +1,349 @@
+//! AuditService: the log as its readers may see it, and whether it is whole. Digests stay out unless an operator asks for
+//! entries as they were hashed: nobody else needs them to read what happened.
+
+use std::{collections::HashMap, sync::Arc};
+
+use prost::Message as _;
+use tokio::sync::Mutex;
+use tonic::{Request, Response, Status};
+
+use crate::{
+    audit::verify::{self, ExpectedEntryStatus, VerificationReport, VerifyOptions},
+    caller::Caller,
+    domain::{
+        lease::LogPosition,
+        log::LogEntry,
+        log_payload::RedactedPayload,
+        name::{AccountId, UserId},
+        time::Revision,
+    },
+    engine::Engine,
+    pb,
+    service_error::{InvalidFields, ServiceError},
+    store::{ArchiveCheckpoint, LogFilter, Store, StoreError, page_budget::PageBudget},
+};
+
+use super::{convert, page_token, router::take_extension, send_budget::ListPermits};
+
+/// The service over the store.
+#[derive(Clone)]
+pub(super) struct AuditService {
+    store: Arc<dyn Store>,
+    engine: Arc<Engine>,
+    /// Whoever verifies; the others wait, since it reads all there is.
+    verify_lock: Arc<Mutex<()>>,
+    list_permits: ListPermits,
+}
+
+impl AuditService {
+    pub(super) fn new(store: Arc<dyn Store>, engine: Arc<Engine>, lists: ListPermits) -> AuditService {
+        AuditService { store, engine, verify_lock: Arc::default(), list_permits: lists }
+    }
+
+    /// The entries of a page, as many as one answer can hold, and whether there are more.
+    async fn load_page(
+        &self,
+        caller: &Caller,
+        listing: &AuditListRequest,
+    ) -> Result<(Vec<pb::AuditEntry>, bool), StoreError> {
+        let (mut budget, mut entries) = (PageBudget::new(listing.page_size), Vec::<pb::AuditEntry>::new());
+        loop {
+            let last = entries.last().map(|entry| Revision(entry.revision)).or(listing.cursor);
+            let step = budget.next_step_size();
+            let mut rows = self.store.list_log(&listing.filter, last, step + 1).await?;
+            let more = rows.len() > step as usize;
+            rows.truncate(step as usize);
+            for entry in
+                AuditPage::load(&*self.store, rows).await?.into_entries(caller, listing.include_payload)
+            {
+                if !budget.try_add(entry.encoded_len()) {
+                    return Ok((entries, true));
+                }
+                entries.push(entry);
+            }
+            if !more || budget.next_step_size() == 0 {
+                return Ok((entries, more));
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for AuditService {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("AuditService")
+    }
+}
+
+/// A List, read.
+struct AuditListRequest {
+    filter: LogFilter,
+    /// The filters, to which a page token is bound.
+    filter_bytes: Vec<u8>,
+    cursor: Option<Revision>,
+    page_size: u32,
+    include_payload: bool,
+}
+
+fn read_list_request(
+    caller: &Caller,
+    engine: &Engine,
+    request: &pb::ListAuditEntriesRequest,
+) -> Result<AuditListRequest, ServiceError> {
+    let mut violations = InvalidFields::default();
+    let v = &mut violations;
+    let unpaged =
+        pb::ListAuditEntriesRequest { page_size: None, page_token: String::new(), ..request.clone() };
+    let pb::ListAuditEntriesRequest {
+        account,
+        key_id,
+        actor,
+        from,
+        to,
+        page_size,
+        page_token,
+        acting_user,
+        action,
+        oldest_first,
+        full,
+        after_revision,
+    } = request;
+    let bound = unpaged.encode_to_vec();
+    let size = page_token::read_page_size(*page_size, v);
+    let cursor = page_token::decode(&bound, page_token, v).and_then(|cursor| {
+        let revision = cursor.try_into().ok().map(|bytes| Revision(u64::from_be_bytes(bytes)));
+        if revision.is_none() {
+            page_token::reject_token(v);
+        }
+        revision
+    });
+    let account = convert::read_account("account", account, v);
+    let key_id = (!key_id.is_empty()).then(|| convert::read_key_id("key_id", key_id, v)).flatten();
+    let from = convert::read_timestamp("from", *from, v);
+    let to = convert::read_timestamp("to", *to, v);
+    convert::check_no_controls("actor", actor, v);
+    let acting_user =
+        (!acting_user.is_empty()).then(|| v.ok_or_add("acting_user", UserId::parse(acting_user))).flatten();
+    convert::check_no_controls("action", action, v);
+    violations.into_result()?;
+    if *full {
+        caller.require_operator()?;
+    }
+    // An operator reads all accounts unless it names one; an account's caller reads its own.
+    let account = match account {
+        None if caller.is_operator() => {
+            caller.require_no_acting_user()?;
+            None
+        }
+        named => Some(caller.resolve_account(named)?),
+    };
+    if let Some(account) = &account {
+        caller.authorize(engine)?.check_account_visible(account)?;
+    }
+    let given = |text: &String| (!text.is_empty()).then(|| text.clone());
+    let filter = LogFilter {
+        account,
+        key_id,
+        actor: given(actor),
+        from,
+        to,
+        acting_user,
+        action: given(action),
+        after: Revision(*after_revision),
+        oldest_first: *oldest_first,
+    };
+    Ok(AuditListRequest { filter, filter_bytes: bound, cursor, page_size: size, include_payload: *full })
+}
+
+/// Entries with the ones before about the same records, as far as the log still has those.
+struct AuditPage {
+    rows: Vec<(LogEntry, Option<RedactedPayload>)>,
+    previous_entries: HashMap<Revision, RedactedPayload>,
+}
+
+impl AuditPage {
+    async fn load(store: &dyn Store, rows: Vec<LogEntry>) -> Result<AuditPage, StoreError> {
+        let rows: Vec<_> = rows
+            .into_iter()
+            .map(|row| {
+                let told = RedactedPayload::parse(&row.payload);
+                (row, told)
+            })
+            .collect();
+        let previous =
+            |told: &RedactedPayload| told.origin.previous.filter(|revision| *revision != Revision(0));
+        let wanted: Vec<_> = rows.iter().filter_map(|(_, told)| previous(told.as_ref()?)).collect();
+        let before = store.get_log_entries(&wanted).await?;
+        let before =
+            before.iter().filter_map(|row| Some((row.revision, RedactedPayload::parse(&row.payload)?)));
+        Ok(AuditPage { previous_entries: before.collect(), rows })
+    }
+
+    fn into_entries(self, caller: &Caller, full: bool) -> Vec<pb::AuditEntry> {
+        let before = self.previous_entries;
+        self.rows.into_iter().map(|(row, told)| entry_to_proto(caller, full, row, told, &before)).collect()
+    }
+}
+
+fn field_changes_to_proto(
+    told: &RedactedPayload,
+    before: &HashMap<Revision, RedactedPayload>,
+) -> Vec<pb::AuditFieldChange> {
+    let changes = match told.origin.previous {
+        None => Vec::new(),
+        Some(Revision(0)) => told.changes_since(None),
+        Some(previous) => match before.get(&previous) {
+            Some(before) => told.changes_since(Some(before)),
+            None => Vec::new(),
+        },
+    };
+    let message = |change: crate::domain::log_payload::FieldChange| pb::AuditFieldChange {
+        field: change.field,
+        before: change.before.unwrap_or_default(),
+        after: change.after.unwrap_or_default(),
+    };
+    let archived = told.origin.archived.as_ref().map(|archived| pb::AuditFieldChange {
+        field: "archived".to_owned(),
+        // Text and numbers: there is nothing that JSON cannot say.
+        after: serde_json::to_string(archived).unwrap_or_default(),
+        before: String::new(),
+    });
+    changes.into_iter().map(message).chain(archived).collect()
+}
+
+fn entry_to_proto(
+    caller: &Caller,
+    full: bool,
+    row: LogEntry,
+    told: Option<RedactedPayload>,
+    before: &HashMap<Revision, RedactedPayload>,
+) -> pb::AuditEntry {
+    let LogEntry { revision, at, action, account, key_id, user, actor, actor_account, acting_user, .. } = row;
+    let (method, payload, hash, prev_hash) = (row.method, row.payload, row.hash, row.prev_hash);
+    let text = |account: Option<AccountId>| account.map(String::from).unwrap_or_default();
+    // An account does not learn from where its operator works.
+    let may_see_call = caller.is_operator() || actor_account.as_ref() == Some(&caller.account);
+    let via = told.as_ref().filter(|_| may_see_call).map(|told| told.origin.clone()).unwrap_or_default();
+    pb::AuditEntry {
+        revision: revision.0,
+        at: Some(convert::timestamp_to_proto(at)),
+        action,
+        account: text(account),
+        key_id: key_id.map(|id| id.to_string()).unwrap_or_default(),
+        actor,
+        actor_account: text(actor_account),
+        method,
+        detail: told.as_ref().map(RedactedPayload::to_json).unwrap_or_default(),
+        hash: hash.to_vec(),
+        user: user.map(String::from).unwrap_or_default(),
+        acting_user: acting_user.map(String::from).unwrap_or_default(),
+        changes: told.as_ref().map(|told| field_changes_to_proto(told, before)).unwrap_or_default(),
+        previous_revision: told.and_then(|told| told.origin.previous).map(|revision| revision.0),
+        request_id: via.request_id.unwrap_or_default(),
+        peer: via.peer.unwrap_or_default(),
+        prev_hash: prev_hash.to_vec(),
+        payload: if full { payload } else { String::new() },
+    }
+}
+
+fn read_verify_request(request: &pb::VerifyAuditLogRequest) -> Result<VerifyOptions, ServiceError> {
+    let mut violations = InvalidFields::default();
+    let pb::VerifyAuditLogRequest { from_revision, to_revision, expect_revision, expect_hash, chain_only } =
+        request;
+    let expect = match (expect_revision, <[u8; 32]>::try_from(expect_hash.as_slice())) {
+        (None, _) => {
+            violations.add_if(!expect_hash.is_empty(), "expect_revision", "must be given with expect_hash");
+            None
+        }
+        (Some(revision), Ok(hash)) => Some(LogPosition { revision: Revision(*revision), hash }),
+        (Some(_), Err(_)) => {
+            violations.add("expect_hash", "must be 32 bytes");
+            None
+        }
+    };
+    violations.into_result()?;
+    let from = (*from_revision != 0).then_some(Revision(*from_revision));
+    Ok(VerifyOptions {
+        from,
+        to: to_revision.map(Revision),
+        expected_entry: expect,
+        is_chain_only: *chain_only,
+    })
+}
+
+fn checkpoint_to_proto(made: ArchiveCheckpoint) -> pb::AuditCheckpoint {
+    pb::AuditCheckpoint {
+        revision: made.head.revision.0,
+        hash: made.head.hash.to_vec(),
+        entries: made.entry_count,
+        made_at: Some(convert::timestamp_to_proto(made.made_at)),
+    }
+}
+
+fn expected_entry_to_proto(expected: Option<ExpectedEntryStatus>) -> pb::ExpectedEntry {
+    match expected {
+        None => pb::ExpectedEntry::Unspecified,
+        Some(ExpectedEntryStatus::Found) => pb::ExpectedEntry::Found,
+        Some(ExpectedEntryStatus::Differs) => pb::ExpectedEntry::Differs,
+        Some(ExpectedEntryStatus::Archived) => pb::ExpectedEntry::Archived,
+        Some(ExpectedEntryStatus::Lost) => pb::ExpectedEntry::Lost,
+        Some(ExpectedEntryStatus::OutOfRange) => pb::ExpectedEntry::Outside,
+    }
+}
+
+fn verify_response(verified: VerificationReport) -> pb::VerifyAuditLogResponse {
+    let valid = verified.is_valid();
+    let (broken_at, problem) = verified.first_fault.unwrap_or_default();
+    let mismatch = |one: crate::audit::verify::RecordMismatch| pb::AuditMismatch {
+        record: one.record,
+        revision: one.revision.0,
+        problem: one.problem,
+    };
+    pb::VerifyAuditLogResponse {
+        valid,
+        head: verified.head.revision.0,
+        head_hash: verified.head.hash.to_vec(),
+        broken_at: broken_at.0,
+        problem,
+        entries: verified.entries,
+        first_revision: verified.first.0,
+        last_revision: verified.last.revision.0,
+        last_hash: verified.last.hash.to_vec(),
+        checkpoint: verified.checkpoint.map(checkpoint_to_proto),
+        records: verified.compared_records,
+        mismatches: verified.mismatches.into_iter().map(mismatch).collect(),
+        expected: expected_entry_to_proto(verified.expected_status).into(),
+    }
+}
+
+#[tonic::async_trait]
+impl pb::audit_service_server::AuditService for AuditService {
+    async fn list(
+        &self,
+        mut request: Request<pb::ListAuditEntriesRequest>,
+    ) -> Result<Response<pb::ListAuditEntriesResponse>, Status> {
+        let caller = take_extension::<Caller>(&mut request)?;
+        let listing = read_list_request(&caller, &self.engine, request.get_ref())?;
+        let place = self.list_permits.acquire(&caller.account).await?;
+        let (entries, more) = self.load_page(&caller, &listing).await.map_err(ServiceError::from)?;
+        if let Some(account) = &listing.filter.account {
+            // A person who left meanwhile reads nothing.
+            caller.authorize(&self.engine)?.check_account_visible(account)?;
+        }
+        let next = entries
+            .last()
+            .filter(|_| more)
+            .map(|last| page_token::encode(&listing.filter_bytes, &last.revision.to_be_bytes()));
+        Ok(place.attach(pb::ListAuditEntriesResponse { entries, next_page_token: next.unwrap_or_default() }))
+    }
+
+    async fn verify(
+        &self,
+        mut request: Request<pb::VerifyAuditLogRequest>,
+    ) -> Result<Response<pb::VerifyAuditLogResponse>, Status> {
+        take_extension::<Caller>(&mut request)?.require_operator()?;
+        let question = read_verify_request(request.get_ref())?;
+        let _turn = self.verify_lock.lock().await;
+        let verified = verify::verify_log(&*self.store, question).await?;
+        Ok(Response::new(verify_response(verified)))
+    }
+}

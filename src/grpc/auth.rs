@@ -1,0 +1,402 @@
+//! Who comes in, and by which door: what a call shows of its caller, whom that proves, and whether that one may make
+//! this call. The calls themselves are `gate`'s business.
+//!
+//! Callers are decided by the same policy as any key. To strangers one thing only is said, whatever is wrong with what
+//! they showed.
+
+use std::{
+    net::IpAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use http::{HeaderMap, Request};
+use tonic::Status;
+use zeroize::Zeroizing;
+
+use crate::{
+    caller::{Caller, CallerIdentity, Permission},
+    domain::{
+        certificate_identity::CertificateIdentity,
+        key_attributes::KeyAttributes as _,
+        name::{AccountId, NameError, UserId},
+        policy_decision::Reason,
+        scope::ScopeSet,
+        token::TokenDigest,
+    },
+    engine::{AuthenticatedKey, CheckError, caller_cache::CallerCache, limiter::Consumption},
+    service_error::ServiceError,
+    trace,
+    transport::{
+        CallerAuth, ListenerSettings, ServiceKind as Served, ServiceSet as ServedSet,
+        certificate::CertificateInfo, memory_budget::ConnectionMemoryBudget,
+    },
+};
+
+use super::{
+    check_session::{CheckSession, PresentedCredential},
+    ext_authz::ProxyCaller,
+    long_calls::LongCalls,
+    management_session::ManagementSession,
+    request_body::MessageBody,
+    router::{HEALTH_SERVICE, Router},
+    rpc::{AccessRequirement, ExecutionPlane, RpcSpec},
+    status::permission_missing,
+};
+
+/// Where a connection came in: what is served there, and what callers must show.
+#[derive(Clone, Debug)]
+pub struct ListenerPolicy {
+    pub(super) services: ServedSet,
+    pub(super) auth: CallerAuth,
+    allows_anonymous_proxies: bool,
+    identities: Vec<Arc<CertificateIdentity>>,
+}
+
+impl ListenerPolicy {
+    /// The door of a listener.
+    #[must_use]
+    pub fn from_settings(listener: &ListenerSettings) -> ListenerPolicy {
+        ListenerPolicy {
+            services: listener.services,
+            auth: listener.auth,
+            allows_anonymous_proxies: listener.allows_anonymous_proxies,
+            identities: listener.identities.iter().cloned().map(Arc::new).collect(),
+        }
+    }
+
+    /// The identity that a certificate proves here; the first in the order of the settings.
+    #[must_use]
+    pub fn identify_certificate(&self, certificate: &CertificateInfo) -> Option<Arc<CertificateIdentity>> {
+        self.identities.iter().find(|identity| certificate.names.contains(identity.san())).cloned()
+    }
+
+    pub(super) fn has_service(&self, service: &str) -> bool {
+        let served = match service {
+            "keyward.v1.AuthzService" => Served::Check,
+            "keyward.v1.KeyService" | "keyward.v1.AccountService" | "keyward.v1.AuditService" => {
+                Served::Management
+            }
+            "envoy.service.auth.v3.Authorization" => Served::ExtAuthz,
+            HEALTH_SERVICE => Served::Health,
+            "grpc.reflection.v1.ServerReflection" | "grpc.reflection.v1alpha.ServerReflection" => {
+                Served::Reflection
+            }
+            _ => return false,
+        };
+        self.services.contains(served)
+    }
+}
+
+/// Who has connected.
+#[derive(Debug)]
+pub struct ConnectionContext {
+    /// By which door.
+    pub policy: Arc<ListenerPolicy>,
+    /// From where; a Unix socket's peer is nowhere.
+    pub peer: Option<IpAddr>,
+    /// Whom the connection's certificate proves.
+    pub identity: Option<Arc<CertificateIdentity>>,
+    /// Whose calls came last.
+    pub caller_cache: CallerCache,
+    /// The calls that last.
+    pub long_calls: LongCalls,
+    /// What its requests may hold.
+    pub memory_budget: Arc<ConnectionMemoryBudget>,
+    /// Whether a caller has proved itself over this connection.
+    pub has_proven_caller: Arc<AtomicBool>,
+}
+
+/// What a call shows of its caller.
+enum PresentedCredentialRef<'a> {
+    Token(String),
+    Certificate(&'a Arc<CertificateIdentity>),
+}
+
+/// A caller that is known, before it is asked what it may.
+struct AuthenticatedCaller {
+    proof: CallerIdentity,
+    account: AccountId,
+    grants: ScopeSet,
+    fresh: bool,
+}
+
+impl Router {
+    /// Finds out who calls, and whether that one may.
+    pub(super) async fn authorize_call(
+        &self,
+        rpc: &'static RpcSpec,
+        request: &mut Request<MessageBody>,
+        visitor: &ConnectionContext,
+    ) -> Result<(), Status> {
+        if rpc.access == AccessRequirement::Proxy
+            && let Some(proxy) = self.anonymous_proxy(&visitor.policy, request.headers())
+        {
+            request.extensions_mut().insert(proxy);
+            return Ok(());
+        }
+        let shown = visitor.extract_credential(request.headers())?;
+        if rpc.access == AccessRequirement::TokenPossession {
+            let caller = self.authenticate_possession(rpc, bearer_token(request.headers())?, visitor.peer)?;
+            request.extensions_mut().insert(ManagementSession::new(self.engine.clone(), caller));
+            return Ok(());
+        }
+        let named_account = parse_header(request.headers(), "x-keyward-account", AccountId::parse);
+        let named_user = parse_header(request.headers(), "x-keyward-acting-user", UserId::parse);
+        let AuthenticatedCaller { proof, account, grants, fresh } = match shown {
+            PresentedCredentialRef::Token(ref token) => {
+                self.authenticate_token(rpc, token, &named_account, visitor.peer).await?
+            }
+            PresentedCredentialRef::Certificate(identity) => self.authenticate_certificate(identity)?,
+        };
+        visitor.mark_proven_caller();
+        if !fresh && rpc.plane == ExecutionPlane::Management {
+            return Err(ServiceError::CheckFailed(CheckError::LeaseLost).into());
+        }
+        let named_account = named_account?;
+        let acting_user = named_user?;
+        if acting_user.is_some() && !account.is_operator() {
+            let message = "only the operator account's callers may act for a person (x-keyward-acting-user)";
+            return Err(ServiceError::Forbidden("OPERATOR_ONLY", message.to_owned()).into());
+        }
+        let (method, peer) = (rpc.method, visitor.peer);
+        // Of Checks nobody asks, unless they are recorded; and they change nothing.
+        let request_id = trace::with_current(|call| {
+            (rpc.plane == ExecutionPlane::Management).then(|| call.request_id().to_string())
+        });
+        let request_id = request_id.flatten();
+        let needs = match rpc.access {
+            AccessRequirement::RequiresPermission(permission) => Some(permission),
+            AccessRequirement::Proxy => Some(Permission::Check),
+            AccessRequirement::AnyUsableKey | AccessRequirement::TokenPossession => None,
+        };
+        let caller = Caller {
+            identity: proof,
+            account,
+            granted_scopes: grants,
+            required_permission: needs,
+            acting_user,
+            logged_user: None,
+            method,
+            peer,
+            request_id,
+        };
+        trace::with_current(|call| {
+            if rpc.plane == ExecutionPlane::Management || call.is_recorded() {
+                let (key, account) = (caller.actor().to_string(), caller.account.to_string());
+                call.set_caller(trace::CallerLabels { key_id: key, account });
+            }
+        });
+        if let Some(permission) = needs.filter(|permission| !caller.has_permission(*permission)) {
+            return Err(permission_missing(permission.as_str()));
+        }
+        // The caller of a management call is judged again by its `ManagementSession`.
+        if rpc.plane == ExecutionPlane::Checks {
+            let shown = match shown {
+                PresentedCredentialRef::Token(token) => {
+                    PresentedCredential::Token(Arc::new(Zeroizing::new(token)))
+                }
+                PresentedCredentialRef::Certificate(identity) => {
+                    PresentedCredential::Certificate(identity.clone())
+                }
+            };
+            let vigil = CheckSession { credential: shown, named_account, peer };
+            if rpc.access == AccessRequirement::Proxy {
+                let (account, vigil) = (caller.account.clone(), Some(vigil.clone()));
+                request.extensions_mut().insert(ProxyCaller { account, trusted: true, session: vigil });
+            }
+            request.extensions_mut().insert(vigil);
+        }
+        match rpc.plane {
+            ExecutionPlane::Checks => drop(request.extensions_mut().insert(caller)),
+            ExecutionPlane::Management => {
+                request.extensions_mut().insert(ManagementSession::new(self.engine.clone(), caller));
+            }
+        }
+        Ok(())
+    }
+
+    /// The proxy that asks here without a credential, where it may.
+    pub(super) fn anonymous_proxy(&self, door: &ListenerPolicy, headers: &HeaderMap) -> Option<ProxyCaller> {
+        let envoy = door.services.is_envoy_only();
+        let free = door.allows_anonymous_proxies && !self.gateway.settings().require_caller;
+        let shows_none = || !headers.contains_key(http::header::AUTHORIZATION);
+        (free && (envoy || shows_none())).then(|| ProxyCaller {
+            account: AccountId::operator(),
+            trusted: envoy,
+            session: None,
+        })
+    }
+
+    /// The caller with this token, decided as any other key.
+    async fn authenticate_token(
+        &self,
+        rpc: &'static RpcSpec,
+        presented: &str,
+        named_account: &Result<Option<AccountId>, ServiceError>,
+        peer: Option<IpAddr>,
+    ) -> Result<AuthenticatedCaller, ServiceError> {
+        let asked = named_account.as_ref().ok().and_then(Option::as_ref);
+        let anywhere = rpc.access == AccessRequirement::AnyUsableKey;
+        // A batch is charged for each of its items, once they are known.
+        let take = if rpc.is_batch() { Consumption::ONE.into_dry_run() } else { Consumption::ONE };
+        let refused = match self.engine.authenticate(presented, asked, anywhere, peer, take).await? {
+            Ok(AuthenticatedKey {
+                key_match: holder,
+                digest,
+                account,
+                granted_scopes: grants,
+                has_valid_lease: fresh,
+            }) => {
+                return Ok(AuthenticatedCaller {
+                    proof: CallerIdentity::Key(holder.key, digest),
+                    account,
+                    grants,
+                    fresh,
+                });
+            }
+            Err(refused) => refused,
+        };
+        tracing::debug!(reason = refused.reason.as_str(), method = rpc.method, "a caller was refused");
+        Err(match (refused.reason, named_account) {
+            // Only who holds a good key hears what else is wrong.
+            (Reason::WrongAccount, Err(ServiceError::Invalid(violations))) => {
+                ServiceError::Invalid(violations.clone())
+            }
+            (Reason::RateLimited | Reason::QuotaExceeded, _) => {
+                ServiceError::CallerRateLimited(refused.retry_after)
+            }
+            _ => ServiceError::Unauthenticated,
+        })
+    }
+
+    /// The caller with a certificate of this identity. It acts in the account that the configuration says, whatever the
+    /// call names.
+    fn authenticate_certificate(
+        &self,
+        identity: &Arc<CertificateIdentity>,
+    ) -> Result<AuthenticatedCaller, ServiceError> {
+        let vouched = self.engine.account_status(identity.account())?;
+        if !vouched.is_active {
+            tracing::debug!(
+                identity = identity.actor_name(),
+                "a caller was refused: its account is suspended or unknown"
+            );
+            return Err(ServiceError::Unauthenticated);
+        }
+        Ok(AuthenticatedCaller {
+            account: identity.account().clone(),
+            grants: identity.scopes().clone(),
+            proof: CallerIdentity::Certificate(identity.clone()),
+            fresh: vouched.has_valid_lease,
+        })
+    }
+
+    /// The caller that shows a living token, in whatever state the key is.
+    fn authenticate_possession(
+        &self,
+        rpc: &'static RpcSpec,
+        presented: &str,
+        peer: Option<IpAddr>,
+    ) -> Result<Caller, ServiceError> {
+        let digest = TokenDigest::from_token(presented);
+        let holder = self.engine.find_possessed_key(&digest)?.ok_or(ServiceError::Unauthenticated)?;
+        let account = holder.key.owner().account().cloned();
+        let request_id = trace::with_current(|call| {
+            let account = account.as_ref().map(ToString::to_string).unwrap_or_default();
+            call.set_caller(trace::CallerLabels { key_id: holder.key.id().to_string(), account });
+            call.request_id().to_string()
+        });
+        Ok(Caller {
+            identity: CallerIdentity::Possession(holder.key, digest),
+            account: account.unwrap_or_else(AccountId::unspecified),
+            granted_scopes: ScopeSet::default(),
+            required_permission: None,
+            acting_user: None,
+            logged_user: None,
+            method: rpc.method,
+            peer,
+            request_id,
+        })
+    }
+}
+
+impl ConnectionContext {
+    /// Whether a caller has proved itself over this connection.
+    pub(super) fn has_proven_caller(&self) -> bool {
+        self.has_proven_caller.load(Ordering::Relaxed)
+    }
+
+    /// Remembers that a caller has proved itself.
+    pub(super) fn mark_proven_caller(&self) {
+        if !self.has_proven_caller() {
+            self.has_proven_caller.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// What a call shows of its caller, where that is enough by this door.
+    fn extract_credential(&self, headers: &HeaderMap) -> Result<PresentedCredentialRef<'_>, ServiceError> {
+        let identity = || self.identity.as_ref().ok_or(ServiceError::Unauthenticated);
+        let token = || bearer_token(headers).map(|token| PresentedCredentialRef::Token(token.to_owned()));
+        match self.policy.auth {
+            CallerAuth::Token => token(),
+            CallerAuth::Certificate => identity().map(PresentedCredentialRef::Certificate),
+            CallerAuth::TokenOrCertificate if headers.contains_key(http::header::AUTHORIZATION) => token(),
+            CallerAuth::TokenOrCertificate => identity().map(PresentedCredentialRef::Certificate),
+            CallerAuth::TokenAndCertificate => identity().and_then(|_| token()),
+        }
+    }
+}
+
+/// The bearer token of a call: exactly one, in one header.
+pub(super) fn bearer_token(headers: &HeaderMap) -> Result<&str, ServiceError> {
+    let mut values = headers.get_all(http::header::AUTHORIZATION).iter();
+    let (Some(value), None) = (values.next(), values.next()) else {
+        return Err(ServiceError::Unauthenticated);
+    };
+    let text = value.to_str().map_err(|_| ServiceError::Unauthenticated)?;
+    match text.split_once(' ') {
+        Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") => Ok(token.trim()),
+        _ => Err(ServiceError::Unauthenticated),
+    }
+}
+
+/// A name that a header gives; at most once.
+fn parse_header<T>(
+    headers: &HeaderMap,
+    header: &'static str,
+    parse: fn(&str) -> Result<T, NameError>,
+) -> Result<Option<T>, ServiceError> {
+    let mut values = headers.get_all(header).iter();
+    let Some(value) = values.next() else { return Ok(None) };
+    if values.next().is_some() {
+        return Err(ServiceError::invalid_field(header, "must be given once"));
+    }
+    let text = value.to_str().map_err(|_| ServiceError::invalid_field(header, "must be visible ASCII"))?;
+    parse(text).map(Some).map_err(|error| ServiceError::invalid_field(header, error.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers(values: &[&str]) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        for value in values {
+            headers.append(http::header::AUTHORIZATION, value.parse().unwrap());
+        }
+        headers
+    }
+
+    #[test]
+    fn a_credential_is_one_bearer_token_in_any_case() {
+        for good in ["Bearer abc", "bearer abc", "BEARER  abc"] {
+            assert_eq!(bearer_token(&headers(&[good])).unwrap(), "abc");
+        }
+        for bad in [&[][..], &["abc"], &["Basic abc"], &["Bearer a", "Bearer b"]] {
+            assert!(bearer_token(&headers(bad)).is_err(), "{bad:?}");
+        }
+    }
+}

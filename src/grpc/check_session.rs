@@ -1,0 +1,162 @@
+//! Whether a caller of Checks may ask still: it was let in by its headers, and what it asks comes later, once or many
+//! times. Who it is was found out by `admission`.
+
+use std::{net::IpAddr, sync::Arc};
+
+use tonic::Status;
+use zeroize::Zeroizing;
+
+use crate::{
+    caller::Permission,
+    domain::{
+        certificate_identity::CertificateIdentity, name::AccountId, policy_decision::Reason, scope::ScopeSet,
+    },
+    engine::{
+        AuthenticatedKey, AuthenticationFailure, CheckError, Engine,
+        caller_cache::{CachedCaller, CallerCache},
+        index::IndexVersion,
+        limiter::Consumption,
+    },
+    service_error::ServiceError,
+};
+
+use super::status::{batch_exceeds_limit, permission_missing};
+
+/// What proves a caller.
+#[derive(Clone)]
+pub(super) enum PresentedCredential {
+    Token(Arc<Zeroizing<String>>),
+    Certificate(Arc<CertificateIdentity>),
+}
+
+/// What a caller has shown when it called, so that it can be decided again.
+#[derive(Clone)]
+pub(super) struct CheckSession {
+    pub(super) credential: PresentedCredential,
+    /// The account that it named.
+    pub(super) named_account: Option<AccountId>,
+    pub(super) peer: Option<IpAddr>,
+}
+
+impl std::fmt::Debug for CheckSession {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("CheckSession").field("account", &self.named_account).finish_non_exhaustive()
+    }
+}
+
+impl CheckSession {
+    /// Whether the caller may ask still. Nothing is counted.
+    pub(super) fn is_still_authorized(&self, engine: &Engine) -> Result<bool, CheckError> {
+        match &self.credential {
+            PresentedCredential::Certificate(identity) => {
+                Ok(engine.account_status(identity.account())?.is_active)
+            }
+            PresentedCredential::Token(token) => {
+                is_token_authorized(engine, token, self.named_account.as_ref(), self.peer)
+            }
+        }
+    }
+
+    /// The same of one that stood when the index was in this state.
+    pub(super) fn is_still_authorized_since(
+        &self,
+        engine: &Engine,
+        then: Option<IndexVersion>,
+    ) -> Result<bool, CheckError> {
+        if then.is_some() && engine.index.version() == then {
+            Ok(true)
+        } else {
+            self.is_still_authorized(engine)
+        }
+    }
+
+    /// Whether the caller still may ask. `charge`: so many calls, which its limits count, all of them or none.
+    pub(super) async fn reauthorize_and_charge(
+        &self,
+        engine: &Engine,
+        charge: u64,
+        memory: &CallerCache,
+    ) -> Result<(), Status> {
+        if let Some(known) = self.cached_caller(engine, memory) {
+            if charge > 0 {
+                engine.record_cached_call(&known);
+            }
+            return Ok(());
+        }
+        match &self.credential {
+            PresentedCredential::Token(token) if charge > 0 => {
+                let (account, take) = (self.named_account.as_ref(), Consumption::with_cost(charge));
+                let decided = engine.authenticate(token, account, false, self.peer, take).await;
+                match decided.map_err(ServiceError::from)? {
+                    Ok(AuthenticatedKey { granted_scopes: grants, .. }) => {
+                        require_permission(Permission::Check, &grants)
+                    }
+                    Err(AuthenticationFailure {
+                        reason: Reason::RateLimited | Reason::QuotaExceeded,
+                        retry_after,
+                        max_cost: most,
+                    }) => Err(match most.filter(|_| charge > 1) {
+                        Some(most) => batch_exceeds_limit(charge, most),
+                        None => ServiceError::CallerRateLimited(retry_after).into(),
+                    }),
+                    Err(_) => Err(ServiceError::Unauthenticated.into()),
+                }
+            }
+            _ => self.reauthorize(engine),
+        }
+    }
+
+    /// Checks that the caller may still ask Checks. Nothing is charged.
+    fn reauthorize(&self, engine: &Engine) -> Result<(), Status> {
+        let grants = match &self.credential {
+            PresentedCredential::Certificate(identity) => {
+                let stands = engine.account_status(identity.account()).map_err(ServiceError::from)?.is_active;
+                stands.then(|| identity.scopes().clone()).ok_or(ServiceError::Unauthenticated)?
+            }
+            PresentedCredential::Token(token) => {
+                let stands = engine
+                    .reauthenticate(token, self.named_account.as_ref(), self.peer)
+                    .map_err(ServiceError::from)?;
+                stands.map_err(|_| ServiceError::Unauthenticated)?
+            }
+        };
+        require_permission(Permission::Check, &grants)
+    }
+
+    /// The caller, where it plainly may ask.
+    pub(super) fn cached_caller(&self, engine: &Engine, memory: &CallerCache) -> Option<Arc<CachedCaller>> {
+        match &self.credential {
+            PresentedCredential::Token(token) if self.named_account.is_none() => {
+                authenticate_cached(engine, token, self.peer, memory)
+            }
+            _ => None,
+        }
+    }
+}
+
+fn require_permission(permission: Permission, grants: &ScopeSet) -> Result<(), Status> {
+    if permission.is_granted_by(grants) { Ok(()) } else { Err(permission_missing(permission.as_str())) }
+}
+
+/// The caller with this token, where it plainly may ask Checks: see [`Engine::authenticate_cached`].
+pub(super) fn authenticate_cached(
+    engine: &Engine,
+    token: &str,
+    peer: Option<IpAddr>,
+    memory: &CallerCache,
+) -> Option<Arc<CachedCaller>> {
+    engine
+        .authenticate_cached(token, peer, memory)
+        .filter(|known| Permission::Check.is_granted_by(&known.granted_scopes))
+}
+
+/// Whether the caller with this token may ask Checks.
+pub(super) fn is_token_authorized(
+    engine: &Engine,
+    token: &str,
+    account: Option<&AccountId>,
+    peer: Option<IpAddr>,
+) -> Result<bool, CheckError> {
+    let stands = engine.reauthenticate(token, account, peer)?;
+    Ok(stands.is_ok_and(|grants| Permission::Check.is_granted_by(&grants)))
+}

@@ -1,0 +1,188 @@
+//! Inflates messages that a client has compressed with gzip, within the limit of their call.
+//!
+//! A message is inflated piece by piece, and the room for a piece is reserved before it is filled: what a message
+//! announces, or expands to, takes no memory beyond the limit. Answers are never compressed.
+
+use std::io::Read as _;
+
+use flate2::bufread::GzDecoder;
+use http::{HeaderMap, HeaderName, HeaderValue};
+use tonic::Status;
+
+use super::{
+    request_body::MESSAGE_PREFIX_LEN,
+    status::{unreadable_request, unsupported_encoding},
+};
+
+/// How a request's messages are encoded.
+pub(super) const GRPC_ENCODING: HeaderName = HeaderName::from_static("grpc-encoding");
+/// Which encodings of requests are accepted, on every answer.
+pub(super) const GRPC_ACCEPT_ENCODING: HeaderName = HeaderName::from_static("grpc-accept-encoding");
+pub(super) const ACCEPTED_ENCODINGS: HeaderValue = HeaderValue::from_static("identity,gzip");
+
+/// The flag of a compressed message.
+pub(super) const COMPRESSED_FLAG: u8 = 1;
+/// The first piece; each is as large as those before it together.
+const FIRST_CHUNK: usize = 4 << 10;
+
+/// Why a message was not inflated.
+#[derive(Debug)]
+pub(super) enum InflateError {
+    /// It inflates to more than the limit.
+    TooLarge,
+    /// It cannot be read, or finds no memory.
+    Failed(Status),
+}
+
+impl From<Status> for InflateError {
+    fn from(status: Status) -> Self {
+        InflateError::Failed(status)
+    }
+}
+
+/// Whether a call's messages may be compressed. Removes what says so: they are not, once they are handed on.
+///
+/// # Errors
+/// When they are encoded in another way.
+pub(super) fn take_grpc_encoding(headers: &mut HeaderMap) -> Result<bool, Status> {
+    let Some(encoding) = headers.get(GRPC_ENCODING) else { return Ok(false) };
+    let gzip = match encoding.as_bytes() {
+        b"gzip" => true,
+        b"identity" => false,
+        other => return Err(unsupported_encoding(&String::from_utf8_lossy(other))),
+    };
+    headers.remove(GRPC_ENCODING);
+    Ok(gzip)
+}
+
+/// Inflates a message with its prefix, and writes it with a prefix of its own. `hold` reserves so many bytes for it.
+///
+/// # Errors
+/// When it is no gzip data, exceeds `limit` bytes, or finds no memory.
+pub(super) fn inflate(
+    message: &[u8],
+    limit: usize,
+    mut hold: impl FnMut(usize) -> Result<(), Status>,
+) -> Result<Vec<u8>, InflateError> {
+    let mut decoder = GzDecoder::new(message.get(MESSAGE_PREFIX_LEN..).unwrap_or_default());
+    let mut out = vec![0; MESSAGE_PREFIX_LEN];
+    loop {
+        let filled = out.len();
+        let size = (2 * filled).max(FIRST_CHUNK).min(MESSAGE_PREFIX_LEN + limit + 1);
+        if filled == size {
+            return Err(InflateError::TooLarge);
+        }
+        hold(size)?;
+        out.reserve_exact(size - filled);
+        out.resize(size, 0);
+        let read = fill_chunk(&mut decoder, &mut out[filled..])?;
+        out.truncate(filled + read);
+        if filled + read < size {
+            break;
+        }
+    }
+    // Nothing may follow what was compressed.
+    if !decoder.into_inner().is_empty() {
+        return Err(unreadable_request().into());
+    }
+    let length = u32::try_from(out.len() - MESSAGE_PREFIX_LEN).map_err(|_| InflateError::TooLarge)?;
+    out[1..MESSAGE_PREFIX_LEN].copy_from_slice(&length.to_be_bytes());
+    Ok(out)
+}
+
+/// Reads until the piece is full, or the end.
+fn fill_chunk(decoder: &mut GzDecoder<&[u8]>, piece: &mut [u8]) -> Result<usize, Status> {
+    let mut filled = 0;
+    while filled < piece.len() {
+        match decoder.read(&mut piece[filled..]).map_err(|_| unreadable_request())? {
+            0 => break,
+            read => filled += read,
+        }
+    }
+    Ok(filled)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use flate2::{Compression, write::GzEncoder};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn compressed(message: &[u8]) -> Vec<u8> {
+        let mut encoder = GzEncoder::new(Vec::new(), Compression::best());
+        encoder.write_all(message).unwrap();
+        let bytes = encoder.finish().unwrap();
+        [&[COMPRESSED_FLAG], &u32::try_from(bytes.len()).unwrap().to_be_bytes()[..], &bytes].concat()
+    }
+
+    fn code(error: InflateError) -> tonic::Code {
+        match error {
+            InflateError::TooLarge => panic!("too large"),
+            InflateError::Failed(status) => status.code(),
+        }
+    }
+
+    #[test]
+    fn a_bomb_takes_no_memory_beyond_the_limit() {
+        let bomb = compressed(&vec![0; 64 << 20]);
+        assert!(bomb.len() < 100_000);
+        let mut most = 0;
+        let hold = |bytes| {
+            most = bytes;
+            Ok(())
+        };
+        let refused = inflate(&bomb, 16 << 10, hold).unwrap_err();
+        assert!(matches!(refused, InflateError::TooLarge), "{refused:?}");
+        assert!(most <= (16 << 10) + MESSAGE_PREFIX_LEN + 1, "{most}");
+        let refused = inflate(&bomb, 16 << 10, |_| Err(crate::grpc::status::overloaded())).unwrap_err();
+        assert_eq!(code(refused), tonic::Code::Unavailable, "without memory nothing is inflated");
+    }
+
+    #[test]
+    fn what_is_no_whole_gzip_stream_is_not_readable() {
+        let good = compressed(b"message");
+        for bad in [
+            &good[..MESSAGE_PREFIX_LEN],
+            &good[..good.len() - 1],
+            &[&good[..], b"x"].concat(),
+            b"\x01\0\0\0\x02hi",
+        ] {
+            let refused = inflate(bad, 1024, |_| Ok(())).unwrap_err();
+            assert_eq!(code(refused), tonic::Code::InvalidArgument);
+        }
+    }
+
+    #[test]
+    fn encodings_other_than_gzip_are_refused_with_the_list() {
+        let taken = |encoding: &str| {
+            let mut headers = HeaderMap::from_iter([(GRPC_ENCODING, encoding.parse().unwrap())]);
+            (take_grpc_encoding(&mut headers).map_err(|status| status.code()), headers.len())
+        };
+        assert_eq!(taken("gzip"), (Ok(true), 0));
+        assert_eq!(taken("identity"), (Ok(false), 0));
+        for other in ["deflate", "br", "GZIP", "gzip, br", ""] {
+            assert_eq!(taken(other).0, Err(tonic::Code::Unimplemented), "{other:?}");
+        }
+        assert!(!take_grpc_encoding(&mut HeaderMap::new()).unwrap());
+    }
+
+    proptest! {
+        #[test]
+        fn a_message_comes_out_as_it_was_or_not_at_all(
+            message in proptest::collection::vec(0u8..4, 0..20_000),
+            limit in 0usize..20_000,
+        ) {
+            let inflated = inflate(&compressed(&message), limit, |_| Ok(()));
+            if message.len() <= limit {
+                let inflated = inflated.unwrap();
+                prop_assert_eq!(&inflated[..MESSAGE_PREFIX_LEN], [&[0], &u32::try_from(message.len()).unwrap().to_be_bytes()[..]].concat());
+                prop_assert_eq!(&inflated[MESSAGE_PREFIX_LEN..], message);
+            } else {
+                prop_assert!(matches!(inflated, Err(InflateError::TooLarge)));
+            }
+        }
+    }
+}

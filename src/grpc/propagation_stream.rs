@@ -1,0 +1,96 @@
+//! Streams how far a change has come, for as long as its caller may know.
+
+use std::time::Duration;
+
+use futures_util::{
+    StreamExt as _,
+    stream::{self, BoxStream},
+};
+use tokio::{
+    sync::mpsc,
+    time::{Interval, MissedTickBehavior, interval},
+};
+use tonic::Status;
+
+use crate::{
+    domain::time::Revision,
+    pb::WatchPropagationResponse,
+    replication::propagation::{PropagationReport, PropagationWaiter},
+    service_error::ServiceError,
+};
+
+use super::{convert, management_session::ManagementSession};
+
+/// How long the stream of a revoked caller may stay open when nothing happens.
+const REAUTHORIZE_INTERVAL: Duration = Duration::from_secs(1);
+
+type ReportResult = Result<WatchPropagationResponse, Status>;
+
+/// A stream under way.
+struct ReportStream {
+    received: mpsc::Receiver<ReportResult>,
+    session: ManagementSession,
+    reauthorize_timer: Interval,
+}
+
+/// Reports each step of a change until it is in force everywhere. Ends when the caller loses its rights.
+pub(super) fn stream_reports(
+    propagation: PropagationWaiter,
+    revision: Revision,
+    session: ManagementSession,
+) -> BoxStream<'static, ReportResult> {
+    let (reports, received) = mpsc::channel(1);
+    tokio::spawn(follow_change(propagation, revision, reports));
+    let mut look = interval(REAUTHORIZE_INTERVAL);
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let reports = ReportStream { received, session, reauthorize_timer: look };
+    stream::unfold(reports, async |mut reports| Some((reports.next_report().await?, reports))).boxed()
+}
+
+impl ReportStream {
+    async fn next_report(&mut self) -> Option<ReportResult> {
+        loop {
+            let item = tokio::select! {
+                biased;
+                item = self.received.recv() => Some(item?),
+                _ = self.reauthorize_timer.tick() => None,
+            };
+            // What a revoked caller began tells it nothing any more.
+            if let Err(refusal) = self.session.reauthorize() {
+                return Some(Err(refusal.into()));
+            }
+            if item.is_some() {
+                return item;
+            }
+        }
+    }
+}
+
+/// Follows a change until it is in force everywhere, or nobody listens any more. What a slow listener misses is
+/// repeated by what comes after.
+async fn follow_change(
+    propagation: PropagationWaiter,
+    revision: Revision,
+    reports: mpsc::Sender<ReportResult>,
+) {
+    let message = |report: PropagationReport| WatchPropagationResponse {
+        revision: report.revision.0,
+        propagation: Some(convert::propagation_to_proto(report)),
+    };
+    let mut last = None;
+    let ended = {
+        let mut each = |report: PropagationReport| {
+            let seen = (report.confirmed.clone(), report.unconfirmed.clone());
+            if !report.complete && last.as_ref() != Some(&seen) {
+                last = Some(seen);
+                let _ = reports.try_send(Ok(message(report)));
+            }
+        };
+        tokio::select! {
+            ended = propagation.watch(revision, &mut each) => ended,
+            () = reports.closed() => return,
+        }
+    };
+    let item = ended.map(message).map_err(|incomplete| ServiceError::from(incomplete).into());
+    let _ = reports.send(item).await;
+}

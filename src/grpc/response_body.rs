@@ -1,0 +1,79 @@
+//! Answers as bodies: any that tonic makes, and one message that is written here without it.
+
+use std::{
+    mem,
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use bytes::{BufMut as _, Bytes, BytesMut};
+use http::{HeaderMap, HeaderName, HeaderValue, Response, header::CONTENT_TYPE};
+use http_body::Frame;
+use tonic::{Status, body::Body};
+
+use super::request_body::MESSAGE_PREFIX_LEN;
+
+const GRPC_STATUS_HEADER: HeaderName = HeaderName::from_static("grpc-status");
+/// Most answers to Checks fit into this, in bytes.
+pub(super) const INITIAL_CAPACITY: usize = 512;
+
+/// The body of an answer.
+pub(super) enum ResponseBody {
+    /// A message, and then the trailers that say OK.
+    Message(Bytes),
+    /// The trailers that say OK.
+    OkTrailers,
+    /// Nothing any more.
+    Finished,
+    /// Whatever tonic made.
+    Tonic(Body),
+}
+
+/// A message that is to be written, behind the room for its prefix.
+pub(super) fn new_message_buffer() -> BytesMut {
+    let mut bytes = BytesMut::with_capacity(INITIAL_CAPACITY);
+    bytes.put_bytes(0, MESSAGE_PREFIX_LEN);
+    bytes
+}
+
+/// The answer to a unary call that went well, of a message that has been written. No message comes near 4 GiB.
+pub(super) fn ok_response(mut message: BytesMut) -> Response<ResponseBody> {
+    let length = u32::try_from(message.len() - MESSAGE_PREFIX_LEN).unwrap_or(u32::MAX);
+    message[1..MESSAGE_PREFIX_LEN].copy_from_slice(&length.to_be_bytes());
+    let mut response = Response::new(ResponseBody::Message(message.freeze()));
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+    response
+}
+
+impl http_body::Body for ResponseBody {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        if let ResponseBody::Tonic(body) = &mut *self {
+            return Pin::new(body).poll_frame(cx);
+        }
+        let (frame, rest) = match mem::replace(&mut *self, ResponseBody::Finished) {
+            ResponseBody::Message(message) => (Frame::data(message), ResponseBody::OkTrailers),
+            ResponseBody::OkTrailers => {
+                let mut trailers = HeaderMap::with_capacity(1);
+                trailers.insert(GRPC_STATUS_HEADER, HeaderValue::from_static("0"));
+                (Frame::trailers(trailers), ResponseBody::Finished)
+            }
+            ResponseBody::Finished | ResponseBody::Tonic(_) => return Poll::Ready(None),
+        };
+        *self = rest;
+        Poll::Ready(Some(Ok(frame)))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            ResponseBody::Message(_) | ResponseBody::OkTrailers => false,
+            ResponseBody::Finished => true,
+            ResponseBody::Tonic(body) => body.is_end_stream(),
+        }
+    }
+}

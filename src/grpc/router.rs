@@ -1,0 +1,582 @@
+//! The gate: every call passes here before its body is read. It finds the RPC, has its caller proved, holds the call
+//! to its size and time, and hands it to its service on the right thread.
+//!
+//! Who the caller is and whether that one may call is `admission`'s business; a Check that is plainly in order is
+//! answered in `direct`.
+
+use std::{collections::HashMap, convert::Infallible, sync::Arc, time::Duration};
+
+use futures_util::future::FutureExt as _;
+use http::{Extensions, HeaderMap, HeaderName, HeaderValue, Request, Response};
+use hyper::body::Incoming;
+use tokio::time::Instant;
+use tonic::{Status, body::Body};
+use tower::{Service, ServiceExt as _, util::BoxCloneSyncService};
+use tracing::Instrument as _;
+
+use crate::{
+    caller::Caller,
+    domain::time::Timestamp,
+    engine::Engine,
+    gateway::Gateway,
+    pb::{
+        account_service_server::AccountServiceServer, audit_service_server::AuditServiceServer,
+        envoy::service::auth::v3::authorization_server::AuthorizationServer, envoy_request::request_body_len,
+        key_service_server::KeyServiceServer,
+    },
+    replication::freshness::FreshnessBarrier,
+    service_error::ServiceError,
+    store::group_commit::track_call_writes,
+    trace::{self, CallTracer},
+    transport::memory_budget::MemoryBudget,
+};
+
+use super::{
+    account_service::AccountService,
+    audit_service::AuditService,
+    auth::ConnectionContext,
+    authz_service::AuthzService,
+    check_fast_path::HeaderFlags,
+    check_session::CheckSession,
+    concurrency::{ConcurrencyLimits, PermitBody, PermitHolder},
+    ext_authz::{ExtAuthzService, ProxyCaller},
+    gzip::{ACCEPTED_ENCODINGS, GRPC_ACCEPT_ENCODING, take_grpc_encoding},
+    key_service::KeyService,
+    management_session::ManagementSession,
+    request_body::{MessageBody, PeekableBody},
+    response_body::{self, ResponseBody},
+    rpc::{AccessRequirement, ExecutionPlane, IMPORT_METHOD, MAX_BATCH_REQUEST, RpcSpec, StreamingKind},
+    rpc_metrics::{self, CallTimer, RpcMetrics},
+    send_budget::SendBudget,
+    status::{add_missing_reason, deadline_exceeded, internal_error, unknown_rpc},
+};
+
+pub(super) const HEALTH_SERVICE: &str = "grpc.health.v1.Health";
+const HEALTH_WATCH_PATH: &str = "/grpc.health.v1.Health/Watch";
+/// How long a call without a credential may take; one that watches health is for as long as its connection.
+const PUBLIC_CALL_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// What a call is called, in answers too: who asks about it can say which it was.
+const REQUEST_ID_HEADER: HeaderName = HeaderName::from_static("x-request-id");
+/// The target of the lines about calls to management.
+const ACCESS_LOG_TARGET: &str = "keyward::access";
+/// The largest request to health and reflection, in bytes.
+const MAX_PUBLIC_REQUEST: usize = 16 * 1024;
+
+/// A service that asks for no credential.
+pub(super) type PublicService = BoxCloneSyncService<Request<Body>, Response<Body>, Infallible>;
+
+/// Every service, and the engine that knows the callers.
+pub struct Router {
+    pub(super) rpc_metrics: Arc<RpcMetrics>,
+    /// How calls are named, and which are recorded.
+    pub(super) tracing: CallTracer,
+    pub(super) engine: Arc<Engine>,
+    pub(super) gateway: Arc<Gateway>,
+    /// Answers Checks.
+    pub(super) authz_service: Arc<AuthzService>,
+    pub(super) ext_authz_server: AuthorizationServer<ExtAuthzService>,
+    /// The same without tonic around it.
+    pub(super) ext_authz_service: Arc<ExtAuthzService>,
+    pub(super) key_server: KeyServiceServer<KeyService>,
+    pub(super) account_server: AccountServiceServer<AccountService>,
+    pub(super) audit_server: AuditServiceServer<AuditService>,
+    /// Hears what other replicas have committed.
+    pub(super) freshness: FreshnessBarrier,
+    /// Health and reflection, by service name.
+    pub(super) public_services: HashMap<&'static str, PublicService>,
+    /// Where management runs.
+    pub(super) management_runtime: tokio::runtime::Handle,
+    /// How much of it there may be at once.
+    pub(super) concurrency_limits: Arc<ConcurrencyLimits>,
+    /// What requests may hold.
+    pub(super) memory_budget: Arc<MemoryBudget>,
+    /// What waits to be sent.
+    pub(super) send_budget: Arc<SendBudget>,
+}
+
+impl std::fmt::Debug for Router {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Router").field("open", &self.public_services.keys()).finish_non_exhaustive()
+    }
+}
+
+/// Until when a call may wait for a change to be in force everywhere: shortly before its caller's deadline, so that
+/// the caller hears how far it has come. None = the caller has set none.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct PropagationDeadline {
+    pub(super) deadline: Option<Instant>,
+}
+
+impl PropagationDeadline {
+    const MIN_MARGIN: Duration = Duration::from_millis(20);
+    const MAX_MARGIN: Duration = Duration::from_millis(100);
+
+    /// Of a call with this deadline: a twentieth of it is left for the answer, 20 to 100 ms.
+    fn from_timeout(asked: Option<Duration>) -> PropagationDeadline {
+        let until = asked.and_then(|asked| {
+            let spared = (asked / 20).clamp(PropagationDeadline::MIN_MARGIN, PropagationDeadline::MAX_MARGIN);
+            Instant::now().checked_add(asked.saturating_sub(spared))
+        });
+        PropagationDeadline { deadline: until }
+    }
+}
+
+/// What the gate hands to the handler of a call, by the call's extensions.
+pub(super) trait FromExtensions: Sized {
+    fn from_extensions(extensions: &mut tonic::Extensions) -> Result<Option<Self>, Status>;
+}
+
+macro_rules! impl_from_extensions {
+    ($($found:ty),*) => {
+        $(
+            impl FromExtensions for $found {
+                fn from_extensions(extensions: &mut tonic::Extensions) -> Result<Option<Self>, Status> {
+                    Ok(extensions.remove())
+                }
+            }
+        )*
+    };
+}
+
+impl_from_extensions!(PropagationDeadline, CheckSession, ProxyCaller, ManagementSession);
+
+/// The caller of a management call is judged again: handlers run when the whole request has arrived.
+impl FromExtensions for Caller {
+    fn from_extensions(extensions: &mut tonic::Extensions) -> Result<Option<Self>, Status> {
+        match extensions.get::<ManagementSession>() {
+            Some(session) => Ok(Some(session.reauthorize()?)),
+            None => Ok(extensions.remove()),
+        }
+    }
+}
+
+/// What the gate has found out about a call, for its handler.
+pub(super) fn take_extension<T: FromExtensions>(
+    request: &mut tonic::Request<impl Sized>,
+) -> Result<T, Status> {
+    // Every row of the table says what its handler takes; a mismatch is a bug.
+    T::from_extensions(request.extensions_mut())?.ok_or_else(internal_error)
+}
+
+impl Router {
+    /// The time by which callers are judged.
+    #[must_use]
+    pub fn now(&self) -> Timestamp {
+        self.engine.now()
+    }
+
+    /// Tells how many calls found no room, whenever it is asked.
+    pub fn shed_counter(&self) -> impl Fn() -> u64 + Send + Sync + 'static {
+        let (limits, memory) = (self.concurrency_limits.clone(), self.memory_budget.clone());
+        move || limits.refused_calls() + memory.refused_reservations()
+    }
+
+    /// The calls that came in.
+    #[must_use]
+    pub fn rpc_metrics(&self) -> &Arc<RpcMetrics> {
+        &self.rpc_metrics
+    }
+
+    /// Answers one call of a visitor: a Check that is plainly in order at once, every other call the long way. A call
+    /// whose deadline has passed while it waited has nobody who reads its answer.
+    pub(super) async fn serve_call(
+        &self,
+        request: Request<Incoming>,
+        visitor: &ConnectionContext,
+        arrived: Instant,
+    ) -> Response<ResponseBody> {
+        let begun = self.rpc_metrics.start_call(request.uri().path());
+        let said = HeaderFlags::from_headers(request.headers());
+        let waited = || begun.started_at().saturating_duration_since(arrived);
+        if said.has_deadline && client_timeout(request.headers()).is_some_and(|deadline| deadline <= waited())
+        {
+            return begun.finish_unary(deadline_exceeded().into_http().map(ResponseBody::Tonic));
+        }
+        let names = said.has_trace_headers.then(|| request.headers());
+        let call = self.tracing.new_call(names, visitor.peer, self.engine.now());
+        let (plain, mut call) = (!call.should_record(), Some(call));
+        let mut request = request.map(PeekableBody::from);
+        let response = match begun.rpc_spec() {
+            Some(_) if plain && begun.is_check() => {
+                self.try_fast_check(&mut request, &said, visitor, &begun, &mut call).await
+            }
+            Some(rpc) if plain && rpc.access == AccessRequirement::Proxy => {
+                let answer = self.try_fast_ext_authz(rpc, &mut request, &said, visitor, &begun, &mut call);
+                Box::pin(answer).await
+            }
+            _ => None,
+        };
+        let mut response = match response {
+            Some(response) => begun.finish_unary(response),
+            // Apart on the heap: a future is as large as all that may go on in it, and most calls were Checks.
+            None => {
+                Box::pin(self.dispatch_slow(begun, call, request, visitor)).await.map(ResponseBody::Tonic)
+            }
+        };
+        response.headers_mut().insert(GRPC_ACCEPT_ENCODING, ACCEPTED_ENCODINGS);
+        response
+    }
+
+    async fn dispatch_slow(
+        &self,
+        begun: CallTimer<'_>,
+        call: Option<trace::TracedCall>,
+        request: Request<PeekableBody>,
+        visitor: &ConnectionContext,
+    ) -> Response<Body> {
+        let answer = async {
+            match begun.rpc_spec() {
+                Some(rpc) => self.dispatch_traced(rpc, &begun, request, visitor).await,
+                None => self.dispatch_public(request, visitor).await,
+            }
+        };
+        let response = match call {
+            Some(call) => trace::scope(call, answer).await,
+            None => answer.await,
+        };
+        begun.finish(response)
+    }
+
+    /// Answers, and tells log and trace of it: the trace where the call is recorded, the log where it may change
+    /// something.
+    async fn dispatch_traced(
+        &self,
+        rpc: &'static RpcSpec,
+        begun: &CallTimer<'_>,
+        mut request: Request<PeekableBody>,
+        visitor: &ConnectionContext,
+    ) -> Response<Body> {
+        let manages = rpc.plane == ExecutionPlane::Management;
+        let id = trace::with_current(|call| HeaderValue::from(call.request_id())).filter(|_| manages);
+        // Who reads it there finds the id that was made, where the caller's was none.
+        if let Some(id) = &id {
+            request.headers_mut().insert(REQUEST_ID_HEADER, id.clone());
+        }
+        let answer = self.dispatch(rpc, begun, request, visitor);
+        // What a proxy asks about may be part of a trace that its message alone tells of: its span comes later.
+        let span =
+            if rpc.access == AccessRequirement::Proxy { None } else { self.tracing.start_span(rpc.method) };
+        let mut response = match &span {
+            Some(span) => answer.instrument(span.clone()).await,
+            None => answer.await,
+        };
+        let code = rpc_metrics::code_from_headers(response.headers()).unwrap_or(tonic::Code::Ok);
+        if let Some(span) = &span {
+            trace::finish_span(span, code);
+        }
+        if manages {
+            log_access(rpc, code, begun.elapsed());
+        }
+        response.headers_mut().extend(id.map(|id| (REQUEST_ID_HEADER, id)));
+        response
+    }
+
+    async fn dispatch(
+        &self,
+        rpc: &'static RpcSpec,
+        begun: &CallTimer<'_>,
+        request: Request<PeekableBody>,
+        visitor: &ConnectionContext,
+    ) -> Response<Body> {
+        if !visitor.policy.has_service(rpc.service_name()) {
+            return unknown_rpc().into_http();
+        }
+        let limit = effective_timeout(rpc.timeout, request.headers());
+        let patience = PropagationDeadline::from_timeout(client_timeout(request.headers()));
+        let mut request = match limit_body(request, rpc.max_request_bytes, visitor) {
+            Ok(request) => request,
+            Err(status) => return status.into_http(),
+        };
+        request.extensions_mut().insert(patience);
+        if let Err(status) = self.authorize_call(rpc, &mut request, visitor).await {
+            return status.into_http();
+        }
+        let watch = (rpc.streaming == StreamingKind::ServerStream)
+            .then(|| visitor.long_calls.acquire_other())
+            .transpose();
+        let watch = match watch {
+            Ok(watch) => watch,
+            Err(status) => return status.into_http(),
+        };
+        let occupant = permit_holder(rpc, request.extensions(), visitor);
+        request.body_mut().set_priority(occupant.priority());
+        // Apart on the heap: what a call does is large, and is moved a few times before it begins.
+        let call = async move {
+            if rpc.streaming != StreamingKind::BidiStream
+                && let Err(status) = read_message(rpc, request.body_mut()).await
+            {
+                return match request.body().oversize().filter(|_| rpc.access == AccessRequirement::Proxy) {
+                    Some((length, limit)) => {
+                        message_response(&self.ext_authz_service.refuse_too_large(length, limit))
+                    }
+                    None => status.into_http(),
+                };
+            }
+            match rpc.plane {
+                ExecutionPlane::Checks if rpc.access == AccessRequirement::Proxy => {
+                    call_service(self.ext_authz_server.clone(), request).await
+                }
+                ExecutionPlane::Checks => self.authz_service.clone().dispatch(rpc, request).await,
+                ExecutionPlane::Management => self.dispatch_management(rpc, request, occupant).await,
+            }
+        };
+        let call = call.boxed();
+        let answer = with_error_details(match limit {
+            Some(limit) => {
+                let answer = tokio::time::timeout_at(begun.started_at() + limit, call).await;
+                answer.unwrap_or_else(|_| deadline_exceeded().into_http())
+            }
+            None => call.await,
+        });
+        match watch {
+            Some(watch) => watch.attach(answer),
+            None => answer,
+        }
+    }
+
+    /// Runs a call on the management runtime. A caller that goes away does not stop it: a change is made whole.
+    async fn dispatch_management(
+        &self,
+        rpc: &'static RpcSpec,
+        mut request: Request<MessageBody>,
+        occupant: PermitHolder,
+    ) -> Response<Body> {
+        let streams = rpc.streaming == StreamingKind::ServerStream;
+        let permit = match self.concurrency_limits.acquire_management(occupant, streams, self.now()) {
+            Ok(permit) => permit,
+            Err(status) => return status.into_http(),
+        };
+        let names_person = request.headers().contains_key("x-keyward-acting-user");
+        let session = request.extensions().get::<ManagementSession>().cloned();
+        let memory = request.body_mut().take_reservation();
+        let call = match rpc.service_name() {
+            "keyward.v1.KeyService" => call_service(self.key_server.clone(), request).boxed(),
+            "keyward.v1.AccountService" => call_service(self.account_server.clone(), request).boxed(),
+            "keyward.v1.AuditService" => call_service(self.audit_server.clone(), request).boxed(),
+            _ => return unknown_rpc().into_http(),
+        };
+        let (news, hears_first) = (self.freshness.clone(), rpc.requires_catch_up(names_person));
+        let work = async move {
+            let began = Instant::now();
+            let _memory = memory;
+            let heard = !hears_first || news.catch_up().await;
+            let (answer, recorded) = track_call_writes(began, call).await;
+            let code = rpc_metrics::code_from_headers(answer.headers());
+            if let Some(refusal) = session.and_then(|session| session.refuse_response(code, recorded)) {
+                return Status::from(refusal).into_http();
+            }
+            let rests = match code {
+                // It was so before, says what was read.
+                None | Some(tonic::Code::Ok) => rpc.is_mutating() && !recorded.is_linearizable,
+                Some(code) => depends_on_freshness(code, hears_first && rpc.is_mutating()),
+            };
+            if rests && !(heard && news.confirm_linearizable(began).await) {
+                return Status::from(ServiceError::Unavailable).into_http();
+            }
+            answer
+        };
+        let limits = self.concurrency_limits.clone();
+        let task = self.management_runtime.spawn(trace::propagate(async move {
+            let (answer, permit) = limits.run(permit, work).await;
+            if streams { answer.map(|body| Body::new(PermitBody::new(body, permit))) } else { answer }
+        }));
+        task.await.unwrap_or_else(|error| {
+            tracing::error!(
+                method = rpc.method,
+                error = &error as &dyn std::error::Error,
+                "a handler failed"
+            );
+            internal_error().into_http()
+        })
+    }
+
+    /// Answers a call that needs no credential.
+    async fn dispatch_public(
+        &self,
+        request: Request<PeekableBody>,
+        visitor: &ConnectionContext,
+    ) -> Response<Body> {
+        let path = request.uri().path();
+        let name = path.split('/').nth(1).unwrap_or_default();
+        let Some(service) =
+            self.public_services.get(name).filter(|_| visitor.policy.has_service(name)).cloned()
+        else {
+            return unknown_rpc().into_http();
+        };
+        let watch = (path == HEALTH_WATCH_PATH).then(|| visitor.long_calls.acquire_health()).transpose();
+        let watch = match watch {
+            Ok(watch) => watch,
+            Err(status) => return status.into_http(),
+        };
+        let health = name == HEALTH_SERVICE;
+        let mut request = match limit_body(request, MAX_PUBLIC_REQUEST, visitor) {
+            Ok(request) => request,
+            Err(status) => return status.into_http(),
+        };
+        let call = async {
+            let body = request.body_mut();
+            let permit = if health {
+                body.read_to_end().await.map(|()| None)
+            } else {
+                let occupant = PermitHolder::from_connection(visitor.memory_budget.connection_id());
+                let permit = || self.concurrency_limits.acquire_reflection(occupant, self.now()).map(Some);
+                body.read_first_message().await.and_then(|()| permit())
+            };
+            match permit {
+                Ok(permit) => {
+                    let answer = call_service(service, request.map(Body::new)).await;
+                    match (permit, watch) {
+                        (Some(permit), _) => {
+                            answer.map(|body| Body::new(PermitBody::for_reflection(body, permit)))
+                        }
+                        (None, Some(watch)) => watch.attach(answer),
+                        (None, None) => answer,
+                    }
+                }
+                Err(status) => status.into_http(),
+            }
+        };
+        let answer = tokio::time::timeout(PUBLIC_CALL_TIMEOUT, call).await;
+        with_error_details(answer.unwrap_or_else(|_| deadline_exceeded().into_http()))
+    }
+}
+
+/// The request with a body that is held to its limits, and gives messages as they were before they were compressed.
+///
+/// # Errors
+/// When its messages are encoded in an unknown way.
+fn limit_body(
+    request: Request<PeekableBody>,
+    max_message: usize,
+    visitor: &ConnectionContext,
+) -> Result<Request<MessageBody>, Status> {
+    let (mut parts, body) = request.into_parts();
+    let inflates = take_grpc_encoding(&mut parts.headers)?;
+    let budget = visitor.memory_budget.clone();
+    let body = MessageBody::new(body, &parts.headers, max_message, inflates, budget);
+    Ok(Request::from_parts(parts, body))
+}
+
+/// Reads the message of a unary request.
+async fn read_message(rpc: &RpcSpec, body: &mut MessageBody) -> Result<(), Status> {
+    body.read_to_end().await?;
+    if rpc.access == AccessRequirement::Proxy {
+        body.check_length_excluding(request_body_len, MAX_BATCH_REQUEST)?;
+    }
+    body.reserve_for_decoding(rpc.method == IMPORT_METHOD)
+}
+
+/// Which limits an admitted call counts on.
+fn permit_holder(rpc: &RpcSpec, admitted: &Extensions, visitor: &ConnectionContext) -> PermitHolder {
+    let connection = visitor.memory_budget.connection_id();
+    let caller = admitted
+        .get::<Caller>()
+        .or_else(|| Some(admitted.get::<ManagementSession>()?.authenticated_caller()));
+    match (caller, admitted.get::<ProxyCaller>()) {
+        (Some(caller), _) => PermitHolder::from_caller(caller, rpc, connection),
+        (None, proxy) => PermitHolder::from_proxy(proxy.is_some_and(|proxy| proxy.trusted), connection),
+    }
+}
+
+/// A line for each call to management: at `info` where it may change something and its caller is known, else at
+/// `debug`, since strangers choose how many of those there are.
+fn log_access(rpc: &'static RpcSpec, code: tonic::Code, took: Duration) {
+    trace::with_current(|call| {
+        let (method, code) = (rpc.method, rpc_metrics::code_name(code));
+        let peer = call.peer().map(tracing::field::display);
+        let caller = call.caller();
+        let known = caller.is_some();
+        let (caller, account) = caller.map(|caller| (caller.key_id, caller.account)).unzip();
+        let took = took.as_secs_f64();
+        if known && rpc.is_mutating() {
+            tracing::info!(target: ACCESS_LOG_TARGET, method, code, caller, account, peer, took, "a call was answered");
+        } else {
+            tracing::debug!(target: ACCESS_LOG_TARGET, method, code, caller, account, peer, took, "a call was answered");
+        }
+    });
+}
+
+/// Whether a refusal rests on what this process, or the database that it reached, knew. Then it is no verdict unless that
+/// was the newest state. `is_mutating`: what is wrong with the request of a change may be so only by old knowledge.
+fn depends_on_freshness(code: tonic::Code, changes: bool) -> bool {
+    use tonic::Code::{AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied};
+    match code {
+        NotFound | AlreadyExists | FailedPrecondition => true,
+        InvalidArgument | PermissionDenied => changes,
+        _ => false,
+    }
+}
+
+/// The answer, with its reason: what tonic refuses by itself, such as a body that is no message, has none.
+fn with_error_details(response: Response<Body>) -> Response<Body> {
+    match Status::from_header_map(response.headers()) {
+        Some(status) if status.code() != tonic::Code::Ok && status.details().is_empty() => {
+            add_missing_reason(&status).into_http()
+        }
+        _ => response,
+    }
+}
+
+/// The answer to a unary call that ended well.
+fn message_response(message: &impl prost::Message) -> Response<Body> {
+    let mut out = response_body::new_message_buffer();
+    // It only fails without room, and a buffer grows.
+    let _ = message.encode(&mut out);
+    response_body::ok_response(out).map(Body::new)
+}
+
+async fn call_service<B, S>(service: S, request: Request<B>) -> Response<Body>
+where
+    S: Service<Request<B>, Response = Response<Body>, Error = Infallible>,
+{
+    match service.oneshot(request).await {
+        Ok(response) => response,
+        Err(never) => match never {},
+    }
+}
+
+/// How long a call may take: the shorter of the method's time and the caller's own deadline.
+pub(super) fn effective_timeout(method: Option<Duration>, headers: &HeaderMap) -> Option<Duration> {
+    match (method, client_timeout(headers)) {
+        (Some(method), Some(asked)) => Some(method.min(asked)),
+        (method, asked) => method.or(asked),
+    }
+}
+
+/// The caller's own deadline.
+fn client_timeout(headers: &HeaderMap) -> Option<Duration> {
+    headers.get("grpc-timeout").and_then(|value| value.to_str().ok()).and_then(parse_grpc_timeout)
+}
+
+/// gRPC's `grpc-timeout`: up to eight digits and a unit.
+fn parse_grpc_timeout(text: &str) -> Option<Duration> {
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    if !(1..=8).contains(&digits.len()) || !digits.bytes().all(|digit| digit.is_ascii_digit()) {
+        return None;
+    }
+    let number: u64 = digits.parse().ok()?;
+    Some(match unit {
+        "H" => Duration::from_secs(number * 3600),
+        "M" => Duration::from_secs(number * 60),
+        "S" => Duration::from_secs(number),
+        "m" => Duration::from_millis(number),
+        "u" => Duration::from_micros(number),
+        "n" => Duration::from_nanos(number),
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_deadline_is_read_as_grpc_writes_it() {
+        assert_eq!(parse_grpc_timeout("250m"), Some(Duration::from_millis(250)));
+        assert_eq!(parse_grpc_timeout("5S"), Some(Duration::from_secs(5)));
+        for bad in ["", "S", "5", "5x", "-5S", "123456789S", "é"] {
+            assert_eq!(parse_grpc_timeout(bad), None, "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,344 @@
+//! Counts calls: begun, ended and with which code, and how long they took, under the names that gRPC's dashboards
+//! know. The labels are a closed set: a path that is no method of ours is `unknown`, whatever it says.
+//!
+//! A call is over when its last byte is handed to the connection, or when its caller went away, which is CANCELLED.
+
+use std::{
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use bytes::Bytes;
+use http::{HeaderMap, Response};
+use http_body::{Body as _, Frame, SizeHint};
+use tokio::time::Instant;
+use tonic::{Code, Status, body::Body};
+
+use crate::metrics_core::{HistogramSnapshot, ShardedCounters, ShardedHistograms};
+
+use super::rpc::{self, RpcSpec, StreamingKind};
+
+/// What is served besides the table: health and reflection.
+const PUBLIC_METHODS: [(&str, StreamingKind); 4] = [
+    ("grpc.health.v1.Health/Check", StreamingKind::Unary),
+    ("grpc.health.v1.Health/Watch", StreamingKind::ServerStream),
+    ("grpc.reflection.v1.ServerReflection/ServerReflectionInfo", StreamingKind::BidiStream),
+    ("grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", StreamingKind::BidiStream),
+];
+const UNKNOWN_ROW: usize = rpc::RPC_TABLE.len() + PUBLIC_METHODS.len();
+const ROW_COUNT: usize = UNKNOWN_ROW + 1;
+/// gRPC has the codes 0 to 16.
+const CODE_COUNT: usize = 17;
+/// The calls begun, then those ended by code.
+const COUNTERS_PER_ROW: usize = 1 + CODE_COUNT;
+
+/// From 50 µs, where most Checks are, to 10 s. In nanoseconds.
+const DURATION_BOUNDS_NANOS: [u64; 17] = [
+    50_000,
+    100_000,
+    250_000,
+    500_000,
+    1_000_000,
+    2_500_000,
+    5_000_000,
+    10_000_000,
+    25_000_000,
+    50_000_000,
+    100_000_000,
+    250_000_000,
+    500_000_000,
+    1_000_000_000,
+    2_500_000_000,
+    5_000_000_000,
+    10_000_000_000,
+];
+
+/// The calls since the start.
+#[derive(Debug)]
+pub struct RpcMetrics {
+    counters: ShardedCounters,
+    durations: ShardedHistograms<17>,
+}
+
+impl Default for RpcMetrics {
+    fn default() -> Self {
+        RpcMetrics {
+            counters: ShardedCounters::new(ROW_COUNT * COUNTERS_PER_ROW),
+            durations: ShardedHistograms::new(ROW_COUNT, &DURATION_BOUNDS_NANOS),
+        }
+    }
+}
+
+/// The calls of one method.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MethodMetrics {
+    /// `unary`, `server_stream` or `bidi_stream`.
+    pub kind: &'static str,
+    /// The service's full name, or `unknown`.
+    pub service: &'static str,
+    /// The method's name, or `unknown`.
+    pub method: &'static str,
+    /// How many were begun.
+    pub started: u64,
+    /// How many ended with each code, in its usual spelling.
+    pub handled: Vec<(&'static str, u64)>,
+    /// How long those took that ended.
+    pub durations: HistogramSnapshot,
+}
+
+/// The method with this path, as a place in the counters.
+fn find_row(path: &str) -> usize {
+    let Some(method) = path.strip_prefix('/') else { return UNKNOWN_ROW };
+    let known = rpc::RPC_TABLE.iter().position(|rpc| rpc.method == method);
+    let open =
+        || PUBLIC_METHODS.iter().position(|(open, _)| *open == method).map(|at| rpc::RPC_TABLE.len() + at);
+    known.or_else(open).unwrap_or(UNKNOWN_ROW)
+}
+
+/// A row's labels.
+fn row_labels(row: usize) -> (&'static str, &'static str, &'static str) {
+    let known = rpc::RPC_TABLE.get(row).map(|rpc| (rpc.method, rpc.streaming));
+    let open = || PUBLIC_METHODS.get(row - rpc::RPC_TABLE.len()).copied();
+    let Some((method, kind)) = known.or_else(open) else { return ("unary", "unknown", "unknown") };
+    let (service, method) = method.split_once('/').unwrap_or((method, method));
+    (kind.as_str(), service, method)
+}
+
+impl RpcMetrics {
+    /// Notes that a call has begun.
+    #[must_use]
+    pub fn start_call(self: &Arc<Self>, path: &str) -> CallTimer<'_> {
+        let row = find_row(path);
+        self.counters.add(row * COUNTERS_PER_ROW, 1);
+        CallTimer { metrics: self, row, started_at: Instant::now(), is_recorded: false }
+    }
+
+    fn record_end(&self, row: usize, begun: Instant, code: Code) {
+        self.counters.add(row * COUNTERS_PER_ROW + 1 + code as usize, 1);
+        self.durations.record(row, begun.elapsed());
+    }
+
+    /// Every method that was called.
+    pub fn iter(&self) -> impl Iterator<Item = MethodMetrics> {
+        (0..ROW_COUNT).filter_map(|row| {
+            let count = |at: usize| self.counters.get(row * COUNTERS_PER_ROW + at);
+            let (kind, service, method) = row_labels(row);
+            let started = count(0);
+            let codes = CODE_NAMES.into_iter().enumerate().map(|(code, name)| (name, count(1 + code)));
+            // OK is there from the first call on, so that a rate of errors has something to be a part of.
+            let handled = codes.filter(|(name, count)| *name == "OK" || *count > 0).collect();
+            let took = || self.durations.snapshot(row);
+            (started > 0).then(|| MethodMetrics {
+                kind,
+                service,
+                method,
+                started,
+                handled,
+                durations: took(),
+            })
+        })
+    }
+}
+
+/// The codes by number, as other servers' metrics spell them.
+const CODE_NAMES: [&str; CODE_COUNT] = [
+    "OK",
+    "Canceled",
+    "Unknown",
+    "InvalidArgument",
+    "DeadlineExceeded",
+    "NotFound",
+    "AlreadyExists",
+    "PermissionDenied",
+    "ResourceExhausted",
+    "FailedPrecondition",
+    "Aborted",
+    "OutOfRange",
+    "Unimplemented",
+    "Internal",
+    "Unavailable",
+    "DataLoss",
+    "Unauthenticated",
+];
+
+/// The name of a code.
+pub(super) fn code_name(code: Code) -> &'static str {
+    CODE_NAMES.get(code as usize).copied().unwrap_or("Unknown")
+}
+
+/// A call that has begun. One that is dropped before it is answered was cancelled.
+#[derive(Debug)]
+pub struct CallTimer<'a> {
+    metrics: &'a Arc<RpcMetrics>,
+    row: usize,
+    started_at: Instant,
+    is_recorded: bool,
+}
+
+impl CallTimer<'_> {
+    /// The row of the table that is called, if it is one.
+    pub(super) fn rpc_spec(&self) -> Option<&'static RpcSpec> {
+        rpc::RPC_TABLE.get(self.row)
+    }
+
+    /// Whether it is a Check, the most frequent call.
+    pub(super) fn is_check(&self) -> bool {
+        self.row == 0
+    }
+
+    /// Counts an answer that is no stream.
+    pub(super) fn finish_unary<B>(mut self, response: Response<B>) -> Response<B> {
+        self.is_recorded = true;
+        self.metrics.record_end(
+            self.row,
+            self.started_at,
+            code_from_headers(response.headers()).unwrap_or(Code::Ok),
+        );
+        response
+    }
+
+    /// When it began.
+    pub(super) fn started_at(&self) -> Instant {
+        self.started_at
+    }
+
+    /// How long it has taken so far.
+    pub(super) fn elapsed(&self) -> std::time::Duration {
+        self.started_at.elapsed()
+    }
+
+    /// Counts the answer now, or, where it is a stream, when that has ended.
+    #[must_use]
+    pub fn finish(mut self, response: Response<Body>) -> Response<Body> {
+        // What has ended before it began tells its code in its headers.
+        let streams = row_labels(self.row).0 != "unary" && !response.body().is_end_stream();
+        match code_from_headers(response.headers()) {
+            None if streams => {
+                self.is_recorded = true;
+                let (calls, row, at) = (self.metrics.clone(), self.row, self.started_at);
+                response.map(|body| {
+                    Body::new(TimedBody {
+                        body,
+                        metrics: calls,
+                        row,
+                        started_at: at,
+                        pending_code: Some(Code::Cancelled),
+                    })
+                })
+            }
+            _ => self.finish_unary(response),
+        }
+    }
+}
+
+impl Drop for CallTimer<'_> {
+    fn drop(&mut self) {
+        if !self.is_recorded {
+            self.metrics.record_end(self.row, self.started_at, Code::Cancelled);
+        }
+    }
+}
+
+/// The code that headers or trailers tell of; an answer that is begun tells of it at its end.
+pub(super) fn code_from_headers(headers: &HeaderMap) -> Option<Code> {
+    Status::from_header_map(headers).map(|status| status.code())
+}
+
+/// The messages of an answer, counted when they end.
+struct TimedBody {
+    body: Body,
+    metrics: Arc<RpcMetrics>,
+    row: usize,
+    started_at: Instant,
+    /// With which code it ends, if no trailer says otherwise; nothing = it is counted.
+    pending_code: Option<Code>,
+}
+
+impl http_body::Body for TimedBody {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let polled = Pin::new(&mut self.body).poll_frame(context);
+        if let Poll::Ready(Some(Ok(frame))) = &polled
+            && let Some(code) = frame.trailers_ref().and_then(code_from_headers)
+        {
+            self.pending_code = None;
+            self.metrics.record_end(self.row, self.started_at, code);
+        }
+        polled
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+impl Drop for TimedBody {
+    fn drop(&mut self) {
+        if let Some(code) = self.pending_code.take() {
+            self.metrics.record_end(self.row, self.started_at, code);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A method, how often it was begun, and how often it ended with each code.
+    type Told = (&'static str, u64, Vec<(&'static str, u64)>);
+
+    fn count(calls: &RpcMetrics) -> Vec<Told> {
+        calls.iter().map(|count| (count.method, count.started, count.handled)).collect()
+    }
+
+    #[test]
+    fn a_call_ends_with_its_code_or_is_cancelled() {
+        let calls = Arc::new(RpcMetrics::default());
+        let path = "/keyward.v1.AuthzService/Check";
+        let _ = calls.start_call(path).finish(Response::new(Body::empty()));
+        let refused = Response::builder().header("grpc-status", "16").body(Body::empty()).unwrap();
+        let _ = calls.start_call(path).finish(refused);
+        drop(calls.start_call(path));
+        let handled = vec![("OK", 1), ("Canceled", 1), ("Unauthenticated", 1)];
+        assert_eq!(count(&calls), [("Check", 3, handled)]);
+    }
+
+    #[test]
+    fn a_stream_ends_when_its_body_does() {
+        let calls = Arc::new(RpcMetrics::default());
+        let path = "/keyward.v1.KeyService/WatchPropagation";
+        let messages = Body::new(http_body_util::Full::new(Bytes::from_static(b"x")));
+        let answered = calls.start_call(path).finish(Response::new(messages));
+        assert_eq!(count(&calls), [("WatchPropagation", 1, vec![("OK", 0)])]);
+        drop(answered);
+        assert_eq!(count(&calls), [("WatchPropagation", 1, vec![("OK", 0), ("Canceled", 1)])]);
+    }
+
+    #[test]
+    fn a_path_that_is_no_method_is_unknown() {
+        let calls = Arc::new(RpcMetrics::default());
+        for path in ["/x\"} 1/Check", "/keyward.v1.AuthzService/Chec", "", "/"] {
+            let _ = calls.start_call(path).finish(Response::new(Body::empty()));
+        }
+        assert_eq!(count(&calls), [("unknown", 4, vec![("OK", 4)])]);
+    }
+
+    #[test]
+    fn codes_are_spelt_by_their_numbers() {
+        for (number, name) in CODE_NAMES.iter().enumerate() {
+            let code = Code::from_i32(i32::try_from(number).unwrap());
+            let usual = if code == Code::Ok { "OK".to_owned() } else { format!("{code:?}") };
+            assert_eq!(usual.replace("Cancelled", "Canceled"), **name);
+        }
+    }
+}

@@ -1,0 +1,66 @@
+//! A cap on how often something is said: clients choose how often there is something to say.
+
+use std::sync::{Mutex, PoisonError};
+
+use crate::domain::time::Timestamp;
+
+/// Lets so many through in each second, minute or hour, and no more.
+#[derive(Debug)]
+pub struct LogThrottle {
+    limit: u32,
+    /// In seconds.
+    period_seconds: i64,
+    current_window: Mutex<(i64, u32)>,
+}
+
+impl LogThrottle {
+    /// At most so many a second.
+    #[must_use]
+    pub fn per_second(most: u32) -> LogThrottle {
+        LogThrottle { limit: most, period_seconds: 1, current_window: Mutex::default() }
+    }
+
+    /// One a minute.
+    #[must_use]
+    pub fn once_per_minute() -> LogThrottle {
+        LogThrottle { limit: 1, period_seconds: 60, current_window: Mutex::default() }
+    }
+
+    /// One an hour.
+    #[must_use]
+    pub fn once_per_hour() -> LogThrottle {
+        LogThrottle { limit: 1, period_seconds: 3600, current_window: Mutex::default() }
+    }
+
+    /// Whether this one is let through.
+    #[must_use]
+    pub fn allow(&self, now: Timestamp) -> bool {
+        let this = now.as_micros().div_euclid(1_000_000 * self.period_seconds);
+        let mut current = self.current_window.lock().unwrap_or_else(PoisonError::into_inner);
+        if current.0 != this {
+            *current = (this, 0);
+        }
+        current.1 = current.1.saturating_add(1);
+        current.1 <= self.limit
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_a_minute_is_let_through() {
+        let quiet = LogThrottle::once_per_minute();
+        let may = |second: i64| quiet.allow(Timestamp::from_micros(second * 1_000_000));
+        assert_eq!([0, 59, 60, 61, 120].map(may), [true, false, true, false, true]);
+    }
+
+    #[test]
+    fn each_second_begins_anew() {
+        let quiet = LogThrottle::per_second(2);
+        let at =
+            |second: i64| (0..4).filter(|_| quiet.allow(Timestamp::from_micros(second * 1_000_000))).count();
+        assert_eq!((at(5), at(5), at(6), at(5)), (2, 0, 2, 2));
+    }
+}

@@ -1,0 +1,389 @@
+//! What can be done with roles and members. Both carry rights, so nobody gives through them what they do not
+//! hold: neither by making a role, nor by giving one to a member.
+
+use std::sync::Arc;
+
+use crate::{
+    caller::{Authorization, Caller, MAX_AUTHORIZATION_ATTEMPTS},
+    clock::Clock,
+    domain::{
+        account::{AccountMember, Role},
+        log::{AuditAction, RecordChange},
+        name::{AccountId, RoleName, UserId},
+        scope::ScopeSet,
+        time::Revision,
+    },
+    engine::Engine,
+    keys::KeyOperations,
+    replication::propagation::ChangeEffect,
+    service_error::{ResourceKind, ServiceError},
+    store::{
+        Store, WriteOutcome, WriteRejection, WriteRequest,
+        group_commit::{CommitHandle, WriteError},
+    },
+};
+
+/// What other scopes take away. The same once more may be a call that is made again.
+fn scope_change_effect(after: &ScopeSet, before: &ScopeSet) -> ChangeEffect {
+    if after == before {
+        ChangeEffect::Restricts { is_repeat: true }
+    } else if after.covers_all(before) {
+        ChangeEffect::Grants
+    } else {
+        ChangeEffect::Restricts { is_repeat: false }
+    }
+}
+
+/// What ending a membership came to.
+#[derive(Clone, Copy, Debug)]
+pub struct MembershipEnd {
+    /// The revision by which it has ended, and by which the user's keys are revoked where it was the last one.
+    pub revision: Revision,
+    /// Whether this call ended anything. If not, an earlier one may have, whose outcome was unknown: its revision is waited
+    /// for too.
+    pub was_member: bool,
+}
+
+/// The use cases of roles and members.
+pub struct MembershipOperations {
+    store: Arc<dyn Store>,
+    commit_handle: CommitHandle,
+    engine: Arc<Engine>,
+    keys: Arc<KeyOperations>,
+    clock: Arc<dyn Clock>,
+}
+
+impl std::fmt::Debug for MembershipOperations {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("MembershipOperations").finish_non_exhaustive()
+    }
+}
+
+impl MembershipOperations {
+    /// The use cases over a store, its writer and the engine that follows it.
+    #[must_use]
+    pub fn new(
+        store: Arc<dyn Store>,
+        writer: CommitHandle,
+        engine: Arc<Engine>,
+        keys: Arc<KeyOperations>,
+        clock: Arc<dyn Clock>,
+    ) -> Self {
+        MembershipOperations { store, commit_handle: writer, engine, keys, clock }
+    }
+
+    /// Whether the caller acts on the account, and it exists for the caller.
+    fn check_account_visible(
+        &self,
+        asked: &mut Authorization<'_>,
+        account: &AccountId,
+    ) -> Result<(), ServiceError> {
+        asked.caller.resolve_account(Some(account.clone()))?;
+        asked.account(account).ok_or(ServiceError::NotFound(ResourceKind::Account))?;
+        asked.check_account_visible(account)
+    }
+
+    /// Whether the caller may change roles and members of the account.
+    fn check_account_change(
+        &self,
+        asked: &mut Authorization<'_>,
+        account: &AccountId,
+    ) -> Result<(), ServiceError> {
+        self.check_account_visible(asked, account)?;
+        asked.check_acting_user_change(account)
+    }
+
+    /// Global roles are made and changed by operators, for themselves.
+    fn check_role_change(
+        &self,
+        asked: &mut Authorization<'_>,
+        account: Option<&AccountId>,
+    ) -> Result<(), ServiceError> {
+        match account {
+            Some(account) => self.check_account_change(asked, account),
+            None => asked.caller.require_operator().and_then(|()| asked.caller.require_no_acting_user()),
+        }
+    }
+
+    /// Whether the caller could give and take what a role grants in an account.
+    fn check_grant(
+        &self,
+        asked: &mut Authorization<'_>,
+        account: Option<&AccountId>,
+        scopes: &ScopeSet,
+    ) -> Result<(), ServiceError> {
+        asked.caller.check_grant(scopes)?;
+        asked.check_acting_user_grant(account, scopes)
+    }
+
+    /// The record, if a change would leave it as it is.
+    fn find_unchanged_record(&self, change: &RecordChange) -> Option<RecordChange> {
+        let index = &self.engine.index;
+        match change {
+            RecordChange::Role(role) => {
+                let known = index.role_record(role.account.as_ref(), &role.name)?;
+                (known.scopes == role.scopes).then_some(RecordChange::Role(known))
+            }
+            RecordChange::Member(member) => {
+                let known = index.member_record(&member.account, &member.user)?;
+                (known.role == member.role).then_some(RecordChange::Member(known))
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether a change of what is there gives nothing.
+    fn only_restricts(&self, change: &RecordChange, expect: Option<Revision>) -> bool {
+        let index = &self.engine.index;
+        match change {
+            RecordChange::Role(role) if expect.is_some() => {
+                let before = index.role_record(role.account.as_ref(), &role.name);
+                before.is_some_and(|before| before.scopes.covers_all(&role.scopes))
+            }
+            RecordChange::Member(member) if expect.is_some() => {
+                let grants = |role: &RoleName| index.recorded_role_scopes(Some(&member.account), role);
+                let before = index.member_record(&member.account, &member.user);
+                before.is_some_and(|before| grants(&before.role).covers_all(&grants(&member.role)))
+            }
+            _ => false,
+        }
+    }
+
+    /// Writes a change that `make` authorizes from the current record, and retries if a record has moved. A change that
+    /// leaves the record as it is writes nothing.
+    async fn commit_change(
+        &self,
+        caller: &Caller,
+        action: AuditAction,
+        make: impl Fn(
+            &mut Authorization<'_>,
+        ) -> Result<(RecordChange, Option<Revision>, ChangeEffect), ServiceError>,
+    ) -> Result<(RecordChange, ChangeEffect), ServiceError> {
+        for attempt in 0..MAX_AUTHORIZATION_ATTEMPTS {
+            let _turn = self.commit_handle.lock_for_change(action, attempt).await;
+            let mut asked = caller.authorize(&self.engine)?;
+            let (change, expect, reach) = make(&mut asked)?;
+            if self.find_unchanged_record(&change).is_some() {
+                // Another replica may have changed it since.
+                self.commit_handle.wait_caught_up().await?;
+                match self.find_unchanged_record(&change) {
+                    Some(recorded) => return Ok((recorded, ChangeEffect::Restricts { is_repeat: true })),
+                    None => continue,
+                }
+            }
+            let limits = self.keys.limits_for_action(action, self.only_restricts(&change, expect));
+            let write = WriteRequest { limits, ..asked.into_write(change, expect, action, self.clock.now()) };
+            match self.commit_handle.write(write).await {
+                Ok(WriteOutcome::Applied(change)) => return Ok((change, reach)),
+                // The index does not know yet of what another replica has changed.
+                Ok(WriteOutcome::Replayed(_))
+                | Err(WriteError::Rejected(
+                    WriteRejection::Conflict | WriteRejection::AuthorizationChanged,
+                )) => {
+                    self.commit_handle.wait_caught_up().await?;
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Err(ServiceError::Contended)
+    }
+
+    /// Makes a role, or changes what it grants.
+    ///
+    /// # Errors
+    /// When the caller could not grant its scopes, old or new, or the account does not exist for it.
+    pub async fn put_role(
+        &self,
+        caller: &Caller,
+        account: Option<AccountId>,
+        name: RoleName,
+        scopes: ScopeSet,
+    ) -> Result<(Arc<Role>, ChangeEffect), ServiceError> {
+        let change = self
+            .commit_change(caller, AuditAction::RolePut, |asked| {
+                self.check_role_change(asked, account.as_ref())?;
+                asked.caller.require_unrestricted_key(&self.keys.environments().first().name)?;
+                self.check_grant(asked, account.as_ref(), &scopes)?;
+                let before = self.engine.index.role_record(account.as_ref(), &name);
+                // What the name grants so far, possibly by a global role that this one hides.
+                let held = asked.role_scopes(account.as_ref(), &name);
+                self.check_grant(asked, account.as_ref(), &held)?;
+                // A new one may stand before a global one that this process knows an older state of.
+                let new = account.is_some() && before.is_none();
+                let reach = if new {
+                    ChangeEffect::Restricts { is_repeat: false }
+                } else {
+                    scope_change_effect(&scopes, &held)
+                };
+                let (account, name, scopes) = (account.clone(), name.clone(), scopes.clone());
+                let role = Role { account, name, scopes, revision: Revision::default() };
+                Ok((RecordChange::Role(Arc::new(role)), before.map(|before| before.revision), reach))
+            })
+            .await?;
+        match change {
+            (RecordChange::Role(role), reach) => Ok((role, reach)),
+            _ => Err(ServiceError::Unavailable),
+        }
+    }
+
+    /// Deletes a role that nothing uses.
+    ///
+    /// # Errors
+    /// When there is none, it is in use, or the caller could not grant its scopes.
+    pub async fn delete_role(
+        &self,
+        caller: &Caller,
+        account: Option<AccountId>,
+        name: RoleName,
+    ) -> Result<Revision, ServiceError> {
+        let change = self
+            .commit_change(caller, AuditAction::RoleDeleted, |asked| {
+                self.check_role_change(asked, account.as_ref())?;
+                asked.caller.require_unrestricted_key(&self.keys.environments().first().name)?;
+                let before = self.engine.index.role_record(account.as_ref(), &name);
+                let before = before.ok_or(ServiceError::NotFound(ResourceKind::Role))?;
+                self.check_grant(asked, account.as_ref(), &before.scopes)?;
+                let expect = Some(before.revision);
+                Ok((RecordChange::RoleDeleted(before), expect, ChangeEffect::Restricts { is_repeat: false }))
+            })
+            .await?;
+        match change {
+            (RecordChange::RoleDeleted(role), _) => Ok(role.revision),
+            _ => Err(ServiceError::Unavailable),
+        }
+    }
+
+    /// The roles of an account, global ones included; or the global ones alone.
+    ///
+    /// # Errors
+    /// When the account does not exist for the caller, or the store fails.
+    pub async fn list_roles(
+        &self,
+        caller: &Caller,
+        account: Option<AccountId>,
+    ) -> Result<Vec<Role>, ServiceError> {
+        let may_read = || match &account {
+            Some(account) => self.check_account_visible(&mut caller.authorize(&self.engine)?, account),
+            None => Ok(()),
+        };
+        may_read()?;
+        let roles = self.store.list_roles(account.as_ref()).await?;
+        // A person who left meanwhile reads nothing.
+        may_read().map(|()| roles)
+    }
+
+    /// Makes a user a member, or gives the member another role.
+    ///
+    /// # Errors
+    /// When there is no such role, or the caller could not grant what the old or the new one grants.
+    pub async fn put_member(
+        &self,
+        caller: &Caller,
+        account: AccountId,
+        user: UserId,
+        role: RoleName,
+    ) -> Result<(Arc<AccountMember>, ChangeEffect), ServiceError> {
+        let change = self
+            .commit_change(caller, AuditAction::MemberPut, |asked| {
+                self.check_account_change(asked, &account)?;
+                asked.caller.require_unrestricted_key(&self.keys.environments().first().name)?;
+                let given = asked.role_scopes(Some(&account), &role);
+                self.check_grant(asked, Some(&account), &given)?;
+                let before = self.engine.index.member_record(&account, &user);
+                let mut reach = ChangeEffect::Grants;
+                if let Some(before) = &before {
+                    let held = asked.role_scopes(Some(&account), &before.role);
+                    self.check_grant(asked, Some(&account), &held)?;
+                    reach = self::scope_change_effect(&given, &held);
+                }
+                let (account, user, role) = (account.clone(), user.clone(), role.clone());
+                let member = AccountMember { account, user, role, revision: Revision::default() };
+                Ok((RecordChange::Member(Arc::new(member)), before.map(|before| before.revision), reach))
+            })
+            .await?;
+        match change {
+            (RecordChange::Member(member), reach) => Ok((member, reach)),
+            _ => Err(ServiceError::Unavailable),
+        }
+    }
+
+    /// Ends a membership: the user's keys stop working in the account. When an operator's caller ends the last
+    /// one they are revoked too; an account's caller has no say over keys that reach beyond its account.
+    ///
+    /// # Errors
+    /// When the change is not recorded, or some of it may be. A call that was cut short between ending the last membership
+    /// and revoking the keys is finished by the same call again.
+    pub async fn remove_member(
+        &self,
+        caller: &Caller,
+        account: AccountId,
+        user: UserId,
+    ) -> Result<MembershipEnd, ServiceError> {
+        let end = |asked: &mut Authorization<'_>| {
+            // Each person may leave.
+            match asked.caller.acting_user.as_ref() == Some(&user) {
+                true => self.check_account_visible(asked, &account)?,
+                false => self.check_account_change(asked, &account)?,
+            }
+            asked.caller.require_first_environment(&self.keys.environments().first().name)?;
+            let before = self.engine.index.member_record(&account, &user);
+            let before = before.ok_or(ServiceError::NotFound(ResourceKind::Member))?;
+            let expect = Some(before.revision);
+            Ok((RecordChange::MemberRemoved(before), expect, ChangeEffect::Restricts { is_repeat: false }))
+        };
+        let mut removed = self.commit_change(caller, AuditAction::MemberRemoved, end).await;
+        let mut recorded = Revision::default();
+        if matches!(removed, Err(ServiceError::NotFound(ResourceKind::Member))) {
+            // Another replica may know of it; and what an earlier call has ended may not be in force everywhere.
+            recorded = self.store.log_head().await?.revision;
+            self.commit_handle.wait_applied(recorded).await?;
+            removed = self.commit_change(caller, AuditAction::MemberRemoved, end).await;
+        }
+        let mut revoked = Revision::default();
+        let ended = match removed {
+            Ok(_) | Err(ServiceError::NotFound(ResourceKind::Member)) => true,
+            // For a person who ended the own membership, the account exists no more.
+            Err(ServiceError::NotFound(ResourceKind::Account)) => caller.acting_user.as_ref() == Some(&user),
+            Err(_) => false,
+        };
+        if ended && caller.is_operator() && self.store.list_memberships(&user).await?.is_empty() {
+            let known = self.keys.revoke_all_of_user(caller, &user).await?;
+            (revoked, recorded) = (known.0, recorded.max(known.1));
+        }
+        match removed {
+            Ok((RecordChange::MemberRemoved(member), _)) => {
+                Ok(MembershipEnd { revision: member.revision.max(recorded), was_member: true })
+            }
+            Ok(_) => Err(ServiceError::Unavailable),
+            Err(ServiceError::NotFound(ResourceKind::Account)) if revoked > Revision::default() => {
+                Ok(MembershipEnd { revision: recorded, was_member: true })
+            }
+            Err(ServiceError::NotFound(ResourceKind::Member)) => {
+                Ok(MembershipEnd { revision: recorded, was_member: revoked > Revision::default() })
+            }
+            Err(refusal) => Err(refusal),
+        }
+    }
+
+    /// A page of members, and where the next one begins.
+    ///
+    /// # Errors
+    /// When the account does not exist for the caller, or the store fails.
+    pub async fn list_members(
+        &self,
+        caller: &Caller,
+        account: &AccountId,
+        after: Option<&UserId>,
+        size: u32,
+    ) -> Result<(Vec<AccountMember>, Option<UserId>), ServiceError> {
+        let may_read = || self.check_account_visible(&mut caller.authorize(&self.engine)?, account);
+        may_read()?;
+        let mut members = self.store.list_members(account, after, size + 1).await?;
+        // A person who left meanwhile reads nothing.
+        may_read()?;
+        let more = members.len() > size as usize;
+        members.truncate(size as usize);
+        let next = members.last().filter(|_| more).map(|last| last.user.clone());
+        Ok((members, next))
+    }
+}

@@ -1,0 +1,77 @@
+//! Things kept once for each of a few threads, in lines of their own.
+
+use std::{
+    cell::Cell,
+    fmt,
+    sync::atomic::{AtomicUsize, Ordering},
+};
+
+/// How many threads have one to themselves; where there are more, some share.
+const SHARDS: usize = 32;
+
+/// 128 bytes, since processors fetch lines of 64 bytes in pairs.
+#[derive(Default)]
+#[repr(align(128))]
+struct CacheAligned<T>(T);
+
+/// A `T` for each of a few threads: two cores that change theirs at once do not pass one cache line to and fro.
+pub struct PerThread<T>(Box<[CacheAligned<T>]>);
+
+impl<T> fmt::Debug for PerThread<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PerThread").finish_non_exhaustive()
+    }
+}
+
+impl<T: Default> Default for PerThread<T> {
+    fn default() -> Self {
+        PerThread::new(T::default)
+    }
+}
+
+impl<T> PerThread<T> {
+    /// One for each, made by `make`.
+    #[must_use]
+    pub fn new(mut make: impl FnMut() -> T) -> Self {
+        PerThread((0..SHARDS).map(|_| CacheAligned(make())).collect())
+    }
+
+    /// The calling thread's.
+    #[must_use]
+    pub fn local(&self) -> &T {
+        &self.0[thread_index() % SHARDS].0
+    }
+
+    /// Every thread's.
+    pub fn iter(&self) -> impl Iterator<Item = &T> {
+        self.0.iter().map(|line| &line.0)
+    }
+}
+
+/// The number of the calling thread: the first to ask is 0.
+fn thread_index() -> usize {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    thread_local! {
+        static NUMBER: Cell<Option<usize>> = const { Cell::new(None) };
+    }
+    NUMBER.with(|number| {
+        number.get().unwrap_or_else(|| {
+            let next = NEXT.fetch_add(1, Ordering::Relaxed);
+            number.set(Some(next));
+            next
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_two_threads_have_theirs_in_one_line() {
+        let numbers = PerThread::<u64>::default();
+        let place = || std::ptr::from_ref(numbers.local()) as usize;
+        let (here, there) = std::thread::scope(|scope| (place(), scope.spawn(place).join().unwrap()));
+        assert!(here.abs_diff(there) >= 128, "{here:x} {there:x}");
+    }
+}

@@ -1,0 +1,563 @@
+//! Drives the replica: does what the machine asks, and tells it what came of it. One task, one machine; requests run
+//! beside it and answer through its channel, so that no request holds up the clock.
+
+use std::{
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::{
+    sync::{mpsc, watch},
+    task::{AbortHandle, JoinHandle},
+    time::sleep,
+};
+use uuid::Uuid;
+
+use crate::{
+    clock::{Clock, EntropySource, random_bytes},
+    domain::{
+        lease::{
+            AttemptId, LogPosition, RenewalRequest, Replica, ReplicaId,
+            replica::{ReplicaAction, ReplicaEvent, ReplicaState},
+        },
+        log::LogEntry,
+        time::Revision,
+    },
+    engine::serving_lease::ServingLease,
+    store::{
+        LogHead, SnapshotLoader, Store, StoreError,
+        replica_registry::{LeaseConfig, RenewalOutcome, ReplicaRegistry},
+    },
+};
+
+use super::{
+    ack_tracker::{AckTracker, MAX_NOTIFYING_REPLICAS},
+    clock_offset::ClockOffset,
+    log_applier::{ApplyError, LogApplier},
+    log_tailer, reaper, regression,
+};
+
+/// How many answers may wait for the machine. Each request has one, and there are few.
+const EVENT_QUEUE: usize = 64;
+/// How long the row's deletion may take at the stop; if it fails, others wait its lease out.
+const DEREGISTER_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// What a replica is made of.
+#[derive(Clone)]
+pub struct ReplicaDependencies {
+    /// The keys and the log.
+    pub store: Arc<dyn Store>,
+    /// The replicas' rows.
+    pub registry: Arc<dyn ReplicaRegistry>,
+    /// The way into the index.
+    pub log_applier: Arc<LogApplier>,
+    /// What Checks ask.
+    pub lease: Arc<ServingLease>,
+    /// What is to be seen of it.
+    pub status: Arc<ReplicaStatus>,
+    /// Tells the time.
+    pub clock: Arc<dyn Clock>,
+    /// Gives ids.
+    pub entropy: Arc<dyn EntropySource>,
+    /// What people call this replica.
+    pub name: String,
+    /// How long revoked keys stay known.
+    pub retention: Duration,
+}
+
+/// What is to be seen of a replica from outside.
+#[derive(Debug, Default)]
+pub struct ReplicaStatus {
+    replica_id: Mutex<Option<ReplicaId>>,
+    state: Mutex<Option<ReplicaState>>,
+    renewals: AtomicU64,
+    failures: AtomicU64,
+    clock_stall_count: AtomicU64,
+    replica_count: AtomicU64,
+    ack_tracker: AckTracker,
+    clock_offset: ClockOffset,
+}
+
+impl ReplicaStatus {
+    /// The row that this process holds.
+    #[must_use]
+    pub fn replica_id(&self) -> Option<ReplicaId> {
+        *self.replica_id.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How it stands with the database.
+    #[must_use]
+    pub fn state(&self) -> Option<ReplicaState> {
+        *self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How many renewals were answered, how many requests failed, and how often the clock stood still.
+    #[must_use]
+    pub fn counters(&self) -> [u64; 3] {
+        [&self.renewals, &self.failures, &self.clock_stall_count].map(|count| count.load(Ordering::Relaxed))
+    }
+
+    /// How many replicas there are, as the newest renewal said.
+    #[must_use]
+    pub fn replica_count(&self) -> u64 {
+        self.replica_count.load(Ordering::Relaxed)
+    }
+
+    /// How far this machine's wall clock is from the database's.
+    #[must_use]
+    pub fn clock_offset(&self) -> &ClockOffset {
+        &self.clock_offset
+    }
+
+    /// What the others have told of their acknowledgments.
+    pub(super) fn ack_tracker(&self) -> &AckTracker {
+        &self.ack_tracker
+    }
+
+    /// Whether replicas tell what they acknowledge.
+    pub(super) fn has_ack_notifications(&self) -> bool {
+        self.replica_count() <= MAX_NOTIFYING_REPLICAS
+    }
+
+    fn set_replica_id(&self, id: Option<ReplicaId>) {
+        *self.replica_id.lock().unwrap_or_else(PoisonError::into_inner) = id;
+    }
+}
+
+/// What comes to the task.
+pub(super) enum ReplicaTaskInput {
+    /// An event of the machine's.
+    Event(ReplicaEvent),
+    /// A renewal's answer.
+    Renewed(AttemptId, Box<RenewalOutcome>),
+    /// A snapshot is in the index.
+    Loaded(AttemptId, LogHead),
+    /// The database is damaged, which no other try mends.
+    Damaged(StoreError),
+}
+
+/// A running replica.
+#[derive(Debug)]
+pub struct RunningReplica {
+    /// Whether Checks may allow.
+    pub serving: watch::Receiver<bool>,
+    /// Turns true when it has given up for good.
+    pub failed: watch::Receiver<bool>,
+    stop_sender: watch::Sender<bool>,
+    task: JoinHandle<()>,
+    helper_tasks: Vec<JoinHandle<()>>,
+}
+
+impl RunningReplica {
+    /// Gives up the lease, and then the row.
+    pub async fn stop(self) {
+        self.stop_sender.send_replace(true);
+        if tokio::time::timeout(DEREGISTER_TIMEOUT, self.task).await.is_err() {
+            tracing::warn!(
+                "the replica's row was not deleted in time: revocations wait for its lease to run out"
+            );
+        }
+        self.helper_tasks.iter().for_each(JoinHandle::abort);
+    }
+}
+
+/// Starts a replica of a database that says so.
+#[must_use]
+pub fn start_replica(
+    parts: ReplicaDependencies,
+    LeaseConfig { lease, epoch, .. }: LeaseConfig,
+) -> RunningReplica {
+    let (stop, stopping) = watch::channel(false);
+    let (serving, is_serving) = watch::channel(false);
+    let (failed, has_failed) = watch::channel(false);
+    let (answers, inputs) = mpsc::channel(EVENT_QUEUE);
+    let beside = vec![
+        tokio::spawn(reaper::run_reaper(
+            parts.registry.clone(),
+            parts.clock.clone(),
+            parts.status.clone(),
+            lease,
+        )),
+        tokio::spawn(log_tailer::tail_log(
+            parts.registry.clone(),
+            parts.log_applier.clone(),
+            parts.status.clone(),
+            answers.clone(),
+        )),
+        tokio::spawn(log_tailer::forward_positions(parts.log_applier.clone(), answers.clone())),
+        tokio::spawn(log_tailer::forward_divergences(parts.log_applier.clone(), answers.clone())),
+    ];
+    let feed = ReplicaDriver {
+        state_machine: Replica::new(lease),
+        status: parts.status.clone(),
+        dependencies: parts,
+        input_sender: answers,
+        requests: Vec::new(),
+        load_lock: Arc::default(),
+        load_abort: None,
+        epoch,
+        announced_epoch: epoch,
+        renewal_entries: None,
+        serving,
+        failed,
+    };
+    let task = tokio::spawn(feed.run(inputs, stopping));
+    RunningReplica { serving: is_serving, failed: has_failed, stop_sender: stop, task, helper_tasks: beside }
+}
+
+struct ReplicaDriver {
+    state_machine: Replica,
+    dependencies: ReplicaDependencies,
+    status: Arc<ReplicaStatus>,
+    input_sender: mpsc::Sender<ReplicaTaskInput>,
+    requests: Vec<(AttemptId, JoinHandle<()>)>,
+    /// One load at a time: the one before has ended when the next begins.
+    load_lock: Arc<tokio::sync::Mutex<()>>,
+    load_abort: Option<AbortHandle>,
+    /// Of the history that the map is of; and what the newest renewal said.
+    epoch: u64,
+    announced_epoch: u64,
+    /// The changes of the newest renewal, until they are applied.
+    renewal_entries: Option<(AttemptId, Vec<LogEntry>)>,
+    serving: watch::Sender<bool>,
+    failed: watch::Sender<bool>,
+}
+
+impl ReplicaDriver {
+    async fn run(
+        mut self,
+        mut inputs: mpsc::Receiver<ReplicaTaskInput>,
+        mut stopping: watch::Receiver<bool>,
+    ) {
+        let mut event = ReplicaEvent::Tick;
+        loop {
+            self.handle_event(event).await;
+            if self.state_machine.state() == ReplicaState::Following {
+                self.epoch = self.announced_epoch;
+            }
+            self.publish_status();
+            if self.state_machine.state() == ReplicaState::Stopped {
+                self.requests.iter().for_each(|(_, request)| request.abort());
+                return;
+            }
+            event = tokio::select! {
+                () = wait_for_stop(&mut stopping) => ReplicaEvent::Stop,
+                Some(input) = inputs.recv() => match self.interpret_input(input) {
+                    Some(event) => event,
+                    None => fail_permanently(&self.failed).await,
+                },
+                () = sleep(self.time_until_due()) => ReplicaEvent::Tick,
+            };
+            #[cfg(keyward_breakable)]
+            if event == ReplicaEvent::Tick
+                && let Some(waited) = self.receive_late_input(&mut inputs).await
+            {
+                event = waited;
+            }
+        }
+    }
+
+    /// An answer that waited with the process is taken before it is seen to be late, as happens now and then: without the
+    /// rule that a lease counts from the sending, that must show.
+    #[cfg(keyward_breakable)]
+    async fn receive_late_input(
+        &mut self,
+        inputs: &mut mpsc::Receiver<ReplicaTaskInput>,
+    ) -> Option<ReplicaEvent> {
+        use crate::domain::lease::{AllInvariants, InvariantSet as _, LeaseInvariant};
+        if AllInvariants.enforces(LeaseInvariant::LeaseCountsFromSending) {
+            return None;
+        }
+        let input = tokio::time::timeout(Duration::from_millis(20), inputs.recv()).await.ok()??;
+        self.interpret_input(input)
+    }
+
+    /// How long nothing is due: the machine's next request, or the end of the lease, which health is to tell.
+    fn time_until_due(&self) -> Duration {
+        const AT_MOST: Duration = Duration::from_secs(3600);
+        let now = self.dependencies.clock.boottime();
+        let deadline = self.dependencies.lease.deadline();
+        let ends = (*self.serving.borrow()).then_some(deadline);
+        [self.state_machine.wake_at(), ends]
+            .into_iter()
+            .flatten()
+            .map(|at| at.saturating_duration_since(now))
+            .min()
+            .unwrap_or(AT_MOST)
+    }
+
+    /// What an input means to the machine, once what came with it is put by.
+    fn interpret_input(&mut self, input: ReplicaTaskInput) -> Option<ReplicaEvent> {
+        Some(match input {
+            ReplicaTaskInput::Event(event) => {
+                if let ReplicaEvent::Failed { .. } = event {
+                    self.status.failures.fetch_add(1, Ordering::Relaxed);
+                }
+                // What did not fit a map that was replaced meanwhile says nothing of the new one.
+                match event {
+                    ReplicaEvent::Diverged { local_position: ours, .. }
+                        if self.dependencies.log_applier.position() != Some(ours) =>
+                    {
+                        ReplicaEvent::Tick
+                    }
+                    event => event,
+                }
+            }
+            ReplicaTaskInput::Renewed(attempt, renewed) => {
+                self.status.renewals.fetch_add(1, Ordering::Relaxed);
+                let RenewalOutcome { reply, entries: rows, epoch, replica_count: replicas } = *renewed;
+                self.dependencies.lease.set_shared(replicas > 1);
+                self.status.replica_count.store(replicas, Ordering::Relaxed);
+                self.announced_epoch = epoch;
+                self.renewal_entries = Some((attempt, rows));
+                ReplicaEvent::Renewed { attempt, reply }
+            }
+            ReplicaTaskInput::Loaded(attempt, LogHead { revision, hash }) => {
+                ReplicaEvent::Loaded { attempt, at: LogPosition { revision, hash } }
+            }
+            ReplicaTaskInput::Damaged(error) => {
+                tracing::error!(error = &error as &dyn std::error::Error, "the keys cannot be loaded");
+                return None;
+            }
+        })
+    }
+
+    /// Gives the machine an event, and does what it asks for.
+    async fn handle_event(&mut self, event: ReplicaEvent) {
+        let mut events = vec![event];
+        while let Some(event) = events.pop() {
+            let now = self.dependencies.clock.boottime();
+            let actions = self.state_machine.handle(event, now);
+            self.status.set_replica_id(self.state_machine.row_id());
+            for action in actions {
+                if let Err(broken) = self.execute(action).await {
+                    // What was to follow rested on these changes.
+                    self.dependencies.lease.expire_now();
+                    events.extend(divergence_event(broken, &self.dependencies.log_applier));
+                    break;
+                }
+            }
+        }
+    }
+
+    async fn execute(&mut self, action: ReplicaAction) -> Result<(), ApplyError> {
+        match action {
+            ReplicaAction::Register { attempt } => self.register(attempt),
+            ReplicaAction::Load { attempt } => self.load(attempt),
+            ReplicaAction::Renew(renewal) => self.renew(renewal),
+            ReplicaAction::Abandon { attempt } => self.abandon(attempt),
+            ReplicaAction::InstallSnapshot { .. } => {
+                let forget_before = self.dependencies.clock.now().saturating_sub(self.dependencies.retention);
+                let index = self.dependencies.log_applier.index();
+                index.evict(forget_before);
+                tracing::info!(keys = index.len(), replica = self.dependencies.name, "the index is loaded");
+            }
+            ReplicaAction::ApplyChanges { attempt } => {
+                #[cfg(keyward_breakable)]
+                log_tailer::delay_apply().await;
+                self.apply_renewal(attempt)?;
+            }
+            ReplicaAction::PublishDeadline { deadline, as_of } => {
+                self.dependencies.lease.publish(deadline, as_of)
+            }
+            ReplicaAction::DenyAll => self.dependencies.lease.expire_now(),
+            ReplicaAction::EnterRegressed { local_position: ours, database_hash: link, head } => {
+                self.enter_regression(ours, link.is_some(), head.0)
+            }
+            ReplicaAction::ReportClockStall { stall: missing } => {
+                self.status.clock_stall_count.fetch_add(1, Ordering::Relaxed);
+                tracing::warn!(
+                    ?missing,
+                    "this machine's clock stood still, or the database's was set forward; the lease is shortened by \
+                     as much. What was revoked in that time may have been allowed here. Keep the machine from being \
+                     suspended, snapshotted or moved while Keyward serves on it"
+                );
+            }
+            ReplicaAction::Deregister { id } => self.deregister(id).await,
+        }
+        Ok(())
+    }
+
+    /// Runs a request beside the machine.
+    fn spawn_request(
+        &mut self,
+        attempt: AttemptId,
+        request: impl Future<Output = ReplicaTaskInput> + Send + 'static,
+    ) {
+        let answers = self.input_sender.clone();
+        self.requests.retain(|(_, request)| !request.is_finished());
+        let task = tokio::spawn(async move {
+            // Nobody listens any more once the replica has stopped.
+            let _ = answers.send(request.await).await;
+        });
+        self.requests.push((attempt, task));
+    }
+
+    fn register(&mut self, attempt: AttemptId) {
+        let ReplicaDependencies { registry: fleet, entropy, name, .. } = self.dependencies.clone();
+        self.spawn_request(attempt, async move {
+            let Ok(random) = random_bytes(&*entropy) else { return failed_input(attempt) };
+            let id = ReplicaId(Uuid::from_bytes(random));
+            match fleet.register(id, &name).await {
+                Ok(()) => ReplicaTaskInput::Event(ReplicaEvent::Registered { attempt, id }),
+                Err(error) => log_failure(attempt, "registration", &error),
+            }
+        });
+    }
+
+    fn renew(&mut self, renewal: RenewalRequest) {
+        let ReplicaDependencies { registry: fleet, clock, status: sight, .. } = self.dependencies.clone();
+        let attempt = renewal.attempt;
+        let told = renewal.applied.filter(|at| self.dependencies.log_applier.take_due_ack(at.revision));
+        let told = told.filter(|_| self.status.has_ack_notifications());
+        self.spawn_request(attempt, async move {
+            let before = clock.now();
+            match fleet.renew_lease(&renewal).await {
+                Ok(renewed) => {
+                    sight.clock_offset.record(before, renewed.reply.database_time, clock.now());
+                    if let Some(at) = told.filter(|_| renewed.reply.was_renewed) {
+                        tokio::spawn(notify_ack(fleet, renewal.id, at.revision));
+                    }
+                    ReplicaTaskInput::Renewed(attempt, Box::new(renewed))
+                }
+                Err(error) => log_failure(attempt, "renewal", &error),
+            }
+        });
+    }
+
+    /// Loads straight into the index: before it is loaded, and after a regression, nobody finds anything there.
+    fn load(&mut self, attempt: AttemptId) {
+        let ReplicaDependencies { store, log_applier: follow, clock, retention, .. } =
+            self.dependencies.clone();
+        if let Some(before) = self.load_abort.take() {
+            before.abort();
+        }
+        let loads = self.load_lock.clone();
+        self.spawn_request(attempt, async move {
+            let _one = loads.lock_owned().await;
+            follow.reset();
+            let forget_before = clock.now().saturating_sub(retention);
+            let loader: Arc<dyn SnapshotLoader> = follow.index().clone();
+            match store.stream_snapshot(forget_before, &loader).await {
+                Ok(head) => {
+                    follow.finish_load(head);
+                    ReplicaTaskInput::Loaded(attempt, head)
+                }
+                Err(error @ StoreError::Damaged(_)) => ReplicaTaskInput::Damaged(error),
+                Err(error) => log_failure(attempt, "loading", &error),
+            }
+        });
+        self.load_abort = self.requests.last().map(|(_, request)| request.abort_handle());
+    }
+
+    fn abandon(&mut self, attempt: AttemptId) {
+        self.requests.retain(|(of, request)| {
+            if *of == attempt {
+                request.abort();
+            }
+            *of != attempt
+        });
+        self.status.failures.fetch_add(1, Ordering::Relaxed);
+        tracing::warn!("the database did not answer a renewal in time");
+    }
+
+    fn apply_renewal(&mut self, attempt: AttemptId) -> Result<(), ApplyError> {
+        let rows =
+            self.renewal_entries.take_if(|(of, _)| *of == attempt).map(|(_, rows)| rows).unwrap_or_default();
+        match self.dependencies.log_applier.decode_and_apply(rows) {
+            Ok(taken) => taken.map(drop),
+            Err(error) => {
+                tracing::error!(error = &error as &dyn std::error::Error, "a change cannot be read");
+                Err(ApplyError::Gap)
+            }
+        }
+    }
+
+    fn enter_regression(&mut self, ours: LogPosition, same_place: bool, head: u64) {
+        tracing::error!(
+            ours = ours.revision.0,
+            database = head,
+            same_place,
+            "the database has another history than this replica: was a backup restored, or did a standby take over \
+             that lacked commits? This replica goes on denying what it knows to be dead, and allows nothing once its \
+             lease has run out. See 'keyward replicas accept-regression'"
+        );
+        let regression = regression::wait_for_acceptance(self.dependencies.clone(), self.epoch);
+        let answers = self.input_sender.clone();
+        let task = tokio::spawn(async move {
+            regression.await;
+            let _ = answers.send(ReplicaTaskInput::Event(ReplicaEvent::RegressionAccepted)).await;
+        });
+        self.requests.push((AttemptId(0), task));
+    }
+
+    async fn deregister(&mut self, id: ReplicaId) {
+        if let Err(error) = self.dependencies.registry.deregister(id, None).await {
+            tracing::warn!(error = &error as &dyn std::error::Error, "the replica's row was not deleted");
+        }
+    }
+
+    /// Tells whoever watches how it stands.
+    fn publish_status(&self) {
+        let standing = Some(self.state_machine.state());
+        *self.status.state.lock().unwrap_or_else(PoisonError::into_inner) = standing;
+        let holds = self.dependencies.lease.is_valid(|| self.dependencies.clock.boottime());
+        self.serving.send_if_modified(|serving| {
+            if *serving && !holds && standing == Some(ReplicaState::Stopped) {
+                tracing::info!(replica = self.dependencies.name, "the lease is given up");
+            } else if *serving && !holds {
+                tracing::error!("the lease has run out: nothing is allowed until the database answers");
+            } else if holds && !*serving {
+                tracing::info!(replica = self.dependencies.name, "the lease holds");
+            }
+            std::mem::replace(serving, holds) != holds
+        });
+    }
+}
+
+/// Tells up to where this replica has acknowledged. Whoever waits reads the rows by and by anyway: it is not told again
+/// where that fails.
+async fn notify_ack(fleet: Arc<dyn ReplicaRegistry>, id: ReplicaId, upto: Revision) {
+    if let Err(error) = fleet.notify_ack(id, upto).await {
+        tracing::debug!(error = &error as &dyn std::error::Error, "an acknowledgment was not told");
+    }
+}
+
+/// Returns when it is to stop, or nobody is left who could say so.
+async fn wait_for_stop(stopping: &mut watch::Receiver<bool>) {
+    let _ = stopping.wait_for(|stop| *stop).await;
+}
+
+/// After this nothing comes of the replica: the server stops.
+async fn fail_permanently(failed: &watch::Sender<bool>) -> ReplicaEvent {
+    failed.send_replace(true);
+    std::future::pending().await
+}
+
+fn failed_input(attempt: AttemptId) -> ReplicaTaskInput {
+    ReplicaTaskInput::Event(ReplicaEvent::Failed { attempt })
+}
+
+fn log_failure(attempt: AttemptId, what: &str, error: &StoreError) -> ReplicaTaskInput {
+    tracing::warn!(
+        error = error as &dyn std::error::Error,
+        what,
+        "a request to the database failed; it is tried again"
+    );
+    failed_input(attempt)
+}
+
+/// What changes that do not fit mean to the machine.
+pub(super) fn divergence_event(broken: ApplyError, follow: &LogApplier) -> Option<ReplicaEvent> {
+    let ours = follow.position()?;
+    let head = match broken {
+        ApplyError::HistoryDiverged { head, .. } => head,
+        // What came between is missing, or cannot be read: the map cannot be trusted to be whole any more.
+        ApplyError::Gap => ours.revision,
+        ApplyError::NotLoaded => return None,
+    };
+    Some(ReplicaEvent::Diverged { local_position: ours, head })
+}

@@ -1,0 +1,49 @@
+//! The rules file of a server: read at the start, and again whenever it changes.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use tokio::sync::watch;
+
+use crate::{
+    config::{
+        rules::{self, RulesFileError},
+        server::ServerSettings,
+    },
+    domain::{account::EnvironmentSet, route::RuleBook},
+    file_watcher,
+    gateway::Gateway,
+};
+
+/// The rules file, read for the first time.
+pub(super) struct RulesFile {
+    path: PathBuf,
+    text: String,
+    rule_book: RuleBook,
+    environments: EnvironmentSet,
+}
+
+impl RulesFile {
+    pub(super) fn load(path: &Path, settings: &ServerSettings) -> Result<RulesFile, RulesFileError> {
+        let environments = settings.key_settings.environments.clone();
+        let (text, book) = rules::load_rules(path, &environments)?;
+        Ok(RulesFile { path: path.to_owned(), text, rule_book: book, environments })
+    }
+
+    /// Puts the rules in force.
+    pub(super) fn apply(&self, gateway: &Gateway) {
+        gateway.set_rules(self.rule_book.clone());
+    }
+
+    /// Puts every later version in force that is right.
+    pub(super) async fn watch(self, gateway: Arc<Gateway>, asked: watch::Receiver<()>) {
+        let RulesFile { path, text, rule_book: _, environments } = self;
+        let named = path.clone();
+        let take =
+            move |text: &String| gateway.reload_rules(rules::parse_rules_file(&named, text, &environments));
+        let read = path.clone();
+        file_watcher::watch_file(&path, text, move || rules::read_rules_text(&read), take, asked).await;
+    }
+}

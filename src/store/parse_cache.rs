@@ -1,0 +1,147 @@
+//! What many keys say alike, parsed once: a million keys have a thousand owners and a few dozen grants, and to parse
+//! each key's scopes would take longer than to read it.
+
+use std::{collections::HashMap, str::FromStr as _, sync::Arc};
+
+use foldhash::quality::RandomState;
+use ipnet::IpNet;
+
+use crate::domain::{
+    key::KeyOwner,
+    key_policy::KeyPolicy,
+    name::{AccountId, CustomerId, EnvironmentName, NameError, RoleName, UserId},
+    scope::{Scope, ScopeSet},
+};
+
+use super::row_format::{KeyRow, parse_json, parse_words};
+
+/// How many different texts are remembered at the most.
+const MAX_ENTRIES: usize = 65_536;
+
+/// What was parsed already.
+#[derive(Default)]
+pub(super) struct KeyParseCache {
+    owners: ParseCache<Arc<KeyOwner>>,
+    policies: ParseCache<Arc<KeyPolicy>>,
+}
+
+impl KeyParseCache {
+    /// A key's owner and its policy.
+    pub(super) fn get_or_parse(
+        &mut self,
+        row: &KeyRow<'_>,
+    ) -> Result<(&Arc<KeyOwner>, &Arc<KeyPolicy>), String> {
+        let owner_columns = [row.account.as_deref(), row.user_id.as_deref()];
+        let policy_columns = [
+            Some(&*row.environment),
+            Some(&*row.scopes),
+            Some(&*row.roles),
+            Some(&*row.customers),
+            Some(&*row.allowed_cidrs),
+            row.rate_limits.as_deref(),
+            row.quota.as_deref(),
+        ];
+        let owner = self.owners.get_or_parse(&owner_columns, || parse_owner(row).map(Arc::new))?;
+        let policy = self.policies.get_or_parse(&policy_columns, || parse_policy(row).map(Arc::new))?;
+        Ok((owner, policy))
+    }
+}
+
+/// Values by the texts that they were parsed from.
+struct ParseCache<T> {
+    indices: HashMap<Box<[u8]>, usize, RandomState>,
+    values: Vec<T>,
+    /// The texts that are looked for, one after the other.
+    lookup_key: Vec<u8>,
+}
+
+impl<T> Default for ParseCache<T> {
+    fn default() -> Self {
+        ParseCache { indices: HashMap::default(), values: Vec::new(), lookup_key: Vec::new() }
+    }
+}
+
+impl<T> ParseCache<T> {
+    fn get_or_parse(
+        &mut self,
+        columns: &[Option<&str>],
+        parse: impl FnOnce() -> Result<T, String>,
+    ) -> Result<&T, String> {
+        self.lookup_key.clear();
+        // Each with its length, so that no two rows read alike.
+        for column in columns {
+            let length = column.map_or(u64::MAX, |text| text.len() as u64);
+            self.lookup_key.extend(length.to_ne_bytes());
+            self.lookup_key.extend_from_slice(column.unwrap_or_default().as_bytes());
+        }
+        let number = match self.indices.get(&*self.lookup_key) {
+            Some(number) => *number,
+            None => {
+                let parsed = parse()?;
+                if self.values.len() == MAX_ENTRIES {
+                    self.indices.clear();
+                    self.values.clear();
+                }
+                self.indices.insert(self.lookup_key.as_slice().into(), self.values.len());
+                self.values.push(parsed);
+                self.values.len() - 1
+            }
+        };
+        Ok(&self.values[number])
+    }
+}
+
+fn name_error_text(error: NameError) -> String {
+    error.to_string()
+}
+
+fn parse_owner(row: &KeyRow<'_>) -> Result<KeyOwner, String> {
+    match (&row.account, &row.user_id) {
+        (Some(account), None) => Ok(KeyOwner::Account(AccountId::parse(account).map_err(name_error_text)?)),
+        (None, Some(user)) => Ok(KeyOwner::User(UserId::parse(user).map_err(name_error_text)?)),
+        _ => Err("it has not exactly one owner".to_owned()),
+    }
+}
+
+fn parse_policy(row: &KeyRow<'_>) -> Result<KeyPolicy, String> {
+    let nets = row.allowed_cidrs.split(' ').filter(|word| !word.is_empty());
+    let nets = nets.map(IpNet::from_str).collect::<Result<_, _>>();
+    Ok(KeyPolicy {
+        environment: EnvironmentName::parse(&row.environment).map_err(name_error_text)?,
+        scopes: ScopeSet::from(parse_words(&row.scopes, Scope::parse_grant).map_err(name_error_text)?),
+        roles: parse_words(&row.roles, RoleName::parse).map_err(name_error_text)?.into(),
+        customers: parse_words(&row.customers, CustomerId::parse).map_err(name_error_text)?.into(),
+        allowed_cidrs: nets.map_err(|error| error.to_string())?,
+        rate_limits: row.rate_limits.as_deref().map(parse_json).transpose()?.unwrap_or_default(),
+        quota: row.quota.as_deref().map(parse_json).transpose()?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn texts_that_read_alike_together_are_different() {
+        let mut seen = ParseCache::default();
+        let rows: [[Option<&str>; 2]; 4] =
+            [[Some("ab"), Some("c")], [Some("a"), Some("bc")], [Some("abc"), None], [Some("abc"), Some("")]];
+        for (number, row) in rows.iter().enumerate() {
+            assert_eq!(seen.get_or_parse(row, || Ok(number)), Ok(&number));
+        }
+        for (number, row) in rows.iter().enumerate() {
+            assert_eq!(seen.get_or_parse(row, || Err("parsed again".to_owned())), Ok(&number));
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_parsed_is_not_remembered_and_what_is_remembered_has_an_end() {
+        let mut seen = ParseCache::default();
+        assert_eq!(seen.get_or_parse(&[None], || Err("no".to_owned())), Err("no".to_owned()));
+        assert_eq!(seen.get_or_parse(&[None], || Ok(0)), Ok(&0));
+        for number in 0..2 * MAX_ENTRIES {
+            assert_eq!(seen.get_or_parse(&[Some(&number.to_string())], || Ok(number)), Ok(&number));
+        }
+        assert!(seen.values.len() <= MAX_ENTRIES);
+    }
+}

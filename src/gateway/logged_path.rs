@@ -5,7 +5,7 @@ use std::fmt;
 
 use crate::domain::token::redact_tokens;
 
-use super::{GatewaySettings, ProxyRequest};
+use super::{request::ProxyRequest, settings::GatewaySettings};
 
 /// How much of a path is logged, in bytes.
 const MAX_LOGGED_BYTES: usize = 256;

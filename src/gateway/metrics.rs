@@ -6,7 +6,7 @@ use crate::{
     metrics_core::ShardedCounters,
 };
 
-use super::{GatewayOutcome, ProxyProtocol};
+use super::{request::ProxyProtocol, response::GatewayOutcome};
 
 /// What is found besides the engine's reasons.
 const GATEWAY_REASONS: [&str; 11] = [

@@ -8,7 +8,7 @@ use std::{
     str,
 };
 
-use super::GatewaySettings;
+use super::settings::GatewaySettings;
 use crate::{
     domain::header_name,
     trace::{RemoteTraceContext, RequestId},

@@ -9,7 +9,7 @@ use crate::domain::header_name::{
     self, IDENTITY_HEADERS, METHOD_OVERRIDE_HEADERS, OVERRIDE_HEADERS, is_equivalent,
 };
 
-use super::{GatewaySettings, ProxyRequest};
+use super::{request::ProxyRequest, settings::GatewaySettings};
 
 /// Names that the proxy writes and that are read elsewhere: another spelling of them is the client's.
 const PROXY_WRITTEN_HEADERS: [&str; 2] = ["x-forwarded-for", "x-request-id"];

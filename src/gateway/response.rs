@@ -13,10 +13,10 @@ use crate::{
 };
 
 use super::{
-    GatewaySettings, ProxyRequest,
     ratelimit_headers::{ceil_seconds, ratelimit_values},
-    request::RequestCredential,
+    request::{ProxyRequest, RequestCredential},
     reserved_headers::ReservedHeaders,
+    settings::GatewaySettings,
 };
 
 /// What was found out about a request.

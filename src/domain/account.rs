@@ -10,6 +10,36 @@ use super::{
     time::{Revision, Timestamp},
 };
 
+/// Who a key belongs to.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum KeyOwner {
+    /// A service key: it works in this account and outlives whoever made it.
+    Account(AccountId),
+    /// A user key: it works wherever the user is a member, with the member's rights.
+    User(UserId),
+}
+
+impl KeyOwner {
+    /// The account, of a service key.
+    #[must_use]
+    pub fn account(&self) -> Option<&AccountId> {
+        match self {
+            KeyOwner::Account(account) => Some(account),
+            KeyOwner::User(_) => None,
+        }
+    }
+
+    /// The user, of a user key.
+    #[must_use]
+    pub fn user(&self) -> Option<&UserId> {
+        match self {
+            KeyOwner::User(user) => Some(user),
+            KeyOwner::Account(_) => None,
+        }
+    }
+}
+
 /// An organisation that owns keys. Every call is decided inside one account.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Account {

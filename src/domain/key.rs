@@ -9,76 +9,17 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    key_attributes::KeyAttributes,
-    name::{AccountId, CustomerId, EnvironmentName, KeyId, KeyName, RoleName, UserId},
+    key_attributes::{KeyAttributes, secret_superseded_at},
+    name::{CustomerId, EnvironmentName, KeyId, KeyName, RoleName},
     scope::ScopeSet,
     time::{Revision, Timestamp},
     token::TokenDigest,
 };
 
-/// Who a key belongs to.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum KeyOwner {
-    /// A service key: it works in this account and outlives whoever made it.
-    Account(AccountId),
-    /// A user key: it works wherever the user is a member, with the member's rights.
-    User(UserId),
-}
-
-impl KeyOwner {
-    /// The account, of a service key.
-    #[must_use]
-    pub fn account(&self) -> Option<&AccountId> {
-        match self {
-            KeyOwner::Account(account) => Some(account),
-            KeyOwner::User(_) => None,
-        }
-    }
-
-    /// The user, of a user key.
-    #[must_use]
-    pub fn user(&self) -> Option<&UserId> {
-        match self {
-            KeyOwner::User(user) => Some(user),
-            KeyOwner::Account(_) => None,
-        }
-    }
-}
-
-/// One rate limit of a key.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub struct RateLimit {
-    /// Its name within the key.
-    pub name: String,
-    /// Units per window.
-    pub limit: u64,
-    /// Length of the window.
-    pub window: Duration,
-}
-
-/// The calendar period of a quota, in UTC. A later one in this order holds whole periods of those before it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum QuotaPeriod {
-    /// From the full hour.
-    Hour,
-    /// From midnight.
-    Day,
-    /// From midnight of the first of the month.
-    Month,
-    /// Never refilled.
-    Total,
-}
-
-/// A budget of units.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub struct Quota {
-    /// Units per period.
-    pub limit: u64,
-    /// When the budget is full again.
-    pub period: QuotaPeriod,
-}
+pub use super::{
+    account::KeyOwner,
+    limit::{Quota, QuotaPeriod, RateLimit},
+};
 
 /// One version of a key's token.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -290,6 +231,58 @@ impl ApiKey {
                 let kept = self.secrets.iter().find(|other| other.version == version);
                 kept.is_none_or(|kept| earlier(kept.expires_at, end))
             })
+    }
+}
+
+impl KeyAttributes for ApiKey {
+    fn owner(&self) -> &KeyOwner {
+        &self.owner
+    }
+
+    fn environment(&self) -> &EnvironmentName {
+        &self.environment
+    }
+
+    fn scopes(&self) -> &ScopeSet {
+        &self.spec.scopes
+    }
+
+    fn roles(&self) -> &[RoleName] {
+        &self.spec.roles
+    }
+
+    fn customers(&self) -> &[CustomerId] {
+        &self.spec.customers
+    }
+
+    fn allowed_cidrs(&self) -> &[IpNet] {
+        &self.spec.allowed_cidrs
+    }
+
+    fn rate_limits(&self) -> &[RateLimit] {
+        &self.spec.rate_limits
+    }
+
+    fn quota(&self) -> Option<&Quota> {
+        self.spec.quota.as_ref()
+    }
+
+    fn expires_at(&self) -> Option<Timestamp> {
+        self.spec.expires_at
+    }
+
+    fn is_disabled(&self) -> bool {
+        self.disabled_at.is_some()
+    }
+
+    fn is_revoked(&self) -> bool {
+        self.revocation.is_some()
+    }
+
+    fn secret_expiries(&self) -> impl Iterator<Item = (u32, Option<Timestamp>)> {
+        self.secrets
+            .iter()
+            .map(|secret| (secret.version, secret_superseded_at(secret.expires_at, self.updated_at)))
     }
 }
 

@@ -4,7 +4,8 @@
 use ipnet::IpNet;
 
 use super::{
-    key::{ApiKey, KeyOwner, Quota, RateLimit},
+    account::KeyOwner,
+    limit::{Quota, RateLimit},
     name::{CustomerId, EnvironmentName, RoleName},
     scope::ScopeSet,
     time::Timestamp,
@@ -61,64 +62,13 @@ pub fn secret_superseded_at(ends: Option<Timestamp>, updated_at: Timestamp) -> O
     ends.map(|end| if end <= updated_at { Timestamp::MIN } else { end })
 }
 
-impl KeyAttributes for ApiKey {
-    fn owner(&self) -> &KeyOwner {
-        &self.owner
-    }
-
-    fn environment(&self) -> &EnvironmentName {
-        &self.environment
-    }
-
-    fn scopes(&self) -> &ScopeSet {
-        &self.spec.scopes
-    }
-
-    fn roles(&self) -> &[RoleName] {
-        &self.spec.roles
-    }
-
-    fn customers(&self) -> &[CustomerId] {
-        &self.spec.customers
-    }
-
-    fn allowed_cidrs(&self) -> &[IpNet] {
-        &self.spec.allowed_cidrs
-    }
-
-    fn rate_limits(&self) -> &[RateLimit] {
-        &self.spec.rate_limits
-    }
-
-    fn quota(&self) -> Option<&Quota> {
-        self.spec.quota.as_ref()
-    }
-
-    fn expires_at(&self) -> Option<Timestamp> {
-        self.spec.expires_at
-    }
-
-    fn is_disabled(&self) -> bool {
-        self.disabled_at.is_some()
-    }
-
-    fn is_revoked(&self) -> bool {
-        self.revocation.is_some()
-    }
-
-    fn secret_expiries(&self) -> impl Iterator<Item = (u32, Option<Timestamp>)> {
-        self.secrets
-            .iter()
-            .map(|secret| (secret.version, secret_superseded_at(secret.expires_at, self.updated_at)))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
 
     use super::*;
     use crate::domain::{
+        key::ApiKey,
         key::tests::{at_seconds, sample_key},
         token::TokenDigest,
     };

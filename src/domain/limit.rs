@@ -3,10 +3,43 @@
 
 use std::time::Duration;
 
-use super::{
-    key::{Quota, QuotaPeriod, RateLimit},
-    time::Timestamp,
-};
+use serde::{Deserialize, Serialize};
+
+use super::time::Timestamp;
+
+/// One rate limit of a key.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct RateLimit {
+    /// Its name within the key.
+    pub name: String,
+    /// Units per window.
+    pub limit: u64,
+    /// Length of the window.
+    pub window: Duration,
+}
+
+/// The calendar period of a quota, in UTC. A later one in this order holds whole periods of those before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum QuotaPeriod {
+    /// From the full hour.
+    Hour,
+    /// From midnight.
+    Day,
+    /// From midnight of the first of the month.
+    Month,
+    /// Never refilled.
+    Total,
+}
+
+/// A budget of units.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Quota {
+    /// Units per period.
+    pub limit: u64,
+    /// When the budget is full again.
+    pub period: QuotaPeriod,
+}
 
 /// What is known of a rate limit after a request: the GCRA's "theoretical arrival time", the instant at which
 /// every unit is there again, in microseconds since 1970 times the limit (so that nothing is ever rounded).

@@ -9,17 +9,13 @@ use sha2::{Digest as _, Sha256};
 
 use super::{
     account::{Account, AccountMember, Role},
+    change_origin::ChangeOrigin,
     key::{ApiKey, KeyOwner},
-    log_payload::ChangeOrigin,
     name::{AccountId, KeyId, UserId},
     time::{Revision, Timestamp},
 };
 
-/// A link of the chain: SHA-256.
-pub type ChainHash = [u8; 32];
-
-/// The link before the first.
-pub const GENESIS_HASH: ChainHash = [0; 32];
+pub use super::log_position::{ChainHash, GENESIS_HASH};
 
 /// What changed: the whole record after the change, as a follower needs it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -5,71 +5,17 @@
 //! passes over the rest, and the hash covers the whole text. So processes of different versions read and verify each
 //! other's entries, and what is new here needs no column.
 
-use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::{lease::LogPosition, log::RecordChange, time::Revision};
+use super::log::RecordChange;
+
+pub use super::{
+    change_origin::{ArchivedRange, ChangeOrigin},
+    log_position::HexPosition,
+};
 
 /// Where in the record's JSON it says how the change came about. No record has a field of this name.
 const ORIGIN_FIELD: &str = "via";
-
-/// How a change came about.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ChangeOrigin {
-    /// The call's id, as its caller or the gate named it.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub request_id: Option<String>,
-    /// The address that the call came from.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub peer: Option<String>,
-    /// The entry before about the same record; 0 = it did not exist. None in entries of before this was kept.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub previous: Option<Revision>,
-    /// What was archived, in the entry that says so.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub archived: Option<ArchivedRange>,
-}
-
-impl ChangeOrigin {
-    /// Nothing is known.
-    pub const UNKNOWN: ChangeOrigin =
-        ChangeOrigin { request_id: None, peer: None, previous: None, archived: None };
-}
-
-/// Entries that left the log for a file.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ArchivedRange {
-    /// The last of them: the chain goes on from its hash.
-    #[serde(flatten)]
-    pub end: HexPosition,
-    /// How many this file took.
-    pub entries: u64,
-    /// SHA-256 of the file, in hex.
-    pub file_sha256: String,
-}
-
-/// A place in the chain, as JSON says it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct HexPosition {
-    /// The entry's revision.
-    pub revision: Revision,
-    /// Its hash, in hex.
-    pub hash: String,
-}
-
-impl From<LogPosition> for HexPosition {
-    fn from(at: LogPosition) -> Self {
-        HexPosition { revision: at.revision, hash: super::token::HexBytes(&at.hash).to_string() }
-    }
-}
-
-impl HexPosition {
-    /// The place, if the hash is one.
-    #[must_use]
-    pub fn to_position(&self) -> Option<LogPosition> {
-        Some(LogPosition { revision: self.revision, hash: super::token::parse_hex_bytes(&self.hash)? })
-    }
-}
 
 /// The payload of an entry.
 ///

@@ -7,6 +7,7 @@
 
 pub mod account;
 pub mod certificate_identity;
+pub mod change_origin;
 pub mod connection_url;
 pub mod credential_mask;
 pub mod header_name;
@@ -17,10 +18,12 @@ pub mod lease;
 pub mod limit;
 pub mod lineage;
 pub mod log;
+
 pub mod log_chain;
 pub mod log_export;
 pub mod log_format;
 pub mod log_payload;
+pub mod log_position;
 pub mod name;
 pub mod policy_decision;
 pub mod route;

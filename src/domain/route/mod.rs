@@ -15,6 +15,7 @@ use super::{
     scope::Scope,
 };
 use path::CanonicalPath;
+pub use pattern::PathCaptures;
 use pattern::{HostPattern, MethodSet, PathPattern};
 
 /// The most rules that there may be: each request may try all of them.
@@ -146,9 +147,6 @@ impl fmt::Display for RuleMismatch {
         })
     }
 }
-
-/// What the parts of a path are that a pattern has names for.
-pub type PathCaptures<'a> = Vec<(&'a str, &'a str)>;
 
 impl RouteRule {
     /// Whether the rule is for such a request: what the path says by name, or what does not fit.

@@ -6,9 +6,11 @@ use unicode_normalization::UnicodeNormalization as _;
 
 use super::{
     super::name::NameError,
-    PathCaptures,
     path::{self, CanonicalPath},
 };
+
+/// What the parts of a path are that a pattern has names for.
+pub type PathCaptures<'a> = Vec<(&'a str, &'a str)>;
 
 /// Which hosts: `*`, `api.example.com`, or `*.example.com` (any name below, at any depth).
 #[derive(Clone, Debug, PartialEq, Eq)]

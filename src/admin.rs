@@ -1,5 +1,5 @@
-//! The admin pages, over HTTP/1.1: `/healthz` (the process lives), `/readyz` (it answers Checks) and `/metrics`
-//! (Prometheus text, see `metrics`). No secret is served here, and nothing can be changed.
+//! Serves the admin pages over HTTP/1.1: `/healthz` (the process is alive), `/readyz` (it can answer Checks) and
+//! `/metrics` (Prometheus text, see `metrics`). No page shows a secret or changes anything.
 
 use std::{future::ready, sync::Arc};
 
@@ -23,7 +23,7 @@ pub async fn serve(
     http1::serve(listener, memory, page, stopping).await;
 }
 
-/// Serves the pages of a server that waits for its database, until this is dropped or `stopping` turns true.
+/// Serves the pages while the server waits for its database, until this is dropped or `stopping` turns true.
 pub async fn serve_not_ready(
     listener: TcpListener,
     memory: Arc<MemoryBudget>,

@@ -1,5 +1,5 @@
-//! Small pages over HTTP/1.1, made from memory: the admin pages, and what proxies ask over HTTP. Bodies are discarded.
-//! What the pages say, and whether they wait for it, is their module's business.
+//! Serves small in-memory responses over HTTP/1.1: the admin pages and the gateway's HTTP endpoint. Request bodies are
+//! discarded. The contents of the pages belong to `admin` and `forward_auth`.
 
 mod metered_stream;
 
@@ -30,23 +30,23 @@ use crate::transport::{
 use metered_stream::MeteredStream;
 
 const HEADER_READ_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long a peer may leave an answer unread when its buffers are full.
+/// Time limit for writing a response while the peer's buffers are full.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long a body may take to arrive, and how much of one is taken, in bytes. A proxy that is still sending when the
-/// connection is closed may not see the answer.
+/// Time limit and maximum size in bytes of a discarded body. A proxy that is still sending when the connection closes
+/// may miss the response.
 const BODY_READ_TIMEOUT: Duration = Duration::from_secs(5);
 const MAX_DISCARDED_BYTES: usize = 16 << 20;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
-/// The largest head of a request: proxies admit 60 KiB of headers.
+/// Maximum size of a request's head, in bytes. Proxies admit 60 KiB of headers.
 const MAX_HEAD_BYTES: usize = 128 * 1024;
 const MAX_HEADERS: usize = 256;
 
-/// What is answered.
+/// A response from memory.
 #[derive(Clone, Debug)]
 pub struct PageResponse {
     /// The status.
     pub status: StatusCode,
-    /// Headers by lower-case names. A value that no header can have is left out.
+    /// Headers by lower-case name. A value that is invalid in a header is left out.
     pub headers: Vec<(&'static str, String)>,
     /// The body.
     pub body: String,
@@ -72,8 +72,8 @@ impl PageResponse {
     }
 }
 
-/// Serves pages until `stopping` turns true; calls in flight end then. Requests take their memory from `memory`. A
-/// request's extensions tell the peer's address.
+/// Serves pages until `stopping` turns true; calls in flight then finish. Requests reserve their memory from `memory`.
+/// The peer's address is an extension of the request.
 pub async fn serve<P, F>(
     listener: TcpListener,
     memory: Arc<MemoryBudget>,
@@ -83,8 +83,8 @@ pub async fn serve<P, F>(
     P: Fn(Parts) -> F + Send + Sync + 'static,
     F: Future<Output = PageResponse> + Send + 'static,
 {
-    let most = fd_limit::max_http1_connections();
-    let (page, room) = (Arc::new(page), Arc::new(Semaphore::new(most)));
+    let max = fd_limit::max_http1_connections();
+    let (page, permits) = (Arc::new(page), Arc::new(Semaphore::new(max)));
     let mut connections = JoinSet::new();
     loop {
         let accepted = tokio::select! {
@@ -94,13 +94,13 @@ pub async fn serve<P, F>(
         };
         match accepted {
             Ok((stream, peer)) => {
-                let Ok(permit) = room.clone().try_acquire_owned() else {
-                    tracing::warn!(%peer, "refused: there are {most} connections already");
+                let Ok(permit) = permits.clone().try_acquire_owned() else {
+                    tracing::warn!(%peer, limit = max, "connection refused: limit reached");
                     continue;
                 };
-                // A page is written at once; nothing may wait for more.
+                // A page is written at once, so its packets must not wait for more bytes.
                 if let Err(error) = stream.set_nodelay(true) {
-                    tracing::debug!(error = &error as &dyn std::error::Error, "TCP_NODELAY was not set");
+                    tracing::debug!(error = &error as &dyn std::error::Error, "TCP_NODELAY not set");
                 }
                 let (page, stopping) = (page.clone(), stopping.clone());
                 let stream = MeteredStream::new(stream, ConnectionMemoryBudget::new(memory.clone()));
@@ -110,7 +110,7 @@ pub async fn serve<P, F>(
                 });
             }
             Err(error) => {
-                tracing::warn!(error = &error as &dyn std::error::Error, "accepting failed");
+                tracing::warn!(error = &error as &dyn std::error::Error, "accepting a connection failed");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }
@@ -155,11 +155,11 @@ async fn serve_connection<P, F>(
         }
     };
     if let Err(error) = ended {
-        tracing::debug!(error = &error as &dyn std::error::Error, %peer, "a connection ended with an error");
+        tracing::debug!(error = &error as &dyn std::error::Error, %peer, "connection closed by an error");
     }
 }
 
-/// Reads a body and keeps nothing of it, up to a bound. Whoever breaks off gets the same answer.
+/// Reads and discards a body, up to a limit. A client that breaks off gets the same response.
 async fn discard_body(mut body: Incoming) {
     let mut left = MAX_DISCARDED_BYTES;
     while let Some(Ok(frame)) = body.frame().await {
@@ -171,6 +171,6 @@ async fn discard_body(mut body: Incoming) {
 }
 
 async fn wait_until_stopping(stopping: &mut watch::Receiver<bool>) {
-    // The sender is gone only when the server is.
+    // The sender lives as long as the server.
     let _ = stopping.wait_for(|stop| *stop).await;
 }

@@ -1,4 +1,4 @@
-//! Accounts, their members and roles, and environments.
+//! Records of accounts, members and roles, the limits of an account, and the configured environments.
 
 use std::time::Duration;
 
@@ -10,11 +10,11 @@ use super::{
     time::{Revision, Timestamp},
 };
 
-/// Who a key belongs to.
+/// The owner of a key.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum KeyOwner {
-    /// A service key: it works in this account and outlives whoever made it.
+    /// A service key: it works in this account, and outlives the user that created it.
     Account(AccountId),
     /// A user key: it works wherever the user is a member, with the member's rights.
     User(UserId),
@@ -45,7 +45,7 @@ impl KeyOwner {
 pub struct Account {
     /// Its id.
     pub id: AccountId,
-    /// Its name for people.
+    /// Display name, which need not be unique.
     pub name: DisplayName,
     /// Since when all its keys are refused.
     pub suspended_at: Option<Timestamp>,
@@ -67,14 +67,14 @@ impl Account {
     }
 }
 
-/// How much one account may hold and do. A user has the same limits for keys of its own.
+/// Limits on what one account may own and do. A user has the same limits for user keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AccountLimits {
     /// Keys that are not revoked.
     pub keys: u64,
-    /// Roles of its own.
+    /// Roles that the account defines.
     pub roles: u64,
-    /// Rotations in an hour.
+    /// Rotations per hour, over all keys.
     pub rotations_per_hour: u64,
     /// Entries of the log in an hour.
     pub log_rows_per_hour: u64,
@@ -86,7 +86,7 @@ impl AccountLimits {
         AccountLimits { keys: 100_000, roles: 1_000, rotations_per_hour: 10_000, log_rows_per_hour: 100_000 };
 }
 
-/// One of [`AccountLimits`].
+/// Names a limit of [`AccountLimits`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AccountLimitKind {
     /// See [`AccountLimits::keys`].
@@ -115,9 +115,9 @@ impl AccountLimitKind {
 /// A limit that a change would exceed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AccountLimitReached {
-    /// Which.
+    /// The limit that was reached.
     pub limit: AccountLimitKind,
-    /// Its value.
+    /// The value of that limit.
     pub value: u64,
     /// How long until there is room again; `None` = not by waiting.
     pub retry_after: Option<Duration>,
@@ -128,9 +128,9 @@ pub struct AccountLimitReached {
 pub struct Role {
     /// The account; `None` = a global role.
     pub account: Option<AccountId>,
-    /// Its name. An account's own role stands before the global one of the same name.
+    /// Its name. An account's role takes precedence over a global role of the same name.
     pub name: RoleName,
-    /// What it grants.
+    /// The scopes that the role grants.
     pub scopes: ScopeSet,
     /// The revision of its last change; the store sets it at commit.
     pub revision: Revision,
@@ -153,7 +153,7 @@ pub struct AccountMember {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Environment {
-    /// Its name, as requests say it.
+    /// The name that requests use.
     pub name: EnvironmentName,
     /// Its short name in tokens; may be empty.
     pub tag: TokenTag,
@@ -167,7 +167,7 @@ impl EnvironmentSet {
     /// Takes a list of environments.
     ///
     /// # Errors
-    /// When it is empty or names one twice; the error says so.
+    /// If the list is empty or has duplicates; the error gives the cause.
     pub fn new(list: Vec<Environment>) -> Result<Self, String> {
         if list.is_empty() {
             return Err("at least one environment is needed".to_owned());

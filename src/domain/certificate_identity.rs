@@ -1,5 +1,5 @@
-//! Callers that a client certificate proves: the name in the certificate, and what the configuration grants to whoever
-//! holds it. Not here: certificates themselves, and whether an authority has signed them.
+//! Identifies callers by client certificate: the name in the certificate, and the scopes that the configuration grants
+//! to it. TLS parses and verifies the certificates themselves.
 
 use std::fmt;
 
@@ -38,7 +38,7 @@ impl CertificateName {
     /// Reads a URI.
     ///
     /// # Errors
-    /// When it is none, or longer than 512 bytes.
+    /// If the text is no URI, or longer than 512 bytes.
     pub fn parse_uri(text: &str) -> Result<CertificateName, NameError> {
         const RULE: NameError =
             NameError("must be a URI such as spiffe://example.org/envoy, at most 512 bytes");
@@ -54,7 +54,7 @@ impl CertificateName {
     /// Reads a DNS name; upper case becomes lower.
     ///
     /// # Errors
-    /// When it is none, or a pattern.
+    /// If the text is no DNS name, or a wildcard.
     pub fn parse_dns(text: &str) -> Result<CertificateName, NameError> {
         const RULE: NameError = NameError("must be one DNS name such as envoy.internal, without *");
         if is_dns_name(text) { Ok(CertificateName::Dns(text.to_ascii_lowercase().into())) } else { Err(RULE) }
@@ -63,7 +63,7 @@ impl CertificateName {
     /// Reads an e-mail address.
     ///
     /// # Errors
-    /// When it is none.
+    /// If the text is no e-mail address.
     pub fn parse_email(text: &str) -> Result<CertificateName, NameError> {
         const RULE: NameError = NameError("must be an e-mail address such as ops@example.org");
         let good = |byte: u8| byte.is_ascii_alphanumeric() || b"!#$%&'*+-./=?^_`{|}~".contains(&byte);
@@ -89,8 +89,8 @@ impl fmt::Display for CertificateName {
     }
 }
 
-/// What the configuration grants to whoever holds a certificate with a name. It ends when the configuration says so,
-/// and while its account is suspended it is worth nothing.
+/// The grant of the configuration to the holders of a certificate. It ends when the configuration removes it, and has
+/// no effect while its account is suspended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CertificateIdentity {
     san: CertificateName,
@@ -100,7 +100,7 @@ pub struct CertificateIdentity {
 }
 
 impl CertificateIdentity {
-    /// Whoever shows `san` acts in `account` with these scopes.
+    /// Grants these scopes in `account` to callers whose certificate has the name `san`.
     #[must_use]
     pub fn new(san: CertificateName, account: AccountId, scopes: ScopeSet) -> CertificateIdentity {
         let name = format!("cert:{san}").into();
@@ -119,7 +119,7 @@ impl CertificateIdentity {
         &self.account
     }
 
-    /// What it is granted.
+    /// The scopes that the caller is granted.
     #[must_use]
     pub fn scopes(&self) -> &ScopeSet {
         &self.scopes

@@ -4,36 +4,36 @@ use serde::{Deserialize, Serialize};
 
 use super::{log_position::HexPosition, time::Revision};
 
-/// How a change came about.
+/// The circumstances of a change.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ChangeOrigin {
-    /// The call's id, as its caller or the gate named it.
+    /// The id of the call, from its caller or from Keyward.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub request_id: Option<String>,
     /// The address that the call came from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peer: Option<String>,
-    /// The entry before about the same record; 0 = it did not exist. None in entries of before this was kept.
+    /// The previous entry of the same record; 0 = the record did not exist. None in entries of older releases.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub previous: Option<Revision>,
-    /// What was archived, in the entry that says so.
+    /// The archived range, in the entry that records an archive.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub archived: Option<ArchivedRange>,
 }
 
 impl ChangeOrigin {
-    /// Nothing is known.
+    /// An origin of which nothing is known.
     pub const UNKNOWN: ChangeOrigin =
         ChangeOrigin { request_id: None, peer: None, previous: None, archived: None };
 }
 
-/// Entries that left the log for a file.
+/// Entries that were moved from the log to an archive file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ArchivedRange {
-    /// The last of them: the chain goes on from its hash.
+    /// The last archived entry; the chain continues from its hash.
     #[serde(flatten)]
     pub end: HexPosition,
-    /// How many this file took.
+    /// The number of entries in the file.
     pub entries: u64,
     /// SHA-256 of the file, in hex.
     pub file_sha256: String,

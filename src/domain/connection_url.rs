@@ -1,7 +1,7 @@
-//! Connection URLs that may hold a password: split strictly, and shown without what may be secret.
+//! Parses connection URLs strictly, and redacts their secrets for display.
 //!
-//! A password that is not percent-encoded may hold `#`, `/`, `?` or `@`; a lenient parser then takes a part of it for the
-//! host. So a URL whose password could end at two places is refused, and nothing of it is shown.
+//! A password that is not percent-encoded may contain `#`, `/`, `?` or `@`, and a lenient parser then takes a part of
+//! it for the host. A URL whose password could end at two places is therefore an error, and nothing of it is shown.
 
 use std::fmt::Write as _;
 
@@ -31,7 +31,7 @@ const KNOWN_SCHEMES: [&str; 19] = [
     "file",
 ];
 
-/// The options whose values are no secrets, whatever they are.
+/// The options whose values are never secret.
 const NON_SECRET_OPTIONS: [&str; 13] = [
     "schema",
     "host",
@@ -48,13 +48,13 @@ const NON_SECRET_OPTIONS: [&str; 13] = [
     "protocol",
 ];
 
-/// The options whose names are shown, and whose values are not.
+/// The options whose names are shown without their values.
 const SECRET_OPTIONS: [&str; 4] = ["password", "pass", "sslpassword", "passwd"];
 
 /// The parts of a URL as they are written, percent-encoding included.
 #[derive(Clone, Copy)]
 pub struct ConnectionUrl<'u> {
-    /// What is before `://`.
+    /// The scheme: the part before `://`.
     pub scheme: &'u str,
     /// The user, if there is an `@`; may be empty.
     pub user: Option<&'u str>,
@@ -73,7 +73,7 @@ pub struct ConnectionUrl<'u> {
 /// Why a URL was not split. Holds nothing of the URL.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConnectionUrlError {
-    /// There is no `scheme://`.
+    /// The text does not start with `scheme://`.
     #[error("is no URL: it must start with a scheme such as postgres://")]
     NoScheme,
     /// It can be read in more than one way.
@@ -85,10 +85,10 @@ pub enum ConnectionUrlError {
 }
 
 impl<'u> ConnectionUrl<'u> {
-    /// Splits a URL.
+    /// Splits a URL into its parts.
     ///
     /// # Errors
-    /// When it is none, or a password in it could end at two places.
+    /// If the text is no URL, or its password could end at two places.
     pub fn parse(url: &'u str) -> Result<ConnectionUrl<'u>, ConnectionUrlError> {
         let (scheme, rest) = url.split_once("://").ok_or(ConnectionUrlError::NoScheme)?;
         let is_scheme = |letter: char| letter.is_ascii_alphanumeric() || "+-.".contains(letter);
@@ -145,8 +145,7 @@ fn is_host_and_port(text: &str) -> bool {
     name.chars().all(in_name) && (port.is_empty() || port.parse::<u16>().is_ok())
 }
 
-/// Shows a URL: secrets in it are replaced by `***`, and so is whatever could be one. What is no URL is not shown, but for
-/// a known scheme at its start.
+/// Formats a URL with `***` for each possible secret. Of a text that is no URL, only a known scheme is shown.
 #[must_use]
 pub fn mask_url(url: &str) -> String {
     let scheme = KNOWN_SCHEMES.iter().find(|scheme| {
@@ -202,7 +201,7 @@ fn format_masked(scheme: &str, parts: &ConnectionUrl<'_>) -> String {
     shown
 }
 
-/// An option: a secret by what it is, however its name is spelt; an open one only as its name is usually spelt.
+/// Redacts an option. A secret option matches in any spelling; an open option matches only in its usual one.
 fn mask_option(name: &str, value: &str) -> String {
     let decoded = percent_encoding::percent_decode_str(name).decode_utf8_lossy().to_ascii_lowercase();
     if NON_SECRET_OPTIONS.contains(&name) {
@@ -294,7 +293,7 @@ mod tests {
         letters.windows(4).any(|part| text.contains(&part.iter().collect::<String>()))
     }
 
-    // Upper-case letters alone, so that no word of ours is a part of a password.
+    // Upper case only, so that none of Keyward's words is a part of a password.
     const PASSWORD: &str = "[A-Z#/?@:%&=+ \\[\\]\\\\.;,'\"<>-]{4,24}";
 
     proptest! {
@@ -312,7 +311,7 @@ mod tests {
                 format!("u:{password}@{host}"),
                 format!("postgres://u:{encoded}@{host}/db?sslpassword={encoded}"),
             ] {
-                // A user's name is shown; a password in its place ends before the first ':'.
+                // The user name is shown; a password in its place ends before the first ':'.
                 let is_user = url.starts_with(&format!("postgres://{password}@"));
                 // These words are the same for every URL, and may hold a password such as ", ? " by chance.
                 let fixed = [ConnectionUrlError::NoScheme.to_string(), ConnectionUrlError::Ambiguous.to_string()];
@@ -324,7 +323,7 @@ mod tests {
             }
         }
 
-        /// The host is what a naive reader takes for it: what follows the only `@`.
+        /// The host follows the only `@`, as a naive reader would assume.
         #[test]
         fn the_host_is_what_follows_the_login(user in "[a-z%0-9]{0,6}", password in "[a-zA-Z0-9%:!$*-]{0,9}",
                                               host in "[a-z0-9.-]{0,9}", path in "(/[a-z]{0,5})?") {

@@ -1,7 +1,7 @@
-//! Masks what looks like a credential in text that is repeated to people: a value that nobody could understand may be a
-//! URL or a secret that was pasted into the wrong place.
+//! Masks credentials in text that an error message quotes. An invalid value may be a URL or a secret that was pasted
+//! into the wrong place.
 //!
-//! A URL of a setting that may hold a password is masked more strictly by `connection_url`.
+//! `connection_url` masks settings that hold a URL more strictly.
 
 use std::borrow::Cow;
 
@@ -19,8 +19,8 @@ const MIN_RANDOM_TEXT: usize = 32;
 /// The names whose value is a secret, as a part of `name=value` or `name: value`.
 const SECRET_NAMES: [&str; 8] = ["password", "passwd", "pwd", "pass", "secret", "token", "api_key", "apikey"];
 
-/// Masks a value that was not understood, so that a message can repeat it: logins in URLs, tokens, long random strings,
-/// and what follows `password=` or `Bearer `.
+/// Masks an invalid value for a message: logins in URLs, tokens, long random strings, and the text after `password=` or
+/// `Bearer `.
 #[must_use]
 pub fn mask_value(value: &str) -> Cow<'_, str> {
     let login = mask_login(value);
@@ -48,7 +48,7 @@ pub fn mask_message(message: &str) -> Cow<'_, str> {
     token::redact_tokens(&masked).into_owned().into()
 }
 
-/// Masks in a message that quotes a value, or the folder of a path, what looks like a credential in the value.
+/// Masks the parts of a quoted value, or of the directory of a path, that look like a credential.
 #[must_use]
 pub fn mask_quoted(message: &str, value: &str) -> String {
     if !looks_like_credential(value) {
@@ -71,7 +71,7 @@ pub fn mask_words(message: &str) -> Cow<'_, str> {
     })
 }
 
-/// Whether a word says how a URL is written, and is none.
+/// Whether a word is a URL template, such as `scheme://host`, instead of a URL.
 fn is_template(word: &str) -> bool {
     let plain = word.to_ascii_lowercase().replace(['[', ']'], "");
     plain.contains("user:password@")
@@ -96,14 +96,14 @@ fn map_words(message: &str, replacement: impl Fn(&str) -> Option<String>) -> Cow
     if is_changed { masked.into() } else { message.into() }
 }
 
-/// The value without its login; `None` if it holds none.
+/// Removes the login from a value; `None` = the value has no login.
 fn mask_login(value: &str) -> Option<String> {
     if value.contains("://") {
         let masked = connection_url::mask_url(value);
         if masked == value {
             return None;
         }
-        // A scheme that is not known may be a part of a password only where there is room for a login.
+        // An unknown scheme may be a part of a password only if a login fits before the host.
         let is_plain = ConnectionUrl::parse(value)
             .is_ok_and(|url| url.user.is_none() && url.query.is_none() && url.fragment.is_none());
         return (!is_plain).then_some(masked);
@@ -112,7 +112,7 @@ fn mask_login(value: &str) -> Option<String> {
     login.contains(':').then(|| connection_url::mask_url(value))
 }
 
-/// The value without what follows the name of a secret, and without random strings.
+/// Removes the text after the name of a secret, and random strings.
 fn mask_secret(value: &str) -> Cow<'_, str> {
     if let Some(start) = secret_start(value) {
         return format!("{}{SECRET_MASK}", &value[..start]).into();

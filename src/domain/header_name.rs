@@ -1,13 +1,13 @@
-//! Names of HTTP headers, compared as the most lenient service compares them: CGI, PHP and WSGI programs receive
-//! `X.Keyward_User` and `x-keyward-user` under one name.
+//! Compares names of HTTP headers as the most lenient service does: CGI, PHP and WSGI programs receive `X.Keyward_User`
+//! and `x-keyward-user` under one name.
 //!
-//! Two names are *alike* if their letters and digits agree without case, and every other character counts as the
-//! same. Which headers a request has, and what becomes of them, is `gateway`'s business.
+//! Two names are *alike* if their letters and digits are equal without case, and every other character counts as the
+//! same. `gateway` decides which headers of a request to read or remove.
 
 /// The start of every name that is Keyward's to set.
 pub const KEYWARD_PREFIX: &str = "x-keyward-";
 
-/// The names under which services learn who calls.
+/// The headers that identify the caller to a service.
 pub const IDENTITY_HEADERS: [&str; 7] = [
     "x-keyward-key-id",
     "x-keyward-account",
@@ -18,11 +18,11 @@ pub const IDENTITY_HEADERS: [&str; 7] = [
     "x-keyward-shadow",
 ];
 
-/// Headers with which a client asks a service to take its request for one of another method.
+/// Headers by which a client overrides the method of its request.
 pub const METHOD_OVERRIDE_HEADERS: [&str; 3] =
     ["x-http-method-override", "x-http-method", "x-method-override"];
 
-/// Headers with which a client asks a service to take its request for one of another method, path or host.
+/// Headers by which a client overrides the method, path or host of its request.
 pub const OVERRIDE_HEADERS: [&str; 9] = [
     METHOD_OVERRIDE_HEADERS[0],
     METHOD_OVERRIDE_HEADERS[1],
@@ -61,7 +61,7 @@ pub fn has_keyward_prefix(name: &[u8]) -> bool {
     name.get(..KEYWARD_PREFIX.len()).is_some_and(|start| is_equivalent(start, KEYWARD_PREFIX.as_bytes()))
 }
 
-/// Whether a text is a field name of RFC 9110: a proxy can be asked to remove it.
+/// Whether a text is a field name of RFC 9110, so that a proxy can remove it.
 #[must_use]
 pub fn is_field_name(name: &[u8]) -> bool {
     !name.is_empty()

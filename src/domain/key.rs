@@ -1,7 +1,7 @@
-//! The key's record, its states and its transitions.
+//! The record of an API key, its states and its transitions.
 //!
-//! Transitions here keep the record whole and know nothing of who asks: `keys.rs` says who may, `decision.rs`
-//! says what a record in some state allows.
+//! Transitions keep the record consistent and know nothing about the caller. `keys` decides which caller may change a
+//! key, and `policy_decision` what a key in a given state allows.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -24,15 +24,15 @@ pub use super::{
 /// One version of a key's token.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeySecret {
-    /// Counts from 1.
+    /// The number of the secret, from 1.
     pub version: u32,
-    /// Digest of the token.
+    /// Digest of the whole token.
     pub digest: TokenDigest,
-    /// What lists may show of the token.
+    /// The part of the token that lists may show.
     pub hint: String,
-    /// When it was made.
+    /// When the secret was issued.
     pub created_at: Timestamp,
-    /// From this instant it is superseded. The newest secret has none.
+    /// When the secret is superseded. None for the newest secret.
     pub expires_at: Option<Timestamp>,
 }
 
@@ -48,13 +48,13 @@ impl KeySecret {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RevokeReason {
-    /// Not said.
+    /// The caller gave no reason.
     Unspecified,
-    /// The token is known to somebody who should not know it.
+    /// The token leaked.
     Compromised,
     /// Another key has taken its place.
     Superseded,
-    /// Whatever used it is gone.
+    /// The program that used it no longer exists.
     NoLongerNeeded,
     /// The person or team behind it has left.
     OwnerLeft,
@@ -63,24 +63,24 @@ pub enum RevokeReason {
 /// The end of a key.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Revocation {
-    /// When.
+    /// When the key was revoked.
     pub at: Timestamp,
-    /// Why.
+    /// The reason that the caller gave.
     pub reason: RevokeReason,
-    /// What was said.
+    /// The comment that the caller gave.
     pub comment: String,
 }
 
 /// The state of a key, the first that holds in the order Revoked, Disabled, Expired, Active.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ApiKeyState {
-    /// Usable.
+    /// The key may be used.
     Active,
-    /// Refused until enabled.
+    /// The key is denied until it is enabled.
     Disabled,
-    /// Past its expiry.
+    /// The key's expiry has passed.
     Expired,
-    /// Refused for ever.
+    /// The key is denied for ever.
     Revoked,
 }
 
@@ -90,7 +90,7 @@ impl ApiKeyState {
         [ApiKeyState::Active, ApiKeyState::Disabled, ApiKeyState::Expired];
 }
 
-/// What a key may do and where: the part that its maker chooses and Update changes.
+/// The permissions and attributes of a key that its creator chooses and Update changes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeySpec {
     /// Name for people, unique within the owner while the key is not revoked.
@@ -109,7 +109,7 @@ pub struct KeySpec {
     pub rate_limits: Vec<RateLimit>,
     /// Quota. None = unlimited.
     pub quota: Option<Quota>,
-    /// The maker's own notes.
+    /// Free-form notes of the key's creator.
     pub metadata: BTreeMap<String, String>,
 }
 
@@ -118,7 +118,7 @@ pub struct KeySpec {
 pub struct ApiKey {
     /// Its id.
     pub id: KeyId,
-    /// Who it belongs to.
+    /// The account or user that owns the key.
     pub owner: KeyOwner,
     /// The one environment in which it works.
     pub environment: EnvironmentName,
@@ -133,7 +133,7 @@ pub struct ApiKey {
     pub updated_at: Timestamp,
     /// Since when it is disabled.
     pub disabled_at: Option<Timestamp>,
-    /// Its end.
+    /// The revocation; None = not revoked.
     pub revocation: Option<Revocation>,
     /// The newest secret and the one before it, newest first. Older ones are superseded, and known to the
     /// store and the index by digest alone.
@@ -143,7 +143,7 @@ pub struct ApiKey {
 }
 
 impl ApiKey {
-    /// The state at `now`.
+    /// Derives the state at `now`.
     #[must_use]
     pub fn state(&self, now: Timestamp) -> ApiKeyState {
         if self.revocation.is_some() {
@@ -157,7 +157,7 @@ impl ApiKey {
         }
     }
 
-    /// Its newest secret's hint.
+    /// The hint of the newest secret; empty = the record has no secret.
     #[must_use]
     pub fn newest_hint(&self) -> &str {
         self.secrets.first().map_or("", |secret| &secret.hint)
@@ -200,8 +200,9 @@ impl ApiKey {
         self.updated_at = now;
     }
 
-    /// Whether going from `before` to `self` can refuse a Check that was allowed. Where it is not sure it
-    /// says yes: a change that waits for nothing is the worse mistake.
+    /// Whether the change from `before` to `self` can deny a Check that was allowed.
+    ///
+    /// In doubt the answer is true: a change that does not wait for propagation is the worse mistake.
     #[must_use]
     pub fn restricts(&self, before: &impl KeyAttributes) -> bool {
         let earlier = |new: Option<Timestamp>, old: Option<Timestamp>| match (new, old) {
@@ -289,7 +290,7 @@ impl KeyAttributes for ApiKey {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::domain::scope::Scope;
+    use crate::domain::{name::AccountId, scope::Scope};
 
     pub(crate) fn at_seconds(seconds: i64) -> Timestamp {
         Timestamp::from_micros(seconds * 1_000_000)

@@ -1,5 +1,7 @@
-//! What is asked of a key in force, in whatever form its record is kept: the store's records are whole, the engine's
-//! hold only this, and the policy is the same function of both. What only management shows is not here.
+//! The attributes of a key that decide a Check, independent of how the key is stored.
+//!
+//! The store has whole records and the engine only these attributes; the policy is one function of both. Attributes
+//! that only management shows do not belong here.
 
 use ipnet::IpNet;
 
@@ -11,9 +13,9 @@ use super::{
     time::Timestamp,
 };
 
-/// Everything of a key that can let a Check through or refuse it.
+/// All attributes of a key that can allow or deny a Check.
 pub trait KeyAttributes {
-    /// Who it belongs to.
+    /// The account or user that owns the key.
     fn owner(&self) -> &KeyOwner;
     /// The one environment in which it works.
     fn environment(&self) -> &EnvironmentName;
@@ -55,8 +57,10 @@ pub trait KeyAttributes {
     }
 }
 
-/// From when a secret is superseded. What ended with the change that made the record, or before, has ended on every
-/// replica, whatever its clock says: a rotation without overlap is waited for, and no clock.
+/// When a secret is superseded.
+///
+/// A secret that ended with the change of the record, or before, has ended on every replica regardless of its clock. A
+/// rotation without overlap waits for propagation and not for a clock.
 #[must_use]
 pub fn secret_superseded_at(ends: Option<Timestamp>, updated_at: Timestamp) -> Option<Timestamp> {
     ends.map(|end| if end <= updated_at { Timestamp::MIN } else { end })

@@ -1,4 +1,4 @@
-//! What many keys say alike: there are a few dozen policies where there are a million keys, so each may stand once.
+//! The attributes that many keys share. A million keys have a few dozen policies, so the index stores each policy once.
 
 use ipnet::IpNet;
 
@@ -8,7 +8,7 @@ use super::{
     scope::ScopeSet,
 };
 
-/// What a key may do and where, but for what each has of its own.
+/// The permissions of a key, without the attributes that are unique to each key.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct KeyPolicy {
     /// The one environment in which it works.
@@ -28,7 +28,7 @@ pub struct KeyPolicy {
 }
 
 impl KeyPolicy {
-    /// A policy that grants nothing: what the index keeps of a revoked key's.
+    /// A policy that grants nothing; the index stores it for a revoked key.
     #[must_use]
     pub fn without_grants(environment: EnvironmentName) -> KeyPolicy {
         KeyPolicy {
@@ -42,7 +42,7 @@ impl KeyPolicy {
         }
     }
 
-    /// A key's policy.
+    /// Extracts the policy from a key's record.
     #[must_use]
     pub fn from_key(key: &ApiKey) -> KeyPolicy {
         KeyPolicy {

@@ -1,5 +1,5 @@
-//! Rate limits and quotas as arithmetic: how many units are left, and when there will be more. Where the state
-//! is kept, and who takes turns on it, is the engine's business.
+//! Computes rate limits and quotas: how many units are left, and when more will be. The engine stores the state and
+//! orders access to it.
 
 use std::time::Duration;
 
@@ -12,9 +12,9 @@ use super::time::Timestamp;
 pub struct RateLimit {
     /// Its name within the key.
     pub name: String,
-    /// Units per window.
+    /// The units that are available per window.
     pub limit: u64,
-    /// Length of the window.
+    /// The length of the window, which refills evenly.
     pub window: Duration,
 }
 
@@ -22,31 +22,31 @@ pub struct RateLimit {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum QuotaPeriod {
-    /// From the full hour.
+    /// Starts at the full hour.
     Hour,
-    /// From midnight.
+    /// Starts at midnight.
     Day,
-    /// From midnight of the first of the month.
+    /// Starts at midnight of the first of the month.
     Month,
-    /// Never refilled.
+    /// Never ends, so the quota is never refilled.
     Total,
 }
 
-/// A budget of units.
+/// A number of units per calendar period.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Quota {
-    /// Units per period.
+    /// The units that are available per period.
     pub limit: u64,
     /// When the budget is full again.
     pub period: QuotaPeriod,
 }
 
-/// What is known of a rate limit after a request: the GCRA's "theoretical arrival time", the instant at which
-/// every unit is there again, in microseconds since 1970 times the limit (so that nothing is ever rounded).
+/// The state of a rate limit after a request: the "theoretical arrival time" of GCRA, when all units are available
+/// again. Its unit is microseconds since 1970 times the limit, so that nothing is rounded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct GcraState(u128);
 
-/// What a limit says of a request.
+/// The status of a limit for a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LimitStatus {
     /// Units left, after the request if it was allowed.
@@ -60,8 +60,8 @@ pub struct LimitStatus {
 }
 
 impl GcraState {
-    /// The level of a limit of which at `now` so many units are taken, and in addition `part` of the window's
-    /// microseconds of one more.
+    /// The state of a limit from which `units` units are taken at `now`, plus `part` of the window's microseconds of
+    /// one more.
     #[must_use]
     pub fn from_used_units(limit: &RateLimit, now: Timestamp, units: u64, part: u64) -> GcraState {
         let (all, window) = (u128::from(limit.limit.max(1)), limit.window.as_micros().max(1));
@@ -73,7 +73,7 @@ fn epoch_micros(at: Timestamp) -> u128 {
     u128::try_from(at.as_micros()).unwrap_or(0)
 }
 
-/// Time in the unit of a level, as time; rounded up, so that whoever waits so long has waited long enough.
+/// Converts the unit of [`GcraState`] to time. Rounds up, so that a client that waits this long has waited long enough.
 fn scaled_to_duration(scaled: u128, limit: u128) -> Duration {
     Duration::from_micros(u64::try_from(scaled.div_ceil(limit)).unwrap_or(u64::MAX))
 }
@@ -123,25 +123,25 @@ pub fn is_quota_within(quota: &Quota, bound: &Quota) -> bool {
 /// What was used of a quota, and in which period.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct QuotaUsage {
-    /// Start of the period.
+    /// Start of the period that is counted.
     pub period_start: Timestamp,
-    /// Units used in it.
+    /// Units consumed in that period.
     pub used_units: u64,
 }
 
 /// Units of a quota that were used in one process and that the store does not count yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PendingQuotaUnits {
-    /// Start of the period.
+    /// Start of the period that is counted.
     pub period_start: Timestamp,
     /// Its end; `None` = it has none.
     pub period_end: Option<Timestamp>,
-    /// Units used in it.
+    /// Units consumed in that period.
     pub units: u64,
 }
 
 impl PendingQuotaUnits {
-    /// These units and those. Of different periods the later one counts: nothing asks about a period that is over.
+    /// Adds two counts. Of different periods the later one counts, because a past period no longer matters.
     #[must_use]
     pub fn merge(self, other: PendingQuotaUnits) -> PendingQuotaUnits {
         match self.period_start.cmp(&other.period_start) {
@@ -154,8 +154,8 @@ impl PendingQuotaUnits {
     }
 }
 
-/// How many units of a quota a process may use before the store counts them, where several share the store: a
-/// hundredth of it, at least 50 and at most 10,000.
+/// The units of a quota that a process may consume before the store counts them, if several processes share the store:
+/// 1/100 of the quota, between 50 and 10,000.
 #[must_use]
 pub fn quota_block_size(quota: &Quota) -> u64 {
     (quota.limit / 100).clamp(50, 10_000)
@@ -194,7 +194,7 @@ fn month_bounds(now: Timestamp) -> (Timestamp, Option<Timestamp>) {
     found().unwrap_or((Timestamp::from_micros(0), None))
 }
 
-/// Judges a request of `cost` units by a quota. Gives what is spent after the request, were it allowed.
+/// Evaluates a request of `cost` units against a quota. Returns the units consumed after the request if it is allowed.
 #[must_use]
 pub fn apply_quota(
     quota: &Quota,

@@ -16,7 +16,7 @@ const MAX_CLOCK_SKEW: Duration = Duration::from_secs(60);
 /// What a key did to another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LineageLinkKind {
-    /// Created or imported it.
+    /// The caller created or imported the key.
     Created,
     /// Gave it a new secret.
     Rotated,
@@ -27,11 +27,11 @@ pub enum LineageLinkKind {
 pub struct LineageLink {
     /// The key that received the secret.
     pub child: KeyId,
-    /// The key that called.
+    /// The key whose token made the call.
     pub parent: KeyId,
-    /// What the caller did.
+    /// What the caller did to the descendant.
     pub kind: LineageLinkKind,
-    /// When.
+    /// When the caller did it.
     pub at: Timestamp,
 }
 

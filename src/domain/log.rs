@@ -1,6 +1,6 @@
-//! The log: every change in commit order, hash-chained. It is the audit trail and the change feed in one.
+//! The change log: every change in commit order, hash-chained. It is both the audit trail and the change feed.
 //!
-//! Here: what a change is, who made it, and the chain's arithmetic. Not here: where it is kept.
+//! Defines changes, their actors and the arithmetic of the chain. The store decides where the log is kept.
 
 use std::{fmt, sync::Arc};
 
@@ -36,7 +36,7 @@ pub enum RecordChange {
 }
 
 impl RecordChange {
-    /// The account concerned.
+    /// The account that the change concerns.
     #[must_use]
     pub fn account_id(&self) -> Option<&AccountId> {
         match self {
@@ -47,7 +47,7 @@ impl RecordChange {
         }
     }
 
-    /// The key concerned.
+    /// The key that the change concerns.
     #[must_use]
     pub fn key_id(&self) -> Option<KeyId> {
         match self {
@@ -56,7 +56,7 @@ impl RecordChange {
         }
     }
 
-    /// The user concerned.
+    /// The user that the change concerns.
     #[must_use]
     pub fn user_id(&self) -> Option<&UserId> {
         match self {
@@ -69,7 +69,7 @@ impl RecordChange {
         }
     }
 
-    /// The record's revision.
+    /// The revision of the changed record.
     #[must_use]
     pub fn revision(&self) -> Revision {
         match self {
@@ -104,13 +104,13 @@ macro_rules! define_actions {
         pub enum AuditAction { $($(#[$doc])* $variant,)* }
 
         impl AuditAction {
-            /// The stable name.
+            /// The name in the audit log, which never changes.
             #[must_use]
             pub const fn as_str(self) -> &'static str {
                 match self { $(AuditAction::$variant => $text,)* }
             }
 
-            /// Reads a stable name.
+            /// Parses a name of the audit log.
             #[must_use]
             pub fn parse(text: &str) -> Option<AuditAction> {
                 match text { $($text => Some(AuditAction::$variant),)* _ => None }
@@ -122,7 +122,7 @@ macro_rules! define_actions {
 define_actions! {
     /// A key was created.
     KeyCreated = "key.created",
-    /// A key's terms were changed.
+    /// A key's permissions or attributes were changed.
     KeyUpdated = "key.updated",
     /// A key was disabled.
     KeyDisabled = "key.disabled",
@@ -162,7 +162,7 @@ define_actions! {
 }
 
 impl AuditAction {
-    /// Whether it ends rights and gives none, whatever the record was: nothing keeps such a change from being made.
+    /// Whether the action only takes rights away, for any record. Such a change is never prevented.
     #[must_use]
     pub const fn is_restriction(self) -> bool {
         use AuditAction::{
@@ -175,10 +175,10 @@ impl AuditAction {
     }
 }
 
-/// What called.
+/// The authenticated identity of a caller.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ActorId {
-    /// Keyward itself.
+    /// Keyward acted without a call.
     System,
     /// A management key.
     Key(KeyId),
@@ -197,26 +197,26 @@ impl fmt::Display for ActorId {
     }
 }
 
-/// Who made a change.
+/// The caller that made a change.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Actor {
-    /// What called.
+    /// The authenticated identity of a caller.
     pub id: ActorId,
     /// The account that it acted in.
     pub account: Option<AccountId>,
     /// The person it called for.
     pub acting_user: Option<UserId>,
-    /// By which call.
+    /// The circumstances of the call.
     pub origin: ChangeOrigin,
 }
 
 impl Actor {
-    /// Keyward itself.
+    /// Keyward acted without a call.
     pub const SYSTEM: Actor =
         Actor { id: ActorId::System, account: None, acting_user: None, origin: ChangeOrigin::UNKNOWN };
 }
 
-/// What called.
+/// The authenticated identity of a caller.
 impl fmt::Display for Actor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.id.fmt(f)
@@ -232,19 +232,19 @@ pub struct LogEntry {
     pub at: Timestamp,
     /// What happened: [`AuditAction::as_str`]; text, since a newer version may know more.
     pub action: String,
-    /// The account concerned.
+    /// The account that the change concerns.
     pub account: Option<AccountId>,
-    /// The key concerned.
+    /// The key that the change concerns.
     pub key_id: Option<KeyId>,
-    /// The user concerned.
+    /// The user that the change concerns.
     pub user: Option<UserId>,
-    /// Who: a key's id, `cert:` and a certificate's name, or `system`.
+    /// The actor: a key's id, `cert:` and a certificate's name, or `system`.
     pub actor: String,
     /// The account of the actor.
     pub actor_account: Option<AccountId>,
     /// The person that the actor called for.
     pub acting_user: Option<UserId>,
-    /// The RPC or command.
+    /// The RPC or command that made the change.
     pub method: String,
     /// The [`RecordChange`] as JSON, and how it came about: see `entry.rs`.
     pub payload: String,
@@ -258,9 +258,9 @@ pub struct LogEntry {
 #[derive(Debug, thiserror::Error)]
 #[error("log entry {revision}: {source}")]
 pub struct PayloadDecodeError {
-    /// Its place.
+    /// The revision of the entry.
     pub revision: Revision,
-    /// What is wrong.
+    /// The cause of the failure.
     pub source: serde_json::Error,
 }
 

@@ -1,10 +1,10 @@
-//! Walking the hash chain of the log entry by entry: what fits, and what is wrong with the first that does not.
+//! Verifies the hash chain of the log entry by entry, and reports the first entry that does not fit.
 
 use std::fmt;
 
 use super::{lease::LogPosition, log::LogEntry, time::Revision};
 
-/// What is wrong with an entry, or with what comes before it.
+/// The fault of an entry, or of the entries before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ChainFault {
     /// The entry that should come here does not; another follows.
@@ -14,7 +14,7 @@ pub enum ChainFault {
     },
     /// It does not lead to the entry before: that one, or one of them, is of another history.
     BrokenLink,
-    /// It is not what was hashed: some of it was changed.
+    /// The contents do not match the hash: they were altered.
     Tampered,
 }
 
@@ -28,12 +28,12 @@ impl fmt::Display for ChainFault {
     }
 }
 
-/// Where a walk is.
+/// The position of a verification in the chain.
 #[derive(Clone, Copy, Debug)]
 pub struct ChainVerifier {
     /// The newest entry that was found to fit.
     pub position: LogPosition,
-    /// How many were.
+    /// The number of entries so far.
     pub entry_count: u64,
 }
 
@@ -44,10 +44,10 @@ impl ChainVerifier {
         ChainVerifier { position: at, entry_count: 0 }
     }
 
-    /// Takes the next entry.
+    /// Verifies the next entry.
     ///
     /// # Errors
-    /// When it does not fit; the fault is told of the revision after [`ChainVerifier::at`].
+    /// If the entry does not fit; the fault refers to the revision after [`ChainVerifier::at`].
     pub fn verify_next(&mut self, row: &LogEntry) -> Result<(), ChainFault> {
         if row.revision != self.position.revision.next() {
             return Err(ChainFault::Missing { next: row.revision });

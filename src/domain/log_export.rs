@@ -1,5 +1,5 @@
-//! The log as a file that anybody can verify: JSON, a line for the beginning, a line for each entry with all that its
-//! hash is made of, a line for the end. `docs/operations.md` says how the hash is made.
+//! Formats and verifies the log as a file of JSON lines: a header, a line per entry with everything that its hash
+//! covers, and a trailer. `docs/operations.md` describes how the hash is computed.
 
 use serde::{Deserialize, Serialize};
 
@@ -14,7 +14,7 @@ use super::{
     token::{HexBytes, parse_hex_bytes},
 };
 
-/// What the first line says of the format.
+/// The identification of the format in the header.
 const EXPORT_FORMAT: &str = "keyward-log-1";
 
 /// A line of the file.
@@ -46,7 +46,7 @@ struct LogExportEntry {
 }
 
 fn serialize_line(line: &LogExportLine) -> String {
-    // Text and numbers: there is nothing that JSON cannot say. An export is often read on a terminal.
+    // Text and numbers always serialize. Unprintable characters are escaped because exports are read on terminals.
     let mut text = escape_json(serde_json::to_string(line).unwrap_or_default());
     text.push('\n');
     text
@@ -58,13 +58,13 @@ pub fn header_line(after: LogPosition) -> String {
     serialize_line(&LogExportLine::Header { format: EXPORT_FORMAT.to_owned(), after: after.into() })
 }
 
-/// The last line of an export of so many entries.
+/// Formats the trailer of an export.
 #[must_use]
 pub fn trailer_line(at: LogPosition, entries: u64) -> String {
     serialize_line(&LogExportLine::Trailer { end: at.into(), entries })
 }
 
-/// An entry's line.
+/// Formats the line of an entry.
 #[must_use]
 pub fn entry_line(row: &LogEntry) -> String {
     let LogEntry { revision, at, action, account, key_id, user, actor, actor_account, acting_user, .. } =
@@ -112,7 +112,7 @@ impl LogExportEntry {
 pub struct LogExportError {
     /// The line, counted from 1.
     pub line: u64,
-    /// What is wrong.
+    /// The problem with that line.
     pub problem: String,
 }
 
@@ -121,11 +121,11 @@ pub struct LogExportError {
 pub struct LogExportSummary {
     /// It begins after this entry.
     pub after: LogPosition,
-    /// Its last entry.
+    /// The position of the last entry.
     pub end: LogPosition,
-    /// How many entries.
+    /// The number of entries in the file.
     pub entry_count: u64,
-    /// Whether it has the entry that was asked for, with that hash; None = it does not reach there.
+    /// Whether the file has the expected entry with that hash; None = the file does not reach it.
     pub matches_expected: Option<bool>,
 }
 
@@ -151,10 +151,10 @@ impl LogExportVerifier {
         Err(LogExportError { line: self.line_number, problem: problem.into() })
     }
 
-    /// Takes the next line.
+    /// Verifies the next line.
     ///
     /// # Errors
-    /// When it is none of an export, or does not fit.
+    /// If the line does not belong to an export, or does not fit.
     pub fn verify_line(&mut self, text: &str) -> Result<(), LogExportError> {
         self.line_number += 1;
         if self.ended {
@@ -170,7 +170,7 @@ impl LogExportVerifier {
                 self.verify_trailer(&end, entries, chain)
             }
             (LogExportLine::Header { .. }, Some(_)) => self.error_at_line("it begins twice"),
-            (_, None) => self.error_at_line("the first line must say what the file is"),
+            (_, None) => self.error_at_line("the first line must be the export's header"),
         }
     }
 
@@ -223,7 +223,7 @@ impl LogExportVerifier {
         }
     }
 
-    /// Ends the file.
+    /// Verifies the end of the file.
     ///
     /// # Errors
     /// When its last line is missing: it was cut.
@@ -236,7 +236,7 @@ impl LogExportVerifier {
                 matches_expected: self.matches_expected,
             }),
             _ => {
-                let problem = "the file ends too early: its last line, which says how many entries there are, is missing";
+                let problem = "the file is truncated: its last line with the number of entries is missing";
                 Err(LogExportError { line: self.line_number + 1, problem: problem.to_owned() })
             }
         }

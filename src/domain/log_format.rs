@@ -22,7 +22,7 @@ impl LogFormat {
 /// A value that releases before some format cannot read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NewerValue<'e> {
-    /// A scope with `/`.
+    /// A scope that contains `/`.
     Scope(&'e Scope),
     /// An account id with capital letters.
     AccountId(&'e AccountId),

@@ -1,9 +1,8 @@
-//! An entry's payload: the record after the change, and beside it how the change came about. And what its readers see of
-//! it: which fields changed, without digests.
+//! Encodes the payload of a log entry, and decodes it without digests for readers. The payload is the record after the
+//! change, plus the change's origin.
 //!
-//! What is beside the record stands inside it, under `via`: whoever does not know that name reads the record and
-//! passes over the rest, and the hash covers the whole text. So processes of different versions read and verify each
-//! other's entries, and what is new here needs no column.
+//! The origin is a field of the record, named `via`. A reader that does not know the field ignores it, and the hash
+//! covers the whole text. So different versions read and verify each other's entries without a new column.
 
 use serde_json::{Map, Value};
 
@@ -14,17 +13,17 @@ pub use super::{
     log_position::HexPosition,
 };
 
-/// Where in the record's JSON it says how the change came about. No record has a field of this name.
+/// The field of the record's JSON that holds the origin. No record has a field of this name.
 const ORIGIN_FIELD: &str = "via";
 
-/// The payload of an entry.
+/// Encodes the payload of an entry.
 ///
 /// # Errors
-/// When the record cannot be said in JSON: no record is so.
+/// If the record has no JSON form, which no record lacks.
 pub fn encode_payload(change: &RecordChange, via: &ChangeOrigin) -> Result<String, serde_json::Error> {
     let mut text = serde_json::to_string(change)?;
-    // A change is an object with one field, the record: it ends with the record's brace and its own. Every record has
-    // fields, so that another one follows.
+    // A change is an object with one field, the record, so its text ends with two braces. Every record has fields, so
+    // another field can follow after a comma.
     if *via != ChangeOrigin::UNKNOWN && text.ends_with("}}") {
         text.truncate(text.len() - 2);
         text.push_str(",\"");
@@ -36,30 +35,30 @@ pub fn encode_payload(change: &RecordChange, via: &ChangeOrigin) -> Result<Strin
     Ok(text)
 }
 
-/// A payload, read for people.
+/// A payload for display.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RedactedPayload {
-    /// What kind of change, as [`RecordChange`] names it.
+    /// The kind of the change, as [`RecordChange`] serializes it.
     pub kind: String,
-    /// The record, without digests.
+    /// The record's fields, without digests.
     pub record: Map<String, Value>,
-    /// How it came about.
+    /// The circumstances of the change.
     pub origin: ChangeOrigin,
 }
 
-/// One field that a change changed.
+/// A field whose value differs after a change.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FieldChange {
-    /// Its name.
+    /// The name of the field.
     pub field: String,
-    /// Its value before, as JSON; None = it had none.
+    /// The old value as JSON; None = the field had no value.
     pub before: Option<String>,
-    /// Its value after.
+    /// The new value as JSON; None = the field has no value.
     pub after: Option<String>,
 }
 
 impl RedactedPayload {
-    /// Reads a payload, also one of a newer version. None = it is none.
+    /// Parses a payload, also of a newer version. None = the text is no payload.
     #[must_use]
     pub fn parse(payload: &str) -> Option<RedactedPayload> {
         let Value::Object(kinds) = serde_json::from_str(payload).ok()? else { return None };
@@ -83,7 +82,7 @@ impl RedactedPayload {
         matches!(self.kind.as_str(), "role_deleted" | "member_removed")
     }
 
-    /// What the change changed, given the entry before about the same record; none = the record did not exist.
+    /// Compares with the previous entry of the same record; None = the record did not exist.
     #[must_use]
     pub fn changes_since(&self, before: Option<&RedactedPayload>) -> Vec<FieldChange> {
         let none = Map::new();
@@ -106,7 +105,7 @@ impl RedactedPayload {
     }
 }
 
-/// What a record says of a field that it has not.
+/// Whether a value is the same as no value.
 fn is_empty_value(value: &Value) -> bool {
     match value {
         Value::Null => true,
@@ -132,7 +131,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::domain::key::tests::sample_key;
+    use crate::domain::{key::tests::sample_key, time::Revision};
 
     fn via() -> ChangeOrigin {
         ChangeOrigin {

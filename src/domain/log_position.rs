@@ -1,4 +1,4 @@
-//! Names a place in the log: a revision, and the hash that the chain of entries has there.
+//! Identifies a position in the log: a revision, and the chain's hash at that revision.
 
 use serde::{Deserialize, Serialize};
 
@@ -7,32 +7,32 @@ use super::{
     token::{HexBytes, parse_hex_bytes},
 };
 
-/// A link of the chain: SHA-256.
+/// The hash that links an entry to all earlier ones: SHA-256.
 pub type ChainHash = [u8; 32];
 
-/// The link before the first.
+/// The hash before the first entry.
 pub const GENESIS_HASH: ChainHash = [0; 32];
 
-/// A place in one history: the same revision with another hash is another history.
+/// A position in one history: the same revision with another hash belongs to another history.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LogPosition {
-    /// The newest change in it.
+    /// The revision of the newest entry.
     pub revision: Revision,
-    /// That change's link of the log's chain.
+    /// The chain hash of that entry.
     pub hash: ChainHash,
 }
 
 impl LogPosition {
-    /// Before any change. Every database has this link.
+    /// The position before any change; every database contains it.
     pub const START: LogPosition = LogPosition { revision: Revision(0), hash: GENESIS_HASH };
 }
 
-/// A place in the chain, as JSON says it.
+/// A position in the chain, in its JSON form.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HexPosition {
-    /// The entry's revision.
+    /// The revision of the entry.
     pub revision: Revision,
-    /// Its hash, in hex.
+    /// The chain hash of the entry, in hex.
     pub hash: String,
 }
 
@@ -43,7 +43,7 @@ impl From<LogPosition> for HexPosition {
 }
 
 impl HexPosition {
-    /// The place, if the hash is one.
+    /// Parses the hash. None = the text is no hash.
     #[must_use]
     pub fn to_position(&self) -> Option<LogPosition> {
         Some(LogPosition { revision: self.revision, hash: parse_hex_bytes(&self.hash)? })

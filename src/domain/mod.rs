@@ -1,9 +1,10 @@
-//! The words and the policy of Keyward, as plain values and pure functions.
+//! Keyward's data types and authorization policy, as plain values and pure functions.
 //!
-//! Here live tokens, scopes, keys, accounts, the decision, the log that every change is written to, and the
-//! protocol by which replicas follow it.
-//! Not here: I/O, clocks, randomness, async, SQL, protobuf. Time and random bytes come in as arguments, so
-//! that every rule can be tested at its exact instant, and the same rules serve gRPC, Envoy and simulations.
+//! Contains tokens, scopes, keys, accounts, the policy decision, the change log, and the lease protocol by which
+//! replicas follow the log.
+//!
+//! I/O, clocks, randomness, async, SQL and protobuf do not belong here. Time and random bytes are arguments, so that
+//! tests control every instant, and the same rules serve gRPC, Envoy and the simulator.
 
 pub mod account;
 pub mod certificate_identity;

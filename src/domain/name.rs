@@ -1,4 +1,4 @@
-//! Names and ids that come from outside: each type is parsed once, and holds only what its rule allows.
+//! Validated names and ids from outside: each type is parsed once, and holds only values that its rule allows.
 
 use std::{borrow::Cow, fmt, sync::Arc};
 
@@ -16,7 +16,7 @@ use super::{
 #[error("{0}")]
 pub struct NameError(pub &'static str);
 
-/// A type that holds text: how it is shown, compared and serialized.
+/// Defines a type that wraps text, with its display, comparison and serialization.
 macro_rules! text_type {
     ($(#[$doc:meta])* $type:ident) => {
         $(#[$doc])*
@@ -64,16 +64,16 @@ macro_rules! text_type {
     };
 }
 
-/// A name of ASCII characters, the same wherever it comes from.
+/// Defines a name of ASCII characters with one rule for every source.
 macro_rules! ascii_name {
     ($(#[$doc:meta])* $type:ident, $rule:literal, $ok:expr) => {
         text_type! { $(#[$doc])* $type }
 
         impl $type {
-            /// Reads a name.
+            /// Parses and validates a name.
             ///
             /// # Errors
-            /// When it breaks the rule; the error says the rule.
+            /// If the text breaks the rule; the error states the rule.
             pub fn parse(text: &str) -> Result<Self, NameError> {
                 $type::check(text)?;
                 Ok($type(text.into()))
@@ -82,7 +82,7 @@ macro_rules! ascii_name {
             /// Whether a text is such a name, without keeping it.
             ///
             /// # Errors
-            /// When it breaks the rule; the error says the rule.
+            /// If the text breaks the rule; the error states the rule.
             pub fn check(text: &str) -> Result<(), NameError> {
                 let ok: fn(&str) -> bool = $ok;
                 if ok(text) { Ok(()) } else { Err(NameError($rule)) }
@@ -98,8 +98,8 @@ macro_rules! ascii_name {
     };
 }
 
-/// A name in any language. What is read from a request follows the rules of [`text::parse_name`]; what an earlier
-/// release stored under looser rules stays readable, and is what serde reads.
+/// Defines a name in any language. Requests must follow the rules of [`text::parse_name`]. Names that older releases
+/// stored under looser rules stay readable through serde.
 macro_rules! display_name {
     ($(#[$doc:meta])* $type:ident) => {
         text_type! { $(#[$doc])* $type }
@@ -173,11 +173,11 @@ ascii_name!(
     CustomerId, "must be 1-128 visible ASCII characters", |t| is_visible_ascii(t, 128)
 );
 ascii_name!(
-    /// A role's name.
+    /// The name of a role.
     RoleName, "must be 1-64 characters of [a-z0-9_-]", |t| is_slug(t, 64)
 );
 ascii_name!(
-    /// An environment's name.
+    /// The name of an environment.
     EnvironmentName, "must be 1-32 characters of [a-z0-9_-]", |t| is_slug(t, 32)
 );
 display_name!(
@@ -212,7 +212,7 @@ impl AccountId {
         AccountId("keyward".into())
     }
 
-    /// No account: what the holder of a user key acts in when it names none. No account can have this id.
+    /// No account: the account of a user key's caller that names none. No account can have this id.
     #[must_use]
     pub fn unspecified() -> Self {
         AccountId("".into())
@@ -230,7 +230,7 @@ impl AccountId {
         self.0.to_ascii_lowercase()
     }
 
-    /// An id that nobody chose: `acc-` and 26 characters that sort by time.
+    /// A generated id: `acc-` and 26 characters that sort by time.
     #[must_use]
     pub fn generate(now: Timestamp, random: [u8; 10]) -> Self {
         let id = uuid::Builder::from_unix_timestamp_millis(now.as_millis(), &random).into_uuid();
@@ -250,7 +250,7 @@ impl KeyId {
         KeyId(uuid::Builder::from_unix_timestamp_millis(now.as_millis(), &random).into_uuid())
     }
 
-    /// An id that no key has (RFC 9562, section 5.8), for a caller that is none.
+    /// An id that no key has (RFC 9562, section 5.8), for a caller without a key.
     #[must_use]
     pub fn from_custom_bytes(bytes: [u8; 16]) -> Self {
         KeyId(uuid::Builder::from_custom_bytes(bytes).into_uuid())
@@ -286,7 +286,7 @@ impl KeyId {
         self.0.hyphenated().encode_lower(text)
     }
 
-    /// The id's 16 bytes.
+    /// The id in its binary form.
     #[must_use]
     pub fn as_bytes(&self) -> &[u8; 16] {
         self.0.as_bytes()

@@ -1,8 +1,9 @@
-//! The policy: may this token do this, here, now? One pure function, [`decide`].
+//! Decides whether a token may make a request at an instant. [`decide`] is a pure function.
 //!
-//! It is complete and says everything that fails, in a fixed order; what a caller may hear of that is decided
-//! where the answer is made. Of a revoked key it says only that. What is not known by its digest never gets here: the
-//! engine answers it with `Malformed` or `Unknown`.
+//! The decision is complete: it lists every failed condition in a fixed order, but of a revoked key only `Revoked`.
+//!
+//! The callers decide which reasons a client may see. A token with an unknown digest never gets here: the engine
+//! answers it with `Malformed` or `Unknown`.
 
 use std::{net::IpAddr, sync::Arc};
 
@@ -24,11 +25,11 @@ pub const MAX_REQUEST_COST: u64 = 1_000_000;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u8)]
 pub enum Reason {
-    /// Allowed.
+    /// The request is allowed.
     Ok = 1,
     /// The string cannot be a token.
     Malformed = 2,
-    /// No such token, or none that the caller may know of.
+    /// The token does not exist, or the caller may not know that it does.
     Unknown = 3,
     /// The key is revoked.
     Revoked = 4,
@@ -40,7 +41,7 @@ pub enum Reason {
     Rotated = 7,
     /// The key belongs to another environment.
     WrongEnvironment = 8,
-    /// The key does not work in the account asked for.
+    /// The key does not work in the requested account.
     WrongAccount = 9,
     /// The account is suspended.
     AccountSuspended = 10,
@@ -57,7 +58,7 @@ pub enum Reason {
 }
 
 impl Reason {
-    /// All reasons in order.
+    /// All reasons, in the order of a decision.
     pub const ALL: [Reason; 15] = [
         Reason::Ok,
         Reason::Malformed,
@@ -98,7 +99,7 @@ impl Reason {
         }
     }
 
-    /// One sentence for people.
+    /// A sentence that explains the reason.
     #[must_use]
     pub const fn message(self) -> &'static str {
         match self {
@@ -121,7 +122,7 @@ impl Reason {
     }
 }
 
-/// A set of reasons.
+/// A set of reasons, kept as a bit mask.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ReasonSet(u16);
 
@@ -137,7 +138,7 @@ impl ReasonSet {
         ReasonSet(self.0 & !(1 << reason as u8))
     }
 
-    /// The reasons in order.
+    /// The reasons, in the order of [`Reason::ALL`].
     pub fn iter(self) -> impl Iterator<Item = Reason> {
         Reason::ALL.into_iter().filter(move |reason| self.0 & (1 << *reason as u8) != 0)
     }
@@ -154,7 +155,7 @@ impl ReasonSet {
 /// What the presented token is.
 #[derive(Debug)]
 pub struct CheckSubject<'a, K> {
-    /// Its key.
+    /// The key that the token belongs to.
     pub key: &'a K,
     /// Which version of the key's secret it is.
     pub secret_version: u32,
@@ -169,17 +170,17 @@ pub struct CheckSubject<'a, K> {
 /// What a user is in the account that is decided in.
 #[derive(Clone, Copy, Debug)]
 pub enum MembershipStatus<'a> {
-    /// It is not asked: the key belongs to an account.
+    /// Not applicable: the key belongs to an account.
     NotApplicable,
     /// No member: the key does not work here.
     NotMember,
-    /// A member, with what the member's role grants. A role that no longer exists grants nothing.
+    /// A member, with the scopes of the member's role. A role that no longer exists grants nothing.
     MemberRole(Option<&'a Role>),
 }
 
 impl<K: KeyAttributes> CheckSubject<'_, K> {
-    /// Whether the key is granted `scope` where it is decided: by its own grants, and, for a user key, by the
-    /// member's role too.
+    /// Whether the key is granted `scope` in its account: by its own grants and, for a user key, also by the member's
+    /// role.
     #[must_use]
     pub fn is_granted(&self, scope: &Scope) -> bool {
         let own = self.key.scopes().covers(scope) || self.roles.iter().any(|role| role.scopes.covers(scope));
@@ -190,13 +191,13 @@ impl<K: KeyAttributes> CheckSubject<'_, K> {
         }
     }
 
-    /// Whether the key is granted what its record says, no less and no more.
+    /// Whether the key's grants equal those of its record.
     #[must_use]
     pub fn has_only_direct_grants(&self) -> bool {
         self.roles.is_empty() && matches!(self.membership, MembershipStatus::NotApplicable)
     }
 
-    /// Everything that the key is granted where it is decided.
+    /// All scopes that the key is granted in its account.
     #[must_use]
     pub fn effective_scopes(&self) -> ScopeSet {
         if self.has_only_direct_grants() {
@@ -207,7 +208,7 @@ impl<K: KeyAttributes> CheckSubject<'_, K> {
         match self.membership {
             MembershipStatus::NotApplicable => own,
             MembershipStatus::NotMember | MembershipStatus::MemberRole(None) => ScopeSet::default(),
-            // Two grants are apart, or one covers the other: what both grant is the narrower of each pair.
+            // Two grants are disjoint, or one covers the other. The intersection is the narrower of each pair.
             MembershipStatus::MemberRole(Some(role)) => {
                 let narrowed = own.iter().filter(|scope| role.scopes.covers(scope));
                 narrowed.chain(role.scopes.iter().filter(|scope| own.covers(scope))).cloned().collect()
@@ -223,27 +224,27 @@ pub enum TokenPurpose<'a> {
     Service {
         /// Where the call is made.
         environment: &'a EnvironmentName,
-        /// Whom it is about.
+        /// The customer of the request.
         customer: Option<&'a CustomerId>,
     },
     /// A call to Keyward itself: management is neither of an environment nor about a customer.
     Management,
 }
 
-/// What is asked.
+/// The request to decide.
 #[derive(Clone, Copy, Debug)]
 pub struct PolicyRequest<'a> {
     /// What the token is presented for.
     pub purpose: TokenPurpose<'a>,
     /// The account that is acted on. `NotMember` = the key's own.
     pub account: Option<&'a AccountId>,
-    /// The end client's address.
+    /// The address of the end client, if known.
     pub client_ip: Option<IpAddr>,
     /// The scopes that are all needed.
     pub scopes: &'a [Scope],
 }
 
-/// The answer of [`decide`].
+/// The result of [`decide`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PolicyDecision {
     /// Everything that fails. Empty = allowed.
@@ -252,8 +253,9 @@ pub struct PolicyDecision {
     pub missing_scopes: Vec<Scope>,
 }
 
-/// Decides one request. Every condition is judged, whatever the others say. A revoked key is the exception: it fails
-/// with `Revoked` alone, because nothing can lift that and the index drops the rest of its record.
+/// Decides one request. Every condition is evaluated, even if others fail.
+///
+/// A revoked key fails with `Revoked` alone, because nothing can lift that and the index drops the rest of its record.
 #[must_use]
 pub fn decide<K: KeyAttributes>(
     subject: CheckSubject<'_, K>,
@@ -277,7 +279,7 @@ pub fn decide<K: KeyAttributes>(
     }
     let wrong_account = match (key.owner(), request.account) {
         (KeyOwner::Account(own), asked) => asked.is_some_and(|asked| asked != own),
-        // Where a user key acts must be said, and the user must be a member there.
+        // A user key needs an explicit account of which the user is a member.
         (KeyOwner::User(_), asked) => {
             asked.is_none() || matches!(subject.membership, MembershipStatus::NotMember)
         }
@@ -325,7 +327,7 @@ mod tests {
         scopes: Vec<&'static str>,
         now: Timestamp,
         roles: Vec<Arc<Role>>,
-        /// Of a user key: none, or a member with a role that exists or not.
+        /// The cases of a user key: no member, or a member whose role exists or not.
         membership: Option<Option<Option<Role>>>,
     }
 

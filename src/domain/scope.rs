@@ -1,8 +1,8 @@
-//! Scopes: what a key is granted and what a request needs.
+//! Scopes: the permissions that a key is granted and that a request needs.
 //!
-//! A scope is one to four segments of `[A-Za-z0-9_./-]` joined by `:`, case-sensitive. A grant may end in the
-//! segment `*`, which stands for one or more segments of any kind. Nothing but a grant that itself starts with
-//! `keyward` reaches the reserved `keyward` scopes: `*` does not. An empty set grants nothing.
+//! A scope is one to four segments of `[A-Za-z0-9_./-]` joined by `:`, case-sensitive. The last segment of a grant may
+//! be `*`, which matches one or more segments of any kind. `*` alone does not cover the reserved `keyward` scopes; only
+//! a grant that starts with `keyward` does. An empty set grants nothing.
 
 use std::{fmt, sync::Arc};
 
@@ -70,7 +70,7 @@ impl Scope {
         has_reserved_segment(&self.0)
     }
 
-    /// What stands before the `*`: empty, or ending in `:`. `None` for a concrete scope.
+    /// The text before the `*`: empty, or ending in `:`. `None` for a concrete scope.
     fn pattern_prefix(&self) -> Option<&str> {
         self.0.strip_suffix('*')
     }
@@ -134,7 +134,7 @@ impl Serialize for ScopeSet {
 }
 
 impl ScopeSet {
-    /// The grants in order.
+    /// The grants, in sorted order.
     pub fn iter(&self) -> std::slice::Iter<'_, Scope> {
         self.0.iter()
     }
@@ -162,7 +162,7 @@ impl ScopeSet {
         other.iter().all(|scope| self.covers(scope))
     }
 
-    /// Everything that either grants.
+    /// The union of two sets of grants.
     #[must_use]
     pub fn union(&self, other: &ScopeSet) -> ScopeSet {
         self.iter().chain(other.iter()).cloned().collect()

@@ -18,16 +18,16 @@ pub enum TextError {
     InvalidLength(usize),
     /// The name begins or ends with a blank.
     SurroundingBlank {
-        /// The blank.
+        /// The blank that was found.
         character: char,
-        /// Its place.
+        /// Its position in the text, from 1.
         position: usize,
     },
-    /// A character is none that people can see and type.
+    /// The text has a character that people cannot see or type.
     Unprintable {
-        /// The character.
+        /// The character that was found.
         character: char,
-        /// Its place.
+        /// Its position in the text, from 1.
         position: usize,
         /// What kind of character it is.
         kind: &'static str,
@@ -82,7 +82,7 @@ fn check_characters(text: &str, is_allowed: impl Fn(char) -> bool) -> Result<(),
 /// Checks text of several lines: printable characters, tabs and line ends.
 ///
 /// # Errors
-/// The first character that is none of these, and its place.
+/// The first character that is not allowed, and its position.
 pub fn check_multiline(text: &str) -> Result<(), TextError> {
     check_characters(text, |character| matches!(character, '\t' | '\n' | '\r'))
 }
@@ -160,9 +160,8 @@ impl<W: fmt::Write> fmt::Write for EscapingWriter<W> {
     }
 }
 
-/// Replaces each unprintable character within the strings of JSON text by its `\u` escape: the value stays the same.
-/// Line ends between the parts of a value stay too, so the text must come from a JSON writer, which leaves none in a
-/// string.
+/// Replaces each unprintable character in the strings of JSON text with its `\u` escape, so that the value stays the
+/// same. Line ends between values stay. The text must come from a JSON writer, which leaves none in a string.
 #[must_use]
 pub fn escape_json(json: String) -> String {
     let needs_escape = |character: char| character != '\n' && unprintable_kind(character).is_some();
@@ -309,7 +308,7 @@ mod tests {
                 other => characters.push(other),
             }
         }
-        // A bubble sort that moves no mark past a letter, and none past one of its own class.
+        // A bubble sort that never moves a mark past a letter, or past a mark of its own class.
         for _ in 0..characters.len() {
             for at in 1..characters.len() {
                 let (left, right) = (class(characters[at - 1]), class(characters[at]));

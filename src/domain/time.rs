@@ -1,4 +1,4 @@
-//! Instants. Nothing here reads a clock: `clock.rs` does.
+//! Instants and revisions. Nothing here reads a clock; `clock` does.
 
 use std::time::Duration;
 
@@ -10,16 +10,16 @@ use serde::{Deserialize, Serialize};
 pub struct Timestamp(i64);
 
 impl Timestamp {
-    /// The end of the year 9999: the last instant that protobuf and RFC 3339 can say.
+    /// The end of the year 9999: the last instant that protobuf and RFC 3339 can express.
     pub const MAX: Timestamp = Timestamp(253_402_300_799_999_999);
 
-    /// From microseconds since 1970.
+    /// Creates an instant from microseconds since 1970.
     #[must_use]
     pub const fn from_micros(micros: i64) -> Self {
         Timestamp(micros)
     }
 
-    /// Microseconds since 1970.
+    /// The microseconds since 1970-01-01 UTC.
     #[must_use]
     pub const fn as_micros(self) -> i64 {
         self.0
@@ -31,7 +31,7 @@ impl Timestamp {
         u64::try_from(self.0 / 1000).unwrap_or(0)
     }
 
-    /// Before every instant that there is: what ended then has ended, whatever a clock says.
+    /// Earlier than any clock can read: whatever ended here has ended on every replica.
     pub const MIN: Timestamp = Timestamp(i64::MIN);
 
     /// The instant `by` later, at most [`Timestamp::MAX`].
@@ -41,7 +41,7 @@ impl Timestamp {
         Timestamp(self.0.saturating_add(micros).min(Self::MAX.0))
     }
 
-    /// The instant `by` earlier.
+    /// The instant that is `by` earlier.
     #[must_use]
     pub fn saturating_sub(self, by: Duration) -> Self {
         let micros = i64::try_from(by.as_micros()).unwrap_or(i64::MAX);

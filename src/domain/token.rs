@@ -1,4 +1,4 @@
-//! The token: its format, its checksum, its digest. The only place that knows what a token looks like.
+//! Defines the token: its format, checksum and digest. No other module knows the format.
 //!
 //! `{prefix}_{tag}_{43 base62 digits}{6 base62 digits}`, or without the tag where it is empty. The 43 digits are
 //! 32 random bytes as one big-endian number, the 6 are the CRC-32 (IEEE) of everything before them; digits are
@@ -14,7 +14,7 @@ use zeroize::Zeroizing;
 
 use super::name::{TokenPrefix, TokenTag};
 
-/// What every token of ours matches; for secret scanners.
+/// A pattern that every token of Keyward matches, for secret scanners.
 pub const TOKEN_PATTERN: &str = "^[a-z][a-z0-9_]{0,32}_[0-9A-Za-z]{49}$";
 
 /// The longest string that is looked up, in bytes.
@@ -53,13 +53,13 @@ impl Token {
         Token(text)
     }
 
-    /// The token's text. Only for showing it to the one who asked for it.
+    /// The token's text, only for the response to the caller that created it.
     #[must_use]
     pub fn reveal(&self) -> &str {
         &self.0
     }
 
-    /// Its digest.
+    /// The digest that the store keeps.
     #[must_use]
     pub fn digest(&self) -> TokenDigest {
         TokenDigest::from_token(&self.0)
@@ -78,7 +78,7 @@ impl fmt::Debug for Token {
     }
 }
 
-/// SHA-256 of a whole token: what is stored, and what keys are found by.
+/// SHA-256 of a whole token: the stored value by which keys are found.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TokenDigest([u8; 32]);
 
@@ -95,7 +95,7 @@ impl TokenDigest {
         TokenDigest(bytes)
     }
 
-    /// Its 32 bytes.
+    /// The digest as raw bytes.
     #[must_use]
     pub const fn as_bytes(&self) -> &[u8; 32] {
         &self.0
@@ -124,7 +124,7 @@ impl<'de> Deserialize<'de> for TokenDigest {
     }
 }
 
-/// Bytes as hexadecimal digits.
+/// Displays bytes as lower-case hexadecimal digits.
 pub(crate) struct HexBytes<'a>(pub(crate) &'a [u8]);
 
 impl fmt::Display for HexBytes<'_> {
@@ -198,8 +198,8 @@ fn has_valid_checksum(bytes: &[u8]) -> bool {
     })
 }
 
-/// A text for logs: the random part of whatever looks like a token is replaced by `***`. That is every run of 32 or more
-/// base62 digits after a `_`, each plain or percent-encoded, so that a token that was cut short is replaced, too.
+/// Redacts a text for logs: replaces the random part of each likely token with `***`. A likely token has 32 or more
+/// base62 digits after a `_`, each plain or percent-encoded; so a token that was cut short is redacted, too.
 #[must_use]
 pub fn redact_tokens(text: &str) -> Cow<'_, str> {
     const MIN_RUN: usize = 32;
@@ -233,7 +233,7 @@ pub fn redact_tokens(text: &str) -> Cow<'_, str> {
     Cow::Owned(out)
 }
 
-/// The byte at a place, percent-decoded, and where the next begins; no byte at the end.
+/// The percent-decoded byte at a position, and the position of the next; `None` at the end.
 fn decoded_byte_at(bytes: &[u8], at: usize) -> (Option<u8>, usize) {
     let hex = |at: usize| bytes.get(at).and_then(|digit| char::from(*digit).to_digit(16));
     match (bytes.get(at), hex(at + 1), hex(at + 2)) {
@@ -244,7 +244,7 @@ fn decoded_byte_at(bytes: &[u8], at: usize) -> (Option<u8>, usize) {
 
 /// Appends `bytes`, read as one big-endian number, as exactly `digits` base62 digits. The bytes come in fours.
 fn push_base62(text: &mut String, bytes: &[u8], digits: usize) {
-    /// One division gives so many digits: 62^5 fits into 32 bits.
+    /// The digits that one division yields: 62^5 fits into 32 bits.
     const DIGITS_PER_DIVISION: usize = 5;
     const DIVISOR: u64 = 62u64.pow(DIGITS_PER_DIVISION as u32);
     let mut number = Zeroizing::new([0u32; 8]);
@@ -380,7 +380,7 @@ mod tests {
         #[test]
         fn a_truncated_token_is_never_taken_for_a_checksummed_one(random: [u8; 32], keep in 1usize..57) {
             let made = token("kw", "live", random);
-            // Shorter than the pattern demands: it is foreign, and nobody has its digest.
+            // Shorter than the pattern requires, so it is a foreign text.
             prop_assert!(!has_wrong_checksum(&made.reveal()[..keep]));
         }
 

@@ -1,5 +1,5 @@
-//! A request's path as logs show it: without the query, without tokens, and not longer than 256 bytes. Clients choose it,
-//! and sometimes put a credential into it.
+//! Formats a request's path for logs: without the query, with tokens redacted, at most 256 bytes. Clients choose the
+//! path and sometimes put a credential into it.
 
 use std::fmt;
 
@@ -24,8 +24,8 @@ pub(super) struct LoggedPath<'a> {
 
 impl<'a> LoggedPath<'a> {
     /// The path of a request. Its credential is looked for whether or not the request gets far enough to be asked for it.
-    pub(super) fn new(asked: &'a ProxyRequest<'_>, settings: &'a GatewaySettings) -> LoggedPath<'a> {
-        LoggedPath { request: asked, settings }
+    pub(super) fn new(request: &'a ProxyRequest<'_>, settings: &'a GatewaySettings) -> LoggedPath<'a> {
+        LoggedPath { request, settings }
     }
 }
 
@@ -78,7 +78,7 @@ impl DecodedPath {
         DecodedPath { bytes: path.as_bytes().to_vec(), source_offsets: (0..=path.len()).collect() }
     }
 
-    /// Decodes it once more; says whether that changes it.
+    /// Decodes the path once more. False = nothing changed.
     fn decode(&mut self) -> bool {
         let hex = |at: usize| self.bytes.get(at).and_then(|digit| char::from(*digit).to_digit(16));
         let (mut bytes, mut starts, mut at) = (Vec::new(), Vec::new(), 0);
@@ -121,7 +121,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn logged_with(path: &str, headers: &[(&str, &str)], settings: &GatewaySettings) -> String {
-        let asked = ProxyRequest {
+        let request = ProxyRequest {
             protocol: ProxyProtocol::ExtAuthz,
             proxy_removes_headers: true,
             method: b"GET",
@@ -131,7 +131,7 @@ mod tests {
             client_source: ClientSource::Peer(None),
             proxy_request_id: b"",
         };
-        LoggedPath::new(&asked, settings).to_string()
+        LoggedPath::new(&request, settings).to_string()
     }
 
     fn logged(path: &str, credential: Option<&str>) -> String {

@@ -1,5 +1,5 @@
-//! How many requests were judged how: one counter for each way of asking, mode and reason. The labels are a closed
-//! set: nothing that a client sends becomes one.
+//! Counts the gateway's outcomes by protocol, mode and reason. The labels are a closed set; no value of a client
+//! becomes one.
 
 use crate::{
     domain::{policy_decision::Reason, route::EnforcementMode},
@@ -66,8 +66,8 @@ fn reason_labels() -> impl Iterator<Item = &'static str> {
 }
 
 impl GatewayMetrics {
-    pub(super) fn record(&self, via: ProxyProtocol, mode: EnforcementMode, finding: &GatewayOutcome) {
-        let label = finding.reason_label();
+    pub(super) fn record(&self, via: ProxyProtocol, mode: EnforcementMode, outcome: &GatewayOutcome) {
+        let label = outcome.reason_label();
         if let Some(at) = reason_labels().position(|known| known == label) {
             self.requests.add(counter_offset(via as usize, mode as usize) + at, 1);
         }

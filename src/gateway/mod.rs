@@ -1,9 +1,8 @@
-//! HTTP requests that a proxy asks about: what a route needs, what the request shows, what becomes of it. One flow
-//! for Envoy's gRPC and for the HTTP endpoint of other proxies; the decision itself is the engine's, and no second
-//! policy stands here.
+//! Decides whether a proxy may pass an HTTP request on: it finds the route, reads the credential, and asks the engine.
+//! Envoy's gRPC and the HTTP endpoint of other proxies share this one flow.
 //!
-//! `target and normalize_host in one spelling → route → find_credential → the engine → reply`. How a reply looks in a protocol
-//! is `grpc::ext_authz`' and `forward`'s business. Nothing here awaits but the engine.
+//! `normalize_target → route → find_credential → engine → build_response`. The decision itself belongs to the engine.
+//! `grpc::ext_authz` and `forward_auth` encode the response. Only the engine's Check awaits.
 
 mod logged_path;
 mod metrics;
@@ -47,17 +46,17 @@ use request::RequestCredential;
 use reserved_headers::ReservedHeaders;
 use response::EvaluationContext;
 
-/// Judges requests.
+/// Authorizes the requests that proxies send.
 pub struct Gateway {
     engine: Arc<Engine>,
     environments: Arc<EnvironmentSet>,
     settings: GatewaySettings,
     rule_book: ArcSwap<RuleBook>,
-    /// How many requests were judged how.
+    /// Counters of outcomes, by protocol, mode and reason.
     pub metrics: GatewayMetrics,
-    /// Misconfigured routes, for the log.
+    /// Limits the log lines about misconfigured routes.
     misconfiguration_throttle: LogThrottle,
-    /// Denials in shadow mode, for the log.
+    /// Limits the log lines about denials in shadow mode.
     shadow_denial_throttle: LogThrottle,
     decisions: DecisionLog,
 }
@@ -68,7 +67,7 @@ impl std::fmt::Debug for Gateway {
     }
 }
 
-/// Why a route cannot be asked about.
+/// Why no Check can be made for a route.
 enum RouteError {
     NoRule,
     BadRequest(String),
@@ -76,8 +75,8 @@ enum RouteError {
 }
 
 impl From<RouteError> for GatewayOutcome {
-    fn from(unready: RouteError) -> GatewayOutcome {
-        match unready {
+    fn from(error: RouteError) -> GatewayOutcome {
+        match error {
             RouteError::NoRule => GatewayOutcome::NoRule,
             RouteError::BadRequest(problem) => GatewayOutcome::BadRequest(problem),
             RouteError::Misconfigured(problem) => GatewayOutcome::Misconfigured(problem),
@@ -85,7 +84,7 @@ impl From<RouteError> for GatewayOutcome {
     }
 }
 
-/// A route that can be asked about, with all that the request says for it.
+/// A route with the identifiers that the request supplies for it: complete input for a Check.
 struct ResolvedRoute {
     requirement: RouteRequirement,
     environment: Option<EnvironmentName>,
@@ -116,75 +115,77 @@ impl Gateway {
         }
     }
 
-    /// How it judges.
+    /// The settings that apply to every route.
     #[must_use]
     pub fn settings(&self) -> &GatewaySettings {
         &self.settings
     }
 
-    /// What answers.
+    /// The engine that makes the Checks.
     #[must_use]
     pub fn engine(&self) -> &Engine {
         &self.engine
     }
 
-    /// The environments there are.
+    /// The environments that the configuration lists.
     #[must_use]
     pub fn environments(&self) -> &EnvironmentSet {
         &self.environments
     }
 
-    /// Takes other rules. Requests that are being judged end under the old ones.
+    /// Replaces the rules. A request in flight finishes under the old rules.
     pub fn set_rules(&self, book: RuleBook) {
         self.rule_book.store(Arc::new(book));
     }
 
-    /// Reads rules that have changed; wrong ones leave the old in force.
+    /// Installs changed rules. If they are invalid, the old rules stay in force.
     pub fn reload_rules<E: std::fmt::Display>(&self, rules: Result<RuleBook, E>) {
         self.metrics.record_reload(rules.is_ok());
         match rules {
             Ok(book) => {
-                tracing::info!(rules = book.rules.len(), "the rules have changed");
+                tracing::info!(rules = book.rules.len(), "gateway rules reloaded");
                 self.set_rules(book);
             }
-            Err(error) => tracing::error!(%error, "the changed rules are wrong; the old ones stay in force"),
+            Err(error) => {
+                tracing::error!(%error, "gateway rules not reloaded: the file is invalid; the old rules stay in force")
+            }
         }
     }
 
-    /// How many rules there are.
+    /// The number of rules in force.
     #[must_use]
     pub fn rule_count(&self) -> usize {
         self.rule_book.load().rules.len()
     }
 
-    /// Judges a request for a proxy of `asker`'s account; `said` is what the proxy's own configuration says of
-    /// the route.
+    /// Authorizes a request for a proxy of the requester's account. `overrides` is the route configuration that the
+    /// proxy sends.
     pub async fn authorize(
         &self,
-        asker: Requester<'_>,
-        asked: &ProxyRequest<'_>,
-        said: RouteOverrides,
+        requester: Requester<'_>,
+        request: &ProxyRequest<'_>,
+        overrides: RouteOverrides,
     ) -> ProxyResponse {
         let book = self.rule_book.load_full();
-        let mut judged = EvaluationContext::new();
-        let mut finding = self.evaluate(asker, asked, said, &book, &mut judged).await;
-        let mut reply = response::build_response(&self.settings, asked, &judged, &finding);
-        if !reply.can_list_removals() {
-            // A header that is not removed must not pass, in no mode.
-            judged.mode = EnforcementMode::Enforce;
-            finding =
-                GatewayOutcome::BadRequest("there are too many x-keyward- headers to remove".to_owned());
-            reply = response::build_response(&self.settings, asked, &judged, &finding);
+        let mut context = EvaluationContext::new();
+        let mut outcome = self.evaluate(requester, request, overrides, &book, &mut context).await;
+        let mut response = response::build_response(&self.settings, request, &context, &outcome);
+        if !response.can_list_removals() {
+            // The proxy cannot remove all of these headers, so the request must not pass in any mode.
+            context.mode = EnforcementMode::Enforce;
+            outcome = GatewayOutcome::BadRequest("too many x-keyward- headers to remove".to_owned());
+            response = response::build_response(&self.settings, request, &context, &outcome);
         }
-        self.record_outcome(asked, &judged, &finding, &mut reply);
-        reply
+        self.record_outcome(request, &context, &outcome, &mut response);
+        response
     }
 
-    /// Refuses a question of Envoy's that was not read, since it has `length` bytes and at most `limit` are read. This is a
-    /// verdict: as a fault, it would let requests with large bodies pass where `failure_mode_allow` is set.
+    /// Denies a request whose CheckRequest of `length` bytes exceeds `limit` and was not read.
+    ///
+    /// The result is a verdict, not a fault: with `failure_mode_allow`, Envoy would let large requests pass on a fault.
     #[must_use]
     pub fn deny_too_large(&self, length: usize, limit: usize) -> ProxyResponse {
-        let asked = ProxyRequest {
+        let request = ProxyRequest {
             protocol: ProxyProtocol::ExtAuthz,
             proxy_removes_headers: true,
             method: b"",
@@ -194,191 +195,192 @@ impl Gateway {
             client_source: ClientSource::Peer(None),
             proxy_request_id: b"",
         };
-        let (judged, finding) = (EvaluationContext::new(), GatewayOutcome::TooLarge);
-        let mut reply = response::build_response(&self.settings, &asked, &judged, &finding);
+        let (context, outcome) = (EvaluationContext::new(), GatewayOutcome::TooLarge);
+        let mut response = response::build_response(&self.settings, &request, &context, &outcome);
         if self.misconfiguration_throttle.allow(self.engine.now()) {
             tracing::warn!(
                 length,
                 limit,
-                "a question of Envoy is too large, and its request is refused with 413: remove with_request_body from \
+                "request denied with 413: Envoy's CheckRequest is too large: remove with_request_body from \
                  ext_authz, or lower its max_request_bytes"
             );
         }
-        self.record_outcome(&asked, &judged, &finding, &mut reply);
-        reply
+        self.record_outcome(&request, &context, &outcome, &mut response);
+        response
     }
 
-    /// Counts and logs what was found, and writes it to the decision log.
+    /// Counts and logs the outcome, and writes it to the decision log.
     fn record_outcome(
         &self,
-        asked: &ProxyRequest<'_>,
-        judged: &EvaluationContext<'_>,
-        finding: &GatewayOutcome,
-        reply: &mut ProxyResponse,
+        request: &ProxyRequest<'_>,
+        context: &EvaluationContext<'_>,
+        outcome: &GatewayOutcome,
+        response: &mut ProxyResponse,
     ) {
-        self.observe_outcome(asked, judged, finding);
-        let decision = self.log_decision(asked, judged, finding);
-        // By it the proxy's own log can be compared with the decision log.
-        reply
+        self.observe_outcome(request, context, outcome);
+        let decision = self.log_decision(request, context, outcome);
+        // This id links the proxy's log to the decision log.
+        response
             .metadata
             .extend(decision.map(|id| ("decision_id".to_owned(), ProxyMetadataValue::Text(id.to_string()))));
     }
 
-    /// Writes the decision down, if it is one of those that are. What cannot be answered is no decision.
+    /// Records the decision if it is sampled. A fault is no decision.
     fn log_decision(
         &self,
-        asked: &ProxyRequest<'_>,
-        judged: &EvaluationContext<'_>,
-        finding: &GatewayOutcome,
+        request: &ProxyRequest<'_>,
+        context: &EvaluationContext<'_>,
+        outcome: &GatewayOutcome,
     ) -> Option<uuid::Uuid> {
-        if matches!(finding, GatewayOutcome::Misconfigured(_) | GatewayOutcome::CheckFailed(_)) {
+        if matches!(outcome, GatewayOutcome::Misconfigured(_) | GatewayOutcome::CheckFailed(_)) {
             return None;
         }
-        self.decisions.record_if_sampled(finding.is_allowed(), || DecisionInput {
-            source: match asked.protocol {
+        self.decisions.record_if_sampled(outcome.is_allowed(), || DecisionInput {
+            source: match request.protocol {
                 ProxyProtocol::ExtAuthz => DecisionSource::ExtAuthz,
                 ProxyProtocol::ForwardAuth => DecisionSource::ForwardAuth,
             },
-            allowed: finding.is_allowed(),
-            reason: finding.reason_label(),
-            check_outcome: match finding {
+            allowed: outcome.is_allowed(),
+            reason: outcome.reason_label(),
+            check_outcome: match outcome {
                 GatewayOutcome::Checked(answer) => Some(answer),
                 _ => None,
             },
-            environment: judged.environment.as_ref(),
-            required_scopes: &judged.required_scopes,
-            customer: judged.customer.as_ref(),
-            client_ip: asked.client_ip(self.settings.trusted_hops),
-            proxy_request_id: asked.valid_proxy_request_id(),
-            is_shadow: judged.mode == EnforcementMode::Shadow,
+            environment: context.environment.as_ref(),
+            required_scopes: &context.required_scopes,
+            customer: context.customer.as_ref(),
+            client_ip: request.client_ip(self.settings.trusted_hops),
+            proxy_request_id: request.valid_proxy_request_id(),
+            is_shadow: context.mode == EnforcementMode::Shadow,
         })
     }
 
     async fn evaluate<'a>(
         &self,
-        asker: Requester<'_>,
-        asked: &ProxyRequest<'a>,
-        said: RouteOverrides,
+        requester: Requester<'_>,
+        request: &ProxyRequest<'a>,
+        overrides: RouteOverrides,
         book: &RuleBook,
-        judged: &mut EvaluationContext<'a>,
+        context: &mut EvaluationContext<'a>,
     ) -> GatewayOutcome {
-        let RouteOverrides { route: said, problem } = said;
-        judged.mode = said.mode.or(book.defaults.mode).unwrap_or(self.settings.mode);
-        if let Some(refusal) = self.deny_unremovable_header(asked, judged) {
+        let RouteOverrides { route: overrides, problem } = overrides;
+        context.mode = overrides.mode.or(book.defaults.mode).unwrap_or(self.settings.mode);
+        if let Some(refusal) = self.deny_unremovable_header(request, context) {
             return refusal;
         }
         if let Some(problem) = problem {
             return GatewayOutcome::Misconfigured(problem);
         }
-        let (target, host, method) = match normalize_target(asked) {
+        let (target, host, method) = match normalize_target(request) {
             Ok(spelled) => spelled,
             Err(problem) => {
-                // Whose request it is cannot be known: let through, it might reach a route that is enforced.
-                judged.mode = EnforcementMode::Enforce;
+                // The route is unknown. In shadow mode the request could reach a route that is enforced.
+                context.mode = EnforcementMode::Enforce;
                 return GatewayOutcome::BadRequest(problem);
             }
         };
-        let rule = match said.requirement {
+        let rule = match overrides.requirement {
             Some(_) => None,
             None if book.rules.is_ambiguous(&host, method, &target) => {
-                judged.mode = EnforcementMode::Enforce;
+                context.mode = EnforcementMode::Enforce;
                 return GatewayOutcome::BadRequest(path::PathError::Lookalike.to_string());
             }
             None => book.rules.find_match(&host, method, &target),
         };
         let (route, captures) = match &rule {
-            Some((rule, captures)) => (rule.route.clone().or_defaults(&said), captures.as_slice()),
-            None => (said, &[][..]),
+            Some((rule, captures)) => (rule.route.clone().or_defaults(&overrides), captures.as_slice()),
+            None => (overrides, &[][..]),
         };
         let route = route.or_defaults(&book.defaults);
-        judged.mode = route.mode.unwrap_or(self.settings.mode);
-        judged.cost = route.cost.unwrap_or(1);
-        judged.identifier_headers = identifier_headers(&route);
+        context.mode = route.mode.unwrap_or(self.settings.mode);
+        context.cost = route.cost.unwrap_or(1);
+        context.identifier_headers = identifier_headers(&route);
         if let Some(refusal) = self
-            .deny_unremovable_header(asked, judged)
-            .or_else(|| self.deny_conflicting_headers(asked, judged))
+            .deny_unremovable_header(request, context)
+            .or_else(|| self.deny_conflicting_headers(request, context))
         {
             return refusal;
         }
-        // The proxy removes the header, and the client would get another method than it asks for. A proxy that removes
-        // by its own configuration may even send it on.
+        // The proxy removes the header, so the client would get another method than it sent. A proxy that removes
+        // headers by its own configuration may even pass it on.
         let by_method = rule.as_ref().is_some_and(|(rule, _)| rule.methods != MethodSet::Any);
-        if by_method && ReservedHeaders::overrides_method(asked) {
+        if by_method && ReservedHeaders::overrides_method(request) {
             return GatewayOutcome::BadRequest("overriding the method by a header is not allowed".to_owned());
         }
-        match self.resolve_route(asked, route, captures) {
-            Ok(ready) => self.check_credential(asker, asked, &ready, judged).await,
-            Err(unready) => unready.into(),
+        match self.resolve_route(request, route, captures) {
+            Ok(ready) => self.check_credential(requester, request, &ready, context).await,
+            Err(error) => error.into(),
         }
     }
 
-    /// Refuses a header that would reach the service in a spelling that no proxy was asked to remove.
+    /// Denies a header that would reach the service in a spelling that the proxy is not asked to remove.
     fn deny_unremovable_header(
         &self,
-        asked: &ProxyRequest<'_>,
-        judged: &mut EvaluationContext<'_>,
+        request: &ProxyRequest<'_>,
+        context: &mut EvaluationContext<'_>,
     ) -> Option<GatewayOutcome> {
         let name =
-            ReservedHeaders::new(&self.settings, &judged.identifier_headers).find_unremovable(asked)?;
+            ReservedHeaders::new(&self.settings, &context.identifier_headers).find_unremovable(request)?;
         let problem = if name == header_name::KEYWARD_PREFIX {
-            "headers that begin with x-keyward- are not a client's to send".to_owned()
+            "clients must not send headers that begin with x-keyward-".to_owned()
         } else {
-            format!("the name of a header differs from {name} in its punctuation alone; rename or remove it")
+            format!("a header's name differs from {name} only in punctuation; rename or remove it")
         };
-        // Let through, it would reach the service.
-        judged.mode = EnforcementMode::Enforce;
+        // In shadow mode the header would reach the service.
+        context.mode = EnforcementMode::Enforce;
         Some(GatewayOutcome::BadRequest(problem))
     }
 
     fn deny_conflicting_headers(
         &self,
-        asked: &ProxyRequest<'_>,
-        judged: &EvaluationContext<'_>,
+        request: &ProxyRequest<'_>,
+        context: &EvaluationContext<'_>,
     ) -> Option<GatewayOutcome> {
-        let name = ReservedHeaders::new(&self.settings, &judged.identifier_headers).find_conflict(asked)?;
-        let problem = format!("{name} comes in several spellings with different values; send it once");
+        let name =
+            ReservedHeaders::new(&self.settings, &context.identifier_headers).find_conflict(request)?;
+        let problem = format!("{name} occurs in several spellings with different values; send it once");
         Some(GatewayOutcome::BadRequest(problem))
     }
 
-    /// What a route needs, with the names that the request gives.
+    /// Resolves a route's requirement and identifiers against the request.
     fn resolve_route(
         &self,
-        asked: &ProxyRequest<'_>,
+        request: &ProxyRequest<'_>,
         route: RouteSpec,
         captures: &[(&str, &str)],
     ) -> Result<ResolvedRoute, RouteError> {
-        let demand = route.requirement.ok_or(RouteError::NoRule)?;
+        let requirement = route.requirement.ok_or(RouteError::NoRule)?;
         Ok(ResolvedRoute {
-            requirement: demand,
+            requirement,
             environment: route.environment.or_else(|| self.settings.environment.clone()),
-            account: resolve_identifier("account", route.account, asked, captures, AccountId::parse)?,
-            customer: resolve_identifier("customer", route.customer, asked, captures, CustomerId::parse)?,
+            account: resolve_identifier("account", route.account, request, captures, AccountId::parse)?,
+            customer: resolve_identifier("customer", route.customer, request, captures, CustomerId::parse)?,
             cost: route.cost.unwrap_or(1),
         })
     }
 
-    /// Puts the question that the route asks.
+    /// Checks the request's credential against the route.
     async fn check_credential<'a>(
         &self,
-        asker: Requester<'_>,
-        asked: &ProxyRequest<'a>,
+        requester: Requester<'_>,
+        request: &ProxyRequest<'a>,
         ready: &ResolvedRoute,
-        judged: &mut EvaluationContext<'a>,
+        context: &mut EvaluationContext<'a>,
     ) -> GatewayOutcome {
         let scopes = match &ready.requirement {
             RouteRequirement::Public => return GatewayOutcome::Public,
             RouteRequirement::Authenticated => &[][..],
             RouteRequirement::Scopes(scopes) => scopes,
         };
-        judged.required_scopes = scopes.to_vec();
-        judged.environment.clone_from(&ready.environment);
-        judged.customer.clone_from(&ready.customer);
+        context.required_scopes = scopes.to_vec();
+        context.environment.clone_from(&ready.environment);
+        context.customer.clone_from(&ready.customer);
         let Some(environment) = &ready.environment else {
-            let problem = "the route names no environment, and [gateway] has none for such routes";
+            let problem = "the route has no environment, and [gateway] sets no default";
             return GatewayOutcome::Misconfigured(problem.to_owned());
         };
-        judged.credential = asked.find_credential(&self.settings);
-        let token = match &judged.credential {
+        context.credential = request.find_credential(&self.settings);
+        let token = match &context.credential {
             RequestCredential::None => return GatewayOutcome::NoCredential,
             RequestCredential::Multiple => return GatewayOutcome::ManyCredentials,
             RequestCredential::Single { token, .. } => token,
@@ -389,15 +391,15 @@ impl Gateway {
             scopes,
             account: ready.account.as_ref(),
             customer: ready.customer.as_ref(),
-            client_ip: asked.client_ip(self.settings.trusted_hops),
+            client_ip: request.client_ip(self.settings.trusted_hops),
             cost: ready.cost,
             dry_run: false,
             min_revision: None,
-            dedup_id: (!asked.proxy_request_id.is_empty())
-                .then(|| RequestDedupId::from_request_id(asked.proxy_request_id)),
+            dedup_id: (!request.proxy_request_id.is_empty())
+                .then(|| RequestDedupId::from_request_id(request.proxy_request_id)),
             refuse_management_keys: !self.settings.management_keys,
         };
-        match self.engine.check(asker, &question).await {
+        match self.engine.check(requester, &question).await {
             Ok(answer) => GatewayOutcome::Checked(answer),
             Err(error) => GatewayOutcome::CheckFailed(error),
         }
@@ -405,48 +407,48 @@ impl Gateway {
 
     fn observe_outcome(
         &self,
-        asked: &ProxyRequest<'_>,
-        judged: &EvaluationContext<'_>,
-        finding: &GatewayOutcome,
+        request: &ProxyRequest<'_>,
+        context: &EvaluationContext<'_>,
+        outcome: &GatewayOutcome,
     ) {
-        let reason = finding.reason_label();
-        self.metrics.record(asked.protocol, judged.mode, finding);
+        let reason = outcome.reason_label();
+        self.metrics.record(request.protocol, context.mode, outcome);
         if let Some(span) = trace::recorded_span() {
-            let answer = match finding {
+            let answer = match outcome {
                 GatewayOutcome::Checked(answer) => Some(answer),
                 _ => None,
             };
             answer.inspect(|answer| answer.record_in_span(&span));
             span.record("keyward.reason", reason);
         }
-        let (key, path) = (finding.key_id(), LoggedPath::new(asked, &self.settings));
-        let shadow = judged.mode == EnforcementMode::Shadow;
-        if let GatewayOutcome::Misconfigured(problem) = finding {
+        let (key, path) = (outcome.key_id(), LoggedPath::new(request, &self.settings));
+        let shadow = context.mode == EnforcementMode::Shadow;
+        if let GatewayOutcome::Misconfigured(problem) = outcome {
             if self.misconfiguration_throttle.allow(self.engine.now()) {
                 tracing::error!(
                     problem,
                     %path,
                     shadow,
-                    "a route is misconfigured, and is answered with 503 unless it is in shadow mode"
+                    "route misconfigured: its requests get 503 unless it is in shadow mode"
                 );
             }
-        } else if shadow && !finding.is_allowed() && self.shadow_denial_throttle.allow(self.engine.now()) {
-            tracing::info!(key, reason, %path, "shadow: the request passes and would have been denied");
+        } else if shadow && !outcome.is_allowed() && self.shadow_denial_throttle.allow(self.engine.now()) {
+            tracing::info!(key, reason, %path, "shadow mode: request passed that enforce mode would deny");
         }
-        tracing::debug!(key, reason, %path, passes = finding.is_allowed(), shadow, "a request was judged");
+        tracing::debug!(key, reason, %path, passes = outcome.is_allowed(), shadow, "request evaluated");
     }
 }
 
-/// Target, host and method in the one spelling that rules see; or what is wrong with them, for the client.
-fn normalize_target<'a>(asked: &ProxyRequest<'a>) -> Result<(CanonicalPath<'a>, String, &'a str), String> {
-    let target = asked.target().ok_or(path::PathError::Character).and_then(CanonicalPath::parse);
-    let target = target.map_err(|misspelt| misspelt.to_string())?;
-    let host = asked.host().and_then(path::normalize_host).ok_or("the host is none")?;
-    let method = asked.method().ok_or("the method is none")?;
+/// The target, host and method in the spelling that rules match. The error is for the client.
+fn normalize_target<'a>(request: &ProxyRequest<'a>) -> Result<(CanonicalPath<'a>, String, &'a str), String> {
+    let target = request.target().ok_or(path::PathError::Character).and_then(CanonicalPath::parse);
+    let target = target.map_err(|error| error.to_string())?;
+    let host = request.host().and_then(path::normalize_host).ok_or("the host is not valid")?;
+    let method = request.method().ok_or("the method is not valid")?;
     Ok((target, host, method))
 }
 
-/// The headers that a route takes names from.
+/// The headers that a route reads identifiers from.
 fn identifier_headers(route: &RouteSpec) -> Vec<Box<str>> {
     let account = route.account.as_ref().and_then(source_header);
     account.into_iter().chain(route.customer.as_ref().and_then(source_header)).collect()
@@ -459,22 +461,22 @@ fn source_header<T>(named: &NameSource<T>) -> Option<Box<str>> {
     }
 }
 
-/// A name from where the route says that it stands. One that a header or path leaves out is unsaid.
+/// Resolves an identifier from its source. `None` = the header is absent.
 fn resolve_identifier<T>(
     what: &str,
     from: Option<NameSource<T>>,
-    asked: &ProxyRequest<'_>,
+    request: &ProxyRequest<'_>,
     captures: &[(&str, &str)],
     parse: fn(&str) -> Result<T, NameError>,
 ) -> Result<Option<T>, RouteError> {
     let text = match &from {
         None => return Ok(None),
         Some(NameSource::Fixed(_)) => return Ok(from.and_then(fixed_value)),
-        Some(NameSource::Header(name)) => match asked.single_header(name) {
+        Some(NameSource::Header(name)) => match request.single_header(name) {
             Ok(None) => return Ok(None),
             Ok(Some(text)) => text,
             Err(()) => {
-                return Err(RouteError::BadRequest(format!("{name} must be given once, in visible ASCII")));
+                return Err(RouteError::BadRequest(format!("{name} must occur once, in visible ASCII")));
             }
         },
         Some(NameSource::PathCapture(name)) => {

@@ -1,5 +1,5 @@
-//! How a key's limits look to a client: `RateLimit` and `RateLimit-Policy`
-//! (draft-ietf-httpapi-ratelimit-headers-10) and `Retry-After` (RFC 9110, section 10.2.3).
+//! Formats a key's limits as HTTP headers: `RateLimit` and `RateLimit-Policy` (draft-ietf-httpapi-ratelimit-headers-10)
+//! and `Retry-After` (RFC 9110, section 10.2.3).
 
 use std::time::Duration;
 
@@ -42,7 +42,7 @@ pub(super) fn ratelimit_values(key: &impl KeyAttributes, usage: &LimitOutcome) -
     Some((policies.join(", "), states.join(", ")))
 }
 
-/// Whole seconds, rounded up: whoever waits so long has waited long enough.
+/// Whole seconds, rounded up, so that a client that waits this long has waited long enough.
 pub(super) fn ceil_seconds(duration: Duration) -> u64 {
     duration.as_secs() + u64::from(duration.subsec_nanos() > 0)
 }

@@ -1,5 +1,5 @@
-//! A request as a proxy tells of it: its target, its credential, its client. Headers are attacker-chosen bytes in
-//! any number; nothing here prints them.
+//! Parses the request that a proxy describes: target, credential and client address. Headers are bytes that an attacker
+//! chooses, in any number; nothing here prints them.
 
 use std::{
     borrow::Cow,
@@ -14,7 +14,7 @@ use crate::{
     trace::{RemoteTraceContext, RequestId},
 };
 
-/// Who asks how.
+/// The protocol by which a proxy calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ProxyProtocol {
     /// Envoy, over gRPC.
@@ -35,7 +35,7 @@ pub enum ClientSource {
 /// A request.
 #[derive(Clone)]
 pub struct ProxyRequest<'a> {
-    /// Who asks how.
+    /// The protocol by which a proxy calls.
     pub protocol: ProxyProtocol,
     /// Whether the proxy removes the headers that the reply names. If not, its configuration lists them, by name.
     pub proxy_removes_headers: bool,
@@ -59,7 +59,7 @@ impl fmt::Debug for ProxyRequest<'_> {
     }
 }
 
-/// What a request shows to prove who sends it.
+/// The credential that a request carries.
 #[derive(Clone, PartialEq, Eq)]
 pub(super) enum RequestCredential<'a> {
     /// Nothing.
@@ -183,8 +183,8 @@ impl<'a> ProxyRequest<'a> {
         secrets
     }
 
-    /// A query parameter. Its name as it stands, since proxies take it away by that; so one that is encoded is as
-    /// bad as two.
+    /// Finds a query parameter by its raw name, because proxies remove it by that name. A percent-encoded name does not
+    /// match.
     fn query_credential(&self, name: &str) -> CredentialOccurrence<Cow<'a, str>> {
         let query = self.target.splitn(2, |byte| *byte == b'?').nth(1).unwrap_or_default();
         let plain = |pair: &&[u8]| pair.split(|byte| *byte == b'=').next() == Some(name.as_bytes());
@@ -197,8 +197,8 @@ impl<'a> ProxyRequest<'a> {
         }
     }
 
-    /// The end client's address. `hops` = how many proxies stand in front of the one that asks. `None` where the
-    /// request does not say: whoever is bound to addresses is then refused.
+    /// The end client's address, behind `hops` proxies. `None` = unknown, so that a key with allowed networks is
+    /// denied.
     pub(super) fn client_ip(&self, hops: usize) -> Option<IpAddr> {
         let mut forwarded: Vec<&[u8]> = self
             .header_values("x-forwarded-for")
@@ -206,7 +206,7 @@ impl<'a> ProxyRequest<'a> {
             .collect();
         let peer = match self.client_source {
             ClientSource::Peer(peer) => {
-                // Envoy appends the address that connected to it, if it is told to.
+                // Envoy appends the peer's address if it is configured to.
                 if peer.is_some() && forwarded.last().is_some_and(|last| parse_ip(last) == peer) {
                     forwarded.pop();
                 }

@@ -1,7 +1,7 @@
-//! Header names that mean something to Keyward or to the service behind the proxy, and how a request spells them.
+//! Classifies the headers that have a meaning for Keyward or for the service behind the proxy.
 //!
-//! A lenient service takes `X.Keyward.User` for `x-keyward-user` ([`header_name`]). So a header whose name is only
-//! alike a reserved one is removed and never read, and a request whose spellings of one name differ is refused.
+//! A lenient service reads `X.Keyward.User` as `x-keyward-user` ([`header_name`]). A header whose name only resembles a
+//! reserved one is therefore removed and never read. A request with different values under such names is denied.
 
 use smallvec::SmallVec;
 
@@ -21,7 +21,7 @@ enum ReservedClass {
     Read,
     /// The gateway sets it toward the service.
     Identity,
-    /// It begins like the names of [`ReservedClass::Identity`], and is none of them.
+    /// It has the prefix of [`ReservedClass::Identity`], but none of its names.
     Unknown,
     /// It overrides the method, path or host of a request.
     Override,
@@ -82,7 +82,7 @@ impl<'a> ReservedHeaders<'a> {
     }
 
     /// A name that the request spells in several ways with different values: services differ in which they take.
-    pub(super) fn find_conflict(&self, asked: &ProxyRequest<'_>) -> Option<&'a str> {
+    pub(super) fn find_conflict(&self, request: &ProxyRequest<'_>) -> Option<&'a str> {
         /// What is known of one name. Two of its headers differ in spelling and in value if and only if some differ in
         /// the one and some in the other.
         struct HeaderSpellings<'a> {
@@ -93,7 +93,7 @@ impl<'a> ReservedHeaders<'a> {
             values_differ: bool,
         }
         let mut all = SmallVec::<[HeaderSpellings<'_>; 4]>::new();
-        for (spelling, value) in &asked.headers {
+        for (spelling, value) in &request.headers {
             let Some(found) = self.find_reserved(spelling) else { continue };
             if matches!(found.class, ReservedClass::Unknown | ReservedClass::ProxyWritten) {
                 continue;
@@ -120,20 +120,20 @@ impl<'a> ReservedHeaders<'a> {
     }
 
     /// A name of which the request has a spelling that the proxy cannot be asked to remove.
-    pub(super) fn find_unremovable(&self, asked: &ProxyRequest<'_>) -> Option<&'a str> {
+    pub(super) fn find_unremovable(&self, request: &ProxyRequest<'_>) -> Option<&'a str> {
         let name = |found: ReservedMatch<'a>| {
             (!found.exact && found.class != ReservedClass::ProxyWritten).then_some(found.name)
         };
-        let kept = |header: &[u8]| !asked.proxy_removes_headers || !header_name::is_field_name(header);
-        asked
+        let kept = |header: &[u8]| !request.proxy_removes_headers || !header_name::is_field_name(header);
+        request
             .headers
             .iter()
             .find_map(|(header, _)| self.find_reserved(header).filter(|_| kept(header)).and_then(name))
     }
 
     /// Whether the request asks the service to take it for one of another method.
-    pub(super) fn overrides_method(asked: &ProxyRequest<'_>) -> bool {
-        asked.headers.iter().any(|(name, value)| {
+    pub(super) fn overrides_method(request: &ProxyRequest<'_>) -> bool {
+        request.headers.iter().any(|(name, value)| {
             !value.trim_ascii().is_empty()
                 && METHOD_OVERRIDE_HEADERS.iter().any(|known| is_equivalent(name, known.as_bytes()))
         })
@@ -143,12 +143,12 @@ impl<'a> ReservedHeaders<'a> {
     /// that the request does not show are among them, since a proxy may keep headers from the gateway.
     pub(super) fn names_to_remove(
         &self,
-        asked: &ProxyRequest<'_>,
+        request: &ProxyRequest<'_>,
         set: impl Fn(&str) -> bool,
     ) -> Vec<String> {
         let always = IDENTITY_HEADERS.iter().chain(&OVERRIDE_HEADERS).filter(|name| !set(name));
         let mut removed: Vec<String> = always.map(|name| (*name).to_owned()).collect();
-        for (name, _) in &asked.headers {
+        for (name, _) in &request.headers {
             let Some(found) = self.find_reserved(name) else { continue };
             if found.exact && !header_name::has_keyward_prefix(name) {
                 continue;
@@ -225,9 +225,9 @@ mod tests {
     fn a_proxy_that_removes_nothing_by_itself_is_asked_to_remove_nothing_odd() {
         let settings = GatewaySettings::default();
         let unremovable = |removes, name: &str| {
-            let asked =
+            let request =
                 ProxyRequest { proxy_removes_headers: removes, ..proxy_request(headers(&[(name, "a")])) };
-            ReservedHeaders::new(&settings, &[]).find_unremovable(&asked).map(str::to_owned)
+            ReservedHeaders::new(&settings, &[]).find_unremovable(&request).map(str::to_owned)
         };
         for (name, of) in [
             ("X.Keyward.User", "x-keyward-user"),
@@ -315,8 +315,8 @@ mod tests {
         fn no_names_make_it_panic(list in proptest::collection::vec(any::<(Vec<u8>, Vec<u8>)>(), 0..6)) {
             let settings = GatewaySettings::default();
             let headers = list.iter().map(|(name, value)| (&name[..], &value[..])).collect();
-            let (reserved, asked) = (ReservedHeaders::new(&settings, &[]), proxy_request(headers));
-            let _ = (reserved.find_conflict(&asked), reserved.find_unremovable(&asked), reserved.names_to_remove(&asked, |_| false));
+            let (reserved, request) = (ReservedHeaders::new(&settings, &[]), proxy_request(headers));
+            let _ = (reserved.find_conflict(&request), reserved.find_unremovable(&request), reserved.names_to_remove(&request, |_| false));
         }
     }
 }

@@ -1,5 +1,7 @@
-//! What becomes of a request: whether it passes, what the client hears, what the service behind the proxy learns,
-//! what the proxy logs. The bodies and codes are those that our users' clients know.
+//! Builds the response to a proxy: whether the request passes, and the headers, body and metadata for client, service
+//! and log.
+//!
+//! Existing clients depend on the bodies and codes.
 
 use crate::{
     domain::{
@@ -19,31 +21,31 @@ use super::{
     settings::GatewaySettings,
 };
 
-/// What was found out about a request.
+/// The outcome of evaluating a request.
 #[derive(Clone, Debug)]
 pub enum GatewayOutcome {
     /// The route is open to everybody.
     Public,
-    /// What the engine says of the credential.
+    /// The engine evaluated the credential.
     Checked(CheckOutcome),
     /// The request shows no credential.
     NoCredential,
     /// The request shows several credentials.
     ManyCredentials,
-    /// Nothing says what the route needs.
+    /// No rule, override or default sets a requirement for the route.
     NoRule,
-    /// The request can be read in two ways; the text says why, for the client.
+    /// The request is invalid or ambiguous. The text is for the client.
     BadRequest(String),
-    /// The proxy's question is larger than is read: it has the body of the request.
+    /// The proxy's CheckRequest exceeds the limit, because it contains the request's body.
     TooLarge,
-    /// What the route needs cannot be known; the text says why, for the log.
+    /// The route's configuration is wrong. The text is for the log.
     Misconfigured(String),
-    /// The engine cannot answer.
+    /// The engine returned an error.
     CheckFailed(CheckError),
 }
 
 impl GatewayOutcome {
-    /// Whether the request may pass.
+    /// Whether the request may pass in enforce mode.
     #[must_use]
     pub fn is_allowed(&self) -> bool {
         match self {
@@ -53,7 +55,7 @@ impl GatewayOutcome {
         }
     }
 
-    /// One word for it, from a closed set.
+    /// The reason, from a closed set, as metrics and logs show it.
     #[must_use]
     pub fn reason_label(&self) -> &'static str {
         match self {
@@ -74,7 +76,7 @@ impl GatewayOutcome {
                 "limits_unavailable"
             }
             GatewayOutcome::CheckFailed(CheckError::LeaseLost) => "lease_lost",
-            // A proxy whose own key is gone is told so at its next call.
+            // The next call of a proxy whose own key was revoked fails to authenticate.
             GatewayOutcome::CheckFailed(
                 CheckError::Starting | CheckError::Stale { .. } | CheckError::RequesterRevoked,
             ) => "not_ready",
@@ -93,26 +95,26 @@ impl GatewayOutcome {
     }
 }
 
-/// What is known besides the finding.
+/// What the evaluation learned about a request besides its outcome.
 pub(super) struct EvaluationContext<'a> {
     /// Whether a denial stops the request.
     pub mode: EnforcementMode,
     /// The scopes that the route needs.
     pub required_scopes: Vec<Scope>,
-    /// What the route costs.
+    /// The units that the route consumes of limits and quota.
     pub cost: u64,
-    /// The headers that the route takes names from.
+    /// The headers that the route reads identifiers from.
     pub identifier_headers: Vec<Box<str>>,
-    /// What the request showed.
+    /// The credential that the request carries.
     pub credential: RequestCredential<'a>,
-    /// Where the call is made, where the route was asked about.
+    /// The environment of the Check, if there was one.
     pub environment: Option<EnvironmentName>,
-    /// Whom it is about.
+    /// The customer of the Check, if the route names one.
     pub customer: Option<CustomerId>,
 }
 
 impl EvaluationContext<'_> {
-    /// Nothing is known yet.
+    /// The context before anything is evaluated.
     pub(super) fn new() -> Self {
         EvaluationContext {
             mode: EnforcementMode::Enforce,
@@ -126,7 +128,7 @@ impl EvaluationContext<'_> {
     }
 }
 
-/// A value of the proxy's metadata.
+/// A scalar of the proxy's dynamic metadata.
 #[derive(Clone, Debug, PartialEq)]
 pub enum ProxyMetadataValue {
     /// Text.
@@ -137,74 +139,75 @@ pub enum ProxyMetadataValue {
     Flag(bool),
 }
 
-/// What a proxy does with a request.
+/// What the proxy does with a request.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ProxyResponse {
-    /// Whether the request goes on to the service.
+    /// Whether the proxy passes the request on to the service.
     pub is_allowed: bool,
-    /// Whether this is no verdict: nobody knows whether it may pass.
+    /// Whether this is a fault instead of a verdict.
     pub is_error: bool,
-    /// The status that the client hears, of a request that does not pass: 4xx, or 503 for a fault.
+    /// The HTTP status for the client of a request that does not pass: 4xx, or 503 for a fault.
     pub status: u16,
-    /// What the client reads then.
+    /// The body for that client.
     pub body: String,
-    /// Headers to the client: of the refusal, or to be added to the service's answer.
+    /// Headers for the client: those of the denial, or additions to the service's response.
     pub client_headers: Vec<(&'static str, String)>,
-    /// Headers to the service, in place of any that the client sent.
+    /// Headers for the service; they replace those of the client.
     pub upstream_headers: Vec<(&'static str, String)>,
-    /// Headers that the service must not see.
+    /// Headers that the proxy removes before it passes the request on.
     pub remove_headers: Vec<String>,
-    /// The query parameter that the service must not see.
+    /// The query parameter that the proxy removes.
     pub remove_query_parameter: Option<String>,
-    /// What the proxy may log and limit by.
+    /// Dynamic metadata for the proxy's logs and limits.
     pub metadata: Vec<(String, ProxyMetadataValue)>,
 }
 
-/// The longest list of scopes that a service gets, in bytes. Proxies and services bound their headers: nginx's usual buffer
-/// is 4 KiB. A list is cut between scopes, and `x-keyward-truncated` says so.
+/// Maximum length of the list of scopes for the service, in bytes. Proxies and services bound their headers; nginx's
+/// usual buffer is 4 KiB. A list is cut between scopes, and `x-keyward-truncated` marks the cut.
 const MAX_SCOPES_LEN: usize = 2048;
-/// The longest list of scopes in `WWW-Authenticate`, in bytes. A longer one is left out: a part of it would mislead.
+/// Maximum length of the list of scopes in `WWW-Authenticate`, in bytes. A longer list is left out, because a part of
+/// it would mislead.
 const MAX_CHALLENGE_LEN: usize = 1024;
-/// The longest list of headers to remove, in bytes with commas. Clients choose how many there are.
+/// Maximum length of the list of headers to remove, in bytes with commas. Clients control its length.
 const MAX_REMOVE_LEN: usize = 2048;
 
 impl ProxyResponse {
-    /// Whether the proxy can be told everything that it must remove.
+    /// Whether the list of headers to remove fits into the response.
     pub(super) fn can_list_removals(&self) -> bool {
         self.remove_headers.iter().map(|name| name.len() + 1).sum::<usize>() <= MAX_REMOVE_LEN
     }
 }
 
-/// Makes the reply. No header of it is longer than this module's bounds, and all together have at most 8 KiB, if the
-/// removals [fit](ProxyResponse::can_list_removals).
+/// Builds the response. Each header stays within this module's bounds, and all together within 8 KiB if the removals
+/// [fit](ProxyResponse::can_list_removals).
 pub(super) fn build_response(
     settings: &GatewaySettings,
-    asked: &ProxyRequest<'_>,
-    judged: &EvaluationContext<'_>,
-    finding: &GatewayOutcome,
+    request: &ProxyRequest<'_>,
+    context: &EvaluationContext<'_>,
+    outcome: &GatewayOutcome,
 ) -> ProxyResponse {
-    let mut reply =
-        ProxyResponse { metadata: dynamic_metadata(settings, judged, finding), ..ProxyResponse::default() };
-    let shadowed = judged.mode == EnforcementMode::Shadow && !finding.is_allowed();
-    if finding.is_allowed() || shadowed {
-        reply.is_allowed = true;
-        if let GatewayOutcome::Checked(answer) = finding
-            && finding.is_allowed()
+    let mut response =
+        ProxyResponse { metadata: dynamic_metadata(settings, context, outcome), ..ProxyResponse::default() };
+    let shadowed = context.mode == EnforcementMode::Shadow && !outcome.is_allowed();
+    if outcome.is_allowed() || shadowed {
+        response.is_allowed = true;
+        if let GatewayOutcome::Checked(answer) = outcome
+            && outcome.is_allowed()
         {
-            reply.upstream_headers = identity_headers(answer);
-            reply.client_headers = limit_headers(answer);
+            response.upstream_headers = identity_headers(answer);
+            response.client_headers = limit_headers(answer);
         }
         if shadowed {
-            reply.upstream_headers.push(("x-keyward-shadow", finding.reason_label().to_owned()));
+            response.upstream_headers.push(("x-keyward-shadow", outcome.reason_label().to_owned()));
         }
-        set_removals(settings, asked, judged, &mut reply);
+        set_removals(settings, request, context, &mut response);
     } else {
-        set_denial(settings, asked, judged, finding, &mut reply);
+        set_denial(settings, request, context, outcome, &mut response);
     }
-    reply
+    response
 }
 
-/// Who calls, for the service.
+/// The headers that identify the caller to the service.
 fn identity_headers(answer: &CheckOutcome) -> Vec<(&'static str, String)> {
     let Some(holder) = &answer.key_match else { return Vec::new() };
     let key = &holder.key;
@@ -222,7 +225,7 @@ fn identity_headers(answer: &CheckOutcome) -> Vec<(&'static str, String)> {
     identity
 }
 
-/// Words with a space between them, as many as fit into `max` bytes; and whether those are all.
+/// Joins words with spaces up to `max` bytes. The flag is false if words were left out.
 fn join_within<'a>(words: impl Iterator<Item = &'a str>, max: usize) -> (String, bool) {
     let mut list = String::new();
     for word in words {
@@ -235,44 +238,45 @@ fn join_within<'a>(words: impl Iterator<Item = &'a str>, max: usize) -> (String,
     (list, true)
 }
 
-/// Takes away what the service must not see: the credential, and what passes itself off as ours.
+/// Removes the credential and any header that imitates one of Keyward's.
 fn set_removals(
     settings: &GatewaySettings,
-    asked: &ProxyRequest<'_>,
-    judged: &EvaluationContext<'_>,
-    reply: &mut ProxyResponse,
+    request: &ProxyRequest<'_>,
+    context: &EvaluationContext<'_>,
+    response: &mut ProxyResponse,
 ) {
-    let set = |name: &str| reply.upstream_headers.iter().any(|(known, _)| *known == name);
-    let mut remove = ReservedHeaders::new(settings, &judged.identifier_headers).names_to_remove(asked, set);
-    // A proxy may keep headers from us: a name that we did not see must not reach the service either.
-    let unseen = judged.identifier_headers.iter().filter(|name| asked.single_header(name) == Ok(None));
+    let set = |name: &str| response.upstream_headers.iter().any(|(known, _)| *known == name);
+    let mut remove =
+        ReservedHeaders::new(settings, &context.identifier_headers).names_to_remove(request, set);
+    // A proxy may hide headers from Keyward, so their names must be removed unseen.
+    let unseen = context.identifier_headers.iter().filter(|name| request.single_header(name) == Ok(None));
     remove.extend(unseen.map(ToString::to_string));
-    // In shadow mode the service may still judge the credential itself.
-    if let RequestCredential::Single { headers, in_query: query, .. } = &judged.credential
+    // In shadow mode the service may still evaluate the credential itself.
+    if let RequestCredential::Single { headers, in_query: query, .. } = &context.credential
         && !settings.forward_credential
-        && judged.mode == EnforcementMode::Enforce
+        && context.mode == EnforcementMode::Enforce
     {
         remove.extend(headers.iter().map(ToString::to_string));
-        reply.remove_query_parameter =
+        response.remove_query_parameter =
             settings.credential_query.as_ref().filter(|_| *query).map(ToString::to_string);
     }
-    reply.remove_headers = remove;
+    response.remove_headers = remove;
 }
 
-/// What the client hears of a request that does not pass.
+/// Fills in the client's part of a response to a request that does not pass.
 fn set_denial(
     settings: &GatewaySettings,
-    asked: &ProxyRequest<'_>,
-    judged: &EvaluationContext<'_>,
-    finding: &GatewayOutcome,
-    reply: &mut ProxyResponse,
+    request: &ProxyRequest<'_>,
+    context: &EvaluationContext<'_>,
+    outcome: &GatewayOutcome,
+    response: &mut ProxyResponse,
 ) {
     const UNAUTHORIZED: (u16, &str, &str) = (401, "UNAUTHORIZED", "Invalid or missing API key");
     const FORBIDDEN: (u16, &str, &str) = (403, "FORBIDDEN", "Insufficient permissions for this action");
     const TOO_LARGE: (u16, &str, &str) = (413, "PAYLOAD_TOO_LARGE", "The body is too large to be checked");
     const LIMITED: (u16, &str, &str) = (429, "RATE_LIMITED", "Too many requests");
     const UNAVAILABLE: (u16, &str, &str) = (503, "UNAVAILABLE", "API keys cannot be checked at the moment");
-    let (status, code, message) = match finding {
+    let (status, code, message) = match outcome {
         GatewayOutcome::Checked(answer) => match answer.reason() {
             Reason::AccountSuspended
             | Reason::WrongCustomer
@@ -285,79 +289,81 @@ fn set_denial(
         GatewayOutcome::BadRequest(problem) => (400, "BAD_REQUEST", problem.as_str()),
         GatewayOutcome::TooLarge => TOO_LARGE,
         GatewayOutcome::Misconfigured(_) | GatewayOutcome::CheckFailed(_) => UNAVAILABLE,
-        // What passes is not refused.
+        // A request that passes has no denial.
         GatewayOutcome::NoRule | GatewayOutcome::Public => FORBIDDEN,
     };
-    reply.status = status;
-    reply.is_error = status == 503;
-    reply.client_headers = vec![("content-type", "application/json".to_owned())];
-    if status == 401 || finding.reason_label() == Reason::MissingScope.as_str() {
-        reply.client_headers.push(("www-authenticate", www_authenticate(judged, finding, status)));
+    response.status = status;
+    response.is_error = status == 503;
+    response.client_headers = vec![("content-type", "application/json".to_owned())];
+    if status == 401 || outcome.reason_label() == Reason::MissingScope.as_str() {
+        response.client_headers.push(("www-authenticate", www_authenticate(context, outcome, status)));
     }
-    if let GatewayOutcome::Checked(answer) = finding {
-        reply.client_headers.extend(limit_headers(answer));
+    if let GatewayOutcome::Checked(answer) = outcome {
+        response.client_headers.extend(limit_headers(answer));
         let wait = answer.limits().retry_after().filter(|_| status == 429);
-        reply.client_headers.extend(wait.map(|wait| ("retry-after", ceil_seconds(wait).max(1).to_string())));
+        response
+            .client_headers
+            .extend(wait.map(|wait| ("retry-after", ceil_seconds(wait).max(1).to_string())));
     }
-    if reply.is_error {
-        reply.client_headers.push(("retry-after", "1".to_owned()));
+    if response.is_error {
+        response.client_headers.push(("retry-after", "1".to_owned()));
     }
     if settings.reason_header {
-        reply.client_headers.push(("x-keyward-reason", finding.reason_label().to_owned()));
+        response.client_headers.push(("x-keyward-reason", outcome.reason_label().to_owned()));
     }
-    let grpc = asked.is_grpc_call();
-    // Envoy has no gRPC code for these, or one that clients would send again at once.
+    let grpc = request.is_grpc_call();
+    // For these statuses Envoy sends no gRPC code, or one that clients retry at once.
     let grpc_status = match status {
         400 => Some("3"),
         429 => Some("8"),
         _ => None,
     };
-    reply.client_headers.extend(grpc_status.filter(|_| grpc).map(|code| ("grpc-status", code.to_owned())));
-    // Of a gRPC call the body becomes the message.
-    reply.body = if grpc {
+    response.client_headers.extend(grpc_status.filter(|_| grpc).map(|code| ("grpc-status", code.to_owned())));
+    // The body becomes the message of a gRPC status.
+    response.body = if grpc {
         message.to_owned()
     } else {
         format!(r#"{{"success":false,"error":{{"code":"{code}","message":"{message}"}}}}"#)
     };
 }
 
-/// `WWW-Authenticate` of RFC 6750, section 3: no error where no credential was shown.
-fn www_authenticate(judged: &EvaluationContext<'_>, finding: &GatewayOutcome, status: u16) -> String {
+/// The `WWW-Authenticate` header of RFC 6750, section 3. Without a credential it carries no error.
+fn www_authenticate(context: &EvaluationContext<'_>, outcome: &GatewayOutcome, status: u16) -> String {
     let realm = r#"Bearer realm="keyward""#;
-    match finding {
+    match outcome {
         GatewayOutcome::NoCredential | GatewayOutcome::ManyCredentials => realm.to_owned(),
         _ if status == 401 => format!(r#"{realm}, error="invalid_token""#),
         _ => {
             let (needed, whole) =
-                join_within(judged.required_scopes.iter().map(Scope::as_str), MAX_CHALLENGE_LEN);
+                join_within(context.required_scopes.iter().map(Scope::as_str), MAX_CHALLENGE_LEN);
             let scope = if whole { format!(r#", scope="{needed}""#) } else { String::new() };
             format!(r#"{realm}, error="insufficient_scope"{scope}"#)
         }
     }
 }
 
-/// How the key's limits stand, for the client.
+/// The status of the key's limits, for the client.
 fn limit_headers(answer: &CheckOutcome) -> Vec<(&'static str, String)> {
     let Some(holder) = &answer.key_match else { return Vec::new() };
     let Some((policy, state)) = ratelimit_values(&holder.key, answer.limits()) else { return Vec::new() };
     vec![("ratelimit-policy", policy), ("ratelimit", state)]
 }
 
-/// What the proxy may log and limit by: scalars, under names of our own.
+/// Dynamic metadata for the proxy's logs and limits: scalars under Keyward's own names.
 fn dynamic_metadata(
     settings: &GatewaySettings,
-    judged: &EvaluationContext<'_>,
-    finding: &GatewayOutcome,
+    context: &EvaluationContext<'_>,
+    outcome: &GatewayOutcome,
 ) -> Vec<(String, ProxyMetadataValue)> {
     let text = |name: &str, value: &str| (name.to_owned(), ProxyMetadataValue::Text(value.to_owned()));
-    let shadow = judged.mode == EnforcementMode::Shadow;
+    let shadow = context.mode == EnforcementMode::Shadow;
     let mut metadata = vec![
-        ("allowed".to_owned(), ProxyMetadataValue::Flag(finding.is_allowed())),
-        text("reason", finding.reason_label()),
+        ("allowed".to_owned(), ProxyMetadataValue::Flag(outcome.is_allowed())),
+        text("reason", outcome.reason_label()),
         text("mode", if shadow { "shadow" } else { "enforce" }),
-        ("cost".to_owned(), ProxyMetadataValue::Number(judged.cost)),
+        ("cost".to_owned(), ProxyMetadataValue::Number(context.cost)),
     ];
-    let GatewayOutcome::Checked(answer @ CheckOutcome { key_match: Some(holder), .. }) = finding else {
+    let GatewayOutcome::Checked(answer @ CheckOutcome { key_match: Some(holder), .. }) = outcome else {
         return metadata;
     };
     if answer.limits().is_inexact {
@@ -396,13 +402,13 @@ mod tests {
 
     #[test]
     fn what_is_to_be_removed_fits_or_does_not() {
-        let reply = |names: usize| ProxyResponse {
+        let response = |names: usize| ProxyResponse {
             remove_headers: vec!["x-keyward-0123456".to_owned(); names],
             ..ProxyResponse::default()
         };
         assert!(
-            reply(MAX_REMOVE_LEN / 18).can_list_removals()
-                && !reply(MAX_REMOVE_LEN / 18 + 1).can_list_removals()
+            response(MAX_REMOVE_LEN / 18).can_list_removals()
+                && !response(MAX_REMOVE_LEN / 18 + 1).can_list_removals()
         );
     }
 }

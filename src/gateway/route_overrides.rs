@@ -1,8 +1,8 @@
-//! What a proxy's own configuration says of a route: Envoy's `context_extensions`, and the query with which other
-//! proxies ask. The fields are those of a rule. Fields that are not ours are other filters', and are left alone.
+//! Reads the route settings that a proxy sends: Envoy's `context_extensions`, or the query of other proxies. The fields
+//! are those of a rule. Unknown fields of Envoy belong to other filters and are ignored.
 //!
-//! Envoy merges what virtual host and route say, field by field, the route's first. So an empty value or `false`
-//! says nothing, and a route can take back with it what its virtual host says.
+//! Envoy merges the fields of the virtual host and the route, and the route's fields win. An empty value or `false`
+//! therefore means "not set": with it, a route clears a field of its virtual host.
 
 use crate::domain::{
     account::EnvironmentSet,
@@ -12,16 +12,16 @@ use crate::domain::{
     scope::Scope,
 };
 
-/// What a proxy says of a route.
+/// Route settings that a proxy sends with a request.
 #[derive(Clone, Debug, Default)]
 pub struct RouteOverrides {
-    /// What could be read.
+    /// The fields that were valid.
     pub route: RouteSpec,
-    /// What is wrong with the rest: such a route answers nothing, since what it asks for is unknown.
+    /// The first invalid field. Such a route is a misconfiguration, because its requirement is unknown.
     pub problem: Option<String>,
 }
 
-/// Reads what a proxy says, field by field; `strict` where all fields should be ours.
+/// Parses the fields that a proxy sends. If `strict`, an unknown field is an error.
 #[must_use]
 pub fn parse_route_overrides<'a>(
     fields: impl Iterator<Item = (&'a str, &'a str)>,
@@ -34,7 +34,7 @@ pub fn parse_route_overrides<'a>(
         let value = value.trim();
         let known = reader.parse_field(field, value);
         if !known && strict {
-            reader.add_problem(field, "is no field of a route");
+            reader.add_problem(field, "is not a field of a route");
         }
     }
     if reader.requirement_count > 1 {
@@ -51,11 +51,11 @@ struct RouteOverrideParser<'a> {
 
 impl RouteOverrideParser<'_> {
     fn add_problem(&mut self, field: &str, problem: impl std::fmt::Display) {
-        // The first is enough: the others are told when it is mended.
+        // One problem is reported at a time.
         self.overrides.problem.get_or_insert_with(|| format!("{field} {problem}"));
     }
 
-    /// Reads one field; whether it is one of ours.
+    /// Parses one field. False = the field is unknown.
     fn parse_field(&mut self, field: &str, value: &str) -> bool {
         const OURS: [&str; 11] = [
             "scope",
@@ -73,7 +73,7 @@ impl RouteOverrideParser<'_> {
         if !OURS.contains(&field) {
             return false;
         }
-        // Said to be nothing.
+        // An empty value or `false` sets nothing.
         if value.is_empty() || value == "false" && ["authenticate_only", "public"].contains(&field) {
             return true;
         }
@@ -88,7 +88,7 @@ impl RouteOverrideParser<'_> {
             "public" => self.set_requirement(field, parse_true(value).map(|()| RouteRequirement::Public)),
             "environment" => match self.environments.get(value) {
                 Some(environment) => self.overrides.route.environment = Some(environment.name.clone()),
-                None => self.add_problem(field, format!("is none of {}", self.environments.names())),
+                None => self.add_problem(field, format!("must be one of {}", self.environments.names())),
             },
             "account" | "account_header" => {
                 let named = parse_name_source(field, value, AccountId::parse);
@@ -108,7 +108,7 @@ impl RouteOverrideParser<'_> {
                 Ok(mode) => self.overrides.route.mode = Some(mode),
                 Err(error) => {
                     self.add_problem(field, error);
-                    // Who misspells it does not mean to open the route.
+                    // A misspelled value must not open the route.
                     self.overrides.route.mode = Some(EnforcementMode::Enforce);
                 }
             },
@@ -131,7 +131,7 @@ impl RouteOverrideParser<'_> {
         named: Result<NameSource<T>, NameError>,
     ) -> Option<NameSource<T>> {
         if before.is_some() {
-            self.add_problem(field, "is said in two ways");
+            self.add_problem(field, "is set in two ways");
         }
         named.map_err(|error| self.add_problem(field, error)).ok().or(before)
     }

@@ -1,30 +1,30 @@
-//! The settings of the gateway, already validated. How they are read from a file is not known here.
+//! The validated settings of the gateway. `config::gateway` reads them from a file.
 
 use crate::domain::{name::EnvironmentName, route::EnforcementMode};
 
-/// How requests that a proxy asks about are judged.
+/// Settings that apply to every request that a proxy sends.
 #[derive(Clone, Debug)]
 pub struct GatewaySettings {
-    /// Where calls are made whose route does not say.
+    /// The environment of a route that names none.
     pub environment: Option<EnvironmentName>,
-    /// The headers that a credential may stand in, in lower case. `authorization` takes `Bearer <token>`, any other
-    /// the token alone.
+    /// The lower-case names of the headers that may carry a credential. `authorization` takes `Bearer <token>`; any
+    /// other header takes the bare token.
     pub credential_headers: Vec<Box<str>>,
-    /// The query parameter that a credential may stand in. `None` = the query is not looked at.
+    /// The query parameter that may carry a credential. `None` = the query is ignored.
     pub credential_query: Option<Box<str>>,
-    /// Whether the service behind the proxy sees the credential.
+    /// Whether the proxy passes the credential on to the service.
     pub forward_credential: bool,
-    /// Whether keys that may call Keyward itself pass.
+    /// Whether keys with Keyward's own scopes may pass.
     pub management_keys: bool,
-    /// How many proxies stand in front of the one that asks.
+    /// The number of proxies in front of the one that calls.
     pub trusted_hops: usize,
-    /// Whether a denied client is told the reason in `x-keyward-reason`.
+    /// Whether a denied client gets the reason in `x-keyward-reason`.
     pub reason_header: bool,
-    /// Whether a proxy must show a key with `keyward:check`, and hears of that key's accounts alone.
+    /// Whether a proxy must present a key with `keyward:check`, which then limits it to that key's accounts.
     pub require_caller: bool,
-    /// What holds where neither a route nor a rule says it.
+    /// The mode of a route for which neither the rule nor the proxy sets one.
     pub mode: EnforcementMode,
-    /// The entries of a key's metadata that go into the proxy's dynamic metadata.
+    /// The entries of a key's metadata that the proxy gets as dynamic metadata.
     pub publish_metadata: Vec<String>,
 }
 

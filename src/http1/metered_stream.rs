@@ -1,5 +1,5 @@
-//! A connection whose requests take their memory from the budget. HTTP/1.1's parser keeps the largest buffer that a
-//! connection has needed, so that much stays reserved until the connection closes.
+//! Charges a connection's read buffer to the memory budget. The HTTP/1.1 parser keeps the largest buffer that a
+//! connection needed, so that much stays reserved until the connection closes.
 
 use std::{
     io,
@@ -12,16 +12,16 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::transport::memory_budget::{CallPriority, ConnectionMemoryBudget, MemoryReservation};
 
-/// A request of this size needs no reservation: the limit on connections bounds these, so that health is answered
-/// whatever the budget holds.
+/// Requests up to this size need no reservation, because the connection limit bounds them. Health checks thus succeed
+/// even if the budget is exhausted.
 const MAX_UNRESERVED_BYTES: usize = 8 << 10;
 
-/// A stream whose bytes count until they are answered.
+/// A stream that counts the bytes read until they are answered.
 #[derive(Debug)]
 pub(super) struct MeteredStream<S> {
     stream: S,
     budget: Arc<ConnectionMemoryBudget>,
-    /// Bytes read since the last answer.
+    /// Bytes read since the last response.
     unanswered_bytes: usize,
     reserved_bytes: usize,
     reservation: Option<MemoryReservation>,
@@ -32,7 +32,7 @@ impl<S> MeteredStream<S> {
         MeteredStream { stream, budget, unanswered_bytes: 0, reserved_bytes: 0, reservation: None }
     }
 
-    /// Counts bytes that were read. The parser doubles its buffer.
+    /// Counts read bytes and reserves for them. The parser doubles its buffer as it grows.
     fn count_read(&mut self, read: usize) -> io::Result<()> {
         self.unanswered_bytes += read;
         if self.unanswered_bytes <= MAX_UNRESERVED_BYTES || self.unanswered_bytes <= self.reserved_bytes {

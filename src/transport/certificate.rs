@@ -1,5 +1,4 @@
-//! What is read from a certificate: its alternative names and its end. Whether it is to be believed, TLS has found out
-//! before.
+//! Reads the alternative names and the expiry of a certificate. TLS has verified it before.
 
 use x509_cert::{
     Certificate as X509,
@@ -9,25 +8,25 @@ use x509_cert::{
 
 use crate::domain::certificate_identity::CertificateName;
 
-/// A certificate's names and end.
+/// The names and the expiry of a certificate.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CertificateInfo {
-    /// Its subject alternative names: URIs, DNS names, e-mail addresses. Patterns are no names.
+    /// The subject alternative names: URIs, DNS names and e-mail addresses, without wildcards.
     pub names: Vec<CertificateName>,
-    /// From when it is no longer valid, in seconds since 1970.
+    /// When the certificate expires, in seconds since 1970.
     pub expires_at: i64,
 }
 
-/// A certificate that cannot be read.
+/// A certificate that is not valid DER.
 #[derive(Debug, thiserror::Error)]
 #[error("the certificate cannot be read: {0}")]
 pub struct CertificateError(x509_cert::der::Error);
 
 impl CertificateInfo {
-    /// Reads a certificate in DER.
+    /// Parses a certificate in DER.
     ///
     /// # Errors
-    /// When it is none.
+    /// If the bytes are no certificate.
     pub fn from_der(der: &[u8]) -> Result<CertificateInfo, CertificateError> {
         let certificate = X509::from_der(der).map_err(CertificateError)?;
         let body = certificate.tbs_certificate();

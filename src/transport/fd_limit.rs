@@ -1,20 +1,20 @@
-//! How many file descriptors the process may have, and so how many connections. A server that runs out can neither
-//! accept nor open its database.
+//! Raises the limit on file descriptors and derives the limit on connections from it. A server that runs out of
+//! descriptors can neither accept connections nor open its database.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// What the database, files and the connections that are being turned away need.
+/// Descriptors reserved for the database, files and connections that are being refused.
 const RESERVED_DESCRIPTORS: u64 = 256;
-/// More connections than this are never needed, whatever the system allows.
+/// Upper bound of the connection limit, whatever the operating system allows.
 const MAX_CONNECTIONS: u64 = 1 << 20;
 
-/// The ports of plain HTTP: the admin pages, and what asks as nginx does.
+/// The number of HTTP/1.1 ports: the admin pages and the gateway's HTTP endpoint.
 const HTTP1_LISTENERS: u64 = 2;
-/// How many connections each of them takes, where the system allows so many.
+/// Connections of each HTTP/1.1 port, if the operating system allows as many.
 const MAX_HTTP1_CONNECTIONS: u64 = 1024;
 
-/// How many connections a port of plain HTTP takes: a sixteenth of what the process could have, at most 1,024. Whoever
-/// reaches one must not be able to take the descriptors of the rest.
+/// The connection limit of an HTTP/1.1 port: 1/16 of what the process could have, at most 1,024. A flood on one port
+/// must not exhaust the descriptors of the others.
 #[must_use]
 pub fn max_http1_connections() -> usize {
     usize::try_from(http1_share(getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX)))
@@ -25,8 +25,8 @@ fn http1_share(hard_limit: u64) -> u64 {
     (hard_limit / 16).clamp(1, MAX_HTTP1_CONNECTIONS)
 }
 
-/// Raises the soft limit as far as `wanted` connections need it and the hard limit allows. Gives how many connections
-/// there may be; at least one.
+/// Raises the soft limit for `wanted` connections, up to the hard limit. Returns the resulting number of connections,
+/// at least one.
 #[must_use]
 pub fn raise_for_connections(wanted: usize) -> usize {
     let reserve = RESERVED_DESCRIPTORS + HTTP1_LISTENERS * max_http1_connections() as u64;
@@ -39,7 +39,7 @@ pub fn raise_for_connections(wanted: usize) -> usize {
             Ok(()) => limit = reachable,
             Err(error) => {
                 let error = &error as &dyn std::error::Error;
-                tracing::warn!(error, "the limit on file descriptors was not raised");
+                tracing::warn!(error, "limit on file descriptors not raised");
             }
         }
     }
@@ -49,13 +49,13 @@ pub fn raise_for_connections(wanted: usize) -> usize {
             limit,
             room,
             wanted,
-            "fewer connections are taken than configured: raise the limit on file descriptors (ulimit -n)"
+            "connection limit lowered: too few file descriptors; raise ulimit -n"
         );
     }
     room
 }
 
-/// The connections that fit under a limit beside what is reserved; of a low one, half.
+/// The connections that fit under a limit after the reserve; half of a low limit.
 fn connections_within(limit: u64, reserve: u64) -> usize {
     let room = limit.saturating_sub(reserve.min(limit / 2)).clamp(1, MAX_CONNECTIONS);
     usize::try_from(room).unwrap_or(usize::MAX)

@@ -1,4 +1,4 @@
-//! What listeners count, for the metrics. Everything is counted once a connection, never once a call.
+//! Counts connections of listeners, for the metrics. Counting is per connection, never per call.
 
 use std::sync::{
     Arc,
@@ -10,15 +10,15 @@ use super::tls::ListenerTls;
 /// Why a connection was not served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ConnectionRefusal {
-    /// There were as many already as there may be.
+    /// The connection limit was reached.
     LimitReached,
-    /// TLS was not agreed on: no TLS, an old version, no certificate that is trusted here.
+    /// The TLS handshake failed: no TLS, an old version, or an untrusted certificate.
     TlsHandshake,
-    /// It did not say in time what it wants.
+    /// The first bytes did not arrive in time.
     HandshakeTimeout,
-    /// It speaks something else.
+    /// The peer speaks another protocol.
     Protocol,
-    /// It could not be accepted, mostly for want of a file descriptor; it waits, and each further try counts.
+    /// Accepting failed, mostly for lack of a file descriptor. The connection waits, and each further attempt counts.
     AcceptFailed,
 }
 
@@ -45,7 +45,7 @@ impl ConnectionRefusal {
     }
 }
 
-/// The counts of one listener.
+/// The counters of one listener.
 #[derive(Debug, Default)]
 pub struct ListenerCounters {
     open_connections: AtomicU64,
@@ -66,7 +66,7 @@ impl ListenerCounters {
     }
 }
 
-/// A connection that is counted.
+/// Guard that counts an open connection until it is dropped.
 #[derive(Debug)]
 pub struct OpenConnectionGuard(Arc<ListenerCounters>);
 
@@ -76,20 +76,20 @@ impl Drop for OpenConnectionGuard {
     }
 }
 
-/// What one listener has to tell.
+/// A snapshot of one listener's metrics.
 #[derive(Debug)]
 pub struct ListenerSnapshot {
     /// The listener's name.
     pub listener: String,
-    /// Connections that are open now.
+    /// Connections that are open at present.
     pub connections: u64,
     /// Connections that were not served, by reason.
     pub refused: [(&'static str, u64); ConnectionRefusal::ALL.len()],
-    /// Until when its certificate is valid, in seconds since 1970; None = no TLS.
+    /// When its certificate expires, in seconds since 1970; None = no TLS.
     pub certificate_expiry: Option<i64>,
 }
 
-/// The counts of every listener, and of the calls that were turned away.
+/// The counters of every listener, and of calls that were shed.
 #[derive(Default)]
 pub struct ListenerMetrics {
     listeners: Vec<(String, Arc<ListenerCounters>, Option<Arc<ListenerTls>>)>,
@@ -103,23 +103,23 @@ impl std::fmt::Debug for ListenerMetrics {
 }
 
 impl ListenerMetrics {
-    /// Takes in a listener.
+    /// Registers a listener.
     pub fn add_listener(&mut self, name: &str, counts: Arc<ListenerCounters>, tls: Option<Arc<ListenerTls>>) {
         self.listeners.push((name.to_owned(), counts, tls));
     }
 
-    /// Takes in somebody who turns calls away, and tells how many.
+    /// Registers a source of the number of calls that were shed.
     pub fn add_shed_counter(&mut self, shed: impl Fn() -> u64 + Send + Sync + 'static) {
         self.shed_counters.push(Box::new(shed));
     }
 
-    /// Calls that were turned away since the start: more was under way than the server takes.
+    /// Calls that were shed since the start because the server was overloaded.
     #[must_use]
     pub fn shed_calls(&self) -> u64 {
         self.shed_counters.iter().map(|shed| shed()).sum()
     }
 
-    /// What each listener has to tell now.
+    /// A snapshot of each listener's metrics.
     pub fn snapshots(&self) -> impl Iterator<Item = ListenerSnapshot> {
         self.listeners.iter().map(|(name, counts, tls)| ListenerSnapshot {
             listener: name.clone(),

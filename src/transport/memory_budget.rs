@@ -1,7 +1,7 @@
-//! Memory that requests hold while they arrive and while they are worked on: one limit for the process, over every
-//! listener, and a quarter of it for a connection.
+//! Bounds the memory that requests hold while they arrive and run: one limit for the process, and a quarter of it for a
+//! connection.
 //!
-//! What arrives whole and is answered at once needs no reservation. A reservation goes back when it is dropped: at the
+//! A request that arrives whole and is answered at once needs no reservation. A dropped reservation is returned: at the
 //! end of its call, on every error, and with its connection.
 
 use std::sync::{
@@ -11,23 +11,23 @@ use std::sync::{
 
 use crate::{clock::Clock, log_throttle::LogThrottle};
 
-/// How far a caller may fill a limit. The rest is kept for the priorities above it.
+/// The share of a limit that a caller may fill. The rest is reserved for higher priorities.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum CallPriority {
-    /// Shows no credential.
+    /// The call carries no credential.
     Anonymous,
-    /// Any caller.
+    /// The caller is authenticated.
     Caller,
-    /// A call that takes rights away.
+    /// The call takes rights away.
     Restricting,
-    /// A caller of the operator account.
+    /// The caller belongs to the operator account.
     Operator,
-    /// A call of an operator that takes rights away.
+    /// An operator's call takes rights away.
     RestrictingOperator,
 }
 
 impl CallPriority {
-    /// The part of a limit that this priority may fill; at least one.
+    /// The part of a limit that this priority may fill, at least one unit.
     #[must_use]
     pub const fn share_of(self, limit: usize) -> usize {
         let sixteenths = match self {
@@ -41,7 +41,7 @@ impl CallPriority {
     }
 }
 
-/// The memory of the whole process.
+/// The memory budget of the process.
 pub struct MemoryBudget {
     limit: usize,
     used_bytes: AtomicUsize,
@@ -61,10 +61,10 @@ impl std::fmt::Debug for MemoryBudget {
 }
 
 impl MemoryBudget {
-    /// A connection may take this part of the limit: a quarter.
+    /// A connection may reserve the limit divided by this.
     const CONNECTION_DIVISOR: usize = 4;
 
-    /// A budget of so many bytes.
+    /// Creates a budget of `limit` bytes.
     #[must_use]
     pub fn new(limit: usize, clock: Arc<dyn Clock>) -> Arc<MemoryBudget> {
         let (used, connections, refused) = Default::default();
@@ -78,13 +78,13 @@ impl MemoryBudget {
         })
     }
 
-    /// Bytes that are reserved.
+    /// Bytes that are reserved at present.
     #[must_use]
     pub fn used_bytes(&self) -> usize {
         self.used_bytes.load(Ordering::Relaxed)
     }
 
-    /// Reservations that did not fit.
+    /// Reservations that were refused since the start.
     #[must_use]
     pub fn refused_reservations(&self) -> u64 {
         self.refused_reservations.load(Ordering::Relaxed)
@@ -99,7 +99,7 @@ impl MemoryBudget {
     }
 }
 
-/// The memory of one connection, within that of the process.
+/// The memory budget of one connection, within that of the process.
 #[derive(Debug)]
 pub struct ConnectionMemoryBudget {
     process: Arc<MemoryBudget>,
@@ -108,14 +108,14 @@ pub struct ConnectionMemoryBudget {
 }
 
 impl ConnectionMemoryBudget {
-    /// The share of a new connection.
+    /// Creates the budget of a new connection.
     #[must_use]
     pub fn new(process: Arc<MemoryBudget>) -> Arc<ConnectionMemoryBudget> {
         let number = process.next_connection_id.fetch_add(1, Ordering::Relaxed);
         Arc::new(ConnectionMemoryBudget { process, connection_id: number, used_bytes: AtomicUsize::new(0) })
     }
 
-    /// Which connection it is: no other one of the process has this number.
+    /// A number that is unique among the process's connections.
     #[must_use]
     pub fn connection_id(&self) -> u64 {
         self.connection_id
@@ -160,7 +160,7 @@ pub struct MemoryReservation {
 }
 
 impl MemoryReservation {
-    /// Changes its size. `false` = so many more bytes do not fit, and nothing has changed.
+    /// Resizes the reservation. `false` = the new size does not fit, and nothing changed.
     #[must_use]
     pub fn resize(&mut self, bytes: usize, priority: CallPriority) -> bool {
         match bytes.checked_sub(self.bytes) {

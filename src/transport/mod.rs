@@ -1,5 +1,7 @@
-//! Listeners: where the server is reached, what is served there, how far a peer may go, and TLS. Bytes and connections
-//! only: what is said over them is for `grpc` and `http1`, and who may call for the gate.
+//! Describes listeners: addresses, services, limits and TLS.
+//!
+//! Transport handles bytes and connections only. `grpc` and `http1` implement the protocols, and `grpc::auth` decides
+//! which caller may call.
 
 pub mod certificate;
 pub mod fd_limit;
@@ -14,12 +16,12 @@ use crate::domain::certificate_identity::CertificateIdentity;
 
 use tls::TlsFiles;
 
-/// Where a listener is reached.
+/// The address of a listener.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ListenAddress {
     /// `host:port`.
     Tcp(String),
-    /// A socket file, whose permissions say who may connect.
+    /// A Unix socket; the file's permissions decide which processes may connect.
     Unix {
         /// The file.
         path: PathBuf,
@@ -28,7 +30,7 @@ pub enum ListenAddress {
     },
 }
 
-/// As the settings have it: `host:port` or `unix:/path`.
+/// The form of the settings: `host:port` or `unix:/path`.
 impl fmt::Display for ListenAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -38,7 +40,7 @@ impl fmt::Display for ListenAddress {
     }
 }
 
-/// What a listener can serve.
+/// A service that a listener can offer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ServiceKind {
     /// AuthzService.
@@ -126,31 +128,31 @@ pub enum CallerAuth {
     TokenAndCertificate,
 }
 
-/// How far the peers of a listener may go.
+/// Limits on the peers of a listener.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConnectionLimits {
-    /// Connections at once.
+    /// Maximum number of open connections.
     pub max_connections: usize,
-    /// Calls at once on a connection.
+    /// Maximum number of concurrent calls on a connection.
     pub max_streams: u32,
-    /// Calls of a connection that its peer took back before they were looked at (CVE-2023-44487).
+    /// Maximum number of calls that a connection's peer may cancel before they are handled (CVE-2023-44487).
     pub max_pending_resets: usize,
-    /// The headers of a call, in bytes, each counted with 32 more (RFC 9113, section 6.5.2).
+    /// Maximum size of a call's headers in bytes, plus 32 for each header (RFC 9113, section 6.5.2).
     pub max_header_bytes: u32,
-    /// How long a peer may take from connecting to its first bytes, a TLS handshake included.
+    /// Time limit from connecting to the first bytes, TLS handshake included.
     pub handshake_timeout: Duration,
-    /// How long a connection without a call is kept.
+    /// Idle time after which a connection is closed.
     pub max_idle: Duration,
-    /// How old a connection may become; each by up to a tenth more or less, so that they do not all end at once.
+    /// Maximum age of a connection, varied by up to a tenth so that connections do not end together.
     pub max_age: Duration,
 }
 
 impl ConnectionLimits {
-    /// The usual limits for what is served.
+    /// The default limits for a set of services.
     #[must_use]
     pub fn for_services(services: ServiceSet) -> ConnectionLimits {
-        // All clients of an Envoy share a few connections, and Envoy takes a call back whenever a client goes away or
-        // its patience of 200 ms ends: a short stall must not cost the connection.
+        // All clients of an Envoy share a few connections. Envoy cancels a call when its client leaves or its timeout
+        // of 200 ms ends, so a short stall must not cost the connection.
         let (streams, pending_resets) = if services.is_envoy_only() { (1024, 1024) } else { (256, 20) };
         ConnectionLimits {
             max_connections: 2048,
@@ -164,29 +166,29 @@ impl ConnectionLimits {
     }
 }
 
-/// One listener as it is to be.
+/// The settings of one listener.
 #[derive(Clone, Debug)]
 pub struct ListenerSettings {
-    /// What logs and metrics call it.
+    /// The listener's name in logs and metrics.
     pub name: String,
-    /// Where it is reached.
+    /// The address to listen on.
     pub address: ListenAddress,
-    /// What is served there.
+    /// The services that the listener offers.
     pub services: ServiceSet,
-    /// What callers must show.
+    /// How callers authenticate on this listener.
     pub auth: CallerAuth,
-    /// Whether proxies may ask without showing anything.
+    /// Whether proxies may call without a credential.
     pub allows_anonymous_proxies: bool,
-    /// How far peers may go.
+    /// Limits on connections and calls.
     pub limits: ConnectionLimits,
     /// TLS; None = plaintext.
     pub tls: Option<TlsFiles>,
-    /// What is granted to whom by a client certificate.
+    /// The identities that client certificates prove, with their grants.
     pub identities: Vec<CertificateIdentity>,
 }
 
 impl ListenerSettings {
-    /// A plaintext listener that asks for tokens, and lets proxies ask without.
+    /// A plaintext listener that requires tokens, except from proxies.
     #[must_use]
     pub fn new_plaintext(name: &str, address: &str, services: ServiceSet) -> ListenerSettings {
         ListenerSettings {
@@ -202,19 +204,19 @@ impl ListenerSettings {
     }
 }
 
-/// How much may be under way in the process at once. Beyond it calls are refused as UNAVAILABLE, at once.
+/// Limits on concurrent work in the process. Calls beyond them fail at once with UNAVAILABLE.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OverloadLimits {
-    /// Calls of a serving thread that wait for their turn.
+    /// Maximum number of calls queued at a worker thread.
     pub queued_checks: usize,
-    /// Management calls.
+    /// Maximum number of concurrent management calls.
     pub management_calls: usize,
-    /// Bytes of memory that requests hold while they arrive and are worked on.
+    /// Maximum memory in bytes that requests hold while they arrive and run.
     pub request_bytes: usize,
 }
 
 impl Default for OverloadLimits {
-    /// A thread answers 4,096 Checks in about a tenth of a second: who waits longer has mostly given up.
+    /// A thread answers 4,096 Checks in about 0.1 s; callers that wait longer have mostly given up.
     fn default() -> OverloadLimits {
         OverloadLimits { queued_checks: 4096, management_calls: 4096, request_bytes: 64 << 20 }
     }

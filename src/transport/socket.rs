@@ -1,4 +1,4 @@
-//! Sockets: taken before the server is ready, opened when it is. TCP and Unix sockets look the same from here on.
+//! Binds TCP and Unix sockets before the server is ready, and accepts connections when it is.
 
 use std::{
     fmt, io,
@@ -17,28 +17,28 @@ use tokio_rustls::server::TlsStream;
 
 use super::ListenAddress;
 
-/// How many connections may wait to be accepted.
+/// Length of the queue of connections that are not accepted yet.
 const BACKLOG: u32 = 1024;
 
-/// Why an address cannot be taken.
+/// Why an address cannot be bound.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
-    /// The system refused.
+    /// The operating system returned an error.
     #[error("{}{}", .0, suggest_remedy(.0))]
     System(#[from] io::Error),
     /// The host name cannot be looked up.
     #[error("its host cannot be looked up: {0}; name an address of this machine, such as 127.0.0.1")]
     Lookup(#[source] io::Error),
-    /// The name stands for no address.
+    /// The host name resolves to no address.
     #[error("it has no address")]
     NoAddress,
-    /// Another process answers on the socket file.
+    /// Another process accepts connections on the socket file.
     #[error("another server answers there")]
     InUse,
-    /// Where the socket should be there is something else.
+    /// The path exists and is no socket.
     #[error("there is a file that is no socket; move it away, or name another path")]
     NotASocket,
-    /// Plaintext would leave the machine.
+    /// The address is reachable from other machines, and the listener is plaintext.
     #[error(
         "{0} is not this machine alone, and without TLS tokens would be readable on the way: give the listener \
          [listener.tls], or allow it with --insecure (KEYWARD_INSECURE=true, insecure = true) where something else \
@@ -47,7 +47,7 @@ pub enum BindError {
     PlaintextExposed(SocketAddr),
 }
 
-/// What to do about a refusal of the system, as far as its kind shows that.
+/// Advice for an error of the operating system, if its kind allows any.
 fn suggest_remedy(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::AddrInUse => "; is another server running there?",
@@ -57,21 +57,21 @@ fn suggest_remedy(error: &io::Error) -> &'static str {
     }
 }
 
-/// Whether others than this machine reach an address.
+/// Whether other machines can reach an address.
 #[must_use]
 pub fn is_exposed_address(address: &SocketAddr) -> bool {
     !address.ip().to_canonical().is_loopback()
 }
 
-/// The first address beyond this machine among those of `host:port`. Looks names up, which may take seconds.
+/// The first address of `host:port` that other machines can reach. The DNS lookup may take seconds.
 ///
 /// # Errors
-/// When the name cannot be looked up.
+/// If the name cannot be resolved.
 pub fn find_exposed_address(address: &str) -> io::Result<Option<SocketAddr>> {
     Ok(address.to_socket_addrs()?.find(is_exposed_address))
 }
 
-/// An address that is ours, and that nobody can connect to yet.
+/// A bound address that does not accept connections yet.
 #[derive(Debug)]
 pub enum BoundSocket {
     /// `host:port`.
@@ -81,10 +81,10 @@ pub enum BoundSocket {
 }
 
 impl BoundSocket {
-    /// Takes an address. Unless plaintext may leave the machine, one that others reach is refused.
+    /// Binds an address. Unless plaintext may leave the machine, an address that others can reach is an error.
     ///
     /// # Errors
-    /// When it cannot be had, or must not.
+    /// If the address cannot be bound, or must not be.
     pub async fn bind(address: &ListenAddress, may_be_exposed: bool) -> Result<BoundSocket, BindError> {
         match address {
             ListenAddress::Tcp(address) => bind_tcp(address, may_be_exposed).await.map(BoundSocket::Tcp),
@@ -92,10 +92,10 @@ impl BoundSocket {
         }
     }
 
-    /// Opens it to everybody.
+    /// Starts listening for connections.
     ///
     /// # Errors
-    /// When the system refuses.
+    /// If the operating system returns an error.
     pub fn listen(self) -> io::Result<OpenListener> {
         Ok(match self {
             BoundSocket::Tcp(socket) => OpenListener::Tcp(socket.listen(BACKLOG)?),
@@ -123,7 +123,7 @@ async fn bind_tcp(address: &str, may_be_exposed: bool) -> Result<TcpSocket, Bind
 async fn bind_unix(path: &Path, mode: u32) -> Result<BoundSocket, BindError> {
     match std::fs::symlink_metadata(path) {
         Ok(found) if !found.file_type().is_socket() => return Err(BindError::NotASocket),
-        // Left by a server that was killed, unless somebody answers.
+        // A killed server leaves its file; if a process answers, the file is in use.
         Ok(_) => match UnixStream::connect(path).await {
             Ok(_) => return Err(BindError::InUse),
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path)?,
@@ -134,17 +134,17 @@ async fn bind_unix(path: &Path, mode: u32) -> Result<BoundSocket, BindError> {
     }
     let socket = UnixSocket::new_stream()?;
     socket.bind(path)?;
-    // Nobody can connect before it listens, so nobody gets in before these hold.
+    // Connections are possible only after `listen`, when these permissions apply.
     let file = SocketFile::from_path(path)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
     Ok(BoundSocket::Unix(socket, file))
 }
 
-/// A socket file; it is taken away with this value, unless it is another's by then.
+/// A socket file. Drop removes it, unless another process has replaced it.
 #[derive(Debug)]
 pub struct SocketFile {
     path: PathBuf,
-    /// Device and inode.
+    /// Device and inode of the file, to recognize a replacement.
     device_and_inode: (u64, u64),
 }
 
@@ -161,12 +161,12 @@ impl Drop for SocketFile {
             .is_ok_and(|found| (found.dev(), found.ino()) == self.device_and_inode);
         if ours && let Err(error) = std::fs::remove_file(&self.path) {
             let error = &error as &dyn std::error::Error;
-            tracing::warn!(error, path = %self.path.display(), "a socket file was left");
+            tracing::warn!(error, path = %self.path.display(), "socket file not removed");
         }
     }
 }
 
-/// Where a listener turned out to be.
+/// The address that a listener is bound to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LocalAddress {
     /// An address with its port.
@@ -176,7 +176,7 @@ pub enum LocalAddress {
 }
 
 impl LocalAddress {
-    /// The address, of TCP.
+    /// The address of a TCP listener.
     #[must_use]
     pub fn as_tcp(&self) -> Option<SocketAddr> {
         match self {
@@ -205,10 +205,10 @@ pub enum OpenListener {
 }
 
 impl OpenListener {
-    /// Where it is.
+    /// The address that the listener is bound to.
     ///
     /// # Errors
-    /// When the system does not say.
+    /// If the operating system returns an error.
     pub fn local_address(&self) -> io::Result<LocalAddress> {
         Ok(match self {
             OpenListener::Tcp(listener) => LocalAddress::Tcp(listener.local_addr()?),
@@ -216,11 +216,11 @@ impl OpenListener {
         })
     }
 
-    /// Waits for the next connection, which belongs to no runtime yet. The address is the peer's; a Unix socket's has
+    /// Waits for the next connection, which belongs to no runtime yet. Returns the peer's address; a Unix socket has
     /// none.
     ///
     /// # Errors
-    /// When accepting fails; the next may succeed.
+    /// If accepting fails; a later attempt may succeed.
     pub async fn accept(&self) -> io::Result<(AcceptedSocket, Option<SocketAddr>)> {
         match self {
             OpenListener::Tcp(listener) => {
@@ -233,8 +233,9 @@ impl OpenListener {
         }
     }
 
-    /// Accepts what has connected already, and closes: connections that nobody has accepted are reset when their
-    /// listener closes, and their callers cannot know that their calls were not heard.
+    /// Accepts the connections that are already in the queue, then closes.
+    ///
+    /// Closing the listener would reset them, and their callers could not know that their calls never ran.
     pub fn accept_pending_and_close(self, mut take: impl FnMut(AcceptedSocket, Option<SocketAddr>)) {
         let ended = match self {
             OpenListener::Tcp(listener) => listener.into_std().map(|listener| {
@@ -255,30 +256,26 @@ impl OpenListener {
             }),
         };
         if let Err(error) = ended {
-            tracing::debug!(
-                error = &error as &dyn std::error::Error,
-                "the last connections were not accepted"
-            );
+            tracing::debug!(error = &error as &dyn std::error::Error, "queued connections not accepted");
         }
     }
 }
 
-/// Accepts until nobody waits. Who comes meanwhile is not waited for without an end, and of one who went away the others
-/// know nothing.
+/// Accepts until the queue is empty or a limit is reached. A connection that failed does not affect the others.
 fn accept_pending(mut accept: impl FnMut() -> io::Result<()>) {
     for _ in 0..BACKLOG {
         match accept() {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
             Err(error) => {
                 let error = &error as &dyn std::error::Error;
-                tracing::debug!(error, "one of the last connections was not accepted");
+                tracing::debug!(error, "queued connection not accepted");
             }
             Ok(()) => {}
         }
     }
 }
 
-/// A connection that belongs to no runtime.
+/// A connection that is not registered with a runtime.
 #[derive(Debug)]
 pub enum AcceptedSocket {
     /// TCP.
@@ -288,16 +285,16 @@ pub enum AcceptedSocket {
 }
 
 impl AcceptedSocket {
-    /// Small answers must not wait to be joined by others.
+    /// Small responses must not wait for more bytes (Nagle's algorithm).
     fn from_tcp(stream: std::net::TcpStream) -> AcceptedSocket {
         if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(error = &error as &dyn std::error::Error, "TCP_NODELAY was not set");
+            tracing::debug!(error = &error as &dyn std::error::Error, "TCP_NODELAY not set");
         }
         AcceptedSocket::Tcp(stream)
     }
 }
 
-/// A connection's bytes.
+/// The byte stream of a connection.
 pub enum TransportStream {
     /// TCP in plaintext.
     Tcp(TcpStream),

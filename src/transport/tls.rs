@@ -1,7 +1,8 @@
-//! Server TLS by rustls: certificates from files, read again when they change. A connection keeps what it was made
-//! with; a file that is wrong changes nothing, and is told in the log.
+//! Terminates TLS with rustls and reloads certificates when their files change. An open connection keeps its
+//! configuration. An invalid file changes nothing and is logged.
 //!
-//! Sessions are not resumed: connections live long, and a session would outlive the trust in its client's certificate.
+//! Sessions are not resumed: connections are long-lived, and a session would outlive the trust in its client's
+//! certificate.
 
 use std::{io, path::PathBuf, sync::Arc};
 
@@ -19,16 +20,16 @@ use zeroize::Zeroizing;
 
 use super::certificate::CertificateInfo;
 
-/// Whether clients must show a certificate.
+/// Whether clients must present a certificate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ClientAuth {
-    /// They may.
+    /// A certificate is verified if the client presents one.
     Optional,
-    /// They must, or there is no connection.
+    /// The handshake fails without a certificate.
     Required,
 }
 
-/// The oldest version that is spoken.
+/// The oldest accepted version of TLS.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MinTlsVersion {
     /// TLS 1.2.
@@ -37,21 +38,20 @@ pub enum MinTlsVersion {
     V13,
 }
 
-/// What TLS is made of.
+/// The files and options of a listener's TLS.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TlsFiles {
-    /// The chain in PEM, the server's own certificate first.
+    /// The certificate chain in PEM, the server's certificate first.
     pub certificate: PathBuf,
-    /// Its key in PEM.
+    /// The private key in PEM.
     pub key: PathBuf,
-    /// The authorities in PEM whose client certificates are believed, and whether one must be shown. None = no client
-    /// certificate is asked for.
+    /// The authorities for client certificates in PEM, and whether a certificate is required. None = none is requested.
     pub client_ca: Option<(PathBuf, ClientAuth)>,
-    /// The oldest version that is spoken.
+    /// The oldest accepted version of TLS.
     pub min_version: MinTlsVersion,
 }
 
-/// Why TLS cannot be served: which file, and what is wrong.
+/// Why TLS cannot be configured, with the file.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
     /// A file cannot be read.
@@ -62,7 +62,7 @@ pub enum TlsError {
         /// The cause.
         source: io::Error,
     },
-    /// A file is not what it should be.
+    /// The contents of a file are invalid.
     #[error("{path} {problem}")]
     Invalid {
         /// The file.
@@ -72,7 +72,7 @@ pub enum TlsError {
     },
 }
 
-/// The files' bytes.
+/// The contents of the files.
 #[derive(Clone, PartialEq, Eq)]
 pub struct TlsMaterial {
     certificate: Vec<u8>,
@@ -90,7 +90,7 @@ impl TlsFiles {
     /// Reads the files.
     ///
     /// # Errors
-    /// When one cannot be read.
+    /// If a file cannot be read.
     pub fn read(&self) -> Result<TlsMaterial, TlsError> {
         let read = |path: &PathBuf| {
             let path_shown = || path.display().to_string();
@@ -171,18 +171,18 @@ impl TlsFiles {
     }
 }
 
-/// Whether files can be read and fit together.
+/// Checks that the files are readable and fit together.
 ///
 /// # Errors
-/// When they cannot be served with; the error says which file, and why.
+/// If they cannot be used; the error names the file and the cause.
 pub fn check_files(files: &TlsFiles) -> Result<(), TlsError> {
     files.build_acceptor(&files.read()?, b"h2").map(drop)
 }
 
-/// Whether a file's bytes are certificates of authorities, in PEM.
+/// Checks that a file contains certificates of authorities in PEM.
 ///
 /// # Errors
-/// When they are not; the error says why.
+/// If it does not; the error names the cause.
 pub fn check_authorities(path: &std::path::Path, pem: &[u8]) -> Result<(), TlsError> {
     let mut roots = RootCertStore::empty();
     TlsFiles::parse_certificates(path, pem)?
@@ -195,7 +195,7 @@ struct LoadedTls {
     expires_at: i64,
 }
 
-/// The TLS of one listener.
+/// The current TLS configuration of one listener.
 pub struct ListenerTls {
     files: TlsFiles,
     alpn_protocol: &'static [u8],
@@ -209,10 +209,10 @@ impl std::fmt::Debug for ListenerTls {
 }
 
 impl ListenerTls {
-    /// Reads the files for the first time. `protocol` is what is spoken, as ALPN names it.
+    /// Reads the files at start. `protocol` is the ALPN name of the protocol.
     ///
     /// # Errors
-    /// When a file cannot be read, or they do not fit together.
+    /// If a file cannot be read, or the files do not fit together.
     pub fn load(
         files: TlsFiles,
         protocol: &'static [u8],
@@ -222,38 +222,38 @@ impl ListenerTls {
         Ok((Arc::new(ListenerTls { files, alpn_protocol: protocol, current: now }), material))
     }
 
-    /// What the files are.
+    /// The files that the configuration is read from.
     #[must_use]
     pub fn files(&self) -> &TlsFiles {
         &self.files
     }
 
-    /// Takes the files as they are now. Connections that are open keep what they were made with.
+    /// Reloads the files. Open connections keep their configuration.
     ///
     /// # Errors
-    /// When they cannot be used; then the ones before stay in force.
+    /// If they cannot be used; the old configuration stays in force.
     pub fn reload(&self, material: &TlsMaterial) -> Result<(), TlsError> {
         self.current.store(Arc::new(self.files.build_acceptor(material, self.alpn_protocol)?));
         Ok(())
     }
 
-    /// Until when the certificate is valid, in seconds since 1970.
+    /// When the certificate expires, in seconds since 1970.
     #[must_use]
     pub fn certificate_expiry(&self) -> i64 {
         self.current.load().expires_at
     }
 
-    /// Agrees on TLS with a client.
+    /// Performs the TLS handshake with a client.
     ///
     /// # Errors
-    /// When that fails; the client was told why.
+    /// If the handshake fails; the client has received an alert.
     pub async fn accept(&self, stream: TcpStream) -> io::Result<TlsStream<TcpStream>> {
         let acceptor = self.current.load().acceptor.clone();
         acceptor.accept(stream).await
     }
 }
 
-/// The client's certificate, if it showed one that is believed.
+/// The client's verified certificate, if it presented one.
 #[must_use]
 pub fn client_certificate(stream: &TlsStream<TcpStream>) -> Option<CertificateInfo> {
     let der = stream.get_ref().1.peer_certificates()?.first()?;
@@ -261,7 +261,7 @@ pub fn client_certificate(stream: &TlsStream<TcpStream>) -> Option<CertificateIn
         Ok(certificate) => Some(certificate),
         Err(error) => {
             let error = &error as &dyn std::error::Error;
-            tracing::warn!(error, "a client's certificate proves no identity");
+            tracing::warn!(error, "client certificate ignored: it cannot be parsed");
             None
         }
     }

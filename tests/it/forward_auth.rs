@@ -273,10 +273,10 @@ async fn a_proxy_that_is_set_up_wrongly_gets_503_and_the_log_says_why() {
             traefik_auth_request("", "/monitors").header("x-forwarded-host", "a"),
             "x-forwarded-host comes more than once",
         ),
-        (nginx_auth_request("scop=monitors:read", "/monitors"), "scop is no field of a route"),
+        (nginx_auth_request("scop=monitors:read", "/monitors"), "scop is not a field of a route"),
         (
             nginx_auth_request("scope=monitors:read&environment=moon", "/monitors"),
-            "environment is none of production",
+            "environment must be one of production",
         ),
         (nginx_auth_request("scope=monitors:read&public=true", "/monitors"), "exclude each other"),
     ] {
@@ -372,7 +372,7 @@ async fn the_1025th_connection_is_refused_until_another_ends() {
         Err(error) if error.kind() == ErrorKind::ConnectionReset => {}
         other => panic!("{other:?}"),
     }
-    front.wait_for_log("refused: there are 1024 connections already");
+    front.wait_for_log("connection refused: limit reached");
     held.pop();
     let request = nginx_auth_request("", "/monitors").bearer(&token);
     wait_for("room for another", || {

@@ -1,4 +1,4 @@
-//! Instants of a machine's boot clock. Nothing here reads one.
+//! Instants of a machine's boot clock. `clock` reads the clock itself.
 
 use std::time::Duration;
 

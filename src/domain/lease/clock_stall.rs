@@ -1,6 +1,5 @@
-//! Finds out afterwards that this machine's clock stood still, as it does while a virtual machine is paused or
-//! cloned. Nothing prevents that from inside, so it is outside the guarantee; but it can be seen, counted, and
-//! taken off the lease.
+//! Detects afterwards that this machine's clock stalled, as it does while a virtual machine is paused or cloned. A
+//! stall cannot be prevented and voids the guarantee. It is detected, counted, and subtracted from the lease.
 
 use std::time::Duration;
 
@@ -25,9 +24,11 @@ pub(super) struct ClockStallDetector {
 }
 
 impl ClockStallDetector {
-    /// Takes a reading. How much of the time since the last one is missing here, at the least; None = nothing
-    /// noticeable. Clocks that run within 10 % of true time never cause a report; a step forward of the
-    /// database's wall clock does, once.
+    /// Records a reading of both clocks. Returns the minimum of the time that this machine's clock has missed since the
+    /// last reading; None = nothing noticeable.
+    ///
+    /// Clocks within 10 % of true time never cause a report. A forward step of the database's wall clock causes one
+    /// report.
     pub(super) fn detect_stall(
         &mut self,
         sent: BootInstant,

@@ -1,8 +1,7 @@
-//! The collector: removes the rows of replicas that are dead, so that nobody waits for them.
+//! Removes the rows of dead replicas, so that no revoker waits for them.
 //!
-//! A row is dead when its count has stood still, watched by one clock, for four leases: its replica has not
-//! renewed, so it has been without a lease for at least two and a half. No wall clock is asked: a step of it
-//! would make the living look dead.
+//! A row is dead if its count has not changed for four leases by one clock: its replica has been without a lease for at
+//! least 2.5 leases. Wall clocks are not used, because a step would make live replicas look dead.
 
 use super::{
     AllInvariants, AttemptId, BootInstant, Incarnation, InvariantSet, LeaseDuration, LeaseInvariant,
@@ -16,14 +15,14 @@ pub enum CollectorEvent {
     Tick,
     /// The replicas' rows were read.
     Listed {
-        /// Of the request.
+        /// The request that this responds to.
         attempt: AttemptId,
-        /// What was read.
+        /// The rows that were read.
         listing: ReplicaListing,
     },
-    /// The reading failed.
+    /// The rows could not be read.
     Failed {
-        /// Of the request.
+        /// The request that this responds to.
         attempt: AttemptId,
     },
 }
@@ -36,11 +35,11 @@ pub enum CollectorAction {
         /// To name in the answer.
         attempt: AttemptId,
     },
-    /// Delete this row if its count still is `renew_seq`, and log who was removed. There is no answer.
+    /// Delete this row if its count is still `renew_seq`, and log the removal. There is no response.
     RemoveRow {
-        /// The row.
+        /// The replica whose row is dead.
         id: ReplicaId,
-        /// Its count.
+        /// The count that the row must still have.
         renew_seq: u64,
     },
 }
@@ -93,7 +92,7 @@ impl<R: InvariantSet> ReplicaCollector<R> {
         Some(self.next_list_at)
     }
 
-    /// Takes an event that was at hand at `now`; gives what is to be done.
+    /// Handles an event that had arrived at `now`, and returns the actions.
     pub fn handle(&mut self, event: CollectorEvent, now: BootInstant) -> Vec<CollectorAction> {
         match event {
             CollectorEvent::Tick if now >= self.next_list_at => {
@@ -120,7 +119,7 @@ impl<R: InvariantSet> ReplicaCollector<R> {
     fn handle_listing(&mut self, listing: &ReplicaListing, now: BootInstant) -> Vec<CollectorAction> {
         self.lease = listing.longest_lease;
         if self.incarnation != Some(listing.incarnation) {
-            // Counts of another life of the database say nothing.
+            // Counts of another incarnation mean nothing.
             self.incarnation = Some(listing.incarnation);
             self.watched.clear();
         }
@@ -145,7 +144,7 @@ impl<R: InvariantSet> ReplicaCollector<R> {
     }
 }
 
-/// Goes on watching a row, from its last change.
+/// Continues to watch a row from its last change.
 fn continue_watching(watched: &[WatchedReplica], row: &ReplicaRow, now: BootInstant) -> WatchedReplica {
     let same = watched.iter().find(|watched| watched.id == row.id && watched.renew_seq == row.renew_seq);
     same.copied().unwrap_or(WatchedReplica { id: row.id, renew_seq: row.renew_seq, unchanged_since: now })

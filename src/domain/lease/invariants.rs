@@ -1,12 +1,12 @@
-//! The rules that the guarantee rests on. Each looks as if it could be left out.
+//! The invariants that the guarantee of the lease protocol depends on. Each looks as if it could be left out.
 //!
-//! Leaving one out is how the simulator proves that it would notice: it runs the same state machines with one
-//! rule less. The server runs them with [`AllInvariants`], which has no way to break a rule: there the question is
-//! answered when the code is compiled. But for one build, which nobody serves from: with `--cfg keyward_breakable`
-//! (`make torture-mutants`) a process may be told at its start to leave out one rule, so that the torture of real
-//! processes proves too that it would notice.
+//! The simulator disables one invariant at a time to prove that it would detect the violation. The server uses
+//! [`AllInvariants`], which is resolved at compile time and cannot disable any.
+//!
+//! One build that serves nothing is the exception: with `--cfg keyward_breakable` (`make torture-mutants`), a process
+//! can disable one invariant at start. It proves that the torture of real processes detects the violation.
 
-/// A rule. What follows its name is what goes wrong without it.
+/// An invariant, and the failure that it prevents.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LeaseInvariant {
     /// A revoker waits for the replicas. Without: they go on allowing until they happen to renew.
@@ -21,7 +21,7 @@ pub enum LeaseInvariant {
     LostRowsAreWaitedOut,
     /// A lease ends. Without: a replica that is cut off allows for ever.
     LeaseEnds,
-    /// A lease counts from before its renewal was sent. Without: it ends later by what the answer took.
+    /// A lease counts from before its renewal was sent. Otherwise the lease ends too late by the time of the response.
     LeaseCountsFromSending,
     /// A renewal's changes are in the map before its lease is. Without: the new lease covers the old map.
     MapBeforeDeadline,
@@ -31,13 +31,13 @@ pub enum LeaseInvariant {
     /// A replica registers before it takes its snapshot, and allows after it has renewed. Without: a revoker
     /// that lists the replicas between the two does not see it.
     RegisterBeforeSnapshot,
-    /// A change is in the map before it is acknowledged. Without: a revoker is told too early.
+    /// A change is in the map before it is acknowledged. Otherwise a revoker returns too early.
     ApplyBeforeAck,
     /// A row is removed after having been watched by one clock. Without: a step of a wall clock removes the
     /// living.
     DeadAreWatched,
-    /// A replica's row says what is applied, committed, before a renewal may grant a lease. Without: a revoker that
-    /// lists the replicas while the first renewal is being committed does not wait for it.
+    /// A replica's row has a committed `applied` before a renewal may grant a lease. Otherwise a revoker that lists the
+    /// replicas during the first renewal's commit does not wait for the replica.
     ListedBeforeLease,
     /// Histories are compared by hash. Without: after a restore, other changes pass for known ones.
     HistoryIsCompared,
@@ -69,9 +69,9 @@ impl LeaseInvariant {
     ];
 }
 
-/// Says which rules are kept.
+/// Selects the invariants that the state machines enforce.
 pub trait InvariantSet {
-    /// Whether this one is.
+    /// Whether this invariant is enforced.
     fn enforces(&self, rule: LeaseInvariant) -> bool;
 }
 
@@ -95,9 +95,9 @@ impl InvariantSet for AllInvariants {
 #[cfg(keyward_breakable)]
 static DISABLED_INVARIANT: std::sync::OnceLock<LeaseInvariant> = std::sync::OnceLock::new();
 
-/// Leaves a rule out from now on, for as long as the process runs. The first one told counts.
+/// Disables an invariant for the rest of the process. Only the first call has an effect.
 #[cfg(keyward_breakable)]
 pub fn disable_invariant(rule: LeaseInvariant) {
-    // Nobody tells it twice.
+    // The process calls this once.
     let _ = DISABLED_INVARIANT.set(rule);
 }

@@ -1,4 +1,4 @@
-//! The lease's length, and every time that follows from it.
+//! The length of the lease, and every other time limit that follows from it.
 
 use std::time::Duration;
 
@@ -8,13 +8,13 @@ use super::BootInstant;
 /// a factor of 1.25, (1 + 0.11) / (1 - 0.11).
 const DRIFT_NUMERATOR: u32 = 5;
 const DRIFT_DENOMINATOR: u32 = 4;
-/// What is added for whatever is not proportional, such as a clock's own steps.
+/// Constant margin for errors that are not proportional, such as a step of a clock.
 const EXPIRY_SLACK: Duration = Duration::from_millis(50);
-/// A change is known everywhere within about this much, even where no hint arrives.
+/// The interval of renewals, which bounds propagation if no hint arrives.
 const MAX_RENEW_INTERVAL: Duration = Duration::from_secs(1);
 /// No request is waited for longer than this.
 const MAX_REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
-/// How often dead rows are looked for, at the least.
+/// The maximum interval between searches for dead rows.
 const MAX_COLLECT_INTERVAL: Duration = Duration::from_secs(15);
 
 /// How long a replica may answer ALLOW without news from the database.

@@ -1,47 +1,45 @@
-//! The lease protocol: how many replicas answer from memory, and a revoked key is refused by all of them.
+//! The lease protocol: many replicas answer Checks from memory, and all of them deny a revoked key.
 //!
-//! **Once Revoke returns OK, every Check that starts afterwards is refused, on every replica.** Three state
-//! machines keep that promise. Each takes an event and the present instant, and gives actions:
+//! **Once Revoke returns OK, every Check that starts afterwards is denied, on every replica.** Three state machines
+//! keep that promise. Each takes an event and the current instant, and returns actions:
 //!
 //! | machine | runs | does |
 //! |---|---|---|
-//! | [`Replica`] | once a process | registers, loads, follows, renews its lease, gives it up |
-//! | [`PropagationTracker`] | once a narrowing change | waits until no replica can allow what was narrowed |
-//! | [`ReplicaCollector`] | once a process | removes the rows of replicas that are dead |
+//! | [`Replica`] | once per process | registers, loads, applies changes, renews its lease, gives it up |
+//! | [`PropagationTracker`] | once per restricting change | waits until no replica can allow what was restricted |
+//! | [`ReplicaCollector`] | once per process | removes the rows of dead replicas |
 //!
-//! Not here: I/O, clocks, async, randomness. So a simulator can drive whole fleets of them through faults that
-//! no test of real processes would ever meet (`tests/it/lease`), and the layer that does drive them has
-//! little left to get wrong.
+//! I/O, clocks, async and randomness do not belong here. A simulator (`tests/it/lease`) can therefore drive whole
+//! clusters through faults that tests of real processes would never meet.
 //!
 //! # Why it holds
-//! A replica may allow until a deadline. The deadline counts from before a renewal was sent, and is granted with
-//! every change that was committed by then. A revoker commits, and *then* reads the list of replicas. Whoever
-//! may still allow the key was granted its lease by what was read before that commit; so it is on the list, where
-//! it stood before it was granted any, and the revoker waits: until it has acknowledged the change, or its row was
-//! removed, or 1.25 leases have passed, by which time its deadline has, even if the one clock is slow and the
-//! other fast. Where the list may have lost rows, only time helps. [`LeaseInvariant`] lists what this rests on.
+//! A replica may allow Checks until a deadline. The deadline counts from before a renewal was sent. The renewal also
+//! delivers every change that was committed by then.
 //!
-//! # What whoever drives a machine owes it
-//! - The instant of an event is read when the event is at hand, and before its actions are begun.
-//! - Actions are done in their order, each before the next. To have sent a request is to have done it; the
-//!   answer is a later event. The next event waits for the last action.
-//! - Every answer names its [`AttemptId`] and may come late, twice or never; the machines sort that out. What is
-//!   certain is that each request is one transaction, and that its answer tells what one snapshot of it saw. A
-//!   renewal's snapshot is taken before its own change is seen by others, by as long as its commit takes.
-//! - A machine is given a `Tick` at the instant that its `wake_at` says, or later, and asked again after each
-//!   event.
-//! - A Check reads the deadline, then the clock, then the map; it allows only if `clock < deadline`.
+//! A revoker commits, and *then* lists the replicas. A replica that may still allow the key got its lease from a read
+//! before that commit, so its row is on the list. The revoker waits until the replica acknowledges the change, or its
+//! row is removed, or 1.25 leases have passed. By then the replica's deadline has passed, even if one clock is slow and
+//! the other fast. If the list may have lost rows, only time helps. [`LeaseInvariant`] lists the assumptions.
 //!
-//! # What the database owes
-//! - Read committed is enough, where what an answer tells was read by one statement, or in one snapshot.
-//! - One row, `meta`, gives revisions; its lock makes commit order, revision order and visibility one order.
-//! - A renewal changes the replica's row if and only if the row is there, its count is one that [`RenewalSequence`]
-//!   expects, and the log holds the [`LogPosition`] that is acknowledged: a number alone acknowledges nothing. It
-//!   is a durable commit like any other ("the log is the lease").
-//! - An acknowledged commit is not lost. Where it is lost all the same, or a backup is restored, the
-//!   [`Incarnation`] is another one.
-//! - The lease grows at once. It shrinks in two steps: `lease` first, and `longest` after the old one's
-//!   [`LeaseDuration::outlived_after`]; from infinite, after every row has renewed.
+//! # Obligations of the driver
+//! - Read the instant of an event when the event has arrived, and before its actions start.
+//! - Do the actions in order, each before the next. Sending a request completes its action; the response is a later
+//!   event. The next event waits for the last action.
+//! - Every response carries its [`AttemptId`] and may be late, repeated or lost; the machines handle that. Each request
+//!   must be one transaction, and its response must describe one snapshot of it. A renewal's snapshot is older than the
+//!   commit that makes the renewal visible to others.
+//! - Deliver a `Tick` at the instant of `wake_at` or later, and read `wake_at` again after each event.
+//! - A Check reads the deadline, then the clock, then the map. It allows only if `clock < deadline`.
+//!
+//! # Obligations of the database
+//! - Isolation level read committed is enough, if one statement or one snapshot reads all that a response contains.
+//! - One row, `meta`, assigns revisions. Its lock makes commit order, revision order and visibility one order.
+//! - A renewal updates the replica's row if and only if the row exists, [`RenewalSequence`] accepts its count, and the
+//!   log contains the acknowledged [`LogPosition`]: a revision alone acknowledges nothing. A renewal is a durable
+//!   commit like any other ("the log is the lease").
+//! - An acknowledged commit is not lost. If one is lost, or a backup is restored, the [`Incarnation`] changes.
+//! - The lease grows at once. It shrinks in two steps: first `lease`, and then `longest` after the old lease's
+//!   [`LeaseDuration::outlived_after`]. From an infinite lease, the second step waits until every row has renewed.
 
 mod boot_instant;
 mod clock_stall;

@@ -1,8 +1,7 @@
-//! The revoker: after a narrowing change has been committed, waits until no replica can allow what was
-//! narrowed.
+//! Tracks a restricting change after its commit, until no replica can allow what it restricted.
 //!
-//! It is over when every replica on the list has acknowledged the change, or, whatever the list says, when
-//! every lease that was granted before the commit has run out.
+//! The wait ends when every listed replica has acknowledged the change, or when every lease from before the commit has
+//! expired.
 
 use std::time::Duration;
 
@@ -29,21 +28,21 @@ const LIST_TIMEOUT: Duration = Duration::from_secs(2);
 pub enum PropagationEvent {
     /// It is time: also the first event of all.
     Tick,
-    /// The replicas' rows were read, in a transaction begun after [`PropagationAction::ListRows`]. One reading may serve every
-    /// revoker that had asked before it was begun.
+    /// The replica rows were read, in a transaction that began after [`PropagationAction::ListRows`]. One read may
+    /// serve every revoker that requested it before the transaction began.
     Listed {
-        /// Of the request.
+        /// The request that this responds to.
         attempt: AttemptId,
-        /// What was read.
+        /// The rows that were read.
         listing: ReplicaListing,
         /// The log's link at the change's revision, from the same transaction; None = the log ends before.
         change_hash: Option<ChainHash>,
     },
-    /// All whose acknowledgment is lacking seem to have given it: a reason to read the rows, and none to believe it.
+    /// Every missing acknowledgment seems to have arrived: a hint to read the rows, and no proof.
     Hint,
-    /// The reading failed.
+    /// The rows could not be read.
     Failed {
-        /// Of the request.
+        /// The request that this responds to.
         attempt: AttemptId,
     },
 }
@@ -60,10 +59,10 @@ pub enum PropagationAction {
     Finish(PropagationOutcome),
 }
 
-/// How it ended.
+/// The result of the wait.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PropagationOutcome {
-    /// No Check that starts from now on allows what was narrowed.
+    /// No Check that starts from now on can allow what was restricted.
     Complete(PropagationStatus),
     /// The change is not in the database any more: it has lost an acknowledged commit, or an older state was
     /// restored. It must be made again.
@@ -73,23 +72,23 @@ pub enum PropagationOutcome {
 /// How far a change has come.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PropagationStatus {
-    /// The change.
+    /// The revision of the change.
     pub revision: Revision,
-    /// Whether no replica can allow any more what it narrowed.
+    /// Whether no replica can still allow what the change restricted.
     pub is_complete: bool,
     /// The replicas that have acknowledged it.
     pub acknowledged: Vec<ReplicaId>,
     /// The replicas that have not. When it is complete all the same, their leases have run out.
     pub unacknowledged: Vec<UnacknowledgedReplica>,
-    /// When it will be complete at the latest, whoever is silent. None = not before all of them have spoken,
-    /// have left, or are attested dead.
+    /// The latest instant of completion, even if replicas are silent. None = completion depends on each replica to
+    /// acknowledge, leave, or be attested dead.
     pub completes_by: Option<BootInstant>,
 }
 
 /// A replica that has not acknowledged a change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct UnacknowledgedReplica {
-    /// Which.
+    /// The replica that is waited for.
     pub id: ReplicaId,
     /// When it renewed last, by the database's wall clock.
     pub last_seen: Timestamp,
@@ -106,7 +105,7 @@ pub struct PropagationTracker<R = AllInvariants> {
     is_retry: bool,
     /// When it was committed by.
     committed_by: BootInstant,
-    /// The longest lease that was granted before. None = no reading has told yet.
+    /// The longest lease that was granted before the commit. None = no listing has arrived yet.
     longest_lease: Option<LeaseDuration>,
     completes_by: Option<BootInstant>,
     pending_list: Option<(AttemptId, BootInstant)>,
@@ -172,7 +171,7 @@ impl<R: InvariantSet> PropagationTracker<R> {
         (!self.finished).then(|| self.completes_by.map_or(list_at, |by| by.min(list_at)))
     }
 
-    /// How far the change has come, as the newest reading says.
+    /// The progress of propagation, by the newest listing.
     #[must_use]
     pub fn status(&self) -> PropagationStatus {
         let (confirmed, unconfirmed): (Vec<ReplicaRow>, Vec<ReplicaRow>) =
@@ -180,7 +179,7 @@ impl<R: InvariantSet> PropagationTracker<R> {
         PropagationStatus {
             revision: self.change.revision,
             is_complete: self.finished,
-            // Whoever holds no lease yet has nothing to confirm.
+            // A replica without a lease has nothing to acknowledge.
             acknowledged: confirmed.iter().filter(|row| row.applied.is_some()).map(|row| row.id).collect(),
             unacknowledged: unconfirmed
                 .iter()
@@ -194,7 +193,7 @@ impl<R: InvariantSet> PropagationTracker<R> {
         }
     }
 
-    /// Takes an event that was at hand at `now`; gives what is to be done.
+    /// Handles an event that had arrived at `now`, and returns the actions.
     pub fn handle(&mut self, event: PropagationEvent, now: BootInstant) -> Vec<PropagationAction> {
         let mut out = Vec::new();
         if self.finished {
@@ -252,8 +251,8 @@ impl<R: InvariantSet> PropagationTracker<R> {
         done
     }
 
-    /// Whether this replica may hold a lease on a map without the change. One that says nothing of what it has
-    /// applied gets its first lease from a later snapshot, and so together with the change.
+    /// Whether this replica may hold a lease on a map without the change. A replica whose row has no `applied` gets its
+    /// first lease from a later snapshot, which includes the change.
     fn is_blocking(&self, row: &ReplicaRow) -> bool {
         row.applied.is_some_and(|applied| applied < self.change.revision)
     }
@@ -352,7 +351,7 @@ mod tests {
             .handle(PropagationEvent::Listed { attempt: AttemptId(attempt), listing, change_hash: link }, now)
     }
 
-    /// Reads until it returns; gives when it did, and what it said.
+    /// Delivers listings until the wait ends. Returns the end and the result.
     fn wait_out(
         revoker: &mut PropagationTracker,
         listing: &ReplicaListing,

@@ -1,4 +1,4 @@
-//! The values that replicas and the database exchange: ids, rows, listings and the sequence of renewals.
+//! Defines the values that replicas and the database exchange: ids, rows, listings and the sequence of renewals.
 
 use uuid::Uuid;
 
@@ -9,27 +9,29 @@ use crate::domain::time::{Revision, Timestamp};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ReplicaId(pub Uuid);
 
-/// Which request of a machine an answer belongs to.
+/// Identifies the request that a response belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct AttemptId(pub u64);
 
-/// One unbroken life of the database: the same until replica rows or commits may have been lost. Opaque here;
-/// what it is made of (system identifier, timeline, ...) is the store's business.
+/// Identifies one unbroken life of the database. It changes when replica rows or commits may have been lost. The store
+/// chooses its contents (system identifier, timeline, …).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Incarnation(pub u128);
 
-/// Which `renew_seq` a renewal expects, and which it sets. A renewal whose answer is lost may or may not have
-/// counted, so several are expected; a copy of this process, or a late renewal, finds another and fails.
+/// The `renew_seq` that a renewal expects, and the one that it sets.
+///
+/// A renewal whose response is lost may or may not have been counted, so a range is expected. A copy of this process,
+/// or a late renewal, finds another count and fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RenewalSequence {
-    /// The newest that is known to be in the row.
+    /// The newest count that is known to be in the row.
     pub confirmed: u64,
-    /// The new one. The row's must be at least `seen` and less than this.
+    /// The new count. The row's count must be at least `confirmed` and less than this.
     pub next: u64,
 }
 
 impl RenewalSequence {
-    /// Whether a row with this count is the one expected.
+    /// Whether a renewal may update a row with this count.
     #[must_use]
     pub const fn accepts(self, in_row: u64) -> bool {
         self.confirmed <= in_row && in_row < self.next
@@ -39,34 +41,35 @@ impl RenewalSequence {
 /// A replica's row as others read it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ReplicaRow {
-    /// Whose.
+    /// The replica of the row.
     pub id: ReplicaId,
-    /// What it has acknowledged: every change up to here is in its map. None = it holds no lease, and gets none
-    /// before this is committed as something else.
+    /// The revision that it has acknowledged: its map contains every change up to here. None = it holds no lease, and
+    /// gets none before this value is committed.
     pub applied: Option<Revision>,
-    /// Counts its renewals.
+    /// The number of its renewals.
     pub renew_seq: u64,
-    /// When it renewed last, by the database's wall clock: for people to read, and for nothing else.
+    /// When it last renewed, by the database's wall clock; only for display.
     pub last_seen: Timestamp,
 }
 
-/// What one reading of the replicas' rows saw.
+/// The result of reading all replica rows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ReplicaListing {
     /// The rows, in any order.
     pub rows: Vec<ReplicaRow>,
-    /// The longest lease that any of them may hold.
+    /// The longest lease that any of the replicas may hold.
     pub longest_lease: LeaseDuration,
-    /// The life of the database that it was read in.
+    /// The incarnation of the database that was read.
     pub incarnation: Incarnation,
-    /// The newest life that every lease granted before it has run out in: then the rows are all there are.
+    /// The newest incarnation by which every earlier lease has expired. If it is the current one, the listing is
+    /// complete.
     pub settled_incarnation: Option<Incarnation>,
-    /// The database's wall clock.
+    /// The database's wall clock at the read.
     pub database_time: Timestamp,
 }
 
 impl ReplicaListing {
-    /// Whether who is not listed holds no lease.
+    /// Whether a replica that is not listed holds no lease.
     #[must_use]
     pub fn is_complete(&self) -> bool {
         self.settled_incarnation == Some(self.incarnation)

@@ -1,10 +1,10 @@
-//! The replica: joins, follows the log, and holds a lease as long as it can renew it.
+//! Drives one replica: it registers, follows the log, and holds a lease as long as it can renew it.
 //!
 //! `register → load a snapshot → renew → (changes? apply, allow, renew again, which acknowledges them) → …`
 //!
-//! A renewal does three things in one transaction: it acknowledges what the map holds, it fetches what the map
-//! lacks, and it extends the lease. There is never more than one under way, so whatever else happens meanwhile
-//! (hints, ticks) only makes the next one start at once.
+//! A renewal does three things in one transaction: it acknowledges what the map contains, fetches newer changes, and
+//! extends the lease. At most one renewal is in flight; hints and ticks in the meantime only make the next one start at
+//! once.
 
 use std::time::Duration;
 
@@ -23,12 +23,12 @@ pub use messages::{RenewalReply, RenewalRequest, ReplicaAction, ReplicaEvent};
 /// The wait after a first failure; it doubles with each that follows, up to the pace of renewals.
 const FIRST_BACKOFF: Duration = Duration::from_millis(50);
 
-/// How a replica stands with the database.
+/// The state of a replica towards the database.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReplicaState {
     /// It has no row or no map yet.
     Joining,
-    /// It follows.
+    /// The replica applies changes and renews its lease.
     Following,
     /// The database holds another history.
     Regressed,
@@ -56,7 +56,7 @@ struct OwnReplicaRow {
     id: ReplicaId,
     confirmed_seq: u64,
     sent_seq: u64,
-    /// It is known to say what is applied, so that revokers wait for it.
+    /// The row is known to have `applied` set, so that revokers wait for this replica.
     is_listed: bool,
 }
 
@@ -79,7 +79,7 @@ pub struct Replica<R = AllInvariants> {
     pending_request: Option<PendingReplicaRequest>,
     attempts: u64,
     failures: u32,
-    /// When the next request is due, if none is under way.
+    /// When the next request is due, if none is in flight.
     next_send_at: BootInstant,
     /// A renewal is wanted as soon as the one under way has ended.
     renew_again: bool,
@@ -143,7 +143,7 @@ impl<R: InvariantSet> Replica<R> {
         self.row.map(|row| row.id)
     }
 
-    /// How it stands.
+    /// The current state.
     #[must_use]
     pub fn state(&self) -> ReplicaState {
         match (self.mode, self.row, self.map) {
@@ -154,7 +154,7 @@ impl<R: InvariantSet> Replica<R> {
         }
     }
 
-    /// Takes an event that was at hand at `now`; gives what is to be done, in order.
+    /// Handles an event that had arrived at `now`, and returns the actions in order.
     pub fn handle(&mut self, event: ReplicaEvent, now: BootInstant) -> Vec<ReplicaAction> {
         let mut out = Vec::new();
         match (self.mode, event) {
@@ -192,7 +192,7 @@ impl<R: InvariantSet> Replica<R> {
             ReplicaEvent::Failed { attempt } => self.handle_failed(attempt, now),
             ReplicaEvent::Hint => self.renew_again |= self.has_map(),
             ReplicaEvent::Advanced { to } => self.advance_map(to),
-            // Of a map that is given up already, it says nothing new.
+            // The map has been given up already, so this changes nothing.
             ReplicaEvent::Diverged { local_position: ours, head } if self.has_map() => {
                 self.enter_regressed(ours, None, head, out)
             }
@@ -301,7 +301,7 @@ impl<R: InvariantSet> Replica<R> {
             let since =
                 if self.invariants.enforces(LeaseInvariant::LeaseCountsFromSending) { sent } else { now };
             let until = self.lease.expires_at(since).saturating_sub(missing.unwrap_or_default());
-            // The first renewal only asks: whoever lists the rows while it is committed may not see it yet.
+            // The first renewal grants no lease: a revoker that lists the rows during its commit may not see it.
             let lease = listed.then_some((since, until));
             self.apply_renewal(renewal.attempt, position, reply, lease, now, out);
         }
@@ -374,8 +374,8 @@ impl<R: InvariantSet> Replica<R> {
         }
     }
 
-    /// The row is gone, or is another process's: nobody waits for this one any more. The map is still good: the
-    /// first renewal under the new row brings what it lacks, or finds that the history is another one.
+    /// The row is gone or belongs to another process, so no revoker waits for this replica. The map is still valid: the
+    /// first renewal under a new row fetches newer changes, or detects another history.
     fn handle_lost_row(&mut self, now: BootInstant, out: &mut Vec<ReplicaAction>) {
         let worked = self.row.take().is_some_and(|row| row.is_listed);
         // Where rows vanish as soon as they are made, there is no hurry to make more.

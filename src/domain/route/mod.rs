@@ -1,9 +1,9 @@
-//! What an HTTP request must show to reach a service: routes, and the rules that find a request's route. Pure:
-//! how rules are written in a file is `config::rules`' business, what becomes of a request is `gateway`'s.
+//! Defines routes: the requirements that an HTTP request must meet, and the rules that select its route.
+//! `config::rules` parses the file of rules, and `gateway` applies the route.
 //!
-//! **Precedence.** Rules are tried in their order, and the first whose host, method and path match decides; no
-//! other is asked. A rule that can never match, since an earlier one takes everything that it would, is refused
-//! when the rules are made. A request that no rule matches is denied.
+//! **Precedence.** Rules are tried in order, and the first whose host, method and path match decides. Rules that can
+//! never match, because an earlier rule covers them, are an error. A request that no rule matches gets the defaults,
+//! and is denied without them.
 
 pub mod path;
 pub mod pattern;
@@ -18,10 +18,10 @@ use path::CanonicalPath;
 pub use pattern::PathCaptures;
 use pattern::{HostPattern, MethodSet, PathPattern};
 
-/// The most rules that there may be: each request may try all of them.
+/// Maximum number of rules, since a request may try all of them.
 pub const MAX_ROUTE_RULES: usize = 1000;
 
-/// What must be shown.
+/// The requirement that a request must meet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RouteRequirement {
     /// Nothing: the route is open to everybody.
@@ -32,32 +32,32 @@ pub enum RouteRequirement {
     Scopes(Vec<Scope>),
 }
 
-/// Where a name comes from.
+/// The source of an identifier.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NameSource<T> {
-    /// It stands in the configuration.
+    /// The configuration fixes the value.
     Fixed(T),
-    /// The request says it in this header (lower-case).
+    /// The request's header of this name (lower-case).
     Header(Box<str>),
-    /// The path says it in the part that the pattern calls so.
+    /// The path segment that the pattern captures under this name.
     PathCapture(Box<str>),
 }
 
 /// Whether a denial stops the request.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum EnforcementMode {
-    /// It does.
+    /// A denial stops the request.
     #[default]
     Enforce,
-    /// It is noted, and the request passes.
+    /// A denial is logged, and the request passes.
     Shadow,
 }
 
 impl EnforcementMode {
-    /// Reads `enforce` or `shadow`.
+    /// Parses `enforce` or `shadow`.
     ///
     /// # Errors
-    /// When it is neither.
+    /// If the text is neither.
     pub fn parse(text: &str) -> Result<EnforcementMode, NameError> {
         match text {
             "enforce" => Ok(EnforcementMode::Enforce),
@@ -67,10 +67,10 @@ impl EnforcementMode {
     }
 }
 
-/// Reads the name of a header; gives it in lower case.
+/// Parses the name of a header, and returns it in lower case.
 ///
 /// # Errors
-/// When it is none.
+/// If the text is no name of a header.
 pub fn parse_header_name(text: &str) -> Result<Box<str>, NameError> {
     let good = |byte: u8| byte.is_ascii_alphanumeric() || b"-_".contains(&byte);
     if (1..=64).contains(&text.len()) && text.bytes().all(good) {
@@ -80,25 +80,25 @@ pub fn parse_header_name(text: &str) -> Result<Box<str>, NameError> {
     }
 }
 
-/// What a route says. `None` = nothing: a default says it, or nobody.
+/// The settings of a route. `None` = not set: a default applies, if there is one.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RouteSpec {
-    /// What must be shown. Where nobody says it, everything is denied.
+    /// The requirement that a request must meet.
     pub requirement: Option<RouteRequirement>,
-    /// Where the call is made.
+    /// The environment of the call.
     pub environment: Option<EnvironmentName>,
-    /// The account that is acted on. Unsaid = a service key's own.
+    /// The account of the call. Not set = the service key's own account.
     pub account: Option<NameSource<AccountId>>,
-    /// Whom the call is about.
+    /// The customer of the call.
     pub customer: Option<NameSource<CustomerId>>,
-    /// Units to take of limits and quota. Unsaid = 1.
+    /// Units to consume of limits and quota. Not set = 1.
     pub cost: Option<u64>,
-    /// Unsaid = [`EnforcementMode::Enforce`].
+    /// Not set = [`EnforcementMode::Enforce`] by default.
     pub mode: Option<EnforcementMode>,
 }
 
 impl RouteSpec {
-    /// The same, with `other` for what it leaves unsaid.
+    /// Takes each field that is not set from `other`.
     #[must_use]
     pub fn or_defaults(self, other: &RouteSpec) -> RouteSpec {
         RouteSpec {
@@ -112,29 +112,29 @@ impl RouteSpec {
     }
 }
 
-/// Which requests, and what they must show.
+/// Selects requests, and sets their route.
 #[derive(Clone, Debug)]
 pub struct RouteRule {
-    /// Where it stands in its file, from 1.
+    /// The line in the file, from 1.
     pub line: usize,
-    /// Any of these hosts.
+    /// Matches if one of these hosts matches.
     pub hosts: Vec<HostPattern>,
-    /// Any of these methods.
+    /// Matches if the method is in this set.
     pub methods: MethodSet,
-    /// This path.
+    /// Matches if the path matches this pattern.
     pub path: PathPattern,
-    /// What they must show.
+    /// The settings of the matched requests.
     pub route: RouteSpec,
 }
 
 /// Why a rule does not match.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RuleMismatch {
-    /// It is for other hosts.
+    /// No host pattern matches.
     Host,
-    /// It is for other methods.
+    /// The method does not match.
     Method,
-    /// It is for other paths.
+    /// The path does not match.
     Path,
 }
 
@@ -149,10 +149,10 @@ impl fmt::Display for RuleMismatch {
 }
 
 impl RouteRule {
-    /// Whether the rule is for such a request: what the path says by name, or what does not fit.
+    /// Matches a request. Returns the named segments of the path.
     ///
     /// # Errors
-    /// When it is not; the first thing that does not fit.
+    /// If the rule does not match; the first mismatch.
     pub fn match_request<'a>(
         &'a self,
         host: &str,
@@ -168,7 +168,7 @@ impl RouteRule {
         self.path.match_path(path).ok_or(RuleMismatch::Path)
     }
 
-    /// Whether every request that `other` matches is one that this matches.
+    /// Whether this rule matches every request that `other` matches.
     fn covers(&self, other: &RouteRule) -> bool {
         let host = |theirs: &HostPattern| self.hosts.iter().any(|ours| ours.covers(theirs));
         other.hosts.iter().all(host) && self.methods.covers(&other.methods) && self.path.covers(&other.path)
@@ -184,7 +184,7 @@ pub struct UnreachableRule {
     pub hidden_by: usize,
 }
 
-/// Rules in their order.
+/// The rules, in order of precedence.
 #[derive(Clone, Debug, Default)]
 pub struct RouteRules {
     rules: Vec<RouteRule>,
@@ -193,7 +193,7 @@ pub struct RouteRules {
 }
 
 impl RouteRules {
-    /// Rules to be tried in this order.
+    /// Creates rules that are tried in this order.
     ///
     /// # Errors
     /// Every rule that could never match.
@@ -213,12 +213,12 @@ impl RouteRules {
         Ok(RouteRules { normalized: differ.then_some(normalized), rules })
     }
 
-    /// The rules in their order.
+    /// The rules, in order of precedence.
     pub fn iter(&self) -> std::slice::Iter<'_, RouteRule> {
         self.rules.iter()
     }
 
-    /// How many there are.
+    /// The number of rules.
     #[must_use]
     pub fn len(&self) -> usize {
         self.rules.len()
@@ -230,7 +230,7 @@ impl RouteRules {
         self.rules.is_empty()
     }
 
-    /// The rule that decides such a request, and what the path says by name.
+    /// The rule that decides a request, and the named segments of the path.
     #[must_use]
     pub fn find_match<'a>(
         &'a self,
@@ -243,8 +243,8 @@ impl RouteRules {
             .find_map(|rule| rule.match_request(host, method, path).ok().map(|captures| (rule, captures)))
     }
 
-    /// Whether another rule decides the path if Unicode's form NFKC makes no difference: a server that normalizes names
-    /// would then serve what the other rule protects.
+    /// Whether another rule decides the path's NFKC form. A server that normalizes names would then serve what the
+    /// other rule protects.
     #[must_use]
     pub fn is_ambiguous(&self, host: &str, method: &str, path: &CanonicalPath<'_>) -> bool {
         if self.normalized.is_none() && path.is_nfkc_normalized() {
@@ -258,12 +258,12 @@ impl RouteRules {
     }
 }
 
-/// Rules, and what holds around them.
+/// The rules, and the defaults of their routes.
 #[derive(Clone, Debug, Default)]
 pub struct RuleBook {
     /// The rules.
     pub rules: RouteRules,
-    /// What holds where neither a rule nor the proxy's route says otherwise, requests that no rule covers included.
+    /// The settings that neither a rule nor the proxy sets, also for requests that no rule matches.
     pub defaults: RouteSpec,
 }
 

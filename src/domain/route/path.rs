@@ -1,4 +1,4 @@
-//! The path of a request as rules see it: split, decoded, and in one spelling.
+//! Parses the path of a request into the canonical segments that rules match.
 //!
 //! Servers differ in how they read odd spellings (`//`, `/./`, `%2F`, `\`, `..;`, `admin.`, `%3f`), and a rule that reads
 //! a path differently from the service behind it can be bypassed. Proxies must normalize paths; whatever spelling is
@@ -130,7 +130,7 @@ impl<'a> CanonicalPath<'a> {
         CanonicalPath(self.0.iter().map(|segment| segment.nfkc().collect::<String>().into()).collect())
     }
 
-    /// The segments.
+    /// The decoded segments, in order.
     #[must_use]
     pub fn segments(&self) -> &[Cow<'a, str>] {
         &self.0

@@ -1,4 +1,4 @@
-//! Patterns of hosts, methods and paths, and which pattern covers which.
+//! Matches hosts, methods and paths against patterns, and decides which pattern covers which.
 
 use std::fmt;
 
@@ -9,7 +9,7 @@ use super::{
     path::{self, CanonicalPath},
 };
 
-/// What the parts of a path are that a pattern has names for.
+/// The names and values of the path segments that a pattern captures.
 pub type PathCaptures<'a> = Vec<(&'a str, &'a str)>;
 
 /// Which hosts: `*`, `api.example.com`, or `*.example.com` (any name below, at any depth).
@@ -17,17 +17,17 @@ pub type PathCaptures<'a> = Vec<(&'a str, &'a str)>;
 pub enum HostPattern {
     /// Every host.
     Any,
-    /// This one.
+    /// Exactly this host.
     Exact(Box<str>),
-    /// Those that end so; the text begins with a dot.
+    /// Hosts with this suffix, which begins with a dot.
     Subdomains(Box<str>),
 }
 
 impl HostPattern {
-    /// Reads a pattern.
+    /// Parses a pattern of the configuration.
     ///
     /// # Errors
-    /// When it is none; the error says what would be right.
+    /// If the text is invalid; the error states the rule.
     pub fn parse(text: &str) -> Result<HostPattern, NameError> {
         const RULE: NameError =
             NameError("must be a host without a port, *.example.com, or * for every host");
@@ -68,20 +68,20 @@ impl HostPattern {
     }
 }
 
-/// Which methods.
+/// The methods that a rule matches.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MethodSet {
     /// Every method.
     Any,
-    /// These, in upper case. `GET` stands for `HEAD` too.
+    /// These methods, in upper case. `GET` includes `HEAD`.
     Only(Vec<Box<str>>),
 }
 
 impl MethodSet {
-    /// Reads a list of methods; `*` alone stands for every one.
+    /// Parses a list of methods; `*` alone matches every method.
     ///
     /// # Errors
-    /// When it is none; the error says what would be right.
+    /// If the text is invalid; the error states the rule.
     pub fn parse<'a>(list: impl IntoIterator<Item = &'a str>) -> Result<MethodSet, NameError> {
         const RULE: NameError = NameError(
             "must be methods in upper case, such as \"GET\" and \"POST\", or \"*\" alone for every one",
@@ -125,7 +125,7 @@ impl MethodSet {
 /// One segment of a path pattern.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum PatternSegment {
-    /// This text.
+    /// Exactly this text.
     Literal(Box<str>),
     /// Any one segment.
     Wildcard,
@@ -138,15 +138,15 @@ enum PatternSegment {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PathPattern {
     segments: Vec<PatternSegment>,
-    /// Whether anything may follow.
+    /// Whether more segments may follow.
     is_open_ended: bool,
 }
 
 impl PathPattern {
-    /// Reads a pattern.
+    /// Parses a pattern of the configuration.
     ///
     /// # Errors
-    /// When it is none; the error says what would be right.
+    /// If the text is invalid; the error states the rule.
     pub fn parse(text: &str) -> Result<PathPattern, NameError> {
         const SLASH_RULE: NameError =
             NameError("must begin with / and end in none: it covers the path with and without");

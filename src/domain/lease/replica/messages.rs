@@ -1,4 +1,4 @@
-//! What a replica hears, and what it wants done.
+//! The events that a replica handles, and the actions that it returns.
 
 use std::time::Duration;
 
@@ -15,46 +15,46 @@ pub enum ReplicaEvent {
     Tick,
     /// The row is committed: without `applied`, with a `renew_seq` of 0.
     Registered {
-        /// Of the request.
+        /// The request that this responds to.
         attempt: AttemptId,
-        /// The new row.
+        /// The id of the new row.
         id: ReplicaId,
     },
-    /// A snapshot is at hand, whole, beside the map.
+    /// A complete snapshot is loaded beside the map.
     Loaded {
-        /// Of the request.
+        /// The request that this responds to.
         attempt: AttemptId,
-        /// What it holds.
+        /// The position of the snapshot.
         at: LogPosition,
     },
-    /// A renewal was answered.
+    /// A renewal's transaction has committed.
     Renewed {
-        /// Of the request.
+        /// The request that this responds to.
         attempt: AttemptId,
-        /// What its transaction saw.
+        /// The values that its transaction read.
         reply: RenewalReply,
     },
     /// A request failed. Whether it was done all the same is unknown.
     Failed {
-        /// Of the request.
+        /// The request that this responds to.
         attempt: AttemptId,
     },
     /// Something was committed (NOTIFY), or seems to have been. Only saves time.
     Hint,
-    /// The map holds changes up to here that came by another way than a renewal: this process's own, or such as were
-    /// read at a hint. They follow what it held without a gap.
+    /// The map has changes up to here from another source than a renewal: this process's own writes, or a read after a
+    /// hint. They follow the map's previous contents without a gap.
     Advanced {
-        /// What it holds now.
+        /// The new position of the map.
         to: LogPosition,
     },
-    /// Changes came that do not follow what the map holds: another history.
+    /// Changes arrived that do not continue the map's history: the database has another history.
     Diverged {
-        /// What the map holds.
+        /// The position of the map.
         local_position: LogPosition,
         /// The newest revision that came.
         head: Revision,
     },
-    /// The operator has accepted that the database goes on from an older state.
+    /// The operator has accepted that the database continues from an older state.
     RegressionAccepted,
     /// The process is about to end.
     Stop,
@@ -63,14 +63,13 @@ pub enum ReplicaEvent {
 /// What a renewal's transaction saw.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RenewalReply {
-    /// Whether the row was changed: it was there, with a count that was expected, and what it was to acknowledge
-    /// is in the log.
+    /// Whether the row was updated: it exists, its count was expected, and the log contains the acknowledged position.
     pub was_renewed: bool,
-    /// The database's own link at the revision that the renewal acknowledged ([`LogPosition::START`] is in every
-    /// database). None = its log ends before; also where the renewal acknowledged nothing.
+    /// The database's chain hash at the acknowledged revision ([`LogPosition::START`] is in every database). None = its
+    /// log ends earlier, or the renewal acknowledged nothing.
     pub acknowledged_hash: Option<ChainHash>,
-    /// Where the changes end that came along; what was acknowledged, if none did. They follow each other and
-    /// `link` without a gap, and each matches its own hash.
+    /// The end of the delivered changes, or the acknowledged position if there are none. They continue `link` and each
+    /// other without a gap, and each matches its own hash.
     pub changes_end: LogPosition,
     /// The newest revision there is. Beyond `upto` when that many changes did not fit.
     pub head: Revision,
@@ -82,7 +81,7 @@ pub struct RenewalReply {
     pub incarnation: Incarnation,
     /// The newest life in which every earlier lease is known to have run out.
     pub settled_incarnation: Option<Incarnation>,
-    /// The database's wall clock.
+    /// The database's wall clock in the transaction.
     pub database_time: Timestamp,
 }
 
@@ -94,8 +93,8 @@ pub enum ReplicaAction {
         /// To name in the answer.
         attempt: AttemptId,
     },
-    /// Read every key and the head in one transaction, beside the map. Answer: `Loaded` or `Failed`; the end of
-    /// a read that stalls is the reader's to decide.
+    /// Read every key and the head in one transaction, beside the map. The response is `Loaded` or `Failed`; the reader
+    /// decides when a stalled read ends.
     Load {
         /// To name in the answer.
         attempt: AttemptId,
@@ -104,60 +103,60 @@ pub enum ReplicaAction {
     Renew(RenewalRequest),
     /// Nobody waits for this request any more: drop its connection, which may be dead.
     Abandon {
-        /// Of the request.
+        /// The request that this responds to.
         attempt: AttemptId,
     },
     /// Make the loaded snapshot the map.
     InstallSnapshot {
-        /// Of the load.
+        /// The load that was requested.
         attempt: AttemptId,
     },
     /// Change the map by the changes that came with this renewal's answer, in their order.
     ApplyChanges {
-        /// Of the renewal.
+        /// The renewal that was requested.
         attempt: AttemptId,
     },
     /// Let Checks allow until then.
     PublishDeadline {
         /// The first instant at which nothing is allowed any more.
         deadline: BootInstant,
-        /// The map holds at least what the database held at this instant.
+        /// The map contains at least the database's state at this instant.
         as_of: BootInstant,
     },
-    /// Let Checks allow nothing.
+    /// Stop allowing Checks until a lease is granted.
     DenyAll,
-    /// The database's history is not the one this map was made from: page the operator. The map stays, so what
-    /// is known to be dead stays dead; the lease is left to run out.
+    /// The database's history differs from the map's: alert the operator. The map stays, so that revoked keys stay
+    /// denied, and the lease runs out.
     EnterRegressed {
-        /// What the map holds.
+        /// The position of the map.
         local_position: LogPosition,
         /// The database's own link at that revision; None = its log ends before.
         database_hash: Option<ChainHash>,
-        /// The database's newest revision.
+        /// The newest revision of the database.
         head: Revision,
     },
-    /// This machine's clock stood still, for this long at the least: count it.
+    /// This machine's clock stalled for at least this long: count it.
     ReportClockStall {
         /// What is missing; taken off the lease already.
         stall: Duration,
     },
     /// Delete the row. There is no answer.
     Deregister {
-        /// The row.
+        /// The id of the row.
         id: ReplicaId,
     },
 }
 
-/// A renewal to send.
+/// The contents of a renewal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RenewalRequest {
     /// To name in the answer.
     pub attempt: AttemptId,
-    /// The row.
+    /// The id of the row.
     pub id: ReplicaId,
     /// Which count the row must have, and gets.
     pub sequence: RenewalSequence,
-    /// What the map holds: fetch what follows. None = the map is still being loaded: fetch nothing.
+    /// The position of the map: fetch later changes. None = the map is still being loaded: fetch nothing.
     pub applied: Option<LogPosition>,
     /// Set `meta.settled` to this, if the transaction runs in it.
     pub settle_incarnation: Option<Incarnation>,

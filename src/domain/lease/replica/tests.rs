@@ -1,4 +1,4 @@
-//! What a replica promises, event by event. What follows from it for a whole fleet is the simulator's business.
+//! Tests of the replica, event by event. The simulator tests the consequences for a whole cluster.
 
 use super::*;
 use crate::domain::{

@@ -1,4 +1,4 @@
-//! What paths and hosts are read as, and the model of the servers that read them.
+//! Tests how paths and hosts are parsed, against a model of servers that parse them.
 
 use super::*;
 use percent_encoding::NON_ALPHANUMERIC;

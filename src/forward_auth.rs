@@ -31,7 +31,7 @@ use crate::{
 };
 
 /// Serves proxies until `stopping` turns true.
-pub async fn serve(
+pub(crate) async fn serve(
     listener: TcpListener,
     memory: Arc<MemoryBudget>,
     gateway: Arc<Gateway>,
@@ -167,7 +167,7 @@ fn render_reply(proxy: ProxyKind, reply: ProxyResponse) -> PageResponse {
         return PageResponse { status: StatusCode::OK, headers, body: String::new() };
     }
     if proxy == ProxyKind::Nginx {
-        // The proxy does not read the body of such a response, and reuses the connection only if there is none.
+        // nginx does not read the body of such a response, and reuses the connection only without one.
         body.clear();
     }
     let status = match (proxy, status) {

@@ -41,21 +41,17 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 const MAX_HEAD_BYTES: usize = 128 * 1024;
 const MAX_HEADERS: usize = 256;
 
-/// A response from memory.
 #[derive(Clone, Debug)]
-pub struct PageResponse {
-    /// The status.
-    pub status: StatusCode,
+pub(crate) struct PageResponse {
+    pub(crate) status: StatusCode,
     /// Headers by lower-case name. A value that is invalid in a header is left out.
-    pub headers: Vec<(&'static str, String)>,
-    /// The body.
-    pub body: String,
+    pub(crate) headers: Vec<(&'static str, String)>,
+    pub(crate) body: String,
 }
 
 impl PageResponse {
-    /// Plain text.
     #[must_use]
-    pub fn from_text(status: StatusCode, body: impl Into<String>) -> PageResponse {
+    pub(crate) fn from_text(status: StatusCode, body: impl Into<String>) -> PageResponse {
         let kind = "text/plain; version=0.0.4; charset=utf-8".to_owned();
         PageResponse { status, headers: vec![("content-type", kind)], body: body.into() }
     }
@@ -74,7 +70,7 @@ impl PageResponse {
 
 /// Serves pages until `stopping` turns true; calls in flight then finish. Requests reserve their memory from `memory`.
 /// The peer's address is an extension of the request.
-pub async fn serve<P, F>(
+pub(crate) async fn serve<P, F>(
     listener: TcpListener,
     memory: Arc<MemoryBudget>,
     page: P,

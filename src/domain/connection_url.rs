@@ -201,7 +201,8 @@ fn format_masked(scheme: &str, parts: &ConnectionUrl<'_>) -> String {
     shown
 }
 
-/// Redacts an option. A secret option matches in any spelling; an open option matches only in its usual one.
+/// Redacts an option. The names of open options must match exactly; those of secret ones match decoded and without
+/// case.
 fn mask_option(name: &str, value: &str) -> String {
     let decoded = percent_encoding::percent_decode_str(name).decode_utf8_lossy().to_ascii_lowercase();
     if NON_SECRET_OPTIONS.contains(&name) {

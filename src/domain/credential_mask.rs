@@ -71,7 +71,7 @@ pub fn mask_words(message: &str) -> Cow<'_, str> {
     })
 }
 
-/// Whether a word is a URL template, such as `scheme://host`, instead of a URL.
+/// Whether a word is a template of a URL, such as `scheme://user:password@host`.
 fn is_template(word: &str) -> bool {
     let plain = word.to_ascii_lowercase().replace(['[', ']'], "");
     plain.contains("user:password@")

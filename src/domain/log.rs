@@ -246,7 +246,7 @@ pub struct LogEntry {
     pub acting_user: Option<UserId>,
     /// The RPC or command that made the change.
     pub method: String,
-    /// The [`RecordChange`] as JSON, and how it came about: see `entry.rs`.
+    /// The [`RecordChange`] as JSON, and its origin: see [`super::log_payload`].
     pub payload: String,
     /// The hash of the entry before.
     pub prev_hash: ChainHash,

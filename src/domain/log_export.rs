@@ -207,11 +207,11 @@ impl LogExportVerifier {
         chain: ChainVerifier,
     ) -> Result<(), LogExportError> {
         if end.to_position() != Some(chain.position) || entries != chain.entry_count {
-            let told = format!(
+            let problem = format!(
                 "the file should hold {entries} entries up to {}, and holds {} up to {}",
                 end.revision, chain.entry_count, chain.position.revision
             );
-            return self.error_at_line(told);
+            return self.error_at_line(problem);
         }
         self.ended = true;
         Ok(())
@@ -305,7 +305,7 @@ mod tests {
         cut.pop();
         let mut longer = file();
         longer.push(longer[1].clone());
-        for (lines, line, said) in [
+        for (lines, line, problem) in [
             (changed, 3, "entry 2: the entry is not what its hash was made of"),
             (without, 3, "entry 2: the entry is missing; the next one there is 3"),
             (cut, 5, "ends too early"),
@@ -314,7 +314,7 @@ mod tests {
             (vec!["x".to_owned()], 1, "no line of a log export"),
         ] {
             let error = verify(&lines, None).unwrap_err();
-            assert!(error.line == line && error.problem.contains(said), "{error}");
+            assert!(error.line == line && error.problem.contains(problem), "{error}");
         }
     }
 }

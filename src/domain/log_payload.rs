@@ -19,7 +19,7 @@ const ORIGIN_FIELD: &str = "via";
 /// Encodes the payload of an entry.
 ///
 /// # Errors
-/// If the record has no JSON form, which no record lacks.
+/// Never in practice: every record has a JSON form.
 pub fn encode_payload(change: &RecordChange, via: &ChangeOrigin) -> Result<String, serde_json::Error> {
     let mut text = serde_json::to_string(change)?;
     // A change is an object with one field, the record, so its text ends with two braces. Every record has fields, so
@@ -167,15 +167,15 @@ mod tests {
 
     #[test]
     fn a_change_is_told_field_by_field() {
-        let told = |text: &str| RedactedPayload::parse(text).unwrap();
+        let parse = |text: &str| RedactedPayload::parse(text).unwrap();
         let change = |field: &str, before: Option<&str>, after: Option<&str>| FieldChange {
             field: field.to_owned(),
             before: before.map(str::to_owned),
             after: after.map(str::to_owned),
         };
-        let first = told(r#"{"role":{"name":"a","scopes":["x"],"revision":1}}"#);
-        let second = told(r#"{"role":{"name":"a","scopes":["x","y"],"revision":2}}"#);
-        let gone = told(r#"{"role_deleted":{"name":"a","scopes":["x","y"],"revision":3}}"#);
+        let first = parse(r#"{"role":{"name":"a","scopes":["x"],"revision":1}}"#);
+        let second = parse(r#"{"role":{"name":"a","scopes":["x","y"],"revision":2}}"#);
+        let gone = parse(r#"{"role_deleted":{"name":"a","scopes":["x","y"],"revision":3}}"#);
         assert_eq!(
             second.changes_since(Some(&first)),
             [change("scopes", Some(r#"["x"]"#), Some(r#"["x","y"]"#))]

@@ -150,12 +150,12 @@ macro_rules! display_name {
     };
 }
 
-fn is_visible_ascii(text: &str, most: usize) -> bool {
-    (1..=most).contains(&text.len()) && text.bytes().all(|b| (0x21..=0x7e).contains(&b))
+fn is_visible_ascii(text: &str, max: usize) -> bool {
+    (1..=max).contains(&text.len()) && text.bytes().all(|b| (0x21..=0x7e).contains(&b))
 }
 
-fn is_slug(text: &str, most: usize) -> bool {
-    (1..=most).contains(&text.len())
+fn is_slug(text: &str, max: usize) -> bool {
+    (1..=max).contains(&text.len())
         && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_' || b == b'-')
 }
 

@@ -191,7 +191,7 @@ impl<K: KeyAttributes> CheckSubject<'_, K> {
         }
     }
 
-    /// Whether the key's grants equal those of its record.
+    /// Whether the key has its own scopes only, without roles or a membership.
     #[must_use]
     pub fn has_only_direct_grants(&self) -> bool {
         self.roles.is_empty() && matches!(self.membership, MembershipStatus::NotApplicable)
@@ -278,10 +278,10 @@ pub fn decide<K: KeyAttributes>(
             .insert_if(Reason::WrongCustomer, !key.customers().is_empty() && !customer.is_some_and(listed));
     }
     let wrong_account = match (key.owner(), request.account) {
-        (KeyOwner::Account(own), asked) => asked.is_some_and(|asked| asked != own),
+        (KeyOwner::Account(own), requested) => requested.is_some_and(|requested| requested != own),
         // A user key needs an explicit account of which the user is a member.
-        (KeyOwner::User(_), asked) => {
-            asked.is_none() || matches!(subject.membership, MembershipStatus::NotMember)
+        (KeyOwner::User(_), requested) => {
+            requested.is_none() || matches!(subject.membership, MembershipStatus::NotMember)
         }
     };
     failures.insert_if(Reason::WrongAccount, wrong_account);
@@ -350,7 +350,7 @@ mod tests {
     fn run(case: &Case) -> PolicyDecision {
         let environment = EnvironmentName::parse(case.environment).unwrap();
         let customer = case.customer.map(|c| CustomerId::parse(c).unwrap());
-        let asked = case.account.map(|a| AccountId::parse(a).unwrap());
+        let requested = case.account.map(|a| AccountId::parse(a).unwrap());
         let scopes: Vec<_> = case.scopes.iter().map(|s| Scope::parse_required(s).unwrap()).collect();
         decide(
             CheckSubject {
@@ -368,7 +368,7 @@ mod tests {
             },
             PolicyRequest {
                 purpose: TokenPurpose::Service { environment: &environment, customer: customer.as_ref() },
-                account: asked.as_ref(),
+                account: requested.as_ref(),
                 client_ip: case.client_ip.map(|ip| ip.parse().unwrap()),
                 scopes: &scopes,
             },
@@ -551,7 +551,7 @@ mod tests {
         assert_eq!(
             run(&case).failed_reasons.primary_reason(),
             Reason::WrongAccount,
-            "the account must be said"
+            "the account must be given"
         );
     }
 

@@ -15,10 +15,10 @@ pub const RESERVED_SEGMENT: &str = "keyward";
 
 const MAX_SCOPE_LEN: usize = 128;
 const MAX_SEGMENTS: usize = 4;
-const GRANT_RULE: &str = "must be one to four segments of [A-Za-z0-9_./-] joined by ':', at most 128 characters; \
+const GRANT_RULE: &str = "must be one to four segments of [A-Za-z0-9_./-] joined by ':', at max 128 characters; \
                     only the last segment may be '*'";
 const REQUIRED_RULE: &str = "must be a concrete scope, such as monitors:read: one to four segments of \
-                             [A-Za-z0-9_./-] joined by ':', at most 128 characters, without '*'";
+                             [A-Za-z0-9_./-] joined by ':', at max 128 characters, without '*'";
 
 /// One scope. With `*` at its end it is a pattern, and can only be granted.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Deserialize)]
@@ -285,9 +285,9 @@ mod tests {
             8 => prop::sample::select(vec!["a", "Z", "0", "_", ".", "/", "-", ":", ":", "*", "all"]),
             1 => prop::sample::select(vec![" ", ",", "\\", "%2F", "é", "\0", "～"]),
         ];
-        let most = prop_oneof![9 => Just(9usize), 1 => Just(160)];
-        most.prop_flat_map(move |most| {
-            proptest::collection::vec(piece.clone(), 0..most).prop_map(|pieces| pieces.concat())
+        let max = prop_oneof![9 => Just(9usize), 1 => Just(160)];
+        max.prop_flat_map(move |max| {
+            proptest::collection::vec(piece.clone(), 0..max).prop_map(|pieces| pieces.concat())
         })
     }
 

@@ -209,7 +209,7 @@ mod tests {
 
     #[test]
     fn a_refused_name_says_which_character_at_which_place() {
-        for (text, said) in [
+        for (text, expected) in [
             ("", "has 0 characters; 1 to 255 are allowed"),
             (&*"é".repeat(256), "has 256 characters; 1 to 255 are allowed"),
             (
@@ -230,7 +230,7 @@ mod tests {
             ("\u{a0}", "must not begin or end with a blank (U+00A0 at character 1)"),
         ] {
             let error = parse_name(text).unwrap_err().to_string();
-            assert!(error.starts_with(said), "{text:?}: {error}");
+            assert!(error.starts_with(expected), "{text:?}: {error}");
         }
     }
 
@@ -308,7 +308,7 @@ mod tests {
                 other => characters.push(other),
             }
         }
-        // A bubble sort that never moves a mark past a letter, or past a mark of its own class.
+        // A bubble sort that moves no mark past a letter or a mark of its class.
         for _ in 0..characters.len() {
             for at in 1..characters.len() {
                 let (left, right) = (class(characters[at - 1]), class(characters[at]));

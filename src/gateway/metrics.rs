@@ -24,9 +24,8 @@ const GATEWAY_REASONS: [&str; 11] = [
 ];
 const REASON_COUNT: usize = Reason::ALL.len() + GATEWAY_REASONS.len();
 
-/// Counters since the start.
 #[derive(Debug)]
-pub struct GatewayMetrics {
+pub(crate) struct GatewayMetrics {
     requests: ShardedCounters,
     /// Changed rules that were wrong, and that were right.
     reloads: ShardedCounters,
@@ -41,19 +40,17 @@ impl Default for GatewayMetrics {
     }
 }
 
-/// One counter.
+/// The value of one counter, with its labels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct GatewayRequestCount {
-    /// `ext_authz` or `forward`.
-    pub via: &'static str,
-    /// `enforce` or `shadow`.
-    pub mode: &'static str,
+pub(crate) struct GatewayRequestCount {
+    /// The protocol: `ext_authz` or `forward`.
+    pub(crate) via: &'static str,
+    /// The mode: `enforce` or `shadow`.
+    pub(crate) mode: &'static str,
     /// `allowed`, `denied`, `error`: what was found, whether it was enforced or not.
-    pub result: &'static str,
-    /// Why.
-    pub reason: &'static str,
-    /// How many.
-    pub count: u64,
+    pub(crate) result: &'static str,
+    pub(crate) reason: &'static str,
+    pub(crate) count: u64,
 }
 
 /// The place of the first counter of a way of asking in a mode.
@@ -79,15 +76,15 @@ impl GatewayMetrics {
 
     /// How often changed rules were wrong, and how often right.
     #[must_use]
-    pub fn reloads(&self) -> [u64; 2] {
+    pub(crate) fn reloads(&self) -> [u64; 2] {
         [0, 1].map(|good| self.reloads.get(good))
     }
 
     /// Every counter that counted something.
-    pub fn iter(&self) -> impl Iterator<Item = GatewayRequestCount> {
-        ["ext_authz", "forward"].into_iter().enumerate().flat_map(move |(asked, via)| {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = GatewayRequestCount> {
+        ["ext_authz", "forward"].into_iter().enumerate().flat_map(move |(protocol, via)| {
             ["enforce", "shadow"].into_iter().enumerate().flat_map(move |(at, mode)| {
-                reason_labels().zip(counter_offset(asked, at)..).filter_map(move |(reason, at)| {
+                reason_labels().zip(counter_offset(protocol, at)..).filter_map(move |(reason, at)| {
                     let result = match reason {
                         "ok" | "public" => "allowed",
                         "misconfigured" | "not_ready" | "limits_unavailable" | "lease_lost" => "error",
@@ -111,11 +108,11 @@ mod tests {
         counts.record(ProxyProtocol::ForwardAuth, EnforcementMode::Shadow, &GatewayOutcome::NoRule);
         counts.record(ProxyProtocol::ForwardAuth, EnforcementMode::Shadow, &GatewayOutcome::NoRule);
         counts.record(ProxyProtocol::ExtAuthz, EnforcementMode::Enforce, &GatewayOutcome::Public);
-        let told: Vec<_> = counts.iter().collect();
+        let listed: Vec<_> = counts.iter().collect();
         let count =
             |via, mode, result, reason, count| GatewayRequestCount { via, mode, result, reason, count };
         assert_eq!(
-            told,
+            listed,
             [
                 count("ext_authz", "enforce", "allowed", "public", 1),
                 count("forward", "shadow", "denied", "no_rule", 2)

@@ -35,10 +35,10 @@ use crate::{
 };
 
 pub use crate::engine::Requester;
-pub use metrics::GatewayMetrics;
-pub use request::{ClientSource, ProxyProtocol, ProxyRequest, parse_form as read_form};
-pub use response::{GatewayOutcome, ProxyMetadataValue, ProxyResponse};
-pub use route_overrides::{RouteOverrides, parse_route_overrides as read_extensions};
+pub(crate) use metrics::GatewayMetrics;
+pub(crate) use request::{ClientSource, ProxyProtocol, ProxyRequest, parse_form as read_form};
+pub(crate) use response::{GatewayOutcome, ProxyMetadataValue, ProxyResponse};
+pub(crate) use route_overrides::{RouteOverrides, parse_route_overrides as read_extensions};
 pub use settings::GatewaySettings;
 
 use logged_path::LoggedPath;
@@ -53,7 +53,7 @@ pub struct Gateway {
     settings: GatewaySettings,
     rule_book: ArcSwap<RuleBook>,
     /// Counters of outcomes, by protocol, mode and reason.
-    pub metrics: GatewayMetrics,
+    pub(crate) metrics: GatewayMetrics,
     /// Limits the log lines about misconfigured routes.
     misconfiguration_throttle: LogThrottle,
     /// Limits the log lines about denials in shadow mode.
@@ -94,9 +94,9 @@ struct ResolvedRoute {
 }
 
 impl Gateway {
-    /// A gateway without rules.
+    /// Creates a gateway without rules; see [`Gateway::set_rules`].
     #[must_use]
-    pub fn new(
+    pub(crate) fn new(
         engine: Arc<Engine>,
         environments: Arc<EnvironmentSet>,
         settings: GatewaySettings,
@@ -117,29 +117,29 @@ impl Gateway {
 
     /// The settings that apply to every route.
     #[must_use]
-    pub fn settings(&self) -> &GatewaySettings {
+    pub(crate) fn settings(&self) -> &GatewaySettings {
         &self.settings
     }
 
     /// The engine that makes the Checks.
     #[must_use]
-    pub fn engine(&self) -> &Engine {
+    pub(crate) fn engine(&self) -> &Engine {
         &self.engine
     }
 
     /// The environments that the configuration lists.
     #[must_use]
-    pub fn environments(&self) -> &EnvironmentSet {
+    pub(crate) fn environments(&self) -> &EnvironmentSet {
         &self.environments
     }
 
     /// Replaces the rules. A request in flight finishes under the old rules.
-    pub fn set_rules(&self, book: RuleBook) {
+    pub(crate) fn set_rules(&self, book: RuleBook) {
         self.rule_book.store(Arc::new(book));
     }
 
     /// Installs changed rules. If they are invalid, the old rules stay in force.
-    pub fn reload_rules<E: std::fmt::Display>(&self, rules: Result<RuleBook, E>) {
+    pub(crate) fn reload_rules<E: std::fmt::Display>(&self, rules: Result<RuleBook, E>) {
         self.metrics.record_reload(rules.is_ok());
         match rules {
             Ok(book) => {
@@ -154,13 +154,13 @@ impl Gateway {
 
     /// The number of rules in force.
     #[must_use]
-    pub fn rule_count(&self) -> usize {
+    pub(crate) fn rule_count(&self) -> usize {
         self.rule_book.load().rules.len()
     }
 
-    /// Authorizes a request for a proxy of the requester's account. `overrides` is the route configuration that the
-    /// proxy sends.
-    pub async fn authorize(
+    /// Authorizes a request for a proxy of the requester's account; `overrides` are the route settings that the proxy
+    /// sends.
+    pub(crate) async fn authorize(
         &self,
         requester: Requester<'_>,
         request: &ProxyRequest<'_>,
@@ -184,7 +184,7 @@ impl Gateway {
     ///
     /// The result is a verdict, not a fault: with `failure_mode_allow`, Envoy would let large requests pass on a fault.
     #[must_use]
-    pub fn deny_too_large(&self, length: usize, limit: usize) -> ProxyResponse {
+    pub(crate) fn deny_too_large(&self, length: usize, limit: usize) -> ProxyResponse {
         let request = ProxyRequest {
             protocol: ProxyProtocol::ExtAuthz,
             proxy_removes_headers: true,

@@ -16,41 +16,35 @@ use crate::{
 
 /// The protocol by which a proxy calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ProxyProtocol {
-    /// Envoy, over gRPC.
+pub(crate) enum ProxyProtocol {
     ExtAuthz,
-    /// A proxy, over HTTP.
     ForwardAuth,
 }
 
 /// What is known of where the request came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ClientSource {
+pub(crate) enum ClientSource {
     /// The address that connected to the proxy which asks, as far as it is one; `x-forwarded-for` may end in it.
     Peer(Option<IpAddr>),
     /// `x-forwarded-for` ends in that address.
     LastForwarded,
 }
 
-/// A request.
+/// The request that a proxy describes, in raw bytes.
 #[derive(Clone)]
-pub struct ProxyRequest<'a> {
+pub(crate) struct ProxyRequest<'a> {
     /// The protocol by which a proxy calls.
-    pub protocol: ProxyProtocol,
+    pub(crate) protocol: ProxyProtocol,
     /// Whether the proxy removes the headers that the reply names. If not, its configuration lists them, by name.
-    pub proxy_removes_headers: bool,
-    /// The method.
-    pub method: &'a [u8],
-    /// The authority.
-    pub host: &'a [u8],
-    /// Path and query.
-    pub target: &'a [u8],
+    pub(crate) proxy_removes_headers: bool,
+    pub(crate) method: &'a [u8],
+    pub(crate) host: &'a [u8],
+    pub(crate) target: &'a [u8],
     /// Names in lower case, and values; repeated ones apart, or joined by commas.
-    pub headers: Vec<(&'a [u8], &'a [u8])>,
-    /// Where it came from.
-    pub client_source: ClientSource,
+    pub(crate) headers: Vec<(&'a [u8], &'a [u8])>,
+    pub(crate) client_source: ClientSource,
     /// The proxy's number for it, the same when it asks again; empty = none.
-    pub proxy_request_id: &'a [u8],
+    pub(crate) proxy_request_id: &'a [u8],
 }
 
 impl fmt::Debug for ProxyRequest<'_> {
@@ -62,13 +56,10 @@ impl fmt::Debug for ProxyRequest<'_> {
 /// The credential that a request carries.
 #[derive(Clone, PartialEq, Eq)]
 pub(super) enum RequestCredential<'a> {
-    /// Nothing.
     None,
     /// Several that differ, or one header several times.
     Multiple,
-    /// One token.
     Single {
-        /// It.
         token: Cow<'a, str>,
         /// The headers that it stood in.
         headers: Vec<Box<str>>,
@@ -98,13 +89,13 @@ impl<'a> ProxyRequest<'a> {
 
     /// What to call the request in logs: as it is called where it came from, or by the proxy's number.
     #[must_use]
-    pub fn request_id(&self) -> Option<RequestId> {
+    pub(crate) fn request_id(&self) -> Option<RequestId> {
         RequestId::from_bytes(self.header_values("x-request-id").next().unwrap_or(self.proxy_request_id))
     }
 
     /// The trace that the request is part of.
     #[must_use]
-    pub fn trace_context(&self) -> Option<RemoteTraceContext> {
+    pub(crate) fn trace_context(&self) -> Option<RemoteTraceContext> {
         let mut parents = self.header_values("traceparent");
         let parent = RemoteTraceContext::parse(parents.next()?, self.header_values("tracestate").next());
         parent.filter(|_| parents.next().is_none())
@@ -222,7 +213,7 @@ impl<'a> ProxyRequest<'a> {
 }
 
 /// `name=value&…` as forms and queries write it (`application/x-www-parse_form-urlencoded`).
-pub fn parse_form(text: &[u8]) -> impl Iterator<Item = (Cow<'_, str>, Cow<'_, str>)> {
+pub(crate) fn parse_form(text: &[u8]) -> impl Iterator<Item = (Cow<'_, str>, Cow<'_, str>)> {
     let decode = |part: &[u8]| -> String {
         let spaced: Vec<u8> = part.iter().map(|byte| if *byte == b'+' { b' ' } else { *byte }).collect();
         percent_encoding::percent_decode(&spaced).decode_utf8_lossy().into_owned()
@@ -236,7 +227,7 @@ pub fn parse_form(text: &[u8]) -> impl Iterator<Item = (Cow<'_, str>, Cow<'_, st
     })
 }
 
-/// What one place shows.
+/// The credentials found at one place of a request.
 enum CredentialOccurrence<T> {
     Absent,
     Multiple,
@@ -276,8 +267,8 @@ impl<'a> RequestCredential<'a> {
     }
 }
 
-/// `Bearer <token>` with the scheme in any case (RFC 6750, section 2.1). Another scheme is no credential of ours. A
-/// comma may have joined two headers, and no token has one.
+/// Parses `Bearer <token>` with the scheme in any case (RFC 6750, section 2.1). Another scheme carries no credential of
+/// Keyward.
 fn bearer_token<'a>(values: impl Iterator<Item = &'a [u8]>) -> CredentialOccurrence<Cow<'a, str>> {
     let mut found = CredentialOccurrence::Absent;
     for value in values {
@@ -304,7 +295,6 @@ fn strip_bearer_scheme(text: &str) -> Option<&str> {
     scheme.eq_ignore_ascii_case("bearer").then(|| token.trim_matches([' ', '\t']))
 }
 
-/// The token alone.
 fn bare_token<'a>(mut values: impl Iterator<Item = &'a [u8]>) -> CredentialOccurrence<Cow<'a, str>> {
     let Some(value) = values.next() else { return CredentialOccurrence::Absent };
     let text = String::from_utf8_lossy(value);

@@ -25,7 +25,6 @@ enum ReservedClass {
     Unknown,
     /// It overrides the method, path or host of a request.
     Override,
-    /// The proxy writes it.
     ProxyWritten,
 }
 

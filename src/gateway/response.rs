@@ -23,7 +23,7 @@ use super::{
 
 /// The outcome of evaluating a request.
 #[derive(Clone, Debug)]
-pub enum GatewayOutcome {
+pub(crate) enum GatewayOutcome {
     /// The route is open to everybody.
     Public,
     /// The engine evaluated the credential.
@@ -47,7 +47,7 @@ pub enum GatewayOutcome {
 impl GatewayOutcome {
     /// Whether the request may pass in enforce mode.
     #[must_use]
-    pub fn is_allowed(&self) -> bool {
+    pub(crate) fn is_allowed(&self) -> bool {
         match self {
             GatewayOutcome::Public => true,
             GatewayOutcome::Checked(answer) => answer.reason() == Reason::Ok,
@@ -57,7 +57,7 @@ impl GatewayOutcome {
 
     /// The reason, from a closed set, as metrics and logs show it.
     #[must_use]
-    pub fn reason_label(&self) -> &'static str {
+    pub(crate) fn reason_label(&self) -> &'static str {
         match self {
             GatewayOutcome::Public => "public",
             GatewayOutcome::Checked(answer)
@@ -98,19 +98,19 @@ impl GatewayOutcome {
 /// What the evaluation learned about a request besides its outcome.
 pub(super) struct EvaluationContext<'a> {
     /// Whether a denial stops the request.
-    pub mode: EnforcementMode,
+    pub(crate) mode: EnforcementMode,
     /// The scopes that the route needs.
-    pub required_scopes: Vec<Scope>,
+    pub(crate) required_scopes: Vec<Scope>,
     /// The units that the route consumes of limits and quota.
-    pub cost: u64,
+    pub(crate) cost: u64,
     /// The headers that the route reads identifiers from.
-    pub identifier_headers: Vec<Box<str>>,
+    pub(crate) identifier_headers: Vec<Box<str>>,
     /// The credential that the request carries.
-    pub credential: RequestCredential<'a>,
+    pub(crate) credential: RequestCredential<'a>,
     /// The environment of the Check, if there was one.
-    pub environment: Option<EnvironmentName>,
+    pub(crate) environment: Option<EnvironmentName>,
     /// The customer of the Check, if the route names one.
-    pub customer: Option<CustomerId>,
+    pub(crate) customer: Option<CustomerId>,
 }
 
 impl EvaluationContext<'_> {
@@ -130,36 +130,33 @@ impl EvaluationContext<'_> {
 
 /// A scalar of the proxy's dynamic metadata.
 #[derive(Clone, Debug, PartialEq)]
-pub enum ProxyMetadataValue {
-    /// Text.
+pub(crate) enum ProxyMetadataValue {
     Text(String),
-    /// A number.
     Number(u64),
-    /// Yes or no.
     Flag(bool),
 }
 
 /// What the proxy does with a request.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct ProxyResponse {
+pub(crate) struct ProxyResponse {
     /// Whether the proxy passes the request on to the service.
-    pub is_allowed: bool,
+    pub(crate) is_allowed: bool,
     /// Whether this is a fault instead of a verdict.
-    pub is_error: bool,
+    pub(crate) is_error: bool,
     /// The HTTP status for the client of a request that does not pass: 4xx, or 503 for a fault.
-    pub status: u16,
+    pub(crate) status: u16,
     /// The body for that client.
-    pub body: String,
+    pub(crate) body: String,
     /// Headers for the client: those of the denial, or additions to the service's response.
-    pub client_headers: Vec<(&'static str, String)>,
+    pub(crate) client_headers: Vec<(&'static str, String)>,
     /// Headers for the service; they replace those of the client.
-    pub upstream_headers: Vec<(&'static str, String)>,
+    pub(crate) upstream_headers: Vec<(&'static str, String)>,
     /// Headers that the proxy removes before it passes the request on.
-    pub remove_headers: Vec<String>,
+    pub(crate) remove_headers: Vec<String>,
     /// The query parameter that the proxy removes.
-    pub remove_query_parameter: Option<String>,
+    pub(crate) remove_query_parameter: Option<String>,
     /// Dynamic metadata for the proxy's logs and limits.
-    pub metadata: Vec<(String, ProxyMetadataValue)>,
+    pub(crate) metadata: Vec<(String, ProxyMetadataValue)>,
 }
 
 /// Maximum length of the list of scopes for the service, in bytes. Proxies and services bound their headers; nginx's

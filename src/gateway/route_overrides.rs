@@ -14,16 +14,16 @@ use crate::domain::{
 
 /// Route settings that a proxy sends with a request.
 #[derive(Clone, Debug, Default)]
-pub struct RouteOverrides {
+pub(crate) struct RouteOverrides {
     /// The fields that were valid.
-    pub route: RouteSpec,
+    pub(crate) route: RouteSpec,
     /// The first invalid field. Such a route is a misconfiguration, because its requirement is unknown.
-    pub problem: Option<String>,
+    pub(crate) problem: Option<String>,
 }
 
 /// Parses the fields that a proxy sends. If `strict`, an unknown field is an error.
 #[must_use]
-pub fn parse_route_overrides<'a>(
+pub(crate) fn parse_route_overrides<'a>(
     fields: impl Iterator<Item = (&'a str, &'a str)>,
     environments: &EnvironmentSet,
     strict: bool,
@@ -32,8 +32,8 @@ pub fn parse_route_overrides<'a>(
         RouteOverrideParser { environments, overrides: RouteOverrides::default(), requirement_count: 0 };
     for (field, value) in fields {
         let value = value.trim();
-        let known = reader.parse_field(field, value);
-        if !known && strict {
+        let is_field = reader.parse_field(field, value);
+        if !is_field && strict {
             reader.add_problem(field, "is not a field of a route");
         }
     }
@@ -116,10 +116,10 @@ impl RouteOverrideParser<'_> {
         true
     }
 
-    fn set_requirement(&mut self, field: &str, demand: Result<RouteRequirement, String>) {
+    fn set_requirement(&mut self, field: &str, requirement: Result<RouteRequirement, String>) {
         self.requirement_count += 1;
-        match demand {
-            Ok(demand) => self.overrides.route.requirement = Some(demand),
+        match requirement {
+            Ok(requirement) => self.overrides.route.requirement = Some(requirement),
             Err(problem) => self.add_problem(field, problem),
         }
     }
@@ -177,7 +177,7 @@ mod tests {
 
     #[test]
     fn a_route_is_read_field_by_field() {
-        let said = parse_overrides(
+        let overrides = parse_overrides(
             &[
                 ("scopes", "monitors:read, runs:read"),
                 ("environment", "staging"),
@@ -189,8 +189,8 @@ mod tests {
             ],
             false,
         );
-        assert_eq!(said.problem, None);
-        let route = said.route;
+        assert_eq!(overrides.problem, None);
+        let route = overrides.route;
         assert!(matches!(route.requirement, Some(RouteRequirement::Scopes(scopes)) if scopes.len() == 2));
         assert_eq!(route.environment.unwrap().as_str(), "staging");
         assert_eq!(route.account, Some(NameSource::Header("x-account".into())));
@@ -200,9 +200,9 @@ mod tests {
 
     #[test]
     fn a_route_takes_back_what_its_virtual_host_says() {
-        let said =
+        let overrides =
             parse_overrides(&[("scope", ""), ("public", "true"), ("authenticate_only", "false")], false);
-        assert_eq!((said.route.requirement, said.problem), (Some(RouteRequirement::Public), None));
+        assert_eq!((overrides.route.requirement, overrides.problem), (Some(RouteRequirement::Public), None));
         assert_eq!(
             self::parse_overrides(&[("scope", "")], false).route.requirement,
             None,

@@ -12,22 +12,22 @@ use crate::domain::certificate_identity::CertificateName;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CertificateInfo {
     /// The subject alternative names: URIs, DNS names and e-mail addresses, without wildcards.
-    pub names: Vec<CertificateName>,
+    pub(crate) names: Vec<CertificateName>,
     /// When the certificate expires, in seconds since 1970.
-    pub expires_at: i64,
+    pub(crate) expires_at: i64,
 }
 
 /// A certificate that is not valid DER.
 #[derive(Debug, thiserror::Error)]
 #[error("the certificate cannot be read: {0}")]
-pub struct CertificateError(x509_cert::der::Error);
+pub(crate) struct CertificateError(x509_cert::der::Error);
 
 impl CertificateInfo {
     /// Parses a certificate in DER.
     ///
     /// # Errors
     /// If the bytes are no certificate.
-    pub fn from_der(der: &[u8]) -> Result<CertificateInfo, CertificateError> {
+    pub(crate) fn from_der(der: &[u8]) -> Result<CertificateInfo, CertificateError> {
         let certificate = X509::from_der(der).map_err(CertificateError)?;
         let body = certificate.tbs_certificate();
         let names = body.get_extension::<SubjectAltName>().map_err(CertificateError)?;

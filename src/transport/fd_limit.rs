@@ -16,7 +16,7 @@ const MAX_HTTP1_CONNECTIONS: u64 = 1024;
 /// The connection limit of an HTTP/1.1 port: 1/16 of what the process could have, at most 1,024. A flood on one port
 /// must not exhaust the descriptors of the others.
 #[must_use]
-pub fn max_http1_connections() -> usize {
+pub(crate) fn max_http1_connections() -> usize {
     usize::try_from(http1_share(getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX)))
         .unwrap_or(usize::MAX)
 }
@@ -28,7 +28,7 @@ fn http1_share(hard_limit: u64) -> u64 {
 /// Raises the soft limit for `wanted` connections, up to the hard limit. Returns the resulting number of connections,
 /// at least one.
 #[must_use]
-pub fn raise_for_connections(wanted: usize) -> usize {
+pub(crate) fn raise_for_connections(wanted: usize) -> usize {
     let reserve = RESERVED_DESCRIPTORS + HTTP1_LISTENERS * max_http1_connections() as u64;
     let needed = (wanted as u64).saturating_add(reserve);
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);

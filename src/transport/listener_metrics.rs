@@ -9,7 +9,7 @@ use super::tls::ListenerTls;
 
 /// Why a connection was not served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ConnectionRefusal {
+pub(crate) enum ConnectionRefusal {
     /// The connection limit was reached.
     LimitReached,
     /// The TLS handshake failed: no TLS, an old version, or an untrusted certificate.
@@ -23,8 +23,7 @@ pub enum ConnectionRefusal {
 }
 
 impl ConnectionRefusal {
-    /// Every reason.
-    pub const ALL: [ConnectionRefusal; 5] = [
+    pub(crate) const ALL: [ConnectionRefusal; 5] = [
         ConnectionRefusal::LimitReached,
         ConnectionRefusal::TlsHandshake,
         ConnectionRefusal::HandshakeTimeout,
@@ -32,9 +31,8 @@ impl ConnectionRefusal {
         ConnectionRefusal::AcceptFailed,
     ];
 
-    /// Its name in metrics.
     #[must_use]
-    pub const fn as_str(self) -> &'static str {
+    pub(crate) const fn as_str(self) -> &'static str {
         match self {
             ConnectionRefusal::LimitReached => "full",
             ConnectionRefusal::TlsHandshake => "tls",
@@ -55,20 +53,20 @@ pub struct ListenerCounters {
 impl ListenerCounters {
     /// Counts a connection for as long as the guard lives.
     #[must_use]
-    pub fn track_connection(self: &Arc<Self>) -> OpenConnectionGuard {
+    pub(crate) fn track_connection(self: &Arc<Self>) -> OpenConnectionGuard {
         self.open_connections.fetch_add(1, Ordering::Relaxed);
         OpenConnectionGuard(self.clone())
     }
 
     /// Counts a connection that was not served.
-    pub fn count_refusal(&self, why: ConnectionRefusal) {
+    pub(crate) fn count_refusal(&self, why: ConnectionRefusal) {
         self.refused_connections[why as usize].fetch_add(1, Ordering::Relaxed);
     }
 }
 
 /// Guard that counts an open connection until it is dropped.
 #[derive(Debug)]
-pub struct OpenConnectionGuard(Arc<ListenerCounters>);
+pub(crate) struct OpenConnectionGuard(Arc<ListenerCounters>);
 
 impl Drop for OpenConnectionGuard {
     fn drop(&mut self) {
@@ -78,15 +76,14 @@ impl Drop for OpenConnectionGuard {
 
 /// A snapshot of one listener's metrics.
 #[derive(Debug)]
-pub struct ListenerSnapshot {
-    /// The listener's name.
-    pub listener: String,
+pub(crate) struct ListenerSnapshot {
+    pub(crate) listener: String,
     /// Connections that are open at present.
-    pub connections: u64,
+    pub(crate) connections: u64,
     /// Connections that were not served, by reason.
-    pub refused: [(&'static str, u64); ConnectionRefusal::ALL.len()],
+    pub(crate) refused: [(&'static str, u64); ConnectionRefusal::ALL.len()],
     /// When its certificate expires, in seconds since 1970; None = no TLS.
-    pub certificate_expiry: Option<i64>,
+    pub(crate) certificate_expiry: Option<i64>,
 }
 
 /// The counters of every listener, and of calls that were shed.
@@ -103,24 +100,28 @@ impl std::fmt::Debug for ListenerMetrics {
 }
 
 impl ListenerMetrics {
-    /// Registers a listener.
-    pub fn add_listener(&mut self, name: &str, counts: Arc<ListenerCounters>, tls: Option<Arc<ListenerTls>>) {
+    pub(crate) fn add_listener(
+        &mut self,
+        name: &str,
+        counts: Arc<ListenerCounters>,
+        tls: Option<Arc<ListenerTls>>,
+    ) {
         self.listeners.push((name.to_owned(), counts, tls));
     }
 
     /// Registers a source of the number of calls that were shed.
-    pub fn add_shed_counter(&mut self, shed: impl Fn() -> u64 + Send + Sync + 'static) {
+    pub(crate) fn add_shed_counter(&mut self, shed: impl Fn() -> u64 + Send + Sync + 'static) {
         self.shed_counters.push(Box::new(shed));
     }
 
     /// Calls that were shed since the start because the server was overloaded.
     #[must_use]
-    pub fn shed_calls(&self) -> u64 {
+    pub(crate) fn shed_calls(&self) -> u64 {
         self.shed_counters.iter().map(|shed| shed()).sum()
     }
 
     /// A snapshot of each listener's metrics.
-    pub fn snapshots(&self) -> impl Iterator<Item = ListenerSnapshot> {
+    pub(crate) fn snapshots(&self) -> impl Iterator<Item = ListenerSnapshot> {
         self.listeners.iter().map(|(name, counts, tls)| ListenerSnapshot {
             listener: name.clone(),
             connections: counts.open_connections.load(Ordering::Relaxed),

@@ -13,10 +13,9 @@ use crate::{clock::Clock, log_throttle::LogThrottle};
 
 /// The share of a limit that a caller may fill. The rest is reserved for higher priorities.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum CallPriority {
+pub(crate) enum CallPriority {
     /// The call carries no credential.
     Anonymous,
-    /// The caller is authenticated.
     Caller,
     /// The call takes rights away.
     Restricting,
@@ -29,7 +28,7 @@ pub enum CallPriority {
 impl CallPriority {
     /// The part of a limit that this priority may fill, at least one unit.
     #[must_use]
-    pub const fn share_of(self, limit: usize) -> usize {
+    pub(crate) const fn share_of(self, limit: usize) -> usize {
         let sixteenths = match self {
             CallPriority::Anonymous => 8,
             CallPriority::Caller => 12,
@@ -66,7 +65,7 @@ impl MemoryBudget {
 
     /// Creates a budget of `limit` bytes.
     #[must_use]
-    pub fn new(limit: usize, clock: Arc<dyn Clock>) -> Arc<MemoryBudget> {
+    pub(crate) fn new(limit: usize, clock: Arc<dyn Clock>) -> Arc<MemoryBudget> {
         let (used, connections, refused) = Default::default();
         Arc::new(MemoryBudget {
             limit,
@@ -80,13 +79,13 @@ impl MemoryBudget {
 
     /// Bytes that are reserved at present.
     #[must_use]
-    pub fn used_bytes(&self) -> usize {
+    pub(crate) fn used_bytes(&self) -> usize {
         self.used_bytes.load(Ordering::Relaxed)
     }
 
     /// Reservations that were refused since the start.
     #[must_use]
-    pub fn refused_reservations(&self) -> u64 {
+    pub(crate) fn refused_reservations(&self) -> u64 {
         self.refused_reservations.load(Ordering::Relaxed)
     }
 
@@ -110,20 +109,24 @@ pub struct ConnectionMemoryBudget {
 impl ConnectionMemoryBudget {
     /// Creates the budget of a new connection.
     #[must_use]
-    pub fn new(process: Arc<MemoryBudget>) -> Arc<ConnectionMemoryBudget> {
+    pub(crate) fn new(process: Arc<MemoryBudget>) -> Arc<ConnectionMemoryBudget> {
         let number = process.next_connection_id.fetch_add(1, Ordering::Relaxed);
         Arc::new(ConnectionMemoryBudget { process, connection_id: number, used_bytes: AtomicUsize::new(0) })
     }
 
     /// A number that is unique among the process's connections.
     #[must_use]
-    pub fn connection_id(&self) -> u64 {
+    pub(crate) fn connection_id(&self) -> u64 {
         self.connection_id
     }
 
     /// Reserves memory; `None` if that would exceed the connection's limit or the process's.
     #[must_use]
-    pub fn reserve(self: &Arc<Self>, bytes: usize, priority: CallPriority) -> Option<MemoryReservation> {
+    pub(crate) fn reserve(
+        self: &Arc<Self>,
+        bytes: usize,
+        priority: CallPriority,
+    ) -> Option<MemoryReservation> {
         let mut reservation = MemoryReservation { budget: self.clone(), bytes: 0 };
         reservation.resize(bytes, priority).then_some(reservation)
     }
@@ -154,7 +157,7 @@ fn add_up_to(used: &AtomicUsize, bytes: usize, limit: usize) -> bool {
 
 /// Reserved memory, until this is dropped.
 #[derive(Debug)]
-pub struct MemoryReservation {
+pub(crate) struct MemoryReservation {
     budget: Arc<ConnectionMemoryBudget>,
     bytes: usize,
 }
@@ -162,7 +165,7 @@ pub struct MemoryReservation {
 impl MemoryReservation {
     /// Resizes the reservation. `false` = the new size does not fit, and nothing changed.
     #[must_use]
-    pub fn resize(&mut self, bytes: usize, priority: CallPriority) -> bool {
+    pub(crate) fn resize(&mut self, bytes: usize, priority: CallPriority) -> bool {
         match bytes.checked_sub(self.bytes) {
             Some(0) => {}
             Some(more) if !self.budget.try_take(more, priority) => return false,

@@ -4,7 +4,7 @@
 //! which caller may call.
 
 pub mod certificate;
-pub mod fd_limit;
+pub(crate) mod fd_limit;
 pub mod listener_metrics;
 pub mod memory_budget;
 pub mod socket;
@@ -19,13 +19,13 @@ use tls::TlsFiles;
 /// The address of a listener.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ListenAddress {
-    /// `host:port`.
+    /// A TCP address, as `host:port`.
     Tcp(String),
     /// A Unix socket; the file's permissions decide which processes may connect.
     Unix {
-        /// The file.
+        /// The path of the socket file.
         path: PathBuf,
-        /// Its permission bits.
+        /// The permission bits of the file.
         mode: u32,
     },
 }
@@ -43,21 +43,21 @@ impl fmt::Display for ListenAddress {
 /// A service that a listener can offer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ServiceKind {
-    /// AuthzService.
+    /// `keyward.v1.AuthzService`, for Checks.
     Check,
-    /// KeyService, AccountService and AuditService.
+    /// The management services: KeyService, AccountService and AuditService.
     Management,
-    /// `for_envoy.service.auth.v3.Authorization`.
+    /// Envoy's `envoy.service.auth.v3.Authorization` for ext_authz.
     ExtAuthz,
-    /// `grpc.health.v1.Health`.
+    /// The health service, `grpc.health.v1.Health`.
     Health,
-    /// Server reflection.
+    /// The server reflection of gRPC.
     Reflection,
 }
 
 impl ServiceKind {
     /// Every service, with its name in the settings.
-    pub const ALL: [(ServiceKind, &'static str); 5] = [
+    pub(crate) const ALL: [(ServiceKind, &'static str); 5] = [
         (ServiceKind::Check, "check"),
         (ServiceKind::Management, "management"),
         (ServiceKind::ExtAuthz, "ext_authz"),
@@ -65,21 +65,19 @@ impl ServiceKind {
         (ServiceKind::Reflection, "reflection"),
     ];
 
-    /// Reads a name.
     #[must_use]
-    pub fn parse(name: &str) -> Option<ServiceKind> {
+    pub(crate) fn parse(name: &str) -> Option<ServiceKind> {
         ServiceKind::ALL.iter().find(|(_, known)| *known == name).map(|(service, _)| *service)
     }
 }
 
-/// A set of services.
+/// A set of [`ServiceKind`]s, as a bit mask.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ServiceSet(u8);
 
 impl ServiceSet {
-    /// Every one.
     #[must_use]
-    pub fn all() -> ServiceSet {
+    pub(crate) fn all() -> ServiceSet {
         ServiceKind::ALL.iter().map(|(service, _)| *service).collect()
     }
 
@@ -91,19 +89,18 @@ impl ServiceSet {
 
     /// Whether one is in it.
     #[must_use]
-    pub fn contains(self, service: ServiceKind) -> bool {
+    pub(crate) fn contains(self, service: ServiceKind) -> bool {
         self.0 & (1 << service as u8) != 0
     }
 
-    /// Without one.
     #[must_use]
-    pub fn without(self, service: ServiceKind) -> ServiceSet {
+    pub(crate) fn without(self, service: ServiceKind) -> ServiceSet {
         ServiceSet(self.0 & !(1 << service as u8))
     }
 
     /// Whether Envoy alone is served: then all clients of an Envoy share its connections.
     #[must_use]
-    pub fn is_envoy_only(self) -> bool {
+    pub(crate) fn is_envoy_only(self) -> bool {
         self.contains(ServiceKind::ExtAuthz)
             && self.without(ServiceKind::Health) == [ServiceKind::ExtAuthz].into_iter().collect()
     }
@@ -118,7 +115,7 @@ impl FromIterator<ServiceKind> for ServiceSet {
 /// What callers of a listener must show.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CallerAuth {
-    /// A management key.
+    /// Callers present a management key.
     Token,
     /// A client certificate of one of the listener's identities. A token counts for nothing.
     Certificate,
@@ -150,7 +147,7 @@ pub struct ConnectionLimits {
 impl ConnectionLimits {
     /// The default limits for a set of services.
     #[must_use]
-    pub fn for_services(services: ServiceSet) -> ConnectionLimits {
+    pub(crate) fn for_services(services: ServiceSet) -> ConnectionLimits {
         // All clients of an Envoy share a few connections. Envoy cancels a call when its client leaves or its timeout
         // of 200 ms ends, so a short stall must not cost the connection.
         let (streams, pending_resets) = if services.is_envoy_only() { (1024, 1024) } else { (256, 20) };

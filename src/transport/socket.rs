@@ -59,7 +59,7 @@ fn suggest_remedy(error: &io::Error) -> &'static str {
 
 /// Whether other machines can reach an address.
 #[must_use]
-pub fn is_exposed_address(address: &SocketAddr) -> bool {
+pub(crate) fn is_exposed_address(address: &SocketAddr) -> bool {
     !address.ip().to_canonical().is_loopback()
 }
 
@@ -67,16 +67,16 @@ pub fn is_exposed_address(address: &SocketAddr) -> bool {
 ///
 /// # Errors
 /// If the name cannot be resolved.
-pub fn find_exposed_address(address: &str) -> io::Result<Option<SocketAddr>> {
+pub(crate) fn find_exposed_address(address: &str) -> io::Result<Option<SocketAddr>> {
     Ok(address.to_socket_addrs()?.find(is_exposed_address))
 }
 
 /// A bound address that does not accept connections yet.
 #[derive(Debug)]
 pub enum BoundSocket {
-    /// `host:port`.
+    /// A TCP socket, bound to its port.
     Tcp(TcpSocket),
-    /// A socket file.
+    /// A Unix socket, bound to its file.
     Unix(UnixSocket, SocketFile),
 }
 
@@ -140,7 +140,7 @@ async fn bind_unix(path: &Path, mode: u32) -> Result<BoundSocket, BindError> {
     Ok(BoundSocket::Unix(socket, file))
 }
 
-/// A socket file. Drop removes it, unless another process has replaced it.
+/// A Unix socket, bound to its file.
 #[derive(Debug)]
 pub struct SocketFile {
     path: PathBuf,
@@ -171,7 +171,7 @@ impl Drop for SocketFile {
 pub enum LocalAddress {
     /// An address with its port.
     Tcp(SocketAddr),
-    /// A socket file.
+    /// A Unix socket, bound to its file.
     Unix(PathBuf),
 }
 
@@ -195,12 +195,12 @@ impl fmt::Display for LocalAddress {
     }
 }
 
-/// An open listener.
+/// A listening socket that accepts connections.
 #[derive(Debug)]
 pub enum OpenListener {
-    /// TCP.
+    /// A TCP socket, without TLS so far.
     Tcp(TcpListener),
-    /// A socket file.
+    /// A Unix socket, bound to its file.
     Unix(UnixListener, SocketFile),
 }
 
@@ -221,7 +221,7 @@ impl OpenListener {
     ///
     /// # Errors
     /// If accepting fails; a later attempt may succeed.
-    pub async fn accept(&self) -> io::Result<(AcceptedSocket, Option<SocketAddr>)> {
+    pub(crate) async fn accept(&self) -> io::Result<(AcceptedSocket, Option<SocketAddr>)> {
         match self {
             OpenListener::Tcp(listener) => {
                 let (stream, peer) = listener.accept().await?;
@@ -236,7 +236,7 @@ impl OpenListener {
     /// Accepts the connections that are already in the queue, then closes.
     ///
     /// Closing the listener would reset them, and their callers could not know that their calls never ran.
-    pub fn accept_pending_and_close(self, mut take: impl FnMut(AcceptedSocket, Option<SocketAddr>)) {
+    pub(crate) fn accept_pending_and_close(self, mut take: impl FnMut(AcceptedSocket, Option<SocketAddr>)) {
         let ended = match self {
             OpenListener::Tcp(listener) => listener.into_std().map(|listener| {
                 accept_pending(|| {
@@ -277,10 +277,9 @@ fn accept_pending(mut accept: impl FnMut() -> io::Result<()>) {
 
 /// A connection that is not registered with a runtime.
 #[derive(Debug)]
-pub enum AcceptedSocket {
-    /// TCP.
+pub(crate) enum AcceptedSocket {
+    /// A TCP socket, without TLS so far.
     Tcp(std::net::TcpStream),
-    /// A Unix socket.
     Unix(std::os::unix::net::UnixStream),
 }
 
@@ -295,12 +294,9 @@ impl AcceptedSocket {
 }
 
 /// The byte stream of a connection.
-pub enum TransportStream {
-    /// TCP in plaintext.
+pub(crate) enum TransportStream {
     Tcp(TcpStream),
-    /// TCP with TLS.
     Tls(Box<TlsStream<TcpStream>>),
-    /// A Unix socket.
     Unix(UnixStream),
 }
 

@@ -32,9 +32,9 @@ pub enum ClientAuth {
 /// The oldest accepted version of TLS.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MinTlsVersion {
-    /// TLS 1.2.
+    /// TLS 1.2 or newer.
     V12,
-    /// TLS 1.3.
+    /// TLS 1.3 only.
     V13,
 }
 
@@ -57,24 +57,24 @@ pub enum TlsError {
     /// A file cannot be read.
     #[error("{path} cannot be read: {source}")]
     Unreadable {
-        /// The file.
+        /// The path of the file.
         path: String,
-        /// The cause.
+        /// The error of the operating system.
         source: io::Error,
     },
     /// The contents of a file are invalid.
     #[error("{path} {problem}")]
     Invalid {
-        /// The file.
+        /// The path of the file.
         path: String,
-        /// What is wrong with it.
+        /// The problem, as the end of a sentence that begins with the path.
         problem: String,
     },
 }
 
 /// The contents of the files.
 #[derive(Clone, PartialEq, Eq)]
-pub struct TlsMaterial {
+pub(crate) struct TlsMaterial {
     certificate: Vec<u8>,
     key: Zeroizing<Vec<u8>>,
     client_ca: Option<Vec<u8>>,
@@ -91,7 +91,7 @@ impl TlsFiles {
     ///
     /// # Errors
     /// If a file cannot be read.
-    pub fn read(&self) -> Result<TlsMaterial, TlsError> {
+    pub(crate) fn read(&self) -> Result<TlsMaterial, TlsError> {
         let read = |path: &PathBuf| {
             let path_shown = || path.display().to_string();
             std::fs::read(path).map_err(|source| TlsError::Unreadable { path: path_shown(), source })
@@ -175,7 +175,7 @@ impl TlsFiles {
 ///
 /// # Errors
 /// If they cannot be used; the error names the file and the cause.
-pub fn check_files(files: &TlsFiles) -> Result<(), TlsError> {
+pub(crate) fn check_files(files: &TlsFiles) -> Result<(), TlsError> {
     files.build_acceptor(&files.read()?, b"h2").map(drop)
 }
 
@@ -183,7 +183,7 @@ pub fn check_files(files: &TlsFiles) -> Result<(), TlsError> {
 ///
 /// # Errors
 /// If it does not; the error names the cause.
-pub fn check_authorities(path: &std::path::Path, pem: &[u8]) -> Result<(), TlsError> {
+pub(crate) fn check_authorities(path: &std::path::Path, pem: &[u8]) -> Result<(), TlsError> {
     let mut roots = RootCertStore::empty();
     TlsFiles::parse_certificates(path, pem)?
         .into_iter()
@@ -213,7 +213,7 @@ impl ListenerTls {
     ///
     /// # Errors
     /// If a file cannot be read, or the files do not fit together.
-    pub fn load(
+    pub(crate) fn load(
         files: TlsFiles,
         protocol: &'static [u8],
     ) -> Result<(Arc<ListenerTls>, TlsMaterial), TlsError> {
@@ -224,7 +224,7 @@ impl ListenerTls {
 
     /// The files that the configuration is read from.
     #[must_use]
-    pub fn files(&self) -> &TlsFiles {
+    pub(crate) fn files(&self) -> &TlsFiles {
         &self.files
     }
 
@@ -232,14 +232,14 @@ impl ListenerTls {
     ///
     /// # Errors
     /// If they cannot be used; the old configuration stays in force.
-    pub fn reload(&self, material: &TlsMaterial) -> Result<(), TlsError> {
+    pub(crate) fn reload(&self, material: &TlsMaterial) -> Result<(), TlsError> {
         self.current.store(Arc::new(self.files.build_acceptor(material, self.alpn_protocol)?));
         Ok(())
     }
 
     /// When the certificate expires, in seconds since 1970.
     #[must_use]
-    pub fn certificate_expiry(&self) -> i64 {
+    pub(crate) fn certificate_expiry(&self) -> i64 {
         self.current.load().expires_at
     }
 
@@ -247,7 +247,7 @@ impl ListenerTls {
     ///
     /// # Errors
     /// If the handshake fails; the client has received an alert.
-    pub async fn accept(&self, stream: TcpStream) -> io::Result<TlsStream<TcpStream>> {
+    pub(crate) async fn accept(&self, stream: TcpStream) -> io::Result<TlsStream<TcpStream>> {
         let acceptor = self.current.load().acceptor.clone();
         acceptor.accept(stream).await
     }
@@ -255,7 +255,7 @@ impl ListenerTls {
 
 /// The client's verified certificate, if it presented one.
 #[must_use]
-pub fn client_certificate(stream: &TlsStream<TcpStream>) -> Option<CertificateInfo> {
+pub(crate) fn client_certificate(stream: &TlsStream<TcpStream>) -> Option<CertificateInfo> {
     let der = stream.get_ref().1.peer_certificates()?.first()?;
     match CertificateInfo::from_der(der) {
         Ok(certificate) => Some(certificate),

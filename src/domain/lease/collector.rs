@@ -178,8 +178,8 @@ mod tests {
 
     /// Lets it read this, at this time.
     fn read(collector: &mut ReplicaCollector, seconds: u64, listing: ReplicaListing) -> Vec<CollectorAction> {
-        let asked = collector.handle(CollectorEvent::Tick, at(seconds));
-        let [CollectorAction::ListRows { attempt }] = asked[..] else { panic!("{asked:?}") };
+        let actions = collector.handle(CollectorEvent::Tick, at(seconds));
+        let [CollectorAction::ListRows { attempt }] = actions[..] else { panic!("{actions:?}") };
         collector.handle(CollectorEvent::Listed { attempt, listing }, at(seconds))
     }
 

@@ -10,17 +10,17 @@ const DRIFT_NUMERATOR: u32 = 5;
 const DRIFT_DENOMINATOR: u32 = 4;
 /// Constant margin for errors that are not proportional, such as a step of a clock.
 const EXPIRY_SLACK: Duration = Duration::from_millis(50);
-/// The interval of renewals, which bounds propagation if no hint arrives.
+/// Maximum interval of renewals, which bounds propagation if no hint arrives.
 const MAX_RENEW_INTERVAL: Duration = Duration::from_secs(1);
-/// No request is waited for longer than this.
+/// Maximum time limit of a request to the database.
 const MAX_REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// The maximum interval between searches for dead rows.
 const MAX_COLLECT_INTERVAL: Duration = Duration::from_secs(15);
 
-/// How long a replica may answer ALLOW without news from the database.
+/// How long a replica may allow Checks without contact to the database.
 ///
-/// It is one dial: a short lease makes Revoke quick while a replica is silent, a long one rides out longer
-/// outages of the database, and an infinite one any outage.
+/// A short lease bounds Revoke while a replica is silent; a long one survives longer outages of the database, and an
+/// infinite one any outage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LeaseDuration(Option<Duration>);
 

@@ -83,7 +83,7 @@ pub fn parse_header_name(text: &str) -> Result<Box<str>, NameError> {
 /// The settings of a route. `None` = not set: a default applies, if there is one.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RouteSpec {
-    /// The requirement that a request must meet.
+    /// The requirement that a request must meet. If nothing sets it, every request is denied.
     pub requirement: Option<RouteRequirement>,
     /// The environment of the call.
     pub environment: Option<EnvironmentName>,

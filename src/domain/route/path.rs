@@ -182,7 +182,7 @@ fn check_segment_as_is(decoded: &str) -> Result<(), PathError> {
 
 /// Whether a segment gets a separator or another reading when it is normalized (NFKC), or converted to another character
 /// set. Other letters that it may get, such as ASCII ones of full-width ones, are the rules' business:
-/// [`super::Rules::is_ambiguous`].
+/// [`super::RouteRules::is_ambiguous`].
 fn is_lookalike(segment: &str) -> bool {
     let separates = |letter: char| "/\\%;?#".contains(letter);
     let becomes_separator = |letter: char| {

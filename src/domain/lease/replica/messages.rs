@@ -20,7 +20,7 @@ pub enum ReplicaEvent {
         /// The id of the new row.
         id: ReplicaId,
     },
-    /// A complete snapshot is loaded beside the map.
+    /// A complete snapshot is loaded, but is not the map yet.
     Loaded {
         /// The request that this responds to.
         attempt: AttemptId,
@@ -77,31 +77,31 @@ pub struct RenewalReply {
     pub lease: LeaseDuration,
     /// The longest that any replica may hold.
     pub longest_lease: LeaseDuration,
-    /// The life of the database that the transaction ran in.
+    /// The incarnation of the database in the transaction.
     pub incarnation: Incarnation,
-    /// The newest life in which every earlier lease is known to have run out.
+    /// The newest incarnation in which every earlier lease is known to have expired.
     pub settled_incarnation: Option<Incarnation>,
     /// The database's wall clock in the transaction.
     pub database_time: Timestamp,
 }
 
-/// What a replica wants done.
+/// An action that the driver performs for a replica.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ReplicaAction {
-    /// Insert a row under a new id. Answer: `Registered` or `Failed`.
+    /// Insert a row under a new id. The response is `Registered` or `Failed`.
     Register {
-        /// To name in the answer.
+        /// The id that the response must carry.
         attempt: AttemptId,
     },
-    /// Read every key and the head in one transaction, beside the map. The response is `Loaded` or `Failed`; the reader
-    /// decides when a stalled read ends.
+    /// Read every key and the head in one transaction, and keep the map meanwhile. The response is `Loaded` or
+    /// `Failed`; the reader decides when a stalled read ends.
     Load {
-        /// To name in the answer.
+        /// The id that the response must carry.
         attempt: AttemptId,
     },
-    /// Renew. Answer: `Renewed` or `Failed`.
+    /// Send a renewal. The response is `Renewed` or `Failed`.
     Renew(RenewalRequest),
-    /// Nobody waits for this request any more: drop its connection, which may be dead.
+    /// Give up this request: drop its connection, which may be dead.
     Abandon {
         /// The request that this responds to.
         attempt: AttemptId,
@@ -111,14 +111,14 @@ pub enum ReplicaAction {
         /// The load that was requested.
         attempt: AttemptId,
     },
-    /// Change the map by the changes that came with this renewal's answer, in their order.
+    /// Apply the changes of this renewal's response to the map, in order.
     ApplyChanges {
         /// The renewal that was requested.
         attempt: AttemptId,
     },
-    /// Let Checks allow until then.
+    /// Allow Checks until the deadline.
     PublishDeadline {
-        /// The first instant at which nothing is allowed any more.
+        /// The first instant at which no Check may be allowed.
         deadline: BootInstant,
         /// The map contains at least the database's state at this instant.
         as_of: BootInstant,
@@ -130,17 +130,17 @@ pub enum ReplicaAction {
     EnterRegressed {
         /// The position of the map.
         local_position: LogPosition,
-        /// The database's own link at that revision; None = its log ends before.
+        /// The database's hash at that revision; None = its log ends earlier.
         database_hash: Option<ChainHash>,
         /// The newest revision of the database.
         head: Revision,
     },
     /// This machine's clock stalled for at least this long: count it.
     ReportClockStall {
-        /// What is missing; taken off the lease already.
+        /// The missing time, which is already subtracted from the lease.
         stall: Duration,
     },
-    /// Delete the row. There is no answer.
+    /// Delete the row. There is no response.
     Deregister {
         /// The id of the row.
         id: ReplicaId,
@@ -150,11 +150,11 @@ pub enum ReplicaAction {
 /// The contents of a renewal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RenewalRequest {
-    /// To name in the answer.
+    /// The id that the response must carry.
     pub attempt: AttemptId,
     /// The id of the row.
     pub id: ReplicaId,
-    /// Which count the row must have, and gets.
+    /// The count that the row must have, and the one that it gets.
     pub sequence: RenewalSequence,
     /// The position of the map: fetch later changes. None = the map is still being loaded: fetch nothing.
     pub applied: Option<LogPosition>,

@@ -331,7 +331,7 @@ fn what_a_frozen_clock_missed_is_taken_off_the_lease() {
     let (mut replica, sent) = renewing();
     let later = RenewalReply { database_time: Timestamp::from_micros(10_000_000), ..reply(5, 5) };
     let actions = answer(&mut replica, sent, later, at(1100));
-    // 10 s there are 8 s here at the least, of which 1.1 s were seen.
+    // 10 s there are at least 8 s here, of which 1.1 s were seen.
     let missing = ms(6900);
     assert_eq!(actions[0], ReplicaAction::ReportClockStall { stall: missing });
     assert_eq!(

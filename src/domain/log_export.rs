@@ -308,7 +308,7 @@ mod tests {
         for (lines, line, problem) in [
             (changed, 3, "entry 2: the entry is not what its hash was made of"),
             (without, 3, "entry 2: the entry is missing; the next one there is 3"),
-            (cut, 5, "ends too early"),
+            (cut, 5, "is truncated"),
             (longer, 6, "follows the end"),
             (file()[1..].to_vec(), 1, "first line"),
             (vec!["x".to_owned()], 1, "no line of a log export"),

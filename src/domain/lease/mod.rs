@@ -39,7 +39,7 @@
 //!   commit like any other ("the log is the lease").
 //! - An acknowledged commit is not lost. If one is lost, or a backup is restored, the [`Incarnation`] changes.
 //! - The lease grows at once. It shrinks in two steps: first `lease`, and then `longest` after the old lease's
-//!   [`LeaseDuration::outlived_after`]. From an infinite lease, the second step waits until every row has renewed.
+//!   [`LeaseDuration::expiry_wait`]. From an infinite lease, the second step waits until every row has renewed.
 
 mod boot_instant;
 mod clock_stall;

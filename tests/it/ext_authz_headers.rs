@@ -58,7 +58,7 @@ async fn two_spellings_of_one_name_that_differ_are_400() {
     ] {
         let refused = ask().with_header(one, "c1").with_header(other, "c2").expect_denied(&server).await;
         assert_eq!((refused.status, refused.reason()), (400, "bad_request"), "{one} {other}");
-        assert!(refused.body.contains("comes in several spellings"), "{}", refused.body);
+        assert!(refused.body.contains("occurs in several spellings"), "{}", refused.body);
         ask().with_header(one, "c1").with_header(other, "c1").expect_allowed(&server).await;
     }
     let public = EnvoyCheck::with_route_extensions(&[("public", "true")])

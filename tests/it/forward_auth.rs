@@ -441,7 +441,7 @@ async fn rules_that_change_are_in_force_soon_after() {
     std::fs::write(&rules, RULES.replace("secrets:read", "monitors:read")).unwrap();
     wait_for("the new rules", || (front.send(&request).status == 200).then_some(()));
     std::fs::write(&rules, "[[rule]]").unwrap();
-    front.wait_for_log("the old ones stay in force");
+    front.wait_for_log("the old rules stay in force");
     assert_eq!(front.send(&request).status, 200);
     assert!(
         front

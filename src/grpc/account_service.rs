@@ -22,12 +22,8 @@ use crate::{
 };
 
 use super::{
-    concurrency::exchange_permit_for_waiting,
-    convert,
-    key_requests::require_read,
-    page_token,
-    router::{PropagationDeadline, take_extension},
-    send_budget::ListPermits,
+    call_extensions::take_extension, concurrency::exchange_permit_for_waiting, convert,
+    deadline::PropagationDeadline, key_requests::require_read, page_token, send_budget::ListPermits,
 };
 
 const MAX_ROLE_SCOPES: usize = 256;

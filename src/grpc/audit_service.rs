@@ -23,7 +23,7 @@ use crate::{
     store::{ArchiveCheckpoint, LogFilter, Store, StoreError, page_budget::PageBudget},
 };
 
-use super::{convert, page_token, router::take_extension, send_budget::ListPermits};
+use super::{call_extensions::take_extension, convert, page_token, send_budget::ListPermits};
 
 /// The service over the store.
 #[derive(Clone)]

@@ -26,7 +26,8 @@ use crate::{
         scope::ScopeSet,
         token::TokenDigest,
     },
-    engine::{AuthenticatedKey, CheckError, caller_cache::CallerCache, limiter::Consumption},
+    engine::{AuthenticatedKey, CheckError, Engine, caller_cache::CallerCache, limiter::Consumption},
+    gateway::Gateway,
     service_error::ServiceError,
     trace,
     transport::{
@@ -36,12 +37,12 @@ use crate::{
 };
 
 use super::{
+    call_extensions::ProxyCaller,
     check_session::{CheckSession, PresentedCredential},
-    ext_authz::ProxyCaller,
+    health::HEALTH_SERVICE,
     long_calls::LongCalls,
     management_session::ManagementSession,
     request_body::MessageBody,
-    router::{HEALTH_SERVICE, Router},
     rpc::{AccessRequirement, ExecutionPlane, RpcSpec},
     status::permission_missing,
 };
@@ -123,7 +124,14 @@ struct AuthenticatedCaller {
     fresh: bool,
 }
 
-impl Router {
+/// Authenticates callers against the engine, and proxies against the gateway's settings.
+#[derive(Clone, Debug)]
+pub(super) struct CallAuthenticator {
+    pub(super) engine: Arc<Engine>,
+    pub(super) gateway: Arc<Gateway>,
+}
+
+impl CallAuthenticator {
     /// Finds out who calls, and whether that one may.
     pub(super) async fn authorize_call(
         &self,

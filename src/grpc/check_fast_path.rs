@@ -11,7 +11,7 @@ use tokio::time::{Instant, timeout_at};
 use tonic::Status;
 
 use crate::{
-    engine::{CheckError, Requester, caller_cache::CachedCaller},
+    engine::{CheckError, Engine, Requester, caller_cache::CachedCaller},
     pb::envoy_request::EnvoyCheckRequest,
     trace::{self, TracedCall},
     transport::{
@@ -21,13 +21,14 @@ use crate::{
 };
 
 use super::{
-    auth::{ConnectionContext, bearer_token},
-    authz_service::{CheckProgress, DECISION_ID_HEADER},
+    auth::{CallAuthenticator, ConnectionContext, bearer_token},
     check_decoder::CheckRequestView,
+    check_evaluator::{CheckEvaluator, CheckProgress, DECISION_ID_HEADER},
     check_session::{authenticate_cached, is_token_authorized},
+    deadline::effective_timeout,
+    ext_authz::ExtAuthzService,
     request_body::{PeekableBody, reserve_waiting_call},
     response_body::{self, ResponseBody},
-    router::{Router, effective_timeout},
     rpc::{CHECK_TIMEOUT, MAX_BATCH_REQUEST, MAX_CHECK_REQUEST, RpcSpec},
     rpc_metrics::CallTimer,
     status::deadline_exceeded,
@@ -63,10 +64,18 @@ impl HeaderFlags {
     }
 }
 
-impl Router {
+/// Answers plain calls directly.
+pub(super) struct CheckFastPath {
+    pub(super) engine: Arc<Engine>,
+    pub(super) evaluator: Arc<CheckEvaluator>,
+    pub(super) ext_authz_service: Arc<ExtAuthzService>,
+    pub(super) authenticator: CallAuthenticator,
+}
+
+impl CheckFastPath {
     /// The answer to a Check that is plainly in order. None = the long way is to be taken; of the request nothing is
     /// lost, and nothing was counted.
-    pub(super) async fn try_fast_check(
+    pub(super) async fn try_check(
         &self,
         request: &mut Request<PeekableBody>,
         said: &HeaderFlags,
@@ -102,7 +111,7 @@ impl Router {
         let stands = || self.is_still_authorized(&known, request.headers(), visitor.peer);
         let asker = Requester { account: &known.account, is_still_authorized: &stands };
         let answered = match trace::sync_scope(call.take()?, || {
-            self.authz_service.evaluate_check(asker, &asked, &mut out)
+            self.evaluator.evaluate_check(asker, &asked, &mut out)
         }) {
             Ok(CheckProgress::Done(decision)) => Ok(decision),
             Ok(CheckProgress::PendingLimits(settled)) => {
@@ -124,7 +133,7 @@ impl Router {
     }
 
     /// The answer to what a proxy asks, where it needs no credential. None = as above.
-    pub(super) async fn try_fast_ext_authz(
+    pub(super) async fn try_ext_authz(
         &self,
         rpc: &RpcSpec,
         request: &mut Request<PeekableBody>,
@@ -136,7 +145,7 @@ impl Router {
         if said.needs_slow_path || !visitor.policy.services.contains(Served::ExtAuthz) {
             return None;
         }
-        let proxy = self.anonymous_proxy(&visitor.policy, request.headers())?;
+        let proxy = self.authenticator.anonymous_proxy(&visitor.policy, request.headers())?;
         let end = begun.started_at() + check_timeout(said, request.headers());
         let priority = || if proxy.trusted { CallPriority::Caller } else { CallPriority::Anonymous };
         // One with a large body goes the long way.

@@ -32,11 +32,12 @@ use crate::{
 };
 
 use super::{
-    authz_service::{AuthzService, CheckProgress},
     check_decoder::CheckRequestView,
+    check_evaluator::{CheckEvaluator, CheckProgress},
     check_session::CheckSession,
     response_body::INITIAL_CAPACITY,
     rpc::MAX_CHECK_REQUEST,
+    shutdown::wait_until_stopping,
     status::message_too_large,
 };
 
@@ -45,14 +46,9 @@ const REAUTHORIZE_INTERVAL: Duration = Duration::from_secs(1);
 /// After how many messages that were there already others get their turn.
 const MAX_CONSECUTIVE_CHECKS: u32 = 64;
 
-/// Waits until the server stops.
-async fn wait_until_stopping(stopping: &mut watch::Receiver<bool>) {
-    let _ = stopping.wait_for(|stop| *stop).await;
-}
-
 /// A stream under way.
 struct StreamCheckCall {
-    service: Arc<AuthzService>,
+    evaluator: Arc<CheckEvaluator>,
     caller: Caller,
     session: CheckSession,
     caller_cache: CallerCache,
@@ -81,20 +77,20 @@ pub(super) struct CheckResponseStream {
 
 /// The answers to a stream of questions.
 pub(super) fn check_responses(
-    service: Arc<AuthzService>,
+    evaluator: Arc<CheckEvaluator>,
+    stopping: watch::Receiver<bool>,
     caller: Caller,
     vigil: CheckSession,
     questions: Streaming<Bytes>,
 ) -> CheckResponseStream {
     let mut look = interval(REAUTHORIZE_INTERVAL);
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let (stopping, memory) = (service.stopping.clone(), CallerCache::default());
     let (known, charge, run) = (None, false, 0);
     let call = StreamCheckCall {
-        service,
+        evaluator,
         caller,
         session: vigil,
-        caller_cache: memory,
+        caller_cache: CallerCache::default(),
         requests: questions,
         reauthorize_timer: look,
         stopping,
@@ -173,7 +169,7 @@ impl StreamCheckCall {
 
     /// The answer, if the caller is plainly in order and nothing hangs on limits.
     fn check_without_wait(&mut self, question: &[u8]) -> Option<StreamCheckResult> {
-        let engine = &self.service.engine;
+        let engine = &self.evaluator.engine;
         let then = engine.index.version();
         if !self.cached_caller.as_ref().is_some_and(|known| engine.is_cached_caller_current(known)) {
             self.cached_caller = self.session.cached_caller(engine, &self.caller_cache);
@@ -192,7 +188,7 @@ impl StreamCheckCall {
         let mut out = BytesMut::with_capacity(INITIAL_CAPACITY);
         let stands = || self.session.is_still_authorized_since(engine, then);
         let asker = Requester { account: &self.caller.account, is_still_authorized: &stands };
-        let written = self.service.evaluate_check(asker, &asked, &mut out);
+        let written = self.evaluator.evaluate_check(asker, &asked, &mut out);
         match written.map(|answering| matches!(answering, CheckProgress::Done(_))) {
             Ok(true) => Some(Ok(out)),
             // Nothing is consumed yet, but the caller is charged.
@@ -219,7 +215,7 @@ impl StreamCheckCall {
                 biased;
                 question = self.requests.message() => question,
                 _ = self.reauthorize_timer.tick() => {
-                    if let Err(status) = self.session.reauthorize_and_charge(&self.service.engine, 0, &self.caller_cache).await {
+                    if let Err(status) = self.session.reauthorize_and_charge(&self.evaluator.engine, 0, &self.caller_cache).await {
                         return Some(Err(status));
                     }
                     self.consecutive_checks = 0;
@@ -236,7 +232,7 @@ impl StreamCheckCall {
 
     async fn check(&mut self, question: &[u8]) -> StreamCheckResult {
         let charge = std::mem::replace(&mut self.charges_next, true);
-        let engine = &self.service.engine;
+        let engine = &self.evaluator.engine;
         let then = engine.index.version();
         self.session.reauthorize_and_charge(engine, charge.into(), &self.caller_cache).await?;
         if question.len() > MAX_CHECK_REQUEST {
@@ -245,7 +241,10 @@ impl StreamCheckCall {
         let mut out = BytesMut::with_capacity(INITIAL_CAPACITY);
         let stands = || self.session.is_still_authorized_since(engine, then);
         let asker = Requester { account: &self.caller.account, is_still_authorized: &stands };
-        self.service.evaluate_check(asker, &CheckRequestView::decode(question)?, &mut out)?.finish().await?;
+        self.evaluator
+            .evaluate_check(asker, &CheckRequestView::decode(question)?, &mut out)?
+            .finish()
+            .await?;
         Ok(out)
     }
 }

@@ -42,7 +42,7 @@ use super::{
     router::Router,
     rpc,
     send_budget::{CHARGE_PERIOD, ConnectionSendBudget},
-    serve::wait_until_stopping,
+    shutdown::wait_until_stopping,
     status::overloaded,
 };
 

@@ -9,7 +9,6 @@ use tonic::{Code, Request, Response, Status};
 use tracing::Instrument as _;
 
 use crate::{
-    domain::name::AccountId,
     engine::Requester,
     gateway::{
         ClientSource, Gateway, ProxyMetadataValue, ProxyProtocol, ProxyRequest, ProxyResponse,
@@ -31,19 +30,10 @@ use crate::{
     trace::{self, CallTracer},
 };
 
-use super::{check_session::CheckSession, router::take_extension, rpc};
-
-/// Who asks.
-#[derive(Clone, Debug)]
-pub(super) struct ProxyCaller {
-    /// Whose tokens it may ask about; the operator account's caller, about all.
-    pub account: AccountId,
-    /// Whether it hears why: who came by Envoy's own listener, or showed a key with `keyward:check`. A stranger
-    /// hears what a client would.
-    pub trusted: bool,
-    /// What it has shown, if anything.
-    pub session: Option<CheckSession>,
-}
+use super::{
+    call_extensions::{ProxyCaller, take_extension},
+    rpc,
+};
 
 /// The service over the gateway.
 #[derive(Clone, Debug)]

@@ -10,7 +10,7 @@ use http::{HeaderMap, HeaderName, HeaderValue};
 use tonic::Status;
 
 use super::{
-    request_body::MESSAGE_PREFIX_LEN,
+    raw_codec::MESSAGE_PREFIX_LEN,
     status::{unreadable_request, unsupported_encoding},
 };
 
@@ -20,8 +20,6 @@ pub(super) const GRPC_ENCODING: HeaderName = HeaderName::from_static("grpc-encod
 pub(super) const GRPC_ACCEPT_ENCODING: HeaderName = HeaderName::from_static("grpc-accept-encoding");
 pub(super) const ACCEPTED_ENCODINGS: HeaderValue = HeaderValue::from_static("identity,gzip");
 
-/// The flag of a compressed message.
-pub(super) const COMPRESSED_FLAG: u8 = 1;
 /// The first piece; each is as large as those before it together.
 const FIRST_CHUNK: usize = 4 << 10;
 
@@ -109,7 +107,7 @@ mod tests {
     use flate2::{Compression, write::GzEncoder};
     use proptest::prelude::*;
 
-    use super::*;
+    use super::{super::raw_codec::COMPRESSED_FLAG, *};
 
     fn compressed(message: &[u8]) -> Vec<u8> {
         let mut encoder = GzEncoder::new(Vec::new(), Compression::best());

@@ -31,8 +31,10 @@ use crate::{
 };
 
 use super::{
+    call_extensions::take_extension,
     concurrency::exchange_permit_for_waiting,
     convert,
+    deadline::PropagationDeadline,
     key_requests::{
         KeyPageRequest, read_bulk_revoke, read_create, read_create_idempotency, read_idempotency,
         read_import, read_list, read_update, read_usage, require_read,
@@ -40,7 +42,6 @@ use super::{
     management_session::ManagementSession,
     page_token,
     propagation_stream::stream_reports,
-    router::{PropagationDeadline, take_extension},
     send_budget::ListPermits,
     status,
 };

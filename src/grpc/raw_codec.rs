@@ -6,6 +6,11 @@ use tonic::{
     codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
 };
 
+/// gRPC's prefix of a message: one byte of flags, four of length (big-endian).
+pub(super) const MESSAGE_PREFIX_LEN: usize = 5;
+/// The flag of a compressed message.
+pub(super) const COMPRESSED_FLAG: u8 = 1;
+
 /// Messages as bytes, both ways.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct RawCodec;

@@ -21,16 +21,17 @@ use tonic::Status;
 
 use crate::transport::memory_budget::{CallPriority, ConnectionMemoryBudget, MemoryReservation};
 
-use super::gzip::{COMPRESSED_FLAG, InflateError, inflate};
-use super::status::{
-    inflated_message_too_large, message_too_large, overloaded, request_too_slow, too_many_fields,
-    unreadable_request,
+use super::{
+    gzip::{InflateError, inflate},
+    raw_codec::{COMPRESSED_FLAG, MESSAGE_PREFIX_LEN},
+    status::{
+        inflated_message_too_large, message_too_large, overloaded, request_too_slow, too_many_fields,
+        unreadable_request,
+    },
 };
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
-/// gRPC's prefix of a message: one byte of flags, four of length (big-endian).
-pub(super) const MESSAGE_PREFIX_LEN: usize = 5;
 /// Time limit of a request, and of each message of a stream once it has begun.
 const READ_TIMEOUT: Duration = Duration::from_secs(10);
 /// What a waiting call costs besides its headers and its bytes: HTTP/2's stream, a task, a timer.

@@ -11,7 +11,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Response, header::CONTENT_TYPE};
 use http_body::Frame;
 use tonic::{Status, body::Body};
 
-use super::request_body::MESSAGE_PREFIX_LEN;
+use super::raw_codec::MESSAGE_PREFIX_LEN;
 
 const GRPC_STATUS_HEADER: HeaderName = HeaderName::from_static("grpc-status");
 /// Most answers to Checks fit into this, in bytes.

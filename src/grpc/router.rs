@@ -7,7 +7,7 @@
 use std::{collections::HashMap, convert::Infallible, sync::Arc, time::Duration};
 
 use futures_util::future::FutureExt as _;
-use http::{Extensions, HeaderMap, HeaderName, HeaderValue, Request, Response};
+use http::{Extensions, HeaderName, HeaderValue, Request, Response};
 use hyper::body::Incoming;
 use tokio::time::Instant;
 use tonic::{Status, body::Body};
@@ -18,7 +18,6 @@ use crate::{
     caller::Caller,
     domain::time::Timestamp,
     engine::Engine,
-    gateway::Gateway,
     pb::{
         account_service_server::AccountServiceServer, audit_service_server::AuditServiceServer,
         envoy::service::auth::v3::authorization_server::AuthorizationServer, envoy_request::request_body_len,
@@ -34,13 +33,15 @@ use crate::{
 use super::{
     account_service::AccountService,
     audit_service::AuditService,
-    auth::ConnectionContext,
+    auth::{CallAuthenticator, ConnectionContext},
     authz_service::AuthzService,
-    check_fast_path::HeaderFlags,
-    check_session::CheckSession,
+    call_extensions::ProxyCaller,
+    check_fast_path::{CheckFastPath, HeaderFlags},
     concurrency::{ConcurrencyLimits, PermitBody, PermitHolder},
-    ext_authz::{ExtAuthzService, ProxyCaller},
+    deadline::{PropagationDeadline, client_timeout, effective_timeout},
+    ext_authz::ExtAuthzService,
     gzip::{ACCEPTED_ENCODINGS, GRPC_ACCEPT_ENCODING, take_grpc_encoding},
+    health::{HEALTH_SERVICE, HEALTH_WATCH_PATH},
     key_service::KeyService,
     management_session::ManagementSession,
     request_body::{MessageBody, PeekableBody},
@@ -51,8 +52,6 @@ use super::{
     status::{add_missing_reason, deadline_exceeded, internal_error, unknown_rpc},
 };
 
-pub(super) const HEALTH_SERVICE: &str = "grpc.health.v1.Health";
-const HEALTH_WATCH_PATH: &str = "/grpc.health.v1.Health/Watch";
 /// How long a call without a credential may take; one that watches health is for as long as its connection.
 const PUBLIC_CALL_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -72,7 +71,8 @@ pub struct Router {
     /// How calls are named, and which are recorded.
     pub(super) tracing: CallTracer,
     pub(super) engine: Arc<Engine>,
-    pub(super) gateway: Arc<Gateway>,
+    pub(super) authenticator: CallAuthenticator,
+    pub(super) fast_path: CheckFastPath,
     /// Answers Checks.
     pub(super) authz_service: Arc<AuthzService>,
     pub(super) ext_authz_server: AuthorizationServer<ExtAuthzService>,
@@ -99,64 +99,6 @@ impl std::fmt::Debug for Router {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Router").field("open", &self.public_services.keys()).finish_non_exhaustive()
     }
-}
-
-/// Until when a call may wait for a change to be in force everywhere: shortly before its caller's deadline, so that
-/// the caller hears how far it has come. None = the caller has set none.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct PropagationDeadline {
-    pub(super) deadline: Option<Instant>,
-}
-
-impl PropagationDeadline {
-    const MIN_MARGIN: Duration = Duration::from_millis(20);
-    const MAX_MARGIN: Duration = Duration::from_millis(100);
-
-    /// Of a call with this deadline: a twentieth of it is left for the answer, 20 to 100 ms.
-    fn from_timeout(asked: Option<Duration>) -> PropagationDeadline {
-        let until = asked.and_then(|asked| {
-            let spared = (asked / 20).clamp(PropagationDeadline::MIN_MARGIN, PropagationDeadline::MAX_MARGIN);
-            Instant::now().checked_add(asked.saturating_sub(spared))
-        });
-        PropagationDeadline { deadline: until }
-    }
-}
-
-/// What the gate hands to the handler of a call, by the call's extensions.
-pub(super) trait FromExtensions: Sized {
-    fn from_extensions(extensions: &mut tonic::Extensions) -> Result<Option<Self>, Status>;
-}
-
-macro_rules! impl_from_extensions {
-    ($($found:ty),*) => {
-        $(
-            impl FromExtensions for $found {
-                fn from_extensions(extensions: &mut tonic::Extensions) -> Result<Option<Self>, Status> {
-                    Ok(extensions.remove())
-                }
-            }
-        )*
-    };
-}
-
-impl_from_extensions!(PropagationDeadline, CheckSession, ProxyCaller, ManagementSession);
-
-/// The caller of a management call is judged again: handlers run when the whole request has arrived.
-impl FromExtensions for Caller {
-    fn from_extensions(extensions: &mut tonic::Extensions) -> Result<Option<Self>, Status> {
-        match extensions.get::<ManagementSession>() {
-            Some(session) => Ok(Some(session.reauthorize()?)),
-            None => Ok(extensions.remove()),
-        }
-    }
-}
-
-/// What the gate has found out about a call, for its handler.
-pub(super) fn take_extension<T: FromExtensions>(
-    request: &mut tonic::Request<impl Sized>,
-) -> Result<T, Status> {
-    // Every row of the table says what its handler takes; a mismatch is a bug.
-    T::from_extensions(request.extensions_mut())?.ok_or_else(internal_error)
 }
 
 impl Router {
@@ -199,10 +141,11 @@ impl Router {
         let mut request = request.map(PeekableBody::from);
         let response = match begun.rpc_spec() {
             Some(_) if plain && begun.is_check() => {
-                self.try_fast_check(&mut request, &said, visitor, &begun, &mut call).await
+                self.fast_path.try_check(&mut request, &said, visitor, &begun, &mut call).await
             }
             Some(rpc) if plain && rpc.access == AccessRequirement::Proxy => {
-                let answer = self.try_fast_ext_authz(rpc, &mut request, &said, visitor, &begun, &mut call);
+                let answer =
+                    self.fast_path.try_ext_authz(rpc, &mut request, &said, visitor, &begun, &mut call);
                 Box::pin(answer).await
             }
             _ => None,
@@ -289,7 +232,7 @@ impl Router {
             Err(status) => return status.into_http(),
         };
         request.extensions_mut().insert(patience);
-        if let Err(status) = self.authorize_call(rpc, &mut request, visitor).await {
+        if let Err(status) = self.authenticator.authorize_call(rpc, &mut request, visitor).await {
             return status.into_http();
         }
         let watch = (rpc.streaming == StreamingKind::ServerStream)
@@ -533,50 +476,5 @@ where
     match service.oneshot(request).await {
         Ok(response) => response,
         Err(never) => match never {},
-    }
-}
-
-/// How long a call may take: the shorter of the method's time and the caller's own deadline.
-pub(super) fn effective_timeout(method: Option<Duration>, headers: &HeaderMap) -> Option<Duration> {
-    match (method, client_timeout(headers)) {
-        (Some(method), Some(asked)) => Some(method.min(asked)),
-        (method, asked) => method.or(asked),
-    }
-}
-
-/// The caller's own deadline.
-fn client_timeout(headers: &HeaderMap) -> Option<Duration> {
-    headers.get("grpc-timeout").and_then(|value| value.to_str().ok()).and_then(parse_grpc_timeout)
-}
-
-/// gRPC's `grpc-timeout`: up to eight digits and a unit.
-fn parse_grpc_timeout(text: &str) -> Option<Duration> {
-    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
-    if !(1..=8).contains(&digits.len()) || !digits.bytes().all(|digit| digit.is_ascii_digit()) {
-        return None;
-    }
-    let number: u64 = digits.parse().ok()?;
-    Some(match unit {
-        "H" => Duration::from_secs(number * 3600),
-        "M" => Duration::from_secs(number * 60),
-        "S" => Duration::from_secs(number),
-        "m" => Duration::from_millis(number),
-        "u" => Duration::from_micros(number),
-        "n" => Duration::from_nanos(number),
-        _ => return None,
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_deadline_is_read_as_grpc_writes_it() {
-        assert_eq!(parse_grpc_timeout("250m"), Some(Duration::from_millis(250)));
-        assert_eq!(parse_grpc_timeout("5S"), Some(Duration::from_secs(5)));
-        for bad in ["", "S", "5", "5x", "-5S", "123456789S", "é"] {
-            assert_eq!(parse_grpc_timeout(bad), None, "{bad:?}");
-        }
     }
 }

@@ -31,6 +31,7 @@ use super::{
     connection::{self, AcceptedConnection, ListenerState},
     load_shed::WorkerQueue,
     router::Router,
+    shutdown::wait_until_stopping,
 };
 
 /// How long to leave a listener alone when accepting failed: mostly the process has no file descriptor left.
@@ -182,12 +183,6 @@ impl WorkerLoop {
             tracing::warn!("calls were still in flight when the time to drain was over");
         }
     }
-}
-
-/// Waits until `stopping` turns true.
-pub(super) async fn wait_until_stopping(stopping: &mut watch::Receiver<bool>) {
-    // The sender is gone only when the server is.
-    let _ = stopping.wait_for(|stop| *stop).await;
 }
 
 /// A listener that is to be served.

@@ -1,0 +1,72 @@
+//! Deadlines of calls: the method's own, the client's `grpc-timeout`, and the time that is left for propagation.
+
+use std::time::Duration;
+
+use http::HeaderMap;
+use tokio::time::Instant;
+
+/// Until when a call may wait for a change to be in force everywhere: shortly before its caller's deadline, so that
+/// the caller hears how far it has come. None = the caller has set none.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct PropagationDeadline {
+    pub(super) deadline: Option<Instant>,
+}
+
+impl PropagationDeadline {
+    const MIN_MARGIN: Duration = Duration::from_millis(20);
+    const MAX_MARGIN: Duration = Duration::from_millis(100);
+
+    /// Of a call with this deadline: a twentieth of it is left for the answer, 20 to 100 ms.
+    pub(super) fn from_timeout(asked: Option<Duration>) -> PropagationDeadline {
+        let until = asked.and_then(|asked| {
+            let spared = (asked / 20).clamp(PropagationDeadline::MIN_MARGIN, PropagationDeadline::MAX_MARGIN);
+            Instant::now().checked_add(asked.saturating_sub(spared))
+        });
+        PropagationDeadline { deadline: until }
+    }
+}
+
+/// How long a call may take: the shorter of the method's time and the caller's own deadline.
+pub(super) fn effective_timeout(method: Option<Duration>, headers: &HeaderMap) -> Option<Duration> {
+    match (method, client_timeout(headers)) {
+        (Some(method), Some(asked)) => Some(method.min(asked)),
+        (method, asked) => method.or(asked),
+    }
+}
+
+/// The caller's own deadline.
+pub(super) fn client_timeout(headers: &HeaderMap) -> Option<Duration> {
+    headers.get("grpc-timeout").and_then(|value| value.to_str().ok()).and_then(parse_grpc_timeout)
+}
+
+/// gRPC's `grpc-timeout`: up to eight digits and a unit.
+fn parse_grpc_timeout(text: &str) -> Option<Duration> {
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    if !(1..=8).contains(&digits.len()) || !digits.bytes().all(|digit| digit.is_ascii_digit()) {
+        return None;
+    }
+    let number: u64 = digits.parse().ok()?;
+    Some(match unit {
+        "H" => Duration::from_secs(number * 3600),
+        "M" => Duration::from_secs(number * 60),
+        "S" => Duration::from_secs(number),
+        "m" => Duration::from_millis(number),
+        "u" => Duration::from_micros(number),
+        "n" => Duration::from_nanos(number),
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_deadline_is_read_as_grpc_writes_it() {
+        assert_eq!(parse_grpc_timeout("250m"), Some(Duration::from_millis(250)));
+        assert_eq!(parse_grpc_timeout("5S"), Some(Duration::from_secs(5)));
+        for bad in ["", "S", "5", "5x", "-5S", "123456789S", "é"] {
+            assert_eq!(parse_grpc_timeout(bad), None, "{bad:?}");
+        }
+    }
+}

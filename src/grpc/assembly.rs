@@ -117,15 +117,16 @@ pub fn build_router(
     let authenticator = CallAuthenticator { engine: engine.clone(), gateway: gateway.clone() };
     let ext_authz_service = Arc::new(ext_authz::ExtAuthzService { gateway, tracing });
     let send_budget = Arc::new(send_budget::SendBudget::default());
-    let lists = || send_budget.list_permits().clone();
-    let audit = audit_service::AuditService::new(store, engine.clone(), lists());
+    let list_permits = || send_budget.list_permits().clone();
+    let audit = audit_service::AuditService::new(store, engine.clone(), list_permits());
     let accounts = account_service::AccountService {
         accounts,
         membership,
         propagation: propagation.clone(),
-        list_permits: lists(),
+        list_permits: list_permits(),
     };
-    let keys = key_service::KeyService { keys, engine: engine.clone(), propagation, list_permits: lists() };
+    let keys =
+        key_service::KeyService { keys, engine: engine.clone(), propagation, list_permits: list_permits() };
     Ok(Router {
         rpc_metrics: Arc::default(),
         tracing,

@@ -31,8 +31,8 @@ use crate::{
     service_error::ServiceError,
     trace,
     transport::{
-        CallerAuth, ListenerSettings, ServiceKind as Served, ServiceSet as ServedSet,
-        certificate::CertificateInfo, memory_budget::ConnectionMemoryBudget,
+        CallerAuth, ListenerSettings, ServiceKind, ServiceSet, certificate::CertificateInfo,
+        memory_budget::ConnectionMemoryBudget,
     },
 };
 
@@ -50,7 +50,7 @@ use super::{
 /// Where a connection came in: what is served there, and what callers must show.
 #[derive(Clone, Debug)]
 pub struct ListenerPolicy {
-    pub(super) services: ServedSet,
+    pub(super) services: ServiceSet,
     pub(super) auth: CallerAuth,
     allows_anonymous_proxies: bool,
     identities: Vec<Arc<CertificateIdentity>>,
@@ -75,19 +75,19 @@ impl ListenerPolicy {
     }
 
     pub(super) fn has_service(&self, service: &str) -> bool {
-        let served = match service {
-            "keyward.v1.AuthzService" => Served::Check,
+        let kind = match service {
+            "keyward.v1.AuthzService" => ServiceKind::Check,
             "keyward.v1.KeyService" | "keyward.v1.AccountService" | "keyward.v1.AuditService" => {
-                Served::Management
+                ServiceKind::Management
             }
-            "envoy.service.auth.v3.Authorization" => Served::ExtAuthz,
-            HEALTH_SERVICE => Served::Health,
+            "envoy.service.auth.v3.Authorization" => ServiceKind::ExtAuthz,
+            HEALTH_SERVICE => ServiceKind::Health,
             "grpc.reflection.v1.ServerReflection" | "grpc.reflection.v1alpha.ServerReflection" => {
-                Served::Reflection
+                ServiceKind::Reflection
             }
             _ => return false,
         };
-        self.services.contains(served)
+        self.services.contains(kind)
     }
 }
 
@@ -118,10 +118,10 @@ enum PresentedCredentialRef<'a> {
 
 /// A caller that is known, before it is asked what it may.
 struct AuthenticatedCaller {
-    proof: CallerIdentity,
+    identity: CallerIdentity,
     account: AccountId,
-    grants: ScopeSet,
-    fresh: bool,
+    granted_scopes: ScopeSet,
+    has_valid_lease: bool,
 }
 
 /// Authenticates callers against the engine, and proxies against the gateway's settings.
@@ -137,30 +137,30 @@ impl CallAuthenticator {
         &self,
         rpc: &'static RpcSpec,
         request: &mut Request<MessageBody>,
-        visitor: &ConnectionContext,
+        context: &ConnectionContext,
     ) -> Result<(), Status> {
         if rpc.access == AccessRequirement::Proxy
-            && let Some(proxy) = self.anonymous_proxy(&visitor.policy, request.headers())
+            && let Some(proxy) = self.anonymous_proxy(&context.policy, request.headers())
         {
             request.extensions_mut().insert(proxy);
             return Ok(());
         }
-        let shown = visitor.extract_credential(request.headers())?;
+        let credential = context.extract_credential(request.headers())?;
         if rpc.access == AccessRequirement::TokenPossession {
-            let caller = self.authenticate_possession(rpc, bearer_token(request.headers())?, visitor.peer)?;
+            let caller = self.authenticate_possession(rpc, bearer_token(request.headers())?, context.peer)?;
             request.extensions_mut().insert(ManagementSession::new(self.engine.clone(), caller));
             return Ok(());
         }
         let named_account = parse_header(request.headers(), "x-keyward-account", AccountId::parse);
         let named_user = parse_header(request.headers(), "x-keyward-acting-user", UserId::parse);
-        let AuthenticatedCaller { proof, account, grants, fresh } = match shown {
+        let AuthenticatedCaller { identity, account, granted_scopes, has_valid_lease } = match credential {
             PresentedCredentialRef::Token(ref token) => {
-                self.authenticate_token(rpc, token, &named_account, visitor.peer).await?
+                self.authenticate_token(rpc, token, &named_account, context.peer).await?
             }
             PresentedCredentialRef::Certificate(identity) => self.authenticate_certificate(identity)?,
         };
-        visitor.mark_proven_caller();
-        if !fresh && rpc.plane == ExecutionPlane::Management {
+        context.mark_proven_caller();
+        if !has_valid_lease && rpc.plane == ExecutionPlane::Management {
             return Err(ServiceError::CheckFailed(CheckError::LeaseLost).into());
         }
         let named_account = named_account?;
@@ -169,22 +169,22 @@ impl CallAuthenticator {
             let message = "only the operator account's callers may act for a person (x-keyward-acting-user)";
             return Err(ServiceError::Forbidden("OPERATOR_ONLY", message.to_owned()).into());
         }
-        let (method, peer) = (rpc.method, visitor.peer);
+        let (method, peer) = (rpc.method, context.peer);
         // Of Checks nobody asks, unless they are recorded; and they change nothing.
         let request_id = trace::with_current(|call| {
             (rpc.plane == ExecutionPlane::Management).then(|| call.request_id().to_string())
         });
         let request_id = request_id.flatten();
-        let needs = match rpc.access {
+        let required_permission = match rpc.access {
             AccessRequirement::RequiresPermission(permission) => Some(permission),
             AccessRequirement::Proxy => Some(Permission::Check),
             AccessRequirement::AnyUsableKey | AccessRequirement::TokenPossession => None,
         };
         let caller = Caller {
-            identity: proof,
+            identity,
             account,
-            granted_scopes: grants,
-            required_permission: needs,
+            granted_scopes,
+            required_permission,
             acting_user,
             logged_user: None,
             method,
@@ -197,12 +197,13 @@ impl CallAuthenticator {
                 call.set_caller(trace::CallerLabels { key_id: key, account });
             }
         });
-        if let Some(permission) = needs.filter(|permission| !caller.has_permission(*permission)) {
+        if let Some(permission) = required_permission.filter(|permission| !caller.has_permission(*permission))
+        {
             return Err(permission_missing(permission.as_str()));
         }
         // The caller of a management call is judged again by its `ManagementSession`.
         if rpc.plane == ExecutionPlane::Checks {
-            let shown = match shown {
+            let credential = match credential {
                 PresentedCredentialRef::Token(token) => {
                     PresentedCredential::Token(Arc::new(Zeroizing::new(token)))
                 }
@@ -210,12 +211,12 @@ impl CallAuthenticator {
                     PresentedCredential::Certificate(identity.clone())
                 }
             };
-            let vigil = CheckSession { credential: shown, named_account, peer };
+            let session = CheckSession { credential, named_account, peer };
             if rpc.access == AccessRequirement::Proxy {
-                let (account, vigil) = (caller.account.clone(), Some(vigil.clone()));
-                request.extensions_mut().insert(ProxyCaller { account, trusted: true, session: vigil });
+                let (account, session) = (caller.account.clone(), Some(session.clone()));
+                request.extensions_mut().insert(ProxyCaller { account, trusted: true, session });
             }
-            request.extensions_mut().insert(vigil);
+            request.extensions_mut().insert(session);
         }
         match rpc.plane {
             ExecutionPlane::Checks => drop(request.extensions_mut().insert(caller)),
@@ -227,13 +228,17 @@ impl CallAuthenticator {
     }
 
     /// The proxy that asks here without a credential, where it may.
-    pub(super) fn anonymous_proxy(&self, door: &ListenerPolicy, headers: &HeaderMap) -> Option<ProxyCaller> {
-        let envoy = door.services.is_envoy_only();
-        let free = door.allows_anonymous_proxies && !self.gateway.settings().require_caller;
-        let shows_none = || !headers.contains_key(http::header::AUTHORIZATION);
-        (free && (envoy || shows_none())).then(|| ProxyCaller {
+    pub(super) fn anonymous_proxy(
+        &self,
+        policy: &ListenerPolicy,
+        headers: &HeaderMap,
+    ) -> Option<ProxyCaller> {
+        let is_envoy_only = policy.services.is_envoy_only();
+        let is_allowed = policy.allows_anonymous_proxies && !self.gateway.settings().require_caller;
+        let has_no_token = || !headers.contains_key(http::header::AUTHORIZATION);
+        (is_allowed && (is_envoy_only || has_no_token())).then(|| ProxyCaller {
             account: AccountId::operator(),
-            trusted: envoy,
+            trusted: is_envoy_only,
             session: None,
         })
     }
@@ -242,39 +247,34 @@ impl CallAuthenticator {
     async fn authenticate_token(
         &self,
         rpc: &'static RpcSpec,
-        presented: &str,
+        token: &str,
         named_account: &Result<Option<AccountId>, ServiceError>,
         peer: Option<IpAddr>,
     ) -> Result<AuthenticatedCaller, ServiceError> {
-        let asked = named_account.as_ref().ok().and_then(Option::as_ref);
+        let requested_account = named_account.as_ref().ok().and_then(Option::as_ref);
         let anywhere = rpc.access == AccessRequirement::AnyUsableKey;
         // A batch is charged for each of its items, once they are known.
-        let take = if rpc.is_batch() { Consumption::ONE.into_dry_run() } else { Consumption::ONE };
-        let refused = match self.engine.authenticate(presented, asked, anywhere, peer, take).await? {
-            Ok(AuthenticatedKey {
-                key_match: holder,
-                digest,
-                account,
-                granted_scopes: grants,
-                has_valid_lease: fresh,
-            }) => {
-                return Ok(AuthenticatedCaller {
-                    proof: CallerIdentity::Key(holder.key, digest),
-                    account,
-                    grants,
-                    fresh,
-                });
-            }
-            Err(refused) => refused,
-        };
-        tracing::debug!(reason = refused.reason.as_str(), method = rpc.method, "a caller was refused");
-        Err(match (refused.reason, named_account) {
+        let consumption = if rpc.is_batch() { Consumption::ONE.into_dry_run() } else { Consumption::ONE };
+        let failure =
+            match self.engine.authenticate(token, requested_account, anywhere, peer, consumption).await? {
+                Ok(AuthenticatedKey { key_match, digest, account, granted_scopes, has_valid_lease }) => {
+                    return Ok(AuthenticatedCaller {
+                        identity: CallerIdentity::Key(key_match.key, digest),
+                        account,
+                        granted_scopes,
+                        has_valid_lease,
+                    });
+                }
+                Err(failure) => failure,
+            };
+        tracing::debug!(reason = failure.reason.as_str(), method = rpc.method, "a caller was refused");
+        Err(match (failure.reason, named_account) {
             // Only who holds a good key hears what else is wrong.
             (Reason::WrongAccount, Err(ServiceError::Invalid(violations))) => {
                 ServiceError::Invalid(violations.clone())
             }
             (Reason::RateLimited | Reason::QuotaExceeded, _) => {
-                ServiceError::CallerRateLimited(refused.retry_after)
+                ServiceError::CallerRateLimited(failure.retry_after)
             }
             _ => ServiceError::Unauthenticated,
         })
@@ -286,8 +286,8 @@ impl CallAuthenticator {
         &self,
         identity: &Arc<CertificateIdentity>,
     ) -> Result<AuthenticatedCaller, ServiceError> {
-        let vouched = self.engine.account_status(identity.account())?;
-        if !vouched.is_active {
+        let status = self.engine.account_status(identity.account())?;
+        if !status.is_active {
             tracing::debug!(
                 identity = identity.actor_name(),
                 "a caller was refused: its account is suspended or unknown"
@@ -296,9 +296,9 @@ impl CallAuthenticator {
         }
         Ok(AuthenticatedCaller {
             account: identity.account().clone(),
-            grants: identity.scopes().clone(),
-            proof: CallerIdentity::Certificate(identity.clone()),
-            fresh: vouched.has_valid_lease,
+            granted_scopes: identity.scopes().clone(),
+            identity: CallerIdentity::Certificate(identity.clone()),
+            has_valid_lease: status.has_valid_lease,
         })
     }
 
@@ -306,19 +306,19 @@ impl CallAuthenticator {
     fn authenticate_possession(
         &self,
         rpc: &'static RpcSpec,
-        presented: &str,
+        token: &str,
         peer: Option<IpAddr>,
     ) -> Result<Caller, ServiceError> {
-        let digest = TokenDigest::from_token(presented);
-        let holder = self.engine.find_possessed_key(&digest)?.ok_or(ServiceError::Unauthenticated)?;
-        let account = holder.key.owner().account().cloned();
+        let digest = TokenDigest::from_token(token);
+        let key_match = self.engine.find_possessed_key(&digest)?.ok_or(ServiceError::Unauthenticated)?;
+        let account = key_match.key.owner().account().cloned();
         let request_id = trace::with_current(|call| {
             let account = account.as_ref().map(ToString::to_string).unwrap_or_default();
-            call.set_caller(trace::CallerLabels { key_id: holder.key.id().to_string(), account });
+            call.set_caller(trace::CallerLabels { key_id: key_match.key.id().to_string(), account });
             call.request_id().to_string()
         });
         Ok(Caller {
-            identity: CallerIdentity::Possession(holder.key, digest),
+            identity: CallerIdentity::Possession(key_match.key, digest),
             account: account.unwrap_or_else(AccountId::unspecified),
             granted_scopes: ScopeSet::default(),
             required_permission: None,

@@ -53,35 +53,35 @@ impl<'a> CheckRequestView<'a> {
 }
 
 fn decode_check(mut rest: &[u8]) -> Result<CheckRequestView<'_>, MalformedMessage> {
-    let mut asked = CheckRequestView::default();
+    let mut request = CheckRequestView::default();
     while !rest.is_empty() {
         let (field, wire) = decode_key(&mut rest)?;
         match field {
-            1 => asked.token = read_text(wire, &mut rest)?,
-            2 => asked.environment = read_text(wire, &mut rest)?,
-            3 => asked.scopes.push(read_text(wire, &mut rest)?),
-            4 => asked.authenticate_only = read_varint(wire, &mut rest)? != 0,
-            5 => asked.account = Some(read_text(wire, &mut rest)?),
-            6 => asked.customer = Some(read_text(wire, &mut rest)?),
-            7 => asked.client_ip = Some(read_text(wire, &mut rest)?),
-            8 => asked.cost = Some(read_varint(wire, &mut rest)?),
-            9 => asked.dry_run = read_varint(wire, &mut rest)? != 0,
-            10 => asked.min_revision = Some(read_varint(wire, &mut rest)?),
+            1 => request.token = read_text(wire, &mut rest)?,
+            2 => request.environment = read_text(wire, &mut rest)?,
+            3 => request.scopes.push(read_text(wire, &mut rest)?),
+            4 => request.authenticate_only = read_varint(wire, &mut rest)? != 0,
+            5 => request.account = Some(read_text(wire, &mut rest)?),
+            6 => request.customer = Some(read_text(wire, &mut rest)?),
+            7 => request.client_ip = Some(read_text(wire, &mut rest)?),
+            8 => request.cost = Some(read_varint(wire, &mut rest)?),
+            9 => request.dry_run = read_varint(wire, &mut rest)? != 0,
+            10 => request.min_revision = Some(read_varint(wire, &mut rest)?),
             _ => skip_field(wire, field, &mut rest, DecodeContext::default())?,
         }
     }
-    Ok(asked)
+    Ok(request)
 }
 
 fn decode_checks(mut rest: &[u8]) -> Result<Vec<CheckRequestView<'_>>, MalformedMessage> {
-    let mut asked = Vec::new();
+    let mut request = Vec::new();
     while !rest.is_empty() {
         match decode_key(&mut rest)? {
-            (1, wire) => asked.push(decode_check(read_bytes(wire, &mut rest)?)?),
+            (1, wire) => request.push(decode_check(read_bytes(wire, &mut rest)?)?),
             (field, wire) => skip_field(wire, field, &mut rest, DecodeContext::default())?,
         }
     }
-    Ok(asked)
+    Ok(request)
 }
 
 fn read_bytes<'a>(wire: WireType, rest: &mut &'a [u8]) -> Result<&'a [u8], MalformedMessage> {

@@ -55,45 +55,52 @@ impl CheckEvaluator {
     /// Reads one request; `at` stands before each field's name in violations.
     pub(super) fn validate<'a, 'm: 'a>(
         &'a self,
-        asked: &CheckRequestView<'m>,
-        at: impl Display + Copy,
+        request: &CheckRequestView<'m>,
+        field_prefix: impl Display + Copy,
         violations: &mut InvalidFields,
     ) -> Option<ValidatedCheck<'a>> {
-        let field = |name: &'static str| fmt::from_fn(move |f| write!(f, "{at}{name}"));
-        let v = violations;
-        let CheckRequestView { token: presented, scopes, authenticate_only, .. } = asked;
-        v.add_if(
-            presented.len() > token::MAX_TOKEN_LEN,
+        let field = |name: &'static str| fmt::from_fn(move |f| write!(f, "{field_prefix}{name}"));
+        let violations = violations;
+        let CheckRequestView { token, scopes, authenticate_only, .. } = request;
+        violations.add_if(
+            token.len() > token::MAX_TOKEN_LEN,
             field("token"),
             format_args!("must be at most {} bytes", token::MAX_TOKEN_LEN),
         );
-        let environment =
-            convert::read_environment(field("environment"), asked.environment, &self.environments, v);
-        v.add_if(
+        let environment = convert::read_environment(
+            field("environment"),
+            request.environment,
+            &self.environments,
+            violations,
+        );
+        violations.add_if(
             scopes.is_empty() && !authenticate_only,
             field("scopes"),
             "at least one is required; or set authenticate_only",
         );
-        let scopes = v.parse_list(field("scopes"), scopes, MAX_REQUIRED_SCOPES, Scope::parse_required);
-        let account = asked.account.and_then(|id| v.ok_or_add(field("account"), AccountId::parse(id)));
-        let customer = asked.customer.and_then(|id| v.ok_or_add(field("customer"), CustomerId::parse(id)));
-        let client_ip = convert::read_client_ip(field("client_ip"), asked.client_ip, v);
-        let cost = asked.cost.unwrap_or(1);
-        v.add_if(
+        let scopes =
+            violations.parse_list(field("scopes"), scopes, MAX_REQUIRED_SCOPES, Scope::parse_required);
+        let account =
+            request.account.and_then(|id| violations.ok_or_add(field("account"), AccountId::parse(id)));
+        let customer =
+            request.customer.and_then(|id| violations.ok_or_add(field("customer"), CustomerId::parse(id)));
+        let client_ip = convert::read_client_ip(field("client_ip"), request.client_ip, violations);
+        let cost = request.cost.unwrap_or(1);
+        violations.add_if(
             !(1..=MAX_REQUEST_COST).contains(&cost),
             field("cost"),
             format_args!("must be 1 to {MAX_REQUEST_COST}; to consume nothing set dry_run"),
         );
         Some(ValidatedCheck {
-            token: presented,
+            token,
             environment: &environment?.name,
             scopes,
             account,
             customer,
             client_ip,
             cost,
-            dry_run: asked.dry_run,
-            min_revision: convert::read_revision(asked.min_revision),
+            dry_run: request.dry_run,
+            min_revision: convert::read_revision(request.min_revision),
         })
     }
 
@@ -103,24 +110,24 @@ impl CheckEvaluator {
     /// When the request is wrong, or cannot be answered here and now.
     pub(super) fn evaluate_check<'a, 'm: 'a>(
         &'a self,
-        asker: Requester<'_>,
-        asked: &CheckRequestView<'m>,
+        requester: Requester<'_>,
+        request: &CheckRequestView<'m>,
         out: &'a mut BytesMut,
     ) -> Result<CheckProgress<'a>, Status> {
         let mut violations = InvalidFields::default();
-        let read = self.validate(asked, "", &mut violations);
+        let check = self.validate(request, "", &mut violations);
         violations.into_result()?;
-        let read = read.ok_or_else(|| ServiceError::invalid_field("environment", "is required"))?;
-        match self.engine.decide_locally(asker, &read.check_input()).map_err(ServiceError::from)? {
-            LocalDecision::Complete(answer) => {
-                Ok(CheckProgress::Done(self.write_outcome(&answer, &read, out)))
+        let check = check.ok_or_else(|| ServiceError::invalid_field("environment", "is required"))?;
+        match self.engine.decide_locally(requester, &check.check_input()).map_err(ServiceError::from)? {
+            LocalDecision::Complete(outcome) => {
+                Ok(CheckProgress::Done(self.write_outcome(&outcome, &check, out)))
             }
-            LocalDecision::NeedsLimits(limited) => {
-                let settled = async move {
-                    let settled = self.engine.apply_limits(&read.check_input(), limited).await;
-                    Ok(self.write_outcome(&settled.map_err(ServiceError::from)?, &read, out))
+            LocalDecision::NeedsLimits(pending) => {
+                let limited = async move {
+                    let limited = self.engine.apply_limits(&check.check_input(), pending).await;
+                    Ok(self.write_outcome(&limited.map_err(ServiceError::from)?, &check, out))
                 };
-                Ok(CheckProgress::PendingLimits(Box::pin(trace::propagate(settled))))
+                Ok(CheckProgress::PendingLimits(Box::pin(trace::propagate(limited))))
             }
         }
     }
@@ -128,28 +135,28 @@ impl CheckEvaluator {
     /// Writes an answer, and the decision down, if it is one of those that are: then it tells under which id.
     fn write_outcome(
         &self,
-        answer: &CheckOutcome,
-        read: &ValidatedCheck<'_>,
+        outcome: &CheckOutcome,
+        check: &ValidatedCheck<'_>,
         out: &mut BytesMut,
     ) -> Option<Uuid> {
-        let decision = self.log_decision(answer, read);
+        let decision = self.log_decision(outcome, check);
         if let Some(span) = trace::recorded_span() {
-            answer.record_in_span(&span);
+            outcome.record_in_span(&span);
         }
-        check_encoder::write_response(answer, out);
+        check_encoder::write_response(outcome, out);
         decision
     }
 
-    pub(super) fn log_decision(&self, answer: &CheckOutcome, read: &ValidatedCheck<'_>) -> Option<Uuid> {
-        self.decisions.record_check(answer.reason(), || DecisionInput {
+    pub(super) fn log_decision(&self, outcome: &CheckOutcome, check: &ValidatedCheck<'_>) -> Option<Uuid> {
+        self.decisions.record_check(outcome.reason(), || DecisionInput {
             source: DecisionSource::Check,
-            allowed: answer.reason() == Reason::Ok,
-            reason: answer.reason().as_str(),
-            check_outcome: Some(answer),
-            environment: Some(read.environment),
-            required_scopes: &read.scopes,
-            customer: read.customer.as_ref(),
-            client_ip: read.client_ip,
+            allowed: outcome.reason() == Reason::Ok,
+            reason: outcome.reason().as_str(),
+            check_outcome: Some(outcome),
+            environment: Some(check.environment),
+            required_scopes: &check.scopes,
+            customer: check.customer.as_ref(),
+            client_ip: check.client_ip,
             proxy_request_id: None,
             is_shadow: false,
         })
@@ -190,7 +197,7 @@ impl CheckProgress<'_> {
     pub(super) async fn finish(self) -> Result<Option<Uuid>, Status> {
         match self {
             CheckProgress::Done(decision) => Ok(decision),
-            CheckProgress::PendingLimits(settled) => settled.await,
+            CheckProgress::PendingLimits(limited) => limited.await,
         }
     }
 }

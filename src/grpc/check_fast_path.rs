@@ -15,7 +15,7 @@ use crate::{
     pb::envoy_request::EnvoyCheckRequest,
     trace::{self, TracedCall},
     transport::{
-        CallerAuth, ServiceKind as Served,
+        CallerAuth, ServiceKind,
         memory_budget::{CallPriority, ConnectionMemoryBudget},
     },
 };
@@ -49,18 +49,18 @@ pub(super) struct HeaderFlags {
 
 impl HeaderFlags {
     pub(super) fn from_headers(headers: &HeaderMap) -> HeaderFlags {
-        let mut said = HeaderFlags::default();
+        let mut flags = HeaderFlags::default();
         for name in headers.keys() {
             match name.as_str() {
-                "traceparent" | "x-request-id" => said.has_trace_headers = true,
-                "grpc-timeout" => said.has_deadline = true,
+                "traceparent" | "x-request-id" => flags.has_trace_headers = true,
+                "grpc-timeout" => flags.has_deadline = true,
                 "x-keyward-account" | "x-keyward-acting-user" | "grpc-encoding" => {
-                    said.needs_slow_path = true
+                    flags.needs_slow_path = true
                 }
                 _ => {}
             }
         }
-        said
+        flags
     }
 }
 
@@ -78,48 +78,45 @@ impl CheckFastPath {
     pub(super) async fn try_check(
         &self,
         request: &mut Request<PeekableBody>,
-        said: &HeaderFlags,
-        visitor: &ConnectionContext,
-        begun: &CallTimer<'_>,
+        flags: &HeaderFlags,
+        context: &ConnectionContext,
+        timer: &CallTimer<'_>,
         call: &mut Option<TracedCall>,
     ) -> Option<Response<ResponseBody>> {
-        if said.needs_slow_path {
+        if flags.needs_slow_path {
             return None;
         }
-        let known = self.authenticate_cached(request.headers(), visitor)?;
-        visitor.mark_proven_caller();
-        let end = begun.started_at() + check_timeout(said, request.headers());
-        let priority = || match known.account.is_operator() {
+        let cached_caller = self.authenticate_cached(request.headers(), context)?;
+        context.mark_proven_caller();
+        let deadline = timer.started_at() + check_timeout(flags, request.headers());
+        let priority = || match cached_caller.account.is_operator() {
             true => CallPriority::Operator,
             false => CallPriority::Caller,
         };
-        let message = match read_message_before(
-            end,
-            request,
-            MAX_CHECK_REQUEST,
-            &visitor.memory_budget,
-            priority,
-        )
-        .await
-        {
-            Ok(message) => message?,
-            Err(status) => return Some(status.into_http().map(ResponseBody::Tonic)),
-        };
-        let asked = CheckRequestView::decode(&message).ok()?;
-        self.engine.record_cached_call(&known);
+        let message =
+            match read_message_before(deadline, request, MAX_CHECK_REQUEST, &context.memory_budget, priority)
+                .await
+            {
+                Ok(message) => message?,
+                Err(status) => return Some(status.into_http().map(ResponseBody::Tonic)),
+            };
+        let check = CheckRequestView::decode(&message).ok()?;
+        self.engine.record_cached_call(&cached_caller);
         let mut out = response_body::new_message_buffer();
-        let stands = || self.is_still_authorized(&known, request.headers(), visitor.peer);
-        let asker = Requester { account: &known.account, is_still_authorized: &stands };
-        let answered = match trace::sync_scope(call.take()?, || {
-            self.evaluator.evaluate_check(asker, &asked, &mut out)
+        let is_still_authorized =
+            || self.is_still_authorized(&cached_caller, request.headers(), context.peer);
+        let requester =
+            Requester { account: &cached_caller.account, is_still_authorized: &is_still_authorized };
+        let result = match trace::sync_scope(call.take()?, || {
+            self.evaluator.evaluate_check(requester, &check, &mut out)
         }) {
             Ok(CheckProgress::Done(decision)) => Ok(decision),
-            Ok(CheckProgress::PendingLimits(settled)) => {
-                complete_before(end, settled).await.unwrap_or_else(|| Err(deadline_exceeded()))
+            Ok(CheckProgress::PendingLimits(pending)) => {
+                complete_before(deadline, pending).await.unwrap_or_else(|| Err(deadline_exceeded()))
             }
             Err(status) => Err(status),
         };
-        Some(match answered {
+        Some(match result {
             Ok(decision) => {
                 let mut response = response_body::ok_response(out);
                 let id = decision.and_then(|id| HeaderValue::from_str(&id.to_string()).ok());
@@ -137,27 +134,28 @@ impl CheckFastPath {
         &self,
         rpc: &RpcSpec,
         request: &mut Request<PeekableBody>,
-        said: &HeaderFlags,
-        visitor: &ConnectionContext,
-        begun: &CallTimer<'_>,
+        flags: &HeaderFlags,
+        context: &ConnectionContext,
+        timer: &CallTimer<'_>,
         call: &mut Option<TracedCall>,
     ) -> Option<Response<ResponseBody>> {
-        if said.needs_slow_path || !visitor.policy.services.contains(Served::ExtAuthz) {
+        if flags.needs_slow_path || !context.policy.services.contains(ServiceKind::ExtAuthz) {
             return None;
         }
-        let proxy = self.authenticator.anonymous_proxy(&visitor.policy, request.headers())?;
-        let end = begun.started_at() + check_timeout(said, request.headers());
+        let proxy = self.authenticator.anonymous_proxy(&context.policy, request.headers())?;
+        let deadline = timer.started_at() + check_timeout(flags, request.headers());
         let priority = || if proxy.trusted { CallPriority::Caller } else { CallPriority::Anonymous };
         // One with a large body goes the long way.
-        let most = rpc.max_request_bytes.min(MAX_BATCH_REQUEST);
-        let message = match read_message_before(end, request, most, &visitor.memory_budget, priority).await {
-            Ok(message) => message?,
-            Err(status) => return Some(status.into_http().map(ResponseBody::Tonic)),
-        };
-        let asked = EnvoyCheckRequest::decode(message).ok()?;
-        let answering = pin!(trace::scope(call.take()?, self.ext_authz_service.handle_check(asked, &proxy)));
-        let answered = complete_before(end, answering).await.unwrap_or_else(|| Err(deadline_exceeded()));
-        Some(match answered {
+        let max_len = rpc.max_request_bytes.min(MAX_BATCH_REQUEST);
+        let message =
+            match read_message_before(deadline, request, max_len, &context.memory_budget, priority).await {
+                Ok(message) => message?,
+                Err(status) => return Some(status.into_http().map(ResponseBody::Tonic)),
+            };
+        let check = EnvoyCheckRequest::decode(message).ok()?;
+        let evaluation = pin!(trace::scope(call.take()?, self.ext_authz_service.handle_check(check, &proxy)));
+        let result = complete_before(deadline, evaluation).await.unwrap_or_else(|| Err(deadline_exceeded()));
+        Some(match result {
             Ok(answer) => {
                 let mut out = response_body::new_message_buffer();
                 answer.encode_raw(&mut out);
@@ -170,11 +168,11 @@ impl CheckFastPath {
     /// Whether a caller that was let in would be again.
     fn is_still_authorized(
         &self,
-        known: &CachedCaller,
+        cached_caller: &CachedCaller,
         headers: &HeaderMap,
         peer: Option<IpAddr>,
     ) -> Result<bool, CheckError> {
-        if self.engine.is_cached_caller_current(known) {
+        if self.engine.is_cached_caller_current(cached_caller) {
             return Ok(true);
         }
         bearer_token(headers).map_or(Ok(false), |token| is_token_authorized(&self.engine, token, None, peer))
@@ -184,19 +182,19 @@ impl CheckFastPath {
     fn authenticate_cached(
         &self,
         headers: &HeaderMap,
-        visitor: &ConnectionContext,
+        context: &ConnectionContext,
     ) -> Option<Arc<CachedCaller>> {
-        let by_token = matches!(visitor.policy.auth, CallerAuth::Token | CallerAuth::TokenOrCertificate);
-        if !by_token || !visitor.policy.services.contains(Served::Check) {
+        let accepts_token = matches!(context.policy.auth, CallerAuth::Token | CallerAuth::TokenOrCertificate);
+        if !accepts_token || !context.policy.services.contains(ServiceKind::Check) {
             return None;
         }
-        authenticate_cached(&self.engine, bearer_token(headers).ok()?, visitor.peer, &visitor.caller_cache)
+        authenticate_cached(&self.engine, bearer_token(headers).ok()?, context.peer, &context.caller_cache)
     }
 }
 
 /// How long the call may take.
-fn check_timeout(said: &HeaderFlags, headers: &HeaderMap) -> Duration {
-    match said.has_deadline {
+fn check_timeout(flags: &HeaderFlags, headers: &HeaderMap) -> Duration {
+    match flags.has_deadline {
         true => effective_timeout(Some(CHECK_TIMEOUT), headers).unwrap_or(CHECK_TIMEOUT),
         false => CHECK_TIMEOUT,
     }
@@ -207,23 +205,25 @@ fn check_timeout(said: &HeaderFlags, headers: &HeaderMap) -> Duration {
 /// # Errors
 /// When it does not come in time, or there is no memory.
 async fn read_message_before(
-    end: Instant,
+    deadline: Instant,
     request: &mut Request<PeekableBody>,
-    most: usize,
+    max_len: usize,
     budget: &Arc<ConnectionMemoryBudget>,
     priority: impl FnOnce() -> CallPriority,
 ) -> Result<Option<Bytes>, Status> {
-    if let Poll::Ready(message) = futures_util::poll!(pin!(request.body_mut().peek_plain_message(most))) {
+    if let Poll::Ready(message) = futures_util::poll!(pin!(request.body_mut().peek_plain_message(max_len))) {
         return Ok(message);
     }
     let _reservation = reserve_waiting_call(budget, request.headers(), priority())?;
-    timeout_at(end, request.body_mut().peek_plain_message(most)).await.map_err(|_| deadline_exceeded())
+    timeout_at(deadline, request.body_mut().peek_plain_message(max_len))
+        .await
+        .map_err(|_| deadline_exceeded())
 }
 
 /// The outcome, if it comes in time. What is there at once needs no timer.
-async fn complete_before<T>(end: Instant, mut work: impl Future<Output = T> + Unpin) -> Option<T> {
+async fn complete_before<T>(deadline: Instant, mut work: impl Future<Output = T> + Unpin) -> Option<T> {
     match futures_util::poll!(&mut work) {
         Poll::Ready(done) => Some(done),
-        Poll::Pending => timeout_at(end, work).await.ok(),
+        Poll::Pending => timeout_at(deadline, work).await.ok(),
     }
 }

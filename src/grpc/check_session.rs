@@ -61,9 +61,9 @@ impl CheckSession {
     pub(super) fn is_still_authorized_since(
         &self,
         engine: &Engine,
-        then: Option<IndexVersion>,
+        version: Option<IndexVersion>,
     ) -> Result<bool, CheckError> {
-        if then.is_some() && engine.index.version() == then {
+        if version.is_some() && engine.index.version() == version {
             Ok(true)
         } else {
             self.is_still_authorized(engine)
@@ -75,28 +75,28 @@ impl CheckSession {
         &self,
         engine: &Engine,
         charge: u64,
-        memory: &CallerCache,
+        cache: &CallerCache,
     ) -> Result<(), Status> {
-        if let Some(known) = self.cached_caller(engine, memory) {
+        if let Some(cached_caller) = self.cached_caller(engine, cache) {
             if charge > 0 {
-                engine.record_cached_call(&known);
+                engine.record_cached_call(&cached_caller);
             }
             return Ok(());
         }
         match &self.credential {
             PresentedCredential::Token(token) if charge > 0 => {
-                let (account, take) = (self.named_account.as_ref(), Consumption::with_cost(charge));
-                let decided = engine.authenticate(token, account, false, self.peer, take).await;
-                match decided.map_err(ServiceError::from)? {
-                    Ok(AuthenticatedKey { granted_scopes: grants, .. }) => {
-                        require_permission(Permission::Check, &grants)
+                let (account, consumption) = (self.named_account.as_ref(), Consumption::with_cost(charge));
+                let result = engine.authenticate(token, account, false, self.peer, consumption).await;
+                match result.map_err(ServiceError::from)? {
+                    Ok(AuthenticatedKey { granted_scopes, .. }) => {
+                        require_permission(Permission::Check, &granted_scopes)
                     }
                     Err(AuthenticationFailure {
                         reason: Reason::RateLimited | Reason::QuotaExceeded,
                         retry_after,
-                        max_cost: most,
-                    }) => Err(match most.filter(|_| charge > 1) {
-                        Some(most) => batch_exceeds_limit(charge, most),
+                        max_cost,
+                    }) => Err(match max_cost.filter(|_| charge > 1) {
+                        Some(max_cost) => batch_exceeds_limit(charge, max_cost),
                         None => ServiceError::CallerRateLimited(retry_after).into(),
                     }),
                     Err(_) => Err(ServiceError::Unauthenticated.into()),
@@ -108,34 +108,39 @@ impl CheckSession {
 
     /// Checks that the caller may still ask Checks. Nothing is charged.
     fn reauthorize(&self, engine: &Engine) -> Result<(), Status> {
-        let grants = match &self.credential {
+        let granted_scopes = match &self.credential {
             PresentedCredential::Certificate(identity) => {
-                let stands = engine.account_status(identity.account()).map_err(ServiceError::from)?.is_active;
-                stands.then(|| identity.scopes().clone()).ok_or(ServiceError::Unauthenticated)?
+                let authenticated =
+                    engine.account_status(identity.account()).map_err(ServiceError::from)?.is_active;
+                authenticated.then(|| identity.scopes().clone()).ok_or(ServiceError::Unauthenticated)?
             }
             PresentedCredential::Token(token) => {
-                let stands = engine
+                let authenticated = engine
                     .reauthenticate(token, self.named_account.as_ref(), self.peer)
                     .map_err(ServiceError::from)?;
-                stands.map_err(|_| ServiceError::Unauthenticated)?
+                authenticated.map_err(|_| ServiceError::Unauthenticated)?
             }
         };
-        require_permission(Permission::Check, &grants)
+        require_permission(Permission::Check, &granted_scopes)
     }
 
     /// The caller, where it plainly may ask.
-    pub(super) fn cached_caller(&self, engine: &Engine, memory: &CallerCache) -> Option<Arc<CachedCaller>> {
+    pub(super) fn cached_caller(&self, engine: &Engine, cache: &CallerCache) -> Option<Arc<CachedCaller>> {
         match &self.credential {
             PresentedCredential::Token(token) if self.named_account.is_none() => {
-                authenticate_cached(engine, token, self.peer, memory)
+                authenticate_cached(engine, token, self.peer, cache)
             }
             _ => None,
         }
     }
 }
 
-fn require_permission(permission: Permission, grants: &ScopeSet) -> Result<(), Status> {
-    if permission.is_granted_by(grants) { Ok(()) } else { Err(permission_missing(permission.as_str())) }
+fn require_permission(permission: Permission, granted_scopes: &ScopeSet) -> Result<(), Status> {
+    if permission.is_granted_by(granted_scopes) {
+        Ok(())
+    } else {
+        Err(permission_missing(permission.as_str()))
+    }
 }
 
 /// The caller with this token, where it plainly may ask Checks: see [`Engine::authenticate_cached`].
@@ -143,11 +148,11 @@ pub(super) fn authenticate_cached(
     engine: &Engine,
     token: &str,
     peer: Option<IpAddr>,
-    memory: &CallerCache,
+    cache: &CallerCache,
 ) -> Option<Arc<CachedCaller>> {
     engine
-        .authenticate_cached(token, peer, memory)
-        .filter(|known| Permission::Check.is_granted_by(&known.granted_scopes))
+        .authenticate_cached(token, peer, cache)
+        .filter(|cached_caller| Permission::Check.is_granted_by(&cached_caller.granted_scopes))
 }
 
 /// Whether the caller with this token may ask Checks.
@@ -157,6 +162,6 @@ pub(super) fn is_token_authorized(
     account: Option<&AccountId>,
     peer: Option<IpAddr>,
 ) -> Result<bool, CheckError> {
-    let stands = engine.reauthenticate(token, account, peer)?;
-    Ok(stands.is_ok_and(|grants| Permission::Check.is_granted_by(&grants)))
+    let authenticated = engine.reauthenticate(token, account, peer)?;
+    Ok(authenticated.is_ok_and(|granted_scopes| Permission::Check.is_granted_by(&granted_scopes)))
 }

@@ -80,23 +80,22 @@ pub(super) fn check_responses(
     evaluator: Arc<CheckEvaluator>,
     stopping: watch::Receiver<bool>,
     caller: Caller,
-    vigil: CheckSession,
-    questions: Streaming<Bytes>,
+    session: CheckSession,
+    requests: Streaming<Bytes>,
 ) -> CheckResponseStream {
     let mut look = interval(REAUTHORIZE_INTERVAL);
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let (known, charge, run) = (None, false, 0);
     let call = StreamCheckCall {
         evaluator,
         caller,
-        session: vigil,
+        session,
         caller_cache: CallerCache::default(),
-        requests: questions,
+        requests,
         reauthorize_timer: look,
         stopping,
-        cached_caller: known,
-        charges_next: charge,
-        consecutive_checks: run,
+        cached_caller: None,
+        charges_next: false,
+        consecutive_checks: 0,
     };
     CheckResponseStream { call: Some(Box::new(call)), pending: None }
 }
@@ -108,9 +107,9 @@ impl Stream for CheckResponseStream {
         if let Some(mut call) = self.call.take() {
             match call.step_without_wait(cx) {
                 ImmediateStep::Done(answer) => return Poll::Ready(self.finish_step(call, answer)),
-                ImmediateStep::NeedsWait(question) => {
+                ImmediateStep::NeedsWait(message) => {
                     self.pending = Some(Box::pin(async move {
-                        let answer = call.check(&question).await;
+                        let answer = call.check(&message).await;
                         (call, Some(answer))
                     }));
                 }
@@ -122,8 +121,8 @@ impl Stream for CheckResponseStream {
                 }
             }
         }
-        let Some(waits) = &mut self.pending else { return Poll::Ready(None) };
-        let (call, answer) = ready!(waits.poll_unpin(cx));
+        let Some(pending) = &mut self.pending else { return Poll::Ready(None) };
+        let (call, answer) = ready!(pending.poll_unpin(cx));
         self.pending = None;
         Poll::Ready(self.finish_step(call, answer))
     }
@@ -160,36 +159,41 @@ impl StreamCheckCall {
             Poll::Pending => ImmediateStep::NoRequest,
             Poll::Ready(None) => ImmediateStep::Done(None),
             Poll::Ready(Some(Err(status))) => ImmediateStep::Done(Some(Err(status))),
-            Poll::Ready(Some(Ok(question))) => match self.check_without_wait(&question) {
+            Poll::Ready(Some(Ok(message))) => match self.check_without_wait(&message) {
                 Some(answer) => ImmediateStep::Done(Some(answer)),
-                None => ImmediateStep::NeedsWait(question),
+                None => ImmediateStep::NeedsWait(message),
             },
         }
     }
 
     /// The answer, if the caller is plainly in order and nothing hangs on limits.
-    fn check_without_wait(&mut self, question: &[u8]) -> Option<StreamCheckResult> {
+    fn check_without_wait(&mut self, message: &[u8]) -> Option<StreamCheckResult> {
         let engine = &self.evaluator.engine;
-        let then = engine.index.version();
-        if !self.cached_caller.as_ref().is_some_and(|known| engine.is_cached_caller_current(known)) {
+        let version = engine.index.version();
+        if !self
+            .cached_caller
+            .as_ref()
+            .is_some_and(|cached_caller| engine.is_cached_caller_current(cached_caller))
+        {
             self.cached_caller = self.session.cached_caller(engine, &self.caller_cache);
         }
-        let known = self.cached_caller.as_ref()?;
+        let cached_caller = self.cached_caller.as_ref()?;
         if std::mem::replace(&mut self.charges_next, true) {
-            engine.record_cached_call(known);
+            engine.record_cached_call(cached_caller);
         }
-        if question.len() > MAX_CHECK_REQUEST {
-            return Some(Err(message_too_large(question.len(), MAX_CHECK_REQUEST)));
+        if message.len() > MAX_CHECK_REQUEST {
+            return Some(Err(message_too_large(message.len(), MAX_CHECK_REQUEST)));
         }
-        let asked = match CheckRequestView::decode(question) {
-            Ok(asked) => asked,
+        let request = match CheckRequestView::decode(message) {
+            Ok(request) => request,
             Err(status) => return Some(Err(status)),
         };
         let mut out = BytesMut::with_capacity(INITIAL_CAPACITY);
-        let stands = || self.session.is_still_authorized_since(engine, then);
-        let asker = Requester { account: &self.caller.account, is_still_authorized: &stands };
-        let written = self.evaluator.evaluate_check(asker, &asked, &mut out);
-        match written.map(|answering| matches!(answering, CheckProgress::Done(_))) {
+        let is_still_authorized = || self.session.is_still_authorized_since(engine, version);
+        let requester =
+            Requester { account: &self.caller.account, is_still_authorized: &is_still_authorized };
+        let progress = self.evaluator.evaluate_check(requester, &request, &mut out);
+        match progress.map(|progress| matches!(progress, CheckProgress::Done(_))) {
             Ok(true) => Some(Ok(out)),
             // Nothing is consumed yet, but the caller is charged.
             Ok(false) => {
@@ -211,9 +215,9 @@ impl StreamCheckCall {
             }
         }
         loop {
-            let question = tokio::select! {
+            let message = tokio::select! {
                 biased;
-                question = self.requests.message() => question,
+                message = self.requests.message() => message,
                 _ = self.reauthorize_timer.tick() => {
                     if let Err(status) = self.session.reauthorize_and_charge(&self.evaluator.engine, 0, &self.caller_cache).await {
                         return Some(Err(status));
@@ -223,26 +227,27 @@ impl StreamCheckCall {
                 }
                 () = wait_until_stopping(&mut self.stopping) => return Some(Err(ServiceError::Stopping.into())),
             };
-            return match question {
-                Ok(question) => Some(self.check(&question?).await),
+            return match message {
+                Ok(message) => Some(self.check(&message?).await),
                 Err(status) => Some(Err(status)),
             };
         }
     }
 
-    async fn check(&mut self, question: &[u8]) -> StreamCheckResult {
+    async fn check(&mut self, message: &[u8]) -> StreamCheckResult {
         let charge = std::mem::replace(&mut self.charges_next, true);
         let engine = &self.evaluator.engine;
-        let then = engine.index.version();
+        let version = engine.index.version();
         self.session.reauthorize_and_charge(engine, charge.into(), &self.caller_cache).await?;
-        if question.len() > MAX_CHECK_REQUEST {
-            return Err(message_too_large(question.len(), MAX_CHECK_REQUEST));
+        if message.len() > MAX_CHECK_REQUEST {
+            return Err(message_too_large(message.len(), MAX_CHECK_REQUEST));
         }
         let mut out = BytesMut::with_capacity(INITIAL_CAPACITY);
-        let stands = || self.session.is_still_authorized_since(engine, then);
-        let asker = Requester { account: &self.caller.account, is_still_authorized: &stands };
+        let is_still_authorized = || self.session.is_still_authorized_since(engine, version);
+        let requester =
+            Requester { account: &self.caller.account, is_still_authorized: &is_still_authorized };
         self.evaluator
-            .evaluate_check(asker, &CheckRequestView::decode(question)?, &mut out)?
+            .evaluate_check(requester, &CheckRequestView::decode(message)?, &mut out)?
             .finish()
             .await?;
         Ok(out)

@@ -89,23 +89,23 @@ impl PermitHolder {
     /// caller that proves possession alone: its key may be revoked already.
     pub(super) fn from_caller(caller: &Caller, rpc: &RpcSpec, connection: u64) -> PermitHolder {
         let possession = matches!(caller.identity, CallerIdentity::Possession(..));
-        let proof = match &caller.identity {
+        let credential_subject = match &caller.identity {
             CallerIdentity::Key(key, _) | CallerIdentity::Possession(key, _) => LimitSubject::Key(key.id()),
             CallerIdentity::Certificate(identity) => {
                 LimitSubject::Certificate(identity.actor_name().to_owned())
             }
         };
-        let mut shares = vec![LimitSubject::Connection(connection), proof];
+        let mut subjects = vec![LimitSubject::Connection(connection), credential_subject];
         let operator = caller.account.is_operator() && !possession;
         // The parts that are kept for operators bound the operator account.
-        shares.extend((!operator).then(|| LimitSubject::Account(caller.account.clone())));
+        subjects.extend((!operator).then(|| LimitSubject::Account(caller.account.clone())));
         let priority = match (rpc.is_restricting(), operator && caller.acting_user.is_none()) {
             (false, false) => CallPriority::Caller,
             (true, false) => CallPriority::Restricting,
             (false, true) => CallPriority::Operator,
             (true, true) => CallPriority::RestrictingOperator,
         };
-        PermitHolder { subjects: shares, priority }
+        PermitHolder { subjects, priority }
     }
 
     pub(super) fn priority(&self) -> CallPriority {
@@ -135,22 +135,22 @@ impl PermitPool {
         self.usage.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn acquire(self: &Arc<Self>, occupant: PermitHolder) -> Option<CallPermit> {
-        let fits = |used: usize, limit: usize| used < occupant.priority.share_of(limit);
+    fn acquire(self: &Arc<Self>, holder: PermitHolder) -> Option<CallPermit> {
+        let fits = |used: usize, limit: usize| used < holder.priority.share_of(limit);
         let mut used = self.usage();
-        let share_fits = |share: &LimitSubject| {
-            let count = used.by_subject.get(share).copied().unwrap_or(0);
-            fits(count, self.limit.div_ceil(share.share_divisor(occupant.priority)))
+        let subject_fits = |subject: &LimitSubject| {
+            let count = used.by_subject.get(subject).copied().unwrap_or(0);
+            fits(count, self.limit.div_ceil(subject.share_divisor(holder.priority)))
         };
-        if !fits(used.total, self.limit) || !occupant.subjects.iter().all(share_fits) {
+        if !fits(used.total, self.limit) || !holder.subjects.iter().all(subject_fits) {
             return None;
         }
         used.total += 1;
-        for share in &occupant.subjects {
-            *used.by_subject.entry(share.clone()).or_default() += 1;
+        for subject in &holder.subjects {
+            *used.by_subject.entry(subject.clone()).or_default() += 1;
         }
         drop(used);
-        Some(CallPermit { pool: self.clone(), holder: occupant })
+        Some(CallPermit { pool: self.clone(), holder })
     }
 }
 
@@ -165,11 +165,11 @@ impl Drop for CallPermit {
     fn drop(&mut self) {
         let mut used = self.pool.usage();
         used.total -= 1;
-        for share in &self.holder.subjects {
-            if let Some(count) = used.by_subject.get_mut(share) {
+        for subject in &self.holder.subjects {
+            if let Some(count) = used.by_subject.get_mut(subject) {
                 *count -= 1;
                 if *count == 0 {
-                    used.by_subject.remove(share);
+                    used.by_subject.remove(subject);
                 }
             }
         }
@@ -200,31 +200,30 @@ impl ConcurrencyLimits {
     /// A permit for a management call. `follows`: the call only follows a change, as long as that takes.
     pub(super) fn acquire_management(
         &self,
-        occupant: PermitHolder,
-        follows: bool,
+        holder: PermitHolder,
+        is_watch: bool,
         now: Timestamp,
     ) -> Result<CallPermit, Status> {
-        let permits = if follows { &self.waiting } else { &self.management };
-        permits
-            .acquire(occupant)
-            .ok_or_else(|| self.refuse(0, "call refused: overload.management_calls reached", permits, now))
+        let pool = if is_watch { &self.waiting } else { &self.management };
+        pool.acquire(holder)
+            .ok_or_else(|| self.refuse(0, "call refused: overload.management_calls reached", pool, now))
     }
 
     /// A permit for an answer of server reflection.
     pub(super) fn acquire_reflection(
         &self,
-        occupant: PermitHolder,
+        holder: PermitHolder,
         now: Timestamp,
     ) -> Result<CallPermit, Status> {
         self.reflection
-            .acquire(occupant)
+            .acquire(holder)
             .ok_or_else(|| self.refuse(1, "call refused: reflection limit reached", &self.reflection, now))
     }
 
-    fn refuse(&self, log: usize, event: &'static str, permits: &PermitPool, now: Timestamp) -> Status {
+    fn refuse(&self, log: usize, event: &'static str, pool: &PermitPool, now: Timestamp) -> Status {
         let refused = self.refused_calls.fetch_add(1, Ordering::Relaxed) + 1;
         if self.log_throttles.get(log).is_some_and(|log| log.allow(now)) {
-            let (limit, used) = (permits.limit, permits.usage().total);
+            let (limit, used) = (pool.limit, pool.usage().total);
             tracing::warn!(used, limit, refused, "{event}");
         }
         overloaded()
@@ -266,8 +265,8 @@ pub(super) fn exchange_permit_for_waiting() {
     // Without a permit there is nothing to give back.
     let _ = RUNNING_CALL.try_with(|running| {
         let mut permit = running.permit.borrow_mut();
-        let occupant = permit.as_ref().map(|permit| permit.holder.clone());
-        if let Some(waiting) = occupant.and_then(|occupant| running.waiting_pool.acquire(occupant)) {
+        let holder = permit.as_ref().map(|permit| permit.holder.clone());
+        if let Some(waiting) = holder.and_then(|holder| running.waiting_pool.acquire(holder)) {
             *permit = Some(waiting);
         }
     });

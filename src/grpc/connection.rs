@@ -98,21 +98,20 @@ struct HandshakenConnection {
 
 /// Serves a connection until it ends, or until `stopping` turns true and its calls have ended.
 pub(super) async fn serve_connection(
-    arrived: AcceptedConnection,
-    services: Arc<Router>,
-    lane: Arc<WorkerQueue>,
+    accepted: AcceptedConnection,
+    router: Arc<Router>,
+    worker_queue: Arc<WorkerQueue>,
     mut stopping: watch::Receiver<bool>,
 ) {
-    let AcceptedConnection { socket, peer, listener: entrance, _permits: _places, _open_guard: _counted } =
-        arrived;
-    let greeted = tokio::select! {
-        greeted = handshake(socket, entrance.tls.as_deref()) => greeted,
-        () = wait_for_handshake_timeout(entrance.limits.handshake_timeout, &mut stopping) => Err(ConnectionRefusal::HandshakeTimeout),
+    let AcceptedConnection { socket, peer, listener, _permits: _places, _open_guard: _counted } = accepted;
+    let handshaken = tokio::select! {
+        handshaken = handshake(socket, listener.tls.as_deref()) => handshaken,
+        () = wait_for_handshake_timeout(listener.limits.handshake_timeout, &mut stopping) => Err(ConnectionRefusal::HandshakeTimeout),
     };
-    let HandshakenConnection { io: bytes, certificate } = match greeted {
-        Ok(greeted) => greeted,
+    let HandshakenConnection { io, certificate } = match handshaken {
+        Ok(handshaken) => handshaken,
         Err(why) => {
-            entrance.counters.count_refusal(why);
+            listener.counters.count_refusal(why);
             return tracing::debug!(
                 peer = display_peer(peer),
                 why = why.as_str(),
@@ -120,33 +119,34 @@ pub(super) async fn serve_connection(
             );
         }
     };
-    let ends = certificate.as_ref().map(|certificate| certificate.expires_at);
-    let visitor = ConnectionContext {
-        policy: entrance.policy.clone(),
+    let expires_at = certificate.as_ref().map(|certificate| certificate.expires_at);
+    let context = ConnectionContext {
+        policy: listener.policy.clone(),
         peer: peer.map(|peer| peer.ip().to_canonical()),
-        identity: certificate.and_then(|certificate| entrance.policy.identify_certificate(&certificate)),
+        identity: certificate.and_then(|certificate| listener.policy.identify_certificate(&certificate)),
         caller_cache: crate::engine::caller_cache::CallerCache::default(),
         long_calls: LongCalls::default(),
-        memory_budget: ConnectionMemoryBudget::new(services.memory_budget.clone()),
+        memory_budget: ConnectionMemoryBudget::new(router.memory_budget.clone()),
         has_proven_caller: Arc::default(),
     };
     // A certificate proves nothing beyond its end.
-    let now = services.now().as_micros().div_euclid(1_000_000);
-    let left = ends.map(|ends| Duration::from_secs(u64::try_from(ends - now).unwrap_or(0)));
-    let age = entrance.next_max_age();
-    let age = left.map_or(age, |left| age.min(left));
-    serve_http2(bytes, services, visitor, lane, &entrance.limits, age, stopping).await;
+    let now = router.now().as_micros().div_euclid(1_000_000);
+    let remaining =
+        expires_at.map(|expires_at| Duration::from_secs(u64::try_from(expires_at - now).unwrap_or(0)));
+    let max_age = listener.next_max_age();
+    let max_age = remaining.map_or(max_age, |remaining| max_age.min(remaining));
+    serve_http2(io, router, context, worker_queue, &listener.limits, max_age, stopping).await;
 }
 
 /// Waits until a connection should have said who it is.
 async fn wait_for_handshake_timeout(handshake: Duration, stopping: &mut watch::Receiver<bool>) {
-    let last = async {
+    let after_stop = async {
         wait_until_stopping(stopping).await;
         tokio::time::sleep(SHUTDOWN_HANDSHAKE_TIMEOUT).await;
     };
     tokio::select! {
         () = tokio::time::sleep(handshake) => {}
-        () = last => {}
+        () = after_stop => {}
     }
 }
 
@@ -164,7 +164,7 @@ async fn handshake(
         ConnectionRefusal::TlsHandshake
     })?;
     match SingleWriteIo::read_preface(stream).await {
-        Ok(Some(bytes)) => Ok(HandshakenConnection { io: bytes, certificate }),
+        Ok(Some(io)) => Ok(HandshakenConnection { io, certificate }),
         Ok(None) | Err(_) => Err(ConnectionRefusal::Protocol),
     }
 }
@@ -185,27 +185,27 @@ async fn accept_tls(
 }
 
 async fn serve_http2(
-    mut bytes: SingleWriteIo,
-    services: Arc<Router>,
-    visitor: ConnectionContext,
-    lane: Arc<WorkerQueue>,
+    mut io: SingleWriteIo,
+    router: Arc<Router>,
+    context: ConnectionContext,
+    worker_queue: Arc<WorkerQueue>,
     limits: &ConnectionLimits,
-    age: Duration,
+    max_age: Duration,
     mut stopping: watch::Receiver<bool>,
 ) {
-    let (calls, peer, watches) =
-        (Arc::new(ConnectionCalls::default()), visitor.peer, visitor.long_calls.clone());
+    let (calls, peer, long_calls) =
+        (Arc::new(ConnectionCalls::default()), context.peer, context.long_calls.clone());
     let counted = calls.clone();
-    let queue = ConnectionQueue::new(lane, calls.clone(), visitor.has_proven_caller.clone());
-    bytes.enable_early_shed(EarlyShed::new(queue.clone()));
+    let queue = ConnectionQueue::new(worker_queue, calls.clone(), context.has_proven_caller.clone());
+    io.enable_early_shed(EarlyShed::new(queue.clone()));
     let queued = queue.clone();
-    let unsent = ConnectionSendBudget::new(services.send_budget.clone());
-    let sent = unsent.clone();
+    let send_budget = ConnectionSendBudget::new(router.send_budget.clone());
+    let sent = send_budget.clone();
     // One count a call, on this connection's own memory, keeps all of it alive.
-    let here = Arc::new((services, visitor));
+    let here = Arc::new((router, context));
     let service = service_fn(move |request: Request<Incoming>| {
-        let (here, call, unsent) = (here.clone(), counted.track_call(), sent.clone());
-        let turn = if unsent.has_room() {
+        let (here, call, send_budget) = (here.clone(), counted.track_call(), sent.clone());
+        let slot = if send_budget.has_room() {
             queued.try_enqueue(rpc::is_check_path(request.uri().path().as_bytes()))
         } else {
             queued.reject();
@@ -213,15 +213,15 @@ async fn serve_http2(
         };
         // Moved about as a pointer: each call is a task, and is moved several times on the way there.
         Box::pin(async move {
-            let (services, visitor) = &*here;
-            let answer = match turn {
-                Some(turn) => services.serve_call(request, visitor, turn.start_call()).await,
+            let (router, context) = &*here;
+            let answer = match slot {
+                Some(slot) => router.serve_call(request, context, slot.start_call()).await,
                 None => overloaded().into_http().map(ResponseBody::Tonic),
             };
-            Ok::<_, Infallible>(SendBody::wrap_response(answer, &unsent, call))
+            Ok::<_, Infallible>(SendBody::wrap_response(answer, &send_budget, call))
         })
     });
-    let connection = http2::Builder::new(StreamExecutor(unsent.clone()))
+    let connection = http2::Builder::new(StreamExecutor(send_budget.clone()))
         .timer(TokioTimer::new())
         .max_concurrent_streams(limits.max_streams)
         .max_pending_accept_reset_streams(limits.max_pending_resets)
@@ -234,22 +234,22 @@ async fn serve_http2(
         .keep_alive_timeout(KEEPALIVE_TIMEOUT)
         // No client of gRPC reads it, and every answer would pay for it.
         .auto_date_header(false)
-        .serve_connection(bytes, service);
+        .serve_connection(io, service);
     tokio::pin!(connection);
     let serving = async {
         tokio::select! {
             ended = run_http2(connection.as_mut(), &queue) => return ended,
-            () = wait_until_expired(&calls, limits.max_idle, age, &mut stopping) => {}
+            () = wait_until_expired(&calls, limits.max_idle, max_age, &mut stopping) => {}
         }
         connection.as_mut().graceful_shutdown();
-        watches.drain(if *stopping.borrow() { DrainReason::Stopping } else { DrainReason::Aged });
+        long_calls.drain(if *stopping.borrow() { DrainReason::Stopping } else { DrainReason::Aged });
         tokio::time::timeout(CONNECTION_DRAIN_TIMEOUT, run_http2(connection.as_mut(), &queue))
             .await
             .unwrap_or(Ok(()))
     };
     let ended = tokio::select! {
         ended = serving => ended,
-        () = wait_until_send_stalled(&unsent) => {
+        () = wait_until_send_stalled(&send_budget) => {
             let peer = peer.map(tracing::field::display);
             return tracing::debug!(peer, "connection closed: peer does not read its answers");
         }
@@ -273,10 +273,10 @@ async fn run_http2<C: Future>(mut connection: Pin<&mut C>, queue: &ConnectionQue
 
 /// Waits until bytes of the connection's answers have not been taken for minutes. Streams without a window end by
 /// themselves long before that.
-async fn wait_until_send_stalled(unsent: &ConnectionSendBudget) {
+async fn wait_until_send_stalled(send_budget: &ConnectionSendBudget) {
     loop {
         tokio::time::sleep(CHARGE_PERIOD).await;
-        if unsent.begin_period() {
+        if send_budget.begin_period() {
             return;
         }
     }
@@ -285,11 +285,11 @@ async fn wait_until_send_stalled(unsent: &ConnectionSendBudget) {
 /// Waits until a connection has had its time: it is old, or idle, or the server stops.
 async fn wait_until_expired(
     calls: &ConnectionCalls,
-    idle: Duration,
-    age: Duration,
+    max_idle: Duration,
+    max_age: Duration,
     stopping: &mut watch::Receiver<bool>,
 ) {
-    let end = Instant::now() + age;
+    let end = Instant::now() + max_age;
     let idling = async {
         let mut before = None;
         loop {
@@ -298,7 +298,7 @@ async fn wait_until_expired(
                 return;
             }
             before = now;
-            tokio::time::sleep(idle).await;
+            tokio::time::sleep(max_idle).await;
         }
     };
     tokio::select! {

@@ -65,29 +65,25 @@ impl SingleWriteIo {
     /// # Errors
     /// When reading fails.
     pub(super) async fn read_preface(mut stream: TransportStream) -> io::Result<Option<SingleWriteIo>> {
-        let (mut begun, mut have) = ([0; PREFACE.len()], 0);
-        while have < begun.len() {
-            let read = stream.read(&mut begun[have..]).await?;
-            have += read;
-            if read == 0 || begun[..have] != PREFACE[..have] {
+        let (mut preface, mut filled) = ([0; PREFACE.len()], 0);
+        while filled < preface.len() {
+            let read = stream.read(&mut preface[filled..]).await?;
+            filled += read;
+            if read == 0 || preface[..filled] != PREFACE[..filled] {
                 return Ok(None);
             }
         }
-        let (stream, write_timeout) = (TokioIo::new(stream), WRITE_TIMEOUT);
-        let boundary = FrameBoundary::default();
-        let (shed, passed, stuck, closed) = Default::default();
-        let (given, taken, answered) = (0, 0, 0);
         Ok(Some(SingleWriteIo {
-            stream,
-            preface_replayed: given,
-            write_timeout,
-            write_timer: stuck,
-            early_shed: shed,
-            filtered: passed,
-            filtered_read: taken,
-            refusals_written: answered,
-            boundary,
-            linger_timer: closed,
+            stream: TokioIo::new(stream),
+            preface_replayed: 0,
+            write_timeout: WRITE_TIMEOUT,
+            write_timer: None,
+            early_shed: None,
+            filtered: Vec::new(),
+            filtered_read: 0,
+            refusals_written: 0,
+            boundary: FrameBoundary::default(),
+            linger_timer: None,
         }))
     }
 
@@ -113,8 +109,7 @@ impl SingleWriteIo {
 
     /// Writes the answers to refused calls, where HTTP/2 is not within a frame.
     fn poll_write_refusals(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let SingleWriteIo { early_shed: Some(shed), stream, refusals_written: answered, boundary, .. } = self
-        else {
+        let SingleWriteIo { early_shed: Some(shed), stream, refusals_written, boundary, .. } = self else {
             return Poll::Ready(Ok(()));
         };
         if shed.refusals().is_empty() {
@@ -124,9 +119,9 @@ impl SingleWriteIo {
             return Poll::Pending;
         }
         let mut written = Poll::Ready(Ok(()));
-        while let Some(rest) = shed.refusals().get(*answered..).filter(|rest| !rest.is_empty()) {
+        while let Some(rest) = shed.refusals().get(*refusals_written..).filter(|rest| !rest.is_empty()) {
             match Pin::new(stream.inner_mut()).poll_write(cx, rest) {
-                Poll::Ready(Ok(length)) if length > 0 => *answered += length,
+                Poll::Ready(Ok(length)) if length > 0 => *refusals_written += length,
                 Poll::Ready(Ok(_)) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
                 Poll::Pending => {
@@ -136,7 +131,7 @@ impl SingleWriteIo {
             }
         }
         if written.is_ready() {
-            *answered = 0;
+            *refusals_written = 0;
             *shed.refusals() = Vec::new();
             written = Pin::new(stream.inner_mut()).poll_flush(cx);
         }
@@ -160,8 +155,8 @@ impl SingleWriteIo {
             return written;
         }
         let timeout = self.write_timeout;
-        let stuck = self.write_timer.get_or_insert_with(|| Box::pin(tokio::time::sleep(timeout)));
-        ready!(stuck.as_mut().poll(cx));
+        let timer = self.write_timer.get_or_insert_with(|| Box::pin(tokio::time::sleep(timeout)));
+        ready!(timer.as_mut().poll(cx));
         Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
     }
 }
@@ -237,10 +232,10 @@ impl Write for SingleWriteIo {
         }
         let SingleWriteIo { stream, linger_timer: closed, .. } = &mut *self;
         let mut stream = Pin::new(stream.inner_mut());
-        let patience = closed.get_or_insert_with(|| Box::pin(tokio::time::sleep(LINGER_TIMEOUT)));
+        let linger = closed.get_or_insert_with(|| Box::pin(tokio::time::sleep(LINGER_TIMEOUT)));
         let mut unread = [0; 4096];
         loop {
-            if patience.as_mut().poll(cx).is_ready() {
+            if linger.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(Ok(()));
             }
             let mut unread = ReadBuf::new(&mut unread);

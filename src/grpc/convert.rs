@@ -74,9 +74,10 @@ pub(super) fn read_timestamp(
     violations: &mut InvalidFields,
 ) -> Option<Timestamp> {
     let PbTimestamp { seconds, nanos } = at?;
-    let good = (-62_135_596_800..=253_402_300_799).contains(&seconds) && (0..1_000_000_000).contains(&nanos);
-    violations.add_if(!good, field, "must be a valid timestamp between the years 1 and 9999");
-    good.then(|| Timestamp::from_micros(seconds * 1_000_000 + i64::from(nanos / 1000)))
+    let is_valid =
+        (-62_135_596_800..=253_402_300_799).contains(&seconds) && (0..1_000_000_000).contains(&nanos);
+    violations.add_if(!is_valid, field, "must be a valid timestamp between the years 1 and 9999");
+    is_valid.then(|| Timestamp::from_micros(seconds * 1_000_000 + i64::from(nanos / 1000)))
 }
 
 /// Reads a duration that is not negative.
@@ -131,8 +132,8 @@ pub(super) fn read_expiry(
         "must not be given together with expires_at",
     );
     let ttl = read_duration("ttl", ttl, violations);
-    let long = ttl.is_some_and(|ttl| !(MIN_TTL..=MAX_TTL).contains(&ttl));
-    violations.add_if(long, "ttl", "must be one second to 100 years");
+    let out_of_range = ttl.is_some_and(|ttl| !(MIN_TTL..=MAX_TTL).contains(&ttl));
+    violations.add_if(out_of_range, "ttl", "must be one second to 100 years");
     let at = read_future_timestamp("expires_at", expires_at, now, violations);
     at.or_else(|| ttl.map(|ttl| now.saturating_add(ttl)))
 }
@@ -219,8 +220,8 @@ fn read_metadata(
         violations.ok_or_add(field, checked);
         let parsed = text::parse_name(name).map_err(|error| format!("name {name:?} {error}"));
         let Some(normalized) = violations.ok_or_add(field, parsed) else { continue };
-        let twice = read.insert(normalized.into_owned(), value.clone()).is_some();
-        violations.add_if(twice, field, format_args!("name {name:?} is given in two Unicode forms"));
+        let is_duplicate = read.insert(normalized.into_owned(), value.clone()).is_some();
+        violations.add_if(is_duplicate, field, format_args!("name {name:?} is given in two Unicode forms"));
     }
     read
 }
@@ -237,9 +238,9 @@ pub(super) fn check_comment(comment: &str, violations: &mut InvalidFields) {
 }
 
 fn read_rate_limits(field: &str, limits: &[pb::RateLimit], violations: &mut InvalidFields) -> Vec<RateLimit> {
-    let most = limits.len() > MAX_RATE_LIMITS;
+    let too_many = limits.len() > MAX_RATE_LIMITS;
     violations.add_if(
-        most,
+        too_many,
         field,
         format!("has {} entries; at most {MAX_RATE_LIMITS} are allowed", limits.len()),
     );
@@ -247,16 +248,20 @@ fn read_rate_limits(field: &str, limits: &[pb::RateLimit], violations: &mut Inva
     for (at, pb::RateLimit { name, limit, window }) in limits.iter().take(MAX_RATE_LIMITS).enumerate() {
         let field = |name: &str| format!("{field}[{at}].{name}");
         // `quota_to_proto` is how the answer of a Check names the quota.
-        let named = RoleName::parse(name).is_ok() && name != "quota";
-        violations.add_if(!named, field("name"), "must be 1-64 characters of [a-z0-9_-], and not \"quota\"");
-        let twice = read.iter().any(|other| other.name == *name);
-        violations.add_if(twice, field("name"), format!("{name:?} is given twice"));
+        let is_valid_name = RoleName::parse(name).is_ok() && name != "quota";
+        violations.add_if(
+            !is_valid_name,
+            field("name"),
+            "must be 1-64 characters of [a-z0-9_-], and not \"quota\"",
+        );
+        let is_duplicate = read.iter().any(|other| other.name == *name);
+        violations.add_if(is_duplicate, field("name"), format!("{name:?} is given twice"));
         let in_range = (1..=MAX_RATE_LIMIT).contains(limit);
         violations.add_if(!in_range, field("limit"), format!("must be 1 to {MAX_RATE_LIMIT}"));
         violations.add_if(window.is_none(), field("window"), "is required: one second to one day");
         let window = read_duration(&field("window"), *window, violations).unwrap_or(MIN_WINDOW);
-        let good = (MIN_WINDOW..=MAX_WINDOW).contains(&window);
-        violations.add_if(!good, field("window"), "must be one second to one day");
+        let is_valid = (MIN_WINDOW..=MAX_WINDOW).contains(&window);
+        violations.add_if(!is_valid, field("window"), "must be one second to one day");
         read.push(RateLimit { name: name.clone(), limit: *limit, window });
     }
     read
@@ -283,12 +288,16 @@ fn read_quota(field: &str, quota: &pb::Quota, violations: &mut InvalidFields) ->
 /// Reads the longest life of an account's keys.
 pub(super) fn read_max_lifetime(
     field: &str,
-    life: Option<PbDuration>,
+    lifetime: Option<PbDuration>,
     violations: &mut InvalidFields,
 ) -> Option<Duration> {
-    let life = read_duration(field, life, violations)?;
-    violations.add_if(!(MIN_KEY_LIFETIME..=MAX_TTL).contains(&life), field, "must be one day to 100 years");
-    Some(life)
+    let lifetime = read_duration(field, lifetime, violations)?;
+    violations.add_if(
+        !(MIN_KEY_LIFETIME..=MAX_TTL).contains(&lifetime),
+        field,
+        "must be one day to 100 years",
+    );
+    Some(lifetime)
 }
 
 /// Reads a network, or a single address as the network of it alone.
@@ -393,8 +402,8 @@ pub(super) fn reason_to_proto(reason: Reason) -> i32 {
 
 /// A key as it is shown.
 #[must_use]
-pub(super) fn key_to_proto(view: KeyDetails) -> pb::Key {
-    let KeyDetails { key, last_used, as_of: now, effect: _ } = view;
+pub(super) fn key_to_proto(details: KeyDetails) -> pb::Key {
+    let KeyDetails { key, last_used, as_of: now, effect: _ } = details;
     let key_state = key.state(now);
     let used =
         |version| last_used.iter().find(|(of, _)| *of == version).map(|(_, at)| timestamp_to_proto(*at));
@@ -406,27 +415,27 @@ pub(super) fn key_to_proto(view: KeyDetails) -> pb::Key {
         expires_at: secret.expires_at.map(timestamp_to_proto),
         last_used_at: used(secret.version),
     });
-    let terms = &key.spec;
+    let spec = &key.spec;
     pb::Key {
         secrets: secrets.collect(),
         id: key.id.to_string(),
         account: key.owner.account().map(ToString::to_string).unwrap_or_default(),
         user: key.owner.user().map(ToString::to_string).unwrap_or_default(),
         environment: key.environment.to_string(),
-        name: terms.name.as_ref().map(ToString::to_string).unwrap_or_default(),
+        name: spec.name.as_ref().map(ToString::to_string).unwrap_or_default(),
         hint: key.newest_hint().to_owned(),
-        scopes: to_strings(&terms.scopes),
-        roles: to_strings(&terms.roles),
-        customers: to_strings(&terms.customers),
-        allowed_cidrs: to_strings(&terms.allowed_cidrs),
-        rate_limits: terms.rate_limits.iter().cloned().map(rate_limit_to_proto).collect(),
-        quota: terms.quota.as_ref().map(quota_to_proto),
-        metadata: terms.metadata.clone(),
+        scopes: to_strings(&spec.scopes),
+        roles: to_strings(&spec.roles),
+        customers: to_strings(&spec.customers),
+        allowed_cidrs: to_strings(&spec.allowed_cidrs),
+        rate_limits: spec.rate_limits.iter().cloned().map(rate_limit_to_proto).collect(),
+        quota: spec.quota.as_ref().map(quota_to_proto),
+        metadata: spec.metadata.clone(),
         state: key_state_to_proto(key_state).into(),
         created_at: Some(timestamp_to_proto(key.created_at)),
         created_by: key.created_by,
         updated_at: Some(timestamp_to_proto(key.updated_at)),
-        expires_at: terms.expires_at.map(timestamp_to_proto),
+        expires_at: spec.expires_at.map(timestamp_to_proto),
         last_used_at: last_used.iter().map(|(_, at)| *at).max().map(timestamp_to_proto),
         revoked_at: key.revocation.as_ref().map(|revocation| timestamp_to_proto(revocation.at)),
         revoke_reason: key

@@ -17,20 +17,21 @@ impl PropagationDeadline {
     const MAX_MARGIN: Duration = Duration::from_millis(100);
 
     /// Of a call with this deadline: a twentieth of it is left for the answer, 20 to 100 ms.
-    pub(super) fn from_timeout(asked: Option<Duration>) -> PropagationDeadline {
-        let until = asked.and_then(|asked| {
-            let spared = (asked / 20).clamp(PropagationDeadline::MIN_MARGIN, PropagationDeadline::MAX_MARGIN);
-            Instant::now().checked_add(asked.saturating_sub(spared))
+    pub(super) fn from_timeout(timeout: Option<Duration>) -> PropagationDeadline {
+        let deadline = timeout.and_then(|timeout| {
+            let margin =
+                (timeout / 20).clamp(PropagationDeadline::MIN_MARGIN, PropagationDeadline::MAX_MARGIN);
+            Instant::now().checked_add(timeout.saturating_sub(margin))
         });
-        PropagationDeadline { deadline: until }
+        PropagationDeadline { deadline }
     }
 }
 
 /// How long a call may take: the shorter of the method's time and the caller's own deadline.
 pub(super) fn effective_timeout(method: Option<Duration>, headers: &HeaderMap) -> Option<Duration> {
     match (method, client_timeout(headers)) {
-        (Some(method), Some(asked)) => Some(method.min(asked)),
-        (method, asked) => method.or(asked),
+        (Some(method), Some(timeout)) => Some(method.min(timeout)),
+        (method, timeout) => method.or(timeout),
     }
 }
 

@@ -37,7 +37,7 @@ const SETTINGS_HEADER_TABLE_SIZE: [u8; 2] = [0, 1];
 const INITIAL_TABLE_SIZE: u32 = 4096;
 const MAX_STREAM_ID: u32 = (1 << 31) - 1;
 
-mod kind {
+mod frame_type {
     pub(super) const DATA: u8 = 0;
     pub(super) const HEADERS: u8 = 1;
     pub(super) const RST_STREAM: u8 = 3;
@@ -55,16 +55,21 @@ const PRIORITY: u8 = 0x20;
 #[derive(Clone, Copy, Debug)]
 struct FrameHead {
     length: usize,
-    kind: u8,
+    frame_type: u8,
     flags: u8,
     stream: u32,
 }
 
 impl FrameHead {
     fn read(bytes: &[u8]) -> Option<FrameHead> {
-        let &[a, b, c, kind, flags, d, e, f, g] = bytes.first_chunk::<FRAME_HEAD_LEN>()?;
+        let &[a, b, c, frame_type, flags, d, e, f, g] = bytes.first_chunk::<FRAME_HEAD_LEN>()?;
         let length = u32::from_be_bytes([0, a, b, c]) as usize;
-        Some(FrameHead { length, kind, flags, stream: u32::from_be_bytes([d, e, f, g]) & MAX_STREAM_ID })
+        Some(FrameHead {
+            length,
+            frame_type,
+            flags,
+            stream: u32::from_be_bytes([d, e, f, g]) & MAX_STREAM_ID,
+        })
     }
 
     fn has_flag(self, flag: u8) -> bool {
@@ -74,7 +79,7 @@ impl FrameHead {
     fn write(self, out: &mut Vec<u8>) {
         let [_, length @ ..] = u32::try_from(self.length).unwrap_or(u32::MAX).to_be_bytes();
         out.extend(length);
-        out.extend([self.kind, self.flags]);
+        out.extend([self.frame_type, self.flags]);
         out.extend(self.stream.to_be_bytes());
     }
 }
@@ -201,16 +206,16 @@ impl EarlyShed {
             PayloadAction::Pass(_) | PayloadAction::Withhold(_) => {}
         }
         let Some(head) = FrameHead::read(bytes) else { return Ok(None) };
-        if self.pending_headers.is_some() && head.kind != kind::CONTINUATION {
+        if self.pending_headers.is_some() && head.frame_type != frame_type::CONTINUATION {
             return Err(io::ErrorKind::InvalidData.into());
         }
         if self.is_buffered(head) {
             let Some(payload) = bytes.get(FRAME_HEAD_LEN..FRAME_HEAD_LEN + head.length) else {
                 return Ok(None);
             };
-            match head.kind {
-                kind::SETTINGS => self.pass_settings(head, payload, passed),
-                kind::CONTINUATION => self.process_continuation(head, payload, passed)?,
+            match head.frame_type {
+                frame_type::SETTINGS => self.pass_settings(head, payload, passed),
+                frame_type::CONTINUATION => self.process_continuation(head, payload, passed)?,
                 _ => self.process_headers(head, payload, passed)?,
             }
             return Ok(Some(FRAME_HEAD_LEN + head.length));
@@ -219,7 +224,7 @@ impl EarlyShed {
             self.payload = PayloadAction::Withhold(head.length);
             return Ok(Some(FRAME_HEAD_LEN));
         }
-        if matches!(head.kind, kind::HEADERS | kind::CONTINUATION) {
+        if matches!(head.frame_type, frame_type::HEADERS | frame_type::CONTINUATION) {
             self.stop_tracking()?;
         }
         passed.extend(&bytes[..FRAME_HEAD_LEN]);
@@ -229,10 +234,10 @@ impl EarlyShed {
 
     /// Whether a frame is needed whole.
     fn is_buffered(&self, head: FrameHead) -> bool {
-        let is_read = match head.kind {
-            kind::HEADERS => self.tracking != HeaderTracking::Ended,
-            kind::CONTINUATION => self.tracking == HeaderTracking::Rewritten,
-            kind::SETTINGS => true,
+        let is_read = match head.frame_type {
+            frame_type::HEADERS => self.tracking != HeaderTracking::Ended,
+            frame_type::CONTINUATION => self.tracking == HeaderTracking::Rewritten,
+            frame_type::SETTINGS => true,
             _ => false,
         };
         is_read && head.length <= MAX_FRAME_LEN
@@ -254,12 +259,12 @@ impl EarlyShed {
 
     /// Whether a frame belongs to a call that HTTP/2 does not know of.
     fn should_withhold(&mut self, head: FrameHead) -> bool {
-        let FrameHead { length, kind, stream, .. } = head;
+        let FrameHead { length, frame_type, stream, .. } = head;
         let unfinished = self.refused_streams.iter().position(|refused| *refused == stream);
         // To HTTP/2, a call beyond the last that it has seen is not open yet: a frame of it would end the connection.
         let unknown = stream > self.last_passed && stream <= self.last_opened;
-        match kind {
-            kind::DATA => {
+        match frame_type {
+            frame_type::DATA => {
                 let Some(at) = unfinished else { return false };
                 if head.has_flag(END_STREAM) {
                     self.refused_streams.swap_remove(at);
@@ -267,11 +272,11 @@ impl EarlyShed {
                 self.return_credit(length);
                 true
             }
-            kind::RST_STREAM => {
+            frame_type::RST_STREAM => {
                 unfinished.map(|at| self.refused_streams.swap_remove(at));
                 unfinished.is_some() || unknown
             }
-            kind::WINDOW_UPDATE => unfinished.is_some() || unknown,
+            frame_type::WINDOW_UPDATE => unfinished.is_some() || unknown,
             _ => false,
         }
     }
@@ -280,7 +285,8 @@ impl EarlyShed {
     fn return_credit(&mut self, bytes: usize) {
         self.withheld_bytes += u32::try_from(bytes).unwrap_or(0);
         if self.withheld_bytes >= WINDOW_UPDATE_THRESHOLD {
-            FrameHead { length: 4, kind: kind::WINDOW_UPDATE, flags: 0, stream: 0 }.write(&mut self.refusals);
+            FrameHead { length: 4, frame_type: frame_type::WINDOW_UPDATE, flags: 0, stream: 0 }
+                .write(&mut self.refusals);
             self.refusals.extend(self.withheld_bytes.to_be_bytes());
             self.withheld_bytes = 0;
         }
@@ -303,8 +309,8 @@ impl EarlyShed {
         payload: &[u8],
         passed: &mut Vec<u8>,
     ) -> io::Result<()> {
-        let begun = self.pending_headers.take().filter(|(first, _)| first.stream == head.stream);
-        let (first, mut block) = begun.ok_or(io::ErrorKind::InvalidData)?;
+        let pending = self.pending_headers.take().filter(|(first, _)| first.stream == head.stream);
+        let (first, mut block) = pending.ok_or(io::ErrorKind::InvalidData)?;
         if block.len() + payload.len() > MAX_HEADER_BLOCK {
             return Err(io::ErrorKind::InvalidData.into());
         }
@@ -324,11 +330,11 @@ impl EarlyShed {
         payload: &[u8],
         passed: &mut Vec<u8>,
     ) -> io::Result<()> {
-        let opens = head.stream % 2 == 1 && head.stream > self.last_opened;
-        if opens {
+        let opens_call = head.stream % 2 == 1 && head.stream > self.last_opened;
+        if opens_call {
             self.last_opened = head.stream;
         }
-        let full = opens && self.can_refuse_another() && self.queue.is_full();
+        let full = opens_call && self.can_refuse_another() && self.queue.is_full();
         let mut rewritten = Vec::new();
         let read = match block {
             // Nothing of it is needed.
@@ -343,21 +349,23 @@ impl EarlyShed {
         };
         let Some(summary) = read else {
             self.stop_tracking()?;
-            self.pass(head, payload, opens, passed);
+            self.pass(head, payload, opens_call, passed);
             return Ok(());
         };
         let trails = self.refused_streams.iter().position(|refused| *refused == head.stream);
-        if let Some(at) = trails.filter(|_| !opens) {
+        if let Some(at) = trails.filter(|_| !opens_call) {
             self.refused_streams.swap_remove(at);
-        } else if !opens && head.stream > self.last_passed && head.stream <= self.last_opened {
+        } else if !opens_call && head.stream > self.last_passed && head.stream <= self.last_opened {
             // A refused call has ended: its stream cannot be opened again.
             return Err(io::ErrorKind::InvalidData.into());
         } else if full && summary.path_matches {
             self.refuse(head);
         } else {
             match self.tracking {
-                HeaderTracking::Rewritten => self.pass_rewritten(head, &rewritten, opens, passed),
-                HeaderTracking::InSync | HeaderTracking::Ended => self.pass(head, payload, opens, passed),
+                HeaderTracking::Rewritten => self.pass_rewritten(head, &rewritten, opens_call, passed),
+                HeaderTracking::InSync | HeaderTracking::Ended => {
+                    self.pass(head, payload, opens_call, passed)
+                }
             }
             return Ok(());
         }
@@ -374,30 +382,30 @@ impl EarlyShed {
     }
 
     /// Passes headers on as they are.
-    fn pass(&mut self, head: FrameHead, payload: &[u8], opens: bool, passed: &mut Vec<u8>) {
+    fn pass(&mut self, head: FrameHead, payload: &[u8], opens_call: bool, passed: &mut Vec<u8>) {
         head.write(passed);
         passed.extend(payload);
-        self.count_passed(head, opens);
+        self.count_passed(head, opens_call);
     }
 
     /// Passes headers on in another form, in as many frames as it takes.
-    fn pass_rewritten(&mut self, head: FrameHead, block: &[u8], opens: bool, passed: &mut Vec<u8>) {
-        let (mut kind, mut flags, mut rest) = (kind::HEADERS, head.flags & END_STREAM, block);
+    fn pass_rewritten(&mut self, head: FrameHead, block: &[u8], opens_call: bool, passed: &mut Vec<u8>) {
+        let (mut frame_type, mut flags, mut rest) = (frame_type::HEADERS, head.flags & END_STREAM, block);
         loop {
-            let (piece, behind) = rest.split_at(rest.len().min(MAX_FRAME_LEN));
-            flags |= if behind.is_empty() { END_HEADERS } else { 0 };
-            FrameHead { length: piece.len(), kind, flags, stream: head.stream }.write(passed);
+            let (piece, after) = rest.split_at(rest.len().min(MAX_FRAME_LEN));
+            flags |= if after.is_empty() { END_HEADERS } else { 0 };
+            FrameHead { length: piece.len(), frame_type, flags, stream: head.stream }.write(passed);
             passed.extend(piece);
-            if behind.is_empty() {
+            if after.is_empty() {
                 break;
             }
-            (kind, flags, rest) = (kind::CONTINUATION, 0, behind);
+            (frame_type, flags, rest) = (frame_type::CONTINUATION, 0, after);
         }
-        self.count_passed(head, opens);
+        self.count_passed(head, opens_call);
     }
 
-    fn count_passed(&mut self, head: FrameHead, opens: bool) {
-        if opens {
+    fn count_passed(&mut self, head: FrameHead, opens_call: bool) {
+        if opens_call {
             self.last_passed = head.stream;
             self.queue.count_passed();
         }
@@ -407,7 +415,8 @@ impl EarlyShed {
     fn refuse(&mut self, head: FrameHead) {
         self.queue.count_refused();
         let (length, flags) = (REFUSAL_HEADERS.len(), END_STREAM | END_HEADERS);
-        FrameHead { length, kind: kind::HEADERS, flags, stream: head.stream }.write(&mut self.refusals);
+        FrameHead { length, frame_type: frame_type::HEADERS, flags, stream: head.stream }
+            .write(&mut self.refusals);
         self.refusals.extend(&*REFUSAL_HEADERS);
         if !head.has_flag(END_STREAM) {
             self.refused_streams.push(head.stream);
@@ -427,8 +436,8 @@ impl EarlyShed {
 fn header_block(head: FrameHead, payload: &[u8]) -> Option<&[u8]> {
     let (mut rest, mut padding) = (payload, 0);
     if head.has_flag(PADDED) {
-        let (length, behind) = rest.split_first()?;
-        (rest, padding) = (behind, usize::from(*length));
+        let (length, after) = rest.split_first()?;
+        (rest, padding) = (after, usize::from(*length));
     }
     if head.has_flag(PRIORITY) {
         rest = rest.get(5..)?;
@@ -464,7 +473,7 @@ impl FrameBoundary {
             if let Some(head) = FrameHead::read(&self.head) {
                 self.head.clear();
                 self.payload_left = head.length;
-                if matches!(head.kind, kind::HEADERS | kind::CONTINUATION) {
+                if matches!(head.frame_type, frame_type::HEADERS | frame_type::CONTINUATION) {
                     self.in_headers = !head.has_flag(END_HEADERS);
                 }
             }

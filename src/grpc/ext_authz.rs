@@ -51,10 +51,10 @@ impl ExtAuthzService {
     /// When it asks about no request.
     pub(super) async fn handle_check(
         &self,
-        asked: EnvoyCheckRequest,
+        request: EnvoyCheckRequest,
         proxy: &ProxyCaller,
     ) -> Result<CheckResponse, Status> {
-        let attributes = asked.attributes.unwrap_or_default();
+        let attributes = request.attributes.unwrap_or_default();
         let Some(http) = attributes.request.as_ref().and_then(|request| request.http.as_ref()) else {
             return Err(ServiceError::invalid_field("attributes.request.http", "is required").into());
         };
@@ -70,26 +70,29 @@ impl ExtAuthzService {
         &self,
         attributes: &EnvoyAttributeContext,
         http: &EnvoyHttpRequest,
-        ProxyCaller { account, trusted, session: vigil }: &ProxyCaller,
+        ProxyCaller { account, trusted, session }: &ProxyCaller,
     ) -> CheckResponse {
         let extensions = attributes.context_extensions.iter().filter_map(utf8_pair);
-        let said = read_extensions(extensions, self.gateway.environments(), false);
-        let asked = proxy_request(attributes, http);
-        trace::adopt_ids(asked.request_id(), || asked.trace_context());
-        let stands = || match vigil {
-            Some(vigil) => vigil.is_still_authorized(self.gateway.engine()),
+        let overrides = read_extensions(extensions, self.gateway.environments(), false);
+        let request = proxy_request(attributes, http);
+        trace::adopt_ids(request.request_id(), || request.trace_context());
+        let is_still_authorized = || match session {
+            Some(session) => session.is_still_authorized(self.gateway.engine()),
             None => Ok(true),
         };
-        let judged =
-            self.gateway.authorize(Requester { account, is_still_authorized: &stands }, &asked, said);
+        let evaluation = self.gateway.authorize(
+            Requester { account, is_still_authorized: &is_still_authorized },
+            &request,
+            overrides,
+        );
         let mut reply = match self.tracing.start_span(rpc::EXT_AUTHZ_METHOD) {
             Some(span) => {
-                let reply = judged.instrument(span.clone()).await;
+                let reply = evaluation.instrument(span.clone()).await;
                 // Whatever the verdict, it is an answer.
                 trace::finish_span(&span, Code::Ok);
                 reply
             }
-            None => judged.await,
+            None => evaluation.await,
         };
         if !trusted && !reply.is_allowed {
             reply.metadata = vec![("allowed".to_owned(), ProxyMetadataValue::Flag(false))];
@@ -104,8 +107,8 @@ impl Authorization for ExtAuthzService {
         &self,
         mut request: Request<EnvoyCheckRequest>,
     ) -> Result<Response<CheckResponse>, Status> {
-        let asker = take_extension(&mut request)?;
-        self.handle_check(request.into_inner(), &asker).await.map(Response::new)
+        let proxy = take_extension(&mut request)?;
+        self.handle_check(request.into_inner(), &proxy).await.map(Response::new)
     }
 }
 
@@ -208,7 +211,7 @@ fn metadata_to_struct(metadata: &[(String, ProxyMetadataValue)]) -> prost_types:
     };
     let fields = metadata
         .iter()
-        .map(|(name, of)| (name.clone(), prost_types::Value { kind: Some(value(of)) }))
+        .map(|(name, field)| (name.clone(), prost_types::Value { kind: Some(value(field)) }))
         .collect();
     prost_types::Struct { fields }
 }

@@ -60,7 +60,7 @@ pub(super) fn take_grpc_encoding(headers: &mut HeaderMap) -> Result<bool, Status
 pub(super) fn inflate(
     message: &[u8],
     limit: usize,
-    mut hold: impl FnMut(usize) -> Result<(), Status>,
+    mut reserve: impl FnMut(usize) -> Result<(), Status>,
 ) -> Result<Vec<u8>, InflateError> {
     let mut decoder = GzDecoder::new(message.get(MESSAGE_PREFIX_LEN..).unwrap_or_default());
     let mut out = vec![0; MESSAGE_PREFIX_LEN];
@@ -70,7 +70,7 @@ pub(super) fn inflate(
         if filled == size {
             return Err(InflateError::TooLarge);
         }
-        hold(size)?;
+        reserve(size)?;
         out.reserve_exact(size - filled);
         out.resize(size, 0);
         let read = fill_chunk(&mut decoder, &mut out[filled..])?;
@@ -89,10 +89,10 @@ pub(super) fn inflate(
 }
 
 /// Reads until the piece is full, or the end.
-fn fill_chunk(decoder: &mut GzDecoder<&[u8]>, piece: &mut [u8]) -> Result<usize, Status> {
+fn fill_chunk(decoder: &mut GzDecoder<&[u8]>, chunk: &mut [u8]) -> Result<usize, Status> {
     let mut filled = 0;
-    while filled < piece.len() {
-        match decoder.read(&mut piece[filled..]).map_err(|_| unreadable_request())? {
+    while filled < chunk.len() {
+        match decoder.read(&mut chunk[filled..]).map_err(|_| unreadable_request())? {
             0 => break,
             read => filled += read,
         }

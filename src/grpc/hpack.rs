@@ -178,14 +178,14 @@ impl HpackTable {
 
 /// An integer with a prefix of so many bits (RFC 7541, section 5.1).
 fn read_integer(rest: &mut &[u8], prefix: u32) -> Result<usize, MalformedBlock> {
-    let (first, mut behind) = rest.split_first().ok_or(MalformedBlock)?;
-    let most = (1usize << prefix) - 1;
-    let mut value = usize::from(*first) & most;
-    if value == most {
+    let (first, mut after) = rest.split_first().ok_or(MalformedBlock)?;
+    let max_value = (1usize << prefix) - 1;
+    let mut value = usize::from(*first) & max_value;
+    if value == max_value {
         // Four more bytes say more than any frame holds.
         for shift in [0, 7, 14, 21, 28] {
-            let (byte, next) = behind.split_first().ok_or(MalformedBlock)?;
-            behind = next;
+            let (byte, next) = after.split_first().ok_or(MalformedBlock)?;
+            after = next;
             value += usize::from(byte & 0x7f) << shift;
             if byte & 0x80 == 0 {
                 break;
@@ -195,26 +195,26 @@ fn read_integer(rest: &mut &[u8], prefix: u32) -> Result<usize, MalformedBlock> 
             }
         }
     }
-    *rest = behind;
+    *rest = after;
     Ok(value)
 }
 
 fn read_string(rest: &mut &[u8]) -> Result<Box<[u8]>, MalformedBlock> {
     let huffman = *rest.first().ok_or(MalformedBlock)? & 0x80 != 0;
     let length = read_integer(rest, 7)?;
-    let (text, behind) = rest.split_at_checked(length).ok_or(MalformedBlock)?;
-    *rest = behind;
+    let (text, after) = rest.split_at_checked(length).ok_or(MalformedBlock)?;
+    *rest = after;
     if huffman { huffman::decode(text) } else { Ok(text.into()) }
 }
 
 fn write_integer(out: &mut Vec<u8>, flags: u8, prefix: u32, value: usize) {
-    let most = (1usize << prefix) - 1;
+    let max_value = (1usize << prefix) - 1;
     let byte = |value: usize| u8::try_from(value).unwrap_or(u8::MAX);
-    if value < most {
+    if value < max_value {
         return out.push(flags | byte(value));
     }
-    out.push(flags | byte(most));
-    let mut left = value - most;
+    out.push(flags | byte(max_value));
+    let mut left = value - max_value;
     while left >= 0x80 {
         out.push(0x80 | byte(left & 0x7f));
         left >>= 7;

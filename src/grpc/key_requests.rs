@@ -107,15 +107,9 @@ impl NewKeyFields<'_> {
         self.spec.expires_at = convert::read_expiry(self.expires_at, self.ttl, now, v);
         let ungranted = self.spec.scopes.is_empty() && self.spec.roles.is_empty();
         v.add_if(ungranted && !keys.has_default_role(), "scopes", "at least one scope or role is required");
-        let terms = self.spec.read_spec(v);
+        let spec = self.spec.read_spec(v);
         let prefix = self.prefix.and_then(|prefix| v.ok_or_add("prefix", TokenPrefix::parse(prefix)));
-        Some(NewKey {
-            owner,
-            created_at: now,
-            environment: environment?.clone(),
-            spec: terms,
-            token_prefix: prefix,
-        })
+        Some(NewKey { owner, created_at: now, environment: environment?.clone(), spec, token_prefix: prefix })
     }
 }
 
@@ -163,9 +157,9 @@ pub(super) fn read_create(
     };
     let mut violations = InvalidFields::default();
     let new = common.read_new_key(keys, caller, keys.now(), &mut violations);
-    let once = read_idempotency(caller.method, idempotency_key.as_deref(), request, &mut violations);
+    let replay_key = read_idempotency(caller.method, idempotency_key.as_deref(), request, &mut violations);
     violations.into_result()?;
-    Ok((require_read(new)?, once))
+    Ok((require_read(new)?, replay_key))
 }
 
 /// Reads the rows of an import: a wrong row has its own result and stops no other.
@@ -437,9 +431,9 @@ pub(super) fn read_update(
         metadata: if has(KeyField::Metadata) { &key.metadata } else { &nothing },
         expires_at: expires_at.flatten(),
     };
-    let terms = raw.read_spec(v);
+    let spec = raw.read_spec(v);
     violations.into_result()?;
-    Ok((require_read(id)?, KeyPatch { fields, new_spec: terms }))
+    Ok((require_read(id)?, KeyPatch { fields, new_spec: spec }))
 }
 
 fn read_key_cursor(cursor: &[u8], violations: &mut InvalidFields) -> Option<KeyId> {

@@ -69,13 +69,14 @@ impl KeyService {
     /// A changed key's answer: the key, its revision, and how far the change has reached, which is everywhere.
     async fn change_response(
         &self,
-        view: KeyDetails,
-        patience: PropagationDeadline,
+        details: KeyDetails,
+        deadline: PropagationDeadline,
     ) -> Result<(Option<pb::Key>, u64, Option<pb::Propagation>), ServiceError> {
-        let revision = view.key.revision;
+        let revision = details.key.revision;
         exchange_permit_for_waiting();
-        let report = self.propagation.wait_if_restricting(revision, view.effect, patience.deadline).await?;
-        Ok((Some(convert::key_to_proto(view)), revision.0, Some(convert::propagation_to_proto(report))))
+        let report =
+            self.propagation.wait_if_restricting(revision, details.effect, deadline.deadline).await?;
+        Ok((Some(convert::key_to_proto(details)), revision.0, Some(convert::propagation_to_proto(report))))
     }
 }
 
@@ -87,13 +88,13 @@ impl pb::key_service_server::KeyService for KeyService {
     ) -> Result<Response<pb::CreateKeyResponse>, Status> {
         let caller = take_extension::<Caller>(&mut request)?;
         // What was done before is answered before it is judged again: its expiry may lie in the past by now.
-        let once = read_create_idempotency(&caller, request.get_ref());
-        let done = self.keys.find_replay(&caller, once.as_ref()).await?;
-        let (issued, Revision(revision)) = match done {
-            Some(done) => done,
+        let replay_key = read_create_idempotency(&caller, request.get_ref());
+        let replay = self.keys.find_replay(&caller, replay_key.as_ref()).await?;
+        let (issued, Revision(revision)) = match replay {
+            Some(replay) => replay,
             None => {
-                let (new, once) = read_create(&self.keys, &caller, request.get_ref())?;
-                self.keys.create(&caller, new, once).await?
+                let (new, replay_key) = read_create(&self.keys, &caller, request.get_ref())?;
+                self.keys.create(&caller, new, replay_key).await?
             }
         };
         let replayed = issued.token.is_none();
@@ -110,8 +111,8 @@ impl pb::key_service_server::KeyService for KeyService {
         mut request: Request<pb::GetKeyRequest>,
     ) -> Result<Response<pb::GetKeyResponse>, Status> {
         let caller = take_extension::<Caller>(&mut request)?;
-        let view = self.keys.get(&caller, parse_key_id(&request.get_ref().id)?).await?;
-        Ok(Response::new(pb::GetKeyResponse { key: Some(convert::key_to_proto(view)) }))
+        let details = self.keys.get(&caller, parse_key_id(&request.get_ref().id)?).await?;
+        Ok(Response::new(pb::GetKeyResponse { key: Some(convert::key_to_proto(details)) }))
     }
 
     async fn list(
@@ -121,9 +122,9 @@ impl pb::key_service_server::KeyService for KeyService {
         let caller = take_extension::<Caller>(&mut request)?;
         let (filter, KeyPageRequest { filters, before, size }) =
             read_list(&self.keys, &caller, request.get_ref())?;
-        let place = self.list_permits.acquire(&caller.account).await?;
+        let list_permit = self.list_permits.acquire(&caller.account).await?;
         let (views, next) = self.keys.list(&caller, &filter, before, size).await?;
-        Ok(place.attach(pb::ListKeysResponse {
+        Ok(list_permit.attach(pb::ListKeysResponse {
             keys: views.into_iter().map(convert::key_to_proto).collect(),
             next_page_token: next.map(|id| page_token::encode(&filters, id.as_bytes())).unwrap_or_default(),
         }))
@@ -134,10 +135,10 @@ impl pb::key_service_server::KeyService for KeyService {
         mut request: Request<pb::UpdateKeyRequest>,
     ) -> Result<Response<pb::UpdateKeyResponse>, Status> {
         let caller = take_extension::<Caller>(&mut request)?;
-        let patience = take_extension::<PropagationDeadline>(&mut request)?;
+        let deadline = take_extension::<PropagationDeadline>(&mut request)?;
         let (id, patch) = read_update(&self.keys, request.get_ref())?;
         let (key, revision, propagation) =
-            self.change_response(self.keys.update(&caller, id, &patch).await?, patience).await?;
+            self.change_response(self.keys.update(&caller, id, &patch).await?, deadline).await?;
         Ok(Response::new(pb::UpdateKeyResponse { key, revision, propagation }))
     }
 
@@ -146,9 +147,9 @@ impl pb::key_service_server::KeyService for KeyService {
         mut request: Request<pb::DisableKeyRequest>,
     ) -> Result<Response<pb::DisableKeyResponse>, Status> {
         let caller = take_extension::<Caller>(&mut request)?;
-        let patience = take_extension::<PropagationDeadline>(&mut request)?;
-        let view = self.keys.disable(&caller, parse_key_id(&request.get_ref().id)?).await?;
-        let (key, revision, propagation) = self.change_response(view, patience).await?;
+        let deadline = take_extension::<PropagationDeadline>(&mut request)?;
+        let details = self.keys.disable(&caller, parse_key_id(&request.get_ref().id)?).await?;
+        let (key, revision, propagation) = self.change_response(details, deadline).await?;
         Ok(Response::new(pb::DisableKeyResponse { key, revision, propagation }))
     }
 
@@ -157,9 +158,9 @@ impl pb::key_service_server::KeyService for KeyService {
         mut request: Request<pb::EnableKeyRequest>,
     ) -> Result<Response<pb::EnableKeyResponse>, Status> {
         let caller = take_extension::<Caller>(&mut request)?;
-        let patience = take_extension::<PropagationDeadline>(&mut request)?;
-        let view = self.keys.enable(&caller, parse_key_id(&request.get_ref().id)?).await?;
-        let (key, revision, propagation) = self.change_response(view, patience).await?;
+        let deadline = take_extension::<PropagationDeadline>(&mut request)?;
+        let details = self.keys.enable(&caller, parse_key_id(&request.get_ref().id)?).await?;
+        let (key, revision, propagation) = self.change_response(details, deadline).await?;
         Ok(Response::new(pb::EnableKeyResponse { key, revision, propagation }))
     }
 
@@ -168,15 +169,15 @@ impl pb::key_service_server::KeyService for KeyService {
         mut request: Request<pb::RevokeKeyRequest>,
     ) -> Result<Response<pb::RevokeKeyResponse>, Status> {
         let caller = take_extension::<Caller>(&mut request)?;
-        let patience = take_extension::<PropagationDeadline>(&mut request)?;
+        let deadline = take_extension::<PropagationDeadline>(&mut request)?;
         let pb::RevokeKeyRequest { id, reason, comment } = request.into_inner();
         let mut violations = InvalidFields::default();
         let id = convert::read_key_id("id", &id, &mut violations);
         let reason = convert::read_revoke_reason(reason, &mut violations);
         convert::check_comment(&comment, &mut violations);
         violations.into_result()?;
-        let view = self.keys.revoke(&caller, require_read(id)?, reason, comment).await?;
-        let (key, revision, propagation) = self.change_response(view, patience).await?;
+        let details = self.keys.revoke(&caller, require_read(id)?, reason, comment).await?;
+        let (key, revision, propagation) = self.change_response(details, deadline).await?;
         Ok(Response::new(pb::RevokeKeyResponse { key, revision, propagation }))
     }
 
@@ -185,20 +186,20 @@ impl pb::key_service_server::KeyService for KeyService {
         mut request: Request<pb::BulkRevokeKeysRequest>,
     ) -> Result<Response<pb::BulkRevokeKeysResponse>, Status> {
         let caller = take_extension::<Caller>(&mut request)?;
-        let patience = take_extension::<PropagationDeadline>(&mut request)?;
+        let deadline = take_extension::<PropagationDeadline>(&mut request)?;
         let bulk = read_bulk_revoke(&self.keys, &caller, request.get_ref())?;
         let dry_run = bulk.dry_run;
         // A dry run is a list. What takes rights away waits for no place.
-        let place = if dry_run { Some(self.list_permits.acquire(&caller.account).await?) } else { None };
+        let list_permit =
+            if dry_run { Some(self.list_permits.acquire(&caller.account).await?) } else { None };
         let BulkRevocationResult { keys: revoked, has_more: more, wait_revision } =
             self.keys.bulk_revoke(&caller, bulk).await?;
         let revision = crate::keys::bulk::newest_revision(revoked.iter().map(|key| &key.details.key));
-        let keys =
-            revoked.into_iter().map(|KeyRevocationResult { details: view, failure }| pb::BulkRevokeResult {
-                key: Some(convert::key_to_proto(view)),
-                revoked: failure.is_none(),
-                error: failure.map(|failure| status::reason_and_message(failure).0).unwrap_or_default(),
-            });
+        let keys = revoked.into_iter().map(|KeyRevocationResult { details, failure }| pb::BulkRevokeResult {
+            key: Some(convert::key_to_proto(details)),
+            revoked: failure.is_none(),
+            error: failure.map(|failure| status::reason_and_message(failure).0).unwrap_or_default(),
+        });
         let keys = keys.collect();
         // Those that an earlier call has revoked are waited for too, though they are not listed again.
         let report = match dry_run {
@@ -206,15 +207,15 @@ impl pb::key_service_server::KeyService for KeyService {
             false => {
                 exchange_permit_for_waiting();
                 self.propagation
-                    .wait(wait_revision, true, patience.deadline)
+                    .wait(wait_revision, true, deadline.deadline)
                     .await
                     .map_err(ServiceError::from)?
             }
         };
         let (revision, propagation) = (revision.0, Some(convert::propagation_to_proto(report)));
         let answer = pb::BulkRevokeKeysResponse { keys, revision, propagation, more };
-        Ok(match place {
-            Some(place) => place.attach(answer),
+        Ok(match list_permit {
+            Some(list_permit) => list_permit.attach(answer),
             None => Response::new(answer),
         })
     }
@@ -224,21 +225,21 @@ impl pb::key_service_server::KeyService for KeyService {
         mut request: Request<pb::RotateKeyRequest>,
     ) -> Result<Response<pb::RotateKeyResponse>, Status> {
         let caller = take_extension::<Caller>(&mut request)?;
-        let patience = take_extension::<PropagationDeadline>(&mut request)?;
+        let deadline = take_extension::<PropagationDeadline>(&mut request)?;
         let request = request.get_ref();
         let mut violations = InvalidFields::default();
         let id = convert::read_key_id("id", &request.id, &mut violations);
         let overlap = convert::read_duration("overlap", request.overlap, &mut violations).unwrap_or_default();
         violations.add_if(overlap > MAX_OVERLAP, "overlap", "must be 0 to 7 days");
-        let once =
+        let replay_key =
             read_idempotency(caller.method, request.idempotency_key.as_deref(), request, &mut violations);
         violations.into_result()?;
-        let IssuedKey { details: view, token } =
-            self.keys.rotate(&caller, require_read(id)?, overlap, once).await?;
+        let IssuedKey { details, token } =
+            self.keys.rotate(&caller, require_read(id)?, overlap, replay_key).await?;
         let previous_expires_at =
-            view.key.secrets.get(1).and_then(|secret| secret.expires_at).map(convert::timestamp_to_proto);
+            details.key.secrets.get(1).and_then(|secret| secret.expires_at).map(convert::timestamp_to_proto);
         let replayed = token.is_none();
-        let (key, revision, propagation) = self.change_response(view, patience).await?;
+        let (key, revision, propagation) = self.change_response(details, deadline).await?;
         Ok(Response::new(pb::RotateKeyResponse {
             key,
             token: token.map(|token| token.reveal().to_owned()).unwrap_or_default(),
@@ -254,9 +255,9 @@ impl pb::key_service_server::KeyService for KeyService {
         mut request: Request<pb::FinishRotationRequest>,
     ) -> Result<Response<pb::FinishRotationResponse>, Status> {
         let caller = take_extension::<Caller>(&mut request)?;
-        let patience = take_extension::<PropagationDeadline>(&mut request)?;
-        let view = self.keys.finish_rotation(&caller, parse_key_id(&request.get_ref().id)?).await?;
-        let (key, revision, propagation) = self.change_response(view, patience).await?;
+        let deadline = take_extension::<PropagationDeadline>(&mut request)?;
+        let details = self.keys.finish_rotation(&caller, parse_key_id(&request.get_ref().id)?).await?;
+        let (key, revision, propagation) = self.change_response(details, deadline).await?;
         Ok(Response::new(pb::FinishRotationResponse { key, revision, propagation }))
     }
 
@@ -269,16 +270,16 @@ impl pb::key_service_server::KeyService for KeyService {
         let results = self.keys.import(&caller, keys).await?;
         let mut budget = PageBudget::new(u32::MAX);
         let results = results.into_iter().map(|result| match result {
-            Ok(KeyImportResult { details: view, is_replay: replayed }) => {
+            Ok(KeyImportResult { details, is_replay: replayed }) => {
                 // The caller has it, and a thousand of them would make the answer too large.
-                let mut key = pb::Key { metadata: BTreeMap::new(), ..convert::key_to_proto(view) };
+                let mut key = pb::Key { metadata: BTreeMap::new(), ..convert::key_to_proto(details) };
                 if !budget.try_add(key.encoded_len()) {
                     key = pb::Key { id: key.id, revision: key.revision, ..pb::Key::default() };
                 }
                 pb::ImportResult { key: Some(key), replayed, ..pb::ImportResult::default() }
             }
-            Err(refusal) => {
-                let (error, message) = status::reason_and_message(refusal);
+            Err(error) => {
+                let (error, message) = status::reason_and_message(error);
                 pb::ImportResult { error, message, ..pb::ImportResult::default() }
             }
         });
@@ -304,10 +305,10 @@ impl pb::key_service_server::KeyService for KeyService {
         mut request: Request<pb::LookupKeyRequest>,
     ) -> Result<Response<pb::LookupKeyResponse>, Status> {
         let caller = take_extension::<Caller>(&mut request)?;
-        let presented = &request.get_ref().token;
-        check_token_length("token", presented)?;
-        let (view, secret_version) = self.keys.find_by_token(&caller, presented).await?;
-        Ok(Response::new(pb::LookupKeyResponse { key: Some(convert::key_to_proto(view)), secret_version }))
+        let token = &request.get_ref().token;
+        check_token_length("token", token)?;
+        let (details, secret_version) = self.keys.find_by_token(&caller, token).await?;
+        Ok(Response::new(pb::LookupKeyResponse { key: Some(convert::key_to_proto(details)), secret_version }))
     }
 
     async fn who_am_i(
@@ -315,10 +316,10 @@ impl pb::key_service_server::KeyService for KeyService {
         mut request: Request<pb::WhoAmIRequest>,
     ) -> Result<Response<pb::WhoAmIResponse>, Status> {
         let caller = take_extension::<Caller>(&mut request)?;
-        let (view, account) = self.keys.whoami(&caller).await?;
+        let (details, account) = self.keys.whoami(&caller).await?;
         let account = account
             .map(|account| pb::AccountName { id: account.id.to_string(), name: account.name.to_string() });
-        let (key, actor) = (view.map(convert::key_to_proto), caller.actor().to_string());
+        let (key, actor) = (details.map(convert::key_to_proto), caller.actor().to_string());
         Ok(Response::new(pb::WhoAmIResponse { account, key, actor }))
     }
 
@@ -349,9 +350,9 @@ impl pb::key_service_server::KeyService for KeyService {
         mut request: Request<pb::RevokeSelfRequest>,
     ) -> Result<Response<pb::RevokeSelfResponse>, Status> {
         let caller = take_extension::<Caller>(&mut request)?;
-        let patience = take_extension::<PropagationDeadline>(&mut request)?;
-        let view = self.keys.revoke_self(&caller).await?;
-        let (_, revision, propagation) = self.change_response(view, patience).await?;
+        let deadline = take_extension::<PropagationDeadline>(&mut request)?;
+        let details = self.keys.revoke_self(&caller).await?;
+        let (_, revision, propagation) = self.change_response(details, deadline).await?;
         Ok(Response::new(pb::RevokeSelfResponse { revision, propagation }))
     }
 }
@@ -374,8 +375,8 @@ fn usage_bucket_to_proto(start: Timestamp, counts: &HashMap<Reason, u64>) -> pb:
 }
 
 /// A token to look up: not empty, and no longer than one may be.
-fn check_token_length(field: &str, presented: &str) -> Result<(), ServiceError> {
-    if presented.is_empty() || presented.len() > token::MAX_TOKEN_LEN {
+fn check_token_length(field: &str, token: &str) -> Result<(), ServiceError> {
+    if token.is_empty() || token.len() > token::MAX_TOKEN_LEN {
         return Err(ServiceError::invalid_field(
             field,
             format!("must be 1 to {} bytes", token::MAX_TOKEN_LEN),

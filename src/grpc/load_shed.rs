@@ -56,20 +56,19 @@ impl WorkerLoad {
 }
 
 impl WorkerQueue {
-    pub(super) fn new(most: usize) -> WorkerQueue {
-        let (began, parked, idle, turns, was_busy) = Default::default();
+    pub(super) fn new(capacity: usize) -> WorkerQueue {
         WorkerQueue {
             waiting: Default::default(),
             shed_calls: AtomicU64::new(0),
-            capacity: most,
-            limit: AtomicUsize::new(most),
+            capacity,
+            limit: AtomicUsize::new(capacity),
             load: WorkerLoad {
                 epoch: Instant::now(),
-                interval_started: began,
-                parked_at: parked,
-                idle_nanos: idle,
-                started_calls: turns,
-                was_busy,
+                interval_started: AtomicU64::new(0),
+                parked_at: AtomicU64::new(0),
+                idle_nanos: AtomicU64::new(0),
+                started_calls: AtomicU64::new(0),
+                was_busy: AtomicBool::new(false),
             },
         }
     }
@@ -95,27 +94,29 @@ impl WorkerQueue {
     }
 
     fn update_limit(&self, now: u64) {
-        let pace = &self.load;
-        let elapsed = now.saturating_sub(pace.interval_started.load(Ordering::Relaxed));
+        let load = &self.load;
+        let elapsed = now.saturating_sub(load.interval_started.load(Ordering::Relaxed));
         if u128::from(elapsed) < OBSERVATION_INTERVAL.as_nanos() {
             return;
         }
-        let (idle, turns) =
-            (pace.idle_nanos.swap(0, Ordering::Relaxed), pace.started_calls.swap(0, Ordering::Relaxed));
-        pace.interval_started.store(now, Ordering::Relaxed);
+        let (idle, started_calls) =
+            (load.idle_nanos.swap(0, Ordering::Relaxed), load.started_calls.swap(0, Ordering::Relaxed));
+        load.interval_started.store(now, Ordering::Relaxed);
         let busy = idle < elapsed / IDLE_DIVISOR;
-        let overloaded = pace.was_busy.swap(busy, Ordering::Relaxed) && busy;
-        let limit = if overloaded { overload_limit(self.capacity, elapsed, turns) } else { self.capacity };
+        let overloaded = load.was_busy.swap(busy, Ordering::Relaxed) && busy;
+        let limit =
+            if overloaded { overload_limit(self.capacity, elapsed, started_calls) } else { self.capacity };
         self.limit.store(limit, Ordering::Relaxed);
     }
 
     /// Whether another Check would wait for too long. Connections without a `proven` caller have half as many places.
-    fn is_full(&self, proven: bool) -> bool {
-        self.waiting_calls(proven) >= class_limit(self.limit.load(Ordering::Relaxed), proven)
+    fn is_full(&self, has_proven_caller: bool) -> bool {
+        self.waiting_calls(has_proven_caller)
+            >= class_limit(self.limit.load(Ordering::Relaxed), has_proven_caller)
     }
 
-    fn waiting_calls(&self, proven: bool) -> usize {
-        self.waiting[usize::from(proven)].load(Ordering::Relaxed)
+    fn waiting_calls(&self, has_proven_caller: bool) -> usize {
+        self.waiting[usize::from(has_proven_caller)].load(Ordering::Relaxed)
     }
 
     /// Sets how many Checks may wait, for good.
@@ -136,14 +137,14 @@ impl WorkerQueue {
     }
 }
 
-fn class_limit(limit: usize, proven: bool) -> usize {
-    if proven { limit } else { limit.div_ceil(2) }
+fn class_limit(limit: usize, has_proven_caller: bool) -> usize {
+    if has_proven_caller { limit } else { limit.div_ceil(2) }
 }
 
 /// How many Checks may wait for an overloaded thread that has begun so many in `elapsed` nanoseconds.
-fn overload_limit(most: usize, elapsed: u64, turns: u64) -> usize {
-    let in_time = u128::from(turns) * TARGET_DELAY.as_nanos() / u128::from(elapsed.max(1));
-    usize::try_from(in_time).unwrap_or(most).max(MIN_QUEUE_LIMIT).min(most)
+fn overload_limit(capacity: usize, elapsed: u64, started_calls: u64) -> usize {
+    let in_time = u128::from(started_calls) * TARGET_DELAY.as_nanos() / u128::from(elapsed.max(1));
+    usize::try_from(in_time).unwrap_or(capacity).max(MIN_QUEUE_LIMIT).min(capacity)
 }
 
 /// The queue of a connection's thread, as the connection uses it: calls count from when their headers were read.
@@ -163,17 +164,16 @@ struct ConnectionQueueState {
 
 impl ConnectionQueue {
     pub(super) fn new(
-        lane: Arc<WorkerQueue>,
+        queue: Arc<WorkerQueue>,
         calls: Arc<ConnectionCalls>,
-        proven: Arc<AtomicBool>,
+        has_proven_caller: Arc<AtomicBool>,
     ) -> ConnectionQueue {
-        let (passed, read_at) = Default::default();
         ConnectionQueue(Arc::new(ConnectionQueueState {
-            queue: lane,
+            queue,
             calls,
-            has_proven_caller: proven,
-            passed_calls: passed,
-            read_at,
+            has_proven_caller,
+            passed_calls: Default::default(),
+            read_at: AtomicU64::new(0),
         }))
     }
 
@@ -206,31 +206,32 @@ impl ConnectionQueue {
 
     /// Takes a call that HTTP/2 gives out: a place in the queue, and whether its headers were seen before.
     fn claim_slot(&self) -> (QueueSlot, bool) {
-        let ConnectionQueueState { queue: lane, passed_calls: passed, read_at, .. } = &*self.0;
-        let seen = passed.iter().position(|passed| passed.load(Ordering::Relaxed) > 0);
+        let ConnectionQueueState { queue, passed_calls, read_at, .. } = &*self.0;
+        let seen = passed_calls.iter().position(|passed_calls| passed_calls.load(Ordering::Relaxed) > 0);
         let class = seen.unwrap_or_else(|| usize::from(self.has_proven_caller()));
         if seen.is_some() {
-            passed[class].fetch_sub(1, Ordering::Relaxed);
+            passed_calls[class].fetch_sub(1, Ordering::Relaxed);
         } else {
-            lane.waiting[class].fetch_add(1, Ordering::Relaxed);
+            queue.waiting[class].fetch_add(1, Ordering::Relaxed);
         }
-        let arrived = lane.load.epoch + Duration::from_nanos(read_at.load(Ordering::Relaxed));
-        (QueueSlot { arrived_at: arrived, caller_class: class, queue: lane.clone() }, seen.is_some())
+        let arrived = queue.load.epoch + Duration::from_nanos(read_at.load(Ordering::Relaxed));
+        (QueueSlot { arrived_at: arrived, caller_class: class, queue: queue.clone() }, seen.is_some())
     }
 
     /// A place in the queue for a call that HTTP/2 gives out; None when the queue is full.
     pub(super) fn try_enqueue(&self, is_check: bool) -> Option<QueueSlot> {
-        let (turn, seen) = self.claim_slot();
-        let (lane, proven) = (&self.0.queue, self.has_proven_caller());
-        let all = lane.waiting_calls(false) + lane.waiting_calls(true);
+        let (slot, seen) = self.claim_slot();
+        let (queue, has_proven_caller) = (&self.0.queue, self.has_proven_caller());
+        let all = queue.waiting_calls(false) + queue.waiting_calls(true);
         // This one waits, too.
         let late = is_check
             && !seen
-            && lane.waiting_calls(proven) > class_limit(lane.limit.load(Ordering::Relaxed), proven);
-        if !late && all <= class_limit(lane.capacity, proven) {
-            return Some(turn);
+            && queue.waiting_calls(has_proven_caller)
+                > class_limit(queue.limit.load(Ordering::Relaxed), has_proven_caller);
+        if !late && all <= class_limit(queue.capacity, has_proven_caller) {
+            return Some(slot);
         }
-        lane.count_shed();
+        queue.count_shed();
         None
     }
 
@@ -242,16 +243,16 @@ impl ConnectionQueue {
 
     /// Forgets the calls that HTTP/2 has refused by itself. It gives out every other one before it waits.
     pub(super) fn forget_undelivered(&self) {
-        for (passed, waiting) in self.0.passed_calls.iter().zip(&self.0.queue.waiting) {
-            waiting.fetch_sub(passed.swap(0, Ordering::Relaxed), Ordering::Relaxed);
+        for (passed_calls, waiting) in self.0.passed_calls.iter().zip(&self.0.queue.waiting) {
+            waiting.fetch_sub(passed_calls.swap(0, Ordering::Relaxed), Ordering::Relaxed);
         }
     }
 }
 
 impl Drop for ConnectionQueueState {
     fn drop(&mut self) {
-        for (passed, waiting) in self.passed_calls.iter_mut().zip(&self.queue.waiting) {
-            waiting.fetch_sub(*passed.get_mut(), Ordering::Relaxed);
+        for (passed_calls, waiting) in self.passed_calls.iter_mut().zip(&self.queue.waiting) {
+            waiting.fetch_sub(*passed_calls.get_mut(), Ordering::Relaxed);
         }
     }
 }

@@ -54,8 +54,8 @@ impl Default for LongCalls {
 
 impl LongCalls {
     /// Ends all of them.
-    pub(super) fn drain(&self, why: DrainReason) {
-        self.draining.send_replace(Some(why));
+    pub(super) fn drain(&self, reason: DrainReason) {
+        self.draining.send_replace(Some(reason));
     }
 
     /// A place for a call to `Health/Watch`.
@@ -74,18 +74,18 @@ impl LongCalls {
         self.acquire(&self.others, MAX_OTHER_LONG_CALLS)
     }
 
-    fn acquire(&self, places: &Arc<Semaphore>, most: usize) -> Result<LongCallPermit, Status> {
-        let place = places.clone().try_acquire_owned().map_err(|_| too_many_long_calls(most))?;
+    fn acquire(&self, semaphore: &Arc<Semaphore>, limit: usize) -> Result<LongCallPermit, Status> {
+        let permit = semaphore.clone().try_acquire_owned().map_err(|_| too_many_long_calls(limit))?;
         let mut draining = self.draining.subscribe();
         let ends = async move {
-            let why = draining.wait_for(Option::is_some).await.map(|why| *why);
-            match why.ok().flatten() {
+            let reason = draining.wait_for(Option::is_some).await.map(|reason| *reason);
+            match reason.ok().flatten() {
                 Some(DrainReason::Aged) => connection_too_old(),
                 // The connection is gone with the sender, and nobody sees this.
                 Some(DrainReason::Stopping) | None => ServiceError::Stopping.into(),
             }
         };
-        Ok(LongCallPermit { ended: ends.boxed(), _place: place })
+        Ok(LongCallPermit { ended: ends.boxed(), _place: permit })
     }
 }
 

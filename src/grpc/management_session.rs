@@ -37,14 +37,14 @@ impl ManagementSession {
     /// The refusal that takes the place of an answer with this code, if the caller may not have the answer any more.
     /// The answer to a change stays: the caller was authorized when it was committed. So does a fault, which says
     /// nothing of what is stored.
-    pub(super) fn refuse_response(&self, code: Option<Code>, recorded: CallWrites) -> Option<ServiceError> {
+    pub(super) fn refuse_response(&self, code: Option<Code>, writes: CallWrites) -> Option<ServiceError> {
         use Code::{AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, Ok, PermissionDenied};
-        let tells = matches!(
+        let reveals_state = matches!(
             code,
             None | Some(
                 Ok | NotFound | AlreadyExists | FailedPrecondition | InvalidArgument | PermissionDenied
             )
         );
-        if recorded.has_committed || !tells { None } else { self.reauthorize().err() }
+        if writes.has_committed || !reveals_state { None } else { self.reauthorize().err() }
     }
 }

@@ -26,9 +26,7 @@ pub(super) fn decode(filters: &[u8], token: &str, violations: &mut InvalidFields
     }
     let bytes = URL_SAFE_NO_PAD.decode(token).unwrap_or_default();
     match bytes.split_first_chunk::<4>() {
-        Some((given, cursor)) if u32::from_be_bytes(*given) == checksum(filters, cursor) => {
-            Some(cursor.to_vec())
-        }
+        Some((sum, cursor)) if u32::from_be_bytes(*sum) == checksum(filters, cursor) => Some(cursor.to_vec()),
         _ => {
             violations.add("page_token", INVALID_TOKEN);
             None
@@ -55,8 +53,8 @@ pub(super) fn parse_cursor<T, E>(
 }
 
 /// The size asked for, or the default.
-pub(super) fn read_page_size(asked: Option<u32>, violations: &mut InvalidFields) -> u32 {
-    let size = asked.unwrap_or(DEFAULT_PAGE_SIZE);
+pub(super) fn read_page_size(requested: Option<u32>, violations: &mut InvalidFields) -> u32 {
+    let size = requested.unwrap_or(DEFAULT_PAGE_SIZE);
     violations.add_if(
         !(1..=MAX_PAGE_SIZE).contains(&size),
         "page_size",

@@ -41,9 +41,9 @@ pub(super) fn stream_reports(
 ) -> BoxStream<'static, ReportResult> {
     let (reports, received) = mpsc::channel(1);
     tokio::spawn(follow_change(propagation, revision, reports));
-    let mut look = interval(REAUTHORIZE_INTERVAL);
-    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let reports = ReportStream { received, session, reauthorize_timer: look };
+    let mut timer = interval(REAUTHORIZE_INTERVAL);
+    timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let reports = ReportStream { received, session, reauthorize_timer: timer };
     stream::unfold(reports, async |mut reports| Some((reports.next_report().await?, reports))).boxed()
 }
 
@@ -78,8 +78,8 @@ async fn follow_change(
         propagation: Some(convert::propagation_to_proto(report)),
     };
     let mut last = None;
-    let ended = {
-        let mut each = |report: PropagationReport| {
+    let result = {
+        let mut send_progress = |report: PropagationReport| {
             let seen = (report.confirmed.clone(), report.unconfirmed.clone());
             if !report.complete && last.as_ref() != Some(&seen) {
                 last = Some(seen);
@@ -87,10 +87,10 @@ async fn follow_change(
             }
         };
         tokio::select! {
-            ended = propagation.watch(revision, &mut each) => ended,
+            result = propagation.watch(revision, &mut send_progress) => result,
             () = reports.closed() => return,
         }
     };
-    let item = ended.map(message).map_err(|incomplete| ServiceError::from(incomplete).into());
+    let item = result.map(message).map_err(|incomplete| ServiceError::from(incomplete).into());
     let _ = reports.send(item).await;
 }

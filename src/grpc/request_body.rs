@@ -244,14 +244,14 @@ impl MessageBody {
         body: impl Into<PeekableBody>,
         headers: &HeaderMap,
         limit: usize,
-        inflates: bool,
+        is_gzip_allowed: bool,
         budget: Arc<ConnectionMemoryBudget>,
     ) -> Self {
         let (priority, headers) = (CallPriority::Anonymous, estimate_header_bytes(headers));
         MessageBody {
             inner: body.into(),
             max_message: limit,
-            is_gzip_allowed: inflates,
+            is_gzip_allowed,
             complete: None,
             partial: Vec::new(),
             memory: BodyMemory { budget, priority, header_bytes: headers, reservation: None },
@@ -381,7 +381,7 @@ impl MessageBody {
                 Poll::Ready(None) if self.partial.is_empty() => return Poll::Ready(None),
                 // It breaks off within a message.
                 Poll::Ready(None | Some(Err(_))) => return Poll::Ready(Some(Err(unreadable_request()))),
-                Poll::Pending => return self.poll_read_timeout(cx).map(|late| Some(Err(late))),
+                Poll::Pending => return self.poll_read_timeout(cx).map(|timer| Some(Err(timer))),
             };
             let whole = match frame.into_data() {
                 Ok(data) => self.push(data),
@@ -402,8 +402,8 @@ impl MessageBody {
             self.read_timer = None;
             return Poll::Pending;
         }
-        let late = self.read_timer.get_or_insert_with(|| Box::pin(sleep(READ_TIMEOUT)));
-        late.as_mut().poll(cx).map(|()| request_too_slow())
+        let timer = self.read_timer.get_or_insert_with(|| Box::pin(sleep(READ_TIMEOUT)));
+        timer.as_mut().poll(cx).map(|()| request_too_slow())
     }
 
     /// What it holds while it waits, but for the beginning of a message.
@@ -512,8 +512,8 @@ fn protobuf_fields(message: &[u8]) -> impl Iterator<Item = &[u8]> {
             3 | 4 => 0,
             _ => return None,
         };
-        let (value, behind) = rest.split_at_checked(length)?;
-        rest = behind;
+        let (value, after) = rest.split_at_checked(length)?;
+        rest = after;
         Some(value)
     })
 }

@@ -65,25 +65,18 @@ impl SendBody {
     /// The answer of a call.
     pub(super) fn wrap_response(
         response: Response<ResponseBody>,
-        unsent: &Arc<ConnectionSendBudget>,
+        send_budget: &Arc<ConnectionSendBudget>,
         call: OpenCallGuard,
     ) -> Response<SendBody> {
         let (mut parts, body) = response.into_parts();
         if body.is_end_stream() {
-            unsent.charge_headers(&mut parts.headers);
+            send_budget.charge_headers(&mut parts.headers);
         }
-        let place = parts.extensions.remove();
-        let (pieces, unsent) = (MessageSplitter::default(), unsent.clone());
+        let list_permit = parts.extensions.remove();
+        let (pieces, send_budget) = (MessageSplitter::default(), send_budget.clone());
         Response::from_parts(
             parts,
-            SendBody {
-                body,
-                pieces,
-                list_permit: place,
-                has_sent_message: false,
-                send_budget: unsent,
-                _call: call,
-            },
+            SendBody { body, pieces, list_permit, has_sent_message: false, send_budget, _call: call },
         )
     }
 }
@@ -102,8 +95,8 @@ impl http_body::Body for SendBody {
             return Poll::Ready(Some(Ok(Frame::data(piece))));
         }
         STREAM_PROGRESS.set(StreamProgress::AwaitingMore);
-        let streams = this.has_sent_message && matches!(this.body, ResponseBody::Tonic(_));
-        if streams {
+        let is_stream = this.has_sent_message && matches!(this.body, ResponseBody::Tonic(_));
+        if is_stream {
             ready!(this.send_budget.poll_has_room(cx));
         }
         let frame = match ready!(Pin::new(&mut this.body).poll_frame(cx)) {
@@ -150,7 +143,7 @@ where
 /// gives up what it holds. Returns what the stream returns, if it ends.
 async fn run_until_stalled<F: Future>(
     stream: F,
-    unsent: Arc<ConnectionSendBudget>,
+    send_budget: Arc<ConnectionSendBudget>,
     timeout: StallTimeout,
 ) -> Option<F::Output> {
     let mut stream = pin!(stream);
@@ -167,12 +160,12 @@ async fn run_until_stalled<F: Future>(
             }
             StreamProgress::AwaitingMore => stalled = None,
         }
-        let Some((since, look)) = &mut stalled else { return Poll::Pending };
-        while look.as_mut().poll(cx).is_ready() {
-            if since.elapsed() >= timeout.normal || unsent.is_under_pressure() {
+        let Some((since, timer)) = &mut stalled else { return Poll::Pending };
+        while timer.as_mut().poll(cx).is_ready() {
+            if since.elapsed() >= timeout.normal || send_budget.is_under_pressure() {
                 return Poll::Ready(None);
             }
-            look.as_mut().reset(Instant::now() + timeout.under_pressure);
+            timer.as_mut().reset(Instant::now() + timeout.under_pressure);
         }
         Poll::Pending
     })

@@ -125,36 +125,37 @@ impl Router {
     pub(super) async fn serve_call(
         &self,
         request: Request<Incoming>,
-        visitor: &ConnectionContext,
-        arrived: Instant,
+        context: &ConnectionContext,
+        arrived_at: Instant,
     ) -> Response<ResponseBody> {
-        let begun = self.rpc_metrics.start_call(request.uri().path());
-        let said = HeaderFlags::from_headers(request.headers());
-        let waited = || begun.started_at().saturating_duration_since(arrived);
-        if said.has_deadline && client_timeout(request.headers()).is_some_and(|deadline| deadline <= waited())
+        let timer = self.rpc_metrics.start_call(request.uri().path());
+        let flags = HeaderFlags::from_headers(request.headers());
+        let queue_delay = || timer.started_at().saturating_duration_since(arrived_at);
+        if flags.has_deadline
+            && client_timeout(request.headers()).is_some_and(|deadline| deadline <= queue_delay())
         {
-            return begun.finish_unary(deadline_exceeded().into_http().map(ResponseBody::Tonic));
+            return timer.finish_unary(deadline_exceeded().into_http().map(ResponseBody::Tonic));
         }
-        let names = said.has_trace_headers.then(|| request.headers());
-        let call = self.tracing.new_call(names, visitor.peer, self.engine.now());
-        let (plain, mut call) = (!call.should_record(), Some(call));
+        let trace_headers = flags.has_trace_headers.then(|| request.headers());
+        let call = self.tracing.new_call(trace_headers, context.peer, self.engine.now());
+        let (is_plain, mut call) = (!call.should_record(), Some(call));
         let mut request = request.map(PeekableBody::from);
-        let response = match begun.rpc_spec() {
-            Some(_) if plain && begun.is_check() => {
-                self.fast_path.try_check(&mut request, &said, visitor, &begun, &mut call).await
+        let response = match timer.rpc_spec() {
+            Some(_) if is_plain && timer.is_check() => {
+                self.fast_path.try_check(&mut request, &flags, context, &timer, &mut call).await
             }
-            Some(rpc) if plain && rpc.access == AccessRequirement::Proxy => {
+            Some(rpc) if is_plain && rpc.access == AccessRequirement::Proxy => {
                 let answer =
-                    self.fast_path.try_ext_authz(rpc, &mut request, &said, visitor, &begun, &mut call);
+                    self.fast_path.try_ext_authz(rpc, &mut request, &flags, context, &timer, &mut call);
                 Box::pin(answer).await
             }
             _ => None,
         };
         let mut response = match response {
-            Some(response) => begun.finish_unary(response),
+            Some(response) => timer.finish_unary(response),
             // Apart on the heap: a future is as large as all that may go on in it, and most calls were Checks.
             None => {
-                Box::pin(self.dispatch_slow(begun, call, request, visitor)).await.map(ResponseBody::Tonic)
+                Box::pin(self.dispatch_slow(timer, call, request, context)).await.map(ResponseBody::Tonic)
             }
         };
         response.headers_mut().insert(GRPC_ACCEPT_ENCODING, ACCEPTED_ENCODINGS);
@@ -163,22 +164,22 @@ impl Router {
 
     async fn dispatch_slow(
         &self,
-        begun: CallTimer<'_>,
+        timer: CallTimer<'_>,
         call: Option<trace::TracedCall>,
         request: Request<PeekableBody>,
-        visitor: &ConnectionContext,
+        context: &ConnectionContext,
     ) -> Response<Body> {
         let answer = async {
-            match begun.rpc_spec() {
-                Some(rpc) => self.dispatch_traced(rpc, &begun, request, visitor).await,
-                None => self.dispatch_public(request, visitor).await,
+            match timer.rpc_spec() {
+                Some(rpc) => self.dispatch_traced(rpc, &timer, request, context).await,
+                None => self.dispatch_public(request, context).await,
             }
         };
         let response = match call {
             Some(call) => trace::scope(call, answer).await,
             None => answer.await,
         };
-        begun.finish(response)
+        timer.finish(response)
     }
 
     /// Answers, and tells log and trace of it: the trace where the call is recorded, the log where it may change
@@ -186,9 +187,9 @@ impl Router {
     async fn dispatch_traced(
         &self,
         rpc: &'static RpcSpec,
-        begun: &CallTimer<'_>,
+        timer: &CallTimer<'_>,
         mut request: Request<PeekableBody>,
-        visitor: &ConnectionContext,
+        context: &ConnectionContext,
     ) -> Response<Body> {
         let manages = rpc.plane == ExecutionPlane::Management;
         let id = trace::with_current(|call| HeaderValue::from(call.request_id())).filter(|_| manages);
@@ -196,7 +197,7 @@ impl Router {
         if let Some(id) = &id {
             request.headers_mut().insert(REQUEST_ID_HEADER, id.clone());
         }
-        let answer = self.dispatch(rpc, begun, request, visitor);
+        let answer = self.dispatch(rpc, timer, request, context);
         // What a proxy asks about may be part of a trace that its message alone tells of: its span comes later.
         let span =
             if rpc.access == AccessRequirement::Proxy { None } else { self.tracing.start_span(rpc.method) };
@@ -209,7 +210,7 @@ impl Router {
             trace::finish_span(span, code);
         }
         if manages {
-            log_access(rpc, code, begun.elapsed());
+            log_access(rpc, code, timer.elapsed());
         }
         response.headers_mut().extend(id.map(|id| (REQUEST_ID_HEADER, id)));
         response
@@ -218,32 +219,32 @@ impl Router {
     async fn dispatch(
         &self,
         rpc: &'static RpcSpec,
-        begun: &CallTimer<'_>,
+        timer: &CallTimer<'_>,
         request: Request<PeekableBody>,
-        visitor: &ConnectionContext,
+        context: &ConnectionContext,
     ) -> Response<Body> {
-        if !visitor.policy.has_service(rpc.service_name()) {
+        if !context.policy.has_service(rpc.service_name()) {
             return unknown_rpc().into_http();
         }
         let limit = effective_timeout(rpc.timeout, request.headers());
-        let patience = PropagationDeadline::from_timeout(client_timeout(request.headers()));
-        let mut request = match limit_body(request, rpc.max_request_bytes, visitor) {
+        let propagation_deadline = PropagationDeadline::from_timeout(client_timeout(request.headers()));
+        let mut request = match limit_body(request, rpc.max_request_bytes, context) {
             Ok(request) => request,
             Err(status) => return status.into_http(),
         };
-        request.extensions_mut().insert(patience);
-        if let Err(status) = self.authenticator.authorize_call(rpc, &mut request, visitor).await {
+        request.extensions_mut().insert(propagation_deadline);
+        if let Err(status) = self.authenticator.authorize_call(rpc, &mut request, context).await {
             return status.into_http();
         }
-        let watch = (rpc.streaming == StreamingKind::ServerStream)
-            .then(|| visitor.long_calls.acquire_other())
+        let long_call = (rpc.streaming == StreamingKind::ServerStream)
+            .then(|| context.long_calls.acquire_other())
             .transpose();
-        let watch = match watch {
-            Ok(watch) => watch,
+        let long_call = match long_call {
+            Ok(long_call) => long_call,
             Err(status) => return status.into_http(),
         };
-        let occupant = permit_holder(rpc, request.extensions(), visitor);
-        request.body_mut().set_priority(occupant.priority());
+        let holder = permit_holder(rpc, request.extensions(), context);
+        request.body_mut().set_priority(holder.priority());
         // Apart on the heap: what a call does is large, and is moved a few times before it begins.
         let call = async move {
             if rpc.streaming != StreamingKind::BidiStream
@@ -261,19 +262,19 @@ impl Router {
                     call_service(self.ext_authz_server.clone(), request).await
                 }
                 ExecutionPlane::Checks => self.authz_service.clone().dispatch(rpc, request).await,
-                ExecutionPlane::Management => self.dispatch_management(rpc, request, occupant).await,
+                ExecutionPlane::Management => self.dispatch_management(rpc, request, holder).await,
             }
         };
         let call = call.boxed();
         let answer = with_error_details(match limit {
             Some(limit) => {
-                let answer = tokio::time::timeout_at(begun.started_at() + limit, call).await;
+                let answer = tokio::time::timeout_at(timer.started_at() + limit, call).await;
                 answer.unwrap_or_else(|_| deadline_exceeded().into_http())
             }
             None => call.await,
         });
-        match watch {
-            Some(watch) => watch.attach(answer),
+        match long_call {
+            Some(long_call) => long_call.attach(answer),
             None => answer,
         }
     }
@@ -283,14 +284,14 @@ impl Router {
         &self,
         rpc: &'static RpcSpec,
         mut request: Request<MessageBody>,
-        occupant: PermitHolder,
+        holder: PermitHolder,
     ) -> Response<Body> {
-        let streams = rpc.streaming == StreamingKind::ServerStream;
-        let permit = match self.concurrency_limits.acquire_management(occupant, streams, self.now()) {
+        let is_stream = rpc.streaming == StreamingKind::ServerStream;
+        let permit = match self.concurrency_limits.acquire_management(holder, is_stream, self.now()) {
             Ok(permit) => permit,
             Err(status) => return status.into_http(),
         };
-        let names_person = request.headers().contains_key("x-keyward-acting-user");
+        let has_acting_user = request.headers().contains_key("x-keyward-acting-user");
         let session = request.extensions().get::<ManagementSession>().cloned();
         let memory = request.body_mut().take_reservation();
         let call = match rpc.service_name() {
@@ -299,22 +300,22 @@ impl Router {
             "keyward.v1.AuditService" => call_service(self.audit_server.clone(), request).boxed(),
             _ => return unknown_rpc().into_http(),
         };
-        let (news, hears_first) = (self.freshness.clone(), rpc.requires_catch_up(names_person));
+        let (freshness, catches_up) = (self.freshness.clone(), rpc.requires_catch_up(has_acting_user));
         let work = async move {
-            let began = Instant::now();
+            let started_at = Instant::now();
             let _memory = memory;
-            let heard = !hears_first || news.catch_up().await;
-            let (answer, recorded) = track_call_writes(began, call).await;
+            let caught_up = !catches_up || freshness.catch_up().await;
+            let (answer, recorded) = track_call_writes(started_at, call).await;
             let code = rpc_metrics::code_from_headers(answer.headers());
             if let Some(refusal) = session.and_then(|session| session.refuse_response(code, recorded)) {
                 return Status::from(refusal).into_http();
             }
-            let rests = match code {
+            let must_confirm = match code {
                 // It was so before, says what was read.
                 None | Some(tonic::Code::Ok) => rpc.is_mutating() && !recorded.is_linearizable,
-                Some(code) => depends_on_freshness(code, hears_first && rpc.is_mutating()),
+                Some(code) => depends_on_freshness(code, catches_up && rpc.is_mutating()),
             };
-            if rests && !(heard && news.confirm_linearizable(began).await) {
+            if must_confirm && !(caught_up && freshness.confirm_linearizable(started_at).await) {
                 return Status::from(ServiceError::Unavailable).into_http();
             }
             answer
@@ -322,7 +323,7 @@ impl Router {
         let limits = self.concurrency_limits.clone();
         let task = self.management_runtime.spawn(trace::propagate(async move {
             let (answer, permit) = limits.run(permit, work).await;
-            if streams { answer.map(|body| Body::new(PermitBody::new(body, permit))) } else { answer }
+            if is_stream { answer.map(|body| Body::new(PermitBody::new(body, permit))) } else { answer }
         }));
         task.await.unwrap_or_else(|error| {
             tracing::error!(
@@ -338,22 +339,22 @@ impl Router {
     async fn dispatch_public(
         &self,
         request: Request<PeekableBody>,
-        visitor: &ConnectionContext,
+        context: &ConnectionContext,
     ) -> Response<Body> {
         let path = request.uri().path();
         let name = path.split('/').nth(1).unwrap_or_default();
         let Some(service) =
-            self.public_services.get(name).filter(|_| visitor.policy.has_service(name)).cloned()
+            self.public_services.get(name).filter(|_| context.policy.has_service(name)).cloned()
         else {
             return unknown_rpc().into_http();
         };
-        let watch = (path == HEALTH_WATCH_PATH).then(|| visitor.long_calls.acquire_health()).transpose();
-        let watch = match watch {
-            Ok(watch) => watch,
+        let long_call = (path == HEALTH_WATCH_PATH).then(|| context.long_calls.acquire_health()).transpose();
+        let long_call = match long_call {
+            Ok(long_call) => long_call,
             Err(status) => return status.into_http(),
         };
         let health = name == HEALTH_SERVICE;
-        let mut request = match limit_body(request, MAX_PUBLIC_REQUEST, visitor) {
+        let mut request = match limit_body(request, MAX_PUBLIC_REQUEST, context) {
             Ok(request) => request,
             Err(status) => return status.into_http(),
         };
@@ -362,18 +363,18 @@ impl Router {
             let permit = if health {
                 body.read_to_end().await.map(|()| None)
             } else {
-                let occupant = PermitHolder::from_connection(visitor.memory_budget.connection_id());
-                let permit = || self.concurrency_limits.acquire_reflection(occupant, self.now()).map(Some);
+                let holder = PermitHolder::from_connection(context.memory_budget.connection_id());
+                let permit = || self.concurrency_limits.acquire_reflection(holder, self.now()).map(Some);
                 body.read_first_message().await.and_then(|()| permit())
             };
             match permit {
                 Ok(permit) => {
                     let answer = call_service(service, request.map(Body::new)).await;
-                    match (permit, watch) {
+                    match (permit, long_call) {
                         (Some(permit), _) => {
                             answer.map(|body| Body::new(PermitBody::for_reflection(body, permit)))
                         }
-                        (None, Some(watch)) => watch.attach(answer),
+                        (None, Some(long_call)) => long_call.attach(answer),
                         (None, None) => answer,
                     }
                 }
@@ -392,12 +393,12 @@ impl Router {
 fn limit_body(
     request: Request<PeekableBody>,
     max_message: usize,
-    visitor: &ConnectionContext,
+    context: &ConnectionContext,
 ) -> Result<Request<MessageBody>, Status> {
     let (mut parts, body) = request.into_parts();
-    let inflates = take_grpc_encoding(&mut parts.headers)?;
-    let budget = visitor.memory_budget.clone();
-    let body = MessageBody::new(body, &parts.headers, max_message, inflates, budget);
+    let is_gzip_allowed = take_grpc_encoding(&mut parts.headers)?;
+    let budget = context.memory_budget.clone();
+    let body = MessageBody::new(body, &parts.headers, max_message, is_gzip_allowed, budget);
     Ok(Request::from_parts(parts, body))
 }
 
@@ -411,12 +412,12 @@ async fn read_message(rpc: &RpcSpec, body: &mut MessageBody) -> Result<(), Statu
 }
 
 /// Which limits an admitted call counts on.
-fn permit_holder(rpc: &RpcSpec, admitted: &Extensions, visitor: &ConnectionContext) -> PermitHolder {
-    let connection = visitor.memory_budget.connection_id();
-    let caller = admitted
+fn permit_holder(rpc: &RpcSpec, extensions: &Extensions, context: &ConnectionContext) -> PermitHolder {
+    let connection = context.memory_budget.connection_id();
+    let caller = extensions
         .get::<Caller>()
-        .or_else(|| Some(admitted.get::<ManagementSession>()?.authenticated_caller()));
-    match (caller, admitted.get::<ProxyCaller>()) {
+        .or_else(|| Some(extensions.get::<ManagementSession>()?.authenticated_caller()));
+    match (caller, extensions.get::<ProxyCaller>()) {
         (Some(caller), _) => PermitHolder::from_caller(caller, rpc, connection),
         (None, proxy) => PermitHolder::from_proxy(proxy.is_some_and(|proxy| proxy.trusted), connection),
     }
@@ -442,11 +443,11 @@ fn log_access(rpc: &'static RpcSpec, code: tonic::Code, took: Duration) {
 
 /// Whether a refusal rests on what this process, or the database that it reached, knew. Then it is no verdict unless that
 /// was the newest state. `is_mutating`: what is wrong with the request of a change may be so only by old knowledge.
-fn depends_on_freshness(code: tonic::Code, changes: bool) -> bool {
+fn depends_on_freshness(code: tonic::Code, is_mutating: bool) -> bool {
     use tonic::Code::{AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied};
     match code {
         NotFound | AlreadyExists | FailedPrecondition => true,
-        InvalidArgument | PermissionDenied => changes,
+        InvalidArgument | PermissionDenied => is_mutating,
         _ => false,
     }
 }

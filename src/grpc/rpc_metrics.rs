@@ -90,17 +90,18 @@ pub struct MethodMetrics {
 /// The method with this path, as a place in the counters.
 fn find_row(path: &str) -> usize {
     let Some(method) = path.strip_prefix('/') else { return UNKNOWN_ROW };
-    let known = rpc::RPC_TABLE.iter().position(|rpc| rpc.method == method);
-    let open =
-        || PUBLIC_METHODS.iter().position(|(open, _)| *open == method).map(|at| rpc::RPC_TABLE.len() + at);
-    known.or_else(open).unwrap_or(UNKNOWN_ROW)
+    let in_table = rpc::RPC_TABLE.iter().position(|rpc| rpc.method == method);
+    let public = || {
+        PUBLIC_METHODS.iter().position(|(public, _)| *public == method).map(|at| rpc::RPC_TABLE.len() + at)
+    };
+    in_table.or_else(public).unwrap_or(UNKNOWN_ROW)
 }
 
 /// A row's labels.
 fn row_labels(row: usize) -> (&'static str, &'static str, &'static str) {
-    let known = rpc::RPC_TABLE.get(row).map(|rpc| (rpc.method, rpc.streaming));
-    let open = || PUBLIC_METHODS.get(row - rpc::RPC_TABLE.len()).copied();
-    let Some((method, kind)) = known.or_else(open) else { return ("unary", "unknown", "unknown") };
+    let in_table = rpc::RPC_TABLE.get(row).map(|rpc| (rpc.method, rpc.streaming));
+    let public = || PUBLIC_METHODS.get(row - rpc::RPC_TABLE.len()).copied();
+    let Some((method, kind)) = in_table.or_else(public) else { return ("unary", "unknown", "unknown") };
     let (service, method) = method.split_once('/').unwrap_or((method, method));
     (kind.as_str(), service, method)
 }
@@ -114,9 +115,9 @@ impl RpcMetrics {
         CallTimer { metrics: self, row, started_at: Instant::now(), is_recorded: false }
     }
 
-    fn record_end(&self, row: usize, begun: Instant, code: Code) {
+    fn record_end(&self, row: usize, started_at: Instant, code: Code) {
         self.counters.add(row * COUNTERS_PER_ROW + 1 + code as usize, 1);
-        self.durations.record(row, begun.elapsed());
+        self.durations.record(row, started_at.elapsed());
     }
 
     /// Every method that was called.
@@ -128,14 +129,14 @@ impl RpcMetrics {
             let codes = CODE_NAMES.into_iter().enumerate().map(|(code, name)| (name, count(1 + code)));
             // OK is there from the first call on, so that a rate of errors has something to be a part of.
             let handled = codes.filter(|(name, count)| *name == "OK" || *count > 0).collect();
-            let took = || self.durations.snapshot(row);
+            let durations = || self.durations.snapshot(row);
             (started > 0).then(|| MethodMetrics {
                 kind,
                 service,
                 method,
                 started,
                 handled,
-                durations: took(),
+                durations: durations(),
             })
         })
     }
@@ -295,9 +296,9 @@ mod tests {
     use super::*;
 
     /// A method, how often it was begun, and how often it ended with each code.
-    type Told = (&'static str, u64, Vec<(&'static str, u64)>);
+    type MethodCount = (&'static str, u64, Vec<(&'static str, u64)>);
 
-    fn count(calls: &RpcMetrics) -> Vec<Told> {
+    fn count(calls: &RpcMetrics) -> Vec<MethodCount> {
         calls.iter().map(|count| (count.method, count.started, count.handled)).collect()
     }
 

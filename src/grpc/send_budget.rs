@@ -109,20 +109,20 @@ impl ListPermits {
     /// When there is none in time.
     pub(super) async fn acquire(&self, account: &AccountId) -> Result<ListPermit, Status> {
         let share = self.account_share(account);
-        let taken = async {
+        let acquired = async {
             let share = share.acquire_owned().await.ok()?;
             let all = if account.is_operator() { &self.operator_lists } else { &self.shared_lists };
-            let place = all.clone().acquire_owned().await.ok()?;
-            Some(ListPermit(Arc::new([share, place])))
+            let list_permit = all.clone().acquire_owned().await.ok()?;
+            Some(ListPermit(Arc::new([share, list_permit])))
         };
-        tokio::time::timeout(LIST_TIMEOUT, taken).await.ok().flatten().ok_or_else(overloaded)
+        tokio::time::timeout(LIST_TIMEOUT, acquired).await.ok().flatten().ok_or_else(overloaded)
     }
 
     fn account_share(&self, account: &AccountId) -> Arc<Semaphore> {
         let mut shares = self.account_shares.lock().unwrap_or_else(PoisonError::into_inner);
         shares.retain(|_, share| share.strong_count() > 0);
-        let known = shares.get(account).and_then(Weak::upgrade);
-        known.unwrap_or_else(|| {
+        let existing = shares.get(account).and_then(Weak::upgrade);
+        existing.unwrap_or_else(|| {
             let share = Arc::new(Semaphore::new(MAX_ACCOUNT_LISTS));
             shares.insert(account.clone(), Arc::downgrade(&share));
             share
@@ -329,18 +329,18 @@ impl MessageSplitter {
     pub(super) fn start(
         &mut self,
         bytes: Bytes,
-        unsent: &Arc<ConnectionSendBudget>,
-        place: Option<ListPermit>,
+        budget: &Arc<ConnectionSendBudget>,
+        list_permit: Option<ListPermit>,
     ) -> MessagePiece {
-        let charge = unsent.charge(bytes.len());
-        if bytes.len() <= MessageSplitter::MAX_PIECE_LEN && place.is_none() {
+        let charge = budget.charge(bytes.len());
+        if bytes.len() <= MessageSplitter::MAX_PIECE_LEN && list_permit.is_none() {
             return MessagePiece { bytes, _held: PieceCharge::Whole { _charge: charge } };
         }
         self.rest = bytes;
-        self.message = Some(Arc::new(LargeMessageCharge { _charge: charge, _list_permit: place }));
+        self.message = Some(Arc::new(LargeMessageCharge { _charge: charge, _list_permit: list_permit }));
         self.next_piece().unwrap_or_else(|| MessagePiece {
             bytes: Bytes::new(),
-            _held: PieceCharge::Whole { _charge: unsent.charge(0) },
+            _held: PieceCharge::Whole { _charge: budget.charge(0) },
         })
     }
 

@@ -79,37 +79,32 @@ impl WorkerPool {
     ///
     /// # Errors
     /// When the operating system gives no thread.
-    pub fn start(capacity: WorkerCapacity, services: &Arc<Router>) -> io::Result<WorkerPool> {
-        let WorkerCapacity {
-            threads,
-            max_connections: connections,
-            max_queued: queued,
-            drain_timeout: drain,
-        } = capacity;
-        let (ending, stopping) = watch::channel(false);
-        let workers =
-            (0..threads.max(1)).map(|at| start_worker(at, services.clone(), stopping.clone(), queued, drain));
-        let room = Arc::new(Semaphore::new(connections));
+    pub fn start(capacity: WorkerCapacity, router: &Arc<Router>) -> io::Result<WorkerPool> {
+        let WorkerCapacity { threads, max_connections: connections, max_queued, drain_timeout } = capacity;
+        let (stop_sender, stopping) = watch::channel(false);
+        let workers = (0..threads.max(1))
+            .map(|at| start_worker(at, router.clone(), stopping.clone(), max_queued, drain_timeout));
+        let connection_permits = Arc::new(Semaphore::new(connections));
         Ok(WorkerPool {
             workers: workers.collect::<Result<_, _>>()?,
-            connection_permits: room,
-            stopping: ending,
+            connection_permits,
+            stopping: stop_sender,
         })
     }
 
     /// Tells how many calls the threads have turned away, whenever it is asked.
     pub fn shed_counter(&self) -> impl Fn() -> u64 + Send + Sync + 'static {
-        let lanes: Vec<_> = self.workers.iter().map(|worker| worker.queue.clone()).collect();
-        move || lanes.iter().map(|lane| lane.shed_calls()).sum()
+        let queues: Vec<_> = self.workers.iter().map(|worker| worker.queue.clone()).collect();
+        move || queues.iter().map(|queue| queue.shed_calls()).sum()
     }
 
     /// Gives a connection to the thread with the fewest.
-    fn assign(&self, arrived: AcceptedConnection) {
+    fn assign(&self, accepted: AcceptedConnection) {
         let idlest = self.workers.iter().min_by_key(|worker| worker.open_connections.load(Ordering::Relaxed));
         let Some(worker) = idlest else { return };
         worker.open_connections.fetch_add(1, Ordering::Relaxed);
         // A worker that has ended takes no more; the connection closes.
-        let _ = worker.connections.send(arrived);
+        let _ = worker.connections.send(accepted);
     }
 
     /// Has the threads finish the calls in flight, as long as they may, and end; waits for that. Listeners close before:
@@ -132,29 +127,30 @@ impl WorkerPool {
 
 fn start_worker(
     at: usize,
-    services: Arc<Router>,
+    router: Arc<Router>,
     stopping: watch::Receiver<bool>,
-    queued: usize,
-    drain: Duration,
+    max_queued: usize,
+    drain_timeout: Duration,
 ) -> io::Result<WorkerThread> {
-    let (load, lane) = (Arc::new(AtomicUsize::new(0)), Arc::new(WorkerQueue::new(queued)));
-    let (parked, unparked) = (lane.clone(), lane.clone());
+    let (open_connections, queue) = (Arc::new(AtomicUsize::new(0)), Arc::new(WorkerQueue::new(max_queued)));
+    let (park_queue, unpark_queue) = (queue.clone(), queue.clone());
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        .on_thread_park(move || parked.on_park())
-        .on_thread_unpark(move || unparked.on_unpark())
+        .on_thread_park(move || park_queue.on_park())
+        .on_thread_unpark(move || unpark_queue.on_unpark())
         .build()?;
     let (connections, incoming) = mpsc::unbounded_channel();
-    let working = WorkerLoop { services, stopping, open_connections: load.clone(), queue: lane.clone() };
+    let worker_loop =
+        WorkerLoop { router, stopping, open_connections: open_connections.clone(), queue: queue.clone() };
     let thread = std::thread::Builder::new()
         .name(format!("keyward-serve-{at}"))
-        .spawn(move || runtime.block_on(working.run(incoming, drain)))?;
-    Ok(WorkerThread { connections, open_connections: load, queue: lane, thread })
+        .spawn(move || runtime.block_on(worker_loop.run(incoming, drain_timeout)))?;
+    Ok(WorkerThread { connections, open_connections, queue, thread })
 }
 
 /// What a thread works with.
 struct WorkerLoop {
-    services: Arc<Router>,
+    router: Arc<Router>,
     stopping: watch::Receiver<bool>,
     open_connections: Arc<AtomicUsize>,
     queue: Arc<WorkerQueue>,
@@ -162,24 +158,24 @@ struct WorkerLoop {
 
 impl WorkerLoop {
     /// Serves connections until there are no more to come: the listeners are closed.
-    async fn run(self, mut incoming: mpsc::UnboundedReceiver<AcceptedConnection>, drain: Duration) {
+    async fn run(self, mut incoming: mpsc::UnboundedReceiver<AcceptedConnection>, drain_timeout: Duration) {
         let mut connections = tokio::task::JoinSet::new();
         loop {
             tokio::select! {
                 next = incoming.recv() => {
-                    let Some(arrived) = next else { break };
-                    let (services, lane) = (self.services.clone(), self.queue.clone());
-                    let (stopping, load) = (self.stopping.clone(), self.open_connections.clone());
+                    let Some(accepted) = next else { break };
+                    let (router, queue) = (self.router.clone(), self.queue.clone());
+                    let (stopping, open_connections) = (self.stopping.clone(), self.open_connections.clone());
                     connections.spawn(async move {
-                        connection::serve_connection(arrived, services, lane, stopping).await;
-                        load.fetch_sub(1, Ordering::Relaxed);
+                        connection::serve_connection(accepted, router, queue, stopping).await;
+                        open_connections.fetch_sub(1, Ordering::Relaxed);
                     });
                 }
                 Some(_) = connections.join_next() => {}
             }
         }
         let rest = async { while connections.join_next().await.is_some() {} };
-        if tokio::time::timeout(drain, rest).await.is_err() {
+        if tokio::time::timeout(drain_timeout, rest).await.is_err() {
             tracing::warn!("calls were still in flight when the time to drain was over");
         }
     }
@@ -201,21 +197,21 @@ pub struct BoundListener {
 /// Accepts the connections of one listener until `stopping` turns true, and those that wait then: who has connected is
 /// answered.
 pub async fn accept_connections(
-    opened: BoundListener,
+    bound: BoundListener,
     workers: &WorkerPool,
     mut stopping: watch::Receiver<bool>,
 ) {
-    let BoundListener { settings: listener, socket: open, tls, counters: counts } = opened;
-    let door = Arc::new(ListenerPolicy::from_settings(&listener));
-    let mut told = AcceptLogThrottle::default();
-    let mut entry = ConnectionAcceptor {
+    let BoundListener { settings: listener, socket: listening_socket, tls, counters } = bound;
+    let policy = Arc::new(ListenerPolicy::from_settings(&listener));
+    let mut accept_errors = AcceptLogThrottle::default();
+    let mut acceptor = ConnectionAcceptor {
         name: listener.name,
         permits: Arc::new(Semaphore::new(listener.limits.max_connections)),
         listener: Arc::new(ListenerState {
-            policy: door,
+            policy,
             limits: listener.limits,
             tls,
-            counters: counts,
+            counters,
             accepted_total: AtomicU64::new(0),
         }),
         workers,
@@ -223,22 +219,22 @@ pub async fn accept_connections(
     };
     loop {
         let accepted = tokio::select! {
-            accepted = open.accept() => accepted,
+            accepted = listening_socket.accept() => accepted,
             () = wait_until_stopping(&mut stopping) => break,
         };
         match accepted {
-            Ok((socket, peer)) => entry.accept_connection(socket, peer),
+            Ok((socket, peer)) => acceptor.accept_connection(socket, peer),
             Err(error) => {
-                entry.listener.counters.count_refusal(ConnectionRefusal::AcceptFailed);
-                told.log(|more| {
+                acceptor.listener.counters.count_refusal(ConnectionRefusal::AcceptFailed);
+                accept_errors.log(|more| {
                     let error = &error as &dyn std::error::Error;
-                    tracing::warn!(error, listener = entry.name, more, "accepting failed");
+                    tracing::warn!(error, listener = acceptor.name, more, "accepting failed");
                 });
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }
     }
-    open.accept_pending_and_close(|socket, peer| entry.accept_connection(socket, peer));
+    listening_socket.accept_pending_and_close(|socket, peer| acceptor.accept_connection(socket, peer));
 }
 
 /// Where the connections of a listener come in.
@@ -253,7 +249,7 @@ struct ConnectionAcceptor<'a> {
 impl ConnectionAcceptor<'_> {
     /// Gives a connection to a worker, where there is room for it.
     fn accept_connection(&mut self, socket: AcceptedSocket, peer: Option<SocketAddr>) {
-        let Some(places) = acquire_permits(&self.workers.connection_permits, &self.permits) else {
+        let Some(permits) = acquire_permits(&self.workers.connection_permits, &self.permits) else {
             self.listener.counters.count_refusal(ConnectionRefusal::LimitReached);
             return self.log_throttle.log(|more| {
                 tracing::warn!(
@@ -264,19 +260,22 @@ impl ConnectionAcceptor<'_> {
                 );
             });
         };
-        let (entrance, counted) = (self.listener.clone(), self.listener.counters.track_connection());
+        let (listener, open_guard) = (self.listener.clone(), self.listener.counters.track_connection());
         self.workers.assign(AcceptedConnection {
             socket,
             peer,
-            listener: entrance,
-            _permits: places,
-            _open_guard: counted,
+            listener,
+            _permits: permits,
+            _open_guard: open_guard,
         });
     }
 }
 
-fn acquire_permits(room: &Arc<Semaphore>, places: &Arc<Semaphore>) -> Option<[OwnedSemaphorePermit; 2]> {
-    Some([places.clone().try_acquire_owned().ok()?, room.clone().try_acquire_owned().ok()?])
+fn acquire_permits(
+    connection_permits: &Arc<Semaphore>,
+    permits: &Arc<Semaphore>,
+) -> Option<[OwnedSemaphorePermit; 2]> {
+    Some([permits.clone().try_acquire_owned().ok()?, connection_permits.clone().try_acquire_owned().ok()?])
 }
 
 /// Says a thing now and then, and how often it was left unsaid.
@@ -287,13 +286,13 @@ struct AcceptLogThrottle {
 }
 
 impl AcceptLogThrottle {
-    fn log(&mut self, say: impl FnOnce(u64)) {
+    fn log(&mut self, write: impl FnOnce(u64)) {
         let now = Instant::now();
         if self.last_logged.is_some_and(|said| now - said < LOG_INTERVAL) {
             self.suppressed += 1;
             return;
         }
         self.last_logged = Some(now);
-        say(std::mem::take(&mut self.suppressed));
+        write(std::mem::take(&mut self.suppressed));
     }
 }

@@ -68,8 +68,8 @@ fn invalid_request(violations: &[InvalidField]) -> Status {
 }
 
 impl From<ServiceError> for Status {
-    fn from(refusal: ServiceError) -> Status {
-        match refusal {
+    fn from(error: ServiceError) -> Status {
+        match error {
             ServiceError::Invalid(violations) => invalid_request(&violations),
             ServiceError::NotFound(ResourceKind::Key) => {
                 status_with_reason(Code::NotFound, "KEY_NOT_FOUND", "there is no such key")
@@ -132,7 +132,7 @@ impl From<ServiceError> for Status {
             ),
             ServiceError::MissingPermission(scope) => permission_missing(scope),
             ServiceError::CheckFailed(reason) => check_error(reason),
-            ServiceError::NotRecorded { is_database_full: full } => not_recorded(full),
+            ServiceError::NotRecorded { is_database_full } => not_recorded(is_database_full),
             ServiceError::OutcomeUnknown => status_with_reason(
                 Code::Unavailable,
                 "OUTCOME_UNKNOWN",
@@ -150,7 +150,7 @@ impl From<ServiceError> for Status {
                 "STOPPING",
                 "this server is stopping; try another one, or again",
             ),
-            ServiceError::PropagationIncomplete(incomplete) => propagation_incomplete(incomplete),
+            ServiceError::PropagationIncomplete(error) => propagation_incomplete(error),
             ServiceError::Contended => status_with_reason(
                 Code::Aborted,
                 "CONTENDED",
@@ -162,8 +162,8 @@ impl From<ServiceError> for Status {
 
 /// A refusal's stable reason and its message, for an item of a bulk answer.
 #[must_use]
-pub(super) fn reason_and_message(refusal: ServiceError) -> (String, String) {
-    let status = Status::from(refusal);
+pub(super) fn reason_and_message(error: ServiceError) -> (String, String) {
+    let status = Status::from(error);
     let info = status.get_details_error_info();
     (info.map(|info| info.reason).unwrap_or_default(), status.message().to_owned())
 }
@@ -183,12 +183,12 @@ fn caller_limited(retry_after: Option<std::time::Duration>) -> Status {
 
 /// A batch that the limits of its caller's own key never let through, however long it waits.
 #[must_use]
-pub(super) fn batch_exceeds_limit(checks: u64, most: u64) -> Status {
+pub(super) fn batch_exceeds_limit(checks: u64, max: u64) -> Status {
     let message = format!(
-        "the batch has {checks} checks, and a limit of the caller's own key lets at most {most} through at once; \
+        "the batch has {checks} checks, and a limit of the caller's own key lets at most {max} through at once; \
          send smaller batches"
     );
-    let metadata = HashMap::from([("limit".to_owned(), most.to_string())]);
+    let metadata = HashMap::from([("limit".to_owned(), max.to_string())]);
     status_with_metadata(Code::ResourceExhausted, "CALLER_LIMITED", &message, metadata)
 }
 
@@ -267,9 +267,9 @@ pub(super) fn connection_too_old() -> Status {
 
 /// A connection has as many calls that last as it may have.
 #[must_use]
-pub(super) fn too_many_long_calls(most: usize) -> Status {
+pub(super) fn too_many_long_calls(max: usize) -> Status {
     let message =
-        format!("the connection already has {most} such calls; end one of them, or open another connection");
+        format!("the connection already has {max} such calls; end one of them, or open another connection");
     status_with_reason(Code::ResourceExhausted, "TOO_MANY_WATCHES", &message)
 }
 
@@ -294,11 +294,11 @@ fn some_outcomes_unknown(unknown: usize, changes: usize) -> Status {
 }
 
 /// What was to be stopped is refused by this server until it restarts or the change succeeds.
-fn not_recorded(full: bool) -> Status {
+fn not_recorded(is_database_full: bool) -> Status {
     let metadata = [("durable", "false"), ("denied_here", "true")]
         .map(|(name, value)| (name.to_owned(), value.to_owned()))
         .into();
-    if full {
+    if is_database_full {
         let message = "the database is full and the change was not recorded. A revocation, a disabling or a \
                        suspension is in force on this server until it restarts; make room and send it again";
         status_with_metadata(Code::ResourceExhausted, "STORE_FULL", message, metadata)
@@ -311,8 +311,8 @@ fn not_recorded(full: bool) -> Status {
 }
 
 /// A change that is recorded, and may not be in force everywhere yet.
-fn propagation_incomplete(incomplete: PropagationError) -> Status {
-    match incomplete {
+fn propagation_incomplete(error: PropagationError) -> Status {
+    match error {
         PropagationError::TimedOut(report) => propagation_timed_out(*report),
         PropagationError::Lost(revision) => {
             let metadata = HashMap::from([("revision".to_owned(), revision.to_string())]);
@@ -337,16 +337,16 @@ fn propagation_incomplete(incomplete: PropagationError) -> Status {
 
 /// The report goes with the status, as `keyward.v1.Propagation`.
 fn propagation_timed_out(report: PropagationReport) -> Status {
-    let silent: Vec<_> = report.unconfirmed.iter().map(|silent| silent.replica.clone()).collect();
-    let silent = if silent.is_empty() {
+    let lagging: Vec<_> = report.unconfirmed.iter().map(|lagging| lagging.replica.clone()).collect();
+    let lagging = if lagging.is_empty() {
         "the database".to_owned()
     } else {
-        join_truncated(silent.into_iter(), ", ", "replicas")
+        join_truncated(lagging.into_iter(), ", ", "replicas")
     };
     let revision = report.revision;
     let message = format!(
         "the change is recorded as revision {revision}, and not known to be in force everywhere yet: no word from \
-         {silent}. Follow it with WatchPropagation; most calls can be sent again too, and wait again"
+         {lagging}. Follow it with WatchPropagation; most calls can be sent again too, and wait again"
     );
     let metadata = HashMap::from([("revision".to_owned(), revision.to_string())]);
     let details =
@@ -374,8 +374,8 @@ pub(super) fn unknown_rpc() -> Status {
 
 /// A request larger than its limit.
 #[must_use]
-pub(super) fn message_too_large(claimed: usize, limit: usize) -> Status {
-    let problem = format!("the message has {claimed} bytes; at most {limit} are allowed for this call");
+pub(super) fn message_too_large(length: usize, limit: usize) -> Status {
+    let problem = format!("the message has {length} bytes; at most {limit} are allowed for this call");
     invalid_request(&[InvalidField { field: "(message)".to_owned(), problem }])
 }
 

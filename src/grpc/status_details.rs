@@ -55,9 +55,9 @@ impl StatusDetails {
             ..FieldViolation::default()
         });
         let mut list = rpc::BadRequest { field_violations: each.collect() };
-        let left_out = truncate_to_fit(&mut list.field_violations);
+        let omitted = truncate_to_fit(&mut list.field_violations);
         let mut details =
-            StatusDetails::new("INVALID_REQUEST", omitted_metadata("violations_omitted", left_out));
+            StatusDetails::new("INVALID_REQUEST", omitted_metadata("violations_omitted", omitted));
         details.0.push(pack_any("google.rpc.BadRequest", &list));
         details
     }
@@ -68,15 +68,15 @@ impl StatusDetails {
         mut metadata: HashMap<String, String>,
         mut propagation: pb::Propagation,
     ) -> StatusDetails {
-        let mut left_out = truncate_to_fit(&mut propagation.unconfirmed);
-        if left_out > 0 {
-            left_out += propagation.confirmed.len();
+        let mut omitted = truncate_to_fit(&mut propagation.unconfirmed);
+        if omitted > 0 {
+            omitted += propagation.confirmed.len();
             propagation.confirmed.clear();
         }
         while propagation.encoded_len() > max_list_len() && propagation.confirmed.pop().is_some() {
-            left_out += 1;
+            omitted += 1;
         }
-        metadata.extend(omitted_metadata("replicas_omitted", left_out));
+        metadata.extend(omitted_metadata("replicas_omitted", omitted));
         let mut details = StatusDetails::new(reason, metadata);
         details.0.push(pack_any("keyward.v1.Propagation", &propagation));
         details
@@ -141,15 +141,15 @@ pub(super) fn join_truncated(
 }
 
 /// The text, cut so that its percent-encoded form has at most `most` bytes.
-pub(super) fn truncate_encoded(text: &str, most: usize) -> String {
+pub(super) fn truncate_encoded(text: &str, max_len: usize) -> String {
     const ELLIPSIS: &str = "...";
-    if percent_encoded_len(text) <= most {
+    if percent_encoded_len(text) <= max_len {
         return text.to_owned();
     }
     let mut length = ELLIPSIS.len();
     let fits = text.chars().take_while(|letter| {
         length += percent_encoded_len(letter.encode_utf8(&mut [0; 4]));
-        length <= most
+        length <= max_len
     });
     fits.chain(ELLIPSIS.chars()).collect()
 }

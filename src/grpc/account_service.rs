@@ -1,4 +1,6 @@
-//! AccountService: reads requests, calls the use cases, writes answers.
+//! Implements AccountService: validates requests, calls the use cases and converts their results.
+//!
+//! No product rule belongs here.
 
 use std::sync::Arc;
 
@@ -28,16 +30,13 @@ use super::{
 
 const MAX_ROLE_SCOPES: usize = 256;
 
-/// The service over its use cases.
+/// AccountService over the use cases of accounts, roles and members.
 #[derive(Clone)]
 pub(super) struct AccountService {
-    /// The use cases.
     pub accounts: Arc<AccountOperations>,
-    /// The use cases of roles and members.
     pub membership: Arc<MembershipOperations>,
-    /// Waits until a change is in force everywhere.
+    /// Waits until a change is in force on every replica.
     pub propagation: PropagationWaiter,
-    /// The places for lists.
     pub list_permits: ListPermits,
 }
 
@@ -56,7 +55,7 @@ fn account_with_revision(account: &Account) -> (Option<pb::Account>, u64) {
 }
 
 impl AccountService {
-    /// How far a change has reached, which is everywhere where it takes anything away.
+    /// Waits for propagation if the change restricts rights, and returns the report.
     async fn wait_for_propagation(
         &self,
         revision: Revision,
@@ -307,7 +306,7 @@ impl pb::account_service_server::AccountService for AccountService {
     }
 }
 
-/// The place of a role in a list: by its name, and a global one before an account's of the same name.
+/// The position of a role in a list: by name, a global role before an account's role of the same name.
 fn role_cursor(Role { account, name, .. }: &Role) -> Vec<u8> {
     let account = account.as_ref().map(AccountId::as_str).unwrap_or_default();
     [name.as_str(), account].join("\0").into_bytes()

@@ -41,32 +41,32 @@ use super::{
     rpc, send_budget,
 };
 
-/// What the services are made of.
+/// Everything that the services are built from.
 #[derive(Clone)]
 pub struct ServiceParts {
-    /// Answers Checks.
+    /// Decides Checks from memory.
     pub engine: Arc<Engine>,
-    /// The use cases of keys.
+    /// Use cases of keys.
     pub keys: Arc<KeyOperations>,
-    /// The use cases of accounts.
+    /// Use cases of accounts.
     pub accounts: Arc<AccountOperations>,
-    /// The use cases of roles and members.
+    /// Use cases of roles and members.
     pub membership: Arc<MembershipOperations>,
-    /// Judges the requests that proxies ask about.
+    /// Authorizes the HTTP requests that proxies ask about.
     pub gateway: Arc<Gateway>,
-    /// What the audit log is read from.
+    /// Source of the audit log.
     pub store: Arc<dyn Store>,
-    /// Waits until a change is in force everywhere.
+    /// Waits until a change is in force on every replica.
     pub propagation: PropagationWaiter,
-    /// Hears what other replicas have committed.
+    /// Catches up with the commits of other replicas.
     pub freshness: FreshnessBarrier,
-    /// The environments there are.
+    /// The environments that the configuration defines.
     pub environments: Arc<EnvironmentSet>,
-    /// Writes decisions down.
+    /// Records decisions in the decision log.
     pub decisions: DecisionLog,
-    /// How calls are named, and which are recorded.
+    /// Assigns request ids and decides which calls are traced.
     pub tracing: CallTracer,
-    /// What requests may hold.
+    /// Bounds the memory that requests hold.
     pub memory_budget: Arc<MemoryBudget>,
 }
 
@@ -76,10 +76,10 @@ impl std::fmt::Debug for ServiceParts {
     }
 }
 
-/// Builds every service; management runs on the current runtime, within `overload`.
+/// Builds the router over all services. Management calls run on the current runtime, within `overload`.
 ///
 /// # Errors
-/// When the built-in descriptors cannot be read: a fault of the build.
+/// Fails if the built-in descriptors cannot be decoded, which is a build error.
 pub fn build_router(
     parts: ServiceParts,
     reporter: HealthReporter,
@@ -140,7 +140,7 @@ pub fn build_router(
         },
         authenticator,
         ext_authz_service,
-        // The gate holds each RPC to its own limit; here the largest must pass.
+        // The router enforces the limit of each RPC; this one only has to admit the largest.
         authz_service: Arc::new(authz_service::AuthzService { evaluator, stopping }),
         key_server: KeyServiceServer::new(keys),
         account_server: AccountServiceServer::new(accounts),

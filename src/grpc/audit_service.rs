@@ -1,5 +1,7 @@
-//! AuditService: the log as its readers may see it, and whether it is whole. Digests stay out unless an operator asks for
-//! entries as they were hashed: nobody else needs them to read what happened.
+//! Implements AuditService: lists the audit log as the caller may see it, and verifies its integrity.
+//!
+//! Digests are left out unless an operator asks for complete entries, since no other reader needs them.
+//! Verification itself belongs in `audit/verify.rs`.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -25,12 +27,12 @@ use crate::{
 
 use super::{call_extensions::take_extension, convert, page_token, send_budget::ListPermits};
 
-/// The service over the store.
+/// AuditService over the store.
 #[derive(Clone)]
 pub(super) struct AuditService {
     store: Arc<dyn Store>,
     engine: Arc<Engine>,
-    /// Whoever verifies; the others wait, since it reads all there is.
+    /// Held by the running verification. Others wait, since each reads the whole log.
     verify_lock: Arc<Mutex<()>>,
     list_permits: ListPermits,
 }
@@ -40,7 +42,7 @@ impl AuditService {
         AuditService { store, engine, verify_lock: Arc::default(), list_permits }
     }
 
-    /// The entries of a page, as many as one answer can hold, and whether there are more.
+    /// Loads the entries of a page, as many as fit into a response, and whether more follow.
     async fn load_page(
         &self,
         caller: &Caller,
@@ -74,10 +76,10 @@ impl std::fmt::Debug for AuditService {
     }
 }
 
-/// A List, read.
+/// A validated List request.
 struct AuditListRequest {
     filter: LogFilter,
-    /// The filters, to which a page token is bound.
+    /// The encoded filters, which page tokens are bound to.
     filter_bytes: Vec<u8>,
     cursor: Option<Revision>,
     page_size: u32,
@@ -128,7 +130,7 @@ fn read_list_request(
     if *full {
         caller.require_operator()?;
     }
-    // An operator reads all accounts unless it names one; an account's caller reads its own.
+    // An operator reads all accounts unless it names one. An account's caller reads its own.
     let account = match account {
         None if caller.is_operator() => {
             caller.require_no_acting_user()?;
@@ -154,7 +156,7 @@ fn read_list_request(
     Ok(AuditListRequest { filter, filter_bytes, cursor, page_size: size, include_payload: *full })
 }
 
-/// Entries with the ones before about the same records, as far as the log still has those.
+/// Entries, with their predecessors about the same records, as far as the log still has them.
 struct AuditPage {
     rows: Vec<(LogEntry, Option<RedactedPayload>)>,
     previous_entries: HashMap<Revision, RedactedPayload>,
@@ -206,7 +208,7 @@ fn field_changes_to_proto(
     };
     let archived = redacted.origin.archived.as_ref().map(|archived| pb::AuditFieldChange {
         field: "archived".to_owned(),
-        // Text and numbers: there is nothing that JSON cannot say.
+        // Strings and numbers always encode to JSON.
         after: serde_json::to_string(archived).unwrap_or_default(),
         before: String::new(),
     });
@@ -223,7 +225,7 @@ fn entry_to_proto(
     let LogEntry { revision, at, action, account, key_id, user, actor, actor_account, acting_user, .. } = row;
     let (method, payload, hash, prev_hash) = (row.method, row.payload, row.hash, row.prev_hash);
     let text = |account: Option<AccountId>| account.map(String::from).unwrap_or_default();
-    // An account does not learn from where its operator works.
+    // An account does not see from where its operator works.
     let may_see_call = caller.is_operator() || actor_account.as_ref() == Some(&caller.account);
     let origin = redacted
         .as_ref()
@@ -336,7 +338,7 @@ impl pb::audit_service_server::AuditService for AuditService {
         let list_permit = self.list_permits.acquire(&caller.account).await?;
         let (entries, more) = self.load_page(&caller, &listing).await.map_err(ServiceError::from)?;
         if let Some(account) = &listing.filter.account {
-            // A person who left meanwhile reads nothing.
+            // The acting user may have left the account meanwhile.
             caller.authorize(&self.engine)?.check_account_visible(account)?;
         }
         let next = entries

@@ -1,8 +1,9 @@
-//! Who comes in, and by which door: what a call shows of its caller, whom that proves, and whether that one may make
-//! this call. The calls themselves are `gate`'s business.
+//! Authenticates the caller of an RPC and checks that it is authorized for it.
 //!
-//! Callers are decided by the same policy as any key. To strangers one thing only is said, whatever is wrong with what
-//! they showed.
+//! Dispatching the call belongs in `router.rs`.
+//!
+//! Callers are evaluated by the same policy as any key. An unauthenticated client always gets the same status, whatever
+//! is wrong with its credential.
 
 use std::{
     net::IpAddr,
@@ -47,7 +48,7 @@ use super::{
     status::permission_missing,
 };
 
-/// Where a connection came in: what is served there, and what callers must show.
+/// What a listener serves, and which credentials it accepts.
 #[derive(Clone, Debug)]
 pub struct ListenerPolicy {
     pub(super) services: ServiceSet,
@@ -57,9 +58,7 @@ pub struct ListenerPolicy {
 }
 
 impl ListenerPolicy {
-    /// The door of a listener.
-    #[must_use]
-    pub fn from_settings(listener: &ListenerSettings) -> ListenerPolicy {
+    pub(super) fn from_settings(listener: &ListenerSettings) -> ListenerPolicy {
         ListenerPolicy {
             services: listener.services,
             auth: listener.auth,
@@ -68,9 +67,8 @@ impl ListenerPolicy {
         }
     }
 
-    /// The identity that a certificate proves here; the first in the order of the settings.
-    #[must_use]
-    pub fn identify_certificate(&self, certificate: &CertificateInfo) -> Option<Arc<CertificateIdentity>> {
+    /// The identity that a certificate proves on this listener: the first match in the order of the settings.
+    pub(super) fn identify_certificate(&self, certificate: &CertificateInfo) -> Option<Arc<CertificateIdentity>> {
         self.identities.iter().find(|identity| certificate.names.contains(identity.san())).cloned()
     }
 
@@ -91,32 +89,31 @@ impl ListenerPolicy {
     }
 }
 
-/// Who has connected.
+/// What is known about a connection: its listener, its peer and the callers that it has proven.
 #[derive(Debug)]
 pub struct ConnectionContext {
-    /// By which door.
     pub policy: Arc<ListenerPolicy>,
-    /// From where; a Unix socket's peer is nowhere.
+    /// The peer's IP address; `None` on a Unix socket.
     pub peer: Option<IpAddr>,
-    /// Whom the connection's certificate proves.
+    /// The identity that the client certificate proves.
     pub identity: Option<Arc<CertificateIdentity>>,
-    /// Whose calls came last.
+    /// Recent callers of this connection.
     pub caller_cache: CallerCache,
-    /// The calls that last.
+    /// Long-running calls of this connection.
     pub long_calls: LongCalls,
-    /// What its requests may hold.
+    /// Bounds the memory that its requests hold.
     pub memory_budget: Arc<ConnectionMemoryBudget>,
-    /// Whether a caller has proved itself over this connection.
+    /// Whether a caller was authenticated on this connection.
     pub has_proven_caller: Arc<AtomicBool>,
 }
 
-/// What a call shows of its caller.
+/// The credential that a call presents.
 enum PresentedCredentialRef<'a> {
     Token(String),
     Certificate(&'a Arc<CertificateIdentity>),
 }
 
-/// A caller that is known, before it is asked what it may.
+/// An authenticated caller whose permissions are not checked yet.
 struct AuthenticatedCaller {
     identity: CallerIdentity,
     account: AccountId,
@@ -124,7 +121,7 @@ struct AuthenticatedCaller {
     has_valid_lease: bool,
 }
 
-/// Authenticates callers against the engine, and proxies against the gateway's settings.
+/// Authenticates callers by the engine, and anonymous proxies by the gateway's settings.
 #[derive(Clone, Debug)]
 pub(super) struct CallAuthenticator {
     pub(super) engine: Arc<Engine>,
@@ -132,7 +129,7 @@ pub(super) struct CallAuthenticator {
 }
 
 impl CallAuthenticator {
-    /// Finds out who calls, and whether that one may.
+    /// Authenticates the caller, checks its permission and attaches the result to the request's extensions.
     pub(super) async fn authorize_call(
         &self,
         rpc: &'static RpcSpec,
@@ -170,7 +167,7 @@ impl CallAuthenticator {
             return Err(ServiceError::Forbidden("OPERATOR_ONLY", message.to_owned()).into());
         }
         let (method, peer) = (rpc.method, context.peer);
-        // Of Checks nobody asks, unless they are recorded; and they change nothing.
+        // A Check changes nothing, so its id matters only in traces.
         let request_id = trace::with_current(|call| {
             (rpc.plane == ExecutionPlane::Management).then(|| call.request_id().to_string())
         });
@@ -201,7 +198,7 @@ impl CallAuthenticator {
         {
             return Err(permission_missing(permission.as_str()));
         }
-        // The caller of a management call is judged again by its `ManagementSession`.
+        // `ManagementSession` evaluates the caller of a management call again.
         if rpc.plane == ExecutionPlane::Checks {
             let credential = match credential {
                 PresentedCredentialRef::Token(token) => {
@@ -227,7 +224,7 @@ impl CallAuthenticator {
         Ok(())
     }
 
-    /// The proxy that asks here without a credential, where it may.
+    /// The proxy that calls without a credential, if the listener and the settings allow it.
     pub(super) fn anonymous_proxy(
         &self,
         policy: &ListenerPolicy,
@@ -243,7 +240,7 @@ impl CallAuthenticator {
         })
     }
 
-    /// The caller with this token, decided as any other key.
+    /// Authenticates a token and charges the call to its limits.
     async fn authenticate_token(
         &self,
         rpc: &'static RpcSpec,
@@ -253,7 +250,7 @@ impl CallAuthenticator {
     ) -> Result<AuthenticatedCaller, ServiceError> {
         let requested_account = named_account.as_ref().ok().and_then(Option::as_ref);
         let anywhere = rpc.access == AccessRequirement::AnyUsableKey;
-        // A batch is charged for each of its items, once they are known.
+        // A batch is charged for each item, once their number is known.
         let consumption = if rpc.is_batch() { Consumption::ONE.into_dry_run() } else { Consumption::ONE };
         let failure =
             match self.engine.authenticate(token, requested_account, anywhere, peer, consumption).await? {
@@ -269,7 +266,7 @@ impl CallAuthenticator {
             };
         tracing::debug!(reason = failure.reason.as_str(), method = rpc.method, "a caller was refused");
         Err(match (failure.reason, named_account) {
-            // Only who holds a good key hears what else is wrong.
+            // Other errors are shown only to the holder of a valid key.
             (Reason::WrongAccount, Err(ServiceError::Invalid(violations))) => {
                 ServiceError::Invalid(violations.clone())
             }
@@ -280,8 +277,7 @@ impl CallAuthenticator {
         })
     }
 
-    /// The caller with a certificate of this identity. It acts in the account that the configuration says, whatever the
-    /// call names.
+    /// Authenticates a certificate. Its caller acts in the configured account, whatever account the call names.
     fn authenticate_certificate(
         &self,
         identity: &Arc<CertificateIdentity>,
@@ -302,7 +298,7 @@ impl CallAuthenticator {
         })
     }
 
-    /// The caller that shows a living token, in whatever state the key is.
+    /// Authenticates a token that has not been superseded, whatever the state of its key.
     fn authenticate_possession(
         &self,
         rpc: &'static RpcSpec,
@@ -332,19 +328,18 @@ impl CallAuthenticator {
 }
 
 impl ConnectionContext {
-    /// Whether a caller has proved itself over this connection.
+    /// Whether a caller was authenticated on this connection.
     pub(super) fn has_proven_caller(&self) -> bool {
         self.has_proven_caller.load(Ordering::Relaxed)
     }
 
-    /// Remembers that a caller has proved itself.
     pub(super) fn mark_proven_caller(&self) {
         if !self.has_proven_caller() {
             self.has_proven_caller.store(true, Ordering::Relaxed);
         }
     }
 
-    /// What a call shows of its caller, where that is enough by this door.
+    /// The credential of a call, if the listener accepts it.
     fn extract_credential(&self, headers: &HeaderMap) -> Result<PresentedCredentialRef<'_>, ServiceError> {
         let identity = || self.identity.as_ref().ok_or(ServiceError::Unauthenticated);
         let token = || bearer_token(headers).map(|token| PresentedCredentialRef::Token(token.to_owned()));
@@ -358,7 +353,7 @@ impl ConnectionContext {
     }
 }
 
-/// The bearer token of a call: exactly one, in one header.
+/// The bearer token of a call. Exactly one `authorization` header must carry it.
 pub(super) fn bearer_token(headers: &HeaderMap) -> Result<&str, ServiceError> {
     let mut values = headers.get_all(http::header::AUTHORIZATION).iter();
     let (Some(value), None) = (values.next(), values.next()) else {
@@ -371,7 +366,7 @@ pub(super) fn bearer_token(headers: &HeaderMap) -> Result<&str, ServiceError> {
     }
 }
 
-/// A name that a header gives; at most once.
+/// Parses a header that may occur at most once.
 fn parse_header<T>(
     headers: &HeaderMap,
     header: &'static str,

@@ -1,5 +1,6 @@
-//! AuthzService: reads a request, asks the engine, has the answer written. It awaits the engine alone. A denial is an answer;
-//! a status here means that there is none.
+//! Implements AuthzService: Check, BatchCheck and StreamCheck.
+//!
+//! Validation and decisions belong in `check_evaluator.rs`. A denial is a response, not a status.
 
 use std::{future::ready, sync::Arc};
 
@@ -30,19 +31,19 @@ use super::{
 };
 
 const MAX_BATCH_CHECKS: usize = 100;
-/// How long a batch's answer may become with grants, in bytes. What the items have besides fits into 1 MiB, and the
-/// whole into 3 MiB: most clients take 4 MiB.
+/// Bytes of a batch response up to which items carry grants. The rest of the items fits into 1 MiB, and the whole into
+/// 3 MiB: most clients accept 4 MiB.
 const MAX_BATCH_BYTES_WITH_GRANTS: usize = 2 << 20;
-/// The service over the engine.
+/// AuthzService over the evaluator.
 #[derive(Debug)]
 pub(super) struct AuthzService {
     pub(super) evaluator: Arc<CheckEvaluator>,
-    /// Turns true when streams are to end.
+    /// Turns true when streams must end.
     pub(super) stopping: watch::Receiver<bool>,
 }
 
 impl AuthzService {
-    /// Answers a call of one of the service's RPCs, whose caller is known.
+    /// Dispatches an authorized call to its RPC.
     pub(super) async fn dispatch(
         self: Arc<Self>,
         rpc: &'static RpcSpec,
@@ -106,8 +107,8 @@ impl AuthzService {
             })
             .collect();
         violations.into_result()?;
-        // All or nothing: an item that cannot be decided fails the batch before anything is consumed. Only limits
-        // that turn out to be unavailable fail it later.
+        // All or nothing: an item that cannot be decided fails the batch before anything is consumed. Only limits that
+        // turn out to be unavailable fail it later.
         engine
             .require_revision(validated.iter().filter_map(|check| check.min_revision).max())
             .map_err(ServiceError::from)?;
@@ -150,7 +151,7 @@ impl AuthzService {
     }
 }
 
-/// gRPC as tonic speaks it, with answers that are written here.
+/// tonic's gRPC server for messages that are encoded by hand.
 fn raw_grpc() -> Grpc<RawCodec> {
     Grpc::new(RawCodec).apply_max_message_size_config(Some(MAX_BATCH_REQUEST), None)
 }

@@ -1,4 +1,6 @@
-//! What the router hands to the handler of a call, by the call's extensions.
+//! Passes what the router knows about a call to its handler, by the request's extensions.
+//!
+//! Only the types and their extraction belong here. `auth.rs` and `router.rs` insert them.
 
 use tonic::Status;
 
@@ -9,19 +11,19 @@ use super::{
     status::internal_error,
 };
 
-/// Who asks.
+/// A proxy that asks about a client's request.
 #[derive(Clone, Debug)]
 pub(super) struct ProxyCaller {
-    /// Whose tokens it may ask about; the operator account's caller, about all.
+    /// The account whose tokens it may ask about. The operator account may ask about all.
     pub account: AccountId,
-    /// Whether it hears why: who came by Envoy's own listener, or showed a key with `keyward:check`. A stranger
-    /// hears what a client would.
+    /// Whether responses explain a denial. True on a listener for Envoy alone, and for callers with `keyward:check`.
+    /// Others get only what the client would see.
     pub trusted: bool,
-    /// What it has shown, if anything.
+    /// Evaluates its credential again; `None` for an anonymous proxy.
     pub session: Option<CheckSession>,
 }
 
-/// What the gate hands to the handler of a call, by the call's extensions.
+/// A value that the router may attach to a call.
 pub(super) trait FromExtensions: Sized {
     fn from_extensions(extensions: &mut tonic::Extensions) -> Result<Option<Self>, Status>;
 }
@@ -40,7 +42,7 @@ macro_rules! impl_from_extensions {
 
 impl_from_extensions!(PropagationDeadline, CheckSession, ProxyCaller, ManagementSession);
 
-/// The caller of a management call is judged again: handlers run when the whole request has arrived.
+/// The caller of a management call is evaluated again: handlers run only once the whole request has arrived.
 impl FromExtensions for Caller {
     fn from_extensions(extensions: &mut tonic::Extensions) -> Result<Option<Self>, Status> {
         match extensions.get::<ManagementSession>() {
@@ -50,10 +52,10 @@ impl FromExtensions for Caller {
     }
 }
 
-/// What the gate has found out about a call, for its handler.
+/// Takes a value that the router has attached to the call.
 pub(super) fn take_extension<T: FromExtensions>(
     request: &mut tonic::Request<impl Sized>,
 ) -> Result<T, Status> {
-    // Every row of the table says what its handler takes; a mismatch is a bug.
+    // The RPC table determines what each handler gets, so a mismatch is a bug.
     T::from_extensions(request.extensions_mut())?.ok_or_else(internal_error)
 }

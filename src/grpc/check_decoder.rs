@@ -1,5 +1,6 @@
-//! A Check's question on the wire (`keyward.v1.CheckRequest`), read where it stands: of its texts, nothing is copied. What
-//! it says is judged by `authz`. A test holds it against the generated message.
+//! Decodes `keyward.v1.CheckRequest` without copying its strings.
+//!
+//! Validation belongs in `check_evaluator.rs`. A test compares this decoder with the generated message.
 
 use prost::encoding::{DecodeContext, WireType, decode_key, decode_varint, skip_field};
 use smallvec::SmallVec;
@@ -9,12 +10,12 @@ use crate::pb;
 
 use super::status::malformed_message;
 
-/// A question as it was asked.
+/// A request as it was sent, borrowed from the message.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct CheckRequestView<'a> {
     pub(super) token: &'a str,
     pub(super) environment: &'a str,
-    /// Most ask for one.
+    /// Most requests name a single scope.
     pub(super) scopes: SmallVec<[&'a str; 2]>,
     pub(super) authenticate_only: bool,
     pub(super) account: Option<&'a str>,
@@ -25,7 +26,7 @@ pub(super) struct CheckRequestView<'a> {
     pub(super) min_revision: Option<u64>,
 }
 
-/// Bytes that are no such message. The generated reader says what is wrong with them.
+/// The bytes are not such a message. The generated decoder words the error.
 struct MalformedMessage;
 
 impl From<prost::DecodeError> for MalformedMessage {
@@ -35,18 +36,12 @@ impl From<prost::DecodeError> for MalformedMessage {
 }
 
 impl<'a> CheckRequestView<'a> {
-    /// Reads a `CheckRequest`.
-    ///
-    /// # Errors
-    /// When the bytes are none.
+    /// Decodes a `CheckRequest`.
     pub(super) fn decode(message: &'a [u8]) -> Result<Self, Status> {
         decode_check(message).map_err(|MalformedMessage| malformed_message::<pb::CheckRequest>(message))
     }
 
-    /// Reads the questions of a `BatchCheckRequest`.
-    ///
-    /// # Errors
-    /// When the bytes are none.
+    /// Decodes the checks of a `BatchCheckRequest`.
     pub(super) fn decode_batch(message: &'a [u8]) -> Result<Vec<Self>, Status> {
         decode_checks(message).map_err(|MalformedMessage| malformed_message::<pb::BatchCheckRequest>(message))
     }
@@ -108,7 +103,7 @@ mod tests {
     use proptest::{collection::vec, option, prelude::*};
     use prost::Message as _;
 
-    /// The same question as the generated message has it.
+    /// The same request as a generated message.
     fn generated(asked: &CheckRequestView<'_>) -> pb::CheckRequest {
         let owned = |text: Option<&str>| text.map(str::to_owned);
         pb::CheckRequest {
@@ -150,8 +145,8 @@ mod tests {
             prop_assert_eq!(generated(&CheckRequestView::decode(&bytes).unwrap()), request);
         }
 
-        /// Whatever the bytes are: both readers refuse them, or read the same. So it is with two messages in one, of which
-        /// the last word counts, and with one that is damaged.
+        /// For any bytes, both decoders fail or agree. That includes concatenated messages, of which the last
+        /// value counts, and damaged ones.
         #[test]
         fn it_reads_what_the_generated_reader_reads(
             requests in vec(requests(), 1..3),

@@ -1,5 +1,6 @@
-//! A Check's answer on the wire (`keyward.v1.CheckResponse`), written from what the engine found without a message in
-//! between: of texts that are there already, nothing is copied twice. A test holds it against the generated message.
+//! Encodes `keyward.v1.CheckResponse` straight from the engine's outcome, without an intermediate message.
+//!
+//! Nothing is decided here. A test compares this encoder with the generated message.
 
 use bytes::{BufMut, BytesMut};
 use prost::encoding::{WireType, encode_key, encode_varint, encoded_len_varint, message};
@@ -17,12 +18,12 @@ use crate::{
 
 use super::convert;
 
-/// Writes the message.
+/// Writes a `CheckResponse`.
 pub(super) fn write_response(outcome: &CheckOutcome, out: &mut impl BufMut) {
     write_fields(outcome, true, out);
 }
 
-/// Writes an item of a batch: without the key's grants and metadata if they would make the batch longer than `most`.
+/// Writes an item of a batch. Omits the key's grants and metadata if they would make the batch longer than `max_bytes`.
 pub(super) fn write_batch_item(outcome: &CheckOutcome, max_bytes: usize, out: &mut BytesMut) {
     let start = out.len();
     write_submessage(1, out, |out| write_fields(outcome, true, out));
@@ -70,7 +71,7 @@ fn write_fields(outcome: &CheckOutcome, grants: bool, out: &mut impl BufMut) {
     }
     write_varint(17, outcome.revision.0, out);
     message::encode(18, &convert::duration_to_proto(outcome.staleness), out);
-    // No answer may be kept.
+    // `max_age` 0: no response may be cached.
     message::encode(19, &PbDuration::default(), out);
     write_varint(20, outcome.limits().is_inexact.into(), out);
     write_varint(22, (!grants).into(), out);
@@ -90,7 +91,7 @@ fn limit_state_to_proto((name, limit, status): &(String, u64, LimitStatus)) -> p
     }
 }
 
-/// A number or a flag. What is 0 is left out, as in every field of a message.
+/// Writes a number or a flag. Zero is omitted, as proto3 requires.
 fn write_varint(field: u32, value: u64, out: &mut impl BufMut) {
     if value != 0 {
         encode_key(field, WireType::Varint, out);
@@ -114,7 +115,7 @@ fn write_nonempty_bytes(field: u32, bytes: &[u8], out: &mut impl BufMut) {
     out.put_slice(bytes);
 }
 
-/// An entry of a map of texts.
+/// Writes an entry of a map of strings.
 fn write_map_entry(field: u32, (name, value): (&String, &String), out: &mut impl BufMut) {
     let length = |text: &str| 1 + encoded_len_varint(text.len() as u64) + text.len();
     encode_key(field, WireType::LengthDelimited, out);
@@ -123,7 +124,7 @@ fn write_map_entry(field: u32, (name, value): (&String, &String), out: &mut impl
     write_nonempty_text(2, value, out);
 }
 
-/// A message in a message. Its length is known when it is written: most have one of two bytes, for which room is kept.
+/// Writes a nested message. Its length is only known afterwards; two bytes are reserved, which fit most.
 fn write_submessage(field: u32, out: &mut BytesMut, write: impl FnOnce(&mut BytesMut)) {
     const RESERVED_LEN: usize = 2;
     encode_key(field, WireType::LengthDelimited, out);
@@ -140,7 +141,7 @@ fn write_submessage(field: u32, out: &mut BytesMut, write: impl FnOnce(&mut Byte
     encode_varint(length as u64, &mut &mut out[start..start + prefix]);
 }
 
-/// Reasons, packed: each has a number of one byte.
+/// Writes reasons as a packed field: each number takes one byte.
 fn write_reasons(field: u32, list: ReasonSet, out: &mut impl BufMut) {
     let mut numbers = [0; Reason::ALL.len()];
     let written = numbers.iter_mut().zip(list.iter()).map(|(number, reason)| *number = reason as u8).count();

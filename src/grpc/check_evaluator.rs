@@ -1,4 +1,7 @@
-//! Validates a Check's request, has the engine decide it and writes the response. Unary, batch and stream calls share it.
+//! Validates a Check, has the engine decide it and writes the response. Unary, batch and stream calls share it.
+//!
+//! Transport and authentication belong in `authz_service.rs`, `check_stream.rs` and `check_fast_path.rs`. A denial is a
+//! response; a status means that no decision was made.
 
 use std::{
     fmt::{self, Display},
@@ -27,7 +30,7 @@ use crate::{
 
 use super::{check_decoder::CheckRequestView, check_encoder, convert};
 
-/// Under which id a decision was written down, where it was.
+/// Response header with the id of the logged decision, if it was logged.
 pub(super) const DECISION_ID_HEADER: &str = "x-keyward-decision-id";
 
 /// Evaluates Checks against the engine.
@@ -38,7 +41,7 @@ pub(super) struct CheckEvaluator {
     pub(super) decisions: DecisionLog,
 }
 
-/// A request as the engine wants it; it owns what had to be parsed.
+/// A validated request with its parsed fields.
 pub(super) struct ValidatedCheck<'a> {
     token: &'a str,
     environment: &'a EnvironmentName,
@@ -52,7 +55,7 @@ pub(super) struct ValidatedCheck<'a> {
 }
 
 impl CheckEvaluator {
-    /// Reads one request; `at` stands before each field's name in violations.
+    /// Validates one request. `field_prefix` precedes each field's name in violations.
     pub(super) fn validate<'a, 'm: 'a>(
         &'a self,
         request: &CheckRequestView<'m>,
@@ -60,7 +63,6 @@ impl CheckEvaluator {
         violations: &mut InvalidFields,
     ) -> Option<ValidatedCheck<'a>> {
         let field = |name: &'static str| fmt::from_fn(move |f| write!(f, "{field_prefix}{name}"));
-        let violations = violations;
         let CheckRequestView { token, scopes, authenticate_only, .. } = request;
         violations.add_if(
             token.len() > token::MAX_TOKEN_LEN,
@@ -104,10 +106,8 @@ impl CheckEvaluator {
         })
     }
 
-    /// Answers one Check by writing the answer to `out`, as far as it goes without a wait.
-    ///
-    /// # Errors
-    /// When the request is wrong, or cannot be answered here and now.
+    /// Decides one Check and writes the response to `out`. Fails if the request is invalid or no
+    /// decision can be made here.
     pub(super) fn evaluate_check<'a, 'm: 'a>(
         &'a self,
         requester: Requester<'_>,
@@ -132,7 +132,7 @@ impl CheckEvaluator {
         }
     }
 
-    /// Writes an answer, and the decision down, if it is one of those that are: then it tells under which id.
+    /// Writes the response and logs the decision. Returns the id if it was logged.
     fn write_outcome(
         &self,
         outcome: &CheckOutcome,
@@ -181,19 +181,16 @@ impl ValidatedCheck<'_> {
     }
 }
 
-/// One Check's answer.
+/// How far one Check has come.
 pub(super) enum CheckProgress<'a> {
-    /// It is written; the decision is written down under this id, if it is.
+    /// The response is written. Contains the id of the decision, if it was logged.
     Done(Option<Uuid>),
-    /// It hangs on the key's limits.
+    /// The key's limits must be counted first.
     PendingLimits(BoxFuture<'a, Result<Option<Uuid>, Status>>),
 }
 
 impl CheckProgress<'_> {
-    /// Waits until the answer is written.
-    ///
-    /// # Errors
-    /// When the limits cannot be counted.
+    /// Waits until the response is written. Fails if the limits cannot be counted.
     pub(super) async fn finish(self) -> Result<Option<Uuid>, Status> {
         match self {
             CheckProgress::Done(decision) => Ok(decision),

@@ -1,6 +1,7 @@
-//! The short way of a Check, and of what a proxy asks without a credential: what is plainly in order is answered here,
-//! without a future, a timer or a table that it does not need. Whatever is not goes the long way by `gate` from its
-//! beginning, which alone words refusals.
+//! Answers plain Checks, and the requests of anonymous proxies, without the futures, timers and
+//! lookups of the slow path.
+//!
+//! Whatever is not plain is left untouched for `router.rs`, which alone words refusals of a request.
 
 use std::{net::IpAddr, pin::pin, sync::Arc, task::Poll, time::Duration};
 
@@ -34,16 +35,15 @@ use super::{
     status::deadline_exceeded,
 };
 
-/// What a call's headers say, found in one pass: to look for each by its name costs more than that, and most calls say
-/// nothing but their token.
+/// What the headers of a call contain, found in one pass. Looking up each name costs more, and most
+/// calls have only a token.
 #[derive(Debug, Default)]
 pub(super) struct HeaderFlags {
-    /// It says what it is called, or of which trace it is a part.
+    /// It has a request id or trace context.
     pub(super) has_trace_headers: bool,
-    /// It has a deadline.
+    /// It has `grpc-timeout`.
     pub(super) has_deadline: bool,
-    /// It says what few say, and goes the long way: that it acts in an account that it names, or for somebody, or that
-    /// its message is encoded.
+    /// It has a header that only the slow path handles: an account, an acting user, or an encoding.
     needs_slow_path: bool,
 }
 
@@ -64,7 +64,7 @@ impl HeaderFlags {
     }
 }
 
-/// Answers plain calls directly.
+/// Answers plain calls from memory.
 pub(super) struct CheckFastPath {
     pub(super) engine: Arc<Engine>,
     pub(super) evaluator: Arc<CheckEvaluator>,
@@ -73,8 +73,7 @@ pub(super) struct CheckFastPath {
 }
 
 impl CheckFastPath {
-    /// The answer to a Check that is plainly in order. None = the long way is to be taken; of the request nothing is
-    /// lost, and nothing was counted.
+    /// Answers a plain Check. `None` if it needs the slow path; then the request is intact and nothing was counted.
     pub(super) async fn try_check(
         &self,
         request: &mut Request<PeekableBody>,
@@ -129,7 +128,7 @@ impl CheckFastPath {
         })
     }
 
-    /// The answer to what a proxy asks, where it needs no credential. None = as above.
+    /// Answers an anonymous proxy. `None` if the call needs the slow path; then the request is intact.
     pub(super) async fn try_ext_authz(
         &self,
         rpc: &RpcSpec,
@@ -145,7 +144,7 @@ impl CheckFastPath {
         let proxy = self.authenticator.anonymous_proxy(&context.policy, request.headers())?;
         let deadline = timer.started_at() + check_timeout(flags, request.headers());
         let priority = || if proxy.trusted { CallPriority::Caller } else { CallPriority::Anonymous };
-        // One with a large body goes the long way.
+        // A request with a large body takes the slow path.
         let max_len = rpc.max_request_bytes.min(MAX_BATCH_REQUEST);
         let message =
             match read_message_before(deadline, request, max_len, &context.memory_budget, priority).await {
@@ -165,7 +164,7 @@ impl CheckFastPath {
         })
     }
 
-    /// Whether a caller that was let in would be again.
+    /// Whether a caller that was authenticated at the start of the call still is.
     fn is_still_authorized(
         &self,
         cached_caller: &CachedCaller,
@@ -178,7 +177,7 @@ impl CheckFastPath {
         bearer_token(headers).map_or(Ok(false), |token| is_token_authorized(&self.engine, token, None, peer))
     }
 
-    /// The caller of a Check, where it shows a token that is plainly enough.
+    /// The caller of a Check, if its token alone is enough and the cache has it.
     fn authenticate_cached(
         &self,
         headers: &HeaderMap,
@@ -192,7 +191,7 @@ impl CheckFastPath {
     }
 }
 
-/// How long the call may take.
+/// Time limit of the call.
 fn check_timeout(flags: &HeaderFlags, headers: &HeaderMap) -> Duration {
     match flags.has_deadline {
         true => effective_timeout(Some(CHECK_TIMEOUT), headers).unwrap_or(CHECK_TIMEOUT),
@@ -200,10 +199,8 @@ fn check_timeout(flags: &HeaderFlags, headers: &HeaderMap) -> Duration {
     }
 }
 
-/// The message of a request; None where it goes the long way. One that must be waited for takes memory meanwhile.
-///
-/// # Errors
-/// When it does not come in time, or there is no memory.
+/// Reads the message of a request; `None` if it needs the slow path. A message that has not arrived yet holds a memory
+/// reservation meanwhile. Fails if it is late or no memory is left.
 async fn read_message_before(
     deadline: Instant,
     request: &mut Request<PeekableBody>,
@@ -220,7 +217,7 @@ async fn read_message_before(
         .map_err(|_| deadline_exceeded())
 }
 
-/// The outcome, if it comes in time. What is there at once needs no timer.
+/// The result of `work`, if it completes in time. Work that is ready at once needs no timer.
 async fn complete_before<T>(deadline: Instant, mut work: impl Future<Output = T> + Unpin) -> Option<T> {
     match futures_util::poll!(&mut work) {
         Poll::Ready(done) => Some(done),

@@ -1,5 +1,7 @@
-//! Whether a caller of Checks may ask still: it was let in by its headers, and what it asks comes later, once or many
-//! times. Who it is was found out by `admission`.
+//! Evaluates the caller of Checks again while its call runs. A request can arrive long after the headers that
+//! authenticated it, and a stream carries many.
+//!
+//! The first authentication belongs in `auth.rs`. Callers of management calls are in `management_session.rs`.
 
 use std::{net::IpAddr, sync::Arc};
 
@@ -22,18 +24,18 @@ use crate::{
 
 use super::status::{batch_exceeds_limit, permission_missing};
 
-/// What proves a caller.
+/// The credential that a caller presented.
 #[derive(Clone)]
 pub(super) enum PresentedCredential {
     Token(Arc<Zeroizing<String>>),
     Certificate(Arc<CertificateIdentity>),
 }
 
-/// What a caller has shown when it called, so that it can be decided again.
+/// The credential and context of a call, kept so that its caller can be evaluated again.
 #[derive(Clone)]
 pub(super) struct CheckSession {
     pub(super) credential: PresentedCredential,
-    /// The account that it named.
+    /// The account in `x-keyward-account`.
     pub(super) named_account: Option<AccountId>,
     pub(super) peer: Option<IpAddr>,
 }
@@ -45,7 +47,7 @@ impl std::fmt::Debug for CheckSession {
 }
 
 impl CheckSession {
-    /// Whether the caller may ask still. Nothing is counted.
+    /// Whether the caller is still authorized. Charges nothing.
     pub(super) fn is_still_authorized(&self, engine: &Engine) -> Result<bool, CheckError> {
         match &self.credential {
             PresentedCredential::Certificate(identity) => {
@@ -57,7 +59,7 @@ impl CheckSession {
         }
     }
 
-    /// The same of one that stood when the index was in this state.
+    /// Like `is_still_authorized`, for a caller that was authorized at index version `version`.
     pub(super) fn is_still_authorized_since(
         &self,
         engine: &Engine,
@@ -70,7 +72,7 @@ impl CheckSession {
         }
     }
 
-    /// Whether the caller still may ask. `charge`: so many calls, which its limits count, all of them or none.
+    /// Checks that the caller is still authorized, and charges `charge` calls to its limits: all of them or none.
     pub(super) async fn reauthorize_and_charge(
         &self,
         engine: &Engine,
@@ -106,7 +108,7 @@ impl CheckSession {
         }
     }
 
-    /// Checks that the caller may still ask Checks. Nothing is charged.
+    /// Checks that the caller is still authorized for Checks. Charges nothing.
     fn reauthorize(&self, engine: &Engine) -> Result<(), Status> {
         let granted_scopes = match &self.credential {
             PresentedCredential::Certificate(identity) => {
@@ -124,7 +126,7 @@ impl CheckSession {
         require_permission(Permission::Check, &granted_scopes)
     }
 
-    /// The caller, where it plainly may ask.
+    /// The cached caller, if the cache alone shows that it is authorized.
     pub(super) fn cached_caller(&self, engine: &Engine, cache: &CallerCache) -> Option<Arc<CachedCaller>> {
         match &self.credential {
             PresentedCredential::Token(token) if self.named_account.is_none() => {
@@ -143,7 +145,7 @@ fn require_permission(permission: Permission, granted_scopes: &ScopeSet) -> Resu
     }
 }
 
-/// The caller with this token, where it plainly may ask Checks: see [`Engine::authenticate_cached`].
+/// The caller with this token, if the cache alone shows that it may call Check. See [`Engine::authenticate_cached`].
 pub(super) fn authenticate_cached(
     engine: &Engine,
     token: &str,
@@ -155,7 +157,7 @@ pub(super) fn authenticate_cached(
         .filter(|cached_caller| Permission::Check.is_granted_by(&cached_caller.granted_scopes))
 }
 
-/// Whether the caller with this token may ask Checks.
+/// Whether the caller with this token may call Check.
 pub(super) fn is_token_authorized(
     engine: &Engine,
     token: &str,

@@ -1,8 +1,8 @@
-//! StreamCheck: many Checks on one long call, for callers with very much traffic. Each is decided as a Check of its own,
-//! answered in the order in which they came, and charged to the caller as a call of its own.
+//! Serves StreamCheck: many Checks on one call, for callers with high traffic. Each Check is decided, ordered and
+//! charged like a call of its own.
 //!
-//! The caller is decided anew with each message, and once a second while there is none: a stream ends when its caller is
-//! revoked. It ends with a status where a Check would have had one: the messages before it are answered.
+//! The caller is evaluated again with each message, and once a second in between, so that the stream of a revoked
+//! caller ends. The stream ends with the status that a Check would have had; earlier messages are answered first.
 
 use std::{
     pin::Pin,
@@ -41,12 +41,12 @@ use super::{
     status::message_too_large,
 };
 
-/// How long a revoked caller's stream may stay open when nothing is asked on it.
+/// How long the idle stream of a revoked caller may stay open.
 const REAUTHORIZE_INTERVAL: Duration = Duration::from_secs(1);
-/// After how many messages that were there already others get their turn.
+/// Messages that are answered in a row before other tasks run.
 const MAX_CONSECUTIVE_CHECKS: u32 = 64;
 
-/// A stream under way.
+/// The state of one stream.
 struct StreamCheckCall {
     evaluator: Arc<CheckEvaluator>,
     caller: Caller,
@@ -55,27 +55,27 @@ struct StreamCheckCall {
     requests: Streaming<Bytes>,
     reauthorize_timer: Interval,
     stopping: watch::Receiver<bool>,
-    /// The caller, when it was last found plainly in order.
+    /// The caller, from its last successful cache lookup.
     cached_caller: Option<Arc<CachedCaller>>,
-    /// Whether the next message is charged to the caller: the first came with the call, which is.
+    /// Whether the next message is charged to the caller. The first is not, since the call itself was charged.
     charges_next: bool,
-    /// How many messages came one after the other without a wait.
+    /// Messages that were answered in a row without waiting.
     consecutive_checks: u32,
 }
 
 type StreamCheckResult = Result<BytesMut, Status>;
 
-/// The answers to a stream of questions, as they are sent: a status ends them.
+/// The responses of one stream. A status ends them.
 ///
-/// Most questions are there already and can be answered at once, without a future for each: to make and to move those
-/// took a tenth of an item's time.
+/// Most messages are buffered and can be answered at once, without a future for each. Creating and moving those futures
+/// took a tenth of the time of an item.
 pub(super) struct CheckResponseStream {
-    /// None = it has ended, or waits.
+    /// `None` if the stream has ended, or while `pending` holds it.
     call: Option<Box<StreamCheckCall>>,
     pending: Option<BoxFuture<'static, (Box<StreamCheckCall>, Option<StreamCheckResult>)>>,
 }
 
-/// The answers to a stream of questions.
+/// Answers a stream of requests in order.
 pub(super) fn check_responses(
     evaluator: Arc<CheckEvaluator>,
     stopping: watch::Receiver<bool>,
@@ -139,13 +139,13 @@ impl CheckResponseStream {
     }
 }
 
-/// What can be done without a wait.
+/// What a stream can do without waiting.
 enum ImmediateStep {
-    /// Everything: this is the next answer. None = the caller has asked all that it wanted.
+    /// The next response. `None` if the client has ended the stream.
     Done(Option<StreamCheckResult>),
-    /// This question takes a wait.
+    /// This message can only be answered by waiting.
     NeedsWait(Bytes),
-    /// There is no question, or it is others' turn.
+    /// No message is buffered, or it is time to yield.
     NoRequest,
 }
 
@@ -166,7 +166,7 @@ impl StreamCheckCall {
         }
     }
 
-    /// The answer, if the caller is plainly in order and nothing hangs on limits.
+    /// Answers a message if the caller is cached and no limits must be counted.
     fn check_without_wait(&mut self, message: &[u8]) -> Option<StreamCheckResult> {
         let engine = &self.evaluator.engine;
         let version = engine.index.version();
@@ -195,7 +195,7 @@ impl StreamCheckCall {
         let progress = self.evaluator.evaluate_check(requester, &request, &mut out);
         match progress.map(|progress| matches!(progress, CheckProgress::Done(_))) {
             Ok(true) => Some(Ok(out)),
-            // Nothing is consumed yet, but the caller is charged.
+            // Nothing is consumed yet, but the caller is already charged.
             Ok(false) => {
                 self.charges_next = false;
                 None
@@ -204,10 +204,10 @@ impl StreamCheckCall {
         }
     }
 
-    /// The next answer, or with what the stream ends. None = the caller has asked all that it wanted.
+    /// Waits for the next response, or the status that ends the stream. `None` if the client has ended the stream.
     async fn next_response(&mut self) -> Option<StreamCheckResult> {
         if self.consecutive_checks >= MAX_CONSECUTIVE_CHECKS {
-            // Who always has another question must not keep others waiting, nor the server from stopping.
+            // A client that always has a message ready must not starve other tasks or block shutdown.
             self.consecutive_checks = 0;
             tokio::task::yield_now().await;
             if *self.stopping.borrow() {

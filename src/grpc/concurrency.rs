@@ -1,8 +1,10 @@
-//! Limits how many calls run for long at the same time: management calls, calls that wait for replicas, and answers of
-//! server reflection. A caller, an account and a connection have shares of each limit, and a part is kept for calls that
-//! take rights away and for operators.
+//! Limits concurrent calls that run for long: management calls, calls that wait for replicas,
+//! and responses of server reflection.
 //!
-//! A permit is acquired when a request has arrived: a call that sends nothing holds none.
+//! A caller, an account and a connection each have a share of a limit. A part is reserved for calls that restrict
+//! rights, and for operators. Short Checks are limited in `load_shed.rs`.
+//!
+//! A permit is acquired once the request has arrived, so a call that sends nothing holds none.
 
 use std::{
     cell::RefCell,
@@ -36,11 +38,11 @@ use super::{
     status::{deadline_exceeded, overloaded},
 };
 
-/// Calls that may wait for replicas, or follow a change, for each management call that may run.
+/// Calls that may wait for replicas, or watch a change, per management call that may run.
 const WAITING_PER_RUNNING: usize = 4;
-/// Answers of server reflection at the same time, each of which is large. Its callers are anonymous, and fill half.
+/// Concurrent responses of server reflection, each of which is large. Its callers are anonymous, and may fill half.
 const MAX_REFLECTION_CALLS: usize = 128;
-/// Time limit of such an answer.
+/// Time limit of a reflection response.
 const REFLECTION_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A subject that may use only a share of each limit.
@@ -53,7 +55,8 @@ enum LimitSubject {
 }
 
 impl LimitSubject {
-    /// The share is the limit divided by this number. An operator provisions for all accounts, and has twice as much.
+    /// The limit is divided by this number to get the share. Operators provision for all accounts, so
+    /// they have twice as much.
     fn share_divisor(&self, priority: CallPriority) -> usize {
         match (self, priority) {
             (LimitSubject::Account(_), _)
@@ -63,7 +66,7 @@ impl LimitSubject {
     }
 }
 
-/// The shares that a call counts on, and the priority that decides how far it may fill them.
+/// The subjects that a call counts against, and the priority that decides how far it may fill the limits.
 #[derive(Clone, Debug)]
 pub(super) struct PermitHolder {
     subjects: Vec<LimitSubject>,
@@ -71,7 +74,7 @@ pub(super) struct PermitHolder {
 }
 
 impl PermitHolder {
-    /// An anonymous call over the connection with this number.
+    /// An anonymous call on this connection.
     pub(super) fn from_connection(connection: u64) -> PermitHolder {
         PermitHolder {
             subjects: vec![LimitSubject::Connection(connection)],
@@ -79,14 +82,14 @@ impl PermitHolder {
         }
     }
 
-    /// A call of a proxy without a credential, which is trusted if the listener serves Envoy alone.
+    /// A call of an anonymous proxy, which is trusted if the listener serves Envoy alone.
     pub(super) fn from_proxy(trusted: bool, connection: u64) -> PermitHolder {
         let priority = if trusted { CallPriority::Caller } else { CallPriority::Anonymous };
         PermitHolder { priority, ..PermitHolder::from_connection(connection) }
     }
 
-    /// A call of this caller. An operator that acts for a person leaves the operators' part to the others, and so does a
-    /// caller that proves possession alone: its key may be revoked already.
+    /// A call of this caller. The operators' reserve is not for operators that act for a person, nor for callers that
+    /// only prove possession, since their key may be revoked.
     pub(super) fn from_caller(caller: &Caller, rpc: &RpcSpec, connection: u64) -> PermitHolder {
         let possession = matches!(caller.identity, CallerIdentity::Possession(..));
         let credential_subject = match &caller.identity {
@@ -97,7 +100,7 @@ impl PermitHolder {
         };
         let mut subjects = vec![LimitSubject::Connection(connection), credential_subject];
         let operator = caller.account.is_operator() && !possession;
-        // The parts that are kept for operators bound the operator account.
+        // The reserve for operators already bounds the operator account.
         subjects.extend((!operator).then(|| LimitSubject::Account(caller.account.clone())));
         let priority = match (rpc.is_restricting(), operator && caller.acting_user.is_none()) {
             (false, false) => CallPriority::Caller,
@@ -113,7 +116,7 @@ impl PermitHolder {
     }
 }
 
-/// The permits of one limit.
+/// The permits of one limit, and their holders.
 #[derive(Debug)]
 struct PermitPool {
     limit: usize,
@@ -154,7 +157,7 @@ impl PermitPool {
     }
 }
 
-/// Permission to run, until this is dropped.
+/// A permit to run, released on drop.
 #[derive(Debug)]
 pub(super) struct CallPermit {
     pool: Arc<PermitPool>,
@@ -176,7 +179,7 @@ impl Drop for CallPermit {
     }
 }
 
-/// The limits of the whole process.
+/// The limits of the process.
 #[derive(Debug)]
 pub(super) struct ConcurrencyLimits {
     management: Arc<PermitPool>,
@@ -197,7 +200,7 @@ impl ConcurrencyLimits {
         }
     }
 
-    /// A permit for a management call. `follows`: the call only follows a change, as long as that takes.
+    /// Acquires a permit for a management call. `is_watch`: the call only watches a change, for as long as that takes.
     pub(super) fn acquire_management(
         &self,
         holder: PermitHolder,
@@ -209,7 +212,7 @@ impl ConcurrencyLimits {
             .ok_or_else(|| self.refuse(0, "call refused: overload.management_calls reached", pool, now))
     }
 
-    /// A permit for an answer of server reflection.
+    /// Acquires a permit for a response of server reflection.
     pub(super) fn acquire_reflection(
         &self,
         holder: PermitHolder,
@@ -229,12 +232,12 @@ impl ConcurrencyLimits {
         overloaded()
     }
 
-    /// Calls that were refused.
     pub(super) fn refused_calls(&self) -> u64 {
         self.refused_calls.load(Ordering::Relaxed)
     }
 
-    /// Runs a management call with its permit, which [`exchange_permit_for_waiting`] exchanges. The permit comes back with the answer.
+    /// Runs a management call with its permit, which [`exchange_permit_for_waiting`] may exchange. Returns
+    /// the permit with the response.
     pub(super) async fn run<T>(
         &self,
         permit: CallPermit,
@@ -259,10 +262,10 @@ struct RunningCall {
     waiting_pool: Arc<PermitPool>,
 }
 
-/// Exchanges the permit of the current call, which has made its change and only waits for replicas, for a permit to wait.
-/// If none is free, the call keeps its permit.
+/// Exchanges the permit of the current call for a waiting permit. Called once the change is made and only replicas are
+/// awaited. If no waiting permit is free, the call keeps its own.
 pub(super) fn exchange_permit_for_waiting() {
-    // Without a permit there is nothing to give back.
+    // Outside of `run` there is no permit to exchange.
     let _ = RUNNING_CALL.try_with(|running| {
         let mut permit = running.permit.borrow_mut();
         let holder = permit.as_ref().map(|permit| permit.holder.clone());
@@ -272,7 +275,7 @@ pub(super) fn exchange_permit_for_waiting() {
     });
 }
 
-/// A body that holds a permit until its end, and may have a time limit.
+/// A body that holds a permit until it ends, and may have a time limit.
 pub(super) struct PermitBody {
     body: Body,
     timeout: Option<Pin<Box<Sleep>>>,
@@ -285,7 +288,7 @@ impl PermitBody {
         PermitBody { body, timeout: None, _permit: permit }
     }
 
-    /// An answer of server reflection.
+    /// A body of a reflection response, with its time limit.
     pub(super) fn for_reflection(body: Body, permit: CallPermit) -> PermitBody {
         PermitBody {
             timeout: Some(Box::pin(sleep(REFLECTION_TIMEOUT))),
@@ -326,7 +329,7 @@ mod tests {
         PermitHolder { subjects: shares, priority }
     }
 
-    /// Acquires as many permits as there are, each from another key and connection where they differ.
+    /// Acquires as many permits as possible, each for the holder of its number.
     fn acquire_all(permits: &Arc<PermitPool>, occupant: impl Fn(u64) -> PermitHolder) -> Vec<CallPermit> {
         (0..1000).map_while(|at| permits.acquire(occupant(at))).collect()
     }

@@ -1,4 +1,6 @@
-//! One connection from its first byte to its last: TLS, the limits of HTTP/2 that tonic leaves open, its age.
+//! Serves one connection from its first byte to its last: TLS, the HTTP/2 limits that tonic leaves open, and its age.
+//!
+//! Accepting connections belongs in `serve.rs`, calls in `router.rs`.
 
 use std::{
     convert::Infallible,
@@ -46,33 +48,33 @@ use super::{
     status::overloaded,
 };
 
-/// Streams that the server had to reset for the peer's errors, before the connection goes (CVE-2025-8671).
+/// Streams that the server resets for the peer's errors before it ends the connection (CVE-2025-8671).
 const MAX_ERROR_RESETS: usize = 1024;
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
-/// What HTTP/2 may hold of the answers of one stream, beyond what its peer has taken.
+/// Bytes of a stream's response that HTTP/2 may buffer.
 const MAX_STREAM_BUFFER: usize = 64 << 10;
-/// What a peer may send of a message, and of all messages, before it is read: HTTP/2 keeps so much for each connection.
-/// A message of 4 MiB takes 32 round trips.
+/// Bytes that a peer may send, per stream and per connection, before they are read. HTTP/2 buffers up to that much, and
+/// a message of 4 MiB takes 32 round trips.
 const FLOW_CONTROL_WINDOW: u32 = 128 << 10;
-/// How long a handshake may take once the server stops. Whoever connected just before has a call on its way.
+/// How long a handshake may take once the server stops: a peer that just connected has a call on its way.
 const SHUTDOWN_HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long calls may go on after their connection has said that it ends: as long as the longest of them may take.
+/// How long calls may continue after GOAWAY: as long as the longest call may take.
 const CONNECTION_DRAIN_TIMEOUT: Duration = Duration::from_secs(600);
 
-/// A listener, as its connections know it.
+/// The state of a listener that its connections share.
 #[derive(Debug)]
 pub(super) struct ListenerState {
     pub(super) policy: Arc<ListenerPolicy>,
     pub(super) limits: ConnectionLimits,
     pub(super) tls: Option<Arc<ListenerTls>>,
     pub(super) counters: Arc<ListenerCounters>,
-    /// How many connections there were: the age of each is spread by it.
+    /// Connections accepted so far; spreads their maximum ages.
     pub(super) accepted_total: AtomicU64,
 }
 
 impl ListenerState {
-    /// How old the next connection may become. The golden ratio spreads the ages evenly however many there are.
+    /// Maximum age of the next connection. The golden ratio spreads the ages evenly, however many there are.
     fn next_max_age(&self) -> Duration {
         #[expect(clippy::cast_precision_loss, reason = "a rounded age does as well")]
         let number = self.accepted_total.fetch_add(1, Ordering::Relaxed) as f64;
@@ -81,7 +83,7 @@ impl ListenerState {
     }
 }
 
-/// A connection, and its places among those of its listener and of the process.
+/// An accepted connection, with its permits of the listener and of the process.
 pub(super) struct AcceptedConnection {
     pub(super) socket: AcceptedSocket,
     pub(super) peer: Option<SocketAddr>,
@@ -90,7 +92,7 @@ pub(super) struct AcceptedConnection {
     pub(super) _open_guard: OpenConnectionGuard,
 }
 
-/// What the first bytes have shown.
+/// A connection after its handshake.
 struct HandshakenConnection {
     io: SingleWriteIo,
     certificate: Option<CertificateInfo>,
@@ -129,7 +131,7 @@ pub(super) async fn serve_connection(
         memory_budget: ConnectionMemoryBudget::new(router.memory_budget.clone()),
         has_proven_caller: Arc::default(),
     };
-    // A certificate proves nothing beyond its end.
+    // The connection must not outlive the client certificate.
     let now = router.now().as_micros().div_euclid(1_000_000);
     let remaining =
         expires_at.map(|expires_at| Duration::from_secs(u64::try_from(expires_at - now).unwrap_or(0)));
@@ -138,7 +140,7 @@ pub(super) async fn serve_connection(
     serve_http2(io, router, context, worker_queue, &listener.limits, max_age, stopping).await;
 }
 
-/// Waits until a connection should have said who it is.
+/// Waits until the handshake must be complete.
 async fn wait_for_handshake_timeout(handshake: Duration, stopping: &mut watch::Receiver<bool>) {
     let after_stop = async {
         wait_until_stopping(stopping).await;
@@ -154,7 +156,7 @@ fn display_peer(peer: Option<SocketAddr>) -> Option<tracing::field::DisplayValue
     peer.map(tracing::field::display)
 }
 
-/// TLS, where there is any, and the preface of HTTP/2.
+/// Accepts TLS, if the listener has it, and reads the HTTP/2 preface.
 async fn handshake(
     socket: AcceptedSocket,
     tls: Option<&ListenerTls>,
@@ -201,7 +203,7 @@ async fn serve_http2(
     let queued = queue.clone();
     let send_budget = ConnectionSendBudget::new(router.send_budget.clone());
     let sent = send_budget.clone();
-    // One count a call, on this connection's own memory, keeps all of it alive.
+    // Each call clones one reference count, in this connection's memory.
     let here = Arc::new((router, context));
     let service = service_fn(move |request: Request<Incoming>| {
         let (here, call, send_budget) = (here.clone(), counted.track_call(), sent.clone());
@@ -211,7 +213,7 @@ async fn serve_http2(
             queued.reject();
             None
         };
-        // Moved about as a pointer: each call is a task, and is moved several times on the way there.
+        // Boxed: each call becomes a task and is moved several times on the way.
         Box::pin(async move {
             let (router, context) = &*here;
             let answer = match slot {
@@ -232,7 +234,7 @@ async fn serve_http2(
         .initial_connection_window_size(FLOW_CONTROL_WINDOW)
         .keep_alive_interval(KEEPALIVE_INTERVAL)
         .keep_alive_timeout(KEEPALIVE_TIMEOUT)
-        // No client of gRPC reads it, and every answer would pay for it.
+        // gRPC clients do not read the date, and every response would pay for it.
         .auto_date_header(false)
         .serve_connection(io, service);
     tokio::pin!(connection);
@@ -255,13 +257,13 @@ async fn serve_http2(
         }
     };
     if let Err(error) = ended {
-        // Peers that vanish or speak another protocol are everyday.
+        // Peers that vanish or speak another protocol are common.
         let peer = peer.map(tracing::field::display);
         tracing::debug!(error = &error as &dyn std::error::Error, peer, "a connection ended with an error");
     }
 }
 
-/// Runs HTTP/2 until it ends. Whenever it waits it has given out every call that it has accepted.
+/// Runs HTTP/2 until it ends. Whenever HTTP/2 waits, it has delivered every call that it accepted.
 async fn run_http2<C: Future>(mut connection: Pin<&mut C>, queue: &ConnectionQueue) -> C::Output {
     poll_fn(|cx| {
         let polled = connection.as_mut().poll(cx);
@@ -271,8 +273,7 @@ async fn run_http2<C: Future>(mut connection: Pin<&mut C>, queue: &ConnectionQue
     .await
 }
 
-/// Waits until bytes of the connection's answers have not been taken for minutes. Streams without a window end by
-/// themselves long before that.
+/// Waits until response bytes have been unread for minutes. Streams that flow control blocks end long before that.
 async fn wait_until_send_stalled(send_budget: &ConnectionSendBudget) {
     loop {
         tokio::time::sleep(CHARGE_PERIOD).await;
@@ -282,7 +283,7 @@ async fn wait_until_send_stalled(send_budget: &ConnectionSendBudget) {
     }
 }
 
-/// Waits until a connection has had its time: it is old, or idle, or the server stops.
+/// Waits until a connection must drain: it is old or idle, or the server stops.
 async fn wait_until_expired(
     calls: &ConnectionCalls,
     max_idle: Duration,

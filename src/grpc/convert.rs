@@ -1,5 +1,7 @@
-//! Messages to domain values and back. Every field is taken apart by name; every violation of a request is
-//! collected, so that the caller hears of all at once.
+//! Converts messages to domain values and back.
+//!
+//! Validation collects every violation of a request, so that the client sees all of them at once. Rules that need a
+//! record or the caller belong to the use cases.
 
 use std::{
     collections::BTreeMap,
@@ -42,18 +44,17 @@ const MIN_KEY_LIFETIME: Duration = Duration::from_secs(24 * 60 * 60);
 const MIN_TTL: Duration = Duration::from_secs(1);
 const MAX_TTL: Duration = Duration::from_secs(100 * 366 * 24 * 60 * 60);
 
-/// An instant as protobuf says it.
 #[must_use]
 pub(super) fn timestamp_to_proto(at: Timestamp) -> PbTimestamp {
     let micros = at.as_micros();
     PbTimestamp {
         seconds: micros.div_euclid(1_000_000),
-        // Below a million times a thousand: it fits.
+        // The value is below a billion, so it fits.
         nanos: i32::try_from(micros.rem_euclid(1_000_000) * 1000).unwrap_or(0),
     }
 }
 
-/// A duration as protobuf says it.
+/// Converts a duration; one beyond the range of `i64` seconds is capped.
 #[must_use]
 pub(super) fn duration_to_proto(length: Duration) -> PbDuration {
     PbDuration {
@@ -62,7 +63,7 @@ pub(super) fn duration_to_proto(length: Duration) -> PbDuration {
     }
 }
 
-/// Text to look for in names and methods, none of which has control characters.
+/// Checks a text filter: names and methods have no control characters.
 pub(super) fn check_no_controls(field: &str, text: &str, v: &mut InvalidFields) {
     v.add_if(text.chars().any(char::is_control), field, "must not contain control characters");
 }
@@ -96,12 +97,11 @@ pub(super) fn read_duration(
     }
 }
 
-/// Reads a key's id.
 pub(super) fn read_key_id(field: &str, id: &str, violations: &mut InvalidFields) -> Option<KeyId> {
     violations.ok_or_add(field, KeyId::parse(id))
 }
 
-/// Reads an environment that exists here.
+/// Reads the name of a configured environment.
 pub(super) fn read_environment<'e>(
     field: impl Display,
     name: &str,
@@ -114,12 +114,12 @@ pub(super) fn read_environment<'e>(
     found
 }
 
-/// Reads an account's id, if there is one.
+/// Reads an optional account id.
 pub(super) fn read_account(field: &str, id: &str, violations: &mut InvalidFields) -> Option<AccountId> {
     if id.is_empty() { None } else { violations.ok_or_add(field, AccountId::parse(id)) }
 }
 
-/// Reads an expiry: an instant in the future, or a life from now.
+/// Reads an expiry: an instant in the future, or a lifetime from now.
 pub(super) fn read_expiry(
     expires_at: Option<PbTimestamp>,
     ttl: Option<PbDuration>,
@@ -149,33 +149,25 @@ fn read_future_timestamp(
     Some(at)
 }
 
-/// The grants and bindings of a request, not read yet. `prefix` stands before each field's name in violations.
+/// The fields of a request that make a key's spec, not validated yet.
 #[derive(Debug)]
 pub(super) struct KeySpecInput<'a> {
-    /// Stands before each field's name.
+    /// Precedes each field's name in violations.
     pub field_prefix: &'static str,
-    /// `name`
     pub name: Option<&'a str>,
-    /// `scopes`
     pub scopes: &'a [String],
-    /// `roles`
     pub roles: &'a [String],
-    /// `customers`
     pub customers: &'a [String],
-    /// `allowed_cidrs`
     pub allowed_cidrs: &'a [String],
-    /// `rate_limits`
     pub rate_limits: &'a [pb::RateLimit],
-    /// `quota_to_proto`
     pub quota: Option<&'a pb::Quota>,
-    /// `metadata`
     pub metadata: &'a BTreeMap<String, String>,
-    /// Read already, see [`read_expiry`].
+    /// Already validated, see [`read_expiry`].
     pub expires_at: Option<Timestamp>,
 }
 
 impl KeySpecInput<'_> {
-    /// Reads the terms.
+    /// Validates the fields.
     pub(super) fn read_spec(&self, violations: &mut InvalidFields) -> KeySpec {
         let field = |name: &str| format!("{}{name}", self.field_prefix);
         let scopes = violations.parse_list(field("scopes"), self.scopes, MAX_KEY_SCOPES, Scope::parse_grant);
@@ -201,7 +193,7 @@ impl KeySpecInput<'_> {
     }
 }
 
-/// Reads names and values that their maker chose. Names follow the rules of key names; values stay as they are.
+/// Reads metadata. Names follow the rules of key names; values are unchanged.
 fn read_metadata(
     field: &str,
     metadata: &BTreeMap<String, String>,
@@ -226,7 +218,7 @@ fn read_metadata(
     read
 }
 
-/// Checks what a person says of a revocation.
+/// Checks the comment of a revocation.
 pub(super) fn check_comment(comment: &str, violations: &mut InvalidFields) {
     let length = comment.chars().count();
     violations.add_if(
@@ -247,7 +239,7 @@ fn read_rate_limits(field: &str, limits: &[pb::RateLimit], violations: &mut Inva
     let mut read: Vec<RateLimit> = Vec::new();
     for (at, pb::RateLimit { name, limit, window }) in limits.iter().take(MAX_RATE_LIMITS).enumerate() {
         let field = |name: &str| format!("{field}[{at}].{name}");
-        // `quota_to_proto` is how the answer of a Check names the quota.
+        // Responses to Checks use the name `quota` for the quota.
         let is_valid_name = RoleName::parse(name).is_ok() && name != "quota";
         violations.add_if(
             !is_valid_name,
@@ -285,7 +277,7 @@ fn read_quota(field: &str, quota: &pb::Quota, violations: &mut InvalidFields) ->
     Some(Quota { limit: quota.limit, period })
 }
 
-/// Reads the longest life of an account's keys.
+/// Reads the maximum lifetime of an account's keys.
 pub(super) fn read_max_lifetime(
     field: &str,
     lifetime: Option<PbDuration>,
@@ -300,7 +292,7 @@ pub(super) fn read_max_lifetime(
     Some(lifetime)
 }
 
-/// Reads a network, or a single address as the network of it alone.
+/// Parses a network; a single address is a network of one.
 fn parse_network(text: &str) -> Result<IpNet, NameError> {
     const RULE: NameError = NameError("must be a network such as 10.0.0.0/8 or 2001:db8::/32, or an address");
     let net = text.parse::<IpNet>().or_else(|_| text.parse::<IpAddr>().map(IpNet::from)).map_err(|_| RULE)?;
@@ -312,7 +304,7 @@ fn parse_network(text: &str) -> Result<IpNet, NameError> {
     }
 }
 
-/// Reads a client address.
+/// Reads an optional client address.
 pub(super) fn read_client_ip(
     field: impl Display,
     text: Option<&str>,
@@ -322,7 +314,7 @@ pub(super) fn read_client_ip(
     violations.ok_or_add(field, parsed)
 }
 
-/// Reads states to filter by.
+/// Reads the states of a filter.
 pub(super) fn read_states(states: &[i32], violations: &mut InvalidFields) -> Vec<ApiKeyState> {
     let mut read = Vec::new();
     for (at, state) in states.iter().enumerate() {
@@ -340,7 +332,7 @@ pub(super) fn read_states(states: &[i32], violations: &mut InvalidFields) -> Vec
     read
 }
 
-/// Reads why a key is revoked.
+/// Reads the reason of a revocation.
 pub(super) fn read_revoke_reason(reason: i32, violations: &mut InvalidFields) -> RevokeReason {
     match pb::RevokeReason::try_from(reason) {
         Ok(pb::RevokeReason::Unspecified) => RevokeReason::Unspecified,
@@ -388,19 +380,18 @@ fn quota_to_proto(Quota { limit, period }: &Quota) -> pb::Quota {
     pb::Quota { limit: *limit, period: period.into() }
 }
 
-/// Texts as messages hold them.
 pub(super) fn to_strings<T: ToString>(list: impl IntoIterator<Item = T>) -> Vec<String> {
     list.into_iter().map(|item| item.to_string()).collect()
 }
 
-/// The wire's number of a reason.
+/// The protobuf number of a reason.
 #[must_use]
 pub(super) fn reason_to_proto(reason: Reason) -> i32 {
-    // The domain's numbers are the wire's; a test holds them together.
+    // Domain and protobuf use the same numbers, which a test checks.
     i32::from(reason as u8)
 }
 
-/// A key as it is shown.
+/// Converts a key with its state, its usage, and the secrets that still work.
 #[must_use]
 pub(super) fn key_to_proto(details: KeyDetails) -> pb::Key {
     let KeyDetails { key, last_used, as_of: now, effect: _ } = details;
@@ -448,7 +439,6 @@ pub(super) fn key_to_proto(details: KeyDetails) -> pb::Key {
     }
 }
 
-/// An account as it is shown.
 #[must_use]
 pub(super) fn account_to_proto(account: &Account) -> pb::Account {
     let Account { id, name, suspended_at, longest_life, created_at, updated_at, revision } = account;
@@ -463,7 +453,7 @@ pub(super) fn account_to_proto(account: &Account) -> pb::Account {
     }
 }
 
-/// How far a change has come.
+/// Converts a propagation report.
 #[must_use]
 pub(super) fn propagation_to_proto(report: PropagationReport) -> pb::Propagation {
     let PropagationReport { revision: _, complete, confirmed, unconfirmed, complete_by, sync_replicated } =
@@ -484,7 +474,6 @@ pub(super) fn propagation_to_proto(report: PropagationReport) -> pb::Propagation
     }
 }
 
-/// A revision that must be reached.
 #[must_use]
 pub(super) fn read_revision(revision: Option<u64>) -> Option<Revision> {
     revision.map(Revision)

@@ -1,12 +1,13 @@
-//! Deadlines of calls: the method's own, the client's `grpc-timeout`, and the time that is left for propagation.
+//! Computes the deadlines of a call from the method's limit and the client's `grpc-timeout`.
 
 use std::time::Duration;
 
 use http::HeaderMap;
 use tokio::time::Instant;
 
-/// Until when a call may wait for a change to be in force everywhere: shortly before its caller's deadline, so that
-/// the caller hears how far it has come. None = the caller has set none.
+/// Until when a call may wait for a change to be in force on every replica. `None` if the client set no deadline.
+///
+/// It ends shortly before the client's deadline, so that the client still receives the progress report.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct PropagationDeadline {
     pub(super) deadline: Option<Instant>,
@@ -16,7 +17,7 @@ impl PropagationDeadline {
     const MIN_MARGIN: Duration = Duration::from_millis(20);
     const MAX_MARGIN: Duration = Duration::from_millis(100);
 
-    /// Of a call with this deadline: a twentieth of it is left for the answer, 20 to 100 ms.
+    /// Reserves a twentieth of the timeout for the response, 20 to 100 ms.
     pub(super) fn from_timeout(timeout: Option<Duration>) -> PropagationDeadline {
         let deadline = timeout.and_then(|timeout| {
             let margin =
@@ -27,7 +28,7 @@ impl PropagationDeadline {
     }
 }
 
-/// How long a call may take: the shorter of the method's time and the caller's own deadline.
+/// The time limit of a call: the shorter of the method's limit and the client's timeout.
 pub(super) fn effective_timeout(method: Option<Duration>, headers: &HeaderMap) -> Option<Duration> {
     match (method, client_timeout(headers)) {
         (Some(method), Some(timeout)) => Some(method.min(timeout)),
@@ -35,12 +36,12 @@ pub(super) fn effective_timeout(method: Option<Duration>, headers: &HeaderMap) -
     }
 }
 
-/// The caller's own deadline.
+/// The client's timeout, from `grpc-timeout`.
 pub(super) fn client_timeout(headers: &HeaderMap) -> Option<Duration> {
     headers.get("grpc-timeout").and_then(|value| value.to_str().ok()).and_then(parse_grpc_timeout)
 }
 
-/// gRPC's `grpc-timeout`: up to eight digits and a unit.
+/// Parses `grpc-timeout`: up to eight digits and a unit.
 fn parse_grpc_timeout(text: &str) -> Option<Duration> {
     let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
     if !(1..=8).contains(&digits.len()) || !digits.bytes().all(|digit| digit.is_ascii_digit()) {

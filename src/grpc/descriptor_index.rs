@@ -1,4 +1,5 @@
 //! Indexes the built-in protobuf descriptors by file and symbol, for server reflection.
+//! The protocol belongs in `reflection.rs`.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -9,29 +10,29 @@ use tonic::Code;
 
 use crate::pb;
 
-/// An encoded `google.protobuf.FileDescriptorSet`, whose files stay encoded: options of others would be lost otherwise.
+/// A `FileDescriptorSet` whose files stay encoded: decoding would drop unknown options.
 #[derive(Clone, PartialEq, prost::Message)]
 struct EncodedFileSet {
     #[prost(bytes = "bytes", repeated, tag = "1")]
     file: Vec<Bytes>,
 }
 
-/// What there is to know, by name. Shared by both versions.
+/// Files by name and by symbol. Both protocol versions share it.
 #[derive(Debug, Default)]
 pub(super) struct DescriptorIndex {
     files: HashMap<String, Bytes>,
-    /// The file of each symbol.
+    /// The file that declares each symbol.
     symbols: HashMap<String, Bytes>,
     services: Vec<String>,
 }
 
 impl DescriptorIndex {
-    /// The encoded file of this name.
+    /// Returns the encoded file of this name.
     pub(super) fn find_file(&self, name: &str) -> Result<Vec<u8>, ReflectionError> {
         self.files.get(name).map(|file| file.to_vec()).ok_or_else(|| not_found("file", name))
     }
 
-    /// The encoded file that declares this symbol.
+    /// Returns the encoded file that declares this symbol.
     pub(super) fn find_symbol(&self, name: &str) -> Result<Vec<u8>, ReflectionError> {
         self.symbols.get(name).map(|file| file.to_vec()).ok_or_else(|| not_found("symbol", name))
     }
@@ -41,10 +42,8 @@ impl DescriptorIndex {
         self.services.iter().map(String::as_str)
     }
 
-    /// Everything that is served, and the details of errors, so that grpcurl can show them.
-    ///
-    /// # Errors
-    /// When the built-in descriptors cannot be read: a fault of the build.
+    /// Indexes everything that is served, and the error details that clients such as grpcurl display. Fails if a
+    /// descriptor cannot be decoded, which is a build error.
     pub(super) fn from_built_in() -> Result<Arc<DescriptorIndex>, prost::DecodeError> {
         let mut descriptors = DescriptorIndex::default();
         for set in [
@@ -61,7 +60,7 @@ impl DescriptorIndex {
         Ok(Arc::new(descriptors))
     }
 
-    /// Adds a file, unless one with its name is there.
+    /// Adds a file, unless a file of this name exists.
     fn add_file(&mut self, encoded: Bytes) -> Result<(), prost::DecodeError> {
         let file = FileDescriptorProto::decode(encoded.clone())?;
         if self.files.insert(file.name().to_owned(), encoded.clone()).is_some() {
@@ -114,11 +113,11 @@ impl DescriptorIndex {
     }
 }
 
-/// What a request cannot be answered with: a code, and a message for people.
+/// Why a request failed: a code and a message.
 pub(super) type ReflectionError = (Code, String);
 
 pub(super) fn not_found(what: &str, name: &str) -> ReflectionError {
-    // Clients choose how long a name is.
+    // The client controls the length of the name.
     let shown: String = name.chars().take(200).collect();
     (Code::NotFound, format!("there is no {what} \"{shown}\"; list_services shows what there is"))
 }

@@ -1,7 +1,10 @@
-//! `envoy.service.auth.v3.Authorization`: Envoy's question to the gateway, and the gateway's reply to Envoy.
+//! Implements `envoy.service.auth.v3.Authorization`: translates Envoy's request for the gateway, and
+//! the gateway's response for Envoy.
 //!
-//! To Envoy an empty answer is an ALLOW, and a gRPC error is no denial: it may let the request through. So a denial
-//! is always an answer, and one function alone makes the answer that lets a request pass.
+//! Decisions belong in `gateway`.
+//!
+//! Envoy takes an empty response for an ALLOW, and may let a request pass after a gRPC error. So a denial is always a
+//! response, and only `allow_response` makes one that lets a request pass.
 
 use std::{net::IpAddr, str, sync::Arc};
 
@@ -35,20 +38,17 @@ use super::{
     rpc,
 };
 
-/// The service over the gateway.
+/// The ext_authz service over the gateway.
 #[derive(Clone, Debug)]
 pub(super) struct ExtAuthzService {
-    /// Judges.
+    /// Authorizes the requests.
     pub gateway: Arc<Gateway>,
-    /// Which calls are recorded.
+    /// Decides which calls are traced.
     pub tracing: CallTracer,
 }
 
 impl ExtAuthzService {
-    /// Answers what this proxy asks.
-    ///
-    /// # Errors
-    /// When it asks about no request.
+    /// Answers a Check of this proxy. Fails if it contains no HTTP request.
     pub(super) async fn handle_check(
         &self,
         request: EnvoyCheckRequest,
@@ -61,7 +61,7 @@ impl ExtAuthzService {
         Ok(self.evaluate(&attributes, http, proxy).await)
     }
 
-    /// Answers a question that was not read, since it has `length` bytes and at most `limit` are read.
+    /// The response to a message of `length` bytes that was not read, since the limit is `limit`.
     pub(super) fn refuse_too_large(&self, length: usize, limit: usize) -> CheckResponse {
         reply_to_proto(self.gateway.deny_too_large(length, limit))
     }
@@ -88,7 +88,7 @@ impl ExtAuthzService {
         let mut reply = match self.tracing.start_span(rpc::EXT_AUTHZ_METHOD) {
             Some(span) => {
                 let reply = evaluation.instrument(span.clone()).await;
-                // Whatever the verdict, it is an answer.
+                // A denial is a successful call, too.
                 trace::finish_span(&span, Code::Ok);
                 reply
             }
@@ -112,7 +112,7 @@ impl Authorization for ExtAuthzService {
     }
 }
 
-/// Another filter's fields may be anything; ours are text.
+/// Context extensions of other filters may be any bytes; Keyward's are text.
 fn utf8_pair(pair: &EnvoyMapEntry) -> Option<(&str, &str)> {
     Some((str::from_utf8(&pair.key).ok()?, str::from_utf8(&pair.value).unwrap_or("(not UTF-8)")))
 }
@@ -148,13 +148,13 @@ fn reply_to_proto(reply: ProxyResponse) -> CheckResponse {
     answer
 }
 
-/// The only place that makes an answer which lets a request pass.
+/// The only place that makes a response which lets a request pass.
 fn allow_response(reply: ProxyResponse) -> CheckResponse {
     let ok = OkHttpResponse {
         headers: overwrite_headers(reply.upstream_headers),
         headers_to_remove: reply.remove_headers,
         response_headers_to_add: overwrite_headers(reply.client_headers),
-        // Envoy writes the whole query anew when anything is to be removed.
+        // Envoy rewrites the whole query if any parameter is removed.
         query_parameters_to_remove: reply.remove_query_parameter.into_iter().collect(),
         ..OkHttpResponse::default()
     };
@@ -190,7 +190,7 @@ fn deny_response(reply: ProxyResponse) -> CheckResponse {
     }
 }
 
-/// Headers that take the place of any by their name. Envoys differ in what they make of the default.
+/// Headers that replace existing ones. Versions of Envoy differ in the default, so the action is explicit.
 fn overwrite_headers(list: Vec<(&'static str, String)>) -> Vec<HeaderValueOption> {
     list.into_iter()
         .map(|(key, value)| HeaderValueOption {

@@ -1,7 +1,7 @@
-//! Inflates messages that a client has compressed with gzip, within the limit of their call.
+//! Inflates gzip-compressed request messages within the limit of their call.
 //!
-//! A message is inflated piece by piece, and the room for a piece is reserved before it is filled: what a message
-//! announces, or expands to, takes no memory beyond the limit. Answers are never compressed.
+//! A message is inflated chunk by chunk, and memory is reserved before each chunk is filled. So neither an announced
+//! nor an inflated size takes memory beyond the limit. Responses are never compressed.
 
 use std::io::Read as _;
 
@@ -14,21 +14,20 @@ use super::{
     status::{unreadable_request, unsupported_encoding},
 };
 
-/// How a request's messages are encoded.
+/// Names the encoding of a request's messages.
 pub(super) const GRPC_ENCODING: HeaderName = HeaderName::from_static("grpc-encoding");
-/// Which encodings of requests are accepted, on every answer.
+/// Lists the accepted encodings, on every response.
 pub(super) const GRPC_ACCEPT_ENCODING: HeaderName = HeaderName::from_static("grpc-accept-encoding");
 pub(super) const ACCEPTED_ENCODINGS: HeaderValue = HeaderValue::from_static("identity,gzip");
 
-/// The first piece; each is as large as those before it together.
+/// Size of the first chunk in bytes; each further chunk doubles the total.
 const FIRST_CHUNK: usize = 4 << 10;
 
-/// Why a message was not inflated.
 #[derive(Debug)]
 pub(super) enum InflateError {
-    /// It inflates to more than the limit.
+    /// The inflated message exceeds the limit.
     TooLarge,
-    /// It cannot be read, or finds no memory.
+    /// The message is malformed, or no memory is left.
     Failed(Status),
 }
 
@@ -38,10 +37,7 @@ impl From<Status> for InflateError {
     }
 }
 
-/// Whether a call's messages may be compressed. Removes what says so: they are not, once they are handed on.
-///
-/// # Errors
-/// When they are encoded in another way.
+/// Removes `grpc-encoding` and returns whether messages may be compressed. Fails if the encoding is unknown.
 pub(super) fn take_grpc_encoding(headers: &mut HeaderMap) -> Result<bool, Status> {
     let Some(encoding) = headers.get(GRPC_ENCODING) else { return Ok(false) };
     let gzip = match encoding.as_bytes() {
@@ -53,10 +49,8 @@ pub(super) fn take_grpc_encoding(headers: &mut HeaderMap) -> Result<bool, Status
     Ok(gzip)
 }
 
-/// Inflates a message with its prefix, and writes it with a prefix of its own. `hold` reserves so many bytes for it.
-///
-/// # Errors
-/// When it is no gzip data, exceeds `limit` bytes, or finds no memory.
+/// Inflates a message including its prefix. `reserve` gets the total size before the buffer grows. Fails if the data is
+/// not gzip, exceeds `limit` bytes, or no memory is left.
 pub(super) fn inflate(
     message: &[u8],
     limit: usize,
@@ -79,7 +73,7 @@ pub(super) fn inflate(
             break;
         }
     }
-    // Nothing may follow what was compressed.
+    // Trailing bytes are not allowed.
     if !decoder.into_inner().is_empty() {
         return Err(unreadable_request().into());
     }
@@ -88,7 +82,7 @@ pub(super) fn inflate(
     Ok(out)
 }
 
-/// Reads until the piece is full, or the end.
+/// Reads until the chunk is full or the stream ends.
 fn fill_chunk(decoder: &mut GzDecoder<&[u8]>, chunk: &mut [u8]) -> Result<usize, Status> {
     let mut filled = 0;
     while filled < chunk.len() {

@@ -5,7 +5,7 @@ use tonic_health::server::HealthReporter;
 pub(super) const HEALTH_SERVICE: &str = "grpc.health.v1.Health";
 pub(super) const HEALTH_WATCH_PATH: &str = "/grpc.health.v1.Health/Watch";
 
-/// The names under which health is told: the server's own, and one for each service.
+/// The names that the health service reports: the server as a whole (empty), then each service.
 pub const HEALTH_SERVICE_NAMES: [&str; 6] = [
     "",
     "keyward.v1.AuthzService",
@@ -15,7 +15,7 @@ pub const HEALTH_SERVICE_NAMES: [&str; 6] = [
     "envoy.service.auth.v3.Authorization",
 ];
 
-/// Tells whether the server answers.
+/// Sets every name of the health service to serving or not serving.
 pub async fn report_health(reporter: &HealthReporter, serving: bool) {
     let status =
         if serving { tonic_health::ServingStatus::Serving } else { tonic_health::ServingStatus::NotServing };

@@ -1,5 +1,6 @@
-//! KeyService: calls the use cases and writes answers; requests are read in `keys_read.rs`. No rule of the
-//! product stands here.
+//! Implements KeyService: calls the use cases of keys and converts their results.
+//!
+//! Requests are validated in `key_requests.rs`. No product rule belongs here.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -48,16 +49,13 @@ use super::{
 
 const MAX_OVERLAP: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
-/// The service over its use cases.
+/// KeyService over the use cases of keys.
 #[derive(Clone, Debug)]
 pub(super) struct KeyService {
-    /// The use cases.
     pub(super) keys: Arc<KeyOperations>,
-    /// Knows the callers.
     pub(super) engine: Arc<Engine>,
-    /// Waits until a change is in force everywhere.
+    /// Waits until a change is in force on every replica.
     pub(super) propagation: PropagationWaiter,
-    /// The places for lists.
     pub(super) list_permits: ListPermits,
 }
 
@@ -66,7 +64,7 @@ fn parse_key_id(id: &str) -> Result<KeyId, ServiceError> {
 }
 
 impl KeyService {
-    /// A changed key's answer: the key, its revision, and how far the change has reached, which is everywhere.
+    /// Waits for propagation; returns the key, its revision and the report.
     async fn change_response(
         &self,
         details: KeyDetails,
@@ -87,7 +85,7 @@ impl pb::key_service_server::KeyService for KeyService {
         mut request: Request<pb::CreateKeyRequest>,
     ) -> Result<Response<pb::CreateKeyResponse>, Status> {
         let caller = take_extension::<Caller>(&mut request)?;
-        // What was done before is answered before it is judged again: its expiry may lie in the past by now.
+        // A replay is answered before validation: its expiry may be in the past by now.
         let replay_key = read_create_idempotency(&caller, request.get_ref());
         let replay = self.keys.find_replay(&caller, replay_key.as_ref()).await?;
         let (issued, Revision(revision)) = match replay {
@@ -189,7 +187,7 @@ impl pb::key_service_server::KeyService for KeyService {
         let deadline = take_extension::<PropagationDeadline>(&mut request)?;
         let bulk = read_bulk_revoke(&self.keys, &caller, request.get_ref())?;
         let dry_run = bulk.dry_run;
-        // A dry run is a list. What takes rights away waits for no place.
+        // A dry run is a list. A call that restricts rights does not wait for a list permit.
         let list_permit =
             if dry_run { Some(self.list_permits.acquire(&caller.account).await?) } else { None };
         let BulkRevocationResult { keys: revoked, has_more: more, wait_revision } =
@@ -201,7 +199,7 @@ impl pb::key_service_server::KeyService for KeyService {
             error: failure.map(|failure| status::reason_and_message(failure).0).unwrap_or_default(),
         });
         let keys = keys.collect();
-        // Those that an earlier call has revoked are waited for too, though they are not listed again.
+        // Keys that an earlier call revoked are not listed again, but their propagation is awaited too.
         let report = match dry_run {
             true => self.propagation.complete_report(revision),
             false => {
@@ -271,7 +269,7 @@ impl pb::key_service_server::KeyService for KeyService {
         let mut budget = PageBudget::new(u32::MAX);
         let results = results.into_iter().map(|result| match result {
             Ok(KeyImportResult { details, is_replay: replayed }) => {
-                // The caller has it, and a thousand of them would make the answer too large.
+                // The client has the metadata, and a thousand of them would make the response too large.
                 let mut key = pb::Key { metadata: BTreeMap::new(), ..convert::key_to_proto(details) };
                 if !budget.try_add(key.encoded_len()) {
                     key = pb::Key { id: key.id, revision: key.revision, ..pb::Key::default() };
@@ -374,7 +372,7 @@ fn usage_bucket_to_proto(start: Timestamp, counts: &HashMap<Reason, u64>) -> pb:
     }
 }
 
-/// A token to look up: not empty, and no longer than one may be.
+/// Checks the length of a token to look up.
 fn check_token_length(field: &str, token: &str) -> Result<(), ServiceError> {
     if token.is_empty() || token.len() > token::MAX_TOKEN_LEN {
         return Err(ServiceError::invalid_field(

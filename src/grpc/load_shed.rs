@@ -1,9 +1,11 @@
-//! Limits the calls that wait for a serving thread, and counts the calls of each connection. Each thread has its own
-//! counter, so that a Check writes no memory that another core uses. Long-running calls are limited in `permits`.
+//! Limits the calls that wait for a serving thread, and counts the calls of each connection.
 //!
-//! A burst may fill the queue, and so may what came while the thread did not run. A thread that has had no idle moment for
-//! two intervals answers fewer calls than come: then no more Checks may wait than it answers within [`TARGET_DELAY`], and the
-//! newest are refused. The times are those of CoDel (RFC 8289).
+//! Each thread has its own counter, so that a Check writes no memory that another core uses. Long-running
+//! calls are limited in `concurrency.rs`.
+//!
+//! A burst may fill the queue, and so may calls that arrive while the thread does not run. A thread without an idle
+//! moment for two intervals is overloaded: then only as many Checks may wait as it can answer within [`TARGET_DELAY`],
+//! and the newest are refused. The times are those of CoDel (RFC 8289).
 
 use std::{
     sync::{
@@ -15,29 +17,30 @@ use std::{
 
 use tokio::time::Instant;
 
-/// How long a Check may wait while a thread is overloaded.
+/// How long a Check may wait on an overloaded thread.
 const TARGET_DELAY: Duration = Duration::from_millis(5);
-/// How long a thread is watched before it is judged.
+/// Interval over which a thread's load is measured.
 const OBSERVATION_INTERVAL: Duration = Duration::from_millis(50);
-/// A thread that is idle for less than this part of an interval is overloaded.
+/// A thread is overloaded if it is idle for less than this part of an interval.
 const IDLE_DIVISOR: u64 = 50;
-/// Checks that may wait however slow the thread is: what a few connections have in flight is no overload.
+/// Checks that may always wait: what a few connections have in flight is no overload.
 const MIN_QUEUE_LIMIT: usize = 256;
 
-/// One serving thread's queue: calls that have arrived and have not had their turn. On a cache line of its own.
+/// The queue of one serving thread: calls that have arrived but not started. Aligned, so that no two share a cache line.
 #[derive(Debug)]
 #[repr(align(128))]
 pub(super) struct WorkerQueue {
-    /// Calls over connections without a proven caller, and with one: those cannot have Checks of these refused.
+    /// Waiting calls on connections without, and with, a proven caller. The former cannot crowd
+    /// out Checks of the latter.
     waiting: [AtomicUsize; 2],
     shed_calls: AtomicU64,
     capacity: usize,
-    /// How many Checks may wait at present.
+    /// How many Checks may wait now.
     limit: AtomicUsize,
     load: WorkerLoad,
 }
 
-/// What a thread has done in the current interval. The thread alone writes it; times are nanoseconds since `epoch`.
+/// A thread's activity in the current interval. Only the thread writes it. Times are nanoseconds since `epoch`.
 #[derive(Debug)]
 struct WorkerLoad {
     epoch: Instant,
@@ -45,7 +48,7 @@ struct WorkerLoad {
     parked_at: AtomicU64,
     idle_nanos: AtomicU64,
     started_calls: AtomicU64,
-    /// The interval before had no idle moment either.
+    /// Whether the previous interval had no idle moment either.
     was_busy: AtomicBool,
 }
 
@@ -73,12 +76,12 @@ impl WorkerQueue {
         }
     }
 
-    /// The thread has nothing to do.
+    /// Called when the thread becomes idle.
     pub(super) fn on_park(&self) {
         self.load.parked_at.store(self.load.elapsed_nanos(), Ordering::Relaxed);
     }
 
-    /// The thread has something to do again.
+    /// Called when the thread has work again.
     pub(super) fn on_unpark(&self) {
         let now = self.load.elapsed_nanos();
         let idle = now.saturating_sub(self.load.parked_at.load(Ordering::Relaxed));
@@ -86,7 +89,7 @@ impl WorkerQueue {
         self.update_limit(now);
     }
 
-    /// Judges the thread at the end of an interval. Gives the time, in nanoseconds since the thread's epoch.
+    /// Updates the limit at the end of an interval. Returns the time in nanoseconds since the thread's epoch.
     fn refresh_limit(&self) -> u64 {
         let now = self.load.elapsed_nanos();
         self.update_limit(now);
@@ -109,7 +112,7 @@ impl WorkerQueue {
         self.limit.store(limit, Ordering::Relaxed);
     }
 
-    /// Whether another Check would wait for too long. Connections without a `proven` caller have half as many places.
+    /// Whether another Check would wait too long. Connections without a proven caller have half the limit.
     fn is_full(&self, has_proven_caller: bool) -> bool {
         self.waiting_calls(has_proven_caller)
             >= class_limit(self.limit.load(Ordering::Relaxed), has_proven_caller)
@@ -119,19 +122,17 @@ impl WorkerQueue {
         self.waiting[usize::from(has_proven_caller)].load(Ordering::Relaxed)
     }
 
-    /// Sets how many Checks may wait, for good.
+    /// Fixes how many Checks may wait.
     #[cfg(test)]
     pub(super) fn set_limit(&self, limit: usize) {
         self.load.interval_started.store(u64::MAX, Ordering::Relaxed);
         self.limit.store(limit, Ordering::Relaxed);
     }
 
-    /// Counts a call that is turned away.
     pub(super) fn count_shed(&self) {
         self.shed_calls.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Calls that were turned away.
     pub(super) fn shed_calls(&self) -> u64 {
         self.shed_calls.load(Ordering::Relaxed)
     }
@@ -141,13 +142,13 @@ fn class_limit(limit: usize, has_proven_caller: bool) -> usize {
     if has_proven_caller { limit } else { limit.div_ceil(2) }
 }
 
-/// How many Checks may wait for an overloaded thread that has begun so many in `elapsed` nanoseconds.
+/// How many Checks an overloaded thread may queue, given that it started `started_calls` in `elapsed` nanoseconds.
 fn overload_limit(capacity: usize, elapsed: u64, started_calls: u64) -> usize {
     let in_time = u128::from(started_calls) * TARGET_DELAY.as_nanos() / u128::from(elapsed.max(1));
     usize::try_from(in_time).unwrap_or(capacity).max(MIN_QUEUE_LIMIT).min(capacity)
 }
 
-/// The queue of a connection's thread, as the connection uses it: calls count from when their headers were read.
+/// A connection's view of its thread's queue. Calls count from when their headers were read.
 #[derive(Clone, Debug)]
 pub(super) struct ConnectionQueue(Arc<ConnectionQueueState>);
 
@@ -156,7 +157,7 @@ struct ConnectionQueueState {
     queue: Arc<WorkerQueue>,
     calls: Arc<ConnectionCalls>,
     has_proven_caller: Arc<AtomicBool>,
-    /// Calls whose headers HTTP/2 has, and that it has not given out: from before the caller was proven, and from after.
+    /// Calls whose headers HTTP/2 has but has not delivered: from before the caller was proven, and from after.
     passed_calls: [AtomicUsize; 2],
     /// When bytes were last read, in nanoseconds since the thread's epoch.
     read_at: AtomicU64,
@@ -181,30 +182,30 @@ impl ConnectionQueue {
         self.0.has_proven_caller.load(Ordering::Relaxed)
     }
 
-    /// Whether the next Check is to be refused.
+    /// Whether the next Check must be refused.
     pub(super) fn is_full(&self) -> bool {
         self.0.queue.is_full(self.has_proven_caller())
     }
 
-    /// Counts a call that HTTP/2 is given.
+    /// Counts a call that is passed to HTTP/2.
     pub(super) fn count_passed(&self) {
         let class = usize::from(self.has_proven_caller());
         self.0.queue.waiting[class].fetch_add(1, Ordering::Relaxed);
         self.0.passed_calls[class].fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Counts a call that is refused before HTTP/2 is given it.
+    /// Counts a call that is refused before HTTP/2 sees it.
     pub(super) fn count_refused(&self) {
         self.0.queue.count_shed();
         self.0.calls.track_call();
     }
 
-    /// Bytes were read.
+    /// Records the time of a read.
     pub(super) fn mark_read(&self) {
         self.0.read_at.store(self.0.queue.refresh_limit(), Ordering::Relaxed);
     }
 
-    /// Takes a call that HTTP/2 gives out: a place in the queue, and whether its headers were seen before.
+    /// Takes a slot for a call that HTTP/2 delivers. Also returns whether its headers were counted before.
     fn claim_slot(&self) -> (QueueSlot, bool) {
         let ConnectionQueueState { queue, passed_calls, read_at, .. } = &*self.0;
         let seen = passed_calls.iter().position(|passed_calls| passed_calls.load(Ordering::Relaxed) > 0);
@@ -218,12 +219,12 @@ impl ConnectionQueue {
         (QueueSlot { arrived_at: arrived, caller_class: class, queue: queue.clone() }, seen.is_some())
     }
 
-    /// A place in the queue for a call that HTTP/2 gives out; None when the queue is full.
+    /// Takes a slot for a call that HTTP/2 delivers; `None` if the queue is full.
     pub(super) fn try_enqueue(&self, is_check: bool) -> Option<QueueSlot> {
         let (slot, seen) = self.claim_slot();
         let (queue, has_proven_caller) = (&self.0.queue, self.has_proven_caller());
         let all = queue.waiting_calls(false) + queue.waiting_calls(true);
-        // This one waits, too.
+        // The count includes this call.
         let late = is_check
             && !seen
             && queue.waiting_calls(has_proven_caller)
@@ -235,13 +236,13 @@ impl ConnectionQueue {
         None
     }
 
-    /// Turns a call away although the queue may have room.
+    /// Refuses a call even if the queue has space.
     pub(super) fn reject(&self) {
         drop(self.claim_slot());
         self.0.queue.count_shed();
     }
 
-    /// Forgets the calls that HTTP/2 has refused by itself. It gives out every other one before it waits.
+    /// Forgets calls that HTTP/2 itself refused. It delivers all others before it waits.
     pub(super) fn forget_undelivered(&self) {
         for (passed_calls, waiting) in self.0.passed_calls.iter().zip(&self.0.queue.waiting) {
             waiting.fetch_sub(passed_calls.swap(0, Ordering::Relaxed), Ordering::Relaxed);
@@ -257,7 +258,7 @@ impl Drop for ConnectionQueueState {
     }
 }
 
-/// A place in a thread's queue, until the call's turn has come.
+/// A slot in a thread's queue, held until the call starts.
 #[derive(Debug)]
 pub(super) struct QueueSlot {
     queue: Arc<WorkerQueue>,
@@ -266,7 +267,7 @@ pub(super) struct QueueSlot {
 }
 
 impl QueueSlot {
-    /// The call's turn has come. Gives when it arrived.
+    /// Starts the call. Returns when it arrived.
     pub(super) fn start_call(self) -> Instant {
         self.queue.load.started_calls.fetch_add(1, Ordering::Relaxed);
         self.arrived_at
@@ -279,7 +280,7 @@ impl Drop for QueueSlot {
     }
 }
 
-/// The calls of one connection.
+/// Open and total calls of one connection.
 #[derive(Debug, Default)]
 pub(super) struct ConnectionCalls {
     open: AtomicUsize,
@@ -287,20 +288,20 @@ pub(super) struct ConnectionCalls {
 }
 
 impl ConnectionCalls {
-    /// Counts a call until the guard is dropped.
+    /// Counts a call as open until the guard is dropped.
     pub(super) fn track_call(self: &Arc<Self>) -> OpenCallGuard {
         self.open.fetch_add(1, Ordering::Relaxed);
         self.total.fetch_add(1, Ordering::Relaxed);
         OpenCallGuard(self.clone())
     }
 
-    /// How many there have been, while none is open.
+    /// Total number of calls, if none is open.
     pub(super) fn total_if_idle(&self) -> Option<u64> {
         (self.open.load(Ordering::Relaxed) == 0).then(|| self.total.load(Ordering::Relaxed))
     }
 }
 
-/// A call that is counted.
+/// Keeps a call counted as open.
 #[derive(Debug)]
 pub(super) struct OpenCallGuard(Arc<ConnectionCalls>);
 

@@ -1,5 +1,7 @@
-//! gRPC: the wire's side of everything. Services read messages and write answers; the gate decides who gets in;
-//! `serve` owns the connections. No rule of the product stands here, and only `status` builds a status.
+//! Serves the gRPC API: connections, the call router and the services behind it.
+//!
+//! Handlers read messages, call the use cases and write responses. No product rule belongs here.
+//! Only `status.rs` builds a `tonic::Status`.
 
 mod account_service;
 mod assembly;

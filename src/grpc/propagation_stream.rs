@@ -1,4 +1,6 @@
-//! Streams how far a change has come, for as long as its caller may know.
+//! Streams the propagation of a change, while the caller is authorized to see it.
+//!
+//! Waiting for replicas belongs in `replication/propagation.rs`.
 
 use std::time::Duration;
 
@@ -21,19 +23,19 @@ use crate::{
 
 use super::{convert, management_session::ManagementSession};
 
-/// How long the stream of a revoked caller may stay open when nothing happens.
+/// How long the idle stream of a revoked caller may stay open.
 const REAUTHORIZE_INTERVAL: Duration = Duration::from_secs(1);
 
 type ReportResult = Result<WatchPropagationResponse, Status>;
 
-/// A stream under way.
+/// The state of one stream.
 struct ReportStream {
     received: mpsc::Receiver<ReportResult>,
     session: ManagementSession,
     reauthorize_timer: Interval,
 }
 
-/// Reports each step of a change until it is in force everywhere. Ends when the caller loses its rights.
+/// Reports each step until the change is in force on every replica. Ends when the caller loses its rights.
 pub(super) fn stream_reports(
     propagation: PropagationWaiter,
     revision: Revision,
@@ -55,7 +57,7 @@ impl ReportStream {
                 item = self.received.recv() => Some(item?),
                 _ = self.reauthorize_timer.tick() => None,
             };
-            // What a revoked caller began tells it nothing any more.
+            // A revoked caller gets no further reports.
             if let Err(refusal) = self.session.reauthorize() {
                 return Some(Err(refusal.into()));
             }
@@ -66,8 +68,8 @@ impl ReportStream {
     }
 }
 
-/// Follows a change until it is in force everywhere, or nobody listens any more. What a slow listener misses is
-/// repeated by what comes after.
+/// Follows a change until it is in force on every replica or the stream is closed. A slow client may miss reports;
+/// later ones repeat their contents.
 async fn follow_change(
     propagation: PropagationWaiter,
     revision: Revision,

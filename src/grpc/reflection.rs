@@ -1,9 +1,9 @@
-//! Server reflection over the built-in descriptors, in both versions that clients speak.
+//! Implements server reflection over the built-in descriptors, in both protocol versions.
 //!
-//! tonic's own ends the stream at the first name that it does not know. The protocol has an answer for that, and clients
-//! that ask about several names over one stream need it.
+//! tonic's implementation ends the stream at the first unknown name. The protocol has an error response for that, and
+//! clients that ask about several names on one stream need it.
 
-/// The service of one version; the two differ in their package alone.
+/// Defines the service of one version; the two differ only in their package.
 macro_rules! reflection_service {
     ($version:ident) => {
         pub(super) mod $version {
@@ -21,11 +21,11 @@ macro_rules! reflection_service {
 
             use crate::grpc::descriptor_index::{DescriptorIndex, ReflectionError, not_found};
 
-            /// Answers from the descriptors.
+            /// The reflection service of this version.
             #[derive(Debug)]
             pub(in crate::grpc) struct Reflection(Arc<DescriptorIndex>);
 
-            /// The service over these descriptors.
+            /// Creates the service over these descriptors.
             pub(in crate::grpc) fn server(
                 descriptors: Arc<DescriptorIndex>,
             ) -> ServerReflectionServer<Reflection> {
@@ -82,7 +82,7 @@ macro_rules! reflection_service {
                         Err(not_found("extension of", &extension.containing_type))
                     }
                     Some(MessageRequest::AllExtensionNumbersOfType(name)) => {
-                        // grpcurl asks about each message, and takes a refusal for a failure.
+                        // grpcurl asks this for each message, and treats an error as a failure.
                         let base_type_name = name.clone();
                         Ok(MessageResponse::AllExtensionNumbersResponse(ExtensionNumberResponse {
                             base_type_name,

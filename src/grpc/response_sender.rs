@@ -1,5 +1,6 @@
-//! Sends answers over HTTP/2: the body that hyper reads an answer from, and the executor of its streams, which ends those
-//! whose peer takes nothing.
+//! Sends responses over HTTP/2: the body that hyper polls, and the executor that ends streams whose peer stops reading.
+//!
+//! Budgets belong in `send_budget.rs`.
 
 use std::{
     cell::Cell,
@@ -22,47 +23,47 @@ use super::{
     status::normalize_trailers,
 };
 
-/// How long a peer may take none of an answer.
+/// How long a peer may read nothing of a response.
 #[derive(Clone, Copy, Debug)]
 struct StallTimeout {
     normal: Duration,
-    /// While others need the room.
+    /// Applies while others need the memory.
     under_pressure: Duration,
 }
 
 const STALL_TIMEOUT: StallTimeout =
     StallTimeout { normal: Duration::from_secs(30), under_pressure: Duration::from_secs(2) };
 
-/// What the body of a stream has last done while its task ran.
+/// What the body of a stream did when its task last ran.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum StreamProgress {
-    /// It was not asked: an answer is not made yet, or hyper holds a piece that the peer has no window for.
+    /// It was not polled: the response is not ready, or hyper holds a piece that flow control blocks.
     NotPolled,
-    /// It has given a piece to hyper.
+    /// It returned a piece to hyper.
     PieceSent,
-    /// It was asked for more: HTTP/2 has every piece so far.
+    /// It was polled for more: HTTP/2 has taken every piece so far.
     AwaitingMore,
 }
 
 thread_local! {
-    /// Of the stream whose task runs on this thread now. hyper polls a body within the stream's task and tells its
-    /// executor nothing of it.
+    /// Progress of the stream whose task runs on this thread. hyper polls the body within the stream's task, and
+    /// does not inform its executor.
     static STREAM_PROGRESS: Cell<StreamProgress> = const { Cell::new(StreamProgress::NotPolled) };
 }
 
-/// An answer as hyper sends it. It counts as a call of its connection until hyper has all of it.
+/// A response as hyper sends it. It counts as an open call of its connection until hyper has all of it.
 pub(super) struct SendBody {
     body: ResponseBody,
     pieces: MessageSplitter,
     list_permit: Option<ListPermit>,
-    /// It has given a message already.
+    /// Whether a message was produced.
     has_sent_message: bool,
     send_budget: Arc<ConnectionSendBudget>,
     _call: OpenCallGuard,
 }
 
 impl SendBody {
-    /// The answer of a call.
+    /// Wraps the response of a call.
     pub(super) fn wrap_response(
         response: Response<ResponseBody>,
         send_budget: &Arc<ConnectionSendBudget>,
@@ -126,7 +127,7 @@ impl http_body::Body for SendBody {
     }
 }
 
-/// Runs the streams of one connection.
+/// Executor of the streams of one connection.
 #[derive(Clone, Debug)]
 pub(super) struct StreamExecutor(pub(super) Arc<ConnectionSendBudget>);
 
@@ -139,8 +140,8 @@ where
     }
 }
 
-/// Runs a stream until it ends, or its peer takes nothing of its answer for too long. Then HTTP/2 resets it (CANCEL) and
-/// gives up what it holds. Returns what the stream returns, if it ends.
+/// Runs a stream until it ends or its peer reads nothing for too long. In the latter case HTTP/2 resets the stream
+/// (CANCEL) and releases its memory. Returns the output of the stream if it ends.
 async fn run_until_stalled<F: Future>(
     stream: F,
     send_budget: Arc<ConnectionSendBudget>,

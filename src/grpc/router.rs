@@ -1,8 +1,8 @@
-//! The gate: every call passes here before its body is read. It finds the RPC, has its caller proved, holds the call
-//! to its size and time, and hands it to its service on the right thread.
+//! Routes every call to its service. Before a body is read, the router finds the RPC, authorizes the caller, enforces
+//! size and time limits, and picks the runtime.
 //!
-//! Who the caller is and whether that one may call is `admission`'s business; a Check that is plainly in order is
-//! answered in `direct`.
+//! Authentication belongs in `auth.rs`. Plain Checks are answered in `check_fast_path.rs`; every other call
+//! takes the slow path here.
 
 use std::{collections::HashMap, convert::Infallible, sync::Arc, time::Duration};
 
@@ -52,46 +52,44 @@ use super::{
     status::{add_missing_reason, deadline_exceeded, internal_error, unknown_rpc},
 };
 
-/// How long a call without a credential may take; one that watches health is for as long as its connection.
+/// Time limit of a public call. `Health/Watch` is exempt: it lasts as long as its connection.
 const PUBLIC_CALL_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// What a call is called, in answers too: who asks about it can say which it was.
+/// Carries the request id, in responses too, so that operators can find a call in the logs.
 const REQUEST_ID_HEADER: HeaderName = HeaderName::from_static("x-request-id");
-/// The target of the lines about calls to management.
+/// Log target of the access log for management calls.
 const ACCESS_LOG_TARGET: &str = "keyward::access";
 /// The largest request to health and reflection, in bytes.
 const MAX_PUBLIC_REQUEST: usize = 16 * 1024;
 
-/// A service that asks for no credential.
+/// A service that needs no credential: health or reflection.
 pub(super) type PublicService = BoxCloneSyncService<Request<Body>, Response<Body>, Infallible>;
 
-/// Every service, and the engine that knows the callers.
+/// Routes calls to the services and enforces their limits.
 pub struct Router {
     pub(super) rpc_metrics: Arc<RpcMetrics>,
-    /// How calls are named, and which are recorded.
+    /// Assigns request ids and decides which calls are traced.
     pub(super) tracing: CallTracer,
     pub(super) engine: Arc<Engine>,
     pub(super) authenticator: CallAuthenticator,
     pub(super) fast_path: CheckFastPath,
-    /// Answers Checks.
     pub(super) authz_service: Arc<AuthzService>,
     pub(super) ext_authz_server: AuthorizationServer<ExtAuthzService>,
-    /// The same without tonic around it.
+    /// The same service without tonic's wrapper, for responses that are made here.
     pub(super) ext_authz_service: Arc<ExtAuthzService>,
     pub(super) key_server: KeyServiceServer<KeyService>,
     pub(super) account_server: AccountServiceServer<AccountService>,
     pub(super) audit_server: AuditServiceServer<AuditService>,
-    /// Hears what other replicas have committed.
+    /// Catches up with the commits of other replicas.
     pub(super) freshness: FreshnessBarrier,
     /// Health and reflection, by service name.
     pub(super) public_services: HashMap<&'static str, PublicService>,
-    /// Where management runs.
+    /// The runtime of management calls.
     pub(super) management_runtime: tokio::runtime::Handle,
-    /// How much of it there may be at once.
     pub(super) concurrency_limits: Arc<ConcurrencyLimits>,
-    /// What requests may hold.
+    /// Bounds the memory that requests hold.
     pub(super) memory_budget: Arc<MemoryBudget>,
-    /// What waits to be sent.
+    /// Bounds the bytes of responses that wait to be sent.
     pub(super) send_budget: Arc<SendBudget>,
 }
 
@@ -102,26 +100,26 @@ impl std::fmt::Debug for Router {
 }
 
 impl Router {
-    /// The time by which callers are judged.
+    /// The time that callers are evaluated at.
     #[must_use]
     pub fn now(&self) -> Timestamp {
         self.engine.now()
     }
 
-    /// Tells how many calls found no room, whenever it is asked.
+    /// Returns a reader of the number of calls that were refused for lack of permits or memory.
     pub fn shed_counter(&self) -> impl Fn() -> u64 + Send + Sync + 'static {
         let (limits, memory) = (self.concurrency_limits.clone(), self.memory_budget.clone());
         move || limits.refused_calls() + memory.refused_reservations()
     }
 
-    /// The calls that came in.
+    /// Counters of all calls.
     #[must_use]
     pub fn rpc_metrics(&self) -> &Arc<RpcMetrics> {
         &self.rpc_metrics
     }
 
-    /// Answers one call of a visitor: a Check that is plainly in order at once, every other call the long way. A call
-    /// whose deadline has passed while it waited has nobody who reads its answer.
+    /// Answers one call: a plain Check on the fast path, every other call on the slow path. A call whose deadline
+    /// passed while it was queued is refused at once, since nobody reads its response.
     pub(super) async fn serve_call(
         &self,
         request: Request<Incoming>,
@@ -153,7 +151,7 @@ impl Router {
         };
         let mut response = match response {
             Some(response) => timer.finish_unary(response),
-            // Apart on the heap: a future is as large as all that may go on in it, and most calls were Checks.
+            // Boxed: a future is as large as its largest branch, and most calls are Checks that need none of this.
             None => {
                 Box::pin(self.dispatch_slow(timer, call, request, context)).await.map(ResponseBody::Tonic)
             }
@@ -182,8 +180,7 @@ impl Router {
         timer.finish(response)
     }
 
-    /// Answers, and tells log and trace of it: the trace where the call is recorded, the log where it may change
-    /// something.
+    /// Dispatches a call within its span, if it is traced. Writes the access log for management calls.
     async fn dispatch_traced(
         &self,
         rpc: &'static RpcSpec,
@@ -193,12 +190,12 @@ impl Router {
     ) -> Response<Body> {
         let manages = rpc.plane == ExecutionPlane::Management;
         let id = trace::with_current(|call| HeaderValue::from(call.request_id())).filter(|_| manages);
-        // Who reads it there finds the id that was made, where the caller's was none.
+        // Handlers read the id from the header, so a generated one must be in it.
         if let Some(id) = &id {
             request.headers_mut().insert(REQUEST_ID_HEADER, id.clone());
         }
         let answer = self.dispatch(rpc, timer, request, context);
-        // What a proxy asks about may be part of a trace that its message alone tells of: its span comes later.
+        // The trace of a proxied request is known only from the message, so `ext_authz.rs` starts that span.
         let span =
             if rpc.access == AccessRequirement::Proxy { None } else { self.tracing.start_span(rpc.method) };
         let mut response = match &span {
@@ -245,7 +242,7 @@ impl Router {
         };
         let holder = permit_holder(rpc, request.extensions(), context);
         request.body_mut().set_priority(holder.priority());
-        // Apart on the heap: what a call does is large, and is moved a few times before it begins.
+        // Boxed: the future of a call is large, and it is moved several times before it is first polled.
         let call = async move {
             if rpc.streaming != StreamingKind::BidiStream
                 && let Err(status) = read_message(rpc, request.body_mut()).await
@@ -279,7 +276,8 @@ impl Router {
         }
     }
 
-    /// Runs a call on the management runtime. A caller that goes away does not stop it: a change is made whole.
+    /// Runs a call on the management runtime. The task continues if the client disconnects, so
+    /// that a change is completed.
     async fn dispatch_management(
         &self,
         rpc: &'static RpcSpec,
@@ -311,7 +309,7 @@ impl Router {
                 return Status::from(refusal).into_http();
             }
             let must_confirm = match code {
-                // It was so before, says what was read.
+                // A successful read is valid as of the state that it read.
                 None | Some(tonic::Code::Ok) => rpc.is_mutating() && !recorded.is_linearizable,
                 Some(code) => depends_on_freshness(code, catches_up && rpc.is_mutating()),
             };
@@ -335,7 +333,7 @@ impl Router {
         })
     }
 
-    /// Answers a call that needs no credential.
+    /// Answers a call to health or reflection.
     async fn dispatch_public(
         &self,
         request: Request<PeekableBody>,
@@ -386,10 +384,7 @@ impl Router {
     }
 }
 
-/// The request with a body that is held to its limits, and gives messages as they were before they were compressed.
-///
-/// # Errors
-/// When its messages are encoded in an unknown way.
+/// Wraps the body so that it enforces its limits and yields uncompressed messages. Fails if `grpc-encoding` is unknown.
 fn limit_body(
     request: Request<PeekableBody>,
     max_message: usize,
@@ -402,7 +397,6 @@ fn limit_body(
     Ok(Request::from_parts(parts, body))
 }
 
-/// Reads the message of a unary request.
 async fn read_message(rpc: &RpcSpec, body: &mut MessageBody) -> Result<(), Status> {
     body.read_to_end().await?;
     if rpc.access == AccessRequirement::Proxy {
@@ -411,7 +405,7 @@ async fn read_message(rpc: &RpcSpec, body: &mut MessageBody) -> Result<(), Statu
     body.reserve_for_decoding(rpc.method == IMPORT_METHOD)
 }
 
-/// Which limits an admitted call counts on.
+/// The limits that an authorized call counts against.
 fn permit_holder(rpc: &RpcSpec, extensions: &Extensions, context: &ConnectionContext) -> PermitHolder {
     let connection = context.memory_budget.connection_id();
     let caller = extensions
@@ -423,8 +417,8 @@ fn permit_holder(rpc: &RpcSpec, extensions: &Extensions, context: &ConnectionCon
     }
 }
 
-/// A line for each call to management: at `info` where it may change something and its caller is known, else at
-/// `debug`, since strangers choose how many of those there are.
+/// Logs a management call: at `info` if it may change something and its caller is known, else at `debug`.
+/// Unauthenticated clients control how many of the others there are.
 fn log_access(rpc: &'static RpcSpec, code: tonic::Code, took: Duration) {
     trace::with_current(|call| {
         let (method, code) = (rpc.method, rpc_metrics::code_name(code));
@@ -441,8 +435,8 @@ fn log_access(rpc: &'static RpcSpec, code: tonic::Code, took: Duration) {
     });
 }
 
-/// Whether a refusal rests on what this process, or the database that it reached, knew. Then it is no verdict unless that
-/// was the newest state. `is_mutating`: what is wrong with the request of a change may be so only by old knowledge.
+/// Whether a refusal is only valid if the state that it is based on was the newest. `is_mutating`: the request may look
+/// invalid only because this replica is behind.
 fn depends_on_freshness(code: tonic::Code, is_mutating: bool) -> bool {
     use tonic::Code::{AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied};
     match code {
@@ -452,7 +446,7 @@ fn depends_on_freshness(code: tonic::Code, is_mutating: bool) -> bool {
     }
 }
 
-/// The answer, with its reason: what tonic refuses by itself, such as a body that is no message, has none.
+/// Adds a reason to statuses that tonic makes itself, for example for a malformed message.
 fn with_error_details(response: Response<Body>) -> Response<Body> {
     match Status::from_header_map(response.headers()) {
         Some(status) if status.code() != tonic::Code::Ok && status.details().is_empty() => {
@@ -462,10 +456,10 @@ fn with_error_details(response: Response<Body>) -> Response<Body> {
     }
 }
 
-/// The answer to a unary call that ended well.
+/// A successful response to a unary call.
 fn message_response(message: &impl prost::Message) -> Response<Body> {
     let mut out = response_body::new_message_buffer();
-    // It only fails without room, and a buffer grows.
+    // Encoding fails only for lack of space, and this buffer grows.
     let _ = message.encode(&mut out);
     response_body::ok_response(out).map(Body::new)
 }

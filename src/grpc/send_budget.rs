@@ -1,10 +1,10 @@
-//! Bounds the bytes of answers that wait to be sent, for each connection and for the process.
+//! Bounds the bytes of responses that wait to be sent, per connection and per process.
 //!
-//! The bytes of an answer count until HTTP/2 has written or discarded them: each piece carries its charge, and the drop
-//! of the piece releases it. A finished answer is always sent. A connection over its limit gets no further calls, and its
+//! Bytes count until HTTP/2 has written or discarded them: each piece of a response carries a charge, which its
+//! drop releases. A finished response is always sent. A connection over its limit gets no further calls, and its
 //! streams produce no further messages.
 //!
-//! A connection counts on its own memory. What it has beyond [`FREE_BYTES`] it takes from the process in blocks, so that
+//! A connection counts in its own memory. It reserves what exceeds [`FREE_BYTES`] from the process in blocks, so that
 //! Checks touch no memory that another core writes.
 
 use std::{
@@ -26,30 +26,30 @@ use crate::domain::name::AccountId;
 
 use super::status::overloaded;
 
-/// The bytes that one connection may have waiting: two of the largest answers.
+/// Unsent bytes of one connection: two of the largest responses.
 const CONNECTION_BYTES: usize = 8 << 20;
-/// The bytes that all connections together may have waiting beyond [`FREE_BYTES`] for each.
+/// Unsent bytes of all connections together, beyond [`FREE_BYTES`] for each.
 const PROCESS_BYTES: usize = 64 << 20;
-/// The bytes of a connection that count for that connection alone.
+/// Unsent bytes that a connection counts for itself alone.
 const FREE_BYTES: usize = 16 << 10;
-/// How much a connection takes from the process at a time.
+/// Bytes that a connection reserves from the process at a time.
 const BLOCK_BYTES: usize = 64 << 10;
-/// What a piece of an answer takes besides its bytes.
+/// Memory overhead of each piece, in bytes.
 const PIECE_OVERHEAD: usize = 64;
-/// Lists that are made or wait to be sent at the same time, over all connections: each takes some 10 MB for a moment.
+/// Concurrent lists of all connections, from their creation until they are sent. Each briefly takes some 10 MB.
 const MAX_LISTS: usize = 8;
-/// How many of them the callers of one account have.
+/// Concurrent lists of one account.
 const MAX_ACCOUNT_LISTS: usize = 4;
-/// How long a list waits for its place.
+/// How long a list waits for its permit.
 const LIST_TIMEOUT: Duration = Duration::from_secs(10);
-/// Charges are grouped by the period in which they were made; this many periods are distinguished.
+/// Number of periods by which charges are grouped.
 const CHARGE_PERIODS: usize = 6;
-/// How long a period is. Bytes that wait for five of them end their connection.
+/// Length of a period. Bytes that wait for five periods end their connection.
 pub(super) const CHARGE_PERIOD: Duration = Duration::from_secs(60);
 
 const STATUS_DETAILS_HEADER: HeaderName = HeaderName::from_static("grpc-status-details-bin");
 
-/// What waits to be sent in the whole process.
+/// Unsent bytes of the process.
 #[derive(Debug, Default)]
 pub(super) struct SendBudget {
     used_bytes: AtomicUsize,
@@ -61,24 +61,23 @@ impl SendBudget {
         self.used_bytes.load(Ordering::Relaxed) >= PROCESS_BYTES
     }
 
-    /// Whether peers that take nothing must go soon, since others need the room.
+    /// Whether peers that read nothing must be disconnected early, because others need the memory.
     fn is_under_pressure(&self) -> bool {
         self.used_bytes.load(Ordering::Relaxed) >= PROCESS_BYTES / 2 || self.list_permits.is_exhausted()
     }
 
-    /// The places for lists.
     pub(super) fn list_permits(&self) -> &ListPermits {
         &self.list_permits
     }
 }
 
-/// Places for answers of several MiB. An answer has its place from before it is made until it is sent.
+/// Permits for responses of several MiB, each held from before the response is made until it is sent.
 #[derive(Clone, Debug)]
 pub(super) struct ListPermits {
     shared_lists: Arc<Semaphore>,
-    /// Those of the operator account, which nobody else takes.
+    /// Reserved for the operator account.
     operator_lists: Arc<Semaphore>,
-    /// The share of each account that has any.
+    /// Shares of the accounts that have lists now.
     account_shares: Arc<Mutex<HashMap<AccountId, Weak<Semaphore>>>>,
 }
 
@@ -92,7 +91,7 @@ impl Default for ListPermits {
     }
 }
 
-/// A place, which goes along with its answer.
+/// A permit that travels with its response.
 #[derive(Clone, Debug)]
 pub(super) struct ListPermit(
     #[expect(dead_code, reason = "dropping them frees the place")] Arc<[OwnedSemaphorePermit; 2]>,
@@ -103,10 +102,7 @@ impl ListPermits {
         self.shared_lists.available_permits() == 0
     }
 
-    /// Waits for a place for a caller of this account.
-    ///
-    /// # Errors
-    /// When there is none in time.
+    /// Waits for a permit for a caller of this account. Fails if none is free in time.
     pub(super) async fn acquire(&self, account: &AccountId) -> Result<ListPermit, Status> {
         let share = self.account_share(account);
         let acquired = async {
@@ -131,7 +127,7 @@ impl ListPermits {
 }
 
 impl ListPermit {
-    /// The answer, which keeps the place until it is sent.
+    /// Wraps the response, which holds the permit until it is sent.
     pub(super) fn attach<T>(self, answer: T) -> Response<T> {
         let mut response = Response::new(answer);
         response.extensions_mut().insert(self);
@@ -139,7 +135,7 @@ impl ListPermit {
     }
 }
 
-/// What waits to be sent on one connection.
+/// Unsent bytes of one connection.
 #[derive(Debug)]
 pub(super) struct ConnectionSendBudget {
     process: Arc<SendBudget>,
@@ -149,12 +145,12 @@ pub(super) struct ConnectionSendBudget {
 #[derive(Debug, Default)]
 struct SendBudgetState {
     bytes: usize,
-    /// What it has taken of the process.
+    /// Bytes reserved from the process.
     reserved: usize,
-    /// How many charges there are of each period, and which period it is.
+    /// Number of charges by period, and the current period.
     charges_by_period: [usize; CHARGE_PERIODS],
     current_period: usize,
-    /// Streams that wait for room.
+    /// Streams that wait for budget.
     waiting: Vec<Waker>,
 }
 
@@ -167,7 +163,7 @@ impl ConnectionSendBudget {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Counts bytes until the charge is dropped.
+    /// Charges bytes until the charge is dropped.
     pub(super) fn charge(self: &Arc<Self>, bytes: usize) -> SendCharge {
         let bytes = bytes + PIECE_OVERHEAD;
         let mut state = self.state();
@@ -185,7 +181,7 @@ impl ConnectionSendBudget {
         SendCharge { budget: self.clone(), bytes, period }
     }
 
-    /// Whether the connection may have another call.
+    /// Whether the connection may start another call.
     pub(super) fn has_room(&self) -> bool {
         self.is_within_limits(self.state().bytes)
     }
@@ -194,7 +190,7 @@ impl ConnectionSendBudget {
         bytes < FREE_BYTES || bytes < CONNECTION_BYTES && !self.process.is_full()
     }
 
-    /// Waits until a stream of the connection may make another message.
+    /// Waits until a stream of the connection may produce another message.
     pub(super) fn poll_has_room(&self, cx: &Context<'_>) -> Poll<()> {
         let mut state = self.state();
         if self.is_within_limits(state.bytes) {
@@ -206,7 +202,7 @@ impl ConnectionSendBudget {
         Poll::Pending
     }
 
-    /// Whether peers that take nothing must go soon.
+    /// Whether peers that read nothing must be disconnected early, because others need the memory.
     pub(super) fn is_under_pressure(&self) -> bool {
         self.process.is_under_pressure()
     }
@@ -218,14 +214,14 @@ impl ConnectionSendBudget {
         state.charges_by_period[state.current_period] > 0
     }
 
-    /// Charges a refusal, or the end of a stream, for its headers: they leave when the socket takes them, whatever the
-    /// window says.
+    /// Charges the headers of a refusal, or the trailers of a stream. HTTP/2's flow control does not hold them back;
+    /// they wait for the socket alone.
     pub(super) fn charge_headers(self: &Arc<Self>, headers: &mut HeaderMap) {
         let bytes = headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 32).sum();
         let Some(details) = headers.get_mut(STATUS_DETAILS_HEADER) else { return };
         let held = ChargedHeaderValue { value: details.clone(), _charge: self.charge(bytes) };
         if let Ok(mut value) = HeaderValue::from_maybe_shared(Bytes::from_owner(held)) {
-            // Else HTTP/2 would keep it for later headers, with its charge.
+            // Otherwise HTTP/2 would keep the value in its header table, with the charge.
             value.set_sensitive(true);
             *details = value;
         }
@@ -239,7 +235,7 @@ impl Drop for ConnectionSendBudget {
     }
 }
 
-/// Bytes that wait to be sent.
+/// A charge for unsent bytes, released on drop.
 #[derive(Debug)]
 pub(super) struct SendCharge {
     budget: Arc<ConnectionSendBudget>,
@@ -265,7 +261,7 @@ impl Drop for SendCharge {
     }
 }
 
-/// A header's value, whose charge goes with it.
+/// A header value that carries its charge.
 struct ChargedHeaderValue {
     value: HeaderValue,
     _charge: SendCharge,
@@ -277,23 +273,23 @@ impl AsRef<[u8]> for ChargedHeaderValue {
     }
 }
 
-/// Whose charge a piece of an answer holds.
+/// The charge that a piece holds.
 #[derive(Debug)]
 enum PieceCharge {
-    /// The piece is the whole message.
+    /// The piece is the whole message, and holds its charge.
     Whole { _charge: SendCharge },
-    /// The message has other pieces, which keep all of its memory.
+    /// The message has further pieces, which share its memory and charge.
     SharedMessage { _message: Arc<LargeMessageCharge> },
 }
 
-/// What a message of several pieces holds.
+/// The charge and permit of a message in several pieces.
 #[derive(Debug)]
 struct LargeMessageCharge {
     _charge: SendCharge,
     _list_permit: Option<ListPermit>,
 }
 
-/// A piece of an answer on its way to the socket.
+/// A piece of a response on its way to the socket.
 #[derive(Debug)]
 pub(super) struct MessagePiece {
     bytes: Bytes,
@@ -325,7 +321,7 @@ impl MessageSplitter {
     /// The largest piece, in bytes: one frame of HTTP/2.
     const MAX_PIECE_LEN: usize = 16 << 10;
 
-    /// The first piece of a message.
+    /// Starts a message and returns its first piece.
     pub(super) fn start(
         &mut self,
         bytes: Bytes,
@@ -344,7 +340,7 @@ impl MessageSplitter {
         })
     }
 
-    /// The next piece of the message.
+    /// Returns the next piece of the message.
     pub(super) fn next_piece(&mut self) -> Option<MessagePiece> {
         let message = self.message.clone()?;
         let bytes = self.rest.split_to(self.rest.len().min(MessageSplitter::MAX_PIECE_LEN));
@@ -354,7 +350,7 @@ impl MessageSplitter {
         Some(MessagePiece { bytes, _held: PieceCharge::SharedMessage { _message: message } })
     }
 
-    /// Whether every piece was given out.
+    /// Whether every piece was returned.
     pub(super) fn is_done(&self) -> bool {
         self.message.is_none()
     }

@@ -1,7 +1,9 @@
-//! Serving: an accept loop of our own for each listener, and one single-threaded runtime per core.
+//! Accepts the connections of each listener and assigns them to serving threads, one single-threaded runtime per core.
 //!
-//! The work-stealing scheduler halves a server of small messages, so each connection stays on the thread that
-//! it was given to: the one with the fewest.
+//! A single connection belongs in `connection.rs`.
+//!
+//! Work stealing halves the throughput of a server of small messages. So each connection stays on the thread that it
+//! was assigned to: the one with the fewest connections.
 
 use std::{
     io,
@@ -34,9 +36,9 @@ use super::{
     shutdown::wait_until_stopping,
 };
 
-/// How long to leave a listener alone when accepting failed: mostly the process has no file descriptor left.
+/// Pause after a failed accept; usually the process has no file descriptor left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
-/// How often the log is told of what may happen many times a second.
+/// Minimum interval between log lines about events that may happen many times a second.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
 
 struct WorkerThread {
@@ -49,9 +51,9 @@ struct WorkerThread {
 /// The threads that serve connections.
 pub struct WorkerPool {
     workers: Vec<WorkerThread>,
-    /// Places for the connections of every listener together.
+    /// Permits for the connections of all listeners together.
     connection_permits: Arc<Semaphore>,
-    /// Tells connections that they end.
+    /// Signals connections to drain.
     stopping: watch::Sender<bool>,
 }
 
@@ -61,24 +63,24 @@ impl std::fmt::Debug for WorkerPool {
     }
 }
 
-/// How much the workers take.
+/// Limits of the worker threads.
 #[derive(Clone, Copy, Debug)]
 pub struct WorkerCapacity {
-    /// How many threads there are.
+    /// Number of threads.
     pub threads: usize,
-    /// How many connections there may be, over all listeners.
+    /// Maximum number of connections of all listeners.
     pub max_connections: usize,
-    /// How many calls of a thread may wait for their turn.
+    /// Maximum number of waiting calls per thread.
     pub max_queued: usize,
-    /// How long calls in flight may take to end, at a stop.
+    /// Time limit for calls in flight at shutdown.
     pub drain_timeout: Duration,
 }
 
 impl WorkerPool {
-    /// Starts the threads.
+    /// Starts the threads, each with its own runtime.
     ///
     /// # Errors
-    /// When the operating system gives no thread.
+    /// Fails if the operating system cannot start a thread.
     pub fn start(capacity: WorkerCapacity, router: &Arc<Router>) -> io::Result<WorkerPool> {
         let WorkerCapacity { threads, max_connections: connections, max_queued, drain_timeout } = capacity;
         let (stop_sender, stopping) = watch::channel(false);
@@ -92,26 +94,26 @@ impl WorkerPool {
         })
     }
 
-    /// Tells how many calls the threads have turned away, whenever it is asked.
+    /// Returns a reader of the number of calls that the threads have refused.
     pub fn shed_counter(&self) -> impl Fn() -> u64 + Send + Sync + 'static {
         let queues: Vec<_> = self.workers.iter().map(|worker| worker.queue.clone()).collect();
         move || queues.iter().map(|queue| queue.shed_calls()).sum()
     }
 
-    /// Gives a connection to the thread with the fewest.
+    /// Assigns a connection to the thread with the fewest.
     fn assign(&self, accepted: AcceptedConnection) {
         let idlest = self.workers.iter().min_by_key(|worker| worker.open_connections.load(Ordering::Relaxed));
         let Some(worker) = idlest else { return };
         worker.open_connections.fetch_add(1, Ordering::Relaxed);
-        // A worker that has ended takes no more; the connection closes.
+        // If the worker has ended, the connection is dropped and closes.
         let _ = worker.connections.send(accepted);
     }
 
-    /// Has the threads finish the calls in flight, as long as they may, and end; waits for that. Listeners close before:
-    /// a client that is told to go connects again at once, and a listener that closes just then would reset it.
+    /// Lets the threads finish the calls in flight within the drain timeout, and joins them. Listeners must be closed
+    /// before: a client reconnects at once after GOAWAY, and a closing listener would reset it.
     pub fn drain_and_join(self) {
         self.stopping.send_replace(true);
-        // All of them, before any is waited for: the time to drain begins with that.
+        // Signal all threads before joining any: the drain timeout starts with the signal.
         let ends = |WorkerThread { connections, thread, .. }| {
             drop(connections);
             thread
@@ -148,7 +150,7 @@ fn start_worker(
     Ok(WorkerThread { connections, open_connections, queue, thread })
 }
 
-/// What a thread works with.
+/// The state of a serving thread.
 struct WorkerLoop {
     router: Arc<Router>,
     stopping: watch::Receiver<bool>,
@@ -157,7 +159,7 @@ struct WorkerLoop {
 }
 
 impl WorkerLoop {
-    /// Serves connections until there are no more to come: the listeners are closed.
+    /// Serves connections until the listeners are closed and no more can come.
     async fn run(self, mut incoming: mpsc::UnboundedReceiver<AcceptedConnection>, drain_timeout: Duration) {
         let mut connections = tokio::task::JoinSet::new();
         loop {
@@ -181,21 +183,20 @@ impl WorkerLoop {
     }
 }
 
-/// A listener that is to be served.
+/// A listener that is bound but not served yet.
 #[derive(Debug)]
 pub struct BoundListener {
-    /// What it is to be.
+    /// Settings of the listener.
     pub settings: ListenerSettings,
-    /// Where connections come from.
+    /// The listening socket.
     pub socket: OpenListener,
-    /// Its TLS.
+    /// TLS state; `None` for plaintext.
     pub tls: Option<Arc<ListenerTls>>,
-    /// What it counts.
+    /// Metrics of the listener.
     pub counters: Arc<ListenerCounters>,
 }
 
-/// Accepts the connections of one listener until `stopping` turns true, and those that wait then: who has connected is
-/// answered.
+/// Accepts the connections of one listener until `stopping` turns true, including those that are pending then.
 pub async fn accept_connections(
     bound: BoundListener,
     workers: &WorkerPool,
@@ -237,7 +238,7 @@ pub async fn accept_connections(
     listening_socket.accept_pending_and_close(|socket, peer| acceptor.accept_connection(socket, peer));
 }
 
-/// Where the connections of a listener come in.
+/// Accepts the connections of one listener, within its limits.
 struct ConnectionAcceptor<'a> {
     name: String,
     permits: Arc<Semaphore>,
@@ -247,7 +248,7 @@ struct ConnectionAcceptor<'a> {
 }
 
 impl ConnectionAcceptor<'_> {
-    /// Gives a connection to a worker, where there is room for it.
+    /// Assigns a connection to a worker, if both limits allow it.
     fn accept_connection(&mut self, socket: AcceptedSocket, peer: Option<SocketAddr>) {
         let Some(permits) = acquire_permits(&self.workers.connection_permits, &self.permits) else {
             self.listener.counters.count_refusal(ConnectionRefusal::LimitReached);
@@ -278,7 +279,7 @@ fn acquire_permits(
     Some([permits.clone().try_acquire_owned().ok()?, connection_permits.clone().try_acquire_owned().ok()?])
 }
 
-/// Says a thing now and then, and how often it was left unsaid.
+/// Limits how often a line is logged, and counts the suppressed lines.
 #[derive(Default)]
 struct AcceptLogThrottle {
     last_logged: Option<Instant>,

@@ -1,5 +1,7 @@
-//! Refusals as gRPC statuses: the only place that builds a `tonic::Status`. Every status carries
-//! `google.rpc.ErrorInfo` with a stable reason; a wrong request carries `google.rpc.BadRequest` too.
+//! Converts errors to gRPC statuses. Only this file builds a `tonic::Status`.
+//!
+//! Every status carries `google.rpc.ErrorInfo` with a stable reason. An invalid request also carries
+//! `google.rpc.BadRequest`. Size limits of the encoded form belong in `status_details.rs`.
 
 #![expect(clippy::disallowed_methods, reason = "this is the one place that builds a status")]
 
@@ -24,10 +26,10 @@ use crate::{
 };
 
 const RETRY_PUSHBACK_HEADER: HeaderName = HeaderName::from_static("grpc-retry-pushback-ms");
-/// When a call that found a full server may be sent again.
+/// Retry delay of a call that an overloaded server refused.
 const OVERLOAD_RETRY_DELAY: std::time::Duration = std::time::Duration::from_millis(100);
 
-/// Every status of this server: its message and its details have sizes that clients accept.
+/// Builds every status of this server, within the sizes that clients accept.
 fn build_status(code: Code, message: &str, details: StatusDetails) -> Status {
     build_status_with_headers(code, message, details, HeaderMap::new())
 }
@@ -160,7 +162,7 @@ impl From<ServiceError> for Status {
     }
 }
 
-/// A refusal's stable reason and its message, for an item of a bulk answer.
+/// Reason and message of an error, for an item of a bulk response.
 #[must_use]
 pub(super) fn reason_and_message(error: ServiceError) -> (String, String) {
     let status = Status::from(error);
@@ -169,7 +171,7 @@ pub(super) fn reason_and_message(error: ServiceError) -> (String, String) {
 }
 
 fn caller_limited(retry_after: Option<std::time::Duration>) -> Status {
-    // For gateways that speak HTTP: whole seconds, never too few.
+    // For HTTP gateways: whole seconds, rounded up.
     let seconds = retry_after.map(|after| after.as_secs() + u64::from(after.subsec_nanos() > 0));
     let headers = seconds.map(|seconds| (RETRY_AFTER, seconds.into()));
     let details = StatusDetails::new("CALLER_LIMITED", HashMap::new());
@@ -181,7 +183,7 @@ fn caller_limited(retry_after: Option<std::time::Duration>) -> Status {
     build_status_with_headers(Code::ResourceExhausted, message, details, HeaderMap::from_iter(headers))
 }
 
-/// A batch that the limits of its caller's own key never let through, however long it waits.
+/// The batch exceeds a limit of the caller's own key, so no retry can succeed.
 #[must_use]
 pub(super) fn batch_exceeds_limit(checks: u64, max: u64) -> Status {
     let message = format!(
@@ -192,7 +194,7 @@ pub(super) fn batch_exceeds_limit(checks: u64, max: u64) -> Status {
     status_with_metadata(Code::ResourceExhausted, "CALLER_LIMITED", &message, metadata)
 }
 
-/// The account has as much as its limit allows.
+/// The account has reached a limit.
 fn account_limit_reached(AccountLimitReached { limit, value, retry_after }: AccountLimitReached) -> Status {
     let (name, number) = (limit.as_str(), value.to_string());
     let what_to_do = match limit {
@@ -213,7 +215,7 @@ fn account_limit_reached(AccountLimitReached { limit, value, retry_after }: Acco
     build_status(Code::ResourceExhausted, &message, details)
 }
 
-/// A change that waits for the end of a rolling upgrade.
+/// The change must wait for the end of a rolling upgrade.
 fn replica_too_old(value: &str, replicas: &[String]) -> Status {
     let names = join_truncated(replicas.iter().map(|name| format!("{name:?}")), ", ", "replicas");
     let message = format!(
@@ -242,30 +244,30 @@ fn check_error(reason: CheckError) -> Status {
     }
 }
 
-/// Bytes that are no message `M`, as tonic words it.
+/// The bytes are not a message `M`. The wording is tonic's.
 pub(super) fn malformed_message<M: prost::Message + Default>(bytes: &[u8]) -> Status {
     Status::internal(M::decode(bytes).err().map(|error| error.to_string()).unwrap_or_default())
 }
 
-/// More is under way than this server can do in time.
+/// The server has too many calls in flight.
 #[must_use]
 pub(super) fn overloaded() -> Status {
     let details = StatusDetails::new("OVERLOADED", HashMap::new()).with_retry(OVERLOAD_RETRY_DELAY);
     let message =
         "this server has more calls under way than it takes, and did nothing; try another one, or again";
-    // What clients with a retry policy wait for (gRPC's A6).
+    // Clients with a retry policy wait for this long (gRPC proposal A6).
     let pushback = (RETRY_PUSHBACK_HEADER, HeaderValue::from(OVERLOAD_RETRY_DELAY.as_millis() as u64));
     build_status_with_headers(Code::Unavailable, message, details, HeaderMap::from_iter([pushback]))
 }
 
-/// A call that lasts, on a connection that ends.
+/// Ends a long-running call because its connection drains.
 #[must_use]
 pub(super) fn connection_too_old() -> Status {
     let message = "the connection has reached its maximum age, which ends long-running calls; call again over a new one";
     status_with_reason(Code::Unavailable, "CONNECTION_ENDS", message)
 }
 
-/// A connection has as many calls that last as it may have.
+/// The connection has reached its limit of long-running calls.
 #[must_use]
 pub(super) fn too_many_long_calls(max: usize) -> Status {
     let message =
@@ -273,16 +275,16 @@ pub(super) fn too_many_long_calls(max: usize) -> Status {
     status_with_reason(Code::ResourceExhausted, "TOO_MANY_WATCHES", &message)
 }
 
-/// Holds the end of a stream to the size of a status, and to having a reason.
+/// Ensures that the trailers of a stream have a reason.
 pub(super) fn normalize_trailers(trailers: &mut HeaderMap) {
     let Some(plain) = Status::from_header_map(trailers) else { return };
     if plain.code() != Code::Ok && plain.details().is_empty() {
-        // Only a value that no header can have is refused, and there is none.
+        // Fails only on an invalid header value, and there is none.
         let _ = add_missing_reason(&plain).add_header(trailers);
     }
 }
 
-/// Of a call that makes many changes, and whose answer would hold for all of them.
+/// The outcome of some changes of a bulk call is unknown, so the whole call must be repeated.
 fn some_outcomes_unknown(unknown: usize, changes: usize) -> Status {
     let numbers = [("unknown", unknown), ("changes", changes)];
     let metadata = numbers.map(|(name, number)| (name.to_owned(), number.to_string())).into();
@@ -293,7 +295,7 @@ fn some_outcomes_unknown(unknown: usize, changes: usize) -> Status {
     status_with_metadata(Code::Unavailable, "OUTCOME_UNKNOWN", &message, metadata)
 }
 
-/// What was to be stopped is refused by this server until it restarts or the change succeeds.
+/// The change failed, but this server denies what it restricts until it restarts or the change succeeds.
 fn not_recorded(is_database_full: bool) -> Status {
     let metadata = [("durable", "false"), ("denied_here", "true")]
         .map(|(name, value)| (name.to_owned(), value.to_owned()))
@@ -310,7 +312,7 @@ fn not_recorded(is_database_full: bool) -> Status {
     }
 }
 
-/// A change that is recorded, and may not be in force everywhere yet.
+/// The change is recorded, but may not be in force everywhere yet.
 fn propagation_incomplete(error: PropagationError) -> Status {
     match error {
         PropagationError::TimedOut(report) => propagation_timed_out(*report),
@@ -335,7 +337,7 @@ fn propagation_incomplete(error: PropagationError) -> Status {
     }
 }
 
-/// The report goes with the status, as `keyward.v1.Propagation`.
+/// Attaches the report as `keyward.v1.Propagation`.
 fn propagation_timed_out(report: PropagationReport) -> Status {
     let lagging: Vec<_> = report.unconfirmed.iter().map(|lagging| lagging.replica.clone()).collect();
     let lagging = if lagging.is_empty() {
@@ -362,7 +364,7 @@ pub(super) fn permission_missing(scope: &str) -> Status {
     status_with_metadata(Code::PermissionDenied, "PERMISSION_MISSING", &message, metadata)
 }
 
-/// A path that is no RPC of this server.
+/// The path is not an RPC of this listener.
 #[must_use]
 pub(super) fn unknown_rpc() -> Status {
     status_with_reason(
@@ -372,14 +374,14 @@ pub(super) fn unknown_rpc() -> Status {
     )
 }
 
-/// A request larger than its limit.
+/// The request exceeds its size limit.
 #[must_use]
 pub(super) fn message_too_large(length: usize, limit: usize) -> Status {
     let problem = format!("the message has {length} bytes; at most {limit} are allowed for this call");
     invalid_request(&[InvalidField { field: "(message)".to_owned(), problem }])
 }
 
-/// A compressed request that is larger than its limit.
+/// The request exceeds its size limit once it is inflated.
 #[must_use]
 pub(super) fn inflated_message_too_large(limit: usize) -> Status {
     let problem =
@@ -387,7 +389,7 @@ pub(super) fn inflated_message_too_large(limit: usize) -> Status {
     invalid_request(&[InvalidField { field: "(message)".to_owned(), problem }])
 }
 
-/// A request whose messages are encoded in a way that is not spoken here.
+/// The request's encoding is not supported.
 #[must_use]
 pub(super) fn unsupported_encoding(encoding: &str) -> Status {
     let message = format!(
@@ -396,14 +398,14 @@ pub(super) fn unsupported_encoding(encoding: &str) -> Status {
     status_with_reason(Code::Unimplemented, "UNKNOWN_ENCODING", &message)
 }
 
-/// A request of more fields than any has a use for.
+/// The request has more fields than any valid one.
 #[must_use]
 pub(super) fn too_many_fields(count: usize, limit: usize) -> Status {
     let problem = format!("the message has {count} fields; at most {limit} are allowed");
     invalid_request(&[InvalidField { field: "(message)".to_owned(), problem }])
 }
 
-/// A request that is no message of its call's type, or breaks off.
+/// The request is malformed or incomplete.
 #[must_use]
 pub(super) fn unreadable_request() -> Status {
     status_with_reason(
@@ -413,7 +415,7 @@ pub(super) fn unreadable_request() -> Status {
     )
 }
 
-/// A request whose bytes did not come.
+/// The request did not arrive in time.
 #[must_use]
 pub(super) fn request_too_slow() -> Status {
     status_with_reason(
@@ -423,7 +425,7 @@ pub(super) fn request_too_slow() -> Status {
     )
 }
 
-/// A call that took too long.
+/// The call exceeded its deadline.
 #[must_use]
 pub(super) fn deadline_exceeded() -> Status {
     status_with_reason(
@@ -433,7 +435,7 @@ pub(super) fn deadline_exceeded() -> Status {
     )
 }
 
-/// A refusal of tonic's own, with a reason. A message that cannot be read is the caller's fault.
+/// Adds a reason to a status that tonic built. `Internal` from tonic means a malformed message.
 #[must_use]
 pub(super) fn add_missing_reason(plain: &Status) -> Status {
     match plain.code() {
@@ -443,7 +445,7 @@ pub(super) fn add_missing_reason(plain: &Status) -> Status {
     }
 }
 
-/// A handler that ended without an answer: a bug.
+/// The handler failed, which is a bug.
 #[must_use]
 pub(super) fn internal_error() -> Status {
     status_with_reason(Code::Internal, "INTERNAL", "the call failed inside the server; its log says more")

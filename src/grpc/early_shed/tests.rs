@@ -1,5 +1,5 @@
-//! A real client of HTTP/2, and a real server behind the filter: what the server sees is what the client sent, whatever was
-//! refused between.
+//! Tests the filter between a real HTTP/2 client and a real server: the server must see what the client
+//! sent, except for refused calls.
 
 use std::{
     convert::Infallible,
@@ -24,7 +24,7 @@ use crate::{
 const CHECK: &str = "/keyward.v1.AuthzService/Check";
 const REVOKE: &str = "/keyward.v1.KeyService/Revoke";
 
-/// A server that answers with the headers and the bytes that it got, and the way to it.
+/// Starts a server that echoes headers and bytes, and connects to it.
 async fn connect() -> (SendRequest<Bytes>, Arc<WorkerQueue>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
@@ -48,7 +48,7 @@ async fn connect() -> (SendRequest<Bytes>, Arc<WorkerQueue>) {
     (sender, lane)
 }
 
-/// One call, and what it is answered.
+/// Makes one call and returns its response.
 async fn call(sender: &SendRequest<Bytes>, path: &str, headers: &HeaderMap, body: &[u8]) -> Response<Bytes> {
     let mut request = Request::post(format!("http://x{path}")).body(()).unwrap();
     *request.headers_mut() = headers.clone();
@@ -56,7 +56,7 @@ async fn call(sender: &SendRequest<Bytes>, path: &str, headers: &HeaderMap, body
     let (answer, mut message) = sender.send_request(request, body.is_empty()).unwrap();
     let half = body.len() / 2;
     if !body.is_empty() {
-        // Where a call was refused, its message may find the stream ended.
+        // The message of a refused call may find its stream closed.
         let _ = message.send_data(Bytes::copy_from_slice(&body[..half]), false);
         let _ = message.send_data(Bytes::copy_from_slice(&body[half..]), true);
     }

@@ -33,11 +33,11 @@ const MAX_ROLE_SCOPES: usize = 256;
 /// AccountService over the use cases of accounts, roles and members.
 #[derive(Clone)]
 pub(super) struct AccountService {
-    pub accounts: Arc<AccountOperations>,
-    pub membership: Arc<MembershipOperations>,
+    pub(super) accounts: Arc<AccountOperations>,
+    pub(super) membership: Arc<MembershipOperations>,
     /// Waits until a change is in force on every replica.
-    pub propagation: PropagationWaiter,
-    pub list_permits: ListPermits,
+    pub(super) propagation: PropagationWaiter,
+    pub(super) list_permits: ListPermits,
 }
 
 impl std::fmt::Debug for AccountService {
@@ -135,7 +135,7 @@ impl pb::account_service_server::AccountService for AccountService {
         let v = &mut violations;
         let id = v.ok_or_add("id", AccountId::parse(id));
         let nothing = name.is_none() && longest_life.is_none() && !no_longest_life;
-        v.add_if(nothing, "name", "or longest_life or no_longest_life is required: nothing is to be changed");
+        v.add_if(nothing, "name", "or longest_life or no_longest_life is required");
         let both = longest_life.is_some() && *no_longest_life;
         v.add_if(both, "no_longest_life", "must not be given together with longest_life");
         let name = name.as_deref().and_then(|name| v.ok_or_add("name", DisplayName::parse(name)));

@@ -45,29 +45,29 @@ use super::{
 #[derive(Clone)]
 pub struct ServiceParts {
     /// Decides Checks from memory.
-    pub engine: Arc<Engine>,
+    pub(crate) engine: Arc<Engine>,
     /// Use cases of keys.
-    pub keys: Arc<KeyOperations>,
+    pub(crate) keys: Arc<KeyOperations>,
     /// Use cases of accounts.
-    pub accounts: Arc<AccountOperations>,
+    pub(crate) accounts: Arc<AccountOperations>,
     /// Use cases of roles and members.
-    pub membership: Arc<MembershipOperations>,
+    pub(crate) membership: Arc<MembershipOperations>,
     /// Authorizes the HTTP requests that proxies ask about.
-    pub gateway: Arc<Gateway>,
+    pub(crate) gateway: Arc<Gateway>,
     /// Source of the audit log.
-    pub store: Arc<dyn Store>,
+    pub(crate) store: Arc<dyn Store>,
     /// Waits until a change is in force on every replica.
-    pub propagation: PropagationWaiter,
+    pub(crate) propagation: PropagationWaiter,
     /// Catches up with the commits of other replicas.
-    pub freshness: FreshnessBarrier,
+    pub(crate) freshness: FreshnessBarrier,
     /// The environments that the configuration defines.
-    pub environments: Arc<EnvironmentSet>,
+    pub(crate) environments: Arc<EnvironmentSet>,
     /// Records decisions in the decision log.
-    pub decisions: DecisionLog,
+    pub(crate) decisions: DecisionLog,
     /// Assigns request ids and decides which calls are traced.
-    pub tracing: CallTracer,
+    pub(crate) tracing: CallTracer,
     /// Bounds the memory that requests hold.
-    pub memory_budget: Arc<MemoryBudget>,
+    pub(crate) memory_budget: Arc<MemoryBudget>,
 }
 
 impl std::fmt::Debug for ServiceParts {

@@ -50,7 +50,7 @@ use super::{
 
 /// What a listener serves, and which credentials it accepts.
 #[derive(Clone, Debug)]
-pub struct ListenerPolicy {
+pub(super) struct ListenerPolicy {
     pub(super) services: ServiceSet,
     pub(super) auth: CallerAuth,
     allows_anonymous_proxies: bool,
@@ -68,7 +68,10 @@ impl ListenerPolicy {
     }
 
     /// The identity that a certificate proves on this listener: the first match in the order of the settings.
-    pub(super) fn identify_certificate(&self, certificate: &CertificateInfo) -> Option<Arc<CertificateIdentity>> {
+    pub(super) fn identify_certificate(
+        &self,
+        certificate: &CertificateInfo,
+    ) -> Option<Arc<CertificateIdentity>> {
         self.identities.iter().find(|identity| certificate.names.contains(identity.san())).cloned()
     }
 
@@ -91,20 +94,20 @@ impl ListenerPolicy {
 
 /// What is known about a connection: its listener, its peer and the callers that it has proven.
 #[derive(Debug)]
-pub struct ConnectionContext {
-    pub policy: Arc<ListenerPolicy>,
+pub(super) struct ConnectionContext {
+    pub(super) policy: Arc<ListenerPolicy>,
     /// The peer's IP address; `None` on a Unix socket.
-    pub peer: Option<IpAddr>,
+    pub(super) peer: Option<IpAddr>,
     /// The identity that the client certificate proves.
-    pub identity: Option<Arc<CertificateIdentity>>,
+    pub(super) identity: Option<Arc<CertificateIdentity>>,
     /// Recent callers of this connection.
-    pub caller_cache: CallerCache,
+    pub(super) caller_cache: CallerCache,
     /// Long-running calls of this connection.
-    pub long_calls: LongCalls,
+    pub(super) long_calls: LongCalls,
     /// Bounds the memory that its requests hold.
-    pub memory_budget: Arc<ConnectionMemoryBudget>,
+    pub(super) memory_budget: Arc<ConnectionMemoryBudget>,
     /// Whether a caller was authenticated on this connection.
-    pub has_proven_caller: Arc<AtomicBool>,
+    pub(super) has_proven_caller: Arc<AtomicBool>,
 }
 
 /// The credential that a call presents.
@@ -264,7 +267,7 @@ impl CallAuthenticator {
                 }
                 Err(failure) => failure,
             };
-        tracing::debug!(reason = failure.reason.as_str(), method = rpc.method, "a caller was refused");
+        tracing::debug!(reason = failure.reason.as_str(), method = rpc.method, "caller refused");
         Err(match (failure.reason, named_account) {
             // Other errors are shown only to the holder of a valid key.
             (Reason::WrongAccount, Err(ServiceError::Invalid(violations))) => {
@@ -284,10 +287,7 @@ impl CallAuthenticator {
     ) -> Result<AuthenticatedCaller, ServiceError> {
         let status = self.engine.account_status(identity.account())?;
         if !status.is_active {
-            tracing::debug!(
-                identity = identity.actor_name(),
-                "a caller was refused: its account is suspended or unknown"
-            );
+            tracing::debug!(identity = identity.actor_name(), "caller refused: account suspended or unknown");
             return Err(ServiceError::Unauthenticated);
         }
         Ok(AuthenticatedCaller {

@@ -15,12 +15,12 @@ use super::{
 #[derive(Clone, Debug)]
 pub(super) struct ProxyCaller {
     /// The account whose tokens it may ask about. The operator account may ask about all.
-    pub account: AccountId,
+    pub(super) account: AccountId,
     /// Whether responses explain a denial. True on a listener for Envoy alone, and for callers with `keyward:check`.
     /// Others get only what the client would see.
-    pub trusted: bool,
+    pub(super) trusted: bool,
     /// Evaluates its credential again; `None` for an anonymous proxy.
-    pub session: Option<CheckSession>,
+    pub(super) session: Option<CheckSession>,
 }
 
 /// A value that the router may attach to a call.

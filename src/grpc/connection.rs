@@ -114,11 +114,7 @@ pub(super) async fn serve_connection(
         Ok(handshaken) => handshaken,
         Err(why) => {
             listener.counters.count_refusal(why);
-            return tracing::debug!(
-                peer = display_peer(peer),
-                why = why.as_str(),
-                "a connection was not served"
-            );
+            return tracing::debug!(peer = display_peer(peer), why = why.as_str(), "connection not served");
         }
     };
     let expires_at = certificate.as_ref().map(|certificate| certificate.expires_at);
@@ -162,7 +158,7 @@ async fn handshake(
     tls: Option<&ListenerTls>,
 ) -> Result<HandshakenConnection, ConnectionRefusal> {
     let (stream, certificate) = accept_tls(socket, tls).await.map_err(|error| {
-        tracing::debug!(error = &error as &dyn std::error::Error, "a connection was not agreed on");
+        tracing::debug!(error = &error as &dyn std::error::Error, "TLS handshake failed");
         ConnectionRefusal::TlsHandshake
     })?;
     match SingleWriteIo::read_preface(stream).await {
@@ -253,13 +249,13 @@ async fn serve_http2(
         ended = serving => ended,
         () = wait_until_send_stalled(&send_budget) => {
             let peer = peer.map(tracing::field::display);
-            return tracing::debug!(peer, "connection closed: peer does not read its answers");
+            return tracing::debug!(peer, "connection closed: peer does not read its responses");
         }
     };
     if let Err(error) = ended {
         // Peers that vanish or speak another protocol are common.
         let peer = peer.map(tracing::field::display);
-        tracing::debug!(error = &error as &dyn std::error::Error, peer, "a connection ended with an error");
+        tracing::debug!(error = &error as &dyn std::error::Error, peer, "connection ended with an error");
     }
 }
 

@@ -153,17 +153,17 @@ fn read_future_timestamp(
 #[derive(Debug)]
 pub(super) struct KeySpecInput<'a> {
     /// Precedes each field's name in violations.
-    pub field_prefix: &'static str,
-    pub name: Option<&'a str>,
-    pub scopes: &'a [String],
-    pub roles: &'a [String],
-    pub customers: &'a [String],
-    pub allowed_cidrs: &'a [String],
-    pub rate_limits: &'a [pb::RateLimit],
-    pub quota: Option<&'a pb::Quota>,
-    pub metadata: &'a BTreeMap<String, String>,
+    pub(super) field_prefix: &'static str,
+    pub(super) name: Option<&'a str>,
+    pub(super) scopes: &'a [String],
+    pub(super) roles: &'a [String],
+    pub(super) customers: &'a [String],
+    pub(super) allowed_cidrs: &'a [String],
+    pub(super) rate_limits: &'a [pb::RateLimit],
+    pub(super) quota: Option<&'a pb::Quota>,
+    pub(super) metadata: &'a BTreeMap<String, String>,
     /// Already validated, see [`read_expiry`].
-    pub expires_at: Option<Timestamp>,
+    pub(super) expires_at: Option<Timestamp>,
 }
 
 impl KeySpecInput<'_> {

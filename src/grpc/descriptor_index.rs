@@ -119,5 +119,5 @@ pub(super) type ReflectionError = (Code, String);
 pub(super) fn not_found(what: &str, name: &str) -> ReflectionError {
     // The client controls the length of the name.
     let shown: String = name.chars().take(200).collect();
-    (Code::NotFound, format!("there is no {what} \"{shown}\"; list_services shows what there is"))
+    (Code::NotFound, format!("{what} \"{shown}\" not found; list_services shows the services"))
 }

@@ -42,9 +42,9 @@ use super::{
 #[derive(Clone, Debug)]
 pub(super) struct ExtAuthzService {
     /// Authorizes the requests.
-    pub gateway: Arc<Gateway>,
+    pub(super) gateway: Arc<Gateway>,
     /// Decides which calls are traced.
-    pub tracing: CallTracer,
+    pub(super) tracing: CallTracer,
 }
 
 impl ExtAuthzService {

@@ -16,7 +16,7 @@ pub const HEALTH_SERVICE_NAMES: [&str; 6] = [
 ];
 
 /// Sets every name of the health service to serving or not serving.
-pub async fn report_health(reporter: &HealthReporter, serving: bool) {
+pub(crate) async fn report_health(reporter: &HealthReporter, serving: bool) {
     let status =
         if serving { tonic_health::ServingStatus::Serving } else { tonic_health::ServingStatus::NotServing };
     for name in HEALTH_SERVICE_NAMES {

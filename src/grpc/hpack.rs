@@ -332,7 +332,7 @@ mod tests {
             ("8287 85bf 4088 25a8 49e9 5ba9 7d7f 8925 a849 e95b b8e8 b4bf", 164, "custom-value"),
         ] {
             let summary = table.decode_block(&hex(block), |_| true, None).unwrap();
-            assert!(summary.changes_table && !summary.path_matches, "the path stands in the static table");
+            assert!(summary.changes_table && !summary.path_matches, "the path is in the static table");
             assert_eq!((table.size, entries(&table)[0].1.as_str()), (size, newest));
         }
         let sizes: Vec<_> = entries(&table).into_iter().map(|(size, _)| size).collect();

@@ -245,8 +245,8 @@ fn check_entropy_bits(bits: u32, violations: &mut InvalidFields) {
         bits < MIN_ENTROPY_BITS,
         "entropy_bits",
         format!(
-            "{bits} is too few: with less than {MIN_ENTROPY_BITS} bits, a reader of the database can find the token; \
-             create a new key in its place"
+            "{bits} is too few: below {MIN_ENTROPY_BITS} bits, a reader of the database can guess the token; create a \
+             new key instead"
         ),
     );
     violations.add_if(

@@ -332,7 +332,7 @@ impl pb::key_service_server::KeyService for KeyService {
         if revision == Revision::default() {
             return Err(ServiceError::invalid_field(
                 "revision",
-                "must be that of a change, as its answer said",
+                "must be the revision that a change returned",
             )
             .into());
         }

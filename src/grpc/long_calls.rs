@@ -35,7 +35,7 @@ pub(super) enum DrainReason {
 
 /// Long-running calls of one connection.
 #[derive(Clone, Debug)]
-pub struct LongCalls {
+pub(super) struct LongCalls {
     health: Arc<Semaphore>,
     others: Arc<Semaphore>,
     draining: watch::Sender<Option<DrainReason>>,

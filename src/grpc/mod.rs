@@ -6,7 +6,7 @@
 mod account_service;
 mod assembly;
 mod audit_service;
-pub mod auth;
+mod auth;
 mod authz_service;
 mod call_extensions;
 mod check_decoder;
@@ -38,7 +38,7 @@ mod reflection;
 mod request_body;
 mod response_body;
 mod response_sender;
-pub mod router;
+mod router;
 pub mod rpc;
 pub mod rpc_metrics;
 mod send_budget;
@@ -48,5 +48,6 @@ mod status;
 mod status_details;
 
 pub use assembly::{ServiceParts, build_router};
-pub use health::{HEALTH_SERVICE_NAMES, report_health};
+pub use health::HEALTH_SERVICE_NAMES;
+pub(crate) use health::report_health;
 pub use router::Router;

@@ -102,19 +102,19 @@ impl std::fmt::Debug for Router {
 impl Router {
     /// The time that callers are evaluated at.
     #[must_use]
-    pub fn now(&self) -> Timestamp {
+    pub(super) fn now(&self) -> Timestamp {
         self.engine.now()
     }
 
     /// Returns a reader of the number of calls that were refused for lack of permits or memory.
-    pub fn shed_counter(&self) -> impl Fn() -> u64 + Send + Sync + 'static {
+    pub(crate) fn shed_counter(&self) -> impl Fn() -> u64 + Send + Sync + 'static {
         let (limits, memory) = (self.concurrency_limits.clone(), self.memory_budget.clone());
         move || limits.refused_calls() + memory.refused_reservations()
     }
 
     /// Counters of all calls.
     #[must_use]
-    pub fn rpc_metrics(&self) -> &Arc<RpcMetrics> {
+    pub(crate) fn rpc_metrics(&self) -> &Arc<RpcMetrics> {
         &self.rpc_metrics
     }
 
@@ -324,11 +324,7 @@ impl Router {
             if is_stream { answer.map(|body| Body::new(PermitBody::new(body, permit))) } else { answer }
         }));
         task.await.unwrap_or_else(|error| {
-            tracing::error!(
-                method = rpc.method,
-                error = &error as &dyn std::error::Error,
-                "a handler failed"
-            );
+            tracing::error!(method = rpc.method, error = &error as &dyn std::error::Error, "handler failed");
             internal_error().into_http()
         })
     }
@@ -428,9 +424,9 @@ fn log_access(rpc: &'static RpcSpec, code: tonic::Code, took: Duration) {
         let (caller, account) = caller.map(|caller| (caller.key_id, caller.account)).unzip();
         let took = took.as_secs_f64();
         if known && rpc.is_mutating() {
-            tracing::info!(target: ACCESS_LOG_TARGET, method, code, caller, account, peer, took, "a call was answered");
+            tracing::info!(target: ACCESS_LOG_TARGET, method, code, caller, account, peer, took, "call completed");
         } else {
-            tracing::debug!(target: ACCESS_LOG_TARGET, method, code, caller, account, peer, took, "a call was answered");
+            tracing::debug!(target: ACCESS_LOG_TARGET, method, code, caller, account, peer, took, "call completed");
         }
     });
 }

@@ -74,19 +74,19 @@ impl Default for RpcMetrics {
 
 /// Counters of one method.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct MethodMetrics {
+pub(crate) struct MethodMetrics {
     /// `unary`, `server_stream` or `bidi_stream`.
-    pub kind: &'static str,
+    pub(crate) kind: &'static str,
     /// The service's full name, or `unknown`.
-    pub service: &'static str,
+    pub(crate) service: &'static str,
     /// The method's name, or `unknown`.
-    pub method: &'static str,
+    pub(crate) method: &'static str,
     /// Number of started calls.
-    pub started: u64,
+    pub(crate) started: u64,
     /// Number of ended calls by code, spelled as in other servers' metrics.
-    pub handled: Vec<(&'static str, u64)>,
+    pub(crate) handled: Vec<(&'static str, u64)>,
     /// Durations of ended calls.
-    pub durations: HistogramSnapshot,
+    pub(crate) durations: HistogramSnapshot,
 }
 
 /// The row of the counters for this path.
@@ -123,7 +123,7 @@ impl RpcMetrics {
     }
 
     /// Iterates over the methods that were called.
-    pub fn iter(&self) -> impl Iterator<Item = MethodMetrics> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = MethodMetrics> {
         (0..ROW_COUNT).filter_map(|row| {
             let count = |at: usize| self.counters.get(row * COUNTERS_PER_ROW + at);
             let (kind, service, method) = row_labels(row);

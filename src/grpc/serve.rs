@@ -95,7 +95,7 @@ impl WorkerPool {
     }
 
     /// Returns a reader of the number of calls that the threads have refused.
-    pub fn shed_counter(&self) -> impl Fn() -> u64 + Send + Sync + 'static {
+    pub(crate) fn shed_counter(&self) -> impl Fn() -> u64 + Send + Sync + 'static {
         let queues: Vec<_> = self.workers.iter().map(|worker| worker.queue.clone()).collect();
         move || queues.iter().map(|queue| queue.shed_calls()).sum()
     }
@@ -111,7 +111,7 @@ impl WorkerPool {
 
     /// Lets the threads finish the calls in flight within the drain timeout, and joins them. Listeners must be closed
     /// before: a client reconnects at once after GOAWAY, and a closing listener would reset it.
-    pub fn drain_and_join(self) {
+    pub(crate) fn drain_and_join(self) {
         self.stopping.send_replace(true);
         // Signal all threads before joining any: the drain timeout starts with the signal.
         let ends = |WorkerThread { connections, thread, .. }| {
@@ -121,7 +121,7 @@ impl WorkerPool {
         let threads: Vec<_> = self.workers.into_iter().map(ends).collect();
         for thread in threads {
             if thread.join().is_err() {
-                tracing::error!("a serving thread ended in a panic");
+                tracing::error!("serving thread panicked");
             }
         }
     }
@@ -178,7 +178,7 @@ impl WorkerLoop {
         }
         let rest = async { while connections.join_next().await.is_some() {} };
         if tokio::time::timeout(drain_timeout, rest).await.is_err() {
-            tracing::warn!("calls were still in flight when the time to drain was over");
+            tracing::warn!("drain timed out: calls still in flight");
         }
     }
 }
@@ -253,12 +253,7 @@ impl ConnectionAcceptor<'_> {
         let Some(permits) = acquire_permits(&self.workers.connection_permits, &self.permits) else {
             self.listener.counters.count_refusal(ConnectionRefusal::LimitReached);
             return self.log_throttle.log(|more| {
-                tracing::warn!(
-                    listener = self.name,
-                    ?peer,
-                    more,
-                    "refused: there are as many connections already as there may be"
-                );
+                tracing::warn!(listener = self.name, ?peer, more, "connection refused: limit reached");
             });
         };
         let (listener, open_guard) = (self.listener.clone(), self.listener.counters.track_connection());

@@ -95,14 +95,14 @@ impl From<ServiceError> for Status {
             ServiceError::NotFound(ResourceKind::Role) => {
                 status_with_reason(Code::NotFound, "ROLE_NOT_FOUND", "there is no such role")
             }
-            ServiceError::NotFound(ResourceKind::Member) => {
-                status_with_reason(Code::NotFound, "MEMBER_NOT_FOUND", "the user is no member of the account")
-            }
-            ServiceError::NotFound(ResourceKind::Revision) => status_with_reason(
+            ServiceError::NotFound(ResourceKind::Member) => status_with_reason(
                 Code::NotFound,
-                "REVISION_NOT_FOUND",
-                "there is no change of this revision",
+                "MEMBER_NOT_FOUND",
+                "the user is not a member of the account",
             ),
+            ServiceError::NotFound(ResourceKind::Revision) => {
+                status_with_reason(Code::NotFound, "REVISION_NOT_FOUND", "no change has this revision")
+            }
             ServiceError::DigestTaken => status_with_reason(
                 Code::AlreadyExists,
                 "DIGEST_TAKEN",
@@ -138,25 +138,25 @@ impl From<ServiceError> for Status {
             ServiceError::OutcomeUnknown => status_with_reason(
                 Code::Unavailable,
                 "OUTCOME_UNKNOWN",
-                "whether the change was recorded is unknown; until that is settled this server refuses what the \
-                 change refuses. Send it again: every change can be repeated",
+                "it is unknown whether the change was recorded; until this is settled, this server denies what the change \
+                 would deny. Retry: every change can be repeated",
             ),
             ServiceError::SomeOutcomesUnknown { unknown, changes } => some_outcomes_unknown(unknown, changes),
             ServiceError::Unavailable => status_with_reason(
                 Code::Unavailable,
                 "STORE_UNAVAILABLE",
-                "the database did not answer; try again",
+                "the database did not respond; retry",
             ),
             ServiceError::Stopping => status_with_reason(
                 Code::Unavailable,
                 "STOPPING",
-                "this server is stopping; try another one, or again",
+                "this server is stopping; retry, or use another server",
             ),
             ServiceError::PropagationIncomplete(error) => propagation_incomplete(error),
             ServiceError::Contended => status_with_reason(
                 Code::Aborted,
                 "CONTENDED",
-                "the record was changed again and again meanwhile, and nothing was done; try again",
+                "too many concurrent changes to this record; nothing was changed, retry",
             ),
         }
     }
@@ -179,7 +179,7 @@ fn caller_limited(retry_after: Option<std::time::Duration>) -> Status {
         Some(after) => details.with_retry(after),
         None => details,
     };
-    let message = "a rate limit or the quota of the caller's own key is used up";
+    let message = "a rate limit or the quota of the calling key is exhausted";
     build_status_with_headers(Code::ResourceExhausted, message, details, HeaderMap::from_iter(headers))
 }
 
@@ -187,8 +187,8 @@ fn caller_limited(retry_after: Option<std::time::Duration>) -> Status {
 #[must_use]
 pub(super) fn batch_exceeds_limit(checks: u64, max: u64) -> Status {
     let message = format!(
-        "the batch has {checks} checks, and a limit of the caller's own key lets at most {max} through at once; \
-         send smaller batches"
+        "the batch has {checks} checks, but a limit of the calling key allows at most {max} at once; send smaller \
+         batches"
     );
     let metadata = HashMap::from([("limit".to_owned(), max.to_string())]);
     status_with_metadata(Code::ResourceExhausted, "CALLER_LIMITED", &message, metadata)
@@ -200,11 +200,11 @@ fn account_limit_reached(AccountLimitReached { limit, value, retry_after }: Acco
     let what_to_do = match limit {
         AccountLimitKind::Keys => "revoke keys that are no longer needed",
         AccountLimitKind::Roles => "delete roles that are no longer needed",
-        AccountLimitKind::RotationsPerHour | AccountLimitKind::LogRowsPerHour => "try again in the next hour",
+        AccountLimitKind::RotationsPerHour | AccountLimitKind::LogRowsPerHour => "retry in the next hour",
     };
     let message = format!(
         "the account has reached its limit {name} = {value}; {what_to_do}, or raise account_limits.{name} in the \
-         server's settings. What takes rights away is never limited"
+         server's settings. Calls that restrict rights are never limited"
     );
     let metadata = [("limit", name.to_owned()), ("value", number)];
     let metadata = metadata.map(|(key, value)| (key.to_owned(), value)).into();
@@ -253,8 +253,7 @@ pub(super) fn malformed_message<M: prost::Message + Default>(bytes: &[u8]) -> St
 #[must_use]
 pub(super) fn overloaded() -> Status {
     let details = StatusDetails::new("OVERLOADED", HashMap::new()).with_retry(OVERLOAD_RETRY_DELAY);
-    let message =
-        "this server has more calls under way than it takes, and did nothing; try another one, or again";
+    let message = "this server has too many calls in flight; nothing was done, retry or use another server";
     // Clients with a retry policy wait for this long (gRPC proposal A6).
     let pushback = (RETRY_PUSHBACK_HEADER, HeaderValue::from(OVERLOAD_RETRY_DELAY.as_millis() as u64));
     build_status_with_headers(Code::Unavailable, message, details, HeaderMap::from_iter([pushback]))
@@ -263,7 +262,7 @@ pub(super) fn overloaded() -> Status {
 /// Ends a long-running call because its connection drains.
 #[must_use]
 pub(super) fn connection_too_old() -> Status {
-    let message = "the connection has reached its maximum age, which ends long-running calls; call again over a new one";
+    let message = "the connection has reached its maximum age, which ends long-running calls; repeat the call on a new one";
     status_with_reason(Code::Unavailable, "CONNECTION_ENDS", message)
 }
 
@@ -289,8 +288,8 @@ fn some_outcomes_unknown(unknown: usize, changes: usize) -> Status {
     let numbers = [("unknown", unknown), ("changes", changes)];
     let metadata = numbers.map(|(name, number)| (name.to_owned(), number.to_string())).into();
     let message = format!(
-        "whether {unknown} of the call's {changes} changes were recorded is unknown; until this is settled, \
-         this server denies what they would deny. Send the same call again: it finishes what is left"
+        "it is unknown whether {unknown} of the call's {changes} changes were recorded; until this is settled, this \
+         server denies what they would deny. Repeat the call to complete it"
     );
     status_with_metadata(Code::Unavailable, "OUTCOME_UNKNOWN", &message, metadata)
 }
@@ -301,13 +300,12 @@ fn not_recorded(is_database_full: bool) -> Status {
         .map(|(name, value)| (name.to_owned(), value.to_owned()))
         .into();
     if is_database_full {
-        let message = "the database is full and the change was not recorded. A revocation, a disabling or a \
-                       suspension is in force on this server until it restarts; make room and send it again";
+        let message = "the database is full, so the change was not recorded. A revocation, disabling or suspension is in \
+                       force on this server until it restarts; free space and retry";
         status_with_metadata(Code::ResourceExhausted, "STORE_FULL", message, metadata)
     } else {
-        let message = "the database failed and the change was not recorded. A revocation, a disabling or a \
-                       suspension is in force on this server until it restarts; send it again, to another server if there is \
-                       one";
+        let message = "the database failed, so the change was not recorded. A revocation, disabling or suspension is in \
+                       force on this server until it restarts; retry, on another server if there is one";
         status_with_metadata(Code::Unavailable, "NOT_RECORDED", message, metadata)
     }
 }
@@ -318,21 +316,21 @@ fn propagation_incomplete(error: PropagationError) -> Status {
         PropagationError::TimedOut(report) => propagation_timed_out(*report),
         PropagationError::Lost(revision) => {
             let metadata = HashMap::from([("revision".to_owned(), revision.to_string())]);
-            let message = "the database has lost the change: a backup was restored, or a standby took over that \
-                           lacked it. Send it again";
+            let message = "the database has lost the change: a backup was restored, or a standby without it took over. Repeat \
+                           the change";
             status_with_metadata(Code::Unavailable, "CHANGE_LOST", message, metadata)
         }
         PropagationError::Stopping(revision) => {
             let metadata = HashMap::from([("revision".to_owned(), revision.to_string())]);
-            let message = "the change is recorded, and this server stops before it is known to be in force \
-                           everywhere. Send it to another one, or follow it there with WatchPropagation";
+            let message = "the change is recorded, but this server stops before it is known to be in force everywhere. Repeat it \
+                           on another server, or follow it there with WatchPropagation";
             status_with_metadata(Code::Unavailable, "STOPPING", message, metadata)
         }
         PropagationError::DatabaseUnavailable => status_with_reason(
             Code::Unavailable,
             "PROPAGATION_UNKNOWN",
-            "the change is recorded; whether every replica knows of it could not be found out, since the database \
-             did not answer. Send it again: it waits again",
+            "the change is recorded, but it is unknown whether it is in force on every replica, since the database \
+             did not respond. Repeat the call to wait again",
         ),
     }
 }
@@ -347,8 +345,8 @@ fn propagation_timed_out(report: PropagationReport) -> Status {
     };
     let revision = report.revision;
     let message = format!(
-        "the change is recorded as revision {revision}, and not known to be in force everywhere yet: no word from \
-         {lagging}. Follow it with WatchPropagation; most calls can be sent again too, and wait again"
+        "the change is recorded as revision {revision}, but not known to be in force everywhere yet: no confirmation \
+         from {lagging}. Follow it with WatchPropagation, or repeat the call: most then wait again"
     );
     let metadata = HashMap::from([("revision".to_owned(), revision.to_string())]);
     let details =
@@ -370,7 +368,7 @@ pub(super) fn unknown_rpc() -> Status {
     status_with_reason(
         Code::Unimplemented,
         "NO_SUCH_RPC",
-        "there is no such call here; 'grpcurl … list' shows those that are",
+        "no such method here; 'grpcurl … list' shows the services",
     )
 }
 
@@ -431,7 +429,7 @@ pub(super) fn deadline_exceeded() -> Status {
     status_with_reason(
         Code::DeadlineExceeded,
         "DEADLINE_EXCEEDED",
-        "the call took too long and was given up; a change may still have been made, and can be sent again",
+        "the call exceeded its deadline; a change may still have been made, and can be repeated",
     )
 }
 
@@ -448,5 +446,5 @@ pub(super) fn add_missing_reason(plain: &Status) -> Status {
 /// The handler failed, which is a bug.
 #[must_use]
 pub(super) fn internal_error() -> Status {
-    status_with_reason(Code::Internal, "INTERNAL", "the call failed inside the server; its log says more")
+    status_with_reason(Code::Internal, "INTERNAL", "the call failed inside the server; see its log")
 }

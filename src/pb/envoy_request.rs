@@ -11,11 +11,11 @@ use prost::encoding::decode_varint;
 
 /// The largest body that Envoy may send along (`with_request_body`), in bytes: the usual limit of
 /// gRPC servers. Decoding skips it.
-pub const MAX_BODY_BYTES: usize = 4 << 20;
+pub(crate) const MAX_BODY_BYTES: usize = 4 << 20;
 
 /// Length of the client's body within an encoded [`EnvoyCheckRequest`]. In a malformed one, as far as it can be read.
 #[must_use]
-pub fn request_body_len(message: &[u8]) -> usize {
+pub(crate) fn request_body_len(message: &[u8]) -> usize {
     let https = length_delimited_values(message, 1)
         .flat_map(|attributes| length_delimited_values(attributes, 4))
         .flat_map(|request| length_delimited_values(request, 2));

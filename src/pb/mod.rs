@@ -23,7 +23,7 @@ pub mod bench {
 
 /// A `google.rpc.Status` with only a code.
 #[must_use]
-pub fn google_rpc_status(code: i32) -> generated::google::rpc::Status {
+pub(crate) fn google_rpc_status(code: i32) -> generated::google::rpc::Status {
     generated::google::rpc::Status { code, ..Default::default() }
 }
 

@@ -178,7 +178,7 @@ proptest! {
         let mut bytes = Vec::new();
         let mut ends = Vec::new();
         for length in lengths {
-            FrameHead { length, kind: kind::DATA, flags: 0, stream: 1 }.write(&mut bytes);
+            FrameHead { length, frame_type: frame_type::DATA, flags: 0, stream: 1 }.write(&mut bytes);
             bytes.extend(vec![7; length]);
             ends.push(bytes.len());
         }
@@ -205,20 +205,20 @@ fn filtered(lane: &Arc<WorkerQueue>, pieces: &[&[u8]]) -> Option<Vec<u8>> {
 #[test]
 fn nothing_is_written_between_headers_and_their_continuation() {
     let mut bytes = Vec::new();
-    FrameHead { length: 1, kind: kind::HEADERS, flags: 0, stream: 1 }.write(&mut bytes);
+    FrameHead { length: 1, frame_type: frame_type::HEADERS, flags: 0, stream: 1 }.write(&mut bytes);
     bytes.push(0x88);
     let mut boundary = FrameBoundary::default();
     boundary.advance(&bytes);
     assert!(!boundary.is_at_boundary());
     bytes.clear();
-    FrameHead { length: 0, kind: kind::CONTINUATION, flags: END_HEADERS, stream: 1 }.write(&mut bytes);
+    FrameHead { length: 0, frame_type: frame_type::CONTINUATION, flags: END_HEADERS, stream: 1 }.write(&mut bytes);
     boundary.advance(&bytes);
     assert!(boundary.is_at_boundary());
 }
 
-fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+fn frame(frame_type: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::new();
-    FrameHead { length: payload.len(), kind, flags, stream }.write(&mut bytes);
+    FrameHead { length: payload.len(), frame_type, flags, stream }.write(&mut bytes);
     bytes.extend(payload);
     bytes
 }
@@ -246,30 +246,30 @@ fn passed(shed: &mut EarlyShed, bytes: &[u8]) -> Option<Vec<u8>> {
 }
 
 fn check(stream: u32) -> Vec<u8> {
-    frame(kind::HEADERS, END_HEADERS | END_STREAM, stream, &headers_of(CHECK, 0x44))
+    frame(frame_type::HEADERS, END_HEADERS | END_STREAM, stream, &headers_of(CHECK, 0x44))
 }
 
 #[test]
 fn rewritten_headers_may_come_in_several_frames() {
     let block = headers_of(REVOKE, 0x04);
     let (begin, end) = block.split_at(5);
-    let whole = frame(kind::HEADERS, END_STREAM | END_HEADERS, 3, &block);
-    let begun = frame(kind::HEADERS, END_STREAM, 3, begin);
-    let parts = [&begun[..], &frame(kind::CONTINUATION, END_HEADERS, 3, end)].concat();
+    let whole = frame(frame_type::HEADERS, END_STREAM | END_HEADERS, 3, &block);
+    let begun = frame(frame_type::HEADERS, END_STREAM, 3, begin);
+    let parts = [&begun[..], &frame(frame_type::CONTINUATION, END_HEADERS, 3, end)].concat();
     assert_eq!(passed(&mut refusing(), &parts), passed(&mut refusing(), &whole));
 
-    let other = [&begun[..], &frame(kind::DATA, 0, 3, b"x")].concat();
+    let other = [&begun[..], &frame(frame_type::DATA, 0, 3, b"x")].concat();
     assert_eq!(passed(&mut refusing(), &other), None, "nothing may come between");
-    let endless = [&begun[..], &frame(kind::CONTINUATION, 0, 3, &[0; MAX_FRAME_LEN]).repeat(4)].concat();
+    let endless = [&begun[..], &frame(frame_type::CONTINUATION, 0, 3, &[0; MAX_FRAME_LEN]).repeat(4)].concat();
     assert_eq!(passed(&mut refusing(), &endless), None, "their bytes are bounded");
 }
 
 #[test]
 fn empty_headers_end_a_call_that_is_rewritten() {
     let mut shed = refusing();
-    let begun = frame(kind::HEADERS, END_HEADERS, 3, &headers_of(REVOKE, 0x04));
+    let begun = frame(frame_type::HEADERS, END_HEADERS, 3, &headers_of(REVOKE, 0x04));
     assert!(passed(&mut shed, &begun).is_some_and(|passed| !passed.is_empty()));
-    let end = frame(kind::HEADERS, END_HEADERS | END_STREAM, 3, &[]);
+    let end = frame(frame_type::HEADERS, END_HEADERS | END_STREAM, 3, &[]);
     assert_eq!(passed(&mut shed, &end), Some(end));
 }
 
@@ -277,7 +277,7 @@ fn empty_headers_end_a_call_that_is_rewritten() {
 fn a_peer_that_shrinks_its_header_table_has_no_call_refused_early() {
     let mut shed = refusing();
     let answers = shed.refusals().len();
-    let settings = frame(kind::SETTINGS, 0, 0, &[0, 3, 0, 0, 0, 9, 0, 1, 0, 0, 0, 0]);
+    let settings = frame(frame_type::SETTINGS, 0, 0, &[0, 3, 0, 0, 0, 9, 0, 1, 0, 0, 0, 0]);
     assert_eq!(passed(&mut shed, &settings).as_ref(), Some(&settings));
     assert!(passed(&mut shed, &check(3)).is_some_and(|passed| !passed.is_empty()));
     assert_eq!(shed.refusals().len(), answers);
@@ -297,14 +297,14 @@ fn answers_that_wait_are_bounded_however_many_calls_come_at_once() {
 
 #[test]
 fn the_stream_of_a_refused_call_is_not_opened_again() {
-    let again = frame(kind::HEADERS, END_HEADERS | END_STREAM, 1, &headers_of(REVOKE, 0x04));
+    let again = frame(frame_type::HEADERS, END_HEADERS | END_STREAM, 1, &headers_of(REVOKE, 0x04));
     assert_eq!(passed(&mut refusing(), &again), None);
 }
 
 #[test]
 fn a_query_makes_no_other_call_of_a_check() {
     let asked = headers_of(&format!("{CHECK}?x"), 0x44);
-    let asked = frame(kind::HEADERS, END_HEADERS | END_STREAM, 3, &asked);
+    let asked = frame(frame_type::HEADERS, END_HEADERS | END_STREAM, 3, &asked);
     assert_eq!(passed(&mut refusing(), &asked), Some(Vec::new()));
 }
 
@@ -319,7 +319,7 @@ fn headers_with_padding_and_priority_are_read() {
     let payload = [&[3, 0, 0, 0, 0, 16], &block[..], &[0; 3]].concat();
     let mut bytes = Vec::new();
     let flags = PADDED | PRIORITY | END_HEADERS | END_STREAM;
-    FrameHead { length: payload.len(), kind: kind::HEADERS, flags, stream: 1 }.write(&mut bytes);
+    FrameHead { length: payload.len(), frame_type: frame_type::HEADERS, flags, stream: 1 }.write(&mut bytes);
     bytes.extend(payload);
     shed.filter(&bytes, &mut passed).unwrap();
     assert!(passed.is_empty() && !shed.refusals().is_empty());

@@ -25,7 +25,7 @@ use crate::{
 
 use super::{
     call_extensions::take_extension, concurrency::exchange_permit_for_waiting, convert,
-    deadline::PropagationDeadline, key_requests::require_read, page_token, send_budget::ListPermits,
+    deadline::PropagationDeadline, key_requests::require_read, list_permits::ListPermits, page_token,
 };
 
 const MAX_ROLE_SCOPES: usize = 256;

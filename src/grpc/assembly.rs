@@ -44,11 +44,8 @@ use super::{
 /// Everything that the services are built from.
 #[derive(Clone)]
 pub struct ServiceParts {
-    /// Decides Checks from memory.
     pub(crate) engine: Arc<Engine>,
-    /// Use cases of keys.
     pub(crate) keys: Arc<KeyOperations>,
-    /// Use cases of accounts.
     pub(crate) accounts: Arc<AccountOperations>,
     /// Use cases of roles and members.
     pub(crate) membership: Arc<MembershipOperations>,

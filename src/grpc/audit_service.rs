@@ -25,9 +25,8 @@ use crate::{
     store::{ArchiveCheckpoint, LogFilter, Store, StoreError, page_budget::PageBudget},
 };
 
-use super::{call_extensions::take_extension, convert, page_token, send_budget::ListPermits};
+use super::{call_extensions::take_extension, convert, list_permits::ListPermits, page_token};
 
-/// AuditService over the store.
 #[derive(Clone)]
 pub(super) struct AuditService {
     store: Arc<dyn Store>,
@@ -51,10 +50,10 @@ impl AuditService {
         let (mut budget, mut entries) = (PageBudget::new(listing.page_size), Vec::<pb::AuditEntry>::new());
         loop {
             let last = entries.last().map(|entry| Revision(entry.revision)).or(listing.cursor);
-            let step = budget.next_step_size();
-            let mut rows = self.store.list_log(&listing.filter, last, step + 1).await?;
-            let more = rows.len() > step as usize;
-            rows.truncate(step as usize);
+            let limit = budget.next_step_size();
+            let mut rows = self.store.list_log(&listing.filter, last, limit + 1).await?;
+            let has_more = rows.len() > limit as usize;
+            rows.truncate(limit as usize);
             for entry in
                 AuditPage::load(&*self.store, rows).await?.into_entries(caller, listing.include_payload)
             {
@@ -63,8 +62,8 @@ impl AuditService {
                 }
                 entries.push(entry);
             }
-            if !more || budget.next_step_size() == 0 {
-                return Ok((entries, more));
+            if !has_more || budget.next_step_size() == 0 {
+                return Ok((entries, has_more));
             }
         }
     }
@@ -76,7 +75,6 @@ impl std::fmt::Debug for AuditService {
     }
 }
 
-/// A validated List request.
 struct AuditListRequest {
     filter: LogFilter,
     /// The encoded filters, which page tokens are bound to.
@@ -174,30 +172,31 @@ impl AuditPage {
         let previous =
             |redacted: &RedactedPayload| redacted.origin.previous.filter(|revision| *revision != Revision(0));
         let wanted: Vec<_> = rows.iter().filter_map(|(_, redacted)| previous(redacted.as_ref()?)).collect();
-        let before = store.get_log_entries(&wanted).await?;
-        let before =
-            before.iter().filter_map(|row| Some((row.revision, RedactedPayload::parse(&row.payload)?)));
-        Ok(AuditPage { previous_entries: before.collect(), rows })
+        let previous_entries = store.get_log_entries(&wanted).await?;
+        let previous_entries = previous_entries
+            .iter()
+            .filter_map(|row| Some((row.revision, RedactedPayload::parse(&row.payload)?)));
+        Ok(AuditPage { previous_entries: previous_entries.collect(), rows })
     }
 
     fn into_entries(self, caller: &Caller, full: bool) -> Vec<pb::AuditEntry> {
-        let before = self.previous_entries;
+        let previous_entries = self.previous_entries;
         self.rows
             .into_iter()
-            .map(|(row, redacted)| entry_to_proto(caller, full, row, redacted, &before))
+            .map(|(row, redacted)| entry_to_proto(caller, full, row, redacted, &previous_entries))
             .collect()
     }
 }
 
 fn field_changes_to_proto(
     redacted: &RedactedPayload,
-    before: &HashMap<Revision, RedactedPayload>,
+    previous_entries: &HashMap<Revision, RedactedPayload>,
 ) -> Vec<pb::AuditFieldChange> {
     let changes = match redacted.origin.previous {
         None => Vec::new(),
         Some(Revision(0)) => redacted.changes_since(None),
-        Some(previous) => match before.get(&previous) {
-            Some(before) => redacted.changes_since(Some(before)),
+        Some(previous) => match previous_entries.get(&previous) {
+            Some(entry) => redacted.changes_since(Some(entry)),
             None => Vec::new(),
         },
     };
@@ -220,7 +219,7 @@ fn entry_to_proto(
     full: bool,
     row: LogEntry,
     redacted: Option<RedactedPayload>,
-    before: &HashMap<Revision, RedactedPayload>,
+    previous_entries: &HashMap<Revision, RedactedPayload>,
 ) -> pb::AuditEntry {
     let LogEntry { revision, at, action, account, key_id, user, actor, actor_account, acting_user, .. } = row;
     let (method, payload, hash, prev_hash) = (row.method, row.payload, row.hash, row.prev_hash);
@@ -247,7 +246,7 @@ fn entry_to_proto(
         acting_user: acting_user.map(String::from).unwrap_or_default(),
         changes: redacted
             .as_ref()
-            .map(|redacted| field_changes_to_proto(redacted, before))
+            .map(|redacted| field_changes_to_proto(redacted, previous_entries))
             .unwrap_or_default(),
         previous_revision: redacted.and_then(|redacted| redacted.origin.previous).map(|revision| revision.0),
         request_id: origin.request_id.unwrap_or_default(),
@@ -336,14 +335,14 @@ impl pb::audit_service_server::AuditService for AuditService {
         let caller = take_extension::<Caller>(&mut request)?;
         let listing = read_list_request(&caller, &self.engine, request.get_ref())?;
         let list_permit = self.list_permits.acquire(&caller.account).await?;
-        let (entries, more) = self.load_page(&caller, &listing).await.map_err(ServiceError::from)?;
+        let (entries, has_more) = self.load_page(&caller, &listing).await.map_err(ServiceError::from)?;
         if let Some(account) = &listing.filter.account {
             // The acting user may have left the account meanwhile.
             caller.authorize(&self.engine)?.check_account_visible(account)?;
         }
         let next = entries
             .last()
-            .filter(|_| more)
+            .filter(|_| has_more)
             .map(|last| page_token::encode(&listing.filter_bytes, &last.revision.to_be_bytes()));
         Ok(list_permit
             .attach(pb::ListAuditEntriesResponse { entries, next_page_token: next.unwrap_or_default() }))

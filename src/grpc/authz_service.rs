@@ -34,7 +34,6 @@ const MAX_BATCH_CHECKS: usize = 100;
 /// Bytes of a batch response up to which items carry grants. The rest of the items fits into 1 MiB, and the whole into
 /// 3 MiB: most clients accept 4 MiB.
 const MAX_BATCH_BYTES_WITH_GRANTS: usize = 2 << 20;
-/// AuthzService over the evaluator.
 #[derive(Debug)]
 pub(super) struct AuthzService {
     pub(super) evaluator: Arc<CheckEvaluator>,

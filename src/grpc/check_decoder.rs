@@ -36,7 +36,6 @@ impl From<prost::DecodeError> for MalformedMessage {
 }
 
 impl<'a> CheckRequestView<'a> {
-    /// Decodes a `CheckRequest`.
     pub(super) fn decode(message: &'a [u8]) -> Result<Self, Status> {
         decode_check(message).map_err(|MalformedMessage| malformed_message::<pb::CheckRequest>(message))
     }

@@ -18,7 +18,6 @@ use crate::{
 
 use super::convert;
 
-/// Writes a `CheckResponse`.
 pub(super) fn write_response(outcome: &CheckOutcome, out: &mut impl BufMut) {
     write_fields(outcome, true, out);
 }

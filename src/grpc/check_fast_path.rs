@@ -41,7 +41,6 @@ use super::{
 pub(super) struct HeaderFlags {
     /// It has a request id or trace context.
     pub(super) has_trace_headers: bool,
-    /// It has `grpc-timeout`.
     pub(super) has_deadline: bool,
     /// It has a header that only the slow path handles: an account, an acting user, or an encoding.
     needs_slow_path: bool,
@@ -155,9 +154,9 @@ impl CheckFastPath {
         let evaluation = pin!(trace::scope(call.take()?, self.ext_authz_service.handle_check(check, &proxy)));
         let result = complete_before(deadline, evaluation).await.unwrap_or_else(|| Err(deadline_exceeded()));
         Some(match result {
-            Ok(answer) => {
+            Ok(response) => {
                 let mut out = response_body::new_message_buffer();
-                answer.encode_raw(&mut out);
+                response.encode_raw(&mut out);
                 response_body::ok_response(out)
             }
             Err(status) => status.into_http().map(ResponseBody::Tonic),

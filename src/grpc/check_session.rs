@@ -35,7 +35,6 @@ pub(super) enum PresentedCredential {
 #[derive(Clone)]
 pub(super) struct CheckSession {
     pub(super) credential: PresentedCredential,
-    /// The account in `x-keyward-account`.
     pub(super) named_account: Option<AccountId>,
     pub(super) peer: Option<IpAddr>,
 }
@@ -76,18 +75,19 @@ impl CheckSession {
     pub(super) async fn reauthorize_and_charge(
         &self,
         engine: &Engine,
-        charge: u64,
+        charged_calls: u64,
         cache: &CallerCache,
     ) -> Result<(), Status> {
         if let Some(cached_caller) = self.cached_caller(engine, cache) {
-            if charge > 0 {
+            if charged_calls > 0 {
                 engine.record_cached_call(&cached_caller);
             }
             return Ok(());
         }
         match &self.credential {
-            PresentedCredential::Token(token) if charge > 0 => {
-                let (account, consumption) = (self.named_account.as_ref(), Consumption::with_cost(charge));
+            PresentedCredential::Token(token) if charged_calls > 0 => {
+                let (account, consumption) =
+                    (self.named_account.as_ref(), Consumption::with_cost(charged_calls));
                 let result = engine.authenticate(token, account, false, self.peer, consumption).await;
                 match result.map_err(ServiceError::from)? {
                     Ok(AuthenticatedKey { granted_scopes, .. }) => {
@@ -97,8 +97,8 @@ impl CheckSession {
                         reason: Reason::RateLimited | Reason::QuotaExceeded,
                         retry_after,
                         max_cost,
-                    }) => Err(match max_cost.filter(|_| charge > 1) {
-                        Some(max_cost) => batch_exceeds_limit(charge, max_cost),
+                    }) => Err(match max_cost.filter(|_| charged_calls > 1) {
+                        Some(max_cost) => batch_exceeds_limit(charged_calls, max_cost),
                         None => ServiceError::CallerRateLimited(retry_after).into(),
                     }),
                     Err(_) => Err(ServiceError::Unauthenticated.into()),

@@ -83,15 +83,15 @@ pub(super) fn check_responses(
     session: CheckSession,
     requests: Streaming<Bytes>,
 ) -> CheckResponseStream {
-    let mut look = interval(REAUTHORIZE_INTERVAL);
-    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut timer = interval(REAUTHORIZE_INTERVAL);
+    timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let call = StreamCheckCall {
         evaluator,
         caller,
         session,
         caller_cache: CallerCache::default(),
         requests,
-        reauthorize_timer: look,
+        reauthorize_timer: timer,
         stopping,
         cached_caller: None,
         charges_next: false,
@@ -106,25 +106,25 @@ impl Stream for CheckResponseStream {
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<StreamCheckResult>> {
         if let Some(mut call) = self.call.take() {
             match call.step_without_wait(cx) {
-                ImmediateStep::Done(answer) => return Poll::Ready(self.finish_step(call, answer)),
+                ImmediateStep::Done(response) => return Poll::Ready(self.finish_step(call, response)),
                 ImmediateStep::NeedsWait(message) => {
                     self.pending = Some(Box::pin(async move {
-                        let answer = call.check(&message).await;
-                        (call, Some(answer))
+                        let response = call.check(&message).await;
+                        (call, Some(response))
                     }));
                 }
                 ImmediateStep::NoRequest => {
                     self.pending = Some(Box::pin(async move {
-                        let answer = call.next_response().await;
-                        (call, answer)
+                        let response = call.next_response().await;
+                        (call, response)
                     }));
                 }
             }
         }
         let Some(pending) = &mut self.pending else { return Poll::Ready(None) };
-        let (call, answer) = ready!(pending.poll_unpin(cx));
+        let (call, response) = ready!(pending.poll_unpin(cx));
         self.pending = None;
-        Poll::Ready(self.finish_step(call, answer))
+        Poll::Ready(self.finish_step(call, response))
     }
 }
 
@@ -132,10 +132,10 @@ impl CheckResponseStream {
     fn finish_step(
         &mut self,
         call: Box<StreamCheckCall>,
-        answer: Option<StreamCheckResult>,
+        response: Option<StreamCheckResult>,
     ) -> Option<StreamCheckResult> {
-        self.call = matches!(answer, Some(Ok(_))).then_some(call);
-        answer
+        self.call = matches!(response, Some(Ok(_))).then_some(call);
+        response
     }
 }
 
@@ -160,7 +160,7 @@ impl StreamCheckCall {
             Poll::Ready(None) => ImmediateStep::Done(None),
             Poll::Ready(Some(Err(status))) => ImmediateStep::Done(Some(Err(status))),
             Poll::Ready(Some(Ok(message))) => match self.check_without_wait(&message) {
-                Some(answer) => ImmediateStep::Done(Some(answer)),
+                Some(response) => ImmediateStep::Done(Some(response)),
                 None => ImmediateStep::NeedsWait(message),
             },
         }

@@ -321,39 +321,39 @@ mod tests {
     use super::*;
 
     fn permit_holder(key: u128, account: &str, connection: u64, priority: CallPriority) -> PermitHolder {
-        let shares = vec![
+        let subjects = vec![
             LimitSubject::Key(KeyId::from_bytes(key.to_be_bytes())),
             LimitSubject::Account(AccountId::parse(account).unwrap()),
             LimitSubject::Connection(connection),
         ];
-        PermitHolder { subjects: shares, priority }
+        PermitHolder { subjects, priority }
     }
 
     /// Acquires as many permits as possible, each for the holder of its number.
-    fn acquire_all(permits: &Arc<PermitPool>, occupant: impl Fn(u64) -> PermitHolder) -> Vec<CallPermit> {
-        (0..1000).map_while(|at| permits.acquire(occupant(at))).collect()
+    fn acquire_all(pool: &Arc<PermitPool>, holder: impl Fn(u64) -> PermitHolder) -> Vec<CallPermit> {
+        (0..1000).map_while(|at| pool.acquire(holder(at))).collect()
     }
 
     #[test]
     fn a_key_a_connection_and_an_account_take_no_more_than_their_shares() {
-        let permits = PermitPool::new(64);
-        let key = acquire_all(&permits, |at| permit_holder(1, &format!("a{at}"), at, CallPriority::Caller));
+        let pool = PermitPool::new(64);
+        let key = acquire_all(&pool, |at| permit_holder(1, &format!("a{at}"), at, CallPriority::Caller));
         assert_eq!(key.len(), 12, "three quarters of a quarter");
-        let connection = acquire_all(&permits, |at| {
+        let connection = acquire_all(&pool, |at| {
             permit_holder(5000 + u128::from(at), &format!("b{at}"), 2000, CallPriority::Caller)
         });
         assert_eq!(connection.len(), 12);
         drop((key, connection));
-        let account = acquire_all(&permits, |at| permit_holder(at.into(), "acme", at, CallPriority::Caller));
+        let account = acquire_all(&pool, |at| permit_holder(at.into(), "acme", at, CallPriority::Caller));
         assert_eq!(account.len(), 24, "three quarters of a half");
         drop(account);
-        let used = permits.usage();
+        let used = pool.usage();
         assert!(used.total == 0 && used.by_subject.is_empty(), "{used:?}");
     }
 
     #[test]
     fn calls_that_take_rights_away_and_operators_find_room_when_others_have_filled_theirs() {
-        let permits = PermitPool::new(64);
+        let pool = PermitPool::new(64);
         let crowd = |priority| move |at: u64| permit_holder(at.into(), &format!("a{at}"), at, priority);
         let mut held = Vec::new();
         for (priority, sum) in [
@@ -363,16 +363,16 @@ mod tests {
             (CallPriority::Operator, 60),
             (CallPriority::RestrictingOperator, 64),
         ] {
-            held.extend(acquire_all(&permits, crowd(priority)));
+            held.extend(acquire_all(&pool, crowd(priority)));
             assert_eq!(held.len(), sum, "{priority:?}");
         }
     }
 
     #[test]
     fn a_caller_with_no_room_for_creates_still_revokes() {
-        let permits = PermitPool::new(64);
-        let _creates = acquire_all(&permits, |_| permit_holder(1, "acme", 1, CallPriority::Caller));
-        assert!(permits.acquire(permit_holder(1, "acme", 1, CallPriority::Restricting)).is_some());
+        let pool = PermitPool::new(64);
+        let _creates = acquire_all(&pool, |_| permit_holder(1, "acme", 1, CallPriority::Caller));
+        assert!(pool.acquire(permit_holder(1, "acme", 1, CallPriority::Restricting)).is_some());
     }
 
     #[tokio::test]

@@ -77,8 +77,8 @@ impl ListenerState {
     /// Maximum age of the next connection. The golden ratio spreads the ages evenly, however many there are.
     fn next_max_age(&self) -> Duration {
         #[expect(clippy::cast_precision_loss, reason = "a rounded age does as well")]
-        let number = self.accepted_total.fetch_add(1, Ordering::Relaxed) as f64;
-        let spread = (number * 0.618_033_988_749_895).fract();
+        let count = self.accepted_total.fetch_add(1, Ordering::Relaxed) as f64;
+        let spread = (count * 0.618_033_988_749_895).fract();
         self.limits.max_age.mul_f64(0.9 + 0.2 * spread)
     }
 }
@@ -105,7 +105,7 @@ pub(super) async fn serve_connection(
     worker_queue: Arc<WorkerQueue>,
     mut stopping: watch::Receiver<bool>,
 ) {
-    let AcceptedConnection { socket, peer, listener, _permits: _places, _open_guard: _counted } = accepted;
+    let AcceptedConnection { socket, peer, listener, _permits, _open_guard } = accepted;
     let handshaken = tokio::select! {
         handshaken = handshake(socket, listener.tls.as_deref()) => handshaken,
         () = wait_for_handshake_timeout(listener.limits.handshake_timeout, &mut stopping) => Err(ConnectionRefusal::HandshakeTimeout),
@@ -193,25 +193,26 @@ async fn serve_http2(
 ) {
     let (calls, peer, long_calls) =
         (Arc::new(ConnectionCalls::default()), context.peer, context.long_calls.clone());
-    let counted = calls.clone();
+    let call_counter = calls.clone();
     let queue = ConnectionQueue::new(worker_queue, calls.clone(), context.has_proven_caller.clone());
     io.enable_early_shed(EarlyShed::new(queue.clone()));
-    let queued = queue.clone();
+    let call_queue = queue.clone();
     let send_budget = ConnectionSendBudget::new(router.send_budget.clone());
-    let sent = send_budget.clone();
+    let connection_budget = send_budget.clone();
     // Each call clones one reference count, in this connection's memory.
-    let here = Arc::new((router, context));
+    let shared = Arc::new((router, context));
     let service = service_fn(move |request: Request<Incoming>| {
-        let (here, call, send_budget) = (here.clone(), counted.track_call(), sent.clone());
+        let (shared, call, send_budget) =
+            (shared.clone(), call_counter.track_call(), connection_budget.clone());
         let slot = if send_budget.has_room() {
-            queued.try_enqueue(rpc::is_check_path(request.uri().path().as_bytes()))
+            call_queue.try_enqueue(rpc::is_check_path(request.uri().path().as_bytes()))
         } else {
-            queued.reject();
+            call_queue.reject();
             None
         };
         // Boxed: each call becomes a task and is moved several times on the way.
         Box::pin(async move {
-            let (router, context) = &*here;
+            let (router, context) = &*shared;
             let answer = match slot {
                 Some(slot) => router.serve_call(request, context, slot.start_call()).await,
                 None => overloaded().into_http().map(ResponseBody::Tonic),
@@ -236,7 +237,7 @@ async fn serve_http2(
     tokio::pin!(connection);
     let serving = async {
         tokio::select! {
-            ended = run_http2(connection.as_mut(), &queue) => return ended,
+            result = run_http2(connection.as_mut(), &queue) => return result,
             () = wait_until_expired(&calls, limits.max_idle, max_age, &mut stopping) => {}
         }
         connection.as_mut().graceful_shutdown();
@@ -245,14 +246,14 @@ async fn serve_http2(
             .await
             .unwrap_or(Ok(()))
     };
-    let ended = tokio::select! {
-        ended = serving => ended,
+    let result = tokio::select! {
+        result = serving => result,
         () = wait_until_send_stalled(&send_budget) => {
             let peer = peer.map(tracing::field::display);
             return tracing::debug!(peer, "connection closed: peer does not read its responses");
         }
     };
-    if let Err(error) = ended {
+    if let Err(error) = result {
         // Peers that vanish or speak another protocol are common.
         let peer = peer.map(tracing::field::display);
         tracing::debug!(error = &error as &dyn std::error::Error, peer, "connection ended with an error");
@@ -308,7 +309,7 @@ async fn wait_until_expired(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::transport::ServiceSet as Served;
+    use crate::transport::ServiceSet;
 
     #[tokio::test]
     async fn a_connection_without_calls_ends_and_one_with_calls_goes_on_until_it_is_old() {
@@ -317,24 +318,24 @@ mod tests {
         let calls = Arc::new(ConnectionCalls::default());
         wait_until_expired(&calls, idle, Duration::from_secs(3600), &mut stopping).await;
         let _call = calls.track_call();
-        let begun = Instant::now();
+        let started_at = Instant::now();
         wait_until_expired(&calls, idle, age, &mut stopping).await;
-        assert!(Instant::now() - begun >= age);
+        assert!(Instant::now() - started_at >= age);
     }
 
     #[test]
     fn ages_differ_by_up_to_a_tenth_either_way() {
-        let limits = ConnectionLimits::for_services(Served::all());
-        let entrance = ListenerState {
+        let limits = ConnectionLimits::for_services(ServiceSet::all());
+        let listener = ListenerState {
             policy: Arc::new(ListenerPolicy::from_settings(
-                &crate::transport::ListenerSettings::new_plaintext("main", "127.0.0.1:0", Served::all()),
+                &crate::transport::ListenerSettings::new_plaintext("main", "127.0.0.1:0", ServiceSet::all()),
             )),
             limits,
             tls: None,
             counters: Arc::default(),
             accepted_total: AtomicU64::new(0),
         };
-        let mut ages: Vec<_> = (0..100).map(|_| entrance.next_max_age().as_secs()).collect();
+        let mut ages: Vec<_> = (0..100).map(|_| listener.next_max_age().as_secs()).collect();
         ages.sort_unstable();
         assert!(ages[0] >= 3240 && ages[99] <= 3960 && ages[99] - ages[0] > 600, "{ages:?}");
         assert!(ages.windows(2).all(|pair| pair[1] - pair[0] < 30), "no crowd, and no gap: {ages:?}");

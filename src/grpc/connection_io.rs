@@ -266,9 +266,9 @@ mod tests {
         poll_fn(|cx| Pin::new(&mut server).poll_write(cx, b"the last")).await.unwrap();
         let mut closing = poll_fn(|cx| Pin::new(&mut server).poll_shutdown(cx));
         assert!(poll!(&mut closing).is_pending(), "the peer's side is open");
-        let mut told = String::new();
-        peer.read_to_string(&mut told).await.unwrap();
-        assert_eq!(told, "the last");
+        let mut received = String::new();
+        peer.read_to_string(&mut received).await.unwrap();
+        assert_eq!(received, "the last");
         drop(peer);
         closing.await.unwrap();
     }

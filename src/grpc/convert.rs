@@ -167,7 +167,6 @@ pub(super) struct KeySpecInput<'a> {
 }
 
 impl KeySpecInput<'_> {
-    /// Validates the fields.
     pub(super) fn read_spec(&self, violations: &mut InvalidFields) -> KeySpec {
         let field = |name: &str| format!("{}{name}", self.field_prefix);
         let scopes = violations.parse_list(field("scopes"), self.scopes, MAX_KEY_SCOPES, Scope::parse_grant);
@@ -453,7 +452,6 @@ pub(super) fn account_to_proto(account: &Account) -> pb::Account {
     }
 }
 
-/// Converts a propagation report.
 #[must_use]
 pub(super) fn propagation_to_proto(report: PropagationReport) -> pb::Propagation {
     let PropagationReport { revision: _, complete, confirmed, unconfirmed, complete_by, sync_replicated } =

@@ -55,7 +55,6 @@ const END_HEADERS: u8 = 4;
 const PADDED: u8 = 8;
 const PRIORITY: u8 = 0x20;
 
-/// A decoded frame head.
 #[derive(Clone, Copy, Debug)]
 struct FrameHead {
     length: usize,
@@ -383,7 +382,6 @@ impl EarlyShed {
             && self.refusals.len() < MAX_REFUSAL_BYTES
     }
 
-    /// Passes headers unchanged.
     fn pass(&mut self, head: FrameHead, payload: &[u8], opens_call: bool, passed: &mut Vec<u8>) {
         head.write(passed);
         passed.extend(payload);

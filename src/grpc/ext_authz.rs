@@ -41,7 +41,6 @@ use super::{
 /// The ext_authz service over the gateway.
 #[derive(Clone, Debug)]
 pub(super) struct ExtAuthzService {
-    /// Authorizes the requests.
     pub(super) gateway: Arc<Gateway>,
     /// Decides which calls are traced.
     pub(super) tracing: CallTracer,

@@ -121,14 +121,14 @@ mod tests {
     fn a_bomb_takes_no_memory_beyond_the_limit() {
         let bomb = compressed(&vec![0; 64 << 20]);
         assert!(bomb.len() < 100_000);
-        let mut most = 0;
-        let hold = |bytes| {
-            most = bytes;
+        let mut peak = 0;
+        let reserve = |bytes| {
+            peak = bytes;
             Ok(())
         };
-        let refused = inflate(&bomb, 16 << 10, hold).unwrap_err();
+        let refused = inflate(&bomb, 16 << 10, reserve).unwrap_err();
         assert!(matches!(refused, InflateError::TooLarge), "{refused:?}");
-        assert!(most <= (16 << 10) + MESSAGE_PREFIX_LEN + 1, "{most}");
+        assert!(peak <= (16 << 10) + MESSAGE_PREFIX_LEN + 1, "{peak}");
         let refused = inflate(&bomb, 16 << 10, |_| Err(crate::grpc::status::overloaded())).unwrap_err();
         assert_eq!(code(refused), tonic::Code::Unavailable, "without memory nothing is inflated");
     }

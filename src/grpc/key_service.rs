@@ -40,10 +40,10 @@ use super::{
         KeyPageRequest, read_bulk_revoke, read_create, read_create_idempotency, read_idempotency,
         read_import, read_list, read_update, read_usage, require_read,
     },
+    list_permits::ListPermits,
     management_session::ManagementSession,
     page_token,
     propagation_stream::stream_reports,
-    send_budget::ListPermits,
     status,
 };
 
@@ -190,7 +190,7 @@ impl pb::key_service_server::KeyService for KeyService {
         // A dry run is a list. A call that restricts rights does not wait for a list permit.
         let list_permit =
             if dry_run { Some(self.list_permits.acquire(&caller.account).await?) } else { None };
-        let BulkRevocationResult { keys: revoked, has_more: more, wait_revision } =
+        let BulkRevocationResult { keys: revoked, has_more, wait_revision } =
             self.keys.bulk_revoke(&caller, bulk).await?;
         let revision = crate::keys::bulk::newest_revision(revoked.iter().map(|key| &key.details.key));
         let keys = revoked.into_iter().map(|KeyRevocationResult { details, failure }| pb::BulkRevokeResult {
@@ -211,10 +211,10 @@ impl pb::key_service_server::KeyService for KeyService {
             }
         };
         let (revision, propagation) = (revision.0, Some(convert::propagation_to_proto(report)));
-        let answer = pb::BulkRevokeKeysResponse { keys, revision, propagation, more };
+        let response = pb::BulkRevokeKeysResponse { keys, revision, propagation, more: has_more };
         Ok(match list_permit {
-            Some(list_permit) => list_permit.attach(answer),
-            None => Response::new(answer),
+            Some(list_permit) => list_permit.attach(response),
+            None => Response::new(response),
         })
     }
 

@@ -223,13 +223,13 @@ impl ConnectionQueue {
     pub(super) fn try_enqueue(&self, is_check: bool) -> Option<QueueSlot> {
         let (slot, seen) = self.claim_slot();
         let (queue, has_proven_caller) = (&self.0.queue, self.has_proven_caller());
-        let all = queue.waiting_calls(false) + queue.waiting_calls(true);
+        let waiting = queue.waiting_calls(false) + queue.waiting_calls(true);
         // The count includes this call.
-        let late = is_check
+        let is_late = is_check
             && !seen
             && queue.waiting_calls(has_proven_caller)
                 > class_limit(queue.limit.load(Ordering::Relaxed), has_proven_caller);
-        if !late && all <= class_limit(queue.capacity, has_proven_caller) {
+        if !is_late && waiting <= class_limit(queue.capacity, has_proven_caller) {
             return Some(slot);
         }
         queue.count_shed();
@@ -315,7 +315,7 @@ impl Drop for OpenCallGuard {
 mod tests {
     use super::*;
 
-    const MOST: usize = 4096;
+    const CAPACITY: usize = 4096;
     const SECOND: u64 = 1_000_000_000;
 
     fn queue(most: usize, proven: bool) -> ConnectionQueue {
@@ -349,9 +349,9 @@ mod tests {
         queue.count_passed();
         queue.count_passed();
         assert!(queue.is_full(), "both wait within HTTP/2");
-        let turns = [true; 2].map(|check| queue.try_enqueue(check));
-        assert!(turns.iter().all(Option::is_some) && queue.is_full());
-        drop(turns);
+        let slots = [true; 2].map(|check| queue.try_enqueue(check));
+        assert!(slots.iter().all(Option::is_some) && queue.is_full());
+        drop(slots);
         queue.count_passed();
         queue.forget_undelivered();
         assert_eq!(queue.0.queue.waiting_calls(true), 0, "HTTP/2 has refused it");
@@ -359,10 +359,11 @@ mod tests {
 
     #[test]
     fn calls_without_a_credential_have_no_check_of_a_caller_refused() {
-        let lane = Arc::new(WorkerQueue::new(MOST));
-        lane.set_limit(4);
-        let queue =
-            |proven| ConnectionQueue::new(lane.clone(), Arc::default(), Arc::new(AtomicBool::new(proven)));
+        let worker_queue = Arc::new(WorkerQueue::new(CAPACITY));
+        worker_queue.set_limit(4);
+        let queue = |proven| {
+            ConnectionQueue::new(worker_queue.clone(), Arc::default(), Arc::new(AtomicBool::new(proven)))
+        };
         let (stranger, caller) = (queue(false), queue(true));
         let _held: Vec<_> = (0..100).map(|_| stranger.try_enqueue(false).unwrap()).collect();
         assert!(stranger.is_full() && stranger.try_enqueue(true).is_none());
@@ -373,27 +374,27 @@ mod tests {
 
     #[test]
     fn a_thread_without_an_idle_moment_queues_what_it_answers_in_time() {
-        assert_eq!(overload_limit(MOST, SECOND, 200_000), 1000, "5 ms of its work");
-        assert_eq!(overload_limit(MOST, SECOND, 2_000_000), MOST, "never more than it may");
-        assert_eq!(overload_limit(MOST, SECOND, 10), MIN_QUEUE_LIMIT, "few connections are no overload");
+        assert_eq!(overload_limit(CAPACITY, SECOND, 200_000), 1000, "5 ms of its work");
+        assert_eq!(overload_limit(CAPACITY, SECOND, 2_000_000), CAPACITY, "never more than it may");
+        assert_eq!(overload_limit(CAPACITY, SECOND, 10), MIN_QUEUE_LIMIT, "few connections are no overload");
         assert_eq!(overload_limit(100, SECOND, 200_000), 100);
     }
 
     #[test]
     fn a_thread_is_overloaded_once_it_has_had_no_idle_moment_for_two_intervals() {
-        let lane = WorkerQueue::new(MOST);
+        let worker_queue = WorkerQueue::new(CAPACITY);
         let interval = |at: u64, idle: u64| {
-            lane.load.idle_nanos.store(idle, Ordering::Relaxed);
-            lane.update_limit(at * 50_000_000);
-            lane.limit.load(Ordering::Relaxed)
+            worker_queue.load.idle_nanos.store(idle, Ordering::Relaxed);
+            worker_queue.update_limit(at * 50_000_000);
+            worker_queue.limit.load(Ordering::Relaxed)
         };
         assert_eq!(
             [interval(1, 0), interval(2, 0)],
-            [MOST, MIN_QUEUE_LIMIT],
+            [CAPACITY, MIN_QUEUE_LIMIT],
             "one may be a burst, or a thread that did not run"
         );
-        assert_eq!(interval(3, 1_000_000), MOST, "the queue was empty for a moment");
-        assert_eq!([interval(4, 0), interval(5, 2_000_000), interval(6, 0)], [MOST; 3]);
+        assert_eq!(interval(3, 1_000_000), CAPACITY, "the queue was empty for a moment");
+        assert_eq!([interval(4, 0), interval(5, 2_000_000), interval(6, 0)], [CAPACITY; 3]);
     }
 
     #[test]

@@ -24,7 +24,6 @@ const MAX_HEALTH_WATCHES: usize = 8;
 /// Other concurrent long-running calls per connection.
 const MAX_OTHER_LONG_CALLS: usize = 32;
 
-/// Why a connection drains.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum DrainReason {
     /// The connection has reached its maximum age.
@@ -52,7 +51,6 @@ impl Default for LongCalls {
 }
 
 impl LongCalls {
-    /// Ends all long-running calls.
     pub(super) fn drain(&self, reason: DrainReason) {
         self.draining.send_replace(Some(reason));
     }
@@ -70,7 +68,7 @@ impl LongCalls {
     fn acquire(&self, semaphore: &Arc<Semaphore>, limit: usize) -> Result<LongCallPermit, Status> {
         let permit = semaphore.clone().try_acquire_owned().map_err(|_| too_many_long_calls(limit))?;
         let mut draining = self.draining.subscribe();
-        let ends = async move {
+        let end_status = async move {
             let reason = draining.wait_for(Option::is_some).await.map(|reason| *reason);
             match reason.ok().flatten() {
                 Some(DrainReason::Aged) => connection_too_old(),
@@ -78,23 +76,23 @@ impl LongCalls {
                 Some(DrainReason::Stopping) | None => ServiceError::Stopping.into(),
             }
         };
-        Ok(LongCallPermit { ended: ends.boxed(), _place: permit })
+        Ok(LongCallPermit { ended: end_status.boxed(), _permit: permit })
     }
 }
 
 /// A permit for a long-running call.
 pub(super) struct LongCallPermit {
     ended: BoxFuture<'static, Status>,
-    _place: OwnedSemaphorePermit,
+    _permit: OwnedSemaphorePermit,
 }
 
 impl LongCallPermit {
     /// Wraps the response of the call, which holds the permit.
-    pub(super) fn attach(self, answer: Response<Body>) -> Response<Body> {
-        if answer.body().is_end_stream() {
-            return answer;
+    pub(super) fn attach(self, response: Response<Body>) -> Response<Body> {
+        if response.body().is_end_stream() {
+            return response;
         }
-        answer.map(|body| Body::new(LongCallBody { body, permit: Some(self) }))
+        response.map(|body| Body::new(LongCallBody { body, permit: Some(self) }))
     }
 }
 

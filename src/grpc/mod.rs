@@ -28,6 +28,7 @@ mod health;
 mod hpack;
 mod key_requests;
 mod key_service;
+mod list_permits;
 mod load_shed;
 mod long_calls;
 mod management_session;

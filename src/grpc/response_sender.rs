@@ -17,9 +17,10 @@ use tokio::time::{Instant, sleep};
 use tonic::Status;
 
 use super::{
+    list_permits::ListPermit,
     load_shed::OpenCallGuard,
     response_body::ResponseBody,
-    send_budget::{ConnectionSendBudget, ListPermit, MessagePiece, MessageSplitter},
+    send_budget::{ConnectionSendBudget, MessagePiece, MessageSplitter},
     status::normalize_trailers,
 };
 
@@ -185,31 +186,31 @@ mod tests {
     #[tokio::test]
     async fn a_stream_ends_when_its_peer_takes_nothing_and_not_when_it_has_nothing_to_give() {
         let timeout = StallTimeout { normal: 5 * SOON, under_pressure: SOON };
-        let unsent = ConnectionSendBudget::new(Arc::default());
+        let budget = ConnectionSendBudget::new(Arc::default());
         let gives = async {
             STREAM_PROGRESS.set(StreamProgress::PieceSent);
             pending::<()>().await;
         };
-        assert_eq!(run_until_stalled(gives, unsent.clone(), timeout).await, None);
+        assert_eq!(run_until_stalled(gives, budget.clone(), timeout).await, None);
         let waits = async {
             STREAM_PROGRESS.set(StreamProgress::PieceSent);
             tokio::task::yield_now().await;
             STREAM_PROGRESS.set(StreamProgress::AwaitingMore);
             sleep(50 * SOON).await;
         };
-        assert_eq!(run_until_stalled(waits, unsent, timeout).await, Some(()));
+        assert_eq!(run_until_stalled(waits, budget, timeout).await, Some(()));
     }
 
     #[tokio::test]
     async fn a_stalled_stream_ends_soon_when_others_need_the_room() {
         let process = Arc::default();
-        let unsent = ConnectionSendBudget::new(Arc::clone(&process));
+        let budget = ConnectionSendBudget::new(Arc::clone(&process));
         let _others = ConnectionSendBudget::new(process).charge(40 << 20);
         let gives = async {
             STREAM_PROGRESS.set(StreamProgress::PieceSent);
             pending::<()>().await;
         };
         let timeout = StallTimeout { normal: NEVER, under_pressure: SOON };
-        assert_eq!(run_until_stalled(gives, unsent, timeout).await, None);
+        assert_eq!(run_until_stalled(gives, budget, timeout).await, None);
     }
 }

@@ -112,7 +112,6 @@ impl Router {
         move || limits.refused_calls() + memory.refused_reservations()
     }
 
-    /// Counters of all calls.
     #[must_use]
     pub(crate) fn rpc_metrics(&self) -> &Arc<RpcMetrics> {
         &self.rpc_metrics
@@ -143,9 +142,9 @@ impl Router {
                 self.fast_path.try_check(&mut request, &flags, context, &timer, &mut call).await
             }
             Some(rpc) if is_plain && rpc.access == AccessRequirement::Proxy => {
-                let answer =
+                let response =
                     self.fast_path.try_ext_authz(rpc, &mut request, &flags, context, &timer, &mut call);
-                Box::pin(answer).await
+                Box::pin(response).await
             }
             _ => None,
         };
@@ -167,15 +166,15 @@ impl Router {
         request: Request<PeekableBody>,
         context: &ConnectionContext,
     ) -> Response<Body> {
-        let answer = async {
+        let response = async {
             match timer.rpc_spec() {
                 Some(rpc) => self.dispatch_traced(rpc, &timer, request, context).await,
                 None => self.dispatch_public(request, context).await,
             }
         };
         let response = match call {
-            Some(call) => trace::scope(call, answer).await,
-            None => answer.await,
+            Some(call) => trace::scope(call, response).await,
+            None => response.await,
         };
         timer.finish(response)
     }
@@ -188,25 +187,25 @@ impl Router {
         mut request: Request<PeekableBody>,
         context: &ConnectionContext,
     ) -> Response<Body> {
-        let manages = rpc.plane == ExecutionPlane::Management;
-        let id = trace::with_current(|call| HeaderValue::from(call.request_id())).filter(|_| manages);
+        let is_management = rpc.plane == ExecutionPlane::Management;
+        let id = trace::with_current(|call| HeaderValue::from(call.request_id())).filter(|_| is_management);
         // Handlers read the id from the header, so a generated one must be in it.
         if let Some(id) = &id {
             request.headers_mut().insert(REQUEST_ID_HEADER, id.clone());
         }
-        let answer = self.dispatch(rpc, timer, request, context);
+        let response = self.dispatch(rpc, timer, request, context);
         // The trace of a proxied request is known only from the message, so `ext_authz.rs` starts that span.
         let span =
             if rpc.access == AccessRequirement::Proxy { None } else { self.tracing.start_span(rpc.method) };
         let mut response = match &span {
-            Some(span) => answer.instrument(span.clone()).await,
-            None => answer.await,
+            Some(span) => response.instrument(span.clone()).await,
+            None => response.await,
         };
         let code = rpc_metrics::code_from_headers(response.headers()).unwrap_or(tonic::Code::Ok);
         if let Some(span) = &span {
             trace::finish_span(span, code);
         }
-        if manages {
+        if is_management {
             log_access(rpc, code, timer.elapsed());
         }
         response.headers_mut().extend(id.map(|id| (REQUEST_ID_HEADER, id)));
@@ -263,16 +262,16 @@ impl Router {
             }
         };
         let call = call.boxed();
-        let answer = with_error_details(match limit {
+        let response = with_error_details(match limit {
             Some(limit) => {
-                let answer = tokio::time::timeout_at(timer.started_at() + limit, call).await;
-                answer.unwrap_or_else(|_| deadline_exceeded().into_http())
+                let response = tokio::time::timeout_at(timer.started_at() + limit, call).await;
+                response.unwrap_or_else(|_| deadline_exceeded().into_http())
             }
             None => call.await,
         });
         match long_call {
-            Some(long_call) => long_call.attach(answer),
-            None => answer,
+            Some(long_call) => long_call.attach(response),
+            None => response,
         }
     }
 
@@ -303,25 +302,25 @@ impl Router {
             let started_at = Instant::now();
             let _memory = memory;
             let caught_up = !catches_up || freshness.catch_up().await;
-            let (answer, recorded) = track_call_writes(started_at, call).await;
-            let code = rpc_metrics::code_from_headers(answer.headers());
-            if let Some(refusal) = session.and_then(|session| session.refuse_response(code, recorded)) {
+            let (response, writes) = track_call_writes(started_at, call).await;
+            let code = rpc_metrics::code_from_headers(response.headers());
+            if let Some(refusal) = session.and_then(|session| session.refuse_response(code, writes)) {
                 return Status::from(refusal).into_http();
             }
             let must_confirm = match code {
                 // A successful read is valid as of the state that it read.
-                None | Some(tonic::Code::Ok) => rpc.is_mutating() && !recorded.is_linearizable,
+                None | Some(tonic::Code::Ok) => rpc.is_mutating() && !writes.is_linearizable,
                 Some(code) => depends_on_freshness(code, catches_up && rpc.is_mutating()),
             };
             if must_confirm && !(caught_up && freshness.confirm_linearizable(started_at).await) {
                 return Status::from(ServiceError::Unavailable).into_http();
             }
-            answer
+            response
         };
         let limits = self.concurrency_limits.clone();
         let task = self.management_runtime.spawn(trace::propagate(async move {
-            let (answer, permit) = limits.run(permit, work).await;
-            if is_stream { answer.map(|body| Body::new(PermitBody::new(body, permit))) } else { answer }
+            let (response, permit) = limits.run(permit, work).await;
+            if is_stream { response.map(|body| Body::new(PermitBody::new(body, permit))) } else { response }
         }));
         task.await.unwrap_or_else(|error| {
             tracing::error!(method = rpc.method, error = &error as &dyn std::error::Error, "handler failed");
@@ -347,14 +346,14 @@ impl Router {
             Ok(long_call) => long_call,
             Err(status) => return status.into_http(),
         };
-        let health = name == HEALTH_SERVICE;
+        let is_health = name == HEALTH_SERVICE;
         let mut request = match limit_body(request, MAX_PUBLIC_REQUEST, context) {
             Ok(request) => request,
             Err(status) => return status.into_http(),
         };
         let call = async {
             let body = request.body_mut();
-            let permit = if health {
+            let permit = if is_health {
                 body.read_to_end().await.map(|()| None)
             } else {
                 let holder = PermitHolder::from_connection(context.memory_budget.connection_id());
@@ -363,20 +362,20 @@ impl Router {
             };
             match permit {
                 Ok(permit) => {
-                    let answer = call_service(service, request.map(Body::new)).await;
+                    let response = call_service(service, request.map(Body::new)).await;
                     match (permit, long_call) {
                         (Some(permit), _) => {
-                            answer.map(|body| Body::new(PermitBody::for_reflection(body, permit)))
+                            response.map(|body| Body::new(PermitBody::for_reflection(body, permit)))
                         }
-                        (None, Some(long_call)) => long_call.attach(answer),
-                        (None, None) => answer,
+                        (None, Some(long_call)) => long_call.attach(response),
+                        (None, None) => response,
                     }
                 }
                 Err(status) => status.into_http(),
             }
         };
-        let answer = tokio::time::timeout(PUBLIC_CALL_TIMEOUT, call).await;
-        with_error_details(answer.unwrap_or_else(|_| deadline_exceeded().into_http()))
+        let response = tokio::time::timeout(PUBLIC_CALL_TIMEOUT, call).await;
+        with_error_details(response.unwrap_or_else(|_| deadline_exceeded().into_http()))
     }
 }
 
@@ -420,10 +419,10 @@ fn log_access(rpc: &'static RpcSpec, code: tonic::Code, took: Duration) {
         let (method, code) = (rpc.method, rpc_metrics::code_name(code));
         let peer = call.peer().map(tracing::field::display);
         let caller = call.caller();
-        let known = caller.is_some();
+        let is_known_caller = caller.is_some();
         let (caller, account) = caller.map(|caller| (caller.key_id, caller.account)).unzip();
         let took = took.as_secs_f64();
-        if known && rpc.is_mutating() {
+        if is_known_caller && rpc.is_mutating() {
             tracing::info!(target: ACCESS_LOG_TARGET, method, code, caller, account, peer, took, "call completed");
         } else {
             tracing::debug!(target: ACCESS_LOG_TARGET, method, code, caller, account, peer, took, "call completed");

@@ -71,7 +71,7 @@ pub struct RpcSpec {
 }
 
 impl RpcSpec {
-    /// Whether this replica must catch up before the call is evaluated. True for calls that may change something and
+    /// Whether this replica must catch up before the call is evaluated. True for calls that change something and
     /// depend on state in memory, and for calls on behalf of a person, whose membership is in memory.
     ///
     /// Calls that stop a key depend on its record alone, so they wait for nothing.

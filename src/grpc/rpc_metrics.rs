@@ -72,7 +72,6 @@ impl Default for RpcMetrics {
     }
 }
 
-/// Counters of one method.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct MethodMetrics {
     /// `unary`, `server_stream` or `bidi_stream`.
@@ -81,11 +80,9 @@ pub(crate) struct MethodMetrics {
     pub(crate) service: &'static str,
     /// The method's name, or `unknown`.
     pub(crate) method: &'static str,
-    /// Number of started calls.
     pub(crate) started: u64,
     /// Number of ended calls by code, spelled as in other servers' metrics.
     pub(crate) handled: Vec<(&'static str, u64)>,
-    /// Durations of ended calls.
     pub(crate) durations: HistogramSnapshot,
 }
 
@@ -165,7 +162,6 @@ const CODE_NAMES: [&str; CODE_COUNT] = [
     "Unauthenticated",
 ];
 
-/// Name of a code.
 pub(super) fn code_name(code: Code) -> &'static str {
     CODE_NAMES.get(code as usize).copied().unwrap_or("Unknown")
 }

@@ -8,9 +8,8 @@
 //! Checks touch no memory that another core writes.
 
 use std::{
-    collections::HashMap,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
     task::{Context, Poll, Waker},
@@ -19,12 +18,8 @@ use std::{
 
 use bytes::{Buf, Bytes};
 use http::{HeaderMap, HeaderName, HeaderValue};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tonic::{Response, Status};
 
-use crate::domain::name::AccountId;
-
-use super::status::overloaded;
+use super::list_permits::{ListPermit, ListPermits};
 
 /// Unsent bytes of one connection: two of the largest responses.
 const CONNECTION_BYTES: usize = 8 << 20;
@@ -36,12 +31,6 @@ const FREE_BYTES: usize = 16 << 10;
 const BLOCK_BYTES: usize = 64 << 10;
 /// Memory overhead of each piece, in bytes.
 const PIECE_OVERHEAD: usize = 64;
-/// Concurrent lists of all connections, from their creation until they are sent. Each briefly takes some 10 MB.
-const MAX_LISTS: usize = 8;
-/// Concurrent lists of one account.
-const MAX_ACCOUNT_LISTS: usize = 4;
-/// How long a list waits for its permit.
-const LIST_TIMEOUT: Duration = Duration::from_secs(10);
 /// Number of periods by which charges are grouped.
 const CHARGE_PERIODS: usize = 6;
 /// Length of a period. Bytes that wait for five periods end their connection.
@@ -68,70 +57,6 @@ impl SendBudget {
 
     pub(super) fn list_permits(&self) -> &ListPermits {
         &self.list_permits
-    }
-}
-
-/// Permits for responses of several MiB, each held from before the response is made until it is sent.
-#[derive(Clone, Debug)]
-pub(super) struct ListPermits {
-    shared_lists: Arc<Semaphore>,
-    /// Reserved for the operator account.
-    operator_lists: Arc<Semaphore>,
-    /// Shares of the accounts that have lists now.
-    account_shares: Arc<Mutex<HashMap<AccountId, Weak<Semaphore>>>>,
-}
-
-impl Default for ListPermits {
-    fn default() -> Self {
-        ListPermits {
-            shared_lists: Arc::new(Semaphore::new(MAX_LISTS)),
-            operator_lists: Arc::new(Semaphore::new(MAX_ACCOUNT_LISTS)),
-            account_shares: Arc::default(),
-        }
-    }
-}
-
-/// A permit that travels with its response.
-#[derive(Clone, Debug)]
-pub(super) struct ListPermit(
-    #[expect(dead_code, reason = "dropping them frees the place")] Arc<[OwnedSemaphorePermit; 2]>,
-);
-
-impl ListPermits {
-    fn is_exhausted(&self) -> bool {
-        self.shared_lists.available_permits() == 0
-    }
-
-    /// Waits for a permit for a caller of this account. Fails if none is free in time.
-    pub(super) async fn acquire(&self, account: &AccountId) -> Result<ListPermit, Status> {
-        let share = self.account_share(account);
-        let acquired = async {
-            let share = share.acquire_owned().await.ok()?;
-            let all = if account.is_operator() { &self.operator_lists } else { &self.shared_lists };
-            let list_permit = all.clone().acquire_owned().await.ok()?;
-            Some(ListPermit(Arc::new([share, list_permit])))
-        };
-        tokio::time::timeout(LIST_TIMEOUT, acquired).await.ok().flatten().ok_or_else(overloaded)
-    }
-
-    fn account_share(&self, account: &AccountId) -> Arc<Semaphore> {
-        let mut shares = self.account_shares.lock().unwrap_or_else(PoisonError::into_inner);
-        shares.retain(|_, share| share.strong_count() > 0);
-        let existing = shares.get(account).and_then(Weak::upgrade);
-        existing.unwrap_or_else(|| {
-            let share = Arc::new(Semaphore::new(MAX_ACCOUNT_LISTS));
-            shares.insert(account.clone(), Arc::downgrade(&share));
-            share
-        })
-    }
-}
-
-impl ListPermit {
-    /// Wraps the response, which holds the permit until it is sent.
-    pub(super) fn attach<T>(self, answer: T) -> Response<T> {
-        let mut response = Response::new(answer);
-        response.extensions_mut().insert(self);
-        response
     }
 }
 
@@ -371,11 +296,11 @@ mod tests {
 
     #[test]
     fn what_waits_on_a_connection_and_in_the_process_is_bounded_and_given_back() {
-        let (process, unsent) = connection();
-        let small = unsent.charge(FREE_BYTES / 2);
+        let (process, budget) = connection();
+        let small = budget.charge(FREE_BYTES / 2);
         assert_eq!(used(&process), 0, "a little is free");
-        let charges: Vec<_> = (0..8).map(|_| unsent.charge(1 << 20)).collect();
-        assert!(!unsent.has_room(), "8 MiB of one connection");
+        let charges: Vec<_> = (0..8).map(|_| budget.charge(1 << 20)).collect();
+        assert!(!budget.has_room(), "8 MiB of one connection");
         let other = ConnectionSendBudget::new(process.clone());
         assert!(other.has_room() && !other.is_under_pressure());
         let others: Vec<_> = (0..8)
@@ -385,16 +310,16 @@ mod tests {
         let little = other.charge(FREE_BYTES);
         assert!(other.is_under_pressure() && !other.has_room(), "64 MiB of all");
         drop((others, charges));
-        assert!(unsent.has_room() && other.has_room() && !other.is_under_pressure());
+        assert!(budget.has_room() && other.has_room() && !other.is_under_pressure());
         drop((little, small));
         assert_eq!(used(&process), 0);
     }
 
     #[test]
     fn the_memory_of_a_message_counts_until_its_last_piece_is_sent() {
-        let (_, unsent) = connection();
+        let (_, budget) = connection();
         let mut pieces = MessageSplitter::default();
-        let mut sent = vec![pieces.start(vec![7; 100_000].into(), &unsent, None)];
+        let mut sent = vec![pieces.start(vec![7; 100_000].into(), &budget, None)];
         while let Some(piece) = pieces.next_piece() {
             sent.push(piece);
         }
@@ -404,59 +329,35 @@ mod tests {
         assert_eq!(sent.iter().map(Buf::remaining).sum::<usize>(), 100_000);
         let last = sent.pop();
         drop(sent);
-        assert!(unsent.state().bytes >= 100_000);
+        assert!(budget.state().bytes >= 100_000);
         drop(last);
-        assert_eq!(unsent.state().bytes, 0);
+        assert_eq!(budget.state().bytes, 0);
     }
 
     #[test]
     fn bytes_that_are_not_taken_for_five_periods_are_overdue() {
-        let (_, unsent) = connection();
-        let old = unsent.charge(1);
+        let (_, budget) = connection();
+        let old = budget.charge(1);
         for _ in 0..CHARGE_PERIODS - 1 {
-            assert!(!unsent.begin_period());
-            drop(unsent.charge(1));
+            assert!(!budget.begin_period());
+            drop(budget.charge(1));
         }
-        assert!(unsent.begin_period());
+        assert!(budget.begin_period());
         drop(old);
         for _ in 0..2 * CHARGE_PERIODS {
-            assert!(!unsent.begin_period());
+            assert!(!budget.begin_period());
         }
     }
 
     #[test]
     fn a_refusals_headers_count_until_they_are_written() {
-        let (_, unsent) = connection();
+        let (_, budget) = connection();
         let mut headers = HeaderMap::new();
         headers.insert(STATUS_DETAILS_HEADER, HeaderValue::from_static("AAAA"));
-        unsent.charge_headers(&mut headers);
+        budget.charge_headers(&mut headers);
         assert_eq!(headers[STATUS_DETAILS_HEADER], "AAAA");
-        assert!(unsent.state().bytes > 0);
+        assert!(budget.state().bytes > 0);
         drop(headers);
-        assert_eq!(unsent.state().bytes, 0);
-    }
-
-    #[tokio::test]
-    async fn a_list_has_its_place_until_its_answer_is_sent_and_no_account_has_all_places() {
-        let (places, [one, other]) =
-            (ListPermits::default(), ["one", "other"].map(|id| AccountId::parse(id).unwrap()));
-        let mut held: Vec<ListPermit> = Vec::new();
-        for _ in 0..MAX_ACCOUNT_LISTS {
-            held.push(places.acquire(&one).await.unwrap());
-        }
-        assert_eq!(places.account_share(&one).available_permits(), 0);
-        for _ in 0..MAX_ACCOUNT_LISTS {
-            held.push(places.acquire(&other).await.unwrap());
-        }
-        assert!(places.is_exhausted());
-        let mut answer = held.pop().unwrap().attach(());
-        let place = answer.extensions_mut().remove::<ListPermit>();
-        let (_, unsent) = connection();
-        let piece = MessageSplitter::default().start(Bytes::from_static(b"x"), &unsent, place);
-        assert!(places.is_exhausted());
-        drop(piece);
-        assert!(!places.is_exhausted());
-        drop(held);
-        assert_eq!(places.account_share(&one).available_permits(), MAX_ACCOUNT_LISTS);
+        assert_eq!(budget.state().bytes, 0);
     }
 }

@@ -82,11 +82,11 @@ impl WorkerPool {
     /// # Errors
     /// Fails if the operating system cannot start a thread.
     pub fn start(capacity: WorkerCapacity, router: &Arc<Router>) -> io::Result<WorkerPool> {
-        let WorkerCapacity { threads, max_connections: connections, max_queued, drain_timeout } = capacity;
+        let WorkerCapacity { threads, max_connections, max_queued, drain_timeout } = capacity;
         let (stop_sender, stopping) = watch::channel(false);
         let workers = (0..threads.max(1))
-            .map(|at| start_worker(at, router.clone(), stopping.clone(), max_queued, drain_timeout));
-        let connection_permits = Arc::new(Semaphore::new(connections));
+            .map(|number| start_worker(number, router.clone(), stopping.clone(), max_queued, drain_timeout));
+        let connection_permits = Arc::new(Semaphore::new(max_connections));
         Ok(WorkerPool {
             workers: workers.collect::<Result<_, _>>()?,
             connection_permits,
@@ -114,11 +114,11 @@ impl WorkerPool {
     pub(crate) fn drain_and_join(self) {
         self.stopping.send_replace(true);
         // Signal all threads before joining any: the drain timeout starts with the signal.
-        let ends = |WorkerThread { connections, thread, .. }| {
+        let into_thread = |WorkerThread { connections, thread, .. }| {
             drop(connections);
             thread
         };
-        let threads: Vec<_> = self.workers.into_iter().map(ends).collect();
+        let threads: Vec<_> = self.workers.into_iter().map(into_thread).collect();
         for thread in threads {
             if thread.join().is_err() {
                 tracing::error!("serving thread panicked");
@@ -128,7 +128,7 @@ impl WorkerPool {
 }
 
 fn start_worker(
-    at: usize,
+    number: usize,
     router: Arc<Router>,
     stopping: watch::Receiver<bool>,
     max_queued: usize,
@@ -145,7 +145,7 @@ fn start_worker(
     let worker_loop =
         WorkerLoop { router, stopping, open_connections: open_connections.clone(), queue: queue.clone() };
     let thread = std::thread::Builder::new()
-        .name(format!("keyward-serve-{at}"))
+        .name(format!("keyward-serve-{number}"))
         .spawn(move || runtime.block_on(worker_loop.run(incoming, drain_timeout)))?;
     Ok(WorkerThread { connections, open_connections, queue, thread })
 }
@@ -284,7 +284,7 @@ struct AcceptLogThrottle {
 impl AcceptLogThrottle {
     fn log(&mut self, write: impl FnOnce(u64)) {
         let now = Instant::now();
-        if self.last_logged.is_some_and(|said| now - said < LOG_INTERVAL) {
+        if self.last_logged.is_some_and(|last| now - last < LOG_INTERVAL) {
             self.suppressed += 1;
             return;
         }

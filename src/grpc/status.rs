@@ -3,7 +3,7 @@
 //! Every status carries `google.rpc.ErrorInfo` with a stable reason. An invalid request also carries
 //! `google.rpc.BadRequest`. Size limits of the encoded form belong in `status_details.rs`.
 
-#![expect(clippy::disallowed_methods, reason = "this is the one place that builds a status")]
+#![expect(clippy::disallowed_methods, reason = "only this file builds a status")]
 
 use std::collections::HashMap;
 

@@ -206,8 +206,8 @@ mod tests {
             let info = rpc::ErrorInfo::decode(&*status.details[0].value).unwrap();
             let report = pb::Propagation::decode(&*status.details[1].value).unwrap();
             let left_out = waiting + confirmed - report.unconfirmed.len() - report.confirmed.len();
-            let told = info.metadata.get("replicas_omitted").map_or(0, |number| number.parse().unwrap());
-            assert_eq!(told, left_out);
+            let reported = info.metadata.get("replicas_omitted").map_or(0, |number| number.parse().unwrap());
+            assert_eq!(reported, left_out);
             assert!(report.unconfirmed.len() >= waiting.min(20));
         }
     }

@@ -29,8 +29,8 @@ async fn connect() -> (SendRequest<Bytes>, Arc<WorkerQueue>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
     let (accepted, _) = listener.accept().await.unwrap();
-    let lane = Arc::new(WorkerQueue::new(4096));
-    let queue = ConnectionQueue::new(lane.clone(), Arc::default(), Arc::new(AtomicBool::new(true)));
+    let worker_queue = Arc::new(WorkerQueue::new(4096));
+    let queue = ConnectionQueue::new(worker_queue.clone(), Arc::default(), Arc::new(AtomicBool::new(true)));
     tokio::spawn(async move {
         let mut bytes = SingleWriteIo::read_preface(TransportStream::Tcp(accepted)).await.unwrap().unwrap();
         bytes.enable_early_shed(EarlyShed::new(queue));
@@ -45,7 +45,7 @@ async fn connect() -> (SendRequest<Bytes>, Arc<WorkerQueue>) {
     });
     let (sender, connection) = h2::client::handshake(client).await.unwrap();
     tokio::spawn(connection);
-    (sender, lane)
+    (sender, worker_queue)
 }
 
 /// Makes one call and returns its response.
@@ -83,9 +83,9 @@ fn headers(fields: &[(u8, u16)]) -> HeaderMap {
 }
 
 #[tokio::test]
-async fn a_refused_check_says_what_a_refusal_of_the_gate_says() {
-    let (sender, lane) = connect().await;
-    lane.set_limit(0);
+async fn a_refused_check_has_the_same_status_as_a_refusal_by_the_router() {
+    let (sender, worker_queue) = connect().await;
+    worker_queue.set_limit(0);
     let answer = call(&sender, CHECK, &HeaderMap::new(), b"message").await;
     let status = tonic::Status::from_header_map(answer.headers()).unwrap();
     assert_eq!((status.code(), status.message()), (tonic::Code::Unavailable, overloaded().message()));
@@ -93,28 +93,28 @@ async fn a_refused_check_says_what_a_refusal_of_the_gate_says() {
     assert_eq!(answer.headers()["content-type"], "application/grpc");
     assert_eq!(answer.headers()["grpc-retry-pushback-ms"], "100");
     assert!(answer.body().is_empty());
-    assert_eq!(lane.shed_calls(), 1);
+    assert_eq!(worker_queue.shed_calls(), 1);
     assert!(!is_refused(&call(&sender, REVOKE, &HeaderMap::new(), b"message").await), "it is no Check");
-    lane.set_limit(4096);
+    worker_queue.set_limit(4096);
     assert_eq!(call(&sender, CHECK, &HeaderMap::new(), b"message").await.body(), "message");
 }
 
 #[tokio::test]
 async fn messages_of_refused_calls_take_no_window_from_others() {
-    let (sender, lane) = connect().await;
+    let (sender, worker_queue) = connect().await;
     let large = vec![b'x'; 48 << 10];
     for _ in 0..20 {
-        lane.set_limit(0);
+        worker_queue.set_limit(0);
         assert!(is_refused(&call(&sender, CHECK, &HeaderMap::new(), &large).await));
-        lane.set_limit(4096);
+        worker_queue.set_limit(4096);
         assert_eq!(call(&sender, CHECK, &HeaderMap::new(), &large).await.body().len(), large.len());
     }
 }
 
 #[tokio::test]
 async fn a_refused_call_may_be_taken_back_and_the_connection_goes_on() {
-    let (sender, lane) = connect().await;
-    lane.set_limit(0);
+    let (sender, worker_queue) = connect().await;
+    worker_queue.set_limit(0);
     for _ in 0..300 {
         let mut ready = sender.clone().ready().await.unwrap();
         let request = Request::post(format!("http://x{CHECK}")).body(()).unwrap();
@@ -122,9 +122,9 @@ async fn a_refused_call_may_be_taken_back_and_the_connection_goes_on() {
         assert_eq!(answer.await.unwrap().headers()["grpc-status"], "14");
         message.send_reset(h2::Reason::CANCEL);
     }
-    lane.set_limit(4096);
+    worker_queue.set_limit(4096);
     assert_eq!(call(&sender, CHECK, &HeaderMap::new(), b"message").await.body(), "message");
-    assert_eq!(lane.shed_calls(), 300);
+    assert_eq!(worker_queue.shed_calls(), 300);
 }
 
 proptest! {
@@ -139,9 +139,9 @@ proptest! {
     ) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
-            let (sender, lane) = connect().await;
+            let (sender, worker_queue) = connect().await;
             for (full, check, fields) in calls {
-                lane.set_limit(if full { 0 } else { 4096 });
+                worker_queue.set_limit(if full { 0 } else { 4096 });
                 let sent = headers(&fields);
                 let answer = call(&sender, if check { CHECK } else { REVOKE }, &sent, b"message").await;
                 prop_assert_eq!(is_refused(&answer), full && check);
@@ -163,11 +163,11 @@ proptest! {
         cut in 0usize..400,
         full in any::<bool>(),
     ) {
-        let lane = Arc::new(WorkerQueue::new(4096));
-        lane.set_limit(if full { 0 } else { 4096 });
-        let whole = filtered(&lane, &[&bytes]);
+        let worker_queue = Arc::new(WorkerQueue::new(4096));
+        worker_queue.set_limit(if full { 0 } else { 4096 });
+        let whole = filtered(&worker_queue, &[&bytes]);
         let cut = cut.min(bytes.len());
-        prop_assert_eq!(filtered(&lane, &[&bytes[..cut], &bytes[cut..]]), whole, "it does not matter how they come");
+        prop_assert_eq!(filtered(&worker_queue, &[&bytes[..cut], &bytes[cut..]]), whole, "it does not matter how they come");
     }
 
     #[test]
@@ -192,8 +192,8 @@ proptest! {
 }
 
 /// What passes of bytes that come in these pieces.
-fn filtered(lane: &Arc<WorkerQueue>, pieces: &[&[u8]]) -> Option<Vec<u8>> {
-    let queue = ConnectionQueue::new(lane.clone(), Arc::default(), Arc::new(AtomicBool::new(true)));
+fn filtered(worker_queue: &Arc<WorkerQueue>, pieces: &[&[u8]]) -> Option<Vec<u8>> {
+    let queue = ConnectionQueue::new(worker_queue.clone(), Arc::default(), Arc::new(AtomicBool::new(true)));
     let (mut shed, mut passed) = (EarlyShed::new(queue), Vec::new());
     for piece in pieces {
         shed.filter(piece, &mut passed).ok()?;
@@ -211,7 +211,8 @@ fn nothing_is_written_between_headers_and_their_continuation() {
     boundary.advance(&bytes);
     assert!(!boundary.is_at_boundary());
     bytes.clear();
-    FrameHead { length: 0, frame_type: frame_type::CONTINUATION, flags: END_HEADERS, stream: 1 }.write(&mut bytes);
+    FrameHead { length: 0, frame_type: frame_type::CONTINUATION, flags: END_HEADERS, stream: 1 }
+        .write(&mut bytes);
     boundary.advance(&bytes);
     assert!(boundary.is_at_boundary());
 }
@@ -232,9 +233,9 @@ fn headers_of(path: &str, representation: u8) -> Vec<u8> {
 
 /// A filter that refuses Checks, and has refused the one on stream 1.
 fn refusing() -> EarlyShed {
-    let lane = Arc::new(WorkerQueue::new(4096));
-    lane.set_limit(0);
-    let queue = ConnectionQueue::new(lane, Arc::default(), Arc::new(AtomicBool::new(true)));
+    let worker_queue = Arc::new(WorkerQueue::new(4096));
+    worker_queue.set_limit(0);
+    let queue = ConnectionQueue::new(worker_queue, Arc::default(), Arc::new(AtomicBool::new(true)));
     let mut shed = EarlyShed::new(queue);
     assert!(passed(&mut shed, &check(1)).unwrap().is_empty() && shed.tracking == HeaderTracking::Rewritten);
     shed
@@ -254,21 +255,22 @@ fn rewritten_headers_may_come_in_several_frames() {
     let block = headers_of(REVOKE, 0x04);
     let (begin, end) = block.split_at(5);
     let whole = frame(frame_type::HEADERS, END_STREAM | END_HEADERS, 3, &block);
-    let begun = frame(frame_type::HEADERS, END_STREAM, 3, begin);
-    let parts = [&begun[..], &frame(frame_type::CONTINUATION, END_HEADERS, 3, end)].concat();
+    let first = frame(frame_type::HEADERS, END_STREAM, 3, begin);
+    let parts = [&first[..], &frame(frame_type::CONTINUATION, END_HEADERS, 3, end)].concat();
     assert_eq!(passed(&mut refusing(), &parts), passed(&mut refusing(), &whole));
 
-    let other = [&begun[..], &frame(frame_type::DATA, 0, 3, b"x")].concat();
+    let other = [&first[..], &frame(frame_type::DATA, 0, 3, b"x")].concat();
     assert_eq!(passed(&mut refusing(), &other), None, "nothing may come between");
-    let endless = [&begun[..], &frame(frame_type::CONTINUATION, 0, 3, &[0; MAX_FRAME_LEN]).repeat(4)].concat();
+    let endless =
+        [&first[..], &frame(frame_type::CONTINUATION, 0, 3, &[0; MAX_FRAME_LEN]).repeat(4)].concat();
     assert_eq!(passed(&mut refusing(), &endless), None, "their bytes are bounded");
 }
 
 #[test]
 fn empty_headers_end_a_call_that_is_rewritten() {
     let mut shed = refusing();
-    let begun = frame(frame_type::HEADERS, END_HEADERS, 3, &headers_of(REVOKE, 0x04));
-    assert!(passed(&mut shed, &begun).is_some_and(|passed| !passed.is_empty()));
+    let first = frame(frame_type::HEADERS, END_HEADERS, 3, &headers_of(REVOKE, 0x04));
+    assert!(passed(&mut shed, &first).is_some_and(|passed| !passed.is_empty()));
     let end = frame(frame_type::HEADERS, END_HEADERS | END_STREAM, 3, &[]);
     assert_eq!(passed(&mut shed, &end), Some(end));
 }
@@ -310,9 +312,9 @@ fn a_query_makes_no_other_call_of_a_check() {
 
 #[test]
 fn headers_with_padding_and_priority_are_read() {
-    let lane = Arc::new(WorkerQueue::new(4096));
-    lane.set_limit(0);
-    let queue = ConnectionQueue::new(lane.clone(), Arc::default(), Arc::new(AtomicBool::new(true)));
+    let worker_queue = Arc::new(WorkerQueue::new(4096));
+    worker_queue.set_limit(0);
+    let queue = ConnectionQueue::new(worker_queue.clone(), Arc::default(), Arc::new(AtomicBool::new(true)));
     let (mut shed, mut passed) = (EarlyShed::new(queue), Vec::new());
     let mut block = vec![0x83, 0x86, 0x44];
     write_string(&mut block, CHECK.as_bytes());

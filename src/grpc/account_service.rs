@@ -1,4 +1,6 @@
-//! AccountService: reads requests, calls the use cases, writes answers.
+//! Implements AccountService: validates requests, calls the use cases and converts their results.
+//!
+//! No product rule belongs here.
 
 use std::sync::Arc;
 
@@ -22,27 +24,20 @@ use crate::{
 };
 
 use super::{
-    concurrency::exchange_permit_for_waiting,
-    convert,
-    key_requests::require_read,
-    page_token,
-    router::{PropagationDeadline, take_extension},
-    send_budget::ListPermits,
+    call_extensions::take_extension, concurrency::exchange_permit_for_waiting, convert,
+    deadline::PropagationDeadline, key_requests::require_read, list_permits::ListPermits, page_token,
 };
 
 const MAX_ROLE_SCOPES: usize = 256;
 
-/// The service over its use cases.
+/// AccountService over the use cases of accounts, roles and members.
 #[derive(Clone)]
 pub(super) struct AccountService {
-    /// The use cases.
-    pub accounts: Arc<AccountOperations>,
-    /// The use cases of roles and members.
-    pub membership: Arc<MembershipOperations>,
-    /// Waits until a change is in force everywhere.
-    pub propagation: PropagationWaiter,
-    /// The places for lists.
-    pub list_permits: ListPermits,
+    pub(super) accounts: Arc<AccountOperations>,
+    pub(super) membership: Arc<MembershipOperations>,
+    /// Waits until a change is in force on every replica.
+    pub(super) propagation: PropagationWaiter,
+    pub(super) list_permits: ListPermits,
 }
 
 impl std::fmt::Debug for AccountService {
@@ -60,24 +55,24 @@ fn account_with_revision(account: &Account) -> (Option<pb::Account>, u64) {
 }
 
 impl AccountService {
-    /// How far a change has reached, which is everywhere where it takes anything away.
+    /// Waits for propagation if the change restricts rights, and returns the report.
     async fn wait_for_propagation(
         &self,
         revision: Revision,
-        reach: ChangeEffect,
-        patience: PropagationDeadline,
+        effect: ChangeEffect,
+        deadline: PropagationDeadline,
     ) -> Result<Option<pb::Propagation>, ServiceError> {
         exchange_permit_for_waiting();
-        let report = self.propagation.wait_if_restricting(revision, reach, patience.deadline).await?;
+        let report = self.propagation.wait_if_restricting(revision, effect, deadline.deadline).await?;
         Ok(Some(convert::propagation_to_proto(report)))
     }
 
     async fn wait_for_restriction(
         &self,
         revision: Revision,
-        patience: PropagationDeadline,
+        deadline: PropagationDeadline,
     ) -> Result<Option<pb::Propagation>, ServiceError> {
-        self.wait_for_propagation(revision, ChangeEffect::Restricts { is_repeat: false }, patience).await
+        self.wait_for_propagation(revision, ChangeEffect::Restricts { is_repeat: false }, deadline).await
     }
 }
 
@@ -93,10 +88,10 @@ impl pb::account_service_server::AccountService for AccountService {
         let id = convert::read_account("id", id, &mut violations);
         let name =
             (!name.is_empty()).then(|| violations.ok_or_add("name", DisplayName::parse(name))).flatten();
-        let life = convert::read_max_lifetime("longest_life", *longest_life, &mut violations);
+        let lifetime = convert::read_max_lifetime("longest_life", *longest_life, &mut violations);
         violations.into_result()?;
         let (account, revision) =
-            account_with_revision(&self.accounts.create(&caller, id, name, life).await?);
+            account_with_revision(&self.accounts.create(&caller, id, name, lifetime).await?);
         Ok(Response::new(pb::CreateAccountResponse { account, revision }))
     }
 
@@ -120,9 +115,9 @@ impl pb::account_service_server::AccountService for AccountService {
         let after = page_token::decode(b"accounts", page_token, &mut violations)
             .and_then(|cursor| page_token::parse_cursor(&cursor, AccountId::parse, &mut violations));
         violations.into_result()?;
-        let place = self.list_permits.acquire(&caller.account).await?;
+        let list_permit = self.list_permits.acquire(&caller.account).await?;
         let (accounts, next) = self.accounts.list(&caller, after.as_ref(), size).await?;
-        Ok(place.attach(pb::ListAccountsResponse {
+        Ok(list_permit.attach(pb::ListAccountsResponse {
             accounts: accounts.iter().map(convert::account_to_proto).collect(),
             next_page_token: next
                 .map(|id| page_token::encode(b"accounts", id.as_str().as_bytes()))
@@ -140,16 +135,16 @@ impl pb::account_service_server::AccountService for AccountService {
         let v = &mut violations;
         let id = v.ok_or_add("id", AccountId::parse(id));
         let nothing = name.is_none() && longest_life.is_none() && !no_longest_life;
-        v.add_if(nothing, "name", "or longest_life or no_longest_life is required: nothing is to be changed");
+        v.add_if(nothing, "name", "or longest_life or no_longest_life is required");
         let both = longest_life.is_some() && *no_longest_life;
         v.add_if(both, "no_longest_life", "must not be given together with longest_life");
         let name = name.as_deref().and_then(|name| v.ok_or_add("name", DisplayName::parse(name)));
-        let life = convert::read_max_lifetime("longest_life", *longest_life, v);
+        let lifetime = convert::read_max_lifetime("longest_life", *longest_life, v);
         violations.into_result()?;
         let id = require_read(id)?;
-        let life = if *no_longest_life { Some(None) } else { life.map(Some) };
+        let lifetime = if *no_longest_life { Some(None) } else { lifetime.map(Some) };
         let (account, revision) =
-            account_with_revision(&self.accounts.update(&caller, &id, name, life).await?);
+            account_with_revision(&self.accounts.update(&caller, &id, name, lifetime).await?);
         Ok(Response::new(pb::UpdateAccountResponse { account, revision }))
     }
 
@@ -158,10 +153,10 @@ impl pb::account_service_server::AccountService for AccountService {
         mut request: Request<pb::SuspendAccountRequest>,
     ) -> Result<Response<pb::SuspendAccountResponse>, Status> {
         let caller = take_extension::<Caller>(&mut request)?;
-        let patience = take_extension::<PropagationDeadline>(&mut request)?;
+        let deadline = take_extension::<PropagationDeadline>(&mut request)?;
         let account = self.accounts.suspend(&caller, &parse_account_id(&request.get_ref().id)?).await?;
         let (account, revision) = account_with_revision(&account);
-        let propagation = self.wait_for_restriction(Revision(revision), patience).await?;
+        let propagation = self.wait_for_restriction(Revision(revision), deadline).await?;
         Ok(Response::new(pb::SuspendAccountResponse { account, revision, propagation }))
     }
 
@@ -180,7 +175,7 @@ impl pb::account_service_server::AccountService for AccountService {
         mut request: Request<pb::PutMemberRequest>,
     ) -> Result<Response<pb::PutMemberResponse>, Status> {
         let caller = take_extension::<Caller>(&mut request)?;
-        let patience = take_extension::<PropagationDeadline>(&mut request)?;
+        let deadline = take_extension::<PropagationDeadline>(&mut request)?;
         let pb::PutMemberRequest { account, user, role } = request.get_ref();
         let mut violations = InvalidFields::default();
         let account = violations.ok_or_add("account", AccountId::parse(account));
@@ -188,9 +183,9 @@ impl pb::account_service_server::AccountService for AccountService {
         let role = violations.ok_or_add("role", RoleName::parse(role));
         violations.into_result()?;
         let (account, user, role) = (require_read(account)?, require_read(user)?, require_read(role)?);
-        let (member, reach) = self.membership.put_member(&caller, account, user, role).await?;
+        let (member, effect) = self.membership.put_member(&caller, account, user, role).await?;
         let revision = member.revision.0;
-        let propagation = self.wait_for_propagation(member.revision, reach, patience).await?;
+        let propagation = self.wait_for_propagation(member.revision, effect, deadline).await?;
         Ok(Response::new(pb::PutMemberResponse {
             member: Some(member_to_proto(&member)),
             revision,
@@ -203,7 +198,7 @@ impl pb::account_service_server::AccountService for AccountService {
         mut request: Request<pb::RemoveMemberRequest>,
     ) -> Result<Response<pb::RemoveMemberResponse>, Status> {
         let caller = take_extension::<Caller>(&mut request)?;
-        let patience = take_extension::<PropagationDeadline>(&mut request)?;
+        let deadline = take_extension::<PropagationDeadline>(&mut request)?;
         let pb::RemoveMemberRequest { account, user } = request.get_ref();
         let mut violations = InvalidFields::default();
         let account = violations.ok_or_add("account", AccountId::parse(account));
@@ -211,8 +206,8 @@ impl pb::account_service_server::AccountService for AccountService {
         violations.into_result()?;
         let MembershipEnd { revision, was_member } =
             self.membership.remove_member(&caller, require_read(account)?, require_read(user)?).await?;
-        let reach = ChangeEffect::Restricts { is_repeat: !was_member };
-        let propagation = self.wait_for_propagation(revision, reach, patience).await?;
+        let effect = ChangeEffect::Restricts { is_repeat: !was_member };
+        let propagation = self.wait_for_propagation(revision, effect, deadline).await?;
         if !was_member {
             return Err(ServiceError::NotFound(ResourceKind::Member).into());
         }
@@ -232,10 +227,10 @@ impl pb::account_service_server::AccountService for AccountService {
         let after = page_token::decode(&filters, page_token, &mut violations)
             .and_then(|cursor| page_token::parse_cursor(&cursor, UserId::parse, &mut violations));
         violations.into_result()?;
-        let place = self.list_permits.acquire(&caller.account).await?;
+        let list_permit = self.list_permits.acquire(&caller.account).await?;
         let (members, next) =
             self.membership.list_members(&caller, &require_read(account)?, after.as_ref(), size).await?;
-        Ok(place.attach(pb::ListMembersResponse {
+        Ok(list_permit.attach(pb::ListMembersResponse {
             members: members.iter().map(member_to_proto).collect(),
             next_page_token: next
                 .map(|user| page_token::encode(&filters, user.as_str().as_bytes()))
@@ -248,7 +243,7 @@ impl pb::account_service_server::AccountService for AccountService {
         mut request: Request<pb::PutRoleRequest>,
     ) -> Result<Response<pb::PutRoleResponse>, Status> {
         let caller = take_extension::<Caller>(&mut request)?;
-        let patience = take_extension::<PropagationDeadline>(&mut request)?;
+        let deadline = take_extension::<PropagationDeadline>(&mut request)?;
         let pb::PutRoleRequest { account, name, scopes } = request.get_ref();
         let mut violations = InvalidFields::default();
         let account = convert::read_account("account", account, &mut violations);
@@ -256,10 +251,10 @@ impl pb::account_service_server::AccountService for AccountService {
         violations.add_if(scopes.is_empty(), "scopes", "at least one is required");
         let scopes = violations.parse_list("scopes", scopes, MAX_ROLE_SCOPES, Scope::parse_grant);
         violations.into_result()?;
-        let (role, reach) =
+        let (role, effect) =
             self.membership.put_role(&caller, account, require_read(name)?, scopes.into()).await?;
         let revision = role.revision.0;
-        let propagation = self.wait_for_propagation(role.revision, reach, patience).await?;
+        let propagation = self.wait_for_propagation(role.revision, effect, deadline).await?;
         Ok(Response::new(pb::PutRoleResponse { role: Some(role_to_proto(&role)), revision, propagation }))
     }
 
@@ -268,14 +263,14 @@ impl pb::account_service_server::AccountService for AccountService {
         mut request: Request<pb::DeleteRoleRequest>,
     ) -> Result<Response<pb::DeleteRoleResponse>, Status> {
         let caller = take_extension::<Caller>(&mut request)?;
-        let patience = take_extension::<PropagationDeadline>(&mut request)?;
+        let deadline = take_extension::<PropagationDeadline>(&mut request)?;
         let pb::DeleteRoleRequest { account, name } = request.get_ref();
         let mut violations = InvalidFields::default();
         let account = convert::read_account("account", account, &mut violations);
         let name = violations.ok_or_add("name", RoleName::parse(name));
         violations.into_result()?;
         let revision = self.membership.delete_role(&caller, account, require_read(name)?).await?.0;
-        let propagation = self.wait_for_restriction(Revision(revision), patience).await?;
+        let propagation = self.wait_for_restriction(Revision(revision), deadline).await?;
         Ok(Response::new(pb::DeleteRoleResponse { revision, propagation }))
     }
 
@@ -291,7 +286,7 @@ impl pb::account_service_server::AccountService for AccountService {
         let size = page_size.map_or(u32::MAX, |size| page_token::read_page_size(Some(size), &mut violations));
         let after = page_token::decode(&filters, page_token, &mut violations);
         violations.into_result()?;
-        let place = self.list_permits.acquire(&caller.account).await?;
+        let list_permit = self.list_permits.acquire(&caller.account).await?;
         let roles = self.membership.list_roles(&caller, account).await?;
         let begin = after.map_or(0, |after| roles.partition_point(|role| role_cursor(role) <= after));
         let mut budget = PageBudget::new(size);
@@ -302,7 +297,7 @@ impl pb::account_service_server::AccountService for AccountService {
             .collect();
         let end = begin + listed.len();
         let next = roles[..end].last().filter(|_| end < roles.len());
-        Ok(place.attach(pb::ListRolesResponse {
+        Ok(list_permit.attach(pb::ListRolesResponse {
             roles: listed,
             next_page_token: next
                 .map(|last| page_token::encode(&filters, &role_cursor(last)))
@@ -311,7 +306,7 @@ impl pb::account_service_server::AccountService for AccountService {
     }
 }
 
-/// The place of a role in a list: by its name, and a global one before an account's of the same name.
+/// The position of a role in a list: by name, a global role before an account's role of the same name.
 fn role_cursor(Role { account, name, .. }: &Role) -> Vec<u8> {
     let account = account.as_ref().map(AccountId::as_str).unwrap_or_default();
     [name.as_str(), account].join("\0").into_bytes()

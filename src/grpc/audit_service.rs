@@ -1,5 +1,7 @@
-//! AuditService: the log as its readers may see it, and whether it is whole. Digests stay out unless an operator asks for
-//! entries as they were hashed: nobody else needs them to read what happened.
+//! Implements AuditService: lists the audit log as the caller may see it, and verifies its integrity.
+//!
+//! Digests are left out unless an operator asks for complete entries, since no other reader needs them.
+//! Verification itself belongs in `audit/verify.rs`.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -23,24 +25,23 @@ use crate::{
     store::{ArchiveCheckpoint, LogFilter, Store, StoreError, page_budget::PageBudget},
 };
 
-use super::{convert, page_token, router::take_extension, send_budget::ListPermits};
+use super::{call_extensions::take_extension, convert, list_permits::ListPermits, page_token};
 
-/// The service over the store.
 #[derive(Clone)]
 pub(super) struct AuditService {
     store: Arc<dyn Store>,
     engine: Arc<Engine>,
-    /// Whoever verifies; the others wait, since it reads all there is.
+    /// Held by the running verification. Others wait, since each reads the whole log.
     verify_lock: Arc<Mutex<()>>,
     list_permits: ListPermits,
 }
 
 impl AuditService {
-    pub(super) fn new(store: Arc<dyn Store>, engine: Arc<Engine>, lists: ListPermits) -> AuditService {
-        AuditService { store, engine, verify_lock: Arc::default(), list_permits: lists }
+    pub(super) fn new(store: Arc<dyn Store>, engine: Arc<Engine>, list_permits: ListPermits) -> AuditService {
+        AuditService { store, engine, verify_lock: Arc::default(), list_permits }
     }
 
-    /// The entries of a page, as many as one answer can hold, and whether there are more.
+    /// Loads the entries of a page, as many as fit into a response, and whether more follow.
     async fn load_page(
         &self,
         caller: &Caller,
@@ -49,10 +50,10 @@ impl AuditService {
         let (mut budget, mut entries) = (PageBudget::new(listing.page_size), Vec::<pb::AuditEntry>::new());
         loop {
             let last = entries.last().map(|entry| Revision(entry.revision)).or(listing.cursor);
-            let step = budget.next_step_size();
-            let mut rows = self.store.list_log(&listing.filter, last, step + 1).await?;
-            let more = rows.len() > step as usize;
-            rows.truncate(step as usize);
+            let limit = budget.next_step_size();
+            let mut rows = self.store.list_log(&listing.filter, last, limit + 1).await?;
+            let has_more = rows.len() > limit as usize;
+            rows.truncate(limit as usize);
             for entry in
                 AuditPage::load(&*self.store, rows).await?.into_entries(caller, listing.include_payload)
             {
@@ -61,8 +62,8 @@ impl AuditService {
                 }
                 entries.push(entry);
             }
-            if !more || budget.next_step_size() == 0 {
-                return Ok((entries, more));
+            if !has_more || budget.next_step_size() == 0 {
+                return Ok((entries, has_more));
             }
         }
     }
@@ -74,10 +75,9 @@ impl std::fmt::Debug for AuditService {
     }
 }
 
-/// A List, read.
 struct AuditListRequest {
     filter: LogFilter,
-    /// The filters, to which a page token is bound.
+    /// The encoded filters, which page tokens are bound to.
     filter_bytes: Vec<u8>,
     cursor: Option<Revision>,
     page_size: u32,
@@ -107,9 +107,9 @@ fn read_list_request(
         full,
         after_revision,
     } = request;
-    let bound = unpaged.encode_to_vec();
+    let filter_bytes = unpaged.encode_to_vec();
     let size = page_token::read_page_size(*page_size, v);
-    let cursor = page_token::decode(&bound, page_token, v).and_then(|cursor| {
+    let cursor = page_token::decode(&filter_bytes, page_token, v).and_then(|cursor| {
         let revision = cursor.try_into().ok().map(|bytes| Revision(u64::from_be_bytes(bytes)));
         if revision.is_none() {
             page_token::reject_token(v);
@@ -128,7 +128,7 @@ fn read_list_request(
     if *full {
         caller.require_operator()?;
     }
-    // An operator reads all accounts unless it names one; an account's caller reads its own.
+    // An operator reads all accounts unless it names one. An account's caller reads its own.
     let account = match account {
         None if caller.is_operator() => {
             caller.require_no_acting_user()?;
@@ -151,10 +151,10 @@ fn read_list_request(
         after: Revision(*after_revision),
         oldest_first: *oldest_first,
     };
-    Ok(AuditListRequest { filter, filter_bytes: bound, cursor, page_size: size, include_payload: *full })
+    Ok(AuditListRequest { filter, filter_bytes, cursor, page_size: size, include_payload: *full })
 }
 
-/// Entries with the ones before about the same records, as far as the log still has those.
+/// Entries, with their predecessors about the same records, as far as the log still has them.
 struct AuditPage {
     rows: Vec<(LogEntry, Option<RedactedPayload>)>,
     previous_entries: HashMap<Revision, RedactedPayload>,
@@ -165,34 +165,38 @@ impl AuditPage {
         let rows: Vec<_> = rows
             .into_iter()
             .map(|row| {
-                let told = RedactedPayload::parse(&row.payload);
-                (row, told)
+                let redacted = RedactedPayload::parse(&row.payload);
+                (row, redacted)
             })
             .collect();
         let previous =
-            |told: &RedactedPayload| told.origin.previous.filter(|revision| *revision != Revision(0));
-        let wanted: Vec<_> = rows.iter().filter_map(|(_, told)| previous(told.as_ref()?)).collect();
-        let before = store.get_log_entries(&wanted).await?;
-        let before =
-            before.iter().filter_map(|row| Some((row.revision, RedactedPayload::parse(&row.payload)?)));
-        Ok(AuditPage { previous_entries: before.collect(), rows })
+            |redacted: &RedactedPayload| redacted.origin.previous.filter(|revision| *revision != Revision(0));
+        let wanted: Vec<_> = rows.iter().filter_map(|(_, redacted)| previous(redacted.as_ref()?)).collect();
+        let previous_entries = store.get_log_entries(&wanted).await?;
+        let previous_entries = previous_entries
+            .iter()
+            .filter_map(|row| Some((row.revision, RedactedPayload::parse(&row.payload)?)));
+        Ok(AuditPage { previous_entries: previous_entries.collect(), rows })
     }
 
     fn into_entries(self, caller: &Caller, full: bool) -> Vec<pb::AuditEntry> {
-        let before = self.previous_entries;
-        self.rows.into_iter().map(|(row, told)| entry_to_proto(caller, full, row, told, &before)).collect()
+        let previous_entries = self.previous_entries;
+        self.rows
+            .into_iter()
+            .map(|(row, redacted)| entry_to_proto(caller, full, row, redacted, &previous_entries))
+            .collect()
     }
 }
 
 fn field_changes_to_proto(
-    told: &RedactedPayload,
-    before: &HashMap<Revision, RedactedPayload>,
+    redacted: &RedactedPayload,
+    previous_entries: &HashMap<Revision, RedactedPayload>,
 ) -> Vec<pb::AuditFieldChange> {
-    let changes = match told.origin.previous {
+    let changes = match redacted.origin.previous {
         None => Vec::new(),
-        Some(Revision(0)) => told.changes_since(None),
-        Some(previous) => match before.get(&previous) {
-            Some(before) => told.changes_since(Some(before)),
+        Some(Revision(0)) => redacted.changes_since(None),
+        Some(previous) => match previous_entries.get(&previous) {
+            Some(entry) => redacted.changes_since(Some(entry)),
             None => Vec::new(),
         },
     };
@@ -201,9 +205,9 @@ fn field_changes_to_proto(
         before: change.before.unwrap_or_default(),
         after: change.after.unwrap_or_default(),
     };
-    let archived = told.origin.archived.as_ref().map(|archived| pb::AuditFieldChange {
+    let archived = redacted.origin.archived.as_ref().map(|archived| pb::AuditFieldChange {
         field: "archived".to_owned(),
-        // Text and numbers: there is nothing that JSON cannot say.
+        // Strings and numbers always encode to JSON.
         after: serde_json::to_string(archived).unwrap_or_default(),
         before: String::new(),
     });
@@ -214,15 +218,19 @@ fn entry_to_proto(
     caller: &Caller,
     full: bool,
     row: LogEntry,
-    told: Option<RedactedPayload>,
-    before: &HashMap<Revision, RedactedPayload>,
+    redacted: Option<RedactedPayload>,
+    previous_entries: &HashMap<Revision, RedactedPayload>,
 ) -> pb::AuditEntry {
     let LogEntry { revision, at, action, account, key_id, user, actor, actor_account, acting_user, .. } = row;
     let (method, payload, hash, prev_hash) = (row.method, row.payload, row.hash, row.prev_hash);
     let text = |account: Option<AccountId>| account.map(String::from).unwrap_or_default();
-    // An account does not learn from where its operator works.
+    // An account does not see from where its operator works.
     let may_see_call = caller.is_operator() || actor_account.as_ref() == Some(&caller.account);
-    let via = told.as_ref().filter(|_| may_see_call).map(|told| told.origin.clone()).unwrap_or_default();
+    let origin = redacted
+        .as_ref()
+        .filter(|_| may_see_call)
+        .map(|redacted| redacted.origin.clone())
+        .unwrap_or_default();
     pb::AuditEntry {
         revision: revision.0,
         at: Some(convert::timestamp_to_proto(at)),
@@ -232,14 +240,17 @@ fn entry_to_proto(
         actor,
         actor_account: text(actor_account),
         method,
-        detail: told.as_ref().map(RedactedPayload::to_json).unwrap_or_default(),
+        detail: redacted.as_ref().map(RedactedPayload::to_json).unwrap_or_default(),
         hash: hash.to_vec(),
         user: user.map(String::from).unwrap_or_default(),
         acting_user: acting_user.map(String::from).unwrap_or_default(),
-        changes: told.as_ref().map(|told| field_changes_to_proto(told, before)).unwrap_or_default(),
-        previous_revision: told.and_then(|told| told.origin.previous).map(|revision| revision.0),
-        request_id: via.request_id.unwrap_or_default(),
-        peer: via.peer.unwrap_or_default(),
+        changes: redacted
+            .as_ref()
+            .map(|redacted| field_changes_to_proto(redacted, previous_entries))
+            .unwrap_or_default(),
+        previous_revision: redacted.and_then(|redacted| redacted.origin.previous).map(|revision| revision.0),
+        request_id: origin.request_id.unwrap_or_default(),
+        peer: origin.peer.unwrap_or_default(),
         prev_hash: prev_hash.to_vec(),
         payload: if full { payload } else { String::new() },
     }
@@ -270,12 +281,12 @@ fn read_verify_request(request: &pb::VerifyAuditLogRequest) -> Result<VerifyOpti
     })
 }
 
-fn checkpoint_to_proto(made: ArchiveCheckpoint) -> pb::AuditCheckpoint {
+fn checkpoint_to_proto(checkpoint: ArchiveCheckpoint) -> pb::AuditCheckpoint {
     pb::AuditCheckpoint {
-        revision: made.head.revision.0,
-        hash: made.head.hash.to_vec(),
-        entries: made.entry_count,
-        made_at: Some(convert::timestamp_to_proto(made.made_at)),
+        revision: checkpoint.head.revision.0,
+        hash: checkpoint.head.hash.to_vec(),
+        entries: checkpoint.entry_count,
+        made_at: Some(convert::timestamp_to_proto(checkpoint.made_at)),
     }
 }
 
@@ -290,28 +301,28 @@ fn expected_entry_to_proto(expected: Option<ExpectedEntryStatus>) -> pb::Expecte
     }
 }
 
-fn verify_response(verified: VerificationReport) -> pb::VerifyAuditLogResponse {
-    let valid = verified.is_valid();
-    let (broken_at, problem) = verified.first_fault.unwrap_or_default();
-    let mismatch = |one: crate::audit::verify::RecordMismatch| pb::AuditMismatch {
-        record: one.record,
-        revision: one.revision.0,
-        problem: one.problem,
+fn verify_response(report: VerificationReport) -> pb::VerifyAuditLogResponse {
+    let valid = report.is_valid();
+    let (broken_at, problem) = report.first_fault.unwrap_or_default();
+    let mismatch = |mismatch: crate::audit::verify::RecordMismatch| pb::AuditMismatch {
+        record: mismatch.record,
+        revision: mismatch.revision.0,
+        problem: mismatch.problem,
     };
     pb::VerifyAuditLogResponse {
         valid,
-        head: verified.head.revision.0,
-        head_hash: verified.head.hash.to_vec(),
+        head: report.head.revision.0,
+        head_hash: report.head.hash.to_vec(),
         broken_at: broken_at.0,
         problem,
-        entries: verified.entries,
-        first_revision: verified.first.0,
-        last_revision: verified.last.revision.0,
-        last_hash: verified.last.hash.to_vec(),
-        checkpoint: verified.checkpoint.map(checkpoint_to_proto),
-        records: verified.compared_records,
-        mismatches: verified.mismatches.into_iter().map(mismatch).collect(),
-        expected: expected_entry_to_proto(verified.expected_status).into(),
+        entries: report.entries,
+        first_revision: report.first.0,
+        last_revision: report.last.revision.0,
+        last_hash: report.last.hash.to_vec(),
+        checkpoint: report.checkpoint.map(checkpoint_to_proto),
+        records: report.compared_records,
+        mismatches: report.mismatches.into_iter().map(mismatch).collect(),
+        expected: expected_entry_to_proto(report.expected_status).into(),
     }
 }
 
@@ -323,17 +334,18 @@ impl pb::audit_service_server::AuditService for AuditService {
     ) -> Result<Response<pb::ListAuditEntriesResponse>, Status> {
         let caller = take_extension::<Caller>(&mut request)?;
         let listing = read_list_request(&caller, &self.engine, request.get_ref())?;
-        let place = self.list_permits.acquire(&caller.account).await?;
-        let (entries, more) = self.load_page(&caller, &listing).await.map_err(ServiceError::from)?;
+        let list_permit = self.list_permits.acquire(&caller.account).await?;
+        let (entries, has_more) = self.load_page(&caller, &listing).await.map_err(ServiceError::from)?;
         if let Some(account) = &listing.filter.account {
-            // A person who left meanwhile reads nothing.
+            // The acting user may have left the account meanwhile.
             caller.authorize(&self.engine)?.check_account_visible(account)?;
         }
         let next = entries
             .last()
-            .filter(|_| more)
+            .filter(|_| has_more)
             .map(|last| page_token::encode(&listing.filter_bytes, &last.revision.to_be_bytes()));
-        Ok(place.attach(pb::ListAuditEntriesResponse { entries, next_page_token: next.unwrap_or_default() }))
+        Ok(list_permit
+            .attach(pb::ListAuditEntriesResponse { entries, next_page_token: next.unwrap_or_default() }))
     }
 
     async fn verify(
@@ -341,9 +353,9 @@ impl pb::audit_service_server::AuditService for AuditService {
         mut request: Request<pb::VerifyAuditLogRequest>,
     ) -> Result<Response<pb::VerifyAuditLogResponse>, Status> {
         take_extension::<Caller>(&mut request)?.require_operator()?;
-        let question = read_verify_request(request.get_ref())?;
-        let _turn = self.verify_lock.lock().await;
-        let verified = verify::verify_log(&*self.store, question).await?;
-        Ok(Response::new(verify_response(verified)))
+        let options = read_verify_request(request.get_ref())?;
+        let _guard = self.verify_lock.lock().await;
+        let report = verify::verify_log(&*self.store, options).await?;
+        Ok(Response::new(verify_response(report)))
     }
 }

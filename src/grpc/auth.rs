@@ -1,8 +1,9 @@
-//! Who comes in, and by which door: what a call shows of its caller, whom that proves, and whether that one may make
-//! this call. The calls themselves are `gate`'s business.
+//! Authenticates the caller of an RPC and checks that it is authorized for it.
 //!
-//! Callers are decided by the same policy as any key. To strangers one thing only is said, whatever is wrong with what
-//! they showed.
+//! Dispatching the call belongs in `router.rs`.
+//!
+//! Callers are evaluated by the same policy as any key. An unauthenticated client always gets the same status, whatever
+//! is wrong with its credential.
 
 use std::{
     net::IpAddr,
@@ -26,39 +27,38 @@ use crate::{
         scope::ScopeSet,
         token::TokenDigest,
     },
-    engine::{AuthenticatedKey, CheckError, caller_cache::CallerCache, limiter::Consumption},
+    engine::{AuthenticatedKey, CheckError, Engine, caller_cache::CallerCache, limiter::Consumption},
+    gateway::Gateway,
     service_error::ServiceError,
     trace,
     transport::{
-        CallerAuth, ListenerSettings, ServiceKind as Served, ServiceSet as ServedSet,
-        certificate::CertificateInfo, memory_budget::ConnectionMemoryBudget,
+        CallerAuth, ListenerSettings, ServiceKind, ServiceSet, certificate::CertificateInfo,
+        memory_budget::ConnectionMemoryBudget,
     },
 };
 
 use super::{
+    call_extensions::ProxyCaller,
     check_session::{CheckSession, PresentedCredential},
-    ext_authz::ProxyCaller,
+    health::HEALTH_SERVICE,
     long_calls::LongCalls,
     management_session::ManagementSession,
     request_body::MessageBody,
-    router::{HEALTH_SERVICE, Router},
     rpc::{AccessRequirement, ExecutionPlane, RpcSpec},
     status::permission_missing,
 };
 
-/// Where a connection came in: what is served there, and what callers must show.
+/// What a listener serves, and which credentials it accepts.
 #[derive(Clone, Debug)]
-pub struct ListenerPolicy {
-    pub(super) services: ServedSet,
+pub(super) struct ListenerPolicy {
+    pub(super) services: ServiceSet,
     pub(super) auth: CallerAuth,
     allows_anonymous_proxies: bool,
     identities: Vec<Arc<CertificateIdentity>>,
 }
 
 impl ListenerPolicy {
-    /// The door of a listener.
-    #[must_use]
-    pub fn from_settings(listener: &ListenerSettings) -> ListenerPolicy {
+    pub(super) fn from_settings(listener: &ListenerSettings) -> ListenerPolicy {
         ListenerPolicy {
             services: listener.services,
             auth: listener.auth,
@@ -67,92 +67,100 @@ impl ListenerPolicy {
         }
     }
 
-    /// The identity that a certificate proves here; the first in the order of the settings.
-    #[must_use]
-    pub fn identify_certificate(&self, certificate: &CertificateInfo) -> Option<Arc<CertificateIdentity>> {
+    /// The identity that a certificate proves on this listener: the first match in the order of the settings.
+    pub(super) fn identify_certificate(
+        &self,
+        certificate: &CertificateInfo,
+    ) -> Option<Arc<CertificateIdentity>> {
         self.identities.iter().find(|identity| certificate.names.contains(identity.san())).cloned()
     }
 
     pub(super) fn has_service(&self, service: &str) -> bool {
-        let served = match service {
-            "keyward.v1.AuthzService" => Served::Check,
+        let kind = match service {
+            "keyward.v1.AuthzService" => ServiceKind::Check,
             "keyward.v1.KeyService" | "keyward.v1.AccountService" | "keyward.v1.AuditService" => {
-                Served::Management
+                ServiceKind::Management
             }
-            "envoy.service.auth.v3.Authorization" => Served::ExtAuthz,
-            HEALTH_SERVICE => Served::Health,
+            "envoy.service.auth.v3.Authorization" => ServiceKind::ExtAuthz,
+            HEALTH_SERVICE => ServiceKind::Health,
             "grpc.reflection.v1.ServerReflection" | "grpc.reflection.v1alpha.ServerReflection" => {
-                Served::Reflection
+                ServiceKind::Reflection
             }
             _ => return false,
         };
-        self.services.contains(served)
+        self.services.contains(kind)
     }
 }
 
-/// Who has connected.
+/// What is known about a connection: its listener, its peer and the callers that it has proven.
 #[derive(Debug)]
-pub struct ConnectionContext {
-    /// By which door.
-    pub policy: Arc<ListenerPolicy>,
-    /// From where; a Unix socket's peer is nowhere.
-    pub peer: Option<IpAddr>,
-    /// Whom the connection's certificate proves.
-    pub identity: Option<Arc<CertificateIdentity>>,
-    /// Whose calls came last.
-    pub caller_cache: CallerCache,
-    /// The calls that last.
-    pub long_calls: LongCalls,
-    /// What its requests may hold.
-    pub memory_budget: Arc<ConnectionMemoryBudget>,
-    /// Whether a caller has proved itself over this connection.
-    pub has_proven_caller: Arc<AtomicBool>,
+pub(super) struct ConnectionContext {
+    pub(super) policy: Arc<ListenerPolicy>,
+    /// The peer's IP address; `None` on a Unix socket.
+    pub(super) peer: Option<IpAddr>,
+    /// The identity that the client certificate proves.
+    pub(super) identity: Option<Arc<CertificateIdentity>>,
+    /// Recent callers of this connection.
+    pub(super) caller_cache: CallerCache,
+    /// Long-running calls of this connection.
+    pub(super) long_calls: LongCalls,
+    /// Bounds the memory that its requests hold.
+    pub(super) memory_budget: Arc<ConnectionMemoryBudget>,
+    /// Whether a caller was authenticated on this connection.
+    pub(super) has_proven_caller: Arc<AtomicBool>,
 }
 
-/// What a call shows of its caller.
+/// The credential that a call presents.
 enum PresentedCredentialRef<'a> {
     Token(String),
     Certificate(&'a Arc<CertificateIdentity>),
 }
 
-/// A caller that is known, before it is asked what it may.
+/// An authenticated caller whose permissions are not checked yet.
 struct AuthenticatedCaller {
-    proof: CallerIdentity,
+    identity: CallerIdentity,
     account: AccountId,
-    grants: ScopeSet,
-    fresh: bool,
+    granted_scopes: ScopeSet,
+    has_valid_lease: bool,
 }
 
-impl Router {
-    /// Finds out who calls, and whether that one may.
+/// Authenticates callers by the engine, and anonymous proxies by the gateway's settings.
+#[derive(Clone, Debug)]
+pub(super) struct CallAuthenticator {
+    pub(super) engine: Arc<Engine>,
+    pub(super) gateway: Arc<Gateway>,
+}
+
+impl CallAuthenticator {
+    /// Authenticates the caller, checks its permission and attaches the result to the request's extensions.
     pub(super) async fn authorize_call(
         &self,
         rpc: &'static RpcSpec,
         request: &mut Request<MessageBody>,
-        visitor: &ConnectionContext,
+        context: &ConnectionContext,
     ) -> Result<(), Status> {
         if rpc.access == AccessRequirement::Proxy
-            && let Some(proxy) = self.anonymous_proxy(&visitor.policy, request.headers())
+            && let Some(proxy) = self.anonymous_proxy(&context.policy, request.headers())
         {
             request.extensions_mut().insert(proxy);
             return Ok(());
         }
-        let shown = visitor.extract_credential(request.headers())?;
+        let credential = context.extract_credential(request.headers())?;
         if rpc.access == AccessRequirement::TokenPossession {
-            let caller = self.authenticate_possession(rpc, bearer_token(request.headers())?, visitor.peer)?;
+            let caller = self.authenticate_possession(rpc, bearer_token(request.headers())?, context.peer)?;
             request.extensions_mut().insert(ManagementSession::new(self.engine.clone(), caller));
             return Ok(());
         }
         let named_account = parse_header(request.headers(), "x-keyward-account", AccountId::parse);
         let named_user = parse_header(request.headers(), "x-keyward-acting-user", UserId::parse);
-        let AuthenticatedCaller { proof, account, grants, fresh } = match shown {
+        let AuthenticatedCaller { identity, account, granted_scopes, has_valid_lease } = match credential {
             PresentedCredentialRef::Token(ref token) => {
-                self.authenticate_token(rpc, token, &named_account, visitor.peer).await?
+                self.authenticate_token(rpc, token, &named_account, context.peer).await?
             }
             PresentedCredentialRef::Certificate(identity) => self.authenticate_certificate(identity)?,
         };
-        visitor.mark_proven_caller();
-        if !fresh && rpc.plane == ExecutionPlane::Management {
+        context.mark_proven_caller();
+        if !has_valid_lease && rpc.plane == ExecutionPlane::Management {
             return Err(ServiceError::CheckFailed(CheckError::LeaseLost).into());
         }
         let named_account = named_account?;
@@ -161,22 +169,22 @@ impl Router {
             let message = "only the operator account's callers may act for a person (x-keyward-acting-user)";
             return Err(ServiceError::Forbidden("OPERATOR_ONLY", message.to_owned()).into());
         }
-        let (method, peer) = (rpc.method, visitor.peer);
-        // Of Checks nobody asks, unless they are recorded; and they change nothing.
+        let (method, peer) = (rpc.method, context.peer);
+        // A Check changes nothing, so its id matters only in traces.
         let request_id = trace::with_current(|call| {
             (rpc.plane == ExecutionPlane::Management).then(|| call.request_id().to_string())
         });
         let request_id = request_id.flatten();
-        let needs = match rpc.access {
+        let required_permission = match rpc.access {
             AccessRequirement::RequiresPermission(permission) => Some(permission),
             AccessRequirement::Proxy => Some(Permission::Check),
             AccessRequirement::AnyUsableKey | AccessRequirement::TokenPossession => None,
         };
         let caller = Caller {
-            identity: proof,
+            identity,
             account,
-            granted_scopes: grants,
-            required_permission: needs,
+            granted_scopes,
+            required_permission,
             acting_user,
             logged_user: None,
             method,
@@ -189,12 +197,13 @@ impl Router {
                 call.set_caller(trace::CallerLabels { key_id: key, account });
             }
         });
-        if let Some(permission) = needs.filter(|permission| !caller.has_permission(*permission)) {
+        if let Some(permission) = required_permission.filter(|permission| !caller.has_permission(*permission))
+        {
             return Err(permission_missing(permission.as_str()));
         }
-        // The caller of a management call is judged again by its `ManagementSession`.
+        // `ManagementSession` evaluates the caller of a management call again.
         if rpc.plane == ExecutionPlane::Checks {
-            let shown = match shown {
+            let credential = match credential {
                 PresentedCredentialRef::Token(token) => {
                     PresentedCredential::Token(Arc::new(Zeroizing::new(token)))
                 }
@@ -202,12 +211,12 @@ impl Router {
                     PresentedCredential::Certificate(identity.clone())
                 }
             };
-            let vigil = CheckSession { credential: shown, named_account, peer };
+            let session = CheckSession { credential, named_account, peer };
             if rpc.access == AccessRequirement::Proxy {
-                let (account, vigil) = (caller.account.clone(), Some(vigil.clone()));
-                request.extensions_mut().insert(ProxyCaller { account, trusted: true, session: vigil });
+                let (account, session) = (caller.account.clone(), Some(session.clone()));
+                request.extensions_mut().insert(ProxyCaller { account, trusted: true, session });
             }
-            request.extensions_mut().insert(vigil);
+            request.extensions_mut().insert(session);
         }
         match rpc.plane {
             ExecutionPlane::Checks => drop(request.extensions_mut().insert(caller)),
@@ -218,99 +227,94 @@ impl Router {
         Ok(())
     }
 
-    /// The proxy that asks here without a credential, where it may.
-    pub(super) fn anonymous_proxy(&self, door: &ListenerPolicy, headers: &HeaderMap) -> Option<ProxyCaller> {
-        let envoy = door.services.is_envoy_only();
-        let free = door.allows_anonymous_proxies && !self.gateway.settings().require_caller;
-        let shows_none = || !headers.contains_key(http::header::AUTHORIZATION);
-        (free && (envoy || shows_none())).then(|| ProxyCaller {
+    /// The proxy that calls without a credential, if the listener and the settings allow it.
+    pub(super) fn anonymous_proxy(
+        &self,
+        policy: &ListenerPolicy,
+        headers: &HeaderMap,
+    ) -> Option<ProxyCaller> {
+        let is_envoy_only = policy.services.is_envoy_only();
+        let is_allowed = policy.allows_anonymous_proxies && !self.gateway.settings().require_caller;
+        let has_no_token = || !headers.contains_key(http::header::AUTHORIZATION);
+        (is_allowed && (is_envoy_only || has_no_token())).then(|| ProxyCaller {
             account: AccountId::operator(),
-            trusted: envoy,
+            trusted: is_envoy_only,
             session: None,
         })
     }
 
-    /// The caller with this token, decided as any other key.
+    /// Authenticates a token and charges the call to its limits.
     async fn authenticate_token(
         &self,
         rpc: &'static RpcSpec,
-        presented: &str,
+        token: &str,
         named_account: &Result<Option<AccountId>, ServiceError>,
         peer: Option<IpAddr>,
     ) -> Result<AuthenticatedCaller, ServiceError> {
-        let asked = named_account.as_ref().ok().and_then(Option::as_ref);
+        let requested_account = named_account.as_ref().ok().and_then(Option::as_ref);
         let anywhere = rpc.access == AccessRequirement::AnyUsableKey;
-        // A batch is charged for each of its items, once they are known.
-        let take = if rpc.is_batch() { Consumption::ONE.into_dry_run() } else { Consumption::ONE };
-        let refused = match self.engine.authenticate(presented, asked, anywhere, peer, take).await? {
-            Ok(AuthenticatedKey {
-                key_match: holder,
-                digest,
-                account,
-                granted_scopes: grants,
-                has_valid_lease: fresh,
-            }) => {
-                return Ok(AuthenticatedCaller {
-                    proof: CallerIdentity::Key(holder.key, digest),
-                    account,
-                    grants,
-                    fresh,
-                });
-            }
-            Err(refused) => refused,
-        };
-        tracing::debug!(reason = refused.reason.as_str(), method = rpc.method, "a caller was refused");
-        Err(match (refused.reason, named_account) {
-            // Only who holds a good key hears what else is wrong.
+        // A batch is charged for each item, once their number is known.
+        let consumption = if rpc.is_batch() { Consumption::ONE.into_dry_run() } else { Consumption::ONE };
+        let failure =
+            match self.engine.authenticate(token, requested_account, anywhere, peer, consumption).await? {
+                Ok(AuthenticatedKey { key_match, digest, account, granted_scopes, has_valid_lease }) => {
+                    return Ok(AuthenticatedCaller {
+                        identity: CallerIdentity::Key(key_match.key, digest),
+                        account,
+                        granted_scopes,
+                        has_valid_lease,
+                    });
+                }
+                Err(failure) => failure,
+            };
+        tracing::debug!(reason = failure.reason.as_str(), method = rpc.method, "caller refused");
+        Err(match (failure.reason, named_account) {
+            // Other errors are shown only to the holder of a valid key.
             (Reason::WrongAccount, Err(ServiceError::Invalid(violations))) => {
                 ServiceError::Invalid(violations.clone())
             }
             (Reason::RateLimited | Reason::QuotaExceeded, _) => {
-                ServiceError::CallerRateLimited(refused.retry_after)
+                ServiceError::CallerRateLimited(failure.retry_after)
             }
             _ => ServiceError::Unauthenticated,
         })
     }
 
-    /// The caller with a certificate of this identity. It acts in the account that the configuration says, whatever the
-    /// call names.
+    /// Authenticates a certificate. Its caller acts in the configured account, whatever account the call names.
     fn authenticate_certificate(
         &self,
         identity: &Arc<CertificateIdentity>,
     ) -> Result<AuthenticatedCaller, ServiceError> {
-        let vouched = self.engine.account_status(identity.account())?;
-        if !vouched.is_active {
-            tracing::debug!(
-                identity = identity.actor_name(),
-                "a caller was refused: its account is suspended or unknown"
-            );
+        let status = self.engine.account_status(identity.account())?;
+        if !status.is_active {
+            tracing::debug!(identity = identity.actor_name(), "caller refused: account suspended or unknown");
             return Err(ServiceError::Unauthenticated);
         }
         Ok(AuthenticatedCaller {
             account: identity.account().clone(),
-            grants: identity.scopes().clone(),
-            proof: CallerIdentity::Certificate(identity.clone()),
-            fresh: vouched.has_valid_lease,
+            granted_scopes: identity.scopes().clone(),
+            identity: CallerIdentity::Certificate(identity.clone()),
+            has_valid_lease: status.has_valid_lease,
         })
     }
 
-    /// The caller that shows a living token, in whatever state the key is.
+    /// Authenticates a token that has not been superseded, whatever the state of its key.
     fn authenticate_possession(
         &self,
         rpc: &'static RpcSpec,
-        presented: &str,
+        token: &str,
         peer: Option<IpAddr>,
     ) -> Result<Caller, ServiceError> {
-        let digest = TokenDigest::from_token(presented);
-        let holder = self.engine.find_possessed_key(&digest)?.ok_or(ServiceError::Unauthenticated)?;
-        let account = holder.key.owner().account().cloned();
+        let digest = TokenDigest::from_token(token);
+        let key_match = self.engine.find_possessed_key(&digest)?.ok_or(ServiceError::Unauthenticated)?;
+        let account = key_match.key.owner().account().cloned();
         let request_id = trace::with_current(|call| {
             let account = account.as_ref().map(ToString::to_string).unwrap_or_default();
-            call.set_caller(trace::CallerLabels { key_id: holder.key.id().to_string(), account });
+            call.set_caller(trace::CallerLabels { key_id: key_match.key.id().to_string(), account });
             call.request_id().to_string()
         });
         Ok(Caller {
-            identity: CallerIdentity::Possession(holder.key, digest),
+            identity: CallerIdentity::Possession(key_match.key, digest),
             account: account.unwrap_or_else(AccountId::unspecified),
             granted_scopes: ScopeSet::default(),
             required_permission: None,
@@ -324,19 +328,18 @@ impl Router {
 }
 
 impl ConnectionContext {
-    /// Whether a caller has proved itself over this connection.
+    /// Whether a caller was authenticated on this connection.
     pub(super) fn has_proven_caller(&self) -> bool {
         self.has_proven_caller.load(Ordering::Relaxed)
     }
 
-    /// Remembers that a caller has proved itself.
     pub(super) fn mark_proven_caller(&self) {
         if !self.has_proven_caller() {
             self.has_proven_caller.store(true, Ordering::Relaxed);
         }
     }
 
-    /// What a call shows of its caller, where that is enough by this door.
+    /// The credential of a call, if the listener accepts it.
     fn extract_credential(&self, headers: &HeaderMap) -> Result<PresentedCredentialRef<'_>, ServiceError> {
         let identity = || self.identity.as_ref().ok_or(ServiceError::Unauthenticated);
         let token = || bearer_token(headers).map(|token| PresentedCredentialRef::Token(token.to_owned()));
@@ -350,7 +353,7 @@ impl ConnectionContext {
     }
 }
 
-/// The bearer token of a call: exactly one, in one header.
+/// The bearer token of a call. Exactly one `authorization` header must carry it.
 pub(super) fn bearer_token(headers: &HeaderMap) -> Result<&str, ServiceError> {
     let mut values = headers.get_all(http::header::AUTHORIZATION).iter();
     let (Some(value), None) = (values.next(), values.next()) else {
@@ -363,7 +366,7 @@ pub(super) fn bearer_token(headers: &HeaderMap) -> Result<&str, ServiceError> {
     }
 }
 
-/// A name that a header gives; at most once.
+/// Parses a header that may occur at most once.
 fn parse_header<T>(
     headers: &HeaderMap,
     header: &'static str,

@@ -1,5 +1,6 @@
-//! A Check's question on the wire (`keyward.v1.CheckRequest`), read where it stands: of its texts, nothing is copied. What
-//! it says is judged by `authz`. A test holds it against the generated message.
+//! Decodes `keyward.v1.CheckRequest` without copying its strings.
+//!
+//! Validation belongs in `check_evaluator.rs`. A test compares this decoder with the generated message.
 
 use prost::encoding::{DecodeContext, WireType, decode_key, decode_varint, skip_field};
 use smallvec::SmallVec;
@@ -9,12 +10,12 @@ use crate::pb;
 
 use super::status::malformed_message;
 
-/// A question as it was asked.
+/// A request as it was sent, borrowed from the message.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct CheckRequestView<'a> {
     pub(super) token: &'a str,
     pub(super) environment: &'a str,
-    /// Most ask for one.
+    /// Most requests name a single scope.
     pub(super) scopes: SmallVec<[&'a str; 2]>,
     pub(super) authenticate_only: bool,
     pub(super) account: Option<&'a str>,
@@ -25,7 +26,7 @@ pub(super) struct CheckRequestView<'a> {
     pub(super) min_revision: Option<u64>,
 }
 
-/// Bytes that are no such message. The generated reader says what is wrong with them.
+/// The bytes are not such a message. The generated decoder words the error.
 struct MalformedMessage;
 
 impl From<prost::DecodeError> for MalformedMessage {
@@ -35,53 +36,46 @@ impl From<prost::DecodeError> for MalformedMessage {
 }
 
 impl<'a> CheckRequestView<'a> {
-    /// Reads a `CheckRequest`.
-    ///
-    /// # Errors
-    /// When the bytes are none.
     pub(super) fn decode(message: &'a [u8]) -> Result<Self, Status> {
         decode_check(message).map_err(|MalformedMessage| malformed_message::<pb::CheckRequest>(message))
     }
 
-    /// Reads the questions of a `BatchCheckRequest`.
-    ///
-    /// # Errors
-    /// When the bytes are none.
+    /// Decodes the checks of a `BatchCheckRequest`.
     pub(super) fn decode_batch(message: &'a [u8]) -> Result<Vec<Self>, Status> {
         decode_checks(message).map_err(|MalformedMessage| malformed_message::<pb::BatchCheckRequest>(message))
     }
 }
 
 fn decode_check(mut rest: &[u8]) -> Result<CheckRequestView<'_>, MalformedMessage> {
-    let mut asked = CheckRequestView::default();
+    let mut request = CheckRequestView::default();
     while !rest.is_empty() {
         let (field, wire) = decode_key(&mut rest)?;
         match field {
-            1 => asked.token = read_text(wire, &mut rest)?,
-            2 => asked.environment = read_text(wire, &mut rest)?,
-            3 => asked.scopes.push(read_text(wire, &mut rest)?),
-            4 => asked.authenticate_only = read_varint(wire, &mut rest)? != 0,
-            5 => asked.account = Some(read_text(wire, &mut rest)?),
-            6 => asked.customer = Some(read_text(wire, &mut rest)?),
-            7 => asked.client_ip = Some(read_text(wire, &mut rest)?),
-            8 => asked.cost = Some(read_varint(wire, &mut rest)?),
-            9 => asked.dry_run = read_varint(wire, &mut rest)? != 0,
-            10 => asked.min_revision = Some(read_varint(wire, &mut rest)?),
+            1 => request.token = read_text(wire, &mut rest)?,
+            2 => request.environment = read_text(wire, &mut rest)?,
+            3 => request.scopes.push(read_text(wire, &mut rest)?),
+            4 => request.authenticate_only = read_varint(wire, &mut rest)? != 0,
+            5 => request.account = Some(read_text(wire, &mut rest)?),
+            6 => request.customer = Some(read_text(wire, &mut rest)?),
+            7 => request.client_ip = Some(read_text(wire, &mut rest)?),
+            8 => request.cost = Some(read_varint(wire, &mut rest)?),
+            9 => request.dry_run = read_varint(wire, &mut rest)? != 0,
+            10 => request.min_revision = Some(read_varint(wire, &mut rest)?),
             _ => skip_field(wire, field, &mut rest, DecodeContext::default())?,
         }
     }
-    Ok(asked)
+    Ok(request)
 }
 
 fn decode_checks(mut rest: &[u8]) -> Result<Vec<CheckRequestView<'_>>, MalformedMessage> {
-    let mut asked = Vec::new();
+    let mut request = Vec::new();
     while !rest.is_empty() {
         match decode_key(&mut rest)? {
-            (1, wire) => asked.push(decode_check(read_bytes(wire, &mut rest)?)?),
+            (1, wire) => request.push(decode_check(read_bytes(wire, &mut rest)?)?),
             (field, wire) => skip_field(wire, field, &mut rest, DecodeContext::default())?,
         }
     }
-    Ok(asked)
+    Ok(request)
 }
 
 fn read_bytes<'a>(wire: WireType, rest: &mut &'a [u8]) -> Result<&'a [u8], MalformedMessage> {
@@ -108,7 +102,7 @@ mod tests {
     use proptest::{collection::vec, option, prelude::*};
     use prost::Message as _;
 
-    /// The same question as the generated message has it.
+    /// The same request as a generated message.
     fn generated(asked: &CheckRequestView<'_>) -> pb::CheckRequest {
         let owned = |text: Option<&str>| text.map(str::to_owned);
         pb::CheckRequest {
@@ -150,8 +144,8 @@ mod tests {
             prop_assert_eq!(generated(&CheckRequestView::decode(&bytes).unwrap()), request);
         }
 
-        /// Whatever the bytes are: both readers refuse them, or read the same. So it is with two messages in one, of which
-        /// the last word counts, and with one that is damaged.
+        /// For any bytes, both decoders fail or agree. That includes concatenated messages, of which the last
+        /// value counts, and damaged ones.
         #[test]
         fn it_reads_what_the_generated_reader_reads(
             requests in vec(requests(), 1..3),

@@ -1,5 +1,6 @@
-//! A Check's answer on the wire (`keyward.v1.CheckResponse`), written from what the engine found without a message in
-//! between: of texts that are there already, nothing is copied twice. A test holds it against the generated message.
+//! Encodes `keyward.v1.CheckResponse` straight from the engine's outcome, without an intermediate message.
+//!
+//! Nothing is decided here. A test compares this encoder with the generated message.
 
 use bytes::{BufMut, BytesMut};
 use prost::encoding::{WireType, encode_key, encode_varint, encoded_len_varint, message};
@@ -17,80 +18,79 @@ use crate::{
 
 use super::convert;
 
-/// Writes the message.
-pub(super) fn write_response(answer: &CheckOutcome, out: &mut impl BufMut) {
-    write_fields(answer, true, out);
+pub(super) fn write_response(outcome: &CheckOutcome, out: &mut impl BufMut) {
+    write_fields(outcome, true, out);
 }
 
-/// Writes an item of a batch: without the key's grants and metadata if they would make the batch longer than `most`.
-pub(super) fn write_batch_item(answer: &CheckOutcome, most: usize, out: &mut BytesMut) {
+/// Writes an item of a batch. Omits the key's grants and metadata if they would make the batch longer than `max_bytes`.
+pub(super) fn write_batch_item(outcome: &CheckOutcome, max_bytes: usize, out: &mut BytesMut) {
     let start = out.len();
-    write_submessage(1, out, |out| write_fields(answer, true, out));
-    if out.len() > most && answer.key_match.is_some() {
+    write_submessage(1, out, |out| write_fields(outcome, true, out));
+    if out.len() > max_bytes && outcome.key_match.is_some() {
         out.truncate(start);
-        write_submessage(1, out, |out| write_fields(answer, false, out));
+        write_submessage(1, out, |out| write_fields(outcome, false, out));
     }
 }
 
-fn write_fields(answer: &CheckOutcome, grants: bool, out: &mut impl BufMut) {
-    let reason = answer.reason();
+fn write_fields(outcome: &CheckOutcome, grants: bool, out: &mut impl BufMut) {
+    let reason = outcome.reason();
     write_varint(1, u64::from(reason == Reason::Ok), out);
     write_varint(2, reason as u64, out);
     match reason {
-        Reason::MissingScope => write_text(3, &missing_scopes_message(answer), out),
+        Reason::MissingScope => write_text(3, &missing_scopes_message(outcome), out),
         _ => write_text(3, reason.message(), out),
     }
-    write_reasons(4, answer.failures, out);
-    answer.missing_scopes.iter().for_each(|scope| write_text(5, scope.as_str(), out));
-    if let Some(holder) = &answer.key_match {
-        let key = &holder.key;
+    write_reasons(4, outcome.failures, out);
+    outcome.missing_scopes.iter().for_each(|scope| write_text(5, scope.as_str(), out));
+    if let Some(key_match) = &outcome.key_match {
+        let key = &key_match.key;
         write_text(6, key.id().encode_hyphenated(&mut [0; 36]), out);
         write_text(7, key.name().unwrap_or_default(), out);
-        write_text(8, answer.acting_account_id().map_or("", |account| account.as_str()), out);
+        write_text(8, outcome.acting_account_id().map_or("", |account| account.as_str()), out);
         write_text(9, key.owner().user().map_or("", |user| user.as_str()), out);
         write_text(10, key.environment().as_str(), out);
         if grants {
-            answer.granted_scopes().for_each(|scope| write_text(11, scope.as_str(), out));
+            outcome.granted_scopes().for_each(|scope| write_text(11, scope.as_str(), out));
         }
-        write_varint(12, holder.secret_version.into(), out);
+        write_varint(12, key_match.secret_version.into(), out);
         if grants {
             key.metadata().iter().for_each(|pair| write_map_entry(13, pair, out));
         }
     }
-    answer
+    outcome
         .limits()
         .statuses
         .iter()
-        .for_each(|standing| message::encode(14, &limit_state_to_proto(standing), out));
-    if let Some(after) = answer.limits().retry_after() {
+        .for_each(|status| message::encode(14, &limit_state_to_proto(status), out));
+    if let Some(after) = outcome.limits().retry_after() {
         message::encode(15, &convert::duration_to_proto(after), out);
     }
-    if let Some(end) = answer.key_match.as_ref().and_then(|holder| holder.key.expires_at()) {
-        message::encode(16, &convert::timestamp_to_proto(end), out);
+    if let Some(expires_at) = outcome.key_match.as_ref().and_then(|key_match| key_match.key.expires_at()) {
+        message::encode(16, &convert::timestamp_to_proto(expires_at), out);
     }
-    write_varint(17, answer.revision.0, out);
-    message::encode(18, &convert::duration_to_proto(answer.staleness), out);
-    // No answer may be kept.
+    write_varint(17, outcome.revision.0, out);
+    message::encode(18, &convert::duration_to_proto(outcome.staleness), out);
+    // `max_age` 0: no response may be cached.
     message::encode(19, &PbDuration::default(), out);
-    write_varint(20, answer.limits().is_inexact.into(), out);
+    write_varint(20, outcome.limits().is_inexact.into(), out);
     write_varint(22, (!grants).into(), out);
 }
 
-fn missing_scopes_message(answer: &CheckOutcome) -> String {
-    let missing = convert::to_strings(&answer.missing_scopes).join(", ");
-    format!("{}: missing {missing}", answer.reason().message())
+fn missing_scopes_message(outcome: &CheckOutcome) -> String {
+    let missing = convert::to_strings(&outcome.missing_scopes).join(", ");
+    format!("{}: missing {missing}", outcome.reason().message())
 }
 
-fn limit_state_to_proto((name, limit, standing): &(String, u64, LimitStatus)) -> pb::RateLimitState {
+fn limit_state_to_proto((name, limit, status): &(String, u64, LimitStatus)) -> pb::RateLimitState {
     pb::RateLimitState {
         name: name.clone(),
         limit: *limit,
-        remaining: standing.remaining,
-        reset_after: standing.reset_after.map(convert::duration_to_proto),
+        remaining: status.remaining,
+        reset_after: status.reset_after.map(convert::duration_to_proto),
     }
 }
 
-/// A number or a flag. What is 0 is left out, as in every field of a message.
+/// Writes a number or a flag. Zero is omitted, as proto3 requires.
 fn write_varint(field: u32, value: u64, out: &mut impl BufMut) {
     if value != 0 {
         encode_key(field, WireType::Varint, out);
@@ -114,7 +114,7 @@ fn write_nonempty_bytes(field: u32, bytes: &[u8], out: &mut impl BufMut) {
     out.put_slice(bytes);
 }
 
-/// An entry of a map of texts.
+/// Writes an entry of a map of strings.
 fn write_map_entry(field: u32, (name, value): (&String, &String), out: &mut impl BufMut) {
     let length = |text: &str| 1 + encoded_len_varint(text.len() as u64) + text.len();
     encode_key(field, WireType::LengthDelimited, out);
@@ -123,7 +123,7 @@ fn write_map_entry(field: u32, (name, value): (&String, &String), out: &mut impl
     write_nonempty_text(2, value, out);
 }
 
-/// A message in a message. Its length is known when it is written: most have one of two bytes, for which room is kept.
+/// Writes a nested message. Its length is only known afterwards; two bytes are reserved, which fit most.
 fn write_submessage(field: u32, out: &mut BytesMut, write: impl FnOnce(&mut BytesMut)) {
     const RESERVED_LEN: usize = 2;
     encode_key(field, WireType::LengthDelimited, out);
@@ -140,7 +140,7 @@ fn write_submessage(field: u32, out: &mut BytesMut, write: impl FnOnce(&mut Byte
     encode_varint(length as u64, &mut &mut out[start..start + prefix]);
 }
 
-/// Reasons, packed: each has a number of one byte.
+/// Writes reasons as a packed field: each number takes one byte.
 fn write_reasons(field: u32, list: ReasonSet, out: &mut impl BufMut) {
     let mut numbers = [0; Reason::ALL.len()];
     let written = numbers.iter_mut().zip(list.iter()).map(|(number, reason)| *number = reason as u8).count();

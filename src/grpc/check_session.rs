@@ -1,5 +1,7 @@
-//! Whether a caller of Checks may ask still: it was let in by its headers, and what it asks comes later, once or many
-//! times. Who it is was found out by `admission`.
+//! Evaluates the caller of Checks again while its call runs. A request can arrive long after the headers that
+//! authenticated it, and a stream carries many.
+//!
+//! The first authentication belongs in `auth.rs`. Callers of management calls are in `management_session.rs`.
 
 use std::{net::IpAddr, sync::Arc};
 
@@ -22,18 +24,17 @@ use crate::{
 
 use super::status::{batch_exceeds_limit, permission_missing};
 
-/// What proves a caller.
+/// The credential that a caller presented.
 #[derive(Clone)]
 pub(super) enum PresentedCredential {
     Token(Arc<Zeroizing<String>>),
     Certificate(Arc<CertificateIdentity>),
 }
 
-/// What a caller has shown when it called, so that it can be decided again.
+/// The credential and context of a call, kept so that its caller can be evaluated again.
 #[derive(Clone)]
 pub(super) struct CheckSession {
     pub(super) credential: PresentedCredential,
-    /// The account that it named.
     pub(super) named_account: Option<AccountId>,
     pub(super) peer: Option<IpAddr>,
 }
@@ -45,7 +46,7 @@ impl std::fmt::Debug for CheckSession {
 }
 
 impl CheckSession {
-    /// Whether the caller may ask still. Nothing is counted.
+    /// Whether the caller is still authorized. Charges nothing.
     pub(super) fn is_still_authorized(&self, engine: &Engine) -> Result<bool, CheckError> {
         match &self.credential {
             PresentedCredential::Certificate(identity) => {
@@ -57,46 +58,47 @@ impl CheckSession {
         }
     }
 
-    /// The same of one that stood when the index was in this state.
+    /// Like `is_still_authorized`, for a caller that was authorized at index version `version`.
     pub(super) fn is_still_authorized_since(
         &self,
         engine: &Engine,
-        then: Option<IndexVersion>,
+        version: Option<IndexVersion>,
     ) -> Result<bool, CheckError> {
-        if then.is_some() && engine.index.version() == then {
+        if version.is_some() && engine.index.version() == version {
             Ok(true)
         } else {
             self.is_still_authorized(engine)
         }
     }
 
-    /// Whether the caller still may ask. `charge`: so many calls, which its limits count, all of them or none.
+    /// Checks that the caller is still authorized, and charges `charge` calls to its limits: all of them or none.
     pub(super) async fn reauthorize_and_charge(
         &self,
         engine: &Engine,
-        charge: u64,
-        memory: &CallerCache,
+        charged_calls: u64,
+        cache: &CallerCache,
     ) -> Result<(), Status> {
-        if let Some(known) = self.cached_caller(engine, memory) {
-            if charge > 0 {
-                engine.record_cached_call(&known);
+        if let Some(cached_caller) = self.cached_caller(engine, cache) {
+            if charged_calls > 0 {
+                engine.record_cached_call(&cached_caller);
             }
             return Ok(());
         }
         match &self.credential {
-            PresentedCredential::Token(token) if charge > 0 => {
-                let (account, take) = (self.named_account.as_ref(), Consumption::with_cost(charge));
-                let decided = engine.authenticate(token, account, false, self.peer, take).await;
-                match decided.map_err(ServiceError::from)? {
-                    Ok(AuthenticatedKey { granted_scopes: grants, .. }) => {
-                        require_permission(Permission::Check, &grants)
+            PresentedCredential::Token(token) if charged_calls > 0 => {
+                let (account, consumption) =
+                    (self.named_account.as_ref(), Consumption::with_cost(charged_calls));
+                let result = engine.authenticate(token, account, false, self.peer, consumption).await;
+                match result.map_err(ServiceError::from)? {
+                    Ok(AuthenticatedKey { granted_scopes, .. }) => {
+                        require_permission(Permission::Check, &granted_scopes)
                     }
                     Err(AuthenticationFailure {
                         reason: Reason::RateLimited | Reason::QuotaExceeded,
                         retry_after,
-                        max_cost: most,
-                    }) => Err(match most.filter(|_| charge > 1) {
-                        Some(most) => batch_exceeds_limit(charge, most),
+                        max_cost,
+                    }) => Err(match max_cost.filter(|_| charged_calls > 1) {
+                        Some(max_cost) => batch_exceeds_limit(charged_calls, max_cost),
                         None => ServiceError::CallerRateLimited(retry_after).into(),
                     }),
                     Err(_) => Err(ServiceError::Unauthenticated.into()),
@@ -106,57 +108,62 @@ impl CheckSession {
         }
     }
 
-    /// Checks that the caller may still ask Checks. Nothing is charged.
+    /// Checks that the caller is still authorized for Checks. Charges nothing.
     fn reauthorize(&self, engine: &Engine) -> Result<(), Status> {
-        let grants = match &self.credential {
+        let granted_scopes = match &self.credential {
             PresentedCredential::Certificate(identity) => {
-                let stands = engine.account_status(identity.account()).map_err(ServiceError::from)?.is_active;
-                stands.then(|| identity.scopes().clone()).ok_or(ServiceError::Unauthenticated)?
+                let authenticated =
+                    engine.account_status(identity.account()).map_err(ServiceError::from)?.is_active;
+                authenticated.then(|| identity.scopes().clone()).ok_or(ServiceError::Unauthenticated)?
             }
             PresentedCredential::Token(token) => {
-                let stands = engine
+                let authenticated = engine
                     .reauthenticate(token, self.named_account.as_ref(), self.peer)
                     .map_err(ServiceError::from)?;
-                stands.map_err(|_| ServiceError::Unauthenticated)?
+                authenticated.map_err(|_| ServiceError::Unauthenticated)?
             }
         };
-        require_permission(Permission::Check, &grants)
+        require_permission(Permission::Check, &granted_scopes)
     }
 
-    /// The caller, where it plainly may ask.
-    pub(super) fn cached_caller(&self, engine: &Engine, memory: &CallerCache) -> Option<Arc<CachedCaller>> {
+    /// The cached caller, if the cache alone shows that it is authorized.
+    pub(super) fn cached_caller(&self, engine: &Engine, cache: &CallerCache) -> Option<Arc<CachedCaller>> {
         match &self.credential {
             PresentedCredential::Token(token) if self.named_account.is_none() => {
-                authenticate_cached(engine, token, self.peer, memory)
+                authenticate_cached(engine, token, self.peer, cache)
             }
             _ => None,
         }
     }
 }
 
-fn require_permission(permission: Permission, grants: &ScopeSet) -> Result<(), Status> {
-    if permission.is_granted_by(grants) { Ok(()) } else { Err(permission_missing(permission.as_str())) }
+fn require_permission(permission: Permission, granted_scopes: &ScopeSet) -> Result<(), Status> {
+    if permission.is_granted_by(granted_scopes) {
+        Ok(())
+    } else {
+        Err(permission_missing(permission.as_str()))
+    }
 }
 
-/// The caller with this token, where it plainly may ask Checks: see [`Engine::authenticate_cached`].
+/// The caller with this token, if the cache alone shows that it may call Check. See [`Engine::authenticate_cached`].
 pub(super) fn authenticate_cached(
     engine: &Engine,
     token: &str,
     peer: Option<IpAddr>,
-    memory: &CallerCache,
+    cache: &CallerCache,
 ) -> Option<Arc<CachedCaller>> {
     engine
-        .authenticate_cached(token, peer, memory)
-        .filter(|known| Permission::Check.is_granted_by(&known.granted_scopes))
+        .authenticate_cached(token, peer, cache)
+        .filter(|cached_caller| Permission::Check.is_granted_by(&cached_caller.granted_scopes))
 }
 
-/// Whether the caller with this token may ask Checks.
+/// Whether the caller with this token may call Check.
 pub(super) fn is_token_authorized(
     engine: &Engine,
     token: &str,
     account: Option<&AccountId>,
     peer: Option<IpAddr>,
 ) -> Result<bool, CheckError> {
-    let stands = engine.reauthenticate(token, account, peer)?;
-    Ok(stands.is_ok_and(|grants| Permission::Check.is_granted_by(&grants)))
+    let authenticated = engine.reauthenticate(token, account, peer)?;
+    Ok(authenticated.is_ok_and(|granted_scopes| Permission::Check.is_granted_by(&granted_scopes)))
 }

@@ -1,8 +1,8 @@
-//! StreamCheck: many Checks on one long call, for callers with very much traffic. Each is decided as a Check of its own,
-//! answered in the order in which they came, and charged to the caller as a call of its own.
+//! Serves StreamCheck: many Checks on one call, for callers with high traffic. Each Check is decided, ordered and
+//! charged like a call of its own.
 //!
-//! The caller is decided anew with each message, and once a second while there is none: a stream ends when its caller is
-//! revoked. It ends with a status where a Check would have had one: the messages before it are answered.
+//! The caller is evaluated again with each message, and once a second in between, so that the stream of a revoked
+//! caller ends. The stream ends with the status that a Check would have had; earlier messages are answered first.
 
 use std::{
     pin::Pin,
@@ -32,75 +32,70 @@ use crate::{
 };
 
 use super::{
-    authz_service::{AuthzService, CheckProgress},
     check_decoder::CheckRequestView,
+    check_evaluator::{CheckEvaluator, CheckProgress},
     check_session::CheckSession,
     response_body::INITIAL_CAPACITY,
     rpc::MAX_CHECK_REQUEST,
+    shutdown::wait_until_stopping,
     status::message_too_large,
 };
 
-/// How long a revoked caller's stream may stay open when nothing is asked on it.
+/// How long the idle stream of a revoked caller may stay open.
 const REAUTHORIZE_INTERVAL: Duration = Duration::from_secs(1);
-/// After how many messages that were there already others get their turn.
+/// Messages that are answered in a row before other tasks run.
 const MAX_CONSECUTIVE_CHECKS: u32 = 64;
 
-/// Waits until the server stops.
-async fn wait_until_stopping(stopping: &mut watch::Receiver<bool>) {
-    let _ = stopping.wait_for(|stop| *stop).await;
-}
-
-/// A stream under way.
+/// The state of one stream.
 struct StreamCheckCall {
-    service: Arc<AuthzService>,
+    evaluator: Arc<CheckEvaluator>,
     caller: Caller,
     session: CheckSession,
     caller_cache: CallerCache,
     requests: Streaming<Bytes>,
     reauthorize_timer: Interval,
     stopping: watch::Receiver<bool>,
-    /// The caller, when it was last found plainly in order.
+    /// The caller, from its last successful cache lookup.
     cached_caller: Option<Arc<CachedCaller>>,
-    /// Whether the next message is charged to the caller: the first came with the call, which is.
+    /// Whether the next message is charged to the caller. The first is not, since the call itself was charged.
     charges_next: bool,
-    /// How many messages came one after the other without a wait.
+    /// Messages that were answered in a row without waiting.
     consecutive_checks: u32,
 }
 
 type StreamCheckResult = Result<BytesMut, Status>;
 
-/// The answers to a stream of questions, as they are sent: a status ends them.
+/// The responses of one stream. A status ends them.
 ///
-/// Most questions are there already and can be answered at once, without a future for each: to make and to move those
-/// took a tenth of an item's time.
+/// Most messages are buffered and can be answered at once, without a future for each. Creating and moving those futures
+/// took a tenth of the time of an item.
 pub(super) struct CheckResponseStream {
-    /// None = it has ended, or waits.
+    /// `None` if the stream has ended, or while `pending` holds it.
     call: Option<Box<StreamCheckCall>>,
     pending: Option<BoxFuture<'static, (Box<StreamCheckCall>, Option<StreamCheckResult>)>>,
 }
 
-/// The answers to a stream of questions.
+/// Answers a stream of requests in order.
 pub(super) fn check_responses(
-    service: Arc<AuthzService>,
+    evaluator: Arc<CheckEvaluator>,
+    stopping: watch::Receiver<bool>,
     caller: Caller,
-    vigil: CheckSession,
-    questions: Streaming<Bytes>,
+    session: CheckSession,
+    requests: Streaming<Bytes>,
 ) -> CheckResponseStream {
-    let mut look = interval(REAUTHORIZE_INTERVAL);
-    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let (stopping, memory) = (service.stopping.clone(), CallerCache::default());
-    let (known, charge, run) = (None, false, 0);
+    let mut timer = interval(REAUTHORIZE_INTERVAL);
+    timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let call = StreamCheckCall {
-        service,
+        evaluator,
         caller,
-        session: vigil,
-        caller_cache: memory,
-        requests: questions,
-        reauthorize_timer: look,
+        session,
+        caller_cache: CallerCache::default(),
+        requests,
+        reauthorize_timer: timer,
         stopping,
-        cached_caller: known,
-        charges_next: charge,
-        consecutive_checks: run,
+        cached_caller: None,
+        charges_next: false,
+        consecutive_checks: 0,
     };
     CheckResponseStream { call: Some(Box::new(call)), pending: None }
 }
@@ -111,25 +106,25 @@ impl Stream for CheckResponseStream {
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<StreamCheckResult>> {
         if let Some(mut call) = self.call.take() {
             match call.step_without_wait(cx) {
-                ImmediateStep::Done(answer) => return Poll::Ready(self.finish_step(call, answer)),
-                ImmediateStep::NeedsWait(question) => {
+                ImmediateStep::Done(response) => return Poll::Ready(self.finish_step(call, response)),
+                ImmediateStep::NeedsWait(message) => {
                     self.pending = Some(Box::pin(async move {
-                        let answer = call.check(&question).await;
-                        (call, Some(answer))
+                        let response = call.check(&message).await;
+                        (call, Some(response))
                     }));
                 }
                 ImmediateStep::NoRequest => {
                     self.pending = Some(Box::pin(async move {
-                        let answer = call.next_response().await;
-                        (call, answer)
+                        let response = call.next_response().await;
+                        (call, response)
                     }));
                 }
             }
         }
-        let Some(waits) = &mut self.pending else { return Poll::Ready(None) };
-        let (call, answer) = ready!(waits.poll_unpin(cx));
+        let Some(pending) = &mut self.pending else { return Poll::Ready(None) };
+        let (call, response) = ready!(pending.poll_unpin(cx));
         self.pending = None;
-        Poll::Ready(self.finish_step(call, answer))
+        Poll::Ready(self.finish_step(call, response))
     }
 }
 
@@ -137,20 +132,20 @@ impl CheckResponseStream {
     fn finish_step(
         &mut self,
         call: Box<StreamCheckCall>,
-        answer: Option<StreamCheckResult>,
+        response: Option<StreamCheckResult>,
     ) -> Option<StreamCheckResult> {
-        self.call = matches!(answer, Some(Ok(_))).then_some(call);
-        answer
+        self.call = matches!(response, Some(Ok(_))).then_some(call);
+        response
     }
 }
 
-/// What can be done without a wait.
+/// What a stream can do without waiting.
 enum ImmediateStep {
-    /// Everything: this is the next answer. None = the caller has asked all that it wanted.
+    /// The next response. `None` if the client has ended the stream.
     Done(Option<StreamCheckResult>),
-    /// This question takes a wait.
+    /// This message can only be answered by waiting.
     NeedsWait(Bytes),
-    /// There is no question, or it is others' turn.
+    /// No message is buffered, or it is time to yield.
     NoRequest,
 }
 
@@ -164,38 +159,43 @@ impl StreamCheckCall {
             Poll::Pending => ImmediateStep::NoRequest,
             Poll::Ready(None) => ImmediateStep::Done(None),
             Poll::Ready(Some(Err(status))) => ImmediateStep::Done(Some(Err(status))),
-            Poll::Ready(Some(Ok(question))) => match self.check_without_wait(&question) {
-                Some(answer) => ImmediateStep::Done(Some(answer)),
-                None => ImmediateStep::NeedsWait(question),
+            Poll::Ready(Some(Ok(message))) => match self.check_without_wait(&message) {
+                Some(response) => ImmediateStep::Done(Some(response)),
+                None => ImmediateStep::NeedsWait(message),
             },
         }
     }
 
-    /// The answer, if the caller is plainly in order and nothing hangs on limits.
-    fn check_without_wait(&mut self, question: &[u8]) -> Option<StreamCheckResult> {
-        let engine = &self.service.engine;
-        let then = engine.index.version();
-        if !self.cached_caller.as_ref().is_some_and(|known| engine.is_cached_caller_current(known)) {
+    /// Answers a message if the caller is cached and no limits must be counted.
+    fn check_without_wait(&mut self, message: &[u8]) -> Option<StreamCheckResult> {
+        let engine = &self.evaluator.engine;
+        let version = engine.index.version();
+        if !self
+            .cached_caller
+            .as_ref()
+            .is_some_and(|cached_caller| engine.is_cached_caller_current(cached_caller))
+        {
             self.cached_caller = self.session.cached_caller(engine, &self.caller_cache);
         }
-        let known = self.cached_caller.as_ref()?;
+        let cached_caller = self.cached_caller.as_ref()?;
         if std::mem::replace(&mut self.charges_next, true) {
-            engine.record_cached_call(known);
+            engine.record_cached_call(cached_caller);
         }
-        if question.len() > MAX_CHECK_REQUEST {
-            return Some(Err(message_too_large(question.len(), MAX_CHECK_REQUEST)));
+        if message.len() > MAX_CHECK_REQUEST {
+            return Some(Err(message_too_large(message.len(), MAX_CHECK_REQUEST)));
         }
-        let asked = match CheckRequestView::decode(question) {
-            Ok(asked) => asked,
+        let request = match CheckRequestView::decode(message) {
+            Ok(request) => request,
             Err(status) => return Some(Err(status)),
         };
         let mut out = BytesMut::with_capacity(INITIAL_CAPACITY);
-        let stands = || self.session.is_still_authorized_since(engine, then);
-        let asker = Requester { account: &self.caller.account, is_still_authorized: &stands };
-        let written = self.service.evaluate_check(asker, &asked, &mut out);
-        match written.map(|answering| matches!(answering, CheckProgress::Done(_))) {
+        let is_still_authorized = || self.session.is_still_authorized_since(engine, version);
+        let requester =
+            Requester { account: &self.caller.account, is_still_authorized: &is_still_authorized };
+        let progress = self.evaluator.evaluate_check(requester, &request, &mut out);
+        match progress.map(|progress| matches!(progress, CheckProgress::Done(_))) {
             Ok(true) => Some(Ok(out)),
-            // Nothing is consumed yet, but the caller is charged.
+            // Nothing is consumed yet, but the caller is already charged.
             Ok(false) => {
                 self.charges_next = false;
                 None
@@ -204,10 +204,10 @@ impl StreamCheckCall {
         }
     }
 
-    /// The next answer, or with what the stream ends. None = the caller has asked all that it wanted.
+    /// Waits for the next response, or the status that ends the stream. `None` if the client has ended the stream.
     async fn next_response(&mut self) -> Option<StreamCheckResult> {
         if self.consecutive_checks >= MAX_CONSECUTIVE_CHECKS {
-            // Who always has another question must not keep others waiting, nor the server from stopping.
+            // A client that always has a message ready must not starve other tasks or block shutdown.
             self.consecutive_checks = 0;
             tokio::task::yield_now().await;
             if *self.stopping.borrow() {
@@ -215,11 +215,11 @@ impl StreamCheckCall {
             }
         }
         loop {
-            let question = tokio::select! {
+            let message = tokio::select! {
                 biased;
-                question = self.requests.message() => question,
+                message = self.requests.message() => message,
                 _ = self.reauthorize_timer.tick() => {
-                    if let Err(status) = self.session.reauthorize_and_charge(&self.service.engine, 0, &self.caller_cache).await {
+                    if let Err(status) = self.session.reauthorize_and_charge(&self.evaluator.engine, 0, &self.caller_cache).await {
                         return Some(Err(status));
                     }
                     self.consecutive_checks = 0;
@@ -227,25 +227,29 @@ impl StreamCheckCall {
                 }
                 () = wait_until_stopping(&mut self.stopping) => return Some(Err(ServiceError::Stopping.into())),
             };
-            return match question {
-                Ok(question) => Some(self.check(&question?).await),
+            return match message {
+                Ok(message) => Some(self.check(&message?).await),
                 Err(status) => Some(Err(status)),
             };
         }
     }
 
-    async fn check(&mut self, question: &[u8]) -> StreamCheckResult {
+    async fn check(&mut self, message: &[u8]) -> StreamCheckResult {
         let charge = std::mem::replace(&mut self.charges_next, true);
-        let engine = &self.service.engine;
-        let then = engine.index.version();
+        let engine = &self.evaluator.engine;
+        let version = engine.index.version();
         self.session.reauthorize_and_charge(engine, charge.into(), &self.caller_cache).await?;
-        if question.len() > MAX_CHECK_REQUEST {
-            return Err(message_too_large(question.len(), MAX_CHECK_REQUEST));
+        if message.len() > MAX_CHECK_REQUEST {
+            return Err(message_too_large(message.len(), MAX_CHECK_REQUEST));
         }
         let mut out = BytesMut::with_capacity(INITIAL_CAPACITY);
-        let stands = || self.session.is_still_authorized_since(engine, then);
-        let asker = Requester { account: &self.caller.account, is_still_authorized: &stands };
-        self.service.evaluate_check(asker, &CheckRequestView::decode(question)?, &mut out)?.finish().await?;
+        let is_still_authorized = || self.session.is_still_authorized_since(engine, version);
+        let requester =
+            Requester { account: &self.caller.account, is_still_authorized: &is_still_authorized };
+        self.evaluator
+            .evaluate_check(requester, &CheckRequestView::decode(message)?, &mut out)?
+            .finish()
+            .await?;
         Ok(out)
     }
 }

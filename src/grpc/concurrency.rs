@@ -1,8 +1,10 @@
-//! Limits how many calls run for long at the same time: management calls, calls that wait for replicas, and answers of
-//! server reflection. A caller, an account and a connection have shares of each limit, and a part is kept for calls that
-//! take rights away and for operators.
+//! Limits concurrent calls that run for long: management calls, calls that wait for replicas,
+//! and responses of server reflection.
 //!
-//! A permit is acquired when a request has arrived: a call that sends nothing holds none.
+//! A caller, an account and a connection each have a share of a limit. A part is reserved for calls that restrict
+//! rights, and for operators. Short Checks are limited in `load_shed.rs`.
+//!
+//! A permit is acquired once the request has arrived, so a call that sends nothing holds none.
 
 use std::{
     cell::RefCell,
@@ -36,11 +38,11 @@ use super::{
     status::{deadline_exceeded, overloaded},
 };
 
-/// Calls that may wait for replicas, or follow a change, for each management call that may run.
+/// Calls that may wait for replicas, or watch a change, per management call that may run.
 const WAITING_PER_RUNNING: usize = 4;
-/// Answers of server reflection at the same time, each of which is large. Its callers are anonymous, and fill half.
+/// Concurrent responses of server reflection, each of which is large. Its callers are anonymous, and may fill half.
 const MAX_REFLECTION_CALLS: usize = 128;
-/// Time limit of such an answer.
+/// Time limit of a reflection response.
 const REFLECTION_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A subject that may use only a share of each limit.
@@ -53,7 +55,8 @@ enum LimitSubject {
 }
 
 impl LimitSubject {
-    /// The share is the limit divided by this number. An operator provisions for all accounts, and has twice as much.
+    /// The limit is divided by this number to get the share. Operators provision for all accounts, so
+    /// they have twice as much.
     fn share_divisor(&self, priority: CallPriority) -> usize {
         match (self, priority) {
             (LimitSubject::Account(_), _)
@@ -63,7 +66,7 @@ impl LimitSubject {
     }
 }
 
-/// The shares that a call counts on, and the priority that decides how far it may fill them.
+/// The subjects that a call counts against, and the priority that decides how far it may fill the limits.
 #[derive(Clone, Debug)]
 pub(super) struct PermitHolder {
     subjects: Vec<LimitSubject>,
@@ -71,7 +74,7 @@ pub(super) struct PermitHolder {
 }
 
 impl PermitHolder {
-    /// An anonymous call over the connection with this number.
+    /// An anonymous call on this connection.
     pub(super) fn from_connection(connection: u64) -> PermitHolder {
         PermitHolder {
             subjects: vec![LimitSubject::Connection(connection)],
@@ -79,33 +82,33 @@ impl PermitHolder {
         }
     }
 
-    /// A call of a proxy without a credential, which is trusted if the listener serves Envoy alone.
+    /// A call of an anonymous proxy, which is trusted if the listener serves Envoy alone.
     pub(super) fn from_proxy(trusted: bool, connection: u64) -> PermitHolder {
         let priority = if trusted { CallPriority::Caller } else { CallPriority::Anonymous };
         PermitHolder { priority, ..PermitHolder::from_connection(connection) }
     }
 
-    /// A call of this caller. An operator that acts for a person leaves the operators' part to the others, and so does a
-    /// caller that proves possession alone: its key may be revoked already.
+    /// A call of this caller. The operators' reserve is not for operators that act for a person, nor for callers that
+    /// only prove possession, since their key may be revoked.
     pub(super) fn from_caller(caller: &Caller, rpc: &RpcSpec, connection: u64) -> PermitHolder {
         let possession = matches!(caller.identity, CallerIdentity::Possession(..));
-        let proof = match &caller.identity {
+        let credential_subject = match &caller.identity {
             CallerIdentity::Key(key, _) | CallerIdentity::Possession(key, _) => LimitSubject::Key(key.id()),
             CallerIdentity::Certificate(identity) => {
                 LimitSubject::Certificate(identity.actor_name().to_owned())
             }
         };
-        let mut shares = vec![LimitSubject::Connection(connection), proof];
+        let mut subjects = vec![LimitSubject::Connection(connection), credential_subject];
         let operator = caller.account.is_operator() && !possession;
-        // The parts that are kept for operators bound the operator account.
-        shares.extend((!operator).then(|| LimitSubject::Account(caller.account.clone())));
+        // The reserve for operators already bounds the operator account.
+        subjects.extend((!operator).then(|| LimitSubject::Account(caller.account.clone())));
         let priority = match (rpc.is_restricting(), operator && caller.acting_user.is_none()) {
             (false, false) => CallPriority::Caller,
             (true, false) => CallPriority::Restricting,
             (false, true) => CallPriority::Operator,
             (true, true) => CallPriority::RestrictingOperator,
         };
-        PermitHolder { subjects: shares, priority }
+        PermitHolder { subjects, priority }
     }
 
     pub(super) fn priority(&self) -> CallPriority {
@@ -113,7 +116,7 @@ impl PermitHolder {
     }
 }
 
-/// The permits of one limit.
+/// The permits of one limit, and their holders.
 #[derive(Debug)]
 struct PermitPool {
     limit: usize,
@@ -135,26 +138,26 @@ impl PermitPool {
         self.usage.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn acquire(self: &Arc<Self>, occupant: PermitHolder) -> Option<CallPermit> {
-        let fits = |used: usize, limit: usize| used < occupant.priority.share_of(limit);
+    fn acquire(self: &Arc<Self>, holder: PermitHolder) -> Option<CallPermit> {
+        let fits = |used: usize, limit: usize| used < holder.priority.share_of(limit);
         let mut used = self.usage();
-        let share_fits = |share: &LimitSubject| {
-            let count = used.by_subject.get(share).copied().unwrap_or(0);
-            fits(count, self.limit.div_ceil(share.share_divisor(occupant.priority)))
+        let subject_fits = |subject: &LimitSubject| {
+            let count = used.by_subject.get(subject).copied().unwrap_or(0);
+            fits(count, self.limit.div_ceil(subject.share_divisor(holder.priority)))
         };
-        if !fits(used.total, self.limit) || !occupant.subjects.iter().all(share_fits) {
+        if !fits(used.total, self.limit) || !holder.subjects.iter().all(subject_fits) {
             return None;
         }
         used.total += 1;
-        for share in &occupant.subjects {
-            *used.by_subject.entry(share.clone()).or_default() += 1;
+        for subject in &holder.subjects {
+            *used.by_subject.entry(subject.clone()).or_default() += 1;
         }
         drop(used);
-        Some(CallPermit { pool: self.clone(), holder: occupant })
+        Some(CallPermit { pool: self.clone(), holder })
     }
 }
 
-/// Permission to run, until this is dropped.
+/// A permit to run, released on drop.
 #[derive(Debug)]
 pub(super) struct CallPermit {
     pool: Arc<PermitPool>,
@@ -165,18 +168,18 @@ impl Drop for CallPermit {
     fn drop(&mut self) {
         let mut used = self.pool.usage();
         used.total -= 1;
-        for share in &self.holder.subjects {
-            if let Some(count) = used.by_subject.get_mut(share) {
+        for subject in &self.holder.subjects {
+            if let Some(count) = used.by_subject.get_mut(subject) {
                 *count -= 1;
                 if *count == 0 {
-                    used.by_subject.remove(share);
+                    used.by_subject.remove(subject);
                 }
             }
         }
     }
 }
 
-/// The limits of the whole process.
+/// The limits of the process.
 #[derive(Debug)]
 pub(super) struct ConcurrencyLimits {
     management: Arc<PermitPool>,
@@ -197,45 +200,44 @@ impl ConcurrencyLimits {
         }
     }
 
-    /// A permit for a management call. `follows`: the call only follows a change, as long as that takes.
+    /// Acquires a permit for a management call. `is_watch`: the call only watches a change, for as long as that takes.
     pub(super) fn acquire_management(
         &self,
-        occupant: PermitHolder,
-        follows: bool,
+        holder: PermitHolder,
+        is_watch: bool,
         now: Timestamp,
     ) -> Result<CallPermit, Status> {
-        let permits = if follows { &self.waiting } else { &self.management };
-        permits
-            .acquire(occupant)
-            .ok_or_else(|| self.refuse(0, "call refused: overload.management_calls reached", permits, now))
+        let pool = if is_watch { &self.waiting } else { &self.management };
+        pool.acquire(holder)
+            .ok_or_else(|| self.refuse(0, "call refused: overload.management_calls reached", pool, now))
     }
 
-    /// A permit for an answer of server reflection.
+    /// Acquires a permit for a response of server reflection.
     pub(super) fn acquire_reflection(
         &self,
-        occupant: PermitHolder,
+        holder: PermitHolder,
         now: Timestamp,
     ) -> Result<CallPermit, Status> {
         self.reflection
-            .acquire(occupant)
+            .acquire(holder)
             .ok_or_else(|| self.refuse(1, "call refused: reflection limit reached", &self.reflection, now))
     }
 
-    fn refuse(&self, log: usize, event: &'static str, permits: &PermitPool, now: Timestamp) -> Status {
+    fn refuse(&self, log: usize, event: &'static str, pool: &PermitPool, now: Timestamp) -> Status {
         let refused = self.refused_calls.fetch_add(1, Ordering::Relaxed) + 1;
         if self.log_throttles.get(log).is_some_and(|log| log.allow(now)) {
-            let (limit, used) = (permits.limit, permits.usage().total);
+            let (limit, used) = (pool.limit, pool.usage().total);
             tracing::warn!(used, limit, refused, "{event}");
         }
         overloaded()
     }
 
-    /// Calls that were refused.
     pub(super) fn refused_calls(&self) -> u64 {
         self.refused_calls.load(Ordering::Relaxed)
     }
 
-    /// Runs a management call with its permit, which [`exchange_permit_for_waiting`] exchanges. The permit comes back with the answer.
+    /// Runs a management call with its permit, which [`exchange_permit_for_waiting`] may exchange. Returns
+    /// the permit with the response.
     pub(super) async fn run<T>(
         &self,
         permit: CallPermit,
@@ -260,20 +262,20 @@ struct RunningCall {
     waiting_pool: Arc<PermitPool>,
 }
 
-/// Exchanges the permit of the current call, which has made its change and only waits for replicas, for a permit to wait.
-/// If none is free, the call keeps its permit.
+/// Exchanges the permit of the current call for a waiting permit. Called once the change is made and only replicas are
+/// awaited. If no waiting permit is free, the call keeps its own.
 pub(super) fn exchange_permit_for_waiting() {
-    // Without a permit there is nothing to give back.
+    // Outside of `run` there is no permit to exchange.
     let _ = RUNNING_CALL.try_with(|running| {
         let mut permit = running.permit.borrow_mut();
-        let occupant = permit.as_ref().map(|permit| permit.holder.clone());
-        if let Some(waiting) = occupant.and_then(|occupant| running.waiting_pool.acquire(occupant)) {
+        let holder = permit.as_ref().map(|permit| permit.holder.clone());
+        if let Some(waiting) = holder.and_then(|holder| running.waiting_pool.acquire(holder)) {
             *permit = Some(waiting);
         }
     });
 }
 
-/// A body that holds a permit until its end, and may have a time limit.
+/// A body that holds a permit until it ends, and may have a time limit.
 pub(super) struct PermitBody {
     body: Body,
     timeout: Option<Pin<Box<Sleep>>>,
@@ -286,7 +288,7 @@ impl PermitBody {
         PermitBody { body, timeout: None, _permit: permit }
     }
 
-    /// An answer of server reflection.
+    /// A body of a reflection response, with its time limit.
     pub(super) fn for_reflection(body: Body, permit: CallPermit) -> PermitBody {
         PermitBody {
             timeout: Some(Box::pin(sleep(REFLECTION_TIMEOUT))),
@@ -319,39 +321,39 @@ mod tests {
     use super::*;
 
     fn permit_holder(key: u128, account: &str, connection: u64, priority: CallPriority) -> PermitHolder {
-        let shares = vec![
+        let subjects = vec![
             LimitSubject::Key(KeyId::from_bytes(key.to_be_bytes())),
             LimitSubject::Account(AccountId::parse(account).unwrap()),
             LimitSubject::Connection(connection),
         ];
-        PermitHolder { subjects: shares, priority }
+        PermitHolder { subjects, priority }
     }
 
-    /// Acquires as many permits as there are, each from another key and connection where they differ.
-    fn acquire_all(permits: &Arc<PermitPool>, occupant: impl Fn(u64) -> PermitHolder) -> Vec<CallPermit> {
-        (0..1000).map_while(|at| permits.acquire(occupant(at))).collect()
+    /// Acquires as many permits as possible, each for the holder of its number.
+    fn acquire_all(pool: &Arc<PermitPool>, holder: impl Fn(u64) -> PermitHolder) -> Vec<CallPermit> {
+        (0..1000).map_while(|at| pool.acquire(holder(at))).collect()
     }
 
     #[test]
     fn a_key_a_connection_and_an_account_take_no_more_than_their_shares() {
-        let permits = PermitPool::new(64);
-        let key = acquire_all(&permits, |at| permit_holder(1, &format!("a{at}"), at, CallPriority::Caller));
+        let pool = PermitPool::new(64);
+        let key = acquire_all(&pool, |at| permit_holder(1, &format!("a{at}"), at, CallPriority::Caller));
         assert_eq!(key.len(), 12, "three quarters of a quarter");
-        let connection = acquire_all(&permits, |at| {
+        let connection = acquire_all(&pool, |at| {
             permit_holder(5000 + u128::from(at), &format!("b{at}"), 2000, CallPriority::Caller)
         });
         assert_eq!(connection.len(), 12);
         drop((key, connection));
-        let account = acquire_all(&permits, |at| permit_holder(at.into(), "acme", at, CallPriority::Caller));
+        let account = acquire_all(&pool, |at| permit_holder(at.into(), "acme", at, CallPriority::Caller));
         assert_eq!(account.len(), 24, "three quarters of a half");
         drop(account);
-        let used = permits.usage();
+        let used = pool.usage();
         assert!(used.total == 0 && used.by_subject.is_empty(), "{used:?}");
     }
 
     #[test]
     fn calls_that_take_rights_away_and_operators_find_room_when_others_have_filled_theirs() {
-        let permits = PermitPool::new(64);
+        let pool = PermitPool::new(64);
         let crowd = |priority| move |at: u64| permit_holder(at.into(), &format!("a{at}"), at, priority);
         let mut held = Vec::new();
         for (priority, sum) in [
@@ -361,16 +363,16 @@ mod tests {
             (CallPriority::Operator, 60),
             (CallPriority::RestrictingOperator, 64),
         ] {
-            held.extend(acquire_all(&permits, crowd(priority)));
+            held.extend(acquire_all(&pool, crowd(priority)));
             assert_eq!(held.len(), sum, "{priority:?}");
         }
     }
 
     #[test]
     fn a_caller_with_no_room_for_creates_still_revokes() {
-        let permits = PermitPool::new(64);
-        let _creates = acquire_all(&permits, |_| permit_holder(1, "acme", 1, CallPriority::Caller));
-        assert!(permits.acquire(permit_holder(1, "acme", 1, CallPriority::Restricting)).is_some());
+        let pool = PermitPool::new(64);
+        let _creates = acquire_all(&pool, |_| permit_holder(1, "acme", 1, CallPriority::Caller));
+        assert!(pool.acquire(permit_holder(1, "acme", 1, CallPriority::Restricting)).is_some());
     }
 
     #[tokio::test]

@@ -1,4 +1,6 @@
-//! One connection from its first byte to its last: TLS, the limits of HTTP/2 that tonic leaves open, its age.
+//! Serves one connection from its first byte to its last: TLS, the HTTP/2 limits that tonic leaves open, and its age.
+//!
+//! Accepting connections belongs in `serve.rs`, calls in `router.rs`.
 
 use std::{
     convert::Infallible,
@@ -42,46 +44,46 @@ use super::{
     router::Router,
     rpc,
     send_budget::{CHARGE_PERIOD, ConnectionSendBudget},
-    serve::wait_until_stopping,
+    shutdown::wait_until_stopping,
     status::overloaded,
 };
 
-/// Streams that the server had to reset for the peer's errors, before the connection goes (CVE-2025-8671).
+/// Streams that the server resets for the peer's errors before it ends the connection (CVE-2025-8671).
 const MAX_ERROR_RESETS: usize = 1024;
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
-/// What HTTP/2 may hold of the answers of one stream, beyond what its peer has taken.
+/// Bytes of a stream's response that HTTP/2 may buffer.
 const MAX_STREAM_BUFFER: usize = 64 << 10;
-/// What a peer may send of a message, and of all messages, before it is read: HTTP/2 keeps so much for each connection.
-/// A message of 4 MiB takes 32 round trips.
+/// Bytes that a peer may send, per stream and per connection, before they are read. HTTP/2 buffers up to that much, and
+/// a message of 4 MiB takes 32 round trips.
 const FLOW_CONTROL_WINDOW: u32 = 128 << 10;
-/// How long a handshake may take once the server stops. Whoever connected just before has a call on its way.
+/// How long a handshake may take once the server stops: a peer that just connected has a call on its way.
 const SHUTDOWN_HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long calls may go on after their connection has said that it ends: as long as the longest of them may take.
+/// How long calls may continue after GOAWAY: as long as the longest call may take.
 const CONNECTION_DRAIN_TIMEOUT: Duration = Duration::from_secs(600);
 
-/// A listener, as its connections know it.
+/// The state of a listener that its connections share.
 #[derive(Debug)]
 pub(super) struct ListenerState {
     pub(super) policy: Arc<ListenerPolicy>,
     pub(super) limits: ConnectionLimits,
     pub(super) tls: Option<Arc<ListenerTls>>,
     pub(super) counters: Arc<ListenerCounters>,
-    /// How many connections there were: the age of each is spread by it.
+    /// Connections accepted so far; spreads their maximum ages.
     pub(super) accepted_total: AtomicU64,
 }
 
 impl ListenerState {
-    /// How old the next connection may become. The golden ratio spreads the ages evenly however many there are.
+    /// Maximum age of the next connection. The golden ratio spreads the ages evenly, however many there are.
     fn next_max_age(&self) -> Duration {
         #[expect(clippy::cast_precision_loss, reason = "a rounded age does as well")]
-        let number = self.accepted_total.fetch_add(1, Ordering::Relaxed) as f64;
-        let spread = (number * 0.618_033_988_749_895).fract();
+        let count = self.accepted_total.fetch_add(1, Ordering::Relaxed) as f64;
+        let spread = (count * 0.618_033_988_749_895).fract();
         self.limits.max_age.mul_f64(0.9 + 0.2 * spread)
     }
 }
 
-/// A connection, and its places among those of its listener and of the process.
+/// An accepted connection, with its permits of the listener and of the process.
 pub(super) struct AcceptedConnection {
     pub(super) socket: AcceptedSocket,
     pub(super) peer: Option<SocketAddr>,
@@ -90,7 +92,7 @@ pub(super) struct AcceptedConnection {
     pub(super) _open_guard: OpenConnectionGuard,
 }
 
-/// What the first bytes have shown.
+/// A connection after its handshake.
 struct HandshakenConnection {
     io: SingleWriteIo,
     certificate: Option<CertificateInfo>,
@@ -98,55 +100,51 @@ struct HandshakenConnection {
 
 /// Serves a connection until it ends, or until `stopping` turns true and its calls have ended.
 pub(super) async fn serve_connection(
-    arrived: AcceptedConnection,
-    services: Arc<Router>,
-    lane: Arc<WorkerQueue>,
+    accepted: AcceptedConnection,
+    router: Arc<Router>,
+    worker_queue: Arc<WorkerQueue>,
     mut stopping: watch::Receiver<bool>,
 ) {
-    let AcceptedConnection { socket, peer, listener: entrance, _permits: _places, _open_guard: _counted } =
-        arrived;
-    let greeted = tokio::select! {
-        greeted = handshake(socket, entrance.tls.as_deref()) => greeted,
-        () = wait_for_handshake_timeout(entrance.limits.handshake_timeout, &mut stopping) => Err(ConnectionRefusal::HandshakeTimeout),
+    let AcceptedConnection { socket, peer, listener, _permits, _open_guard } = accepted;
+    let handshaken = tokio::select! {
+        handshaken = handshake(socket, listener.tls.as_deref()) => handshaken,
+        () = wait_for_handshake_timeout(listener.limits.handshake_timeout, &mut stopping) => Err(ConnectionRefusal::HandshakeTimeout),
     };
-    let HandshakenConnection { io: bytes, certificate } = match greeted {
-        Ok(greeted) => greeted,
+    let HandshakenConnection { io, certificate } = match handshaken {
+        Ok(handshaken) => handshaken,
         Err(why) => {
-            entrance.counters.count_refusal(why);
-            return tracing::debug!(
-                peer = display_peer(peer),
-                why = why.as_str(),
-                "a connection was not served"
-            );
+            listener.counters.count_refusal(why);
+            return tracing::debug!(peer = display_peer(peer), why = why.as_str(), "connection not served");
         }
     };
-    let ends = certificate.as_ref().map(|certificate| certificate.expires_at);
-    let visitor = ConnectionContext {
-        policy: entrance.policy.clone(),
+    let expires_at = certificate.as_ref().map(|certificate| certificate.expires_at);
+    let context = ConnectionContext {
+        policy: listener.policy.clone(),
         peer: peer.map(|peer| peer.ip().to_canonical()),
-        identity: certificate.and_then(|certificate| entrance.policy.identify_certificate(&certificate)),
+        identity: certificate.and_then(|certificate| listener.policy.identify_certificate(&certificate)),
         caller_cache: crate::engine::caller_cache::CallerCache::default(),
         long_calls: LongCalls::default(),
-        memory_budget: ConnectionMemoryBudget::new(services.memory_budget.clone()),
+        memory_budget: ConnectionMemoryBudget::new(router.memory_budget.clone()),
         has_proven_caller: Arc::default(),
     };
-    // A certificate proves nothing beyond its end.
-    let now = services.now().as_micros().div_euclid(1_000_000);
-    let left = ends.map(|ends| Duration::from_secs(u64::try_from(ends - now).unwrap_or(0)));
-    let age = entrance.next_max_age();
-    let age = left.map_or(age, |left| age.min(left));
-    serve_http2(bytes, services, visitor, lane, &entrance.limits, age, stopping).await;
+    // The connection must not outlive the client certificate.
+    let now = router.now().as_micros().div_euclid(1_000_000);
+    let remaining =
+        expires_at.map(|expires_at| Duration::from_secs(u64::try_from(expires_at - now).unwrap_or(0)));
+    let max_age = listener.next_max_age();
+    let max_age = remaining.map_or(max_age, |remaining| max_age.min(remaining));
+    serve_http2(io, router, context, worker_queue, &listener.limits, max_age, stopping).await;
 }
 
-/// Waits until a connection should have said who it is.
+/// Waits until the handshake must be complete.
 async fn wait_for_handshake_timeout(handshake: Duration, stopping: &mut watch::Receiver<bool>) {
-    let last = async {
+    let after_stop = async {
         wait_until_stopping(stopping).await;
         tokio::time::sleep(SHUTDOWN_HANDSHAKE_TIMEOUT).await;
     };
     tokio::select! {
         () = tokio::time::sleep(handshake) => {}
-        () = last => {}
+        () = after_stop => {}
     }
 }
 
@@ -154,17 +152,17 @@ fn display_peer(peer: Option<SocketAddr>) -> Option<tracing::field::DisplayValue
     peer.map(tracing::field::display)
 }
 
-/// TLS, where there is any, and the preface of HTTP/2.
+/// Accepts TLS, if the listener has it, and reads the HTTP/2 preface.
 async fn handshake(
     socket: AcceptedSocket,
     tls: Option<&ListenerTls>,
 ) -> Result<HandshakenConnection, ConnectionRefusal> {
     let (stream, certificate) = accept_tls(socket, tls).await.map_err(|error| {
-        tracing::debug!(error = &error as &dyn std::error::Error, "a connection was not agreed on");
+        tracing::debug!(error = &error as &dyn std::error::Error, "TLS handshake failed");
         ConnectionRefusal::TlsHandshake
     })?;
     match SingleWriteIo::read_preface(stream).await {
-        Ok(Some(bytes)) => Ok(HandshakenConnection { io: bytes, certificate }),
+        Ok(Some(io)) => Ok(HandshakenConnection { io, certificate }),
         Ok(None) | Err(_) => Err(ConnectionRefusal::Protocol),
     }
 }
@@ -185,43 +183,44 @@ async fn accept_tls(
 }
 
 async fn serve_http2(
-    mut bytes: SingleWriteIo,
-    services: Arc<Router>,
-    visitor: ConnectionContext,
-    lane: Arc<WorkerQueue>,
+    mut io: SingleWriteIo,
+    router: Arc<Router>,
+    context: ConnectionContext,
+    worker_queue: Arc<WorkerQueue>,
     limits: &ConnectionLimits,
-    age: Duration,
+    max_age: Duration,
     mut stopping: watch::Receiver<bool>,
 ) {
-    let (calls, peer, watches) =
-        (Arc::new(ConnectionCalls::default()), visitor.peer, visitor.long_calls.clone());
-    let counted = calls.clone();
-    let queue = ConnectionQueue::new(lane, calls.clone(), visitor.has_proven_caller.clone());
-    bytes.enable_early_shed(EarlyShed::new(queue.clone()));
-    let queued = queue.clone();
-    let unsent = ConnectionSendBudget::new(services.send_budget.clone());
-    let sent = unsent.clone();
-    // One count a call, on this connection's own memory, keeps all of it alive.
-    let here = Arc::new((services, visitor));
+    let (calls, peer, long_calls) =
+        (Arc::new(ConnectionCalls::default()), context.peer, context.long_calls.clone());
+    let call_counter = calls.clone();
+    let queue = ConnectionQueue::new(worker_queue, calls.clone(), context.has_proven_caller.clone());
+    io.enable_early_shed(EarlyShed::new(queue.clone()));
+    let call_queue = queue.clone();
+    let send_budget = ConnectionSendBudget::new(router.send_budget.clone());
+    let connection_budget = send_budget.clone();
+    // Each call clones one reference count, in this connection's memory.
+    let shared = Arc::new((router, context));
     let service = service_fn(move |request: Request<Incoming>| {
-        let (here, call, unsent) = (here.clone(), counted.track_call(), sent.clone());
-        let turn = if unsent.has_room() {
-            queued.try_enqueue(rpc::is_check_path(request.uri().path().as_bytes()))
+        let (shared, call, send_budget) =
+            (shared.clone(), call_counter.track_call(), connection_budget.clone());
+        let slot = if send_budget.has_room() {
+            call_queue.try_enqueue(rpc::is_check_path(request.uri().path().as_bytes()))
         } else {
-            queued.reject();
+            call_queue.reject();
             None
         };
-        // Moved about as a pointer: each call is a task, and is moved several times on the way there.
+        // Boxed: each call becomes a task and is moved several times on the way.
         Box::pin(async move {
-            let (services, visitor) = &*here;
-            let answer = match turn {
-                Some(turn) => services.serve_call(request, visitor, turn.start_call()).await,
+            let (router, context) = &*shared;
+            let answer = match slot {
+                Some(slot) => router.serve_call(request, context, slot.start_call()).await,
                 None => overloaded().into_http().map(ResponseBody::Tonic),
             };
-            Ok::<_, Infallible>(SendBody::wrap_response(answer, &unsent, call))
+            Ok::<_, Infallible>(SendBody::wrap_response(answer, &send_budget, call))
         })
     });
-    let connection = http2::Builder::new(StreamExecutor(unsent.clone()))
+    let connection = http2::Builder::new(StreamExecutor(send_budget.clone()))
         .timer(TokioTimer::new())
         .max_concurrent_streams(limits.max_streams)
         .max_pending_accept_reset_streams(limits.max_pending_resets)
@@ -232,36 +231,36 @@ async fn serve_http2(
         .initial_connection_window_size(FLOW_CONTROL_WINDOW)
         .keep_alive_interval(KEEPALIVE_INTERVAL)
         .keep_alive_timeout(KEEPALIVE_TIMEOUT)
-        // No client of gRPC reads it, and every answer would pay for it.
+        // gRPC clients do not read the date, and every response would pay for it.
         .auto_date_header(false)
-        .serve_connection(bytes, service);
+        .serve_connection(io, service);
     tokio::pin!(connection);
     let serving = async {
         tokio::select! {
-            ended = run_http2(connection.as_mut(), &queue) => return ended,
-            () = wait_until_expired(&calls, limits.max_idle, age, &mut stopping) => {}
+            result = run_http2(connection.as_mut(), &queue) => return result,
+            () = wait_until_expired(&calls, limits.max_idle, max_age, &mut stopping) => {}
         }
         connection.as_mut().graceful_shutdown();
-        watches.drain(if *stopping.borrow() { DrainReason::Stopping } else { DrainReason::Aged });
+        long_calls.drain(if *stopping.borrow() { DrainReason::Stopping } else { DrainReason::Aged });
         tokio::time::timeout(CONNECTION_DRAIN_TIMEOUT, run_http2(connection.as_mut(), &queue))
             .await
             .unwrap_or(Ok(()))
     };
-    let ended = tokio::select! {
-        ended = serving => ended,
-        () = wait_until_send_stalled(&unsent) => {
+    let result = tokio::select! {
+        result = serving => result,
+        () = wait_until_send_stalled(&send_budget) => {
             let peer = peer.map(tracing::field::display);
-            return tracing::debug!(peer, "connection closed: peer does not read its answers");
+            return tracing::debug!(peer, "connection closed: peer does not read its responses");
         }
     };
-    if let Err(error) = ended {
-        // Peers that vanish or speak another protocol are everyday.
+    if let Err(error) = result {
+        // Peers that vanish or speak another protocol are common.
         let peer = peer.map(tracing::field::display);
-        tracing::debug!(error = &error as &dyn std::error::Error, peer, "a connection ended with an error");
+        tracing::debug!(error = &error as &dyn std::error::Error, peer, "connection ended with an error");
     }
 }
 
-/// Runs HTTP/2 until it ends. Whenever it waits it has given out every call that it has accepted.
+/// Runs HTTP/2 until it ends. Whenever HTTP/2 waits, it has delivered every call that it accepted.
 async fn run_http2<C: Future>(mut connection: Pin<&mut C>, queue: &ConnectionQueue) -> C::Output {
     poll_fn(|cx| {
         let polled = connection.as_mut().poll(cx);
@@ -271,25 +270,24 @@ async fn run_http2<C: Future>(mut connection: Pin<&mut C>, queue: &ConnectionQue
     .await
 }
 
-/// Waits until bytes of the connection's answers have not been taken for minutes. Streams without a window end by
-/// themselves long before that.
-async fn wait_until_send_stalled(unsent: &ConnectionSendBudget) {
+/// Waits until response bytes have been unread for minutes. Streams that flow control blocks end long before that.
+async fn wait_until_send_stalled(send_budget: &ConnectionSendBudget) {
     loop {
         tokio::time::sleep(CHARGE_PERIOD).await;
-        if unsent.begin_period() {
+        if send_budget.begin_period() {
             return;
         }
     }
 }
 
-/// Waits until a connection has had its time: it is old, or idle, or the server stops.
+/// Waits until a connection must drain: it is old or idle, or the server stops.
 async fn wait_until_expired(
     calls: &ConnectionCalls,
-    idle: Duration,
-    age: Duration,
+    max_idle: Duration,
+    max_age: Duration,
     stopping: &mut watch::Receiver<bool>,
 ) {
-    let end = Instant::now() + age;
+    let end = Instant::now() + max_age;
     let idling = async {
         let mut before = None;
         loop {
@@ -298,7 +296,7 @@ async fn wait_until_expired(
                 return;
             }
             before = now;
-            tokio::time::sleep(idle).await;
+            tokio::time::sleep(max_idle).await;
         }
     };
     tokio::select! {
@@ -311,7 +309,7 @@ async fn wait_until_expired(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::transport::ServiceSet as Served;
+    use crate::transport::ServiceSet;
 
     #[tokio::test]
     async fn a_connection_without_calls_ends_and_one_with_calls_goes_on_until_it_is_old() {
@@ -320,24 +318,24 @@ mod tests {
         let calls = Arc::new(ConnectionCalls::default());
         wait_until_expired(&calls, idle, Duration::from_secs(3600), &mut stopping).await;
         let _call = calls.track_call();
-        let begun = Instant::now();
+        let started_at = Instant::now();
         wait_until_expired(&calls, idle, age, &mut stopping).await;
-        assert!(Instant::now() - begun >= age);
+        assert!(Instant::now() - started_at >= age);
     }
 
     #[test]
     fn ages_differ_by_up_to_a_tenth_either_way() {
-        let limits = ConnectionLimits::for_services(Served::all());
-        let entrance = ListenerState {
+        let limits = ConnectionLimits::for_services(ServiceSet::all());
+        let listener = ListenerState {
             policy: Arc::new(ListenerPolicy::from_settings(
-                &crate::transport::ListenerSettings::new_plaintext("main", "127.0.0.1:0", Served::all()),
+                &crate::transport::ListenerSettings::new_plaintext("main", "127.0.0.1:0", ServiceSet::all()),
             )),
             limits,
             tls: None,
             counters: Arc::default(),
             accepted_total: AtomicU64::new(0),
         };
-        let mut ages: Vec<_> = (0..100).map(|_| entrance.next_max_age().as_secs()).collect();
+        let mut ages: Vec<_> = (0..100).map(|_| listener.next_max_age().as_secs()).collect();
         ages.sort_unstable();
         assert!(ages[0] >= 3240 && ages[99] <= 3960 && ages[99] - ages[0] > 600, "{ages:?}");
         assert!(ages.windows(2).all(|pair| pair[1] - pair[0] < 30), "no crowd, and no gap: {ages:?}");

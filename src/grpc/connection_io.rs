@@ -1,13 +1,14 @@
-//! A connection's bytes, written so that a small answer leaves in one piece.
+//! Reads and writes the bytes of a connection, so that a small response leaves in one packet.
 //!
-//! Where h2 may write from several buffers at once it sends an answer's trailers by a write of their own, and a
-//! process that dies between the two leaves an answer without an end, which a proxy cannot ask for again. Without,
-//! it copies payloads of up to 1 KiB and sends headers, message and trailers together. That is a system call less, too.
+//! With vectored writes, h2 sends the trailers of a response separately. A process that dies in between leaves a
+//! response without an end, which a proxy cannot retry. Without them, h2 copies payloads of up to 1 KiB and sends
+//! headers, message and trailers together, which also saves a system call.
 //!
-//! Checks that an overloaded thread cannot answer in time are refused here, before HTTP/2 sees them: see `early_shed`.
+//! Checks that an overloaded thread cannot answer in time are refused here, before
+//! HTTP/2 sees them, by `early_shed.rs`.
 //!
-//! And closed so that the last answers arrive. A socket that is closed while bytes of the peer are unread resets the
-//! connection, and a reset takes from the peer what it has not read yet: answers, and the word that the connection ends.
+//! Closing lingers. A socket that is closed with unread bytes resets the connection, and a reset discards what the peer
+//! has not read yet: responses and GOAWAY.
 
 use std::{
     io,
@@ -28,75 +29,68 @@ use crate::transport::socket::TransportStream;
 
 use super::early_shed::{EarlyShed, FrameBoundary, MAX_REFUSAL_BYTES};
 
-/// How HTTP/2 begins (RFC 9113, section 3.4).
+/// The connection preface of HTTP/2 (RFC 9113, section 3.4).
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-/// How long a socket may take nothing while something waits to be written.
+/// How long a socket may accept no bytes while some wait to be written.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long a peer that has been told all may take to close its side.
+/// How long a peer may take to close its side after the server has closed its own.
 const LINGER_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How much is read at a time, in bytes.
+/// Bytes per read.
 const READ_CHUNK: usize = 16 << 10;
 
-/// A connection that is written from one buffer at a time, and has begun as HTTP/2 does.
+/// A connection that has started with the HTTP/2 preface, and is written from one buffer at a time.
 pub(super) struct SingleWriteIo {
     stream: TokioIo<TransportStream>,
-    /// How much of the preface hyper has been given.
+    /// Bytes of the preface that hyper has read.
     preface_replayed: usize,
     /// How long the socket may take nothing while something waits to be written.
     write_timeout: Duration,
-    /// The socket takes nothing, until when.
+    /// Runs while the socket accepts no bytes.
     write_timer: Option<Pin<Box<Sleep>>>,
     early_shed: Option<EarlyShed>,
-    /// Bytes for HTTP/2, and how many of them it has.
+    /// Bytes for HTTP/2, and how many of them it has read.
     filtered: Vec<u8>,
     filtered_read: usize,
-    /// How many bytes of the answers to refused calls are written.
+    /// Bytes of the refusals that are written.
     refusals_written: usize,
     boundary: FrameBoundary,
-    /// Our side is closed; how long the peer's may still be open.
+    /// Runs once the write side is closed, until the peer must have closed its own.
     linger_timer: Option<Pin<Box<Sleep>>>,
 }
 
 impl SingleWriteIo {
-    /// Waits for the bytes with which HTTP/2 begins. None when the peer begins otherwise, or ends.
-    ///
-    /// # Errors
-    /// When reading fails.
+    /// Waits for the HTTP/2 preface. `None` if the peer sends anything else or closes. Fails if reading fails.
     pub(super) async fn read_preface(mut stream: TransportStream) -> io::Result<Option<SingleWriteIo>> {
-        let (mut begun, mut have) = ([0; PREFACE.len()], 0);
-        while have < begun.len() {
-            let read = stream.read(&mut begun[have..]).await?;
-            have += read;
-            if read == 0 || begun[..have] != PREFACE[..have] {
+        let (mut preface, mut filled) = ([0; PREFACE.len()], 0);
+        while filled < preface.len() {
+            let read = stream.read(&mut preface[filled..]).await?;
+            filled += read;
+            if read == 0 || preface[..filled] != PREFACE[..filled] {
                 return Ok(None);
             }
         }
-        let (stream, write_timeout) = (TokioIo::new(stream), WRITE_TIMEOUT);
-        let boundary = FrameBoundary::default();
-        let (shed, passed, stuck, closed) = Default::default();
-        let (given, taken, answered) = (0, 0, 0);
         Ok(Some(SingleWriteIo {
-            stream,
-            preface_replayed: given,
-            write_timeout,
-            write_timer: stuck,
-            early_shed: shed,
-            filtered: passed,
-            filtered_read: taken,
-            refusals_written: answered,
-            boundary,
-            linger_timer: closed,
+            stream: TokioIo::new(stream),
+            preface_replayed: 0,
+            write_timeout: WRITE_TIMEOUT,
+            write_timer: None,
+            early_shed: None,
+            filtered: Vec::new(),
+            filtered_read: 0,
+            refusals_written: 0,
+            boundary: FrameBoundary::default(),
+            linger_timer: None,
         }))
     }
 
-    /// Refuses calls early from now on.
+    /// Starts to refuse calls early.
     pub(super) fn enable_early_shed(&mut self, shed: EarlyShed) {
         self.early_shed = Some(shed);
     }
 
-    /// Reads frames of the peer, and keeps those for HTTP/2; false at the end.
+    /// Reads and filters frames of the peer; false at the end.
     fn poll_read_frames(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
         let mut bytes = [const { MaybeUninit::<u8>::uninit() }; READ_CHUNK];
         let mut bytes = ReadBuf::uninit(&mut bytes);
@@ -111,10 +105,9 @@ impl SingleWriteIo {
         Poll::Ready(Ok(!bytes.is_empty() || !self.filtered.is_empty()))
     }
 
-    /// Writes the answers to refused calls, where HTTP/2 is not within a frame.
+    /// Writes refusals, unless HTTP/2 is within a frame.
     fn poll_write_refusals(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let SingleWriteIo { early_shed: Some(shed), stream, refusals_written: answered, boundary, .. } = self
-        else {
+        let SingleWriteIo { early_shed: Some(shed), stream, refusals_written, boundary, .. } = self else {
             return Poll::Ready(Ok(()));
         };
         if shed.refusals().is_empty() {
@@ -124,9 +117,9 @@ impl SingleWriteIo {
             return Poll::Pending;
         }
         let mut written = Poll::Ready(Ok(()));
-        while let Some(rest) = shed.refusals().get(*answered..).filter(|rest| !rest.is_empty()) {
+        while let Some(rest) = shed.refusals().get(*refusals_written..).filter(|rest| !rest.is_empty()) {
             match Pin::new(stream.inner_mut()).poll_write(cx, rest) {
-                Poll::Ready(Ok(length)) if length > 0 => *answered += length,
+                Poll::Ready(Ok(length)) if length > 0 => *refusals_written += length,
                 Poll::Ready(Ok(_)) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
                 Poll::Pending => {
@@ -136,20 +129,20 @@ impl SingleWriteIo {
             }
         }
         if written.is_ready() {
-            *answered = 0;
+            *refusals_written = 0;
             *shed.refusals() = Vec::new();
             written = Pin::new(stream.inner_mut()).poll_flush(cx);
         }
         self.enforce_write_timeout(cx, written)
     }
 
-    /// Whether the peer takes its answers, so that it is read.
+    /// Ready if the peer reads its refusals, so that more may be read from it.
     fn poll_refusals_taken(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let waiting = self.early_shed.as_mut().map_or(0, |shed| shed.refusals().len());
         if waiting < MAX_REFUSAL_BYTES { Poll::Ready(Ok(())) } else { self.poll_write_refusals(cx) }
     }
 
-    /// The outcome of a write, or an error when the socket has taken nothing for too long.
+    /// Returns the outcome of a write, or an error if the socket has accepted nothing for too long.
     fn enforce_write_timeout<T>(
         &mut self,
         cx: &mut Context<'_>,
@@ -160,8 +153,8 @@ impl SingleWriteIo {
             return written;
         }
         let timeout = self.write_timeout;
-        let stuck = self.write_timer.get_or_insert_with(|| Box::pin(tokio::time::sleep(timeout)));
-        ready!(stuck.as_mut().poll(cx));
+        let timer = self.write_timer.get_or_insert_with(|| Box::pin(tokio::time::sleep(timeout)));
+        ready!(timer.as_mut().poll(cx));
         Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
     }
 }
@@ -205,7 +198,7 @@ impl Read for SingleWriteIo {
     }
 }
 
-/// `is_write_vectored` is left at its default: false.
+/// `is_write_vectored` keeps its default: false.
 impl Write for SingleWriteIo {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         if self.boundary.is_at_boundary() {
@@ -226,7 +219,7 @@ impl Write for SingleWriteIo {
         self.enforce_write_timeout(cx, flushed)
     }
 
-    /// Closes our side, and then reads, for nobody, until the peer has closed its own or has had its time.
+    /// Closes the write side, then discards input until the peer closes its side or the time is over.
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if self.linger_timer.is_none() {
             if self.boundary.is_at_boundary() {
@@ -237,10 +230,10 @@ impl Write for SingleWriteIo {
         }
         let SingleWriteIo { stream, linger_timer: closed, .. } = &mut *self;
         let mut stream = Pin::new(stream.inner_mut());
-        let patience = closed.get_or_insert_with(|| Box::pin(tokio::time::sleep(LINGER_TIMEOUT)));
+        let linger = closed.get_or_insert_with(|| Box::pin(tokio::time::sleep(LINGER_TIMEOUT)));
         let mut unread = [0; 4096];
         loop {
-            if patience.as_mut().poll(cx).is_ready() {
+            if linger.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(Ok(()));
             }
             let mut unread = ReadBuf::new(&mut unread);
@@ -273,9 +266,9 @@ mod tests {
         poll_fn(|cx| Pin::new(&mut server).poll_write(cx, b"the last")).await.unwrap();
         let mut closing = poll_fn(|cx| Pin::new(&mut server).poll_shutdown(cx));
         assert!(poll!(&mut closing).is_pending(), "the peer's side is open");
-        let mut told = String::new();
-        peer.read_to_string(&mut told).await.unwrap();
-        assert_eq!(told, "the last");
+        let mut received = String::new();
+        peer.read_to_string(&mut received).await.unwrap();
+        assert_eq!(received, "the last");
         drop(peer);
         closing.await.unwrap();
     }

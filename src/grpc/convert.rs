@@ -1,5 +1,7 @@
-//! Messages to domain values and back. Every field is taken apart by name; every violation of a request is
-//! collected, so that the caller hears of all at once.
+//! Converts messages to domain values and back.
+//!
+//! Validation collects every violation of a request, so that the client sees all of them at once. Rules that need a
+//! record or the caller belong to the use cases.
 
 use std::{
     collections::BTreeMap,
@@ -42,18 +44,17 @@ const MIN_KEY_LIFETIME: Duration = Duration::from_secs(24 * 60 * 60);
 const MIN_TTL: Duration = Duration::from_secs(1);
 const MAX_TTL: Duration = Duration::from_secs(100 * 366 * 24 * 60 * 60);
 
-/// An instant as protobuf says it.
 #[must_use]
 pub(super) fn timestamp_to_proto(at: Timestamp) -> PbTimestamp {
     let micros = at.as_micros();
     PbTimestamp {
         seconds: micros.div_euclid(1_000_000),
-        // Below a million times a thousand: it fits.
+        // The value is below a billion, so it fits.
         nanos: i32::try_from(micros.rem_euclid(1_000_000) * 1000).unwrap_or(0),
     }
 }
 
-/// A duration as protobuf says it.
+/// Converts a duration; one beyond the range of `i64` seconds is capped.
 #[must_use]
 pub(super) fn duration_to_proto(length: Duration) -> PbDuration {
     PbDuration {
@@ -62,7 +63,7 @@ pub(super) fn duration_to_proto(length: Duration) -> PbDuration {
     }
 }
 
-/// Text to look for in names and methods, none of which has control characters.
+/// Checks a text filter: names and methods have no control characters.
 pub(super) fn check_no_controls(field: &str, text: &str, v: &mut InvalidFields) {
     v.add_if(text.chars().any(char::is_control), field, "must not contain control characters");
 }
@@ -74,9 +75,10 @@ pub(super) fn read_timestamp(
     violations: &mut InvalidFields,
 ) -> Option<Timestamp> {
     let PbTimestamp { seconds, nanos } = at?;
-    let good = (-62_135_596_800..=253_402_300_799).contains(&seconds) && (0..1_000_000_000).contains(&nanos);
-    violations.add_if(!good, field, "must be a valid timestamp between the years 1 and 9999");
-    good.then(|| Timestamp::from_micros(seconds * 1_000_000 + i64::from(nanos / 1000)))
+    let is_valid =
+        (-62_135_596_800..=253_402_300_799).contains(&seconds) && (0..1_000_000_000).contains(&nanos);
+    violations.add_if(!is_valid, field, "must be a valid timestamp between the years 1 and 9999");
+    is_valid.then(|| Timestamp::from_micros(seconds * 1_000_000 + i64::from(nanos / 1000)))
 }
 
 /// Reads a duration that is not negative.
@@ -95,12 +97,11 @@ pub(super) fn read_duration(
     }
 }
 
-/// Reads a key's id.
 pub(super) fn read_key_id(field: &str, id: &str, violations: &mut InvalidFields) -> Option<KeyId> {
     violations.ok_or_add(field, KeyId::parse(id))
 }
 
-/// Reads an environment that exists here.
+/// Reads the name of a configured environment.
 pub(super) fn read_environment<'e>(
     field: impl Display,
     name: &str,
@@ -113,12 +114,12 @@ pub(super) fn read_environment<'e>(
     found
 }
 
-/// Reads an account's id, if there is one.
+/// Reads an optional account id.
 pub(super) fn read_account(field: &str, id: &str, violations: &mut InvalidFields) -> Option<AccountId> {
     if id.is_empty() { None } else { violations.ok_or_add(field, AccountId::parse(id)) }
 }
 
-/// Reads an expiry: an instant in the future, or a life from now.
+/// Reads an expiry: an instant in the future, or a lifetime from now.
 pub(super) fn read_expiry(
     expires_at: Option<PbTimestamp>,
     ttl: Option<PbDuration>,
@@ -131,8 +132,8 @@ pub(super) fn read_expiry(
         "must not be given together with expires_at",
     );
     let ttl = read_duration("ttl", ttl, violations);
-    let long = ttl.is_some_and(|ttl| !(MIN_TTL..=MAX_TTL).contains(&ttl));
-    violations.add_if(long, "ttl", "must be one second to 100 years");
+    let out_of_range = ttl.is_some_and(|ttl| !(MIN_TTL..=MAX_TTL).contains(&ttl));
+    violations.add_if(out_of_range, "ttl", "must be one second to 100 years");
     let at = read_future_timestamp("expires_at", expires_at, now, violations);
     at.or_else(|| ttl.map(|ttl| now.saturating_add(ttl)))
 }
@@ -148,33 +149,24 @@ fn read_future_timestamp(
     Some(at)
 }
 
-/// The grants and bindings of a request, not read yet. `prefix` stands before each field's name in violations.
+/// The fields of a request that make a key's spec, not validated yet.
 #[derive(Debug)]
 pub(super) struct KeySpecInput<'a> {
-    /// Stands before each field's name.
-    pub field_prefix: &'static str,
-    /// `name`
-    pub name: Option<&'a str>,
-    /// `scopes`
-    pub scopes: &'a [String],
-    /// `roles`
-    pub roles: &'a [String],
-    /// `customers`
-    pub customers: &'a [String],
-    /// `allowed_cidrs`
-    pub allowed_cidrs: &'a [String],
-    /// `rate_limits`
-    pub rate_limits: &'a [pb::RateLimit],
-    /// `quota_to_proto`
-    pub quota: Option<&'a pb::Quota>,
-    /// `metadata`
-    pub metadata: &'a BTreeMap<String, String>,
-    /// Read already, see [`read_expiry`].
-    pub expires_at: Option<Timestamp>,
+    /// Precedes each field's name in violations.
+    pub(super) field_prefix: &'static str,
+    pub(super) name: Option<&'a str>,
+    pub(super) scopes: &'a [String],
+    pub(super) roles: &'a [String],
+    pub(super) customers: &'a [String],
+    pub(super) allowed_cidrs: &'a [String],
+    pub(super) rate_limits: &'a [pb::RateLimit],
+    pub(super) quota: Option<&'a pb::Quota>,
+    pub(super) metadata: &'a BTreeMap<String, String>,
+    /// Already validated, see [`read_expiry`].
+    pub(super) expires_at: Option<Timestamp>,
 }
 
 impl KeySpecInput<'_> {
-    /// Reads the terms.
     pub(super) fn read_spec(&self, violations: &mut InvalidFields) -> KeySpec {
         let field = |name: &str| format!("{}{name}", self.field_prefix);
         let scopes = violations.parse_list(field("scopes"), self.scopes, MAX_KEY_SCOPES, Scope::parse_grant);
@@ -200,7 +192,7 @@ impl KeySpecInput<'_> {
     }
 }
 
-/// Reads names and values that their maker chose. Names follow the rules of key names; values stay as they are.
+/// Reads metadata. Names follow the rules of key names; values are unchanged.
 fn read_metadata(
     field: &str,
     metadata: &BTreeMap<String, String>,
@@ -219,13 +211,13 @@ fn read_metadata(
         violations.ok_or_add(field, checked);
         let parsed = text::parse_name(name).map_err(|error| format!("name {name:?} {error}"));
         let Some(normalized) = violations.ok_or_add(field, parsed) else { continue };
-        let twice = read.insert(normalized.into_owned(), value.clone()).is_some();
-        violations.add_if(twice, field, format_args!("name {name:?} is given in two Unicode forms"));
+        let is_duplicate = read.insert(normalized.into_owned(), value.clone()).is_some();
+        violations.add_if(is_duplicate, field, format_args!("name {name:?} is given in two Unicode forms"));
     }
     read
 }
 
-/// Checks what a person says of a revocation.
+/// Checks the comment of a revocation.
 pub(super) fn check_comment(comment: &str, violations: &mut InvalidFields) {
     let length = comment.chars().count();
     violations.add_if(
@@ -237,26 +229,30 @@ pub(super) fn check_comment(comment: &str, violations: &mut InvalidFields) {
 }
 
 fn read_rate_limits(field: &str, limits: &[pb::RateLimit], violations: &mut InvalidFields) -> Vec<RateLimit> {
-    let most = limits.len() > MAX_RATE_LIMITS;
+    let too_many = limits.len() > MAX_RATE_LIMITS;
     violations.add_if(
-        most,
+        too_many,
         field,
         format!("has {} entries; at most {MAX_RATE_LIMITS} are allowed", limits.len()),
     );
     let mut read: Vec<RateLimit> = Vec::new();
     for (at, pb::RateLimit { name, limit, window }) in limits.iter().take(MAX_RATE_LIMITS).enumerate() {
         let field = |name: &str| format!("{field}[{at}].{name}");
-        // `quota_to_proto` is how the answer of a Check names the quota.
-        let named = RoleName::parse(name).is_ok() && name != "quota";
-        violations.add_if(!named, field("name"), "must be 1-64 characters of [a-z0-9_-], and not \"quota\"");
-        let twice = read.iter().any(|other| other.name == *name);
-        violations.add_if(twice, field("name"), format!("{name:?} is given twice"));
+        // Responses to Checks use the name `quota` for the quota.
+        let is_valid_name = RoleName::parse(name).is_ok() && name != "quota";
+        violations.add_if(
+            !is_valid_name,
+            field("name"),
+            "must be 1-64 characters of [a-z0-9_-], and not \"quota\"",
+        );
+        let is_duplicate = read.iter().any(|other| other.name == *name);
+        violations.add_if(is_duplicate, field("name"), format!("{name:?} is given twice"));
         let in_range = (1..=MAX_RATE_LIMIT).contains(limit);
         violations.add_if(!in_range, field("limit"), format!("must be 1 to {MAX_RATE_LIMIT}"));
         violations.add_if(window.is_none(), field("window"), "is required: one second to one day");
         let window = read_duration(&field("window"), *window, violations).unwrap_or(MIN_WINDOW);
-        let good = (MIN_WINDOW..=MAX_WINDOW).contains(&window);
-        violations.add_if(!good, field("window"), "must be one second to one day");
+        let is_valid = (MIN_WINDOW..=MAX_WINDOW).contains(&window);
+        violations.add_if(!is_valid, field("window"), "must be one second to one day");
         read.push(RateLimit { name: name.clone(), limit: *limit, window });
     }
     read
@@ -280,18 +276,22 @@ fn read_quota(field: &str, quota: &pb::Quota, violations: &mut InvalidFields) ->
     Some(Quota { limit: quota.limit, period })
 }
 
-/// Reads the longest life of an account's keys.
+/// Reads the maximum lifetime of an account's keys.
 pub(super) fn read_max_lifetime(
     field: &str,
-    life: Option<PbDuration>,
+    lifetime: Option<PbDuration>,
     violations: &mut InvalidFields,
 ) -> Option<Duration> {
-    let life = read_duration(field, life, violations)?;
-    violations.add_if(!(MIN_KEY_LIFETIME..=MAX_TTL).contains(&life), field, "must be one day to 100 years");
-    Some(life)
+    let lifetime = read_duration(field, lifetime, violations)?;
+    violations.add_if(
+        !(MIN_KEY_LIFETIME..=MAX_TTL).contains(&lifetime),
+        field,
+        "must be one day to 100 years",
+    );
+    Some(lifetime)
 }
 
-/// Reads a network, or a single address as the network of it alone.
+/// Parses a network; a single address is a network of one.
 fn parse_network(text: &str) -> Result<IpNet, NameError> {
     const RULE: NameError = NameError("must be a network such as 10.0.0.0/8 or 2001:db8::/32, or an address");
     let net = text.parse::<IpNet>().or_else(|_| text.parse::<IpAddr>().map(IpNet::from)).map_err(|_| RULE)?;
@@ -303,7 +303,7 @@ fn parse_network(text: &str) -> Result<IpNet, NameError> {
     }
 }
 
-/// Reads a client address.
+/// Reads an optional client address.
 pub(super) fn read_client_ip(
     field: impl Display,
     text: Option<&str>,
@@ -313,7 +313,7 @@ pub(super) fn read_client_ip(
     violations.ok_or_add(field, parsed)
 }
 
-/// Reads states to filter by.
+/// Reads the states of a filter.
 pub(super) fn read_states(states: &[i32], violations: &mut InvalidFields) -> Vec<ApiKeyState> {
     let mut read = Vec::new();
     for (at, state) in states.iter().enumerate() {
@@ -331,7 +331,7 @@ pub(super) fn read_states(states: &[i32], violations: &mut InvalidFields) -> Vec
     read
 }
 
-/// Reads why a key is revoked.
+/// Reads the reason of a revocation.
 pub(super) fn read_revoke_reason(reason: i32, violations: &mut InvalidFields) -> RevokeReason {
     match pb::RevokeReason::try_from(reason) {
         Ok(pb::RevokeReason::Unspecified) => RevokeReason::Unspecified,
@@ -379,22 +379,21 @@ fn quota_to_proto(Quota { limit, period }: &Quota) -> pb::Quota {
     pb::Quota { limit: *limit, period: period.into() }
 }
 
-/// Texts as messages hold them.
 pub(super) fn to_strings<T: ToString>(list: impl IntoIterator<Item = T>) -> Vec<String> {
     list.into_iter().map(|item| item.to_string()).collect()
 }
 
-/// The wire's number of a reason.
+/// The protobuf number of a reason.
 #[must_use]
 pub(super) fn reason_to_proto(reason: Reason) -> i32 {
-    // The domain's numbers are the wire's; a test holds them together.
+    // Domain and protobuf use the same numbers, which a test checks.
     i32::from(reason as u8)
 }
 
-/// A key as it is shown.
+/// Converts a key with its state, its usage, and the secrets that still work.
 #[must_use]
-pub(super) fn key_to_proto(view: KeyDetails) -> pb::Key {
-    let KeyDetails { key, last_used, as_of: now, effect: _ } = view;
+pub(super) fn key_to_proto(details: KeyDetails) -> pb::Key {
+    let KeyDetails { key, last_used, as_of: now, effect: _ } = details;
     let key_state = key.state(now);
     let used =
         |version| last_used.iter().find(|(of, _)| *of == version).map(|(_, at)| timestamp_to_proto(*at));
@@ -406,27 +405,27 @@ pub(super) fn key_to_proto(view: KeyDetails) -> pb::Key {
         expires_at: secret.expires_at.map(timestamp_to_proto),
         last_used_at: used(secret.version),
     });
-    let terms = &key.spec;
+    let spec = &key.spec;
     pb::Key {
         secrets: secrets.collect(),
         id: key.id.to_string(),
         account: key.owner.account().map(ToString::to_string).unwrap_or_default(),
         user: key.owner.user().map(ToString::to_string).unwrap_or_default(),
         environment: key.environment.to_string(),
-        name: terms.name.as_ref().map(ToString::to_string).unwrap_or_default(),
+        name: spec.name.as_ref().map(ToString::to_string).unwrap_or_default(),
         hint: key.newest_hint().to_owned(),
-        scopes: to_strings(&terms.scopes),
-        roles: to_strings(&terms.roles),
-        customers: to_strings(&terms.customers),
-        allowed_cidrs: to_strings(&terms.allowed_cidrs),
-        rate_limits: terms.rate_limits.iter().cloned().map(rate_limit_to_proto).collect(),
-        quota: terms.quota.as_ref().map(quota_to_proto),
-        metadata: terms.metadata.clone(),
+        scopes: to_strings(&spec.scopes),
+        roles: to_strings(&spec.roles),
+        customers: to_strings(&spec.customers),
+        allowed_cidrs: to_strings(&spec.allowed_cidrs),
+        rate_limits: spec.rate_limits.iter().cloned().map(rate_limit_to_proto).collect(),
+        quota: spec.quota.as_ref().map(quota_to_proto),
+        metadata: spec.metadata.clone(),
         state: key_state_to_proto(key_state).into(),
         created_at: Some(timestamp_to_proto(key.created_at)),
         created_by: key.created_by,
         updated_at: Some(timestamp_to_proto(key.updated_at)),
-        expires_at: terms.expires_at.map(timestamp_to_proto),
+        expires_at: spec.expires_at.map(timestamp_to_proto),
         last_used_at: last_used.iter().map(|(_, at)| *at).max().map(timestamp_to_proto),
         revoked_at: key.revocation.as_ref().map(|revocation| timestamp_to_proto(revocation.at)),
         revoke_reason: key
@@ -439,7 +438,6 @@ pub(super) fn key_to_proto(view: KeyDetails) -> pb::Key {
     }
 }
 
-/// An account as it is shown.
 #[must_use]
 pub(super) fn account_to_proto(account: &Account) -> pb::Account {
     let Account { id, name, suspended_at, longest_life, created_at, updated_at, revision } = account;
@@ -454,7 +452,6 @@ pub(super) fn account_to_proto(account: &Account) -> pb::Account {
     }
 }
 
-/// How far a change has come.
 #[must_use]
 pub(super) fn propagation_to_proto(report: PropagationReport) -> pb::Propagation {
     let PropagationReport { revision: _, complete, confirmed, unconfirmed, complete_by, sync_replicated } =
@@ -475,7 +472,6 @@ pub(super) fn propagation_to_proto(report: PropagationReport) -> pb::Propagation
     }
 }
 
-/// A revision that must be reached.
 #[must_use]
 pub(super) fn read_revision(revision: Option<u64>) -> Option<Revision> {
     revision.map(Revision)

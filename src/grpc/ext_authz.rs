@@ -1,7 +1,10 @@
-//! `envoy.service.auth.v3.Authorization`: Envoy's question to the gateway, and the gateway's reply to Envoy.
+//! Implements `envoy.service.auth.v3.Authorization`: translates Envoy's request for the gateway, and
+//! the gateway's response for Envoy.
 //!
-//! To Envoy an empty answer is an ALLOW, and a gRPC error is no denial: it may let the request through. So a denial
-//! is always an answer, and one function alone makes the answer that lets a request pass.
+//! Decisions belong in `gateway`.
+//!
+//! Envoy takes an empty response for an ALLOW, and may let a request pass after a gRPC error. So a denial is always a
+//! response, and only `allow_response` makes one that lets a request pass.
 
 use std::{net::IpAddr, str, sync::Arc};
 
@@ -9,7 +12,6 @@ use tonic::{Code, Request, Response, Status};
 use tracing::Instrument as _;
 
 use crate::{
-    domain::name::AccountId,
     engine::Requester,
     gateway::{
         ClientSource, Gateway, ProxyMetadataValue, ProxyProtocol, ProxyRequest, ProxyResponse,
@@ -31,47 +33,34 @@ use crate::{
     trace::{self, CallTracer},
 };
 
-use super::{check_session::CheckSession, router::take_extension, rpc};
+use super::{
+    call_extensions::{ProxyCaller, take_extension},
+    rpc,
+};
 
-/// Who asks.
-#[derive(Clone, Debug)]
-pub(super) struct ProxyCaller {
-    /// Whose tokens it may ask about; the operator account's caller, about all.
-    pub account: AccountId,
-    /// Whether it hears why: who came by Envoy's own listener, or showed a key with `keyward:check`. A stranger
-    /// hears what a client would.
-    pub trusted: bool,
-    /// What it has shown, if anything.
-    pub session: Option<CheckSession>,
-}
-
-/// The service over the gateway.
+/// The ext_authz service over the gateway.
 #[derive(Clone, Debug)]
 pub(super) struct ExtAuthzService {
-    /// Judges.
-    pub gateway: Arc<Gateway>,
-    /// Which calls are recorded.
-    pub tracing: CallTracer,
+    pub(super) gateway: Arc<Gateway>,
+    /// Decides which calls are traced.
+    pub(super) tracing: CallTracer,
 }
 
 impl ExtAuthzService {
-    /// Answers what this proxy asks.
-    ///
-    /// # Errors
-    /// When it asks about no request.
+    /// Answers a Check of this proxy. Fails if it contains no HTTP request.
     pub(super) async fn handle_check(
         &self,
-        asked: EnvoyCheckRequest,
+        request: EnvoyCheckRequest,
         proxy: &ProxyCaller,
     ) -> Result<CheckResponse, Status> {
-        let attributes = asked.attributes.unwrap_or_default();
+        let attributes = request.attributes.unwrap_or_default();
         let Some(http) = attributes.request.as_ref().and_then(|request| request.http.as_ref()) else {
             return Err(ServiceError::invalid_field("attributes.request.http", "is required").into());
         };
         Ok(self.evaluate(&attributes, http, proxy).await)
     }
 
-    /// Answers a question that was not read, since it has `length` bytes and at most `limit` are read.
+    /// The response to a message of `length` bytes that was not read, since the limit is `limit`.
     pub(super) fn refuse_too_large(&self, length: usize, limit: usize) -> CheckResponse {
         reply_to_proto(self.gateway.deny_too_large(length, limit))
     }
@@ -80,26 +69,29 @@ impl ExtAuthzService {
         &self,
         attributes: &EnvoyAttributeContext,
         http: &EnvoyHttpRequest,
-        ProxyCaller { account, trusted, session: vigil }: &ProxyCaller,
+        ProxyCaller { account, trusted, session }: &ProxyCaller,
     ) -> CheckResponse {
         let extensions = attributes.context_extensions.iter().filter_map(utf8_pair);
-        let said = read_extensions(extensions, self.gateway.environments(), false);
-        let asked = proxy_request(attributes, http);
-        trace::adopt_ids(asked.request_id(), || asked.trace_context());
-        let stands = || match vigil {
-            Some(vigil) => vigil.is_still_authorized(self.gateway.engine()),
+        let overrides = read_extensions(extensions, self.gateway.environments(), false);
+        let request = proxy_request(attributes, http);
+        trace::adopt_ids(request.request_id(), || request.trace_context());
+        let is_still_authorized = || match session {
+            Some(session) => session.is_still_authorized(self.gateway.engine()),
             None => Ok(true),
         };
-        let judged =
-            self.gateway.authorize(Requester { account, is_still_authorized: &stands }, &asked, said);
+        let evaluation = self.gateway.authorize(
+            Requester { account, is_still_authorized: &is_still_authorized },
+            &request,
+            overrides,
+        );
         let mut reply = match self.tracing.start_span(rpc::EXT_AUTHZ_METHOD) {
             Some(span) => {
-                let reply = judged.instrument(span.clone()).await;
-                // Whatever the verdict, it is an answer.
+                let reply = evaluation.instrument(span.clone()).await;
+                // A denial is a successful call, too.
                 trace::finish_span(&span, Code::Ok);
                 reply
             }
-            None => judged.await,
+            None => evaluation.await,
         };
         if !trusted && !reply.is_allowed {
             reply.metadata = vec![("allowed".to_owned(), ProxyMetadataValue::Flag(false))];
@@ -114,12 +106,12 @@ impl Authorization for ExtAuthzService {
         &self,
         mut request: Request<EnvoyCheckRequest>,
     ) -> Result<Response<CheckResponse>, Status> {
-        let asker = take_extension(&mut request)?;
-        self.handle_check(request.into_inner(), &asker).await.map(Response::new)
+        let proxy = take_extension(&mut request)?;
+        self.handle_check(request.into_inner(), &proxy).await.map(Response::new)
     }
 }
 
-/// Another filter's fields may be anything; ours are text.
+/// Context extensions of other filters may be any bytes; Keyward's are text.
 fn utf8_pair(pair: &EnvoyMapEntry) -> Option<(&str, &str)> {
     Some((str::from_utf8(&pair.key).ok()?, str::from_utf8(&pair.value).unwrap_or("(not UTF-8)")))
 }
@@ -155,13 +147,13 @@ fn reply_to_proto(reply: ProxyResponse) -> CheckResponse {
     answer
 }
 
-/// The only place that makes an answer which lets a request pass.
+/// The only place that makes a response which lets a request pass.
 fn allow_response(reply: ProxyResponse) -> CheckResponse {
     let ok = OkHttpResponse {
         headers: overwrite_headers(reply.upstream_headers),
         headers_to_remove: reply.remove_headers,
         response_headers_to_add: overwrite_headers(reply.client_headers),
-        // Envoy writes the whole query anew when anything is to be removed.
+        // Envoy rewrites the whole query if any parameter is removed.
         query_parameters_to_remove: reply.remove_query_parameter.into_iter().collect(),
         ..OkHttpResponse::default()
     };
@@ -197,7 +189,7 @@ fn deny_response(reply: ProxyResponse) -> CheckResponse {
     }
 }
 
-/// Headers that take the place of any by their name. Envoys differ in what they make of the default.
+/// Headers that replace existing ones. Versions of Envoy differ in the default, so the action is explicit.
 fn overwrite_headers(list: Vec<(&'static str, String)>) -> Vec<HeaderValueOption> {
     list.into_iter()
         .map(|(key, value)| HeaderValueOption {
@@ -218,7 +210,7 @@ fn metadata_to_struct(metadata: &[(String, ProxyMetadataValue)]) -> prost_types:
     };
     let fields = metadata
         .iter()
-        .map(|(name, of)| (name.clone(), prost_types::Value { kind: Some(value(of)) }))
+        .map(|(name, field)| (name.clone(), prost_types::Value { kind: Some(value(field)) }))
         .collect();
     prost_types::Struct { fields }
 }

@@ -1,7 +1,7 @@
-//! Inflates messages that a client has compressed with gzip, within the limit of their call.
+//! Inflates gzip-compressed request messages within the limit of their call.
 //!
-//! A message is inflated piece by piece, and the room for a piece is reserved before it is filled: what a message
-//! announces, or expands to, takes no memory beyond the limit. Answers are never compressed.
+//! A message is inflated chunk by chunk, and memory is reserved before each chunk is filled. So neither an announced
+//! nor an inflated size takes memory beyond the limit. Responses are never compressed.
 
 use std::io::Read as _;
 
@@ -10,27 +10,24 @@ use http::{HeaderMap, HeaderName, HeaderValue};
 use tonic::Status;
 
 use super::{
-    request_body::MESSAGE_PREFIX_LEN,
+    raw_codec::MESSAGE_PREFIX_LEN,
     status::{unreadable_request, unsupported_encoding},
 };
 
-/// How a request's messages are encoded.
+/// Names the encoding of a request's messages.
 pub(super) const GRPC_ENCODING: HeaderName = HeaderName::from_static("grpc-encoding");
-/// Which encodings of requests are accepted, on every answer.
+/// Lists the accepted encodings, on every response.
 pub(super) const GRPC_ACCEPT_ENCODING: HeaderName = HeaderName::from_static("grpc-accept-encoding");
 pub(super) const ACCEPTED_ENCODINGS: HeaderValue = HeaderValue::from_static("identity,gzip");
 
-/// The flag of a compressed message.
-pub(super) const COMPRESSED_FLAG: u8 = 1;
-/// The first piece; each is as large as those before it together.
+/// Size of the first chunk in bytes; each further chunk doubles the total.
 const FIRST_CHUNK: usize = 4 << 10;
 
-/// Why a message was not inflated.
 #[derive(Debug)]
 pub(super) enum InflateError {
-    /// It inflates to more than the limit.
+    /// The inflated message exceeds the limit.
     TooLarge,
-    /// It cannot be read, or finds no memory.
+    /// The message is malformed, or no memory is left.
     Failed(Status),
 }
 
@@ -40,10 +37,7 @@ impl From<Status> for InflateError {
     }
 }
 
-/// Whether a call's messages may be compressed. Removes what says so: they are not, once they are handed on.
-///
-/// # Errors
-/// When they are encoded in another way.
+/// Removes `grpc-encoding` and returns whether messages may be compressed. Fails if the encoding is unknown.
 pub(super) fn take_grpc_encoding(headers: &mut HeaderMap) -> Result<bool, Status> {
     let Some(encoding) = headers.get(GRPC_ENCODING) else { return Ok(false) };
     let gzip = match encoding.as_bytes() {
@@ -55,14 +49,12 @@ pub(super) fn take_grpc_encoding(headers: &mut HeaderMap) -> Result<bool, Status
     Ok(gzip)
 }
 
-/// Inflates a message with its prefix, and writes it with a prefix of its own. `hold` reserves so many bytes for it.
-///
-/// # Errors
-/// When it is no gzip data, exceeds `limit` bytes, or finds no memory.
+/// Inflates a message including its prefix. `reserve` gets the total size before the buffer grows. Fails if the data is
+/// not gzip, exceeds `limit` bytes, or no memory is left.
 pub(super) fn inflate(
     message: &[u8],
     limit: usize,
-    mut hold: impl FnMut(usize) -> Result<(), Status>,
+    mut reserve: impl FnMut(usize) -> Result<(), Status>,
 ) -> Result<Vec<u8>, InflateError> {
     let mut decoder = GzDecoder::new(message.get(MESSAGE_PREFIX_LEN..).unwrap_or_default());
     let mut out = vec![0; MESSAGE_PREFIX_LEN];
@@ -72,7 +64,7 @@ pub(super) fn inflate(
         if filled == size {
             return Err(InflateError::TooLarge);
         }
-        hold(size)?;
+        reserve(size)?;
         out.reserve_exact(size - filled);
         out.resize(size, 0);
         let read = fill_chunk(&mut decoder, &mut out[filled..])?;
@@ -81,7 +73,7 @@ pub(super) fn inflate(
             break;
         }
     }
-    // Nothing may follow what was compressed.
+    // Trailing bytes are not allowed.
     if !decoder.into_inner().is_empty() {
         return Err(unreadable_request().into());
     }
@@ -90,11 +82,11 @@ pub(super) fn inflate(
     Ok(out)
 }
 
-/// Reads until the piece is full, or the end.
-fn fill_chunk(decoder: &mut GzDecoder<&[u8]>, piece: &mut [u8]) -> Result<usize, Status> {
+/// Reads until the chunk is full or the stream ends.
+fn fill_chunk(decoder: &mut GzDecoder<&[u8]>, chunk: &mut [u8]) -> Result<usize, Status> {
     let mut filled = 0;
-    while filled < piece.len() {
-        match decoder.read(&mut piece[filled..]).map_err(|_| unreadable_request())? {
+    while filled < chunk.len() {
+        match decoder.read(&mut chunk[filled..]).map_err(|_| unreadable_request())? {
             0 => break,
             read => filled += read,
         }
@@ -109,7 +101,7 @@ mod tests {
     use flate2::{Compression, write::GzEncoder};
     use proptest::prelude::*;
 
-    use super::*;
+    use super::{super::raw_codec::COMPRESSED_FLAG, *};
 
     fn compressed(message: &[u8]) -> Vec<u8> {
         let mut encoder = GzEncoder::new(Vec::new(), Compression::best());
@@ -129,14 +121,14 @@ mod tests {
     fn a_bomb_takes_no_memory_beyond_the_limit() {
         let bomb = compressed(&vec![0; 64 << 20]);
         assert!(bomb.len() < 100_000);
-        let mut most = 0;
-        let hold = |bytes| {
-            most = bytes;
+        let mut peak = 0;
+        let reserve = |bytes| {
+            peak = bytes;
             Ok(())
         };
-        let refused = inflate(&bomb, 16 << 10, hold).unwrap_err();
+        let refused = inflate(&bomb, 16 << 10, reserve).unwrap_err();
         assert!(matches!(refused, InflateError::TooLarge), "{refused:?}");
-        assert!(most <= (16 << 10) + MESSAGE_PREFIX_LEN + 1, "{most}");
+        assert!(peak <= (16 << 10) + MESSAGE_PREFIX_LEN + 1, "{peak}");
         let refused = inflate(&bomb, 16 << 10, |_| Err(crate::grpc::status::overloaded())).unwrap_err();
         assert_eq!(code(refused), tonic::Code::Unavailable, "without memory nothing is inflated");
     }

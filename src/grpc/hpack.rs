@@ -1,36 +1,36 @@
-//! Reads HPACK header blocks (RFC 7541) as far as early load shedding needs it: the dynamic table of the peer's encoder,
-//! the path of a call, and the block again without references to that table.
+//! Decodes HPACK header blocks (RFC 7541) as far as early load shedding needs: the peer's dynamic table, the path of a
+//! call, and the block rewritten without references to that table.
 //!
-//! HTTP/2 itself decodes every block that it is given. This copy of the table exists so that a block may be withheld.
+//! HTTP/2 decodes every block that it gets. This copy of the table exists so that a block may be withheld.
 
 use std::collections::VecDeque;
 
-/// The size of the dynamic table that HTTP/2 allows the peer: the protocol's default.
+/// Size of the dynamic table that HTTP/2 allows the peer, in bytes: the protocol's default.
 const MAX_TABLE_SIZE: usize = 4096;
-/// What an entry counts besides its bytes (RFC 7541, section 4.1).
+/// Overhead of an entry in bytes (RFC 7541, section 4.1).
 const ENTRY_OVERHEAD: usize = 32;
-/// The entries of the static table.
+/// Number of entries in the static table.
 const STATIC_ENTRIES: usize = STATIC_NAME_LENGTHS.len();
-/// The places of `:path` in the static table.
+/// Indexes of `:path` in the static table.
 const STATIC_PATH_INDEXES: [usize; 2] = [4, 5];
-/// The most bytes that a block may have once it is written without references.
+/// The largest rewritten block, in bytes.
 const MAX_REWRITTEN: usize = 64 << 10;
 
-/// The lengths of the names in the static table (RFC 7541, appendix A).
+/// Lengths of the names in the static table (RFC 7541, appendix A).
 const STATIC_NAME_LENGTHS: [u8; 61] = [
     10, 7, 7, 5, 5, 7, 7, 7, 7, 7, 7, 7, 7, 7, 14, 15, 15, 13, 6, 27, 3, 5, 13, 13, 19, 16, 16, 14, 16, 13,
     12, 6, 4, 4, 6, 7, 4, 4, 8, 17, 13, 8, 19, 13, 4, 8, 12, 18, 19, 5, 7, 7, 11, 6, 10, 25, 17, 10, 4, 3,
     16,
 ];
 
-/// A block that no encoder writes, or that is larger than it may be.
+/// The block is malformed or too large.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct MalformedBlock;
 
-/// The name of a field.
+/// The name of a header field.
 #[derive(Clone, PartialEq, Eq)]
 enum FieldName {
-    /// That of an entry of the static table.
+    /// The name of this entry of the static table.
     Static(usize),
     Literal(Box<[u8]>),
 }
@@ -51,7 +51,7 @@ impl FieldName {
     }
 }
 
-/// An entry of the dynamic table. Not `Debug`: it may be a token.
+/// An entry of the dynamic table. It may contain a token, so it is not `Debug`.
 #[derive(Clone)]
 struct TableEntry {
     name: FieldName,
@@ -77,26 +77,23 @@ impl Default for HpackTable {
     }
 }
 
-/// What a block is.
+/// What a header block contains.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct BlockSummary {
-    /// It changes the table.
+    /// Whether it changes the dynamic table.
     pub(super) changes_table: bool,
-    /// Its path was accepted.
+    /// Whether its path was accepted by the predicate.
     pub(super) path_matches: bool,
 }
 
-/// Whether a block consists of references alone, in one byte each: it changes no table.
+/// Whether a block consists only of one-byte references, and so changes no table.
 pub(super) fn is_fully_indexed(block: &[u8]) -> bool {
     block.iter().all(|byte| *byte >= 0x80)
 }
 
 impl HpackTable {
-    /// Reads a block, and changes the table as it says. `matches` decides about the path. `rewritten` receives the block
-    /// without references to the dynamic table.
-    ///
-    /// # Errors
-    /// When the block is malformed; the table is undefined then.
+    /// Decodes a block and updates the table. `matches` tests the path. `rewritten` receives the block without
+    /// references to the dynamic table. Fails if the block is malformed; the table is undefined then.
     pub(super) fn decode_block(
         &mut self,
         block: &[u8],
@@ -176,16 +173,16 @@ impl HpackTable {
     }
 }
 
-/// An integer with a prefix of so many bits (RFC 7541, section 5.1).
+/// Decodes an integer with a prefix of `prefix` bits (RFC 7541, section 5.1).
 fn read_integer(rest: &mut &[u8], prefix: u32) -> Result<usize, MalformedBlock> {
-    let (first, mut behind) = rest.split_first().ok_or(MalformedBlock)?;
-    let most = (1usize << prefix) - 1;
-    let mut value = usize::from(*first) & most;
-    if value == most {
-        // Four more bytes say more than any frame holds.
+    let (first, mut after) = rest.split_first().ok_or(MalformedBlock)?;
+    let max_value = (1usize << prefix) - 1;
+    let mut value = usize::from(*first) & max_value;
+    if value == max_value {
+        // Five bytes suffice for any length of a frame.
         for shift in [0, 7, 14, 21, 28] {
-            let (byte, next) = behind.split_first().ok_or(MalformedBlock)?;
-            behind = next;
+            let (byte, next) = after.split_first().ok_or(MalformedBlock)?;
+            after = next;
             value += usize::from(byte & 0x7f) << shift;
             if byte & 0x80 == 0 {
                 break;
@@ -195,26 +192,26 @@ fn read_integer(rest: &mut &[u8], prefix: u32) -> Result<usize, MalformedBlock> 
             }
         }
     }
-    *rest = behind;
+    *rest = after;
     Ok(value)
 }
 
 fn read_string(rest: &mut &[u8]) -> Result<Box<[u8]>, MalformedBlock> {
     let huffman = *rest.first().ok_or(MalformedBlock)? & 0x80 != 0;
     let length = read_integer(rest, 7)?;
-    let (text, behind) = rest.split_at_checked(length).ok_or(MalformedBlock)?;
-    *rest = behind;
+    let (text, after) = rest.split_at_checked(length).ok_or(MalformedBlock)?;
+    *rest = after;
     if huffman { huffman::decode(text) } else { Ok(text.into()) }
 }
 
 fn write_integer(out: &mut Vec<u8>, flags: u8, prefix: u32, value: usize) {
-    let most = (1usize << prefix) - 1;
+    let max_value = (1usize << prefix) - 1;
     let byte = |value: usize| u8::try_from(value).unwrap_or(u8::MAX);
-    if value < most {
+    if value < max_value {
         return out.push(flags | byte(value));
     }
-    out.push(flags | byte(most));
-    let mut left = value - most;
+    out.push(flags | byte(max_value));
+    let mut left = value - max_value;
     while left >= 0x80 {
         out.push(0x80 | byte(left & 0x7f));
         left >>= 7;
@@ -222,13 +219,13 @@ fn write_integer(out: &mut Vec<u8>, flags: u8, prefix: u32, value: usize) {
     out.push(byte(left));
 }
 
-/// Writes a string as it is, without Huffman's code.
+/// Writes a string without Huffman coding.
 pub(super) fn write_string(out: &mut Vec<u8>, text: &[u8]) {
     write_integer(out, 0, 7, text.len());
     out.extend(text);
 }
 
-/// Writes a field that enters no table.
+/// Writes a literal field that is not inserted into the table.
 fn write_literal(out: &mut Vec<u8>, entry: &TableEntry) -> Result<(), MalformedBlock> {
     match &entry.name {
         FieldName::Static(at) => write_integer(out, 0, 4, *at),
@@ -241,16 +238,16 @@ fn write_literal(out: &mut Vec<u8>, entry: &TableEntry) -> Result<(), MalformedB
     if out.len() > MAX_REWRITTEN { Err(MalformedBlock) } else { Ok(()) }
 }
 
-/// HPACK's code for strings (RFC 7541, appendix B). It is canonical: the codes of one length follow each other in the
-/// order of their symbols.
+/// HPACK's Huffman code (RFC 7541, appendix B). It is canonical: codes of one length are consecutive, in
+/// the order of their symbols.
 mod huffman {
     use super::MalformedBlock;
 
-    /// How many symbols have a code of each length.
+    /// Number of codes by length in bits.
     const CODES_PER_LENGTH: [u8; 31] = [
         0, 0, 0, 0, 0, 10, 26, 32, 6, 0, 5, 3, 2, 6, 2, 3, 0, 0, 0, 3, 8, 13, 26, 29, 12, 4, 15, 19, 29, 0, 4,
     ];
-    /// The symbols in the order of their codes, without the one that ends a string and never occurs in it.
+    /// The symbols in the order of their codes, without the end-of-string symbol, which never occurs in a string.
     const SYMBOLS: [u8; 256] = [
         48, 49, 50, 97, 99, 101, 105, 111, 115, 116, 32, 37, 45, 46, 47, 51, 52, 53, 54, 55, 56, 57, 61, 65,
         95, 98, 100, 102, 103, 104, 108, 109, 110, 112, 114, 117, 58, 66, 67, 68, 69, 70, 71, 72, 73, 74, 75,
@@ -266,10 +263,7 @@ mod huffman {
         19, 20, 21, 23, 24, 25, 26, 27, 28, 29, 30, 31, 127, 220, 249, 10, 13, 22,
     ];
 
-    /// Decodes a string.
-    ///
-    /// # Errors
-    /// When it holds the code that ends strings, or ends with anything but less than a byte of ones.
+    /// Decodes a string. Fails on the end-of-string code, and on padding other than up to seven ones.
     pub(super) fn decode(text: &[u8]) -> Result<Box<[u8]>, MalformedBlock> {
         let mut out = Vec::with_capacity(text.len() * 8 / 5);
         let mut code = PartialCode::default();
@@ -285,18 +279,18 @@ mod huffman {
         if padding { Ok(out.into()) } else { Err(MalformedBlock) }
     }
 
-    /// A code of which some bits are known.
+    /// A code whose first bits are known.
     #[derive(Default)]
     struct PartialCode {
         length: usize,
         bits: u32,
-        /// The first code of this length, and the place of its symbol.
+        /// The first code of this length, and the index of its symbol.
         first_code: u32,
         symbol_index: u32,
     }
 
     impl PartialCode {
-        /// Adds a bit; the place of the symbol if that was the last one.
+        /// Adds a bit. Returns the index of the symbol if the code is complete.
         fn push_bit(&mut self, bit: u32) -> Result<Option<usize>, MalformedBlock> {
             let shorter = u32::from(CODES_PER_LENGTH[self.length]);
             self.first_code = (self.first_code + shorter) << 1;
@@ -338,7 +332,7 @@ mod tests {
             ("8287 85bf 4088 25a8 49e9 5ba9 7d7f 8925 a849 e95b b8e8 b4bf", 164, "custom-value"),
         ] {
             let summary = table.decode_block(&hex(block), |_| true, None).unwrap();
-            assert!(summary.changes_table && !summary.path_matches, "the path stands in the static table");
+            assert!(summary.changes_table && !summary.path_matches, "the path is in the static table");
             assert_eq!((table.size, entries(&table)[0].1.as_str()), (size, newest));
         }
         let sizes: Vec<_> = entries(&table).into_iter().map(|(size, _)| size).collect();

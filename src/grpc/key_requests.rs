@@ -1,4 +1,6 @@
-//! KeyService's requests, read into what the use cases take. Every violation of a request is collected first.
+//! Validates the requests of KeyService and converts them to the inputs of the use cases.
+//!
+//! Every violation of a request is collected first. Conversion of single fields belongs in `convert.rs`.
 
 use std::collections::BTreeMap;
 
@@ -30,7 +32,7 @@ const MAX_HINT_LEN: usize = 32;
 const SECONDS_PER_HOUR: u64 = 60 * 60;
 const MAX_STEP_HOURS: u64 = 90 * 24;
 
-/// The request's name for itself, with a digest of all that it asks.
+/// Reads the idempotency key, with a digest of the whole request.
 pub(super) fn read_idempotency(
     method: &str,
     key: Option<&str>,
@@ -45,7 +47,7 @@ pub(super) fn read_idempotency(
     Some(ReplayKey { idempotency_key: key, fingerprint: sha.finalize().into() })
 }
 
-/// The name that a Create has for itself, if it is well-formed.
+/// Reads the idempotency key of a Create, if it is valid.
 pub(super) fn read_create_idempotency(caller: &Caller, request: &pb::CreateKeyRequest) -> Option<ReplayKey> {
     read_idempotency(
         caller.method,
@@ -55,12 +57,12 @@ pub(super) fn read_create_idempotency(caller: &Caller, request: &pb::CreateKeyRe
     )
 }
 
-/// A field that every finished reading has filled; what is missing was noted as a violation.
+/// Unwraps a field that validation has filled. If it is missing, a violation was recorded before.
 pub(super) fn require_read<T>(value: Option<T>) -> Result<T, ServiceError> {
     value.ok_or_else(|| ServiceError::invalid_field("(message)", "could not be read"))
 }
 
-/// Who is meant: an account, a user, or, by an account's caller, nobody in particular.
+/// Reads the owner: an account, a user, or unspecified if an account's caller names neither.
 fn read_owner(caller: &Caller, account: &str, user: &str, violations: &mut InvalidFields) -> RequestedOwner {
     let both = !account.is_empty() && !user.is_empty();
     violations.add_if(both, "user", "must not be given together with account");
@@ -74,8 +76,7 @@ fn read_owner(caller: &Caller, account: &str, user: &str, violations: &mut Inval
         .map_or(RequestedOwner::Unspecified, RequestedOwner::Account)
 }
 
-/// Where a new key is to work: an account's caller that is bound to an environment makes keys of that alone, and need
-/// not say so.
+/// The environment of a new key. A caller that is bound to an environment creates keys for it, and need not name it.
 fn effective_environment<'a>(caller: &'a Caller, named: &'a str) -> &'a str {
     match caller.environment() {
         Some(own) if named.is_empty() && !caller.is_operator() => own.as_str(),
@@ -83,7 +84,7 @@ fn effective_environment<'a>(caller: &'a Caller, named: &'a str) -> &'a str {
     }
 }
 
-/// The fields that Create and Import have in common.
+/// The fields that Create and Import share.
 struct NewKeyFields<'a> {
     account: &'a str,
     user: &'a str,
@@ -107,15 +108,9 @@ impl NewKeyFields<'_> {
         self.spec.expires_at = convert::read_expiry(self.expires_at, self.ttl, now, v);
         let ungranted = self.spec.scopes.is_empty() && self.spec.roles.is_empty();
         v.add_if(ungranted && !keys.has_default_role(), "scopes", "at least one scope or role is required");
-        let terms = self.spec.read_spec(v);
+        let spec = self.spec.read_spec(v);
         let prefix = self.prefix.and_then(|prefix| v.ok_or_add("prefix", TokenPrefix::parse(prefix)));
-        Some(NewKey {
-            owner,
-            created_at: now,
-            environment: environment?.clone(),
-            spec: terms,
-            token_prefix: prefix,
-        })
+        Some(NewKey { owner, created_at: now, environment: environment?.clone(), spec, token_prefix: prefix })
     }
 }
 
@@ -163,12 +158,12 @@ pub(super) fn read_create(
     };
     let mut violations = InvalidFields::default();
     let new = common.read_new_key(keys, caller, keys.now(), &mut violations);
-    let once = read_idempotency(caller.method, idempotency_key.as_deref(), request, &mut violations);
+    let replay_key = read_idempotency(caller.method, idempotency_key.as_deref(), request, &mut violations);
     violations.into_result()?;
-    Ok((require_read(new)?, once))
+    Ok((require_read(new)?, replay_key))
 }
 
-/// Reads the rows of an import: a wrong row has its own result and stops no other.
+/// Reads the rows of an import. An invalid row fails alone.
 pub(super) fn read_import(
     keys: &KeyOperations,
     caller: &Caller,
@@ -244,14 +239,14 @@ fn read_import_row(
     Ok(KeyImport { key: require_read(key)?, digest: require_read(digest)?, hint: hint.clone() })
 }
 
-/// Refuses a token that is too weak, and a strength that no token has.
+/// Refuses a token that is too weak, and an entropy that no token can have.
 fn check_entropy_bits(bits: u32, violations: &mut InvalidFields) {
     violations.add_if(
         bits < MIN_ENTROPY_BITS,
         "entropy_bits",
         format!(
-            "{bits} is too few: with less than {MIN_ENTROPY_BITS} bits, a reader of the database can find the token; \
-             create a new key in its place"
+            "{bits} is too few: below {MIN_ENTROPY_BITS} bits, a reader of the database can guess the token; create a \
+             new key instead"
         ),
     );
     violations.add_if(
@@ -263,14 +258,14 @@ fn check_entropy_bits(bits: u32, violations: &mut InvalidFields) {
     );
 }
 
-/// A page that was asked for.
+/// A page of a List.
 pub(super) struct KeyPageRequest {
     pub(super) filters: Vec<u8>,
     pub(super) before: Option<KeyId>,
     pub(super) size: u32,
 }
 
-/// Whose keys are meant; what does not exist for the caller is NOT_FOUND.
+/// Reads the owners of a filter. What the caller may not see is NOT_FOUND.
 fn read_owner_filter(caller: &Caller, owner: RequestedOwner) -> Result<OwnerFilter, ServiceError> {
     Ok(match owner {
         RequestedOwner::Account(account) => OwnerFilter::Account(caller.resolve_account(Some(account))?),
@@ -317,7 +312,7 @@ pub(super) fn read_list(
     let expires_before = convert::read_timestamp("expires_before", *expires_before, v);
     let created_before = convert::read_timestamp("created_before", *created_before, v);
     violations.into_result()?;
-    // These two look for keys to revoke: one that is revoked is listed only if a request names the state.
+    // These filters look for keys to revoke, so revoked ones are listed only if the request names that state.
     if states.is_empty() && (unused_since.is_some() || expires_before.is_some()) {
         states = ApiKeyState::UNREVOKED.to_vec();
     }
@@ -437,9 +432,9 @@ pub(super) fn read_update(
         metadata: if has(KeyField::Metadata) { &key.metadata } else { &nothing },
         expires_at: expires_at.flatten(),
     };
-    let terms = raw.read_spec(v);
+    let spec = raw.read_spec(v);
     violations.into_result()?;
-    Ok((require_read(id)?, KeyPatch { fields, new_spec: terms }))
+    Ok((require_read(id)?, KeyPatch { fields, new_spec: spec }))
 }
 
 fn read_key_cursor(cursor: &[u8], violations: &mut InvalidFields) -> Option<KeyId> {
@@ -455,7 +450,7 @@ fn read_update_mask(paths: &[String], violations: &mut InvalidFields) -> Vec<Key
     for (at, path) in paths.iter().enumerate() {
         match KeyField::from_path(path) {
             Some(field) => fields.push(field),
-            // The value is not repeated: it could be a token, put in the wrong place.
+            // The value is not echoed: it could be a token in the wrong field.
             None => violations.add(
                 format!("update_mask.paths[{at}]"),
                 "cannot be changed; name, scopes, roles, expires_at, customers, allowed_cidrs, rate_limits, quota \

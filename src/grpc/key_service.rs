@@ -1,5 +1,6 @@
-//! KeyService: calls the use cases and writes answers; requests are read in `keys_read.rs`. No rule of the
-//! product stands here.
+//! Implements KeyService: calls the use cases of keys and converts their results.
+//!
+//! Requests are validated in `key_requests.rs`. No product rule belongs here.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -31,32 +32,30 @@ use crate::{
 };
 
 use super::{
+    call_extensions::take_extension,
     concurrency::exchange_permit_for_waiting,
     convert,
+    deadline::PropagationDeadline,
     key_requests::{
         KeyPageRequest, read_bulk_revoke, read_create, read_create_idempotency, read_idempotency,
         read_import, read_list, read_update, read_usage, require_read,
     },
+    list_permits::ListPermits,
     management_session::ManagementSession,
     page_token,
     propagation_stream::stream_reports,
-    router::{PropagationDeadline, take_extension},
-    send_budget::ListPermits,
     status,
 };
 
 const MAX_OVERLAP: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
-/// The service over its use cases.
+/// KeyService over the use cases of keys.
 #[derive(Clone, Debug)]
 pub(super) struct KeyService {
-    /// The use cases.
     pub(super) keys: Arc<KeyOperations>,
-    /// Knows the callers.
     pub(super) engine: Arc<Engine>,
-    /// Waits until a change is in force everywhere.
+    /// Waits until a change is in force on every replica.
     pub(super) propagation: PropagationWaiter,
-    /// The places for lists.
     pub(super) list_permits: ListPermits,
 }
 
@@ -65,16 +64,17 @@ fn parse_key_id(id: &str) -> Result<KeyId, ServiceError> {
 }
 
 impl KeyService {
-    /// A changed key's answer: the key, its revision, and how far the change has reached, which is everywhere.
+    /// Waits for propagation; returns the key, its revision and the report.
     async fn change_response(
         &self,
-        view: KeyDetails,
-        patience: PropagationDeadline,
+        details: KeyDetails,
+        deadline: PropagationDeadline,
     ) -> Result<(Option<pb::Key>, u64, Option<pb::Propagation>), ServiceError> {
-        let revision = view.key.revision;
+        let revision = details.key.revision;
         exchange_permit_for_waiting();
-        let report = self.propagation.wait_if_restricting(revision, view.effect, patience.deadline).await?;
-        Ok((Some(convert::key_to_proto(view)), revision.0, Some(convert::propagation_to_proto(report))))
+        let report =
+            self.propagation.wait_if_restricting(revision, details.effect, deadline.deadline).await?;
+        Ok((Some(convert::key_to_proto(details)), revision.0, Some(convert::propagation_to_proto(report))))
     }
 }
 
@@ -85,14 +85,14 @@ impl pb::key_service_server::KeyService for KeyService {
         mut request: Request<pb::CreateKeyRequest>,
     ) -> Result<Response<pb::CreateKeyResponse>, Status> {
         let caller = take_extension::<Caller>(&mut request)?;
-        // What was done before is answered before it is judged again: its expiry may lie in the past by now.
-        let once = read_create_idempotency(&caller, request.get_ref());
-        let done = self.keys.find_replay(&caller, once.as_ref()).await?;
-        let (issued, Revision(revision)) = match done {
-            Some(done) => done,
+        // A replay is answered before validation: its expiry may be in the past by now.
+        let replay_key = read_create_idempotency(&caller, request.get_ref());
+        let replay = self.keys.find_replay(&caller, replay_key.as_ref()).await?;
+        let (issued, Revision(revision)) = match replay {
+            Some(replay) => replay,
             None => {
-                let (new, once) = read_create(&self.keys, &caller, request.get_ref())?;
-                self.keys.create(&caller, new, once).await?
+                let (new, replay_key) = read_create(&self.keys, &caller, request.get_ref())?;
+                self.keys.create(&caller, new, replay_key).await?
             }
         };
         let replayed = issued.token.is_none();
@@ -109,8 +109,8 @@ impl pb::key_service_server::KeyService for KeyService {
         mut request: Request<pb::GetKeyRequest>,
     ) -> Result<Response<pb::GetKeyResponse>, Status> {
         let caller = take_extension::<Caller>(&mut request)?;
-        let view = self.keys.get(&caller, parse_key_id(&request.get_ref().id)?).await?;
-        Ok(Response::new(pb::GetKeyResponse { key: Some(convert::key_to_proto(view)) }))
+        let details = self.keys.get(&caller, parse_key_id(&request.get_ref().id)?).await?;
+        Ok(Response::new(pb::GetKeyResponse { key: Some(convert::key_to_proto(details)) }))
     }
 
     async fn list(
@@ -120,9 +120,9 @@ impl pb::key_service_server::KeyService for KeyService {
         let caller = take_extension::<Caller>(&mut request)?;
         let (filter, KeyPageRequest { filters, before, size }) =
             read_list(&self.keys, &caller, request.get_ref())?;
-        let place = self.list_permits.acquire(&caller.account).await?;
+        let list_permit = self.list_permits.acquire(&caller.account).await?;
         let (views, next) = self.keys.list(&caller, &filter, before, size).await?;
-        Ok(place.attach(pb::ListKeysResponse {
+        Ok(list_permit.attach(pb::ListKeysResponse {
             keys: views.into_iter().map(convert::key_to_proto).collect(),
             next_page_token: next.map(|id| page_token::encode(&filters, id.as_bytes())).unwrap_or_default(),
         }))
@@ -133,10 +133,10 @@ impl pb::key_service_server::KeyService for KeyService {
         mut request: Request<pb::UpdateKeyRequest>,
     ) -> Result<Response<pb::UpdateKeyResponse>, Status> {
         let caller = take_extension::<Caller>(&mut request)?;
-        let patience = take_extension::<PropagationDeadline>(&mut request)?;
+        let deadline = take_extension::<PropagationDeadline>(&mut request)?;
         let (id, patch) = read_update(&self.keys, request.get_ref())?;
         let (key, revision, propagation) =
-            self.change_response(self.keys.update(&caller, id, &patch).await?, patience).await?;
+            self.change_response(self.keys.update(&caller, id, &patch).await?, deadline).await?;
         Ok(Response::new(pb::UpdateKeyResponse { key, revision, propagation }))
     }
 
@@ -145,9 +145,9 @@ impl pb::key_service_server::KeyService for KeyService {
         mut request: Request<pb::DisableKeyRequest>,
     ) -> Result<Response<pb::DisableKeyResponse>, Status> {
         let caller = take_extension::<Caller>(&mut request)?;
-        let patience = take_extension::<PropagationDeadline>(&mut request)?;
-        let view = self.keys.disable(&caller, parse_key_id(&request.get_ref().id)?).await?;
-        let (key, revision, propagation) = self.change_response(view, patience).await?;
+        let deadline = take_extension::<PropagationDeadline>(&mut request)?;
+        let details = self.keys.disable(&caller, parse_key_id(&request.get_ref().id)?).await?;
+        let (key, revision, propagation) = self.change_response(details, deadline).await?;
         Ok(Response::new(pb::DisableKeyResponse { key, revision, propagation }))
     }
 
@@ -156,9 +156,9 @@ impl pb::key_service_server::KeyService for KeyService {
         mut request: Request<pb::EnableKeyRequest>,
     ) -> Result<Response<pb::EnableKeyResponse>, Status> {
         let caller = take_extension::<Caller>(&mut request)?;
-        let patience = take_extension::<PropagationDeadline>(&mut request)?;
-        let view = self.keys.enable(&caller, parse_key_id(&request.get_ref().id)?).await?;
-        let (key, revision, propagation) = self.change_response(view, patience).await?;
+        let deadline = take_extension::<PropagationDeadline>(&mut request)?;
+        let details = self.keys.enable(&caller, parse_key_id(&request.get_ref().id)?).await?;
+        let (key, revision, propagation) = self.change_response(details, deadline).await?;
         Ok(Response::new(pb::EnableKeyResponse { key, revision, propagation }))
     }
 
@@ -167,15 +167,15 @@ impl pb::key_service_server::KeyService for KeyService {
         mut request: Request<pb::RevokeKeyRequest>,
     ) -> Result<Response<pb::RevokeKeyResponse>, Status> {
         let caller = take_extension::<Caller>(&mut request)?;
-        let patience = take_extension::<PropagationDeadline>(&mut request)?;
+        let deadline = take_extension::<PropagationDeadline>(&mut request)?;
         let pb::RevokeKeyRequest { id, reason, comment } = request.into_inner();
         let mut violations = InvalidFields::default();
         let id = convert::read_key_id("id", &id, &mut violations);
         let reason = convert::read_revoke_reason(reason, &mut violations);
         convert::check_comment(&comment, &mut violations);
         violations.into_result()?;
-        let view = self.keys.revoke(&caller, require_read(id)?, reason, comment).await?;
-        let (key, revision, propagation) = self.change_response(view, patience).await?;
+        let details = self.keys.revoke(&caller, require_read(id)?, reason, comment).await?;
+        let (key, revision, propagation) = self.change_response(details, deadline).await?;
         Ok(Response::new(pb::RevokeKeyResponse { key, revision, propagation }))
     }
 
@@ -184,37 +184,37 @@ impl pb::key_service_server::KeyService for KeyService {
         mut request: Request<pb::BulkRevokeKeysRequest>,
     ) -> Result<Response<pb::BulkRevokeKeysResponse>, Status> {
         let caller = take_extension::<Caller>(&mut request)?;
-        let patience = take_extension::<PropagationDeadline>(&mut request)?;
+        let deadline = take_extension::<PropagationDeadline>(&mut request)?;
         let bulk = read_bulk_revoke(&self.keys, &caller, request.get_ref())?;
         let dry_run = bulk.dry_run;
-        // A dry run is a list. What takes rights away waits for no place.
-        let place = if dry_run { Some(self.list_permits.acquire(&caller.account).await?) } else { None };
-        let BulkRevocationResult { keys: revoked, has_more: more, wait_revision } =
+        // A dry run is a list. A call that restricts rights does not wait for a list permit.
+        let list_permit =
+            if dry_run { Some(self.list_permits.acquire(&caller.account).await?) } else { None };
+        let BulkRevocationResult { keys: revoked, has_more, wait_revision } =
             self.keys.bulk_revoke(&caller, bulk).await?;
         let revision = crate::keys::bulk::newest_revision(revoked.iter().map(|key| &key.details.key));
-        let keys =
-            revoked.into_iter().map(|KeyRevocationResult { details: view, failure }| pb::BulkRevokeResult {
-                key: Some(convert::key_to_proto(view)),
-                revoked: failure.is_none(),
-                error: failure.map(|failure| status::reason_and_message(failure).0).unwrap_or_default(),
-            });
+        let keys = revoked.into_iter().map(|KeyRevocationResult { details, failure }| pb::BulkRevokeResult {
+            key: Some(convert::key_to_proto(details)),
+            revoked: failure.is_none(),
+            error: failure.map(|failure| status::reason_and_message(failure).0).unwrap_or_default(),
+        });
         let keys = keys.collect();
-        // Those that an earlier call has revoked are waited for too, though they are not listed again.
+        // Keys that an earlier call revoked are not listed again, but their propagation is awaited too.
         let report = match dry_run {
             true => self.propagation.complete_report(revision),
             false => {
                 exchange_permit_for_waiting();
                 self.propagation
-                    .wait(wait_revision, true, patience.deadline)
+                    .wait(wait_revision, true, deadline.deadline)
                     .await
                     .map_err(ServiceError::from)?
             }
         };
         let (revision, propagation) = (revision.0, Some(convert::propagation_to_proto(report)));
-        let answer = pb::BulkRevokeKeysResponse { keys, revision, propagation, more };
-        Ok(match place {
-            Some(place) => place.attach(answer),
-            None => Response::new(answer),
+        let response = pb::BulkRevokeKeysResponse { keys, revision, propagation, more: has_more };
+        Ok(match list_permit {
+            Some(list_permit) => list_permit.attach(response),
+            None => Response::new(response),
         })
     }
 
@@ -223,21 +223,21 @@ impl pb::key_service_server::KeyService for KeyService {
         mut request: Request<pb::RotateKeyRequest>,
     ) -> Result<Response<pb::RotateKeyResponse>, Status> {
         let caller = take_extension::<Caller>(&mut request)?;
-        let patience = take_extension::<PropagationDeadline>(&mut request)?;
+        let deadline = take_extension::<PropagationDeadline>(&mut request)?;
         let request = request.get_ref();
         let mut violations = InvalidFields::default();
         let id = convert::read_key_id("id", &request.id, &mut violations);
         let overlap = convert::read_duration("overlap", request.overlap, &mut violations).unwrap_or_default();
         violations.add_if(overlap > MAX_OVERLAP, "overlap", "must be 0 to 7 days");
-        let once =
+        let replay_key =
             read_idempotency(caller.method, request.idempotency_key.as_deref(), request, &mut violations);
         violations.into_result()?;
-        let IssuedKey { details: view, token } =
-            self.keys.rotate(&caller, require_read(id)?, overlap, once).await?;
+        let IssuedKey { details, token } =
+            self.keys.rotate(&caller, require_read(id)?, overlap, replay_key).await?;
         let previous_expires_at =
-            view.key.secrets.get(1).and_then(|secret| secret.expires_at).map(convert::timestamp_to_proto);
+            details.key.secrets.get(1).and_then(|secret| secret.expires_at).map(convert::timestamp_to_proto);
         let replayed = token.is_none();
-        let (key, revision, propagation) = self.change_response(view, patience).await?;
+        let (key, revision, propagation) = self.change_response(details, deadline).await?;
         Ok(Response::new(pb::RotateKeyResponse {
             key,
             token: token.map(|token| token.reveal().to_owned()).unwrap_or_default(),
@@ -253,9 +253,9 @@ impl pb::key_service_server::KeyService for KeyService {
         mut request: Request<pb::FinishRotationRequest>,
     ) -> Result<Response<pb::FinishRotationResponse>, Status> {
         let caller = take_extension::<Caller>(&mut request)?;
-        let patience = take_extension::<PropagationDeadline>(&mut request)?;
-        let view = self.keys.finish_rotation(&caller, parse_key_id(&request.get_ref().id)?).await?;
-        let (key, revision, propagation) = self.change_response(view, patience).await?;
+        let deadline = take_extension::<PropagationDeadline>(&mut request)?;
+        let details = self.keys.finish_rotation(&caller, parse_key_id(&request.get_ref().id)?).await?;
+        let (key, revision, propagation) = self.change_response(details, deadline).await?;
         Ok(Response::new(pb::FinishRotationResponse { key, revision, propagation }))
     }
 
@@ -268,16 +268,16 @@ impl pb::key_service_server::KeyService for KeyService {
         let results = self.keys.import(&caller, keys).await?;
         let mut budget = PageBudget::new(u32::MAX);
         let results = results.into_iter().map(|result| match result {
-            Ok(KeyImportResult { details: view, is_replay: replayed }) => {
-                // The caller has it, and a thousand of them would make the answer too large.
-                let mut key = pb::Key { metadata: BTreeMap::new(), ..convert::key_to_proto(view) };
+            Ok(KeyImportResult { details, is_replay: replayed }) => {
+                // The client has the metadata, and a thousand of them would make the response too large.
+                let mut key = pb::Key { metadata: BTreeMap::new(), ..convert::key_to_proto(details) };
                 if !budget.try_add(key.encoded_len()) {
                     key = pb::Key { id: key.id, revision: key.revision, ..pb::Key::default() };
                 }
                 pb::ImportResult { key: Some(key), replayed, ..pb::ImportResult::default() }
             }
-            Err(refusal) => {
-                let (error, message) = status::reason_and_message(refusal);
+            Err(error) => {
+                let (error, message) = status::reason_and_message(error);
                 pb::ImportResult { error, message, ..pb::ImportResult::default() }
             }
         });
@@ -303,10 +303,10 @@ impl pb::key_service_server::KeyService for KeyService {
         mut request: Request<pb::LookupKeyRequest>,
     ) -> Result<Response<pb::LookupKeyResponse>, Status> {
         let caller = take_extension::<Caller>(&mut request)?;
-        let presented = &request.get_ref().token;
-        check_token_length("token", presented)?;
-        let (view, secret_version) = self.keys.find_by_token(&caller, presented).await?;
-        Ok(Response::new(pb::LookupKeyResponse { key: Some(convert::key_to_proto(view)), secret_version }))
+        let token = &request.get_ref().token;
+        check_token_length("token", token)?;
+        let (details, secret_version) = self.keys.find_by_token(&caller, token).await?;
+        Ok(Response::new(pb::LookupKeyResponse { key: Some(convert::key_to_proto(details)), secret_version }))
     }
 
     async fn who_am_i(
@@ -314,10 +314,10 @@ impl pb::key_service_server::KeyService for KeyService {
         mut request: Request<pb::WhoAmIRequest>,
     ) -> Result<Response<pb::WhoAmIResponse>, Status> {
         let caller = take_extension::<Caller>(&mut request)?;
-        let (view, account) = self.keys.whoami(&caller).await?;
+        let (details, account) = self.keys.whoami(&caller).await?;
         let account = account
             .map(|account| pb::AccountName { id: account.id.to_string(), name: account.name.to_string() });
-        let (key, actor) = (view.map(convert::key_to_proto), caller.actor().to_string());
+        let (key, actor) = (details.map(convert::key_to_proto), caller.actor().to_string());
         Ok(Response::new(pb::WhoAmIResponse { account, key, actor }))
     }
 
@@ -332,7 +332,7 @@ impl pb::key_service_server::KeyService for KeyService {
         if revision == Revision::default() {
             return Err(ServiceError::invalid_field(
                 "revision",
-                "must be that of a change, as its answer said",
+                "must be the revision that a change returned",
             )
             .into());
         }
@@ -348,9 +348,9 @@ impl pb::key_service_server::KeyService for KeyService {
         mut request: Request<pb::RevokeSelfRequest>,
     ) -> Result<Response<pb::RevokeSelfResponse>, Status> {
         let caller = take_extension::<Caller>(&mut request)?;
-        let patience = take_extension::<PropagationDeadline>(&mut request)?;
-        let view = self.keys.revoke_self(&caller).await?;
-        let (_, revision, propagation) = self.change_response(view, patience).await?;
+        let deadline = take_extension::<PropagationDeadline>(&mut request)?;
+        let details = self.keys.revoke_self(&caller).await?;
+        let (_, revision, propagation) = self.change_response(details, deadline).await?;
         Ok(Response::new(pb::RevokeSelfResponse { revision, propagation }))
     }
 }
@@ -372,9 +372,9 @@ fn usage_bucket_to_proto(start: Timestamp, counts: &HashMap<Reason, u64>) -> pb:
     }
 }
 
-/// A token to look up: not empty, and no longer than one may be.
-fn check_token_length(field: &str, presented: &str) -> Result<(), ServiceError> {
-    if presented.is_empty() || presented.len() > token::MAX_TOKEN_LEN {
+/// Checks the length of a token to look up.
+fn check_token_length(field: &str, token: &str) -> Result<(), ServiceError> {
+    if token.is_empty() || token.len() > token::MAX_TOKEN_LEN {
         return Err(ServiceError::invalid_field(
             field,
             format!("must be 1 to {} bytes", token::MAX_TOKEN_LEN),

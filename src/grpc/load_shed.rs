@@ -1,9 +1,11 @@
-//! Limits the calls that wait for a serving thread, and counts the calls of each connection. Each thread has its own
-//! counter, so that a Check writes no memory that another core uses. Long-running calls are limited in `permits`.
+//! Limits the calls that wait for a serving thread, and counts the calls of each connection.
 //!
-//! A burst may fill the queue, and so may what came while the thread did not run. A thread that has had no idle moment for
-//! two intervals answers fewer calls than come: then no more Checks may wait than it answers within [`TARGET_DELAY`], and the
-//! newest are refused. The times are those of CoDel (RFC 8289).
+//! Each thread has its own counter, so that a Check writes no memory that another core uses. Long-running
+//! calls are limited in `concurrency.rs`.
+//!
+//! A burst may fill the queue, and so may calls that arrive while the thread does not run. A thread without an idle
+//! moment for two intervals is overloaded: then only as many Checks may wait as it can answer within [`TARGET_DELAY`],
+//! and the newest are refused. The times are those of CoDel (RFC 8289).
 
 use std::{
     sync::{
@@ -15,29 +17,30 @@ use std::{
 
 use tokio::time::Instant;
 
-/// How long a Check may wait while a thread is overloaded.
+/// How long a Check may wait on an overloaded thread.
 const TARGET_DELAY: Duration = Duration::from_millis(5);
-/// How long a thread is watched before it is judged.
+/// Interval over which a thread's load is measured.
 const OBSERVATION_INTERVAL: Duration = Duration::from_millis(50);
-/// A thread that is idle for less than this part of an interval is overloaded.
+/// A thread is overloaded if it is idle for less than this part of an interval.
 const IDLE_DIVISOR: u64 = 50;
-/// Checks that may wait however slow the thread is: what a few connections have in flight is no overload.
+/// Checks that may always wait: what a few connections have in flight is no overload.
 const MIN_QUEUE_LIMIT: usize = 256;
 
-/// One serving thread's queue: calls that have arrived and have not had their turn. On a cache line of its own.
+/// The queue of one serving thread: calls that have arrived but not started. Aligned, so that no two share a cache line.
 #[derive(Debug)]
 #[repr(align(128))]
 pub(super) struct WorkerQueue {
-    /// Calls over connections without a proven caller, and with one: those cannot have Checks of these refused.
+    /// Waiting calls on connections without, and with, a proven caller. The former cannot crowd
+    /// out Checks of the latter.
     waiting: [AtomicUsize; 2],
     shed_calls: AtomicU64,
     capacity: usize,
-    /// How many Checks may wait at present.
+    /// How many Checks may wait now.
     limit: AtomicUsize,
     load: WorkerLoad,
 }
 
-/// What a thread has done in the current interval. The thread alone writes it; times are nanoseconds since `epoch`.
+/// A thread's activity in the current interval. Only the thread writes it. Times are nanoseconds since `epoch`.
 #[derive(Debug)]
 struct WorkerLoad {
     epoch: Instant,
@@ -45,7 +48,7 @@ struct WorkerLoad {
     parked_at: AtomicU64,
     idle_nanos: AtomicU64,
     started_calls: AtomicU64,
-    /// The interval before had no idle moment either.
+    /// Whether the previous interval had no idle moment either.
     was_busy: AtomicBool,
 }
 
@@ -56,30 +59,29 @@ impl WorkerLoad {
 }
 
 impl WorkerQueue {
-    pub(super) fn new(most: usize) -> WorkerQueue {
-        let (began, parked, idle, turns, was_busy) = Default::default();
+    pub(super) fn new(capacity: usize) -> WorkerQueue {
         WorkerQueue {
             waiting: Default::default(),
             shed_calls: AtomicU64::new(0),
-            capacity: most,
-            limit: AtomicUsize::new(most),
+            capacity,
+            limit: AtomicUsize::new(capacity),
             load: WorkerLoad {
                 epoch: Instant::now(),
-                interval_started: began,
-                parked_at: parked,
-                idle_nanos: idle,
-                started_calls: turns,
-                was_busy,
+                interval_started: AtomicU64::new(0),
+                parked_at: AtomicU64::new(0),
+                idle_nanos: AtomicU64::new(0),
+                started_calls: AtomicU64::new(0),
+                was_busy: AtomicBool::new(false),
             },
         }
     }
 
-    /// The thread has nothing to do.
+    /// Called when the thread becomes idle.
     pub(super) fn on_park(&self) {
         self.load.parked_at.store(self.load.elapsed_nanos(), Ordering::Relaxed);
     }
 
-    /// The thread has something to do again.
+    /// Called when the thread has work again.
     pub(super) fn on_unpark(&self) {
         let now = self.load.elapsed_nanos();
         let idle = now.saturating_sub(self.load.parked_at.load(Ordering::Relaxed));
@@ -87,7 +89,7 @@ impl WorkerQueue {
         self.update_limit(now);
     }
 
-    /// Judges the thread at the end of an interval. Gives the time, in nanoseconds since the thread's epoch.
+    /// Updates the limit at the end of an interval. Returns the time in nanoseconds since the thread's epoch.
     fn refresh_limit(&self) -> u64 {
         let now = self.load.elapsed_nanos();
         self.update_limit(now);
@@ -95,58 +97,58 @@ impl WorkerQueue {
     }
 
     fn update_limit(&self, now: u64) {
-        let pace = &self.load;
-        let elapsed = now.saturating_sub(pace.interval_started.load(Ordering::Relaxed));
+        let load = &self.load;
+        let elapsed = now.saturating_sub(load.interval_started.load(Ordering::Relaxed));
         if u128::from(elapsed) < OBSERVATION_INTERVAL.as_nanos() {
             return;
         }
-        let (idle, turns) =
-            (pace.idle_nanos.swap(0, Ordering::Relaxed), pace.started_calls.swap(0, Ordering::Relaxed));
-        pace.interval_started.store(now, Ordering::Relaxed);
+        let (idle, started_calls) =
+            (load.idle_nanos.swap(0, Ordering::Relaxed), load.started_calls.swap(0, Ordering::Relaxed));
+        load.interval_started.store(now, Ordering::Relaxed);
         let busy = idle < elapsed / IDLE_DIVISOR;
-        let overloaded = pace.was_busy.swap(busy, Ordering::Relaxed) && busy;
-        let limit = if overloaded { overload_limit(self.capacity, elapsed, turns) } else { self.capacity };
+        let overloaded = load.was_busy.swap(busy, Ordering::Relaxed) && busy;
+        let limit =
+            if overloaded { overload_limit(self.capacity, elapsed, started_calls) } else { self.capacity };
         self.limit.store(limit, Ordering::Relaxed);
     }
 
-    /// Whether another Check would wait for too long. Connections without a `proven` caller have half as many places.
-    fn is_full(&self, proven: bool) -> bool {
-        self.waiting_calls(proven) >= class_limit(self.limit.load(Ordering::Relaxed), proven)
+    /// Whether another Check would wait too long. Connections without a proven caller have half the limit.
+    fn is_full(&self, has_proven_caller: bool) -> bool {
+        self.waiting_calls(has_proven_caller)
+            >= class_limit(self.limit.load(Ordering::Relaxed), has_proven_caller)
     }
 
-    fn waiting_calls(&self, proven: bool) -> usize {
-        self.waiting[usize::from(proven)].load(Ordering::Relaxed)
+    fn waiting_calls(&self, has_proven_caller: bool) -> usize {
+        self.waiting[usize::from(has_proven_caller)].load(Ordering::Relaxed)
     }
 
-    /// Sets how many Checks may wait, for good.
+    /// Fixes how many Checks may wait.
     #[cfg(test)]
     pub(super) fn set_limit(&self, limit: usize) {
         self.load.interval_started.store(u64::MAX, Ordering::Relaxed);
         self.limit.store(limit, Ordering::Relaxed);
     }
 
-    /// Counts a call that is turned away.
     pub(super) fn count_shed(&self) {
         self.shed_calls.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Calls that were turned away.
     pub(super) fn shed_calls(&self) -> u64 {
         self.shed_calls.load(Ordering::Relaxed)
     }
 }
 
-fn class_limit(limit: usize, proven: bool) -> usize {
-    if proven { limit } else { limit.div_ceil(2) }
+fn class_limit(limit: usize, has_proven_caller: bool) -> usize {
+    if has_proven_caller { limit } else { limit.div_ceil(2) }
 }
 
-/// How many Checks may wait for an overloaded thread that has begun so many in `elapsed` nanoseconds.
-fn overload_limit(most: usize, elapsed: u64, turns: u64) -> usize {
-    let in_time = u128::from(turns) * TARGET_DELAY.as_nanos() / u128::from(elapsed.max(1));
-    usize::try_from(in_time).unwrap_or(most).max(MIN_QUEUE_LIMIT).min(most)
+/// How many Checks an overloaded thread may queue, given that it started `started_calls` in `elapsed` nanoseconds.
+fn overload_limit(capacity: usize, elapsed: u64, started_calls: u64) -> usize {
+    let in_time = u128::from(started_calls) * TARGET_DELAY.as_nanos() / u128::from(elapsed.max(1));
+    usize::try_from(in_time).unwrap_or(capacity).max(MIN_QUEUE_LIMIT).min(capacity)
 }
 
-/// The queue of a connection's thread, as the connection uses it: calls count from when their headers were read.
+/// A connection's view of its thread's queue. Calls count from when their headers were read.
 #[derive(Clone, Debug)]
 pub(super) struct ConnectionQueue(Arc<ConnectionQueueState>);
 
@@ -155,7 +157,7 @@ struct ConnectionQueueState {
     queue: Arc<WorkerQueue>,
     calls: Arc<ConnectionCalls>,
     has_proven_caller: Arc<AtomicBool>,
-    /// Calls whose headers HTTP/2 has, and that it has not given out: from before the caller was proven, and from after.
+    /// Calls whose headers HTTP/2 has but has not delivered: from before the caller was proven, and from after.
     passed_calls: [AtomicUsize; 2],
     /// When bytes were last read, in nanoseconds since the thread's epoch.
     read_at: AtomicU64,
@@ -163,17 +165,16 @@ struct ConnectionQueueState {
 
 impl ConnectionQueue {
     pub(super) fn new(
-        lane: Arc<WorkerQueue>,
+        queue: Arc<WorkerQueue>,
         calls: Arc<ConnectionCalls>,
-        proven: Arc<AtomicBool>,
+        has_proven_caller: Arc<AtomicBool>,
     ) -> ConnectionQueue {
-        let (passed, read_at) = Default::default();
         ConnectionQueue(Arc::new(ConnectionQueueState {
-            queue: lane,
+            queue,
             calls,
-            has_proven_caller: proven,
-            passed_calls: passed,
-            read_at,
+            has_proven_caller,
+            passed_calls: Default::default(),
+            read_at: AtomicU64::new(0),
         }))
     }
 
@@ -181,82 +182,83 @@ impl ConnectionQueue {
         self.0.has_proven_caller.load(Ordering::Relaxed)
     }
 
-    /// Whether the next Check is to be refused.
+    /// Whether the next Check must be refused.
     pub(super) fn is_full(&self) -> bool {
         self.0.queue.is_full(self.has_proven_caller())
     }
 
-    /// Counts a call that HTTP/2 is given.
+    /// Counts a call that is passed to HTTP/2.
     pub(super) fn count_passed(&self) {
         let class = usize::from(self.has_proven_caller());
         self.0.queue.waiting[class].fetch_add(1, Ordering::Relaxed);
         self.0.passed_calls[class].fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Counts a call that is refused before HTTP/2 is given it.
+    /// Counts a call that is refused before HTTP/2 sees it.
     pub(super) fn count_refused(&self) {
         self.0.queue.count_shed();
         self.0.calls.track_call();
     }
 
-    /// Bytes were read.
+    /// Records the time of a read.
     pub(super) fn mark_read(&self) {
         self.0.read_at.store(self.0.queue.refresh_limit(), Ordering::Relaxed);
     }
 
-    /// Takes a call that HTTP/2 gives out: a place in the queue, and whether its headers were seen before.
+    /// Takes a slot for a call that HTTP/2 delivers. Also returns whether its headers were counted before.
     fn claim_slot(&self) -> (QueueSlot, bool) {
-        let ConnectionQueueState { queue: lane, passed_calls: passed, read_at, .. } = &*self.0;
-        let seen = passed.iter().position(|passed| passed.load(Ordering::Relaxed) > 0);
+        let ConnectionQueueState { queue, passed_calls, read_at, .. } = &*self.0;
+        let seen = passed_calls.iter().position(|passed_calls| passed_calls.load(Ordering::Relaxed) > 0);
         let class = seen.unwrap_or_else(|| usize::from(self.has_proven_caller()));
         if seen.is_some() {
-            passed[class].fetch_sub(1, Ordering::Relaxed);
+            passed_calls[class].fetch_sub(1, Ordering::Relaxed);
         } else {
-            lane.waiting[class].fetch_add(1, Ordering::Relaxed);
+            queue.waiting[class].fetch_add(1, Ordering::Relaxed);
         }
-        let arrived = lane.load.epoch + Duration::from_nanos(read_at.load(Ordering::Relaxed));
-        (QueueSlot { arrived_at: arrived, caller_class: class, queue: lane.clone() }, seen.is_some())
+        let arrived = queue.load.epoch + Duration::from_nanos(read_at.load(Ordering::Relaxed));
+        (QueueSlot { arrived_at: arrived, caller_class: class, queue: queue.clone() }, seen.is_some())
     }
 
-    /// A place in the queue for a call that HTTP/2 gives out; None when the queue is full.
+    /// Takes a slot for a call that HTTP/2 delivers; `None` if the queue is full.
     pub(super) fn try_enqueue(&self, is_check: bool) -> Option<QueueSlot> {
-        let (turn, seen) = self.claim_slot();
-        let (lane, proven) = (&self.0.queue, self.has_proven_caller());
-        let all = lane.waiting_calls(false) + lane.waiting_calls(true);
-        // This one waits, too.
-        let late = is_check
+        let (slot, seen) = self.claim_slot();
+        let (queue, has_proven_caller) = (&self.0.queue, self.has_proven_caller());
+        let waiting = queue.waiting_calls(false) + queue.waiting_calls(true);
+        // The count includes this call.
+        let is_late = is_check
             && !seen
-            && lane.waiting_calls(proven) > class_limit(lane.limit.load(Ordering::Relaxed), proven);
-        if !late && all <= class_limit(lane.capacity, proven) {
-            return Some(turn);
+            && queue.waiting_calls(has_proven_caller)
+                > class_limit(queue.limit.load(Ordering::Relaxed), has_proven_caller);
+        if !is_late && waiting <= class_limit(queue.capacity, has_proven_caller) {
+            return Some(slot);
         }
-        lane.count_shed();
+        queue.count_shed();
         None
     }
 
-    /// Turns a call away although the queue may have room.
+    /// Refuses a call even if the queue has space.
     pub(super) fn reject(&self) {
         drop(self.claim_slot());
         self.0.queue.count_shed();
     }
 
-    /// Forgets the calls that HTTP/2 has refused by itself. It gives out every other one before it waits.
+    /// Forgets calls that HTTP/2 itself refused. It delivers all others before it waits.
     pub(super) fn forget_undelivered(&self) {
-        for (passed, waiting) in self.0.passed_calls.iter().zip(&self.0.queue.waiting) {
-            waiting.fetch_sub(passed.swap(0, Ordering::Relaxed), Ordering::Relaxed);
+        for (passed_calls, waiting) in self.0.passed_calls.iter().zip(&self.0.queue.waiting) {
+            waiting.fetch_sub(passed_calls.swap(0, Ordering::Relaxed), Ordering::Relaxed);
         }
     }
 }
 
 impl Drop for ConnectionQueueState {
     fn drop(&mut self) {
-        for (passed, waiting) in self.passed_calls.iter_mut().zip(&self.queue.waiting) {
-            waiting.fetch_sub(*passed.get_mut(), Ordering::Relaxed);
+        for (passed_calls, waiting) in self.passed_calls.iter_mut().zip(&self.queue.waiting) {
+            waiting.fetch_sub(*passed_calls.get_mut(), Ordering::Relaxed);
         }
     }
 }
 
-/// A place in a thread's queue, until the call's turn has come.
+/// A slot in a thread's queue, held until the call starts.
 #[derive(Debug)]
 pub(super) struct QueueSlot {
     queue: Arc<WorkerQueue>,
@@ -265,7 +267,7 @@ pub(super) struct QueueSlot {
 }
 
 impl QueueSlot {
-    /// The call's turn has come. Gives when it arrived.
+    /// Starts the call. Returns when it arrived.
     pub(super) fn start_call(self) -> Instant {
         self.queue.load.started_calls.fetch_add(1, Ordering::Relaxed);
         self.arrived_at
@@ -278,7 +280,7 @@ impl Drop for QueueSlot {
     }
 }
 
-/// The calls of one connection.
+/// Open and total calls of one connection.
 #[derive(Debug, Default)]
 pub(super) struct ConnectionCalls {
     open: AtomicUsize,
@@ -286,20 +288,20 @@ pub(super) struct ConnectionCalls {
 }
 
 impl ConnectionCalls {
-    /// Counts a call until the guard is dropped.
+    /// Counts a call as open until the guard is dropped.
     pub(super) fn track_call(self: &Arc<Self>) -> OpenCallGuard {
         self.open.fetch_add(1, Ordering::Relaxed);
         self.total.fetch_add(1, Ordering::Relaxed);
         OpenCallGuard(self.clone())
     }
 
-    /// How many there have been, while none is open.
+    /// Total number of calls, if none is open.
     pub(super) fn total_if_idle(&self) -> Option<u64> {
         (self.open.load(Ordering::Relaxed) == 0).then(|| self.total.load(Ordering::Relaxed))
     }
 }
 
-/// A call that is counted.
+/// Keeps a call counted as open.
 #[derive(Debug)]
 pub(super) struct OpenCallGuard(Arc<ConnectionCalls>);
 
@@ -313,7 +315,7 @@ impl Drop for OpenCallGuard {
 mod tests {
     use super::*;
 
-    const MOST: usize = 4096;
+    const CAPACITY: usize = 4096;
     const SECOND: u64 = 1_000_000_000;
 
     fn queue(most: usize, proven: bool) -> ConnectionQueue {
@@ -347,9 +349,9 @@ mod tests {
         queue.count_passed();
         queue.count_passed();
         assert!(queue.is_full(), "both wait within HTTP/2");
-        let turns = [true; 2].map(|check| queue.try_enqueue(check));
-        assert!(turns.iter().all(Option::is_some) && queue.is_full());
-        drop(turns);
+        let slots = [true; 2].map(|check| queue.try_enqueue(check));
+        assert!(slots.iter().all(Option::is_some) && queue.is_full());
+        drop(slots);
         queue.count_passed();
         queue.forget_undelivered();
         assert_eq!(queue.0.queue.waiting_calls(true), 0, "HTTP/2 has refused it");
@@ -357,10 +359,11 @@ mod tests {
 
     #[test]
     fn calls_without_a_credential_have_no_check_of_a_caller_refused() {
-        let lane = Arc::new(WorkerQueue::new(MOST));
-        lane.set_limit(4);
-        let queue =
-            |proven| ConnectionQueue::new(lane.clone(), Arc::default(), Arc::new(AtomicBool::new(proven)));
+        let worker_queue = Arc::new(WorkerQueue::new(CAPACITY));
+        worker_queue.set_limit(4);
+        let queue = |proven| {
+            ConnectionQueue::new(worker_queue.clone(), Arc::default(), Arc::new(AtomicBool::new(proven)))
+        };
         let (stranger, caller) = (queue(false), queue(true));
         let _held: Vec<_> = (0..100).map(|_| stranger.try_enqueue(false).unwrap()).collect();
         assert!(stranger.is_full() && stranger.try_enqueue(true).is_none());
@@ -371,27 +374,27 @@ mod tests {
 
     #[test]
     fn a_thread_without_an_idle_moment_queues_what_it_answers_in_time() {
-        assert_eq!(overload_limit(MOST, SECOND, 200_000), 1000, "5 ms of its work");
-        assert_eq!(overload_limit(MOST, SECOND, 2_000_000), MOST, "never more than it may");
-        assert_eq!(overload_limit(MOST, SECOND, 10), MIN_QUEUE_LIMIT, "few connections are no overload");
+        assert_eq!(overload_limit(CAPACITY, SECOND, 200_000), 1000, "5 ms of its work");
+        assert_eq!(overload_limit(CAPACITY, SECOND, 2_000_000), CAPACITY, "never more than it may");
+        assert_eq!(overload_limit(CAPACITY, SECOND, 10), MIN_QUEUE_LIMIT, "few connections are no overload");
         assert_eq!(overload_limit(100, SECOND, 200_000), 100);
     }
 
     #[test]
     fn a_thread_is_overloaded_once_it_has_had_no_idle_moment_for_two_intervals() {
-        let lane = WorkerQueue::new(MOST);
+        let worker_queue = WorkerQueue::new(CAPACITY);
         let interval = |at: u64, idle: u64| {
-            lane.load.idle_nanos.store(idle, Ordering::Relaxed);
-            lane.update_limit(at * 50_000_000);
-            lane.limit.load(Ordering::Relaxed)
+            worker_queue.load.idle_nanos.store(idle, Ordering::Relaxed);
+            worker_queue.update_limit(at * 50_000_000);
+            worker_queue.limit.load(Ordering::Relaxed)
         };
         assert_eq!(
             [interval(1, 0), interval(2, 0)],
-            [MOST, MIN_QUEUE_LIMIT],
+            [CAPACITY, MIN_QUEUE_LIMIT],
             "one may be a burst, or a thread that did not run"
         );
-        assert_eq!(interval(3, 1_000_000), MOST, "the queue was empty for a moment");
-        assert_eq!([interval(4, 0), interval(5, 2_000_000), interval(6, 0)], [MOST; 3]);
+        assert_eq!(interval(3, 1_000_000), CAPACITY, "the queue was empty for a moment");
+        assert_eq!([interval(4, 0), interval(5, 2_000_000), interval(6, 0)], [CAPACITY; 3]);
     }
 
     #[test]

@@ -1,7 +1,6 @@
 //! Limits the long-running calls of a connection (`Health/Watch`, `WatchPropagation`), and ends them when it drains.
 //!
-//! They end with UNAVAILABLE, and the client repeats them over another connection. Without that, draining would never
-//! finish.
+//! They end with UNAVAILABLE, and the client repeats them on another connection. Otherwise draining would never finish.
 
 use std::{
     pin::Pin,
@@ -20,23 +19,22 @@ use crate::service_error::ServiceError;
 
 use super::status::{connection_too_old, too_many_long_calls};
 
-/// How many calls to `Health/Watch` a connection has at most. They need no credential.
+/// Concurrent calls to `Health/Watch` per connection. They need no credential.
 const MAX_HEALTH_WATCHES: usize = 8;
-/// How many other calls that last it has.
+/// Other concurrent long-running calls per connection.
 const MAX_OTHER_LONG_CALLS: usize = 32;
 
-/// Why a connection drains.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum DrainReason {
-    /// It is too old.
+    /// The connection has reached its maximum age.
     Aged,
-    /// The server stops.
+    /// The server is shutting down.
     Stopping,
 }
 
-/// The calls of one connection that last.
+/// Long-running calls of one connection.
 #[derive(Clone, Debug)]
-pub struct LongCalls {
+pub(super) struct LongCalls {
     health: Arc<Semaphore>,
     others: Arc<Semaphore>,
     draining: watch::Sender<Option<DrainReason>>,
@@ -53,62 +51,55 @@ impl Default for LongCalls {
 }
 
 impl LongCalls {
-    /// Ends all of them.
-    pub(super) fn drain(&self, why: DrainReason) {
-        self.draining.send_replace(Some(why));
+    pub(super) fn drain(&self, reason: DrainReason) {
+        self.draining.send_replace(Some(reason));
     }
 
-    /// A place for a call to `Health/Watch`.
-    ///
-    /// # Errors
-    /// When the connection has as many as it may have.
+    /// Acquires a permit for `Health/Watch`. Fails if the connection has reached its limit.
     pub(super) fn acquire_health(&self) -> Result<LongCallPermit, Status> {
         self.acquire(&self.health, MAX_HEALTH_WATCHES)
     }
 
-    /// A place for another call that lasts.
-    ///
-    /// # Errors
-    /// When the connection has as many as it may have.
+    /// Acquires a permit for another long-running call. Fails if the connection has reached its limit.
     pub(super) fn acquire_other(&self) -> Result<LongCallPermit, Status> {
         self.acquire(&self.others, MAX_OTHER_LONG_CALLS)
     }
 
-    fn acquire(&self, places: &Arc<Semaphore>, most: usize) -> Result<LongCallPermit, Status> {
-        let place = places.clone().try_acquire_owned().map_err(|_| too_many_long_calls(most))?;
+    fn acquire(&self, semaphore: &Arc<Semaphore>, limit: usize) -> Result<LongCallPermit, Status> {
+        let permit = semaphore.clone().try_acquire_owned().map_err(|_| too_many_long_calls(limit))?;
         let mut draining = self.draining.subscribe();
-        let ends = async move {
-            let why = draining.wait_for(Option::is_some).await.map(|why| *why);
-            match why.ok().flatten() {
+        let end_status = async move {
+            let reason = draining.wait_for(Option::is_some).await.map(|reason| *reason);
+            match reason.ok().flatten() {
                 Some(DrainReason::Aged) => connection_too_old(),
-                // The connection is gone with the sender, and nobody sees this.
+                // Without a sender the connection is gone, and nobody reads this status.
                 Some(DrainReason::Stopping) | None => ServiceError::Stopping.into(),
             }
         };
-        Ok(LongCallPermit { ended: ends.boxed(), _place: place })
+        Ok(LongCallPermit { ended: end_status.boxed(), _permit: permit })
     }
 }
 
-/// A place among the calls that last.
+/// A permit for a long-running call.
 pub(super) struct LongCallPermit {
     ended: BoxFuture<'static, Status>,
-    _place: OwnedSemaphorePermit,
+    _permit: OwnedSemaphorePermit,
 }
 
 impl LongCallPermit {
-    /// The answer of a call that has this place.
-    pub(super) fn attach(self, answer: Response<Body>) -> Response<Body> {
-        if answer.body().is_end_stream() {
-            return answer;
+    /// Wraps the response of the call, which holds the permit.
+    pub(super) fn attach(self, response: Response<Body>) -> Response<Body> {
+        if response.body().is_end_stream() {
+            return response;
         }
-        answer.map(|body| Body::new(LongCallBody { body, permit: Some(self) }))
+        response.map(|body| Body::new(LongCallBody { body, permit: Some(self) }))
     }
 }
 
-/// The answer of a call that lasts.
+/// The response body of a long-running call.
 struct LongCallBody {
     body: Body,
-    /// None = it has ended.
+    /// `None` once the body has ended.
     permit: Option<LongCallPermit>,
 }
 
@@ -122,7 +113,7 @@ impl http_body::Body for LongCallBody {
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         let Some(watch) = &mut self.permit else { return Poll::Ready(None) };
         let ended = watch.ended.poll_unpin(cx);
-        // Ready frames come before the end: health reports NOT_SERVING before a server stops.
+        // Ready frames are sent before the end: health reports NOT_SERVING before a server stops.
         let polled = Pin::new(&mut self.body).poll_frame(cx);
         match (polled, ended) {
             (Poll::Pending, Poll::Ready(status)) => {
@@ -131,7 +122,7 @@ impl http_body::Body for LongCallBody {
                 Poll::Ready(Some(status.add_header(&mut trailers).map(|()| Frame::trailers(trailers))))
             }
             (polled, Poll::Ready(status)) => {
-                // A future that is done is not polled again.
+                // A completed future must not be polled again.
                 if let Some(watch) = &mut self.permit {
                     watch.ended = std::future::ready(status).boxed();
                 }

@@ -1,17 +1,18 @@
-//! Page tokens: where a page begins, bound to the filters it was asked with. Opaque to callers, and no secret:
-//! what a page may show is decided anew for each.
+//! Encodes and decodes page tokens: the cursor of a page, bound to the filters of its List.
+//!
+//! Tokens are opaque, but no secret: each page is authorized separately.
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 
 use crate::service_error::InvalidFields;
 
-/// The default size of a page.
+/// Entries of a page if the request names no size.
 const DEFAULT_PAGE_SIZE: u32 = 50;
-/// The largest.
+/// Entries of the largest page.
 const MAX_PAGE_SIZE: u32 = 1000;
 const INVALID_TOKEN: &str = "is not the next_page_token of a List with the same filters";
 
-/// The token of the page that begins after `cursor`, for a List with these filters.
+/// Encodes the token of the page that begins after `cursor`, for a List with these filters.
 #[must_use]
 pub(super) fn encode(filters: &[u8], cursor: &[u8]) -> String {
     let mut bytes = checksum(filters, cursor).to_be_bytes().to_vec();
@@ -19,16 +20,14 @@ pub(super) fn encode(filters: &[u8], cursor: &[u8]) -> String {
     URL_SAFE_NO_PAD.encode(bytes)
 }
 
-/// The cursor in a token; none for the first page.
+/// Decodes the cursor of a token; `None` for the first page.
 pub(super) fn decode(filters: &[u8], token: &str, violations: &mut InvalidFields) -> Option<Vec<u8>> {
     if token.is_empty() {
         return None;
     }
     let bytes = URL_SAFE_NO_PAD.decode(token).unwrap_or_default();
     match bytes.split_first_chunk::<4>() {
-        Some((given, cursor)) if u32::from_be_bytes(*given) == checksum(filters, cursor) => {
-            Some(cursor.to_vec())
-        }
+        Some((sum, cursor)) if u32::from_be_bytes(*sum) == checksum(filters, cursor) => Some(cursor.to_vec()),
         _ => {
             violations.add("page_token", INVALID_TOKEN);
             None
@@ -36,12 +35,12 @@ pub(super) fn decode(filters: &[u8], token: &str, violations: &mut InvalidFields
     }
 }
 
-/// Notes that a cursor does not hold what it should.
+/// Adds the violation that the token is invalid.
 pub(super) fn reject_token(violations: &mut InvalidFields) {
     violations.add("page_token", INVALID_TOKEN);
 }
 
-/// The name that a cursor holds.
+/// Parses the name in a cursor.
 pub(super) fn parse_cursor<T, E>(
     cursor: &[u8],
     parse: impl Fn(&str) -> Result<T, E>,
@@ -54,9 +53,9 @@ pub(super) fn parse_cursor<T, E>(
     name
 }
 
-/// The size asked for, or the default.
-pub(super) fn read_page_size(asked: Option<u32>, violations: &mut InvalidFields) -> u32 {
-    let size = asked.unwrap_or(DEFAULT_PAGE_SIZE);
+/// Reads the page size, or its default.
+pub(super) fn read_page_size(requested: Option<u32>, violations: &mut InvalidFields) -> u32 {
+    let size = requested.unwrap_or(DEFAULT_PAGE_SIZE);
     violations.add_if(
         !(1..=MAX_PAGE_SIZE).contains(&size),
         "page_size",

@@ -1,4 +1,6 @@
-//! Streams how far a change has come, for as long as its caller may know.
+//! Streams the propagation of a change, while the caller is authorized to see it.
+//!
+//! Waiting for replicas belongs in `replication/propagation.rs`.
 
 use std::time::Duration;
 
@@ -21,19 +23,19 @@ use crate::{
 
 use super::{convert, management_session::ManagementSession};
 
-/// How long the stream of a revoked caller may stay open when nothing happens.
+/// How long the idle stream of a revoked caller may stay open.
 const REAUTHORIZE_INTERVAL: Duration = Duration::from_secs(1);
 
 type ReportResult = Result<WatchPropagationResponse, Status>;
 
-/// A stream under way.
+/// The state of one stream.
 struct ReportStream {
     received: mpsc::Receiver<ReportResult>,
     session: ManagementSession,
     reauthorize_timer: Interval,
 }
 
-/// Reports each step of a change until it is in force everywhere. Ends when the caller loses its rights.
+/// Reports each step until the change is in force on every replica. Ends when the caller loses its rights.
 pub(super) fn stream_reports(
     propagation: PropagationWaiter,
     revision: Revision,
@@ -41,9 +43,9 @@ pub(super) fn stream_reports(
 ) -> BoxStream<'static, ReportResult> {
     let (reports, received) = mpsc::channel(1);
     tokio::spawn(follow_change(propagation, revision, reports));
-    let mut look = interval(REAUTHORIZE_INTERVAL);
-    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let reports = ReportStream { received, session, reauthorize_timer: look };
+    let mut timer = interval(REAUTHORIZE_INTERVAL);
+    timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let reports = ReportStream { received, session, reauthorize_timer: timer };
     stream::unfold(reports, async |mut reports| Some((reports.next_report().await?, reports))).boxed()
 }
 
@@ -55,7 +57,7 @@ impl ReportStream {
                 item = self.received.recv() => Some(item?),
                 _ = self.reauthorize_timer.tick() => None,
             };
-            // What a revoked caller began tells it nothing any more.
+            // A revoked caller gets no further reports.
             if let Err(refusal) = self.session.reauthorize() {
                 return Some(Err(refusal.into()));
             }
@@ -66,8 +68,8 @@ impl ReportStream {
     }
 }
 
-/// Follows a change until it is in force everywhere, or nobody listens any more. What a slow listener misses is
-/// repeated by what comes after.
+/// Follows a change until it is in force on every replica or the stream is closed. A slow client may miss reports;
+/// later ones repeat their contents.
 async fn follow_change(
     propagation: PropagationWaiter,
     revision: Revision,
@@ -78,8 +80,8 @@ async fn follow_change(
         propagation: Some(convert::propagation_to_proto(report)),
     };
     let mut last = None;
-    let ended = {
-        let mut each = |report: PropagationReport| {
+    let result = {
+        let mut send_progress = |report: PropagationReport| {
             let seen = (report.confirmed.clone(), report.unconfirmed.clone());
             if !report.complete && last.as_ref() != Some(&seen) {
                 last = Some(seen);
@@ -87,10 +89,10 @@ async fn follow_change(
             }
         };
         tokio::select! {
-            ended = propagation.watch(revision, &mut each) => ended,
+            result = propagation.watch(revision, &mut send_progress) => result,
             () = reports.closed() => return,
         }
     };
-    let item = ended.map(message).map_err(|incomplete| ServiceError::from(incomplete).into());
+    let item = result.map(message).map_err(|incomplete| ServiceError::from(incomplete).into());
     let _ = reports.send(item).await;
 }

@@ -1,4 +1,4 @@
-//! A codec for calls whose messages are read and written by hand: they come in and go out as the bytes that they are.
+//! Frames gRPC messages, and passes them through tonic as bytes for calls that are encoded by hand.
 
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use tonic::{
@@ -6,7 +6,12 @@ use tonic::{
     codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
 };
 
-/// Messages as bytes, both ways.
+/// gRPC's message prefix: one byte of flags, four of length (big-endian).
+pub(super) const MESSAGE_PREFIX_LEN: usize = 5;
+/// Flag byte of a compressed message.
+pub(super) const COMPRESSED_FLAG: u8 = 1;
+
+/// A codec whose messages are bytes in both directions.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct RawCodec;
 

@@ -1,7 +1,9 @@
-//! Request bodies: read within a limit, a time and a budget, and handed on as whole messages.
+//! Reads request bodies within limits of size, time and memory, and passes them on as whole messages.
 //!
-//! A buffer grows with the bytes that arrive, never with the size that a message announces. What arrives whole is neither
-//! copied nor counted; a request that must wait for bytes holds a reservation until it has them, or ends.
+//! Compression belongs in `gzip.rs`, the memory budget in `transport/memory_budget.rs`.
+//!
+//! A buffer grows with the bytes that arrive, never with the announced size. A message that arrives whole is neither
+//! copied nor counted. A request that must wait for bytes holds a reservation until it is complete.
 
 use std::{
     future::poll_fn,
@@ -21,42 +23,40 @@ use tonic::Status;
 
 use crate::transport::memory_budget::{CallPriority, ConnectionMemoryBudget, MemoryReservation};
 
-use super::gzip::{COMPRESSED_FLAG, InflateError, inflate};
-use super::status::{
-    inflated_message_too_large, message_too_large, overloaded, request_too_slow, too_many_fields,
-    unreadable_request,
+use super::{
+    gzip::{InflateError, inflate},
+    raw_codec::{COMPRESSED_FLAG, MESSAGE_PREFIX_LEN},
+    status::{
+        inflated_message_too_large, message_too_large, overloaded, request_too_slow, too_many_fields,
+        unreadable_request,
+    },
 };
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
-/// gRPC's prefix of a message: one byte of flags, four of length (big-endian).
-pub(super) const MESSAGE_PREFIX_LEN: usize = 5;
-/// Time limit of a request, and of each message of a stream once it has begun.
+/// Time limit of a request, and of each message of a stream once its first byte has arrived.
 const READ_TIMEOUT: Duration = Duration::from_secs(10);
-/// What a waiting call costs besides its headers and its bytes: HTTP/2's stream, a task, a timer.
+/// Memory of a waiting call besides headers and message: the HTTP/2 stream, a task, a timer.
 const WAITING_CALL_BYTES: usize = 8 << 10;
-/// The same of a stream of messages, whose buffers stay.
+/// Memory of a waiting stream, which keeps its buffers.
 const WAITING_STREAM_BYTES: usize = 24 << 10;
-/// Messages up to this size may be held without a reservation once they are whole: what else limits calls bounds them.
+/// Complete messages up to this size need no reservation: the limits on calls bound them.
 const MAX_UNRESERVED_MESSAGE: usize = 64 << 10;
-/// Bytes of a message that may be held while only the end of its body is missing.
+/// Bytes of a complete message that need no reservation while the end of its body is missing.
 const MAX_UNRESERVED_INCOMPLETE: usize = 1 << 10;
-/// The smallest buffer.
+/// Smallest buffer of a partial message, in bytes.
 const MIN_BUFFER: usize = 256;
-/// Fields at the top of a message. Those of a small message cost little.
+/// Top-level fields of a large message. Those of a small message cost little.
 const MAX_FIELDS: usize = 8192;
-/// What a decoded field costs besides its bytes.
+/// Memory of a decoded field besides its bytes.
 const FIELD_OVERHEAD: usize = 32;
 
-/// The memory that the headers of a call take, about.
+/// Estimates the memory of a call's headers, in bytes.
 fn estimate_header_bytes(headers: &HeaderMap) -> usize {
     headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 64).sum()
 }
 
-/// Reserves memory for a call that waits for its message.
-///
-/// # Errors
-/// When there is none left.
+/// Reserves memory for a call that waits for its message. Fails if none is left.
 pub(super) fn reserve_waiting_call(
     budget: &Arc<ConnectionMemoryBudget>,
     headers: &HeaderMap,
@@ -65,12 +65,13 @@ pub(super) fn reserve_waiting_call(
     budget.reserve(WAITING_CALL_BYTES + estimate_header_bytes(headers), priority).ok_or_else(overloaded)
 }
 
-/// How long the rest of a body that nobody needs is still read.
+/// How long the rest of an unneeded body is still read.
 const BODY_DRAIN_TIMEOUT: Duration = Duration::from_millis(100);
 
-/// A body that is read to its end, for a short time, also when its call was answered before: a refusal overtakes the
-/// message of its call, and HTTP/2 counts a message for a stream that it has reset as an error of the peer. Enough of
-/// those end the connection, with the calls of others on it.
+/// A body whose rest is read for a short time after it is dropped.
+///
+/// A refusal can overtake the message of its call. HTTP/2 counts a message for a reset stream as an error of the peer,
+/// and enough of those end the connection, with other calls on it.
 struct DrainOnDropBody(Option<Incoming>);
 
 impl DrainOnDropBody {
@@ -90,20 +91,20 @@ impl Drop for DrainOnDropBody {
         let drain = async move {
             let rest =
                 async { while let Some(Ok(_)) = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await {} };
-            // What comes later is an error of the peer.
+            // Later bytes count as an error of the peer.
             let _ = timeout(BODY_DRAIN_TIMEOUT, rest).await;
         };
-        // The stream counts among those of its connection until then. At the end of the process there is no runtime.
+        // The stream counts against its connection until then. When the process ends, there is no runtime.
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
             runtime.spawn(drain);
         }
     }
 }
 
-/// A request body of which some may have been read already.
+/// A request body whose beginning may have been read already.
 pub(super) struct PeekableBody {
     peeked: Option<Bytes>,
-    /// How reading the rest failed, if it has.
+    /// Why reading the rest failed.
     read_error: Option<hyper::Error>,
     rest: DrainOnDropBody,
 }
@@ -115,10 +116,10 @@ impl From<Incoming> for PeekableBody {
 }
 
 impl PeekableBody {
-    /// The message of a unary call that is plainly in order: it comes in one piece, uncompressed, with nothing behind
-    /// it, and has at most `limit` bytes. None = it does not; nothing of the body is lost.
+    /// Reads the message of a plain unary call: in one frame, uncompressed, with nothing after it, and with at most
+    /// `limit` bytes. `None` if it is not plain; the body is intact then.
     pub(super) async fn peek_plain_message(&mut self, limit: usize) -> Option<Bytes> {
-        // It may have been begun before, and left when it had to wait.
+        // An earlier call may have started to read, and stopped when it had to wait.
         let mut data = match &self.peeked {
             Some(read) => read.clone(),
             None => self.next_data().await?,
@@ -133,10 +134,10 @@ impl PeekableBody {
             let next = futures_util::poll!(pin!(self.next_data()));
             let more = match next {
                 Poll::Ready(more) => more,
-                // Counted the other way.
+                // The slow path reserves memory for it.
                 Poll::Pending if data.len() > MAX_UNRESERVED_INCOMPLETE => return None,
                 Poll::Pending => {
-                    // A part of a buffer would keep all of it.
+                    // A slice would keep the whole buffer alive.
                     data = Bytes::copy_from_slice(&data);
                     self.peeked = Some(data.clone());
                     self.next_data().await
@@ -151,14 +152,14 @@ impl PeekableBody {
                 None => break,
             }
         }
-        // A body that breaks off after its message is not in order.
+        // The body must not break off after its message.
         self.read_error.is_none().then(|| data.slice(MESSAGE_PREFIX_LEN..))
     }
 
-    /// The next bytes; None at the end, and where reading fails.
+    /// The next bytes; `None` at the end and if reading fails.
     async fn next_data(&mut self) -> Option<Bytes> {
         match poll_fn(|cx| self.rest.poll_raw_frame(cx)).await? {
-            // What is no data stands at the end.
+            // Other frames come only at the end.
             Ok(frame) => frame.into_data().ok(),
             Err(error) => {
                 self.read_error = Some(error);
@@ -185,36 +186,36 @@ impl PeekableBody {
     }
 }
 
-/// A request body that gives whole messages alone, each of `limit` bytes at most.
+/// A request body that yields only whole messages of at most `max_message` bytes.
 pub(super) struct MessageBody {
     inner: PeekableBody,
     max_message: usize,
-    /// Messages may be compressed. They are taken one by one then.
+    /// Whether messages may be compressed. If so, they are taken one by one.
     is_gzip_allowed: bool,
-    /// Messages that are whole and not yet given.
+    /// Complete messages that are not yet taken.
     complete: Option<Bytes>,
-    /// The beginning of a message.
+    /// The beginning of an incomplete message.
     partial: Vec<u8>,
     memory: BodyMemory,
-    /// The bytes of a message that is larger than `limit`: what it announced, or of a compressed one the least it can have.
+    /// The length of a message that exceeds `max_message`: the announced length or, if compressed, a lower bound.
     oversize_length: Option<usize>,
-    /// Set while bytes are due.
+    /// Runs while bytes are due.
     read_timer: Option<Pin<Box<Sleep>>>,
     phase: BodyPhase,
 }
 
-/// What is expected of a body.
+/// What a body may still contain.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum BodyPhase {
-    /// Messages, now and then.
+    /// Messages at any time.
     Stream,
-    /// One message, and then the end.
+    /// One message, then the end.
     Unary,
-    /// Nothing more: a unary request that has been read to its end.
+    /// Nothing: the unary request is complete.
     UnaryComplete,
 }
 
-/// The memory that a body may hold.
+/// The memory reservation of a body.
 struct BodyMemory {
     budget: Arc<ConnectionMemoryBudget>,
     priority: CallPriority,
@@ -223,7 +224,7 @@ struct BodyMemory {
 }
 
 impl BodyMemory {
-    /// Holds so many bytes from now on.
+    /// Changes the reservation to `bytes`.
     fn reserve(&mut self, bytes: usize) -> Result<(), Status> {
         let BodyMemory { budget, priority, reservation, .. } = self;
         let fits = match reservation {
@@ -238,19 +239,19 @@ impl BodyMemory {
 }
 
 impl MessageBody {
-    /// A body of a call with these headers, which counts as anonymous until it is known whose it is.
+    /// Wraps the body of a call with these headers. It counts as anonymous until `set_priority`.
     pub(super) fn new(
         body: impl Into<PeekableBody>,
         headers: &HeaderMap,
         limit: usize,
-        inflates: bool,
+        is_gzip_allowed: bool,
         budget: Arc<ConnectionMemoryBudget>,
     ) -> Self {
         let (priority, headers) = (CallPriority::Anonymous, estimate_header_bytes(headers));
         MessageBody {
             inner: body.into(),
             max_message: limit,
-            is_gzip_allowed: inflates,
+            is_gzip_allowed,
             complete: None,
             partial: Vec::new(),
             memory: BodyMemory { budget, priority, header_bytes: headers, reservation: None },
@@ -260,13 +261,12 @@ impl MessageBody {
         }
     }
 
-    /// Whose memory it takes from now on.
+    /// Sets the priority that decides how far it may fill the budget.
     pub(super) fn set_priority(&mut self, priority: CallPriority) {
         self.memory.priority = priority;
     }
 
-    /// The length of the message that was refused, since it is larger than the limit; and the limit. In bytes. Of a
-    /// compressed message the length is the least that it can have.
+    /// Length of the refused message and its limit, in bytes. For a compressed message the length is a lower bound.
     pub(super) fn oversize(&self) -> Option<(usize, usize)> {
         self.oversize_length.map(|length| (length, self.max_message))
     }
@@ -276,14 +276,11 @@ impl MessageBody {
         message_too_large(length, self.max_message)
     }
 
-    /// Reads a unary request to its end.
-    ///
-    /// # Errors
-    /// When it is too large, comes too slowly, finds no memory or breaks off.
+    /// Reads a unary request to its end. Fails if it is too large, too slow, finds no memory or breaks off.
     pub(super) async fn read_to_end(&mut self) -> Result<(), Status> {
         self.phase = BodyPhase::Unary;
         while let Some(messages) = self.next_messages().await? {
-            // Of what comes behind the first message nothing is kept.
+            // Further messages are discarded.
             self.complete.get_or_insert(messages);
         }
         (self.phase, self.read_timer, self.partial) = (BodyPhase::UnaryComplete, None, Vec::new());
@@ -294,20 +291,15 @@ impl MessageBody {
         Ok(())
     }
 
-    /// Reads the first message of a stream.
-    ///
-    /// # Errors
-    /// As [`MessageBody::read_to_end`].
+    /// Reads the first message of a stream. Fails like [`MessageBody::read_to_end`].
     pub(super) async fn read_first_message(&mut self) -> Result<(), Status> {
         let first = timeout(READ_TIMEOUT, self.next_messages()).await;
         self.complete = first.map_err(|_| request_too_slow())??;
         Ok(())
     }
 
-    /// Requires that the message has at most `limit` bytes besides a part that is passed over when it is decoded.
-    ///
-    /// # Errors
-    /// When it has more: what is decoded costs many times its bytes.
+    /// Checks that the message has at most `limit` bytes besides a part that decoding skips: decoded data takes
+    /// many times its encoded size.
     pub(super) fn check_length_excluding(
         &self,
         part: fn(&[u8]) -> usize,
@@ -323,11 +315,8 @@ impl MessageBody {
         }
     }
 
-    /// Reserves what the message takes when it is decoded, where that can be much more than its bytes. `nested`: its
-    /// fields are messages with many fields.
-    ///
-    /// # Errors
-    /// When it has too many fields, or there is no memory.
+    /// Reserves the memory of the decoded message, if that can be much more than its bytes. `nested`: its fields are
+    /// messages with many fields. Fails if it has too many fields or no memory is left.
     pub(super) fn reserve_for_decoding(&mut self, nested: bool) -> Result<(), Status> {
         let Some(message) = self.complete.as_ref().filter(|message| message.len() > MAX_UNRESERVED_MESSAGE)
         else {
@@ -345,7 +334,7 @@ impl MessageBody {
         self.memory.reserve(bytes)
     }
 
-    /// The reservation of a large message, to be kept for as long as its call.
+    /// Takes the reservation of a large message, to be held as long as its call runs.
     pub(super) fn take_reservation(&mut self) -> Option<MemoryReservation> {
         self.memory.reservation.take()
     }
@@ -363,12 +352,12 @@ impl MessageBody {
         }
     }
 
-    /// The next whole messages, or the trailers.
+    /// Polls the next whole messages, or the trailers.
     fn poll_messages(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         if let Some(length) = announced_length(&self.partial).filter(|length| *length > self.max_message) {
             return Poll::Ready(Some(Err(self.reject_size(length))));
         }
-        // Behind a compressed message another may be whole already.
+        // Another message may be complete behind a compressed one.
         if self.is_gzip_allowed
             && let Some(whole) = self.take_complete_messages().transpose()
         {
@@ -378,9 +367,9 @@ impl MessageBody {
             let frame = match self.inner.poll_buffered_frame(cx) {
                 Poll::Ready(Some(Ok(frame))) => frame,
                 Poll::Ready(None) if self.partial.is_empty() => return Poll::Ready(None),
-                // It breaks off within a message.
+                // The body breaks off within a message.
                 Poll::Ready(None | Some(Err(_))) => return Poll::Ready(Some(Err(unreadable_request()))),
-                Poll::Pending => return self.poll_read_timeout(cx).map(|late| Some(Err(late))),
+                Poll::Pending => return self.poll_read_timeout(cx).map(|timer| Some(Err(timer))),
             };
             let whole = match frame.into_data() {
                 Ok(data) => self.push(data),
@@ -392,7 +381,7 @@ impl MessageBody {
         }
     }
 
-    /// Waits for bytes; ready when they do not come in time, or may not be waited for.
+    /// Waits for bytes. Ready if they are late, or no memory is left for waiting.
     fn poll_read_timeout(&mut self, cx: &mut Context<'_>) -> Poll<Status> {
         if let Err(refused) = self.memory.reserve(self.waiting_bytes() + self.partial.capacity()) {
             return Poll::Ready(refused);
@@ -401,17 +390,17 @@ impl MessageBody {
             self.read_timer = None;
             return Poll::Pending;
         }
-        let late = self.read_timer.get_or_insert_with(|| Box::pin(sleep(READ_TIMEOUT)));
-        late.as_mut().poll(cx).map(|()| request_too_slow())
+        let timer = self.read_timer.get_or_insert_with(|| Box::pin(sleep(READ_TIMEOUT)));
+        timer.as_mut().poll(cx).map(|()| request_too_slow())
     }
 
-    /// What it holds while it waits, but for the beginning of a message.
+    /// Memory that it holds while it waits, without `partial`.
     fn waiting_bytes(&self) -> usize {
         let call = if self.phase == BodyPhase::Stream { WAITING_STREAM_BYTES } else { WAITING_CALL_BYTES };
         call + self.memory.header_bytes + self.complete.as_ref().map_or(0, Bytes::len)
     }
 
-    /// Takes bytes that have come; gives the messages that are whole.
+    /// Adds bytes that have arrived, and returns messages that are complete.
     fn push(&mut self, data: Bytes) -> Result<Option<Bytes>, Status> {
         if self.partial.is_empty() && !self.is_gzip_allowed {
             let end =
@@ -423,7 +412,7 @@ impl MessageBody {
         self.take_complete_messages()
     }
 
-    /// The whole messages of those bytes that are kept.
+    /// Takes the complete messages out of the buffer.
     fn take_complete_messages(&mut self) -> Result<Option<Bytes>, Status> {
         let end = match complete_messages_len(&self.partial, self.max_message)
             .map_err(|length| self.reject_size(length))?
@@ -438,7 +427,7 @@ impl MessageBody {
         if self.phase == BodyPhase::Stream && self.memory.reservation.is_some() {
             self.memory.reserve(self.waiting_bytes() + self.partial.capacity())?;
         }
-        // Behind the message of a unary call nothing is read.
+        // After the message of a unary call nothing is inflated.
         let compressed =
             self.is_gzip_allowed && whole.first() == Some(&COMPRESSED_FLAG) && self.complete.is_none();
         if !compressed {
@@ -449,7 +438,7 @@ impl MessageBody {
         match inflate(&whole, self.max_message, |bytes| memory.reserve(held + bytes)) {
             Ok(message) => Ok(Some(message.into())),
             Err(InflateError::TooLarge) => {
-                // How large it is nobody knows: inflation ends at the first byte beyond the limit.
+                // The size is unknown: inflation stops at the first byte beyond the limit.
                 self.oversize_length = Some(self.max_message + 1);
                 Err(inflated_message_too_large(self.max_message))
             }
@@ -457,7 +446,7 @@ impl MessageBody {
         }
     }
 
-    /// Keeps bytes of a message that is not whole. The buffer doubles, and never exceeds what the message announces.
+    /// Buffers bytes of an incomplete message. The buffer doubles, and never exceeds the announced length.
     fn buffer_partial(&mut self, data: &[u8]) -> Result<(), Status> {
         let needed = self.partial.len() + data.len();
         if needed > self.partial.capacity() {
@@ -472,20 +461,17 @@ impl MessageBody {
     }
 }
 
-/// The length that a message announces, if its prefix has come.
+/// The announced length of a message, if its prefix is complete.
 fn announced_length(message: &[u8]) -> Option<usize> {
     let [_, length @ ..] = *message.first_chunk::<MESSAGE_PREFIX_LEN>()?;
     Some(u32::from_be_bytes(length) as usize)
 }
 
-/// How many of these bytes are whole messages.
-///
-/// # Errors
-/// When the first message that is not whole is too large: its length.
+/// How many of these bytes are whole messages. Fails with the length of the first message if that is too large.
 fn complete_messages_len(data: &[u8], limit: usize) -> Result<usize, usize> {
     let mut end = 0;
     while let Some(length) = data.get(end..).and_then(announced_length) {
-        // Those before it are answered first.
+        // Messages before it are answered first.
         if length > limit && end == 0 {
             return Err(length);
         }
@@ -497,7 +483,7 @@ fn complete_messages_len(data: &[u8], limit: usize) -> Result<usize, usize> {
     Ok(end)
 }
 
-/// The fields of a protobuf message, each as the bytes of its value, up to where it is malformed.
+/// Iterates over the fields of a protobuf message as the bytes of their values, until it is malformed.
 fn protobuf_fields(message: &[u8]) -> impl Iterator<Item = &[u8]> {
     let mut rest = message;
     std::iter::from_fn(move || {
@@ -507,12 +493,12 @@ fn protobuf_fields(message: &[u8]) -> impl Iterator<Item = &[u8]> {
             1 => 8,
             2 => usize::try_from(decode_varint(&mut rest).ok()?).ok()?,
             5 => 4,
-            // Groups are skipped by their fields.
+            // The fields of a group are iterated like others.
             3 | 4 => 0,
             _ => return None,
         };
-        let (value, behind) = rest.split_at_checked(length)?;
-        rest = behind;
+        let (value, after) = rest.split_at_checked(length)?;
+        rest = after;
         Some(value)
     })
 }

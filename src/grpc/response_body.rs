@@ -1,4 +1,4 @@
-//! Answers as bodies: any that tonic makes, and one message that is written here without it.
+//! Response bodies: either tonic's, or a single message that was encoded by hand.
 
 use std::{
     mem,
@@ -11,32 +11,32 @@ use http::{HeaderMap, HeaderName, HeaderValue, Response, header::CONTENT_TYPE};
 use http_body::Frame;
 use tonic::{Status, body::Body};
 
-use super::request_body::MESSAGE_PREFIX_LEN;
+use super::raw_codec::MESSAGE_PREFIX_LEN;
 
 const GRPC_STATUS_HEADER: HeaderName = HeaderName::from_static("grpc-status");
-/// Most answers to Checks fit into this, in bytes.
+/// Initial buffer size in bytes; most Check responses fit.
 pub(super) const INITIAL_CAPACITY: usize = 512;
 
-/// The body of an answer.
+/// The body of a response.
 pub(super) enum ResponseBody {
-    /// A message, and then the trailers that say OK.
+    /// A message, followed by trailers with status OK.
     Message(Bytes),
-    /// The trailers that say OK.
+    /// Trailers with status OK.
     OkTrailers,
-    /// Nothing any more.
+    /// Everything was sent.
     Finished,
-    /// Whatever tonic made.
+    /// A body that tonic made.
     Tonic(Body),
 }
 
-/// A message that is to be written, behind the room for its prefix.
+/// A buffer for a message, with space reserved for its prefix.
 pub(super) fn new_message_buffer() -> BytesMut {
     let mut bytes = BytesMut::with_capacity(INITIAL_CAPACITY);
     bytes.put_bytes(0, MESSAGE_PREFIX_LEN);
     bytes
 }
 
-/// The answer to a unary call that went well, of a message that has been written. No message comes near 4 GiB.
+/// A successful response with this encoded message. No message comes near 4 GiB.
 pub(super) fn ok_response(mut message: BytesMut) -> Response<ResponseBody> {
     let length = u32::try_from(message.len() - MESSAGE_PREFIX_LEN).unwrap_or(u32::MAX);
     message[1..MESSAGE_PREFIX_LEN].copy_from_slice(&length.to_be_bytes());

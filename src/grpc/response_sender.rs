@@ -1,5 +1,6 @@
-//! Sends answers over HTTP/2: the body that hyper reads an answer from, and the executor of its streams, which ends those
-//! whose peer takes nothing.
+//! Sends responses over HTTP/2: the body that hyper polls, and the executor that ends streams whose peer stops reading.
+//!
+//! Budgets belong in `send_budget.rs`.
 
 use std::{
     cell::Cell,
@@ -16,74 +17,68 @@ use tokio::time::{Instant, sleep};
 use tonic::Status;
 
 use super::{
+    list_permits::ListPermit,
     load_shed::OpenCallGuard,
     response_body::ResponseBody,
-    send_budget::{ConnectionSendBudget, ListPermit, MessagePiece, MessageSplitter},
+    send_budget::{ConnectionSendBudget, MessagePiece, MessageSplitter},
     status::normalize_trailers,
 };
 
-/// How long a peer may take none of an answer.
+/// How long a peer may read nothing of a response.
 #[derive(Clone, Copy, Debug)]
 struct StallTimeout {
     normal: Duration,
-    /// While others need the room.
+    /// Applies while others need the memory.
     under_pressure: Duration,
 }
 
 const STALL_TIMEOUT: StallTimeout =
     StallTimeout { normal: Duration::from_secs(30), under_pressure: Duration::from_secs(2) };
 
-/// What the body of a stream has last done while its task ran.
+/// What the body of a stream did when its task last ran.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum StreamProgress {
-    /// It was not asked: an answer is not made yet, or hyper holds a piece that the peer has no window for.
+    /// It was not polled: the response is not ready, or hyper holds a piece that flow control blocks.
     NotPolled,
-    /// It has given a piece to hyper.
+    /// It returned a piece to hyper.
     PieceSent,
-    /// It was asked for more: HTTP/2 has every piece so far.
+    /// It was polled for more: HTTP/2 has taken every piece so far.
     AwaitingMore,
 }
 
 thread_local! {
-    /// Of the stream whose task runs on this thread now. hyper polls a body within the stream's task and tells its
-    /// executor nothing of it.
+    /// Progress of the stream whose task runs on this thread. hyper polls the body within the stream's task, and
+    /// does not inform its executor.
     static STREAM_PROGRESS: Cell<StreamProgress> = const { Cell::new(StreamProgress::NotPolled) };
 }
 
-/// An answer as hyper sends it. It counts as a call of its connection until hyper has all of it.
+/// A response as hyper sends it. It counts as an open call of its connection until hyper has all of it.
 pub(super) struct SendBody {
     body: ResponseBody,
     pieces: MessageSplitter,
     list_permit: Option<ListPermit>,
-    /// It has given a message already.
+    /// Whether a message was produced.
     has_sent_message: bool,
     send_budget: Arc<ConnectionSendBudget>,
     _call: OpenCallGuard,
 }
 
 impl SendBody {
-    /// The answer of a call.
+    /// Wraps the response of a call.
     pub(super) fn wrap_response(
         response: Response<ResponseBody>,
-        unsent: &Arc<ConnectionSendBudget>,
+        send_budget: &Arc<ConnectionSendBudget>,
         call: OpenCallGuard,
     ) -> Response<SendBody> {
         let (mut parts, body) = response.into_parts();
         if body.is_end_stream() {
-            unsent.charge_headers(&mut parts.headers);
+            send_budget.charge_headers(&mut parts.headers);
         }
-        let place = parts.extensions.remove();
-        let (pieces, unsent) = (MessageSplitter::default(), unsent.clone());
+        let list_permit = parts.extensions.remove();
+        let (pieces, send_budget) = (MessageSplitter::default(), send_budget.clone());
         Response::from_parts(
             parts,
-            SendBody {
-                body,
-                pieces,
-                list_permit: place,
-                has_sent_message: false,
-                send_budget: unsent,
-                _call: call,
-            },
+            SendBody { body, pieces, list_permit, has_sent_message: false, send_budget, _call: call },
         )
     }
 }
@@ -102,8 +97,8 @@ impl http_body::Body for SendBody {
             return Poll::Ready(Some(Ok(Frame::data(piece))));
         }
         STREAM_PROGRESS.set(StreamProgress::AwaitingMore);
-        let streams = this.has_sent_message && matches!(this.body, ResponseBody::Tonic(_));
-        if streams {
+        let is_stream = this.has_sent_message && matches!(this.body, ResponseBody::Tonic(_));
+        if is_stream {
             ready!(this.send_budget.poll_has_room(cx));
         }
         let frame = match ready!(Pin::new(&mut this.body).poll_frame(cx)) {
@@ -133,7 +128,7 @@ impl http_body::Body for SendBody {
     }
 }
 
-/// Runs the streams of one connection.
+/// Executor of the streams of one connection.
 #[derive(Clone, Debug)]
 pub(super) struct StreamExecutor(pub(super) Arc<ConnectionSendBudget>);
 
@@ -146,11 +141,11 @@ where
     }
 }
 
-/// Runs a stream until it ends, or its peer takes nothing of its answer for too long. Then HTTP/2 resets it (CANCEL) and
-/// gives up what it holds. Returns what the stream returns, if it ends.
+/// Runs a stream until it ends or its peer reads nothing for too long. In the latter case HTTP/2 resets the stream
+/// (CANCEL) and releases its memory. Returns the output of the stream if it ends.
 async fn run_until_stalled<F: Future>(
     stream: F,
-    unsent: Arc<ConnectionSendBudget>,
+    send_budget: Arc<ConnectionSendBudget>,
     timeout: StallTimeout,
 ) -> Option<F::Output> {
     let mut stream = pin!(stream);
@@ -167,12 +162,12 @@ async fn run_until_stalled<F: Future>(
             }
             StreamProgress::AwaitingMore => stalled = None,
         }
-        let Some((since, look)) = &mut stalled else { return Poll::Pending };
-        while look.as_mut().poll(cx).is_ready() {
-            if since.elapsed() >= timeout.normal || unsent.is_under_pressure() {
+        let Some((since, timer)) = &mut stalled else { return Poll::Pending };
+        while timer.as_mut().poll(cx).is_ready() {
+            if since.elapsed() >= timeout.normal || send_budget.is_under_pressure() {
                 return Poll::Ready(None);
             }
-            look.as_mut().reset(Instant::now() + timeout.under_pressure);
+            timer.as_mut().reset(Instant::now() + timeout.under_pressure);
         }
         Poll::Pending
     })
@@ -191,31 +186,31 @@ mod tests {
     #[tokio::test]
     async fn a_stream_ends_when_its_peer_takes_nothing_and_not_when_it_has_nothing_to_give() {
         let timeout = StallTimeout { normal: 5 * SOON, under_pressure: SOON };
-        let unsent = ConnectionSendBudget::new(Arc::default());
+        let budget = ConnectionSendBudget::new(Arc::default());
         let gives = async {
             STREAM_PROGRESS.set(StreamProgress::PieceSent);
             pending::<()>().await;
         };
-        assert_eq!(run_until_stalled(gives, unsent.clone(), timeout).await, None);
+        assert_eq!(run_until_stalled(gives, budget.clone(), timeout).await, None);
         let waits = async {
             STREAM_PROGRESS.set(StreamProgress::PieceSent);
             tokio::task::yield_now().await;
             STREAM_PROGRESS.set(StreamProgress::AwaitingMore);
             sleep(50 * SOON).await;
         };
-        assert_eq!(run_until_stalled(waits, unsent, timeout).await, Some(()));
+        assert_eq!(run_until_stalled(waits, budget, timeout).await, Some(()));
     }
 
     #[tokio::test]
     async fn a_stalled_stream_ends_soon_when_others_need_the_room() {
         let process = Arc::default();
-        let unsent = ConnectionSendBudget::new(Arc::clone(&process));
+        let budget = ConnectionSendBudget::new(Arc::clone(&process));
         let _others = ConnectionSendBudget::new(process).charge(40 << 20);
         let gives = async {
             STREAM_PROGRESS.set(StreamProgress::PieceSent);
             pending::<()>().await;
         };
         let timeout = StallTimeout { normal: NEVER, under_pressure: SOON };
-        assert_eq!(run_until_stalled(gives, unsent, timeout).await, None);
+        assert_eq!(run_until_stalled(gives, budget, timeout).await, None);
     }
 }

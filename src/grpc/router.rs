@@ -1,13 +1,13 @@
-//! The gate: every call passes here before its body is read. It finds the RPC, has its caller proved, holds the call
-//! to its size and time, and hands it to its service on the right thread.
+//! Routes every call to its service. Before a body is read, the router finds the RPC, authorizes the caller, enforces
+//! size and time limits, and picks the runtime.
 //!
-//! Who the caller is and whether that one may call is `admission`'s business; a Check that is plainly in order is
-//! answered in `direct`.
+//! Authentication belongs in `auth.rs`. Plain Checks are answered in `check_fast_path.rs`; every other call
+//! takes the slow path here.
 
 use std::{collections::HashMap, convert::Infallible, sync::Arc, time::Duration};
 
 use futures_util::future::FutureExt as _;
-use http::{Extensions, HeaderMap, HeaderName, HeaderValue, Request, Response};
+use http::{Extensions, HeaderName, HeaderValue, Request, Response};
 use hyper::body::Incoming;
 use tokio::time::Instant;
 use tonic::{Status, body::Body};
@@ -18,7 +18,6 @@ use crate::{
     caller::Caller,
     domain::time::Timestamp,
     engine::Engine,
-    gateway::Gateway,
     pb::{
         account_service_server::AccountServiceServer, audit_service_server::AuditServiceServer,
         envoy::service::auth::v3::authorization_server::AuthorizationServer, envoy_request::request_body_len,
@@ -34,13 +33,15 @@ use crate::{
 use super::{
     account_service::AccountService,
     audit_service::AuditService,
-    auth::ConnectionContext,
+    auth::{CallAuthenticator, ConnectionContext},
     authz_service::AuthzService,
-    check_fast_path::HeaderFlags,
-    check_session::CheckSession,
+    call_extensions::ProxyCaller,
+    check_fast_path::{CheckFastPath, HeaderFlags},
     concurrency::{ConcurrencyLimits, PermitBody, PermitHolder},
-    ext_authz::{ExtAuthzService, ProxyCaller},
+    deadline::{PropagationDeadline, client_timeout, effective_timeout},
+    ext_authz::ExtAuthzService,
     gzip::{ACCEPTED_ENCODINGS, GRPC_ACCEPT_ENCODING, take_grpc_encoding},
+    health::{HEALTH_SERVICE, HEALTH_WATCH_PATH},
     key_service::KeyService,
     management_session::ManagementSession,
     request_body::{MessageBody, PeekableBody},
@@ -51,47 +52,44 @@ use super::{
     status::{add_missing_reason, deadline_exceeded, internal_error, unknown_rpc},
 };
 
-pub(super) const HEALTH_SERVICE: &str = "grpc.health.v1.Health";
-const HEALTH_WATCH_PATH: &str = "/grpc.health.v1.Health/Watch";
-/// How long a call without a credential may take; one that watches health is for as long as its connection.
+/// Time limit of a public call. `Health/Watch` is exempt: it lasts as long as its connection.
 const PUBLIC_CALL_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// What a call is called, in answers too: who asks about it can say which it was.
+/// Carries the request id, in responses too, so that operators can find a call in the logs.
 const REQUEST_ID_HEADER: HeaderName = HeaderName::from_static("x-request-id");
-/// The target of the lines about calls to management.
+/// Log target of the access log for management calls.
 const ACCESS_LOG_TARGET: &str = "keyward::access";
 /// The largest request to health and reflection, in bytes.
 const MAX_PUBLIC_REQUEST: usize = 16 * 1024;
 
-/// A service that asks for no credential.
+/// A service that needs no credential: health or reflection.
 pub(super) type PublicService = BoxCloneSyncService<Request<Body>, Response<Body>, Infallible>;
 
-/// Every service, and the engine that knows the callers.
+/// Routes calls to the services and enforces their limits.
 pub struct Router {
     pub(super) rpc_metrics: Arc<RpcMetrics>,
-    /// How calls are named, and which are recorded.
+    /// Assigns request ids and decides which calls are traced.
     pub(super) tracing: CallTracer,
     pub(super) engine: Arc<Engine>,
-    pub(super) gateway: Arc<Gateway>,
-    /// Answers Checks.
+    pub(super) authenticator: CallAuthenticator,
+    pub(super) fast_path: CheckFastPath,
     pub(super) authz_service: Arc<AuthzService>,
     pub(super) ext_authz_server: AuthorizationServer<ExtAuthzService>,
-    /// The same without tonic around it.
+    /// The same service without tonic's wrapper, for responses that are made here.
     pub(super) ext_authz_service: Arc<ExtAuthzService>,
     pub(super) key_server: KeyServiceServer<KeyService>,
     pub(super) account_server: AccountServiceServer<AccountService>,
     pub(super) audit_server: AuditServiceServer<AuditService>,
-    /// Hears what other replicas have committed.
+    /// Catches up with the commits of other replicas.
     pub(super) freshness: FreshnessBarrier,
     /// Health and reflection, by service name.
     pub(super) public_services: HashMap<&'static str, PublicService>,
-    /// Where management runs.
+    /// The runtime of management calls.
     pub(super) management_runtime: tokio::runtime::Handle,
-    /// How much of it there may be at once.
     pub(super) concurrency_limits: Arc<ConcurrencyLimits>,
-    /// What requests may hold.
+    /// Bounds the memory that requests hold.
     pub(super) memory_budget: Arc<MemoryBudget>,
-    /// What waits to be sent.
+    /// Bounds the bytes of responses that wait to be sent.
     pub(super) send_budget: Arc<SendBudget>,
 }
 
@@ -101,117 +99,60 @@ impl std::fmt::Debug for Router {
     }
 }
 
-/// Until when a call may wait for a change to be in force everywhere: shortly before its caller's deadline, so that
-/// the caller hears how far it has come. None = the caller has set none.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct PropagationDeadline {
-    pub(super) deadline: Option<Instant>,
-}
-
-impl PropagationDeadline {
-    const MIN_MARGIN: Duration = Duration::from_millis(20);
-    const MAX_MARGIN: Duration = Duration::from_millis(100);
-
-    /// Of a call with this deadline: a twentieth of it is left for the answer, 20 to 100 ms.
-    fn from_timeout(asked: Option<Duration>) -> PropagationDeadline {
-        let until = asked.and_then(|asked| {
-            let spared = (asked / 20).clamp(PropagationDeadline::MIN_MARGIN, PropagationDeadline::MAX_MARGIN);
-            Instant::now().checked_add(asked.saturating_sub(spared))
-        });
-        PropagationDeadline { deadline: until }
-    }
-}
-
-/// What the gate hands to the handler of a call, by the call's extensions.
-pub(super) trait FromExtensions: Sized {
-    fn from_extensions(extensions: &mut tonic::Extensions) -> Result<Option<Self>, Status>;
-}
-
-macro_rules! impl_from_extensions {
-    ($($found:ty),*) => {
-        $(
-            impl FromExtensions for $found {
-                fn from_extensions(extensions: &mut tonic::Extensions) -> Result<Option<Self>, Status> {
-                    Ok(extensions.remove())
-                }
-            }
-        )*
-    };
-}
-
-impl_from_extensions!(PropagationDeadline, CheckSession, ProxyCaller, ManagementSession);
-
-/// The caller of a management call is judged again: handlers run when the whole request has arrived.
-impl FromExtensions for Caller {
-    fn from_extensions(extensions: &mut tonic::Extensions) -> Result<Option<Self>, Status> {
-        match extensions.get::<ManagementSession>() {
-            Some(session) => Ok(Some(session.reauthorize()?)),
-            None => Ok(extensions.remove()),
-        }
-    }
-}
-
-/// What the gate has found out about a call, for its handler.
-pub(super) fn take_extension<T: FromExtensions>(
-    request: &mut tonic::Request<impl Sized>,
-) -> Result<T, Status> {
-    // Every row of the table says what its handler takes; a mismatch is a bug.
-    T::from_extensions(request.extensions_mut())?.ok_or_else(internal_error)
-}
-
 impl Router {
-    /// The time by which callers are judged.
+    /// The time that callers are evaluated at.
     #[must_use]
-    pub fn now(&self) -> Timestamp {
+    pub(super) fn now(&self) -> Timestamp {
         self.engine.now()
     }
 
-    /// Tells how many calls found no room, whenever it is asked.
-    pub fn shed_counter(&self) -> impl Fn() -> u64 + Send + Sync + 'static {
+    /// Returns a reader of the number of calls that were refused for lack of permits or memory.
+    pub(crate) fn shed_counter(&self) -> impl Fn() -> u64 + Send + Sync + 'static {
         let (limits, memory) = (self.concurrency_limits.clone(), self.memory_budget.clone());
         move || limits.refused_calls() + memory.refused_reservations()
     }
 
-    /// The calls that came in.
     #[must_use]
-    pub fn rpc_metrics(&self) -> &Arc<RpcMetrics> {
+    pub(crate) fn rpc_metrics(&self) -> &Arc<RpcMetrics> {
         &self.rpc_metrics
     }
 
-    /// Answers one call of a visitor: a Check that is plainly in order at once, every other call the long way. A call
-    /// whose deadline has passed while it waited has nobody who reads its answer.
+    /// Answers one call: a plain Check on the fast path, every other call on the slow path. A call whose deadline
+    /// passed while it was queued is refused at once, since nobody reads its response.
     pub(super) async fn serve_call(
         &self,
         request: Request<Incoming>,
-        visitor: &ConnectionContext,
-        arrived: Instant,
+        context: &ConnectionContext,
+        arrived_at: Instant,
     ) -> Response<ResponseBody> {
-        let begun = self.rpc_metrics.start_call(request.uri().path());
-        let said = HeaderFlags::from_headers(request.headers());
-        let waited = || begun.started_at().saturating_duration_since(arrived);
-        if said.has_deadline && client_timeout(request.headers()).is_some_and(|deadline| deadline <= waited())
+        let timer = self.rpc_metrics.start_call(request.uri().path());
+        let flags = HeaderFlags::from_headers(request.headers());
+        let queue_delay = || timer.started_at().saturating_duration_since(arrived_at);
+        if flags.has_deadline
+            && client_timeout(request.headers()).is_some_and(|deadline| deadline <= queue_delay())
         {
-            return begun.finish_unary(deadline_exceeded().into_http().map(ResponseBody::Tonic));
+            return timer.finish_unary(deadline_exceeded().into_http().map(ResponseBody::Tonic));
         }
-        let names = said.has_trace_headers.then(|| request.headers());
-        let call = self.tracing.new_call(names, visitor.peer, self.engine.now());
-        let (plain, mut call) = (!call.should_record(), Some(call));
+        let trace_headers = flags.has_trace_headers.then(|| request.headers());
+        let call = self.tracing.new_call(trace_headers, context.peer, self.engine.now());
+        let (is_plain, mut call) = (!call.should_record(), Some(call));
         let mut request = request.map(PeekableBody::from);
-        let response = match begun.rpc_spec() {
-            Some(_) if plain && begun.is_check() => {
-                self.try_fast_check(&mut request, &said, visitor, &begun, &mut call).await
+        let response = match timer.rpc_spec() {
+            Some(_) if is_plain && timer.is_check() => {
+                self.fast_path.try_check(&mut request, &flags, context, &timer, &mut call).await
             }
-            Some(rpc) if plain && rpc.access == AccessRequirement::Proxy => {
-                let answer = self.try_fast_ext_authz(rpc, &mut request, &said, visitor, &begun, &mut call);
-                Box::pin(answer).await
+            Some(rpc) if is_plain && rpc.access == AccessRequirement::Proxy => {
+                let response =
+                    self.fast_path.try_ext_authz(rpc, &mut request, &flags, context, &timer, &mut call);
+                Box::pin(response).await
             }
             _ => None,
         };
         let mut response = match response {
-            Some(response) => begun.finish_unary(response),
-            // Apart on the heap: a future is as large as all that may go on in it, and most calls were Checks.
+            Some(response) => timer.finish_unary(response),
+            // Boxed: a future is as large as its largest branch, and most calls are Checks that need none of this.
             None => {
-                Box::pin(self.dispatch_slow(begun, call, request, visitor)).await.map(ResponseBody::Tonic)
+                Box::pin(self.dispatch_slow(timer, call, request, context)).await.map(ResponseBody::Tonic)
             }
         };
         response.headers_mut().insert(GRPC_ACCEPT_ENCODING, ACCEPTED_ENCODINGS);
@@ -220,53 +161,52 @@ impl Router {
 
     async fn dispatch_slow(
         &self,
-        begun: CallTimer<'_>,
+        timer: CallTimer<'_>,
         call: Option<trace::TracedCall>,
         request: Request<PeekableBody>,
-        visitor: &ConnectionContext,
+        context: &ConnectionContext,
     ) -> Response<Body> {
-        let answer = async {
-            match begun.rpc_spec() {
-                Some(rpc) => self.dispatch_traced(rpc, &begun, request, visitor).await,
-                None => self.dispatch_public(request, visitor).await,
+        let response = async {
+            match timer.rpc_spec() {
+                Some(rpc) => self.dispatch_traced(rpc, &timer, request, context).await,
+                None => self.dispatch_public(request, context).await,
             }
         };
         let response = match call {
-            Some(call) => trace::scope(call, answer).await,
-            None => answer.await,
+            Some(call) => trace::scope(call, response).await,
+            None => response.await,
         };
-        begun.finish(response)
+        timer.finish(response)
     }
 
-    /// Answers, and tells log and trace of it: the trace where the call is recorded, the log where it may change
-    /// something.
+    /// Dispatches a call within its span, if it is traced. Writes the access log for management calls.
     async fn dispatch_traced(
         &self,
         rpc: &'static RpcSpec,
-        begun: &CallTimer<'_>,
+        timer: &CallTimer<'_>,
         mut request: Request<PeekableBody>,
-        visitor: &ConnectionContext,
+        context: &ConnectionContext,
     ) -> Response<Body> {
-        let manages = rpc.plane == ExecutionPlane::Management;
-        let id = trace::with_current(|call| HeaderValue::from(call.request_id())).filter(|_| manages);
-        // Who reads it there finds the id that was made, where the caller's was none.
+        let is_management = rpc.plane == ExecutionPlane::Management;
+        let id = trace::with_current(|call| HeaderValue::from(call.request_id())).filter(|_| is_management);
+        // Handlers read the id from the header, so a generated one must be in it.
         if let Some(id) = &id {
             request.headers_mut().insert(REQUEST_ID_HEADER, id.clone());
         }
-        let answer = self.dispatch(rpc, begun, request, visitor);
-        // What a proxy asks about may be part of a trace that its message alone tells of: its span comes later.
+        let response = self.dispatch(rpc, timer, request, context);
+        // The trace of a proxied request is known only from the message, so `ext_authz.rs` starts that span.
         let span =
             if rpc.access == AccessRequirement::Proxy { None } else { self.tracing.start_span(rpc.method) };
         let mut response = match &span {
-            Some(span) => answer.instrument(span.clone()).await,
-            None => answer.await,
+            Some(span) => response.instrument(span.clone()).await,
+            None => response.await,
         };
         let code = rpc_metrics::code_from_headers(response.headers()).unwrap_or(tonic::Code::Ok);
         if let Some(span) = &span {
             trace::finish_span(span, code);
         }
-        if manages {
-            log_access(rpc, code, begun.elapsed());
+        if is_management {
+            log_access(rpc, code, timer.elapsed());
         }
         response.headers_mut().extend(id.map(|id| (REQUEST_ID_HEADER, id)));
         response
@@ -275,33 +215,33 @@ impl Router {
     async fn dispatch(
         &self,
         rpc: &'static RpcSpec,
-        begun: &CallTimer<'_>,
+        timer: &CallTimer<'_>,
         request: Request<PeekableBody>,
-        visitor: &ConnectionContext,
+        context: &ConnectionContext,
     ) -> Response<Body> {
-        if !visitor.policy.has_service(rpc.service_name()) {
+        if !context.policy.has_service(rpc.service_name()) {
             return unknown_rpc().into_http();
         }
         let limit = effective_timeout(rpc.timeout, request.headers());
-        let patience = PropagationDeadline::from_timeout(client_timeout(request.headers()));
-        let mut request = match limit_body(request, rpc.max_request_bytes, visitor) {
+        let propagation_deadline = PropagationDeadline::from_timeout(client_timeout(request.headers()));
+        let mut request = match limit_body(request, rpc.max_request_bytes, context) {
             Ok(request) => request,
             Err(status) => return status.into_http(),
         };
-        request.extensions_mut().insert(patience);
-        if let Err(status) = self.authorize_call(rpc, &mut request, visitor).await {
+        request.extensions_mut().insert(propagation_deadline);
+        if let Err(status) = self.authenticator.authorize_call(rpc, &mut request, context).await {
             return status.into_http();
         }
-        let watch = (rpc.streaming == StreamingKind::ServerStream)
-            .then(|| visitor.long_calls.acquire_other())
+        let long_call = (rpc.streaming == StreamingKind::ServerStream)
+            .then(|| context.long_calls.acquire_other())
             .transpose();
-        let watch = match watch {
-            Ok(watch) => watch,
+        let long_call = match long_call {
+            Ok(long_call) => long_call,
             Err(status) => return status.into_http(),
         };
-        let occupant = permit_holder(rpc, request.extensions(), visitor);
-        request.body_mut().set_priority(occupant.priority());
-        // Apart on the heap: what a call does is large, and is moved a few times before it begins.
+        let holder = permit_holder(rpc, request.extensions(), context);
+        request.body_mut().set_priority(holder.priority());
+        // Boxed: the future of a call is large, and it is moved several times before it is first polled.
         let call = async move {
             if rpc.streaming != StreamingKind::BidiStream
                 && let Err(status) = read_message(rpc, request.body_mut()).await
@@ -318,36 +258,37 @@ impl Router {
                     call_service(self.ext_authz_server.clone(), request).await
                 }
                 ExecutionPlane::Checks => self.authz_service.clone().dispatch(rpc, request).await,
-                ExecutionPlane::Management => self.dispatch_management(rpc, request, occupant).await,
+                ExecutionPlane::Management => self.dispatch_management(rpc, request, holder).await,
             }
         };
         let call = call.boxed();
-        let answer = with_error_details(match limit {
+        let response = with_error_details(match limit {
             Some(limit) => {
-                let answer = tokio::time::timeout_at(begun.started_at() + limit, call).await;
-                answer.unwrap_or_else(|_| deadline_exceeded().into_http())
+                let response = tokio::time::timeout_at(timer.started_at() + limit, call).await;
+                response.unwrap_or_else(|_| deadline_exceeded().into_http())
             }
             None => call.await,
         });
-        match watch {
-            Some(watch) => watch.attach(answer),
-            None => answer,
+        match long_call {
+            Some(long_call) => long_call.attach(response),
+            None => response,
         }
     }
 
-    /// Runs a call on the management runtime. A caller that goes away does not stop it: a change is made whole.
+    /// Runs a call on the management runtime. The task continues if the client disconnects, so
+    /// that a change is completed.
     async fn dispatch_management(
         &self,
         rpc: &'static RpcSpec,
         mut request: Request<MessageBody>,
-        occupant: PermitHolder,
+        holder: PermitHolder,
     ) -> Response<Body> {
-        let streams = rpc.streaming == StreamingKind::ServerStream;
-        let permit = match self.concurrency_limits.acquire_management(occupant, streams, self.now()) {
+        let is_stream = rpc.streaming == StreamingKind::ServerStream;
+        let permit = match self.concurrency_limits.acquire_management(holder, is_stream, self.now()) {
             Ok(permit) => permit,
             Err(status) => return status.into_http(),
         };
-        let names_person = request.headers().contains_key("x-keyward-acting-user");
+        let has_acting_user = request.headers().contains_key("x-keyward-acting-user");
         let session = request.extensions().get::<ManagementSession>().cloned();
         let memory = request.body_mut().take_reservation();
         let call = match rpc.service_name() {
@@ -356,109 +297,101 @@ impl Router {
             "keyward.v1.AuditService" => call_service(self.audit_server.clone(), request).boxed(),
             _ => return unknown_rpc().into_http(),
         };
-        let (news, hears_first) = (self.freshness.clone(), rpc.requires_catch_up(names_person));
+        let (freshness, catches_up) = (self.freshness.clone(), rpc.requires_catch_up(has_acting_user));
         let work = async move {
-            let began = Instant::now();
+            let started_at = Instant::now();
             let _memory = memory;
-            let heard = !hears_first || news.catch_up().await;
-            let (answer, recorded) = track_call_writes(began, call).await;
-            let code = rpc_metrics::code_from_headers(answer.headers());
-            if let Some(refusal) = session.and_then(|session| session.refuse_response(code, recorded)) {
+            let caught_up = !catches_up || freshness.catch_up().await;
+            let (response, writes) = track_call_writes(started_at, call).await;
+            let code = rpc_metrics::code_from_headers(response.headers());
+            if let Some(refusal) = session.and_then(|session| session.refuse_response(code, writes)) {
                 return Status::from(refusal).into_http();
             }
-            let rests = match code {
-                // It was so before, says what was read.
-                None | Some(tonic::Code::Ok) => rpc.is_mutating() && !recorded.is_linearizable,
-                Some(code) => depends_on_freshness(code, hears_first && rpc.is_mutating()),
+            let must_confirm = match code {
+                // A successful read is valid as of the state that it read.
+                None | Some(tonic::Code::Ok) => rpc.is_mutating() && !writes.is_linearizable,
+                Some(code) => depends_on_freshness(code, catches_up && rpc.is_mutating()),
             };
-            if rests && !(heard && news.confirm_linearizable(began).await) {
+            if must_confirm && !(caught_up && freshness.confirm_linearizable(started_at).await) {
                 return Status::from(ServiceError::Unavailable).into_http();
             }
-            answer
+            response
         };
         let limits = self.concurrency_limits.clone();
         let task = self.management_runtime.spawn(trace::propagate(async move {
-            let (answer, permit) = limits.run(permit, work).await;
-            if streams { answer.map(|body| Body::new(PermitBody::new(body, permit))) } else { answer }
+            let (response, permit) = limits.run(permit, work).await;
+            if is_stream { response.map(|body| Body::new(PermitBody::new(body, permit))) } else { response }
         }));
         task.await.unwrap_or_else(|error| {
-            tracing::error!(
-                method = rpc.method,
-                error = &error as &dyn std::error::Error,
-                "a handler failed"
-            );
+            tracing::error!(method = rpc.method, error = &error as &dyn std::error::Error, "handler failed");
             internal_error().into_http()
         })
     }
 
-    /// Answers a call that needs no credential.
+    /// Answers a call to health or reflection.
     async fn dispatch_public(
         &self,
         request: Request<PeekableBody>,
-        visitor: &ConnectionContext,
+        context: &ConnectionContext,
     ) -> Response<Body> {
         let path = request.uri().path();
         let name = path.split('/').nth(1).unwrap_or_default();
         let Some(service) =
-            self.public_services.get(name).filter(|_| visitor.policy.has_service(name)).cloned()
+            self.public_services.get(name).filter(|_| context.policy.has_service(name)).cloned()
         else {
             return unknown_rpc().into_http();
         };
-        let watch = (path == HEALTH_WATCH_PATH).then(|| visitor.long_calls.acquire_health()).transpose();
-        let watch = match watch {
-            Ok(watch) => watch,
+        let long_call = (path == HEALTH_WATCH_PATH).then(|| context.long_calls.acquire_health()).transpose();
+        let long_call = match long_call {
+            Ok(long_call) => long_call,
             Err(status) => return status.into_http(),
         };
-        let health = name == HEALTH_SERVICE;
-        let mut request = match limit_body(request, MAX_PUBLIC_REQUEST, visitor) {
+        let is_health = name == HEALTH_SERVICE;
+        let mut request = match limit_body(request, MAX_PUBLIC_REQUEST, context) {
             Ok(request) => request,
             Err(status) => return status.into_http(),
         };
         let call = async {
             let body = request.body_mut();
-            let permit = if health {
+            let permit = if is_health {
                 body.read_to_end().await.map(|()| None)
             } else {
-                let occupant = PermitHolder::from_connection(visitor.memory_budget.connection_id());
-                let permit = || self.concurrency_limits.acquire_reflection(occupant, self.now()).map(Some);
+                let holder = PermitHolder::from_connection(context.memory_budget.connection_id());
+                let permit = || self.concurrency_limits.acquire_reflection(holder, self.now()).map(Some);
                 body.read_first_message().await.and_then(|()| permit())
             };
             match permit {
                 Ok(permit) => {
-                    let answer = call_service(service, request.map(Body::new)).await;
-                    match (permit, watch) {
+                    let response = call_service(service, request.map(Body::new)).await;
+                    match (permit, long_call) {
                         (Some(permit), _) => {
-                            answer.map(|body| Body::new(PermitBody::for_reflection(body, permit)))
+                            response.map(|body| Body::new(PermitBody::for_reflection(body, permit)))
                         }
-                        (None, Some(watch)) => watch.attach(answer),
-                        (None, None) => answer,
+                        (None, Some(long_call)) => long_call.attach(response),
+                        (None, None) => response,
                     }
                 }
                 Err(status) => status.into_http(),
             }
         };
-        let answer = tokio::time::timeout(PUBLIC_CALL_TIMEOUT, call).await;
-        with_error_details(answer.unwrap_or_else(|_| deadline_exceeded().into_http()))
+        let response = tokio::time::timeout(PUBLIC_CALL_TIMEOUT, call).await;
+        with_error_details(response.unwrap_or_else(|_| deadline_exceeded().into_http()))
     }
 }
 
-/// The request with a body that is held to its limits, and gives messages as they were before they were compressed.
-///
-/// # Errors
-/// When its messages are encoded in an unknown way.
+/// Wraps the body so that it enforces its limits and yields uncompressed messages. Fails if `grpc-encoding` is unknown.
 fn limit_body(
     request: Request<PeekableBody>,
     max_message: usize,
-    visitor: &ConnectionContext,
+    context: &ConnectionContext,
 ) -> Result<Request<MessageBody>, Status> {
     let (mut parts, body) = request.into_parts();
-    let inflates = take_grpc_encoding(&mut parts.headers)?;
-    let budget = visitor.memory_budget.clone();
-    let body = MessageBody::new(body, &parts.headers, max_message, inflates, budget);
+    let is_gzip_allowed = take_grpc_encoding(&mut parts.headers)?;
+    let budget = context.memory_budget.clone();
+    let body = MessageBody::new(body, &parts.headers, max_message, is_gzip_allowed, budget);
     Ok(Request::from_parts(parts, body))
 }
 
-/// Reads the message of a unary request.
 async fn read_message(rpc: &RpcSpec, body: &mut MessageBody) -> Result<(), Status> {
     body.read_to_end().await?;
     if rpc.access == AccessRequirement::Proxy {
@@ -467,48 +400,48 @@ async fn read_message(rpc: &RpcSpec, body: &mut MessageBody) -> Result<(), Statu
     body.reserve_for_decoding(rpc.method == IMPORT_METHOD)
 }
 
-/// Which limits an admitted call counts on.
-fn permit_holder(rpc: &RpcSpec, admitted: &Extensions, visitor: &ConnectionContext) -> PermitHolder {
-    let connection = visitor.memory_budget.connection_id();
-    let caller = admitted
+/// The limits that an authorized call counts against.
+fn permit_holder(rpc: &RpcSpec, extensions: &Extensions, context: &ConnectionContext) -> PermitHolder {
+    let connection = context.memory_budget.connection_id();
+    let caller = extensions
         .get::<Caller>()
-        .or_else(|| Some(admitted.get::<ManagementSession>()?.authenticated_caller()));
-    match (caller, admitted.get::<ProxyCaller>()) {
+        .or_else(|| Some(extensions.get::<ManagementSession>()?.authenticated_caller()));
+    match (caller, extensions.get::<ProxyCaller>()) {
         (Some(caller), _) => PermitHolder::from_caller(caller, rpc, connection),
         (None, proxy) => PermitHolder::from_proxy(proxy.is_some_and(|proxy| proxy.trusted), connection),
     }
 }
 
-/// A line for each call to management: at `info` where it may change something and its caller is known, else at
-/// `debug`, since strangers choose how many of those there are.
+/// Logs a management call: at `info` if it may change something and its caller is known, else at `debug`.
+/// Unauthenticated clients control how many of the others there are.
 fn log_access(rpc: &'static RpcSpec, code: tonic::Code, took: Duration) {
     trace::with_current(|call| {
         let (method, code) = (rpc.method, rpc_metrics::code_name(code));
         let peer = call.peer().map(tracing::field::display);
         let caller = call.caller();
-        let known = caller.is_some();
+        let is_known_caller = caller.is_some();
         let (caller, account) = caller.map(|caller| (caller.key_id, caller.account)).unzip();
         let took = took.as_secs_f64();
-        if known && rpc.is_mutating() {
-            tracing::info!(target: ACCESS_LOG_TARGET, method, code, caller, account, peer, took, "a call was answered");
+        if is_known_caller && rpc.is_mutating() {
+            tracing::info!(target: ACCESS_LOG_TARGET, method, code, caller, account, peer, took, "call completed");
         } else {
-            tracing::debug!(target: ACCESS_LOG_TARGET, method, code, caller, account, peer, took, "a call was answered");
+            tracing::debug!(target: ACCESS_LOG_TARGET, method, code, caller, account, peer, took, "call completed");
         }
     });
 }
 
-/// Whether a refusal rests on what this process, or the database that it reached, knew. Then it is no verdict unless that
-/// was the newest state. `is_mutating`: what is wrong with the request of a change may be so only by old knowledge.
-fn depends_on_freshness(code: tonic::Code, changes: bool) -> bool {
+/// Whether a refusal is only valid if the state that it is based on was the newest. `is_mutating`: the request may look
+/// invalid only because this replica is behind.
+fn depends_on_freshness(code: tonic::Code, is_mutating: bool) -> bool {
     use tonic::Code::{AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied};
     match code {
         NotFound | AlreadyExists | FailedPrecondition => true,
-        InvalidArgument | PermissionDenied => changes,
+        InvalidArgument | PermissionDenied => is_mutating,
         _ => false,
     }
 }
 
-/// The answer, with its reason: what tonic refuses by itself, such as a body that is no message, has none.
+/// Adds a reason to statuses that tonic makes itself, for example for a malformed message.
 fn with_error_details(response: Response<Body>) -> Response<Body> {
     match Status::from_header_map(response.headers()) {
         Some(status) if status.code() != tonic::Code::Ok && status.details().is_empty() => {
@@ -518,10 +451,10 @@ fn with_error_details(response: Response<Body>) -> Response<Body> {
     }
 }
 
-/// The answer to a unary call that ended well.
+/// A successful response to a unary call.
 fn message_response(message: &impl prost::Message) -> Response<Body> {
     let mut out = response_body::new_message_buffer();
-    // It only fails without room, and a buffer grows.
+    // Encoding fails only for lack of space, and this buffer grows.
     let _ = message.encode(&mut out);
     response_body::ok_response(out).map(Body::new)
 }
@@ -533,50 +466,5 @@ where
     match service.oneshot(request).await {
         Ok(response) => response,
         Err(never) => match never {},
-    }
-}
-
-/// How long a call may take: the shorter of the method's time and the caller's own deadline.
-pub(super) fn effective_timeout(method: Option<Duration>, headers: &HeaderMap) -> Option<Duration> {
-    match (method, client_timeout(headers)) {
-        (Some(method), Some(asked)) => Some(method.min(asked)),
-        (method, asked) => method.or(asked),
-    }
-}
-
-/// The caller's own deadline.
-fn client_timeout(headers: &HeaderMap) -> Option<Duration> {
-    headers.get("grpc-timeout").and_then(|value| value.to_str().ok()).and_then(parse_grpc_timeout)
-}
-
-/// gRPC's `grpc-timeout`: up to eight digits and a unit.
-fn parse_grpc_timeout(text: &str) -> Option<Duration> {
-    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
-    if !(1..=8).contains(&digits.len()) || !digits.bytes().all(|digit| digit.is_ascii_digit()) {
-        return None;
-    }
-    let number: u64 = digits.parse().ok()?;
-    Some(match unit {
-        "H" => Duration::from_secs(number * 3600),
-        "M" => Duration::from_secs(number * 60),
-        "S" => Duration::from_secs(number),
-        "m" => Duration::from_millis(number),
-        "u" => Duration::from_micros(number),
-        "n" => Duration::from_nanos(number),
-        _ => return None,
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_deadline_is_read_as_grpc_writes_it() {
-        assert_eq!(parse_grpc_timeout("250m"), Some(Duration::from_millis(250)));
-        assert_eq!(parse_grpc_timeout("5S"), Some(Duration::from_secs(5)));
-        for bad in ["", "S", "5", "5x", "-5S", "123456789S", "é"] {
-            assert_eq!(parse_grpc_timeout(bad), None, "{bad:?}");
-        }
     }
 }

@@ -1,48 +1,50 @@
-//! The table of RPCs: what each needs, how large its request may be, and how long it may take. An RPC of ours
-//! that has no row here is not served; a test holds the table against the descriptors.
+//! Lists the RPCs: the access that each needs, how large its request may be, and how long it may take.
+//!
+//! Keyward's RPCs without a row are not served; a test compares the table with the descriptors. Health and
+//! reflection are not in it.
 
 use std::time::Duration;
 
 use crate::{caller::Permission, pb::envoy_request::MAX_BODY_BYTES};
 
-/// What a caller must show.
+/// What a caller must prove to make a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AccessRequirement {
     /// A key with this permission.
     RequiresPermission(Permission),
-    /// Any usable key: it asks about itself.
+    /// Any usable key: the call is about the key itself.
     AnyUsableKey,
-    /// A living token, in whatever state its key is.
+    /// A token that is not superseded, whatever the state of its key.
     TokenPossession,
-    /// Nothing, since a proxy asks for the client whose request it holds; or, where the configuration says so, a
-    /// key with [`Permission::Check`].
+    /// Nothing, since a proxy asks for the client whose request it holds. If the settings require a
+    /// caller, a key with [`Permission::Check`].
     Proxy,
 }
 
-/// Where a call is answered.
+/// Where a call is executed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExecutionPlane {
-    /// From memory, on the thread that serves the connection.
+    /// In memory, on the thread that serves the connection.
     Checks,
-    /// On the runtime for management, which may wait for storage.
+    /// On the management runtime, which may wait for the store.
     Management,
 }
 
-/// How many messages go each way, in the words that metrics have for it.
+/// How many messages go each way, in the vocabulary of gRPC's metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StreamingKind {
-    /// One each way.
+    /// One request and one response.
     Unary,
-    /// One request, many answers.
+    /// One request and many responses.
     ServerStream,
-    /// Many each way.
+    /// Many requests and many responses.
     BidiStream,
 }
 
 impl StreamingKind {
-    /// The value of `grpc_type`.
+    /// The value of the metric label `grpc_type`.
     #[must_use]
-    pub const fn as_str(self) -> &'static str {
+    pub(super) const fn as_str(self) -> &'static str {
         match self {
             StreamingKind::Unary => "unary",
             StreamingKind::ServerStream => "server_stream",
@@ -51,42 +53,43 @@ impl StreamingKind {
     }
 }
 
-/// One RPC.
+/// Access, limits and execution of one RPC.
 #[derive(Clone, Copy, Debug)]
 pub struct RpcSpec {
-    /// Its path without the first slash, as logs name it.
+    /// The path without the leading slash, as in logs.
     pub method: &'static str,
-    /// What a caller must show.
+    /// What a caller must prove to make a call.
     pub access: AccessRequirement,
-    /// The largest request, in bytes.
+    /// The largest request message, in bytes.
     pub max_request_bytes: usize,
-    /// The longest that a call may take; `None` for streams.
+    /// Time limit of a call; `None` for streams.
     pub timeout: Option<Duration>,
-    /// Where it is answered.
+    /// Where the call is executed.
     pub plane: ExecutionPlane,
     /// How many messages go each way.
     pub streaming: StreamingKind,
 }
 
 impl RpcSpec {
-    /// Whether what others have just committed is to be heard before it is judged: where it may change something, and
-    /// is judged by what is in memory. Who stops a key for nobody else is judged by the record alone, and waits for
-    /// nothing that it can do without. A call for a person is judged by a membership in memory, also if it only reads.
+    /// Whether this replica must catch up before the call is evaluated. True for calls that change something and
+    /// depend on state in memory, and for calls on behalf of a person, whose membership is in memory.
+    ///
+    /// Calls that stop a key depend on its record alone, so they wait for nothing.
     #[must_use]
-    pub fn requires_catch_up(&self, for_person: bool) -> bool {
+    pub(super) fn requires_catch_up(&self, for_person: bool) -> bool {
         let stops = self.is_restricting() && self.service_name() == "keyward.v1.KeyService";
         for_person || self.is_mutating() && !stops
     }
 
-    /// Whether it asks many things in one message, and is charged to its caller's limits for each of them.
+    /// Whether one message contains many requests, each charged to the caller's limits.
     #[must_use]
-    pub fn is_batch(&self) -> bool {
+    pub(super) fn is_batch(&self) -> bool {
         self.method == BATCH_CHECK_METHOD
     }
 
-    /// Whether it takes rights away, whatever its request says: a part of each limit is kept for such calls.
+    /// Whether the call always restricts rights. A part of each limit is reserved for such calls.
     #[must_use]
-    pub fn is_restricting(&self) -> bool {
+    pub(super) fn is_restricting(&self) -> bool {
         const RESTRICTING: [&str; 7] = [
             "keyward.v1.KeyService/Revoke",
             "keyward.v1.KeyService/BulkRevoke",
@@ -99,9 +102,9 @@ impl RpcSpec {
         RESTRICTING.contains(&self.method)
     }
 
-    /// Whether it may change something.
+    /// Whether the call may change something.
     #[must_use]
-    pub fn is_mutating(&self) -> bool {
+    pub(super) fn is_mutating(&self) -> bool {
         matches!(
             self.access,
             AccessRequirement::RequiresPermission(KeysWrite | AccountsWrite)
@@ -109,42 +112,42 @@ impl RpcSpec {
         )
     }
 
-    /// The service's full name.
+    /// Full name of the service.
     #[must_use]
-    pub fn service_name(&self) -> &'static str {
+    pub(super) fn service_name(&self) -> &'static str {
         service_name(self.method)
     }
 }
 
-/// The paths of the calls that an overloaded thread refuses first: a proxy or a backend asks again, or elsewhere.
+/// Paths that an overloaded thread refuses first, since proxies and backends retry them, also on other servers.
 pub(super) const CHECK_PATHS: [&str; 3] = [
     "/keyward.v1.AuthzService/Check",
     "/keyward.v1.AuthzService/BatchCheck",
     "/envoy.service.auth.v3.Authorization/Check",
 ];
 
-/// Whether a path, with or without a query, is that of a unary Check.
+/// Whether this path, with or without a query, is that of a unary Check.
 pub(super) fn is_check_path(path: &[u8]) -> bool {
     let path = path.split(|byte| *byte == b'?').next().unwrap_or_default();
     CHECK_PATHS.iter().any(|check| check.as_bytes() == path)
 }
 
-/// The service's full name in a method's.
+/// Full name of the service, from the full name of a method.
 #[must_use]
-pub fn service_name(method: &'static str) -> &'static str {
+pub(super) fn service_name(method: &'static str) -> &'static str {
     method.split('/').next().unwrap_or_default()
 }
 
 pub(super) const MAX_CHECK_REQUEST: usize = 16 * 1024;
 pub(super) const MAX_BATCH_REQUEST: usize = 128 * 1024;
-/// A request's head, and its body where Envoy sends that along.
+/// A request's head, and its body if Envoy sends it.
 const MAX_EXT_AUTHZ_REQUEST: usize = MAX_BATCH_REQUEST + MAX_BODY_BYTES;
 const MAX_MANAGEMENT_REQUEST: usize = 4 * 1024 * 1024;
 pub(super) const CHECK_TIMEOUT: Duration = Duration::from_secs(5);
 const MANAGEMENT_TIMEOUT: Duration = Duration::from_secs(60);
-/// What waits for a change to be in force everywhere ends by itself, with a report.
+/// Calls that wait for propagation end by themselves, with a report.
 const PROPAGATION_TIMEOUT: Duration = Duration::from_secs(600);
-/// What reads all there is.
+/// Verification reads the whole log.
 const VERIFY_TIMEOUT: Duration = Duration::from_secs(600);
 
 const fn check_rpc(method: &'static str, max_request: usize, timeout: Option<Duration>) -> RpcSpec {
@@ -172,23 +175,20 @@ const fn management_rpc(method: &'static str, access: AccessRequirement) -> RpcS
     }
 }
 
-/// What may take something away, and then waits until that is in force everywhere.
+/// A call that may restrict rights, and then waits for propagation.
 const fn propagating_rpc(method: &'static str, access: AccessRequirement) -> RpcSpec {
     let timeout = Some(PROPAGATION_TIMEOUT);
     RpcSpec { timeout, ..management_rpc(method, access) }
 }
 
-/// Many Checks in one call.
 const BATCH_CHECK_METHOD: &str = "keyward.v1.AuthzService/BatchCheck";
-/// The call whose request holds many keys.
 pub(super) const IMPORT_METHOD: &str = "keyward.v1.KeyService/Import";
-/// What Envoy asks.
-pub const EXT_AUTHZ_METHOD: &str = "envoy.service.auth.v3.Authorization/Check";
+pub(super) const EXT_AUTHZ_METHOD: &str = "envoy.service.auth.v3.Authorization/Check";
 
 use AccessRequirement::{AnyUsableKey, RequiresPermission, TokenPossession};
 use Permission::{AccountsRead, AccountsWrite, AuditRead, KeysRead, KeysWrite};
 
-/// Every RPC but those of health and reflection, the most frequent first.
+/// Every RPC except health and reflection, the most frequent first.
 pub const RPC_TABLE: [RpcSpec; 34] = [
     check_rpc("keyward.v1.AuthzService/Check", MAX_CHECK_REQUEST, Some(CHECK_TIMEOUT)),
     RpcSpec {
@@ -218,7 +218,7 @@ pub const RPC_TABLE: [RpcSpec; 34] = [
         streaming: StreamingKind::ServerStream,
         ..management_rpc("keyward.v1.KeyService/WatchPropagation", RequiresPermission(KeysRead))
     },
-    // Their requests are empty, and any token makes them.
+    // Their requests are empty, and any token may call them.
     RpcSpec {
         max_request_bytes: MAX_CHECK_REQUEST,
         ..management_rpc("keyward.v1.KeyService/WhoAmI", AnyUsableKey)
@@ -246,16 +246,9 @@ pub const RPC_TABLE: [RpcSpec; 34] = [
     },
 ];
 
-/// The RPC with this path, `/package.Service/Method`.
+/// The largest request message of a service, in bytes.
 #[must_use]
-pub fn find_by_path(path: &str) -> Option<&'static RpcSpec> {
-    let method = path.strip_prefix('/')?;
-    RPC_TABLE.iter().find(|rpc| rpc.method == method)
-}
-
-/// The largest request of a service, in bytes.
-#[must_use]
-pub fn max_request_of_service(service: &str) -> usize {
+pub(super) fn max_request_of_service(service: &str) -> usize {
     RPC_TABLE
         .iter()
         .filter(|rpc| rpc.service_name() == service)
@@ -302,7 +295,7 @@ mod tests {
         assert_eq!(rows, described());
     }
 
-    /// Reviewed: a change here is a change of who may do what.
+    /// Reviewed by hand: a change here changes access rights.
     #[test]
     fn the_permission_table_is_the_reviewed_one() {
         let mut table = String::new();
@@ -320,13 +313,5 @@ mod tests {
             table, reviewed,
             "review the change, then bring tests/snapshots/permissions.txt up to date"
         );
-    }
-
-    #[test]
-    fn an_unknown_path_is_no_rpc() {
-        for path in ["", "/", "keyward.v1.AuthzService/Check", "/keyward.v1.AuthzService/Check/"] {
-            assert!(find_by_path(path).is_none(), "{path:?}");
-        }
-        assert!(find_by_path("/keyward.v1.AuthzService/Check").is_some());
     }
 }

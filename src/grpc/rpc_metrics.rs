@@ -1,7 +1,9 @@
-//! Counts calls: begun, ended and with which code, and how long they took, under the names that gRPC's dashboards
-//! know. The labels are a closed set: a path that is no method of ours is `unknown`, whatever it says.
+//! Counts started and ended calls by method and code, and measures their durations. The names are
+//! those that gRPC dashboards expect.
 //!
-//! A call is over when its last byte is handed to the connection, or when its caller went away, which is CANCELLED.
+//! The labels are a closed set: an unknown path is counted as `unknown`.
+//!
+//! A call ends when its last byte is handed to the connection. If the client goes away earlier, the call is CANCELLED.
 
 use std::{
     pin::Pin,
@@ -19,7 +21,7 @@ use crate::metrics_core::{HistogramSnapshot, ShardedCounters, ShardedHistograms}
 
 use super::rpc::{self, RpcSpec, StreamingKind};
 
-/// What is served besides the table: health and reflection.
+/// Methods outside the RPC table.
 const PUBLIC_METHODS: [(&str, StreamingKind); 4] = [
     ("grpc.health.v1.Health/Check", StreamingKind::Unary),
     ("grpc.health.v1.Health/Watch", StreamingKind::ServerStream),
@@ -30,10 +32,10 @@ const UNKNOWN_ROW: usize = rpc::RPC_TABLE.len() + PUBLIC_METHODS.len();
 const ROW_COUNT: usize = UNKNOWN_ROW + 1;
 /// gRPC has the codes 0 to 16.
 const CODE_COUNT: usize = 17;
-/// The calls begun, then those ended by code.
+/// Per row: started calls, then ended calls by code.
 const COUNTERS_PER_ROW: usize = 1 + CODE_COUNT;
 
-/// From 50 µs, where most Checks are, to 10 s. In nanoseconds.
+/// Histogram bounds in nanoseconds: from 50 µs, where most Checks are, to 10 s.
 const DURATION_BOUNDS_NANOS: [u64; 17] = [
     50_000,
     100_000,
@@ -54,7 +56,7 @@ const DURATION_BOUNDS_NANOS: [u64; 17] = [
     10_000_000_000,
 ];
 
-/// The calls since the start.
+/// Counters and durations of all calls since the process started.
 #[derive(Debug)]
 pub struct RpcMetrics {
     counters: ShardedCounters,
@@ -70,43 +72,41 @@ impl Default for RpcMetrics {
     }
 }
 
-/// The calls of one method.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct MethodMetrics {
+pub(crate) struct MethodMetrics {
     /// `unary`, `server_stream` or `bidi_stream`.
-    pub kind: &'static str,
+    pub(crate) kind: &'static str,
     /// The service's full name, or `unknown`.
-    pub service: &'static str,
+    pub(crate) service: &'static str,
     /// The method's name, or `unknown`.
-    pub method: &'static str,
-    /// How many were begun.
-    pub started: u64,
-    /// How many ended with each code, in its usual spelling.
-    pub handled: Vec<(&'static str, u64)>,
-    /// How long those took that ended.
-    pub durations: HistogramSnapshot,
+    pub(crate) method: &'static str,
+    pub(crate) started: u64,
+    /// Number of ended calls by code, spelled as in other servers' metrics.
+    pub(crate) handled: Vec<(&'static str, u64)>,
+    pub(crate) durations: HistogramSnapshot,
 }
 
-/// The method with this path, as a place in the counters.
+/// The row of the counters for this path.
 fn find_row(path: &str) -> usize {
     let Some(method) = path.strip_prefix('/') else { return UNKNOWN_ROW };
-    let known = rpc::RPC_TABLE.iter().position(|rpc| rpc.method == method);
-    let open =
-        || PUBLIC_METHODS.iter().position(|(open, _)| *open == method).map(|at| rpc::RPC_TABLE.len() + at);
-    known.or_else(open).unwrap_or(UNKNOWN_ROW)
+    let in_table = rpc::RPC_TABLE.iter().position(|rpc| rpc.method == method);
+    let public = || {
+        PUBLIC_METHODS.iter().position(|(public, _)| *public == method).map(|at| rpc::RPC_TABLE.len() + at)
+    };
+    in_table.or_else(public).unwrap_or(UNKNOWN_ROW)
 }
 
-/// A row's labels.
+/// Kind, service and method of a row.
 fn row_labels(row: usize) -> (&'static str, &'static str, &'static str) {
-    let known = rpc::RPC_TABLE.get(row).map(|rpc| (rpc.method, rpc.streaming));
-    let open = || PUBLIC_METHODS.get(row - rpc::RPC_TABLE.len()).copied();
-    let Some((method, kind)) = known.or_else(open) else { return ("unary", "unknown", "unknown") };
+    let in_table = rpc::RPC_TABLE.get(row).map(|rpc| (rpc.method, rpc.streaming));
+    let public = || PUBLIC_METHODS.get(row - rpc::RPC_TABLE.len()).copied();
+    let Some((method, kind)) = in_table.or_else(public) else { return ("unary", "unknown", "unknown") };
     let (service, method) = method.split_once('/').unwrap_or((method, method));
     (kind.as_str(), service, method)
 }
 
 impl RpcMetrics {
-    /// Notes that a call has begun.
+    /// Counts a started call and starts its timer.
     #[must_use]
     pub fn start_call(self: &Arc<Self>, path: &str) -> CallTimer<'_> {
         let row = find_row(path);
@@ -114,34 +114,34 @@ impl RpcMetrics {
         CallTimer { metrics: self, row, started_at: Instant::now(), is_recorded: false }
     }
 
-    fn record_end(&self, row: usize, begun: Instant, code: Code) {
+    fn record_end(&self, row: usize, started_at: Instant, code: Code) {
         self.counters.add(row * COUNTERS_PER_ROW + 1 + code as usize, 1);
-        self.durations.record(row, begun.elapsed());
+        self.durations.record(row, started_at.elapsed());
     }
 
-    /// Every method that was called.
-    pub fn iter(&self) -> impl Iterator<Item = MethodMetrics> {
+    /// Iterates over the methods that were called.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = MethodMetrics> {
         (0..ROW_COUNT).filter_map(|row| {
             let count = |at: usize| self.counters.get(row * COUNTERS_PER_ROW + at);
             let (kind, service, method) = row_labels(row);
             let started = count(0);
             let codes = CODE_NAMES.into_iter().enumerate().map(|(code, name)| (name, count(1 + code)));
-            // OK is there from the first call on, so that a rate of errors has something to be a part of.
+            // OK is always present, so that an error rate has a denominator.
             let handled = codes.filter(|(name, count)| *name == "OK" || *count > 0).collect();
-            let took = || self.durations.snapshot(row);
+            let durations = || self.durations.snapshot(row);
             (started > 0).then(|| MethodMetrics {
                 kind,
                 service,
                 method,
                 started,
                 handled,
-                durations: took(),
+                durations: durations(),
             })
         })
     }
 }
 
-/// The codes by number, as other servers' metrics spell them.
+/// Names of the codes by number, spelled as in other servers' metrics.
 const CODE_NAMES: [&str; CODE_COUNT] = [
     "OK",
     "Canceled",
@@ -162,12 +162,11 @@ const CODE_NAMES: [&str; CODE_COUNT] = [
     "Unauthenticated",
 ];
 
-/// The name of a code.
 pub(super) fn code_name(code: Code) -> &'static str {
     CODE_NAMES.get(code as usize).copied().unwrap_or("Unknown")
 }
 
-/// A call that has begun. One that is dropped before it is answered was cancelled.
+/// A started call. It counts as cancelled if it is dropped before it is finished.
 #[derive(Debug)]
 pub struct CallTimer<'a> {
     metrics: &'a Arc<RpcMetrics>,
@@ -177,17 +176,17 @@ pub struct CallTimer<'a> {
 }
 
 impl CallTimer<'_> {
-    /// The row of the table that is called, if it is one.
+    /// The RPC that is called, if it is in the table.
     pub(super) fn rpc_spec(&self) -> Option<&'static RpcSpec> {
         rpc::RPC_TABLE.get(self.row)
     }
 
-    /// Whether it is a Check, the most frequent call.
+    /// Whether the call is a Check, the most frequent one.
     pub(super) fn is_check(&self) -> bool {
         self.row == 0
     }
 
-    /// Counts an answer that is no stream.
+    /// Counts a response that is not a stream.
     pub(super) fn finish_unary<B>(mut self, response: Response<B>) -> Response<B> {
         self.is_recorded = true;
         self.metrics.record_end(
@@ -198,20 +197,18 @@ impl CallTimer<'_> {
         response
     }
 
-    /// When it began.
     pub(super) fn started_at(&self) -> Instant {
         self.started_at
     }
 
-    /// How long it has taken so far.
     pub(super) fn elapsed(&self) -> std::time::Duration {
         self.started_at.elapsed()
     }
 
-    /// Counts the answer now, or, where it is a stream, when that has ended.
+    /// Counts the response: now if it is complete, else when its stream ends.
     #[must_use]
     pub fn finish(mut self, response: Response<Body>) -> Response<Body> {
-        // What has ended before it began tells its code in its headers.
+        // A response without messages has its code in the headers.
         let streams = row_labels(self.row).0 != "unary" && !response.body().is_end_stream();
         match code_from_headers(response.headers()) {
             None if streams => {
@@ -240,18 +237,18 @@ impl Drop for CallTimer<'_> {
     }
 }
 
-/// The code that headers or trailers tell of; an answer that is begun tells of it at its end.
+/// The status code in headers or trailers. `None` in the headers of a response whose status comes in the trailers.
 pub(super) fn code_from_headers(headers: &HeaderMap) -> Option<Code> {
     Status::from_header_map(headers).map(|status| status.code())
 }
 
-/// The messages of an answer, counted when they end.
+/// A response stream that is counted when it ends.
 struct TimedBody {
     body: Body,
     metrics: Arc<RpcMetrics>,
     row: usize,
     started_at: Instant,
-    /// With which code it ends, if no trailer says otherwise; nothing = it is counted.
+    /// The code to count if no trailer has one; `None` once it is counted.
     pending_code: Option<Code>,
 }
 
@@ -294,10 +291,10 @@ impl Drop for TimedBody {
 mod tests {
     use super::*;
 
-    /// A method, how often it was begun, and how often it ended with each code.
-    type Told = (&'static str, u64, Vec<(&'static str, u64)>);
+    /// A method, its started calls, and its ended calls by code.
+    type MethodCount = (&'static str, u64, Vec<(&'static str, u64)>);
 
-    fn count(calls: &RpcMetrics) -> Vec<Told> {
+    fn count(calls: &RpcMetrics) -> Vec<MethodCount> {
         calls.iter().map(|count| (count.method, count.started, count.handled)).collect()
     }
 

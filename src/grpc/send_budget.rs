@@ -1,16 +1,15 @@
-//! Bounds the bytes of answers that wait to be sent, for each connection and for the process.
+//! Bounds the bytes of responses that wait to be sent, per connection and per process.
 //!
-//! The bytes of an answer count until HTTP/2 has written or discarded them: each piece carries its charge, and the drop
-//! of the piece releases it. A finished answer is always sent. A connection over its limit gets no further calls, and its
+//! Bytes count until HTTP/2 has written or discarded them: each piece of a response carries a charge, which its
+//! drop releases. A finished response is always sent. A connection over its limit gets no further calls, and its
 //! streams produce no further messages.
 //!
-//! A connection counts on its own memory. What it has beyond [`FREE_BYTES`] it takes from the process in blocks, so that
+//! A connection counts in its own memory. It reserves what exceeds [`FREE_BYTES`] from the process in blocks, so that
 //! Checks touch no memory that another core writes.
 
 use std::{
-    collections::HashMap,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
     task::{Context, Poll, Waker},
@@ -19,37 +18,27 @@ use std::{
 
 use bytes::{Buf, Bytes};
 use http::{HeaderMap, HeaderName, HeaderValue};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tonic::{Response, Status};
 
-use crate::domain::name::AccountId;
+use super::list_permits::{ListPermit, ListPermits};
 
-use super::status::overloaded;
-
-/// The bytes that one connection may have waiting: two of the largest answers.
+/// Unsent bytes of one connection: two of the largest responses.
 const CONNECTION_BYTES: usize = 8 << 20;
-/// The bytes that all connections together may have waiting beyond [`FREE_BYTES`] for each.
+/// Unsent bytes of all connections together, beyond [`FREE_BYTES`] for each.
 const PROCESS_BYTES: usize = 64 << 20;
-/// The bytes of a connection that count for that connection alone.
+/// Unsent bytes that a connection counts for itself alone.
 const FREE_BYTES: usize = 16 << 10;
-/// How much a connection takes from the process at a time.
+/// Bytes that a connection reserves from the process at a time.
 const BLOCK_BYTES: usize = 64 << 10;
-/// What a piece of an answer takes besides its bytes.
+/// Memory overhead of each piece, in bytes.
 const PIECE_OVERHEAD: usize = 64;
-/// Lists that are made or wait to be sent at the same time, over all connections: each takes some 10 MB for a moment.
-const MAX_LISTS: usize = 8;
-/// How many of them the callers of one account have.
-const MAX_ACCOUNT_LISTS: usize = 4;
-/// How long a list waits for its place.
-const LIST_TIMEOUT: Duration = Duration::from_secs(10);
-/// Charges are grouped by the period in which they were made; this many periods are distinguished.
+/// Number of periods by which charges are grouped.
 const CHARGE_PERIODS: usize = 6;
-/// How long a period is. Bytes that wait for five of them end their connection.
+/// Length of a period. Bytes that wait for five periods end their connection.
 pub(super) const CHARGE_PERIOD: Duration = Duration::from_secs(60);
 
 const STATUS_DETAILS_HEADER: HeaderName = HeaderName::from_static("grpc-status-details-bin");
 
-/// What waits to be sent in the whole process.
+/// Unsent bytes of the process.
 #[derive(Debug, Default)]
 pub(super) struct SendBudget {
     used_bytes: AtomicUsize,
@@ -61,85 +50,17 @@ impl SendBudget {
         self.used_bytes.load(Ordering::Relaxed) >= PROCESS_BYTES
     }
 
-    /// Whether peers that take nothing must go soon, since others need the room.
+    /// Whether peers that read nothing must be disconnected early, because others need the memory.
     fn is_under_pressure(&self) -> bool {
         self.used_bytes.load(Ordering::Relaxed) >= PROCESS_BYTES / 2 || self.list_permits.is_exhausted()
     }
 
-    /// The places for lists.
     pub(super) fn list_permits(&self) -> &ListPermits {
         &self.list_permits
     }
 }
 
-/// Places for answers of several MiB. An answer has its place from before it is made until it is sent.
-#[derive(Clone, Debug)]
-pub(super) struct ListPermits {
-    shared_lists: Arc<Semaphore>,
-    /// Those of the operator account, which nobody else takes.
-    operator_lists: Arc<Semaphore>,
-    /// The share of each account that has any.
-    account_shares: Arc<Mutex<HashMap<AccountId, Weak<Semaphore>>>>,
-}
-
-impl Default for ListPermits {
-    fn default() -> Self {
-        ListPermits {
-            shared_lists: Arc::new(Semaphore::new(MAX_LISTS)),
-            operator_lists: Arc::new(Semaphore::new(MAX_ACCOUNT_LISTS)),
-            account_shares: Arc::default(),
-        }
-    }
-}
-
-/// A place, which goes along with its answer.
-#[derive(Clone, Debug)]
-pub(super) struct ListPermit(
-    #[expect(dead_code, reason = "dropping them frees the place")] Arc<[OwnedSemaphorePermit; 2]>,
-);
-
-impl ListPermits {
-    fn is_exhausted(&self) -> bool {
-        self.shared_lists.available_permits() == 0
-    }
-
-    /// Waits for a place for a caller of this account.
-    ///
-    /// # Errors
-    /// When there is none in time.
-    pub(super) async fn acquire(&self, account: &AccountId) -> Result<ListPermit, Status> {
-        let share = self.account_share(account);
-        let taken = async {
-            let share = share.acquire_owned().await.ok()?;
-            let all = if account.is_operator() { &self.operator_lists } else { &self.shared_lists };
-            let place = all.clone().acquire_owned().await.ok()?;
-            Some(ListPermit(Arc::new([share, place])))
-        };
-        tokio::time::timeout(LIST_TIMEOUT, taken).await.ok().flatten().ok_or_else(overloaded)
-    }
-
-    fn account_share(&self, account: &AccountId) -> Arc<Semaphore> {
-        let mut shares = self.account_shares.lock().unwrap_or_else(PoisonError::into_inner);
-        shares.retain(|_, share| share.strong_count() > 0);
-        let known = shares.get(account).and_then(Weak::upgrade);
-        known.unwrap_or_else(|| {
-            let share = Arc::new(Semaphore::new(MAX_ACCOUNT_LISTS));
-            shares.insert(account.clone(), Arc::downgrade(&share));
-            share
-        })
-    }
-}
-
-impl ListPermit {
-    /// The answer, which keeps the place until it is sent.
-    pub(super) fn attach<T>(self, answer: T) -> Response<T> {
-        let mut response = Response::new(answer);
-        response.extensions_mut().insert(self);
-        response
-    }
-}
-
-/// What waits to be sent on one connection.
+/// Unsent bytes of one connection.
 #[derive(Debug)]
 pub(super) struct ConnectionSendBudget {
     process: Arc<SendBudget>,
@@ -149,12 +70,12 @@ pub(super) struct ConnectionSendBudget {
 #[derive(Debug, Default)]
 struct SendBudgetState {
     bytes: usize,
-    /// What it has taken of the process.
+    /// Bytes reserved from the process.
     reserved: usize,
-    /// How many charges there are of each period, and which period it is.
+    /// Number of charges by period, and the current period.
     charges_by_period: [usize; CHARGE_PERIODS],
     current_period: usize,
-    /// Streams that wait for room.
+    /// Streams that wait for budget.
     waiting: Vec<Waker>,
 }
 
@@ -167,7 +88,7 @@ impl ConnectionSendBudget {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Counts bytes until the charge is dropped.
+    /// Charges bytes until the charge is dropped.
     pub(super) fn charge(self: &Arc<Self>, bytes: usize) -> SendCharge {
         let bytes = bytes + PIECE_OVERHEAD;
         let mut state = self.state();
@@ -185,7 +106,7 @@ impl ConnectionSendBudget {
         SendCharge { budget: self.clone(), bytes, period }
     }
 
-    /// Whether the connection may have another call.
+    /// Whether the connection may start another call.
     pub(super) fn has_room(&self) -> bool {
         self.is_within_limits(self.state().bytes)
     }
@@ -194,7 +115,7 @@ impl ConnectionSendBudget {
         bytes < FREE_BYTES || bytes < CONNECTION_BYTES && !self.process.is_full()
     }
 
-    /// Waits until a stream of the connection may make another message.
+    /// Waits until a stream of the connection may produce another message.
     pub(super) fn poll_has_room(&self, cx: &Context<'_>) -> Poll<()> {
         let mut state = self.state();
         if self.is_within_limits(state.bytes) {
@@ -206,7 +127,7 @@ impl ConnectionSendBudget {
         Poll::Pending
     }
 
-    /// Whether peers that take nothing must go soon.
+    /// Whether peers that read nothing must be disconnected early, because others need the memory.
     pub(super) fn is_under_pressure(&self) -> bool {
         self.process.is_under_pressure()
     }
@@ -218,14 +139,14 @@ impl ConnectionSendBudget {
         state.charges_by_period[state.current_period] > 0
     }
 
-    /// Charges a refusal, or the end of a stream, for its headers: they leave when the socket takes them, whatever the
-    /// window says.
+    /// Charges the headers of a refusal, or the trailers of a stream. HTTP/2's flow control does not hold them back;
+    /// they wait for the socket alone.
     pub(super) fn charge_headers(self: &Arc<Self>, headers: &mut HeaderMap) {
         let bytes = headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 32).sum();
         let Some(details) = headers.get_mut(STATUS_DETAILS_HEADER) else { return };
         let held = ChargedHeaderValue { value: details.clone(), _charge: self.charge(bytes) };
         if let Ok(mut value) = HeaderValue::from_maybe_shared(Bytes::from_owner(held)) {
-            // Else HTTP/2 would keep it for later headers, with its charge.
+            // Otherwise HTTP/2 would keep the value in its header table, with the charge.
             value.set_sensitive(true);
             *details = value;
         }
@@ -239,7 +160,7 @@ impl Drop for ConnectionSendBudget {
     }
 }
 
-/// Bytes that wait to be sent.
+/// A charge for unsent bytes, released on drop.
 #[derive(Debug)]
 pub(super) struct SendCharge {
     budget: Arc<ConnectionSendBudget>,
@@ -265,7 +186,7 @@ impl Drop for SendCharge {
     }
 }
 
-/// A header's value, whose charge goes with it.
+/// A header value that carries its charge.
 struct ChargedHeaderValue {
     value: HeaderValue,
     _charge: SendCharge,
@@ -277,23 +198,23 @@ impl AsRef<[u8]> for ChargedHeaderValue {
     }
 }
 
-/// Whose charge a piece of an answer holds.
+/// The charge that a piece holds.
 #[derive(Debug)]
 enum PieceCharge {
-    /// The piece is the whole message.
+    /// The piece is the whole message, and holds its charge.
     Whole { _charge: SendCharge },
-    /// The message has other pieces, which keep all of its memory.
+    /// The message has further pieces, which share its memory and charge.
     SharedMessage { _message: Arc<LargeMessageCharge> },
 }
 
-/// What a message of several pieces holds.
+/// The charge and permit of a message in several pieces.
 #[derive(Debug)]
 struct LargeMessageCharge {
     _charge: SendCharge,
     _list_permit: Option<ListPermit>,
 }
 
-/// A piece of an answer on its way to the socket.
+/// A piece of a response on its way to the socket.
 #[derive(Debug)]
 pub(super) struct MessagePiece {
     bytes: Bytes,
@@ -325,26 +246,26 @@ impl MessageSplitter {
     /// The largest piece, in bytes: one frame of HTTP/2.
     const MAX_PIECE_LEN: usize = 16 << 10;
 
-    /// The first piece of a message.
+    /// Starts a message and returns its first piece.
     pub(super) fn start(
         &mut self,
         bytes: Bytes,
-        unsent: &Arc<ConnectionSendBudget>,
-        place: Option<ListPermit>,
+        budget: &Arc<ConnectionSendBudget>,
+        list_permit: Option<ListPermit>,
     ) -> MessagePiece {
-        let charge = unsent.charge(bytes.len());
-        if bytes.len() <= MessageSplitter::MAX_PIECE_LEN && place.is_none() {
+        let charge = budget.charge(bytes.len());
+        if bytes.len() <= MessageSplitter::MAX_PIECE_LEN && list_permit.is_none() {
             return MessagePiece { bytes, _held: PieceCharge::Whole { _charge: charge } };
         }
         self.rest = bytes;
-        self.message = Some(Arc::new(LargeMessageCharge { _charge: charge, _list_permit: place }));
+        self.message = Some(Arc::new(LargeMessageCharge { _charge: charge, _list_permit: list_permit }));
         self.next_piece().unwrap_or_else(|| MessagePiece {
             bytes: Bytes::new(),
-            _held: PieceCharge::Whole { _charge: unsent.charge(0) },
+            _held: PieceCharge::Whole { _charge: budget.charge(0) },
         })
     }
 
-    /// The next piece of the message.
+    /// Returns the next piece of the message.
     pub(super) fn next_piece(&mut self) -> Option<MessagePiece> {
         let message = self.message.clone()?;
         let bytes = self.rest.split_to(self.rest.len().min(MessageSplitter::MAX_PIECE_LEN));
@@ -354,7 +275,7 @@ impl MessageSplitter {
         Some(MessagePiece { bytes, _held: PieceCharge::SharedMessage { _message: message } })
     }
 
-    /// Whether every piece was given out.
+    /// Whether every piece was returned.
     pub(super) fn is_done(&self) -> bool {
         self.message.is_none()
     }
@@ -375,11 +296,11 @@ mod tests {
 
     #[test]
     fn what_waits_on_a_connection_and_in_the_process_is_bounded_and_given_back() {
-        let (process, unsent) = connection();
-        let small = unsent.charge(FREE_BYTES / 2);
+        let (process, budget) = connection();
+        let small = budget.charge(FREE_BYTES / 2);
         assert_eq!(used(&process), 0, "a little is free");
-        let charges: Vec<_> = (0..8).map(|_| unsent.charge(1 << 20)).collect();
-        assert!(!unsent.has_room(), "8 MiB of one connection");
+        let charges: Vec<_> = (0..8).map(|_| budget.charge(1 << 20)).collect();
+        assert!(!budget.has_room(), "8 MiB of one connection");
         let other = ConnectionSendBudget::new(process.clone());
         assert!(other.has_room() && !other.is_under_pressure());
         let others: Vec<_> = (0..8)
@@ -389,16 +310,16 @@ mod tests {
         let little = other.charge(FREE_BYTES);
         assert!(other.is_under_pressure() && !other.has_room(), "64 MiB of all");
         drop((others, charges));
-        assert!(unsent.has_room() && other.has_room() && !other.is_under_pressure());
+        assert!(budget.has_room() && other.has_room() && !other.is_under_pressure());
         drop((little, small));
         assert_eq!(used(&process), 0);
     }
 
     #[test]
     fn the_memory_of_a_message_counts_until_its_last_piece_is_sent() {
-        let (_, unsent) = connection();
+        let (_, budget) = connection();
         let mut pieces = MessageSplitter::default();
-        let mut sent = vec![pieces.start(vec![7; 100_000].into(), &unsent, None)];
+        let mut sent = vec![pieces.start(vec![7; 100_000].into(), &budget, None)];
         while let Some(piece) = pieces.next_piece() {
             sent.push(piece);
         }
@@ -408,59 +329,35 @@ mod tests {
         assert_eq!(sent.iter().map(Buf::remaining).sum::<usize>(), 100_000);
         let last = sent.pop();
         drop(sent);
-        assert!(unsent.state().bytes >= 100_000);
+        assert!(budget.state().bytes >= 100_000);
         drop(last);
-        assert_eq!(unsent.state().bytes, 0);
+        assert_eq!(budget.state().bytes, 0);
     }
 
     #[test]
     fn bytes_that_are_not_taken_for_five_periods_are_overdue() {
-        let (_, unsent) = connection();
-        let old = unsent.charge(1);
+        let (_, budget) = connection();
+        let old = budget.charge(1);
         for _ in 0..CHARGE_PERIODS - 1 {
-            assert!(!unsent.begin_period());
-            drop(unsent.charge(1));
+            assert!(!budget.begin_period());
+            drop(budget.charge(1));
         }
-        assert!(unsent.begin_period());
+        assert!(budget.begin_period());
         drop(old);
         for _ in 0..2 * CHARGE_PERIODS {
-            assert!(!unsent.begin_period());
+            assert!(!budget.begin_period());
         }
     }
 
     #[test]
     fn a_refusals_headers_count_until_they_are_written() {
-        let (_, unsent) = connection();
+        let (_, budget) = connection();
         let mut headers = HeaderMap::new();
         headers.insert(STATUS_DETAILS_HEADER, HeaderValue::from_static("AAAA"));
-        unsent.charge_headers(&mut headers);
+        budget.charge_headers(&mut headers);
         assert_eq!(headers[STATUS_DETAILS_HEADER], "AAAA");
-        assert!(unsent.state().bytes > 0);
+        assert!(budget.state().bytes > 0);
         drop(headers);
-        assert_eq!(unsent.state().bytes, 0);
-    }
-
-    #[tokio::test]
-    async fn a_list_has_its_place_until_its_answer_is_sent_and_no_account_has_all_places() {
-        let (places, [one, other]) =
-            (ListPermits::default(), ["one", "other"].map(|id| AccountId::parse(id).unwrap()));
-        let mut held: Vec<ListPermit> = Vec::new();
-        for _ in 0..MAX_ACCOUNT_LISTS {
-            held.push(places.acquire(&one).await.unwrap());
-        }
-        assert_eq!(places.account_share(&one).available_permits(), 0);
-        for _ in 0..MAX_ACCOUNT_LISTS {
-            held.push(places.acquire(&other).await.unwrap());
-        }
-        assert!(places.is_exhausted());
-        let mut answer = held.pop().unwrap().attach(());
-        let place = answer.extensions_mut().remove::<ListPermit>();
-        let (_, unsent) = connection();
-        let piece = MessageSplitter::default().start(Bytes::from_static(b"x"), &unsent, place);
-        assert!(places.is_exhausted());
-        drop(piece);
-        assert!(!places.is_exhausted());
-        drop(held);
-        assert_eq!(places.account_share(&one).available_permits(), MAX_ACCOUNT_LISTS);
+        assert_eq!(budget.state().bytes, 0);
     }
 }

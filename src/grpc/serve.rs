@@ -1,7 +1,9 @@
-//! Serving: an accept loop of our own for each listener, and one single-threaded runtime per core.
+//! Accepts the connections of each listener and assigns them to serving threads, one single-threaded runtime per core.
 //!
-//! The work-stealing scheduler halves a server of small messages, so each connection stays on the thread that
-//! it was given to: the one with the fewest.
+//! A single connection belongs in `connection.rs`.
+//!
+//! Work stealing halves the throughput of a server of small messages. So each connection stays on the thread that it
+//! was assigned to: the one with the fewest connections.
 
 use std::{
     io,
@@ -31,11 +33,12 @@ use super::{
     connection::{self, AcceptedConnection, ListenerState},
     load_shed::WorkerQueue,
     router::Router,
+    shutdown::wait_until_stopping,
 };
 
-/// How long to leave a listener alone when accepting failed: mostly the process has no file descriptor left.
+/// Pause after a failed accept; usually the process has no file descriptor left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
-/// How often the log is told of what may happen many times a second.
+/// Minimum interval between log lines about events that may happen many times a second.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
 
 struct WorkerThread {
@@ -48,9 +51,9 @@ struct WorkerThread {
 /// The threads that serve connections.
 pub struct WorkerPool {
     workers: Vec<WorkerThread>,
-    /// Places for the connections of every listener together.
+    /// Permits for the connections of all listeners together.
     connection_permits: Arc<Semaphore>,
-    /// Tells connections that they end.
+    /// Signals connections to drain.
     stopping: watch::Sender<bool>,
 }
 
@@ -60,167 +63,156 @@ impl std::fmt::Debug for WorkerPool {
     }
 }
 
-/// How much the workers take.
+/// Limits of the worker threads.
 #[derive(Clone, Copy, Debug)]
 pub struct WorkerCapacity {
-    /// How many threads there are.
+    /// Number of threads.
     pub threads: usize,
-    /// How many connections there may be, over all listeners.
+    /// Maximum number of connections of all listeners.
     pub max_connections: usize,
-    /// How many calls of a thread may wait for their turn.
+    /// Maximum number of waiting calls per thread.
     pub max_queued: usize,
-    /// How long calls in flight may take to end, at a stop.
+    /// Time limit for calls in flight at shutdown.
     pub drain_timeout: Duration,
 }
 
 impl WorkerPool {
-    /// Starts the threads.
+    /// Starts the threads, each with its own runtime.
     ///
     /// # Errors
-    /// When the operating system gives no thread.
-    pub fn start(capacity: WorkerCapacity, services: &Arc<Router>) -> io::Result<WorkerPool> {
-        let WorkerCapacity {
-            threads,
-            max_connections: connections,
-            max_queued: queued,
-            drain_timeout: drain,
-        } = capacity;
-        let (ending, stopping) = watch::channel(false);
-        let workers =
-            (0..threads.max(1)).map(|at| start_worker(at, services.clone(), stopping.clone(), queued, drain));
-        let room = Arc::new(Semaphore::new(connections));
+    /// Fails if the operating system cannot start a thread.
+    pub fn start(capacity: WorkerCapacity, router: &Arc<Router>) -> io::Result<WorkerPool> {
+        let WorkerCapacity { threads, max_connections, max_queued, drain_timeout } = capacity;
+        let (stop_sender, stopping) = watch::channel(false);
+        let workers = (0..threads.max(1))
+            .map(|number| start_worker(number, router.clone(), stopping.clone(), max_queued, drain_timeout));
+        let connection_permits = Arc::new(Semaphore::new(max_connections));
         Ok(WorkerPool {
             workers: workers.collect::<Result<_, _>>()?,
-            connection_permits: room,
-            stopping: ending,
+            connection_permits,
+            stopping: stop_sender,
         })
     }
 
-    /// Tells how many calls the threads have turned away, whenever it is asked.
-    pub fn shed_counter(&self) -> impl Fn() -> u64 + Send + Sync + 'static {
-        let lanes: Vec<_> = self.workers.iter().map(|worker| worker.queue.clone()).collect();
-        move || lanes.iter().map(|lane| lane.shed_calls()).sum()
+    /// Returns a reader of the number of calls that the threads have refused.
+    pub(crate) fn shed_counter(&self) -> impl Fn() -> u64 + Send + Sync + 'static {
+        let queues: Vec<_> = self.workers.iter().map(|worker| worker.queue.clone()).collect();
+        move || queues.iter().map(|queue| queue.shed_calls()).sum()
     }
 
-    /// Gives a connection to the thread with the fewest.
-    fn assign(&self, arrived: AcceptedConnection) {
+    /// Assigns a connection to the thread with the fewest.
+    fn assign(&self, accepted: AcceptedConnection) {
         let idlest = self.workers.iter().min_by_key(|worker| worker.open_connections.load(Ordering::Relaxed));
         let Some(worker) = idlest else { return };
         worker.open_connections.fetch_add(1, Ordering::Relaxed);
-        // A worker that has ended takes no more; the connection closes.
-        let _ = worker.connections.send(arrived);
+        // If the worker has ended, the connection is dropped and closes.
+        let _ = worker.connections.send(accepted);
     }
 
-    /// Has the threads finish the calls in flight, as long as they may, and end; waits for that. Listeners close before:
-    /// a client that is told to go connects again at once, and a listener that closes just then would reset it.
-    pub fn drain_and_join(self) {
+    /// Lets the threads finish the calls in flight within the drain timeout, and joins them. Listeners must be closed
+    /// before: a client reconnects at once after GOAWAY, and a closing listener would reset it.
+    pub(crate) fn drain_and_join(self) {
         self.stopping.send_replace(true);
-        // All of them, before any is waited for: the time to drain begins with that.
-        let ends = |WorkerThread { connections, thread, .. }| {
+        // Signal all threads before joining any: the drain timeout starts with the signal.
+        let into_thread = |WorkerThread { connections, thread, .. }| {
             drop(connections);
             thread
         };
-        let threads: Vec<_> = self.workers.into_iter().map(ends).collect();
+        let threads: Vec<_> = self.workers.into_iter().map(into_thread).collect();
         for thread in threads {
             if thread.join().is_err() {
-                tracing::error!("a serving thread ended in a panic");
+                tracing::error!("serving thread panicked");
             }
         }
     }
 }
 
 fn start_worker(
-    at: usize,
-    services: Arc<Router>,
+    number: usize,
+    router: Arc<Router>,
     stopping: watch::Receiver<bool>,
-    queued: usize,
-    drain: Duration,
+    max_queued: usize,
+    drain_timeout: Duration,
 ) -> io::Result<WorkerThread> {
-    let (load, lane) = (Arc::new(AtomicUsize::new(0)), Arc::new(WorkerQueue::new(queued)));
-    let (parked, unparked) = (lane.clone(), lane.clone());
+    let (open_connections, queue) = (Arc::new(AtomicUsize::new(0)), Arc::new(WorkerQueue::new(max_queued)));
+    let (park_queue, unpark_queue) = (queue.clone(), queue.clone());
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        .on_thread_park(move || parked.on_park())
-        .on_thread_unpark(move || unparked.on_unpark())
+        .on_thread_park(move || park_queue.on_park())
+        .on_thread_unpark(move || unpark_queue.on_unpark())
         .build()?;
     let (connections, incoming) = mpsc::unbounded_channel();
-    let working = WorkerLoop { services, stopping, open_connections: load.clone(), queue: lane.clone() };
+    let worker_loop =
+        WorkerLoop { router, stopping, open_connections: open_connections.clone(), queue: queue.clone() };
     let thread = std::thread::Builder::new()
-        .name(format!("keyward-serve-{at}"))
-        .spawn(move || runtime.block_on(working.run(incoming, drain)))?;
-    Ok(WorkerThread { connections, open_connections: load, queue: lane, thread })
+        .name(format!("keyward-serve-{number}"))
+        .spawn(move || runtime.block_on(worker_loop.run(incoming, drain_timeout)))?;
+    Ok(WorkerThread { connections, open_connections, queue, thread })
 }
 
-/// What a thread works with.
+/// The state of a serving thread.
 struct WorkerLoop {
-    services: Arc<Router>,
+    router: Arc<Router>,
     stopping: watch::Receiver<bool>,
     open_connections: Arc<AtomicUsize>,
     queue: Arc<WorkerQueue>,
 }
 
 impl WorkerLoop {
-    /// Serves connections until there are no more to come: the listeners are closed.
-    async fn run(self, mut incoming: mpsc::UnboundedReceiver<AcceptedConnection>, drain: Duration) {
+    /// Serves connections until the listeners are closed and no more can come.
+    async fn run(self, mut incoming: mpsc::UnboundedReceiver<AcceptedConnection>, drain_timeout: Duration) {
         let mut connections = tokio::task::JoinSet::new();
         loop {
             tokio::select! {
                 next = incoming.recv() => {
-                    let Some(arrived) = next else { break };
-                    let (services, lane) = (self.services.clone(), self.queue.clone());
-                    let (stopping, load) = (self.stopping.clone(), self.open_connections.clone());
+                    let Some(accepted) = next else { break };
+                    let (router, queue) = (self.router.clone(), self.queue.clone());
+                    let (stopping, open_connections) = (self.stopping.clone(), self.open_connections.clone());
                     connections.spawn(async move {
-                        connection::serve_connection(arrived, services, lane, stopping).await;
-                        load.fetch_sub(1, Ordering::Relaxed);
+                        connection::serve_connection(accepted, router, queue, stopping).await;
+                        open_connections.fetch_sub(1, Ordering::Relaxed);
                     });
                 }
                 Some(_) = connections.join_next() => {}
             }
         }
         let rest = async { while connections.join_next().await.is_some() {} };
-        if tokio::time::timeout(drain, rest).await.is_err() {
-            tracing::warn!("calls were still in flight when the time to drain was over");
+        if tokio::time::timeout(drain_timeout, rest).await.is_err() {
+            tracing::warn!("drain timed out: calls still in flight");
         }
     }
 }
 
-/// Waits until `stopping` turns true.
-pub(super) async fn wait_until_stopping(stopping: &mut watch::Receiver<bool>) {
-    // The sender is gone only when the server is.
-    let _ = stopping.wait_for(|stop| *stop).await;
-}
-
-/// A listener that is to be served.
+/// A listener that is bound but not served yet.
 #[derive(Debug)]
 pub struct BoundListener {
-    /// What it is to be.
+    /// Settings of the listener.
     pub settings: ListenerSettings,
-    /// Where connections come from.
+    /// The listening socket.
     pub socket: OpenListener,
-    /// Its TLS.
+    /// TLS state; `None` for plaintext.
     pub tls: Option<Arc<ListenerTls>>,
-    /// What it counts.
+    /// Metrics of the listener.
     pub counters: Arc<ListenerCounters>,
 }
 
-/// Accepts the connections of one listener until `stopping` turns true, and those that wait then: who has connected is
-/// answered.
+/// Accepts the connections of one listener until `stopping` turns true, including those that are pending then.
 pub async fn accept_connections(
-    opened: BoundListener,
+    bound: BoundListener,
     workers: &WorkerPool,
     mut stopping: watch::Receiver<bool>,
 ) {
-    let BoundListener { settings: listener, socket: open, tls, counters: counts } = opened;
-    let door = Arc::new(ListenerPolicy::from_settings(&listener));
-    let mut told = AcceptLogThrottle::default();
-    let mut entry = ConnectionAcceptor {
+    let BoundListener { settings: listener, socket: listening_socket, tls, counters } = bound;
+    let policy = Arc::new(ListenerPolicy::from_settings(&listener));
+    let mut accept_errors = AcceptLogThrottle::default();
+    let mut acceptor = ConnectionAcceptor {
         name: listener.name,
         permits: Arc::new(Semaphore::new(listener.limits.max_connections)),
         listener: Arc::new(ListenerState {
-            policy: door,
+            policy,
             limits: listener.limits,
             tls,
-            counters: counts,
+            counters,
             accepted_total: AtomicU64::new(0),
         }),
         workers,
@@ -228,25 +220,25 @@ pub async fn accept_connections(
     };
     loop {
         let accepted = tokio::select! {
-            accepted = open.accept() => accepted,
+            accepted = listening_socket.accept() => accepted,
             () = wait_until_stopping(&mut stopping) => break,
         };
         match accepted {
-            Ok((socket, peer)) => entry.accept_connection(socket, peer),
+            Ok((socket, peer)) => acceptor.accept_connection(socket, peer),
             Err(error) => {
-                entry.listener.counters.count_refusal(ConnectionRefusal::AcceptFailed);
-                told.log(|more| {
+                acceptor.listener.counters.count_refusal(ConnectionRefusal::AcceptFailed);
+                accept_errors.log(|more| {
                     let error = &error as &dyn std::error::Error;
-                    tracing::warn!(error, listener = entry.name, more, "accepting failed");
+                    tracing::warn!(error, listener = acceptor.name, more, "accepting failed");
                 });
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }
     }
-    open.accept_pending_and_close(|socket, peer| entry.accept_connection(socket, peer));
+    listening_socket.accept_pending_and_close(|socket, peer| acceptor.accept_connection(socket, peer));
 }
 
-/// Where the connections of a listener come in.
+/// Accepts the connections of one listener, within its limits.
 struct ConnectionAcceptor<'a> {
     name: String,
     permits: Arc<Semaphore>,
@@ -256,35 +248,33 @@ struct ConnectionAcceptor<'a> {
 }
 
 impl ConnectionAcceptor<'_> {
-    /// Gives a connection to a worker, where there is room for it.
+    /// Assigns a connection to a worker, if both limits allow it.
     fn accept_connection(&mut self, socket: AcceptedSocket, peer: Option<SocketAddr>) {
-        let Some(places) = acquire_permits(&self.workers.connection_permits, &self.permits) else {
+        let Some(permits) = acquire_permits(&self.workers.connection_permits, &self.permits) else {
             self.listener.counters.count_refusal(ConnectionRefusal::LimitReached);
             return self.log_throttle.log(|more| {
-                tracing::warn!(
-                    listener = self.name,
-                    ?peer,
-                    more,
-                    "refused: there are as many connections already as there may be"
-                );
+                tracing::warn!(listener = self.name, ?peer, more, "connection refused: limit reached");
             });
         };
-        let (entrance, counted) = (self.listener.clone(), self.listener.counters.track_connection());
+        let (listener, open_guard) = (self.listener.clone(), self.listener.counters.track_connection());
         self.workers.assign(AcceptedConnection {
             socket,
             peer,
-            listener: entrance,
-            _permits: places,
-            _open_guard: counted,
+            listener,
+            _permits: permits,
+            _open_guard: open_guard,
         });
     }
 }
 
-fn acquire_permits(room: &Arc<Semaphore>, places: &Arc<Semaphore>) -> Option<[OwnedSemaphorePermit; 2]> {
-    Some([places.clone().try_acquire_owned().ok()?, room.clone().try_acquire_owned().ok()?])
+fn acquire_permits(
+    connection_permits: &Arc<Semaphore>,
+    permits: &Arc<Semaphore>,
+) -> Option<[OwnedSemaphorePermit; 2]> {
+    Some([permits.clone().try_acquire_owned().ok()?, connection_permits.clone().try_acquire_owned().ok()?])
 }
 
-/// Says a thing now and then, and how often it was left unsaid.
+/// Limits how often a line is logged, and counts the suppressed lines.
 #[derive(Default)]
 struct AcceptLogThrottle {
     last_logged: Option<Instant>,
@@ -292,13 +282,13 @@ struct AcceptLogThrottle {
 }
 
 impl AcceptLogThrottle {
-    fn log(&mut self, say: impl FnOnce(u64)) {
+    fn log(&mut self, write: impl FnOnce(u64)) {
         let now = Instant::now();
-        if self.last_logged.is_some_and(|said| now - said < LOG_INTERVAL) {
+        if self.last_logged.is_some_and(|last| now - last < LOG_INTERVAL) {
             self.suppressed += 1;
             return;
         }
         self.last_logged = Some(now);
-        say(std::mem::take(&mut self.suppressed));
+        write(std::mem::take(&mut self.suppressed));
     }
 }

@@ -1,7 +1,9 @@
-//! Refusals as gRPC statuses: the only place that builds a `tonic::Status`. Every status carries
-//! `google.rpc.ErrorInfo` with a stable reason; a wrong request carries `google.rpc.BadRequest` too.
+//! Converts errors to gRPC statuses. Only this file builds a `tonic::Status`.
+//!
+//! Every status carries `google.rpc.ErrorInfo` with a stable reason. An invalid request also carries
+//! `google.rpc.BadRequest`. Size limits of the encoded form belong in `status_details.rs`.
 
-#![expect(clippy::disallowed_methods, reason = "this is the one place that builds a status")]
+#![expect(clippy::disallowed_methods, reason = "only this file builds a status")]
 
 use std::collections::HashMap;
 
@@ -24,10 +26,10 @@ use crate::{
 };
 
 const RETRY_PUSHBACK_HEADER: HeaderName = HeaderName::from_static("grpc-retry-pushback-ms");
-/// When a call that found a full server may be sent again.
+/// Retry delay of a call that an overloaded server refused.
 const OVERLOAD_RETRY_DELAY: std::time::Duration = std::time::Duration::from_millis(100);
 
-/// Every status of this server: its message and its details have sizes that clients accept.
+/// Builds every status of this server, within the sizes that clients accept.
 fn build_status(code: Code, message: &str, details: StatusDetails) -> Status {
     build_status_with_headers(code, message, details, HeaderMap::new())
 }
@@ -68,8 +70,8 @@ fn invalid_request(violations: &[InvalidField]) -> Status {
 }
 
 impl From<ServiceError> for Status {
-    fn from(refusal: ServiceError) -> Status {
-        match refusal {
+    fn from(error: ServiceError) -> Status {
+        match error {
             ServiceError::Invalid(violations) => invalid_request(&violations),
             ServiceError::NotFound(ResourceKind::Key) => {
                 status_with_reason(Code::NotFound, "KEY_NOT_FOUND", "there is no such key")
@@ -93,14 +95,14 @@ impl From<ServiceError> for Status {
             ServiceError::NotFound(ResourceKind::Role) => {
                 status_with_reason(Code::NotFound, "ROLE_NOT_FOUND", "there is no such role")
             }
-            ServiceError::NotFound(ResourceKind::Member) => {
-                status_with_reason(Code::NotFound, "MEMBER_NOT_FOUND", "the user is no member of the account")
-            }
-            ServiceError::NotFound(ResourceKind::Revision) => status_with_reason(
+            ServiceError::NotFound(ResourceKind::Member) => status_with_reason(
                 Code::NotFound,
-                "REVISION_NOT_FOUND",
-                "there is no change of this revision",
+                "MEMBER_NOT_FOUND",
+                "the user is not a member of the account",
             ),
+            ServiceError::NotFound(ResourceKind::Revision) => {
+                status_with_reason(Code::NotFound, "REVISION_NOT_FOUND", "no change has this revision")
+            }
             ServiceError::DigestTaken => status_with_reason(
                 Code::AlreadyExists,
                 "DIGEST_TAKEN",
@@ -132,44 +134,44 @@ impl From<ServiceError> for Status {
             ),
             ServiceError::MissingPermission(scope) => permission_missing(scope),
             ServiceError::CheckFailed(reason) => check_error(reason),
-            ServiceError::NotRecorded { is_database_full: full } => not_recorded(full),
+            ServiceError::NotRecorded { is_database_full } => not_recorded(is_database_full),
             ServiceError::OutcomeUnknown => status_with_reason(
                 Code::Unavailable,
                 "OUTCOME_UNKNOWN",
-                "whether the change was recorded is unknown; until that is settled this server refuses what the \
-                 change refuses. Send it again: every change can be repeated",
+                "it is unknown whether the change was recorded; until this is settled, this server denies what the change \
+                 would deny. Retry: every change can be repeated",
             ),
             ServiceError::SomeOutcomesUnknown { unknown, changes } => some_outcomes_unknown(unknown, changes),
             ServiceError::Unavailable => status_with_reason(
                 Code::Unavailable,
                 "STORE_UNAVAILABLE",
-                "the database did not answer; try again",
+                "the database did not respond; retry",
             ),
             ServiceError::Stopping => status_with_reason(
                 Code::Unavailable,
                 "STOPPING",
-                "this server is stopping; try another one, or again",
+                "this server is stopping; retry, or use another server",
             ),
-            ServiceError::PropagationIncomplete(incomplete) => propagation_incomplete(incomplete),
+            ServiceError::PropagationIncomplete(error) => propagation_incomplete(error),
             ServiceError::Contended => status_with_reason(
                 Code::Aborted,
                 "CONTENDED",
-                "the record was changed again and again meanwhile, and nothing was done; try again",
+                "too many concurrent changes to this record; nothing was changed, retry",
             ),
         }
     }
 }
 
-/// A refusal's stable reason and its message, for an item of a bulk answer.
+/// Reason and message of an error, for an item of a bulk response.
 #[must_use]
-pub(super) fn reason_and_message(refusal: ServiceError) -> (String, String) {
-    let status = Status::from(refusal);
+pub(super) fn reason_and_message(error: ServiceError) -> (String, String) {
+    let status = Status::from(error);
     let info = status.get_details_error_info();
     (info.map(|info| info.reason).unwrap_or_default(), status.message().to_owned())
 }
 
 fn caller_limited(retry_after: Option<std::time::Duration>) -> Status {
-    // For gateways that speak HTTP: whole seconds, never too few.
+    // For HTTP gateways: whole seconds, rounded up.
     let seconds = retry_after.map(|after| after.as_secs() + u64::from(after.subsec_nanos() > 0));
     let headers = seconds.map(|seconds| (RETRY_AFTER, seconds.into()));
     let details = StatusDetails::new("CALLER_LIMITED", HashMap::new());
@@ -177,32 +179,32 @@ fn caller_limited(retry_after: Option<std::time::Duration>) -> Status {
         Some(after) => details.with_retry(after),
         None => details,
     };
-    let message = "a rate limit or the quota of the caller's own key is used up";
+    let message = "a rate limit or the quota of the calling key is exhausted";
     build_status_with_headers(Code::ResourceExhausted, message, details, HeaderMap::from_iter(headers))
 }
 
-/// A batch that the limits of its caller's own key never let through, however long it waits.
+/// The batch exceeds a limit of the caller's own key, so no retry can succeed.
 #[must_use]
-pub(super) fn batch_exceeds_limit(checks: u64, most: u64) -> Status {
+pub(super) fn batch_exceeds_limit(checks: u64, max: u64) -> Status {
     let message = format!(
-        "the batch has {checks} checks, and a limit of the caller's own key lets at most {most} through at once; \
-         send smaller batches"
+        "the batch has {checks} checks, but a limit of the calling key allows at most {max} at once; send smaller \
+         batches"
     );
-    let metadata = HashMap::from([("limit".to_owned(), most.to_string())]);
+    let metadata = HashMap::from([("limit".to_owned(), max.to_string())]);
     status_with_metadata(Code::ResourceExhausted, "CALLER_LIMITED", &message, metadata)
 }
 
-/// The account has as much as its limit allows.
+/// The account has reached a limit.
 fn account_limit_reached(AccountLimitReached { limit, value, retry_after }: AccountLimitReached) -> Status {
     let (name, number) = (limit.as_str(), value.to_string());
     let what_to_do = match limit {
         AccountLimitKind::Keys => "revoke keys that are no longer needed",
         AccountLimitKind::Roles => "delete roles that are no longer needed",
-        AccountLimitKind::RotationsPerHour | AccountLimitKind::LogRowsPerHour => "try again in the next hour",
+        AccountLimitKind::RotationsPerHour | AccountLimitKind::LogRowsPerHour => "retry in the next hour",
     };
     let message = format!(
         "the account has reached its limit {name} = {value}; {what_to_do}, or raise account_limits.{name} in the \
-         server's settings. What takes rights away is never limited"
+         server's settings. Calls that restrict rights are never limited"
     );
     let metadata = [("limit", name.to_owned()), ("value", number)];
     let metadata = metadata.map(|(key, value)| (key.to_owned(), value)).into();
@@ -213,7 +215,7 @@ fn account_limit_reached(AccountLimitReached { limit, value, retry_after }: Acco
     build_status(Code::ResourceExhausted, &message, details)
 }
 
-/// A change that waits for the end of a rolling upgrade.
+/// The change must wait for the end of a rolling upgrade.
 fn replica_too_old(value: &str, replicas: &[String]) -> Status {
     let names = join_truncated(replicas.iter().map(|name| format!("{name:?}")), ", ", "replicas");
     let message = format!(
@@ -242,111 +244,109 @@ fn check_error(reason: CheckError) -> Status {
     }
 }
 
-/// Bytes that are no message `M`, as tonic words it.
+/// The bytes are not a message `M`. The wording is tonic's.
 pub(super) fn malformed_message<M: prost::Message + Default>(bytes: &[u8]) -> Status {
     Status::internal(M::decode(bytes).err().map(|error| error.to_string()).unwrap_or_default())
 }
 
-/// More is under way than this server can do in time.
+/// The server has too many calls in flight.
 #[must_use]
 pub(super) fn overloaded() -> Status {
     let details = StatusDetails::new("OVERLOADED", HashMap::new()).with_retry(OVERLOAD_RETRY_DELAY);
-    let message =
-        "this server has more calls under way than it takes, and did nothing; try another one, or again";
-    // What clients with a retry policy wait for (gRPC's A6).
+    let message = "this server has too many calls in flight; nothing was done, retry or use another server";
+    // Clients with a retry policy wait for this long (gRPC proposal A6).
     let pushback = (RETRY_PUSHBACK_HEADER, HeaderValue::from(OVERLOAD_RETRY_DELAY.as_millis() as u64));
     build_status_with_headers(Code::Unavailable, message, details, HeaderMap::from_iter([pushback]))
 }
 
-/// A call that lasts, on a connection that ends.
+/// Ends a long-running call because its connection drains.
 #[must_use]
 pub(super) fn connection_too_old() -> Status {
-    let message = "the connection has reached its maximum age, which ends long-running calls; call again over a new one";
+    let message = "the connection has reached its maximum age, which ends long-running calls; repeat the call on a new one";
     status_with_reason(Code::Unavailable, "CONNECTION_ENDS", message)
 }
 
-/// A connection has as many calls that last as it may have.
+/// The connection has reached its limit of long-running calls.
 #[must_use]
-pub(super) fn too_many_long_calls(most: usize) -> Status {
+pub(super) fn too_many_long_calls(max: usize) -> Status {
     let message =
-        format!("the connection already has {most} such calls; end one of them, or open another connection");
+        format!("the connection already has {max} such calls; end one of them, or open another connection");
     status_with_reason(Code::ResourceExhausted, "TOO_MANY_WATCHES", &message)
 }
 
-/// Holds the end of a stream to the size of a status, and to having a reason.
+/// Ensures that the trailers of a stream have a reason.
 pub(super) fn normalize_trailers(trailers: &mut HeaderMap) {
     let Some(plain) = Status::from_header_map(trailers) else { return };
     if plain.code() != Code::Ok && plain.details().is_empty() {
-        // Only a value that no header can have is refused, and there is none.
+        // Fails only on an invalid header value, and there is none.
         let _ = add_missing_reason(&plain).add_header(trailers);
     }
 }
 
-/// Of a call that makes many changes, and whose answer would hold for all of them.
+/// The outcome of some changes of a bulk call is unknown, so the whole call must be repeated.
 fn some_outcomes_unknown(unknown: usize, changes: usize) -> Status {
     let numbers = [("unknown", unknown), ("changes", changes)];
     let metadata = numbers.map(|(name, number)| (name.to_owned(), number.to_string())).into();
     let message = format!(
-        "whether {unknown} of the call's {changes} changes were recorded is unknown; until this is settled, \
-         this server denies what they would deny. Send the same call again: it finishes what is left"
+        "it is unknown whether {unknown} of the call's {changes} changes were recorded; until this is settled, this \
+         server denies what they would deny. Repeat the call to complete it"
     );
     status_with_metadata(Code::Unavailable, "OUTCOME_UNKNOWN", &message, metadata)
 }
 
-/// What was to be stopped is refused by this server until it restarts or the change succeeds.
-fn not_recorded(full: bool) -> Status {
+/// The change failed, but this server denies what it restricts until it restarts or the change succeeds.
+fn not_recorded(is_database_full: bool) -> Status {
     let metadata = [("durable", "false"), ("denied_here", "true")]
         .map(|(name, value)| (name.to_owned(), value.to_owned()))
         .into();
-    if full {
-        let message = "the database is full and the change was not recorded. A revocation, a disabling or a \
-                       suspension is in force on this server until it restarts; make room and send it again";
+    if is_database_full {
+        let message = "the database is full, so the change was not recorded. A revocation, disabling or suspension is in \
+                       force on this server until it restarts; free space and retry";
         status_with_metadata(Code::ResourceExhausted, "STORE_FULL", message, metadata)
     } else {
-        let message = "the database failed and the change was not recorded. A revocation, a disabling or a \
-                       suspension is in force on this server until it restarts; send it again, to another server if there is \
-                       one";
+        let message = "the database failed, so the change was not recorded. A revocation, disabling or suspension is in \
+                       force on this server until it restarts; retry, on another server if there is one";
         status_with_metadata(Code::Unavailable, "NOT_RECORDED", message, metadata)
     }
 }
 
-/// A change that is recorded, and may not be in force everywhere yet.
-fn propagation_incomplete(incomplete: PropagationError) -> Status {
-    match incomplete {
+/// The change is recorded, but may not be in force everywhere yet.
+fn propagation_incomplete(error: PropagationError) -> Status {
+    match error {
         PropagationError::TimedOut(report) => propagation_timed_out(*report),
         PropagationError::Lost(revision) => {
             let metadata = HashMap::from([("revision".to_owned(), revision.to_string())]);
-            let message = "the database has lost the change: a backup was restored, or a standby took over that \
-                           lacked it. Send it again";
+            let message = "the database has lost the change: a backup was restored, or a standby without it took over. Repeat \
+                           the change";
             status_with_metadata(Code::Unavailable, "CHANGE_LOST", message, metadata)
         }
         PropagationError::Stopping(revision) => {
             let metadata = HashMap::from([("revision".to_owned(), revision.to_string())]);
-            let message = "the change is recorded, and this server stops before it is known to be in force \
-                           everywhere. Send it to another one, or follow it there with WatchPropagation";
+            let message = "the change is recorded, but this server stops before it is known to be in force everywhere. Repeat it \
+                           on another server, or follow it there with WatchPropagation";
             status_with_metadata(Code::Unavailable, "STOPPING", message, metadata)
         }
         PropagationError::DatabaseUnavailable => status_with_reason(
             Code::Unavailable,
             "PROPAGATION_UNKNOWN",
-            "the change is recorded; whether every replica knows of it could not be found out, since the database \
-             did not answer. Send it again: it waits again",
+            "the change is recorded, but it is unknown whether it is in force on every replica, since the database \
+             did not respond. Repeat the call to wait again",
         ),
     }
 }
 
-/// The report goes with the status, as `keyward.v1.Propagation`.
+/// Attaches the report as `keyward.v1.Propagation`.
 fn propagation_timed_out(report: PropagationReport) -> Status {
-    let silent: Vec<_> = report.unconfirmed.iter().map(|silent| silent.replica.clone()).collect();
-    let silent = if silent.is_empty() {
+    let lagging: Vec<_> = report.unconfirmed.iter().map(|lagging| lagging.replica.clone()).collect();
+    let lagging = if lagging.is_empty() {
         "the database".to_owned()
     } else {
-        join_truncated(silent.into_iter(), ", ", "replicas")
+        join_truncated(lagging.into_iter(), ", ", "replicas")
     };
     let revision = report.revision;
     let message = format!(
-        "the change is recorded as revision {revision}, and not known to be in force everywhere yet: no word from \
-         {silent}. Follow it with WatchPropagation; most calls can be sent again too, and wait again"
+        "the change is recorded as revision {revision}, but not known to be in force everywhere yet: no confirmation \
+         from {lagging}. Follow it with WatchPropagation, or repeat the call: most then wait again"
     );
     let metadata = HashMap::from([("revision".to_owned(), revision.to_string())]);
     let details =
@@ -362,24 +362,24 @@ pub(super) fn permission_missing(scope: &str) -> Status {
     status_with_metadata(Code::PermissionDenied, "PERMISSION_MISSING", &message, metadata)
 }
 
-/// A path that is no RPC of this server.
+/// The path is not an RPC of this listener.
 #[must_use]
 pub(super) fn unknown_rpc() -> Status {
     status_with_reason(
         Code::Unimplemented,
         "NO_SUCH_RPC",
-        "there is no such call here; 'grpcurl … list' shows those that are",
+        "no such method here; 'grpcurl … list' shows the services",
     )
 }
 
-/// A request larger than its limit.
+/// The request exceeds its size limit.
 #[must_use]
-pub(super) fn message_too_large(claimed: usize, limit: usize) -> Status {
-    let problem = format!("the message has {claimed} bytes; at most {limit} are allowed for this call");
+pub(super) fn message_too_large(length: usize, limit: usize) -> Status {
+    let problem = format!("the message has {length} bytes; at most {limit} are allowed for this call");
     invalid_request(&[InvalidField { field: "(message)".to_owned(), problem }])
 }
 
-/// A compressed request that is larger than its limit.
+/// The request exceeds its size limit once it is inflated.
 #[must_use]
 pub(super) fn inflated_message_too_large(limit: usize) -> Status {
     let problem =
@@ -387,7 +387,7 @@ pub(super) fn inflated_message_too_large(limit: usize) -> Status {
     invalid_request(&[InvalidField { field: "(message)".to_owned(), problem }])
 }
 
-/// A request whose messages are encoded in a way that is not spoken here.
+/// The request's encoding is not supported.
 #[must_use]
 pub(super) fn unsupported_encoding(encoding: &str) -> Status {
     let message = format!(
@@ -396,14 +396,14 @@ pub(super) fn unsupported_encoding(encoding: &str) -> Status {
     status_with_reason(Code::Unimplemented, "UNKNOWN_ENCODING", &message)
 }
 
-/// A request of more fields than any has a use for.
+/// The request has more fields than any valid one.
 #[must_use]
 pub(super) fn too_many_fields(count: usize, limit: usize) -> Status {
     let problem = format!("the message has {count} fields; at most {limit} are allowed");
     invalid_request(&[InvalidField { field: "(message)".to_owned(), problem }])
 }
 
-/// A request that is no message of its call's type, or breaks off.
+/// The request is malformed or incomplete.
 #[must_use]
 pub(super) fn unreadable_request() -> Status {
     status_with_reason(
@@ -413,7 +413,7 @@ pub(super) fn unreadable_request() -> Status {
     )
 }
 
-/// A request whose bytes did not come.
+/// The request did not arrive in time.
 #[must_use]
 pub(super) fn request_too_slow() -> Status {
     status_with_reason(
@@ -423,17 +423,17 @@ pub(super) fn request_too_slow() -> Status {
     )
 }
 
-/// A call that took too long.
+/// The call exceeded its deadline.
 #[must_use]
 pub(super) fn deadline_exceeded() -> Status {
     status_with_reason(
         Code::DeadlineExceeded,
         "DEADLINE_EXCEEDED",
-        "the call took too long and was given up; a change may still have been made, and can be sent again",
+        "the call exceeded its deadline; a change may still have been made, and can be repeated",
     )
 }
 
-/// A refusal of tonic's own, with a reason. A message that cannot be read is the caller's fault.
+/// Adds a reason to a status that tonic built. `Internal` from tonic means a malformed message.
 #[must_use]
 pub(super) fn add_missing_reason(plain: &Status) -> Status {
     match plain.code() {
@@ -443,8 +443,8 @@ pub(super) fn add_missing_reason(plain: &Status) -> Status {
     }
 }
 
-/// A handler that ended without an answer: a bug.
+/// The handler failed, which is a bug.
 #[must_use]
 pub(super) fn internal_error() -> Status {
-    status_with_reason(Code::Internal, "INTERNAL", "the call failed inside the server; its log says more")
+    status_with_reason(Code::Internal, "INTERNAL", "the call failed inside the server; see its log")
 }

@@ -1,8 +1,8 @@
 //! Encodes the message and the details of a status within the sizes that gRPC clients accept.
 //!
-//! Both travel in one block of headers, whose usual limits are 8 KiB (gRPC for Java) and 16 KiB (tonic). So the limits
-//! hold for the encoded form: percent-encoding for the message, base64 for the details. What does not fit is left out,
-//! and its number is given instead.
+//! Both travel in one header block, which clients usually limit to 8 KiB (gRPC for Java) or 16 KiB (tonic). So the
+//! limits apply to the encoded form: percent-encoding for the message, base64 for the details. What does not fit is
+//! omitted, and its count is given instead. Wording belongs in `status.rs`.
 
 use std::collections::HashMap;
 
@@ -14,23 +14,23 @@ use tonic_types::pb::{self as rpc, bad_request::FieldViolation};
 
 use crate::{pb, service_error::InvalidField};
 
-/// The longest message, percent-encoded.
+/// The longest message, in percent-encoded bytes.
 pub(super) const MAX_MESSAGE_LEN: usize = 1024;
-/// The largest `grpc-status-details-bin` before base64, which makes 6.7 kB of it.
+/// The largest `grpc-status-details-bin` in bytes, before base64 makes 6.7 kB of it.
 pub(super) const MAX_DETAILS_LEN: usize = 5000;
-/// The longest text of one item in a message, percent-encoded, and of one in the details.
+/// The longest item in a message or in the details, in percent-encoded bytes.
 const MAX_ITEM_LEN: usize = 400;
-/// Room that a list leaves for the words around it.
+/// Bytes that a list leaves for the words around it.
 const LIST_RESERVE: usize = 120;
 
-/// The domain of Keyward's reasons.
+/// The `domain` of Keyward's reasons in `ErrorInfo`.
 pub(super) const ERROR_DOMAIN: &str = "keyward";
 
-/// The details of a status, in the order in which they are kept when there is no room for all of them.
+/// The details of a status, most important first: the last are dropped if they do not fit.
 pub(super) struct StatusDetails(Vec<Any>);
 
 impl StatusDetails {
-    /// Details with a reason and what belongs to it.
+    /// Creates details with a reason and its metadata.
     pub(super) fn new(reason: &str, metadata: HashMap<String, String>) -> StatusDetails {
         let metadata = metadata
             .into_iter()
@@ -40,14 +40,14 @@ impl StatusDetails {
         StatusDetails(vec![pack_any("google.rpc.ErrorInfo", &info)])
     }
 
-    /// Adds when the call may be sent again.
+    /// Adds the delay before a retry.
     pub(super) fn with_retry(mut self, after: std::time::Duration) -> StatusDetails {
         let retry_delay = prost_types::Duration::try_from(after).ok();
         self.0.push(pack_any("google.rpc.RetryInfo", &rpc::RetryInfo { retry_delay }));
         self
     }
 
-    /// The first of the violations, as many as fit.
+    /// Lists as many violations as fit.
     pub(super) fn from_violations(violations: &[InvalidField]) -> StatusDetails {
         let each = violations.iter().map(|violation| FieldViolation {
             field: truncate_encoded(&violation.field, MAX_ITEM_LEN),
@@ -55,34 +55,34 @@ impl StatusDetails {
             ..FieldViolation::default()
         });
         let mut list = rpc::BadRequest { field_violations: each.collect() };
-        let left_out = truncate_to_fit(&mut list.field_violations);
+        let omitted = truncate_to_fit(&mut list.field_violations);
         let mut details =
-            StatusDetails::new("INVALID_REQUEST", omitted_metadata("violations_omitted", left_out));
+            StatusDetails::new("INVALID_REQUEST", omitted_metadata("violations_omitted", omitted));
         details.0.push(pack_any("google.rpc.BadRequest", &list));
         details
     }
 
-    /// How far a change has come, with as many replicas as fit: those that have not acknowledged it first.
+    /// Adds the propagation of a change, with as many replicas as fit, unconfirmed ones first.
     pub(super) fn from_propagation(
         reason: &str,
         mut metadata: HashMap<String, String>,
         mut propagation: pb::Propagation,
     ) -> StatusDetails {
-        let mut left_out = truncate_to_fit(&mut propagation.unconfirmed);
-        if left_out > 0 {
-            left_out += propagation.confirmed.len();
+        let mut omitted = truncate_to_fit(&mut propagation.unconfirmed);
+        if omitted > 0 {
+            omitted += propagation.confirmed.len();
             propagation.confirmed.clear();
         }
         while propagation.encoded_len() > max_list_len() && propagation.confirmed.pop().is_some() {
-            left_out += 1;
+            omitted += 1;
         }
-        metadata.extend(omitted_metadata("replicas_omitted", left_out));
+        metadata.extend(omitted_metadata("replicas_omitted", omitted));
         let mut details = StatusDetails::new(reason, metadata);
         details.0.push(pack_any("keyward.v1.Propagation", &propagation));
         details
     }
 
-    /// The encoded `google.rpc.Status`.
+    /// Encodes a `google.rpc.Status`, and drops details that do not fit.
     pub(super) fn encode(self, code: Code, message: &str) -> Bytes {
         let mut status = rpc::Status { code: code.into(), message: message.to_owned(), details: self.0 };
         while status.encoded_len() > MAX_DETAILS_LEN && status.details.len() > 1 {
@@ -92,12 +92,12 @@ impl StatusDetails {
     }
 }
 
-/// The room for a list in the details: beside the message, the reason and the names of types.
+/// Bytes for a list in the details, besides the message, the reason and type names.
 fn max_list_len() -> usize {
     MAX_DETAILS_LEN - MAX_MESSAGE_LEN - 2 * MAX_ITEM_LEN
 }
 
-/// Keeps as many items from the beginning as there is room for, and returns how many that leaves out.
+/// Keeps as many leading items as fit, and returns how many it drops.
 fn truncate_to_fit<M: prost::Message>(list: &mut Vec<M>) -> usize {
     let mut size = 0;
     let fitting = list.iter().take_while(|item| {
@@ -117,7 +117,7 @@ fn pack_any(name: &str, message: &impl prost::Message) -> Any {
     Any { type_url: format!("type.googleapis.com/{name}"), value: message.encode_to_vec() }
 }
 
-/// Lists as many items as fit into a message, and how many there are besides.
+/// Joins as many items as fit into a message, and counts the rest.
 pub(super) fn join_truncated(
     items: impl ExactSizeIterator<Item = String>,
     separator: &str,
@@ -140,21 +140,21 @@ pub(super) fn join_truncated(
     if left > 0 { format!("{text}{separator}and {left} more {noun}") } else { text }
 }
 
-/// The text, cut so that its percent-encoded form has at most `most` bytes.
-pub(super) fn truncate_encoded(text: &str, most: usize) -> String {
+/// Cuts the text so that its percent-encoded form has at most `max_len` bytes.
+pub(super) fn truncate_encoded(text: &str, max_len: usize) -> String {
     const ELLIPSIS: &str = "...";
-    if percent_encoded_len(text) <= most {
+    if percent_encoded_len(text) <= max_len {
         return text.to_owned();
     }
     let mut length = ELLIPSIS.len();
     let fits = text.chars().take_while(|letter| {
         length += percent_encoded_len(letter.encode_utf8(&mut [0; 4]));
-        length <= most
+        length <= max_len
     });
     fits.chain(ELLIPSIS.chars()).collect()
 }
 
-/// How long a text is when it is percent-encoded as tonic does it.
+/// Length of a text in tonic's percent-encoding.
 fn percent_encoded_len(text: &str) -> usize {
     let encoded = |byte: u8| byte.is_ascii_control() || !byte.is_ascii() || b" \"#%<>`?{}".contains(&byte);
     text.bytes().map(|byte| if encoded(byte) { 3 } else { 1 }).sum()
@@ -206,8 +206,8 @@ mod tests {
             let info = rpc::ErrorInfo::decode(&*status.details[0].value).unwrap();
             let report = pb::Propagation::decode(&*status.details[1].value).unwrap();
             let left_out = waiting + confirmed - report.unconfirmed.len() - report.confirmed.len();
-            let told = info.metadata.get("replicas_omitted").map_or(0, |number| number.parse().unwrap());
-            assert_eq!(told, left_out);
+            let reported = info.metadata.get("replicas_omitted").map_or(0, |number| number.parse().unwrap());
+            assert_eq!(reported, left_out);
             assert!(report.unconfirmed.len() >= waiting.min(20));
         }
     }

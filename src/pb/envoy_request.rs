@@ -1,20 +1,21 @@
-//! `envoy.service.auth.v3.CheckRequest` as we read it: the same wire format, only the fields that a decision needs,
-//! and text left where it arrived. Headers are attacker-chosen: they are not hashed into a map, and may be other
-//! than UTF-8. Nothing here prints, since headers carry credentials. A test holds the numbers against the proto.
+//! A reduced `envoy.service.auth.v3.CheckRequest`: the same wire format with only the fields that a decision needs.
+//!
+//! Its meaning belongs in `grpc/ext_authz.rs`. Strings stay slices of the message. Clients choose the headers, so they
+//! are not hashed into a map and need not be UTF-8. Nothing here prints, since headers carry credentials. A test
+//! compares the field numbers with the proto.
 
 use std::fmt;
 
 use bytes::Bytes;
 use prost::encoding::decode_varint;
 
-/// The largest body that Envoy may send along (`with_request_body`), in bytes: as large as what most gRPC servers read. It is
-/// passed over when the message is decoded.
-pub const MAX_BODY_BYTES: usize = 4 << 20;
+/// The largest body that Envoy may send along (`with_request_body`), in bytes: the usual limit of
+/// gRPC servers. Decoding skips it.
+pub(crate) const MAX_BODY_BYTES: usize = 4 << 20;
 
-/// How many bytes of an encoded [`EnvoyCheckRequest`] are the body of the request. Of one that is malformed, as far as it can be
-/// read.
+/// Length of the client's body within an encoded [`EnvoyCheckRequest`]. In a malformed one, as far as it can be read.
 #[must_use]
-pub fn request_body_len(message: &[u8]) -> usize {
+pub(crate) fn request_body_len(message: &[u8]) -> usize {
     let https = length_delimited_values(message, 1)
         .flat_map(|attributes| length_delimited_values(attributes, 4))
         .flat_map(|request| length_delimited_values(request, 2));
@@ -25,7 +26,7 @@ pub fn request_body_len(message: &[u8]) -> usize {
         .sum()
 }
 
-/// The values of a length-delimited field, up to where the message is malformed.
+/// The values of a length-delimited field, until the message is malformed.
 fn length_delimited_values(message: &[u8], number: u64) -> impl Iterator<Item = &[u8]> {
     let mut rest = message;
     let fields = std::iter::from_fn(move || {
@@ -44,26 +45,25 @@ fn length_delimited_values(message: &[u8], number: u64) -> impl Iterator<Item = 
     fields.filter(move |(tag, _)| *tag == number << 3 | 2).map(|(_, value)| value)
 }
 
-/// What Envoy asks about one request.
+/// Envoy's request to authorize a client's request.
 #[derive(Clone, PartialEq, prost::Message)]
 #[prost(skip_debug)]
 pub struct EnvoyCheckRequest {
-    /// What is asked about.
+    /// The client's request and its context.
     #[prost(message, optional, tag = "1")]
     pub attributes: Option<EnvoyAttributeContext>,
 }
 
-/// The request and its surroundings.
+/// A client's request and its context.
 #[derive(Clone, PartialEq, prost::Message)]
 #[prost(skip_debug)]
 pub struct EnvoyAttributeContext {
-    /// Who sent it.
+    /// The peer that sent the request.
     #[prost(message, optional, tag = "1")]
     pub source: Option<EnvoyPeer>,
-    /// The request.
     #[prost(message, optional, tag = "4")]
     pub request: Option<EnvoyRequest>,
-    /// What the route's configuration says: virtual host and route merged.
+    /// Settings of the route: virtual host and route merged.
     #[prost(message, repeated, tag = "10")]
     pub context_extensions: Vec<EnvoyMapEntry>,
 }
@@ -72,12 +72,11 @@ pub struct EnvoyAttributeContext {
 #[derive(Clone, PartialEq, prost::Message)]
 #[prost(skip_debug)]
 pub struct EnvoyPeer {
-    /// Its address.
     #[prost(message, optional, tag = "1")]
     pub address: Option<EnvoyAddress>,
 }
 
-/// An address; a pipe has none that is of use here.
+/// An address; that of a pipe is not used.
 #[derive(Clone, PartialEq, prost::Message)]
 #[prost(skip_debug)]
 pub struct EnvoyAddress {
@@ -90,76 +89,71 @@ pub struct EnvoyAddress {
 #[derive(Clone, PartialEq, prost::Message)]
 #[prost(skip_debug)]
 pub struct EnvoySocketAddress {
-    /// The IP address.
+    /// The textual form of the IP address.
     #[prost(bytes = "bytes", tag = "2")]
     pub address: Bytes,
 }
 
-/// The request.
+/// The client's request.
 #[derive(Clone, PartialEq, prost::Message)]
 #[prost(skip_debug)]
 pub struct EnvoyRequest {
-    /// The HTTP request.
     #[prost(message, optional, tag = "2")]
     pub http: Option<EnvoyHttpRequest>,
 }
 
-/// An HTTP request.
+/// Attributes of an HTTP request.
 #[derive(Clone, PartialEq, prost::Message)]
 #[prost(skip_debug)]
 pub struct EnvoyHttpRequest {
-    /// Envoy's number of the stream, the same when Envoy asks again.
+    /// Envoy's id of the stream; the same when Envoy retries.
     #[prost(bytes = "bytes", tag = "1")]
     pub id: Bytes,
-    /// `GET` and so on.
     #[prost(bytes = "bytes", tag = "2")]
     pub method: Bytes,
     /// Headers with lower-case names, repeated ones joined by commas. Empty with `encode_raw_headers`.
     #[prost(message, repeated, tag = "3")]
     pub headers: Vec<EnvoyMapEntry>,
-    /// Path and query as they came.
+    /// Path and query, not normalized.
     #[prost(bytes = "bytes", tag = "4")]
     pub path: Bytes,
-    /// `:authority`.
+    /// Value of `:authority` or `Host`.
     #[prost(bytes = "bytes", tag = "5")]
     pub host: Bytes,
-    /// Headers as they came, with `encode_raw_headers`.
+    /// Headers in their original form, with `encode_raw_headers`.
     #[prost(message, optional, tag = "13")]
     pub header_map: Option<EnvoyHeaderMap>,
 }
 
-/// Headers as they came.
+/// Headers in their original form.
 #[derive(Clone, PartialEq, prost::Message)]
 #[prost(skip_debug)]
 pub struct EnvoyHeaderMap {
-    /// In order.
     #[prost(message, repeated, tag = "1")]
     pub headers: Vec<EnvoyHeaderValue>,
 }
 
-/// One header.
+/// A header with its name and value.
 #[derive(Clone, PartialEq, prost::Message)]
 #[prost(skip_debug)]
 pub struct EnvoyHeaderValue {
-    /// Its name.
+    /// Name in lower case.
     #[prost(bytes = "bytes", tag = "1")]
     pub key: Bytes,
-    /// Its value, where it is UTF-8.
+    /// Value, if it is UTF-8.
     #[prost(bytes = "bytes", tag = "2")]
     pub value: Bytes,
-    /// Its value as it came.
+    /// Value as raw bytes.
     #[prost(bytes = "bytes", tag = "3")]
     pub raw_value: Bytes,
 }
 
-/// An entry of a map: on the wire a map of strings is a repeated message of two.
+/// An entry of a map of strings. Encoded, such a map is a repeated message of key and value.
 #[derive(Clone, PartialEq, prost::Message)]
 #[prost(skip_debug)]
 pub struct EnvoyMapEntry {
-    /// The key.
     #[prost(bytes = "bytes", tag = "1")]
     pub key: Bytes,
-    /// The value.
     #[prost(bytes = "bytes", tag = "2")]
     pub value: Bytes,
 }

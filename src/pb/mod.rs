@@ -1,5 +1,4 @@
-//! The generated messages and services of `proto/keyward/v1` and of the protocols of others that we speak, and
-//! the descriptor set for reflection, tests and gateways. No logic stands here.
+//! Contains the generated messages and services of `proto/`, and the encoded descriptor set. No logic belongs here.
 
 #![allow(missing_docs, unreachable_pub, clippy::all)]
 
@@ -7,31 +6,31 @@ pub mod envoy_request;
 
 use std::fmt;
 
-/// Everything that was generated, a module for each package.
+/// All generated code, one module per package.
 #[allow(rustdoc::all)]
 mod generated {
     include!(concat!(env!("OUT_DIR"), "/protos.rs"));
 }
 
-/// `envoy.*`: what Envoy asks and hears.
+/// `envoy.*`: the messages of Envoy's ext_authz API.
 pub use generated::envoy;
 pub use generated::keyward::v1::*;
 
-/// What a load is measured against; no part of the contract.
+/// Echo service of the load generator; not part of the API.
 pub mod bench {
     include!(concat!(env!("OUT_DIR"), "/keyward.bench.v1.rs"));
 }
 
-/// A bare `google.rpc.Status`: the code alone.
+/// A `google.rpc.Status` with only a code.
 #[must_use]
-pub fn google_rpc_status(code: i32) -> generated::google::rpc::Status {
+pub(crate) fn google_rpc_status(code: i32) -> generated::google::rpc::Status {
     generated::google::rpc::Status { code, ..Default::default() }
 }
 
 /// The encoded `google.protobuf.FileDescriptorSet` of everything in `proto/`.
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 
-/// Messages with a token in them print their name alone.
+/// Messages with a token print only their name.
 macro_rules! impl_redacted_debug {
     ($($message:ident),*) => {
         $(impl fmt::Debug for $message {

@@ -292,7 +292,7 @@ async fn database_read_only_for_less_than_a_lease_records_nothing_and_says_so() 
     let refused = revoke_with_deadline(there, &id, None).await;
     assert!(is_unavailable(&refused, "NOT_RECORDED"), "{refused:?}");
     let said = refused.unwrap_err().message().to_owned();
-    assert!(said.contains("not recorded") && said.contains("to another server"), "{said}");
+    assert!(said.contains("not recorded") && said.contains("on another server"), "{said}");
     let made = there.root_caller().create_key(plain_key_request()).await.unwrap_err();
     assert_eq!(made.code(), Code::Unavailable, "{made:?}");
     assert_eq!(check_token(there, &token).await.unwrap(), pb::Reason::Revoked, "denied here");

@@ -1,5 +1,5 @@
-//! A real client of HTTP/2, and a real server behind the filter: what the server sees is what the client sent, whatever was
-//! refused between.
+//! Tests the filter between a real HTTP/2 client and a real server: the server must see what the client
+//! sent, except for refused calls.
 
 use std::{
     convert::Infallible,
@@ -24,13 +24,13 @@ use crate::{
 const CHECK: &str = "/keyward.v1.AuthzService/Check";
 const REVOKE: &str = "/keyward.v1.KeyService/Revoke";
 
-/// A server that answers with the headers and the bytes that it got, and the way to it.
+/// Starts a server that echoes headers and bytes, and connects to it.
 async fn connect() -> (SendRequest<Bytes>, Arc<WorkerQueue>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
     let (accepted, _) = listener.accept().await.unwrap();
-    let lane = Arc::new(WorkerQueue::new(4096));
-    let queue = ConnectionQueue::new(lane.clone(), Arc::default(), Arc::new(AtomicBool::new(true)));
+    let worker_queue = Arc::new(WorkerQueue::new(4096));
+    let queue = ConnectionQueue::new(worker_queue.clone(), Arc::default(), Arc::new(AtomicBool::new(true)));
     tokio::spawn(async move {
         let mut bytes = SingleWriteIo::read_preface(TransportStream::Tcp(accepted)).await.unwrap().unwrap();
         bytes.enable_early_shed(EarlyShed::new(queue));
@@ -45,10 +45,10 @@ async fn connect() -> (SendRequest<Bytes>, Arc<WorkerQueue>) {
     });
     let (sender, connection) = h2::client::handshake(client).await.unwrap();
     tokio::spawn(connection);
-    (sender, lane)
+    (sender, worker_queue)
 }
 
-/// One call, and what it is answered.
+/// Makes one call and returns its response.
 async fn call(sender: &SendRequest<Bytes>, path: &str, headers: &HeaderMap, body: &[u8]) -> Response<Bytes> {
     let mut request = Request::post(format!("http://x{path}")).body(()).unwrap();
     *request.headers_mut() = headers.clone();
@@ -56,7 +56,7 @@ async fn call(sender: &SendRequest<Bytes>, path: &str, headers: &HeaderMap, body
     let (answer, mut message) = sender.send_request(request, body.is_empty()).unwrap();
     let half = body.len() / 2;
     if !body.is_empty() {
-        // Where a call was refused, its message may find the stream ended.
+        // The message of a refused call may find its stream closed.
         let _ = message.send_data(Bytes::copy_from_slice(&body[..half]), false);
         let _ = message.send_data(Bytes::copy_from_slice(&body[half..]), true);
     }
@@ -83,9 +83,9 @@ fn headers(fields: &[(u8, u16)]) -> HeaderMap {
 }
 
 #[tokio::test]
-async fn a_refused_check_says_what_a_refusal_of_the_gate_says() {
-    let (sender, lane) = connect().await;
-    lane.set_limit(0);
+async fn a_refused_check_has_the_same_status_as_a_refusal_by_the_router() {
+    let (sender, worker_queue) = connect().await;
+    worker_queue.set_limit(0);
     let answer = call(&sender, CHECK, &HeaderMap::new(), b"message").await;
     let status = tonic::Status::from_header_map(answer.headers()).unwrap();
     assert_eq!((status.code(), status.message()), (tonic::Code::Unavailable, overloaded().message()));
@@ -93,28 +93,28 @@ async fn a_refused_check_says_what_a_refusal_of_the_gate_says() {
     assert_eq!(answer.headers()["content-type"], "application/grpc");
     assert_eq!(answer.headers()["grpc-retry-pushback-ms"], "100");
     assert!(answer.body().is_empty());
-    assert_eq!(lane.shed_calls(), 1);
+    assert_eq!(worker_queue.shed_calls(), 1);
     assert!(!is_refused(&call(&sender, REVOKE, &HeaderMap::new(), b"message").await), "it is no Check");
-    lane.set_limit(4096);
+    worker_queue.set_limit(4096);
     assert_eq!(call(&sender, CHECK, &HeaderMap::new(), b"message").await.body(), "message");
 }
 
 #[tokio::test]
 async fn messages_of_refused_calls_take_no_window_from_others() {
-    let (sender, lane) = connect().await;
+    let (sender, worker_queue) = connect().await;
     let large = vec![b'x'; 48 << 10];
     for _ in 0..20 {
-        lane.set_limit(0);
+        worker_queue.set_limit(0);
         assert!(is_refused(&call(&sender, CHECK, &HeaderMap::new(), &large).await));
-        lane.set_limit(4096);
+        worker_queue.set_limit(4096);
         assert_eq!(call(&sender, CHECK, &HeaderMap::new(), &large).await.body().len(), large.len());
     }
 }
 
 #[tokio::test]
 async fn a_refused_call_may_be_taken_back_and_the_connection_goes_on() {
-    let (sender, lane) = connect().await;
-    lane.set_limit(0);
+    let (sender, worker_queue) = connect().await;
+    worker_queue.set_limit(0);
     for _ in 0..300 {
         let mut ready = sender.clone().ready().await.unwrap();
         let request = Request::post(format!("http://x{CHECK}")).body(()).unwrap();
@@ -122,9 +122,9 @@ async fn a_refused_call_may_be_taken_back_and_the_connection_goes_on() {
         assert_eq!(answer.await.unwrap().headers()["grpc-status"], "14");
         message.send_reset(h2::Reason::CANCEL);
     }
-    lane.set_limit(4096);
+    worker_queue.set_limit(4096);
     assert_eq!(call(&sender, CHECK, &HeaderMap::new(), b"message").await.body(), "message");
-    assert_eq!(lane.shed_calls(), 300);
+    assert_eq!(worker_queue.shed_calls(), 300);
 }
 
 proptest! {
@@ -139,9 +139,9 @@ proptest! {
     ) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
-            let (sender, lane) = connect().await;
+            let (sender, worker_queue) = connect().await;
             for (full, check, fields) in calls {
-                lane.set_limit(if full { 0 } else { 4096 });
+                worker_queue.set_limit(if full { 0 } else { 4096 });
                 let sent = headers(&fields);
                 let answer = call(&sender, if check { CHECK } else { REVOKE }, &sent, b"message").await;
                 prop_assert_eq!(is_refused(&answer), full && check);
@@ -163,11 +163,11 @@ proptest! {
         cut in 0usize..400,
         full in any::<bool>(),
     ) {
-        let lane = Arc::new(WorkerQueue::new(4096));
-        lane.set_limit(if full { 0 } else { 4096 });
-        let whole = filtered(&lane, &[&bytes]);
+        let worker_queue = Arc::new(WorkerQueue::new(4096));
+        worker_queue.set_limit(if full { 0 } else { 4096 });
+        let whole = filtered(&worker_queue, &[&bytes]);
         let cut = cut.min(bytes.len());
-        prop_assert_eq!(filtered(&lane, &[&bytes[..cut], &bytes[cut..]]), whole, "it does not matter how they come");
+        prop_assert_eq!(filtered(&worker_queue, &[&bytes[..cut], &bytes[cut..]]), whole, "it does not matter how they come");
     }
 
     #[test]
@@ -178,7 +178,7 @@ proptest! {
         let mut bytes = Vec::new();
         let mut ends = Vec::new();
         for length in lengths {
-            FrameHead { length, kind: kind::DATA, flags: 0, stream: 1 }.write(&mut bytes);
+            FrameHead { length, frame_type: frame_type::DATA, flags: 0, stream: 1 }.write(&mut bytes);
             bytes.extend(vec![7; length]);
             ends.push(bytes.len());
         }
@@ -192,8 +192,8 @@ proptest! {
 }
 
 /// What passes of bytes that come in these pieces.
-fn filtered(lane: &Arc<WorkerQueue>, pieces: &[&[u8]]) -> Option<Vec<u8>> {
-    let queue = ConnectionQueue::new(lane.clone(), Arc::default(), Arc::new(AtomicBool::new(true)));
+fn filtered(worker_queue: &Arc<WorkerQueue>, pieces: &[&[u8]]) -> Option<Vec<u8>> {
+    let queue = ConnectionQueue::new(worker_queue.clone(), Arc::default(), Arc::new(AtomicBool::new(true)));
     let (mut shed, mut passed) = (EarlyShed::new(queue), Vec::new());
     for piece in pieces {
         shed.filter(piece, &mut passed).ok()?;
@@ -205,20 +205,21 @@ fn filtered(lane: &Arc<WorkerQueue>, pieces: &[&[u8]]) -> Option<Vec<u8>> {
 #[test]
 fn nothing_is_written_between_headers_and_their_continuation() {
     let mut bytes = Vec::new();
-    FrameHead { length: 1, kind: kind::HEADERS, flags: 0, stream: 1 }.write(&mut bytes);
+    FrameHead { length: 1, frame_type: frame_type::HEADERS, flags: 0, stream: 1 }.write(&mut bytes);
     bytes.push(0x88);
     let mut boundary = FrameBoundary::default();
     boundary.advance(&bytes);
     assert!(!boundary.is_at_boundary());
     bytes.clear();
-    FrameHead { length: 0, kind: kind::CONTINUATION, flags: END_HEADERS, stream: 1 }.write(&mut bytes);
+    FrameHead { length: 0, frame_type: frame_type::CONTINUATION, flags: END_HEADERS, stream: 1 }
+        .write(&mut bytes);
     boundary.advance(&bytes);
     assert!(boundary.is_at_boundary());
 }
 
-fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+fn frame(frame_type: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::new();
-    FrameHead { length: payload.len(), kind, flags, stream }.write(&mut bytes);
+    FrameHead { length: payload.len(), frame_type, flags, stream }.write(&mut bytes);
     bytes.extend(payload);
     bytes
 }
@@ -232,9 +233,9 @@ fn headers_of(path: &str, representation: u8) -> Vec<u8> {
 
 /// A filter that refuses Checks, and has refused the one on stream 1.
 fn refusing() -> EarlyShed {
-    let lane = Arc::new(WorkerQueue::new(4096));
-    lane.set_limit(0);
-    let queue = ConnectionQueue::new(lane, Arc::default(), Arc::new(AtomicBool::new(true)));
+    let worker_queue = Arc::new(WorkerQueue::new(4096));
+    worker_queue.set_limit(0);
+    let queue = ConnectionQueue::new(worker_queue, Arc::default(), Arc::new(AtomicBool::new(true)));
     let mut shed = EarlyShed::new(queue);
     assert!(passed(&mut shed, &check(1)).unwrap().is_empty() && shed.tracking == HeaderTracking::Rewritten);
     shed
@@ -246,30 +247,31 @@ fn passed(shed: &mut EarlyShed, bytes: &[u8]) -> Option<Vec<u8>> {
 }
 
 fn check(stream: u32) -> Vec<u8> {
-    frame(kind::HEADERS, END_HEADERS | END_STREAM, stream, &headers_of(CHECK, 0x44))
+    frame(frame_type::HEADERS, END_HEADERS | END_STREAM, stream, &headers_of(CHECK, 0x44))
 }
 
 #[test]
 fn rewritten_headers_may_come_in_several_frames() {
     let block = headers_of(REVOKE, 0x04);
     let (begin, end) = block.split_at(5);
-    let whole = frame(kind::HEADERS, END_STREAM | END_HEADERS, 3, &block);
-    let begun = frame(kind::HEADERS, END_STREAM, 3, begin);
-    let parts = [&begun[..], &frame(kind::CONTINUATION, END_HEADERS, 3, end)].concat();
+    let whole = frame(frame_type::HEADERS, END_STREAM | END_HEADERS, 3, &block);
+    let first = frame(frame_type::HEADERS, END_STREAM, 3, begin);
+    let parts = [&first[..], &frame(frame_type::CONTINUATION, END_HEADERS, 3, end)].concat();
     assert_eq!(passed(&mut refusing(), &parts), passed(&mut refusing(), &whole));
 
-    let other = [&begun[..], &frame(kind::DATA, 0, 3, b"x")].concat();
+    let other = [&first[..], &frame(frame_type::DATA, 0, 3, b"x")].concat();
     assert_eq!(passed(&mut refusing(), &other), None, "nothing may come between");
-    let endless = [&begun[..], &frame(kind::CONTINUATION, 0, 3, &[0; MAX_FRAME_LEN]).repeat(4)].concat();
+    let endless =
+        [&first[..], &frame(frame_type::CONTINUATION, 0, 3, &[0; MAX_FRAME_LEN]).repeat(4)].concat();
     assert_eq!(passed(&mut refusing(), &endless), None, "their bytes are bounded");
 }
 
 #[test]
 fn empty_headers_end_a_call_that_is_rewritten() {
     let mut shed = refusing();
-    let begun = frame(kind::HEADERS, END_HEADERS, 3, &headers_of(REVOKE, 0x04));
-    assert!(passed(&mut shed, &begun).is_some_and(|passed| !passed.is_empty()));
-    let end = frame(kind::HEADERS, END_HEADERS | END_STREAM, 3, &[]);
+    let first = frame(frame_type::HEADERS, END_HEADERS, 3, &headers_of(REVOKE, 0x04));
+    assert!(passed(&mut shed, &first).is_some_and(|passed| !passed.is_empty()));
+    let end = frame(frame_type::HEADERS, END_HEADERS | END_STREAM, 3, &[]);
     assert_eq!(passed(&mut shed, &end), Some(end));
 }
 
@@ -277,7 +279,7 @@ fn empty_headers_end_a_call_that_is_rewritten() {
 fn a_peer_that_shrinks_its_header_table_has_no_call_refused_early() {
     let mut shed = refusing();
     let answers = shed.refusals().len();
-    let settings = frame(kind::SETTINGS, 0, 0, &[0, 3, 0, 0, 0, 9, 0, 1, 0, 0, 0, 0]);
+    let settings = frame(frame_type::SETTINGS, 0, 0, &[0, 3, 0, 0, 0, 9, 0, 1, 0, 0, 0, 0]);
     assert_eq!(passed(&mut shed, &settings).as_ref(), Some(&settings));
     assert!(passed(&mut shed, &check(3)).is_some_and(|passed| !passed.is_empty()));
     assert_eq!(shed.refusals().len(), answers);
@@ -297,29 +299,29 @@ fn answers_that_wait_are_bounded_however_many_calls_come_at_once() {
 
 #[test]
 fn the_stream_of_a_refused_call_is_not_opened_again() {
-    let again = frame(kind::HEADERS, END_HEADERS | END_STREAM, 1, &headers_of(REVOKE, 0x04));
+    let again = frame(frame_type::HEADERS, END_HEADERS | END_STREAM, 1, &headers_of(REVOKE, 0x04));
     assert_eq!(passed(&mut refusing(), &again), None);
 }
 
 #[test]
 fn a_query_makes_no_other_call_of_a_check() {
     let asked = headers_of(&format!("{CHECK}?x"), 0x44);
-    let asked = frame(kind::HEADERS, END_HEADERS | END_STREAM, 3, &asked);
+    let asked = frame(frame_type::HEADERS, END_HEADERS | END_STREAM, 3, &asked);
     assert_eq!(passed(&mut refusing(), &asked), Some(Vec::new()));
 }
 
 #[test]
 fn headers_with_padding_and_priority_are_read() {
-    let lane = Arc::new(WorkerQueue::new(4096));
-    lane.set_limit(0);
-    let queue = ConnectionQueue::new(lane.clone(), Arc::default(), Arc::new(AtomicBool::new(true)));
+    let worker_queue = Arc::new(WorkerQueue::new(4096));
+    worker_queue.set_limit(0);
+    let queue = ConnectionQueue::new(worker_queue.clone(), Arc::default(), Arc::new(AtomicBool::new(true)));
     let (mut shed, mut passed) = (EarlyShed::new(queue), Vec::new());
     let mut block = vec![0x83, 0x86, 0x44];
     write_string(&mut block, CHECK.as_bytes());
     let payload = [&[3, 0, 0, 0, 0, 16], &block[..], &[0; 3]].concat();
     let mut bytes = Vec::new();
     let flags = PADDED | PRIORITY | END_HEADERS | END_STREAM;
-    FrameHead { length: payload.len(), kind: kind::HEADERS, flags, stream: 1 }.write(&mut bytes);
+    FrameHead { length: payload.len(), frame_type: frame_type::HEADERS, flags, stream: 1 }.write(&mut bytes);
     bytes.extend(payload);
     shed.filter(&bytes, &mut passed).unwrap();
     assert!(passed.is_empty() && !shed.refusals().is_empty());

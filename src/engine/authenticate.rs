@@ -13,10 +13,13 @@ use crate::domain::{
 };
 
 use super::{
-    CheckError, Engine, KeyMatch, evaluate_key,
+    check::Engine,
+    check_outcome::KeyMatch,
+    error::CheckError,
+    evaluate::{AccountContext, evaluate_key, unknown_token_reason},
     index::FoundKey,
-    limiter::{self, Consumption},
-    unknown_token_reason,
+    key_limits::Consumption,
+    limit_outcome::LimitOutcome,
 };
 
 /// A key that may call Keyward.
@@ -103,7 +106,7 @@ impl Engine {
             Ok(judged) => judged,
             Err(reason) => return Ok(Err(reason.into())),
         };
-        let mut limits = limiter::LimitOutcome::default();
+        let mut limits = LimitOutcome::default();
         if fresh
             && failures.primary_reason() == Reason::Ok
             && let Some(budget) = &found.limit_state
@@ -173,7 +176,7 @@ impl Engine {
         let account = account.filter(|_| found.key.owner().user().is_some());
         let request =
             PolicyRequest { purpose: TokenPurpose::Management, account, client_ip: peer, scopes: &[] };
-        let place = self.account_context(&found.key, account);
+        let place = AccountContext::new(&self.index, &found.key, account);
         let mut failures = evaluate_key(&found, &place, request, now).failed_reasons;
         let nowhere = anywhere && account.is_none() && found.key.owner().user().is_some();
         if nowhere {

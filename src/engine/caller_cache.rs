@@ -20,7 +20,7 @@ use crate::domain::{
     scope::ScopeSet,
 };
 
-use super::{Engine, authenticate::CallerEvaluation, index::IndexVersion, usage::buffer::UsageEvent};
+use super::{authenticate::CallerEvaluation, check::Engine, index::IndexVersion, usage::UsageEvent};
 
 /// A caller in order.
 #[derive(Debug)]

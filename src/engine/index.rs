@@ -13,6 +13,7 @@
 
 mod block_array;
 mod bulk_load;
+mod cold_fields;
 mod digest_table;
 mod interner;
 mod key_block;
@@ -32,7 +33,7 @@ use arc_swap::ArcSwap;
 pub use key_block::KeyRef;
 
 use self::key_table::KeyTable;
-use super::limiter::KeyLimitState;
+use super::key_limits::KeyLimitState;
 
 use crate::{
     domain::{

@@ -9,8 +9,8 @@
 //! have rate limits that are counted there; and for the store, if a block is used up in less time than the store takes
 //! to count it.
 
-mod key_limits;
 mod redis_limits;
+mod redis_settings;
 
 use std::{
     pin::pin,
@@ -21,14 +21,17 @@ use std::{
     time::Duration,
 };
 
-pub use key_limits::{
-    Consumption, KeyLimitState, LimitOutcome, QuotaBlockExhausted, QuotaReservation, RequestDedupId,
+pub use redis_limits::RedisOutcome;
+pub use redis_settings::{ClockSource, RedisFailurePolicy, RedisKeyPrefix, RedisSettings, RedisUrl};
+
+pub use super::{
+    key_limits::{Consumption, KeyLimitState, QuotaBlockExhausted, QuotaReservation, RequestDedupId},
+    limit_outcome::LimitOutcome,
 };
-pub use redis_limits::{ClockSource, RedisKeyPrefix, RedisOutcome, RedisUrl};
 
 use crate::domain::{key_attributes::KeyAttributes as _, time::Timestamp};
 
-use super::{CheckError, KeyRef, serving_lease::ServingLease, usage};
+use super::{error::CheckError, index::KeyRef, serving_lease::ServingLease, usage::UsageRecorder};
 use redis_limits::RedisLimiter;
 
 /// How long a Check waits at the most for the store to count a block.
@@ -45,49 +48,20 @@ pub struct LimitSettings {
     pub redis: Option<RedisSettings>,
 }
 
-/// How Redis is used.
-#[derive(Clone, Debug)]
-pub struct RedisSettings {
-    /// Where it is.
-    pub url: RedisUrl,
-    /// What the names of all keys in it start with.
-    pub key_prefix: RedisKeyPrefix,
-    /// How long a Check waits for it.
-    pub timeout: Duration,
-    /// What becomes of a Check that it does not answer.
-    pub on_failure: RedisFailurePolicy,
-    /// By whose clock units come back.
-    pub clock_source: ClockSource,
-}
-
-/// What becomes of a limited Check when Redis does not answer.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum RedisFailurePolicy {
-    /// This process counts by itself; the answer says so.
-    #[default]
-    Allow,
-    /// It is not answered.
-    Deny,
-}
-
 /// Counts limits.
 #[derive(Debug)]
 pub struct Limiter {
     is_shared: bool,
     lease: Arc<ServingLease>,
     redis: Option<(RedisLimiter, RedisFailurePolicy)>,
-    usage: Arc<usage::UsageRecorder>,
+    usage: Arc<UsageRecorder>,
     local_fallbacks: AtomicU64,
 }
 
 impl Limiter {
     /// A limiter whose quotas are written by `usage`.
     #[must_use]
-    pub fn new(
-        settings: &LimitSettings,
-        lease: Arc<ServingLease>,
-        usage: Arc<usage::UsageRecorder>,
-    ) -> Limiter {
+    pub fn new(settings: &LimitSettings, lease: Arc<ServingLease>, usage: Arc<UsageRecorder>) -> Limiter {
         let redis = settings.redis.as_ref().map(|redis| (RedisLimiter::new(redis), redis.on_failure));
         Limiter { is_shared: settings.shared, lease, redis, usage, local_fallbacks: AtomicU64::new(0) }
     }

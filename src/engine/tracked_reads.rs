@@ -16,7 +16,12 @@ use crate::{
     store::{ReadSet, ReadState, RecordId},
 };
 
-use super::{CheckError, Engine, KeyMatch, KeyRef, index::Index};
+use super::{
+    check::Engine,
+    check_outcome::KeyMatch,
+    error::CheckError,
+    index::{Index, KeyRef},
+};
 
 impl Index {
     /// The role that a name stands for in an account: its own before the global one.

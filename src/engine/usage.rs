@@ -7,6 +7,7 @@
 //! machine ([`FlushMode::Throttled`]). Quotas that others draw from too cannot always wait so long: [`UsageRecorder::request_quota_flush`].
 
 pub mod buffer;
+mod event;
 mod key_usage;
 
 use std::{
@@ -28,11 +29,13 @@ use crate::{
     store::{SecretUse, Store, StoreError, UsageBatch, UsageCount},
 };
 
+pub use event::UsageEvent;
+
 use self::{
-    buffer::{MAX_BUFFERED_KEYS, UsageBuffer, UsageEvent, lock},
+    buffer::{MAX_BUFFERED_KEYS, UsageBuffer, lock},
     key_usage::KeyUsage,
 };
-use super::limiter::KeyLimitState;
+use super::key_limits::KeyLimitState;
 
 /// Keys in one question for quotas.
 const QUOTA_BATCH: usize = 500;

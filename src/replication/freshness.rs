@@ -14,7 +14,7 @@ use crate::store::{
     replica_registry::{MAX_CHANGES_PER_REPLY, ReplicaRegistry},
 };
 
-use super::{log_applier::LogApplier, replica_task::ReplicaStatus};
+use super::{log_applier::LogApplier, replica_status::ReplicaStatus};
 
 /// How many may wait for one reading; those beyond wait for a place.
 const MAX_WAITING_REQUESTS: usize = 1024;

@@ -10,7 +10,7 @@ use tokio::sync::watch;
 
 use crate::{
     domain::{
-        lease::LogPosition,
+        lease::{LogPosition, replica::ReplicaEvent},
         log::{ChainHash, LogEntry, RecordChange},
         time::Revision,
     },
@@ -215,6 +215,18 @@ impl LogApplier {
         rows: Vec<LogEntry>,
     ) -> Result<Result<LogPosition, ApplyError>, StoreError> {
         Ok(self.decode_and_apply(rows)?.map(|(at, moved)| self.request_ack(at, moved)))
+    }
+
+    /// What changes that do not fit mean to the machine.
+    pub(super) fn divergence_event(&self, broken: ApplyError) -> Option<ReplicaEvent> {
+        let ours = self.position()?;
+        let head = match broken {
+            ApplyError::HistoryDiverged { head, .. } => head,
+            // What came between is missing, or cannot be read: the map cannot be trusted to be whole any more.
+            ApplyError::Gap => ours.revision,
+            ApplyError::NotLoaded => return None,
+        };
+        Some(ReplicaEvent::Diverged { local_position: ours, head })
     }
 
     fn report_divergence(&self, broken: ApplyError) {

@@ -24,10 +24,7 @@ use crate::{
     },
 };
 
-use super::{
-    log_applier::LogApplier,
-    replica_task::{ReplicaStatus, ReplicaTaskInput, divergence_event},
-};
+use super::{log_applier::LogApplier, replica_input::ReplicaTaskInput, replica_status::ReplicaStatus};
 
 /// How often the log is read where hints do not come.
 const POLL_INTERVAL: Duration = Duration::from_millis(250);
@@ -64,7 +61,7 @@ pub(super) async fn forward_divergences(follow: Arc<LogApplier>, answers: mpsc::
     let mut broken = follow.subscribe_divergence();
     while broken.changed().await.is_ok() {
         let met = *broken.borrow_and_update();
-        if let Some(event) = met.and_then(|broken| divergence_event(broken, &follow))
+        if let Some(event) = met.and_then(|broken| follow.divergence_event(broken))
             && answers.send(ReplicaTaskInput::Event(event)).await.is_err()
         {
             return;
@@ -200,5 +197,5 @@ async fn read_new_entries(
 ) -> Result<Option<ReplicaEvent>, StoreError> {
     let Some(at) = follow.position() else { return Ok(None) };
     let rows = fleet.fetch_changes_after(at.revision).await?;
-    Ok(follow.apply_and_request_ack(rows)?.err().and_then(|broken| divergence_event(broken, follow)))
+    Ok(follow.apply_and_request_ack(rows)?.err().and_then(|broken| follow.divergence_event(broken)))
 }

@@ -22,4 +22,7 @@ mod log_tailer;
 pub mod propagation;
 mod reaper;
 mod regression;
+mod replica_dependencies;
+mod replica_input;
+mod replica_status;
 pub mod replica_task;

@@ -31,7 +31,7 @@ use crate::{
     trace::{self, CallPhase},
 };
 
-use super::{log_applier::LogApplier, replica_task::ReplicaStatus};
+use super::{log_applier::LogApplier, replica_status::ReplicaStatus};
 
 /// The longest that anybody waits where no lease ever runs out.
 const MAX_WAIT: Duration = Duration::from_secs(300);

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use tokio::time::sleep;
 
-use super::replica_task::ReplicaStatus;
+use super::replica_status::ReplicaStatus;
 use crate::{
     clock::Clock,
     domain::lease::{

@@ -15,7 +15,7 @@ use crate::{
     store::{CommitError, StoreError, WriteRequest},
 };
 
-use super::replica_task::ReplicaDependencies;
+use super::replica_dependencies::ReplicaDependencies;
 
 /// How often it looks whether the loss was accepted.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);

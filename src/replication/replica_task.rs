@@ -2,10 +2,7 @@
 //! beside it and answer through its channel, so that no request holds up the clock.
 
 use std::{
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, PoisonError, atomic::Ordering},
     time::Duration,
 };
 
@@ -17,7 +14,7 @@ use tokio::{
 use uuid::Uuid;
 
 use crate::{
-    clock::{Clock, EntropySource, random_bytes},
+    clock::random_bytes,
     domain::{
         lease::{
             AttemptId, LogPosition, RenewalRequest, Replica, ReplicaId,
@@ -26,118 +23,24 @@ use crate::{
         log::LogEntry,
         time::Revision,
     },
-    engine::serving_lease::ServingLease,
     store::{
-        LogHead, SnapshotLoader, Store, StoreError,
+        LogHead, SnapshotLoader, StoreError,
         replica_registry::{LeaseConfig, RenewalOutcome, ReplicaRegistry},
     },
 };
 
+pub use super::{replica_dependencies::ReplicaDependencies, replica_status::ReplicaStatus};
+
 use super::{
-    ack_tracker::{AckTracker, MAX_NOTIFYING_REPLICAS},
-    clock_offset::ClockOffset,
-    log_applier::{ApplyError, LogApplier},
+    log_applier::ApplyError,
     log_tailer, reaper, regression,
+    replica_input::{ReplicaTaskInput, failed_input, log_failure},
 };
 
 /// How many answers may wait for the machine. Each request has one, and there are few.
 const EVENT_QUEUE: usize = 64;
 /// How long the row's deletion may take at the stop; if it fails, others wait its lease out.
 const DEREGISTER_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// What a replica is made of.
-#[derive(Clone)]
-pub struct ReplicaDependencies {
-    /// The keys and the log.
-    pub store: Arc<dyn Store>,
-    /// The replicas' rows.
-    pub registry: Arc<dyn ReplicaRegistry>,
-    /// The way into the index.
-    pub log_applier: Arc<LogApplier>,
-    /// What Checks ask.
-    pub lease: Arc<ServingLease>,
-    /// What is to be seen of it.
-    pub status: Arc<ReplicaStatus>,
-    /// Tells the time.
-    pub clock: Arc<dyn Clock>,
-    /// Gives ids.
-    pub entropy: Arc<dyn EntropySource>,
-    /// What people call this replica.
-    pub name: String,
-    /// How long revoked keys stay known.
-    pub retention: Duration,
-}
-
-/// What is to be seen of a replica from outside.
-#[derive(Debug, Default)]
-pub struct ReplicaStatus {
-    replica_id: Mutex<Option<ReplicaId>>,
-    state: Mutex<Option<ReplicaState>>,
-    renewals: AtomicU64,
-    failures: AtomicU64,
-    clock_stall_count: AtomicU64,
-    replica_count: AtomicU64,
-    ack_tracker: AckTracker,
-    clock_offset: ClockOffset,
-}
-
-impl ReplicaStatus {
-    /// The row that this process holds.
-    #[must_use]
-    pub fn replica_id(&self) -> Option<ReplicaId> {
-        *self.replica_id.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// How it stands with the database.
-    #[must_use]
-    pub fn state(&self) -> Option<ReplicaState> {
-        *self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// How many renewals were answered, how many requests failed, and how often the clock stood still.
-    #[must_use]
-    pub fn counters(&self) -> [u64; 3] {
-        [&self.renewals, &self.failures, &self.clock_stall_count].map(|count| count.load(Ordering::Relaxed))
-    }
-
-    /// How many replicas there are, as the newest renewal said.
-    #[must_use]
-    pub fn replica_count(&self) -> u64 {
-        self.replica_count.load(Ordering::Relaxed)
-    }
-
-    /// How far this machine's wall clock is from the database's.
-    #[must_use]
-    pub fn clock_offset(&self) -> &ClockOffset {
-        &self.clock_offset
-    }
-
-    /// What the others have told of their acknowledgments.
-    pub(super) fn ack_tracker(&self) -> &AckTracker {
-        &self.ack_tracker
-    }
-
-    /// Whether replicas tell what they acknowledge.
-    pub(super) fn has_ack_notifications(&self) -> bool {
-        self.replica_count() <= MAX_NOTIFYING_REPLICAS
-    }
-
-    fn set_replica_id(&self, id: Option<ReplicaId>) {
-        *self.replica_id.lock().unwrap_or_else(PoisonError::into_inner) = id;
-    }
-}
-
-/// What comes to the task.
-pub(super) enum ReplicaTaskInput {
-    /// An event of the machine's.
-    Event(ReplicaEvent),
-    /// A renewal's answer.
-    Renewed(AttemptId, Box<RenewalOutcome>),
-    /// A snapshot is in the index.
-    Loaded(AttemptId, LogHead),
-    /// The database is damaged, which no other try mends.
-    Damaged(StoreError),
-}
 
 /// A running replica.
 #[derive(Debug)]
@@ -336,7 +239,7 @@ impl ReplicaDriver {
                 if let Err(broken) = self.execute(action).await {
                     // What was to follow rested on these changes.
                     self.dependencies.lease.expire_now();
-                    events.extend(divergence_event(broken, &self.dependencies.log_applier));
+                    events.extend(self.dependencies.log_applier.divergence_event(broken));
                     break;
                 }
             }
@@ -535,29 +438,4 @@ async fn wait_for_stop(stopping: &mut watch::Receiver<bool>) {
 async fn fail_permanently(failed: &watch::Sender<bool>) -> ReplicaEvent {
     failed.send_replace(true);
     std::future::pending().await
-}
-
-fn failed_input(attempt: AttemptId) -> ReplicaTaskInput {
-    ReplicaTaskInput::Event(ReplicaEvent::Failed { attempt })
-}
-
-fn log_failure(attempt: AttemptId, what: &str, error: &StoreError) -> ReplicaTaskInput {
-    tracing::warn!(
-        error = error as &dyn std::error::Error,
-        what,
-        "a request to the database failed; it is tried again"
-    );
-    failed_input(attempt)
-}
-
-/// What changes that do not fit mean to the machine.
-pub(super) fn divergence_event(broken: ApplyError, follow: &LogApplier) -> Option<ReplicaEvent> {
-    let ours = follow.position()?;
-    let head = match broken {
-        ApplyError::HistoryDiverged { head, .. } => head,
-        // What came between is missing, or cannot be read: the map cannot be trusted to be whole any more.
-        ApplyError::Gap => ours.revision,
-        ApplyError::NotLoaded => return None,
-    };
-    Some(ReplicaEvent::Diverged { local_position: ours, head })
 }

@@ -11,7 +11,8 @@ use crate::{
 };
 
 use super::{
-    key_block::{BlockEntryRef, ColdFields, ColdFieldsView, RECORDS_PER_BLOCK},
+    cold_fields::{ColdFields, ColdFieldsView},
+    key_block::{BlockEntryRef, RECORDS_PER_BLOCK},
     key_table::KeyTable,
 };
 

@@ -17,7 +17,7 @@ use ipnet::IpNet;
 
 use crate::domain::{
     key::{ApiKey, KeyOwner, KeySecret, Quota, RateLimit},
-    key_attributes::{KeyAttributes, secret_superseded_at},
+    key_attributes::KeyAttributes,
     key_policy::KeyPolicy,
     name::{CustomerId, EnvironmentName, KeyId, KeyName, RoleName},
     scope::ScopeSet,
@@ -26,12 +26,13 @@ use crate::domain::{
 };
 
 use super::{
+    cold_fields::{ColdFields, ColdFieldsView, LARGE_VERSION, PreviousSecret},
     interner::{self, Interner, SharedList},
-    sparse_column::SparseColumn,
+    sparse_column::{MAX_RECORDS, SparseColumn},
 };
 
 /// How many records a block has.
-pub(super) const RECORDS_PER_BLOCK: usize = 64;
+pub(super) const RECORDS_PER_BLOCK: usize = MAX_RECORDS;
 /// The longest name in bytes: 255 characters.
 const MAX_NAME_BYTES: usize = 255 * 4;
 // Where a name ends fits into 16 bits.
@@ -39,88 +40,6 @@ const _: () = assert!(RECORDS_PER_BLOCK * MAX_NAME_BYTES <= u16::MAX as usize);
 // Each key costs this much before anything else. 64 times 56 is one of the sizes in which the allocator gives memory
 // (3584 bytes, and the next is 4096), so a byte more would cost eight.
 const _: () = assert!(size_of::<BlockRecord>() <= 56);
-
-/// What few keys have.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct ColdFields {
-    /// The newest secret's version, where a record has no room for it; else 0.
-    large_version: u32,
-    disabled: bool,
-    /// From when the newest secret is superseded.
-    newest_superseded_at: Option<Timestamp>,
-    previous_secrets: Box<[PreviousSecret]>,
-    /// Apart: an empty map would cost every rare record 24 bytes.
-    metadata: Option<Arc<BTreeMap<String, String>>>,
-}
-
-/// What may be rare of a key.
-pub(super) struct ColdFieldsView<'k> {
-    /// In its record, the newest first.
-    pub(super) secrets: &'k [KeySecret],
-    pub(super) updated_at: Timestamp,
-    pub(super) disabled_at: Option<Timestamp>,
-    pub(super) revoked_at: Option<Timestamp>,
-    pub(super) metadata: &'k BTreeMap<String, String>,
-}
-
-impl<'k> ColdFieldsView<'k> {
-    fn from_key(key: &'k ApiKey) -> Self {
-        ColdFieldsView {
-            secrets: &key.secrets,
-            updated_at: key.updated_at,
-            disabled_at: key.disabled_at,
-            revoked_at: key.revocation.as_ref().map(|revocation| revocation.at),
-            metadata: &key.spec.metadata,
-        }
-    }
-
-    /// With the superseded secrets that left its record.
-    pub(super) fn with_retired_secrets(&self, left: &[KeySecret]) -> Option<Arc<ColdFields>> {
-        let left = left.iter().map(|secret| PreviousSecret {
-            version: secret.version,
-            digest: secret.digest,
-            superseded_at: Some(secret.expires_at.unwrap_or(self.updated_at)),
-            is_retired: true,
-            is_already_superseded: true,
-        });
-        self.with_previous_secrets(left)
-    }
-
-    fn with_previous_secrets(&self, left: impl Iterator<Item = PreviousSecret>) -> Option<Arc<ColdFields>> {
-        let (newest, others) = self.secrets.split_first()?;
-        let others = others.iter().map(|secret| PreviousSecret {
-            version: secret.version,
-            digest: secret.digest,
-            superseded_at: secret.expires_at,
-            is_retired: false,
-            is_already_superseded: secret_superseded_at(secret.expires_at, self.updated_at)
-                == Some(Timestamp::MIN),
-        });
-        let alive = self.revoked_at.is_none();
-        let metadata = Some(self.metadata).filter(|metadata| alive && !metadata.is_empty());
-        let rare = ColdFields {
-            large_version: if newest.version < LARGE_VERSION.into() { 0 } else { newest.version },
-            disabled: alive && self.disabled_at.is_some(),
-            newest_superseded_at: newest.expires_at.filter(|_| alive),
-            previous_secrets: others.chain(left).collect(),
-            metadata: metadata.cloned().map(Arc::new),
-        };
-        (rare != ColdFields::default()).then(|| Arc::new(rare))
-    }
-}
-
-/// A secret before the newest.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct PreviousSecret {
-    version: u32,
-    digest: TokenDigest,
-    /// From when it is superseded.
-    superseded_at: Option<Timestamp>,
-    /// Whether it has left the key's record, and is superseded whatever the clock says.
-    is_retired: bool,
-    /// Whether it had ended when the record was made, and is superseded whatever the clock says.
-    is_already_superseded: bool,
-}
 
 /// What many keys have alike, each thing once.
 #[derive(Debug, Default)]
@@ -179,9 +98,6 @@ struct BlockRecord {
     /// Its policy's.
     policy_number: u16,
 }
-
-/// The version stands apart: it is this or more.
-const LARGE_VERSION: u16 = u16::MAX;
 
 impl BlockRecord {
     /// What stands where no key is.

@@ -1,9 +1,7 @@
 //! What only some records of a block have: a bit for each record, and room for those that have it.
 
-use super::key_block::RECORDS_PER_BLOCK;
-
-// Each record has a bit.
-const _: () = assert!(RECORDS_PER_BLOCK <= u64::BITS as usize);
+/// How many records a column covers: one bit for each.
+pub(super) const MAX_RECORDS: usize = u64::BITS as usize;
 
 /// Values of some records.
 #[derive(Debug)]
@@ -48,7 +46,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn each_record_has_its_own_value_or_none(all in prop::collection::vec(any::<Option<u8>>(), 0..=RECORDS_PER_BLOCK)) {
+        fn each_record_has_its_own_value_or_none(all in prop::collection::vec(any::<Option<u8>>(), 0..=MAX_RECORDS)) {
             let sparse = SparseColumn::from_options(all.iter().map(Option::as_ref));
             for (at, value) in all.iter().enumerate() {
                 prop_assert_eq!(sparse.get(at), value.as_ref());

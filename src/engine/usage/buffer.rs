@@ -11,9 +11,11 @@ use std::{
 };
 
 use crate::{
-    domain::{name::KeyId, policy_decision::Reason, time::Timestamp},
+    domain::{name::KeyId, time::Timestamp},
     metrics_core::PerThread,
 };
+
+pub use super::event::UsageEvent;
 
 use super::key_usage::KeyUsage;
 
@@ -27,19 +29,6 @@ const WRITE_BATCH_KEYS: usize = 500;
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// One Check of a key that was found.
-#[derive(Clone, Copy, Debug)]
-pub struct UsageEvent {
-    /// The key.
-    pub key_id: KeyId,
-    /// When.
-    pub at: Timestamp,
-    /// Which version of its secret was shown.
-    pub secret_version: u32,
-    /// What was answered.
-    pub reason: Reason,
 }
 
 type UsageByKey = HashMap<KeyId, KeyUsage, foldhash::fast::RandomState>;
@@ -181,6 +170,7 @@ fn usage_entry(shelf: &mut UsageByKey, key: KeyId) -> Option<&mut KeyUsage> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::policy_decision::Reason;
 
     fn at(micros: i64) -> Timestamp {
         Timestamp::from_micros(micros)

@@ -5,7 +5,7 @@ use crate::{
     store::UsageHour,
 };
 
-use super::buffer::UsageEvent;
+use super::event::UsageEvent;
 
 /// What one key's Checks have left. Most keys have one secret in use and one answer in an hour: these stand here, in 24
 /// bytes, and others apart, since there may be a million of them.

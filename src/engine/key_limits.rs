@@ -16,12 +16,13 @@ use crate::domain::{
     key::{Quota, RateLimit},
     key_attributes::KeyAttributes,
     limit::{
-        GcraState, LimitStatus, PendingQuotaUnits, QuotaUsage, apply_gcra, apply_quota, quota_block_size,
+        GcraState, LimitStatus, PendingQuotaUnits, QuotaUsage, apply_quota, quota_block_size,
         quota_period_bounds,
     },
-    policy_decision::Reason,
     time::Timestamp,
 };
+
+use super::limit_outcome::{LimitOutcome, QuotaEvaluation, RateEvaluation};
 
 /// What is used of one key's limits.
 #[derive(Debug, Default)]
@@ -95,114 +96,6 @@ impl Consumption {
 const DEDUP_WINDOW: Duration = Duration::from_secs(2);
 /// The most numbers to remember of one key.
 const MAX_DEDUP_IDS: usize = 1024;
-
-/// How a limited request stands.
-#[derive(Clone, Debug, Default)]
-pub struct LimitOutcome {
-    /// Each limit by name, the quota last under the name `quota`; with its units per window or period.
-    pub statuses: Vec<(String, u64, LimitStatus)>,
-    /// What refuses it.
-    pub refusal_reasons: Vec<Reason>,
-    /// Whether units of the quota were used, which the store is to count.
-    pub consumed_quota: bool,
-    /// Whether the store is to count them at once.
-    pub needs_flush: bool,
-    /// Whether the rate limits were counted by this process alone although several share them.
-    pub is_inexact: bool,
-}
-
-impl LimitOutcome {
-    /// Of what has no limits, or was not asked.
-    pub(crate) const fn empty() -> LimitOutcome {
-        LimitOutcome {
-            statuses: Vec::new(),
-            refusal_reasons: Vec::new(),
-            consumed_quota: false,
-            needs_flush: false,
-            is_inexact: false,
-        }
-    }
-
-    /// How long until everything that refuses the request would let it through; `None` where nothing refuses
-    /// it, or something always will.
-    #[must_use]
-    pub fn retry_after(&self) -> Option<Duration> {
-        let refusing = self.statuses.iter().filter(|(_, _, standing)| !standing.allowed);
-        let waits: Option<Vec<Duration>> = refusing.map(|(_, _, standing)| standing.retry_after).collect();
-        waits?.into_iter().max()
-    }
-
-    /// The smallest limit that refuses a request because it is never so large; `None` if there is none.
-    #[must_use]
-    pub fn smallest_exceeded_limit(&self, cost: u64) -> Option<u64> {
-        let refusing = self.statuses.iter().filter(|(_, _, standing)| !standing.allowed);
-        refusing.map(|(_, limit, _)| *limit).filter(|limit| *limit < cost).min()
-    }
-
-    /// From how each limit stands without the request and with it, and the quota likewise.
-    fn from_evaluations(
-        rates: &[RateEvaluation<'_>],
-        quota: Option<&QuotaEvaluation>,
-        dry_run: bool,
-    ) -> LimitOutcome {
-        let mut usage = LimitOutcome::default();
-        if rates.iter().any(|rate| !rate.with_request.allowed) {
-            usage.refusal_reasons.push(Reason::RateLimited);
-        }
-        if quota.is_some_and(|share| !share.with_request.allowed) {
-            usage.refusal_reasons.push(Reason::QuotaExceeded);
-        }
-        let taken = usage.refusal_reasons.is_empty() && !dry_run;
-        // Where nothing is taken, what is left is told as it is.
-        let told = |asked, idle| if taken { asked } else { status_without_request(asked, idle) };
-        usage.statuses = rates
-            .iter()
-            .map(|rate| {
-                (rate.limit.name.clone(), rate.limit.limit, told(rate.with_request, rate.without_request))
-            })
-            .collect();
-        usage.statuses.extend(quota.map(|share| {
-            ("quota".to_owned(), share.quota.limit, told(share.with_request, share.without_request))
-        }));
-        usage
-    }
-}
-
-/// The verdict on the request, with what is left without it.
-fn status_without_request(asked: LimitStatus, now: LimitStatus) -> LimitStatus {
-    LimitStatus { remaining: now.remaining, reset_after: now.reset_after, ..asked }
-}
-
-/// A rate limit, judged.
-struct RateEvaluation<'k> {
-    limit: &'k RateLimit,
-    with_request: LimitStatus,
-    without_request: LimitStatus,
-    /// The level after the request.
-    state_after: GcraState,
-}
-
-impl RateEvaluation<'_> {
-    fn evaluate(limit: &RateLimit, level: GcraState, cost: u64, now: Timestamp) -> RateEvaluation<'_> {
-        let (after, asked) = apply_gcra(limit, level, cost, now);
-        RateEvaluation {
-            limit,
-            with_request: asked,
-            without_request: apply_gcra(limit, level, 0, now).1,
-            state_after: after,
-        }
-    }
-}
-
-/// A quota, judged.
-#[derive(Clone, Debug)]
-struct QuotaEvaluation {
-    quota: Quota,
-    with_request: LimitStatus,
-    without_request: LimitStatus,
-    /// What the request takes of it.
-    requested_units: PendingQuotaUnits,
-}
 
 /// A block is used up, and the store has not counted it yet: whether the quota has room cannot be known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -452,9 +345,13 @@ impl KeyLimitCounters {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::domain::key::{
-        ApiKey, QuotaPeriod,
-        tests::{at_seconds, sample_key},
+    use crate::domain::{
+        key::{
+            ApiKey, QuotaPeriod,
+            tests::{at_seconds, sample_key},
+        },
+        limit::apply_gcra,
+        policy_decision::Reason,
     };
 
     fn limited(limits: &[(&str, u64)], quota: Option<u64>) -> ApiKey {

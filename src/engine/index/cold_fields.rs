@@ -1,0 +1,98 @@
+//! The fields that few keys have, kept out of the records of a block.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use crate::domain::{
+    key::{ApiKey, KeySecret},
+    key_attributes::secret_superseded_at,
+    time::Timestamp,
+    token::TokenDigest,
+};
+
+/// What few keys have.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct ColdFields {
+    /// The newest secret's version, where a record has no room for it; else 0.
+    pub(super) large_version: u32,
+    pub(super) disabled: bool,
+    /// From when the newest secret is superseded.
+    pub(super) newest_superseded_at: Option<Timestamp>,
+    pub(super) previous_secrets: Box<[PreviousSecret]>,
+    /// Apart: an empty map would cost every rare record 24 bytes.
+    pub(super) metadata: Option<Arc<BTreeMap<String, String>>>,
+}
+
+/// What may be rare of a key.
+pub(super) struct ColdFieldsView<'k> {
+    /// In its record, the newest first.
+    pub(super) secrets: &'k [KeySecret],
+    pub(super) updated_at: Timestamp,
+    pub(super) disabled_at: Option<Timestamp>,
+    pub(super) revoked_at: Option<Timestamp>,
+    pub(super) metadata: &'k BTreeMap<String, String>,
+}
+
+impl<'k> ColdFieldsView<'k> {
+    pub(super) fn from_key(key: &'k ApiKey) -> Self {
+        ColdFieldsView {
+            secrets: &key.secrets,
+            updated_at: key.updated_at,
+            disabled_at: key.disabled_at,
+            revoked_at: key.revocation.as_ref().map(|revocation| revocation.at),
+            metadata: &key.spec.metadata,
+        }
+    }
+
+    /// With the superseded secrets that left its record.
+    pub(super) fn with_retired_secrets(&self, left: &[KeySecret]) -> Option<Arc<ColdFields>> {
+        let left = left.iter().map(|secret| PreviousSecret {
+            version: secret.version,
+            digest: secret.digest,
+            superseded_at: Some(secret.expires_at.unwrap_or(self.updated_at)),
+            is_retired: true,
+            is_already_superseded: true,
+        });
+        self.with_previous_secrets(left)
+    }
+
+    pub(super) fn with_previous_secrets(
+        &self,
+        left: impl Iterator<Item = PreviousSecret>,
+    ) -> Option<Arc<ColdFields>> {
+        let (newest, others) = self.secrets.split_first()?;
+        let others = others.iter().map(|secret| PreviousSecret {
+            version: secret.version,
+            digest: secret.digest,
+            superseded_at: secret.expires_at,
+            is_retired: false,
+            is_already_superseded: secret_superseded_at(secret.expires_at, self.updated_at)
+                == Some(Timestamp::MIN),
+        });
+        let alive = self.revoked_at.is_none();
+        let metadata = Some(self.metadata).filter(|metadata| alive && !metadata.is_empty());
+        let rare = ColdFields {
+            large_version: if newest.version < LARGE_VERSION.into() { 0 } else { newest.version },
+            disabled: alive && self.disabled_at.is_some(),
+            newest_superseded_at: newest.expires_at.filter(|_| alive),
+            previous_secrets: others.chain(left).collect(),
+            metadata: metadata.cloned().map(Arc::new),
+        };
+        (rare != ColdFields::default()).then(|| Arc::new(rare))
+    }
+}
+
+/// A secret before the newest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct PreviousSecret {
+    pub(super) version: u32,
+    pub(super) digest: TokenDigest,
+    /// From when it is superseded.
+    pub(super) superseded_at: Option<Timestamp>,
+    /// Whether it has left the key's record, and is superseded whatever the clock says.
+    pub(super) is_retired: bool,
+    /// Whether it had ended when the record was made, and is superseded whatever the clock says.
+    pub(super) is_already_superseded: bool,
+}
+
+/// The version stands apart: it is this or more.
+pub(super) const LARGE_VERSION: u16 = u16::MAX;

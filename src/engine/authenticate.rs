@@ -88,54 +88,49 @@ impl Engine {
         account: Option<&AccountId>,
         anywhere: bool,
         peer: Option<IpAddr>,
-        take: Consumption,
+        consumption: Consumption,
     ) -> Result<Result<AuthenticatedKey, AuthenticationFailure>, CheckError> {
-        let judged = self.lease.with_validity(
+        let evaluation = self.lease.with_validity(
             || self.clock.boottime(),
-            |fresh| self.evaluate_caller(presented, account, anywhere, peer, fresh),
+            |has_valid_lease| self.evaluate_caller(presented, account, anywhere, peer, has_valid_lease),
         )?;
         let CallerEvaluation {
             found_key: found,
             digest,
             mut failures,
             account,
-            granted_scopes: grants,
-            has_valid_lease: fresh,
+            granted_scopes,
+            has_valid_lease,
             now,
-        } = match judged {
-            Ok(judged) => judged,
+        } = match evaluation {
+            Ok(evaluation) => evaluation,
             Err(reason) => return Ok(Err(reason.into())),
         };
         let mut limits = LimitOutcome::default();
-        if fresh
+        if has_valid_lease
             && failures.primary_reason() == Reason::Ok
-            && let Some(budget) = &found.limit_state
+            && let Some(limit_state) = &found.limit_state
         {
-            limits = self.limiter.consume(&found.key, budget, take, now).await?;
+            limits = self.limiter.consume(&found.key, limit_state, consumption, now).await?;
             limits.refusal_reasons.iter().for_each(|reason| failures.insert_if(*reason, true));
         }
         let reason = failures.primary_reason();
-        let FoundKey { key, secret_version: version, limit_state: budget, .. } = found;
-        let holder = KeyMatch { key, secret_version: version };
-        if !take.dry_run || reason != Reason::Ok {
-            self.record_usage(&holder, reason, budget.as_ref().filter(|_| limits.consumed_quota), now);
+        let FoundKey { key, secret_version, limit_state, .. } = found;
+        let key_match = KeyMatch { key, secret_version };
+        if !consumption.dry_run || reason != Reason::Ok {
+            self.record_usage(
+                &key_match,
+                reason,
+                limit_state.as_ref().filter(|_| limits.consumed_quota),
+                now,
+            );
         }
         if reason != Reason::Ok {
-            let most = limits.smallest_exceeded_limit(take.cost);
-            return Ok(Err(AuthenticationFailure {
-                reason,
-                retry_after: limits.retry_after(),
-                max_cost: most,
-            }));
+            let max_cost = limits.smallest_exceeded_limit(consumption.cost);
+            return Ok(Err(AuthenticationFailure { reason, retry_after: limits.retry_after(), max_cost }));
         }
         let Some(account) = account else { return Ok(Err(Reason::WrongAccount.into())) };
-        Ok(Ok(AuthenticatedKey {
-            key_match: holder,
-            digest,
-            account,
-            granted_scopes: grants,
-            has_valid_lease: fresh,
-        }))
+        Ok(Ok(AuthenticatedKey { key_match, digest, account, granted_scopes, has_valid_lease }))
     }
 
     /// Finds a caller's key and decides by what is known of it; awaits nothing.
@@ -145,15 +140,20 @@ impl Engine {
         account: Option<&AccountId>,
         anywhere: bool,
         peer: Option<IpAddr>,
-        fresh: bool,
+        has_valid_lease: bool,
     ) -> Result<Result<CallerEvaluation, Reason>, CheckError> {
         self.index.revision().ok_or(CheckError::Starting)?;
         if !token::can_be_token(presented) {
             return Ok(Err(Reason::Malformed));
         }
-        let judged =
-            self.evaluate_caller_digest(&TokenDigest::from_token(presented), account, anywhere, peer, fresh)?;
-        Ok(judged.map_err(|reason| match reason {
+        let evaluation = self.evaluate_caller_digest(
+            &TokenDigest::from_token(presented),
+            account,
+            anywhere,
+            peer,
+            has_valid_lease,
+        )?;
+        Ok(evaluation.map_err(|reason| match reason {
             Reason::Unknown => unknown_token_reason(presented),
             reason => reason,
         }))
@@ -166,34 +166,34 @@ impl Engine {
         account: Option<&AccountId>,
         anywhere: bool,
         peer: Option<IpAddr>,
-        fresh: bool,
+        has_valid_lease: bool,
     ) -> Result<Result<CallerEvaluation, Reason>, CheckError> {
         let Some(found) = self.index.find_by_digest(digest) else {
-            return if fresh { Ok(Err(Reason::Unknown)) } else { Err(CheckError::LeaseLost) };
+            return if has_valid_lease { Ok(Err(Reason::Unknown)) } else { Err(CheckError::LeaseLost) };
         };
         let now = self.clock.now();
         // A service key acts in its own account, whatever the call names.
         let account = account.filter(|_| found.key.owner().user().is_some());
         let request =
             PolicyRequest { purpose: TokenPurpose::Management, account, client_ip: peer, scopes: &[] };
-        let place = AccountContext::new(&self.index, &found.key, account);
-        let mut failures = evaluate_key(&found, &place, request, now).failed_reasons;
-        let nowhere = anywhere && account.is_none() && found.key.owner().user().is_some();
-        if nowhere {
+        let context = AccountContext::new(&self.index, &found.key, account);
+        let mut failures = evaluate_key(&found, &context, request, now).failed_reasons;
+        let is_without_account = anywhere && account.is_none() && found.key.owner().user().is_some();
+        if is_without_account {
             failures = failures.without(Reason::WrongAccount);
         }
-        let grants = place.subject(&found.key, found.secret_version).effective_scopes();
-        let account = match place.suspended {
+        let granted_scopes = context.subject(&found.key, found.secret_version).effective_scopes();
+        let account = match context.suspended {
             Some(_) => found.key.owner().account().or(account).cloned(),
-            None => nowhere.then(AccountId::unspecified),
+            None => is_without_account.then(AccountId::unspecified),
         };
         Ok(Ok(CallerEvaluation {
             found_key: found,
             digest: *digest,
             failures,
             account,
-            granted_scopes: grants,
-            has_valid_lease: fresh,
+            granted_scopes,
+            has_valid_lease,
             now,
         }))
     }
@@ -209,12 +209,12 @@ impl Engine {
         account: Option<&AccountId>,
         peer: Option<IpAddr>,
     ) -> Result<Result<ScopeSet, Reason>, CheckError> {
-        let judged = self.lease.with_validity(
+        let evaluation = self.lease.with_validity(
             || self.clock.boottime(),
-            |fresh| self.evaluate_caller(presented, account, false, peer, fresh),
+            |has_valid_lease| self.evaluate_caller(presented, account, false, peer, has_valid_lease),
         )?;
-        Ok(judged.and_then(|judged| match judged.failures.primary_reason() {
-            Reason::Ok => Ok(judged.granted_scopes),
+        Ok(evaluation.and_then(|evaluation| match evaluation.failures.primary_reason() {
+            Reason::Ok => Ok(evaluation.granted_scopes),
             reason => Err(reason),
         }))
     }
@@ -228,9 +228,9 @@ impl Engine {
         self.index.revision().ok_or(CheckError::Starting)?;
         Ok(self.lease.with_validity(
             || self.clock.boottime(),
-            |fresh| {
-                let stands = self.index.account_suspension(account) == Some(false);
-                AccountStatus { is_active: stands, has_valid_lease: fresh }
+            |has_valid_lease| {
+                let is_active = self.index.account_suspension(account) == Some(false);
+                AccountStatus { is_active, has_valid_lease }
             },
         ))
     }
@@ -250,7 +250,7 @@ impl Engine {
     ) -> Result<Option<KeyMatch>, CheckError> {
         self.index.revision().ok_or(CheckError::Starting)?;
         let find = || self.index.find_by_digest(digest?);
-        let find = |fresh| if fresh { Ok(find()) } else { Err(CheckError::LeaseLost) };
+        let find = |has_valid_lease| if has_valid_lease { Ok(find()) } else { Err(CheckError::LeaseLost) };
         let found = self.lease.with_validity(|| self.clock.boottime(), find)?;
         Ok(found.map(|found| KeyMatch { key: found.key, secret_version: found.secret_version }))
     }

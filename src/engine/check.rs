@@ -99,13 +99,13 @@ impl Engine {
     /// When the state here is not good enough to answer, or the limits cannot be counted; that is no verdict.
     pub async fn check(
         &self,
-        asker: Requester<'_>,
-        question: &CheckInput<'_>,
+        requester: Requester<'_>,
+        input: &CheckInput<'_>,
     ) -> Result<CheckOutcome, CheckError> {
-        match self.decide_locally(asker, question)? {
-            LocalDecision::Complete(answer) => Ok(answer),
+        match self.decide_locally(requester, input)? {
+            LocalDecision::Complete(outcome) => Ok(outcome),
             // Apart on the heap, since few wait: a future is as large as all that may go on in it, and is moved about.
-            LocalDecision::NeedsLimits(limited) => Box::pin(self.apply_limits(question, limited)).await,
+            LocalDecision::NeedsLimits(awaiting) => Box::pin(self.apply_limits(input, awaiting)).await,
         }
     }
 
@@ -115,13 +115,13 @@ impl Engine {
     /// When the state here is not good enough to answer.
     pub fn decide_locally(
         &self,
-        asker: Requester<'_>,
-        question: &CheckInput<'_>,
+        requester: Requester<'_>,
+        input: &CheckInput<'_>,
     ) -> Result<LocalDecision, CheckError> {
-        let judged = self.evaluate_under_lease(asker, question)?;
-        Ok(match judged.needs_limits() {
-            true => LocalDecision::NeedsLimits(AwaitingLimits(judged)),
-            false => LocalDecision::Complete(self.complete_check(question, judged)),
+        let evaluation = self.evaluate_under_lease(requester, input)?;
+        Ok(match evaluation.needs_limits() {
+            true => LocalDecision::NeedsLimits(AwaitingLimits(evaluation)),
+            false => LocalDecision::Complete(self.complete_check(input, evaluation)),
         })
     }
 
@@ -131,57 +131,62 @@ impl Engine {
     /// When the limits cannot be counted.
     pub async fn apply_limits(
         &self,
-        question: &CheckInput<'_>,
-        limited: AwaitingLimits,
+        input: &CheckInput<'_>,
+        awaiting: AwaitingLimits,
     ) -> Result<CheckOutcome, CheckError> {
-        let AwaitingLimits(mut judged) = limited;
-        if let (Some(holder), Some(budget)) = (&judged.outcome.key_match, &judged.limit_state) {
-            let take =
-                Consumption { cost: question.cost, dedup_id: question.dedup_id, dry_run: question.dry_run };
-            let limits = self.limiter.consume(&holder.key, budget, take, judged.now).await?;
-            limits.refusal_reasons.iter().for_each(|reason| judged.outcome.failures.insert_if(*reason, true));
-            judged.outcome.limits = Some(Box::new(limits));
+        let AwaitingLimits(mut evaluation) = awaiting;
+        if let (Some(key_match), Some(limit_state)) = (&evaluation.outcome.key_match, &evaluation.limit_state)
+        {
+            let consumption =
+                Consumption { cost: input.cost, dedup_id: input.dedup_id, dry_run: input.dry_run };
+            let limits =
+                self.limiter.consume(&key_match.key, limit_state, consumption, evaluation.now).await?;
+            limits
+                .refusal_reasons
+                .iter()
+                .for_each(|reason| evaluation.outcome.failures.insert_if(*reason, true));
+            evaluation.outcome.limits = Some(Box::new(limits));
         }
-        Ok(self.complete_check(question, judged))
+        Ok(self.complete_check(input, evaluation))
     }
 
     /// The answer; its use is noted.
-    fn complete_check(&self, question: &CheckInput<'_>, judged: Evaluation) -> CheckOutcome {
-        let Evaluation { outcome: mut answer, limit_state: budget, now } = judged;
-        if let Some(holder) = answer.key_match.as_ref().filter(|_| !question.dry_run) {
+    fn complete_check(&self, input: &CheckInput<'_>, evaluation: Evaluation) -> CheckOutcome {
+        let Evaluation { mut outcome, limit_state, now } = evaluation;
+        if let Some(key_match) = outcome.key_match.as_ref().filter(|_| !input.dry_run) {
             self.record_usage(
-                holder,
-                answer.reason(),
-                budget.as_ref().filter(|_| answer.limits().consumed_quota),
+                key_match,
+                outcome.reason(),
+                limit_state.as_ref().filter(|_| outcome.limits().consumed_quota),
                 now,
             );
         }
-        answer.staleness = self.lease.staleness(|| self.clock.boottime());
-        self.answered.add(answer.reason() as usize, 1);
-        answer
+        outcome.staleness = self.lease.staleness(|| self.clock.boottime());
+        self.answered.add(outcome.reason() as usize, 1);
+        outcome
     }
 
     /// Reads the deadline, then the clock, and judges after.
     fn evaluate_under_lease(
         &self,
-        asker: Requester<'_>,
-        question: &CheckInput<'_>,
+        requester: Requester<'_>,
+        input: &CheckInput<'_>,
     ) -> Result<Evaluation, CheckError> {
-        let Requester { account, is_still_authorized: stands } = asker;
-        let judge = |fresh| {
+        let Requester { account, is_still_authorized } = requester;
+        let evaluate = |has_valid_lease| {
             // Whoever was let in before the deadline was read may have been revoked meanwhile, and the lease renewed after.
-            if !stands()? {
+            if !is_still_authorized()? {
                 return Err(CheckError::RequesterRevoked);
             }
             // Before the look-up: what is found is at least as new.
-            let revision = self.require_revision(question.min_revision)?;
-            self.evaluate(account, question, revision, fresh)
+            let revision = self.require_revision(input.min_revision)?;
+            self.evaluate(account, input, revision, has_valid_lease)
         };
         #[cfg(keyward_breakable)]
-        if let Some(judged) = self.evaluate_before_lease(judge) {
-            return judged;
+        if let Some(evaluation) = self.evaluate_before_lease(evaluate) {
+            return evaluation;
         }
-        self.lease.with_validity(|| self.clock.boottime(), judge)
+        self.lease.with_validity(|| self.clock.boottime(), evaluate)
     }
 
     /// As it must not be, where a process is told to do so: judges, and reads the deadline after. A stall between, now
@@ -190,7 +195,7 @@ impl Engine {
     #[expect(clippy::disallowed_methods, reason = "whatever else this thread serves is to wait")]
     fn evaluate_before_lease(
         &self,
-        judge: impl FnOnce(bool) -> Result<Evaluation, CheckError>,
+        evaluate: impl FnOnce(bool) -> Result<Evaluation, CheckError>,
     ) -> Option<Result<Evaluation, CheckError>> {
         use crate::domain::lease::{AllInvariants, InvariantSet as _, LeaseInvariant};
         use std::sync::atomic::{AtomicU64, Ordering};
@@ -198,85 +203,89 @@ impl Engine {
             return None;
         }
         static STALE: AtomicU64 = AtomicU64::new(0);
-        let judged = judge(true);
+        let evaluation = evaluate(true);
         if !self.can_allow() && STALE.fetch_add(1, Ordering::Relaxed).is_multiple_of(32) {
             std::thread::sleep(std::time::Duration::from_millis(100));
         }
-        let allowed = judged.as_ref().is_ok_and(|judged| judged.outcome.reason() == Reason::Ok);
-        Some(if allowed && !self.can_allow() { Err(CheckError::LeaseLost) } else { judged })
+        let allowed = evaluation.as_ref().is_ok_and(|evaluation| evaluation.outcome.reason() == Reason::Ok);
+        Some(if allowed && !self.can_allow() { Err(CheckError::LeaseLost) } else { evaluation })
     }
 
     /// Finds the key and decides by what is known of it; awaits nothing. The limits are not asked yet.
     fn evaluate(
         &self,
-        asker: &AccountId,
-        question: &CheckInput<'_>,
+        requester: &AccountId,
+        input: &CheckInput<'_>,
         revision: Revision,
-        fresh: bool,
+        has_valid_lease: bool,
     ) -> Result<Evaluation, CheckError> {
         let now = self.clock.now();
         let without_key = |reason| {
             Ok(Evaluation { outcome: CheckOutcome::from_reason(reason, revision), limit_state: None, now })
         };
-        if !token::can_be_token(question.token) {
+        if !token::can_be_token(input.token) {
             return without_key(Reason::Malformed);
         }
         let visible = |found: &FoundKey| match found.key.owner() {
-            _ if asker.is_operator() => true,
-            KeyOwner::Account(account) => account == asker,
-            KeyOwner::User(user) => self.index.member(asker, user).is_some(),
+            _ if requester.is_operator() => true,
+            KeyOwner::Account(account) => account == requester,
+            KeyOwner::User(user) => self.index.member(requester, user).is_some(),
         };
-        let Some(found) = self.index.find_by_digest(&TokenDigest::from_token(question.token)).filter(visible)
+        let Some(found) = self.index.find_by_digest(&TokenDigest::from_token(input.token)).filter(visible)
         else {
-            if !fresh {
+            if !has_valid_lease {
                 // It may have been made or imported since.
                 return Err(CheckError::LeaseLost);
             }
-            return without_key(unknown_token_reason(question.token));
+            return without_key(unknown_token_reason(input.token));
         };
         let request = PolicyRequest {
-            purpose: TokenPurpose::Service { environment: question.environment, customer: question.customer },
-            account: question.account,
-            client_ip: question.client_ip,
-            scopes: question.scopes,
+            purpose: TokenPurpose::Service { environment: input.environment, customer: input.customer },
+            account: input.account,
+            client_ip: input.client_ip,
+            scopes: input.scopes,
         };
         // An account's caller learns nothing of its users' places in other accounts.
-        let place = question.account.filter(|asked| asker.is_operator() || *asked == asker);
-        let place = AccountContext::new(&self.index, &found.key, place);
-        let PolicyDecision { failed_reasons: mut failures, missing_scopes: missing } =
-            evaluate_key(&found, &place, request, now);
-        let granted = place.granted_scopes(&found.key);
-        let barred =
-            question.refuse_management_keys && granted.scopes(&found.key).iter().any(Scope::is_reserved);
-        failures.insert_if(Reason::MissingScope, barred);
-        if !fresh && failures.primary_reason() == Reason::Ok {
+        let context = input.account.filter(|requested| requester.is_operator() || *requested == requester);
+        let context = AccountContext::new(&self.index, &found.key, context);
+        let PolicyDecision { failed_reasons: mut failures, missing_scopes } =
+            evaluate_key(&found, &context, request, now);
+        let granted_scopes = context.granted_scopes(&found.key);
+        let is_refused_management_key =
+            input.refuse_management_keys && granted_scopes.scopes(&found.key).iter().any(Scope::is_reserved);
+        failures.insert_if(Reason::MissingScope, is_refused_management_key);
+        if !has_valid_lease && failures.primary_reason() == Reason::Ok {
             return Err(CheckError::LeaseLost);
         }
         // What was found together was there together, unless everything was being replaced.
         self.index.revision().ok_or(CheckError::Starting)?;
-        let answer = CheckOutcome {
+        let outcome = CheckOutcome {
             failures,
-            missing_scopes: missing,
-            granted_scopes: granted,
-            is_refused_management_key: barred,
-            acting_account: place.acting_account(&found.key, request.account),
+            missing_scopes,
+            granted_scopes,
+            is_refused_management_key,
+            acting_account: context.acting_account(&found.key, request.account),
             key_match: Some(KeyMatch { key: found.key, secret_version: found.secret_version }),
             ..CheckOutcome::from_reason(Reason::Ok, revision)
         };
-        Ok(Evaluation { outcome: answer, limit_state: found.limit_state, now })
+        Ok(Evaluation { outcome, limit_state: found.limit_state, now })
     }
 
     /// `drew`: the budget, if the quota was drawn from.
     pub(super) fn record_usage(
         &self,
-        holder: &KeyMatch,
+        key_match: &KeyMatch,
         reason: Reason,
-        drew: Option<&Arc<KeyLimitState>>,
+        touched_quota: Option<&Arc<KeyLimitState>>,
         now: Timestamp,
     ) {
-        let note =
-            UsageEvent { key_id: holder.key.id(), at: now, secret_version: holder.secret_version, reason };
-        self.usage.record(note, drew);
+        let event = UsageEvent {
+            key_id: key_match.key.id(),
+            at: now,
+            secret_version: key_match.secret_version,
+            reason,
+        };
+        self.usage.record(event, touched_quota);
     }
 
     /// Everything that a key is granted in an account, or, of a service key, in its own.

@@ -45,7 +45,7 @@ impl GrantedScopes {
     pub(super) fn scopes<'a>(&'a self, key: &'a KeyRef) -> &'a ScopeSet {
         match self {
             GrantedScopes::FromRecord => key.scopes(),
-            GrantedScopes::Derived(grants) => grants,
+            GrantedScopes::Derived(scopes) => scopes,
         }
     }
 }
@@ -89,7 +89,7 @@ impl CheckOutcome {
 
     /// What the key is granted there. Nothing, where no key was found.
     pub fn granted_scopes(&self) -> impl Iterator<Item = &Scope> {
-        self.key_match.iter().flat_map(|holder| self.granted_scopes.scopes(&holder.key))
+        self.key_match.iter().flat_map(|key_match| self.granted_scopes.scopes(&key_match.key))
     }
 
     /// How its limits stand, where they were asked.
@@ -102,8 +102,8 @@ impl CheckOutcome {
     pub fn record_in_span(&self, span: &tracing::Span) {
         span.record("keyward.reason", self.reason().as_str());
         span.record("keyward.revision", self.revision.0);
-        if let Some(holder) = &self.key_match {
-            span.record("keyward.key_id", tracing::field::display(holder.key.id()));
+        if let Some(key_match) = &self.key_match {
+            span.record("keyward.key_id", tracing::field::display(key_match.key.id()));
         }
         if let Some(account) = self.acting_account_id() {
             span.record("keyward.account", account.as_str());

@@ -36,10 +36,14 @@ enum OwnedMembership {
 
 impl AccountContext {
     /// Where a key is decided: a service key in its account, a user key in the account asked for.
-    pub(super) fn new(index: &Index, key: &impl KeyAttributes, asked: Option<&AccountId>) -> AccountContext {
+    pub(super) fn new(
+        index: &Index,
+        key: &impl KeyAttributes,
+        requested: Option<&AccountId>,
+    ) -> AccountContext {
         let account = match key.owner() {
             KeyOwner::Account(account) => Some(account),
-            KeyOwner::User(_) => asked,
+            KeyOwner::User(_) => requested,
         };
         let role = |name: &_| index.resolve_role(account, name);
         let member = match (key.owner(), account) {
@@ -61,32 +65,26 @@ impl AccountContext {
         }
     }
 
-    pub(super) fn subject<'a, K>(&'a self, key: &'a K, version: u32) -> CheckSubject<'a, K> {
+    pub(super) fn subject<'a, K>(&'a self, key: &'a K, secret_version: u32) -> CheckSubject<'a, K> {
         let membership = match &self.membership {
             OwnedMembership::NotAsked => MembershipStatus::NotApplicable,
             OwnedMembership::None => MembershipStatus::NotMember,
             OwnedMembership::Role(role) => MembershipStatus::MemberRole(role.as_deref()),
         };
         let suspended = self.suspended == Some(true);
-        CheckSubject {
-            key,
-            secret_version: version,
-            account_suspended: suspended,
-            roles: &self.roles,
-            membership,
-        }
+        CheckSubject { key, secret_version, account_suspended: suspended, roles: &self.roles, membership }
     }
 
     /// Where the key acts; `asked`: the account that was asked about.
     pub(super) fn acting_account(
         &self,
         key: &impl KeyAttributes,
-        asked: Option<&AccountId>,
+        requested: Option<&AccountId>,
     ) -> ActingAccount {
-        match (self.suspended, key.owner(), asked) {
+        match (self.suspended, key.owner(), requested) {
             (None, ..) | (_, KeyOwner::User(_), None) => ActingAccount::Missing,
             (Some(_), KeyOwner::Account(_), _) => ActingAccount::KeyOwner,
-            (Some(_), KeyOwner::User(_), Some(asked)) => ActingAccount::Requested(asked.clone()),
+            (Some(_), KeyOwner::User(_), Some(requested)) => ActingAccount::Requested(requested.clone()),
         }
     }
 
@@ -108,18 +106,18 @@ pub(super) fn unknown_token_reason(presented: &str) -> Reason {
 /// Decides by the record, and by the record that may be in its place: what either refuses is refused.
 pub(super) fn evaluate_key(
     found: &FoundKey,
-    place: &AccountContext,
+    context: &AccountContext,
     request: PolicyRequest<'_>,
     now: Timestamp,
 ) -> PolicyDecision {
-    let mut verdict = decide(place.subject(&found.key, found.secret_version), request, now);
-    if let Some(doubt) = &found.uncertain_record
-        && verdict.failed_reasons.primary_reason() == Reason::Ok
+    let mut decision = decide(context.subject(&found.key, found.secret_version), request, now);
+    if let Some(uncertain_record) = &found.uncertain_record
+        && decision.failed_reasons.primary_reason() == Reason::Ok
     {
-        verdict = decide(place.subject(&**doubt, found.secret_version), request, now);
+        decision = decide(context.subject(&**uncertain_record, found.secret_version), request, now);
     }
-    if let Some(stop) = found.local_denial {
-        verdict.failed_reasons.insert_if(stop, true);
+    if let Some(denial) = found.local_denial {
+        decision.failed_reasons.insert_if(denial, true);
     }
-    verdict
+    decision
 }

@@ -145,10 +145,10 @@ impl Index {
     /// a key has found it in that state or a later one.
     #[must_use]
     pub fn version(&self) -> Option<IndexVersion> {
-        let turns = self.generation.load(Ordering::Acquire);
-        let applied = self.next_revision.load(Ordering::Acquire);
-        let certain = applied > 0 && self.uncertain_count.load(Ordering::Acquire) == 0;
-        certain.then_some(IndexVersion { next_revision: applied, generation: turns })
+        let generation = self.generation.load(Ordering::Acquire);
+        let next_revision = self.next_revision.load(Ordering::Acquire);
+        let certain = next_revision > 0 && self.uncertain_count.load(Ordering::Acquire) == 0;
+        certain.then_some(IndexVersion { next_revision, generation })
     }
 
     /// How many keys it holds.
@@ -168,23 +168,18 @@ impl Index {
     pub fn find_by_digest(&self, digest: &TokenDigest) -> Option<FoundKey> {
         let find = || self.keys.load().find_by_digest(digest);
         // The record is read under the lock: a doubt that is settled concurrently shows either as doubt or as its record.
-        let in_doubt = |doubts: &UncertainChanges| {
+        let in_doubt = |uncertain: &UncertainChanges| {
             let found = find();
             let id = found.as_ref().map(|(key, _)| key.id());
-            let doubt = id.and_then(|id| doubts.keys.get(&id).cloned());
-            let stopped = id.and_then(|id| doubts.local_denials.get(&id).copied());
-            Some((found, doubt, stopped))
+            let uncertain_record = id.and_then(|id| uncertain.keys.get(&id).cloned());
+            let local_denial = id.and_then(|id| uncertain.local_denials.get(&id).copied());
+            Some((found, uncertain_record, local_denial))
         };
-        let (found, doubt, stopped) = self.lookup_uncertain(in_doubt).unwrap_or_else(|| (find(), None, None));
+        let (found, uncertain_record, local_denial) =
+            self.lookup_uncertain(in_doubt).unwrap_or_else(|| (find(), None, None));
         let (key, version) = found?;
-        let budget = key.is_limited().then(|| self.limit_state(key.id()));
-        Some(FoundKey {
-            key,
-            secret_version: version,
-            limit_state: budget,
-            uncertain_record: doubt,
-            local_denial: stopped,
-        })
+        let limit_state = key.is_limited().then(|| self.limit_state(key.id()));
+        Some(FoundKey { key, secret_version: version, limit_state, uncertain_record, local_denial })
     }
 
     /// What is used of a key's limits; its secrets share it, and it stays while the key's record changes.
@@ -201,11 +196,11 @@ impl Index {
     /// Refuses a key that the store could not be asked about, as `Revoked` or as `Disabled`, until a record says so or
     /// it is enabled.
     pub fn deny_locally(&self, id: KeyId, reason: Reason) {
-        let mut doubts = lock(&self.uncertain_changes);
-        let stopped = doubts.local_denials.entry(id).or_insert(reason);
+        let mut uncertain = lock(&self.uncertain_changes);
+        let local_denial = uncertain.local_denials.entry(id).or_insert(reason);
         // Nothing lifts a revocation.
-        *stopped = (*stopped).min(reason);
-        self.uncertain_count.store(doubts.len(), Ordering::Release);
+        *local_denial = (*local_denial).min(reason);
+        self.uncertain_count.store(uncertain.len(), Ordering::Release);
         self.generation.fetch_add(1, Ordering::AcqRel);
     }
 
@@ -220,7 +215,7 @@ impl Index {
     /// The account with this id; in doubt, as narrow as it may be.
     #[must_use]
     pub fn account(&self, id: &AccountId) -> Option<Arc<Account>> {
-        self.lookup_uncertain(|doubts| doubts.accounts.get(id).cloned())
+        self.lookup_uncertain(|uncertain| uncertain.accounts.get(id).cloned())
             .or_else(|| self.accounts.pin().get(id).cloned())
     }
 
@@ -229,7 +224,7 @@ impl Index {
     #[must_use]
     pub fn account_suspension(&self, id: &AccountId) -> Option<bool> {
         let suspended = |account: &Arc<Account>| account.suspended_at.is_some();
-        self.lookup_uncertain(|doubts| doubts.accounts.get(id).map(suspended))
+        self.lookup_uncertain(|uncertain| uncertain.accounts.get(id).map(suspended))
             .or_else(|| self.accounts.pin().get(id).map(suspended))
     }
 
@@ -239,29 +234,29 @@ impl Index {
     pub fn resolve_role(&self, account: Option<&AccountId>, name: &RoleName) -> Option<Arc<Role>> {
         let roles = self.roles.pin();
         // The map's keys own what they hold; a service key with roles pays for the look-up.
-        let place = |account: Option<&AccountId>| (account.cloned(), name.clone());
+        let role_key = |account: Option<&AccountId>| (account.cloned(), name.clone());
         // Doubts come before records: a doubt that is settled meanwhile has put its record there first.
         let in_doubt = |account| {
-            let found = self.lookup_uncertain(|doubts| doubts.roles.get(&place(account)).copied());
+            let found = self.lookup_uncertain(|uncertain| uncertain.roles.get(&role_key(account)).copied());
             found.is_some()
         };
         if let Some(account) = account {
             if in_doubt(Some(account)) {
                 return None;
             }
-            if let Some(own) = roles.get(&place(Some(account))) {
+            if let Some(own) = roles.get(&role_key(Some(account))) {
                 return Some(own.clone());
             }
         }
-        if in_doubt(None) { None } else { roles.get(&place(None)).cloned() }
+        if in_doubt(None) { None } else { roles.get(&role_key(None)).cloned() }
     }
 
     /// A user's place in an account. None while its end or change is in doubt.
     #[must_use]
     pub fn member(&self, account: &AccountId, user: &UserId) -> Option<Arc<AccountMember>> {
         let id = (account.clone(), user.clone());
-        let doubted = self.lookup_uncertain(|doubts| doubts.members.get(&id).map(drop));
-        if doubted.is_some() { None } else { self.members.pin().get(&id).cloned() }
+        let is_uncertain = self.lookup_uncertain(|uncertain| uncertain.members.get(&id).map(drop));
+        if is_uncertain.is_some() { None } else { self.members.pin().get(&id).cloned() }
     }
 
     /// The record of an account, whatever is in doubt.
@@ -291,13 +286,13 @@ impl Index {
     }
 
     /// Takes a record of the first snapshot. All of a store's keys come faster in parts: see [`SnapshotLoader`].
-    pub fn load_record(&self, item: SnapshotRecord) {
-        match item {
+    pub fn load_record(&self, record: SnapshotRecord) {
+        match record {
             SnapshotRecord::Account(account) => self.upsert_account(Arc::new(account)),
-            SnapshotRecord::Key(key, left) => self.keys.load().load_key(&key, &left),
+            SnapshotRecord::Key(key, retired_secrets) => self.keys.load().load_key(&key, &retired_secrets),
             SnapshotRecord::Role(role) => self.upsert_role(Arc::new(role)),
             SnapshotRecord::Member(member) => self.upsert_member(Arc::new(member)),
-            SnapshotRecord::QuotaUsage(key, spent) => self.limit_state(key).restore_usage(spent),
+            SnapshotRecord::QuotaUsage(key, usage) => self.limit_state(key).restore_usage(usage),
         }
     }
 
@@ -320,27 +315,27 @@ impl Index {
 
     /// Ends a disabling that was not recorded: somebody wants the key enabled.
     pub fn clear_local_disable(&self, id: KeyId) {
-        self.update_uncertain(|doubts| {
-            if doubts.keys.get(&id).is_some_and(|doubt| doubt.revocation.is_none()) {
-                doubts.keys.remove(&id);
+        self.update_uncertain(|uncertain| {
+            if uncertain.keys.get(&id).is_some_and(|uncertain_record| uncertain_record.revocation.is_none()) {
+                uncertain.keys.remove(&id);
             }
-            doubts.local_denials.retain(|of, reason| *of != id || *reason == Reason::Revoked);
+            uncertain.local_denials.retain(|of, reason| *of != id || *reason == Reason::Revoked);
         });
     }
 
     /// Ends a suspension that was not recorded: somebody wants the account resumed.
     pub fn clear_local_suspension(&self, id: &AccountId) {
-        self.update_uncertain(|doubts| {
-            doubts.accounts.remove(id);
+        self.update_uncertain(|uncertain| {
+            uncertain.accounts.remove(id);
         });
     }
 
     /// Ends a doubt, after the record that settles it has come.
-    fn update_uncertain(&self, end: impl FnOnce(&mut UncertainChanges)) {
+    fn update_uncertain(&self, resolve: impl FnOnce(&mut UncertainChanges)) {
         if self.uncertain_count.load(Ordering::Acquire) > 0 {
-            let mut doubts = lock(&self.uncertain_changes);
-            end(&mut doubts);
-            self.uncertain_count.store(doubts.len(), Ordering::Release);
+            let mut uncertain = lock(&self.uncertain_changes);
+            resolve(&mut uncertain);
+            self.uncertain_count.store(uncertain.len(), Ordering::Release);
         }
     }
 
@@ -348,11 +343,11 @@ impl Index {
         let id = account.id.clone();
         let suspended = account.suspended_at.map(|_| account.revision);
         self.accounts.pin().insert(id.clone(), account);
-        self.update_uncertain(|doubts| {
+        self.update_uncertain(|uncertain| {
             // A suspension that was not recorded stays until one is, or until Resume.
-            let doubt = doubts.accounts.get(&id);
-            if doubt.is_some_and(|doubt| suspended > Some(doubt.revision)) {
-                doubts.accounts.remove(&id);
+            let uncertain_record = uncertain.accounts.get(&id);
+            if uncertain_record.is_some_and(|uncertain_record| suspended > Some(uncertain_record.revision)) {
+                uncertain.accounts.remove(&id);
             }
         });
     }
@@ -370,9 +365,9 @@ impl Index {
     }
 
     fn resolve_uncertain_role(&self, id: &(Option<AccountId>, RoleName), revision: Revision) {
-        self.update_uncertain(|doubts| {
-            if doubts.roles.get(id).is_some_and(|made_from| *made_from < revision) {
-                doubts.roles.remove(id);
+        self.update_uncertain(|uncertain| {
+            if uncertain.roles.get(id).is_some_and(|made_from| *made_from < revision) {
+                uncertain.roles.remove(id);
             }
         });
     }
@@ -390,9 +385,9 @@ impl Index {
     }
 
     fn resolve_uncertain_member(&self, id: &(AccountId, UserId), revision: Revision) {
-        self.update_uncertain(|doubts| {
-            if doubts.members.get(id).is_some_and(|made_from| *made_from < revision) {
-                doubts.members.remove(id);
+        self.update_uncertain(|uncertain| {
+            if uncertain.members.get(id).is_some_and(|made_from| *made_from < revision) {
+                uncertain.members.remove(id);
             }
         });
     }
@@ -409,23 +404,25 @@ impl Index {
 
     /// Ends doubts about a key, whose record has come.
     fn resolve_uncertain_key(&self, key: &ApiKey) {
-        self.update_uncertain(|doubts| {
+        self.update_uncertain(|uncertain| {
             // A stop that was not recorded stays until one is, or until Enable.
-            let settled = |doubt: &Arc<ApiKey>| {
-                doubt.revision < key.revision
-                    && (doubt.revocation.is_none() || key.revocation.is_some())
-                    && (doubt.disabled_at.is_none() || key.disabled_at.is_some() || key.revocation.is_some())
+            let is_resolved = |uncertain_record: &Arc<ApiKey>| {
+                uncertain_record.revision < key.revision
+                    && (uncertain_record.revocation.is_none() || key.revocation.is_some())
+                    && (uncertain_record.disabled_at.is_none()
+                        || key.disabled_at.is_some()
+                        || key.revocation.is_some())
             };
-            if doubts.keys.get(&key.id).is_some_and(settled) {
-                doubts.keys.remove(&key.id);
+            if uncertain.keys.get(&key.id).is_some_and(is_resolved) {
+                uncertain.keys.remove(&key.id);
             }
-            let said = match doubts.local_denials.get(&key.id) {
+            let is_recorded = match uncertain.local_denials.get(&key.id) {
                 Some(Reason::Revoked) => key.revocation.is_some(),
                 Some(_) => key.disabled_at.is_some() || key.revocation.is_some(),
                 None => false,
             };
-            if said {
-                doubts.local_denials.remove(&key.id);
+            if is_recorded {
+                uncertain.local_denials.remove(&key.id);
             }
         });
     }
@@ -474,17 +471,17 @@ impl Index {
     }
 
     /// Forgets keys revoked and secrets superseded before `forget_before`. Returns how many digests left.
-    pub fn evict(&self, forget_before: Timestamp) -> usize {
-        let budgets = self.limit_states.pin();
-        self.keys.load().evict(forget_before, |id| {
-            budgets.remove(&id);
+    pub fn evict(&self, cutoff: Timestamp) -> usize {
+        let limit_states = self.limit_states.pin();
+        self.keys.load().evict(cutoff, |id| {
+            limit_states.remove(&id);
         })
     }
 }
 
 impl SnapshotLoader for Index {
-    fn add_record(&self, item: SnapshotRecord) {
-        self.load_record(item);
+    fn add_record(&self, record: SnapshotRecord) {
+        self.load_record(record);
     }
 
     fn reserve_secrets(&self, secrets: usize) {
@@ -502,11 +499,12 @@ impl ChangeListener for Index {
         self.revision().unwrap_or_default()
     }
 
-    fn apply_local(&self, rows: &[(LogEntry, RecordChange)]) {
-        let seen = self.revision();
-        let new = rows.partition_point(|(row, _)| seen.is_some_and(|seen| row.revision <= seen));
+    fn apply_local(&self, entries: &[(LogEntry, RecordChange)]) {
+        let applied = self.revision();
+        let new =
+            entries.partition_point(|(entry, _)| applied.is_some_and(|applied| entry.revision <= applied));
         let key = |change: &RecordChange| matches!(change, RecordChange::Key(_));
-        for run in rows[new..].chunk_by(|(_, one), (_, next)| key(one) && key(next)) {
+        for run in entries[new..].chunk_by(|(_, one), (_, next)| key(one) && key(next)) {
             match run {
                 [(_, change)] => self.apply_change(change),
                 keys => self.upsert_keys(keys.iter().filter_map(|(_, change)| match change {
@@ -523,39 +521,39 @@ impl ChangeListener for Index {
     fn mark_uncertain(&self, write: &WriteRequest) {
         let made_from = write.expected_revision.unwrap_or_default();
         // The record that it was made from may not have come in here yet: the change may narrow that one.
-        let narrows = write.expected_revision > self.revision() || self.is_restriction(&write.change);
-        let mut doubts = lock(&self.uncertain_changes);
+        let restricts = write.expected_revision > self.revision() || self.is_restriction(&write.change);
+        let mut uncertain = lock(&self.uncertain_changes);
         match write.change.clone().with_revision(made_from) {
-            RecordChange::Key(after) if narrows => {
+            RecordChange::Key(after) if restricts => {
                 // A weaker change does not end what a stronger one refuses.
                 let strength = |key: &ApiKey| (key.revocation.is_some(), key.disabled_at.is_some());
-                let known = doubts.keys.get(&after.id);
+                let known = uncertain.keys.get(&after.id);
                 if known.is_none_or(|known| strength(known) <= strength(&after)) {
-                    doubts.keys.insert(after.id, after);
+                    uncertain.keys.insert(after.id, after);
                 }
             }
-            RecordChange::Account(after) if narrows => {
-                doubts.accounts.insert(after.id.clone(), after);
+            RecordChange::Account(after) if restricts => {
+                uncertain.accounts.insert(after.id.clone(), after);
             }
             RecordChange::Key(_) | RecordChange::Account(_) => {}
             // Whatever the change is, until it is settled the role grants nothing and the user is no member.
             RecordChange::Role(role) | RecordChange::RoleDeleted(role) => {
-                doubts.roles.insert(role_id(&role), made_from);
+                uncertain.roles.insert(role_id(&role), made_from);
             }
             RecordChange::Member(member) | RecordChange::MemberRemoved(member) => {
-                let _ = doubts.members.insert(member_id(&member), made_from);
+                let _ = uncertain.members.insert(member_id(&member), made_from);
             }
         }
-        self.uncertain_count.store(doubts.len(), Ordering::Release);
+        self.uncertain_count.store(uncertain.len(), Ordering::Release);
         self.generation.fetch_add(1, Ordering::AcqRel);
     }
 
     fn resolve_uncertain(&self) {
-        let mut doubts = lock(&self.uncertain_changes);
-        doubts.keys.retain(|_, key| key.revocation.is_some() || key.disabled_at.is_some());
-        doubts.roles.clear();
-        doubts.members.clear();
-        self.uncertain_count.store(doubts.len(), Ordering::Release);
+        let mut uncertain = lock(&self.uncertain_changes);
+        uncertain.keys.retain(|_, key| key.revocation.is_some() || key.disabled_at.is_some());
+        uncertain.roles.clear();
+        uncertain.members.clear();
+        self.uncertain_count.store(uncertain.len(), Ordering::Release);
     }
 }
 

@@ -107,8 +107,8 @@ impl KeyLimitState {
     }
 
     /// Takes up what the store says that all have used of the quota.
-    pub fn restore_usage(&self, spent: QuotaUsage) {
-        self.lock().recorded_usage = Some(spent);
+    pub fn restore_usage(&self, recorded: QuotaUsage) {
+        self.lock().recorded_usage = Some(recorded);
     }
 
     /// Takes the units from every limit of the key, or, if any refuses, from none. What was taken already under
@@ -119,34 +119,35 @@ impl KeyLimitState {
     pub fn consume(
         &self,
         key: &impl KeyAttributes,
-        take: Consumption,
-        shared: bool,
+        consumption: Consumption,
+        is_shared: bool,
         now: Timestamp,
     ) -> Result<LimitOutcome, QuotaBlockExhausted> {
         let mut state = self.lock();
-        let again = take.dedup_id.is_some_and(|charge| state.is_repeated_request(charge, now));
+        let is_repeated =
+            consumption.dedup_id.is_some_and(|dedup_id| state.is_repeated_request(dedup_id, now));
         // Judged again at no cost, it is let through as it was.
-        let cost = if again { 0 } else { take.cost };
+        let cost = if is_repeated { 0 } else { consumption.cost };
         let limits = key.rate_limits();
         let rates: Vec<_> = limits
             .iter()
             .map(|limit| RateEvaluation::evaluate(limit, state.gcra_state(limit), cost, now))
             .collect();
-        let share = key.quota().map(|quota| state.evaluate_quota(quota, cost, now));
-        let mut usage = LimitOutcome::from_evaluations(&rates, share.as_ref(), take.dry_run);
-        if take.dry_run || !usage.refusal_reasons.is_empty() {
-            return Ok(usage);
+        let quota = key.quota().map(|quota| state.evaluate_quota(quota, cost, now));
+        let mut outcome = LimitOutcome::from_evaluations(&rates, quota.as_ref(), consumption.dry_run);
+        if consumption.dry_run || !outcome.refusal_reasons.is_empty() {
+            return Ok(outcome);
         }
-        if let Some(share) = share.filter(|share| share.requested_units.units > 0) {
-            state.check_quota_block(&share, shared)?;
-            usage.consumed_quota = true;
-            usage.needs_flush = state.consume_quota(&share, shared);
+        if let Some(quota) = quota.filter(|quota| quota.requested_units.units > 0) {
+            state.check_quota_block(&quota, is_shared)?;
+            outcome.consumed_quota = true;
+            outcome.needs_flush = state.consume_quota(&quota, is_shared);
         }
         state.gcra_states = rates.iter().map(|rate| (rate.limit.clone(), rate.state_after)).collect();
-        if let Some(charge) = take.dedup_id.filter(|_| !again) {
-            state.remember_request(charge, now);
+        if let Some(dedup_id) = consumption.dedup_id.filter(|_| !is_repeated) {
+            state.remember_request(dedup_id, now);
         }
-        Ok(usage)
+        Ok(outcome)
     }
 
     /// Keeps the units of the quota that a request takes if its rate limits, which are counted elsewhere, let it
@@ -157,24 +158,24 @@ impl KeyLimitState {
     pub fn reserve(
         self: &Arc<Self>,
         key: &impl KeyAttributes,
-        take: Consumption,
-        shared: bool,
+        consumption: Consumption,
+        is_shared: bool,
         now: Timestamp,
     ) -> Result<QuotaReservation, QuotaBlockExhausted> {
         let mut state = self.lock();
-        let share = key.quota().map(|quota| state.evaluate_quota(quota, take.cost, now));
-        let keeps = share.as_ref().filter(|share| share.with_request.allowed && !take.dry_run);
+        let quota = key.quota().map(|quota| state.evaluate_quota(quota, consumption.cost, now));
+        let reserved = quota.as_ref().filter(|quota| quota.with_request.allowed && !consumption.dry_run);
         let mut units = 0;
-        if let Some(share) = keeps {
-            state.check_quota_block(share, shared)?;
-            units = share.requested_units.units;
+        if let Some(quota) = reserved {
+            state.check_quota_block(quota, is_shared)?;
+            units = quota.requested_units.units;
             state.reserved_units += units;
         }
         Ok(QuotaReservation {
             limit_state: self.clone(),
-            evaluation: share,
+            evaluation: quota,
             reserved_units: units,
-            is_shared: shared,
+            is_shared,
         })
     }
 
@@ -187,22 +188,25 @@ impl KeyLimitState {
     }
 
     /// Takes up that the store has counted `drawn`, and what it says that all have used now.
-    pub fn confirm_flush(&self, drawn: PendingQuotaUnits, total: QuotaUsage) {
+    pub fn confirm_flush(&self, flushed: PendingQuotaUnits, total: QuotaUsage) {
         let mut state = self.lock();
         if let Some(pending) = &mut state.pending_units
-            && pending.period_start == drawn.period_start
+            && pending.period_start == flushed.period_start
         {
-            pending.units = pending.units.saturating_sub(drawn.units);
+            pending.units = pending.units.saturating_sub(flushed.units);
         }
         state.pending_units = state.pending_units.filter(|pending| pending.units > 0);
         // The row may be of a later period, where this process' clock is behind: then it counts by itself.
-        let known = state
+        let recorded_before = state
             .recorded_usage
-            .filter(|spent| spent.period_start == drawn.period_start)
-            .map_or(0, |spent| spent.used_units);
-        let alone =
-            QuotaUsage { period_start: drawn.period_start, used_units: known.saturating_add(drawn.units) };
-        state.recorded_usage = Some(if total.period_start == drawn.period_start { total } else { alone });
+            .filter(|recorded| recorded.period_start == flushed.period_start)
+            .map_or(0, |recorded| recorded.used_units);
+        let local_total = QuotaUsage {
+            period_start: flushed.period_start,
+            used_units: recorded_before.saturating_add(flushed.units),
+        };
+        state.recorded_usage =
+            Some(if total.period_start == flushed.period_start { total } else { local_total });
     }
 
     /// Has the store count at once what waits for it. Whether somebody must be told.
@@ -226,7 +230,7 @@ impl QuotaReservation {
     /// Whether the quota refuses the request.
     #[must_use]
     pub fn is_refused(&self) -> bool {
-        self.evaluation.as_ref().is_some_and(|share| !share.with_request.allowed)
+        self.evaluation.as_ref().is_some_and(|quota| !quota.with_request.allowed)
     }
 
     /// Uses the units if the rate limits at these levels let the request through, and gives them back otherwise, or
@@ -235,29 +239,30 @@ impl QuotaReservation {
     pub fn commit_if_allowed(
         mut self,
         key: &impl KeyAttributes,
-        take: Consumption,
+        consumption: Consumption,
         levels: &[GcraState],
-        again: bool,
+        is_repeated: bool,
         now: Timestamp,
     ) -> LimitOutcome {
-        let cost = if again { 0 } else { take.cost };
+        let cost = if is_repeated { 0 } else { consumption.cost };
         let limits = key.rate_limits().iter().zip(levels);
         let rates: Vec<_> =
             limits.map(|(limit, level)| RateEvaluation::evaluate(limit, *level, cost, now)).collect();
-        if again && let Some(share) = &mut self.evaluation {
-            share.with_request = LimitStatus { allowed: true, retry_after: None, ..share.without_request };
+        if is_repeated && let Some(quota) = &mut self.evaluation {
+            quota.with_request = LimitStatus { allowed: true, retry_after: None, ..quota.without_request };
         }
-        let mut usage = LimitOutcome::from_evaluations(&rates, self.evaluation.as_ref(), take.dry_run);
-        if let Some(share) = self.evaluation.as_ref().filter(|_| self.reserved_units > 0 && !again)
-            && usage.refusal_reasons.is_empty()
+        let mut outcome =
+            LimitOutcome::from_evaluations(&rates, self.evaluation.as_ref(), consumption.dry_run);
+        if let Some(quota) = self.evaluation.as_ref().filter(|_| self.reserved_units > 0 && !is_repeated)
+            && outcome.refusal_reasons.is_empty()
         {
             let mut state = self.limit_state.lock();
             state.reserved_units =
                 state.reserved_units.saturating_sub(std::mem::take(&mut self.reserved_units));
-            usage.consumed_quota = true;
-            usage.needs_flush = state.consume_quota(share, self.is_shared);
+            outcome.consumed_quota = true;
+            outcome.needs_flush = state.consume_quota(quota, self.is_shared);
         }
-        usage
+        outcome
     }
 }
 
@@ -272,8 +277,8 @@ impl Drop for QuotaReservation {
 
 impl KeyLimitCounters {
     fn gcra_state(&self, limit: &RateLimit) -> GcraState {
-        let known = self.gcra_states.iter().find(|(of, _)| of == limit);
-        known.map_or_else(GcraState::default, |(_, level)| *level)
+        let recorded_before = self.gcra_states.iter().find(|(of, _)| of == limit);
+        recorded_before.map_or_else(GcraState::default, |(_, level)| *level)
     }
 
     fn unrecorded_units(&self, period: Timestamp) -> u64 {
@@ -284,61 +289,61 @@ impl KeyLimitCounters {
     /// How a request stands with a quota. A changed limit of the same period keeps what is used of it.
     fn evaluate_quota(&self, quota: &Quota, cost: u64, now: Timestamp) -> QuotaEvaluation {
         let (start, until) = quota_period_bounds(quota.period, now);
-        let told = self
+        let recorded_units = self
             .recorded_usage
-            .filter(|spent| spent.period_start == start)
-            .map_or(0, |spent| spent.used_units);
-        let spent = Some(QuotaUsage {
+            .filter(|recorded| recorded.period_start == start)
+            .map_or(0, |recorded| recorded.used_units);
+        let recorded = Some(QuotaUsage {
             period_start: start,
-            used_units: told.saturating_add(self.unrecorded_units(start)),
+            used_units: recorded_units.saturating_add(self.unrecorded_units(start)),
         });
         QuotaEvaluation {
             quota: quota.clone(),
-            with_request: apply_quota(quota, spent, cost, now).1,
-            without_request: apply_quota(quota, spent, 0, now).1,
+            with_request: apply_quota(quota, recorded, cost, now).1,
+            without_request: apply_quota(quota, recorded, 0, now).1,
             requested_units: PendingQuotaUnits { period_start: start, period_end: until, units: cost },
         }
     }
 
     /// Whether the units fit into the block. A request that is larger than one goes alone.
-    fn check_quota_block(&self, share: &QuotaEvaluation, shared: bool) -> Result<(), QuotaBlockExhausted> {
-        let waiting = self.unrecorded_units(share.requested_units.period_start);
-        let fits = waiting == 0
-            || waiting.saturating_add(share.requested_units.units) <= quota_block_size(&share.quota);
-        if fits || !shared { Ok(()) } else { Err(QuotaBlockExhausted) }
+    fn check_quota_block(&self, quota: &QuotaEvaluation, is_shared: bool) -> Result<(), QuotaBlockExhausted> {
+        let unrecorded = self.unrecorded_units(quota.requested_units.period_start);
+        let fits = unrecorded == 0
+            || unrecorded.saturating_add(quota.requested_units.units) <= quota_block_size(&quota.quota);
+        if fits || !is_shared { Ok(()) } else { Err(QuotaBlockExhausted) }
     }
 
     /// Uses the units. Whether somebody must be told to have the store count them at once: when half a block waits
     /// for it, or when so little is left that others must know of each unit.
-    fn consume_quota(&mut self, share: &QuotaEvaluation, shared: bool) -> bool {
+    fn consume_quota(&mut self, quota: &QuotaEvaluation, is_shared: bool) -> bool {
         // Units of another period are of no use any more.
         let pending =
-            self.pending_units.filter(|pending| pending.period_start == share.requested_units.period_start);
+            self.pending_units.filter(|pending| pending.period_start == quota.requested_units.period_start);
         self.pending_units =
-            Some(pending.map_or(share.requested_units, |pending| pending.merge(share.requested_units)));
-        let block = quota_block_size(&share.quota);
-        let soon = self.unrecorded_units(share.requested_units.period_start) >= block / 2
-            || share.with_request.remaining < block;
-        shared && soon && !std::mem::replace(&mut self.is_flush_requested, true)
+            Some(pending.map_or(quota.requested_units, |pending| pending.merge(quota.requested_units)));
+        let block = quota_block_size(&quota.quota);
+        let is_urgent = self.unrecorded_units(quota.requested_units.period_start) >= block / 2
+            || quota.with_request.remaining < block;
+        is_shared && is_urgent && !std::mem::replace(&mut self.is_flush_requested, true)
     }
 
-    fn is_repeated_request(&self, charge: RequestDedupId, now: Timestamp) -> bool {
-        let fresh = now.saturating_sub(DEDUP_WINDOW);
+    fn is_repeated_request(&self, dedup_id: RequestDedupId, now: Timestamp) -> bool {
+        let window_start = now.saturating_sub(DEDUP_WINDOW);
         self.recent_requests
             .iter()
             .rev()
-            .take_while(|(_, at)| *at >= fresh)
-            .any(|(known, _)| *known == charge)
+            .take_while(|(_, at)| *at >= window_start)
+            .any(|(recorded_before, _)| *recorded_before == dedup_id)
     }
 
-    fn remember_request(&mut self, charge: RequestDedupId, now: Timestamp) {
-        let fresh = now.saturating_sub(DEDUP_WINDOW);
+    fn remember_request(&mut self, dedup_id: RequestDedupId, now: Timestamp) {
+        let window_start = now.saturating_sub(DEDUP_WINDOW);
         while self.recent_requests.len() >= MAX_DEDUP_IDS
-            || self.recent_requests.front().is_some_and(|(_, at)| *at < fresh)
+            || self.recent_requests.front().is_some_and(|(_, at)| *at < window_start)
         {
             self.recent_requests.pop_front();
         }
-        self.recent_requests.push_back((charge, now));
+        self.recent_requests.push_back((dedup_id, now));
     }
 }
 
@@ -369,12 +374,12 @@ mod tests {
     }
 
     fn consume_unshared(
-        budget: &KeyLimitState,
+        limit_state: &KeyLimitState,
         key: &ApiKey,
-        take: Consumption,
+        consumption: Consumption,
         now: Timestamp,
     ) -> LimitOutcome {
-        budget.consume(key, take, false, now).unwrap()
+        limit_state.consume(key, consumption, false, now).unwrap()
     }
 
     /// Used in the period of the tests' first instant.
@@ -382,9 +387,9 @@ mod tests {
         QuotaUsage { period_start: quota_period_bounds(QuotaPeriod::Day, at_seconds(0)).0, used_units: used }
     }
 
-    fn remaining_units(budget: &KeyLimitState, key: &ApiKey, now: Timestamp) -> u64 {
-        let usage = consume_unshared(budget, key, Consumption { dry_run: true, ..units(1) }, now);
-        usage.statuses.last().unwrap().2.remaining
+    fn remaining_units(limit_state: &KeyLimitState, key: &ApiKey, now: Timestamp) -> u64 {
+        let outcome = consume_unshared(limit_state, key, Consumption { dry_run: true, ..units(1) }, now);
+        outcome.statuses.last().unwrap().2.remaining
     }
 
     fn units(cost: u64) -> Consumption {
@@ -393,34 +398,37 @@ mod tests {
 
     #[test]
     fn what_is_asked_again_under_the_same_number_is_taken_once() {
-        let (key, budget) = (limited(&[("l", 2)], Some(2)), KeyLimitState::default());
+        let (key, limit_state) = (limited(&[("l", 2)], Some(2)), KeyLimitState::default());
         let numbered = |id: &str| Consumption {
             dedup_id: Some(RequestDedupId::from_request_id(id.as_bytes())),
             ..units(2)
         };
         for _ in 0..3 {
-            let usage = consume_unshared(&budget, &key, numbered("7"), at_seconds(0));
-            assert!(usage.refusal_reasons.is_empty());
-            assert_eq!(usage.statuses[0].2.remaining, 0);
+            let outcome = consume_unshared(&limit_state, &key, numbered("7"), at_seconds(0));
+            assert!(outcome.refusal_reasons.is_empty());
+            assert_eq!(outcome.statuses[0].2.remaining, 0);
         }
-        assert_eq!(consume_unshared(&budget, &key, numbered("8"), at_seconds(0)).refusal_reasons.len(), 2);
         assert_eq!(
-            consume_unshared(&budget, &key, numbered("8"), at_seconds(0)).refusal_reasons.len(),
+            consume_unshared(&limit_state, &key, numbered("8"), at_seconds(0)).refusal_reasons.len(),
+            2
+        );
+        assert_eq!(
+            consume_unshared(&limit_state, &key, numbered("8"), at_seconds(0)).refusal_reasons.len(),
             2,
             "what was refused took nothing"
         );
         let later = at_seconds(0).saturating_add(DEDUP_WINDOW).saturating_add(Duration::from_micros(1));
         assert!(
-            !consume_unshared(&budget, &key, numbered("7"), later).refusal_reasons.is_empty(),
+            !consume_unshared(&limit_state, &key, numbered("7"), later).refusal_reasons.is_empty(),
             "a number is not for ever"
         );
     }
 
     #[test]
     fn all_limits_are_taken_from_or_none() {
-        let (key, budget) = (limited(&[("wide", 10), ("tight", 2)], Some(5)), KeyLimitState::default());
-        assert!(consume_unshared(&budget, &key, units(2), at_seconds(0)).refusal_reasons.is_empty());
-        let refused = consume_unshared(&budget, &key, units(1), at_seconds(0));
+        let (key, limit_state) = (limited(&[("wide", 10), ("tight", 2)], Some(5)), KeyLimitState::default());
+        assert!(consume_unshared(&limit_state, &key, units(2), at_seconds(0)).refusal_reasons.is_empty());
+        let refused = consume_unshared(&limit_state, &key, units(1), at_seconds(0));
         assert_eq!(refused.refusal_reasons, [Reason::RateLimited]);
         let left: Vec<_> = refused.statuses.iter().map(|(name, _, s)| (name.as_str(), s.remaining)).collect();
         assert_eq!(left, [("wide", 8), ("tight", 0), ("quota", 3)], "the refused request took nothing");
@@ -428,12 +436,16 @@ mod tests {
 
     #[test]
     fn a_dry_run_takes_nothing() {
-        let (key, budget) = (limited(&[("l", 1)], Some(1)), KeyLimitState::default());
+        let (key, limit_state) = (limited(&[("l", 1)], Some(1)), KeyLimitState::default());
         for _ in 0..3 {
-            let usage =
-                consume_unshared(&budget, &key, Consumption { dry_run: true, ..units(1) }, at_seconds(0));
-            assert!(usage.refusal_reasons.is_empty());
-            assert_eq!(usage.statuses[0].2.remaining, 1);
+            let outcome = consume_unshared(
+                &limit_state,
+                &key,
+                Consumption { dry_run: true, ..units(1) },
+                at_seconds(0),
+            );
+            assert!(outcome.refusal_reasons.is_empty());
+            assert_eq!(outcome.statuses[0].2.remaining, 1);
         }
     }
 
@@ -451,14 +463,15 @@ mod tests {
 
     #[test]
     fn exactly_the_limit_is_allowed_to_many_at_once() {
-        let (key, budget) = (Arc::new(limited(&[("l", 100)], Some(70))), Arc::new(KeyLimitState::default()));
+        let (key, limit_state) =
+            (Arc::new(limited(&[("l", 100)], Some(70))), Arc::new(KeyLimitState::default()));
         let callers: Vec<_> = (0..64)
             .map(|_| {
-                let (key, budget) = (key.clone(), budget.clone());
+                let (key, limit_state) = (key.clone(), limit_state.clone());
                 std::thread::spawn(move || {
                     (0..5)
                         .filter(|_| {
-                            consume_unshared(&budget, &key, units(1), at_seconds(0))
+                            consume_unshared(&limit_state, &key, units(1), at_seconds(0))
                                 .refusal_reasons
                                 .is_empty()
                         })
@@ -472,59 +485,70 @@ mod tests {
 
     #[test]
     fn what_the_store_has_counted_is_counted_once() {
-        let (key, budget) = (limited(&[], Some(100)), KeyLimitState::default());
-        consume_unshared(&budget, &key, units(5), at_seconds(0));
-        let drawn = budget.take_pending_units().unwrap();
-        consume_unshared(&budget, &key, units(2), at_seconds(0));
-        budget.confirm_flush(drawn, used_today(30));
-        assert_eq!(remaining_units(&budget, &key, at_seconds(0)), 100 - 30 - 2, "others have used 25");
-        assert_eq!(budget.take_pending_units().unwrap().units, 2);
-        budget.confirm_flush(budget.take_pending_units().unwrap(), used_today(32));
-        assert_eq!((remaining_units(&budget, &key, at_seconds(0)), budget.take_pending_units()), (68, None));
+        let (key, limit_state) = (limited(&[], Some(100)), KeyLimitState::default());
+        consume_unshared(&limit_state, &key, units(5), at_seconds(0));
+        let flushed = limit_state.take_pending_units().unwrap();
+        consume_unshared(&limit_state, &key, units(2), at_seconds(0));
+        limit_state.confirm_flush(flushed, used_today(30));
+        assert_eq!(remaining_units(&limit_state, &key, at_seconds(0)), 100 - 30 - 2, "others have used 25");
+        assert_eq!(limit_state.take_pending_units().unwrap().units, 2);
+        limit_state.confirm_flush(limit_state.take_pending_units().unwrap(), used_today(32));
+        assert_eq!(
+            (remaining_units(&limit_state, &key, at_seconds(0)), limit_state.take_pending_units()),
+            (68, None)
+        );
     }
 
     #[test]
     fn a_process_whose_clock_is_behind_goes_on_counting_by_itself() {
-        let (key, budget) = (limited(&[], Some(10)), KeyLimitState::default());
+        let (key, limit_state) = (limited(&[], Some(10)), KeyLimitState::default());
         for _ in 0..2 {
-            consume_unshared(&budget, &key, units(3), at_seconds(0));
+            consume_unshared(&limit_state, &key, units(3), at_seconds(0));
             let tomorrow = quota_period_bounds(QuotaPeriod::Day, at_seconds(0)).1.unwrap();
-            budget.confirm_flush(
-                budget.take_pending_units().unwrap(),
+            limit_state.confirm_flush(
+                limit_state.take_pending_units().unwrap(),
                 QuotaUsage { period_start: tomorrow, used_units: 1 },
             );
         }
-        assert_eq!(remaining_units(&budget, &key, at_seconds(0)), 4);
+        assert_eq!(remaining_units(&limit_state, &key, at_seconds(0)), 4);
     }
 
     #[test]
     fn a_shared_quota_is_used_by_a_block_at_the_most_until_the_store_has_counted_it() {
-        let (key, budget) = (limited(&[], Some(10_000)), KeyLimitState::default());
+        let (key, limit_state) = (limited(&[], Some(10_000)), KeyLimitState::default());
         let mut hurried = 0;
         for _ in 0..100 {
-            hurried += usize::from(budget.consume(&key, units(1), true, at_seconds(0)).unwrap().needs_flush);
+            hurried +=
+                usize::from(limit_state.consume(&key, units(1), true, at_seconds(0)).unwrap().needs_flush);
         }
         assert_eq!(hurried, 1, "when half of it is used up");
-        assert_eq!(budget.consume(&key, units(1), true, at_seconds(0)).unwrap_err(), QuotaBlockExhausted);
-        let dry =
-            budget.consume(&key, Consumption { dry_run: true, ..units(1) }, true, at_seconds(0)).unwrap();
-        assert!(dry.refusal_reasons.is_empty());
-        let drawn = budget.take_pending_units().unwrap();
         assert_eq!(
-            budget.consume(&key, units(1), true, at_seconds(0)).unwrap_err(),
+            limit_state.consume(&key, units(1), true, at_seconds(0)).unwrap_err(),
+            QuotaBlockExhausted
+        );
+        let dry = limit_state
+            .consume(&key, Consumption { dry_run: true, ..units(1) }, true, at_seconds(0))
+            .unwrap();
+        assert!(dry.refusal_reasons.is_empty());
+        let flushed = limit_state.take_pending_units().unwrap();
+        assert_eq!(
+            limit_state.consume(&key, units(1), true, at_seconds(0)).unwrap_err(),
             QuotaBlockExhausted,
             "it is being written"
         );
-        budget.confirm_flush(drawn, used_today(100));
-        budget.consume(&key, units(1), true, at_seconds(0)).unwrap();
+        limit_state.confirm_flush(flushed, used_today(100));
+        limit_state.consume(&key, units(1), true, at_seconds(0)).unwrap();
     }
 
     #[test]
     fn what_is_certainly_exceeded_is_refused_though_a_block_is_used_up() {
-        let (key, budget) = (limited(&[("l", 60)], Some(60)), KeyLimitState::default());
-        budget.consume(&key, units(50), true, at_seconds(0)).unwrap();
-        assert_eq!(budget.consume(&key, units(1), true, at_seconds(0)).unwrap_err(), QuotaBlockExhausted);
-        let refused = budget.consume(&key, units(11), true, at_seconds(0)).unwrap().refusal_reasons;
+        let (key, limit_state) = (limited(&[("l", 60)], Some(60)), KeyLimitState::default());
+        limit_state.consume(&key, units(50), true, at_seconds(0)).unwrap();
+        assert_eq!(
+            limit_state.consume(&key, units(1), true, at_seconds(0)).unwrap_err(),
+            QuotaBlockExhausted
+        );
+        let refused = limit_state.consume(&key, units(11), true, at_seconds(0)).unwrap().refusal_reasons;
         assert_eq!(refused, [Reason::RateLimited, Reason::QuotaExceeded]);
         assert!(
             KeyLimitState::default().consume(&key, units(60), true, at_seconds(0)).is_ok(),
@@ -534,41 +558,44 @@ mod tests {
 
     #[test]
     fn near_the_end_of_a_shared_quota_each_use_is_to_be_counted_at_once() {
-        let (key, budget) = (limited(&[], Some(10_000)), KeyLimitState::default());
-        assert!(!budget.consume(&key, units(1), true, at_seconds(0)).unwrap().needs_flush);
-        budget.restore_usage(used_today(9_950));
-        assert!(budget.consume(&key, units(1), true, at_seconds(0)).unwrap().needs_flush);
+        let (key, limit_state) = (limited(&[], Some(10_000)), KeyLimitState::default());
+        assert!(!limit_state.consume(&key, units(1), true, at_seconds(0)).unwrap().needs_flush);
+        limit_state.restore_usage(used_today(9_950));
+        assert!(limit_state.consume(&key, units(1), true, at_seconds(0)).unwrap().needs_flush);
         assert!(
-            !budget.consume(&key, units(1), true, at_seconds(0)).unwrap().needs_flush,
+            !limit_state.consume(&key, units(1), true, at_seconds(0)).unwrap().needs_flush,
             "somebody was told already"
         );
-        assert!(budget.take_pending_units().is_some());
-        assert!(budget.consume(&key, units(1), true, at_seconds(0)).unwrap().needs_flush);
+        assert!(limit_state.take_pending_units().is_some());
+        assert!(limit_state.consume(&key, units(1), true, at_seconds(0)).unwrap().needs_flush);
     }
 
     #[test]
     fn units_held_for_a_request_come_back_unless_it_takes_them() {
-        let (key, budget) = (limited(&[("l", 1)], Some(3)), Arc::new(KeyLimitState::default()));
+        let (key, limit_state) = (limited(&[("l", 1)], Some(3)), Arc::new(KeyLimitState::default()));
         let free = [GcraState::default()];
-        let held = budget.reserve(&key, units(2), false, at_seconds(0)).unwrap();
-        assert_eq!(remaining_units(&budget, &key, at_seconds(0)), 1, "nobody else has them meanwhile");
-        assert!(budget.reserve(&key, units(2), false, at_seconds(0)).unwrap().is_refused());
-        drop(held);
-        let held = budget.reserve(&key, units(1), false, at_seconds(0)).unwrap();
+        let reservation = limit_state.reserve(&key, units(2), false, at_seconds(0)).unwrap();
+        assert_eq!(remaining_units(&limit_state, &key, at_seconds(0)), 1, "nobody else has them meanwhile");
+        assert!(limit_state.reserve(&key, units(2), false, at_seconds(0)).unwrap().is_refused());
+        drop(reservation);
+        let reservation = limit_state.reserve(&key, units(1), false, at_seconds(0)).unwrap();
         let full = [apply_gcra(&key.spec.rate_limits[0], GcraState::default(), 1, at_seconds(0)).0];
-        let usage = held.commit_if_allowed(&key, units(1), &full, false, at_seconds(0));
-        assert_eq!((usage.refusal_reasons, usage.consumed_quota), (vec![Reason::RateLimited], false));
-        let held = budget.reserve(&key, units(1), false, at_seconds(0)).unwrap();
-        let usage = held.commit_if_allowed(&key, units(1), &full, true, at_seconds(0));
+        let outcome = reservation.commit_if_allowed(&key, units(1), &full, false, at_seconds(0));
+        assert_eq!((outcome.refusal_reasons, outcome.consumed_quota), (vec![Reason::RateLimited], false));
+        let reservation = limit_state.reserve(&key, units(1), false, at_seconds(0)).unwrap();
+        let outcome = reservation.commit_if_allowed(&key, units(1), &full, true, at_seconds(0));
         assert_eq!(
-            (usage.refusal_reasons, usage.consumed_quota),
+            (outcome.refusal_reasons, outcome.consumed_quota),
             (vec![], false),
             "it was let through before"
         );
-        assert_eq!((remaining_units(&budget, &key, at_seconds(0)), budget.take_pending_units()), (3, None));
-        let held = budget.reserve(&key, units(1), false, at_seconds(0)).unwrap();
-        let usage = held.commit_if_allowed(&key, units(1), &free, false, at_seconds(0));
-        assert_eq!((usage.statuses[1].2.remaining, usage.consumed_quota), (2, true));
-        assert_eq!(budget.take_pending_units().unwrap().units, 1);
+        assert_eq!(
+            (remaining_units(&limit_state, &key, at_seconds(0)), limit_state.take_pending_units()),
+            (3, None)
+        );
+        let reservation = limit_state.reserve(&key, units(1), false, at_seconds(0)).unwrap();
+        let outcome = reservation.commit_if_allowed(&key, units(1), &free, false, at_seconds(0));
+        assert_eq!((outcome.statuses[1].2.remaining, outcome.consumed_quota), (2, true));
+        assert_eq!(limit_state.take_pending_units().unwrap().units, 1);
     }
 }

@@ -42,15 +42,15 @@ impl LimitOutcome {
     /// it, or something always will.
     #[must_use]
     pub fn retry_after(&self) -> Option<Duration> {
-        let refusing = self.statuses.iter().filter(|(_, _, standing)| !standing.allowed);
-        let waits: Option<Vec<Duration>> = refusing.map(|(_, _, standing)| standing.retry_after).collect();
+        let refusing = self.statuses.iter().filter(|(_, _, status)| !status.allowed);
+        let waits: Option<Vec<Duration>> = refusing.map(|(_, _, status)| status.retry_after).collect();
         waits?.into_iter().max()
     }
 
     /// The smallest limit that refuses a request because it is never so large; `None` if there is none.
     #[must_use]
     pub fn smallest_exceeded_limit(&self, cost: u64) -> Option<u64> {
-        let refusing = self.statuses.iter().filter(|(_, _, standing)| !standing.allowed);
+        let refusing = self.statuses.iter().filter(|(_, _, status)| !status.allowed);
         refusing.map(|(_, limit, _)| *limit).filter(|limit| *limit < cost).min()
     }
 
@@ -60,32 +60,38 @@ impl LimitOutcome {
         quota: Option<&QuotaEvaluation>,
         dry_run: bool,
     ) -> LimitOutcome {
-        let mut usage = LimitOutcome::default();
+        let mut outcome = LimitOutcome::default();
         if rates.iter().any(|rate| !rate.with_request.allowed) {
-            usage.refusal_reasons.push(Reason::RateLimited);
+            outcome.refusal_reasons.push(Reason::RateLimited);
         }
-        if quota.is_some_and(|share| !share.with_request.allowed) {
-            usage.refusal_reasons.push(Reason::QuotaExceeded);
+        if quota.is_some_and(|evaluation| !evaluation.with_request.allowed) {
+            outcome.refusal_reasons.push(Reason::QuotaExceeded);
         }
-        let taken = usage.refusal_reasons.is_empty() && !dry_run;
+        let is_consumed = outcome.refusal_reasons.is_empty() && !dry_run;
         // Where nothing is taken, what is left is told as it is.
-        let told = |asked, idle| if taken { asked } else { status_without_request(asked, idle) };
-        usage.statuses = rates
+        let reported = |with_request, without_request| {
+            if is_consumed { with_request } else { status_without_request(with_request, without_request) }
+        };
+        outcome.statuses = rates
             .iter()
             .map(|rate| {
-                (rate.limit.name.clone(), rate.limit.limit, told(rate.with_request, rate.without_request))
+                (rate.limit.name.clone(), rate.limit.limit, reported(rate.with_request, rate.without_request))
             })
             .collect();
-        usage.statuses.extend(quota.map(|share| {
-            ("quota".to_owned(), share.quota.limit, told(share.with_request, share.without_request))
+        outcome.statuses.extend(quota.map(|evaluation| {
+            (
+                "quota".to_owned(),
+                evaluation.quota.limit,
+                reported(evaluation.with_request, evaluation.without_request),
+            )
         }));
-        usage
+        outcome
     }
 }
 
 /// The verdict on the request, with what is left without it.
-fn status_without_request(asked: LimitStatus, now: LimitStatus) -> LimitStatus {
-    LimitStatus { remaining: now.remaining, reset_after: now.reset_after, ..asked }
+fn status_without_request(with_request: LimitStatus, now: LimitStatus) -> LimitStatus {
+    LimitStatus { remaining: now.remaining, reset_after: now.reset_after, ..with_request }
 }
 
 /// A rate limit, judged.
@@ -104,10 +110,10 @@ impl RateEvaluation<'_> {
         cost: u64,
         now: Timestamp,
     ) -> RateEvaluation<'_> {
-        let (after, asked) = apply_gcra(limit, level, cost, now);
+        let (after, with_request) = apply_gcra(limit, level, cost, now);
         RateEvaluation {
             limit,
-            with_request: asked,
+            with_request,
             without_request: apply_gcra(limit, level, 0, now).1,
             state_after: after,
         }

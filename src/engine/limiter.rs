@@ -73,11 +73,11 @@ impl Limiter {
 
     /// Connects to Redis, if limits are counted there, and connects again whenever the connection is lost. Tells
     /// `tried` when it has tried for the first time.
-    pub async fn maintain_connection(&self, tried: tokio::sync::oneshot::Sender<()>) {
+    pub async fn maintain_connection(&self, attempted: tokio::sync::oneshot::Sender<()>) {
         match &self.redis {
-            Some((redis, _)) => redis.maintain_connection(tried).await,
+            Some((redis, _)) => redis.maintain_connection(attempted).await,
             // The receiver may be gone.
-            None => drop(tried.send(())),
+            None => drop(attempted.send(())),
         }
     }
 
@@ -88,28 +88,28 @@ impl Limiter {
     pub(super) async fn consume(
         &self,
         key: &KeyRef,
-        budget: &Arc<KeyLimitState>,
-        take: Consumption,
+        limit_state: &Arc<KeyLimitState>,
+        consumption: Consumption,
         now: Timestamp,
     ) -> Result<LimitOutcome, CheckError> {
-        let usage = match &self.redis {
+        let outcome = match &self.redis {
             Some((redis, on_failure)) if !key.rate_limits().is_empty() => {
-                self.consume_with_redis(redis, *on_failure, key, budget, take, now).await?
+                self.consume_with_redis(redis, *on_failure, key, limit_state, consumption, now).await?
             }
             _ => {
-                let mut usage = self
-                    .retry_until_block_counted(key, budget, || {
-                        budget.consume(key, take, self.is_shared(), now)
+                let mut outcome = self
+                    .retry_until_block_counted(key, limit_state, || {
+                        limit_state.consume(key, consumption, self.is_shared(), now)
                     })
                     .await?;
-                usage.is_inexact = self.is_shared() && !key.rate_limits().is_empty();
-                usage
+                outcome.is_inexact = self.is_shared() && !key.rate_limits().is_empty();
+                outcome
             }
         };
-        if usage.needs_flush {
-            self.usage.request_quota_flush(key.id(), budget);
+        if outcome.needs_flush {
+            self.usage.request_quota_flush(key.id(), limit_state);
         }
-        Ok(usage)
+        Ok(outcome)
     }
 
     /// Keeps what the request takes of the quota, asks Redis, and uses it or gives it back.
@@ -118,32 +118,39 @@ impl Limiter {
         redis: &RedisLimiter,
         on_failure: RedisFailurePolicy,
         key: &KeyRef,
-        budget: &Arc<KeyLimitState>,
-        take: Consumption,
+        limit_state: &Arc<KeyLimitState>,
+        consumption: Consumption,
         now: Timestamp,
     ) -> Result<LimitOutcome, CheckError> {
-        let held = self
-            .retry_until_block_counted(key, budget, || budget.reserve(key, take, self.is_shared(), now))
+        let reservation = self
+            .retry_until_block_counted(key, limit_state, || {
+                limit_state.reserve(key, consumption, self.is_shared(), now)
+            })
             .await?;
-        let asked = Consumption { dry_run: take.dry_run || held.is_refused(), ..take };
-        match redis.consume(key, asked, now).await {
-            Ok(levels) => {
-                Ok(held.commit_if_allowed(key, take, &levels.before_request, levels.is_repeated_request, now))
-            }
+        let redis_consumption =
+            Consumption { dry_run: consumption.dry_run || reservation.is_refused(), ..consumption };
+        match redis.consume(key, redis_consumption, now).await {
+            Ok(levels) => Ok(reservation.commit_if_allowed(
+                key,
+                consumption,
+                &levels.before_request,
+                levels.is_repeated_request,
+                now,
+            )),
             // What the quota refuses is refused, whatever Redis would say.
-            Err(_) if on_failure == RedisFailurePolicy::Deny && !held.is_refused() => {
+            Err(_) if on_failure == RedisFailurePolicy::Deny && !reservation.is_refused() => {
                 Err(CheckError::LimitsUnavailable)
             }
             Err(_) => {
-                drop(held);
+                drop(reservation);
                 self.local_fallbacks.fetch_add(1, Ordering::Relaxed);
-                let mut usage = self
-                    .retry_until_block_counted(key, budget, || {
-                        budget.consume(key, take, self.is_shared(), now)
+                let mut outcome = self
+                    .retry_until_block_counted(key, limit_state, || {
+                        limit_state.consume(key, consumption, self.is_shared(), now)
                     })
                     .await?;
-                usage.is_inexact = true;
-                Ok(usage)
+                outcome.is_inexact = true;
+                Ok(outcome)
             }
         }
     }
@@ -152,27 +159,27 @@ impl Limiter {
     async fn retry_until_block_counted<T>(
         &self,
         key: &KeyRef,
-        budget: &Arc<KeyLimitState>,
+        limit_state: &Arc<KeyLimitState>,
         attempt: impl Fn() -> Result<T, QuotaBlockExhausted>,
     ) -> Result<T, CheckError> {
-        if let Ok(done) = attempt() {
-            return Ok(done);
+        if let Ok(result) = attempt() {
+            return Ok(result);
         }
         let waiting = async {
             loop {
                 // Whatever is counted from here on is heard of.
-                let mut drawn = pin!(self.usage.quotas_flushed());
-                drawn.as_mut().enable();
-                if let Ok(done) = attempt() {
-                    return Ok(done);
+                let mut flushed = pin!(self.usage.quotas_flushed());
+                flushed.as_mut().enable();
+                if let Ok(result) = attempt() {
+                    return Ok(result);
                 }
-                if budget.request_flush() {
-                    self.usage.request_quota_flush(key.id(), budget);
+                if limit_state.request_flush() {
+                    self.usage.request_quota_flush(key.id(), limit_state);
                 }
                 if self.usage.is_failing() {
                     return Err(CheckError::QuotaUnavailable);
                 }
-                let _ = tokio::time::timeout(QUOTA_BLOCK_RETRY_INTERVAL, drawn).await;
+                let _ = tokio::time::timeout(QUOTA_BLOCK_RETRY_INTERVAL, flushed).await;
             }
         };
         tokio::time::timeout(QUOTA_BLOCK_WAIT, waiting).await.unwrap_or(Err(CheckError::QuotaUnavailable))

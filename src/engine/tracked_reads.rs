@@ -43,8 +43,8 @@ impl Index {
         reads: &mut ReadSet,
     ) -> Option<Arc<Role>> {
         let role = self.role_record(account, name);
-        let seen = ReadState::from_revision(role.as_ref().map(|role| role.revision));
-        reads.add(RecordId::Role(account.cloned(), name.clone()), seen);
+        let read_state = ReadState::from_revision(role.as_ref().map(|role| role.revision));
+        reads.add(RecordId::Role(account.cloned(), name.clone()), read_state);
         role
     }
 
@@ -56,26 +56,31 @@ impl Index {
         reads: &mut ReadSet,
     ) -> Option<Arc<AccountMember>> {
         let member = self.member_record(account, user);
-        let seen = ReadState::from_revision(member.as_ref().map(|member| member.revision));
-        reads.add(RecordId::Member(account.clone(), user.clone()), seen);
+        let read_state = ReadState::from_revision(member.as_ref().map(|member| member.revision));
+        reads.add(RecordId::Member(account.clone(), user.clone()), read_state);
         member
     }
 
     /// An account.
     pub fn account_record_tracked(&self, id: &AccountId, reads: &mut ReadSet) -> Option<Arc<Account>> {
         let account = self.account_record(id);
-        let seen = ReadState::from_revision(account.as_ref().map(|account| account.revision));
-        reads.add(RecordId::Account(id.clone()), seen);
+        let read_state = ReadState::from_revision(account.as_ref().map(|account| account.revision));
+        reads.add(RecordId::Account(id.clone()), read_state);
         account
     }
 
     /// Everything besides its record that decides what a key is granted in an account.
-    fn track_grant_sources(&self, key: &impl KeyAttributes, asked: Option<&AccountId>, reads: &mut ReadSet) {
+    fn track_grant_sources(
+        &self,
+        key: &impl KeyAttributes,
+        requested: Option<&AccountId>,
+        reads: &mut ReadSet,
+    ) {
         let owner = key.owner().account();
         for name in key.roles() {
             self.resolve_role_tracked(owner, name, reads);
         }
-        let Some(account) = owner.or(asked) else { return };
+        let Some(account) = owner.or(requested) else { return };
         self.account_record_tracked(account, reads);
         let member = key.owner().user().and_then(|user| self.member_record_tracked(account, user, reads));
         if let Some(member) = member {
@@ -104,22 +109,23 @@ impl Engine {
             reads.add(RecordId::Key(found.key.id()), ReadState::UnchangedSince(revision));
             self.index.track_grant_sources(&found.key, account, reads);
         }
-        let judged = self.lease.with_validity(
+        let evaluation = self.lease.with_validity(
             || self.clock.boottime(),
-            |fresh| self.evaluate_caller_digest(digest, account, anywhere, peer, fresh),
+            |has_valid_lease| self.evaluate_caller_digest(digest, account, anywhere, peer, has_valid_lease),
         )?;
-        let judged = match judged {
-            Ok(judged) if judged.failures.primary_reason() == Reason::Ok => judged,
-            Ok(judged) => return Ok(Err(judged.failures.primary_reason())),
+        let evaluation = match evaluation {
+            Ok(evaluation) if evaluation.failures.primary_reason() == Reason::Ok => evaluation,
+            Ok(evaluation) => return Ok(Err(evaluation.failures.primary_reason())),
             Err(reason) => return Ok(Err(reason)),
         };
-        if !judged.has_valid_lease {
+        if !evaluation.has_valid_lease {
             return Err(CheckError::LeaseLost);
         }
-        let (key, version) = (judged.found_key.key, judged.found_key.secret_version);
-        let superseded = key.secret_expiries().find(|(of, _)| *of == version).and_then(|(_, end)| end);
-        [key.expires_at(), superseded].into_iter().flatten().for_each(|end| reads.limit_until(end));
-        Ok(Ok((key, judged.granted_scopes)))
+        let (key, secret_version) = (evaluation.found_key.key, evaluation.found_key.secret_version);
+        let superseded_at =
+            key.secret_expiries().find(|(of, _)| *of == secret_version).and_then(|(_, end)| end);
+        [key.expires_at(), superseded_at].into_iter().flatten().for_each(|end| reads.limit_until(end));
+        Ok(Ok((key, evaluation.granted_scopes)))
     }
 
     /// Whether the account of a certificate's caller exists and is not suspended.
@@ -132,11 +138,11 @@ impl Engine {
         reads: &mut ReadSet,
     ) -> Result<bool, CheckError> {
         self.index.account_record_tracked(identity.account(), reads);
-        let vouched = self.account_status(identity.account())?;
-        if vouched.is_active && !vouched.has_valid_lease {
+        let status = self.account_status(identity.account())?;
+        if status.is_active && !status.has_valid_lease {
             Err(CheckError::LeaseLost)
         } else {
-            Ok(vouched.is_active)
+            Ok(status.is_active)
         }
     }
 
@@ -146,10 +152,10 @@ impl Engine {
     /// # Errors
     /// As [`Engine::lookup`].
     pub fn find_possessed_key(&self, digest: &TokenDigest) -> Result<Option<KeyMatch>, CheckError> {
-        let living = |holder: &KeyMatch| {
-            holder.key.is_revoked()
-                || !holder.key.is_secret_superseded(holder.secret_version, self.clock.now())
+        let proves_possession = |key_match: &KeyMatch| {
+            key_match.key.is_revoked()
+                || !key_match.key.is_secret_superseded(key_match.secret_version, self.clock.now())
         };
-        Ok(self.find_key_by_digest(Some(digest))?.filter(living))
+        Ok(self.find_key_by_digest(Some(digest))?.filter(proves_possession))
     }
 }

@@ -97,12 +97,12 @@ impl std::fmt::Debug for UsageRecorder {
 
 impl UsageRecorder {
     /// Notes a Check of a key: allowed ones are uses of the secret. `drew`: the budget, if the quota was drawn from.
-    pub fn record(&self, note: UsageEvent, drew: Option<&Arc<KeyLimitState>>) {
-        self.count_dropped(self.buffer.push(note));
-        if let Some(budget) = drew {
+    pub fn record(&self, event: UsageEvent, touched_quota: Option<&Arc<KeyLimitState>>) {
+        self.count_dropped(self.buffer.push(event));
+        if let Some(limit_state) = touched_quota {
             // The last byte of a UUIDv7 is random.
-            let shard = &self.touched_quotas[usize::from(note.key_id.as_bytes()[15]) % QUOTA_SHARDS];
-            lock(shard).entry(note.key_id).or_insert_with(|| budget.clone());
+            let shard = &self.touched_quotas[usize::from(event.key_id.as_bytes()[15]) % QUOTA_SHARDS];
+            lock(shard).entry(event.key_id).or_insert_with(|| limit_state.clone());
         }
     }
 
@@ -146,8 +146,8 @@ impl UsageRecorder {
     ///
     /// # Errors
     /// When the store fails.
-    pub async fn flush(&self, store: &dyn Store, pace: FlushMode) -> Result<(), StoreError> {
-        let _urgent = (pace == FlushMode::Immediate).then(|| ImmediateFlushGuard::new(self));
+    pub async fn flush(&self, store: &dyn Store, mode: FlushMode) -> Result<(), StoreError> {
+        let _urgent = (mode == FlushMode::Immediate).then(|| ImmediateFlushGuard::new(self));
         let _one = self.flush_lock.lock().await;
         self.merge_thread_buffers().enqueue();
         let mut drawn: Option<Instant> = None;
@@ -157,13 +157,13 @@ impl UsageRecorder {
                 self.flush_quotas(store).await?;
                 drawn = Some(Instant::now());
             }
-            let begun = Instant::now();
+            let started = Instant::now();
             let writing = self.write_lock.lock().await;
             let Some(batch) = self.buffer.next_batch(build_batch) else { return Ok(()) };
             self.write_batch(store, &batch, &HashMap::new()).await?;
             self.buffer.remove_batch();
             drop(writing);
-            self.rest_after_write(begun.elapsed()).await;
+            self.rest_after_write(started.elapsed()).await;
         }
     }
 
@@ -174,10 +174,10 @@ impl UsageRecorder {
     }
 
     /// Leaves the machine to others after a write that took so long.
-    async fn rest_after_write(&self, took: Duration) {
-        let urged = self.immediate_requested.notified();
+    async fn rest_after_write(&self, duration: Duration) {
+        let requested = self.immediate_requested.notified();
         if self.immediate_waiters.load(Ordering::SeqCst) == 0 && self.buffer.sharded_keys() < REST_THRESHOLD {
-            let _ = tokio::time::timeout((took * REST_FACTOR).min(MAX_REST), urged).await;
+            let _ = tokio::time::timeout((duration * REST_FACTOR).min(MAX_REST), requested).await;
         }
     }
 
@@ -190,8 +190,8 @@ impl UsageRecorder {
     ) -> Result<(), StoreError> {
         let written = store.record_usage(batch).await;
         for (key, total) in written.as_deref().unwrap_or_default() {
-            if let Some((budget, drawn)) = drawn.get(key) {
-                budget.confirm_flush(*drawn, *total);
+            if let Some((limit_state, drawn)) = drawn.get(key) {
+                limit_state.confirm_flush(*drawn, *total);
             }
         }
         self.failing.store(written.is_err(), Ordering::Relaxed);
@@ -201,8 +201,8 @@ impl UsageRecorder {
     }
 
     /// Has the store count at once what was used of a key's quota.
-    pub fn request_quota_flush(&self, key: KeyId, budget: &Arc<KeyLimitState>) {
-        lock(&self.urgent_quotas).insert(key, budget.clone());
+    pub fn request_quota_flush(&self, key: KeyId, limit_state: &Arc<KeyLimitState>) {
+        lock(&self.urgent_quotas).insert(key, limit_state.clone());
         self.quota_flush_requested.notify_one();
     }
 
@@ -234,8 +234,8 @@ impl UsageRecorder {
     /// Has everything counted that was drawn.
     async fn flush_quotas(&self, store: &dyn Store) -> Result<(), StoreError> {
         for shard in &self.touched_quotas {
-            let drew = std::mem::take(&mut *lock(shard));
-            lock(&self.urgent_quotas).extend(drew);
+            let touched_quota = std::mem::take(&mut *lock(shard));
+            lock(&self.urgent_quotas).extend(touched_quota);
         }
         self.flush_urgent_quotas(store).await
     }
@@ -243,22 +243,25 @@ impl UsageRecorder {
     async fn flush_urgent_quotas(&self, store: &dyn Store) -> Result<(), StoreError> {
         loop {
             let _one = self.write_lock.lock().await;
-            let budgets: Vec<_> = {
-                let mut hurried = lock(&self.urgent_quotas);
-                let some: Vec<KeyId> = hurried.keys().take(QUOTA_BATCH).copied().collect();
-                some.into_iter().filter_map(|key| hurried.remove_entry(&key)).collect()
+            let limit_states: Vec<_> = {
+                let mut urgent = lock(&self.urgent_quotas);
+                let keys: Vec<KeyId> = urgent.keys().take(QUOTA_BATCH).copied().collect();
+                keys.into_iter().filter_map(|key| urgent.remove_entry(&key)).collect()
             };
-            if budgets.is_empty() {
+            if limit_states.is_empty() {
                 return Ok(());
             }
-            let drawn: HashMap<_, _> = budgets
+            let drawn: HashMap<_, _> = limit_states
                 .into_iter()
-                .filter_map(|(key, budget)| Some((key, (budget.clone(), budget.take_pending_units()?))))
+                .filter_map(|(key, limit_state)| {
+                    Some((key, (limit_state.clone(), limit_state.take_pending_units()?)))
+                })
                 .collect();
-            let spent = drawn.iter().map(|(key, (_, drawn))| (*key, *drawn)).collect();
-            let batch = UsageBatch { quota_units: spent, ..UsageBatch::default() };
+            let quota_units = drawn.iter().map(|(key, (_, drawn))| (*key, *drawn)).collect();
+            let batch = UsageBatch { quota_units, ..UsageBatch::default() };
             if let Err(error) = self.write_batch(store, &batch, &drawn).await {
-                lock(&self.urgent_quotas).extend(drawn.into_iter().map(|(key, (budget, _))| (key, budget)));
+                lock(&self.urgent_quotas)
+                    .extend(drawn.into_iter().map(|(key, (limit_state, _))| (key, limit_state)));
                 return Err(error);
             }
         }
@@ -285,10 +288,14 @@ impl Drop for ImmediateFlushGuard<'_> {
 /// What is to be written of some keys.
 fn build_batch(keys: &[(KeyId, KeyUsage)]) -> UsageBatch {
     let mut batch = UsageBatch::default();
-    for (key_id, trace) in keys {
+    for (key_id, key_usage) in keys {
         let key_id = *key_id;
-        batch.secret_uses.extend(trace.secret_uses().map(|(version, at)| SecretUse { key_id, version, at }));
-        let counts = trace.counts();
+        batch.secret_uses.extend(key_usage.secret_uses().map(|(version, at)| SecretUse {
+            key_id,
+            version,
+            at,
+        }));
+        let counts = key_usage.counts();
         batch.counts.extend(counts.map(|(hour, reason, count)| UsageCount { key_id, hour, reason, count }));
     }
     batch
@@ -310,13 +317,13 @@ mod tests {
     #[test]
     fn the_latest_allowed_use_of_each_secret_counts() {
         let usage = UsageRecorder::default();
-        let note = |version, reason, at| {
+        let record = |version, reason, at| {
             usage.record(UsageEvent { key_id: key(), at, secret_version: version, reason }, None)
         };
-        note(1, Reason::Ok, at(5));
-        note(1, Reason::Ok, at(4));
-        note(2, Reason::Ok, at(9));
-        note(3, Reason::Rotated, at(9));
+        record(1, Reason::Ok, at(5));
+        record(1, Reason::Ok, at(4));
+        record(2, Reason::Ok, at(9));
+        record(3, Reason::Rotated, at(9));
         assert_eq!(usage.last_pending_use(key(), 1), Some(at(5)));
         assert_eq!(usage.last_pending_use(key(), 2), Some(at(9)));
         assert_eq!(usage.last_pending_use(key(), 3), None, "a denied Check is no use");

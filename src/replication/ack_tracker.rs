@@ -32,41 +32,45 @@ impl AckTracker {
         self.0.borrow().is_receiving
     }
 
-    pub(super) fn set_receiving(&self, hears: bool) {
-        self.0.send_if_modified(|heard| std::mem::replace(&mut heard.is_receiving, hears) != hears);
+    pub(super) fn set_receiving(&self, receiving: bool) {
+        self.0.send_if_modified(|observed| {
+            std::mem::replace(&mut observed.is_receiving, receiving) != receiving
+        });
     }
 
     /// A replica has told up to where it has acknowledged.
-    pub(super) fn record_ack(&self, replica: ReplicaId, upto: Revision) {
-        self.0.send_if_modified(|heard| {
-            heard
+    pub(super) fn record_ack(&self, replica: ReplicaId, up_to: Revision) {
+        self.0.send_if_modified(|observed| {
+            observed
                 .revision_by_replica
                 .get_mut(&replica)
-                .is_some_and(|known| std::mem::replace(known, upto.max(*known)) < upto)
+                .is_some_and(|acked| std::mem::replace(acked, up_to.max(*acked)) < up_to)
         });
     }
 
     /// The rows say who there is, and up to where each has acknowledged. What was told beyond the newest revision was no
     /// replica's word.
     pub(super) fn update_replicas(&self, ReplicaSnapshot { listing, head, .. }: &ReplicaSnapshot) {
-        self.0.send_modify(|heard| {
-            let before = std::mem::take(&mut heard.revision_by_replica);
-            let holding = listing.rows.iter().filter_map(|row| Some((row.id, row.applied?)));
-            let told = |id| before.get(&id).copied().filter(|told| told <= head).unwrap_or_default();
-            heard.revision_by_replica = holding.map(|(id, applied)| (id, applied.max(told(id)))).collect();
+        self.0.send_modify(|observed| {
+            let before = std::mem::take(&mut observed.revision_by_replica);
+            let applied = listing.rows.iter().filter_map(|row| Some((row.id, row.applied?)));
+            let reported =
+                |id| before.get(&id).copied().filter(|reported| reported <= head).unwrap_or_default();
+            observed.revision_by_replica =
+                applied.map(|(id, applied)| (id, applied.max(reported(id)))).collect();
         });
     }
 
     /// Returns when all that are known, without `own`, seem to have acknowledged the revision; never where none are.
     pub(super) async fn wait_for_all(&self, own: Option<ReplicaId>, revision: Revision) {
-        let all = |heard: &ObservedAcks| {
-            let mut others = heard
+        let all = |observed: &ObservedAcks| {
+            let mut others = observed
                 .revision_by_replica
                 .iter()
                 .filter(|(id, _)| Some(**id) != own)
-                .map(|(_, upto)| upto)
+                .map(|(_, up_to)| up_to)
                 .peekable();
-            others.peek().is_some() && others.all(|upto| *upto >= revision)
+            others.peek().is_some() && others.all(|up_to| *up_to >= revision)
         };
         if self.0.subscribe().wait_for(all).await.is_err() {
             std::future::pending().await

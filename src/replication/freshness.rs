@@ -49,64 +49,67 @@ impl FreshnessBarrier {
     /// Where others do. Readings run on the current runtime for as long as anybody may ask.
     #[must_use]
     pub fn for_replicas(
-        fleet: Arc<dyn ReplicaRegistry>,
-        follow: Arc<LogApplier>,
-        sight: Arc<ReplicaStatus>,
+        registry: Arc<dyn ReplicaRegistry>,
+        log_applier: Arc<LogApplier>,
+        status: Arc<ReplicaStatus>,
     ) -> FreshnessBarrier {
-        let (asks, asked) = mpsc::channel(MAX_WAITING_REQUESTS);
-        tokio::spawn(serve_catch_ups(fleet.clone(), follow, asked));
-        FreshnessBarrier(Some(FreshnessSource { requests: asks, registry: fleet, status: sight }))
+        let (requests, receiver) = mpsc::channel(MAX_WAITING_REQUESTS);
+        tokio::spawn(serve_catch_ups(registry.clone(), log_applier, receiver));
+        FreshnessBarrier(Some(FreshnessSource { requests, registry, status }))
     }
 
     /// Whether everything is in the index that was committed before: else the database has failed to tell, and what
     /// is not there may be there all the same.
     pub async fn catch_up(&self) -> bool {
-        let Some(FreshnessSource { requests: asks, .. }) = &self.0 else { return true };
-        let (answer, heard) = oneshot::channel();
-        let asked = async {
-            match asks.send(answer).await {
-                Ok(()) => heard.await.unwrap_or(false),
+        let Some(FreshnessSource { requests, .. }) = &self.0 else { return true };
+        let (reply, received) = oneshot::channel();
+        let receiver = async {
+            match requests.send(reply).await {
+                Ok(()) => received.await.unwrap_or(false),
                 Err(_) => false,
             }
         };
-        tokio::time::timeout(CATCH_UP_TIMEOUT, asked).await.unwrap_or(false)
+        tokio::time::timeout(CATCH_UP_TIMEOUT, receiver).await.unwrap_or(false)
     }
 
     /// Whether what was read from the database since then was the newest there was: else it may be one that another has
     /// replaced, and what is not there may be in the other.
     pub async fn confirm_linearizable(&self, since: Instant) -> bool {
-        let Some(FreshnessSource { registry: fleet, status: sight, .. }) = &self.0 else { return true };
-        let Some(id) = sight.replica_id() else { return false };
-        let proven = tokio::time::timeout(CATCH_UP_TIMEOUT, fleet.confirm_primary(id, since)).await;
-        matches!(proven, Ok(Ok(true)))
+        let Some(FreshnessSource { registry, status, .. }) = &self.0 else { return true };
+        let Some(id) = status.replica_id() else { return false };
+        let confirmed = tokio::time::timeout(CATCH_UP_TIMEOUT, registry.confirm_primary(id, since)).await;
+        matches!(confirmed, Ok(Ok(true)))
     }
 }
 
 /// One reading for all who asked before it was begun.
 async fn serve_catch_ups(
-    fleet: Arc<dyn ReplicaRegistry>,
-    follow: Arc<LogApplier>,
-    mut asked: mpsc::Receiver<oneshot::Sender<bool>>,
+    registry: Arc<dyn ReplicaRegistry>,
+    log_applier: Arc<LogApplier>,
+    mut receiver: mpsc::Receiver<oneshot::Sender<bool>>,
 ) {
     let mut waiting = Vec::new();
-    while asked.recv_many(&mut waiting, MAX_WAITING_REQUESTS).await > 0 {
-        let heard = apply_new_entries(&*fleet, &follow).await.unwrap_or_else(|error| {
+    while receiver.recv_many(&mut waiting, MAX_WAITING_REQUESTS).await > 0 {
+        let received = apply_new_entries(&*registry, &log_applier).await.unwrap_or_else(|error| {
             tracing::warn!(error = &error as &dyn std::error::Error, "the newest changes were not read");
             false
         });
-        for answer in waiting.drain(..) {
+        for reply in waiting.drain(..) {
             // Whoever has gone away does not hear of it.
-            let _ = answer.send(heard);
+            let _ = reply.send(received);
         }
     }
 }
 
 /// Reads what was there when it began. What does not fit is the feed's to deal with.
-async fn apply_new_entries(fleet: &dyn ReplicaRegistry, follow: &LogApplier) -> Result<bool, StoreError> {
-    while let Some(at) = follow.position() {
-        let rows = fleet.fetch_changes_after(at.revision).await?;
-        let last = rows.len() < MAX_CHANGES_PER_REPLY as usize;
-        if follow.apply_and_request_ack(rows)?.is_err() {
+async fn apply_new_entries(
+    registry: &dyn ReplicaRegistry,
+    log_applier: &LogApplier,
+) -> Result<bool, StoreError> {
+    while let Some(at) = log_applier.position() {
+        let entries = registry.fetch_changes_after(at.revision).await?;
+        let last = entries.len() < MAX_CHANGES_PER_REPLY as usize;
+        if log_applier.apply_and_request_ack(entries)?.is_err() {
             return Ok(false);
         }
         if last {

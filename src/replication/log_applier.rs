@@ -67,14 +67,8 @@ impl LogApplier {
     /// Over an index that nothing is loaded into.
     #[must_use]
     pub fn new(index: Arc<Index>) -> LogApplier {
-        let (moved, heard, diverged) = Default::default();
-        LogApplier {
-            index,
-            state: Mutex::default(),
-            position: moved,
-            ack_requests: heard,
-            divergence: diverged,
-        }
+        let (moved, ack_requests, divergence) = Default::default();
+        LogApplier { index, state: Mutex::default(), position: moved, ack_requests, divergence }
     }
 
     fn lock_state(&self) -> MutexGuard<'_, ApplierState> {
@@ -139,8 +133,8 @@ impl LogApplier {
 
     /// Whether somebody may wait to hear that everything up to here is acknowledged. It is told once.
     #[must_use]
-    pub fn take_due_ack(&self, upto: Revision) -> bool {
-        self.lock_state().unacknowledged.take_if(|untold| *untold <= upto).is_some()
+    pub fn take_due_ack(&self, up_to: Revision) -> bool {
+        self.lock_state().unacknowledged.take_if(|unacked| *unacked <= up_to).is_some()
     }
 
     /// Takes changes of others that are in order; those that it has already do not count. Gives where it is then, and
@@ -150,41 +144,41 @@ impl LogApplier {
     /// When they do not follow what it has. What followed up to there is in force.
     pub fn apply_entries(
         &self,
-        rows: &[(LogEntry, RecordChange)],
+        entries: &[(LogEntry, RecordChange)],
     ) -> Result<(LogPosition, bool), ApplyError> {
-        self.apply_sequence(rows, true)
+        self.apply_sequence(entries, true)
     }
 
     fn apply_sequence(
         &self,
-        rows: &[(LogEntry, RecordChange)],
+        entries: &[(LogEntry, RecordChange)],
         others: bool,
     ) -> Result<(LogPosition, bool), ApplyError> {
-        let mut place_of_state = self.lock_state();
+        let mut guard = self.lock_state();
         // Away while the index takes what it says: should that panic, nothing is known to be in force any more.
-        let mut state = std::mem::take(&mut *place_of_state);
-        let (mut new, mut moved, mut broken) = (0..0, false, None);
-        for (place, (row, _)) in rows.iter().enumerate() {
-            match state.advance(row, others) {
+        let mut state = std::mem::take(&mut *guard);
+        let (mut new, mut moved, mut error) = (0..0, false, None);
+        for (place, (entry, _)) in entries.iter().enumerate() {
+            match state.advance(entry, others) {
                 Ok(true) if new.end == place => new.end += 1,
                 Ok(true) => {
-                    self.index.apply_local(&rows[new]);
+                    self.index.apply_local(&entries[new]);
                     new = place..place + 1;
                 }
                 Ok(false) => continue,
                 Err(found) => {
-                    broken = Some(found);
+                    error = Some(found);
                     break;
                 }
             }
             moved = true;
         }
         // Those that follow each other go in at once: the index makes room once for all of them.
-        self.index.apply_local(&rows[new]);
+        self.index.apply_local(&entries[new]);
         let at = state.position;
-        *place_of_state = state;
-        if let Some(broken) = broken {
-            return Err(broken);
+        *guard = state;
+        if let Some(error) = error {
+            return Err(error);
         }
         let at = at.ok_or(ApplyError::NotLoaded)?;
         if moved {
@@ -199,10 +193,12 @@ impl LogApplier {
     /// When a row cannot be read; inside, as [`LogApplier::take`].
     pub fn decode_and_apply(
         &self,
-        rows: Vec<LogEntry>,
+        entries: Vec<LogEntry>,
     ) -> Result<Result<(LogPosition, bool), ApplyError>, StoreError> {
-        let rows = rows.into_iter().map(LogEntry::decode_change).collect::<Result<Vec<_>, _>>();
-        rows.map(|rows| self.apply_entries(&rows)).map_err(|error| StoreError::Damaged(error.to_string()))
+        let entries = entries.into_iter().map(LogEntry::decode_change).collect::<Result<Vec<_>, _>>();
+        entries
+            .map(|entries| self.apply_entries(&entries))
+            .map_err(|error| StoreError::Damaged(error.to_string()))
     }
 
     /// The same of rows that no renewal brought. What may take something away is to be acknowledged at once: somebody waits
@@ -212,15 +208,15 @@ impl LogApplier {
     /// As [`LogApplier::decode_and_apply`].
     pub fn apply_and_request_ack(
         &self,
-        rows: Vec<LogEntry>,
+        entries: Vec<LogEntry>,
     ) -> Result<Result<LogPosition, ApplyError>, StoreError> {
-        Ok(self.decode_and_apply(rows)?.map(|(at, moved)| self.request_ack(at, moved)))
+        Ok(self.decode_and_apply(entries)?.map(|(at, moved)| self.request_ack(at, moved)))
     }
 
     /// What changes that do not fit mean to the machine.
-    pub(super) fn divergence_event(&self, broken: ApplyError) -> Option<ReplicaEvent> {
+    pub(super) fn divergence_event(&self, error: ApplyError) -> Option<ReplicaEvent> {
         let ours = self.position()?;
-        let head = match broken {
+        let head = match error {
             ApplyError::HistoryDiverged { head, .. } => head,
             // What came between is missing, or cannot be read: the map cannot be trusted to be whole any more.
             ApplyError::Gap => ours.revision,
@@ -229,9 +225,9 @@ impl LogApplier {
         Some(ReplicaEvent::Diverged { local_position: ours, head })
     }
 
-    fn report_divergence(&self, broken: ApplyError) {
-        tracing::error!(?broken, "changes that were committed do not follow what this process holds");
-        self.divergence.send_replace(Some(broken));
+    fn report_divergence(&self, error: ApplyError) {
+        tracing::error!(broken = ?error, "changes that were committed do not follow what this process holds");
+        self.divergence.send_replace(Some(error));
     }
 
     fn request_ack(&self, at: LogPosition, moved: bool) -> LogPosition {
@@ -244,27 +240,27 @@ impl LogApplier {
 
 impl ApplierState {
     /// Goes on to an entry that follows; one that is known already is none.
-    fn advance(&mut self, row: &LogEntry, others: bool) -> Result<bool, ApplyError> {
+    fn advance(&mut self, entry: &LogEntry, others: bool) -> Result<bool, ApplyError> {
         let at = self.position.ok_or(ApplyError::NotLoaded)?;
-        let other = ApplyError::HistoryDiverged { ours: at, head: row.revision };
-        if row.revision <= at.revision {
+        let other = ApplyError::HistoryDiverged { ours: at, head: entry.revision };
+        if entry.revision <= at.revision {
             // Links that are long past are not remembered.
-            return match self.entry_hash(row.revision) {
-                Some(hash) if hash != row.hash => Err(other),
+            return match self.entry_hash(entry.revision) {
+                Some(hash) if hash != entry.hash => Err(other),
                 _ => Ok(false),
             };
         }
-        if row.revision > at.revision.next() {
+        if entry.revision > at.revision.next() {
             return Err(ApplyError::Gap);
         }
         // What this process has just made of what the database ended with needs no second look at its own hash.
-        let follows = if others { row.follows(at.revision, &at.hash) } else { row.prev_hash == at.hash };
+        let follows = if others { entry.follows(at.revision, &at.hash) } else { entry.prev_hash == at.hash };
         if !follows {
             return Err(other);
         }
-        self.set_position(LogPosition { revision: row.revision, hash: row.hash });
-        if others && row.may_restrict() {
-            self.unacknowledged = Some(row.revision);
+        self.set_position(LogPosition { revision: entry.revision, hash: entry.hash });
+        if others && entry.may_restrict() {
+            self.unacknowledged = Some(entry.revision);
         }
         Ok(true)
     }
@@ -290,16 +286,16 @@ impl ChangeListener for LogApplier {
         self.position().unwrap_or(LogPosition::START).revision
     }
 
-    fn apply_local(&self, rows: &[(LogEntry, RecordChange)]) {
-        if let Err(broken) = self.apply_sequence(rows, false) {
-            self.report_divergence(broken);
+    fn apply_local(&self, entries: &[(LogEntry, RecordChange)]) {
+        if let Err(error) = self.apply_sequence(entries, false) {
+            self.report_divergence(error);
         }
     }
 
-    fn apply_remote(&self, rows: &[(LogEntry, RecordChange)]) {
-        match self.apply_entries(rows) {
+    fn apply_remote(&self, entries: &[(LogEntry, RecordChange)]) {
+        match self.apply_entries(entries) {
             Ok((at, moved)) => drop(self.request_ack(at, moved)),
-            Err(broken) => self.report_divergence(broken),
+            Err(error) => self.report_divergence(error),
         }
     }
 

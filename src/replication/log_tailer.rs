@@ -33,23 +33,24 @@ const INITIAL_BACKOFF: Duration = Duration::from_millis(100);
 const MAX_BACKOFF: Duration = Duration::from_secs(5);
 
 /// Tells the machine how far the map has come by other ways than its renewals, and what of it others wait to hear.
-pub(super) async fn forward_positions(follow: Arc<LogApplier>, answers: mpsc::Sender<ReplicaTaskInput>) {
-    let (mut moves, mut hearings) = (follow.subscribe_position(), follow.subscribe_ack_requests());
+pub(super) async fn forward_positions(log_applier: Arc<LogApplier>, inputs: mpsc::Sender<ReplicaTaskInput>) {
+    let (mut positions, mut ack_requests) =
+        (log_applier.subscribe_position(), log_applier.subscribe_ack_requests());
     loop {
         let (at, heard) = tokio::select! {
-            moved = moves.changed() => match moved {
-                Ok(()) => (*moves.borrow_and_update(), false),
+            moved = positions.changed() => match moved {
+                Ok(()) => (*positions.borrow_and_update(), false),
                 Err(_) => return,
             },
-            heard = hearings.changed() => match heard {
-                Ok(()) => (*hearings.borrow_and_update(), true),
+            heard = ack_requests.changed() => match heard {
+                Ok(()) => (*ack_requests.borrow_and_update(), true),
                 Err(_) => return,
             },
         };
         let Some(to) = at else { continue };
         let hint = heard.then_some(ReplicaEvent::Hint);
         for event in [ReplicaEvent::Advanced { to }].into_iter().chain(hint) {
-            if answers.send(ReplicaTaskInput::Event(event)).await.is_err() {
+            if inputs.send(ReplicaTaskInput::Event(event)).await.is_err() {
                 return;
             }
         }
@@ -57,12 +58,15 @@ pub(super) async fn forward_positions(follow: Arc<LogApplier>, answers: mpsc::Se
 }
 
 /// Tells the machine when one of this process's own commits has met another history.
-pub(super) async fn forward_divergences(follow: Arc<LogApplier>, answers: mpsc::Sender<ReplicaTaskInput>) {
-    let mut broken = follow.subscribe_divergence();
-    while broken.changed().await.is_ok() {
-        let met = *broken.borrow_and_update();
-        if let Some(event) = met.and_then(|broken| follow.divergence_event(broken))
-            && answers.send(ReplicaTaskInput::Event(event)).await.is_err()
+pub(super) async fn forward_divergences(
+    log_applier: Arc<LogApplier>,
+    inputs: mpsc::Sender<ReplicaTaskInput>,
+) {
+    let mut divergence = log_applier.subscribe_divergence();
+    while divergence.changed().await.is_ok() {
+        let error = *divergence.borrow_and_update();
+        if let Some(event) = error.and_then(|divergence| log_applier.divergence_event(divergence))
+            && inputs.send(ReplicaTaskInput::Event(event)).await.is_err()
         {
             return;
         }
@@ -99,50 +103,50 @@ fn are_notifications_disabled() -> bool {
 
 /// Reads the log when others commit, or seem to.
 pub(super) async fn tail_log(
-    fleet: Arc<dyn ReplicaRegistry>,
-    follow: Arc<LogApplier>,
-    sight: Arc<ReplicaStatus>,
-    answers: mpsc::Sender<ReplicaTaskInput>,
+    registry: Arc<dyn ReplicaRegistry>,
+    log_applier: Arc<LogApplier>,
+    status: Arc<ReplicaStatus>,
+    inputs: mpsc::Sender<ReplicaTaskInput>,
 ) {
     #[cfg(keyward_breakable)]
     if are_notifications_disabled() {
         return std::future::pending().await;
     }
-    let (hinted, hears) = (Notify::new(), AtomicBool::new(false));
+    let (poll_now, is_receiving) = (Notify::new(), AtomicBool::new(false));
     tokio::join!(
-        receive_notifications(&*fleet, &follow, &sight, &hinted, &hears),
-        poll_log(&*fleet, &follow, &answers, &hinted, &hears)
+        receive_notifications(&*registry, &log_applier, &status, &poll_now, &is_receiving),
+        poll_log(&*registry, &log_applier, &inputs, &poll_now, &is_receiving)
     );
 }
 
 async fn receive_notifications(
-    fleet: &dyn ReplicaRegistry,
-    follow: &LogApplier,
-    sight: &ReplicaStatus,
-    hinted: &Notify,
-    hears: &AtomicBool,
+    registry: &dyn ReplicaRegistry,
+    log_applier: &LogApplier,
+    status: &ReplicaStatus,
+    poll_now: &Notify,
+    is_receiving: &AtomicBool,
 ) {
     let mut backoff = INITIAL_BACKOFF;
-    let hear = |does: bool| {
-        hears.store(does, Ordering::Relaxed);
-        sight.ack_tracker().set_receiving(does);
+    let set_receiving = |receiving: bool| {
+        is_receiving.store(receiving, Ordering::Relaxed);
+        status.ack_tracker().set_receiving(receiving);
     };
     loop {
-        let hint = fleet.next_notification().await;
-        hear(hint.is_ok());
+        let hint = registry.next_notification().await;
+        set_receiving(hint.is_ok());
         match hint {
             Ok(hint) => {
                 backoff = INITIAL_BACKOFF;
                 match hint {
-                    ReplicaNotification::Acknowledged { replica, up_to: upto } => {
-                        sight.ack_tracker().record_ack(replica, upto);
+                    ReplicaNotification::Acknowledged { replica, up_to } => {
+                        status.ack_tracker().record_ack(replica, up_to);
                         continue;
                     }
                     // Whoever commits takes it in without a reading.
                     ReplicaNotification::OwnCommit => continue,
                     // Another hint, or a renewal, has brought it.
-                    ReplicaNotification::Committed(Some(upto))
-                        if upto <= ChangeListener::applied_revision(follow) =>
+                    ReplicaNotification::Committed(Some(up_to))
+                        if up_to <= ChangeListener::applied_revision(log_applier) =>
                     {
                         continue;
                     }
@@ -158,28 +162,28 @@ async fn receive_notifications(
                 backoff = (backoff * 2).min(MAX_BACKOFF);
             }
         }
-        hinted.notify_one();
+        poll_now.notify_one();
     }
 }
 
 async fn poll_log(
-    fleet: &dyn ReplicaRegistry,
-    follow: &LogApplier,
-    answers: &mpsc::Sender<ReplicaTaskInput>,
-    hinted: &Notify,
-    hears: &AtomicBool,
+    registry: &dyn ReplicaRegistry,
+    log_applier: &LogApplier,
+    inputs: &mpsc::Sender<ReplicaTaskInput>,
+    poll_now: &Notify,
+    is_receiving: &AtomicBool,
 ) {
     loop {
-        if hears.load(Ordering::Relaxed) {
-            hinted.notified().await;
+        if is_receiving.load(Ordering::Relaxed) {
+            poll_now.notified().await;
         } else {
             // A hint or the time: both are reasons to look.
-            let _ = timeout(POLL_INTERVAL, hinted.notified()).await;
+            let _ = timeout(POLL_INTERVAL, poll_now.notified()).await;
         }
-        match read_new_entries(fleet, follow).await {
+        match read_new_entries(registry, log_applier).await {
             Ok(event) => {
                 if let Some(event) = event
-                    && answers.send(ReplicaTaskInput::Event(event)).await.is_err()
+                    && inputs.send(ReplicaTaskInput::Event(event)).await.is_err()
                 {
                     return;
                 }
@@ -192,10 +196,13 @@ async fn poll_log(
 
 /// Takes what the log has more. What does not fit is an event.
 async fn read_new_entries(
-    fleet: &dyn ReplicaRegistry,
-    follow: &LogApplier,
+    registry: &dyn ReplicaRegistry,
+    log_applier: &LogApplier,
 ) -> Result<Option<ReplicaEvent>, StoreError> {
-    let Some(at) = follow.position() else { return Ok(None) };
-    let rows = fleet.fetch_changes_after(at.revision).await?;
-    Ok(follow.apply_and_request_ack(rows)?.err().and_then(|broken| follow.divergence_event(broken)))
+    let Some(at) = log_applier.position() else { return Ok(None) };
+    let entries = registry.fetch_changes_after(at.revision).await?;
+    Ok(log_applier
+        .apply_and_request_ack(entries)?
+        .err()
+        .and_then(|divergence| log_applier.divergence_event(divergence)))
 }

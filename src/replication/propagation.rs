@@ -183,22 +183,17 @@ impl PropagationWaiter {
     /// Where there are replicas. Readings run on the current runtime for as long as anybody may wait.
     #[must_use]
     pub fn for_replicas(
-        fleet: Arc<dyn ReplicaRegistry>,
-        follow: Arc<LogApplier>,
-        sight: Arc<ReplicaStatus>,
+        registry: Arc<dyn ReplicaRegistry>,
+        log_applier: Arc<LogApplier>,
+        status: Arc<ReplicaStatus>,
         clock: Arc<dyn Clock>,
     ) -> PropagationWaiter {
-        let (readings, wanted) = mpsc::channel(MAX_WAITING_READS);
-        tokio::spawn(serve_snapshot_reads(fleet.clone(), sight.clone(), wanted));
-        let replicas = Some(ReplicaAccess {
-            registry: fleet,
-            log_applier: follow,
-            status: sight,
-            read_requests: readings,
-        });
+        let (read_requests, requests) = mpsc::channel(MAX_WAITING_READS);
+        tokio::spawn(serve_snapshot_reads(registry.clone(), status.clone(), requests));
+        let access = Some(ReplicaAccess { registry, log_applier, status, read_requests });
         PropagationWaiter {
             clock,
-            replica_access: replicas,
+            replica_access: access,
             stopping: watch::Sender::new(false),
             metrics: Arc::default(),
         }
@@ -231,7 +226,7 @@ impl PropagationWaiter {
     pub async fn is_recorded(&self, revision: Revision, newest: Revision) -> Result<bool, PropagationError> {
         let known = revision <= newest;
         match &self.replica_access {
-            Some(replicas) if !known => match replicas.fetch_entry_hash(revision).await {
+            Some(access) if !known => match access.fetch_entry_hash(revision).await {
                 Err(PropagationError::Lost(_)) => Ok(false),
                 found => found.map(|_| true),
             },
@@ -247,15 +242,15 @@ impl PropagationWaiter {
     pub async fn wait(
         &self,
         revision: Revision,
-        again: bool,
-        until: Option<Instant>,
+        is_repeat: bool,
+        deadline: Option<Instant>,
     ) -> Result<PropagationReport, PropagationError> {
-        let (committed, begun) = (self.clock.boottime(), Instant::now());
-        let each = &mut |_| ();
-        let followed = self.observe_propagation(revision, again, committed, until, each);
-        let ended = trace::in_phase_span(CallPhase::Propagation, followed).await;
+        let (committed, started) = (self.clock.boottime(), Instant::now());
+        let on_report = &mut |_| ();
+        let propagation = self.observe_propagation(revision, is_repeat, committed, deadline, on_report);
+        let ended = trace::in_phase_span(CallPhase::Propagation, propagation).await;
         match &ended {
-            Ok(_) => self.metrics.durations.record(0, begun.elapsed()),
+            Ok(_) => self.metrics.durations.record(0, started.elapsed()),
             Err(_) => self.metrics.incomplete_count.add(0, 1),
         }
         ended
@@ -268,12 +263,12 @@ impl PropagationWaiter {
     pub async fn wait_if_restricting(
         &self,
         revision: Revision,
-        reach: ChangeEffect,
-        until: Option<Instant>,
+        effect: ChangeEffect,
+        deadline: Option<Instant>,
     ) -> Result<PropagationReport, PropagationError> {
-        match reach {
+        match effect {
             ChangeEffect::Grants => Ok(self.complete_report(revision)),
-            ChangeEffect::Restricts { is_repeat: again } => self.wait(revision, again, until).await,
+            ChangeEffect::Restricts { is_repeat } => self.wait(revision, is_repeat, deadline).await,
         }
     }
 
@@ -284,23 +279,23 @@ impl PropagationWaiter {
     pub async fn watch(
         &self,
         revision: Revision,
-        each: &mut (dyn FnMut(PropagationReport) + Send),
+        on_report: &mut (dyn FnMut(PropagationReport) + Send),
     ) -> Result<PropagationReport, PropagationError> {
-        self.observe_propagation(revision, true, self.clock.boottime(), None, each).await
+        self.observe_propagation(revision, true, self.clock.boottime(), None, on_report).await
     }
 
     async fn observe_propagation(
         &self,
         revision: Revision,
-        again: bool,
+        is_repeat: bool,
         committed: BootInstant,
-        until: Option<Instant>,
-        each: &mut (dyn FnMut(PropagationReport) + Send),
+        deadline: Option<Instant>,
+        on_report: &mut (dyn FnMut(PropagationReport) + Send),
     ) -> Result<PropagationReport, PropagationError> {
-        let Some(replicas) = &self.replica_access else { return Ok(self.complete_report(revision)) };
-        let hash = match replicas.log_applier.entry_hash(revision) {
+        let Some(access) = &self.replica_access else { return Ok(self.complete_report(revision)) };
+        let hash = match access.log_applier.entry_hash(revision) {
             Some(hash) => hash,
-            None => match replicas.fetch_entry_hash(revision).await? {
+            None => match access.fetch_entry_hash(revision).await? {
                 Some(hash) => hash,
                 // Archived: every replica had acknowledged it.
                 None => return Ok(self.complete_report(revision)),
@@ -309,27 +304,27 @@ impl PropagationWaiter {
         let change = LogPosition { revision, hash };
         let mut wait = PropagationWait {
             clock: &*self.clock,
-            replica_access: replicas,
-            tracker: PropagationTracker::with_unknown_lease(change, again, committed),
+            replica_access: access,
+            tracker: PropagationTracker::with_unknown_lease(change, is_repeat, committed),
             hash,
             replica_names: HashMap::new(),
             sync_replicated: false,
-            deadline: until,
+            deadline,
             give_up_at: committed.saturating_add(MAX_WAIT),
             has_seen_acks: false,
         };
         let mut stopping = self.stopping.subscribe();
         let ended = async {
             // Others have not heard of it yet: who asks at once takes time from those who are to acknowledge.
-            if !again && replicas.status.replica_count() > 1 {
-                let told =
-                    replicas.status.has_ack_notifications() && replicas.status.ack_tracker().is_receiving();
+            if !is_repeat && access.status.replica_count() > 1 {
+                let expects_acks =
+                    access.status.has_ack_notifications() && access.status.ack_tracker().is_receiving();
                 tokio::select! {
-                    () = sleep(if told { NOTIFIED_POLL_DELAY } else { FIRST_POLL_DELAY }) => {}
+                    () = sleep(if expects_acks { NOTIFIED_POLL_DELAY } else { FIRST_POLL_DELAY }) => {}
                     () = wait.wait_for_acks() => {}
                 }
             }
-            wait.run(each).await
+            wait.run(on_report).await
         };
         tokio::select! {
             ended = ended => ended,
@@ -354,13 +349,13 @@ impl ReplicaAccess {
 
     /// The log's link at a revision; None = it was archived.
     async fn fetch_entry_hash(&self, revision: Revision) -> Result<Option<ChainHash>, PropagationError> {
-        let roster = self.registry.list_replicas(&[revision]).await.map_err(|error| {
+        let snapshot = self.registry.list_replicas(&[revision]).await.map_err(|error| {
             tracing::error!(error = &error as &dyn std::error::Error, "the log was not read");
             PropagationError::DatabaseUnavailable
         })?;
-        match roster.entry_hashes.get(&revision) {
+        match snapshot.entry_hashes.get(&revision) {
             Some(hash) => Ok(Some(*hash)),
-            None if revision <= roster.archived_up_to => Ok(None),
+            None if revision <= snapshot.archived_up_to => Ok(None),
             None => Err(PropagationError::Lost(revision)),
         }
     }
@@ -392,7 +387,7 @@ impl PropagationWait<'_> {
 
     async fn run(
         &mut self,
-        each: &mut (dyn FnMut(PropagationReport) + Send),
+        on_report: &mut (dyn FnMut(PropagationReport) + Send),
     ) -> Result<PropagationReport, PropagationError> {
         let mut event = PropagationEvent::Tick;
         loop {
@@ -400,7 +395,7 @@ impl PropagationWait<'_> {
             let read = matches!(event, PropagationEvent::Listed { .. });
             let actions = self.tracker.handle(event, now);
             if read {
-                each(self.report(self.tracker.status()));
+                on_report(self.report(self.tracker.status()));
             }
             let wake = match actions.into_iter().next() {
                 Some(PropagationAction::Finish(PropagationOutcome::Complete(progress))) => {
@@ -418,11 +413,11 @@ impl PropagationWait<'_> {
             if now >= self.give_up_at && self.tracker.status().completes_by.is_none() {
                 return Err(self.timeout_error());
             }
-            let until = self.deadline;
+            let deadline = self.deadline;
             event = tokio::select! {
                 () = sleep(wake.saturating_duration_since(now)) => PropagationEvent::Tick,
                 () = self.wait_for_acks() => PropagationEvent::Hint,
-                () = sleep_until_deadline(until) => return Err(self.timeout_error()),
+                () = sleep_until_deadline(deadline) => return Err(self.timeout_error()),
             };
         }
     }
@@ -433,15 +428,15 @@ impl PropagationWait<'_> {
         // Whatever the list says, by then it is complete; and a database that is away need not be waited for.
         let by = progress.completes_by.unwrap_or(self.give_up_at);
         let left = by.saturating_duration_since(self.clock.boottime());
-        let roster = tokio::select! {
-            roster = self.replica_access.read_snapshot(progress.revision) => roster,
+        let snapshot = tokio::select! {
+            snapshot = self.replica_access.read_snapshot(progress.revision) => snapshot,
             () = sleep(left) => return Ok(PropagationEvent::Failed { attempt }),
             () = sleep_until_deadline(self.deadline) => return Err(self.timeout_error()),
         };
-        let Ok(roster) = roster else { return Ok(PropagationEvent::Failed { attempt }) };
-        self.replica_names.clone_from(&roster.names);
-        self.sync_replicated = roster.sync_replicated;
-        let mut listing = roster.listing.clone();
+        let Ok(snapshot) = snapshot else { return Ok(PropagationEvent::Failed { attempt }) };
+        self.replica_names.clone_from(&snapshot.names);
+        self.sync_replicated = snapshot.sync_replicated;
+        let mut listing = snapshot.listing.clone();
         // What is in force here needs no acknowledgment: the change itself, not another of the same number.
         if self.replica_access.log_applier.entry_hash(progress.revision) == Some(self.hash) {
             let own = self.replica_access.status.replica_id();
@@ -449,8 +444,8 @@ impl PropagationWait<'_> {
                 row.applied = row.applied.max(Some(progress.revision));
             }
         }
-        let archived = (progress.revision <= roster.archived_up_to).then_some(self.hash);
-        let link = roster.entry_hashes.get(&progress.revision).copied().or(archived);
+        let archived = (progress.revision <= snapshot.archived_up_to).then_some(self.hash);
+        let link = snapshot.entry_hashes.get(&progress.revision).copied().or(archived);
         Ok(PropagationEvent::Listed { attempt, listing, change_hash: link })
     }
 
@@ -466,10 +461,10 @@ impl PropagationWait<'_> {
                 .saturating_sub(now.0.saturating_duration_since(at))
         };
         let name = |id: &ReplicaId| self.replica_names.get(id).cloned().unwrap_or_else(|| id.0.to_string());
-        let unconfirmed = progress.unacknowledged.iter().map(|silent| LaggingReplica {
-            replica: name(&silent.id),
-            last_seen: silent.last_seen,
-            lease_ends_by: silent.lease_expires_by.map(wall),
+        let unconfirmed = progress.unacknowledged.iter().map(|lagging| LaggingReplica {
+            replica: name(&lagging.id),
+            last_seen: lagging.last_seen,
+            lease_ends_by: lagging.lease_expires_by.map(wall),
         });
         let complete_by = if progress.is_complete { Some(now.1) } else { progress.completes_by.map(wall) };
         PropagationReport {
@@ -483,25 +478,25 @@ impl PropagationWait<'_> {
     }
 }
 
-async fn sleep_until_deadline(until: Option<Instant>) {
-    match until {
-        Some(until) => sleep_until(until).await,
+async fn sleep_until_deadline(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => sleep_until(deadline).await,
         None => std::future::pending().await,
     }
 }
 
 /// Reads the rows for whoever waits: one reading for all who asked before it.
 async fn serve_snapshot_reads(
-    fleet: Arc<dyn ReplicaRegistry>,
-    sight: Arc<ReplicaStatus>,
-    mut wanted: mpsc::Receiver<SnapshotRequest>,
+    registry: Arc<dyn ReplicaRegistry>,
+    status: Arc<ReplicaStatus>,
+    mut requests: mpsc::Receiver<SnapshotRequest>,
 ) {
     let mut waiting = Vec::new();
-    while wanted.recv_many(&mut waiting, MAX_WAITING_READS).await > 0 {
+    while requests.recv_many(&mut waiting, MAX_WAITING_READS).await > 0 {
         let revisions: Vec<_> = waiting.iter().map(|(revision, _)| *revision).collect();
-        let read = fleet.list_replicas(&revisions).await.map(Arc::new).map_err(Arc::new);
-        if let Ok(roster) = &read {
-            sight.ack_tracker().update_replicas(roster);
+        let read = registry.list_replicas(&revisions).await.map(Arc::new).map_err(Arc::new);
+        if let Ok(snapshot) = &read {
+            status.ack_tracker().update_replicas(snapshot);
         }
         for (_, answer) in waiting.drain(..) {
             // Whoever has given up does not hear of it.

@@ -23,14 +23,14 @@ const METHOD: &str = "keyward replicas accept-regression";
 
 /// Returns when people have accepted the loss and everything known to be revoked is revoked again. `known` is the
 /// epoch of the history that this replica holds.
-pub(super) async fn wait_for_acceptance(parts: ReplicaDependencies, known: u64) {
-    let accepted = async || matches!(parts.registry.lease_config().await, Ok(terms) if terms.epoch > known);
+pub(super) async fn wait_for_acceptance(dependencies: ReplicaDependencies, known_epoch: u64) {
+    let accepted = async || matches!(dependencies.registry.lease_config().await, Ok(config) if config.epoch > known_epoch);
     while !accepted().await {
         sleep(POLL_INTERVAL).await;
     }
-    parts.registry.forget_known_head();
+    dependencies.registry.forget_known_head();
     loop {
-        match reapply_revocations(&parts).await {
+        match reapply_revocations(&dependencies).await {
             Ok(count) => {
                 tracing::warn!(count, "the loss was accepted; keys known to be revoked were revoked again");
                 return;
@@ -47,28 +47,28 @@ pub(super) async fn wait_for_acceptance(parts: ReplicaDependencies, known: u64) 
 }
 
 /// How many keys were revoked that the database held for alive.
-async fn reapply_revocations(parts: &ReplicaDependencies) -> Result<u64, StoreError> {
+async fn reapply_revocations(dependencies: &ReplicaDependencies) -> Result<u64, StoreError> {
     let mut count = 0;
-    for (id, at) in parts.log_applier.index().revoked_keys() {
+    for (id, at) in dependencies.log_applier.index().revoked_keys() {
         let comment = "revoked again: the database had lost it".to_owned();
         let revocation = Revocation { at, reason: RevokeReason::Unspecified, comment };
-        count += u64::from(reapply_revocation(parts, id, revocation).await?);
+        count += u64::from(reapply_revocation(dependencies, id, revocation).await?);
     }
     Ok(count)
 }
 
 async fn reapply_revocation(
-    parts: &ReplicaDependencies,
+    dependencies: &ReplicaDependencies,
     id: KeyId,
     revocation: Revocation,
 ) -> Result<bool, StoreError> {
     loop {
         // Made after the state that the database went back to: it is gone, and its token with it.
-        let Some(stored) = parts.store.get_key(id).await? else { return Ok(false) };
+        let Some(stored) = dependencies.store.get_key(id).await? else { return Ok(false) };
         if stored.key.revocation.is_some() {
             return Ok(false);
         }
-        let now = parts.clock.now();
+        let now = dependencies.clock.now();
         let expect = Some(stored.key.revision);
         let key = ApiKey { revocation: Some(revocation.clone()), updated_at: now, ..stored.key };
         let write = WriteRequest::from_system(
@@ -78,7 +78,7 @@ async fn reapply_revocation(
             METHOD,
             now,
         );
-        let committed = parts.store.commit(&[write]).await.map_err(|error| match error {
+        let committed = dependencies.store.commit(&[write]).await.map_err(|error| match error {
             CommitError::NotRecorded(error) | CommitError::Unknown(error) => error,
         })?;
         // Else it was changed meanwhile.

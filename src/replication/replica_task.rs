@@ -70,34 +70,34 @@ impl RunningReplica {
 /// Starts a replica of a database that says so.
 #[must_use]
 pub fn start_replica(
-    parts: ReplicaDependencies,
+    dependencies: ReplicaDependencies,
     LeaseConfig { lease, epoch, .. }: LeaseConfig,
 ) -> RunningReplica {
-    let (stop, stopping) = watch::channel(false);
+    let (stop_sender, stopping) = watch::channel(false);
     let (serving, is_serving) = watch::channel(false);
     let (failed, has_failed) = watch::channel(false);
-    let (answers, inputs) = mpsc::channel(EVENT_QUEUE);
-    let beside = vec![
+    let (input_sender, inputs) = mpsc::channel(EVENT_QUEUE);
+    let helper_tasks = vec![
         tokio::spawn(reaper::run_reaper(
-            parts.registry.clone(),
-            parts.clock.clone(),
-            parts.status.clone(),
+            dependencies.registry.clone(),
+            dependencies.clock.clone(),
+            dependencies.status.clone(),
             lease,
         )),
         tokio::spawn(log_tailer::tail_log(
-            parts.registry.clone(),
-            parts.log_applier.clone(),
-            parts.status.clone(),
-            answers.clone(),
+            dependencies.registry.clone(),
+            dependencies.log_applier.clone(),
+            dependencies.status.clone(),
+            input_sender.clone(),
         )),
-        tokio::spawn(log_tailer::forward_positions(parts.log_applier.clone(), answers.clone())),
-        tokio::spawn(log_tailer::forward_divergences(parts.log_applier.clone(), answers.clone())),
+        tokio::spawn(log_tailer::forward_positions(dependencies.log_applier.clone(), input_sender.clone())),
+        tokio::spawn(log_tailer::forward_divergences(dependencies.log_applier.clone(), input_sender.clone())),
     ];
-    let feed = ReplicaDriver {
+    let driver = ReplicaDriver {
         state_machine: Replica::new(lease),
-        status: parts.status.clone(),
-        dependencies: parts,
-        input_sender: answers,
+        status: dependencies.status.clone(),
+        dependencies,
+        input_sender,
         requests: Vec::new(),
         load_lock: Arc::default(),
         load_abort: None,
@@ -107,8 +107,8 @@ pub fn start_replica(
         serving,
         failed,
     };
-    let task = tokio::spawn(feed.run(inputs, stopping));
-    RunningReplica { serving: is_serving, failed: has_failed, stop_sender: stop, task, helper_tasks: beside }
+    let task = tokio::spawn(driver.run(inputs, stopping));
+    RunningReplica { serving: is_serving, failed: has_failed, stop_sender, task, helper_tasks }
 }
 
 struct ReplicaDriver {
@@ -201,8 +201,8 @@ impl ReplicaDriver {
                 }
                 // What did not fit a map that was replaced meanwhile says nothing of the new one.
                 match event {
-                    ReplicaEvent::Diverged { local_position: ours, .. }
-                        if self.dependencies.log_applier.position() != Some(ours) =>
+                    ReplicaEvent::Diverged { local_position, .. }
+                        if self.dependencies.log_applier.position() != Some(local_position) =>
                     {
                         ReplicaEvent::Tick
                     }
@@ -211,11 +211,11 @@ impl ReplicaDriver {
             }
             ReplicaTaskInput::Renewed(attempt, renewed) => {
                 self.status.renewals.fetch_add(1, Ordering::Relaxed);
-                let RenewalOutcome { reply, entries: rows, epoch, replica_count: replicas } = *renewed;
+                let RenewalOutcome { reply, entries, epoch, replica_count: replicas } = *renewed;
                 self.dependencies.lease.set_shared(replicas > 1);
                 self.status.replica_count.store(replicas, Ordering::Relaxed);
                 self.announced_epoch = epoch;
-                self.renewal_entries = Some((attempt, rows));
+                self.renewal_entries = Some((attempt, entries));
                 ReplicaEvent::Renewed { attempt, reply }
             }
             ReplicaTaskInput::Loaded(attempt, LogHead { revision, hash }) => {
@@ -236,10 +236,10 @@ impl ReplicaDriver {
             let actions = self.state_machine.handle(event, now);
             self.status.set_replica_id(self.state_machine.row_id());
             for action in actions {
-                if let Err(broken) = self.execute(action).await {
+                if let Err(error) = self.execute(action).await {
                     // What was to follow rested on these changes.
                     self.dependencies.lease.expire_now();
-                    events.extend(self.dependencies.log_applier.divergence_event(broken));
+                    events.extend(self.dependencies.log_applier.divergence_event(error));
                     break;
                 }
             }
@@ -253,9 +253,9 @@ impl ReplicaDriver {
             ReplicaAction::Renew(renewal) => self.renew(renewal),
             ReplicaAction::Abandon { attempt } => self.abandon(attempt),
             ReplicaAction::InstallSnapshot { .. } => {
-                let forget_before = self.dependencies.clock.now().saturating_sub(self.dependencies.retention);
+                let cutoff = self.dependencies.clock.now().saturating_sub(self.dependencies.retention);
                 let index = self.dependencies.log_applier.index();
-                index.evict(forget_before);
+                index.evict(cutoff);
                 tracing::info!(keys = index.len(), replica = self.dependencies.name, "the index is loaded");
             }
             ReplicaAction::ApplyChanges { attempt } => {
@@ -267,13 +267,13 @@ impl ReplicaDriver {
                 self.dependencies.lease.publish(deadline, as_of)
             }
             ReplicaAction::DenyAll => self.dependencies.lease.expire_now(),
-            ReplicaAction::EnterRegressed { local_position: ours, database_hash: link, head } => {
-                self.enter_regression(ours, link.is_some(), head.0)
+            ReplicaAction::EnterRegressed { local_position, database_hash, head } => {
+                self.enter_regression(local_position, database_hash.is_some(), head.0)
             }
-            ReplicaAction::ReportClockStall { stall: missing } => {
+            ReplicaAction::ReportClockStall { stall } => {
                 self.status.clock_stall_count.fetch_add(1, Ordering::Relaxed);
                 tracing::warn!(
-                    ?missing,
+                    missing = ?stall,
                     "this machine's clock stood still, or the database's was set forward; the lease is shortened by \
                      as much. What was revoked in that time may have been allowed here. Keep the machine from being \
                      suspended, snapshotted or moved while Keyward serves on it"
@@ -290,21 +290,21 @@ impl ReplicaDriver {
         attempt: AttemptId,
         request: impl Future<Output = ReplicaTaskInput> + Send + 'static,
     ) {
-        let answers = self.input_sender.clone();
+        let input_sender = self.input_sender.clone();
         self.requests.retain(|(_, request)| !request.is_finished());
         let task = tokio::spawn(async move {
             // Nobody listens any more once the replica has stopped.
-            let _ = answers.send(request.await).await;
+            let _ = input_sender.send(request.await).await;
         });
         self.requests.push((attempt, task));
     }
 
     fn register(&mut self, attempt: AttemptId) {
-        let ReplicaDependencies { registry: fleet, entropy, name, .. } = self.dependencies.clone();
+        let ReplicaDependencies { registry, entropy, name, .. } = self.dependencies.clone();
         self.spawn_request(attempt, async move {
             let Ok(random) = random_bytes(&*entropy) else { return failed_input(attempt) };
             let id = ReplicaId(Uuid::from_bytes(random));
-            match fleet.register(id, &name).await {
+            match registry.register(id, &name).await {
                 Ok(()) => ReplicaTaskInput::Event(ReplicaEvent::Registered { attempt, id }),
                 Err(error) => log_failure(attempt, "registration", &error),
             }
@@ -312,17 +312,18 @@ impl ReplicaDriver {
     }
 
     fn renew(&mut self, renewal: RenewalRequest) {
-        let ReplicaDependencies { registry: fleet, clock, status: sight, .. } = self.dependencies.clone();
+        let ReplicaDependencies { registry, clock, status, .. } = self.dependencies.clone();
         let attempt = renewal.attempt;
-        let told = renewal.applied.filter(|at| self.dependencies.log_applier.take_due_ack(at.revision));
-        let told = told.filter(|_| self.status.has_ack_notifications());
+        let ack_position =
+            renewal.applied.filter(|at| self.dependencies.log_applier.take_due_ack(at.revision));
+        let ack_position = ack_position.filter(|_| self.status.has_ack_notifications());
         self.spawn_request(attempt, async move {
             let before = clock.now();
-            match fleet.renew_lease(&renewal).await {
+            match registry.renew_lease(&renewal).await {
                 Ok(renewed) => {
-                    sight.clock_offset.record(before, renewed.reply.database_time, clock.now());
-                    if let Some(at) = told.filter(|_| renewed.reply.was_renewed) {
-                        tokio::spawn(notify_ack(fleet, renewal.id, at.revision));
+                    status.clock_offset.record(before, renewed.reply.database_time, clock.now());
+                    if let Some(at) = ack_position.filter(|_| renewed.reply.was_renewed) {
+                        tokio::spawn(notify_ack(registry, renewal.id, at.revision));
                     }
                     ReplicaTaskInput::Renewed(attempt, Box::new(renewed))
                 }
@@ -333,20 +334,19 @@ impl ReplicaDriver {
 
     /// Loads straight into the index: before it is loaded, and after a regression, nobody finds anything there.
     fn load(&mut self, attempt: AttemptId) {
-        let ReplicaDependencies { store, log_applier: follow, clock, retention, .. } =
-            self.dependencies.clone();
+        let ReplicaDependencies { store, log_applier, clock, retention, .. } = self.dependencies.clone();
         if let Some(before) = self.load_abort.take() {
             before.abort();
         }
         let loads = self.load_lock.clone();
         self.spawn_request(attempt, async move {
             let _one = loads.lock_owned().await;
-            follow.reset();
-            let forget_before = clock.now().saturating_sub(retention);
-            let loader: Arc<dyn SnapshotLoader> = follow.index().clone();
-            match store.stream_snapshot(forget_before, &loader).await {
+            log_applier.reset();
+            let cutoff = clock.now().saturating_sub(retention);
+            let loader: Arc<dyn SnapshotLoader> = log_applier.index().clone();
+            match store.stream_snapshot(cutoff, &loader).await {
                 Ok(head) => {
-                    follow.finish_load(head);
+                    log_applier.finish_load(head);
                     ReplicaTaskInput::Loaded(attempt, head)
                 }
                 Err(error @ StoreError::Damaged(_)) => ReplicaTaskInput::Damaged(error),
@@ -368,9 +368,12 @@ impl ReplicaDriver {
     }
 
     fn apply_renewal(&mut self, attempt: AttemptId) -> Result<(), ApplyError> {
-        let rows =
-            self.renewal_entries.take_if(|(of, _)| *of == attempt).map(|(_, rows)| rows).unwrap_or_default();
-        match self.dependencies.log_applier.decode_and_apply(rows) {
+        let entries = self
+            .renewal_entries
+            .take_if(|(of, _)| *of == attempt)
+            .map(|(_, entries)| entries)
+            .unwrap_or_default();
+        match self.dependencies.log_applier.decode_and_apply(entries) {
             Ok(taken) => taken.map(drop),
             Err(error) => {
                 tracing::error!(error = &error as &dyn std::error::Error, "a change cannot be read");
@@ -379,9 +382,9 @@ impl ReplicaDriver {
         }
     }
 
-    fn enter_regression(&mut self, ours: LogPosition, same_place: bool, head: u64) {
+    fn enter_regression(&mut self, local_position: LogPosition, same_place: bool, head: u64) {
         tracing::error!(
-            ours = ours.revision.0,
+            ours = local_position.revision.0,
             database = head,
             same_place,
             "the database has another history than this replica: was a backup restored, or did a standby take over \
@@ -389,10 +392,10 @@ impl ReplicaDriver {
              lease has run out. See 'keyward replicas accept-regression'"
         );
         let regression = regression::wait_for_acceptance(self.dependencies.clone(), self.epoch);
-        let answers = self.input_sender.clone();
+        let input_sender = self.input_sender.clone();
         let task = tokio::spawn(async move {
             regression.await;
-            let _ = answers.send(ReplicaTaskInput::Event(ReplicaEvent::RegressionAccepted)).await;
+            let _ = input_sender.send(ReplicaTaskInput::Event(ReplicaEvent::RegressionAccepted)).await;
         });
         self.requests.push((AttemptId(0), task));
     }
@@ -405,26 +408,26 @@ impl ReplicaDriver {
 
     /// Tells whoever watches how it stands.
     fn publish_status(&self) {
-        let standing = Some(self.state_machine.state());
-        *self.status.state.lock().unwrap_or_else(PoisonError::into_inner) = standing;
-        let holds = self.dependencies.lease.is_valid(|| self.dependencies.clock.boottime());
+        let state = Some(self.state_machine.state());
+        *self.status.state.lock().unwrap_or_else(PoisonError::into_inner) = state;
+        let is_valid = self.dependencies.lease.is_valid(|| self.dependencies.clock.boottime());
         self.serving.send_if_modified(|serving| {
-            if *serving && !holds && standing == Some(ReplicaState::Stopped) {
+            if *serving && !is_valid && state == Some(ReplicaState::Stopped) {
                 tracing::info!(replica = self.dependencies.name, "the lease is given up");
-            } else if *serving && !holds {
+            } else if *serving && !is_valid {
                 tracing::error!("the lease has run out: nothing is allowed until the database answers");
-            } else if holds && !*serving {
+            } else if is_valid && !*serving {
                 tracing::info!(replica = self.dependencies.name, "the lease holds");
             }
-            std::mem::replace(serving, holds) != holds
+            std::mem::replace(serving, is_valid) != is_valid
         });
     }
 }
 
 /// Tells up to where this replica has acknowledged. Whoever waits reads the rows by and by anyway: it is not told again
 /// where that fails.
-async fn notify_ack(fleet: Arc<dyn ReplicaRegistry>, id: ReplicaId, upto: Revision) {
-    if let Err(error) = fleet.notify_ack(id, upto).await {
+async fn notify_ack(registry: Arc<dyn ReplicaRegistry>, id: ReplicaId, up_to: Revision) {
+    if let Err(error) = registry.notify_ack(id, up_to).await {
         tracing::debug!(error = &error as &dyn std::error::Error, "an acknowledgment was not told");
     }
 }

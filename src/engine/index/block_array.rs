@@ -20,24 +20,24 @@ pub(super) struct BlockArray {
 fn segment_and_offset(number: u32) -> (usize, usize) {
     // Row `r` has the numbers from 2^r - 1 on.
     let counted = u64::from(number) + 1;
-    let row = counted.ilog2();
-    (row as usize, usize::try_from(counted - (1 << row)).unwrap_or_default())
+    let segment = counted.ilog2();
+    (segment as usize, usize::try_from(counted - (1 << segment)).unwrap_or_default())
 }
 
 impl BlockArray {
     /// The block with this number, as it is now.
     pub(super) fn get(&self, number: u32) -> Option<Arc<KeyBlock>> {
-        let (row, at) = segment_and_offset(number);
-        self.segments[row].get()?[at].load_full()
+        let (segment, offset) = segment_and_offset(number);
+        self.segments[segment].get()?[offset].load_full()
     }
 
     /// Puts a block in the place of the one before. Gives it as it stands there.
     pub(super) fn put(&self, number: u32, block: KeyBlock) -> Arc<KeyBlock> {
-        let (row, at) = segment_and_offset(number);
-        let row =
-            self.segments[row].get_or_init(|| (0..1_u64 << row).map(|_| ArcSwapOption::empty()).collect());
+        let (segment, offset) = segment_and_offset(number);
+        let segment = self.segments[segment]
+            .get_or_init(|| (0..1_u64 << segment).map(|_| ArcSwapOption::empty()).collect());
         let block = Arc::new(block);
-        row[at].store(Some(block.clone()));
+        segment[offset].store(Some(block.clone()));
         block
     }
 }

@@ -60,27 +60,27 @@ impl IndexSnapshotPart {
     /// Places what has come.
     fn flush_block(&mut self) {
         let mut start = 0;
-        let placed: Vec<_> = self
+        let entries: Vec<_> = self
             .pending_keys
             .iter()
-            .map(|coming| {
-                let name = &self.names[start..coming.name_end];
-                start = coming.name_end;
+            .map(|pending| {
+                let name = &self.names[start..pending.name_end];
+                start = pending.name_end;
                 Some(BlockEntryRef {
-                    id: coming.id,
-                    digest: coming.digest,
-                    version: coming.version,
+                    id: pending.id,
+                    digest: pending.digest,
+                    version: pending.version,
                     name,
-                    expires_at: coming.expires_at,
-                    revoked_at: coming.revoked_at,
-                    owner: self.owners.get(coming.owner_number),
-                    policy: self.policies.get(coming.policy_number),
-                    cold_fields: coming.cold_fields.as_ref(),
+                    expires_at: pending.expires_at,
+                    revoked_at: pending.revoked_at,
+                    owner: self.owners.get(pending.owner_number),
+                    policy: self.policies.get(pending.policy_number),
+                    cold_fields: pending.cold_fields.as_ref(),
                 })
             })
             .collect();
-        self.keys.load_block(&placed);
-        drop(placed);
+        self.keys.load_block(&entries);
+        drop(entries);
         self.pending_keys.clear();
         self.names.clear();
         self.owners.reset_if_full();
@@ -141,14 +141,14 @@ impl<T> Default for LocalInterner<T> {
 }
 
 impl<T> LocalInterner<T> {
-    fn intern(&mut self, came: &Arc<T>, keep: impl FnOnce(&Arc<T>) -> Arc<T>) -> usize {
-        let address = Arc::as_ptr(came).addr();
+    fn intern(&mut self, source: &Arc<T>, keep: impl FnOnce(&Arc<T>) -> Arc<T>) -> usize {
+        let address = Arc::as_ptr(source).addr();
         if let Some(number) = self.numbers.get(&address) {
             return *number;
         }
         self.numbers.insert(address, self.sources.len());
-        self.interned.push(keep(came));
-        self.sources.push(came.clone());
+        self.interned.push(keep(source));
+        self.sources.push(source.clone());
         self.sources.len() - 1
     }
 

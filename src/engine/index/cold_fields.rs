@@ -44,20 +44,20 @@ impl<'k> ColdFieldsView<'k> {
     }
 
     /// With the superseded secrets that left its record.
-    pub(super) fn with_retired_secrets(&self, left: &[KeySecret]) -> Option<Arc<ColdFields>> {
-        let left = left.iter().map(|secret| PreviousSecret {
+    pub(super) fn with_retired_secrets(&self, retired: &[KeySecret]) -> Option<Arc<ColdFields>> {
+        let retired = retired.iter().map(|secret| PreviousSecret {
             version: secret.version,
             digest: secret.digest,
             superseded_at: Some(secret.expires_at.unwrap_or(self.updated_at)),
             is_retired: true,
             is_already_superseded: true,
         });
-        self.with_previous_secrets(left)
+        self.with_previous_secrets(retired)
     }
 
     pub(super) fn with_previous_secrets(
         &self,
-        left: impl Iterator<Item = PreviousSecret>,
+        retired: impl Iterator<Item = PreviousSecret>,
     ) -> Option<Arc<ColdFields>> {
         let (newest, others) = self.secrets.split_first()?;
         let others = others.iter().map(|secret| PreviousSecret {
@@ -68,16 +68,16 @@ impl<'k> ColdFieldsView<'k> {
             is_already_superseded: secret_superseded_at(secret.expires_at, self.updated_at)
                 == Some(Timestamp::MIN),
         });
-        let alive = self.revoked_at.is_none();
-        let metadata = Some(self.metadata).filter(|metadata| alive && !metadata.is_empty());
-        let rare = ColdFields {
+        let is_alive = self.revoked_at.is_none();
+        let metadata = Some(self.metadata).filter(|metadata| is_alive && !metadata.is_empty());
+        let cold_fields = ColdFields {
             large_version: if newest.version < LARGE_VERSION.into() { 0 } else { newest.version },
-            disabled: alive && self.disabled_at.is_some(),
-            newest_superseded_at: newest.expires_at.filter(|_| alive),
-            previous_secrets: others.chain(left).collect(),
+            disabled: is_alive && self.disabled_at.is_some(),
+            newest_superseded_at: newest.expires_at.filter(|_| is_alive),
+            previous_secrets: others.chain(retired).collect(),
             metadata: metadata.cloned().map(Arc::new),
         };
-        (rare != ColdFields::default()).then(|| Arc::new(rare))
+        (cold_fields != ColdFields::default()).then(|| Arc::new(cold_fields))
     }
 }
 

@@ -97,61 +97,61 @@ impl DigestTable {
     pub(super) fn find<T>(&self, digest: &TokenDigest, look: impl FnMut(KeySlot) -> Option<T>) -> Option<T> {
         let hash = self.hasher.hash_digest(digest);
         let cells = self.cells.load();
-        let alike = cells.probe(hash).filter(|(_, value)| value >> 32 == hash);
-        alike.filter_map(|(_, value)| decode_slot(value)).find_map(look)
+        let matching = cells.probe(hash).filter(|(_, value)| value >> 32 == hash);
+        matching.filter_map(|(_, value)| decode_slot(value)).find_map(look)
     }
 
     /// Says that a digest is at a place.
-    pub(super) fn insert(&self, tally: &mut TableOccupancy, digest: &TokenDigest, slot: KeySlot) {
-        if (tally.used_cells + 1) * 8 > self.cells.load().0.len() * 7 {
-            self.grow(tally);
+    pub(super) fn insert(&self, occupancy: &mut TableOccupancy, digest: &TokenDigest, slot: KeySlot) {
+        if (occupancy.used_cells + 1) * 8 > self.cells.load().0.len() * 7 {
+            self.grow(occupancy);
         }
         insert_cell(&self.cells.load(), encode_cell(self.hasher.hash_digest(digest), slot));
-        tally.live_cells += 1;
-        tally.used_cells += 1;
+        occupancy.live_cells += 1;
+        occupancy.used_cells += 1;
     }
 
     /// Says that a digest is not at a place any more. Whether it was.
-    pub(super) fn remove(&self, tally: &mut TableOccupancy, digest: &TokenDigest, slot: KeySlot) -> bool {
+    pub(super) fn remove(&self, occupancy: &mut TableOccupancy, digest: &TokenDigest, slot: KeySlot) -> bool {
         let wanted = encode_cell(self.hasher.hash_digest(digest), slot);
         let cells = self.cells.load();
         let found = cells.probe(wanted >> 32).find(|(_, value)| *value == wanted);
         if let Some((cell, _)) = found {
             cell.store(TOMBSTONE, Ordering::Release);
-            tally.live_cells -= 1;
+            occupancy.live_cells -= 1;
         }
         found.is_some()
     }
 
     /// Makes room for so many more digests at once.
-    pub(super) fn reserve(&self, tally: &mut TableOccupancy, more: usize) {
-        let least = (tally.used_cells + more) * 8 / 7 + 1;
-        if self.cells.load().0.len() < least {
-            self.rehash(tally, (tally.live_cells + more) * 4 / 3);
+    pub(super) fn reserve(&self, occupancy: &mut TableOccupancy, more: usize) {
+        let min_cells = (occupancy.used_cells + more) * 8 / 7 + 1;
+        if self.cells.load().0.len() < min_cells {
+            self.rehash(occupancy, (occupancy.live_cells + more) * 4 / 3);
         }
     }
 
     /// Lets go of room that was made for what did not come, if it is much.
-    pub(super) fn shrink_to_fit(&self, tally: &mut TableOccupancy) {
-        let enough = (tally.live_cells * 4 / 3).max(MIN_CELLS);
-        if self.cells.load().0.len() > 2 * enough {
-            self.rehash(tally, enough);
+    pub(super) fn shrink_to_fit(&self, occupancy: &mut TableOccupancy) {
+        let target = (occupancy.live_cells * 4 / 3).max(MIN_CELLS);
+        if self.cells.load().0.len() > 2 * target {
+            self.rehash(occupancy, target);
         }
     }
 
     /// A table of which three quarters are taken, without what is gone.
-    fn grow(&self, tally: &mut TableOccupancy) {
-        self.rehash(tally, tally.live_cells * 4 / 3);
+    fn grow(&self, occupancy: &mut TableOccupancy) {
+        self.rehash(occupancy, occupancy.live_cells * 4 / 3);
     }
 
     /// A table with so many cells, without what is gone.
-    fn rehash(&self, tally: &mut TableOccupancy, cells: usize) {
-        let wider = CellArray::new(cells.max(MIN_CELLS));
+    fn rehash(&self, occupancy: &mut TableOccupancy, cells: usize) {
+        let new_cells = CellArray::new(cells.max(MIN_CELLS));
         let old = self.cells.load();
         let values = old.0.iter().map(|cell| cell.load(Ordering::Relaxed));
-        values.filter(|value| decode_slot(*value).is_some()).for_each(|value| insert_cell(&wider, value));
-        self.cells.store(wider.into());
-        tally.used_cells = tally.live_cells;
+        values.filter(|value| decode_slot(*value).is_some()).for_each(|value| insert_cell(&new_cells, value));
+        self.cells.store(new_cells.into());
+        occupancy.used_cells = occupancy.live_cells;
     }
 }
 
@@ -194,21 +194,22 @@ mod tests {
 
     /// A table of the first digests, to which more can be added.
     fn filled(count: usize) -> (DigestTable, TableOccupancy) {
-        let (table, mut tally) = (DigestTable::default(), TableOccupancy::default());
-        (0..count).for_each(|number| table.insert(&mut tally, &digest(number), number as KeySlot));
-        (table, tally)
+        let (table, mut occupancy) = (DigestTable::default(), TableOccupancy::default());
+        (0..count).for_each(|number| table.insert(&mut occupancy, &digest(number), number as KeySlot));
+        (table, occupancy)
     }
 
     #[test]
     fn room_that_was_made_is_kept_only_for_what_came() {
-        let (table, mut tally) = filled(1000);
-        table.reserve(&mut tally, 99_000);
+        let (table, mut occupancy) = filled(1000);
+        table.reserve(&mut occupancy, 99_000);
         let roomy = table.cells.load().0.len();
-        (1000..80_000).for_each(|number| table.insert(&mut tally, &digest(number), number as KeySlot));
-        table.shrink_to_fit(&mut tally);
+        (1000..80_000).for_each(|number| table.insert(&mut occupancy, &digest(number), number as KeySlot));
+        table.shrink_to_fit(&mut occupancy);
         assert_eq!(table.cells.load().0.len(), roomy);
-        (0..60_000).for_each(|number| assert!(table.remove(&mut tally, &digest(number), number as KeySlot)));
-        table.shrink_to_fit(&mut tally);
+        (0..60_000)
+            .for_each(|number| assert!(table.remove(&mut occupancy, &digest(number), number as KeySlot)));
+        table.shrink_to_fit(&mut occupancy);
         assert!(table.cells.load().0.len() < 30_000);
         let there =
             |number: &usize| table.find(&digest(*number), |slot| (slot as usize == *number).then_some(()));
@@ -217,11 +218,11 @@ mod tests {
 
     #[test]
     fn the_emptiest_table_is_nearly_full_and_the_fullest_is_read_in_few_cells() {
-        let (table, mut tally) = filled(100_000);
+        let (table, mut occupancy) = filled(100_000);
         let length = || table.cells.load().0.len();
         let (narrow, mut known) = (length(), 100_000);
         while length() == narrow {
-            table.insert(&mut tally, &digest(known), known as KeySlot);
+            table.insert(&mut occupancy, &digest(known), known as KeySlot);
             known += 1;
         }
         assert!(length() * 3 <= known * 4, "{known} of {}", length());

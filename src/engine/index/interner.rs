@@ -47,8 +47,8 @@ impl<T> Default for Interner<T> {
 impl<T: Eq + Hash> Interner<T> {
     /// The one that is kept of all that are equal.
     pub(super) fn intern(&mut self, value: T) -> Arc<T> {
-        if let Some(known) = self.interned.get(&value) {
-            return known.clone();
+        if let Some(interned) = self.interned.get(&value) {
+            return interned.clone();
         }
         let new = Arc::new(value);
         self.interned.insert(new.clone());
@@ -57,8 +57,8 @@ impl<T: Eq + Hash> Interner<T> {
 
     /// The same of what is shared already.
     pub(super) fn intern_arc(&mut self, value: &Arc<T>) -> Arc<T> {
-        if let Some(known) = self.interned.get(value) {
-            return known.clone();
+        if let Some(interned) = self.interned.get(value) {
+            return interned.clone();
         }
         self.interned.insert(value.clone());
         value.clone()
@@ -68,30 +68,30 @@ impl<T: Eq + Hash> Interner<T> {
     /// block, of whose records `came` are new.
     pub(super) fn number_in_list<'t>(
         &mut self,
-        things: impl Iterator<Item = &'t Arc<T>> + Clone,
-        came: usize,
+        values: impl Iterator<Item = &'t Arc<T>> + Clone,
+        new_keys: usize,
     ) -> (SharedList<T>, Vec<u16>)
     where
         T: 't,
     {
-        if let Some(numbers) = self.find_common_numbers(things.clone()) {
+        if let Some(numbers) = self.find_common_numbers(values.clone()) {
             return (self.common_list.clone(), numbers);
         }
-        self.keys_outside_common += came;
+        self.keys_outside_common += new_keys;
         if self.keys_outside_common >= self.interned.len() && self.interned.len() <= MAX_ENTRIES {
             self.rebuild_common_list();
-            if let Some(numbers) = self.find_common_numbers(things.clone()) {
+            if let Some(numbers) = self.find_common_numbers(values.clone()) {
                 return (self.common_list.clone(), numbers);
             }
         }
-        build_private_list(things)
+        build_private_list(values)
     }
 
-    fn find_common_numbers<'t>(&self, things: impl Iterator<Item = &'t Arc<T>>) -> Option<Vec<u16>>
+    fn find_common_numbers<'t>(&self, values: impl Iterator<Item = &'t Arc<T>>) -> Option<Vec<u16>>
     where
         T: 't,
     {
-        things.map(|thing| self.common_numbers.get(&arc_address(thing)).copied()).collect()
+        values.map(|value| self.common_numbers.get(&arc_address(value)).copied()).collect()
     }
 
     /// Makes the common list of everything that is known.
@@ -114,7 +114,7 @@ impl<T: Eq + Hash> Interner<T> {
     pub(super) fn retain_marked(&mut self, marks: &ListMarks<T>) {
         if self.is_common_list(&marks.list) && marks.used.contains(&false) {
             let used = marks.list.iter().zip(&marks.used).filter(|(_, used)| **used);
-            self.set_common_list(used.map(|(thing, _)| thing.clone()).collect());
+            self.set_common_list(used.map(|(value, _)| value.clone()).collect());
         }
     }
 
@@ -129,7 +129,7 @@ impl<T: Eq + Hash> Interner<T> {
             self.common_list = Arc::new([]);
             self.common_numbers.clear();
         }
-        self.interned.retain(|thing| Arc::strong_count(thing) > 1);
+        self.interned.retain(|value| Arc::strong_count(value) > 1);
     }
 }
 
@@ -148,19 +148,19 @@ impl<T> ListMarks<T> {
     }
 }
 
-fn arc_address<T>(thing: &Arc<T>) -> usize {
-    Arc::as_ptr(thing).addr()
+fn arc_address<T>(value: &Arc<T>) -> usize {
+    Arc::as_ptr(value).addr()
 }
 
 /// A list of these alone.
-fn build_private_list<'t, T: 't>(things: impl Iterator<Item = &'t Arc<T>>) -> (SharedList<T>, Vec<u16>) {
+fn build_private_list<'t, T: 't>(values: impl Iterator<Item = &'t Arc<T>>) -> (SharedList<T>, Vec<u16>) {
     let mut list: Vec<&Arc<T>> = Vec::new();
     let mut numbers = Vec::new();
-    for thing in things {
-        let known = list.iter().position(|known| Arc::ptr_eq(known, thing));
-        let number = known.unwrap_or(list.len());
-        if known.is_none() {
-            list.push(thing);
+    for value in values {
+        let interned = list.iter().position(|interned| Arc::ptr_eq(interned, value));
+        let number = interned.unwrap_or(list.len());
+        if interned.is_none() {
+            list.push(value);
         }
         // A block has few records.
         numbers.push(u16::try_from(number).unwrap_or(u16::MAX));
@@ -173,9 +173,9 @@ mod tests {
     use super::*;
 
     /// The list for a block of one thing.
-    fn block(pool: &mut Interner<usize>, value: usize) -> SharedList<usize> {
-        let thing = pool.intern(value);
-        let (list, numbers) = pool.number_in_list(std::iter::once(&thing), 1);
+    fn block(interner: &mut Interner<usize>, value: usize) -> SharedList<usize> {
+        let interned = interner.intern(value);
+        let (list, numbers) = interner.number_in_list(std::iter::once(&interned), 1);
         assert_eq!(*list[usize::from(numbers[0])], value);
         list
     }
@@ -183,9 +183,9 @@ mod tests {
     #[test]
     fn blocks_have_one_list_in_common_and_lists_cost_no_more_than_the_keys_that_came() {
         const THINGS: usize = 1000;
-        let mut pool = Interner::default();
-        let first: Vec<_> = (0..THINGS).map(|value| block(&mut pool, value)).collect();
-        let again: Vec<_> = (0..THINGS).map(|value| block(&mut pool, value)).collect();
+        let mut interner = Interner::default();
+        let first: Vec<_> = (0..THINGS).map(|value| block(&mut interner, value)).collect();
+        let again: Vec<_> = (0..THINGS).map(|value| block(&mut interner, value)).collect();
         assert!(Arc::ptr_eq(&again[THINGS - 1], &again[THINGS - 2]));
         let all = first.iter().chain(&again);
         let lists: HashMap<_, _> = all.map(|list| (list.as_ptr(), list.len())).collect();
@@ -194,40 +194,40 @@ mod tests {
 
     #[test]
     fn more_things_than_a_list_may_have_are_in_lists_of_their_own() {
-        let mut pool = Interner::default();
-        let lists: Vec<_> = (0..3 * MAX_ENTRIES).map(|value| block(&mut pool, value)).collect();
+        let mut interner = Interner::default();
+        let lists: Vec<_> = (0..3 * MAX_ENTRIES).map(|value| block(&mut interner, value)).collect();
         assert!(lists.iter().all(|list| list.len() <= MAX_ENTRIES));
         assert_eq!(lists.last().unwrap().len(), 1);
     }
 
     #[test]
     fn what_no_record_names_leaves_the_common_list() {
-        let mut pool = Interner::default();
-        let lists: Vec<_> = (0..200).map(|value| block(&mut pool, value % 100)).collect();
+        let mut interner = Interner::default();
+        let lists: Vec<_> = (0..200).map(|value| block(&mut interner, value % 100)).collect();
         let common = lists.last().unwrap().clone();
-        let mut marks = pool.begin_marking();
+        let mut marks = interner.begin_marking();
         marks.mark(&common, [1, 3].into_iter());
         marks.mark(&lists[0], [0].into_iter());
-        pool.retain_marked(&marks);
-        assert!(!pool.is_common_list(&common) && pool.common_list.len() == 2);
+        interner.retain_marked(&marks);
+        assert!(!interner.is_common_list(&common) && interner.common_list.len() == 2);
         let kept = [common[1].clone(), common[3].clone()];
-        assert_eq!(pool.number_in_list(kept.iter(), 0).1, [0, 1]);
+        assert_eq!(interner.number_in_list(kept.iter(), 0).1, [0, 1]);
         drop((lists, common, kept, marks));
-        pool.collect_unused();
-        assert!(pool.interned.is_empty(), "no block has the list any more");
+        interner.collect_unused();
+        assert!(interner.interned.is_empty(), "no block has the list any more");
     }
 
     #[test]
     fn what_nobody_has_is_let_go_of() {
-        let mut pool = Interner::default();
-        let lists: Vec<_> = (0..200).map(|value| block(&mut pool, value % 100)).collect();
-        assert_eq!(pool.common_numbers.len(), 100);
-        pool.collect_unused();
-        assert_eq!(pool.interned.len(), 100);
+        let mut interner = Interner::default();
+        let lists: Vec<_> = (0..200).map(|value| block(&mut interner, value % 100)).collect();
+        assert_eq!(interner.common_numbers.len(), 100);
+        interner.collect_unused();
+        assert_eq!(interner.interned.len(), 100);
         drop(lists);
-        pool.collect_unused();
-        assert!(pool.interned.is_empty());
+        interner.collect_unused();
+        assert!(interner.interned.is_empty());
         // An address may be another thing's now.
-        (100..200).for_each(|value| drop(block(&mut pool, value)));
+        (100..200).for_each(|value| drop(block(&mut interner, value)));
     }
 }

@@ -161,12 +161,12 @@ impl OwnedBlockEntry {
     pub(super) fn new(
         key: &ApiKey,
         left: &[KeySecret],
-        shared: &mut BlockInterners,
+        interners: &mut BlockInterners,
     ) -> Option<OwnedBlockEntry> {
         OwnedBlockEntry::with_cold_fields(
             key,
             ColdFieldsView::from_key(key).with_retired_secrets(left),
-            shared,
+            interners,
         )
     }
 
@@ -174,7 +174,7 @@ impl OwnedBlockEntry {
     pub(super) fn from_change(
         before: &KeyRef,
         key: &ApiKey,
-        shared: &mut BlockInterners,
+        interners: &mut BlockInterners,
     ) -> Option<OwnedBlockEntry> {
         let left = before.secrets().filter_map(|old| {
             let kept = key.secrets.iter().any(|kept| kept.version == old.version);
@@ -193,14 +193,14 @@ impl OwnedBlockEntry {
         OwnedBlockEntry::with_cold_fields(
             key,
             ColdFieldsView::from_key(key).with_previous_secrets(left),
-            shared,
+            interners,
         )
     }
 
     fn with_cold_fields(
         key: &ApiKey,
-        rare: Option<Arc<ColdFields>>,
-        shared: &mut BlockInterners,
+        cold_fields: Option<Arc<ColdFields>>,
+        interners: &mut BlockInterners,
     ) -> Option<OwnedBlockEntry> {
         let newest = key.secrets.first()?;
         let revoked_at = key.revocation.as_ref().map(|revocation| revocation.at);
@@ -215,9 +215,9 @@ impl OwnedBlockEntry {
             name: name.map_or("", KeyName::as_str).to_owned(),
             expires_at: alive.and_then(|key| key.spec.expires_at),
             revoked_at,
-            owner: shared.owners.intern(key.owner.clone()),
-            policy: shared.policies.intern(policy),
-            cold_fields: rare,
+            owner: interners.owners.intern(key.owner.clone()),
+            policy: interners.policies.intern(policy),
+            cold_fields,
         })
     }
 }
@@ -261,18 +261,19 @@ impl KeyBlock {
     /// A block of these, of which `came` are new; None is a free place. Nothing in it has room that it does not use:
     /// an allocator seldom takes back what is too much.
     pub(super) fn from_entries(
-        places: &[Option<BlockEntryRef<'_>>],
-        came: usize,
-        shared: &mut BlockInterners,
+        entries: &[Option<BlockEntryRef<'_>>],
+        new_keys: usize,
+        interners: &mut BlockInterners,
     ) -> KeyBlock {
-        let taken = places.iter().flatten();
-        let (owners, owner) = shared.owners.number_in_list(taken.clone().map(|placed| placed.owner), came);
+        let taken = entries.iter().flatten();
+        let (owners, owner) =
+            interners.owners.number_in_list(taken.clone().map(|placed| placed.owner), new_keys);
         let (policies, policy) =
-            shared.policies.number_in_list(taken.clone().map(|placed| placed.policy), came);
+            interners.policies.number_in_list(taken.clone().map(|placed| placed.policy), new_keys);
         let mut numbers = owner.into_iter().zip(policy);
         let mut names = String::with_capacity(taken.map(|placed| placed.name.len()).sum());
-        let mut records = Vec::with_capacity(places.len());
-        for place in places {
+        let mut records = Vec::with_capacity(entries.len());
+        for place in entries {
             let mut record = BlockRecord::empty();
             if let (Some(placed), Some((owner, policy))) = (place, place.and_then(|_| numbers.next())) {
                 names.push_str(placed.name);
@@ -291,7 +292,7 @@ impl KeyBlock {
             record.name_end = u16::try_from(names.len()).unwrap_or(u16::MAX);
             records.push(record);
         }
-        let placed = places.iter().map(Option::as_ref);
+        let placed = entries.iter().map(Option::as_ref);
         let expiries = placed.clone().map(|placed| placed.and_then(|placed| placed.expires_at.as_ref()));
         let revocations = placed.clone().map(|placed| placed.and_then(|placed| placed.revoked_at.as_ref()));
         let rares = placed.map(|placed| placed.and_then(|placed| placed.cold_fields));
@@ -319,7 +320,7 @@ impl KeyBlock {
     /// The newest secret's version of the key at a place; 0 where it is free.
     fn newest_version_at(&self, at: usize) -> u32 {
         match (self.records[at].version, self.cold_fields.get(at)) {
-            (LARGE_VERSION, Some(rare)) => rare.large_version,
+            (LARGE_VERSION, Some(cold_fields)) => cold_fields.large_version,
             (version, _) => version.into(),
         }
     }
@@ -342,8 +343,9 @@ impl KeyBlock {
 
     /// Whether no key in it is revoked and no secret superseded.
     pub(super) fn has_no_expirable_entries(&self) -> bool {
-        let ends =
-            |rare: &Arc<ColdFields>| rare.newest_superseded_at.is_some() || !rare.previous_secrets.is_empty();
+        let ends = |cold_fields: &Arc<ColdFields>| {
+            cold_fields.newest_superseded_at.is_some() || !cold_fields.previous_secrets.is_empty()
+        };
         self.revocations.values().next().is_none() && !self.cold_fields.values().any(ends)
     }
 
@@ -363,26 +365,26 @@ impl KeyBlock {
     }
 
     /// Whether each of its lists is the common one, or has nothing that its records do not name.
-    pub(super) fn is_compact(&self, shared: &BlockInterners) -> bool {
+    pub(super) fn is_compact(&self, interners: &BlockInterners) -> bool {
         let named = |numbers: &mut dyn Iterator<Item = u16>| numbers.collect::<HashSet<_>>().len();
         let owners =
             || named(&mut self.occupied_records().map(|record| record.owner_number)) == self.owners.len();
         let policies =
             || named(&mut self.occupied_records().map(|record| record.policy_number)) == self.policies.len();
-        (shared.owners.is_common_list(&self.owners) || owners())
-            && (shared.policies.is_common_list(&self.policies) || policies())
+        (interners.owners.is_common_list(&self.owners) || owners())
+            && (interners.policies.is_common_list(&self.policies) || policies())
     }
 
     /// The same block with other lists.
-    pub(super) fn compact(&self, shared: &mut BlockInterners) -> KeyBlock {
-        KeyBlock::from_entries(&self.entries(), 0, shared)
+    pub(super) fn compact(&self, interners: &mut BlockInterners) -> KeyBlock {
+        KeyBlock::from_entries(&self.entries(), 0, interners)
     }
 
     /// The same block with more records.
-    pub(super) fn with_appended(&self, more: &[OwnedBlockEntry], shared: &mut BlockInterners) -> KeyBlock {
-        let mut places = self.entries();
-        places.extend(more.iter().map(|packed| Some(packed.entry_ref())));
-        KeyBlock::from_entries(&places, more.len(), shared)
+    pub(super) fn with_appended(&self, more: &[OwnedBlockEntry], interners: &mut BlockInterners) -> KeyBlock {
+        let mut entries = self.entries();
+        entries.extend(more.iter().map(|packed| Some(packed.entry_ref())));
+        KeyBlock::from_entries(&entries, more.len(), interners)
     }
 
     /// The same block with another record at a place that it has.
@@ -390,18 +392,18 @@ impl KeyBlock {
         &self,
         at: usize,
         packed: &OwnedBlockEntry,
-        shared: &mut BlockInterners,
+        interners: &mut BlockInterners,
     ) -> KeyBlock {
-        let mut places = self.entries();
-        places[at] = Some(packed.entry_ref());
-        KeyBlock::from_entries(&places, 1, shared)
+        let mut entries = self.entries();
+        entries[at] = Some(packed.entry_ref());
+        KeyBlock::from_entries(&entries, 1, interners)
     }
 
     /// The same block with a free place.
-    pub(super) fn with_removed(&self, at: usize, shared: &mut BlockInterners) -> KeyBlock {
-        let mut places = self.entries();
-        places[at] = None;
-        KeyBlock::from_entries(&places, 0, shared)
+    pub(super) fn with_removed(&self, at: usize, interners: &mut BlockInterners) -> KeyBlock {
+        let mut entries = self.entries();
+        entries[at] = None;
+        KeyBlock::from_entries(&entries, 0, interners)
     }
 }
 
@@ -421,13 +423,13 @@ impl fmt::Debug for KeyRef {
 /// A key outside the index.
 impl From<&ApiKey> for KeyRef {
     fn from(key: &ApiKey) -> Self {
-        let shared = &mut BlockInterners::default();
-        let packed = OwnedBlockEntry::new(key, &[], shared);
+        let interners = &mut BlockInterners::default();
+        let packed = OwnedBlockEntry::new(key, &[], interners);
         KeyRef {
             block: Arc::new(KeyBlock::from_entries(
                 &[packed.as_ref().map(OwnedBlockEntry::entry_ref)],
                 1,
-                shared,
+                interners,
             )),
             offset: 0,
         }
@@ -461,8 +463,8 @@ impl KeyRef {
     /// Every secret that is known of it, the newest first.
     fn secrets(&self) -> impl Iterator<Item = PreviousSecret> {
         let (version, digest) = (self.newest_version(), self.record().digest);
-        let ends = self.cold_fields().and_then(|rare| rare.newest_superseded_at);
-        let older = self.cold_fields().map_or(&[][..], |rare| &rare.previous_secrets);
+        let ends = self.cold_fields().and_then(|cold_fields| cold_fields.newest_superseded_at);
+        let older = self.cold_fields().map_or(&[][..], |cold_fields| &cold_fields.previous_secrets);
         [PreviousSecret {
             version,
             digest,
@@ -494,29 +496,33 @@ impl KeyRef {
     }
 
     /// Whether it was revoked before `then`.
-    pub(super) fn is_revoked_before(&self, then: Timestamp) -> bool {
-        self.revoked_at().is_some_and(|at| at < then)
+    pub(super) fn is_revoked_before(&self, cutoff: Timestamp) -> bool {
+        self.revoked_at().is_some_and(|at| at < cutoff)
     }
 
     /// The digests of its secrets that were superseded before `then`, and the key without those among them that
     /// left the record, where there are such.
-    pub(super) fn without_superseded(&self, then: Timestamp) -> (Vec<TokenDigest>, Option<OwnedBlockEntry>) {
-        let Some(rare) = self.cold_fields() else { return (Vec::new(), None) };
-        let over = |secret: &PreviousSecret| secret.superseded_at.is_some_and(|end| end < then);
-        let digests = self.secrets().filter(over).map(|secret| secret.digest).collect();
-        if !rare.previous_secrets.iter().any(|secret| secret.is_retired && over(secret)) {
+    pub(super) fn without_superseded(
+        &self,
+        cutoff: Timestamp,
+    ) -> (Vec<TokenDigest>, Option<OwnedBlockEntry>) {
+        let Some(cold_fields) = self.cold_fields() else { return (Vec::new(), None) };
+        let is_due = |secret: &PreviousSecret| secret.superseded_at.is_some_and(|end| end < cutoff);
+        let digests = self.secrets().filter(is_due).map(|secret| secret.digest).collect();
+        if !cold_fields.previous_secrets.iter().any(|secret| secret.is_retired && is_due(secret)) {
             return (digests, None);
         }
-        let older = rare
+        let older = cold_fields
             .previous_secrets
             .iter()
-            .filter(|secret| !(secret.is_retired && over(secret)))
+            .filter(|secret| !(secret.is_retired && is_due(secret)))
             .cloned()
             .collect();
-        let rare = ColdFields { previous_secrets: older, metadata: rare.metadata.clone(), ..*rare };
-        let rare = (rare != ColdFields::default()).then(|| Arc::new(rare));
+        let cold_fields =
+            ColdFields { previous_secrets: older, metadata: cold_fields.metadata.clone(), ..*cold_fields };
+        let cold_fields = (cold_fields != ColdFields::default()).then(|| Arc::new(cold_fields));
         let placed = self.block.entry_at(self.offset);
-        (digests, placed.map(|placed| OwnedBlockEntry { cold_fields: rare, ..placed.to_owned_entry() }))
+        (digests, placed.map(|placed| OwnedBlockEntry { cold_fields, ..placed.to_owned_entry() }))
     }
 
     /// Since when it has been revoked.
@@ -540,7 +546,7 @@ impl KeyRef {
     #[must_use]
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         static NONE: BTreeMap<String, String> = BTreeMap::new();
-        self.cold_fields().and_then(|rare| rare.metadata.as_deref()).unwrap_or(&NONE)
+        self.cold_fields().and_then(|cold_fields| cold_fields.metadata.as_deref()).unwrap_or(&NONE)
     }
 }
 
@@ -582,7 +588,7 @@ impl KeyAttributes for KeyRef {
     }
 
     fn is_disabled(&self) -> bool {
-        self.cold_fields().is_some_and(|rare| rare.disabled)
+        self.cold_fields().is_some_and(|cold_fields| cold_fields.disabled)
     }
 
     fn is_revoked(&self) -> bool {

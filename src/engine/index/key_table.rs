@@ -95,13 +95,13 @@ impl KeyTable {
 
     /// Takes a key of a snapshot, with the superseded secrets that left its record. It can be found after
     /// [`KeyTable::publish`], if not before.
-    pub(super) fn load_key(&self, key: &ApiKey, left: &[KeySecret]) {
+    pub(super) fn load_key(&self, key: &ApiKey, retired_secrets: &[KeySecret]) {
         let mut writer = self.lock_writer();
         if let Some((slot, before)) = self.find_slot(key) {
             return self.update(&mut writer, slot, &before, key);
         }
-        if let Some(packed) = OwnedBlockEntry::new(key, left, &mut writer.interners) {
-            self.stage(&mut writer, packed);
+        if let Some(entry) = OwnedBlockEntry::new(key, retired_secrets, &mut writer.interners) {
+            self.stage(&mut writer, entry);
         }
     }
 
@@ -127,12 +127,12 @@ impl KeyTable {
         if keys.len() < RECORDS_PER_BLOCK || offset_in_block(writer.next_slot) > 0 {
             return keys.iter().flatten().for_each(|key| self.stage(&mut writer, key.to_owned_entry()));
         }
-        let KeyTableWriter { occupancy: tally, interners: shared, next_slot: next, .. } = &mut *writer;
+        let KeyTableWriter { occupancy, interners, next_slot: next, .. } = &mut *writer;
         let first = *next;
         let block =
-            self.blocks.put(first / SLOTS_PER_BLOCK, KeyBlock::from_entries(keys, keys.len(), shared));
+            self.blocks.put(first / SLOTS_PER_BLOCK, KeyBlock::from_entries(keys, keys.len(), interners));
         *next += SLOTS_PER_BLOCK;
-        (first..*next).for_each(|slot| self.link_digests(tally, &block, slot, KeyRef::digests));
+        (first..*next).for_each(|slot| self.link_digests(occupancy, &block, slot, KeyRef::digests));
         self.count.fetch_add(keys.len(), Ordering::Relaxed);
     }
 
@@ -148,43 +148,43 @@ impl KeyTable {
     pub(super) fn upsert<'k>(&self, keys: impl IntoIterator<Item = &'k ApiKey>) {
         let mut writer = self.lock_writer();
         for key in keys {
-            if writer.staged_keys.iter().any(|coming| coming.id() == key.id) {
+            if writer.staged_keys.iter().any(|staged| staged.id() == key.id) {
                 self.publish_staged(&mut writer);
             }
             if let Some((slot, before)) = self.find_slot(key) {
                 self.update(&mut writer, slot, &before, key);
                 continue;
             }
-            let Some(packed) = OwnedBlockEntry::new(key, &[], &mut writer.interners) else { continue };
+            let Some(entry) = OwnedBlockEntry::new(key, &[], &mut writer.interners) else { continue };
             if let Some(slot) = writer.free_slots.pop() {
-                self.replace_record(&mut writer, slot, &packed);
+                self.replace_record(&mut writer, slot, &entry);
                 self.count.fetch_add(1, Ordering::Relaxed);
             } else {
-                self.stage(&mut writer, packed);
+                self.stage(&mut writer, entry);
             }
         }
         self.publish_staged(&mut writer);
     }
 
     /// Lets a key wait for the others of its block.
-    fn stage(&self, writer: &mut KeyTableWriter, packed: OwnedBlockEntry) {
-        writer.staged_keys.push(packed);
+    fn stage(&self, writer: &mut KeyTableWriter, entry: OwnedBlockEntry) {
+        writer.staged_keys.push(entry);
         if offset_in_block(writer.next_slot) + writer.staged_keys.len() == RECORDS_PER_BLOCK {
             self.publish_staged(writer);
         }
     }
 
     fn update(&self, writer: &mut KeyTableWriter, slot: KeySlot, before: &KeyRef, key: &ApiKey) {
-        if let Some(packed) = OwnedBlockEntry::from_change(before, key, &mut writer.interners) {
+        if let Some(entry) = OwnedBlockEntry::from_change(before, key, &mut writer.interners) {
             writer.has_stale_lists = true;
-            self.replace_record(writer, slot, &packed);
+            self.replace_record(writer, slot, &entry);
         }
     }
 
     /// Puts a record where another one is, or was.
-    fn replace_record(&self, writer: &mut KeyTableWriter, slot: KeySlot, packed: &OwnedBlockEntry) {
+    fn replace_record(&self, writer: &mut KeyTableWriter, slot: KeySlot, entry: &OwnedBlockEntry) {
         if let Some(block) = self.blocks.get(slot / SLOTS_PER_BLOCK) {
-            let block = block.with_replaced(offset_in_block(slot), packed, &mut writer.interners);
+            let block = block.with_replaced(offset_in_block(slot), entry, &mut writer.interners);
             let block = self.blocks.put(slot / SLOTS_PER_BLOCK, block);
             // Those that left the record are in the table, or were forgotten.
             self.link_digests(&mut writer.occupancy, &block, slot, KeyRef::recorded_digests);
@@ -192,25 +192,23 @@ impl KeyTable {
     }
 
     fn publish_staged(&self, writer: &mut KeyTableWriter) {
-        let KeyTableWriter {
-            occupancy: tally, interners: shared, next_slot: next, staged_keys: coming, ..
-        } = writer;
-        let (first, count) = (*next, coming.len());
+        let KeyTableWriter { occupancy, interners, next_slot: next, staged_keys: staged, .. } = writer;
+        let (first, count) = (*next, staged.len());
         if count == 0 {
             return;
         }
         let block = self.blocks.get(first / SLOTS_PER_BLOCK).unwrap_or_default();
-        let block = self.blocks.put(first / SLOTS_PER_BLOCK, block.with_appended(coming, shared));
-        coming.clear();
+        let block = self.blocks.put(first / SLOTS_PER_BLOCK, block.with_appended(staged, interners));
+        staged.clear();
         *next += count as KeySlot;
-        (first..*next).for_each(|slot| self.link_digests(tally, &block, slot, KeyRef::digests));
+        (first..*next).for_each(|slot| self.link_digests(occupancy, &block, slot, KeyRef::digests));
         self.count.fetch_add(count, Ordering::Relaxed);
     }
 
     /// Sees that the table leads to a place by digests of the key there. `block` is the one there now.
     fn link_digests(
         &self,
-        tally: &mut TableOccupancy,
+        occupancy: &mut TableOccupancy,
         block: &Arc<KeyBlock>,
         slot: KeySlot,
         digests: fn(&KeyRef) -> Vec<TokenDigest>,
@@ -218,16 +216,16 @@ impl KeyTable {
         let Some(key) = KeyRef::from_block(block.clone(), offset_in_block(slot)) else { return };
         for digest in digests(&key) {
             if self.locate(&digest).is_none() {
-                self.digest_table.insert(tally, &digest, slot);
+                self.digest_table.insert(occupancy, &digest, slot);
             }
         }
     }
 
     /// Forgets keys revoked and secrets superseded before `then`, and gives each key that is gone to `gone`. Returns
     /// how many digests are unknown now.
-    pub(super) fn evict(&self, then: Timestamp, mut gone: impl FnMut(KeyId)) -> usize {
+    pub(super) fn evict(&self, cutoff: Timestamp, mut on_removed: impl FnMut(KeyId)) -> usize {
         self.publish();
-        let mut forgotten = 0;
+        let mut removed_digests = 0;
         let blocks = self.lock_writer().next_slot.div_ceil(SLOTS_PER_BLOCK);
         for number in 0..blocks {
             // Other writers come between two blocks.
@@ -241,19 +239,19 @@ impl KeyTable {
                 let Some(key) = KeyRef::from_block(block.clone(), at) else { continue };
                 let slot = number * SLOTS_PER_BLOCK + at as KeySlot;
                 let before = changed.as_ref().unwrap_or(&*block);
-                let (digests, after) = if key.is_revoked_before(then) {
+                let (digests, after) = if key.is_revoked_before(cutoff) {
                     writer.free_slots.push(slot);
                     writer.has_stale_lists = true;
                     self.count.fetch_sub(1, Ordering::Relaxed);
-                    gone(key.id());
+                    on_removed(key.id());
                     (key.digests(), Some(before.with_removed(at, &mut writer.interners)))
                 } else {
-                    let (digests, less) = key.without_superseded(then);
-                    (digests, less.map(|packed| before.with_replaced(at, &packed, &mut writer.interners)))
+                    let (digests, less) = key.without_superseded(cutoff);
+                    (digests, less.map(|entry| before.with_replaced(at, &entry, &mut writer.interners)))
                 };
                 let removed =
                     |digest: &&TokenDigest| self.digest_table.remove(&mut writer.occupancy, digest, slot);
-                forgotten += digests.iter().filter(removed).count();
+                removed_digests += digests.iter().filter(removed).count();
                 changed = after.or(changed);
             }
             if let Some(block) = changed {
@@ -261,7 +259,7 @@ impl KeyTable {
             }
         }
         self.compact_lists();
-        forgotten
+        removed_digests
     }
 
     /// Frees what only lists keep: a common list is made of what records name, and each block that has more in its lists

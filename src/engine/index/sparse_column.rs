@@ -31,11 +31,11 @@ impl<T> SparseColumn<T> {
         T: Clone + 'v,
     {
         let bits = all.clone().enumerate().map(|(at, value)| u64::from(value.is_some()) << at);
-        let who = bits.sum::<u64>();
+        let presence_bits = bits.sum::<u64>();
         // Exactly as many as there are: see `Block::from_options`.
-        let mut values = Vec::with_capacity(who.count_ones() as usize);
+        let mut values = Vec::with_capacity(presence_bits.count_ones() as usize);
         values.extend(all.flatten().cloned());
-        SparseColumn { presence_bits: who, values: values.into() }
+        SparseColumn { presence_bits, values: values.into() }
     }
 }
 

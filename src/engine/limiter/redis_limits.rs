@@ -127,10 +127,10 @@ impl RedisLimiter {
     pub(super) async fn consume(
         &self,
         key: &KeyRef,
-        take: Consumption,
+        consumption: Consumption,
         now: Timestamp,
     ) -> Result<RateLimitStates, RedisOutcome> {
-        let result = self.invoke_script(key, take, now).await;
+        let result = self.invoke_script(key, consumption, now).await;
         let ended = result.as_ref().err().copied().unwrap_or(RedisOutcome::Answered);
         self.outcome_counts[ended as usize].fetch_add(1, Ordering::Relaxed);
         result
@@ -139,11 +139,11 @@ impl RedisLimiter {
     async fn invoke_script(
         &self,
         key: &KeyRef,
-        take: Consumption,
+        consumption: Consumption,
         now: Timestamp,
     ) -> Result<RateLimitStates, RedisOutcome> {
-        let link = self.connection.load_full().ok_or(RedisOutcome::NotConnected)?;
-        let mut connection = link.connection.clone();
+        let active = self.connection.load_full().ok_or(RedisOutcome::NotConnected)?;
+        let mut connection = active.connection.clone();
         let mut call = self.script.prepare_invoke();
         for limit in key.rate_limits() {
             // A changed limit is another one, and starts full.
@@ -156,14 +156,14 @@ impl RedisLimiter {
                 limit.window.as_micros()
             ));
         }
-        if let Some(charge) = take.dedup_id {
-            call.key(format!("{}{{{}}}#{:016x}", self.settings.key_prefix.0, key.id(), charge.to_u64()));
+        if let Some(dedup_id) = consumption.dedup_id {
+            call.key(format!("{}{{{}}}#{:016x}", self.settings.key_prefix.0, key.id(), dedup_id.to_u64()));
         }
         match self.settings.clock_source {
             ClockSource::Redis => call.arg(""),
             ClockSource::Local => call.arg(now.as_micros()),
         };
-        call.arg(take.cost).arg(u8::from(take.dry_run));
+        call.arg(consumption.cost).arg(u8::from(consumption.dry_run));
         for limit in key.rate_limits() {
             let window = u64::try_from(limit.window.as_micros()).unwrap_or(u64::MAX);
             call.arg(limit.limit.max(1)).arg(window.max(1));
@@ -172,8 +172,8 @@ impl RedisLimiter {
         let failure = match answer {
             Ok(Ok(numbers)) => match parse_levels(key, &numbers, now) {
                 Some(levels) => {
-                    link.consecutive_failures.store(0, Ordering::Relaxed);
-                    link.answered_calls.fetch_add(1, Ordering::Relaxed);
+                    active.consecutive_failures.store(0, Ordering::Relaxed);
+                    active.answered_calls.fetch_add(1, Ordering::Relaxed);
                     return Ok(levels);
                 }
                 None => RedisOutcome::Failed,
@@ -181,73 +181,73 @@ impl RedisLimiter {
             Ok(Err(error)) => {
                 tracing::debug!(error = redacted_error(&error), "Redis did not count");
                 if error.is_unrecoverable_error() || error.is_io_error() {
-                    self.disconnect(&link);
+                    self.disconnect(&active);
                 }
                 RedisOutcome::Failed
             }
             Err(_) => RedisOutcome::TimedOut,
         };
-        if link.consecutive_failures.fetch_add(1, Ordering::Relaxed) + 1 >= MAX_CONSECUTIVE_FAILURES {
-            self.disconnect(&link);
+        if active.consecutive_failures.fetch_add(1, Ordering::Relaxed) + 1 >= MAX_CONSECUTIVE_FAILURES {
+            self.disconnect(&active);
         }
         Err(failure)
     }
 
     /// Takes a connection away from the callers.
-    fn disconnect(&self, link: &Arc<RedisConnection>) {
-        let before = self.connection.compare_and_swap(link, None);
-        if before.as_ref().is_some_and(|known| Arc::ptr_eq(known, link)) {
+    fn disconnect(&self, active: &Arc<RedisConnection>) {
+        let before = self.connection.compare_and_swap(active, None);
+        if before.as_ref().is_some_and(|known| Arc::ptr_eq(known, active)) {
             self.connection_lost.notify_one();
         }
     }
 
     /// Connects, and again whenever the connection is lost. Tells `tried` after the first attempt.
-    pub(super) async fn maintain_connection(&self, tried: oneshot::Sender<()>) {
-        let (mut tried, mut pause, mut complained) = (Some(tried), INITIAL_BACKOFF, false);
+    pub(super) async fn maintain_connection(&self, attempted: oneshot::Sender<()>) {
+        let (mut attempted, mut backoff, mut has_warned) = (Some(attempted), INITIAL_BACKOFF, false);
         loop {
             let connected = timeout(CONNECT_TIMEOUT, self.connect()).await;
-            let link = match connected {
-                Ok(Ok(link)) => Some(Arc::new(link)),
+            let active = match connected {
+                Ok(Ok(active)) => Some(Arc::new(active)),
                 Ok(Err(error)) => {
-                    warn_once(&mut complained, &redacted_error(&error));
+                    warn_once(&mut has_warned, &redacted_error(&error));
                     None
                 }
                 Err(_) => {
-                    warn_once(&mut complained, "it does not answer");
+                    warn_once(&mut has_warned, "it does not answer");
                     None
                 }
             };
-            self.connection.store(link.clone());
+            self.connection.store(active.clone());
             // Nobody may wait any more.
-            if let Some(tried) = tried.take() {
-                let _ = tried.send(());
+            if let Some(attempted) = attempted.take() {
+                let _ = attempted.send(());
             }
-            if let Some(link) = link {
-                if std::mem::take(&mut complained) {
+            if let Some(active) = active {
+                if std::mem::take(&mut has_warned) {
                     tracing::info!("Redis counts rate limits again");
                 }
-                self.wait_until_disconnected(&link).await;
-                warn_once(&mut complained, "calls failed or were not answered in time");
+                self.wait_until_disconnected(&active).await;
+                warn_once(&mut has_warned, "calls failed or were not answered in time");
                 // One that worked is no sign that the next one fails.
-                if link.answered_calls.load(Ordering::Relaxed) > 0 {
-                    pause = INITIAL_BACKOFF;
+                if active.answered_calls.load(Ordering::Relaxed) > 0 {
+                    backoff = INITIAL_BACKOFF;
                 }
             }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(MAX_BACKOFF);
+            tokio::time::sleep(backoff).await;
+            backoff = (backoff * 2).min(MAX_BACKOFF);
         }
     }
 
     /// Waits until the connection is taken away from the callers; it is, too, when it dies while nobody calls.
-    async fn wait_until_disconnected(&self, link: &Arc<RedisConnection>) {
-        let mut connection = link.connection.clone();
+    async fn wait_until_disconnected(&self, active: &Arc<RedisConnection>) {
+        let mut connection = active.connection.clone();
         while timeout(HEARTBEAT_INTERVAL, self.connection_lost.notified()).await.is_err() {
             let ping = redis::cmd("PING");
             if !matches!(
                 timeout(HEARTBEAT_INTERVAL, ping.query_async::<()>(&mut connection)).await,
                 Ok(Ok(()))
             ) {
-                self.disconnect(link);
+                self.disconnect(active);
             }
         }
     }
@@ -267,8 +267,8 @@ impl RedisLimiter {
 }
 
 /// Says in the log what is wrong, once until it is well again.
-fn warn_once(complained: &mut bool, problem: &str) {
-    if !std::mem::replace(complained, true) {
+fn warn_once(has_warned: &mut bool, problem: &str) {
+    if !std::mem::replace(has_warned, true) {
         tracing::warn!(problem, "Redis cannot be asked about rate limits");
     }
 }
@@ -284,13 +284,13 @@ fn redacted_error(error: &RedisError) -> String {
 
 /// The script's answer; `None` if it is none.
 fn parse_levels(key: &impl KeyAttributes, numbers: &[u64], now: Timestamp) -> Option<RateLimitStates> {
-    let (again, taken) = numbers.split_first()?;
+    let (is_repeated, levels) = numbers.split_first()?;
     let limits = key.rate_limits();
-    if taken.len() != 2 * limits.len() {
+    if levels.len() != 2 * limits.len() {
         return None;
     }
-    let pairs = limits.iter().zip(taken.chunks_exact(2));
+    let pairs = limits.iter().zip(levels.chunks_exact(2));
     let before =
         pairs.map(|(limit, pair)| GcraState::from_used_units(limit, now, pair[0], pair[1])).collect();
-    Some(RateLimitStates { before_request: before, is_repeated_request: *again == 1 })
+    Some(RateLimitStates { before_request: before, is_repeated_request: *is_repeated == 1 })
 }

@@ -85,36 +85,36 @@ pub(super) struct UsageBuffer {
 
 impl UsageBuffer {
     /// Notes a Check. Tells how many could not be noted, since too many keys wait.
-    pub(super) fn push(&self, note: UsageEvent) -> u64 {
-        let mut pad = lock(self.thread_buffers.local());
-        pad.push(note);
-        if pad.len() < THREAD_BUFFER_EVENTS { 0 } else { self.merge_into_shards(&mut pad) }
+    pub(super) fn push(&self, event: UsageEvent) -> u64 {
+        let mut buffer = lock(self.thread_buffers.local());
+        buffer.push(event);
+        if buffer.len() < THREAD_BUFFER_EVENTS { 0 } else { self.merge_into_shards(&mut buffer) }
     }
 
     /// Puts everything on the shelves that stands on pads. The same is told as by `note`.
     pub(super) fn merge_thread_buffers(&self) -> u64 {
-        self.thread_buffers.iter().map(|pad| self.merge_into_shards(&mut lock(pad))).sum()
+        self.thread_buffers.iter().map(|buffer| self.merge_into_shards(&mut lock(buffer))).sum()
     }
 
     /// Puts everything in the line that is on the shelves.
     pub(super) fn enqueue(&self) {
-        let mut line = lock(&self.flush_queue);
+        let mut queue = lock(&self.flush_queue);
         let mut all = Vec::with_capacity(self.sharded_keys());
-        for shelf in &self.shards {
-            let mut shelf = lock(shelf);
+        for shard in &self.shards {
+            let mut shard = lock(shard);
             // As many keys will come again, and a table that grows holds up whoever makes it grow.
-            let room = UsageByKey::with_capacity_and_hasher(shelf.len(), Default::default());
-            let taken = std::mem::replace(&mut *shelf, room);
-            drop(shelf);
-            all.extend(taken);
+            let empty = UsageByKey::with_capacity_and_hasher(shard.len(), Default::default());
+            let entries = std::mem::replace(&mut *shard, empty);
+            drop(shard);
+            all.extend(entries);
         }
-        line.merge(all);
+        queue.merge(all);
     }
 
     /// What is to be written next, as `of` makes it. None = nothing is in the line.
     pub(super) fn next_batch<T>(&self, of: impl FnOnce(&[(KeyId, KeyUsage)]) -> T) -> Option<T> {
-        let line = lock(&self.flush_queue);
-        let next = line.next_batch();
+        let queue = lock(&self.flush_queue);
+        let next = queue.next_batch();
         (!next.is_empty()).then(|| of(next))
     }
 
@@ -130,23 +130,23 @@ impl UsageBuffer {
 
     /// How many keys are on the shelves.
     pub(super) fn sharded_keys(&self) -> usize {
-        self.shards.iter().map(|shelf| lock(shelf).len()).sum()
+        self.shards.iter().map(|shard| lock(shard).len()).sum()
     }
 
     /// The latest use of a secret that is known here.
     pub(super) fn last_use(&self, key: KeyId, version: u32) -> Option<Timestamp> {
-        let line = lock(&self.flush_queue);
-        let shelf = lock(self.shard(key));
-        let known = [shelf.get(&key), line.get(key)].into_iter().flatten();
+        let queue = lock(&self.flush_queue);
+        let shard = lock(self.shard(key));
+        let known = [shard.get(&key), queue.get(key)].into_iter().flatten();
         known.flat_map(KeyUsage::secret_uses).filter(|(of, _)| *of == version).map(|(_, at)| at).max()
     }
 
-    /// A pad is locked until its notes are on the shelves: they are in one place or in the other for whoever looks.
-    fn merge_into_shards(&self, pad: &mut Vec<UsageEvent>) -> u64 {
+    /// A pad is locked until its buffer are on the shelves: they are in one place or in the other for whoever looks.
+    fn merge_into_shards(&self, buffer: &mut Vec<UsageEvent>) -> u64 {
         let mut dropped = 0;
-        for note in pad.drain(..) {
-            match usage_entry(&mut lock(self.shard(note.key_id)), note.key_id) {
-                Some(trace) => trace.record(&note),
+        for event in buffer.drain(..) {
+            match usage_entry(&mut lock(self.shard(event.key_id)), event.key_id) {
+                Some(usage) => usage.record(&event),
                 None => dropped += 1,
             }
         }
@@ -160,11 +160,11 @@ impl UsageBuffer {
 }
 
 /// The trace of a key. None = too many keys wait.
-fn usage_entry(shelf: &mut UsageByKey, key: KeyId) -> Option<&mut KeyUsage> {
-    if shelf.len() >= MAX_BUFFERED_KEYS / KEY_SHARDS && !shelf.contains_key(&key) {
+fn usage_entry(shard: &mut UsageByKey, key: KeyId) -> Option<&mut KeyUsage> {
+    if shard.len() >= MAX_BUFFERED_KEYS / KEY_SHARDS && !shard.contains_key(&key) {
         return None;
     }
-    Some(shelf.entry(key).or_default())
+    Some(shard.entry(key).or_default())
 }
 
 #[cfg(test)]
@@ -182,18 +182,24 @@ mod tests {
         KeyId::generate(at(0), std::array::from_fn(|byte| mixed[byte % 8]))
     }
 
-    fn note(notes: &UsageBuffer, number: u64, micros: i64) {
-        notes.push(UsageEvent { key_id: key(number), at: at(micros), secret_version: 1, reason: Reason::Ok });
+    fn record(buffer: &UsageBuffer, number: u64, micros: i64) {
+        buffer.push(UsageEvent {
+            key_id: key(number),
+            at: at(micros),
+            secret_version: 1,
+            reason: Reason::Ok,
+        });
     }
 
     /// Writes everything; gives the keys, those first that were written last.
-    fn flush_all(notes: &UsageBuffer) -> Vec<KeyId> {
+    fn flush_all(buffer: &UsageBuffer) -> Vec<KeyId> {
         let mut all = std::collections::VecDeque::new();
-        while let Some(keys) = notes.next_batch(|chunk| chunk.iter().map(|(key, _)| *key).collect::<Vec<_>>())
+        while let Some(keys) =
+            buffer.next_batch(|chunk| chunk.iter().map(|(key, _)| *key).collect::<Vec<_>>())
         {
             assert!(keys.len() <= WRITE_BATCH_KEYS);
             keys.into_iter().rev().for_each(|key| all.push_front(key));
-            notes.remove_batch();
+            buffer.remove_batch();
         }
         all.into()
     }
@@ -201,31 +207,31 @@ mod tests {
     #[test]
     fn keys_are_written_in_order_from_the_end_and_once_whatever_was_left_of_the_line() {
         const KEYS: u64 = 3 * WRITE_BATCH_KEYS as u64 + 7;
-        let notes = UsageBuffer::default();
+        let buffer = UsageBuffer::default();
         for round in 1..4 {
-            (0..KEYS).for_each(|number| note(&notes, number, round));
-            notes.merge_thread_buffers();
-            assert_eq!(notes.last_use(key(8), 1), Some(at(round)));
-            notes.enqueue();
-            assert_eq!(notes.last_use(key(8), 1), Some(at(round)));
+            (0..KEYS).for_each(|number| record(&buffer, number, round));
+            buffer.merge_thread_buffers();
+            assert_eq!(buffer.last_use(key(8), 1), Some(at(round)));
+            buffer.enqueue();
+            assert_eq!(buffer.last_use(key(8), 1), Some(at(round)));
         }
-        let written = flush_all(&notes);
+        let written = flush_all(&buffer);
         assert_eq!(written.len() as u64, KEYS);
         assert!(written.is_sorted());
-        assert_eq!((notes.pending_keys(), notes.last_use(key(8), 1)), (0, None));
+        assert_eq!((buffer.pending_keys(), buffer.last_use(key(8), 1)), (0, None));
     }
 
     #[test]
     fn what_was_used_while_it_was_written_is_written_again() {
-        let notes = UsageBuffer::default();
-        note(&notes, 1, 5);
-        notes.merge_thread_buffers();
-        notes.enqueue();
-        note(&notes, 1, 9);
-        notes.merge_thread_buffers();
-        assert_eq!(notes.last_use(key(1), 1), Some(at(9)));
-        assert_eq!(flush_all(&notes), [key(1)]);
-        notes.enqueue();
-        assert_eq!(flush_all(&notes), [key(1)]);
+        let buffer = UsageBuffer::default();
+        record(&buffer, 1, 5);
+        buffer.merge_thread_buffers();
+        buffer.enqueue();
+        record(&buffer, 1, 9);
+        buffer.merge_thread_buffers();
+        assert_eq!(buffer.last_use(key(1), 1), Some(at(9)));
+        assert_eq!(flush_all(&buffer), [key(1)]);
+        buffer.enqueue();
+        assert_eq!(flush_all(&buffer), [key(1)]);
     }
 }

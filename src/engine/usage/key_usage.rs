@@ -41,9 +41,9 @@ impl Default for KeyUsage {
 }
 
 impl KeyUsage {
-    pub(super) fn record(&mut self, note: &UsageEvent) {
-        let version = if note.reason == Reason::Ok { note.secret_version } else { 0 };
-        self.add_inline(note.at, note.reason, version, 1);
+    pub(super) fn record(&mut self, event: &UsageEvent) {
+        let version = if event.reason == Reason::Ok { event.secret_version } else { 0 };
+        self.add_inline(event.at, event.reason, version, 1);
     }
 
     /// Adds what came later.
@@ -129,7 +129,7 @@ mod tests {
 
     const HOUR: i64 = 3_600_000_000;
 
-    fn note() -> impl Strategy<Value = UsageEvent> {
+    fn event() -> impl Strategy<Value = UsageEvent> {
         let reason =
             prop_oneof![4 => Just(Reason::Ok), 1 => Just(Reason::Revoked), 1 => Just(Reason::Expired)];
         let version = prop_oneof![4 => 1..3u32, 1 => Just(70_000)];
@@ -147,33 +147,33 @@ mod tests {
         used: impl Iterator<Item = (u32, Timestamp)>,
         counts: impl Iterator<Item = (UsageHour, Reason, u64)>,
     ) -> UsageTotals {
-        let mut told = UsageTotals::default();
+        let mut totals = UsageTotals::default();
         for (version, at) in used {
-            let last = told.0.entry(version).or_insert(at);
+            let last = totals.0.entry(version).or_insert(at);
             *last = at.max(*last);
         }
-        counts.for_each(|(hour, reason, count)| *told.1.entry((hour, reason as u8)).or_default() += count);
-        told
+        counts.for_each(|(hour, reason, count)| *totals.1.entry((hour, reason as u8)).or_default() += count);
+        totals
     }
 
     proptest! {
         #[test]
         fn a_trace_tells_every_check_wherever_notes_of_it_were_put_together(
-            notes in prop::collection::vec(note(), 0..20), cut in 0..20usize,
+            events in prop::collection::vec(event(), 0..20), cut in 0..20usize,
         ) {
-            let (one, other) = notes.split_at(cut.min(notes.len()));
-            let [mut trace, later] = [one, other].map(|notes| {
-                let mut trace = KeyUsage::default();
-                notes.iter().for_each(|note| trace.record(note));
-                trace
+            let (one, other) = events.split_at(cut.min(events.len()));
+            let [mut usage, later] = [one, other].map(|events| {
+                let mut usage = KeyUsage::default();
+                events.iter().for_each(|event| usage.record(event));
+                usage
             });
-            trace.merge(later);
-            let allowed = notes.iter().filter(|note| note.reason == Reason::Ok);
-            let noted = usage_totals(
-                allowed.map(|note| (note.secret_version, note.at)),
-                notes.iter().map(|note| (UsageHour::from_timestamp(note.at), note.reason, 1)),
+            usage.merge(later);
+            let allowed = events.iter().filter(|event| event.reason == Reason::Ok);
+            let expected = usage_totals(
+                allowed.map(|event| (event.secret_version, event.at)),
+                events.iter().map(|event| (UsageHour::from_timestamp(event.at), event.reason, 1)),
             );
-            prop_assert_eq!(usage_totals(trace.secret_uses(), trace.counts()), noted);
+            prop_assert_eq!(usage_totals(usage.secret_uses(), usage.counts()), expected);
         }
     }
 

@@ -1,5 +1,7 @@
-//! Who may call Keyward itself: a token's holder is decided as any other key, for another purpose. What a caller then
-//! may do is `access`'s business.
+//! Authenticates callers of Keyward itself: evaluates the key of a token for management instead of for a service.
+//!
+//! What an authenticated caller may do is decided in `caller`; the connection's memory of
+//! its caller is in `caller_cache.rs`.
 
 use std::{net::IpAddr, time::Duration};
 
@@ -22,18 +24,19 @@ use super::{
     limit_outcome::LimitOutcome,
 };
 
-/// A key that may call Keyward.
+/// A key that may call Keyward, with everything that its authorization needs.
 #[derive(Clone, Debug)]
 pub struct AuthenticatedKey {
-    /// The key.
+    /// The key and the version of the presented secret.
     pub key_match: KeyMatch,
-    /// The digest of its token.
+    /// The digest of the presented token.
     pub digest: TokenDigest,
-    /// The account that it acts in.
+    /// The account that the call acts in.
     pub account: AccountId,
-    /// What it is granted there.
+    /// The scopes that the key is granted in that account.
     pub granted_scopes: ScopeSet,
-    /// The lease holds. Without one it may ask what is dead, and nothing else: it may be revoked by now.
+    /// Whether the lease is valid. Without it the key may have been revoked: the caller may only
+    /// ask which keys are dead.
     pub has_valid_lease: bool,
 }
 
@@ -42,18 +45,18 @@ pub struct AuthenticatedKey {
 pub struct AccountStatus {
     /// The account exists and is not suspended.
     pub is_active: bool,
-    /// The lease holds.
+    /// Whether the lease was valid at the look-up.
     pub has_valid_lease: bool,
 }
 
 /// Why a key may not call Keyward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AuthenticationFailure {
-    /// The first reason.
+    /// The primary reason of the refusal.
     pub reason: Reason,
-    /// When a limit of it has room again.
+    /// How long until the key's limits admit the call; `None` if no limit refused it.
     pub retry_after: Option<Duration>,
-    /// The most that one of its limits ever lets through at once, if that is less than what was to be taken.
+    /// The smallest limit of the key, if the requested units exceed it: the call can never succeed.
     pub max_cost: Option<u64>,
 }
 
@@ -63,7 +66,7 @@ impl From<Reason> for AuthenticationFailure {
     }
 }
 
-/// A caller that is decided but for its limits.
+/// A caller that is evaluated except for its limits.
 pub(super) struct CallerEvaluation {
     pub(super) found_key: FoundKey,
     pub(super) digest: TokenDigest,
@@ -75,13 +78,15 @@ pub(super) struct CallerEvaluation {
 }
 
 impl Engine {
-    /// Decides whether a token may be used to call Keyward itself; of a user key, in `account`, or, where it
-    /// only asks about itself (`anywhere`), in none. `consume` is what the call takes of the key's own limits; a dry run
-    /// is no use of the key.
+    /// Authenticates a token for a call to Keyward itself, and consumes from the key's own limits. A dry run does not
+    /// count as a use of the key.
+    ///
+    /// A user key acts in `account`. If the call only concerns the caller itself (`anywhere`), a
+    /// user key needs no account.
     ///
     /// # Errors
-    /// When the first snapshot is not loaded yet, the token is not known to a replica without a lease, or the key's
-    /// limits cannot be counted.
+    /// The first snapshot is not loaded, this replica has no lease and does not know the token, or the
+    /// key's limits cannot be counted.
     pub async fn authenticate(
         &self,
         presented: &str,
@@ -133,7 +138,7 @@ impl Engine {
         Ok(Ok(AuthenticatedKey { key_match, digest, account, granted_scopes, has_valid_lease }))
     }
 
-    /// Finds a caller's key and decides by what is known of it; awaits nothing.
+    /// Evaluates a caller's key without waiting; the key's limits are not consumed.
     pub(super) fn evaluate_caller(
         &self,
         presented: &str,
@@ -159,7 +164,7 @@ impl Engine {
         }))
     }
 
-    /// The same of a token that is known by its digest.
+    /// Like [`Engine::evaluate_caller`], for a token of which only the digest is known.
     pub(super) fn evaluate_caller_digest(
         &self,
         digest: &TokenDigest,
@@ -172,7 +177,7 @@ impl Engine {
             return if has_valid_lease { Ok(Err(Reason::Unknown)) } else { Err(CheckError::LeaseLost) };
         };
         let now = self.clock.now();
-        // A service key acts in its own account, whatever the call names.
+        // A service key acts in its own account, even if the call names another one.
         let account = account.filter(|_| found.key.owner().user().is_some());
         let request =
             PolicyRequest { purpose: TokenPurpose::Management, account, client_ip: peer, scopes: &[] };
@@ -198,11 +203,11 @@ impl Engine {
         }))
     }
 
-    /// Whether a caller that was authenticated still may call: what it is granted now, or the first thing that stands
-    /// against it. Nothing is counted.
+    /// Returns the scopes of a caller that was authenticated before, or the primary reason why it may not
+    /// call any more. Consumes nothing.
     ///
     /// # Errors
-    /// As [`Engine::authenticate`]; and when the lease has run out.
+    /// As [`Engine::authenticate`]; also if the lease has expired.
     pub fn reauthenticate(
         &self,
         presented: &str,
@@ -219,11 +224,11 @@ impl Engine {
         }))
     }
 
-    /// Whether a caller that the configuration knows may act in an account: it must exist, and not be suspended. The
-    /// answer holds as far as the lease does: see [`AuthenticatedKey::fresh`].
+    /// Returns whether a caller from the configuration may act in an account. If [`AccountStatus::has_valid_lease`] is
+    /// false, the answer may be outdated.
     ///
     /// # Errors
-    /// When the first snapshot is not loaded yet.
+    /// The first snapshot is not loaded.
     pub fn account_status(&self, account: &AccountId) -> Result<AccountStatus, CheckError> {
         self.index.revision().ok_or(CheckError::Starting)?;
         Ok(self.lease.with_validity(
@@ -235,10 +240,10 @@ impl Engine {
         ))
     }
 
-    /// The key that a token belongs to, in whatever state.
+    /// Finds the key of a token, in any state.
     ///
     /// # Errors
-    /// When the first snapshot is not loaded yet, or the lease has run out: the token may have been replaced since.
+    /// The first snapshot is not loaded, or the lease has expired and the token may have been replaced since.
     pub fn find_key_by_token(&self, presented: &str) -> Result<Option<KeyMatch>, CheckError> {
         let digest = token::can_be_token(presented).then(|| TokenDigest::from_token(presented));
         self.find_key_by_digest(digest.as_ref())

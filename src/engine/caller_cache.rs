@@ -1,9 +1,8 @@
-//! Callers that were found in order, remembered: who calls again over the same connection is not decided again while
-//! nothing that decided can have changed.
+//! Caches the caller of a connection, so that its next call is not evaluated again while nothing has changed.
 //!
-//! What is remembered holds for one state of the index, and is worth nothing once that has moved on by any revision, or
-//! anything is in doubt: so a revoked caller is refused at its next call. Callers of whom anything hangs on the clock or
-//! on a count (an expiry, a superseded secret, limits) are not remembered.
+//! An entry is valid for one version of the index. Any applied revision and any uncertain change invalidates it, so a
+//! revoked caller is refused at its next call. Callers whose evaluation depends on the clock or on a count (an expiry,
+//! a superseded secret, limits) are never cached.
 
 use std::{
     net::IpAddr,
@@ -22,26 +21,26 @@ use crate::domain::{
 
 use super::{authenticate::CallerEvaluation, check::Engine, index::IndexVersion, usage::UsageEvent};
 
-/// A caller in order.
+/// A caller that was authenticated and has no limits.
 #[derive(Debug)]
 pub struct CachedCaller {
-    /// The account that it acts in.
+    /// The account that the caller acts in.
     pub account: AccountId,
-    /// What it is granted there.
+    /// The scopes that it is granted in that account.
     pub granted_scopes: ScopeSet,
     key_id: KeyId,
     secret_version: u32,
-    /// When it was found in order.
+    /// The version of the index that it was authenticated against.
     index_version: IndexVersion,
 }
 
-/// The caller that one connection has had last.
+/// The last caller of one connection.
 #[derive(Default)]
 pub struct CallerCache(Mutex<Option<CachedToken>>);
 
 struct CachedToken {
     token: Zeroizing<Box<[u8]>>,
-    /// Of this connection alone: calls on other cores count other references.
+    /// Owned by this connection alone, so that cores do not share a reference count.
     caller: Arc<CachedCaller>,
 }
 
@@ -55,7 +54,7 @@ impl CallerCache {
     fn get(&self, token: &[u8], state: IndexVersion) -> Option<Arc<CachedCaller>> {
         let entry = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let entry = entry.as_ref().filter(|entry| entry.caller.index_version == state)?;
-        // How much of another caller's token somebody has right must not show in the time that this takes.
+        // Constant time: the duration must not reveal how much of another caller's token was correct.
         bool::from(entry.token.ct_eq(token)).then(|| entry.caller.clone())
     }
 
@@ -66,8 +65,10 @@ impl CallerCache {
 }
 
 impl Engine {
-    /// The service key's caller with this token, where it is plainly in order: [`Engine::authenticate`] would say so
-    /// at once, and count nothing. None = that is to be asked. All calls with one `memory` come from the same `peer`.
+    /// Authenticates a service key whose evaluation depends on nothing but the index. Returns
+    /// `None` if [`Engine::authenticate`] must decide.
+    ///
+    /// All calls with one `cache` must come from the same `peer`.
     #[must_use]
     pub fn authenticate_cached(
         &self,
@@ -75,7 +76,7 @@ impl Engine {
         peer: Option<IpAddr>,
         cache: &CallerCache,
     ) -> Option<Arc<CachedCaller>> {
-        // Read first: what is found after is of this state or a later one.
+        // Read first: whatever is found afterwards belongs to this version or a later one.
         let state = self.index.version()?;
         if let Some(cached) = cache.get(presented.as_bytes(), state) {
             return Some(cached);
@@ -102,13 +103,14 @@ impl Engine {
         Some(cached)
     }
 
-    /// Whether nothing has changed since the caller was found in order. If anything has, it is to be judged anew.
+    /// Returns whether the index is unchanged since the caller was authenticated. If not,
+    /// it must be authenticated again.
     #[must_use]
     pub fn is_cached_caller_current(&self, cached: &CachedCaller) -> bool {
         self.index.version() == Some(cached.index_version)
     }
 
-    /// Notes a call of such a caller.
+    /// Records one call of a cached caller as a use of its key.
     pub fn record_cached_call(&self, cached: &CachedCaller) {
         let event = UsageEvent {
             key_id: cached.key_id,

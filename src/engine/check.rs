@@ -1,4 +1,4 @@
-//! The engine's Check: under the lease, from the token to the outcome.
+//! Answers Checks: evaluates a token under the lease, consumes from the key's limits and records the use.
 //!
 //! Callers of Keyward itself are authenticated in `authenticate.rs`; the policy is in `domain`.
 
@@ -30,15 +30,15 @@ use super::{
     usage::{UsageEvent, UsageRecorder},
 };
 
-/// Answers Checks.
+/// Answers Checks from memory, and authenticates callers of Keyward.
 pub struct Engine {
-    /// The keys and accounts.
+    /// All keys, accounts, roles and members.
     pub index: Arc<Index>,
-    /// The uses that are not written yet.
+    /// Records the uses of keys until they are written.
     pub usage: Arc<UsageRecorder>,
-    /// Until when anything may be allowed.
+    /// The lease that permits this process to allow.
     pub lease: Arc<ServingLease>,
-    /// Counts the limits.
+    /// Counts rate limits and quotas.
     pub limiter: Limiter,
     pub(super) clock: Arc<dyn Clock>,
     answered: ShardedCounters,
@@ -51,7 +51,7 @@ impl std::fmt::Debug for Engine {
 }
 
 impl Engine {
-    /// An engine over an index that may still be empty.
+    /// Creates an engine over an index, which may be loaded later.
     #[must_use]
     pub fn new(
         index: Arc<Index>,
@@ -64,27 +64,27 @@ impl Engine {
         Engine { index, usage, lease, limiter, clock, answered: ShardedCounters::new(Reason::ALL.len()) }
     }
 
-    /// Whether anything may be allowed now.
+    /// Returns whether the lease is valid now.
     #[must_use]
     pub fn can_allow(&self) -> bool {
         self.lease.is_valid(|| self.clock.boottime())
     }
 
-    /// The present instant.
+    /// The wall clock's current time.
     #[must_use]
     pub fn now(&self) -> Timestamp {
         self.clock.now()
     }
 
-    /// How many Checks were answered with each reason since the start.
+    /// The number of Checks since the start, by reason.
     pub fn outcome_counts(&self) -> impl Iterator<Item = (Reason, u64)> {
         Reason::ALL.into_iter().map(|reason| (reason, self.answered.get(reason as usize)))
     }
 
-    /// The revision here, if it is as new as asked.
+    /// Returns the applied revision if it is new enough.
     ///
     /// # Errors
-    /// When it is not.
+    /// It is older than `want`, or the first snapshot is not loaded.
     pub fn require_revision(&self, want: Option<Revision>) -> Result<Revision, CheckError> {
         let have = self.index.revision().ok_or(CheckError::Starting)?;
         match want {
@@ -93,10 +93,10 @@ impl Engine {
         }
     }
 
-    /// Decides one question for whoever asks. A token of another account is unknown to all but operators.
+    /// Answers a Check. Tokens of other accounts are unknown to every requester except operators.
     ///
     /// # Errors
-    /// When the state here is not good enough to answer, or the limits cannot be counted; that is no verdict.
+    /// The state is too old to answer, or the limits cannot be counted. An error is never a denial.
     pub async fn check(
         &self,
         requester: Requester<'_>,
@@ -104,15 +104,15 @@ impl Engine {
     ) -> Result<CheckOutcome, CheckError> {
         match self.decide_locally(requester, input)? {
             LocalDecision::Complete(outcome) => Ok(outcome),
-            // Apart on the heap, since few wait: a future is as large as all that may go on in it, and is moved about.
+            // Boxed, since few Checks need it: otherwise every future would be as large as this one.
             LocalDecision::NeedsLimits(awaiting) => Box::pin(self.apply_limits(input, awaiting)).await,
         }
     }
 
-    /// The same as far as it goes without a wait.
+    /// Answers as much of a Check as is possible without waiting.
     ///
     /// # Errors
-    /// When the state here is not good enough to answer.
+    /// The state is too old to answer.
     pub fn decide_locally(
         &self,
         requester: Requester<'_>,
@@ -125,10 +125,10 @@ impl Engine {
         })
     }
 
-    /// Answers the same question when the limits have been asked.
+    /// Completes a Check: consumes from the limits of its key.
     ///
     /// # Errors
-    /// When the limits cannot be counted.
+    /// The limits cannot be counted.
     pub async fn apply_limits(
         &self,
         input: &CheckInput<'_>,
@@ -150,7 +150,7 @@ impl Engine {
         Ok(self.complete_check(input, evaluation))
     }
 
-    /// The answer; its use is noted.
+    /// Completes the outcome, counts it and records the use of the key.
     fn complete_check(&self, input: &CheckInput<'_>, evaluation: Evaluation) -> CheckOutcome {
         let Evaluation { mut outcome, limit_state, now } = evaluation;
         if let Some(key_match) = outcome.key_match.as_ref().filter(|_| !input.dry_run) {
@@ -166,7 +166,7 @@ impl Engine {
         outcome
     }
 
-    /// Reads the deadline, then the clock, and judges after.
+    /// Evaluates a Check in the order that the lease demands: deadline, clock, look-up.
     fn evaluate_under_lease(
         &self,
         requester: Requester<'_>,
@@ -174,11 +174,11 @@ impl Engine {
     ) -> Result<Evaluation, CheckError> {
         let Requester { account, is_still_authorized } = requester;
         let evaluate = |has_valid_lease| {
-            // Whoever was let in before the deadline was read may have been revoked meanwhile, and the lease renewed after.
+            // The requester may have been revoked, and the lease renewed, before the deadline was read.
             if !is_still_authorized()? {
                 return Err(CheckError::RequesterRevoked);
             }
-            // Before the look-up: what is found is at least as new.
+            // Read before the look-up: whatever is found is at least as new.
             let revision = self.require_revision(input.min_revision)?;
             self.evaluate(account, input, revision, has_valid_lease)
         };
@@ -189,8 +189,9 @@ impl Engine {
         self.lease.with_validity(|| self.clock.boottime(), evaluate)
     }
 
-    /// As it must not be, where a process is told to do so: judges, and reads the deadline after. A stall between, now
-    /// and then while there is no lease, makes a window of nanoseconds wide enough to be hit.
+    /// Breaks an invariant on purpose, for fault injection: evaluates first and reads the deadline afterwards.
+    ///
+    /// A stall between both, in some Checks without a lease, widens a window of nanoseconds until tests can hit it.
     #[cfg(keyward_breakable)]
     #[expect(clippy::disallowed_methods, reason = "whatever else this thread serves is to wait")]
     fn evaluate_before_lease(
@@ -211,7 +212,7 @@ impl Engine {
         Some(if allowed && !self.can_allow() { Err(CheckError::LeaseLost) } else { evaluation })
     }
 
-    /// Finds the key and decides by what is known of it; awaits nothing. The limits are not asked yet.
+    /// Finds the key and evaluates it without waiting; the limits are not consumed.
     fn evaluate(
         &self,
         requester: &AccountId,
@@ -234,7 +235,7 @@ impl Engine {
         let Some(found) = self.index.find_by_digest(&TokenDigest::from_token(input.token)).filter(visible)
         else {
             if !has_valid_lease {
-                // It may have been made or imported since.
+                // The key may have been created or imported since.
                 return Err(CheckError::LeaseLost);
             }
             return without_key(unknown_token_reason(input.token));
@@ -245,7 +246,7 @@ impl Engine {
             client_ip: input.client_ip,
             scopes: input.scopes,
         };
-        // An account's caller learns nothing of its users' places in other accounts.
+        // An account's caller must not learn of its users' memberships in other accounts.
         let context = input.account.filter(|requested| requester.is_operator() || *requested == requester);
         let context = AccountContext::new(&self.index, &found.key, context);
         let PolicyDecision { failed_reasons: mut failures, missing_scopes } =
@@ -257,7 +258,7 @@ impl Engine {
         if !has_valid_lease && failures.primary_reason() == Reason::Ok {
             return Err(CheckError::LeaseLost);
         }
-        // What was found together was there together, unless everything was being replaced.
+        // The records belong together unless the index was cleared during the evaluation.
         self.index.revision().ok_or(CheckError::Starting)?;
         let outcome = CheckOutcome {
             failures,
@@ -271,7 +272,7 @@ impl Engine {
         Ok(Evaluation { outcome, limit_state: found.limit_state, now })
     }
 
-    /// `drew`: the budget, if the quota was drawn from.
+    /// Records the use of a key. `touched_quota` is set if units of its quota were consumed.
     pub(super) fn record_usage(
         &self,
         key_match: &KeyMatch,
@@ -288,37 +289,37 @@ impl Engine {
         self.usage.record(event, touched_quota);
     }
 
-    /// Everything that a key is granted in an account, or, of a service key, in its own.
+    /// Returns all scopes that a key is granted in an account; for a service key, always in its own account.
     #[must_use]
     pub fn effective_scopes(&self, key: &impl KeyAttributes, account: Option<&AccountId>) -> ScopeSet {
         AccountContext::new(&self.index, key, account).subject(key, 0).effective_scopes()
     }
 }
 
-/// A question, as far as it is decided without a wait.
+/// The part of a Check that is decided without waiting.
 #[derive(Debug)]
 pub enum LocalDecision {
-    /// It is answered.
+    /// The Check is answered completely.
     Complete(CheckOutcome),
-    /// It is allowed, unless the key's limits say no.
+    /// The Check is allowed unless the key's limits refuse it.
     NeedsLimits(AwaitingLimits),
 }
 
-/// A question that is decided but for the limits of its key.
+/// A Check whose limits are not consumed yet.
 #[derive(Debug)]
 pub struct AwaitingLimits(Evaluation);
 
-/// A question that is decided but for the limits.
+/// An evaluated key and outcome, before the limits.
 #[derive(Debug)]
 struct Evaluation {
     outcome: CheckOutcome,
-    /// What is used of the key's limits, where the asker may know of it and it has any.
+    /// The limits of the key, if it has any and the requester may know the key.
     limit_state: Option<Arc<KeyLimitState>>,
     now: Timestamp,
 }
 
 impl Evaluation {
-    /// Whether it hangs on limits now.
+    /// Returns whether the outcome still depends on the limits.
     fn needs_limits(&self) -> bool {
         self.outcome.reason() == Reason::Ok && self.limit_state.is_some()
     }

@@ -1,4 +1,4 @@
-//! What a Check asks, and for whom: the input of [`Engine::check`](super::Engine::check), independent of the wire format.
+//! The input of a Check, independent of the wire format, and the caller on whose behalf it is made.
 
 use std::net::IpAddr;
 
@@ -10,44 +10,44 @@ use crate::domain::{
 
 use super::{error::CheckError, key_limits::RequestDedupId};
 
-/// What a Check asks, once it has been read from the wire.
+/// What a Check asks, after it was parsed from the wire.
 #[derive(Clone, Debug)]
 pub struct CheckInput<'a> {
-    /// The presented string.
+    /// The token as the client presented it.
     pub token: &'a str,
-    /// Where the call is made.
+    /// The environment that the call is made in.
     pub environment: &'a EnvironmentName,
-    /// The scopes that are all needed. Empty = only whether the token is valid here.
+    /// The required scopes. Empty: only the token's validity in this environment is asked.
     pub scopes: &'a [Scope],
-    /// The account that is acted on.
+    /// The account that the call acts on.
     pub account: Option<&'a AccountId>,
-    /// Whom the call is about.
+    /// The customer that the call concerns.
     pub customer: Option<&'a CustomerId>,
-    /// The end client's address.
+    /// The address of the end client, for keys with allowed networks.
     pub client_ip: Option<IpAddr>,
-    /// Units to take of limits and quota.
+    /// How many units to consume from limits and quota.
     pub cost: u64,
-    /// Decide, and leave no trace.
+    /// Decide only: consume and record nothing.
     pub dry_run: bool,
-    /// Answer only from a state at least as new.
+    /// The answer must be from this revision or a newer one.
     pub min_revision: Option<Revision>,
-    /// What the asker calls this request: asked again under the same number, it takes of the limits once.
+    /// The requester's ID of this request: a repetition with the same ID consumes from the limits only once.
     pub dedup_id: Option<RequestDedupId>,
-    /// Whether a key that may call Keyward itself is refused here. Such keys are for managing.
+    /// Whether to refuse keys that may call Keyward itself; these are for management.
     pub refuse_management_keys: bool,
 }
 
-/// Who asks a question.
+/// The caller on whose behalf a Check is made.
 #[derive(Clone, Copy)]
 pub struct Requester<'a> {
-    /// In which account: the operator account, or another.
+    /// The requester's account; the operator account sees all keys.
     pub account: &'a AccountId,
-    /// Whether it may ask still. It is asked once the deadline has been read.
+    /// Returns whether the requester may still call. The engine calls it after it has read the lease's deadline.
     pub is_still_authorized: &'a (dyn Fn() -> Result<bool, CheckError> + Sync),
 }
 
 impl<'a> Requester<'a> {
-    /// One that nobody can take anything from: the process itself, for a proxy that shows no key.
+    /// A requester that cannot be revoked: the process itself, for a proxy without a key.
     #[must_use]
     pub fn always_authorized(account: &'a AccountId) -> Requester<'a> {
         Requester { account, is_still_authorized: &|| Ok(true) }

@@ -1,4 +1,6 @@
-//! What a Check returns: the reasons, the key that was found, and what it is granted.
+//! The outcome of a Check: the reasons, the matching key, and what it is granted.
+//!
+//! How the outcome looks on the wire is in `grpc`.
 
 use std::time::Duration;
 
@@ -15,29 +17,29 @@ use super::{index::KeyRef, limit_outcome::LimitOutcome};
 /// The key that a presented token belongs to.
 #[derive(Clone, Debug)]
 pub struct KeyMatch {
-    /// The key.
+    /// The key as it was when it was found.
     pub key: KeyRef,
-    /// Which version of its secret was presented.
+    /// The version of the presented secret.
     pub secret_version: u32,
 }
 
-/// Where a key was decided.
+/// The account that a key was evaluated in.
 #[derive(Clone, Debug)]
 pub(crate) enum ActingAccount {
-    /// In no account that exists.
+    /// No account, or none that exists.
     Missing,
-    /// In its own.
+    /// The account that owns the key.
     KeyOwner,
-    /// A user's key, in this one.
+    /// The account that was requested for a user key.
     Requested(AccountId),
 }
 
-/// What a key was granted where it was decided. What stands in its record is not counted as held here too.
+/// The scopes that a key was granted; not copied if they are just those of its record.
 #[derive(Clone, Debug)]
 pub(crate) enum GrantedScopes {
-    /// What its record says.
+    /// The scopes in the key's record.
     FromRecord,
-    /// What comes of its record, of roles, and of a member's place.
+    /// The union of its record, its roles and its membership.
     Derived(ScopeSet),
 }
 
@@ -50,34 +52,34 @@ impl GrantedScopes {
     }
 }
 
-/// What a Check answers.
+/// The outcome of a Check.
 #[derive(Clone, Debug)]
 pub struct CheckOutcome {
-    /// Everything that failed. Empty = allowed.
+    /// Every reason to deny. Empty: allowed.
     pub failures: ReasonSet,
-    /// The needed scopes that are not granted.
+    /// The required scopes that the key is not granted.
     pub missing_scopes: Vec<Scope>,
-    /// The key, where the token is known to the caller's account.
+    /// The key, if the requester's account may know it.
     pub key_match: Option<KeyMatch>,
     pub(crate) acting_account: ActingAccount,
     pub(crate) granted_scopes: GrantedScopes,
-    /// Refused, whatever else it is, since the key may call Keyward itself.
+    /// The key was refused because it may call Keyward itself.
     pub is_refused_management_key: bool,
     pub(crate) limits: Option<Box<LimitOutcome>>,
-    /// The answer is from a state at least as new.
+    /// The applied revision; the outcome may rest on newer records.
     pub revision: Revision,
-    /// How old that state can be.
+    /// The maximum age of the state that the outcome rests on.
     pub staleness: Duration,
 }
 
 impl CheckOutcome {
-    /// The first reason, or `Ok`.
+    /// The primary reason, or `Ok` if the Check is allowed.
     #[must_use]
     pub fn reason(&self) -> Reason {
         self.failures.primary_reason()
     }
 
-    /// The account that was decided in, if it exists.
+    /// The account that the key was evaluated in, if it exists.
     #[must_use]
     pub fn acting_account_id(&self) -> Option<&AccountId> {
         match &self.acting_account {
@@ -87,18 +89,18 @@ impl CheckOutcome {
         }
     }
 
-    /// What the key is granted there. Nothing, where no key was found.
+    /// The scopes that the key is granted there; empty if no key matched.
     pub fn granted_scopes(&self) -> impl Iterator<Item = &Scope> {
         self.key_match.iter().flat_map(|key_match| self.granted_scopes.scopes(&key_match.key))
     }
 
-    /// How its limits stand, where they were asked.
+    /// The outcome of each limit; empty if the limits were not consumed.
     #[must_use]
     pub fn limits(&self) -> &LimitOutcome {
         self.limits.as_deref().unwrap_or(const { &LimitOutcome::empty() })
     }
 
-    /// Records what was decided in the span of the call that asked.
+    /// Records the outcome in the span of the calling RPC.
     pub fn record_in_span(&self, span: &tracing::Span) {
         span.record("keyward.reason", self.reason().as_str());
         span.record("keyward.revision", self.revision.0);

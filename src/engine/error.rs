@@ -1,4 +1,4 @@
-//! Why the engine cannot answer: a failure to decide, which is never a denial.
+//! Why the engine cannot answer. Such an error is a failure to decide, never a denial.
 
 use crate::domain::time::Revision;
 
@@ -8,27 +8,27 @@ pub enum CheckError {
     /// The first snapshot is not loaded yet.
     #[error("the server is starting and has not loaded its keys yet")]
     Starting,
-    /// The lease has run out: it would be allowed by what is known here, which others may have changed.
+    /// The lease has expired, and the local state would allow what others may have revoked.
     #[error(
-        "this server has had no news from its database for longer than its lease, so what it would allow may have \
-         been revoked; what it knows to be dead it still denies"
+        "this server has not reached its database within its lease, so keys that it would allow may be \
+         revoked; keys that it knows to be dead are still denied"
     )]
     LeaseLost,
-    /// The state is older than asked for.
-    #[error("the state here is revision {have}, older than the {want} asked for")]
+    /// The applied state is older than requested.
+    #[error("this server has applied revision {have}, older than the requested {want}")]
     Stale {
-        /// The revision here.
+        /// The revision that is applied here.
         have: Revision,
-        /// The revision asked for.
+        /// The revision that was requested.
         want: Revision,
     },
-    /// The key's rate limits are counted in Redis, which did not answer.
-    #[error("the key's rate limits cannot be counted: Redis did not answer; try again")]
+    /// Redis, which counts the key's rate limits, did not answer.
+    #[error("the key's rate limits cannot be counted: Redis did not answer; retry")]
     LimitsUnavailable,
-    /// Whoever asks may not any more.
-    #[error("whoever asks may not call any more")]
+    /// The requester was revoked or restricted during the call.
+    #[error("the calling key was revoked or restricted during the call")]
     RequesterRevoked,
-    /// More was used of the key's quota here than the database has counted yet.
-    #[error("the key's quota cannot be counted: the database did not answer; try again")]
+    /// More of the quota was used here than the database has counted yet.
+    #[error("the key's quota cannot be counted: the database did not answer; retry")]
     QuotaUnavailable,
 }

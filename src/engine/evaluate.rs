@@ -1,6 +1,6 @@
-//! Evaluates a key in an account: collects the records that the decision needs, and calls the policy in `domain`.
+//! Evaluates a key in an account: collects the records that the decision needs and calls the policy in `domain`.
 //!
-//! Nothing here checks the lease or the limits; the engine does.
+//! The lease and the limits are not checked here; the engine does both.
 
 use std::sync::Arc;
 
@@ -19,15 +19,15 @@ use super::{
     index::{FoundKey, Index},
 };
 
-/// What a decision needs besides the key.
+/// The records besides the key that a decision needs.
 pub(super) struct AccountContext {
-    /// Whether the account is. None = there is no such account.
+    /// Whether the account is suspended; `None` if it does not exist.
     pub(super) suspended: Option<bool>,
     roles: Vec<Arc<Role>>,
     membership: OwnedMembership,
 }
 
-/// [`MembershipStatus`], owned.
+/// Like [`MembershipStatus`], but owns the role.
 enum OwnedMembership {
     NotAsked,
     None,
@@ -35,7 +35,7 @@ enum OwnedMembership {
 }
 
 impl AccountContext {
-    /// Where a key is decided: a service key in its account, a user key in the account asked for.
+    /// Collects the records for a key: for a service key in its own account, for a user key in the requested one.
     pub(super) fn new(
         index: &Index,
         key: &impl KeyAttributes,
@@ -55,7 +55,7 @@ impl AccountContext {
         };
         AccountContext {
             suspended: account.and_then(|account| index.account_suspension(account)),
-            // A key's own roles are its owner's: of a user key, global ones, wherever it works.
+            // A key's own roles belong to its owner: for a user key they are global ones, in every account.
             roles: key
                 .roles()
                 .iter()
@@ -75,7 +75,7 @@ impl AccountContext {
         CheckSubject { key, secret_version, account_suspended: suspended, roles: &self.roles, membership }
     }
 
-    /// Where the key acts; `asked`: the account that was asked about.
+    /// The account that the key acts in, given the requested one.
     pub(super) fn acting_account(
         &self,
         key: &impl KeyAttributes,
@@ -98,12 +98,13 @@ impl AccountContext {
     }
 }
 
-/// Why a token that nobody has is denied.
+/// The reason to deny a token that no key has.
 pub(super) fn unknown_token_reason(presented: &str) -> Reason {
     if token::has_wrong_checksum(presented) { Reason::Malformed } else { Reason::Unknown }
 }
 
-/// Decides by the record, and by the record that may be in its place: what either refuses is refused.
+/// Decides by the key's record and, if a change is uncertain, also by the record that may have
+/// replaced it. Both must allow.
 pub(super) fn evaluate_key(
     found: &FoundKey,
     context: &AccountContext,

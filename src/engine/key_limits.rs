@@ -1,9 +1,10 @@
-//! What is used of one key's limits, in this process: the arithmetic of `domain::limit` between Checks. Nothing here
-//! waits; one lock for each limited key, held for the arithmetic alone.
+//! Counts one key's limits in this process: the state between Checks, for the arithmetic of `domain::limit`.
 //!
-//! A rate limit is counted here where the process is alone, or is to count by itself. A quota is the store's: what
-//! the store says that all have used, and what was used here since and it does not count yet. Where several
-//! processes share the store, that may not grow beyond a block ([`quota_block_size`]) before the store has counted it.
+//! Nothing here waits; each limited key has a lock that is held for the arithmetic only.
+//!
+//! Rate limits are counted here if the process is the only one or counts for itself. A quota belongs to the store: its
+//! usage is what the store has recorded for all processes, plus the units used here that it has not recorded yet. If
+//! several processes share the store, those units must not exceed a block ([`quota_block_size`]).
 
 use std::{
     collections::VecDeque,
@@ -24,32 +25,32 @@ use crate::domain::{
 
 use super::limit_outcome::{LimitOutcome, QuotaEvaluation, RateEvaluation};
 
-/// What is used of one key's limits.
+/// The state of one key's rate limits and quota.
 #[derive(Debug, Default)]
 pub struct KeyLimitState(Mutex<KeyLimitCounters>);
 
 #[derive(Debug, Default)]
 struct KeyLimitCounters {
-    /// The limits that the levels are of; a limit that changed starts full.
+    /// The state of each rate limit; a limit that was changed starts full.
     gcra_states: Vec<(RateLimit, GcraState)>,
-    /// What the store says that all have used.
+    /// The usage by all processes that the store has recorded.
     recorded_usage: Option<QuotaUsage>,
-    /// What was used here and the store does not count yet.
+    /// The units used here that the store has not recorded yet.
     pending_units: Option<PendingQuotaUnits>,
-    /// Units that are kept for requests of which it is not known yet whether they take them.
+    /// Units reserved for requests that may not use them.
     reserved_units: u64,
-    /// Whether somebody was told to have the store count.
+    /// Whether a flush was requested since the last one.
     is_flush_requested: bool,
-    /// What was taken lately under a number, oldest first.
+    /// The IDs of recent requests that consumed units, oldest first.
     recent_requests: VecDeque<(RequestDedupId, Timestamp)>,
 }
 
-/// An asker's number for a request. Envoy asks again under the same one when an answer does not come in time.
+/// The requester's ID of a request. Envoy retries with the same ID if a response does not arrive in time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RequestDedupId(u64);
 
 impl RequestDedupId {
-    /// The number of a request with this id; ids are the asker's, not a client's.
+    /// Hashes the ID of a request; it is chosen by the requester, not by its clients.
     #[must_use]
     pub fn from_request_id(id: &[u8]) -> RequestDedupId {
         let mut hasher = DefaultHasher::new();
@@ -57,47 +58,47 @@ impl RequestDedupId {
         RequestDedupId(hasher.finish())
     }
 
-    /// The number itself.
+    /// The hash of the ID.
     #[must_use]
     pub fn to_u64(self) -> u64 {
         self.0
     }
 }
 
-/// What a request takes.
+/// What a request consumes from the limits of its key.
 #[derive(Clone, Copy, Debug)]
 pub struct Consumption {
-    /// Units of every limit.
+    /// The units to consume from every limit.
     pub cost: u64,
-    /// Under which number.
+    /// The ID that repetitions of the request share.
     pub dedup_id: Option<RequestDedupId>,
-    /// Judge, and take nothing.
+    /// Evaluate only, and consume nothing.
     pub dry_run: bool,
 }
 
 impl Consumption {
-    /// What one call takes.
+    /// One unit: what a call without a cost consumes.
     pub const ONE: Consumption = Consumption::with_cost(1);
 
-    /// So many units.
+    /// Consumes this number of units, without an ID.
     #[must_use]
     pub const fn with_cost(cost: u64) -> Consumption {
         Consumption { cost, dedup_id: None, dry_run: false }
     }
 
-    /// The same without taking anything.
+    /// The same consumption as a dry run.
     #[must_use]
     pub const fn into_dry_run(self) -> Consumption {
         Consumption { dry_run: true, ..self }
     }
 }
 
-/// How long an asker may take to ask again.
+/// How long an ID is remembered for a repetition.
 const DEDUP_WINDOW: Duration = Duration::from_secs(2);
-/// The most numbers to remember of one key.
+/// The maximum number of IDs remembered per key.
 const MAX_DEDUP_IDS: usize = 1024;
 
-/// A block is used up, and the store has not counted it yet: whether the quota has room cannot be known.
+/// The block is used up and the store has not recorded it yet, so it is unknown whether the quota has room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct QuotaBlockExhausted;
 
@@ -106,16 +107,16 @@ impl KeyLimitState {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes up what the store says that all have used of the quota.
+    /// Sets the usage that the store has recorded for all processes.
     pub fn restore_usage(&self, recorded: QuotaUsage) {
         self.lock().recorded_usage = Some(recorded);
     }
 
-    /// Takes the units from every limit of the key, or, if any refuses, from none. What was taken already under
-    /// the same number is not taken again. `shared`: others use the quota too.
+    /// Consumes the units from all limits of the key, or from none if any refuses. A repetition with the same ID
+    /// consumes nothing. `is_shared`: other processes use the quota too.
     ///
     /// # Errors
-    /// When nothing refuses, and a block is used up.
+    /// No limit refuses, but the quota's block is used up.
     pub fn consume(
         &self,
         key: &impl KeyAttributes,
@@ -126,7 +127,7 @@ impl KeyLimitState {
         let mut state = self.lock();
         let is_repeated =
             consumption.dedup_id.is_some_and(|dedup_id| state.is_repeated_request(dedup_id, now));
-        // Judged again at no cost, it is let through as it was.
+        // Evaluated at no cost, a repetition gets the same outcome as before.
         let cost = if is_repeated { 0 } else { consumption.cost };
         let limits = key.rate_limits();
         let rates: Vec<_> = limits
@@ -150,11 +151,11 @@ impl KeyLimitState {
         Ok(outcome)
     }
 
-    /// Keeps the units of the quota that a request takes if its rate limits, which are counted elsewhere, let it
-    /// through. Dropped, it gives them back. A number that the request has is not looked at.
+    /// Reserves the quota's units for a request whose rate limits are counted elsewhere. Dropping the reservation
+    /// returns them. The request's ID is ignored.
     ///
     /// # Errors
-    /// When the quota does not refuse, and a block is used up.
+    /// The quota does not refuse, but its block is used up.
     pub fn reserve(
         self: &Arc<Self>,
         key: &impl KeyAttributes,
@@ -179,7 +180,7 @@ impl KeyLimitState {
         })
     }
 
-    /// What the store is to count, if anything. Nobody needs to be told again of what was used so far.
+    /// The units that the store has to record, if any. Clears the request for a flush.
     #[must_use]
     pub fn take_pending_units(&self) -> Option<PendingQuotaUnits> {
         let mut state = self.lock();
@@ -187,7 +188,8 @@ impl KeyLimitState {
         state.pending_units
     }
 
-    /// Takes up that the store has counted `drawn`, and what it says that all have used now.
+    /// Confirms that the store has recorded the `flushed` units, and sets the `total` that it
+    /// has recorded for all processes.
     pub fn confirm_flush(&self, flushed: PendingQuotaUnits, total: QuotaUsage) {
         let mut state = self.lock();
         if let Some(pending) = &mut state.pending_units
@@ -196,7 +198,7 @@ impl KeyLimitState {
             pending.units = pending.units.saturating_sub(flushed.units);
         }
         state.pending_units = state.pending_units.filter(|pending| pending.units > 0);
-        // The row may be of a later period, where this process' clock is behind: then it counts by itself.
+        // The stored row is of a later period if this process's clock is behind; then it counts for itself.
         let recorded_before = state
             .recorded_usage
             .filter(|recorded| recorded.period_start == flushed.period_start)
@@ -209,7 +211,7 @@ impl KeyLimitState {
             Some(if total.period_start == flushed.period_start { total } else { local_total });
     }
 
-    /// Has the store count at once what waits for it. Whether somebody must be told.
+    /// Requests a flush of the pending units. Returns whether the caller must pass the request on.
     #[must_use]
     pub fn request_flush(&self) -> bool {
         let mut state = self.lock();
@@ -217,7 +219,7 @@ impl KeyLimitState {
     }
 }
 
-/// Units of a quota that are kept for a request.
+/// Units of a quota that are reserved for a request.
 #[derive(Debug)]
 pub struct QuotaReservation {
     limit_state: Arc<KeyLimitState>,
@@ -227,14 +229,14 @@ pub struct QuotaReservation {
 }
 
 impl QuotaReservation {
-    /// Whether the quota refuses the request.
+    /// Returns whether the quota refuses the request.
     #[must_use]
     pub fn is_refused(&self) -> bool {
         self.evaluation.as_ref().is_some_and(|quota| !quota.with_request.allowed)
     }
 
-    /// Uses the units if the rate limits at these levels let the request through, and gives them back otherwise, or
-    /// if it was let through before (`again`).
+    /// Consumes the reserved units if the rate limits in these states allow the request; returns them otherwise. They
+    /// are also returned if the request was allowed before (`is_repeated`).
     #[must_use]
     pub fn commit_if_allowed(
         mut self,
@@ -286,7 +288,7 @@ impl KeyLimitCounters {
         here.map_or(0, |pending| pending.units).saturating_add(self.reserved_units)
     }
 
-    /// How a request stands with a quota. A changed limit of the same period keeps what is used of it.
+    /// Evaluates a request against the quota. If the limit was changed within a period, its usage remains.
     fn evaluate_quota(&self, quota: &Quota, cost: u64, now: Timestamp) -> QuotaEvaluation {
         let (start, until) = quota_period_bounds(quota.period, now);
         let recorded_units = self
@@ -305,7 +307,8 @@ impl KeyLimitCounters {
         }
     }
 
-    /// Whether the units fit into the block. A request that is larger than one goes alone.
+    /// Checks that the units fit into the block. A request that exceeds a whole block is admitted
+    /// if nothing else is pending.
     fn check_quota_block(&self, quota: &QuotaEvaluation, is_shared: bool) -> Result<(), QuotaBlockExhausted> {
         let unrecorded = self.unrecorded_units(quota.requested_units.period_start);
         let fits = unrecorded == 0
@@ -313,10 +316,10 @@ impl KeyLimitCounters {
         if fits || !is_shared { Ok(()) } else { Err(QuotaBlockExhausted) }
     }
 
-    /// Uses the units. Whether somebody must be told to have the store count them at once: when half a block waits
-    /// for it, or when so little is left that others must know of each unit.
+    /// Consumes the units. Returns whether the store must record them at once: if half a block is pending, or if so
+    /// little is left that other processes must know of each unit.
     fn consume_quota(&mut self, quota: &QuotaEvaluation, is_shared: bool) -> bool {
-        // Units of another period are of no use any more.
+        // Units of an earlier period no longer count.
         let pending =
             self.pending_units.filter(|pending| pending.period_start == quota.requested_units.period_start);
         self.pending_units =
@@ -382,7 +385,7 @@ mod tests {
         limit_state.consume(key, consumption, false, now).unwrap()
     }
 
-    /// Used in the period of the tests' first instant.
+    /// Usage in the period of the tests' first instant.
     fn used_today(used: u64) -> QuotaUsage {
         QuotaUsage { period_start: quota_period_bounds(QuotaPeriod::Day, at_seconds(0)).0, used_units: used }
     }
@@ -564,7 +567,7 @@ mod tests {
         assert!(limit_state.consume(&key, units(1), true, at_seconds(0)).unwrap().needs_flush);
         assert!(
             !limit_state.consume(&key, units(1), true, at_seconds(0)).unwrap().needs_flush,
-            "somebody was told already"
+            "a flush was requested already"
         );
         assert!(limit_state.take_pending_units().is_some());
         assert!(limit_state.consume(&key, units(1), true, at_seconds(0)).unwrap().needs_flush);

@@ -1,4 +1,4 @@
-//! How a request fares against the limits of its key: each limit evaluated, and the outcome of all of them.
+//! Evaluates a request against the limits of its key, and combines the results into one outcome.
 //!
 //! What is counted, and where, is in `key_limits.rs` and `limiter.rs`.
 
@@ -11,23 +11,23 @@ use crate::domain::{
     time::Timestamp,
 };
 
-/// How a limited request stands.
+/// The outcome of a request's limits.
 #[derive(Clone, Debug, Default)]
 pub struct LimitOutcome {
-    /// Each limit by name, the quota last under the name `quota`; with its units per window or period.
+    /// Each limit: its name (`quota` for the quota, which is last), its units per window or period, and its status.
     pub statuses: Vec<(String, u64, LimitStatus)>,
-    /// What refuses it.
+    /// The reasons of the limits that refuse the request.
     pub refusal_reasons: Vec<Reason>,
-    /// Whether units of the quota were used, which the store is to count.
+    /// Whether units of the quota were consumed, which the store must record.
     pub consumed_quota: bool,
-    /// Whether the store is to count them at once.
+    /// Whether the store must record them at once.
     pub needs_flush: bool,
-    /// Whether the rate limits were counted by this process alone although several share them.
+    /// Whether this process counted the rate limits alone although other processes share them.
     pub is_inexact: bool,
 }
 
 impl LimitOutcome {
-    /// Of what has no limits, or was not asked.
+    /// The outcome of a key without limits, or of limits that were not evaluated.
     pub(crate) const fn empty() -> LimitOutcome {
         LimitOutcome {
             statuses: Vec::new(),
@@ -38,8 +38,7 @@ impl LimitOutcome {
         }
     }
 
-    /// How long until everything that refuses the request would let it through; `None` where nothing refuses
-    /// it, or something always will.
+    /// How long until every refusing limit would allow the request; `None` if none refuses it, or one always will.
     #[must_use]
     pub fn retry_after(&self) -> Option<Duration> {
         let refusing = self.statuses.iter().filter(|(_, _, status)| !status.allowed);
@@ -47,14 +46,15 @@ impl LimitOutcome {
         waits?.into_iter().max()
     }
 
-    /// The smallest limit that refuses a request because it is never so large; `None` if there is none.
+    /// The smallest refusing limit that is less than the cost, if any. Such a request can
+    /// never succeed.
     #[must_use]
     pub fn smallest_exceeded_limit(&self, cost: u64) -> Option<u64> {
         let refusing = self.statuses.iter().filter(|(_, _, status)| !status.allowed);
         refusing.map(|(_, limit, _)| *limit).filter(|limit| *limit < cost).min()
     }
 
-    /// From how each limit stands without the request and with it, and the quota likewise.
+    /// Combines the evaluations of the rate limits and the quota.
     pub(super) fn from_evaluations(
         rates: &[RateEvaluation<'_>],
         quota: Option<&QuotaEvaluation>,
@@ -68,7 +68,7 @@ impl LimitOutcome {
             outcome.refusal_reasons.push(Reason::QuotaExceeded);
         }
         let is_consumed = outcome.refusal_reasons.is_empty() && !dry_run;
-        // Where nothing is taken, what is left is told as it is.
+        // If nothing is consumed, the remaining units are those without the request.
         let reported = |with_request, without_request| {
             if is_consumed { with_request } else { status_without_request(with_request, without_request) }
         };
@@ -89,17 +89,17 @@ impl LimitOutcome {
     }
 }
 
-/// The verdict on the request, with what is left without it.
+/// The verdict on the request, with the remaining units as they are without it.
 fn status_without_request(with_request: LimitStatus, now: LimitStatus) -> LimitStatus {
     LimitStatus { remaining: now.remaining, reset_after: now.reset_after, ..with_request }
 }
 
-/// A rate limit, judged.
+/// A rate limit that was evaluated for a request.
 pub(super) struct RateEvaluation<'k> {
     pub(super) limit: &'k RateLimit,
     pub(super) with_request: LimitStatus,
     pub(super) without_request: LimitStatus,
-    /// The level after the request.
+    /// The state if the request is allowed.
     pub(super) state_after: GcraState,
 }
 
@@ -120,12 +120,12 @@ impl RateEvaluation<'_> {
     }
 }
 
-/// A quota, judged.
+/// A quota that was evaluated for a request.
 #[derive(Clone, Debug)]
 pub(super) struct QuotaEvaluation {
     pub(super) quota: Quota,
     pub(super) with_request: LimitStatus,
     pub(super) without_request: LimitStatus,
-    /// What the request takes of it.
+    /// The units that the request consumes from it.
     pub(super) requested_units: PendingQuotaUnits,
 }

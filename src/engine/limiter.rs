@@ -1,13 +1,14 @@
-//! Rate limits and quotas of keys, over one process or several.
+//! Applies the rate limits and quotas of keys, within one process or across several.
 //!
-//! A rate limit is counted in this process, exactly if it is the only one, or in Redis for all of them: one script
-//! and one round trip a Check, for everything that the key is limited by. While Redis does not answer, this process
-//! counts by itself and says so, or does not answer, as it is set. A quota is always counted in the store, in blocks
-//! where several processes use it (`budget.rs`).
+//! The arithmetic is in `domain::limit`, the state of one key in `key_limits.rs`.
 //!
-//! Keys without limits never come here. Others wait in two cases only, for a bounded time each: for Redis, if they
-//! have rate limits that are counted there; and for the store, if a block is used up in less time than the store takes
-//! to count it.
+//! Rate limits are counted in this process, which is exact if it is the only one; or in Redis for all processes,
+//! with one script and one round trip per Check. If Redis does not answer, the setting decides: count locally and
+//! mark the outcome as inexact, or fail. A quota is always recorded in the store; if several processes share it,
+//! each uses it in blocks.
+//!
+//! Keys without limits never get here. The others wait in two cases only, each for a bounded time: for Redis, and for
+//! the store if a block is used up faster than the store records it.
 
 mod redis_limits;
 mod redis_settings;
@@ -34,21 +35,21 @@ use crate::domain::{key_attributes::KeyAttributes as _, time::Timestamp};
 use super::{error::CheckError, index::KeyRef, serving_lease::ServingLease, usage::UsageRecorder};
 use redis_limits::RedisLimiter;
 
-/// How long a Check waits at the most for the store to count a block.
+/// How long a Check waits for the store to record a block.
 const QUOTA_BLOCK_WAIT: Duration = Duration::from_millis(100);
-/// How often it tries again meanwhile: what others only kept may have come back.
+/// How often it tries again meanwhile: other requests may return reserved units.
 const QUOTA_BLOCK_RETRY_INTERVAL: Duration = Duration::from_millis(5);
 
-/// How limits are counted.
+/// How limits are counted: in this process or in Redis.
 #[derive(Clone, Debug, Default)]
 pub struct LimitSettings {
-    /// Other processes serve the same keys, even where the lease does not say so.
+    /// Whether other processes serve the same keys, even if the lease does not show it.
     pub shared: bool,
-    /// Where rate limits are counted for all of them; `None` = each process counts by itself.
+    /// The Redis that counts rate limits for all processes; `None`: each process counts for itself.
     pub redis: Option<RedisSettings>,
 }
 
-/// Counts limits.
+/// Counts rate limits and quotas.
 #[derive(Debug)]
 pub struct Limiter {
     is_shared: bool,
@@ -59,7 +60,7 @@ pub struct Limiter {
 }
 
 impl Limiter {
-    /// A limiter whose quotas are written by `usage`.
+    /// Creates a limiter whose quotas are recorded by `usage`.
     #[must_use]
     pub fn new(settings: &LimitSettings, lease: Arc<ServingLease>, usage: Arc<UsageRecorder>) -> Limiter {
         let redis = settings.redis.as_ref().map(|redis| (RedisLimiter::new(redis), redis.on_failure));
@@ -71,8 +72,8 @@ impl Limiter {
         self.is_shared || self.lease.is_shared()
     }
 
-    /// Connects to Redis, if limits are counted there, and connects again whenever the connection is lost. Tells
-    /// `tried` when it has tried for the first time.
+    /// Connects to Redis if it counts the rate limits, and reconnects whenever the connection is lost. Notifies
+    /// `attempted` after the first attempt.
     pub async fn maintain_connection(&self, attempted: tokio::sync::oneshot::Sender<()>) {
         match &self.redis {
             Some((redis, _)) => redis.maintain_connection(attempted).await,
@@ -81,10 +82,10 @@ impl Limiter {
         }
     }
 
-    /// Takes what a request takes of the key's limits.
+    /// Consumes from the limits of a key.
     ///
     /// # Errors
-    /// When whether there is room cannot be known.
+    /// It is unknown whether the limits have room.
     pub(super) async fn consume(
         &self,
         key: &KeyRef,
@@ -112,7 +113,7 @@ impl Limiter {
         Ok(outcome)
     }
 
-    /// Keeps what the request takes of the quota, asks Redis, and uses it or gives it back.
+    /// Reserves units of the quota, asks Redis, and then consumes or returns the reserved units.
     async fn consume_with_redis(
         &self,
         redis: &RedisLimiter,
@@ -137,7 +138,7 @@ impl Limiter {
                 levels.is_repeated_request,
                 now,
             )),
-            // What the quota refuses is refused, whatever Redis would say.
+            // If the quota refuses the request, the response of Redis does not matter.
             Err(_) if on_failure == RedisFailurePolicy::Deny && !reservation.is_refused() => {
                 Err(CheckError::LimitsUnavailable)
             }
@@ -155,7 +156,7 @@ impl Limiter {
         }
     }
 
-    /// Tries what may find its block used up; then it waits until the store has counted it.
+    /// Runs `attempt`; while the quota's block is used up, waits for the store to record it and tries again.
     async fn retry_until_block_counted<T>(
         &self,
         key: &KeyRef,
@@ -167,7 +168,7 @@ impl Limiter {
         }
         let waiting = async {
             loop {
-                // Whatever is counted from here on is heard of.
+                // Registered before the attempt, so that no notification is missed.
                 let mut flushed = pin!(self.usage.quotas_flushed());
                 flushed.as_mut().enable();
                 if let Ok(result) = attempt() {
@@ -185,12 +186,12 @@ impl Limiter {
         tokio::time::timeout(QUOTA_BLOCK_WAIT, waiting).await.unwrap_or(Err(CheckError::QuotaUnavailable))
     }
 
-    /// How often Redis was asked and how that ended, since the start. Nothing, where it is not used.
+    /// The number of calls to Redis by outcome since the start; empty if Redis is not used.
     pub fn redis_outcome_counts(&self) -> impl Iterator<Item = (RedisOutcome, u64)> {
         self.redis.iter().flat_map(|(redis, _)| redis.outcome_counts())
     }
 
-    /// How many Checks were counted by this process alone, since Redis did not answer.
+    /// How many Checks this process counted alone because Redis did not answer.
     #[must_use]
     pub fn local_fallbacks(&self) -> u64 {
         self.local_fallbacks.load(Ordering::Relaxed)

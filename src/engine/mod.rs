@@ -1,9 +1,11 @@
-//! The engine: answers Checks from memory. Nothing here asks a database, and nothing awaits but `limiter`: a Check of
-//! a key without limits is answered the first time that it is polled.
+//! Answers Checks from memory.
 //!
-//! `parse → digest → look up → decide_locally → consume from the limits → note the use → answer`. An unknown token is judged by its
-//! checksum after the look-up, since imported tokens have checksums of other systems. The index is fed with log rows
-//! in revision order; uses are written behind. Who may ask, and how answers look on the wire, is `grpc`'s business.
+//! Nothing here queries a database, and only `limiter` waits: a Check of a key without limits completes at its first
+//! poll. Authentication of the RPC and the wire format are in `grpc`.
+//!
+//! A Check runs `parse → digest → look up → decide_locally → consume from the limits → record the use → answer`. The
+//! checksum of an unknown token is verified after the look-up, since imported tokens have checksums of other systems.
+//! The index applies log entries in revision order; uses are written behind.
 
 pub mod authenticate;
 pub mod caller_cache;

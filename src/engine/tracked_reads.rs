@@ -1,5 +1,7 @@
-//! Look-ups for an authorization: what is found goes into a read set, so that the transaction can compare it with the
-//! tables. Every look-up is of the record as it is stored, whatever is in doubt: a commit settles doubts first.
+//! Look-ups for an authorization, which add what they find to a read set.
+//!
+//! The transaction then compares the read set with the tables. Every look-up reads the record as it is stored,
+//! regardless of uncertain changes: a commit resolves these first.
 
 use std::{net::IpAddr, sync::Arc};
 
@@ -24,7 +26,7 @@ use super::{
 };
 
 impl Index {
-    /// The role that a name stands for in an account: its own before the global one.
+    /// Resolves a role's name in an account: the account's own role before the global one.
     pub fn resolve_role_tracked(
         &self,
         account: Option<&AccountId>,
@@ -35,7 +37,7 @@ impl Index {
         own.or_else(|| self.role_record_tracked(None, name, reads))
     }
 
-    /// The role at exactly this place.
+    /// The role with exactly this account and name.
     pub fn role_record_tracked(
         &self,
         account: Option<&AccountId>,
@@ -61,7 +63,7 @@ impl Index {
         member
     }
 
-    /// An account.
+    /// The record of an account.
     pub fn account_record_tracked(&self, id: &AccountId, reads: &mut ReadSet) -> Option<Arc<Account>> {
         let account = self.account_record(id);
         let read_state = ReadState::from_revision(account.as_ref().map(|account| account.revision));
@@ -69,7 +71,7 @@ impl Index {
         account
     }
 
-    /// Everything besides its record that decides what a key is granted in an account.
+    /// Adds everything besides its record that determines what a key is granted in an account.
     fn track_grant_sources(
         &self,
         key: &impl KeyAttributes,
@@ -90,12 +92,14 @@ impl Index {
 }
 
 impl Engine {
-    /// Judges a caller again: its key and what it is granted now, or the first thing that stands against it. Nothing is
-    /// charged. The records are read before the judgement, which therefore rests on them or on newer ones; newer ones
-    /// do not match the read set.
+    /// Authenticates a caller again: returns its key and scopes, or the primary reason why it
+    /// may not call. Consumes nothing.
+    ///
+    /// The read set is filled before the evaluation, which therefore rests on these records or on newer ones. Newer
+    /// ones do not match the read set.
     ///
     /// # Errors
-    /// As [`Engine::authenticate`], and when the lease has run out.
+    /// As [`Engine::authenticate`]; also if the lease has expired.
     pub fn reauthenticate_tracked(
         &self,
         digest: &TokenDigest,
@@ -128,10 +132,10 @@ impl Engine {
         Ok(Ok((key, evaluation.granted_scopes)))
     }
 
-    /// Whether the account of a certificate's caller exists and is not suspended.
+    /// Returns whether the account of a caller with a certificate exists and is not suspended.
     ///
     /// # Errors
-    /// When the first snapshot is not loaded yet, or the lease has run out.
+    /// The first snapshot is not loaded, or the lease has expired.
     pub fn is_certificate_account_active_tracked(
         &self,
         identity: &CertificateIdentity,
@@ -146,11 +150,11 @@ impl Engine {
         }
     }
 
-    /// The key of a living token, in whatever state that key is. A superseded token proves nothing, unless its key is
-    /// revoked.
+    /// The key of a token whose possession counts as proof, in any state of the key. A superseded token proves nothing
+    /// unless its key is revoked.
     ///
     /// # Errors
-    /// As [`Engine::lookup`].
+    /// As [`Engine::find_key_by_token`].
     pub fn find_possessed_key(&self, digest: &TokenDigest) -> Result<Option<KeyMatch>, CheckError> {
         let proves_possession = |key_match: &KeyMatch| {
             key_match.key.is_revoked()

@@ -1,5 +1,7 @@
-//! The one way into the index. Changes come from this process's own commits, from renewals and from reading the log
-//! at a hint, and may come twice; they go in once, in revision order, each linked by its hash to the one before.
+//! Applies log entries to the index; nothing else changes it after the load.
+//!
+//! Entries come from own commits, from renewals and from tailing the log, and may come twice. They are applied once, in
+//! revision order, and each must be linked by its hash to the one before.
 
 use std::{
     collections::VecDeque,
@@ -18,21 +20,21 @@ use crate::{
     store::{LogHead, StoreError, WriteRequest, group_commit::ChangeListener},
 };
 
-/// How many of the newest links are remembered.
+/// How many of the newest entries' hashes are kept.
 const MAX_RECENT_HASHES: usize = 4096;
 
-/// Why changes did not go in.
+/// Why entries were not applied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ApplyError {
-    /// Nothing is loaded yet.
+    /// No snapshot is loaded yet.
     NotLoaded,
-    /// The changes between are missing.
+    /// Entries between these and the applied ones are missing.
     Gap,
-    /// They are of another history than what the index holds.
+    /// The entries belong to another history than the applied ones.
     HistoryDiverged {
-        /// What it holds.
+        /// The position of the index.
         ours: LogPosition,
-        /// The newest that came.
+        /// The newest entry that was received.
         head: Revision,
     },
 }
@@ -40,20 +42,20 @@ pub enum ApplyError {
 #[derive(Default)]
 struct ApplierState {
     position: Option<LogPosition>,
-    /// The newest change of others that may take something away, until it is acknowledged.
+    /// The newest entry of another process that may be a restriction, until it is acknowledged.
     unacknowledged: Option<Revision>,
     recent_hashes: VecDeque<(Revision, ChainHash)>,
 }
 
-/// The index with its place in the history.
+/// The index and its position in the log.
 pub struct LogApplier {
     index: Arc<Index>,
     state: Mutex<ApplierState>,
-    /// Where it is; nothing before the first snapshot.
+    /// The position of the index; `None` before the first snapshot.
     position: watch::Sender<Option<LogPosition>>,
-    /// Where it was after the newest changes of others that somebody may wait for, and that did not come with a renewal.
+    /// The position after the newest entries of others that may be restrictions and did not come with a renewal.
     ack_requests: watch::Sender<Option<LogPosition>>,
-    /// Another history was met where none was looked for.
+    /// The error with which an own commit, or a change applied after it, met another history.
     divergence: watch::Sender<Option<ApplyError>>,
 }
 
@@ -64,7 +66,7 @@ impl std::fmt::Debug for LogApplier {
 }
 
 impl LogApplier {
-    /// Over an index that nothing is loaded into.
+    /// Starts without a position: nothing is loaded into the index yet.
     #[must_use]
     pub fn new(index: Arc<Index>) -> LogApplier {
         let (moved, ack_requests, divergence) = Default::default();
@@ -72,41 +74,41 @@ impl LogApplier {
     }
 
     fn lock_state(&self) -> MutexGuard<'_, ApplierState> {
-        // The data is whole between any two statements that could panic: see `apply_sequence`.
+        // The data is consistent between any two statements that could panic: see `apply_sequence`.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The index.
+    /// The index that the entries are applied to.
     #[must_use]
     pub fn index(&self) -> &Arc<Index> {
         &self.index
     }
 
-    /// Where it is.
+    /// The position of the index in the log.
     #[must_use]
     pub fn position(&self) -> Option<LogPosition> {
         self.lock_state().position
     }
 
-    /// Tells where it is, each time that it moves.
+    /// Observes the position of the index.
     #[must_use]
     pub fn subscribe_position(&self) -> watch::Receiver<Option<LogPosition>> {
         self.position.subscribe()
     }
 
-    /// Tells where it is, each time that it holds something new of others that is to be acknowledged at once.
+    /// Observes the positions that must be acknowledged at once.
     #[must_use]
     pub fn subscribe_ack_requests(&self) -> watch::Receiver<Option<LogPosition>> {
         self.ack_requests.subscribe()
     }
 
-    /// Tells when this process's own commit has met another history.
+    /// Observes the errors of own commits that met another history.
     #[must_use]
     pub fn subscribe_divergence(&self) -> watch::Receiver<Option<ApplyError>> {
         self.divergence.subscribe()
     }
 
-    /// Forgets everything: another snapshot is loaded. Nobody finds anything until then.
+    /// Clears the index before another snapshot is loaded. Until then nothing is found.
     pub fn reset(&self) {
         let mut state = self.lock_state();
         *state = ApplierState::default();
@@ -116,7 +118,7 @@ impl LogApplier {
         self.divergence.send_replace(None);
     }
 
-    /// The snapshot is loaded, as of here.
+    /// Sets the position of the snapshot that was loaded.
     pub fn finish_load(&self, LogHead { revision, hash }: LogHead) {
         let mut state = self.lock_state();
         let at = LogPosition { revision, hash };
@@ -125,23 +127,23 @@ impl LogApplier {
         self.position.send_replace(Some(at));
     }
 
-    /// The log's link at a revision, if that is one of the newest.
+    /// The hash of an entry, if it is one of the newest.
     #[must_use]
     pub fn entry_hash(&self, revision: Revision) -> Option<ChainHash> {
         self.lock_state().entry_hash(revision)
     }
 
-    /// Whether somebody may wait to hear that everything up to here is acknowledged. It is told once.
+    /// Returns whether an acknowledgment up to this revision may be awaited. Each is returned once.
     #[must_use]
     pub fn take_due_ack(&self, up_to: Revision) -> bool {
         self.lock_state().unacknowledged.take_if(|unacked| *unacked <= up_to).is_some()
     }
 
-    /// Takes changes of others that are in order; those that it has already do not count. Gives where it is then, and
-    /// whether any was new.
+    /// Applies consecutive entries of other processes; those already applied are skipped. Returns the new position, and
+    /// whether any entry was new.
     ///
     /// # Errors
-    /// When they do not follow what it has. What followed up to there is in force.
+    /// An entry does not follow its predecessor. Those before it are applied.
     pub fn apply_entries(
         &self,
         entries: &[(LogEntry, RecordChange)],
@@ -155,7 +157,7 @@ impl LogApplier {
         others: bool,
     ) -> Result<(LogPosition, bool), ApplyError> {
         let mut guard = self.lock_state();
-        // Away while the index takes what it says: should that panic, nothing is known to be in force any more.
+        // Taken out while the index applies the entries: after a panic, nothing counts as applied.
         let mut state = std::mem::take(&mut *guard);
         let (mut new, mut moved, mut error) = (0..0, false, None);
         for (place, (entry, _)) in entries.iter().enumerate() {
@@ -173,7 +175,7 @@ impl LogApplier {
             }
             moved = true;
         }
-        // Those that follow each other go in at once: the index makes room once for all of them.
+        // Consecutive entries are applied together, so that the index publishes new keys block by block.
         self.index.apply_local(&entries[new]);
         let at = state.position;
         *guard = state;
@@ -187,10 +189,10 @@ impl LogApplier {
         Ok((at, moved))
     }
 
-    /// The same, from rows as they were read.
+    /// Like [`LogApplier::apply_entries`], for entries that are not decoded yet.
     ///
     /// # Errors
-    /// When a row cannot be read; inside, as [`LogApplier::take`].
+    /// An entry is damaged; the inner error is that of [`LogApplier::apply_entries`].
     pub fn decode_and_apply(
         &self,
         entries: Vec<LogEntry>,
@@ -201,8 +203,8 @@ impl LogApplier {
             .map_err(|error| StoreError::Damaged(error.to_string()))
     }
 
-    /// The same of rows that no renewal brought. What may take something away is to be acknowledged at once: somebody waits
-    /// for that. For the rest there is time until the next renewal.
+    /// Like [`LogApplier::decode_and_apply`], for entries that did not come with a renewal. If they may be a
+    /// restriction, requests an acknowledgment at once, because a caller may be waiting.
     ///
     /// # Errors
     /// As [`LogApplier::decode_and_apply`].
@@ -213,12 +215,12 @@ impl LogApplier {
         Ok(self.decode_and_apply(entries)?.map(|(at, moved)| self.request_ack(at, moved)))
     }
 
-    /// What changes that do not fit mean to the machine.
+    /// The event for the replica's state machine; `None` if no snapshot is loaded.
     pub(super) fn divergence_event(&self, error: ApplyError) -> Option<ReplicaEvent> {
         let ours = self.position()?;
         let head = match error {
             ApplyError::HistoryDiverged { head, .. } => head,
-            // What came between is missing, or cannot be read: the map cannot be trusted to be whole any more.
+            // Entries are missing or unreadable: the index may be incomplete.
             ApplyError::Gap => ours.revision,
             ApplyError::NotLoaded => return None,
         };
@@ -226,7 +228,7 @@ impl LogApplier {
     }
 
     fn report_divergence(&self, error: ApplyError) {
-        tracing::error!(broken = ?error, "changes that were committed do not follow what this process holds");
+        tracing::error!(broken = ?error, "committed changes do not follow the state of this process");
         self.divergence.send_replace(Some(error));
     }
 
@@ -239,12 +241,12 @@ impl LogApplier {
 }
 
 impl ApplierState {
-    /// Goes on to an entry that follows; one that is known already is none.
+    /// Advances to the next entry. Returns false for an entry that is already applied.
     fn advance(&mut self, entry: &LogEntry, others: bool) -> Result<bool, ApplyError> {
         let at = self.position.ok_or(ApplyError::NotLoaded)?;
         let other = ApplyError::HistoryDiverged { ours: at, head: entry.revision };
         if entry.revision <= at.revision {
-            // Links that are long past are not remembered.
+            // The hashes of old entries are not kept.
             return match self.entry_hash(entry.revision) {
                 Some(hash) if hash != entry.hash => Err(other),
                 _ => Ok(false),
@@ -253,7 +255,7 @@ impl ApplierState {
         if entry.revision > at.revision.next() {
             return Err(ApplyError::Gap);
         }
-        // What this process has just made of what the database ended with needs no second look at its own hash.
+        // The writer has just computed the hash of an own entry from its predecessor, so it is not verified again.
         let follows = if others { entry.follows(at.revision, &at.hash) } else { entry.prev_hash == at.hash };
         if !follows {
             return Err(other);
@@ -265,7 +267,7 @@ impl ApplierState {
         Ok(true)
     }
 
-    /// They follow each other without a gap.
+    /// The kept hashes are consecutive.
     fn entry_hash(&self, revision: Revision) -> Option<ChainHash> {
         let back = usize::try_from(self.position?.revision.0.checked_sub(revision.0)?).ok()?;
         let at = self.recent_hashes.len().checked_sub(back + 1)?;

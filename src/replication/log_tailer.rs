@@ -1,6 +1,10 @@
-//! What is quicker than renewals: this process's own commits, and reading the log when somebody else seems to have
-//! committed. A hint may never come, where a pooler drops notifications; so until one has been heard, the log is read
-//! four times a second. The truth never depends on either: each renewal brings what is lacking.
+//! Applies changes faster than renewals do: tails the log when another process seems to have committed,
+//! and forwards the new positions.
+//!
+//! Correctness does not depend on it: each renewal brings what is missing.
+//!
+//! Notifications may never arrive, because a pooler can drop them. So the log is polled four times
+//! a second until one arrives.
 
 use std::{
     sync::{
@@ -26,13 +30,13 @@ use crate::{
 
 use super::{log_applier::LogApplier, replica_input::ReplicaTaskInput, replica_status::ReplicaStatus};
 
-/// How often the log is read where hints do not come.
+/// How often the log is polled while no notifications arrive.
 const POLL_INTERVAL: Duration = Duration::from_millis(250);
-/// The pause after a failure; it doubles with each that follows.
+/// The pause after a failure; it doubles up to the maximum.
 const INITIAL_BACKOFF: Duration = Duration::from_millis(100);
 const MAX_BACKOFF: Duration = Duration::from_secs(5);
 
-/// Tells the machine how far the map has come by other ways than its renewals, and what of it others wait to hear.
+/// Forwards the positions of the index to the state machine, and requests acknowledgments that others may wait for.
 pub(super) async fn forward_positions(log_applier: Arc<LogApplier>, inputs: mpsc::Sender<ReplicaTaskInput>) {
     let (mut positions, mut ack_requests) =
         (log_applier.subscribe_position(), log_applier.subscribe_ack_requests());
@@ -57,7 +61,7 @@ pub(super) async fn forward_positions(log_applier: Arc<LogApplier>, inputs: mpsc
     }
 }
 
-/// Tells the machine when one of this process's own commits has met another history.
+/// Forwards the errors of own commits that met another history.
 pub(super) async fn forward_divergences(
     log_applier: Arc<LogApplier>,
     inputs: mpsc::Sender<ReplicaTaskInput>,
@@ -73,15 +77,15 @@ pub(super) async fn forward_divergences(
     }
 }
 
-/// Whether one of these rules is left out.
+/// Returns whether fault injection disables one of these invariants.
 #[cfg(keyward_breakable)]
 fn is_any_disabled(rules: &[crate::domain::lease::LeaseInvariant]) -> bool {
     use crate::domain::lease::{AllInvariants, InvariantSet as _};
     rules.iter().any(|rule| !AllInvariants.enforces(*rule))
 }
 
-/// Waits before a renewal's changes are applied, where that is to be late: a window of microseconds becomes wide enough to
-/// be hit.
+/// Delays the entries of a renewal if fault injection disables an invariant, so that tests
+/// hit a window of microseconds.
 #[cfg(keyward_breakable)]
 pub(super) async fn delay_apply() {
     use crate::domain::lease::LeaseInvariant;
@@ -90,7 +94,8 @@ pub(super) async fn delay_apply() {
     }
 }
 
-/// Whether nothing but renewals is to bring changes, as where every hint is lost: some rules matter only there.
+/// Returns whether only renewals may deliver changes, as if every notification was lost:
+/// some invariants matter only then.
 #[cfg(keyward_breakable)]
 fn are_notifications_disabled() -> bool {
     use crate::domain::lease::LeaseInvariant;
@@ -101,7 +106,7 @@ fn are_notifications_disabled() -> bool {
     ])
 }
 
-/// Reads the log when others commit, or seem to.
+/// Tails the log: reads it after notifications, and polls it while there are none.
 pub(super) async fn tail_log(
     registry: Arc<dyn ReplicaRegistry>,
     log_applier: Arc<LogApplier>,
@@ -142,9 +147,9 @@ async fn receive_notifications(
                         status.ack_tracker().record_ack(replica, up_to);
                         continue;
                     }
-                    // Whoever commits takes it in without a reading.
+                    // The committing process applies its own entry.
                     ReplicaNotification::OwnCommit => continue,
-                    // Another hint, or a renewal, has brought it.
+                    // Another notification or a renewal has delivered it.
                     ReplicaNotification::Committed(Some(up_to))
                         if up_to <= ChangeListener::applied_revision(log_applier) =>
                     {
@@ -156,7 +161,7 @@ async fn receive_notifications(
             Err(error) => {
                 tracing::debug!(
                     error = &error as &dyn std::error::Error,
-                    "no notifications; the log is polled"
+                    "no notifications: polling the log"
                 );
                 sleep(backoff).await;
                 backoff = (backoff * 2).min(MAX_BACKOFF);
@@ -177,7 +182,7 @@ async fn poll_log(
         if is_receiving.load(Ordering::Relaxed) {
             poll_now.notified().await;
         } else {
-            // A hint or the time: both are reasons to look.
+            // A notification or the timeout: both are reasons to read.
             let _ = timeout(POLL_INTERVAL, poll_now.notified()).await;
         }
         match read_new_entries(registry, log_applier).await {
@@ -188,13 +193,13 @@ async fn poll_log(
                     return;
                 }
             }
-            // The next renewal finds out too, and says so.
-            Err(error) => tracing::debug!(error = &error as &dyn std::error::Error, "the log was not read"),
+            // The next renewal fails too, and logs it.
+            Err(error) => tracing::debug!(error = &error as &dyn std::error::Error, "reading the log failed"),
         }
     }
 }
 
-/// Takes what the log has more. What does not fit is an event.
+/// Applies the newest entries of the log. Returns an event if they do not follow the applied ones.
 async fn read_new_entries(
     registry: &dyn ReplicaRegistry,
     log_applier: &LogApplier,

@@ -1,8 +1,7 @@
-//! Waits, for each narrowing change, until no replica can allow any more what it narrowed: drives a revoker, and tells
-//! how far the change has come.
+//! Waits until a restriction is in force everywhere: until no replica can allow what it forbids.
 //!
-//! One reading of the replicas' rows serves every change that waited before it was begun. What this process itself has
-//! applied needs no reading.
+//! Each wait drives a propagation tracker of `domain::lease`, and reports its progress. One reading of the replicas'
+//! rows serves every change that waited before it. The acknowledgment of this process needs no reading.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -33,41 +32,42 @@ use crate::{
 
 use super::{log_applier::LogApplier, replica_status::ReplicaStatus};
 
-/// The longest that anybody waits where no lease ever runs out.
+/// The maximum wait if a replica's lease never expires.
 const MAX_WAIT: Duration = Duration::from_secs(300);
-/// How long after a commit others are asked about it at the earliest.
+/// The delay after a commit before the replicas' rows are read.
 const FIRST_POLL_DELAY: Duration = Duration::from_millis(1);
-/// The same where they tell that they have acknowledged it, and that is heard: then only if it is not.
+/// The delay if notifications of acknowledgments arrive: they usually make the reading unnecessary.
 const NOTIFIED_POLL_DELAY: Duration = Duration::from_millis(10);
-/// How many changes may wait for a reading; those beyond wait for a place.
+/// The maximum number of changes that wait for a reading; more wait for room in the queue.
 const MAX_WAITING_READS: usize = 1024;
 
-/// How far a change has come, in words for people.
+/// The progress of a change, with the names of the replicas.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PropagationReport {
-    /// The change.
+    /// The revision of the change.
     pub revision: Revision,
-    /// Whether no replica can allow any more what it narrowed.
+    /// Whether no replica can allow any more what the change forbids.
     pub complete: bool,
-    /// The names of the replicas that have acknowledged it.
+    /// The names of the replicas that have acknowledged the change.
     pub confirmed: Vec<String>,
-    /// Those that have not.
+    /// The replicas that have not acknowledged it.
     pub unconfirmed: Vec<LaggingReplica>,
-    /// When it will be complete at the latest. None = not before all of them have spoken, or it is not known yet.
+    /// When the change will be complete at the latest; `None` if that is unknown or depends on
+    /// replicas that must renew first.
     pub complete_by: Option<Timestamp>,
-    /// Whether the change is on a synchronous standby of the database too.
+    /// Whether a synchronous standby of the database has the change too.
     pub sync_replicated: bool,
 }
 
-/// What a change means to Checks.
+/// The effect of a change on Checks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ChangeEffect {
-    /// It takes nothing away: there is nothing to wait for.
+    /// The change restricts nothing, so there is nothing to wait for.
     #[default]
     Grants,
-    /// Some Check that was allowed before it could be refused after it.
+    /// A Check that was allowed before the change may be denied after it.
     Restricts {
-        /// It had been made before: a call that makes it again waits as the first did.
+        /// The change was made before: the repeated call waits as the first one did.
         is_repeat: bool,
     },
 }
@@ -75,28 +75,28 @@ pub enum ChangeEffect {
 /// A replica that has not acknowledged a change.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LaggingReplica {
-    /// Its name.
+    /// The name of the replica.
     pub replica: String,
-    /// When it renewed last, by the database's clock.
+    /// Its last renewal, by the database's clock.
     pub last_seen: Timestamp,
-    /// When its lease has run out at the latest; None = never.
+    /// When its lease has expired at the latest; `None`: never.
     pub lease_ends_by: Option<Timestamp>,
 }
 
 /// Why a change is not known to be in force everywhere.
 #[derive(Clone, Debug)]
 pub enum PropagationError {
-    /// Not in the time that there was.
+    /// The deadline passed first; the report has the lagging replicas.
     TimedOut(Box<PropagationReport>),
     /// The database has lost the change.
     Lost(Revision),
     /// The database did not answer.
     DatabaseUnavailable,
-    /// The server stops, and waits for nothing any more.
+    /// The server is stopping, and no longer waits.
     Stopping(Revision),
 }
 
-/// What of the waits is counted.
+/// Metrics of the waits for propagation.
 #[derive(Debug)]
 pub struct PropagationMetrics {
     durations: ShardedHistograms<11>,
@@ -104,7 +104,7 @@ pub struct PropagationMetrics {
 }
 
 impl PropagationMetrics {
-    /// From 1 ms, a change in one process, to 2 min, beyond the usual lease. In nanoseconds.
+    /// From 1 ms (a change within one process) to 2 min (beyond the usual lease), in nanoseconds.
     const BOUNDS: [u64; 11] = [
         1_000_000,
         5_000_000,
@@ -119,13 +119,13 @@ impl PropagationMetrics {
         120_000_000_000,
     ];
 
-    /// How long changes that take something away took until they were in force everywhere.
+    /// How long restrictions took until they were in force everywhere.
     #[must_use]
     pub fn durations(&self) -> HistogramSnapshot {
         self.durations.snapshot(0)
     }
 
-    /// How many were not known to be so when their caller was answered.
+    /// How many restrictions were not known to be in force when the call returned.
     #[must_use]
     pub fn incomplete_count(&self) -> u64 {
         self.incomplete_count.get(0)
@@ -169,7 +169,7 @@ impl std::fmt::Debug for PropagationWaiter {
 }
 
 impl PropagationWaiter {
-    /// Where one process owns the database: a change that is in force here is in force everywhere.
+    /// For the only process on a database: a change that is in force here is in force everywhere.
     #[must_use]
     pub fn for_single_process(clock: Arc<dyn Clock>) -> PropagationWaiter {
         PropagationWaiter {
@@ -180,7 +180,7 @@ impl PropagationWaiter {
         }
     }
 
-    /// Where there are replicas. Readings run on the current runtime for as long as anybody may wait.
+    /// For replicas. Starts a task on the current runtime that reads the replicas' rows.
     #[must_use]
     pub fn for_replicas(
         registry: Arc<dyn ReplicaRegistry>,
@@ -199,13 +199,13 @@ impl PropagationWaiter {
         }
     }
 
-    /// What was waited for, and how that went.
+    /// The metrics of all waits.
     #[must_use]
     pub fn metrics(&self) -> &Arc<PropagationMetrics> {
         &self.metrics
     }
 
-    /// What is said of a change that takes nothing away: there is nothing to wait for.
+    /// The report of a change that needs no wait.
     #[must_use]
     pub fn complete_report(&self, revision: Revision) -> PropagationReport {
         PropagationReport {
@@ -218,11 +218,10 @@ impl PropagationWaiter {
         }
     }
 
-    /// Whether there is a change of this revision, in the log or in its archive. `newest`: the newest that is known
-    /// here.
+    /// Returns whether the log or its archive contains a revision. `newest` is the newest one known here.
     ///
     /// # Errors
-    /// When the database does not answer.
+    /// The database does not answer.
     pub async fn is_recorded(&self, revision: Revision, newest: Revision) -> Result<bool, PropagationError> {
         let known = revision <= newest;
         match &self.replica_access {
@@ -234,11 +233,11 @@ impl PropagationWaiter {
         }
     }
 
-    /// Waits until the change is in force everywhere, at most until `until`. It is committed and applied here.
-    /// `again`: it was so before this call, which waits all the same, for the first may not have ended.
+    /// Waits until a committed and applied change is in force everywhere, or until the deadline. A repetition
+    /// (`is_repeat`) waits too, since the first call may not have finished.
     ///
     /// # Errors
-    /// When it is not in force everywhere by then, or is not in the database any more.
+    /// The change is not in force everywhere by then, or the database has lost it.
     pub async fn wait(
         &self,
         revision: Revision,
@@ -256,10 +255,10 @@ impl PropagationWaiter {
         ended
     }
 
-    /// Waits, if the change takes anything away.
+    /// Waits only if the change is a restriction.
     ///
     /// # Errors
-    /// As [`Propagation::wait`].
+    /// As [`PropagationWaiter::wait`].
     pub async fn wait_if_restricting(
         &self,
         revision: Revision,
@@ -272,10 +271,10 @@ impl PropagationWaiter {
         }
     }
 
-    /// The same, telling `each` how far it has come after each reading.
+    /// Like [`PropagationWaiter::wait`], without a deadline; calls `on_report` after each reading.
     ///
     /// # Errors
-    /// As [`Propagation::wait`].
+    /// As [`PropagationWaiter::wait`].
     pub async fn watch(
         &self,
         revision: Revision,
@@ -297,7 +296,7 @@ impl PropagationWaiter {
             Some(hash) => hash,
             None => match access.fetch_entry_hash(revision).await? {
                 Some(hash) => hash,
-                // Archived: every replica had acknowledged it.
+                // Archived entries were acknowledged by every replica.
                 None => return Ok(self.complete_report(revision)),
             },
         };
@@ -315,7 +314,7 @@ impl PropagationWaiter {
         };
         let mut stopping = self.stopping.subscribe();
         let ended = async {
-            // Others have not heard of it yet: who asks at once takes time from those who are to acknowledge.
+            // The replicas have not received the change yet: reading at once only takes time from them.
             if !is_repeat && access.status.replica_count() > 1 {
                 let expects_acks =
                     access.status.has_ack_notifications() && access.status.ack_tracker().is_receiving();
@@ -332,7 +331,7 @@ impl PropagationWaiter {
         }
     }
 
-    /// Ends all waiting.
+    /// Ends all waits with [`PropagationError::Stopping`].
     pub fn stop(&self) {
         self.stopping.send_replace(true);
     }
@@ -343,14 +342,14 @@ impl ReplicaAccess {
         let (answer, read) = oneshot::channel();
         self.read_requests.send((revision, answer)).await.map_err(drop)?;
         read.await.map_err(drop)?.map_err(|error| {
-            tracing::debug!(error = &*error as &dyn std::error::Error, "the replicas' rows were not read");
+            tracing::debug!(error = &*error as &dyn std::error::Error, "reading the replicas' rows failed");
         })
     }
 
-    /// The log's link at a revision; None = it was archived.
+    /// The hash of an entry; `None` if it is archived.
     async fn fetch_entry_hash(&self, revision: Revision) -> Result<Option<ChainHash>, PropagationError> {
         let snapshot = self.registry.list_replicas(&[revision]).await.map_err(|error| {
-            tracing::error!(error = &error as &dyn std::error::Error, "the log was not read");
+            tracing::error!(error = &error as &dyn std::error::Error, "reading the log failed");
             PropagationError::DatabaseUnavailable
         })?;
         match snapshot.entry_hashes.get(&revision) {
@@ -361,7 +360,7 @@ impl ReplicaAccess {
     }
 }
 
-/// One change's wait.
+/// The wait for one change.
 struct PropagationWait<'a> {
     clock: &'a dyn Clock,
     replica_access: &'a ReplicaAccess,
@@ -371,7 +370,7 @@ struct PropagationWait<'a> {
     sync_replicated: bool,
     deadline: Option<Instant>,
     give_up_at: BootInstant,
-    /// All that are known seemed to have acknowledged it. That is listened to once.
+    /// All known replicas seem to have acknowledged it. This shortens the wait once.
     has_seen_acks: bool,
 }
 
@@ -422,10 +421,10 @@ impl PropagationWait<'_> {
         }
     }
 
-    /// Reads the rows, unless time is up before.
+    /// Reads the rows, unless the deadline passes first.
     async fn read_listing(&mut self, attempt: AttemptId) -> Result<PropagationEvent, PropagationError> {
         let progress = self.tracker.status();
-        // Whatever the list says, by then it is complete; and a database that is away need not be waited for.
+        // The change is complete by then regardless of the rows, so an unreachable database need not be waited for.
         let by = progress.completes_by.unwrap_or(self.give_up_at);
         let left = by.saturating_duration_since(self.clock.boottime());
         let snapshot = tokio::select! {
@@ -437,7 +436,8 @@ impl PropagationWait<'_> {
         self.replica_names.clone_from(&snapshot.names);
         self.sync_replicated = snapshot.sync_replicated;
         let mut listing = snapshot.listing.clone();
-        // What is in force here needs no acknowledgment: the change itself, not another of the same number.
+        // This process need not acknowledge its own change, if it has applied exactly this one, not another of the
+        // same number.
         if self.replica_access.log_applier.entry_hash(progress.revision) == Some(self.hash) {
             let own = self.replica_access.status.replica_id();
             for row in listing.rows.iter_mut().filter(|row| Some(row.id) == own && row.applied.is_some()) {
@@ -485,7 +485,7 @@ async fn sleep_until_deadline(deadline: Option<Instant>) {
     }
 }
 
-/// Reads the rows for whoever waits: one reading for all who asked before it.
+/// Serves all requests that arrived before a reading with that one reading.
 async fn serve_snapshot_reads(
     registry: Arc<dyn ReplicaRegistry>,
     status: Arc<ReplicaStatus>,
@@ -499,7 +499,7 @@ async fn serve_snapshot_reads(
             status.ack_tracker().update_replicas(snapshot);
         }
         for (_, answer) in waiting.drain(..) {
-            // Whoever has given up does not hear of it.
+            // The caller may have given up.
             let _ = answer.send(read.clone());
         }
     }

@@ -1,4 +1,4 @@
-//! Drives the collector: removes the rows of replicas that are dead.
+//! Removes the rows of dead replicas: drives the collector of `domain::lease`.
 
 use std::{sync::Arc, time::Duration};
 
@@ -14,7 +14,7 @@ use crate::{
     store::replica_registry::ReplicaRegistry,
 };
 
-/// Watches over the rows for as long as it runs.
+/// Runs until the task is aborted.
 pub(super) async fn run_reaper(
     registry: Arc<dyn ReplicaRegistry>,
     clock: Arc<dyn Clock>,
@@ -49,11 +49,11 @@ pub(super) async fn run_reaper(
 
 async fn remove_dead_replica(registry: &dyn ReplicaRegistry, id: ReplicaId, renew_seq: u64) {
     match registry.deregister(id, Some(renew_seq)).await {
-        Ok(true) => tracing::warn!(replica = %id.0, "a replica that was silent for four leases was removed"),
-        // It has spoken, or another has removed it.
+        Ok(true) => tracing::warn!(replica = %id.0, "dead replica removed: silent for four leases"),
+        // The replica has renewed meanwhile, or another process has removed it.
         Ok(false) => {}
         Err(error) => {
-            tracing::debug!(error = &error as &dyn std::error::Error, "a dead replica's row was not removed");
+            tracing::debug!(error = &error as &dyn std::error::Error, "removing a dead replica failed");
         }
     }
 }

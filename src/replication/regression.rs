@@ -1,6 +1,7 @@
-//! After the database has lost changes (a backup was restored, a standby took over that lacked some), a replica that
-//! knows more keeps denying what is dead and waits for people. When they accept the loss, what it knows to be revoked
-//! is revoked in the database again, and then it loads what there is.
+//! Recovers a replica after the database has lost changes, because a backup was restored or a standby took over.
+//!
+//! A replica that knows more keeps denying what is dead, and waits for an operator to accept the loss. It then revokes
+//! again what it knows to be revoked, and loads the database's state.
 
 use std::{sync::Arc, time::Duration};
 
@@ -17,12 +18,12 @@ use crate::{
 
 use super::replica_dependencies::ReplicaDependencies;
 
-/// How often it looks whether the loss was accepted.
+/// How often the replica looks whether the loss was accepted.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
 const METHOD: &str = "keyward replicas accept-regression";
 
-/// Returns when people have accepted the loss and everything known to be revoked is revoked again. `known` is the
-/// epoch of the history that this replica holds.
+/// Returns once the loss is accepted and every known revocation is in the database again. `known_epoch` is the epoch of
+/// the history that this replica holds.
 pub(super) async fn wait_for_acceptance(dependencies: ReplicaDependencies, known_epoch: u64) {
     let accepted = async || matches!(dependencies.registry.lease_config().await, Ok(config) if config.epoch > known_epoch);
     while !accepted().await {
@@ -32,13 +33,13 @@ pub(super) async fn wait_for_acceptance(dependencies: ReplicaDependencies, known
     loop {
         match reapply_revocations(&dependencies).await {
             Ok(count) => {
-                tracing::warn!(count, "the loss was accepted; keys known to be revoked were revoked again");
+                tracing::warn!(count, "loss accepted: keys known to be revoked were revoked again");
                 return;
             }
             Err(error) => {
                 tracing::error!(
                     error = &error as &dyn std::error::Error,
-                    "what is known to be revoked could not be revoked again; it is tried again"
+                    "revoking known keys again failed: retrying"
                 );
                 sleep(POLL_INTERVAL).await;
             }
@@ -46,11 +47,11 @@ pub(super) async fn wait_for_acceptance(dependencies: ReplicaDependencies, known
     }
 }
 
-/// How many keys were revoked that the database held for alive.
+/// Revokes keys that the database lost the revocation of. Returns how many.
 async fn reapply_revocations(dependencies: &ReplicaDependencies) -> Result<u64, StoreError> {
     let mut count = 0;
     for (id, at) in dependencies.log_applier.index().revoked_keys() {
-        let comment = "revoked again: the database had lost it".to_owned();
+        let comment = "revoked again: the database had lost the revocation".to_owned();
         let revocation = Revocation { at, reason: RevokeReason::Unspecified, comment };
         count += u64::from(reapply_revocation(dependencies, id, revocation).await?);
     }
@@ -63,7 +64,7 @@ async fn reapply_revocation(
     revocation: Revocation,
 ) -> Result<bool, StoreError> {
     loop {
-        // Made after the state that the database went back to: it is gone, and its token with it.
+        // The key is younger than the restored state: it is gone, and its token is unknown.
         let Some(stored) = dependencies.store.get_key(id).await? else { return Ok(false) };
         if stored.key.revocation.is_some() {
             return Ok(false);
@@ -81,7 +82,7 @@ async fn reapply_revocation(
         let committed = dependencies.store.commit(&[write]).await.map_err(|error| match error {
             CommitError::NotRecorded(error) | CommitError::Unknown(error) => error,
         })?;
-        // Else it was changed meanwhile.
+        // Otherwise the key was changed meanwhile: try again.
         if committed.outcomes.iter().all(Result::is_ok) {
             return Ok(true);
         }

@@ -1,4 +1,4 @@
-//! What a replica is made of: passed once at the start, shared by its tasks.
+//! The dependencies of a replica: passed once at the start, shared by its tasks.
 
 use std::{sync::Arc, time::Duration};
 
@@ -10,25 +10,25 @@ use crate::{
 
 use super::{log_applier::LogApplier, replica_status::ReplicaStatus};
 
-/// What a replica is made of.
+/// The dependencies of a replica.
 #[derive(Clone)]
 pub struct ReplicaDependencies {
-    /// The keys and the log.
+    /// Stores the keys and the log.
     pub store: Arc<dyn Store>,
-    /// The replicas' rows.
+    /// Stores the rows of the replicas.
     pub registry: Arc<dyn ReplicaRegistry>,
-    /// The way into the index.
+    /// Applies log entries to the index.
     pub log_applier: Arc<LogApplier>,
-    /// What Checks ask.
+    /// The lease that Checks read.
     pub lease: Arc<ServingLease>,
-    /// What is to be seen of it.
+    /// What the replica publishes about itself.
     pub status: Arc<ReplicaStatus>,
-    /// Tells the time.
+    /// The clock of this process.
     pub clock: Arc<dyn Clock>,
-    /// Gives ids.
+    /// The source of random IDs.
     pub entropy: Arc<dyn EntropySource>,
-    /// What people call this replica.
+    /// The name of this replica, for operators.
     pub name: String,
-    /// How long revoked keys stay known.
+    /// How long revoked keys stay in the index.
     pub retention: Duration,
 }

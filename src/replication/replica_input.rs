@@ -1,19 +1,19 @@
-//! What the replica task receives: events of its state machine, and the results of the requests that it has sent.
+//! The input of the replica task: events of its state machine, and the results of its requests.
 
 use crate::{
     domain::lease::{AttemptId, replica::ReplicaEvent},
     store::{LogHead, StoreError, replica_registry::RenewalOutcome},
 };
 
-/// What comes to the task.
+/// An input of the replica task.
 pub(super) enum ReplicaTaskInput {
-    /// An event of the machine's.
+    /// An event of the state machine.
     Event(ReplicaEvent),
-    /// A renewal's answer.
+    /// The result of a renewal.
     Renewed(AttemptId, Box<RenewalOutcome>),
-    /// A snapshot is in the index.
+    /// A snapshot was loaded into the index.
     Loaded(AttemptId, LogHead),
-    /// The database is damaged, which no other try mends.
+    /// The database is damaged; retrying does not help.
     Damaged(StoreError),
 }
 
@@ -22,10 +22,6 @@ pub(super) fn failed_input(attempt: AttemptId) -> ReplicaTaskInput {
 }
 
 pub(super) fn log_failure(attempt: AttemptId, what: &str, error: &StoreError) -> ReplicaTaskInput {
-    tracing::warn!(
-        error = error as &dyn std::error::Error,
-        what,
-        "a request to the database failed; it is tried again"
-    );
+    tracing::warn!(error = error as &dyn std::error::Error, what, "database request failed: retrying");
     failed_input(attempt)
 }

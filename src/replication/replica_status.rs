@@ -1,4 +1,4 @@
-//! What the replica task publishes about itself, for metrics, health and the tasks next to it.
+//! Publishes the state of the replica task, for metrics, health and its neighbor tasks.
 
 use std::sync::{
     Mutex, PoisonError,
@@ -12,7 +12,7 @@ use super::{
     clock_offset::ClockOffset,
 };
 
-/// What is to be seen of a replica from outside.
+/// The published state of a replica.
 #[derive(Debug, Default)]
 pub struct ReplicaStatus {
     replica_id: Mutex<Option<ReplicaId>>,
@@ -26,42 +26,42 @@ pub struct ReplicaStatus {
 }
 
 impl ReplicaStatus {
-    /// The row that this process holds.
+    /// The ID of this process's row, once it is registered.
     #[must_use]
     pub fn replica_id(&self) -> Option<ReplicaId> {
         *self.replica_id.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How it stands with the database.
+    /// The state of the replica's protocol.
     #[must_use]
     pub fn state(&self) -> Option<ReplicaState> {
         *self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How many renewals were answered, how many requests failed, and how often the clock stood still.
+    /// The number of renewals, of failed requests, and of clock stalls.
     #[must_use]
     pub fn counters(&self) -> [u64; 3] {
         [&self.renewals, &self.failures, &self.clock_stall_count].map(|count| count.load(Ordering::Relaxed))
     }
 
-    /// How many replicas there are, as the newest renewal said.
+    /// The number of replicas by the newest renewal.
     #[must_use]
     pub fn replica_count(&self) -> u64 {
         self.replica_count.load(Ordering::Relaxed)
     }
 
-    /// How far this machine's wall clock is from the database's.
+    /// The offset of this machine's wall clock from the database's.
     #[must_use]
     pub fn clock_offset(&self) -> &ClockOffset {
         &self.clock_offset
     }
 
-    /// What the others have told of their acknowledgments.
+    /// The acknowledgments that other replicas have notified.
     pub(super) fn ack_tracker(&self) -> &AckTracker {
         &self.ack_tracker
     }
 
-    /// Whether replicas tell what they acknowledge.
+    /// Returns whether replicas notify their acknowledgments.
     pub(super) fn has_ack_notifications(&self) -> bool {
         self.replica_count() <= MAX_NOTIFYING_REPLICAS
     }

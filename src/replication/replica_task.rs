@@ -1,5 +1,7 @@
-//! Drives the replica: does what the machine asks, and tells it what came of it. One task, one machine; requests run
-//! beside it and answer through its channel, so that no request holds up the clock.
+//! Runs a replica: executes the actions of its state machine, and feeds the results back as events.
+//!
+//! One task drives one machine. Requests run in tasks of their own and answer through the channel, so that none delays
+//! the clock. The rules are in `domain::lease`.
 
 use std::{
     sync::{Arc, PoisonError, atomic::Ordering},
@@ -37,17 +39,17 @@ use super::{
     replica_input::{ReplicaTaskInput, failed_input, log_failure},
 };
 
-/// How many answers may wait for the machine. Each request has one, and there are few.
+/// The maximum number of queued inputs. Each request has one, and there are few.
 const EVENT_QUEUE: usize = 64;
-/// How long the row's deletion may take at the stop; if it fails, others wait its lease out.
+/// The time limit for deleting the row at the stop. If it fails, others wait until the lease expires.
 const DEREGISTER_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// A running replica.
+/// The handle of a running replica.
 #[derive(Debug)]
 pub struct RunningReplica {
-    /// Whether Checks may allow.
+    /// Whether the lease is valid, so that Checks may allow.
     pub serving: watch::Receiver<bool>,
-    /// Turns true when it has given up for good.
+    /// Becomes true when the replica has failed permanently.
     pub failed: watch::Receiver<bool>,
     stop_sender: watch::Sender<bool>,
     task: JoinHandle<()>,
@@ -55,19 +57,19 @@ pub struct RunningReplica {
 }
 
 impl RunningReplica {
-    /// Gives up the lease, and then the row.
+    /// Ends the lease, and then deletes the row.
     pub async fn stop(self) {
         self.stop_sender.send_replace(true);
         if tokio::time::timeout(DEREGISTER_TIMEOUT, self.task).await.is_err() {
             tracing::warn!(
-                "the replica's row was not deleted in time: revocations wait for its lease to run out"
+                "the replica's row was not deleted in time: revocations wait until its lease expires"
             );
         }
         self.helper_tasks.iter().for_each(JoinHandle::abort);
     }
 }
 
-/// Starts a replica of a database that says so.
+/// Starts a replica with the database's lease settings.
 #[must_use]
 pub fn start_replica(
     dependencies: ReplicaDependencies,
@@ -117,13 +119,13 @@ struct ReplicaDriver {
     status: Arc<ReplicaStatus>,
     input_sender: mpsc::Sender<ReplicaTaskInput>,
     requests: Vec<(AttemptId, JoinHandle<()>)>,
-    /// One load at a time: the one before has ended when the next begins.
+    /// One load at a time: a new one starts after the previous one has ended.
     load_lock: Arc<tokio::sync::Mutex<()>>,
     load_abort: Option<AbortHandle>,
-    /// Of the history that the map is of; and what the newest renewal said.
+    /// The epoch of the index's history, and the one that the newest renewal announced.
     epoch: u64,
     announced_epoch: u64,
-    /// The changes of the newest renewal, until they are applied.
+    /// The entries of the newest renewal, until they are applied.
     renewal_entries: Option<(AttemptId, Vec<LogEntry>)>,
     serving: watch::Sender<bool>,
     failed: watch::Sender<bool>,
@@ -163,8 +165,9 @@ impl ReplicaDriver {
         }
     }
 
-    /// An answer that waited with the process is taken before it is seen to be late, as happens now and then: without the
-    /// rule that a lease counts from the sending, that must show.
+    /// Sometimes takes a waiting input before the clock shows that it is late.
+    ///
+    /// Without the invariant that a lease counts from the sending, that must become visible in tests.
     #[cfg(keyward_breakable)]
     async fn receive_late_input(
         &mut self,
@@ -178,7 +181,7 @@ impl ReplicaDriver {
         self.interpret_input(input)
     }
 
-    /// How long nothing is due: the machine's next request, or the end of the lease, which health is to tell.
+    /// How long nothing is due: until the next request, or until the lease ends, which health must show.
     fn time_until_due(&self) -> Duration {
         const AT_MOST: Duration = Duration::from_secs(3600);
         let now = self.dependencies.clock.boottime();
@@ -192,14 +195,14 @@ impl ReplicaDriver {
             .unwrap_or(AT_MOST)
     }
 
-    /// What an input means to the machine, once what came with it is put by.
+    /// Stores the results of a request, and translates the input to an event.
     fn interpret_input(&mut self, input: ReplicaTaskInput) -> Option<ReplicaEvent> {
         Some(match input {
             ReplicaTaskInput::Event(event) => {
                 if let ReplicaEvent::Failed { .. } = event {
                     self.status.failures.fetch_add(1, Ordering::Relaxed);
                 }
-                // What did not fit a map that was replaced meanwhile says nothing of the new one.
+                // A divergence from an index that was replaced meanwhile does not concern the new one.
                 match event {
                     ReplicaEvent::Diverged { local_position, .. }
                         if self.dependencies.log_applier.position() != Some(local_position) =>
@@ -222,13 +225,16 @@ impl ReplicaDriver {
                 ReplicaEvent::Loaded { attempt, at: LogPosition { revision, hash } }
             }
             ReplicaTaskInput::Damaged(error) => {
-                tracing::error!(error = &error as &dyn std::error::Error, "the keys cannot be loaded");
+                tracing::error!(
+                    error = &error as &dyn std::error::Error,
+                    "loading the keys failed: the database is damaged"
+                );
                 return None;
             }
         })
     }
 
-    /// Gives the machine an event, and does what it asks for.
+    /// Passes an event to the state machine, and executes its actions.
     async fn handle_event(&mut self, event: ReplicaEvent) {
         let mut events = vec![event];
         while let Some(event) = events.pop() {
@@ -237,7 +243,7 @@ impl ReplicaDriver {
             self.status.set_replica_id(self.state_machine.row_id());
             for action in actions {
                 if let Err(error) = self.execute(action).await {
-                    // What was to follow rested on these changes.
+                    // The remaining actions assume that these changes are applied.
                     self.dependencies.lease.expire_now();
                     events.extend(self.dependencies.log_applier.divergence_event(error));
                     break;
@@ -274,9 +280,9 @@ impl ReplicaDriver {
                 self.status.clock_stall_count.fetch_add(1, Ordering::Relaxed);
                 tracing::warn!(
                     missing = ?stall,
-                    "this machine's clock stood still, or the database's was set forward; the lease is shortened by \
-                     as much. What was revoked in that time may have been allowed here. Keep the machine from being \
-                     suspended, snapshotted or moved while Keyward serves on it"
+                    "this machine's clock stood still, or the database's was set forward; the lease is shortened by that \
+                     time. Keys revoked meanwhile may have been allowed here. Do not suspend, snapshot or move the \
+                     machine while Keyward serves on it"
                 );
             }
             ReplicaAction::Deregister { id } => self.deregister(id).await,
@@ -284,7 +290,7 @@ impl ReplicaDriver {
         Ok(())
     }
 
-    /// Runs a request beside the machine.
+    /// Runs a request in a separate task.
     fn spawn_request(
         &mut self,
         attempt: AttemptId,
@@ -293,7 +299,7 @@ impl ReplicaDriver {
         let input_sender = self.input_sender.clone();
         self.requests.retain(|(_, request)| !request.is_finished());
         let task = tokio::spawn(async move {
-            // Nobody listens any more once the replica has stopped.
+            // The receiver is gone once the replica has stopped.
             let _ = input_sender.send(request.await).await;
         });
         self.requests.push((attempt, task));
@@ -332,7 +338,7 @@ impl ReplicaDriver {
         });
     }
 
-    /// Loads straight into the index: before it is loaded, and after a regression, nobody finds anything there.
+    /// Loads directly into the index: before the first load and after a regression, nothing is found there.
     fn load(&mut self, attempt: AttemptId) {
         let ReplicaDependencies { store, log_applier, clock, retention, .. } = self.dependencies.clone();
         if let Some(before) = self.load_abort.take() {
@@ -364,7 +370,7 @@ impl ReplicaDriver {
             *of != attempt
         });
         self.status.failures.fetch_add(1, Ordering::Relaxed);
-        tracing::warn!("the database did not answer a renewal in time");
+        tracing::warn!("renewal timed out: the database did not answer");
     }
 
     fn apply_renewal(&mut self, attempt: AttemptId) -> Result<(), ApplyError> {
@@ -376,7 +382,10 @@ impl ReplicaDriver {
         match self.dependencies.log_applier.decode_and_apply(entries) {
             Ok(taken) => taken.map(drop),
             Err(error) => {
-                tracing::error!(error = &error as &dyn std::error::Error, "a change cannot be read");
+                tracing::error!(
+                    error = &error as &dyn std::error::Error,
+                    "applying a renewal failed: an entry is damaged"
+                );
                 Err(ApplyError::Gap)
             }
         }
@@ -388,8 +397,8 @@ impl ReplicaDriver {
             database = head,
             same_place,
             "the database has another history than this replica: was a backup restored, or did a standby take over \
-             that lacked commits? This replica goes on denying what it knows to be dead, and allows nothing once its \
-             lease has run out. See 'keyward replicas accept-regression'"
+             that lacked commits? This replica keeps denying what it knows to be \
+             dead, and allows nothing once its lease has expired. See 'keyward replicas accept-regression'"
         );
         let regression = regression::wait_for_acceptance(self.dependencies.clone(), self.epoch);
         let input_sender = self.input_sender.clone();
@@ -402,42 +411,41 @@ impl ReplicaDriver {
 
     async fn deregister(&mut self, id: ReplicaId) {
         if let Err(error) = self.dependencies.registry.deregister(id, None).await {
-            tracing::warn!(error = &error as &dyn std::error::Error, "the replica's row was not deleted");
+            tracing::warn!(error = &error as &dyn std::error::Error, "deleting the replica's row failed");
         }
     }
 
-    /// Tells whoever watches how it stands.
+    /// Publishes the state, and logs when the lease starts or ends.
     fn publish_status(&self) {
         let state = Some(self.state_machine.state());
         *self.status.state.lock().unwrap_or_else(PoisonError::into_inner) = state;
         let is_valid = self.dependencies.lease.is_valid(|| self.dependencies.clock.boottime());
         self.serving.send_if_modified(|serving| {
             if *serving && !is_valid && state == Some(ReplicaState::Stopped) {
-                tracing::info!(replica = self.dependencies.name, "the lease is given up");
+                tracing::info!(replica = self.dependencies.name, "lease released");
             } else if *serving && !is_valid {
-                tracing::error!("the lease has run out: nothing is allowed until the database answers");
+                tracing::error!("lease expired: nothing is allowed until the database answers");
             } else if is_valid && !*serving {
-                tracing::info!(replica = self.dependencies.name, "the lease holds");
+                tracing::info!(replica = self.dependencies.name, "lease acquired");
             }
             std::mem::replace(serving, is_valid) != is_valid
         });
     }
 }
 
-/// Tells up to where this replica has acknowledged. Whoever waits reads the rows by and by anyway: it is not told again
-/// where that fails.
+/// Notifies the other replicas of an acknowledgment. A failure is not retried: waiting replicas also poll the rows.
 async fn notify_ack(registry: Arc<dyn ReplicaRegistry>, id: ReplicaId, up_to: Revision) {
     if let Err(error) = registry.notify_ack(id, up_to).await {
-        tracing::debug!(error = &error as &dyn std::error::Error, "an acknowledgment was not told");
+        tracing::debug!(error = &error as &dyn std::error::Error, "notifying an acknowledgment failed");
     }
 }
 
-/// Returns when it is to stop, or nobody is left who could say so.
+/// Returns when the replica must stop, or when its handle is gone.
 async fn wait_for_stop(stopping: &mut watch::Receiver<bool>) {
     let _ = stopping.wait_for(|stop| *stop).await;
 }
 
-/// After this nothing comes of the replica: the server stops.
+/// Reports the failure, which stops the server, and never returns.
 async fn fail_permanently(failed: &watch::Sender<bool>) -> ReplicaEvent {
     failed.send_replace(true);
     std::future::pending().await

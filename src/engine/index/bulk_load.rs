@@ -1,5 +1,6 @@
-//! Keys of a snapshot on their way into the index: one thread's, which packs them by itself. It meets the others only
-//! when it has a block full, and when it meets something for the first time.
+//! Loads one part of a snapshot into the index; each part packs its keys in its own thread.
+//!
+//! Parts synchronize only to publish a full block, and to intern a value that they see for the first time.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -16,30 +17,30 @@ use super::{
     key_table::KeyTable,
 };
 
-/// How many things are remembered at the most.
+/// The interner of a part is reset beyond this number of values.
 const MAX_INTERNED: usize = 65_536;
 
-/// A part of a snapshot.
+/// One part of a snapshot: packs keys until a block is full.
 pub(super) struct IndexSnapshotPart {
     keys: Arc<KeyTable>,
     owners: LocalInterner<KeyOwner>,
     policies: LocalInterner<KeyPolicy>,
-    /// Of one block at the most.
+    /// The keys of at most one block.
     pending_keys: Vec<PendingKey>,
-    /// Their names, one after the other.
+    /// The names of the pending keys, concatenated.
     names: String,
 }
 
-/// A key that waits for the others of its block.
+/// A key that waits until its block is full.
 struct PendingKey {
     id: KeyId,
     digest: TokenDigest,
     version: u32,
-    /// Where its name ends.
+    /// The end of its name in `names`.
     name_end: usize,
     expires_at: Option<Timestamp>,
     revoked_at: Option<Timestamp>,
-    /// Their numbers among what this part has met.
+    /// Its owner in the part's own interner; the policy likewise.
     owner_number: usize,
     policy_number: usize,
     cold_fields: Option<Arc<ColdFields>>,
@@ -57,7 +58,7 @@ impl IndexSnapshotPart {
         }
     }
 
-    /// Places what has come.
+    /// Publishes the pending keys as a block.
     fn flush_block(&mut self) {
         let mut start = 0;
         let entries: Vec<_> = self
@@ -92,7 +93,7 @@ impl store::SnapshotPart for IndexSnapshotPart {
     fn add_key(&mut self, key: &LoadedKey<'_>) {
         let Some(newest) = key.secrets.first() else { return };
         if key.secrets.iter().any(|secret| self.keys.find_by_digest(&secret.digest).is_some()) {
-            // It came some other way.
+            // The key was already loaded, for example by a change.
             return self.keys.load_key(&key.to_key(), key.retired_secrets);
         }
         let revoked_at = key.revocation.as_ref().map(|revocation| revocation.at);
@@ -126,9 +127,9 @@ impl store::SnapshotPart for IndexSnapshotPart {
     }
 }
 
-/// Things as they came, and as the index keeps them.
+/// Maps values of the snapshot to interned ones, without a lock.
 struct LocalInterner<T> {
-    /// By the address of what came, which is kept so that nothing else has it.
+    /// By the address of the source. `sources` keeps it alive, so the address cannot be reused.
     numbers: HashMap<usize, usize, RandomState>,
     sources: Vec<Arc<T>>,
     interned: Vec<Arc<T>>,
@@ -156,7 +157,7 @@ impl<T> LocalInterner<T> {
         &self.interned[number]
     }
 
-    /// Begins again, once there is too much. Nothing may wait then.
+    /// Clears the interner if it is too large. No key may be pending.
     fn reset_if_full(&mut self) {
         if self.sources.len() > MAX_INTERNED {
             *self = LocalInterner::default();

@@ -9,22 +9,22 @@ use crate::domain::{
     token::TokenDigest,
 };
 
-/// What few keys have.
+/// The fields that few keys have. Most keys have none of them, and then no allocation.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct ColdFields {
-    /// The newest secret's version, where a record has no room for it; else 0.
+    /// The newest secret's version if it does not fit a record; otherwise 0.
     pub(super) large_version: u32,
     pub(super) disabled: bool,
-    /// From when the newest secret is superseded.
+    /// When the newest secret is superseded.
     pub(super) newest_superseded_at: Option<Timestamp>,
     pub(super) previous_secrets: Box<[PreviousSecret]>,
-    /// Apart: an empty map would cost every rare record 24 bytes.
+    /// Boxed separately: an empty map would cost 24 bytes in every `ColdFields`.
     pub(super) metadata: Option<Arc<BTreeMap<String, String>>>,
 }
 
-/// What may be rare of a key.
+/// The sources of a key's cold fields.
 pub(super) struct ColdFieldsView<'k> {
-    /// In its record, the newest first.
+    /// The secrets in the record, newest first.
     pub(super) secrets: &'k [KeySecret],
     pub(super) updated_at: Timestamp,
     pub(super) disabled_at: Option<Timestamp>,
@@ -43,7 +43,7 @@ impl<'k> ColdFieldsView<'k> {
         }
     }
 
-    /// With the superseded secrets that left its record.
+    /// Adds the superseded secrets that have left the record. Returns `None` if no cold field is set.
     pub(super) fn with_retired_secrets(&self, retired: &[KeySecret]) -> Option<Arc<ColdFields>> {
         let retired = retired.iter().map(|secret| PreviousSecret {
             version: secret.version,
@@ -81,18 +81,18 @@ impl<'k> ColdFieldsView<'k> {
     }
 }
 
-/// A secret before the newest.
+/// Any secret except the newest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct PreviousSecret {
     pub(super) version: u32,
     pub(super) digest: TokenDigest,
-    /// From when it is superseded.
+    /// When the secret is superseded.
     pub(super) superseded_at: Option<Timestamp>,
-    /// Whether it has left the key's record, and is superseded whatever the clock says.
+    /// Whether the secret has left the record; then it counts as superseded regardless of the clock.
     pub(super) is_retired: bool,
-    /// Whether it had ended when the record was made, and is superseded whatever the clock says.
+    /// Whether it was superseded when the record was written; then it counts as superseded regardless of the clock.
     pub(super) is_already_superseded: bool,
 }
 
-/// The version stands apart: it is this or more.
+/// Marks a version of this value or more; the version itself is in [`ColdFields`].
 pub(super) const LARGE_VERSION: u16 = u16::MAX;

@@ -1,12 +1,12 @@
-//! What many keys have alike: each thing once, and the lists in which the records of a block name it by two bytes.
+//! Interns the owners and policies of keys, and numbers them in lists, so that a record names one in two bytes.
 //!
-//! A number means something in its own list only. A list never changes, a block keeps the list that its records were
-//! numbered by, and a list keeps what is in it: no number leads to another key's thing, however long somebody reads.
+//! A number is valid in its own list only. Lists are immutable; a block keeps the lists that its records were numbered
+//! by. So no number ever leads to another key's value, even for a slow reader.
 //!
-//! Most blocks have one list in common, so that it costs nothing and stays in the processor's cache. A block that needs
-//! what is not there has a short list of its own. Once as many keys have come into such blocks as a common list of
-//! everything would have entries, that one is made, for blocks to come: common lists cost no more than 8 bytes for
-//! each key that came, as own ones do. What no record names any more leaves them with the next sweep of the index.
+//! Most blocks share one common list, which costs them nothing and stays in the processor's cache. A block with a value
+//! that the common list lacks has a private list. Once as many keys are in such blocks as the common list would have
+//! entries, it is rebuilt for later blocks: common lists cost at most 8 bytes per key, as private ones do. The next
+//! eviction removes values that no record uses.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -16,20 +16,21 @@ use std::{
 
 use foldhash::quality::RandomState;
 
-/// How many things a common list may have; and so how many that no key has any more may stay until the next sweep.
+/// The maximum length of a common list, and of the values without a key that may remain until the next eviction.
 const MAX_ENTRIES: usize = 1 << 14;
 
-/// Things by their numbers.
+/// Interned values; their indices are the numbers in records.
 pub(super) type SharedList<T> = Arc<[Arc<T>]>;
 
-/// Things, each once.
+/// Equal values, each stored once.
 #[derive(Debug)]
 pub(super) struct Interner<T> {
     interned: HashSet<Arc<T>, RandomState>,
     common_list: SharedList<T>,
-    /// Where in the common list a thing is, by its address. The list keeps it there, so nothing else has the address.
+    /// The numbers of the common list by the address of the value. The list keeps its values
+    /// alive, so addresses are unique.
     common_numbers: HashMap<usize, u16, RandomState>,
-    /// How many keys came into blocks with lists of their own since the common one was made.
+    /// The number of keys in blocks with private lists since the common list was built.
     keys_outside_common: usize,
 }
 
@@ -45,7 +46,7 @@ impl<T> Default for Interner<T> {
 }
 
 impl<T: Eq + Hash> Interner<T> {
-    /// The one that is kept of all that are equal.
+    /// Returns the stored value that equals this one; stores this one if no other does.
     pub(super) fn intern(&mut self, value: T) -> Arc<T> {
         if let Some(interned) = self.interned.get(&value) {
             return interned.clone();
@@ -55,7 +56,7 @@ impl<T: Eq + Hash> Interner<T> {
         new
     }
 
-    /// The same of what is shared already.
+    /// Like [`Interner::intern`], for a value that is already shared.
     pub(super) fn intern_arc(&mut self, value: &Arc<T>) -> Arc<T> {
         if let Some(interned) = self.interned.get(value) {
             return interned.clone();
@@ -64,8 +65,9 @@ impl<T: Eq + Hash> Interner<T> {
         value.clone()
     }
 
-    /// A list that has all of these, which this pool gave, and the number of each in it. They are the things of one
-    /// block, of whose records `came` are new.
+    /// Returns a list that contains all these interned values, and the number of each in it.
+    ///
+    /// The values are those of one block, of whose keys `new_keys` are new.
     pub(super) fn number_in_list<'t>(
         &mut self,
         values: impl Iterator<Item = &'t Arc<T>> + Clone,
@@ -94,7 +96,7 @@ impl<T: Eq + Hash> Interner<T> {
         values.map(|value| self.common_numbers.get(&arc_address(value)).copied()).collect()
     }
 
-    /// Makes the common list of everything that is known.
+    /// Builds the common list from all interned values.
     fn rebuild_common_list(&mut self) {
         self.set_common_list(self.interned.iter().cloned().collect());
         self.keys_outside_common = 0;
@@ -105,12 +107,12 @@ impl<T: Eq + Hash> Interner<T> {
         self.common_list = list;
     }
 
-    /// The common list, to be marked with what of it is used.
+    /// Starts to mark the values of the common list that are in use.
     pub(super) fn begin_marking(&self) -> ListMarks<T> {
         ListMarks { list: self.common_list.clone(), used: vec![false; self.common_list.len()] }
     }
 
-    /// Takes what is not marked out of the common list.
+    /// Removes values without a mark from the common list.
     pub(super) fn retain_marked(&mut self, marks: &ListMarks<T>) {
         if self.is_common_list(&marks.list) && marks.used.contains(&false) {
             let used = marks.list.iter().zip(&marks.used).filter(|(_, used)| **used);
@@ -118,12 +120,12 @@ impl<T: Eq + Hash> Interner<T> {
         }
     }
 
-    /// Whether a list is the common one.
+    /// Returns whether a list is the current common one.
     pub(super) fn is_common_list(&self, list: &SharedList<T>) -> bool {
         Arc::ptr_eq(list, &self.common_list)
     }
 
-    /// Lets go of what no key has any more and no list keeps.
+    /// Drops values that no key and no list refers to.
     pub(super) fn collect_unused(&mut self) {
         if Arc::strong_count(&self.common_list) == 1 {
             self.common_list = Arc::new([]);
@@ -133,14 +135,14 @@ impl<T: Eq + Hash> Interner<T> {
     }
 }
 
-/// Which things of a common list are used.
+/// The values of a common list that are in use.
 pub(super) struct ListMarks<T> {
     list: SharedList<T>,
     used: Vec<bool>,
 }
 
 impl<T> ListMarks<T> {
-    /// Marks what a block names by these numbers, if it has that list.
+    /// Marks these numbers if they belong to the marked list.
     pub(super) fn mark(&mut self, list: &SharedList<T>, numbers: impl Iterator<Item = u16>) {
         if Arc::ptr_eq(list, &self.list) {
             numbers.for_each(|number| self.used[usize::from(number)] = true);
@@ -152,7 +154,7 @@ fn arc_address<T>(value: &Arc<T>) -> usize {
     Arc::as_ptr(value).addr()
 }
 
-/// A list of these alone.
+/// Builds a list of exactly these values.
 fn build_private_list<'t, T: 't>(values: impl Iterator<Item = &'t Arc<T>>) -> (SharedList<T>, Vec<u16>) {
     let mut list: Vec<&Arc<T>> = Vec::new();
     let mut numbers = Vec::new();
@@ -162,7 +164,7 @@ fn build_private_list<'t, T: 't>(values: impl Iterator<Item = &'t Arc<T>>) -> (S
         if interned.is_none() {
             list.push(value);
         }
-        // A block has few records.
+        // It fits: a block has few records.
         numbers.push(u16::try_from(number).unwrap_or(u16::MAX));
     }
     (list.into_iter().cloned().collect(), numbers)
@@ -172,7 +174,7 @@ fn build_private_list<'t, T: 't>(values: impl Iterator<Item = &'t Arc<T>>) -> (S
 mod tests {
     use super::*;
 
-    /// The list for a block of one thing.
+    /// The list for a block with one value.
     fn block(interner: &mut Interner<usize>, value: usize) -> SharedList<usize> {
         let interned = interner.intern(value);
         let (list, numbers) = interner.number_in_list(std::iter::once(&interned), 1);
@@ -227,7 +229,7 @@ mod tests {
         drop(lists);
         interner.collect_unused();
         assert!(interner.interned.is_empty());
-        // An address may be another thing's now.
+        // Addresses may have been reused by now.
         (100..200).for_each(|value| drop(block(&mut interner, value)));
     }
 }

@@ -1,4 +1,4 @@
-//! How many bytes of memory the index takes, counted as the allocator is asked for them.
+//! Measures the memory of the index in bytes that are requested from the allocator.
 
 #![expect(unsafe_code, reason = "an allocator is unsafe to write; this one only counts")]
 
@@ -31,32 +31,32 @@ struct CountingAllocator;
 #[global_allocator]
 static ALLOCATOR: CountingAllocator = CountingAllocator;
 
-/// A thread that ends is not counted any more.
+/// Ignores threads whose thread-locals are already destroyed.
 fn count(bytes: isize) {
     let _ = LIVE.try_with(|live| live.set(live.get() + bytes));
 }
 
-// SAFETY: what the system's allocator gives and takes is passed on as it is.
+// SAFETY: every call is forwarded to the system allocator unchanged.
 unsafe impl GlobalAlloc for CountingAllocator {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         count(layout.size().cast_signed());
-        // SAFETY: the caller's promise is the same.
+        // SAFETY: the caller upholds the same contract.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
         count(-layout.size().cast_signed());
-        // SAFETY: the caller's promise is the same.
+        // SAFETY: the caller upholds the same contract.
         unsafe { System.dealloc(memory, layout) }
     }
 }
 
-/// What this thread has allocated and not freed.
+/// The bytes that this thread has allocated and not freed.
 fn live() -> usize {
     LIVE.with(Cell::get).try_into().unwrap()
 }
 
-/// As large as a key may be, and in all of it like no other.
+/// A key of the largest permitted size that shares no value with another.
 fn largest(number: u32) -> ApiKey {
     let text = |length: usize| format!("{number:0length$}");
     let mut random = [0; 10];
@@ -91,14 +91,14 @@ fn revoked(key: &ApiKey) -> ApiKey {
 const KEYS: u32 = 2048;
 const LIMIT: usize = 200;
 
-/// How many bytes a key takes in an index that `fill` has filled with [`KEYS`] of them.
+/// The bytes per key in an index that `fill` has filled with [`KEYS`] keys.
 fn bytes_per_key(fill: impl FnOnce(&Index)) -> usize {
     let empty = live();
     let index = Index::default();
     let before = live();
     fill(&index);
     assert_eq!(index.len(), KEYS as usize);
-    // Deferred reclamation keeps nothing of it: nobody reads meanwhile.
+    // Deferred reclamation holds nothing back: there are no concurrent readers.
     let bytes = (live() - before) / KEYS as usize;
     drop(index);
     assert!(live() - empty < 1024 * 1024, "what is dropped is free again");
@@ -111,7 +111,7 @@ fn a_revoked_key_takes_at_most_200_bytes_whatever_it_granted() {
         for number in 0..KEYS {
             let key = largest(number);
             index.upsert_keys(std::iter::once(&key));
-            // Its limits were used, and what is used of them is forgotten too.
+            // Its limits are used, so that their state must be dropped too.
             let found = index.find_by_digest(&key.secrets[0].digest).unwrap();
             let take = Consumption { cost: 1, dedup_id: None, dry_run: false };
             found.limit_state.unwrap().consume(&found.key, take, false, at_seconds(1)).unwrap();
@@ -120,7 +120,7 @@ fn a_revoked_key_takes_at_most_200_bytes_whatever_it_granted() {
         for number in 0..KEYS {
             index.upsert_keys(std::iter::once(&revoked(&largest(number))));
         }
-        // Policies that no key has any more leave with the hourly sweep.
+        // The hourly eviction removes policies that no key has any more.
         index.evict(at_seconds(0));
         assert!(alive > live());
     });

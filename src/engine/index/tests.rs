@@ -1,4 +1,4 @@
-//! What the index promises, and that it answers as a plain map of whole records would.
+//! Tests of the index, also against a model: plain maps of whole records.
 
 use super::{
     key_block::{BlockInterners, KeyBlock, OwnedBlockEntry, RECORDS_PER_BLOCK},
@@ -29,7 +29,7 @@ fn loaded(key: &ApiKey) -> Index {
     index
 }
 
-/// Gives a key to a part as a store does, which knows nothing of what came in other parts.
+/// Adds a key to a part as a store does, which does not know of other parts.
 fn add_to_part(part: &mut dyn SnapshotPart, key: &ApiKey, left: &[KeySecret]) {
     part.add_key(&LoadedKey {
         id: key.id,
@@ -54,7 +54,7 @@ impl Index {
         self.upsert_keys(std::iter::once(key));
     }
 
-    /// A change whose outcome is unknown, made from the record at this revision.
+    /// Marks a change as uncertain that is based on the record at this revision.
     pub(in crate::engine) fn doubt(&self, change: RecordChange, made_from: Option<Revision>) {
         self.mark_uncertain(&WriteRequest {
             change,
@@ -219,7 +219,7 @@ fn a_role_or_member_in_doubt_is_not_settled_by_an_older_record() {
     };
     index.doubt(RecordChange::RoleDeleted(role(Some("acme"), "*", 5)), Some(Revision(5)));
     index.doubt(RecordChange::MemberRemoved(member(5)), Some(Revision(5)));
-    // As a snapshot or another replica's changes bring them.
+    // A snapshot, or the changes of another replica, deliver such records.
     for revision in [4, 5] {
         index.upsert_role(role(Some("acme"), "*", revision));
         index.upsert_member(member(revision));
@@ -317,7 +317,7 @@ fn digest(number: u16, version: u32) -> TokenDigest {
     TokenDigest::from_token(&format!("{number}.{version}"))
 }
 
-/// What is held of a key: all of it, or, once it is revoked, nothing that it granted.
+/// A key as the index keeps it: everything, or, once it is revoked, nothing that it granted.
 fn key_without_details(key: &ApiKey) -> ApiKey {
     let mut key = key.clone();
     if key.is_revoked() {
@@ -327,7 +327,7 @@ fn key_without_details(key: &ApiKey) -> ApiKey {
     key
 }
 
-/// That a key is held as its record is.
+/// Asserts that the index holds a key as it is recorded.
 #[track_caller]
 fn assert_same_key(held: &KeyRef, key: &ApiKey) {
     let key = &key_without_details(key);
@@ -343,11 +343,11 @@ fn assert_same_key(held: &KeyRef, key: &ApiKey) {
     assert!(held.secret_expiries().eq(key.secret_expiries()));
 }
 
-/// Whole records in plain maps: what the index answers, said as simply as can be.
+/// The model of the index: whole records in plain maps.
 #[derive(Default)]
 struct ReferenceIndex {
     keys: HashMap<KeyId, ApiKey>,
-    /// Secrets that left the record: digest and when it was superseded.
+    /// Secrets that left the record: the digest, and when it was superseded.
     left: HashMap<KeyId, Vec<(TokenDigest, Timestamp)>>,
     digests: HashMap<TokenDigest, (KeyId, u32)>,
 }
@@ -405,19 +405,19 @@ impl ReferenceIndex {
     }
 }
 
-/// What happens to a key.
+/// A step in the life of a key.
 #[derive(Clone, Copy, Debug)]
 enum KeyEvent {
-    /// It is made, or loaded with a secret that left it long ago.
+    /// The key is created, or loaded with a secret that left its record long ago.
     Made {
         loaded: bool,
     },
-    /// It is given other terms.
+    /// Its attributes are replaced by those of this choice.
     Updated(u8),
     Disabled(bool),
     Rotated(u8),
     Revoked,
-    /// Time goes on, and what is dead for so many seconds is forgotten.
+    /// Time passes, and what was dead for this number of seconds is evicted.
     Forgotten(u8),
 }
 
@@ -433,7 +433,7 @@ fn event() -> impl Strategy<Value = (u16, KeyEvent)> {
     (0..150_u16, kind)
 }
 
-/// The same key with other terms, more or less of them.
+/// The same key with other attributes, more or fewer of them.
 fn updated(mut key: ApiKey, choice: u8) -> ApiKey {
     let bit = |at: u8| choice & (1 << at) != 0;
     let terms = &mut key.spec;
@@ -514,12 +514,12 @@ proptest! {
     }
 }
 
-/// What happens to a block.
+/// A change of a block.
 #[derive(Clone, Debug)]
 enum BlockEdit {
-    /// So many keys come.
+    /// This number of keys is appended.
     And(u8),
-    /// The key at a place is given other terms, rotated so often, and belongs to another account.
+    /// A key gets other attributes, is rotated this number of times, and moves to another account.
     With {
         at: u8,
         choice: u8,
@@ -579,7 +579,7 @@ proptest! {
             earlier.push((block.clone(), keys.clone()));
             shared.collect_unused();
         }
-        // Whoever reads an earlier block finds what was there then.
+        // Readers of an earlier block still find its contents.
         for (block, keys) in earlier {
             prop_assert_eq!(block.len(), keys.len());
             for (at, key) in keys.iter().enumerate() {
@@ -716,7 +716,7 @@ fn a_record_is_seen_before_the_revision_that_says_so_and_by_all_digests_at_once(
 
 #[test]
 fn keys_that_come_together_are_as_if_they_had_come_one_by_one() {
-    // Each key is made, and changed soon after: at once, a few keys later, or in another block.
+    // Each key is created and changed soon afterwards: at once, a few keys later, or in another block.
     let changes: Vec<_> = (0..400u16)
         .flat_map(|number| {
             let before = number.checked_sub([0, 3, 150][usize::from(number % 3)]);

@@ -1,12 +1,12 @@
-//! Rate limits in Redis, or in what speaks its protocol: the connection, and the script `consume.lua`.
+//! Counts rate limits in Redis or a compatible server: one shared connection, and the script `consume.lua`.
 //!
-//! One connection for all threads: its task lives on the runtime that [`RedisLimiter::maintain_connection`] runs on, and calls
-//! from all over the process go through it in one pipeline. A call waits as long as its timeout and no longer. The
-//! connection is taken away from the callers when it fails, or when it does not answer several calls in a row; they
-//! fail at once then, until another one has answered. So a dead Redis costs a Check nothing.
+//! The connection's task lives on the runtime that [`RedisLimiter::maintain_connection`] runs on; all threads pipeline
+//! their calls through it. No call waits longer than its timeout. A connection that fails, or leaves several
+//! consecutive calls without a response, is withdrawn. Calls then fail at once until another connection has answered,
+//! so a dead Redis does not delay Checks.
 //!
-//! Keys in Redis are named after the key's id and the limit, never after a token, and expire when the limit is full
-//! again. Their names share a hash tag, so that a cluster keeps them in one place.
+//! Redis keys contain the key's ID and the limit, never a token, and expire once the limit is full again. They share a
+//! hash tag, so that a cluster stores them on one node.
 
 use std::{
     sync::{
@@ -30,35 +30,35 @@ use crate::{
 
 use super::redis_settings::{ClockSource, RedisSettings};
 
-/// How long connecting may take, name resolution and TLS included.
+/// The time limit for connecting, including name resolution and TLS.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-/// How long it is waited before connecting again: at first, and at the most.
+/// The pause before the next connection attempt; it doubles up to the maximum.
 const INITIAL_BACKOFF: Duration = Duration::from_millis(50);
 const MAX_BACKOFF: Duration = Duration::from_secs(1);
-/// How often a connection is tried that nobody may be using, and how long that may take.
+/// How often an idle connection is probed, and the time limit of a probe.
 const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);
-/// So many calls in a row that fail take the connection away.
+/// This number of consecutive failed calls withdraws the connection.
 const MAX_CONSECUTIVE_FAILURES: u32 = 3;
 
-/// How a call ended.
+/// How a call to Redis ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RedisOutcome {
-    /// With an answer.
+    /// Redis answered within the timeout.
     Answered,
-    /// Not in time.
+    /// Redis did not answer within the timeout.
     TimedOut,
-    /// With an error.
+    /// Redis returned an error, or the connection failed.
     Failed,
-    /// It was not made: there is no connection.
+    /// There was no connection, so no call was made.
     NotConnected,
 }
 
 impl RedisOutcome {
-    /// Every way.
+    /// Every outcome, in the order of the metric's labels.
     pub const ALL: [RedisOutcome; 4] =
         [RedisOutcome::Answered, RedisOutcome::TimedOut, RedisOutcome::Failed, RedisOutcome::NotConnected];
 
-    /// One word for it.
+    /// The value of the metric's label.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -70,16 +70,16 @@ impl RedisOutcome {
     }
 }
 
-/// How a key's rate limits stood before a request.
+/// The state of a key's rate limits before a request.
 #[derive(Debug)]
 pub(super) struct RateLimitStates {
-    /// Each, in the key's order.
+    /// The state of each limit, in the key's order.
     pub before_request: Vec<GcraState>,
-    /// Whether the request took its units before, under the same number.
+    /// Whether the request consumed its units before, under the same ID.
     pub is_repeated_request: bool,
 }
 
-/// A connection, and how many calls on it have failed in a row.
+/// A connection, with its count of consecutive failures.
 #[derive(Debug)]
 struct RedisConnection {
     connection: aio::MultiplexedConnection,
@@ -113,17 +113,17 @@ impl RedisLimiter {
         }
     }
 
-    /// How often each way of ending came.
+    /// The number of calls by outcome.
     pub(super) fn outcome_counts(&self) -> impl Iterator<Item = (RedisOutcome, u64)> {
         RedisOutcome::ALL
             .into_iter()
             .map(|call| (call, self.outcome_counts[call as usize].load(Ordering::Relaxed)))
     }
 
-    /// Takes from every rate limit of the key, or, if one refuses, from none.
+    /// Consumes from all rate limits of the key, or from none if one refuses.
     ///
     /// # Errors
-    /// When Redis did not answer. It may have taken the units all the same.
+    /// Redis did not answer. It may have consumed the units nevertheless.
     pub(super) async fn consume(
         &self,
         key: &KeyRef,
@@ -146,7 +146,7 @@ impl RedisLimiter {
         let mut connection = active.connection.clone();
         let mut call = self.script.prepare_invoke();
         for limit in key.rate_limits() {
-            // A changed limit is another one, and starts full.
+            // A changed limit is another Redis key, and starts full.
             call.key(format!(
                 "{}{{{}}}/{}/{}/{}",
                 self.settings.key_prefix.0,
@@ -179,7 +179,7 @@ impl RedisLimiter {
                 None => RedisOutcome::Failed,
             },
             Ok(Err(error)) => {
-                tracing::debug!(error = redacted_error(&error), "Redis did not count");
+                tracing::debug!(error = redacted_error(&error), "Redis call failed");
                 if error.is_unrecoverable_error() || error.is_io_error() {
                     self.disconnect(&active);
                 }
@@ -193,7 +193,7 @@ impl RedisLimiter {
         Err(failure)
     }
 
-    /// Takes a connection away from the callers.
+    /// Withdraws a connection, so that calls fail at once.
     fn disconnect(&self, active: &Arc<RedisConnection>) {
         let before = self.connection.compare_and_swap(active, None);
         if before.as_ref().is_some_and(|known| Arc::ptr_eq(known, active)) {
@@ -201,7 +201,7 @@ impl RedisLimiter {
         }
     }
 
-    /// Connects, and again whenever the connection is lost. Tells `tried` after the first attempt.
+    /// Connects, and reconnects whenever the connection is lost. Notifies `attempted` after the first attempt.
     pub(super) async fn maintain_connection(&self, attempted: oneshot::Sender<()>) {
         let (mut attempted, mut backoff, mut has_warned) = (Some(attempted), INITIAL_BACKOFF, false);
         loop {
@@ -213,22 +213,22 @@ impl RedisLimiter {
                     None
                 }
                 Err(_) => {
-                    warn_once(&mut has_warned, "it does not answer");
+                    warn_once(&mut has_warned, "no answer");
                     None
                 }
             };
             self.connection.store(active.clone());
-            // Nobody may wait any more.
+            // The receiver may be gone.
             if let Some(attempted) = attempted.take() {
                 let _ = attempted.send(());
             }
             if let Some(active) = active {
                 if std::mem::take(&mut has_warned) {
-                    tracing::info!("Redis counts rate limits again");
+                    tracing::info!("Redis available again: rate limits are counted there");
                 }
                 self.wait_until_disconnected(&active).await;
-                warn_once(&mut has_warned, "calls failed or were not answered in time");
-                // One that worked is no sign that the next one fails.
+                warn_once(&mut has_warned, "calls failed or timed out");
+                // A connection that worked resets the backoff.
                 if active.answered_calls.load(Ordering::Relaxed) > 0 {
                     backoff = INITIAL_BACKOFF;
                 }
@@ -238,7 +238,7 @@ impl RedisLimiter {
         }
     }
 
-    /// Waits until the connection is taken away from the callers; it is, too, when it dies while nobody calls.
+    /// Waits until the connection is withdrawn. Probes it meanwhile, and withdraws it if it is dead.
     async fn wait_until_disconnected(&self, active: &Arc<RedisConnection>) {
         let mut connection = active.connection.clone();
         while timeout(HEARTBEAT_INTERVAL, self.connection_lost.notified()).await.is_err() {
@@ -252,7 +252,7 @@ impl RedisLimiter {
         }
     }
 
-    /// A connection that has answered, and knows the script.
+    /// Opens a connection, and loads the script as a first call.
     async fn connect(&self) -> Result<RedisConnection, RedisError> {
         let config = AsyncConnectionConfig::new().set_connection_timeout(None).set_response_timeout(None);
         let mut connection =
@@ -266,14 +266,14 @@ impl RedisLimiter {
     }
 }
 
-/// Says in the log what is wrong, once until it is well again.
+/// Logs a problem, once until calls succeed again.
 fn warn_once(has_warned: &mut bool, problem: &str) {
     if !std::mem::replace(has_warned, true) {
-        tracing::warn!(problem, "Redis cannot be asked about rate limits");
+        tracing::warn!(problem, "Redis unavailable for rate limits");
     }
 }
 
-/// What is wrong, without the server's own words: to a command that it does not know it repeats the password.
+/// Describes an error without the server's text, which repeats the password of an unknown command.
 fn redacted_error(error: &RedisError) -> String {
     match error.code() {
         Some(code) => code.to_owned(),
@@ -282,7 +282,7 @@ fn redacted_error(error: &RedisError) -> String {
     }
 }
 
-/// The script's answer; `None` if it is none.
+/// Parses the script's reply; `None` if it is malformed.
 fn parse_levels(key: &impl KeyAttributes, numbers: &[u64], now: Timestamp) -> Option<RateLimitStates> {
     let (is_repeated, levels) = numbers.split_first()?;
     let limits = key.rate_limits();

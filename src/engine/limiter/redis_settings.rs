@@ -1,4 +1,6 @@
-//! Where Redis is and how it is used, validated.
+//! The validated settings of Redis: its URL, and how the limiter uses it.
+//!
+//! The connection is in `redis_limits.rs`; the names of the settings are in `config`.
 
 use std::time::Duration;
 
@@ -6,32 +8,32 @@ use redis::{Client, IntoConnectionInfo as _};
 
 use crate::domain::connection_url::{ConnectionUrl, ConnectionUrlError};
 
-/// How Redis is used.
+/// How the limiter uses Redis.
 #[derive(Clone, Debug)]
 pub struct RedisSettings {
-    /// Where it is.
+    /// The URL, which may contain a password.
     pub url: RedisUrl,
-    /// What the names of all keys in it start with.
+    /// The prefix of all keys in Redis.
     pub key_prefix: RedisKeyPrefix,
-    /// How long a Check waits for it.
+    /// How long a Check waits for Redis.
     pub timeout: Duration,
-    /// What becomes of a Check that it does not answer.
+    /// What happens to a Check that Redis does not answer.
     pub on_failure: RedisFailurePolicy,
-    /// By whose clock units come back.
+    /// The clock by which units come back.
     pub clock_source: ClockSource,
 }
 
-/// What becomes of a limited Check when Redis does not answer.
+/// What happens to a limited Check if Redis does not answer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum RedisFailurePolicy {
-    /// This process counts by itself; the answer says so.
+    /// This process counts alone, and the outcome is marked as inexact.
     #[default]
     Allow,
-    /// It is not answered.
+    /// The Check fails with an error.
     Deny,
 }
 
-/// Where Redis is. It may hold a password, and is never shown.
+/// The URL of Redis. It may contain a password, so `Debug` does not show it.
 #[derive(Clone)]
 pub struct RedisUrl(pub(super) Client);
 
@@ -42,13 +44,13 @@ impl std::fmt::Debug for RedisUrl {
 }
 
 impl RedisUrl {
-    /// Reads a URL.
+    /// Parses a URL of Redis, Valkey or a Unix socket.
     ///
     /// # Errors
-    /// When it is none; the error says what would be right, and nothing of what was given.
+    /// It is invalid. The error describes the valid form and repeats nothing of the input.
     pub fn parse(url: &str) -> Result<RedisUrl, &'static str> {
         const WANTED: &str = "must be redis://[USER[:PASSWORD]@]HOST[:PORT][/DATABASE], rediss:// for TLS, or \
-                              unix:///PATH; other letters than those of a URL are written as %XX";
+                              unix:///PATH; percent-encode other characters as %XX";
         const AMBIGUOUS: &str = "can be read in more than one way: percent-encode the password (# is %23, / is %2F, \
                                  ? is %3F, @ is %40)";
         let known = ["redis", "rediss", "valkey", "valkeys", "redis+unix", "valkey+unix", "unix"];
@@ -59,18 +61,18 @@ impl RedisUrl {
             ConnectionUrlError::NoScheme => WANTED,
             ConnectionUrlError::Ambiguous => AMBIGUOUS,
         })?;
-        // With it a certificate is not verified; anything else behind a # is a piece of a password.
+        // This fragment turns off the verification of certificates; any other is part of a password that contains `#`.
         if parts.fragment.is_some_and(|fragment| fragment != "insecure") {
             return Err(AMBIGUOUS);
         }
-        // The client passes over an option that it does not know, such as a misspelt password.
+        // The client ignores options that it does not know, such as a misspelled password.
         let of_socket = parts.scheme.contains("unix");
         let known: &[&str] = if of_socket { &["db", "user", "pass", "protocol"] } else { &["protocol"] };
         if parts.options().any(|(name, _)| !known.contains(&name)) {
             return Err(if of_socket {
                 "has an unknown option; those of a socket are db, user, pass and protocol"
             } else {
-                "has an unknown option; the only one is protocol, and the password is written before the host"
+                "has an unknown option; the only one is protocol; the password goes before the host"
             });
         }
         let info = url.into_connection_info().map_err(|_| WANTED)?;
@@ -78,18 +80,18 @@ impl RedisUrl {
     }
 }
 
-/// What the names of all keys in Redis start with.
+/// The prefix of all keys in Redis.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RedisKeyPrefix(pub(super) String);
 
 impl RedisKeyPrefix {
-    /// The usual one.
+    /// The prefix unless one is configured.
     pub const DEFAULT: &str = "keyward:";
 
-    /// Reads a prefix: 1-64 of `[A-Za-z0-9_.:-]`.
+    /// Parses a prefix: 1-64 of `[A-Za-z0-9_.:-]`.
     ///
     /// # Errors
-    /// When it is none.
+    /// It is empty, too long, or has another character.
     pub fn parse(text: &str) -> Result<RedisKeyPrefix, &'static str> {
         let good = |byte: u8| byte.is_ascii_alphanumeric() || b"_.:-".contains(&byte);
         if (1..=64).contains(&text.len()) && text.bytes().all(good) {
@@ -100,13 +102,13 @@ impl RedisKeyPrefix {
     }
 }
 
-/// By whose clock units come back.
+/// The clock by which units come back.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ClockSource {
     /// The Redis server's: one clock for all processes, whose own may differ.
     #[default]
     Redis,
-    /// The process' own; for tests that stop time.
+    /// The process's own; for tests that stop time.
     Local,
 }
 

@@ -1,9 +1,11 @@
-//! What was noted of Checks, in memory: first as it comes, on a pad of the thread that it comes from; then by key, on
-//! shelves; then in the line of what is written next. Writing it to the store is not done here.
+//! Buffers usage events in memory until they are written.
 //!
-//! A Check only appends to its own thread's pad, which no other core touches but to read it; a full pad is put on the
-//! shelves as a whole. Many keys are found faster in one go than one each time: their misses overlap. The line is in the
-//! order of keys, since the store's pages are: what is written together then shares them.
+//! Events are appended to a per-thread buffer, merged into sharded per-key maps, then sorted into the flush queue.
+//! Writing to the store is in `usage.rs`.
+//!
+//! A Check only appends to the buffer of the current thread, which no other core writes to. A full buffer is merged as a
+//! whole: looking up many keys at once overlaps their cache misses. The flush queue is sorted by key, as the pages of
+//! the store are, so that keys written together share pages.
 
 use std::{
     collections::HashMap,
@@ -20,11 +22,11 @@ pub use super::event::UsageEvent;
 use super::key_usage::KeyUsage;
 
 const KEY_SHARDS: usize = 16;
-/// How many keys may be on the shelves: about 130 MB of them. There may be as many in the line, in 84 MB.
+/// The maximum number of keys in the shards, about 130 MB. The flush queue may hold as many, in 84 MB.
 pub const MAX_BUFFERED_KEYS: usize = 1 << 21;
-/// Notes on a full pad: 8 KB of them, some ten microseconds' work.
+/// The length of a full thread buffer: 8 KB, some ten microseconds of work.
 const THREAD_BUFFER_EVENTS: usize = 256;
-/// Keys that are written together: a write must not hold up others for long.
+/// How many keys are written at once; a longer write would delay others.
 const WRITE_BATCH_KEYS: usize = 500;
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -33,13 +35,13 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 type UsageByKey = HashMap<KeyId, KeyUsage, foldhash::fast::RandomState>;
 
-/// Keys in order, each once. They are written from the end, so that what is written takes no memory any more.
+/// Keys in order, each once. Batches are taken from the end, so that written ones free their memory.
 #[derive(Default)]
 struct FlushQueue(Vec<(KeyId, KeyUsage)>);
 
 impl FlushQueue {
     fn merge(&mut self, mut more: Vec<(KeyId, KeyUsage)>) {
-        // What could not be written comes before what was noted since.
+        // Batches that could not be written are older than the new entries.
         if self.0.is_empty() {
             self.0 = more
         } else {
@@ -55,7 +57,7 @@ impl FlushQueue {
         });
     }
 
-    /// What is to be written next.
+    /// The keys to be written next.
     fn next_batch(&self) -> &[(KeyId, KeyUsage)] {
         &self.0[self.0.len().saturating_sub(WRITE_BATCH_KEYS)..]
     }
@@ -74,35 +76,35 @@ impl FlushQueue {
     }
 }
 
-/// Everything that was noted and is not written. Whoever takes two of its locks takes them in the order of the fields.
+/// Every event that is not written yet. Locks are taken in the order of the fields.
 #[derive(Default)]
 pub(super) struct UsageBuffer {
     thread_buffers: PerThread<Mutex<Vec<UsageEvent>>>,
     flush_queue: Mutex<FlushQueue>,
-    /// Checks wait for these locks, so nobody has one for long.
+    /// Checks wait for these locks, so they are held only briefly.
     shards: [Mutex<UsageByKey>; KEY_SHARDS],
 }
 
 impl UsageBuffer {
-    /// Notes a Check. Tells how many could not be noted, since too many keys wait.
+    /// Adds an event. Returns how many events were dropped because too many keys are buffered.
     pub(super) fn push(&self, event: UsageEvent) -> u64 {
         let mut buffer = lock(self.thread_buffers.local());
         buffer.push(event);
         if buffer.len() < THREAD_BUFFER_EVENTS { 0 } else { self.merge_into_shards(&mut buffer) }
     }
 
-    /// Puts everything on the shelves that stands on pads. The same is told as by `note`.
+    /// Merges all thread buffers into the shards. Returns how many events were dropped.
     pub(super) fn merge_thread_buffers(&self) -> u64 {
         self.thread_buffers.iter().map(|buffer| self.merge_into_shards(&mut lock(buffer))).sum()
     }
 
-    /// Puts everything in the line that is on the shelves.
+    /// Moves all shards into the flush queue.
     pub(super) fn enqueue(&self) {
         let mut queue = lock(&self.flush_queue);
         let mut all = Vec::with_capacity(self.sharded_keys());
         for shard in &self.shards {
             let mut shard = lock(shard);
-            // As many keys will come again, and a table that grows holds up whoever makes it grow.
+            // About as many keys will follow, and growing the map would delay a Check.
             let empty = UsageByKey::with_capacity_and_hasher(shard.len(), Default::default());
             let entries = std::mem::replace(&mut *shard, empty);
             drop(shard);
@@ -111,29 +113,29 @@ impl UsageBuffer {
         queue.merge(all);
     }
 
-    /// What is to be written next, as `of` makes it. None = nothing is in the line.
+    /// Converts the next batch with `convert`. Returns `None` if the queue is empty.
     pub(super) fn next_batch<T>(&self, of: impl FnOnce(&[(KeyId, KeyUsage)]) -> T) -> Option<T> {
         let queue = lock(&self.flush_queue);
         let next = queue.next_batch();
         (!next.is_empty()).then(|| of(next))
     }
 
-    /// What was next is written.
+    /// Removes the batch that was written.
     pub(super) fn remove_batch(&self) {
         lock(&self.flush_queue).remove_batch();
     }
 
-    /// How many keys wait. One that is used while it is written counts twice.
+    /// The number of buffered keys. A key that is used while it is being written counts twice.
     pub(super) fn pending_keys(&self) -> usize {
         lock(&self.flush_queue).0.len() + self.sharded_keys()
     }
 
-    /// How many keys are on the shelves.
+    /// The number of keys in the shards.
     pub(super) fn sharded_keys(&self) -> usize {
         self.shards.iter().map(|shard| lock(shard).len()).sum()
     }
 
-    /// The latest use of a secret that is known here.
+    /// The latest buffered use of a secret.
     pub(super) fn last_use(&self, key: KeyId, version: u32) -> Option<Timestamp> {
         let queue = lock(&self.flush_queue);
         let shard = lock(self.shard(key));
@@ -141,7 +143,7 @@ impl UsageBuffer {
         known.flat_map(KeyUsage::secret_uses).filter(|(of, _)| *of == version).map(|(_, at)| at).max()
     }
 
-    /// A pad is locked until its buffer are on the shelves: they are in one place or in the other for whoever looks.
+    /// The buffer stays locked until its events are in the shards, so that readers find each event in one of both.
     fn merge_into_shards(&self, buffer: &mut Vec<UsageEvent>) -> u64 {
         let mut dropped = 0;
         for event in buffer.drain(..) {
@@ -159,7 +161,7 @@ impl UsageBuffer {
     }
 }
 
-/// The trace of a key. None = too many keys wait.
+/// The entry of a key; `None` if too many keys are buffered.
 fn usage_entry(shard: &mut UsageByKey, key: KeyId) -> Option<&mut KeyUsage> {
     if shard.len() >= MAX_BUFFERED_KEYS / KEY_SHARDS && !shard.contains_key(&key) {
         return None;
@@ -191,7 +193,7 @@ mod tests {
         });
     }
 
-    /// Writes everything; gives the keys, those first that were written last.
+    /// Writes everything. Returns the keys in ascending order, the reverse of the batches.
     fn flush_all(buffer: &UsageBuffer) -> Vec<KeyId> {
         let mut all = std::collections::VecDeque::new();
         while let Some(keys) =

@@ -1,16 +1,16 @@
-//! One use of a key: the unit that the recorder takes in.
+//! A usage event: one Check of a key that was found.
 
 use crate::domain::{name::KeyId, policy_decision::Reason, time::Timestamp};
 
 /// One Check of a key that was found.
 #[derive(Clone, Copy, Debug)]
 pub struct UsageEvent {
-    /// The key.
+    /// The key that was checked.
     pub key_id: KeyId,
-    /// When.
+    /// The time of the Check.
     pub at: Timestamp,
-    /// Which version of its secret was shown.
+    /// The version of the presented secret.
     pub secret_version: u32,
-    /// What was answered.
+    /// The primary reason of the outcome.
     pub reason: Reason,
 }

@@ -1,4 +1,6 @@
-//! What one key's Checks have left. Where and for how long it is kept is `notes.rs`'s.
+//! Accumulates the usage of one key until it is written.
+//!
+//! How long it is kept, and where, is decided in `buffer.rs`.
 
 use crate::{
     domain::{policy_decision::Reason, time::Timestamp},
@@ -7,21 +9,23 @@ use crate::{
 
 use super::event::UsageEvent;
 
-/// What one key's Checks have left. Most keys have one secret in use and one answer in an hour: these stand here, in 24
-/// bytes, and others apart, since there may be a million of them.
+/// The usage of one key since the last flush.
+///
+/// Most keys use one secret and have one outcome within an hour: that fits the 24 bytes of this struct. The rest is
+/// boxed, since there may be a million of them.
 #[derive(Clone, Debug)]
 pub(super) struct KeyUsage {
-    /// The latest of the Checks that are counted here, and a use of the secret's version, if there is one.
+    /// The latest of the Checks in `count`; also the latest use of `secret_version`.
     last_at: Timestamp,
     extra: Option<Box<ExtraUsage>>,
-    /// How many Checks in that hour had the reason.
+    /// The number of Checks in that hour with that reason.
     count: u32,
-    /// Versions count from 1: 0 = no secret was used. One that has no room here stands apart.
+    /// Versions start at 1; 0: no secret was used. A larger version is in `extra`.
     secret_version: u16,
     reason: Reason,
 }
 
-/// What else they have left.
+/// The usage that does not fit [`KeyUsage`].
 #[derive(Clone, Debug, Default)]
 struct ExtraUsage {
     secret_uses: Vec<(u32, Timestamp)>,
@@ -46,7 +50,7 @@ impl KeyUsage {
         self.add_inline(event.at, event.reason, version, 1);
     }
 
-    /// Adds what came later.
+    /// Adds later usage of the same key.
     pub(super) fn merge(&mut self, later: KeyUsage) {
         let KeyUsage { last_at: at, extra: more, count: counted, secret_version: version, reason } = later;
         if counted > 0 {
@@ -57,7 +61,7 @@ impl KeyUsage {
         more.counts.iter().for_each(|(hour, reason, count)| self.add_extra_count(*hour, *reason, *count));
     }
 
-    /// Adds Checks of one hour and one answer, the latest of them at `at`: here, if they are like those that are.
+    /// Adds Checks of one hour and reason, the latest of them at `at`: inline if they match, otherwise to `extra`.
     fn add_inline(&mut self, at: Timestamp, reason: Reason, version: u32, count: u32) {
         let short = u16::try_from(version);
         if self.count == 0
@@ -101,13 +105,13 @@ impl KeyUsage {
         }
     }
 
-    /// The versions of secrets, each with its latest use; one may come twice.
+    /// The versions of used secrets with their latest use. A version may occur twice.
     pub(super) fn secret_uses(&self) -> impl Iterator<Item = (u32, Timestamp)> {
         let here = (self.secret_version > 0).then_some((self.secret_version.into(), self.last_at));
         here.into_iter().chain(self.extra.iter().flat_map(|more| more.secret_uses.iter().copied()))
     }
 
-    /// The answers, by hour and reason; a pair may come twice, and both count.
+    /// The number of Checks by hour and reason. A pair may occur twice; both counts apply.
     pub(super) fn counts(&self) -> impl Iterator<Item = (UsageHour, Reason, u64)> {
         let here = (self.count > 0).then_some((
             UsageHour::from_timestamp(self.last_at),

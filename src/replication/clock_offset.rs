@@ -16,7 +16,7 @@ const MAX_ROUND_TRIP: Duration = Duration::from_millis(500);
 
 /// The offset of this machine's wall clock from the database's, by the newest reading that was accurate enough.
 #[derive(Debug)]
-pub struct ClockOffset {
+pub(crate) struct ClockOffset {
     offset_micros: AtomicI64,
     readings: AtomicU64,
     log_throttle: LogThrottle,
@@ -36,7 +36,7 @@ impl ClockOffset {
     /// The offset in seconds, positive if this machine is ahead; `None` before the first reading. The error is at most
     /// half a round trip, a quarter of a second.
     #[must_use]
-    pub fn seconds(&self) -> Option<f64> {
+    pub(crate) fn seconds(&self) -> Option<f64> {
         let read = self.readings.load(Ordering::Acquire) > 0;
         read.then(|| self.offset_micros.load(Ordering::Relaxed) as f64 / 1e6)
     }

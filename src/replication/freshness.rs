@@ -46,13 +46,13 @@ impl std::fmt::Debug for FreshnessBarrier {
 impl FreshnessBarrier {
     /// For the only process on a database.
     #[must_use]
-    pub const fn for_single_process() -> FreshnessBarrier {
+    pub(crate) const fn for_single_process() -> FreshnessBarrier {
         FreshnessBarrier(None)
     }
 
     /// For replicas. Starts a task on the current runtime that serves the readings.
     #[must_use]
-    pub fn for_replicas(
+    pub(crate) fn for_replicas(
         registry: Arc<dyn ReplicaRegistry>,
         log_applier: Arc<LogApplier>,
         status: Arc<ReplicaStatus>,
@@ -64,7 +64,7 @@ impl FreshnessBarrier {
 
     /// Applies everything that was committed before this call. Returns false if the database did not answer; then
     /// a missing record may exist.
-    pub async fn catch_up(&self) -> bool {
+    pub(crate) async fn catch_up(&self) -> bool {
         let Some(FreshnessSource { requests, .. }) = &self.0 else { return true };
         let (reply, received) = oneshot::channel();
         let receiver = async {
@@ -78,7 +78,7 @@ impl FreshnessBarrier {
 
     /// Returns whether the database read since `since` was still the primary. If not, a promoted
     /// standby may have newer records.
-    pub async fn confirm_linearizable(&self, since: Instant) -> bool {
+    pub(crate) async fn confirm_linearizable(&self, since: Instant) -> bool {
         let Some(FreshnessSource { registry, status, .. }) = &self.0 else { return true };
         let Some(id) = status.replica_id() else { return false };
         let confirmed = tokio::time::timeout(CATCH_UP_TIMEOUT, registry.confirm_primary(id, since)).await;

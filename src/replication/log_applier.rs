@@ -25,7 +25,7 @@ const MAX_RECENT_HASHES: usize = 4096;
 
 /// Why entries were not applied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ApplyError {
+pub(crate) enum ApplyError {
     /// No snapshot is loaded yet.
     NotLoaded,
     /// Entries between these and the applied ones are missing.
@@ -68,7 +68,7 @@ impl std::fmt::Debug for LogApplier {
 impl LogApplier {
     /// Starts without a position: nothing is loaded into the index yet.
     #[must_use]
-    pub fn new(index: Arc<Index>) -> LogApplier {
+    pub(crate) fn new(index: Arc<Index>) -> LogApplier {
         let (moved, ack_requests, divergence) = Default::default();
         LogApplier { index, state: Mutex::default(), position: moved, ack_requests, divergence }
     }
@@ -80,36 +80,36 @@ impl LogApplier {
 
     /// The index that the entries are applied to.
     #[must_use]
-    pub fn index(&self) -> &Arc<Index> {
+    pub(crate) fn index(&self) -> &Arc<Index> {
         &self.index
     }
 
     /// The position of the index in the log.
     #[must_use]
-    pub fn position(&self) -> Option<LogPosition> {
+    pub(crate) fn position(&self) -> Option<LogPosition> {
         self.lock_state().position
     }
 
     /// Observes the position of the index.
     #[must_use]
-    pub fn subscribe_position(&self) -> watch::Receiver<Option<LogPosition>> {
+    pub(crate) fn subscribe_position(&self) -> watch::Receiver<Option<LogPosition>> {
         self.position.subscribe()
     }
 
     /// Observes the positions that must be acknowledged at once.
     #[must_use]
-    pub fn subscribe_ack_requests(&self) -> watch::Receiver<Option<LogPosition>> {
+    pub(crate) fn subscribe_ack_requests(&self) -> watch::Receiver<Option<LogPosition>> {
         self.ack_requests.subscribe()
     }
 
     /// Observes the errors of own commits that met another history.
     #[must_use]
-    pub fn subscribe_divergence(&self) -> watch::Receiver<Option<ApplyError>> {
+    pub(crate) fn subscribe_divergence(&self) -> watch::Receiver<Option<ApplyError>> {
         self.divergence.subscribe()
     }
 
     /// Clears the index before another snapshot is loaded. Until then nothing is found.
-    pub fn reset(&self) {
+    pub(crate) fn reset(&self) {
         let mut state = self.lock_state();
         *state = ApplierState::default();
         self.index.clear();
@@ -119,7 +119,7 @@ impl LogApplier {
     }
 
     /// Sets the position of the snapshot that was loaded.
-    pub fn finish_load(&self, LogHead { revision, hash }: LogHead) {
+    pub(crate) fn finish_load(&self, LogHead { revision, hash }: LogHead) {
         let mut state = self.lock_state();
         let at = LogPosition { revision, hash };
         state.set_position(at);
@@ -129,13 +129,13 @@ impl LogApplier {
 
     /// The hash of an entry, if it is one of the newest.
     #[must_use]
-    pub fn entry_hash(&self, revision: Revision) -> Option<ChainHash> {
+    pub(crate) fn entry_hash(&self, revision: Revision) -> Option<ChainHash> {
         self.lock_state().entry_hash(revision)
     }
 
     /// Returns whether an acknowledgment up to this revision may be awaited. Each is returned once.
     #[must_use]
-    pub fn take_due_ack(&self, up_to: Revision) -> bool {
+    pub(crate) fn take_due_ack(&self, up_to: Revision) -> bool {
         self.lock_state().unacknowledged.take_if(|unacked| *unacked <= up_to).is_some()
     }
 
@@ -144,7 +144,7 @@ impl LogApplier {
     ///
     /// # Errors
     /// An entry does not follow its predecessor. Those before it are applied.
-    pub fn apply_entries(
+    pub(crate) fn apply_entries(
         &self,
         entries: &[(LogEntry, RecordChange)],
     ) -> Result<(LogPosition, bool), ApplyError> {
@@ -193,7 +193,7 @@ impl LogApplier {
     ///
     /// # Errors
     /// An entry is damaged; the inner error is that of [`LogApplier::apply_entries`].
-    pub fn decode_and_apply(
+    pub(crate) fn decode_and_apply(
         &self,
         entries: Vec<LogEntry>,
     ) -> Result<Result<(LogPosition, bool), ApplyError>, StoreError> {
@@ -208,7 +208,7 @@ impl LogApplier {
     ///
     /// # Errors
     /// As [`LogApplier::decode_and_apply`].
-    pub fn apply_and_request_ack(
+    pub(crate) fn apply_and_request_ack(
         &self,
         entries: Vec<LogEntry>,
     ) -> Result<Result<LogPosition, ApplyError>, StoreError> {

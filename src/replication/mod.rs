@@ -19,7 +19,7 @@
 //! a [`propagation::PropagationWaiter`] that never waits.
 
 mod ack_tracker;
-pub mod clock_offset;
+pub(crate) mod clock_offset;
 pub mod freshness;
 pub mod log_applier;
 mod log_tailer;

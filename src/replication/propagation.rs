@@ -45,18 +45,18 @@ const MAX_WAITING_READS: usize = 1024;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PropagationReport {
     /// The revision of the change.
-    pub revision: Revision,
+    pub(crate) revision: Revision,
     /// Whether no replica can allow any more what the change forbids.
-    pub complete: bool,
+    pub(crate) complete: bool,
     /// The names of the replicas that have acknowledged the change.
-    pub confirmed: Vec<String>,
+    pub(crate) confirmed: Vec<String>,
     /// The replicas that have not acknowledged it.
-    pub unconfirmed: Vec<LaggingReplica>,
+    pub(crate) unconfirmed: Vec<LaggingReplica>,
     /// When the change will be complete at the latest; `None` if that is unknown or depends on
     /// replicas that must renew first.
-    pub complete_by: Option<Timestamp>,
+    pub(crate) complete_by: Option<Timestamp>,
     /// Whether a synchronous standby of the database has the change too.
-    pub sync_replicated: bool,
+    pub(crate) sync_replicated: bool,
 }
 
 /// The effect of a change on Checks.
@@ -76,11 +76,11 @@ pub enum ChangeEffect {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LaggingReplica {
     /// The name of the replica.
-    pub replica: String,
+    pub(crate) replica: String,
     /// Its last renewal, by the database's clock.
-    pub last_seen: Timestamp,
+    pub(crate) last_seen: Timestamp,
     /// When its lease has expired at the latest; `None`: never.
-    pub lease_ends_by: Option<Timestamp>,
+    pub(crate) lease_ends_by: Option<Timestamp>,
 }
 
 /// Why a change is not known to be in force everywhere.
@@ -121,13 +121,13 @@ impl PropagationMetrics {
 
     /// How long restrictions took until they were in force everywhere.
     #[must_use]
-    pub fn durations(&self) -> HistogramSnapshot {
+    pub(crate) fn durations(&self) -> HistogramSnapshot {
         self.durations.snapshot(0)
     }
 
     /// How many restrictions were not known to be in force when the call returned.
     #[must_use]
-    pub fn incomplete_count(&self) -> u64 {
+    pub(crate) fn incomplete_count(&self) -> u64 {
         self.incomplete_count.get(0)
     }
 }
@@ -171,7 +171,7 @@ impl std::fmt::Debug for PropagationWaiter {
 impl PropagationWaiter {
     /// For the only process on a database: a change that is in force here is in force everywhere.
     #[must_use]
-    pub fn for_single_process(clock: Arc<dyn Clock>) -> PropagationWaiter {
+    pub(crate) fn for_single_process(clock: Arc<dyn Clock>) -> PropagationWaiter {
         PropagationWaiter {
             clock,
             replica_access: None,
@@ -182,7 +182,7 @@ impl PropagationWaiter {
 
     /// For replicas. Starts a task on the current runtime that reads the replicas' rows.
     #[must_use]
-    pub fn for_replicas(
+    pub(crate) fn for_replicas(
         registry: Arc<dyn ReplicaRegistry>,
         log_applier: Arc<LogApplier>,
         status: Arc<ReplicaStatus>,
@@ -201,13 +201,13 @@ impl PropagationWaiter {
 
     /// The metrics of all waits.
     #[must_use]
-    pub fn metrics(&self) -> &Arc<PropagationMetrics> {
+    pub(crate) fn metrics(&self) -> &Arc<PropagationMetrics> {
         &self.metrics
     }
 
     /// The report of a change that needs no wait.
     #[must_use]
-    pub fn complete_report(&self, revision: Revision) -> PropagationReport {
+    pub(crate) fn complete_report(&self, revision: Revision) -> PropagationReport {
         PropagationReport {
             revision,
             complete: true,
@@ -222,7 +222,11 @@ impl PropagationWaiter {
     ///
     /// # Errors
     /// The database does not answer.
-    pub async fn is_recorded(&self, revision: Revision, newest: Revision) -> Result<bool, PropagationError> {
+    pub(crate) async fn is_recorded(
+        &self,
+        revision: Revision,
+        newest: Revision,
+    ) -> Result<bool, PropagationError> {
         let known = revision <= newest;
         match &self.replica_access {
             Some(access) if !known => match access.fetch_entry_hash(revision).await {
@@ -238,7 +242,7 @@ impl PropagationWaiter {
     ///
     /// # Errors
     /// The change is not in force everywhere by then, or the database has lost it.
-    pub async fn wait(
+    pub(crate) async fn wait(
         &self,
         revision: Revision,
         is_repeat: bool,
@@ -259,7 +263,7 @@ impl PropagationWaiter {
     ///
     /// # Errors
     /// As [`PropagationWaiter::wait`].
-    pub async fn wait_if_restricting(
+    pub(crate) async fn wait_if_restricting(
         &self,
         revision: Revision,
         effect: ChangeEffect,
@@ -275,7 +279,7 @@ impl PropagationWaiter {
     ///
     /// # Errors
     /// As [`PropagationWaiter::wait`].
-    pub async fn watch(
+    pub(crate) async fn watch(
         &self,
         revision: Revision,
         on_report: &mut (dyn FnMut(PropagationReport) + Send),
@@ -332,7 +336,7 @@ impl PropagationWaiter {
     }
 
     /// Ends all waits with [`PropagationError::Stopping`].
-    pub fn stop(&self) {
+    pub(crate) fn stop(&self) {
         self.stopping.send_replace(true);
     }
 }

@@ -12,23 +12,23 @@ use super::{log_applier::LogApplier, replica_status::ReplicaStatus};
 
 /// The dependencies of a replica.
 #[derive(Clone)]
-pub struct ReplicaDependencies {
+pub(crate) struct ReplicaDependencies {
     /// Stores the keys and the log.
-    pub store: Arc<dyn Store>,
+    pub(crate) store: Arc<dyn Store>,
     /// Stores the rows of the replicas.
-    pub registry: Arc<dyn ReplicaRegistry>,
+    pub(crate) registry: Arc<dyn ReplicaRegistry>,
     /// Applies log entries to the index.
-    pub log_applier: Arc<LogApplier>,
+    pub(crate) log_applier: Arc<LogApplier>,
     /// The lease that Checks read.
-    pub lease: Arc<ServingLease>,
+    pub(crate) lease: Arc<ServingLease>,
     /// What the replica publishes about itself.
-    pub status: Arc<ReplicaStatus>,
+    pub(crate) status: Arc<ReplicaStatus>,
     /// The clock of this process.
-    pub clock: Arc<dyn Clock>,
+    pub(crate) clock: Arc<dyn Clock>,
     /// The source of random IDs.
-    pub entropy: Arc<dyn EntropySource>,
+    pub(crate) entropy: Arc<dyn EntropySource>,
     /// The name of this replica, for operators.
-    pub name: String,
+    pub(crate) name: String,
     /// How long revoked keys stay in the index.
-    pub retention: Duration,
+    pub(crate) retention: Duration,
 }

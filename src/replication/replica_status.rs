@@ -28,31 +28,31 @@ pub struct ReplicaStatus {
 impl ReplicaStatus {
     /// The ID of this process's row, once it is registered.
     #[must_use]
-    pub fn replica_id(&self) -> Option<ReplicaId> {
+    pub(crate) fn replica_id(&self) -> Option<ReplicaId> {
         *self.replica_id.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The state of the replica's protocol.
     #[must_use]
-    pub fn state(&self) -> Option<ReplicaState> {
+    pub(crate) fn state(&self) -> Option<ReplicaState> {
         *self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The number of renewals, of failed requests, and of clock stalls.
     #[must_use]
-    pub fn counters(&self) -> [u64; 3] {
+    pub(crate) fn counters(&self) -> [u64; 3] {
         [&self.renewals, &self.failures, &self.clock_stall_count].map(|count| count.load(Ordering::Relaxed))
     }
 
     /// The number of replicas by the newest renewal.
     #[must_use]
-    pub fn replica_count(&self) -> u64 {
+    pub(crate) fn replica_count(&self) -> u64 {
         self.replica_count.load(Ordering::Relaxed)
     }
 
     /// The offset of this machine's wall clock from the database's.
     #[must_use]
-    pub fn clock_offset(&self) -> &ClockOffset {
+    pub(crate) fn clock_offset(&self) -> &ClockOffset {
         &self.clock_offset
     }
 

@@ -31,7 +31,8 @@ use crate::{
     },
 };
 
-pub use super::{replica_dependencies::ReplicaDependencies, replica_status::ReplicaStatus};
+pub(crate) use super::replica_dependencies::ReplicaDependencies;
+pub use super::replica_status::ReplicaStatus;
 
 use super::{
     log_applier::ApplyError,
@@ -46,11 +47,11 @@ const DEREGISTER_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The handle of a running replica.
 #[derive(Debug)]
-pub struct RunningReplica {
+pub(crate) struct RunningReplica {
     /// Whether the lease is valid, so that Checks may allow.
-    pub serving: watch::Receiver<bool>,
+    pub(crate) serving: watch::Receiver<bool>,
     /// Becomes true when the replica has failed permanently.
-    pub failed: watch::Receiver<bool>,
+    pub(crate) failed: watch::Receiver<bool>,
     stop_sender: watch::Sender<bool>,
     task: JoinHandle<()>,
     helper_tasks: Vec<JoinHandle<()>>,
@@ -58,7 +59,7 @@ pub struct RunningReplica {
 
 impl RunningReplica {
     /// Ends the lease, and then deletes the row.
-    pub async fn stop(self) {
+    pub(crate) async fn stop(self) {
         self.stop_sender.send_replace(true);
         if tokio::time::timeout(DEREGISTER_TIMEOUT, self.task).await.is_err() {
             tracing::warn!(
@@ -71,7 +72,7 @@ impl RunningReplica {
 
 /// Starts a replica with the database's lease settings.
 #[must_use]
-pub fn start_replica(
+pub(crate) fn start_replica(
     dependencies: ReplicaDependencies,
     LeaseConfig { lease, epoch, .. }: LeaseConfig,
 ) -> RunningReplica {

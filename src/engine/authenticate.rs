@@ -81,7 +81,7 @@ impl Engine {
     /// Authenticates a token for a call to Keyward itself, and consumes from the key's own limits. A dry run does not
     /// count as a use of the key.
     ///
-    /// A user key acts in `account`. If the call only concerns the caller itself (`anywhere`), a
+    /// A user key acts in `account`. If the call only concerns the caller itself (`account_optional`), a
     /// user key needs no account.
     ///
     /// # Errors
@@ -91,13 +91,15 @@ impl Engine {
         &self,
         presented: &str,
         account: Option<&AccountId>,
-        anywhere: bool,
+        account_optional: bool,
         peer: Option<IpAddr>,
         consumption: Consumption,
     ) -> Result<Result<AuthenticatedKey, AuthenticationFailure>, CheckError> {
         let evaluation = self.lease.with_validity(
             || self.clock.boottime(),
-            |has_valid_lease| self.evaluate_caller(presented, account, anywhere, peer, has_valid_lease),
+            |has_valid_lease| {
+                self.evaluate_caller(presented, account, account_optional, peer, has_valid_lease)
+            },
         )?;
         let CallerEvaluation {
             found_key: found,
@@ -143,7 +145,7 @@ impl Engine {
         &self,
         presented: &str,
         account: Option<&AccountId>,
-        anywhere: bool,
+        account_optional: bool,
         peer: Option<IpAddr>,
         has_valid_lease: bool,
     ) -> Result<Result<CallerEvaluation, Reason>, CheckError> {
@@ -154,7 +156,7 @@ impl Engine {
         let evaluation = self.evaluate_caller_digest(
             &TokenDigest::from_token(presented),
             account,
-            anywhere,
+            account_optional,
             peer,
             has_valid_lease,
         )?;
@@ -169,7 +171,7 @@ impl Engine {
         &self,
         digest: &TokenDigest,
         account: Option<&AccountId>,
-        anywhere: bool,
+        account_optional: bool,
         peer: Option<IpAddr>,
         has_valid_lease: bool,
     ) -> Result<Result<CallerEvaluation, Reason>, CheckError> {
@@ -183,7 +185,7 @@ impl Engine {
             PolicyRequest { purpose: TokenPurpose::Management, account, client_ip: peer, scopes: &[] };
         let context = AccountContext::new(&self.index, &found.key, account);
         let mut failures = evaluate_key(&found, &context, request, now).failed_reasons;
-        let is_without_account = anywhere && account.is_none() && found.key.owner().user().is_some();
+        let is_without_account = account_optional && account.is_none() && found.key.owner().user().is_some();
         if is_without_account {
             failures = failures.without(Reason::WrongAccount);
         }

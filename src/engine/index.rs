@@ -172,7 +172,7 @@ impl Index {
         let find = || self.keys.load().find_by_digest(digest);
         // The record is read under the lock: a change that is resolved concurrently is seen either as
         // uncertain or as the record.
-        let in_doubt = |uncertain: &UncertainChanges| {
+        let find_uncertain = |uncertain: &UncertainChanges| {
             let found = find();
             let id = found.as_ref().map(|(key, _)| key.id());
             let uncertain_record = id.and_then(|id| uncertain.keys.get(&id).cloned());
@@ -180,7 +180,7 @@ impl Index {
             Some((found, uncertain_record, local_denial))
         };
         let (found, uncertain_record, local_denial) =
-            self.lookup_uncertain(in_doubt).unwrap_or_else(|| (find(), None, None));
+            self.lookup_uncertain(find_uncertain).unwrap_or_else(|| (find(), None, None));
         let (key, version) = found?;
         let limit_state = key.is_limited().then(|| self.limit_state(key.id()));
         Some(FoundKey { key, secret_version: version, limit_state, uncertain_record, local_denial })
@@ -243,19 +243,19 @@ impl Index {
         // The map owns its keys, so each look-up clones; only service keys with roles pay for it.
         let role_key = |account: Option<&AccountId>| (account.cloned(), name.clone());
         // Uncertain changes are checked before records: one that is resolved meanwhile has published its record first.
-        let in_doubt = |account| {
+        let is_uncertain = |account| {
             let found = self.lookup_uncertain(|uncertain| uncertain.roles.get(&role_key(account)).copied());
             found.is_some()
         };
         if let Some(account) = account {
-            if in_doubt(Some(account)) {
+            if is_uncertain(Some(account)) {
                 return None;
             }
             if let Some(own) = roles.get(&role_key(Some(account))) {
                 return Some(own.clone());
             }
         }
-        if in_doubt(None) { None } else { roles.get(&role_key(None)).cloned() }
+        if is_uncertain(None) { None } else { roles.get(&role_key(None)).cloned() }
     }
 
     /// A user's membership in an account. `None` while its removal or change is uncertain.
@@ -534,8 +534,8 @@ impl ChangeListener for Index {
             RecordChange::Key(after) if restricts => {
                 // A weaker change must not replace a stronger denial.
                 let strength = |key: &ApiKey| (key.revocation.is_some(), key.disabled_at.is_some());
-                let known = uncertain.keys.get(&after.id);
-                if known.is_none_or(|known| strength(known) <= strength(&after)) {
+                let earlier = uncertain.keys.get(&after.id);
+                if earlier.is_none_or(|earlier| strength(earlier) <= strength(&after)) {
                     uncertain.keys.insert(after.id, after);
                 }
             }

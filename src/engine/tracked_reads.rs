@@ -104,7 +104,7 @@ impl Engine {
         &self,
         digest: &TokenDigest,
         account: Option<&AccountId>,
-        anywhere: bool,
+        account_optional: bool,
         peer: Option<IpAddr>,
         reads: &mut ReadSet,
     ) -> Result<Result<(KeyRef, ScopeSet), Reason>, CheckError> {
@@ -115,7 +115,9 @@ impl Engine {
         }
         let evaluation = self.lease.with_validity(
             || self.clock.boottime(),
-            |has_valid_lease| self.evaluate_caller_digest(digest, account, anywhere, peer, has_valid_lease),
+            |has_valid_lease| {
+                self.evaluate_caller_digest(digest, account, account_optional, peer, has_valid_lease)
+            },
         )?;
         let evaluation = match evaluation {
             Ok(evaluation) if evaluation.failures.primary_reason() == Reason::Ok => evaluation,

@@ -108,9 +108,9 @@ impl UsageRecorder {
         }
     }
 
-    fn count_dropped(&self, more: u64) {
-        if more > 0 {
-            self.dropped.fetch_add(more, Ordering::Relaxed);
+    fn count_dropped(&self, count: u64) {
+        if count > 0 {
+            self.dropped.fetch_add(count, Ordering::Relaxed);
         }
     }
 
@@ -152,13 +152,13 @@ impl UsageRecorder {
         let _urgent = (mode == FlushMode::Immediate).then(|| ImmediateFlushGuard::new(self));
         let _one = self.flush_lock.lock().await;
         self.merge_thread_buffers().enqueue();
-        let mut drawn: Option<Instant> = None;
+        let mut quotas_written_at: Option<Instant> = None;
         loop {
             // Unwritten quota units are lost in a crash and given out again, so quotas are written first, and again
             // if the rest takes long.
-            if drawn.is_none_or(|at| at.elapsed() >= QUOTA_FLUSH_INTERVAL) {
+            if quotas_written_at.is_none_or(|at| at.elapsed() >= QUOTA_FLUSH_INTERVAL) {
                 self.flush_quotas(store).await?;
-                drawn = Some(Instant::now());
+                quotas_written_at = Some(Instant::now());
             }
             let started = Instant::now();
             let writing = self.write_lock.lock().await;
@@ -189,12 +189,12 @@ impl UsageRecorder {
         &self,
         store: &dyn Store,
         batch: &UsageBatch,
-        drawn: &HashMap<KeyId, (Arc<KeyLimitState>, PendingQuotaUnits)>,
+        pending: &HashMap<KeyId, (Arc<KeyLimitState>, PendingQuotaUnits)>,
     ) -> Result<(), StoreError> {
         let written = store.record_usage(batch).await;
         for (key, total) in written.as_deref().unwrap_or_default() {
-            if let Some((limit_state, drawn)) = drawn.get(key) {
-                limit_state.confirm_flush(*drawn, *total);
+            if let Some((limit_state, pending)) = pending.get(key) {
+                limit_state.confirm_flush(*pending, *total);
             }
         }
         self.failing.store(written.is_err(), Ordering::Relaxed);
@@ -251,17 +251,17 @@ impl UsageRecorder {
             if limit_states.is_empty() {
                 return Ok(());
             }
-            let drawn: HashMap<_, _> = limit_states
+            let pending: HashMap<_, _> = limit_states
                 .into_iter()
                 .filter_map(|(key, limit_state)| {
                     Some((key, (limit_state.clone(), limit_state.take_pending_units()?)))
                 })
                 .collect();
-            let quota_units = drawn.iter().map(|(key, (_, drawn))| (*key, *drawn)).collect();
+            let quota_units = pending.iter().map(|(key, (_, pending))| (*key, *pending)).collect();
             let batch = UsageBatch { quota_units, ..UsageBatch::default() };
-            if let Err(error) = self.write_batch(store, &batch, &drawn).await {
+            if let Err(error) = self.write_batch(store, &batch, &pending).await {
                 lock(&self.urgent_quotas)
-                    .extend(drawn.into_iter().map(|(key, (limit_state, _))| (key, limit_state)));
+                    .extend(pending.into_iter().map(|(key, (limit_state, _))| (key, limit_state)));
                 return Err(error);
             }
         }

@@ -154,18 +154,18 @@ impl LogApplier {
     fn apply_sequence(
         &self,
         entries: &[(LogEntry, RecordChange)],
-        others: bool,
+        from_others: bool,
     ) -> Result<(LogPosition, bool), ApplyError> {
         let mut guard = self.lock_state();
         // Taken out while the index applies the entries: after a panic, nothing counts as applied.
         let mut state = std::mem::take(&mut *guard);
         let (mut new, mut moved, mut error) = (0..0, false, None);
-        for (place, (entry, _)) in entries.iter().enumerate() {
-            match state.advance(entry, others) {
-                Ok(true) if new.end == place => new.end += 1,
+        for (offset, (entry, _)) in entries.iter().enumerate() {
+            match state.advance(entry, from_others) {
+                Ok(true) if new.end == offset => new.end += 1,
                 Ok(true) => {
                     self.index.apply_local(&entries[new]);
-                    new = place..place + 1;
+                    new = offset..offset + 1;
                 }
                 Ok(false) => continue,
                 Err(found) => {
@@ -242,7 +242,7 @@ impl LogApplier {
 
 impl ApplierState {
     /// Advances to the next entry. Returns false for an entry that is already applied.
-    fn advance(&mut self, entry: &LogEntry, others: bool) -> Result<bool, ApplyError> {
+    fn advance(&mut self, entry: &LogEntry, from_others: bool) -> Result<bool, ApplyError> {
         let at = self.position.ok_or(ApplyError::NotLoaded)?;
         let other = ApplyError::HistoryDiverged { ours: at, head: entry.revision };
         if entry.revision <= at.revision {
@@ -256,12 +256,13 @@ impl ApplierState {
             return Err(ApplyError::Gap);
         }
         // The writer has just computed the hash of an own entry from its predecessor, so it is not verified again.
-        let follows = if others { entry.follows(at.revision, &at.hash) } else { entry.prev_hash == at.hash };
+        let follows =
+            if from_others { entry.follows(at.revision, &at.hash) } else { entry.prev_hash == at.hash };
         if !follows {
             return Err(other);
         }
         self.set_position(LogPosition { revision: entry.revision, hash: entry.hash });
-        if others && entry.may_restrict() {
+        if from_others && entry.may_restrict() {
             self.unacknowledged = Some(entry.revision);
         }
         Ok(true)

@@ -41,18 +41,18 @@ pub(super) async fn forward_positions(log_applier: Arc<LogApplier>, inputs: mpsc
     let (mut positions, mut ack_requests) =
         (log_applier.subscribe_position(), log_applier.subscribe_ack_requests());
     loop {
-        let (at, heard) = tokio::select! {
+        let (at, needs_ack) = tokio::select! {
             moved = positions.changed() => match moved {
                 Ok(()) => (*positions.borrow_and_update(), false),
                 Err(_) => return,
             },
-            heard = ack_requests.changed() => match heard {
+            requested = ack_requests.changed() => match requested {
                 Ok(()) => (*ack_requests.borrow_and_update(), true),
                 Err(_) => return,
             },
         };
         let Some(to) = at else { continue };
-        let hint = heard.then_some(ReplicaEvent::Hint);
+        let hint = needs_ack.then_some(ReplicaEvent::Hint);
         for event in [ReplicaEvent::Advanced { to }].into_iter().chain(hint) {
             if inputs.send(ReplicaTaskInput::Event(event)).await.is_err() {
                 return;

@@ -227,13 +227,13 @@ impl PropagationWaiter {
         revision: Revision,
         newest: Revision,
     ) -> Result<bool, PropagationError> {
-        let known = revision <= newest;
+        let is_known = revision <= newest;
         match &self.replica_access {
-            Some(access) if !known => match access.fetch_entry_hash(revision).await {
+            Some(access) if !is_known => match access.fetch_entry_hash(revision).await {
                 Err(PropagationError::Lost(_)) => Ok(false),
                 found => found.map(|_| true),
             },
-            _ => Ok(known),
+            _ => Ok(is_known),
         }
     }
 
@@ -343,8 +343,8 @@ impl PropagationWaiter {
 
 impl ReplicaAccess {
     async fn read_snapshot(&self, revision: Revision) -> Result<Arc<ReplicaSnapshot>, ()> {
-        let (answer, read) = oneshot::channel();
-        self.read_requests.send((revision, answer)).await.map_err(drop)?;
+        let (reply, read) = oneshot::channel();
+        self.read_requests.send((revision, reply)).await.map_err(drop)?;
         read.await.map_err(drop)?.map_err(|error| {
             tracing::debug!(error = &*error as &dyn std::error::Error, "reading the replicas' rows failed");
         })
@@ -430,10 +430,10 @@ impl PropagationWait<'_> {
         let progress = self.tracker.status();
         // The change is complete by then regardless of the rows, so an unreachable database need not be waited for.
         let by = progress.completes_by.unwrap_or(self.give_up_at);
-        let left = by.saturating_duration_since(self.clock.boottime());
+        let time_left = by.saturating_duration_since(self.clock.boottime());
         let snapshot = tokio::select! {
             snapshot = self.replica_access.read_snapshot(progress.revision) => snapshot,
-            () = sleep(left) => return Ok(PropagationEvent::Failed { attempt }),
+            () = sleep(time_left) => return Ok(PropagationEvent::Failed { attempt }),
             () = sleep_until_deadline(self.deadline) => return Err(self.timeout_error()),
         };
         let Ok(snapshot) = snapshot else { return Ok(PropagationEvent::Failed { attempt }) };
@@ -502,9 +502,9 @@ async fn serve_snapshot_reads(
         if let Ok(snapshot) = &read {
             status.ack_tracker().update_replicas(snapshot);
         }
-        for (_, answer) in waiting.drain(..) {
+        for (_, reply) in waiting.drain(..) {
             // The caller may have given up.
-            let _ = answer.send(read.clone());
+            let _ = reply.send(read.clone());
         }
     }
 }

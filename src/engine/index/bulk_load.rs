@@ -97,7 +97,7 @@ impl store::SnapshotPart for IndexSnapshotPart {
             return self.keys.load_key(&key.to_key(), key.retired_secrets);
         }
         let revoked_at = key.revocation.as_ref().map(|revocation| revocation.at);
-        let uncommon = ColdFieldsView {
+        let cold_fields = ColdFieldsView {
             secrets: key.secrets,
             updated_at: key.updated_at,
             disabled_at: key.disabled_at,
@@ -115,7 +115,7 @@ impl store::SnapshotPart for IndexSnapshotPart {
             revoked_at,
             owner_number: self.owners.intern(key.owner, |owner| keys.intern_owner(owner)),
             policy_number: self.policies.intern(key.policy, |policy| keys.intern_policy(policy)),
-            cold_fields: uncommon.with_retired_secrets(key.retired_secrets),
+            cold_fields: cold_fields.with_retired_secrets(key.retired_secrets),
         });
         if self.pending_keys.len() == RECORDS_PER_BLOCK {
             self.flush_block();

@@ -59,8 +59,8 @@ impl<'k> ColdFieldsView<'k> {
         &self,
         retired: impl Iterator<Item = PreviousSecret>,
     ) -> Option<Arc<ColdFields>> {
-        let (newest, others) = self.secrets.split_first()?;
-        let others = others.iter().map(|secret| PreviousSecret {
+        let (newest, previous) = self.secrets.split_first()?;
+        let previous = previous.iter().map(|secret| PreviousSecret {
             version: secret.version,
             digest: secret.digest,
             superseded_at: secret.expires_at,
@@ -74,7 +74,7 @@ impl<'k> ColdFieldsView<'k> {
             large_version: if newest.version < LARGE_VERSION.into() { 0 } else { newest.version },
             disabled: is_alive && self.disabled_at.is_some(),
             newest_superseded_at: newest.expires_at.filter(|_| is_alive),
-            previous_secrets: others.chain(retired).collect(),
+            previous_secrets: previous.chain(retired).collect(),
             metadata: metadata.cloned().map(Arc::new),
         };
         (cold_fields != ColdFields::default()).then(|| Arc::new(cold_fields))

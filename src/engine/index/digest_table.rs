@@ -114,9 +114,9 @@ impl DigestTable {
 
     /// Removes a digest from a slot. Returns whether it was there.
     pub(super) fn remove(&self, occupancy: &mut TableOccupancy, digest: &TokenDigest, slot: KeySlot) -> bool {
-        let wanted = encode_cell(self.hasher.hash_digest(digest), slot);
+        let cell_value = encode_cell(self.hasher.hash_digest(digest), slot);
         let cells = self.cells.load();
-        let found = cells.probe(wanted >> 32).find(|(_, value)| *value == wanted);
+        let found = cells.probe(cell_value >> 32).find(|(_, value)| *value == cell_value);
         if let Some((cell, _)) = found {
             cell.store(TOMBSTONE, Ordering::Release);
             occupancy.live_cells -= 1;
@@ -125,10 +125,10 @@ impl DigestTable {
     }
 
     /// Grows the table at once for this number of additional digests.
-    pub(super) fn reserve(&self, occupancy: &mut TableOccupancy, more: usize) {
-        let min_cells = (occupancy.used_cells + more) * 8 / 7 + 1;
+    pub(super) fn reserve(&self, occupancy: &mut TableOccupancy, additional: usize) {
+        let min_cells = (occupancy.used_cells + additional) * 8 / 7 + 1;
         if self.cells.load().0.len() < min_cells {
-            self.rehash(occupancy, (occupancy.live_cells + more) * 4 / 3);
+            self.rehash(occupancy, (occupancy.live_cells + additional) * 4 / 3);
         }
     }
 
@@ -221,13 +221,13 @@ mod tests {
     fn the_emptiest_table_is_nearly_full_and_the_fullest_is_read_in_few_cells() {
         let (table, mut occupancy) = filled(100_000);
         let length = || table.cells.load().0.len();
-        let (narrow, mut known) = (length(), 100_000);
+        let (narrow, mut inserted) = (length(), 100_000);
         while length() == narrow {
-            table.insert(&mut occupancy, &digest(known), known as KeySlot);
-            known += 1;
+            table.insert(&mut occupancy, &digest(inserted), inserted as KeySlot);
+            inserted += 1;
         }
-        assert!(length() * 3 <= known * 4, "{known} of {}", length());
-        let fullest = known - 1;
+        assert!(length() * 3 <= inserted * 4, "{inserted} of {}", length());
+        let fullest = inserted - 1;
         let (table, _) = filled(fullest);
         let (there, not) = (probed(&table, 0..fullest), probed(&table, fullest..2 * fullest));
         assert!(there < 8.0 && not < 64.0, "{there:.1} and {not:.1} cells");

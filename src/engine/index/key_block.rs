@@ -162,12 +162,12 @@ impl OwnedBlockEntry {
     /// key without secrets, which nobody can find.
     pub(super) fn new(
         key: &ApiKey,
-        left: &[KeySecret],
+        retired: &[KeySecret],
         interners: &mut BlockInterners,
     ) -> Option<OwnedBlockEntry> {
         OwnedBlockEntry::with_cold_fields(
             key,
-            ColdFieldsView::from_key(key).with_retired_secrets(left),
+            ColdFieldsView::from_key(key).with_retired_secrets(retired),
             interners,
         )
     }
@@ -178,23 +178,23 @@ impl OwnedBlockEntry {
         key: &ApiKey,
         interners: &mut BlockInterners,
     ) -> Option<OwnedBlockEntry> {
-        let left = before.secrets().filter_map(|old| {
-            let kept = key.secrets.iter().any(|kept| kept.version == old.version);
-            let ends = Some(old.superseded_at.unwrap_or(key.updated_at).min(key.updated_at));
-            if old.is_retired {
-                Some(old)
+        let retired = before.secrets().filter_map(|previous| {
+            let kept = key.secrets.iter().any(|kept| kept.version == previous.version);
+            let ends = Some(previous.superseded_at.unwrap_or(key.updated_at).min(key.updated_at));
+            if previous.is_retired {
+                Some(previous)
             } else {
                 (!kept).then_some(PreviousSecret {
                     superseded_at: ends,
                     is_retired: true,
                     is_already_superseded: true,
-                    ..old
+                    ..previous
                 })
             }
         });
         OwnedBlockEntry::with_cold_fields(
             key,
-            ColdFieldsView::from_key(key).with_previous_secrets(left),
+            ColdFieldsView::from_key(key).with_previous_secrets(retired),
             interners,
         )
     }
@@ -225,7 +225,7 @@ impl OwnedBlockEntry {
 }
 
 impl BlockEntryRef<'_> {
-    pub(super) fn to_owned_entry(&self) -> OwnedBlockEntry {
+    pub(super) fn to_owned_entry(self) -> OwnedBlockEntry {
         OwnedBlockEntry {
             id: self.id,
             digest: self.digest,
@@ -268,17 +268,17 @@ impl KeyBlock {
     ) -> KeyBlock {
         let taken = entries.iter().flatten();
         let (owners, owner) =
-            interners.owners.number_in_list(taken.clone().map(|placed| placed.owner), new_keys);
+            interners.owners.number_in_list(taken.clone().map(|occupied| occupied.owner), new_keys);
         let (policies, policy) =
-            interners.policies.number_in_list(taken.clone().map(|placed| placed.policy), new_keys);
+            interners.policies.number_in_list(taken.clone().map(|occupied| occupied.policy), new_keys);
         let mut numbers = owner.into_iter().zip(policy);
-        let mut names = String::with_capacity(taken.map(|placed| placed.name.len()).sum());
+        let mut names = String::with_capacity(taken.map(|occupied| occupied.name.len()).sum());
         let mut records = Vec::with_capacity(entries.len());
-        for place in entries {
+        for entry in entries {
             let mut record = BlockRecord::empty();
-            if let (Some(placed), Some((owner, policy))) = (place, place.and_then(|_| numbers.next())) {
-                names.push_str(placed.name);
-                let BlockEntryRef { id, digest, version, .. } = *placed;
+            if let (Some(occupied), Some((owner, policy))) = (entry, entry.and_then(|_| numbers.next())) {
+                names.push_str(occupied.name);
+                let BlockEntryRef { id, digest, version, .. } = *occupied;
                 let version = u16::try_from(version).unwrap_or(LARGE_VERSION);
                 record = BlockRecord {
                     id,
@@ -293,16 +293,16 @@ impl KeyBlock {
             record.name_end = u16::try_from(names.len()).unwrap_or(u16::MAX);
             records.push(record);
         }
-        let placed = entries.iter().map(Option::as_ref);
-        let expiries = placed.clone().map(|placed| placed.and_then(|placed| placed.expires_at.as_ref()));
-        let revocations = placed.clone().map(|placed| placed.and_then(|placed| placed.revoked_at.as_ref()));
-        let rares = placed.map(|placed| placed.and_then(|placed| placed.cold_fields));
+        let optional = entries.iter().map(Option::as_ref);
+        let expiries = optional.clone().map(|entry| entry.and_then(|entry| entry.expires_at.as_ref()));
+        let revocations = optional.clone().map(|entry| entry.and_then(|entry| entry.revoked_at.as_ref()));
+        let cold_fields = optional.map(|entry| entry.and_then(|entry| entry.cold_fields));
         KeyBlock {
             records: records.into(),
             names: names.into(),
             expiries: SparseColumn::from_options(expiries),
             revocations: SparseColumn::from_options(revocations),
-            cold_fields: SparseColumn::from_options(rares),
+            cold_fields: SparseColumn::from_options(cold_fields),
             owners,
             policies,
         }
@@ -382,21 +382,25 @@ impl KeyBlock {
     }
 
     /// The block with these entries appended.
-    pub(super) fn with_appended(&self, more: &[OwnedBlockEntry], interners: &mut BlockInterners) -> KeyBlock {
+    pub(super) fn with_appended(
+        &self,
+        appended: &[OwnedBlockEntry],
+        interners: &mut BlockInterners,
+    ) -> KeyBlock {
         let mut entries = self.entries();
-        entries.extend(more.iter().map(|packed| Some(packed.entry_ref())));
-        KeyBlock::from_entries(&entries, more.len(), interners)
+        entries.extend(appended.iter().map(|entry| Some(entry.entry_ref())));
+        KeyBlock::from_entries(&entries, appended.len(), interners)
     }
 
     /// The block with another entry at an existing offset.
     pub(super) fn with_replaced(
         &self,
         at: usize,
-        packed: &OwnedBlockEntry,
+        entry: &OwnedBlockEntry,
         interners: &mut BlockInterners,
     ) -> KeyBlock {
         let mut entries = self.entries();
-        entries[at] = Some(packed.entry_ref());
+        entries[at] = Some(entry.entry_ref());
         KeyBlock::from_entries(&entries, 1, interners)
     }
 
@@ -425,10 +429,10 @@ impl fmt::Debug for KeyRef {
 impl From<&ApiKey> for KeyRef {
     fn from(key: &ApiKey) -> Self {
         let interners = &mut BlockInterners::default();
-        let packed = OwnedBlockEntry::new(key, &[], interners);
+        let entry = OwnedBlockEntry::new(key, &[], interners);
         KeyRef {
             block: Arc::new(KeyBlock::from_entries(
-                &[packed.as_ref().map(OwnedBlockEntry::entry_ref)],
+                &[entry.as_ref().map(OwnedBlockEntry::entry_ref)],
                 1,
                 interners,
             )),
@@ -521,8 +525,8 @@ impl KeyRef {
         let cold_fields =
             ColdFields { previous_secrets: older, metadata: cold_fields.metadata.clone(), ..*cold_fields };
         let cold_fields = (cold_fields != ColdFields::default()).then(|| Arc::new(cold_fields));
-        let placed = self.block.entry_at(self.offset);
-        (digests, placed.map(|placed| OwnedBlockEntry { cold_fields, ..placed.to_owned_entry() }))
+        let occupied = self.block.entry_at(self.offset);
+        (digests, occupied.map(|occupied| OwnedBlockEntry { cold_fields, ..occupied.to_owned_entry() }))
     }
 
     /// When the key was revoked.

@@ -168,8 +168,8 @@ impl RedisLimiter {
             let window = u64::try_from(limit.window.as_micros()).unwrap_or(u64::MAX);
             call.arg(limit.limit.max(1)).arg(window.max(1));
         }
-        let answer = timeout(self.settings.timeout, call.invoke_async::<Vec<u64>>(&mut connection)).await;
-        let failure = match answer {
+        let response = timeout(self.settings.timeout, call.invoke_async::<Vec<u64>>(&mut connection)).await;
+        let failure = match response {
             Ok(Ok(numbers)) => match parse_levels(key, &numbers, now) {
                 Some(levels) => {
                     active.consecutive_failures.store(0, Ordering::Relaxed);
@@ -196,7 +196,7 @@ impl RedisLimiter {
     /// Withdraws a connection, so that calls fail at once.
     fn disconnect(&self, active: &Arc<RedisConnection>) {
         let before = self.connection.compare_and_swap(active, None);
-        if before.as_ref().is_some_and(|known| Arc::ptr_eq(known, active)) {
+        if before.as_ref().is_some_and(|current| Arc::ptr_eq(current, active)) {
             self.connection_lost.notify_one();
         }
     }

@@ -53,8 +53,8 @@ impl RedisUrl {
                               unix:///PATH; percent-encode other characters as %XX";
         const AMBIGUOUS: &str = "can be read in more than one way: percent-encode the password (# is %23, / is %2F, \
                                  ? is %3F, @ is %40)";
-        let known = ["redis", "rediss", "valkey", "valkeys", "redis+unix", "valkey+unix", "unix"];
-        if !url.split_once("://").is_some_and(|(scheme, _)| known.contains(&scheme)) {
+        let schemes = ["redis", "rediss", "valkey", "valkeys", "redis+unix", "valkey+unix", "unix"];
+        if !url.split_once("://").is_some_and(|(scheme, _)| schemes.contains(&scheme)) {
             return Err(WANTED);
         }
         let parts = ConnectionUrl::parse(url).map_err(|error| match error {
@@ -67,8 +67,8 @@ impl RedisUrl {
         }
         // The client ignores options that it does not know, such as a misspelled password.
         let of_socket = parts.scheme.contains("unix");
-        let known: &[&str] = if of_socket { &["db", "user", "pass", "protocol"] } else { &["protocol"] };
-        if parts.options().any(|(name, _)| !known.contains(&name)) {
+        let options: &[&str] = if of_socket { &["db", "user", "pass", "protocol"] } else { &["protocol"] };
+        if parts.options().any(|(name, _)| !options.contains(&name)) {
             return Err(if of_socket {
                 "has an unknown option; those of a socket are db, user, pass and protocol"
             } else {

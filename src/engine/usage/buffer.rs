@@ -40,18 +40,18 @@ type UsageByKey = HashMap<KeyId, KeyUsage, foldhash::fast::RandomState>;
 struct FlushQueue(Vec<(KeyId, KeyUsage)>);
 
 impl FlushQueue {
-    fn merge(&mut self, mut more: Vec<(KeyId, KeyUsage)>) {
+    fn merge(&mut self, mut added: Vec<(KeyId, KeyUsage)>) {
         // Batches that could not be written are older than the new entries.
         if self.0.is_empty() {
-            self.0 = more
+            self.0 = added
         } else {
-            self.0.append(&mut more)
+            self.0.append(&mut added)
         }
         self.0.sort_by_key(|(key, _)| *key);
-        self.0.dedup_by(|(key, later), (of, known)| {
+        self.0.dedup_by(|(key, later), (of, earlier)| {
             let same = key == of;
             if same {
-                known.merge(std::mem::take(later));
+                earlier.merge(std::mem::take(later));
             }
             same
         });
@@ -63,9 +63,9 @@ impl FlushQueue {
     }
 
     fn remove_batch(&mut self) {
-        let left = self.0.len().saturating_sub(WRITE_BATCH_KEYS);
-        self.0.truncate(left);
-        if left < self.0.capacity() / 2 {
+        let remaining = self.0.len().saturating_sub(WRITE_BATCH_KEYS);
+        self.0.truncate(remaining);
+        if remaining < self.0.capacity() / 2 {
             self.0.shrink_to_fit();
         }
     }
@@ -139,8 +139,8 @@ impl UsageBuffer {
     pub(super) fn last_use(&self, key: KeyId, version: u32) -> Option<Timestamp> {
         let queue = lock(&self.flush_queue);
         let shard = lock(self.shard(key));
-        let known = [shard.get(&key), queue.get(key)].into_iter().flatten();
-        known.flat_map(KeyUsage::secret_uses).filter(|(of, _)| *of == version).map(|(_, at)| at).max()
+        let buffered = [shard.get(&key), queue.get(key)].into_iter().flatten();
+        buffered.flat_map(KeyUsage::secret_uses).filter(|(of, _)| *of == version).map(|(_, at)| at).max()
     }
 
     /// The buffer stays locked until its events are in the shards, so that readers find each event in one of both.

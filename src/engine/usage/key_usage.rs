@@ -52,13 +52,13 @@ impl KeyUsage {
 
     /// Adds later usage of the same key.
     pub(super) fn merge(&mut self, later: KeyUsage) {
-        let KeyUsage { last_at: at, extra: more, count: counted, secret_version: version, reason } = later;
-        if counted > 0 {
-            self.add_inline(at, reason, version.into(), counted);
+        let KeyUsage { last_at: at, extra, count, secret_version: version, reason } = later;
+        if count > 0 {
+            self.add_inline(at, reason, version.into(), count);
         }
-        let Some(more) = more else { return };
-        more.secret_uses.iter().for_each(|(version, at)| self.add_extra_use(*version, *at));
-        more.counts.iter().for_each(|(hour, reason, count)| self.add_extra_count(*hour, *reason, *count));
+        let Some(extra) = extra else { return };
+        extra.secret_uses.iter().for_each(|(version, at)| self.add_extra_use(*version, *at));
+        extra.counts.iter().for_each(|(hour, reason, count)| self.add_extra_count(*hour, *reason, *count));
     }
 
     /// Adds Checks of one hour and reason, the latest of them at `at`: inline if they match, otherwise to `extra`.
@@ -74,9 +74,9 @@ impl KeyUsage {
             (self.reason, UsageHour::from_timestamp(self.last_at)) == (reason, UsageHour::from_timestamp(at));
         if alike
             && short == Ok(self.secret_version)
-            && let Some(counted) = self.count.checked_add(count)
+            && let Some(total) = self.count.checked_add(count)
         {
-            (self.last_at, self.count) = (self.last_at.max(at), counted);
+            (self.last_at, self.count) = (self.last_at.max(at), total);
             return;
         }
         self.add_extra_count(UsageHour::from_timestamp(at), reason, count.into());
@@ -97,18 +97,18 @@ impl KeyUsage {
         }
     }
 
-    fn add_extra_count(&mut self, hour: UsageHour, reason: Reason, more: u64) {
+    fn add_extra_count(&mut self, hour: UsageHour, reason: Reason, added: u64) {
         let counts = &mut self.extra_mut().counts;
         match counts.iter_mut().find(|(of, why, _)| (*of, *why) == (hour, reason)) {
-            Some((_, _, count)) => *count += more,
-            None => counts.push((hour, reason, more)),
+            Some((_, _, count)) => *count += added,
+            None => counts.push((hour, reason, added)),
         }
     }
 
     /// The versions of used secrets with their latest use. A version may occur twice.
     pub(super) fn secret_uses(&self) -> impl Iterator<Item = (u32, Timestamp)> {
         let here = (self.secret_version > 0).then_some((self.secret_version.into(), self.last_at));
-        here.into_iter().chain(self.extra.iter().flat_map(|more| more.secret_uses.iter().copied()))
+        here.into_iter().chain(self.extra.iter().flat_map(|extra| extra.secret_uses.iter().copied()))
     }
 
     /// The number of Checks by hour and reason. A pair may occur twice; both counts apply.
@@ -118,7 +118,7 @@ impl KeyUsage {
             self.reason,
             self.count.into(),
         ));
-        here.into_iter().chain(self.extra.iter().flat_map(|more| more.counts.iter().copied()))
+        here.into_iter().chain(self.extra.iter().flat_map(|extra| extra.counts.iter().copied()))
     }
 }
 

@@ -193,7 +193,7 @@ impl Engine {
     ///
     /// A stall between both, in some Checks without a lease, widens a window of nanoseconds until tests can hit it.
     #[cfg(keyward_breakable)]
-    #[expect(clippy::disallowed_methods, reason = "whatever else this thread serves is to wait")]
+    #[expect(clippy::disallowed_methods, reason = "the whole thread must stall")]
     fn evaluate_before_lease(
         &self,
         evaluate: impl FnOnce(bool) -> Result<Evaluation, CheckError>,

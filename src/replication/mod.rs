@@ -11,7 +11,8 @@
 //! | `freshness` | catches up with other processes before a look-up |
 //! | `regression` | waits for operators after the database has lost changes |
 //! | `clock_offset` | compares the wall clock with the database's |
-//! | `replica_dependencies`, `replica_input`, `replica_status` | what the replica task is made of, receives and publishes |
+//! | `replica_dependencies`, `replica_input` | what the replica task is made of, and what it receives |
+//! | `replica_status` | what the replica task publishes about itself |
 //!
 //! The protocol's rules are in `domain::lease`, pure and simulated; SQL is in `store`, statuses are in `grpc`.
 //!
@@ -19,7 +20,7 @@
 //! a [`propagation::PropagationWaiter`] that never waits.
 
 mod ack_tracker;
-pub(crate) mod clock_offset;
+mod clock_offset;
 pub mod freshness;
 pub mod log_applier;
 mod log_tailer;

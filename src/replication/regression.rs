@@ -25,7 +25,8 @@ const METHOD: &str = "keyward replicas accept-regression";
 /// Returns once the loss is accepted and every known revocation is in the database again. `known_epoch` is the epoch of
 /// the history that this replica holds.
 pub(super) async fn wait_for_acceptance(dependencies: ReplicaDependencies, known_epoch: u64) {
-    let accepted = async || matches!(dependencies.registry.lease_config().await, Ok(config) if config.epoch > known_epoch);
+    let registry = &dependencies.registry;
+    let accepted = async || registry.lease_config().await.is_ok_and(|config| config.epoch > known_epoch);
     while !accepted().await {
         sleep(POLL_INTERVAL).await;
     }

@@ -1,6 +1,6 @@
 //! Runs a replica: executes the actions of its state machine, and feeds the results back as events.
 //!
-//! One task drives one machine. Requests run in tasks of their own and answer through the channel, so that none delays
+//! One task drives one machine. Requests run in separate tasks and answer through the channel, so that none delays
 //! the clock. The rules are in `domain::lease`.
 
 use std::{
@@ -281,8 +281,8 @@ impl ReplicaDriver {
                 self.status.clock_stall_count.fetch_add(1, Ordering::Relaxed);
                 tracing::warn!(
                     missing = ?stall,
-                    "this machine's clock stood still, or the database's was set forward; the lease is shortened by that \
-                     time. Keys revoked meanwhile may have been allowed here. Do not suspend, snapshot or move the \
+                    "this machine's clock stood still, or the database's was set forward; the lease is shortened by as \
+                     much. Keys revoked meanwhile may have been allowed here. Do not suspend, snapshot or move the \
                      machine while Keyward serves on it"
                 );
             }

@@ -3,8 +3,8 @@
 //! Events are appended to a per-thread buffer, merged into sharded per-key maps, then sorted into the flush queue.
 //! Writing to the store is in `usage.rs`.
 //!
-//! A Check only appends to the buffer of the current thread, which no other core writes to. A full buffer is merged as a
-//! whole: looking up many keys at once overlaps their cache misses. The flush queue is sorted by key, as the pages of
+//! A Check only appends to the buffer of the current thread, which no other core writes to. A full buffer is merged at
+//! once: looking up many keys at once overlaps their cache misses. The flush queue is sorted by key, as the pages of
 //! the store are, so that keys written together share pages.
 
 use std::{

@@ -209,7 +209,7 @@ mod tests {
         assert!(!engine.is_cached_caller_current(&cached));
         assert_eq!(engine.reauthenticate("one", None, None).unwrap().unwrap_err(), Reason::Revoked);
         let environment = EnvironmentName::parse("production").unwrap();
-        let question = CheckInput {
+        let input = CheckInput {
             token: "one",
             environment: &environment,
             scopes: &[],
@@ -223,7 +223,7 @@ mod tests {
             refuse_management_keys: false,
         };
         let gone = Requester { account: &cached.account, is_still_authorized: &|| Ok(false) };
-        assert_eq!(engine.decide_locally(gone, &question).unwrap_err(), CheckError::RequesterRevoked);
+        assert_eq!(engine.decide_locally(gone, &input).unwrap_err(), CheckError::RequesterRevoked);
     }
 
     #[test]
@@ -231,7 +231,7 @@ mod tests {
         let (key, cache) = (caller(), CallerCache::default());
         let engine = engine(&key);
         let before = engine.authenticate_cached("one", None, &cache).unwrap();
-        engine.index.doubt(RecordChange::Key(revoked(&key)), Some(key.revision));
+        engine.index.mark_change_uncertain(RecordChange::Key(revoked(&key)), Some(key.revision));
         assert!(engine.authenticate_cached("one", None, &cache).is_none());
         engine.index.clear_local_disable(key.id);
         engine.index.deny_locally(key.id, Reason::Disabled);

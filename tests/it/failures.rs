@@ -401,10 +401,7 @@ async fn machine_frozen_and_thawed_is_noticed_counted_and_told_once() {
     let log = replica.process.stderr();
     let told: Vec<_> = log.lines().filter(|line| line.contains("clock stood still")).collect();
     assert_eq!(told.len(), 2, "{log}");
-    assert!(
-        told.iter().all(|line| line.contains("WARN") && line.contains("Do not suspend")),
-        "{told:?}"
-    );
+    assert!(told.iter().all(|line| line.contains("WARN") && line.contains("Do not suspend")), "{told:?}");
     // What was missed is more than the lease, and is taken off it: only the renewal after that allows again.
     assert_eq!(log.matches("lease expired").count(), 2, "{log}");
 }

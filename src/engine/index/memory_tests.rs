@@ -64,18 +64,18 @@ fn largest(number: u32) -> ApiKey {
     let mut key = sample_key();
     key.id = KeyId::generate(at_seconds(0), random);
     key.secrets[0].digest = TokenDigest::from_token(&number.to_string());
-    let terms = &mut key.spec;
-    terms.name = Some(KeyName::parse(&text(255)).unwrap());
-    terms.scopes =
+    let spec = &mut key.spec;
+    spec.name = Some(KeyName::parse(&text(255)).unwrap());
+    spec.scopes =
         (0..32).map(|at| Scope::parse_grant(&format!("s{at}:{}", text(100))).unwrap()).collect::<ScopeSet>();
-    terms.roles = vec![RoleName::parse(&text(64)).unwrap(); 16];
-    terms.customers = (0..16).map(|at| CustomerId::parse(&format!("{at}{}", text(100))).unwrap()).collect();
-    terms.allowed_cidrs = vec!["2001:db8::/32".parse().unwrap(); 16];
+    spec.roles = vec![RoleName::parse(&text(64)).unwrap(); 16];
+    spec.customers = (0..16).map(|at| CustomerId::parse(&format!("{at}{}", text(100))).unwrap()).collect();
+    spec.allowed_cidrs = vec!["2001:db8::/32".parse().unwrap(); 16];
     let limit = |name| RateLimit { name, limit: number.into(), window: std::time::Duration::from_secs(1) };
-    terms.rate_limits = (0..8).map(|_| limit(text(64))).collect();
-    terms.quota = Some(Quota { limit: number.into(), period: QuotaPeriod::Total });
-    terms.expires_at = Some(at_seconds(number.into()));
-    terms.metadata = BTreeMap::from([("note".to_owned(), text(4000))]);
+    spec.rate_limits = (0..8).map(|_| limit(text(64))).collect();
+    spec.quota = Some(Quota { limit: number.into(), period: QuotaPeriod::Total });
+    spec.expires_at = Some(at_seconds(number.into()));
+    spec.metadata = BTreeMap::from([("note".to_owned(), text(4000))]);
     key.disabled_at = Some(at_seconds(1));
     key
 }
@@ -107,14 +107,14 @@ fn bytes_per_key(fill: impl FnOnce(&Index)) -> usize {
 
 #[test]
 fn a_revoked_key_takes_at_most_200_bytes_whatever_it_granted() {
-    let lived = bytes_per_key(|index| {
+    let revoked_here = bytes_per_key(|index| {
         for number in 0..KEYS {
             let key = largest(number);
             index.upsert_keys(std::iter::once(&key));
             // Its limits are used, so that their state must be dropped too.
             let found = index.find_by_digest(&key.secrets[0].digest).unwrap();
-            let take = Consumption { cost: 1, dedup_id: None, dry_run: false };
-            found.limit_state.unwrap().consume(&found.key, take, false, at_seconds(1)).unwrap();
+            let consumption = Consumption { cost: 1, dedup_id: None, dry_run: false };
+            found.limit_state.unwrap().consume(&found.key, consumption, false, at_seconds(1)).unwrap();
         }
         let alive = live();
         for number in 0..KEYS {
@@ -124,7 +124,7 @@ fn a_revoked_key_takes_at_most_200_bytes_whatever_it_granted() {
         index.evict(at_seconds(0));
         assert!(alive > live());
     });
-    assert!(lived <= LIMIT, "{lived} bytes of a key that was revoked here");
+    assert!(revoked_here <= LIMIT, "{revoked_here} bytes of a key that was revoked here");
     let loaded = bytes_per_key(|index| {
         for number in 0..KEYS {
             index.load_record(SnapshotRecord::Key(Arc::new(revoked(&largest(number))), vec![]));

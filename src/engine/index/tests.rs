@@ -30,7 +30,7 @@ fn loaded(key: &ApiKey) -> Index {
 }
 
 /// Adds a key to a part as a store does, which does not know of other parts.
-fn add_to_part(part: &mut dyn SnapshotPart, key: &ApiKey, left: &[KeySecret]) {
+fn add_to_part(part: &mut dyn SnapshotPart, key: &ApiKey, retired: &[KeySecret]) {
     part.add_key(&LoadedKey {
         id: key.id,
         owner: &Arc::new(key.owner.clone()),
@@ -45,7 +45,7 @@ fn add_to_part(part: &mut dyn SnapshotPart, key: &ApiKey, left: &[KeySecret]) {
         revocation: key.revocation.clone(),
         revision: key.revision,
         secrets: &key.secrets,
-        retired_secrets: left,
+        retired_secrets: retired,
     });
 }
 
@@ -55,7 +55,7 @@ impl Index {
     }
 
     /// Marks a change as uncertain that is based on the record at this revision.
-    pub(in crate::engine) fn doubt(&self, change: RecordChange, made_from: Option<Revision>) {
+    pub(in crate::engine) fn mark_change_uncertain(&self, change: RecordChange, made_from: Option<Revision>) {
         self.mark_uncertain(&WriteRequest {
             change,
             expected_revision: made_from,
@@ -135,7 +135,7 @@ fn a_revocation_in_doubt_is_in_force_until_a_record_settles_it() {
     let key = sample_key();
     let index = loaded(&key);
     let dead = revoked(&key, 5);
-    index.doubt(RecordChange::Key(Arc::new(dead.clone())), Some(key.revision));
+    index.mark_change_uncertain(RecordChange::Key(Arc::new(dead.clone())), Some(key.revision));
     assert_eq!(
         index.find_by_digest(&TokenDigest::from_token("one")).unwrap().uncertain_record.as_deref(),
         Some(&dead)
@@ -158,7 +158,7 @@ fn a_revocation_in_doubt_is_in_force_until_a_record_settles_it() {
 fn other_doubts_end_when_the_log_has_decided() {
     let key = sample_key();
     let index = loaded(&key);
-    index.doubt(RecordChange::Key(Arc::new(rotated(&key, "two", 5))), Some(key.revision));
+    index.mark_change_uncertain(RecordChange::Key(Arc::new(rotated(&key, "two", 5))), Some(key.revision));
     assert!(index.find_by_digest(&TokenDigest::from_token("one")).unwrap().uncertain_record.is_some());
     index.resolve_uncertain();
     assert!(index.find_by_digest(&TokenDigest::from_token("one")).unwrap().uncertain_record.is_none());
@@ -184,12 +184,12 @@ fn effective_grant(index: &Index, account: &str) -> Option<String> {
 fn a_new_account_role_in_doubt_hides_the_global_one_in_its_account_alone() {
     let index = loaded(&sample_key());
     index.upsert_role(role(None, "*", 1));
-    index.doubt(RecordChange::Role(role(Some("acme"), "monitors:read", 0)), None);
+    index.mark_change_uncertain(RecordChange::Role(role(Some("acme"), "monitors:read", 0)), None);
     assert_eq!(effective_grant(&index, "acme"), None);
     assert_eq!(effective_grant(&index, "other").as_deref(), Some("*"));
     index.resolve_uncertain();
     assert_eq!(effective_grant(&index, "acme").as_deref(), Some("*"), "it was not recorded");
-    index.doubt(RecordChange::Role(role(Some("acme"), "monitors:read", 0)), None);
+    index.mark_change_uncertain(RecordChange::Role(role(Some("acme"), "monitors:read", 0)), None);
     index.upsert_role(role(Some("acme"), "monitors:read", 2));
     assert_eq!(effective_grant(&index, "acme").as_deref(), Some("monitors:read"), "it was recorded");
 }
@@ -202,7 +202,7 @@ fn a_global_role_in_doubt_grants_nothing_where_no_account_role_hides_it() {
         [RecordChange::Role(role(None, "alerts:read", 0)), RecordChange::RoleDeleted(role(None, "*", 2))]
     {
         index.upsert_role(role(None, "*", 2));
-        index.doubt(change, Some(Revision(2)));
+        index.mark_change_uncertain(change, Some(Revision(2)));
         assert_eq!(effective_grant(&index, "acme").as_deref(), Some("monitors:read"));
         assert_eq!(effective_grant(&index, "other"), None);
         index.resolve_uncertain();
@@ -217,8 +217,8 @@ fn a_role_or_member_in_doubt_is_not_settled_by_an_older_record() {
         let (account, user, role) = (account.clone(), user.clone(), RoleName::parse("admin").unwrap());
         Arc::new(AccountMember { account, user, role, revision: Revision(revision) })
     };
-    index.doubt(RecordChange::RoleDeleted(role(Some("acme"), "*", 5)), Some(Revision(5)));
-    index.doubt(RecordChange::MemberRemoved(member(5)), Some(Revision(5)));
+    index.mark_change_uncertain(RecordChange::RoleDeleted(role(Some("acme"), "*", 5)), Some(Revision(5)));
+    index.mark_change_uncertain(RecordChange::MemberRemoved(member(5)), Some(Revision(5)));
     // A snapshot, or the changes of another replica, deliver such records.
     for revision in [4, 5] {
         index.upsert_role(role(Some("acme"), "*", revision));
@@ -236,11 +236,11 @@ fn a_weaker_change_in_doubt_does_not_end_what_a_stronger_one_refuses() {
     let key = sample_key();
     let index = loaded(&key);
     let narrower = ApiKey { spec: KeySpec { scopes: Default::default(), ..key.spec.clone() }, ..key.clone() };
-    index.doubt(RecordChange::Key(Arc::new(revoked(&key, 6))), Some(key.revision));
-    index.doubt(RecordChange::Key(Arc::new(narrower)), Some(key.revision));
+    index.mark_change_uncertain(RecordChange::Key(Arc::new(revoked(&key, 6))), Some(key.revision));
+    index.mark_change_uncertain(RecordChange::Key(Arc::new(narrower)), Some(key.revision));
     index.resolve_uncertain();
     let found = index.find_by_digest(&key.secrets[0].digest).unwrap();
-    assert!(found.uncertain_record.is_some_and(|doubt| doubt.revocation.is_some()));
+    assert!(found.uncertain_record.is_some_and(|uncertain_record| uncertain_record.revocation.is_some()));
 }
 
 #[test]
@@ -258,8 +258,8 @@ fn a_stop_in_doubt_holds_for_a_record_that_comes_after_the_doubt() {
             revision: Revision(revision),
         })
     };
-    index.doubt(RecordChange::Key(Arc::new(revoked(&elsewhere, 6))), Some(Revision(5)));
-    index.doubt(RecordChange::Account(account(Some(6), 0)), Some(Revision(5)));
+    index.mark_change_uncertain(RecordChange::Key(Arc::new(revoked(&elsewhere, 6))), Some(Revision(5)));
+    index.mark_change_uncertain(RecordChange::Account(account(Some(6), 0)), Some(Revision(5)));
     index.put_key(&elsewhere);
     for (suspended, revision) in [(Some(3), 3), (None, 5)] {
         index.upsert_account(account(suspended, revision));
@@ -270,7 +270,7 @@ fn a_stop_in_doubt_holds_for_a_record_that_comes_after_the_doubt() {
             .find_by_digest(&TokenDigest::from_token("two"))
             .unwrap()
             .uncertain_record
-            .is_some_and(|doubt| doubt.revocation.is_some())
+            .is_some_and(|uncertain_record| uncertain_record.revocation.is_some())
     );
 }
 
@@ -329,18 +329,18 @@ fn key_without_details(key: &ApiKey) -> ApiKey {
 
 /// Asserts that the index holds a key as it is recorded.
 #[track_caller]
-fn assert_same_key(held: &KeyRef, key: &ApiKey) {
+fn assert_same_key(found_key: &KeyRef, key: &ApiKey) {
     let key = &key_without_details(key);
-    assert_eq!(held.id(), key.id);
-    assert_eq!(held.name(), key.spec.name.as_ref().map(KeyName::as_str));
-    assert_eq!(held.metadata(), &key.spec.metadata);
-    assert_eq!((held.owner(), held.environment()), (&key.owner, &key.environment));
-    assert_eq!((held.scopes(), held.roles()), (key.scopes(), key.roles()));
-    assert_eq!((held.customers(), held.allowed_cidrs()), (key.customers(), key.allowed_cidrs()));
-    assert_eq!((held.rate_limits(), held.quota()), (key.rate_limits(), key.quota()));
-    assert_eq!(held.expires_at(), key.expires_at());
-    assert_eq!((held.is_disabled(), held.is_revoked()), (key.is_disabled(), key.is_revoked()));
-    assert!(held.secret_expiries().eq(key.secret_expiries()));
+    assert_eq!(found_key.id(), key.id);
+    assert_eq!(found_key.name(), key.spec.name.as_ref().map(KeyName::as_str));
+    assert_eq!(found_key.metadata(), &key.spec.metadata);
+    assert_eq!((found_key.owner(), found_key.environment()), (&key.owner, &key.environment));
+    assert_eq!((found_key.scopes(), found_key.roles()), (key.scopes(), key.roles()));
+    assert_eq!((found_key.customers(), found_key.allowed_cidrs()), (key.customers(), key.allowed_cidrs()));
+    assert_eq!((found_key.rate_limits(), found_key.quota()), (key.rate_limits(), key.quota()));
+    assert_eq!(found_key.expires_at(), key.expires_at());
+    assert_eq!((found_key.is_disabled(), found_key.is_revoked()), (key.is_disabled(), key.is_revoked()));
+    assert!(found_key.secret_expiries().eq(key.secret_expiries()));
 }
 
 /// The model of the index: whole records in plain maps.
@@ -348,39 +348,39 @@ fn assert_same_key(held: &KeyRef, key: &ApiKey) {
 struct ReferenceIndex {
     keys: HashMap<KeyId, ApiKey>,
     /// Secrets that left the record: the digest, and when it was superseded.
-    left: HashMap<KeyId, Vec<(TokenDigest, Timestamp)>>,
+    retired: HashMap<KeyId, Vec<(TokenDigest, Timestamp)>>,
     digests: HashMap<TokenDigest, (KeyId, u32)>,
 }
 
 impl ReferenceIndex {
-    fn put(&mut self, key: &ApiKey, left: &[KeySecret]) {
-        let gone = self.left.entry(key.id).or_default();
-        gone.extend(left.iter().map(|old| (old.digest, old.expires_at.unwrap_or(key.updated_at))));
+    fn put(&mut self, key: &ApiKey, retired: &[KeySecret]) {
+        let gone = self.retired.entry(key.id).or_default();
+        gone.extend(retired.iter().map(|old| (old.digest, old.expires_at.unwrap_or(key.updated_at))));
         for old in self.keys.get(&key.id).map_or(&[][..], |before| &before.secrets) {
             if key.secrets.iter().all(|kept| kept.version != old.version) {
                 gone.push((old.digest, old.expires_at.unwrap_or(key.updated_at).min(key.updated_at)));
             }
         }
-        for secret in key.secrets.iter().chain(left) {
+        for secret in key.secrets.iter().chain(retired) {
             self.digests.entry(secret.digest).or_insert((key.id, secret.version));
         }
         self.keys.insert(key.id, key.clone());
     }
 
-    fn forget(&mut self, then: Timestamp) {
-        let ReferenceIndex { keys, left, digests } = self;
+    fn evict(&mut self, cutoff: Timestamp) {
+        let ReferenceIndex { keys, retired, digests } = self;
         keys.retain(|id, key| {
-            let gone = left.entry(*id).or_default();
-            let revoked = key.revocation.as_ref().is_some_and(|revocation| revocation.at < then);
-            let over = |end: Option<Timestamp>| revoked || end.is_some_and(|end| end < then);
-            let ended = key.secrets.iter().filter(|secret| over(secret.expires_at));
+            let gone = retired.entry(*id).or_default();
+            let revoked = key.revocation.as_ref().is_some_and(|revocation| revocation.at < cutoff);
+            let is_due = |end: Option<Timestamp>| revoked || end.is_some_and(|end| end < cutoff);
+            let ended = key.secrets.iter().filter(|secret| is_due(secret.expires_at));
             ended.for_each(|secret| digests.retain(|digest, _| *digest != secret.digest));
             gone.retain(|(digest, end)| {
-                let over = over(Some(*end));
-                if over {
+                let is_due = is_due(Some(*end));
+                if is_due {
                     digests.remove(digest);
                 }
-                !over
+                !is_due
             });
             !revoked
         });
@@ -436,18 +436,18 @@ fn event() -> impl Strategy<Value = (u16, KeyEvent)> {
 /// The same key with other attributes, more or fewer of them.
 fn updated(mut key: ApiKey, choice: u8) -> ApiKey {
     let bit = |at: u8| choice & (1 << at) != 0;
-    let terms = &mut key.spec;
-    terms.name = bit(0).then(|| KeyName::parse(&"n\u{e9}".repeat(usize::from(choice % 9) + 1)).unwrap());
+    let spec = &mut key.spec;
+    spec.name = bit(0).then(|| KeyName::parse(&"n\u{e9}".repeat(usize::from(choice % 9) + 1)).unwrap());
     let scope = if bit(1) { "alerts:*" } else { "monitors:read" };
-    terms.scopes = [Scope::parse_grant(scope).unwrap()].into_iter().collect::<ScopeSet>();
-    terms.roles = if bit(2) { vec![RoleName::parse("agent").unwrap()] } else { vec![] };
-    terms.customers = if bit(3) { vec![CustomerId::parse("c1").unwrap()] } else { vec![] };
-    terms.allowed_cidrs = if bit(4) { vec!["10.0.0.0/8".parse().unwrap()] } else { vec![] };
+    spec.scopes = [Scope::parse_grant(scope).unwrap()].into_iter().collect::<ScopeSet>();
+    spec.roles = if bit(2) { vec![RoleName::parse("agent").unwrap()] } else { vec![] };
+    spec.customers = if bit(3) { vec![CustomerId::parse("c1").unwrap()] } else { vec![] };
+    spec.allowed_cidrs = if bit(4) { vec!["10.0.0.0/8".parse().unwrap()] } else { vec![] };
     let limit = || RateLimit { name: "l".to_owned(), limit: choice.into(), window: Duration::from_secs(1) };
-    terms.rate_limits = if bit(5) { vec![limit()] } else { vec![] };
-    terms.quota = bit(6).then_some(Quota { limit: choice.into(), period: QuotaPeriod::Day });
-    terms.expires_at = bit(7).then(|| at_seconds(choice.into()));
-    terms.metadata =
+    spec.rate_limits = if bit(5) { vec![limit()] } else { vec![] };
+    spec.quota = bit(6).then_some(Quota { limit: choice.into(), period: QuotaPeriod::Day });
+    spec.expires_at = bit(7).then(|| at_seconds(choice.into()));
+    spec.metadata =
         choice.is_multiple_of(7).then(|| ("team".to_owned(), choice.to_string())).into_iter().collect();
     key.environment =
         EnvironmentName::parse(if choice.is_multiple_of(5) { "staging" } else { "production" }).unwrap();
@@ -468,12 +468,12 @@ proptest! {
         for (seconds, (number, event)) in (1_i64..).zip(events) {
             let now = at_seconds(seconds);
             let known: Option<ApiKey> = made.get(&number).cloned();
-            let (key, left) = match (known, event) {
+            let (key, retired) = match (known, event) {
                 (_, KeyEvent::Forgotten(age)) => {
-                    let then = now.saturating_sub(Duration::from_secs(age.into()));
+                    let cutoff = now.saturating_sub(Duration::from_secs(age.into()));
                     let before = model.digests.len();
-                    model.forget(then);
-                    prop_assert_eq!(index.evict(then), before - model.digests.len());
+                    model.evict(cutoff);
+                    prop_assert_eq!(index.evict(cutoff), before - model.digests.len());
                     prop_assert_eq!(index.len(), model.keys.len());
                     continue;
                 }
@@ -496,16 +496,16 @@ proptest! {
                 _ => continue,
             };
             let key = ApiKey { updated_at: now, ..key };
-            model.put(&key, &left);
+            model.put(&key, &retired);
             if matches!(event, KeyEvent::Made { loaded: true }) {
                 let mut part = index.begin_part();
-                add_to_part(&mut *part, &key, &left);
+                add_to_part(&mut *part, &key, &retired);
                 part.finish();
                 index.keys.load().publish();
             } else {
                 index.put_key(&key);
             }
-            all.extend(key.secrets.iter().chain(&left).map(|secret| secret.digest));
+            all.extend(key.secrets.iter().chain(&retired).map(|secret| secret.digest));
             key.secrets.iter().for_each(|secret| model.assert_agrees(&index, &secret.digest, now));
             made.insert(number, key);
         }
@@ -553,10 +553,10 @@ proptest! {
                     let more: Vec<_> = (first..RECORDS_PER_BLOCK as u8).take(count.into())
                         .map(|at| updated(numbered(at.into()), at.wrapping_mul(37)))
                         .collect();
-                    let packed: Vec<_> =
+                    let entries: Vec<_> =
                         more.iter().filter_map(|key| OwnedBlockEntry::new(key, &[], &mut shared)).collect();
                     keys.extend(more.into_iter().map(Some));
-                    block.with_appended(&packed, &mut shared)
+                    block.with_appended(&entries, &mut shared)
                 }
                 BlockEdit::With { at: place, choice, rotations, account } if usize::from(place) < keys.len() => {
                     let mut key = updated(numbered(place.into()), choice);
@@ -565,9 +565,9 @@ proptest! {
                         key.rotate(digest(place.into(), rotation.into()), String::new(), overlap, at_seconds(seconds));
                     }
                     key.owner = KeyOwner::Account(AccountId::parse(&format!("account-{account}")).unwrap());
-                    let packed = OwnedBlockEntry::new(&key, &[], &mut shared).unwrap();
+                    let entries = OwnedBlockEntry::new(&key, &[], &mut shared).unwrap();
                     keys[usize::from(place)] = Some(key);
-                    block.with_replaced(place.into(), &packed, &mut shared)
+                    block.with_replaced(place.into(), &entries, &mut shared)
                 }
                 BlockEdit::Without(place) if usize::from(place) < keys.len() => {
                     keys[usize::from(place)] = None;
@@ -583,9 +583,9 @@ proptest! {
         for (block, keys) in earlier {
             prop_assert_eq!(block.len(), keys.len());
             for (at, key) in keys.iter().enumerate() {
-                let held = KeyRef::from_block(block.clone(), at);
-                prop_assert_eq!(held.is_some(), key.is_some());
-                held.iter().zip(key).for_each(|(held, key)| assert_same_key(held, key));
+                let found_key = KeyRef::from_block(block.clone(), at);
+                prop_assert_eq!(found_key.is_some(), key.is_some());
+                found_key.iter().zip(key).for_each(|(found_key, key)| assert_same_key(found_key, key));
             }
         }
     }

@@ -567,4 +567,6 @@ impl ChangeListener for Index {
 #[cfg(test)]
 mod memory_tests;
 #[cfg(test)]
+mod model_tests;
+#[cfg(test)]
 mod tests;
